@@ -1,0 +1,1 @@
+"""Where captions and pictures come from: builders, sources, seqio tasks, vocabularies."""

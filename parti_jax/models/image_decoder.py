@@ -1,0 +1,106 @@
+"""The image-token decoder (Parti, section 2.2): the next image token from text and earlier ones."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from parti_jax.models import layers
+from parti_jax.models import parti_config
+from parti_jax.models import transformer
+
+
+def causal_mask(length: int):
+  """bool [1, 1, length, length]: a position sees itself and the earlier ones."""
+  return jnp.tril(jnp.ones((length, length), bool))[None, None]
+
+
+class ImageDecoder(nn.Module):
+  """A causal Transformer over image tokens in raster order, with cross-attention to the text.
+
+  The input at a position is the token before it; at the first one it is a learned vector, so
+  that the table of tokens holds exactly the codebook and can be split evenly.
+
+  Attributes:
+    config: widths and depths.
+  """
+
+  config: parti_config.PartiConfig
+
+  def setup(self):
+    config = self.config
+    rows, columns = config.grid
+    self.token_embedding = layers.Embedding(config.codebook_size, config.width)
+    self.begin = self.param(
+        'begin', nn.with_logical_partitioning(nn.initializers.normal(0.02), ('norm',)),
+        (config.width,))
+    self.row_embedding = layers.Embedding(rows, config.width, ('position', 'embed'))
+    self.column_embedding = layers.Embedding(columns, config.width, ('position', 'embed'))
+    self.decoder = transformer.Decoder(
+        config.decoder_layers, config.width, config.mlp_width, config.heads, config.dropout,
+        config.compute_dtype, config.remat, config.unroll)
+    self.logits = layers.Projection((config.codebook_size,), 1, ('embed', 'vocab'))
+    self.drop = nn.Dropout(config.dropout)
+
+  def _positions(self, positions):
+    columns = self.config.grid[1]
+    return self.row_embedding(positions // columns) + self.column_embedding(positions % columns)
+
+  def _logits(self, x):
+    logits = self.logits(x.astype(jnp.float32))
+    return nn.with_logical_constraint(
+        logits, ('activation_batch', 'activation_length', 'activation_vocab'))
+
+  def __call__(self, image_tokens, encoded, text_mask, deterministic=True):
+    """Logits of every image token given those before it.
+
+    Args:
+      image_tokens: int32 [batch, image_length]; the last one is not looked at.
+      encoded: [batch, text_length, embed], the text encoder's output.
+      text_mask: bool [batch, 1, 1, text_length].
+      deterministic: whether dropout is off.
+
+    Returns:
+      float32 [batch, image_length, codebook_size]; entry i predicts image_tokens[:, i].
+    """
+    batch, length = image_tokens.shape
+    begin = jnp.broadcast_to(self.begin, (batch, 1, self.config.width))
+    x = jnp.concatenate([begin, self.token_embedding(image_tokens[:, :-1])], axis=1)
+    x = x + self._positions(jnp.arange(length))
+    x = self.drop(x.astype(self.config.compute_dtype), deterministic)
+    x = self.decoder(x, encoded, causal_mask(length), text_mask, deterministic)
+    return self._logits(x)
+
+  def memory(self, encoded):
+    """The text's keys and values in every layer, as `transformer.Decoder.memory`."""
+    return self.decoder.memory(encoded)
+
+  def step(self, previous_token, keys, values, memory, text_mask, position):
+    """Logits of one position, with a cache of the earlier ones.
+
+    Args:
+      previous_token: int32 [batch], the token before this position; ignored at position 0.
+      keys: [layers, batch, image_length, heads, head_dim], the cache.
+      values: as `keys`.
+      memory: of `memory()`.
+      text_mask: bool [batch, 1, 1, text_length].
+      position: int32 [].
+
+    Returns:
+      float32 logits [batch, codebook_size] and both caches with this position written.
+    """
+    x = jnp.where(position == 0, self.begin, self.token_embedding(previous_token))
+    x = (x + self._positions(position))[:, None].astype(self.config.compute_dtype)
+    x, keys, values = self.decoder.step(x, keys, values, memory, text_mask, position)
+    return self._logits(x)[:, 0], keys, values
+
+  def empty_cache(self, batch: int):
+    """Keys and values of no position: two [layers, batch, image_length, heads, head_dim]."""
+    config = self.config
+    shape = (config.decoder_layers, batch, config.image_length, config.heads,
+             config.width // config.heads)
+    zeros = nn.with_logical_constraint(
+        jnp.zeros(shape, config.compute_dtype),
+        ('layers', 'activation_batch', 'activation_length', 'activation_heads', None))
+    return zeros, jax.tree.map(jnp.copy, zeros)

@@ -1,0 +1,125 @@
+"""The small layers that every network is made of, with logical axis names."""
+
+from __future__ import annotations
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Names of the axes of an activation at a block's boundary.
+ACTIVATION = ('activation_batch', 'activation_length', 'activation_embed')
+
+
+class Projection(nn.Module):
+  """A linear map without bias over the last `contracted` axes.
+
+  Attributes:
+    features: the axes that replace the contracted ones.
+    contracted: how many trailing axes of the input are summed over.
+    axes: logical names of the kernel's axes, the contracted ones first.
+    dtype: of the computation; the kernel is float32.
+    scale: the kernel's standard deviation is sqrt(scale / fan-in).
+  """
+
+  features: tuple[int, ...]
+  contracted: int
+  axes: tuple[str, ...]
+  dtype: jnp.dtype = jnp.float32
+  scale: float = 1.0
+
+  @nn.compact
+  def __call__(self, x):
+    contracted = x.shape[-self.contracted:]
+    stddev = math.sqrt(self.scale / math.prod(contracted))
+    kernel = self.param(
+        'kernel',
+        nn.with_logical_partitioning(nn.initializers.truncated_normal(stddev), self.axes),
+        contracted + self.features)
+    kernel = kernel.astype(self.dtype)
+    dimensions = (
+        tuple(range(x.ndim - self.contracted, x.ndim)), tuple(range(self.contracted)))
+    return jax.lax.dot_general(x.astype(self.dtype), kernel, (dimensions, ((), ())))
+
+
+class LayerNorm(nn.Module):
+  """Layer norm in float32, with a scale and without a bias (Parti, section 3).
+
+  Attributes:
+    dtype: of the output; the statistics are always float32.
+  """
+
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    scale = self.param(
+        'scale', nn.with_logical_partitioning(nn.initializers.ones, ('norm',)), (x.shape[-1],))
+    x = x.astype(jnp.float32)
+    mean = jnp.mean(x, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(x), axis=-1, keepdims=True) - jnp.square(mean)
+    normed = (x - mean) * jax.lax.rsqrt(jnp.maximum(variance, 0.0) + 1e-6)
+    return (normed * scale).astype(self.dtype)
+
+
+class MLP(nn.Module):
+  """Two projections with a GELU between them.
+
+  Attributes:
+    width: model dimension `embed`.
+    mlp_width: dimension `mlp` between the projections.
+    dtype: of the computation.
+  """
+
+  width: int
+  mlp_width: int
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    hidden = Projection((self.mlp_width,), 1, ('embed', 'mlp'), self.dtype, name='project_in')(x)
+    hidden = nn.with_logical_constraint(
+        hidden, ('activation_batch', 'activation_length', 'activation_mlp'))
+    return Projection((self.width,), 1, ('mlp', 'embed'), self.dtype, name='project_out')(
+        nn.gelu(hidden))
+
+
+class Embedding(nn.Module):
+  """A table of vectors.
+
+  Attributes:
+    size: number of rows.
+    width: length of a row.
+    axes: logical names of both.
+    stddev: standard deviation of the initial values.
+  """
+
+  size: int
+  width: int
+  axes: tuple[str, str] = ('vocab', 'embed')
+  stddev: float = 0.02
+
+  def setup(self):
+    initializer = nn.initializers.normal(self.stddev)
+    self.table = self.param(
+        'table', nn.with_logical_partitioning(initializer, self.axes), (self.size, self.width))
+
+  def __call__(self, ids, dtype=jnp.float32):
+    """ids: int32 [...]. Returns dtype [..., width]."""
+    return jnp.take(self.table, ids, axis=0).astype(dtype)
+
+
+def count_parameters(variables, where=lambda path: True) -> int:
+  """Number of parameters in a tree of arrays or of abstract shapes.
+
+  Args:
+    variables: a tree, as of `jax.eval_shape(model.init, ...)`.
+    where: takes a parameter's path such as 'decoder/logits/kernel'; counts it where true.
+  """
+  total = 0
+  for path, leaf in jax.tree_util.tree_leaves_with_path(nn.meta.unbox(variables)):
+    if where('/'.join(str(getattr(key, 'key', key)) for key in path)):
+      total += int(np.prod(leaf.shape))
+  return total

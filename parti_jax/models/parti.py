@@ -1,0 +1,76 @@
+"""Parti: the text encoder and the image-token decoder together (Parti, section 2.2)."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from parti_jax.models import image_decoder
+from parti_jax.models import parti_config
+from parti_jax.models import text_encoder
+
+
+class Parti(nn.Module):
+  """Image-token logits from text and earlier image tokens.
+
+  Attributes:
+    config: widths and depths.
+  """
+
+  config: parti_config.PartiConfig
+
+  def setup(self):
+    self.text_encoder = text_encoder.TextEncoder(self.config)
+    self.image_decoder = image_decoder.ImageDecoder(self.config)
+
+  def __call__(self, text_tokens, image_tokens, deterministic=True):
+    """Logits of every image token, given the text and the tokens before it.
+
+    Args:
+      text_tokens: int32 [batch, text_length], padded with 0.
+      image_tokens: int32 [batch, image_length], each in [0, codebook_size).
+      deterministic: whether dropout is off; otherwise an rng named 'dropout' is needed.
+
+    Returns:
+      float32 [batch, image_length, codebook_size]; entry i predicts image_tokens[:, i].
+    """
+    encoded = self.text_encoder(text_tokens, deterministic)
+    mask = text_encoder.text_mask(text_tokens)
+    return self.image_decoder(image_tokens, encoded, mask, deterministic)
+
+  def start(self, text_tokens):
+    """What sampling needs of a text, computed once.
+
+    Args:
+      text_tokens: int32 [batch, text_length].
+
+    Returns:
+      memory (two [layers, batch, text_length, heads, head_dim]), the text's mask
+      (bool [batch, 1, 1, text_length]), and an empty cache (keys, values).
+    """
+    memory = self.image_decoder.memory(self.text_encoder(text_tokens))
+    cache = self.image_decoder.empty_cache(text_tokens.shape[0])
+    return memory, text_encoder.text_mask(text_tokens), cache
+
+  def step(self, previous_token, cache, memory, mask, position):
+    """One position of sampling.
+
+    Args:
+      previous_token: int32 [batch]; ignored at position 0.
+      cache: keys and values, [layers, batch, image_length, heads, head_dim] each.
+      memory: of `start`.
+      mask: of `start`.
+      position: int32 [].
+
+    Returns:
+      float32 logits [batch, codebook_size] and the cache with this position written.
+    """
+    logits, keys, values = self.image_decoder.step(
+        previous_token, *cache, memory, mask, position)
+    return logits, (keys, values)
+
+
+def example_inputs(config: parti_config.PartiConfig, batch: int = 1):
+  """Arrays of the shapes and dtypes that `Parti.__call__` takes, for initialisation."""
+  return (jnp.ones((batch, config.text_length), jnp.int32),
+          jnp.zeros((batch, config.image_length), jnp.int32))

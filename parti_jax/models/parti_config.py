@@ -1,0 +1,60 @@
+"""Sizes of a Parti model (Parti, table 1), bound by gin."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import gin
+import jax.numpy as jnp
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class PartiConfig:
+  """Sizes of the text encoder and of the image-token decoder.
+
+  Attributes:
+    encoder_layers: blocks of the text encoder.
+    decoder_layers: blocks of the image-token decoder.
+    width: model dimension, `embed`.
+    mlp_width: hidden dimension of the MLPs, `mlp`.
+    heads: attention heads; must divide `width`.
+    text_vocabulary: SentencePiece pieces, ids 0 (padding), 1 (end), 2 (unknown) among them.
+    text_length: most text tokens.
+    codebook_size: image tokens to choose from.
+    grid: rows and columns of image tokens; their product is `image_length`.
+    dropout: rate of dropout in training.
+    dtype: name of the dtype that projections compute in; norms and logits are float32.
+    remat: what the backward pass keeps, a name in `transformer.REMAT_POLICIES`.
+    unroll: layers laid out in one turn of the scan; changes speed, not results.
+
+  Raises:
+    ValueError: if `heads` does not divide `width`.
+  """
+
+  encoder_layers: int = 12
+  decoder_layers: int = 12
+  width: int = 1024
+  mlp_width: int = 4096
+  heads: int = 16
+  text_vocabulary: int = 16000
+  text_length: int = 128
+  codebook_size: int = 8192
+  grid: tuple[int, int] = (32, 32)
+  dropout: float = 0.1
+  dtype: str = 'bfloat16'
+  remat: str = 'everything'
+  unroll: int = 1
+
+  def __post_init__(self):
+    object.__setattr__(self, 'grid', tuple(self.grid))
+    if self.width % self.heads:
+      raise ValueError(f'PartiConfig.heads={self.heads} does not divide width={self.width}')
+
+  @property
+  def image_length(self) -> int:
+    return self.grid[0] * self.grid[1]
+
+  @property
+  def compute_dtype(self):
+    return jnp.dtype(self.dtype)

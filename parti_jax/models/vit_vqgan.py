@@ -1,0 +1,211 @@
+"""ViT-VQGAN, the image tokenizer (arXiv 2110.04627; Parti, section 2.1)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import gin
+import jax.numpy as jnp
+
+from parti_jax.models import layers
+from parti_jax.models import quantizer
+from parti_jax.models import transformer
+
+# Keeps pixels away from 0 and 1, where the logit is infinite (DALL-E, appendix A.3).
+LOGIT_LAPLACE_EPSILON = 0.1
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class ViTVQGANConfig:
+  """Sizes of an image tokenizer.
+
+  Attributes:
+    image_size: height and width of the pictures, in pixels.
+    patch_size: height and width of a patch; must divide `image_size`.
+    encoder_layers: blocks of the encoder.
+    encoder_width: model dimension of the encoder.
+    encoder_mlp_width: hidden dimension of the encoder's MLPs.
+    encoder_heads: attention heads of the encoder.
+    decoder_layers: blocks of the decoder.
+    decoder_width: model dimension of the decoder.
+    decoder_mlp_width: hidden dimension of the decoder's MLPs.
+    decoder_heads: attention heads of the decoder.
+    codebook_size: number of codes.
+    code_dim: length of a code.
+    commitment: weight β in the quantizer's loss.
+    dtype: name of the dtype that projections compute in.
+    remat: what the backward pass keeps, a name in `transformer.REMAT_POLICIES`.
+    unroll: layers laid out in one turn of the scan.
+
+  Raises:
+    ValueError: if `patch_size` does not divide `image_size`, or heads a width.
+  """
+
+  image_size: int = 256
+  patch_size: int = 8
+  encoder_layers: int = 8
+  encoder_width: int = 512
+  encoder_mlp_width: int = 2048
+  encoder_heads: int = 8
+  decoder_layers: int = 8
+  decoder_width: int = 512
+  decoder_mlp_width: int = 2048
+  decoder_heads: int = 8
+  codebook_size: int = 8192
+  code_dim: int = 32
+  commitment: float = 0.25
+  dtype: str = 'bfloat16'
+  remat: str = 'everything'
+  unroll: int = 1
+
+  def __post_init__(self):
+    if self.image_size % self.patch_size:
+      raise ValueError(f'ViTVQGANConfig.patch_size={self.patch_size} does not divide '
+                       f'image_size={self.image_size}')
+    for side in ('encoder', 'decoder'):
+      width, heads = getattr(self, f'{side}_width'), getattr(self, f'{side}_heads')
+      if width % heads:
+        raise ValueError(
+            f'ViTVQGANConfig.{side}_heads={heads} does not divide {side}_width={width}')
+
+  @property
+  def grid(self) -> tuple[int, int]:
+    side = self.image_size // self.patch_size
+    return side, side
+
+  @property
+  def image_length(self) -> int:
+    return self.grid[0] * self.grid[1]
+
+  @property
+  def compute_dtype(self):
+    return jnp.dtype(self.dtype)
+
+
+def to_patches(images, patch_size: int):
+  """[batch, height, width, channels] to [batch, rows * columns, patch_size² * channels]."""
+  batch, height, width, channels = images.shape
+  rows, columns = height // patch_size, width // patch_size
+  x = images.reshape(batch, rows, patch_size, columns, patch_size, channels)
+  x = x.transpose(0, 1, 3, 2, 4, 5)
+  return x.reshape(batch, rows * columns, patch_size * patch_size * channels)
+
+
+def from_patches(patches, patch_size: int, grid: tuple[int, int]):
+  """The inverse of `to_patches`; grid: (rows, columns)."""
+  batch = patches.shape[0]
+  rows, columns = grid
+  x = patches.reshape(batch, rows, columns, patch_size, patch_size, -1)
+  x = x.transpose(0, 1, 3, 2, 4, 5)
+  return x.reshape(batch, rows * patch_size, columns * patch_size, -1)
+
+
+class ImageEncoder(nn.Module):
+  """Pixels to latents: patch projection, Transformer, feed-forward with tanh to code_dim."""
+
+  config: ViTVQGANConfig
+
+  @nn.compact
+  def __call__(self, images):
+    """images: float32 [batch, height, width, 3] in [0, 1]. Returns [batch, tokens, code_dim]."""
+    config = self.config
+    dtype, width = config.compute_dtype, config.encoder_width
+    patches = to_patches(images * 2.0 - 1.0, config.patch_size)
+    x = layers.Projection((width,), 1, ('patch', 'embed'), dtype, name='project_patches')(patches)
+    positions = layers.Embedding(
+        config.image_length, width, ('position', 'embed'), name='position_embedding')
+    x = x + positions(jnp.arange(config.image_length), dtype)
+    x = transformer.Encoder(
+        config.encoder_layers, width, config.encoder_mlp_width, config.encoder_heads,
+        dtype=dtype, remat=config.remat, unroll=config.unroll, name='transformer')(x)
+    x = layers.Projection(
+        (config.encoder_mlp_width,), 1, ('embed', 'mlp'), dtype, name='project_hidden')(x)
+    return layers.Projection(
+        (config.code_dim,), 1, ('mlp', 'code'), name='project_codes')(nn.tanh(x))
+
+
+class ImageDecoder(nn.Module):
+  """Codes to pixels: feed-forward with tanh from code_dim, Transformer, patch projection."""
+
+  config: ViTVQGANConfig
+
+  @nn.compact
+  def __call__(self, codes):
+    """Parameters of each pixel's logit-laplace distribution.
+
+    Args:
+      codes: float32 [batch, tokens, code_dim], unit vectors.
+
+    Returns:
+      mean and log scale, float32 [batch, height, width, 3] each, over logits of pixels.
+    """
+    config = self.config
+    dtype, width = config.compute_dtype, config.decoder_width
+    x = layers.Projection(
+        (config.decoder_mlp_width,), 1, ('code', 'mlp'), dtype, scale=float(config.code_dim),
+        name='project_codes')(codes)
+    x = layers.Projection((width,), 1, ('mlp', 'embed'), dtype, name='project_hidden')(nn.tanh(x))
+    positions = layers.Embedding(
+        config.image_length, width, ('position', 'embed'), name='position_embedding')
+    x = x + positions(jnp.arange(config.image_length), dtype)
+    x = transformer.Encoder(
+        config.decoder_layers, width, config.decoder_mlp_width, config.decoder_heads,
+        dtype=dtype, remat=config.remat, unroll=config.unroll, name='transformer')(x)
+    channels = config.patch_size ** 2 * 6
+    x = layers.Projection((channels,), 1, ('embed', 'patch'), name='project_patches')(x)
+    pixels = from_patches(x.astype(jnp.float32), config.patch_size, config.grid)
+    return pixels[..., :3], pixels[..., 3:]
+
+
+class ViTVQGAN(nn.Module):
+  """The image tokenizer: encoder, quantizer and decoder.
+
+  Attributes:
+    config: sizes.
+  """
+
+  config: ViTVQGANConfig
+
+  def setup(self):
+    config = self.config
+    self.encoder = ImageEncoder(config)
+    self.quantizer = quantizer.VectorQuantizer(
+        config.codebook_size, config.code_dim, config.commitment)
+    self.decoder = ImageDecoder(config)
+
+  def __call__(self, images):
+    """Encodes, quantizes and decodes.
+
+    Args:
+      images: float32 [batch, height, width, 3] in [0, 1].
+
+    Returns:
+      A dict: 'mean' and 'log_scale' (as ImageDecoder), 'tokens' int32 [batch, tokens],
+      'latents' float32 [batch, tokens, code_dim], 'quantizer_loss' float32 [].
+    """
+    latents = self.encoder(images)
+    codes, tokens, loss = self.quantizer(latents)
+    mean, log_scale = self.decoder(codes)
+    return {'mean': mean, 'log_scale': log_scale, 'tokens': tokens, 'latents': latents,
+            'quantizer_loss': loss}
+
+  def tokenize(self, images):
+    """float32 [batch, height, width, 3] in [0, 1] to int32 [batch, tokens]."""
+    return self.quantizer.nearest(self.encoder(images))
+
+  def detokenize(self, tokens):
+    """int32 [batch, tokens] to float32 [batch, height, width, 3] in [0, 1]."""
+    mean, _ = self.decoder(self.quantizer.lookup(tokens))
+    return jnp.clip(to_pixels(mean), 0.0, 1.0)
+
+
+def to_pixels(mean):
+  """Pixels at the centre of a logit-laplace distribution; may leave [0, 1] by ε/(1 − 2ε)."""
+  return (nn.sigmoid(mean) - LOGIT_LAPLACE_EPSILON) / (1.0 - 2.0 * LOGIT_LAPLACE_EPSILON)
+
+
+def example_inputs(config: ViTVQGANConfig, batch: int = 1):
+  """Pictures of the shape that `ViTVQGAN.__call__` takes, for initialisation."""
+  return (jnp.zeros((batch, config.image_size, config.image_size, 3), jnp.float32),)
