@@ -1,0 +1,213 @@
+"""gin: where files are found, and what its errors say."""
+
+import argparse
+
+import gin
+import pytest
+
+from parti_jax import config
+from parti_jax.errors import UserError
+
+
+@gin.configurable(module='config_test')
+def train_example(steps=1, rate=0.5, model_dir=gin.REQUIRED, function=None):
+  return steps, rate, model_dir, function
+
+
+@gin.configurable(module='config_test', denylist=['hidden'])
+class ExampleModel:
+
+  def __init__(self, width=4, hidden=2):
+    self.width, self.hidden = width, hidden
+
+
+@gin.configurable(module='config_test')
+def failing_example():
+  raise UserError('captions.jsonl: no such file')
+
+
+@pytest.fixture(autouse=True)
+def _fresh(tmp_path, monkeypatch):
+  """Works in an empty folder and with an installed folder of gin files, and no gin values."""
+  installed = tmp_path / 'package' / 'gin_configs'
+  (installed / 'runs').mkdir(parents=True)
+  (installed / 'models').mkdir()
+  (installed / 'models' / 'demo_model.gin').write_text('ExampleModel.width = 8\n')
+  (installed / 'runs' / 'demo_run.gin').write_text(
+      "include 'gin_configs/models/demo_model.gin'\ntrain_example.steps = 7\n"
+      'train_example.function = @ExampleModel()\n')
+  monkeypatch.setattr(config, 'folder', lambda: installed)
+  work = tmp_path / 'work'
+  work.mkdir()
+  monkeypatch.chdir(work)
+  yield
+  gin.clear_config()
+
+
+def _message(text=None, bindings=()):
+  """Returns the message of the UserError from parsing a file of this text, then bindings."""
+  files = []
+  if text is not None:
+    with open('mine.gin', 'w', encoding='utf-8') as file:
+      file.write(text)
+    files = ['mine.gin']
+  with pytest.raises(UserError) as caught:
+    config.parse(files, bindings)
+  message = str(caught.value)
+  assert '\n' not in message
+  return message
+
+
+@pytest.mark.parametrize('name', ['gin_configs/runs/demo_run.gin', 'runs/demo_run.gin'])
+def test_finds_installed_files_and_their_includes(name):
+  config.parse([name], ["train_example.model_dir='x'"])
+  steps, rate, model_dir, model = train_example()
+  assert (steps, rate, model_dir, model.width) == (7, 0.5, 'x', 8)
+
+
+def test_a_file_in_the_working_folder_comes_first(tmp_path):
+  runs = tmp_path / 'work' / 'runs'
+  runs.mkdir()
+  (runs / 'demo_run.gin').write_text('train_example.steps = 99\n')
+  config.parse(['runs/demo_run.gin'], [])
+  assert train_example(model_dir='')[0] == 99
+  config.parse([str(runs / 'demo_run.gin')], [])
+  assert train_example(model_dir='')[0] == 99
+
+
+def test_later_files_and_bindings_win_and_nothing_stays_from_before():
+  with open('mine.gin', 'w', encoding='utf-8') as file:
+    file.write('train_example.steps = 8\nRATE = 3.0\ntrain_example.rate = %RATE\n')
+  config.parse(['runs/demo_run.gin', 'mine.gin'], [])
+  assert train_example(model_dir='')[:2] == (8, 3.0)
+  config.parse(['runs/demo_run.gin', 'mine.gin'], ['train_example.steps=9', 'RATE=4.0'])
+  assert train_example(model_dir='')[:2] == (9, 4.0)
+  config.parse([], [])
+  assert train_example(model_dir='')[:2] == (1, 0.5)
+
+
+@pytest.mark.parametrize('name', ['runs/demo_rnu.gin', 'gin_configs/demo_run.gin',
+                                  'configs/demo_run.gin'])
+def test_missing_file_names_the_nearest(name, tmp_path):
+  with pytest.raises(UserError) as caught:
+    config.parse([name], [])
+  message = str(caught.value)
+  assert repr(name) in message and str(tmp_path / 'package' / 'gin_configs') in message
+  assert 'did you mean gin_configs/runs/demo_run.gin' in message
+
+
+def test_missing_include_names_the_line():
+  message = _message("\ninclude 'models/demo_modle.gin'\n")
+  assert message.startswith("mine.gin:2: gin file 'models/demo_modle.gin' not found")
+  assert 'did you mean gin_configs/models/demo_model.gin?' in message
+
+
+def test_missing_files_are_not_logged(caplog):
+  _message("include 'models/none.gin'")
+  assert not caplog.records
+
+
+@pytest.mark.parametrize('text, start', [
+    ('train_example.setps = 3', "mine.gin:1: unknown gin name 'train_example.setps'; "
+                                'did you mean train_example.steps?'),
+    ('\ntrian_example.steps = 3', "mine.gin:2: unknown gin name 'trian_example.steps'; "
+                                  'did you mean train_example.steps'),
+    ('trian_example:\n  steps = 3\n', "mine.gin:1: unknown gin name 'trian_example'; "
+                                      'did you mean train_example'),
+    ('train_example.function = @ExampelModel()', "mine.gin:1: unknown gin name 'ExampelModel'; "
+                                                 'did you mean ExampleModel?'),
+    ('ExampleModel.zzz = 1', "mine.gin:1: unknown gin name 'ExampleModel.zzz'; "
+                             'its parameters are width'),
+    ('ExampleModel.hidden = 1', 'mine.gin:1: ExampleModel.hidden is not for gin to set'),
+    ('import parti_jax.nothing', "mine.gin:1: No module named 'parti_jax.nothing'"),
+    ('\ntrain_example.steps = 3 4', 'mine.gin:2: Expected newline. In: train_example.steps = 3 4'),
+    ('train_example.rate = %RATE', 'gin: the macro %RATE is used and has no value; '
+                                   'set it with --gin.RATE=VALUE'),
+    ('RATES = 1\ntrain_example.rate = %RATE', 'gin: the macro %RATE is used and has no value; '
+                                              'did you mean %RATES?'),
+    ('train_example.steps = %gin.REQUIRED', 'mine.gin: train_example.steps set to'),
+])
+def test_errors_in_a_file(text, start):
+  assert _message(text).startswith(start)
+
+
+def test_open_bracket_names_the_file():
+  message = _message('train_example.steps = (3')
+  assert message.startswith('mine.gin') and 'nothing closes' in message
+
+
+@pytest.mark.parametrize('binding, hint', [
+    ('train_example.setps=3', "unknown gin name 'train_example.setps'; "
+                              'did you mean train_example.steps?'),
+    ('trian_example.steps=3', 'did you mean train_example.steps'),
+    ('train_example.model_dir=x', 'a text needs quotes'),
+    ('RTAE=3', "no macro 'RTAE' is used in the gin files; did you mean RATE?"),
+    ('train_example=3', 'write --gin.NAME.PARAMETER=VALUE'),
+])
+def test_errors_in_a_binding_name_the_flag(binding, hint):
+  message = _message('RATE = 1\ntrain_example.rate = %RATE', [binding])
+  assert message.startswith(f'--gin.{binding}: ') and hint in message
+
+
+def test_nothing_stays_from_a_failed_parse():
+  _message('train_example.steps = 5\ntrain_example.setps = 3')
+  assert train_example(model_dir='')[0] == 1
+
+
+def test_missing_optional_package_in_an_import_is_left_to_main(monkeypatch):
+  monkeypatch.setitem(config.optional_packages.EXTRAS, 'parti_jax_absent', 'data')
+  with open('mine.gin', 'w', encoding='utf-8') as file:
+    file.write('import parti_jax_absent\n')
+  with pytest.raises(ModuleNotFoundError):
+    config.parse(['mine.gin'], [])
+
+
+def test_required_value_that_nothing_sets():
+  config.parse([], [])
+  with pytest.raises(UserError, match=r'--gin\.train_example\.model_dir=VALUE'):
+    with config.translated_errors():
+      train_example()
+
+
+def test_other_errors_pass_through():
+  with pytest.raises(RuntimeError, match='a defect'):
+    with config.translated_errors():
+      raise RuntimeError('a defect')
+
+
+def test_without_call_chain():
+  with pytest.raises(UserError) as caught:
+    failing_example()
+  assert '\n' in str(caught.value)  # What gin adds.
+  assert config.without_call_chain(caught.value) == 'captions.jsonl: no such file'
+
+
+def test_operative_has_what_was_called():
+  config.parse([], ['train_example.steps=6'])
+  assert 'steps' not in config.operative()
+  train_example(model_dir='x')
+  assert 'train_example.steps = 6' in config.operative()
+
+
+def test_save_writes_whole_files(tmp_path, monkeypatch):
+  path = tmp_path / 'run' / 'config.gin'
+  config.save(path, 'a = 1\n')
+  config.save(path, 'b = 2\n')
+  assert path.read_text() == 'b = 2\n'
+  assert [p.name for p in path.parent.iterdir()] == ['config.gin']
+
+  def fail(*_):
+    raise OSError('disk full')
+  monkeypatch.setattr('os.replace', fail)
+  monkeypatch.setattr('os.rename', fail)
+  with pytest.raises(OSError, match='disk full'):
+    config.save(path, 'c = 3\n')
+  assert path.read_text() == 'b = 2\n'
+  assert [p.name for p in path.parent.iterdir()] == ['config.gin']
+
+
+def test_arguments():
+  parser = argparse.ArgumentParser()
+  config.add_gin_arguments(parser)
+  assert parser.parse_args([]).gin_file == []
+  assert parser.parse_args(['--gin_file=a', '--gin_file', 'b']).gin_file == ['a', 'b']

@@ -1,0 +1,113 @@
+"""The scripts in launch/: their syntax, and what they do with arguments and environments."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+SCRIPTS = sorted((REPOSITORY / 'launch').glob('*.sh'))
+
+
+@pytest.fixture(name='checkout')
+def _checkout(tmp_path):
+  """A small checkout, and an environment whose pip and parti-jax only say what they are given."""
+  checkout = tmp_path / 'checkout'
+  shutil.copytree(REPOSITORY / 'launch', checkout / 'launch')
+  for folder in ('parti_jax', 'gin_configs'):
+    (checkout / folder).mkdir()
+    (checkout / folder / 'file').write_text('1')
+  for name in ('setup.cfg', 'pyproject.toml'):
+    (checkout / name).write_text('')
+  binaries = checkout / '.venv' / 'bin'
+  binaries.mkdir(parents=True)
+  for name, says in (('python', 'Installing'), ('pip', 'pip'), ('parti-jax', 'command')):
+    (binaries / name).write_text(f'#!/bin/sh\nprintf "%s" "{says}"\nprintf " <%s>" "$@"\necho\n')
+    (binaries / name).chmod(0o755)
+  return checkout
+
+
+def _run(checkout, script, *arguments, **variables):
+  environment = {name: value for name, value in os.environ.items()
+                 if name not in ('PARTI_JAX_VENV', 'PYTHON')}
+  return subprocess.run([checkout / 'launch' / script, *arguments], capture_output=True, text=True,
+                        env={**environment, **variables}, check=False)
+
+
+@pytest.mark.parametrize('script', [*SCRIPTS, REPOSITORY / '.ci' / 'run'], ids=lambda p: p.name)
+def test_syntax(script):
+  done = subprocess.run(['bash', '-n', script], capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stderr
+
+
+def test_quickstart_installs_once_and_passes_arguments_on(checkout):
+  first = _run(checkout, 'quickstart.sh', 'a  "quoted" prompt', '--seed=3')
+  assert first.returncode == 0, first.stderr
+  assert 'Installing <-m> <pip>' in first.stdout and '<.>' in first.stdout
+  called = 'command <generate> <a  "quoted" prompt> <--seed=3>'
+  assert first.stdout.splitlines()[-1] == called
+  assert _run(checkout, 'quickstart.sh', 'a  "quoted" prompt', '--seed=3').stdout == called + '\n'
+
+
+@pytest.mark.parametrize('changed', ['parti_jax/new', 'gin_configs/file', 'setup.cfg'])
+def test_quickstart_installs_again_after_a_change(checkout, changed):
+  _run(checkout, 'quickstart.sh', 'x')
+  (checkout / changed).write_text('2')
+  assert 'Installing' in _run(checkout, 'quickstart.sh', 'x').stdout
+
+
+def test_quickstart_without_a_prompt_takes_the_examples(checkout):
+  done = _run(checkout, 'quickstart.sh')
+  assert done.stdout.splitlines()[-1].endswith('<woman firefighter: dark skin tone>')
+
+
+def test_quickstart_fails_when_pip_fails(checkout):
+  (checkout / '.venv' / 'bin' / 'python').write_text('#!/bin/sh\necho no network >&2\nexit 1\n')
+  for _ in range(2):
+    done = _run(checkout, 'quickstart.sh', 'x')
+    assert done.returncode == 2
+    assert 'no network' in done.stderr and 'pip could not install' in done.stderr
+    assert 'command' not in done.stdout
+
+
+def test_test_installs_the_extra_and_passes_arguments_on(checkout):
+  done = _run(checkout, 'test.sh', '-m', 'slow')
+  assert done.returncode == 0, done.stderr
+  assert '<.[test]>' in done.stdout
+  assert done.stdout.splitlines()[-1].endswith('<pytest> <-m> <slow>')
+
+
+def test_a_python_that_will_not_do_is_named(checkout):
+  done = _run(checkout, 'quickstart.sh', 'x', PARTI_JAX_VENV=str(checkout / 'new'),
+              PYTHON='/nonexistent/python3.11')
+  assert done.returncode == 2
+  assert done.stderr.count('\n') == 1 and 'PYTHON=/nonexistent/python3.11' in done.stderr
+  assert not (checkout / 'new').exists()
+
+
+def test_no_python_at_all(checkout, tmp_path):
+  tools = tmp_path / 'tools'
+  tools.mkdir()
+  for name in ('bash', 'dirname', 'basename', 'tr', 'env', 'cksum', 'find', 'sort'):
+    (tools / name).symlink_to(shutil.which(name))
+  done = _run(checkout, 'quickstart.sh', 'x', PARTI_JAX_VENV=str(checkout / 'new'),
+              PATH=str(tools))
+  assert done.returncode == 2
+  assert 'quickstart.sh: error: needs Python 3.11, 3.12 or 3.13' in done.stderr
+
+
+def test_makes_the_environment(checkout, tmp_path):
+  """With a stand-in for Python that makes an environment of stand-ins."""
+  stand_in = tmp_path / 'python3.11'
+  stand_in.write_text(
+      f'#!/bin/sh\ncase "$1 $2" in\n  "-m venv") cp -R "{checkout}/.venv" "$3" ;;\n'
+      f'  *) exec "{sys.executable}" "$@" ;;\nesac\n')
+  stand_in.chmod(0o755)
+  done = _run(checkout, 'quickstart.sh', 'x', PARTI_JAX_VENV=str(checkout / 'a new one'),
+              PYTHON=str(stand_in))
+  assert done.returncode == 0, done.stderr
+  assert 'Making a virtual environment' in done.stdout
+  assert done.stdout.splitlines()[-1] == 'command <generate> <x>'
