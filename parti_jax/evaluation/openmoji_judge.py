@@ -1,0 +1,273 @@
+"""Whether a picture shows the emoji that was asked for, judged by its pixels alone.
+
+The judge knows every real OpenMoji picture and compares by the mean squared difference of
+pixels. It asks two questions of a picture that was drawn for a name and tones:
+
+* tone right: among the real pictures of that name, in all its tones (the untoned yellow one
+  is a tone here), is the nearest one in the asked tones? Asked only of names that have tones.
+* name right: among the real pictures of all names in exactly those tones, is the nearest one
+  of the asked name (top 1), or one of the five nearest (top 5)?
+
+Several OpenMoji pictures are the same under two names ('artist', 'man artist'), or differ only in
+how their edges round. Such a picture counts as one candidate and as right for each of its names
+(and likewise for tones); `Judge.duplicates` says how many there are.
+"""
+
+import collections
+import dataclasses
+from typing import Callable, Hashable, Optional, Sequence
+
+import numpy as np
+
+from parti_jax.data import openmoji
+
+# Pictures that are turned into float32 at once, to bound the memory.
+_BLOCK = 256
+# Mean squared difference, of values in [0, 255], up to which two real pictures are the same. The
+# least difference that is drawn on purpose (a line of hair) makes 0.29 at 64 pixels; rounding
+# makes 0.01.
+_SAME = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdicts:
+  """What the judge says of pictures drawn for prompts.
+
+  Attributes:
+    tone_judged: bool [prompts], whether the asked name has tones.
+    tone_right: bool [prompts, num_images]; False where tone_judged is False.
+    name_top1: bool [prompts, num_images].
+    name_top5: bool [prompts, num_images].
+  """
+  tone_judged: np.ndarray
+  tone_right: np.ndarray
+  name_top1: np.ndarray
+  name_top5: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Duplicates:
+  """How many real pictures are the same as another one, at the judge's size.
+
+  Attributes:
+    pictures: number of real pictures.
+    same_tone: pictures that another name has too, in the same tones.
+    same_name: pictures that their own name has too, in other tones.
+  """
+  pictures: int
+  same_tone: int
+  same_name: int
+
+
+def _merge_same(images: np.ndarray) -> np.ndarray:
+  """Gives pictures that are the same the pixels of the first of them.
+
+  Args:
+    images: uint8 [pictures, height, width, 3].
+
+  Returns:
+    uint8 [pictures, values], in which the same pictures are equal.
+  """
+  merged = images.reshape(len(images), -1).copy()
+  # The means of rows differ by no more than the pixels do, and are quick to compare.
+  means = images.mean(axis=2, dtype=np.float32).reshape(len(images), -1)
+  limit = 2 * _SAME * means.shape[1]  # Twice, for the rounding of float32.
+  for start in range(0, len(images), _BLOCK):
+    near = _squared_distances(means[start:start + _BLOCK], means) <= limit
+    for offset, other in np.argwhere(near):
+      index = start + offset
+      if other < index:
+        difference = images[index].reshape(-1).astype(np.float32) - merged[other]
+        if np.square(difference).mean() <= _SAME:
+          merged[index] = merged[other]
+  return merged
+
+
+class _Candidates:
+  """Distinct pictures, each with the labels (names or tones) that it stands for."""
+
+  def __init__(self, pixels: np.ndarray, labels: Sequence[Hashable]):
+    """Takes pixels, uint8 [pictures, values], and a label for each picture."""
+    row_of = {}
+    self._rows_of_label = collections.defaultdict(list)
+    kept = []
+    for index, label in enumerate(labels):
+      key = pixels[index].tobytes()
+      if key not in row_of:
+        row_of[key] = len(kept)
+        kept.append(index)
+      self._rows_of_label[label].append(row_of[key])
+    self._pixels = pixels[kept]
+
+  def rank(self, images: np.ndarray, asked: Sequence[Hashable]) -> np.ndarray:
+    """Counts the candidates that are nearer to an image than those of its asked label.
+
+    Args:
+      images: uint8 [images, values].
+      asked: a label for each image.
+
+    Returns:
+      int [images]; 0 where the nearest candidate stands for the asked label.
+    """
+    ranks = []
+    for start in range(0, len(images), _BLOCK):
+      block = slice(start, start + _BLOCK)
+      distances = _squared_distances(images[block], self._pixels)
+      own = np.array([row[self._rows_of_label[label]].min()
+                      for row, label in zip(distances, asked[block])])
+      ranks.append((distances < own[:, None]).sum(axis=1))
+    return np.concatenate(ranks) if ranks else np.zeros(0, int)
+
+
+def _squared_distances(images: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+  """Returns the summed squared differences of rows of values in [0, 255].
+
+  Args:
+    images: [images, values].
+    candidates: [candidates, values].
+
+  Returns:
+    float32 [images, candidates], exact to about a millionth of the pictures' squared norms.
+  """
+  images = _ink(images)
+  norms = np.einsum('iv,iv->i', images, images)
+  distances = np.empty((len(images), len(candidates)), np.float32)
+  for start in range(0, len(candidates), _BLOCK):
+    block = _ink(candidates[start:start + _BLOCK])
+    distances[:, start:start + _BLOCK] = (
+        norms[:, None] - 2 * images @ block.T + np.einsum('cv,cv->c', block, block))
+  return distances
+
+
+def _ink(values: np.ndarray) -> np.ndarray:
+  """Turns white, of which the pictures are full, into 0: small norms keep float32 exact."""
+  return 255 - values.astype(np.float32)
+
+
+class Judge:
+  """Judges pictures against the real OpenMoji pictures.
+
+  Attributes:
+    pictures: the real pictures, in the order given.
+    images: uint8 [pictures, size, size, 3], drawn on white.
+    size: height and width in pixels.
+  """
+
+  def __init__(self, pictures: Sequence, size: int,
+               render: Optional[Callable[[str, int], np.ndarray]] = None):
+    """Draws every real picture once.
+
+    Args:
+      pictures: objects with `code`, `name` and `tones` (`openmoji.Picture`).
+      size: height and width in pixels.
+      render: (code, size) -> uint8 [size, size, 3]; `openmoji.render` if None.
+
+    Raises:
+      ValueError: there are no pictures, or one was drawn in another size.
+    """
+    if not pictures:
+      raise ValueError('a judge needs at least one real picture')
+    render = render or openmoji.render
+    self.pictures = list(pictures)
+    self.size = size
+    self.images = np.stack([render(picture.code, size) for picture in self.pictures])
+    if self.images.shape[1:] != (size, size, 3):
+      raise ValueError(f'real pictures are {self.images.shape[1:]}, not {(size, size, 3)}')
+    self._pixels = _merge_same(self.images)
+    self._of_tones = collections.defaultdict(list)
+    self._of_name = collections.defaultdict(list)
+    self._index_of_code = {}
+    for index, picture in enumerate(self.pictures):
+      self._of_tones[picture.tones].append(index)
+      self._of_name[picture.name].append(index)
+      self._index_of_code[picture.code] = index
+
+  def real(self, pictures: Sequence) -> np.ndarray:
+    """Returns the real images of some of the judge's pictures, uint8 [pictures, size, size, 3]."""
+    indices = [self._index_of_code[picture.code] for picture in pictures]
+    return self.images[np.array(indices, int)]
+
+  def has_tones(self, name: str) -> bool:
+    """Returns whether real pictures of a name come in more than one set of tones."""
+    return len({self.pictures[i].tones for i in self._of_name[name]}) > 1
+
+  def judge(self, asked: Sequence, images: np.ndarray) -> Verdicts:
+    """Judges images that were drawn for the names and tones of real pictures.
+
+    Args:
+      asked: real pictures (`name` and `tones` are read), one for each prompt.
+      images: uint8 [prompts, num_images, size, size, 3].
+
+    Returns:
+      Verdicts on each image.
+
+    Raises:
+      ValueError: images has another shape or type, or no real picture has an asked name in
+        its tones.
+    """
+    images = np.asarray(images)
+    wanted = (len(asked), self.size, self.size, 3)
+    if images.ndim != 5 or images.shape[:1] + images.shape[2:] != wanted:
+      raise ValueError(f'images are {images.shape}, not (prompts, num_images, height, width, 3) '
+                       f'with {wanted}')
+    if images.dtype != np.uint8:
+      raise ValueError(f'images are {images.dtype}, not uint8')
+    for picture in asked:
+      if all(self.pictures[i].tones != picture.tones for i in self._of_name[picture.name]):
+        raise ValueError(f'no real picture of {picture.name!r} in the tones {picture.tones}')
+    flat = images.reshape(*images.shape[:2], self._pixels.shape[1])
+    names = [picture.name for picture in asked]
+    tones = [picture.tones for picture in asked]
+    name_rank = self._ranks(flat, groups=tones, labels=names, members=self._of_tones,
+                            label_of=lambda picture: picture.name)
+    tone_rank = self._ranks(flat, groups=names, labels=tones, members=self._of_name,
+                            label_of=lambda picture: picture.tones)
+    tone_judged = np.array([self.has_tones(name) for name in names], bool)
+    return Verdicts(tone_judged=tone_judged,
+                    tone_right=(tone_rank == 0) & tone_judged[:, None],
+                    name_top1=name_rank == 0,
+                    name_top5=name_rank < 5)
+
+  def _ranks(self, flat, groups, labels, members, label_of) -> np.ndarray:
+    """Ranks the asked label of each image among the real pictures of its prompt's group.
+
+    Args:
+      flat: uint8 [prompts, num_images, values].
+      groups: for each prompt, the key of its candidates in `members`.
+      labels: for each prompt, the label that is right.
+      members: key of a group -> indices of its real pictures.
+      label_of: real picture -> label.
+
+    Returns:
+      int [prompts, num_images], 0 where the nearest real picture is right.
+    """
+    prompts_of = collections.defaultdict(list)
+    for prompt, group in enumerate(groups):
+      prompts_of[group].append(prompt)
+    num_images = flat.shape[1]
+    ranks = np.zeros(flat.shape[:2], int)
+    for group, prompts in prompts_of.items():
+      indices = members[group]
+      candidates = _Candidates(self._pixels[indices],
+                               [label_of(self.pictures[i]) for i in indices])
+      asked = [labels[prompt] for prompt in prompts for _ in range(num_images)]
+      images = flat[prompts].reshape(len(asked), -1)
+      ranks[prompts] = candidates.rank(images, asked).reshape(len(prompts), num_images)
+    return ranks
+
+  def duplicates(self) -> Duplicates:
+    """Counts the real pictures that stand for more than one name, or more than one tone."""
+    return Duplicates(
+        pictures=len(self.pictures),
+        same_tone=self._shared(self._of_tones, lambda picture: picture.name),
+        same_name=self._shared(self._of_name, lambda picture: picture.tones))
+
+  def _shared(self, members, label_of) -> int:
+    """Counts pictures that have the pixels of one with another label in their group."""
+    count = 0
+    for indices in members.values():
+      labels_of_pixels = collections.defaultdict(list)
+      for index in indices:
+        labels_of_pixels[self._pixels[index].tobytes()].append(label_of(self.pictures[index]))
+      count += sum(len(labels) for labels in labels_of_pixels.values() if len(set(labels)) > 1)
+    return count

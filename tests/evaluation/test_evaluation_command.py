@@ -1,0 +1,83 @@
+"""Tests of `parti-jax evaluate`, with a pipeline and emoji that the tests make."""
+
+import argparse
+import json
+
+import evaluation_fakes as fakes
+import pytest
+from PIL import Image
+
+import parti_jax
+from parti_jax.data import openmoji
+from parti_jax.errors import UserError
+from parti_jax.evaluation import command
+
+
+@pytest.fixture(name='pipeline')
+def fixture_pipeline(monkeypatch):
+  pipeline = fakes.FakePipeline(lambda caption, index: fakes.render(caption))
+  # By its dictionary: setattr would first get the real one, and so import JAX.
+  monkeypatch.setitem(vars(parti_jax), 'load', lambda path=None: pipeline)
+  monkeypatch.setattr(openmoji, 'pictures', fakes.small_set)
+  monkeypatch.setattr(openmoji, 'render', fakes.render)
+  return pipeline
+
+
+def run(*arguments):
+  parser = argparse.ArgumentParser()
+  command.add_arguments(parser)
+  return command.run(parser.parse_args(arguments))
+
+
+def test_prints_the_table_and_writes_reports_and_sheets(pipeline, tmp_path, capsys):
+  folder = tmp_path / 'new' / 'folder'
+  status = run('--output_dir', str(folder), '--splits', 'validation', 'unseen_combinations',
+               '--num_images', '2', '--guidance_scale', '1.5', '--batch_size', '4')
+  assert status == 0
+  assert sorted(path.name for path in folder.iterdir()) == [
+      'report.json', 'report.md', 'unseen_combinations.png', 'validation.png']
+  content = json.loads((folder / 'report.json').read_text())
+  assert content['num_images'] == 2 and content['sampling'] == {'guidance_scale': 1.5}
+  assert (folder / 'report.md').read_text().startswith('# Evaluation on OpenMoji\n')
+  assert Image.open(folder / 'validation.png').width > 3 * 128
+  printed = capsys.readouterr()
+  assert 'unseen_combinations: 4 of 4 prompts' in printed.out
+  assert str(folder / 'report.json') in printed.out
+  assert 'validation: judging' in printed.err
+  assert pipeline.settings['guidance_scale'] == 1.5 and pipeline.settings['batch_size'] == 4
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (['--splits', 'tset'], "unknown split 'tset'; the splits are train, validation"),
+    (['--num_images', '0'], '--num_images must be a positive number, not 0'),
+    (['--max_prompts', '-3'], '--max_prompts'),
+    (['--train_prompts', '0'], '--train_prompts'),
+    (['--batch_size', '0'], '--batch_size'),
+    (['--seed', '-1'], '--seed must not be negative'),
+])
+def test_bad_flags_leave_nothing(pipeline, tmp_path, arguments, message):
+  folder = tmp_path / 'folder'
+  with pytest.raises(UserError, match=message):
+    run('--output_dir', str(folder), *arguments)
+  assert not folder.exists() and not pipeline.generated
+
+
+def test_an_output_folder_that_is_a_file(pipeline, tmp_path):
+  path = tmp_path / 'file'
+  path.write_text('mine')
+  with pytest.raises(UserError, match='--output_dir .*file: cannot write there'):
+    run('--output_dir', str(path))
+  assert path.read_text() == 'mine' and not pipeline.generated
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
+  path = tmp_path / 'report.md'
+  path.write_text('old')
+
+  def fail(*_):
+    raise OSError('disk full')
+
+  monkeypatch.setattr(command.os, 'replace', fail)
+  with pytest.raises(OSError):
+    command._write(path, b'new')
+  assert path.read_text() == 'old' and list(tmp_path.iterdir()) == [path]
