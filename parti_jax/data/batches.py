@@ -1,0 +1,190 @@
+"""Batches of a seqio task for training and evaluation, which can be resumed anywhere."""
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+from absl import logging
+
+from parti_jax.data import tally, tasks
+from parti_jax.data.feature_converter import converter_for
+from parti_jax.data.quiet_tensorflow import seqio, tf
+from parti_jax.errors import UserError
+
+
+class Batches:
+  """An iterator of batches, dicts of numpy arrays with the converter's features.
+
+  Each epoch is shuffled anew, by the seed and the epoch's number. The short rest of an epoch is
+  completed with the first examples of the next one, so that every example is used equally often;
+  with `num_epochs`, the last batch may be short. The same arguments give the same batches, and
+  `restore(state())` goes on exactly where the state was taken.
+
+  In training, the text of some examples is dropped for classifier-free guidance (see
+  `preprocessors.drop_text`); in other splits than `train` it is always kept.
+
+  Attributes:
+    skipped: reason -> number of examples left out so far in this process, because their picture
+      or caption can't be used. It runs ahead by what is read in advance, and is exact whenever an
+      epoch has ended.
+    shortened: the same for captions that were cut to the text's length.
+  """
+
+  def __init__(
+      self,
+      task: str,
+      split: str,
+      batch_size: int,
+      feature_lengths: Mapping[str, int],
+      converter: seqio.FeatureConverter | None = None,
+      seed: int = 0,
+      shuffle: bool = True,
+      num_epochs: int | None = None,
+      process_index: int = 0,
+      process_count: int = 1,
+  ):
+    """Opens a task.
+
+    Args:
+      task: name of a task or mixture (see `parti_jax.data.tasks`).
+      split: the split, 'train'.
+      batch_size: examples a batch in this process.
+      feature_lengths: the length of each of the task's features, such as {'images': 64},
+        {'inputs': 32, 'images': 64} or {'inputs': 32, 'targets': 64}. For pictures it is their
+        height and width in pixels.
+      converter: turns the task's features into the model's; None for the one that fits.
+      seed: decides the order of the examples and whose text is dropped.
+      shuffle: whether to shuffle; else the source's order is kept.
+      num_epochs: epochs to read; None for no end.
+      process_index: which process this is, of `process_count`. Each reads a part of its own, and
+        has a state of its own.
+      process_count: number of processes that share the data.
+
+    Raises:
+      UserError: there is no such task, its data can't be read, or the lengths don't fit it.
+    """
+    if batch_size < 1:
+      raise UserError(f'the batch size is {batch_size}; it must be at least 1')
+    self._task = tasks.get_task(task, feature_lengths.get('images', 64))
+    _check_lengths(self._task, feature_lengths)
+    self._split = split
+    self._batch_size = batch_size
+    self._lengths = dict(feature_lengths)
+    self._converter = converter or converter_for(feature_lengths)
+    self._seed = seed
+    self._shuffle = shuffle
+    self._num_epochs = num_epochs
+    self._shard_info = seqio.ShardInfo(process_index, process_count) if process_count > 1 else None
+    self._reading = tally.Reading(drop_text=split.split('[')[0] == 'train')
+    self._epoch = 0
+    self._taken = 0
+    self._examples = self._open_epoch()
+
+  @property
+  def skipped(self) -> dict[str, int]:
+    """Reason -> number of examples left out."""
+    return self._reading.skipped.counts()
+
+  @property
+  def shortened(self) -> dict[str, int]:
+    """Reason -> number of examples that are used, but not whole."""
+    return self._reading.shortened.counts()
+
+  def state(self) -> dict[str, int]:
+    """Returns where the next batch starts: the epoch and the examples taken in it."""
+    return {'epoch': self._epoch, 'taken': self._taken}
+
+  def restore(self, state: Mapping[str, int]) -> None:
+    """Goes on where `state()` was taken, in this or another process with the same arguments.
+
+    The epoch is read again up to there, which takes as long as reading does.
+    """
+    self._epoch = int(state['epoch'])
+    self._taken = int(state['taken'])
+    self._reading.skipped.clear()
+    self._reading.shortened.clear()
+    self._examples = self._open_epoch()
+
+  def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+    return self
+
+  def __next__(self) -> dict[str, np.ndarray]:
+    examples = []
+    while len(examples) < self._batch_size and (example := self._next_example()) is not None:
+      examples.append(example)
+    if not examples:
+      raise StopIteration
+    return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+
+  def _next_example(self) -> dict[str, np.ndarray] | None:
+    """Returns the next example, of the next epoch if need be; None after the last one."""
+    while self._num_epochs is None or self._epoch < self._num_epochs:
+      try:
+        example = next(self._examples)
+      except StopIteration:
+        self._end_epoch()
+        continue
+      except tf.errors.OpError as error:
+        raise UserError(
+            f'{self._task.name}, {self._split}: reading failed: {error.message.splitlines()[0]}'
+        ) from error
+      self._taken += 1
+      return example
+    return None
+
+  def _open_epoch(self) -> Iterator[dict[str, np.ndarray]]:
+    """Returns an iterator over the rest of the present epoch."""
+    # One number for seqio, in the range of its int32 seeds, from the two that count.
+    seed = int(np.random.SeedSequence([self._seed, self._epoch]).generate_state(1)[0] >> 2)
+    with tally.reading(self._reading):
+      dataset = seqio.get_dataset(
+          self._task,
+          self._lengths,
+          self._converter,
+          dataset_split=self._split,
+          shuffle=self._shuffle,
+          seed=seed,
+          shard_info=self._shard_info,
+          verbose=False,
+      )
+    return dataset.skip(self._taken).as_numpy_iterator()
+
+  def _end_epoch(self) -> None:
+    """Reports on an epoch that has ended and opens the next one."""
+    where = f'{self._task.name}, {self._split}'
+    skipped, shortened = self._reading.skipped, self._reading.shortened
+    if not self._taken:
+      reasons = f'; skipped {skipped}' if skipped.counts() else ''
+      raise UserError(f'{where}: there is no usable example in {_source(self._task)}{reasons}')
+    if skipped.counts() or shortened.counts():
+      logging.warning(
+          '%s: epoch %d ended after %d examples; so far skipped: %s; kept in part: %s',
+          where, self._epoch, self._taken, str(skipped) or 'none', str(shortened) or 'none',
+      )
+    self._epoch += 1
+    self._taken = 0
+    if self._num_epochs is None or self._epoch < self._num_epochs:
+      self._examples = self._open_epoch()
+
+
+def _source(task) -> str:
+  """Names the place that the task reads from."""
+  return getattr(getattr(task, 'source', None), 'name', task.name)
+
+
+def _check_lengths(task, lengths: Mapping[str, int]) -> None:
+  """Compares the given lengths with the task's features."""
+  wanted, given = sorted(task.output_features), sorted(lengths)
+  if wanted != given:
+    raise UserError(
+        f'{task.name} has the features {", ".join(wanted)}, but feature_lengths gives '
+        f'{", ".join(given) or "none"}'
+    )
+  for name, length in lengths.items():
+    if not isinstance(length, int) or length < 1:
+      raise UserError(f'feature_lengths[{name!r}] = {length!r} must be a whole number from 1')
+  info = getattr(getattr(task, 'source', None), 'info', None)
+  if info and lengths.get('targets') != info['image_tokens']:
+    raise UserError(
+        f'{task.source.name} has {info["image_tokens"]} tokens a picture, but '
+        f"feature_lengths['targets'] = {lengths['targets']}"
+    )

@@ -1,0 +1,96 @@
+"""seqio preprocessors: decode the picture, tokenise the caption, drop text for guidance.
+
+They start from examples {'picture': encoded bytes, 'caption': text} as the sources give them. An
+example that can't be used is left out and counted (see `tally`).
+"""
+
+import gin
+import numpy as np
+
+from parti_jax.data import decoding, tally
+from parti_jax.data.quiet_tensorflow import seqio, tf
+from parti_jax.data.vocabulary import TextVocabulary
+
+
+def decode_images(dataset: tf.data.Dataset, sequence_length) -> tf.data.Dataset:
+  """Replaces 'picture' by 'images', uint8 [size, size, 3] with size = sequence_length['images']."""
+  size = sequence_length['images']
+  skipped = tally.current().skipped
+
+  def decode(data: bytes):
+    try:
+      return decoding.decode(data, size), True
+    except decoding.UndecodablePicture as error:
+      skipped.add(str(error))
+      return np.zeros([size, size, 3], np.uint8), False
+
+  def convert(example):
+    picture = example.pop('picture')
+    image, usable = tf.numpy_function(decode, [picture], [tf.uint8, tf.bool], stateful=False)
+    return {**example, 'images': tf.ensure_shape(image, [size, size, 3])}, usable
+
+  return _map_and_filter(dataset, convert)
+
+
+def tokenize_captions(
+    dataset: tf.data.Dataset, sequence_length, vocabulary: TextVocabulary
+) -> tf.data.Dataset:
+  """Replaces 'caption' by 'inputs', int32 [text_length] with length sequence_length['inputs'].
+
+  Examples without a caption are left out. Captions that are longer than the text length are cut,
+  and counted as shortened.
+  """
+  length = sequence_length['inputs']
+  reading = tally.current()
+
+  def encode(caption: bytes):
+    text = caption.decode('utf-8', errors='replace').strip()
+    ids, cut = vocabulary.encode(text, length)
+    if not text:
+      reading.skipped.add('no caption')
+    elif cut:
+      reading.shortened.add(f'caption cut to {length} tokens')
+    return ids, bool(text)
+
+  def convert(example):
+    caption = example.pop('caption')
+    ids, usable = tf.numpy_function(encode, [caption], [tf.int32, tf.bool], stateful=False)
+    return {**example, 'inputs': tf.ensure_shape(ids, [length])}, usable
+
+  return _map_and_filter(dataset, convert)
+
+
+@gin.configurable
+def drop_text(
+    dataset: tf.data.Dataset, sequence_length, vocabulary: TextVocabulary, rate: float = 0.1
+) -> tf.data.Dataset:
+  """Replaces the text of some examples by the empty text, for classifier-free guidance.
+
+  The paper drops it for 10% of the training examples (section 3). Which ones follows from the
+  seed of the dataset.
+
+  Args:
+    dataset: examples with 'inputs', int32 [text_length].
+    sequence_length: seqio's feature lengths.
+    vocabulary: tells what the empty text looks like.
+    rate: share of the examples that lose their text, 0 to 1.
+
+  Returns:
+    The dataset with the same features.
+  """
+  if not tally.current().drop_text or rate == 0:
+    return dataset
+  empty, _ = vocabulary.encode('', sequence_length['inputs'])
+
+  @seqio.map_over_dataset(num_seeds=1)
+  def drop(example, seed):
+    dropped = tf.random.stateless_uniform([], seed) < rate
+    return {**example, 'inputs': tf.where(dropped, empty, example['inputs'])}
+
+  return drop(dataset)
+
+
+def _map_and_filter(dataset: tf.data.Dataset, convert) -> tf.data.Dataset:
+  """Applies `convert`, which gives an example and whether it can be used, and keeps the usable."""
+  converted = dataset.map(convert, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+  return converted.filter(lambda _, usable: usable).map(lambda example, _: example)

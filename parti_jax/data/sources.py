@@ -1,0 +1,357 @@
+"""Where captioned pictures come from: OpenMoji, or one's own folder, TFRecords or tar shards.
+
+Every source is a seqio data source of examples {'picture': the encoded picture, 'caption': text},
+both tf.string scalars. `configured(name)` returns one as gin configures it:
+
+  folder.path = 'photos'                      # photos/captions.jsonl, one {"file", "caption"} a line
+  folder.splits = {'train': 'train.jsonl', 'validation': 'validation.jsonl'}
+"""
+
+import abc
+import functools
+import os
+from collections.abc import Iterator, Mapping
+
+import gin
+import numpy as np
+
+from parti_jax.data import folder_index, openmoji, tar_shards
+from parti_jax.data.quiet_tensorflow import seqio, tf, tfds
+from parti_jax.errors import UserError
+
+
+class PictureSource(seqio.DataSource):
+  """Base class: a named source of encoded pictures and captions."""
+
+  supports_arbitrary_sharding = False
+
+  def __init__(self, name: str, splits):
+    """Makes a source.
+
+    Args:
+      name: the source's name in gin and in messages.
+      splits: names of its splits.
+    """
+    super().__init__(splits=splits, caching_permitted=False, performs_internal_shuffling=True)
+    self.name = name
+
+  def list_shards(self, split: str) -> list[str]:
+    """Returns the names of the parts in which a split lies."""
+    return [split]
+
+  def get_dataset(
+      self, split='train', shuffle=True, seed=None, shard_info=None, **unused_seqio_arguments
+  ) -> tf.data.Dataset:
+    """Reads a split.
+
+    Args:
+      split: one of `splits`.
+      shuffle: whether to shuffle, still encoded, which takes less memory than decoded.
+      seed: makes the order reproducible.
+      shard_info: the part of the split to read; None for all of it.
+
+    Returns:
+      A dataset of {'picture', 'caption'}, both tf.string [].
+
+    Raises:
+      UserError: the data can't be found or read.
+    """
+    # OpenMoji also takes slices such as 'train[:10%]', as tensorflow-datasets does.
+    if split.split('[')[0] not in self.splits:
+      splits = ', '.join(self.splits)
+      raise UserError(
+          f'{self.name} has no split {split!r}; it has {splits} (gin: {self.name}.splits)'
+      )
+    dataset = self._read(split, shuffle, seed, shard_info)
+    return shuffled(dataset, seed) if shuffle else dataset
+
+  def captions(self, split: str) -> Iterator[str]:
+    """Yields the captions of a split in order, without decoding pictures."""
+    dataset = self.get_dataset(split, shuffle=False).map(lambda example: example['caption'])
+    for caption in dataset.as_numpy_iterator():
+      yield caption.decode('utf-8', errors='replace')
+
+  @abc.abstractmethod
+  def _read(self, split, shuffle, seed, shard_info) -> tf.data.Dataset:
+    """Reads a split; may use `shuffle` to put files in a random order."""
+
+
+@gin.configurable('shuffle')
+def shuffled(dataset: tf.data.Dataset, seed, buffer_size: int = 10_000) -> tf.data.Dataset:
+  """Shuffles in a buffer of `buffer_size` encoded pictures."""
+  return dataset.shuffle(buffer_size, seed=seed)
+
+
+class OpenMojiSource(PictureSource):
+  """OpenMoji through its tensorflow-datasets builder, which is run on first use."""
+
+  supports_arbitrary_sharding = True
+
+  def __init__(self, size: int, data_dir: str | None = None):
+    """Makes the source.
+
+    Args:
+      size: height and width in pixels at which the pictures are drawn.
+      data_dir: the folder to build in; None for that of tensorflow-datasets.
+    """
+    super().__init__('openmoji', openmoji.SPLITS)
+    self._size = size
+    self._data_dir = data_dir
+
+  @functools.cached_property
+  def _builder(self):
+    # Imported here for those who have data of their own and no package of pictures.
+    from parti_jax.data import openmoji_builder  # pylint: disable=g-import-not-at-top
+
+    builder = openmoji_builder.at_size(self._size, self._data_dir)
+    builder.download_and_prepare()
+    return builder
+
+  def _read(self, split, shuffle, seed, shard_info):
+    builder = self._builder
+    try:
+      dataset = builder.as_dataset(
+          split=split,
+          shuffle_files=False,
+          decoders={'image': tfds.decode.SkipDecoding()},
+          read_config=tfds.ReadConfig(try_autocache=False),
+      )
+    except (ValueError, AssertionError) as error:
+      raise UserError(f'openmoji has no split {split!r}: {error}') from error
+    if shard_info:
+      dataset = dataset.shard(shard_info.num_shards, shard_info.index)
+    return dataset.map(lambda example: {'picture': example['image'], 'caption': example['caption']})
+
+  def captions(self, split):
+    """Yields the captions of a split; the pictures need not be drawn for this."""
+    if split not in openmoji.SPLITS:
+      yield from super().captions(split)
+    else:
+      yield from (picture.caption for picture in openmoji.pictures() if picture.split == split)
+
+
+class FolderSource(PictureSource):
+  """A folder of pictures with a captions file for each split."""
+
+  supports_arbitrary_sharding = True
+
+  def __init__(self, path: str, splits: Mapping[str, str], file_key: str, caption_key: str):
+    """Makes the source; the arguments are those of `folder`."""
+    super().__init__('folder', splits)
+    self._path = path
+    self._captions_files = dict(splits)
+    self._keys = (file_key, caption_key)
+
+  @functools.cache
+  def _index(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+    captions_file = os.path.join(self._path, self._captions_files[split])
+    return folder_index.read(captions_file, *self._keys)
+
+  def _read(self, split, shuffle, seed, shard_info):
+    files, captions = self._index(split)
+    # Shuffling the list is cheap and complete, whatever the size of the shuffle buffer.
+    order = np.random.default_rng(seed).permutation(len(files)) if shuffle else np.arange(len(files))
+    if shard_info:
+      order = order[shard_info.index :: shard_info.num_shards]
+    dataset = tf.data.Dataset.from_tensor_slices((files[order], captions[order]))
+    return dataset.map(
+        lambda file, caption: {'picture': tf.io.read_file(file), 'caption': caption},
+        num_parallel_calls=tf.data.AUTOTUNE,
+    )
+
+  def captions(self, split):
+    """Yields the captions of a split."""
+    yield from self._index(split)[1].tolist()
+
+
+class _FilesSource(PictureSource):
+  """Several files a split, each of which holds many pictures."""
+
+  def __init__(self, name: str, path: str, splits: Mapping[str, str], read_file):
+    super().__init__(name, splits)
+    self._patterns = {split: os.path.join(path, pattern) for split, pattern in splits.items()}
+    self._files = seqio.FileDataSource(read_file, self._patterns)
+
+  def list_shards(self, split):
+    """Returns the files of a split."""
+    files = self._files.list_shards(split)
+    if not files:
+      raise UserError(
+          f'{self.name}: no file matches {self._patterns[split]!r} '
+          f'(gin: {self.name}.path, {self.name}.splits)'
+      )
+    return files
+
+  def _read(self, split, shuffle, seed, shard_info):
+    self.list_shards(split)
+    return self._files.get_dataset(split, shuffle=shuffle, seed=seed, shard_info=shard_info)
+
+
+class TFRecordSource(_FilesSource):
+  """TFRecords of tf.train.Example with an encoded picture and a caption."""
+
+  def __init__(self, path: str, splits: Mapping[str, str], image_key: str, caption_key: str):
+    """Makes the source; the arguments are those of `tfrecord`."""
+    self._keys = (image_key, caption_key)
+    missing = tf.io.FixedLenFeature([], tf.string, default_value='')
+
+    def parse(record):
+      example = tf.io.parse_single_example(record, {key: missing for key in self._keys})
+      return {'picture': example[image_key], 'caption': example[caption_key]}
+
+    def read_file(file):
+      return tf.data.TFRecordDataset(file).map(parse, num_parallel_calls=tf.data.AUTOTUNE)
+
+    super().__init__('tfrecord', path, splits, read_file)
+
+  def _read(self, split, shuffle, seed, shard_info):
+    self._check_keys(self.list_shards(split)[0])
+    return super()._read(split, shuffle, seed, shard_info)
+
+  def _check_keys(self, file: str) -> None:
+    """Compares the keys with those of the first record, where a wrong one is easily seen."""
+    try:
+      first = next(tf.data.TFRecordDataset(file).take(1).as_numpy_iterator(), None)
+      features = tf.train.Example.FromString(first).features.feature if first else None
+    except Exception as error:
+      raise UserError(f'tfrecord: {file} holds no TFRecords of tf.train.Example') from error
+    for name, key in zip(('image_key', 'caption_key'), self._keys):
+      if features is not None and features[key].WhichOneof('kind') not in (None, 'bytes_list'):
+        raise UserError(f'tfrecord: {key!r} in {file} holds numbers (gin: tfrecord.{name})')
+      if features is not None and not features[key].bytes_list.value:
+        present = ', '.join(sorted(k for k in features if features[k].WhichOneof('kind')))
+        raise UserError(
+            f'tfrecord: no {key!r} in the first record of {file}, which has {present} '
+            f'(gin: tfrecord.{name})'
+        )
+
+
+class WebDatasetSource(_FilesSource):
+  """Tar shards as img2dataset and webdataset write them."""
+
+  def __init__(self, path: str, splits: Mapping[str, str], caption_key: str):
+    """Makes the source; the arguments are those of `webdataset`."""
+
+    def read_file(file):
+      return tar_shards.dataset(file, caption_key)
+
+    super().__init__('webdataset', path, splits, read_file)
+
+
+@gin.configurable('openmoji')
+def openmoji_source(size: int | None = None, data_dir: str | None = None, image_size: int = 64):
+  """OpenMoji.
+
+  Args:
+    size: height and width in pixels at which the pictures are drawn; None for that of the run,
+      so that nothing is resized.
+    data_dir: folder of the drawn pictures; None for that of tensorflow-datasets.
+    image_size: the run's picture size, given by the caller.
+
+  Returns:
+    The source.
+  """
+  return OpenMojiSource(size or image_size, data_dir)
+
+
+@gin.configurable('folder')
+def folder_source(
+    path: str | None = None,
+    splits: Mapping[str, str] = {'train': 'captions.jsonl'},
+    file_key: str = 'file',
+    caption_key: str = 'caption',
+):
+  """A folder of pictures with captions in JSON lines.
+
+  Args:
+    path: the folder.
+    splits: captions file of each split, relative to the folder. Each line is an object with the
+      picture's file, relative to the captions file, and its caption.
+    file_key: the column of the file.
+    caption_key: the column of the caption.
+
+  Returns:
+    The source.
+  """
+  return FolderSource(_required('folder', path), splits, file_key, caption_key)
+
+
+@gin.configurable('tfrecord')
+def tfrecord_source(
+    path: str | None = None,
+    splits: Mapping[str, str] = {'train': 'train*.tfrecord*'},
+    image_key: str = 'image',
+    caption_key: str = 'caption',
+):
+  """TFRecords of tf.train.Example.
+
+  Args:
+    path: the folder of the files.
+    splits: file pattern of each split, relative to the folder.
+    image_key: the feature that holds the encoded picture.
+    caption_key: the feature that holds the caption.
+
+  Returns:
+    The source.
+  """
+  return TFRecordSource(_required('tfrecord', path), splits, image_key, caption_key)
+
+
+@gin.configurable('webdataset')
+def webdataset_source(
+    path: str | None = None,
+    splits: Mapping[str, str] = {'train': '*.tar'},
+    caption_key: str = 'caption',
+):
+  """Tar shards of pictures and captions, as img2dataset writes them.
+
+  Args:
+    path: the folder of the shards.
+    splits: file pattern of each split, relative to the folder.
+    caption_key: where a sample has no .txt file, the key of the caption in its .json file.
+
+  Returns:
+    The source.
+  """
+  return WebDatasetSource(_required('webdataset', path), splits, caption_key)
+
+
+_SOURCES = {
+    'openmoji': openmoji_source,
+    'folder': folder_source,
+    'tfrecord': tfrecord_source,
+    'webdataset': webdataset_source,
+}
+NAMES = tuple(_SOURCES)
+
+
+@gin.configurable('data')
+def chosen(source: str = 'openmoji') -> str:
+  """Returns the name of the source that gin chooses by `data.source`."""
+  if source not in _SOURCES:
+    raise UserError(f'data.source = {source!r} is unknown; there are {", ".join(_SOURCES)}')
+  return source
+
+
+def configured(name: str, image_size: int = 64) -> PictureSource:
+  """Returns the source of this name as gin configures it now.
+
+  Args:
+    name: one of `NAMES`.
+    image_size: the size at which OpenMoji draws its pictures unless `openmoji.size` says another.
+
+  Returns:
+    The source.
+
+  Raises:
+    UserError: its path is not set.
+  """
+  if name == 'openmoji':
+    return openmoji_source(image_size=image_size)
+  return _SOURCES[name]()
+
+
+def _required(name: str, path: str | None) -> str:
+  if path is None:
+    raise UserError(f"{name}.path is not set; give --gin.{name}.path=\"'FOLDER'\"")
+  return path

@@ -1,0 +1,170 @@
+"""seqio tasks: captions and pictures from a source, ready for a model.
+
+| task | features before the converter | trains |
+|---|---|---|
+| `SOURCE_images` | images | the image tokenizer |
+| `SOURCE_pairs` | inputs, images | the ranker, super-resolution; a generator without a cache |
+| `openmoji_tokens`, `cached_tokens` | inputs, targets | Parti, from the token cache |
+
+SOURCE is openmoji, folder, tfrecord or webdataset. `images` and `pairs` alone mean the source that
+gin chooses by `data.source`, so that a run takes its data from another place when it includes
+another file of gin_configs/tasks/.
+
+Features: 'inputs' int32 [text_length], token ids of the caption; 'images' uint8 [size, size, 3];
+'targets' int32 [image_length], the codes of the image tokens in raster order.
+"""
+
+import functools
+import os
+from collections.abc import Iterator
+
+import gin
+import numpy as np
+from absl import logging
+
+import parti_jax
+from parti_jax.data import decoding, preprocessors, sources, tally, token_cache
+from parti_jax.data.quiet_tensorflow import seqio, tf
+from parti_jax.data.vocabulary import EOS_ID, TextVocabulary
+from parti_jax.errors import UserError
+
+TOKEN_TASKS = ('openmoji_tokens', 'cached_tokens')
+
+
+@gin.configurable('vocabulary')
+def get_vocabulary(path: str | None = None) -> TextVocabulary:
+  """Returns the text vocabulary of the run; None is the one that comes with the demo model."""
+  demo = os.path.join(os.path.dirname(parti_jax.__file__), 'demo', 'vocabulary.model')
+  return _load_vocabulary(path or demo)
+
+
+@functools.cache
+def _load_vocabulary(path: str) -> TextVocabulary:
+  return TextVocabulary(path)
+
+
+def get_task(name: str, image_size: int = 64) -> seqio.Task | seqio.Mixture:
+  """Returns a task as gin configures it now, and registers it with seqio under its name.
+
+  Tasks of this module are made anew at each call, since the registry is older than gin's files.
+
+  Args:
+    name: a task of this module (see above), or any task or mixture in seqio's registry.
+    image_size: the run's picture size in pixels, at which OpenMoji is drawn.
+
+  Returns:
+    The task or mixture.
+
+  Raises:
+    UserError: there is no such task, or its data can't be found.
+  """
+  if name in TOKEN_TASKS:
+    task = _tokens_task(name)
+  elif _split_name(name):
+    task = _pictures_task(*_split_name(name), image_size)
+  elif name in seqio.TaskRegistry.names() or name in seqio.MixtureRegistry.names():
+    return seqio.get_mixture_or_task(name)
+  else:
+    known = [f'{source}_{kind}' for source in sources.NAMES for kind in ('images', 'pairs')]
+    raise UserError(f'unknown task {name!r}; there are {", ".join([*known, *TOKEN_TASKS])}')
+  if task.name in seqio.TaskRegistry.names():
+    seqio.TaskRegistry.remove(task.name)
+  seqio.TaskRegistry.add_provider(task.name, task)
+  return task
+
+
+def _split_name(name: str) -> tuple[str, str] | None:
+  """Splits 'folder_pairs' into source and kind; None for the names of other tasks."""
+  source, _, kind = name.rpartition('_')
+  if kind not in ('images', 'pairs') or (source and source not in sources.NAMES):
+    return None
+  return source or sources.chosen(), kind
+
+
+def _pictures_task(source_name: str, kind: str, image_size: int) -> seqio.Task:
+  source = sources.configured(source_name, image_size)
+  features = {'images': _feature(size=256, dtype=tf.uint8, rank=3)}
+  steps = [preprocessors.decode_images]
+  if kind == 'pairs':
+    vocabulary = get_vocabulary()
+    features['inputs'] = _feature(vocabulary.size, eos_id=EOS_ID)
+    steps = _text_steps(vocabulary) + steps
+  return seqio.Task(
+      f'{source_name}_{kind}', source, features, steps, shuffle_buffer_size=None
+  )
+
+
+def _tokens_task(name: str) -> seqio.Task:
+  source = token_cache.configured_source()
+  vocabulary = get_vocabulary()
+  features = {
+      'inputs': _feature(vocabulary.size, eos_id=EOS_ID),
+      'targets': _feature(source.info['codebook_size']),
+  }
+  return seqio.Task(name, source, features, _text_steps(vocabulary), shuffle_buffer_size=None)
+
+
+def _text_steps(vocabulary: TextVocabulary) -> list:
+  return [
+      functools.partial(preprocessors.tokenize_captions, vocabulary=vocabulary),
+      functools.partial(preprocessors.drop_text, vocabulary=vocabulary),
+  ]
+
+
+def _feature(size: int, eos_id: int | None = None, **kwargs) -> seqio.Feature:
+  # The preprocessors have made ids already; seqio only needs to know their range.
+  vocabulary = seqio.PassThroughVocabulary(size, eos_id=eos_id)
+  return seqio.Feature(vocabulary, add_eos=False, **kwargs)
+
+
+def source_name(task_or_source: str | None = None) -> str:
+  """Returns the source behind a task's or source's name; None is the one that gin chooses."""
+  if task_or_source is None:
+    return sources.chosen()
+  if task_or_source in sources.NAMES:
+    return task_or_source
+  if split := _split_name(task_or_source):
+    return split[0]
+  raise UserError(f'{task_or_source!r} is no source of pictures: {", ".join(sources.NAMES)}')
+
+
+def pictures_and_captions(
+    task_or_source: str | None, split: str, size: int
+) -> Iterator[tuple[str, np.ndarray]]:
+  """Yields the captions and pictures of a split in order, once.
+
+  Pictures that can't be decoded and examples without a caption are left out; a warning at the end
+  counts them.
+
+  Args:
+    task_or_source: 'openmoji', 'folder_pairs', 'pairs' ...; None for the source that gin chooses.
+    split: the split.
+    size: height and width in pixels.
+
+  Yields:
+    (caption, picture uint8 [size, size, 3]).
+
+  Raises:
+    UserError: the source can't be read, or has no usable example.
+  """
+  name = source_name(task_or_source)
+  reading = tally.Reading()
+  with tally.reading(reading):
+    dataset = sources.configured(name, size).get_dataset(split, shuffle=False)
+  count = 0
+  for example in dataset.prefetch(64).as_numpy_iterator():
+    caption = example['caption'].decode('utf-8', errors='replace').strip()
+    try:
+      picture = decoding.decode(example['picture'], size)
+    except decoding.UndecodablePicture as error:
+      reading.skipped.add(str(error))
+      continue
+    if not caption:
+      reading.skipped.add('no caption')
+      continue
+    count += 1
+    yield caption, picture
+  if not count:
+    raise UserError(f'{name} has no usable example in split {split!r}; skipped {reading.skipped}')
+  if reading.skipped.counts():
+    logging.warning('%s, %s: read %d, skipped %s', name, split, count, reading.skipped)

@@ -1,0 +1,235 @@
+"""The token cache: captions with the image tokens that a frozen tokenizer gave their pictures.
+
+A folder with TFRecord shards `SPLIT-00000.tfrecord` ... and `info.json`:
+
+  {"codebook_size": 8192, "image_tokens": 1024, "tokenizer": "9f8e...",
+   "splits": {"train": {"examples": 3588, "shards": 1}}}
+
+A split is in `info.json` only when all its shards are in place.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+
+import gin
+import numpy as np
+
+from parti_jax.data.quiet_tensorflow import seqio, tf
+from parti_jax.data.sources import shuffled
+from parti_jax.errors import UserError
+
+EXAMPLES_PER_SHARD = 16_384
+_INFO_KEYS = ('codebook_size', 'image_tokens', 'tokenizer')
+_HOW_TO_MAKE = '`parti-jax tokenize` makes it'
+
+
+def write_token_cache(
+    folder: str, examples: Iterable[tuple[str, np.ndarray]], info: dict, split: str = 'train'
+) -> int:
+  """Writes a split of a token cache; the split is there when all of it is.
+
+  Args:
+    folder: the cache's folder; made if need be. Other splits in it stay as they are.
+    examples: captions and their image tokens, int32 [image_tokens], each in [0, codebook_size).
+    info: 'codebook_size' (int), 'image_tokens' (int) and 'tokenizer' (str, a fingerprint of the
+      tokenizer's weights); more entries are kept with them.
+    split: the split's name.
+
+  Returns:
+    The number of examples.
+
+  Raises:
+    UserError: the folder holds tokens of another tokenizer, or can't be written.
+    ValueError: tokens do not fit `info`, or an entry of `info` is missing.
+  """
+  missing = [key for key in _INFO_KEYS if key not in info]
+  if missing:
+    raise ValueError(f'info lacks {", ".join(missing)}')
+  unfinished = os.path.join(folder, f'.{split}.unfinished')
+  try:
+    splits = _other_splits(folder, info, split)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    os.makedirs(unfinished)
+    try:
+      count = _write_shards(unfinished, examples, info)
+      _put_in_place(folder, unfinished, split, info, splits, count)
+    finally:
+      shutil.rmtree(unfinished, ignore_errors=True)
+  except OSError as error:
+    raise UserError(f'the token cache {folder} cannot be written: {error.strerror}') from error
+  return count
+
+
+def read_info(folder: str) -> dict:
+  """Reads the `info.json` of a token cache.
+
+  Args:
+    folder: the cache's folder.
+
+  Returns:
+    Its entries: 'codebook_size', 'image_tokens', 'tokenizer', 'splits' (split -> {'examples',
+    'shards'}) and what else the writer added.
+
+  Raises:
+    UserError: the folder is missing, or holds no finished cache.
+  """
+  path = os.path.join(folder, 'info.json')
+  if not tf.io.gfile.exists(path):
+    what = 'is not finished' if tf.io.gfile.exists(folder) else 'does not exist'
+    raise UserError(f'the token cache {folder} {what}; {_HOW_TO_MAKE} (gin: token_cache.path)')
+  try:
+    with tf.io.gfile.GFile(path) as file:
+      info = json.load(file)
+  except ValueError as error:
+    raise UserError(f'{path} is damaged; {_HOW_TO_MAKE} anew') from error
+  missing = [key for key in (*_INFO_KEYS, 'splits') if key not in info]
+  if missing:
+    raise UserError(f'{path} lacks {", ".join(missing)}; {_HOW_TO_MAKE} anew')
+  return info
+
+
+class TokenCacheSource(seqio.DataSource):
+  """The token cache as a seqio source of {'caption': tf.string [], 'targets': int32 [tokens]}."""
+
+  supports_arbitrary_sharding = True
+
+  def __init__(self, path: str):
+    """Opens a token cache.
+
+    Args:
+      path: its folder.
+
+    Raises:
+      UserError: see `read_info`.
+    """
+    self.info = read_info(path)
+    self.name = f'the token cache {path}'
+    self._path = path
+    super().__init__(
+        splits=tuple(self.info['splits']),
+        num_input_examples={k: v['examples'] for k, v in self.info['splits'].items()},
+        caching_permitted=False,
+        performs_internal_shuffling=True,
+    )
+
+  def list_shards(self, split):
+    """Returns the files of a split."""
+    if split not in self.splits:
+      raise UserError(
+          f'{self.name} has no finished split {split!r}; it has {", ".join(self.splits) or "none"}; '
+          f'{_HOW_TO_MAKE} (--split={split})'
+      )
+    count = self.info['splits'][split]['shards']
+    files = [os.path.join(self._path, _shard_name(split, index)) for index in range(count)]
+    lost = [file for file in files if not tf.io.gfile.exists(file)]
+    if lost:
+      raise UserError(f'{lost[0]} is missing from {self.name}; {_HOW_TO_MAKE} anew')
+    return files
+
+  def get_dataset(
+      self, split='train', shuffle=True, seed=None, shard_info=None, **unused_seqio_arguments
+  ):
+    """Reads a split; see `parti_jax.data.sources.PictureSource.get_dataset`."""
+    features = {
+        'caption': tf.io.FixedLenFeature([], tf.string),
+        'targets': tf.io.FixedLenFeature([self.info['image_tokens']], tf.int64),
+    }
+
+    def parse(record):
+      example = tf.io.parse_single_example(record, features)
+      return {**example, 'targets': tf.cast(example['targets'], tf.int32)}
+
+    dataset = tf.data.TFRecordDataset(self.list_shards(split))
+    if shard_info:
+      dataset = dataset.shard(shard_info.num_shards, shard_info.index)
+    if shuffle:
+      dataset = shuffled(dataset, seed)
+    return dataset.map(parse, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+@gin.configurable('token_cache')
+def configured_source(path: str | None = None) -> TokenCacheSource:
+  """Returns the token cache in the folder `token_cache.path`."""
+  if path is None:
+    raise UserError(
+        "token_cache.path is not set; give --gin.token_cache.path=\"'FOLDER'\"; " + _HOW_TO_MAKE
+    )
+  return TokenCacheSource(path)
+
+
+def _shard_name(split: str, index: int) -> str:
+  return f'{split}-{index:05d}.tfrecord'
+
+
+def _other_splits(folder: str, info: dict, split: str) -> dict:
+  """Returns the finished splits that stay, after checking that they are of the same tokenizer."""
+  if not os.path.exists(os.path.join(folder, 'info.json')):
+    return {}
+  present = read_info(folder)
+  splits = {name: value for name, value in present['splits'].items() if name != split}
+  for key in _INFO_KEYS:
+    if splits and present[key] != info[key]:
+      raise UserError(
+          f'the token cache {folder} holds {", ".join(splits)} with {key} {present[key]}, not '
+          f'{info[key]}; choose another folder or remove it'
+      )
+  return splits
+
+
+def _write_shards(folder: str, examples, info: dict) -> int:
+  """Writes examples to shards in `folder` and returns how many there are."""
+  count, writer = 0, None
+  try:
+    for caption, tokens in examples:
+      if count % EXAMPLES_PER_SHARD == 0:
+        if writer:
+          writer.close()
+        name = _shard_name('shard', count // EXAMPLES_PER_SHARD)
+        writer = tf.io.TFRecordWriter(os.path.join(folder, name))
+      writer.write(_serialize(caption, np.asarray(tokens), info))
+      count += 1
+  finally:
+    if writer:
+      writer.close()
+  if not count:
+    raise UserError('there is no example to write to the token cache')
+  return count
+
+
+def _serialize(caption: str, tokens: np.ndarray, info: dict) -> bytes:
+  """Returns an example as a serialised tf.train.Example, after checking its tokens."""
+  if tokens.shape != (info['image_tokens'],):
+    raise ValueError(f'tokens have the shape {tokens.shape}, not ({info["image_tokens"]},)')
+  if tokens.min() < 0 or tokens.max() >= info['codebook_size']:
+    raise ValueError(
+        f'tokens lie in {tokens.min()} to {tokens.max()}, not in a codebook of '
+        f'{info["codebook_size"]}'
+    )
+  feature = {
+      'caption': tf.train.Feature(bytes_list=tf.train.BytesList(value=[caption.encode()])),
+      'targets': tf.train.Feature(int64_list=tf.train.Int64List(value=tokens.tolist())),
+  }
+  return tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString()
+
+
+def _put_in_place(folder, unfinished, split, info, splits, count) -> None:
+  """Moves complete shards into the cache; the split is out of `info.json` meanwhile."""
+  shards = -(-count // EXAMPLES_PER_SHARD)
+  _write_info(folder, {**info, 'splits': splits})
+  for name in os.listdir(folder):
+    if name.startswith(f'{split}-') and name.endswith('.tfrecord'):
+      os.remove(os.path.join(folder, name))
+  for index in range(shards):
+    source = os.path.join(unfinished, _shard_name('shard', index))
+    os.replace(source, os.path.join(folder, _shard_name(split, index)))
+  added = {split: {'examples': count, 'shards': shards}}
+  _write_info(folder, {**info, 'splits': {**splits, **added}})
+
+
+def _write_info(folder: str, info: dict) -> None:
+  path = os.path.join(folder, 'info.json')
+  with open(f'{path}.unfinished', 'w', encoding='utf-8') as file:
+    json.dump(info, file, indent=2)
+  os.replace(f'{path}.unfinished', path)
