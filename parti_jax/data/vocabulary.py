@@ -87,9 +87,9 @@ class TextVocabulary:
     pieces = self._processor.encode(text, out_type=str)
     return padded, ''.join(pieces[len(kept) :]).replace(_WORD_START, ' ').strip()
 
-  def num_tokens(self, text: str) -> int:
-    """Counts the tokens of a text, the EOS included."""
-    return len(self._processor.encode(text)) + 1
+  def encode_whole(self, text: str) -> list[int]:
+    """Encodes a text in as many ids as it takes, the EOS at the end included."""
+    return [*self._processor.encode(text), EOS_ID]
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
     """Returns the text of ids, up to the first EOS; padding is left out."""
