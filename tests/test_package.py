@@ -2,8 +2,10 @@
 
 import ast
 import configparser
+import importlib.metadata
 import importlib.util
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -12,6 +14,7 @@ import pytest
 import parti_jax
 from parti_jax import config
 from parti_jax import main
+from parti_jax import optional_packages
 
 PACKAGE = pathlib.Path(parti_jax.__file__).parent
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -71,6 +74,37 @@ def test_imports_run_one_way(path):
                          ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_models_and_sampling_know_no_tensorflow(path):
   assert not {name.split('.')[0] for name in _imports(path)} & _TENSORFLOW
+
+
+def _requirements(extra):
+  """Returns the distributions that setup.cfg names for everybody, or for an extra."""
+  setup = configparser.ConfigParser()
+  setup.read(REPOSITORY / 'setup.cfg')
+  lines = (setup['options.extras_require'][extra] if extra
+           else setup['options']['install_requires']).splitlines()
+  return {re.split(r'[\[<>= ]', line)[0].lower().replace('_', '-')
+          for line in lines if line.strip() and not line.startswith('#')}
+
+
+@pytest.mark.parametrize('path', _modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_every_import_is_of_a_declared_package(path):
+  declared = _requirements(None)
+  if _part(path) in ('data', 'training', 'evaluation'):
+    declared |= _requirements('data')
+  owners = importlib.metadata.packages_distributions()
+  for name in {name.split('.')[0] for name in _imports(path)} - {'parti_jax'}:
+    if name not in sys.stdlib_module_names:
+      found = {owner.lower().replace('_', '-') for owner in owners.get(name, [])}
+      assert found & declared, f'{name} is not among the requirements in setup.cfg'
+
+
+def test_optional_packages_are_the_extras():
+  owners = importlib.metadata.packages_distributions()
+  for package, extra in optional_packages.EXTRAS.items():
+    if extra == 'data':
+      found = {owner.lower().replace('_', '-') for owner in owners[package]}
+      assert found & _requirements(extra), package
+      assert not found & _requirements(None), package
 
 
 @pytest.mark.parametrize('name', ['parti_jax', 'parti_jax.main', 'parti_jax.config'])
