@@ -1,0 +1,41 @@
+"""Model FLOPs: what the networks' matrix products cost, without recomputation.
+
+A product of [m, k] and [k, n] counts 2·m·k·n; attention counts the whole square of positions
+(as PaLM, appendix B); norms, softmax and embeddings look-ups do not count. A training step
+costs three forward passes.
+"""
+
+from __future__ import annotations
+
+from parti_jax.models import parti_config
+from parti_jax.models import vit_vqgan
+
+
+def encoder_forward(layers: int, width: int, mlp_width: int, length: int) -> int:
+  """FLOPs of one sequence through an encoder stack."""
+  projections = 2 * length * (4 * width ** 2 + 2 * width * mlp_width)
+  return layers * (projections + 4 * length ** 2 * width)
+
+
+def parti_forward(config: parti_config.PartiConfig) -> int:
+  """FLOPs of one text and its image tokens through Parti."""
+  width, text, image = config.width, config.text_length, config.image_length
+  projections = 2 * image * (6 * width ** 2 + 2 * width * config.mlp_width)
+  memory = 2 * text * 2 * width ** 2
+  attention = 4 * image * (image + text) * width
+  decoder = config.decoder_layers * (projections + memory + attention)
+  logits = 2 * image * width * config.codebook_size
+  encoder = encoder_forward(config.encoder_layers, width, config.mlp_width, text)
+  return encoder + decoder + logits
+
+
+def tokenizer_forward(config: vit_vqgan.ViTVQGANConfig) -> int:
+  """FLOPs of one picture through the encoder, the quantizer and the decoder of ViT-VQGAN."""
+  length, patch = config.image_length, config.patch_size ** 2
+  total = 2 * length * config.codebook_size * config.code_dim
+  for channels, side in ((3, 'encoder'), (6, 'decoder')):
+    width, mlp_width = getattr(config, f'{side}_width'), getattr(config, f'{side}_mlp_width')
+    total += encoder_forward(getattr(config, f'{side}_layers'), width, mlp_width, length)
+    total += 2 * length * (patch * channels * width + width * mlp_width
+                           + mlp_width * config.code_dim)
+  return total

@@ -1,0 +1,141 @@
+"""One table that binds logical axes to mesh axes, and the shardings that follow from it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+
+import flax.linen as nn
+import gin
+import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+
+from parti_jax import errors
+
+# Logical axis -> mesh axis or axes; an axis that is not listed is not split.
+LOGICAL_AXIS_RULES = (
+    ('activation_batch', ('data', 'fsdp')),
+    ('activation_heads', 'tensor'),
+    ('activation_mlp', 'tensor'),
+    ('activation_vocab', 'tensor'),
+    ('embed', 'fsdp'),
+    ('heads', 'tensor'),
+    ('mlp', 'tensor'),
+    ('vocab', 'tensor'),
+)
+
+
+@gin.configurable
+def logical_axis_rules(rules=LOGICAL_AXIS_RULES):
+  """The table in use; gin may replace it (`logical_axis_rules.rules = (...)`)."""
+  return tuple((name, tuple(axes) if isinstance(axes, (list, tuple)) else axes)
+               for name, axes in rules)
+
+
+@contextlib.contextmanager
+def partitioned(mesh, rules):
+  """A context in which the models' logical axis names are bound to `mesh` by `rules`."""
+  with mesh, nn.logical_axis_rules(rules):
+    yield
+
+
+def batch_sharding(mesh, rules) -> NamedSharding:
+  """The sharding of an array whose first axis is the batch."""
+  axes = dict(rules).get('activation_batch')
+  return NamedSharding(mesh, PartitionSpec(axes))
+
+
+def check_batch(batch_size: int, mesh, rules, name: str):
+  """Raises UserError unless the devices that split the batch divide it; `name` is the key."""
+  ways = _ways(mesh, dict(rules).get('activation_batch'))
+  if batch_size % ways:
+    raise errors.UserError(
+        f'{name}={batch_size} is not divisible by the {ways} ways that the mesh '
+        f'{dict(mesh.shape)} splits a batch; choose a multiple of {ways}')
+
+
+def parameter_shardings(boxed, mesh, rules):
+  """Shardings of parameters from their logical axis names.
+
+  Args:
+    boxed: abstract parameters as `jax.eval_shape(model.init, ...)` gives them.
+    mesh: the device mesh.
+    rules: of `logical_axis_rules`.
+
+  Returns:
+    A tree of NamedSharding with the structure of the unboxed parameters.
+
+  Raises:
+    UserError: if a mesh axis does not divide the dimension that it splits.
+  """
+  specs = nn.logical_to_mesh(nn.get_partition_spec(boxed), rules)
+  shapes = nn.meta.unbox(boxed)
+
+  def sharding(path, shape, spec):
+    _check_divisible(path, shape.shape, spec, mesh)
+    return NamedSharding(mesh, spec)
+
+  return jax.tree_util.tree_map_with_path(sharding, shapes, specs)
+
+
+def optimizer_shardings(optimizer_state, parameters, shardings, mesh):
+  """Shardings of an optimiser's state: each moment follows its parameter.
+
+  A factored second moment (Adafactor) lacks one axis of its parameter and keeps the
+  sharding of the others; whatever else there is, such as counters, is replicated.
+
+  Args:
+    optimizer_state: abstract state of an optax transformation.
+    parameters: abstract parameters, unboxed.
+    shardings: of `parameter_shardings`.
+    mesh: the device mesh.
+
+  Returns:
+    A tree of NamedSharding with the structure of `optimizer_state`.
+  """
+  known = {}
+  for (path, leaf), sharding in zip(
+      jax.tree_util.tree_leaves_with_path(parameters), jax.tree.leaves(shardings)):
+    known[_names(path)] = (leaf.shape, sharding.spec)
+  replicated = NamedSharding(mesh, PartitionSpec())
+
+  def sharding(path, leaf):
+    names = _names(path)
+    for start in range(len(names)):
+      if names[start:] in known:
+        shape, spec = known[names[start:]]
+        spec = _spec_of_moment(leaf.shape, shape, spec)
+        return replicated if spec is None else NamedSharding(mesh, spec)
+    return replicated
+
+  return jax.tree_util.tree_map_with_path(sharding, optimizer_state)
+
+
+def _spec_of_moment(shape, parameter_shape, spec):
+  spec = tuple(spec) + (None,) * (len(parameter_shape) - len(spec))
+  if shape == parameter_shape:
+    return PartitionSpec(*spec)
+  for axis in range(len(parameter_shape)):
+    if shape == parameter_shape[:axis] + parameter_shape[axis + 1:]:
+      return PartitionSpec(*(spec[:axis] + spec[axis + 1:]))
+  return None
+
+
+def _names(path):
+  return tuple(str(getattr(key, 'key', getattr(key, 'name', getattr(key, 'idx', key))))
+               for key in path)
+
+
+def _ways(mesh, axes) -> int:
+  axes = (axes,) if isinstance(axes, str) else (axes or ())
+  return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def _check_divisible(path, shape, spec, mesh):
+  for dimension, axes in zip(shape, spec):
+    ways = _ways(mesh, axes)
+    if dimension % ways:
+      raise errors.UserError(
+          f'parameter {"/".join(_names(path))} of shape {shape}: the mesh axis {axes!r} of size '
+          f'{ways} does not divide its dimension {dimension}; choose another mesh or width')
