@@ -1,0 +1,165 @@
+"""Orbax checkpoints of a run: its state, its place in the data, and what model it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+import jax
+import orbax.checkpoint as ocp
+
+from parti_jax import errors
+
+
+class Checkpoints:
+  """The checkpoints in `model_dir/checkpoints`, written asynchronously, the last few kept.
+
+  Args:
+    model_dir: the run's folder.
+    keep: how many checkpoints stay.
+  """
+
+  def __init__(self, model_dir, keep: int = 2):
+    self.directory = pathlib.Path(model_dir).absolute() / 'checkpoints'
+    self._manager = ocp.CheckpointManager(
+        self.directory,
+        options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
+        item_names=('state', 'data', 'model'))
+
+  def latest_step(self) -> int | None:
+    return self._manager.latest_step()
+
+  def save(self, step: int, state, data: dict, model: dict):
+    """Starts writing a checkpoint; it counts only once it is whole.
+
+    Args:
+      step: steps done.
+      state: a TrainState.
+      data: the place in the data, of `Batches.state()`.
+      model: of `describe`.
+    """
+    self._manager.save(step, args=ocp.args.Composite(
+        state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data),
+        model=ocp.args.JsonSave(model)))
+
+  def restore(self, step: int, abstract, model: dict):
+    """Reads a checkpoint onto the mesh of `abstract`.
+
+    Args:
+      step: which one.
+      abstract: a TrainState of shapes and shardings.
+      model: what the checkpoint must be of, as `describe` gives it.
+
+    Returns:
+      The state and the place in the data.
+
+    Raises:
+      UserError: if the checkpoint is of another configuration; names what differs.
+    """
+    path = self.directory / str(step)
+    check_same_model(path, read_model(path), model)
+    check_same_shapes(path, abstract)
+    restored = self._manager.restore(step, args=ocp.args.Composite(
+        state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()))
+    return restored['state'], restored['data']
+
+  def close(self):
+    """Waits until what was started is written."""
+    self._manager.wait_until_finished()
+    self._manager.close()
+
+
+def describe(stage) -> dict:
+  """A stage's name and its model's sizes, as they stand in a checkpoint."""
+  return {'stage': stage.name, 'config': dataclasses.asdict(stage.model)}
+
+
+def latest_checkpoint(model_dir) -> pathlib.Path:
+  """Folder of a run's newest whole checkpoint.
+
+  Raises:
+    UserError: if the run's folder is missing or holds no whole checkpoint.
+  """
+  directory = pathlib.Path(model_dir).absolute() / 'checkpoints'
+  if not directory.is_dir():
+    raise errors.UserError(
+        f'{model_dir}: no training run there (no folder {directory.name}); give the --model_dir '
+        'of a run')
+  steps = ocp.utils.checkpoint_steps(directory)
+  if not steps:
+    raise errors.UserError(f'{model_dir}: holds no finished checkpoint yet; train until the '
+                           'first one is written (train.checkpoint_every)')
+  return directory / str(max(steps))
+
+
+def read_model(path: pathlib.Path) -> dict:
+  """What model a checkpoint is of: the dict that `describe` gave.
+
+  Raises:
+    UserError: if the checkpoint is unfinished or not one of this package.
+  """
+  try:
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+      return checkpointer.restore(path / 'model')
+  except (FileNotFoundError, ValueError, KeyError) as error:
+    raise errors.UserError(f'{path}: not a finished checkpoint of this package; '
+                           'remove the folder or choose another one') from error
+
+
+def read_params(path: pathlib.Path, abstract):
+  """A checkpoint's parameters alone, without the optimiser's state.
+
+  Args:
+    path: a checkpoint's folder, of `latest_checkpoint`.
+    abstract: the parameters' shapes, unboxed, with or without shardings.
+
+  Returns:
+    The parameters.
+
+  Raises:
+    UserError: if parameters differ from `abstract`.
+  """
+  check_same_shapes(path, {'params': abstract})
+  handler = ocp.PyTreeCheckpointHandler()
+  with ocp.Checkpointer(handler) as checkpointer:
+    return checkpointer.restore(path / 'state', args=ocp.args.PyTreeRestore(
+        item={'params': abstract}, partial_restore=True,
+        restore_args=ocp.checkpoint_utils.construct_restore_args({'params': abstract})))['params']
+
+
+def check_same_model(path, saved: dict, wanted: dict):
+  """Raises UserError that names the settings in which two models differ."""
+  if saved['stage'] != wanted['stage']:
+    raise errors.UserError(f'{path}: a checkpoint of the stage {saved["stage"]!r}, not of '
+                           f'{wanted["stage"]!r}; choose another --model_dir')
+  free = ('dropout', 'dtype', 'remat', 'unroll', 'commitment')
+  plain = lambda value: list(value) if isinstance(value, (tuple, list)) else value
+  differing = [
+      f'{key} is {saved["config"].get(key)} there and {value} here'
+      for key, value in wanted['config'].items()
+      if key not in free and plain(saved['config'].get(key)) != plain(value)]
+  if differing:
+    raise errors.UserError(f'{path}: of another configuration: {"; ".join(differing)}; train in '
+                           'another --model_dir, or set the model back')
+
+
+def check_same_shapes(path, abstract):
+  """Raises UserError that names parameters that are missing, unknown or of another shape."""
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    metadata = checkpointer.metadata(path / 'state').item_metadata
+  saved = _shapes(metadata.tree if hasattr(metadata, 'tree') else metadata)
+  wanted = _shapes(abstract)
+  differing = [f'{name} {saved.get(name, "missing")} instead of {shape}'
+               for name, shape in wanted.items() if saved.get(name) != shape]
+  differing += [f'{name} {shape} is not in this configuration' for name, shape in saved.items()
+                if name.startswith('params/') and name not in wanted]
+  if differing:
+    more = f' and {len(differing) - 5} more' if len(differing) > 5 else ''
+    raise errors.UserError(f'{path}: does not fit this configuration: '
+                           f'{"; ".join(differing[:5])}{more}')
+
+
+def _shapes(tree) -> dict[str, tuple[int, ...]]:
+  flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: hasattr(leaf, 'shape'))
+  name = lambda key: str(getattr(key, 'key', getattr(key, 'name', getattr(key, 'idx', key))))
+  return {'/'.join(name(key) for key in path): tuple(leaf.shape) for path, leaf in flat}

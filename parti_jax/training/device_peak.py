@@ -1,0 +1,41 @@
+"""The peak FLOP/s of a device, for the share of it that training reaches."""
+
+from __future__ import annotations
+
+import time
+
+import jax
+import jax.numpy as jnp
+
+# Dense bfloat16 FLOP/s of one device as jax counts devices, from the vendors' data sheets.
+PEAKS = {
+    'TPU v2': 22.5e12, 'TPU v3': 61.5e12, 'TPU v4': 275e12, 'TPU v5 lite': 197e12,
+    'TPU v5': 459e12, 'TPU v6 lite': 918e12, 'TPU7x': 1153e12,
+    'NVIDIA A100': 312e12, 'NVIDIA H100': 989e12, 'NVIDIA H200': 989e12,
+}
+
+
+def device_peak(device, dtype=jnp.float32) -> float:
+  """Peak FLOP/s of one device.
+
+  Args:
+    device: a jax device.
+    dtype: of the computation where the peak is measured.
+
+  Returns:
+    The data sheet's bfloat16 figure where the device is known; else the best of five products
+    of 1024×1024 matrices of `dtype` on it, over the devices that share its host's processor.
+  """
+  for kind, peak in sorted(PEAKS.items(), key=lambda item: -len(item[0])):
+    if device.device_kind.startswith(kind):
+      return peak
+  x = jax.device_put(jnp.ones((1024, 1024), dtype), device)
+  product = jax.jit(jnp.matmul)
+  product(x, x).block_until_ready()
+  best = float('inf')
+  for _ in range(5):
+    start = time.perf_counter()
+    product(x, x).block_until_ready()
+    best = min(best, time.perf_counter() - start)
+  sharing = len(jax.local_devices()) if device.platform == 'cpu' else 1
+  return 2 * 1024 ** 3 / best / sharing

@@ -1,0 +1,87 @@
+"""Training Parti: the next image token from text and earlier tokens (Parti, section 3)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import gin
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from parti_jax.models import flops
+from parti_jax.models import parti
+from parti_jax.models import parti_config
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class GeneratorStage:
+  """Cross entropy of image tokens, and samples for fixed prompts.
+
+  Attributes:
+    model: sizes of the text encoder and the image-token decoder.
+  """
+
+  model: parti_config.PartiConfig
+
+  name = 'generator'
+  compute_dtype = property(lambda self: self.model.compute_dtype)
+
+  def feature_lengths(self) -> dict[str, int]:
+    return {'inputs': self.model.text_length, 'targets': self.model.image_length}
+
+  def init(self, rng):
+    """Parameters with their logical axis names."""
+    return parti.Parti(self.model).init(rng, *parti.example_inputs(self.model))['params']
+
+  def initial_statistics(self):
+    """Nothing is carried besides parameters."""
+    return {}
+
+  def loss(self, params, batch, rng):
+    """The mean cross entropy of image tokens, with dropout.
+
+    Args:
+      params: of `init`.
+      batch: 'encoder_input_tokens' int32 [batch, text_length], 'decoder_target_tokens' int32
+        [batch, image_length], 'decoder_loss_weights' float32 [batch, image_length].
+      rng: key of the dropout masks.
+
+    Returns:
+      float32 [] and a dict with 'metrics' (scalars).
+    """
+    losses, hits = self._losses(params, batch, rng)
+    weights = batch['decoder_loss_weights']
+    total = jnp.maximum(jnp.sum(weights), 1.0)
+    loss = jnp.sum(losses * weights) / total
+    return loss, {'metrics': {'token_accuracy': jnp.sum(hits * weights) / total}}
+
+  def after_step(self, params, statistics, aux, step, rng):
+    """Nothing to do after an update."""
+    del aux, step, rng
+    return params, statistics, {}
+
+  def evaluate(self, params, batch):
+    """Measures of each example without dropout: 'loss' and 'token_accuracy' [batch]."""
+    losses, hits = self._losses(params, batch, None)
+    return {'loss': jnp.mean(losses, axis=1), 'token_accuracy': jnp.mean(hits, axis=1)}
+
+  def summarize(self, measures: dict[str, np.ndarray]) -> dict[str, float]:
+    """Means over examples."""
+    return {name: float(values.mean()) for name, values in measures.items()}
+
+  def step_flops(self, batch_size: int) -> int:
+    """Model FLOPs of a training step."""
+    return 3 * batch_size * flops.parti_forward(self.model)
+
+  def _losses(self, params, batch, rng):
+    rngs = {} if rng is None else {'dropout': rng}
+    logits = parti.Parti(self.model).apply(
+        {'params': params}, batch['encoder_input_tokens'], batch['decoder_target_tokens'],
+        deterministic=rng is None, rngs=rngs)
+    targets = batch['decoder_target_tokens']
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    hits = (jnp.argmax(jax.lax.stop_gradient(logits), axis=-1) == targets).astype(jnp.float32)
+    return losses, hits

@@ -1,0 +1,95 @@
+"""What a run shows: a progress bar or plain lines, TensorBoard metrics, picture grids."""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+
+import jax
+import numpy as np
+import tqdm
+
+
+class Reporter:
+  """Metrics and pictures of a run, written by the first process alone.
+
+  Args:
+    model_dir: the run's folder; events go to `tensorboard/`, pictures to `pictures/`.
+    steps: where training ends.
+    step: where it begins.
+  """
+
+  def __init__(self, model_dir, steps: int, step: int):
+    self._leads = jax.process_index() == 0
+    self._directory = pathlib.Path(model_dir)
+    self._bar = None
+    if not self._leads:
+      return
+    self._writer = _tensorboard_writer(self._directory / 'tensorboard')
+    if sys.stderr.isatty():
+      self._bar = tqdm.tqdm(total=steps, initial=step, unit='step', dynamic_ncols=True)
+
+  def say(self, line: str):
+    """Prints a line beside the progress bar."""
+    if self._leads:
+      tqdm.tqdm.write(line, file=sys.stderr)
+
+  def advance(self, step: int):
+    """Moves the progress bar to `step`."""
+    if self._bar is not None:
+      self._bar.update(step - self._bar.n)
+
+  def metrics(self, step: int, values: dict[str, float]):
+    """Writes scalars and shows them."""
+    if not self._leads:
+      return
+    self._writer.write_scalars(step, values)
+    shown = ' '.join(f'{name} {_short(value)}' for name, value in sorted(values.items()))
+    if self._bar is not None:
+      self._bar.set_postfix_str(f'loss {_short(values["loss"])}' if 'loss' in values else '')
+      if 'loss' in values:
+        return
+    self.say(f'step {step}: {shown}')
+
+  def pictures(self, step: int, grids: dict[str, np.ndarray]):
+    """Writes pictures, uint8 [count, height, width, 3] each, as a grid to both places."""
+    if not self._leads:
+      return
+    from PIL import Image  # pylint: disable=g-import-not-at-top
+    folder = self._directory / 'pictures'
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, images in grids.items():
+      grid = tile(np.asarray(images))
+      self._writer.write_images(step, {name: grid[None]})
+      Image.fromarray(grid).save(folder / f'{name}_{step:08d}.png')
+
+  def close(self, skipped: dict[str, int]):
+    """Says what data was skipped and flushes the metrics."""
+    if not self._leads:
+      return
+    if skipped:
+      counts = ', '.join(f'{count} {reason}' for reason, count in sorted(skipped.items()))
+      self.say(f'examples skipped: {counts}')
+    if self._bar is not None:
+      self._bar.close()
+    self._writer.close()
+
+
+def tile(images: np.ndarray) -> np.ndarray:
+  """Pictures [count, height, width, 3] as a nearly square grid [rows·height, columns·width, 3]."""
+  count, height, width, channels = images.shape
+  columns = int(np.ceil(np.sqrt(count * height / width)))
+  rows = -(-count // columns)
+  filled = np.full((rows * columns, height, width, channels), 255, images.dtype)
+  filled[:count] = images
+  grid = filled.reshape(rows, columns, height, width, channels).transpose(0, 2, 1, 3, 4)
+  return grid.reshape(rows * height, columns * width, channels)
+
+
+def _tensorboard_writer(folder: pathlib.Path):
+  from clu import metric_writers  # pylint: disable=g-import-not-at-top
+  return metric_writers.AsyncMultiWriter([metric_writers.SummaryWriter(str(folder))])
+
+
+def _short(value: float) -> str:
+  return f'{value:.4g}'

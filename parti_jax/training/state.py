@@ -1,0 +1,84 @@
+"""What a run carries from step to step, created already sharded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+
+from parti_jax.partitioning import rules as partitioning_rules
+
+
+@flax.struct.dataclass
+class TrainState:
+  """State of a run.
+
+  Attributes:
+    step: int32 [], steps done.
+    params: the model's parameters, float32.
+    optimizer_state: of the optax transformation.
+    statistics: what a stage carries besides parameters, such as the use of codes.
+  """
+
+  step: jax.Array
+  params: Any
+  optimizer_state: Any
+  statistics: Any
+
+
+def abstract_state(stage, optimizer, mesh, rules):
+  """Shapes and shardings of a run's state, with nothing computed.
+
+  Args:
+    stage: what is trained, see `stages`.
+    optimizer: an optax transformation.
+    mesh: the device mesh.
+    rules: logical axis rules.
+
+  Returns:
+    A TrainState of jax.ShapeDtypeStruct, each with its NamedSharding.
+
+  Raises:
+    UserError: if the mesh does not divide a parameter.
+  """
+  boxed = jax.eval_shape(stage.init, jax.random.key(0))
+  shardings = partitioning_rules.parameter_shardings(boxed, mesh, rules)
+  params = nn.meta.unbox(boxed)
+  optimizer_state = jax.eval_shape(optimizer.init, params)
+  replicated = NamedSharding(mesh, PartitionSpec())
+  state = TrainState(
+      jax.ShapeDtypeStruct((), jnp.int32), params, optimizer_state,
+      jax.eval_shape(stage.initial_statistics))
+  state_shardings = TrainState(
+      replicated, shardings,
+      partitioning_rules.optimizer_shardings(optimizer_state, params, shardings, mesh),
+      jax.tree.map(lambda _: replicated, state.statistics))
+  return jax.tree.map(
+      lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+      state, state_shardings)
+
+
+def create_state(stage, optimizer, seed: int, abstract, mesh, rules) -> TrainState:
+  """The state before the first step; no device ever holds a whole parameter that is split.
+
+  Args:
+    stage: what is trained.
+    optimizer: an optax transformation.
+    seed: of the initial parameters.
+    abstract: of `abstract_state`.
+    mesh: the device mesh.
+    rules: logical axis rules.
+  """
+
+  def create():
+    params = nn.meta.unbox(stage.init(jax.random.key(seed)))
+    return TrainState(
+        jnp.zeros((), jnp.int32), params, optimizer.init(params), stage.initial_statistics())
+
+  with partitioning_rules.partitioned(mesh, rules):
+    return jax.jit(create, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))()

@@ -1,0 +1,170 @@
+"""Training the image tokenizer (ViT-VQGAN, section 3; Parti, section 2.1)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import gin
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from parti_jax.models import flops
+from parti_jax.models import quantizer
+from parti_jax.models import vit_vqgan
+
+
+def logit_laplace_loss(images, mean, log_scale):
+  """Negative log likelihood of pixels under a logit-laplace distribution.
+
+  Args:
+    images: float32 [batch, height, width, 3] in [0, 1].
+    mean: of the logits, as `images`.
+    log_scale: logarithm of the distribution's scale b, as `images`.
+
+  Returns:
+    float32 [batch], the mean over pixels of |logit(x) − μ| / b + log(2·b·x·(1 − x)), with x
+    squeezed into [ε, 1 − ε] (DALL-E, arXiv 2102.12092, appendix A.3).
+  """
+  epsilon = vit_vqgan.LOGIT_LAPLACE_EPSILON
+  x = (1.0 - 2.0 * epsilon) * images + epsilon
+  log_scale = jnp.maximum(log_scale, -7.0)
+  loss = (jnp.abs(jnp.log(x) - jnp.log1p(-x) - mean) * jnp.exp(-log_scale)
+          + jnp.log(2.0 * x * (1.0 - x)) + log_scale)
+  return jnp.mean(loss, axis=(1, 2, 3))
+
+
+def psnr(images, reconstructions):
+  """Peak signal-to-noise ratio in dB of pictures in [0, 1]: [batch, ...] to float32 [batch]."""
+  error = jnp.mean(jnp.square(images - reconstructions), axis=(1, 2, 3))
+  return -10.0 * jnp.log10(jnp.maximum(error, 1e-10))
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class TokenizerStage:
+  """The image tokenizer's losses, its code statistics and its pictures.
+
+  Attributes:
+    model: sizes of the tokenizer.
+    l2_weight: of the mean squared error (1.0 in ViT-VQGAN).
+    logit_laplace_weight: of the logit-laplace loss (0.1 in ViT-VQGAN).
+    quantizer_weight: of the quantizer's loss.
+    revive_every: steps between revivals of dead codes, each set to a latent of the batch; 0
+      for never.
+    revive_until: no revival from this step on, so that the codes settle.
+    dead_below: a code is dead if its use per batch, averaged over about 50 steps, is below.
+  """
+
+  model: vit_vqgan.ViTVQGANConfig
+  l2_weight: float = 1.0
+  logit_laplace_weight: float = 0.1
+  quantizer_weight: float = 1.0
+  revive_every: int = 0
+  revive_until: int = 0
+  dead_below: float = 0.02
+
+  name = 'tokenizer'
+  compute_dtype = property(lambda self: self.model.compute_dtype)
+
+  def feature_lengths(self) -> dict[str, int]:
+    return {'images': self.model.image_size}
+
+  def init(self, rng):
+    """Parameters with their logical axis names."""
+    module = vit_vqgan.ViTVQGAN(self.model)
+    return module.init(rng, *vit_vqgan.example_inputs(self.model))['params']
+
+  def initial_statistics(self):
+    """Use of each code per batch, averaged over steps: float32 [codebook_size]."""
+    return {'code_use': jnp.ones((self.model.codebook_size,), jnp.float32)}
+
+  def loss(self, params, batch, rng):
+    """The training loss.
+
+    Args:
+      params: of `init`.
+      batch: {'images': uint8 [batch, height, width, 3]}.
+      rng: not used; there is no dropout.
+
+    Returns:
+      float32 [] and a dict with 'metrics' (scalars), 'latents' and 'tokens'.
+    """
+    del rng
+    images = batch['images'].astype(jnp.float32) / 255.0
+    out = vit_vqgan.ViTVQGAN(self.model).apply({'params': params}, images)
+    reconstructions = vit_vqgan.to_pixels(out['mean'])
+    l2 = jnp.mean(jnp.square(reconstructions - images))
+    logit_laplace = jnp.mean(logit_laplace_loss(images, out['mean'], out['log_scale']))
+    loss = (self.quantizer_weight * out['quantizer_loss'] + self.l2_weight * l2
+            + self.logit_laplace_weight * logit_laplace)
+    use = self._count(out['tokens'])
+    metrics = {
+        'l2': l2, 'logit_laplace': logit_laplace, 'quantizer_loss': out['quantizer_loss'],
+        'psnr': jnp.mean(psnr(images, jnp.clip(reconstructions, 0.0, 1.0))),
+        'codes_in_batch': jnp.mean(use > 0), 'code_perplexity': _perplexity(use)}
+    return loss, {'metrics': metrics, 'latents': out['latents'], 'code_use': use}
+
+  def after_step(self, params, statistics, aux, step, rng):
+    """Revives dead codes and updates the use of codes.
+
+    Args:
+      params: after the optimiser's update.
+      statistics: of the step before.
+      aux: of `loss`.
+      step: int32 [], steps done before this one.
+      rng: a key.
+
+    Returns:
+      params, statistics and further metrics.
+    """
+    use = 0.98 * statistics['code_use'] + 0.02 * aux['code_use']
+    dead = use < self.dead_below
+    metrics = {'codes_alive': 1.0 - jnp.mean(dead)}
+    if self.revive_every:
+      now = (step % self.revive_every == 0) & (step < self.revive_until)
+      revived = dead & now
+      latents = quantizer.normalize(aux['latents'].reshape(-1, self.model.code_dim))
+      chosen = latents[jax.random.randint(rng, use.shape, 0, latents.shape[0])]
+      table = params['quantizer']['codebook']['table']
+      table = jnp.where(revived[:, None], chosen, table)
+      params = params | {'quantizer': {'codebook': {'table': table}}}
+      use = jnp.where(revived, 1.0, use)
+    return params, {'code_use': use}, metrics
+
+  def evaluate(self, params, batch):
+    """Measures of each example: 'loss_l2', 'psnr' [batch] and 'tokens' [batch, length]."""
+    images = batch['images'].astype(jnp.float32) / 255.0
+    tokens, reconstructions = self._reconstruct(params, images)
+    error = jnp.mean(jnp.square(images - reconstructions), axis=(1, 2, 3))
+    return {'l2': error, 'psnr': psnr(images, reconstructions), 'tokens': tokens}
+
+  def summarize(self, measures: dict[str, np.ndarray]) -> dict[str, float]:
+    """Means over examples, and the share of codes that they use."""
+    used = len(np.unique(measures['tokens'])) / self.model.codebook_size
+    return {'l2': float(measures['l2'].mean()), 'psnr': float(measures['psnr'].mean()),
+            'codes_used': used}
+
+  def pictures(self, params, batch):
+    """Pictures beside their reconstructions: uint8 [batch, height, 2 · width, 3]."""
+    images = batch['images'].astype(jnp.float32) / 255.0
+    _, reconstructions = self._reconstruct(params, images)
+    pairs = jnp.concatenate([images, reconstructions], axis=2)
+    return {'reconstructions': jnp.round(pairs * 255.0).astype(jnp.uint8)}
+
+  def step_flops(self, batch_size: int) -> int:
+    """Model FLOPs of a training step."""
+    return 3 * batch_size * flops.tokenizer_forward(self.model)
+
+  def _reconstruct(self, params, images):
+    module = vit_vqgan.ViTVQGAN(self.model)
+    tokens = module.apply({'params': params}, images, method='tokenize')
+    return tokens, module.apply({'params': params}, tokens, method='detokenize')
+
+  def _count(self, tokens):
+    return jnp.zeros((self.model.codebook_size,), jnp.float32).at[tokens.reshape(-1)].add(1.0)
+
+
+def _perplexity(use):
+  share = use / jnp.sum(use)
+  return jnp.exp(-jnp.sum(jnp.where(share > 0, share * jnp.log(jnp.maximum(share, 1e-12)), 0.0)))

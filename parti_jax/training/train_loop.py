@@ -1,0 +1,253 @@
+"""The loop that trains every stage: sharded state, jitted steps, checkpoints, metrics, pictures."""
+
+from __future__ import annotations
+
+import pathlib
+import time
+from typing import Any, Callable
+
+import gin
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from parti_jax import config
+from parti_jax import errors
+from parti_jax.data import batches as data_batches
+from parti_jax.partitioning import mesh as mesh_lib
+from parti_jax.partitioning import rules as rules_lib
+from parti_jax.training import checkpoints as checkpoints_lib
+from parti_jax.training import device_peak
+from parti_jax.training import reporting
+from parti_jax.training import state as state_lib
+
+
+def make_train_step(stage, optimizer, seed: int) -> Callable[..., Any]:
+  """The step of a stage, as a function of state and batch, not yet jitted.
+
+  The keys of dropout and of whatever else is random follow from `seed` and the step alone, so
+  that a resumed run draws what an uninterrupted one would.
+  """
+
+  def step(state: state_lib.TrainState, batch):
+    rng, after_rng = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
+    (loss, aux), gradients = jax.value_and_grad(stage.loss, has_aux=True)(
+        state.params, batch, rng)
+    updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    params, statistics, metrics = stage.after_step(
+        params, state.statistics, aux, state.step, after_rng)
+    metrics = metrics | aux['metrics'] | {
+        'loss': loss, 'gradient_norm': optax.global_norm(gradients)}
+    return state_lib.TrainState(state.step + 1, params, optimizer_state, statistics), metrics
+
+  return step
+
+
+class Trainer:
+  """A stage on a mesh: its state's shardings, and its steps compiled for them.
+
+  Args:
+    stage: what is trained, such as TokenizerStage or GeneratorStage.
+    optimizer: an optax transformation.
+    mesh: the device mesh.
+    seed: of the initial parameters and of dropout.
+
+  Raises:
+    UserError: if the mesh does not divide a parameter.
+  """
+
+  def __init__(self, stage, optimizer, mesh, seed: int = 0):
+    self.stage, self.optimizer, self.mesh, self.seed = stage, optimizer, mesh, seed
+    self.rules = rules_lib.logical_axis_rules()
+    self.abstract = state_lib.abstract_state(stage, optimizer, mesh, self.rules)
+    self.shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
+    self.batch_sharding = rules_lib.batch_sharding(mesh, self.rules)
+    self._step = jax.jit(
+        make_train_step(stage, optimizer, seed), donate_argnums=0,
+        in_shardings=(self.shardings, self.batch_sharding), out_shardings=(self.shardings, None))
+    self._evaluate = jax.jit(
+        stage.evaluate, in_shardings=(self.shardings.params, self.batch_sharding))
+
+  def create_state(self) -> state_lib.TrainState:
+    """The state before the first step."""
+    return state_lib.create_state(
+        self.stage, self.optimizer, self.seed, self.abstract, self.mesh, self.rules)
+
+  def put(self, batch: dict[str, np.ndarray]):
+    """A batch of this process as global arrays on the mesh."""
+    return {name: jax.make_array_from_process_local_data(self.batch_sharding, value)
+            for name, value in batch.items()}
+
+  def step(self, state, batch):
+    """One update: the new state and scalar metrics; `state` is donated, `batch` of `put`."""
+    with rules_lib.partitioned(self.mesh, self.rules):
+      return self._step(state, batch)
+
+  def evaluate(self, params, batches) -> dict[str, float]:
+    """Means over all examples of `batches`; a short last batch is padded, not counted."""
+    measures: dict[str, list[np.ndarray]] = {}
+    size = 0
+    with rules_lib.partitioned(self.mesh, self.rules):
+      for batch in batches:
+        count = len(next(iter(batch.values())))
+        size = max(size, count)
+        padded = {name: np.resize(value, (size,) + value.shape[1:])
+                  for name, value in batch.items()}
+        for name, values in self._evaluate(params, self.put(padded)).items():
+          measures.setdefault(name, []).append(np.asarray(values)[:count])
+    return self.stage.summarize({name: np.concatenate(parts) for name, parts in measures.items()})
+
+
+@gin.configurable
+def train(model_dir: str, stage=gin.REQUIRED, task: str = gin.REQUIRED, steps: int = gin.REQUIRED,
+          batch_size: int = gin.REQUIRED, optimizer=gin.REQUIRED, schedule=gin.REQUIRED,
+          seed: int = 0, split: str = 'train', eval_split: str = 'validation',
+          log_every: int = 50, evaluate_every: int = 500, checkpoint_every: int = 500,
+          keep_checkpoints: int = 2, pictures_every: int = 1000, num_pictures: int = 16):
+  """Trains a stage until `steps`, from the newest checkpoint in `model_dir` if there is one.
+
+  Args:
+    model_dir: the run's folder: checkpoints, metrics, pictures, config.gin.
+    stage: what is trained.
+    task: the seqio task that gives the examples.
+    steps: where training ends, counted from the run's beginning.
+    batch_size: examples a step, over all devices.
+    optimizer: takes the schedule, returns an optax transformation.
+    schedule: learning rate by step.
+    seed: of parameters, dropout and the order of the data.
+    split: of the task to train on.
+    eval_split: of the task to evaluate on; None for no evaluation.
+    log_every: steps between metrics.
+    evaluate_every: steps between evaluations on `eval_split`.
+    checkpoint_every: steps between checkpoints.
+    keep_checkpoints: how many stay.
+    pictures_every: steps between picture grids.
+    num_pictures: pictures in a grid.
+
+  Returns:
+    The last metrics, a dict of floats.
+
+  Raises:
+    UserError: for a mesh, batch size, task or checkpoint that does not fit.
+  """
+  mesh = mesh_lib.make_mesh()
+  trainer = Trainer(stage, optimizer(schedule), mesh, seed)
+  rules_lib.check_batch(batch_size, mesh, trainer.rules, 'train.batch_size')
+  if batch_size % jax.process_count():
+    raise errors.UserError(f'train.batch_size={batch_size} is not divisible by the '
+                           f'{jax.process_count()} processes')
+  examples = lambda split, **kwargs: data_batches.Batches(
+      task, split, batch_size // jax.process_count(), stage.feature_lengths(),
+      seed=seed, process_index=jax.process_index(), process_count=jax.process_count(), **kwargs)
+  run = Run(trainer, model_dir, keep_checkpoints, examples(split))
+  reporter = reporting.Reporter(model_dir, steps, run.step)
+  config.save(pathlib.Path(model_dir) / 'config.gin', config.operative())
+  peak = device_peak.device_peak(jax.devices()[0], stage.compute_dtype) * jax.device_count()
+  reporter.say(run.beginning())
+  meter = _Meter(batch_size, stage.step_flops(batch_size), peak)
+  metrics: dict[str, float] = {}
+  try:
+    while run.step < steps:
+      values = run.advance()
+      step = run.step
+      due = lambda every: every and (step % every == 0 or step == steps)
+      if due(log_every):
+        metrics = {name: float(value) for name, value in values.items()}
+        metrics |= {'learning_rate': float(schedule(step - 1))} | meter.read(step)
+        reporter.metrics(step, metrics)
+      reporter.advance(step)
+      if eval_split and due(evaluate_every):
+        measured = trainer.evaluate(
+            run.state.params, examples(eval_split, shuffle=False, num_epochs=1))
+        metrics |= {f'{eval_split}/{name}': value for name, value in measured.items()}
+        reporter.metrics(step, {f'{eval_split}/{k}': v for k, v in measured.items()})
+      if due(pictures_every) and hasattr(stage, 'pictures'):
+        first = next(iter(examples(eval_split or split, shuffle=False, num_epochs=1)))
+        chosen = {name: value[:num_pictures] for name, value in first.items()}
+        reporter.pictures(step, stage.pictures(jax.device_get(run.state.params), chosen))
+      if due(checkpoint_every):
+        run.save()
+      meter.pause(step, due(evaluate_every) or due(pictures_every) or due(checkpoint_every))
+  finally:
+    run.close()
+    reporter.close(run.skipped())
+  return metrics
+
+
+class Run:
+  """A trainer's state and place in the data, in a folder.
+
+  Args:
+    trainer: the stage on its mesh.
+    model_dir: the run's folder.
+    keep: how many checkpoints stay.
+    examples: the training examples, a `Batches`.
+  """
+
+  def __init__(self, trainer: Trainer, model_dir, keep: int, examples):
+    self._trainer, self._examples = trainer, examples
+    self._checkpoints = checkpoints_lib.Checkpoints(model_dir, keep)
+    self._model = checkpoints_lib.describe(trainer.stage)
+    self._saved = self._checkpoints.latest_step()
+    self.resumed = self._saved is not None
+    if self.resumed:
+      self.state, place = self._checkpoints.restore(self._saved, trainer.abstract, self._model)
+      examples.restore(place)
+    else:
+      self.state = trainer.create_state()
+    self._iterator = iter(examples)
+    self.step = int(self.state.step)
+
+  def beginning(self) -> str:
+    """A line that says where training begins."""
+    mesh = '×'.join(f'{axis} {size}' for axis, size in self._trainer.mesh.shape.items())
+    count = sum(leaf.size for leaf in jax.tree.leaves(self._trainer.abstract.params))
+    where = f'resuming at step {self.step}' if self.resumed else 'starting at step 0'
+    return (f'{self._trainer.stage.name}: {count / 1e6:.1f}M parameters on '
+            f'{jax.device_count()} {jax.devices()[0].device_kind} devices ({mesh}), {where}')
+
+  def advance(self):
+    """One step; returns its metrics, still on the device."""
+    batch = self._trainer.put(next(self._iterator))
+    self.state, metrics = self._trainer.step(self.state, batch)
+    self.step += 1
+    return metrics
+
+  def save(self):
+    """Starts writing a checkpoint of this step."""
+    if self._saved != self.step:
+      self._checkpoints.save(self.step, self.state, self._examples.state(), self._model)
+      self._saved = self.step
+
+  def skipped(self) -> dict[str, int]:
+    """Examples that could not be read, by reason."""
+    return dict(self._examples.skipped)
+
+  def close(self):
+    """Waits for checkpoints that are being written."""
+    self._checkpoints.close()
+
+
+class _Meter:
+  """Examples/s and model FLOP/s since the last reading, without pauses for other work."""
+
+  def __init__(self, batch_size: int, flops: int, peak: float):
+    self._batch_size, self._flops, self._peak = batch_size, flops, peak
+    self._start, self._step = time.perf_counter(), None
+
+  def read(self, step: int) -> dict[str, float]:
+    now = time.perf_counter()
+    seconds, self._start = now - self._start, now
+    before, self._step = self._step, step
+    if before is None or before >= step:
+      return {}  # The first steps compile.
+    rate = (step - before) / seconds
+    return {'examples_per_second': rate * self._batch_size,
+            'model_flops_per_second': rate * self._flops,
+            'share_of_peak': rate * self._flops / self._peak}
+
+  def pause(self, step: int, paused: bool):
+    if paused:
+      self._start, self._step = time.perf_counter(), step
