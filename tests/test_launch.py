@@ -111,3 +111,19 @@ def test_makes_the_environment(checkout, tmp_path):
   assert done.returncode == 0, done.stderr
   assert 'Making a virtual environment' in done.stdout
   assert done.stdout.splitlines()[-1] == 'command <generate> <x>'
+
+
+@pytest.mark.parametrize('says, status, closing', [
+    ('== 3 passed in 1.20s ==', 0, '== 3 passed in 1.20s =='),
+    ('1 failed, 2 passed in 70.31s (0:01:10)', 1, '1 failed, 2 passed in 70.31s (0:01:10)'),
+    ('no network', 2, 'pytest did not finish')])
+def test_ci_gives_the_tests_status_and_closing_line(checkout, says, status, closing):
+  shutil.copytree(REPOSITORY / '.ci', checkout / '.ci')
+  (checkout / 'launch' / 'test.sh').write_text(
+      f'#!/bin/sh\nmkdir "$PARTI_JAX_VENV"\necho "$PARTI_JAX_VENV"\necho "{says}"\n'
+      f'echo later\nexit {status}\n')
+  done = subprocess.run([checkout / '.ci' / 'run'], capture_output=True, text=True, check=False)
+  assert done.returncode == status
+  lines = done.stdout.splitlines()
+  assert lines[-1] == f'tests: {closing}'
+  assert not pathlib.Path(lines[0]).exists()  # Its environment is removed.
