@@ -77,7 +77,9 @@ class Batches:
     self._reading = tally.Reading(drop_text=split.split('[')[0] == 'train')
     self._epoch = 0
     self._taken = 0
-    self._examples = self._open_epoch()
+    # What the last batch left of a chunk, None where it took all.
+    self._rest = None
+    self._chunks = self._open_epoch()
 
   @property
   def skipped(self) -> dict[str, int]:
@@ -102,24 +104,26 @@ class Batches:
     self._taken = int(state['taken'])
     self._reading.skipped.clear()
     self._reading.shortened.clear()
-    self._examples = self._open_epoch()
+    self._rest = None
+    self._chunks = self._open_epoch()
 
   def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
     return self
 
   def __next__(self) -> dict[str, np.ndarray]:
-    examples = []
-    while len(examples) < self._batch_size and (example := self._next_example()) is not None:
-      examples.append(example)
-    if not examples:
+    parts, missing = [], self._batch_size
+    while missing and (part := self._next_part(missing)) is not None:
+      parts.append(part)
+      missing -= _length(part)
+    if not parts:
       raise StopIteration
-    return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-  def _next_example(self) -> dict[str, np.ndarray] | None:
-    """Returns the next example, of the next epoch if need be; None after the last one."""
+  def _next_part(self, most: int) -> dict[str, np.ndarray] | None:
+    """Returns the next examples of one epoch, at most so many; None after the last epoch."""
     while self._num_epochs is None or self._epoch < self._num_epochs:
       try:
-        example = next(self._examples)
+        chunk = self._rest or next(self._chunks)
       except StopIteration:
         self._end_epoch()
         continue
@@ -127,12 +131,16 @@ class Batches:
         raise UserError(
             f'{self._task.name}, {self._split}: reading failed: {error.message.splitlines()[0]}'
         ) from error
-      self._taken += 1
-      return example
+      part = {name: values[:most] for name, values in chunk.items()}
+      self._rest = {name: values[most:] for name, values in chunk.items()}
+      if not _length(self._rest):
+        self._rest = None
+      self._taken += _length(part)
+      return part
     return None
 
   def _open_epoch(self) -> Iterator[dict[str, np.ndarray]]:
-    """Returns an iterator over the rest of the present epoch."""
+    """Returns an iterator over the rest of the present epoch, in chunks of examples."""
     # One number for seqio, in the range of its int32 seeds, from the two that count.
     seed = int(np.random.SeedSequence([self._seed, self._epoch]).generate_state(1)[0] >> 2)
     with tally.reading(self._reading):
@@ -146,7 +154,8 @@ class Batches:
           shard_info=self._shard_info,
           verbose=False,
       )
-    return dataset.skip(self._taken).as_numpy_iterator()
+    chunks = dataset.skip(self._taken).batch(self._batch_size)
+    return chunks.prefetch(2).as_numpy_iterator()
 
   def _end_epoch(self) -> None:
     """Reports on an epoch that has ended and opens the next one."""
@@ -163,7 +172,12 @@ class Batches:
     self._epoch += 1
     self._taken = 0
     if self._num_epochs is None or self._epoch < self._num_epochs:
-      self._examples = self._open_epoch()
+      self._chunks = self._open_epoch()
+
+
+def _length(examples: Mapping[str, np.ndarray]) -> int:
+  """Returns the number of examples."""
+  return len(next(iter(examples.values())))
 
 
 def _source(task) -> str:

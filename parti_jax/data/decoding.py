@@ -63,5 +63,6 @@ def _square(image: Image.Image, size: int) -> Image.Image:
   top = (image.height - side) // 2
   if image.size == (size, size):
     return image
-  box = (left, top, left + side, top + side)
-  return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+  # `resize` has a crop of its own, but lets pixels outside of it bleed in.
+  image = image.crop((left, top, left + side, top + side))
+  return image.resize((size, size), Image.Resampling.BICUBIC)

@@ -56,12 +56,7 @@ class PictureSource(seqio.DataSource):
     Raises:
       UserError: the data can't be found or read.
     """
-    # OpenMoji also takes slices such as 'train[:10%]', as tensorflow-datasets does.
-    if split.split('[')[0] not in self.splits:
-      splits = ', '.join(self.splits)
-      raise UserError(
-          f'{self.name} has no split {split!r}; it has {splits} (gin: {self.name}.splits)'
-      )
+    self._check_split(split)
     dataset = self._read(split, shuffle, seed, shard_info)
     return shuffled(dataset, seed) if shuffle else dataset
 
@@ -70,6 +65,14 @@ class PictureSource(seqio.DataSource):
     dataset = self.get_dataset(split, shuffle=False).map(lambda example: example['caption'])
     for caption in dataset.as_numpy_iterator():
       yield caption.decode('utf-8', errors='replace')
+
+  def _check_split(self, split: str) -> None:
+    # OpenMoji also takes slices such as 'train[:10%]', as tensorflow-datasets does.
+    if split.split('[')[0] not in self.splits:
+      setting = '' if self.name == 'openmoji' else f' (gin: {self.name}.splits)'
+      raise UserError(
+          f'{self.name} has no split {split!r}; it has {", ".join(self.splits)}{setting}'
+      )
 
   @abc.abstractmethod
   def _read(self, split, shuffle, seed, shard_info) -> tf.data.Dataset:
@@ -161,6 +164,7 @@ class FolderSource(PictureSource):
 
   def captions(self, split):
     """Yields the captions of a split."""
+    self._check_split(split)
     yield from self._index(split)[1].tolist()
 
 

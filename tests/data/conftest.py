@@ -1,0 +1,60 @@
+"""Pictures and sources that the tests of data make for themselves."""
+
+import io
+import json
+
+import gin
+import pytest
+from PIL import Image
+
+
+def encoded(color, size=(8, 8), image_format='png', **kwargs) -> bytes:
+  """Returns a picture of one colour, encoded."""
+  data = io.BytesIO()
+  mode = 'RGBA' if len(color) == 4 else 'RGB'
+  Image.new(mode, size, color).save(data, image_format, **kwargs)
+  return data.getvalue()
+
+
+@pytest.fixture
+def encode():
+  """The function `encoded`."""
+  return encoded
+
+
+@pytest.fixture(autouse=True)
+def clean_gin():
+  """Gives every test an empty gin configuration."""
+  gin.clear_config()
+  yield
+  gin.clear_config()
+
+
+@pytest.fixture
+def folder(tmp_path):
+  """Writes a folder of pictures: captions and encoded pictures to captions.jsonl."""
+
+  def write(examples, captions_file='captions.jsonl'):
+    lines = []
+    for index, (caption, picture) in enumerate(examples):
+      name = f'{index:03d}.img'
+      (tmp_path / name).write_bytes(picture)
+      lines.append(json.dumps({'file': name, 'caption': caption}))
+    (tmp_path / captions_file).write_text('\n'.join(lines) + '\n')
+    gin.parse_config(f"folder.path = '{tmp_path}'")
+    return tmp_path
+
+  from parti_jax.data import tasks  # pylint: disable=g-import-not-at-top,unused-import
+
+  return write
+
+
+@pytest.fixture
+def numbered(folder):
+  """Writes a folder of pictures whose red channel is their number."""
+
+  def write(count):
+    examples = [(f'woman firefighter {i}', encoded((i, 100, 200))) for i in range(count)]
+    return folder(examples)
+
+  return write

@@ -1,0 +1,166 @@
+"""Batches: order, epochs, resuming, sharing among processes, dropped text, errors."""
+
+import collections
+import json
+
+import gin
+import numpy as np
+import pytest
+import seqio
+
+from parti_jax.data import tasks
+from parti_jax.data.batches import Batches
+from parti_jax.errors import UserError
+
+IMAGES = {'images': 8}
+PAIRS = {'inputs': 16, 'images': 8}
+
+
+def _numbers(batch):
+  return batch['images'][:, 0, 0, 0].tolist()
+
+
+def _assert_equal(batch, other):
+  assert set(batch) == set(other)
+  for name in batch:
+    np.testing.assert_array_equal(batch[name], other[name])
+
+
+def test_features(numbered):
+  numbered(3)
+  batch = next(Batches('folder_pairs', 'train', 2, PAIRS))
+  assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {
+      'images': ((2, 8, 8, 3), np.uint8), 'encoder_input_tokens': ((2, 16), np.int32)}
+
+
+def test_every_example_once_an_epoch_and_nothing_dropped(numbered):
+  numbered(10)
+  batches = Batches('folder_images', 'train', 4, IMAGES, seed=1)
+  read = [_numbers(next(batches)) for _ in range(10)]
+  assert all(len(numbers) == 4 for numbers in read)
+  stream = sum(read, [])
+  epochs = [stream[i:i + 10] for i in range(0, 40, 10)]
+  assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+  assert len({tuple(epoch) for epoch in epochs}) == 4
+  assert batches.state() == {'epoch': 3, 'taken': 10}
+
+
+def test_last_batch_may_be_short(numbered):
+  numbered(5)
+  batches = Batches('folder_images', 'train', 4, IMAGES, num_epochs=2, shuffle=False)
+  assert [_numbers(batch) for batch in batches] == [[0, 1, 2, 3], [4, 0, 1, 2], [3, 4]]
+  assert next(batches, None) is None
+
+
+def test_seed_decides(numbered):
+  numbered(12)
+  first, same, other = (
+      [next(batches) for _ in range(4)]
+      for batches in (Batches('folder_pairs', 'train', 5, PAIRS, seed=seed) for seed in (1, 1, 2)))
+  for batch, again in zip(first, same):
+    _assert_equal(batch, again)
+  assert [_numbers(batch) for batch in first] != [_numbers(batch) for batch in other]
+
+
+@pytest.mark.parametrize('taken', range(6))
+def test_resumes_as_if_uninterrupted(numbered, taken):
+  numbered(7)
+  gin.parse_config('drop_text.rate = 0.5')
+  uninterrupted = Batches('folder_pairs', 'train', 3, PAIRS, seed=5)
+  for _ in range(taken):
+    next(uninterrupted)
+  state = json.loads(json.dumps(uninterrupted.state()))
+  resumed = Batches('folder_pairs', 'train', 3, PAIRS, seed=5)
+  next(resumed)
+  resumed.restore(state)
+  for _ in range(4):
+    _assert_equal(next(uninterrupted), next(resumed))
+  assert uninterrupted.state() == resumed.state()
+
+
+@pytest.mark.parametrize('shuffle', [True, False])
+def test_processes_share_an_epoch(numbered, shuffle):
+  numbered(11)
+  read = []
+  for index in range(3):
+    batches = Batches('folder_images', 'train', 2, IMAGES, seed=4, shuffle=shuffle, num_epochs=1,
+                      process_index=index, process_count=3)
+    read.append(sum((_numbers(batch) for batch in batches), []))
+  assert sorted(sum(read, [])) == list(range(11))
+  assert all(3 <= len(numbers) <= 4 for numbers in read)
+
+
+def test_text_is_dropped_at_the_rate(numbered):
+  numbered(200)
+  gin.parse_config('drop_text.rate = 0.3')
+  dropped = collections.Counter()
+  batches = Batches('folder_pairs', 'train', 200, PAIRS)
+  for _ in range(3):
+    batch = next(batches)
+    empty = (batch['encoder_input_tokens'] == [1] + [0] * 15).all(1)
+    assert 35 <= empty.sum() <= 85
+    dropped.update(np.asarray(_numbers(batch))[empty].tolist())
+  # Another third each epoch: most pictures keep their text at least once.
+  assert len(dropped) > 90
+
+
+def test_text_is_kept_outside_of_training(numbered):
+  numbered(50)
+  gin.parse_config("folder.splits = {'validation': 'captions.jsonl'}\ndrop_text.rate = 1.0")
+  batch = next(Batches('folder_pairs', 'validation', 50, PAIRS))
+  assert (batch['encoder_input_tokens'][:, 1] > 2).all()
+
+
+def test_long_captions_are_counted(numbered, caplog):
+  numbered(4)
+  batches = Batches('folder_pairs', 'train', 4, {'inputs': 2, 'images': 8}, num_epochs=1)
+  batch, = batches
+  assert (batch['encoder_input_tokens'][:, 1] == 1).all()
+  assert batches.shortened == {'caption cut to 2 tokens': 4} and not batches.skipped
+  assert '4 caption cut to 2 tokens' in caplog.text
+
+
+def test_skipped_counts_an_epoch_again_after_restore(folder, encode):
+  folder([('a', encode((i, 0, 0)) if i % 2 else b'bad') for i in range(6)])
+  batches = Batches('folder_images', 'train', 3, IMAGES, num_epochs=2)
+  assert len(list(batches)) == 2 and batches.skipped == {'unknown picture format': 6}
+  batches.restore({'epoch': 1, 'taken': 2})
+  assert len(_numbers(next(batches))) == 1 and batches.skipped == {'unknown picture format': 3}
+
+
+@pytest.mark.parametrize('lengths, message', [
+    ({'inputs': 8}, 'folder_images has the features images, but feature_lengths gives inputs'),
+    ({}, 'feature_lengths gives none'),
+    ({'images': 0}, r"feature_lengths\['images'\] = 0 must be a whole number"),
+    ({'images': 8.0}, 'must be a whole number'),
+])
+def test_lengths_that_do_not_fit(numbered, lengths, message):
+  numbered(1)
+  with pytest.raises(UserError, match=message):
+    Batches('folder_images', 'train', 1, lengths)
+
+
+def test_unknown_task_and_batch_size(numbered):
+  numbered(1)
+  with pytest.raises(UserError, match="unknown task 'folder_picture'; there are openmoji_images"):
+    Batches('folder_picture', 'train', 1, IMAGES)
+  with pytest.raises(UserError, match='batch size is 0'):
+    Batches('folder_images', 'train', 0, IMAGES)
+
+
+def test_mixtures_of_seqio(numbered):
+  numbered(6)
+  tasks.get_task('folder_images')
+  seqio.MixtureRegistry.add('half_and_half', [('folder_images', 1)])
+  try:
+    batches = Batches('half_and_half', 'train', 6, IMAGES, num_epochs=1)
+    assert sorted(_numbers(next(batches))) == list(range(6))
+  finally:
+    seqio.MixtureRegistry.remove('half_and_half')
+
+
+def test_a_task_works_with_seqio_alone(numbered):
+  numbered(6)
+  tasks.get_task('folder_images')
+  dataset = seqio.get_mixture_or_task('folder_images').get_dataset(IMAGES, 'train', seed=0)
+  assert sorted(int(e['images'][0, 0, 0]) for e in dataset) == list(range(6))

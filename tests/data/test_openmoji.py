@@ -1,0 +1,123 @@
+"""OpenMoji's names, captions, splits and drawing."""
+
+import collections
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from parti_jax.data import openmoji
+from parti_jax.errors import UserError
+
+
+@pytest.fixture(scope='module')
+def by_split():
+  groups = collections.defaultdict(list)
+  for picture in openmoji.pictures():
+    groups[picture.split].append(picture)
+  return groups
+
+
+@pytest.mark.parametrize('full_name, name, tones', [
+    ('woman firefighter', 'woman firefighter', ()),
+    ('woman light skin tone beard', 'woman beard', ('light skin tone',)),
+    ('handshake medium-dark skin tone dark skin tone', 'handshake',
+     ('medium-dark skin tone', 'dark skin tone')),
+    ('medium-light skin tone', 'skin tone', ('medium-light skin tone',)),
+])
+def test_split_tones(full_name, name, tones):
+  assert openmoji.split_tones(full_name) == (name, tones)
+
+
+def test_captions_are_unique_and_made_of_name_and_tones():
+  pictures = openmoji.pictures()
+  assert len({p.caption for p in pictures}) == len({p.code for p in pictures}) == len(pictures)
+  for picture in pictures:
+    assert picture.caption == picture.name + ': ' * bool(picture.tones) + ', '.join(picture.tones)
+    assert set(picture.tones) <= set(openmoji.TONES)
+    assert 'skin tone' not in picture.name or picture.name == openmoji.SWATCH_NAME
+    assert picture.name == picture.name.strip() != ''
+  captions = {p.code: p.caption for p in pictures}
+  assert captions['1F469-1F3FF-200D-1F692'] == 'woman firefighter: dark skin tone'
+  assert captions['1F44D'] == 'thumbs up'
+
+
+def test_counts_are_those_of_the_docstring(by_split):
+  counts = {split: len(by_split[split]) for split in openmoji.SPLITS}
+  names = {split: len({p.name for p in by_split[split]}) for split in openmoji.SPLITS}
+  assert counts == {'train': 3588, 'validation': 151, 'unseen_combinations': 214}
+  assert names['validation'] == 96 and names['unseen_combinations'] == 107
+  for number in ('3,588', '151 (96', '214 (107', '3,953'):
+    assert number in openmoji.pictures.__doc__
+
+
+def test_validation_names_are_in_no_other_split(by_split):
+  validation = {p.name for p in by_split['validation']}
+  assert not validation & {p.name for p in by_split['train'] + by_split['unseen_combinations']}
+  assert len(validation) == round(0.05 * len({p.name for p in openmoji.pictures()}))
+
+
+def test_unseen_combinations_have_seen_parts(by_split):
+  seen = {(p.name, p.tones) for p in by_split['train']}
+  seen_names = {name for name, _ in seen}
+  seen_single_tones = {tones for _, tones in seen if len(tones) == 1}
+  held_out = collections.defaultdict(set)
+  for picture in by_split['unseen_combinations']:
+    assert (picture.name, picture.tones) not in seen
+    assert picture.name in seen_names and picture.tones in seen_single_tones
+    held_out[picture.name].add(picture.tones)
+  for name, tones in held_out.items():
+    assert len(tones) == 2
+    assert sum((name, (tone,)) in seen for tone in openmoji.TONES) == 3
+  per_tone = collections.Counter(p.tones for p in by_split['unseen_combinations'])
+  assert len(per_tone) == 5 and max(per_tone.values()) - min(per_tone.values()) <= 4
+
+
+def test_the_same_splits_in_another_process(by_split):
+  code = ('from parti_jax.data import openmoji;'
+          'print(*[p.code for p in openmoji.pictures() if p.split == "unseen_combinations"])')
+  result = subprocess.run(
+      [sys.executable, '-c', code], capture_output=True, text=True, check=True,
+      env={'PYTHONHASHSEED': '7', 'PYTHONPATH': ':'.join(sys.path)})
+  assert result.stdout.split() == [p.code for p in by_split['unseen_combinations']]
+
+
+def test_render_draws_on_white():
+  image = openmoji.render('1F600', 32)
+  assert image.shape == (32, 32, 3) and image.dtype == np.uint8
+  assert (image[0, 0] == 255).all()
+  red, green, blue = image[16, 16].astype(int)  # The face is yellow.
+  assert red > 200 and green > 150 and blue < 150
+
+
+def test_render_shows_the_tone():
+  dark = openmoji.render('1F44D-1F3FF', 64).reshape(-1, 3).astype(int)
+  light = openmoji.render('1F44D-1F3FB', 64).reshape(-1, 3).astype(int)
+  near = lambda pixels, color: (np.abs(pixels - color).max(-1) < 6).sum()
+  assert near(dark, (0x6a, 0x46, 0x2f)) > 300 > near(dark, (0xfa, 0xdc, 0xbc))
+  assert near(light, (0xfa, 0xdc, 0xbc)) > 300 > near(light, (0x6a, 0x46, 0x2f))
+
+
+def test_unknown_code():
+  with pytest.raises(UserError, match="no picture '0000'"):
+    openmoji.render('0000', 16)
+
+
+def test_missing_package_names_the_extra(monkeypatch):
+  monkeypatch.setattr(openmoji.importlib, 'import_module', _fail_to_import)
+  with pytest.raises(UserError, match=r'parti_jax\[data\]'):
+    openmoji.render('1F600', 16)
+
+
+def _fail_to_import(name):
+  raise ModuleNotFoundError(f"No module named '{name}'", name=name)
+
+
+def test_needs_no_tensorflow():
+  code = ('import sys; from parti_jax.data import openmoji, vocabulary;'
+          'print([m for m in sys.modules if m.split(".")[0] in ("tensorflow", "seqio")])')
+  result = subprocess.run(
+      [sys.executable, '-c', code], capture_output=True, text=True, check=True,
+      env={'PYTHONPATH': ':'.join(sys.path)})
+  assert result.stdout.strip() == '[]'

@@ -1,0 +1,216 @@
+"""One's own data: a folder, TFRecords and tar shards, end to end to batches."""
+
+import io
+import json
+import tarfile
+
+import gin
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from parti_jax import config
+from parti_jax.data import tasks
+from parti_jax.data.batches import Batches
+from parti_jax.errors import UserError
+
+RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+LENGTHS = {'inputs': 16, 'images': 8}
+
+
+def _pairs():
+  """Reads the pairs of the configured source once and returns caption -> picture."""
+  with gin.unlock_config():
+    gin.parse_config('drop_text.rate = 0.0')
+  batches = Batches('pairs', 'train', 4, LENGTHS, seed=3, num_epochs=1)
+  vocabulary = tasks.get_vocabulary()
+  read = {}
+  for batch in batches:
+    for ids, image in zip(batch['encoder_input_tokens'], batch['images']):
+      read[vocabulary.decode(ids)] = image
+  return read, batches
+
+
+def _check_colors(read):
+  assert set(read) == {'red circle', 'green circle', 'blue circle'}
+  for caption, color in zip(('red circle', 'green circle', 'blue circle'), (RED, GREEN, BLUE)):
+    assert np.abs(read[caption].astype(int) - color).max() <= 3
+
+
+def _examples(encode):
+  """Captions and pictures: three good ones, and every kind that is left out."""
+  return [
+      ('red circle', encode(RED)),
+      ('broken', encode(BLUE)[:40]),
+      ('green circle', encode(GREEN, (30, 20), 'jpeg', quality=100)),
+      ('a page', b'<html>not found</html>'),
+      ('', encode(BLUE)),
+      ('blue circle', encode(BLUE, (20, 30), 'webp', lossless=True)),
+  ]
+
+
+SKIPPED = {'damaged picture': 1, 'unknown picture format': 1, 'no caption': 1}
+
+
+@pytest.fixture
+def tfrecords(tmp_path):
+
+  def write(examples, image_key='image', caption_key='caption', path='train-0.tfrecord'):
+    with tf.io.TFRecordWriter(str(tmp_path / path)) as writer:
+      for caption, picture in examples:
+        values = {image_key: picture, caption_key: caption.encode()}
+        feature = {key: tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
+                   for key, value in values.items()}
+        example = tf.train.Example(features=tf.train.Features(feature=feature))
+        writer.write(example.SerializeToString())
+    config.parse(['gin_configs/tasks/tfrecord.gin'], [f"tfrecord.path='{tmp_path}'"])
+    return tmp_path
+
+  return write
+
+
+@pytest.fixture
+def tars(tmp_path):
+
+  def write(samples, path='00000.tar'):
+    with tarfile.open(tmp_path / path, 'w') as shard:
+      for name, files in samples.items():
+        for ending, content in files.items():
+          member = tarfile.TarInfo(f'{name}.{ending}')
+          member.size = len(content)
+          shard.addfile(member, io.BytesIO(content))
+    config.parse(['gin_configs/tasks/webdataset.gin'], [f"webdataset.path='{tmp_path}'"])
+    return tmp_path
+
+  return write
+
+
+def test_folder(folder, encode, caplog):
+  path = folder(_examples(encode))
+  config.parse(['gin_configs/tasks/folder.gin'], [f"folder.path='{path}'"])
+  read, batches = _pairs()
+  _check_colors(read)
+  assert batches.skipped == SKIPPED
+  assert 'after 3 examples' in caplog.text and '1 damaged picture' in caplog.text
+
+
+def test_folder_with_other_columns_and_splits(tmp_path, encode):
+  (tmp_path / 'sub').mkdir()
+  (tmp_path / 'sub' / 'a.png').write_bytes(encode(RED))
+  row = {'file_name': 'sub/a.png', 'text': 'red circle'}
+  (tmp_path / 'held_out.jsonl').write_text(json.dumps(row) + '\n\n')
+  config.parse(['gin_configs/tasks/folder.gin'], [
+      f"folder.path='{tmp_path}'", "folder.splits={'test': 'held_out.jsonl'}",
+      "folder.file_key='file_name'", "folder.caption_key='text'"])
+  (caption, image), = tasks.pictures_and_captions('pairs', 'test', 8)
+  assert caption == 'red circle' and (image == RED).all()
+  with pytest.raises(UserError, match="folder has no split 'train'; it has test"):
+    Batches('images', 'train', 1, {'images': 8})
+
+
+@pytest.mark.parametrize('line, message', [
+    ('{"file": "000.img"}', r"line 2: no text in column 'caption'; its columns are file "),
+    ('{"caption": "a", "name": "b"}', "line 2: no text in column 'file'; its columns are caption"),
+    ('{"file": "000.img", "caption": 7}', "line 2: no text in column 'caption'"),
+    ('{"file": "none.png", "caption": "a"}', 'line 2: picture .*none.png does not exist'),
+    ('000.img a dog', 'line 2: no JSON'),
+    ('["000.img", "a dog"]', 'line 2: no JSON object'),
+])
+@pytest.mark.parametrize('times', [1, 3])
+def test_folder_with_bad_lines(folder, encode, line, message, times):
+  path = folder([('red circle', encode(RED))])
+  with open(path / 'captions.jsonl', 'a', encoding='utf-8') as file:
+    file.write(f'{line}\n' * times)
+  with pytest.raises(UserError, match='captions.jsonl, ' + message) as error:
+    Batches('folder_images', 'train', 1, {'images': 8})
+  assert ('(and 2 more such lines)' in str(error.value)) == (times == 3)
+
+
+def test_folder_without_captions_file_or_rows(tmp_path):
+  gin.parse_config(f"folder.path = '{tmp_path}'")
+  with pytest.raises(UserError, match='captions.jsonl cannot be read'):
+    Batches('folder_images', 'train', 1, {'images': 8})
+  (tmp_path / 'captions.jsonl').write_text('\n')
+  with pytest.raises(UserError, match='captions.jsonl lists no picture'):
+    Batches('folder_images', 'train', 1, {'images': 8})
+
+
+@pytest.mark.parametrize('task', ['folder_images', 'folder_pairs'])
+def test_folder_with_nothing_usable(folder, task):
+  folder([('a dog', b'nothing'), ('a cat', b'at all')])
+  lengths = {'images': 8} if task == 'folder_images' else LENGTHS
+  with pytest.raises(UserError, match='no usable example in folder; skipped 2 unknown picture'):
+    next(Batches(task, 'train', 1, lengths))
+  with pytest.raises(UserError, match='folder has no usable example.*2 unknown picture'):
+    next(tasks.pictures_and_captions('folder', 'train', 8))
+
+
+def test_tfrecords(tfrecords, encode):
+  examples = _examples(encode)
+  tfrecords(examples[:2])
+  tfrecords(examples[2:], path='train-1.tfrecord')
+  read, batches = _pairs()
+  _check_colors(read)
+  assert batches.skipped == SKIPPED
+
+
+def test_tfrecords_with_other_keys(tfrecords, encode):
+  tfrecords([('red circle', encode(RED))], 'image/encoded', 'text')
+  with pytest.raises(UserError, match=r"no 'image' in the first record .*image/encoded, text "
+                                      r'\(gin: tfrecord.image_key\)'):
+    Batches('images', 'train', 1, {'images': 8})
+  with gin.unlock_config():
+    gin.parse_config("tfrecord.image_key = 'image/encoded'\ntfrecord.caption_key = 'text'")
+  (caption, image), = tasks.pictures_and_captions('tfrecord', 'train', 8)
+  assert caption == 'red circle' and (image == RED).all()
+
+
+def test_damaged_tfrecords(tfrecords, encode):
+  path = tfrecords([('red circle', encode(RED))] * 3) / 'train-0.tfrecord'
+  path.write_bytes(path.read_bytes()[:-10])
+  with pytest.raises(UserError, match='tfrecord_images, train: reading failed'):
+    list(Batches('images', 'train', 2, {'images': 8}, num_epochs=1))
+  path.write_bytes(b'no records at all')
+  with pytest.raises(UserError, match='holds no TFRecords'):
+    Batches('images', 'train', 2, {'images': 8})
+
+
+def test_tar_shards(tars, encode, caplog):
+  examples = _examples(encode)
+  samples = {f'{i:05d}': {'jpg': picture, 'txt': caption.encode(), 'json': b'{}'}
+             for i, (caption, picture) in enumerate(examples)}
+  samples['00000'] = {'png': examples[0][1], 'json': b'{"caption": "red circle"}'}
+  samples['00009'] = {'txt': b'without a picture', 'json': b'not json'}
+  samples['00010'] = {'jpg': examples[0][1], 'json': b'not json'}
+  first = dict(list(samples.items())[:3])
+  tars(first)
+  tars({name: files for name, files in samples.items() if name not in first}, '00001.tar')
+  read, batches = _pairs()
+  _check_colors(read)
+  assert batches.skipped == {**SKIPPED, 'no caption': 2, 'no picture': 1}
+
+
+def test_tar_shard_that_breaks_off(tars, encode, caplog):
+  samples = {f'{i}': {'png': encode((i, i, i)), 'txt': b'a dog'} for i in range(8)}
+  path = tars(samples) / '00000.tar'
+  path.write_bytes(path.read_bytes()[:5 * 2048 + 700])
+  batches = Batches('images', 'train', 2, {'images': 8}, num_epochs=1)
+  numbers = sorted(int(i) for batch in batches for i in batch['images'][:, 0, 0, 0])
+  assert numbers == [0, 1, 2, 3, 4]
+  assert batches.skipped == {'rest of a damaged tar shard': 1}
+  assert '00000.tar breaks off' in caplog.text
+
+
+@pytest.mark.parametrize('source', ['tfrecord', 'webdataset'])
+def test_no_files(tmp_path, source):
+  with pytest.raises(UserError, match=f'{source}.path is not set'):
+    Batches(f'{source}_images', 'train', 1, {'images': 8})
+  gin.parse_config(f"{source}.path = '{tmp_path}'")
+  with pytest.raises(UserError, match=f'{source}: no file matches'):
+    Batches(f'{source}_images', 'train', 1, {'images': 8})
+
+
+def test_unknown_source():
+  gin.parse_config("data.source = 'foldr'")
+  with pytest.raises(UserError, match="'foldr' is unknown; there are openmoji, folder"):
+    Batches('images', 'train', 1, {'images': 8})

@@ -1,0 +1,123 @@
+"""The token cache: written whole or not at all, read as a seqio task."""
+
+import json
+import os
+
+import gin
+import numpy as np
+import pytest
+
+from parti_jax.data import tasks, token_cache
+from parti_jax.data.batches import Batches
+from parti_jax.data.feature_converter import PartiFeatureConverter
+from parti_jax.errors import UserError
+
+INFO = {'codebook_size': 32, 'image_tokens': 4, 'tokenizer': 'abc', 'image_size': 16}
+LENGTHS = {'inputs': 12, 'targets': 4}
+
+
+def _examples(count, caption='woman firefighter'):
+  return [(f'{caption} {i}', np.full(4, i, np.int32)) for i in range(count)]
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+  monkeypatch.setattr(token_cache, 'EXAMPLES_PER_SHARD', 4)
+  folder = str(tmp_path / 'cache')
+  assert token_cache.write_token_cache(folder, iter(_examples(10)), INFO) == 10
+  assert token_cache.write_token_cache(folder, _examples(2), INFO, split='validation') == 2
+  gin.parse_config(f"token_cache.path = '{folder}'")
+  return folder
+
+
+@pytest.mark.parametrize('task', ['openmoji_tokens', 'cached_tokens'])
+def test_batches(cache, task):
+  gin.parse_config('drop_text.rate = 0.0')
+  batches = Batches(task, 'train', 6, LENGTHS, PartiFeatureConverter(), seed=2, num_epochs=1)
+  first, last = batches
+  assert {k: (v.shape, v.dtype) for k, v in first.items()} == {
+      'encoder_input_tokens': ((6, 12), np.int32),
+      'decoder_target_tokens': ((6, 4), np.int32),
+      'decoder_loss_weights': ((6, 4), np.float32)}
+  vocabulary = tasks.get_vocabulary()
+  expected = {i: vocabulary.encode(caption, 12)[0].tolist()
+              for i, (caption, _) in enumerate(_examples(10))}
+  for batch in (first, last):
+    assert (batch['decoder_loss_weights'] == 1).all()
+    for ids, codes in zip(batch['encoder_input_tokens'], batch['decoder_target_tokens']):
+      assert (codes == codes[0]).all()
+      assert ids.tolist() == expected.pop(int(codes[0]))
+  assert not expected
+
+
+def test_info(cache):
+  assert token_cache.read_info(cache) == {**INFO, 'splits': {
+      'train': {'examples': 10, 'shards': 3}, 'validation': {'examples': 2, 'shards': 1}}}
+  assert sorted(os.listdir(cache)) == [
+      'info.json', 'train-00000.tfrecord', 'train-00001.tfrecord', 'train-00002.tfrecord',
+      'validation-00000.tfrecord']
+
+
+def test_writing_again_replaces_a_split(cache):
+  token_cache.write_token_cache(cache, _examples(3), INFO)
+  assert token_cache.read_info(cache)['splits'] == {
+      'train': {'examples': 3, 'shards': 1}, 'validation': {'examples': 2, 'shards': 1}}
+  assert sorted(os.listdir(cache)) == [
+      'info.json', 'train-00000.tfrecord', 'validation-00000.tfrecord']
+
+
+def test_interrupted_writing_changes_nothing(cache):
+  before = sorted(os.listdir(cache)), token_cache.read_info(cache)
+
+  def broken():
+    yield from _examples(6)
+    raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    token_cache.write_token_cache(cache, broken(), INFO)
+  assert (sorted(os.listdir(cache)), token_cache.read_info(cache)) == before
+
+
+def test_tokens_of_another_tokenizer_do_not_mix(cache):
+  with pytest.raises(UserError, match='holds validation with tokenizer abc, not xyz'):
+    token_cache.write_token_cache(cache, _examples(1), {**INFO, 'tokenizer': 'xyz'})
+
+
+@pytest.mark.parametrize('tokens', [[1, 2, 3], [0, 0, 0, 32], [-1, 0, 0, 0]])
+def test_tokens_that_do_not_fit(tmp_path, tokens):
+  with pytest.raises(ValueError, match='tokens'):
+    token_cache.write_token_cache(str(tmp_path), [('a', np.array(tokens, np.int32))], INFO)
+  assert not list(tmp_path.iterdir())
+
+
+def test_nothing_to_write(tmp_path):
+  with pytest.raises(UserError, match='no example'):
+    token_cache.write_token_cache(str(tmp_path), [], INFO)
+
+
+def test_missing_unfinished_or_damaged(cache, tmp_path):
+  with pytest.raises(UserError, match='parti-jax tokenize'):
+    tasks.get_task('cached_tokens').source.list_shards('test')
+  os.remove(os.path.join(cache, 'train-00001.tfrecord'))
+  with pytest.raises(UserError, match='train-00001.tfrecord is missing'):
+    Batches('cached_tokens', 'train', 1, LENGTHS)
+  with pytest.raises(UserError, match='does not exist; `parti-jax tokenize` makes it'):
+    token_cache.read_info(str(tmp_path / 'none'))
+  (tmp_path / 'info.json').write_text('{')
+  with pytest.raises(UserError, match='info.json is damaged'):
+    token_cache.read_info(str(tmp_path))
+  (tmp_path / 'info.json').write_text(json.dumps({'splits': {}, **INFO, 'tokenizer': 'a'})[:-1]
+                                      .replace('"tokenizer"', '"other"') + '}')
+  with pytest.raises(UserError, match='lacks tokenizer'):
+    token_cache.read_info(str(tmp_path))
+  (tmp_path / 'info.json').unlink()
+  with pytest.raises(UserError, match='is not finished'):
+    token_cache.read_info(str(tmp_path))
+
+
+def test_lengths_and_path(cache):
+  with pytest.raises(UserError, match='has 4 tokens a picture'):
+    Batches('cached_tokens', 'train', 1, {'inputs': 12, 'targets': 5})
+  gin.clear_config()
+  with pytest.raises(UserError, match='token_cache.path is not set'):
+    Batches('cached_tokens', 'train', 1, LENGTHS)

@@ -1,0 +1,107 @@
+"""The text vocabulary and the command that trains it."""
+
+import json
+
+import numpy as np
+import pytest
+import sentencepiece
+
+import parti_jax.main
+from parti_jax.data import openmoji
+from parti_jax.data.vocabulary import TextVocabulary, train_vocabulary
+from parti_jax.errors import UserError
+
+CAPTIONS = [f'a {color} {thing} on the {place}'
+            for color in ('red', 'green', 'blue') for thing in ('dog', 'house', 'boat')
+            for place in ('beach', 'hill')]
+
+
+@pytest.fixture(scope='module')
+def vocabulary(tmp_path_factory):
+  path = tmp_path_factory.mktemp('vocabulary') / 'captions.model'
+  return train_vocabulary(CAPTIONS, 60, str(path), 'bpe', 1.0)
+
+
+def test_round_trip(vocabulary):
+  assert vocabulary.size == 60
+  for caption in CAPTIONS:
+    ids, cut = vocabulary.encode(caption, 40)
+    assert ids.dtype == np.int32 and ids.shape == (40,) and not cut
+    end = list(ids).index(1)
+    assert (ids[:end] > 2).all() and (ids[end + 1:] == 0).all()
+    assert vocabulary.decode(ids) == caption
+    assert vocabulary.encode_whole(caption) == list(ids[:end + 1])
+
+
+def test_empty_text_and_capitals(vocabulary):
+  assert vocabulary.encode('', 4)[0].tolist() == [1, 0, 0, 0]
+  np.testing.assert_array_equal(
+      vocabulary.encode('A Red DOG', 30)[0], vocabulary.encode('a red dog', 30)[0])
+
+
+def test_cut_says_what_did_not_fit(vocabulary):
+  text = 'a red dog on the beach'
+  for length in range(1, len(vocabulary.encode_whole(text))):
+    ids, cut = vocabulary.encode(text, length)
+    assert ids[-1] == 1 and cut
+    assert ' '.join(f'{vocabulary.decode(ids)} {cut}'.split()).replace(' ', '') == (
+        text.replace(' ', ''))
+  assert vocabulary.encode(text, len(vocabulary.encode_whole(text)))[1] == ''
+
+
+def test_demo_vocabulary_knows_all_captions():
+  from parti_jax.data import tasks  # pylint: disable=g-import-not-at-top
+
+  demo = tasks.get_vocabulary()
+  lengths = [len(demo.encode_whole(p.caption)) for p in openmoji.pictures()]
+  assert max(lengths) <= 32
+  for picture in openmoji.pictures()[::50]:
+    ids, _ = demo.encode(picture.caption, 32)
+    assert demo.decode(ids) == picture.caption.lower()
+
+
+@pytest.mark.parametrize('model_type', ['unigram', 'bpe'])
+def test_the_named_largest_size_works(tmp_path, model_type):
+  output = str(tmp_path / 'new.model')
+  with pytest.raises(UserError, match='the largest is --size=') as error:
+    train_vocabulary(CAPTIONS, 5000, output, model_type)
+  assert not list(tmp_path.iterdir())
+  largest = int(str(error.value).rsplit('=', 1)[1])
+  assert train_vocabulary(CAPTIONS, largest, output, model_type).size == largest
+
+
+def test_size_below_the_number_of_characters(tmp_path):
+  with pytest.raises(UserError, match='less than the 19 that the characters'):
+    train_vocabulary(CAPTIONS, 5, str(tmp_path / 'new.model'))
+  assert not list(tmp_path.iterdir())
+
+
+def test_unusable_files(tmp_path):
+  with pytest.raises(UserError, match='parti-jax vocabulary'):
+    TextVocabulary(str(tmp_path / 'none.model'))
+  (tmp_path / 'text.model').write_text('no model')
+  with pytest.raises(UserError, match='no SentencePiece model'):
+    TextVocabulary(str(tmp_path / 'text.model'))
+  sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter(CAPTIONS), model_prefix=str(tmp_path / 'other'), vocab_size=60,
+      model_type='bpe', minloglevel=2)
+  with pytest.raises(UserError, match=r'\(pad, eos, unk\) = \(-1, 2, 0\)'):
+    TextVocabulary(str(tmp_path / 'other.model'))
+
+
+def test_command_on_a_folder(tmp_path, capsys):
+  (tmp_path / 'p.png').write_bytes(b'')
+  rows = [json.dumps({'file': 'p.png', 'caption': caption}) for caption in [*CAPTIONS, '']]
+  (tmp_path / 'captions.jsonl').write_text('\n'.join(rows))
+  output = tmp_path / 'made' / 'captions.model'
+  arguments = ['vocabulary', '--gin_file=gin_configs/tasks/folder.gin',
+               f"--gin.folder.path='{tmp_path}'", '--size=60', '--model_type=bpe',
+               f'--output={output}']
+  assert parti_jax.main.main(arguments) == 0
+  printed = capsys.readouterr().out
+  assert '60 ids' in printed and '18 captions' in printed
+  assert [path.name for path in output.parent.iterdir()] == ['captions.model']
+  assert TextVocabulary(str(output)).size == 60
+
+  assert parti_jax.main.main([*arguments, '--split=test']) == 2
+  assert "no split 'test'" in capsys.readouterr().err
