@@ -41,7 +41,7 @@ def _examples(encode):
   """Captions and pictures: three good ones, and every kind that is left out."""
   return [
       ('red circle', encode(RED)),
-      ('broken', encode(BLUE)[:40]),
+      ('broken', encode(BLUE, (50, 50))[:60]),
       ('green circle', encode(GREEN, (30, 20), 'jpeg', quality=100)),
       ('a page', b'<html>not found</html>'),
       ('', encode(BLUE)),
