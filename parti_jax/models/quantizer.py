@@ -42,16 +42,16 @@ class VectorQuantizer(nn.Module):
       codes: float32 [batch, length, code_dim], unit vectors whose gradient goes straight to
         the latents.
       tokens: int32 [batch, length].
-      loss: float32 [], the mean over positions of
-        ‖sg[z] − e‖² + β‖z − sg[e]‖² (ViT-VQGAN, section 3.1).
+      loss: float32 [], ‖sg[z] − e‖² + β‖z − sg[e]‖² (ViT-VQGAN, section 3.1), as a mean over
+        positions and over the dimensions of a code.
     """
     latents = normalize(latents)
     tokens = self.nearest(latents)
     codes = self.lookup(tokens)
     stop = jax.lax.stop_gradient
-    loss = (jnp.sum(jnp.square(stop(latents) - codes), axis=-1)
-            + self.commitment * jnp.sum(jnp.square(latents - stop(codes)), axis=-1))
-    return latents + stop(codes - latents), tokens, jnp.mean(loss)
+    loss = (jnp.mean(jnp.square(stop(latents) - codes))
+            + self.commitment * jnp.mean(jnp.square(latents - stop(codes))))
+    return latents + stop(codes - latents), tokens, loss
 
   def nearest(self, latents):
     """Token of the nearest code: [batch, length, code_dim] to int32 [batch, length]."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 
+import flax.linen as nn
 import jax
 import orbax.checkpoint as ocp
 
@@ -106,25 +107,48 @@ def read_model(path: pathlib.Path) -> dict:
                            'remove the folder or choose another one') from error
 
 
-def read_params(path: pathlib.Path, abstract):
-  """A checkpoint's parameters alone, without the optimiser's state.
+def read_config(path: pathlib.Path, stage: str) -> dict:
+  """Sizes of a checkpoint's model.
 
   Args:
     path: a checkpoint's folder, of `latest_checkpoint`.
-    abstract: the parameters' shapes, unboxed, with or without shardings.
-
-  Returns:
-    The parameters.
+    stage: name of the stage that it must be of.
 
   Raises:
-    UserError: if parameters differ from `abstract`.
+    UserError: if the checkpoint is unfinished or of another stage.
   """
-  check_same_shapes(path, {'params': abstract})
-  handler = ocp.PyTreeCheckpointHandler()
-  with ocp.Checkpointer(handler) as checkpointer:
-    return checkpointer.restore(path / 'state', args=ocp.args.PyTreeRestore(
-        item={'params': abstract}, partial_restore=True,
-        restore_args=ocp.checkpoint_utils.construct_restore_args({'params': abstract})))['params']
+  model = read_model(path)
+  if model['stage'] != stage:
+    raise errors.UserError(
+        f'{path}: a checkpoint of the stage {model["stage"]!r}; give a run of {stage!r}')
+  return model['config']
+
+
+def read_params(path: pathlib.Path, module, inputs):
+  """A checkpoint's parameters alone, without the optimiser's state, on one device.
+
+  Args:
+    path: a checkpoint's folder, of `latest_checkpoint`.
+    module: the linen module whose parameters they are.
+    inputs: arrays that the module takes.
+
+  Returns:
+    The parameters, unboxed.
+
+  Raises:
+    UserError: if parameters are missing, unknown or of another shape.
+  """
+  boxed = jax.eval_shape(module.init, jax.random.key(0), *inputs)['params']
+  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  abstract = {'params': jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+      nn.meta.unbox(boxed))}
+  check_same_shapes(path, abstract)
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    restored = checkpointer.restore(path / 'state', args=ocp.args.PyTreeRestore(
+        item=abstract, partial_restore=True,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)))
+  return restored['params']
 
 
 def check_same_model(path, saved: dict, wanted: dict):

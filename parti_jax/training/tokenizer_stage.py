@@ -76,8 +76,11 @@ class TokenizerStage:
     return module.init(rng, *vit_vqgan.example_inputs(self.model))['params']
 
   def initial_statistics(self):
-    """Use of each code per batch, averaged over steps: float32 [codebook_size]."""
-    return {'code_use': jnp.ones((self.model.codebook_size,), jnp.float32)}
+    """Use of each code per batch, averaged over steps: float32 [codebook_size].
+
+    It begins at 0, so that with revival the first batch's latents become the first codes.
+    """
+    return {'code_use': jnp.zeros((self.model.codebook_size,), jnp.float32)}
 
   def loss(self, params, batch, rng):
     """The training loss.
