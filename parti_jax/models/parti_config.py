@@ -7,6 +7,9 @@ import dataclasses
 import gin
 import jax.numpy as jnp
 
+from parti_jax import errors
+from parti_jax.models import config_checks
+
 
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +32,7 @@ class PartiConfig:
     unroll: layers laid out in one turn of the scan; changes speed, not results.
 
   Raises:
-    ValueError: if `heads` does not divide `width`.
+    UserError: if `heads` does not divide `width`, or a value is out of its range.
   """
 
   encoder_layers: int = 12
@@ -48,8 +51,12 @@ class PartiConfig:
 
   def __post_init__(self):
     object.__setattr__(self, 'grid', tuple(self.grid))
-    if self.width % self.heads:
-      raise ValueError(f'PartiConfig.heads={self.heads} does not divide width={self.width}')
+    config_checks.check(self)
+    config_checks.check_divides(self, 'heads', 'width')
+    if len(self.grid) != 2 or min(self.grid) < 1:
+      raise errors.UserError(f'PartiConfig.grid={self.grid} must be two whole numbers from 1')
+    if not 0 <= self.dropout < 1:
+      raise errors.UserError(f'PartiConfig.dropout={self.dropout} must lie in [0, 1)')
 
   @property
   def image_length(self) -> int:

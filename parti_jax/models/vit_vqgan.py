@@ -8,6 +8,7 @@ import flax.linen as nn
 import gin
 import jax.numpy as jnp
 
+from parti_jax.models import config_checks
 from parti_jax.models import layers
 from parti_jax.models import quantizer
 from parti_jax.models import transformer
@@ -40,7 +41,8 @@ class ViTVQGANConfig:
     unroll: layers laid out in one turn of the scan.
 
   Raises:
-    ValueError: if `patch_size` does not divide `image_size`, or heads a width.
+    UserError: if `patch_size` does not divide `image_size`, or heads a width, or a value is out
+      of its range.
   """
 
   image_size: int = 256
@@ -61,14 +63,10 @@ class ViTVQGANConfig:
   unroll: int = 1
 
   def __post_init__(self):
-    if self.image_size % self.patch_size:
-      raise ValueError(f'ViTVQGANConfig.patch_size={self.patch_size} does not divide '
-                       f'image_size={self.image_size}')
+    config_checks.check(self)
+    config_checks.check_divides(self, 'patch_size', 'image_size')
     for side in ('encoder', 'decoder'):
-      width, heads = getattr(self, f'{side}_width'), getattr(self, f'{side}_heads')
-      if width % heads:
-        raise ValueError(
-            f'ViTVQGANConfig.{side}_heads={heads} does not divide {side}_width={width}')
+      config_checks.check_divides(self, f'{side}_heads', f'{side}_width')
 
   @property
   def grid(self) -> tuple[int, int]:
