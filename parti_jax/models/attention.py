@@ -30,6 +30,28 @@ def attend(query, key, value, mask=None):
   return jnp.einsum('bhqk,bkhd->bqhd', weights, value)
 
 
+def attend_cached(query, keys, values, mask):
+  """`attend` for one query a sequence, over keys and values that lie heads first.
+
+  Heads come before positions so that each head's matrix is whole in memory: a step then reads
+  the cache where it is, instead of a transposed copy of it.
+
+  Args:
+    query: [batch, 1, heads, head_dim].
+    keys: [batch, heads, length, head_dim].
+    values: as `keys`.
+    mask: bool, broadcastable to [batch, heads, 1, length].
+
+  Returns:
+    [batch, 1, heads, head_dim], of the query's dtype.
+  """
+  scale = query.shape[-1] ** -0.5
+  scores = jnp.einsum('bqhd,bhkd->bhqk', query * scale, keys, preferred_element_type=jnp.float32)
+  scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+  weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
+  return jnp.einsum('bhqk,bhkd->bqhd', weights, values)
+
+
 class SelfAttention(nn.Module):
   """Attention of a sequence over itself; queries, keys and values are one projection.
 
@@ -61,28 +83,24 @@ class SelfAttention(nn.Module):
     query, key, value = self._queries_keys_values(x)
     return self.project_out(attend(query, key, value, mask))
 
-  def step(self, x, keys, values, layer, position):
+  def step(self, x, cache, position):
     """Attention of one new position over those before it.
 
     Args:
       x: [batch, 1, embed], the newest position.
-      keys: [layers, batch, length, heads, head_dim], the cache of all layers.
-      values: as `keys`.
-      layer: int32 [], the layer whose part of the cache is meant.
-      position: int32 [], the place of `x` in the sequence.
+      cache: keys and values of earlier positions, [batch, heads, length, head_dim] each.
+      position: int32 [], the place of `x` in the sequence, below `length`.
 
     Returns:
-      The output [batch, 1, embed] and both caches with the new position written.
+      The output [batch, 1, embed] and the cache with the new position written.
     """
     query, key, value = self._queries_keys_values(x)
-    start = (layer, 0, position, 0, 0)
-    keys = jax.lax.dynamic_update_slice(keys, key[None].astype(keys.dtype), start)
-    values = jax.lax.dynamic_update_slice(values, value[None].astype(values.dtype), start)
-    visible = (jnp.arange(keys.shape[2]) <= position)[None, None, None]
-    layer_keys = jax.lax.dynamic_index_in_dim(keys, layer, keepdims=False)
-    layer_values = jax.lax.dynamic_index_in_dim(values, layer, keepdims=False)
-    attended = attend(query, layer_keys, layer_values, visible)
-    return self.project_out(attended), keys, values
+    cache = tuple(
+        jax.lax.dynamic_update_slice_in_dim(
+            old, new.swapaxes(1, 2).astype(old.dtype), position, axis=2)
+        for old, new in zip(cache, (key, value)))
+    visible = jnp.arange(cache[0].shape[2]) <= position
+    return self.project_out(attend_cached(query, *cache, visible)), cache
 
 
 class CrossAttention(nn.Module):
@@ -119,3 +137,7 @@ class CrossAttention(nn.Module):
     """x: [batch, length, embed]; memory: of `memory()`; mask: bool [batch, 1, 1, text_length]."""
     key, value = memory
     return self.project_out(attend(self.project_query(x), key, value, mask))
+
+  def step(self, x, memory, mask):
+    """One position; x: [batch, 1, embed]; memory: heads first, as `attend_cached` takes it."""
+    return self.project_out(attend_cached(self.project_query(x), *memory, mask))

@@ -72,35 +72,37 @@ class ImageDecoder(nn.Module):
     x = self.decoder(x, encoded, causal_mask(length), text_mask, deterministic)
     return self._logits(x)
 
-  def memory(self, encoded):
-    """The text's keys and values in every layer, as `transformer.Decoder.memory`."""
-    return self.decoder.memory(encoded)
+  def start(self, encoded):
+    """What every step needs, computed once, as `transformer.Decoder.start`."""
+    return self.decoder.start(encoded)
 
-  def step(self, previous_token, keys, values, memory, text_mask, position):
+  def step(self, previous_token, caches, blocks, text_mask, position):
     """Logits of one position, with a cache of the earlier ones.
 
     Args:
       previous_token: int32 [batch], the token before this position; ignored at position 0.
-      keys: [layers, batch, image_length, heads, head_dim], the cache.
-      values: as `keys`.
-      memory: of `memory()`.
+      caches: of `empty_caches` or of the step before.
+      blocks: of `start()`.
       text_mask: bool [batch, 1, 1, text_length].
       position: int32 [].
 
     Returns:
-      float32 logits [batch, codebook_size] and both caches with this position written.
+      float32 logits [batch, codebook_size] and the caches with this position written.
     """
     x = jnp.where(position == 0, self.begin, self.token_embedding(previous_token))
     x = (x + self._positions(position))[:, None].astype(self.config.compute_dtype)
-    x, keys, values = self.decoder.step(x, keys, values, memory, text_mask, position)
-    return self._logits(x)[:, 0], keys, values
+    x, caches = self.decoder.step(x, caches, blocks, text_mask, position)
+    return self._logits(x)[:, 0], caches
 
-  def empty_cache(self, batch: int):
-    """Keys and values of no position: two [layers, batch, image_length, heads, head_dim]."""
+  def empty_caches(self, batch: int, length: int):
+    """Caches of no position, with room for `length` of them.
+
+    Returns:
+      A list with, for each layer, keys and values [batch, heads, length, head_dim].
+    """
     config = self.config
-    shape = (config.decoder_layers, batch, config.image_length, config.heads,
-             config.width // config.heads)
+    shape = (batch, config.heads, length, config.width // config.heads)
     zeros = nn.with_logical_constraint(
         jnp.zeros(shape, config.compute_dtype),
-        ('layers', 'activation_batch', 'activation_length', 'activation_heads', None))
-    return zeros, jax.tree.map(jnp.copy, zeros)
+        ('activation_batch', 'activation_heads', 'activation_length', None))
+    return [(zeros, zeros) for _ in range(config.decoder_layers)]

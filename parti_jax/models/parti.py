@@ -38,36 +38,39 @@ class Parti(nn.Module):
     mask = text_encoder.text_mask(text_tokens)
     return self.image_decoder(image_tokens, encoded, mask, deterministic)
 
-  def start(self, text_tokens):
+  def start(self, text_tokens, cache_length: int | None = None):
     """What sampling needs of a text, computed once.
 
     Args:
       text_tokens: int32 [batch, text_length].
+      cache_length: positions that the caches have room for; all of them by default.
 
     Returns:
-      memory (two [layers, batch, text_length, heads, head_dim]), the text's mask
-      (bool [batch, 1, 1, text_length]), and an empty cache (keys, values).
+      blocks: for each decoder layer its parameters and the text's keys and values,
+        [batch, heads, text_length, head_dim] each.
+      mask: of the text, bool [batch, 1, 1, text_length].
+      caches: for each decoder layer empty keys and values, [batch, heads, cache_length,
+        head_dim] each.
     """
-    memory = self.image_decoder.memory(self.text_encoder(text_tokens))
-    cache = self.image_decoder.empty_cache(text_tokens.shape[0])
-    return memory, text_encoder.text_mask(text_tokens), cache
+    blocks = self.image_decoder.start(self.text_encoder(text_tokens))
+    length = self.config.image_length if cache_length is None else cache_length
+    caches = self.image_decoder.empty_caches(text_tokens.shape[0], length)
+    return blocks, text_encoder.text_mask(text_tokens), caches
 
-  def step(self, previous_token, cache, memory, mask, position):
+  def step(self, previous_token, caches, blocks, mask, position):
     """One position of sampling.
 
     Args:
       previous_token: int32 [batch]; ignored at position 0.
-      cache: keys and values, [layers, batch, image_length, heads, head_dim] each.
-      memory: of `start`.
+      caches: of `start`, or of the step before.
+      blocks: of `start`.
       mask: of `start`.
       position: int32 [].
 
     Returns:
-      float32 logits [batch, codebook_size] and the cache with this position written.
+      float32 logits [batch, codebook_size] and the caches with this position written.
     """
-    logits, keys, values = self.image_decoder.step(
-        previous_token, *cache, memory, mask, position)
-    return logits, (keys, values)
+    return self.image_decoder.step(previous_token, caches, blocks, mask, position)
 
 
 def example_inputs(config: parti_config.PartiConfig, batch: int = 1):

@@ -96,9 +96,7 @@ class DecoderBlock(nn.Module):
     self.mlp = layers.MLP(self.width, self.mlp_width, self.dtype)
     self.drop = nn.Dropout(self.dropout)
 
-  def _after_self_attention(self, x, memory, text_mask, deterministic):
-    attended = self.cross_attention(self.cross_norm(x), memory, text_mask)
-    x = x + self.drop(attended, deterministic)
+  def _feed_forward(self, x, deterministic):
     x = x + self.drop(self.mlp(self.mlp_norm(x)), deterministic)
     return nn.with_logical_constraint(x, layers.ACTIVATION)
 
@@ -115,17 +113,20 @@ class DecoderBlock(nn.Module):
     x = nn.with_logical_constraint(x, layers.ACTIVATION)
     x = x + self.drop(self.attention(self.attention_norm(x), mask), deterministic)
     memory = self.cross_attention.memory(encoded)
-    return self._after_self_attention(x, memory, text_mask, deterministic)
+    attended = self.cross_attention(self.cross_norm(x), memory, text_mask)
+    x = x + self.drop(attended, deterministic)
+    return self._feed_forward(x, deterministic)
 
   def memory(self, encoded):
-    """Keys and values of the text: two of [batch, text_length, heads, head_dim]."""
-    return self.cross_attention.memory(encoded)
+    """Keys and values of the text: two of [batch, heads, text_length, head_dim]."""
+    return tuple(part.swapaxes(1, 2) for part in self.cross_attention.memory(encoded))
 
-  def step(self, x, keys, values, memory, text_mask, layer, position):
+  def step(self, x, cache, memory, text_mask, position):
     """One position; arguments and result as SelfAttention.step, with the text's `memory`."""
-    attended, keys, values = self.attention.step(
-        self.attention_norm(x), keys, values, layer, position)
-    return self._after_self_attention(x + attended, memory, text_mask, True), keys, values
+    attended, cache = self.attention.step(self.attention_norm(x), cache, position)
+    x = x + attended
+    x = x + self.cross_attention.step(self.cross_norm(x), memory, text_mask)
+    return self._feed_forward(x, True), cache
 
 
 class Encoder(nn.Module):
@@ -188,41 +189,49 @@ class Decoder(nn.Module):
         self.layers, x, None)
     return self.norm(x)
 
-  def memory(self, encoded):
-    """The text's keys and values in every layer.
+  def _block(self):
+    """One block that is not part of the stack; its parameters are given when it is applied."""
+    return DecoderBlock(
+        self.width, self.mlp_width, self.heads, self.dropout, self.dtype, parent=None)
+
+  def start(self, encoded):
+    """What every step needs, computed once for all positions.
+
+    The blocks' parameters are taken apart here: a step that sliced them out of the stack would
+    copy them all at every position, which costs as much as the step itself.
 
     Args:
       encoded: [batch, text_length, embed].
 
     Returns:
-      Two arrays [layers, batch, text_length, heads, head_dim].
+      A list with, for each layer, its parameters and its memory: the text's keys and values,
+      [batch, heads, text_length, head_dim] each.
     """
+    stacked = nn.meta.unbox(self.variables['params']['layers'])
+    blocks = []
+    for layer in range(self.num_layers):
+      params = jax.tree.map(lambda leaf, layer=layer: leaf[layer], stacked)
+      memory = self._block().apply({'params': params}, encoded, method='memory')
+      blocks.append((params, memory))
+    return blocks
 
-    def body(block, carry, _):
-      return carry, block.memory(encoded)
-
-    return scan_layers(body, self.num_layers)(self.layers, (), None)[1]
-
-  def step(self, x, keys, values, memory, text_mask, position):
+  def step(self, x, caches, blocks, text_mask, position):
     """One position through all layers.
 
     Args:
       x: [batch, 1, embed].
-      keys: [layers, batch, length, heads, head_dim].
-      values: as `keys`.
-      memory: of `memory()`.
+      caches: a list with, for each layer, keys and values
+        [batch, heads, length, head_dim].
+      blocks: of `start()`.
       text_mask: bool [batch, 1, 1, text_length].
       position: int32 [].
 
     Returns:
-      The output [batch, 1, embed] and both caches with this position written.
+      The output [batch, 1, embed] and the caches with this position written.
     """
-
-    def body(block, carry, inputs):
-      layer, layer_memory = inputs
-      x, keys, values = block.step(*carry, layer_memory, text_mask, layer, position)
-      return (x, keys, values), None
-
-    (x, keys, values), _ = scan_layers(body, self.num_layers, self.unroll)(
-        self.layers, (x, keys, values), (jnp.arange(self.num_layers), memory))
-    return self.norm(x), keys, values
+    written = []
+    for cache, (params, memory) in zip(caches, blocks, strict=True):
+      x, cache = self._block().apply(
+          {'params': params}, x, cache, memory, text_mask, position, method='step')
+      written.append(cache)
+    return self.norm(x), written

@@ -1,0 +1,199 @@
+"""The decoding loop: image tokens one after the other, from text, with a cache.
+
+One program draws all positions of a batch. Nothing in it depends on which other images are in
+the batch: every image has a key of its own, so that a seed means the same picture however the
+images are cut into batches.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from parti_jax.models import parti as parti_lib
+
+# Caches grow in at most this many steps: attention over places that are still empty costs time,
+# and every step is a loop of its own to compile.
+_MAX_SEGMENTS = 4
+_MIN_SEGMENT = 64
+
+
+def image_keys(seed, image_index):
+  """Keys of images, the same for an image wherever it is in a batch.
+
+  Args:
+    seed: uint32 [].
+    image_index: int32 [batch], the index of each image among those of its prompt.
+
+  Returns:
+    A key array [batch].
+  """
+  return jax.vmap(lambda index: jax.random.fold_in(jax.random.key(seed), index))(image_index)
+
+
+def empty_text(batch: int, text_length: int):
+  """The text of no words, which guidance leads away from: int32 [batch, text_length]."""
+  return jnp.zeros((batch, text_length), jnp.int32).at[:, 0].set(1)
+
+
+def guide(logits, guidance_scale):
+  """Classifier-free guidance (Parti, section 2.4).
+
+  Args:
+    logits: float32 [2 * batch, codebook_size], with text at even rows and without at odd ones.
+    guidance_scale: float32 [].
+
+  Returns:
+    float32 [batch, codebook_size].
+  """
+  logits = logits.reshape(-1, 2, logits.shape[-1])
+  conditional, unconditional = logits[:, 0], logits[:, 1]
+  return unconditional + guidance_scale * (conditional - unconditional)
+
+
+def _ordered_bits(x):
+  """uint32 that are ordered as the float32 they are made of."""
+  bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+  sign = jnp.uint32(1 << 31)
+  return jnp.where(bits & sign, ~bits, bits | sign)
+
+
+def _at_least_threshold(bits, weights, amount):
+  """The largest threshold that leaves an amount of weight at or above it.
+
+  Finds it bit by bit, 32 sums in all: sorting a codebook at every position takes longer than
+  the network on a CPU.
+
+  Args:
+    bits: uint32 [batch, codebook_size].
+    weights: float32 [batch, codebook_size], not negative.
+    amount: float32 [batch, 1].
+
+  Returns:
+    uint32 [batch, 1].
+  """
+
+  def body(index, threshold):
+    candidate = threshold | (jnp.uint32(1 << 31) >> index.astype(jnp.uint32))
+    above = jnp.sum(jnp.where(bits >= candidate, weights, 0.0), axis=-1, keepdims=True)
+    return jnp.where(above >= amount, candidate, threshold)
+
+  return jax.lax.fori_loop(0, 32, body, jnp.zeros_like(bits[:, :1]))
+
+
+def filter_logits(logits, top_k, top_p):
+  """Rules out unlikely tokens: first by `top_k`, then by `top_p` among those left.
+
+  Tokens that are exactly as likely as the last one kept are kept too.
+
+  Args:
+    logits: float32 [batch, codebook_size].
+    top_k: int32 [], how many tokens to keep; 0 keeps all.
+    top_p: float32 [], the probability to keep; 1 keeps all.
+
+  Returns:
+    The logits, with -inf for the tokens that are ruled out.
+  """
+  bits = _ordered_bits(logits)
+  count = jnp.where(top_k > 0, jnp.minimum(top_k, logits.shape[-1]), logits.shape[-1])
+  amount = jnp.broadcast_to(count.astype(jnp.float32), bits[:, :1].shape)
+  kept = bits >= _at_least_threshold(bits, jnp.ones_like(logits), amount)
+  mass = jnp.where(kept, jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True)), 0.0)
+  amount = top_p * jnp.sum(mass, axis=-1, keepdims=True)
+  within = bits >= _at_least_threshold(bits, mass, amount)
+  # With top_p = 1 rounding must not cost the least likely token its place.
+  return jnp.where(kept & (within | (top_p >= 1.0)), logits, -jnp.inf)
+
+
+def choose(logits, keys, position, temperature, top_k, top_p, *, greedy, filtered):
+  """Draws one token of every image.
+
+  Args:
+    logits: float32 [batch, codebook_size].
+    keys: of `image_keys`.
+    position: int32 [].
+    temperature: float32 [], positive unless greedy.
+    top_k: int32 [].
+    top_p: float32 [].
+    greedy: whether to take the likeliest token instead.
+    filtered: whether top_k and top_p are looked at.
+
+  Returns:
+    int32 [batch].
+  """
+  if greedy:
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+  logits = logits / temperature
+  if filtered:
+    logits = filter_logits(logits, top_k, top_p)
+  # Gumbel noise turns the likeliest token into a draw; each image's noise is its own.
+  noise = jax.vmap(
+      lambda key: jax.random.gumbel(jax.random.fold_in(key, position), logits.shape[-1:]))(keys)
+  return jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
+
+
+def _grow(caches, length: int):
+  """Caches with room for `length` positions, the new ones empty."""
+  def grow(cache):
+    return jnp.pad(cache, ((0, 0), (0, 0), (0, length - cache.shape[2]), (0, 0)))
+  return jax.tree.map(grow, caches)
+
+
+def _segment_ends(length: int) -> list[int]:
+  """Where caches grow: positions up to which each loop runs."""
+  segment = max(_MIN_SEGMENT, -(-length // _MAX_SEGMENTS))
+  return [min(end, length) for end in range(segment, length + segment, segment)]
+
+
+def sample_tokens(
+    config, params, text_tokens, keys, guidance_scale=1.0, temperature=1.0, top_k=0, top_p=1.0,
+    *, guided: bool, greedy: bool, filtered: bool):
+  """Draws the image tokens of a batch; to be called inside a jit.
+
+  Arrays may be sharded: the networks constrain them by their logical axis names wherever
+  `flax.linen.logical_axis_rules` is set.
+
+  Args:
+    config: PartiConfig.
+    params: of Parti, without axis names.
+    text_tokens: int32 [batch, text_length], padded with 0.
+    keys: a key for each image, [batch], see `image_keys`.
+    guidance_scale: float32 [], see SamplingSettings; looked at if guided.
+    temperature: float32 [].
+    top_k: int32 [].
+    top_p: float32 [].
+    guided: whether to compute the logits without text too.
+    greedy: whether to take the likeliest token.
+    filtered: whether top_k or top_p rule out tokens.
+
+  Returns:
+    int32 [batch, image_length].
+  """
+  model = parti_lib.Parti(config)
+  variables = {'params': params}
+  batch = text_tokens.shape[0]
+  ways = 2 if guided else 1
+  if guided:
+    # Both texts of an image are neighbours, so that they stay on one device of a mesh.
+    text_tokens = jnp.stack([text_tokens, empty_text(*text_tokens.shape)], axis=1)
+    text_tokens = text_tokens.reshape(2 * batch, -1)
+  ends = _segment_ends(config.image_length)
+  blocks, mask, caches = model.apply(variables, text_tokens, ends[0], method='start')
+
+  def body(carry, position):
+    previous, caches = carry
+    logits, caches = model.apply(
+        variables, jnp.repeat(previous, ways), caches, blocks, mask, position, method='step')
+    if guided:
+      logits = guide(logits, guidance_scale)
+    token = choose(logits, keys, position, temperature, jnp.asarray(top_k), top_p,
+                   greedy=greedy, filtered=filtered)
+    return (token, caches), token
+
+  token, pieces, start = jnp.zeros(batch, jnp.int32), [], 0
+  for end in ends:
+    (token, caches), tokens = jax.lax.scan(
+        body, (token, _grow(caches, end)), jnp.arange(start, end))
+    pieces.append(tokens)
+    start = end
+  return jnp.concatenate(pieces).T

@@ -1,0 +1,97 @@
+"""Settings of sampling, checked in one place."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from parti_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingSettings:
+  """How image tokens are drawn from logits.
+
+  Attributes:
+    guidance_scale: weight of classifier-free guidance, logits = uncond + scale · (cond − uncond)
+      (Parti, section 2.4); 1 is plain conditional sampling and costs half.
+    temperature: logits are divided by it; 0 takes the likeliest token.
+    top_k: only this many of the likeliest tokens may be drawn; 0 is no limit.
+    top_p: only the likeliest tokens that together have this probability may be drawn; 1 is no
+      limit. It counts among the tokens that `top_k` leaves.
+
+  Raises:
+    UserError: if a value can't be; the message names it.
+  """
+
+  guidance_scale: float = 1.0
+  temperature: float = 1.0
+  top_k: int = 0
+  top_p: float = 1.0
+
+  def __post_init__(self):
+    for name in ('guidance_scale', 'temperature', 'top_p'):
+      object.__setattr__(self, name, _number(name, getattr(self, name)))
+    object.__setattr__(self, 'top_k', whole_number('top_k', self.top_k, 0))
+    if self.guidance_scale < 0:
+      raise UserError(f'guidance_scale={self.guidance_scale:g} is negative; 1 is no guidance, and '
+                      'larger values follow the prompt more closely')
+    if self.temperature < 0:
+      raise UserError(f'temperature={self.temperature:g} is negative; 0 takes the likeliest '
+                      'token, 1 draws as the model has learned')
+    if not 0 < self.top_p <= 1:
+      raise UserError(f'top_p={self.top_p:g} is not above 0 and at most 1; 1 is no limit')
+
+  @property
+  def guided(self) -> bool:
+    """Whether a second pass without text is needed."""
+    return self.guidance_scale != 1.0
+
+  @property
+  def greedy(self) -> bool:
+    """Whether the likeliest token is taken, so that nothing is drawn."""
+    return self.temperature == 0.0
+
+  @property
+  def filtered(self) -> bool:
+    """Whether some tokens are ruled out."""
+    return self.top_k > 0 or self.top_p < 1.0
+
+  def replace(self, **values) -> 'SamplingSettings':
+    """These settings with the values that are not None in place of their own."""
+    chosen = {name: value for name, value in values.items() if value is not None}
+    return dataclasses.replace(self, **chosen)
+
+
+def whole_number(name: str, value, least: int, most: int | None = None) -> int:
+  """Checks a whole number.
+
+  Args:
+    name: of the argument, for the message.
+    value: what was given; numpy's integers are fine.
+    least: smallest number allowed.
+    most: largest number allowed, if there is one.
+
+  Raises:
+    UserError: if the value is none, or out of bounds.
+  """
+  bounds = f'from {least}' if most is None else f'from {least} to {most}'
+  try:
+    number = int(value)
+    if isinstance(value, bool) or number != value:
+      raise ValueError
+  except (TypeError, ValueError, OverflowError):
+    raise UserError(f'{name}={value!r} must be a whole number {bounds}') from None
+  if number < least or (most is not None and number > most):
+    raise UserError(f'{name}={number} must be a whole number {bounds}')
+  return number
+
+
+def _number(name: str, value) -> float:
+  try:
+    number = float(value)
+  except (TypeError, ValueError):
+    raise UserError(f'{name}={value!r} is not a number') from None
+  if not math.isfinite(number):
+    raise UserError(f'{name}={number} is not a finite number')
+  return number

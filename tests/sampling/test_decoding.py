@@ -1,0 +1,215 @@
+"""The decoding loop: its cache, its guidance, its draws."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from parti_jax.models import parti
+from parti_jax.models import parti_config
+from parti_jax.sampling import decoding
+
+CONFIG = parti_config.PartiConfig(
+    encoder_layers=1, decoder_layers=2, width=16, mlp_width=32, heads=2, text_vocabulary=20,
+    text_length=5, codebook_size=11, grid=(2, 3), dtype='float32')
+TEXTS = np.array([[4, 7, 1, 0, 0], [3, 1, 0, 0, 0], [9, 9, 8, 5, 1]], np.int32)
+
+
+@pytest.fixture(scope='module')
+def params():
+  """Parameters large enough for texts and tokens to matter."""
+  init = functools.partial(parti.Parti(CONFIG).init, jax.random.key(0))
+  params = nn.meta.unbox(jax.jit(init)(*parti.example_inputs(CONFIG)))['params']
+  return jax.tree.map(lambda leaf: leaf * 3.0, params)
+
+
+def draw(params, texts, image_index, seed=0, **settings):
+  """sample_tokens under jit, plain conditional sampling unless told otherwise."""
+  statics = {name: settings.pop(name, False) for name in ('guided', 'greedy', 'filtered')}
+
+  @jax.jit
+  def run(params, texts, image_index, settings):
+    keys = decoding.image_keys(jnp.uint32(seed), image_index)
+    return decoding.sample_tokens(CONFIG, params, texts, keys, **settings, **statics)
+
+  return np.asarray(run(params, np.asarray(texts), np.asarray(image_index, np.int32), settings))
+
+
+def cached_logits(params, texts, tokens):
+  """Logits of every position, computed one position after the other."""
+  model = parti.Parti(CONFIG)
+
+  @jax.jit
+  def run(params, texts, tokens):
+    blocks, mask, caches = model.apply({'params': params}, texts, method='start')
+    logits, previous = [], jnp.zeros(tokens.shape[0], jnp.int32)
+    for position in range(CONFIG.image_length):
+      step, caches = model.apply(
+          {'params': params}, previous, caches, blocks, mask, jnp.int32(position), method='step')
+      logits.append(step)
+      previous = tokens[:, position]
+    return jnp.stack(logits, axis=1)
+
+  return run(params, texts, tokens)
+
+
+def all_logits(params, texts, tokens):
+  return jax.jit(functools.partial(parti.Parti(CONFIG).apply, {'params': params}))(texts, tokens)
+
+
+@pytest.fixture(scope='module')
+def tokens():
+  shape = (len(TEXTS), CONFIG.image_length)
+  return np.random.default_rng(0).integers(0, CONFIG.codebook_size, shape).astype(np.int32)
+
+
+def test_cached_logits_are_those_of_the_whole_sequence(params, tokens):
+  expected = all_logits(params, TEXTS, tokens)
+  assert np.std(expected) > 0.1
+  np.testing.assert_allclose(cached_logits(params, TEXTS, tokens), expected, atol=2e-5)
+
+
+def test_a_later_token_changes_no_earlier_logit(params, tokens):
+  before = np.asarray(all_logits(params, TEXTS, tokens))
+  for position in range(CONFIG.image_length):
+    changed = tokens.copy()
+    changed[:, position] = (changed[:, position] + 1) % CONFIG.codebook_size
+    after = np.asarray(all_logits(params, TEXTS, changed))
+    np.testing.assert_array_equal(after[:, :position + 1], before[:, :position + 1])
+    if position + 1 < CONFIG.image_length:
+      assert np.any(after[:, position + 1:] != before[:, position + 1:])
+
+
+def test_greedy_sampling_follows_the_logits_of_the_whole_sequence(params):
+  drawn = draw(params, TEXTS, [0, 0, 0], greedy=True)
+  logits = all_logits(params, TEXTS, drawn)
+  np.testing.assert_array_equal(drawn, np.argmax(logits, axis=-1))
+
+
+def test_guidance_scale_one_is_conditional_sampling(params):
+  texts, index = np.repeat(TEXTS, 4, axis=0), [0, 1, 2, 3] * 3
+  plain = draw(params, texts, index)
+  np.testing.assert_array_equal(
+      draw(params, texts, index, guided=True, guidance_scale=1.0), plain)
+  assert np.any(draw(params, texts, index, guided=True, guidance_scale=4.0) != plain)
+
+
+def test_guidance_leads_from_the_logits_without_text_to_those_with_it(params, tokens):
+  empty = decoding.empty_text(len(TEXTS), CONFIG.text_length)
+  np.testing.assert_array_equal(empty[0], [1, 0, 0, 0, 0])
+  both = np.stack([TEXTS, empty], axis=1).reshape(-1, CONFIG.text_length)
+  doubled = np.asarray(cached_logits(params, both, np.repeat(tokens, 2, axis=0)))
+  conditional = np.asarray(all_logits(params, TEXTS, tokens))
+  unconditional = np.asarray(all_logits(params, np.asarray(empty), tokens))
+  for scale in (0.0, 1.0, 3.0):
+    for position in range(CONFIG.image_length):
+      expected = unconditional + scale * (conditional - unconditional)
+      np.testing.assert_allclose(
+          decoding.guide(doubled[:, position], scale), expected[:, position], atol=1e-4)
+
+
+def test_an_image_does_not_depend_on_the_others_of_its_batch(params):
+  texts, index = np.repeat(TEXTS, 3, axis=0), np.tile([0, 1, 2], 3)
+  settings = {'seed': 5, 'guided': True, 'guidance_scale': 1.5, 'temperature': 4.0}
+  whole = draw(params, texts, index, **settings)
+  assert len(np.unique(whole, axis=0)) == len(whole)
+  order = np.array([4, 0, 8, 2, 6])
+  for size in (1, 2, 5):
+    chosen = order[:size]
+    part = draw(params, texts[chosen], index[chosen], **settings)
+    np.testing.assert_array_equal(part, whole[chosen])
+
+
+def test_a_seed_and_an_index_choose_the_image(params):
+  texts = np.repeat(TEXTS[:1], 4, axis=0)
+  np.testing.assert_array_equal(draw(params, texts, [0] * 4)[0], draw(params, texts, [0] * 4)[3])
+  assert np.any(draw(params, texts, range(4), seed=0) != draw(params, texts, range(4), seed=1))
+
+
+def test_one_token_left_is_the_likeliest(params):
+  index = [0, 1, 2]
+  greedy = draw(params, TEXTS, index, greedy=True)
+  np.testing.assert_array_equal(
+      draw(params, TEXTS, index, filtered=True, top_k=1), greedy)
+  np.testing.assert_array_equal(
+      draw(params, TEXTS, index, filtered=True, top_p=1e-6), greedy)
+  assert np.any(draw(params, TEXTS, index) != greedy)
+
+
+def test_long_sequences_grow_their_cache(monkeypatch, params):
+  whole = draw(params, TEXTS, [0, 1, 2])
+  monkeypatch.setattr(decoding, '_MIN_SEGMENT', 2)
+  assert decoding._segment_ends(CONFIG.image_length) == [2, 4, 6]
+  np.testing.assert_array_equal(draw(params, TEXTS, [0, 1, 2]), whole)
+
+
+def test_segments_cover_every_length():
+  assert decoding._segment_ends(64) == [64]
+  assert decoding._segment_ends(1024) == [256, 512, 768, 1024]
+  assert decoding._segment_ends(130) == [64, 128, 130]
+
+
+def kept(logits, top_k=0, top_p=1.0):
+  """Which logits are left, as a list of indices per row."""
+  filtered = np.asarray(decoding.filter_logits(
+      jnp.asarray(logits, jnp.float32), jnp.int32(top_k), jnp.float32(top_p)))
+  finite = np.isfinite(filtered)
+  np.testing.assert_array_equal(filtered[finite], np.asarray(logits, np.float32)[finite])
+  return [list(np.flatnonzero(row)) for row in finite]
+
+
+def test_top_k_keeps_the_likeliest():
+  logits = [[0.5, -3.0, 2.0, 1.0, -0.5], [-9.0, -1.0, -8.0, -7.0, -2.0]]
+  assert kept(logits, top_k=1) == [[2], [1]]
+  assert kept(logits, top_k=3) == [[0, 2, 3], [1, 3, 4]]
+  assert kept(logits, top_k=0) == kept(logits, top_k=99) == [[0, 1, 2, 3, 4]] * 2
+
+
+def test_top_p_keeps_the_smallest_set_with_that_probability():
+  logits = np.log([[0.1, 0.5, 0.05, 0.35], [0.25, 0.2, 0.15, 0.4]])
+  assert kept(logits, top_p=0.5 - 1e-4) == [[1], [0, 3]]
+  assert kept(logits, top_p=0.6) == [[1, 3], [0, 3]]
+  assert kept(logits, top_p=0.84) == [[1, 3], [0, 1, 3]]
+  assert kept(logits, top_p=0.9) == [[0, 1, 3], [0, 1, 2, 3]]
+  assert kept(logits, top_p=1.0) == [[0, 1, 2, 3]] * 2
+
+
+def test_top_p_counts_among_what_top_k_leaves():
+  logits = np.log([[0.1, 0.5, 0.05, 0.35]])
+  # Of the two that are left the likelier has 0.5 / 0.85 = 0.59.
+  assert kept(logits, top_k=2, top_p=0.58) == [[1]]
+  assert kept(logits, top_k=2, top_p=0.6) == [[1, 3]]
+
+
+def test_filters_agree_with_sorting():
+  logits = np.random.default_rng(1).normal(size=(6, 50)) * 4.0
+  for top_k, top_p in ((7, 1.0), (0, 0.8), (20, 0.95)):
+    expected = []
+    for row in logits.astype(np.float32):
+      order = np.argsort(-row)[:top_k or None]
+      mass = np.exp(row[order] - row.max())
+      before = np.cumsum(mass) - mass
+      expected.append(sorted(order[before < top_p * mass.sum()]))
+    assert kept(logits, top_k, top_p) == expected
+
+
+def test_draws_have_the_softmax_of_the_logits():
+  probabilities = np.array([0.5, 0.3, 0.15, 0.05])
+  count = 4000
+  logits = jnp.broadcast_to(jnp.log(probabilities), (count, 4)).astype(jnp.float32)
+  keys = decoding.image_keys(jnp.uint32(0), jnp.arange(count))
+
+  def shares(temperature, top_k, top_p):
+    drawn = decoding.choose(
+        logits, keys, jnp.int32(3), temperature, jnp.int32(top_k), top_p,
+        greedy=False, filtered=True)
+    return np.bincount(drawn, minlength=4) / count
+
+  np.testing.assert_allclose(shares(1.0, 0, 1.0), probabilities, atol=0.03)
+  sharper = probabilities ** 2 / np.sum(probabilities ** 2)
+  np.testing.assert_allclose(shares(0.5, 0, 1.0), sharper, atol=0.03)
+  np.testing.assert_allclose(shares(1.0, 2, 1.0), [0.625, 0.375, 0.0, 0.0], atol=0.03)
+  np.testing.assert_allclose(shares(1.0, 0, 0.9), np.array([50, 30, 15, 0]) / 95, atol=0.03)
