@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
 from parti_jax import errors
+from parti_jax.partitioning import mesh as mesh_lib
 
 # Logical axis -> mesh axis or axes; an axis that is not listed is not split.
 LOGICAL_AXIS_RULES = (
@@ -28,9 +29,22 @@ LOGICAL_AXIS_RULES = (
 
 @gin.configurable
 def logical_axis_rules(rules=LOGICAL_AXIS_RULES):
-  """The table in use; gin may replace it (`logical_axis_rules.rules = (...)`)."""
-  return tuple((name, tuple(axes) if isinstance(axes, (list, tuple)) else axes)
-               for name, axes in rules)
+  """The table in use; gin may replace it (`logical_axis_rules.rules = (...)`).
+
+  Args:
+    rules: pairs of a logical axis and a mesh axis, several mesh axes, or None.
+
+  Raises:
+    UserError: if there is no such mesh axis.
+  """
+  table = tuple((name, tuple(axes) if isinstance(axes, (list, tuple)) else axes)
+                for name, axes in rules)
+  for name, axes in table:
+    for axis in _as_tuple(axes):
+      if axis not in mesh_lib.AXES:
+        raise errors.UserError(f'logical_axis_rules.rules: {name!r} is bound to {axis!r}, which '
+                               f'is no mesh axis; there are {", ".join(mesh_lib.AXES)}')
+  return table
 
 
 @contextlib.contextmanager
@@ -46,9 +60,14 @@ def batch_sharding(mesh, rules) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(axes))
 
 
+def batch_ways(mesh, rules) -> int:
+  """Into how many parts the mesh splits a batch."""
+  return _ways(mesh, dict(rules).get('activation_batch'))
+
+
 def check_batch(batch_size: int, mesh, rules, name: str):
   """Raises UserError unless the devices that split the batch divide it; `name` is the key."""
-  ways = _ways(mesh, dict(rules).get('activation_batch'))
+  ways = batch_ways(mesh, rules)
   if batch_size % ways:
     raise errors.UserError(
         f'{name}={batch_size} is not divisible by the {ways} ways that the mesh '
@@ -128,8 +147,11 @@ def _names(path):
 
 
 def _ways(mesh, axes) -> int:
-  axes = (axes,) if isinstance(axes, str) else (axes or ())
-  return math.prod(mesh.shape[axis] for axis in axes)
+  return math.prod(mesh.shape[axis] for axis in _as_tuple(axes))
+
+
+def _as_tuple(axes) -> tuple[str, ...]:
+  return (axes,) if isinstance(axes, str) else tuple(axes or ())
 
 
 def _check_divisible(path, shape, spec, mesh):

@@ -1,0 +1,46 @@
+"""The mesh from gin: sizes that fit the devices, and errors for those that do not."""
+
+import jax
+import pytest
+
+from parti_jax import config
+from parti_jax.errors import UserError
+from parti_jax.partitioning import mesh
+
+
+@pytest.mark.parametrize('sizes, shape', [
+    ({}, (8, 1, 1)), ({'tensor': 4}, (2, 1, 4)), ({'data': 1, 'fsdp': -1, 'tensor': 2}, (1, 4, 2)),
+    ({'data': 2, 'fsdp': 2, 'tensor': 2}, (2, 2, 2)),
+])
+def test_every_device_is_in_the_mesh_once(sizes, shape):
+  made = mesh.make_mesh(**sizes)
+  assert made.axis_names == ('data', 'fsdp', 'tensor')
+  assert made.devices.shape == shape
+  assert set(made.devices.flat) == set(jax.devices())
+
+
+def test_devices_can_be_chosen():
+  assert mesh.make_mesh(devices=jax.devices()[:2]).devices.shape == (2, 1, 1)
+
+
+@pytest.mark.parametrize('sizes, words', [
+    ({'data': 3}, ['make_mesh.data=3', '8', 'devices']),
+    ({'fsdp': 3}, ['make_mesh.fsdp=3', 'multiple of 3', '8']),
+    ({'data': 2, 'fsdp': 2, 'tensor': 4}, ['make_mesh.tensor=4', '16', '8']),
+    ({'data': 1}, ['make_mesh.data=1', '8']),
+    ({'fsdp': -1}, ['make_mesh.data=-1', 'make_mesh.fsdp=-1', 'at most one']),
+    ({'tensor': 0}, ['make_mesh.tensor=0', 'positive']),
+    ({'tensor': -2}, ['make_mesh.tensor=-2', 'positive']),
+])
+def test_sizes_that_do_not_fit_the_devices_are_named(sizes, words):
+  with pytest.raises(UserError) as caught:
+    mesh.make_mesh(**sizes)
+  assert all(word in str(caught.value) for word in words)
+
+
+def test_a_mesh_is_a_line_of_gin():
+  config.parse([], ['make_mesh.fsdp=2', 'make_mesh.tensor=4'])
+  try:
+    assert dict(mesh.make_mesh().shape) == {'data': 1, 'fsdp': 2, 'tensor': 4}
+  finally:
+    config.parse([], [])

@@ -1,0 +1,91 @@
+"""One training step gives the same loss and parameters on every mesh of 8 emulated devices.
+
+The step is plain gradient descent with a rate so large that a parameter after it consists mostly
+of its update. So a comparison of parameters compares gradients, and at their own scale: Adam or
+Adafactor would divide each gradient by its size and blow up the rounding of those close to 0.
+"""
+
+import functools
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from parti_jax.models import parti_config
+from parti_jax.models import vit_vqgan
+from parti_jax.partitioning import mesh as mesh_lib
+from parti_jax.training import generator_stage
+from parti_jax.training import tokenizer_stage
+from parti_jax.training import train_loop
+
+BATCH = 8
+MESHES = [(8, 1, 1), (2, 2, 2), (1, 2, 4)]
+
+
+def _generator():
+  sizes = parti_config.PartiConfig(
+      encoder_layers=1, decoder_layers=2, width=16, mlp_width=32, heads=4, text_vocabulary=16,
+      text_length=4, codebook_size=24, grid=(2, 2), dropout=0.3, dtype='float32')
+  draw = np.random.default_rng(0)
+  text = draw.integers(3, 16, (BATCH, 4)).astype(np.int32)
+  text[:, 3] = 1
+  text[0] = [1, 0, 0, 0]
+  batch = {'encoder_input_tokens': text,
+           'decoder_target_tokens': draw.integers(0, 24, (BATCH, 4)).astype(np.int32),
+           'decoder_loss_weights': np.ones((BATCH, 4), np.float32)}
+  return generator_stage.GeneratorStage(sizes), batch, 30.0
+
+
+def _tokenizer():
+  sizes = vit_vqgan.ViTVQGANConfig(
+      image_size=8, patch_size=4, encoder_layers=1, encoder_width=16, encoder_mlp_width=32,
+      encoder_heads=4, decoder_layers=2, decoder_width=16, decoder_mlp_width=32,
+      decoder_heads=4, codebook_size=16, code_dim=4, dtype='float32')
+  # Codes are revived in the step, so that their random choice is compared too.
+  stage = tokenizer_stage.TokenizerStage(sizes, revive_every=1, revive_until=5, dead_below=0.01)
+  images = np.random.default_rng(1).integers(0, 256, (BATCH, 8, 8, 3)).astype(np.uint8)
+  return stage, {'images': images}, 20.0
+
+
+@functools.cache
+def _trained(stage_name, sizes):
+  """Loss, parameters before and after a step, on a mesh; numpy arrays."""
+  stage, batch, rate = {'generator': _generator, 'tokenizer': _tokenizer}[stage_name]()
+  devices = jax.devices()[:np.prod(sizes)]
+  mesh = mesh_lib.make_mesh(*sizes, devices=devices)
+  trainer = train_loop.Trainer(stage, optax.sgd(rate), mesh, seed=5)
+  state = trainer.create_state()
+  before = jax.device_get(state.params)
+  state, metrics = trainer.step(state, trainer.put(batch))
+  assert int(state.step) == 1
+  kernel = max(jax.tree.leaves(state.params), key=lambda leaf: leaf.size)
+  assert len(kernel.addressable_shards) == len(devices)
+  return jax.device_get(metrics), before, jax.device_get(state)
+
+
+@pytest.mark.parametrize('stage', ['generator', 'tokenizer'])
+def test_the_step_consists_mostly_of_its_update(stage):
+  _, before, state = _trained(stage, (1, 1, 1))
+  moved = jax.tree.map(lambda a, b: np.abs(a - b).max() / np.abs(b).max(), before, state.params)
+  assert np.median(jax.tree.leaves(moved)) > 0.3
+  assert min(jax.tree.leaves(moved)) > 0.01
+
+
+@pytest.mark.parametrize('sizes', MESHES)
+@pytest.mark.parametrize('stage', ['generator', 'tokenizer'])
+def test_a_step_gives_the_same_on_every_mesh(stage, sizes):
+  metrics, before, state = _trained(stage, (1, 1, 1))
+  others, before_there, state_there = _trained(stage, sizes)
+  jax.tree.map(np.testing.assert_array_equal, before_there, before)
+  np.testing.assert_allclose(others['loss'], metrics['loss'], rtol=1e-5)
+  np.testing.assert_allclose(others['gradient_norm'], metrics['gradient_norm'], rtol=1e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, atol=1e-5 * np.abs(a).max()),
+               state.params, state_there.params)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-5),
+               state.statistics, state_there.statistics)
+
+
+def test_the_masks_of_dropout_do_not_depend_on_the_mesh():
+  # JAX's setting that the agreement of meshes rests on.
+  assert jax.config.jax_threefry_partitionable
