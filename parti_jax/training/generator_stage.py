@@ -13,6 +13,9 @@ import optax
 from parti_jax.models import flops
 from parti_jax.models import parti
 from parti_jax.models import parti_config
+from parti_jax.models import vit_vqgan
+from parti_jax.sampling import decoding
+from parti_jax.training import frozen_tokenizer
 
 
 @gin.configurable
@@ -22,9 +25,14 @@ class GeneratorStage:
 
   Attributes:
     model: sizes of the text encoder and the image-token decoder.
+    tokenizer: run of the image tokenizer (its --model_dir), to show samples as pictures; None
+      for no pictures.
+    guidance_scale: of the samples.
   """
 
   model: parti_config.PartiConfig
+  tokenizer: str | None = None
+  guidance_scale: float = 2.0
 
   name = 'generator'
   compute_dtype = property(lambda self: self.model.compute_dtype)
@@ -71,6 +79,33 @@ class GeneratorStage:
   def summarize(self, measures: dict[str, np.ndarray]) -> dict[str, float]:
     """Means over examples."""
     return {name: float(values.mean()) for name, values in measures.items()}
+
+  def pictures(self, params, batch):
+    """Real pictures beside samples for the same texts.
+
+    Args:
+      params: of `init`.
+      batch: as in `loss`.
+
+    Returns:
+      {'samples': uint8 [batch, height, 2 · width, 3]}, or nothing without a tokenizer.
+    """
+    if self.tokenizer is None:
+      return {}
+    config, tokenizer_params = frozen_tokenizer.load(self.tokenizer)
+
+    @jax.jit
+    def draw(params, text_tokens, image_tokens):
+      keys = decoding.image_keys(0, jnp.arange(text_tokens.shape[0]))
+      drawn = decoding.sample_tokens(
+          self.model, params, text_tokens, keys, self.guidance_scale,
+          guided=True, greedy=False, filtered=False)
+      decode = lambda tokens: vit_vqgan.ViTVQGAN(config).apply(
+          {'params': tokenizer_params}, tokens, method='detokenize')
+      pairs = jnp.concatenate([decode(image_tokens), decode(drawn)], axis=2)
+      return jnp.round(pairs * 255.0).astype(jnp.uint8)
+
+    return {'samples': draw(params, batch['encoder_input_tokens'], batch['decoder_target_tokens'])}
 
   def step_flops(self, batch_size: int) -> int:
     """Model FLOPs of a training step."""

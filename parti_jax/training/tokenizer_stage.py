@@ -14,13 +14,14 @@ from parti_jax.models import quantizer
 from parti_jax.models import vit_vqgan
 
 
-def logit_laplace_loss(images, mean, log_scale):
+def logit_laplace_loss(images, mean, log_scale, least_log_scale: float = -7.0):
   """Negative log likelihood of pixels under a logit-laplace distribution.
 
   Args:
     images: float32 [batch, height, width, 3] in [0, 1].
     mean: of the logits, as `images`.
     log_scale: logarithm of the distribution's scale b, as `images`.
+    least_log_scale: smaller ones count as this.
 
   Returns:
     float32 [batch], the mean over pixels of |logit(x) − μ| / b + log(2·b·x·(1 − x)), with x
@@ -28,7 +29,7 @@ def logit_laplace_loss(images, mean, log_scale):
   """
   epsilon = vit_vqgan.LOGIT_LAPLACE_EPSILON
   x = (1.0 - 2.0 * epsilon) * images + epsilon
-  log_scale = jnp.maximum(log_scale, -7.0)
+  log_scale = jnp.maximum(log_scale, least_log_scale)
   loss = (jnp.abs(jnp.log(x) - jnp.log1p(-x) - mean) * jnp.exp(-log_scale)
           + jnp.log(2.0 * x * (1.0 - x)) + log_scale)
   return jnp.mean(loss, axis=(1, 2, 3))
@@ -40,6 +41,33 @@ def psnr(images, reconstructions):
   return -10.0 * jnp.log10(jnp.maximum(error, 1e-10))
 
 
+def revive(table, use, dead, latents, rng):
+  """Sets dead codes to latents that have no code near them.
+
+  The latents are drawn with a chance that grows with their distance to their code, as k-means++
+  draws its centres; drawn evenly, most would be of the blank patches that have codes enough.
+
+  Args:
+    table: float32 [codes, code_dim], the codebook.
+    use: float32 [codes], use of each code per batch.
+    dead: bool [codes].
+    latents: [batch, length, code_dim].
+    rng: a key.
+
+  Returns:
+    The codebook, and the use with a start of 0.1 for each code that was set.
+  """
+  latents = quantizer.normalize(latents.reshape(-1, table.shape[1]))
+  nearest = jnp.max(latents @ quantizer.normalize(table).T, axis=-1)
+  chance = jnp.log(jnp.maximum(1.0 - nearest, 1e-6)) + jax.random.gumbel(rng, nearest.shape)
+  count = min(table.shape[0], latents.shape[0])
+  chosen = latents[jax.lax.top_k(chance, count)[1]]
+  turn = jnp.cumsum(dead) - 1
+  revived = dead & (turn < count)
+  table = jnp.where(revived[:, None], chosen[jnp.clip(turn, 0, count - 1)], table)
+  return table, jnp.where(revived, 0.1, use)
+
+
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class TokenizerStage:
@@ -49,9 +77,10 @@ class TokenizerStage:
     model: sizes of the tokenizer.
     l2_weight: of the mean squared error (1.0 in ViT-VQGAN).
     logit_laplace_weight: of the logit-laplace loss (0.1 in ViT-VQGAN).
+    least_log_scale: floor of the logit-laplace distribution's log scale. Where pictures are flat
+      areas of one colour, a low one spends the gradient on the areas' last digits.
     quantizer_weight: of the quantizer's loss.
-    revive_every: steps between revivals of dead codes, each set to a latent of the batch; 0
-      for never.
+    revive_every: steps between revivals of dead codes, see `revive`; 0 for never.
     revive_until: no revival from this step on, so that the codes settle.
     dead_below: a code is dead if its use per batch, averaged over about 50 steps, is below.
   """
@@ -59,6 +88,7 @@ class TokenizerStage:
   model: vit_vqgan.ViTVQGANConfig
   l2_weight: float = 1.0
   logit_laplace_weight: float = 0.1
+  least_log_scale: float = -7.0
   quantizer_weight: float = 1.0
   revive_every: int = 0
   revive_until: int = 0
@@ -98,7 +128,8 @@ class TokenizerStage:
     out = vit_vqgan.ViTVQGAN(self.model).apply({'params': params}, images)
     reconstructions = vit_vqgan.to_pixels(out['mean'])
     l2 = jnp.mean(jnp.square(reconstructions - images))
-    logit_laplace = jnp.mean(logit_laplace_loss(images, out['mean'], out['log_scale']))
+    logit_laplace = jnp.mean(logit_laplace_loss(
+        images, out['mean'], out['log_scale'], self.least_log_scale))
     loss = (self.quantizer_weight * out['quantizer_loss'] + self.l2_weight * l2
             + self.logit_laplace_weight * logit_laplace)
     use = self._count(out['tokens'])
@@ -126,13 +157,10 @@ class TokenizerStage:
     metrics = {'codes_alive': 1.0 - jnp.mean(dead)}
     if self.revive_every:
       now = (step % self.revive_every == 0) & (step < self.revive_until)
-      revived = dead & now
-      latents = quantizer.normalize(aux['latents'].reshape(-1, self.model.code_dim))
-      chosen = latents[jax.random.randint(rng, use.shape, 0, latents.shape[0])]
       table = params['quantizer']['codebook']['table']
-      table = jnp.where(revived[:, None], chosen, table)
+      table, use = jax.lax.cond(
+          now, lambda: revive(table, use, dead, aux['latents'], rng), lambda: (table, use))
       params = params | {'quantizer': {'codebook': {'table': table}}}
-      use = jnp.where(revived, 1.0, use)
     return params, {'code_use': use}, metrics
 
   def evaluate(self, params, batch):

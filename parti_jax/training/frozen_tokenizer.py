@@ -1,0 +1,63 @@
+"""An image tokenizer that is trained and stays as it is: its loading, its name, its tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from parti_jax.models import vit_vqgan
+from parti_jax.training import checkpoints
+
+
+def load(model_dir):
+  """The image tokenizer of a run.
+
+  Args:
+    model_dir: the run's folder.
+
+  Returns:
+    Its ViTVQGANConfig, and its parameters from the newest checkpoint.
+
+  Raises:
+    UserError: if there is no finished checkpoint, or it is of another stage.
+  """
+  path = checkpoints.latest_checkpoint(model_dir)
+  model = vit_vqgan.ViTVQGANConfig(**checkpoints.read_config(path, 'tokenizer'))
+  module = vit_vqgan.ViTVQGAN(model)
+  return model, checkpoints.read_params(path, module, vit_vqgan.example_inputs(model))
+
+
+def fingerprint(params) -> str:
+  """Hexadecimal digest of parameters, by which a token cache knows its tokenizer."""
+  digest = hashlib.sha256()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    digest.update(jax.tree_util.keystr(path).encode())
+    digest.update(np.asarray(leaf).tobytes())
+  return digest.hexdigest()[:16]
+
+
+def tokenized(model: vit_vqgan.ViTVQGANConfig, params,
+              pictures: Iterator[tuple[str, np.ndarray]],
+              batch_size: int) -> Iterator[tuple[str, np.ndarray]]:
+  """Captions with image tokens, for captions with pictures.
+
+  Args:
+    model: sizes of the tokenizer.
+    params: its parameters.
+    pictures: captions and pictures, uint8 [height, width, 3].
+    batch_size: pictures at once; a short last batch is padded.
+
+  Yields:
+    (caption, int32 [image_length]).
+  """
+  module = vit_vqgan.ViTVQGAN(model)
+  encode = jax.jit(lambda images: module.apply(
+      {'params': params}, images.astype(np.float32) / 255.0, method='tokenize'))
+  while batch := list(itertools.islice(pictures, batch_size)):
+    images = np.stack([picture for _, picture in batch])
+    tokens = np.asarray(encode(np.resize(images, (batch_size,) + images.shape[1:])))
+    yield from zip((caption for caption, _ in batch), tokens)
