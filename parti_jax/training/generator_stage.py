@@ -40,6 +40,11 @@ class GeneratorStage:
   def feature_lengths(self) -> dict[str, int]:
     return {'inputs': self.model.text_length, 'targets': self.model.image_length}
 
+  def vocabulary_sizes(self) -> dict[str, tuple[str, int]]:
+    """Feature -> the gin key of the number of ids that the model knows, and that number."""
+    return {'inputs': ('PartiConfig.text_vocabulary', self.model.text_vocabulary),
+            'targets': ('PartiConfig.codebook_size', self.model.codebook_size)}
+
   def init(self, rng):
     """Parameters with their logical axis names."""
     return parti.Parti(self.model).init(rng, *parti.example_inputs(self.model))['params']

@@ -100,6 +100,10 @@ class TokenizerStage:
   def feature_lengths(self) -> dict[str, int]:
     return {'images': self.model.image_size}
 
+  def vocabulary_sizes(self) -> dict[str, tuple[str, int]]:
+    """Pictures have no ids."""
+    return {}
+
   def init(self, rng):
     """Parameters with their logical axis names."""
     module = vit_vqgan.ViTVQGAN(self.model)

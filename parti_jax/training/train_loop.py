@@ -11,10 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
 
 from parti_jax import config
 from parti_jax import errors
 from parti_jax.data import batches as data_batches
+from parti_jax.data import tasks
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.partitioning import rules as rules_lib
 from parti_jax.training import checkpoints as checkpoints_lib
@@ -39,7 +42,7 @@ def make_train_step(stage, optimizer, seed: int) -> Callable[..., Any]:
     params, statistics, metrics = stage.after_step(
         params, state.statistics, aux, state.step, after_rng)
     metrics = metrics | aux['metrics'] | {
-        'loss': loss, 'gradient_norm': optax.global_norm(gradients)}
+        'loss': loss, 'gradient_norm': optax.tree.norm(gradients)}
     return state_lib.TrainState(state.step + 1, params, optimizer_state, statistics), metrics
 
   return step
@@ -68,7 +71,8 @@ class Trainer:
         make_train_step(stage, optimizer, seed), donate_argnums=0,
         in_shardings=(self.shardings, self.batch_sharding), out_shardings=(self.shardings, None))
     self._evaluate = jax.jit(
-        stage.evaluate, in_shardings=(self.shardings.params, self.batch_sharding))
+        stage.evaluate, in_shardings=(self.shardings.params, self.batch_sharding),
+        out_shardings=NamedSharding(mesh, PartitionSpec()))
 
   def create_state(self) -> state_lib.TrainState:
     """The state before the first step."""
@@ -86,18 +90,27 @@ class Trainer:
       return self._step(state, batch)
 
   def evaluate(self, params, batches) -> dict[str, float]:
-    """Means over all examples of `batches`; a short last batch is padded, not counted."""
+    """Means over all examples of `batches`; a short batch is padded, which does not count.
+
+    Args:
+      params: the parameters.
+      batches: the same ones in every process, since all of them must take part in each step.
+    """
     measures: dict[str, list[np.ndarray]] = {}
-    size = 0
+    size, ways = 0, rules_lib.batch_ways(self.mesh, self.rules)
     with rules_lib.partitioned(self.mesh, self.rules):
       for batch in batches:
         count = len(next(iter(batch.values())))
-        size = max(size, count)
-        padded = {name: np.resize(value, (size,) + value.shape[1:])
+        size = max(size, -(-count // ways) * ways)
+        padded = {name: self._put_whole(np.resize(value, (size,) + value.shape[1:]))
                   for name, value in batch.items()}
-        for name, values in self._evaluate(params, self.put(padded)).items():
+        for name, values in self._evaluate(params, padded).items():
           measures.setdefault(name, []).append(np.asarray(values)[:count])
     return self.stage.summarize({name: np.concatenate(parts) for name, parts in measures.items()})
+
+  def _put_whole(self, value: np.ndarray):
+    return jax.make_array_from_callback(
+        value.shape, self.batch_sharding, lambda index: value[index])
 
 
 @gin.configurable
@@ -138,10 +151,16 @@ def train(model_dir: str, stage=gin.REQUIRED, task: str = gin.REQUIRED, steps: i
   if batch_size % jax.process_count():
     raise errors.UserError(f'train.batch_size={batch_size} is not divisible by the '
                            f'{jax.process_count()} processes')
-  examples = lambda split, **kwargs: data_batches.Batches(
-      task, split, batch_size // jax.process_count(), stage.feature_lengths(),
-      seed=seed, process_index=jax.process_index(), process_count=jax.process_count(), **kwargs)
-  run = Run(trainer, model_dir, keep_checkpoints, examples(split))
+  check_vocabularies(stage, task)
+  training = data_batches.Batches(
+      task, split, batch_size // jax.process_count(), stage.feature_lengths(), seed=seed,
+      process_index=jax.process_index(), process_count=jax.process_count())
+  # Every process reads all of these, as `Trainer.evaluate` wants.
+  held_out = lambda: data_batches.Batches(
+      task, eval_split or split, batch_size, stage.feature_lengths(), seed=seed, shuffle=False,
+      num_epochs=1)
+  held_out()  # A split that can't be read is reported now and not after hours.
+  run = Run(trainer, model_dir, keep_checkpoints, training)
   reporter = reporting.Reporter(model_dir, steps, run.step)
   config.save(pathlib.Path(model_dir) / 'config.gin', config.operative())
   peak = device_peak.device_peak(jax.devices()[0], stage.compute_dtype) * jax.device_count()
@@ -159,13 +178,12 @@ def train(model_dir: str, stage=gin.REQUIRED, task: str = gin.REQUIRED, steps: i
         reporter.metrics(step, metrics)
       reporter.advance(step)
       if eval_split and due(evaluate_every):
-        measured = trainer.evaluate(
-            run.state.params, examples(eval_split, shuffle=False, num_epochs=1))
-        metrics |= {f'{eval_split}/{name}': value for name, value in measured.items()}
-        reporter.metrics(step, {f'{eval_split}/{k}': v for k, v in measured.items()})
+        measured = trainer.evaluate(run.state.params, held_out())
+        measured = {f'{eval_split}/{name}': value for name, value in measured.items()}
+        metrics |= measured
+        reporter.metrics(step, measured)
       if due(pictures_every) and hasattr(stage, 'pictures'):
-        first = next(iter(examples(eval_split or split, shuffle=False, num_epochs=1)))
-        chosen = {name: value[:num_pictures] for name, value in first.items()}
+        chosen = {name: value[:num_pictures] for name, value in next(held_out()).items()}
         reporter.pictures(step, stage.pictures(jax.device_get(run.state.params), chosen))
       if due(checkpoint_every):
         run.save()
@@ -174,6 +192,26 @@ def train(model_dir: str, stage=gin.REQUIRED, task: str = gin.REQUIRED, steps: i
     run.close()
     reporter.close(run.skipped())
   return metrics
+
+
+def check_vocabularies(stage, task: str):
+  """Compares the ids in a task's features with what the model has room for.
+
+  Args:
+    stage: what is trained.
+    task: name of a seqio task.
+
+  Raises:
+    UserError: if there are more ids than the model's table has rows, or, among image tokens,
+      another number. A look-up outside a table would not fail but take its last row.
+  """
+  features = tasks.get_task(task, stage.feature_lengths().get('images', 64)).output_features
+  for feature, (key, size) in stage.vocabulary_sizes().items():
+    found = features[feature].vocabulary.vocab_size if feature in features else size
+    if found > size or (feature == 'targets' and found != size):
+      raise errors.UserError(f'{key}={size}, but the task {task!r} has {found} ids in {feature!r}; '
+                             f'set --gin.{key}={found}, or choose the vocabulary or the token '
+                             'cache that the model is for')
 
 
 class Run:

@@ -151,3 +151,20 @@ def test_gin_replaces_the_table():
       rules.logical_axis_rules()
   finally:
     config.parse([], [])
+
+
+def test_activations_are_constrained_at_block_boundaries_within_the_context_alone():
+  mesh, table = mesh_lib.make_mesh(data=2, fsdp=2, tensor=2), rules.logical_axis_rules()
+  shapes = {'encoder_input_tokens': (8, 4), 'decoder_target_tokens': (8, 4)}
+  batch = {name: jax.ShapeDtypeStruct(shape, np.int32) for name, shape in shapes.items()}
+  abstract = state_lib.abstract_state(STAGE, optax.sgd(1.0), mesh, table)
+
+  def lowered():
+    return jax.jit(lambda *args: STAGE.evaluate(*args)).lower(abstract.params, batch).as_text()
+
+  assert 'sharding_constraint' not in lowered()
+  with rules.partitioned(mesh, table):
+    inside = lowered()
+  # Both blocks' inputs and outputs, and the logits.
+  assert inside.count('sharding_constraint') >= 5
+  assert '[{"data", "fsdp"}, {}, {"tensor"}]' in inside
