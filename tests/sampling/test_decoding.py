@@ -26,38 +26,41 @@ def params():
   return jax.tree.map(lambda leaf: leaf * 3.0, params)
 
 
-def draw(params, texts, image_index, seed=0, **settings):
+@functools.partial(jax.jit, static_argnames=('guided', 'greedy', 'filtered', 'segment'))
+def draw_jitted(params, texts, image_index, seed, settings, segment, **statics):
+  del segment  # Only there to compile again when the tests change it.
+  keys = decoding.image_keys(seed, image_index)
+  return decoding.sample_tokens(CONFIG, params, texts, keys, **settings, **statics)
+
+
+def draw(params, texts, image_index, seed=0, guided=False, greedy=False, filtered=False,
+         **settings):
   """sample_tokens under jit, plain conditional sampling unless told otherwise."""
-  statics = {name: settings.pop(name, False) for name in ('guided', 'greedy', 'filtered')}
-
-  @jax.jit
-  def run(params, texts, image_index, settings):
-    keys = decoding.image_keys(jnp.uint32(seed), image_index)
-    return decoding.sample_tokens(CONFIG, params, texts, keys, **settings, **statics)
-
-  return np.asarray(run(params, np.asarray(texts), np.asarray(image_index, np.int32), settings))
+  settings = {'guidance_scale': 1.0, 'temperature': 1.0, 'top_k': 0, 'top_p': 1.0} | settings
+  return np.asarray(draw_jitted(
+      params, np.asarray(texts), np.asarray(image_index, np.int32), np.uint32(seed), settings,
+      decoding._MIN_SEGMENT, guided=guided, greedy=greedy, filtered=filtered))
 
 
+@jax.jit
 def cached_logits(params, texts, tokens):
   """Logits of every position, computed one position after the other."""
   model = parti.Parti(CONFIG)
+  blocks, mask, caches = model.apply({'params': params}, texts, method='start')
 
-  @jax.jit
-  def run(params, texts, tokens):
-    blocks, mask, caches = model.apply({'params': params}, texts, method='start')
-    logits, previous = [], jnp.zeros(tokens.shape[0], jnp.int32)
-    for position in range(CONFIG.image_length):
-      step, caches = model.apply(
-          {'params': params}, previous, caches, blocks, mask, jnp.int32(position), method='step')
-      logits.append(step)
-      previous = tokens[:, position]
-    return jnp.stack(logits, axis=1)
+  def body(carry, inputs):
+    (previous, caches), (position, token) = carry, inputs
+    logits, caches = model.apply(
+        {'params': params}, previous, caches, blocks, mask, position, method='step')
+    return (token, caches), logits
 
-  return run(params, texts, tokens)
+  inputs = jnp.arange(CONFIG.image_length), tokens.T
+  return jax.lax.scan(body, (jnp.zeros_like(tokens[:, 0]), caches), inputs)[1].swapaxes(0, 1)
 
 
+@jax.jit
 def all_logits(params, texts, tokens):
-  return jax.jit(functools.partial(parti.Parti(CONFIG).apply, {'params': params}))(texts, tokens)
+  return parti.Parti(CONFIG).apply({'params': params}, texts, tokens)
 
 
 @pytest.fixture(scope='module')

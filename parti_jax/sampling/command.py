@@ -1,0 +1,115 @@
+"""`parti-jax generate`: draws pictures for prompts and writes them as PNG."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import sys
+import warnings
+
+from parti_jax import compilation_cache
+from parti_jax.errors import UserError
+from parti_jax.sampling import settings as settings_lib
+
+DEFAULT_OUTPUT_DIR = 'parti_jax_pictures'
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+  """Adds the command's flags."""
+  parser.add_argument('prompts', nargs='*', metavar='PROMPT',
+                      help='what a picture should show, such as "waving hand: dark skin tone"')
+  parser.add_argument('--prompts_file', metavar='FILE',
+                      help='a text file with more prompts, one on each line')
+  parser.add_argument('--model', metavar='PATH',
+                      help='an exported model (default: the demo model in the package)')
+  parser.add_argument('--output_dir', default=DEFAULT_OUTPUT_DIR, metavar='DIR',
+                      help='where the pictures go (default: ./%(default)s)')
+  parser.add_argument('--num_images', type=int, default=4,
+                      help='pictures for each prompt (default: %(default)s)')
+  parser.add_argument('--seed', type=int, default=0,
+                      help='another seed draws other pictures (default: %(default)s)')
+  parser.add_argument('--guidance_scale', type=float,
+                      help="how closely to follow the prompt; 1 is no guidance (default: the "
+                      "model's)")
+  parser.add_argument('--temperature', type=float,
+                      help="1 draws as the model has learned, less is safer, 0 is always the "
+                      "likeliest (default: the model's)")
+  parser.add_argument('--top_k', type=int,
+                      help='draw among this many of the likeliest tokens; 0 is no limit (default: '
+                      "the model's)")
+  parser.add_argument('--top_p', type=float,
+                      help='draw among the likeliest tokens with together this probability; 1 is '
+                      "no limit (default: the model's)")
+  parser.add_argument('--batch_size', type=int,
+                      help='pictures drawn at once; changes the memory, not the pictures')
+  parser.add_argument('--display_size', type=int, metavar='PIXELS',
+                      help='height of each picture on the grid (default: enlarged if small)')
+
+
+def run(args: argparse.Namespace) -> int:
+  """Draws, writes the pictures and their grid, and prints the files.
+
+  Returns:
+    0, the exit status.
+
+  Raises:
+    UserError: bad flags, no prompt, no model, or a folder that can't be written.
+  """
+  prompts = _prompts(args)
+  _check_flags(args)
+  # Imports JAX, which takes a moment: not before the flags are known to be right.
+  from parti_jax.sampling import pipeline as pipeline_lib  # pylint: disable=import-outside-toplevel
+  compilation_cache.enable()
+  pipeline = pipeline_lib.load(args.model)
+  with warnings.catch_warnings():
+    warnings.simplefilter('always', UserWarning)
+    warnings.showwarning = _print_warning
+    result = pipeline.generate(
+        prompts, num_images=args.num_images, seed=args.seed, guidance_scale=args.guidance_scale,
+        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+        batch_size=args.batch_size, progress=True)
+  for path in result.save(args.output_dir):
+    print(path)
+  print(result.save_grid(args.output_dir, args.display_size))
+  return 0
+
+
+def _print_warning(message, *unused_args, **unused_kwargs):
+  print(f'parti-jax: warning: {message}', file=sys.stderr)
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+  """Prompts of the command line, then those of the file; blank lines there are no prompts."""
+  prompts = list(args.prompts)
+  if args.prompts_file is not None:
+    try:
+      text = pathlib.Path(args.prompts_file).read_text(encoding='utf-8')
+    except (OSError, UnicodeDecodeError) as error:
+      reason = getattr(error, 'strerror', None) or 'it is not UTF-8 text'
+      raise UserError(f'--prompts_file {args.prompts_file} cannot be read: {reason}') from error
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+      raise UserError(f'--prompts_file {args.prompts_file} has no prompt in it')
+    prompts += lines
+  if not prompts:
+    raise UserError('no prompt: give one, such as "waving hand: dark skin tone", or '
+                    '--prompts_file FILE')
+  for number, prompt in enumerate(prompts, 1):
+    if not prompt.strip():
+      raise UserError(f'prompt {number} is empty; say what the picture should show')
+  return prompts
+
+
+def _check_flags(args: argparse.Namespace):
+  """Raises UserError for numbers that can't be, before anything slow happens."""
+  settings_lib.whole_number('num_images', args.num_images, 1)
+  settings_lib.whole_number('seed', args.seed, 0, 2**32 - 1)
+  for name in ('batch_size', 'display_size'):
+    if getattr(args, name) is not None:
+      settings_lib.whole_number(name, getattr(args, name), 1)
+  settings_lib.SamplingSettings().replace(
+      guidance_scale=args.guidance_scale, temperature=args.temperature, top_k=args.top_k,
+      top_p=args.top_p)
+  folder = pathlib.Path(args.output_dir)
+  if folder.exists() and not folder.is_dir():
+    raise UserError(f'--output_dir {folder} is a file; name a folder')

@@ -1,0 +1,305 @@
+"""A released model: one folder with its sizes, its parameters and its vocabulary.
+
+```
+config.json            format version, sizes of both networks, sampling defaults, provenance
+parti.safetensors      parameters of the text encoder and the image-token decoder
+tokenizer.safetensors  parameters of the image tokenizer
+vocabulary.model       SentencePiece vocabulary of the prompts
+```
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import secrets
+import shutil
+from typing import Any
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from parti_jax.errors import UserError
+from parti_jax.models import parti as parti_lib
+from parti_jax.models import parti_config
+from parti_jax.models import vit_vqgan
+from parti_jax.sampling import settings as settings_lib
+
+FORMAT_VERSION = 1
+CONFIG_FILE = 'config.json'
+PARTI_FILE = 'parti.safetensors'
+TOKENIZER_FILE = 'tokenizer.safetensors'
+VOCABULARY_FILE = 'vocabulary.model'
+FILES = (CONFIG_FILE, PARTI_FILE, TOKENIZER_FILE, VOCABULARY_FILE)
+
+# What parameters may be stored as; they are computed with in the configs' dtype.
+STORED_DTYPES = {'float16': np.float16, 'bfloat16': ml_dtypes.bfloat16, 'float32': np.float32}
+
+# Names of parameters that an error shows.
+_SHOWN = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A model folder in memory.
+
+  Attributes:
+    parti_config: sizes of Parti.
+    tokenizer_config: sizes of the image tokenizer.
+    parti_params: parameters of Parti, a tree of float32 numpy arrays.
+    tokenizer_params: parameters of the tokenizer, likewise.
+    vocabulary_path: of the SentencePiece vocabulary.
+    sampling: the settings that the model is meant to be sampled with.
+    provenance: what it was trained on and for how long; any JSON.
+  """
+
+  parti_config: parti_config.PartiConfig
+  tokenizer_config: vit_vqgan.ViTVQGANConfig
+  parti_params: Any
+  tokenizer_params: Any
+  vocabulary_path: pathlib.Path
+  sampling: settings_lib.SamplingSettings
+  provenance: dict[str, Any]
+
+
+def save(
+    folder, *, parti_config, parti_params, tokenizer_config, tokenizer_params, vocabulary_path,
+    sampling: settings_lib.SamplingSettings = settings_lib.SamplingSettings(),
+    provenance: dict[str, Any] | None = None, dtype: str = 'float16', overwrite: bool = False):
+  """Writes a model folder; it appears complete or not at all.
+
+  Args:
+    folder: to be made.
+    parti_config: PartiConfig.
+    parti_params: of Parti, with or without axis names.
+    tokenizer_config: ViTVQGANConfig.
+    tokenizer_params: of ViTVQGAN, with or without axis names.
+    vocabulary_path: the SentencePiece vocabulary's file.
+    sampling: defaults of `generate`.
+    provenance: JSON: data, training steps, and whatever else tells where the model is from.
+    dtype: what the parameters are stored as, a name in STORED_DTYPES.
+    overwrite: whether a model that is there already may be replaced; other files in its folder
+      are kept.
+
+  Returns:
+    The folder, a pathlib.Path.
+
+  Raises:
+    UserError: if the folder exists and may not be replaced, the parameters or the vocabulary do
+      not fit the sizes, a parameter is too large for the dtype, or nothing can be written.
+  """
+  folder = pathlib.Path(folder)
+  _check_target(folder, overwrite)
+  if dtype not in STORED_DTYPES:
+    raise UserError(f'dtype={dtype!r} is not one of {", ".join(STORED_DTYPES)}')
+  _check_sizes(parti_config, tokenizer_config, 'the model to save')
+  networks = {
+      PARTI_FILE: _stored(parti_params, abstract_parti(parti_config), dtype, PARTI_FILE),
+      TOKENIZER_FILE: _stored(
+          tokenizer_params, abstract_tokenizer(tokenizer_config), dtype, TOKENIZER_FILE)}
+  config = {
+      'format_version': FORMAT_VERSION,
+      'parti': dataclasses.asdict(parti_config),
+      'tokenizer': dataclasses.asdict(tokenizer_config),
+      'sampling': dataclasses.asdict(sampling),
+      'parameters': {
+          'stored_as': dtype,
+          **{name.removesuffix('.safetensors'): sum(leaf.size for leaf in arrays.values())
+             for name, arrays in networks.items()}},
+      'provenance': provenance or {}}
+  with _replaced_folder(folder) as temporary:
+    for name, arrays in networks.items():
+      safetensors.numpy.save_file(arrays, temporary / name)
+    shutil.copyfile(vocabulary_path, temporary / VOCABULARY_FILE)
+    text = json.dumps(config, indent=2, ensure_ascii=False) + '\n'
+    (temporary / CONFIG_FILE).write_text(text, encoding='utf-8')
+  return folder
+
+
+def load(folder) -> Model:
+  """Reads a model folder.
+
+  On a CPU the networks compute in float32, elsewhere in bfloat16, whatever they were trained in.
+
+  Args:
+    folder: as `save` wrote it.
+
+  Raises:
+    UserError: if the folder or a file of it is missing, unfinished, of another format version,
+      or if parameters are missing, unknown or of other shapes than the sizes say.
+  """
+  folder = pathlib.Path(folder)
+  _check_complete(folder)
+  config = _read_config(folder / CONFIG_FILE)
+  dtype = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+  where = folder / CONFIG_FILE
+  parti = _sizes(parti_config.PartiConfig, config, 'parti', dtype, where)
+  tokenizer = _sizes(vit_vqgan.ViTVQGANConfig, config, 'tokenizer', dtype, where)
+  _check_sizes(parti, tokenizer, str(where))
+  return Model(
+      parti, tokenizer,
+      _read_parameters(folder / PARTI_FILE, abstract_parti(parti)),
+      _read_parameters(folder / TOKENIZER_FILE, abstract_tokenizer(tokenizer)),
+      folder / VOCABULARY_FILE,
+      _sampling(config, where), config.get('provenance', {}))
+
+
+@functools.cache
+def abstract_parti(config: parti_config.PartiConfig):
+  """Shapes of Parti's parameters with their logical axis names; nothing is computed."""
+  return _abstract(parti_lib.Parti(config), parti_lib.example_inputs(config))
+
+
+@functools.cache
+def abstract_tokenizer(config: vit_vqgan.ViTVQGANConfig):
+  """Shapes of the tokenizer's parameters, as `abstract_parti`."""
+  return _abstract(vit_vqgan.ViTVQGAN(config), vit_vqgan.example_inputs(config))
+
+
+def _abstract(model, inputs):
+  rng = jax.eval_shape(lambda: jax.random.key(0))
+  return jax.eval_shape(model.init, rng, *inputs)['params']
+
+
+def _flat(tree) -> dict[str, Any]:
+  return flax.traverse_util.flatten_dict(nn.meta.unbox(tree), sep='/')
+
+
+def _stored(params, expected, dtype: str, file: str) -> dict[str, np.ndarray]:
+  """Checked parameters by their paths, as they are stored."""
+  params = {path: np.asarray(leaf) for path, leaf in _flat(params).items()}
+  _check_shapes({path: leaf.shape for path, leaf in params.items()}, _flat(expected), file)
+  stored = {}
+  for path, leaf in params.items():
+    with np.errstate(over='ignore'):
+      stored[path] = np.ascontiguousarray(leaf.astype(STORED_DTYPES[dtype]))
+    if not np.all(np.isfinite(stored[path].astype(np.float32))):
+      raise UserError(
+          f'{file}: the parameter {path} has values that are not finite as {dtype}; '
+          'store the model as float32, or look whether its training diverged')
+  return stored
+
+
+def _check_shapes(shapes: dict[str, tuple[int, ...]], expected, file):
+  """Raises UserError unless parameters are there with the shapes that the sizes say."""
+  problems = [f'{path} is missing' for path in expected if path not in shapes]
+  problems += [f'{path} is not part of the network' for path in shapes if path not in expected]
+  problems += [
+      f'{path} is {list(shapes[path])} instead of {list(leaf.shape)}'
+      for path, leaf in expected.items()
+      if path in shapes and tuple(shapes[path]) != tuple(leaf.shape)]
+  if problems:
+    more = f', and {len(problems) - _SHOWN} more' if len(problems) > _SHOWN else ''
+    raise UserError(
+        f'{file} does not fit the sizes in {CONFIG_FILE}: {"; ".join(problems[:_SHOWN])}{more}')
+
+
+def _read_parameters(path: pathlib.Path, expected):
+  """A tree of float32 arrays, checked against the shapes of the network."""
+  arrays = {}
+  try:
+    with safetensors.safe_open(path, framework='numpy') as file:
+      shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+      _check_shapes(shapes, _flat(expected), path)
+      for name in shapes:
+        arrays[name] = file.get_tensor(name).astype(np.float32)
+  except (safetensors.SafetensorError, OSError) as error:
+    raise UserError(f'{path} is damaged or unfinished ({error}); export or download the model '
+                    'again') from error
+  return flax.traverse_util.unflatten_dict(arrays, sep='/')
+
+
+def _check_complete(folder: pathlib.Path):
+  if not folder.is_dir():
+    raise UserError(f'there is no model folder {folder}')
+  missing = [name for name in FILES if not (folder / name).is_file()]
+  if len(missing) == len(FILES):
+    raise UserError(f'{folder} is no model folder: it has none of {", ".join(FILES)}')
+  if missing:
+    raise UserError(f'the model folder {folder} is unfinished: {", ".join(missing)} missing; '
+                    'export or download the model again')
+
+
+def _read_config(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    config = json.loads(path.read_text(encoding='utf-8'))
+  except (OSError, ValueError) as error:
+    raise UserError(f'{path} is damaged or unfinished ({error}); export or download the model '
+                    'again') from error
+  version = config.get('format_version') if isinstance(config, dict) else None
+  if version != FORMAT_VERSION:
+    raise UserError(f'{path}: format_version is {version!r}, this parti_jax reads '
+                    f'{FORMAT_VERSION}; install the version that wrote it, or export it again')
+  return config
+
+
+def _sizes(kind, config: dict[str, Any], key: str, dtype: str, where):
+  """A config dataclass from its plain dict, computing in `dtype`."""
+  values = config.get(key)
+  known = {field.name for field in dataclasses.fields(kind)}
+  if not isinstance(values, dict):
+    raise UserError(f'{where}: {key!r} is missing')
+  if values.keys() != known:
+    different = ', '.join(sorted(values.keys() ^ known))
+    raise UserError(f'{where}: {key!r} has other fields than {kind.__name__}: {different}')
+  try:
+    return kind(**{**values, 'dtype': dtype})
+  except (TypeError, ValueError) as error:
+    raise UserError(f'{where}: {key!r}: {error}') from error
+  except UserError as error:
+    raise UserError(f'{where}: {error}') from error
+
+
+def _sampling(config: dict[str, Any], where) -> settings_lib.SamplingSettings:
+  try:
+    return settings_lib.SamplingSettings(**config.get('sampling', {}))
+  except (TypeError, UserError) as error:
+    raise UserError(f"{where}: 'sampling': {error}") from error
+
+
+def _check_sizes(parti, tokenizer, where: str):
+  """Raises UserError unless Parti's image tokens are those of the tokenizer."""
+  for name in ('codebook_size', 'grid'):
+    ours, theirs = getattr(parti, name), getattr(tokenizer, name)
+    if ours != theirs:
+      raise UserError(f'{where}: PartiConfig.{name} is {ours}, but the tokenizer has {theirs}; '
+                      'the generator was trained on the tokens of another tokenizer')
+
+
+def _check_target(folder: pathlib.Path, overwrite: bool):
+  if not os.path.lexists(folder):
+    return
+  if not (folder / CONFIG_FILE).is_file():
+    raise UserError(f'{folder} exists and is no model folder; name another folder')
+  if not overwrite:
+    raise UserError(f'the model folder {folder} exists; name another one, or allow to overwrite it')
+
+
+@contextlib.contextmanager
+def _replaced_folder(folder: pathlib.Path):
+  """A temporary folder that takes the place of `folder` once it is filled."""
+  temporary = folder.with_name(f'.{folder.name}.{secrets.token_hex(4)}')
+  try:
+    temporary.mkdir(parents=True)
+    yield temporary
+    old = folder.with_name(f'{temporary.name}.old')
+    if folder.exists():
+      for other in set(os.listdir(folder)) - set(FILES):
+        copy = shutil.copytree if (folder / other).is_dir() else shutil.copy2
+        copy(folder / other, temporary / other)
+      os.replace(folder, old)
+    os.replace(temporary, folder)
+    shutil.rmtree(old, ignore_errors=True)
+  except OSError as error:
+    raise UserError(f'the model folder {folder} cannot be written: {error}') from error
+  finally:
+    shutil.rmtree(temporary, ignore_errors=True)

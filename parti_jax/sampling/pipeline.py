@@ -1,0 +1,345 @@
+"""From prompts to pictures: a loaded model and what can be done with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import pathlib
+import warnings
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from parti_jax.data import vocabulary as vocabulary_lib
+from parti_jax.errors import UserError
+from parti_jax.models import vit_vqgan
+from parti_jax.partitioning import rules as rules_lib
+from parti_jax.sampling import decoding
+from parti_jax.sampling import images as images_lib
+from parti_jax.sampling import model_folder
+from parti_jax.sampling import settings as settings_lib
+
+DEMO_FOLDER = pathlib.Path(__file__).parent.parent / 'demo'
+
+# Images drawn at once: where more no longer makes a CPU faster, and twice that elsewhere.
+_MOST_AT_ONCE = {'cpu': 32}
+_MOST_AT_ONCE_ELSEWHERE = 64
+# Bytes that the caches of a batch may take; with large models this is the tighter bound.
+_MOST_CACHE_BYTES = 1 << 30
+# Pictures that go through the tokenizer at once.
+_TOKENIZER_BATCH = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """Pictures, and what they were drawn from.
+
+  Attributes:
+    images: uint8 [prompts, num_images, height, width, 3].
+    tokens: int32 [prompts, num_images, image_length], the image tokens they are made of.
+    prompts: one for each row.
+    seed: of the draws.
+    settings: SamplingSettings.
+    model: the model's name.
+  """
+
+  images: np.ndarray
+  tokens: np.ndarray
+  prompts: list[str]
+  seed: int
+  settings: settings_lib.SamplingSettings
+  model: str
+
+  def pil(self):
+    """PIL pictures, a list of `num_images` for each prompt."""
+    return [[images_lib.to_pil(image) for image in row] for row in self.images]
+
+  def grid(self, display_size: int | None = None):
+    """All pictures on one sheet, a labelled row for each prompt; see `images.grid`."""
+    return images_lib.grid(self.images, self.prompts, display_size)
+
+  def save(self, folder) -> list[pathlib.Path]:
+    """Writes a PNG for each picture, with its prompt, seed and settings as metadata.
+
+    Args:
+      folder: made if it is not there.
+
+    Returns:
+      The files, in the order of the prompts and of the pictures of each.
+
+    Raises:
+      UserError: if nothing can be written there.
+    """
+    return [
+        images_lib.save_picture(
+            folder, image, self._metadata() | {'prompt': prompt, 'image_index': str(index)})
+        for prompt, row in zip(self.prompts, self.images)
+        for index, image in enumerate(row)]
+
+  def save_grid(self, folder, display_size: int | None = None) -> pathlib.Path:
+    """Writes `grid` as a PNG and returns the file; arguments and errors as `save`."""
+    metadata = self._metadata() | {'num_images': str(self.images.shape[1])}
+    return images_lib.save_grid(folder, self.grid(display_size), self.prompts, metadata)
+
+  def _metadata(self) -> dict[str, str]:
+    settings = {name: f'{value:g}' for name, value in dataclasses.asdict(self.settings).items()}
+    return {'seed': str(self.seed), **settings, 'model': self.model}
+
+
+class Pipeline:
+  """A model that is ready to draw.
+
+  Attributes:
+    model_name: for the pictures' metadata.
+    image_size: height and width of its pictures, in pixels.
+    codebook_size: number of image tokens to choose from.
+    sampling: its own SamplingSettings, used where `generate` is told nothing else.
+    provenance: what its folder says about its training.
+  """
+
+  def __init__(self, model: model_folder.Model, model_name: str, mesh=None, rules=None):
+    """Puts a model on the devices.
+
+    Args:
+      model: of `model_folder.load`.
+      model_name: any.
+      mesh: devices to spread parameters and batches over; one device by default.
+      rules: logical axis rules, with a mesh; those of `parti_jax.partitioning` by default.
+
+    Raises:
+      UserError: if the mesh does not divide a parameter, or the vocabulary can't be read.
+    """
+    self.model_name = model_name
+    self.sampling = model.sampling
+    self.provenance = model.provenance
+    self._config = model.parti_config
+    self._tokenizer = vit_vqgan.ViTVQGAN(model.tokenizer_config)
+    self._mesh = mesh
+    self._rules = rules_lib.logical_axis_rules() if mesh is not None and rules is None else rules
+    self._vocabulary = vocabulary_lib.TextVocabulary(model.vocabulary_path)
+    if self._vocabulary.size > self._config.text_vocabulary:
+      raise UserError(
+          f'{model.vocabulary_path} has {self._vocabulary.size} pieces, but the model knows '
+          f'{self._config.text_vocabulary}; it is the vocabulary of another model')
+    self._parti_params = self._placed(
+        model.parti_params, model_folder.abstract_parti(model.parti_config))
+    self._tokenizer_params = self._placed(
+        model.tokenizer_params, model_folder.abstract_tokenizer(model.tokenizer_config))
+
+  @property
+  def image_size(self) -> int:
+    return self._tokenizer.config.image_size
+
+  @property
+  def codebook_size(self) -> int:
+    return self._config.codebook_size
+
+  def generate(
+      self, prompts: Sequence[str] | str, num_images: int = 4, seed: int = 0,
+      guidance_scale: float | None = None, temperature: float | None = None,
+      top_k: int | None = None, top_p: float | None = None, batch_size: int | None = None,
+      progress: bool = False) -> Result:
+    """Draws pictures (Parti, section 2).
+
+    A picture follows from its prompt, the seed, its index among the pictures of its prompt, and
+    the settings; it is the same in any batch. (Batches of another size may round differently in
+    the last bit, which can tip a draw once in a great many.)
+
+    Args:
+      prompts: texts, or one text. Those longer than the model's text length are cut, with a
+        warning that says what was left out.
+      num_images: pictures for each prompt.
+      seed: whole number from 0 to 2³² − 1.
+      guidance_scale: see SamplingSettings; the model's own by default, as the next ones.
+      temperature: as above.
+      top_k: as above.
+      top_p: as above.
+      batch_size: pictures drawn at once, for the memory; chosen by default.
+      progress: whether to show a bar.
+
+    Returns:
+      A Result.
+
+    Raises:
+      UserError: if there is no prompt or a blank one, or a value can't be; the message names it.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    num_images = settings_lib.whole_number('num_images', num_images, 1)
+    seed = settings_lib.whole_number('seed', seed, 0, 2**32 - 1)
+    settings = self.sampling.replace(
+        guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p)
+    total = len(prompts) * num_images
+    texts = self._encode(prompts)
+    batch = self._batch_size(total, batch_size, settings.guided)
+    tokens = np.empty([total, self._config.image_length], np.int32)
+    images = np.empty([total, self.image_size, self.image_size, 3], np.uint8)
+    for start, chosen in _pieces(total, batch, progress):
+      drawn = self._draw(texts[chosen // num_images], chosen % num_images, seed, settings)
+      stop = min(start + batch, total)
+      tokens[start:stop], images[start:stop] = (part[:stop - start] for part in drawn)
+    shape = (len(prompts), num_images)
+    return Result(
+        images.reshape(*shape, *images.shape[1:]), tokens.reshape(*shape, -1), prompts, seed,
+        settings, self.model_name)
+
+  def tokenize(self, images) -> np.ndarray:
+    """Image tokens of pictures.
+
+    Args:
+      images: uint8 [n, height, width, 3], of the model's image size.
+
+    Returns:
+      int32 [n, image_length].
+
+    Raises:
+      UserError: if the pictures are of another shape or dtype.
+    """
+    return self._through_tokenizer(
+        images, _tokenize, np.empty([len(images), self._config.image_length], np.int32))
+
+  def reconstruct(self, images) -> np.ndarray:
+    """Pictures through the tokenizer and back: the best that its tokens can say.
+
+    Arguments and errors as `tokenize`; returns uint8 of the pictures' shape.
+    """
+    return self._through_tokenizer(images, _reconstruct, np.empty_like(images))
+
+  def _placed(self, params, boxed):
+    if self._mesh is None:
+      return jax.device_put(params)
+    return jax.device_put(params, rules_lib.parameter_shardings(boxed, self._mesh, self._rules))
+
+  def _run(self, function, params, arrays, *scalars, **statics):
+    """Calls a jitted function, on the mesh if there is one; numpy arrays in and out."""
+    if self._mesh is None:
+      return jax.device_get(function(*params, *arrays, *scalars, **statics))
+    arrays = jax.device_put(arrays, rules_lib.batch_sharding(self._mesh, self._rules))
+    with rules_lib.partitioned(self._mesh, self._rules):
+      return jax.device_get(function(*params, *arrays, *scalars, **statics))
+
+  def _draw(self, texts, image_index, seed: int, settings: settings_lib.SamplingSettings):
+    scalars = (
+        np.uint32(seed), np.float32(settings.guidance_scale), np.float32(settings.temperature),
+        np.int32(settings.top_k), np.float32(settings.top_p))
+    return self._run(
+        _generate, (self._parti_params, self._tokenizer_params), (texts, image_index), *scalars,
+        config=self._config, tokenizer=self._tokenizer, guided=settings.guided,
+        greedy=settings.greedy, filtered=settings.filtered)
+
+  def _through_tokenizer(self, images, function, results):
+    images = np.asarray(images)
+    expected = (self.image_size, self.image_size, 3)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != expected:
+      raise UserError(
+          f'images are {images.dtype} {list(images.shape)}, needed is uint8 '
+          f'[n, {", ".join(map(str, expected))}]')
+    batch = self._divisible(min(_TOKENIZER_BATCH, max(len(images), 1)))
+    for start, chosen in _pieces(len(images), batch, False):
+      part = self._run(
+          function, (self._tokenizer_params,), (images[chosen],), tokenizer=self._tokenizer)
+      results[start:start + batch] = part[:len(results) - start]
+    return results
+
+  def _encode(self, prompts: list[str]) -> np.ndarray:
+    """Text tokens of prompts: int32 [prompts, text_length]."""
+    if not prompts:
+      raise UserError('no prompt given')
+    texts = np.empty([len(prompts), self._config.text_length], np.int32)
+    for row, prompt in enumerate(prompts):
+      if not isinstance(prompt, str):
+        raise UserError(f'prompt {row + 1} is no text but {type(prompt).__name__}')
+      texts[row], cut = self._vocabulary.encode(prompt, self._config.text_length)
+      if texts[row, 0] == vocabulary_lib.EOS_ID:
+        raise UserError(f'prompt {row + 1} is empty; say what the picture should show')
+      if cut:
+        warnings.warn(
+            f'prompt {row + 1} is longer than the {self._config.text_length} text tokens of the '
+            f'model; left out: {cut!r}', stacklevel=3)
+    return texts
+
+  def _batch_size(self, total: int, asked: int | None, guided: bool) -> int:
+    """How many images are drawn at once."""
+    if asked is not None:
+      return self._divisible(min(settings_lib.whole_number('batch_size', asked, 1), total))
+    config = self._config
+    cache_bytes = (2 * config.decoder_layers * config.image_length * config.width
+                   * config.compute_dtype.itemsize * (2 if guided else 1))
+    most = _MOST_AT_ONCE.get(jax.default_backend(), _MOST_AT_ONCE_ELSEWHERE)
+    most = max(1, min(most, _MOST_CACHE_BYTES // cache_bytes))
+    pieces = -(-total // most)
+    even = -(-total // pieces)
+    # Few different sizes, since each is compiled anew.
+    return self._divisible(even if even <= 4 else min(most, -(-even // 4) * 4))
+
+  def _divisible(self, batch: int) -> int:
+    """A batch size, rounded up to what the mesh divides."""
+    ways = 1 if self._mesh is None else rules_lib.batch_ways(self._mesh, self._rules)
+    return -(-batch // ways) * ways
+
+
+def load(path=None, mesh=None, rules=None) -> Pipeline:
+  """Loads a model.
+
+  Args:
+    path: a model folder; None for the demo model that comes with the package.
+    mesh: devices to spread the model over; one device by default.
+    rules: logical axis rules, with a mesh.
+
+  Returns:
+    A Pipeline.
+
+  Raises:
+    UserError: if the folder is missing, unfinished, or no model folder; see `model_folder.load`.
+  """
+  folder = pathlib.Path(DEMO_FOLDER if path is None else path)
+  if (folder / 'checkpoints').is_dir() and not (folder / model_folder.CONFIG_FILE).exists():
+    raise UserError(f'{folder} holds the checkpoints of a training run; turn them into a model '
+                    'folder with `parti-jax export` (see parti-jax export --help)')
+  name = 'demo' if path is None else os.path.basename(os.path.abspath(folder))
+  return Pipeline(model_folder.load(folder), name, mesh, rules)
+
+
+def _pieces(total: int, batch: int, progress: bool):
+  """Yields where each piece starts and the indices in it, the last one filled up with repeats."""
+  starts = range(0, total, batch)
+  if progress:
+    import tqdm  # pylint: disable=import-outside-toplevel
+    starts = tqdm.tqdm(starts, desc='drawing', unit='batch', disable=None)
+  for start in starts:
+    yield start, np.minimum(np.arange(start, start + batch), total - 1)
+
+
+def _to_bytes(pixels):
+  return jnp.round(pixels * 255.0).astype(jnp.uint8)
+
+
+@functools.partial(
+    jax.jit, static_argnames=('config', 'tokenizer', 'guided', 'greedy', 'filtered'))
+def _generate(
+    parti_params, tokenizer_params, texts, image_index, seed, guidance_scale, temperature, top_k,
+    top_p, *, config, tokenizer: nn.Module, guided: bool, greedy: bool, filtered: bool):
+  """Text tokens to image tokens and pictures, in one program."""
+  tokens = decoding.sample_tokens(
+      config, parti_params, texts, decoding.image_keys(seed, image_index), guidance_scale,
+      temperature, top_k, top_p, guided=guided, greedy=greedy, filtered=filtered)
+  pixels = tokenizer.apply({'params': tokenizer_params}, tokens, method='detokenize')
+  return tokens, _to_bytes(pixels)
+
+
+def _from_bytes(images):
+  return images.astype(jnp.float32) / 255.0
+
+
+@functools.partial(jax.jit, static_argnames='tokenizer')
+def _tokenize(params, images, *, tokenizer: nn.Module):
+  return tokenizer.apply({'params': params}, _from_bytes(images), method='tokenize')
+
+
+@functools.partial(jax.jit, static_argnames='tokenizer')
+def _reconstruct(params, images, *, tokenizer: nn.Module):
+  pixels = tokenizer.apply({'params': params}, _from_bytes(images))['mean']
+  return _to_bytes(jnp.clip(vit_vqgan.to_pixels(pixels), 0.0, 1.0))
