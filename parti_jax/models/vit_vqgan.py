@@ -173,11 +173,12 @@ class ViTVQGAN(nn.Module):
         config.codebook_size, config.code_dim, config.commitment)
     self.decoder = ImageDecoder(config)
 
-  def __call__(self, images):
+  def __call__(self, images, quantize=True):
     """Encodes, quantizes and decodes.
 
     Args:
       images: float32 [batch, height, width, 3] in [0, 1].
+      quantize: bool or bool [], whether the decoder gets codes or the latents themselves.
 
     Returns:
       A dict: 'mean' and 'log_scale' (as ImageDecoder), 'tokens' int32 [batch, tokens],
@@ -185,6 +186,7 @@ class ViTVQGAN(nn.Module):
     """
     latents = self.encoder(images)
     codes, tokens, loss = self.quantizer(latents)
+    codes = jnp.where(quantize, codes, quantizer.normalize(latents))
     mean, log_scale = self.decoder(codes)
     return {'mean': mean, 'log_scale': log_scale, 'tokens': tokens, 'latents': latents,
             'quantizer_loss': loss}

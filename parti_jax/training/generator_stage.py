@@ -53,7 +53,7 @@ class GeneratorStage:
     """Nothing is carried besides parameters."""
     return {}
 
-  def loss(self, params, batch, rng):
+  def loss(self, params, batch, rng, step):
     """The mean cross entropy of image tokens, with dropout.
 
     Args:
@@ -61,10 +61,12 @@ class GeneratorStage:
       batch: 'encoder_input_tokens' int32 [batch, text_length], 'decoder_target_tokens' int32
         [batch, image_length], 'decoder_loss_weights' float32 [batch, image_length].
       rng: key of the dropout masks.
+      step: not used; the loss is the same at all steps.
 
     Returns:
       float32 [] and a dict with 'metrics' (scalars).
     """
+    del step
     losses, hits = self._losses(params, batch, rng)
     weights = batch['decoder_loss_weights']
     total = jnp.maximum(jnp.sum(weights), 1.0)

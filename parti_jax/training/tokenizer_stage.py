@@ -80,6 +80,8 @@ class TokenizerStage:
     least_log_scale: floor of the logit-laplace distribution's log scale. Where pictures are flat
       areas of one colour, a low one spends the gradient on the areas' last digits.
     quantizer_weight: of the quantizer's loss.
+    quantize_from: until this step the decoder sees the latents themselves, so that there is
+      something to quantize when the first codes are taken from them.
     revive_every: steps between revivals of dead codes, see `revive`; 0 for never.
     revive_until: no revival from this step on, so that the codes settle.
     dead_below: a code is dead if its use per batch, averaged over about 50 steps, is below.
@@ -90,6 +92,7 @@ class TokenizerStage:
   logit_laplace_weight: float = 0.1
   least_log_scale: float = -7.0
   quantizer_weight: float = 1.0
+  quantize_from: int = 0
   revive_every: int = 0
   revive_until: int = 0
   dead_below: float = 0.02
@@ -112,29 +115,33 @@ class TokenizerStage:
   def initial_statistics(self):
     """Use of each code per batch, averaged over steps: float32 [codebook_size].
 
-    It begins at 0, so that with revival the first batch's latents become the first codes.
+    It begins at 0, so that with revival the first codes are latents of the first batch that is
+    quantized.
     """
     return {'code_use': jnp.zeros((self.model.codebook_size,), jnp.float32)}
 
-  def loss(self, params, batch, rng):
+  def loss(self, params, batch, rng, step):
     """The training loss.
 
     Args:
       params: of `init`.
       batch: {'images': uint8 [batch, height, width, 3]}.
       rng: not used; there is no dropout.
+      step: int32 [], steps done before this one.
 
     Returns:
       float32 [] and a dict with 'metrics' (scalars), 'latents' and 'tokens'.
     """
     del rng
     images = batch['images'].astype(jnp.float32) / 255.0
-    out = vit_vqgan.ViTVQGAN(self.model).apply({'params': params}, images)
+    out = vit_vqgan.ViTVQGAN(self.model).apply(
+        {'params': params}, images, step >= self.quantize_from)
     reconstructions = vit_vqgan.to_pixels(out['mean'])
     l2 = jnp.mean(jnp.square(reconstructions - images))
     logit_laplace = jnp.mean(logit_laplace_loss(
         images, out['mean'], out['log_scale'], self.least_log_scale))
-    loss = (self.quantizer_weight * out['quantizer_loss'] + self.l2_weight * l2
+    quantizer_loss = jnp.where(step >= self.quantize_from, out['quantizer_loss'], 0.0)
+    loss = (self.quantizer_weight * quantizer_loss + self.l2_weight * l2
             + self.logit_laplace_weight * logit_laplace)
     use = self._count(out['tokens'])
     metrics = {
@@ -157,10 +164,12 @@ class TokenizerStage:
       params, statistics and further metrics.
     """
     use = 0.98 * statistics['code_use'] + 0.02 * aux['code_use']
+    use = jnp.where(step > self.quantize_from, use, 0.0)
     dead = use < self.dead_below
     metrics = {'codes_alive': 1.0 - jnp.mean(dead)}
     if self.revive_every:
-      now = (step % self.revive_every == 0) & (step < self.revive_until)
+      since = step - self.quantize_from
+      now = (since >= 0) & (since % self.revive_every == 0) & (step < self.revive_until)
       table = params['quantizer']['codebook']['table']
       table, use = jax.lax.cond(
           now, lambda: revive(table, use, dead, aux['latents'], rng), lambda: (table, use))

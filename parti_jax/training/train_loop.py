@@ -36,7 +36,7 @@ def make_train_step(stage, optimizer, seed: int) -> Callable[..., Any]:
   def step(state: state_lib.TrainState, batch):
     rng, after_rng = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
     (loss, aux), gradients = jax.value_and_grad(stage.loss, has_aux=True)(
-        state.params, batch, rng)
+        state.params, batch, rng, state.step)
     updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.params)
     params = optax.apply_updates(state.params, updates)
     params, statistics, metrics = stage.after_step(
