@@ -87,13 +87,14 @@ def _save(folder, name: str, picture: Image.Image, metadata: dict[str, str]) -> 
   try:
     folder.mkdir(parents=True, exist_ok=True)
     path = _free_path(folder, name, metadata)
-    picture.save(temporary, 'PNG', pnginfo=_chunks(metadata))
-    os.replace(temporary, path)
+    try:
+      picture.save(temporary, 'PNG', pnginfo=_chunks(metadata))
+      os.replace(temporary, path)
+    finally:
+      temporary.unlink(missing_ok=True)
   except OSError as error:
     raise UserError(
         f'{folder}: pictures cannot be written there ({error.strerror or error})') from error
-  finally:
-    temporary.unlink(missing_ok=True)
   return path
 
 

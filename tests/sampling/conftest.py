@@ -1,0 +1,50 @@
+"""A tiny model folder with random parameters."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import pytest
+
+from parti_jax.data import vocabulary
+from parti_jax.models import parti
+from parti_jax.models import parti_config
+from parti_jax.models import vit_vqgan
+from parti_jax.sampling import model_folder
+from parti_jax.sampling import settings
+
+CAPTIONS = ('red apple', 'green apple', 'blue ball', 'waving hand: dark skin tone',
+            'woman firefighter: light skin tone', 'man cook: medium skin tone')
+
+
+def random_params(model, inputs, seed):
+  init = jax.jit(functools.partial(model.init, jax.random.key(seed)))
+  return jax.tree.map(lambda leaf: 2.0 * leaf, nn.meta.unbox(init(*inputs))['params'])
+
+
+@pytest.fixture(scope='session')
+def parts(tmp_path_factory):
+  """Arguments of `model_folder.save`: sizes, random parameters, a small vocabulary."""
+  vocabulary_path = tmp_path_factory.mktemp('vocabulary') / 'vocabulary.model'
+  size = vocabulary.train_vocabulary(CAPTIONS, 36, str(vocabulary_path)).size
+  config = parti_config.PartiConfig(
+      encoder_layers=1, decoder_layers=2, width=16, mlp_width=32, heads=2, text_vocabulary=size,
+      text_length=24, codebook_size=12, grid=(2, 2), dtype='float32')
+  tokenizer_config = vit_vqgan.ViTVQGANConfig(
+      image_size=8, patch_size=4, encoder_layers=1, encoder_width=8, encoder_mlp_width=16,
+      encoder_heads=2, decoder_layers=1, decoder_width=8, decoder_mlp_width=16, decoder_heads=2,
+      codebook_size=12, code_dim=4, dtype='float32')
+  return {
+      'parti_config': config,
+      'parti_params': random_params(parti.Parti(config), parti.example_inputs(config), 0),
+      'tokenizer_config': tokenizer_config,
+      'tokenizer_params': random_params(
+          vit_vqgan.ViTVQGAN(tokenizer_config), vit_vqgan.example_inputs(tokenizer_config), 1),
+      'vocabulary_path': vocabulary_path,
+      'sampling': settings.SamplingSettings(guidance_scale=2.0, top_p=0.99),
+      'provenance': {'data': 'none, random parameters'}}
+
+
+@pytest.fixture(scope='session')
+def tiny_folder(parts, tmp_path_factory):
+  return model_folder.save(tmp_path_factory.mktemp('models') / 'tiny', dtype='float32', **parts)

@@ -1,0 +1,154 @@
+"""Model folders: what is written is what is read, and what is wrong is named."""
+
+import json
+import os
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from parti_jax.errors import UserError
+from parti_jax.sampling import model_folder
+
+
+def edit_config(folder, edit):
+  path = folder / model_folder.CONFIG_FILE
+  config = json.loads(path.read_text())
+  edit(config)
+  path.write_text(json.dumps(config))
+
+
+def edit_parameters(folder, edit, name=model_folder.PARTI_FILE):
+  arrays = safetensors.numpy.load_file(folder / name)
+  edit(arrays)
+  safetensors.numpy.save_file(arrays, folder / name)
+
+
+@pytest.fixture
+def folder(parts, tmp_path):
+  return model_folder.save(tmp_path / 'model', **parts)
+
+
+@pytest.mark.parametrize('dtype, tolerance', [('float32', 0.0), ('float16', 1e-3),
+                                              ('bfloat16', 1e-2)])
+def test_round_trip(parts, tmp_path, dtype, tolerance):
+  folder = model_folder.save(tmp_path / 'model', dtype=dtype, **parts)
+  model = model_folder.load(folder)
+  for part in ('parti_config', 'tokenizer_config', 'sampling', 'provenance'):
+    assert getattr(model, part) == parts[part]
+  assert sorted(os.listdir(folder)) == sorted(model_folder.FILES)
+  assert model.vocabulary_path.read_bytes() == parts['vocabulary_path'].read_bytes()
+  for part in ('parti_params', 'tokenizer_params'):
+    loaded, saved = getattr(model, part), parts[part]
+    assert jax.tree.structure(loaded) == jax.tree.structure(saved)
+    for ours, theirs in zip(jax.tree.leaves(loaded), jax.tree.leaves(saved)):
+      assert ours.dtype == np.float32
+      np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance / 10)
+  stored = safetensors.numpy.load_file(folder / model_folder.PARTI_FILE)
+  assert {str(leaf.dtype) for leaf in stored.values()} == {dtype}
+  assert stored['image_decoder/decoder/layers/mlp/project_in/kernel'].shape == (2, 16, 32)
+  sizes = json.loads((folder / model_folder.CONFIG_FILE).read_text())['parameters']
+  assert sizes['parti'] == sum(leaf.size for leaf in stored.values())
+
+
+def test_an_existing_folder_is_only_replaced_when_asked(parts, folder, tmp_path):
+  with pytest.raises(UserError, match='exists'):
+    model_folder.save(folder, **parts)
+  (folder / 'ATTRIBUTION.md').write_text('thanks')
+  model_folder.save(folder, overwrite=True, **parts | {'provenance': {'data': 'new'}})
+  assert model_folder.load(folder).provenance == {'data': 'new'}
+  assert (folder / 'ATTRIBUTION.md').read_text() == 'thanks'
+  other = tmp_path / 'other'
+  other.mkdir()
+  (other / 'letter.txt').write_text('mine')
+  with pytest.raises(UserError, match='no model folder'):
+    model_folder.save(other, overwrite=True, **parts)
+  assert (other / 'letter.txt').read_text() == 'mine'
+
+
+def test_nothing_is_left_of_a_failed_save(parts, folder, tmp_path):
+  with pytest.raises(UserError, match='cannot be written'):
+    model_folder.save(
+        folder, overwrite=True, **parts | {'vocabulary_path': tmp_path / 'nowhere.model'})
+  assert os.listdir(tmp_path) == ['model']
+  assert model_folder.load(folder).provenance == parts['provenance']
+
+
+def test_values_that_do_not_fit_the_dtype_are_refused(parts, tmp_path):
+  large = jax.tree.map(lambda leaf: np.array(leaf), parts['parti_params'])
+  large['image_decoder']['begin'][3] = 1e6
+  with pytest.raises(UserError, match='image_decoder/begin.*float16'):
+    model_folder.save(tmp_path / 'model', **parts | {'parti_params': large})
+  assert not os.listdir(tmp_path)
+  model_folder.save(tmp_path / 'model', dtype='float32', **parts | {'parti_params': large})
+
+
+def test_another_dtype_is_refused(parts, tmp_path):
+  with pytest.raises(UserError, match="dtype='int8'"):
+    model_folder.save(tmp_path / 'model', dtype='int8', **parts)
+
+
+def test_missing_folder(tmp_path):
+  with pytest.raises(UserError, match='there is no model folder .*nowhere'):
+    model_folder.load(tmp_path / 'nowhere')
+  with pytest.raises(UserError, match='is no model folder'):
+    model_folder.load(tmp_path)
+
+
+@pytest.mark.parametrize('name', model_folder.FILES)
+def test_missing_file(folder, name):
+  (folder / name).unlink()
+  with pytest.raises(UserError, match=f'unfinished: {name} missing'):
+    model_folder.load(folder)
+
+
+@pytest.mark.parametrize('name', [
+    model_folder.CONFIG_FILE, model_folder.PARTI_FILE, model_folder.TOKENIZER_FILE])
+def test_half_a_file(folder, name):
+  content = (folder / name).read_bytes()
+  (folder / name).write_bytes(content[:len(content) // 2])
+  with pytest.raises(UserError, match=f'{name} is damaged or unfinished'):
+    model_folder.load(folder)
+
+
+def test_another_format_version(folder):
+  edit_config(folder, lambda config: config.update(format_version=99))
+  with pytest.raises(UserError, match='format_version is 99, this parti_jax reads 1'):
+    model_folder.load(folder)
+
+
+def test_parameters_that_differ_are_named(folder):
+  def edit(arrays):
+    del arrays['image_decoder/begin']
+    arrays['image_decoder/more'] = np.zeros(3, np.float16)
+    arrays['text_encoder/token_embedding/table'] = np.zeros((2, 2), np.float16)
+
+  edit_parameters(folder, edit)
+  with pytest.raises(UserError) as error:
+    model_folder.load(folder)
+  message = str(error.value)
+  assert 'image_decoder/begin is missing' in message
+  assert 'image_decoder/more is not part of the network' in message
+  assert 'text_encoder/token_embedding/table is [2, 2] instead of [' in message
+  assert '\n' not in message
+
+
+def test_many_parameters_that_differ_are_counted(folder):
+  edit_config(folder, lambda config: config['parti'].update(width=32))
+  with pytest.raises(UserError, match=r'; [^;]* instead of [^;]*, and \d+ more$') as error:
+    model_folder.load(folder)
+  assert str(error.value).count(';') == 4
+
+
+@pytest.mark.parametrize('edit, message', [
+    (lambda config: config.pop('tokenizer'), "'tokenizer' is missing"),
+    (lambda config: config['parti'].update(depth=3), 'other fields than PartiConfig: depth'),
+    (lambda config: config['parti'].update(heads=3), 'heads=3'),
+    (lambda config: config['parti'].update(codebook_size=13), 'another tokenizer'),
+    (lambda config: config['sampling'].update(top_p=2), 'top_p=2'),
+    (lambda config: config['sampling'].update(speed=2), 'speed')])
+def test_sizes_that_can_not_be(folder, edit, message):
+  edit_config(folder, edit)
+  with pytest.raises(UserError, match=message):
+    model_folder.load(folder)

@@ -1,0 +1,156 @@
+"""Prompts to pictures through the library."""
+
+import itertools
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import parti_jax
+from parti_jax.errors import UserError
+from parti_jax.models import vit_vqgan
+from parti_jax.partitioning import mesh as mesh_lib
+from parti_jax.sampling import images
+from parti_jax.sampling import pipeline as pipeline_lib
+
+PROMPTS = ['red apple', 'waving hand: dark skin tone', 'blue ball']
+
+
+@pytest.fixture(scope='module')
+def pipeline(tiny_folder):
+  return parti_jax.load(tiny_folder)
+
+
+@pytest.fixture(scope='module')
+def drawn(pipeline):
+  return pipeline.generate(PROMPTS, num_images=3, seed=7)
+
+
+def test_shapes_and_what_it_was_drawn_from(pipeline, drawn):
+  assert (pipeline.image_size, pipeline.codebook_size, pipeline.model_name) == (8, 12, 'tiny')
+  assert drawn.images.shape == (3, 3, 8, 8, 3) and drawn.images.dtype == np.uint8
+  assert drawn.tokens.shape == (3, 3, 4)
+  assert (drawn.prompts, drawn.seed) == (PROMPTS, 7)
+  assert (drawn.settings.guidance_scale, drawn.settings.top_p) == (2.0, 0.99)
+  assert len(np.unique(drawn.images.reshape(9, -1), axis=0)) > 5
+
+
+@pytest.mark.parametrize('batch_size', [1, 2, 5])
+def test_the_same_pictures_in_any_batch(pipeline, drawn, batch_size):
+  again = pipeline.generate(PROMPTS, num_images=3, seed=7, batch_size=batch_size)
+  np.testing.assert_array_equal(again.images, drawn.images)
+
+
+def test_the_same_pictures_in_another_order_and_alone(pipeline, drawn):
+  turned = pipeline.generate(PROMPTS[::-1], num_images=3, seed=7, batch_size=5)
+  np.testing.assert_array_equal(turned.images, drawn.images[::-1])
+  fewer = pipeline.generate(PROMPTS[1], num_images=2, seed=7)
+  np.testing.assert_array_equal(fewer.images[0], drawn.images[1, :2])
+
+
+def test_seed_prompt_and_settings_matter(pipeline, drawn):
+  for change in ({'seed': 8}, {'guidance_scale': 9.0}, {'temperature': 5.0}, {'top_k': 1}):
+    other = pipeline.generate(PROMPTS, num_images=3, **{'seed': 7} | change)
+    assert np.any(other.tokens != drawn.tokens), change
+
+
+def test_greedy_pictures_of_a_prompt_are_alike(pipeline):
+  greedy = pipeline.generate(PROMPTS, num_images=2, temperature=0)
+  np.testing.assert_array_equal(greedy.images[:, 0], greedy.images[:, 1])
+  likeliest = pipeline.generate(PROMPTS, num_images=2, top_k=1)
+  np.testing.assert_array_equal(greedy.images, likeliest.images)
+
+
+def test_pictures_are_the_decoded_tokens(parts, drawn):
+  tokenizer = vit_vqgan.ViTVQGAN(parts['tokenizer_config'])
+  pixels = tokenizer.apply(
+      {'params': parts['tokenizer_params']}, drawn.tokens.reshape(9, -1), method='detokenize')
+  difference = np.asarray(pixels) * 255 - drawn.images.reshape(pixels.shape)
+  assert np.abs(difference).max() < 0.51
+
+
+def test_tokenize_and_reconstruct(parts, pipeline):
+  pictures = np.random.default_rng(0).integers(0, 256, (67, 8, 8, 3)).astype(np.uint8)
+  tokenizer = vit_vqgan.ViTVQGAN(parts['tokenizer_config'])
+  tokens = tokenizer.apply(
+      {'params': parts['tokenizer_params']}, pictures / np.float32(255), method='tokenize')
+  np.testing.assert_array_equal(pipeline.tokenize(pictures), tokens)
+  pixels = tokenizer.apply({'params': parts['tokenizer_params']}, tokens, method='detokenize')
+  back = pipeline.reconstruct(pictures)
+  assert back.dtype == np.uint8
+  assert np.abs(np.asarray(pixels) * 255 - back).max() < 0.51
+  assert pipeline.tokenize(pictures[:0]).shape == (0, 4)
+
+
+def test_on_a_mesh_the_pictures_are_the_same(tiny_folder, drawn):
+  if len(jax.devices()) < 4:
+    pytest.skip('needs 4 devices')
+  mesh = mesh_lib.make_mesh(data=2, tensor=2, devices=jax.devices()[:4])
+  sharded = pipeline_lib.load(tiny_folder, mesh)
+  result = sharded.generate(PROMPTS, num_images=3, seed=7)
+  np.testing.assert_array_equal(result.tokens, drawn.tokens)
+  assert np.abs(result.images.astype(int) - drawn.images).max() <= 1
+
+
+@pytest.mark.parametrize('prompts', ['', '  ', ['red apple', '\t'], []])
+def test_no_prompt(pipeline, prompts):
+  with pytest.raises(UserError, match='prompt'):
+    pipeline.generate(prompts)
+
+
+@pytest.mark.parametrize('name, value', [
+    ('num_images', 0), ('num_images', -3), ('seed', -1), ('seed', 2**32), ('top_p', 0.0),
+    ('top_k', -1), ('temperature', -1.0), ('guidance_scale', -0.5), ('batch_size', 0)])
+def test_bad_arguments_are_named(pipeline, name, value):
+  with pytest.raises(UserError, match=f'^{name}='):
+    pipeline.generate('red apple', **{name: value})
+
+
+@pytest.mark.parametrize('pictures', [
+    np.zeros((2, 8, 8, 3), np.float32), np.zeros((8, 8, 3), np.uint8),
+    np.zeros((2, 9, 8, 3), np.uint8)])
+def test_pictures_of_another_kind(pipeline, pictures):
+  with pytest.raises(UserError, match='^images are'):
+    pipeline.reconstruct(pictures)
+
+
+def test_a_long_prompt_is_cut_with_a_warning(pipeline):
+  with pytest.warns(UserWarning, match='left out: .*zebra'):
+    pipeline.generate('red apple ' * 20 + 'zebra', num_images=1)
+
+
+def test_a_training_run_is_no_model(tmp_path):
+  (tmp_path / 'checkpoints').mkdir()
+  with pytest.raises(UserError, match='parti-jax export'):
+    parti_jax.load(tmp_path)
+
+
+def test_saved_pictures_tell_what_they_are(drawn, tmp_path):
+  paths = drawn.save(tmp_path)
+  assert len(set(paths)) == 9 == len(os.listdir(tmp_path))
+  where = itertools.product(range(3), range(3))
+  for path, (row, column), shown in zip(paths, where, itertools.chain(*drawn.pil())):
+    np.testing.assert_array_equal(np.asarray(Image.open(path)), drawn.images[row, column])
+    np.testing.assert_array_equal(np.asarray(shown), drawn.images[row, column])
+    assert images.read_metadata(path) == {
+        'prompt': PROMPTS[row], 'seed': '7', 'image_index': str(column), 'guidance_scale': '2',
+        'temperature': '1', 'top_k': '0', 'top_p': '0.99', 'model': 'tiny',
+        'software': images.SOFTWARE}
+  assert drawn.save(tmp_path) == paths
+  grid = drawn.save_grid(tmp_path, display_size=20)
+  assert images.read_metadata(grid)['prompt'].splitlines() == PROMPTS
+  assert Image.open(grid).size == drawn.grid(display_size=20).size
+
+
+def test_sampling_imports_no_tensorflow():
+  script = (
+      'import sys\n'
+      'import parti_jax.sampling.command\n'
+      'import parti_jax.sampling.pipeline\n'
+      "heavy = {'tensorflow', 'seqio', 'tensorflow_datasets', 'orbax', 't5'} & set(sys.modules)\n"
+      'assert not heavy, heavy\n')
+  subprocess.run([sys.executable, '-c', script], check=True)

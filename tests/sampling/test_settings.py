@@ -1,0 +1,37 @@
+"""Settings that can't be are named."""
+
+import numpy as np
+import pytest
+
+from parti_jax.errors import UserError
+from parti_jax.sampling import settings as settings_lib
+
+
+@pytest.mark.parametrize('name, value', [
+    ('guidance_scale', -1.0), ('guidance_scale', 'strong'), ('temperature', -0.1),
+    ('temperature', float('nan')), ('top_k', -1), ('top_k', 2.5), ('top_p', 0.0), ('top_p', 1.1),
+    ('top_p', float('inf'))])
+def test_bad_values_are_named(name, value):
+  with pytest.raises(UserError, match=f'^{name}='):
+    settings_lib.SamplingSettings(**{name: value})
+
+
+def test_replace_keeps_what_is_none():
+  settings = settings_lib.SamplingSettings(guidance_scale=3.0, top_k=7)
+  changed = settings.replace(guidance_scale=None, temperature=0, top_p=np.float32(0.5))
+  assert changed == settings_lib.SamplingSettings(3.0, 0.0, 7, 0.5)
+
+
+def test_what_a_setting_needs():
+  plain = settings_lib.SamplingSettings()
+  assert not (plain.guided or plain.greedy or plain.filtered)
+  assert plain.replace(guidance_scale=1.1).guided
+  assert plain.replace(temperature=0).greedy
+  assert plain.replace(top_k=5).filtered and plain.replace(top_p=0.9).filtered
+
+
+def test_whole_numbers():
+  assert settings_lib.whole_number('n', np.int64(3), 1) == 3
+  for value in (0, 5, 1.5, 'x', None, True):
+    with pytest.raises(UserError, match='^n='):
+      settings_lib.whole_number('n', value, 1, 4)
