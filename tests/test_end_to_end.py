@@ -73,7 +73,8 @@ def test_a_tiny_model_draws_back_the_eight_pairs_that_it_was_trained_on(pairs, t
       tmp_path, 'generator.gin', data_dir, model='parti_tiny', stage='GeneratorStage',
       config='PartiConfig', task='openmoji_tokens', steps=300)
   vocabulary = tmp_path / 'vocabulary.model'
-  parti_jax('vocabulary', f'--gin_file={tokenizer_gin}', '--size=300', f'--output={vocabulary}')
+  parti_jax('vocabulary', '--gin_file=gin_configs/tasks/openmoji.gin', '--size=300',
+            f"--gin.openmoji.data_dir='{data_dir}'", f'--output={vocabulary}')
   parti_jax('train', f'--gin_file={tokenizer_gin}', f'--model_dir={tmp_path}/tokenizer',
             '--gin.TokenizerStage.revive_every=20', '--gin.TokenizerStage.revive_until=400',
             '--gin.TokenizerStage.least_log_scale=-2.0')

@@ -28,6 +28,7 @@ def run(args: argparse.Namespace) -> int:
   """Writes the token cache; returns the exit status."""
   from parti_jax.data import tasks  # pylint: disable=g-import-not-at-top
   from parti_jax.data import token_cache
+  from parti_jax.training import configurables  # pylint: disable=unused-import
   if args.batch_size < 1:
     raise errors.UserError(f'--batch_size={args.batch_size} must be at least 1')
   config.parse(args.gin_file, args.gin_bindings)
