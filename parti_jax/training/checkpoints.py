@@ -103,8 +103,7 @@ def read_model(path: pathlib.Path) -> dict:
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
       return checkpointer.restore(path / 'model')
   except (FileNotFoundError, ValueError, KeyError) as error:
-    raise errors.UserError(f'{path}: not a finished checkpoint of this package; '
-                           'remove the folder or choose another one') from error
+    raise _unfinished(path) from error
 
 
 def read_config(path: pathlib.Path, stage: str) -> dict:
@@ -143,7 +142,7 @@ def read_params(path: pathlib.Path, module, inputs):
   abstract = {'params': jax.tree.map(
       lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
       nn.meta.unbox(boxed))}
-  check_same_shapes(path, abstract)
+  check_same_shapes(path, abstract, within='params/')
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
     restored = checkpointer.restore(path / 'state', args=ocp.args.PyTreeRestore(
         item=abstract, partial_restore=True,
@@ -167,20 +166,38 @@ def check_same_model(path, saved: dict, wanted: dict):
                            'another --model_dir, or set the model back')
 
 
-def check_same_shapes(path, abstract):
-  """Raises UserError that names parameters that are missing, unknown or of another shape."""
+def check_same_shapes(path, abstract, within: str = ''):
+  """Compares a checkpoint's arrays with those that are wanted.
+
+  Args:
+    path: the checkpoint's folder.
+    abstract: a tree of shapes.
+    within: the part of the state that `abstract` is, such as 'params/'; all of it by default.
+
+  Raises:
+    UserError: if the checkpoint is unfinished, or if arrays are missing, unknown or of another
+      shape; names them.
+  """
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
     metadata = checkpointer.metadata(path / 'state').item_metadata
+  if metadata is None:
+    raise _unfinished(path)
   saved = _shapes(metadata.tree if hasattr(metadata, 'tree') else metadata)
   wanted = _shapes(abstract)
   differing = [f'{name} {saved.get(name, "missing")} instead of {shape}'
                for name, shape in wanted.items() if saved.get(name) != shape]
   differing += [f'{name} {shape} is not in this configuration' for name, shape in saved.items()
-                if name.startswith('params/') and name not in wanted]
+                if name.startswith(within) and name not in wanted]
   if differing:
     more = f' and {len(differing) - 5} more' if len(differing) > 5 else ''
     raise errors.UserError(f'{path}: does not fit this configuration: '
-                           f'{"; ".join(differing[:5])}{more}')
+                           f'{"; ".join(differing[:5])}{more}; train in another --model_dir, or '
+                           'set the model or the optimiser back')
+
+
+def _unfinished(path) -> errors.UserError:
+  return errors.UserError(f'{path}: not a finished checkpoint of this package; remove the folder '
+                          'or choose another one')
 
 
 def _shapes(tree) -> dict[str, tuple[int, ...]]:

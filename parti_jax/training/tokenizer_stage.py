@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import gin
 import jax
@@ -130,7 +131,7 @@ class TokenizerStage:
       step: int32 [], steps done before this one.
 
     Returns:
-      float32 [] and a dict with 'metrics' (scalars), 'latents' and 'tokens'.
+      float32 [] and a dict with 'metrics' (scalars), 'latents' and 'code_use'.
     """
     del rng
     images = batch['images'].astype(jnp.float32) / 255.0
@@ -177,7 +178,7 @@ class TokenizerStage:
     return params, {'code_use': use}, metrics
 
   def evaluate(self, params, batch):
-    """Measures of each example: 'loss_l2', 'psnr' [batch] and 'tokens' [batch, length]."""
+    """Measures of each example: 'l2', 'psnr' [batch] and 'tokens' [batch, length]."""
     images = batch['images'].astype(jnp.float32) / 255.0
     tokens, reconstructions = self._reconstruct(params, images)
     error = jnp.mean(jnp.square(images - reconstructions), axis=(1, 2, 3))
@@ -200,6 +201,7 @@ class TokenizerStage:
     """Model FLOPs of a training step."""
     return 3 * batch_size * flops.tokenizer_forward(self.model)
 
+  @functools.partial(jax.jit, static_argnums=0)
   def _reconstruct(self, params, images):
     module = vit_vqgan.ViTVQGAN(self.model)
     tokens = module.apply({'params': params}, images, method='tokenize')

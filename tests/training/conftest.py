@@ -1,0 +1,68 @@
+"""Data that the tests of training make for themselves: a folder of pictures, a token cache."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from parti_jax import config
+
+
+@pytest.fixture(autouse=True)
+def clean_gin():
+  """Gives every test an empty gin configuration, and leaves none."""
+  config.parse([], [])
+  yield
+  config.parse([], [])
+
+
+def _write_pictures(folder, name, count, seed):
+  """Writes pictures of two colours, 16×16, and their captions file."""
+  draw, lines = np.random.default_rng(seed), []
+  for index in range(count):
+    pixels = np.empty((16, 16, 3), np.uint8)
+    pixels[:] = draw.integers(0, 256, 3)
+    row, column = draw.integers(0, 9, 2)
+    pixels[row:row + 8, column:column + 8] = draw.integers(0, 256, 3)
+    file = f'{name}_{index:02d}.png'
+    Image.fromarray(pixels).save(folder / file)
+    lines.append(json.dumps({'file': file, 'caption': f'square {row} {column}'}))
+  (folder / f'{name}.jsonl').write_text('\n'.join(lines) + '\n')
+
+
+@pytest.fixture(scope='session')
+def pictures_folder(tmp_path_factory):
+  """A folder of 20 pictures to train on (train.jsonl) and 11 others (validation.jsonl)."""
+  folder = tmp_path_factory.mktemp('pictures')
+  _write_pictures(folder, 'train', 20, 0)
+  _write_pictures(folder, 'validation', 11, 1)
+  return folder
+
+
+@pytest.fixture(scope='session')
+def tokens_folder(tmp_path_factory):
+  """A token cache of 20 and 11 examples, 4×4 tokens of a codebook of 64."""
+  from parti_jax.data import token_cache  # pylint: disable=import-outside-toplevel
+
+  folder = tmp_path_factory.mktemp('tokens')
+  draw = np.random.default_rng(0)
+  info = {'codebook_size': 64, 'image_tokens': 16, 'tokenizer': 'none'}
+  for split, count in (('train', 20), ('validation', 11)):
+    examples = [(f'picture number {i}', draw.integers(0, 64, 16)) for i in range(count)]
+    token_cache.write_token_cache(str(folder), examples, info, split)
+  return folder
+
+
+@pytest.fixture
+def tokenizer_bindings(pictures_folder):
+  """Bindings that give gin_configs/runs/tiny_tokenizer.gin the pictures."""
+  return [f"folder.path = '{pictures_folder}'",
+          "folder.splits = {'train': 'train.jsonl', 'validation': 'validation.jsonl'}",
+          "train.eval_split = 'validation'"]
+
+
+@pytest.fixture
+def generator_bindings(tokens_folder):
+  """Bindings that give gin_configs/runs/tiny_generator.gin the token cache."""
+  return [f"token_cache.path = '{tokens_folder}'", "train.eval_split = 'validation'"]

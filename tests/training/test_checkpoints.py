@@ -1,0 +1,174 @@
+"""Checkpoints: round trips, what is missing or unfinished, and what is of another configuration."""
+
+import dataclasses
+import shutil
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from parti_jax.errors import UserError
+from parti_jax.models import vit_vqgan
+from parti_jax.partitioning import mesh as mesh_lib
+from parti_jax.training import checkpoints
+from parti_jax.training import optimizers
+from parti_jax.training import tokenizer_stage
+from parti_jax.training import train_loop
+
+SIZES = vit_vqgan.ViTVQGANConfig(
+    image_size=8, patch_size=4, encoder_layers=1, encoder_width=16, encoder_mlp_width=16,
+    encoder_heads=2, decoder_layers=1, decoder_width=16, decoder_mlp_width=16, decoder_heads=2,
+    codebook_size=6, code_dim=3, dtype='float32')
+PLACE = {'epoch': 2, 'taken': 5}
+
+
+def _trainer(optimizer=None, mesh=(8, 1, 1), **changes):
+  stage = tokenizer_stage.TokenizerStage(dataclasses.replace(SIZES, **changes))
+  return train_loop.Trainer(
+      stage, optimizer or optimizers.adafactor(0.1), mesh_lib.make_mesh(*mesh), seed=0)
+
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory):
+  """A run's folder with checkpoints of the steps 3 and 7, its trainer and the last state."""
+  folder = tmp_path_factory.mktemp('run')
+  trainer = _trainer()
+  state = trainer.create_state()
+  manager = checkpoints.Checkpoints(folder, keep=2)
+  for step in (1, 3, 7):
+    state = state.replace(step=state.step * 0 + step)
+    manager.save(step, state, PLACE, checkpoints.describe(trainer.stage))
+  manager.close()
+  return folder, trainer, state
+
+
+def _restored(folder, trainer, step=7):
+  manager = checkpoints.Checkpoints(folder)
+  try:
+    return manager.restore(step, trainer.abstract, checkpoints.describe(trainer.stage))
+  finally:
+    manager.close()
+
+
+def _assert_same(a, b):
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+def test_a_state_comes_back_bit_for_bit_with_its_place_in_the_data(saved):
+  folder, trainer, state = saved
+  restored, place = _restored(folder, trainer)
+  _assert_same(restored, state)
+  assert place == PLACE
+  for leaf, plan in zip(jax.tree.leaves(restored), jax.tree.leaves(trainer.abstract)):
+    assert leaf.dtype == plan.dtype
+    assert leaf.sharding.is_equivalent_to(plan.sharding, leaf.ndim)
+
+
+def test_a_checkpoint_is_read_onto_another_mesh(saved):
+  folder, _, state = saved
+  other = _trainer(mesh=(2, 2, 2))
+  restored, _ = _restored(folder, other)
+  _assert_same(restored, state)
+  kernel = restored.params['encoder']['project_hidden']['kernel']
+  assert kernel.addressable_shards[0].data.shape == (8, 8)
+
+
+def test_the_last_few_are_kept(saved):
+  folder, _, _ = saved
+  assert sorted(path.name for path in (folder / 'checkpoints').iterdir()) == ['3', '7']
+  assert checkpoints.latest_checkpoint(folder) == folder / 'checkpoints' / '7'
+
+
+def test_parameters_alone(saved):
+  folder, _, state = saved
+  path = checkpoints.latest_checkpoint(folder)
+  sizes = vit_vqgan.ViTVQGANConfig(**checkpoints.read_config(path, 'tokenizer'))
+  assert sizes == SIZES
+  params = checkpoints.read_params(
+      path, vit_vqgan.ViTVQGAN(sizes), vit_vqgan.example_inputs(sizes))
+  _assert_same(params, state.params)
+  assert {device for leaf in jax.tree.leaves(params) for device in leaf.devices()} == {
+      jax.local_devices()[0]}
+
+
+def test_parameters_of_another_shape_are_named(saved):
+  sizes = dataclasses.replace(SIZES, code_dim=4)
+  with pytest.raises(UserError) as caught:
+    checkpoints.read_params(
+        checkpoints.latest_checkpoint(saved[0]), vit_vqgan.ViTVQGAN(sizes),
+        vit_vqgan.example_inputs(sizes))
+  for word in ('params/quantizer/codebook/table', '(6, 3)', '(6, 4)'):
+    assert word in str(caught.value)
+  assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('changes, words', [
+    ({'decoder_width': 32, 'codebook_size': 7},
+     ['decoder_width is 16 there and 32 here', 'codebook_size is 6 there and 7 here']),
+    ({'patch_size': 2}, ['patch_size is 4 there and 2 here']),
+    ({'encoder_heads': 4}, ['encoder_heads is 2 there and 4 here'])])
+def test_settings_that_differ_are_named(saved, changes, words):
+  with pytest.raises(UserError, match='of another configuration') as caught:
+    _restored(saved[0], _trainer(**changes))
+  assert all(word in str(caught.value) for word in words)
+
+
+def test_settings_that_change_no_parameter_may_differ(saved):
+  folder, _, state = saved
+  restored, _ = _restored(folder, _trainer(unroll=2, remat='dots', dtype='bfloat16'))
+  _assert_same(restored.params, state.params)
+
+
+def test_the_state_of_another_optimizer_is_named(saved):
+  with pytest.raises(UserError, match='does not fit this configuration.*optimizer_state'):
+    _restored(saved[0], _trainer(optimizers.adamw(0.1)))
+  # One with less state than there is, too.
+  with pytest.raises(UserError, match='optimizer_state/.* is not in this configuration'):
+    _restored(saved[0], _trainer(optax.sgd(0.1)))
+
+
+def test_a_checkpoint_of_another_stage_is_named(saved):
+  folder, _, _ = saved
+  path = checkpoints.latest_checkpoint(folder)
+  model = checkpoints.read_model(path)
+  with pytest.raises(UserError, match="stage 'tokenizer', not of 'generator'"):
+    checkpoints.check_same_model(path, model, {'stage': 'generator', 'config': {}})
+  with pytest.raises(UserError, match="stage 'tokenizer'; give a run of 'generator'"):
+    checkpoints.read_config(path, 'generator')
+
+
+def test_a_run_that_is_not_there_is_named(tmp_path):
+  with pytest.raises(UserError, match='nowhere: no training run there.*--model_dir'):
+    checkpoints.latest_checkpoint(tmp_path / 'nowhere')
+  (tmp_path / 'begun' / 'checkpoints').mkdir(parents=True)
+  with pytest.raises(UserError, match='begun: holds no finished checkpoint yet'):
+    checkpoints.latest_checkpoint(tmp_path / 'begun')
+
+
+def test_a_checkpoint_that_was_being_written_does_not_count(saved, tmp_path):
+  folder, trainer, state = saved
+  copy = tmp_path / 'run'
+  shutil.copytree(folder, copy)
+  unfinished = copy / 'checkpoints' / '9.orbax-checkpoint-tmp'
+  shutil.copytree(copy / 'checkpoints' / '7', unfinished)
+  assert checkpoints.latest_checkpoint(copy).name == '7'
+  manager = checkpoints.Checkpoints(copy)
+  assert manager.latest_step() == 7
+  manager.close()
+  _assert_same(_restored(copy, trainer)[0], state)
+  assert not unfinished.exists()  # Cleared away by the run that goes on.
+
+
+@pytest.mark.parametrize('lost', ['model', 'state'])
+def test_a_checkpoint_with_a_part_missing_is_named(saved, tmp_path, lost):
+  folder, trainer, _ = saved
+  copy = tmp_path / 'run'
+  shutil.copytree(folder, copy)
+  shutil.rmtree(copy / 'checkpoints' / '7' / lost)
+  with pytest.raises(UserError, match='7: not a finished checkpoint of this package'):
+    _restored(copy, trainer)
+  with pytest.raises(UserError, match='7: not a finished checkpoint of this package'):
+    path = checkpoints.latest_checkpoint(copy)
+    checkpoints.read_config(path, 'tokenizer')
+    checkpoints.read_params(path, vit_vqgan.ViTVQGAN(SIZES), vit_vqgan.example_inputs(SIZES))

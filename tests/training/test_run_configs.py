@@ -1,0 +1,100 @@
+"""Every gin file of gin_configs/runs/ makes a stage, an optimiser, a schedule and a mesh."""
+
+import math
+import pathlib
+
+import gin
+import jax
+import pytest
+
+from parti_jax import config
+from parti_jax.data import tasks
+from parti_jax.errors import UserError
+from parti_jax.partitioning import rules
+from parti_jax.training import configurables  # pylint: disable=unused-import
+from parti_jax.training import state as state_lib
+from parti_jax.training import train_loop
+
+RUNS = sorted(path.name for path in (config.folder() / 'runs').glob('*.gin'))
+PAPERS_PARTI = ['parti_350m.gin', 'parti_750m.gin', 'parti_3b.gin', 'parti_20b.gin']
+
+
+def _value(name):
+  """A value of `train` as gin has it, with what it refers to made."""
+  value = gin.query_parameter(f'train.{name}')
+  if not isinstance(value, gin.config.ConfigurableReference):
+    return value
+  return value.scoped_configurable_fn() if value.evaluate else value.scoped_configurable_fn
+
+
+def _mesh(devices):
+  """A mesh of devices that are not there, of the sizes that gin gives `make_mesh`."""
+  sizes = []
+  for axis in ('data', 'fsdp', 'tensor'):
+    try:
+      sizes.append(gin.query_parameter(f'make_mesh.{axis}'))
+    except ValueError:
+      sizes.append(-1 if axis == 'data' else 1)
+  known = abs(sizes[0] * sizes[1] * sizes[2])
+  return jax.sharding.AbstractMesh(
+      tuple(devices // known if size == -1 else size for size in sizes),
+      ('data', 'fsdp', 'tensor'))
+
+
+def test_the_papers_runs_are_there():
+  assert {*PAPERS_PARTI, 'vit_vqgan_small.gin', 'vit_vqgan_base.gin', 'tiny_tokenizer.gin',
+          'tiny_generator.gin', 'demo_tokenizer.gin', 'demo_generator.gin'} <= set(RUNS)
+
+
+@pytest.mark.parametrize('name', RUNS)
+def test_a_run_makes_its_state_abstractly(name):
+  config.parse([f'gin_configs/runs/{name}'], [])
+  stage, schedule, optimizer = _value('stage'), _value('schedule'), _value('optimizer')
+  steps, batch_size = _value('steps'), _value('batch_size')
+  mesh, table = _mesh(256), rules.logical_axis_rules()
+  state = state_lib.abstract_state(stage, optimizer(schedule), mesh, table)
+  assert len(jax.tree.leaves(state.params)) > 10
+  if pathlib.Path(name).stem.startswith(('parti', 'vit_vqgan')):
+    rules.check_batch(batch_size, mesh, table, 'train.batch_size')
+  assert 0 < float(schedule(steps // 2)) <= 1
+  assert float(schedule(steps)) < float(schedule(steps // 2))
+  assert stage.step_flops(batch_size) > 0
+  kinds = tuple(f'{source}_images' for source in ('openmoji', 'folder')) + ('images',)
+  assert gin.query_parameter('train.task') in (*tasks.TOKEN_TASKS, *kinds)
+
+
+@pytest.mark.parametrize('name', PAPERS_PARTI)
+def test_parti_trains_as_in_the_paper(name):
+  config.parse([f'gin_configs/runs/{name}'], [])
+  assert _value('steps') == 450000 and _value('batch_size') == 8192
+  assert [float(_value('schedule')(step)) for step in (0, 5000, 85000, 450000)] == pytest.approx(
+      [0, 4.5e-5, 4.5e-5, 1.125e-6])
+  assert {name: gin.query_parameter(f'adafactor.{name}') for name in
+          ('beta1', 'beta2', 'weight_decay', 'max_gradient_norm')} == {
+              'beta1': 0.9, 'beta2': 0.96, 'weight_decay': 0.045, 'max_gradient_norm': 4.0}
+
+
+def test_the_20b_model_fits_on_the_devices_of_its_mesh():
+  # Parameters, gradients and both moments of Adafactor, without activations.
+  config.parse(['gin_configs/runs/parti_20b.gin'], [])
+  state = state_lib.abstract_state(
+      _value('stage'), _value('optimizer')(_value('schedule')), _mesh(256),
+      rules.logical_axis_rules())
+  part = lambda tree: sum(
+      leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
+      for leaf in jax.tree.leaves(tree))
+  gigabytes = (part(state) + part(state.params)) / 2 ** 30
+  assert gigabytes < 3  # Of 32 on a TPU v4.
+
+
+def test_a_task_with_more_ids_than_the_model_has_room_for_is_named(tokens_folder):
+  config.parse(['gin_configs/runs/tiny_generator.gin'],
+               [f"token_cache.path = '{tokens_folder}'", 'PartiConfig.text_vocabulary = 1999'])
+  with pytest.raises(UserError,
+                     match=r"PartiConfig\.text_vocabulary=1999.* 2000 ids in 'inputs'"):
+    train_loop.check_vocabularies(_value('stage'), 'cached_tokens')
+  config.parse(['gin_configs/runs/tiny_generator.gin'],
+               [f"token_cache.path = '{tokens_folder}'", 'PartiConfig.codebook_size = 128'])
+  with pytest.raises(UserError,
+                     match=r"PartiConfig\.codebook_size=128.* 64 ids in 'targets'"):
+    train_loop.check_vocabularies(_value('stage'), 'cached_tokens')
