@@ -297,7 +297,12 @@ def _replaced_folder(folder: pathlib.Path):
         copy = shutil.copytree if (folder / other).is_dir() else shutil.copy2
         copy(folder / other, temporary / other)
       os.replace(folder, old)
-    os.replace(temporary, folder)
+    try:
+      os.replace(temporary, folder)
+    except OSError:
+      if old.exists():
+        os.replace(old, folder)
+      raise
     shutil.rmtree(old, ignore_errors=True)
   except OSError as error:
     raise UserError(f'the model folder {folder} cannot be written: {error}') from error
