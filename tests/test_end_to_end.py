@@ -68,7 +68,7 @@ def test_a_tiny_model_draws_back_the_eight_pairs_that_it_was_trained_on(pairs, t
   assert len(set(captions)) == 8
   tokenizer_gin = write_gin(
       tmp_path, 'tokenizer.gin', data_dir, model='vit_vqgan_tiny', stage='TokenizerStage',
-      config='ViTVQGANConfig', task='openmoji_images', steps=600)
+      config='ViTVQGANConfig', task='openmoji_images', steps=1200)
   generator_gin = write_gin(
       tmp_path, 'generator.gin', data_dir, model='parti_tiny', stage='GeneratorStage',
       config='PartiConfig', task='openmoji_tokens', steps=300)
@@ -76,7 +76,8 @@ def test_a_tiny_model_draws_back_the_eight_pairs_that_it_was_trained_on(pairs, t
   parti_jax('vocabulary', '--gin_file=gin_configs/tasks/openmoji.gin', '--size=300',
             f"--gin.openmoji.data_dir='{data_dir}'", f'--output={vocabulary}')
   parti_jax('train', f'--gin_file={tokenizer_gin}', f'--model_dir={tmp_path}/tokenizer',
-            '--gin.TokenizerStage.revive_every=20', '--gin.TokenizerStage.revive_until=400',
+            '--gin.TokenizerStage.revive_every=20', '--gin.TokenizerStage.revive_until=800',
+            '--gin.TokenizerStage.quantize_from=200',
             '--gin.TokenizerStage.least_log_scale=-2.0')
   parti_jax('tokenize', f'--gin_file={tokenizer_gin}', f'--tokenizer={tmp_path}/tokenizer',
             f'--output_dir={tmp_path}/tokens', '--splits', SPLIT)

@@ -11,10 +11,15 @@ from parti_jax.data.quiet_tensorflow import seqio, tf
 from parti_jax.errors import UserError
 
 
+# Opening an epoch takes up to a second, so a small source is gone through several times in one.
+_LEAST_EXAMPLES = 2048
+
+
 class Batches:
   """An iterator of batches, dicts of numpy arrays with the converter's features.
 
-  Each epoch is shuffled anew, by the seed and the epoch's number. The short rest of an epoch is
+  Each epoch is shuffled anew, by the seed and the epoch's number; where an epoch would be of few
+  examples, and no number of epochs is given, several are taken as one. The short rest of an epoch is
   completed with the first examples of the next one, so that every example is used equally often;
   with `num_epochs`, the last batch may be short. The same arguments give the same batches, and
   `restore(state())` goes on exactly where the state was taken.
@@ -150,12 +155,20 @@ class Batches:
           self._converter,
           dataset_split=self._split,
           shuffle=self._shuffle,
+          num_epochs=self._repeats(),
           seed=seed,
           shard_info=self._shard_info,
           verbose=False,
       )
     chunks = dataset.skip(self._taken).batch(self._batch_size)
     return chunks.prefetch(2).as_numpy_iterator()
+
+  def _repeats(self) -> int:
+    """Returns how often the source is gone through in what counts as an epoch here."""
+    if self._num_epochs is not None:
+      return 1
+    count = self._task.num_input_examples(self._split)
+    return max(1, _LEAST_EXAMPLES // count) if count else 1
 
   def _end_epoch(self) -> None:
     """Reports on an epoch that has ended and opens the next one."""

@@ -126,6 +126,11 @@ class OpenMojiSource(PictureSource):
       dataset = dataset.shard(shard_info.num_shards, shard_info.index)
     return dataset.map(lambda example: {'picture': example['image'], 'caption': example['caption']})
 
+  def num_input_examples(self, split):
+    """Returns the number of pictures in a split."""
+    self._check_split(split)
+    return self._builder.info.splits[split].num_examples
+
   def captions(self, split):
     """Yields the captions of a split; the pictures need not be drawn for this."""
     if split not in openmoji.SPLITS:

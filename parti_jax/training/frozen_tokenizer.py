@@ -32,9 +32,13 @@ def load(model_dir):
 
 
 def fingerprint(params) -> str:
-  """Hexadecimal digest of parameters, by which a token cache knows its tokenizer."""
+  """Hexadecimal digest of what makes tokens, by which a token cache knows its tokenizer.
+
+  The decoder is not part of it: trained further on its own, it draws the same tokens better.
+  """
   digest = hashlib.sha256()
-  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+  makes_tokens = {name: params[name] for name in ('encoder', 'quantizer')}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(makes_tokens):
     digest.update(jax.tree_util.keystr(path).encode())
     digest.update(np.asarray(leaf).tobytes())
   return digest.hexdigest()[:16]

@@ -35,6 +35,7 @@ class GeneratorStage:
   guidance_scale: float = 2.0
 
   name = 'generator'
+  frozen = ()
   compute_dtype = property(lambda self: self.model.compute_dtype)
 
   def feature_lengths(self) -> dict[str, int]:

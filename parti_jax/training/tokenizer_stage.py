@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from parti_jax import errors
 from parti_jax.models import flops
 from parti_jax.models import quantizer
 from parti_jax.models import vit_vqgan
@@ -85,6 +86,8 @@ class TokenizerStage:
       something to quantize when the first codes are taken from them.
     revive_every: steps between revivals of dead codes, see `revive`; 0 for never.
     revive_until: no revival from this step on, so that the codes settle.
+    frozen: parts of the tokenizer that stay as they are; ('encoder', 'quantizer') is the second
+      phase, in which the decoder learns to draw the same tokens better (Parti, section 2.1).
     dead_below: a code is dead if its use per batch, averaged over about 50 steps, is below.
   """
 
@@ -97,6 +100,14 @@ class TokenizerStage:
   revive_every: int = 0
   revive_until: int = 0
   dead_below: float = 0.02
+  frozen: tuple[str, ...] = ()
+
+  def __post_init__(self):
+    object.__setattr__(self, 'frozen', tuple(self.frozen))
+    unknown = set(self.frozen) - {'encoder', 'quantizer', 'decoder'}
+    if unknown:
+      raise errors.UserError(f'TokenizerStage.frozen: {sorted(unknown)} are no parts; there are '
+                             'encoder, quantizer and decoder')
 
   name = 'tokenizer'
   compute_dtype = property(lambda self: self.model.compute_dtype)
@@ -168,7 +179,7 @@ class TokenizerStage:
     use = jnp.where(step > self.quantize_from, use, 0.0)
     dead = use < self.dead_below
     metrics = {'codes_alive': 1.0 - jnp.mean(dead)}
-    if self.revive_every:
+    if self.revive_every and 'quantizer' not in self.frozen:
       since = step - self.quantize_from
       now = (since >= 0) & (since % self.revive_every == 0) & (step < self.revive_until)
       table = params['quantizer']['codebook']['table']

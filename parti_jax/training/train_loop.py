@@ -34,15 +34,21 @@ def make_train_step(stage, optimizer, seed: int) -> Callable[..., Any]:
   """
 
   def step(state: state_lib.TrainState, batch):
+    def loss(params):
+      params = {name: jax.lax.stop_gradient(part) if name in stage.frozen else part
+                for name, part in params.items()}
+      return stage.loss(params, batch, rng, state.step)
+
     rng, after_rng = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
-    (loss, aux), gradients = jax.value_and_grad(stage.loss, has_aux=True)(
-        state.params, batch, rng, state.step)
+    (value, aux), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
     updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    # Momentum of earlier steps and weight decay must not move what is frozen either.
+    params = {name: part if name in stage.frozen else optax.apply_updates(part, updates[name])
+              for name, part in state.params.items()}
     params, statistics, metrics = stage.after_step(
         params, state.statistics, aux, state.step, after_rng)
     metrics = metrics | aux['metrics'] | {
-        'loss': loss, 'gradient_norm': optax.tree.norm(gradients)}
+        'loss': value, 'gradient_norm': optax.tree.norm(gradients)}
     return state_lib.TrainState(state.step + 1, params, optimizer_state, statistics), metrics
 
   return step
