@@ -195,7 +195,8 @@ def _length(examples: Mapping[str, np.ndarray]) -> int:
 
 def _source(task) -> str:
   """Names the place that the task reads from."""
-  return getattr(getattr(task, 'source', None), 'name', task.name)
+  source = getattr(task, 'source', None)
+  return getattr(source, 'place', getattr(source, 'name', task.name))
 
 
 def _check_lengths(task, lengths: Mapping[str, int]) -> None:

@@ -35,6 +35,8 @@ class PictureSource(seqio.DataSource):
     """
     super().__init__(splits=splits, caching_permitted=False, performs_internal_shuffling=True)
     self.name = name
+    # For messages: what was read.
+    self.place = name
 
   def list_shards(self, split: str) -> list[str]:
     """Returns the names of the parts in which a split lies."""
@@ -148,6 +150,7 @@ class FolderSource(PictureSource):
     """Makes the source; the arguments are those of `folder`."""
     super().__init__('folder', splits)
     self._path = path
+    self.place = f'folder {path}'
     self._captions_files = dict(splits)
     self._keys = (file_key, caption_key)
 
@@ -181,6 +184,7 @@ class _FilesSource(PictureSource):
 
   def __init__(self, name: str, path: str, splits: Mapping[str, str], read_file):
     super().__init__(name, splits)
+    self.place = f'{name} {path}'
     self._patterns = {split: os.path.join(path, pattern) for split, pattern in splits.items()}
     self._files = seqio.FileDataSource(read_file, self._patterns)
 
