@@ -33,9 +33,10 @@ def _write_pictures(folder, name, count, seed):
 
 @pytest.fixture(scope='session')
 def pictures_folder(tmp_path_factory):
-  """A folder of 20 pictures to train on (train.jsonl) and 11 others (validation.jsonl)."""
+  """A folder of 20 pictures and a broken one (train.jsonl) and 11 others (validation.jsonl)."""
   folder = tmp_path_factory.mktemp('pictures')
-  _write_pictures(folder, 'train', 20, 0)
+  _write_pictures(folder, 'train', 21, 0)
+  (folder / 'train_13.png').write_bytes(b'not a picture')
   _write_pictures(folder, 'validation', 11, 1)
   return folder
 

@@ -1,0 +1,176 @@
+"""The loop from gin and data to checkpoints, metrics and pictures: resumed, reported, refused."""
+
+import collections
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing import event_accumulator
+from tensorboard.util import tensor_util
+
+from parti_jax import config
+from parti_jax import main
+from parti_jax.training import configurables  # pylint: disable=unused-import
+from parti_jax.training import train_loop
+
+GENERATOR = 'gin_configs/runs/tiny_generator.gin'
+TOKENIZER = 'gin_configs/runs/tiny_tokenizer.gin'
+
+
+def _train(folder, gin_file, *bindings):
+  config.parse([gin_file], bindings)
+  return train_loop.train(str(folder))
+
+
+def _events(folder):
+  """Scalars of a run's TensorBoard events as tag -> step -> value, and the tags of pictures."""
+  scalars, pictures = collections.defaultdict(dict), set()
+  for file in sorted((folder / 'tensorboard').iterdir()):
+    events = event_accumulator.EventAccumulator(
+        str(file), size_guidance={event_accumulator.TENSORS: 0}).Reload()
+    for tag in events.Tags()['tensors']:
+      for event in events.Tensors(tag):
+        value = tensor_util.make_ndarray(event.tensor_proto)
+        if value.shape:
+          pictures.add((tag, event.step))
+        else:
+          scalars[tag][event.step] = float(value)
+  return scalars, pictures
+
+
+def _saved_state(folder, step):
+  return ocp.StandardCheckpointer().restore(
+      (folder / 'checkpoints' / str(step) / 'state').absolute())
+
+
+class _Watch:
+  """Records the batches that are trained on, and ends training as a killed process would."""
+
+  def __init__(self, monkeypatch):
+    self.batches, self.dies_at, advance = [], None, train_loop.Run.advance
+    watch, put = self, train_loop.Trainer.put
+
+    def watched_put(trainer, batch):
+      watch.batches.append(batch)
+      return put(trainer, batch)
+
+    def watched_advance(run):
+      if run.step == watch.dies_at:
+        raise KeyboardInterrupt
+      return advance(run)
+
+    monkeypatch.setattr(train_loop.Trainer, 'put', watched_put)
+    monkeypatch.setattr(train_loop.Run, 'advance', watched_advance)
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch, generator_bindings):
+  # Two and a half epochs of 20 pairs, with dropout and with texts dropped.
+  bindings = [*generator_bindings, 'train.steps = 6', 'train.log_every = 1',
+              'train.checkpoint_every = 2', 'train.evaluate_every = 3',
+              'drop_text.rate = 0.3', 'train.seed = 3']
+  watch = _Watch(monkeypatch)
+  whole = _train(tmp_path / 'whole', GENERATOR, *bindings)
+  batches, watch.batches, watch.dies_at = watch.batches, [], 5
+  with pytest.raises(KeyboardInterrupt):
+    _train(tmp_path / 'killed', GENERATOR, *bindings)
+  assert len(watch.batches) == 5
+  watch.batches, watch.dies_at = [], None
+  resumed = _train(tmp_path / 'killed', GENERATOR, *bindings)
+
+  # It went on from the checkpoint at step 4, with the fifth batch.
+  assert len(watch.batches) == 2
+  jax.tree.map(np.testing.assert_array_equal, watch.batches, batches[4:])
+  states = [_saved_state(tmp_path / name, 6) for name in ('whole', 'killed')]
+  assert len(jax.tree.leaves(states[0])) > 60
+  jax.tree.map(np.testing.assert_array_equal, *states)
+  speeds = {'examples_per_second', 'model_flops_per_second', 'share_of_peak'}
+  assert speeds <= set(whole)
+  assert {k: v for k, v in whole.items() if k not in speeds} == {
+      k: v for k, v in resumed.items() if k not in speeds}
+  scalars = [_events(tmp_path / name)[0] for name in ('whole', 'killed')]
+  for tag in ('loss', 'gradient_norm', 'token_accuracy', 'validation/loss'):
+    assert scalars[0][tag] == scalars[1][tag], tag
+  assert sorted(scalars[0]['loss']) == [1, 2, 3, 4, 5, 6]
+  assert len(set(scalars[0]['loss'].values())) == 6
+  # There is nothing left to train.
+  watch.batches = []
+  assert _train(tmp_path / 'whole', GENERATOR, *bindings) == {}
+  assert not watch.batches
+
+
+def test_a_run_shows_metrics_and_pictures(tmp_path, capsys, tokenizer_bindings):
+  metrics = _train(tmp_path, TOKENIZER, *tokenizer_bindings, 'train.steps = 6',
+                   'train.log_every = 2', 'train.evaluate_every = 6', 'train.num_pictures = 5',
+                   'train.pictures_every = 3')
+  scalars, pictures = _events(tmp_path)
+  for tag in ('loss', 'l2', 'logit_laplace', 'quantizer_loss', 'psnr', 'gradient_norm',
+              'learning_rate', 'codes_alive', 'codes_in_batch', 'code_perplexity'):
+    assert sorted(scalars[tag]) == [2, 4, 6], tag
+    assert np.isfinite(list(scalars[tag].values())).all(), tag
+  # Speeds are known from the second reading on; the pictures at step 3 are left out of them.
+  for tag in ('examples_per_second', 'model_flops_per_second', 'share_of_peak'):
+    assert sorted(scalars[tag]) == [4, 6] and min(scalars[tag].values()) > 0, tag
+  np.testing.assert_allclose(
+      scalars['model_flops_per_second'][6] / scalars['examples_per_second'][6],
+      3 * train_loop_flops(), rtol=1e-5)
+  for tag in ('validation/psnr', 'validation/l2', 'validation/codes_used'):
+    assert list(scalars[tag]) == [6]
+    assert scalars[tag][6] == pytest.approx(metrics[tag], rel=1e-5)
+  # The rate of the step that was taken last: the fourth of ten steps of warming up, and so on.
+  assert scalars['learning_rate'][4] == pytest.approx(2e-3 * 3 / 10)
+
+  assert pictures == {('reconstructions', 3), ('reconstructions', 6)}
+  with Image.open(tmp_path / 'pictures' / 'reconstructions_00000006.png') as image:
+    assert image.size == (2 * 32, 3 * 16)  # Five pairs of pictures, two in a row.
+  shown = capsys.readouterr().err
+  assert 'tokenizer: 0.0M parameters on 8 cpu devices (data 8×fsdp 1×tensor 1)' in shown
+  assert 'starting at step 0' in shown and 'step 6: validation/codes_used' in shown
+  assert 'examples skipped: ' in shown
+  # What gin was, in a form that gin reads.
+  config.parse([str(tmp_path / 'config.gin')], [])
+  assert 'train.steps = 6' in (tmp_path / 'config.gin').read_text()
+
+
+def train_loop_flops():
+  """Model FLOPs of one picture of the tiny tokenizer."""
+  from parti_jax.models import flops  # pylint: disable=import-outside-toplevel
+  from parti_jax.models import vit_vqgan  # pylint: disable=import-outside-toplevel
+
+  return flops.tokenizer_forward(vit_vqgan.ViTVQGANConfig())
+
+
+@pytest.mark.parametrize('bindings, words', [
+    (['train.batch_size=12'], ['train.batch_size=12', '8 ways']),
+    (['make_mesh.data=3'], ['make_mesh.data=3', '8']),
+    (['make_mesh.data=1', 'make_mesh.tensor=8'], ['tensor', 'size 8', 'dimension 4']),
+    (["train.task='tokens'"], ["unknown task 'tokens'", 'cached_tokens']),
+    (["train.eval_split='test'"], ["no finished split 'test'", 'validation']),
+    (['PartiConfig.heads=5'], ['PartiConfig.heads=5', 'width=32']),
+    (["PartiConfig.remat='most'"], ["PartiConfig.remat='most'", 'block_inputs']),
+    (['PartiConfig.codebook_size=32'], ['PartiConfig.codebook_size=32', '64 ids']),
+    (['PartiConfig.grid=(4, 5)'], ['16 tokens', '20']),
+    (['train.step=5'], ["unknown gin name 'train.step'", 'train.steps']),
+])
+def test_what_does_not_fit_is_one_line_and_leaves_nothing(
+    tmp_path, capsys, generator_bindings, bindings, words):
+  given = [f'--gin.{binding}' for binding in [*generator_bindings, *bindings]]
+  status = main.main(
+      ['train', f'--gin_file={GENERATOR}', f'--model_dir={tmp_path / "run"}', *given])
+  error = capsys.readouterr().err.strip()
+  assert status == 2
+  assert error.startswith('parti-jax: error: ') and '\n' not in error
+  assert all(word in error for word in words), error
+  assert not (tmp_path / 'run').exists()
+
+
+def test_the_module_explains_itself():
+  done = subprocess.run([sys.executable, '-m', 'parti_jax.train', '--help'],
+                        capture_output=True, text=True, check=False,
+                        cwd=pathlib.Path(train_loop.__file__).parents[2])
+  assert done.returncode == 0
+  assert '--gin_file' in done.stdout and '--model_dir' in done.stdout
