@@ -41,7 +41,7 @@ class ImageDecoder(nn.Module):
         config.decoder_layers, config.width, config.mlp_width, config.heads, config.dropout,
         config.compute_dtype, config.remat, config.unroll)
     self.logits = layers.Projection((config.codebook_size,), 1, ('embed', 'vocab'))
-    self.drop = nn.Dropout(config.dropout)
+    self.drop = layers.Dropout(config.dropout)
 
   def _positions(self, positions):
     columns = self.config.grid[1]

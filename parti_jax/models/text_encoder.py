@@ -39,7 +39,7 @@ class TextEncoder(nn.Module):
     self.encoder = transformer.Encoder(
         config.encoder_layers, config.width, config.mlp_width, config.heads, config.dropout,
         config.compute_dtype, config.remat, config.unroll)
-    self.drop = nn.Dropout(config.dropout)
+    self.drop = layers.Dropout(config.dropout)
 
   def __call__(self, text_tokens, deterministic=True):
     """Encodes text.

@@ -68,7 +68,7 @@ class EncoderBlock(nn.Module):
     self.attention = attention.SelfAttention(self.width, self.heads, self.dtype)
     self.mlp_norm = layers.LayerNorm(self.dtype)
     self.mlp = layers.MLP(self.width, self.mlp_width, self.dtype)
-    self.drop = nn.Dropout(self.dropout)
+    self.drop = layers.Dropout(self.dropout)
 
   def __call__(self, x, mask=None, deterministic=True):
     """x: [batch, length, embed]; mask: bool [batch or 1, 1, length or 1, length]."""
@@ -94,7 +94,7 @@ class DecoderBlock(nn.Module):
     self.cross_attention = attention.CrossAttention(self.width, self.heads, self.dtype)
     self.mlp_norm = layers.LayerNorm(self.dtype)
     self.mlp = layers.MLP(self.width, self.mlp_width, self.dtype)
-    self.drop = nn.Dropout(self.dropout)
+    self.drop = layers.Dropout(self.dropout)
 
   def _feed_forward(self, x, deterministic):
     x = x + self.drop(self.mlp(self.mlp_norm(x)), deterministic)

@@ -17,11 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 def run(args: argparse.Namespace) -> int:
   """Trains as gin says; returns the exit status."""
-  from parti_jax.training import configurables  # pylint: disable=unused-import,g-import-not-at-top
-  from parti_jax.training import host_memory
+  from parti_jax.training import host_memory  # pylint: disable=g-import-not-at-top
+  host_memory.keep_freed()
+  from parti_jax.training import configurables  # pylint: disable=unused-import
   from parti_jax.training import train_loop
   config.parse(args.gin_file, args.gin_bindings)
   compilation_cache.enable()
-  host_memory.keep_freed()
   train_loop.train(args.model_dir)
   return 0

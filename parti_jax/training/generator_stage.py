@@ -126,5 +126,6 @@ class GeneratorStage:
         deterministic=rng is None, rngs=rngs)
     targets = batch['decoder_target_tokens']
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    hits = (jnp.argmax(jax.lax.stop_gradient(logits), axis=-1) == targets).astype(jnp.float32)
-    return losses, hits
+    fixed = jax.lax.stop_gradient(logits)
+    at_target = jnp.take_along_axis(fixed, targets[..., None], axis=-1)[..., 0]
+    return losses, (at_target == jnp.max(fixed, axis=-1)).astype(jnp.float32)
