@@ -10,6 +10,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from parti_jax import errors
+from parti_jax.sampling import model_folder
 
 
 class Checkpoints:
@@ -148,6 +149,30 @@ def read_params(path: pathlib.Path, module, inputs):
         item=abstract, partial_restore=True,
         restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)))
   return restored['params']
+
+
+def read_model_folder(path, stage, abstract):
+  """The parameters of an exported model, to start a run with.
+
+  Args:
+    path: a model folder, as `parti-jax export` writes it.
+    stage: what is trained; its model must be of the same sizes.
+    abstract: the parameters' shapes and shardings.
+
+  Returns:
+    The parameters, on the mesh.
+
+  Raises:
+    UserError: if there is no model folder, or its sizes differ; names what differs.
+  """
+  model = model_folder.load(path)
+  config, params = {
+      'generator': (model.parti_config, model.parti_params),
+      'tokenizer': (model.tokenizer_config, model.tokenizer_params)}[stage.name]
+  check_same_model(path, {'stage': stage.name, 'config': dataclasses.asdict(config)},
+                   describe(stage))
+  return jax.tree.map(
+      lambda leaf, like: jax.device_put(leaf.astype(like.dtype), like.sharding), params, abstract)
 
 
 def check_same_model(path, saved: dict, wanted: dict):

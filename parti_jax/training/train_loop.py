@@ -130,7 +130,8 @@ def train(model_dir: str, stage=gin.REQUIRED, task: str = gin.REQUIRED, steps: i
           batch_size: int = gin.REQUIRED, optimizer=gin.REQUIRED, schedule=gin.REQUIRED,
           seed: int = 0, split: str = 'train', eval_split: str = 'validation',
           log_every: int = 50, evaluate_every: int = 500, checkpoint_every: int = 500,
-          keep_checkpoints: int = 2, pictures_every: int = 1000, num_pictures: int = 16):
+          keep_checkpoints: int = 2, pictures_every: int = 1000, num_pictures: int = 16,
+          initial_model: str | None = None):
   """Trains a stage until `steps`, from the newest checkpoint in `model_dir` if there is one.
 
   Args:
@@ -150,6 +151,8 @@ def train(model_dir: str, stage=gin.REQUIRED, task: str = gin.REQUIRED, steps: i
     keep_checkpoints: how many stay.
     pictures_every: steps between picture grids.
     num_pictures: pictures in a grid.
+    initial_model: a model folder, as `parti-jax export` writes it, whose parameters a new run
+      starts with; None for random ones. The optimiser starts anew.
 
   Returns:
     The last metrics, a dict of floats.
@@ -172,7 +175,9 @@ def train(model_dir: str, stage=gin.REQUIRED, task: str = gin.REQUIRED, steps: i
       task, eval_split or split, batch_size, stage.feature_lengths(), seed=seed, shuffle=False,
       num_epochs=1)
   held_out()  # A split that can't be read is reported now and not after hours.
-  run = Run(trainer, model_dir, keep_checkpoints, training)
+  initial = initial_model and checkpoints_lib.read_model_folder(
+      initial_model, stage, trainer.abstract.params)
+  run = Run(trainer, model_dir, keep_checkpoints, training, initial)
   reporter = reporting.Reporter(model_dir, steps, run.step)
   config.save(pathlib.Path(model_dir) / 'config.gin', config.operative())
   peak = device_peak.device_peak(jax.devices()[0], stage.compute_dtype) * jax.device_count()
@@ -234,9 +239,10 @@ class Run:
     model_dir: the run's folder.
     keep: how many checkpoints stay.
     examples: the training examples, a `Batches`.
+    initial: parameters that a new run starts with; None for random ones.
   """
 
-  def __init__(self, trainer: Trainer, model_dir, keep: int, examples):
+  def __init__(self, trainer: Trainer, model_dir, keep: int, examples, initial=None):
     self._trainer, self._examples = trainer, examples
     self._checkpoints = checkpoints_lib.Checkpoints(model_dir, keep)
     self._model = checkpoints_lib.describe(trainer.stage)
@@ -247,6 +253,8 @@ class Run:
       examples.restore(place)
     else:
       self.state = trainer.create_state()
+      if initial:
+        self.state = self.state.replace(params=initial)
     self._iterator = iter(examples)
     self.step = int(self.state.step)
 
