@@ -1,6 +1,9 @@
-"""Settings that must stand before JAX and TensorFlow are imported."""
+"""Settings that must stand before JAX and TensorFlow are imported, and a clean gin."""
 
 import os
+
+import gin
+import pytest
 
 _DEVICES = '--xla_force_host_platform_device_count=8'
 
@@ -10,3 +13,11 @@ if _DEVICES not in os.environ.get('XLA_FLAGS', ''):
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 # Tests leave nothing in the user's cache folder.
 os.environ.setdefault('PARTI_JAX_CACHE', 'off')
+
+
+@pytest.fixture(autouse=True)
+def clean_gin():
+  """Gives every test an empty gin configuration."""
+  gin.clear_config()
+  yield
+  gin.clear_config()

@@ -3,21 +3,12 @@
 import json
 import os
 
-import gin
 import pytest
 from PIL import Image
 
 from parti_jax import main
 
 TINY_RUN = ['train', '--gin_file=gin_configs/runs/tiny_tokenizer.gin']
-
-
-@pytest.fixture(autouse=True)
-def clean_gin():
-  """Gives every test an empty gin configuration."""
-  gin.clear_config()
-  yield
-  gin.clear_config()
 
 
 @pytest.fixture

@@ -199,7 +199,7 @@ def train(model_dir: str, stage=gin.REQUIRED, task: str = gin.REQUIRED, steps: i
         measured = {f'{eval_split}/{name}': value for name, value in measured.items()}
         metrics |= measured
         reporter.metrics(step, measured)
-      if due(pictures_every) and hasattr(stage, 'pictures'):
+      if due(pictures_every):
         chosen = {name: value[:num_pictures] for name, value in next(held_out()).items()}
         reporter.pictures(step, stage.pictures(jax.device_get(run.state.params), chosen))
       if due(checkpoint_every):

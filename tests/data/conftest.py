@@ -22,14 +22,6 @@ def encode():
   return encoded
 
 
-@pytest.fixture(autouse=True)
-def clean_gin():
-  """Gives every test an empty gin configuration."""
-  gin.clear_config()
-  yield
-  gin.clear_config()
-
-
 @pytest.fixture
 def folder(tmp_path):
   """Writes a folder of pictures: captions and encoded pictures to captions.jsonl."""
