@@ -1,7 +1,9 @@
-"""The device mesh: axes `data`, `fsdp` and `tensor`, sized by gin."""
+"""The device mesh: axes `stage`, `data`, `fsdp` and `tensor`, sized by gin."""
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import math
 
 import gin
@@ -10,27 +12,36 @@ from jax.experimental import mesh_utils
 
 from parti_jax import errors
 
-AXES = ('data', 'fsdp', 'tensor')
+# From the axis that communicates least to the one that communicates most: the last ones get the
+# closest neighbours.
+AXES = ('stage', 'data', 'fsdp', 'tensor')
+
+_current = contextvars.ContextVar('mesh', default=None)
 
 
 @gin.configurable
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None):
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, stage: int = 1, devices=None):
   """A mesh over the devices, laid out along the platform's topology.
+
+  Devices of several TPU slices, which only the data-centre network connects, are laid out so that
+  the slices are parts of the `data` axis and every other axis stays within a slice.
 
   Args:
     data: ways of data parallelism, parameters replicated; -1 takes the devices left over.
     fsdp: ways of data parallelism with parameters split along `embed`; may be -1 instead.
     tensor: ways of splitting heads, MLP and vocabulary; may be -1 instead.
+    stage: pipeline stages; may be -1 instead.
     devices: the devices to use; all of them by default.
 
   Returns:
     A jax.sharding.Mesh with the axes of `AXES`.
 
   Raises:
-    UserError: if the sizes do not multiply to the number of devices.
+    UserError: if the sizes do not multiply to the number of devices, or several slices do not
+      divide `data`.
   """
   devices = jax.devices() if devices is None else devices
-  sizes = dict(zip(AXES, (data, fsdp, tensor)))
+  sizes = {'stage': stage, 'data': data, 'fsdp': fsdp, 'tensor': tensor}
   asked = ', '.join(f'make_mesh.{axis}={size}' for axis, size in sizes.items())
   free = [axis for axis, size in sizes.items() if size == -1]
   known = math.prod(size for size in sizes.values() if size != -1)
@@ -42,5 +53,50 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None):
     raise errors.UserError(
         f'{asked} needs a multiple of {known} devices, but there are {len(devices)}; '
         'choose sizes whose product is the number of devices')
-  shape = tuple(sizes.values())
-  return jax.sharding.Mesh(mesh_utils.create_device_mesh(shape, devices=devices), AXES)
+  return jax.sharding.Mesh(_layout(sizes, devices), AXES)
+
+
+def _layout(sizes: dict[str, int], devices):
+  """The devices as an array with the axes of `AXES`."""
+  slices = len({getattr(device, 'slice_index', 0) for device in devices})
+  if sizes['data'] % slices:
+    raise errors.UserError(
+        f'make_mesh.data={sizes["data"]} is not divisible by the {slices} slices that the devices '
+        'are in: the network between slices carries data parallelism alone; set make_mesh.data to '
+        f'a multiple of {slices}')
+  within = {**sizes, 'data': sizes['data'] // slices}
+  across = [slices if axis == 'data' else 1 for axis in AXES]
+  shape = [within[axis] for axis in AXES]
+
+  def layout(split_axes: bool):
+    if slices > 1:
+      return mesh_utils.create_hybrid_device_mesh(
+          shape, across, devices, allow_split_physical_axes=split_axes)
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=split_axes)
+
+  try:
+    return layout(False)
+  except NotImplementedError:  # An axis of the mesh is no product of whole axes of the torus.
+    return layout(True)
+
+
+@contextlib.contextmanager
+def use(mesh):
+  """A context in which `current()` is `mesh`, and JAX's own current mesh too."""
+  token = _current.set(mesh)
+  try:
+    with jax.set_mesh(mesh):
+      yield
+  finally:
+    _current.reset(token)
+
+
+def current():
+  """The mesh of the innermost `use`, or None outside of one."""
+  return _current.get()
+
+
+def platform() -> str:
+  """The platform that programs are traced for now: that of `current()`, else JAX's default."""
+  mesh = current()
+  return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform

@@ -50,7 +50,7 @@ def logical_axis_rules(rules=LOGICAL_AXIS_RULES):
 @contextlib.contextmanager
 def partitioned(mesh, rules):
   """A context in which the models' logical axis names are bound to `mesh` by `rules`."""
-  with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
+  with mesh_lib.use(mesh), nn.logical_axis_rules(rules):
     yield
 
 

@@ -9,18 +9,19 @@ from parti_jax.partitioning import mesh
 
 
 @pytest.mark.parametrize('sizes, shape', [
-    ({}, (8, 1, 1)), ({'tensor': 4}, (2, 1, 4)), ({'data': 1, 'fsdp': -1, 'tensor': 2}, (1, 4, 2)),
-    ({'data': 2, 'fsdp': 2, 'tensor': 2}, (2, 2, 2)),
+    ({}, (1, 8, 1, 1)), ({'tensor': 4}, (1, 2, 1, 4)),
+    ({'data': 1, 'fsdp': -1, 'tensor': 2}, (1, 1, 4, 2)),
+    ({'data': 2, 'fsdp': 2, 'tensor': 2}, (1, 2, 2, 2)), ({'stage': 4}, (4, 2, 1, 1)),
 ])
 def test_every_device_is_in_the_mesh_once(sizes, shape):
   made = mesh.make_mesh(**sizes)
-  assert made.axis_names == ('data', 'fsdp', 'tensor')
+  assert made.axis_names == ('stage', 'data', 'fsdp', 'tensor')
   assert made.devices.shape == shape
   assert set(made.devices.flat) == set(jax.devices())
 
 
 def test_devices_can_be_chosen():
-  assert mesh.make_mesh(devices=jax.devices()[:2]).devices.shape == (2, 1, 1)
+  assert mesh.make_mesh(devices=jax.devices()[:2]).devices.shape == (1, 2, 1, 1)
 
 
 @pytest.mark.parametrize('sizes, words', [
@@ -41,6 +42,33 @@ def test_sizes_that_do_not_fit_the_devices_are_named(sizes, words):
 def test_a_mesh_is_a_line_of_gin():
   config.parse([], ['make_mesh.fsdp=2', 'make_mesh.tensor=4'])
   try:
-    assert dict(mesh.make_mesh().shape) == {'data': 1, 'fsdp': 2, 'tensor': 4}
+    assert dict(mesh.make_mesh().shape) == {'stage': 1, 'data': 1, 'fsdp': 2, 'tensor': 4}
   finally:
     config.parse([], [])
+
+
+class _SliceDevice:
+  """A device of one of two slices, as far as the layout of a mesh looks at it."""
+
+  def __init__(self, index):
+    self.id, self.process_index, self.slice_index = index, index // 4, index // 4
+    self.platform = self.device_kind = 'cpu'
+
+
+def test_slices_are_parts_of_the_data_axis():
+  devices = [_SliceDevice(index) for index in range(8)]
+  slices = mesh._layout({'stage': 1, 'data': 4, 'fsdp': 1, 'tensor': 2}, devices)
+  slice_of = [[device.slice_index for device in row.flat] for row in slices[0]]
+  assert slice_of == [[0, 0], [0, 0], [1, 1], [1, 1]]
+  with pytest.raises(UserError, match='make_mesh.data=1 is not divisible by the 2 slices'):
+    mesh._layout({'stage': 1, 'data': 1, 'fsdp': 4, 'tensor': 2}, devices)
+
+
+def test_the_mesh_in_use_says_the_platform():
+  assert mesh.current() is None
+  assert mesh.platform() == 'cpu'
+  made = mesh.make_mesh(tensor=2)
+  with mesh.use(made):
+    assert mesh.current() is made
+    assert mesh.platform() == 'cpu'
+  assert mesh.current() is None
