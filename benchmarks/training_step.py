@@ -21,7 +21,7 @@ from parti_jax.partitioning import mesh
 from parti_jax.training import generator_stage
 from parti_jax.training import host_memory
 from parti_jax.training import optimizers
-from parti_jax.training import train_loop
+from parti_jax.training import trainer as trainer_lib
 
 
 def seconds(function) -> float:
@@ -49,7 +49,7 @@ def main():
       codebook_size=1024, grid=(8, 8), dropout=args.dropout, dtype='float32', remat=args.remat)
   stage = generator_stage.GeneratorStage(config)
   optimizer = optimizers.adamw(lambda step: 1e-3)
-  trainer = train_loop.Trainer(stage, optimizer, mesh.make_mesh(devices=jax.devices()[:1]))
+  trainer = trainer_lib.Trainer(stage, optimizer, mesh.make_mesh(devices=jax.devices()[:1]))
   state = trainer.create_state()
   rng = np.random.default_rng(0)
   batch = trainer.put({

@@ -114,7 +114,8 @@ def test_these_import_no_jax(name):
 
 @pytest.mark.parametrize('name', ['parti_jax.sampling.pipeline', 'parti_jax.sampling.command',
                                   'parti_jax.data', 'parti_jax.data.vocabulary',
-                                  'parti_jax.data.openmoji', 'parti_jax.models.parti'])
+                                  'parti_jax.data.openmoji', 'parti_jax.models.parti',
+                                  'parti_jax.training.configurables'])
 def test_these_import_no_tensorflow(name):
   assert not _loaded_by(name) & _TENSORFLOW
 

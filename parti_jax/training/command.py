@@ -19,6 +19,7 @@ def run(args: argparse.Namespace) -> int:
   """Trains as gin says; returns the exit status."""
   from parti_jax.training import host_memory  # pylint: disable=g-import-not-at-top
   host_memory.keep_freed()
+  from parti_jax.data import tasks  # pylint: disable=unused-import
   from parti_jax.training import configurables  # pylint: disable=unused-import
   from parti_jax.training import train_loop
   config.parse(args.gin_file, args.gin_bindings)

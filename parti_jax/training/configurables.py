@@ -1,7 +1,9 @@
-"""Imports whatever a run's gin files may name; names exist once their modules are imported."""
+"""Imports whatever of a run, besides its data, gin files may name.
+
+Names exist once their modules are imported; those of the data are in `parti_jax.data.tasks`.
+"""
 
 # pylint: disable=unused-import
-from parti_jax.data import tasks
 from parti_jax.training import generator_stage
 from parti_jax.training import optimizers
 from parti_jax.training import tokenizer_stage

@@ -1,128 +1,21 @@
-"""The loop that trains every stage: sharded state, jitted steps, checkpoints, metrics, pictures."""
+"""The loop that trains every stage: steps, checkpoints, metrics, pictures."""
 
 from __future__ import annotations
 
 import pathlib
 import time
-from typing import Any, Callable
 
 import gin
 import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec
 
 from parti_jax import config
 from parti_jax import errors
-from parti_jax.data import batches as data_batches
-from parti_jax.data import tasks
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.partitioning import rules as rules_lib
 from parti_jax.training import checkpoints as checkpoints_lib
 from parti_jax.training import device_peak
 from parti_jax.training import reporting
-from parti_jax.training import state as state_lib
-
-
-def make_train_step(stage, optimizer, seed: int) -> Callable[..., Any]:
-  """The step of a stage, as a function of state and batch, not yet jitted.
-
-  The keys of dropout and of whatever else is random follow from `seed` and the step alone, so
-  that a resumed run draws what an uninterrupted one would.
-  """
-
-  def step(state: state_lib.TrainState, batch):
-    def loss(params):
-      params = {name: jax.lax.stop_gradient(part) if name in stage.frozen else part
-                for name, part in params.items()}
-      return stage.loss(params, batch, rng, state.step)
-
-    rng, after_rng = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
-    (value, aux), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
-    updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.params)
-    # Momentum of earlier steps and weight decay must not move what is frozen either.
-    params = {name: part if name in stage.frozen else optax.apply_updates(part, updates[name])
-              for name, part in state.params.items()}
-    params, statistics, metrics = stage.after_step(
-        params, state.statistics, aux, state.step, after_rng)
-    metrics = metrics | aux['metrics'] | {
-        'loss': value, 'gradient_norm': optax.tree.norm(gradients)}
-    return state_lib.TrainState(state.step + 1, params, optimizer_state, statistics), metrics
-
-  return step
-
-
-def compiler_options(mesh) -> dict[str, int]:
-  """XLA's options for a step: on a CPU, vectors as wide as it has, where LLVM prefers 256 bits."""
-  return {'xla_cpu_prefer_vector_width': 512} if mesh.devices.flat[0].platform == 'cpu' else {}
-
-
-class Trainer:
-  """A stage on a mesh: its state's shardings, and its steps compiled for them.
-
-  Args:
-    stage: what is trained, such as TokenizerStage or GeneratorStage.
-    optimizer: an optax transformation.
-    mesh: the device mesh.
-    seed: of the initial parameters and of dropout.
-
-  Raises:
-    UserError: if the mesh does not divide a parameter.
-  """
-
-  def __init__(self, stage, optimizer, mesh, seed: int = 0):
-    self.stage, self.optimizer, self.mesh, self.seed = stage, optimizer, mesh, seed
-    self.rules = rules_lib.logical_axis_rules()
-    self.abstract = state_lib.abstract_state(stage, optimizer, mesh, self.rules)
-    self.shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
-    self.batch_sharding = rules_lib.batch_sharding(mesh, self.rules)
-    self._step = jax.jit(
-        make_train_step(stage, optimizer, seed), donate_argnums=0,
-        compiler_options=compiler_options(mesh),
-        in_shardings=(self.shardings, self.batch_sharding), out_shardings=(self.shardings, None))
-    self._evaluate = jax.jit(
-        stage.evaluate, in_shardings=(self.shardings.params, self.batch_sharding),
-        out_shardings=NamedSharding(mesh, PartitionSpec()))
-
-  def create_state(self) -> state_lib.TrainState:
-    """The state before the first step."""
-    return state_lib.create_state(
-        self.stage, self.optimizer, self.seed, self.abstract, self.mesh, self.rules)
-
-  def put(self, batch: dict[str, np.ndarray]):
-    """A batch of this process as global arrays on the mesh."""
-    return {name: jax.make_array_from_process_local_data(self.batch_sharding, value)
-            for name, value in batch.items()}
-
-  def step(self, state, batch):
-    """One update: the new state and scalar metrics; `state` is donated, `batch` of `put`."""
-    with rules_lib.partitioned(self.mesh, self.rules):
-      return self._step(state, batch)
-
-  def evaluate(self, params, batches) -> dict[str, float]:
-    """Means over all examples of `batches`; a short batch is padded, which does not count.
-
-    Args:
-      params: the parameters.
-      batches: the same ones in every process, since all of them must take part in each step.
-    """
-    measures: dict[str, list[np.ndarray]] = {}
-    size, ways = 0, rules_lib.batch_ways(self.mesh, self.rules)
-    with rules_lib.partitioned(self.mesh, self.rules):
-      for batch in batches:
-        count = len(next(iter(batch.values())))
-        size = max(size, -(-count // ways) * ways)
-        padded = {name: self._put_whole(np.resize(value, (size,) + value.shape[1:]))
-                  for name, value in batch.items()}
-        for name, values in self._evaluate(params, padded).items():
-          measures.setdefault(name, []).append(np.asarray(values)[:count])
-    return self.stage.summarize({name: np.concatenate(parts) for name, parts in measures.items()})
-
-  def _put_whole(self, value: np.ndarray):
-    return jax.make_array_from_callback(
-        value.shape, self.batch_sharding, lambda index: value[index])
+from parti_jax.training import trainer as trainer_lib
 
 
 @gin.configurable
@@ -160,8 +53,11 @@ def train(model_dir: str, stage=gin.REQUIRED, task: str = gin.REQUIRED, steps: i
   Raises:
     UserError: for a mesh, batch size, task or checkpoint that does not fit.
   """
+  # Reading data takes TensorFlow; who only asks gin about a run, as planning does, needs none.
+  from parti_jax.data import batches as data_batches  # pylint: disable=g-import-not-at-top
+
   mesh = mesh_lib.make_mesh()
-  trainer = Trainer(stage, optimizer(schedule), mesh, seed)
+  trainer = trainer_lib.Trainer(stage, optimizer(schedule), mesh, seed)
   rules_lib.check_batch(batch_size, mesh, trainer.rules, 'train.batch_size')
   if batch_size % jax.process_count():
     raise errors.UserError(f'train.batch_size={batch_size} is not divisible by the '
@@ -222,6 +118,8 @@ def check_vocabularies(stage, task: str):
     UserError: if there are more ids than the model's table has rows, or, among image tokens,
       another number. A look-up outside a table would not fail but take its last row.
   """
+  from parti_jax.data import tasks  # pylint: disable=g-import-not-at-top
+
   features = tasks.get_task(task, stage.feature_lengths().get('images', 64)).output_features
   for feature, (key, size) in stage.vocabulary_sizes().items():
     found = features[feature].vocabulary.vocab_size if feature in features else size
@@ -242,7 +140,7 @@ class Run:
     initial: parameters that a new run starts with; None for random ones.
   """
 
-  def __init__(self, trainer: Trainer, model_dir, keep: int, examples, initial=None):
+  def __init__(self, trainer: trainer_lib.Trainer, model_dir, keep: int, examples, initial=None):
     self._trainer, self._examples = trainer, examples
     self._checkpoints = checkpoints_lib.Checkpoints(model_dir, keep)
     self._model = checkpoints_lib.describe(trainer.stage)

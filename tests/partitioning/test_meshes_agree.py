@@ -17,7 +17,7 @@ from parti_jax.models import vit_vqgan
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.training import generator_stage
 from parti_jax.training import tokenizer_stage
-from parti_jax.training import train_loop
+from parti_jax.training import trainer as trainer_lib
 
 BATCH = 8
 MESHES = [(8, 1, 1), (2, 2, 2), (1, 2, 4)]
@@ -54,7 +54,7 @@ def _trained(stage_name, sizes):
   stage, batch, rate = {'generator': _generator, 'tokenizer': _tokenizer}[stage_name]()
   devices = jax.devices()[:np.prod(sizes)]
   mesh = mesh_lib.make_mesh(*sizes, devices=devices)
-  trainer = train_loop.Trainer(stage, optax.sgd(rate), mesh, seed=5)
+  trainer = trainer_lib.Trainer(stage, optax.sgd(rate), mesh, seed=5)
   state = trainer.create_state()
   before = jax.device_get(state.params)
   state, metrics = trainer.step(state, trainer.put(batch))

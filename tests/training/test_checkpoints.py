@@ -14,7 +14,7 @@ from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.training import checkpoints
 from parti_jax.training import optimizers
 from parti_jax.training import tokenizer_stage
-from parti_jax.training import train_loop
+from parti_jax.training import trainer as trainer_lib
 
 SIZES = vit_vqgan.ViTVQGANConfig(
     image_size=8, patch_size=4, encoder_layers=1, encoder_width=16, encoder_mlp_width=16,
@@ -25,7 +25,7 @@ PLACE = {'epoch': 2, 'taken': 5}
 
 def _trainer(optimizer=None, mesh=(8, 1, 1), **changes):
   stage = tokenizer_stage.TokenizerStage(dataclasses.replace(SIZES, **changes))
-  return train_loop.Trainer(
+  return trainer_lib.Trainer(
       stage, optimizer or optimizers.adafactor(0.1), mesh_lib.make_mesh(*mesh), seed=0)
 
 

@@ -12,7 +12,7 @@ from parti_jax.partitioning import mesh
 from parti_jax.training import frozen_tokenizer
 from parti_jax.training import optimizers
 from parti_jax.training import tokenizer_stage
-from parti_jax.training import train_loop
+from parti_jax.training import trainer as trainer_lib
 
 CONFIG = vit_vqgan.ViTVQGANConfig(
     image_size=8, patch_size=4, encoder_layers=1, encoder_width=8, encoder_mlp_width=16,
@@ -25,7 +25,7 @@ def test_frozen_parts_do_not_move_and_tokens_stay_the_same():
   first = tokenizer_stage.TokenizerStage(CONFIG, revive_every=2, revive_until=100)
   second = dataclasses.replace(first, frozen=('encoder', 'quantizer'))
   one_device = mesh.make_mesh(devices=jax.devices()[:1])
-  trainers = [train_loop.Trainer(stage, optimizers.adamw(lambda step: 1e-2), one_device)
+  trainers = [trainer_lib.Trainer(stage, optimizers.adamw(lambda step: 1e-2), one_device)
               for stage in (first, second)]
   batch = trainers[0].put({'images': pictures})
   state = trainers[0].create_state()

@@ -13,7 +13,7 @@ from parti_jax.models import vit_vqgan
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.training import generator_stage
 from parti_jax.training import tokenizer_stage
-from parti_jax.training import train_loop
+from parti_jax.training import trainer as trainer_lib
 
 TOKENIZER = vit_vqgan.ViTVQGANConfig(
     image_size=8, patch_size=4, encoder_layers=1, encoder_width=8, encoder_mlp_width=16,
@@ -67,7 +67,7 @@ def tokenizer():
   stage = tokenizer_stage.TokenizerStage(
       TOKENIZER, l2_weight=1.0, logit_laplace_weight=0.1, quantizer_weight=2.0, revive_every=10,
       revive_until=30, dead_below=0.05)
-  trainer = train_loop.Trainer(stage, optax.sgd(0.1), mesh_lib.make_mesh(), seed=0)
+  trainer = trainer_lib.Trainer(stage, optax.sgd(0.1), mesh_lib.make_mesh(), seed=0)
   return stage, trainer, trainer.create_state()
 
 

@@ -17,6 +17,7 @@ from parti_jax import config
 from parti_jax import main
 from parti_jax.training import configurables  # pylint: disable=unused-import
 from parti_jax.training import train_loop
+from parti_jax.training import trainer as trainer_lib
 
 GENERATOR = 'gin_configs/runs/tiny_generator.gin'
 TOKENIZER = 'gin_configs/runs/tiny_tokenizer.gin'
@@ -53,7 +54,7 @@ class _Watch:
 
   def __init__(self, monkeypatch):
     self.batches, self.dies_at, advance = [], None, train_loop.Run.advance
-    watch, put = self, train_loop.Trainer.put
+    watch, put = self, trainer_lib.Trainer.put
 
     def watched_put(trainer, batch):
       watch.batches.append(batch)
@@ -64,7 +65,7 @@ class _Watch:
         raise KeyboardInterrupt
       return advance(run)
 
-    monkeypatch.setattr(train_loop.Trainer, 'put', watched_put)
+    monkeypatch.setattr(trainer_lib.Trainer, 'put', watched_put)
     monkeypatch.setattr(train_loop.Run, 'advance', watched_advance)
 
 
