@@ -8,7 +8,7 @@
 # PARTI_JAX_VENV and PYTHON choose the environment's folder and its Python: see environment.sh.
 set -euo pipefail
 
-# shellcheck source=launch/environment.sh
+# shellcheck source=environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 install '.[test]'

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Prints the state of a queued resource and, when it is ACTIVE, what each host does: none (nothing
+# was started), running, finished, stopped, failed STATUS, or gone (ended without a word, as when
+# the host was restarted).
+#
+#   launch/tpu_vm/status.sh
+set -euo pipefail
+
+# shellcheck source=settings.sh
+source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
+
+read_flags '' '' "$@"
+no_rest
+
+state=$(queued_state)
+echo "$state"
+if [[ $state == ACTIVE || -n $dry_run ]]; then
+  host_states
+fi
