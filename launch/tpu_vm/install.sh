@@ -19,7 +19,8 @@ new=parti_jax/new
 if [[ -n $url ]]; then
   [[ -n $revision ]] \
     || fail '--url: give --revision=COMMIT as well, so that every host has the same'
-  get="git clone --quiet $(quoted "$url") $new && git -C $new checkout --quiet $(quoted "$revision")"
+  get="git clone --quiet $(quoted "$url") $new &&\
+ git -C $new checkout --quiet $(quoted "$revision")"
 else
   checkout=$(cd "$here/../.." && pwd)
   asked=${revision:-HEAD}

@@ -31,7 +31,7 @@ install_new() {
   if [[ ! -x $venv/bin/pip ]] && ! PYTHON=$(find_python 2>/dev/null); then
     python3 -m pip install --quiet --upgrade --target "$home/uv" uv
     "$home/uv/bin/uv" python install 3.12
-    PYTHON=$("$home/uv/bin/uv" python find 3.12)
+    PYTHON=$("$home/uv/bin/uv" python find --managed-python 3.12)
   fi
   install '.[data,tpu]'
 }

@@ -20,7 +20,7 @@ exit "$(cat "$HOME/end")"
 """
 
 
-def write_program(path, text):
+def _write_program(path, text):
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text(text)
   path.chmod(0o755)
@@ -34,13 +34,13 @@ class Cloud:
     for name, text in (('account', 'me\n'), ('next_state', 'ACTIVE\n'), ('calls', '')):
       folder.mkdir(exist_ok=True)
       (folder / name).write_text(text)
-    write_program(folder / 'bin' / 'gcloud',
-                  (pathlib.Path(__file__).parent / 'fake_gcloud.sh').read_text())
-    write_program(folder / 'host_bin' / 'hostname', '#!/bin/sh\necho "$HOST"\n')
+    _write_program(folder / 'bin' / 'gcloud',
+                   (pathlib.Path(__file__).parent / 'fake_gcloud.sh').read_text())
+    _write_program(folder / 'host_bin' / 'hostname', '#!/bin/sh\necho "$HOST"\n')
     binaries = folder / 'new_host' / 'parti_jax' / 'venv' / 'bin'
-    write_program(binaries / 'python', '#!/bin/sh\necho "Installing $*"\n')
-    write_program(binaries / 'pip', '#!/bin/sh\n')
-    write_program(binaries / 'parti-jax', _PARTI_JAX)
+    _write_program(binaries / 'python', '#!/bin/sh\necho "Installing $*"\n')
+    _write_program(binaries / 'pip', '#!/bin/sh\n')
+    _write_program(binaries / 'parti-jax', _PARTI_JAX)
 
   def environment(self, **variables):
     return {'PATH': f'{self.folder / "bin"}:{os.environ["PATH"]}', 'HOME': str(self.folder),
@@ -63,6 +63,11 @@ class Cloud:
 
   def calls(self, word):
     return [line for line in (self.folder / 'calls').read_text().splitlines() if word in line]
+
+
+@pytest.fixture(name='write_program')
+def _program_writer():
+  return _write_program
 
 
 @pytest.fixture(name='checkout')

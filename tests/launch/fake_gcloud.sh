@@ -24,7 +24,8 @@ case "$*" in
     fi
     cat state ;;
   *'queued-resources create '*)
-    mkdir hosts && cp -R new_host hosts/host0 && cp -R new_host hosts/host1 && cp next_state state ;;
+    mkdir hosts && cp next_state state
+    cp -R new_host hosts/host0 && cp -R new_host hosts/host1 ;;
   *'queued-resources delete '*)
     for host in hosts/*; do
       kill -KILL -- "-$(<"$host/parti_jax/pid")"

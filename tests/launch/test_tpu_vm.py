@@ -1,4 +1,4 @@
-"""launch/tpu_vm: the commands that it prints, and what they do on hosts that stand in for a slice."""
+"""launch/tpu_vm: the commands that it prints, and what they do on two hosts that stand in."""
 
 import os
 import pathlib
@@ -227,6 +227,30 @@ def test_install_sends_the_commit_alone(cloud, checkout):
     source = host / 'parti_jax' / 'source'
     assert (source / 'parti_jax' / 'file').exists() and not (source / 'parti_jax' / 'new').exists()
     assert 'Installing' in done.stdout
+
+
+def test_install_fetches_a_python_where_the_hosts_is_too_old(cloud, write_program):
+  for name in ('python3.11', 'python3.12', 'python3.13', 'python'):
+    write_program(cloud.folder / 'host_bin' / name, '#!/bin/sh\nexit 1\n')
+  # pip puts a uv there, whose Python says what it is asked for and makes environments.
+  environment = cloud.folder / 'environment'
+  shutil.move(cloud.folder / 'new_host' / 'parti_jax' / 'venv', environment)
+  write_program(cloud.folder / 'uv', f'''#!/bin/sh
+case "$*" in
+  "python install 3.12") ;;
+  "python find --managed-python 3.12") echo {cloud.folder}/python ;;
+  *) exit 1 ;;
+esac
+''')
+  write_program(cloud.folder / 'python',
+                f'#!/bin/sh\n[ "$2" != venv ] || cp -R {environment} "$3"\necho Python 3.12\n')
+  write_program(cloud.folder / 'host_bin' / 'python3', f'''#!/bin/sh
+[ "$1 $2 $3 $6 $7" = "-m pip install --target $HOME/parti_jax/uv" ] || exit 1
+mkdir -p "$7/bin" && cp {cloud.folder}/uv "$7/bin/uv"
+''')
+  cloud.must('create.sh', '--type=v4-16')
+  assert cloud.must('install.sh').count('with Python 3.12\n') == 2
+  assert all((host / 'parti_jax/venv/bin/pip').exists() for host in cloud.hosts())
 
 
 def test_install_clones_a_url(cloud, checkout, head):
