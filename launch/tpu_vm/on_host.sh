@@ -77,7 +77,7 @@ logs() {
 stop() {
   if running; then
     kill -TERM -- "-$(<"$home/pid")"
-    flock --timeout 120 "$home/lock" true || kill -KILL -- "-$(<"$home/pid")"
+    flock --timeout 300 "$home/lock" true || kill -KILL -- "-$(<"$home/pid")"
     flock --timeout 30 "$home/lock" true || fail 'processes of the run are left'
     rm -f "$home/status"
   fi

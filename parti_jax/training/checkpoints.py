@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 
+from etils import epath
 import flax.linen as nn
 import jax
 import orbax.checkpoint as ocp
@@ -22,7 +22,7 @@ class Checkpoints:
   """
 
   def __init__(self, model_dir, keep: int = 2):
-    self.directory = pathlib.Path(model_dir).absolute() / 'checkpoints'
+    self.directory = folder(model_dir)
     self._manager = ocp.CheckpointManager(
         self.directory,
         options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
@@ -76,13 +76,19 @@ def describe(stage) -> dict:
   return {'stage': stage.name, 'config': dataclasses.asdict(stage.model)}
 
 
-def latest_checkpoint(model_dir) -> pathlib.Path:
+def folder(model_dir) -> epath.Path:
+  """Where the checkpoints of a run are: absolute, as Orbax wants it; so is `gs://...` as it is."""
+  path = epath.Path(model_dir)
+  return (path if '://' in str(model_dir) else path.absolute()) / 'checkpoints'
+
+
+def latest_checkpoint(model_dir) -> epath.Path:
   """Folder of a run's newest whole checkpoint.
 
   Raises:
     UserError: if the run's folder is missing or holds no whole checkpoint.
   """
-  directory = pathlib.Path(model_dir).absolute() / 'checkpoints'
+  directory = folder(model_dir)
   if not directory.is_dir():
     raise errors.UserError(
         f'{model_dir}: no training run there (no folder {directory.name}); give the --model_dir '
@@ -94,7 +100,7 @@ def latest_checkpoint(model_dir) -> pathlib.Path:
   return directory / str(max(steps))
 
 
-def read_model(path: pathlib.Path) -> dict:
+def read_model(path: epath.Path) -> dict:
   """What model a checkpoint is of: the dict that `describe` gave.
 
   Raises:
@@ -107,7 +113,7 @@ def read_model(path: pathlib.Path) -> dict:
     raise _unfinished(path) from error
 
 
-def read_config(path: pathlib.Path, stage: str) -> dict:
+def read_config(path: epath.Path, stage: str) -> dict:
   """Sizes of a checkpoint's model.
 
   Args:
@@ -124,7 +130,7 @@ def read_config(path: pathlib.Path, stage: str) -> dict:
   return model['config']
 
 
-def read_params(path: pathlib.Path, module, inputs):
+def read_params(path: epath.Path, module, inputs):
   """A checkpoint's parameters alone, without the optimiser's state, on one device.
 
   Args:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import pathlib
 import sys
 
+from etils import epath
 import jax
 import numpy as np
 import tqdm
@@ -21,7 +21,7 @@ class Reporter:
 
   def __init__(self, model_dir, steps: int, step: int):
     self._leads = jax.process_index() == 0
-    self._directory = pathlib.Path(model_dir)
+    self._directory = epath.Path(model_dir)
     self._bar = None
     if not self._leads:
       return
@@ -61,7 +61,8 @@ class Reporter:
     for name, images in grids.items():
       grid = tile(np.asarray(images))
       self._writer.write_images(step, {name: grid[None]})
-      Image.fromarray(grid).save(folder / f'{name}_{step:08d}.png')
+      with (folder / f'{name}_{step:08d}.png').open('wb') as file:
+        Image.fromarray(grid).save(file, 'PNG')
 
   def close(self, skipped: dict[str, int]):
     """Says what data was skipped and flushes the metrics."""
@@ -86,7 +87,7 @@ def tile(images: np.ndarray) -> np.ndarray:
   return grid.reshape(rows * height, columns * width, channels)
 
 
-def _tensorboard_writer(folder: pathlib.Path):
+def _tensorboard_writer(folder: epath.Path):
   from clu import metric_writers  # pylint: disable=g-import-not-at-top
   return metric_writers.AsyncMultiWriter([metric_writers.SummaryWriter(str(folder))])
 

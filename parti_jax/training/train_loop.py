@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pathlib
 import time
 
 import gin
@@ -75,7 +74,7 @@ def train(model_dir: str, stage=gin.REQUIRED, task: str = gin.REQUIRED, steps: i
       initial_model, stage, trainer.abstract.params)
   run = Run(trainer, model_dir, keep_checkpoints, training, initial)
   reporter = reporting.Reporter(model_dir, steps, run.step)
-  config.save(pathlib.Path(model_dir) / 'config.gin', config.operative())
+  config.save(f'{model_dir}/config.gin', config.operative())
   peak = device_peak.device_peak(jax.devices()[0], stage.compute_dtype) * jax.device_count()
   reporter.say(run.beginning())
   meter = _Meter(batch_size, stage.step_flops(batch_size), peak)

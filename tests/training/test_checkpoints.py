@@ -1,6 +1,7 @@
 """Checkpoints: round trips, what is missing or unfinished, and what is of another configuration."""
 
 import dataclasses
+import os
 import shutil
 
 import jax
@@ -172,3 +173,9 @@ def test_a_checkpoint_with_a_part_missing_is_named(saved, tmp_path, lost):
     path = checkpoints.latest_checkpoint(copy)
     checkpoints.read_config(path, 'tokenizer')
     checkpoints.read_params(path, vit_vqgan.ViTVQGAN(SIZES), vit_vqgan.example_inputs(SIZES))
+
+
+def test_a_run_in_cloud_storage_is_not_taken_for_a_local_folder(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert os.fspath(checkpoints.folder('gs://bucket/run')) == 'gs://bucket/run/checkpoints'
+  assert os.fspath(checkpoints.folder('run')) == str(tmp_path / 'run' / 'checkpoints')
