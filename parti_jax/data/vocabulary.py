@@ -33,18 +33,20 @@ class TextVocabulary:
     """Loads a SentencePiece model.
 
     Args:
-      path: the model's file, as `parti-jax vocabulary` writes it.
+      path: the model's file, as `parti-jax vocabulary` writes it; local, or `gs://...`.
 
     Raises:
       UserError: the file is missing, is no SentencePiece model, or has other special ids.
     """
+    from etils import epath  # pylint: disable=import-outside-toplevel
+
     self.path = os.fspath(path)
     try:
-      with open(self.path, 'rb') as file:
+      with epath.Path(self.path).open('rb') as file:
         model = file.read()
     except OSError as error:
       raise UserError(
-          f'the vocabulary {self.path} cannot be read ({error.strerror}); '
+          f'the vocabulary {self.path} cannot be read ({error.strerror or error}); '
           '`parti-jax vocabulary` makes one'
       ) from error
     try:

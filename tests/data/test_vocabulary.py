@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import sentencepiece
+from etils import epath
 
 import parti_jax.main
 from parti_jax.data import openmoji
@@ -31,6 +32,16 @@ def test_round_trip(vocabulary):
     assert (ids[:end] > 2).all() and (ids[end + 1:] == 0).all()
     assert vocabulary.decode(ids) == caption
     assert vocabulary.encode_whole(caption) == list(ids[:end + 1])
+
+
+def test_a_vocabulary_in_cloud_storage(vocabulary):
+  def from_bucket(unused_original, path, mode):
+    assert str(path) == 'gs://bucket/captions.model'
+    return open(vocabulary.path, mode)  # pylint: disable=unspecified-encoding
+
+  with epath.testing.mock_epath(open=from_bucket):
+    read = TextVocabulary('gs://bucket/captions.model')
+  assert read.fingerprint == vocabulary.fingerprint
 
 
 def test_empty_text_and_capitals(vocabulary):
