@@ -46,6 +46,13 @@ class GeneratorStage:
     return {'inputs': ('PartiConfig.text_vocabulary', self.model.text_vocabulary),
             'targets': ('PartiConfig.codebook_size', self.model.codebook_size)}
 
+  def abstract_batch(self, batch_size: int):
+    """Shapes and dtypes of a batch, as `loss` takes it."""
+    text, image = ((batch_size, length) for length in self.feature_lengths().values())
+    return {'encoder_input_tokens': jax.ShapeDtypeStruct(text, jnp.int32),
+            'decoder_target_tokens': jax.ShapeDtypeStruct(image, jnp.int32),
+            'decoder_loss_weights': jax.ShapeDtypeStruct(image, jnp.float32)}
+
   def init(self, rng):
     """Parameters with their logical axis names."""
     return parti.Parti(self.model).init(rng, *parti.example_inputs(self.model))['params']

@@ -123,6 +123,11 @@ class TokenizerStage:
     """Pictures have no ids."""
     return {}
 
+  def abstract_batch(self, batch_size: int):
+    """Shapes and dtypes of a batch, as `loss` takes it."""
+    shape = (batch_size, self.model.image_size, self.model.image_size, 3)
+    return {'images': jax.ShapeDtypeStruct(shape, jnp.uint8)}
+
   def init(self, rng):
     """Parameters with their logical axis names."""
     module = vit_vqgan.ViTVQGAN(self.model)

@@ -89,6 +89,11 @@ class Trainer:
     with rules_lib.partitioned(self.mesh, self.rules):
       return self._step(state, batch)
 
+  def lower(self, batch_size: int):
+    """The step that training runs, lowered for a batch of this size and not yet compiled."""
+    with rules_lib.partitioned(self.mesh, self.rules):
+      return self._step.lower(self.abstract, self.stage.abstract_batch(batch_size))
+
   def evaluate(self, params, batches) -> dict[str, float]:
     """Means over all examples of `batches`; a short batch is padded, which does not count.
 
