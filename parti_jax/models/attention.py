@@ -1,12 +1,31 @@
-"""Multi-head attention: over a whole sequence, over a memory, and over a cache."""
+"""Multi-head attention: over a whole sequence, over a memory, and over a cache.
+
+`attend_in_pattern` chooses among three forms with the same result: `attend` keeps a score for each
+pair of positions, `attend_blockwise` those of one block of queries, and `attend_fused`, on TPU,
+none at all.
+"""
 
 from __future__ import annotations
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+from parti_jax.models import attention_patterns
 from parti_jax.models import layers
+from parti_jax.partitioning import mesh as mesh_lib
+from parti_jax.partitioning import rules as rules_lib
+
+# Name by which a remat policy may keep the result of self-attention.
+ATTENTION_OUTPUT = 'attention_output'
+# Sequences from this length on are attended to in blocks of queries.
+_BLOCKWISE_FROM = 512
+_BLOCK = 256
+# Side of the fused kernel's blocks. A smaller one leaves out more of what a pattern rules out, and
+# costs more steps; the lanes of a TPU are the least.
+_FUSED_BLOCK = {'causal': 512, 'conv': 256}
+_LANES = 128
 
 
 def attend(query, key, value, mask=None):
@@ -28,6 +47,78 @@ def attend(query, key, value, mask=None):
     scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
   weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
   return jnp.einsum('bhqk,bkhd->bqhd', weights, value)
+
+
+def attend_blockwise(query, key, value, pattern: attention_patterns.AttentionPattern,
+                     block: int = _BLOCK):
+  """`attend` with the pattern's mask, for one block of queries after another.
+
+  A block looks only at the keys from the first to the last that any of its queries sees; its
+  scores are computed again in the backward pass. Arguments and result as `attend`; the length is
+  that of the pattern.
+  """
+  blocks = []
+  for start in range(0, pattern.length, block):
+    rows = pattern.mask[start:start + block]
+    seen = rows.any(axis=0).nonzero()[0]
+    first, last = int(seen[0]), int(seen[-1]) + 1
+    blocks.append(jax.checkpoint(attend)(
+        query[:, start:start + block], key[:, first:last], value[:, first:last],
+        rows[:, first:last]))
+  return jnp.concatenate(blocks, axis=1)
+
+
+def attend_fused(query, key, value, pattern: attention_patterns.AttentionPattern,
+                 interpret: bool = False):
+  """`attend` with the pattern's mask as one TPU kernel, splash attention, forward and backward.
+
+  The kernel skips blocks of positions that the pattern rules out. On a mesh each device computes
+  its own batch and heads.
+
+  Args:
+    query: [batch, length, heads, head_dim]; the length is that of the pattern and a multiple of
+      128.
+    key: as `query`.
+    value: as `query`.
+    pattern: which positions see which.
+    interpret: whether to run the kernel's Python form, on any platform.
+
+  Returns:
+    As `query`.
+  """
+  # Imported here: it takes a second that runs on other platforms need not pay.
+  from jax.experimental.pallas.ops.tpu import splash_attention as splash  # pylint: disable=g-import-not-at-top
+  side = min(_FUSED_BLOCK[pattern.name], pattern.length)
+  side = side if pattern.length % side == 0 else _LANES
+  sizes = splash.BlockSizes(
+      block_q=side, block_kv=side, block_kv_compute=side, block_q_dkv=side, block_kv_dkv=side,
+      block_kv_dkv_compute=side, use_fused_bwd_kernel=True)
+
+  def attend_local(query, key, value):
+    """Of one device; [batch, heads, length, head_dim] each."""
+    mask = splash.MultiHeadMask([splash.NumpyMask(pattern.mask)] * query.shape[1])
+    kernel = splash.make_splash_mha_single_device(
+        mask, block_sizes=sizes, residual_checkpoint_name=ATTENTION_OUTPUT, interpret=interpret)
+    return jax.vmap(kernel)(query, key, value)
+
+  if mesh_lib.current() is not None:
+    spec = rules_lib.spec('activation_batch', 'activation_heads', None, None)
+    attend_local = jax.shard_map(
+        attend_local, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False,
+        axis_names=rules_lib.free_axes())
+  parts = [part.swapaxes(1, 2) for part in (query * query.shape[-1] ** -0.5, key, value)]
+  return attend_local(*parts).swapaxes(1, 2)
+
+
+def attend_in_pattern(query, key, value, pattern: attention_patterns.AttentionPattern):
+  """Self-attention in the form that fits the platform and the length; as `attend_blockwise`."""
+  if mesh_lib.platform() == 'tpu' and pattern.length % _LANES == 0:
+    return attend_fused(query, key, value, pattern)
+  if pattern.length >= _BLOCKWISE_FROM:
+    out = attend_blockwise(query, key, value, pattern)
+  else:
+    out = attend(query, key, value, pattern.mask)
+  return checkpoint_name(out, ATTENTION_OUTPUT)
 
 
 def attend_cached(query, keys, values, mask):
@@ -83,13 +174,19 @@ class SelfAttention(nn.Module):
     query, key, value = self._queries_keys_values(x)
     return self.project_out(attend(query, key, value, mask))
 
-  def step(self, x, cache, position):
-    """Attention of one new position over those before it.
+  def in_pattern(self, x, pattern: attention_patterns.AttentionPattern):
+    """Attention over image tokens: x [batch, length, embed], all of the pattern's positions."""
+    query, key, value = self._queries_keys_values(x)
+    return self.project_out(attend_in_pattern(query, key, value, pattern))
+
+  def step(self, x, cache, position, pattern: attention_patterns.AttentionPattern):
+    """Attention of one new position over those before it that the pattern lets it see.
 
     Args:
       x: [batch, 1, embed], the newest position.
       cache: keys and values of earlier positions, [batch, heads, length, head_dim] each.
       position: int32 [], the place of `x` in the sequence, below `length`.
+      pattern: which positions see which.
 
     Returns:
       The output [batch, 1, embed] and the cache with the new position written.
@@ -99,7 +196,7 @@ class SelfAttention(nn.Module):
         jax.lax.dynamic_update_slice_in_dim(
             old, new.swapaxes(1, 2).astype(old.dtype), position, axis=2)
         for old, new in zip(cache, (key, value)))
-    visible = jnp.arange(cache[0].shape[2]) <= position
+    visible = pattern.row(position, cache[0].shape[2])
     return self.project_out(attend_cached(query, *cache, visible)), cache
 
 

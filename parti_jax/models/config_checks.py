@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from parti_jax import errors
-from parti_jax.models import transformer
+from parti_jax.models import layer_stack
 
 DTYPES = ('float32', 'bfloat16', 'float16')
 
@@ -25,7 +25,7 @@ def check(config):
     if field.type == 'int' and (not isinstance(value, int) or value < 1):
       raise errors.UserError(
           f'{_key(config, field.name)}={value!r} must be a whole number from 1')
-  choices = {'dtype': DTYPES, 'remat': tuple(transformer.REMAT_POLICIES)}
+  choices = {'dtype': DTYPES, 'remat': tuple(layer_stack.REMAT_POLICIES)}
   for name, known in choices.items():
     value = getattr(config, name)
     if value not in known:

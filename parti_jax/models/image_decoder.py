@@ -11,11 +11,6 @@ from parti_jax.models import parti_config
 from parti_jax.models import transformer
 
 
-def causal_mask(length: int):
-  """bool [1, 1, length, length]: a position sees itself and the earlier ones."""
-  return jnp.tril(jnp.ones((length, length), bool))[None, None]
-
-
 class ImageDecoder(nn.Module):
   """A causal Transformer over image tokens in raster order, with cross-attention to the text.
 
@@ -38,8 +33,8 @@ class ImageDecoder(nn.Module):
     self.row_embedding = layers.Embedding(rows, config.width, ('position', 'embed'))
     self.column_embedding = layers.Embedding(columns, config.width, ('position', 'embed'))
     self.decoder = transformer.Decoder(
-        config.decoder_layers, config.width, config.mlp_width, config.heads, config.dropout,
-        config.compute_dtype, config.remat, config.unroll)
+        config.decoder_layers, config.width, config.mlp_width, config.heads, config.pattern,
+        config.dropout, config.compute_dtype, config.remat, config.unroll)
     self.logits = layers.Projection((config.codebook_size,), 1, ('embed', 'vocab'))
     self.drop = layers.Dropout(config.dropout)
 
@@ -52,14 +47,14 @@ class ImageDecoder(nn.Module):
     return nn.with_logical_constraint(
         logits, ('activation_batch', 'activation_length', 'activation_vocab'))
 
-  def __call__(self, image_tokens, encoded, text_mask, deterministic=True):
+  def __call__(self, image_tokens, encoded, text_mask, dropout_keys=None):
     """Logits of every image token given those before it.
 
     Args:
       image_tokens: int32 [batch, image_length]; the last one is not looked at.
       encoded: [batch, text_length, embed], the text encoder's output.
       text_mask: bool [batch, 1, 1, text_length].
-      deterministic: whether dropout is off.
+      dropout_keys: layers.DropoutKeys of the decoder, or None where dropout is off.
 
     Returns:
       float32 [batch, image_length, codebook_size]; entry i predicts image_tokens[:, i].
@@ -68,8 +63,8 @@ class ImageDecoder(nn.Module):
     begin = jnp.broadcast_to(self.begin, (batch, 1, self.config.width))
     x = jnp.concatenate([begin, self.token_embedding(image_tokens[:, :-1])], axis=1)
     x = x + self._positions(jnp.arange(length))
-    x = self.drop(x.astype(self.config.compute_dtype), deterministic)
-    x = self.decoder(x, encoded, causal_mask(length), text_mask, deterministic)
+    x = self.drop(x.astype(self.config.compute_dtype), layers.fold(dropout_keys, 0))
+    x = self.decoder(x, encoded, text_mask, layers.fold(dropout_keys, 1))
     return self._logits(x)
 
   def start(self, encoded):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 
 import flax.linen as nn
+import flax.struct
 import jax
+import jax.extend.random
 import jax.numpy as jnp
 import numpy as np
 
@@ -47,8 +49,39 @@ class Projection(nn.Module):
     return product.reshape(rows + self.features)
 
 
+@flax.struct.dataclass
+class DropoutKeys:
+  """What dropout masks follow from: a key, and the places of examples in the whole batch.
+
+  A mask depends on nothing else: not on the mesh, on how a batch is cut into microbatches, nor on
+  the pipeline stage that computes it. So a recomputed mask is the one that was used, as the
+  deterministic masks of Parti's 20B model (Parti, section 3).
+
+  Attributes:
+    key: a key [].
+    rows: uint32 [batch], the place of each example in the batch of the whole step.
+  """
+
+  key: jax.Array
+  rows: jax.Array
+
+  def fold(self, number) -> DropoutKeys:
+    """Keys of a part of the network, such as a layer: `number` is its int32 [] place."""
+    return self.replace(key=jax.random.fold_in(self.key, number))
+
+
+def dropout_keys(key, batch: int) -> DropoutKeys:
+  """Keys for all examples of a batch."""
+  return DropoutKeys(key, jnp.arange(batch, dtype=jnp.uint32))
+
+
+def fold(keys: DropoutKeys | None, number) -> DropoutKeys | None:
+  """`keys.fold(number)`, or None where dropout is off."""
+  return None if keys is None else keys.fold(number)
+
+
 class Dropout(nn.Module):
-  """Dropout that draws 16 random bits a value, where JAX's own draws 32.
+  """Dropout that draws 16 random bits a value, four values from each pair of words of threefry.
 
   Attributes:
     rate: share of values that become 0, rounded to a multiple of 1/65536. The others are divided
@@ -57,17 +90,23 @@ class Dropout(nn.Module):
 
   rate: float
 
-  @nn.compact
-  def __call__(self, x, deterministic: bool):
-    """x: [..., features]. As x; needs an rng named 'dropout' unless `deterministic`."""
+  def __call__(self, x, keys: DropoutKeys | None):
+    """x: [batch, ..., features]. As x; off where `keys` is None."""
     dropped = min(round(self.rate * 2 ** 16), 2 ** 16 - 1)
-    if deterministic or not dropped:
+    if keys is None or not dropped:
       return x
     features = x.shape[-1]
-    words = jax.random.bits(
-        self.make_rng('dropout'), x.shape[:-1] + (-(-features // 2),), jnp.uint32)
-    halves = jnp.concatenate([words & 0xffff, words >> 16], axis=-1)[..., :features]
-    return jnp.where(halves >= dropped, x * (2 ** 16 / (2 ** 16 - dropped)), 0)
+    shape = x.shape[:-1] + (-(-features // 4),)
+    place = jnp.zeros(shape[1:], jnp.uint32)
+    for axis, size in enumerate(shape[1:]):
+      place = place * size + jax.lax.broadcasted_iota(jnp.uint32, shape[1:], axis)
+    rows = keys.rows.reshape((-1,) + (1,) * place.ndim)
+    words = jax.extend.random.threefry2x32_p.bind(
+        *jax.random.key_data(keys.key)[:2],
+        jnp.broadcast_to(rows, shape), jnp.broadcast_to(place, shape))
+    quarters = [part for word in words for part in (word & 0xffff, word >> 16)]
+    values = jnp.concatenate(quarters, axis=-1)[..., :features]
+    return jnp.where(values >= dropped, x * (2 ** 16 / (2 ** 16 - dropped)), 0)
 
 
 class LayerNorm(nn.Module):

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from parti_jax.models import image_decoder
+from parti_jax.models import layers
 from parti_jax.models import parti_config
 from parti_jax.models import text_encoder
 
@@ -23,20 +24,20 @@ class Parti(nn.Module):
     self.text_encoder = text_encoder.TextEncoder(self.config)
     self.image_decoder = image_decoder.ImageDecoder(self.config)
 
-  def __call__(self, text_tokens, image_tokens, deterministic=True):
+  def __call__(self, text_tokens, image_tokens, dropout_keys=None):
     """Logits of every image token, given the text and the tokens before it.
 
     Args:
       text_tokens: int32 [batch, text_length], padded with 0.
       image_tokens: int32 [batch, image_length], each in [0, codebook_size).
-      deterministic: whether dropout is off; otherwise an rng named 'dropout' is needed.
+      dropout_keys: layers.DropoutKeys of this batch, or None where dropout is off.
 
     Returns:
       float32 [batch, image_length, codebook_size]; entry i predicts image_tokens[:, i].
     """
-    encoded = self.text_encoder(text_tokens, deterministic)
+    encoded = self.text_encoder(text_tokens, layers.fold(dropout_keys, 0))
     mask = text_encoder.text_mask(text_tokens)
-    return self.image_decoder(image_tokens, encoded, mask, deterministic)
+    return self.image_decoder(image_tokens, encoded, mask, layers.fold(dropout_keys, 1))
 
   def start(self, text_tokens, cache_length: int | None = None):
     """What sampling needs of a text, computed once.

@@ -8,6 +8,7 @@ import gin
 import jax.numpy as jnp
 
 from parti_jax import errors
+from parti_jax.models import attention_patterns
 from parti_jax.models import config_checks
 
 
@@ -28,7 +29,10 @@ class PartiConfig:
     grid: rows and columns of image tokens; their product is `image_length`.
     dropout: rate of dropout in training.
     dtype: name of the dtype that projections compute in; norms and logits are float32.
-    remat: what the backward pass keeps, a name in `transformer.REMAT_POLICIES`.
+    attention_pattern: what the decoder's self-attention sees: 'causal' (all earlier image tokens)
+      or 'conv' (those within a square around the position), see `attention_patterns`.
+    conv_kernel: side of that square, odd.
+    remat: what the backward pass keeps, a name in `layer_stack.REMAT_POLICIES`.
     unroll: layers laid out in one turn of the scan; changes speed, not results.
 
   Raises:
@@ -46,6 +50,8 @@ class PartiConfig:
   grid: tuple[int, int] = (32, 32)
   dropout: float = 0.1
   dtype: str = 'bfloat16'
+  attention_pattern: str = 'causal'
+  conv_kernel: int = 11
   remat: str = 'everything'
   unroll: int = 1
 
@@ -55,8 +61,20 @@ class PartiConfig:
     config_checks.check_divides(self, 'heads', 'width')
     if len(self.grid) != 2 or min(self.grid) < 1:
       raise errors.UserError(f'PartiConfig.grid={self.grid} must be two whole numbers from 1')
+    if self.attention_pattern not in attention_patterns.PATTERNS:
+      raise errors.UserError(
+          f'PartiConfig.attention_pattern={self.attention_pattern!r} is not one of '
+          f'{", ".join(attention_patterns.PATTERNS)}')
+    if self.conv_kernel % 2 == 0:
+      raise errors.UserError(f'PartiConfig.conv_kernel={self.conv_kernel} must be odd')
     if not 0 <= self.dropout < 1:
       raise errors.UserError(f'PartiConfig.dropout={self.dropout} must lie in [0, 1)')
+
+  @property
+  def pattern(self) -> attention_patterns.AttentionPattern:
+    """What the decoder's self-attention sees."""
+    return attention_patterns.AttentionPattern(
+        self.attention_pattern, self.grid, self.conv_kernel)
 
   @property
   def image_length(self) -> int:

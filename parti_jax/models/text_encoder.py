@@ -41,17 +41,17 @@ class TextEncoder(nn.Module):
         config.compute_dtype, config.remat, config.unroll)
     self.drop = layers.Dropout(config.dropout)
 
-  def __call__(self, text_tokens, deterministic=True):
+  def __call__(self, text_tokens, dropout_keys=None):
     """Encodes text.
 
     Args:
       text_tokens: int32 [batch, text_length], padded with 0.
-      deterministic: whether dropout is off.
+      dropout_keys: layers.DropoutKeys of the encoder, or None where dropout is off.
 
     Returns:
       config.compute_dtype [batch, text_length, embed].
     """
     positions = jnp.arange(text_tokens.shape[1])
     x = self.token_embedding(text_tokens) + self.position_embedding(positions)
-    x = self.drop(x.astype(self.config.compute_dtype), deterministic)
-    return self.encoder(x, text_mask(text_tokens), deterministic)
+    x = self.drop(x.astype(self.config.compute_dtype), layers.fold(dropout_keys, 0))
+    return self.encoder(x, text_mask(text_tokens), layers.fold(dropout_keys, 1))

@@ -1,4 +1,4 @@
-"""Transformer blocks, and stacks of them scanned over layers."""
+"""Transformer blocks, and stacks of them."""
 
 from __future__ import annotations
 
@@ -7,44 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from parti_jax.models import attention
+from parti_jax.models import attention_patterns
+from parti_jax.models import layer_stack
 from parti_jax.models import layers
-
-# What the backward pass finds in memory instead of computing it again.
-REMAT_POLICIES = {
-    'everything': None,
-    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    'block_inputs': jax.checkpoint_policies.nothing_saveable,
-}
-
-
-def remat(body, policy: str):
-  """Wraps a block's body so that its backward pass keeps what `policy` says.
-
-  Args:
-    body: function of a module and arrays.
-    policy: 'everything' (no recomputation), 'dots' (outputs of the projections), or
-      'block_inputs' (only the input of each block).
-
-  Raises:
-    ValueError: if there is no such policy.
-  """
-  if policy not in REMAT_POLICIES:
-    raise ValueError(f'unknown remat policy {policy!r}; known: {", ".join(REMAT_POLICIES)}')
-  if policy == 'everything':
-    return body
-  return nn.remat(body, policy=REMAT_POLICIES[policy], prevent_cse=False)
-
-
-def scan_layers(body, length: int, unroll: int = 1, in_axes=0):
-  """A body (module, carry, input) -> (carry, output), run over stacked layers.
-
-  Parameters of all layers are one array with a leading axis `layers`.
-  """
-  return nn.scan(
-      body, variable_axes={'params': 0}, split_rngs={'params': True, 'dropout': True},
-      in_axes=in_axes, length=length, unroll=min(unroll, length),
-      metadata_params={nn.PARTITION_NAME: 'layers'})
-
 
 class EncoderBlock(nn.Module):
   """Self-attention and MLP, each behind a layer norm and beside a residual path.
@@ -70,11 +35,15 @@ class EncoderBlock(nn.Module):
     self.mlp = layers.MLP(self.width, self.mlp_width, self.dtype)
     self.drop = layers.Dropout(self.dropout)
 
-  def __call__(self, x, mask=None, deterministic=True):
-    """x: [batch, length, embed]; mask: bool [batch or 1, 1, length or 1, length]."""
+  def __call__(self, x, mask=None, dropout_keys=None):
+    """x: [batch, length, embed]; mask: bool [batch, 1, length or 1, length]; keys of layers.
+
+    `dropout_keys` are `layers.DropoutKeys` of this block, or None where dropout is off.
+    """
     x = nn.with_logical_constraint(x, layers.ACTIVATION)
-    x = x + self.drop(self.attention(self.attention_norm(x), mask), deterministic)
-    x = x + self.drop(self.mlp(self.mlp_norm(x)), deterministic)
+    keys = [layers.fold(dropout_keys, site) for site in range(2)]
+    x = x + self.drop(self.attention(self.attention_norm(x), mask), keys[0])
+    x = x + self.drop(self.mlp(self.mlp_norm(x)), keys[1])
     return nn.with_logical_constraint(x, layers.ACTIVATION)
 
 
@@ -96,45 +65,46 @@ class DecoderBlock(nn.Module):
     self.mlp = layers.MLP(self.width, self.mlp_width, self.dtype)
     self.drop = layers.Dropout(self.dropout)
 
-  def _feed_forward(self, x, deterministic):
-    x = x + self.drop(self.mlp(self.mlp_norm(x)), deterministic)
+  def _feed_forward(self, x, keys):
+    x = x + self.drop(self.mlp(self.mlp_norm(x)), keys)
     return nn.with_logical_constraint(x, layers.ACTIVATION)
 
-  def __call__(self, x, encoded, mask, text_mask, deterministic=True):
+  def __call__(self, x, encoded, text_mask, pattern, dropout_keys=None):
     """All positions at once.
 
     Args:
       x: [batch, length, embed].
       encoded: [batch, text_length, embed].
-      mask: bool [1, 1, length, length].
       text_mask: bool [batch, 1, 1, text_length].
-      deterministic: whether dropout is off.
+      pattern: AttentionPattern of the image tokens.
+      dropout_keys: as EncoderBlock.
     """
     x = nn.with_logical_constraint(x, layers.ACTIVATION)
-    x = x + self.drop(self.attention(self.attention_norm(x), mask), deterministic)
+    keys = [layers.fold(dropout_keys, site) for site in range(3)]
+    x = x + self.drop(self.attention.in_pattern(self.attention_norm(x), pattern), keys[0])
     memory = self.cross_attention.memory(encoded)
     attended = self.cross_attention(self.cross_norm(x), memory, text_mask)
-    x = x + self.drop(attended, deterministic)
-    return self._feed_forward(x, deterministic)
+    x = x + self.drop(attended, keys[1])
+    return self._feed_forward(x, keys[2])
 
   def memory(self, encoded):
     """Keys and values of the text: two of [batch, heads, text_length, head_dim]."""
     return tuple(part.swapaxes(1, 2) for part in self.cross_attention.memory(encoded))
 
-  def step(self, x, cache, memory, text_mask, position):
+  def step(self, x, cache, memory, text_mask, position, pattern):
     """One position; arguments and result as SelfAttention.step, with the text's `memory`."""
-    attended, cache = self.attention.step(self.attention_norm(x), cache, position)
+    attended, cache = self.attention.step(self.attention_norm(x), cache, position, pattern)
     x = x + attended
     x = x + self.cross_attention.step(self.cross_norm(x), memory, text_mask)
-    return self._feed_forward(x, True), cache
+    return self._feed_forward(x, None), cache
 
 
 class Encoder(nn.Module):
-  """Scanned encoder blocks and a last layer norm.
+  """Encoder blocks and a last layer norm.
 
   Attributes:
     num_layers: number of blocks.
-    remat: name in REMAT_POLICIES.
+    remat: name in layer_stack.REMAT_POLICIES.
     unroll: how many layers are laid out in one turn of the scan.
     Others as EncoderBlock.
   """
@@ -149,50 +119,59 @@ class Encoder(nn.Module):
   unroll: int = 1
 
   def setup(self):
-    self.layers = EncoderBlock(self.width, self.mlp_width, self.heads, self.dropout, self.dtype)
+    self.block = EncoderBlock(
+        self.width, self.mlp_width, self.heads, self.dropout, self.dtype, parent=None)
     self.norm = layers.LayerNorm(self.dtype)
 
-  def __call__(self, x, mask=None, deterministic=True):
-    """x: [batch, length, embed]; mask: bool [batch or 1, 1, length or 1, length]. As x."""
+  @nn.compact
+  def __call__(self, x, mask=None, dropout_keys=None):
+    """x: [batch, length, embed]; mask: bool [batch, 1, length or 1, length]. As x."""
+    stacked = self.param('layers', layer_stack.initializer(self.block, self.num_layers, x[:1]))
 
-    def body(block, x, _):
-      return block(x, mask, deterministic), None
+    def layer(params, x, mask, keys):
+      return self.block.apply({'params': params}, x, mask, keys)
 
-    x, _ = scan_layers(remat(body, self.remat), self.num_layers, self.unroll)(
-        self.layers, x, None)
+    if not self.is_initializing():
+      x = layer_stack.run(layer, stacked, x, mask, dropout_keys, self.remat, self.unroll)
     return self.norm(x)
 
 
 class Decoder(nn.Module):
-  """Scanned decoder blocks and a last layer norm. Attributes as Encoder."""
+  """Decoder blocks and a last layer norm.
+
+  Attributes:
+    pattern: which image tokens each position sees.
+    Others as Encoder.
+  """
 
   num_layers: int
   width: int
   mlp_width: int
   heads: int
+  pattern: attention_patterns.AttentionPattern
   dropout: float = 0.0
   dtype: jnp.dtype = jnp.float32
   remat: str = 'everything'
   unroll: int = 1
 
   def setup(self):
-    self.layers = DecoderBlock(self.width, self.mlp_width, self.heads, self.dropout, self.dtype)
+    self.block = DecoderBlock(
+        self.width, self.mlp_width, self.heads, self.dropout, self.dtype, parent=None)
     self.norm = layers.LayerNorm(self.dtype)
 
-  def __call__(self, x, encoded, mask, text_mask, deterministic=True):
+  @nn.compact
+  def __call__(self, x, encoded, text_mask, dropout_keys=None):
     """All positions at once; arguments as DecoderBlock. Returns [batch, length, embed]."""
+    stacked = self.param('layers', layer_stack.initializer(
+        self.block, self.num_layers, x[:1], encoded[:1], text_mask[:1], self.pattern))
 
-    def body(block, x, _):
-      return block(x, encoded, mask, text_mask, deterministic), None
+    def layer(params, x, beside, keys):
+      return self.block.apply({'params': params}, x, *beside, self.pattern, keys)
 
-    x, _ = scan_layers(remat(body, self.remat), self.num_layers, self.unroll)(
-        self.layers, x, None)
+    if not self.is_initializing():
+      x = layer_stack.run(
+          layer, stacked, x, (encoded, text_mask), dropout_keys, self.remat, self.unroll)
     return self.norm(x)
-
-  def _block(self):
-    """One block that is not part of the stack; its parameters are given when it is applied."""
-    return DecoderBlock(
-        self.width, self.mlp_width, self.heads, self.dropout, self.dtype, parent=None)
 
   def start(self, encoded):
     """What every step needs, computed once for all positions.
@@ -211,7 +190,7 @@ class Decoder(nn.Module):
     blocks = []
     for layer in range(self.num_layers):
       params = jax.tree.map(lambda leaf, layer=layer: leaf[layer], stacked)
-      memory = self._block().apply({'params': params}, encoded, method='memory')
+      memory = self.block.apply({'params': params}, encoded, method='memory')
       blocks.append((params, memory))
     return blocks
 
@@ -231,7 +210,7 @@ class Decoder(nn.Module):
     """
     written = []
     for cache, (params, memory) in zip(caches, blocks, strict=True):
-      x, cache = self._block().apply(
-          {'params': params}, x, cache, memory, text_mask, position, method='step')
+      x, cache = self.block.apply(
+          {'params': params}, x, cache, memory, text_mask, position, self.pattern, method='step')
       written.append(cache)
     return self.norm(x), written

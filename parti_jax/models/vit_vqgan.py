@@ -37,7 +37,7 @@ class ViTVQGANConfig:
     code_dim: length of a code.
     commitment: weight β in the quantizer's loss.
     dtype: name of the dtype that projections compute in.
-    remat: what the backward pass keeps, a name in `transformer.REMAT_POLICIES`.
+    remat: what the backward pass keeps, a name in `layer_stack.REMAT_POLICIES`.
     unroll: layers laid out in one turn of the scan.
 
   Raises:

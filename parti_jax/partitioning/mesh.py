@@ -83,10 +83,22 @@ def _layout(sizes: dict[str, int], devices):
 @contextlib.contextmanager
 def use(mesh):
   """A context in which `current()` is `mesh`, and JAX's own current mesh too."""
+  with _set_current(mesh), jax.set_mesh(mesh):
+    yield
+
+
+@contextlib.contextmanager
+def unused():
+  """A context in which `current()` is None, for what is traced for its shapes alone."""
+  with _set_current(None):
+    yield
+
+
+@contextlib.contextmanager
+def _set_current(mesh):
   token = _current.set(mesh)
   try:
-    with jax.set_mesh(mesh):
-      yield
+    yield
   finally:
     _current.reset(token)
 

@@ -16,12 +16,13 @@ from parti_jax.partitioning import mesh as mesh_lib
 
 # Logical axis -> mesh axis or axes; an axis that is not listed is not split.
 LOGICAL_AXIS_RULES = (
-    ('activation_batch', ('data', 'fsdp')),
+    ('activation_batch', ('stage', 'data', 'fsdp')),
     ('activation_heads', 'tensor'),
     ('activation_mlp', 'tensor'),
     ('activation_vocab', 'tensor'),
     ('embed', 'fsdp'),
     ('heads', 'tensor'),
+    ('layers', 'stage'),
     ('mlp', 'tensor'),
     ('vocab', 'tensor'),
 )
@@ -54,6 +55,28 @@ def partitioned(mesh, rules):
     yield
 
 
+@contextlib.contextmanager
+def one_stage():
+  """A context for what a single pipeline stage computes: no name is bound to the stages' axis."""
+  def without_stage(axes):
+    return tuple(axis for axis in _as_tuple(axes) if axis != 'stage') or None
+
+  table = tuple((name, without_stage(axes)) for name, axes in nn.get_logical_axis_rules())
+  with nn.logical_axis_rules(table):
+    yield
+
+
+def spec(*names) -> PartitionSpec:
+  """The mesh axes of an array's logical axes, by the rules of the context."""
+  return nn.logical_to_mesh_axes(names)
+
+
+def free_axes() -> set[str]:
+  """Mesh axes that no enclosing `jax.shard_map` has taken."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return set(mesh.axis_names) - set(mesh.manual_axes)
+
+
 def batch_sharding(mesh, rules) -> NamedSharding:
   """The sharding of an array whose first axis is the batch."""
   axes = dict(rules).get('activation_batch')
@@ -65,13 +88,14 @@ def batch_ways(mesh, rules) -> int:
   return _ways(mesh, dict(rules).get('activation_batch'))
 
 
-def check_batch(batch_size: int, mesh, rules, name: str):
-  """Raises UserError unless the devices that split the batch divide it; `name` is the key."""
+def check_batch(batch_size: int, mesh, rules, microbatches: int = 1):
+  """Raises UserError unless microbatches, and the devices that split one, divide the batch."""
   ways = batch_ways(mesh, rules)
-  if batch_size % ways:
+  if microbatches < 1 or batch_size % (ways * microbatches):
     raise errors.UserError(
-        f'{name}={batch_size} is not divisible by the {ways} ways that the mesh '
-        f'{dict(mesh.shape)} splits a batch; choose a multiple of {ways}')
+        f'train.batch_size={batch_size} is not divisible by train.microbatches={microbatches} '
+        f'times the {ways} ways that the mesh {dict(mesh.shape)} splits a batch; choose a multiple '
+        f'of {ways * max(microbatches, 1)}')
 
 
 def parameter_shardings(boxed, mesh, rules):

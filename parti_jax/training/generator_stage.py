@@ -8,7 +8,6 @@ import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from parti_jax.models import flops
 from parti_jax.models import parti
@@ -61,25 +60,33 @@ class GeneratorStage:
     """Nothing is carried besides parameters."""
     return {}
 
-  def loss(self, params, batch, rng, step):
+  def loss(self, params, batch, dropout_keys, step):
     """The mean cross entropy of image tokens, with dropout.
 
     Args:
       params: of `init`.
       batch: 'encoder_input_tokens' int32 [batch, text_length], 'decoder_target_tokens' int32
         [batch, image_length], 'decoder_loss_weights' float32 [batch, image_length].
-      rng: key of the dropout masks.
+      dropout_keys: layers.DropoutKeys of the batch.
       step: not used; the loss is the same at all steps.
 
     Returns:
       float32 [] and a dict with 'metrics' (scalars).
     """
     del step
-    losses, hits = self._losses(params, batch, rng)
+    losses, hits = self._losses(params, batch, dropout_keys)
     weights = batch['decoder_loss_weights']
     total = jnp.maximum(jnp.sum(weights), 1.0)
     loss = jnp.sum(losses * weights) / total
     return loss, {'metrics': {'token_accuracy': jnp.sum(hits * weights) / total}}
+
+  def weight(self, batch):
+    """What a batch counts in a mean over several: the weights of its tokens, float32 []."""
+    return jnp.sum(batch['decoder_loss_weights'])
+
+  def merge(self, aux):
+    """Nothing is said besides metrics."""
+    return aux
 
   def after_step(self, params, statistics, aux, step, rng):
     """Nothing to do after an update."""
@@ -126,13 +133,15 @@ class GeneratorStage:
     """Model FLOPs of a training step."""
     return 3 * batch_size * flops.parti_forward(self.model)
 
-  def _losses(self, params, batch, rng):
-    rngs = {} if rng is None else {'dropout': rng}
+  def _losses(self, params, batch, dropout_keys):
     logits = parti.Parti(self.model).apply(
         {'params': params}, batch['encoder_input_tokens'], batch['decoder_target_tokens'],
-        deterministic=rng is None, rngs=rngs)
-    targets = batch['decoder_target_tokens']
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    fixed = jax.lax.stop_gradient(logits)
-    at_target = jnp.take_along_axis(fixed, targets[..., None], axis=-1)[..., 0]
-    return losses, (at_target == jnp.max(fixed, axis=-1)).astype(jnp.float32)
+        dropout_keys)
+    # Picked by a sum: an index into the codebook's axis would gather logits that are split along
+    # it, and no device is to hold those of the whole codebook.
+    codes = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    chosen = codes == batch['decoder_target_tokens'][..., None]
+    at_target = jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)
+    losses = jax.nn.logsumexp(logits, axis=-1) - at_target
+    hits = at_target >= jnp.max(jax.lax.stop_gradient(logits), axis=-1)
+    return losses, hits.astype(jnp.float32)

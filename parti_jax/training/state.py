@@ -11,7 +11,11 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
+from parti_jax import errors
 from parti_jax.partitioning import rules as partitioning_rules
+
+# JAX's name of the hosts' memory that devices can read.
+_HOST = 'pinned_host'
 
 
 @flax.struct.dataclass
@@ -82,3 +86,32 @@ def create_state(stage, optimizer, seed: int, abstract, mesh, rules) -> TrainSta
 
   with partitioning_rules.partitioned(mesh, rules):
     return jax.jit(create, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))()
+
+
+def with_optimizer_on_host(abstract: TrainState, mesh) -> TrainState:
+  """`abstract` with the optimiser's arrays in the memory of the devices' hosts.
+
+  Raises:
+    UserError: if the platform has no such memory.
+  """
+  device = mesh.devices.flat[0]
+  if _HOST not in {memory.kind for memory in device.addressable_memories()}:
+    raise errors.UserError(f'train.offload_optimizer: a {device.device_kind} can not use its '
+                           'host\'s memory; set it to False')
+
+  def on_host(leaf):
+    if not leaf.shape:  # Counters are used at once.
+      return leaf
+    return jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=leaf.sharding.with_memory_kind(_HOST))
+
+  return abstract.replace(optimizer_state=jax.tree.map(on_host, abstract.optimizer_state))
+
+
+def to_device(tree):
+  """Inside a jit: arrays that lie in the hosts' memory, moved to that of the devices."""
+  def move(leaf):
+    if jax.typeof(leaf).memory_space == jax.memory.Space.Host:
+      return jax.device_put(leaf, jax.memory.Space.Device)
+    return leaf
+  return jax.tree.map(move, tree)

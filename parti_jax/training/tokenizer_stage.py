@@ -141,19 +141,19 @@ class TokenizerStage:
     """
     return {'code_use': jnp.zeros((self.model.codebook_size,), jnp.float32)}
 
-  def loss(self, params, batch, rng, step):
+  def loss(self, params, batch, dropout_keys, step):
     """The training loss.
 
     Args:
       params: of `init`.
       batch: {'images': uint8 [batch, height, width, 3]}.
-      rng: not used; there is no dropout.
+      dropout_keys: not used; there is no dropout.
       step: int32 [], steps done before this one.
 
     Returns:
       float32 [] and a dict with 'metrics' (scalars), 'latents' and 'code_use'.
     """
-    del rng
+    del dropout_keys
     images = batch['images'].astype(jnp.float32) / 255.0
     out = vit_vqgan.ViTVQGAN(self.model).apply(
         {'params': params}, images, step >= self.quantize_from)
@@ -173,6 +173,19 @@ class TokenizerStage:
         'psnr': jnp.mean(psnr(images, jnp.clip(reconstructions, 0.0, 1.0))),
         'codes_in_batch': jnp.mean(use > 0), 'code_perplexity': _perplexity(use)}
     return loss, {'metrics': metrics, 'latents': out['latents'], 'code_use': use}
+
+  def weight(self, batch):
+    """What a batch counts in a mean over several: its pictures, float32 []."""
+    return jnp.float32(len(batch['images']))
+
+  def merge(self, aux):
+    """What `loss` says besides metrics, of several microbatches: from [microbatches, ...].
+
+    Microbatch k of n holds the pictures k, k + n, k + 2 · n ...; here they are in their order.
+    """
+    latents = aux['latents'].swapaxes(0, 1)
+    return {'latents': latents.reshape((-1,) + latents.shape[2:]),
+            'code_use': jnp.sum(aux['code_use'], axis=0)}
 
   def after_step(self, params, statistics, aux, step, rng):
     """Revives dead codes and updates the use of codes.

@@ -23,7 +23,8 @@ def train(model_dir: str, stage=gin.REQUIRED, task: str = gin.REQUIRED, steps: i
           seed: int = 0, split: str = 'train', eval_split: str = 'validation',
           log_every: int = 50, evaluate_every: int = 500, checkpoint_every: int = 500,
           keep_checkpoints: int = 2, pictures_every: int = 1000, num_pictures: int = 16,
-          initial_model: str | None = None):
+          initial_model: str | None = None, microbatches: int = 1,
+          offload_optimizer: bool = False):
   """Trains a stage until `steps`, from the newest checkpoint in `model_dir` if there is one.
 
   Args:
@@ -46,6 +47,11 @@ def train(model_dir: str, stage=gin.REQUIRED, task: str = gin.REQUIRED, steps: i
     initial_model: a model folder, as `parti-jax export` writes it, whose parameters a new run
       starts with; None for random ones. The optimiser starts anew.
 
+    microbatches: parts of a batch whose gradients are computed one after the other and summed,
+      for batches that do not fit the memory at once; changes no result.
+    offload_optimizer: whether the optimiser's state lies in the hosts' memory between steps, on
+      platforms that have it.
+
   Returns:
     The last metrics, a dict of floats.
 
@@ -56,8 +62,9 @@ def train(model_dir: str, stage=gin.REQUIRED, task: str = gin.REQUIRED, steps: i
   from parti_jax.data import batches as data_batches  # pylint: disable=g-import-not-at-top
 
   mesh = mesh_lib.make_mesh()
-  trainer = trainer_lib.Trainer(stage, optimizer(schedule), mesh, seed)
-  rules_lib.check_batch(batch_size, mesh, trainer.rules, 'train.batch_size')
+  trainer = trainer_lib.Trainer(
+      stage, optimizer(schedule), mesh, seed, microbatches, offload_optimizer)
+  rules_lib.check_batch(batch_size, mesh, trainer.rules, microbatches)
   if batch_size % jax.process_count():
     raise errors.UserError(f'train.batch_size={batch_size} is not divisible by the '
                            f'{jax.process_count()} processes')

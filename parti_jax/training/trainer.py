@@ -5,16 +5,18 @@ from __future__ import annotations
 from typing import Any, Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
+from parti_jax.models import layers
 from parti_jax.partitioning import rules as rules_lib
 from parti_jax.training import state as state_lib
 
 
-def make_train_step(stage, optimizer, seed: int) -> Callable[..., Any]:
+def make_train_step(stage, optimizer, seed: int, microbatches: int = 1) -> Callable[..., Any]:
   """The step of a stage, as a function of state and batch, not yet jitted.
 
   The keys of dropout and of whatever else is random follow from `seed` and the step alone, so
@@ -22,14 +24,11 @@ def make_train_step(stage, optimizer, seed: int) -> Callable[..., Any]:
   """
 
   def step(state: state_lib.TrainState, batch):
-    def loss(params):
-      params = {name: jax.lax.stop_gradient(part) if name in stage.frozen else part
-                for name, part in params.items()}
-      return stage.loss(params, batch, rng, state.step)
-
     rng, after_rng = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
-    (value, aux), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
-    updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.params)
+    value, aux, gradients = _gradients(
+        stage, state.params, batch, rng, state.step, microbatches)
+    optimizer_state = state_lib.to_device(state.optimizer_state)
+    updates, optimizer_state = optimizer.update(gradients, optimizer_state, state.params)
     # Momentum of earlier steps and weight decay must not move what is frozen either.
     params = {name: part if name in stage.frozen else optax.apply_updates(part, updates[name])
               for name, part in state.params.items()}
@@ -40,6 +39,50 @@ def make_train_step(stage, optimizer, seed: int) -> Callable[..., Any]:
     return state_lib.TrainState(state.step + 1, params, optimizer_state, statistics), metrics
 
   return step
+
+
+def _gradients(stage, params, batch, rng, step, microbatches: int):
+  """The loss, what the stage says besides, and gradients, of one microbatch after another.
+
+  Microbatch k of n has the examples k, k + n, k + 2 · n ..., so that each device finds its part of
+  every microbatch in its part of the batch. Gradients are summed in float32. All examples weigh
+  what they would without microbatches.
+  """
+  size = len(next(iter(batch.values())))
+  whole = jnp.maximum(stage.weight(batch), 1.0)
+
+  def loss(params, batch, keys):
+    params = {name: jax.lax.stop_gradient(part) if name in stage.frozen else part
+              for name, part in params.items()}
+    value, aux = stage.loss(params, batch, keys, step)
+    share = stage.weight(batch) / whole
+    metrics = {name: share * metric for name, metric in aux['metrics'].items()}
+    return share * value, aux | {'metrics': metrics}
+
+  with_gradients = jax.value_and_grad(loss, has_aux=True)
+  keys = layers.dropout_keys(rng, size)
+  if microbatches == 1:
+    (value, aux), gradients = with_gradients(params, batch, keys)
+    return value, aux, gradients
+
+  def split(array):
+    array = array.reshape((size // microbatches, microbatches) + array.shape[1:])
+    return array.swapaxes(0, 1)
+
+  def of_part(part):
+    batch, rows = part
+    (value, aux), gradients = with_gradients(params, batch, keys.replace(rows=rows))
+    return (value, aux.pop('metrics'), gradients), aux
+
+  def body(sums, part):
+    found, aux = of_part(part)
+    return jax.tree.map(jnp.add, sums, found), aux
+
+  parts = jax.tree.map(split, (batch, keys.rows))
+  shapes = jax.eval_shape(lambda: of_part(jax.tree.map(lambda part: part[0], parts)))[0]
+  zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+  (value, metrics, gradients), others = jax.lax.scan(body, zeros, parts)
+  return value, stage.merge(others) | {'metrics': metrics}, gradients
 
 
 def compiler_options(mesh) -> dict[str, int]:
@@ -55,19 +98,26 @@ class Trainer:
     optimizer: an optax transformation.
     mesh: the device mesh.
     seed: of the initial parameters and of dropout.
+    microbatches: parts of a batch whose gradients are computed one after the other and summed.
+    offload_optimizer: whether the optimiser's state lies in the hosts' memory between steps.
 
   Raises:
-    UserError: if the mesh does not divide a parameter.
+    UserError: if the mesh does not divide a parameter, or its devices can't use their hosts'
+      memory.
   """
 
-  def __init__(self, stage, optimizer, mesh, seed: int = 0):
+  def __init__(self, stage, optimizer, mesh, seed: int = 0, microbatches: int = 1,
+               offload_optimizer: bool = False):
     self.stage, self.optimizer, self.mesh, self.seed = stage, optimizer, mesh, seed
+    self.microbatches = microbatches
     self.rules = rules_lib.logical_axis_rules()
     self.abstract = state_lib.abstract_state(stage, optimizer, mesh, self.rules)
+    if offload_optimizer:
+      self.abstract = state_lib.with_optimizer_on_host(self.abstract, mesh)
     self.shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
     self.batch_sharding = rules_lib.batch_sharding(mesh, self.rules)
     self._step = jax.jit(
-        make_train_step(stage, optimizer, seed), donate_argnums=0,
+        make_train_step(stage, optimizer, seed, microbatches), donate_argnums=0,
         compiler_options=compiler_options(mesh),
         in_shardings=(self.shardings, self.batch_sharding), out_shardings=(self.shardings, None))
     self._evaluate = jax.jit(

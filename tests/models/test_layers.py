@@ -24,21 +24,33 @@ def test_projection_sums_over_its_last_axes(rows, inputs, features):
 @pytest.mark.parametrize('features', [64, 63])
 def test_dropout_drops_its_share_and_keeps_the_expectation(features):
   x = jnp.ones((40, 50, features))
-  rngs = {'dropout': jax.random.key(0)}
-  out = np.asarray(layers.Dropout(0.3).apply({}, x, False, rngs=rngs))
+  out = np.asarray(layers.Dropout(0.3).apply({}, x, layers.dropout_keys(jax.random.key(0), 40)))
   assert out.shape == x.shape
   rate = round(0.3 * 65536) / 65536
   np.testing.assert_allclose(np.unique(out), [0.0, 1.0 / (1.0 - rate)], rtol=1e-6)
   # Four standard deviations of the mean of that many draws.
   assert abs(np.mean(out == 0) - rate) < 4 * np.sqrt(rate * (1 - rate) / out.size)
-  # Both halves of a word are drawn apart.
-  dropped = out == 0
-  half = -(-features // 2)
-  together = np.mean(dropped[..., :features - half] & dropped[..., half:])
-  assert abs(together - rate ** 2) < 0.01
+  # The four values of a pair of words are drawn apart, and so are examples and positions.
+  dropped, quarter = out == 0, -(-features // 4)
+  for shift in (quarter, 2 * quarter, 3 * quarter):
+    together = np.mean(dropped[..., :-shift] & dropped[..., shift:])
+    assert abs(together - rate ** 2) < 0.01
+  for a, b in ((dropped[1:], dropped[:-1]), (dropped[:, 1:], dropped[:, :-1])):
+    assert abs(np.mean(a & b) - rate ** 2) < 0.01
 
 
-def test_dropout_is_off_when_deterministic_or_at_rate_0():
+def test_a_mask_follows_from_the_key_and_the_examples_place_alone():
+  x, keys = jnp.ones((6, 3, 5)), layers.dropout_keys(jax.random.key(1), 6)
+  drop = lambda x, keys: np.asarray(layers.Dropout(0.5).apply({}, x, keys))
+  whole = drop(x, keys)
+  rows = jnp.array([4, 1], jnp.uint32)
+  np.testing.assert_array_equal(drop(x[:2], keys.replace(rows=rows)), whole[[4, 1]])
+  assert (drop(x, keys.fold(0)) != whole).any()
+  assert (drop(x, keys.fold(0)) != drop(x, keys.fold(1))).any()
+
+
+def test_dropout_is_off_without_keys_or_at_rate_0():
   x = _normal(0, 3, 4)
-  np.testing.assert_array_equal(layers.Dropout(0.3).apply({}, x, True), x)
-  np.testing.assert_array_equal(layers.Dropout(0.0).apply({}, x, False), x)
+  np.testing.assert_array_equal(layers.Dropout(0.3).apply({}, x, None), x)
+  keys = layers.dropout_keys(jax.random.key(0), 3)
+  np.testing.assert_array_equal(layers.Dropout(0.0).apply({}, x, keys), x)

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from parti_jax.errors import UserError
+from parti_jax.models import layer_stack
+from parti_jax.models import layers
 from parti_jax.models import parti
 from parti_jax.models import parti_config
-from parti_jax.models import transformer
 
 TINY = parti_config.PartiConfig(
     encoder_layers=2, decoder_layers=2, width=16, mlp_width=32, heads=2, text_vocabulary=20,
@@ -39,9 +40,8 @@ def tokens():
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(sizes, params, text, image, seed=None):
   """Logits without dropout, or with that of a seed."""
-  rngs = {} if seed is None else {'dropout': jax.random.key(seed)}
-  return parti.Parti(sizes).apply(
-      {'params': params}, text, image, deterministic=seed is None, rngs=rngs)
+  keys = None if seed is None else layers.dropout_keys(jax.random.key(seed), len(text))
+  return parti.Parti(sizes).apply({'params': params}, text, image, keys)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -103,7 +103,8 @@ def test_every_parameter_has_an_axis_name_for_each_dimension():
 
 
 @pytest.mark.parametrize('changes', [
-    {'remat': 'dots'}, {'unroll': 7}, {'remat': 'block_inputs', 'unroll': 2}])
+    {'remat': 'dots'}, {'unroll': 7}, {'remat': 'block_inputs', 'unroll': 2},
+    {'remat': 'block_inputs_and_attention'}, {'remat': 'nothing'}])
 def test_remat_and_unroll_change_neither_loss_nor_gradients(params, tokens, changes):
   # With dropout, whose masks must be the same in the recomputation.
   loss, gradients = _gradients(TINY, params, *tokens)
@@ -118,9 +119,9 @@ def test_remat_recomputes(params, tokens):
     sizes = dataclasses.replace(TINY, remat=policy)
     jaxpr = jax.make_jaxpr(functools.partial(_gradients, sizes))(params, *tokens)
     return sum(equation.primitive.name == 'dot_general' for equation in _equations(jaxpr.jaxpr))
-  # 'dots' computes only the attention's batched products again, 'block_inputs' all of them.
-  assert products('everything') < products('dots') < products('block_inputs')
-  assert set(transformer.REMAT_POLICIES) == {'everything', 'dots', 'block_inputs'}
+  # From the outputs of the projections to nothing but every second block's input.
+  counts = [products(policy) for policy in layer_stack.REMAT_POLICIES]
+  assert counts == sorted(set(counts))
 
 
 def test_dropout_changes_the_loss_and_follows_its_key(params, tokens):

@@ -20,12 +20,13 @@ from parti_jax.training import tokenizer_stage
 from parti_jax.training import trainer as trainer_lib
 
 BATCH = 8
-MESHES = [(8, 1, 1), (2, 2, 2), (1, 2, 4)]
+# Ways of data, fsdp, tensor and stage.
+MESHES = [(8, 1, 1, 1), (2, 2, 2, 1), (1, 2, 4, 1), (2, 1, 2, 2)]
 
 
 def _generator():
   sizes = parti_config.PartiConfig(
-      encoder_layers=1, decoder_layers=2, width=16, mlp_width=32, heads=4, text_vocabulary=16,
+      encoder_layers=2, decoder_layers=2, width=16, mlp_width=32, heads=4, text_vocabulary=16,
       text_length=4, codebook_size=24, grid=(2, 2), dropout=0.3, dtype='float32')
   draw = np.random.default_rng(0)
   text = draw.integers(3, 16, (BATCH, 4)).astype(np.int32)
@@ -39,7 +40,7 @@ def _generator():
 
 def _tokenizer():
   sizes = vit_vqgan.ViTVQGANConfig(
-      image_size=8, patch_size=4, encoder_layers=1, encoder_width=16, encoder_mlp_width=32,
+      image_size=8, patch_size=4, encoder_layers=2, encoder_width=16, encoder_mlp_width=32,
       encoder_heads=4, decoder_layers=2, decoder_width=16, decoder_mlp_width=32,
       decoder_heads=4, codebook_size=16, code_dim=4, dtype='float32')
   # Codes are revived in the step, so that their random choice is compared too.
@@ -66,7 +67,7 @@ def _trained(stage_name, sizes):
 
 @pytest.mark.parametrize('stage', ['generator', 'tokenizer'])
 def test_the_step_consists_mostly_of_its_update(stage):
-  _, before, state = _trained(stage, (1, 1, 1))
+  _, before, state = _trained(stage, (1, 1, 1, 1))
   moved = jax.tree.map(lambda a, b: np.abs(a - b).max() / np.abs(b).max(), before, state.params)
   assert np.median(jax.tree.leaves(moved)) > 0.3
   assert min(jax.tree.leaves(moved)) > 0.01
@@ -75,7 +76,7 @@ def test_the_step_consists_mostly_of_its_update(stage):
 @pytest.mark.parametrize('sizes', MESHES)
 @pytest.mark.parametrize('stage', ['generator', 'tokenizer'])
 def test_a_step_gives_the_same_on_every_mesh(stage, sizes):
-  metrics, before, state = _trained(stage, (1, 1, 1))
+  metrics, before, state = _trained(stage, (1, 1, 1, 1))
   others, before_there, state_there = _trained(stage, sizes)
   jax.tree.map(np.testing.assert_array_equal, before_there, before)
   np.testing.assert_allclose(others['loss'], metrics['loss'], rtol=1e-5)

@@ -133,9 +133,9 @@ def test_a_dimension_that_does_not_divide_is_named_with_its_parameter_and_axis(
 
 def test_a_batch_that_does_not_divide_is_named():
   mesh, table = mesh_lib.make_mesh(data=2, fsdp=2, tensor=2), rules.logical_axis_rules()
-  rules.check_batch(12, mesh, table, 'train.batch_size')
+  rules.check_batch(12, mesh, table)
   with pytest.raises(UserError, match=r'train\.batch_size=10 .* 4 ways .*multiple of 4'):
-    rules.check_batch(10, mesh, table, 'train.batch_size')
+    rules.check_batch(10, mesh, table)
 
 
 def test_gin_replaces_the_table():
@@ -167,4 +167,4 @@ def test_activations_are_constrained_at_block_boundaries_within_the_context_alon
     inside = lowered()
   # Both blocks' inputs and outputs, and the logits.
   assert inside.count('sharding_constraint') >= 5
-  assert '[{"data", "fsdp"}, {}, {"tensor"}]' in inside
+  assert '[{"stage", "data", "fsdp"}, {}, {"tensor"}]' in inside

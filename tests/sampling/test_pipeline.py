@@ -36,7 +36,7 @@ def test_shapes_and_what_it_was_drawn_from(pipeline, drawn):
   assert drawn.tokens.shape == (3, 3, 4)
   assert (drawn.prompts, drawn.seed) == (PROMPTS, 7)
   assert (drawn.settings.guidance_scale, drawn.settings.top_p) == (2.0, 0.99)
-  assert len(np.unique(drawn.images.reshape(9, -1), axis=0)) > 5
+  assert len(np.unique(drawn.images.reshape(9, -1), axis=0)) > 4
 
 
 @pytest.mark.parametrize('batch_size', [1, 2, 5])

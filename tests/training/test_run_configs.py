@@ -10,6 +10,7 @@ import pytest
 from parti_jax import config
 from parti_jax.data import tasks
 from parti_jax.errors import UserError
+from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.partitioning import rules
 from parti_jax.training import configurables  # pylint: disable=unused-import
 from parti_jax.training import state as state_lib
@@ -29,16 +30,15 @@ def _value(name):
 
 def _mesh(devices):
   """A mesh of devices that are not there, of the sizes that gin gives `make_mesh`."""
-  sizes = []
-  for axis in ('data', 'fsdp', 'tensor'):
+  sizes = {}
+  for axis in mesh_lib.AXES:
     try:
-      sizes.append(gin.query_parameter(f'make_mesh.{axis}'))
+      sizes[axis] = gin.query_parameter(f'make_mesh.{axis}')
     except ValueError:
-      sizes.append(-1 if axis == 'data' else 1)
-  known = abs(sizes[0] * sizes[1] * sizes[2])
+      sizes[axis] = -1 if axis == 'data' else 1
+  known = abs(math.prod(sizes.values()))
   return jax.sharding.AbstractMesh(
-      tuple(devices // known if size == -1 else size for size in sizes),
-      ('data', 'fsdp', 'tensor'))
+      tuple(devices // known if size == -1 else size for size in sizes.values()), mesh_lib.AXES)
 
 
 def test_the_papers_runs_are_there():
@@ -55,7 +55,7 @@ def test_a_run_makes_its_state_abstractly(name):
   state = state_lib.abstract_state(stage, optimizer(schedule), mesh, table)
   assert len(jax.tree.leaves(state.params)) > 10
   if pathlib.Path(name).stem.startswith(('parti', 'vit_vqgan')):
-    rules.check_batch(batch_size, mesh, table, 'train.batch_size')
+    rules.check_batch(batch_size, mesh, table)
   assert 0 < float(schedule(steps // 2)) <= 1
   assert float(schedule(steps)) < float(schedule(steps // 2))
   assert stage.step_flops(batch_size) > 0

@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 
+from parti_jax.models import layers
 from parti_jax.models import parti
 from parti_jax.models import parti_config
 from parti_jax.models import vit_vqgan
@@ -176,12 +177,10 @@ def test_the_generators_loss_is_the_mean_cross_entropy_of_weighted_tokens():
   batch = {'encoder_input_tokens': np.array([[3, 4, 1], [5, 1, 0]], np.int32),
            'decoder_target_tokens': np.array([[2, 0], [5, 5]], np.int32),
            'decoder_loss_weights': np.array([[1, 1], [1, 0]], np.float32)}
-  key = jax.random.key(2)
-  loss, aux = jax.jit(stage.loss)(params, batch, key, 0)
-  apply = jax.jit(parti.Parti(GENERATOR).apply, static_argnames='deterministic')
-  logits = apply(
-      {'params': params}, batch['encoder_input_tokens'], batch['decoder_target_tokens'],
-      deterministic=False, rngs={'dropout': key})
+  keys = layers.dropout_keys(jax.random.key(2), 2)
+  loss, aux = jax.jit(stage.loss)(params, batch, keys, 0)
+  logits = jax.jit(parti.Parti(GENERATOR).apply)(
+      {'params': params}, batch['encoder_input_tokens'], batch['decoder_target_tokens'], keys)
   logits = np.asarray(logits, np.float64)
   chance = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
   losses = -np.log([chance[0, 0, 2], chance[0, 1, 0], chance[1, 0, 5]])
@@ -190,7 +189,7 @@ def test_the_generators_loss_is_the_mean_cross_entropy_of_weighted_tokens():
   np.testing.assert_allclose(
       aux['metrics']['token_accuracy'], (hits[0, 0] + hits[0, 1] + hits[1, 0]) / 3, rtol=1e-6)
   # Dropout is off when it is evaluated.
-  other, _ = jax.jit(stage.loss)(params, batch, jax.random.key(3), 0)
+  other, _ = jax.jit(stage.loss)(params, batch, layers.dropout_keys(jax.random.key(3), 2), 0)
   assert other != loss
   each = jax.jit(stage.evaluate)(params, batch)
   assert each['loss'].shape == (2,)

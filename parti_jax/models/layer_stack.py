@@ -1,0 +1,119 @@
+"""A stack of equal layers: parameters with a leading axis `layers`, run by a scan or a pipeline.
+
+The layout of the parameters is the same on every mesh and with every remat policy, so that a
+checkpoint fits all of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from parti_jax.models import attention
+from parti_jax.models import layers
+from parti_jax.partitioning import mesh as mesh_lib
+from parti_jax.partitioning import pipeline
+
+# What the backward pass finds in memory instead of computing it again.
+REMAT_POLICIES = {
+    'everything': jax.checkpoint_policies.save_anything_except_these_names(
+        pipeline.VISIT_PARAMETERS),
+    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    'block_inputs_and_attention': jax.checkpoint_policies.save_only_these_names(
+        attention.ATTENTION_OUTPUT),
+    'block_inputs': jax.checkpoint_policies.nothing_saveable,
+    'nothing': jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def remat(layer, policy: str):
+  """Wraps a layer so that its backward pass keeps what `policy` says.
+
+  Args:
+    layer: function of arrays.
+    policy: 'everything' (no recomputation), 'dots' (outputs of the projections),
+      'block_inputs_and_attention' (each layer's input and the output of its self-attention),
+      'block_inputs', or 'nothing' (of the inputs of about √layers layers each only the first;
+      each layer is computed three times in all).
+
+  Raises:
+    ValueError: if there is no such policy.
+  """
+  if policy not in REMAT_POLICIES:
+    raise ValueError(f'unknown remat policy {policy!r}; known: {", ".join(REMAT_POLICIES)}')
+  return jax.checkpoint(layer, policy=REMAT_POLICIES[policy], prevent_cse=False)
+
+
+def initializer(block: nn.Module, length: int, *inputs):
+  """An initializer of the parameters of `length` blocks, stacked along a new axis `layers`.
+
+  Args:
+    block: a module without parent.
+    length: number of layers.
+    *inputs: what the block takes; only shapes count.
+
+  Returns:
+    A function of a key that returns boxed parameters, as `nn.Module.param` takes it.
+  """
+
+  def init(key):
+    one = lambda key: block.init(key, *inputs)['params']
+    with mesh_lib.unused():  # One example does not divide among the devices.
+      stacked = jax.vmap(one)(jax.random.split(key, length))
+    return nn.meta.add_axis(stacked, 0, {nn.PARTITION_NAME: 'layers'})
+
+  return init
+
+
+def run(layer, stacked, x, beside, dropout_keys, policy: str, unroll: int = 1):
+  """Runs the layers one after the other; as a pipeline where the mesh has several stages.
+
+  Args:
+    layer: (params, x, beside, keys) -> x, of one layer.
+    stacked: parameters with the leading axis `layers`.
+    x: [batch, length, embed].
+    beside: a tree of arrays [batch, ...] that every layer sees, such as the text.
+    dropout_keys: layers.DropoutKeys, or None where dropout is off.
+    policy: name in REMAT_POLICIES.
+    unroll: layers laid out in one turn of the scan.
+
+  Returns:
+    As x.
+  """
+  count = jax.tree.leaves(stacked)[0].shape[0]
+  rows = None if dropout_keys is None else dropout_keys.rows
+  keys_of = lambda rows: None if rows is None else layers.DropoutKeys(dropout_keys.key, rows)
+
+  def one(params, index, x, beside, rows):
+    return layer(params, x, beside, layers.fold(keys_of(rows), index))
+
+  schedule = pipeline.schedule(count, x.shape[0])
+  if schedule is not None:
+    return pipeline.run(
+        one, lambda visit: remat(visit, policy), stacked, x, (beside, rows), schedule)
+
+  kept = one if policy == 'everything' else remat(one, policy)
+
+  def scan(x, stacked, indices):
+    def body(x, inputs):
+      return kept(*inputs, x, beside, rows), None
+    return jax.lax.scan(body, x, (stacked, indices), unroll=min(unroll, len(indices)))[0]
+
+  indices = jnp.arange(count)
+  if policy != 'nothing':
+    return scan(x, stacked, indices)
+  size = _near_root(count)
+  grouped = jax.tree.map(
+      lambda leaf: leaf.reshape((count // size, size) + leaf.shape[1:]), (stacked, indices))
+  group = functools.partial(jax.checkpoint, prevent_cse=False)(scan)
+  return jax.lax.scan(lambda x, part: (group(x, *part), None), x, grouped)[0]
+
+
+def _near_root(count: int) -> int:
+  """The divisor of `count` that is nearest to its root."""
+  divisors = [size for size in range(1, count + 1) if count % size == 0]
+  return min(divisors, key=lambda size: abs(math.log(size * size / count)))

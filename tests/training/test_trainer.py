@@ -1,0 +1,98 @@
+"""The step: microbatches and an optimiser on the host change nothing, and do what they are for."""
+
+import functools
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from parti_jax.errors import UserError
+from parti_jax.models import parti_config
+from parti_jax.models import vit_vqgan
+from parti_jax.partitioning import mesh as mesh_lib
+from parti_jax.partitioning import rules
+from parti_jax.training import generator_stage
+from parti_jax.training import optimizers
+from parti_jax.training import tokenizer_stage
+from parti_jax.training import trainer as trainer_lib
+
+BATCH = 8
+
+
+def _generator():
+  sizes = parti_config.PartiConfig(
+      encoder_layers=1, decoder_layers=2, width=16, mlp_width=32, heads=4, text_vocabulary=16,
+      text_length=4, codebook_size=24, grid=(2, 2), dropout=0.3, dtype='float32')
+  draw = np.random.default_rng(0)
+  batch = {'encoder_input_tokens': draw.integers(3, 16, (BATCH, 4)).astype(np.int32),
+           'decoder_target_tokens': draw.integers(0, 24, (BATCH, 4)).astype(np.int32),
+           # Microbatches of different weight.
+           'decoder_loss_weights': (np.arange(32).reshape(BATCH, 4) % 7 < 4).astype(np.float32)}
+  return generator_stage.GeneratorStage(sizes), batch
+
+
+def _tokenizer():
+  sizes = vit_vqgan.ViTVQGANConfig(
+      image_size=8, patch_size=4, encoder_layers=1, encoder_width=16, encoder_mlp_width=32,
+      encoder_heads=4, decoder_layers=1, decoder_width=16, decoder_mlp_width=32,
+      decoder_heads=4, codebook_size=16, code_dim=4, dtype='float32')
+  images = np.random.default_rng(1).integers(0, 256, (BATCH, 8, 8, 3)).astype(np.uint8)
+  # Latents from all microbatches are candidates for codes that are revived.
+  return tokenizer_stage.TokenizerStage(
+      sizes, revive_every=1, revive_until=5, dead_below=0.01), {'images': images}
+
+
+@functools.cache
+def _stepped(stage_name, microbatches):
+  stage, batch = {'generator': _generator, 'tokenizer': _tokenizer}[stage_name]()
+  mesh = mesh_lib.make_mesh(tensor=2, devices=jax.devices()[:4])
+  trainer = trainer_lib.Trainer(stage, optax.sgd(10.0), mesh, 5, microbatches)
+  state, metrics = trainer.step(trainer.create_state(), trainer.put(batch))
+  return jax.device_get(state), jax.device_get(metrics)
+
+
+@pytest.mark.parametrize('stage', ['generator', 'tokenizer'])
+def test_microbatches_give_the_step_of_the_whole_batch(stage):
+  state, metrics = _stepped(stage, 1)
+  other, others = _stepped(stage, 4)
+  for name in ('loss', 'gradient_norm'):
+    np.testing.assert_allclose(others[name], metrics[name], rtol=1e-5)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, atol=2e-5 * np.abs(a).max()),
+               (state.params, state.statistics), (other.params, other.statistics))
+
+
+def test_microbatches_take_less_memory():
+  stage, _ = _generator()
+  mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
+
+  def temporaries(microbatches):
+    trainer = trainer_lib.Trainer(stage, optax.sgd(1.0), mesh, 0, microbatches)
+    return trainer.lower(512).compile().memory_analysis().temp_size_in_bytes
+
+  assert temporaries(8) < temporaries(1) / 3
+
+
+def test_microbatches_and_devices_must_divide_the_batch():
+  mesh, table = mesh_lib.make_mesh(tensor=2), rules.logical_axis_rules()
+  rules.check_batch(24, mesh, table, 2)
+  with pytest.raises(UserError, match='train.microbatches=3 times the 4 ways.*multiple of 12'):
+    rules.check_batch(16, mesh, table, 3)
+
+
+def test_the_optimisers_state_may_lie_on_the_host():
+  stage, batch = _generator()
+  mesh = mesh_lib.make_mesh(tensor=2, devices=jax.devices()[:4])
+  ended = []
+  for offload in (False, True):
+    trainer = trainer_lib.Trainer(
+        stage, optimizers.adamw(lambda step: 0.01), mesh, 5, offload_optimizer=offload)
+    state = trainer.create_state()
+    for _ in range(2):
+      state, _ = trainer.step(state, trainer.put(batch))
+    kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.optimizer_state)
+             if leaf.shape}
+    assert kinds == ({'pinned_host'} if offload else {'device'})
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.params)} == {'device'}
+    ended.append(jax.device_get(state))
+  jax.tree.map(np.testing.assert_array_equal, *ended)
