@@ -12,6 +12,9 @@ import orbax.checkpoint as ocp
 from parti_jax import errors
 from parti_jax.sampling import model_folder
 
+# What models did before it became a setting, for checkpoints that do not name it.
+_BEFORE_IT_WAS_A_SETTING = {'attention_pattern': 'causal', 'conv_kernel': 11}
+
 
 class Checkpoints:
   """The checkpoints in `model_dir/checkpoints`, written asynchronously, the last few kept.
@@ -187,11 +190,12 @@ def check_same_model(path, saved: dict, wanted: dict):
     raise errors.UserError(f'{path}: a checkpoint of the stage {saved["stage"]!r}, not of '
                            f'{wanted["stage"]!r}; choose another --model_dir')
   free = ('dropout', 'dtype', 'remat', 'unroll', 'commitment')
+  there = _BEFORE_IT_WAS_A_SETTING | saved['config']
   plain = lambda value: list(value) if isinstance(value, (tuple, list)) else value
   differing = [
-      f'{key} is {saved["config"].get(key)} there and {value} here'
+      f'{key} is {there.get(key)} there and {value} here'
       for key, value in wanted['config'].items()
-      if key not in free and plain(saved['config'].get(key)) != plain(value)]
+      if key not in free and plain(there.get(key)) != plain(value)]
   if differing:
     raise errors.UserError(f'{path}: of another configuration: {"; ".join(differing)}; train in '
                            'another --model_dir, or set the model back')
