@@ -88,7 +88,7 @@ def test_the_pipeline_gives_the_loss_and_gradients_of_plain_layers(sizes, settin
     np.testing.assert_allclose(b, a, atol=1e-5 * np.abs(a).max(), err_msg=str(path))
 
 
-@pytest.mark.parametrize('remat', ['everything', 'dots', 'block_inputs_and_attention', 'nothing'])
+@pytest.mark.parametrize('remat', ['everything', 'block_inputs_and_attention'])
 def test_the_pipeline_gives_the_same_with_every_remat_policy(remat):
   loss, gradients = _plain(0.3)
   mesh = mesh_lib.make_mesh(stage=4, data=1, devices=jax.devices()[:4])

@@ -1,6 +1,7 @@
 """The step: microbatches and an optimiser on the host change nothing, and do what they are for."""
 
 import functools
+import re
 
 import jax
 import numpy as np
@@ -96,3 +97,16 @@ def test_the_optimisers_state_may_lie_on_the_host():
     assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.params)} == {'device'}
     ended.append(jax.device_get(state))
   jax.tree.map(np.testing.assert_array_equal, *ended)
+
+
+def test_no_device_holds_logits_of_the_whole_codebook():
+  sizes = parti_config.PartiConfig(
+      encoder_layers=1, decoder_layers=1, width=16, mlp_width=32, heads=4, text_vocabulary=16,
+      text_length=3, codebook_size=88, grid=(1, 5), dropout=0.0, dtype='float32')
+  mesh = mesh_lib.make_mesh(data=2, tensor=4)
+  trainer = trainer_lib.Trainer(generator_stage.GeneratorStage(sizes), optax.sgd(1.0), mesh)
+  shapes = set(re.findall(r'[a-z0-9]+\[([\d,]+)\]', trainer.lower(14).compile().as_text()))
+  values = {shape: np.prod([int(size) for size in shape.split(',')]) for shape in shapes}
+  # A device's part is 7 examples, 5 places and 22 codes; all codes would be 88.
+  assert values['7,5,22'] == 7 * 5 * 22
+  assert max(values.values()) < 7 * 5 * 88
