@@ -36,6 +36,7 @@ def parti_jax_system(args, guided: bool):
   from parti_jax.models import parti  # pylint: disable=import-outside-toplevel
   from parti_jax.models import parti_config  # pylint: disable=import-outside-toplevel
   from parti_jax.sampling import decoding  # pylint: disable=import-outside-toplevel
+  from parti_jax.sampling import parameters  # pylint: disable=import-outside-toplevel
 
   side = round(args.tokens ** 0.5)
   config = parti_config.PartiConfig(
@@ -43,7 +44,8 @@ def parti_jax_system(args, guided: bool):
       mlp_width=4 * args.width, heads=args.width // HEAD_DIM, text_vocabulary=VOCABULARY,
       text_length=TEXT_LENGTH, codebook_size=VOCABULARY, grid=(side, side), dtype='float32')
   init = functools.partial(parti.Parti(config).init, jax.random.key(0))
-  params = nn.meta.unbox(jax.jit(init)(*parti.example_inputs(config))['params'])
+  params = parameters.cut(
+      config, nn.meta.unbox(jax.jit(init)(*parti.example_inputs(config))['params']))
 
   @jax.jit
   def draw(params, texts, image_index):

@@ -67,17 +67,18 @@ class ImageDecoder(nn.Module):
     x = self.decoder(x, encoded, text_mask, layers.fold(dropout_keys, 1))
     return self._logits(x)
 
-  def start(self, encoded):
-    """What every step needs, computed once, as `transformer.Decoder.start`."""
-    return self.decoder.start(encoded)
+  def start(self, encoded, layers_apart):
+    """What every step needs of the text, computed once, as `transformer.Decoder.start`."""
+    return self.decoder.start(encoded, layers_apart)
 
-  def step(self, previous_token, caches, blocks, text_mask, position):
+  def step(self, previous_token, caches, layers_apart, memories, text_mask, position):
     """Logits of one position, with a cache of the earlier ones.
 
     Args:
       previous_token: int32 [batch], the token before this position; ignored at position 0.
       caches: of `empty_caches` or of the step before.
-      blocks: of `start()`.
+      layers_apart: parameters of each layer, cut out of the stack.
+      memories: of `start`.
       text_mask: bool [batch, 1, 1, text_length].
       position: int32 [].
 
@@ -86,7 +87,7 @@ class ImageDecoder(nn.Module):
     """
     x = jnp.where(position == 0, self.begin, self.token_embedding(previous_token))
     x = (x + self._positions(position))[:, None].astype(self.config.compute_dtype)
-    x, caches = self.decoder.step(x, caches, blocks, text_mask, position)
+    x, caches = self.decoder.step(x, caches, layers_apart, memories, text_mask, position)
     return self._logits(x)[:, 0], caches
 
   def empty_caches(self, batch: int, length: int):

@@ -39,39 +39,44 @@ class Parti(nn.Module):
     mask = text_encoder.text_mask(text_tokens)
     return self.image_decoder(image_tokens, encoded, mask, layers.fold(dropout_keys, 1))
 
-  def start(self, text_tokens, cache_length: int | None = None):
+  def start(self, text_tokens, layers_apart, cache_length: int | None = None):
     """What sampling needs of a text, computed once.
+
+    Neither this nor `step` looks at the decoder's layers among the module's own parameters.
 
     Args:
       text_tokens: int32 [batch, text_length].
+      layers_apart: parameters of each decoder layer, cut out of the stack.
       cache_length: positions that the caches have room for; all of them by default.
 
     Returns:
-      blocks: for each decoder layer its parameters and the text's keys and values,
+      memories: for each decoder layer the text's keys and values,
         [batch, heads, text_length, head_dim] each.
       mask: of the text, bool [batch, 1, 1, text_length].
       caches: for each decoder layer empty keys and values, [batch, heads, cache_length,
         head_dim] each.
     """
-    blocks = self.image_decoder.start(self.text_encoder(text_tokens))
+    memories = self.image_decoder.start(self.text_encoder(text_tokens), layers_apart)
     length = self.config.image_length if cache_length is None else cache_length
     caches = self.image_decoder.empty_caches(text_tokens.shape[0], length)
-    return blocks, text_encoder.text_mask(text_tokens), caches
+    return memories, text_encoder.text_mask(text_tokens), caches
 
-  def step(self, previous_token, caches, blocks, mask, position):
+  def step(self, previous_token, caches, layers_apart, memories, mask, position):
     """One position of sampling.
 
     Args:
       previous_token: int32 [batch]; ignored at position 0.
       caches: of `start`, or of the step before.
-      blocks: of `start`.
+      layers_apart: as `start`.
+      memories: of `start`.
       mask: of `start`.
       position: int32 [].
 
     Returns:
       float32 logits [batch, codebook_size] and the caches with this position written.
     """
-    return self.image_decoder.step(previous_token, caches, blocks, mask, position)
+    return self.image_decoder.step(
+        previous_token, caches, layers_apart, memories, mask, position)
 
 
 def example_inputs(config: parti_config.PartiConfig, batch: int = 1):

@@ -173,35 +173,29 @@ class Decoder(nn.Module):
           layer, stacked, x, (encoded, text_mask), dropout_keys, self.remat, self.unroll)
     return self.norm(x)
 
-  def start(self, encoded):
-    """What every step needs, computed once for all positions.
-
-    The blocks' parameters are taken apart here: a step that sliced them out of the stack would
-    copy them all at every position, which costs as much as the step itself.
+  def start(self, encoded, layers_apart):
+    """What every step needs of the text, computed once for all positions.
 
     Args:
       encoded: [batch, text_length, embed].
+      layers_apart: parameters of each layer, cut out of the stack.
 
     Returns:
-      A list with, for each layer, its parameters and its memory: the text's keys and values,
+      A list with, for each layer, its memory: the text's keys and values,
       [batch, heads, text_length, head_dim] each.
     """
-    stacked = nn.meta.unbox(self.variables['params']['layers'])
-    blocks = []
-    for layer in range(self.num_layers):
-      params = jax.tree.map(lambda leaf, layer=layer: leaf[layer], stacked)
-      memory = self.block.apply({'params': params}, encoded, method='memory')
-      blocks.append((params, memory))
-    return blocks
+    return [self.block.apply({'params': params}, encoded, method='memory')
+            for params in layers_apart]
 
-  def step(self, x, caches, blocks, text_mask, position):
+  def step(self, x, caches, layers_apart, memories, text_mask, position):
     """One position through all layers.
 
     Args:
       x: [batch, 1, embed].
       caches: a list with, for each layer, keys and values
         [batch, heads, length, head_dim].
-      blocks: of `start()`.
+      layers_apart: as `start`.
+      memories: of `start`.
       text_mask: bool [batch, 1, 1, text_length].
       position: int32 [].
 
@@ -209,7 +203,7 @@ class Decoder(nn.Module):
       The output [batch, 1, embed] and the caches with this position written.
     """
     written = []
-    for cache, (params, memory) in zip(caches, blocks, strict=True):
+    for cache, params, memory in zip(caches, layers_apart, memories, strict=True):
       x, cache = self.block.apply(
           {'params': params}, x, cache, memory, text_mask, position, self.pattern, method='step')
       written.append(cache)

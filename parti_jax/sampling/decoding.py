@@ -9,13 +9,20 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import layout
 
 from parti_jax.models import parti as parti_lib
+from parti_jax.partitioning import mesh as mesh_lib
+from parti_jax.partitioning import rules as rules_lib
 
 # Caches grow in at most this many steps: attention over places that are still empty costs time,
 # and every step is a loop of its own to compile.
 _MAX_SEGMENTS = 4
 _MIN_SEGMENT = 64
+
+# Caches [batch, heads, length, head_dim] on a TPU: positions are fastest in memory. A head_dim of
+# 64 would be padded to the 128 lanes, and half of what a step reads would be padding.
+CACHE_LAYOUT = layout.Layout((0, 1, 3, 2))
 
 
 def image_keys(seed, image_index):
@@ -132,6 +139,19 @@ def choose(logits, keys, position, temperature, top_k, top_p, *, greedy, filtere
   return jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
 
 
+def _in_cache_layout(cache):
+  """A cache in `CACHE_LAYOUT`."""
+  def constrain(part):
+    return layout.with_layout_constraint(part, CACHE_LAYOUT)
+
+  if mesh_lib.current() is None:
+    return constrain(cache)
+  # XLA would gather the whole cache for the constraint; each device has one for its own part.
+  spec = rules_lib.spec('activation_batch', 'activation_heads', 'activation_length', None)
+  return jax.shard_map(constrain, in_specs=spec, out_specs=spec, check_vma=False,
+                       axis_names=rules_lib.free_axes())(cache)
+
+
 def _grow(caches, length: int):
   """Caches with room for `length` positions, the new ones empty."""
   def grow(cache):
@@ -145,6 +165,44 @@ def _segment_ends(length: int) -> list[int]:
   return [min(end, length) for end in range(segment, length + segment, segment)]
 
 
+def sample_step(
+    config, params, memories, mask, previous, caches, keys, position, guidance_scale=1.0,
+    temperature=1.0, top_k=0, top_p=1.0, *, guided: bool, greedy: bool, filtered: bool):
+  """Draws one image token of each image of a batch, given those before it.
+
+  Args:
+    config: PartiConfig.
+    params: a `parameters.Parameters`.
+    memories: of `Parti.start`, as `mask` and, at first, `caches`. If guided they have two rows for
+      each image, with its text and without.
+    mask: see `memories`.
+    previous: int32 [batch], the tokens before; ignored at position 0.
+    caches: see `memories`; afterwards those of the step before.
+    keys: a key for each image, [batch], see `image_keys`.
+    position: int32 [].
+    guidance_scale: float32 [], see SamplingSettings, as the next ones; looked at if guided.
+    temperature: float32 [].
+    top_k: int32 [].
+    top_p: float32 [].
+    guided: whether the logits without text are computed too.
+    greedy: whether to take the likeliest token.
+    filtered: whether top_k or top_p rule out tokens.
+
+  Returns:
+    int32 [batch] and the caches with this position written.
+  """
+  logits, caches = parti_lib.Parti(config).apply(
+      {'params': params.shared}, jnp.repeat(previous, 2 if guided else 1), caches, params.layers,
+      memories, mask, position, method='step')
+  if mesh_lib.platform() == 'tpu':
+    caches = jax.tree.map(_in_cache_layout, caches)
+  if guided:
+    logits = guide(logits, guidance_scale)
+  token = choose(logits, keys, position, temperature, jnp.asarray(top_k), top_p,
+                 greedy=greedy, filtered=filtered)
+  return token, caches
+
+
 def sample_tokens(
     config, params, text_tokens, keys, guidance_scale=1.0, temperature=1.0, top_k=0, top_p=1.0,
     *, guided: bool, greedy: bool, filtered: bool):
@@ -155,7 +213,7 @@ def sample_tokens(
 
   Args:
     config: PartiConfig.
-    params: of Parti, without axis names.
+    params: a `parameters.Parameters`.
     text_tokens: int32 [batch, text_length], padded with 0.
     keys: a key for each image, [batch], see `image_keys`.
     guidance_scale: float32 [], see SamplingSettings; looked at if guided.
@@ -169,25 +227,19 @@ def sample_tokens(
   Returns:
     int32 [batch, image_length].
   """
-  model = parti_lib.Parti(config)
-  variables = {'params': params}
   batch = text_tokens.shape[0]
-  ways = 2 if guided else 1
   if guided:
     # Both texts of an image are neighbours, so that they stay on one device of a mesh.
     text_tokens = jnp.stack([text_tokens, empty_text(*text_tokens.shape)], axis=1)
     text_tokens = text_tokens.reshape(2 * batch, -1)
   ends = _segment_ends(config.image_length)
-  blocks, mask, caches = model.apply(variables, text_tokens, ends[0], method='start')
+  memories, mask, caches = parti_lib.Parti(config).apply(
+      {'params': params.shared}, text_tokens, params.layers, ends[0], method='start')
 
   def body(carry, position):
-    previous, caches = carry
-    logits, caches = model.apply(
-        variables, jnp.repeat(previous, ways), caches, blocks, mask, position, method='step')
-    if guided:
-      logits = guide(logits, guidance_scale)
-    token = choose(logits, keys, position, temperature, jnp.asarray(top_k), top_p,
-                   greedy=greedy, filtered=filtered)
+    token, caches = sample_step(
+        config, params, memories, mask, *carry, keys, position, guidance_scale, temperature, top_k,
+        top_p, guided=guided, greedy=greedy, filtered=filtered)
     return (token, caches), token
 
   token, pieces, start = jnp.zeros(batch, jnp.int32), [], 0

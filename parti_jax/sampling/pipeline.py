@@ -21,6 +21,7 @@ from parti_jax.partitioning import rules as rules_lib
 from parti_jax.sampling import decoding
 from parti_jax.sampling import images as images_lib
 from parti_jax.sampling import model_folder
+from parti_jax.sampling import parameters
 from parti_jax.sampling import settings as settings_lib
 
 DEMO_FOLDER = pathlib.Path(__file__).parent.parent / 'demo'
@@ -126,7 +127,9 @@ class Pipeline:
           f'{model.vocabulary_path} has {self._vocabulary.size} pieces, but the model knows '
           f'{self._config.text_vocabulary}; it is the vocabulary of another model')
     self._parti_params = self._placed(
-        model.parti_params, model_folder.abstract_parti(model.parti_config))
+        parameters.cut(self._config, model.parti_params),
+        model_folder.abstract_parti(self._config),
+        lambda shardings: parameters.shardings(self._config, shardings))
     self._tokenizer_params = self._placed(
         model.tokenizer_params, model_folder.abstract_tokenizer(model.tokenizer_config))
 
@@ -208,10 +211,12 @@ class Pipeline:
     """
     return self._through_tokenizer(images, _reconstruct, np.empty_like(images))
 
-  def _placed(self, params, boxed):
+  def _placed(self, params, boxed, cut=lambda shardings: shardings):
+    """Parameters on the devices; `cut` turns shardings of whole ones into those of `params`."""
     if self._mesh is None:
       return jax.device_put(params)
-    return jax.device_put(params, rules_lib.parameter_shardings(boxed, self._mesh, self._rules))
+    shardings = rules_lib.parameter_shardings(boxed, self._mesh, self._rules)
+    return jax.device_put(params, cut(shardings))
 
   def _run(self, function, params, arrays, *scalars, **statics):
     """Calls a jitted function, on the mesh if there is one; numpy arrays in and out."""

@@ -14,6 +14,7 @@ from parti_jax.models import parti
 from parti_jax.models import parti_config
 from parti_jax.models import vit_vqgan
 from parti_jax.sampling import decoding
+from parti_jax.sampling import parameters
 from parti_jax.training import frozen_tokenizer
 
 
@@ -120,7 +121,7 @@ class GeneratorStage:
     def draw(params, text_tokens, image_tokens):
       keys = decoding.image_keys(0, jnp.arange(text_tokens.shape[0]))
       drawn = decoding.sample_tokens(
-          self.model, params, text_tokens, keys, self.guidance_scale,
+          self.model, parameters.cut(self.model, params), text_tokens, keys, self.guidance_scale,
           guided=True, greedy=False, filtered=False)
       decode = lambda tokens: vit_vqgan.ViTVQGAN(config).apply(
           {'params': tokenizer_params}, tokens, method='detokenize')

@@ -12,6 +12,7 @@ import pytest
 from parti_jax.models import parti
 from parti_jax.models import parti_config
 from parti_jax.sampling import decoding
+from parti_jax.sampling import parameters
 
 CONFIG = parti_config.PartiConfig(
     encoder_layers=1, decoder_layers=2, width=16, mlp_width=32, heads=2, text_vocabulary=20,
@@ -31,7 +32,8 @@ def params():
 def draw_jitted(params, texts, image_index, seed, settings, segment, **statics):
   del segment  # Only there to compile again when the tests change it.
   keys = decoding.image_keys(seed, image_index)
-  return decoding.sample_tokens(CONFIG, params, texts, keys, **settings, **statics)
+  return decoding.sample_tokens(
+      CONFIG, parameters.cut(CONFIG, params), texts, keys, **settings, **statics)
 
 
 def draw(params, texts, image_index, seed=0, guided=False, greedy=False, filtered=False,
@@ -47,12 +49,13 @@ def draw(params, texts, image_index, seed=0, guided=False, greedy=False, filtere
 def cached_logits(params, texts, tokens, config=CONFIG):
   """Logits of every position, computed one position after the other."""
   model = parti.Parti(config)
-  blocks, mask, caches = model.apply({'params': params}, texts, method='start')
+  layers = parameters.cut(config, params).layers
+  memories, mask, caches = model.apply({'params': params}, texts, layers, method='start')
 
   def body(carry, inputs):
     (previous, caches), (position, token) = carry, inputs
     logits, caches = model.apply(
-        {'params': params}, previous, caches, blocks, mask, position, method='step')
+        {'params': params}, previous, caches, layers, memories, mask, position, method='step')
     return (token, caches), logits
 
   inputs = jnp.arange(CONFIG.image_length), tokens.T
