@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import difflib
 import inspect
+import io
 import os
 import pathlib
 import re
@@ -15,6 +16,11 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from parti_jax import optional_packages
 from parti_jax.errors import UserError
+
+# What gin may name in parti_jax.data; tests/test_config.py compares them with what is there.
+DATA_NAMES = ('data', 'drop_text', 'folder', 'openmoji', 'shuffle', 'tfrecord', 'token_cache',
+              'vocabulary', 'webdataset')
+_DATA_IMPORT = re.compile(r'^import parti_jax\.data\b.*$', re.MULTILINE)
 
 _CALL_CHAIN = '\n  In call to configurable'
 _LOCATION = re.compile(r'\n  In file "(?P<file>[^\n]*)", line (?P<line>\d+)\n(?P<text>[^\n]*)')
@@ -56,12 +62,14 @@ def find(gin_file: str) -> pathlib.Path:
   return path
 
 
-def parse(gin_files: Sequence[str], bindings: Sequence[str]) -> None:
+def parse(gin_files: Sequence[str], bindings: Sequence[str], data: bool = True) -> None:
   """Reads gin files, then single bindings, in place of all that was read before.
 
   Args:
     gin_files: see `find`; files that these include are found the same way.
     bindings: 'NAME=VALUE', each of them.
+    data: whether to read what is said about the data. Without it, the files' imports of
+      `parti_jax.data` and the values of its names are left out, which takes no TensorFlow.
 
   Raises:
     UserError: a file is missing or can't be read as gin, a name is unknown (the message has the
@@ -71,15 +79,16 @@ def parse(gin_files: Sequence[str], bindings: Sequence[str]) -> None:
   import gin  # pylint: disable=import-outside-toplevel
 
   gin.clear_config()
+  skipped = () if data else DATA_NAMES
   try:
-    with _includes_found_as_files_are(gin):
+    with _includes_found_as_files_are(gin, data):
       for gin_file in gin_files:
         path = str(find(gin_file))
         with _translated_parse_errors(path):
-          gin.parse_config_file(path)
+          gin.parse_config_file(path, skipped)
       for binding in bindings:
         with _translated_parse_errors(f'--gin.{binding}', is_binding=True):
-          gin.parse_config(binding)
+          gin.parse_config(binding, skipped)
     _check_macros(gin, bindings)
     with _translated_parse_errors(', '.join(gin_files) or 'gin'):
       gin.finalize()
@@ -161,13 +170,23 @@ def _nearest_by_name(gin_file: str, known: Sequence[str]) -> list[str]:
 
 
 @contextlib.contextmanager
-def _includes_found_as_files_are(gin) -> Iterator[None]:
+def _includes_found_as_files_are(gin, data: bool) -> Iterator[None]:
   """Makes `include` in a gin file look where `find` looks."""
+
+  def read(name):
+    path = _find(name)
+    if data:
+      return open(path, encoding='utf-8')
+    # An empty line in place of an import, so that the lines of errors are right.
+    text = io.StringIO(_DATA_IMPORT.sub('', path.read_text(encoding='utf-8')))
+    text.name = str(path)  # For gin's errors.
+    return text
+
   # In place of gin's own readers: the one for packages logs errors while it searches, and fails
   # on a folder without __init__.py that can be imported, as gin_configs in a checkout.
   readers = gin.config._FILE_READERS  # pylint: disable=protected-access
   saved = list(readers)
-  readers[:] = [(lambda name: open(_find(name), encoding='utf-8'), _find)]
+  readers[:] = [(read, _find)]
   try:
     yield
   finally:

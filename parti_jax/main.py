@@ -24,6 +24,8 @@ COMMANDS = {
     'export': ('parti_jax.training.export_command',
                'turn checkpoints into one folder for sampling'),
     'vocabulary': ('parti_jax.data.vocabulary_command', 'train a SentencePiece vocabulary'),
+    'plan': ('parti_jax.planning.command',
+             'compile a step for devices that are not there: does it fit, what bounds it'),
     'evaluate': ('parti_jax.evaluation.command', 'measure a model, beside its yardsticks'),
 }
 

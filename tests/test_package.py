@@ -20,18 +20,19 @@ PACKAGE = pathlib.Path(parti_jax.__file__).parent
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
 # What each part of the package may import of the package, besides itself. `None`: anything.
-_LEAVES = {'errors', 'config', 'optional_packages', 'compilation_cache'}
+_LEAVES = {'errors', 'config', 'optional_packages', 'compilation_cache', 'native_notes'}
 _MAY_IMPORT = {
     'partitioning': {'errors'},
     'models': {'partitioning', 'errors'},
     'data': {'partitioning', *_LEAVES},
     'sampling': {'models', 'data', 'partitioning', *_LEAVES},
-    'planning': {'models', 'data', 'partitioning', 'training', *_LEAVES},
+    'planning': {'models', 'partitioning', 'sampling', 'training', *_LEAVES},
     'training': {'models', 'data', 'partitioning', 'sampling', *_LEAVES},
     'evaluation': {'models', 'data', 'partitioning', 'sampling', *_LEAVES},
     'errors': set(),
     'optional_packages': set(),
     'compilation_cache': set(),
+    'native_notes': set(),
     'config': {'errors', 'optional_packages'},
     '__init__': {'sampling'},
     'main': {'config', 'errors', 'optional_packages'},
@@ -70,7 +71,8 @@ def test_imports_run_one_way(path):
 
 
 @pytest.mark.parametrize('path', [path for path in _modules()
-                                  if _part(path) in ('models', 'partitioning', 'sampling')],
+                                  if _part(path) in ('models', 'partitioning', 'planning',
+                                                          'sampling')],
                          ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_models_and_sampling_know_no_tensorflow(path):
   assert not {name.split('.')[0] for name in _imports(path)} & _TENSORFLOW
@@ -115,7 +117,8 @@ def test_these_import_no_jax(name):
 @pytest.mark.parametrize('name', ['parti_jax.sampling.pipeline', 'parti_jax.sampling.command',
                                   'parti_jax.data', 'parti_jax.data.vocabulary',
                                   'parti_jax.data.openmoji', 'parti_jax.models.parti',
-                                  'parti_jax.training.configurables'])
+                                  'parti_jax.training.configurables',
+                                  'parti_jax.planning.plan', 'parti_jax.planning.command'])
 def test_these_import_no_tensorflow(name):
   assert not _loaded_by(name) & _TENSORFLOW
 

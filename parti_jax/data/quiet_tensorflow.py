@@ -7,43 +7,19 @@ memory that JAX needs.
 
 # pylint: disable=g-import-not-at-top
 
-import contextlib
 import os
 import sys
-import tempfile
 
+from parti_jax import native_notes
 from parti_jax import optional_packages
 from parti_jax.errors import UserError
 
 __all__ = ['seqio', 'tf', 'tfds']
 
 
-@contextlib.contextmanager
-def _without_native_notes():
-  """Keeps what native code writes to stderr from the terminal, unless an error follows.
-
-  TensorFlow writes notes on its build before its own log level holds, so TF_CPP_MIN_LOG_LEVEL
-  alone does not stop them.
-  """
-  sys.stderr.flush()
-  terminal = os.dup(2)
-  with tempfile.TemporaryFile() as notes:
-    os.dup2(notes.fileno(), 2)
-    try:
-      yield
-    except BaseException:
-      notes.seek(0)
-      os.write(terminal, notes.read())
-      raise
-    finally:
-      sys.stderr.flush()
-      os.dup2(terminal, 2)
-      os.close(terminal)
-
-
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 try:
-  with _without_native_notes():
+  with native_notes.hidden():
     import tensorflow as tf
 
     tf.config.set_visible_devices([], 'GPU')

@@ -29,6 +29,14 @@ def parti_forward(config: parti_config.PartiConfig) -> int:
   return encoder + decoder + logits
 
 
+def parti_sampling_step(config: parti_config.PartiConfig) -> int:
+  """FLOPs of the last image token of one sequence, with a cache of those before it."""
+  width = config.width
+  projections = 2 * (6 * width ** 2 + 2 * width * config.mlp_width)
+  attention = 4 * (config.image_length + config.text_length) * width
+  return config.decoder_layers * (projections + attention) + 2 * width * config.codebook_size
+
+
 def tokenizer_forward(config: vit_vqgan.ViTVQGANConfig) -> int:
   """FLOPs of one picture through the encoder, the quantizer and the decoder of ViT-VQGAN."""
   length, patch = config.image_length, config.patch_size ** 2

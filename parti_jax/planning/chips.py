@@ -1,0 +1,54 @@
+"""What a chip can do, as published, for the roofline.
+
+Peak FLOP/s, memory and memory bandwidth are those of Google's documentation of each TPU. The
+bandwidth of a link in one direction is the documented bidirectional bandwidth of a chip over twice
+its number of links; for v4, whose documentation names none, it is that of the TPU v4 paper.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """A chip's constants.
+
+  Attributes:
+    kind: how a topology names it.
+    devices: how many devices JAX sees on it.
+    peak_flops: dense bfloat16 FLOP/s.
+    hbm_bytes: main memory.
+    hbm_bandwidth: bytes/s of the main memory.
+    torus_dimensions: of the network between chips; a chip has two links in each.
+    link_bandwidth: bytes/s of a link, one way.
+    closes_at: a dimension is a ring, not a line, if its size is a multiple of this.
+    dcn_bandwidth: bytes/s of a chip's share of the data-centre network, between slices.
+    source: where the numbers are from.
+  """
+
+  kind: str
+  devices: int
+  peak_flops: float
+  hbm_bytes: float
+  hbm_bandwidth: float
+  torus_dimensions: int
+  link_bandwidth: float
+  closes_at: int
+  dcn_bandwidth: float
+  source: str
+
+
+_GIB = 2 ** 30
+_DOCS = 'https://docs.cloud.google.com/tpu/docs/'
+
+CHIPS = {chip.kind: chip for chip in (
+    Chip('v4', 1, 275e12, 32 * _GIB, 1200e9, 3, 50e9, 4, 6.25e9,
+         f'{_DOCS}v4; links: arXiv 2304.01433, table 4; data-centre network: as v5p, none is '
+         'published'),
+    Chip('v5e', 1, 197e12, 16 * _GIB, 819e9, 2, 50e9, 16, 3.125e9, f'{_DOCS}v5e'),
+    Chip('v5p', 1, 459e12, 95 * _GIB, 2765e9, 3, 100e9, 4, 6.25e9, f'{_DOCS}v5p'),
+    Chip('v6e', 1, 918e12, 32 * _GIB, 1638e9, 2, 100e9, 16, 12.5e9,
+         f'{_DOCS}v6e; data-centre network: {_DOCS}tpu7x'),
+    Chip('tpu7x', 2, 2307e12, 192 * _GIB, 7380e9, 3, 100e9, 4, 12.5e9, f'{_DOCS}tpu7x'),
+)}

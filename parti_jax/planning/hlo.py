@@ -1,0 +1,281 @@
+"""Reads the text of a compiled HLO module into instructions with shapes.
+
+Only what costs are computed from is kept: names, shapes with their layouts, operands, and the
+text of the attributes. The grammar is that of XLA's HLO text format.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator
+
+_ITEM_BITS = {'pred': 8, 'bf16': 16, 'c64': 64, 'c128': 128, 'token': 0, 'opaque': 0}
+# Memory spaces, S(n) in a layout: 0, the default, is the device's main memory, 5 the host's. The
+# others (VMEM, CMEM, SMEM and so on) are on the chip.
+MAIN_MEMORY, HOST_MEMORY = 0, 5
+
+_ARRAY = re.compile(r'([a-z][a-z0-9]*)\[([^\]]*)\](?:\{([^}]*)\})?')
+_NAME = re.compile(r'%([\w.\-]+)')
+_COMPUTATION = re.compile(r'(ENTRY )?%([\w.\-]+) \(.*\{$')
+_INSTRUCTION = re.compile(r'\s*(ROOT )?%([\w.\-]+) = ')
+_OPCODE = re.compile(r'\s*([a-z][\w\-]*)\(')
+_COMMENT = re.compile(r'/\*.*?\*/')
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+  """An array's or a tuple's shape.
+
+  Attributes:
+    dtype: name of the element type; 'tuple' for a tuple.
+    dims: sizes of an array's dimensions.
+    minor_to_major: order of the dimensions in memory, the fastest one first.
+    tile: the first tiling of the layout, over the fastest dimensions; empty for none.
+    memory_space: n of S(n).
+    elements: of a tuple.
+  """
+
+  dtype: str
+  dims: tuple[int, ...] = ()
+  minor_to_major: tuple[int, ...] = ()
+  tile: tuple[int, ...] = ()
+  memory_space: int = 0
+  elements: tuple['Shape', ...] = ()
+
+  @property
+  def size(self) -> int:
+    """Number of an array's elements."""
+    return math.prod(self.dims)
+
+  @functools.cached_property
+  def item_bytes(self) -> float:
+    """Bytes of an element; a fraction for types of less than a byte."""
+    if self.dtype not in _ITEM_BITS:
+      return int(re.search(r'\d+', self.dtype).group()) / 8
+    return _ITEM_BITS[self.dtype] / 8
+
+  def arrays(self) -> Iterator['Shape']:
+    """The arrays in it, of nested tuples too."""
+    if self.dtype == 'tuple':
+      for element in self.elements:
+        yield from element.arrays()
+    else:
+      yield self
+
+  def logical_bytes(self) -> float:
+    """Bytes of all elements, without padding."""
+    return sum(array.size * array.item_bytes for array in self.arrays())
+
+  def padded_bytes(self, memory_space: int | None = None) -> float:
+    """Bytes in memory, with what the tiles of the layout are padded by.
+
+    Args:
+      memory_space: count only arrays that lie there; None for all.
+    """
+    return sum(array._array_bytes() for array in self.arrays()
+               if memory_space in (None, array.memory_space))
+
+  def _array_bytes(self) -> float:
+    dims = list(self.dims)
+    order = self.minor_to_major
+    for size, dimension in zip(reversed(self.tile), order):
+      dims[dimension] = -(-dims[dimension] // size) * size
+    return math.prod(dims) * self.item_bytes
+
+
+@dataclasses.dataclass
+class Instruction:
+  """An instruction of a computation.
+
+  Attributes:
+    name: without %.
+    opcode: such as 'fusion'.
+    shape: of the result.
+    operands: names of the operands, in the same computation.
+    literal: what stands between the opcode's brackets, such as a parameter's number.
+    attributes: the text after the operands.
+  """
+
+  name: str
+  opcode: str
+  shape: Shape
+  operands: tuple[str, ...]
+  literal: str
+  attributes: str
+
+  def called(self, attribute: str) -> str | None:
+    """The name of the computation that an attribute such as `calls` names."""
+    found = re.search(rf'\b{attribute}=%([\w.\-]+)', self.attributes)
+    return found and found.group(1)
+
+  def attribute(self, pattern: str) -> str | None:
+    """The first group of a pattern in the attributes."""
+    found = re.search(pattern, self.attributes)
+    return found and found.group(1)
+
+  @functools.cached_property
+  def number(self) -> int:
+    """A parameter's number, or the index of a get-tuple-element."""
+    return int(self.literal if self.opcode == 'parameter' else self.attribute(r'index=(\d+)'))
+
+  @property
+  def op_name(self) -> str:
+    """Where in the traced program it comes from."""
+    return self.attribute(r'op_name="([^"]*)"') or self.name
+
+
+@dataclasses.dataclass
+class Computation:
+  """Instructions by name, in their order; the last one's result need not be the computation's.
+
+  Attributes:
+    name: without %.
+    instructions: name -> Instruction.
+    root: the instruction whose result is the computation's.
+  """
+
+  name: str
+  instructions: dict[str, Instruction] = dataclasses.field(default_factory=dict)
+  root: Instruction | None = None
+
+  def __getitem__(self, name: str) -> Instruction:
+    return self.instructions[name]
+
+  @functools.cached_property
+  def parameters(self) -> dict[int, Instruction]:
+    """Parameters by number."""
+    return {i.number: i for i in self.instructions.values() if i.opcode == 'parameter'}
+
+  @functools.cached_property
+  def users(self) -> dict[str, list[Instruction]]:
+    """Instructions by the names of their operands."""
+    users: dict[str, list[Instruction]] = {}
+    for instruction in self.instructions.values():
+      for operand in dict.fromkeys(instruction.operands):
+        users.setdefault(operand, []).append(instruction)
+    return users
+
+
+@dataclasses.dataclass
+class Module:
+  """A compiled program.
+
+  Attributes:
+    computations: by name.
+    entry: where it begins.
+  """
+
+  computations: dict[str, Computation]
+  entry: Computation
+
+  def __getitem__(self, name: str) -> Computation:
+    return self.computations[name]
+
+
+def parse(text: str) -> Module:
+  """Parses the text of a module, as `compiled.as_text()` gives it.
+
+  Raises:
+    ValueError: if there is no entry computation, or a line is not understood.
+  """
+  computations: dict[str, Computation] = {}
+  current, entry = None, None
+  for line in _logical_lines(text):
+    if header := _COMPUTATION.match(line):
+      current = computations[header.group(2)] = Computation(header.group(2))
+      entry = current if header.group(1) else entry
+    elif match := _INSTRUCTION.match(line):
+      instruction = _instruction(match.group(2), _COMMENT.sub('', line[match.end():]))
+      current.instructions[instruction.name] = instruction
+      if match.group(1):
+        current.root = instruction
+  if entry is None:
+    raise ValueError('the HLO text has no ENTRY computation')
+  return Module(computations, entry)
+
+
+def _logical_lines(text: str) -> Iterator[str]:
+  """Headers and instructions, each as one line; a kernel's attributes may go on over several."""
+  parts: list[str] = []
+  inside = False
+  for line in text.splitlines():
+    begins = _INSTRUCTION.match(line) or not inside or line == '}'
+    if begins and parts:
+      yield ' '.join(parts)
+      parts = []
+    if line == '}':
+      inside = False
+    elif inside:
+      parts.append(line)
+    elif _COMPUTATION.match(line):
+      inside = True
+      yield line
+
+
+def parse_shape(text: str) -> Shape:
+  """A shape such as `(f32[8,4]{1,0:T(8,128)S(1)}, s32[])`."""
+  return _shape(text, 0)[0]
+
+
+def _instruction(name: str, text: str) -> Instruction:
+  shape, end = _shape(text, 0)
+  opcode = _OPCODE.match(text, end)
+  if not opcode:
+    raise ValueError(f'HLO instruction {name}: no opcode in {text[end:end + 80]!r}')
+  close = _closing(text, opcode.end() - 1)
+  literal = text[opcode.end():close]
+  operands = () if opcode.group(1) in ('parameter', 'constant') else _NAME.findall(literal)
+  return Instruction(
+      name, opcode.group(1), shape, tuple(operands), literal, text[close + 1:])
+
+
+def _closing(text: str, start: int) -> int:
+  """Where the bracket that opens at `start` closes."""
+  depth, quoted = 0, False
+  for found in re.compile(r'[()"]').finditer(text, start):
+    mark = found.group()
+    if mark == '"':
+      quoted = not quoted
+    elif not quoted:
+      depth += 1 if mark == '(' else -1
+      if depth == 0:
+        return found.start()
+  raise ValueError(f'HLO: no closing bracket in {text[start:start + 80]!r}')
+
+
+def _shape(text: str, start: int) -> tuple[Shape, int]:
+  """The shape at `start`, and where it ends."""
+  if text[start] != '(':
+    return _array_shape(text, start)
+  elements, position = [], start + 1
+  while text[position] != ')':
+    if text[position] in ', ':
+      position += 1
+      continue
+    element, position = _shape(text, position)
+    elements.append(element)
+  return Shape('tuple', elements=tuple(elements)), position + 1
+
+
+def _array_shape(text: str, start: int) -> tuple[Shape, int]:
+  found = _ARRAY.match(text, start)
+  if not found:
+    raise ValueError(f'HLO: no shape in {text[start:start + 80]!r}')
+  return _parsed_array(found.group()), found.end()
+
+
+@functools.lru_cache(maxsize=None)
+def _parsed_array(text: str) -> Shape:
+  dtype, sizes, layout = _ARRAY.match(text).groups()
+  dims = tuple(int(size.removeprefix('<=')) for size in sizes.split(',') if size)
+  order, _, details = (layout or '').partition(':')
+  minor_to_major = tuple(map(int, filter(None, order.split(','))))
+  tile = re.match(r'T\(([\d,]+)\)', details)
+  space = re.search(r'S\((\d+)\)', details)
+  return Shape(
+      dtype, dims, minor_to_major or tuple(reversed(range(len(dims)))),
+      tuple(map(int, tile.group(1).split(','))) if tile else (),
+      int(space.group(1)) if space else MAIN_MEMORY)

@@ -1,0 +1,57 @@
+"""FLOPs of the attention kernel, which its program does not say.
+
+Splash attention computes whole blocks of queries and keys, and leaves out the blocks of which the
+pattern rules out everything. So its FLOPs follow from the pattern and the sizes of the blocks.
+"""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+
+from parti_jax.planning import hlo
+from parti_jax.planning import hlo_cost
+
+SOURCE = 'FLOPs of attention kernels: computed from the blocks that the pattern leaves'
+
+
+def splash_flops(mask: np.ndarray) -> hlo_cost.KernelFlops:
+  """A function that `hlo_cost.costs` asks for the FLOPs of a kernel.
+
+  Args:
+    mask: bool [length, length], which positions see which.
+  """
+
+  def flops(instruction: hlo.Instruction, operands: list[hlo.Shape]) -> float | None:
+    name = instruction.op_name
+    query = next((shape for shape in operands if len(shape.dims) == 4), None)
+    if 'splash' not in name or query is None or query.dims[2] != len(mask):
+      return None
+    forward = 'splash_mha_fwd' in name
+    side = lambda key: int(instruction.attribute(rf'\b{key}\\*": (\d+)') or len(mask))
+    keys = ('block_q', 'block_kv_compute') if forward else ('block_q_dkv', 'block_kv_dkv_compute')
+    rows, columns = map(side, keys)
+    batch, heads, _, head_dim = query.dims
+    blocks = _blocks_with_work(mask, rows, columns)
+    product = 2.0 * batch * heads * blocks * rows * columns * head_dim
+    return product * _products(name, instruction)
+
+  return flops
+
+
+def _products(name: str, instruction: hlo.Instruction) -> int:
+  """Matrix products for each block: scores and values forwards, the other ones backwards."""
+  if 'splash_mha_fwd' in name:
+    return 2
+  if 'splash_mha_dq' in name:
+    return 3
+  # One kernel may make all three gradients; then it computes scores and their gradient once.
+  gradients = [shape for shape in instruction.shape.arrays() if len(shape.dims) >= 4]
+  return 5 if len(gradients) == 3 else 4
+
+
+def _blocks_with_work(mask: np.ndarray, rows: int, columns: int) -> int:
+  length = len(mask)
+  blocks = mask.reshape(length // rows, rows, length // columns, columns)
+  return int(blocks.any(axis=(1, 3)).sum())

@@ -1,0 +1,148 @@
+"""Compiles the step that a run's gin files describe, for devices that need not be there."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import re
+import resource
+import time
+from typing import Any
+
+import jax
+
+from parti_jax import config
+from parti_jax import native_notes
+from parti_jax.partitioning import mesh as mesh_lib
+from parti_jax.planning import hlo
+from parti_jax.planning import hlo_cost
+from parti_jax.planning import kernels
+from parti_jax.planning import remedies
+from parti_jax.planning import roofline
+from parti_jax.planning import steps
+from parti_jax.planning import topology as topology_lib
+
+# Of the JSON that a plan is written as; it grows with every change that readers have to know of.
+SCHEMA = 1
+
+_UNITS = {'': 1, 'K': 2 ** 10, 'M': 2 ** 20, 'G': 2 ** 30, 'T': 2 ** 40}
+
+
+def make(request: steps.Request) -> dict[str, Any]:
+  """Plans a step.
+
+  Returns:
+    A dict that JSON can hold; `report` prints it and documents its entries.
+
+  Raises:
+    UserError: for a topology, gin file, mesh or batch that does not go together.
+  """
+  jax.config.update('jax_platforms', 'cpu')  # Never takes the accelerator of this machine.
+  topology = topology_lib.parse(request.topology)
+  config.parse(request.gin_files, request.gin_bindings, data=False)
+  mesh = mesh_lib.make_mesh(devices=topology.devices())
+  build = {'train': steps.training_step, 'sample': steps.sampling_step}[request.what]
+  step = build(request, mesh)
+  return _Plan(request, topology, step).made()
+
+
+class _Plan:
+  """Compiles a step and looks at the result."""
+
+  def __init__(self, request: steps.Request, topology: topology_lib.Topology, step: steps.Step):
+    self._request, self._topology, self._step = request, topology, step
+    self._chip = topology.chip
+
+  def made(self) -> dict[str, Any]:
+    start = time.perf_counter()
+    lowered = self._step.lower()
+    plan = self._described()
+    try:
+      with native_notes.hidden():
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+      if 'RESOURCE_EXHAUSTED' not in str(error):
+        raise
+      plan |= {'fits': False, 'exhausted': exhausted(str(error), self._capacity())}
+    else:
+      plan |= self._measured(compiled)
+    plan['compile_seconds'] = time.perf_counter() - start
+    plan['compile_peak_bytes'] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    plan['remedies'] = [] if plan['fits'] else remedies.of(plan)
+    return plan
+
+  def _described(self) -> dict[str, Any]:
+    request, step, chip = self._request, self._step, self._chip
+    return {
+        'schema': SCHEMA, 'what': request.what, 'topology': request.topology,
+        'gin_files': list(request.gin_files), 'gin_bindings': list(request.gin_bindings),
+        'versions': {name: _version(name) for name in ('jax', 'jaxlib', 'libtpu')},
+        'chip': chip and dataclasses.asdict(chip), 'chips': self._topology.chip_count,
+        'devices': step.mesh.size, 'mesh': dict(step.mesh.shape),
+        'batch_size': step.batch_size, 'settings': step.settings,
+        'parameters': step.parameters, 'memory': None, 'exhausted': None, 'flops': None,
+        'bytes': None, 'collectives': [], 'kernels': {}, 'seconds': None, 'mfu': None,
+        'notes': [], 'network_model': roofline.MODEL if chip else None}
+
+  def _capacity(self) -> float | None:
+    return self._chip and self._chip.hbm_bytes / self._chip.devices
+
+  def _measured(self, compiled) -> dict[str, Any]:
+    step, chip = self._step, self._chip
+    memory = _memory(compiled.memory_analysis(), step.resident_bytes, self._capacity())
+    costs = hlo_cost.costs(hlo.parse(compiled.as_text()), step.mesh.size, step.kernel_flops)
+    sums = roofline.summarize(costs.collectives, step.mesh, chip)
+    model_flops = step.model_flops / step.mesh.size
+    plan = {
+        'fits': memory['capacity'] is None or memory['total'] <= memory['capacity'],
+        'memory': memory,
+        'flops': {'model': model_flops, 'compiled': costs.flops, 'products': costs.product_flops,
+                  'kernels': costs.kernel_flops, 'ratio': costs.flops / model_flops},
+        'bytes': {'hbm': costs.hbm_bytes, 'host': costs.host_bytes},
+        'collectives': [dataclasses.asdict(entry) for entry in sums],
+        'kernels': costs.kernels,
+        'notes': sorted(costs.notes) + ([kernels.SOURCE] if costs.kernel_flops else [])}
+    if step.ideal_bytes:
+      ideal = sum(step.ideal_bytes.values())
+      plan['bytes'] |= {'ideal': step.ideal_bytes, 'ratio': costs.hbm_bytes / ideal}
+    if chip:
+      times = roofline.times(costs, sums, chip)
+      plan['seconds'] = dataclasses.asdict(times) | {'bound': times.bound, 'sum': times.sum}
+      mfu = lambda seconds: roofline.mfu(
+          step.model_flops, seconds, chip, self._topology.chip_count)
+      plan['mfu'] = {'bound': mfu(times.longest), 'without_overlap': mfu(times.sum)}
+    return plan
+
+
+def exhausted(message: str, capacity: float | None) -> dict[str, float | None]:
+  """What XLA's message about too little memory says: bytes 'needed' and 'available'.
+
+  The needed bytes may be those of the temporaries alone, where XLA gives up before it places the
+  rest.
+  """
+  for pattern in (r'Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?)',
+                  r'\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)'):
+    if found := re.search(pattern, message):
+      needed, unit, available, available_unit = found.groups()
+      return {'needed': float(needed) * _UNITS[unit],
+              'available': float(available) * _UNITS[available_unit],
+              'message': message.split('\n', maxsplit=1)[0]}
+  return {'needed': None, 'available': capacity, 'message': message.split('\n', maxsplit=1)[0]}
+
+
+def _memory(stats, resident: float, capacity: float | None) -> dict[str, float | None]:
+  """Bytes on a device while the step runs; `resident` of them lie beside it."""
+  parts = {'arguments': stats.argument_size_in_bytes, 'outputs': stats.output_size_in_bytes,
+           'aliased': stats.alias_size_in_bytes, 'temporaries': stats.temp_size_in_bytes,
+           'generated_code': stats.generated_code_size_in_bytes, 'resident': resident}
+  total = sum(parts.values()) - 2 * parts['aliased']
+  host = (stats.host_argument_size_in_bytes + stats.host_output_size_in_bytes
+          - stats.host_alias_size_in_bytes + stats.host_temp_size_in_bytes)
+  return parts | {'total': total, 'capacity': capacity, 'host': host}
+
+
+def _version(name: str) -> str | None:
+  try:
+    return importlib.metadata.version(name)
+  except importlib.metadata.PackageNotFoundError:
+    return None

@@ -1,0 +1,151 @@
+"""Tries meshes, remat policies and microbatches, each in a process of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+import jax
+
+from parti_jax import config
+from parti_jax import errors
+from parti_jax.models import layers
+from parti_jax.models import parti_config
+from parti_jax.planning import candidates as candidates_lib
+from parti_jax.planning import report
+from parti_jax.planning import steps
+from parti_jax.planning import topology as topology_lib
+
+# How much of a failed candidate's error is shown and kept.
+_ERROR_LENGTH = 300
+
+
+def run(request: steps.Request, limit: int, file: str | None) -> int:
+  """Compiles the most promising candidates and prints those that fit, the fastest bound first.
+
+  Args:
+    request: what to plan; its bindings hold where a candidate says nothing.
+    limit: how many candidates are compiled.
+    file: JSON lines, one for each candidate that was tried, {'request', 'candidate', 'plan',
+      'error'}; those that are there are not tried again. None to keep nothing.
+
+  Returns:
+    0 if a candidate fits, else 1.
+  """
+  tried = _read(file, request)
+  found = candidates(request)
+  print(f'{len(found)} candidates may fit; the best {min(limit, len(found))} by a rough estimate '
+        'are compiled', file=sys.stderr)
+  plans = []
+  for number, candidate in enumerate(found[:limit], 1):
+    bindings = candidate.bindings()
+    key = json.dumps(bindings)
+    if key not in tried:
+      plan, error = compile_apart(request, bindings)
+      tried[key] = {'request': _request(request), 'candidate': bindings, 'plan': plan,
+                    'error': error}
+      _write(file, tried)
+    plan, error = tried[key]['plan'], tried[key]['error']
+    print(f'{number}/{min(limit, len(found))}: {_line(bindings, plan, error)}', file=sys.stderr)
+    if plan and plan['fits']:
+      plans.append(plan)
+  if not plans:
+    print('none of the candidates fits')
+    return 1
+  print(report.table(sorted(plans, key=_slowness)))
+  return 0
+
+
+def candidates(request: steps.Request) -> list[candidates_lib.Candidate]:
+  """Candidates for a request, the most promising first.
+
+  Raises:
+    UserError: if the run is not of the generator, whose shapes the search knows.
+  """
+  jax.config.update('jax_platforms', 'cpu')
+  topology = topology_lib.parse(request.topology)
+  devices = len(topology.devices())
+  config.parse(request.gin_files, request.gin_bindings, data=False)
+  if request.what == 'sample':
+    model, images = steps.sampled_config(), request.batch_size or steps.SAMPLING_BATCH
+    sequences = images * (2 if request.guided else 1)
+    return candidates_lib.of_sampling(model, sequences, images, topology.chip, devices)
+  values = steps.train_values()
+  model = values['stage'].model
+  if not isinstance(model, parti_config.PartiConfig):
+    raise errors.UserError('--search knows the generator alone; plan the tokenizer with '
+                           '--gin.make_mesh... of your own')
+  parameters = layers.count_parameters(
+      jax.eval_shape(values['stage'].init, jax.random.key(0)))
+  return candidates_lib.of_training(
+      model, parameters, request.batch_size or values['batch_size'], topology.chip, devices,
+      topology.slices)
+
+
+def compile_apart(request: steps.Request, bindings: list[str]
+                  ) -> tuple[dict[str, Any] | None, str | None]:
+  """The plan of a candidate, made by another process, or the error that it ended with."""
+  with tempfile.TemporaryDirectory() as folder:
+    output = pathlib.Path(folder) / 'plan.json'
+    command = [sys.executable, '-m', 'parti_jax.main', 'plan', f'--topology={request.topology}',
+               f'--what={request.what}', f'--json={output}']
+    command += [f'--gin_file={file}' for file in request.gin_files]
+    command += [f'--gin.{binding}' for binding in (*request.gin_bindings, *bindings)]
+    if request.batch_size:
+      command.append(f'--batch_size={request.batch_size}')
+    if not request.guided:
+      command.append('--unguided')
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if output.exists():
+      return json.loads(output.read_text(encoding='utf-8')), None
+    last = (done.stderr.strip().splitlines() or ['no message'])[-1]
+    return None, f'exit status {done.returncode}: {last[:_ERROR_LENGTH]}'
+
+
+def _slowness(plan) -> float:
+  """Seconds of the roofline; for emulated devices, the FLOPs."""
+  seconds = plan['seconds']
+  if seconds is None:
+    return plan['flops']['compiled']
+  return max(seconds[part] for part in ('compute', 'hbm', 'interconnect'))
+
+
+def _line(bindings: list[str], plan, error) -> str:
+  said = ' '.join(binding.replace(' = ', '=') for binding in bindings)
+  if error:
+    return f'{said}: {error}'
+  if not plan['fits']:
+    return f'{said}: too large'
+  bound = f', MFU at most {plan["mfu"]["bound"]:.1%}' if plan['mfu'] else ''
+  return f'{said}: fits{bound}'
+
+
+def _read(file: str | None, request) -> dict[str, dict[str, Any]]:
+  """Candidates that a file holds, by their bindings; those of another request are an error."""
+  if file is None or not pathlib.Path(file).exists():
+    return {}
+  found = {}
+  for number, line in enumerate(pathlib.Path(file).read_text(encoding='utf-8').splitlines(), 1):
+    try:
+      entry = json.loads(line)
+      same = entry['request'] == _request(request)
+    except (ValueError, KeyError, TypeError) as error:
+      raise errors.UserError(f'{file}:{number}: no line of a search: {error}') from error
+    if not same:
+      raise errors.UserError(f'{file} holds a search of another request; give --json another name')
+    found[json.dumps(entry['candidate'])] = entry
+  return found
+
+
+def _request(request) -> dict[str, Any]:
+  return json.loads(json.dumps(dataclasses.asdict(request)))
+
+
+def _write(file: str | None, tried: dict[str, dict[str, Any]]):
+  if file is not None:
+    config.save(file, ''.join(f'{json.dumps(entry)}\n' for entry in tried.values()))

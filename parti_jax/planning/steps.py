@@ -1,0 +1,209 @@
+"""The steps that a run's gin files describe, ready to be lowered for any devices."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import math
+from typing import Any
+
+import flax.linen as nn
+import gin
+import jax
+import jax.numpy as jnp
+from jax.experimental import layout
+from jax.sharding import NamedSharding
+
+from parti_jax import errors
+from parti_jax.models import flops
+from parti_jax.models import layers
+from parti_jax.models import parti_config
+from parti_jax.partitioning import rules as rules_lib
+from parti_jax.planning import hlo_cost
+from parti_jax.planning import kernels
+from parti_jax.sampling import decoding
+from parti_jax.sampling import model_folder
+from parti_jax.sampling import parameters
+from parti_jax.training import configurables  # pylint: disable=unused-import
+from parti_jax.training import train_loop
+from parti_jax.training import trainer as trainer_lib
+
+SAMPLING_BATCH = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """What to plan.
+
+  Attributes:
+    what: 'train' or 'sample'.
+    topology: such as 'v4:8x8x8'.
+    gin_files: of the run.
+    gin_bindings: 'NAME=VALUE', after the files.
+    batch_size: examples of a training step, None for the run's own; images of a sampling step.
+    guided: whether sampling uses classifier-free guidance, two sequences for each image.
+  """
+
+  what: str
+  topology: str
+  gin_files: tuple[str, ...]
+  gin_bindings: tuple[str, ...] = ()
+  batch_size: int | None = None
+  guided: bool = True
+
+
+@dataclasses.dataclass
+class Step:
+  """A step, ready to be lowered.
+
+  Attributes:
+    lower: returns the lowered step.
+    mesh: its devices.
+    batch_size: examples, or images, of a step.
+    model_flops: of a step, over all devices.
+    parameters: how many the model has.
+    settings: what else it depends on, for the report.
+    ideal_bytes: what a step must at least move on each device, where that is known.
+    resident_bytes: what else lies in each device's memory meanwhile.
+    kernel_flops: for `hlo_cost.costs`.
+  """
+
+  lower: Any
+  mesh: Any
+  batch_size: int
+  model_flops: float
+  parameters: int
+  settings: dict[str, Any]
+  ideal_bytes: dict[str, float] | None = None
+  resident_bytes: float = 0.0
+  kernel_flops: hlo_cost.KernelFlops | None = None
+
+
+def train_values() -> dict[str, Any]:
+  """The arguments of `train` as gin binds them, with what they refer to made, or their defaults.
+
+  Raises:
+    UserError: if one that has no default is not bound.
+  """
+  values = {name: parameter.default
+            for name, parameter in inspect.signature(train_loop.train).parameters.items()}
+  values |= gin.get_bindings(train_loop.train)
+  missing = [name for name in ('stage', 'optimizer', 'schedule', 'batch_size')
+             if values[name] is gin.REQUIRED]
+  if missing:
+    raise errors.UserError(
+        f'gin: no value for {", ".join(f"train.{name}" for name in missing)}; give the gin file '
+        'of a run, such as --gin_file=gin_configs/runs/parti_20b.gin')
+  return values
+
+
+def training_step(request: Request, mesh) -> Step:
+  """The step of `train`."""
+  values = train_values()
+  stage = values['stage']
+  # Whatever else the trainer takes, `train` has arguments of the same names for.
+  others = {name: values[name] for name in inspect.signature(trainer_lib.Trainer).parameters
+            if name in values and name not in ('stage', 'optimizer')}
+  trainer = trainer_lib.Trainer(stage, values['optimizer'](values['schedule']), mesh, **others)
+  batch_size = request.batch_size or values['batch_size']
+  rules_lib.check_batch(batch_size, mesh, trainer.rules, trainer.microbatches)
+  settings = {'model': stage.name, 'config': type(stage.model).__name__,
+              'remat': stage.model.remat, 'microbatches': trainer.microbatches,
+              'offload_optimizer': others['offload_optimizer']}
+  return Step(
+      lambda: trainer.lower(batch_size), mesh, batch_size, stage.step_flops(batch_size),
+      layers.count_parameters(trainer.abstract.params), settings,
+      kernel_flops=kernels.splash_flops(stage.model.pattern.mask)
+      if isinstance(stage.model, parti_config.PartiConfig) else None)
+
+
+def sampling_step(request: Request, mesh) -> Step:
+  """The step that draws the last image token of each image, with a full cache.
+
+  It is the body of the loop over positions. Kernels are of the computation's dtype; the caches are
+  donated, in the layout that they have in the loop.
+  """
+  config, rules = sampled_config(), rules_lib.logical_axis_rules()
+  images = request.batch_size or SAMPLING_BATCH
+  ways = rules_lib.batch_ways(mesh, rules)
+  if images % ways or mesh.shape['stage'] > 1:
+    raise errors.UserError(
+        f'--batch_size={images} images on the mesh {dict(mesh.shape)}: sampling has no pipeline '
+        f'stages, and the batch is to be a multiple of the {ways} ways that it is split')
+  sequences = images * (2 if request.guided else 1)
+  params = _abstract_parameters(config, mesh, rules)
+  place = functools.partial(_placed, mesh=mesh, rules=rules)
+  shape = (sequences, config.heads, config.text_length, config.width // config.heads)
+  heads = ('activation_batch', 'activation_heads', 'activation_length', None)
+  pairs = lambda shape: [(place(shape, config.compute_dtype, heads),) * 2
+                         for _ in range(config.decoder_layers)]
+  memories, caches = pairs(shape), pairs(shape[:2] + (config.image_length,) + shape[3:])
+  if mesh.devices.flat[0].platform == 'tpu':
+    caches = jax.tree.map(_in_cache_layout, caches)
+  batch = ('activation_batch',)
+  keys = jax.eval_shape(lambda: decoding.image_keys(0, jnp.arange(images)))
+  arguments = (
+      params, memories, place((sequences, 1, 1, config.text_length), jnp.bool_, batch),
+      place((images,), jnp.int32, batch), caches, place(keys.shape, keys.dtype, batch),
+      jax.ShapeDtypeStruct((), jnp.int32))
+
+  def step(params, memories, mask, previous, caches, keys, position):
+    return decoding.sample_step(config, params, memories, mask, previous, caches, keys, position,
+                                guided=request.guided, greedy=False, filtered=False)
+
+  def lower():
+    with rules_lib.partitioned(mesh, rules):
+      return jax.jit(step, donate_argnums=4).lower(*arguments)
+
+  read = (_read_by_step(params.layers), params.shared['image_decoder']['logits'])
+  encoder = params.shared['text_encoder']
+  return Step(
+      lower, mesh, images, sequences * flops.parti_sampling_step(config),
+      sum(leaf.size for leaf in jax.tree.leaves(params)),
+      {'model': 'generator', 'config': 'PartiConfig', 'guided': request.guided,
+       'cache_length': config.image_length},
+      {'parameters': device_parts(read), 'cache': device_parts((caches, memories))},
+      device_parts(encoder))
+
+
+def sampled_config() -> parti_config.PartiConfig:
+  """Sizes of the model of a run, or those that gin gives without a run."""
+  stage = gin.get_bindings(train_loop.train).get('stage')
+  config = parti_config.PartiConfig() if stage is None else stage.model
+  if not isinstance(config, parti_config.PartiConfig):
+    raise errors.UserError(f'--what=sample: the run trains a {stage.name}, not the generator')
+  return config
+
+
+def _abstract_parameters(config, mesh, rules) -> parameters.Parameters:
+  """Parameters for sampling, as `cut` makes them."""
+  boxed = model_folder.abstract_parti(config)
+  placed = parameters.shardings(config, rules_lib.parameter_shardings(boxed, mesh, rules))
+  shapes = jax.eval_shape(functools.partial(parameters.cut, config), nn.meta.unbox(boxed))
+  return jax.tree.map(
+      lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+      shapes, placed)
+
+
+def _in_cache_layout(leaf) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=layout.Format(decoding.CACHE_LAYOUT, leaf.sharding))
+
+
+def _read_by_step(layers_apart):
+  """Parameters of layers but those that make the text's keys and values, once for all steps."""
+  return [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(layers_apart)
+          if 'project_memory' not in jax.tree_util.keystr(path)]
+
+
+def _placed(shape, dtype, names, mesh, rules) -> jax.ShapeDtypeStruct:
+  names = names + (None,) * (len(shape) - len(names))
+  sharding = NamedSharding(mesh, nn.logical_to_mesh_axes(names, rules))
+  return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+def device_parts(abstract) -> float:
+  """Bytes that a device holds of a tree of jax.ShapeDtypeStruct with shardings."""
+  return float(sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
+                   for leaf in jax.tree.leaves(abstract)))

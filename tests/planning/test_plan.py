@@ -1,0 +1,257 @@
+"""`parti-jax plan` whole: its JSON, its text, its exit status; search, table and remedies."""
+
+import json
+import re
+
+import jax
+import pytest
+
+from parti_jax import main
+from parti_jax.errors import UserError
+from parti_jax.models import parti_config
+from parti_jax.planning import candidates
+from parti_jax.planning import chips
+from parti_jax.planning import command
+from parti_jax.planning import plan as plan_lib
+from parti_jax.planning import remedies
+from parti_jax.planning import report
+from parti_jax.planning import search
+from parti_jax.planning import steps
+
+RUN = 'gin_configs/runs/parti_350m.gin'
+SMALL = tuple(f'PartiConfig.{name}={value}' for name, value in {
+    'width': 64, 'heads': 4, 'mlp_width': 128, 'encoder_layers': 2, 'decoder_layers': 2,
+    'grid': (4, 4), 'text_length': 8, 'text_vocabulary': 64, 'codebook_size': 32,
+    'remat': "'dots'"}.items())
+# Every entry of a plan; readers may count on them.
+ENTRIES = {
+    'schema', 'what', 'topology', 'gin_files', 'gin_bindings', 'versions', 'chip', 'chips',
+    'devices', 'mesh', 'batch_size', 'settings', 'parameters', 'memory', 'exhausted', 'flops',
+    'bytes', 'collectives', 'kernels', 'seconds', 'mfu', 'notes', 'network_model', 'fits',
+    'compile_seconds', 'compile_peak_bytes', 'remedies'}
+
+
+def flags(*others, bindings=()):
+  return ['plan', f'--gin_file={RUN}', *(f'--gin.{value}' for value in (*SMALL, *bindings)),
+          *others]
+
+
+@pytest.fixture(name='trained', scope='module')
+def _trained(tmp_path_factory):
+  """Status, text and JSON of a training step on an emulated mesh of 8."""
+  file = tmp_path_factory.mktemp('plans') / 'plan.json'
+  with pytest.MonkeyPatch.context() as patch:
+    said = []
+    patch.setattr('builtins.print', lambda *args, **_: said.append(args[0]))
+    status = main.main(flags(
+        '--topology=cpu:8', '--batch_size=32', f'--json={file}',
+        bindings=('make_mesh.data=2', 'make_mesh.fsdp=2', 'make_mesh.tensor=2',
+                  'train.microbatches=2', "folder.path='nowhere'", "token_cache.path='nowhere'")))
+  return status, said[-1], json.loads(file.read_text())
+
+
+def test_the_training_step(trained):
+  status, text, plan = trained
+  assert status == 0 and set(plan) == ENTRIES and plan['schema'] == plan_lib.SCHEMA
+  assert plan['mesh'] == {'stage': 1, 'data': 2, 'fsdp': 2, 'tensor': 2}
+  assert plan['settings']['microbatches'] == 2 and plan['batch_size'] == 32
+  # Forwards, backwards, and what `dots` computes again: attention's scores.
+  assert 1.0 < plan['flops']['ratio'] < 1.2
+  found = {(entry['kind'], tuple(entry['axes'])) for entry in plan['collectives']}
+  assert {('all-gather', ('fsdp',)), ('all-reduce', ('tensor',)),
+          ('all-reduce', ('data',))} <= found
+  memory = plan['memory']
+  assert memory['total'] > memory['arguments'] > 10 * plan['parameters'] / 4
+  assert '0.00B parameters, on cpu:8' in text and 'no roofline' in text
+
+
+def test_the_plan_is_of_the_state_and_batch_of_training(trained):
+  _, _, plan = trained
+  request = steps.Request('train', 'cpu:8', (RUN,), tuple(plan['gin_bindings']), 32)
+  from parti_jax import config  # pylint: disable=g-import-not-at-top
+  from parti_jax.partitioning import mesh as mesh_lib
+  config.parse(request.gin_files, request.gin_bindings, data=False)
+  values = steps.train_values()
+  from parti_jax.training import trainer as trainer_lib
+  trainer = trainer_lib.Trainer(
+      values['stage'], values['optimizer'](values['schedule']),
+      mesh_lib.make_mesh(devices=jax.devices()[:8]), microbatches=2)
+  state = steps.device_parts(trainer.abstract)
+  batch = (8 * 4 + 16 * 4 + 16 * 4) * 32 / 4  # Tokens and weights; four ways of data.
+  assert plan['memory']['arguments'] == pytest.approx(state + batch, rel=0.01)
+
+
+def test_the_sampling_step(capsys):
+  assert main.main(flags('--topology=cpu:4', '--what=sample', '--batch_size=8',
+                         bindings=('make_mesh.tensor=2',))) == 0
+  text = capsys.readouterr().out
+  assert '8 images' in text and 'guided True, cache_length 16' in text
+  assert 'tensor' in text and 'at least needed' in text
+
+
+def test_a_step_on_a_tpu(tpu_devices, capfd, tmp_path):
+  del tpu_devices
+  file = tmp_path / 'plan.json'
+  assert main.main(flags(
+      '--topology=v5e:2x2', '--batch_size=16', f'--json={file}',
+      bindings=('make_mesh.tensor=2', 'PartiConfig.grid=(16,16)'))) == 0
+  said = capfd.readouterr()
+  assert said.err == 'compiling for v5e:2x2: minutes for a large model\n'
+  plan = json.loads(file.read_text())
+  assert set(plan) == ENTRIES and plan['fits']
+  assert plan['chip']['kind'] == 'v5e' and plan['memory']['capacity'] == 16 * 2 ** 30
+  # The kernel of the attention, forwards, and backwards.
+  assert any('splash_mha_fwd' in name for name in plan['kernels'])
+  assert plan['flops']['kernels'] > 0 and 0 < plan['mfu']['bound'] < 1
+  assert plan['mfu']['without_overlap'] < plan['mfu']['bound']
+  for words in ('it fits', 'MFU at most', chips.CHIPS['v5e'].source):
+    assert words in said.out
+
+
+def test_a_sampling_step_on_a_tpu_moves_parameters_and_cache_once(tpu_devices):
+  del tpu_devices
+  sizes = ('PartiConfig.width=1024', 'PartiConfig.mlp_width=4096', 'PartiConfig.heads=16',
+           'PartiConfig.grid=(32,32)', 'make_mesh.tensor=4', 'make_mesh.fsdp=1')
+  plan = plan_lib.make(steps.Request('sample', 'v5e:2x2', (RUN,), SMALL + sizes, 64))
+  # Heads of 64 are not padded to 128, neither in memory nor on their way.
+  cache = 2 * 2 * 128 * 16 * 1024 * 64 * 2 / 4
+  assert plan['bytes']['ideal']['cache'] == pytest.approx(cache, rel=0.01)
+  assert plan['memory']['outputs'] == pytest.approx(cache, rel=0.01)
+  assert plan['memory']['aliased'] == pytest.approx(cache, rel=0.01)
+  # Besides, a position that is written takes a tile of 128; with padded heads it would be over 2.
+  assert 0.9 < plan['bytes']['ratio'] < 1.5
+
+
+def test_a_step_that_is_too_large(tpu_devices, capsys):
+  del tpu_devices
+  assert main.main([
+      'plan', f'--gin_file={RUN}', '--topology=v5e:2x2', '--what=sample', '--batch_size=10000',
+      '--gin.make_mesh.data=2', '--gin.make_mesh.tensor=2', '--gin.PartiConfig.decoder_layers=1',
+      '--gin.PartiConfig.encoder_layers=1']) == 1
+  text = capsys.readouterr().out
+  assert re.search(r'it does not fit by +\d+\.\d\d GiB a device', text)
+  assert '--batch_size=5000: half the cache' in text
+  assert '--gin.make_mesh.data=1 --gin.make_mesh.tensor=4' in text
+
+
+@pytest.mark.parametrize('message, needed, available', [
+    ('RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries '
+     '(112.92G) exceeds available HBM (30.75G).', 112.92 * 2 ** 30, 30.75 * 2 ** 30),
+    ('RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.50G of 15.75G hbm. '
+     'Exceeded hbm capacity by 1.75G.\n\nTotal hbm usage', 17.5 * 2 ** 30, 15.75 * 2 ** 30),
+    ('RESOURCE_EXHAUSTED: something new', None, 7.0)])
+def test_xlas_words_for_too_little_memory(message, needed, available):
+  found = plan_lib.exhausted(message, 7.0)
+  assert (found['needed'], found['available']) == (needed, available)
+  assert '\n' not in found['message']
+
+
+def test_remedies_of_a_training_step(trained):
+  plan = dict(trained[2], fits=False, batch_size=8192)
+  lines = remedies.of(plan)
+  assert lines[0].startswith("--gin.PartiConfig.remat=\"'block_inputs_and_attention'\"")
+  assert any(line.startswith('--gin.train.microbatches=4:') for line in lines)
+  assert any(line.startswith('--gin.make_mesh.data=1 --gin.make_mesh.fsdp=4:') for line in lines)
+  assert any('offload_optimizer=True' in line for line in lines)
+  text = report.text(plan | {'exhausted': {'needed': 40 * 2 ** 30, 'available': 32 * 2 ** 30,
+                                           'message': 'Used 40G'}})
+  assert 'it does not fit by 8.00 GiB a device: XLA says: Used 40G' in text
+
+
+def test_a_table_of_plans(trained, tmp_path, capsys):
+  file = tmp_path / 'a.json'
+  large = dict(trained[2], fits=False, topology='cpu:9')
+  file.write_text(json.dumps(large))
+  other = tmp_path / 'b.json'
+  other.write_text(json.dumps(trained[2]))
+  assert main.main(['plan', '--table', str(file), str(other)]) == 0
+  lines = capsys.readouterr().out.splitlines()
+  assert len(lines) == 4 and len({line.count('|') for line in lines}) == 1
+  assert lines[2].startswith('| train 350m | cpu:9 |') and 'too large' in lines[2]
+  assert 'data 2 × fsdp 2 × tensor 2' in lines[3] and 'too large' not in lines[3]
+
+
+@pytest.mark.parametrize('text', ['{', '[]', '{"schema": 0}'])
+def test_a_file_that_is_no_plan(text, tmp_path):
+  file = tmp_path / 'a.json'
+  file.write_text(text)
+  with pytest.raises(UserError, match=r'a\.json: not a plan'):
+    command.read(str(file))
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (['plan'], '--topology is needed'),
+    (['plan', '--topology=cpu:8'], 'give the gin file of a run'),
+    (flags('--topology=cpu:8', '--batch_size=0'), '--batch_size=0 must be at least 1'),
+    (flags('--topology=cpu:8', '--batch_size=9'), 'train.batch_size=9 is not divisible'),
+    (flags('--topology=cpu:8', '--what=sample', '--batch_size=9'), '--batch_size=9 images'),
+    (flags('--topology=cpu:8', bindings=('PartiConfig.widht=3',)), 'did you mean'),
+    (flags('--topology=cpu:8', bindings=('make_mesh.tensor=3',)), 'make_mesh.tensor=3')])
+def test_bad_input(arguments, message, capsys):
+  assert main.main(arguments) == 2
+  said = capsys.readouterr().err.splitlines()[-1]
+  assert said.startswith('parti-jax: error: ') and message in said
+
+
+def test_candidates_fit_the_models_shapes():
+  model = parti_config.PartiConfig(heads=4, width=64, mlp_width=128, encoder_layers=4,
+                                   decoder_layers=4)
+  found = candidates.of_training(model, 10 ** 6, 64, chips.CHIPS['v4'], 64)
+  assert found == sorted(found, key=lambda candidate: candidate.seconds)
+  meshes = [dict(candidate.mesh) for candidate in found]
+  assert {mesh['tensor'] for mesh in meshes} == {1, 2, 4}
+  assert {mesh['stage'] for mesh in meshes} == {1, 2, 4}
+  for candidate, mesh in zip(found, meshes):
+    ways = mesh['stage'] * mesh['data'] * mesh['fsdp']
+    assert ways * mesh['tensor'] == 64 and 64 % (ways * candidate.microbatches) == 0
+  assert f"PartiConfig.remat = '{found[0].remat}'" in found[0].bindings()
+  # Sampling has no stages; with two slices, data parallelism is between them.
+  sampled = candidates.of_sampling(model, 128, 64, chips.CHIPS['v5e'], 16)
+  assert {dict(candidate.mesh)['stage'] for candidate in sampled} == {1}
+  assert all(mesh['data'] % 2 == 0 for mesh in candidates.meshes(model, 64, 2, stages=True))
+
+
+def test_what_is_far_too_large_is_no_candidate():
+  model = parti_config.PartiConfig(heads=64, width=4096, mlp_width=16384, encoder_layers=16,
+                                   decoder_layers=64)
+  found = candidates.of_training(model, 20 * 10 ** 9, 256, chips.CHIPS['v5e'], 8)
+  assert not found  # 200 GB of parameters, gradients and moments, in 128 GB.
+  found = candidates.of_training(model, 20 * 10 ** 9, 8192, chips.CHIPS['v4'], 512)
+  assert found and all(dict(candidate.mesh)['fsdp'] * dict(candidate.mesh)['tensor']
+                       * dict(candidate.mesh)['stage'] > 4 for candidate in found)
+
+
+def test_search_prints_what_fits_and_goes_on_where_it_was(trained, tmp_path, capsys, monkeypatch):
+  plan, compiled = trained[2], []
+
+  def compile_apart(request, bindings):
+    del request
+    compiled.append(bindings)
+    if len(compiled) == 1:
+      return None, 'exit status -11: no message'
+    slow = {'compiled': 1000.0 - len(compiled), 'ratio': 1.0}
+    return dict(plan, flops=slow, fits=len(compiled) != 2, topology=f'cpu:{len(compiled)}'), None
+
+  monkeypatch.setattr(search, 'compile_apart', compile_apart)
+  file = tmp_path / 'search.jsonl'
+  arguments = flags('--topology=cpu:8', '--batch_size=32', '--search', f'--json={file}')
+  assert main.main([*arguments, '--search_limit=4']) == 0
+  said = capsys.readouterr()
+  rows = said.out.splitlines()[2:]
+  assert [row.split(' | ')[1] for row in rows] == ['cpu:4', 'cpu:3']  # The fastest first.
+  assert 'exit status -11' in said.err and 'too large' in said.err
+  assert len(file.read_text().splitlines()) == 4 and len(compiled) == 4
+  assert main.main([*arguments, '--search_limit=5']) == 0
+  assert len(compiled) == 5 and len(file.read_text().splitlines()) == 5
+  other = [argument.replace('--batch_size=32', '--batch_size=64') for argument in arguments]
+  assert main.main(other) == 2
+  assert 'holds a search of another request' in capsys.readouterr().err
+
+
+def test_a_candidate_is_compiled_by_another_process():
+  request = steps.Request('train', 'cpu:2', (RUN,), SMALL, 8)
+  bindings = ['make_mesh.tensor = 2', "PartiConfig.remat = 'dots'"]
+  plan, error = search.compile_apart(request, bindings)
+  assert error is None and plan['fits'] and plan['mesh']['tensor'] == 2
+  plan, error = search.compile_apart(request, ['make_mesh.tensor = 3'])
+  assert plan is None and error.startswith('exit status 2: parti-jax: error: make_mesh.')
