@@ -20,6 +20,7 @@ MAIN_MEMORY, HOST_MEMORY = 0, 5
 _ARRAY = re.compile(r'([a-z][a-z0-9]*)\[([^\]]*)\](?:\{([^}]*)\})?')
 _NAME = re.compile(r'%([\w.\-]+)')
 _COMPUTATION = re.compile(r'(ENTRY )?%([\w.\-]+) \(.*\{$')
+_END = re.compile(r'\}(, execution_thread="[^"]*")?')
 _INSTRUCTION = re.compile(r'\s*(ROOT )?%([\w.\-]+) = ')
 _OPCODE = re.compile(r'\s*([a-z][\w\-]*)\(')
 _COMMENT = re.compile(r'/\*.*?\*/')
@@ -202,11 +203,11 @@ def _logical_lines(text: str) -> Iterator[str]:
   parts: list[str] = []
   inside = False
   for line in text.splitlines():
-    begins = _INSTRUCTION.match(line) or not inside or line == '}'
-    if begins and parts:
+    ends = _END.fullmatch(line)
+    if parts and (ends or _INSTRUCTION.match(line)):
       yield ' '.join(parts)
       parts = []
-    if line == '}':
+    if ends:
       inside = False
     elif inside:
       parts.append(line)

@@ -53,6 +53,8 @@ class Traffic:
     operands = [computation[name].shape for name in instruction.operands]
     if opcode == 'fusion':
       return self._of_fusion(instruction, operands)
+    if opcode in ('send', 'recv'):
+      return self._bytes(instruction.shape.elements[0])
     if opcode.endswith('-start'):
       return self._of_start(instruction, operands)
     if opcode in _SLICES:

@@ -21,6 +21,10 @@ from parti_jax.planning import replica_groups
 # Takes a Pallas kernel's instruction and the shapes of its operands; FLOPs of one turn, or None.
 KernelFlops = Callable[[hlo.Instruction, list[hlo.Shape]], float | None]
 
+# What is sent between slices, and as which collective that counts.
+_BETWEEN_SLICES = {'ALL_REDUCE': 'all-reduce', 'ALL_GATHER': 'all-gather',
+                   'REDUCE_SCATTER': 'reduce-scatter', 'ALL_TO_ALL': 'all-to-all',
+                   'ONE_TO_ONE': 'collective-permute'}
 _KERNEL_TARGETS = ('tpu_custom_call', '__gpu$xla.gpu.triton', 'mosaic_gpu')
 
 
@@ -93,22 +97,26 @@ class Costs:
     self.notes |= other.notes
 
 
-def costs(module: hlo.Module, device_count: int, kernel_flops: KernelFlops | None = None) -> Costs:
+def costs(module: hlo.Module, device_count: int, kernel_flops: KernelFlops | None = None,
+          slice_groups: np.ndarray | None = None) -> Costs:
   """Walks a program.
 
   Args:
     module: of `hlo.parse`.
     device_count: of the program's mesh.
     kernel_flops: for Pallas kernels that carry no estimate of their own.
+    slice_groups: int [groups, slices], places in the mesh of the devices that stand for each other
+      in several slices: the program names only the slices that it sends to.
   """
-  return _Walk(module, device_count, kernel_flops).costs(module.entry, {})
+  return _Walk(module, device_count, kernel_flops, slice_groups).costs(module.entry, {})
 
 
 class _Walk:
   """A walk through a program's computations."""
 
-  def __init__(self, module, device_count, kernel_flops):
+  def __init__(self, module, device_count, kernel_flops, slice_groups):
     self._module, self._device_count, self._kernel_flops = module, device_count, kernel_flops
+    self._slice_groups = slice_groups
     self._main = hlo_bytes.Traffic(module)
     self._host = hlo_bytes.Traffic(module, hlo.HOST_MEMORY)
     self._fused: dict[str, Costs] = {}
@@ -121,7 +129,7 @@ class _Walk:
         self._add_loop(total, instruction, computation, known)
       elif instruction.opcode == 'conditional':
         total.add(self._costliest_branch(instruction))
-      elif instruction.opcode in ('call', 'async-start'):
+      elif instruction.opcode in ('call', 'call-start', 'async-start'):
         called = instruction.called('to_apply') or instruction.called('calls')
         total.add(self.costs(self._module[called], {}))
       else:
@@ -164,8 +172,21 @@ class _Walk:
         total.collectives.append(collective)
     elif opcode == 'custom-call':
       self._add_kernel(total, instruction, computation)
+    elif opcode == 'send':
+      self._add_sent_between_slices(total, instruction)
     else:
       total.product_flops += hlo_flops.product_flops(instruction, computation)
+
+  def _add_sent_between_slices(self, total, instruction):
+    kind = instruction.attribute(r'_xla_megascale_transfer_type="(\w+)"')
+    if kind not in _BETWEEN_SLICES or self._slice_groups is None:
+      total.notes.add(f'{instruction.name} sends to places that are not known; not counted')
+      return
+    kind, groups = _BETWEEN_SLICES[kind], self._slice_groups
+    size = instruction.shape.elements[0].logical_bytes()
+    if kind == 'all-gather':
+      size *= groups.shape[1]
+    total.collectives.append(Collective(kind, size, groups, 1, instruction.op_name))
 
   def _fusion_costs(self, fused: hlo.Computation) -> Costs:
     """Products in a fusion; its `collectives` are pairs of a collective and its chain or None."""

@@ -54,7 +54,7 @@ class _Plan:
     self._chip = topology.chip
 
   def made(self) -> dict[str, Any]:
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     lowered = self._step.lower()
     plan = self._described()
     try:
@@ -67,6 +67,7 @@ class _Plan:
     else:
       plan |= self._measured(compiled)
     plan['compile_seconds'] = time.perf_counter() - start
+    plan['compile_cpu_seconds'] = time.process_time() - cpu_start
     plan['compile_peak_bytes'] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     plan['remedies'] = [] if plan['fits'] else remedies.of(plan)
     return plan
@@ -90,7 +91,8 @@ class _Plan:
   def _measured(self, compiled) -> dict[str, Any]:
     step, chip = self._step, self._chip
     memory = _memory(compiled.memory_analysis(), step.resident_bytes, self._capacity())
-    costs = hlo_cost.costs(hlo.parse(compiled.as_text()), step.mesh.size, step.kernel_flops)
+    costs = hlo_cost.costs(hlo.parse(compiled.as_text()), step.mesh.size, step.kernel_flops,
+                           roofline.slice_groups(step.mesh) if self._topology.slices > 1 else None)
     sums = roofline.summarize(costs.collectives, step.mesh, chip)
     model_flops = step.model_flops / step.mesh.size
     plan = {

@@ -66,8 +66,8 @@ def _head(plan) -> str:
       f'  mesh        {mesh_of(plan)}',
       f'  batch       {plan["batch_size"]:,} {unit}',
       f'  settings    {settings}',
-      f'  compiled    in {plan["compile_seconds"]:.0f} s, at most '
-      f'{plan["compile_peak_bytes"] / _GIB:.1f} GiB of memory'])
+      f'  compiled    in {plan["compile_seconds"]:.0f} s, {plan["compile_cpu_seconds"]:.0f} s of '
+      f'processor time, with at most {plan["compile_peak_bytes"] / _GIB:.1f} GiB of memory'])
 
 
 def _memory(plan) -> str:

@@ -146,6 +146,15 @@ class Network:
     return found
 
 
+def slice_groups(mesh) -> np.ndarray:
+  """Places in a mesh of the devices that stand for each other: int [devices of a slice, slices]."""
+  places: dict[tuple, list[int]] = {}
+  for place, device in enumerate(mesh.devices.flat):
+    key = (*device.coords, getattr(device, 'core_on_chip', 0))
+    places.setdefault(key, []).append(place)
+  return np.array(list(places.values()))
+
+
 def summarize(collectives, mesh, chip: chips.Chip | None) -> list[CollectiveSum]:
   """Collectives by kind and mesh axes, those that take longest first."""
   network = Network(mesh, chip) if chip else None

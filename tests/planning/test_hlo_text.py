@@ -117,6 +117,41 @@ def test_a_collective_that_runs_beside_several_fusions_counts_once():
   assert costs.hbm_bytes == 4 * (4 * 128 + 8 * 128 + 64 * 64 + 64 * 32 + 64 * 32)
 
 
+def test_what_is_sent_between_slices():
+  send = ('%s{0} = (f32[8,128], u32[], token[]) send(%p0, %t), channel_id={0}, '
+          'is_host_transfer=true, frontend_attributes={{_xla_host_transfer_handler_name='
+          '"xla_megascale_runtime",_xla_megascale_transfer_type="{1}"}}')
+  module = program(
+      '%p0 = f32[8,128] parameter(0)', '%t = token[] after-all()',
+      send.format(1, 'ALL_REDUCE'), send.format(2, 'ALL_GATHER'), send.format(3, 'ONE_TO_ONE'),
+      '%d = token[] send-done(%s1), channel_id=1, is_host_transfer=true',
+      'ROOT %r = f32[8,128] negate(%p0)')
+  size, groups = 8 * 128 * 4, np.arange(16).reshape(2, 8).T
+  costs = hlo_cost.costs(module, 16, slice_groups=groups)
+  assert [(found.kind, found.sent) for found in costs.collectives] == [
+      ('all-reduce', size), ('all-gather', size), ('collective-permute', size)]
+  assert replica_groups.axes(costs.collectives[0].groups, MESH) == ('data',)
+  assert costs.hbm_bytes == 3 * size + 2 * size  # Each is read once.
+  unknown = hlo_cost.costs(module, 16)
+  assert not unknown.collectives and len(unknown.notes) == 3
+
+
+def test_a_collective_of_another_core():
+  called = '\n'.join([
+      '%called (a: f32[8,128]) -> f32[16,128] {', '  %a = f32[8,128] parameter(0)',
+      '  ROOT %g = f32[16,128] all-gather(%a), replica_groups=[8,2]<=[16], dimensions={0}',
+      '}, execution_thread="sparsecore"', ''])
+  module = program(
+      '%p0 = f32[8,128] parameter(0)',
+      '%c = ((f32[8,128]), f32[16,128], u32[]{:S(8)}) call-start(%p0), '
+      'async_execution_thread="sparsecore", to_apply=%called',
+      'ROOT %r = f32[16,128] call-done(%c)', before=called)
+  costs = hlo_cost.costs(module, 16)
+  (collective,) = costs.collectives
+  assert (collective.kind, collective.whole) == ('all-gather', 16 * 128 * 4)
+  assert costs.hbm_bytes == (8 + 16) * 128 * 4
+
+
 def _loop(condition, body_adds='%one', start='constant(0)'):
   before = '\n'.join([
       '%cond (t: (s32[], f32[8,128])) -> pred[] {',

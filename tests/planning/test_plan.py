@@ -28,7 +28,7 @@ ENTRIES = {
     'schema', 'what', 'topology', 'gin_files', 'gin_bindings', 'versions', 'chip', 'chips',
     'devices', 'mesh', 'batch_size', 'settings', 'parameters', 'memory', 'exhausted', 'flops',
     'bytes', 'collectives', 'kernels', 'seconds', 'mfu', 'notes', 'network_model', 'fits',
-    'compile_seconds', 'compile_peak_bytes', 'remedies'}
+    'compile_seconds', 'compile_cpu_seconds', 'compile_peak_bytes', 'remedies'}
 
 
 def flags(*others, bindings=()):
@@ -106,6 +106,21 @@ def test_a_step_on_a_tpu(tpu_devices, capfd, tmp_path):
   assert plan['mfu']['without_overlap'] < plan['mfu']['bound']
   for words in ('it fits', 'MFU at most', chips.CHIPS['v5e'].source):
     assert words in said.out
+
+
+def test_several_slices_and_two_devices_on_a_chip(tpu_devices):
+  del tpu_devices
+  request = lambda topology, *bindings: steps.Request(
+      'train', topology, (RUN,), (*SMALL, 'train.microbatches=1', *bindings), 16)
+  plan = plan_lib.make(request('2xv5e:1x2', 'make_mesh.data=2', 'make_mesh.fsdp=2'))
+  between = [entry for entry in plan['collectives'] if entry['dcn']]
+  assert {tuple(entry['axes']) for entry in between} == {('data',)}
+  # Gradients of 2 bytes or 4, of half the parameters on each device, go to the other slice.
+  sent = sum(entry['bytes_sent'] for entry in between)
+  assert plan['parameters'] < sent < 4 * plan['parameters'] and not plan['notes']
+  plan = plan_lib.make(request('tpu7x:1x2x1', 'make_mesh.fsdp=2', 'make_mesh.tensor=2'))
+  assert plan['devices'] == 4 and plan['chips'] == 2 and plan['collectives']
+  assert plan['memory']['capacity'] == 96 * 2 ** 30
 
 
 def test_a_sampling_step_on_a_tpu_moves_parameters_and_cache_once(tpu_devices):

@@ -1,0 +1,64 @@
+"""Plans of the paper's models on TPU pods, one JSON file for each in benchmarks/plans/.
+
+    python benchmarks/plans.py            makes those that are missing, one after another
+    python benchmarks/plans.py --list     names them, with the command of each
+    python benchmarks/plans.py 20b_v5p    makes those whose names contain the words given, again
+
+A plan takes minutes and up to 16 GiB of memory, and needs no TPU (pip install "parti_jax[tpu]").
+The table of all: parti-jax plan --table benchmarks/plans/*.json
+"""
+
+import argparse
+import pathlib
+import shlex
+import subprocess
+import sys
+import time
+
+FOLDER = pathlib.Path(__file__).parent / 'plans'
+SIZES = ('350m', '750m', '3b', '20b')
+PODS = ('v4:8x8x8', 'v5p:8x8x8', 'v6e:16x16')
+
+# What a plan needs besides its run's gin file; batch and lengths are always the paper's.
+CHANGES: dict[str, list[str]] = {}
+
+
+def plans() -> dict[str, list[str]]:
+  """Name -> arguments of `parti-jax plan`."""
+  wanted = [(f'{size}_{pod.split(":")[0]}', size, pod) for size in SIZES for pod in PODS]
+  wanted.append(('3b_v5e', '3b', 'v5e:16x16'))
+  found = {name: ['--what=train', f'--topology={pod}', *_run(size), *CHANGES.get(name, [])]
+           for name, size, pod in wanted}
+  found['20b_v5e_sample'] = [
+      '--what=sample', '--topology=v5e:4x8', *_run('20b'), '--batch_size=64',
+      '--gin.make_mesh.data=-1', '--gin.make_mesh.fsdp=1', '--gin.make_mesh.tensor=8']
+  return found
+
+
+def _run(size: str) -> list[str]:
+  return [f'--gin_file=gin_configs/runs/parti_{size}.gin']
+
+
+def main():
+  parser = argparse.ArgumentParser(
+      description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('words', nargs='*')
+  parser.add_argument('--list', action='store_true')
+  args = parser.parse_args()
+  failed = 0
+  for name, arguments in plans().items():
+    file = FOLDER / f'{name}.json'
+    command = [sys.executable, '-m', 'parti_jax.main', 'plan', *arguments, f'--json={file}']
+    if args.list:
+      print(f'{name}: parti-jax plan {shlex.join(arguments)}')
+    elif any(word in name for word in args.words) or (not args.words and not file.exists()):
+      start = time.perf_counter()
+      done = subprocess.run(command, capture_output=True, text=True, check=False)
+      said = {0: 'fits', 1: 'does not fit'}.get(done.returncode, done.stderr.strip()[-300:])
+      print(f'{name}: {said}, {time.perf_counter() - start:.0f} s', flush=True)
+      failed += done.returncode not in (0, 1)
+  return failed
+
+
+if __name__ == '__main__':
+  sys.exit(main())
