@@ -44,15 +44,15 @@ class Batches:
       seed: int = 0,
       shuffle: bool = True,
       num_epochs: int | None = None,
-      process_index: int = 0,
-      process_count: int = 1,
+      share: int = 0,
+      shares: int = 1,
   ):
     """Opens a task.
 
     Args:
       task: name of a task or mixture (see `parti_jax.data.tasks`).
       split: the split, 'train'.
-      batch_size: examples a batch in this process.
+      batch_size: examples a batch.
       feature_lengths: the length of each of the task's features, such as {'images': 64},
         {'inputs': 32, 'images': 64} or {'inputs': 32, 'targets': 64}. For pictures it is their
         height and width in pixels.
@@ -60,9 +60,8 @@ class Batches:
       seed: decides the order of the examples and whose text is dropped.
       shuffle: whether to shuffle; else the source's order is kept.
       num_epochs: epochs to read; None for no end.
-      process_index: which process this is, of `process_count`. Each reads a part of its own, and
-        has a state of its own.
-      process_count: number of processes that share the data.
+      share: which of the `shares` parts of the split to read; each has a state of its own.
+      shares: into how many parts the split is divided.
 
     Raises:
       UserError: there is no such task, its data can't be read, or the lengths don't fit it.
@@ -78,7 +77,7 @@ class Batches:
     self._seed = seed
     self._shuffle = shuffle
     self._num_epochs = num_epochs
-    self._shard_info = seqio.ShardInfo(process_index, process_count) if process_count > 1 else None
+    self._shard_info = seqio.ShardInfo(share, shares) if shares > 1 else None
     self._reading = tally.Reading(drop_text=split.split('[')[0] == 'train')
     self._epoch = 0
     self._taken = 0
@@ -176,7 +175,11 @@ class Batches:
     skipped, shortened = self._reading.skipped, self._reading.shortened
     if not self._taken:
       reasons = f'; skipped {skipped}' if skipped.counts() else ''
-      raise UserError(f'{where}: there is no usable example in {_source(self._task)}{reasons}')
+      share = self._shard_info
+      part = (f'share {share.index + 1} of {share.num_shards} (train.data_shares) of '
+              if share else '')
+      raise UserError(
+          f'{where}: there is no usable example in {part}{_source(self._task)}{reasons}')
     if skipped.counts() or shortened.counts():
       logging.warning(
           '%s: epoch %d ended after %d examples; so far skipped: %s; kept in part: %s',

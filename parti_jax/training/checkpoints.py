@@ -34,6 +34,13 @@ class Checkpoints:
   def latest_step(self) -> int | None:
     return self._manager.latest_step()
 
+  def told_to_stop(self, step: int) -> bool:
+    """Whether this is the step at which all processes stop, since one of them got SIGTERM.
+
+    With one process it never is: there SIGTERM ends the process, as usual.
+    """
+    return self._manager.reached_preemption(step)
+
   def save(self, step: int, state, data: dict, model: dict):
     """Starts writing a checkpoint; it counts only once it is whole.
 

@@ -103,32 +103,29 @@ class GeneratorStage:
     """Means over examples."""
     return {name: float(values.mean()) for name, values in measures.items()}
 
-  def pictures(self, params, batch):
-    """Real pictures beside samples for the same texts.
-
-    Args:
-      params: of `init`.
-      batch: as in `loss`.
+  def painter(self):
+    """What draws real pictures beside samples for the same texts; None without a tokenizer.
 
     Returns:
-      {'samples': uint8 [batch, height, 2 · width, 3]}, or nothing without a tokenizer.
+      A function of `params`, a batch as in `loss` and the tokenizer's parameters, which returns
+      {'samples': uint8 [batch, height, 2 · width, 3]}; and those parameters, numpy arrays.
     """
     if self.tokenizer is None:
-      return {}
+      return None
     config, tokenizer_params = frozen_tokenizer.load(self.tokenizer)
 
-    @jax.jit
-    def draw(params, text_tokens, image_tokens):
-      keys = decoding.image_keys(0, jnp.arange(text_tokens.shape[0]))
+    def draw(params, batch, tokenizer_params):
+      texts = batch['encoder_input_tokens']
       drawn = decoding.sample_tokens(
-          self.model, parameters.cut(self.model, params), text_tokens, keys, self.guidance_scale,
+          self.model, parameters.cut(self.model, params), texts,
+          decoding.image_keys(0, jnp.arange(texts.shape[0])), self.guidance_scale,
           guided=True, greedy=False, filtered=False)
       decode = lambda tokens: vit_vqgan.ViTVQGAN(config).apply(
           {'params': tokenizer_params}, tokens, method='detokenize')
-      pairs = jnp.concatenate([decode(image_tokens), decode(drawn)], axis=2)
-      return jnp.round(pairs * 255.0).astype(jnp.uint8)
+      pairs = jnp.concatenate([decode(batch['decoder_target_tokens']), decode(drawn)], axis=2)
+      return {'samples': jnp.round(pairs * 255.0).astype(jnp.uint8)}
 
-    return {'samples': draw(params, batch['encoder_input_tokens'], batch['decoder_target_tokens'])}
+    return draw, jax.tree.map(np.asarray, tokenizer_params)
 
   def step_flops(self, batch_size: int) -> int:
     """Model FLOPs of a training step."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import flax.linen as nn
 import gin
@@ -226,18 +225,27 @@ class TokenizerStage:
     return {'l2': float(measures['l2'].mean()), 'psnr': float(measures['psnr'].mean()),
             'codes_used': used}
 
-  def pictures(self, params, batch):
-    """Pictures beside their reconstructions: uint8 [batch, height, 2 · width, 3]."""
-    images = batch['images'].astype(jnp.float32) / 255.0
-    _, reconstructions = self._reconstruct(params, images)
-    pairs = jnp.concatenate([images, reconstructions], axis=2)
-    return {'reconstructions': jnp.round(pairs * 255.0).astype(jnp.uint8)}
+  def painter(self):
+    """What draws pictures beside their reconstructions.
+
+    Returns:
+      A function of `params`, a batch as in `loss` and nothing else, which returns
+      {'reconstructions': uint8 [batch, height, 2 · width, 3]}; and that nothing.
+    """
+
+    def draw(params, batch, nothing):
+      del nothing
+      images = batch['images'].astype(jnp.float32) / 255.0
+      _, reconstructions = self._reconstruct(params, images)
+      pairs = jnp.concatenate([images, reconstructions], axis=2)
+      return {'reconstructions': jnp.round(pairs * 255.0).astype(jnp.uint8)}
+
+    return draw, {}
 
   def step_flops(self, batch_size: int) -> int:
     """Model FLOPs of a training step."""
     return 3 * batch_size * flops.tokenizer_forward(self.model)
 
-  @functools.partial(jax.jit, static_argnums=0)
   def _reconstruct(self, params, images):
     module = vit_vqgan.ViTVQGAN(self.model)
     tokens = module.apply({'params': params}, images, method='tokenize')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 
 import gin
@@ -9,10 +10,12 @@ import jax
 
 from parti_jax import config
 from parti_jax import errors
+from parti_jax.partitioning import local_rows
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.partitioning import rules as rules_lib
 from parti_jax.training import checkpoints as checkpoints_lib
 from parti_jax.training import device_peak
+from parti_jax.training import hosts
 from parti_jax.training import reporting
 from parti_jax.training import trainer as trainer_lib
 
@@ -23,8 +26,8 @@ def train(model_dir: str, stage=gin.REQUIRED, task: str = gin.REQUIRED, steps: i
           seed: int = 0, split: str = 'train', eval_split: str = 'validation',
           log_every: int = 50, evaluate_every: int = 500, checkpoint_every: int = 500,
           keep_checkpoints: int = 2, pictures_every: int = 1000, num_pictures: int = 16,
-          initial_model: str | None = None, microbatches: int = 1,
-          offload_optimizer: bool = False):
+          initial_model: str | None = None, data_shares: int | None = None,
+          microbatches: int = 1, offload_optimizer: bool = False):
   """Trains a stage until `steps`, from the newest checkpoint in `model_dir` if there is one.
 
   Args:
@@ -46,7 +49,8 @@ def train(model_dir: str, stage=gin.REQUIRED, task: str = gin.REQUIRED, steps: i
     num_pictures: pictures in a grid.
     initial_model: a model folder, as `parti-jax export` writes it, whose parameters a new run
       starts with; None for random ones. The optimiser starts anew.
-
+    data_shares: into how many shares the examples are split, see `SharedBatches`; None for as
+      many as the run has processes when it begins. They stay the same whoever resumes it.
     microbatches: parts of a batch whose gradients are computed one after the other and summed,
       for batches that do not fit the memory at once; changes no result.
     offload_optimizer: whether the optimiser's state lies in the hosts' memory between steps, on
@@ -57,21 +61,21 @@ def train(model_dir: str, stage=gin.REQUIRED, task: str = gin.REQUIRED, steps: i
 
   Raises:
     UserError: for a mesh, batch size, task or checkpoint that does not fit.
+    SystemExit: if one of several processes was told to stop; a checkpoint is written first.
   """
   # Reading data takes TensorFlow; who only asks gin about a run, as planning does, needs none.
   from parti_jax.data import batches as data_batches  # pylint: disable=g-import-not-at-top
+  from parti_jax.data import shared_batches
 
+  hosts.check_connected()
   mesh = mesh_lib.make_mesh()
   trainer = trainer_lib.Trainer(
       stage, optimizer(schedule), mesh, seed, microbatches, offload_optimizer)
   rules_lib.check_batch(batch_size, mesh, trainer.rules, microbatches)
-  if batch_size % jax.process_count():
-    raise errors.UserError(f'train.batch_size={batch_size} is not divisible by the '
-                           f'{jax.process_count()} processes')
   check_vocabularies(stage, task)
-  training = data_batches.Batches(
-      task, split, batch_size // jax.process_count(), stage.feature_lengths(), seed=seed,
-      process_index=jax.process_index(), process_count=jax.process_count())
+  training = shared_batches.SharedBatches(
+      task, split, batch_size, stage.feature_lengths(), data_shares, jax.process_count(),
+      local_rows.local_rows(trainer.batch_sharding, batch_size), seed)
   # Every process reads all of these, as `Trainer.evaluate` wants.
   held_out = lambda: data_batches.Batches(
       task, eval_split or split, batch_size, stage.feature_lengths(), seed=seed, shuffle=False,
@@ -81,13 +85,15 @@ def train(model_dir: str, stage=gin.REQUIRED, task: str = gin.REQUIRED, steps: i
       initial_model, stage, trainer.abstract.params)
   run = Run(trainer, model_dir, keep_checkpoints, training, initial)
   reporter = reporting.Reporter(model_dir, steps, run.step)
-  config.save(f'{model_dir}/config.gin', config.operative())
-  peak = device_peak.device_peak(jax.devices()[0], stage.compute_dtype) * jax.device_count()
+  if jax.process_index() == 0:
+    config.save(f'{model_dir}/config.gin', config.operative())
+  peak = device_peak.device_peak(jax.local_devices()[0], stage.compute_dtype) * jax.device_count()
   reporter.say(run.beginning())
   meter = _Meter(batch_size, stage.step_flops(batch_size), peak)
   metrics: dict[str, float] = {}
+  whole = False
   try:
-    while run.step < steps:
+    while run.step < steps and not run.told_to_stop():
       values = run.advance()
       step = run.step
       due = lambda every: every and (step % every == 0 or step == steps)
@@ -103,13 +109,20 @@ def train(model_dir: str, stage=gin.REQUIRED, task: str = gin.REQUIRED, steps: i
         reporter.metrics(step, measured)
       if due(pictures_every):
         chosen = {name: value[:num_pictures] for name, value in next(held_out()).items()}
-        reporter.pictures(step, stage.pictures(jax.device_get(run.state.params), chosen))
+        reporter.pictures(step, trainer.pictures(run.state.params, chosen))
       if due(checkpoint_every):
         run.save()
       meter.pause(step, due(evaluate_every) or due(pictures_every) or due(checkpoint_every))
+    run.save()
+    whole = True
   finally:
-    run.close()
+    # The other processes may be waiting for one that failed, so that one must not wait for them.
+    if whole or jax.process_count() == 1:
+      run.close()
     reporter.close(run.skipped())
+  if run.step < steps:
+    reporter.say(f'told to stop: a checkpoint of step {run.step} is written; start again to go on')
+    raise SystemExit(128 + signal.SIGTERM)
   return metrics
 
 
@@ -142,7 +155,7 @@ class Run:
     trainer: the stage on its mesh.
     model_dir: the run's folder.
     keep: how many checkpoints stay.
-    examples: the training examples, a `Batches`.
+    examples: the training examples, `SharedBatches`.
     initial: parameters that a new run starts with; None for random ones.
   """
 
@@ -167,15 +180,20 @@ class Run:
     mesh = '×'.join(f'{axis} {size}' for axis, size in self._trainer.mesh.shape.items())
     count = sum(leaf.size for leaf in jax.tree.leaves(self._trainer.abstract.params))
     where = f'resuming at step {self.step}' if self.resumed else 'starting at step 0'
-    return (f'{self._trainer.stage.name}: {count / 1e6:.1f}M parameters on '
-            f'{jax.device_count()} {jax.devices()[0].device_kind} devices ({mesh}), {where}')
+    among = f' of {jax.process_count()} processes' if jax.process_count() > 1 else ''
+    return (f'{self._trainer.stage.name}: {count / 1e6:.1f}M parameters on {jax.device_count()} '
+            f'{jax.devices()[0].device_kind} devices{among} ({mesh}), {where}')
 
   def advance(self):
     """One step; returns its metrics, still on the device."""
-    batch = self._trainer.put(next(self._iterator))
+    batch = self._trainer.put(next(self._iterator), self._examples.batch_size)
     self.state, metrics = self._trainer.step(self.state, batch)
     self.step += 1
     return metrics
+
+  def told_to_stop(self) -> bool:
+    """Whether one of several processes has got SIGTERM and all are to stop at this step."""
+    return self._checkpoints.told_to_stop(self.step)
 
   def save(self):
     """Starts writing a checkpoint of this step."""

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
 from parti_jax.models import layers
+from parti_jax.partitioning import local_rows
 from parti_jax.partitioning import rules as rules_lib
 from parti_jax.training import state as state_lib
 
@@ -129,10 +130,15 @@ class Trainer:
     return state_lib.create_state(
         self.stage, self.optimizer, self.seed, self.abstract, self.mesh, self.rules)
 
-  def put(self, batch: dict[str, np.ndarray]):
-    """A batch of this process as global arrays on the mesh."""
-    return {name: jax.make_array_from_process_local_data(self.batch_sharding, value)
-            for name, value in batch.items()}
+  def put(self, batch: dict[str, np.ndarray], batch_size: int | None = None):
+    """A batch as global arrays on the mesh.
+
+    Args:
+      batch: the rows that this process holds, see `local_rows`.
+      batch_size: rows of the global batch; None if `batch` is the whole of it.
+    """
+    return local_rows.global_arrays(
+        self.batch_sharding, batch, batch_size or len(next(iter(batch.values()))))
 
   def step(self, state, batch):
     """One update: the new state and scalar metrics; `state` is donated, `batch` of `put`."""
@@ -157,12 +163,34 @@ class Trainer:
       for batch in batches:
         count = len(next(iter(batch.values())))
         size = max(size, -(-count // ways) * ways)
-        padded = {name: self._put_whole(np.resize(value, (size,) + value.shape[1:]))
-                  for name, value in batch.items()}
-        for name, values in self._evaluate(params, padded).items():
+        for name, values in self._evaluate(params, self._put_whole(batch, size)).items():
           measures.setdefault(name, []).append(np.asarray(values)[:count])
     return self.stage.summarize({name: np.concatenate(parts) for name, parts in measures.items()})
 
-  def _put_whole(self, value: np.ndarray):
-    return jax.make_array_from_callback(
-        value.shape, self.batch_sharding, lambda index: value[index])
+  def pictures(self, params, batch) -> dict[str, np.ndarray]:
+    """Pictures for a few examples, drawn on the mesh, where all processes take part.
+
+    Args:
+      params: the parameters.
+      batch: a whole batch, the same one in every process.
+
+    Returns:
+      Name -> uint8 [batch, height, width, 3]; nothing where the stage has nothing to draw with.
+    """
+    painter = self.stage.painter()
+    if painter is None:
+      return {}
+    draw, inputs = painter
+    count, ways = len(next(iter(batch.values()))), rules_lib.batch_ways(self.mesh, self.rules)
+    whole = NamedSharding(self.mesh, PartitionSpec())
+    draw = jax.jit(draw, in_shardings=(self.shardings.params, self.batch_sharding, whole),
+                   out_shardings=whole)
+    with rules_lib.partitioned(self.mesh, self.rules):
+      drawn = draw(params, self._put_whole(batch, -(-count // ways) * ways), inputs)
+    return {name: np.asarray(pictures)[:count] for name, pictures in drawn.items()}
+
+  def _put_whole(self, batch, size: int):
+    """A batch that every process has, as arrays of `size` rows; the added ones repeat others."""
+    padded = {name: np.resize(value, (size,) + value.shape[1:]) for name, value in batch.items()}
+    rows = local_rows.local_rows(self.batch_sharding, size)
+    return self.put({name: value[rows] for name, value in padded.items()}, size)

@@ -79,12 +79,12 @@ def test_resumes_as_if_uninterrupted(numbered, taken):
 
 
 @pytest.mark.parametrize('shuffle', [True, False])
-def test_processes_share_an_epoch(numbered, shuffle):
+def test_shares_of_an_epoch(numbered, shuffle):
   numbered(11)
   read = []
   for index in range(3):
     batches = Batches('folder_images', 'train', 2, IMAGES, seed=4, shuffle=shuffle, num_epochs=1,
-                      process_index=index, process_count=3)
+                      share=index, shares=3)
     read.append(sum((_numbers(batch) for batch in batches), []))
   assert sorted(sum(read, [])) == list(range(11))
   assert all(3 <= len(numbers) <= 4 for numbers in read)

@@ -202,7 +202,7 @@ def test_order_of_many_shards_is_decided_by_the_seed(tars, encode):
   every = [10 * shard + i for shard in range(5) for i in range(6)]
   assert sorted(read[0][0]) == sorted(read[0][1]) == every
   parts = [[i for batch in Batches('images', 'train', 30, {'images': 8}, num_epochs=1,
-                                   process_index=index, process_count=count)
+                                   share=index, shares=count)
             for i in batch['images'][:, 0, 0, 0].tolist()]
            for count in (2, 8) for index in range(count)]
   assert sorted(sum(parts[:2], [])) == sorted(sum(parts[2:], [])) == every

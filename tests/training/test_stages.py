@@ -164,9 +164,9 @@ def test_evaluation_counts_every_example_once(tokenizer):
 
 
 def test_the_tokenizers_pictures_are_pairs(tokenizer):
-  stage, _, state = tokenizer
+  _, trainer, state = tokenizer
   images = _images(3)
-  pairs = stage.pictures(jax.device_get(state.params), {'images': images})['reconstructions']
+  pairs = trainer.pictures(state.params, {'images': images})['reconstructions']
   assert pairs.shape == (3, 8, 16, 3) and pairs.dtype == jnp.uint8
   np.testing.assert_array_equal(pairs[:, :, :8], images)
 

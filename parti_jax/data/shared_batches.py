@@ -1,0 +1,109 @@
+"""Global batches whose examples do not depend on how many processes read them."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from parti_jax.data.batches import Batches
+from parti_jax.errors import UserError
+from parti_jax.partitioning import local_rows
+
+
+class SharedBatches:
+  """An iterator of the rows that a process needs of each global training batch.
+
+  The examples are split into a fixed number of shares, and share v of V gives the rows
+  [v·B/V, (v + 1)·B/V) of each batch of B rows. A process reads the shares that its rows are in.
+  The number of shares is a property of the run and not of the processes: it is kept in the
+  checkpoint, so that a run resumed by another number of processes goes on with the same batches.
+
+  Attributes:
+    batch_size: rows of the global batch.
+    skipped: as in `Batches`, of the shares that this process reads.
+  """
+
+  def __init__(self, task: str, split: str, batch_size: int, feature_lengths: Mapping[str, int],
+               shares: int | None = None, processes: int = 1,
+               rows: Sequence[int] | None = None, seed: int = 0):
+    """Opens the shares that this process reads.
+
+    Args:
+      task: name of a task or mixture (see `parti_jax.data.tasks`).
+      split: the split, 'train'.
+      batch_size: rows of the global batch.
+      feature_lengths: as in `Batches`.
+      shares: into how many shares the examples are split; None for as many as `processes`, or,
+        after `restore`, for as many as the checkpoint has.
+      processes: how many processes train.
+      rows: the rows that this process needs, ascending; None for all.
+      seed: decides the order of the examples and whose text is dropped.
+
+    Raises:
+      UserError: the shares do not divide the batch, or as `Batches` does.
+    """
+    self._arguments = {'task': task, 'split': split, 'feature_lengths': feature_lengths,
+                       'seed': seed}
+    self.batch_size, self._asked = batch_size, shares
+    self._rows = np.arange(batch_size) if rows is None else np.asarray(rows)
+    self._open(processes if shares is None else shares)
+
+  @property
+  def skipped(self) -> dict[str, int]:
+    """Reason -> number of examples that this process left out."""
+    return dict(sum((collections.Counter(b.skipped) for b in self._batches.values()),
+                    collections.Counter()))
+
+  def state(self) -> dict:
+    """Where the next batch starts in every share; all processes must call it together.
+
+    Returns:
+      {'places': [[epoch, examples taken in it] of each share]}.
+    """
+    places = np.full((self._shares, 2), -1, np.int32)
+    for share, batches in self._batches.items():
+      place = batches.state()
+      places[share] = place['epoch'], place['taken']
+    return {'places': local_rows.largest(places).tolist()}
+
+  def restore(self, state: Mapping) -> None:
+    """Goes on where `state()` was taken, by however many processes.
+
+    Raises:
+      UserError: another number of shares was asked for than the state has.
+    """
+    places = state['places']
+    if self._asked not in (None, len(places)):
+      raise UserError(f'train.data_shares={self._asked}, but the checkpoint has the place in '
+                      f'{len(places)} shares; leave it away or train in another --model_dir')
+    if len(places) != self._shares:
+      self._open(len(places))
+    for share, batches in self._batches.items():
+      epoch, taken = places[share]
+      batches.restore({'epoch': epoch, 'taken': taken})
+
+  def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+    return self
+
+  def __next__(self) -> dict[str, np.ndarray]:
+    parts = [next(batches) for batches in self._batches.values()]
+    return {name: np.concatenate([part[name] for part in parts])[self._chosen]
+            for name in parts[0]}
+
+  def _open(self, shares: int) -> None:
+    if shares < 1 or self.batch_size % shares:
+      raise UserError(f'train.batch_size={self.batch_size} is not divisible by '
+                      f'train.data_shares={shares}, the shares that the data is split into (by '
+                      'default one a process); set one of the two')
+    self._shares = shares
+    size = self.batch_size // shares
+    read = np.unique(self._rows // size)
+    self._batches = {
+        int(share): Batches(**self._arguments, batch_size=size, share=int(share), shares=shares)
+        for share in read}
+    held = (read[:, None] * size + np.arange(size)).reshape(-1)
+    # A slice where all is needed, since it copies nothing.
+    self._chosen = (slice(None) if len(held) == len(self._rows)
+                    else np.searchsorted(held, self._rows))

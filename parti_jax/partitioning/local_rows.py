@@ -1,0 +1,56 @@
+"""Which rows of a global batch a process holds, and global arrays made of them.
+
+A process needs the rows that the batch's sharding puts on its devices. They need not be
+contiguous, and several processes may hold the same ones: where the mesh splits parameters or
+layers across processes, all of these work on the same examples.
+"""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+
+def local_rows(sharding, batch_size: int) -> np.ndarray:
+  """Rows of a global batch that this process must provide.
+
+  Args:
+    sharding: of an array whose first axis is the batch; it must divide the batch.
+    batch_size: rows of the global batch.
+
+  Returns:
+    int64 [local_batch], ascending, without repetitions.
+  """
+  indices = sharding.addressable_devices_indices_map((batch_size,)).values()
+  rows = np.arange(batch_size)
+  return np.unique(np.concatenate([rows[index] for index in indices]))
+
+
+def global_arrays(sharding, batch: dict[str, np.ndarray], batch_size: int) -> dict[str, jax.Array]:
+  """Global arrays from the rows that each process has.
+
+  Args:
+    sharding: of all these arrays, over their first axis.
+    batch: arrays [local_batch, ...], the rows of `local_rows` in that order.
+    batch_size: rows of the global batch.
+
+  Returns:
+    Arrays [batch, ...] on the sharding's devices.
+  """
+  rows = local_rows(sharding, batch_size)
+
+  def put(value: np.ndarray) -> jax.Array:
+    def part(index):
+      first, stop, _ = index[0].indices(batch_size)
+      start = np.searchsorted(rows, first)
+      return value[(slice(start, start + stop - first), *index[1:])]
+
+    return jax.make_array_from_callback((batch_size, *value.shape[1:]), sharding, part)
+
+  return {name: put(value) for name, value in batch.items()}
+
+
+def largest(values: np.ndarray) -> np.ndarray:
+  """The element-wise maximum over all processes of int32 arrays; all processes must call it."""
+  return np.max(multihost_utils.process_allgather(np.asarray(values, np.int32)[None]), axis=0)
