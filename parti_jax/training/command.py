@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     hosts.connect(found)
     watched.connect()
 
-  with watched.failures():
+  with watched.failures(), hosts.losses_told():
     _train(args, connect)
   return 0
 

@@ -7,9 +7,13 @@ anywhere else the flags say where process 0, the coordinator, listens.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import re
+import sys
+import time
+from collections.abc import Iterator
 
 from parti_jax import errors
 from parti_jax.training import watched_process
@@ -131,6 +135,25 @@ def check_connected() -> None:
                            'the command on every host with --multi_host')
 
 
+@contextlib.contextmanager
+def losses_told() -> Iterator[None]:
+  """After a failed collective, leaves the end to the runtime, which knows who is missing.
+
+  Without this the process would end at once with the text of a broken connection.
+  """
+  import jax  # pylint: disable=g-import-not-at-top
+
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    # These are this process's own failures.
+    if not any(word in str(error) for word in ('RESOURCE_EXHAUSTED', 'INVALID_ARGUMENT')):
+      print('parti-jax: the connection to another process broke; learning which one takes up to '
+            f'{HEARTBEAT_TIMEOUT} s', file=sys.stderr)
+      time.sleep(HEARTBEAT_TIMEOUT + 15)
+    raise
+
+
 def explanation(found: Processes, watched: watched_process.WatchedProcess, words: str) -> str:
   """Says why the runtime ended this process, and what to do.
 
@@ -169,8 +192,7 @@ def _who_is_missing(words: str) -> str:
   found = re.search(r'unhealthy \(stopped sending heartbeats\):\s*\n([\d, \n]+)', words)
   if found:
     dead = ', '.join(re.findall(r'\d+', found.group(1)))
-    return (f'process {dead} of this run died or can\'t be reached (no sign of life for '
-            f'{HEARTBEAT_TIMEOUT} s)')
+    return f"process {dead} of this run died or can't be reached"
   if 'Failed to send RPC to coordination service' in words:
     return "process 0 of this run, the coordinator, died or can't be reached"
   return f'another process of this run ended ({_status(words)})'

@@ -15,6 +15,7 @@ import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 from parti_jax import errors
@@ -27,6 +28,8 @@ _FATAL = re.compile(rb'[EF]\d{4} .*\b(coordination_service|coordination_service_
 _NOISE = b'[Gloo] Rank '
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _PR_SET_PDEATHSIG = 1
+# How long a child may take to end after an error.
+_SECONDS_TO_END = 10
 
 
 class WatchedProcess:
@@ -50,13 +53,14 @@ class WatchedProcess:
 
   @contextlib.contextmanager
   def failures(self) -> Iterator[None]:
-    """In the child: what is raised here gets its own message, and no further one at the end."""
+    """In the child: an error in here gets its own message, and then the child has to end.
+
+    Left to itself it may wait at its end for the other processes, which wait for it.
+    """
     try:
       yield
     except BaseException as error:
-      # After an error of the runtime it is the runtime's end that tells what happened.
-      if not isinstance(error, RuntimeError):
-        self._shared[1] = _exit_status(error)
+      self._shared[1] = _exit_status(error)
       raise
 
   def fork(self, explain: Callable[[str], str]) -> int | None:
@@ -87,11 +91,11 @@ class WatchedProcess:
     for number in _FORWARDED:
       signal.signal(number, lambda number, _: os.kill(pid, number))
     relay = _Relay(reading)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    code = os.waitstatus_to_exitcode(self._wait(pid))
     held = relay.finish()
+    if code < 0 and self._shared[1]:
+      return self._shared[1]  # Its error has been told already.
     if code == -signal.SIGABRT and 'JAX distributed service detected fatal errors' in held:
-      if self._shared[1]:
-        return self._shared[1]  # It had ended by an error of its own, which it reported.
       _say(explain(held))
       return 1
     sys.stderr.write(held)
@@ -101,6 +105,20 @@ class WatchedProcess:
     hint = ', as the system does when memory runs out' if name == 'SIGKILL' else ''
     _say(f'this process was ended by {name}{hint}')
     return 128 - code
+
+
+  def _wait(self, pid: int) -> int:
+    """Waits for the child, and ends it if it is still there a while after an error."""
+    failed_since = None
+    while True:
+      ended, status = os.waitpid(pid, os.WNOHANG)
+      if ended:
+        return status
+      if self._shared[1]:
+        failed_since = failed_since or time.monotonic()
+        if time.monotonic() - failed_since > _SECONDS_TO_END:
+          os.kill(pid, signal.SIGKILL)
+      time.sleep(0.1)
 
 
 class _Relay:
