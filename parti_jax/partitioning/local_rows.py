@@ -53,4 +53,5 @@ def global_arrays(sharding, batch: dict[str, np.ndarray], batch_size: int) -> di
 
 def largest(values: np.ndarray) -> np.ndarray:
   """The element-wise maximum over all processes of int32 arrays; all processes must call it."""
-  return np.max(multihost_utils.process_allgather(np.asarray(values, np.int32)[None]), axis=0)
+  gathered = multihost_utils.process_allgather(np.asarray(values, np.int32))
+  return gathered.reshape(-1, *values.shape).max(axis=0)

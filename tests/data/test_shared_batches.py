@@ -1,0 +1,93 @@
+"""Shares of global batches: the same examples whoever reads them, from wherever they resume."""
+
+import json
+
+import numpy as np
+import pytest
+
+from parti_jax.data.shared_batches import SharedBatches
+from parti_jax.errors import UserError
+
+IMAGES = {'images': 8}
+
+
+def _open(rows=None, shares=4, batch_size=8, processes=1, seed=5):
+  return SharedBatches('folder_images', 'train', batch_size, IMAGES, shares, processes, rows, seed)
+
+
+def _numbers(batch):
+  return batch['images'][:, 0, 0, 0].tolist()
+
+
+@pytest.mark.parametrize('rows', [
+    [[0, 1, 6, 7], [2, 3, 4, 5]],    # Not contiguous on the mesh.
+    [[0, 1, 2], [3, 4], [4, 5, 6]],  # Shares that two processes read a part of, rows that both do.
+])
+def test_global_batches_do_not_depend_on_the_processes(numbered, rows):
+  numbered(23)
+  alone, several = _open(), [_open(list(held)) for held in rows]
+  for _ in range(7):
+    whole = _numbers(next(alone))
+    for held, batches in zip(rows, several):
+      assert _numbers(next(batches)) == [whole[row] for row in held]
+
+
+def test_every_share_gives_its_own_rows(numbered):
+  numbered(16)
+  batches = _open()
+  epoch = np.array([_numbers(next(batches)) for _ in range(2)])
+  shares = [set(epoch[:, 2 * share:2 * share + 2].ravel().tolist()) for share in range(4)]
+  assert [len(share) for share in shares] == [4] * 4
+  assert set.union(*shares) == set(range(16))
+
+
+def test_resumed_by_other_processes(numbered):
+  numbered(23)
+  before = _open()
+  for _ in range(4):
+    next(before)
+  state = json.loads(json.dumps(before.state()))
+  # The shares have 6, 6, 6 and 5 examples, and 8 of each have been taken.
+  assert state == {'places': [[1, 2], [1, 2], [1, 2], [1, 3]]}
+  # None: as many shares as the checkpoint has, whatever the number of processes is now.
+  resumed = [_open(list(range(start, start + 4)), None, processes=2) for start in (0, 4)]
+  for batches in resumed:
+    next(batches)
+    batches.restore(state)
+  for _ in range(4):
+    assert _numbers(next(before)) == _numbers(next(resumed[0])) + _numbers(next(resumed[1]))
+
+
+def test_a_batch_may_have_grown_since(numbered):
+  numbered(40)
+  before = _open()
+  next(before)
+  resumed = _open(batch_size=16)
+  resumed.restore(before.state())
+  grown, twice = _numbers(next(resumed)), [_numbers(next(before)) for _ in range(2)]
+  assert grown[:4] == twice[0][:2] + twice[1][:2]
+
+
+def test_shares_that_do_not_fit(numbered):
+  numbered(8)
+  with pytest.raises(UserError, match='train.batch_size=8 is not divisible by train.data_shares=3'):
+    _open(shares=3)
+  with pytest.raises(UserError, match='train.batch_size=8 .*data_shares=3.*one a process'):
+    _open(shares=None, processes=3)
+  with pytest.raises(UserError, match='train.data_shares=2, but the checkpoint has .* 4 shares'):
+    _open(shares=2).restore({'places': [[0, 0]] * 4})
+
+
+def test_a_share_without_examples_is_an_error(numbered):
+  numbered(3)
+  with pytest.raises(UserError, match='no usable example in share 4 of 4 .train.data_shares. of fo'):
+    next(_open())
+
+
+def test_skipped_examples_of_all_shares_are_counted(folder, encode):
+  folder([('a', encode((i, 0, 0)) if i % 2 else b'bad') for i in range(8)])
+  batches = _open(shares=2, batch_size=4)
+  for _ in range(2):
+    next(batches)
+  # Each share has bad ones, and has been gone through at least once.
+  assert batches.skipped['unknown picture format'] >= 4

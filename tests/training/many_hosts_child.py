@@ -1,0 +1,79 @@
+"""`parti-jax train` as test_many_hosts.py runs it: recorded, and killed or told to stop on demand.
+
+Usage: many_hosts_child.py RECORD VICTIM SIGNAL STEP train ...
+
+Writes to RECORD, JSON lines, the metrics that are shown and digests of the state. The process
+VICTIM kills itself (SIGNAL KILL) or has its parent pass SIGTERM on (SIGNAL TERM) after STEP.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import signal
+import sys
+import time
+
+from parti_jax import main
+
+
+def digest(run):
+  """A hexadecimal digest of all arrays of a run's state, whoever holds them."""
+  import jax  # pylint: disable=import-outside-toplevel
+  from jax.experimental import multihost_utils  # pylint: disable=import-outside-toplevel
+
+  whole = multihost_utils.process_allgather(run.state, tiled=True)
+  leaves = jax.tree_util.tree_leaves_with_path(whole)
+  parts = [jax.tree_util.keystr(path).encode() + leaf.tobytes() for path, leaf in leaves]
+  return hashlib.sha256(b''.join(parts)).hexdigest()
+
+
+def patch(record, is_victim, signal_name, at_step):
+  """Makes the loop record what it does, and the victim die."""
+  from parti_jax.training import reporting  # pylint: disable=import-outside-toplevel
+  from parti_jax.training import train_loop  # pylint: disable=import-outside-toplevel
+
+  advance, init, save = (train_loop.Run.advance, train_loop.Run.__init__, train_loop.Run.save)
+
+  def write(**values):
+    with open(record, 'a', encoding='utf-8') as file:
+      file.write(json.dumps(values) + '\n')
+
+  def recorded_init(run, trainer, model_dir, *args, **kwargs):
+    init(run, trainer, model_dir, *args, **kwargs)
+    run.folder = pathlib.Path(model_dir) / 'checkpoints'
+    # pylint: disable-next=protected-access
+    write(begins=run.step, digest=digest(run), places=run._examples.state()['places'])
+
+  def recorded_save(run):
+    # pylint: disable-next=protected-access
+    write(saves=run.step, digest=digest(run), places=run._examples.state()['places'])
+    save(run)
+
+  def recorded_advance(run):
+    if is_victim and run.step == at_step:
+      if signal_name == 'KILL':
+        while not any(path.name.isdecimal() for path in run.folder.iterdir()):
+          time.sleep(0.1)  # A checkpoint is on its way.
+        os.kill(os.getpid(), signal.SIGKILL)
+      os.kill(os.getppid(), signal.SIGTERM)
+    return advance(run)
+
+  train_loop.Run.__init__ = recorded_init
+  train_loop.Run.save, train_loop.Run.advance = recorded_save, recorded_advance
+  reporting.Reporter.metrics = lambda _, step, values: write(step=step, **values)
+
+
+if __name__ == '__main__':
+  record_file, victim, signal_, step, *argv = sys.argv[1:]
+  from parti_jax.training import command
+
+  train = command._train  # pylint: disable=protected-access
+
+  def patched_train(args, connect):
+    """Patches in the child alone, since the parent must not import JAX."""
+    patch(record_file, args.process_id == int(victim), signal_, int(step))
+    train(args, connect)
+
+  command._train = patched_train  # pylint: disable=protected-access
+  sys.exit(main.main(argv))
