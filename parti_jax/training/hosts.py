@@ -176,8 +176,8 @@ def explanation(found: Processes, watched: watched_process.WatchedProcess, words
   if found.process_id == 0:
     return (f'not all of the {found.num_processes} processes came to {where} within '
             f'{found.timeout} s (--connect_timeout); start the command once for each --process_id')
-  return (f'{where} did not answer within {found.timeout} s (--connect_timeout): check the address, '
-          'that process 0 and all others are started, and that the port is open')
+  return (f'{where} did not answer within {found.timeout} s (--connect_timeout): check the '
+          'address, that process 0 and all others are started, and that the port is open')
 
 
 def _several_found(environment) -> bool:

@@ -113,7 +113,8 @@ def train(model_dir: str, stage=gin.REQUIRED, task: str = gin.REQUIRED, steps: i
       if due(checkpoint_every):
         run.save()
       meter.pause(step, due(evaluate_every) or due(pictures_every) or due(checkpoint_every))
-    run.save()
+    if run.step < steps:
+      run.save()
     whole = True
   finally:
     # The other processes may be waiting for one that failed, so that one must not wait for them.

@@ -193,4 +193,5 @@ class Trainer:
     """A batch that every process has, as arrays of `size` rows; the added ones repeat others."""
     padded = {name: np.resize(value, (size,) + value.shape[1:]) for name, value in batch.items()}
     rows = local_rows.local_rows(self.batch_sharding, size)
-    return self.put({name: value[rows] for name, value in padded.items()}, size)
+    held = {name: value[rows] for name, value in padded.items()}
+    return local_rows.global_arrays(self.batch_sharding, held, size)

@@ -80,7 +80,7 @@ def test_shares_that_do_not_fit(numbered):
 
 def test_a_share_without_examples_is_an_error(numbered):
   numbered(3)
-  with pytest.raises(UserError, match='no usable example in share 4 of 4 .train.data_shares. of fo'):
+  with pytest.raises(UserError, match='no usable example in share 4 of 4 .train.data_shares'):
     next(_open())
 
 

@@ -7,6 +7,8 @@ import pytest
 from PIL import Image
 
 from parti_jax import config
+# What gin may name must be there before the fixture below locks gin.
+from parti_jax.data import token_cache
 
 
 @pytest.fixture(autouse=True)
@@ -44,8 +46,6 @@ def pictures_folder(tmp_path_factory):
 @pytest.fixture(scope='session')
 def tokens_folder(tmp_path_factory):
   """A token cache of 20 and 11 examples, 4×4 tokens of a codebook of 64."""
-  from parti_jax.data import token_cache  # pylint: disable=import-outside-toplevel
-
   folder = tmp_path_factory.mktemp('tokens')
   draw = np.random.default_rng(0)
   info = {'codebook_size': 64, 'image_tokens': 16, 'tokenizer': 'none'}

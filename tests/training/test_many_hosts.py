@@ -11,15 +11,21 @@ import sys
 import time
 
 import numpy as np
+import optax
 import pytest
 from PIL import Image
 
 from parti_jax import config
 from parti_jax import main
+from parti_jax.models import vit_vqgan
+from parti_jax.partitioning import mesh as mesh_lib
+from parti_jax.training import checkpoints
 from parti_jax.training import configurables  # pylint: disable=unused-import
 from parti_jax.training import hosts
 from parti_jax.training import reporting
+from parti_jax.training import tokenizer_stage
 from parti_jax.training import train_loop
+from parti_jax.training import trainer
 from parti_jax.training import watched_process
 
 GENERATOR = 'gin_configs/runs/tiny_generator.gin'
@@ -87,12 +93,13 @@ def _bindings(generator_bindings):
 
 
 @pytest.fixture(name='tokenizer_run')
-def _tokenizer_run(tmp_path, tokenizer_bindings):
-  """A run of the tiny tokenizer, of one step."""
-  config.parse(['gin_configs/runs/tiny_tokenizer.gin'],
-               [*tokenizer_bindings, 'train.steps = 1', 'train.eval_split = None',
-                'train.pictures_every = 0'])
-  train_loop.train(str(tmp_path / 'tokenizer'))
+def _tokenizer_run(tmp_path):
+  """A run of the tiny tokenizer, as it is before its first step."""
+  stage = tokenizer_stage.TokenizerStage(vit_vqgan.ViTVQGANConfig())
+  untrained = trainer.Trainer(stage, optax.sgd(0.1), mesh_lib.make_mesh())
+  saved = checkpoints.Checkpoints(tmp_path / 'tokenizer')
+  saved.save(0, untrained.create_state(), {}, checkpoints.describe(stage))
+  saved.close()
   return tmp_path / 'tokenizer'
 
 
@@ -180,7 +187,8 @@ def test_a_coordinator_that_is_not_there_is_named(tmp_path, bindings):
     (['--connect_timeout=0'], ['--connect_timeout=0']),
 ])
 def test_flags_that_do_not_fit(tmp_path, capsys, flags, words):
-  status = main.main(['train', f'--gin_file={GENERATOR}', f'--model_dir={tmp_path / "run"}', *flags])
+  run = f'--model_dir={tmp_path / "run"}'
+  status = main.main(['train', f'--gin_file={GENERATOR}', run, *flags])
   shown = capsys.readouterr().err.strip()
   assert status == 2 and '\n' not in shown and all(word in shown for word in words), shown
 

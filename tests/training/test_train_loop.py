@@ -56,9 +56,9 @@ class _Watch:
     self.batches, self.dies_at, advance = [], None, train_loop.Run.advance
     watch, put = self, trainer_lib.Trainer.put
 
-    def watched_put(trainer, batch):
+    def watched_put(trainer, batch, batch_size):
       watch.batches.append(batch)
-      return put(trainer, batch)
+      return put(trainer, batch, batch_size)
 
     def watched_advance(run):
       if run.step == watch.dies_at:
