@@ -38,32 +38,39 @@ def _free_port():
     return taken.getsockname()[1]
 
 
-def _start(folder, name, count, devices, bindings, dies=(-1, 'KILL', 0), flags=()):
+@pytest.fixture(name='start')
+def _start(tmp_path):
   """Starts `count` processes; their records are `name.I.jsonl`, what they show `name.I.log`."""
-  environment = os.environ | {
-      'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
-      'PYTHONPATH': os.pathsep.join([str(REPOSITORY), os.environ.get('PYTHONPATH', '')])}
-  child = pathlib.Path(__file__).with_name('many_hosts_child.py')
-  port, started = _free_port(), []
-  for index in range(count):
-    command = [sys.executable, str(child), str(folder / f'{name}.{index}.jsonl'),
-               *map(str, dies), 'train', f'--gin_file={GENERATOR}', f'--model_dir={folder / "run"}',
-               *(f'--gin.{binding}' for binding in bindings), f'--coordinator=127.0.0.1:{port}',
-               f'--num_processes={count}', f'--process_id={index}', *flags]
-    with open(folder / f'{name}.{index}.log', 'w', encoding='utf-8') as log:
-      started.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment,
-                                      cwd=REPOSITORY))
-  return started
+  everyone = []
+
+  def start(name, count, devices, bindings, dies=(-1, 'KILL', 0), flags=()):
+    environment = os.environ | {
+        'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+        'PYTHONPATH': os.pathsep.join([str(REPOSITORY), os.environ.get('PYTHONPATH', '')])}
+    child = pathlib.Path(__file__).with_name('many_hosts_child.py')
+    port, started = _free_port(), []
+    for index in range(count):
+      command = [sys.executable, str(child), str(tmp_path / f'{name}.{index}.jsonl'),
+                 *map(str, dies), 'train', f'--gin_file={GENERATOR}',
+                 f'--model_dir={tmp_path / "run"}', *(f'--gin.{binding}' for binding in bindings),
+                 f'--coordinator=127.0.0.1:{port}', f'--num_processes={count}',
+                 f'--process_id={index}', *flags]
+      with open(tmp_path / f'{name}.{index}.log', 'w', encoding='utf-8') as log:
+        started.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment,
+                                        cwd=REPOSITORY))
+    everyone.extend(started)
+    return started
+
+  yield start
+  for process in everyone:
+    process.kill()
+    process.wait()
 
 
 def _ended(processes, seconds=300):
-  """Waits for processes and returns their statuses; kills what is left after `seconds`."""
+  """Waits for processes and returns their statuses."""
   end = time.monotonic() + seconds
-  try:
-    return [process.wait(max(0.1, end - time.monotonic())) for process in processes]
-  finally:
-    for process in processes:
-      process.kill()
+  return [process.wait(max(0.1, end - time.monotonic())) for process in processes]
 
 
 def _records(folder, name, index=0):
@@ -95,7 +102,10 @@ def _bindings(generator_bindings):
 @pytest.fixture(name='tokenizer_run')
 def _tokenizer_run(tmp_path):
   """A run of the tiny tokenizer, as it is before its first step."""
-  stage = tokenizer_stage.TokenizerStage(vit_vqgan.ViTVQGANConfig())
+  stage = tokenizer_stage.TokenizerStage(vit_vqgan.ViTVQGANConfig(
+      image_size=16, patch_size=4, encoder_layers=1, encoder_width=16, encoder_mlp_width=16,
+      encoder_heads=2, decoder_layers=1, decoder_width=16, decoder_mlp_width=16, decoder_heads=2,
+      codebook_size=64, code_dim=4, dtype='float32'))
   untrained = trainer.Trainer(stage, optax.sgd(0.1), mesh_lib.make_mesh())
   saved = checkpoints.Checkpoints(tmp_path / 'tokenizer')
   saved.save(0, untrained.create_state(), {}, checkpoints.describe(stage))
@@ -104,9 +114,9 @@ def _tokenizer_run(tmp_path):
 
 
 def test_four_processes_then_two_train_as_one_does(
-    tmp_path, monkeypatch, bindings, tokenizer_run):
+    tmp_path, monkeypatch, start, bindings, tokenizer_run):
   # Four processes. Both of a pair hold the same rows, since `tensor` spans them.
-  four = _start(tmp_path, 'four', 4, 2, dies=(2, 'KILL', 4), bindings=[
+  four = start('four', 4, 2, dies=(2, 'KILL', 4), bindings=[
       *bindings, 'train.steps = 1000', 'train.checkpoint_every = 3', 'train.eval_split = None',
       'make_mesh.data = 2', 'make_mesh.tensor = 4'])
   whole = _alone(tmp_path / 'alone', [
@@ -133,7 +143,7 @@ def test_four_processes_then_two_train_as_one_does(
   # Two processes go on from it, on a third mesh, until one of them is told to stop.
   drawing = [f"GeneratorStage.tokenizer = '{tokenizer_run}'", 'train.pictures_every = 5',
              'train.num_pictures = 3', 'train.evaluate_every = 4']
-  two = _start(tmp_path, 'two', 2, 4, dies=(1, 'TERM', 5), bindings=[
+  two = start('two', 2, 4, dies=(1, 'TERM', 5), bindings=[
       *(binding for binding in bindings if 'data_shares' not in binding), *drawing,
       'train.steps = 1000', 'train.checkpoint_every = 1000', 'make_mesh.fsdp = 2',
       'make_mesh.tensor = 2'])
@@ -162,10 +172,10 @@ def test_four_processes_then_two_train_as_one_does(
   np.testing.assert_allclose(drawn[0][:16, :16], drawn[1][:16, :16], atol=1)
 
 
-def test_a_coordinator_that_is_not_there_is_named(tmp_path, bindings):
+def test_a_coordinator_that_is_not_there_is_named(tmp_path, start, bindings):
   port = _free_port()
-  # The last flags win over those that `_start` gives.
-  started = _start(tmp_path, 'lost', 1, 1, bindings, flags=[
+  # The last flags win over those that `start` gives.
+  started = start('lost', 1, 1, bindings, flags=[
       f'--coordinator=127.0.0.1:{port}', '--num_processes=2', '--process_id=1',
       '--connect_timeout=3'])
   assert _ended(started) == [1]
