@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from parti_jax.errors import UserError
+from parti_jax.models import parti_config
 from parti_jax.models import vit_vqgan
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.training import checkpoints
@@ -179,3 +180,14 @@ def test_a_run_in_cloud_storage_is_not_taken_for_a_local_folder(tmp_path, monkey
   monkeypatch.chdir(tmp_path)
   assert os.fspath(checkpoints.folder('gs://bucket/run')) == 'gs://bucket/run/checkpoints'
   assert os.fspath(checkpoints.folder('run')) == str(tmp_path / 'run' / 'checkpoints')
+
+
+def test_a_checkpoint_from_before_attention_patterns_is_of_causal_attention():
+  sizes = dataclasses.asdict(parti_config.PartiConfig())
+  older = {'stage': 'generator', 'config': {
+      name: value for name, value in sizes.items()
+      if name not in ('attention_pattern', 'conv_kernel')}}
+  checkpoints.check_same_model('run', older, {'stage': 'generator', 'config': sizes})
+  conv = {'stage': 'generator', 'config': sizes | {'attention_pattern': 'conv'}}
+  with pytest.raises(UserError, match='attention_pattern is causal there and conv here'):
+    checkpoints.check_same_model('run', older, conv)
