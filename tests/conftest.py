@@ -8,7 +8,7 @@ import pytest
 _DEVICES = '--xla_force_host_platform_device_count=8'
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
-if _DEVICES not in os.environ.get('XLA_FLAGS', ''):
+if _DEVICES.split('=')[0] not in os.environ.get('XLA_FLAGS', ''):
   os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_DEVICES}'.strip()
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 # Tests leave nothing in the user's cache folder.

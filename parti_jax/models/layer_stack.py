@@ -38,7 +38,7 @@ def remat(layer, policy: str):
     policy: 'everything' (no recomputation), 'dots' (outputs of the projections),
       'block_inputs_and_attention' (each layer's input and the output of its self-attention),
       'block_inputs', or 'nothing' (of the inputs of about √layers layers each only the first;
-      each layer is computed three times in all).
+      each layer is computed three times in all; in a pipeline the same as 'block_inputs').
 
   Raises:
     ValueError: if there is no such policy.

@@ -11,6 +11,7 @@ from parti_jax.models import attention_patterns
 from parti_jax.models import layer_stack
 from parti_jax.models import layers
 
+
 class EncoderBlock(nn.Module):
   """Self-attention and MLP, each behind a layer norm and beside a residual path.
 

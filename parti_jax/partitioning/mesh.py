@@ -58,7 +58,9 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, stage: int = 1, de
 
 def _layout(sizes: dict[str, int], devices):
   """The devices as an array with the axes of `AXES`."""
-  slices = len({getattr(device, 'slice_index', 0) for device in devices})
+  # Elsewhere than on a TPU, XLA gives each host an index of its own.
+  slices = len({getattr(device, 'slice_index', 0) for device in devices
+                if device.platform == 'tpu'}) or 1
   if sizes['data'] % slices:
     raise errors.UserError(
         f'make_mesh.data={sizes["data"]} is not divisible by the {slices} slices that the devices '

@@ -165,13 +165,12 @@ class TokenizerStage:
     loss = (self.quantizer_weight * quantizer_loss + self.l2_weight * l2
             + self.coarse_l2_weight * coarse_l2
             + self.logit_laplace_weight * logit_laplace)
-    use = self._count(out['tokens'])
     metrics = {
         'l2': l2, 'coarse_l2': coarse_l2, 'logit_laplace': logit_laplace,
         'quantizer_loss': out['quantizer_loss'],
-        'psnr': jnp.mean(psnr(images, jnp.clip(reconstructions, 0.0, 1.0))),
-        'codes_in_batch': jnp.mean(use > 0), 'code_perplexity': _perplexity(use)}
-    return loss, {'metrics': metrics, 'latents': out['latents'], 'code_use': use}
+        'psnr': jnp.mean(psnr(images, jnp.clip(reconstructions, 0.0, 1.0)))}
+    return loss, {'metrics': metrics, 'latents': out['latents'],
+                  'code_use': self._count(out['tokens'])}
 
   def weight(self, batch):
     """What a batch counts in a mean over several: its pictures, float32 []."""
@@ -202,7 +201,8 @@ class TokenizerStage:
     use = 0.98 * statistics['code_use'] + 0.02 * aux['code_use']
     use = jnp.where(step > self.quantize_from, use, 0.0)
     dead = use < self.dead_below
-    metrics = {'codes_alive': 1.0 - jnp.mean(dead)}
+    metrics = {'codes_alive': 1.0 - jnp.mean(dead), 'codes_in_batch': jnp.mean(aux['code_use'] > 0),
+               'code_perplexity': _perplexity(aux['code_use'])}
     if self.revive_every and 'quantizer' not in self.frozen:
       since = step - self.quantize_from
       now = (since >= 0) & (since % self.revive_every == 0) & (step < self.revive_until)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Callable
 
 import jax
@@ -177,17 +178,24 @@ class Trainer:
     Returns:
       Name -> uint8 [batch, height, width, 3]; nothing where the stage has nothing to draw with.
     """
-    painter = self.stage.painter()
-    if painter is None:
+    if self._painter is None:
       return {}
-    draw, inputs = painter
+    draw, inputs = self._painter
     count, ways = len(next(iter(batch.values()))), rules_lib.batch_ways(self.mesh, self.rules)
-    whole = NamedSharding(self.mesh, PartitionSpec())
-    draw = jax.jit(draw, in_shardings=(self.shardings.params, self.batch_sharding, whole),
-                   out_shardings=whole)
     with rules_lib.partitioned(self.mesh, self.rules):
       drawn = draw(params, self._put_whole(batch, -(-count // ways) * ways), inputs)
     return {name: np.asarray(pictures)[:count] for name, pictures in drawn.items()}
+
+  @functools.cached_property
+  def _painter(self):
+    """The stage's painter with its function jitted for the mesh, once for all pictures of a run."""
+    painter = self.stage.painter()
+    if painter is None:
+      return None
+    draw, inputs = painter
+    whole = NamedSharding(self.mesh, PartitionSpec())
+    shardings = (self.shardings.params, self.batch_sharding, whole)
+    return jax.jit(draw, in_shardings=shardings, out_shardings=whole), inputs
 
   def _put_whole(self, batch, size: int):
     """A batch that every process has, as arrays of `size` rows; the added ones repeat others."""

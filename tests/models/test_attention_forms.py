@@ -83,7 +83,7 @@ def test_the_fused_form_agrees_on_a_mesh():
 
 
 def _largest(function, *inputs):
-  """Number of values of the largest array that a compiled program makes."""
+  """Number of values of the largest array that a function makes, before it is compiled."""
   sizes = [0]
 
   def look(jaxpr):

@@ -47,21 +47,28 @@ def test_a_mesh_is_a_line_of_gin():
     config.parse([], [])
 
 
-class _SliceDevice:
-  """A device of one of two slices, as far as the layout of a mesh looks at it."""
+class _Device:
+  """One of eight devices on two hosts or slices, as far as the layout of a mesh looks at it."""
 
-  def __init__(self, index):
+  def __init__(self, index, platform):
     self.id, self.process_index, self.slice_index = index, index // 4, index // 4
-    self.platform = self.device_kind = 'cpu'
+    self.platform, self.device_kind = platform, 'TPU v4' if platform == 'tpu' else 'any'
+    self.coords, self.core_on_chip = (index % 4, 0, 0), 0
 
 
 def test_slices_are_parts_of_the_data_axis():
-  devices = [_SliceDevice(index) for index in range(8)]
+  devices = [_Device(index, 'tpu') for index in range(8)]
   slices = mesh._layout({'stage': 1, 'data': 4, 'fsdp': 1, 'tensor': 2}, devices)
   slice_of = [[device.slice_index for device in row.flat] for row in slices[0]]
   assert slice_of == [[0, 0], [0, 0], [1, 1], [1, 1]]
   with pytest.raises(UserError, match='make_mesh.data=1 is not divisible by the 2 slices'):
     mesh._layout({'stage': 1, 'data': 1, 'fsdp': 4, 'tensor': 2}, devices)
+
+
+def test_hosts_of_other_platforms_are_no_slices():
+  devices = [_Device(index, 'gpu') for index in range(8)]
+  laid_out = mesh._layout({'stage': 1, 'data': 1, 'fsdp': 8, 'tensor': 1}, devices)
+  assert laid_out.shape == (1, 1, 8, 1)
 
 
 def test_the_mesh_in_use_says_the_platform():

@@ -2,6 +2,9 @@
 
 import collections
 import functools
+import os
+import subprocess
+import sys
 
 import flax.linen as nn
 import jax
@@ -57,7 +60,7 @@ def _plain(dropout):
 
 
 def _on_mesh(stage, mesh):
-  """Loss and gradients with parameters and batch split over the mesh; and the compiled text."""
+  """Loss and gradients with parameters and batch split over the mesh."""
   table = rules.logical_axis_rules()
   boxed = jax.eval_shape(stage.init, jax.random.key(0))
   shardings = rules.parameter_shardings(boxed, mesh, table)
@@ -79,6 +82,10 @@ def _on_mesh(stage, mesh):
     ({'stage': 8, 'data': 1}, {}, 0.0),
 ])
 def test_the_pipeline_gives_the_loss_and_gradients_of_plain_layers(sizes, settings, dropout):
+  _compare(sizes, settings, dropout)
+
+
+def _compare(sizes, settings, dropout):
   config.parse([], [f'pipeline.{name}={value}' for name, value in settings.items()])
   loss, gradients = _plain(dropout)
   other, others = _on_mesh(_stage(dropout), mesh_lib.make_mesh(**sizes))
@@ -86,6 +93,15 @@ def test_the_pipeline_gives_the_loss_and_gradients_of_plain_layers(sizes, settin
   for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(gradients), jax.tree.leaves(others)):
     assert np.abs(a).max() > 0, path
     np.testing.assert_allclose(b, a, atol=1e-5 * np.abs(a).max(), err_msg=str(path))
+
+
+@pytest.mark.slow
+def test_eight_stages_beside_data_and_tensor_parallelism():
+  # On 32 devices, which only a process of its own can have.
+  environment = os.environ | {'XLA_FLAGS': '--xla_force_host_platform_device_count=32'}
+  done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True,
+                        text=True, check=False)
+  assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize('remat', ['everything', 'block_inputs_and_attention'])
@@ -162,3 +178,10 @@ def test_a_schedule_only_where_there_are_stages_and_examples_for_them():
     assert pipeline.schedule(8, 3) is None
     with pytest.raises(UserError, match='6 layers do not divide among make_mesh.stage=4'):
       pipeline.schedule(6, 16)
+
+
+if __name__ == '__main__':
+  assert len(jax.devices()) == 32
+  for rate in (0.3, 0.0):
+    _compare({'stage': 8, 'data': 2, 'tensor': 2}, {}, rate)
+    _compare({'stage': 4, 'data': 2, 'fsdp': 2, 'tensor': 2}, {}, rate)

@@ -1,0 +1,27 @@
+"""The training step as TPU compiles it keeps no score for each pair of image tokens."""
+
+import re
+
+import optax
+
+from parti_jax.models import parti_config
+from parti_jax.partitioning import mesh as mesh_lib
+from parti_jax.training import generator_stage
+from parti_jax.training import trainer as trainer_lib
+
+
+def test_no_array_of_all_pairs_of_positions_in_the_training_step(tpu_devices):
+  # Lengths that are no other size of the network: 24 · 32 = 768 image tokens.
+  sizes = parti_config.PartiConfig(
+      encoder_layers=1, decoder_layers=2, width=256, mlp_width=512, heads=4, text_vocabulary=512,
+      text_length=128, codebook_size=1024, grid=(24, 32), attention_pattern='conv',
+      remat='block_inputs')
+  mesh = mesh_lib.make_mesh(data=2, tensor=2, devices=tpu_devices)
+  trainer = trainer_lib.Trainer(generator_stage.GeneratorStage(sizes), optax.sgd(1.0), mesh)
+  text = trainer.lower(8).compile().as_text()
+  assert 'tpu_custom_call' in text  # The fused kernel, forward and backward.
+  shapes = {tuple(map(int, sizes.split(','))) for sizes in re.findall(r'\[([\d,]+)\]', text)}
+  # The network's activations are there, [batch / data, length, width].
+  assert (4, 768, 256) in shapes
+  # With the mask itself, as the kernel reads it in blocks, no shape has both positions.
+  assert not [shape for shape in shapes if shape.count(768) > 1]
