@@ -14,16 +14,19 @@ import signal
 import sys
 import time
 
+import numpy as np
+
 from parti_jax import main
 
 
 def digest(run):
   """A hexadecimal digest of all arrays of a run's state, whoever holds them."""
   import jax  # pylint: disable=import-outside-toplevel
-  from jax.experimental import multihost_utils  # pylint: disable=import-outside-toplevel
 
-  whole = multihost_utils.process_allgather(run.state, tiled=True)
-  leaves = jax.tree_util.tree_leaves_with_path(whole)
+  everywhere = jax.sharding.NamedSharding(
+      run.state.step.sharding.mesh, jax.sharding.PartitionSpec())
+  whole = jax.jit(lambda state: state, out_shardings=everywhere)(run.state)
+  leaves = jax.tree_util.tree_leaves_with_path(jax.tree.map(np.asarray, whole))
   parts = [jax.tree_util.keystr(path).encode() + leaf.tobytes() for path, leaf in leaves]
   return hashlib.sha256(b''.join(parts)).hexdigest()
 

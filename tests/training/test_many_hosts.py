@@ -29,6 +29,8 @@ from parti_jax.training import trainer
 from parti_jax.training import watched_process
 
 GENERATOR = 'gin_configs/runs/tiny_generator.gin'
+# Most of the time of these processes goes into compilation.
+QUICK_COMPILATION = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
 REPOSITORY = pathlib.Path(train_loop.__file__).parents[2]
 
 
@@ -45,7 +47,7 @@ def _start(tmp_path):
 
   def start(name, count, devices, bindings, dies=(-1, 'KILL', 0), flags=()):
     environment = os.environ | {
-        'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+        'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices} {QUICK_COMPILATION}',
         'PYTHONPATH': os.pathsep.join([str(REPOSITORY), os.environ.get('PYTHONPATH', '')])}
     child = pathlib.Path(__file__).with_name('many_hosts_child.py')
     port, started = _free_port(), []
@@ -67,7 +69,7 @@ def _start(tmp_path):
     process.wait()
 
 
-def _ended(processes, seconds=300):
+def _ended(processes, seconds=600):
   """Waits for processes and returns their statuses."""
   end = time.monotonic() + seconds
   return [process.wait(max(0.1, end - time.monotonic())) for process in processes]
