@@ -134,8 +134,13 @@ def exhausted(message: str, capacity: float | None) -> dict[str, float | None]:
 
 def _memory(stats, resident: float, capacity: float | None) -> dict[str, float | None]:
   """Bytes on a device while the step runs; `resident` of them lie beside it."""
+  held = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+  # What the TPU's compiler gives as the size of temporaries may count some that are in the chip's
+  # own memory; its peak does not, and is what it compares with the memory that is there.
+  peak = stats.peak_memory_in_bytes
+  temporaries = peak - held if capacity and peak > held else stats.temp_size_in_bytes
   parts = {'arguments': stats.argument_size_in_bytes, 'outputs': stats.output_size_in_bytes,
-           'aliased': stats.alias_size_in_bytes, 'temporaries': stats.temp_size_in_bytes,
+           'aliased': stats.alias_size_in_bytes, 'temporaries': temporaries,
            'generated_code': stats.generated_code_size_in_bytes, 'resident': resident}
   total = sum(parts.values()) - 2 * parts['aliased']
   host = (stats.host_argument_size_in_bytes + stats.host_output_size_in_bytes
