@@ -22,7 +22,8 @@ class Chip:
     hbm_bandwidth: bytes/s of the main memory.
     torus_dimensions: of the network between chips; a chip has two links in each.
     link_bandwidth: bytes/s of a link, one way.
-    closes_at: a dimension is a ring, not a line, if its size is a multiple of this.
+    closes_at: a dimension is a ring, not a line, if its size is a multiple of this; in three
+      dimensions, if all of them are.
     dcn_bandwidth: bytes/s of a chip's share of the data-centre network, between slices.
     source: where the numbers are from.
   """
@@ -48,7 +49,6 @@ CHIPS = {chip.kind: chip for chip in (
          'published'),
     Chip('v5e', 1, 197e12, 16 * _GIB, 819e9, 2, 50e9, 16, 3.125e9, f'{_DOCS}v5e'),
     Chip('v5p', 1, 459e12, 95 * _GIB, 2765e9, 3, 100e9, 4, 6.25e9, f'{_DOCS}v5p'),
-    Chip('v6e', 1, 918e12, 32 * _GIB, 1638e9, 2, 100e9, 16, 12.5e9,
-         f'{_DOCS}v6e; data-centre network: {_DOCS}tpu7x'),
+    Chip('v6e', 1, 918e12, 32 * _GIB, 1600e9, 2, 100e9, 16, 12.5e9, f'{_DOCS}v6e'),
     Chip('tpu7x', 2, 2307e12, 192 * _GIB, 7380e9, 3, 100e9, 4, 12.5e9, f'{_DOCS}tpu7x'),
 )}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import pathlib
 import sys
 
 from parti_jax import config
@@ -55,11 +56,16 @@ def run(args: argparse.Namespace) -> int:
       not args.unguided)
   if args.search:
     return search.run(request, args.search_limit, args.json)
+  if args.json:
+    try:
+      pathlib.Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      raise errors.UserError(f'--json={args.json}: {error.strerror}') from error
   print(f'compiling for {args.topology}: minutes for a large model', file=sys.stderr)
   plan = plan_lib.make(request)
+  print(report.text(plan), flush=True)
   if args.json:
     config.save(args.json, json.dumps(plan, indent=2) + '\n')
-  print(report.text(plan))
   return 0 if plan['fits'] else 1
 
 

@@ -216,11 +216,6 @@ def _logical_lines(text: str) -> Iterator[str]:
       yield line
 
 
-def parse_shape(text: str) -> Shape:
-  """A shape such as `(f32[8,4]{1,0:T(8,128)S(1)}, s32[])`."""
-  return _shape(text, 0)[0]
-
-
 def _instruction(name: str, text: str) -> Instruction:
   shape, end = _shape(text, 0)
   opcode = _OPCODE.match(text, end)

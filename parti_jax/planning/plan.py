@@ -32,7 +32,7 @@ def make(request: steps.Request) -> dict[str, Any]:
   """Plans a step.
 
   Returns:
-    A dict that JSON can hold; `report` prints it and documents its entries.
+    A dict that JSON can hold; `report.text` prints it.
 
   Raises:
     UserError: for a topology, gin file, mesh or batch that does not go together.
@@ -103,7 +103,10 @@ class _Plan:
         'bytes': {'hbm': costs.hbm_bytes, 'host': costs.host_bytes},
         'collectives': [dataclasses.asdict(entry) for entry in sums],
         'kernels': costs.kernels,
-        'notes': sorted(costs.notes) + ([kernels.SOURCE] if costs.kernel_flops else [])}
+        'notes': sorted(costs.notes) + ([kernels.SOURCE] if costs.kernel_flops else [])
+                 + list(step.notes)}
+    if costs.host_bytes:
+      plan['notes'].append('the time of what goes to and from the hosts\' memory is not counted')
     if step.ideal_bytes:
       ideal = sum(step.ideal_bytes.values())
       plan['bytes'] |= {'ideal': step.ideal_bytes, 'ratio': costs.hbm_bytes / ideal}

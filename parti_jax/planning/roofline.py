@@ -3,7 +3,8 @@
 The model of the network: chips form a torus. A collective runs at once along every dimension of
 the torus that its devices extend over, in both directions where the dimension closes to a ring;
 devices that are not neighbours share their links with those between them. Between slices it runs
-over each chip's share of the data-centre network. Collectives take turns. Latency is left out, and
+over each chip's share of the data-centre network. A chip's devices share its links and its part of
+that network. Collectives take turns. Latency is left out, and
 so is all time that arithmetic outside of the matrix units takes.
 """
 
@@ -87,12 +88,15 @@ class Network:
     self._slices = np.array([getattr(device, 'slice_index', None) or 0 for device in devices])
     self._coordinates = np.array([device.coords for device in devices])
     self._sizes = self._coordinates.max(axis=0) + 1
+    # Slices of 3-dimensional tori close if they are made of whole cubes, others by dimension.
+    rings = self._sizes % chip.closes_at == 0
+    self._rings = rings if chip.torus_dimensions == 2 else np.full(len(rings), rings.all())
     self._known: dict[tuple, tuple[float, bool]] = {}
 
   def seconds(self, collective: hlo_cost.Collective) -> tuple[float, bool]:
     """Seconds of one turn of a collective, and whether it crosses slices."""
     key = (collective.kind, collective.whole, collective.groups.shape,
-           collective.groups[:_GROUPS_LOOKED_AT].tobytes())
+           collective.groups.tobytes())
     if key not in self._known:
       rows = collective.groups
       if collective.kind != 'collective-permute':
@@ -106,10 +110,13 @@ class Network:
     within = row[self._slices[row] == self._slices[row[0]]]
     if slices == 1:
       return self._torus_seconds(collective, collective.whole, within), False
+    dcn_bandwidth = self._chip.dcn_bandwidth / self._chip.devices
+    if collective.kind == 'collective-permute':
+      return collective.whole / dcn_bandwidth, True
     # Within slices first, so that every chip sends only its part over the slower network.
     part = collective.whole / len(within)
     times = 2 if collective.kind == 'all-reduce' else 1
-    across = times * part * (slices - 1) / slices / self._chip.dcn_bandwidth
+    across = times * part * (slices - 1) / slices / dcn_bandwidth
     inside = self._torus_seconds(collective, collective.whole, within) if len(within) > 1 else 0.0
     return inside + across, True
 
@@ -117,6 +124,9 @@ class Network:
     dimensions = self._dimensions(group)
     if not dimensions:
       return 0.0  # The devices are on one chip.
+    chips_in_group = len({tuple(place) for place in self._coordinates[group]})
+    # As many groups as this one leaves devices of its chips to use the same links.
+    whole = whole * self._chip.devices / (len(group) / chips_in_group)
     if collective.kind == 'collective-permute':
       return whole * max(distance for _, _, distance in dimensions) / self._chip.link_bandwidth
     if collective.kind in ('all-to-all', 'ragged-all-to-all'):
@@ -124,9 +134,8 @@ class Network:
       size, closed, distance = max(dimensions)
       return whole * size / (8 if closed else 4) * distance / self._chip.link_bandwidth
     ways = sum((2 if closed else 1) / distance for _, closed, distance in dimensions)
-    size = len({tuple(place) for place in self._coordinates[group]})
     times = 2 if collective.kind == 'all-reduce' else 1
-    return times * whole * (size - 1) / size / (ways * self._chip.link_bandwidth)
+    return times * whole * (chips_in_group - 1) / chips_in_group / (ways * self._chip.link_bandwidth)
 
   def _dimensions(self, group) -> list[tuple[int, bool, int]]:
     """Dimensions a group extends over: places in it, whether they close, links between them."""
@@ -135,7 +144,7 @@ class Network:
       places = np.unique(self._coordinates[group][:, dimension])
       if len(places) < 2:
         continue
-      ring = size % self._chip.closes_at == 0
+      ring = self._rings[dimension]
       gaps = np.diff(places)
       last = size - places[-1] + places[0]
       if collective_closes := ring and (len(places) > 2) and last <= gaps.max():

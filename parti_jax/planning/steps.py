@@ -66,6 +66,7 @@ class Step:
     settings: what else it depends on, for the report.
     ideal_bytes: what a step must at least move on each device, where that is known.
     resident_bytes: what else lies in each device's memory meanwhile.
+    notes: what the plan is to say besides.
     kernel_flops: for `hlo_cost.costs`.
   """
 
@@ -77,6 +78,7 @@ class Step:
   settings: dict[str, Any]
   ideal_bytes: dict[str, float] | None = None
   resident_bytes: float = 0.0
+  notes: tuple[str, ...] = ()
   kernel_flops: hlo_cost.KernelFlops | None = None
 
 
@@ -157,14 +159,16 @@ def sampling_step(request: Request, mesh) -> Step:
       return jax.jit(step, donate_argnums=4).lower(*arguments)
 
   read = (_read_by_step(params.layers), params.shared['image_decoder']['logits'])
-  encoder = params.shared['text_encoder']
+  # What the program does not take: the text encoder, and what makes keys and values of the text.
+  kept = (_read_by_step(params.layers), params.shared['image_decoder'])
   return Step(
       lower, mesh, images, sequences * flops.parti_sampling_step(config),
       sum(leaf.size for leaf in jax.tree.leaves(params)),
       {'model': 'generator', 'config': 'PartiConfig', 'guided': request.guided,
        'cache_length': config.image_length},
       {'parameters': device_parts(read), 'cache': device_parts((caches, memories))},
-      device_parts(encoder))
+      device_parts(params) - device_parts(kept),
+      ('the memory leaves out the image tokenizer, and the caches from before they grow',))
 
 
 def sampled_config() -> parti_config.PartiConfig:

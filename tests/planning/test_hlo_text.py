@@ -21,14 +21,14 @@ def program(*lines, parameters='p0: f32[8,128]', before=''):
 
 
 def test_shapes():
-  shape = hlo.parse_shape('(bf16[16,1000,64]{1,2,0:T(8,128)(2,1)S(3)}, (s32[], f32[2]))')
+  shape = hlo._shape('(bf16[16,1000,64]{1,2,0:T(8,128)(2,1)S(3)}, (s32[], f32[2]))', 0)[0]
   first, scalar, last = shape.arrays()
   assert (first.dims, first.minor_to_major, first.memory_space) == ((16, 1000, 64), (1, 2, 0), 3)
   assert first.logical_bytes() == 16 * 1000 * 64 * 2
   # Positions are padded to 1024, the 64 lie along eights.
   assert first.padded_bytes() == 16 * 1024 * 64 * 2
   assert shape.padded_bytes(hlo.MAIN_MEMORY) == scalar.padded_bytes() + last.padded_bytes() == 12
-  padded = hlo.parse_shape('bf16[16,1000,64]{2,1,0:T(8,128)(2,1)}')
+  padded = hlo._shape('bf16[16,1000,64]{2,1,0:T(8,128)(2,1)}', 0)[0]
   assert padded.padded_bytes() == 16 * 1000 * 128 * 2
 
 

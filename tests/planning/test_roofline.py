@@ -65,6 +65,37 @@ def test_two_devices_of_one_chip_need_no_link():
   assert seconds('all-gather', [[0, 1]], mesh, chips.CHIPS['tpu7x']) == (0.0, False)
 
 
+def test_groups_of_a_chips_devices_share_its_links():
+  mesh, chip = fake_mesh((4, 4, 4), cores=2), chips.CHIPS['tpu7x']
+  alone = WHOLE * 3 / 4 / (2 * chip.link_bandwidth)
+  apart, _ = seconds('all-gather', [[0, 2, 4, 6], [1, 3, 5, 7]], mesh, chip)
+  together, _ = seconds('all-gather', [list(range(8))], mesh, chip)
+  assert (apart, together) == pytest.approx((2 * alone, alone))
+  permuted, _ = seconds('collective-permute', [[0, 2], [1, 3]], mesh, chip)
+  assert permuted == pytest.approx(2 * WHOLE / chip.link_bandwidth)
+
+
+def test_what_moves_to_another_slice_moves_whole():
+  found, dcn = seconds('collective-permute', [[0, 64]], fake_mesh((4, 4, 4), slices=2), V4)
+  assert dcn and found == pytest.approx(WHOLE / V4.dcn_bandwidth)
+
+
+def test_a_torus_of_three_dimensions_closes_only_as_whole_cubes():
+  line, _ = seconds('all-gather', [[0, 1, 2, 3]], fake_mesh((2, 2, 4)), V4)
+  assert line == pytest.approx(WHOLE * 3 / 4 / 50e9)
+
+
+def test_pairs_of_a_permutation_all_count():
+  # The first eight are the same, the last of one goes further.
+  near = [[place, place + 1] for place in range(0, 16, 2)]
+  mesh = fake_mesh((4, 4, 4))
+  network = roofline.Network(mesh, V4)
+  times = [network.seconds(hlo_cost.Collective(
+      'collective-permute', WHOLE, np.array(near + [last]), 1, 'x'))[0]
+           for last in ([16, 17], [16, 18])]
+  assert times == pytest.approx([WHOLE / 50e9, 2 * WHOLE / 50e9])
+
+
 def test_times_and_utilisation():
   costs = hlo_cost.Costs(product_flops=275e12, kernel_flops=27.5e12, hbm_bytes=600e9)
   costs.collectives.append(
