@@ -29,6 +29,11 @@ def plans() -> dict[str, list[str]]:
   wanted.append(('3b_v5e', '3b', 'v5e:16x16'))
   found = {name: ['--what=train', f'--topology={pod}', *_run(size), *CHANGES.get(name, [])]
            for name, size, pod in wanted}
+  # The paper's own way of splitting: 16 pipeline stages with in-layer sharding.
+  found['20b_v4_stages'] = [
+      *found['20b_v4'], '--gin.make_mesh.stage=16', '--gin.make_mesh.data=4',
+      '--gin.make_mesh.fsdp=1', '--gin.make_mesh.tensor=8', '--gin.pipeline.groups=8',
+      '--gin.train.microbatches=4']
   found['20b_v5e_sample'] = [
       '--what=sample', '--topology=v5e:4x8', *_run('20b'), '--batch_size=64',
       '--gin.make_mesh.data=-1', '--gin.make_mesh.fsdp=1', '--gin.make_mesh.tensor=8']

@@ -74,7 +74,8 @@ class SharedBatches:
     Raises:
       UserError: another number of shares was asked for than the state has.
     """
-    places = state['places']
+    # Before there were shares, a checkpoint held the place in the one stream of examples.
+    places = state['places'] if 'places' in state else [[state['epoch'], state['taken']]]
     if self._asked not in (None, len(places)):
       raise UserError(f'train.data_shares={self._asked}, but the checkpoint has the place in '
                       f'{len(places)} shares; leave it away or train in another --model_dir')

@@ -65,7 +65,7 @@ def of_training(model, parameters: int, batch_size: int, chip: chips.Chip | None
         continue
       needed = _training_bytes(model, parameters, batch_size, mesh, remat, microbatches)
       seconds = _training_seconds(model, parameters, batch_size, mesh, remat, microbatches, chip)
-      if chip is None or needed <= _SLACK * chip.hbm_bytes / chip.devices:
+      if chip is None or needed <= _SLACK * chip.hbm_usable / chip.devices:
         found.append(Candidate(tuple(mesh.items()), remat, microbatches, needed, seconds))
   return sorted(found, key=lambda candidate: candidate.seconds)
 
@@ -87,7 +87,7 @@ def of_sampling(model, sequences: int, images: int, chip: chips.Chip | None, dev
       # Parameters that are split along fsdp travel at every step.
       travel = (0 if mesh['fsdp'] == 1 else kernels / mesh['tensor']) / (2 * chip.link_bandwidth)
       seconds = read * chip.devices / chip.hbm_bandwidth + travel
-    if chip is None or needed <= _SLACK * chip.hbm_bytes / chip.devices:
+    if chip is None or needed <= _SLACK * chip.hbm_usable / chip.devices:
       found.append(Candidate(tuple(mesh.items()), bytes=needed, seconds=seconds))
   return sorted(found, key=lambda candidate: candidate.seconds)
 

@@ -86,7 +86,7 @@ class _Plan:
         'notes': [], 'network_model': roofline.MODEL if chip else None}
 
   def _capacity(self) -> float | None:
-    return self._chip and self._chip.hbm_bytes / self._chip.devices
+    return self._chip and self._chip.hbm_usable / self._chip.devices
 
   def _measured(self, compiled) -> dict[str, Any]:
     step, chip = self._step, self._chip

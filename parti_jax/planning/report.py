@@ -39,7 +39,7 @@ def _row(plan) -> tuple[str, ...]:
   needed = memory['total'] if memory else plan['exhausted']['needed']
   used = 'too much' if needed is None else f'{needed / _GIB:.1f}'
   if plan['chip']:
-    used += f' of {_capacity(plan) / _GIB:.0f}'
+    used += f' of {_capacity(plan) / _GIB:.1f}'
   kept = (f'{settings["remat"]}, {settings["microbatches"]}' if plan['what'] == 'train' else
           f'cache of {settings["cache_length"]}')
   times = '–'
@@ -53,7 +53,7 @@ def _row(plan) -> tuple[str, ...]:
 
 
 def _capacity(plan) -> float:
-  return plan['chip']['hbm_bytes'] / plan['chip']['devices']
+  return plan['chip']['hbm_usable'] / plan['chip']['devices']
 
 
 def _head(plan) -> str:

@@ -135,7 +135,8 @@ class Network:
       return whole * size / (8 if closed else 4) * distance / self._chip.link_bandwidth
     ways = sum((2 if closed else 1) / distance for _, closed, distance in dimensions)
     times = 2 if collective.kind == 'all-reduce' else 1
-    return times * whole * (chips_in_group - 1) / chips_in_group / (ways * self._chip.link_bandwidth)
+    part = whole * (chips_in_group - 1) / chips_in_group
+    return times * part / (ways * self._chip.link_bandwidth)
 
   def _dimensions(self, group) -> list[tuple[int, bool, int]]:
     """Dimensions a group extends over: places in it, whether they close, links between them."""

@@ -146,10 +146,10 @@ def losses_told() -> Iterator[None]:
   try:
     yield
   except jax.errors.JaxRuntimeError as error:
-    # These are this process's own failures.
+    # These are this process's own failures for certain.
     if not any(word in str(error) for word in ('RESOURCE_EXHAUSTED', 'INVALID_ARGUMENT')):
-      print('parti-jax: the connection to another process broke; learning which one takes up to '
-            f'{HEARTBEAT_TIMEOUT} s', file=sys.stderr)
+      print(f'parti-jax: a step failed: {str(error).splitlines()[0]}; whether another process is '
+            f'lost, and which, shows within {HEARTBEAT_TIMEOUT} s', file=sys.stderr)
       time.sleep(HEARTBEAT_TIMEOUT + 15)
     raise
 
