@@ -209,6 +209,15 @@ def test_a_failure_is_told(started):
   assert watched.returncode == 1 and 'the run failed; see ' in watched.stderr
 
 
+def test_a_checkpoint_before_a_preemption_is_no_failure(started):
+  _end(started.cloud, 143)  # SIGTERM, which `stop.sh` did not send.
+  _wait_for(lambda: _states(started.cloud) == ['host0 gone', 'host1 gone'])
+  for host in started.cloud.hosts():
+    (host / 'end').unlink()
+  started.cloud.must('resume.sh')
+  assert _states(started.cloud) == ['host0 running', 'host1 running']
+
+
 def test_stop_and_resume(started):
   cloud = started.cloud
   assert cloud.must('stop.sh').splitlines() == ['host0 stopped', 'host1 stopped']
