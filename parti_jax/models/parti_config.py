@@ -11,6 +11,9 @@ from parti_jax import errors
 from parti_jax.models import attention_patterns
 from parti_jax.models import config_checks
 
+# What models did before it became a setting, for files that do not name it.
+BEFORE_IT_WAS_A_SETTING = {'attention_pattern': 'causal', 'conv_kernel': 11}
+
 
 @gin.configurable
 @dataclasses.dataclass(frozen=True)

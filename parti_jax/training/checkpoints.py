@@ -10,10 +10,8 @@ import jax
 import orbax.checkpoint as ocp
 
 from parti_jax import errors
+from parti_jax.models import parti_config
 from parti_jax.sampling import model_folder
-
-# What models did before it became a setting, for checkpoints that do not name it.
-_BEFORE_IT_WAS_A_SETTING = {'attention_pattern': 'causal', 'conv_kernel': 11}
 
 
 class Checkpoints:
@@ -197,7 +195,7 @@ def check_same_model(path, saved: dict, wanted: dict):
     raise errors.UserError(f'{path}: a checkpoint of the stage {saved["stage"]!r}, not of '
                            f'{wanted["stage"]!r}; choose another --model_dir')
   free = ('dropout', 'dtype', 'remat', 'unroll', 'commitment')
-  there = _BEFORE_IT_WAS_A_SETTING | saved['config']
+  there = parti_config.BEFORE_IT_WAS_A_SETTING | saved['config']
   plain = lambda value: list(value) if isinstance(value, (tuple, list)) else value
   differing = [
       f'{key} is {there.get(key)} there and {value} here'
