@@ -1,8 +1,8 @@
 """Model FLOPs: what the networks' matrix products cost, without recomputation.
 
 A product of [m, k] and [k, n] counts 2·m·k·n; attention counts the whole square of positions
-(as PaLM, appendix B), or in the conv-shaped pattern as many keys a query as its square has; norms, softmax and embeddings look-ups do not count. A training step
-costs three forward passes.
+(as PaLM, appendix B), or in the conv-shaped pattern as many keys a query as its square has; norms,
+softmax and embeddings look-ups do not count. A training step costs three forward passes.
 """
 
 from __future__ import annotations

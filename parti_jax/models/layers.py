@@ -65,10 +65,6 @@ class DropoutKeys:
   key: jax.Array
   rows: jax.Array
 
-  def fold(self, number) -> DropoutKeys:
-    """Keys of a part of the network, such as a layer: `number` is its int32 [] place."""
-    return self.replace(key=jax.random.fold_in(self.key, number))
-
 
 def dropout_keys(key, batch: int) -> DropoutKeys:
   """Keys for all examples of a batch."""
@@ -76,8 +72,11 @@ def dropout_keys(key, batch: int) -> DropoutKeys:
 
 
 def fold(keys: DropoutKeys | None, number) -> DropoutKeys | None:
-  """`keys.fold(number)`, or None where dropout is off."""
-  return None if keys is None else keys.fold(number)
+  """Keys of a part of the network, such as a layer: `number` is its int32 [] place.
+
+  None, where dropout is off, stays None.
+  """
+  return None if keys is None else keys.replace(key=jax.random.fold_in(keys.key, number))
 
 
 class Dropout(nn.Module):

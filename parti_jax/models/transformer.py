@@ -37,7 +37,7 @@ class EncoderBlock(nn.Module):
     self.drop = layers.Dropout(self.dropout)
 
   def __call__(self, x, mask=None, dropout_keys=None):
-    """x: [batch, length, embed]; mask: bool [batch, 1, length or 1, length]; keys of layers.
+    """x: [batch, length, embed]; mask: bool [batch, 1, length or 1, length].
 
     `dropout_keys` are `layers.DropoutKeys` of this block, or None where dropout is off.
     """

@@ -45,8 +45,8 @@ def test_a_mask_follows_from_the_key_and_the_examples_place_alone():
   whole = drop(x, keys)
   rows = jnp.array([4, 1], jnp.uint32)
   np.testing.assert_array_equal(drop(x[:2], keys.replace(rows=rows)), whole[[4, 1]])
-  assert (drop(x, keys.fold(0)) != whole).any()
-  assert (drop(x, keys.fold(0)) != drop(x, keys.fold(1))).any()
+  assert (drop(x, layers.fold(keys, 0)) != whole).any()
+  assert (drop(x, layers.fold(keys, 0)) != drop(x, layers.fold(keys, 1))).any()
 
 
 def test_dropout_is_off_without_keys_or_at_rate_0():
