@@ -11,6 +11,7 @@ from parti_jax.data import openmoji
 from parti_jax.errors import UserError
 from parti_jax.evaluation import contact_sheet
 from parti_jax.evaluation import openmoji_report
+from parti_jax.sampling import flags
 
 
 def add_arguments(parser: argparse.ArgumentParser):
@@ -31,10 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser):
                       help='prompts of the train split, drawn at random (default: %(default)s)')
   parser.add_argument('--seed', type=int, default=0,
                       help='of the prompts drawn and the pictures (default: %(default)s)')
-  parser.add_argument('--guidance_scale', type=float, help="default: the model's")
-  parser.add_argument('--temperature', type=float, help="default: the model's")
-  parser.add_argument('--top_k', type=int, help="default: the model's")
-  parser.add_argument('--top_p', type=float, help="default: the model's")
+  flags.add_arguments(parser)
   parser.add_argument('--batch_size', type=int,
                       help='pictures drawn at once; changes the memory, not the pictures')
 
@@ -59,8 +57,7 @@ def run(args: argparse.Namespace) -> int:
   report = openmoji_report.evaluate(
       pipeline, args.splits, args.num_images, args.max_prompts, args.seed,
       train_prompts=args.train_prompts, on_sample=on_sample, progress=True,
-      guidance_scale=args.guidance_scale, temperature=args.temperature, top_k=args.top_k,
-      top_p=args.top_p, batch_size=args.batch_size)
+      batch_size=args.batch_size, **flags.given(args))
   print(report.text())
   files = {f'{split}.png': _png(page) for split, page in pages.items()}
   files['report.md'] = report.markdown().encode()
@@ -72,10 +69,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_flags(args: argparse.Namespace):
-  """Raises UserError for numbers that can't be, before a model is loaded.
-
-  The pipeline checks the sampling settings.
-  """
+  """Raises UserError for values that can't be, before a model is loaded."""
+  flags.given(args)
   for flag in ('num_images', 'max_prompts', 'train_prompts', 'batch_size'):
     value = getattr(args, flag)
     if value is not None and value < 1:

@@ -18,9 +18,10 @@ from parti_jax.data import openmoji
 from parti_jax.errors import UserError
 from parti_jax.evaluation import openmoji_judge
 from parti_jax.evaluation import report as report_lib
+from parti_jax.sampling import settings
 
 # Settings of `pipeline.generate` that change its pictures, and so are reported.
-_REPORTED = ('guidance_scale', 'temperature', 'top_k', 'top_p')
+_REPORTED = tuple(field.name for field in dataclasses.fields(settings.SamplingSettings))
 # Pictures that go through the tokenizer at once: enough to keep a CPU busy.
 _TOKENIZER_BATCH = 64
 # The PSNR of a picture that came back unchanged, else infinite.

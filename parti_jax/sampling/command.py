@@ -9,6 +9,7 @@ import warnings
 
 from parti_jax import compilation_cache
 from parti_jax.errors import UserError
+from parti_jax.sampling import flags
 from parti_jax.sampling import settings as settings_lib
 
 DEFAULT_OUTPUT_DIR = 'parti_jax_pictures'
@@ -28,18 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser):
                       help='pictures for each prompt (default: %(default)s)')
   parser.add_argument('--seed', type=int, default=0,
                       help='another seed draws other pictures (default: %(default)s)')
-  parser.add_argument('--guidance_scale', type=float,
-                      help="how closely to follow the prompt; 1 is no guidance (default: the "
-                      "model's)")
-  parser.add_argument('--temperature', type=float,
-                      help="1 draws as the model has learned, less is safer, 0 is always the "
-                      "likeliest (default: the model's)")
-  parser.add_argument('--top_k', type=int,
-                      help='draw among this many of the likeliest tokens; 0 is no limit (default: '
-                      "the model's)")
-  parser.add_argument('--top_p', type=float,
-                      help='draw among the likeliest tokens with together this probability; 1 is '
-                      "no limit (default: the model's)")
+  flags.add_arguments(parser)
   parser.add_argument('--batch_size', type=int,
                       help='pictures drawn at once; changes the memory, not the pictures')
   parser.add_argument('--display_size', type=int, metavar='PIXELS',
@@ -65,9 +55,8 @@ def run(args: argparse.Namespace) -> int:
     warnings.simplefilter('always', UserWarning)
     warnings.showwarning = _print_warning
     result = pipeline.generate(
-        prompts, num_images=args.num_images, seed=args.seed, guidance_scale=args.guidance_scale,
-        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-        batch_size=args.batch_size, progress=True)
+        prompts, num_images=args.num_images, seed=args.seed, batch_size=args.batch_size,
+        progress=True, **flags.given(args))
   for path in result.save(args.output_dir):
     print(path)
   print(result.save_grid(args.output_dir, args.display_size))
@@ -107,9 +96,7 @@ def _check_flags(args: argparse.Namespace):
   for name in ('batch_size', 'display_size'):
     if getattr(args, name) is not None:
       settings_lib.whole_number(name, getattr(args, name), 1)
-  settings_lib.SamplingSettings().replace(
-      guidance_scale=args.guidance_scale, temperature=args.temperature, top_k=args.top_k,
-      top_p=args.top_p)
+  flags.given(args)
   folder = pathlib.Path(args.output_dir)
   if folder.exists() and not folder.is_dir():
     raise UserError(f'--output_dir {folder} is a file; name a folder')

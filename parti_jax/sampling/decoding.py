@@ -216,7 +216,8 @@ def sample_tokens(
     params: a `parameters.Parameters`.
     text_tokens: int32 [batch, text_length], padded with 0.
     keys: a key for each image, [batch], see `image_keys`.
-    guidance_scale: float32 [], see SamplingSettings; looked at if guided.
+    guidance_scale: float32 [image_length], of each position, or [], of all; see SamplingSettings;
+      looked at if guided.
     temperature: float32 [].
     top_k: int32 [].
     top_p: float32 [].
@@ -232,14 +233,15 @@ def sample_tokens(
     # Both texts of an image are neighbours, so that they stay on one device of a mesh.
     text_tokens = jnp.stack([text_tokens, empty_text(*text_tokens.shape)], axis=1)
     text_tokens = text_tokens.reshape(2 * batch, -1)
+  scales = jnp.broadcast_to(jnp.asarray(guidance_scale, jnp.float32), config.image_length)
   ends = _segment_ends(config.image_length)
   memories, mask, caches = parti_lib.Parti(config).apply(
       {'params': params.shared}, text_tokens, params.layers, ends[0], method='start')
 
   def body(carry, position):
     token, caches = sample_step(
-        config, params, memories, mask, *carry, keys, position, guidance_scale, temperature, top_k,
-        top_p, guided=guided, greedy=greedy, filtered=filtered)
+        config, params, memories, mask, *carry, keys, position, scales[position], temperature,
+        top_k, top_p, guided=guided, greedy=greedy, filtered=filtered)
     return (token, caches), token
 
   token, pieces, start = jnp.zeros(batch, jnp.int32), [], 0

@@ -87,7 +87,8 @@ class Result:
     return images_lib.save_grid(folder, self.grid(display_size), self.prompts, metadata)
 
   def _metadata(self) -> dict[str, str]:
-    settings = {name: f'{value:g}' for name, value in dataclasses.asdict(self.settings).items()}
+    settings = {name: value if isinstance(value, str) else f'{value:g}'
+                for name, value in dataclasses.asdict(self.settings).items()}
     return {'seed': str(self.seed), **settings, 'model': self.model}
 
 
@@ -143,9 +144,7 @@ class Pipeline:
 
   def generate(
       self, prompts: Sequence[str] | str, num_images: int = 4, seed: int = 0,
-      guidance_scale: float | None = None, temperature: float | None = None,
-      top_k: int | None = None, top_p: float | None = None, batch_size: int | None = None,
-      progress: bool = False) -> Result:
+      batch_size: int | None = None, progress: bool = False, **sampling) -> Result:
     """Draws pictures (Parti, section 2).
 
     A picture follows from its prompt, the seed, its index among the pictures of its prompt, and
@@ -157,12 +156,10 @@ class Pipeline:
         warning that says what was left out.
       num_images: pictures for each prompt.
       seed: whole number from 0 to 2³² − 1.
-      guidance_scale: see SamplingSettings; the model's own by default, as the next ones.
-      temperature: as above.
-      top_k: as above.
-      top_p: as above.
       batch_size: pictures drawn at once, for the memory; chosen by default.
       progress: whether to show a bar.
+      **sampling: fields of SamplingSettings, `guidance_scale` and others, in place of the model's
+        own; None leaves those.
 
     Returns:
       A Result.
@@ -173,8 +170,7 @@ class Pipeline:
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     num_images = settings_lib.whole_number('num_images', num_images, 1)
     seed = settings_lib.whole_number('seed', seed, 0, 2**32 - 1)
-    settings = self.sampling.replace(
-        guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p)
+    settings = self.sampling.replace(**sampling)
     total = len(prompts) * num_images
     texts = self._encode(prompts)
     batch = self._batch_size(total, batch_size, settings.guided)
@@ -228,8 +224,8 @@ class Pipeline:
 
   def _draw(self, texts, image_index, seed: int, settings: settings_lib.SamplingSettings):
     scalars = (
-        np.uint32(seed), np.float32(settings.guidance_scale), np.float32(settings.temperature),
-        np.int32(settings.top_k), np.float32(settings.top_p))
+        np.uint32(seed), settings.guidance_scales(self._config.image_length),
+        np.float32(settings.temperature), np.int32(settings.top_k), np.float32(settings.top_p))
     return self._run(
         _generate, (self._parti_params, self._tokenizer_params), (texts, image_index), *scalars,
         config=self._config, tokenizer=self._tokenizer, guided=settings.guided,

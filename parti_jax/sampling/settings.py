@@ -5,7 +5,17 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import numpy as np
+
 from parti_jax.errors import UserError
+
+# Name of a ramp -> share of the way from `guidance_start` to `guidance_scale`, of the positions
+# [length] as values from 0 (the first) to 1 (the last).
+GUIDANCE_RAMPS = {
+    'constant': np.ones_like,
+    'linear': lambda way: way,
+    'cosine': lambda way: (1 - np.cos(np.pi * way)) / 2,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +29,12 @@ class SamplingSettings:
     top_k: only this many of the likeliest tokens may be drawn; 0 is no limit.
     top_p: only the likeliest tokens that together have this probability may be drawn; 1 is no
       limit. It counts among the tokens that `top_k` leaves.
+    guidance_ramp: how the scale gets to `guidance_scale` over the positions of an image, a name in
+      GUIDANCE_RAMPS: 'constant' has it from the first token on; 'linear' grows evenly from
+      `guidance_start` at the first token to `guidance_scale` at the last, as Muse does over its
+      steps (arXiv 2301.00704, section 2.7: early tokens are drawn freely, later ones follow the
+      prompt); 'cosine' does so with a slow start and end.
+    guidance_start: the scale at the first token, where there is a ramp.
 
   Raises:
     UserError: if a value can't be; the message names it.
@@ -28,14 +44,20 @@ class SamplingSettings:
   temperature: float = 1.0
   top_k: int = 0
   top_p: float = 1.0
+  guidance_ramp: str = 'constant'
+  guidance_start: float = 1.0
 
   def __post_init__(self):
-    for name in ('guidance_scale', 'temperature', 'top_p'):
+    for name in ('guidance_scale', 'temperature', 'top_p', 'guidance_start'):
       object.__setattr__(self, name, _number(name, getattr(self, name)))
     object.__setattr__(self, 'top_k', whole_number('top_k', self.top_k, 0))
-    if self.guidance_scale < 0:
-      raise UserError(f'guidance_scale={self.guidance_scale:g} is negative; 1 is no guidance, and '
-                      'larger values follow the prompt more closely')
+    for name in ('guidance_scale', 'guidance_start'):
+      if getattr(self, name) < 0:
+        raise UserError(f'{name}={getattr(self, name):g} is negative; 1 is no guidance, and '
+                        'larger values follow the prompt more closely')
+    if self.guidance_ramp not in GUIDANCE_RAMPS:
+      raise UserError(f'guidance_ramp={self.guidance_ramp!r} is not one of '
+                      f'{", ".join(GUIDANCE_RAMPS)}')
     if self.temperature < 0:
       raise UserError(f'temperature={self.temperature:g} is negative; 0 takes the likeliest '
                       'token, 1 draws as the model has learned')
@@ -45,7 +67,8 @@ class SamplingSettings:
   @property
   def guided(self) -> bool:
     """Whether a second pass without text is needed."""
-    return self.guidance_scale != 1.0
+    ramped = self.guidance_ramp != 'constant' and self.guidance_start != 1.0
+    return self.guidance_scale != 1.0 or ramped
 
   @property
   def greedy(self) -> bool:
@@ -56,6 +79,12 @@ class SamplingSettings:
   def filtered(self) -> bool:
     """Whether some tokens are ruled out."""
     return self.top_k > 0 or self.top_p < 1.0
+
+  def guidance_scales(self, length: int) -> np.ndarray:
+    """The weight of guidance at each of `length` positions: float32 [length]."""
+    share = GUIDANCE_RAMPS[self.guidance_ramp](np.linspace(0.0, 1.0, length))
+    scales = (1 - share) * self.guidance_start + share * self.guidance_scale
+    return scales.astype(np.float32)
 
   def replace(self, **values) -> 'SamplingSettings':
     """These settings with the values that are not None in place of their own."""

@@ -8,6 +8,7 @@ import pathlib
 from parti_jax import errors
 from parti_jax.models import parti
 from parti_jax.models import parti_config
+from parti_jax.sampling import flags
 from parti_jax.sampling import model_folder
 from parti_jax.sampling import settings
 from parti_jax.training import checkpoints
@@ -26,12 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser):
   parser.add_argument('--overwrite', action='store_true', help='replace a model folder there')
   parser.add_argument('--dtype', default='float16', choices=sorted(model_folder.STORED_DTYPES),
                       help='what parameters are stored as (default: %(default)s)')
-  defaults = settings.SamplingSettings()
-  parser.add_argument('--guidance_scale', type=float, default=defaults.guidance_scale,
-                      help='default of the model when it is sampled (default: %(default)s)')
-  parser.add_argument('--temperature', type=float, default=defaults.temperature, help='likewise')
-  parser.add_argument('--top_k', type=int, default=defaults.top_k, help='likewise')
-  parser.add_argument('--top_p', type=float, default=defaults.top_p, help='likewise')
+  group = parser.add_argument_group(
+      'sampling', 'How the model is sampled where its user says nothing else.')
+  flags.add_arguments(group, 'plain sampling')
 
 
 def run(args: argparse.Namespace) -> int:
@@ -39,8 +37,7 @@ def run(args: argparse.Namespace) -> int:
   if not pathlib.Path(args.vocabulary).is_file():
     raise errors.UserError(f'--vocabulary={args.vocabulary}: there is no such file; '
                            '`parti-jax vocabulary` makes one')
-  sampling = settings.SamplingSettings(
-      args.guidance_scale, args.temperature, args.top_k, args.top_p)
+  sampling = settings.SamplingSettings().replace(**flags.given(args))
   tokenizer_config, tokenizer_params = frozen_tokenizer.load(args.tokenizer)
   path = checkpoints.latest_checkpoint(args.generator)
   config = parti_config.PartiConfig(**checkpoints.read_config(path, 'generator'))

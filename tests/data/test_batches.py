@@ -90,6 +90,13 @@ def test_shares_of_an_epoch(numbered, shuffle):
   assert all(3 <= len(numbers) <= 4 for numbers in read)
 
 
+def test_text_is_dropped_for_a_tenth_where_gin_says_nothing(numbered):
+  numbered(200)
+  batches = Batches('folder_pairs', 'train', 200, PAIRS)
+  empty = [(next(batches)['encoder_input_tokens'][:, 0] == 1).sum() for _ in range(3)]
+  assert 35 <= sum(empty) <= 85
+
+
 def test_text_is_dropped_at_the_rate(numbered):
   numbered(200)
   gin.parse_config('drop_text.rate = 0.3')

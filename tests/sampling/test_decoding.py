@@ -125,6 +125,24 @@ def test_guidance_leads_from_the_logits_without_text_to_those_with_it(params, to
           decoding.guide(doubled[:, position], scale), expected[:, position], atol=1e-4)
 
 
+def test_a_ramp_of_guidance_is_a_loop_with_a_scale_for_each_position(params):
+  scales = np.linspace(1.0, 4.0, CONFIG.image_length, dtype=np.float32)
+  drawn = draw(params, TEXTS, [0, 0, 0], guided=True, greedy=True, guidance_scale=scales)
+  empty = np.asarray(decoding.empty_text(len(TEXTS), CONFIG.text_length))
+  expected = np.zeros_like(drawn)
+  for position, scale in enumerate(scales):
+    conditional, unconditional = (
+        np.asarray(all_logits(params, texts, expected))[:, position] for texts in (TEXTS, empty))
+    guided = unconditional + scale * (conditional - unconditional)
+    expected[:, position] = guided.argmax(axis=-1)
+  np.testing.assert_array_equal(drawn, expected)
+  constant = draw(params, TEXTS, [0, 0, 0], guided=True, greedy=True, guidance_scale=4.0)
+  assert np.any(constant != drawn)
+  np.testing.assert_array_equal(constant, draw(
+      params, TEXTS, [0, 0, 0], guided=True, greedy=True,
+      guidance_scale=np.full(CONFIG.image_length, 4.0, np.float32)))
+
+
 def test_an_image_does_not_depend_on_the_others_of_its_batch(params):
   texts, index = np.repeat(TEXTS, 3, axis=0), np.tile([0, 1, 2], 3)
   settings = {'seed': 5, 'guided': True, 'guidance_scale': 1.5, 'temperature': 4.0}

@@ -10,6 +10,7 @@ import safetensors.numpy
 
 from parti_jax.errors import UserError
 from parti_jax.sampling import model_folder
+from parti_jax.sampling import settings
 
 
 def edit_config(folder, edit):
@@ -50,6 +51,13 @@ def test_round_trip(parts, tmp_path, dtype, tolerance):
   assert stored['image_decoder/decoder/layers/mlp/project_in/kernel'].shape == (2, 16, 32)
   sizes = json.loads((folder / model_folder.CONFIG_FILE).read_text())['parameters']
   assert sizes['parti'] == sum(leaf.size for leaf in stored.values())
+
+
+def test_settings_that_an_older_folder_does_not_name_are_off(folder):
+  edit_config(folder, lambda config: config.update(sampling={'guidance_scale': 2.5}))
+  sampling = model_folder.load(folder).sampling
+  assert sampling == settings.SamplingSettings(guidance_scale=2.5)
+  assert sampling.guidance_scales(3).tolist() == [2.5] * 3
 
 
 def test_an_existing_folder_is_only_replaced_when_asked(parts, folder, tmp_path):

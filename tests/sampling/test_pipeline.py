@@ -53,7 +53,8 @@ def test_the_same_pictures_in_another_order_and_alone(pipeline, drawn):
 
 
 def test_seed_prompt_and_settings_matter(pipeline, drawn):
-  for change in ({'seed': 8}, {'guidance_scale': 9.0}, {'temperature': 5.0}, {'top_k': 1}):
+  for change in ({'seed': 8}, {'guidance_scale': 9.0}, {'temperature': 5.0}, {'top_k': 1},
+                 {'guidance_ramp': 'linear'}):
     other = pipeline.generate(PROMPTS, num_images=3, **{'seed': 7} | change)
     assert np.any(other.tokens != drawn.tokens), change
 
@@ -104,7 +105,8 @@ def test_no_prompt(pipeline, prompts):
 
 @pytest.mark.parametrize('name, value', [
     ('num_images', 0), ('num_images', -3), ('seed', -1), ('seed', 2**32), ('top_p', 0.0),
-    ('top_k', -1), ('temperature', -1.0), ('guidance_scale', -0.5), ('batch_size', 0)])
+    ('top_k', -1), ('temperature', -1.0), ('guidance_scale', -0.5), ('batch_size', 0),
+    ('guidance_ramp', 'steep')])
 def test_bad_arguments_are_named(pipeline, name, value):
   with pytest.raises(UserError, match=f'^{name}='):
     pipeline.generate('red apple', **{name: value})
@@ -138,8 +140,8 @@ def test_saved_pictures_tell_what_they_are(drawn, tmp_path):
     np.testing.assert_array_equal(np.asarray(shown), drawn.images[row, column])
     assert images.read_metadata(path) == {
         'prompt': PROMPTS[row], 'seed': '7', 'image_index': str(column), 'guidance_scale': '2',
-        'temperature': '1', 'top_k': '0', 'top_p': '0.99', 'model': 'tiny',
-        'software': images.SOFTWARE}
+        'temperature': '1', 'top_k': '0', 'top_p': '0.99', 'guidance_ramp': 'constant',
+        'guidance_start': '1', 'model': 'tiny', 'software': images.SOFTWARE}
   assert drawn.save(tmp_path) == paths
   grid = drawn.save_grid(tmp_path, display_size=20)
   assert images.read_metadata(grid)['prompt'].splitlines() == PROMPTS

@@ -10,7 +10,7 @@ from parti_jax.sampling import settings as settings_lib
 @pytest.mark.parametrize('name, value', [
     ('guidance_scale', -1.0), ('guidance_scale', 'strong'), ('temperature', -0.1),
     ('temperature', float('nan')), ('top_k', -1), ('top_k', 2.5), ('top_p', 0.0), ('top_p', 1.1),
-    ('top_p', float('inf'))])
+    ('top_p', float('inf')), ('guidance_start', -1), ('guidance_ramp', 'steep')])
 def test_bad_values_are_named(name, value):
   with pytest.raises(UserError, match=f'^{name}='):
     settings_lib.SamplingSettings(**{name: value})
@@ -28,6 +28,24 @@ def test_what_a_setting_needs():
   assert plain.replace(guidance_scale=1.1).guided
   assert plain.replace(temperature=0).greedy
   assert plain.replace(top_k=5).filtered and plain.replace(top_p=0.9).filtered
+
+
+def test_ramps_of_guidance():
+  settings = settings_lib.SamplingSettings(guidance_scale=3.0, guidance_start=2.0)
+  scales = lambda ramp, length=5: settings.replace(guidance_ramp=ramp).guidance_scales(length)
+  assert settings.guidance_scales(5).tolist() == [3.0] * 5
+  assert scales('linear').tolist() == [2.0, 2.25, 2.5, 2.75, 3.0]
+  np.testing.assert_allclose(scales('cosine'), [2, 2.1464466, 2.5, 2.8535534, 3], rtol=1e-6)
+  assert scales('linear').dtype == np.float32
+  for ramp in settings_lib.GUIDANCE_RAMPS:
+    assert scales(ramp)[-1] == 3.0 and scales(ramp, length=1).shape == (1,)
+
+
+def test_a_ramp_that_starts_elsewhere_needs_the_second_pass():
+  unguided = settings_lib.SamplingSettings(guidance_start=2.0)
+  assert not unguided.guided
+  assert not unguided.replace(guidance_start=1, guidance_ramp='linear').guided
+  assert unguided.replace(guidance_ramp='linear').guided
 
 
 def test_whole_numbers():

@@ -1,5 +1,7 @@
 """Every gin file of gin_configs/runs/ makes a stage, an optimiser, a schedule and a mesh."""
 
+import contextlib
+import inspect
 import math
 import pathlib
 
@@ -8,6 +10,7 @@ import jax
 import pytest
 
 from parti_jax import config
+from parti_jax.data import preprocessors
 from parti_jax.data import tasks
 from parti_jax.errors import UserError
 from parti_jax.partitioning import mesh as mesh_lib
@@ -61,6 +64,18 @@ def test_a_run_makes_its_state_abstractly(name):
   assert stage.step_flops(batch_size) > 0
   kinds = tuple(f'{source}_images' for source in ('openmoji', 'folder')) + ('images',)
   assert gin.query_parameter('train.task') in (*tasks.TOKEN_TASKS, *kinds)
+
+
+def test_every_generator_loses_a_tenth_of_its_texts():
+  rates = {}
+  for name in RUNS:
+    config.parse([f'gin_configs/runs/{name}'], [])
+    if gin.query_parameter('train.task') in tasks.TOKEN_TASKS:
+      with contextlib.suppress(ValueError):
+        rates[name] = gin.query_parameter('drop_text.rate')
+      rates.setdefault(name, inspect.signature(preprocessors.drop_text).parameters['rate'].default)
+  assert {*PAPERS_PARTI, 'demo_generator.gin', 'tiny_generator.gin'} <= set(rates)
+  assert set(rates.values()) == {0.1}
 
 
 @pytest.mark.parametrize('name', PAPERS_PARTI)
