@@ -90,6 +90,12 @@ def folder(model_dir) -> epath.Path:
   return (path if '://' in str(model_dir) else path.absolute()) / 'checkpoints'
 
 
+def has_checkpoint(model_dir) -> bool:
+  """Whether a run has begun and written a whole checkpoint."""
+  directory = folder(model_dir)
+  return directory.is_dir() and bool(ocp.utils.checkpoint_steps(directory))
+
+
 def latest_checkpoint(model_dir) -> epath.Path:
   """Folder of a run's newest whole checkpoint.
 
@@ -141,6 +147,9 @@ def read_config(path: epath.Path, stage: str) -> dict:
 def read_params(path: epath.Path, module, inputs):
   """A checkpoint's parameters alone, without the optimiser's state, on one device.
 
+  Where the run kept an average of the parameters, see `state.averaged`, it is the average. What was
+  trained beside the module, such as a discriminator, is left out.
+
   Args:
     path: a checkpoint's folder, of `latest_checkpoint`.
     module: the linen module whose parameters they are.
@@ -154,15 +163,24 @@ def read_params(path: epath.Path, module, inputs):
   """
   boxed = jax.eval_shape(module.init, jax.random.key(0), *inputs)['params']
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  abstract = {'params': jax.tree.map(
+  params = jax.tree.map(
       lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
-      nn.meta.unbox(boxed))}
-  check_same_shapes(path, abstract, within='params/')
+      nn.meta.unbox(boxed))
+  saved = _saved_shapes(path)
+  averaged = {part for part in params
+              if any(name.startswith(f'statistics/average/{part}/') for name in saved)}
+  abstract = {
+      'params': {part: tree for part, tree in params.items() if part not in averaged},
+      'statistics': {'average': {part: params[part] for part in averaged}}}
+  abstract = {kind: tree for kind, tree in abstract.items() if jax.tree.leaves(tree)}
+  check_same_shapes(path, abstract, within=tuple(
+      f'statistics/average/{part}/' if part in averaged else f'params/{part}/'
+      for part in params))
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
     restored = checkpointer.restore(path / 'state', args=ocp.args.PyTreeRestore(
         item=abstract, partial_restore=True,
         restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)))
-  return restored['params']
+  return restored.get('params', {}) | restored.get('statistics', {}).get('average', {})
 
 
 def read_model_folder(path, stage, abstract):
@@ -185,6 +203,11 @@ def read_model_folder(path, stage, abstract):
       'tokenizer': (model.tokenizer_config, model.tokenizer_params)}[stage.name]
   check_same_model(path, {'stage': stage.name, 'config': dataclasses.asdict(config)},
                    describe(stage))
+  return put_like(params, {name: abstract[name] for name in params})
+
+
+def put_like(params, abstract):
+  """Parameters of any dtype and place with the dtypes and shardings of `abstract`."""
   return jax.tree.map(
       lambda leaf, like: jax.device_put(leaf.astype(like.dtype), like.sharding), params, abstract)
 
@@ -206,24 +229,20 @@ def check_same_model(path, saved: dict, wanted: dict):
                            'another --model_dir, or set the model back')
 
 
-def check_same_shapes(path, abstract, within: str = ''):
+def check_same_shapes(path, abstract, within: str | tuple[str, ...] = ''):
   """Compares a checkpoint's arrays with those that are wanted.
 
   Args:
     path: the checkpoint's folder.
     abstract: a tree of shapes.
-    within: the part of the state that `abstract` is, such as 'params/'; all of it by default.
+    within: the part, or parts, of the state that `abstract` is, such as 'params/encoder/'; all of
+      it by default.
 
   Raises:
     UserError: if the checkpoint is unfinished, or if arrays are missing, unknown or of another
       shape; names them.
   """
-  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-    metadata = checkpointer.metadata(path / 'state').item_metadata
-  if metadata is None:
-    raise _unfinished(path)
-  saved = _shapes(metadata.tree if hasattr(metadata, 'tree') else metadata)
-  wanted = _shapes(abstract)
+  saved, wanted = _saved_shapes(path), _shapes(abstract)
   differing = [f'{name} {saved.get(name, "missing")} instead of {shape}'
                for name, shape in wanted.items() if saved.get(name) != shape]
   differing += [f'{name} {shape} is not in this configuration' for name, shape in saved.items()
@@ -238,6 +257,15 @@ def check_same_shapes(path, abstract, within: str = ''):
 def _unfinished(path) -> errors.UserError:
   return errors.UserError(f'{path}: not a finished checkpoint of this package; remove the folder '
                           'or choose another one')
+
+
+def _saved_shapes(path) -> dict[str, tuple[int, ...]]:
+  """Shapes of the arrays of a checkpoint's state, by their paths."""
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    metadata = checkpointer.metadata(path / 'state').item_metadata
+  if metadata is None:
+    raise _unfinished(path)
+  return _shapes(metadata.tree if hasattr(metadata, 'tree') else metadata)
 
 
 def _shapes(tree) -> dict[str, tuple[int, ...]]:

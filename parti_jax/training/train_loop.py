@@ -81,9 +81,8 @@ def train(model_dir: str, stage=gin.REQUIRED, task: str = gin.REQUIRED, steps: i
       task, eval_split or split, batch_size, stage.feature_lengths(), seed=seed, shuffle=False,
       num_epochs=1)
   held_out()  # A split that can't be read is reported now and not after hours.
-  initial = initial_model and checkpoints_lib.read_model_folder(
-      initial_model, stage, trainer.abstract.params)
-  run = Run(trainer, model_dir, keep_checkpoints, training, initial)
+  run = Run(trainer, model_dir, keep_checkpoints, training,
+            initial_parts(trainer, model_dir, initial_model))
   reporter = reporting.Reporter(model_dir, steps, run.step)
   if jax.process_index() == 0:
     config.save(f'{model_dir}/config.gin', config.operative())
@@ -127,6 +126,31 @@ def train(model_dir: str, stage=gin.REQUIRED, task: str = gin.REQUIRED, steps: i
   return metrics
 
 
+def initial_parts(trainer: trainer_lib.Trainer, model_dir, initial_model: str | None = None):
+  """Parameters that a new run starts with, from an exported model or from other runs.
+
+  The latter are what the stage says in a method `initial_parts`, which it need not have: of abstract
+  parameters it returns {name of a part: that part on the mesh}, and it raises UserError if one does
+  not fit. These come before those of `initial_model`.
+
+  Args:
+    trainer: the stage on its mesh.
+    model_dir: the run's folder.
+    initial_model: a model folder, or None.
+
+  Returns:
+    {name of a part: its parameters}; nothing for a run that has begun. Other parts are random.
+  """
+  if checkpoints_lib.has_checkpoint(model_dir):
+    return {}
+  parts, abstract = {}, trainer.abstract.params
+  if initial_model:
+    parts |= checkpoints_lib.read_model_folder(initial_model, trainer.stage, abstract)
+  if hasattr(trainer.stage, 'initial_parts'):
+    parts |= trainer.stage.initial_parts(abstract)
+  return parts
+
+
 def check_vocabularies(stage, task: str):
   """Compares the ids in a task's features with what the model has room for.
 
@@ -157,7 +181,7 @@ class Run:
     model_dir: the run's folder.
     keep: how many checkpoints stay.
     examples: the training examples, `SharedBatches`.
-    initial: parameters that a new run starts with; None for random ones.
+    initial: parts of the parameters that a new run starts with, as of `initial_parts`.
   """
 
   def __init__(self, trainer: trainer_lib.Trainer, model_dir, keep: int, examples, initial=None):
@@ -171,8 +195,7 @@ class Run:
       examples.restore(place)
     else:
       self.state = trainer.create_state()
-      if initial:
-        self.state = self.state.replace(params=initial)
+      self.state = self.state.replace(params=self.state.params | (initial or {}))
     self._iterator = iter(examples)
     self.step = int(self.state.step)
 

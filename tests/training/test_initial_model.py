@@ -1,4 +1,6 @@
-"""A run that starts with the parameters of an exported model."""
+"""A run that starts with the parameters of an exported model, or with parts of another run."""
+
+from unittest import mock
 
 import jax
 import numpy as np
@@ -14,6 +16,8 @@ from parti_jax.training import checkpoints
 from parti_jax.training import generator_stage
 from parti_jax.training import optimizers
 from parti_jax.training import state
+from parti_jax.training import train_loop
+from parti_jax.training import trainer as trainer_lib
 
 
 def abstract_params(stage):
@@ -36,3 +40,35 @@ def test_a_model_of_other_sizes_is_refused():
   stage = generator_stage.GeneratorStage(parti_config.PartiConfig(width=64, heads=2))
   with pytest.raises(UserError, match='width is 192 there and 64 here'):
     checkpoints.read_model_folder(pipeline.DEMO_FOLDER, stage, None)
+
+
+class _Borrower(generator_stage.GeneratorStage):
+  """Takes its text encoder from somewhere."""
+
+  asked = 0
+
+  def initial_parts(self, abstract_params):
+    type(self).asked += 1
+    ones = jax.tree.map(lambda leaf: np.ones(leaf.shape), abstract_params['text_encoder'])
+    return {'text_encoder': checkpoints.put_like(ones, abstract_params['text_encoder'])}
+
+
+def test_a_stage_may_take_parts_from_elsewhere(tmp_path):
+  sizes = parti_config.PartiConfig(
+      encoder_layers=1, decoder_layers=1, width=8, mlp_width=16, heads=2, text_vocabulary=8,
+      text_length=3, codebook_size=6, grid=(1, 2), dtype='float32')
+  trainer = trainer_lib.Trainer(
+      _Borrower(sizes), optimizers.adamw(lambda step: 1e-3), mesh.make_mesh(data=4, tensor=2))
+  examples = mock.MagicMock(state=lambda: {})
+  parts = train_loop.initial_parts(trainer, tmp_path)
+  assert list(parts) == ['text_encoder']
+  run = train_loop.Run(trainer, tmp_path, 1, examples, parts)
+  begun = jax.device_get(run.state.params)
+  assert all(np.all(leaf == 1) for leaf in jax.tree.leaves(begun['text_encoder']))
+  random = jax.device_get(trainer.create_state().params['image_decoder'])
+  jax.tree.map(np.testing.assert_array_equal, begun['image_decoder'], random)
+  run.save()
+  run.close()
+  # A run that has begun asks for nothing: where its parts were from may be gone.
+  assert train_loop.initial_parts(trainer, tmp_path, 'nowhere') == {}
+  assert _Borrower.asked == 1
