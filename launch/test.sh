@@ -13,4 +13,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 install '.[test]'
 cd "$repository"
-exec "$venv/bin/python" -P -m pytest "$@"
+exec "$venv/bin/python" -P -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile "$@"
