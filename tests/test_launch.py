@@ -82,7 +82,8 @@ def test_test_installs_the_extra_and_passes_arguments_on(checkout):
   done = _run(checkout, 'test.sh', '-m', 'slow')
   assert done.returncode == 0, done.stderr
   assert '<.[test]>' in done.stdout
-  assert done.stdout.splitlines()[-1].endswith('<pytest> <-m> <slow>')
+  assert done.stdout.splitlines()[-1].endswith(
+      '<pytest> <--numprocesses=auto> <--maxprocesses=4> <--dist=loadfile> <-m> <slow>')
 
 
 def test_a_python_that_will_not_do_is_named(checkout):
