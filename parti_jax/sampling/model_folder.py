@@ -1,11 +1,14 @@
 """A released model: one folder with its sizes, its parameters and its vocabulary.
 
 ```
-config.json            format version, sizes of both networks, sampling defaults, provenance
-parti.safetensors      parameters of the text encoder and the image-token decoder
-tokenizer.safetensors  parameters of the image tokenizer
-vocabulary.model       SentencePiece vocabulary of the prompts
+config.json                   format version, sizes of the networks, sampling defaults, provenance
+parti.safetensors             parameters of the text encoder and the image-token decoder
+tokenizer.safetensors         parameters of the image tokenizer
+vocabulary.model              SentencePiece vocabulary of the prompts
+super_resolution.safetensors  parameters of the super-resolution network; may be absent
 ```
+
+Which networks there may be is one table, NETWORKS; config.json has the sizes of each under its name.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ import os
 import pathlib
 import secrets
 import shutil
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.traverse_util
@@ -31,21 +35,60 @@ import safetensors.numpy
 from parti_jax.errors import UserError
 from parti_jax.models import parti as parti_lib
 from parti_jax.models import parti_config
+from parti_jax.models import super_resolution
 from parti_jax.models import vit_vqgan
 from parti_jax.sampling import settings as settings_lib
 
 FORMAT_VERSION = 1
 CONFIG_FILE = 'config.json'
-PARTI_FILE = 'parti.safetensors'
-TOKENIZER_FILE = 'tokenizer.safetensors'
 VOCABULARY_FILE = 'vocabulary.model'
-FILES = (CONFIG_FILE, PARTI_FILE, TOKENIZER_FILE, VOCABULARY_FILE)
+
+
+class Network(NamedTuple):
+  """A network that a model folder may hold.
+
+  Attributes:
+    config: the dataclass of its sizes.
+    module: makes the linen module from them.
+    example_inputs: makes arrays that the module takes from them.
+  """
+
+  config: type
+  module: Callable[[Any], nn.Module]
+  example_inputs: Callable[[Any], tuple]
+
+
+# Every model has the required networks; of the optional ones, those that were exported with it.
+REQUIRED = {
+    'parti': Network(parti_config.PartiConfig, parti_lib.Parti, parti_lib.example_inputs),
+    'tokenizer': Network(
+        vit_vqgan.ViTVQGANConfig, vit_vqgan.ViTVQGAN, vit_vqgan.example_inputs)}
+OPTIONAL = {
+    'super_resolution': Network(
+        super_resolution.SuperResolutionConfig, super_resolution.SuperResolution,
+        super_resolution.example_inputs)}
+NETWORKS = REQUIRED | OPTIONAL
+
+
+def parameter_file(name: str) -> str:
+  """The file with the parameters of a network in NETWORKS."""
+  return f'{name}.safetensors'
+
+
+FILES = (CONFIG_FILE, *map(parameter_file, REQUIRED), VOCABULARY_FILE)
 
 # What parameters may be stored as; they are computed with in the configs' dtype.
 STORED_DTYPES = {'float16': np.float16, 'bfloat16': ml_dtypes.bfloat16, 'float32': np.float32}
 
 # Names of parameters that an error shows.
 _SHOWN = 5
+
+
+class Part(NamedTuple):
+  """An optional network of a model: its sizes, and its parameters as those of `Model`."""
+
+  config: Any
+  params: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +103,8 @@ class Model:
     vocabulary_path: of the SentencePiece vocabulary.
     sampling: the settings that the model is meant to be sampled with.
     provenance: what it was trained on and for how long; any JSON.
+    stored_as: name of the dtype that the parameters were stored as.
+    parts: the optional networks that the model has, by their names in OPTIONAL.
   """
 
   parti_config: parti_config.PartiConfig
@@ -69,10 +114,19 @@ class Model:
   vocabulary_path: pathlib.Path
   sampling: settings_lib.SamplingSettings
   provenance: dict[str, Any]
+  stored_as: str
+  parts: dict[str, Part]
+
+  @property
+  def networks(self) -> dict[str, Part]:
+    """All networks of the model by their names in NETWORKS."""
+    return {'parti': Part(self.parti_config, self.parti_params),
+            'tokenizer': Part(self.tokenizer_config, self.tokenizer_params)} | self.parts
 
 
 def save(
     folder, *, parti_config, parti_params, tokenizer_config, tokenizer_params, vocabulary_path,
+    parts: dict[str, Part] | None = None,
     sampling: settings_lib.SamplingSettings = settings_lib.SamplingSettings(),
     provenance: dict[str, Any] | None = None, dtype: str = 'float16', overwrite: bool = False):
   """Writes a model folder; it appears complete or not at all.
@@ -84,6 +138,7 @@ def save(
     tokenizer_config: ViTVQGANConfig.
     tokenizer_params: of ViTVQGAN, with or without axis names.
     vocabulary_path: the SentencePiece vocabulary's file.
+    parts: optional networks by their names in OPTIONAL, with or without axis names.
     sampling: defaults of `generate`.
     provenance: JSON: data, training steps, and whatever else tells where the model is from.
     dtype: what the parameters are stored as, a name in STORED_DTYPES.
@@ -102,23 +157,22 @@ def save(
   if dtype not in STORED_DTYPES:
     raise UserError(f'dtype={dtype!r} is not one of {", ".join(STORED_DTYPES)}')
   _check_sizes(parti_config, tokenizer_config, 'the model to save')
-  networks = {
-      PARTI_FILE: _stored(parti_params, abstract_parti(parti_config), dtype, PARTI_FILE),
-      TOKENIZER_FILE: _stored(
-          tokenizer_params, abstract_tokenizer(tokenizer_config), dtype, TOKENIZER_FILE)}
+  networks = {'parti': Part(parti_config, parti_params),
+              'tokenizer': Part(tokenizer_config, tokenizer_params)} | (parts or {})
+  stored = {name: _stored(part.params, abstract(name, part.config), dtype, parameter_file(name))
+            for name, part in networks.items()}
   config = {
       'format_version': FORMAT_VERSION,
-      'parti': dataclasses.asdict(parti_config),
-      'tokenizer': dataclasses.asdict(tokenizer_config),
+      **{name: dataclasses.asdict(part.config) for name, part in networks.items()},
       'sampling': dataclasses.asdict(sampling),
       'parameters': {
           'stored_as': dtype,
-          **{name.removesuffix('.safetensors'): sum(leaf.size for leaf in arrays.values())
-             for name, arrays in networks.items()}},
+          **{name: sum(leaf.size for leaf in arrays.values())
+             for name, arrays in stored.items()}},
       'provenance': provenance or {}}
   with _replaced_folder(folder) as temporary:
-    for name, arrays in networks.items():
-      safetensors.numpy.save_file(arrays, temporary / name)
+    for name, arrays in stored.items():
+      safetensors.numpy.save_file(arrays, temporary / parameter_file(name))
     shutil.copyfile(vocabulary_path, temporary / VOCABULARY_FILE)
     text = json.dumps(config, indent=2, ensure_ascii=False) + '\n'
     (temporary / CONFIG_FILE).write_text(text, encoding='utf-8')
@@ -139,35 +193,36 @@ def load(folder) -> Model:
   """
   folder = pathlib.Path(folder)
   _check_complete(folder)
-  config = _read_config(folder / CONFIG_FILE)
-  dtype = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
   where = folder / CONFIG_FILE
-  parti = _sizes(parti_config.PartiConfig, config, 'parti', dtype, where)
-  tokenizer = _sizes(vit_vqgan.ViTVQGANConfig, config, 'tokenizer', dtype, where)
-  _check_sizes(parti, tokenizer, str(where))
+  config = _read_config(where)
+  optional = [name for name in OPTIONAL
+              if name in config or (folder / parameter_file(name)).exists()]
+  _check_complete(folder, [parameter_file(name) for name in optional])
+  dtype = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+  sizes = {name: _sizes(NETWORKS[name].config, config, name, dtype, where)
+           for name in [*REQUIRED, *optional]}
+  _check_sizes(sizes['parti'], sizes['tokenizer'], str(where))
+  parts = {name: Part(own, _read_parameters(folder / parameter_file(name), abstract(name, own)))
+           for name, own in sizes.items()}
+  parti, tokenizer = (parts.pop(name) for name in REQUIRED)
   return Model(
-      parti, tokenizer,
-      _read_parameters(folder / PARTI_FILE, abstract_parti(parti)),
-      _read_parameters(folder / TOKENIZER_FILE, abstract_tokenizer(tokenizer)),
-      folder / VOCABULARY_FILE,
-      _sampling(config, where), config.get('provenance', {}))
+      parti.config, tokenizer.config, parti.params, tokenizer.params, folder / VOCABULARY_FILE,
+      _sampling(config, where), config.get('provenance', {}),
+      config.get('parameters', {}).get('stored_as', 'float16'), parts)
 
 
 @functools.cache
-def abstract_parti(config: parti_config.PartiConfig):
-  """Shapes of Parti's parameters with their logical axis names; nothing is computed."""
-  return _abstract(parti_lib.Parti(config), parti_lib.example_inputs(config))
+def abstract(name: str, config):
+  """Shapes of a network's parameters with their logical axis names; nothing is computed.
 
-
-@functools.cache
-def abstract_tokenizer(config: vit_vqgan.ViTVQGANConfig):
-  """Shapes of the tokenizer's parameters, as `abstract_parti`."""
-  return _abstract(vit_vqgan.ViTVQGAN(config), vit_vqgan.example_inputs(config))
-
-
-def _abstract(model, inputs):
+  Args:
+    name: of the network, in NETWORKS.
+    config: its sizes.
+  """
+  network = NETWORKS[name]
   rng = jax.eval_shape(lambda: jax.random.key(0))
-  return jax.eval_shape(model.init, rng, *inputs)['params']
+  inputs = network.example_inputs(config)
+  return jax.eval_shape(network.module(config).init, rng, *inputs)['params']
 
 
 def _flat(tree) -> dict[str, Any]:
@@ -218,11 +273,11 @@ def _read_parameters(path: pathlib.Path, expected):
   return flax.traverse_util.unflatten_dict(arrays, sep='/')
 
 
-def _check_complete(folder: pathlib.Path):
+def _check_complete(folder: pathlib.Path, files=FILES):
   if not folder.is_dir():
     raise UserError(f'there is no model folder {folder}')
-  missing = [name for name in FILES if not (folder / name).is_file()]
-  if len(missing) == len(FILES):
+  missing = [name for name in files if not (folder / name).is_file()]
+  if missing == list(FILES):
     raise UserError(f'{folder} is no model folder: it has none of {", ".join(FILES)}')
   if missing:
     raise UserError(f'the model folder {folder} is unfinished: {", ".join(missing)} missing; '
@@ -295,7 +350,8 @@ def _replaced_folder(folder: pathlib.Path):
     yield temporary
     old = folder.with_name(f'{temporary.name}.old')
     if folder.exists():
-      for other in set(os.listdir(folder)) - set(FILES):
+      ours = {*FILES, *map(parameter_file, OPTIONAL)}
+      for other in set(os.listdir(folder)) - ours:
         copy = shutil.copytree if (folder / other).is_dir() else shutil.copy2
         copy(folder / other, temporary / other)
       os.replace(folder, old)

@@ -129,10 +129,10 @@ class Pipeline:
           f'{self._config.text_vocabulary}; it is the vocabulary of another model')
     self._parti_params = self._placed(
         parameters.cut(self._config, model.parti_params),
-        model_folder.abstract_parti(self._config),
+        model_folder.abstract('parti', self._config),
         lambda shardings: parameters.shardings(self._config, shardings))
     self._tokenizer_params = self._placed(
-        model.tokenizer_params, model_folder.abstract_tokenizer(model.tokenizer_config))
+        model.tokenizer_params, model_folder.abstract('tokenizer', model.tokenizer_config))
 
   @property
   def image_size(self) -> int:

@@ -198,9 +198,12 @@ def read_model_folder(path, stage, abstract):
     UserError: if there is no model folder, or its sizes differ; names what differs.
   """
   model = model_folder.load(path)
-  config, params = {
-      'generator': (model.parti_config, model.parti_params),
-      'tokenizer': (model.tokenizer_config, model.tokenizer_params)}[stage.name]
+  networks = model.networks
+  networks['generator'] = networks['parti']
+  if stage.name not in networks:
+    raise errors.UserError(f'{path}: the model has no {stage.name}, so that none can start from '
+                           'it; set train.initial_model to None or to another model')
+  config, params = networks[stage.name]
   check_same_model(path, {'stage': stage.name, 'config': dataclasses.asdict(config)},
                    describe(stage))
   return put_like(params, {name: abstract[name] for name in params})

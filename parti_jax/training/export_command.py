@@ -6,49 +6,82 @@ import argparse
 import pathlib
 
 from parti_jax import errors
-from parti_jax.models import parti
-from parti_jax.models import parti_config
 from parti_jax.sampling import flags
 from parti_jax.sampling import model_folder
 from parti_jax.sampling import settings
 from parti_jax.training import checkpoints
-from parti_jax.training import frozen_tokenizer
+
+_RUNS = {
+    'tokenizer': "the tokenizer's run, the --model_dir that it was trained in",
+    'parti': "the generator's run, likewise",
+    **{name: f'a run of {name.replace("_", "-")}, likewise; may be left out'
+       for name in model_folder.OPTIONAL}}
+# Networks whose training stage has another name.
+_STAGES = {'parti': 'generator'}
 
 
 def add_arguments(parser: argparse.ArgumentParser):
   """Adds the flags of `parti-jax export`."""
-  parser.add_argument('--tokenizer', required=True,
-                      help="the tokenizer's run, the --model_dir that it was trained in")
-  parser.add_argument('--generator', required=True,
-                      help="the generator's run, the --model_dir that it was trained in")
-  parser.add_argument('--vocabulary', required=True,
+  for name, text in _RUNS.items():
+    parser.add_argument(f'--{_stage(name)}', dest=name, metavar='RUN', help=text)
+  parser.add_argument('--vocabulary', metavar='FILE',
                       help='the SentencePiece model that the captions were tokenized with')
+  parser.add_argument('--base', metavar='FOLDER',
+                      help='a model folder that gives whatever no other flag does, so that a part '
+                      'can be added to it or replaced')
   parser.add_argument('--output_dir', required=True, help='the model folder to write')
   parser.add_argument('--overwrite', action='store_true', help='replace a model folder there')
-  parser.add_argument('--dtype', default='float16', choices=sorted(model_folder.STORED_DTYPES),
-                      help='what parameters are stored as (default: %(default)s)')
+  parser.add_argument('--dtype', choices=sorted(model_folder.STORED_DTYPES),
+                      help="what parameters are stored as (default: the base's, or float16)")
   group = parser.add_argument_group(
       'sampling', 'How the model is sampled where its user says nothing else.')
-  flags.add_arguments(group, 'plain sampling')
+  flags.add_arguments(group, "the base's, or plain sampling")
 
 
 def run(args: argparse.Namespace) -> int:
   """Writes the model folder; returns the exit status."""
-  if not pathlib.Path(args.vocabulary).is_file():
-    raise errors.UserError(f'--vocabulary={args.vocabulary}: there is no such file; '
-                           '`parti-jax vocabulary` makes one')
-  sampling = settings.SamplingSettings().replace(**flags.given(args))
-  tokenizer_config, tokenizer_params = frozen_tokenizer.load(args.tokenizer)
-  path = checkpoints.latest_checkpoint(args.generator)
-  config = parti_config.PartiConfig(**checkpoints.read_config(path, 'generator'))
-  params = checkpoints.read_params(path, parti.Parti(config), parti.example_inputs(config))
+  _check_flags(args)
+  base = model_folder.load(args.base) if args.base else None
+  sampling = (base.sampling if base else settings.SamplingSettings()).replace(**flags.given(args))
+  parts = dict(base.networks) if base else {}
+  provenance = dict(base.provenance) if base else {}
+  for name in _RUNS:
+    if getattr(args, name):
+      parts[name], steps = _trained(name, getattr(args, name))
+      provenance[f'{_stage(name)}_steps'] = steps
+  parti, tokenizer = (parts.pop(name) for name in model_folder.REQUIRED)
   folder = model_folder.save(
-      args.output_dir, parti_config=config, parti_params=params,
-      tokenizer_config=tokenizer_config, tokenizer_params=tokenizer_params,
-      vocabulary_path=args.vocabulary, sampling=sampling, dtype=args.dtype,
-      overwrite=args.overwrite, provenance={
-          'generator_steps': int(path.name),
-          'tokenizer_steps': int(checkpoints.latest_checkpoint(args.tokenizer).name)})
+      args.output_dir, parti_config=parti.config, parti_params=parti.params,
+      tokenizer_config=tokenizer.config, tokenizer_params=tokenizer.params, parts=parts,
+      vocabulary_path=args.vocabulary or base.vocabulary_path, sampling=sampling,
+      dtype=args.dtype or (base.stored_as if base else 'float16'), overwrite=args.overwrite,
+      provenance=provenance)
   size = sum(file.stat().st_size for file in folder.iterdir())
   print(f'{folder}: {size / 1e6:.1f} MB; draw with: parti-jax generate PROMPT --model={folder}')
   return 0
+
+
+def _stage(name: str) -> str:
+  return _STAGES.get(name, name)
+
+
+def _check_flags(args: argparse.Namespace):
+  """Raises UserError for flags that are missing, and for a vocabulary that is not there."""
+  flags = {_stage(name): getattr(args, name) for name in model_folder.REQUIRED}
+  flags['vocabulary'] = args.vocabulary
+  missing = [f'--{flag}' for flag, value in flags.items() if value is None]
+  if missing and not args.base:
+    raise errors.UserError(f'{", ".join(missing)}: needed for a new model folder; or give --base, '
+                           'a model folder that has the rest')
+  if args.vocabulary and not pathlib.Path(args.vocabulary).is_file():
+    raise errors.UserError(f'--vocabulary={args.vocabulary}: there is no such file; '
+                           '`parti-jax vocabulary` makes one')
+
+
+def _trained(name: str, model_dir) -> tuple[model_folder.Part, int]:
+  """A network of a run's newest checkpoint, and the steps that it was trained."""
+  network = model_folder.NETWORKS[name]
+  path = checkpoints.latest_checkpoint(model_dir)
+  config = network.config(**checkpoints.read_config(path, _stage(name)))
+  params = checkpoints.read_params(path, network.module(config), network.example_inputs(config))
+  return model_folder.Part(config, params), int(path.name)

@@ -3,12 +3,14 @@
 import json
 import os
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 
 from parti_jax.errors import UserError
+from parti_jax.models import super_resolution
 from parti_jax.sampling import model_folder
 from parti_jax.sampling import settings
 
@@ -20,7 +22,7 @@ def edit_config(folder, edit):
   path.write_text(json.dumps(config))
 
 
-def edit_parameters(folder, edit, name=model_folder.PARTI_FILE):
+def edit_parameters(folder, edit, name='parti.safetensors'):
   arrays = safetensors.numpy.load_file(folder / name)
   edit(arrays)
   safetensors.numpy.save_file(arrays, folder / name)
@@ -46,7 +48,7 @@ def test_round_trip(parts, tmp_path, dtype, tolerance):
     for ours, theirs in zip(jax.tree.leaves(loaded), jax.tree.leaves(saved)):
       assert ours.dtype == np.float32
       np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance / 10)
-  stored = safetensors.numpy.load_file(folder / model_folder.PARTI_FILE)
+  stored = safetensors.numpy.load_file(folder / 'parti.safetensors')
   assert {str(leaf.dtype) for leaf in stored.values()} == {dtype}
   assert stored['image_decoder/decoder/layers/mlp/project_in/kernel'].shape == (2, 16, 32)
   sizes = json.loads((folder / model_folder.CONFIG_FILE).read_text())['parameters']
@@ -112,7 +114,7 @@ def test_missing_file(folder, name):
 
 
 @pytest.mark.parametrize('name', [
-    model_folder.CONFIG_FILE, model_folder.PARTI_FILE, model_folder.TOKENIZER_FILE])
+    model_folder.CONFIG_FILE, 'parti.safetensors', 'tokenizer.safetensors'])
 def test_half_a_file(folder, name):
   content = (folder / name).read_bytes()
   (folder / name).write_bytes(content[:len(content) // 2])
@@ -160,3 +162,53 @@ def test_sizes_that_can_not_be(folder, edit, message):
   edit_config(folder, edit)
   with pytest.raises(UserError, match=message):
     model_folder.load(folder)
+
+
+@pytest.fixture(scope='module')
+def enlarger():
+  """A super-resolution network as a part of a model."""
+  config = super_resolution.SuperResolutionConfig(
+      factor=2, blocks=1, width=4, expansion=2, dtype='float32')
+  abstract = nn.meta.unbox(model_folder.abstract('super_resolution', config))
+  draw = np.random.default_rng(2)
+  return model_folder.Part(
+      config, jax.tree.map(lambda leaf: draw.normal(size=leaf.shape).astype(np.float32), abstract))
+
+
+@pytest.fixture
+def folder_with_part(parts, enlarger, tmp_path):
+  return model_folder.save(
+      tmp_path / 'more', parts={'super_resolution': enlarger}, dtype='float32', **parts)
+
+
+def test_an_optional_part_comes_back(folder_with_part, enlarger, parts, folder):
+  model = model_folder.load(folder_with_part)
+  assert list(model.parts) == ['super_resolution']
+  assert model.parts['super_resolution'].config == enlarger.config
+  jax.tree.map(np.testing.assert_array_equal, model.parts['super_resolution'].params,
+               enlarger.params)
+  jax.tree.map(np.testing.assert_array_equal, model.parti_params, parts['parti_params'])
+  assert model.stored_as == 'float32' and model_folder.load(folder).stored_as == 'float16'
+  # A model that was saved without one has none, also where there was one before.
+  assert not model_folder.load(folder).parts
+  model_folder.save(folder_with_part, overwrite=True, **parts)
+  assert not model_folder.load(folder_with_part).parts
+  assert sorted(os.listdir(folder_with_part)) == sorted(model_folder.FILES)
+
+
+def test_an_optional_part_that_is_unfinished_is_named(folder_with_part):
+  path = folder_with_part / 'super_resolution.safetensors'
+  content = path.read_bytes()
+  path.unlink()
+  with pytest.raises(UserError, match='unfinished: super_resolution.safetensors missing'):
+    model_folder.load(folder_with_part)
+  path.write_bytes(content[:len(content) // 2])
+  with pytest.raises(UserError, match='super_resolution.safetensors is damaged or unfinished'):
+    model_folder.load(folder_with_part)
+  path.write_bytes(content)
+  edit_config(folder_with_part, lambda config: config['super_resolution'].update(width=5))
+  with pytest.raises(UserError, match='super_resolution.safetensors does not fit the sizes'):
+    model_folder.load(folder_with_part)
+  edit_config(folder_with_part, lambda config: config.pop('super_resolution'))
+  with pytest.raises(UserError, match="'super_resolution' is missing"):
+    model_folder.load(folder_with_part)

@@ -1,0 +1,37 @@
+"""`parti-jax export` from a model folder that gives what no run does."""
+
+import json
+import shutil
+
+from parti_jax import main
+from parti_jax.sampling import model_folder
+from parti_jax.sampling import pipeline
+
+PARAMETERS = ['parti.safetensors', 'tokenizer.safetensors', 'vocabulary.model']
+
+
+def test_a_base_gives_what_is_not_told(tmp_path, capsys):
+  demo = pipeline.DEMO_FOLDER
+  assert main.main(['export', f'--base={demo}', f'--output_dir={tmp_path}/model',
+                    '--temperature=0.5']) == 0
+  assert f'{tmp_path}/model: ' in capsys.readouterr().out
+  for name in PARAMETERS:
+    assert (tmp_path / 'model' / name).read_bytes() == (demo / name).read_bytes()
+  base, model = model_folder.load(demo), model_folder.load(tmp_path / 'model')
+  assert model.sampling == base.sampling.replace(temperature=0.5)
+  assert model.provenance == base.provenance and model.parti_config == base.parti_config
+
+
+def test_a_folder_may_be_its_own_base(tmp_path):
+  folder = tmp_path / 'model'
+  shutil.copytree(pipeline.DEMO_FOLDER, folder)
+  export = ['export', f'--base={folder}', f'--output_dir={folder}', '--top_k=7']
+  assert main.main(export) == 2  # Nothing is replaced that the user did not say.
+  assert main.main([*export, '--overwrite']) == 0
+  assert json.loads((folder / 'config.json').read_text())['sampling']['top_k'] == 7
+  assert (folder / 'ATTRIBUTION.md').is_file()
+
+
+def test_without_a_base_everything_is_needed(tmp_path, capsys):
+  assert main.main(['export', f'--tokenizer={tmp_path}', f'--output_dir={tmp_path}/model']) == 2
+  assert '--generator, --vocabulary: needed' in capsys.readouterr().err
