@@ -1,0 +1,89 @@
+"""Precision and recall of pictures, over given features (Kynkäänniemi et al. 2019).
+
+arXiv 1904.06991, section 3: the manifold of a set is the union of balls around its pictures'
+features, each with the distance to its k-th nearest neighbour in the set as its radius. Precision
+is the share of generated pictures that lie on the manifold of the real ones (are they good?),
+recall the share of real pictures on the manifold of the generated ones (are they all there?).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+NEIGHBOURS = 3
+
+# Bytes of distances that are held at once.
+_BLOCK_BYTES = 1 << 27
+# Squared distances below this share of the largest squared norm are rounding, and mean 0.
+_ROUNDING = 1e-13
+
+
+@dataclasses.dataclass(frozen=True)
+class PrecisionRecall:
+  """Both shares, in [0, 1]."""
+  precision: float
+  recall: float
+
+
+def precision_recall(generated: np.ndarray, real: np.ndarray,
+                     neighbours: int = NEIGHBOURS) -> PrecisionRecall:
+  """Measures precision and recall.
+
+  The distances are computed in blocks of 128 MiB at most, whatever the number of pictures.
+
+  Args:
+    generated: float [pictures, dim], features.
+    real: float [pictures, dim], their number may differ.
+    neighbours: k; the paper takes 3.
+
+  Returns:
+    Precision and recall.
+
+  Raises:
+    ValueError: a set has no more than k pictures, so that no ball can be drawn.
+  """
+  for name, features in (('generated', generated), ('real', real)):
+    if len(features) <= neighbours:
+      raise ValueError(f'{len(features)} {name} pictures; more than {neighbours} are needed')
+  # Relative to one origin near both, float64 keeps the squares of distances exact enough.
+  origin = real.mean(axis=0, dtype=np.float64)
+  generated = generated.astype(np.float64) - origin
+  real = real.astype(np.float64) - origin
+  return PrecisionRecall(
+      precision=_share_inside(generated, real, _squared_radii(real, neighbours)),
+      recall=_share_inside(real, generated, _squared_radii(generated, neighbours)))
+
+
+def _squared_radii(features: np.ndarray, neighbours: int) -> np.ndarray:
+  """Returns each point's squared distance to its k-th neighbour, itself not counted: [points]."""
+  radii = []
+  for block, distances in _squared_distances(features, features):
+    # A point is no neighbour of its own; others at its very place are.
+    distances[np.arange(len(distances)), np.arange(block.start, block.start + len(distances))] = (
+        np.inf)
+    radii.append(np.partition(distances, neighbours - 1, axis=1)[:, neighbours - 1])
+  return np.concatenate(radii)
+
+
+def _share_inside(points: np.ndarray, centres: np.ndarray, squared_radii: np.ndarray) -> float:
+  """Returns the share of points that lie in any of the balls."""
+  inside = [(distances <= squared_radii).any(axis=1)
+            for _, distances in _squared_distances(points, centres)]
+  return float(np.concatenate(inside).mean())
+
+
+def _squared_distances(points: np.ndarray, others: np.ndarray):
+  """Yields blocks of points, as slices, and their squared distances: [block, others]."""
+  rows = max(1, _BLOCK_BYTES // (8 * len(others)))
+  norms = np.einsum('pd,pd->p', others, others)
+  for start in range(0, len(points), rows):
+    block = slice(start, start + rows)
+    chosen = points[block]
+    distances = chosen @ others.T
+    distances *= -2
+    distances += np.einsum('pd,pd->p', chosen, chosen)[:, None]
+    distances += norms
+    distances[distances < _ROUNDING * norms.max()] = 0.0
+    yield block, distances
