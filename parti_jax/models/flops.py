@@ -24,9 +24,13 @@ def parti_forward(config: parti_config.PartiConfig) -> int:
   memory = 2 * text * 2 * width ** 2
   attention = 4 * image * (_keys(config) + text) * width
   decoder = config.decoder_layers * (projections + memory + attention)
-  logits = 2 * image * width * config.codebook_size
   encoder = encoder_forward(config.encoder_layers, width, config.mlp_width, text)
-  return encoder + decoder + logits
+  return encoder + decoder + logits_forward(config)
+
+
+def logits_forward(config: parti_config.PartiConfig) -> int:
+  """FLOPs of the logits of all image tokens of one sequence, of one layer's output."""
+  return 2 * config.image_length * config.width * config.codebook_size
 
 
 def _keys(config: parti_config.PartiConfig) -> int:

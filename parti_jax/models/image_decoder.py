@@ -42,7 +42,8 @@ class ImageDecoder(nn.Module):
     columns = self.config.grid[1]
     return self.row_embedding(positions // columns) + self.column_embedding(positions % columns)
 
-  def _logits(self, x):
+  def predict(self, x):
+    """float32 logits [..., length, codebook_size] of outputs of `states`."""
     logits = self.logits(x.astype(jnp.float32))
     return nn.with_logical_constraint(
         logits, ('activation_batch', 'activation_length', 'activation_vocab'))
@@ -59,13 +60,21 @@ class ImageDecoder(nn.Module):
     Returns:
       float32 [batch, image_length, codebook_size]; entry i predicts image_tokens[:, i].
     """
+    return self.predict(self.states(image_tokens, encoded, text_mask, dropout_keys))
+
+  def states(self, image_tokens, encoded, text_mask, dropout_keys=None, every=False):
+    """What `predict` makes logits of; arguments as `__call__`.
+
+    Returns:
+      [batch, image_length, embed] of the last layer, or, with `every`, of each layer
+      [layers, batch, image_length, embed].
+    """
     batch, length = image_tokens.shape
     begin = jnp.broadcast_to(self.begin, (batch, 1, self.config.width))
     x = jnp.concatenate([begin, self.token_embedding(image_tokens[:, :-1])], axis=1)
     x = x + self._positions(jnp.arange(length))
     x = self.drop(x.astype(self.config.compute_dtype), layers.fold(dropout_keys, 0))
-    x = self.decoder(x, encoded, text_mask, layers.fold(dropout_keys, 1))
-    return self._logits(x)
+    return self.decoder(x, encoded, text_mask, layers.fold(dropout_keys, 1), every)
 
   def start(self, encoded, layers_apart):
     """What every step needs of the text, computed once, as `transformer.Decoder.start`."""
@@ -88,7 +97,7 @@ class ImageDecoder(nn.Module):
     x = jnp.where(position == 0, self.begin, self.token_embedding(previous_token))
     x = (x + self._positions(position))[:, None].astype(self.config.compute_dtype)
     x, caches = self.decoder.step(x, caches, layers_apart, memories, text_mask, position)
-    return self._logits(x)[:, 0], caches
+    return self.predict(x)[:, 0], caches
 
   def empty_caches(self, batch: int, length: int):
     """Caches of no position, with room for `length` of them.

@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from parti_jax import errors
 from parti_jax.models import attention
 from parti_jax.models import layers
 from parti_jax.partitioning import mesh as mesh_lib
@@ -69,7 +70,8 @@ def initializer(block: nn.Module, length: int, *inputs):
   return init
 
 
-def run(layer, stacked, x, beside, dropout_keys, policy: str, unroll: int = 1):
+def run(layer, stacked, x, beside, dropout_keys, policy: str, unroll: int = 1,
+        every: bool = False):
   """Runs the layers one after the other; as a pipeline where the mesh has several stages.
 
   Args:
@@ -80,9 +82,13 @@ def run(layer, stacked, x, beside, dropout_keys, policy: str, unroll: int = 1):
     dropout_keys: layers.DropoutKeys, or None where dropout is off.
     policy: name in REMAT_POLICIES.
     unroll: layers laid out in one turn of the scan.
+    every: whether to return the outputs of all layers.
 
   Returns:
-    As x.
+    The output of the last layer, as x; or, with `every`, of all, [layers, batch, length, embed].
+
+  Raises:
+    UserError: with `every` in a pipeline, whose stages hand on only their last layer's output.
   """
   count = jax.tree.leaves(stacked)[0].shape[0]
   rows = None if dropout_keys is None else dropout_keys.rows
@@ -92,6 +98,11 @@ def run(layer, stacked, x, beside, dropout_keys, policy: str, unroll: int = 1):
     return layer(params, x, beside, layers.fold(keys_of(rows), index))
 
   schedule = pipeline.schedule(count, x.shape[0])
+  if schedule is not None and every:
+    raise errors.UserError(
+        f'make_mesh.stage={schedule.stages}: a pipeline does not hand out the outputs of all '
+        'layers, which GeneratorStage.depth_loss_weights asks for; train without stages, or '
+        'without that loss')
   if schedule is not None:
     return pipeline.run(
         one, lambda visit: remat(visit, policy), stacked, x, (beside, rows), schedule)
@@ -100,17 +111,20 @@ def run(layer, stacked, x, beside, dropout_keys, policy: str, unroll: int = 1):
 
   def scan(x, stacked, indices):
     def body(x, inputs):
-      return kept(*inputs, x, beside, rows), None
-    return jax.lax.scan(body, x, (stacked, indices), unroll=min(unroll, len(indices)))[0]
+      x = kept(*inputs, x, beside, rows)
+      return x, x if every else None
+    return jax.lax.scan(body, x, (stacked, indices), unroll=min(unroll, len(indices)))
 
   indices = jnp.arange(count)
   if policy != 'nothing':
-    return scan(x, stacked, indices)
+    x, outputs = scan(x, stacked, indices)
+    return outputs if every else x
   size = _near_root(count)
   grouped = jax.tree.map(
       lambda leaf: leaf.reshape((count // size, size) + leaf.shape[1:]), (stacked, indices))
   group = functools.partial(jax.checkpoint, prevent_cse=False)(scan)
-  return jax.lax.scan(lambda x, part: (group(x, *part), None), x, grouped)[0]
+  x, outputs = jax.lax.scan(lambda x, part: group(x, *part), x, grouped)
+  return outputs.reshape((count,) + x.shape) if every else x
 
 
 def _near_root(count: int) -> int:

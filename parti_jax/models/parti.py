@@ -39,6 +39,21 @@ class Parti(nn.Module):
     mask = text_encoder.text_mask(text_tokens)
     return self.image_decoder(image_tokens, encoded, mask, layers.fold(dropout_keys, 1))
 
+  def states(self, text_tokens, image_tokens, dropout_keys=None):
+    """What each decoder layer predicts from, for losses over depth; arguments as `__call__`.
+
+    Returns:
+      [layers, batch, image_length, embed]; `predict` of the last is the result of `__call__`.
+    """
+    encoded = self.text_encoder(text_tokens, layers.fold(dropout_keys, 0))
+    mask = text_encoder.text_mask(text_tokens)
+    return self.image_decoder.states(
+        image_tokens, encoded, mask, layers.fold(dropout_keys, 1), every=True)
+
+  def predict(self, states):
+    """Logits of one layer of `states`: float32 [batch, image_length, codebook_size]."""
+    return self.image_decoder.predict(states)
+
   def start(self, text_tokens, layers_apart, cache_length: int | None = None):
     """What sampling needs of a text, computed once.
 

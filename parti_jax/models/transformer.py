@@ -161,8 +161,13 @@ class Decoder(nn.Module):
     self.norm = layers.LayerNorm(self.dtype)
 
   @nn.compact
-  def __call__(self, x, encoded, text_mask, dropout_keys=None):
-    """All positions at once; arguments as DecoderBlock. Returns [batch, length, embed]."""
+  def __call__(self, x, encoded, text_mask, dropout_keys=None, every=False):
+    """All positions at once; arguments as DecoderBlock.
+
+    Returns:
+      [batch, length, embed]; or, with `every`, what each layer's output is after the last layer
+      norm, [layers, batch, length, embed].
+    """
     stacked = self.param('layers', layer_stack.initializer(
         self.block, self.num_layers, x[:1], encoded[:1], text_mask[:1], self.pattern))
 
@@ -171,7 +176,7 @@ class Decoder(nn.Module):
 
     if not self.is_initializing():
       x = layer_stack.run(
-          layer, stacked, x, (encoded, text_mask), dropout_keys, self.remat, self.unroll)
+          layer, stacked, x, (encoded, text_mask), dropout_keys, self.remat, self.unroll, every)
     return self.norm(x)
 
   def start(self, encoded, layers_apart):

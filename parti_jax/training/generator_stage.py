@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from parti_jax import errors
 from parti_jax.models import flops
+from parti_jax.models import layer_stack
 from parti_jax.models import parti
 from parti_jax.models import parti_config
 from parti_jax.models import vit_vqgan
@@ -28,15 +31,34 @@ class GeneratorStage:
     tokenizer: run of the image tokenizer (its --model_dir), to show samples as pictures; None
       for no pictures.
     guidance_scale: of the samples.
+    depth_loss_weights: how much each decoder layer's own prediction counts in the loss, for early
+      exit at sampling (CALM, arXiv 2207.07061, section 3.5): all layers predict through the last
+      layer norm and the same logits, and the loss is their mean with these weights, scaled to sum
+      to 1. CALM's grow with depth, (1, 2, 3, 4) for four layers. None has the last layer alone.
+
+  Raises:
+    UserError: if the weights are not one for each decoder layer, none of them negative and the last
+      one positive.
   """
 
   model: parti_config.PartiConfig
   tokenizer: str | None = None
   guidance_scale: float = 2.0
+  depth_loss_weights: tuple[float, ...] | None = None
 
   name = 'generator'
   frozen = ()
   compute_dtype = property(lambda self: self.model.compute_dtype)
+
+  def __post_init__(self):
+    weights = self.depth_loss_weights
+    if weights is None:
+      return
+    object.__setattr__(self, 'depth_loss_weights', tuple(weights))
+    if len(weights) != self.model.decoder_layers or min(weights) < 0 or weights[-1] <= 0:
+      raise errors.UserError(
+          f'GeneratorStage.depth_loss_weights={weights!r} must be {self.model.decoder_layers} '
+          'numbers, one for each of PartiConfig.decoder_layers, not negative and the last above 0')
 
   def feature_lengths(self) -> dict[str, int]:
     return {'inputs': self.model.text_length, 'targets': self.model.image_length}
@@ -62,7 +84,7 @@ class GeneratorStage:
     return {}
 
   def loss(self, params, batch, dropout_keys, step):
-    """The mean cross entropy of image tokens, with dropout.
+    """The mean cross entropy of image tokens, with dropout, over the layers that predict.
 
     Args:
       params: of `init`.
@@ -78,8 +100,13 @@ class GeneratorStage:
     losses, hits = self._losses(params, batch, dropout_keys)
     weights = batch['decoder_loss_weights']
     total = jnp.maximum(jnp.sum(weights), 1.0)
-    loss = jnp.sum(losses * weights) / total
-    return loss, {'metrics': {'token_accuracy': jnp.sum(hits * weights) / total}}
+    mean = lambda values: jnp.sum(values * weights, axis=(1, 2)) / total
+    losses, metrics = mean(losses), {'token_accuracy': mean(hits)[-1]}
+    if self.depth_loss_weights is None:
+      return losses[-1], {'metrics': metrics}
+    shares = np.array([weight for weight in self.depth_loss_weights if weight > 0], np.float32)
+    metrics['last_layer_loss'] = losses[-1]
+    return jnp.sum(losses * (shares / shares.sum())), {'metrics': metrics}
 
   def weight(self, batch):
     """What a batch counts in a mean over several: the weights of its tokens, float32 []."""
@@ -95,9 +122,16 @@ class GeneratorStage:
     return params, statistics, {}
 
   def evaluate(self, params, batch):
-    """Measures of each example without dropout: 'loss' and 'token_accuracy' [batch]."""
+    """Measures of each example without dropout, [batch] each.
+
+    'loss' and 'token_accuracy' are of the last layer; 'loss_after_1' and so on of the others that
+    predict.
+    """
     losses, hits = self._losses(params, batch, None)
-    return {'loss': jnp.mean(losses, axis=1), 'token_accuracy': jnp.mean(hits, axis=1)}
+    losses, hits = jnp.mean(losses, axis=2), jnp.mean(hits, axis=2)
+    measures = {'loss': losses[-1], 'token_accuracy': hits[-1]}
+    return measures | {f'loss_after_{layer + 1}': loss
+                       for layer, loss in zip(self._predicting()[:-1], losses)}
 
   def summarize(self, measures: dict[str, np.ndarray]) -> dict[str, float]:
     """Means over examples."""
@@ -129,12 +163,32 @@ class GeneratorStage:
 
   def step_flops(self, batch_size: int) -> int:
     """Model FLOPs of a training step."""
-    return 3 * batch_size * flops.parti_forward(self.model)
+    more = (len(self._predicting()) - 1) * flops.logits_forward(self.model)
+    return 3 * batch_size * (flops.parti_forward(self.model) + more)
+
+  def _predicting(self) -> list[int]:
+    """The decoder layers whose predictions count in the loss."""
+    if self.depth_loss_weights is None:
+      return [self.model.decoder_layers - 1]
+    return [layer for layer, weight in enumerate(self.depth_loss_weights) if weight > 0]
 
   def _losses(self, params, batch, dropout_keys):
-    logits = parti.Parti(self.model).apply(
-        {'params': params}, batch['encoder_input_tokens'], batch['decoder_target_tokens'],
-        dropout_keys)
+    """Losses and hits of the layers that predict, [layers, batch, image_length]."""
+    model = parti.Parti(self.model)
+    apply = functools.partial(model.apply, {'params': params})
+    inputs = batch['encoder_input_tokens'], batch['decoder_target_tokens'], dropout_keys
+    if self.depth_loss_weights is None:
+      losses, hits = self._of_logits(apply(*inputs), batch)
+      return losses[None], hits[None]
+
+    def of_layer(states):
+      return self._of_logits(apply(states, method='predict'), batch)
+
+    # One layer's logits after the other: those of all layers would not fit the memory.
+    states = apply(*inputs, method='states')[np.array(self._predicting())]
+    return jax.lax.map(layer_stack.remat(of_layer, self.model.remat), states)
+
+  def _of_logits(self, logits, batch):
     # Picked by a sum: an index into the codebook's axis would gather logits that are split along
     # it, and no device is to hold those of the whole codebook.
     codes = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
