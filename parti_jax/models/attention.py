@@ -1,15 +1,19 @@
 """Multi-head attention: over a whole sequence, over a memory, and over a cache.
 
-`attend_in_pattern` chooses among three forms with the same result: `attend` keeps a score for each
-pair of positions, `attend_blockwise` those of one block of queries, and `attend_fused`, on TPU,
-none at all.
+`attend_in_pattern` chooses among forms with the same result. `attend` computes a score for each pair
+of positions. The others leave out what the pattern rules out: `attend_blockwise` computes one block
+of queries after another, `attend_rows` and `attend_columns` cut the grid into rows and columns, and
+`attend_fused`, on TPU, keeps no scores in memory at all.
 """
 
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from parti_jax.models import attention_patterns
@@ -19,12 +23,14 @@ from parti_jax.partitioning import rules as rules_lib
 
 # Name by which a remat policy may keep the result of self-attention.
 ATTENTION_OUTPUT = 'attention_output'
+# Name of the scope of a fused kernel, before the pattern's own.
+KERNEL_SCOPE = 'attention_pattern_'
 # Sequences from this length on are attended to in blocks of queries.
 _BLOCKWISE_FROM = 512
-_BLOCK = 256
+_BLOCK = {'global': 256, 'conv': 128}
 # Side of the fused kernel's blocks. A smaller one leaves out more of what a pattern rules out, and
 # costs more steps; the lanes of a TPU are the least.
-_FUSED_BLOCK = {'causal': 512, 'conv': 256}
+_FUSED_BLOCK = {'global': 512, 'conv': 256, 'row': 128, 'column': 128}
 _LANES = 128
 
 
@@ -50,7 +56,7 @@ def attend(query, key, value, mask=None):
 
 
 def attend_blockwise(query, key, value, pattern: attention_patterns.AttentionPattern,
-                     block: int = _BLOCK):
+                     block: int):
   """`attend` with the pattern's mask, for one block of queries after another.
 
   A block looks only at the keys from the first to the last that any of its queries sees; its
@@ -68,12 +74,41 @@ def attend_blockwise(query, key, value, pattern: attention_patterns.AttentionPat
   return jnp.concatenate(blocks, axis=1)
 
 
+def attend_rows(query, key, value, pattern: attention_patterns.AttentionPattern):
+  """`attend` with the mask of 'row': each row of the grid looks at itself and the row above it.
+
+  Arguments and result as `attend`; the length is that of the pattern.
+  """
+  rows, columns = pattern.grid
+  cut = lambda part: part.reshape(part.shape[:1] + pattern.grid + part.shape[2:])
+  above = lambda part: jnp.pad(part[:, :-1], ((0, 0), (1, 0)) + ((0, 0),) * 3)
+  with_above = lambda part: jnp.concatenate([above(part), part], axis=2)
+  mask = np.pad(pattern.mask, ((0, 0), (columns, 0))).reshape(rows, columns, -1)
+  mask = np.stack([mask[row, :, row * columns:(row + 2) * columns] for row in range(rows)])
+  query, key, value = cut(query), with_above(cut(key)), with_above(cut(value))
+  out = jax.vmap(attend, in_axes=(1, 1, 1, 0), out_axes=1)(query, key, value, mask)
+  return out.reshape(out.shape[:1] + (pattern.length,) + out.shape[3:])
+
+
+def attend_columns(query, key, value, pattern: attention_patterns.AttentionPattern):
+  """`attend` with the mask of 'column': each column of the grid looks at itself.
+
+  Arguments and result as `attend`; the length is that of the pattern.
+  """
+  columns = pattern.grid[1]
+  parts = [part.reshape(part.shape[:1] + pattern.grid + part.shape[2:])
+           for part in (query, key, value)]
+  mask = pattern.mask[::columns, ::columns]
+  out = jax.vmap(attend, in_axes=(2, 2, 2, None), out_axes=2)(*parts, mask)
+  return out.reshape(query.shape)
+
+
 def attend_fused(query, key, value, pattern: attention_patterns.AttentionPattern,
                  interpret: bool = False):
   """`attend` with the pattern's mask as one TPU kernel, splash attention, forward and backward.
 
-  The kernel skips blocks of positions that the pattern rules out. On a mesh each device computes
-  its own batch and heads.
+  The kernel skips blocks of positions that the pattern rules out; it computes in the pattern's
+  `order`. On a mesh each device computes its own batch and heads.
 
   Args:
     query: [batch, length, heads, head_dim]; the length is that of the pattern and a multiple of
@@ -94,12 +129,22 @@ def attend_fused(query, key, value, pattern: attention_patterns.AttentionPattern
       block_q=side, block_kv=side, block_kv_compute=side, block_q_dkv=side, block_kv_dkv=side,
       block_kv_dkv_compute=side, use_fused_bwd_kernel=True)
 
+  def by_columns(part, back=False):
+    """From raster order to the pattern's `order`, or back: a transposed grid, for 'column'."""
+    if pattern.name != 'column':
+      return part
+    grid = pattern.grid[::-1] if back else pattern.grid
+    cut = part.reshape(part.shape[:2] + grid + part.shape[3:])
+    return cut.swapaxes(2, 3).reshape(part.shape)
+
   def attend_local(query, key, value):
     """Of one device; [batch, heads, length, head_dim] each."""
-    mask = splash.MultiHeadMask([splash.NumpyMask(pattern.mask)] * query.shape[1])
+    mask = splash.MultiHeadMask([splash.NumpyMask(pattern.ordered_mask)] * query.shape[1])
     kernel = splash.make_splash_mha_single_device(
         mask, block_sizes=sizes, residual_checkpoint_name=ATTENTION_OUTPUT, interpret=interpret)
-    return jax.vmap(kernel)(query, key, value)
+    # By the scope's name a plan knows which pattern a kernel is of.
+    with jax.named_scope(KERNEL_SCOPE + pattern.name):
+      return by_columns(jax.vmap(kernel)(*map(by_columns, (query, key, value))), back=True)
 
   if mesh_lib.current() is not None:
     spec = rules_lib.spec('activation_batch', 'activation_heads', None, None)
@@ -111,13 +156,38 @@ def attend_fused(query, key, value, pattern: attention_patterns.AttentionPattern
 
 
 def attend_in_pattern(query, key, value, pattern: attention_patterns.AttentionPattern):
-  """Self-attention in the form that fits the platform and the length; as `attend_blockwise`."""
+  """Self-attention in the form that fits pattern, platform and length; as `attend_blockwise`."""
   if mesh_lib.platform() == 'tpu' and pattern.length % _LANES == 0:
     return attend_fused(query, key, value, pattern)
+  if pattern.name == 'row':
+    return attend_rows(query, key, value, pattern)
+  if pattern.name == 'column':
+    return attend_columns(query, key, value, pattern)
   if pattern.length >= _BLOCKWISE_FROM:
-    out = attend_blockwise(query, key, value, pattern)
+    return attend_blockwise(query, key, value, pattern, _BLOCK[pattern.name])
+  return attend(query, key, value, pattern.mask)
+
+
+def attend_in_schedule(query, key, value, patterns, place):
+  """`attend_in_pattern` with one of several patterns.
+
+  Args:
+    query: as `attend`, as the next two.
+    key: see `query`.
+    value: see `query`.
+    patterns: AttentionPatterns.
+    place: which of them; where it is an int32 [] array, all are compiled and one is computed.
+
+  Returns:
+    As `attend`, under the name ATTENTION_OUTPUT.
+  """
+  if isinstance(place, int):
+    out = attend_in_pattern(query, key, value, patterns[place])
   else:
-    out = attend(query, key, value, pattern.mask)
+    forms = [functools.partial(attend_in_pattern, pattern=pattern) for pattern in patterns]
+    out = jax.lax.switch(place, forms, query, key, value)
+  if mesh_lib.platform() == 'tpu' and patterns[0].length % _LANES == 0:
+    return out  # The kernel has given the name itself, to the result and to what goes with it.
   return checkpoint_name(out, ATTENTION_OUTPUT)
 
 
@@ -141,6 +211,15 @@ def attend_cached(query, keys, values, mask):
   scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
   weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
   return jnp.einsum('bhqk,bhkd->bqhd', weights, values)
+
+
+def _write(cache, key, value, position, pattern: attention_patterns.AttentionPattern):
+  """A cache with one more position, whose key and value are [batch, 1, heads, head_dim]."""
+  slot = pattern.slot(position, cache[0].shape[2])
+  return tuple(
+      jax.lax.dynamic_update_slice_in_dim(
+          old, new.swapaxes(1, 2).astype(old.dtype), slot, axis=2)
+      for old, new in zip(cache, (key, value)))
 
 
 class SelfAttention(nn.Module):
@@ -174,30 +253,36 @@ class SelfAttention(nn.Module):
     query, key, value = self._queries_keys_values(x)
     return self.project_out(attend(query, key, value, mask))
 
-  def in_pattern(self, x, pattern: attention_patterns.AttentionPattern):
-    """Attention over image tokens: x [batch, length, embed], all of the pattern's positions."""
+  def in_schedule(self, x, patterns, place):
+    """Attention over image tokens: x [batch, length, embed]; others as `attend_in_schedule`."""
     query, key, value = self._queries_keys_values(x)
-    return self.project_out(attend_in_pattern(query, key, value, pattern))
+    return self.project_out(attend_in_schedule(query, key, value, patterns, place))
 
   def step(self, x, cache, position, pattern: attention_patterns.AttentionPattern):
     """Attention of one new position over those before it that the pattern lets it see.
 
     Args:
       x: [batch, 1, embed], the newest position.
-      cache: keys and values of earlier positions, [batch, heads, length, head_dim] each.
-      position: int32 [], the place of `x` in the sequence, below `length`.
+      cache: keys and values of the earlier positions that may still be seen, [batch, heads, slots,
+        head_dim] each; see `AttentionPattern.slot`.
+      position: int32 [], the place of `x` in the sequence.
       pattern: which positions see which.
 
     Returns:
       The output [batch, 1, embed] and the cache with the new position written.
     """
     query, key, value = self._queries_keys_values(x)
-    cache = tuple(
-        jax.lax.dynamic_update_slice_in_dim(
-            old, new.swapaxes(1, 2).astype(old.dtype), position, axis=2)
-        for old, new in zip(cache, (key, value)))
-    visible = pattern.row(position, cache[0].shape[2])
-    return self.project_out(attend_cached(query, *cache, visible)), cache
+    cache = _write(cache, key, value, position, pattern)
+    slots = cache[0].shape[2]
+    first, count, visible = pattern.read(position, slots)
+    seen = cache if count == slots else tuple(
+        jax.lax.dynamic_slice_in_dim(part, first, count, axis=2) for part in cache)
+    return self.project_out(attend_cached(query, *seen, visible)), cache
+
+  def write(self, x, cache, position, pattern: attention_patterns.AttentionPattern):
+    """The cache with keys and values of a position; arguments as `step`, without attention."""
+    _, key, value = self._queries_keys_values(x)
+    return _write(cache, key, value, position, pattern)
 
 
 class CrossAttention(nn.Module):

@@ -1,7 +1,7 @@
 """Model FLOPs: what the networks' matrix products cost, without recomputation.
 
 A product of [m, k] and [k, n] counts 2·m·k·n; attention counts the whole square of positions
-(as PaLM, appendix B), or in the conv-shaped pattern as many keys a query as its square has; norms,
+(as PaLM, appendix B), or as many keys a query as the neighbourhood of a sparse pattern has; norms,
 softmax and embeddings look-ups do not count. A training step costs three forward passes.
 """
 
@@ -22,8 +22,8 @@ def parti_forward(config: parti_config.PartiConfig) -> int:
   width, text, image = config.width, config.text_length, config.image_length
   projections = 2 * image * (6 * width ** 2 + 2 * width * config.mlp_width)
   memory = 2 * text * 2 * width ** 2
-  attention = 4 * image * (_keys(config) + text) * width
-  decoder = config.decoder_layers * (projections + memory + attention)
+  attention = 4 * image * (_keys(config) + config.decoder_layers * text) * width
+  decoder = config.decoder_layers * (projections + memory) + attention
   encoder = encoder_forward(config.encoder_layers, width, config.mlp_width, text)
   return encoder + decoder + logits_forward(config)
 
@@ -34,18 +34,17 @@ def logits_forward(config: parti_config.PartiConfig) -> int:
 
 
 def _keys(config: parti_config.PartiConfig) -> int:
-  """Image tokens that a query counts to look at, with those that come after it."""
-  if config.attention_pattern == 'conv':
-    return min(config.image_length, config.conv_kernel ** 2)
-  return config.image_length
+  """Image tokens that a query counts to look at in all layers, with those that come after it."""
+  repeated = config.decoder_layers // len(config.patterns)
+  return repeated * sum(pattern.keys for pattern in config.patterns)
 
 
 def parti_sampling_step(config: parti_config.PartiConfig) -> int:
   """FLOPs of the last image token of one sequence, with a cache of those before it."""
   width = config.width
   projections = 2 * (6 * width ** 2 + 2 * width * config.mlp_width)
-  attention = 4 * (_keys(config) + config.text_length) * width
-  return config.decoder_layers * (projections + attention) + 2 * width * config.codebook_size
+  attention = 4 * (_keys(config) + config.decoder_layers * config.text_length) * width
+  return config.decoder_layers * projections + attention + 2 * width * config.codebook_size
 
 
 def tokenizer_forward(config: vit_vqgan.ViTVQGANConfig) -> int:

@@ -33,7 +33,7 @@ class ImageDecoder(nn.Module):
     self.row_embedding = layers.Embedding(rows, config.width, ('position', 'embed'))
     self.column_embedding = layers.Embedding(columns, config.width, ('position', 'embed'))
     self.decoder = transformer.Decoder(
-        config.decoder_layers, config.width, config.mlp_width, config.heads, config.pattern,
+        config.decoder_layers, config.width, config.mlp_width, config.heads, config.patterns,
         config.dropout, config.compute_dtype, config.remat, config.unroll)
     self.logits = layers.Projection((config.codebook_size,), 1, ('embed', 'vocab'))
     self.drop = layers.Dropout(config.dropout)
@@ -94,20 +94,42 @@ class ImageDecoder(nn.Module):
     Returns:
       float32 logits [batch, codebook_size] and the caches with this position written.
     """
-    x = jnp.where(position == 0, self.begin, self.token_embedding(previous_token))
-    x = (x + self._positions(position))[:, None].astype(self.config.compute_dtype)
+    x = self.embed_step(previous_token, position)
     x, caches = self.decoder.step(x, caches, layers_apart, memories, text_mask, position)
     return self.predict(x)[:, 0], caches
 
+  # The parts of `step`, for decoding that does not send every position through all layers.
+
+  def embed_step(self, previous_token, position):
+    """The first layer's input, [batch, 1, embed]; arguments as `step`."""
+    x = jnp.where(position == 0, self.begin, self.token_embedding(previous_token))
+    return (x + self._positions(position))[:, None].astype(self.config.compute_dtype)
+
+  def step_layer(self, layer: int, x, cache, params, memory, text_mask, position):
+    """One layer's step, as `transformer.Decoder.step_layer`."""
+    return self.decoder.step_layer(layer, x, cache, params, memory, text_mask, position)
+
+  def write_layer(self, layer: int, x, cache, params, position):
+    """A skipped layer's keys and values, as `transformer.Decoder.write_layer`."""
+    return self.decoder.write_layer(layer, x, cache, params, position)
+
+  def step_logits(self, x):
+    """float32 logits [batch, codebook_size] of a layer's output [batch, 1, embed]."""
+    return self._logits(self.decoder.finish(x))[:, 0]
+
   def empty_caches(self, batch: int, length: int):
-    """Caches of no position, with room for `length` of them.
+    """Caches of no position, for the first `length` of them.
 
     Returns:
-      A list with, for each layer, keys and values [batch, heads, length, head_dim].
+      A list with, for each layer, keys and values [batch, heads, slots, head_dim], with the slots
+      that the layer's pattern needs.
     """
-    config = self.config
-    shape = (batch, config.heads, length, config.width // config.heads)
-    zeros = nn.with_logical_constraint(
-        jnp.zeros(shape, config.compute_dtype),
-        ('activation_batch', 'activation_heads', 'activation_length', None))
-    return [(zeros, zeros) for _ in range(config.decoder_layers)]
+    config, caches = self.config, []
+    for layer in range(config.decoder_layers):
+      slots = config.layer_pattern(layer).slots(length)
+      zeros = nn.with_logical_constraint(
+          jnp.zeros((batch, config.heads, slots, config.width // config.heads),
+                    config.compute_dtype),
+          ('activation_batch', 'activation_heads', 'activation_length', None))
+      caches.append((zeros, zeros))
+    return caches

@@ -71,18 +71,20 @@ def initializer(block: nn.Module, length: int, *inputs):
 
 
 def run(layer, stacked, x, beside, dropout_keys, policy: str, unroll: int = 1,
-        every: bool = False):
+        every: bool = False, period: int = 1):
   """Runs the layers one after the other; as a pipeline where the mesh has several stages.
 
   Args:
-    layer: (params, x, beside, keys) -> x, of one layer.
+    layer: (params, place, x, beside, keys) -> x, of one layer. `place` is the layer's in the
+      period: a Python number, or int32 [] in a pipeline whose visits do not hold whole periods.
     stacked: parameters with the leading axis `layers`.
     x: [batch, length, embed].
     beside: a tree of arrays [batch, ...] that every layer sees, such as the text.
     dropout_keys: layers.DropoutKeys, or None where dropout is off.
     policy: name in REMAT_POLICIES.
-    unroll: layers laid out in one turn of the scan.
+    unroll: layers laid out in one turn of the scan, at least the period.
     every: whether to return the outputs of all layers.
+    period: after how many layers the same kind of layer comes again; divides their number.
 
   Returns:
     The output of the last layer, as x; or, with `every`, of all, [layers, batch, length, embed].
@@ -94,8 +96,8 @@ def run(layer, stacked, x, beside, dropout_keys, policy: str, unroll: int = 1,
   rows = None if dropout_keys is None else dropout_keys.rows
   keys_of = lambda rows: None if rows is None else layers.DropoutKeys(dropout_keys.key, rows)
 
-  def one(params, index, x, beside, rows):
-    return layer(params, x, beside, layers.fold(keys_of(rows), index))
+  def one(place, params, index, x, beside, rows):
+    return layer(params, place, x, beside, layers.fold(keys_of(rows), index))
 
   schedule = pipeline.schedule(count, x.shape[0])
   if schedule is not None and every:
@@ -104,30 +106,53 @@ def run(layer, stacked, x, beside, dropout_keys, policy: str, unroll: int = 1,
         'layers, which GeneratorStage.depth_loss_weights asks for; train without stages, or '
         'without that loss')
   if schedule is not None:
-    return pipeline.run(
-        one, lambda visit: remat(visit, policy), stacked, x, (beside, rows), schedule)
+    def in_visit(params, index, number, *others):
+      whole = schedule.layers_per_visit % period == 0
+      return one((number if whole else index) % period, params, index, *others)
 
-  kept = one if policy == 'everything' else remat(one, policy)
+    return pipeline.run(
+        in_visit, lambda visit: remat(visit, policy), stacked, x, (beside, rows), schedule)
+
+  kinds = [functools.partial(one, place) for place in range(period)]
+  if policy != 'everything':
+    kinds = [remat(kind, policy) for kind in kinds]
 
   def scan(x, stacked, indices):
     def body(x, inputs):
-      x = kept(*inputs, x, beside, rows)
-      return x, x if every else None
-    return jax.lax.scan(body, x, (stacked, indices), unroll=min(unroll, len(indices)))
+      outputs = []
+      for kind, part in zip(kinds, _apart(inputs)):
+        x = kind(*part, x, beside, rows)
+        outputs.append(x)
+      return x, jnp.stack(outputs) if every else None
+
+    periods = _grouped((stacked, indices), period)
+    turns = len(indices) // period
+    return jax.lax.scan(body, x, periods, unroll=min(max(1, unroll // period), turns))
 
   indices = jnp.arange(count)
   if policy != 'nothing':
     x, outputs = scan(x, stacked, indices)
-    return outputs if every else x
-  size = _near_root(count)
-  grouped = jax.tree.map(
-      lambda leaf: leaf.reshape((count // size, size) + leaf.shape[1:]), (stacked, indices))
-  group = functools.partial(jax.checkpoint, prevent_cse=False)(scan)
-  x, outputs = jax.lax.scan(lambda x, part: group(x, *part), x, grouped)
+  else:
+    groups = _grouped((stacked, indices), _near_root(count, period))
+    group = functools.partial(jax.checkpoint, prevent_cse=False)(scan)
+    x, outputs = jax.lax.scan(lambda x, part: group(x, *part), x, groups)
   return outputs.reshape((count,) + x.shape) if every else x
 
 
-def _near_root(count: int) -> int:
-  """The divisor of `count` that is nearest to its root."""
-  divisors = [size for size in range(1, count + 1) if count % size == 0]
+def _grouped(tree, size: int):
+  """Arrays [layers, ...] as [layers / size, size, ...]."""
+  return jax.tree.map(lambda leaf: leaf.reshape((-1, size) + leaf.shape[1:]), tree)
+
+
+def _apart(tree) -> list:
+  """The trees of arrays [...] that a tree of arrays [number, ...] holds."""
+  leaves, structure = jax.tree.flatten(tree)
+  # Split, not indexed: the gradient of that is one concatenation.
+  cut = [jax.lax.split(leaf, (1,) * leaf.shape[0]) for leaf in leaves]
+  return [structure.unflatten([jnp.squeeze(part, 0) for part in parts]) for parts in zip(*cut)]
+
+
+def _near_root(count: int, multiple: int) -> int:
+  """Of the divisors of `count` that are multiples of a number, the one nearest to its root."""
+  divisors = [size for size in range(multiple, count + 1, multiple) if count % size == 0]
   return min(divisors, key=lambda size: abs(math.log(size * size / count)))

@@ -62,14 +62,14 @@ class Parti(nn.Module):
     Args:
       text_tokens: int32 [batch, text_length].
       layers_apart: parameters of each decoder layer, cut out of the stack.
-      cache_length: positions that the caches have room for; all of them by default.
+      cache_length: the caches serve this many first positions; all of them by default.
 
     Returns:
       memories: for each decoder layer the text's keys and values,
         [batch, heads, text_length, head_dim] each.
       mask: of the text, bool [batch, 1, 1, text_length].
-      caches: for each decoder layer empty keys and values, [batch, heads, cache_length,
-        head_dim] each.
+      caches: for each decoder layer empty keys and values, [batch, heads, slots, head_dim] each,
+        with slots for the positions that the layer's attention pattern can still see.
     """
     memories = self.image_decoder.start(self.text_encoder(text_tokens), layers_apart)
     length = self.config.image_length if cache_length is None else cache_length

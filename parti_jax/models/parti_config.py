@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import gin
 import jax.numpy as jnp
@@ -12,7 +13,16 @@ from parti_jax.models import attention_patterns
 from parti_jax.models import config_checks
 
 # What models did before it became a setting, for files that do not name it.
-BEFORE_IT_WAS_A_SETTING = {'attention_pattern': 'causal', 'conv_kernel': 11}
+BEFORE_IT_WAS_A_SETTING = {'attention_patterns': ('global',), 'conv_kernel': 11}
+
+
+def by_todays_names(sizes: dict[str, Any]) -> dict[str, Any]:
+  """Sizes of a model as a file of an older version has them, by the names of this version."""
+  sizes = dict(sizes)
+  if 'attention_pattern' in sizes:  # One pattern for all layers, and 'causal' was 'global'.
+    older = sizes.pop('attention_pattern')
+    sizes['attention_patterns'] = ('global' if older == 'causal' else older,)
+  return BEFORE_IT_WAS_A_SETTING | sizes
 
 
 @gin.configurable
@@ -32,9 +42,11 @@ class PartiConfig:
     grid: rows and columns of image tokens; their product is `image_length`.
     dropout: rate of dropout in training.
     dtype: name of the dtype that projections compute in; norms and logits are float32.
-    attention_pattern: what the decoder's self-attention sees: 'causal' (all earlier image tokens)
-      or 'conv' (those within a square around the position), see `attention_patterns`.
-    conv_kernel: side of that square, odd.
+    attention_patterns: which earlier image tokens the self-attention of the decoder's layers
+      sees: a schedule that is repeated over the layers, of 'conv' (those within a square around
+      the position), 'row', 'column' and 'global' (all), see `attention_patterns`. Kept as the
+      shortest tuple that gives the same.
+    conv_kernel: side of the square of 'conv', odd.
     remat: what the backward pass keeps, a name in `layer_stack.REMAT_POLICIES`.
     unroll: layers laid out in one turn of the scan; changes speed, not results.
 
@@ -53,7 +65,7 @@ class PartiConfig:
   grid: tuple[int, int] = (32, 32)
   dropout: float = 0.1
   dtype: str = 'bfloat16'
-  attention_pattern: str = 'causal'
+  attention_patterns: tuple[str, ...] = ('global',)
   conv_kernel: int = 11
   remat: str = 'everything'
   unroll: int = 1
@@ -64,20 +76,38 @@ class PartiConfig:
     config_checks.check_divides(self, 'heads', 'width')
     if len(self.grid) != 2 or min(self.grid) < 1:
       raise errors.UserError(f'PartiConfig.grid={self.grid} must be two whole numbers from 1')
-    if self.attention_pattern not in attention_patterns.PATTERNS:
-      raise errors.UserError(
-          f'PartiConfig.attention_pattern={self.attention_pattern!r} is not one of '
-          f'{", ".join(attention_patterns.PATTERNS)}')
+    self._check_patterns()
+    object.__setattr__(self, 'attention_patterns', attention_patterns.shortest_period(
+        tuple(self.attention_patterns)))
     if self.conv_kernel % 2 == 0:
       raise errors.UserError(f'PartiConfig.conv_kernel={self.conv_kernel} must be odd')
     if not 0 <= self.dropout < 1:
       raise errors.UserError(f'PartiConfig.dropout={self.dropout} must lie in [0, 1)')
 
+  def _check_patterns(self):
+    """Raises UserError unless the schedule of patterns is one, and fits the layers."""
+    names = self.attention_patterns
+    key = f'PartiConfig.attention_patterns={names!r}'
+    if not isinstance(names, (tuple, list)) or not names:
+      raise errors.UserError(f"{key} must be a tuple of patterns, such as ('conv', 'global')")
+    for name in names:
+      if name not in attention_patterns.PATTERNS:
+        raise errors.UserError(
+            f'{key}: {name!r} is not one of {", ".join(attention_patterns.PATTERNS)}')
+    if self.decoder_layers % len(names):
+      raise errors.UserError(
+          f'{key}: a schedule of {len(names)} does not divide '
+          f'PartiConfig.decoder_layers={self.decoder_layers}; it is repeated over the layers')
+
   @property
-  def pattern(self) -> attention_patterns.AttentionPattern:
-    """What the decoder's self-attention sees."""
-    return attention_patterns.AttentionPattern(
-        self.attention_pattern, self.grid, self.conv_kernel)
+  def patterns(self) -> tuple[attention_patterns.AttentionPattern, ...]:
+    """What self-attention sees in the decoder's first layers; the others repeat it."""
+    return tuple(attention_patterns.AttentionPattern(name, self.grid, self.conv_kernel)
+                 for name in self.attention_patterns)
+
+  def layer_pattern(self, layer: int) -> attention_patterns.AttentionPattern:
+    """What self-attention sees in one of the decoder's layers."""
+    return self.patterns[layer % len(self.attention_patterns)]
 
   @property
   def image_length(self) -> int:

@@ -70,19 +70,21 @@ class DecoderBlock(nn.Module):
     x = x + self.drop(self.mlp(self.mlp_norm(x)), keys)
     return nn.with_logical_constraint(x, layers.ACTIVATION)
 
-  def __call__(self, x, encoded, text_mask, pattern, dropout_keys=None):
+  def __call__(self, x, encoded, text_mask, patterns, place=0, dropout_keys=None):
     """All positions at once.
 
     Args:
       x: [batch, length, embed].
       encoded: [batch, text_length, embed].
       text_mask: bool [batch, 1, 1, text_length].
-      pattern: AttentionPattern of the image tokens.
+      patterns: AttentionPatterns of the image tokens.
+      place: which of them is this block's, an int or int32 [].
       dropout_keys: as EncoderBlock.
     """
     x = nn.with_logical_constraint(x, layers.ACTIVATION)
     keys = [layers.fold(dropout_keys, site) for site in range(3)]
-    x = x + self.drop(self.attention.in_pattern(self.attention_norm(x), pattern), keys[0])
+    x = x + self.drop(
+        self.attention.in_schedule(self.attention_norm(x), patterns, place), keys[0])
     memory = self.cross_attention.memory(encoded)
     attended = self.cross_attention(self.cross_norm(x), memory, text_mask)
     x = x + self.drop(attended, keys[1])
@@ -98,6 +100,10 @@ class DecoderBlock(nn.Module):
     x = x + attended
     x = x + self.cross_attention.step(self.cross_norm(x), memory, text_mask)
     return self._feed_forward(x, None), cache
+
+  def write(self, x, cache, position, pattern):
+    """Only the keys and values of a position, of the input x [batch, 1, embed] of this block."""
+    return self.attention.write(self.attention_norm(x), cache, position, pattern)
 
 
 class Encoder(nn.Module):
@@ -129,7 +135,8 @@ class Encoder(nn.Module):
     """x: [batch, length, embed]; mask: bool [batch, 1, length or 1, length]. As x."""
     stacked = self.param('layers', layer_stack.initializer(self.block, self.num_layers, x[:1]))
 
-    def layer(params, x, mask, keys):
+    def layer(params, place, x, mask, keys):
+      del place  # All layers are alike.
       return self.block.apply({'params': params}, x, mask, keys)
 
     if not self.is_initializing():
@@ -141,7 +148,7 @@ class Decoder(nn.Module):
   """Decoder blocks and a last layer norm.
 
   Attributes:
-    pattern: which image tokens each position sees.
+    patterns: which image tokens each position sees, in the first layers; the others repeat it.
     Others as Encoder.
   """
 
@@ -149,7 +156,7 @@ class Decoder(nn.Module):
   width: int
   mlp_width: int
   heads: int
-  pattern: attention_patterns.AttentionPattern
+  patterns: tuple[attention_patterns.AttentionPattern, ...]
   dropout: float = 0.0
   dtype: jnp.dtype = jnp.float32
   remat: str = 'everything'
@@ -169,14 +176,15 @@ class Decoder(nn.Module):
       norm, [layers, batch, length, embed].
     """
     stacked = self.param('layers', layer_stack.initializer(
-        self.block, self.num_layers, x[:1], encoded[:1], text_mask[:1], self.pattern))
+        self.block, self.num_layers, x[:1], encoded[:1], text_mask[:1], self.patterns))
 
-    def layer(params, x, beside, keys):
-      return self.block.apply({'params': params}, x, *beside, self.pattern, keys)
+    def layer(params, place, x, beside, keys):
+      return self.block.apply({'params': params}, x, *beside, self.patterns, place, keys)
 
     if not self.is_initializing():
       x = layer_stack.run(
-          layer, stacked, x, (encoded, text_mask), dropout_keys, self.remat, self.unroll, every)
+          layer, stacked, x, (encoded, text_mask), dropout_keys, self.remat, self.unroll,
+          every, len(self.patterns))
     return self.norm(x)
 
   def start(self, encoded, layers_apart):
@@ -194,12 +202,12 @@ class Decoder(nn.Module):
             for params in layers_apart]
 
   def step(self, x, caches, layers_apart, memories, text_mask, position):
-    """One position through all layers.
+    """One position through all layers: `step_layer` of each, then `finish`.
 
     Args:
       x: [batch, 1, embed].
-      caches: a list with, for each layer, keys and values
-        [batch, heads, length, head_dim].
+      caches: a list with, for each layer, keys and values [batch, heads, slots, head_dim]; how
+        many slots and which position is in which is the layer's pattern's matter.
       layers_apart: as `start`.
       memories: of `start`.
       text_mask: bool [batch, 1, 1, text_length].
@@ -209,8 +217,55 @@ class Decoder(nn.Module):
       The output [batch, 1, embed] and the caches with this position written.
     """
     written = []
-    for cache, params, memory in zip(caches, layers_apart, memories, strict=True):
-      x, cache = self.block.apply(
-          {'params': params}, x, cache, memory, text_mask, position, self.pattern, method='step')
+    for layer, (cache, params, memory) in enumerate(
+        zip(caches, layers_apart, memories, strict=True)):
+      x, cache = self.step_layer(layer, x, cache, params, memory, text_mask, position)
       written.append(cache)
-    return self.norm(x), written
+    return self.finish(x), written
+
+  def step_layer(self, layer: int, x, cache, params, memory, text_mask, position):
+    """One position through one layer.
+
+    Args:
+      layer: which one.
+      x: [batch, 1, embed], the layer's input.
+      cache: of this layer, as the next two; see `step`.
+      params: see `cache`.
+      memory: see `cache`.
+      text_mask: see `step`, as the next one.
+      position: see `text_mask`.
+
+    Returns:
+      The layer's output [batch, 1, embed], which is the next one's input or goes to `finish`; and
+      its cache with this position written.
+    """
+    return self.block.apply({'params': params}, x, cache, memory, text_mask, position,
+                            self._pattern(layer), method='step')
+
+  def write_layer(self, layer: int, x, cache, params, position):
+    """What `step_layer` does to the cache, and nothing else of it.
+
+    Where a position leaves the stack early, later positions look for its keys and values in the
+    layers that it has not passed: they follow from the hidden state that it left with (Confident
+    Adaptive Language Modeling, arXiv 2207.07061, section 3.1). Every layer needs one of the two
+    functions at every position, in order.
+
+    Args:
+      layer: see `step_layer`, as the next ones; `x` is the output of the last layer passed.
+      x: see `layer`.
+      cache: see `layer`.
+      params: see `layer`.
+      position: see `layer`.
+
+    Returns:
+      The layer's cache with this position written.
+    """
+    return self.block.apply(
+        {'params': params}, x, cache, position, self._pattern(layer), method='write')
+
+  def finish(self, x):
+    """The last layer norm, after whichever layer was the last: [batch, length, embed]."""
+    return self.norm(x)
+
+  def _pattern(self, layer: int) -> attention_patterns.AttentionPattern:
+    return self.patterns[layer % len(self.patterns)]

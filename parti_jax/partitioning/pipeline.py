@@ -106,7 +106,8 @@ def run(layer, remat, stacked, x, beside, plan: Schedule):
   """Runs a stack of layers as a pipeline; same result as running them one after the other.
 
   Args:
-    layer: (params, index, x, *beside) -> x, of one layer.
+    layer: (params, index, number, x, *beside) -> x, of one layer: the index int32 [] among all,
+      the number among those of its visit.
     remat: wraps the function of a visit so that its backward pass keeps what a policy says. It
       must not keep what is named VISIT_PARAMETERS: that would copy parameters at every tick.
     stacked: parameters with a leading axis of layers, in their order, split over the stages.
@@ -162,7 +163,7 @@ def _stage(layer, remat, plan: Schedule, stage, stacked, x, beside):
       params = jax.tree.map(lambda leaf, place=place: leaf[number, place], units)
       params = checkpoint_name(params, VISIT_PARAMETERS)
       index = (number * plan.stages + stage) * plan.layers_per_visit + place
-      state_x = layer(params, index, state_x, *state_beside)
+      state_x = layer(params, index, place, state_x, *state_beside)
     return state_x
 
   def tick(carry, time):

@@ -10,23 +10,27 @@ import re
 
 import numpy as np
 
+from parti_jax.models import attention
+from parti_jax.models import attention_patterns
 from parti_jax.planning import hlo
 from parti_jax.planning import hlo_cost
 
 SOURCE = 'FLOPs of attention kernels: computed from the blocks that the pattern leaves'
 
 
-def splash_flops(mask: np.ndarray) -> hlo_cost.KernelFlops:
+def splash_flops(patterns: tuple[attention_patterns.AttentionPattern, ...]) -> hlo_cost.KernelFlops:
   """A function that `hlo_cost.costs` asks for the FLOPs of a kernel.
 
   Args:
-    mask: bool [length, length], which positions see which.
+    patterns: of the decoder's layers; a kernel's scope says which one it is of.
   """
+  masks = {attention.KERNEL_SCOPE + pattern.name: pattern.ordered_mask for pattern in patterns}
 
   def flops(instruction: hlo.Instruction, operands: list[hlo.Shape]) -> float | None:
     name = instruction.op_name
     query = next((shape for shape in operands if len(shape.dims) == 4), None)
-    if 'splash' not in name or query is None or query.dims[2] != len(mask):
+    mask = next((mask for scope, mask in masks.items() if scope in name), None)
+    if 'splash' not in name or query is None or mask is None or query.dims[2] != len(mask):
       return None
     forward = 'splash_mha_fwd' in name
     side = lambda key: int(instruction.attribute(rf'\b{key}\\*": (\d+)') or len(mask))

@@ -116,7 +116,7 @@ def training_step(request: Request, mesh) -> Step:
   return Step(
       lambda: trainer.lower(batch_size), mesh, batch_size, stage.step_flops(batch_size),
       layers.count_parameters(trainer.abstract.params), settings,
-      kernel_flops=kernels.splash_flops(stage.model.pattern.mask)
+      kernel_flops=kernels.splash_flops(stage.model.patterns)
       if isinstance(stage.model, parti_config.PartiConfig) else None)
 
 
@@ -138,9 +138,12 @@ def sampling_step(request: Request, mesh) -> Step:
   place = functools.partial(_placed, mesh=mesh, rules=rules)
   shape = (sequences, config.heads, config.text_length, config.width // config.heads)
   heads = ('activation_batch', 'activation_heads', 'activation_length', None)
-  pairs = lambda shape: [(place(shape, config.compute_dtype, heads),) * 2
-                         for _ in range(config.decoder_layers)]
-  memories, caches = pairs(shape), pairs(shape[:2] + (config.image_length,) + shape[3:])
+  pairs = lambda lengths: [
+      (place(shape[:2] + (length,) + shape[3:], config.compute_dtype, heads),) * 2
+      for length in lengths]
+  patterns = [config.layer_pattern(layer) for layer in range(config.decoder_layers)]
+  memories = pairs([config.text_length] * config.decoder_layers)
+  caches, read_slots = (pairs(lengths) for lengths in zip(*map(_slots, patterns)))
   if mesh.devices.flat[0].platform == 'tpu':
     caches = jax.tree.map(_in_cache_layout, caches)
   batch = ('activation_batch',)
@@ -165,10 +168,16 @@ def sampling_step(request: Request, mesh) -> Step:
       lower, mesh, images, sequences * flops.parti_sampling_step(config),
       sum(leaf.size for leaf in jax.tree.leaves(params)),
       {'model': 'generator', 'config': 'PartiConfig', 'guided': request.guided,
-       'cache_length': config.image_length},
-      {'parameters': device_parts(read), 'cache': device_parts((caches, memories))},
+       'cache_length': max(pattern.slots(config.image_length) for pattern in patterns)},
+      {'parameters': device_parts(read), 'cache': device_parts((read_slots, memories))},
       device_parts(params) - device_parts(kept),
       ('the memory leaves out the image tokenizer, and the caches from before they grow',))
+
+
+def _slots(pattern) -> tuple[int, int]:
+  """Slots of a layer's whole cache, and those that a step reads."""
+  slots = pattern.slots(pattern.length)
+  return slots, pattern.read(0, slots)[1]
 
 
 def sampled_config() -> parti_config.PartiConfig:

@@ -152,11 +152,12 @@ def _in_cache_layout(cache):
                        axis_names=rules_lib.free_axes())(cache)
 
 
-def _grow(caches, length: int):
-  """Caches with room for `length` positions, the new ones empty."""
-  def grow(cache):
-    return jnp.pad(cache, ((0, 0), (0, 0), (0, length - cache.shape[2]), (0, 0)))
-  return jax.tree.map(grow, caches)
+def _grow(config, caches, length: int):
+  """Caches that serve the first `length` positions, the new slots empty."""
+  def grow(cache, slots):
+    return jnp.pad(cache, ((0, 0), (0, 0), (0, slots - cache.shape[2]), (0, 0)))
+  return [tuple(grow(part, config.layer_pattern(layer).slots(length)) for part in cache)
+          for layer, cache in enumerate(caches)]
 
 
 def _segment_ends(length: int) -> list[int]:
@@ -247,7 +248,7 @@ def sample_tokens(
   token, pieces, start = jnp.zeros(batch, jnp.int32), [], 0
   for end in ends:
     (token, caches), tokens = jax.lax.scan(
-        body, (token, _grow(caches, end)), jnp.arange(start, end))
+        body, (token, _grow(config, caches, end)), jnp.arange(start, end))
     pieces.append(tokens)
     start = end
   return jnp.concatenate(pieces).T

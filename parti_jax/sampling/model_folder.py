@@ -303,8 +303,8 @@ def _sizes(kind, config: dict[str, Any], key: str, dtype: str, where):
   known = {field.name for field in dataclasses.fields(kind)}
   if not isinstance(values, dict):
     raise UserError(f'{where}: {key!r} is missing')
-  older = parti_config.BEFORE_IT_WAS_A_SETTING
-  values = {name: value for name, value in older.items() if name in known} | values
+  values = {name: value for name, value in parti_config.by_todays_names(values).items()
+            if name in known or name in values}
   if values.keys() != known:
     different = ', '.join(sorted(values.keys() ^ known))
     raise UserError(f'{where}: {key!r} has other fields than {kind.__name__}: {different}')

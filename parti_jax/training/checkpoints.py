@@ -128,7 +128,7 @@ def read_model(path: epath.Path) -> dict:
 
 
 def read_config(path: epath.Path, stage: str) -> dict:
-  """Sizes of a checkpoint's model.
+  """Sizes of a checkpoint's model, by the names of this version.
 
   Args:
     path: a checkpoint's folder, of `latest_checkpoint`.
@@ -141,7 +141,8 @@ def read_config(path: epath.Path, stage: str) -> dict:
   if model['stage'] != stage:
     raise errors.UserError(
         f'{path}: a checkpoint of the stage {model["stage"]!r}; give a run of {stage!r}')
-  return model['config']
+  sizes = model['config']
+  return parti_config.by_todays_names(sizes) if stage == 'generator' else sizes
 
 
 def read_params(path: epath.Path, module, inputs):
@@ -221,7 +222,7 @@ def check_same_model(path, saved: dict, wanted: dict):
     raise errors.UserError(f'{path}: a checkpoint of the stage {saved["stage"]!r}, not of '
                            f'{wanted["stage"]!r}; choose another --model_dir')
   free = ('dropout', 'dtype', 'remat', 'unroll', 'commitment')
-  there = parti_config.BEFORE_IT_WAS_A_SETTING | saved['config']
+  there = parti_config.by_todays_names(saved['config'])
   plain = lambda value: list(value) if isinstance(value, (tuple, list)) else value
   differing = [
       f'{key} is {there.get(key)} there and {value} here'

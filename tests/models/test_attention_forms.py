@@ -12,31 +12,10 @@ from parti_jax.models import attention_patterns
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.partitioning import rules
 
-PATTERNS = {
-    'causal': attention_patterns.AttentionPattern('causal', (16, 16)),
-    'conv': attention_patterns.AttentionPattern('conv', (16, 16), 5),
-}
-
-
-@pytest.mark.parametrize('grid, kernel', [((3, 5), 3), ((4, 4), 5), ((2, 7), 1), ((32, 32), 11)])
-def test_conv_sees_the_earlier_tokens_of_a_square(grid, kernel):
-  pattern = attention_patterns.AttentionPattern('conv', grid, kernel)
-  half, cells = kernel // 2, [(row, column) for row in range(grid[0]) for column in range(grid[1])]
-  chosen = range(0, len(cells), max(1, len(cells) // 40))
-  for query in chosen:
-    seen = [key for key in range(query + 1)
-            if max(abs(a - b) for a, b in zip(cells[query], cells[key])) <= half]
-    np.testing.assert_array_equal(pattern.mask[query].nonzero()[0], seen)
-    np.testing.assert_array_equal(pattern.row(jnp.int32(query), len(cells)), pattern.mask[query])
-
-
-def test_conv_looks_back_a_few_rows_and_causal_to_the_beginning():
-  conv = attention_patterns.AttentionPattern('conv', (32, 32), 11)
-  middle = 16 * 32 + 16
-  assert conv.mask[middle].sum() == 5 * 11 + 6
-  assert middle - conv.mask[middle].argmax() == 5 * 32 + 5
-  causal = attention_patterns.AttentionPattern('causal', (32, 32))
-  np.testing.assert_array_equal(causal.mask, np.tril(np.ones((1024, 1024), bool)))
+# Grids of 256 positions, for the kernel's sake, and not square.
+PATTERNS = {f'{name}_{grid[0]}x{grid[1]}': attention_patterns.AttentionPattern(name, grid, 5)
+            for name, grid in (('global', (16, 16)), ('conv', (8, 32)), ('row', (8, 32)),
+                               ('column', (32, 8)))}
 
 
 def _inputs(dtype=np.float32):
@@ -59,36 +38,49 @@ def _plain(pattern, *inputs):
   return attention.attend(*inputs, pattern.mask)
 
 
-@pytest.mark.parametrize('name', PATTERNS)
-@pytest.mark.parametrize('form', [
-    functools.partial(attention.attend_blockwise, block=96),
-    functools.partial(attention.attend_fused, interpret=True)], ids=['blockwise', 'fused'])
-def test_all_forms_agree(name, form):
-  pattern = PATTERNS[name]
-  expected = _with_gradients(functools.partial(_plain, pattern), *_inputs())
-  found = _with_gradients(functools.partial(form, pattern=pattern), *_inputs())
-  for a, b in zip(expected, found):
-    np.testing.assert_allclose(b, a, atol=2e-5 * np.abs(a).max())
+@functools.cache
+def _expected(name):
+  return jax.device_get(_with_gradients(functools.partial(_plain, PATTERNS[name]), *_inputs()))
 
 
-def test_the_fused_form_agrees_on_a_mesh():
-  pattern = PATTERNS['conv']
-  expected = _plain(pattern, *_inputs())
+@pytest.mark.parametrize('form, names', [
+    (functools.partial(attention.attend_blockwise, block=96), ['global_16x16', 'conv_8x32']),
+    (functools.partial(attention.attend_fused, interpret=True), PATTERNS),
+    (attention.attend_rows, ['row_8x32']), (attention.attend_columns, ['column_32x8']),
+], ids=['blockwise', 'fused', 'rows', 'columns'])
+def test_all_forms_agree(form, names):
+  for name in names:
+    found = _with_gradients(functools.partial(form, pattern=PATTERNS[name]), *_inputs())
+    for a, b in zip(_expected(name), found):
+      np.testing.assert_allclose(b, a, atol=2e-5 * np.abs(a).max(), err_msg=name)
+
+
+@pytest.mark.parametrize('name', ['conv_8x32', 'column_32x8'])
+def test_the_fused_form_agrees_on_a_mesh(name):
+  fused = functools.partial(attention.attend_fused, pattern=PATTERNS[name], interpret=True)
   with rules.partitioned(
       mesh_lib.make_mesh(data=2, tensor=4), rules.logical_axis_rules()):
-    fused = jax.jit(functools.partial(attention.attend_fused, pattern=pattern, interpret=True))
-    found = fused(*_inputs())
-  np.testing.assert_allclose(found, expected, atol=2e-5)
+    found = jax.jit(fused)(*_inputs())
+  np.testing.assert_allclose(found, _expected(name)[0], atol=2e-5)
   assert len({str(shard.index) for shard in found.addressable_shards}) == 8
 
 
-def _largest(function, *inputs):
-  """Number of values of the largest array that a function makes, before it is compiled."""
-  sizes = [0]
+def test_a_pattern_may_be_chosen_by_an_array():
+  names = ['column_32x8', 'row_8x32']
+  chosen = jax.jit(functools.partial(
+      attention.attend_in_schedule, patterns=[PATTERNS[name] for name in names]))
+  for place, name in enumerate(names):
+    found = chosen(*_inputs(), place=jnp.int32(place))
+    np.testing.assert_allclose(found, _expected(name)[0], atol=2e-5)
+
+
+def _arrays(function, *inputs):
+  """What makes each array of a function before it is compiled, and its number of values."""
+  found = []
 
   def look(jaxpr):
     for equation in jaxpr.eqns:
-      sizes.extend(variable.aval.size for variable in equation.outvars
+      found.extend((equation.primitive.name, variable.aval.size) for variable in equation.outvars
                    if hasattr(variable.aval, 'size'))
       for value in equation.params.values():
         for inner in value if isinstance(value, (tuple, list)) else (value,):
@@ -97,7 +89,26 @@ def _largest(function, *inputs):
             look(inner)
 
   look(jax.make_jaxpr(function)(*inputs).jaxpr)
-  return max(sizes)
+  return found
+
+
+def _largest(function, *inputs):
+  return max(size for _, size in _arrays(function, *inputs))
+
+
+# Keys whose scores are computed for a query on average. 'global', in blocks of 256 queries: as many
+# blocks as there are before, and its own. 'conv': blocks of 4 rows and the 5 before them, fewer at
+# the top. 'row': two rows. 'column': one column.
+@pytest.mark.parametrize('name, scores', [
+    ('global', 1024 * 256 * (1 + 2 + 3 + 4) / 4), ('row', 1024 * 64), ('column', 1024 * 32),
+    ('conv', 128 * (128 + 256 + 6 * 288))])
+def test_training_computes_only_the_scores_of_blocks_that_a_pattern_leaves(name, scores):
+  pattern = attention_patterns.AttentionPattern(name, (32, 32), 11)
+  attend = functools.partial(attention.attend_in_pattern, pattern=pattern)
+  made = _arrays(attend, *[jnp.zeros((1, 1024, 2, 8))] * 3)
+  # Each score is exponentiated once.
+  assert sum(size for primitive, size in made if primitive == 'exp') == 2 * scores
+  assert scores < 0.63 * 1024 ** 2
 
 
 def test_long_sequences_make_no_array_of_all_pairs_of_positions():

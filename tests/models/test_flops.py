@@ -26,6 +26,13 @@ def test_parti_forward_agrees_with_xla():
   assert BATCH * flops.parti_forward(sizes) == pytest.approx(counted, rel=0.05)
 
 
+def test_patterns_count_the_keys_of_their_neighbourhood():
+  sizes = parti_config.PartiConfig(attention_patterns=('conv', 'row', 'column', 'global'))
+  other = parti_config.PartiConfig()
+  fewer = 3 * (4 * 1024 - 121 - 33 - 32 - 1024)  # Keys of a query, in three rounds of four layers.
+  assert flops.parti_forward(other) - flops.parti_forward(sizes) == 4 * 1024 * 1024 * fewer
+
+
 def test_tokenizer_forward_agrees_with_xla():
   sizes = vit_vqgan.ViTVQGANConfig(
       image_size=48, patch_size=8, encoder_layers=2, encoder_width=128, encoder_mlp_width=256,

@@ -27,7 +27,8 @@ MESHES = [(8, 1, 1, 1), (2, 2, 2, 1), (1, 2, 4, 1), (2, 1, 2, 2)]
 def _generator():
   sizes = parti_config.PartiConfig(
       encoder_layers=2, decoder_layers=2, width=16, mlp_width=32, heads=4, text_vocabulary=16,
-      text_length=4, codebook_size=24, grid=(2, 2), dropout=0.3, dtype='float32')
+      text_length=4, codebook_size=24, grid=(2, 2), dropout=0.3, dtype='float32',
+      attention_patterns=('row', 'column'))
   draw = np.random.default_rng(0)
   text = draw.integers(3, 16, (BATCH, 4)).astype(np.int32)
   text[:, 3] = 1

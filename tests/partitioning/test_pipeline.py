@@ -25,10 +25,11 @@ BATCH = 16
 
 
 def _stage(dropout, remat='block_inputs'):
+  # Two kinds of layers take turns: a visit of one layer chooses as it runs, one of two need not.
   return generator_stage.GeneratorStage(parti_config.PartiConfig(
       encoder_layers=8, decoder_layers=8, width=16, mlp_width=32, heads=4, text_vocabulary=16,
       text_length=4, codebook_size=24, grid=(2, 2), dropout=dropout, dtype='float32',
-      remat=remat))
+      remat=remat, attention_patterns=('column', 'global')))
 
 
 def _batch():
@@ -139,8 +140,8 @@ def test_every_microbatch_passes_all_layers_in_order_and_the_bubble_is_that_of_t
 def test_the_loop_turns_as_often_as_the_schedule_says():
   turns = []
 
-  def layer(params, index, x):
-    del index
+  def layer(params, index, number, x):
+    del index, number
     return x * params
 
   def count(jaxpr):

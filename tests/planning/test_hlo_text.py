@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from parti_jax.models import attention_patterns
 from parti_jax.planning import hlo
 from parti_jax.planning import hlo_cost
 from parti_jax.planning import kernels
@@ -206,14 +207,16 @@ def _kernel(name, results, sides=True):
     ('splash_mha_dkv_no_residuals', 2, 4, 6 * 128 * 256)])
 def test_flops_of_the_attention_kernel(name, results, products, blocks):
   # Of 2 × 2 blocks a causal pattern leaves 3; of 4 × 2, where the rows are half as high, 6.
-  mask = np.tril(np.ones((512, 512), bool))
-  costs = hlo_cost.costs(_kernel(name, results), 1, kernels.splash_flops(mask))
+  patterns = [attention_patterns.AttentionPattern(name, (16, 32)) for name in ('column', 'global')]
+  name = f'attention_pattern_global/{name}'
+  costs = hlo_cost.costs(_kernel(name, results), 1, kernels.splash_flops(patterns))
   assert costs.kernel_flops == products * 2 * 2 * 4 * blocks * 64
   assert costs.kernels == {name: 1} and not costs.notes
 
 
 def test_a_kernel_of_which_nothing_is_known_is_said():
-  costs = hlo_cost.costs(_kernel('other', 1), 1, kernels.splash_flops(np.ones((512, 512), bool)))
+  patterns = [attention_patterns.AttentionPattern('global', (16, 32))]
+  costs = hlo_cost.costs(_kernel('other', 1), 1, kernels.splash_flops(patterns))
   assert costs.kernel_flops == 0
   assert costs.notes == {'the kernel other says nothing about its FLOPs; not counted'}
 

@@ -11,6 +11,8 @@ import pytest
 
 from parti_jax.models import parti
 from parti_jax.models import parti_config
+from parti_jax.partitioning import mesh as mesh_lib
+from parti_jax.partitioning import rules
 from parti_jax.sampling import decoding
 from parti_jax.sampling import parameters
 
@@ -58,7 +60,7 @@ def cached_logits(params, texts, tokens, config=CONFIG):
         {'params': params}, previous, caches, layers, memories, mask, position, method='step')
     return (token, caches), logits
 
-  inputs = jnp.arange(CONFIG.image_length), tokens.T
+  inputs = jnp.arange(config.image_length), tokens.T
   return jax.lax.scan(body, (jnp.zeros_like(tokens[:, 0]), caches), inputs)[1].swapaxes(0, 1)
 
 
@@ -73,17 +75,73 @@ def tokens():
   return np.random.default_rng(0).integers(0, CONFIG.codebook_size, shape).astype(np.int32)
 
 
-@pytest.mark.parametrize('pattern', ['causal', 'conv'])
-def test_cached_logits_are_those_of_the_whole_sequence(params, tokens, pattern):
-  config = dataclasses.replace(CONFIG, attention_pattern=pattern, conv_kernel=3)
+# The first places of which a pattern hides an earlier one: of a square of 3 in the first row the
+# third, in the second row the first and the third; of a row the fifth; of a column the second.
+@pytest.mark.parametrize('patterns, same, different', [
+    (('global',), 6, []), (('conv',), 2, [2, 3, 5]), (('row',), 4, [4, 5]),
+    (('column',), 1, [1, 2, 3, 4, 5]), (('row', 'column'), 1, [1, 2])])
+def test_cached_logits_are_those_of_the_whole_sequence(params, tokens, patterns, same, different):
+  config = dataclasses.replace(CONFIG, attention_patterns=patterns, conv_kernel=3)
   expected = all_logits(params, TEXTS, tokens, config)
   assert np.std(expected) > 0.1
   np.testing.assert_allclose(cached_logits(params, TEXTS, tokens, config), expected, atol=2e-5)
-  # The first places that a square of 3 keeps from seeing an earlier one: in the first row the
-  # third, in the second row the first and the third.
   differs = np.abs(expected - all_logits(params, TEXTS, tokens)).max(axis=(0, 2)) > 1e-3
-  assert not differs[:2].any()
-  assert all(differs[[2, 3, 5]] == (pattern == 'conv'))
+  assert not differs[:same].any() and differs[different].all()
+
+
+@pytest.fixture(scope='module')
+def tall():
+  """A grid on which rings turn more than once, with a layer of each pattern."""
+  config = dataclasses.replace(
+      CONFIG, grid=(7, 2), conv_kernel=3, decoder_layers=4,
+      attention_patterns=('conv', 'row', 'column', 'global'))
+  init = functools.partial(parti.Parti(config).init, jax.random.key(1))
+  params = nn.meta.unbox(jax.jit(init)(*parti.example_inputs(config)))['params']
+  params = jax.tree.map(lambda leaf: leaf * 2.0, params)
+  texts = np.resize(TEXTS, (8, CONFIG.text_length))
+  tokens = np.random.default_rng(1).integers(0, 11, (8, 14)).astype(np.int32)
+  return config, params, texts, tokens
+
+
+def test_a_mixed_schedule_with_rings_that_turn(tall):
+  config, params, texts, tokens = tall
+  expected = all_logits(params, texts, tokens, config)
+  np.testing.assert_allclose(cached_logits(params, texts, tokens, config), expected, atol=5e-5)
+  caches = parti.Parti(config).apply(
+      {'params': params}, texts, parameters.cut(config, params).layers, method='start')[2]
+  assert [keys.shape for keys, _ in caches] == [(8, 2, slots, 8) for slots in (4, 3, 14, 14)]
+
+
+def test_a_mixed_schedule_on_a_mesh(tall):
+  config, params, texts, tokens = tall
+  expected = all_logits(params, texts, tokens, config)
+  with rules.partitioned(mesh_lib.make_mesh(data=4, tensor=2), rules.logical_axis_rules()):
+    found = jax.jit(functools.partial(cached_logits.__wrapped__, config=config))(
+        params, texts, tokens)
+  np.testing.assert_allclose(found, expected, atol=5e-5)
+
+
+def test_a_layer_that_only_writes_leaves_the_cache_of_a_whole_step(tall):
+  config, params, texts, tokens = tall
+  model, layers = parti.Parti(config), parameters.cut(config, params).layers
+  memories, mask, caches = model.apply({'params': params}, texts, layers, method='start')
+
+  def run(method, *arguments):
+    return model.apply({'params': params}, *arguments, method=lambda model, *arguments: getattr(
+        model.image_decoder, method)(*arguments))
+
+  position = jnp.int32(9)
+  x = run('embed_step', tokens[:, 8], position)
+  for layer in range(config.decoder_layers):
+    ours = caches[layer], layers[layer]
+    written = run('write_layer', layer, x, *ours, position)
+    x, stepped = run('step_layer', layer, x, *ours, memories[layer], mask, position)
+    jax.tree.map(np.testing.assert_array_equal, written, stepped)
+    assert np.abs(written[0]).sum(axis=(0, 1, 3)).nonzero()[0].tolist() == [
+        config.layer_pattern(layer).slot(9, written[0].shape[2])]
+  logits, _ = model.apply({'params': params}, tokens[:, 8], caches, layers, memories, mask,
+                          position, method='step')
+  np.testing.assert_allclose(run('step_logits', x), logits, atol=1e-5)
 
 
 def test_a_later_token_changes_no_earlier_logit(params, tokens):

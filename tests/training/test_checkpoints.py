@@ -182,12 +182,16 @@ def test_a_run_in_cloud_storage_is_not_taken_for_a_local_folder(tmp_path, monkey
   assert os.fspath(checkpoints.folder('run')) == str(tmp_path / 'run' / 'checkpoints')
 
 
-def test_a_checkpoint_from_before_attention_patterns_is_of_causal_attention():
+def test_a_checkpoint_from_before_attention_patterns_is_of_global_attention():
   sizes = dataclasses.asdict(parti_config.PartiConfig())
   older = {'stage': 'generator', 'config': {
       name: value for name, value in sizes.items()
-      if name not in ('attention_pattern', 'conv_kernel')}}
+      if name not in ('attention_patterns', 'conv_kernel')}}
   checkpoints.check_same_model('run', older, {'stage': 'generator', 'config': sizes})
-  conv = {'stage': 'generator', 'config': sizes | {'attention_pattern': 'conv'}}
-  with pytest.raises(UserError, match='attention_pattern is causal there and conv here'):
+  conv = {'stage': 'generator', 'config': sizes | {'attention_patterns': ('conv',)}}
+  message = r"attention_patterns is \('global',\) there and \('conv',\) here"
+  with pytest.raises(UserError, match=message):
     checkpoints.check_same_model('run', older, conv)
+  # Patterns had another name once, and were the same in all layers.
+  older['config'] |= {'attention_pattern': 'conv', 'conv_kernel': 11}
+  checkpoints.check_same_model('run', older, conv)
