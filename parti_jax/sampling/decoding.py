@@ -160,10 +160,13 @@ def _grow(config, caches, length: int):
           for layer, cache in enumerate(caches)]
 
 
-def _segment_ends(length: int) -> list[int]:
-  """Where caches grow: positions up to which each loop runs."""
+def _segment_ends(patterns) -> list[int]:
+  """Where caches of layers with these patterns grow: positions up to which each loop runs."""
+  length = patterns[0].length
   segment = max(_MIN_SEGMENT, -(-length // _MAX_SEGMENTS))
-  return [min(end, length) for end in range(segment, length + segment, segment)]
+  slots = lambda end: [pattern.slots(end) for pattern in patterns]
+  ends = [end for end in range(segment, length, segment) if slots(end) != slots(end + segment)]
+  return ends + [length]
 
 
 def sample_step(
@@ -235,7 +238,7 @@ def sample_tokens(
     text_tokens = jnp.stack([text_tokens, empty_text(*text_tokens.shape)], axis=1)
     text_tokens = text_tokens.reshape(2 * batch, -1)
   scales = jnp.broadcast_to(jnp.asarray(guidance_scale, jnp.float32), config.image_length)
-  ends = _segment_ends(config.image_length)
+  ends = _segment_ends(config.patterns)
   memories, mask, caches = parti_lib.Parti(config).apply(
       {'params': params.shared}, text_tokens, params.layers, ends[0], method='start')
 

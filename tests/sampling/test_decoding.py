@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from parti_jax.models import attention_patterns
 from parti_jax.models import parti
 from parti_jax.models import parti_config
 from parti_jax.partitioning import mesh as mesh_lib
@@ -232,14 +233,18 @@ def test_one_token_left_is_the_likeliest(params):
 def test_long_sequences_grow_their_cache(monkeypatch, params):
   whole = draw(params, TEXTS, [0, 1, 2])
   monkeypatch.setattr(decoding, '_MIN_SEGMENT', 2)
-  assert decoding._segment_ends(CONFIG.image_length) == [2, 4, 6]
+  assert decoding._segment_ends(CONFIG.patterns) == [2, 4, 6]
   np.testing.assert_array_equal(draw(params, TEXTS, [0, 1, 2]), whole)
 
 
 def test_segments_cover_every_length():
-  assert decoding._segment_ends(64) == [64]
-  assert decoding._segment_ends(1024) == [256, 512, 768, 1024]
-  assert decoding._segment_ends(130) == [64, 128, 130]
+  pattern = attention_patterns.AttentionPattern
+  assert decoding._segment_ends([pattern('global', (8, 8))]) == [64]
+  assert decoding._segment_ends([pattern('global', (32, 32))]) == [256, 512, 768, 1024]
+  assert decoding._segment_ends([pattern('global', (13, 10))]) == [64, 128, 130]
+  # Once no cache grows any more one loop draws the rest.
+  assert decoding._segment_ends([pattern('conv', (32, 32)), pattern('row', (32, 32))]) == [1024]
+  assert decoding._segment_ends([pattern('conv', (32, 32), 23)]) == [256, 1024]
 
 
 def kept(logits, top_k=0, top_p=1.0):
