@@ -91,6 +91,11 @@ class Batches:
     return self._reading.skipped.counts()
 
   @property
+  def vocabulary(self) -> str | None:
+    """Fingerprint of the text vocabulary; None where there is none that is known."""
+    return tasks.vocabulary_fingerprint(self._task)
+
+  @property
   def shortened(self) -> dict[str, int]:
     """Reason -> number of examples that are used, but not whole."""
     return self._reading.shortened.counts()

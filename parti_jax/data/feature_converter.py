@@ -39,6 +39,21 @@ class PictureFeatureConverter(_Converter):
   SOURCES = {'images': 'images'}
 
 
+class TextFeatureConverter(_Converter):
+  """Texts alone: 'encoder_input_tokens' int32 [text_length], padded with 0.
+
+  Texts of tasks that others have registered with seqio come unpadded.
+  """
+
+  TASK_FEATURES = {'inputs': _TOKENS}
+  MODEL_FEATURES = {'encoder_input_tokens': _TOKENS}
+  SOURCES = {'encoder_input_tokens': 'inputs'}
+
+  def _convert_features(self, ds, task_feature_lengths):
+    padded = self._pack_or_pad(ds, task_feature_lengths)
+    return super()._convert_features(padded, task_feature_lengths)
+
+
 class PairFeatureConverter(_Converter):
   """Captions and pictures: 'encoder_input_tokens' int32 [text_length], 'images' uint8 [s, s, 3]."""
 
@@ -75,7 +90,8 @@ class PartiFeatureConverter(_Converter):
 
 def converter_for(features) -> seqio.FeatureConverter:
   """Returns the converter of the tasks with these features."""
-  for converter in (PictureFeatureConverter, PairFeatureConverter, PartiFeatureConverter):
+  for converter in (TextFeatureConverter, PictureFeatureConverter, PairFeatureConverter,
+                    PartiFeatureConverter):
     if set(converter.TASK_FEATURES) == set(features):
       return converter()
   raise ValueError(f'no feature converter takes the features {sorted(features)}')

@@ -9,13 +9,16 @@ from parti_jax.data.quiet_tensorflow import tf
 from parti_jax.errors import UserError
 
 
-def read(captions_file: str, file_key: str, caption_key: str) -> tuple[np.ndarray, np.ndarray]:
+def read(
+    captions_file: str, file_key: str, caption_key: str, pictures: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
   """Reads and checks a captions file.
 
   Args:
     captions_file: its path. Blank lines are allowed.
     file_key: the column of the picture's file, a path relative to the captions file's folder.
     caption_key: the column of the caption.
+    pictures: whether the pictures are needed, so that each has to be there.
 
   Returns:
     The paths of the pictures and the captions, both arrays of str [pictures].
@@ -31,7 +34,7 @@ def read(captions_file: str, file_key: str, caption_key: str) -> tuple[np.ndarra
       try:
         file, caption = _parse(line, file_key, caption_key)
         path = os.path.join(folder, file)
-        if not tf.io.gfile.exists(path):
+        if pictures and not tf.io.gfile.exists(path):
           raise ValueError(f'picture {path} does not exist')
         files.append(path)
         captions.append(caption)

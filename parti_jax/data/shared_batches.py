@@ -60,20 +60,27 @@ class SharedBatches:
     """Where the next batch starts in every share; all processes must call it together.
 
     Returns:
-      {'places': [[epoch, examples taken in it] of each share]}.
+      {'places': [[epoch, examples taken in it] of each share], 'vocabulary': fingerprint of the
+      text vocabulary, None where there is none}.
     """
     places = np.full((self._shares, 2), -1, np.int32)
     for share, batches in self._batches.items():
       place = batches.state()
       places[share] = place['epoch'], place['taken']
-    return {'places': local_rows.largest(places).tolist()}
+    return {'places': local_rows.largest(places).tolist(), 'vocabulary': self._vocabulary}
 
   def restore(self, state: Mapping) -> None:
     """Goes on where `state()` was taken, by however many processes.
 
     Raises:
-      UserError: another number of shares was asked for than the state has.
+      UserError: another number of shares was asked for than the state has, or the texts are of
+        another vocabulary now.
     """
+    there = state.get('vocabulary')
+    if there is not None and self._vocabulary not in (None, there):
+      raise UserError(f'the checkpoint was trained with another vocabulary ({there}) than that of '
+                      f'now ({self._vocabulary}); set vocabulary.path to that one, or train in '
+                      'another --model_dir')
     # Before there were shares, a checkpoint held the place in the one stream of examples.
     places = state['places'] if 'places' in state else [[state['epoch'], state['taken']]]
     if self._asked not in (None, len(places)):
@@ -104,6 +111,7 @@ class SharedBatches:
     self._batches = {
         int(share): Batches(**self._arguments, batch_size=size, share=int(share), shares=shares)
         for share in read}
+    self._vocabulary = next(iter(self._batches.values())).vocabulary
     held = (read[:, None] * size + np.arange(size)).reshape(-1)
     # A slice where all is needed, since it copies nothing.
     self._chosen = (slice(None) if len(held) == len(self._rows)

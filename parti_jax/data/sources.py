@@ -1,7 +1,8 @@
 """Where captioned pictures come from: OpenMoji, or one's own folder, TFRecords or tar shards.
 
 Every source is a seqio data source of examples {'picture': the encoded picture, 'caption': text},
-both tf.string scalars. `configured(name)` returns one as gin configures it:
+both tf.string scalars; `texts` gives the captions alone, and the source `text` has no more than
+these. `configured(name)` returns one as gin configures it:
 
   data.source = 'folder'
   folder.path = 'photos'
@@ -63,11 +64,33 @@ class PictureSource(seqio.DataSource):
     dataset = self._read(split, shuffle, seed, shard_info)
     return shuffled(dataset, seed) if shuffle else dataset
 
+  def texts(self, split='train', shuffle=True, seed=None, shard_info=None) -> tf.data.Dataset:
+    """Reads the captions of a split, without pictures where the source can do without them.
+
+    Args:
+      split: as in `get_dataset`, like all others.
+      shuffle: whether to shuffle.
+      seed: makes the order reproducible.
+      shard_info: the part of the split to read.
+
+    Returns:
+      A dataset of {'caption': tf.string []}.
+
+    Raises:
+      UserError: the data can't be found or read.
+    """
+    self._check_split(split)
+    dataset = self._read_texts(split, shuffle, seed, shard_info)
+    return shuffled(dataset, seed) if shuffle else dataset
+
+  def num_texts(self, split: str) -> int | None:
+    """Returns the number of captions in a split, None where it takes reading them all."""
+    return self.num_input_examples(split)
+
   def captions(self, split: str) -> Iterator[str]:
     """Yields the captions of a split in order, without decoding pictures."""
-    dataset = self.get_dataset(split, shuffle=False).map(lambda example: example['caption'])
-    for caption in dataset.as_numpy_iterator():
-      yield caption.decode('utf-8', errors='replace')
+    for example in self.texts(split, shuffle=False).as_numpy_iterator():
+      yield example['caption'].decode('utf-8', errors='replace')
 
   def _check_split(self, split: str) -> None:
     # OpenMoji also takes slices such as 'train[:10%]', as tensorflow-datasets does.
@@ -80,6 +103,11 @@ class PictureSource(seqio.DataSource):
   @abc.abstractmethod
   def _read(self, split, shuffle, seed, shard_info) -> tf.data.Dataset:
     """Reads a split; may use `shuffle` to put files in a random order."""
+
+  def _read_texts(self, split, shuffle, seed, shard_info) -> tf.data.Dataset:
+    """Reads the captions of a split, as `_read`."""
+    return self._read(split, shuffle, seed, shard_info).map(
+        lambda example: {'caption': example['caption']})
 
 
 @gin.configurable('shuffle')
@@ -136,12 +164,20 @@ class OpenMojiSource(PictureSource):
     self._check_split(split)
     return self._builder.info.splits[split].num_examples
 
-  def captions(self, split):
-    """Yields the captions of a split; the pictures need not be drawn for this."""
+  def _read_texts(self, split, shuffle, seed, shard_info):
+    # The pictures need not be drawn for this.
     if split not in openmoji.SPLITS:
-      yield from super().captions(split)
-    else:
-      yield from (picture.caption for picture in openmoji.pictures() if picture.split == split)
+      return super()._read_texts(split, shuffle, seed, shard_info)
+    dataset = tf.data.Dataset.from_tensor_slices({'caption': self._captions(split)})
+    return dataset.shard(shard_info.num_shards, shard_info.index) if shard_info else dataset
+
+  def num_texts(self, split):
+    """Returns the number of captions in a split."""
+    return (len(self._captions(split)) if split in openmoji.SPLITS
+            else self.num_input_examples(split))
+
+  def _captions(self, split: str) -> list[str]:
+    return [picture.caption for picture in openmoji.pictures() if picture.split == split]
 
 
 class FolderSource(PictureSource):
@@ -158,38 +194,55 @@ class FolderSource(PictureSource):
     self._keys = (file_key, caption_key)
 
   @functools.cache
-  def _index(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+  def _index(self, split: str, pictures: bool = True) -> tuple[np.ndarray, np.ndarray]:
     captions_file = os.path.join(self._path, self._captions_files[split])
-    return folder_index.read(captions_file, *self._keys)
+    return folder_index.read(captions_file, *self._keys, pictures)
+
+  def _order(self, count: int, shuffle, seed, shard_info) -> np.ndarray:
+    """Returns which examples to read; to shuffle the list is cheap and complete."""
+    order = np.arange(count)
+    if shuffle:
+      np.random.default_rng(seed).shuffle(order)
+    return order[shard_info.index :: shard_info.num_shards] if shard_info else order
 
   def _read(self, split, shuffle, seed, shard_info):
     files, captions = self._index(split)
-    # Shuffling the list is cheap and complete, whatever the size of the shuffle buffer.
-    order = np.arange(len(files))
-    if shuffle:
-      np.random.default_rng(seed).shuffle(order)
-    if shard_info:
-      order = order[shard_info.index :: shard_info.num_shards]
+    order = self._order(len(files), shuffle, seed, shard_info)
     dataset = tf.data.Dataset.from_tensor_slices((files[order], captions[order]))
     return dataset.map(
         lambda file, caption: {'picture': tf.io.read_file(file), 'caption': caption},
         num_parallel_calls=tf.data.AUTOTUNE,
     )
 
-  def captions(self, split):
-    """Yields the captions of a split."""
+  def _read_texts(self, split, shuffle, seed, shard_info):
+    _, captions = self._index(split, pictures=False)
+    order = self._order(len(captions), shuffle, seed, shard_info)
+    return tf.data.Dataset.from_tensor_slices({'caption': captions[order]})
+
+  def num_texts(self, split):
+    """Returns the number of captions in a split."""
     self._check_split(split)
-    yield from self._index(split)[1].tolist()
+    return len(self._index(split, pictures=False)[1])
 
 
 class _FilesSource(PictureSource):
-  """Several files a split, each of which holds many pictures."""
+  """Several files a split, each of which holds many examples."""
 
-  def __init__(self, name: str, path: str, splits: Mapping[str, str], read_file):
+  def __init__(self, name: str, path: str, splits: Mapping[str, str], read_file, read_texts=None):
+    """Makes a source.
+
+    Args:
+      name: as in the base class.
+      path: the folder of the files.
+      splits: file pattern of each split, relative to the folder.
+      read_file: takes a file, returns a dataset of {'picture', 'caption'}.
+      read_texts: the same for {'caption'} alone; None where that is no less work.
+    """
     super().__init__(name, splits)
     self.place = f'{name} {path}'
     self._patterns = {split: os.path.join(path, pattern) for split, pattern in splits.items()}
     self._files = seqio.FileDataSource(read_file, self._patterns)
+    self._text_files = read_texts and seqio.FileDataSource(read_texts, self._patterns)
 
   def list_shards(self, split):
     """Returns the files of a split."""
@@ -205,36 +258,68 @@ class _FilesSource(PictureSource):
     self.list_shards(split)
     return self._files.get_dataset(split, shuffle=shuffle, seed=seed, shard_info=shard_info)
 
+  def _read_texts(self, split, shuffle, seed, shard_info):
+    if self._text_files is None:
+      return super()._read_texts(split, shuffle, seed, shard_info)
+    self.list_shards(split)
+    return self._text_files.get_dataset(split, shuffle=shuffle, seed=seed, shard_info=shard_info)
+
+
+class TextSource(_FilesSource):
+  """Files of text, one text a line; no pictures."""
+
+  def __init__(self, path: str, splits: Mapping[str, str]):
+    """Makes the source; the arguments are those of `text`."""
+
+    def read_file(file):
+      compression = tf.where(tf.strings.regex_full_match(file, r'.*\.gz'), 'GZIP', '')
+      lines = tf.data.TextLineDataset(file, compression_type=compression)
+      return lines.map(lambda line: {'caption': line}, num_parallel_calls=tf.data.AUTOTUNE)
+
+    super().__init__('text', path, splits, read_file, read_file)
+
+  def _read(self, split, shuffle, seed, shard_info):
+    raise UserError("data.source='text' holds texts without pictures; only the task 'texts' reads "
+                    'it; for pictures choose another source')
+
 
 class TFRecordSource(_FilesSource):
   """TFRecords of tf.train.Example with an encoded picture and a caption."""
 
   def __init__(self, path: str, splits: Mapping[str, str], image_key: str, caption_key: str):
     """Makes the source; the arguments are those of `tfrecord`."""
-    self._keys = (image_key, caption_key)
+    self._keys = {'image_key': image_key, 'caption_key': caption_key}
     missing = tf.io.FixedLenFeature([], tf.string, default_value='')
 
-    def parse(record):
-      example = tf.io.parse_single_example(record, {key: missing for key in self._keys})
-      return {'picture': example[image_key], 'caption': example[caption_key]}
+    def reader(keys):
+      def parse(record):
+        example = tf.io.parse_single_example(record, {key: missing for key in keys.values()})
+        return {name: example[key] for name, key in keys.items()}
 
-    def read_file(file):
-      return tf.data.TFRecordDataset(file).map(parse, num_parallel_calls=tf.data.AUTOTUNE)
+      return lambda file: tf.data.TFRecordDataset(file).map(
+          parse, num_parallel_calls=tf.data.AUTOTUNE)
 
-    super().__init__('tfrecord', path, splits, read_file)
+    super().__init__(
+        'tfrecord', path, splits, reader({'picture': image_key, 'caption': caption_key}),
+        reader({'caption': caption_key}))
 
   def _read(self, split, shuffle, seed, shard_info):
-    self._check_keys(self.list_shards(split)[0])
+    self._check_keys(self.list_shards(split)[0], ('image_key', 'caption_key'))
     return super()._read(split, shuffle, seed, shard_info)
 
-  def _check_keys(self, file: str) -> None:
+  def _read_texts(self, split, shuffle, seed, shard_info):
+    self._check_keys(self.list_shards(split)[0], ('caption_key',))
+    return super()._read_texts(split, shuffle, seed, shard_info)
+
+  def _check_keys(self, file: str, names: tuple[str, ...]) -> None:
     """Compares the keys with those of the first record, where a wrong one is easily seen."""
     try:
       first = next(tf.data.TFRecordDataset(file).take(1).as_numpy_iterator(), None)
       features = tf.train.Example.FromString(first).features.feature if first else None
     except Exception as error:
       raise UserError(f'tfrecord: {file} holds no TFRecords of tf.train.Example') from error
-    for name, key in zip(('image_key', 'caption_key'), self._keys):
+    for name in names:
+      key = self._keys[name]
       if features is not None and features[key].WhichOneof('kind') not in (None, 'bytes_list'):
         raise UserError(f'tfrecord: {key!r} in {file} holds numbers (gin: tfrecord.{name})')
       if features is not None and not features[key].bytes_list.value:
@@ -335,11 +420,26 @@ def webdataset_source(
   return WebDatasetSource(_required('webdataset', path), splits, caption_key)
 
 
+@gin.configurable('text')
+def text_source(path: str | None = None, splits: Mapping[str, str] = {'train': '*.txt'}):
+  """Files of text in UTF-8, one text a line; what ends in .gz is unpacked.
+
+  Args:
+    path: the folder of the files.
+    splits: file pattern of each split, relative to the folder.
+
+  Returns:
+    The source.
+  """
+  return TextSource(_required('text', path), splits)
+
+
 _SOURCES = {
     'openmoji': openmoji_source,
     'folder': folder_source,
     'tfrecord': tfrecord_source,
     'webdataset': webdataset_source,
+    'text': text_source,
 }
 NAMES = tuple(_SOURCES)
 

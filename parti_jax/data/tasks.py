@@ -2,19 +2,21 @@
 
 | task | features before the converter | trains |
 |---|---|---|
+| `SOURCE_texts` | inputs | the text encoder, by masked language modelling |
 | `SOURCE_images` | images | the image tokenizer |
-| `SOURCE_pairs` | inputs, images | the ranker, super-resolution; a generator without a cache |
+| `SOURCE_pairs` | inputs, images | the text encoder, the ranker, super-resolution; a generator without a cache |
 | `openmoji_tokens`, `cached_tokens` | inputs, targets | Parti, from the token cache |
 
-SOURCE is openmoji, folder, tfrecord or webdataset. `images` and `pairs` alone mean the source that
-gin chooses by `data.source`, so that a run takes its data from another place when it includes
-another file of gin_configs/tasks/.
+SOURCE is openmoji, folder, tfrecord, webdataset or, for texts, text. `texts`, `images` and `pairs`
+alone mean the source that gin chooses by `data.source`, so that a run takes its data from another
+place when it includes another file of gin_configs/tasks/. Texts are read without their pictures.
 
 Features: 'inputs' int32 [text_length], token ids of the caption; 'images' uint8 [size, size, 3];
 'targets' int32 [image_length], the codes of the image tokens in raster order.
 """
 
 import functools
+import hashlib
 import os
 from collections.abc import Iterator
 
@@ -29,6 +31,7 @@ from parti_jax.data.vocabulary import EOS_ID, TextVocabulary
 from parti_jax.errors import UserError
 
 TOKEN_TASKS = ('openmoji_tokens', 'cached_tokens')
+_KINDS = ('texts', 'images', 'pairs')
 
 
 @gin.configurable('vocabulary')
@@ -41,6 +44,25 @@ def get_vocabulary(path: str | None = None) -> TextVocabulary:
 @functools.cache
 def _load_vocabulary(path: str) -> TextVocabulary:
   return TextVocabulary(path)
+
+
+def vocabulary_fingerprint(task: seqio.Task | seqio.Mixture) -> str | None:
+  """Returns what tells a task's text vocabulary from others; None where it has none that is known.
+
+  The fingerprint is that of `TextVocabulary`.
+  """
+  if 'inputs' not in task.output_features:
+    return None
+  found = task.output_features['inputs'].vocabulary
+  if isinstance(found, seqio.SentencePieceVocabulary):
+    with tf.io.gfile.GFile(found.sentencepiece_model_file, 'rb') as file:
+      return hashlib.sha256(file.read()).hexdigest()[:16]
+  ours = isinstance(found, seqio.PassThroughVocabulary) and _is_ours(task.name)
+  return get_vocabulary().fingerprint if ours else None
+
+
+def _is_ours(name: str) -> bool:
+  return name in TOKEN_TASKS or _split_name(name) is not None
 
 
 def get_task(name: str, image_size: int = 64) -> seqio.Task | seqio.Mixture:
@@ -61,11 +83,14 @@ def get_task(name: str, image_size: int = 64) -> seqio.Task | seqio.Mixture:
   if name in TOKEN_TASKS:
     task = _tokens_task(name)
   elif _split_name(name):
-    task = _pictures_task(*_split_name(name), image_size)
+    source_name, kind = _split_name(name)
+    task = (_texts_task(source_name) if kind == 'texts'
+            else _pictures_task(source_name, kind, image_size))
   elif name in seqio.TaskRegistry.names() or name in seqio.MixtureRegistry.names():
     return seqio.get_mixture_or_task(name)
   else:
-    known = [f'{source}_{kind}' for source in sources.NAMES for kind in ('images', 'pairs')]
+    known = [f'{source}_{kind}' for source in sources.NAMES for kind in _KINDS
+             if source != 'text' or kind == 'texts']
     raise UserError(f'unknown task {name!r}; there are {", ".join([*known, *TOKEN_TASKS])}')
   if task.name in seqio.TaskRegistry.names():
     seqio.TaskRegistry.remove(task.name)
@@ -76,7 +101,7 @@ def get_task(name: str, image_size: int = 64) -> seqio.Task | seqio.Mixture:
 def _split_name(name: str) -> tuple[str, str] | None:
   """Splits 'folder_pairs' into source and kind; None for the names of other tasks."""
   source, _, kind = name.rpartition('_')
-  if kind not in ('images', 'pairs') or (source and source not in sources.NAMES):
+  if kind not in _KINDS or (source and source not in sources.NAMES):
     return None
   return source or sources.chosen(), kind
 
@@ -91,6 +116,40 @@ def _pictures_task(source_name: str, kind: str, image_size: int) -> seqio.Task:
     steps = _text_steps(vocabulary) + steps
   return seqio.Task(
       f'{source_name}_{kind}', source, features, steps, shuffle_buffer_size=None
+  )
+
+
+class _Texts(seqio.DataSource):
+  """The captions of a source without its pictures, {'caption': tf.string []}."""
+
+  def __init__(self, source: sources.PictureSource):
+    super().__init__(
+        splits=source.splits, caching_permitted=False, performs_internal_shuffling=True)
+    self._source, self.place = source, source.place
+
+  @property
+  def supports_arbitrary_sharding(self):
+    return self._source.supports_arbitrary_sharding
+
+  def list_shards(self, split):
+    return self._source.list_shards(split)
+
+  def num_input_examples(self, split):
+    return self._source.num_texts(split)
+
+  def get_dataset(
+      self, split='train', shuffle=True, seed=None, shard_info=None, **unused_seqio_arguments
+  ):
+    return self._source.texts(split, shuffle, seed, shard_info)
+
+
+def _texts_task(source_name: str) -> seqio.Task:
+  vocabulary = get_vocabulary()
+  # Texts are never dropped here: an empty one teaches an encoder nothing.
+  return seqio.Task(
+      f'{source_name}_texts', _Texts(sources.configured(source_name)),
+      {'inputs': _feature(vocabulary.size, eos_id=EOS_ID)}, _text_steps(vocabulary)[:1],
+      shuffle_buffer_size=None,
   )
 
 

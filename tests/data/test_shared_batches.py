@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from parti_jax.data import tasks
 from parti_jax.data.shared_batches import SharedBatches
 from parti_jax.errors import UserError
 
@@ -48,7 +49,7 @@ def test_resumed_by_other_processes(numbered):
     next(before)
   state = json.loads(json.dumps(before.state()))
   # The shares have 6, 6, 6 and 5 examples, and 8 of each have been taken.
-  assert state == {'places': [[1, 2], [1, 2], [1, 2], [1, 3]]}
+  assert state == {'places': [[1, 2], [1, 2], [1, 2], [1, 3]], 'vocabulary': None}
   # None: as many shares as the checkpoint has, whatever the number of processes is now.
   resumed = [_open(list(range(start, start + 4)), None, processes=2) for start in (0, 4)]
   for batches in resumed:
@@ -76,6 +77,16 @@ def test_shares_that_do_not_fit(numbered):
     _open(shares=None, processes=3)
   with pytest.raises(UserError, match='train.data_shares=2, but the checkpoint has .* 4 shares'):
     _open(shares=2).restore({'places': [[0, 0]] * 4})
+
+
+def test_texts_of_another_vocabulary_are_not_gone_on_with(numbered):
+  numbered(4)
+  pairs = SharedBatches('folder_pairs', 'train', 2, {'inputs': 8, **IMAGES})
+  state = pairs.state()
+  assert state['vocabulary'] == tasks.get_vocabulary().fingerprint
+  pairs.restore(state)
+  with pytest.raises(UserError, match='another vocabulary .0123.*set vocabulary.path'):
+    pairs.restore({**state, 'vocabulary': '0123'})
 
 
 def test_a_share_without_examples_is_an_error(numbered):

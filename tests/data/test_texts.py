@@ -1,0 +1,115 @@
+"""Tasks of texts alone: from every source, without its pictures, and tasks of seqio's registry."""
+
+import gzip
+import json
+
+import gin
+import numpy as np
+import pytest
+import seqio
+import tensorflow as tf
+
+from parti_jax import config
+from parti_jax.data import openmoji_builder
+from parti_jax.data import tasks
+from parti_jax.data import vocabulary_command
+from parti_jax.data.batches import Batches
+from parti_jax.errors import UserError
+
+TEXTS = ['red circle', 'green circle', 'woman firefighter']
+LENGTHS = {'inputs': 12}
+
+
+def _read(task='texts', split='train', **kwargs):
+  """Reads a task once: the texts, and the batches."""
+  batches = Batches(task, split, 2, LENGTHS, num_epochs=1, **kwargs)
+  vocabulary, read = tasks.get_vocabulary(), []
+  for batch in batches:
+    assert set(batch) == {'encoder_input_tokens'}
+    read += [vocabulary.decode(ids) for ids in batch['encoder_input_tokens']]
+  return read, batches
+
+
+def test_lines_of_text_files(tmp_path):
+  (tmp_path / 'a.txt').write_text(f'{TEXTS[0]}\n\n{TEXTS[1]}\n{"circle " * 30}\n')
+  with gzip.open(tmp_path / 'b.txt.gz', 'wt') as file:
+    file.write(TEXTS[2])
+  config.parse(['gin_configs/tasks/text.gin'],
+               [f"text.path = '{tmp_path}'", "text.splits = {'train': '*.txt*'}"])
+  read, batches = _read()
+  assert sorted(text[:20] for text in read) == sorted(
+      text[:20] for text in [*TEXTS, 'circle ' * 30])
+  assert batches.skipped == {'no caption': 1}
+  assert batches.shortened == {'caption cut to 12 tokens': 1}
+  # Each of several processes reads a part of them.
+  parts = [_read(shuffle=False, share=share, shares=2)[0] for share in range(2)]
+  assert sorted(sum(parts, [])) == sorted(read) and all(parts)
+
+
+def test_a_text_file_makes_a_vocabulary(tmp_path):
+  (tmp_path / 'a.txt').write_text('\n'.join(TEXTS))
+  config.parse(['gin_configs/tasks/text.gin'], [f"text.path = '{tmp_path}'"])
+  found = vocabulary_command._with_text(tasks.sources.configured('text'), 'train')
+  assert list(found) == TEXTS
+
+
+def test_a_text_source_has_no_pictures(tmp_path):
+  (tmp_path / 'a.txt').write_text('red circle')
+  config.parse(['gin_configs/tasks/text.gin'], [f"text.path = '{tmp_path}'"])
+  with pytest.raises(UserError, match='texts without pictures.*choose another source'):
+    Batches('images', 'train', 1, {'images': 8})
+  with pytest.raises(UserError, match=r"text has no split 'validation'.*text\.splits"):
+    Batches('texts', 'validation', 1, LENGTHS)
+
+
+def test_texts_of_a_folder_need_none_of_its_pictures(tmp_path):
+  lines = [json.dumps({'file': f'{i}.png', 'caption': text}) for i, text in enumerate(TEXTS)]
+  (tmp_path / 'captions.jsonl').write_text('\n'.join(lines))
+  config.parse(['gin_configs/tasks/folder.gin'], [f"folder.path = '{tmp_path}'"])
+  assert sorted(_read()[0]) == sorted(TEXTS)
+  assert _read(shuffle=False)[0] == TEXTS
+
+
+def test_texts_of_tfrecords_need_no_pictures(tmp_path):
+  with tf.io.TFRecordWriter(str(tmp_path / 'train.tfrecord')) as writer:
+    for text in TEXTS:
+      value = tf.train.Feature(bytes_list=tf.train.BytesList(value=[text.encode()]))
+      example = tf.train.Example(features=tf.train.Features(feature={'text': value}))
+      writer.write(example.SerializeToString())
+  config.parse(['gin_configs/tasks/tfrecord.gin'],
+               [f"tfrecord.path = '{tmp_path}'", "tfrecord.caption_key = 'text'"])
+  assert sorted(_read()[0]) == sorted(TEXTS)
+  with pytest.raises(UserError, match=r"no 'image' in the first record.*tfrecord\.image_key"):
+    Batches('images', 'train', 1, {'images': 8})
+  with gin.unlock_config():
+    gin.parse_config("tfrecord.caption_key = 'caption'")
+  with pytest.raises(UserError, match=r"no 'caption' in the first record.*tfrecord\.caption_key"):
+    _read()
+
+
+def test_texts_of_openmoji_are_read_without_drawing_it(monkeypatch):
+  monkeypatch.setattr(openmoji_builder, 'at_size', lambda *_: pytest.fail('drawn'))
+  read, _ = _read('openmoji_texts', 'validation')
+  assert len(read) == 151 and len(set(read)) == 151
+
+
+def test_a_task_that_others_registered_is_padded():
+  vocabulary = tasks.get_vocabulary()
+  texts = tf.data.Dataset.from_tensor_slices({'inputs': TEXTS})
+  seqio.TaskRegistry.remove('made_elsewhere')
+  seqio.TaskRegistry.add(
+      'made_elsewhere',
+      seqio.FunctionDataSource(lambda split, shuffle_files, seed=None: texts, splits=['train']),
+      preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim],
+      output_features={'inputs': seqio.Feature(seqio.SentencePieceVocabulary(vocabulary.path))})
+  batch = next(Batches('made_elsewhere', 'train', 3, LENGTHS, shuffle=False, num_epochs=1))
+  np.testing.assert_array_equal(
+      batch['encoder_input_tokens'], [vocabulary.encode(text, 12)[0] for text in TEXTS])
+
+
+def test_a_task_of_pairs_is_no_task_of_texts(tmp_path):
+  (tmp_path / 'captions.jsonl').write_text('{"file": "a.png", "caption": "red circle"}')
+  (tmp_path / 'a.png').write_bytes(b'')
+  config.parse(['gin_configs/tasks/folder.gin'], [f"folder.path = '{tmp_path}'"])
+  with pytest.raises(UserError, match='has the features images, inputs, but.*gives inputs'):
+    Batches('pairs', 'train', 1, LENGTHS)
