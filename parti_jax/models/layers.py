@@ -174,6 +174,30 @@ class Embedding(nn.Module):
     """ids: int32 [...]. Returns dtype [..., width]."""
     return jnp.take(self.table, ids, axis=0).astype(dtype)
 
+  def attend(self, x):
+    """Products of vectors with every row: [..., width] to float32 [..., size]."""
+    rows = x.astype(jnp.float32).reshape(-1, self.width)
+    return (rows @ self.table.T).reshape(x.shape[:-1] + (self.size,))
+
+
+def cross_entropy(logits, targets):
+  """Cross entropy of ids, where the ids' axis may be split over devices.
+
+  Args:
+    logits: float32 [..., ids].
+    targets: int32 [...], each in [0, ids).
+
+  Returns:
+    losses float32 [...], and hits float32 [...], 1 where the target has the largest logit.
+  """
+  # Picked by a sum: an index into the last axis would gather logits that are split along it, and no
+  # device is to hold all of them.
+  ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+  at_target = jnp.sum(jnp.where(ids == targets[..., None], logits, 0.0), axis=-1)
+  losses = jax.nn.logsumexp(logits, axis=-1) - at_target
+  hits = at_target >= jnp.max(jax.lax.stop_gradient(logits), axis=-1)
+  return losses, hits.astype(jnp.float32)
+
 
 def count_parameters(variables, where=lambda path: True) -> int:
   """Number of parameters in a tree of arrays or of abstract shapes.

@@ -41,17 +41,26 @@ class TextEncoder(nn.Module):
         config.compute_dtype, config.remat, config.unroll)
     self.drop = layers.Dropout(config.dropout)
 
-  def __call__(self, text_tokens, dropout_keys=None):
+  def __call__(self, text_tokens, dropout_keys=None, masked=None):
     """Encodes text.
 
     Args:
       text_tokens: int32 [batch, text_length], padded with 0.
       dropout_keys: layers.DropoutKeys of the encoder, or None where dropout is off.
+      masked: for masked language modelling, where pieces are hidden, bool [batch, text_length],
+        and the vector that stands for them, float32 [embed]; None for nowhere.
 
     Returns:
       config.compute_dtype [batch, text_length, embed].
     """
-    positions = jnp.arange(text_tokens.shape[1])
-    x = self.token_embedding(text_tokens) + self.position_embedding(positions)
+    pieces = self.token_embedding(text_tokens)
+    if masked is not None:
+      hidden, vector = masked
+      pieces = jnp.where(hidden[..., None], vector, pieces)
+    x = pieces + self.position_embedding(jnp.arange(text_tokens.shape[1]))
     x = self.drop(x.astype(self.config.compute_dtype), layers.fold(dropout_keys, 0))
     return self.encoder(x, text_mask(text_tokens), layers.fold(dropout_keys, 1))
+
+  def piece_logits(self, x):
+    """Products with the table of pieces: [..., embed] to float32 [..., text_vocabulary]."""
+    return self.token_embedding.attend(x)

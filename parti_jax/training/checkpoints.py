@@ -127,6 +127,12 @@ def read_model(path: epath.Path) -> dict:
     raise _unfinished(path) from error
 
 
+def read_place(path: epath.Path) -> dict:
+  """The place in the data at which a checkpoint was written, see `SharedBatches.state`."""
+  with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+    return checkpointer.restore(path / 'data')
+
+
 def read_config(path: epath.Path, stage: str) -> dict:
   """Sizes of a checkpoint's model, by the names of this version.
 
@@ -146,27 +152,36 @@ def read_config(path: epath.Path, stage: str) -> dict:
 
 
 def read_params(path: epath.Path, module, inputs):
-  """A checkpoint's parameters alone, without the optimiser's state, on one device.
-
-  Where the run kept an average of the parameters, see `state.averaged`, it is the average. What was
-  trained beside the module, such as a discriminator, is left out.
+  """A checkpoint's parameters of a module, as `read_parts`, on one device.
 
   Args:
     path: a checkpoint's folder, of `latest_checkpoint`.
     module: the linen module whose parameters they are.
     inputs: arrays that the module takes.
+  """
+  boxed = jax.eval_shape(module.init, jax.random.key(0), *inputs)['params']
+  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  return read_parts(path, jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+      nn.meta.unbox(boxed)))
+
+
+def read_parts(path: epath.Path, params):
+  """Parts of a checkpoint's parameters, without the optimiser's state.
+
+  Where the run kept an average of the parameters, see `state.averaged`, it is the average. What was
+  trained beside these parts, such as a discriminator, is left out.
+
+  Args:
+    path: a checkpoint's folder, of `latest_checkpoint`.
+    params: {name of a part: a tree of shapes and shardings}.
 
   Returns:
-    The parameters, unboxed.
+    The parameters, with these shardings.
 
   Raises:
     UserError: if parameters are missing, unknown or of another shape.
   """
-  boxed = jax.eval_shape(module.init, jax.random.key(0), *inputs)['params']
-  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  params = jax.tree.map(
-      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
-      nn.meta.unbox(boxed))
   saved = _saved_shapes(path)
   averaged = {part for part in params
               if any(name.startswith(f'statistics/average/{part}/') for name in saved)}

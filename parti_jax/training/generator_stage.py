@@ -13,12 +13,14 @@ import numpy as np
 from parti_jax import errors
 from parti_jax.models import flops
 from parti_jax.models import layer_stack
+from parti_jax.models import layers
 from parti_jax.models import parti
 from parti_jax.models import parti_config
 from parti_jax.models import vit_vqgan
 from parti_jax.sampling import decoding
 from parti_jax.sampling import parameters
 from parti_jax.training import frozen_tokenizer
+from parti_jax.training import initial_text_encoder
 
 
 @gin.configurable
@@ -35,6 +37,8 @@ class GeneratorStage:
       exit at sampling (CALM, arXiv 2207.07061, section 3.5): all layers predict through the last
       layer norm and the same logits, and the loss is their mean with these weights, scaled to sum
       to 1. CALM's grow with depth, (1, 2, 3, 4) for four layers. None has the last layer alone.
+    text_encoder: run (its --model_dir) whose text encoder a new run starts with, such as one of
+      TextEncoderStage (Parti, section 2.2); None for a random one.
 
   Raises:
     UserError: if the weights are not one for each decoder layer, none of them negative and the last
@@ -45,6 +49,7 @@ class GeneratorStage:
   tokenizer: str | None = None
   guidance_scale: float = 2.0
   depth_loss_weights: tuple[float, ...] | None = None
+  text_encoder: str | None = None
 
   name = 'generator'
   frozen = ()
@@ -82,6 +87,11 @@ class GeneratorStage:
   def initial_statistics(self):
     """Nothing is carried besides parameters."""
     return {}
+
+  def initial_parts(self, abstract):
+    """Parts that a new run starts with, see `train_loop.initial_parts`."""
+    return initial_text_encoder.parts(
+        self.text_encoder, self.model, abstract, 'GeneratorStage.text_encoder')
 
   def loss(self, params, batch, dropout_keys, step):
     """The mean cross entropy of image tokens, with dropout, over the layers that predict.
@@ -189,11 +199,4 @@ class GeneratorStage:
     return jax.lax.map(layer_stack.remat(of_layer, self.model.remat), states)
 
   def _of_logits(self, logits, batch):
-    # Picked by a sum: an index into the codebook's axis would gather logits that are split along
-    # it, and no device is to hold those of the whole codebook.
-    codes = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-    chosen = codes == batch['decoder_target_tokens'][..., None]
-    at_target = jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)
-    losses = jax.nn.logsumexp(logits, axis=-1) - at_target
-    hits = at_target >= jnp.max(jax.lax.stop_gradient(logits), axis=-1)
-    return losses, hits.astype(jnp.float32)
+    return layers.cross_entropy(logits, batch['decoder_target_tokens'])

@@ -46,7 +46,8 @@ def _mesh(devices):
 
 def test_the_papers_runs_are_there():
   assert {*PAPERS_PARTI, 'vit_vqgan_small.gin', 'vit_vqgan_base.gin', 'tiny_tokenizer.gin',
-          'tiny_generator.gin', 'demo_tokenizer.gin', 'demo_generator.gin'} <= set(RUNS)
+          'tiny_generator.gin', 'demo_tokenizer.gin', 'demo_generator.gin',
+          'tiny_text_encoder.gin', 'demo_text_encoder.gin', 'text_encoder_350m.gin'} <= set(RUNS)
 
 
 @pytest.mark.parametrize('name', RUNS)
@@ -57,12 +58,13 @@ def test_a_run_makes_its_state_abstractly(name):
   mesh, table = _mesh(256), rules.logical_axis_rules()
   state = state_lib.abstract_state(stage, optimizer(schedule), mesh, table)
   assert len(jax.tree.leaves(state.params)) > 10
-  if pathlib.Path(name).stem.startswith(('parti', 'vit_vqgan')):
+  if pathlib.Path(name).stem.startswith(('parti', 'vit_vqgan', 'text_encoder')):
     rules.check_batch(batch_size, mesh, table)
   assert 0 < float(schedule(steps // 2)) <= 1
   assert float(schedule(steps)) < float(schedule(steps // 2))
   assert stage.step_flops(batch_size) > 0
-  kinds = tuple(f'{source}_images' for source in ('openmoji', 'folder')) + ('images',)
+  kinds = tuple(f'{source}{kind}' for source in ('openmoji_', 'folder_', '')
+                for kind in ('images', 'pairs'))
   assert gin.query_parameter('train.task') in (*tasks.TOKEN_TASKS, *kinds)
 
 
