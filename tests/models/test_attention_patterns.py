@@ -9,7 +9,7 @@ from parti_jax.errors import UserError
 from parti_jax.models import attention_patterns
 from parti_jax.models import parti_config
 
-GRIDS = [(3, 5), (4, 4), (5, 3), (2, 7), (7, 1)]
+GRIDS = [(3, 5), (4, 4), (5, 3), (7, 1)]
 CASES = [(name, grid, kernel) for name in attention_patterns.PATTERNS for grid in GRIDS
          for kernel in ((1, 3, 5, 9) if name == 'conv' else (11,))]
 
@@ -54,8 +54,8 @@ def test_a_cache_holds_what_is_still_seen_and_a_step_reads_it(name, grid, kernel
   # A cache of all positions, and one that serves only the first few.
   for positions in (pattern.length, 5):
     slots = pattern.slots(positions)
-    read = jax.vmap(lambda position, slots=slots: (  # pylint: disable=g-long-lambda
-        pattern.slot(position, slots), *pattern.read(position, slots)[::2]))
+    read = jax.jit(jax.vmap(lambda position, slots=slots: (  # pylint: disable=g-long-lambda
+        pattern.slot(position, slots), *pattern.read(position, slots)[::2])))
     places, firsts, visible = map(np.asarray, read(jnp.arange(positions)))
     count = pattern.read(0, slots)[1]
     held = np.full(slots, -1)
