@@ -31,7 +31,7 @@ from parti_jax.data.vocabulary import EOS_ID, TextVocabulary
 from parti_jax.errors import UserError
 
 TOKEN_TASKS = ('openmoji_tokens', 'cached_tokens')
-_KINDS = ('texts', 'images', 'pairs')
+_KINDS = ('images', 'pairs', 'texts')
 
 
 @gin.configurable('vocabulary')
@@ -132,14 +132,17 @@ class _Texts(seqio.DataSource):
     return self._source.supports_arbitrary_sharding
 
   def list_shards(self, split):
+    """Returns the names of the parts in which a split lies."""
     return self._source.list_shards(split)
 
   def num_input_examples(self, split):
+    """Returns the number of captions in a split, None where it takes reading them all."""
     return self._source.num_texts(split)
 
   def get_dataset(
       self, split='train', shuffle=True, seed=None, shard_info=None, **unused_seqio_arguments
   ):
+    """Reads a split; see `sources.PictureSource.texts`."""
     return self._source.texts(split, shuffle, seed, shard_info)
 
 
