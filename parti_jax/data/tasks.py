@@ -4,7 +4,7 @@
 |---|---|---|
 | `SOURCE_texts` | inputs | the text encoder, by masked language modelling |
 | `SOURCE_images` | images | the image tokenizer |
-| `SOURCE_pairs` | inputs, images | the text encoder, the ranker, super-resolution; a generator without a cache |
+| `SOURCE_pairs` | inputs, images | text encoder, ranker, super-resolution, an uncached generator |
 | `openmoji_tokens`, `cached_tokens` | inputs, targets | Parti, from the token cache |
 
 SOURCE is openmoji, folder, tfrecord, webdataset or, for texts, text. `texts`, `images` and `pairs`
