@@ -14,7 +14,7 @@ def check(config):
   """Checks what every network's sizes have in common.
 
   Args:
-    config: a dataclass of sizes with `dtype` and `remat`.
+    config: a dataclass of sizes, most with `dtype` and `remat`.
 
   Raises:
     UserError: if a number of something is not a whole number from 1, or if there is no such dtype
@@ -27,7 +27,7 @@ def check(config):
           f'{_key(config, field.name)}={value!r} must be a whole number from 1')
   choices = {'dtype': DTYPES, 'remat': tuple(layer_stack.REMAT_POLICIES)}
   for name, known in choices.items():
-    value = getattr(config, name)
+    value = getattr(config, name, known[0])
     if value not in known:
       raise errors.UserError(f'{_key(config, name)}={value!r} is not one of {", ".join(known)}')
 

@@ -7,6 +7,8 @@ softmax and embeddings look-ups do not count. A training step costs three forwar
 
 from __future__ import annotations
 
+from parti_jax.models import discriminator
+from parti_jax.models import lpips
 from parti_jax.models import parti_config
 from parti_jax.models import vit_vqgan
 
@@ -57,3 +59,32 @@ def tokenizer_forward(config: vit_vqgan.ViTVQGANConfig) -> int:
     total += 2 * length * (patch * channels * width + width * mlp_width
                            + mlp_width * config.code_dim)
   return total
+
+
+def discriminator_forward(config: discriminator.DiscriminatorConfig, image_size: int) -> int:
+  """FLOPs of one picture through the discriminator."""
+  width = config.width
+  total = _convolution(image_size, 1, 3, width(image_size))
+  for size in config.sizes(image_size):
+    half = size // 2
+    total += (_convolution(size, 3, width(size), width(size))
+              + _convolution(half, 3, width(size), width(half))
+              + _convolution(half, 1, width(size), width(half)))
+  extra = 1 if config.minibatch_group > 1 else 0
+  return (total + _convolution(half, 3, width(half) + extra, width(half))
+          + 2 * half * half * width(half) * width(half) + 2 * width(half))
+
+
+def vgg16_forward(image_size: int) -> int:
+  """FLOPs of one picture through the convolutions of VGG16."""
+  total, channels = 0, 3
+  for stage, widths in enumerate(lpips.VGG16):
+    for width in widths:
+      total += _convolution(image_size >> stage, 3, channels, width)
+      channels = width
+  return total
+
+
+def _convolution(size: int, kernel: int, channels: int, features: int) -> int:
+  """FLOPs of a convolution whose output has `size` rows and columns."""
+  return 2 * size ** 2 * kernel ** 2 * channels * features

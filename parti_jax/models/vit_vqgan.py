@@ -152,6 +152,7 @@ class ImageDecoder(nn.Module):
         config.decoder_layers, width, config.decoder_mlp_width, config.decoder_heads,
         dtype=dtype, remat=config.remat, unroll=config.unroll, name='transformer')(x)
     channels = config.patch_size ** 2 * 6
+    self.sow('intermediates', 'last_hidden', x)  # The adaptive adversarial weight asks for it.
     x = layers.Projection((channels,), 1, ('embed', 'patch'), name='project_patches')(x)
     pixels = from_patches(x.astype(jnp.float32), config.patch_size, config.grid)
     return pixels[..., :3], pixels[..., 3:]

@@ -3,6 +3,7 @@
 import jax
 import pytest
 
+from parti_jax.models import discriminator
 from parti_jax.models import flops
 from parti_jax.models import parti
 from parti_jax.models import parti_config
@@ -48,3 +49,16 @@ def test_a_training_step_of_the_20b_model_costs_six_flops_a_weight_and_token():
       encoder_layers=16, decoder_layers=64, width=4096, mlp_width=16384, heads=64)
   weights = 64 * (8 * 4096 ** 2 + 2 * 4096 * 16384)
   assert 3 * flops.parti_forward(sizes) == pytest.approx(6 * weights * 1024, rel=0.15)
+
+
+def test_the_discriminators_forward_agrees_with_xla():
+  sizes = discriminator.DiscriminatorConfig(channels=1024, max_channels=64)
+  inputs = (jax.ShapeDtypeStruct((BATCH, 32, 32, 3), jax.numpy.float32),)
+  counted = _counted_by_xla(discriminator.Discriminator(sizes), inputs)
+  # XLA leaves out products with a convolution's margin.
+  assert BATCH * flops.discriminator_forward(sizes, 32) == pytest.approx(counted, rel=0.15)
+
+
+def test_vgg16_costs_what_is_published():
+  # 15.3 billion products and sums at 224 pixels, the three dense layers left out.
+  assert flops.vgg16_forward(224) == pytest.approx(2 * 15.35e9, rel=0.01)
