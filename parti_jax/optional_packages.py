@@ -15,6 +15,7 @@ EXTRAS = {
     'tensorflow_datasets': 'data',
     'tensorflow_text': 'data',
     't5x': 't5x',
+    'torch': 'lpips',
 }
 
 

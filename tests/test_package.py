@@ -93,10 +93,12 @@ def test_every_import_is_of_a_declared_package(path):
   declared = _requirements(None)
   if _part(path) in ('data', 'training', 'evaluation'):
     declared |= _requirements('data')
+  if _part(path) == 'training':
+    declared |= _requirements('lpips')
   owners = importlib.metadata.packages_distributions()
   for name in {name.split('.')[0] for name in _imports(path)} - {'parti_jax'}:
     if name not in sys.stdlib_module_names:
-      found = {owner.lower().replace('_', '-') for owner in owners.get(name, [])}
+      found = {owner.lower().replace('_', '-') for owner in owners.get(name, [name])}
       assert found & declared, f'{name} is not among the requirements in setup.cfg'
 
 
@@ -107,6 +109,8 @@ def test_optional_packages_are_the_extras():
       found = {owner.lower().replace('_', '-') for owner in owners[package]}
       assert found & _requirements(extra), package
       assert not found & _requirements(None), package
+  # It may not be installed where tests run: it is several hundred megabytes.
+  assert _requirements(optional_packages.EXTRAS['torch']) == {'torch'}
 
 
 @pytest.mark.parametrize('name', ['parti_jax', 'parti_jax.main', 'parti_jax.config'])

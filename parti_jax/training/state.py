@@ -26,13 +26,38 @@ class TrainState:
     step: int32 [], steps done.
     params: the model's parameters, float32.
     optimizer_state: of the optax transformation.
-    statistics: what a stage carries besides parameters, such as the use of codes.
+    statistics: a dict of what a stage carries besides parameters, such as the use of codes. What it
+      has under 'average', {name of a part: that part's average over steps}, is what is evaluated,
+      drawn with and exported.
   """
 
   step: jax.Array
   params: Any
   optimizer_state: Any
   statistics: Any
+
+
+def averaged(state: TrainState):
+  """The parameters to evaluate and to draw with: averages, where the stage keeps some."""
+  return state.params | state.statistics.get('average', {})
+
+
+def update_average(average, params, step, decay: float):
+  """The exponential moving average of parameters after a step.
+
+  Args:
+    average: before it; anything before the first step.
+    params: after it, of the same structure.
+    step: int32 [], steps done before this one.
+    decay: share of the average that stays; less in the first steps, step / (step + 10), so that it
+      soon forgets the random beginning.
+
+  Returns:
+    As `average`. What does not move stays in it bit for bit.
+  """
+  decay = jnp.minimum(decay, step / (step + 10.0))
+  moved = lambda old, new: old + (1.0 - decay) * (new - old)
+  return jax.tree.map(lambda old, new: jnp.where(step == 0, new, moved(old, new)), average, params)
 
 
 def abstract_state(stage, optimizer, mesh, rules):
@@ -61,7 +86,7 @@ def abstract_state(stage, optimizer, mesh, rules):
   state_shardings = TrainState(
       replicated, shardings,
       partitioning_rules.optimizer_shardings(optimizer_state, params, shardings, mesh),
-      jax.tree.map(lambda _: replicated, state.statistics))
+      partitioning_rules.optimizer_shardings(state.statistics, params, shardings, mesh))
   return jax.tree.map(
       lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
       state, state_shardings)

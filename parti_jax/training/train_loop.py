@@ -17,6 +17,7 @@ from parti_jax.training import checkpoints as checkpoints_lib
 from parti_jax.training import device_peak
 from parti_jax.training import hosts
 from parti_jax.training import reporting
+from parti_jax.training import state as state_lib
 from parti_jax.training import trainer as trainer_lib
 
 
@@ -80,7 +81,9 @@ def train(model_dir: str, stage=gin.REQUIRED, task: str = gin.REQUIRED, steps: i
   held_out = lambda: data_batches.Batches(
       task, eval_split or split, batch_size, stage.feature_lengths(), seed=seed, shuffle=False,
       num_epochs=1)
-  held_out()  # A split that can't be read is reported now and not after hours.
+  # What can't be read is reported now and not after hours.
+  held_out()
+  trainer.constants  # pylint: disable=pointless-statement
   run = Run(trainer, model_dir, keep_checkpoints, training,
             initial_parts(trainer, model_dir, initial_model))
   reporter = reporting.Reporter(model_dir, steps, run.step)
@@ -102,13 +105,13 @@ def train(model_dir: str, stage=gin.REQUIRED, task: str = gin.REQUIRED, steps: i
         reporter.metrics(step, metrics)
       reporter.advance(step)
       if eval_split and due(evaluate_every):
-        measured = trainer.evaluate(run.state.params, held_out())
+        measured = trainer.evaluate(state_lib.averaged(run.state), held_out())
         measured = {f'{eval_split}/{name}': value for name, value in measured.items()}
         metrics |= measured
         reporter.metrics(step, measured)
       if due(pictures_every):
         chosen = {name: value[:num_pictures] for name, value in next(held_out()).items()}
-        reporter.pictures(step, trainer.pictures(run.state.params, chosen))
+        reporter.pictures(step, trainer.pictures(state_lib.averaged(run.state), chosen))
       if due(checkpoint_every):
         run.save()
       meter.pause(step, due(evaluate_every) or due(pictures_every) or due(checkpoint_every))
@@ -129,9 +132,9 @@ def train(model_dir: str, stage=gin.REQUIRED, task: str = gin.REQUIRED, steps: i
 def initial_parts(trainer: trainer_lib.Trainer, model_dir, initial_model: str | None = None):
   """Parameters that a new run starts with, from an exported model or from other runs.
 
-  The latter are what the stage says in a method `initial_parts`, which it need not have: of abstract
-  parameters it returns {name of a part: that part on the mesh}, and it raises UserError if one does
-  not fit. These come before those of `initial_model`.
+  The latter are what the stage says in a method `initial_parts`, which it need not have: of
+  abstract parameters it returns {name of a part: that part on the mesh}, and it raises UserError if
+  one does not fit. These come before those of `initial_model`.
 
   Args:
     trainer: the stage on its mesh.

@@ -24,11 +24,12 @@ def make_train_step(stage, optimizer, seed: int, microbatches: int = 1) -> Calla
   The keys of dropout and of whatever else is random follow from `seed` and the step alone, so
   that a resumed run draws what an uninterrupted one would.
   """
+  apart = _other_optimizers(stage)
 
-  def step(state: state_lib.TrainState, batch):
+  def step(state: state_lib.TrainState, batch, constants):
     rng, after_rng = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
     value, aux, gradients = _gradients(
-        stage, state.params, batch, rng, state.step, microbatches)
+        stage, state.params, constants, batch, rng, state.step, microbatches)
     optimizer_state = state_lib.to_device(state.optimizer_state)
     updates, optimizer_state = optimizer.update(gradients, optimizer_state, state.params)
     # Momentum of earlier steps and weight decay must not move what is frozen either.
@@ -36,14 +37,38 @@ def make_train_step(stage, optimizer, seed: int, microbatches: int = 1) -> Calla
               for name, part in state.params.items()}
     params, statistics, metrics = stage.after_step(
         params, state.statistics, aux, state.step, after_rng)
-    metrics = metrics | aux['metrics'] | {
-        'loss': value, 'gradient_norm': optax.tree.norm(gradients)}
+    metrics = {'loss': value} | aux['metrics'] | metrics | {
+        f'{name}_gradient_norm': optax.tree.norm(gradients.pop(name)) for name in apart}
+    metrics['gradient_norm'] = optax.tree.norm(gradients)
     return state_lib.TrainState(state.step + 1, params, optimizer_state, statistics), metrics
 
   return step
 
 
-def _gradients(stage, params, batch, rng, step, microbatches: int):
+def _other_optimizers(stage):
+  return stage.other_optimizers() if hasattr(stage, 'other_optimizers') else {}
+
+
+def with_other_optimizers(stage, optimizer):
+  """An optimiser that leaves parts of the parameters to others.
+
+  Args:
+    stage: what is trained; may have a method `other_optimizers`, which returns {name of a part: an
+      optax transformation}.
+    optimizer: of all other parts.
+
+  Returns:
+    An optax transformation; `optimizer` itself if the stage has no others.
+  """
+  others = _other_optimizers(stage)
+  if not others:
+    return optimizer
+  return optax.partition(
+      {'main': optimizer, **others},
+      lambda params: {name: name if name in others else 'main' for name in params})
+
+
+def _gradients(stage, params, constants, batch, rng, step, microbatches: int):
   """The loss, what the stage says besides, and gradients, of one microbatch after another.
 
   Microbatch k of n has the examples k, k + n, k + 2 · n ..., so that each device finds its part of
@@ -56,7 +81,7 @@ def _gradients(stage, params, batch, rng, step, microbatches: int):
   def loss(params, batch, keys):
     params = {name: jax.lax.stop_gradient(part) if name in stage.frozen else part
               for name, part in params.items()}
-    value, aux = stage.loss(params, batch, keys, step)
+    value, aux = stage.loss(params | constants, batch, keys, step)
     share = stage.weight(batch) / whole
     metrics = {name: share * metric for name, metric in aux['metrics'].items()}
     return share * value, aux | {'metrics': metrics}
@@ -95,9 +120,14 @@ def compiler_options(mesh) -> dict[str, int]:
 class Trainer:
   """A stage on a mesh: its state's shardings, and its steps compiled for them.
 
+  A stage may have constants: arrays that its loss finds among the parameters, but which are neither
+  trained nor part of the state, such as the network of a perceptual loss. Then it has the methods
+  `abstract_constants`, which returns {name: tree of jax.ShapeDtypeStruct}, and `constants`, which
+  returns the arrays.
+
   Args:
     stage: what is trained, such as TokenizerStage or GeneratorStage.
-    optimizer: an optax transformation.
+    optimizer: an optax transformation, see `with_other_optimizers`.
     mesh: the device mesh.
     seed: of the initial parameters and of dropout.
     microbatches: parts of a batch whose gradients are computed one after the other and summed.
@@ -110,6 +140,7 @@ class Trainer:
 
   def __init__(self, stage, optimizer, mesh, seed: int = 0, microbatches: int = 1,
                offload_optimizer: bool = False):
+    optimizer = with_other_optimizers(stage, optimizer)
     self.stage, self.optimizer, self.mesh, self.seed = stage, optimizer, mesh, seed
     self.microbatches = microbatches
     self.rules = rules_lib.logical_axis_rules()
@@ -118,13 +149,25 @@ class Trainer:
       self.abstract = state_lib.with_optimizer_on_host(self.abstract, mesh)
     self.shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
     self.batch_sharding = rules_lib.batch_sharding(mesh, self.rules)
+    self._replicated = NamedSharding(mesh, PartitionSpec())
     self._step = jax.jit(
         make_train_step(stage, optimizer, seed, microbatches), donate_argnums=0,
         compiler_options=compiler_options(mesh),
-        in_shardings=(self.shardings, self.batch_sharding), out_shardings=(self.shardings, None))
+        in_shardings=(self.shardings, self.batch_sharding, self._replicated),
+        out_shardings=(self.shardings, None))
     self._evaluate = jax.jit(
         stage.evaluate, in_shardings=(self.shardings.params, self.batch_sharding),
-        out_shardings=NamedSharding(mesh, PartitionSpec()))
+        out_shardings=self._replicated)
+
+  @functools.cached_property
+  def constants(self):
+    """The stage's constants on the mesh; reads the files that they are in.
+
+    Raises:
+      UserError: if a file of them is missing or damaged.
+    """
+    found = self.stage.constants() if hasattr(self.stage, 'constants') else {}
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, self._replicated), found)
 
   def create_state(self) -> state_lib.TrainState:
     """The state before the first step."""
@@ -144,12 +187,15 @@ class Trainer:
   def step(self, state, batch):
     """One update: the new state and scalar metrics; `state` is donated, `batch` of `put`."""
     with rules_lib.partitioned(self.mesh, self.rules):
-      return self._step(state, batch)
+      return self._step(state, batch, self.constants)
 
   def lower(self, batch_size: int):
     """The step that training runs, lowered for a batch of this size and not yet compiled."""
+    constants = {}
+    if hasattr(self.stage, 'abstract_constants'):
+      constants = self.stage.abstract_constants()
     with rules_lib.partitioned(self.mesh, self.rules):
-      return self._step.lower(self.abstract, self.stage.abstract_batch(batch_size))
+      return self._step.lower(self.abstract, self.stage.abstract_batch(batch_size), constants)
 
   def evaluate(self, params, batches) -> dict[str, float]:
     """Means over all examples of `batches`; a short batch is padded, which does not count.
@@ -193,9 +239,8 @@ class Trainer:
     if painter is None:
       return None
     draw, inputs = painter
-    whole = NamedSharding(self.mesh, PartitionSpec())
-    shardings = (self.shardings.params, self.batch_sharding, whole)
-    return jax.jit(draw, in_shardings=shardings, out_shardings=whole), inputs
+    shardings = (self.shardings.params, self.batch_sharding, self._replicated)
+    return jax.jit(draw, in_shardings=shardings, out_shardings=self._replicated), inputs
 
   def _put_whole(self, batch, size: int):
     """A batch that every process has, as arrays of `size` rows; the added ones repeat others."""

@@ -9,40 +9,114 @@ import pytest
 from parti_jax.errors import UserError
 from parti_jax.models import vit_vqgan
 from parti_jax.partitioning import mesh
+from parti_jax.training import checkpoints
 from parti_jax.training import frozen_tokenizer
 from parti_jax.training import optimizers
+from parti_jax.training import state as state_lib
 from parti_jax.training import tokenizer_stage
+from parti_jax.training import train_loop
 from parti_jax.training import trainer as trainer_lib
 
 CONFIG = vit_vqgan.ViTVQGANConfig(
     image_size=8, patch_size=4, encoder_layers=1, encoder_width=8, encoder_mlp_width=16,
     encoder_heads=2, decoder_layers=1, decoder_width=8, decoder_mlp_width=16, decoder_heads=2,
     codebook_size=16, code_dim=4, dtype='float32')
+PICTURES = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), np.uint8)
+FROZEN = ('encoder', 'quantizer')
 
 
-def test_frozen_parts_do_not_move_and_tokens_stay_the_same():
-  pictures = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), np.uint8)
-  first = tokenizer_stage.TokenizerStage(CONFIG, revive_every=2, revive_until=100)
-  second = dataclasses.replace(first, frozen=('encoder', 'quantizer'))
+def _trainer(stage):
   one_device = mesh.make_mesh(devices=jax.devices()[:1])
-  trainers = [trainer_lib.Trainer(stage, optimizers.adamw(lambda step: 1e-2), one_device)
-              for stage in (first, second)]
-  batch = trainers[0].put({'images': pictures})
-  state = trainers[0].create_state()
-  for _ in range(3):  # Leaves momentum behind, which must not move what is frozen then.
-    state, _ = trainers[0].step(state, batch)
-  before = jax.device_get(state.params)
-  tokens = trainers[1].stage.evaluate(state.params, {'images': pictures})['tokens']
+  return trainer_lib.Trainer(stage, optimizers.adamw(lambda step: 1e-2), one_device)
+
+
+def _trained(trainer, state):
   for _ in range(3):
-    state, _ = trainers[1].step(state, batch)
-  after = jax.device_get(state.params)
-  for part in ('encoder', 'quantizer'):
+    state, _ = trainer.step(state, trainer.put({'images': PICTURES}))
+  return state
+
+
+def _tokens(trainer, params):
+  return np.asarray(trainer.stage.evaluate(params, {'images': PICTURES})['tokens'])
+
+
+def _assert_only_the_decoder_moved(before, after):
+  for part in FROZEN:
     jax.tree.map(np.testing.assert_array_equal, before[part], after[part])
   moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), before['decoder'], after['decoder'])
   assert all(jax.tree.leaves(moved))
-  np.testing.assert_array_equal(
-      trainers[1].stage.evaluate(state.params, {'images': pictures})['tokens'], tokens)
-  assert frozen_tokenizer.fingerprint(before) == frozen_tokenizer.fingerprint(after)
+
+
+@pytest.fixture(scope='module')
+def first_phase(tmp_path_factory):
+  """A run of a first phase, with an average of its weights: its folder, trainer and last state."""
+  folder = tmp_path_factory.mktemp('first')
+  trainer = _trainer(
+      tokenizer_stage.TokenizerStage(CONFIG, revive_every=2, revive_until=100, ema=0.9))
+  state = _trained(trainer, trainer.create_state())
+  run = checkpoints.Checkpoints(folder)
+  run.save(3, state, {}, checkpoints.describe(trainer.stage))
+  run.close()
+  return folder, trainer, jax.device_get(state)
+
+
+def test_frozen_parts_do_not_move_when_the_same_run_goes_on(first_phase):
+  # Momentum that is left behind must not move them either.
+  _, trainer, state = first_phase
+  second = _trainer(dataclasses.replace(trainer.stage, frozen=FROZEN))
+  before = state.params
+  state = jax.device_get(_trained(second, jax.device_put(state, second.shardings)))
+  _assert_only_the_decoder_moved(before, state.params)
+  np.testing.assert_array_equal(_tokens(second, before), _tokens(second, state.params))
+  assert frozen_tokenizer.fingerprint(before) == frozen_tokenizer.fingerprint(state.params)
+
+
+def test_a_larger_decoder_learns_the_tokens_of_a_first_phase(first_phase, tmp_path):
+  folder, trainer, first = first_phase
+  stage = tokenizer_stage.TokenizerStage(
+      dataclasses.replace(CONFIG, decoder_layers=2, decoder_width=16), frozen=FROZEN,
+      first_phase=str(folder), ema=0.9)
+  second = _trainer(stage)
+  parts = train_loop.initial_parts(second, tmp_path)
+  # The average of the first phase, which is what `tokenize` used.
+  averaged = state_lib.averaged(first)
+  assert parts.keys() == set(FROZEN)
+  for part in FROZEN:
+    jax.tree.map(np.testing.assert_array_equal, parts[part], averaged[part])
+  begun = second.create_state()
+  begun = begun.replace(params=begun.params | parts)
+  before = jax.device_get(begun.params)
+  after = jax.device_get(_trained(second, begun))
+  for params in (after.params, state_lib.averaged(after)):
+    _assert_only_the_decoder_moved(before, params)
+    np.testing.assert_array_equal(_tokens(second, params), _tokens(trainer, averaged))
+    assert frozen_tokenizer.fingerprint(params) == frozen_tokenizer.fingerprint(averaged)
+
+  # What draws finds the average.
+  run = checkpoints.Checkpoints(tmp_path)
+  run.save(3, after, {}, checkpoints.describe(stage))
+  run.close()
+  config, params = frozen_tokenizer.load(tmp_path)
+  assert config == stage.model and params.keys() == set(tokenizer_stage.PARTS)
+  jax.tree.map(np.testing.assert_array_equal, params, after.statistics['average'])
+
+
+def test_a_decoder_of_the_same_size_goes_on_from_the_first_phase(first_phase, tmp_path):
+  folder, _, first = first_phase
+  second = _trainer(tokenizer_stage.TokenizerStage(CONFIG, first_phase=str(folder)))
+  parts = train_loop.initial_parts(second, tmp_path)
+  jax.tree.map(np.testing.assert_array_equal, parts, dict(state_lib.averaged(first)))
+
+
+def test_a_first_phase_of_other_sizes_is_named(first_phase, tmp_path):
+  folder, _, _ = first_phase
+  other = dataclasses.replace(CONFIG, codebook_size=32)
+  second = _trainer(tokenizer_stage.TokenizerStage(other, first_phase=str(folder)))
+  with pytest.raises(UserError, match='first_phase=.*codebook_size is 16 there and 32 here'):
+    train_loop.initial_parts(second, tmp_path)
+  nowhere = dataclasses.replace(second.stage, first_phase=str(tmp_path / 'nowhere'))
+  with pytest.raises(UserError, match='nowhere: no training run there'):
+    train_loop.initial_parts(_trainer(nowhere), tmp_path)
 
 
 def test_part_that_does_not_exist_is_named():
