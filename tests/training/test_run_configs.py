@@ -13,6 +13,7 @@ from parti_jax import config
 from parti_jax.data import preprocessors
 from parti_jax.data import tasks
 from parti_jax.errors import UserError
+from parti_jax.models import layers
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.partitioning import rules
 from parti_jax.training import configurables  # pylint: disable=unused-import
@@ -45,9 +46,10 @@ def _mesh(devices):
 
 
 def test_the_papers_runs_are_there():
-  assert {*PAPERS_PARTI, 'vit_vqgan_small.gin', 'vit_vqgan_base.gin', 'tiny_tokenizer.gin',
-          'tiny_generator.gin', 'demo_tokenizer.gin', 'demo_generator.gin',
-          'tiny_text_encoder.gin', 'demo_text_encoder.gin', 'text_encoder_350m.gin'} <= set(RUNS)
+  assert {*PAPERS_PARTI, 'vit_vqgan_small.gin', 'vit_vqgan_base.gin',
+          'vit_vqgan_large_decoder.gin', 'tiny_tokenizer.gin', 'tiny_generator.gin',
+          'demo_tokenizer.gin', 'demo_generator.gin', 'tiny_text_encoder.gin',
+          'demo_text_encoder.gin', 'text_encoder_350m.gin'} <= set(RUNS)
 
 
 @pytest.mark.parametrize('name', RUNS)
@@ -89,6 +91,25 @@ def test_parti_trains_as_in_the_paper(name):
   assert {name: gin.query_parameter(f'adafactor.{name}') for name in
           ('beta1', 'beta2', 'weight_decay', 'max_gradient_norm')} == {
               'beta1': 0.9, 'beta2': 0.96, 'weight_decay': 0.045, 'max_gradient_norm': 4.0}
+
+
+@pytest.mark.parametrize('name, millions', [
+    ('vit_vqgan_small.gin', (8 * 3.1 + 8 * 3.1, 0.1)), ('vit_vqgan_base.gin', (24 * 7.1, 0.1)),
+    ('vit_vqgan_large_decoder.gin', (8 * 3.1 + 600, 0.1))])
+def test_tokenizers_train_as_in_the_paper(name, millions):
+  config.parse([f'gin_configs/runs/{name}'], [])
+  stage = _value('stage')
+  weights = {loss: getattr(stage, f'{loss}_weight') for loss in (
+      'l2', 'logit_laplace', 'perceptual', 'adversarial', 'quantizer', 'coarse_l2')}
+  assert weights == {'l2': 1.0, 'logit_laplace': 0.1, 'perceptual': 0.1, 'adversarial': 0.1,
+                     'quantizer': 1.0, 'coarse_l2': 0.0}
+  assert stage.ema == 0.999 and stage.r1_every == 16
+  assert _value('steps') == 500000 and _value('batch_size') == 256
+  assert [float(_value('schedule')(step)) for step in (0, 10000, 500000)] == pytest.approx(
+      [0, 1e-4, 5e-5])
+  params = jax.eval_shape(stage.init, jax.random.key(0))
+  assert layers.count_parameters(params.pop('discriminator')) == 28_864_129
+  assert layers.count_parameters(params) / 1e6 == pytest.approx(millions[0], rel=millions[1])
 
 
 def test_the_20b_model_fits_on_the_devices_of_its_mesh():
