@@ -37,7 +37,7 @@ def _trained(trainer, state):
 
 
 def _tokens(trainer, params):
-  return np.asarray(trainer.stage.evaluate(params, {'images': PICTURES})['tokens'])
+  return np.asarray(jax.jit(trainer.stage.evaluate)(params, {'images': PICTURES})['tokens'])
 
 
 def _assert_only_the_decoder_moved(before, after):
