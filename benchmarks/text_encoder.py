@@ -52,15 +52,19 @@ def losses(log: str) -> dict[int, float]:
 
 
 def draw(path, curves):
-  """Draws the losses by step."""
+  """Draws the losses by step, and how they differ from those of a random start."""
   from matplotlib import pyplot  # pylint: disable=g-import-not-at-top
-  figure, axes = pyplot.subplots(figsize=(7, 4.2), dpi=110)
+  figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.5, 4), dpi=110)
   for name, curve in curves.items():
-    axes.plot(list(curve), list(curve.values()), marker='.', label=name)
-  axes.set(xlabel='training steps of the generator', ylabel='validation loss, nats a token',
-           title='Demo generator, by what its text encoder starts from')
-  axes.legend()
-  axes.grid(alpha=0.3)
+    steps, values = list(curve), list(curve.values())
+    left.plot(steps, values, marker='.', label=name)
+    right.plot(steps, [value - curves['random'][step] for step, value in curve.items()], marker='.')
+  left.set(ylabel='validation loss, nats a token')
+  left.legend(title='text encoder starts from')
+  right.set(ylabel='difference from random')
+  for axes in (left, right):
+    axes.set(xlabel='training steps of the generator')
+    axes.grid(alpha=0.3)
   figure.tight_layout()
   figure.savefig(path)
 
