@@ -1,0 +1,98 @@
+"""How well pictures fit their prompts, and how much the pictures of one prompt differ.
+
+What the benchmarks of guidance and of adaptive computation and `parti-jax calibrate` measure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from parti_jax.data import openmoji
+from parti_jax.errors import UserError
+from parti_jax.evaluation import openmoji_judge
+
+
+class OpenMojiAlignment:
+  """The judge of OpenMoji over prompts of one split.
+
+  Attributes:
+    prompts: captions.
+    measures: names of what `scores` gives.
+  """
+
+  measures = ('tone_right', 'name_top1')
+
+  def __init__(self, image_size: int, split: str, max_prompts: int | None = None, seed: int = 0,
+               pictures: Sequence | None = None,
+               render: Callable[[str, int], np.ndarray] | None = None):
+    """Draws the real pictures once.
+
+    Args:
+      image_size: height and width of the pictures to judge, in pixels.
+      split: of OpenMoji.
+      max_prompts: prompts at most, drawn at random; all if None.
+      seed: of that choice.
+      pictures: the real pictures of all splits; OpenMoji's if None.
+      render: see `openmoji_judge.Judge`.
+
+    Raises:
+      UserError: if there is no such split, or it has no pictures.
+    """
+    if split not in openmoji.SPLITS:
+      raise UserError(f'unknown split {split!r}: the splits are {", ".join(openmoji.SPLITS)}')
+    pictures = openmoji.pictures() if pictures is None else pictures
+    members = [picture for picture in pictures if picture.split == split]
+    if not members:
+      raise UserError(f'the split {split} has no pictures')
+    count = min(max_prompts or len(members), len(members))
+    chosen = np.random.default_rng(seed).choice(len(members), count, replace=False)
+    self._asked = [members[index] for index in np.sort(chosen)]
+    self._judge = openmoji_judge.Judge(pictures, image_size, render)
+    self.prompts = [picture.caption for picture in self._asked]
+
+  def scores(self, images: np.ndarray) -> dict[str, np.ndarray]:
+    """Judges pictures.
+
+    Args:
+      images: uint8 [prompts, num_images, height, width, 3].
+
+    Returns:
+      For each of `measures` the share of each prompt's pictures that are right, float64
+      [prompts]; nan where it is not judged (the tone of a name that has none).
+    """
+    verdicts = self._judge.judge(self._asked, images)
+    tone = np.where(verdicts.tone_judged, verdicts.tone_right.mean(axis=1), np.nan)
+    return {'tone_right': tone, 'name_top1': verdicts.name_top1.mean(axis=1)}
+
+
+def pairwise_distance(images: np.ndarray) -> np.ndarray:
+  """Mean distance between the pictures of each prompt, over all pairs of them.
+
+  The distance of two pictures is the root of their mean squared difference of pixels in [0, 1].
+
+  Args:
+    images: uint8 [prompts, num_images, height, width, 3], at least two for each prompt.
+
+  Returns:
+    float64 [prompts].
+
+  Raises:
+    ValueError: if there is only one picture of a prompt.
+  """
+  prompts, count = images.shape[:2]
+  if count < 2:
+    raise ValueError('a distance takes two pictures')
+  flat = images.reshape(prompts, count, -1).astype(np.float32) / 255.0
+  total = np.zeros(prompts)
+  for first in range(count):
+    for second in range(first + 1, count):
+      total += np.sqrt(np.square(flat[:, first] - flat[:, second]).mean(axis=1, dtype=np.float64))
+  return total / (count * (count - 1) / 2)
+
+
+def mean_and_error(values: np.ndarray) -> tuple[float, float]:
+  """The mean over prompts and its standard error, without those that are nan."""
+  values = values[~np.isnan(values)]
+  return float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5)
