@@ -26,6 +26,8 @@ COMMANDS = {
     'vocabulary': ('parti_jax.data.vocabulary_command', 'train a SentencePiece vocabulary'),
     'plan': ('parti_jax.planning.command',
              'compile a step for devices that are not there: does it fit, what bounds it'),
+    'calibrate': ('parti_jax.evaluation.calibrate_command',
+                  'find the threshold of early exit that keeps pictures as good'),
     'evaluate': ('parti_jax.evaluation.command', 'measure a model, beside its yardsticks'),
 }
 

@@ -14,6 +14,40 @@ from parti_jax.errors import UserError
 from parti_jax.evaluation import openmoji_judge
 
 
+RANKER = 'ranker'
+# How far apart two scores of a measure can be.
+SPANS = {'tone_right': 1.0, 'name_top1': 1.0, RANKER: 2.0}
+
+
+def _chosen(total: int, most: int | None, seed: int) -> np.ndarray:
+  """Indices of at most `most` of `total` prompts, drawn at random, in their order."""
+  count = min(most or total, total)
+  return np.sort(np.random.default_rng(seed).choice(total, count, replace=False))
+
+
+class RankerAlignment:
+  """The model's own ranker: the cosine of a prompt's features and a picture's.
+
+  Attributes:
+    prompts: the texts.
+    measures: names of what `scores` gives.
+  """
+
+  measures = (RANKER,)
+
+  def __init__(self, ranker, prompts: Sequence[str], max_prompts: int | None = None,
+               seed: int = 0):
+    """See OpenMojiAlignment; `ranker` is of `Pipeline.ranker`."""
+    self._ranker = ranker
+    self.prompts = [prompts[index] for index in _chosen(len(prompts), max_prompts, seed)]
+
+  def scores(self, images: np.ndarray) -> dict[str, np.ndarray]:
+    """As OpenMojiAlignment.scores: the mean cosine of each prompt's pictures, from -1 to 1."""
+    texts = [prompt for prompt in self.prompts for _ in range(images.shape[1])]
+    scores = np.asarray(self._ranker.scores(texts, images.reshape(-1, *images.shape[2:])))
+    return {RANKER: scores.astype(np.float64).reshape(images.shape[:2]).mean(axis=1)}
+
+
 class OpenMojiAlignment:
   """The judge of OpenMoji over prompts of one split.
 
@@ -46,9 +80,7 @@ class OpenMojiAlignment:
     members = [picture for picture in pictures if picture.split == split]
     if not members:
       raise UserError(f'the split {split} has no pictures')
-    count = min(max_prompts or len(members), len(members))
-    chosen = np.random.default_rng(seed).choice(len(members), count, replace=False)
-    self._asked = [members[index] for index in np.sort(chosen)]
+    self._asked = [members[index] for index in _chosen(len(members), max_prompts, seed)]
     self._judge = openmoji_judge.Judge(pictures, image_size, render)
     self.prompts = [picture.caption for picture in self._asked]
 

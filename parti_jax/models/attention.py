@@ -213,7 +213,7 @@ def attend_cached(query, keys, values, mask):
   return jnp.einsum('bhqk,bhkd->bqhd', weights, values)
 
 
-def _write(cache, key, value, position, pattern: attention_patterns.AttentionPattern):
+def write_cache(cache, key, value, position, pattern: attention_patterns.AttentionPattern):
   """A cache with one more position, whose key and value are [batch, 1, heads, head_dim]."""
   slot = pattern.slot(position, cache[0].shape[2])
   return tuple(
@@ -258,31 +258,28 @@ class SelfAttention(nn.Module):
     query, key, value = self._queries_keys_values(x)
     return self.project_out(attend_in_schedule(query, key, value, patterns, place))
 
-  def step(self, x, cache, position, pattern: attention_patterns.AttentionPattern):
+  def project(self, x):
+    """Queries, keys and values of x [batch, length, embed]: [batch, length, heads, head_dim] each."""
+    return self._queries_keys_values(x)
+
+  def attend_step(self, query, cache, position, pattern: attention_patterns.AttentionPattern):
     """Attention of one new position over those before it that the pattern lets it see.
 
     Args:
-      x: [batch, 1, embed], the newest position.
-      cache: keys and values of the earlier positions that may still be seen, [batch, heads, slots,
-        head_dim] each; see `AttentionPattern.slot`.
-      position: int32 [], the place of `x` in the sequence.
+      query: [batch, 1, heads, head_dim], of the newest position.
+      cache: keys and values of the positions that may still be seen, the newest one among them,
+        [batch, heads, slots, head_dim] each; see `AttentionPattern.slot`.
+      position: int32 [], the newest one's place in the sequence.
       pattern: which positions see which.
 
     Returns:
-      The output [batch, 1, embed] and the cache with the new position written.
+      The output [batch, 1, embed].
     """
-    query, key, value = self._queries_keys_values(x)
-    cache = _write(cache, key, value, position, pattern)
     slots = cache[0].shape[2]
     first, count, visible = pattern.read(position, slots)
     seen = cache if count == slots else tuple(
         jax.lax.dynamic_slice_in_dim(part, first, count, axis=2) for part in cache)
-    return self.project_out(attend_cached(query, *seen, visible)), cache
-
-  def write(self, x, cache, position, pattern: attention_patterns.AttentionPattern):
-    """The cache with keys and values of a position; arguments as `step`, without attention."""
-    _, key, value = self._queries_keys_values(x)
-    return _write(cache, key, value, position, pattern)
+    return self.project_out(attend_cached(query, *seen, visible))
 
 
 class CrossAttention(nn.Module):

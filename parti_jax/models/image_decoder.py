@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from parti_jax.models import early_exit
 from parti_jax.models import layers
 from parti_jax.models import parti_config
 from parti_jax.models import transformer
@@ -94,28 +95,76 @@ class ImageDecoder(nn.Module):
     Returns:
       float32 logits [batch, codebook_size] and the caches with this position written.
     """
-    x = self.embed_step(previous_token, position)
+    x = self._embed_step(previous_token, position)
     x, caches = self.decoder.step(x, caches, layers_apart, memories, text_mask, position)
     return self.predict(x)[:, 0], caches
 
-  # The parts of `step`, for decoding that does not send every position through all layers.
+  def step_until(self, previous_token, caches, layers_apart, memories, text_mask, position,
+                 exit_threshold=None, rows: int = 1):
+    """`step` in which tokens leave after the first layer that predicts them with confidence.
 
-  def embed_step(self, previous_token, position):
+    Args:
+      previous_token: as `step`, as the next ones up to `position`.
+      caches: see `previous_token`.
+      layers_apart: see `previous_token`.
+      memories: see `previous_token`.
+      text_mask: see `previous_token`.
+      position: see `previous_token`.
+      exit_threshold: float32 [], `early_exit.confidence` of a layer's prediction from which on a
+        token leaves; None for none that do.
+      rows: rows of an image, which leave together, by the confidence of the first of them.
+
+    Returns:
+      As `step`, and what `transformer.Decoder.step_until` counts: the layers passed int32 [batch],
+      those computed int32 [], and this position's keys and values in each layer.
+    """
+    def sure(decoder, x):
+      logits = decoder.predict(decoder.decoder.finish(x[::rows]))[:, 0]
+      return jnp.repeat(early_exit.confidence(logits) >= exit_threshold, rows)
+
+    def leaves(layer, x, left):
+      if exit_threshold is None or layer == 0:
+        return left
+      everyone = lambda decoder, x: jnp.ones_like(left)
+      return left | nn.cond(jnp.all(left), everyone, sure, self, x)
+
+    x = self._embed_step(previous_token, position)
+    x, caches, *counts = self.decoder.step_until(
+        x, caches, layers_apart, memories, text_mask, position, leaves)
+    return self.predict(x)[:, 0], caches, *counts
+
+  def step_beside(self, previous_token, caches, layers_apart, memories, text_mask, position,
+                  passed, copied, entries):
+    """`step` of guidance's pass without text, after that with text.
+
+    Args:
+      previous_token: as `step`, as the next ones up to `position`.
+      caches: see `previous_token`.
+      layers_apart: see `previous_token`.
+      memories: see `previous_token`.
+      text_mask: see `previous_token`.
+      position: see `previous_token`.
+      passed: int32 [batch], the layers that each token passed in the pass with text; here too it
+        leaves after these.
+      copied: bool [batch], tokens that do without this pass; their logits mean nothing.
+      entries: keys and values of the pass with text, which the caches get for these.
+
+    Returns:
+      As `step`, and the layers that were computed, int32 [].
+    """
+    leaves = lambda layer, x, left: copied | (passed <= layer)
+    x = self._embed_step(previous_token, position)
+    x, caches, _, computed, _ = self.decoder.step_until(
+        x, caches, layers_apart, memories, text_mask, position, leaves, copied, entries)
+    nothing = lambda decoder, x: jnp.zeros(x.shape[:1] + (self.config.codebook_size,), jnp.float32)
+    logits = nn.cond(
+        jnp.all(copied), nothing, lambda decoder, x: decoder.predict(x)[:, 0], self, x)
+    return logits, caches, computed
+
+  def _embed_step(self, previous_token, position):
     """The first layer's input, [batch, 1, embed]; arguments as `step`."""
     x = jnp.where(position == 0, self.begin, self.token_embedding(previous_token))
     return (x + self._positions(position))[:, None].astype(self.config.compute_dtype)
-
-  def step_layer(self, layer: int, x, cache, params, memory, text_mask, position):
-    """One layer's step, as `transformer.Decoder.step_layer`."""
-    return self.decoder.step_layer(layer, x, cache, params, memory, text_mask, position)
-
-  def write_layer(self, layer: int, x, cache, params, position):
-    """A skipped layer's keys and values, as `transformer.Decoder.write_layer`."""
-    return self.decoder.write_layer(layer, x, cache, params, position)
-
-  def step_logits(self, x):
-    """float32 logits [batch, codebook_size] of a layer's output [batch, 1, embed]."""
-    return self._logits(self.decoder.finish(x))[:, 0]
 
   def empty_caches(self, batch: int, length: int):
     """Caches of no position, for the first `length` of them.

@@ -93,6 +93,14 @@ class Parti(nn.Module):
     return self.image_decoder.step(
         previous_token, caches, layers_apart, memories, mask, position)
 
+  def step_until(self, *args, **kwargs):
+    """One position in which tokens leave early, as `image_decoder.ImageDecoder.step_until`."""
+    return self.image_decoder.step_until(*args, **kwargs)
+
+  def step_beside(self, *args, **kwargs):
+    """Guidance's pass beside it, as `image_decoder.ImageDecoder.step_beside`."""
+    return self.image_decoder.step_beside(*args, **kwargs)
+
 
 def example_inputs(config: parti_config.PartiConfig, batch: int = 1):
   """Arrays of the shapes and dtypes that `Parti.__call__` takes, for initialisation."""

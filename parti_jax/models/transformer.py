@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -94,16 +96,34 @@ class DecoderBlock(nn.Module):
     """Keys and values of the text: two of [batch, heads, text_length, head_dim]."""
     return tuple(part.swapaxes(1, 2) for part in self.cross_attention.memory(encoded))
 
-  def step(self, x, cache, memory, text_mask, position, pattern):
-    """One position; arguments and result as SelfAttention.step, with the text's `memory`."""
-    attended, cache = self.attention.step(self.attention_norm(x), cache, position, pattern)
-    x = x + attended
-    x = x + self.cross_attention.step(self.cross_norm(x), memory, text_mask)
-    return self._feed_forward(x, None), cache
+  def project(self, x):
+    """Self-attention's query, key and value of x [batch, 1, embed], the input of this block."""
+    return self.attention.project(self.attention_norm(x))
 
-  def write(self, x, cache, position, pattern):
-    """Only the keys and values of a position, of the input x [batch, 1, embed] of this block."""
-    return self.attention.write(self.attention_norm(x), cache, position, pattern)
+  def finish(self, x, query, cache, memory, text_mask, position, pattern):
+    """The rest of a step, once the cache has the position's key and value.
+
+    Args:
+      x: [batch, 1, embed], this block's input.
+      query: of `project`.
+      cache: see `attention.SelfAttention.attend_step`, as `position` and `pattern`.
+      memory: the text's keys and values, of `memory`.
+      text_mask: bool [batch, 1, 1, text_length].
+      position: see `cache`.
+      pattern: see `cache`.
+
+    Returns:
+      The output [batch, 1, embed].
+    """
+    x = x + self.attention.attend_step(query, cache, position, pattern)
+    x = x + self.cross_attention.step(self.cross_norm(x), memory, text_mask)
+    return self._feed_forward(x, None)
+
+  def step(self, x, cache, memory, text_mask, position, pattern):
+    """One position; arguments as `finish`. Returns the output and the cache with it written."""
+    query, key, value = self.project(x)
+    cache = attention.write_cache(cache, key, value, position, pattern)
+    return self.finish(x, query, cache, memory, text_mask, position, pattern), cache
 
 
 class Encoder(nn.Module):
@@ -202,7 +222,7 @@ class Decoder(nn.Module):
             for params in layers_apart]
 
   def step(self, x, caches, layers_apart, memories, text_mask, position):
-    """One position through all layers: `step_layer` of each, then `finish`.
+    """One position through all layers.
 
     Args:
       x: [batch, 1, embed].
@@ -219,49 +239,66 @@ class Decoder(nn.Module):
     written = []
     for layer, (cache, params, memory) in enumerate(
         zip(caches, layers_apart, memories, strict=True)):
-      x, cache = self.step_layer(layer, x, cache, params, memory, text_mask, position)
+      x, cache = self.block.apply({'params': params}, x, cache, memory, text_mask, position,
+                                  self._pattern(layer), method='step')
       written.append(cache)
     return self.finish(x), written
 
-  def step_layer(self, layer: int, x, cache, params, memory, text_mask, position):
-    """One position through one layer.
+  def step_until(self, x, caches, layers_apart, memories, text_mask, position, leaves,
+                 copied=None, entries=None):
+    """One position through as many layers as its rows need.
+
+    A row that has left keeps its hidden state, and the keys and values of the layers that it skips
+    are made of that, so that later positions find the caches whole (CALM, arXiv 2207.07061, section
+    3). Once all rows have left, nothing else of a layer is computed.
 
     Args:
-      layer: which one.
-      x: [batch, 1, embed], the layer's input.
-      cache: of this layer, as the next two; see `step`.
-      params: see `cache`.
-      memory: see `cache`.
-      text_mask: see `step`, as the next one.
-      position: see `text_mask`.
+      x: as `step`, as the next ones up to `position`.
+      caches: see `x`.
+      layers_apart: see `x`.
+      memories: see `x`.
+      text_mask: see `x`.
+      position: see `x`.
+      leaves: (layers passed, x [batch, 1, embed], bool [batch] that have left) -> bool [batch] that
+        have left now.
+      copied: bool [batch], rows that have left before the first layer, and whose keys and values are
+        those of `entries`; None for none.
+      entries: for each layer a key and a value, [batch, 1, heads, head_dim] each.
 
     Returns:
-      The layer's output [batch, 1, embed], which is the next one's input or goes to `finish`; and
-      its cache with this position written.
+      The output [batch, 1, embed]; the caches with this position written; int32 [batch], the layers
+      that each row passed; int32 [], the layers that were computed; this position's `entries`.
     """
-    return self.block.apply({'params': params}, x, cache, memory, text_mask, position,
-                            self._pattern(layer), method='step')
+    left = jnp.zeros(x.shape[:1], bool) if copied is None else copied
+    passed, computed = jnp.zeros(x.shape[:1], jnp.int32), jnp.int32(0)
+    written, made = [], []
+    for layer, (cache, params, memory) in enumerate(
+        zip(caches, layers_apart, memories, strict=True)):
+      block, pattern = functools.partial(self.block.apply, {'params': params}), self._pattern(layer)
+      left = leaves(layer, x, left)
+      project = functools.partial(block, method='project')
+      if copied is None:
+        query, *entry = project(x)
+      else:
+        given = entries[layer]
+        query, *entry = jax.lax.cond(
+            jnp.all(copied), lambda x: (jnp.zeros_like(given[0]), *given), project, x)
+        entry = [jnp.where(copied[:, None, None, None], there, own)
+                 for there, own in zip(given, entry)]
+      cache = attention.write_cache(cache, *entry, position, pattern)
 
-  def write_layer(self, layer: int, x, cache, params, position):
-    """What `step_layer` does to the cache, and nothing else of it.
+      def rest(x, query, cache, memory, block=block, pattern=pattern):
+        x = block(x, query, cache, memory, text_mask, position, pattern, method='finish')
+        return x, jnp.int32(1)
 
-    Where a position leaves the stack early, later positions look for its keys and values in the
-    layers that it has not passed: they follow from the hidden state that it left with (Confident
-    Adaptive Language Modeling, arXiv 2207.07061, section 3.1). Every layer needs one of the two
-    functions at every position, in order.
-
-    Args:
-      layer: see `step_layer`, as the next ones; `x` is the output of the last layer passed.
-      x: see `layer`.
-      cache: see `layer`.
-      params: see `layer`.
-      position: see `layer`.
-
-    Returns:
-      The layer's cache with this position written.
-    """
-    return self.block.apply(
-        {'params': params}, x, cache, position, self._pattern(layer), method='write')
+      # The cache is written outside: a branch that returned it would return a copy.
+      after, ran = jax.lax.cond(
+          jnp.all(left), lambda x, *_: (x, jnp.int32(0)), rest, x, query, cache, memory)
+      x = jnp.where(left[:, None, None], x, after)
+      passed, computed = passed + ~left, computed + ran
+      written.append(cache)
+      made.append(tuple(entry))
+    return self.finish(x), written, passed, computed, made
 
   def finish(self, x):
     """The last layer norm, after whichever layer was the last: [batch, length, embed]."""

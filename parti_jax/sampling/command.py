@@ -60,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
   for path in result.save(args.output_dir):
     print(path)
   print(result.save_grid(args.output_dir, args.display_size))
+  if result.usage is not None:
+    print(f'parti-jax: {result.usage.summary(pipeline.decoder_layers)}', file=sys.stderr)
   return 0
 
 
@@ -71,15 +73,7 @@ def _prompts(args: argparse.Namespace) -> list[str]:
   """Prompts of the command line, then those of the file; blank lines there are no prompts."""
   prompts = list(args.prompts)
   if args.prompts_file is not None:
-    try:
-      text = pathlib.Path(args.prompts_file).read_text(encoding='utf-8')
-    except (OSError, UnicodeDecodeError) as error:
-      reason = getattr(error, 'strerror', None) or 'it is not UTF-8 text'
-      raise UserError(f'--prompts_file {args.prompts_file} cannot be read: {reason}') from error
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if not lines:
-      raise UserError(f'--prompts_file {args.prompts_file} has no prompt in it')
-    prompts += lines
+    prompts += read_prompts(args.prompts_file)
   if not prompts:
     raise UserError('no prompt: give one, such as "waving hand: dark skin tone", or '
                     '--prompts_file FILE')
@@ -87,6 +81,23 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     if not prompt.strip():
       raise UserError(f'prompt {number} is empty; say what the picture should show')
   return prompts
+
+
+def read_prompts(path: str) -> list[str]:
+  """The lines of a --prompts_file that are not blank.
+
+  Raises:
+    UserError: if it can't be read, or has none.
+  """
+  try:
+    text = pathlib.Path(path).read_text(encoding='utf-8')
+  except (OSError, UnicodeDecodeError) as error:
+    reason = getattr(error, 'strerror', None) or 'it is not UTF-8 text'
+    raise UserError(f'--prompts_file {path} cannot be read: {reason}') from error
+  lines = [line.strip() for line in text.splitlines() if line.strip()]
+  if not lines:
+    raise UserError(f'--prompts_file {path} has no prompt in it')
+  return lines
 
 
 def _check_flags(args: argparse.Namespace):

@@ -139,7 +139,7 @@ def choose(logits, keys, position, temperature, top_k, top_p, *, greedy, filtere
   return jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
 
 
-def _in_cache_layout(cache):
+def in_cache_layout(cache):
   """A cache in `CACHE_LAYOUT`."""
   def constrain(part):
     return layout.with_layout_constraint(part, CACHE_LAYOUT)
@@ -153,7 +153,10 @@ def _in_cache_layout(cache):
 
 
 def _grow(config, caches, length: int):
-  """Caches that serve the first `length` positions, the new slots empty."""
+  """Caches that serve the first `length` positions, the new slots empty; or a tuple of such."""
+  if isinstance(caches, tuple):
+    return tuple(_grow(config, part, length) for part in caches)
+
   def grow(cache, slots):
     return jnp.pad(cache, ((0, 0), (0, 0), (0, slots - cache.shape[2]), (0, 0)))
   return [tuple(grow(part, config.layer_pattern(layer).slots(length)) for part in cache)
@@ -167,6 +170,32 @@ def _segment_ends(patterns) -> list[int]:
   slots = lambda end: [pattern.slots(end) for pattern in patterns]
   ends = [end for end in range(segment, length, segment) if slots(end) != slots(end + segment)]
   return ends + [length]
+
+
+def first_cache_length(config) -> int:
+  """Positions that the caches serve with which `scan_positions` begins."""
+  return _segment_ends(config.patterns)[0]
+
+
+def scan_positions(config, body, token, caches):
+  """Runs a step at all positions, with caches that grow where that is worth it.
+
+  Args:
+    config: PartiConfig.
+    body: ((token, caches), position int32 []) -> ((token, caches), outputs).
+    token: int32 [batch], carried from each position to the next.
+    caches: of the first `first_cache_length` positions, or a tuple of several.
+
+  Returns:
+    The outputs, with a leading axis of image_length.
+  """
+  pieces, start = [], 0
+  for end in _segment_ends(config.patterns):
+    (token, caches), outputs = jax.lax.scan(
+        body, (token, _grow(config, caches, end)), jnp.arange(start, end))
+    pieces.append(outputs)
+    start = end
+  return jax.tree.map(lambda *parts: jnp.concatenate(parts), *pieces)
 
 
 def sample_step(
@@ -199,7 +228,7 @@ def sample_step(
       {'params': params.shared}, jnp.repeat(previous, 2 if guided else 1), caches, params.layers,
       memories, mask, position, method='step')
   if mesh_lib.platform() == 'tpu':
-    caches = jax.tree.map(_in_cache_layout, caches)
+    caches = jax.tree.map(in_cache_layout, caches)
   if guided:
     logits = guide(logits, guidance_scale)
   token = choose(logits, keys, position, temperature, jnp.asarray(top_k), top_p,
@@ -238,9 +267,9 @@ def sample_tokens(
     text_tokens = jnp.stack([text_tokens, empty_text(*text_tokens.shape)], axis=1)
     text_tokens = text_tokens.reshape(2 * batch, -1)
   scales = jnp.broadcast_to(jnp.asarray(guidance_scale, jnp.float32), config.image_length)
-  ends = _segment_ends(config.patterns)
   memories, mask, caches = parti_lib.Parti(config).apply(
-      {'params': params.shared}, text_tokens, params.layers, ends[0], method='start')
+      {'params': params.shared}, text_tokens, params.layers, first_cache_length(config),
+      method='start')
 
   def body(carry, position):
     token, caches = sample_step(
@@ -248,10 +277,4 @@ def sample_tokens(
         top_k, top_p, guided=guided, greedy=greedy, filtered=filtered)
     return (token, caches), token
 
-  token, pieces, start = jnp.zeros(batch, jnp.int32), [], 0
-  for end in ends:
-    (token, caches), tokens = jax.lax.scan(
-        body, (token, _grow(config, caches, end)), jnp.arange(start, end))
-    pieces.append(tokens)
-    start = end
-  return jnp.concatenate(pieces).T
+  return scan_positions(config, body, jnp.zeros(batch, jnp.int32), caches).T

@@ -24,6 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser, default: str = "the model's")
   add('guidance_ramp', str, 'how the scale gets there from the first image token to the last: '
       + ', '.join(settings_lib.GUIDANCE_RAMPS), metavar='NAME')
   add('guidance_start', float, 'the scale at the first token, where there is a ramp')
+  add('exit_threshold', float, 'skip the decoder layers that follow one that is as sure of a token '
+      'as this; 1 skips none')
+  add('guidance_skip_threshold', float, 'skip the pass without text where the one with it is as '
+      'sure of a token as this; 1 never does')
   add('temperature', float,
       '1 draws as the model has learned, less is safer, 0 is always the likeliest')
   add('top_k', int, 'draw among this many of the likeliest tokens; 0 is no limit')

@@ -18,6 +18,7 @@ from parti_jax.data import vocabulary as vocabulary_lib
 from parti_jax.errors import UserError
 from parti_jax.models import vit_vqgan
 from parti_jax.partitioning import rules as rules_lib
+from parti_jax.sampling import adaptive
 from parti_jax.sampling import decoding
 from parti_jax.sampling import images as images_lib
 from parti_jax.sampling import model_folder
@@ -46,6 +47,8 @@ class Result:
     seed: of the draws.
     settings: SamplingSettings.
     model: the model's name.
+    usage: what the tokens took, an `adaptive.Usage` of numpy arrays [prompts, num_images,
+      image_length, ...], where the settings skip something; else None.
   """
 
   images: np.ndarray
@@ -54,6 +57,7 @@ class Result:
   seed: int
   settings: settings_lib.SamplingSettings
   model: str
+  usage: adaptive.Usage | None = None
 
   def pil(self):
     """PIL pictures, a list of `num_images` for each prompt."""
@@ -142,6 +146,11 @@ class Pipeline:
   def codebook_size(self) -> int:
     return self._config.codebook_size
 
+  @property
+  def decoder_layers(self) -> int:
+    """Layers of the image-token decoder."""
+    return self._config.decoder_layers
+
   def generate(
       self, prompts: Sequence[str] | str, num_images: int = 4, seed: int = 0,
       batch_size: int | None = None, progress: bool = False, **sampling) -> Result:
@@ -176,14 +185,18 @@ class Pipeline:
     batch = self._batch_size(total, batch_size, settings.guided)
     tokens = np.empty([total, self._config.image_length], np.int32)
     images = np.empty([total, self.image_size, self.image_size, 3], np.uint8)
+    usages = []
     for start, chosen in _pieces(total, batch, progress):
-      drawn = self._draw(texts[chosen // num_images], chosen % num_images, seed, settings)
+      *drawn, usage = self._draw(texts[chosen // num_images], chosen % num_images, seed, settings)
       stop = min(start + batch, total)
       tokens[start:stop], images[start:stop] = (part[:stop - start] for part in drawn)
+      usages.append(jax.tree.map(lambda part, count=stop - start: part[:count], usage))
     shape = (len(prompts), num_images)
+    usage = jax.tree.map(
+        lambda *parts: np.concatenate(parts).reshape(*shape, *parts[0].shape[1:]), *usages)
     return Result(
         images.reshape(*shape, *images.shape[1:]), tokens.reshape(*shape, -1), prompts, seed,
-        settings, self.model_name)
+        settings, self.model_name, usage)
 
   def tokenize(self, images) -> np.ndarray:
     """Image tokens of pictures.
@@ -225,7 +238,8 @@ class Pipeline:
   def _draw(self, texts, image_index, seed: int, settings: settings_lib.SamplingSettings):
     scalars = (
         np.uint32(seed), settings.guidance_scales(self._config.image_length),
-        np.float32(settings.temperature), np.int32(settings.top_k), np.float32(settings.top_p))
+        np.float32(settings.temperature), np.int32(settings.top_k), np.float32(settings.top_p),
+        *settings.thresholds)
     return self._run(
         _generate, (self._parti_params, self._tokenizer_params), (texts, image_index), *scalars,
         config=self._config, tokenizer=self._tokenizer, guided=settings.guided,
@@ -322,13 +336,16 @@ def _to_bytes(pixels):
     jax.jit, static_argnames=('config', 'tokenizer', 'guided', 'greedy', 'filtered'))
 def _generate(
     parti_params, tokenizer_params, texts, image_index, seed, guidance_scale, temperature, top_k,
-    top_p, *, config, tokenizer: nn.Module, guided: bool, greedy: bool, filtered: bool):
-  """Text tokens to image tokens and pictures, in one program."""
-  tokens = decoding.sample_tokens(
-      config, parti_params, texts, decoding.image_keys(seed, image_index), guidance_scale,
-      temperature, top_k, top_p, guided=guided, greedy=greedy, filtered=filtered)
+    top_p, exit_threshold, skip_threshold, *, config, tokenizer: nn.Module, **how):
+  """Text tokens to image tokens, pictures and, where something is skipped, an adaptive.Usage."""
+  arguments = (config, parti_params, texts, decoding.image_keys(seed, image_index), guidance_scale,
+               temperature, top_k, top_p)
+  if exit_threshold is None and skip_threshold is None:
+    tokens, usage = decoding.sample_tokens(*arguments, **how), None
+  else:
+    tokens, usage = adaptive.sample_tokens(*arguments, exit_threshold, skip_threshold, **how)
   pixels = tokenizer.apply({'params': tokenizer_params}, tokens, method='detokenize')
-  return tokens, _to_bytes(pixels)
+  return tokens, _to_bytes(pixels), usage
 
 
 def _from_bytes(images):

@@ -35,6 +35,10 @@ class SamplingSettings:
       steps (arXiv 2301.00704, section 2.7: early tokens are drawn freely, later ones follow the
       prompt); 'cosine' does so with a slow start and end.
     guidance_start: the scale at the first token, where there is a ramp.
+    exit_threshold: how sure a decoder layer must be of a token for the others to be skipped, see
+      `adaptive.sample_tokens`; 1 never skips any.
+    guidance_skip_threshold: how sure the prediction with text must be for guidance's pass without
+      text to be skipped; 1 never skips it.
 
   Raises:
     UserError: if a value can't be; the message names it.
@@ -46,15 +50,22 @@ class SamplingSettings:
   top_p: float = 1.0
   guidance_ramp: str = 'constant'
   guidance_start: float = 1.0
+  exit_threshold: float = 1.0
+  guidance_skip_threshold: float = 1.0
 
   def __post_init__(self):
-    for name in ('guidance_scale', 'temperature', 'top_p', 'guidance_start'):
+    thresholds = ('exit_threshold', 'guidance_skip_threshold')
+    for name in ('guidance_scale', 'temperature', 'top_p', 'guidance_start', *thresholds):
       object.__setattr__(self, name, _number(name, getattr(self, name)))
     object.__setattr__(self, 'top_k', whole_number('top_k', self.top_k, 0))
     for name in ('guidance_scale', 'guidance_start'):
       if getattr(self, name) < 0:
         raise UserError(f'{name}={getattr(self, name):g} is negative; 1 is no guidance, and '
                         'larger values follow the prompt more closely')
+    for name in thresholds:
+      if not 0 <= getattr(self, name) <= 1:
+        raise UserError(f'{name}={getattr(self, name):g} is not from 0 to 1; 1 skips nothing, less '
+                        'skips more')
     if self.guidance_ramp not in GUIDANCE_RAMPS:
       raise UserError(f'guidance_ramp={self.guidance_ramp!r} is not one of '
                       f'{", ".join(GUIDANCE_RAMPS)}')
@@ -79,6 +90,13 @@ class SamplingSettings:
   def filtered(self) -> bool:
     """Whether some tokens are ruled out."""
     return self.top_k > 0 or self.top_p < 1.0
+
+  @property
+  def thresholds(self) -> tuple[np.float32 | None, np.float32 | None]:
+    """Of early exit and of skipping guidance's pass; None where nothing is to be skipped."""
+    skip = self.guidance_skip_threshold if self.guided else 1.0
+    return tuple(None if threshold == 1.0 else np.float32(threshold)
+                 for threshold in (self.exit_threshold, skip))
 
   def guidance_scales(self, length: int) -> np.ndarray:
     """The weight of guidance at each of `length` positions: float32 [length]."""

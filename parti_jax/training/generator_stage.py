@@ -34,7 +34,7 @@ class GeneratorStage:
       for no pictures.
     guidance_scale: of the samples.
     depth_loss_weights: how much each decoder layer's own prediction counts in the loss, for early
-      exit at sampling (CALM, arXiv 2207.07061, section 3.5): all layers predict through the last
+      exit at sampling (CALM, arXiv 2207.07061, section 3): all layers predict through the last
       layer norm and the same logits, and the loss is their mean with these weights, scaled to sum
       to 1. CALM's grow with depth, (1, 2, 3, 4) for four layers. None has the last layer alone.
     text_encoder: run (its --model_dir) whose text encoder a new run starts with, such as one of

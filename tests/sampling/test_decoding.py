@@ -122,29 +122,6 @@ def test_a_mixed_schedule_on_a_mesh(tall):
   np.testing.assert_allclose(found, expected, atol=5e-5)
 
 
-def test_a_layer_that_only_writes_leaves_the_cache_of_a_whole_step(tall):
-  config, params, texts, tokens = tall
-  model, layers = parti.Parti(config), parameters.cut(config, params).layers
-  memories, mask, caches = model.apply({'params': params}, texts, layers, method='start')
-
-  def run(method, *arguments):
-    return model.apply({'params': params}, *arguments, method=lambda model, *arguments: getattr(
-        model.image_decoder, method)(*arguments))
-
-  position = jnp.int32(9)
-  x = run('embed_step', tokens[:, 8], position)
-  for layer in range(config.decoder_layers):
-    ours = caches[layer], layers[layer]
-    written = run('write_layer', layer, x, *ours, position)
-    x, stepped = run('step_layer', layer, x, *ours, memories[layer], mask, position)
-    jax.tree.map(np.testing.assert_array_equal, written, stepped)
-    assert np.abs(written[0]).sum(axis=(0, 1, 3)).nonzero()[0].tolist() == [
-        config.layer_pattern(layer).slot(9, written[0].shape[2])]
-  logits, _ = model.apply({'params': params}, tokens[:, 8], caches, layers, memories, mask,
-                          position, method='step')
-  np.testing.assert_allclose(run('step_logits', x), logits, atol=1e-5)
-
-
 def test_a_later_token_changes_no_earlier_logit(params, tokens):
   before = np.asarray(all_logits(params, TEXTS, tokens))
   for position in range(CONFIG.image_length):

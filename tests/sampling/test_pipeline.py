@@ -59,6 +59,19 @@ def test_seed_prompt_and_settings_matter(pipeline, drawn):
     assert np.any(other.tokens != drawn.tokens), change
 
 
+def test_easy_tokens_take_less_where_the_settings_say_so(pipeline, drawn):
+  assert drawn.usage is None
+  skipping = {'exit_threshold': 0.0, 'guidance_skip_threshold': 0.0}
+  result = pipeline.generate(PROMPTS, num_images=3, seed=7, batch_size=5, **skipping)
+  assert result.usage.layers.tolist() == [[[1] * 4] * 3] * 3
+  assert result.usage.unguided.shape == (3, 3, 4) and result.usage.unguided.all()
+  assert result.usage.computed.shape == (3, 3, 4, 2)
+  assert '1.00 of 2 layers per token' in result.usage.summary(pipeline.decoder_layers)
+  off = pipeline.generate(PROMPTS, num_images=3, seed=7, exit_threshold=1.0)
+  assert off.usage is None
+  np.testing.assert_array_equal(off.tokens, drawn.tokens)
+
+
 def test_greedy_pictures_of_a_prompt_are_alike(pipeline):
   greedy = pipeline.generate(PROMPTS, num_images=2, temperature=0)
   np.testing.assert_array_equal(greedy.images[:, 0], greedy.images[:, 1])
@@ -141,7 +154,7 @@ def test_saved_pictures_tell_what_they_are(drawn, tmp_path):
     assert images.read_metadata(path) == {
         'prompt': PROMPTS[row], 'seed': '7', 'image_index': str(column), 'guidance_scale': '2',
         'temperature': '1', 'top_k': '0', 'top_p': '0.99', 'guidance_ramp': 'constant',
-        'guidance_start': '1', 'model': 'tiny', 'software': images.SOFTWARE}
+        'guidance_start': '1', 'exit_threshold': '1', 'guidance_skip_threshold': '1', 'model': 'tiny', 'software': images.SOFTWARE}
   assert drawn.save(tmp_path) == paths
   grid = drawn.save_grid(tmp_path, display_size=20)
   assert images.read_metadata(grid)['prompt'].splitlines() == PROMPTS

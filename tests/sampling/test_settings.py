@@ -10,7 +10,8 @@ from parti_jax.sampling import settings as settings_lib
 @pytest.mark.parametrize('name, value', [
     ('guidance_scale', -1.0), ('guidance_scale', 'strong'), ('temperature', -0.1),
     ('temperature', float('nan')), ('top_k', -1), ('top_k', 2.5), ('top_p', 0.0), ('top_p', 1.1),
-    ('top_p', float('inf')), ('guidance_start', -1), ('guidance_ramp', 'steep')])
+    ('top_p', float('inf')), ('guidance_start', -1), ('guidance_ramp', 'steep'),
+    ('exit_threshold', 1.1), ('guidance_skip_threshold', -0.1)])
 def test_bad_values_are_named(name, value):
   with pytest.raises(UserError, match=f'^{name}='):
     settings_lib.SamplingSettings(**{name: value})
@@ -46,6 +47,13 @@ def test_a_ramp_that_starts_elsewhere_needs_the_second_pass():
   assert not unguided.guided
   assert not unguided.replace(guidance_start=1, guidance_ramp='linear').guided
   assert unguided.replace(guidance_ramp='linear').guided
+
+
+def test_thresholds_of_one_skip_nothing():
+  settings = settings_lib.SamplingSettings(exit_threshold=0.5, guidance_skip_threshold=0.25)
+  assert settings_lib.SamplingSettings().thresholds == (None, None)
+  assert settings.thresholds == (0.5, None)  # Without guidance there is no pass to skip.
+  assert settings.replace(guidance_scale=2, exit_threshold=1).thresholds == (None, 0.25)
 
 
 def test_whole_numbers():
