@@ -208,8 +208,8 @@ def _kernel(name, results, sides=True):
 def test_flops_of_the_attention_kernel(name, results, products, blocks):
   # Of 2 × 2 blocks a causal pattern leaves 3; of 4 × 2, where the rows are half as high, 6.
   patterns = [attention_patterns.AttentionPattern(name, (16, 32)) for name in ('column', 'global')]
-  name = f'attention_pattern_global/{name}'
-  costs = hlo_cost.costs(_kernel(name, results), 1, kernels.splash_flops(patterns))
+  kernel = _kernel(f'attention_pattern_global/{name}', results)
+  costs = hlo_cost.costs(kernel, 1, kernels.splash_flops(patterns))
   assert costs.kernel_flops == products * 2 * 2 * 4 * blocks * 64
   assert costs.kernels == {name: 1} and not costs.notes
 
