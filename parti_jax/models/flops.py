@@ -7,6 +7,7 @@ softmax and embeddings look-ups do not count. A training step costs three forwar
 
 from __future__ import annotations
 
+from parti_jax.models import coca
 from parti_jax.models import discriminator
 from parti_jax.models import lpips
 from parti_jax.models import parti_config
@@ -88,3 +89,19 @@ def vgg16_forward(image_size: int) -> int:
 def _convolution(size: int, kernel: int, channels: int, features: int) -> int:
   """FLOPs of a convolution whose output has `size` rows and columns."""
   return 2 * size ** 2 * kernel ** 2 * channels * features
+
+
+def coca_forward(config: coca.CoCaConfig) -> int:
+  """FLOPs of one picture and its text through a contrastive captioner."""
+  width, mlp_width, patches = config.width, config.mlp_width, config.patches
+  queries, text = config.caption_queries, config.text_length
+  total = 2 * patches * 3 * config.patch_size ** 2 * width
+  total += encoder_forward(config.image_layers, width, mlp_width, patches)
+  for pooled in (1, queries):
+    total += 4 * (patches + pooled) * width ** 2 + 4 * pooled * patches * width
+  total += encoder_forward(config.unimodal_layers, width, mlp_width, text + 1)
+  memory = 4 * queries * width ** 2
+  projections = 2 * text * (6 * width ** 2 + 2 * width * mlp_width)
+  total += config.multimodal_layers * (
+      projections + memory + 4 * text * (text + queries) * width)
+  return total + 2 * text * width * config.text_vocabulary + 4 * width * config.feature_dim
