@@ -42,7 +42,7 @@ def slug(text: str) -> str:
 
 
 def save_picture(folder, image: np.ndarray, metadata: dict[str, str]) -> pathlib.Path:
-  """Writes a picture as PNG, under a name made of its prompt, seed and index.
+  """Writes a picture as PNG, under a name made of its prompt, seed and rank or index.
 
   A file that is there already is replaced only if its metadata says that it is the same picture;
   otherwise the new one gets a number behind its name.
@@ -50,7 +50,8 @@ def save_picture(folder, image: np.ndarray, metadata: dict[str, str]) -> pathlib
   Args:
     folder: made if it is not there.
     image: uint8 [height, width, 3].
-    metadata: text chunks of the file; 'prompt', 'seed' and 'image_index' among them.
+    metadata: text chunks of the file; 'prompt', 'seed' and 'image_index' among them, and 'rank'
+      if the picture was ranked.
 
   Returns:
     The file.
@@ -58,7 +59,8 @@ def save_picture(folder, image: np.ndarray, metadata: dict[str, str]) -> pathlib
   Raises:
     UserError: if it can't be written.
   """
-  name = f'{slug(metadata["prompt"])}_seed{metadata["seed"]}_{metadata["image_index"]}'
+  number = f'rank{metadata["rank"]}' if 'rank' in metadata else metadata['image_index']
+  name = f'{slug(metadata["prompt"])}_seed{metadata["seed"]}_{number}'
   return _save(folder, name, to_pil(image), metadata)
 
 

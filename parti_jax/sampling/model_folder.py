@@ -6,6 +6,7 @@ parti.safetensors             parameters of the text encoder and the image-token
 tokenizer.safetensors         parameters of the image tokenizer
 vocabulary.model              SentencePiece vocabulary of the prompts
 super_resolution.safetensors  parameters of the super-resolution network; may be absent
+ranker.safetensors            parameters of the ranker; may be absent
 ```
 
 Which networks there may be is one table, NETWORKS; config.json has the sizes of each under its name.
@@ -33,6 +34,7 @@ import safetensors
 import safetensors.numpy
 
 from parti_jax.errors import UserError
+from parti_jax.models import coca
 from parti_jax.models import parti as parti_lib
 from parti_jax.models import parti_config
 from parti_jax.models import super_resolution
@@ -66,7 +68,8 @@ REQUIRED = {
 OPTIONAL = {
     'super_resolution': Network(
         super_resolution.SuperResolutionConfig, super_resolution.SuperResolution,
-        super_resolution.example_inputs)}
+        super_resolution.example_inputs),
+    'ranker': Network(coca.CoCaConfig, coca.CoCa, coca.example_inputs)}
 NETWORKS = REQUIRED | OPTIONAL
 
 

@@ -17,12 +17,13 @@ import numpy as np
 from parti_jax.data import vocabulary as vocabulary_lib
 from parti_jax.errors import UserError
 from parti_jax.models import vit_vqgan
-from parti_jax.partitioning import rules as rules_lib
 from parti_jax.sampling import adaptive
 from parti_jax.sampling import decoding
 from parti_jax.sampling import images as images_lib
 from parti_jax.sampling import model_folder
 from parti_jax.sampling import parameters
+from parti_jax.sampling import placement
+from parti_jax.sampling import ranking
 from parti_jax.sampling import settings as settings_lib
 
 DEMO_FOLDER = pathlib.Path(__file__).parent.parent / 'demo'
@@ -49,6 +50,10 @@ class Result:
     model: the model's name.
     usage: what the tokens took, an `adaptive.Usage` of numpy arrays [prompts, num_images,
       image_length, ...], where the settings skip something; else None.
+    scores: float32 [prompts, num_images], how well each picture fits its prompt by the model's
+      ranker, falling along each row; None where they were not ranked.
+    image_index: int [prompts, num_images], where each picture stood before it was ranked; it is
+      the index that the picture was drawn with. None where they were not ranked.
   """
 
   images: np.ndarray
@@ -58,6 +63,8 @@ class Result:
   settings: settings_lib.SamplingSettings
   model: str
   usage: adaptive.Usage | None = None
+  scores: np.ndarray | None = None
+  image_index: np.ndarray | None = None
 
   def pil(self):
     """PIL pictures, a list of `num_images` for each prompt."""
@@ -70,6 +77,8 @@ class Result:
   def save(self, folder) -> list[pathlib.Path]:
     """Writes a PNG for each picture, with its prompt, seed and settings as metadata.
 
+    Ranked pictures also carry their rank from 1 and their score, and are named by the rank.
+
     Args:
       folder: made if it is not there.
 
@@ -81,14 +90,24 @@ class Result:
     """
     return [
         images_lib.save_picture(
-            folder, image, self._metadata() | {'prompt': prompt, 'image_index': str(index)})
-        for prompt, row in zip(self.prompts, self.images)
-        for index, image in enumerate(row)]
+            folder, image, self._metadata() | {'prompt': prompt} | self._place_in(row, column))
+        for row, prompt in enumerate(self.prompts)
+        for column, image in enumerate(self.images[row])]
 
   def save_grid(self, folder, display_size: int | None = None) -> pathlib.Path:
     """Writes `grid` as a PNG and returns the file; arguments and errors as `save`."""
     metadata = self._metadata() | {'num_images': str(self.images.shape[1])}
+    if self.scores is not None:
+      metadata['order'] = 'ranked, best first'
     return images_lib.save_grid(folder, self.grid(display_size), self.prompts, metadata)
+
+  def _place_in(self, row: int, column: int) -> dict[str, str]:
+    """Metadata of one picture among those of its prompt."""
+    if self.scores is None:
+      return {'image_index': str(column)}
+    digits = len(str(self.images.shape[1]))  # So that files stand in the order of their ranks.
+    return {'image_index': str(self.image_index[row, column]),
+            'rank': f'{column + 1:0{digits}}', 'score': f'{self.scores[row, column]:.4f}'}
 
   def _metadata(self) -> dict[str, str]:
     settings = {name: value if isinstance(value, str) else f'{value:g}'
@@ -105,6 +124,7 @@ class Pipeline:
     codebook_size: number of image tokens to choose from.
     sampling: its own SamplingSettings, used where `generate` is told nothing else.
     provenance: what its folder says about its training.
+    ranker: judges pictures by a text, `ranking.Ranker`; None where the model has none.
   """
 
   def __init__(self, model: model_folder.Model, model_name: str, mesh=None, rules=None):
@@ -124,19 +144,21 @@ class Pipeline:
     self.provenance = model.provenance
     self._config = model.parti_config
     self._tokenizer = vit_vqgan.ViTVQGAN(model.tokenizer_config)
-    self._mesh = mesh
-    self._rules = rules_lib.logical_axis_rules() if mesh is not None and rules is None else rules
+    self._place = placement.Placement(mesh, rules)
     self._vocabulary = vocabulary_lib.TextVocabulary(model.vocabulary_path)
     if self._vocabulary.size > self._config.text_vocabulary:
       raise UserError(
           f'{model.vocabulary_path} has {self._vocabulary.size} pieces, but the model knows '
           f'{self._config.text_vocabulary}; it is the vocabulary of another model')
-    self._parti_params = self._placed(
+    self._parti_params = self._place.put(
         parameters.cut(self._config, model.parti_params),
         model_folder.abstract('parti', self._config),
         lambda shardings: parameters.shardings(self._config, shardings))
-    self._tokenizer_params = self._placed(
+    self._tokenizer_params = self._place.put(
         model.tokenizer_params, model_folder.abstract('tokenizer', model.tokenizer_config))
+    self.ranker = None
+    if 'ranker' in model.parts:
+      self.ranker = ranking.Ranker(*model.parts['ranker'], self._vocabulary, self._place)
 
   @property
   def image_size(self) -> int:
@@ -153,7 +175,8 @@ class Pipeline:
 
   def generate(
       self, prompts: Sequence[str] | str, num_images: int = 4, seed: int = 0,
-      batch_size: int | None = None, progress: bool = False, **sampling) -> Result:
+      batch_size: int | None = None, progress: bool = False, rank: bool = False,
+      **sampling) -> Result:
     """Draws pictures (Parti, section 2).
 
     A picture follows from its prompt, the seed, its index among the pictures of its prompt, and
@@ -167,6 +190,7 @@ class Pipeline:
       seed: whole number from 0 to 2³² − 1.
       batch_size: pictures drawn at once, for the memory; chosen by default.
       progress: whether to show a bar.
+      rank: whether to put the pictures of each prompt in order, best first, by the model's ranker.
       **sampling: fields of SamplingSettings, `guidance_scale` and others, in place of the model's
         own; None leaves those.
 
@@ -175,7 +199,11 @@ class Pipeline:
 
     Raises:
       UserError: if there is no prompt or a blank one, or a value can't be; the message names it.
+        If the pictures are to be ranked by a model without a ranker.
     """
+    if rank and self.ranker is None:
+      raise UserError(f'the model {self.model_name} has no ranker, so that pictures can not be '
+                      'ranked; `parti-jax export --base=FOLDER --ranker=RUN` adds one')
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     num_images = settings_lib.whole_number('num_images', num_images, 1)
     seed = settings_lib.whole_number('seed', seed, 0, 2**32 - 1)
@@ -186,7 +214,7 @@ class Pipeline:
     tokens = np.empty([total, self._config.image_length], np.int32)
     images = np.empty([total, self.image_size, self.image_size, 3], np.uint8)
     usages = []
-    for start, chosen in _pieces(total, batch, progress):
+    for start, chosen in placement.pieces(total, batch, progress):
       *drawn, usage = self._draw(texts[chosen // num_images], chosen % num_images, seed, settings)
       stop = min(start + batch, total)
       tokens[start:stop], images[start:stop] = (part[:stop - start] for part in drawn)
@@ -194,9 +222,22 @@ class Pipeline:
     shape = (len(prompts), num_images)
     usage = jax.tree.map(
         lambda *parts: np.concatenate(parts).reshape(*shape, *parts[0].shape[1:]), *usages)
-    return Result(
+    result = Result(
         images.reshape(*shape, *images.shape[1:]), tokens.reshape(*shape, -1), prompts, seed,
         settings, self.model_name, usage)
+    return self._ranked(result) if rank else result
+
+  def _ranked(self, result: Result) -> Result:
+    """A result with the pictures of each prompt in the order of their scores."""
+    shape = result.images.shape
+    texts = [prompt for prompt in result.prompts for _ in range(shape[1])]
+    scores = self.ranker.scores(texts, result.images.reshape(-1, *shape[2:])).reshape(shape[:2])
+    order = np.argsort(-scores, axis=1, kind='stable')
+    rows = np.arange(shape[0])[:, None]
+    return dataclasses.replace(
+        result, images=result.images[rows, order], tokens=result.tokens[rows, order],
+        usage=jax.tree.map(lambda part: part[rows, order], result.usage),
+        scores=scores[rows, order], image_index=order)
 
   def tokenize(self, images) -> np.ndarray:
     """Image tokens of pictures.
@@ -220,27 +261,12 @@ class Pipeline:
     """
     return self._through_tokenizer(images, _reconstruct, np.empty_like(images))
 
-  def _placed(self, params, boxed, cut=lambda shardings: shardings):
-    """Parameters on the devices; `cut` turns shardings of whole ones into those of `params`."""
-    if self._mesh is None:
-      return jax.device_put(params)
-    shardings = rules_lib.parameter_shardings(boxed, self._mesh, self._rules)
-    return jax.device_put(params, cut(shardings))
-
-  def _run(self, function, params, arrays, *scalars, **statics):
-    """Calls a jitted function, on the mesh if there is one; numpy arrays in and out."""
-    if self._mesh is None:
-      return jax.device_get(function(*params, *arrays, *scalars, **statics))
-    arrays = jax.device_put(arrays, rules_lib.batch_sharding(self._mesh, self._rules))
-    with rules_lib.partitioned(self._mesh, self._rules):
-      return jax.device_get(function(*params, *arrays, *scalars, **statics))
-
   def _draw(self, texts, image_index, seed: int, settings: settings_lib.SamplingSettings):
     scalars = (
         np.uint32(seed), settings.guidance_scales(self._config.image_length),
         np.float32(settings.temperature), np.int32(settings.top_k), np.float32(settings.top_p),
         *settings.thresholds)
-    return self._run(
+    return self._place.run(
         _generate, (self._parti_params, self._tokenizer_params), (texts, image_index), *scalars,
         config=self._config, tokenizer=self._tokenizer, guided=settings.guided,
         greedy=settings.greedy, filtered=settings.filtered)
@@ -252,9 +278,9 @@ class Pipeline:
       raise UserError(
           f'images are {images.dtype} {list(images.shape)}, needed is uint8 '
           f'[n, {", ".join(map(str, expected))}]')
-    batch = self._divisible(min(_TOKENIZER_BATCH, max(len(images), 1)))
-    for start, chosen in _pieces(len(images), batch, False):
-      part = self._run(
+    batch = self._place.divisible(min(_TOKENIZER_BATCH, max(len(images), 1)))
+    for start, chosen in placement.pieces(len(images), batch, False):
+      part = self._place.run(
           function, (self._tokenizer_params,), (images[chosen],), tokenizer=self._tokenizer)
       results[start:start + batch] = part[:len(results) - start]
     return results
@@ -279,7 +305,7 @@ class Pipeline:
   def _batch_size(self, total: int, asked: int | None, guided: bool) -> int:
     """How many images are drawn at once."""
     if asked is not None:
-      return self._divisible(min(settings_lib.whole_number('batch_size', asked, 1), total))
+      return self._place.divisible(min(settings_lib.whole_number('batch_size', asked, 1), total))
     config = self._config
     cache_bytes = (2 * config.decoder_layers * config.image_length * config.width
                    * config.compute_dtype.itemsize * (2 if guided else 1))
@@ -288,12 +314,7 @@ class Pipeline:
     pieces = -(-total // most)
     even = -(-total // pieces)
     # Few different sizes, since each is compiled anew.
-    return self._divisible(even if even <= 4 else min(most, -(-even // 4) * 4))
-
-  def _divisible(self, batch: int) -> int:
-    """A batch size, rounded up to what the mesh divides."""
-    ways = 1 if self._mesh is None else rules_lib.batch_ways(self._mesh, self._rules)
-    return -(-batch // ways) * ways
+    return self._place.divisible(even if even <= 4 else min(most, -(-even // 4) * 4))
 
 
 def load(path=None, mesh=None, rules=None) -> Pipeline:
@@ -316,16 +337,6 @@ def load(path=None, mesh=None, rules=None) -> Pipeline:
                     'folder with `parti-jax export` (see parti-jax export --help)')
   name = 'demo' if path is None else os.path.basename(os.path.abspath(folder))
   return Pipeline(model_folder.load(folder), name, mesh, rules)
-
-
-def _pieces(total: int, batch: int, progress: bool):
-  """Yields where each piece starts and the indices in it, the last one filled up with repeats."""
-  starts = range(0, total, batch)
-  if progress:
-    import tqdm  # pylint: disable=import-outside-toplevel
-    starts = tqdm.tqdm(starts, desc='drawing', unit='batch', disable=None)
-  for start in starts:
-    yield start, np.minimum(np.arange(start, start + batch), total - 1)
 
 
 def _to_bytes(pixels):

@@ -49,7 +49,8 @@ def test_the_papers_runs_are_there():
   assert {*PAPERS_PARTI, 'vit_vqgan_small.gin', 'vit_vqgan_base.gin',
           'vit_vqgan_large_decoder.gin', 'tiny_tokenizer.gin', 'tiny_generator.gin',
           'demo_tokenizer.gin', 'demo_generator.gin', 'tiny_text_encoder.gin',
-          'demo_text_encoder.gin', 'text_encoder_350m.gin'} <= set(RUNS)
+          'demo_text_encoder.gin', 'text_encoder_350m.gin',
+          'tiny_ranker.gin', 'demo_ranker.gin'} <= set(RUNS)
 
 
 @pytest.mark.parametrize('name', RUNS)
