@@ -33,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser):
   parser.add_argument('--seed', type=int, default=0,
                       help='of the prompts drawn and the pictures (default: %(default)s)')
   flags.add_arguments(parser)
+  parser.add_argument('--rank', action='store_true',
+                      help="also judge the first of each prompt's pictures by the model's ranker")
   parser.add_argument('--batch_size', type=int,
                       help='pictures drawn at once; changes the memory, not the pictures')
 
@@ -57,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
   report = openmoji_report.evaluate(
       pipeline, args.splits, args.num_images, args.max_prompts, args.seed,
       train_prompts=args.train_prompts, on_sample=on_sample, progress=True,
-      batch_size=args.batch_size, **flags.given(args))
+      batch_size=args.batch_size, rank=args.rank, **flags.given(args))
   print(report.text())
   files = {f'{split}.png': _png(page) for split, page in pages.items()}
   files['report.md'] = report.markdown().encode()

@@ -66,7 +66,8 @@ def evaluate(pipeline, splits: Sequence[str] = openmoji.SPLITS, num_images: int 
     render: (code, size) -> uint8 [size, size, 3]; OpenMoji's if None.
     on_sample: called with the pictures of each split once they are judged.
     progress: say on stderr what is being done, with bars where that is a terminal.
-    **sampling: passed to `pipeline.generate` (guidance_scale, temperature, ...).
+    **sampling: passed to `pipeline.generate` (guidance_scale, temperature, ...). With `rank`, the
+      report also has what the ranker and the judge would choose of each prompt's pictures.
 
   Returns:
     The report.
@@ -151,6 +152,7 @@ class _Evaluation:
     real = self.judge.real(asked)
     rows = {
         'generated': _metrics(verdicts),
+        **(_of_ranked(verdicts) if self.sampling.get('rank') else {}),
         'reconstruction': _metrics(self.judge.judge(asked, reconstructed[chosen][:, None])),
         'other_tone': _metrics(self.other_tones(asked, rng)),
         'random': _metrics(self.random(asked, rng)),
@@ -194,6 +196,20 @@ def _metrics(verdicts: openmoji_judge.Verdicts) -> Mapping[str, report_lib.Metri
       'name_top1': report_lib.Metric.of(verdicts.name_top1),
       'name_top5': report_lib.Metric.of(verdicts.name_top5),
   }
+
+
+def _of_ranked(verdicts: openmoji_judge.Verdicts) -> Mapping[str, Mapping[str, report_lib.Metric]]:
+  """Returns the rows of pictures that stand best first: the first one, and the judge's choice.
+
+  That choice is made for each metric alone: whether any picture of the prompt is right.
+  """
+  def of(choose):
+    return _metrics(openmoji_judge.Verdicts(
+        verdicts.tone_judged, *(choose(right) for right in (
+            verdicts.tone_right, verdicts.name_top1, verdicts.name_top5))))
+
+  return {'ranked_first': of(lambda right: right[:, :1]),
+          'best': of(lambda right: right.any(axis=1, keepdims=True))}
 
 
 def _of_prompt(asked, verdicts: openmoji_judge.Verdicts) -> list[dict]:

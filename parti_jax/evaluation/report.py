@@ -9,9 +9,11 @@ import numpy as np
 METRICS = {'tone_right': 'tone right', 'name_top1': 'name top 1', 'name_top5': 'name top 5'}
 
 # The order of rows, best first, and what a reader needs to know of each. The first is what is
-# judged, the others are the yardsticks beside it.
+# judged; the next two are there if the pictures were ranked; the others are the yardsticks.
 ROWS = {
     'generated': 'generated',
+    'ranked_first': 'of each prompt, the first by the ranker',
+    'best': 'of each prompt, the best by the judge (what a ranker could choose)',
     'reconstruction': 'real picture through the tokenizer (ceiling)',
     'other_tone': 'training picture, same name, another tone',
     'random': 'random training picture (floor)',
@@ -110,6 +112,8 @@ class SplitReport:
     """Returns the cells, first a header, then a line for each row and the share of the ceiling."""
     lines = [['', 'prompts', *METRICS.values()]]
     for row, label in ROWS.items():
+      if row not in self.rows:
+        continue
       metrics = self.rows[row]
       lines.append([label, str(metrics['name_top1'].prompts), *map(str, metrics.values())])
     shares = [self.of_ceiling(metric) for metric in METRICS]

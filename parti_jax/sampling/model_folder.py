@@ -239,7 +239,7 @@ def _stored(params, expected, dtype: str, file: str) -> dict[str, np.ndarray]:
   stored = {}
   for path, leaf in params.items():
     with np.errstate(over='ignore'):
-      stored[path] = np.ascontiguousarray(leaf.astype(STORED_DTYPES[dtype]))
+      stored[path] = leaf.astype(STORED_DTYPES[dtype], order='C')
     if not np.all(np.isfinite(stored[path].astype(np.float32))):
       raise UserError(
           f'{file}: the parameter {path} has values that are not finite as {dtype}; '

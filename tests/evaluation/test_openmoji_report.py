@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from parti_jax.errors import UserError
+from parti_jax.evaluation import openmoji_judge
 from parti_jax.evaluation import openmoji_report
 from parti_jax.evaluation import report as report_lib
 
@@ -101,6 +102,18 @@ def test_the_share_of_the_ceiling():
   ceiling = split.rows['reconstruction']['name_top1'].mean
   assert ceiling in (0.5, 0.75)  # Black is nearest to one picture at most.
   assert split.of_ceiling('name_top1') == pytest.approx(1 / ceiling)
+
+
+def test_what_a_ranker_and_the_judge_choose_of_each_prompts_pictures():
+  right = lambda *rows: np.array(rows, bool)
+  rows = openmoji_report._of_ranked(openmoji_judge.Verdicts(  # pylint: disable=protected-access
+      tone_judged=right(1, 1, 0), tone_right=right([1, 0], [0, 1], [0, 0]),
+      name_top1=right([1, 0], [0, 1], [0, 0]), name_top5=right([1, 1], [0, 1], [1, 0])))
+  shares = {row: [metric.mean for metric in metrics.values()] for row, metrics in rows.items()}
+  assert shares == {'ranked_first': pytest.approx([1 / 2, 1 / 3, 2 / 3]),
+                    'best': pytest.approx([1, 2 / 3, 1])}
+  assert rows['ranked_first']['tone_right'].prompts == 2
+  assert 'the first by the ranker' not in evaluate(draw_right).text()
 
 
 def test_prompts_are_limited_at_random_by_the_seed():

@@ -12,16 +12,20 @@ import numpy as np
 import optax
 import pytest
 
+from parti_jax.models import coca
 from parti_jax.models import parti_config
 from parti_jax.models import vit_vqgan
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.training import generator_stage
+from parti_jax.training import ranker_stage
 from parti_jax.training import tokenizer_stage
 from parti_jax.training import trainer as trainer_lib
 
 BATCH = 8
 # Ways of data, fsdp, tensor and stage.
 MESHES = [(8, 1, 1, 1), (2, 2, 2, 1), (1, 2, 4, 1), (2, 1, 2, 2)]
+CASES = ([(stage, sizes) for stage in ('generator', 'tokenizer') for sizes in MESHES]
+         + [('ranker', (2, 2, 2, 1)), ('ranker', (2, 1, 2, 2))])
 
 
 def _generator():
@@ -50,10 +54,25 @@ def _tokenizer():
   return stage, {'images': images}, 20.0
 
 
+def _ranker():
+  sizes = coca.CoCaConfig(
+      image_size=8, patch_size=4, image_layers=2, unimodal_layers=2, multimodal_layers=2, width=16,
+      mlp_width=32, heads=4, caption_queries=4, feature_dim=8, text_vocabulary=16, text_length=4,
+      dropout=0.3, dtype='float32')
+  draw = np.random.default_rng(2)
+  texts = draw.integers(3, 16, (BATCH, 4)).astype(np.int32)
+  texts[:, 3] = 1
+  texts[5] = texts[0]
+  images = draw.integers(0, 256, (BATCH, 8, 8, 3)).astype(np.uint8)
+  return (ranker_stage.RankerStage(sizes, shift=1, noise=0.2),
+          {'images': images, 'encoder_input_tokens': texts}, 1.0)
+
+
 @functools.cache
 def _trained(stage_name, sizes):
   """Loss, parameters before and after a step, on a mesh; numpy arrays."""
-  stage, batch, rate = {'generator': _generator, 'tokenizer': _tokenizer}[stage_name]()
+  stage, batch, rate = {'generator': _generator, 'tokenizer': _tokenizer,
+                        'ranker': _ranker}[stage_name]()
   devices = jax.devices()[:np.prod(sizes)]
   mesh = mesh_lib.make_mesh(*sizes, devices=devices)
   trainer = trainer_lib.Trainer(stage, optax.sgd(rate), mesh, seed=5)
@@ -66,7 +85,7 @@ def _trained(stage_name, sizes):
   return jax.device_get(metrics), before, jax.device_get(state)
 
 
-@pytest.mark.parametrize('stage', ['generator', 'tokenizer'])
+@pytest.mark.parametrize('stage', ['generator', 'tokenizer', 'ranker'])
 def test_the_step_consists_mostly_of_its_update(stage):
   _, before, state = _trained(stage, (1, 1, 1, 1))
   moved = jax.tree.map(lambda a, b: np.abs(a - b).max() / np.abs(b).max(), before, state.params)
@@ -74,8 +93,7 @@ def test_the_step_consists_mostly_of_its_update(stage):
   assert min(jax.tree.leaves(moved)) > 0.01
 
 
-@pytest.mark.parametrize('sizes', MESHES)
-@pytest.mark.parametrize('stage', ['generator', 'tokenizer'])
+@pytest.mark.parametrize('stage, sizes', CASES)
 def test_a_step_gives_the_same_on_every_mesh(stage, sizes):
   metrics, before, state = _trained(stage, (1, 1, 1, 1))
   others, before_there, state_there = _trained(stage, sizes)
