@@ -182,7 +182,8 @@ class MultimodalDecoder(nn.Module):
     stacked = self.param('layers', layer_stack.initializer(
         self.block, config.multimodal_layers, x[:1], pooled[:1], mask[:1]))
 
-    def layer(params, x, beside, keys):
+    def layer(params, place, x, beside, keys):
+      del place  # All layers are alike.
       return self.block.apply({'params': params}, x, *beside, keys)
 
     if not self.is_initializing():
