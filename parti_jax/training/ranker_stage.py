@@ -66,7 +66,7 @@ class RankerStage:
     contrastive_weight: of the contrastive loss (1 in CoCa, section 4.1).
     caption_weight: of the captioning loss (2 in CoCa).
     tokenizer: run of an image tokenizer (its --model_dir) that some pictures go through; None
-      for none. Its parameters are constants of the step's program, in every device's memory.
+      for none.
     reconstruct_every: one picture of so many goes through the tokenizer; must divide the batch.
     shift: pixels that a picture is moved by at most.
     noise: largest standard deviation of noise in pixels, which are in [0, 1].
@@ -113,6 +113,15 @@ class RankerStage:
     """Parameters with their logical axis names."""
     return coca.CoCa(self.model).init(rng, *coca.example_inputs(self.model))['params']
 
+  def constants(self):
+    """The frozen tokenizer's parameters, which `loss` finds among its own."""
+    return {} if self.tokenizer is None else {'tokenizer': _tokenizer(self.tokenizer)[1]}
+
+  def abstract_constants(self):
+    """Shapes and dtypes of `constants`."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self.constants())
+
   def initial_statistics(self):
     """Nothing is carried besides parameters."""
     return {}
@@ -124,7 +133,7 @@ class RankerStage:
     negatives of one another. With microbatches, negatives are those of the microbatch.
 
     Args:
-      params: of `init`.
+      params: of `init`, and `constants`.
       batch: 'encoder_input_tokens' int32 [batch, text_length], 'images' uint8 [batch, height,
         width, 3].
       dropout_keys: layers.DropoutKeys of the batch, for the changes of pictures as well.
@@ -135,7 +144,7 @@ class RankerStage:
     """
     del step
     texts = batch['encoder_input_tokens']
-    images = self._varied(batch['images'], layers.fold(dropout_keys, 0))
+    images = self._varied(params, batch['images'], layers.fold(dropout_keys, 0))
     out = coca.CoCa(self.model).apply(
         {'params': params}, images, texts, layers.fold(dropout_keys, 1))
     losses, hits = contrastive.contrastive_losses(
@@ -183,14 +192,10 @@ class RankerStage:
     return None
 
   def step_flops(self, batch_size: int) -> int:
-    """Model FLOPs of a training step, with those of the frozen tokenizer."""
-    total = 3 * batch_size * flops.coca_forward(self.model)
-    if self.tokenizer is not None:
-      config, _ = _tokenizer(self.tokenizer)
-      total += batch_size // self.reconstruct_every * flops.tokenizer_forward(config)
-    return total
+    """Model FLOPs of a training step, without those of the frozen tokenizer."""
+    return 3 * batch_size * flops.coca_forward(self.model)
 
-  def _varied(self, images, keys):
+  def _varied(self, params, images, keys):
     """Pictures in [0, 1], moved, some of them through the tokenizer, with noise."""
     images = _to_unit(images)
     row_keys = lambda site: jax.vmap(
@@ -198,25 +203,23 @@ class RankerStage:
     if self.shift:
       images = shifted(images, row_keys(0), self.shift)
     if self.tokenizer is not None:
-      images = self._some_reconstructed(images)
+      images = self._some_reconstructed(params['tokenizer'], images)
     return noisy(images, row_keys(1), self.noise) if self.noise else images
 
-  def _some_reconstructed(self, images):
+  def _some_reconstructed(self, params, images):
     """The first of every `reconstruct_every` pictures as the frozen tokenizer gives it back."""
     every = self.reconstruct_every
     if len(images) % every:
       raise errors.UserError(
           f'RankerStage.reconstruct_every={every} does not divide the {len(images)} examples of a '
           'batch; set train.batch_size to a multiple')
-    config, params = _tokenizer(self.tokenizer)
+    config, _ = _tokenizer(self.tokenizer)
     if config.image_size != self.model.image_size:
       raise errors.UserError(
           f'RankerStage.tokenizer={self.tokenizer!r} is of pictures of {config.image_size} pixels, '
           f'but CoCaConfig.image_size={self.model.image_size}')
     # Of neighbours, so that each device finds its share among its own rows.
     groups = images.reshape((-1, every) + images.shape[1:])
-    # Behind the barrier XLA does not compute with constants while it compiles, which takes minutes.
-    params = jax.lax.optimization_barrier(params)
     module = vit_vqgan.ViTVQGAN(config)
     tokens = module.apply({'params': params}, groups[:, 0], method='tokenize')
     again = module.apply({'params': params}, tokens, method='detokenize')
@@ -238,8 +241,7 @@ def retrieval(queries: np.ndarray, candidates: np.ndarray) -> float:
 @functools.lru_cache(maxsize=1)
 def _tokenizer(model_dir: str):
   """Its config and parameters, numpy arrays."""
-  # In a thread of its own: the caller may be tracing a step for a mesh, and Orbax, whose threads
-  # put arrays on a device, would wait for it.
+  # In a thread of its own, which knows no mesh: the caller may be within a step's.
   with concurrent.futures.ThreadPoolExecutor(1) as executor:
     config, params = executor.submit(frozen_tokenizer.load, model_dir).result()
     return config, jax.tree.map(np.asarray, params)
