@@ -4,13 +4,18 @@ import pickle
 
 import jax
 import numpy as np
+import optax
 import pytest
 import safetensors.numpy
 
 from parti_jax import optional_packages
 from parti_jax.errors import UserError
 from parti_jax.models import lpips
+from parti_jax.models import vit_vqgan
+from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.training import lpips_weights
+from parti_jax.training import tokenizer_stage
+from parti_jax.training import trainer as trainer_lib
 
 
 def _arrays():
@@ -77,6 +82,39 @@ def test_the_distance_is_the_lpips_packages(files, tmp_path):
   found = jax.jit(lpips.LPIPS().apply)({'params': params}, images, others)
   np.testing.assert_allclose(found, wanted, rtol=1e-4)
   assert np.all(wanted > 0.01)
+
+
+def test_the_tokenizer_learns_by_it_and_does_not_keep_it(files):
+  folder, _, _ = files
+  sizes = vit_vqgan.ViTVQGANConfig(
+      image_size=16, patch_size=8, encoder_layers=1, encoder_width=8, encoder_mlp_width=16,
+      encoder_heads=2, decoder_layers=1, decoder_width=8, decoder_mlp_width=16, decoder_heads=2,
+      codebook_size=6, code_dim=3, dtype='float32')
+  stage = tokenizer_stage.TokenizerStage(
+      sizes, perceptual_weight=0.5, vgg16_weights=str(folder / 'vgg16.safetensors'),
+      lpips_weights=str(folder / 'heads.safetensors'))
+  mesh = mesh_lib.make_mesh(data=2, devices=jax.devices()[:2])
+  trainer = trainer_lib.Trainer(stage, optax.sgd(0.1), mesh)
+  images = np.random.default_rng(2).integers(0, 256, (2, 16, 16, 3)).astype(np.uint8)
+  state = trainer.create_state()
+  params = jax.device_get(state.params)
+  state, metrics = trainer.step(state, trainer.put({'images': images}))
+  assert set(state.params) == set(tokenizer_stage.PARTS)
+  real = images / np.float32(255)
+
+  @jax.jit
+  def distances(params, perceptual):
+    out = vit_vqgan.ViTVQGAN(sizes).apply({'params': params}, real)
+    return lpips.LPIPS().apply({'params': perceptual}, real, vit_vqgan.to_pixels(out['mean']))
+
+  distance = distances(params, jax.device_get(trainer.constants['perceptual']))
+  np.testing.assert_allclose(metrics['perceptual'], np.mean(distance), rtol=1e-4)
+  np.testing.assert_allclose(
+      metrics['loss'], metrics['l2'] + 0.1 * metrics['logit_laplace'] + metrics['quantizer_loss']
+      + 0.5 * metrics['perceptual'], rtol=1e-5)
+  # A plan knows their shapes without the files.
+  assert jax.tree.map(lambda leaf: leaf.shape, trainer.constants) == jax.tree.map(
+      lambda leaf: leaf.shape, stage.abstract_constants())
 
 
 def test_missing_and_damaged_files_are_named(files, tmp_path):
