@@ -68,14 +68,14 @@ class LPIPS(nn.Module):
       float32 [batch], 0 for equal pictures.
     """
     vgg16 = VGG16Features(self.widths, self.dtype, name='vgg16')
-    # In one batch, so that the kernels are read once.
-    both = vgg16(_scaled(jnp.concatenate([images, others])))
+    # Not in one batch: a gradient by one side takes no backward pass of the other, and devices that
+    # have a part of the batch each exchange nothing.
     total = 0.0
-    for stage, features in enumerate(both):
-      ours, theirs = jnp.split(_unit(features.astype(jnp.float32)), 2)
+    for stage, pair in enumerate(zip(vgg16(_scaled(images)), vgg16(_scaled(others)))):
+      ours, theirs = (_unit(features.astype(jnp.float32)) for features in pair)
       head = self.param(
           f'head_{stage}', nn.with_logical_partitioning(nn.initializers.ones, ('norm',)),
-          (features.shape[-1],))
+          (ours.shape[-1],))
       total = total + jnp.mean(jnp.square(ours - theirs) @ head, axis=(1, 2))
     return total
 
