@@ -29,6 +29,8 @@ COMMANDS = {
     'calibrate': ('parti_jax.evaluation.calibrate_command',
                   'find the threshold of early exit that keeps pictures as good'),
     'evaluate': ('parti_jax.evaluation.command', 'measure a model, beside its yardsticks'),
+    'prompts': ('parti_jax.evaluation.prompts_command',
+                'draw every prompt of a file such as PartiPrompts.tsv, and show them on a page'),
 }
 
 _GIN_FLAG = '--gin.'

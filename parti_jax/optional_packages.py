@@ -16,6 +16,7 @@ EXTRAS = {
     'tensorflow_text': 'data',
     't5x': 't5x',
     'torch': 'lpips',
+    'torch_fidelity': 'fidelity',
 }
 
 

@@ -95,9 +95,12 @@ def test_every_import_is_of_a_declared_package(path):
     declared |= _requirements('data')
   if _part(path) == 'training':
     declared |= _requirements('lpips')
+  if _part(path) == 'evaluation':
+    declared |= _requirements('fidelity')
   owners = importlib.metadata.packages_distributions()
   for name in {name.split('.')[0] for name in _imports(path)} - {'parti_jax'}:
     if name not in sys.stdlib_module_names:
+      # An optional package that isn't installed is taken to be named as it is imported.
       found = {owner.lower().replace('_', '-') for owner in owners.get(name, [name])}
       assert found & declared, f'{name} is not among the requirements in setup.cfg'
 
@@ -109,8 +112,9 @@ def test_optional_packages_are_the_extras():
       found = {owner.lower().replace('_', '-') for owner in owners[package]}
       assert found & _requirements(extra), package
       assert not found & _requirements(None), package
-  # It may not be installed where tests run: it is several hundred megabytes.
+  # These may not be installed where tests run: they are several hundred megabytes.
   assert _requirements(optional_packages.EXTRAS['torch']) == {'torch'}
+  assert _requirements(optional_packages.EXTRAS['torch_fidelity']) == {'torch', 'torch-fidelity'}
 
 
 @pytest.mark.parametrize('name', ['parti_jax', 'parti_jax.main', 'parti_jax.config'])

@@ -16,6 +16,7 @@ import tqdm
 
 from parti_jax.data import openmoji
 from parti_jax.errors import UserError
+from parti_jax.evaluation import distribution
 from parti_jax.evaluation import openmoji_judge
 from parti_jax.evaluation import report as report_lib
 from parti_jax.sampling import settings
@@ -52,6 +53,7 @@ def evaluate(pipeline, splits: Sequence[str] = openmoji.SPLITS, num_images: int 
              render: Optional[Callable[[str, int], np.ndarray]] = None,
              on_sample: Callable[[Sample], None] = lambda sample: None,
              progress: bool = False,
+             extractors: Sequence = (),
              **sampling) -> report_lib.Report:
   """Evaluates a pipeline on splits of OpenMoji.
 
@@ -66,6 +68,8 @@ def evaluate(pipeline, splits: Sequence[str] = openmoji.SPLITS, num_images: int 
     render: (code, size) -> uint8 [size, size, 3]; OpenMoji's if None.
     on_sample: called with the pictures of each split once they are judged.
     progress: say on stderr what is being done, with bars where that is a terminal.
+    extractors: networks over whose features generated and real pictures are compared as sets, see
+      `features.of_flags`.
     **sampling: passed to `pipeline.generate` (guidance_scale, temperature, ...). With `rank`, the
       report also has what the ranker and the judge would choose of each prompt's pictures.
 
@@ -82,7 +86,8 @@ def evaluate(pipeline, splits: Sequence[str] = openmoji.SPLITS, num_images: int 
   if progress:
     _log(f'drawing {len(pictures)} real pictures')
   judge = openmoji_judge.Judge(pictures, pipeline.image_size, render)
-  evaluation = _Evaluation(pipeline, judge, num_images, seed, sampling, progress)
+  evaluation = _Evaluation(
+      pipeline, judge, num_images, seed, sampling, progress, extractors)
   limits = dict.fromkeys(splits, max_prompts)
   limits['train'] = min(train_prompts, max_prompts or train_prompts)
   reports = []
@@ -121,6 +126,7 @@ class _Evaluation:
   seed: int
   sampling: Mapping[str, Any]
   progress: bool
+  extractors: Sequence
 
   def log(self, line: str):
     if self.progress:
@@ -160,8 +166,20 @@ class _Evaluation:
     }
     report = report_lib.SplitReport(
         split=split, prompts=count, pictures=len(members), rows=rows, tokenizer=tokenizer,
-        of_prompt=_of_prompt(asked, verdicts))
+        of_prompt=_of_prompt(asked, verdicts),
+        distributions=self.distributions(split, asked, real, reconstructed[chosen], generated))
     return report, Sample(split, asked, real, generated, verdicts)
+
+  def distributions(self, split: str, asked: Sequence, real: np.ndarray,
+                    reconstructed: np.ndarray, generated: np.ndarray) -> list:
+    """Compares generated with real pictures as sets, over each kind of features."""
+    tables = []
+    for extractor in self.extractors:
+      self.log(f'{split}: features of the {extractor.name}')
+      tables.append(distribution.of_pictures(
+          extractor, [picture.caption for picture in asked], np.arange(len(asked)), real,
+          reconstructed, generated, self.seed))
+    return tables
 
   def other_tones(self, asked: Sequence, rng: np.random.Generator) -> openmoji_judge.Verdicts:
     """Judges training pictures of the asked names in other tones, for prompts that have any."""

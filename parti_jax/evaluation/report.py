@@ -6,6 +6,10 @@ from typing import Any, Mapping, Optional, Sequence
 
 import numpy as np
 
+from parti_jax.evaluation import distribution as distribution_lib
+from parti_jax.evaluation import distribution_report
+from parti_jax.evaluation import tables
+
 METRICS = {'tone_right': 'tone right', 'name_top1': 'name top 1', 'name_top5': 'name top 5'}
 
 # The order of rows, best first, and what a reader needs to know of each. The first is what is
@@ -94,6 +98,7 @@ class SplitReport:
     tokenizer: over the whole split.
     of_prompt: for each prompt, its caption and the share of its generated pictures that are
       right, by key of METRICS (None where tone isn't judged).
+    distributions: the generated pictures as a set, over each kind of features there is.
   """
   split: str
   prompts: int
@@ -101,6 +106,7 @@ class SplitReport:
   rows: Mapping[str, Mapping[str, Metric]]
   tokenizer: Tokenizer
   of_prompt: Sequence[Mapping[str, Any]]
+  distributions: Sequence[distribution_lib.Distribution] = ()
 
   def of_ceiling(self, metric: str) -> Optional[float]:
     """Returns generated / reconstruction of a metric, None where that has no value."""
@@ -154,29 +160,26 @@ class Report:
         _HOW_JUDGED,
         f'Of {duplicates["pictures"]} real pictures, {duplicates["same_tone"]} are the same as '
         f'one of another name in the same tones, and {duplicates["same_name"]} as one of their '
-        'own name in other tones: such a picture counts as right for both.']
+        'own name in other tones: such a picture counts as right for both.',
+        *([distribution_report.NOTE] if any(split.distributions for split in self.splits) else [])]
 
   def text(self) -> str:
     """Renders tables for a terminal."""
     blocks = []
     for split in self.splits:
-      lines = split.table()
-      widths = [max(map(len, column)) for column in zip(*lines)]
-      rows = ['  '.join([line[0].ljust(widths[0]),
-                         *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))])
-              for line in lines]
-      blocks.append('\n'.join([split.title(), *rows, f'tokenizer: {split.tokenizer}']))
+      blocks.append('\n'.join(
+          [split.title(), tables.text(split.table()), f'tokenizer: {split.tokenizer}']))
+      blocks += map(distribution_report.text, split.distributions)
     return '\n\n'.join([*blocks, '\n'.join(self.notes())]) + '\n'
 
   def markdown(self) -> str:
     """Renders tables in Markdown."""
     blocks = ['# Evaluation on OpenMoji']
     for split in self.splits:
-      header, *lines = split.table()
-      rows = [header, ['---', *['---:'] * (len(header) - 1)], *lines]
       blocks.append(f'## {split.title()}')
-      blocks.append('\n'.join('| ' + ' | '.join(row) + ' |' for row in rows))
+      blocks.append(tables.markdown(split.table()))
       blocks.append(f'Tokenizer: {split.tokenizer}.')
+      blocks += map(distribution_report.markdown, split.distributions)
     return '\n\n'.join([*blocks, *self.notes()]) + '\n'
 
   def json(self) -> str:

@@ -142,7 +142,7 @@ def grid(images: np.ndarray, prompts: Sequence[str],
   font = ImageFont.load_default(size=_FONT_SIZE)
   line_height = sum(font.getmetrics()) + 2
   sheet_width = columns * (size[0] + _GAP) + _GAP
-  labels = [_wrap(prompt, font, sheet_width - 2 * _GAP) for prompt in prompts]
+  labels = [wrap(prompt, font, sheet_width - 2 * _GAP) for prompt in prompts]
   heights = [len(label) * line_height + size[1] + 2 * _GAP for label in labels]
   sheet = Image.new('RGB', (sheet_width, sum(heights) + _GAP), 'white')
   draw = ImageDraw.Draw(sheet)
@@ -158,7 +158,7 @@ def grid(images: np.ndarray, prompts: Sequence[str],
   return sheet
 
 
-def _wrap(text: str, font, width: int) -> list[str]:
+def wrap(text: str, font, width: int) -> list[str]:
   """A text as lines that are at most `width` pixels wide, unless one letter already is."""
   text = ' '.join(text.split())
   longest = len(text)

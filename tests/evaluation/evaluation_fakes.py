@@ -5,6 +5,8 @@ import types
 import numpy as np
 
 from parti_jax.data.openmoji import Picture
+from parti_jax.sampling import pipeline as pipeline_lib
+from parti_jax.sampling import settings as settings_lib
 
 SIZE = 8
 TONES = ((), ('light',), ('dark',))
@@ -37,22 +39,54 @@ def render(code, size=SIZE):
   return image.astype(np.uint8)
 
 
+class FakeRanker:
+  """A ranker whose features of a picture are its pixels' means, and of a text those of `draw`."""
+
+  config = types.SimpleNamespace(image_size=SIZE)
+
+  def __init__(self, draw):
+    self.draw = draw
+
+  def image_features(self, images):
+    assert images.shape[1:] == (SIZE, SIZE, 3) and images.dtype == np.uint8
+    features = images.reshape(len(images), -1).astype(np.float32) + 1
+    return features / np.linalg.norm(features, axis=1, keepdims=True)
+
+  def text_features(self, texts):
+    return self.image_features(np.stack([self.draw(text, 0) for text in texts]))
+
+
 class FakePipeline:
   """A pipeline that draws by `draw(caption, index of the image) -> uint8 [size, size, 3]`."""
 
   image_size = SIZE
   codebook_size = 16
+  model_name = 'fake'
 
-  def __init__(self, draw):
+  def __init__(self, draw, ranker=None):
     self.draw = draw
+    self.ranker = ranker
     self.generated = []
     self.settings = None
 
-  def generate(self, prompts, num_images=4, seed=0, **settings):
+  def generate(self, prompts, num_images=4, seed=0, rank=False, first_index=0, progress=False,
+               **settings):
+    assert not rank or self.ranker is not None
     self.settings = settings
     self.generated.append(list(prompts))
-    images = [[self.draw(prompt, index) for index in range(num_images)] for prompt in prompts]
-    return types.SimpleNamespace(images=np.array(images, np.uint8))
+    first = np.broadcast_to(first_index, len(prompts)).tolist()
+    images = [[self.draw(prompt, start + index) for index in range(num_images)]
+              for prompt, start in zip(prompts, first)]
+    sampling = settings_lib.SamplingSettings().replace(
+        **{name: value for name, value in settings.items() if name != 'batch_size'})
+    ranked = {}
+    if rank:  # The last picture is the best.
+      images = [row[::-1] for row in images]
+      order = np.tile(np.arange(num_images)[::-1], (len(prompts), 1))
+      ranked = {'scores': order.astype(np.float32), 'image_index': order}
+    return pipeline_lib.Result(
+        np.array(images, np.uint8), np.zeros((len(prompts), num_images, 4), np.int32),
+        list(prompts), seed, sampling, self.model_name, **ranked)
 
   def reconstruct(self, images):
     return images

@@ -11,6 +11,7 @@ import parti_jax
 from parti_jax.data import openmoji
 from parti_jax.errors import UserError
 from parti_jax.evaluation import command
+from parti_jax.evaluation import output_folder
 
 
 @pytest.fixture(name='pipeline')
@@ -77,7 +78,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
   def fail(*_):
     raise OSError('disk full')
 
-  monkeypatch.setattr(command.os, 'replace', fail)
+  monkeypatch.setattr(output_folder.os, 'replace', fail)
   with pytest.raises(OSError):
-    command._write(path, b'new')
+    output_folder.write(path, b'new')
   assert path.read_text() == 'old' and list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,49 @@
+"""Distributions as a table for a terminal and as Markdown."""
+
+from __future__ import annotations
+
+from parti_jax.evaluation import distribution
+from parti_jax.evaluation import tables
+
+NOTE = (
+    'Fréchet distance: less is better; it grows where pictures are few, so that only rows with the '
+    'same numbers of pictures compare, and only over the same features. Precision, recall '
+    '(k = 3): shares of generated pictures on the manifold of the real ones, and the reverse, '
+    'in %. Alignment: mean cosine of the ranker\'s features of text and picture.')
+
+_COLUMNS = {
+    'frechet_distance': ('Fréchet distance', '{:.4g}'.format),
+    'precision': ('precision', lambda share: f'{100 * share:.1f}'),
+    'recall': ('recall', lambda share: f'{100 * share:.1f}'),
+    'inception_score': ('inception score', lambda score: score.text(2)),
+    'alignment': ('alignment', lambda cosine: cosine.text(3)),
+}
+
+
+def title(table: distribution.Distribution) -> str:
+  """Says which features a table is over."""
+  return f'Over {table.dim} features: {table.features}'
+
+
+def cells(table: distribution.Distribution) -> list[list[str]]:
+  """Returns a header and a line for each row; columns that no row has a value for are left out."""
+  shown = {key: column for key, column in _COLUMNS.items()
+           if any(getattr(row, key) is not None for row in table.rows.values())}
+  lines = [['', 'pictures', 'against', *(name for name, _ in shown.values())]]
+  for key, label in distribution.ROWS.items():
+    if key in table.rows:
+      row = table.rows[key]
+      values = [(getattr(row, column), render) for column, (_, render) in shown.items()]
+      lines.append([label, f'{row.pictures:,}', '-' if row.real is None else f'{row.real:,}',
+                    *('-' if value is None else render(value) for value, render in values)])
+  return lines
+
+
+def text(table: distribution.Distribution) -> str:
+  """Renders a table for a terminal."""
+  return f'{title(table)}\n{tables.text(cells(table))}'
+
+
+def markdown(table: distribution.Distribution) -> str:
+  """Renders a table in Markdown."""
+  return f'{title(table)}\n\n{tables.markdown(cells(table))}'

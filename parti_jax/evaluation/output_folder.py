@@ -1,0 +1,106 @@
+"""The folder of a command's results: checked before the work, claimed by one run, never half full."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Mapping
+
+from PIL import Image
+
+from parti_jax.errors import UserError
+
+RUN_FILE = 'run.json'
+
+
+def make(path: str) -> pathlib.Path:
+  """Makes the output folder before the long work, so that it can't fail after it.
+
+  Raises:
+    UserError: nothing can be written there.
+  """
+  folder = pathlib.Path(path)
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+      pass
+  except OSError as error:
+    raise UserError(f'--output_dir {path}: cannot write there ({error.strerror}); '
+                    'name another folder') from error
+  return folder
+
+
+def claim(folder: pathlib.Path, run: Mapping[str, object]):
+  """Says in a folder what its pictures are drawn from, so that only the same run goes on there.
+
+  Args:
+    folder: of `make`.
+    run: everything that the pictures follow from, by the names that a user knows; for JSON.
+
+  Raises:
+    UserError: the folder holds pictures of another run; the message says what differs.
+  """
+  path = folder / RUN_FILE
+  run = json.loads(json.dumps(run))
+  if not path.exists():
+    write(path, (json.dumps(run, indent=2, ensure_ascii=False) + '\n').encode())
+    return
+  try:
+    there = json.loads(path.read_text(encoding='utf-8'))
+  except ValueError as error:
+    raise UserError(f'{path} is damaged; name another --output_dir') from error
+  for key, value in run.items():
+    if there.get(key) != value:
+      raise UserError(f'--output_dir {folder} holds pictures of another run, with {key} '
+                      f'{there.get(key)!r} where this one has {value!r}; name another folder')
+
+
+def write(path: pathlib.Path, content: bytes):
+  """Writes a file under a temporary name, then renames it: never half a file."""
+  temporary = path.with_name(f'.{path.name}.{os.getpid()}')
+  try:
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+def png(page: Image.Image) -> bytes:
+  """Encodes a picture as PNG."""
+  buffer = io.BytesIO()
+  page.save(buffer, 'PNG', optimize=True)
+  return buffer.getvalue()
+
+
+def fingerprint(*parts: bytes) -> str:
+  """Returns a short hash of some bytes."""
+  digest = hashlib.sha256()
+  for part in parts:
+    digest.update(len(part).to_bytes(8, 'little') + part)
+  return digest.hexdigest()[:16]
+
+
+def model_fingerprint(folder) -> str:
+  """Returns a hash of a model folder: of its small files, and of the ends of its large ones.
+
+  Args:
+    folder: its path; None for the demo model.
+  """
+  if folder is None:
+    # Imports JAX, which takes a moment.
+    from parti_jax.sampling import pipeline  # pylint: disable=import-outside-toplevel
+    folder = pipeline.DEMO_FOLDER
+  parts = []
+  for path in sorted(pathlib.Path(folder).iterdir()):
+    if path.suffix in ('.json', '.safetensors', '.model'):
+      with path.open('rb') as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        start = file.read(1 << 20)
+        file.seek(max(0, size - (1 << 20)))
+        parts += [path.name.encode(), str(size).encode(), start, file.read()]
+  return fingerprint(*parts)
