@@ -1,0 +1,201 @@
+"""Tests of `parti-jax evaluate --dataset=coco`, with a pipeline and small files that tests make."""
+
+import argparse
+import json
+import tarfile
+
+import evaluation_fakes as fakes
+import numpy as np
+import pytest
+from PIL import Image
+
+import parti_jax
+from parti_jax.errors import UserError
+from parti_jax.evaluation import command
+from parti_jax.evaluation import features
+from parti_jax.evaluation import picture_shards
+
+PICTURES = 12
+
+
+def draw(caption, index):
+  """A picture of its own for each caption and index."""
+  return np.random.default_rng([*caption.encode(), index]).integers(
+      0, 256, (fakes.SIZE, fakes.SIZE, 3), dtype=np.uint8)
+
+
+@pytest.fixture(name='pipeline')
+def fixture_pipeline(monkeypatch):
+  pipeline = fakes.FakePipeline(draw, fakes.FakeRanker(draw))
+  monkeypatch.setitem(vars(parti_jax), 'load', lambda path=None: pipeline)
+  monkeypatch.setattr(picture_shards, 'SHARD', 5)
+  return pipeline
+
+
+@pytest.fixture(name='flags')
+def fixture_flags(tmp_path):
+  """Small files in MS-COCO's form, in which caption 'picture 3' has the picture drawn for it."""
+  place = tmp_path / 'val2014'
+  place.mkdir()
+  content = {'images': [], 'annotations': []}
+  for identity in range(PICTURES):
+    name = f'{identity}.png'
+    Image.fromarray(draw(f'picture {identity}', 100)).resize((64, 64)).save(place / name)
+    content['images'].append({'id': identity, 'file_name': name})
+    content['annotations'].append({'image_id': identity, 'caption': f'picture {identity}'})
+  (tmp_path / 'captions.json').write_text(json.dumps(content))
+  return ['--dataset=coco', f'--annotations={tmp_path}/captions.json', f'--pictures={place}',
+          f'--output_dir={tmp_path}/out']
+
+
+def run(*arguments):
+  parser = argparse.ArgumentParser()
+  command.add_arguments(parser)
+  return command.run(parser.parse_args(arguments))
+
+
+def test_reports_pictures_and_sheet(pipeline, flags, tmp_path, capsys):
+  assert run(*flags, '--guidance_scale=2') == 0
+  out = tmp_path / 'out'
+  assert sorted(path.name for path in out.iterdir()) == [
+      'contact_sheet.png', 'generated', 'report.json', 'report.md', 'run.json']
+  report = json.loads((out / 'report.json').read_text())
+  assert report['captions'] == report['pictures'] == PICTURES and report['skipped'] == {}
+  assert report['sampling'] == {'guidance_scale': 2.0}
+  table, = report['distributions']
+  assert 'ranker of the model fake' in table['features']
+  # The fake tokenizer changes nothing.
+  assert table['rows']['reconstruction']['frechet_distance'] == pytest.approx(0, abs=1e-4)
+  assert table['rows']['reconstruction']['precision'] == 1
+  assert table['rows']['generated']['frechet_distance'] > 0.01
+  printed = capsys.readouterr()
+  assert '12 captions, not 30,000' in printed.err
+  assert 'Fréchet distance' in printed.out and 'MS-COCO' in printed.out
+  assert Image.open(out / 'contact_sheet.png').width > 4 * 2 * 128
+  with tarfile.open(out / 'generated' / '00001.tar') as tar:
+    assert tar.getnames()[:2] == ['000005.png', '000005.txt']
+
+
+def test_every_caption_has_noise_of_its_own_and_pictures_keep_their_order(pipeline, flags, tmp_path):
+  run(*flags)
+  captions = [caption for group in pipeline.generated for caption in group]
+  shards = picture_shards.PictureShards(tmp_path / 'out' / 'generated', captions)
+  drawn = np.concatenate(list(shards.batches()))
+  for index, caption in enumerate(captions):
+    np.testing.assert_array_equal(drawn[index], draw(caption, index))
+
+
+def test_goes_on_where_it_was_stopped(pipeline, flags, tmp_path):
+  generate = pipeline.generate
+
+  def stopped(prompts, **settings):
+    if len(pipeline.generated) == 2:
+      raise KeyboardInterrupt
+    return generate(prompts, **settings)
+
+  pipeline.generate = stopped
+  with pytest.raises(KeyboardInterrupt):
+    run(*flags)
+  pipeline.generate = generate
+  run(*flags)
+  drawn = [caption for group in pipeline.generated for caption in group]
+  assert sorted(drawn) == sorted(f'picture {identity}' for identity in range(PICTURES))
+  resumed = (tmp_path / 'out' / 'report.json').read_text()
+  run(*flags)  # Draws nothing more.
+  assert len(pipeline.generated) == 3
+  run(*flags[:-1], f'--output_dir={tmp_path}/whole')
+  assert (tmp_path / 'whole' / 'report.json').read_text() == resumed
+
+
+def test_pictures_of_another_run_are_not_mixed(pipeline, flags):
+  run(*flags)
+  with pytest.raises(UserError, match='pictures of another run, with seed 0 where .* has 1'):
+    run(*flags, '--seed=1')
+  with pytest.raises(UserError, match='with num_captions 30000 where .* has 5'):
+    run(*flags, '--num_captions=5')
+
+
+def test_damaged_pictures_are_counted_and_left_out_on_both_sides(pipeline, flags, tmp_path):
+  whole = (tmp_path / 'val2014' / '3.png').read_bytes()
+  (tmp_path / 'val2014' / '3.png').write_bytes(whole[:60])
+  (tmp_path / 'val2014' / '4.png').unlink()
+  run(*flags)
+  report = json.loads((tmp_path / 'out' / 'report.json').read_text())
+  assert report['skipped'] == {'no picture file': 1, 'damaged picture': 1}
+  assert report['captions'] == report['pictures'] == PICTURES - 2
+  assert report['distributions'][0]['rows']['generated']['pictures'] == PICTURES - 2
+  assert 'Left out: 1 captions (no picture file), 1 captions (damaged picture).' in (
+      tmp_path / 'out' / 'report.md').read_text()
+
+
+def test_no_usable_picture(pipeline, flags, tmp_path):
+  for path in (tmp_path / 'val2014').iterdir():
+    path.write_bytes(b'nothing')
+  with pytest.raises(UserError, match='none of 12 pictures can be used .*unknown picture format'):
+    run(*flags)
+
+
+def test_of_several_pictures_the_best_is_kept(pipeline, flags, tmp_path):
+  run(*flags, '--num_images=3')
+  captions = [caption for group in pipeline.generated for caption in group]
+  shards = picture_shards.PictureShards(tmp_path / 'out' / 'generated', captions)
+  np.testing.assert_array_equal(next(shards.batches())[1], draw(captions[1], 3 + 2))
+  assert "the ranker's best of 3" in (tmp_path / 'out' / 'report.md').read_text()
+
+
+def test_a_damaged_shard_is_named(pipeline, flags, tmp_path):
+  run(*flags)
+  path = tmp_path / 'out' / 'generated' / '00001.tar'
+  path.write_bytes(path.read_bytes()[:700])
+  with pytest.raises(UserError, match='00001.tar is damaged; delete it'):
+    run(*flags)
+  path.unlink()
+  run(*flags)
+  assert len(pipeline.generated) == 3 + 1
+
+
+def test_inception_compares_at_the_size_that_is_asked(pipeline, flags, tmp_path, monkeypatch):
+  sizes = set()
+
+  class FakeInception:
+
+    def __init__(self, weights, image_size):
+      self.name, self.image_size = weights, image_size
+
+    def __call__(self, images):
+      sizes.add(images.shape[1:])
+      return features.Features(images.reshape(len(images), -1)[:, ::500].astype(np.float32))
+
+    def texts(self, captions):
+      return None
+
+  monkeypatch.setattr(features, 'Inception', FakeInception)
+  (tmp_path / 'weights.pth').write_bytes(b'')
+  run(*flags, f'--inception_weights={tmp_path}/weights.pth', '--image_size=48')
+  assert sizes == {(48, 48, 3)}
+  report = json.loads((tmp_path / 'out' / 'report.json').read_text())
+  assert len(report['distributions']) == 2
+  assert report['distributions'][0]['rows']['generated']['alignment'] is None
+
+
+def test_without_anything_to_compare_over(pipeline, flags, tmp_path):
+  pipeline.ranker = None
+  with pytest.raises(UserError, match='model fake has no ranker.*give --inception_weights'):
+    run(*flags)
+  assert not pipeline.generated and not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (['--dataset=cocoa'], "unknown data set 'cocoa'; they are openmoji, coco"),
+    (['--dataset=localized_narratives'], 'needs --annotations FILE and --pictures DIR'),
+    (['--dataset=coco', '--annotations=a'], '--annotations FILE goes with --pictures DIR'),
+    (['--dataset=coco', '--splits', 'train'], '--splits is of --dataset=openmoji, not of coco'),
+    (['--annotations=a'], '--annotations is of --dataset=coco and localized_narratives'),
+    (['--num_captions=0', '--dataset=coco'], '--num_captions must be a positive number'),
+    (['--image_size=0'], '--image_size must be a positive number'),
+    (['--inception_weights=nothing.pth'], '--inception_weights nothing.pth is no file'),
+])
+def test_bad_flags(pipeline, tmp_path, arguments, message):
+  with pytest.raises(UserError, match=message):
+    run(f'--output_dir={tmp_path}/out', *arguments)
+  assert not pipeline.generated and not (tmp_path / 'out').exists()

@@ -1,0 +1,98 @@
+"""Tests of the table of distances between sets of pictures, and of what it says."""
+
+import numpy as np
+import pytest
+
+from parti_jax.evaluation import distribution
+from parti_jax.evaluation import distribution_report
+from parti_jax.evaluation import features
+from parti_jax.evaluation import frechet
+
+
+def unit(values):
+  return values / np.linalg.norm(values, axis=1, keepdims=True)
+
+
+@pytest.fixture(name='sets')
+def fixture_sets():
+  """40 captions of 20 pictures; two generated pictures a caption, shifted from the real ones."""
+  rng = np.random.default_rng(0)
+  real = rng.normal(size=(20, 4)).astype(np.float32)
+  picture_of = np.arange(40) // 2
+  caption_of = np.arange(80) // 2
+  generated = real[picture_of[caption_of]] + 3
+  return distribution.Sets(
+      features.Features(real), features.Features(real + 1), features.Features(generated),
+      caption_of, picture_of, texts=real[picture_of])
+
+
+def test_rows_are_held_against_the_real_pictures(sets):
+  rows = distribution.measure('fake', sets).rows
+  assert list(rows) == list(distribution.ROWS)
+  # A shift of all features is the distance of the means alone: 4 features, 1 and 3 away. (Each
+  # generated picture is there four times, which the unbiased covariance knows.)
+  assert rows['reconstruction'].frechet_distance == pytest.approx(4 * 1**2, rel=1e-3)
+  assert rows['generated'].frechet_distance == pytest.approx(4 * 3**2, rel=0.01)
+  assert (rows['generated'].pictures, rows['generated'].real) == (80, 20)
+  assert rows['reconstruction'].precision > rows['generated'].precision
+  assert rows['generated'].inception_score is None
+
+
+def test_halves_have_the_same_numbers_and_no_picture_in_common(sets):
+  rows = distribution.measure('fake', sets).rows
+  for row in ('generated_half', 'real_half'):
+    assert (rows[row].pictures, rows[row].real) == (10, 10)
+  # The generated half is the real one of the same captions, moved by 3.
+  assert rows['generated_half'].frechet_distance > rows['real_half'].frechet_distance > 0.1
+
+
+def test_alignment_is_the_mean_cosine(sets):
+  rows = distribution.measure('fake', sets).rows
+  real, generated = sets.real.values, sets.generated.values
+  cosines = (unit(generated) * unit(real[sets.picture_of[sets.caption_of]])).sum(axis=1)
+  assert rows['generated'].alignment.mean == pytest.approx(cosines.mean(), rel=1e-5)
+  of_caption = cosines.reshape(40, 2).mean(axis=1)
+  assert rows['generated'].alignment.error == pytest.approx(
+      of_caption.std(ddof=1) / 40**0.5, rel=1e-4)
+  assert rows['real'].alignment.mean == pytest.approx(1)
+  assert rows['other_captions'].alignment.mean < 0.7
+
+
+def test_captions_of_others_are_of_other_pictures():
+  picture_of = np.array([0, 0, 1, 2, 2, 2, 3])
+  for seed in range(20):
+    others = distribution._pictures_of_others(picture_of, np.random.default_rng(seed))
+    assert (others != picture_of).all() and set(others) == {0, 1, 2, 3}
+
+
+def test_few_pictures_have_no_manifold():
+  few = features.Features(np.random.default_rng(0).normal(size=(3, 2)))
+  found = distribution.measure('fake', distribution.Sets(
+      few, few, few, np.arange(3), np.arange(3)))
+  assert list(found.rows) == ['generated', 'reconstruction', 'real']
+  row = found.rows['generated']
+  assert row.precision is None and row.recall is None and row.alignment is None
+  assert row.frechet_distance == pytest.approx(0, abs=1e-6)
+  header, first, *_ = distribution_report.cells(found)
+  assert header == ['', 'pictures', 'against', 'Fréchet distance'] and first[1:3] == ['3', '3']
+
+
+def test_the_table_names_its_features_and_leaves_out_empty_columns(sets):
+  table = distribution.measure('the fake network', sets)
+  text, markdown = distribution_report.text(table), distribution_report.markdown(table)
+  assert text.startswith('Over 4 features: the fake network\n')
+  assert 'inception score' not in text and 'alignment' in text
+  assert markdown.count('\n| ') == 1 + len(distribution.ROWS) + 1
+
+
+def test_logits_give_an_inception_score():
+  pytest.importorskip('torch_fidelity.metric_isc')
+  # Ten pictures of each of ten classes, each sure of its class: the score is 10 at most.
+  logits = np.tile(20 * np.eye(10, dtype=np.float32), (50, 1))
+  sure = features.Features(np.random.default_rng(0).normal(size=(500, 4)), logits)
+  found = distribution._inception_score(sure)
+  assert 9 < found.mean <= 10 and found.error < 0.5
+  assert distribution._inception_score(sure[:5]) is None
+  other = features.Features(sure.values + 1, logits)
+  assert distribution._distance(sure, other) == pytest.approx(
+      frechet.frechet_distance(sure.values, other.values), rel=1e-5)

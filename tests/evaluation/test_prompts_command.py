@@ -1,0 +1,181 @@
+"""Tests of `parti-jax prompts`: the file, the pictures, the page."""
+
+import argparse
+import html.parser
+import json
+import os
+
+import evaluation_fakes as fakes
+import numpy as np
+import pytest
+from PIL import Image
+
+import parti_jax
+from parti_jax.errors import UserError
+from parti_jax.evaluation import prompts_command
+from parti_jax.evaluation import prompts_file
+
+HEADER = 'Prompt\tCategory\tChallenge\tNote\n'
+PROMPTS = HEADER + '''bond\tAbstract\tBasic\tBiology-inspired concepts
+the word "A<B"\tWorld Knowledge\tWriting & Symbols\t
+a red apple\tProduce & Plants\tBasic
+bond\tAbstract\tComplex\t
+'''
+
+
+def draw(caption, index):
+  return np.full((fakes.SIZE, fakes.SIZE, 3), 40 * index + len(caption), np.uint8)
+
+
+@pytest.fixture(name='pipeline')
+def fixture_pipeline(monkeypatch):
+  pipeline = fakes.FakePipeline(draw, fakes.FakeRanker(draw))
+  monkeypatch.setitem(vars(parti_jax), 'load', lambda path=None: pipeline)
+  return pipeline
+
+
+@pytest.fixture(name='flags')
+def fixture_flags(tmp_path):
+  path = tmp_path / 'MyPrompts.tsv'
+  path.write_text(PROMPTS)
+  return [str(path), f'--output_dir={tmp_path}/out', '--num_images=3']
+
+
+def run(*arguments):
+  parser = argparse.ArgumentParser()
+  prompts_command.add_arguments(parser)
+  return prompts_command.run(parser.parse_args(arguments))
+
+
+class Page(html.parser.HTMLParser):
+  """What a test wants to know of a page; every tag must be closed."""
+
+  def __init__(self, path):
+    super().__init__()
+    self.open, self.images, self.links, self.anchors, self.texts = [], [], [], set(), []
+    self.feed(path.read_text())
+    self.close()
+    assert not self.open
+
+  def handle_starttag(self, tag, attrs):
+    attrs = dict(attrs)
+    if tag not in ('meta', 'img', 'input'):
+      self.open.append(tag)
+    if tag == 'img':
+      assert attrs['loading'] == 'lazy'
+      self.images.append(attrs['src'])
+    if tag == 'a':
+      self.links.append(attrs['href'])
+    self.anchors.add(attrs.get('id'))
+
+  def handle_endtag(self, tag):
+    assert self.open.pop() == tag
+
+  def handle_data(self, data):
+    self.texts.append(data.strip())
+
+
+def test_the_page_shows_every_prompt_best_first(pipeline, flags, tmp_path, capsys):
+  assert run(*flags) == 0
+  out = tmp_path / 'out'
+  page = Page(out / 'index.html')
+  assert len(page.images) == 4 * 3 and all((out / image).is_file() for image in page.images)
+  headings = [text for text in page.texts if text in ('Abstract', 'Produce & Plants',
+                                                      'World Knowledge')]
+  assert headings == ['Abstract', 'Produce & Plants', 'World Knowledge']
+  assert 'the word "A<B"' in page.texts and 'Biology-inspired concepts' in page.texts
+  assert {link[1:] for link in page.links if link.startswith('#')} <= page.anchors
+  content = json.loads((out / 'prompts.json').read_text())
+  assert [prompt['prompt'] for prompt in content['prompts']] == [
+      'bond', 'the word "A<B"', 'a red apple', 'bond']
+  first = content['prompts'][0]['pictures']
+  assert [picture['image_index'] for picture in first] == [2, 1, 0]  # By the fake ranker.
+  assert [picture['score'] for picture in first] == [2, 1, 0]
+  best = np.asarray(Image.open(out / first[0]['file']))
+  np.testing.assert_array_equal(best, draw('bond', 2))
+  assert str(out / 'index.html') in capsys.readouterr().out
+  assert Image.open(out / 'abstract.png').height > 128
+
+
+def test_a_model_without_a_ranker(pipeline, flags, tmp_path):
+  pipeline.ranker = None
+  run(*flags)
+  content = json.loads((tmp_path / 'out' / 'prompts.json').read_text())
+  assert not content['ranked'] and content['prompts'][0]['pictures'][0] == {
+      'file': content['prompts'][0]['pictures'][0]['file'], 'score': None, 'image_index': 0}
+  assert 'not ranked' in (tmp_path / 'out' / 'index.html').read_text()
+
+
+def test_goes_on_where_it_was_stopped(pipeline, flags, tmp_path, monkeypatch):
+  monkeypatch.setattr(prompts_command, '_AT_ONCE', 3)
+  generate = pipeline.generate
+
+  def stopped(prompts, **settings):
+    if len(pipeline.generated) == 2:
+      raise KeyboardInterrupt
+    return generate(prompts, **settings)
+
+  pipeline.generate = stopped
+  with pytest.raises(KeyboardInterrupt):
+    run(*flags)
+  assert len(os.listdir(tmp_path / 'out' / 'pictures')) == 2
+  pipeline.generate = generate
+  run(*flags)
+  assert pipeline.generated == [['bond'], ['the word "A<B"'], ['a red apple'], ['bond']]
+  with pytest.raises(UserError, match='another run, with num_images 3 where .* has 2'):
+    run(*flags, '--num_images=2')
+
+
+def test_only_the_first_prompts(pipeline, flags, tmp_path):
+  run(*flags, '--max_prompts=1')
+  assert pipeline.generated == [['bond']]
+  run(*flags)  # And now the others.
+  assert len(pipeline.generated[1]) == 3
+  assert len(Page(tmp_path / 'out' / 'index.html').images) == 12
+
+
+def test_what_the_model_did_not_read_is_shown(pipeline, flags, tmp_path):
+  generate = pipeline.generate
+
+  def cut(prompts, **settings):
+    prompts_command.warnings.warn('prompt 2 is longer than the 8 text tokens; left out: "A<B"')
+    return generate(prompts, **settings)
+
+  pipeline.generate = cut
+  run(*flags)
+  content = json.loads((tmp_path / 'out' / 'prompts.json').read_text())
+  assert [bool(prompt['cut']) for prompt in content['prompts']] == [False, True, False, False]
+  assert 'longer than the 8 text tokens; left out: "A<B"' in Page(
+      tmp_path / 'out' / 'index.html').texts
+
+
+@pytest.mark.parametrize('content, message', [
+    ('', "line 1: the columns Prompt, Category, Challenge, Note, separated by tabs"),
+    ('Prompt,Category\n', "line 1: .*there is 'Prompt,Category'"),
+    (HEADER, 'has no prompt in it'),
+    (HEADER + 'a\tb\tc\td\n\nonly this\n', 'line 4: 1 cells'),
+    (HEADER + 'a\tb\tc\td\te\n', 'line 2: 5 cells'),
+    (HEADER + '\tb\tc\td\n', 'line 2: its Prompt is empty'),
+    (HEADER + 'a\t \tc\td\n', 'line 2: its Category is empty'),
+])
+def test_files_of_another_form(pipeline, tmp_path, content, message):
+  path = tmp_path / 'bad.tsv'
+  path.write_text(content)
+  with pytest.raises(UserError, match=f'bad.tsv.*{message}'):
+    run(str(path), f'--output_dir={tmp_path}/out')
+  assert not (tmp_path / 'out').exists()
+
+
+def test_a_file_that_is_not_there(pipeline):
+  with pytest.raises(UserError, match='nothing.tsv cannot be read'):
+    run('nothing.tsv')
+
+
+def test_parti_prompts_itself():
+  path = os.environ.get('PARTI_PROMPTS')
+  if not path:
+    pytest.skip('$PARTI_PROMPTS does not name PartiPrompts.tsv')
+  prompts = prompts_file.read(path)
+  assert len(prompts) == 1632
+  assert len({prompt.category for prompt in prompts}) == 12
+  assert len({prompt.challenge for prompt in prompts}) == 11
