@@ -217,9 +217,10 @@ def _bar(items, description: str, progress: bool, pictures: int):
 def _shown(captioned: captioned_pictures.Captioned, kept: np.ndarray,
            shards: picture_shards.PictureShards, real: Mapping[int, np.ndarray]) -> Shown:
   """Returns the first captions with their pictures."""
-  chosen = np.flatnonzero(kept[:_SHOWN])
+  first = next(shards.batches())[:_SHOWN]
+  chosen = np.flatnonzero(kept[:len(first)])
   pictures = [real[index] for index in captioned.picture_of[chosen].tolist()]
-  generated = next(shards.batches())[chosen]
+  generated = first[chosen]
   if not pictures:  # All of the first ones are damaged.
     return Shown([], generated, generated)
   return Shown([captioned.captions[index] for index in chosen], np.stack(pictures),

@@ -52,8 +52,8 @@ class Result:
       image_length, ...], where the settings skip something; else None.
     scores: float32 [prompts, num_images], how well each picture fits its prompt by the model's
       ranker, falling along each row; None where they were not ranked.
-    image_index: int [prompts, num_images], where each picture stood before it was ranked; it is
-      the index that the picture was drawn with. None where they were not ranked.
+    image_index: int [prompts, num_images], the index that each picture was drawn with: where it
+      stood before pictures were ranked, counted from `first_index`. None counts from 0.
   """
 
   images: np.ndarray
@@ -103,10 +103,11 @@ class Result:
 
   def _place_in(self, row: int, column: int) -> dict[str, str]:
     """Metadata of one picture among those of its prompt."""
+    index = column if self.image_index is None else self.image_index[row, column]
     if self.scores is None:
-      return {'image_index': str(column)}
+      return {'image_index': str(index)}
     digits = len(str(self.images.shape[1]))  # So that files stand in the order of their ranks.
-    return {'image_index': str(self.image_index[row, column]),
+    return {'image_index': str(index),
             'rank': f'{column + 1:0{digits}}', 'score': f'{self.scores[row, column]:.4f}'}
 
   def _metadata(self) -> dict[str, str]:
@@ -176,7 +177,7 @@ class Pipeline:
   def generate(
       self, prompts: Sequence[str] | str, num_images: int = 4, seed: int = 0,
       batch_size: int | None = None, progress: bool = False, rank: bool = False,
-      **sampling) -> Result:
+      first_index: Sequence[int] | int = 0, **sampling) -> Result:
     """Draws pictures (Parti, section 2).
 
     A picture follows from its prompt, the seed, its index among the pictures of its prompt, and
@@ -191,6 +192,9 @@ class Pipeline:
       batch_size: pictures drawn at once, for the memory; chosen by default.
       progress: whether to show a bar.
       rank: whether to put the pictures of each prompt in order, best first, by the model's ranker.
+      first_index: index of a prompt's first picture, one for all prompts or for each its own.
+        Pictures of one index are drawn with the same noise, whatever their prompt; where many
+        prompts get one picture each, other indices make them independent.
       **sampling: fields of SamplingSettings, `guidance_scale` and others, in place of the model's
         own; None leaves those.
 
@@ -210,12 +214,14 @@ class Pipeline:
     settings = self.sampling.replace(**sampling)
     total = len(prompts) * num_images
     texts = self._encode(prompts)
+    first = np.broadcast_to(np.asarray(first_index, np.int32), len(prompts))
+    index = (first[:, None] + np.arange(num_images, dtype=np.int32)).reshape(-1)
     batch = self._batch_size(total, batch_size, settings.guided)
     tokens = np.empty([total, self._config.image_length], np.int32)
     images = np.empty([total, self.image_size, self.image_size, 3], np.uint8)
     usages = []
     for start, chosen in placement.pieces(total, batch, progress):
-      *drawn, usage = self._draw(texts[chosen // num_images], chosen % num_images, seed, settings)
+      *drawn, usage = self._draw(texts[chosen // num_images], index[chosen], seed, settings)
       stop = min(start + batch, total)
       tokens[start:stop], images[start:stop] = (part[:stop - start] for part in drawn)
       usages.append(jax.tree.map(lambda part, count=stop - start: part[:count], usage))
@@ -224,7 +230,7 @@ class Pipeline:
         lambda *parts: np.concatenate(parts).reshape(*shape, *parts[0].shape[1:]), *usages)
     result = Result(
         images.reshape(*shape, *images.shape[1:]), tokens.reshape(*shape, -1), prompts, seed,
-        settings, self.model_name, usage)
+        settings, self.model_name, usage, image_index=index.reshape(shape))
     return self._ranked(result) if rank else result
 
   def _ranked(self, result: Result) -> Result:
@@ -237,7 +243,7 @@ class Pipeline:
     return dataclasses.replace(
         result, images=result.images[rows, order], tokens=result.tokens[rows, order],
         usage=jax.tree.map(lambda part: part[rows, order], result.usage),
-        scores=scores[rows, order], image_index=order)
+        scores=scores[rows, order], image_index=result.image_index[rows, order])
 
   def tokenize(self, images) -> np.ndarray:
     """Image tokens of pictures.

@@ -52,6 +52,13 @@ def test_the_same_pictures_in_another_order_and_alone(pipeline, drawn):
   np.testing.assert_array_equal(fewer.images[0], drawn.images[1, :2])
 
 
+def test_pictures_may_be_numbered_from_elsewhere(pipeline, drawn):
+  later = pipeline.generate(PROMPTS, num_images=2, seed=7, first_index=[1, 0, 1])
+  assert later.image_index.tolist() == [[1, 2], [0, 1], [1, 2]]
+  for row, start in enumerate([1, 0, 1]):
+    np.testing.assert_array_equal(later.images[row], drawn.images[row, start:start + 2])
+
+
 def test_seed_prompt_and_settings_matter(pipeline, drawn):
   for change in ({'seed': 8}, {'guidance_scale': 9.0}, {'temperature': 5.0}, {'top_k': 1},
                  {'guidance_ramp': 'linear'}):
