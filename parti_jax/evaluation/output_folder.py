@@ -1,4 +1,4 @@
-"""The folder of a command's results: checked before the work, claimed by one run, never half full."""
+"""The folder of a command's results: checked before the work, claimed by one run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`parti-jax prompts`: draws every prompt of a file in PartiPrompts' form and shows them on a page."""
+"""`parti-jax prompts`: draws every prompt of a file such as PartiPrompts.tsv, and shows them."""
 
 from __future__ import annotations
 

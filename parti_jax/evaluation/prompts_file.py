@@ -1,7 +1,7 @@
 """Prompts in the form of PartiPrompts (Parti, section 5.2).
 
-A tab-separated file with a header and the columns Prompt, Category, Challenge and Note; PartiPrompts
-itself has 1,632 prompts in 12 categories and 11 challenges.
+A tab-separated file with a header and the columns Prompt, Category, Challenge and Note;
+PartiPrompts itself has 1,632 prompts in 12 categories and 11 challenges.
 """
 
 from __future__ import annotations

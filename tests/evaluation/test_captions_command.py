@@ -76,7 +76,7 @@ def test_reports_pictures_and_sheet(pipeline, flags, tmp_path, capsys):
     assert tar.getnames()[:2] == ['000005.png', '000005.txt']
 
 
-def test_every_caption_has_noise_of_its_own_and_pictures_keep_their_order(pipeline, flags, tmp_path):
+def test_every_caption_has_noise_of_its_own_and_its_place(pipeline, flags, tmp_path):
   run(*flags)
   captions = [caption for group in pipeline.generated for caption in group]
   shards = picture_shards.PictureShards(tmp_path / 'out' / 'generated', captions)

@@ -22,7 +22,8 @@ def test_a_rotation_changes_nothing():
   rotation, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(5, 5)))
   one, other = np.diag([1.0, 4.0, 9.0, 2.0, 3.0]), np.diag([9.0, 1.0, 1.0, 8.0, 3.0])
   expected = np.square(np.sqrt(np.diag(one)) - np.sqrt(np.diag(other))).sum()
-  turned = [gaussian(np.zeros(5), rotation @ covariance @ rotation.T) for covariance in (one, other)]
+  turned = [gaussian(np.zeros(5), rotation @ covariance @ rotation.T)
+            for covariance in (one, other)]
   assert frechet.distance(*turned) == pytest.approx(expected)
 
 
