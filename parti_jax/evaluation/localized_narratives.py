@@ -2,7 +2,7 @@
 
 Pont-Tuset et al. 2020, arXiv 1912.03098. A file holds JSON lines: {"dataset_id": "mscoco_val2017",
 "image_id": "137576", "caption": "…", and traces that are not needed here}. Parti's evaluation
-(section 4) takes those of MS-COCO's pictures, coco_val_localized_narratives.jsonl; the pictures
+takes those of MS-COCO's pictures, coco_val_localized_narratives.jsonl; the pictures
 are MS-COCO's val2017.
 """
 

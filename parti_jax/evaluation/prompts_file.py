@@ -1,4 +1,4 @@
-"""Prompts in the form of PartiPrompts (Parti, section 5.2).
+"""Prompts in the form of PartiPrompts, the benchmark that was published with Parti.
 
 A tab-separated file with a header and the columns Prompt, Category, Challenge and Note;
 PartiPrompts itself has 1,632 prompts in 12 categories and 11 challenges.
