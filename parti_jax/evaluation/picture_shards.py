@@ -61,7 +61,8 @@ class PictureShards:
                 captions, num_images=num_images, rank=num_images > 1,
                 first_index=[(start + row) * num_images for row in range(len(captions))],
                 **settings)
-          cut = sum('left out' in str(warning.message) for warning in caught)
+          # A ranker that has a shorter text length warns too, in other words.
+          cut = sum(str(warning.message).startswith('prompt ') for warning in caught)
           self._write(start, captions, result.images[:, 0], cut)
         bar.update(len(captions))
 

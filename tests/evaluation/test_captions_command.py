@@ -3,6 +3,7 @@
 import argparse
 import json
 import tarfile
+import warnings
 
 import evaluation_fakes as fakes
 import numpy as np
@@ -176,6 +177,22 @@ def test_inception_compares_at_the_size_that_is_asked(pipeline, flags, tmp_path,
   report = json.loads((tmp_path / 'out' / 'report.json').read_text())
   assert len(report['distributions']) == 2
   assert report['distributions'][0]['rows']['generated']['alignment'] is None
+
+
+def test_captions_that_were_cut_are_counted(pipeline, flags, tmp_path):
+  generate = pipeline.generate
+
+  def cut(prompts, **settings):
+    warnings.warn('prompt 2 is longer than the 8 text tokens of the model; left out: "x"')
+    return generate(prompts, **settings)
+
+  pipeline.generate = cut
+  run(*flags)
+  pipeline.generate = generate
+  run(*flags)  # Known of shards that were drawn before.
+  assert len(pipeline.generated) == 3
+  assert json.loads((tmp_path / 'out' / 'report.json').read_text())['captions_cut'] == 3
+  assert '3 captions were longer' in (tmp_path / 'out' / 'report.md').read_text()
 
 
 def test_without_anything_to_compare_over(pipeline, flags, tmp_path):
