@@ -190,7 +190,7 @@ def _sheet(folder: pathlib.Path, category: str, results: Sequence[dict],
   """A category's prompts, each with its first picture."""
   members = [result for result in results if result['category'] == category]
   shown = members[:_SHOWN]
-  first = 'the best by the ranker' if ranked else 'the first'
+  first = "the ranker's best" if ranked else 'the first'
   images = []
   for result in shown:
     with Image.open(folder / result['pictures'][0]['file']) as picture:
