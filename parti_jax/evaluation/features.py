@@ -80,8 +80,8 @@ class Inception:
       UserError: the file holds other weights.
       ImportError: torch-fidelity is not installed.
     """
-    import torch  # pylint: disable=import-outside-toplevel
     from torch_fidelity import utils  # pylint: disable=import-outside-toplevel
+    import torch  # pylint: disable=import-outside-toplevel
     self._torch = torch
     self._device = 'cuda' if torch.cuda.is_available() else 'cpu'
     self.image_size = image_size
