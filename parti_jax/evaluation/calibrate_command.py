@@ -23,7 +23,8 @@ from parti_jax.sampling import flags
 from parti_jax.sampling import settings as settings_lib
 
 THRESHOLDS = ('exit_threshold', 'guidance_skip_threshold')
-_CANDIDATES = tuple(round(0.05 * step, 2) for step in range(19, -1, -1))
+# Dense where predictions are: most tokens' confidence is near 1.
+_CANDIDATES = (0.999, 0.99, 0.98, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)
 # The table's columns: key of a row -> its heading.
 _COLUMNS = {
     'threshold': 'threshold', 'alignment': 'alignment', 'loss': 'loss', 'p_value': 'p-value',
@@ -41,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser):
   parser.add_argument('--risk', type=float, default=0.05,
                       help='chance of losing more than that (default: %(default)s)')
   parser.add_argument('--candidates', type=float, nargs='+', default=list(_CANDIDATES),
-                      metavar='THRESHOLD', help='tried from the highest down (default: 0.95, 0.9, '
+                      metavar='THRESHOLD', help='tried from the highest down (default: 0.999, 0.99, '
                       '... 0)')
   parser.add_argument('--measure', default='name_top1',
                       choices=(*alignment.OpenMojiAlignment.measures, alignment.RANKER),
