@@ -4,8 +4,9 @@
 
 Draws OpenMoji's prompts with the demo model at every setting, from the same seed. Alignment is
 OpenMoji's judge. Layers are those that tokens passed, and those that were computed for their batch.
-Pictures a second are of batches of 1 and of 32, the fastest of some rounds in which all settings take
-turns, over those of the same model without thresholds. A setting is EXIT/SKIP, the two thresholds.
+Pictures a second are of batches of 1 and of 32, the fastest of some rounds in which all settings
+take turns, over those of the same model without thresholds. A setting is EXIT/SKIP, the two
+thresholds.
 """
 
 import argparse
@@ -56,7 +57,8 @@ def main():
 
 def measured(pipeline, judge, num_images: int, values) -> dict:
   """Alignment, and what the tokens took."""
-  result = pipeline.generate(judge.prompts, num_images=num_images, batch_size=max(BATCHES), **values)
+  result = pipeline.generate(
+      judge.prompts, num_images=num_images, batch_size=max(BATCHES), **values)
   row = {name: alignment.mean_and_error(scores)
          for name, scores in judge.scores(result.images).items()}
   layers, usage = pipeline.decoder_layers, result.usage

@@ -42,8 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser):
   parser.add_argument('--risk', type=float, default=0.05,
                       help='chance of losing more than that (default: %(default)s)')
   parser.add_argument('--candidates', type=float, nargs='+', default=list(_CANDIDATES),
-                      metavar='THRESHOLD', help='tried from the highest down (default: 0.999, 0.99, '
-                      '... 0)')
+                      metavar='THRESHOLD', help='tried from the highest down (default: 0.999, '
+                      '0.99, ... 0)')
   parser.add_argument('--measure', default='name_top1',
                       choices=(*alignment.OpenMojiAlignment.measures, alignment.RANKER),
                       help="alignment: of OpenMoji's judge, or the score of the model's ranker "

@@ -259,7 +259,7 @@ class SelfAttention(nn.Module):
     return self.project_out(attend_in_schedule(query, key, value, patterns, place))
 
   def project(self, x):
-    """Queries, keys and values of x [batch, length, embed]: [batch, length, heads, head_dim] each."""
+    """Query, key and value of x [batch, 1, embed]: [batch, 1, heads, head_dim] each."""
     return self._queries_keys_values(x)
 
   def attend_step(self, query, cache, position, pattern: attention_patterns.AttentionPattern):

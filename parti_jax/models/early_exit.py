@@ -20,7 +20,7 @@ def confidence(logits):
   """
   chances = jax.nn.softmax(logits, axis=-1)
   first = jnp.argmax(chances, axis=-1, keepdims=True)
-  # Not by top_k, which sorts, and which a codebook that is split over devices would be gathered for.
+  # Not by top_k: it sorts, and gathers a codebook that is split over devices.
   codes = jax.lax.broadcasted_iota(jnp.int32, chances.shape, chances.ndim - 1)
   second = jnp.max(jnp.where(codes == first, 0.0, chances), axis=-1)
   return jnp.max(chances, axis=-1) - second

@@ -261,8 +261,8 @@ class Decoder(nn.Module):
       position: see `x`.
       leaves: (layers passed, x [batch, 1, embed], bool [batch] that have left) -> bool [batch] that
         have left now.
-      copied: bool [batch], rows that have left before the first layer, and whose keys and values are
-        those of `entries`; None for none.
+      copied: bool [batch], rows that have left before the first layer, and whose keys and values
+        are those of `entries`; None for none.
       entries: for each layer a key and a value, [batch, 1, heads, head_dim] each.
 
     Returns:

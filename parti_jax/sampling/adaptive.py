@@ -44,12 +44,14 @@ class Usage:
   def summary(self, decoder_layers: int) -> str:
     """One line with the means over all tokens; takes numpy arrays."""
     with_text, without = self.computed[..., 0].mean(), self.computed[..., 1].mean()
-    return (f'{self.layers.mean():.2f} of {decoder_layers} layers per token (computed for its batch: '
-            f'{with_text:.2f}); the pass without text skipped for {100 * self.unguided.mean():.0f}% '
-            f'of the tokens (layers of it computed: {without:.2f})')
+    return (
+        f'{self.layers.mean():.2f} of {decoder_layers} layers per token (computed for its batch: '
+        f'{with_text:.2f}); the pass without text skipped for {100 * self.unguided.mean():.0f}% '
+        f'of the tokens (layers of it computed: {without:.2f})')
 
 
-def _step_together(apply, layers, starts, previous, caches, position, scale, exit_threshold, guided):
+def _step_together(apply, layers, starts, previous, caches, position, scale, exit_threshold,
+                   guided):
   """A position with both passes as one batch, in which both rows of an image leave together."""
   (memories, mask), rows = starts, 2 if guided else 1
   logits, caches, passed, computed, _ = apply(
