@@ -277,8 +277,10 @@ class SelfAttention(nn.Module):
     """
     slots = cache[0].shape[2]
     first, count, visible = pattern.read(position, slots)
+    # Gathered, not sliced: XLA on a CPU fuses a slice with the writing of the newest position, and
+    # then copies the whole cache at every step.
     seen = cache if count == slots else tuple(
-        jax.lax.dynamic_slice_in_dim(part, first, count, axis=2) for part in cache)
+        jnp.take(part, first + jnp.arange(count), axis=2, mode='clip') for part in cache)
     return self.project_out(attend_cached(query, *seen, visible))
 
 
