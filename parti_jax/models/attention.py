@@ -1,9 +1,9 @@
 """Multi-head attention: over a whole sequence, over a memory, and over a cache.
 
-`attend_in_pattern` chooses among forms with the same result. `attend` computes a score for each pair
-of positions. The others leave out what the pattern rules out: `attend_blockwise` computes one block
-of queries after another, `attend_rows` and `attend_columns` cut the grid into rows and columns, and
-`attend_fused`, on TPU, keeps no scores in memory at all.
+`attend_in_pattern` chooses among forms with the same result. `attend` computes a score for each
+pair of positions. The others leave out what the pattern rules out: `attend_blockwise` computes one
+block of queries after another, `attend_rows` and `attend_columns` cut the grid into rows and
+columns, and `attend_fused`, on TPU, keeps no scores in memory at all.
 """
 
 from __future__ import annotations
