@@ -11,6 +11,7 @@ from parti_jax.models import coca
 from parti_jax.models import discriminator
 from parti_jax.models import lpips
 from parti_jax.models import parti_config
+from parti_jax.models import super_resolution
 from parti_jax.models import vit_vqgan
 
 
@@ -105,3 +106,12 @@ def coca_forward(config: coca.CoCaConfig) -> int:
   total += config.multimodal_layers * (
       projections + memory + 4 * text * (text + queries) * width)
   return total + 2 * text * width * config.text_vocabulary + 4 * width * config.feature_dim
+def super_resolution_forward(
+    config: super_resolution.SuperResolutionConfig, height: int, width: int) -> int:
+  """FLOPs of one picture of height × width pixels through the super-resolution network."""
+  wide, low = config.expansion * config.width, round(config.low_rank * config.width)
+  block = (wide * (config.width + low) + 9 * low * config.width if low
+           else 2 * 9 * wide * config.width)
+  ends = 9 * 3 * config.unshuffle ** 2 * config.width * (1 + config.factor ** 2)
+  positions = height * width // config.unshuffle ** 2
+  return 2 * positions * (config.blocks * block + ends)

@@ -8,5 +8,6 @@ from parti_jax.training import generator_stage
 from parti_jax.training import optimizers
 from parti_jax.training import ranker_stage
 from parti_jax.training import text_encoder_stage
+from parti_jax.training import super_resolution_stage
 from parti_jax.training import tokenizer_stage
 from parti_jax.training import train_loop
