@@ -4,11 +4,13 @@ import functools
 
 import flax.linen as nn
 import jax
+import numpy as np
 import pytest
 
 from parti_jax.data import vocabulary
 from parti_jax.models import parti
 from parti_jax.models import parti_config
+from parti_jax.models import super_resolution
 from parti_jax.models import vit_vqgan
 from parti_jax.sampling import model_folder
 from parti_jax.sampling import settings
@@ -48,3 +50,14 @@ def parts(tmp_path_factory):
 @pytest.fixture(scope='session')
 def tiny_folder(parts, tmp_path_factory):
   return model_folder.save(tmp_path_factory.mktemp('models') / 'tiny', dtype='float32', **parts)
+
+
+@pytest.fixture(scope='session')
+def enlarger():
+  """A super-resolution network with random parameters, as a part of a model."""
+  config = super_resolution.SuperResolutionConfig(
+      factor=2, blocks=1, width=4, expansion=2, low_rank=0.5, unshuffle=2, dtype='float32')
+  abstract = nn.meta.unbox(model_folder.abstract('super_resolution', config))
+  draw = np.random.default_rng(2)
+  return model_folder.Part(config, jax.tree.map(
+      lambda leaf: 0.3 * draw.normal(size=leaf.shape).astype(np.float32), abstract))

@@ -3,14 +3,12 @@
 import json
 import os
 
-import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 
 from parti_jax.errors import UserError
-from parti_jax.models import super_resolution
 from parti_jax.sampling import model_folder
 from parti_jax.sampling import settings
 
@@ -162,17 +160,6 @@ def test_sizes_that_can_not_be(folder, edit, message):
   edit_config(folder, edit)
   with pytest.raises(UserError, match=message):
     model_folder.load(folder)
-
-
-@pytest.fixture(scope='module')
-def enlarger():
-  """A super-resolution network as a part of a model."""
-  config = super_resolution.SuperResolutionConfig(
-      factor=2, blocks=1, width=4, expansion=2, dtype='float32')
-  abstract = nn.meta.unbox(model_folder.abstract('super_resolution', config))
-  draw = np.random.default_rng(2)
-  return model_folder.Part(
-      config, jax.tree.map(lambda leaf: draw.normal(size=leaf.shape).astype(np.float32), abstract))
 
 
 @pytest.fixture

@@ -1,0 +1,63 @@
+"""Enlarging pictures: in parts as in whole, and what can't be enlarged is named."""
+
+import jax
+import numpy as np
+import pytest
+
+from parti_jax.errors import UserError
+from parti_jax.models import super_resolution
+from parti_jax.partitioning import mesh as mesh_lib
+from parti_jax.sampling import placement
+from parti_jax.sampling import upscaling
+
+
+@pytest.fixture
+def upscaler(enlarger):
+  return upscaling.Upscaler(*enlarger, placement.Placement())
+
+
+def pictures(*shape):
+  return np.random.default_rng(0).integers(0, 256, shape + (3,)).astype(np.uint8)
+
+
+def test_it_is_the_network_of_the_model(enlarger, upscaler):
+  images = pictures(3, 4, 6)
+  config, params = enlarger
+  pixels = super_resolution.SuperResolution(config).apply(
+      {'params': params}, images / np.float32(255))
+  enlarged = upscaler(images)
+  assert enlarged.shape == (3, 4 * upscaler.factor, 6 * upscaler.factor, 3)
+  assert enlarged.dtype == np.uint8
+  assert np.abs(np.clip(pixels, 0, 1) * 255 - enlarged).max() < 0.51
+
+
+def test_a_large_picture_in_parts_is_as_in_whole(upscaler, monkeypatch):
+  images = pictures(2, 58, 96)
+  whole = upscaler(images)
+  monkeypatch.setattr(upscaling, '_LARGEST_SIDE', 1)  # As small as the network's reach allows.
+  monkeypatch.setattr(upscaling, '_MOST_BYTES', 100_000)  # Several batches.
+  shapes = []
+  run = placement.Placement.run
+
+  def spy(self, function, params, arrays, **statics):
+    shapes.append(arrays[0].shape)
+    return run(self, function, params, arrays, **statics)
+
+  monkeypatch.setattr(placement.Placement, 'run', spy)
+  parts = upscaler(images)
+  assert np.abs(parts.astype(int) - whole).max() <= 1
+  assert len(shapes) > 2 and shapes[0][1] < 58 and shapes[0][2] < 96 and len(set(shapes)) == 1
+
+
+def test_on_a_mesh_the_pictures_are_the_same(enlarger, upscaler):
+  mesh = mesh_lib.make_mesh(data=2, tensor=2, devices=jax.devices()[:4])
+  sharded = upscaling.Upscaler(*enlarger, placement.Placement(mesh))
+  images = pictures(3, 4, 6)
+  assert np.abs(sharded(images).astype(int) - upscaler(images)).max() <= 1
+
+
+@pytest.mark.parametrize('images', [
+    np.zeros((1, 4, 4, 3), np.float32), pictures(4, 4), pictures(0, 4, 4), pictures(1, 5, 4)])
+def test_what_can_not_be_enlarged(upscaler, images):
+  with pytest.raises(UserError, match='images are'):
+    upscaler(images)
