@@ -1,0 +1,187 @@
+"""Super-resolution's stage: what its inputs are, its loss, and a run from tokenizer to export."""
+
+import dataclasses
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from parti_jax import main
+from parti_jax.errors import UserError
+from parti_jax.models import layers
+from parti_jax.models import super_resolution
+from parti_jax.models import vit_vqgan
+from parti_jax.sampling import model_folder
+from parti_jax.sampling import pipeline
+from parti_jax.training import configurables  # pylint: disable=unused-import
+from parti_jax.training import frozen_tokenizer
+from parti_jax.training import super_resolution_stage
+
+TOKENIZER = vit_vqgan.ViTVQGANConfig(
+    image_size=8, patch_size=4, encoder_layers=1, encoder_width=8, encoder_mlp_width=16,
+    encoder_heads=2, decoder_layers=1, decoder_width=8, decoder_mlp_width=16, decoder_heads=2,
+    codebook_size=6, code_dim=3, dtype='float32')
+NETWORK = super_resolution.SuperResolutionConfig(
+    factor=2, blocks=1, width=4, expansion=2, dtype='float32')
+
+
+@pytest.fixture(scope='module')
+def tokenizer_params():
+  module = vit_vqgan.ViTVQGAN(TOKENIZER)
+  init = jax.jit(lambda: module.init(jax.random.key(0), *vit_vqgan.example_inputs(TOKENIZER)))
+  return nn.meta.unbox(init())['params']
+
+
+@pytest.fixture
+def make_stage(monkeypatch, tokenizer_params):
+  monkeypatch.setattr(frozen_tokenizer, 'load', lambda run: (TOKENIZER, tokenizer_params))
+  return lambda **more: super_resolution_stage.SuperResolutionStage(
+      NETWORK, image_size=16, **more)
+
+
+@pytest.fixture
+def params():
+  """Parameters whose last convolution is no longer zero."""
+  stage = super_resolution_stage.SuperResolutionStage(NETWORK, image_size=16)
+  params = nn.meta.unbox(stage.init(jax.random.key(0)))
+  tail = params['tail']
+  return params | {'tail': tail | {'gain': jnp.full_like(tail['gain'], 0.3)}}
+
+
+def batch(count):
+  images = np.random.default_rng(0).integers(0, 256, (count, 16, 16, 3)).astype(np.uint8)
+  return {'images': images}
+
+
+def averaged(images):
+  return images.reshape(-1, 8, 2, 8, 2, 3).mean((2, 4), dtype=np.float32) / 255
+
+
+def reconstructed(tokenizer_params, images):
+  module = vit_vqgan.ViTVQGAN(TOKENIZER)
+  tokens = module.apply({'params': tokenizer_params}, images, method='tokenize')
+  pixels = module.apply({'params': tokenizer_params}, tokens, method='detokenize')
+  return np.round(np.asarray(pixels) * 255) / 255
+
+
+def errors(params, inputs, targets):
+  """Differences of the network's pictures to what they should be."""
+  outputs = super_resolution.SuperResolution(NETWORK).apply({'params': params}, inputs)
+  return np.asarray(outputs) - targets / np.float32(255)
+
+
+def loss_of(stage, params, batch):
+  keys = layers.dropout_keys(jax.random.key(1), len(batch['images']))
+  return jax.jit(stage.loss)(stage_params(stage, params), batch, keys, 0)
+
+
+def stage_params(stage, params):
+  return params
+
+
+def test_the_loss_is_that_of_enlarged_reconstructions(make_stage, params, tokenizer_params):
+  pictures = batch(4)
+  stage = make_stage(tokenizer='runs/tokenizer', l2_weight=2.0, l1_weight=0.5)
+  inputs = reconstructed(tokenizer_params, averaged(pictures['images']))
+  error = errors(params, inputs, pictures['images'])
+  loss, aux = loss_of(stage, params, pictures)
+  assert loss == pytest.approx(2 * np.mean(error ** 2) + 0.5 * np.mean(np.abs(error)), rel=1e-4)
+  assert set(aux['metrics']) == {'l2', 'l1', 'psnr'}
+  clean, _ = loss_of(make_stage(l2_weight=2.0, l1_weight=0.5), params, pictures)
+  error = errors(params, averaged(pictures['images']), pictures['images'])
+  assert clean == pytest.approx(2 * np.mean(error ** 2) + 0.5 * np.mean(np.abs(error)), rel=1e-4)
+
+
+def test_a_share_of_the_inputs_is_clean(make_stage, params, tokenizer_params):
+  pictures = batch(64)
+  clean = averaged(pictures['images'])
+  squares = [np.mean(errors(params, inputs, pictures['images']) ** 2, axis=(1, 2, 3))
+             for inputs in (reconstructed(tokenizer_params, clean), clean)]
+  stage = make_stage(tokenizer='runs/tokenizer', clean_share=0.25)
+  loss = jax.jit(stage.loss)
+  seen = []
+  for row in range(12):  # What an example gets follows from its place in the whole batch.
+    one = {'images': pictures['images'][row:row + 1]}
+    keys = layers.DropoutKeys(jax.random.key(1), jnp.array([row], jnp.uint32))
+    value, _ = loss(stage_params(stage, params), one, keys, 0)
+    seen.append(int(np.argmin([abs(value - square[row]) for square in squares])))
+    assert value == pytest.approx(squares[seen[-1]][row], rel=1e-4)
+  assert set(seen) == {0, 1}
+  whole, _ = loss_of(stage, params, pictures)
+  # Of 64 about 16 are clean.
+  share = (whole - squares[0].mean()) / (squares[1].mean() - squares[0].mean())
+  assert 0.05 < share < 0.5
+
+
+def test_crops_are_places_of_the_picture(make_stage, params):
+  stage = make_stage(crop=4)
+  pictures = batch(1)
+  expected = set()
+  for row in range(5):
+    for column in range(5):
+      small = averaged(pictures['images'])[:, row:row + 4, column:column + 4]
+      large = pictures['images'][:, 2 * row:2 * row + 8, 2 * column:2 * column + 8]
+      expected.add(round(float(np.mean(errors(params, small, large) ** 2)), 5))
+  loss = jax.jit(stage.loss)
+  found = {round(float(loss(params, pictures, layers.dropout_keys(jax.random.key(key), 1), 0)[0]), 5)
+           for key in range(12)}
+  assert len(found) > 4
+  assert all(min(abs(loss - other) for other in expected) < 2e-5 for loss in found)
+
+
+def test_evaluation_is_beside_bicubic_enlargement(make_stage, params, tokenizer_params):
+  pictures = batch(2)
+  stage = make_stage(tokenizer='runs/tokenizer')
+  measures = jax.jit(stage.evaluate)(stage_params(stage, params), pictures)
+  clean = averaged(pictures['images'])
+  for name, inputs in (('', reconstructed(tokenizer_params, clean)), ('clean_', clean)):
+    bytes_ = np.round(inputs * 255).astype(np.uint8)
+    bicubic = np.stack([np.asarray(Image.fromarray(image).resize((16, 16), Image.Resampling.BICUBIC))
+                        for image in bytes_]) / 255 - pictures['images'] / 255
+    psnr = -10 * np.log10(np.mean(bicubic ** 2, axis=(1, 2, 3)))
+    np.testing.assert_allclose(measures[f'{name}bicubic_psnr'], psnr, atol=0.05)
+    outputs = errors(params, inputs, pictures['images']) + pictures['images'] / 255
+    error = np.clip(outputs, 0, 1) - pictures['images'] / 255
+    np.testing.assert_allclose(
+        measures[f'{name}psnr'], -10 * np.log10(np.mean(error ** 2, axis=(1, 2, 3))), atol=1e-3)
+  assert set(jax.eval_shape(make_stage().evaluate, params, pictures)) == {
+      'clean_psnr', 'clean_bicubic_psnr'}
+
+
+@pytest.mark.parametrize('bad, message', [
+    ({'image_size': 15}, 'image_size=15 is not divisible by 2'), ({'clean_share': 2}, 'clean_share=2'),
+    ({'crop': 9}, 'crop=9')])
+def test_what_can_not_be_is_named(bad, message):
+  with pytest.raises(UserError, match=message):
+    super_resolution_stage.SuperResolutionStage(NETWORK, **{'image_size': 16} | bad)
+
+
+def test_a_tokenizer_of_another_size_is_named(make_stage, params):
+  stage = dataclasses.replace(make_stage(tokenizer='runs/tokenizer'), image_size=32)
+  with pytest.raises(UserError, match='image_size=32 is not .*factor=2 times the 8 pixels'):
+    stage.evaluate(params, {'images': np.zeros((1, 32, 32, 3), np.uint8)})
+
+
+def test_from_a_tokenizer_to_an_exported_part(tokenizer_bindings, tmp_path, capsys):
+  data = [f'--gin.{binding}' for binding in tokenizer_bindings]
+  assert main.main(['train', '--gin_file=gin_configs/runs/tiny_tokenizer.gin', *data,
+                    '--gin.train.steps=1', f'--model_dir={tmp_path}/tokenizer']) == 0
+  assert main.main([
+      'train', '--gin_file=gin_configs/runs/super_resolution_x2.gin',
+      '--gin_file=gin_configs/tasks/folder.gin', *data, '--gin.train.steps=2',
+      '--gin.train.batch_size=8', f"--gin.SuperResolutionStage.tokenizer='{tmp_path}/tokenizer'",
+      '--gin.SuperResolutionStage.image_size=32', '--gin.SuperResolutionStage.crop=8',
+      '--gin.SuperResolutionConfig.blocks=1', '--gin.SuperResolutionConfig.width=4',
+      f'--model_dir={tmp_path}/run']) == 0
+  printed = capsys.readouterr()
+  found = dict(re.findall(r'validation/(\w+) ([\d.]+)', printed.out + printed.err))
+  assert set(found) == {'psnr', 'bicubic_psnr', 'clean_psnr', 'clean_bicubic_psnr'}
+  assert main.main(['export', f'--base={pipeline.DEMO_FOLDER}', f'--super_resolution={tmp_path}/run',
+                    f'--output_dir={tmp_path}/model']) == 0
+  model = model_folder.load(tmp_path / 'model')
+  assert model.parts['super_resolution'].config.blocks == 1
+  assert model.provenance['super_resolution_steps'] == 2
