@@ -28,6 +28,8 @@ COMMANDS = {
              'compile a step for devices that are not there: does it fit, what bounds it'),
     'calibrate': ('parti_jax.evaluation.calibrate_command',
                   'find the threshold of early exit that keeps pictures as good'),
+    'evaluate_upscaling': ('parti_jax.evaluation.upscaling_command',
+                           'measure super-resolution, beside bicubic enlargement'),
     'evaluate': ('parti_jax.evaluation.command', 'measure a model, beside its yardsticks'),
     'prompts': ('parti_jax.evaluation.prompts_command',
                 'draw every prompt of a file such as PartiPrompts.tsv, and show them on a page'),

@@ -30,6 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser):
   parser.add_argument('--rank', action='store_true',
                       help="put the pictures of each prompt in order, best first, by the model's "
                       'ranker; the paper draws 16')
+  parser.add_argument('--upscale', action='store_true',
+                      help="enlarge the pictures by the model's super-resolution")
   parser.add_argument('--seed', type=int, default=0,
                       help='another seed draws other pictures (default: %(default)s)')
   flags.add_arguments(parser)
@@ -59,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
     warnings.showwarning = _print_warning
     result = pipeline.generate(
         prompts, num_images=args.num_images, seed=args.seed, batch_size=args.batch_size,
-        progress=True, rank=args.rank, **flags.given(args))
+        progress=True, rank=args.rank, upscale=args.upscale,
+        **flags.given(args))
   for path in result.save(args.output_dir):
     print(path)
   print(result.save_grid(args.output_dir, args.display_size))

@@ -51,7 +51,7 @@ def save_picture(folder, image: np.ndarray, metadata: dict[str, str]) -> pathlib
     folder: made if it is not there.
     image: uint8 [height, width, 3].
     metadata: text chunks of the file; 'prompt', 'seed' and 'image_index' among them, and 'rank'
-      if the picture was ranked.
+      if the picture was ranked, and 'upscaled', the factor, if it was enlarged.
 
   Returns:
     The file.
@@ -85,6 +85,8 @@ def read_metadata(path) -> dict[str, str] | None:
 def _save(folder, name: str, picture: Image.Image, metadata: dict[str, str]) -> pathlib.Path:
   folder = pathlib.Path(folder)
   metadata = metadata | {'software': SOFTWARE}
+  if 'upscaled' in metadata:
+    name += f'_x{metadata["upscaled"]}'
   temporary = folder / f'.{name}.{secrets.token_hex(4)}'
   try:
     folder.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,7 @@ from parti_jax.sampling import parameters
 from parti_jax.sampling import placement
 from parti_jax.sampling import ranking
 from parti_jax.sampling import settings as settings_lib
+from parti_jax.sampling import upscaling
 
 DEMO_FOLDER = pathlib.Path(__file__).parent.parent / 'demo'
 
@@ -54,6 +55,9 @@ class Result:
       ranker, falling along each row; None where they were not ranked.
     image_index: int [prompts, num_images], the index that each picture was drawn with: where it
       stood before pictures were ranked, counted from `first_index`. None counts from 0.
+    upscaled: uint8 [prompts, num_images, f · height, f · width, 3], the pictures enlarged by the
+      model's super-resolution; None where that was not asked for. If there are any, these are the
+      pictures that are shown and saved.
   """
 
   images: np.ndarray
@@ -65,14 +69,15 @@ class Result:
   usage: adaptive.Usage | None = None
   scores: np.ndarray | None = None
   image_index: np.ndarray | None = None
+  upscaled: np.ndarray | None = None
 
   def pil(self):
     """PIL pictures, a list of `num_images` for each prompt."""
-    return [[images_lib.to_pil(image) for image in row] for row in self.images]
+    return [[images_lib.to_pil(image) for image in row] for row in self._shown]
 
   def grid(self, display_size: int | None = None):
     """All pictures on one sheet, a labelled row for each prompt; see `images.grid`."""
-    return images_lib.grid(self.images, self.prompts, display_size)
+    return images_lib.grid(self._shown, self.prompts, display_size)
 
   def save(self, folder) -> list[pathlib.Path]:
     """Writes a PNG for each picture, with its prompt, seed and settings as metadata.
@@ -92,7 +97,7 @@ class Result:
         images_lib.save_picture(
             folder, image, self._metadata() | {'prompt': prompt} | self._place_in(row, column))
         for row, prompt in enumerate(self.prompts)
-        for column, image in enumerate(self.images[row])]
+        for column, image in enumerate(self._shown[row])]
 
   def save_grid(self, folder, display_size: int | None = None) -> pathlib.Path:
     """Writes `grid` as a PNG and returns the file; arguments and errors as `save`."""
@@ -100,6 +105,10 @@ class Result:
     if self.scores is not None:
       metadata['order'] = 'ranked, best first'
     return images_lib.save_grid(folder, self.grid(display_size), self.prompts, metadata)
+
+  @property
+  def _shown(self) -> np.ndarray:
+    return self.images if self.upscaled is None else self.upscaled
 
   def _place_in(self, row: int, column: int) -> dict[str, str]:
     """Metadata of one picture among those of its prompt."""
@@ -113,6 +122,8 @@ class Result:
   def _metadata(self) -> dict[str, str]:
     settings = {name: value if isinstance(value, str) else f'{value:g}'
                 for name, value in dataclasses.asdict(self.settings).items()}
+    if self.upscaled is not None:
+      settings['upscaled'] = str(self.upscaled.shape[2] // self.images.shape[2])
     return {'seed': str(self.seed), **settings, 'model': self.model}
 
 
@@ -126,6 +137,7 @@ class Pipeline:
     sampling: its own SamplingSettings, used where `generate` is told nothing else.
     provenance: what its folder says about its training.
     ranker: judges pictures by a text, `ranking.Ranker`; None where the model has none.
+    upscaler: enlarges pictures, `upscaling.Upscaler`; None where the model has no super-resolution.
   """
 
   def __init__(self, model: model_folder.Model, model_name: str, mesh=None, rules=None):
@@ -161,6 +173,10 @@ class Pipeline:
     if 'ranker' in model.parts:
       self.ranker = ranking.Ranker(*model.parts['ranker'], self._vocabulary, self._place)
 
+    self.upscaler = None
+    if 'super_resolution' in model.parts:
+      self.upscaler = upscaling.Upscaler(*model.parts['super_resolution'], self._place)
+
   @property
   def image_size(self) -> int:
     return self._tokenizer.config.image_size
@@ -177,7 +193,7 @@ class Pipeline:
   def generate(
       self, prompts: Sequence[str] | str, num_images: int = 4, seed: int = 0,
       batch_size: int | None = None, progress: bool = False, rank: bool = False,
-      first_index: Sequence[int] | int = 0, **sampling) -> Result:
+      upscale: bool = False, first_index: Sequence[int] | int = 0, **sampling) -> Result:
     """Draws pictures (Parti, section 2).
 
     A picture follows from its prompt, the seed, its index among the pictures of its prompt, and
@@ -192,6 +208,7 @@ class Pipeline:
       batch_size: pictures drawn at once, for the memory; chosen by default.
       progress: whether to show a bar.
       rank: whether to put the pictures of each prompt in order, best first, by the model's ranker.
+      upscale: whether to enlarge the pictures by the model's super-resolution.
       first_index: index of a prompt's first picture, one for all prompts or for each its own.
         Pictures of one index are drawn with the same noise, whatever their prompt; where many
         prompts get one picture each, other indices make them independent.
@@ -203,11 +220,14 @@ class Pipeline:
 
     Raises:
       UserError: if there is no prompt or a blank one, or a value can't be; the message names it.
-        If the pictures are to be ranked by a model without a ranker.
+        If the pictures are to be ranked by a model without a ranker, or enlarged by one without
+        super-resolution.
     """
     if rank and self.ranker is None:
       raise UserError(f'the model {self.model_name} has no ranker, so that pictures can not be '
                       'ranked; `parti-jax export --base=FOLDER --ranker=RUN` adds one')
+    if upscale:
+      self._check_upscaler()
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     num_images = settings_lib.whole_number('num_images', num_images, 1)
     seed = settings_lib.whole_number('seed', seed, 0, 2**32 - 1)
@@ -231,7 +251,11 @@ class Pipeline:
     result = Result(
         images.reshape(*shape, *images.shape[1:]), tokens.reshape(*shape, -1), prompts, seed,
         settings, self.model_name, usage, image_index=index.reshape(shape))
-    return self._ranked(result) if rank else result
+    result = self._ranked(result) if rank else result
+    if not upscale:
+      return result
+    upscaled = self.upscale(result.images.reshape(images.shape))
+    return dataclasses.replace(result, upscaled=upscaled.reshape(*shape, *upscaled.shape[1:]))
 
   def _ranked(self, result: Result) -> Result:
     """A result with the pictures of each prompt in the order of their scores."""
@@ -266,6 +290,29 @@ class Pipeline:
     Arguments and errors as `tokenize`; returns uint8 of the pictures' shape.
     """
     return self._through_tokenizer(images, _reconstruct, np.empty_like(images))
+
+  def upscale(self, images) -> np.ndarray:
+    """Pictures enlarged by the model's super-resolution (Parti, section 2.1).
+
+    Args:
+      images: uint8 [n, height, width, 3], of any size; the network was trained on what the
+        tokenizer makes of pictures, of the model's own image size.
+
+    Returns:
+      uint8 [n, f · height, f · width, 3].
+
+    Raises:
+      UserError: if the model has no super-resolution, or the pictures are of another shape or
+        dtype.
+    """
+    self._check_upscaler()
+    return self.upscaler(images)
+
+  def _check_upscaler(self):
+    if self.upscaler is None:
+      raise UserError(f'the model {self.model_name} has no super-resolution, so that pictures can '
+                      'not be enlarged; `parti-jax export --base=FOLDER --super_resolution=RUN` '
+                      'adds it')
 
   def _draw(self, texts, image_index, seed: int, settings: settings_lib.SamplingSettings):
     scalars = (

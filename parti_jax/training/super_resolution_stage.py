@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import functools
 
@@ -190,8 +191,9 @@ class SuperResolutionStage:
   @functools.cached_property
   def _tokenizer(self):
     """The tokenizer's module and parameters, numpy arrays."""
-    with jax.ensure_compile_time_eval():  # It is wanted first while a step is traced.
-      config, params = frozen_tokenizer.load(self.tokenizer)
+    # It is wanted first while a step is traced; another thread traces nothing.
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+      config, params = executor.submit(frozen_tokenizer.load, self.tokenizer).result()
     if config.image_size != self.input_size:
       raise errors.UserError(
           f'SuperResolutionStage.image_size={self.image_size} is not '

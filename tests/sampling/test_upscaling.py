@@ -3,10 +3,15 @@
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
+import parti_jax
+from parti_jax import main
 from parti_jax.errors import UserError
 from parti_jax.models import super_resolution
 from parti_jax.partitioning import mesh as mesh_lib
+from parti_jax.sampling import images as images_lib
+from parti_jax.sampling import model_folder
 from parti_jax.sampling import placement
 from parti_jax.sampling import upscaling
 
@@ -61,3 +66,31 @@ def test_on_a_mesh_the_pictures_are_the_same(enlarger, upscaler):
 def test_what_can_not_be_enlarged(upscaler, images):
   with pytest.raises(UserError, match='images are'):
     upscaler(images)
+
+
+def test_a_pipeline_enlarges_what_it_draws(parts, enlarger, tmp_path):
+  folder = model_folder.save(
+      tmp_path / 'model', parts={'super_resolution': enlarger}, dtype='float32', **parts)
+  pipeline = parti_jax.load(folder)
+  result = pipeline.generate(['red apple', 'blue ball'], num_images=2, upscale=True)
+  assert result.images.shape == (2, 2, 8, 8, 3) and result.upscaled.shape == (2, 2, 16, 16, 3)
+  np.testing.assert_array_equal(
+      result.upscaled.reshape(4, 16, 16, 3), pipeline.upscale(result.images.reshape(4, 8, 8, 3)))
+  assert pipeline.generate('red apple', num_images=1).upscaled is None
+  assert main.main(['generate', 'red apple', '--num_images=2', f'--model={folder}', '--upscale',
+                    f'--output_dir={tmp_path}/pictures']) == 0
+  path = tmp_path / 'pictures' / 'red-apple_seed0_1_x2.png'
+  np.testing.assert_array_equal(np.asarray(Image.open(path)), result.upscaled[0, 1])
+  assert images_lib.read_metadata(path)['upscaled'] == '2'
+  assert (tmp_path / 'pictures' / 'red-apple_seed0_grid_x2.png').is_file()
+
+
+def test_a_model_that_can_not_enlarge_says_so(tiny_folder, tmp_path, capsys):
+  pipeline = parti_jax.load(tiny_folder)
+  assert pipeline.upscaler is None
+  with pytest.raises(UserError, match='the model tiny has no super-resolution.*export --base'):
+    pipeline.upscale(pictures(1, 8, 8))
+  assert main.main(['generate', 'red apple', f'--model={tiny_folder}', '--upscale',
+                    f'--output_dir={tmp_path}/pictures']) == 2
+  assert 'no super-resolution' in capsys.readouterr().err
+  assert not (tmp_path / 'pictures').exists()

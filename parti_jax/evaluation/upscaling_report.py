@@ -1,0 +1,141 @@
+"""How near a model's super-resolution comes to pictures, beside bicubic enlargement."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from parti_jax.errors import UserError
+
+# What is enlarged, and what a reader needs to know of it.
+INPUTS = {
+    'tokenizer': 'pictures through the tokenizer',
+    'averaged': 'pictures averaged to that size'}
+_ENLARGED_BY = ('bicubic', 'super_resolution')
+_BATCH = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """PSNR of enlarged pictures.
+
+  Attributes:
+    psnr: float64 [pictures] in dB, by input (a key of INPUTS) and 'bicubic' or
+      'super_resolution'.
+    small_size: height and width of the inputs, in pixels.
+    large_size: of the pictures themselves.
+  """
+
+  psnr: dict[str, dict[str, np.ndarray]]
+  small_size: int
+  large_size: int
+
+  def text(self) -> str:
+    """A Markdown table of means in dB and of their differences with standard errors."""
+    count = len(self.psnr['tokenizer']['bicubic'])
+    lines = [f'| {count} pictures, {self.small_size} to {self.large_size} pixels: PSNR in dB | '
+             'bicubic | super-resolution | difference |', '|---|---|---|---|']
+    for name, what in INPUTS.items():
+      bicubic, ours = (self.psnr[name][how] for how in _ENLARGED_BY)
+      lines.append(f'| {what} | {bicubic.mean():.2f} | {ours.mean():.2f} | '
+                   f'{_with_error(ours - bicubic)} |')
+    return '\n'.join(lines)
+
+  def json(self) -> dict[str, Any]:
+    """The same as plain values."""
+    return {'pictures': len(self.psnr['tokenizer']['bicubic']), 'small_size': self.small_size,
+            'large_size': self.large_size,
+            'psnr': {name: {how: float(values.mean()) for how, values in of_input.items()}
+                     for name, of_input in self.psnr.items()}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+  """Pictures to look at.
+
+  Attributes:
+    inputs: uint8 [n, small_size, small_size, 3], through the tokenizer.
+    bicubic: uint8 [n, large_size, large_size, 3], the inputs enlarged.
+    super_resolution: likewise, by the model.
+    pictures: likewise, as they should be.
+  """
+
+  inputs: np.ndarray
+  bicubic: np.ndarray
+  super_resolution: np.ndarray
+  pictures: np.ndarray
+
+
+def evaluate(pipeline, pictures: Iterator[np.ndarray], num_samples: int = 8):
+  """Measures a model's super-resolution.
+
+  Args:
+    pipeline: a Pipeline with an upscaler.
+    pictures: uint8 [size, size, 3], with size = factor · the model's image size.
+    num_samples: pictures to keep, the first of each batch in turn until there are as many.
+
+  Returns:
+    A Report and a Sample.
+
+  Raises:
+    UserError: if there is no picture.
+  """
+  psnr = {name: {how: [] for how in _ENLARGED_BY} for name in INPUTS}
+  samples = []
+  while batch := list(itertools.islice(pictures, _BATCH)):
+    large = np.stack(batch)
+    small = _averaged(large, pipeline.upscaler.factor)
+    inputs = {'tokenizer': pipeline.reconstruct(small), 'averaged': small}
+    enlarged = {name: {'bicubic': _bicubic(images, large.shape[1]),
+                       'super_resolution': pipeline.upscale(images)}
+                for name, images in inputs.items()}
+    for name, how in itertools.product(INPUTS, _ENLARGED_BY):
+      psnr[name][how].append(_psnr(enlarged[name][how], large))
+    samples.append((inputs['tokenizer'], *enlarged['tokenizer'].values(), large))
+  if not samples:
+    raise UserError('no picture to enlarge')
+  parts = [np.concatenate(part) for part in zip(*samples)]
+  chosen = np.linspace(0, len(parts[0]) - 1, min(num_samples, len(parts[0]))).round().astype(int)
+  report = Report(
+      {name: {how: np.concatenate(values) for how, values in of_input.items()}
+       for name, of_input in psnr.items()}, pipeline.image_size, parts[-1].shape[1])
+  return report, Sample(*(part[chosen] for part in parts))
+
+
+def sheet(sample: Sample, columns: int = 2) -> Image.Image:
+  """Pictures side by side: the input as large pixels, bicubic, super-resolution, as it should be."""
+  factor = sample.pictures.shape[1] // sample.inputs.shape[1]
+  pixels = sample.inputs.repeat(factor, axis=1).repeat(factor, axis=2)
+  rows = np.concatenate(
+      [pixels, sample.bicubic, sample.super_resolution, sample.pictures], axis=2)
+  rows = rows[:len(rows) // columns * columns]
+  page = rows.reshape(len(rows) // columns, columns, *rows.shape[1:])
+  return Image.fromarray(np.concatenate(np.concatenate(page, axis=1), axis=1))
+
+
+def _averaged(images: np.ndarray, factor: int) -> np.ndarray:
+  """uint8 [n, factor · size, factor · size, 3] averaged over squares of factor × factor pixels."""
+  count, side, _, channels = images.shape
+  size = side // factor
+  squares = images.reshape(count, size, factor, size, factor, channels)
+  return np.round(squares.mean(axis=(2, 4))).astype(np.uint8)
+
+
+def _bicubic(images: np.ndarray, size: int) -> np.ndarray:
+  return np.stack([np.asarray(Image.fromarray(image).resize(
+      (size, size), Image.Resampling.BICUBIC)) for image in images])
+
+
+def _psnr(images: np.ndarray, originals: np.ndarray) -> np.ndarray:
+  error = np.mean((images.astype(np.float64) - originals) ** 2, axis=(1, 2, 3))
+  return 10.0 * np.log10(255.0 ** 2 / np.maximum(error, 1e-6))
+
+
+def _with_error(values: np.ndarray) -> str:
+  error = f' ± {values.std(ddof=1) / len(values) ** 0.5:.2f}' if len(values) > 1 else ''
+  return f'{values.mean():+.2f}{error}'
