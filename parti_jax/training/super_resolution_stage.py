@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import functools
 
@@ -87,6 +86,18 @@ class SuperResolutionStage:
     module = super_resolution.SuperResolution(self.model)
     return module.init(rng, *super_resolution.example_inputs(self.model))['params']
 
+  def constants(self):
+    """The tokenizer's parameters, as 'tokenizer'.
+
+    Raises:
+      UserError: if there is no run of a tokenizer, or it is of pictures of another size.
+    """
+    return {} if self.tokenizer is None else {'tokenizer': self._tokenizer[1]}
+
+  def abstract_constants(self):
+    """Shapes and dtypes of `constants`."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self.constants())
+
   def initial_statistics(self):
     """Nothing is carried besides parameters."""
     return {}
@@ -95,7 +106,7 @@ class SuperResolutionStage:
     """The training loss.
 
     Args:
-      params: of `init`.
+      params: of `init`, with `constants`.
       batch: {'images': uint8 [batch, image_size, image_size, 3]}.
       dropout_keys: layers.DropoutKeys, from which follow crops and who is spared the tokenizer.
       step: not used; the loss is the same at all steps.
@@ -109,7 +120,7 @@ class SuperResolutionStage:
     inputs = self._clean(targets)
     if self.tokenizer is not None:
       spared = jax.vmap(jax.random.uniform)(keys) < self.clean_share
-      inputs = jnp.where(spared[:, None, None, None], inputs, self._reconstruct(inputs))
+      inputs = jnp.where(spared[:, None, None, None], inputs, self._reconstruct(params, inputs))
     if self.crop is not None:
       inputs, targets = jax.vmap(self._cropped)(keys, inputs, targets)
     outputs = self._enlarge(params, inputs)
@@ -134,6 +145,10 @@ class SuperResolutionStage:
   def evaluate(self, params, batch):
     """PSNR of each example in dB, float32 [batch], beside that of bicubic enlargement.
 
+    Args:
+      params: of `init`, with `constants`.
+      batch: as in `loss`.
+
     Returns:
       'psnr' and 'bicubic_psnr' of what the tokenizer makes of the inputs, where there is one, and
       'clean_psnr' and 'clean_bicubic_psnr' of the inputs themselves.
@@ -142,7 +157,7 @@ class SuperResolutionStage:
     clean = self._clean(targets)
     inputs = {'clean_': clean}
     if self.tokenizer is not None:
-      inputs[''] = self._reconstruct(clean)
+      inputs[''] = self._reconstruct(params, clean)
     measures = {}
     for name, pictures in inputs.items():
       measures[f'{name}psnr'] = _psnr(targets, self._enlarge(params, pictures))
@@ -158,22 +173,21 @@ class SuperResolutionStage:
     """What draws bicubic enlargements, those of the network, and the pictures themselves.
 
     Returns:
-      A function of `params`, a batch as in `loss` and nothing else, which returns
-      {'enlarged': uint8 [batch, image_size, 3 · image_size, 3]}; and that nothing.
+      A function of `params`, a batch as in `loss` and `constants`, which returns
+      {'enlarged': uint8 [batch, image_size, 3 · image_size, 3]}; and those constants.
     """
 
-    def draw(params, batch, nothing):
-      del nothing
+    def draw(params, batch, constants):
       targets = _pixels(batch['images'])
       inputs = self._clean(targets)
       if self.tokenizer is not None:
-        inputs = self._reconstruct(inputs)
+        inputs = self._reconstruct(constants, inputs)
       row = [super_resolution.enlarge(inputs, self.model.factor), self._enlarge(params, inputs),
              targets]
       pixels = jnp.clip(jnp.concatenate(row, axis=2), 0.0, 1.0)
       return {'enlarged': jnp.round(pixels * 255.0).astype(jnp.uint8)}
 
-    return draw, {}
+    return draw, self.constants()
 
   def step_flops(self, batch_size: int) -> int:
     """Model FLOPs of a training step, without those of the tokenizer."""
@@ -191,9 +205,7 @@ class SuperResolutionStage:
   @functools.cached_property
   def _tokenizer(self):
     """The tokenizer's module and parameters, numpy arrays."""
-    # It is wanted first while a step is traced; another thread traces nothing.
-    with concurrent.futures.ThreadPoolExecutor(1) as executor:
-      config, params = executor.submit(frozen_tokenizer.load, self.tokenizer).result()
+    config, params = frozen_tokenizer.load(self.tokenizer)
     if config.image_size != self.input_size:
       raise errors.UserError(
           f'SuperResolutionStage.image_size={self.image_size} is not '
@@ -201,9 +213,9 @@ class SuperResolutionStage:
           f'of the tokenizer in {self.tokenizer}')
     return vit_vqgan.ViTVQGAN(config), jax.tree.map(np.asarray, params)
 
-  def _reconstruct(self, images):
+  def _reconstruct(self, constants, images):
     """What the tokenizer makes of pictures, rounded as pictures are stored."""
-    module, params = self._tokenizer
+    module, params = self._tokenizer[0], constants['tokenizer']
     tokens = module.apply({'params': params}, images, method='tokenize')
     pixels = module.apply({'params': params}, tokens, method='detokenize')
     return jax.lax.stop_gradient(jnp.round(pixels * 255.0) / 255.0)
@@ -219,6 +231,7 @@ class SuperResolutionStage:
     return cut(image, 1), cut(target, factor)
 
   def _enlarge(self, params, images):
+    params = {name: part for name, part in params.items() if name != 'tokenizer'}
     return super_resolution.SuperResolution(self.model).apply({'params': params}, images)
 
 
