@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from parti_jax import errors
+from parti_jax.models import discriminator as discriminator_lib
 from parti_jax.models import flops
+from parti_jax.models import lpips
 from parti_jax.models import super_resolution
 from parti_jax.models import vit_vqgan
+from parti_jax.training import adversarial
 from parti_jax.training import frozen_tokenizer
+from parti_jax.training import lpips_weights
+from parti_jax.training import optimizers
 from parti_jax.training import tokenizer_stage
 
 
@@ -35,6 +42,18 @@ class SuperResolutionStage:
     crop: side of the random squares that are cut out of inputs, in pixels; None for whole ones.
     l2_weight: of the mean squared error (1.0 in ViT-VQGAN).
     l1_weight: of the mean absolute error (1.0 in WDSR, which has no other loss).
+    perceptual_weight: of LPIPS (0.1 in ViT-VQGAN); 0 for none, which needs no files.
+    vgg16_weights: file of VGG16's weights for LPIPS, see `lpips_weights.read`.
+    lpips_weights: file of LPIPS' linear heads.
+    adversarial_weight: of the adversarial loss (0.1 in ViT-VQGAN); 0 for no discriminator.
+    adversarial_from: until this step there is neither the adversarial loss nor its discriminator's.
+    discriminator: sizes of the discriminator.
+    discriminator_optimizer: an optax transformation; None for Adam with a learning rate of 1e-4.
+    r1_weight: γ of the discriminator's penalty γ/2 · R1 (10 in StyleGAN2).
+    r1_every: steps between penalties, each of which counts as many times (StyleGAN2, section 3.1).
+
+  Raises:
+    UserError: if a value is out of its range, or sizes do not fit each other.
   """
 
   model: super_resolution.SuperResolutionConfig
@@ -44,6 +63,15 @@ class SuperResolutionStage:
   crop: int | None = None
   l2_weight: float = 1.0
   l1_weight: float = 0.0
+  perceptual_weight: float = 0.0
+  vgg16_weights: str | None = None
+  lpips_weights: str | None = None
+  adversarial_weight: float = 0.0
+  adversarial_from: int = 0
+  discriminator: discriminator_lib.DiscriminatorConfig = discriminator_lib.DiscriminatorConfig()
+  discriminator_optimizer: Any = None
+  r1_weight: float = 10.0
+  r1_every: int = 16
 
   name = 'super_resolution'
   frozen = ()
@@ -64,10 +92,25 @@ class SuperResolutionStage:
           f'SuperResolutionStage.crop={self.crop} must be a multiple of '
           f'SuperResolutionConfig.unshuffle={self.model.unshuffle}, at most {self.input_size}')
 
+    if self.r1_every < 1:
+      raise errors.UserError(f'SuperResolutionStage.r1_every={self.r1_every} must be at least 1')
+    if self.adversarial_weight:
+      try:
+        self.discriminator.sizes(self._target_size)
+      except errors.UserError as error:
+        raise errors.UserError(
+            f'SuperResolutionStage.adversarial_weight={self.adversarial_weight}: {error}; or '
+            'choose another SuperResolutionStage.crop') from error
+
   @property
   def input_size(self) -> int:
     """Height and width of the inputs, in pixels."""
     return self.image_size // self.model.factor
+
+  @property
+  def _target_size(self) -> int:
+    """Height and width of what losses compare, in pixels."""
+    return self.model.factor * (self.crop or self.input_size)
 
   def feature_lengths(self) -> dict[str, int]:
     return {'images': self.image_size}
@@ -82,17 +125,41 @@ class SuperResolutionStage:
     return {'images': jax.ShapeDtypeStruct(shape, jnp.uint8)}
 
   def init(self, rng):
-    """Parameters with their logical axis names."""
+    """Parameters with their logical axis names: the network's, and 'discriminator' if there is one."""
     module = super_resolution.SuperResolution(self.model)
-    return module.init(rng, *super_resolution.example_inputs(self.model))['params']
+    params = module.init(rng, *super_resolution.example_inputs(self.model))['params']
+    if self.adversarial_weight:
+      judge = discriminator_lib.Discriminator(self.discriminator)
+      images = jnp.zeros((1, self._target_size, self._target_size, 3), jnp.float32)
+      params = params | {
+          'discriminator': judge.init(jax.random.fold_in(rng, 1), images)['params']}
+    return params
+
+  def other_optimizers(self):
+    """The discriminator's optimiser, which rests until there is something to train."""
+    if not self.adversarial_weight:
+      return {}
+    optimizer = self.discriminator_optimizer or optimizers.adamw(1e-4, beta1=0.0, weight_decay=0.0)
+    return {'discriminator': optax.conditionally_mask(
+        optimizer, lambda step: step >= self.adversarial_from)}
 
   def constants(self):
-    """The tokenizer's parameters, as 'tokenizer'.
+    """The tokenizer's parameters, as 'tokenizer', and LPIPS', as 'perceptual', where there are any.
 
     Raises:
-      UserError: if there is no run of a tokenizer, or it is of pictures of another size.
+      UserError: if there is no run of a tokenizer, or it is of pictures of another size; if a file
+        of weights is not given, is missing or damaged.
     """
-    return {} if self.tokenizer is None else {'tokenizer': self._tokenizer[1]}
+    found = {} if self.tokenizer is None else {'tokenizer': self._tokenizer[1]}
+    if self.perceptual_weight:
+      for name in ('vgg16_weights', 'lpips_weights'):
+        if getattr(self, name) is None:
+          raise errors.UserError(
+              f'SuperResolutionStage.perceptual_weight={self.perceptual_weight} needs the file '
+              f'SuperResolutionStage.{name}, see docs/tokenizer.md; or set the weight to 0 with '
+              '--gin.SuperResolutionStage.perceptual_weight=0')
+      found['perceptual'] = lpips_weights.read(self.vgg16_weights, self.lpips_weights)
+    return found
 
   def abstract_constants(self):
     """Shapes and dtypes of `constants`."""
@@ -109,12 +176,12 @@ class SuperResolutionStage:
       params: of `init`, with `constants`.
       batch: {'images': uint8 [batch, image_size, image_size, 3]}.
       dropout_keys: layers.DropoutKeys, from which follow crops and who is spared the tokenizer.
-      step: not used; the loss is the same at all steps.
+      step: int32 [], steps done before this one.
 
     Returns:
-      float32 [] and a dict with 'metrics' (scalars).
+      float32 [], the network's loss and the discriminator's, and a dict with 'metrics' (scalars;
+      'loss' is the network's).
     """
-    del step
     targets = _pixels(batch['images'])
     keys = jax.vmap(jax.random.fold_in, (None, 0))(dropout_keys.key, dropout_keys.rows)
     inputs = self._clean(targets)
@@ -124,10 +191,31 @@ class SuperResolutionStage:
     if self.crop is not None:
       inputs, targets = jax.vmap(self._cropped)(keys, inputs, targets)
     outputs = self._enlarge(params, inputs)
-    l2 = jnp.mean(jnp.square(outputs - targets))
-    l1 = jnp.mean(jnp.abs(outputs - targets))
-    metrics = {'l2': l2, 'l1': l1, 'psnr': jnp.mean(_psnr(targets, outputs))}
-    return self.l2_weight * l2 + self.l1_weight * l1, {'metrics': metrics}
+    metrics = {'l2': jnp.mean(jnp.square(outputs - targets)),
+               'l1': jnp.mean(jnp.abs(outputs - targets))}
+    if self.perceptual_weight:
+      metrics['perceptual'] = jnp.mean(lpips.LPIPS().apply(
+          {'params': params['perceptual']}, targets, outputs))
+    loss = sum(getattr(self, f'{name}_weight') * value for name, value in metrics.items())
+    metrics['psnr'] = jnp.mean(_psnr(targets, outputs))
+    of_discriminator = 0.0
+    if self.adversarial_weight:
+      of_network, of_discriminator, more = self._adversarial_losses(params, targets, outputs, step)
+      loss, metrics = loss + of_network, metrics | more
+    return loss + of_discriminator, {'metrics': metrics | {'loss': loss}}
+
+  def _adversarial_losses(self, params, targets, outputs, step):
+    """The weighted adversarial loss, the discriminator's loss and metrics; 0 until they begin."""
+    judge = self.discriminator, params['discriminator']
+    begun = step >= self.adversarial_from
+    of_network, of_discriminator, metrics = adversarial.losses(*judge, targets, outputs)
+    penalty = jax.lax.cond(
+        begun & (step % self.r1_every == 0),
+        lambda: adversarial.r1_penalty(*judge, targets), lambda: jnp.float32(0.0))
+    metrics |= {'adversarial': of_network, 'discriminator': of_discriminator, 'r1': penalty}
+    of_discriminator += 0.5 * self.r1_weight * self.r1_every * penalty
+    return (jnp.where(begun, self.adversarial_weight * of_network, 0.0),
+            jnp.where(begun, of_discriminator, 0.0), metrics)
 
   def weight(self, batch):
     """What a batch counts in a mean over several: its pictures, float32 []."""
@@ -231,7 +319,8 @@ class SuperResolutionStage:
     return cut(image, 1), cut(target, factor)
 
   def _enlarge(self, params, images):
-    params = {name: part for name, part in params.items() if name != 'tokenizer'}
+    beside = ('tokenizer', 'perceptual', 'discriminator')
+    params = {name: part for name, part in params.items() if name not in beside}
     return super_resolution.SuperResolution(self.model).apply({'params': params}, images)
 
 

@@ -120,8 +120,8 @@ def compiler_options(mesh) -> dict[str, int]:
 class Trainer:
   """A stage on a mesh: its state's shardings, and its steps compiled for them.
 
-  A stage may have constants: arrays that its loss finds among the parameters, but which are neither
-  trained nor part of the state, such as the network of a perceptual loss. Then it has the methods
+  A stage may have constants: arrays that its loss and evaluation find among the parameters, but
+  which are neither trained nor part of the state, such as the network of a perceptual loss. Then it has the methods
   `abstract_constants`, which returns {name: tree of jax.ShapeDtypeStruct}, and `constants`, which
   returns the arrays.
 
@@ -156,7 +156,8 @@ class Trainer:
         in_shardings=(self.shardings, self.batch_sharding, self._replicated),
         out_shardings=(self.shardings, None))
     self._evaluate = jax.jit(
-        stage.evaluate, in_shardings=(self.shardings.params, self.batch_sharding),
+        lambda params, constants, batch: stage.evaluate(params | constants, batch),
+        in_shardings=(self.shardings.params, self._replicated, self.batch_sharding),
         out_shardings=self._replicated)
 
   @functools.cached_property
@@ -210,7 +211,8 @@ class Trainer:
       for batch in batches:
         count = len(next(iter(batch.values())))
         size = max(size, -(-count // ways) * ways)
-        for name, values in self._evaluate(params, self._put_whole(batch, size)).items():
+        whole = self._put_whole(batch, size)
+        for name, values in self._evaluate(params, self.constants, whole).items():
           measures.setdefault(name, []).append(np.asarray(values)[:count])
     return self.stage.summarize({name: np.concatenate(parts) for name, parts in measures.items()})
 

@@ -12,13 +12,17 @@ from PIL import Image
 
 from parti_jax import main
 from parti_jax.errors import UserError
+from parti_jax.models import discriminator as discriminator_lib
 from parti_jax.models import layers
+from parti_jax.models import lpips
 from parti_jax.models import super_resolution
 from parti_jax.models import vit_vqgan
 from parti_jax.sampling import model_folder
 from parti_jax.sampling import pipeline
+from parti_jax.training import adversarial
 from parti_jax.training import configurables  # pylint: disable=unused-import
 from parti_jax.training import frozen_tokenizer
+from parti_jax.training import lpips_weights
 from parti_jax.training import super_resolution_stage
 
 TOKENIZER = vit_vqgan.ViTVQGANConfig(
@@ -150,6 +154,40 @@ def test_evaluation_is_beside_bicubic_enlargement(make_stage, params, tokenizer_
         measures[f'{name}psnr'], -10 * np.log10(np.mean(error ** 2, axis=(1, 2, 3))), atol=1e-3)
   assert set(jax.eval_shape(make_stage().evaluate, params, pictures)) == {
       'clean_psnr', 'clean_bicubic_psnr'}
+
+
+def test_perceptual_and_adversarial_losses_are_added(make_stage, monkeypatch):
+  discriminator = discriminator_lib.DiscriminatorConfig(channels=32, minibatch_group=1)
+  plain = make_stage()
+  stage = make_stage(
+      perceptual_weight=0.5, vgg16_weights='vgg16.pth', lpips_weights='vgg.pth',
+      adversarial_weight=0.3, adversarial_from=2, r1_every=2, r1_weight=4.0,
+      discriminator=discriminator)
+  weights = nn.meta.unbox(jax.jit(lambda: lpips.LPIPS().init(
+      jax.random.key(5), *lpips.example_inputs()))())['params']
+  monkeypatch.setattr(lpips_weights, 'read', lambda vgg16, heads: weights)
+  params = nn.meta.unbox(stage.init(jax.random.key(0)))
+  pictures = batch(2)
+  keys = layers.dropout_keys(jax.random.key(1), 2)
+  loss = jax.jit(stage.loss)
+  # Before training the network's pictures are bicubic enlargements.
+  drawn = super_resolution.enlarge(averaged(pictures['images']), 2)
+  large = pictures['images'] / np.float32(255)
+  without = {name: part for name, part in params.items() if name != 'discriminator'}
+  plain_loss, _ = jax.jit(plain.loss)(without, pictures, keys, 0)
+  seen = 0.5 * np.mean(lpips.LPIPS().apply({'params': weights}, large, drawn))
+  early, aux = loss(params | stage.constants(), pictures, keys, 0)
+  assert early == pytest.approx(plain_loss + seen, rel=1e-4)
+  assert aux['metrics']['loss'] == early
+  of_network, of_discriminator, _ = adversarial.losses(
+      discriminator, params['discriminator'], large, drawn)
+  penalty = adversarial.r1_penalty(discriminator, params['discriminator'], large)
+  for step, times in ((2, 1), (3, 0)):
+    late, aux = loss(params | stage.constants(), pictures, keys, step)
+    assert aux['metrics']['loss'] == pytest.approx(early + 0.3 * of_network, rel=1e-4)
+    assert late == pytest.approx(
+        early + 0.3 * of_network + of_discriminator + times * 0.5 * 4.0 * 2 * penalty, rel=1e-4)
+  assert set(stage.other_optimizers()) == {'discriminator'} and not plain.other_optimizers()
 
 
 @pytest.mark.parametrize('bad, message', [
