@@ -1,4 +1,4 @@
-"""`parti-jax evaluate_upscaling`: super-resolution against bicubic enlargement, on real pictures."""
+"""`parti-jax evaluate_upscaling`: super-resolution against bicubic enlargement."""
 
 from __future__ import annotations
 

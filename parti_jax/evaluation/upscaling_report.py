@@ -108,7 +108,7 @@ def evaluate(pipeline, pictures: Iterator[np.ndarray], num_samples: int = 8):
 
 
 def sheet(sample: Sample, columns: int = 2) -> Image.Image:
-  """Pictures side by side: the input as large pixels, bicubic, super-resolution, as it should be."""
+  """Side by side: the input as large pixels, bicubic, super-resolution, the picture itself."""
   factor = sample.pictures.shape[1] // sample.inputs.shape[1]
   pixels = sample.inputs.repeat(factor, axis=1).repeat(factor, axis=2)
   rows = np.concatenate(

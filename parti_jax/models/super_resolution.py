@@ -105,8 +105,9 @@ class Convolution(nn.Module):
   def __call__(self, x):
     """x: [batch, height, width, channels]. Returns dtype [batch, height, width, features]."""
     boxed = nn.with_logical_partitioning
+    axes = ('kernel_rows', 'kernel_columns') + self.axes
     direction = self.param(
-        'direction', boxed(nn.initializers.normal(1.0), ('kernel_rows', 'kernel_columns') + self.axes),
+        'direction', boxed(nn.initializers.normal(1.0), axes),
         (self.side, self.side, x.shape[-1], self.features))
     gain = self.param(
         'gain', boxed(nn.initializers.constant(self.gain), self.axes[1:]), (self.features,))

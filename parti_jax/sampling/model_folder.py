@@ -9,7 +9,8 @@ super_resolution.safetensors  parameters of the super-resolution network; may be
 ranker.safetensors            parameters of the ranker; may be absent
 ```
 
-Which networks there may be is one table, NETWORKS; config.json has the sizes of each under its name.
+NETWORKS is the table of the networks that there may be; config.json has the sizes of each under its
+name.
 """
 
 from __future__ import annotations

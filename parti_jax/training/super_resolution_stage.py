@@ -125,7 +125,7 @@ class SuperResolutionStage:
     return {'images': jax.ShapeDtypeStruct(shape, jnp.uint8)}
 
   def init(self, rng):
-    """Parameters with their logical axis names: the network's, and 'discriminator' if there is one."""
+    """Parameters with their logical axis names; with a discriminator also 'discriminator'."""
     module = super_resolution.SuperResolution(self.model)
     params = module.init(rng, *super_resolution.example_inputs(self.model))['params']
     if self.adversarial_weight:

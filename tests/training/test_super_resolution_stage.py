@@ -94,7 +94,7 @@ def test_the_loss_is_that_of_enlarged_reconstructions(make_stage, params, tokeni
   error = errors(params, inputs, pictures['images'])
   loss, aux = loss_of(stage, params, pictures)
   assert loss == pytest.approx(2 * np.mean(error ** 2) + 0.5 * np.mean(np.abs(error)), rel=1e-4)
-  assert set(aux['metrics']) == {'l2', 'l1', 'psnr'}
+  assert set(aux['metrics']) == {'l2', 'l1', 'psnr', 'loss'}
   clean, _ = loss_of(make_stage(l2_weight=2.0, l1_weight=0.5), params, pictures)
   error = errors(params, averaged(pictures['images']), pictures['images'])
   assert clean == pytest.approx(2 * np.mean(error ** 2) + 0.5 * np.mean(np.abs(error)), rel=1e-4)
@@ -131,8 +131,8 @@ def test_crops_are_places_of_the_picture(make_stage, params):
       large = pictures['images'][:, 2 * row:2 * row + 8, 2 * column:2 * column + 8]
       expected.add(round(float(np.mean(errors(params, small, large) ** 2)), 5))
   loss = jax.jit(stage.loss)
-  found = {round(float(loss(params, pictures, layers.dropout_keys(jax.random.key(key), 1), 0)[0]), 5)
-           for key in range(12)}
+  keys = (layers.dropout_keys(jax.random.key(key), 1) for key in range(12))
+  found = {round(float(loss(params, pictures, key, 0)[0]), 5) for key in keys}
   assert len(found) > 4
   assert all(min(abs(loss - other) for other in expected) < 2e-5 for loss in found)
 
@@ -144,9 +144,10 @@ def test_evaluation_is_beside_bicubic_enlargement(make_stage, params, tokenizer_
   clean = averaged(pictures['images'])
   for name, inputs in (('', reconstructed(tokenizer_params, clean)), ('clean_', clean)):
     bytes_ = np.round(inputs * 255).astype(np.uint8)
-    bicubic = np.stack([np.asarray(Image.fromarray(image).resize((16, 16), Image.Resampling.BICUBIC))
-                        for image in bytes_]) / 255 - pictures['images'] / 255
-    psnr = -10 * np.log10(np.mean(bicubic ** 2, axis=(1, 2, 3)))
+    enlarged = [Image.fromarray(image).resize((16, 16), Image.Resampling.BICUBIC)
+                for image in bytes_]
+    error = np.stack([np.asarray(image) for image in enlarged]) / 255 - pictures['images'] / 255
+    psnr = -10 * np.log10(np.mean(error ** 2, axis=(1, 2, 3)))
     np.testing.assert_allclose(measures[f'{name}bicubic_psnr'], psnr, atol=0.05)
     outputs = errors(params, inputs, pictures['images']) + pictures['images'] / 255
     error = np.clip(outputs, 0, 1) - pictures['images'] / 255
@@ -191,8 +192,9 @@ def test_perceptual_and_adversarial_losses_are_added(make_stage, monkeypatch):
 
 
 @pytest.mark.parametrize('bad, message', [
-    ({'image_size': 15}, 'image_size=15 is not divisible by 2'), ({'clean_share': 2}, 'clean_share=2'),
-    ({'crop': 9}, 'crop=9')])
+    ({'image_size': 15}, 'image_size=15 is not divisible by 2'),
+    ({'clean_share': 2}, 'clean_share=2'), ({'crop': 9}, 'crop=9'), ({'r1_every': 0}, 'r1_every=0'),
+    ({'adversarial_weight': 0.1, 'crop': 5}, 'power of two.*SuperResolutionStage.crop')])
 def test_what_can_not_be_is_named(bad, message):
   with pytest.raises(UserError, match=message):
     super_resolution_stage.SuperResolutionStage(NETWORK, **{'image_size': 16} | bad)
@@ -218,8 +220,8 @@ def test_from_a_tokenizer_to_an_exported_part(tokenizer_bindings, tmp_path, caps
   printed = capsys.readouterr()
   found = dict(re.findall(r'validation/(\w+) ([\d.]+)', printed.out + printed.err))
   assert set(found) == {'psnr', 'bicubic_psnr', 'clean_psnr', 'clean_bicubic_psnr'}
-  assert main.main(['export', f'--base={pipeline.DEMO_FOLDER}', f'--super_resolution={tmp_path}/run',
-                    f'--output_dir={tmp_path}/model']) == 0
+  assert main.main(['export', f'--base={pipeline.DEMO_FOLDER}', f'--output_dir={tmp_path}/model',
+                    f'--super_resolution={tmp_path}/run']) == 0
   model = model_folder.load(tmp_path / 'model')
   assert model.parts['super_resolution'].config.blocks == 1
   assert model.provenance['super_resolution_steps'] == 2
