@@ -121,9 +121,9 @@ class Trainer:
   """A stage on a mesh: its state's shardings, and its steps compiled for them.
 
   A stage may have constants: arrays that its loss and evaluation find among the parameters, but
-  which are neither trained nor part of the state, such as the network of a perceptual loss. Then it has the methods
-  `abstract_constants`, which returns {name: tree of jax.ShapeDtypeStruct}, and `constants`, which
-  returns the arrays.
+  which are neither trained nor part of the state, such as the network of a perceptual loss. Then it
+  has the methods `abstract_constants`, which returns {name: tree of jax.ShapeDtypeStruct}, and
+  `constants`, which returns the arrays.
 
   Args:
     stage: what is trained, such as TokenizerStage or GeneratorStage.
