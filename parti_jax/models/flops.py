@@ -106,6 +106,8 @@ def coca_forward(config: coca.CoCaConfig) -> int:
   total += config.multimodal_layers * (
       projections + memory + 4 * text * (text + queries) * width)
   return total + 2 * text * width * config.text_vocabulary + 4 * width * config.feature_dim
+
+
 def super_resolution_forward(
     config: super_resolution.SuperResolutionConfig, height: int, width: int) -> int:
   """FLOPs of one picture of height × width pixels through the super-resolution network."""
