@@ -210,6 +210,7 @@ def test_from_a_tokenizer_to_an_exported_part(tokenizer_bindings, tmp_path, caps
   data = [f'--gin.{binding}' for binding in tokenizer_bindings]
   assert main.main(['train', '--gin_file=gin_configs/runs/tiny_tokenizer.gin', *data,
                     '--gin.train.steps=1', f'--model_dir={tmp_path}/tokenizer']) == 0
+  capsys.readouterr()
   assert main.main([
       'train', '--gin_file=gin_configs/runs/super_resolution_x2.gin',
       '--gin_file=gin_configs/tasks/folder.gin', *data, '--gin.train.steps=2',
