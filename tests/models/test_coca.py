@@ -115,7 +115,8 @@ def test_flops_are_two_for_each_weight_and_what_attention_costs():
 
 @pytest.mark.parametrize('sizes, key', [
     ({'patch_size': 5}, 'CoCaConfig.patch_size'), ({'heads': 5}, 'CoCaConfig.heads'),
-    ({'dropout': 1.0}, 'CoCaConfig.dropout'), ({'caption_queries': 0}, 'CoCaConfig.caption_queries')])
+    ({'dropout': 1.0}, 'CoCaConfig.dropout'),
+    ({'caption_queries': 0}, 'CoCaConfig.caption_queries')])
 def test_sizes_that_can_not_be(sizes, key):
   with pytest.raises(UserError, match=key):
     coca.CoCaConfig(**sizes)
