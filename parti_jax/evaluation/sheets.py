@@ -15,7 +15,7 @@ _MARGIN = 16
 _GAP = 12
 _FONT_SIZE = 13
 _LINE = 17
-# Lines of text that a cell has room for; longer texts end with an ellipsis.
+# Lines of text that a cell has room for; longer texts end with dots, which every font has.
 _LINES = 3
 _PICTURE = 128
 
@@ -67,7 +67,7 @@ def _label(text: str, font, width: int) -> list[str]:
   lines = images_lib.wrap(text, font, width)
   if len(lines) > _LINES:
     last = lines[_LINES - 1]
-    while font.getlength(last + '…') > width:
+    while font.getlength(last + '...') > width:
       last = last[:-1]
-    lines = [*lines[:_LINES - 1], last + '…']
+    lines = [*lines[:_LINES - 1], last + '...']
   return lines
