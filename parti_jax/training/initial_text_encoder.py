@@ -48,5 +48,6 @@ def parts(model_dir: str | None, model: parti_config.PartiConfig, abstract, key:
   there = checkpoints.read_place(path).get('vocabulary')
   if there not in (None, here.fingerprint):
     raise errors.UserError(f'{key}={model_dir!r} was trained with another vocabulary ({there}) '
-                           f'than {here.path} ({here.fingerprint}); set vocabulary.path to that one')
+                           f'than {here.path} ({here.fingerprint}); set vocabulary.path to the '
+                           'other')
   return checkpoints.read_parts(path, {'text_encoder': abstract['text_encoder']})
