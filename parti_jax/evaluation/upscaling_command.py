@@ -10,7 +10,6 @@ import sys
 
 import tqdm
 
-import parti_jax
 from parti_jax import compilation_cache
 from parti_jax import config
 from parti_jax.errors import UserError
@@ -42,13 +41,15 @@ def run(args: argparse.Namespace) -> int:
     UserError: bad flags, a model without super-resolution, data that can't be read, or a folder
       that can't be written.
   """
+  # What gin may name must be there before its files are read.
   from parti_jax.data import tasks  # pylint: disable=g-import-not-at-top
+  from parti_jax.sampling import pipeline as pipeline_lib
   if args.max_pictures is not None and args.max_pictures < 1:
     raise UserError(f'--max_pictures={args.max_pictures} must be at least 1')
   config.parse(args.gin_file, args.gin_bindings)
   source = args.source or (None if args.gin_file else 'openmoji')
   compilation_cache.enable()
-  pipeline = parti_jax.load(args.model)
+  pipeline = pipeline_lib.load(args.model)
   if pipeline.upscaler is None:
     raise UserError(f'the model {pipeline.model_name} has no super-resolution; '
                     '`parti-jax export --base=FOLDER --super_resolution=RUN` adds it')
