@@ -126,7 +126,8 @@ def test_several_slices_and_two_devices_on_a_chip(tpu_devices):
 def test_a_sampling_step_on_a_tpu_moves_parameters_and_cache_once(tpu_devices):
   del tpu_devices
   sizes = ('PartiConfig.width=1024', 'PartiConfig.mlp_width=4096', 'PartiConfig.heads=16',
-           'PartiConfig.grid=(32,32)', 'make_mesh.tensor=4', 'make_mesh.fsdp=1')
+           'PartiConfig.grid=(32,32)', "PartiConfig.attention_patterns=('global',)",
+           'make_mesh.tensor=4', 'make_mesh.fsdp=1')
   plan = plan_lib.make(steps.Request('sample', 'v5e:2x2', (RUN,), SMALL + sizes, 64))
   # Heads of 64 are not padded to 128, neither in memory nor on their way.
   cache = 2 * 2 * 128 * 16 * 1024 * 64 * 2 / 4
@@ -142,7 +143,8 @@ def test_a_step_that_is_too_large(tpu_devices, capsys):
   assert main.main([
       'plan', f'--gin_file={RUN}', '--topology=v5e:2x2', '--what=sample', '--batch_size=10000',
       '--gin.make_mesh.data=2', '--gin.make_mesh.tensor=2', '--gin.PartiConfig.decoder_layers=1',
-      '--gin.PartiConfig.encoder_layers=1']) == 1
+      '--gin.PartiConfig.encoder_layers=1',
+      "--gin.PartiConfig.attention_patterns=('global',)"]) == 1
   text = capsys.readouterr().out
   assert re.search(r'it does not fit by +\d+\.\d\d GiB a device', text)
   assert '--batch_size=5000: half the cache' in text

@@ -178,16 +178,17 @@ def test_perceptual_and_adversarial_losses_are_added(make_stage, monkeypatch):
   plain_loss, _ = jax.jit(plain.loss)(without, pictures, keys, 0)
   seen = 0.5 * np.mean(lpips.LPIPS().apply({'params': weights}, large, drawn))
   early, aux = loss(params | stage.constants(), pictures, keys, 0)
-  assert early == pytest.approx(plain_loss + seen, rel=1e-4)
+  assert early == pytest.approx(float(plain_loss + seen), rel=1e-4)
   assert aux['metrics']['loss'] == early
   of_network, of_discriminator, _ = adversarial.losses(
       discriminator, params['discriminator'], large, drawn)
   penalty = adversarial.r1_penalty(discriminator, params['discriminator'], large)
   for step, times in ((2, 1), (3, 0)):
     late, aux = loss(params | stage.constants(), pictures, keys, step)
-    assert aux['metrics']['loss'] == pytest.approx(early + 0.3 * of_network, rel=1e-4)
-    assert late == pytest.approx(
-        early + 0.3 * of_network + of_discriminator + times * 0.5 * 4.0 * 2 * penalty, rel=1e-4)
+    of_stage = float(early + 0.3 * of_network)
+    beside = float(of_discriminator + times * 0.5 * 4.0 * 2 * penalty)
+    assert aux['metrics']['loss'] == pytest.approx(of_stage, rel=1e-4)
+    assert late == pytest.approx(of_stage + beside, rel=1e-4)
   assert set(stage.other_optimizers()) == {'discriminator'} and not plain.other_optimizers()
 
 
