@@ -106,19 +106,18 @@ def sample_tokens(
     int32 [batch, image_length] and a Usage.
   """
   apply = functools.partial(parti_lib.Parti(config).apply, {'params': params.shared})
-  empty = decoding.empty_text(*text_tokens.shape)
   scales = jnp.broadcast_to(jnp.asarray(guidance_scale, jnp.float32), config.image_length)
   start = lambda texts: apply(
       texts, params.layers, decoding.first_cache_length(config), method='start')
   if guided and skip_threshold is not None:
     *with_text, caches = start(text_tokens)
-    *without, caches_without = start(empty)
+    *without, caches_without = start(decoding.empty_text(*text_tokens.shape))
     caches, starts = (caches, caches_without), (with_text, without)
     step = functools.partial(
         _step_apart, exit_threshold=exit_threshold, skip_threshold=skip_threshold)
   else:
     if guided:
-      text_tokens = jnp.stack([text_tokens, empty], axis=1).reshape(2 * len(keys), -1)
+      text_tokens = decoding.with_and_without(text_tokens)
     *starts, caches = start(text_tokens)
     step = functools.partial(_step_together, exit_threshold=exit_threshold, guided=guided)
 

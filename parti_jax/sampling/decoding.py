@@ -43,6 +43,16 @@ def empty_text(batch: int, text_length: int):
   return jnp.zeros((batch, text_length), jnp.int32).at[:, 0].set(1)
 
 
+def with_and_without(text_tokens):
+  """Two rows for each image: int32 [batch, text_length] to [2 * batch, text_length], see `guide`.
+
+  Both texts of an image are neighbours, so that they stay on one device of a mesh.
+  """
+  batch, length = text_tokens.shape
+  texts = jnp.stack([text_tokens, empty_text(batch, length)], axis=1)
+  return texts.reshape(2 * batch, length)
+
+
 def guide(logits, guidance_scale):
   """Classifier-free guidance (Parti, section 2.4).
 
@@ -263,9 +273,7 @@ def sample_tokens(
   """
   batch = text_tokens.shape[0]
   if guided:
-    # Both texts of an image are neighbours, so that they stay on one device of a mesh.
-    text_tokens = jnp.stack([text_tokens, empty_text(*text_tokens.shape)], axis=1)
-    text_tokens = text_tokens.reshape(2 * batch, -1)
+    text_tokens = with_and_without(text_tokens)
   scales = jnp.broadcast_to(jnp.asarray(guidance_scale, jnp.float32), config.image_length)
   memories, mask, caches = parti_lib.Parti(config).apply(
       {'params': params.shared}, text_tokens, params.layers, first_cache_length(config),

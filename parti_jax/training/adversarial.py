@@ -4,8 +4,21 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from parti_jax.models import discriminator as discriminator_lib
+from parti_jax.training import optimizers
+
+
+def resting_until(begins: int, optimizer=None):
+  """A discriminator's optimiser that rests, state and all, until step `begins`.
+
+  Args:
+    begins: the first step that it takes.
+    optimizer: an optax transformation; None for Adam with a learning rate of 1e-4.
+  """
+  optimizer = optimizer or optimizers.adamw(1e-4, beta1=0.0, weight_decay=0.0)
+  return optax.conditionally_mask(optimizer, lambda step: step >= begins)
 
 
 def losses(config: discriminator_lib.DiscriminatorConfig, params, images, drawn):

@@ -21,11 +21,12 @@ from parti_jax.sampling import decoding
 from parti_jax.sampling import parameters
 from parti_jax.training import frozen_tokenizer
 from parti_jax.training import initial_text_encoder
+from parti_jax.training import plain_stage
 
 
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
-class GeneratorStage:
+class GeneratorStage(plain_stage.PlainStage):
   """Cross entropy of image tokens, and samples for fixed prompts.
 
   Attributes:
@@ -84,10 +85,6 @@ class GeneratorStage:
     """Parameters with their logical axis names."""
     return parti.Parti(self.model).init(rng, *parti.example_inputs(self.model))['params']
 
-  def initial_statistics(self):
-    """Nothing is carried besides parameters."""
-    return {}
-
   def initial_parts(self, abstract):
     """Parts that a new run starts with, see `train_loop.initial_parts`."""
     return initial_text_encoder.parts(
@@ -121,15 +118,6 @@ class GeneratorStage:
   def weight(self, batch):
     """What a batch counts in a mean over several: the weights of its tokens, float32 []."""
     return jnp.sum(batch['decoder_loss_weights'])
-
-  def merge(self, aux):
-    """Nothing is said besides metrics."""
-    return aux
-
-  def after_step(self, params, statistics, aux, step, rng):
-    """Nothing to do after an update."""
-    del aux, step, rng
-    return params, statistics, {}
 
   def evaluate(self, params, batch):
     """Measures of each example without dropout, [batch] each.

@@ -43,6 +43,27 @@ def read(vgg16_path, lpips_path):
   return {'vgg16': vgg16} | params
 
 
+def of_stage(stage):
+  """`read` of the files that a stage names.
+
+  Args:
+    stage: with the attributes `perceptual_weight`, `vgg16_weights` and `lpips_weights`.
+
+  Returns:
+    As `read`.
+
+  Raises:
+    UserError: if a file is not given, is missing or damaged.
+  """
+  kind = type(stage).__name__
+  for name in ('vgg16_weights', 'lpips_weights'):
+    if getattr(stage, name) is None:
+      raise errors.UserError(
+          f'{kind}.perceptual_weight={stage.perceptual_weight} needs the file {kind}.{name}, see '
+          f'docs/tokenizer.md; or set the weight to 0 with --gin.{kind}.perceptual_weight=0')
+  return read(stage.vgg16_weights, stage.lpips_weights)
+
+
 def _read_file(path) -> dict[str, np.ndarray]:
   path = pathlib.Path(path)
   if not path.is_file():

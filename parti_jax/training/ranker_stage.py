@@ -18,6 +18,7 @@ from parti_jax.models import flops
 from parti_jax.models import layers
 from parti_jax.models import vit_vqgan
 from parti_jax.training import frozen_tokenizer
+from parti_jax.training import plain_stage
 
 # Texts that are compared with all pictures at once, to bound the memory.
 _BLOCK = 1024
@@ -54,7 +55,7 @@ def noisy(images, keys, most: float):
 
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
-class RankerStage:
+class RankerStage(plain_stage.PlainStage):
   """The contrastive and the captioning loss, on pictures as a generator draws them.
 
   The ranker judges pictures that come out of an image tokenizer's decoder, which are never as
@@ -122,10 +123,6 @@ class RankerStage:
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self.constants())
 
-  def initial_statistics(self):
-    """Nothing is carried besides parameters."""
-    return {}
-
   def loss(self, params, batch, dropout_keys, step):
     """The weighted sum of both losses (CoCa, eq. 4), means over examples.
 
@@ -159,15 +156,6 @@ class RankerStage:
   def weight(self, batch):
     """What a batch counts in a mean over several: its examples, float32 []."""
     return jnp.float32(len(batch['images']))
-
-  def merge(self, aux):
-    """Nothing is said besides metrics."""
-    return aux
-
-  def after_step(self, params, statistics, aux, step, rng):
-    """Nothing to do after an update."""
-    del aux, step, rng
-    return params, statistics, {}
 
   def evaluate(self, params, batch):
     """Of each example 'caption_loss' [batch] and both features [batch, feature_dim]."""
@@ -253,9 +241,6 @@ def _to_unit(images):
 
 def _caption_losses(out, texts):
   """Cross entropy of each text's tokens given the picture, a mean over tokens: float32 [batch]."""
-  # Picked by a sum, since the logits may be split along the vocabulary.
-  pieces = jax.lax.broadcasted_iota(jnp.int32, out['logits'].shape, 2)
-  at_target = jnp.sum(jnp.where(pieces == texts[..., None], out['logits'], 0.0), axis=-1)
-  losses = jax.nn.logsumexp(out['logits'], axis=-1) - at_target
+  losses, _ = layers.cross_entropy(out['logits'], texts)
   is_text = (texts > 0).astype(jnp.float32)
   return jnp.sum(losses * is_text, axis=1) / jnp.maximum(jnp.sum(is_text, axis=1), 1.0)

@@ -10,7 +10,6 @@ import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from parti_jax import errors
 from parti_jax.models import discriminator as discriminator_lib
@@ -21,13 +20,13 @@ from parti_jax.models import vit_vqgan
 from parti_jax.training import adversarial
 from parti_jax.training import frozen_tokenizer
 from parti_jax.training import lpips_weights
-from parti_jax.training import optimizers
+from parti_jax.training import plain_stage
 from parti_jax.training import tokenizer_stage
 
 
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
-class SuperResolutionStage:
+class SuperResolutionStage(plain_stage.PlainStage):
   """Larger pictures from small ones: its inputs, losses and pictures.
 
   An input is a picture averaged over squares of factor × factor pixels, and then, but for a share
@@ -139,9 +138,8 @@ class SuperResolutionStage:
     """The discriminator's optimiser, which rests until there is something to train."""
     if not self.adversarial_weight:
       return {}
-    optimizer = self.discriminator_optimizer or optimizers.adamw(1e-4, beta1=0.0, weight_decay=0.0)
-    return {'discriminator': optax.conditionally_mask(
-        optimizer, lambda step: step >= self.adversarial_from)}
+    return {'discriminator': adversarial.resting_until(
+        self.adversarial_from, self.discriminator_optimizer)}
 
   def constants(self):
     """The tokenizer's parameters, as 'tokenizer', and LPIPS', as 'perceptual', where there are any.
@@ -152,22 +150,12 @@ class SuperResolutionStage:
     """
     found = {} if self.tokenizer is None else {'tokenizer': self._tokenizer[1]}
     if self.perceptual_weight:
-      for name in ('vgg16_weights', 'lpips_weights'):
-        if getattr(self, name) is None:
-          raise errors.UserError(
-              f'SuperResolutionStage.perceptual_weight={self.perceptual_weight} needs the file '
-              f'SuperResolutionStage.{name}, see docs/tokenizer.md; or set the weight to 0 with '
-              '--gin.SuperResolutionStage.perceptual_weight=0')
-      found['perceptual'] = lpips_weights.read(self.vgg16_weights, self.lpips_weights)
+      found['perceptual'] = lpips_weights.of_stage(self)
     return found
 
   def abstract_constants(self):
     """Shapes and dtypes of `constants`."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self.constants())
-
-  def initial_statistics(self):
-    """Nothing is carried besides parameters."""
-    return {}
 
   def loss(self, params, batch, dropout_keys, step):
     """The training loss.
@@ -220,15 +208,6 @@ class SuperResolutionStage:
   def weight(self, batch):
     """What a batch counts in a mean over several: its pictures, float32 []."""
     return jnp.float32(len(batch['images']))
-
-  def merge(self, aux):
-    """Nothing is said besides metrics."""
-    return aux
-
-  def after_step(self, params, statistics, aux, step, rng):
-    """Nothing to do after an update."""
-    del aux, step, rng
-    return params, statistics, {}
 
   def evaluate(self, params, batch):
     """PSNR of each example in dB, float32 [batch], beside that of bicubic enlargement.

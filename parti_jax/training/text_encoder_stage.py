@@ -18,11 +18,12 @@ from parti_jax.models import masked_language
 from parti_jax.models import parti_config
 from parti_jax.models import text_pretraining
 from parti_jax.training import initial_text_encoder
+from parti_jax.training import plain_stage
 
 
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
-class TextEncoderStage:
+class TextEncoderStage(plain_stage.PlainStage):
   """Masked language modelling and the contrastive loss, each with a weight; 0 leaves it out.
 
   Both together take two passes through the text encoder, one of them without masks.
@@ -84,10 +85,6 @@ class TextEncoderStage:
     module = self._module()
     return module.init(rng, *text_pretraining.example_inputs(self.model, module.image))['params']
 
-  def initial_statistics(self):
-    """Nothing is carried besides parameters."""
-    return {}
-
   def initial_parts(self, abstract):
     """Parts that a new run starts with, see `train_loop.initial_parts`."""
     return initial_text_encoder.parts(
@@ -131,15 +128,6 @@ class TextEncoderStage:
     if self.contrastive_weight:
       return jnp.float32(len(texts))
     return jnp.sum(masked_language.count_chosen(texts)).astype(jnp.float32)
-
-  def merge(self, aux):
-    """Nothing is said besides metrics."""
-    return aux
-
-  def after_step(self, params, statistics, aux, step, rng):
-    """Nothing to do after an update."""
-    del aux, step, rng
-    return params, statistics, {}
 
   def evaluate(self, params, batch):
     """Measures of each example without dropout, float32 [batch] each.

@@ -10,7 +10,6 @@ import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from parti_jax import errors
 from parti_jax.models import discriminator as discriminator_lib
@@ -22,7 +21,6 @@ from parti_jax.training import adversarial
 from parti_jax.training import checkpoints
 from parti_jax.training import frozen_tokenizer
 from parti_jax.training import lpips_weights
-from parti_jax.training import optimizers
 from parti_jax.training import state as state_lib
 
 
@@ -216,9 +214,8 @@ class TokenizerStage:
     """The discriminator's optimiser, which rests until there is something to train."""
     if not self.adversarial_weight:
       return {}
-    optimizer = self.discriminator_optimizer or optimizers.adamw(1e-4, beta1=0.0, weight_decay=0.0)
-    return {'discriminator': optax.conditionally_mask(
-        optimizer, lambda step: step >= self.adversarial_from)}
+    return {'discriminator': adversarial.resting_until(
+        self.adversarial_from, self.discriminator_optimizer)}
 
   def constants(self):
     """LPIPS' parameters, as 'perceptual'.
@@ -228,13 +225,7 @@ class TokenizerStage:
     """
     if not self.perceptual_weight:
       return {}
-    for name in ('vgg16_weights', 'lpips_weights'):
-      if getattr(self, name) is None:
-        raise errors.UserError(
-            f'TokenizerStage.perceptual_weight={self.perceptual_weight} needs the file '
-            f'TokenizerStage.{name}, see docs/tokenizer.md; or set the weight to 0 with '
-            '--gin.TokenizerStage.perceptual_weight=0')
-    return {'perceptual': lpips_weights.read(self.vgg16_weights, self.lpips_weights)}
+    return {'perceptual': lpips_weights.of_stage(self)}
 
   def abstract_constants(self):
     """Shapes and dtypes of `constants`, without the files."""
