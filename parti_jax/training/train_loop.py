@@ -17,6 +17,7 @@ from parti_jax.training import checkpoints as checkpoints_lib
 from parti_jax.training import device_peak
 from parti_jax.training import hosts
 from parti_jax.training import reporting
+from parti_jax.training import run as run_lib
 from parti_jax.training import state as state_lib
 from parti_jax.training import trainer as trainer_lib
 
@@ -84,8 +85,8 @@ def train(model_dir: str, stage=gin.REQUIRED, task: str = gin.REQUIRED, steps: i
   # What can't be read is reported now and not after hours.
   held_out()
   trainer.constants  # pylint: disable=pointless-statement
-  run = Run(trainer, model_dir, keep_checkpoints, training,
-            initial_parts(trainer, model_dir, initial_model))
+  run = run_lib.Run(trainer, model_dir, keep_checkpoints, training,
+                    initial_parts(trainer, model_dir, initial_model))
   reporter = reporting.Reporter(model_dir, steps, run.step)
   if jax.process_index() == 0:
     config.save(f'{model_dir}/config.gin', config.operative())
@@ -174,67 +175,6 @@ def check_vocabularies(stage, task: str):
       raise errors.UserError(f'{key}={size}, but the task {task!r} has {found} ids in {feature!r}; '
                              f'set --gin.{key}={found}, or choose the vocabulary or the token '
                              'cache that the model is for')
-
-
-class Run:
-  """A trainer's state and place in the data, in a folder.
-
-  Args:
-    trainer: the stage on its mesh.
-    model_dir: the run's folder.
-    keep: how many checkpoints stay.
-    examples: the training examples, `SharedBatches`.
-    initial: parts of the parameters that a new run starts with, as of `initial_parts`.
-  """
-
-  def __init__(self, trainer: trainer_lib.Trainer, model_dir, keep: int, examples, initial=None):
-    self._trainer, self._examples = trainer, examples
-    self._checkpoints = checkpoints_lib.Checkpoints(model_dir, keep)
-    self._model = checkpoints_lib.describe(trainer.stage)
-    self._saved = self._checkpoints.latest_step()
-    self.resumed = self._saved is not None
-    if self.resumed:
-      self.state, place = self._checkpoints.restore(self._saved, trainer.abstract, self._model)
-      examples.restore(place)
-    else:
-      self.state = trainer.create_state()
-      self.state = self.state.replace(params=self.state.params | (initial or {}))
-    self._iterator = iter(examples)
-    self.step = int(self.state.step)
-
-  def beginning(self) -> str:
-    """A line that says where training begins."""
-    mesh = '×'.join(f'{axis} {size}' for axis, size in self._trainer.mesh.shape.items())
-    count = sum(leaf.size for leaf in jax.tree.leaves(self._trainer.abstract.params))
-    where = f'resuming at step {self.step}' if self.resumed else 'starting at step 0'
-    among = f' of {jax.process_count()} processes' if jax.process_count() > 1 else ''
-    return (f'{self._trainer.stage.name}: {count / 1e6:.1f}M parameters on {jax.device_count()} '
-            f'{jax.devices()[0].device_kind} devices{among} ({mesh}), {where}')
-
-  def advance(self):
-    """One step; returns its metrics, still on the device."""
-    batch = self._trainer.put(next(self._iterator), self._examples.batch_size)
-    self.state, metrics = self._trainer.step(self.state, batch)
-    self.step += 1
-    return metrics
-
-  def told_to_stop(self) -> bool:
-    """Whether one of several processes has got SIGTERM and all are to stop at this step."""
-    return self._checkpoints.told_to_stop(self.step)
-
-  def save(self):
-    """Starts writing a checkpoint of this step."""
-    if self._saved != self.step:
-      self._checkpoints.save(self.step, self.state, self._examples.state(), self._model)
-      self._saved = self.step
-
-  def skipped(self) -> dict[str, int]:
-    """Examples that could not be read, by reason."""
-    return dict(self._examples.skipped)
-
-  def close(self):
-    """Waits for checkpoints that are being written."""
-    self._checkpoints.close()
 
 
 class _Meter:

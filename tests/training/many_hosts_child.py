@@ -34,9 +34,9 @@ def digest(run):
 def patch(record, is_victim, signal_name, at_step):
   """Makes the loop record what it does, and the victim die."""
   from parti_jax.training import reporting  # pylint: disable=import-outside-toplevel
-  from parti_jax.training import train_loop  # pylint: disable=import-outside-toplevel
+  from parti_jax.training import run as run_lib  # pylint: disable=import-outside-toplevel
 
-  advance, init, save = (train_loop.Run.advance, train_loop.Run.__init__, train_loop.Run.save)
+  advance, init, save = (run_lib.Run.advance, run_lib.Run.__init__, run_lib.Run.save)
 
   def write(**values):
     with open(record, 'a', encoding='utf-8') as file:
@@ -62,8 +62,8 @@ def patch(record, is_victim, signal_name, at_step):
       os.kill(os.getppid(), signal.SIGTERM)
     return advance(run)
 
-  train_loop.Run.__init__ = recorded_init
-  train_loop.Run.save, train_loop.Run.advance = recorded_save, recorded_advance
+  run_lib.Run.__init__ = recorded_init
+  run_lib.Run.save, run_lib.Run.advance = recorded_save, recorded_advance
   reporting.Reporter.metrics = lambda _, step, values: write(step=step, **values)
 
 

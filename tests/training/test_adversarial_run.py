@@ -8,6 +8,7 @@ import pytest
 from parti_jax import config
 from parti_jax.training import configurables  # pylint: disable=unused-import
 from parti_jax.training import frozen_tokenizer
+from parti_jax.training import run as run_lib
 from parti_jax.training import train_loop
 from parti_jax.training import trainer as trainer_lib
 
@@ -18,7 +19,7 @@ def test_a_killed_adversarial_run_goes_on_as_if_it_had_not_been(
   bindings = [*tokenizer_bindings, 'train.steps = 5', 'train.checkpoint_every = 3',
               'train.log_every = 1', 'train.evaluate_every = 5', 'train.pictures_every = 0']
   evaluated, dies_at = [], None
-  advance, evaluate = train_loop.Run.advance, trainer_lib.Trainer.evaluate
+  advance, evaluate = run_lib.Run.advance, trainer_lib.Trainer.evaluate
 
   def dying(run):
     if run.step == dies_at:
@@ -29,7 +30,7 @@ def test_a_killed_adversarial_run_goes_on_as_if_it_had_not_been(
     evaluated.append(jax.device_get(params))
     return evaluate(trainer, params, batches)
 
-  monkeypatch.setattr(train_loop.Run, 'advance', dying)
+  monkeypatch.setattr(run_lib.Run, 'advance', dying)
   monkeypatch.setattr(trainer_lib.Trainer, 'evaluate', watched)
 
   def train(name):

@@ -15,6 +15,7 @@ from parti_jax.sampling import pipeline
 from parti_jax.training import checkpoints
 from parti_jax.training import generator_stage
 from parti_jax.training import optimizers
+from parti_jax.training import run as run_lib
 from parti_jax.training import state
 from parti_jax.training import train_loop
 from parti_jax.training import trainer as trainer_lib
@@ -62,7 +63,7 @@ def test_a_stage_may_take_parts_from_elsewhere(tmp_path):
   examples = mock.MagicMock(state=lambda: {})
   parts = train_loop.initial_parts(trainer, tmp_path)
   assert list(parts) == ['text_encoder']
-  run = train_loop.Run(trainer, tmp_path, 1, examples, parts)
+  run = run_lib.Run(trainer, tmp_path, 1, examples, parts)
   begun = jax.device_get(run.state.params)
   assert all(np.all(leaf == 1) for leaf in jax.tree.leaves(begun['text_encoder']))
   random = jax.device_get(trainer.create_state().params['image_decoder'])

@@ -25,6 +25,7 @@ from parti_jax.training import configurables  # pylint: disable=unused-import
 from parti_jax.training import generator_stage
 from parti_jax.training import initial_text_encoder
 from parti_jax.training import optimizers
+from parti_jax.training import run as run_lib
 from parti_jax.training import text_encoder_stage
 from parti_jax.training import train_loop
 from parti_jax.training import trainer as trainer_lib
@@ -168,7 +169,7 @@ def test_parti_starts_with_exactly_the_encoder_of_a_run_that_needs_no_pictures(
       text_length=32, codebook_size=8, grid=(1, 2), dtype='float32')
   stage = generator_stage.GeneratorStage(model, text_encoder=str(tmp_path / 'encoder'))
   trainer = trainer_lib.Trainer(stage, optax.sgd(1.0), mesh_lib.make_mesh(4, 1, 2, 1))
-  run = train_loop.Run(trainer, tmp_path / 'generator', 1, iter(()),
+  run = run_lib.Run(trainer, tmp_path / 'generator', 1, iter(()),
                        train_loop.initial_parts(trainer, tmp_path / 'generator'))
   jax.tree.map(np.testing.assert_array_equal, run.state.params['text_encoder'],
                trained['text_encoder'])

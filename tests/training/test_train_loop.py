@@ -16,6 +16,7 @@ from tensorboard.util import tensor_util
 from parti_jax import config
 from parti_jax import main
 from parti_jax.training import configurables  # pylint: disable=unused-import
+from parti_jax.training import run as run_lib
 from parti_jax.training import train_loop
 from parti_jax.training import trainer as trainer_lib
 
@@ -53,7 +54,7 @@ class _Watch:
   """Records the batches that are trained on, and ends training as a killed process would."""
 
   def __init__(self, monkeypatch):
-    self.batches, self.dies_at, advance = [], None, train_loop.Run.advance
+    self.batches, self.dies_at, advance = [], None, run_lib.Run.advance
     watch, put = self, trainer_lib.Trainer.put
 
     def watched_put(trainer, batch, batch_size):
@@ -66,7 +67,7 @@ class _Watch:
       return advance(run)
 
     monkeypatch.setattr(trainer_lib.Trainer, 'put', watched_put)
-    monkeypatch.setattr(train_loop.Run, 'advance', watched_advance)
+    monkeypatch.setattr(run_lib.Run, 'advance', watched_advance)
 
 
 def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch, generator_bindings):
