@@ -89,8 +89,8 @@ def train_values() -> dict[str, Any]:
     UserError: if one that has no default is not bound.
   """
   values = {name: parameter.default
-            for name, parameter in inspect.signature(train_loop.train).parameters.items()}
-  values |= gin.get_bindings(train_loop.train)
+            for name, parameter in inspect.signature(train_loop.train_stage).parameters.items()}
+  values |= gin.get_bindings(train_loop.train_stage)
   missing = [name for name in ('stage', 'optimizer', 'schedule', 'batch_size')
              if values[name] is gin.REQUIRED]
   if missing:
@@ -182,7 +182,7 @@ def _slots(pattern) -> tuple[int, int]:
 
 def sampled_config() -> parti_config.PartiConfig:
   """Sizes of the model of a run, or those that gin gives without a run."""
-  stage = gin.get_bindings(train_loop.train).get('stage')
+  stage = gin.get_bindings(train_loop.train_stage).get('stage')
   config = parti_config.PartiConfig() if stage is None else stage.model
   if not isinstance(config, parti_config.PartiConfig):
     raise errors.UserError(f'--what=sample: the run trains a {stage.name}, not the generator')

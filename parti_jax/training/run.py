@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 
 from parti_jax.training import checkpoints as checkpoints_lib
@@ -17,10 +19,12 @@ class Run:
     keep: how many checkpoints stay.
     examples: the training examples, `SharedBatches`.
     initial: parts of the parameters that a new run starts with, as of `initial_parts`.
+    journal: where checkpoints are noted, a `Journal`; None for nowhere.
   """
 
-  def __init__(self, trainer: trainer_lib.Trainer, model_dir, keep: int, examples, initial=None):
-    self._trainer, self._examples = trainer, examples
+  def __init__(self, trainer: trainer_lib.Trainer, model_dir, keep: int, examples, initial=None,
+               journal=None):
+    self._trainer, self._examples, self._journal = trainer, examples, journal
     self._checkpoints = checkpoints_lib.Checkpoints(model_dir, keep)
     self._model = checkpoints_lib.describe(trainer.stage)
     self._saved = self._checkpoints.latest_step()
@@ -36,12 +40,18 @@ class Run:
 
   def beginning(self) -> str:
     """A line that says where training begins."""
-    mesh = '×'.join(f'{axis} {size}' for axis, size in self._trainer.mesh.shape.items())
-    count = sum(leaf.size for leaf in jax.tree.leaves(self._trainer.abstract.params))
+    facts = self.facts()
+    mesh = '×'.join(f'{axis} {size}' for axis, size in facts['mesh'].items())
     where = f'resuming at step {self.step}' if self.resumed else 'starting at step 0'
     among = f' of {jax.process_count()} processes' if jax.process_count() > 1 else ''
-    return (f'{self._trainer.stage.name}: {count / 1e6:.1f}M parameters on {jax.device_count()} '
-            f'{jax.devices()[0].device_kind} devices{among} ({mesh}), {where}')
+    return (f'{facts["stage"]}: {facts["parameters"] / 1e6:.1f}M parameters on '
+            f'{jax.device_count()} {jax.devices()[0].device_kind} devices{among} ({mesh}), {where}')
+
+  def facts(self) -> dict[str, Any]:
+    """What a journal says of a run: stage, number of parameters, mesh and step."""
+    count = sum(leaf.size for leaf in jax.tree.leaves(self._trainer.abstract.params))
+    return {'step': self.step, 'stage': self._trainer.stage.name, 'parameters': count,
+            'mesh': dict(self._trainer.mesh.shape)}
 
   def advance(self):
     """One step; returns its metrics, still on the device."""
@@ -59,6 +69,8 @@ class Run:
     if self._saved != self.step:
       self._checkpoints.save(self.step, self.state, self._examples.state(), self._model)
       self._saved = self.step
+      if self._journal is not None:
+        self._journal.checkpoint(self.step, self.skipped())
 
   def skipped(self) -> dict[str, int]:
     """Examples that could not be read, by reason."""

@@ -16,24 +16,37 @@ from parti_jax.partitioning import rules as rules_lib
 from parti_jax.training import checkpoints as checkpoints_lib
 from parti_jax.training import device_peak
 from parti_jax.training import hosts
+from parti_jax.training import journal as journal_lib
 from parti_jax.training import reporting
 from parti_jax.training import run as run_lib
 from parti_jax.training import state as state_lib
 from parti_jax.training import trainer as trainer_lib
 
 
-@gin.configurable
-def train(model_dir: str, stage=gin.REQUIRED, task: str = gin.REQUIRED, steps: int = gin.REQUIRED,
-          batch_size: int = gin.REQUIRED, optimizer=gin.REQUIRED, schedule=gin.REQUIRED,
-          seed: int = 0, split: str = 'train', eval_split: str = 'validation',
-          log_every: int = 50, evaluate_every: int = 500, checkpoint_every: int = 500,
-          keep_checkpoints: int = 2, pictures_every: int = 1000, num_pictures: int = 16,
-          initial_model: str | None = None, data_shares: int | None = None,
-          microbatches: int = 1, offload_optimizer: bool = False):
+def train(model_dir: str) -> dict[str, float]:
+  """Trains as gin says, see `train_stage`, and writes a journal of it in the run's folder.
+
+  Args:
+    model_dir: the run's folder, see `train_stage`.
+  """
+  with journal_lib.Journal(model_dir) as journal:
+    return train_stage(model_dir, journal)
+
+
+@gin.configurable('train')
+def train_stage(model_dir: str, journal: journal_lib.Journal, stage=gin.REQUIRED,
+                task: str = gin.REQUIRED, steps: int = gin.REQUIRED,
+                batch_size: int = gin.REQUIRED, optimizer=gin.REQUIRED, schedule=gin.REQUIRED,
+                seed: int = 0, split: str = 'train', eval_split: str = 'validation',
+                log_every: int = 50, evaluate_every: int = 500, checkpoint_every: int = 500,
+                keep_checkpoints: int = 2, pictures_every: int = 1000, num_pictures: int = 16,
+                initial_model: str | None = None, data_shares: int | None = None,
+                microbatches: int = 1, offload_optimizer: bool = False):
   """Trains a stage until `steps`, from the newest checkpoint in `model_dir` if there is one.
 
   Args:
-    model_dir: the run's folder: checkpoints, metrics, pictures, config.gin.
+    model_dir: the run's folder: checkpoints, metrics, pictures, journal, config.gin.
+    journal: of the run.
     stage: what is trained.
     task: the seqio task that gives the examples.
     steps: where training ends, counted from the run's beginning.
@@ -86,10 +99,10 @@ def train(model_dir: str, stage=gin.REQUIRED, task: str = gin.REQUIRED, steps: i
   held_out()
   trainer.constants  # pylint: disable=pointless-statement
   run = run_lib.Run(trainer, model_dir, keep_checkpoints, training,
-                    initial_parts(trainer, model_dir, initial_model))
+                    initial_parts(trainer, model_dir, initial_model), journal)
   reporter = reporting.Reporter(model_dir, steps, run.step)
-  if jax.process_index() == 0:
-    config.save(f'{model_dir}/config.gin', config.operative())
+  journal.start(run.beginning(), config.operative(), steps=steps, batch_size=batch_size,
+                **run.facts())
   peak = device_peak.device_peak(jax.local_devices()[0], stage.compute_dtype) * jax.device_count()
   reporter.say(run.beginning())
   meter = _Meter(batch_size, stage.step_flops(batch_size), peak)
@@ -104,6 +117,7 @@ def train(model_dir: str, stage=gin.REQUIRED, task: str = gin.REQUIRED, steps: i
         metrics = {name: float(value) for name, value in values.items()}
         metrics |= {'learning_rate': float(schedule(step - 1))} | meter.read(step)
         reporter.metrics(step, metrics)
+        journal.progress(step, metrics)
       reporter.advance(step)
       if eval_split and due(evaluate_every):
         measured = trainer.evaluate(state_lib.averaged(run.state), held_out())
@@ -123,6 +137,8 @@ def train(model_dir: str, stage=gin.REQUIRED, task: str = gin.REQUIRED, steps: i
     # The other processes may be waiting for one that failed, so that one must not wait for them.
     if whole or jax.process_count() == 1:
       run.close()
+    journal.step = run.step
+    journal.skipped(run.skipped())
     reporter.close(run.skipped())
   if run.step < steps:
     reporter.say(f'told to stop: a checkpoint of step {run.step} is written; start again to go on')

@@ -1,6 +1,7 @@
 """The loop from gin and data to checkpoints, metrics and pictures: resumed, reported, refused."""
 
 import collections
+import json
 import pathlib
 import subprocess
 import sys
@@ -99,6 +100,17 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch, gener
     assert scalars[0][tag] == scalars[1][tag], tag
   assert sorted(scalars[0]['loss']) == [1, 2, 3, 4, 5, 6]
   assert len(set(scalars[0]['loss'].values())) == 6
+  # The journal tells of both starts.
+  events = [[json.loads(line) for line in file.read_text().splitlines()]
+            for file in sorted((tmp_path / 'killed' / 'journal').iterdir())]
+  assert [[event['event'] for event in start] for start in events] == [
+      ['start', 'progress', 'checkpoint', 'checkpoint', 'stop'],
+      ['start', 'progress', 'checkpoint', 'stop']]
+  assert [start[0]['step'] for start in events] == [0, 4]
+  assert [(start[-1]['reason'], start[-1]['step']) for start in events] == [
+      ('interrupted', 5), ('finished', 6)]
+  assert events[0][0]['config'] == events[1][0]['config']
+  assert events[0][0]['mesh'] == {'stage': 1, 'data': 8, 'fsdp': 1, 'tensor': 1}
   # There is nothing left to train.
   watch.batches = []
   assert _train(tmp_path / 'whole', GENERATOR, *bindings) == {}

@@ -1,0 +1,108 @@
+"""A run's journal: what stands in it after errors, a full disk, a torn line."""
+
+import json
+
+import pytest
+
+from parti_jax.training import journal as journal_lib
+from parti_jax.training import surroundings
+
+
+def _records(folder):
+  (file,) = sorted((folder / 'journal').iterdir())
+  return [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
+
+
+def test_every_line_is_on_the_disk_at_once(tmp_path):
+  journal = journal_lib.Journal(tmp_path)
+  assert not list(tmp_path.iterdir())
+  journal.write('lock', 'the lock of a process that is gone was taken over', host='a', pid=3)
+  assert len(_records(tmp_path)) == 1
+  journal.write('odd', value=float('nan'), where=tmp_path)
+  first, second = _records(tmp_path)
+  assert list(first) == ['time', 'text', 'event', 'host', 'pid']
+  assert first['event'] == 'lock' and first['pid'] == 3
+  assert second['text'] == f'odd, value nan, where {tmp_path}'
+
+
+@pytest.mark.parametrize('error, reason, text', [
+    (None, 'finished', 'ended at step 7: nothing is left to train'),
+    (SystemExit(75), 'told to stop', 'ended at step 7: told to stop, ends with status 75'),
+    (KeyboardInterrupt(), 'interrupted', 'ended at step 7: interrupted from the keyboard'),
+    (ValueError('two\nlines'), 'error', 'ended at step 7: ValueError: two lines')])
+def test_the_end_is_told(tmp_path, error, reason, text):
+  def run():
+    with journal_lib.Journal(tmp_path) as journal:
+      journal.write('start')
+      journal.step = 7
+      if error:
+        raise error
+
+  if error:
+    with pytest.raises(type(error)):
+      run()
+  else:
+    run()
+  last = _records(tmp_path)[-1]
+  assert (last['event'], last['reason'], last['text'], last['step']) == ('stop', reason, text, 7)
+
+
+def test_an_error_before_there_is_a_run_leaves_nothing(tmp_path):
+  with pytest.raises(ValueError), journal_lib.Journal(tmp_path):
+    raise ValueError('a mesh that does not fit')
+  assert not list(tmp_path.iterdir())
+  (tmp_path / 'checkpoints').mkdir()
+  with pytest.raises(ValueError), journal_lib.Journal(tmp_path):
+    raise ValueError('a mesh that does not fit')
+  assert 'a mesh that does not fit' in _records(tmp_path)[0]['text']
+
+
+def test_a_full_disk_ends_no_run(tmp_path, capsys):
+  (tmp_path / 'journal').write_text('')  # Nothing can be written in a file as in a folder.
+  journal = journal_lib.Journal(tmp_path)
+  journal.write('start')
+  journal.write('checkpoint')
+  complaint = capsys.readouterr().err
+  assert complaint.count('can not be written') == 1 and journal.name in complaint
+  (tmp_path / 'journal').unlink()
+  journal.write('stop')
+  assert [record['event'] for record in _records(tmp_path)] == ['start', 'checkpoint', 'stop']
+
+
+def test_configs_are_kept_once_each(tmp_path):
+  names = []
+  for text in ('a = 1\n', 'a = 1\n', 'a = 2\n'):
+    journal = journal_lib.Journal(tmp_path)
+    journal.start('starts', text, step=0)
+    (line,) = (tmp_path / 'journal' / f'{journal.name}.jsonl').read_text().splitlines()
+    names.append(json.loads(line)['config'])
+  assert names[0] == names[1] != names[2]
+  assert [(tmp_path / name).read_text() for name in names[1:]] == ['a = 1\n', 'a = 2\n']
+  assert (tmp_path / 'config.gin').read_text() == 'a = 2\n'
+
+
+def test_progress_is_written_now_and_then(tmp_path, monkeypatch):
+  clock = [100.0]
+  monkeypatch.setattr(journal_lib.time, 'monotonic', lambda: clock[0])
+  journal = journal_lib.Journal(tmp_path)
+  for step in range(20_000):
+    journal.progress(step, {'loss': 1.0, 'psnr': 2.0})
+    clock[0] += 5.0
+  records = _records(tmp_path)
+  assert [record['step'] for record in records[:4]] == [0, 2, 4, 6]
+  assert records[-1]['step'] - records[-2]['step'] == 120  # Ten minutes.
+  assert records[0]['loss'] == 1.0 and 'psnr' not in records[0]
+  assert len(records) < 250
+
+
+def test_surroundings_hold_nothing_secret(monkeypatch):
+  monkeypatch.setenv('JAX_TRACEBACK_FILTERING', 'off')
+  monkeypatch.setenv('AWS_SECRET_ACCESS_KEY', 'hidden')
+  monkeypatch.setattr(surroundings.sys, 'argv', ['parti-jax', 's3://me:hidden@host/a b'])
+  found = surroundings.describe()
+  assert found['environment']['JAX_TRACEBACK_FILTERING'] == 'off'
+  assert 'hidden' not in json.dumps(found)
+  assert found['command'] == "parti-jax 's3://***@host/a b'"
+  assert {'parti_jax', 'python', 'jax', 'jaxlib', 'flax', 'orbax-checkpoint', 'numpy',
+          'tensorflow', 'seqio'} <= set(found['versions'])
+  assert found['devices'] == {'kind': 'cpu', 'count': 8, 'platform': 'cpu'}
