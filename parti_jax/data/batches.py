@@ -1,5 +1,6 @@
 """Batches of a seqio task for training and evaluation, which can be resumed anywhere."""
 
+import collections
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -13,6 +14,8 @@ from parti_jax.errors import UserError
 
 # Opening an epoch takes up to a second, so a small source is gone through several times in one.
 _LEAST_EXAMPLES = 2048
+# What a `tally.Reading` counts.
+_TALLIES = ('skipped', 'shortened')
 
 
 class Batches:
@@ -22,15 +25,16 @@ class Batches:
   examples, and no number of epochs is given, several are taken as one. The short rest of an epoch is
   completed with the first examples of the next one, so that every example is used equally often;
   with `num_epochs`, the last batch may be short. The same arguments give the same batches, and
-  `restore(state())` goes on exactly where the state was taken.
+  `restore(state())` goes on exactly where the state was taken. The tasks of `parti_jax.data.tasks`
+  number their examples before they decode them, so that going on decodes none of the earlier ones.
 
   In training, the text of some examples is dropped for classifier-free guidance (see
   `preprocessors.drop_text`); in other splits than `train` it is always kept.
 
   Attributes:
-    skipped: reason -> number of examples left out so far in this process, because their picture
-      or caption can't be used. It runs ahead by what is read in advance, and is exact whenever an
-      epoch has ended.
+    skipped: reason -> number of examples left out so far in this run, because their picture or
+      caption can't be used. Exact for numbered examples; of others, and of what has no number such
+      as the rest of a damaged file, what is read in advance in this epoch counts too.
     shortened: the same for captions that were cut to the text's length.
   """
 
@@ -73,14 +77,19 @@ class Batches:
     self._split = split
     self._batch_size = batch_size
     self._lengths = dict(feature_lengths)
-    self._converter = converter or converter_for(feature_lengths)
+    self._numbered = converter is None and tasks.numbers_examples(self._task)
+    self._converter = converter or converter_for(feature_lengths, self._numbered)
     self._seed = seed
     self._shuffle = shuffle
     self._num_epochs = num_epochs
     self._shard_info = seqio.ShardInfo(share, shares) if shares > 1 else None
-    self._reading = tally.Reading(drop_text=split.split('[')[0] == 'train')
     self._epoch = 0
     self._taken = 0
+    # The number after that of the last example that was taken in this epoch; None where the task
+    # does not number them.
+    self._read = 0 if self._numbered else None
+    # Counts of the epochs that have ended, and of this one up to where reading began.
+    self._before = {name: collections.Counter() for name in _TALLIES}
     # What the last batch left of a chunk, None where it took all.
     self._rest = None
     self._chunks = self._open_epoch()
@@ -88,7 +97,7 @@ class Batches:
   @property
   def skipped(self) -> dict[str, int]:
     """Reason -> number of examples left out."""
-    return self._reading.skipped.counts()
+    return self._counts('skipped')
 
   @property
   def vocabulary(self) -> str | None:
@@ -98,23 +107,35 @@ class Batches:
   @property
   def shortened(self) -> dict[str, int]:
     """Reason -> number of examples that are used, but not whole."""
-    return self._reading.shortened.counts()
+    return self._counts('shortened')
 
-  def state(self) -> dict[str, int]:
-    """Returns where the next batch starts: the epoch and the examples taken in it."""
-    return {'epoch': self._epoch, 'taken': self._taken}
+  def state(self) -> dict:
+    """Returns where the next batch starts, and what was left out before.
 
-  def restore(self, state: Mapping[str, int]) -> None:
+    Returns:
+      'epoch'; 'taken', examples taken in it; 'read', the number in this epoch of the next example
+      to read, None where the task does not number them; and 'skipped' and 'shortened' up to there.
+    """
+    return {'epoch': self._epoch, 'taken': self._taken, 'read': self._read,
+            **{name: self._counts(name, numbered=True) for name in _TALLIES}}
+
+  def restore(self, state: Mapping) -> None:
     """Goes on where `state()` was taken, in this or another process with the same arguments.
 
-    The epoch is read again up to there, which takes as long as reading does.
+    Where examples are numbered, those before are read and not decoded. Otherwise, as with a state
+    that has no number, they are decoded too, which takes as long as it took the first time.
     """
     self._epoch = int(state['epoch'])
     self._taken = int(state['taken'])
-    self._reading.skipped.clear()
-    self._reading.shortened.clear()
+    self._read = state.get('read')
+    self._before = {name: collections.Counter(state.get(name, {})) for name in _TALLIES}
     self._rest = None
     self._chunks = self._open_epoch()
+
+  def _counts(self, name: str, numbered: bool = False) -> dict[str, int]:
+    """Counts of this run up to the next example; `numbered` leaves out what has no number."""
+    counted = getattr(self._reading, name).counts(self._read, numbered)
+    return dict((self._before[name] + collections.Counter(counted)).most_common())
 
   def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
     return self
@@ -126,7 +147,8 @@ class Batches:
       missing -= _length(part)
     if not parts:
       raise StopIteration
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return {name: np.concatenate([part[name] for part in parts])
+            for name in parts[0] if name != 'number'}
 
   def _next_part(self, most: int) -> dict[str, np.ndarray] | None:
     """Returns the next examples of one epoch, at most so many; None after the last epoch."""
@@ -141,6 +163,8 @@ class Batches:
             f'{self._task.name}, {self._split}: reading failed: {error.message.splitlines()[0]}'
         ) from error
       part = {name: values[:most] for name, values in chunk.items()}
+      if self._numbered:
+        self._read = int(part['number'][-1]) + 1
       self._rest = {name: values[most:] for name, values in chunk.items()}
       if not _length(self._rest):
         self._rest = None
@@ -152,10 +176,13 @@ class Batches:
     """Returns an iterator over the rest of the present epoch, in chunks of examples."""
     # One number for seqio, in the range of its int32 seeds, from the two that count.
     seed = int(np.random.SeedSequence([self._seed, self._epoch]).generate_state(1)[0] >> 2)
+    # What was read in advance of an earlier place must not be counted.
+    self._reading = tally.Reading(
+        drop_text=self._split.split('[')[0] == 'train', start=self._read or 0)
     with tally.reading(self._reading):
       dataset = seqio.get_dataset(
           self._task,
-          self._lengths,
+          self._lengths | ({'number': 1} if self._numbered else {}),
           self._converter,
           dataset_split=self._split,
           shuffle=self._shuffle,
@@ -164,7 +191,9 @@ class Batches:
           shard_info=self._shard_info,
           verbose=False,
       )
-    chunks = dataset.skip(self._taken).batch(self._batch_size)
+    if self._read is None:  # So it is too in a state that was written before there were numbers.
+      dataset = dataset.skip(self._taken)
+    chunks = dataset.batch(self._batch_size)
     return chunks.prefetch(2).as_numpy_iterator()
 
   def _repeats(self) -> int:
@@ -177,21 +206,25 @@ class Batches:
   def _end_epoch(self) -> None:
     """Reports on an epoch that has ended and opens the next one."""
     where = f'{self._task.name}, {self._split}'
-    skipped, shortened = self._reading.skipped, self._reading.shortened
+    for name in _TALLIES:
+      self._before[name].update(getattr(self._reading, name).counts())
+    skipped, shortened = (tally.told(self._before[name]) for name in _TALLIES)
     if not self._taken:
-      reasons = f'; skipped {skipped}' if skipped.counts() else ''
+      reasons = f'; skipped {skipped}' if skipped else ''
       share = self._shard_info
       part = (f'share {share.index + 1} of {share.num_shards} (train.data_shares) of '
               if share else '')
       raise UserError(
           f'{where}: there is no usable example in {part}{_source(self._task)}{reasons}')
-    if skipped.counts() or shortened.counts():
+    if skipped or shortened:
       logging.warning(
           '%s: epoch %d ended after %d examples; so far skipped: %s; kept in part: %s',
-          where, self._epoch, self._taken, str(skipped) or 'none', str(shortened) or 'none',
+          where, self._epoch, self._taken, skipped or 'none', shortened or 'none',
       )
+    self._reading = tally.Reading()
     self._epoch += 1
     self._taken = 0
+    self._read = 0 if self._numbered else None
     if self._num_epochs is None or self._epoch < self._num_epochs:
       self._chunks = self._open_epoch()
 

@@ -7,6 +7,7 @@ from parti_jax.data.quiet_tensorflow import seqio, tf
 _Spec = seqio.FeatureConverter.FeatureSpec
 _IMAGES = _Spec(dtype=tf.uint8, rank=3)
 _TOKENS = _Spec(dtype=tf.int32)
+_NUMBER = {'number': _Spec(dtype=tf.int64, rank=0)}
 
 
 class _Converter(seqio.FeatureConverter):
@@ -16,19 +17,27 @@ class _Converter(seqio.FeatureConverter):
   SOURCES: Mapping[str, str]
   PACKING_FEATURE_DTYPES = None
 
-  def __init__(self):
-    super().__init__(pack=False)
+  def __init__(self, numbered: bool = False):
+    """Makes a converter.
+
+    Args:
+      numbered: whether 'number' int64 [], of `preprocessors.number`, is among the task's features
+        and the model's.
+    """
+    super().__init__(pack=False, passthrough_features=dict(_NUMBER) if numbered else None)
 
   def _convert_features(self, ds, task_feature_lengths):
     del task_feature_lengths  # The preprocessors made every example this long.
     return ds.map(self._convert_example, num_parallel_calls=tf.data.AUTOTUNE)
 
   def _convert_example(self, example):
-    return {name: example[source] for name, source in self.SOURCES.items()}
+    converted = {name: example[source] for name, source in self.SOURCES.items()}
+    return converted | {name: example[name] for name in self._passthrough_features}
 
   def get_model_feature_lengths(self, task_feature_lengths):
     """Returns the length of each of the model's features."""
-    return {name: task_feature_lengths[source] for name, source in self.SOURCES.items()}
+    sources = {**self.SOURCES, **{name: name for name in self._passthrough_features}}
+    return {name: task_feature_lengths[source] for name, source in sources.items()}
 
 
 class PictureFeatureConverter(_Converter):
@@ -50,7 +59,8 @@ class TextFeatureConverter(_Converter):
   SOURCES = {'encoder_input_tokens': 'inputs'}
 
   def _convert_features(self, ds, task_feature_lengths):
-    padded = self._pack_or_pad(ds, task_feature_lengths)
+    lengths = {name: task_feature_lengths[name] for name in self.TASK_FEATURES}
+    padded = self._pack_or_pad(ds, lengths)
     return super()._convert_features(padded, task_feature_lengths)
 
 
@@ -88,10 +98,10 @@ class PartiFeatureConverter(_Converter):
     return {**converted, 'decoder_loss_weights': weights}
 
 
-def converter_for(features) -> seqio.FeatureConverter:
-  """Returns the converter of the tasks with these features."""
+def converter_for(features, numbered: bool = False) -> seqio.FeatureConverter:
+  """Returns the converter of the tasks with these features, and with numbers if need be."""
   for converter in (TextFeatureConverter, PictureFeatureConverter, PairFeatureConverter,
                     PartiFeatureConverter):
     if set(converter.TASK_FEATURES) == set(features):
-      return converter()
+      return converter(numbered)
   raise ValueError(f'no feature converter takes the features {sorted(features)}')

@@ -2,6 +2,9 @@
 
 They start from examples {'picture': encoded bytes, 'caption': text} as the sources give them. An
 example that can't be used is left out and counted (see `tally`).
+
+The first one numbers the examples. What is random about an example follows from its number, so that
+reading may start at any of them and need not decode those before.
 """
 
 import gin
@@ -12,21 +15,36 @@ from parti_jax.data.quiet_tensorflow import seqio, tf
 from parti_jax.data.vocabulary import TextVocabulary
 
 
+@seqio.map_over_dataset(num_seeds=1)
+def _with_seed(numbered, seed):
+  number, example = numbered
+  return {**example, 'number': number, 'seed': tf.stack(seed)}
+
+
+def number(dataset: tf.data.Dataset) -> tf.data.Dataset:
+  """Adds 'number', int64 [], from 0 in the order of reading, and 'seed', int64 [2], of its own.
+
+  Starts where the reading does (see `tally.Reading`): what comes before is read, but not decoded.
+  """
+  return _with_seed(dataset.enumerate()).skip(tally.current().start)
+
+
 def decode_images(dataset: tf.data.Dataset, sequence_length) -> tf.data.Dataset:
   """Replaces 'picture' by 'images', uint8 [size, size, 3] with size = sequence_length['images']."""
   size = sequence_length['images']
   skipped = tally.current().skipped
 
-  def decode(data: bytes):
+  def decode(data: bytes, number: int):
     try:
       return decoding.decode(data, size), True
     except decoding.UndecodablePicture as error:
-      skipped.add(str(error))
+      skipped.add(str(error), number)
       return np.zeros([size, size, 3], np.uint8), False
 
   def convert(example):
     picture = example.pop('picture')
-    image, usable = tf.numpy_function(decode, [picture], [tf.uint8, tf.bool], stateful=False)
+    image, usable = tf.numpy_function(
+        decode, [picture, example['number']], [tf.uint8, tf.bool], stateful=False)
     return {**example, 'images': tf.ensure_shape(image, [size, size, 3])}, usable
 
   return _map_and_filter(dataset, convert)
@@ -43,18 +61,19 @@ def tokenize_captions(
   length = sequence_length['inputs']
   reading = tally.current()
 
-  def encode(caption: bytes):
+  def encode(caption: bytes, number: int):
     text = caption.decode('utf-8', errors='replace').strip()
     ids, cut = vocabulary.encode(text, length)
     if not text:
-      reading.skipped.add('no caption')
+      reading.skipped.add('no caption', number)
     elif cut:
-      reading.shortened.add(f'caption cut to {length} tokens')
+      reading.shortened.add(f'caption cut to {length} tokens', number)
     return ids, bool(text)
 
   def convert(example):
     caption = example.pop('caption')
-    ids, usable = tf.numpy_function(encode, [caption], [tf.int32, tf.bool], stateful=False)
+    ids, usable = tf.numpy_function(
+        encode, [caption, example['number']], [tf.int32, tf.bool], stateful=False)
     return {**example, 'inputs': tf.ensure_shape(ids, [length])}, usable
 
   return _map_and_filter(dataset, convert)
@@ -70,7 +89,7 @@ def drop_text(
   seed of the dataset.
 
   Args:
-    dataset: examples with 'inputs', int32 [text_length].
+    dataset: examples with 'inputs', int32 [text_length], and 'seed' of `number`.
     sequence_length: seqio's feature lengths.
     vocabulary: tells what the empty text looks like.
     rate: share of the examples that lose their text, 0 to 1.
@@ -82,12 +101,11 @@ def drop_text(
     return dataset
   empty, _ = vocabulary.encode('', sequence_length['inputs'])
 
-  @seqio.map_over_dataset(num_seeds=1)
-  def drop(example, seed):
-    dropped = tf.random.stateless_uniform([], seed) < rate
+  def drop(example):
+    dropped = tf.random.stateless_uniform([], example['seed']) < rate
     return {**example, 'inputs': tf.where(dropped, empty, example['inputs'])}
 
-  return drop(dataset)
+  return dataset.map(drop, num_parallel_calls=tf.data.AUTOTUNE)
 
 
 def _map_and_filter(dataset: tf.data.Dataset, convert) -> tf.data.Dataset:

@@ -60,14 +60,16 @@ class SharedBatches:
     """Where the next batch starts in every share; all processes must call it together.
 
     Returns:
-      {'places': [[epoch, examples taken in it] of each share], 'vocabulary': fingerprint of the
-      text vocabulary, None where there is none}.
+      {'places': [[epoch, examples taken in it] of each share], 'shares': [what else is in
+      `Batches.state()` of each share], 'vocabulary': fingerprint of the text vocabulary, None where
+      there is none}.
     """
-    places = np.full((self._shares, 2), -1, np.int32)
-    for share, batches in self._batches.items():
-      place = batches.state()
-      places[share] = place['epoch'], place['taken']
-    return {'places': local_rows.largest(places).tolist(), 'vocabulary': self._vocabulary}
+    states = {}
+    for those in local_rows.gathered({n: b.state() for n, b in self._batches.items()}):
+      states |= those
+    states = [states[str(share)] for share in range(self._shares)]
+    return {'places': [[state.pop('epoch'), state.pop('taken')] for state in states],
+            'shares': states, 'vocabulary': self._vocabulary}
 
   def restore(self, state: Mapping) -> None:
     """Goes on where `state()` was taken, by however many processes.
@@ -88,9 +90,10 @@ class SharedBatches:
                       f'{len(places)} shares; leave it away or train in another --model_dir')
     if len(places) != self._shares:
       self._open(len(places))
+    more = state.get('shares') or [{}] * len(places)
     for share, batches in self._batches.items():
       epoch, taken = places[share]
-      batches.restore({'epoch': epoch, 'taken': taken})
+      batches.restore({'epoch': epoch, 'taken': taken, **more[share]})
 
   def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
     return self

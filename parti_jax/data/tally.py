@@ -12,30 +12,52 @@ import threading
 
 
 class Tally:
-  """Counts by reason; several threads may add at once."""
+  """Counts by reason; several threads may add at once.
+
+  Reading runs ahead of what is used. So an entry may have the number of its example in its source,
+  and then `counts` can leave out what lies ahead.
+  """
 
   def __init__(self):
-    self._counts = collections.Counter()
+    self._unnumbered = collections.Counter()
+    # Of entries with a number: those below the last `until`, and the others with their numbers.
+    self._passed = collections.Counter()
+    self._ahead: list[tuple[str, int]] = []
     self._lock = threading.Lock()
 
-  def add(self, reason: str) -> None:
-    """Counts one more for this reason."""
+  def add(self, reason: str, number: int | None = None) -> None:
+    """Counts one more for this reason, of the example with this number."""
     with self._lock:
-      self._counts[reason] += 1
+      if number is None:
+        self._unnumbered[reason] += 1
+      else:
+        self._ahead.append((reason, int(number)))
 
-  def clear(self) -> None:
-    """Starts again from nothing."""
-    with self._lock:
-      self._counts.clear()
+  def counts(self, until: int | None = None, numbered: bool = False) -> dict[str, int]:
+    """Returns reason -> count, the most frequent first.
 
-  def counts(self) -> dict[str, int]:
-    """Returns reason -> count, the most frequent first."""
+    Args:
+      until: entries with this number or a higher one are left out; None for all entries. It must
+        not be lower than in an earlier call.
+      numbered: whether entries without a number are left out.
+    """
     with self._lock:
-      return dict(self._counts.most_common())
+      found = collections.Counter() if numbered else self._unnumbered.copy()
+      if until is None:
+        found.update(reason for reason, _ in self._ahead)
+      else:
+        self._passed.update(reason for reason, number in self._ahead if number < until)
+        self._ahead = [entry for entry in self._ahead if entry[1] >= until]
+      return dict((found + self._passed).most_common())
 
   def __str__(self) -> str:
     """Returns '3 damaged picture, 1 no caption', or '' where nothing was counted."""
-    return ', '.join(f'{count:,} {reason}' for reason, count in self.counts().items())
+    return told(self.counts())
+
+
+def told(counts) -> str:
+  """Returns '3 damaged picture, 1 no caption', or '' where nothing was counted."""
+  return ', '.join(f'{count:,} {reason}' for reason, count in counts.items())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +68,13 @@ class Reading:
     skipped: tally of examples that are left out.
     shortened: tally of examples that are kept, but not whole (captions cut to the text's length).
     drop_text: whether texts may be dropped for classifier-free guidance.
+    start: the number of the example, in the order of reading, at which reading starts.
   """
 
   skipped: Tally = dataclasses.field(default_factory=Tally)
   shortened: Tally = dataclasses.field(default_factory=Tally)
   drop_text: bool = True
+  start: int = 0
 
 
 _current = contextvars.ContextVar('reading')

@@ -61,6 +61,11 @@ def vocabulary_fingerprint(task: seqio.Task | seqio.Mixture) -> str | None:
   return get_vocabulary().fingerprint if ours else None
 
 
+def numbers_examples(task: seqio.Task | seqio.Mixture) -> bool:
+  """Whether a task gives its examples numbers, in order; see `preprocessors.number`."""
+  return isinstance(task, seqio.Task) and _is_ours(task.name)
+
+
 def _is_ours(name: str) -> bool:
   return name in TOKEN_TASKS or _split_name(name) is not None
 
@@ -109,11 +114,11 @@ def _split_name(name: str) -> tuple[str, str] | None:
 def _pictures_task(source_name: str, kind: str, image_size: int) -> seqio.Task:
   source = sources.configured(source_name, image_size)
   features = {'images': _feature(size=256, dtype=tf.uint8, rank=3)}
-  steps = [preprocessors.decode_images]
+  steps = [preprocessors.number, preprocessors.decode_images]
   if kind == 'pairs':
     vocabulary = get_vocabulary()
     features['inputs'] = _feature(vocabulary.size, eos_id=EOS_ID)
-    steps = _text_steps(vocabulary) + steps
+    steps[1:1] = _text_steps(vocabulary)
   return seqio.Task(
       f'{source_name}_{kind}', source, features, steps, shuffle_buffer_size=None
   )
@@ -148,10 +153,11 @@ class _Texts(seqio.DataSource):
 
 def _texts_task(source_name: str) -> seqio.Task:
   vocabulary = get_vocabulary()
+  steps = [preprocessors.number, _text_steps(vocabulary)[0]]
   # Texts are never dropped here: an empty one teaches an encoder nothing.
   return seqio.Task(
       f'{source_name}_texts', _Texts(sources.configured(source_name)),
-      {'inputs': _feature(vocabulary.size, eos_id=EOS_ID)}, _text_steps(vocabulary)[:1],
+      {'inputs': _feature(vocabulary.size, eos_id=EOS_ID)}, steps,
       shuffle_buffer_size=None,
   )
 
@@ -163,7 +169,8 @@ def _tokens_task(name: str) -> seqio.Task:
       'inputs': _feature(vocabulary.size, eos_id=EOS_ID),
       'targets': _feature(source.info['codebook_size']),
   }
-  return seqio.Task(name, source, features, _text_steps(vocabulary), shuffle_buffer_size=None)
+  steps = [preprocessors.number, *_text_steps(vocabulary)]
+  return seqio.Task(name, source, features, steps, shuffle_buffer_size=None)
 
 
 def _text_steps(vocabulary: TextVocabulary) -> list:

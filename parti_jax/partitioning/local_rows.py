@@ -7,6 +7,8 @@ layers across processes, all of these work on the same examples.
 
 from __future__ import annotations
 
+import json
+
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
@@ -51,7 +53,17 @@ def global_arrays(sharding, batch: dict[str, np.ndarray], batch_size: int) -> di
   return {name: put(value) for name, value in batch.items()}
 
 
-def largest(values: np.ndarray) -> np.ndarray:
-  """The element-wise maximum over all processes of int32 arrays; all processes must call it."""
-  gathered = multihost_utils.process_allgather(np.asarray(values, np.int32))
-  return gathered.reshape(-1, *values.shape).max(axis=0)
+def gathered(value) -> list:
+  """What each process gives, in the order of processes; all processes must call it together.
+
+  Args:
+    value: anything that JSON can hold, of any size.
+
+  Returns:
+    The values of all processes, as JSON gives them back.
+  """
+  text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  sizes = np.ravel(multihost_utils.process_allgather(np.int32(text.size)))
+  padded = np.pad(text, (0, int(sizes.max()) - text.size))
+  rows = multihost_utils.process_allgather(padded).reshape(sizes.size, -1)
+  return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 
 from etils import epath
 import jax
@@ -25,7 +26,10 @@ class Reporter:
     self._bar = None
     if not self._leads:
       return
-    self._writer = _tensorboard_writer(self._directory / 'tensorboard')
+    folder = self._directory / 'tensorboard'
+    if folder.exists():
+      _start_again(folder, step)
+    self._writer = _tensorboard_writer(folder)
     if sys.stderr.isatty():
       self._bar = tqdm.tqdm(total=steps, initial=step, unit='step', dynamic_ncols=True)
 
@@ -64,6 +68,14 @@ class Reporter:
       with (folder / f'{name}_{step:08d}.png').open('wb') as file:
         Image.fromarray(grid).save(file, 'PNG')
 
+  def flush(self):
+    """Waits until all metrics are in files: a checkpoint must not be older than they are.
+
+    The steps before a checkpoint are not done again, so what they showed would be lost for good.
+    """
+    if self._leads:
+      self._writer.flush()
+
   def close(self, skipped: dict[str, int]):
     """Says what data was skipped and flushes the metrics."""
     if not self._leads:
@@ -90,6 +102,23 @@ def tile(images: np.ndarray) -> np.ndarray:
 def _tensorboard_writer(folder: epath.Path):
   from clu import metric_writers  # pylint: disable=g-import-not-at-top
   return metric_writers.AsyncMultiWriter([metric_writers.SummaryWriter(str(folder))])
+
+
+def _start_again(folder: epath.Path, step: int):
+  """Tells TensorBoard that what it has of later steps is void, since they are done again.
+
+  A killed run has come further than its last checkpoint. What is done again has the same losses, but
+  not the same speeds, and without this curves would go back and forth.
+  """
+  # pylint: disable=g-import-not-at-top
+  from tensorboard.compat.proto import event_pb2
+  from tensorboard.summary.writer import event_file_writer
+
+  writer = event_file_writer.EventFileWriter(str(folder))
+  writer.add_event(event_pb2.Event(
+      wall_time=time.time(), step=step + 1,
+      session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START)))
+  writer.close()
 
 
 def _short(value: float) -> str:

@@ -128,9 +128,11 @@ def train_stage(model_dir: str, journal: journal_lib.Journal, stage=gin.REQUIRED
         chosen = {name: value[:num_pictures] for name, value in next(held_out()).items()}
         reporter.pictures(step, trainer.pictures(state_lib.averaged(run.state), chosen))
       if due(checkpoint_every):
+        reporter.flush()
         run.save()
       meter.pause(step, due(evaluate_every) or due(pictures_every) or due(checkpoint_every))
     if run.step < steps:
+      reporter.flush()
       run.save()
     whole = True
   finally:

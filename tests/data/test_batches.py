@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import seqio
 
+from parti_jax.data import decoding
 from parti_jax.data import tasks
 from parti_jax.data.batches import Batches
 from parti_jax.errors import UserError
@@ -42,7 +43,8 @@ def test_every_example_once_an_epoch_and_nothing_dropped(numbered):
   epochs = [stream[i:i + 10] for i in range(0, 40, 10)]
   assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
   assert len({tuple(epoch) for epoch in epochs}) == 4
-  assert batches.state() == {'epoch': 3, 'taken': 10}
+  assert batches.state() == {
+      'epoch': 3, 'taken': 10, 'read': 10, 'skipped': {}, 'shortened': {}}
 
 
 def test_last_batch_may_be_short(numbered):
@@ -127,12 +129,58 @@ def test_long_captions_are_counted(numbered, caplog):
   assert '4 caption cut to 2 tokens' in caplog.text
 
 
-def test_skipped_counts_an_epoch_again_after_restore(folder, encode):
-  folder([('a', encode((i, 0, 0)) if i % 2 else b'bad') for i in range(6)])
-  batches = Batches('folder_images', 'train', 3, IMAGES, num_epochs=2)
-  assert len(list(batches)) == 2 and batches.skipped == {'unknown picture format': 6}
-  batches.restore({'epoch': 1, 'taken': 2})
-  assert len(_numbers(next(batches))) == 1 and batches.skipped == {'unknown picture format': 3}
+def _with_bad_examples(folder, encode):
+  """Twelve examples, of which four have a bad picture and one has no caption."""
+  folder([('' if i == 7 else f'words {i}', b'bad' if i % 3 == 1 else encode((i, 0, 0)))
+          for i in range(12)])
+
+
+@pytest.mark.parametrize('taken', [0, 1, 3, 4, 6])
+def test_what_was_skipped_is_exact_at_every_place(folder, encode, taken):
+  _with_bad_examples(folder, encode)
+  gin.parse_config('drop_text.rate = 0.5')
+  arguments = ('folder_pairs', 'train', 2, {'inputs': 3, 'images': 8})
+  uninterrupted = Batches(*arguments, seed=2)
+  for _ in range(taken):
+    next(uninterrupted)
+  state = json.loads(json.dumps(uninterrupted.state()))
+  resumed = Batches(*arguments, seed=2)
+  resumed.restore(state)
+  assert resumed.state() == state
+  for _ in range(6):
+    _assert_equal(next(resumed), next(uninterrupted))
+    assert resumed.state() == uninterrupted.state()
+    assert resumed.skipped == uninterrupted.skipped
+    assert resumed.shortened == uninterrupted.shortened
+  assert sum(resumed.skipped.values()) >= 4
+
+
+def test_going_on_decodes_no_earlier_example(folder, encode, monkeypatch):
+  _with_bad_examples(folder, encode)
+  before = Batches('folder_pairs', 'train', 2, PAIRS, num_epochs=1)
+  for _ in range(3):
+    next(before)
+  decoded, decode = [], decoding.decode
+  monkeypatch.setattr(decoding, 'decode', lambda *args: decoded.append(1) or decode(*args))
+  resumed = Batches('folder_pairs', 'train', 2, PAIRS, num_epochs=1)
+  list(resumed)
+  whole = len(decoded)
+  decoded.clear()
+  resumed.restore(before.state())
+  rest = list(resumed)
+  assert whole == 11 and len(decoded) <= 6 and len(rest) >= 1
+  assert resumed.skipped == {'unknown picture format': 3, 'no caption': 1}
+
+
+def test_a_place_of_before_there_were_numbers(folder, encode):
+  _with_bad_examples(folder, encode)
+  whole = Batches('folder_pairs', 'train', 2, PAIRS, seed=1)
+  read = [next(whole) for _ in range(4)]
+  resumed = Batches('folder_pairs', 'train', 2, PAIRS, seed=1)
+  resumed.restore({'epoch': 0, 'taken': 4})
+  _assert_equal(next(resumed), read[2])
+  resumed.restore(resumed.state())
+  _assert_equal(next(resumed), read[3])
 
 
 @pytest.mark.parametrize('lengths, message', [

@@ -50,5 +50,5 @@ def test_every_row_lies_where_the_mesh_puts_it():
   np.testing.assert_array_equal(shards[3], batch[6:])
 
 
-def test_the_largest_of_one_process_is_its_own():
-  assert local_rows.largest(np.array([[3, 4], [-1, 2]])).tolist() == [[3, 4], [-1, 2]]
+def test_what_one_process_gathers_is_its_own():
+  assert local_rows.gathered({'3': [1, None, 'ö']}) == [{'3': [1, None, 'ö']}]
