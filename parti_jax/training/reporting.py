@@ -107,8 +107,8 @@ def _tensorboard_writer(folder: epath.Path):
 def _start_again(folder: epath.Path, step: int):
   """Tells TensorBoard that what it has of later steps is void, since they are done again.
 
-  A killed run has come further than its last checkpoint. What is done again has the same losses, but
-  not the same speeds, and without this curves would go back and forth.
+  A killed run has come further than its last checkpoint. What is done again has the same losses,
+  but not the same speeds, and without this curves would go back and forth.
   """
   # pylint: disable=g-import-not-at-top
   from tensorboard.compat.proto import event_pb2
