@@ -27,8 +27,7 @@ class Reporter:
     if not self._leads:
       return
     folder = self._directory / 'tensorboard'
-    if folder.exists():
-      _start_again(folder, step)
+    _begin_session(folder, step)
     self._writer = _tensorboard_writer(folder)
     if sys.stderr.isatty():
       self._bar = tqdm.tqdm(total=steps, initial=step, unit='step', dynamic_ncols=True)
@@ -104,11 +103,12 @@ def _tensorboard_writer(folder: epath.Path):
   return metric_writers.AsyncMultiWriter([metric_writers.SummaryWriter(str(folder))])
 
 
-def _start_again(folder: epath.Path, step: int):
-  """Tells TensorBoard that what it has of later steps is void, since they are done again.
+def _begin_session(folder: epath.Path, step: int):
+  """Tells TensorBoard that what it has of steps after `step` is void, since they are done again.
 
   A killed run has come further than its last checkpoint. What is done again has the same losses,
-  but not the same speeds, and without this curves would go back and forth.
+  but not the same speeds, and without this curves would go back and forth. TensorBoard takes the
+  first session of a run for its beginning, so that a new run has one too.
   """
   # pylint: disable=g-import-not-at-top
   from tensorboard.compat.proto import event_pb2

@@ -6,7 +6,7 @@ import types
 import numpy as np
 import pytest
 from PIL import Image
-from tensorboard.backend.event_processing import event_accumulator
+from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.util import tensor_util
 
 from parti_jax.training import device_peak
@@ -58,14 +58,15 @@ def test_steps_that_are_done_again_are_shown_once(tmp_path):
   for step in (1, 2, 3):
     before.metrics(step, {'loss': 1.0 * step})
   before.flush()  # The run is killed, and its last checkpoint is of step 1.
-  file, = (tmp_path / 'tensorboard').iterdir()
   # Files are read in the order of their names, which begin with the second of their start.
-  file.rename(file.with_name('events.out.tfevents.0.v2'))
+  for index, file in enumerate(sorted((tmp_path / 'tensorboard').iterdir())):
+    file.rename(file.with_name(f'events.out.tfevents.{index}'))
   after = reporting.Reporter(tmp_path, 4, 1)
   for step in (2, 3):
     after.metrics(step, {'loss': 10.0 * step})
   after.close({})
-  events = event_accumulator.EventAccumulator(str(tmp_path / 'tensorboard')).Reload()
+  # The reader of TensorBoard itself.
+  events = plugin_event_accumulator.EventAccumulator(str(tmp_path / 'tensorboard')).Reload()
   assert [(event.step, float(tensor_util.make_ndarray(event.tensor_proto)))
           for event in events.Tensors('loss')] == [(1, 1.0), (2, 20.0), (3, 30.0)]
 
