@@ -8,7 +8,6 @@ import contextlib
 import difflib
 import inspect
 import io
-import os
 import pathlib
 import re
 import tokenize
@@ -102,25 +101,6 @@ def operative() -> str:
   import gin  # pylint: disable=import-outside-toplevel
 
   return gin.operative_config_str()
-
-
-def save(path: str | os.PathLike[str], text: str) -> None:
-  """Writes a text file (local, or `gs://...`) whole or not at all.
-
-  Raises:
-    OSError: it can't be written.
-  """
-  from etils import epath  # pylint: disable=import-outside-toplevel
-
-  path = epath.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  unfinished = path.parent / f'.{path.name}.{os.getpid()}.unfinished'
-  try:
-    unfinished.write_text(text)
-    unfinished.replace(path)
-  except BaseException:
-    unfinished.unlink(missing_ok=True)
-    raise
 
 
 @contextlib.contextmanager

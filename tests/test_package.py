@@ -20,7 +20,8 @@ PACKAGE = pathlib.Path(parti_jax.__file__).parent
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
 # What each part of the package may import of the package, besides itself. `None`: anything.
-_LEAVES = {'errors', 'config', 'optional_packages', 'compilation_cache', 'native_notes'}
+_LEAVES = {'errors', 'config', 'optional_packages', 'storage', 'compilation_cache',
+           'native_notes'}
 _MAY_IMPORT = {
     'partitioning': {'errors'},
     'models': {'partitioning', 'errors'},
@@ -33,6 +34,7 @@ _MAY_IMPORT = {
     'optional_packages': set(),
     'compilation_cache': set(),
     'native_notes': set(),
+    'storage': {'errors', 'optional_packages'},
     'config': {'errors', 'optional_packages'},
     '__init__': {'sampling'},
     'main': {'config', 'errors', 'optional_packages'},
@@ -117,7 +119,8 @@ def test_optional_packages_are_the_extras():
   assert _requirements(optional_packages.EXTRAS['torch_fidelity']) == {'torch', 'torch-fidelity'}
 
 
-@pytest.mark.parametrize('name', ['parti_jax', 'parti_jax.main', 'parti_jax.config'])
+@pytest.mark.parametrize('name', ['parti_jax', 'parti_jax.main', 'parti_jax.config',
+                                  'parti_jax.storage'])
 def test_these_import_no_jax(name):
   assert not _loaded_by(name) & {'jax', 'flax', 'gin', 'tensorflow'}
 

@@ -13,11 +13,14 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import sentencepiece
 
+from parti_jax import storage
 from parti_jax.errors import UserError
 
 PAD_ID = 0
 EOS_ID = 1
 UNK_ID = 2
+# Bytes of a vocabulary; one of 250,000 pieces has five million.
+LARGEST_MODEL = 64 * 2**20
 
 # SentencePiece's mark for a space in front of a word.
 _WORD_START = '\u2581'
@@ -33,17 +36,14 @@ class TextVocabulary:
     """Loads a SentencePiece model.
 
     Args:
-      path: the model's file, as `parti-jax vocabulary` writes it; local, or `gs://...`.
+      path: the model's file, as `parti-jax vocabulary` writes it; a path or URL.
 
     Raises:
       UserError: the file is missing, is no SentencePiece model, or has other special ids.
     """
-    from etils import epath  # pylint: disable=import-outside-toplevel
-
     self.path = os.fspath(path)
     try:
-      with epath.Path(self.path).open('rb') as file:
-        model = file.read()
+      model = storage.read(self.path, LARGEST_MODEL)
     except OSError as error:
       raise UserError(
           f'the vocabulary {self.path} cannot be read ({error.strerror or error}); '
@@ -147,7 +147,10 @@ def train_vocabulary(
     )
   except RuntimeError as error:
     raise _training_error(error, size) from error
-  _write_atomically(output, model.getvalue())
+  try:
+    storage.write(output, model.getvalue())
+  except OSError as error:
+    raise UserError(f'--output={output} cannot be written: {error.strerror}') from error
   return TextVocabulary(output)
 
 
@@ -165,14 +168,3 @@ def _training_error(error: RuntimeError, size: int) -> UserError:
         'need; give a larger --size or a smaller --character_coverage'
     )
   return UserError(f'no vocabulary of --size={size} could be trained: {message.splitlines()[0]}')
-
-
-def _write_atomically(path: str, content: bytes) -> None:
-  unfinished = f'{path}.unfinished'
-  try:
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    with open(unfinished, 'wb') as file:
-      file.write(content)
-    os.replace(unfinished, path)
-  except OSError as error:
-    raise UserError(f'--output={path} cannot be written: {error.strerror}') from error

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 import parti_jax
-from parti_jax import config
+from parti_jax import storage
 from parti_jax.data import openmoji
 from parti_jax.errors import UserError
 from parti_jax.evaluation import alignment
@@ -130,7 +130,7 @@ class _Study:
     content = self._conditions | {
         'tolerance': self._args.tolerance, 'risk': self._args.risk, 'measured': self._measured}
     try:
-      config.save(self._args.output, json.dumps(content | more, indent=1) + '\n')
+      storage.write(self._args.output, json.dumps(content | more, indent=1) + '\n')
     except OSError as error:
       raise UserError(f'--output {self._args.output} cannot be written: {error.strerror}; name '
                       'another file') from error

@@ -9,6 +9,7 @@ import sys
 
 from parti_jax import config
 from parti_jax import errors
+from parti_jax import storage
 
 
 def add_arguments(parser: argparse.ArgumentParser):
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
   plan = plan_lib.make(request)
   print(report.text(plan), flush=True)
   if args.json:
-    config.save(args.json, json.dumps(plan, indent=2) + '\n')
+    storage.write(args.json, json.dumps(plan, indent=2) + '\n')
   return 0 if plan['fits'] else 1
 
 

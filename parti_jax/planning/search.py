@@ -14,6 +14,7 @@ import jax
 
 from parti_jax import config
 from parti_jax import errors
+from parti_jax import storage
 from parti_jax.models import layers
 from parti_jax.models import parti_config
 from parti_jax.planning import candidates as candidates_lib
@@ -148,4 +149,4 @@ def _request(request) -> dict[str, Any]:
 
 def _write(file: str | None, tried: dict[str, dict[str, Any]]):
   if file is not None:
-    config.save(file, ''.join(f'{json.dumps(entry)}\n' for entry in tried.values()))
+    storage.write(file, ''.join(f'{json.dumps(entry)}\n' for entry in tried.values()))

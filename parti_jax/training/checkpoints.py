@@ -10,6 +10,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from parti_jax import errors
+from parti_jax import storage
 from parti_jax.models import parti_config
 from parti_jax.sampling import model_folder
 
@@ -86,8 +87,8 @@ def describe(stage) -> dict:
 
 def folder(model_dir) -> epath.Path:
   """Where the checkpoints of a run are: absolute, as Orbax wants it; so is `gs://...` as it is."""
-  path = epath.Path(model_dir)
-  return (path if '://' in str(model_dir) else path.absolute()) / 'checkpoints'
+  path = storage.as_epath(model_dir)
+  return (path if storage.is_url(model_dir) else path.absolute()) / 'checkpoints'
 
 
 def has_checkpoint(model_dir) -> bool:

@@ -21,9 +21,7 @@ import threading
 import time
 from typing import Any
 
-from etils import epath
-
-from parti_jax import config
+from parti_jax import storage
 from parti_jax.training import surroundings
 
 FOLDER = 'journal'
@@ -48,7 +46,7 @@ class Journal:
   def __init__(self, model_dir):
     import jax  # pylint: disable=g-import-not-at-top
 
-    self._folder = epath.Path(model_dir)
+    self._folder = storage.as_epath(model_dir)
     self._process = jax.process_index()
     self.step: int | None = None
     self.name = (f'{_now():%Y%m%dT%H%M%S.%f}'[:-3] + f'Z-{_in_a_file_name(socket.gethostname())}'
@@ -113,12 +111,12 @@ class Journal:
     """
     if self._process:
       return
-    config.save(self._folder / 'config.gin', gin_config)
+    storage.write(self._folder / 'config.gin', gin_config)
     kept = self._folder / 'configs'
     newest = max(kept.glob('*.gin'), default=None, key=lambda path: path.name)
     if newest is None or newest.read_text() != gin_config:
       newest = kept / f'{self.name}.gin'
-      config.save(newest, gin_config)
+      storage.write(newest, gin_config)
     self.step = facts.get('step')
     self.write('start', text, config=f'{kept.name}/{newest.name}', **facts,
                **surroundings.describe())

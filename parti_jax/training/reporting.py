@@ -10,6 +10,8 @@ import jax
 import numpy as np
 import tqdm
 
+from parti_jax import storage
+
 
 class Reporter:
   """Metrics and pictures of a run, written by the first process alone.
@@ -22,7 +24,7 @@ class Reporter:
 
   def __init__(self, model_dir, steps: int, step: int):
     self._leads = jax.process_index() == 0
-    self._directory = epath.Path(model_dir)
+    self._directory = storage.as_epath(model_dir)
     self._bar = None
     if not self._leads:
       return

@@ -1,12 +1,14 @@
 """The text vocabulary and the command that trains it."""
 
 import json
+import pathlib
 
 import numpy as np
 import pytest
 import sentencepiece
 
 import parti_jax.main
+from parti_jax import storage
 from parti_jax.data import openmoji
 from parti_jax.data.vocabulary import TextVocabulary, train_vocabulary
 from parti_jax.errors import UserError
@@ -33,13 +35,12 @@ def test_round_trip(vocabulary):
     assert vocabulary.encode_whole(caption) == list(ids[:end + 1])
 
 
-def test_a_vocabulary_in_cloud_storage(vocabulary, monkeypatch):
-  def from_bucket(path, mode):
-    assert path == 'gs://bucket/captions.model'
-    return open(vocabulary.path, mode)  # pylint: disable=unspecified-encoding
-
-  monkeypatch.setattr('tensorflow.io.gfile.GFile', from_bucket)
-  assert TextVocabulary('gs://bucket/captions.model').fingerprint == vocabulary.fingerprint
+def test_a_vocabulary_in_a_store(vocabulary, gs_bucket):
+  url = f'{gs_bucket}/captions.model'
+  with pytest.raises(UserError, match=f'the vocabulary {url} cannot be read .*No such file'):
+    TextVocabulary(url)
+  storage.write(url, pathlib.Path(vocabulary.path).read_bytes())
+  assert TextVocabulary(url).fingerprint == vocabulary.fingerprint
 
 
 def test_empty_text_and_capitals(vocabulary):

@@ -1,0 +1,278 @@
+"""Files by path or by URL: a local path, gs://, s3://, or any other that fsspec knows.
+
+fsspec's file systems read and write gs:// (gcsfs) and s3:// (s3fs), with credentials and endpoints
+from the usual places: AWS_* and the files of `aws configure`, AWS_ENDPOINT_URL,
+GOOGLE_APPLICATION_CREDENTIALS and gcloud's defaults, STORAGE_EMULATOR_HOST. Orbax reaches the same
+file systems through etils.epath, which importing this module sees to.
+
+Errors of all functions: FileNotFoundError, FileExistsError and IsADirectoryError as for local files;
+UserError, which names the URL, for a store that can't be reached, is not there or lets one not in,
+and for a package that is missing. Local files raise OSError as usual.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import glob as local_glob
+import logging
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterator
+from typing import IO
+
+from parti_jax import optional_packages
+from parti_jax.errors import UserError
+
+# epath would hand URLs to TensorFlow where that is installed, which knows no s3:// and no endpoint
+# other than Google's for gs://.
+os.environ.setdefault('EPATH_USE_TF', '0')
+
+# Packages whose errors say something of the store and not of us.
+_STORE_PACKAGES = ('aiobotocore', 'aiohttp', 'botocore', 'gcsfs', 'google', 'requests', 's3fs')
+# Errors that mean the same for objects as for local files.
+_OF_FILES = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
+
+
+def is_url(path: str | os.PathLike[str]) -> bool:
+  """Whether a path is a URL, such as gs://bucket/folder; file:// counts as a local path."""
+  scheme, separator, _ = os.fspath(path).partition('://')
+  return bool(separator) and scheme != 'file' and '/' not in scheme
+
+
+def join(path: str | os.PathLike[str], *names: str) -> str:
+  """Returns a path, or URL, within a folder."""
+  return os.path.join(os.fspath(path), *names)
+
+
+def name(path: str | os.PathLike[str]) -> str:
+  """Returns the last part of a path or URL."""
+  return os.path.basename(os.fspath(path).rstrip('/'))
+
+
+@contextlib.contextmanager
+def open_file(path: str | os.PathLike[str], mode: str = 'rb') -> Iterator[IO[bytes]]:
+  """Opens a file to read it from its beginning to its end; to be used in `with`.
+
+  Args:
+    path: a path or URL.
+    mode: 'rb', or 'rt' for UTF-8 text.
+
+  Yields:
+    The open file.
+  """
+  encoding = None if 'b' in mode else 'utf-8'
+  if not is_url(path):
+    with open(_local(path), mode, encoding=encoding) as file:
+      yield file
+    return
+  with _store_errors(path):
+    opened = _file_system(path).open(os.fspath(path), mode, encoding=encoding)
+  # What fails in the caller's own code must not be laid to the store.
+  with opened as file, _store_errors(path, in_body=True):
+    yield file
+
+
+def exists(path: str | os.PathLike[str]) -> bool:
+  """Whether there is a file or folder; a folder of a store is there if an object is in it."""
+  if not is_url(path):
+    return os.path.exists(_local(path))
+  with _store_errors(path):
+    return _file_system(path).exists(os.fspath(path))
+
+
+def is_folder(path: str | os.PathLike[str]) -> bool:
+  """Whether there is a folder; one of a store is there if an object is in it."""
+  if not is_url(path):
+    return os.path.isdir(_local(path))
+  with _store_errors(path):
+    return _file_system(path).isdir(os.fspath(path))
+
+
+def size(path: str | os.PathLike[str]) -> int:
+  """Returns the bytes of a file."""
+  if not is_url(path):
+    return os.path.getsize(_local(path))
+  with _store_errors(path):
+    return _file_system(path).size(os.fspath(path))
+
+
+def glob(pattern: str | os.PathLike[str]) -> list[str]:
+  """Returns the paths, or URLs, that fit a pattern with *, ?, [] and **, sorted."""
+  if not is_url(pattern):
+    return sorted(local_glob.glob(_local(pattern), recursive=True))
+  with _store_errors(pattern):
+    system = _file_system(pattern)
+    return sorted(system.unstrip_protocol(found) for found in system.glob(os.fspath(pattern)))
+
+
+def read(path: str | os.PathLike[str], limit: int) -> bytes:
+  """Returns what is in a file.
+
+  Args:
+    path: a path or URL.
+    limit: the most bytes that it may have, so that a file from elsewhere can't fill the memory.
+
+  Raises:
+    UserError: it is larger.
+  """
+  if not is_url(path):
+    with open(_local(path), 'rb') as file:
+      content = file.read(limit + 1)
+    found = len(content) if len(content) <= limit else max(size(path), limit + 1)
+  else:
+    content, found = b'', size(path)
+    if found <= limit:
+      with _store_errors(path):
+        content = _file_system(path).cat_file(os.fspath(path))
+  if found > limit:
+    raise UserError(f'{path}: has {found:,} bytes, and {limit:,} are the most that a file of its '
+                    'kind may have; is it the right file?')
+  return content
+
+
+def write(path: str | os.PathLike[str], content: bytes | str) -> None:
+  """Writes a file whole or not at all, in place of one that is there; makes its folder.
+
+  Args:
+    path: a path or URL.
+    content: bytes, or a text that is written as UTF-8.
+  """
+  content = content.encode() if isinstance(content, str) else content
+  if is_url(path):
+    # Stores put an object in place when the last of its bytes has come.
+    with _store_errors(path, writing=True):
+      _file_system(path).pipe_file(os.fspath(path), content)
+    return
+  path = pathlib.Path(_local(path))
+  path.parent.mkdir(parents=True, exist_ok=True)
+  unfinished = path.with_name(f'.{path.name}.{os.getpid()}.unfinished')
+  try:
+    with open(unfinished, 'wb') as file:
+      file.write(content)
+      file.flush()
+      os.fsync(file.fileno())
+    unfinished.replace(path)
+  except BaseException:
+    unfinished.unlink(missing_ok=True)
+    raise
+
+
+def make_folder(path: str | os.PathLike[str]) -> None:
+  """Makes a folder and those around it, unless they are there; stores need none."""
+  if not is_url(path):
+    os.makedirs(_local(path), exist_ok=True)
+
+
+def remove(path: str | os.PathLike[str]) -> None:
+  """Removes a file."""
+  if not is_url(path):
+    os.remove(_local(path))
+    return
+  with _store_errors(path, writing=True):
+    _file_system(path).rm_file(os.fspath(path))
+
+
+def upload(file: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
+  """Copies a local file of any size to a URL, where it appears whole or not at all."""
+  with _store_errors(path, writing=True):
+    _file_system(path).put_file(os.fspath(file), os.fspath(path))
+
+
+def as_epath(path: str | os.PathLike[str]):
+  """Returns a path or URL as an etils.epath.Path, for libraries that take no other."""
+  from etils import epath  # pylint: disable=import-outside-toplevel
+
+  if is_url(path):
+    _configure()
+  return epath.Path(_local(path))
+
+
+@contextlib.contextmanager
+def local_copy(path: str | os.PathLike[str]) -> Iterator[str]:
+  """Yields a local path of a file, for readers that take no other; within `with` alone."""
+  if not is_url(path):
+    yield _local(path)
+    return
+  with tempfile.TemporaryDirectory(prefix='parti_jax_') as folder:
+    copy = os.path.join(folder, name(path))
+    with _store_errors(path):
+      _file_system(path).get_file(os.fspath(path), copy)
+    yield copy
+
+
+def _local(path: str | os.PathLike[str]) -> str:
+  return os.fspath(path).removeprefix('file://')
+
+
+def _file_system(path: str | os.PathLike[str]):
+  """fsspec's file system of a URL; it keeps one for each kind."""
+  import fsspec  # pylint: disable=import-outside-toplevel
+
+  _configure()
+  return fsspec.core.url_to_fs(os.fspath(path))[0]
+
+
+def _configure() -> None:
+  """Sets what fsspec's file systems need here and their user has not set."""
+  import fsspec  # pylint: disable=import-outside-toplevel
+
+  for scheme in ('s3', 'gcs'):
+    # Other processes write too.
+    fsspec.config.conf.setdefault(scheme, {}).setdefault('use_listings_cache', False)
+  if 'STORAGE_EMULATOR_HOST' in os.environ:
+    fsspec.config.conf['gcs'].setdefault('token', 'anon')
+    # Else gcsfs asks over gRPC, which emulators do not speak, what kind each bucket is of.
+    os.environ.setdefault('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')
+  # It logs the errors that it raises, with all calls.
+  logging.getLogger('gcsfs').setLevel(logging.CRITICAL)
+
+
+@contextlib.contextmanager
+def _store_errors(path, writing: bool = False, in_body: bool = False) -> Iterator[None]:
+  """Turns a store's errors into UserErrors that name the URL.
+
+  Args:
+    path: the URL.
+    writing: whether a missing object can only be a missing bucket.
+    in_body: whether the code inside is not only the store's.
+  """
+  try:
+    yield
+  except UserError:
+    raise
+  except _OF_FILES as error:
+    if not isinstance(error, FileNotFoundError):
+      raise
+    if writing:
+      raise UserError(f'{path}: the bucket of this URL is not there; make it first') from error
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path)) from error
+  except ImportError as error:
+    explained = optional_packages.missing_extra(error.__cause__ or error)
+    raise UserError(f'{path}: {explained or error}') from error
+  except Exception as error:  # pylint: disable=broad-except
+    if not in_body and isinstance(error, (OSError, ValueError)) or _from_store(error):
+      raise UserError(f'{path}: {_reason(error)}') from error
+    raise
+
+
+def _from_store(error: BaseException | None) -> bool:
+  packages = {type(e).__module__.split('.')[0] for e in (error, error.__cause__)}
+  return not packages.isdisjoint(_STORE_PACKAGES)
+
+
+def _reason(error: Exception) -> str:
+  """Says in one line what a store, or the way to it, has refused."""
+  names = {type(e).__name__ for e in (error, error.__cause__) if e is not None}
+  text = ' '.join(str(error).split()) or type(error).__name__
+  if names & {'NoCredentialsError', 'PartialCredentialsError', 'DefaultCredentialsError'}:
+    return (f'no credentials for this store ({text}); set AWS_ACCESS_KEY_ID and '
+            'AWS_SECRET_ACCESS_KEY, or run `aws configure`; for gs:// run '
+            '`gcloud auth application-default login`')
+  if 'PermissionError' in names or text.startswith('Forbidden') or 'Unauthorized' in text:
+    return f'access denied ({text}); check the credentials and their rights to the bucket'
+  if names & {'EndpointConnectionError', 'ClientConnectorError', 'ConnectTimeoutError'}:
+    return (f'the store can not be reached ({text}); check the network, AWS_ENDPOINT_URL and '
+            'STORAGE_EMULATOR_HOST')
+  return f'the store failed: {text}'
