@@ -1,0 +1,150 @@
+"""Told to stop: what a listening process does, without a model."""
+
+import http.server
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+
+import pytest
+
+from parti_jax.training import gce_notice
+from parti_jax.training import preemption
+
+# Stands in for a run: its journal and its newest checkpoint; the loop is in each test.
+_BEGINNING = """
+import os, signal, sys, time
+from parti_jax.training import preemption
+preemption._TOGETHER = 0.5
+class Journal:
+  def write(self, event, text='', **facts):
+    print('journal:', event, text, file=sys.stderr)
+term = lambda: os.kill(os.getpid(), signal.SIGTERM)
+def steps(seconds, newest):
+  preemption.begin(seconds, Journal(), newest)
+  preemption._listener.reach(0)
+  preemption._listener.reach(1)
+with preemption.listening():
+"""
+
+
+def _run(body):
+  """Runs `body` while it listens; returns the exit status and what it says."""
+  program = _BEGINNING + textwrap.indent(textwrap.dedent(body), '  ')
+  done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True,
+                        check=False, timeout=60)
+  return done.returncode, done.stderr.splitlines()
+
+
+def test_status_is_the_one_that_says_start_again():
+  assert preemption.STATUS == os.EX_TEMPFAIL == 75
+
+
+def test_during_the_start_it_ends_at_once():
+  status, said = _run('term(); time.sleep(30)')
+  assert status == 75 and said == [
+      'parti-jax: told to stop before the first step was done; nothing of the run is changed; '
+      'start again to go on']
+
+
+def test_while_it_trains_the_loop_is_told_and_ends_by_itself():
+  status, said = _run("""
+      steps(20, lambda: 5)
+      assert not preemption._listener.told
+      term(); term()  # As a process group gets it: one that a parent passes on, too.
+      while not preemption._listener.told:
+        time.sleep(0.01)
+      time.sleep(0.3)
+      sys.exit(preemption.STATUS)""")
+  assert status == 75 and said == ['journal: told to stop told to stop by SIGTERM, 20 s to save']
+
+
+def test_when_the_grace_is_over_it_ends_whatever_the_main_thread_does():
+  status, said = _run("""
+      steps(0.4, lambda: 5)
+      term()
+      try:
+        time.sleep(30)
+      finally:
+        print('never')""")
+  assert status == 75 and said[-1] == (
+      'parti-jax: told to stop, but the step and its checkpoint took more than the 0.4 s of '
+      'train.grace_seconds; the last whole checkpoint stays the one of step 5; start again to go on')
+  assert said[-2].startswith('journal: stop told to stop, but') and 'never' not in said
+
+
+def test_a_second_signal_ends_at_once_even_if_the_disk_hangs():
+  status, said = _run("""
+      preemption._LAST_SECONDS = 0.2
+      steps(60, lambda: time.sleep(60))
+      term(); time.sleep(1); term(); time.sleep(30)""")
+  assert status == 75 and said[-1] == (
+      'parti-jax: told to stop a second time: ended at once; the last whole checkpoint stays; '
+      'start again to go on')
+
+
+def test_without_the_command_line_the_signal_ends_a_process_as_usual():
+  done = subprocess.run([sys.executable, '-c', textwrap.dedent("""
+      import os, signal
+      from parti_jax.training import preemption
+      before = signal.getsignal(signal.SIGTERM)
+      with preemption.listening():
+        pass
+      assert signal.getsignal(signal.SIGTERM) == before
+      preemption.end_process(2, 'not said')
+      os.kill(os.getpid(), signal.SIGTERM)""")], capture_output=True, check=False, timeout=60)
+  assert done.returncode == -signal.SIGTERM and not done.stderr
+
+
+@pytest.fixture(name='metadata_server')
+def _metadata_server(monkeypatch):
+  """A server as Google's virtual machines have it; `change` takes the machine away."""
+  changed, asked = threading.Event(), []
+
+  class Handler(http.server.BaseHTTPRequestHandler):
+    """Answers FALSE, and to who waits for a change, TRUE after it."""
+
+    def do_GET(self):  # pylint: disable=invalid-name
+      asked.append((self.path, self.headers['Metadata-Flavor']))
+      waits = 'wait_for_change=true' in self.path
+      if waits:
+        changed.wait(10)
+      body = b'TRUE' if waits else b'FALSE'
+      self.send_response(200)
+      self.send_header('ETag', 'tag1')
+      self.end_headers()
+      self.wfile.write(body)
+
+    def log_message(self, *_):  # pylint: disable=arguments-differ
+      pass
+
+  server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+  threading.Thread(target=server.serve_forever, daemon=True).start()
+  monkeypatch.setenv('GCE_METADATA_HOST', f'127.0.0.1:{server.server_port}')
+  server.change, server.asked = changed.set, asked
+  yield server
+  server.shutdown()
+  server.server_close()
+
+
+def test_the_notice_of_google_compute_engine(metadata_server):
+  told, sources = threading.Event(), []
+  gce_notice.watch(lambda source: (sources.append(source), told.set()))
+  assert not told.wait(0.3)
+  metadata_server.change()
+  assert told.wait(10) and sources == ['the notice of Google Compute Engine']
+  first, second = metadata_server.asked
+  assert first == ('/computeMetadata/v1/instance/preempted', 'Google')
+  assert 'wait_for_change=true' in second[0] and second[0].endswith('last_etag=tag1')
+
+
+def test_elsewhere_no_notice_is_waited_for(monkeypatch, tmp_path):
+  monkeypatch.delenv('GCE_METADATA_HOST', raising=False)
+  monkeypatch.setattr(gce_notice, '_PRODUCT', tmp_path / 'product_name')
+  before = threading.active_count()
+  gce_notice.watch(lambda source: None)
+  (tmp_path / 'product_name').write_text('KVM\n')
+  gce_notice.watch(lambda source: None)
+  assert threading.active_count() == before

@@ -1,0 +1,154 @@
+"""Who owns a run's folder."""
+
+import json
+import os
+import threading
+
+import pytest
+
+from parti_jax import errors
+from parti_jax.training import run_lock
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+  monkeypatch.setattr(run_lock, 'PATIENCE', 0.5)
+
+
+def _owner(folder):
+  return json.loads((folder / 'lock.json').read_text(encoding='utf-8'))
+
+
+def _leave(folder, **facts):
+  """Leaves the lock of another process, which no longer beats."""
+  owner = {'host': 'other', 'pid': 7, 'since': '2026-01-01 00:00:00 UTC', 'id': 'theirs', 'beat': 3,
+           'started': '5', 'boot': 'another', 'pid_namespace': 'pid:[1]'}
+  (folder / 'lock.json').write_text(json.dumps(owner | facts), encoding='utf-8')
+
+
+def _facts_of_this_machine(**facts):
+  # pylint: disable-next=protected-access
+  me = run_lock._this_process()
+  return {key: me[key] for key in ('host', 'boot', 'pid_namespace')} | facts
+
+
+def test_a_second_run_is_refused_and_the_lock_goes_with_the_first(tmp_path):
+  folder = tmp_path / 'new' / 'run'
+  with run_lock.RunLock(folder) as lock:
+    assert lock.replaced is None and _owner(folder)['pid'] == os.getpid()
+    with pytest.raises(errors.UserError, match=f'process {os.getpid()} on host .*, since 2'):
+      with run_lock.RunLock(folder):
+        pass
+    (folder / 'config.gin').write_text('')
+    lock.beat()
+    assert _owner(folder)['beat'] == 2
+  assert [path.name for path in folder.iterdir()] == ['config.gin']
+
+
+def test_a_run_that_comes_to_nothing_leaves_no_folder(tmp_path):
+  with pytest.raises(ZeroDivisionError):
+    with run_lock.RunLock(tmp_path / 'run'):
+      raise ZeroDivisionError
+  assert not (tmp_path / 'run').exists()
+
+
+def test_of_many_starts_at_the_same_instant_one_wins(tmp_path):
+  _leave(tmp_path, **_facts_of_this_machine(pid=2 ** 22 + 1))  # All find a dead owner's lock.
+  barrier, won, refused = threading.Barrier(8), [], []
+
+  def start():
+    barrier.wait()
+    try:
+      won.append(run_lock.RunLock(tmp_path).__enter__())
+    except errors.UserError as error:
+      refused.append(str(error))
+
+  threads = [threading.Thread(target=start) for _ in range(8)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  won[0].release()
+  assert len(won) == 1 and len(refused) == 7
+  assert 'process 4194305 on host' in won[0].replaced
+
+
+@pytest.mark.parametrize('facts', [{'pid': 2 ** 22 + 1}, {'pid': 1, 'started': 'before'}])
+def test_a_dead_process_of_this_machine_is_replaced_at_once(tmp_path, monkeypatch, facts):
+  monkeypatch.setattr(run_lock, 'PATIENCE', 1e6)
+  _leave(tmp_path, **_facts_of_this_machine(**facts))
+  with run_lock.RunLock(tmp_path) as lock:
+    assert lock.replaced == (f'process {facts["pid"]} on host {_owner(tmp_path)["host"]}, '
+                             'since 2026-01-01 00:00:00 UTC')
+
+
+def test_a_live_process_of_this_machine_is_not_replaced(tmp_path):
+  parent = os.getppid()
+  # pylint: disable-next=protected-access
+  _leave(tmp_path, **_facts_of_this_machine(pid=parent, started=run_lock._started(parent)))
+  before = _owner(tmp_path)
+  with pytest.raises(errors.UserError, match=f'process {parent} on host'):
+    with run_lock.RunLock(tmp_path):
+      pass
+  assert _owner(tmp_path) == before and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize('content', ['', '[1]', '{"host": '])
+def test_a_broken_lock_is_replaced_after_a_while(tmp_path, capsys, content):
+  (tmp_path / 'lock.json').write_text(content)
+  with run_lock.RunLock(tmp_path):
+    assert _owner(tmp_path)['pid'] == os.getpid()
+  assert 'process ? on host ?, since ? has left its lock here; waiting up to 0.5 s' in (
+      capsys.readouterr().err)
+
+
+def test_of_another_host_it_counts_whether_it_still_beats(tmp_path, monkeypatch, capsys):
+  _leave(tmp_path)
+  with run_lock.RunLock(tmp_path) as lock:
+    assert lock.replaced.startswith('process 7 on host other')
+  assert 'process 7 on host other, since 2026-01-01 00:00:00 UTC has left its lock' in (
+      capsys.readouterr().err)
+  _leave(tmp_path)
+  monkeypatch.setattr(run_lock.time, 'sleep', lambda _: _leave(tmp_path, beat=4))
+  with pytest.raises(errors.UserError, match='process 7 on host other'):
+    with run_lock.RunLock(tmp_path):
+      pass
+
+
+def test_a_lost_lock_stops_the_run_and_stays_with_its_new_owner(tmp_path):
+  with run_lock.RunLock(tmp_path) as lock:
+    lock.check()
+    lock.confirm()
+    _leave(tmp_path)
+    with pytest.raises(errors.UserError, match='taken over by process 7 on host other'):
+      lock.confirm()
+    lock.beat()
+    with pytest.raises(errors.UserError, match='nothing more is written here'):
+      lock.check()
+  assert _owner(tmp_path)['id'] == 'theirs'
+  (tmp_path / 'lock.json').unlink()
+  with run_lock.RunLock(tmp_path) as lock:
+    (tmp_path / 'lock.json').unlink()
+    lock.beat()
+    with pytest.raises(errors.UserError, match='which has ended'):
+      lock.check()
+
+
+def test_where_flock_and_locks_are_missing_the_last_writer_wins(tmp_path, monkeypatch):
+  def no_flock(*_):
+    raise OSError(38, 'Function not implemented')
+
+  monkeypatch.setattr(run_lock.fcntl, 'flock', no_flock)
+  # Another start writes its lock right after this one.
+  monkeypatch.setattr(run_lock.time, 'sleep', lambda _: _leave(tmp_path))
+  with pytest.raises(errors.UserError, match='started in this folder at the same time'):
+    with run_lock.RunLock(tmp_path):
+      pass
+  assert _owner(tmp_path)['id'] == 'theirs'
+
+
+def test_a_folder_that_can_not_be_written_is_one_line(tmp_path):
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(errors.UserError, match='run/lock.json: can not be written'):
+    with run_lock.RunLock(tmp_path / 'file' / 'run'):
+      pass
