@@ -60,8 +60,9 @@ status() {
     state=$(<"$home/status")
     case $state in
       0) state=finished ;;
-      # SIGTERM that stop did not send: the host is being taken away, a checkpoint is written.
-      143) state=gone ;;
+      # Told to stop, but not by stop: the host is being taken away. With 143 that was while Python
+      # itself was starting.
+      75 | 143) state=gone ;;
       [1-9]*) state="failed $state" ;;
     esac
   elif [[ -f $home/pid ]]; then

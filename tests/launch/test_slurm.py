@@ -8,14 +8,29 @@ import time
 
 import pytest
 
+from parti_jax.training import preemption
+
 SCRIPT = pathlib.Path(__file__).parents[2] / 'launch' / 'slurm' / 'train.sbatch'
 
-# One task, which ends with the status in `end`, or when it gets TERM.
+# One task, which ends with the status in `end`, or, when scancel sends it TERM, with 75. srun itself
+# kills the tasks when it gets TERM.
 _SRUN = """#!/bin/bash
-trap 'echo task ended by TERM; exit 143' TERM
+trap 'kill -KILL $task; exit 137' TERM
+(
+  trap 'echo task saved; exit 75' TERM
+  until [[ -f end ]]; do sleep 0.05; done
+  exit "$(cat end)"
+) &
+task=$!
+echo "$task" >task
 printf '<%s>\\n' "$@" >arguments.new && mv arguments.new arguments
-until [[ -f end ]]; do sleep 0.05; done
-exit "$(cat end)"
+wait "$task"
+"""
+_SCANCEL = """#!/bin/bash
+[[ $* == '--signal=TERM 7' ]] && kill -TERM "$(cat task)"
+"""
+_SQUEUE = """#!/bin/bash
+[[ $* == '--noheader --format=%T --jobs=7' ]] && cat state
 """
 
 
@@ -26,6 +41,9 @@ def _job(tmp_path):
   for path, text in ((folder / '.venv' / 'bin' / 'parti-jax', ''),
                      (tmp_path / 'bin' / 'srun', _SRUN),
                      (tmp_path / 'bin' / 'scontrol', '#!/bin/bash\necho "scontrol $*"\n'),
+                     (tmp_path / 'bin' / 'scancel', _SCANCEL),
+                     (tmp_path / 'bin' / 'squeue', _SQUEUE),
+                     (folder / 'state', 'RUNNING\n'),
                      (tmp_path / 'spool' / 'slurm_script', SCRIPT.read_text())):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
@@ -58,18 +76,38 @@ def test_arguments_and_status_are_handed_on(job, status):
   assert done.returncode == status and 'scontrol' not in said
   assert _wait_for_arguments(job.folder) == [
       '<--label>', '<--kill-on-bad-exit=1>', '<--cpus-per-task=8>',
-      f'<{job.folder}/.venv/bin/parti-jax>', '<train>', '<--multi_host>', '<--model_dir=runs/x>',
-      "<--gin.train.task='two  words'>"]
+      f'<{job.folder}/.venv/bin/parti-jax>', '<train>', '<--multi_host>',
+      '<--gin.train.grace_seconds=220>', '<--model_dir=runs/x>', "<--gin.train.task='two  words'>"]
 
 
-def test_time_limit_ends_the_tasks_and_requeues(job):
+def test_time_limit_lets_the_tasks_save_and_requeues(job):
   running = job('--model_dir', 'runs/x')
   _wait_for_arguments(job.folder)
   time.sleep(0.2)
   running.send_signal(signal.SIGUSR1)
   said, _ = running.communicate(timeout=30)
   assert running.returncode == 0
-  assert said.index('task ended by TERM') < said.index('scontrol requeue 7')
+  assert said.index('task saved') < said.index('scontrol requeue 7')
+
+
+def test_a_run_that_ends_just_before_the_time_limit_is_not_queued_again(job):
+  running = job('--model_dir', 'runs/x')
+  _wait_for_arguments(job.folder)
+  (job.folder.parent / 'bin' / 'scancel').write_text('#!/bin/bash\necho 0 >end\n')
+  time.sleep(0.2)
+  running.send_signal(signal.SIGUSR1)
+  said, _ = running.communicate(timeout=30)
+  assert running.returncode == 0 and 'time limit is near' in said and 'scontrol' not in said
+
+
+@pytest.mark.parametrize('state, status', [('RUNNING', 0), ('COMPLETING', 75)])
+def test_what_was_told_to_stop_is_queued_again_unless_slurm_ends_the_job(job, state, status):
+  (job.folder / 'end').write_text(str(preemption.STATUS))
+  (job.folder / 'state').write_text(state + '\n')
+  done = job('--model_dir=runs/x')
+  said, _ = done.communicate(timeout=30)
+  assert done.returncode == status
+  assert ('scontrol requeue 7' in said) == (status == 0)
 
 
 @pytest.mark.parametrize('arguments, variables, message', [

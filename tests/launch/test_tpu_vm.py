@@ -10,6 +10,8 @@ import time
 
 import pytest
 
+from parti_jax.training import preemption
+
 SLICE = ('--name=parti', '--zone=us-central2-b', '--project=pictures')
 WHERE = '--zone=us-central2-b --project=pictures'
 ON_HOST = 'parti_jax/source/launch/tpu_vm/on_host.sh'
@@ -210,7 +212,7 @@ def test_a_failure_is_told(started):
 
 
 def test_a_checkpoint_before_a_preemption_is_no_failure(started):
-  _end(started.cloud, 143)  # SIGTERM, which `stop.sh` did not send.
+  _end(started.cloud, preemption.STATUS)  # `stop.sh` did not tell it to stop.
   _wait_for(lambda: _states(started.cloud) == ['host0 gone', 'host1 gone'])
   for host in started.cloud.hosts():
     (host / 'end').unlink()

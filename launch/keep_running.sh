@@ -1,0 +1,94 @@
+#!/usr/bin/env bash
+# Trains on one machine, and starts the command again, which goes on from its last checkpoint, when
+# it was told to stop and has saved (status 75) and when it crashed or was killed, as the system does
+# when memory runs out. After several crashes without a new checkpoint between them it gives up, and
+# it does so at once after bad input (status 2) and Ctrl-C. SIGTERM to this script is handed on to
+# the command and ends both.
+#
+#   launch/keep_running.sh [--tries=N] parti-jax train --model_dir=FOLDER [ARGUMENTS ...]
+#
+#   --tries=N  crashes without a new checkpoint between them until it gives up (default: 3)
+#
+# KEEP_RUNNING_SECONDS  seconds between an end and the next start (default: 10)
+set -euo pipefail
+
+fail() {
+  printf 'keep_running.sh: error: %s\n' "$1" >&2
+  exit 2
+}
+
+say() {
+  printf 'keep_running.sh: %s\n' "$1" >&2
+}
+
+tries=3
+if [[ ${1:-} == --tries=* ]]; then
+  tries=${1#*=}
+  shift
+fi
+[[ $tries =~ ^[1-9][0-9]*$ ]] || fail "--tries=$tries: not a number from 1"
+(($#)) || fail 'what is to run? Give a command: parti-jax train --model_dir=FOLDER ...'
+
+model_dir='' before=''
+for argument in "$@"; do
+  case $argument in
+    --model_dir=*) model_dir=${argument#*=} ;;
+    *) [[ $before != --model_dir ]] || model_dir=$argument ;;
+  esac
+  before=$argument
+done
+[[ -n $model_dir ]] || fail 'the command has no --model_dir=FOLDER, which shows how far the run is'
+
+# Prints the step of the newest checkpoint; nothing without one, or where only a store knows.
+newest() {
+  local folder step most=''
+  for folder in "$model_dir"/checkpoints/*/; do
+    step=$(basename "$folder")
+    [[ $step =~ ^[0-9]+$ && (-z $most || $step -gt $most) ]] && most=$step
+  done
+  printf %s "$most"
+}
+
+# Hands a signal on to the command, after which it is not started again.
+told='' child=''
+tell() {
+  told=yes
+  [[ -z $child ]] || kill "-$1" "$child" 2>/dev/null || true
+}
+trap 'tell TERM' TERM
+trap 'tell INT' INT
+trap 'tell HUP' HUP
+# Without job control Bash would have commands in the background ignore Ctrl-C.
+set -m
+
+crashes=0
+while true; do
+  was=$(newest)
+  status=0
+  # In the background, since bash would look at signals only after the end of another command.
+  "$@" </dev/null &
+  child=$!
+  wait "$child" || status=$?
+  while kill -0 "$child" 2>/dev/null; do  # A signal has ended `wait` and not the command.
+    status=0
+    wait "$child" || status=$?
+  done
+  child=''
+  case $status in
+    0 | 2 | 126 | 127 | 130) exit "$status" ;;
+    75 | 143) why='was told to stop' ;;
+    *)
+      why="ended with status $status"
+      [[ $(newest) == "$was" ]] || crashes=0
+      crashes=$((crashes + 1))
+      if ((crashes >= tries)); then
+        say "the command $why; $crashes times without a new checkpoint: giving up"
+        exit "$status"
+      fi ;;
+  esac
+  [[ -z $told ]] || exit "$status"
+  say "the command $why; it is started again from ${was:+the newest checkpoint in }$model_dir"
+  sleep "${KEEP_RUNNING_SECONDS:-10}" &
+  wait $! || true
+  [[ -z $told ]] || exit 75
+done
