@@ -33,12 +33,9 @@ class Checkpoints:
   def latest_step(self) -> int | None:
     return self._manager.latest_step()
 
-  def told_to_stop(self, step: int) -> bool:
-    """Whether this is the step at which all processes stop, since one of them got SIGTERM.
-
-    With one process it never is: there SIGTERM ends the process, as usual.
-    """
-    return self._manager.reached_preemption(step)
+  def newest_step(self) -> int | None:
+    """Step of the newest checkpoint that is whole on the disk; None without one."""
+    return max(ocp.utils.checkpoint_steps(self.directory), default=None)
 
   def save(self, step: int, state, data: dict, model: dict):
     """Starts writing a checkpoint; it counts only once it is whole.

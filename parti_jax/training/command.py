@@ -8,6 +8,7 @@ import functools
 from parti_jax import compilation_cache
 from parti_jax import config
 from parti_jax.training import hosts
+from parti_jax.training import preemption
 from parti_jax.training import watched_process
 
 
@@ -41,6 +42,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace, connect):
+  # Before what starts threads is imported, so that it blocks SIGTERM in them too.
+  with preemption.listening():
+    _train_listening(args, connect)
+
+
+def _train_listening(args: argparse.Namespace, connect):
   from parti_jax.training import host_memory  # pylint: disable=g-import-not-at-top
   host_memory.keep_freed()
   from parti_jax.data import tasks  # pylint: disable=unused-import

@@ -7,6 +7,8 @@ from typing import Any
 import jax
 
 from parti_jax.training import checkpoints as checkpoints_lib
+from parti_jax.training import preemption
+from parti_jax.training import run_lock
 from parti_jax.training import trainer as trainer_lib
 
 
@@ -61,16 +63,28 @@ class Run:
     return metrics
 
   def told_to_stop(self) -> bool:
-    """Whether one of several processes has got SIGTERM and all are to stop at this step."""
-    return self._checkpoints.told_to_stop(self.step)
+    """Whether the run was told to stop and all its processes are to stop at this step."""
+    run_lock.check()
+    return preemption.told_to_stop(self.step)
 
   def save(self):
     """Starts writing a checkpoint of this step."""
     if self._saved != self.step:
+      run_lock.confirm()
       self._checkpoints.save(self.step, self.state, self._examples.state(), self._model)
       self._saved = self.step
       if self._journal is not None:
         self._journal.checkpoint(self.step, self.skipped())
+
+  def newest_step(self) -> int | None:
+    """Step of the newest whole checkpoint on the disk; None without one."""
+    return self._checkpoints.newest_step()
+
+  def interrupted(self) -> str:
+    """A line that says what an interruption from the keyboard costs."""
+    where = 'from its beginning' if self._saved is None else f'at step {self._saved}'
+    return (f'interrupted at step {self.step}, without a checkpoint of it; started again, the run '
+            f'goes on {where}')
 
   def skipped(self) -> dict[str, int]:
     """Examples that could not be read, by reason."""

@@ -40,8 +40,20 @@ _LARGEST = 64 * 1024
 _GUARD_TRIES = 50
 # Numbers the barriers of the processes of a run, which reach them in the same order.
 _barriers = itertools.count()
-# Ids of the locks that this process holds, since its number alone does not tell them apart.
-_held: set[str] = set()
+# The locks that this process holds, by their ids, since its number alone does not tell them apart.
+_held: dict[str, RunLock] = {}
+
+
+def check() -> None:
+  """Raises UserError if a run of this process has lost its folder, as far as is known."""
+  for lock in list(_held.values()):
+    lock.check()
+
+
+def confirm() -> None:
+  """The same, but looks into the folder; to be called before a checkpoint is written."""
+  for lock in list(_held.values()):
+    lock.confirm()
 
 
 class RunLock:
@@ -75,7 +87,7 @@ class RunLock:
 
     refusal = ''
     if jax.process_index() == 0:
-      _held.add(self._me['id'])
+      _held[self._me['id']] = self
       try:
         self._take()
       except errors.UserError as error:
@@ -85,7 +97,7 @@ class RunLock:
                    'yourself the right to write there, or choose another --model_dir')
     refusal = _told_by_the_first(refusal)
     if refusal:
-      _held.discard(self._me['id'])
+      _held.pop(self._me['id'], None)
       raise errors.UserError(refusal)
     if jax.process_index() == 0:
       preemption.at_end(self.release)
@@ -95,28 +107,34 @@ class RunLock:
   def __exit__(self, *_) -> None:
     self.release()
 
+  def tell(self, journal) -> None:
+    """Writes a takeover to the run's journal, and says it."""
+    if self.replaced:
+      text = f'took the folder over from {self.replaced}, which is dead'
+      _say(f'{self._model_dir}: {text}')
+      journal.write('lock taken over', text, owner=self.replaced)
+
   def check(self) -> None:
-    """Raises UserError if another has taken the folder over, as far as is known; costs nothing."""
+    """Raises UserError if another has taken the folder over, as far as is known.
+
+    The command line's process ends at once: what else it would do would write there.
+    """
     if self._lost:
+      preemption.end_process(2, f'error: {self._lost}')
       raise errors.UserError(self._lost)
 
   def confirm(self) -> None:
-    """Looks whether the folder is still ours, to be called before a checkpoint is written.
-
-    Raises:
-      UserError: another run has taken it over.
-    """
-    if self._me['id'] in _held and not self._lost:
+    """As `check`, but looks into the folder."""
+    if not self._lost:
       with contextlib.suppress(OSError):  # A disk that fails tells so when the checkpoint comes.
         self._look(_read(self._path))
     self.check()
 
   def release(self) -> None:
     """Gives the folder free, if it is still ours; an error of the disk is not told."""
-    if self._me['id'] not in _held:
+    if _held.pop(self._me['id'], None) is None:
       return
     self._ending.set()
-    _held.discard(self._me['id'])
     with contextlib.suppress(OSError, errors.UserError, _Busy), self._guard():
       if _id(_read(self._path)) == self._me['id']:
         storage.remove(self._path)
@@ -181,7 +199,7 @@ class RunLock:
         self.beat()
       if self._lost:
         preemption.end_process(2, f'error: {self._lost}')
-        return
+        return  # In a process that is not the command line's the loop finds it.
 
   def beat(self) -> None:
     """Writes the lock anew if it is still ours."""

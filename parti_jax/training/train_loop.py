@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 
 import gin
@@ -17,8 +16,10 @@ from parti_jax.training import checkpoints as checkpoints_lib
 from parti_jax.training import device_peak
 from parti_jax.training import hosts
 from parti_jax.training import journal as journal_lib
+from parti_jax.training import preemption
 from parti_jax.training import reporting
 from parti_jax.training import run as run_lib
+from parti_jax.training import run_lock
 from parti_jax.training import state as state_lib
 from parti_jax.training import trainer as trainer_lib
 
@@ -28,8 +29,13 @@ def train(model_dir: str) -> dict[str, float]:
 
   Args:
     model_dir: the run's folder, see `train_stage`.
+
+  Raises:
+    UserError: if another run owns the folder; see `train_stage` for more.
   """
-  with journal_lib.Journal(model_dir) as journal:
+  hosts.check_connected()
+  with run_lock.RunLock(model_dir) as lock, journal_lib.Journal(model_dir) as journal:
+    lock.tell(journal)
     return train_stage(model_dir, journal)
 
 
@@ -41,7 +47,8 @@ def train_stage(model_dir: str, journal: journal_lib.Journal, stage=gin.REQUIRED
                 log_every: int = 50, evaluate_every: int = 500, checkpoint_every: int = 500,
                 keep_checkpoints: int = 2, pictures_every: int = 1000, num_pictures: int = 16,
                 initial_model: str | None = None, data_shares: int | None = None,
-                microbatches: int = 1, offload_optimizer: bool = False):
+                microbatches: int = 1, offload_optimizer: bool = False,
+                grace_seconds: float = 25):
   """Trains a stage until `steps`, from the newest checkpoint in `model_dir` if there is one.
 
   Args:
@@ -70,19 +77,20 @@ def train_stage(model_dir: str, journal: journal_lib.Journal, stage=gin.REQUIRED
       for batches that do not fit the memory at once; changes no result.
     offload_optimizer: whether the optimiser's state lies in the hosts' memory between steps, on
       platforms that have it.
+    grace_seconds: from SIGTERM, or the platform's notice, until the process ends, at most: what the
+      platform grants, less a few seconds.
 
   Returns:
     The last metrics, a dict of floats.
 
   Raises:
     UserError: for a mesh, batch size, task or checkpoint that does not fit.
-    SystemExit: if one of several processes was told to stop; a checkpoint is written first.
+    SystemExit: with `preemption.STATUS` if the run was told to stop and a checkpoint is written.
   """
   # Reading data takes TensorFlow; who only asks gin about a run, as planning does, needs none.
   from parti_jax.data import batches as data_batches  # pylint: disable=g-import-not-at-top
   from parti_jax.data import shared_batches
 
-  hosts.check_connected()
   mesh = mesh_lib.make_mesh()
   trainer = trainer_lib.Trainer(
       stage, optimizer(schedule), mesh, seed, microbatches, offload_optimizer)
@@ -105,6 +113,7 @@ def train_stage(model_dir: str, journal: journal_lib.Journal, stage=gin.REQUIRED
                 **run.facts())
   peak = device_peak.device_peak(jax.local_devices()[0], stage.compute_dtype) * jax.device_count()
   reporter.say(run.beginning())
+  preemption.begin(grace_seconds, journal, run.newest_step)
   meter = _Meter(batch_size, stage.step_flops(batch_size), peak)
   metrics: dict[str, float] = {}
   whole = False
@@ -135,6 +144,9 @@ def train_stage(model_dir: str, journal: journal_lib.Journal, stage=gin.REQUIRED
       reporter.flush()
       run.save()
     whole = True
+  except KeyboardInterrupt:
+    reporter.say(run.interrupted())
+    raise
   finally:
     # The other processes may be waiting for one that failed, so that one must not wait for them.
     if whole or jax.process_count() == 1:
@@ -144,7 +156,7 @@ def train_stage(model_dir: str, journal: journal_lib.Journal, stage=gin.REQUIRED
     reporter.close(run.skipped())
   if run.step < steps:
     reporter.say(f'told to stop: a checkpoint of step {run.step} is written; start again to go on')
-    raise SystemExit(128 + signal.SIGTERM)
+    raise SystemExit(preemption.STATUS)
   return metrics
 
 

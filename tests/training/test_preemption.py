@@ -2,6 +2,8 @@
 
 import http.server
 import os
+import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -10,8 +12,12 @@ import threading
 
 import pytest
 
+from parti_jax import main
+from parti_jax.training import checkpoints as run_checkpoints
+from parti_jax.training import configurables  # pylint: disable=unused-import
 from parti_jax.training import gce_notice
 from parti_jax.training import preemption
+from parti_jax.training import run_lock
 
 # Stands in for a run: its journal and its newest checkpoint; the loop is in each test.
 _BEGINNING = """
@@ -96,6 +102,35 @@ def test_without_the_command_line_the_signal_ends_a_process_as_usual():
       preemption.end_process(2, 'not said')
       os.kill(os.getpid(), signal.SIGTERM)""")], capture_output=True, check=False, timeout=60)
   assert done.returncode == -signal.SIGTERM and not done.stderr
+
+
+def test_a_run_saves_at_sigterm_and_while_it_trains_no_other_may_begin(
+    tmp_path, capsys, generator_bindings):
+  folder = tmp_path / 'run'
+  arguments = ['train', '--gin_file=gin_configs/runs/tiny_generator.gin', f'--model_dir={folder}',
+               *(f'--gin.{binding}' for binding in (
+                   *generator_bindings, 'train.steps = 100000', 'train.log_every = 1',
+                   'PartiConfig.encoder_layers = 1', 'PartiConfig.decoder_layers = 1'))]
+  repository = pathlib.Path(preemption.__file__).parents[2]
+  quick = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
+  with subprocess.Popen(
+      [sys.executable, '-m', 'parti_jax.main', *arguments], cwd=repository, text=True,
+      env=os.environ | {'XLA_FLAGS': quick}, stderr=subprocess.PIPE) as running:
+    for line in running.stderr:
+      if line.startswith('step 2:'):
+        break
+    assert main.main(arguments) == 2
+    shown = capsys.readouterr().err
+    assert f'another run trains in this folder: process {running.pid} on host' in shown, shown
+    running.send_signal(signal.SIGTERM)
+    said = [line for line in running.stderr if not line.startswith('step ')]
+  assert running.returncode == preemption.STATUS, said
+  step = int(re.fullmatch(
+      r'told to stop: a checkpoint of step (\d+) is written; start again to go on\n', said[-1])[1])
+  assert step >= 2 and run_checkpoints.latest_checkpoint(folder).name == str(step)
+  assert not (folder / run_lock.FILE).exists()
+  assert 'told to stop by SIGTERM, 25 s to save' in ''.join(
+      path.read_text(encoding='utf-8') for path in (folder / 'journal').iterdir())
 
 
 @pytest.fixture(name='metadata_server')
