@@ -19,6 +19,8 @@ from parti_jax.errors import UserError
 COMMANDS = {
     'generate': ('parti_jax.sampling.command', 'draw pictures for prompts'),
     'train': ('parti_jax.training.command', 'train a model: any stage, chosen by gin files'),
+    'info': ('parti_jax.training.info_command',
+             'tell about a run (how far it is, its checkpoints, its story) or an exported model'),
     'tokenize': ('parti_jax.training.tokenize_command',
                  'write the image tokens of a task, for training the generator'),
     'export': ('parti_jax.training.export_command',

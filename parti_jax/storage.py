@@ -107,6 +107,34 @@ def glob(pattern: str | os.PathLike[str]) -> list[str]:
     return sorted(system.unstrip_protocol(found) for found in system.glob(os.fspath(pattern)))
 
 
+def names(folder: str | os.PathLike[str]) -> list[str]:
+  """Returns the names of the files and folders in a folder, sorted; none where there is none."""
+  if not is_url(folder):
+    try:
+      return sorted(os.listdir(_local(folder)))
+    except FileNotFoundError:
+      return []
+  with _store_errors(folder):
+    try:
+      return sorted({name(found) for found in _file_system(folder).ls(
+          os.fspath(folder), detail=False)})
+    except FileNotFoundError:
+      return []
+
+
+def sizes(folder: str | os.PathLike[str]) -> dict[str, int]:
+  """Returns {path within the folder, with /: bytes} of all files in a folder and those within."""
+  if not is_url(folder):
+    top = pathlib.Path(_local(folder))
+    return {path.relative_to(top).as_posix(): path.stat().st_size
+            for path in top.rglob('*') if path.is_file()}
+  with _store_errors(folder):
+    system = _file_system(folder)
+    top = system._strip_protocol(os.fspath(folder)).rstrip('/') + '/'  # pylint: disable=protected-access
+    return {path.removeprefix(top): details['size']
+            for path, details in system.find(os.fspath(folder), detail=True).items()}
+
+
 def read(path: str | os.PathLike[str], limit: int) -> bytes:
   """Returns what is in a file.
 

@@ -21,10 +21,12 @@ import threading
 import time
 from typing import Any
 
+from parti_jax import errors
 from parti_jax import storage
 from parti_jax.training import surroundings
 
 FOLDER = 'journal'
+_LARGEST = 1 << 24
 
 
 class Journal:
@@ -46,14 +48,13 @@ class Journal:
   def __init__(self, model_dir):
     import jax  # pylint: disable=g-import-not-at-top
 
-    self._folder = storage.as_epath(model_dir)
+    self._folder = model_dir
     self._process = jax.process_index()
     self.step: int | None = None
     self.name = (f'{_now():%Y%m%dT%H%M%S.%f}'[:-3] + f'Z-{_in_a_file_name(socket.gethostname())}'
                  f'-{os.getpid()}')
     suffix = f'-process{self._process}' if self._process else ''
-    self._path = self._folder / FOLDER / f'{self.name}{suffix}.jsonl'
-    self._local = '://' not in str(model_dir)
+    self._path = storage.join(model_dir, FOLDER, f'{self.name}{suffix}.jsonl')
     # On a disk: lines that are not written yet. On object stores: all lines.
     self._lines: list[str] = []
     self._begun = self._torn = self._complained = False
@@ -82,11 +83,10 @@ class Journal:
     with self._lock:
       self._lines.append(json.dumps(record, ensure_ascii=False) + '\n')
       try:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        if self._local:
-          self._append()
+        if storage.is_url(self._path):
+          storage.write(self._path, ''.join(self._lines))
         else:
-          self._path.write_text(''.join(self._lines))
+          self._append()
         self._begun = True
       except Exception as error:  # pylint: disable=broad-except
         # Object stores' libraries have errors of their own, and no journal is worth a run.
@@ -111,18 +111,18 @@ class Journal:
     """
     if self._process:
       return
-    storage.write(self._folder / 'config.gin', gin_config)
-    kept = self._folder / 'configs'
-    newest = max(kept.glob('*.gin'), default=None, key=lambda path: path.name)
-    if newest is None or newest.read_text() != gin_config:
-      newest = kept / f'{self.name}.gin'
-      storage.write(newest, gin_config)
+    storage.write(storage.join(self._folder, 'config.gin'), gin_config)
+    configs = storage.join(self._folder, 'configs')
+    kept = max(storage.names(configs), default='')
+    if not kept or storage.read(storage.join(configs, kept), _LARGEST) != gin_config.encode():
+      kept = f'{self.name}.gin'
+      storage.write(storage.join(configs, kept), gin_config)
     self.step = facts.get('step')
-    self.write('start', text, config=f'{kept.name}/{newest.name}', **facts,
+    self.write('start', text, config=f'configs/{kept}', **facts,
                **surroundings.describe())
 
   def checkpoint(self, step: int, skipped: dict[str, int]) -> None:
-    """Writes that a checkpoint is being written, and which examples were skipped up to here."""
+    """Writes that a checkpoint is being written, and what was skipped, as `skipped` does."""
     self.write('checkpoint', f'writing a checkpoint of step {step}', step=step)
     self.skipped(skipped)
 
@@ -130,12 +130,12 @@ class Journal:
     """Writes how many examples could not be read, by reason, if that has changed.
 
     Args:
-      counts: those of this process since its start; every process writes its own.
+      counts: those of this process in this run; every process writes its own.
     """
     if counts != self._skipped:
       self._skipped = dict(counts)
       what = ', '.join(f'{count} {reason}' for reason, count in sorted(counts.items()))
-      self.write('skipped', f'examples skipped since the start: {what}', every_process=True,
+      self.write('skipped', f'examples skipped so far: {what}', every_process=True,
                  counts=counts)
 
   def progress(self, step: int, metrics: dict[str, float]) -> None:
@@ -166,16 +166,23 @@ class Journal:
       message = ' '.join([f'{kind.__name__}:', *str(error).split()])[:1000]
       reason, text, facts = 'error', message, {'error': message}
     # An error before anything was done is not yet part of a run.
-    if self._begun or (self._folder / 'checkpoints').is_dir():
+    if self._begun or self._is_a_run():
       where = f' at step {self.step}' if self.step is not None else ''
       self.write('stop', f'ended{where}: {text}', every_process=reason == 'error', reason=reason,
                  step=self.step, **facts)
 
+  def _is_a_run(self) -> bool:
+    try:
+      return storage.is_folder(storage.join(self._folder, 'checkpoints'))
+    except errors.UserError:  # The store fails; that is told already.
+      return False
+
   def _append(self) -> None:
     # A line that a full disk has cut short must not swallow the next one.
+    storage.make_folder(storage.join(self._folder, FOLDER))
     text = ('\n' if self._torn else '') + ''.join(self._lines)
     self._torn = True
-    with open(self._path, 'a', encoding='utf-8') as file:
+    with open(storage.as_epath(self._path), 'a', encoding='utf-8') as file:
       file.write(text)
       file.flush()
       os.fsync(file.fileno())
@@ -200,4 +207,4 @@ def _now() -> datetime.datetime:
 
 
 def _in_a_file_name(text: str) -> str:
-  return re.sub(r'[^A-Za-z0-9._]', '_', text)
+  return re.sub(r'[^A-Za-z0-9._-]', '_', text)

@@ -1,0 +1,151 @@
+"""`parti-jax info`: the story of runs whose journals are written here, models, other folders."""
+
+import json
+import pathlib
+
+import pytest
+
+import parti_jax
+from parti_jax import errors
+from parti_jax import main
+from parti_jax.training import info_command
+from parti_jax.training import info_text
+
+DEMO = pathlib.Path(parti_jax.__file__).parent / 'demo'
+VERSIONS = {'parti_jax': '0.1.0', 'jax': '0.10.2'}
+
+
+def _start(folder, time, *records, host='a-1', pid=7, suffix='', torn=''):
+  """Writes a journal of one start; a record is (time, event, text, facts)."""
+  day = time.replace('-', '').replace(':', '').replace(' ', 'T')
+  path = folder / 'journal' / f'{day}.000Z-{host}-{pid}{suffix}.jsonl'
+  path.parent.mkdir(parents=True, exist_ok=True)
+  lines = [json.dumps({'time': time, 'text': text, 'event': event, **facts})
+           for time, event, text, facts in records]
+  path.write_text('\n'.join(lines) + '\n' + torn)
+
+
+def _begun(step, data=8, **facts):
+  return {'step': step, 'steps': 1000, 'stage': 'generator', 'parameters': 4_032_576,
+          'mesh': {'stage': 1, 'data': data, 'fsdp': 1, 'tensor': 1}, 'processes': 1,
+          'devices': {'kind': 'cpu', 'count': data, 'platform': 'cpu'}, 'versions': VERSIONS,
+          'git': {'revision': '0123456789abcdef', 'uncommitted': False}, 'batch_size': 8,
+          'config': 'configs/a.gin', 'command': 'parti-jax train', **facts}
+
+
+def _a_run_with_a_story(folder):
+  """Killed at 130 or later, resumed at 100 on another mesh, refused once, then an error at 420."""
+  _start(folder, '2026-01-01 10:00:00',
+         ('2026-01-01 10:00:00', 'start', 'starting at step 0', _begun(0)),
+         ('2026-01-01 10:01:00', 'checkpoint', 'writing a checkpoint of step 100', {'step': 100}),
+         ('2026-01-01 10:01:00', 'skipped', '', {'counts': {'damaged picture': 1}}),
+         ('2026-01-01 10:01:20', 'progress', 'step 130', {'step': 130, 'loss': 2.5}),
+         torn='{"time": "2026-01-01 10:0')
+  _start(folder, '2026-01-02 08:00:00',
+         ('2026-01-02 08:00:00', 'damaged', 'checkpoint 110: state/d/0 is truncated', {}),
+         ('2026-01-02 08:00:01', 'start', 'resuming at step 100',
+          _begun(100, 4, versions=VERSIONS | {'jax': '0.11.0'})),
+         ('2026-01-02 08:00:21', 'progress', 'step 200', {'step': 200, 'loss': 2.25}),
+         ('2026-01-02 08:01:05', 'progress', 'step 420', {'step': 420, 'loss': 2.0}),
+         ('2026-01-02 08:01:06', 'skipped', '', {'counts': {'damaged picture': 2}}),
+         ('2026-01-02 08:01:06', 'stop', 'ended', {'reason': 'error', 'step': 420,
+                                                   'error': 'OSError: gone'}), host='b', pid=8)
+  # The second process started, by its own clock, a little before the first.
+  _start(folder, '2026-01-02 07:59:58',
+         ('2026-01-02 08:01:06', 'skipped', '',
+          {'counts': {'damaged picture': 1, 'no caption': 4}, 'process': 1}),
+         host='c', pid=9, suffix='-process1')
+  _start(folder, '2026-01-02 09:00:00',
+         ('2026-01-02 09:00:00', 'stop', 'ended', {'reason': 'error', 'step': None,
+                                                   'error': 'UserError: another configuration'}))
+
+
+def test_a_story_is_told(tmp_path, capsys):
+  _a_run_with_a_story(tmp_path)
+  assert main.main(['info', str(tmp_path)]) == 0
+  text = capsys.readouterr().out
+  lines = [' '.join(line.split()) for line in text.splitlines()]
+  for line in (
+      f'{tmp_path}: a run of the stage generator',
+      'progress step 420 of 1,000 (42.0%), 5 steps/s',
+      'loss 2 at step 420, 2026-01-02 08:01:05 UTC',
+      'devices 4 × cpu, mesh data 4',
+      'versions parti_jax 0.1.0, jax 0.11.0',
+      '2026-01-01 10:00:00 a-1, 7 0 130 2026-01-01 10:01:20 killed',
+      '2026-01-02 08:00:00 b, 8 100 420 30 2026-01-02 08:01:06 OSError: gone',
+      '2026-01-02 09:00:00 a-1, 7 2026-01-02 09:00:00 UserError: another configuration',
+      '2026-01-02 08:00:00 new at this start: devices: 8 × cpu → 4 × cpu',
+      '2026-01-02 08:00:00 new at this start: mesh: data 8 → data 4',
+      '2026-01-02 08:00:00 new at this start: jax 0.10.2 → 0.11.0',
+      '2026-01-02 08:00:00 checkpoint 110: state/d/0 is truncated',
+      '3 damaged picture', '4 no caption',
+      '1 lines of the journal are cut short or damaged'):
+    assert line in lines, text
+  assert max(map(len, text.splitlines())) <= 120
+
+
+def test_the_same_as_json(tmp_path, capsys):
+  _a_run_with_a_story(tmp_path)
+  assert main.main(['info', str(tmp_path), '--json']) == 0
+  found = json.loads(capsys.readouterr().out)
+  assert (found['kind'], found['state'], found['step'], found['steps']) == (
+      'run', 'failed', 420, 1000)
+  assert found['skipped_examples'] == {'damaged picture': 3, 'no caption': 4}
+  assert [start['reason'] for start in found['starts']] == [None, 'error', 'error']
+  assert [start['redone'] for start in found['starts']] == [0, 30, 0]
+  assert found['seconds_left'] is None  # It does not run.
+
+
+def test_what_is_left_at_the_last_rate(tmp_path):
+  _start(tmp_path, '2026-01-01 10:00:00',
+         ('2026-01-01 10:00:00', 'start', 'starting at step 0', _begun(0)),
+         *((f'2026-01-01 10:{minute:02}:00', 'progress', '', {'step': 10 * minute, 'loss': 'nan'})
+           for minute in range(1, 60)),
+         ('2026-01-01 12:00:00', 'checkpoint', '', {'step': 900}))
+  found = info_command.describe(str(tmp_path))
+  # The last hour has the checkpoint alone, which gives no rate.
+  assert found['steps_per_second'] is None and found['step'] == 900
+  assert found['loss']['value'] == 'nan'
+  (tmp_path / 'journal' / '20260101T100000.000Z-a-1-7.jsonl').write_text(''.join(
+      line for line in (tmp_path / 'journal' / '20260101T100000.000Z-a-1-7.jsonl').open()
+      if '12:00' not in line))
+  found = info_command.describe(str(tmp_path))
+  assert found['steps_per_second'] == pytest.approx(1 / 6)
+  assert found['seconds_left'] == pytest.approx(410 * 6)
+
+
+def test_what_comes_often_is_shown_in_part(tmp_path, capsys):
+  many = [('2026-01-01 10:00:00', 'odd', f'the event {i}.', {}) for i in range(info_text.SHOWN + 3)]
+  _start(tmp_path, '2026-01-01 10:00:00', *many)
+  main.main(['info', str(tmp_path)])
+  text = capsys.readouterr().out
+  assert text.count('the event') == info_text.SHOWN and 'the event 2.' not in text
+  assert 'and 3 more before these' in text
+
+
+def test_an_exported_model(tmp_path, capsys):
+  assert main.main(['info', str(DEMO)]) == 0
+  text = capsys.readouterr().out
+  assert '64×64 pixels of 64 image tokens, 256×256 with --upscale' in text
+  assert 'vocabulary  2,000 ids' in text and 'ranker: 1,764,737 parameters' in text
+  assert 'missing' not in text
+  (tmp_path / 'config.json').write_bytes((DEMO / 'config.json').read_bytes())
+  (tmp_path / 'parti.safetensors').write_bytes(b'')
+  found = info_command.describe(str(tmp_path))
+  assert found['missing'] == ['tokenizer.safetensors', 'ranker.safetensors',
+                              'super_resolution.safetensors', 'vocabulary.model']
+
+
+@pytest.mark.parametrize('files, message', [
+    ([], 'neither a run .* nor an exported model'),
+    (['info.json', 'train-00000.tfrecord'], 'image tokens, for --gin.token_cache.path'),
+    (['state/d', 'model/metadata'], 'one checkpoint; give the folder of its run'),
+    (['config.json'], 'config.json: damaged, or not of an exported model')])
+def test_other_folders_are_named(tmp_path, files, message):
+  for name in files:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text('{}')
+  with pytest.raises(errors.UserError, match=message):
+    info_command.describe(str(tmp_path))
+  with pytest.raises(errors.UserError, match='nowhere: not there'):
+    info_command.describe(str(tmp_path / 'nowhere'))
