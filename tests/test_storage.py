@@ -46,6 +46,9 @@ def test_written_files_are_read_and_listed(folder):
   assert storage.glob(folder + '/run/*') == [folder + '/run/another', path]
   assert storage.glob(folder + '/*/c*.gin') == [path]
   assert storage.glob(folder + '/nothing/*') == []
+  assert storage.names(folder + '/run') == ['another', 'config.gin']
+  assert storage.names(folder) == ['run'] and storage.names(folder + '/nothing') == []
+  assert storage.sizes(folder) == {'run/another': 0, 'run/config.gin': 9}
   with storage.open_file(path, 'rt') as file:
     assert list(file) == ['b = "ä"\n']
   with storage.open_file(path) as file:

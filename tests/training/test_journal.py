@@ -1,10 +1,15 @@
 """A run's journal: what stands in it after errors, a full disk, a torn line."""
 
 import json
+import pathlib
+import re
 
 import pytest
 
+import parti_jax
+from parti_jax import storage
 from parti_jax.training import journal as journal_lib
+from parti_jax.training import story
 from parti_jax.training import surroundings
 
 
@@ -79,6 +84,27 @@ def test_configs_are_kept_once_each(tmp_path):
   assert names[0] == names[1] != names[2]
   assert [(tmp_path / name).read_text() for name in names[1:]] == ['a = 1\n', 'a = 2\n']
   assert (tmp_path / 'config.gin').read_text() == 'a = 2\n'
+
+
+def test_on_a_store_files_are_written_anew(tmp_path):
+  folder = f'memory:///{tmp_path.name}'
+  with journal_lib.Journal(folder) as journal:
+    journal.start('starts', 'a = 1\n', step=3)
+    journal.write('odd')
+  (start,) = story.read(folder).starts
+  assert [record['event'] for record in start.records] == ['start', 'odd', 'stop']
+  assert (start.name, start.first_step) == (journal.name, 3)
+  assert storage.names(folder) == ['config.gin', 'configs', 'journal']
+
+
+def test_the_commit_of_a_checkout():
+  top = pathlib.Path(parti_jax.__file__).parents[1]
+  found = surroundings.git_revision()
+  if not (top / '.git').exists():
+    assert found is None
+  else:
+    assert re.fullmatch('[0-9a-f]{40}', found['revision'])
+    assert isinstance(found['uncommitted'], bool)
 
 
 def test_progress_is_written_now_and_then(tmp_path, monkeypatch):
