@@ -109,6 +109,11 @@ class Batches:
     """Reason -> number of examples that are used, but not whole."""
     return self._counts('shortened')
 
+  @property
+  def place(self) -> tuple[int, int]:
+    """The epoch of the next example, and the examples taken in it before; part of `state`."""
+    return self._epoch, self._taken
+
   def state(self) -> dict:
     """Returns where the next batch starts, and what was left out before.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -10,6 +12,45 @@ import numpy as np
 from parti_jax.data.batches import Batches
 from parti_jax.errors import UserError
 from parti_jax.partitioning import local_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+  """Where some successive examples of a share are, such as its part of a batch.
+
+  As a text it is 'SHARE/SHARES:EPOCH:TAKEN+COUNT'; '0/2:3:120+8' has the examples 120 to 127, from
+  0, of the first of two shares in epoch 3.
+
+  Attributes:
+    share: which share, from 0.
+    shares: into how many the examples are split.
+    epoch: from 0.
+    taken: examples before them in this epoch.
+    count: how many; those that the epoch lacks are the first ones of the next.
+  """
+
+  share: int
+  shares: int
+  epoch: int
+  taken: int
+  count: int
+
+  def __str__(self) -> str:
+    return f'{self.share}/{self.shares}:{self.epoch}:{self.taken}+{self.count}'
+
+  @classmethod
+  def parse(cls, text: str) -> Place:
+    """The place of a text.
+
+    Raises:
+      UserError: it is not of that form.
+    """
+    found = re.fullmatch(r'(\d+)/(\d+):(\d+):(\d+)\+(\d+)', text)
+    place = cls(*map(int, found.groups())) if found else None
+    if place is None or place.share >= place.shares or not place.count:
+      raise UserError(f'{text!r} is no place in the data; write SHARE/SHARES:EPOCH:TAKEN+COUNT, '
+                      'such as 0/1:3:120+8')
+    return place
 
 
 class SharedBatches:
@@ -22,6 +63,7 @@ class SharedBatches:
 
   Attributes:
     batch_size: rows of the global batch.
+    shares: into how many shares the examples are split.
     skipped: as in `Batches`, of the shares that this process reads.
   """
 
@@ -67,9 +109,14 @@ class SharedBatches:
     states = {}
     for those in local_rows.gathered({n: b.state() for n, b in self._batches.items()}):
       states |= those
-    states = [states[str(share)] for share in range(self._shares)]
+    states = [states[str(share)] for share in range(self.shares)]
     return {'places': [[state.pop('epoch'), state.pop('taken')] for state in states],
             'shares': states, 'vocabulary': self._vocabulary}
+
+  def places(self) -> tuple[Place, ...]:
+    """The next batch, in the shares that this process reads; asks no other process."""
+    return tuple(Place(share, self.shares, *batches.place, self.batch_size // self.shares)
+                 for share, batches in self._batches.items())
 
   def restore(self, state: Mapping) -> None:
     """Goes on where `state()` was taken, by however many processes.
@@ -88,7 +135,7 @@ class SharedBatches:
     if self._asked not in (None, len(places)):
       raise UserError(f'train.data_shares={self._asked}, but the checkpoint has the place in '
                       f'{len(places)} shares; leave it away or train in another --model_dir')
-    if len(places) != self._shares:
+    if len(places) != self.shares:
       self._open(len(places))
     more = state.get('shares') or [{}] * len(places)
     for share, batches in self._batches.items():
@@ -108,7 +155,7 @@ class SharedBatches:
       raise UserError(f'train.batch_size={self.batch_size} is not divisible by '
                       f'train.data_shares={shares}, the shares that the data is split into (by '
                       'default one a process); set one of the two')
-    self._shares = shares
+    self.shares = shares
     size = self.batch_size // shares
     read = np.unique(self._rows // size)
     self._batches = {

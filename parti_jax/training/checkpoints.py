@@ -37,6 +37,11 @@ class Checkpoints:
     """Step of the newest checkpoint that is whole on the disk; None without one."""
     return max(ocp.utils.checkpoint_steps(self.directory), default=None)
 
+  def steps(self) -> list[int]:
+    """Steps of the whole checkpoints, once what was started is written."""
+    self._manager.wait_until_finished()
+    return sorted(self._manager.all_steps())
+
   def save(self, step: int, state, data: dict, model: dict):
     """Starts writing a checkpoint; it counts only once it is whole.
 

@@ -34,10 +34,17 @@ class Reporter:
     if sys.stderr.isatty():
       self._bar = tqdm.tqdm(total=steps, initial=step, unit='step', dynamic_ncols=True)
 
-  def say(self, line: str):
-    """Prints a line beside the progress bar."""
+  def say(self, line: str, by_all: bool = False):
+    """Prints a line beside the progress bar.
+
+    Args:
+      line: what to print.
+      by_all: whether all processes print it, since each has another, and not the first alone.
+    """
     if self._leads:
       tqdm.tqdm.write(line, file=sys.stderr)
+    elif by_all:
+      print(f'process {jax.process_index()}: {line}', file=sys.stderr)
 
   def advance(self, step: int):
     """Moves the progress bar to `step`."""

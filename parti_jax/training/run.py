@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
 
 from parti_jax.training import checkpoints as checkpoints_lib
+from parti_jax.training import finite
 from parti_jax.training import preemption
 from parti_jax.training import run_lock
+from parti_jax.training import state as state_lib
 from parti_jax.training import trainer as trainer_lib
 
 
@@ -21,12 +24,14 @@ class Run:
     keep: how many checkpoints stay.
     examples: the training examples, `SharedBatches`.
     initial: parts of the parameters that a new run starts with, as of `initial_parts`.
-    journal: where checkpoints are noted, a `Journal`; None for nowhere.
+    journal: where checkpoints and skipped steps are noted, a `Journal`; None for nowhere.
+    max_bad_steps: as of `SkippedSteps`.
   """
 
   def __init__(self, trainer: trainer_lib.Trainer, model_dir, keep: int, examples, initial=None,
-               journal=None):
+               journal=None, max_bad_steps: int | None = None):
     self._trainer, self._examples, self._journal = trainer, examples, journal
+    self._model_dir, self._skipped_steps = model_dir, finite.SkippedSteps(max_bad_steps)
     self._checkpoints = checkpoints_lib.Checkpoints(model_dir, keep)
     self._model = checkpoints_lib.describe(trainer.stage)
     self._saved = self._checkpoints.latest_step()
@@ -34,11 +39,13 @@ class Run:
     if self.resumed:
       self.state, place = self._checkpoints.restore(self._saved, trainer.abstract, self._model)
       examples.restore(place)
+      self._skipped_steps.restore(place)
     else:
-      self.state = trainer.create_state()
-      self.state = self.state.replace(params=self.state.params | (initial or {}))
+      self.state = state_lib.with_parts(trainer.create_state(), initial or {})
     self._iterator = iter(examples)
     self.step = int(self.state.step)
+    # Updates in the newest checkpoint, and whether one waits for the next good step.
+    self._saved_updates, self._save_waits = self.updates, False
 
   def beginning(self) -> str:
     """A line that says where training begins."""
@@ -55,26 +62,67 @@ class Run:
     return {'step': self.step, 'stage': self._trainer.stage.name, 'parameters': count,
             'mesh': dict(self._trainer.mesh.shape)}
 
+  @property
+  def updates(self) -> int:
+    """Steps that were applied, as far as `settle` has looked; the learning rate follows them."""
+    return self.step - self._skipped_steps.total
+
   def advance(self):
     """One step; returns its metrics, still on the device."""
+    places = self._examples.places()
     batch = self._trainer.put(next(self._iterator), self._examples.batch_size)
     self.state, metrics = self._trainer.step(self.state, batch)
     self.step += 1
-    return metrics
+    self._skipped_steps.add(self.step, places, metrics)
+    return {name: value for name, value in metrics.items() if name != 'finite'}
+
+  @property
+  def unsettled(self) -> int:
+    """Steps since the last `settle`."""
+    return self._skipped_steps.unread
+
+  def settle(self, reporter):
+    """Waits for the steps so far, and says which were not applied; call it before `save`.
+
+    Raises:
+      UserError: if too many in a row were not.
+    """
+    for skipped in self._skipped_steps.read():
+      reporter.say(str(skipped), by_all=True)
+      if self._journal is not None:
+        self._journal.write('skipped step', str(skipped), every_process=True,
+                            **dataclasses.asdict(skipped))
+    self._skipped_steps.check(self._model_dir, self._checkpoints.steps)
+    if self._save_waits and not self._skipped_steps.in_a_row:
+      reporter.flush()
+      self.save()
 
   def told_to_stop(self) -> bool:
     """Whether the run was told to stop and all its processes are to stop at this step."""
     run_lock.check()
     return preemption.told_to_stop(self.step)
 
-  def save(self):
-    """Starts writing a checkpoint of this step."""
-    if self._saved != self.step:
-      run_lock.confirm()
-      self._checkpoints.save(self.step, self.state, self._examples.state(), self._model)
-      self._saved = self.step
-      if self._journal is not None:
-        self._journal.checkpoint(self.step, self.skipped())
+  def save(self, last: bool = False):
+    """Starts writing a checkpoint of this step.
+
+    While steps are not applied there is nothing new to write, and the checkpoint from before them
+    must stay, since it is the one to go on from: then the next good step's `settle` writes it.
+
+    Args:
+      last: whether the run ends here, so that what is new since the last one is written at once.
+    """
+    if self._saved == self.step:
+      return
+    self._save_waits = bool(self._skipped_steps.in_a_row)
+    news = self._saved is None or self.updates > self._saved_updates
+    if self._save_waits and not (last and news):
+      return
+    run_lock.confirm()
+    place = self._examples.state() | self._skipped_steps.state()
+    self._checkpoints.save(self.step, self.state, place, self._model)
+    self._saved, self._saved_updates, self._save_waits = self.step, self.updates, False
+    if self._journal is not None:
+      self._journal.checkpoint(self.step, self.skipped())
 
   def newest_step(self) -> int | None:
     """Step of the newest whole checkpoint on the disk; None without one."""

@@ -42,11 +42,26 @@ def averaged(state: TrainState):
   return state.params | state.statistics.get('average', {})
 
 
+def with_parts(state: TrainState, parts) -> TrainState:
+  """A state before the first step, with parts of its parameters, and of their average, replaced.
+
+  Args:
+    state: of `create_state`.
+    parts: {name of a part: its parameters on the mesh}.
+  """
+  statistics, average = state.statistics, state.statistics.get('average', {})
+  # Copies, since a step takes the buffers of both.
+  replaced = {name: jax.tree.map(jnp.copy, parts[name]) for name in average if name in parts}
+  if replaced:
+    statistics = statistics | {'average': average | replaced}
+  return state.replace(params=state.params | parts, statistics=statistics)
+
+
 def update_average(average, params, step, decay: float):
   """The exponential moving average of parameters after a step.
 
   Args:
-    average: before it; anything before the first step.
+    average: before it.
     params: after it, of the same structure.
     step: int32 [], steps done before this one.
     decay: share of the average that stays; less in the first steps, step / (step + 10), so that it
@@ -106,8 +121,10 @@ def create_state(stage, optimizer, seed: int, abstract, mesh, rules) -> TrainSta
 
   def create():
     params = nn.meta.unbox(stage.init(jax.random.key(seed)))
-    return TrainState(
-        jnp.zeros((), jnp.int32), params, optimizer.init(params), stage.initial_statistics())
+    statistics = stage.initial_statistics()
+    if 'average' in statistics:  # It is used where the first steps could not be applied.
+      statistics = statistics | {'average': {name: params[name] for name in statistics['average']}}
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), statistics)
 
   with partitioning_rules.partitioned(mesh, rules):
     return jax.jit(create, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))()

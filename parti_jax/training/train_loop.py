@@ -23,6 +23,9 @@ from parti_jax.training import run_lock
 from parti_jax.training import state as state_lib
 from parti_jax.training import trainer as trainer_lib
 
+# Steps whose metrics may wait on the devices where nothing asks for any.
+_MOST_UNSETTLED = 1000
+
 
 def train(model_dir: str) -> dict[str, float]:
   """Trains as gin says, see `train_stage`, and writes a journal of it in the run's folder.
@@ -48,7 +51,7 @@ def train_stage(model_dir: str, journal: journal_lib.Journal, stage=gin.REQUIRED
                 keep_checkpoints: int = 2, pictures_every: int = 1000, num_pictures: int = 16,
                 initial_model: str | None = None, data_shares: int | None = None,
                 microbatches: int = 1, offload_optimizer: bool = False,
-                grace_seconds: float = 25):
+                grace_seconds: float = 25, max_bad_steps: int | None = 10):
   """Trains a stage until `steps`, from the newest checkpoint in `model_dir` if there is one.
 
   Args:
@@ -79,12 +82,14 @@ def train_stage(model_dir: str, journal: journal_lib.Journal, stage=gin.REQUIRED
       platforms that have it.
     grace_seconds: from SIGTERM, or the platform's notice, until the process ends, at most: what the
       platform grants, less a few seconds.
+    max_bad_steps: how many steps in a row may have a loss or gradients that are not finite, and are
+      not applied, see `finite`; after them training ends. None for any number.
 
   Returns:
     The last metrics, a dict of floats.
 
   Raises:
-    UserError: for a mesh, batch size, task or checkpoint that does not fit.
+    UserError: for a mesh, batch size, task or checkpoint that does not fit; after `max_bad_steps`.
     SystemExit: with `preemption.STATUS` if the run was told to stop and a checkpoint is written.
   """
   # Reading data takes TensorFlow; who only asks gin about a run, as planning does, needs none.
@@ -107,7 +112,7 @@ def train_stage(model_dir: str, journal: journal_lib.Journal, stage=gin.REQUIRED
   held_out()
   trainer.constants  # pylint: disable=pointless-statement
   run = run_lib.Run(trainer, model_dir, keep_checkpoints, training,
-                    initial_parts(trainer, model_dir, initial_model), journal)
+                    initial_parts(trainer, model_dir, initial_model), journal, max_bad_steps)
   reporter = reporting.Reporter(model_dir, steps, run.step)
   journal.start(run.beginning(), config.operative(), steps=steps, batch_size=batch_size,
                 **run.facts())
@@ -122,9 +127,14 @@ def train_stage(model_dir: str, journal: journal_lib.Journal, stage=gin.REQUIRED
       values = run.advance()
       step = run.step
       due = lambda every: every and (step % every == 0 or step == steps)
+      intervals = log_every, evaluate_every, pictures_every, checkpoint_every
+      if run.unsettled >= _MOST_UNSETTLED or any(map(due, intervals)):
+        run.settle(reporter)
       if due(log_every):
         metrics = {name: float(value) for name, value in values.items()}
-        metrics |= {'learning_rate': float(schedule(step - 1))} | meter.read(step)
+        # The rate of the last step that was applied.
+        metrics |= {'learning_rate': float(schedule(max(run.updates - 1, 0))),
+                    'skipped_steps': step - run.updates} | meter.read(step)
         reporter.metrics(step, metrics)
         journal.progress(step, metrics)
       reporter.advance(step)
@@ -133,16 +143,19 @@ def train_stage(model_dir: str, journal: journal_lib.Journal, stage=gin.REQUIRED
         measured = {f'{eval_split}/{name}': value for name, value in measured.items()}
         metrics |= measured
         reporter.metrics(step, measured)
+        if f'{eval_split}/not_finite_examples' in measured:
+          reporter.say(f'step {step}: the numbers of evaluation on {eval_split} are not finite')
       if due(pictures_every):
         chosen = {name: value[:num_pictures] for name, value in next(held_out()).items()}
         reporter.pictures(step, trainer.pictures(state_lib.averaged(run.state), chosen))
       if due(checkpoint_every):
         reporter.flush()
-        run.save()
+        run.save(last=step == steps)
       meter.pause(step, due(evaluate_every) or due(pictures_every) or due(checkpoint_every))
+    run.settle(reporter)
     if run.step < steps:
       reporter.flush()
-      run.save()
+      run.save(last=True)
     whole = True
   except KeyboardInterrupt:
     reporter.say(run.interrupted())
@@ -155,7 +168,8 @@ def train_stage(model_dir: str, journal: journal_lib.Journal, stage=gin.REQUIRED
     journal.skipped(run.skipped())
     reporter.close(run.skipped())
   if run.step < steps:
-    reporter.say(f'told to stop: a checkpoint of step {run.step} is written; start again to go on')
+    reporter.say(f'told to stop: a checkpoint of step {run.newest_step()} is written; start '
+                 'again to go on')
     raise SystemExit(preemption.STATUS)
   return metrics
 

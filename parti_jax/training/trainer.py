@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 from parti_jax.models import layers
 from parti_jax.partitioning import local_rows
 from parti_jax.partitioning import rules as rules_lib
+from parti_jax.training import finite as finite_lib
 from parti_jax.training import state as state_lib
 
 
@@ -23,6 +24,9 @@ def make_train_step(stage, optimizer, seed: int, microbatches: int = 1) -> Calla
 
   The keys of dropout and of whatever else is random follow from `seed` and the step alone, so
   that a resumed run draws what an uninterrupted one would.
+
+  Where the loss or a gradient is not finite, all of the state but the step stays as it was, and the
+  metric 'finite' is False. The optimisers' own counts, and with them the learning rate, stay too.
   """
   apart = _other_optimizers(stage)
 
@@ -30,17 +34,21 @@ def make_train_step(stage, optimizer, seed: int, microbatches: int = 1) -> Calla
     rng, after_rng = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
     value, aux, gradients = _gradients(
         stage, state.params, constants, batch, rng, state.step, microbatches)
-    optimizer_state = state_lib.to_device(state.optimizer_state)
-    updates, optimizer_state = optimizer.update(gradients, optimizer_state, state.params)
+    before = state.replace(
+        step=state.step + 1, optimizer_state=state_lib.to_device(state.optimizer_state))
+    updates, optimizer_state = optimizer.update(
+        gradients, before.optimizer_state, state.params)
     # Momentum of earlier steps and weight decay must not move what is frozen either.
     params = {name: part if name in stage.frozen else optax.apply_updates(part, updates[name])
               for name, part in state.params.items()}
     params, statistics, metrics = stage.after_step(
         params, state.statistics, aux, state.step, after_rng)
-    metrics = {'loss': value} | aux['metrics'] | metrics | {
-        f'{name}_gradient_norm': optax.tree.norm(gradients.pop(name)) for name in apart}
-    metrics['gradient_norm'] = optax.tree.norm(gradients)
-    return state_lib.TrainState(state.step + 1, params, optimizer_state, statistics), metrics
+    norms = {f'{name}_gradient_norm': optax.tree.norm(gradients.pop(name)) for name in apart}
+    norms['gradient_norm'] = optax.tree.norm(gradients)
+    finite = finite_lib.all_finite(value, norms.values())
+    updated = state_lib.TrainState(before.step, params, optimizer_state, statistics)
+    metrics = {'loss': value} | aux['metrics'] | metrics | norms | {'finite': finite}
+    return finite_lib.select(finite, updated, before), metrics
 
   return step
 
@@ -204,6 +212,10 @@ class Trainer:
     Args:
       params: the parameters.
       batches: the same ones in every process, since all of them must take part in each step.
+
+    Returns:
+      What the stage makes of its measures; where some are not finite, also how many examples these
+      are of, 'not_finite_examples'.
     """
     measures: dict[str, list[np.ndarray]] = {}
     size, ways = 0, rules_lib.batch_ways(self.mesh, self.rules)
@@ -214,7 +226,10 @@ class Trainer:
         whole = self._put_whole(batch, size)
         for name, values in self._evaluate(params, self.constants, whole).items():
           measures.setdefault(name, []).append(np.asarray(values)[:count])
-    return self.stage.summarize({name: np.concatenate(parts) for name, parts in measures.items()})
+    whole = {name: np.concatenate(parts) for name, parts in measures.items()}
+    # The stage's summary may hide them: NaN loses every comparison in a ranking, say.
+    bad = finite_lib.bad_examples(whole)
+    return self.stage.summarize(whole) | ({'not_finite_examples': float(bad)} if bad else {})
 
   def pictures(self, params, batch) -> dict[str, np.ndarray]:
     """Pictures for a few examples, drawn on the mesh, where all processes take part.
