@@ -21,6 +21,8 @@ COMMANDS = {
     'train': ('parti_jax.training.command', 'train a model: any stage, chosen by gin files'),
     'info': ('parti_jax.training.info_command',
              'tell about a run (how far it is, its checkpoints, its story) or an exported model'),
+    'batch': ('parti_jax.training.batch_command',
+              'show a batch of training, such as one whose step could not be applied'),
     'tokenize': ('parti_jax.training.tokenize_command',
                  'write the image tokens of a task, for training the generator'),
     'export': ('parti_jax.training.export_command',

@@ -166,3 +166,23 @@ class SharedBatches:
     # A slice where all is needed, since it copies nothing.
     self._chosen = (slice(None) if len(held) == len(self._rows)
                     else np.searchsorted(held, self._rows))
+
+
+def read(place: Place, task: str, split: str, feature_lengths: Mapping[str, int],
+         seed: int) -> dict[str, np.ndarray]:
+  """Reads the examples at a place, in the time that reading the epoch up to them takes.
+
+  Args:
+    place: which ones.
+    task: as in `SharedBatches`, and as it was in the run that named the place; so the others.
+    split: likewise.
+    feature_lengths: likewise.
+    seed: likewise.
+
+  Returns:
+    Arrays [place.count, ...].
+  """
+  batches = Batches(task, split, place.count, feature_lengths, seed=seed,
+                    share=place.share, shares=place.shares)
+  batches.restore({'epoch': place.epoch, 'taken': place.taken})
+  return next(batches)

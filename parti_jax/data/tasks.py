@@ -18,7 +18,7 @@ Features: 'inputs' int32 [text_length], token ids of the caption; 'images' uint8
 import functools
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import gin
 import numpy as np
@@ -59,6 +59,13 @@ def vocabulary_fingerprint(task: seqio.Task | seqio.Mixture) -> str | None:
       return hashlib.sha256(file.read()).hexdigest()[:16]
   ours = isinstance(found, seqio.PassThroughVocabulary) and _is_ours(task.name)
   return get_vocabulary().fingerprint if ours else None
+
+
+def caption_decoder(task: seqio.Task | seqio.Mixture) -> Callable[[Sequence[int]], str]:
+  """Returns what turns ids of a task's feature 'inputs' into text."""
+  if _is_ours(task.name):
+    return get_vocabulary().decode
+  return task.output_features['inputs'].vocabulary.decode
 
 
 def numbers_examples(task: seqio.Task | seqio.Mixture) -> bool:

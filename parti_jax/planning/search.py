@@ -21,6 +21,7 @@ from parti_jax.planning import candidates as candidates_lib
 from parti_jax.planning import report
 from parti_jax.planning import steps
 from parti_jax.planning import topology as topology_lib
+from parti_jax.training import train_loop
 
 # How much of a failed candidate's error is shown and kept.
 _ERROR_LENGTH = 300
@@ -76,7 +77,7 @@ def candidates(request: steps.Request) -> list[candidates_lib.Candidate]:
     model, images = steps.sampled_config(), request.batch_size or steps.SAMPLING_BATCH
     sequences = images * (2 if request.guided else 1)
     return candidates_lib.of_sampling(model, sequences, images, topology.chip, devices)
-  values = steps.train_values()
+  values = train_loop.bound_arguments()
   model = values['stage'].model
   if not isinstance(model, parti_config.PartiConfig):
     raise errors.UserError('--search knows the generator alone; plan the tokenizer with '

@@ -82,27 +82,9 @@ class Step:
   kernel_flops: hlo_cost.KernelFlops | None = None
 
 
-def train_values() -> dict[str, Any]:
-  """The arguments of `train` as gin binds them, with what they refer to made, or their defaults.
-
-  Raises:
-    UserError: if one that has no default is not bound.
-  """
-  values = {name: parameter.default
-            for name, parameter in inspect.signature(train_loop.train_stage).parameters.items()}
-  values |= gin.get_bindings(train_loop.train_stage)
-  missing = [name for name in ('stage', 'optimizer', 'schedule', 'batch_size')
-             if values[name] is gin.REQUIRED]
-  if missing:
-    raise errors.UserError(
-        f'gin: no value for {", ".join(f"train.{name}" for name in missing)}; give the gin file '
-        'of a run, such as --gin_file=gin_configs/runs/parti_20b.gin')
-  return values
-
-
 def training_step(request: Request, mesh) -> Step:
   """The step of `train`."""
-  values = train_values()
+  values = train_loop.bound_arguments()
   stage = values['stage']
   # Whatever else the trainer takes, `train` has arguments of the same names for.
   others = {name: values[name] for name in inspect.signature(trainer_lib.Trainer).parameters

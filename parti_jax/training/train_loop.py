@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import time
+from typing import Any
 
 import gin
 import jax
@@ -172,6 +174,24 @@ def train_stage(model_dir: str, journal: journal_lib.Journal, stage=gin.REQUIRED
                  'again to go on')
     raise SystemExit(preemption.STATUS)
   return metrics
+
+
+def bound_arguments() -> dict[str, Any]:
+  """The arguments of `train_stage` as gin binds them, with what they refer to made, or defaults.
+
+  Raises:
+    UserError: if one that has no default is not bound.
+  """
+  values = {name: parameter.default
+            for name, parameter in inspect.signature(train_stage).parameters.items()}
+  values |= gin.get_bindings(train_stage)
+  missing = [name for name in ('stage', 'optimizer', 'schedule', 'batch_size')
+             if values[name] is gin.REQUIRED]
+  if missing:
+    raise errors.UserError(
+        f'gin: no value for {", ".join(f"train.{name}" for name in missing)}; give the gin file '
+        'of a run, such as --gin_file=gin_configs/runs/parti_20b.gin')
+  return values
 
 
 def initial_parts(trainer: trainer_lib.Trainer, model_dir, initial_model: str | None = None):

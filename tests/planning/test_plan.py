@@ -17,6 +17,7 @@ from parti_jax.planning import remedies
 from parti_jax.planning import report
 from parti_jax.planning import search
 from parti_jax.planning import steps
+from parti_jax.training import train_loop
 
 RUN = 'gin_configs/runs/parti_350m.gin'
 SMALL = tuple(f'PartiConfig.{name}={value}' for name, value in {
@@ -71,7 +72,7 @@ def test_the_plan_is_of_the_state_and_batch_of_training(trained):
   from parti_jax import config  # pylint: disable=g-import-not-at-top
   from parti_jax.partitioning import mesh as mesh_lib
   config.parse(request.gin_files, request.gin_bindings, data=False)
-  values = steps.train_values()
+  values = train_loop.bound_arguments()
   from parti_jax.training import trainer as trainer_lib
   trainer = trainer_lib.Trainer(
       values['stage'], values['optimizer'](values['schedule']),
