@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser):
   """Adds the flags of `parti-jax batch`."""
   config.add_gin_arguments(parser)
   parser.add_argument('--model_dir', metavar='RUN',
-                      help="the run's folder, whose gin values are taken where no --gin_file is given")
+                      help="the run's folder; its gin values are taken if no --gin_file is given")
   parser.add_argument('--place', required=True, nargs='+', metavar='PLACE',
                       help='the batches, SHARE/SHARES:EPOCH:TAKEN+COUNT, as the run names them')
   parser.add_argument('--output_dir', metavar='FOLDER',

@@ -231,7 +231,8 @@ def test_a_run_counts_and_names_what_it_skipped_and_keeps_the_count(run, capsys,
   for event in events:
     (place,) = event['places']
     assert f'batch {place}' in lines[event['step'] - 2]
-    found = shared_batches.read(shared_batches.Place.parse(place), 'images', 'train', {'images': 16}, 0)
+    found = shared_batches.read(
+        shared_batches.Place.parse(place), 'images', 'train', {'images': 16}, 0)
     np.testing.assert_array_equal(found['images'], run.batches[event['step']])
   # Step 3 was a bad one, so that the checkpoint was written when a good one was known.
   assert run.checkpoints() == [4, 6]
