@@ -29,7 +29,7 @@ def run(found: dict[str, Any]) -> list[str]:
       'git': run_summary.revision_in_words(found['git']) if found['git'] else None,
       'command': found['command']})
   lines += _section('checkpoints', _checkpoints(found['checkpoints']))
-  lines += _section('starts, times in UTC', _starts(found['starts']))
+  lines += _section('starts, times in UTC', _starts(found['starts'], found['state']))
   lines += _section('what happened', _events(found['starts']))
   lines += _section('examples skipped', [
       f'{count:>8,} {reason}' for reason, count in sorted(found['skipped_examples'].items())])
@@ -104,25 +104,23 @@ def _checkpoints(checkpoints: list[dict[str, Any]]) -> list[str]:
   return _table(['step', 'written', 'size', ''], rows, right=(0, 2))
 
 
-def _starts(starts: list[dict[str, Any]]) -> list[str]:
+def _starts(starts: list[dict[str, Any]], state: str) -> list[str]:
   rows = []
   for index, start in enumerate(starts):
-    newest = index == len(starts) - 1
+    unstopped = state if index == len(starts) - 1 else 'killed'
     number = lambda value: '' if value is None else f'{value:,}'
     rows.append([
         start['time'], f'{start["host"]}, {start["pid"]}', number(start['from']),
         number(start['to']), number(start['redone'] or None),
-        start['ended'] or start['last_sign'], _end(start, newest)])
+        start['ended'] or start['last_sign'], _end(start, unstopped)])
   return _table(['start', 'host, process', 'from', 'to', 'again', 'last heard of', 'end'], rows,
                 right=(2, 3, 4))
 
 
-def _end(start: dict[str, Any], newest: bool) -> str:
+def _end(start: dict[str, Any], unstopped: str) -> str:
   if start['errors']:
     return textwrap.shorten(start['errors'][0], 80, placeholder=' ...')
-  if start['reason'] is None:
-    return 'killed, or running' if newest else 'killed'
-  return start['reason']
+  return start['reason'] or unstopped
 
 
 def _events(starts: list[dict[str, Any]]) -> list[str]:

@@ -56,6 +56,17 @@ def confirm() -> None:
     lock.confirm()
 
 
+def lives(model_dir) -> bool | None:
+  """Whether a process trains in a folder; None if only the host that its lock names can tell."""
+  found = _read(storage.join(model_dir, FILE))
+  if not found:
+    return False
+  me = _this_process()
+  if me['boot'] and all(found.get(key) == me[key] for key in ('boot', 'pid_namespace')):
+    return _started(found.get('pid')) == found.get('started')
+  return None
+
+
 class RunLock:
   """The lock of a run's folder, held within `with`.
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from parti_jax import errors
 from parti_jax import storage
+from parti_jax.training import run_lock
 from parti_jax.training import story as story_lib
 
 # The most bytes of a small JSON file of a checkpoint.
@@ -31,15 +32,15 @@ def summarize(model_dir: str, verify: bool = False) -> dict[str, Any]:
     kind: 'run'.
     folder: `model_dir`.
     stage, model, parameters: the stage's name, its model's sizes, how many parameters it has.
-    state: 'finished', 'stopped', 'failed', 'ended or running' (which only the process itself
-      knows), or 'never started'.
+    state: 'finished', 'stopped' (told to, or interrupted), 'failed', 'killed', 'running', 'running
+      or killed' where only the host it was on can tell, or 'never started'.
     step, steps: how far the run is known to be, and where it ends.
     steps_per_second, seconds_left: over the last hour of the last start.
     loss: {'value', 'step', 'time'}, the one in the journal last.
     devices, mesh, processes: of the last start.
     checkpoints: see `checkpoints`.
     starts: a dict each: time, host, pid, from, to, redone, ended (None: killed, or still
-      running), reason, errors, config, devices, mesh, processes, git, changes (a line each on what
+      running), last_sign, when the journal was written last, reason, errors, config, devices, mesh, processes, git, changes (a line each on what
       is other than at the start before), events (text and time of what was unusual).
     skipped_examples: {reason: count}, of all processes, since the run began.
     versions, git, command: of the last start.
@@ -56,13 +57,13 @@ def summarize(model_dir: str, verify: bool = False) -> dict[str, Any]:
   saved = max((checkpoint['step'] for checkpoint in found if not checkpoint['fault']), default=None)
   step = begun[-1].last_step if begun else saved
   rate, steps = begun[-1].rate if begun else None, facts.get('steps')
-  left = None
-  if rate and steps is not None and step is not None and _state(story) == 'ended or running':
+  state, left = _state(story, model_dir), None
+  if rate and steps is not None and step is not None and 'running' in state:
     left = max(steps - step, 0) / rate
   return {
       'kind': 'run', 'folder': str(model_dir),
       'stage': facts.get('stage', model.get('stage')), 'model': model.get('config'),
-      'parameters': facts.get('parameters'), 'state': _state(story), 'step': step, 'steps': steps,
+      'parameters': facts.get('parameters'), 'state': state, 'step': step, 'steps': steps,
       'steps_per_second': rate, 'seconds_left': left, 'loss': _loss(begun),
       'devices': facts.get('devices'), 'mesh': facts.get('mesh'),
       'processes': facts.get('processes'), 'checkpoints': found,
@@ -129,12 +130,12 @@ def _model(model_dir: str, found: list[dict[str, Any]]) -> dict[str, Any]:
   return {}
 
 
-def _state(story: story_lib.Story) -> str:
+def _state(story: story_lib.Story, model_dir: str) -> str:
   if not any(start.begun for start in story.starts):
-    return 'never started' if not story.starts else 'failed'
+    return 'failed' if story.starts else 'never started'
   stopped = story.starts[-1].stopped
   if stopped is None:
-    return 'ended or running'
+    return {True: 'running', False: 'killed', None: 'running or killed'}[run_lock.lives(model_dir)]
   return {'finished': 'finished', 'error': 'failed'}.get(stopped.get('reason'), 'stopped')
 
 

@@ -10,6 +10,8 @@ from parti_jax import errors
 from parti_jax import main
 from parti_jax.training import info_command
 from parti_jax.training import info_text
+from parti_jax.training import journal as journal_lib
+from parti_jax.training import run_lock
 
 DEMO = pathlib.Path(parti_jax.__file__).parent / 'demo'
 VERSIONS = {'parti_jax': '0.1.0', 'jax': '0.10.2'}
@@ -110,8 +112,21 @@ def test_what_is_left_at_the_last_rate(tmp_path):
       line for line in (tmp_path / 'journal' / '20260101T100000.000Z-a-1-7.jsonl').open()
       if '12:00' not in line))
   found = info_command.describe(str(tmp_path))
+  assert found['state'] == 'killed' and found['seconds_left'] is None
+  # The lock of a process on another host: it may still run.
+  (tmp_path / 'lock.json').write_text('{"pid": 7, "host": "a-1", "boot": "another"}')
+  found = info_command.describe(str(tmp_path))
+  assert found['state'] == 'running or killed'
   assert found['steps_per_second'] == pytest.approx(1 / 6)
   assert found['seconds_left'] == pytest.approx(410 * 6)
+
+
+def test_a_run_of_this_host_is_known_to_run(tmp_path, capsys):
+  with run_lock.RunLock(tmp_path), journal_lib.Journal(tmp_path) as journal:
+    journal.write('start', 'starting at step 0', **_begun(0))
+    assert info_command.describe(str(tmp_path))['state'] == 'running'
+  assert main.main(['info', str(tmp_path)]) == 0
+  assert 'state       finished' in capsys.readouterr().out
 
 
 def test_what_comes_often_is_shown_in_part(tmp_path, capsys):
