@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 from etils import epath
 import flax.linen as nn
@@ -13,25 +14,49 @@ from parti_jax import errors
 from parti_jax import storage
 from parti_jax.models import parti_config
 from parti_jax.sampling import model_folder
+from parti_jax.training import manifest
+from parti_jax.training import verification
 
 
 class Checkpoints:
   """The checkpoints in `model_dir/checkpoints`, written asynchronously, the last few kept.
 
+  Those that are there are verified first; damaged ones newer than the newest whole one are moved
+  aside. All processes of a run make one together.
+
   Args:
     model_dir: the run's folder.
-    keep: how many checkpoints stay.
+    keep: how many checkpoints stay; beside one that is being written, a whole one always does.
+
+  Attributes:
+    found: the checkpoint to go on from, and which ones were damaged.
+
+  Raises:
+    UserError: if there are checkpoints and none is whole.
   """
 
   def __init__(self, model_dir, keep: int = 2):
     self.directory = folder(model_dir)
+    self.found = verification.newest_whole(self.directory, together=True)
+    if jax.process_index() == 0:
+      verification.move_aside(self.directory, self.found.damaged)
+    self._writing: int | None = None
+    self._failure: BaseException | None = None
+    self._barrier = ocp.multihost.get_barrier_sync_fn()
+    # Its first barrier keeps the other processes from looking before the damaged are out of sight.
     self._manager = ocp.CheckpointManager(
         self.directory,
-        options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
+        options=ocp.CheckpointManagerOptions(
+            preservation_policy=verification.KeepWhole(keep, self._fault),
+            cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(
+                barrier_sync_fn=self._wait_for_others,
+                post_finalization_callback=lambda: manifest.write(self._unfinished()))),
         item_names=('state', 'data', 'model'))
 
   def latest_step(self) -> int | None:
-    return self._manager.latest_step()
+    """The step to go on from; None for a new run."""
+    return self.found.step
 
   def newest_step(self) -> int | None:
     """Step of the newest checkpoint that is whole on the disk; None without one."""
@@ -42,6 +67,11 @@ class Checkpoints:
     self._manager.wait_until_finished()
     return sorted(self._manager.all_steps())
 
+  def check(self):
+    """Raises what went wrong in the background; to be called now and then, such as each step."""
+    if self._failure or (self._writing is not None and not self._manager.is_saving_in_progress()):
+      self._finish()
+
   def save(self, step: int, state, data: dict, model: dict):
     """Starts writing a checkpoint; it counts only once it is whole.
 
@@ -51,9 +81,11 @@ class Checkpoints:
       data: the place in the data, of `Batches.state()`.
       model: of `describe`.
     """
+    self._finish()
+    self._writing = step
     self._manager.save(step, args=ocp.args.Composite(
         state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data),
-        model=ocp.args.JsonSave(model)))
+        model=ocp.args.JsonSave(model)), custom_metadata=manifest.CUSTOM_METADATA)
 
   def restore(self, step: int, abstract, model: dict):
     """Reads a checkpoint onto the mesh of `abstract`.
@@ -78,8 +110,40 @@ class Checkpoints:
 
   def close(self):
     """Waits until what was started is written."""
-    self._manager.wait_until_finished()
+    self._finish()
     self._manager.close()
+
+  def _finish(self):
+    """Waits for the checkpoint that is being written."""
+    if self._failure:
+      raise self._failure
+    self._manager.wait_until_finished()
+    if self._writing is not None and jax.process_index() == 0:
+      manifest.seal(self.directory / str(self._writing))
+    self._writing = None
+
+  def _fault(self, step: int) -> str | None:
+    return verification.fault(self.directory / str(step), together=True)
+
+  def _unfinished(self) -> epath.Path:
+    """Folder of the checkpoint that is being written; some storage needs no temporary name."""
+    final = self.directory / str(self._writing)
+    temporary = final.with_name(final.name + ocp.utils.TMP_DIR_SUFFIX)
+    return temporary if temporary.exists() else final
+
+  def _wait_for_others(self, *, key: str, timeout_ms: int):
+    """Orbax' barrier in the background, which a process that failed does not wait at.
+
+    When a process comes to the one before the commit, what it writes itself is written.
+    """
+    failure = sys.exc_info()[1]
+    if failure is not None:
+      # The others are not at this barrier but at the one that this process will never reach.
+      self._failure = failure
+      raise failure
+    if 'async_write_complete' in key:
+      manifest.write_part(self._unfinished(), jax.process_index())
+    self._barrier(key=key, timeout_ms=timeout_ms)
 
 
 def describe(stage) -> dict:
@@ -100,7 +164,9 @@ def has_checkpoint(model_dir) -> bool:
 
 
 def latest_checkpoint(model_dir) -> epath.Path:
-  """Folder of a run's newest whole checkpoint.
+  """Folder of a run's newest whole checkpoint; says so if it is not the newest one.
+
+  Every file is read for it. Nothing is changed, since the run may be going on.
 
   Raises:
     UserError: if the run's folder is missing or holds no whole checkpoint.
@@ -110,11 +176,14 @@ def latest_checkpoint(model_dir) -> epath.Path:
     raise errors.UserError(
         f'{model_dir}: no training run there (no folder {directory.name}); give the --model_dir '
         'of a run')
-  steps = ocp.utils.checkpoint_steps(directory)
-  if not steps:
+  found = verification.newest_whole(directory)
+  if found.step is None:
     raise errors.UserError(f'{model_dir}: holds no finished checkpoint yet; train until the '
                            'first one is written (train.checkpoint_every)')
-  return directory / str(max(steps))
+  for bad in found.damaged:
+    print(f'parti-jax: warning: {model_dir}: checkpoint {bad.step} is damaged: {bad.fault}; '
+          f'taking {found.step}', file=sys.stderr)
+  return directory / str(found.step)
 
 
 def read_model(path: epath.Path) -> dict:

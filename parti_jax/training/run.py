@@ -47,6 +47,10 @@ class Run:
     # Updates in the newest checkpoint, and whether one waits for the next good step.
     self._saved_updates, self._save_waits = self.updates, False
 
+  def damaged(self) -> list[str]:
+    """A line on each checkpoint that was found damaged, and passed over, at the beginning."""
+    return self._checkpoints.found.lines()
+
   def beginning(self) -> str:
     """A line that says where training begins."""
     facts = self.facts()
@@ -100,6 +104,7 @@ class Run:
   def told_to_stop(self) -> bool:
     """Whether the run was told to stop and all its processes are to stop at this step."""
     run_lock.check()
+    self._checkpoints.check()
     return preemption.told_to_stop(self.step)
 
   def save(self, last: bool = False):
