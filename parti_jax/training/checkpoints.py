@@ -14,6 +14,7 @@ from parti_jax import errors
 from parti_jax import storage
 from parti_jax.models import parti_config
 from parti_jax.sampling import model_folder
+from parti_jax.training import full_disk
 from parti_jax.training import manifest
 from parti_jax.training import verification
 
@@ -41,6 +42,7 @@ class Checkpoints:
     if jax.process_index() == 0:
       verification.move_aside(self.directory, self.found.damaged)
     self._writing: int | None = None
+    self._bytes = 0
     self._failure: BaseException | None = None
     self._barrier = ocp.multihost.get_barrier_sync_fn()
     # Its first barrier keeps the other processes from looking before the damaged are out of sight.
@@ -73,19 +75,24 @@ class Checkpoints:
       self._finish()
 
   def save(self, step: int, state, data: dict, model: dict):
-    """Starts writing a checkpoint; it counts only once it is whole.
+    """Starts writing a checkpoint, once the one before is written; it counts when it is whole.
 
     Args:
       step: steps done.
       state: a TrainState.
       data: the place in the data, of `Batches.state()`.
       model: of `describe`.
+
+    Raises:
+      UserError: if the disk is full or can't be written; `check` and `close` raise it too.
     """
     self._finish()
     self._writing = step
-    self._manager.save(step, args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data),
-        model=ocp.args.JsonSave(model)), custom_metadata=manifest.CUSTOM_METADATA)
+    self._bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    with full_disk.told(self.directory.parent, self._bytes):
+      self._manager.save(step, args=ocp.args.Composite(
+          state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data),
+          model=ocp.args.JsonSave(model)), custom_metadata=manifest.CUSTOM_METADATA)
 
   def restore(self, step: int, abstract, model: dict):
     """Reads a checkpoint onto the mesh of `abstract`.
@@ -114,12 +121,15 @@ class Checkpoints:
     self._manager.close()
 
   def _finish(self):
-    """Waits for the checkpoint that is being written."""
-    if self._failure:
-      raise self._failure
-    self._manager.wait_until_finished()
-    if self._writing is not None and jax.process_index() == 0:
-      manifest.seal(self.directory / str(self._writing))
+    """Waits for the checkpoint that is being written, and raises what went wrong with it."""
+    if self._writing is None:
+      return
+    with full_disk.told(self.directory.parent, self._bytes):
+      if self._failure:
+        raise self._failure
+      self._manager.wait_until_finished()
+      if jax.process_index() == 0:
+        manifest.seal(self.directory / str(self._writing))
     self._writing = None
 
   def _fault(self, step: int) -> str | None:

@@ -52,8 +52,10 @@ def _train_listening(args: argparse.Namespace, connect):
   host_memory.keep_freed()
   from parti_jax.data import tasks  # pylint: disable=unused-import
   from parti_jax.training import configurables  # pylint: disable=unused-import
+  from parti_jax.training import full_disk
   from parti_jax.training import train_loop
   config.parse(args.gin_file, args.gin_bindings)
   connect()
   compilation_cache.enable()
-  train_loop.train(args.model_dir)
+  with full_disk.told(args.model_dir):
+    train_loop.train(args.model_dir)

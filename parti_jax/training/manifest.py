@@ -14,6 +14,7 @@ import concurrent.futures
 import json
 
 from etils import epath
+import orbax.checkpoint as ocp
 import xxhash
 
 NAME = 'manifest.json'
@@ -32,7 +33,9 @@ def write_part(folder: epath.Path, process: int) -> None:
     folder: the unfinished checkpoint's.
     process: index of the process; its own files are all written.
   """
-  own = {name: path for name, path in _files(folder) if _writer(name) == process}
+  # Each item still has a temporary name of its own, which it loses before the commit.
+  own = {name.replace(ocp.utils.TMP_DIR_SUFFIX, ''): path
+         for name, path in _files(folder) if _writer(name) == process}
   _write(folder / _part_name(process), _entries(own))
 
 

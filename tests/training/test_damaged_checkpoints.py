@@ -242,3 +242,21 @@ def test_a_checkpoint_that_was_not_sealed_is_whole(run):
   manifest.seal(epath.Path(folder))
   _flip(folder / 'commit_success.txt', 0.9)
   assert _fault(folder) == 'commit_success.txt has other bytes than were written'
+
+
+def test_several_processes_note_their_own_files(run):
+  folder = run / 'checkpoints' / '400'
+  # As Orbax leaves it for process 0 to put together.
+  _remove(folder / manifest.NAME)
+  other = f'state{ocp.utils.TMP_DIR_SUFFIX}'
+  (folder / 'state').rename(folder / other)
+  shutil.copytree(folder / other / 'ocdbt.process_0', folder / other / 'ocdbt.process_1')
+  for process in (0, 1):
+    manifest.write_part(epath.Path(folder), process)
+  noted = json.loads((folder / f'{manifest.NAME}.1').read_text())['files']
+  assert noted and all(name.startswith('state/ocdbt.process_1/') for name in noted)
+  (folder / other).rename(folder / 'state')
+  manifest.write(epath.Path(folder))
+  assert not list(folder.glob(f'{manifest.NAME}.*')) and _fault(folder) is None
+  _flip(next((folder / 'state' / 'ocdbt.process_1' / 'd').iterdir()))
+  assert _fault(folder).startswith('state/ocdbt.process_1/d/')

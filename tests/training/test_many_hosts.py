@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+from etils import epath
 import numpy as np
 import optax
 import pytest
@@ -22,6 +23,7 @@ from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.training import checkpoints
 from parti_jax.training import configurables  # pylint: disable=unused-import
 from parti_jax.training import hosts
+from parti_jax.training import manifest
 from parti_jax.training import preemption
 from parti_jax.training import reporting
 from parti_jax.training import tokenizer_stage
@@ -166,7 +168,10 @@ def test_four_processes_then_two_train_as_one_does(
         next(record['validation/loss'] for record in whole if 'validation/loss' in record),
         rel=1e-5)
   last = [record for record in two_records if 'saves' in record][-1]
-  assert (tmp_path / 'run' / 'checkpoints' / str(last['saves'])).is_dir()
+  checkpoint = epath.Path(tmp_path / 'run' / 'checkpoints' / str(last['saves']))
+  assert manifest.fault(checkpoint) is None
+  written = checkpoint / 'state' / 'ocdbt.process_1' / 'manifest.ocdbt'
+  assert written.exists() and 'ocdbt.process_1' in (checkpoint / manifest.NAME).read_text()
   assert f'a checkpoint of step {last["saves"]} is written' in (tmp_path / 'two.0.log').read_text()
   drawn = [np.asarray(Image.open(folder / 'pictures' / 'samples_00000005.png'), np.int32)
            for folder in (tmp_path / 'run', one_folder)]
