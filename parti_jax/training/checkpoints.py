@@ -133,7 +133,12 @@ class Checkpoints:
     self._writing = None
 
   def _fault(self, step: int) -> str | None:
-    return verification.fault(self.directory / str(step), together=True)
+    """What became of a checkpoint since it was written."""
+    found = verification.fault(self.directory / str(step), together=True)
+    if found and jax.process_index() == 0:
+      print(f'parti-jax: warning: checkpoint {step} has been damaged: {found}; older ones stay',
+            file=sys.stderr)
+    return found
 
   def _unfinished(self) -> epath.Path:
     """Folder of the checkpoint that is being written; some storage needs no temporary name."""

@@ -119,8 +119,10 @@ def train_stage(model_dir: str, journal: journal_lib.Journal, stage=gin.REQUIRED
   journal.start(run.beginning(), config.operative(), steps=steps, batch_size=batch_size,
                 **run.facts())
   peak = device_peak.device_peak(jax.local_devices()[0], stage.compute_dtype) * jax.device_count()
-  for line in [*run.damaged(), run.beginning()]:
+  for line in run.damaged():
     reporter.say(line)
+    journal.write('damaged', line)
+  reporter.say(run.beginning())
   preemption.begin(grace_seconds, journal, run.newest_step)
   meter = _Meter(batch_size, stage.step_flops(batch_size), peak)
   metrics: dict[str, float] = {}

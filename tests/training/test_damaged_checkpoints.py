@@ -10,9 +10,12 @@ import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 
+from parti_jax import main
 from parti_jax.errors import UserError
 from parti_jax.training import checkpoints
+from parti_jax.training import configurables  # pylint: disable=unused-import
 from parti_jax.training import manifest
+from parti_jax.training import train_loop  # pylint: disable=unused-import
 from parti_jax.training import verification
 
 MODEL = {'stage': 'tokenizer', 'config': {}}
@@ -214,7 +217,8 @@ def test_the_last_whole_one_stays_when_newer_ones_turn_out_damaged(tmp_path, kee
 def test_while_a_newer_one_is_written_the_last_whole_one_stays(tmp_path, monkeypatch):
   seen = []
   write = manifest.write
-  monkeypatch.setattr(manifest, 'write', lambda folder: (seen.append(_steps(tmp_path)), write(folder)))
+  monkeypatch.setattr(
+      manifest, 'write', lambda folder: (seen.append(_steps(tmp_path)), write(folder)))
   _write(tmp_path, (1, 2, 3), keep=1)
   unfinished = ocp.utils.TMP_DIR_SUFFIX
   assert seen == [[f'1{unfinished}'], ['1', f'2{unfinished}'], ['1', '2', f'3{unfinished}']]
@@ -260,3 +264,26 @@ def test_several_processes_note_their_own_files(run):
   assert not list(folder.glob(f'{manifest.NAME}.*')) and _fault(folder) is None
   _flip(next((folder / 'state' / 'ocdbt.process_1' / 'd').iterdir()))
   assert _fault(folder).startswith('state/ocdbt.process_1/d/')
+
+
+def test_the_command_goes_on_from_the_whole_one(tmp_path, generator_bindings, capsys):
+  argv = ['train', '--gin_file=gin_configs/runs/tiny_generator.gin', f'--model_dir={tmp_path}',
+          *(f'--gin.{line}' for line in generator_bindings), '--gin.train.eval_split=None',
+          '--gin.train.pictures_every=0', '--gin.train.checkpoint_every=1']
+  assert main.main([*argv, '--gin.train.steps=2']) == 0
+  newest = tmp_path / 'checkpoints' / '2'
+  path = max(_all_files(newest), key=lambda path: path.stat().st_size)
+  _flip(path)
+  capsys.readouterr()
+  assert main.main([*argv, '--gin.train.steps=2']) == 0
+  shown = capsys.readouterr().err
+  assert (f'checkpoint 2: {path.relative_to(newest)} has other bytes than were written; going on '
+          'from 1: 1 steps are done again') in shown
+  assert 'resuming at step 1' in shown
+  assert _steps(tmp_path) == ['1', '2', '2.damaged']
+  for step in ('1', '2'):
+    _remove(tmp_path / 'checkpoints' / step / 'commit_success.txt')
+  assert main.main([*argv, '--gin.train.steps=3']) == 2
+  shown = capsys.readouterr().err.splitlines()[-1]
+  assert 'no checkpoint there is whole, and none was touched: checkpoint 2: commit_s' in shown
+  assert _steps(tmp_path) == ['1', '2', '2.damaged']
