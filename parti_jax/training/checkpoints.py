@@ -66,7 +66,7 @@ class Checkpoints:
 
   def steps(self) -> list[int]:
     """Steps of the whole checkpoints, once what was started is written."""
-    self._manager.wait_until_finished()
+    self._finish()
     return sorted(self._manager.all_steps())
 
   def check(self):
