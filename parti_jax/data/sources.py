@@ -1,8 +1,10 @@
 """Where captioned pictures come from: OpenMoji, or one's own folder, TFRecords or tar shards.
 
-Every source is a seqio data source of examples {'picture': the encoded picture, 'caption': text},
-both tf.string scalars; `texts` gives the captions alone, and the source `text` has no more than
-these. `configured(name)` returns one as gin configures it:
+Every source is a seqio data source of examples {'picture': the encoded picture, 'caption': text,
+'problem': why there is no example, or ''}, all tf.string scalars; `texts` gives the captions alone,
+and the source `text` has no more than these. What can't be read stays in its place among the
+examples until `preprocessors.leave_out` counts it. `configured(name)` returns one as gin configures
+it:
 
   data.source = 'folder'
   folder.path = 'photos'
@@ -12,12 +14,16 @@ these. `configured(name)` returns one as gin configures it:
 import abc
 import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import gin
 import numpy as np
+from absl import logging
 
-from parti_jax.data import folder_index, openmoji, tar_shards
+from parti_jax import storage
+from parti_jax.data import captions as captions_lib
+from parti_jax.data import (
+    decoding, example_files, folder_index, openmoji, tally, tar_shards, tfrecords)
 from parti_jax.data.quiet_tensorflow import seqio, tf, tfds
 from parti_jax.errors import UserError
 
@@ -55,7 +61,7 @@ class PictureSource(seqio.DataSource):
       shard_info: the part of the split to read; None for all of it.
 
     Returns:
-      A dataset of {'picture', 'caption'}, both tf.string [].
+      A dataset of {'picture', 'caption', 'problem'}, all tf.string [].
 
     Raises:
       UserError: the data can't be found or read.
@@ -74,7 +80,7 @@ class PictureSource(seqio.DataSource):
       shard_info: the part of the split to read.
 
     Returns:
-      A dataset of {'caption': tf.string []}.
+      A dataset of {'caption', 'problem'}, both tf.string [].
 
     Raises:
       UserError: the data can't be found or read.
@@ -88,9 +94,22 @@ class PictureSource(seqio.DataSource):
     return self.num_input_examples(split)
 
   def captions(self, split: str) -> Iterator[str]:
-    """Yields the captions of a split in order, without decoding pictures."""
+    """Yields the captions of a split that can be used in order, without decoding pictures.
+
+    A warning at the end counts the others.
+    """
+    skipped = tally.Tally()
     for example in self.texts(split, shuffle=False).as_numpy_iterator():
-      yield example['caption'].decode('utf-8', errors='replace')
+      try:
+        if example['problem']:
+          reason, place = example_files.parts(example['problem'])
+          skipped.add(reason, place=place)
+        else:
+          yield captions_lib.clean(example['caption'])[0]
+      except captions_lib.UnusableCaption as error:
+        skipped.add(str(error))
+    if skipped.counts():
+      logging.warning('%s, %s: skipped %s', self.place, split, skipped)
 
   def _check_split(self, split: str) -> None:
     # OpenMoji also takes slices such as 'train[:10%]', as tensorflow-datasets does.
@@ -107,7 +126,7 @@ class PictureSource(seqio.DataSource):
   def _read_texts(self, split, shuffle, seed, shard_info) -> tf.data.Dataset:
     """Reads the captions of a split, as `_read`."""
     return self._read(split, shuffle, seed, shard_info).map(
-        lambda example: {'caption': example['caption']})
+        lambda example: {name: example[name] for name in ('caption', 'problem')})
 
 
 @gin.configurable('shuffle')
@@ -157,7 +176,8 @@ class OpenMojiSource(PictureSource):
       raise UserError(f'openmoji has no split {split!r}: {error}') from error
     if shard_info:
       dataset = dataset.shard(shard_info.num_shards, shard_info.index)
-    return dataset.map(lambda example: {'picture': example['image'], 'caption': example['caption']})
+    return dataset.map(lambda example: {
+        'picture': example['image'], 'caption': example['caption'], 'problem': ''})
 
   def num_input_examples(self, split):
     """Returns the number of pictures in a split."""
@@ -168,7 +188,7 @@ class OpenMojiSource(PictureSource):
     # The pictures need not be drawn for this.
     if split not in openmoji.SPLITS:
       return super()._read_texts(split, shuffle, seed, shard_info)
-    dataset = tf.data.Dataset.from_tensor_slices({'caption': self._captions(split)})
+    dataset = _captions_alone(self._captions(split))
     return dataset.shard(shard_info.num_shards, shard_info.index) if shard_info else dataset
 
   def num_texts(self, split):
@@ -195,8 +215,7 @@ class FolderSource(PictureSource):
 
   @functools.cache
   def _index(self, split: str, pictures: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    captions_file = os.path.join(self._path, self._captions_files[split])
-    return folder_index.read(captions_file, *self._keys, pictures)
+    return folder_index.read(self._path, self._captions_files[split], *self._keys, pictures)
 
   def _order(self, count: int, shuffle, seed, shard_info) -> np.ndarray:
     """Returns which examples to read; to shuffle the list is cheap and complete."""
@@ -208,16 +227,21 @@ class FolderSource(PictureSource):
   def _read(self, split, shuffle, seed, shard_info):
     files, captions = self._index(split)
     order = self._order(len(files), shuffle, seed, shard_info)
-    dataset = tf.data.Dataset.from_tensor_slices((files[order], captions[order]))
-    return dataset.map(
-        lambda file, caption: {'picture': tf.io.read_file(file), 'caption': caption},
-        num_parallel_calls=tf.data.AUTOTUNE,
-    )
+    dataset = tf.data.Dataset.from_tensor_slices(
+        (files[order].tolist(), captions[order].tolist()))
+
+    def read(file, caption):
+      picture, problem = tf.numpy_function(
+          _picture_file, [file], [tf.string, tf.string], stateful=False)
+      return {'picture': tf.ensure_shape(picture, []), 'caption': caption,
+              'problem': tf.ensure_shape(problem, [])}
+
+    return dataset.map(read, num_parallel_calls=tf.data.AUTOTUNE)
 
   def _read_texts(self, split, shuffle, seed, shard_info):
     _, captions = self._index(split, pictures=False)
     order = self._order(len(captions), shuffle, seed, shard_info)
-    return tf.data.Dataset.from_tensor_slices({'caption': captions[order]})
+    return _captions_alone(captions[order].tolist())
 
   def num_texts(self, split):
     """Returns the number of captions in a split."""
@@ -225,24 +249,38 @@ class FolderSource(PictureSource):
     return len(self._index(split, pictures=False)[1])
 
 
+class _Files(seqio.FileDataSource):
+  """Files by path or by URL, each of many examples."""
+
+  def __init__(self, patterns: Mapping[str, str], read: example_files.Reader, names: Sequence[str]):
+    """Makes a source; see `example_files.dataset` for the reader and the names."""
+    super().__init__(lambda file: example_files.dataset(read, file, names), patterns)
+    self._patterns = patterns
+
+  def list_shards(self, split):
+    """Returns the files of a split."""
+    return storage.glob(self._patterns[split])
+
+
 class _FilesSource(PictureSource):
   """Several files a split, each of which holds many examples."""
 
-  def __init__(self, name: str, path: str, splits: Mapping[str, str], read_file, read_texts=None):
+  def __init__(self, name: str, path: str, splits: Mapping[str, str],
+               read: example_files.Reader | None, read_texts: example_files.Reader | None = None):
     """Makes a source.
 
     Args:
       name: as in the base class.
       path: the folder of the files.
       splits: file pattern of each split, relative to the folder.
-      read_file: takes a file, returns a dataset of {'picture', 'caption'}.
+      read: yields {'picture', 'caption'} of a file; None where there are no pictures.
       read_texts: the same for {'caption'} alone; None where that is no less work.
     """
     super().__init__(name, splits)
     self.place = f'{name} {path}'
-    self._patterns = {split: os.path.join(path, pattern) for split, pattern in splits.items()}
-    self._files = seqio.FileDataSource(read_file, self._patterns)
-    self._text_files = read_texts and seqio.FileDataSource(read_texts, self._patterns)
+    self._patterns = {split: storage.join(path, pattern) for split, pattern in splits.items()}
+    self._files = _Files(self._patterns, read, ('picture', 'caption'))
+    self._text_files = read_texts and _Files(self._patterns, read_texts, ('caption',))
 
   def list_shards(self, split):
     """Returns the files of a split."""
@@ -270,13 +308,7 @@ class TextSource(_FilesSource):
 
   def __init__(self, path: str, splits: Mapping[str, str]):
     """Makes the source; the arguments are those of `text`."""
-
-    def read_file(file):
-      compression = tf.where(tf.strings.regex_full_match(file, r'.*\.gz'), 'GZIP', '')
-      lines = tf.data.TextLineDataset(file, compression_type=compression)
-      return lines.map(lambda line: {'caption': line}, num_parallel_calls=tf.data.AUTOTUNE)
-
-    super().__init__('text', path, splits, read_file, read_file)
+    super().__init__('text', path, splits, None, example_files.lines)
 
   def _read(self, split, shuffle, seed, shard_info):
     raise UserError("data.source='text' holds texts without pictures; only the task 'texts' reads "
@@ -289,45 +321,22 @@ class TFRecordSource(_FilesSource):
   def __init__(self, path: str, splits: Mapping[str, str], image_key: str, caption_key: str):
     """Makes the source; the arguments are those of `tfrecord`."""
     self._keys = {'image_key': image_key, 'caption_key': caption_key}
-    missing = tf.io.FixedLenFeature([], tf.string, default_value='')
 
     def reader(keys):
-      def parse(record):
-        example = tf.io.parse_single_example(record, {key: missing for key in keys.values()})
-        return {name: example[key] for name, key in keys.items()}
-
-      return lambda file: tf.data.TFRecordDataset(file).map(
-          parse, num_parallel_calls=tf.data.AUTOTUNE)
+      return lambda file: tfrecords.examples(file, keys)
 
     super().__init__(
         'tfrecord', path, splits, reader({'picture': image_key, 'caption': caption_key}),
         reader({'caption': caption_key}))
 
   def _read(self, split, shuffle, seed, shard_info):
-    self._check_keys(self.list_shards(split)[0], ('image_key', 'caption_key'))
+    tfrecords.check_keys(self.list_shards(split)[0], self._keys)
     return super()._read(split, shuffle, seed, shard_info)
 
   def _read_texts(self, split, shuffle, seed, shard_info):
-    self._check_keys(self.list_shards(split)[0], ('caption_key',))
+    tfrecords.check_keys(
+        self.list_shards(split)[0], {'caption_key': self._keys['caption_key']})
     return super()._read_texts(split, shuffle, seed, shard_info)
-
-  def _check_keys(self, file: str, names: tuple[str, ...]) -> None:
-    """Compares the keys with those of the first record, where a wrong one is easily seen."""
-    try:
-      first = next(tf.data.TFRecordDataset(file).take(1).as_numpy_iterator(), None)
-      features = tf.train.Example.FromString(first).features.feature if first else None
-    except Exception as error:
-      raise UserError(f'tfrecord: {file} holds no TFRecords of tf.train.Example') from error
-    for name in names:
-      key = self._keys[name]
-      if features is not None and features[key].WhichOneof('kind') not in (None, 'bytes_list'):
-        raise UserError(f'tfrecord: {key!r} in {file} holds numbers (gin: tfrecord.{name})')
-      if features is not None and not features[key].bytes_list.value:
-        present = ', '.join(sorted(k for k in features if features[k].WhichOneof('kind')))
-        raise UserError(
-            f'tfrecord: no {key!r} in the first record of {file}, which has {present} '
-            f'(gin: tfrecord.{name})'
-        )
 
 
 class WebDatasetSource(_FilesSource):
@@ -336,10 +345,8 @@ class WebDatasetSource(_FilesSource):
   def __init__(self, path: str, splits: Mapping[str, str], caption_key: str):
     """Makes the source; the arguments are those of `webdataset`."""
 
-    def read_file(file):
-      return tar_shards.dataset(file, caption_key)
-
-    super().__init__('webdataset', path, splits, read_file)
+    super().__init__(
+        'webdataset', path, splits, lambda file: tar_shards.samples(file, caption_key))
 
 
 @gin.configurable('openmoji')
@@ -468,6 +475,22 @@ def configured(name: str, image_size: int = 64) -> PictureSource:
   if name == 'openmoji':
     return openmoji_source(image_size=image_size)
   return _SOURCES[name]()
+
+
+def _captions_alone(captions: Sequence[str | bytes]) -> tf.data.Dataset:
+  return tf.data.Dataset.from_tensor_slices(captions).map(
+      lambda caption: {'caption': caption, 'problem': ''})
+
+
+def _picture_file(path: bytes) -> tuple[bytes, bytes]:
+  """Reads a picture, and says why it can't be read."""
+  path = os.fsdecode(path)
+  try:
+    with storage.open_file(path) as file:
+      # One byte more tells the decoder that it is too much.
+      return file.read(decoding.MAX_BYTES + 1), b''
+  except OSError:
+    return b'', example_files.described('picture file that is gone or cannot be read', path)
 
 
 def _required(name: str, path: str | None) -> str:

@@ -10,6 +10,12 @@ import contextvars
 import dataclasses
 import threading
 
+from absl import logging
+
+# Reasons and places that there were warnings of; each epoch finds them again.
+_MOST_WARNINGS = 1000
+_warned: set[tuple[str, str]] = set()
+
 
 class Tally:
   """Counts by reason; several threads may add at once.
@@ -25,13 +31,24 @@ class Tally:
     self._ahead: list[tuple[str, int]] = []
     self._lock = threading.Lock()
 
-  def add(self, reason: str, number: int | None = None) -> None:
-    """Counts one more for this reason, of the example with this number."""
+  def add(self, reason: str, number: int | None = None, place: str = '') -> None:
+    """Counts one more for this reason.
+
+    Args:
+      reason: a few words.
+      number: that of the example.
+      place: the file where it was found, of which a warning is given once.
+    """
     with self._lock:
+      new = place and (reason, place) not in _warned and len(_warned) < _MOST_WARNINGS
+      if new:
+        _warned.add((reason, place))
       if number is None:
         self._unnumbered[reason] += 1
       else:
         self._ahead.append((reason, int(number)))
+    if new:
+      logging.warning('%s: %s', place, reason)
 
   def counts(self, until: int | None = None, numbered: bool = False) -> dict[str, int]:
     """Returns reason -> count, the most frequent first.

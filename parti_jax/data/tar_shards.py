@@ -4,76 +4,66 @@ img2dataset writes 000000012.jpg, 000000012.txt and 000000012.json one after ano
 """
 
 import json
-import os
-import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import IO
 
-from absl import logging
+from parti_jax import storage
+from parti_jax.data import captions, decoding, tar_members
+from parti_jax.data.example_files import Damaged
 
-from parti_jax.data import tally
-from parti_jax.data.quiet_tensorflow import tf
+_PICTURES = ('jpg', 'jpeg', 'png', 'webp', 'gif')
+_ENDINGS = frozenset((*_PICTURES, 'txt', 'json'))
+# Read whole, JSON takes many times its size.
+_MAX_JSON = 2**20
 
-_PICTURE_ENDINGS = ('jpg', 'jpeg', 'png', 'webp', 'gif')
+
+def samples(path: str, caption_key: str) -> Iterator[Mapping[str, bytes] | Damaged]:
+  """Reads the shard at a path or URL; see `samples_in`."""
+  with storage.open_file(path) as file:
+    yield from samples_in(file, caption_key)
 
 
-def dataset(file: tf.Tensor, caption_key: str) -> tf.data.Dataset:
+def samples_in(file: IO[bytes], caption_key: str) -> Iterator[Mapping[str, bytes] | Damaged]:
   """Reads a shard.
 
   Args:
-    file: its path, tf.string [].
+    file: the shard, plain or packed with gzip, open to read from its beginning.
     caption_key: the key of the caption in a sample's .json file, used where it has no .txt file.
 
-  Returns:
-    A dataset of {'picture', 'caption'}, both tf.string []. A sample without one of them has the
-    empty string there. A shard that breaks off gives the samples before the break; a warning
-    names it and it is counted as skipped.
+  Yields:
+    {'picture', 'caption'} of each sample, b'' for what it does not have, or what can't be read. Of a
+    shard that breaks off the last sample is left out, since it may lack files.
   """
-  skipped = tally.current().skipped
-  text = tf.TensorSpec([], tf.string)
-
-  def samples(path: bytes):
-    yield from _samples(path.decode(), caption_key, skipped)
-
-  return tf.data.Dataset.from_generator(
-      samples, args=(file,), output_signature={'picture': text, 'caption': text}
-  )
-
-
-def _samples(path: str, caption_key: str, skipped: tally.Tally) -> Iterator[dict[str, bytes]]:
-  """Yields the samples of a shard."""
   sample, current = {}, None
-  try:
-    with tf.io.gfile.GFile(path, 'rb') as file, tarfile.open(fileobj=file, mode='r|*') as shard:
-      for member in shard:
-        if not member.isfile():
-          continue
-        folder, base = os.path.split(member.name)
-        name, _, ending = base.partition('.')
-        if (folder, name) != current:
-          if sample:
-            yield _as_example(sample, caption_key)
-          sample, current = {}, (folder, name)
-        sample[ending.lower()] = shard.extractfile(member).read()
-  except (tarfile.TarError, EOFError, OSError, tf.errors.OpError) as error:
-    logging.warning('The tar shard %s breaks off: %s', path, error)
-    skipped.add('rest of a damaged tar shard')
-    # The last sample may lack files that come after the break.
-    sample = {}
+  for member in tar_members.members(file, _ENDINGS, decoding.MAX_BYTES):
+    if isinstance(member, Damaged):
+      if member == tar_members.REST:
+        sample = {}
+      yield member
+      continue
+    ending = tar_members.ending(member.name)
+    name = member.name[:len(member.name) - len(ending)]
+    if name != current:
+      if sample:
+        yield _example(sample, caption_key)
+      sample, current = {}, name
+    sample[ending] = member.content
   if sample:
-    yield _as_example(sample, caption_key)
+    yield _example(sample, caption_key)
 
 
-def _as_example(sample: dict[str, bytes], caption_key: str) -> dict[str, bytes]:
-  picture = next((sample[ending] for ending in _PICTURE_ENDINGS if ending in sample), b'')
+def _example(sample: Mapping[str, bytes], caption_key: str) -> Mapping[str, bytes] | Damaged:
+  if 'txt' not in sample and len(sample.get('json', b'')) > _MAX_JSON:
+    return Damaged('json file of too many bytes in a tar shard')
+  picture = next((sample[ending] for ending in _PICTURES if ending in sample), b'')
   return {'picture': picture, 'caption': _caption(sample, caption_key)}
 
 
-def _caption(sample: dict[str, bytes], caption_key: str) -> bytes:
+def _caption(sample: Mapping[str, bytes], caption_key: str) -> bytes:
   """Returns the caption of a sample, b'' where it has none."""
   if 'txt' in sample:
     return sample['txt']
   try:
-    caption = json.loads(sample.get('json', b'{}')).get(caption_key)
-  except (ValueError, AttributeError):
+    return captions.from_json(json.loads(sample.get('json', b'{}')).get(caption_key))
+  except (ValueError, AttributeError, RecursionError):
     return b''
-  return caption.encode() if isinstance(caption, str) else b''

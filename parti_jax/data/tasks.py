@@ -25,7 +25,8 @@ import numpy as np
 from absl import logging
 
 import parti_jax
-from parti_jax.data import decoding, preprocessors, sources, tally, token_cache
+from parti_jax.data import (
+    captions, decoding, example_files, preprocessors, sources, tally, token_cache)
 from parti_jax.data.quiet_tensorflow import seqio, tf
 from parti_jax.data.vocabulary import EOS_ID, TextVocabulary
 from parti_jax.errors import UserError
@@ -121,18 +122,18 @@ def _split_name(name: str) -> tuple[str, str] | None:
 def _pictures_task(source_name: str, kind: str, image_size: int) -> seqio.Task:
   source = sources.configured(source_name, image_size)
   features = {'images': _feature(size=256, dtype=tf.uint8, rank=3)}
-  steps = [preprocessors.number, preprocessors.decode_images]
+  steps = [preprocessors.number, preprocessors.leave_out, preprocessors.decode_images]
   if kind == 'pairs':
     vocabulary = get_vocabulary()
     features['inputs'] = _feature(vocabulary.size, eos_id=EOS_ID)
-    steps[1:1] = _text_steps(vocabulary)
+    steps[2:2] = _text_steps(vocabulary)
   return seqio.Task(
       f'{source_name}_{kind}', source, features, steps, shuffle_buffer_size=None
   )
 
 
 class _Texts(seqio.DataSource):
-  """The captions of a source without its pictures, {'caption': tf.string []}."""
+  """The captions of a source without its pictures, as `sources.PictureSource.texts` gives them."""
 
   def __init__(self, source: sources.PictureSource):
     super().__init__(
@@ -160,7 +161,7 @@ class _Texts(seqio.DataSource):
 
 def _texts_task(source_name: str) -> seqio.Task:
   vocabulary = get_vocabulary()
-  steps = [preprocessors.number, _text_steps(vocabulary)[0]]
+  steps = [preprocessors.number, preprocessors.leave_out, _text_steps(vocabulary)[0]]
   # Texts are never dropped here: an empty one teaches an encoder nothing.
   return seqio.Task(
       f'{source_name}_texts', _Texts(sources.configured(source_name)),
@@ -176,7 +177,7 @@ def _tokens_task(name: str) -> seqio.Task:
       'inputs': _feature(vocabulary.size, eos_id=EOS_ID),
       'targets': _feature(source.info['codebook_size']),
   }
-  steps = [preprocessors.number, *_text_steps(vocabulary)]
+  steps = [preprocessors.number, preprocessors.leave_out, *_text_steps(vocabulary)]
   return seqio.Task(name, source, features, steps, shuffle_buffer_size=None)
 
 
@@ -229,18 +230,22 @@ def pictures_and_captions(
     dataset = sources.configured(name, size).get_dataset(split, shuffle=False)
   count = 0
   for example in dataset.prefetch(64).as_numpy_iterator():
-    caption = example['caption'].decode('utf-8', errors='replace').strip()
     try:
+      if example['problem']:
+        reason, place = example_files.parts(example['problem'])
+        reading.skipped.add(reason, place=place)
+        continue
       picture = decoding.decode(example['picture'], size)
-    except decoding.UndecodablePicture as error:
+      caption, changes = captions.clean(example['caption'])
+    except (decoding.UndecodablePicture, captions.UnusableCaption) as error:
       reading.skipped.add(str(error))
       continue
-    if not caption:
-      reading.skipped.add('no caption')
-      continue
+    for change in changes:
+      reading.shortened.add(change)
     count += 1
     yield caption, picture
   if not count:
     raise UserError(f'{name} has no usable example in split {split!r}; skipped {reading.skipped}')
-  if reading.skipped.counts():
-    logging.warning('%s, %s: read %d, skipped %s', name, split, count, reading.skipped)
+  if reading.skipped.counts() or reading.shortened.counts():
+    logging.warning('%s, %s: read %d; skipped: %s; kept in part: %s', name, split, count,
+                    str(reading.skipped) or 'none', str(reading.shortened) or 'none')

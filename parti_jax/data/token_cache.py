@@ -3,11 +3,13 @@
 A folder with TFRecord shards `SPLIT-00000.tfrecord` ... and `info.json`:
 
   {"codebook_size": 8192, "image_tokens": 1024, "tokenizer": "9f8e...",
-   "splits": {"train": {"examples": 3588, "shards": 1}}}
+   "splits": {"train": {"examples": 3588, "shards": 1, "bytes": [3871234]}}}
 
-A split is in `info.json` only when all its shards are in place.
+A split is in `info.json` only when all its shards are in place. `bytes`, the size of each shard,
+tells when a source is opened that one has been cut; caches of before have none.
 """
 
+import functools
 import json
 import os
 import shutil
@@ -16,12 +18,15 @@ from collections.abc import Iterable
 import gin
 import numpy as np
 
+from parti_jax import storage
+from parti_jax.data import example_files, tfrecords
 from parti_jax.data.quiet_tensorflow import seqio, tf
 from parti_jax.data.sources import shuffled
 from parti_jax.errors import UserError
 
 EXAMPLES_PER_SHARD = 16_384
 _INFO_KEYS = ('codebook_size', 'image_tokens', 'tokenizer')
+_MAX_INFO = 2**24
 _HOW_TO_MAKE = '`parti-jax tokenize` makes it'
 
 
@@ -75,23 +80,46 @@ def read_info(folder: str) -> dict:
   Raises:
     UserError: the folder is missing, or holds no finished cache.
   """
-  path = os.path.join(folder, 'info.json')
-  if not tf.io.gfile.exists(path):
-    what = 'is not finished' if tf.io.gfile.exists(folder) else 'does not exist'
+  path = storage.join(folder, 'info.json')
+  if not storage.exists(path):
+    what = 'is not finished' if storage.exists(folder) else 'does not exist'
     raise UserError(f'the token cache {folder} {what}; {_HOW_TO_MAKE} (gin: token_cache.path)')
   try:
-    with tf.io.gfile.GFile(path) as file:
-      info = json.load(file)
-  except ValueError as error:
+    info = json.loads(storage.read(path, _MAX_INFO))
+  except (OSError, ValueError, RecursionError) as error:
     raise UserError(f'{path} is damaged; {_HOW_TO_MAKE} anew') from error
-  missing = [key for key in (*_INFO_KEYS, 'splits') if key not in info]
+  missing = [key for key in (*_INFO_KEYS, 'splits') if not isinstance(info, dict) or key not in info]
   if missing:
     raise UserError(f'{path} lacks {", ".join(missing)}; {_HOW_TO_MAKE} anew')
+  if not _makes_sense(info):
+    raise UserError(f'{path} is damaged; {_HOW_TO_MAKE} anew')
   return info
 
 
+def _makes_sense(info: dict) -> bool:
+  """Returns whether the entries that are read are of the right kinds."""
+  whole = lambda value, least=1: type(value) is int and least <= value < 2**31  # No bool.
+  if not (whole(info['codebook_size']) and whole(info['image_tokens'])
+          and isinstance(info['tokenizer'], str) and isinstance(info['splits'], dict)):
+    return False
+  for split in info['splits'].values():
+    if not (isinstance(split, dict) and whole(split.get('examples'))
+            and whole(split.get('shards'))):
+      return False
+    sizes = split.get('bytes')
+    if sizes is not None and not (isinstance(sizes, list) and len(sizes) == split['shards']
+                                  and all(type(size) is int for size in sizes)):
+      return False
+  return True
+
+
 class TokenCacheSource(seqio.DataSource):
-  """The token cache as a seqio source of {'caption': tf.string [], 'targets': int32 [tokens]}."""
+  """The token cache as a seqio source.
+
+  Its examples are {'caption': tf.string [], 'targets': int32 [tokens], 'problem': tf.string []}, as
+  those of `parti_jax.data.sources`. A record that was damaged on the disk is left out like an
+  example that can't be read anywhere else; a shard that was cut is refused when a split is opened.
+  """
 
   supports_arbitrary_sharding = True
 
@@ -121,27 +149,57 @@ class TokenCacheSource(seqio.DataSource):
       raise UserError(
           f'{self.name} has no finished split {split!r}; it has {finished}; {_HOW_TO_MAKE}'
       )
-    count = self.info['splits'][split]['shards']
-    files = [os.path.join(self._path, _shard_name(split, index)) for index in range(count)]
-    lost = [file for file in files if not tf.io.gfile.exists(file)]
-    if lost:
-      raise UserError(f'{lost[0]} is missing from {self.name}; {_HOW_TO_MAKE} anew')
+    return self._files(split)
+
+  @functools.cache
+  def _files(self, split: str) -> list[str]:
+    info = self.info['splits'][split]
+    files = [storage.join(self._path, _shard_name(split, index))
+             for index in range(info['shards'])]
+    for file, size in zip(files, info.get('bytes') or [None] * len(files)):
+      try:
+        found = storage.size(file)
+      except OSError as error:
+        raise UserError(f'{file} is missing from {self.name}; {_HOW_TO_MAKE} anew') from error
+      if size not in (None, found):
+        raise UserError(f'{file} is damaged: it has {found:,} bytes and had {size:,} when it was '
+                        f'written; copy it again, or {_HOW_TO_MAKE} anew')
+    self._check_first(files[0])
     return files
+
+  def _check_first(self, file: str) -> None:
+    """Looks at one record, since those of another cache would fail in the middle of a run."""
+    with storage.open_file(file) as opened:
+      record = next(tfrecords.records(opened), None)
+    try:
+      features = tf.train.Example.FromString(record).features.feature
+      fits = len(features['targets'].int64_list.value) == self.info['image_tokens']
+      fits = fits and len(features['caption'].bytes_list.value) == 1
+    except Exception:  # The protocol buffers' own, or that of what is no record at all.
+      fits = False
+    if not fits:
+      raise UserError(f'{file} is damaged: its first record is none of {self.name}; '
+                      f'{_HOW_TO_MAKE} anew')
 
   def get_dataset(
       self, split='train', shuffle=True, seed=None, shard_info=None, **unused_seqio_arguments
   ):
     """Reads a split; see `parti_jax.data.sources.PictureSource.get_dataset`."""
+    tokens = self.info['image_tokens']
+    # What stands for a damaged record is empty.
     features = {
-        'caption': tf.io.FixedLenFeature([], tf.string),
-        'targets': tf.io.FixedLenFeature([self.info['image_tokens']], tf.int64),
+        'caption': tf.io.FixedLenFeature([], tf.string, default_value=''),
+        'targets': tf.io.FixedLenFeature([tokens], tf.int64, default_value=[0] * tokens),
     }
 
-    def parse(record):
-      example = tf.io.parse_single_example(record, features)
-      return {**example, 'targets': tf.cast(example['targets'], tf.int32)}
+    def parse(element):
+      example = tf.io.parse_single_example(element['record'], features)
+      return {**example, 'targets': tf.cast(example['targets'], tf.int32),
+              'problem': element['problem']}
 
-    dataset = tf.data.TFRecordDataset(self.list_shards(split))
+    files = tf.data.Dataset.from_tensor_slices(self.list_shards(split))
+    dataset = files.flat_map(
+        lambda file: example_files.dataset(tfrecords.raw, file, ['record'])).prefetch(1024)
     if shard_info:
       dataset = dataset.shard(shard_info.num_shards, shard_info.index)
     if shuffle:
@@ -221,10 +279,12 @@ def _put_in_place(folder, unfinished, split, info, splits, count) -> None:
   for name in os.listdir(folder):
     if name.startswith(f'{split}-') and name.endswith('.tfrecord'):
       os.remove(os.path.join(folder, name))
+  sizes = []
   for index in range(shards):
     source = os.path.join(unfinished, _shard_name('shard', index))
+    sizes.append(os.path.getsize(source))
     os.replace(source, os.path.join(folder, _shard_name(split, index)))
-  added = {split: {'examples': count, 'shards': shards}}
+  added = {split: {'examples': count, 'shards': shards, 'bytes': sizes}}
   _write_info(folder, {**info, 'splits': {**splits, **added}})
 
 

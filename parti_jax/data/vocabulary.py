@@ -78,7 +78,16 @@ class TextVocabulary:
     Returns:
       The ids, int32 [length], ended by EOS and padded with 0, and the end of the text that did
       not fit, as the vocabulary normalises it (in lower case); '' if all of the text fits.
+
+    Raises:
+      UserError: a character of the text is half of one (a lone surrogate), as Python makes of
+        arguments that are not UTF-8.
     """
+    try:
+      text.encode()
+    except UnicodeEncodeError as error:
+      raise UserError(f'the text {text[:80]!r} is not UTF-8: character {error.start + 1} of it is '
+                      'half a character; write it in UTF-8') from error
     ids = self._processor.encode(text)
     kept = ids[: length - 1]
     padded = np.full([length], PAD_ID, np.int32)

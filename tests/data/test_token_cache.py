@@ -51,8 +51,11 @@ def test_batches(cache, task):
 
 
 def test_info(cache):
+  size = lambda name: os.path.getsize(os.path.join(cache, name))
   assert token_cache.read_info(cache) == {**INFO, 'splits': {
-      'train': {'examples': 10, 'shards': 3}, 'validation': {'examples': 2, 'shards': 1}}}
+      'train': {'examples': 10, 'shards': 3,
+                'bytes': [size(f'train-0000{i}.tfrecord') for i in range(3)]},
+      'validation': {'examples': 2, 'shards': 1, 'bytes': [size('validation-00000.tfrecord')]}}}
   assert sorted(os.listdir(cache)) == [
       'info.json', 'train-00000.tfrecord', 'train-00001.tfrecord', 'train-00002.tfrecord',
       'validation-00000.tfrecord']
@@ -60,8 +63,9 @@ def test_info(cache):
 
 def test_writing_again_replaces_a_split(cache):
   token_cache.write_token_cache(cache, _examples(3), INFO)
-  assert token_cache.read_info(cache)['splits'] == {
-      'train': {'examples': 3, 'shards': 1}, 'validation': {'examples': 2, 'shards': 1}}
+  splits = token_cache.read_info(cache)['splits']
+  assert {name: (split['examples'], split['shards'], len(split['bytes']))
+          for name, split in splits.items()} == {'train': (3, 1, 1), 'validation': (2, 1, 1)}
   assert sorted(os.listdir(cache)) == [
       'info.json', 'train-00000.tfrecord', 'validation-00000.tfrecord']
 
@@ -113,6 +117,75 @@ def test_missing_unfinished_or_damaged(cache, tmp_path):
   (tmp_path / 'info.json').unlink()
   with pytest.raises(UserError, match='is not finished'):
     token_cache.read_info(str(tmp_path))
+
+
+def test_a_shard_that_was_cut_is_refused_when_it_is_opened(cache):
+  path = os.path.join(cache, 'train-00001.tfrecord')
+  with open(path, 'r+b') as file:
+    file.truncate(os.path.getsize(path) - 1)
+  with pytest.raises(UserError, match='train-00001.tfrecord is damaged: it has .* when it was '
+                                      'written; copy it again, or `parti-jax tokenize`'):
+    Batches('cached_tokens', 'train', 1, LENGTHS)
+
+
+@pytest.mark.parametrize('place', [2, 20])
+def test_a_shard_of_something_else_is_refused_when_it_is_opened(cache, place):
+  _flip(os.path.join(cache, 'train-00000.tfrecord'), place)
+  with pytest.raises(UserError, match='train-00000.tfrecord is damaged: its first record is none'):
+    Batches('cached_tokens', 'train', 1, LENGTHS)
+
+
+def test_a_cache_without_sizes_is_read(cache):
+  path = os.path.join(cache, 'info.json')
+  info = token_cache.read_info(cache)
+  for split in info['splits'].values():
+    del split['bytes']
+  with open(path, 'w', encoding='utf-8') as file:
+    json.dump(info, file)
+  assert len(list(Batches('cached_tokens', 'train', 5, LENGTHS, num_epochs=1))) == 2
+
+
+def test_a_damaged_record_is_left_out_by_whoever_has_its_share(cache, caplog):
+  path = os.path.join(cache, 'train-00001.tfrecord')
+  _flip(path, os.path.getsize(path) - 10)  # In the last of the four records.
+  read, skipped = [], []
+  for share in range(3):
+    batches = Batches('cached_tokens', 'train', 4, LENGTHS, seed=1, num_epochs=1, share=share,
+                      shares=3)
+    read += [int(codes[0]) for batch in batches for codes in batch['decoder_target_tokens']]
+    skipped.append(batches.skipped)
+  assert sorted(read) == [0, 1, 2, 3, 4, 5, 6, 8, 9]
+  assert sorted(map(len, skipped)) == [0, 0, 1]
+  assert {'record with a wrong checksum': 1} in skipped
+  assert 'train-00001.tfrecord: record with a wrong checksum' in caplog.text
+
+
+@pytest.mark.parametrize('entry, value', [
+    ('codebook_size', '8192'), ('image_tokens', 0), ('image_tokens', 1e9), ('image_tokens', True),
+    ('tokenizer', None), ('splits', []), ('splits', {'train': 3}),
+    ('splits', {'train': {'examples': 3}}), ('splits', {'train': {'examples': 3, 'shards': -1}}),
+    ('splits', {'train': {'examples': 3, 'shards': 2, 'bytes': [1]}})])
+def test_info_that_makes_no_sense(tmp_path, entry, value):
+  info = {**INFO, 'splits': {}, entry: value}
+  (tmp_path / 'info.json').write_text(json.dumps(info))
+  with pytest.raises(UserError, match='info.json is damaged; `parti-jax tokenize` makes it anew'):
+    token_cache.read_info(str(tmp_path))
+
+
+@pytest.mark.parametrize('content', [b'[1]', b'7', b'\xff{}', b'[' * 100_000])
+def test_info_that_is_no_object(tmp_path, content):
+  (tmp_path / 'info.json').write_bytes(content)
+  with pytest.raises(UserError, match='info.json (is damaged|lacks)'):
+    token_cache.read_info(str(tmp_path))
+
+
+def _flip(path, place):
+  """Flips one bit of a file."""
+  with open(path, 'r+b') as file:
+    file.seek(place)
+    byte = file.read(1)[0]
+    file.seek(place)
+    file.write(bytes([byte ^ 1]))
 
 
 def test_lengths_and_path(cache):

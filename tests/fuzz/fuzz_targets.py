@@ -1,0 +1,151 @@
+"""What is fuzzed: each takes any bytes, and returns or raises what the docstring there names.
+
+Anything else that is raised is a finding. `EXAMPLES` gives each target well-formed input to begin
+with.
+"""
+
+import gzip
+import io
+import json
+import struct
+import tarfile
+import tempfile
+
+import google_crc32c
+import numpy as np
+from PIL import Image
+
+from parti_jax.data import (
+    captions, decoding, example_files, folder_index, tar_shards, tasks, tfrecords, token_cache)
+from parti_jax.errors import UserError
+
+
+def picture(data: bytes) -> None:
+  try:
+    image = decoding.decode(data, 8)
+  except decoding.UndecodablePicture as error:
+    assert len(str(error)) < 60
+  else:
+    assert image.shape == (8, 8, 3) and image.dtype == np.uint8
+
+
+def _check(elements) -> None:
+  for element in elements:
+    if isinstance(element, example_files.Damaged):
+      assert len(element.reason) < 60
+    else:
+      assert all(isinstance(value, bytes) for value in element.values())
+
+
+def tar(data: bytes) -> None:
+  _check(tar_shards.samples_in(io.BytesIO(data), 'caption'))
+
+
+def tfrecord(data: bytes) -> None:
+  keys = {'picture': 'image', 'caption': 'caption'}
+  _check(record if isinstance(record, example_files.Damaged) else tfrecords.parsed(record, keys)
+         for record in tfrecords.records(io.BytesIO(data)))
+  # Damage is found by its checksum, so that the parser sees none of it but here.
+  _check([tfrecords.parsed(data, keys)])
+
+
+def caption(data: bytes) -> None:
+  try:
+    text, _ = captions.clean(data)
+  except captions.UnusableCaption as error:
+    assert len(str(error)) < 60
+    return
+  assert text and len(text) <= captions.MAX_BYTES
+  tasks.get_vocabulary().encode(text, 8)
+
+
+def text(data: bytes) -> None:
+  """Any str, lone surrogates included, to the vocabulary."""
+  try:
+    ids, _ = tasks.get_vocabulary().encode(data.decode('utf-8', 'surrogateescape'), 8)
+  except UserError:
+    return
+  assert ids.shape == (8,)
+
+
+def folder(data: bytes) -> None:
+  with tempfile.TemporaryDirectory() as place:
+    with open(f'{place}/captions.jsonl', 'wb') as file:
+      file.write(data)
+    try:
+      files, texts = folder_index.read(place, 'captions.jsonl', 'file', 'caption', pictures=False)
+    except UserError as error:
+      assert '\n' not in str(error)
+    else:
+      assert len(files) == len(texts) > 0
+      assert all(file.startswith(place.encode()) for file in files)
+
+
+def info(data: bytes) -> None:
+  with tempfile.TemporaryDirectory() as place:
+    with open(f'{place}/info.json', 'wb') as file:
+      file.write(data)
+    try:
+      found = token_cache.read_info(place)
+    except UserError as error:
+      assert '\n' not in str(error)
+    else:
+      assert found['image_tokens'] > 0
+
+
+TARGETS = {target.__name__: target
+           for target in (picture, tar, tfrecord, caption, text, folder, info)}
+
+
+def _pictures():
+  noise = np.random.default_rng(0).integers(0, 256, [5, 9, 3], np.uint8)
+  image = Image.fromarray(noise)
+  exif = Image.Exif()
+  exif[0x0112] = 6
+  for picture_format, mode, arguments in (
+      ('jpeg', 'RGB', {'exif': exif}), ('jpeg', 'RGB', {'progressive': True}), ('jpeg', 'CMYK', {}),
+      ('jpeg', 'L', {}), ('png', 'RGBA', {}), ('png', 'P', {'transparency': 0}),
+      ('png', 'LA', {}), ('gif', 'P', {'transparency': 0}), ('webp', 'RGB', {}),
+      ('webp', 'RGBA', {'lossless': True})):
+    data = io.BytesIO()
+    image.convert(mode).save(data, picture_format, **arguments)
+    yield data.getvalue()
+  for picture_format in ('gif', 'webp', 'png'):
+    data = io.BytesIO()
+    image.save(data, picture_format, save_all=True, append_images=[image.rotate(90)])
+    yield data.getvalue()
+
+
+def _tars():
+  for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode='w', format=form) as shard:
+      for name, content in (('a.jpg', b'1'), ('a.txt', b'a dog'), ('b' * 120 + '.png', b'2'),
+                            ('c.json', b'{"caption": "a cat"}')):
+        member = tarfile.TarInfo(name)
+        member.size = len(content)
+        shard.addfile(member, io.BytesIO(content))
+    yield data.getvalue()[:6144]
+  yield gzip.compress(data.getvalue(), mtime=0)
+
+
+def _tfrecords():
+  example = (b'\n \n\x10\n\x05image\x12\x07\n\x05\n\x03abc\n\x0c\n\x07caption\x12\x01\n')
+  data = io.BytesIO()
+  for record in (example, b'', example):
+    for part in (struct.pack('<Q', len(record)), record):
+      crc = google_crc32c.value(part)
+      data.write(part + struct.pack('<I', ((crc >> 15 | crc << 17) + 0xa282ead8) & 0xffffffff))
+  return [data.getvalue(), example]
+
+
+_TEXTS = ['a dog\0 on\x92 the beach'.encode(), 'ein Bär \u202e\u200d\U0001f692'.encode(),
+          b'caf\xe9 \xed\xa0\x80']
+_INFO = {'codebook_size': 32, 'image_tokens': 4, 'tokenizer': 'abc',
+         'splits': {'train': {'examples': 3, 'shards': 1, 'bytes': [100]}}}
+EXAMPLES = {
+    'picture': list(_pictures()), 'tar': list(_tars()), 'tfrecord': _tfrecords(),
+    'caption': _TEXTS, 'text': _TEXTS,
+    'folder': [b'{"file": "a.jpg", "caption": "a dog"}\n\n{"file": "b/../c", "caption": "\\ud83d"}'],
+    'info': [json.dumps(_INFO).encode()],
+}
