@@ -266,7 +266,9 @@ def test_several_processes_note_their_own_files(run):
   assert _fault(folder).startswith('state/ocdbt.process_1/d/')
 
 
+@pytest.mark.slow
 def test_the_command_goes_on_from_the_whole_one(tmp_path, generator_bindings, capsys):
+  """`train` passes over a damaged checkpoint, says so, and refuses when none is whole."""
   argv = ['train', '--gin_file=gin_configs/runs/tiny_generator.gin', f'--model_dir={tmp_path}',
           *(f'--gin.{line}' for line in generator_bindings), '--gin.train.eval_split=None',
           '--gin.train.pictures_every=0', '--gin.train.checkpoint_every=1']
