@@ -66,13 +66,15 @@ def seal(folder: epath.Path) -> None:
   _write(folder / NAME, _read(folder / NAME) | _entries(late))
 
 
-def fault(folder: epath.Path, share: int = 0, shares: int = 1) -> str | None:
+def fault(folder: epath.Path, share: int = 0, shares: int = 1,
+          sizes_alone: bool = False) -> str | None:
   """What is wrong with a checkpoint's files, by its manifest.
 
   Args:
     folder: a committed checkpoint's.
     share: which part of the files is read, for several processes to divide the work.
     shares: how many parts there are.
+    sizes_alone: whether files are not read and only their sizes compared.
 
   Returns:
     Nothing if all is as it was written; else the first file that is not, and how.
@@ -94,7 +96,8 @@ def fault(folder: epath.Path, share: int = 0, shares: int = 1) -> str | None:
   # The largest first, dealt out in turn, gives all processes about as much to read.
   order = sorted(wanted, key=lambda name: (-wanted[name][0], name))[share::shares]
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-    faults = pool.map(lambda name: _fault(folder / name, name, *wanted[name]), order)
+    faults = pool.map(lambda name: _fault(
+        folder / name, name, wanted[name][0], None if sizes_alone else wanted[name][1]), order)
     return next((found for found in faults if found), None)
 
 
@@ -103,14 +106,15 @@ def size(folder: epath.Path) -> int:
   return sum(path.stat().length for _, path in _files(folder))
 
 
-def _fault(path: epath.Path, name: str, length: int, digest: str) -> str | None:
+def _fault(path: epath.Path, name: str, length: int, digest: str | None) -> str | None:
   try:
     there = path.stat().length
     if there < length:
       return f'{name} is truncated ({there} of {length} bytes)'
     if there > length:
       return f'{name} has {there} bytes instead of {length}'
-    return None if _digest(path) == digest else f'{name} has other bytes than were written'
+    unchanged = digest is None or _digest(path) == digest
+    return None if unchanged else f'{name} has other bytes than were written'
   except FileNotFoundError:
     return f'{name} is missing'
   except OSError as error:

@@ -1,6 +1,7 @@
 """What a run's folder says about the run: how far it is, its checkpoints, its story.
 
-Needs no JAX, so that a login node can tell about a run at once.
+Needs no JAX, so that a login node can tell about a run at once; only to verify
+checkpoints of before there were manifests takes JAX.
 """
 
 from __future__ import annotations
@@ -40,8 +41,9 @@ def summarize(model_dir: str, verify: bool = False) -> dict[str, Any]:
     devices, mesh, processes: of the last start.
     checkpoints: see `checkpoints`.
     starts: a dict each: time, host, pid, from, to, redone, ended (None: killed, or still
-      running), last_sign, when the journal was written last, reason, errors, config, devices, mesh, processes, git, changes (a line each on what
-      is other than at the start before), events (text and time of what was unusual).
+      running), last_sign, when the journal was written last, reason, errors, config, devices, mesh,
+      processes, git, changes (a line each on what is other than at the start before), events (text
+      and time of what was unusual).
     skipped_examples: {reason: count}, of all processes, since the run began.
     versions, git, command: of the last start.
     unreadable: lines of the journal that can't be read.
@@ -93,7 +95,7 @@ def checkpoints(model_dir: str, verify: bool = False) -> list[dict[str, Any]]:
       continue
     path = storage.join(folder, name)
     sizes = storage.sizes(path)
-    checked, fault = (None, 'found damaged before') if damaged else _check(path, sizes, verify)
+    checked, fault = (None, 'found damaged before') if damaged else _check(path, verify)
     found.append({
         'step': int(damaged.group(1) if damaged else name), 'name': name,
         'bytes': sum(sizes.values()), 'time': _written(path, sizes), 'checked': checked,
@@ -101,8 +103,19 @@ def checkpoints(model_dir: str, verify: bool = False) -> list[dict[str, Any]]:
   return sorted(found, key=lambda checkpoint: (checkpoint['step'], checkpoint['name']))
 
 
-def _check(path: str, sizes: dict[str, int], verify: bool) -> tuple[str | None, str | None]:
-  return None, None
+def _check(path: str, verify: bool) -> tuple[str | None, str | None]:
+  """How a checkpoint was looked at, and what is wrong with it."""
+  from parti_jax.training import manifest  # pylint: disable=g-import-not-at-top
+
+  try:
+    fault = manifest.fault(storage.as_epath(path), sizes_alone=not verify)
+    return 'digests' if verify else 'sizes', fault
+  except FileNotFoundError:  # Of before there were manifests.
+    if not verify:
+      return None, None
+  # Only JAX and Orbax can tell.
+  from parti_jax.training import verification  # pylint: disable=g-import-not-at-top
+  return 'reading', verification.fault(storage.as_epath(path).absolute())
 
 
 def _written(path: str, sizes: dict[str, int]) -> str | None:

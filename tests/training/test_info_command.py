@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+from etils import epath
 import pytest
 
 import parti_jax
@@ -11,6 +12,7 @@ from parti_jax import main
 from parti_jax.training import info_command
 from parti_jax.training import info_text
 from parti_jax.training import journal as journal_lib
+from parti_jax.training import manifest
 from parti_jax.training import run_lock
 
 DEMO = pathlib.Path(parti_jax.__file__).parent / 'demo'
@@ -119,6 +121,29 @@ def test_what_is_left_at_the_last_rate(tmp_path):
   assert found['state'] == 'running or killed'
   assert found['steps_per_second'] == pytest.approx(1 / 6)
   assert found['seconds_left'] == pytest.approx(410 * 6)
+
+
+def test_checkpoints_are_compared_with_their_manifests(tmp_path, capsys):
+  checkpoints = tmp_path / 'checkpoints'
+  for step in (8, 9, 10):
+    (checkpoints / str(step) / 'state').mkdir(parents=True)
+    (checkpoints / str(step) / 'state' / 'd').write_bytes(bytes(1000))
+    (checkpoints / str(step) / '_CHECKPOINT_METADATA').write_text(json.dumps(
+        {'commit_timestamp_nsecs': 1767225600_000000000, 'custom_metadata': {}}))
+    (checkpoints / str(step) / 'commit_success.txt').write_text('written')
+    manifest.write(epath.Path(checkpoints / str(step)))
+    manifest.seal(epath.Path(checkpoints / str(step)))
+  (checkpoints / '8').rename(checkpoints / '8.damaged')
+  (checkpoints / '9' / 'state' / 'd').write_bytes(bytes(999))
+  (checkpoints / '10' / 'state' / 'd').write_bytes(bytes(999) + b'a')
+  main.main(['info', str(tmp_path)])
+  lines = [' '.join(line.split()) for line in capsys.readouterr().out.splitlines()]
+  found = [line.partition('kB ')[2] for line in lines if '2026-01-01 00:00:00' in line]
+  assert found == ['damaged: found damaged before',
+                   'damaged: state/d is truncated (999 of 1000 bytes)', 'whole by its sizes']
+  *_, last = info_command.describe(str(tmp_path), verify=True)['checkpoints']
+  assert (last['step'], last['checked']) == (10, 'digests')
+  assert last['fault'] == 'state/d has other bytes than were written'
 
 
 def test_a_run_of_this_host_is_known_to_run(tmp_path, capsys):
