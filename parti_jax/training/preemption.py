@@ -92,7 +92,7 @@ def end_process(status: int, line: str) -> None:
   Without `listening` it does nothing: a process that is not the command line's is not ours to end.
   """
   if _listener is not None:
-    _write_line(line)
+    _listener.write_line(line)
     os._exit(status)
 
 
@@ -111,6 +111,8 @@ class _Listener:
     self._first_step, self._training = None, False
     self._told_at = self._signalled_at = self._pending = None
     self._closed = False
+    # Of its own, since stderr's is elsewhere while TensorFlow is imported.
+    self._terminal = os.dup(2)
     self._thread = threading.Thread(target=self._listen, name='preemption', daemon=True)
 
   def start(self) -> None:
@@ -119,6 +121,7 @@ class _Listener:
   def close(self) -> None:
     self._closed = True
     self._thread.join()
+    os.close(self._terminal)
 
   def begin(self, seconds, journal, newest_step) -> None:
     self._seconds, self._journal, self._newest_step = seconds, journal, newest_step
@@ -136,6 +139,11 @@ class _Listener:
   def notice(self, source: str) -> None:
     """Of a platform's notice; SIGTERM may follow, which then is the first."""
     self._pending = self._pending or source
+
+  def write_line(self, line: str) -> None:
+    """Past Python's buffers, which another thread may hold."""
+    before = '\n' if os.isatty(self._terminal) else ''  # A progress bar's line.
+    os.write(self._terminal, f'{before}parti-jax: {line}\n'.encode())
 
   def _listen(self) -> None:
     while not self._closed:
@@ -173,7 +181,7 @@ class _Listener:
     words: list[str] = []
     _in_background(lambda: self._last_words(why, words)).join(_LAST_SECONDS)
     what = words[0] if words else 'the last whole checkpoint stays'
-    _write_line(f'{why}{": ended at once" if again else ""}; {what}; {_AGAIN}')
+    self.write_line(f'{why}{": ended at once" if again else ""}; {what}; {_AGAIN}')
     os._exit(STATUS)
 
   def _last_words(self, why: str, words: list[str]) -> None:
@@ -200,9 +208,3 @@ def _in_background(function: Callable[[], None]) -> threading.Thread:
   thread = threading.Thread(target=function, daemon=True)
   thread.start()
   return thread
-
-
-def _write_line(line: str) -> None:
-  """Past Python's buffers, which another thread may hold."""
-  before = '\n' if os.isatty(2) else ''  # A progress bar's line.
-  os.write(2, f'{before}parti-jax: {line}\n'.encode())
