@@ -12,8 +12,8 @@ from parti_jax.training import preemption
 
 SCRIPT = pathlib.Path(__file__).parents[2] / 'launch' / 'slurm' / 'train.sbatch'
 
-# One task, which ends with the status in `end`, or, when scancel sends it TERM, with 75. srun itself
-# kills the tasks when it gets TERM.
+# One task, which ends with the status in `end`, or, when scancel sends it TERM, with 75. srun
+# itself kills the tasks when it gets TERM.
 _SRUN = """#!/bin/bash
 trap 'kill -KILL $task; exit 137' TERM
 (

@@ -78,7 +78,8 @@ def test_when_the_grace_is_over_it_ends_whatever_the_main_thread_does():
         print('never')""")
   assert status == 75 and said[-1] == (
       'parti-jax: told to stop, but the step and its checkpoint took more than the 0.4 s of '
-      'train.grace_seconds; the last whole checkpoint stays the one of step 5; start again to go on')
+      'train.grace_seconds; the last whole checkpoint stays the one of step 5; '
+      'start again to go on')
   assert said[-2].startswith('journal: stop told to stop, but') and 'never' not in said
 
 
