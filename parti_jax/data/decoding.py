@@ -126,7 +126,7 @@ def _decode_jpeg(data: bytes, size: int) -> Image.Image:
 
 
 def _load_png(image: ImageFile.ImageFile, data: bytes) -> None:
-  """Decodes a PNG of which no part is missing or changed, which Pillow does not see in all cases."""
+  """Decodes a PNG of which no part is missing or changed, which Pillow does not always see."""
   _check_checksums(data)
   sixteen_bits = image.tile and str(image.tile[0][3]).endswith('16B')
   interlaced = image.info.get('interlace')

@@ -31,8 +31,8 @@ def samples_in(file: IO[bytes], caption_key: str) -> Iterator[Mapping[str, bytes
     caption_key: the key of the caption in a sample's .json file, used where it has no .txt file.
 
   Yields:
-    {'picture', 'caption'} of each sample, b'' for what it does not have, or what can't be read. Of a
-    shard that breaks off the last sample is left out, since it may lack files.
+    {'picture', 'caption'} of each sample, b'' for what it does not have, or what can't be read. Of
+    a shard that breaks off the last sample is left out, since it may lack files.
   """
   sample, current = {}, None
   for member in tar_members.members(file, _ENDINGS, decoding.MAX_BYTES):

@@ -88,7 +88,8 @@ def read_info(folder: str) -> dict:
     info = json.loads(storage.read(path, _MAX_INFO))
   except (OSError, ValueError, RecursionError) as error:
     raise UserError(f'{path} is damaged; {_HOW_TO_MAKE} anew') from error
-  missing = [key for key in (*_INFO_KEYS, 'splits') if not isinstance(info, dict) or key not in info]
+  present = info if isinstance(info, dict) else {}
+  missing = [key for key in (*_INFO_KEYS, 'splits') if key not in present]
   if missing:
     raise UserError(f'{path} lacks {", ".join(missing)}; {_HOW_TO_MAKE} anew')
   if not _makes_sense(info):

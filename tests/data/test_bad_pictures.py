@@ -70,7 +70,7 @@ def test_ycck_jpeg():
   marker = data.index(b'Adobe')
   assert data[marker + 11] == 0
   data[marker + 11] = 2
-  # Written inverted: Y = 200, Cb = Cr = 128 are the inverse of inks of 55, which Adobe inverts again.
+  # Written inverted: Y = 200, Cb = Cr = 128 are the inverse of inks of 55; Adobe inverts again.
   _assert_color(bytes(data), [(255 - 200) * (255 - 55) // 255] * 3)
 
 

@@ -146,6 +146,6 @@ _INFO = {'codebook_size': 32, 'image_tokens': 4, 'tokenizer': 'abc',
 EXAMPLES = {
     'picture': list(_pictures()), 'tar': list(_tars()), 'tfrecord': _tfrecords(),
     'caption': _TEXTS, 'text': _TEXTS,
-    'folder': [b'{"file": "a.jpg", "caption": "a dog"}\n\n{"file": "b/../c", "caption": "\\ud83d"}'],
+    'folder': [b'{"file": "a", "caption": "a dog"}\n\n{"file": "b/../c", "caption": "\\ud83d"}'],
     'info': [json.dumps(_INFO).encode()],
 }
