@@ -120,7 +120,8 @@ def test_optional_packages_are_the_extras():
 
 
 @pytest.mark.parametrize('name', ['parti_jax', 'parti_jax.main', 'parti_jax.config',
-                                  'parti_jax.storage', 'parti_jax.training.info_command'])
+                                  'parti_jax.storage', 'parti_jax.training.info_command',
+                                  'parti_jax.training.manifest'])
 def test_these_import_no_jax(name):
   assert not _loaded_by(name) & {'jax', 'flax', 'gin', 'tensorflow'}
 

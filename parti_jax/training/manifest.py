@@ -14,7 +14,6 @@ import concurrent.futures
 import json
 
 from etils import epath
-import orbax.checkpoint as ocp
 import xxhash
 
 NAME = 'manifest.json'
@@ -34,6 +33,9 @@ def write_part(folder: epath.Path, process: int) -> None:
     process: index of the process; its own files are all written.
   """
   # Each item still has a temporary name of its own, which it loses before the commit.
+  # Whoever only reads manifests needs no Orbax.
+  import orbax.checkpoint as ocp  # pylint: disable=g-import-not-at-top
+
   own = {name.replace(ocp.utils.TMP_DIR_SUFFIX, ''): path
          for name, path in _files(folder) if _writer(name) == process}
   _write(folder / _part_name(process), _entries(own))

@@ -181,12 +181,13 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
   changes = []
   for what, shown in (('devices', devices_in_words), ('processes', str), ('mesh', mesh_in_words),
                       ('git', revision_in_words), ('config', str), ('steps', str),
-                      ('batch_size', str), ('environment', str)):
+                      ('batch_size', str)):
     if before.get(what) != now.get(what):
       changes.append(f'{what}: {shown(before.get(what))} → {shown(now.get(what))}')
-  old, new = before.get('versions') or {}, now.get('versions') or {}
-  changes += [f'{package} {old.get(package, "none")} → {new.get(package, "none")}'
-              for package in dict.fromkeys([*old, *new]) if old.get(package) != new.get(package)]
+  for group in ('versions', 'environment'):
+    old, new = before.get(group) or {}, now.get(group) or {}
+    changes += [f'{name} {old.get(name, "none")} → {new.get(name, "none")}'
+                for name in dict.fromkeys([*old, *new]) if old.get(name) != new.get(name)]
   return changes
 
 

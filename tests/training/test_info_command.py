@@ -48,7 +48,7 @@ def _a_run_with_a_story(folder):
   _start(folder, '2026-01-02 08:00:00',
          ('2026-01-02 08:00:00', 'damaged', 'checkpoint 110: state/d/0 is truncated', {}),
          ('2026-01-02 08:00:01', 'start', 'resuming at step 100',
-          _begun(100, 4, versions=VERSIONS | {'jax': '0.11.0'})),
+          _begun(100, 4, versions=VERSIONS | {'jax': '0.11.0'}, environment={'XLA_FLAGS': 'a'})),
          ('2026-01-02 08:00:21', 'progress', 'step 200', {'step': 200, 'loss': 2.25}),
          ('2026-01-02 08:01:05', 'progress', 'step 420', {'step': 420, 'loss': 2.0}),
          ('2026-01-02 08:01:06', 'skipped', '', {'counts': {'damaged picture': 2}}),
@@ -81,6 +81,7 @@ def test_a_story_is_told(tmp_path, capsys):
       '2026-01-02 08:00:00 new at this start: devices: 8 × cpu → 4 × cpu',
       '2026-01-02 08:00:00 new at this start: mesh: data 8 → data 4',
       '2026-01-02 08:00:00 new at this start: jax 0.10.2 → 0.11.0',
+      '2026-01-02 08:00:00 new at this start: XLA_FLAGS none → a',
       '2026-01-02 08:00:00 checkpoint 110: state/d/0 is truncated',
       '3 damaged picture', '4 no caption',
       '1 lines of the journal are cut short or damaged'):
