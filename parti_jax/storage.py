@@ -15,12 +15,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob as local_glob
+import json
 import logging
 import os
 import pathlib
 import tempfile
 from collections.abc import Iterator
-from typing import IO
+from typing import IO, Any
 
 from parti_jax import optional_packages
 from parti_jax.errors import UserError
@@ -29,6 +30,10 @@ from parti_jax.errors import UserError
 # other than Google's for gs://.
 os.environ.setdefault('EPATH_USE_TF', '0')
 
+# The most bytes of a file of trained weights for evaluation or a loss; VGG16's has 553 million.
+MAX_WEIGHTS = 2**31
+# The most bytes of a JSON file: configs and metadata have thousands of them.
+MAX_JSON = 2**26
 # Packages whose errors say something of the store and not of us.
 _STORE_PACKAGES = ('aiobotocore', 'aiohttp', 'botocore', 'gcsfs', 'google', 'requests', 's3fs')
 # Errors that mean the same for objects as for local files.
@@ -154,10 +159,36 @@ def read(path: str | os.PathLike[str], limit: int) -> bytes:
     if found <= limit:
       with _store_errors(path):
         content = _file_system(path).cat_file(os.fspath(path))
+  _check_bytes(path, found, limit)
+  return content
+
+
+def check_size(path: str | os.PathLike[str], limit: int) -> None:
+  """Raises UserError if a file has more bytes than one of its kind may have."""
+  _check_bytes(path, size(path), limit)
+
+
+def _check_bytes(path, found: int, limit: int) -> None:
   if found > limit:
     raise UserError(f'{path}: has {found:,} bytes, and {limit:,} are the most that a file of its '
                     'kind may have; is it the right file?')
-  return content
+
+
+def read_json(path: str | os.PathLike[str], limit: int = MAX_JSON) -> Any:
+  """Returns what is in a JSON file.
+
+  Args:
+    path: a path or URL.
+    limit: the most bytes that it may have.
+
+  Raises:
+    ValueError: it is no JSON, or nested deeper than anything that is meant to be read.
+    UserError: it is larger.
+  """
+  try:
+    return json.loads(read(path, limit))
+  except RecursionError as error:
+    raise ValueError('nested too deeply') from error
 
 
 def write(path: str | os.PathLike[str], content: bytes | str) -> None:

@@ -85,8 +85,8 @@ def read_info(folder: str) -> dict:
     what = 'is not finished' if storage.exists(folder) else 'does not exist'
     raise UserError(f'the token cache {folder} {what}; {_HOW_TO_MAKE} (gin: token_cache.path)')
   try:
-    info = json.loads(storage.read(path, _MAX_INFO))
-  except (OSError, ValueError, RecursionError) as error:
+    info = storage.read_json(path, _MAX_INFO)
+  except (OSError, ValueError) as error:
     raise UserError(f'{path} is damaged; {_HOW_TO_MAKE} anew') from error
   present = info if isinstance(info, dict) else {}
   missing = [key for key in (*_INFO_KEYS, 'splits') if key not in present]

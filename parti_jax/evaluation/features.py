@@ -17,6 +17,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+from parti_jax import storage
 from parti_jax.errors import UserError
 
 # The file's first name; torch-fidelity's releases hold the same as
@@ -86,6 +87,8 @@ class Inception:
     self._device = 'cuda' if torch.cuda.is_available() else 'cpu'
     self.image_size = image_size
     self.name = f'Inception v3 ({os.path.basename(weights)}), pictures of {image_size} pixels'
+    if os.path.isfile(weights):
+      storage.check_size(weights, storage.MAX_WEIGHTS)
     try:
       # torch-fidelity unpickles whatever is in the file; this takes nothing but tensors.
       torch.load(weights, map_location='cpu', weights_only=True)

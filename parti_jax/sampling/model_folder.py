@@ -34,6 +34,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from parti_jax import storage
 from parti_jax.errors import UserError
 from parti_jax.models import coca
 from parti_jax.models import parti as parti_lib
@@ -83,6 +84,11 @@ FILES = (CONFIG_FILE, *map(parameter_file, REQUIRED), VOCABULARY_FILE)
 
 # What parameters may be stored as; they are computed with in the configs' dtype.
 STORED_DTYPES = {'float16': np.float16, 'bfloat16': ml_dtypes.bfloat16, 'float32': np.float32}
+
+# What a config.json may say at most; the 20B model has 64 layers and a width of 4096.
+MAX_LAYERS = 1024
+MAX_SIZE = 2**20
+_COUNTS = ('layers', 'blocks', 'heads')
 
 # Names of parameters that an error shows.
 _SHOWN = 5
@@ -225,7 +231,7 @@ def abstract(name: str, config):
   """
   network = NETWORKS[name]
   rng = jax.eval_shape(lambda: jax.random.key(0))
-  inputs = network.example_inputs(config)
+  inputs = jax.eval_shape(lambda: network.example_inputs(config))
   return jax.eval_shape(network.module(config).init, rng, *inputs)['params']
 
 
@@ -290,7 +296,7 @@ def _check_complete(folder: pathlib.Path, files=FILES):
 
 def _read_config(path: pathlib.Path) -> dict[str, Any]:
   try:
-    config = json.loads(path.read_text(encoding='utf-8'))
+    config = storage.read_json(path)
   except (OSError, ValueError) as error:
     raise UserError(f'{path} is damaged or unfinished ({error}); export or download the model '
                     'again') from error
@@ -312,12 +318,23 @@ def _sizes(kind, config: dict[str, Any], key: str, dtype: str, where):
   if values.keys() != known:
     different = ', '.join(sorted(values.keys() ^ known))
     raise UserError(f'{where}: {key!r} has other fields than {kind.__name__}: {different}')
+  _check_bounds(values, key, where)
   try:
     return kind(**{**values, 'dtype': dtype})
   except (TypeError, ValueError) as error:
     raise UserError(f'{where}: {key!r}: {error}') from error
   except UserError as error:
     raise UserError(f'{where}: {error}') from error
+
+
+def _check_bounds(values: dict[str, Any], key: str, where):
+  """Raises UserError for sizes that no model has, before anything is made of them."""
+  for name, value in values.items():
+    most = MAX_LAYERS if name.endswith(_COUNTS) else MAX_SIZE
+    for number in value if isinstance(value, (list, tuple)) else [value]:
+      if isinstance(number, (int, float)) and not abs(number) <= most:
+        raise UserError(f'{where}: {key!r}: {name}={number!r} is more than {most:,}, the most that '
+                        'is read; is the file damaged?')
 
 
 def _sampling(config: dict[str, Any], where) -> settings_lib.SamplingSettings:

@@ -18,6 +18,10 @@ from parti_jax.training import full_disk
 from parti_jax.training import manifest
 from parti_jax.training import verification
 
+# What Orbax reads as JSON of a checkpoint.
+_METADATA_FILES = ('_CHECKPOINT_METADATA', 'model/metadata', 'data/metadata', 'state/_METADATA',
+                   'state/_sharding', 'state/array_metadatas/process_0')
+
 
 class Checkpoints:
   """The checkpoints in `model_dir/checkpoints`, written asynchronously, the last few kept.
@@ -205,8 +209,12 @@ def read_model(path: epath.Path) -> dict:
   """What model a checkpoint is of: the dict that `describe` gave.
 
   Raises:
-    UserError: if the checkpoint is unfinished or not one of this package.
+    UserError: if the checkpoint is unfinished, not one of this package, or has metadata larger than
+      any.
   """
+  for file in _METADATA_FILES:
+    if (path / file).exists():
+      storage.check_size(path / file, storage.MAX_JSON)
   try:
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
       return checkpointer.restore(path / 'model')

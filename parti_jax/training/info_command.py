@@ -80,7 +80,7 @@ def _what_else(folder: str, names: list[str]) -> str:
 def _model(folder: str, names: list[str]) -> dict[str, Any]:
   path = storage.join(folder, _MODEL_CONFIG)
   try:
-    config = json.loads(storage.read(path, _LARGEST))
+    config = storage.read_json(path, _LARGEST)
     counts = dict(config['parameters'])
     stored_as = counts.pop('stored_as', None)
     bytes_of = storage.sizes(folder)

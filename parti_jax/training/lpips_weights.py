@@ -9,6 +9,7 @@ import safetensors
 import safetensors.numpy
 
 from parti_jax import errors
+from parti_jax import storage
 from parti_jax.models import lpips
 
 
@@ -69,6 +70,7 @@ def _read_file(path) -> dict[str, np.ndarray]:
   if not path.is_file():
     raise errors.UserError(f'{path}: there is no such file of weights; docs/tokenizer.md says '
                            'where to get it')
+  storage.check_size(path, storage.MAX_WEIGHTS)
   try:
     if path.suffix == '.safetensors':
       return safetensors.numpy.load_file(path)

@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import pathlib
 
 from etils import epath
 import xxhash
+
+from parti_jax import storage
 
 NAME = 'manifest.json'
 # What a checkpoint's own metadata says of its manifest, so that one that is lost is missed.
@@ -175,15 +178,23 @@ def _text(entries: dict[str, list]) -> str:
 
 def _read(path: epath.Path) -> dict[str, list]:
   """Entries of a manifest; raises ValueError unless every byte is as it was written."""
+  if path.stat().length > storage.MAX_JSON:
+    raise ValueError(f'{path}: too large')
   text = path.read_bytes().decode()
   try:
     entries = json.loads(text)['files']
-    unchanged = text == _text(entries)
-  except (LookupError, TypeError, AttributeError):
+    unchanged = text == _text(entries) and all(map(_within, entries))
+  except (LookupError, TypeError, AttributeError, RecursionError):
     unchanged = False
   if not unchanged:
     raise ValueError(f'{path}: damaged')
   return entries
+
+
+def _within(name: str) -> bool:
+  """Whether a path stays in the checkpoint that names it."""
+  path = pathlib.PurePosixPath(name)
+  return not path.is_absolute() and '..' not in path.parts
 
 
 def _says_manifest(folder: epath.Path) -> bool:

@@ -281,7 +281,7 @@ def _this_process() -> dict:
 def _read(path: str) -> dict | None:
   """The owner that a lock names; None without one, and {} for a file that is no lock."""
   try:
-    found = json.loads(storage.read(path, _LARGEST))
+    found = storage.read_json(path, _LARGEST)
   except FileNotFoundError:
     return None
   except ValueError:

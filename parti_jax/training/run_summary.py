@@ -7,7 +7,6 @@ checkpoints of before there were manifests takes JAX.
 from __future__ import annotations
 
 import datetime
-import json
 import re
 from typing import Any
 
@@ -123,7 +122,7 @@ def _written(path: str, sizes: dict[str, int]) -> str | None:
   if '_CHECKPOINT_METADATA' not in sizes:
     return None
   try:
-    metadata = json.loads(storage.read(storage.join(path, '_CHECKPOINT_METADATA'), _LARGEST))
+    metadata = storage.read_json(storage.join(path, '_CHECKPOINT_METADATA'), _LARGEST)
     nanoseconds = metadata['commit_timestamp_nsecs'] or metadata['init_timestamp_nsecs']
     time = datetime.datetime.fromtimestamp(nanoseconds / 1e9, datetime.timezone.utc)
   except (ValueError, LookupError, TypeError, OSError, OverflowError, errors.UserError):
@@ -136,7 +135,7 @@ def _model(model_dir: str, found: list[dict[str, Any]]) -> dict[str, Any]:
   for checkpoint in reversed(found):
     path = storage.join(model_dir, 'checkpoints', checkpoint['name'], 'model', 'metadata')
     try:
-      model = json.loads(storage.read(path, _LARGEST))
+      model = storage.read_json(path, _LARGEST)
       return {'stage': model['stage'], 'config': model['config']}
     except (OSError, ValueError, LookupError, TypeError, errors.UserError):
       continue

@@ -10,6 +10,7 @@ import safetensors.numpy
 
 from parti_jax.errors import UserError
 from parti_jax.sampling import model_folder
+from parti_jax.sampling import pipeline
 from parti_jax.sampling import settings
 
 
@@ -199,3 +200,59 @@ def test_an_optional_part_that_is_unfinished_is_named(folder_with_part):
   edit_config(folder_with_part, lambda config: config.pop('super_resolution'))
   with pytest.raises(UserError, match="'super_resolution' is missing"):
     model_folder.load(folder_with_part)
+
+
+@pytest.mark.parametrize('edit, message', [
+    (lambda config: config['parti'].update(decoder_layers=10**9), 'decoder_layers=1000000000 is mo'),
+    (lambda config: config['parti'].update(text_length=2**40), 'text_length=1099511627776 is more'),
+    (lambda config: config['parti'].update(width=-16), 'width=-16'),
+    (lambda config: config['parti'].update(dropout=float('nan')), 'dropout=nan'),
+    (lambda config: config['parti'].update(grid=[2**30, 2]), 'grid=1073741824 is more'),
+    (lambda config: config['tokenizer'].update(image_size='64'), "image_size='64'"),
+    (lambda config: config['tokenizer'].update(image_size=2**20), 'image_size|sizes|tokenizer')])
+def test_sizes_from_elsewhere_take_no_memory(folder, edit, message):
+  edit_config(folder, edit)
+  with pytest.raises(UserError, match=message):
+    model_folder.load(folder)
+
+
+@pytest.mark.parametrize('content, message', [
+    ('[' * 100_000, 'nested too deeply'), ('{"format_version": 1, "parti": 3}', "'parti' is missing"),
+    ('[1]', 'format_version is None'), ('\xff', 'damaged'), ('', 'damaged')])
+def test_a_config_from_elsewhere(folder, content, message):
+  (folder / model_folder.CONFIG_FILE).write_text(content, encoding='latin-1')
+  with pytest.raises(UserError, match=message):
+    model_folder.load(folder)
+
+
+def test_a_config_of_too_many_bytes_is_not_read(folder, monkeypatch):
+  monkeypatch.setattr(model_folder.storage.read_json, '__defaults__', (1000,))
+  (folder / model_folder.CONFIG_FILE).write_text(' ' * 1001)
+  with pytest.raises(UserError, match='has 1,001 bytes, and 1,000 are the most'):
+    model_folder.load(folder)
+
+
+def _header(**tensors):
+  """A safetensors file with this header and 16 bytes."""
+  text = json.dumps(tensors).encode()
+  return len(text).to_bytes(8, 'little') + text + bytes(16)
+
+
+@pytest.mark.parametrize('content', [
+    # 100 GB that are not there, two tensors in the same place, a header longer than the file.
+    _header(a={'dtype': 'F32', 'shape': [25 * 10**9], 'data_offsets': [0, 10**11]}),
+    _header(a={'dtype': 'F32', 'shape': [2], 'data_offsets': [0, 8]},
+            b={'dtype': 'F32', 'shape': [2], 'data_offsets': [4, 12]}),
+    _header(a={'dtype': 'F32', 'shape': [2**62, 2**62], 'data_offsets': [0, 16]}),
+    (2**62).to_bytes(8, 'little') + b'{}'])
+def test_parameters_from_elsewhere(folder, content):
+  (folder / 'parti.safetensors').write_bytes(content)
+  with pytest.raises(UserError, match='parti.safetensors is damaged'):
+    model_folder.load(folder)
+
+
+@pytest.mark.parametrize('content', [b'', b'\x00' * 64, bytes(range(256)) * 40, b'\x0a\xff\xff\xff'])
+def test_a_vocabulary_from_elsewhere(folder, content):
+  (folder / model_folder.VOCABULARY_FILE).write_bytes(content)
+  with pytest.raises(UserError, match='vocabulary'):
+    pipeline.load(folder)
