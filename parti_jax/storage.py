@@ -239,6 +239,27 @@ def upload(file: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
     _file_system(path).put_file(os.fspath(file), os.fspath(path))
 
 
+def download(path: str | os.PathLike[str], file: str | os.PathLike[str]) -> None:
+  """Copies what is at a URL to a local file, whose folder must be there."""
+  with _store_errors(path):
+    _file_system(path).get_file(os.fspath(path), os.fspath(file))
+
+
+def move_folder(path: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+  """Renames a folder of a store: all is copied within the store, then removed."""
+  # fsspec's own `mv` also asks for an object with the folder's name, which s3:// does not have.
+  with _store_errors(path):
+    for file in sizes(path):
+      _file_system(path).cp_file(join(path, file), join(target, file))
+  remove_folder(path)
+
+
+def remove_folder(path: str | os.PathLike[str]) -> None:
+  """Removes a folder of a store with all that is in it; does nothing where there is none."""
+  with _store_errors(path), contextlib.suppress(FileNotFoundError):
+    _file_system(path).rm(os.fspath(path), recursive=True)
+
+
 def as_epath(path: str | os.PathLike[str]):
   """Returns a path or URL as an etils.epath.Path, for libraries that take no other."""
   from etils import epath  # pylint: disable=import-outside-toplevel

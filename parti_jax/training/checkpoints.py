@@ -16,6 +16,7 @@ from parti_jax.models import parti_config
 from parti_jax.sampling import model_folder
 from parti_jax.training import full_disk
 from parti_jax.training import manifest
+from parti_jax.training import staging
 from parti_jax.training import verification
 
 # What Orbax reads as JSON of a checkpoint.
@@ -41,9 +42,12 @@ class Checkpoints:
   """
 
   def __init__(self, model_dir, keep: int = 2):
-    self.directory = folder(model_dir)
+    self._staging = staging.Staging(model_dir, keep) if staging.is_needed(model_dir) else None
+    self.directory = self._staging.directory if self._staging else folder(model_dir)
     self.found = verification.newest_whole(self.directory, together=True)
     if jax.process_index() == 0:
+      if self._staging:
+        self._staging.move_aside(self.found.damaged)
       verification.move_aside(self.directory, self.found.damaged)
     self._writing: int | None = None
     self._bytes = 0
@@ -66,17 +70,24 @@ class Checkpoints:
 
   def newest_step(self) -> int | None:
     """Step of the newest checkpoint that is whole on the disk; None without one."""
-    return max(ocp.utils.checkpoint_steps(self.directory), default=None)
+    steps = (self._staging.steps() if self._staging else
+             ocp.utils.checkpoint_steps(self.directory))
+    return max(steps, default=None)
 
   def steps(self) -> list[int]:
     """Steps of the whole checkpoints, once what was started is written."""
     self._finish()
+    if self._staging:
+      self._staging.wait()
+      return self._staging.steps()
     return sorted(self._manager.all_steps())
 
   def check(self):
     """Raises what went wrong in the background; to be called now and then, such as each step."""
     if self._failure or (self._writing is not None and not self._manager.is_saving_in_progress()):
       self._finish()
+    if self._staging:
+      self._staging.check()
 
   def save(self, step: int, state, data: dict, model: dict):
     """Starts writing a checkpoint, once the one before is written; it counts when it is whole.
@@ -91,6 +102,8 @@ class Checkpoints:
       UserError: if the disk is full or can't be written; `check` and `close` raise it too.
     """
     self._finish()
+    if self._staging:
+      self._staging.wait()  # What is written next may remove what is being uploaded.
     self._writing = step
     self._bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     with full_disk.told(self.directory.parent, self._bytes):
@@ -121,8 +134,12 @@ class Checkpoints:
 
   def close(self):
     """Waits until what was started is written."""
-    self._finish()
-    self._manager.close()
+    try:
+      self._finish()
+      self._manager.close()
+    finally:
+      if self._staging:
+        self._staging.close()
 
   def _finish(self):
     """Waits for the checkpoint that is being written, and raises what went wrong with it."""
@@ -134,6 +151,8 @@ class Checkpoints:
       self._manager.wait_until_finished()
       if jax.process_index() == 0:
         manifest.seal(self.directory / str(self._writing))
+    if self._staging:
+      self._staging.upload(self._writing)
     self._writing = None
 
   def _fault(self, step: int) -> str | None:
@@ -178,6 +197,8 @@ def folder(model_dir) -> epath.Path:
 
 def has_checkpoint(model_dir) -> bool:
   """Whether a run has begun and written a whole checkpoint."""
+  if staging.is_needed(model_dir):
+    return bool(staging.steps(model_dir))
   directory = folder(model_dir)
   return directory.is_dir() and bool(ocp.utils.checkpoint_steps(directory))
 
@@ -185,13 +206,18 @@ def has_checkpoint(model_dir) -> bool:
 def latest_checkpoint(model_dir) -> epath.Path:
   """Folder of a run's newest whole checkpoint; says so if it is not the newest one.
 
-  Every file is read for it. Nothing is changed, since the run may be going on.
+  Every file is read for it. Nothing is changed, since the run may be going on. From a store that
+  Orbax can't read it is copied to a temporary folder that stays until the process ends.
 
   Raises:
     UserError: if the run's folder is missing or holds no whole checkpoint.
   """
-  directory = folder(model_dir)
-  if not directory.is_dir():
+  if staging.is_needed(model_dir):
+    there, directory = storage.is_folder(model_dir), staging.Staging(model_dir).directory
+  else:
+    directory = folder(model_dir)
+    there = directory.is_dir()
+  if not there:
     raise errors.UserError(
         f'{model_dir}: no training run there (no folder {directory.name}); give the --model_dir '
         'of a run')

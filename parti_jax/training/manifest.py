@@ -163,10 +163,7 @@ def _part_name(process: int) -> str:
 
 def _write(path: epath.Path, entries: dict[str, list]) -> None:
   """Writes entries with a digest of their own, whole or not at all."""
-  text = _text(entries)
-  unfinished = path.with_name(f'{path.name}.unfinished')
-  unfinished.write_text(text)
-  unfinished.replace(path)
+  storage.write(path, _text(entries))
 
 
 def _text(entries: dict[str, list]) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
+import tempfile
 import time
 
-from etils import epath
 import jax
 import numpy as np
 import tqdm
@@ -24,13 +26,13 @@ class Reporter:
 
   def __init__(self, model_dir, steps: int, step: int):
     self._leads = jax.process_index() == 0
-    self._directory = storage.as_epath(model_dir)
+    self._directory = model_dir
     self._bar = None
     if not self._leads:
       return
-    folder = self._directory / 'tensorboard'
-    _begin_session(folder, step)
-    self._writer = _tensorboard_writer(folder)
+    self._events = _Events(storage.join(model_dir, 'tensorboard'))
+    _begin_session(self._events.folder, step)
+    self._writer = _tensorboard_writer(self._events.folder)
     if sys.stderr.isatty():
       self._bar = tqdm.tqdm(total=steps, initial=step, unit='step', dynamic_ncols=True)
 
@@ -68,13 +70,13 @@ class Reporter:
     if not self._leads:
       return
     from PIL import Image  # pylint: disable=g-import-not-at-top
-    folder = self._directory / 'pictures'
-    folder.mkdir(parents=True, exist_ok=True)
     for name, images in grids.items():
       grid = tile(np.asarray(images))
       self._writer.write_images(step, {name: grid[None]})
-      with (folder / f'{name}_{step:08d}.png').open('wb') as file:
-        Image.fromarray(grid).save(file, 'PNG')
+      content = io.BytesIO()
+      Image.fromarray(grid).save(content, 'PNG')
+      storage.write(storage.join(self._directory, 'pictures', f'{name}_{step:08d}.png'),
+                    content.getvalue())
 
   def flush(self):
     """Waits until all metrics are in files: a checkpoint must not be older than they are.
@@ -83,6 +85,7 @@ class Reporter:
     """
     if self._leads:
       self._writer.flush()
+      self._events.upload()
 
   def close(self, skipped: dict[str, int]):
     """Says what data was skipped and flushes the metrics."""
@@ -94,6 +97,7 @@ class Reporter:
     if self._bar is not None:
       self._bar.close()
     self._writer.close()
+    self._events.upload()
 
 
 def tile(images: np.ndarray) -> np.ndarray:
@@ -107,12 +111,42 @@ def tile(images: np.ndarray) -> np.ndarray:
   return grid.reshape(rows * height, columns * width, channels)
 
 
-def _tensorboard_writer(folder: epath.Path):
+class _Events:
+  """Where TensorBoard's events are written, which is on a disk in any case.
+
+  Its writers append and know few stores. The files of this start are copied to others, each whole.
+
+  Attributes:
+    folder: the local folder to write to.
+
+  Args:
+    target: where the events go, a path or URL.
+  """
+
+  def __init__(self, target: str):
+    self._target, self._temporary = target, None
+    self.folder = os.fspath(storage.as_epath(target))
+    self._uploaded: dict[str, int] = {}
+    if storage.is_url(target):
+      self._temporary = tempfile.TemporaryDirectory(prefix='parti_jax_events_')
+      self.folder = self._temporary.name
+
+  def upload(self):
+    """Copies the files that have grown, if they are not where they belong already."""
+    if self._temporary is None:
+      return
+    for name, size in storage.sizes(self.folder).items():
+      if self._uploaded.get(name) != size:
+        storage.upload(os.path.join(self.folder, name), storage.join(self._target, name))
+        self._uploaded[name] = size
+
+
+def _tensorboard_writer(folder: str):
   from clu import metric_writers  # pylint: disable=g-import-not-at-top
-  return metric_writers.AsyncMultiWriter([metric_writers.SummaryWriter(str(folder))])
+  return metric_writers.AsyncMultiWriter([metric_writers.SummaryWriter(folder)])
 
 
-def _begin_session(folder: epath.Path, step: int):
+def _begin_session(folder: str, step: int):
   """Tells TensorBoard that what it has of steps after `step` is void, since they are done again.
 
   A killed run has come further than its last checkpoint. What is done again has the same losses,
@@ -123,7 +157,7 @@ def _begin_session(folder: epath.Path, step: int):
   from tensorboard.compat.proto import event_pb2
   from tensorboard.summary.writer import event_file_writer
 
-  writer = event_file_writer.EventFileWriter(str(folder))
+  writer = event_file_writer.EventFileWriter(folder)
   writer.add_event(event_pb2.Event(
       wall_time=time.time(), step=step + 1,
       session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START)))
