@@ -36,6 +36,8 @@ MAX_WEIGHTS = 2**31
 MAX_JSON = 2**26
 # Packages whose errors say something of the store and not of us.
 _STORE_PACKAGES = ('aiobotocore', 'aiohttp', 'botocore', 'gcsfs', 'google', 'requests', 's3fs')
+# What epath hands to fsspec.
+_EPATH_SCHEMES = ('gs', 's3', 'az', 'hf')
 # Errors that mean the same for objects as for local files.
 _OF_FILES = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
 
@@ -44,6 +46,13 @@ def is_url(path: str | os.PathLike[str]) -> bool:
   """Whether a path is a URL, such as gs://bucket/folder; file:// counts as a local path."""
   scheme, separator, _ = os.fspath(path).partition('://')
   return bool(separator) and scheme != 'file' and '/' not in scheme
+
+
+def check_local(path: str | os.PathLike[str]) -> None:
+  """Raises UserError for a URL where only local paths do; else a folder `s3:` would be made."""
+  if is_url(path):
+    raise UserError(f'{path}: only a local path does here; copy the folder, or mount the bucket as '
+                    'a folder')
 
 
 def join(path: str | os.PathLike[str], *names: str) -> str:
@@ -261,11 +270,22 @@ def remove_folder(path: str | os.PathLike[str]) -> None:
 
 
 def as_epath(path: str | os.PathLike[str]):
-  """Returns a path or URL as an etils.epath.Path, for libraries that take no other."""
+  """Returns a path or URL as an etils.epath.Path, for libraries that take no other.
+
+  Raises:
+    UserError: the package that reads such URLs is not installed, or epath knows none.
+  """
   from etils import epath  # pylint: disable=import-outside-toplevel
 
   if is_url(path):
+    import fsspec  # pylint: disable=import-outside-toplevel
+
     _configure()
+    scheme = os.fspath(path).partition('://')[0]
+    if scheme not in _EPATH_SCHEMES:
+      raise UserError(f'{path}: only paths and URLs of {", ".join(_EPATH_SCHEMES)} do here')
+    with _store_errors(path):
+      fsspec.get_filesystem_class(scheme)
   return epath.Path(_local(path))
 
 

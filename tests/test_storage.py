@@ -9,6 +9,9 @@ import pytest
 from parti_jax import errors
 from parti_jax import optional_packages
 from parti_jax import storage
+from parti_jax.data import token_cache
+from parti_jax.sampling import model_folder
+from parti_jax.sampling import pipeline
 
 
 @pytest.fixture(params=['local', 'memory', 's3', 'gs'])
@@ -110,6 +113,16 @@ def test_file_urls_are_local(tmp_path):
   (tmp_path / 'file').write_text('1')
   assert storage.glob(f'file://{tmp_path}/*') == [str(tmp_path / 'file')]
   assert storage.read(f'file://{tmp_path}/file', 1) == b'1'
+
+
+def test_model_folders_and_token_caches_are_local(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  for call in (lambda: pipeline.load('s3://bucket/model'),
+               lambda: model_folder.load('gs://bucket/model'),
+               lambda: token_cache.write_token_cache('gs://bucket/tokens', [], {})):
+    with pytest.raises(errors.UserError, match='://bucket/.*: only a local path does here'):
+      call()
+  assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize('kind', ['s3', 'gs'])

@@ -33,7 +33,7 @@ install_new() {
     "$home/uv/bin/uv" python install 3.12
     PYTHON=$("$home/uv/bin/uv" python find --managed-python 3.12)
   fi
-  install '.[data,tpu]'
+  install '.[data,tpu,gcs]'
 }
 
 start() {

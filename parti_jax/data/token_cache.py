@@ -20,6 +20,7 @@ import numpy as np
 
 from parti_jax import storage
 from parti_jax.data import example_files, tfrecords
+from parti_jax import storage
 from parti_jax.data.quiet_tensorflow import seqio, tf
 from parti_jax.data.sources import shuffled
 from parti_jax.errors import UserError
@@ -49,6 +50,7 @@ def write_token_cache(
     UserError: the folder holds tokens of another tokenizer, or can't be written.
     ValueError: tokens do not fit `info`, or an entry of `info` is missing.
   """
+  storage.check_local(folder)
   missing = [key for key in _INFO_KEYS if key not in info]
   if missing:
     raise ValueError(f'info lacks {", ".join(missing)}')

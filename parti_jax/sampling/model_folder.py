@@ -162,6 +162,7 @@ def save(
     UserError: if the folder exists and may not be replaced, the parameters or the vocabulary do
       not fit the sizes, a parameter is too large for the dtype, or nothing can be written.
   """
+  storage.check_local(folder)
   folder = pathlib.Path(folder)
   _check_target(folder, overwrite)
   if dtype not in STORED_DTYPES:
@@ -201,6 +202,7 @@ def load(folder) -> Model:
     UserError: if the folder or a file of it is missing, unfinished, of another format version,
       or if parameters are missing, unknown or of other shapes than the sizes say.
   """
+  storage.check_local(folder)
   folder = pathlib.Path(folder)
   _check_complete(folder)
   where = folder / CONFIG_FILE

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from parti_jax.data import vocabulary as vocabulary_lib
+from parti_jax import storage
 from parti_jax.errors import UserError
 from parti_jax.models import vit_vqgan
 from parti_jax.sampling import adaptive
@@ -384,6 +385,7 @@ def load(path=None, mesh=None, rules=None) -> Pipeline:
   Raises:
     UserError: if the folder is missing, unfinished, or no model folder; see `model_folder.load`.
   """
+  storage.check_local(DEMO_FOLDER if path is None else path)
   folder = pathlib.Path(DEMO_FOLDER if path is None else path)
   if (folder / 'checkpoints').is_dir() and not (folder / model_folder.CONFIG_FILE).exists():
     raise UserError(f'{folder} holds the checkpoints of a training run; turn them into a model '
