@@ -11,8 +11,12 @@ import pytest
 _DEVICES = '--xla_force_host_platform_device_count=8'
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
-if _DEVICES.split('=')[0] not in os.environ.get('XLA_FLAGS', ''):
-  os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_DEVICES}'.strip()
+# Most of the time of tiny models goes into compilation, most of which is LLVM's.
+_QUICK_COMPILATION = (
+    '--xla_backend_optimization_level=0', '--xla_llvm_disable_expensive_passes=true')
+for _flag in (_DEVICES, *_QUICK_COMPILATION):
+  if _flag.split('=')[0] not in os.environ.get('XLA_FLAGS', ''):
+    os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_flag}'.strip()
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 # Tests leave nothing in the user's cache folder.
 os.environ.setdefault('PARTI_JAX_CACHE', 'off')

@@ -20,7 +20,6 @@ import numpy as np
 
 from parti_jax import storage
 from parti_jax.data import example_files, tfrecords
-from parti_jax import storage
 from parti_jax.data.quiet_tensorflow import seqio, tf
 from parti_jax.data.sources import shuffled
 from parti_jax.errors import UserError

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 
 from etils import epath
@@ -194,20 +193,6 @@ def folder(model_dir) -> epath.Path:
   """Where the checkpoints of a run are: absolute, as Orbax wants it; so is `gs://...` as it is."""
   path = storage.as_epath(model_dir)
   return (path if storage.is_url(model_dir) else path.absolute()) / 'checkpoints'
-
-
-def check_place(model_dir) -> None:
-  """Raises UserError if a run can't be kept there.
-
-  Orbax writes local files and gs:// alone. Without this a run at another URL would begin, and end
-  with its first checkpoint.
-  """
-  if storage.is_url(model_dir) and not os.fspath(model_dir).startswith('gs://'):
-    raise errors.UserError(
-        f'--model_dir={model_dir}: checkpoints are written to local folders and gs:// alone; mount '
-        'this storage as a folder that can rename files, such as with s3fs-fuse, or train locally '
-        'and copy the folder')
-  folder(model_dir)
 
 
 def has_checkpoint(model_dir) -> bool:

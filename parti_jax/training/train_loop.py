@@ -39,7 +39,6 @@ def train(model_dir: str) -> dict[str, float]:
     UserError: if another run owns the folder; see `train_stage` for more.
   """
   hosts.check_connected()
-  checkpoints_lib.check_place(model_dir)
   with run_lock.RunLock(model_dir) as lock, journal_lib.Journal(model_dir) as journal:
     lock.tell(journal)
     return train_stage(model_dir, journal)
