@@ -55,7 +55,7 @@ def test_a_checkpoint_goes_on_on_other_meshes(tmp_path, train, monkeypatch, stag
   tiny_runs.write_pictures(tmp_path / 'pictures', 32)
   tiny_runs.write_tokens(tmp_path / 'tokens')
   if stage in tiny_runs.WITH_TOKENIZER:
-    train(tiny_runs.tokenizer_arguments(tmp_path))
+    train(tiny_runs.tokenizer_arguments(tmp_path, *FOR_PIPELINE['tokenizer']))
 
   def losses(name, steps, mesh):
     return train(tiny_runs.arguments(

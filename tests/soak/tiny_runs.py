@@ -83,7 +83,7 @@ def arguments(stage: str, folder, model_dir, *bindings) -> list[str]:
           f'--model_dir={model_dir}', *(f'--gin.{binding}' for binding in (*given, *bindings))]
 
 
-def tokenizer_arguments(folder) -> list[str]:
+def tokenizer_arguments(folder, *bindings) -> list[str]:
   """The command line that trains `tokenizer/` a little, for the stages that need one."""
   return arguments('tokenizer', folder, f'{folder}/tokenizer', 'train.steps = 2',
-                   'train.evaluate_every = 0')
+                   'train.evaluate_every = 0', *bindings)
