@@ -189,9 +189,9 @@ class _Recorder:
       init(run, trainer, model_dir, *args, **kwargs)
       self.write(begins=run.step)
 
-    def recorded_advance(run):
+    def recorded_advance(run, *args, **kwargs):
       self._kill_at('step', run.step)
-      return advance(run)
+      return advance(run, *args, **kwargs)
 
     def recorded_put(trainer, batch, *args, **kwargs):
       self.write(step=self._run.step + 1, batch=digest(batch))
@@ -201,11 +201,11 @@ class _Recorder:
       self.write(step=step, metrics=values)
       metrics(reporter, step, values)
 
-    def recorded_save(run):
+    def recorded_save(run, *args, **kwargs):
       self._kill_at('writing', run.step, lambda: any(
           'checkpoint-tmp' in path.name for path in self._checkpoints.iterdir()))
       self._kill_at('written', run.step, (self._checkpoints / str(run.step)).is_dir)
-      save(run)
+      save(run, *args, **kwargs)
 
     def killed(kind, function):
       def then(*args, **kwargs):
