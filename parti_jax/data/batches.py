@@ -14,6 +14,8 @@ from parti_jax.errors import UserError
 
 # Opening an epoch takes up to a second, so a small source is gone through several times in one.
 _LEAST_EXAMPLES = 2048
+# The share of an epoch that can't be used from which on something must be wrong with the source.
+_MUCH = 0.5
 # What a `tally.Reading` counts.
 _TALLIES = ('skipped', 'shortened')
 
@@ -226,6 +228,11 @@ class Batches:
           '%s: epoch %d ended after %d examples; so far skipped: %s; kept in part: %s',
           where, self._epoch, self._taken, skipped or 'none', shortened or 'none',
       )
+    lost = sum(self._reading.skipped.counts().values())
+    if lost > _MUCH * (lost + self._taken):
+      logging.error(
+          '%s: %d of %d examples of epoch %d of %s could not be used; look at what was skipped and '
+          'why before you go on', where, lost, lost + self._taken, self._epoch, _source(self._task))
     self._reading = tally.Reading()
     self._epoch += 1
     self._taken = 0

@@ -10,10 +10,10 @@ import re
 import shutil
 from collections.abc import Iterator
 
-from etils import epath
 import orbax.checkpoint as ocp
 
 from parti_jax import errors
+from parti_jax import storage
 from parti_jax.training import manifest
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
@@ -64,7 +64,7 @@ class _Quiet(logging.Filter):
 
 
 def _line(model_dir, code: int, checkpoint_bytes: int | None) -> str:
-  directory = epath.Path(model_dir) / 'checkpoints'
+  directory = storage.as_epath(model_dir) / 'checkpoints'
   with contextlib.suppress(OSError):
     steps = ocp.utils.checkpoint_steps(directory)
     if steps and checkpoint_bytes is None:

@@ -219,3 +219,12 @@ def test_a_task_works_with_seqio_alone(numbered):
   tasks.get_task('folder_images')
   dataset = seqio.get_mixture_or_task('folder_images').get_dataset(IMAGES, 'train', seed=0)
   assert sorted(int(e['images'][0, 0, 0]) for e in dataset) == list(range(6))
+
+
+@pytest.mark.parametrize('good, told', [(3, True), (5, False)])
+def test_a_source_that_is_mostly_damaged_is_told_loudly(folder, encode, caplog, good, told):
+  folder([('words', encode((i, 0, 0)) if i < good else b'bad') for i in range(good + 4)])
+  with caplog.at_level('ERROR', logger='absl'):
+    list(Batches('folder_images', 'train', 1, IMAGES, num_epochs=1))
+  loud = [line for line in caplog.messages if f'4 of {good + 4} examples of epoch 0' in line]
+  assert bool(loud) == told
