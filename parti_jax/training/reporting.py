@@ -30,6 +30,8 @@ class Reporter:
     self._bar = None
     if not self._leads:
       return
+    for left in storage.glob(storage.join(model_dir, 'pictures', '.*.unfinished')):
+      storage.remove(left)  # A kill came while it was written.
     self._events = _Events(storage.join(model_dir, 'tensorboard'))
     _begin_session(self._events.folder, step)
     self._writer = _tensorboard_writer(self._events.folder)

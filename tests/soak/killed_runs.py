@@ -251,7 +251,8 @@ def random_moment(draw: np.random.Generator, step: int, ahead: int) -> Moment:
 
   Delays are drawn over what each kind takes on a slow machine, small ones as often as large ones.
   """
-  kind = str(draw.choice(KINDS))
+  # Before the first checkpoint there is none to restore.
+  kind = str(draw.choice([kind for kind in KINDS if step or kind != 'restore']))
   longest = {'start': 3.0, 'restore': 0.3, 'step': 0.05, 'writing': 0.2, 'written': 0.02,
              'pictures': 0.05}[kind]
   return Moment(kind, step + int(draw.integers(ahead + 1)), longest * float(draw.random()) ** 2)

@@ -57,11 +57,14 @@ def test_steps_that_are_done_again_are_shown_once(tmp_path):
   before = reporting.Reporter(tmp_path, 4, 0)
   for step in (1, 2, 3):
     before.metrics(step, {'loss': 1.0 * step})
-  before.flush()  # The run is killed, and its last checkpoint is of step 1.
+  before.flush()  # The run is killed as it draws, and its last checkpoint is of step 1.
+  (tmp_path / 'pictures').mkdir()
+  (tmp_path / 'pictures' / '.samples_00000003.png.7.unfinished').write_bytes(b'half')
   # Files are read in the order of their names, which begin with the second of their start.
   for index, file in enumerate(sorted((tmp_path / 'tensorboard').iterdir())):
     file.rename(file.with_name(f'events.out.tfevents.{index}'))
   after = reporting.Reporter(tmp_path, 4, 1)
+  assert not list((tmp_path / 'pictures').iterdir())
   for step in (2, 3):
     after.metrics(step, {'loss': 10.0 * step})
   after.close({})
