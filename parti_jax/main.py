@@ -13,8 +13,11 @@ from collections.abc import Sequence
 import parti_jax
 from parti_jax import config
 from parti_jax import optional_packages
+from parti_jax import storage
 from parti_jax.errors import UserError
 
+# Commands whose --output_dir, or --output, may be a URL.
+_WRITE_TO_URLS = ('export', 'vocabulary')
 # command -> (module, one line of help)
 COMMANDS = {
     'generate': ('parti_jax.sampling.command', 'draw pictures for prompts'),
@@ -115,8 +118,16 @@ def _run(argv: Sequence[str]) -> int:
   if bindings and not hasattr(args, 'gin_file'):
     raise UserError(f'{_GIN_FLAG}{bindings[0]}: the command {name!r} takes no gin values')
   args.gin_bindings = bindings
+  if name not in _WRITE_TO_URLS:
+    _refuse_url(args)
   with config.translated_errors():
     return module.run(args)
+
+
+def _refuse_url(args: argparse.Namespace):
+  for flag in ('output_dir', 'output'):
+    if getattr(args, flag, None) is not None:
+      storage.check_local(getattr(args, flag))
 
 
 def _main_parser() -> argparse.ArgumentParser:

@@ -12,6 +12,7 @@ and for a package that is missing. Local files raise OSError as usual.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import glob as local_glob
@@ -19,6 +20,7 @@ import json
 import logging
 import os
 import pathlib
+import shutil
 import tempfile
 from collections.abc import Iterator
 from typing import IO, Any
@@ -287,6 +289,23 @@ def as_epath(path: str | os.PathLike[str]):
     with _store_errors(path):
       fsspec.get_filesystem_class(scheme)
   return epath.Path(_local(path))
+
+
+def local_folder(url: str, wanted: list[str]) -> str:
+  """Copies files of a folder, those of some names that are there, to a temporary local folder.
+
+  Args:
+    url: of the folder.
+    wanted: names of files.
+
+  Returns:
+    The local folder; it is removed when the process ends.
+  """
+  folder = tempfile.mkdtemp(prefix='parti_jax_')
+  atexit.register(shutil.rmtree, folder, ignore_errors=True)
+  for file in set(wanted) & set(names(url)):
+    download(join(url, file), os.path.join(folder, file))
+  return folder
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ import os
 import pathlib
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -34,6 +35,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from parti_jax import storage
 from parti_jax import storage
 from parti_jax.errors import UserError
 from parti_jax.models import coca
@@ -142,7 +144,7 @@ def save(
   """Writes a model folder; it appears complete or not at all.
 
   Args:
-    folder: to be made.
+    folder: to be made; a path or a URL, where config.json is uploaded last.
     parti_config: PartiConfig.
     parti_params: of Parti, with or without axis names.
     tokenizer_config: ViTVQGANConfig.
@@ -156,14 +158,13 @@ def save(
       are kept.
 
   Returns:
-    The folder, a pathlib.Path.
+    The folder, a pathlib.Path, or the URL as it is.
 
   Raises:
     UserError: if the folder exists and may not be replaced, the parameters or the vocabulary do
       not fit the sizes, a parameter is too large for the dtype, or nothing can be written.
   """
-  storage.check_local(folder)
-  folder = pathlib.Path(folder)
+  folder = folder if storage.is_url(folder) else pathlib.Path(folder)
   _check_target(folder, overwrite)
   if dtype not in STORED_DTYPES:
     raise UserError(f'dtype={dtype!r} is not one of {", ".join(STORED_DTYPES)}')
@@ -181,10 +182,12 @@ def save(
           **{name: sum(leaf.size for leaf in arrays.values())
              for name, arrays in stored.items()}},
       'provenance': provenance or {}}
-  with _replaced_folder(folder) as temporary:
+  filled = _uploaded_folder if storage.is_url(folder) else _replaced_folder
+  with filled(folder) as temporary:
     for name, arrays in stored.items():
       safetensors.numpy.save_file(arrays, temporary / parameter_file(name))
-    shutil.copyfile(vocabulary_path, temporary / VOCABULARY_FILE)
+    with storage.local_copy(vocabulary_path) as vocabulary:
+      shutil.copyfile(vocabulary, temporary / VOCABULARY_FILE)
     text = json.dumps(config, indent=2, ensure_ascii=False) + '\n'
     (temporary / CONFIG_FILE).write_text(text, encoding='utf-8')
   return folder
@@ -196,13 +199,18 @@ def load(folder) -> Model:
   On a CPU the networks compute in float32, elsewhere in bfloat16, whatever they were trained in.
 
   Args:
-    folder: as `save` wrote it.
+    folder: as `save` wrote it; a path, or a URL, whose files are copied to a temporary folder that
+      stays until the process ends.
 
   Raises:
     UserError: if the folder or a file of it is missing, unfinished, of another format version,
       or if parameters are missing, unknown or of other shapes than the sizes say.
   """
-  storage.check_local(folder)
+  if storage.is_url(folder):
+    names = [*FILES, *map(parameter_file, OPTIONAL)]
+    if CONFIG_FILE not in storage.names(folder):
+      raise UserError(f'{folder} is no model folder: it has no {CONFIG_FILE}')
+    folder = storage.local_folder(folder, names)
   folder = pathlib.Path(folder)
   _check_complete(folder)
   where = folder / CONFIG_FILE
@@ -355,13 +363,25 @@ def _check_sizes(parti, tokenizer, where: str):
                       'the generator was trained on the tokens of another tokenizer')
 
 
-def _check_target(folder: pathlib.Path, overwrite: bool):
-  if not os.path.lexists(folder):
+def _check_target(folder: pathlib.Path | str, overwrite: bool):
+  if not (storage.exists(folder) or os.path.lexists(folder)):
     return
-  if not (folder / CONFIG_FILE).is_file():
+  if not storage.exists(storage.join(folder, CONFIG_FILE)):
     raise UserError(f'{folder} exists and is no model folder; name another folder')
   if not overwrite:
     raise UserError(f'the model folder {folder} exists; name another one, or allow to overwrite it')
+
+
+@contextlib.contextmanager
+def _uploaded_folder(url: str):
+  """A temporary folder whose files go to a URL once it is filled; without config.json it's none."""
+  with tempfile.TemporaryDirectory(prefix='parti_jax_model_') as temporary:
+    yield pathlib.Path(temporary)
+    ours = {*FILES, *map(parameter_file, OPTIONAL)} & set(storage.names(url))
+    for name in sorted(ours, key=lambda name: name != CONFIG_FILE):
+      storage.remove(storage.join(url, name))
+    for name in sorted(os.listdir(temporary), key=lambda name: name == CONFIG_FILE):
+      storage.upload(os.path.join(temporary, name), storage.join(url, name))
 
 
 @contextlib.contextmanager

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from parti_jax.data import vocabulary as vocabulary_lib
 from parti_jax import storage
+from parti_jax.data import vocabulary as vocabulary_lib
 from parti_jax.errors import UserError
 from parti_jax.models import vit_vqgan
 from parti_jax.sampling import adaptive
@@ -375,7 +375,7 @@ def load(path=None, mesh=None, rules=None) -> Pipeline:
   """Loads a model.
 
   Args:
-    path: a model folder; None for the demo model that comes with the package.
+    path: a model folder, a path or a URL; None for the demo model that comes with the package.
     mesh: devices to spread the model over; one device by default.
     rules: logical axis rules, with a mesh.
 
@@ -385,7 +385,8 @@ def load(path=None, mesh=None, rules=None) -> Pipeline:
   Raises:
     UserError: if the folder is missing, unfinished, or no model folder; see `model_folder.load`.
   """
-  storage.check_local(DEMO_FOLDER if path is None else path)
+  if path is not None and storage.is_url(path):
+    return Pipeline(model_folder.load(path), storage.name(path), mesh, rules)
   folder = pathlib.Path(DEMO_FOLDER if path is None else path)
   if (folder / 'checkpoints').is_dir() and not (folder / model_folder.CONFIG_FILE).exists():
     raise UserError(f'{folder} holds the checkpoints of a training run; turn them into a model '

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import pathlib
 
 from parti_jax import errors
+from parti_jax import storage
 from parti_jax.sampling import flags
 from parti_jax.sampling import model_folder
 from parti_jax.sampling import settings
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
       vocabulary_path=args.vocabulary or base.vocabulary_path, sampling=sampling,
       dtype=args.dtype or (base.stored_as if base else 'float16'), overwrite=args.overwrite,
       provenance=provenance)
-  size = sum(file.stat().st_size for file in folder.iterdir())
+  size = sum(storage.sizes(folder).values())
   print(f'{folder}: {size / 1e6:.1f} MB; draw with: parti-jax generate PROMPT --model={folder}')
   return 0
 
@@ -73,7 +73,7 @@ def _check_flags(args: argparse.Namespace):
   if missing and not args.base:
     raise errors.UserError(f'{", ".join(missing)}: needed for a new model folder; or give --base, '
                            'a model folder that has the rest')
-  if args.vocabulary and not pathlib.Path(args.vocabulary).is_file():
+  if args.vocabulary and not storage.exists(args.vocabulary):
     raise errors.UserError(f'--vocabulary={args.vocabulary}: there is no such file; '
                            '`parti-jax vocabulary` makes one')
 

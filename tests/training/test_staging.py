@@ -9,8 +9,12 @@ import pytest
 
 from parti_jax import config
 from parti_jax import errors
+from parti_jax import main
 from parti_jax import storage
+from parti_jax.sampling import model_folder
+from parti_jax.sampling import pipeline
 from parti_jax.training import checkpoints
+from parti_jax.training import configurables  # pylint: disable=unused-import
 from parti_jax.training import staging
 from parti_jax.training import train_loop
 
@@ -73,6 +77,29 @@ def test_several_processes_are_refused(monkeypatch):
   with pytest.raises(errors.UserError, match='s3://bucket/run: .* mountpoint-s3'):
     staging.Staging('s3://bucket/run')
   assert not staging.is_needed('gs://bucket/run') and not staging.is_needed('/run')
+
+
+def test_models_by_url(s3_bucket, tmp_path, capsys):
+  url = f'{s3_bucket}/{tmp_path.name}/model'
+  demo = str(pipeline.DEMO_FOLDER)
+  assert main.main(['export', f'--base={demo}', f'--output_dir={url}', '--dtype=float32']) == 0
+  vocabulary = storage.join(url, 'vocabulary.model')
+  again = ['export', f'--base={url}', f'--vocabulary={vocabulary}', f'--output_dir={url}']
+  assert main.main(again) == 2 and 'exists; name another' in capsys.readouterr().err
+  assert main.main([*again, '--overwrite']) == 0
+  assert f'draw with: parti-jax generate PROMPT --model={url}' in capsys.readouterr().out
+  model, base = model_folder.load(url), model_folder.load(demo)
+  assert model.stored_as == 'float32' and model.vocabulary_path.is_file()
+  jax.tree.map(np.testing.assert_array_equal, model.parti_params, base.parti_params)
+  with pytest.raises(errors.UserError, match='no-model is no model folder'):
+    pipeline.load(f'{s3_bucket}/no-model')
+
+
+@pytest.mark.parametrize('command', ['tokenize', 'generate'])
+def test_other_output_by_url_is_refused(command, capsys):
+  needed = {'tokenize': ['--tokenizer=runs/none'], 'generate': ['a heart']}[command]
+  assert main.main([command, *needed, '--output_dir=s3://bucket/tokens']) == 2
+  assert 's3://bucket/tokens: only a local path' in capsys.readouterr().err
 
 
 def _train(run, steps, bindings):
