@@ -36,7 +36,6 @@ import safetensors
 import safetensors.numpy
 
 from parti_jax import storage
-from parti_jax import storage
 from parti_jax.errors import UserError
 from parti_jax.models import coca
 from parti_jax.models import parti as parti_lib
