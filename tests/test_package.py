@@ -37,7 +37,7 @@ _MAY_IMPORT = {
     'storage': {'errors', 'optional_packages'},
     'config': {'errors', 'optional_packages'},
     '__init__': {'sampling'},
-    'main': {'config', 'errors', 'optional_packages'},
+    'main': {'config', 'errors', 'optional_packages', 'storage'},
     'train': {'main'},
 }
 _TENSORFLOW = {'tensorflow', 'tensorflow_datasets', 'tensorflow_text', 'seqio', 'clu'}
