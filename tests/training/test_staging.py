@@ -30,7 +30,8 @@ def _save(run, *steps):
 
 
 def _damage(run, step):
-  file = next(name for name in storage.sizes(run) if name.startswith(f'checkpoints/{step}/state/d/'))
+  within = f'checkpoints/{step}/state/d/'
+  file = next(name for name in storage.sizes(run) if name.startswith(within))
   storage.write(storage.join(run, file), b'too short')
 
 
