@@ -5,9 +5,9 @@ from the usual places: AWS_* and the files of `aws configure`, AWS_ENDPOINT_URL,
 GOOGLE_APPLICATION_CREDENTIALS and gcloud's defaults, STORAGE_EMULATOR_HOST. Orbax reaches the same
 file systems through etils.epath, which importing this module sees to.
 
-Errors of all functions: FileNotFoundError, FileExistsError and IsADirectoryError as for local files;
-UserError, which names the URL, for a store that can't be reached, is not there or lets one not in,
-and for a package that is missing. Local files raise OSError as usual.
+Errors of all functions: FileNotFoundError, FileExistsError and IsADirectoryError as for local
+files; UserError, which names the URL, for a store that can't be reached, is not there or lets one
+not in, and for a package that is missing. Local files raise OSError as usual.
 """
 
 from __future__ import annotations

@@ -4,14 +4,13 @@ import contextlib
 import pathlib
 import socket
 
+import numpy as np
 import pytest
 
 from parti_jax import errors
 from parti_jax import optional_packages
 from parti_jax import storage
 from parti_jax.data import token_cache
-from parti_jax.sampling import model_folder
-from parti_jax.sampling import pipeline
 
 
 @pytest.fixture(params=['local', 'memory', 's3', 'gs'])
@@ -115,14 +114,24 @@ def test_file_urls_are_local(tmp_path):
   assert storage.read(f'file://{tmp_path}/file', 1) == b'1'
 
 
-def test_model_folders_and_token_caches_are_local(tmp_path, monkeypatch):
+def test_token_caches_are_written_to_disks_alone(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  for call in (lambda: pipeline.load('s3://bucket/model'),
-               lambda: model_folder.load('gs://bucket/model'),
-               lambda: token_cache.write_token_cache('gs://bucket/tokens', [], {})):
-    with pytest.raises(errors.UserError, match='://bucket/.*: only a local path does here'):
-      call()
+  with pytest.raises(errors.UserError, match='://bucket/.*: only a local path does here'):
+    token_cache.write_token_cache('gs://bucket/tokens', [], {})
   assert not list(tmp_path.iterdir())
+
+
+def test_a_token_cache_is_read_from_a_store(tmp_path, s3_bucket):
+  info = {'codebook_size': 8, 'image_tokens': 4, 'tokenizer': 'none'}
+  examples = [(f'words {i}', np.arange(4) + i) for i in range(3)]
+  token_cache.write_token_cache(str(tmp_path / 'tokens'), examples, info)
+  url = s3_bucket + '/tokens'
+  for path in (tmp_path / 'tokens').iterdir():
+    storage.upload(path, f'{url}/{path.name}')
+  read = token_cache.TokenCacheSource(url).get_dataset('train', shuffle=False)
+  for example, (caption, tokens) in zip(read.as_numpy_iterator(), examples, strict=True):
+    assert example['caption'].decode() == caption
+    np.testing.assert_array_equal(example['targets'], tokens)
 
 
 @pytest.mark.parametrize('kind', ['s3', 'gs'])
