@@ -160,13 +160,15 @@ def test_going_on_decodes_no_earlier_example(folder, encode, monkeypatch):
   before = Batches('folder_pairs', 'train', 2, PAIRS, num_epochs=1)
   for _ in range(3):
     next(before)
+  place = before.state()
+  list(before)  # It must not decode in advance while it is counted.
   decoded, decode = [], decoding.decode
   monkeypatch.setattr(decoding, 'decode', lambda *args: decoded.append(1) or decode(*args))
   resumed = Batches('folder_pairs', 'train', 2, PAIRS, num_epochs=1)
   list(resumed)
   whole = len(decoded)
   decoded.clear()
-  resumed.restore(before.state())
+  resumed.restore(place)
   rest = list(resumed)
   assert whole == 11 and len(decoded) <= 6 and len(rest) >= 1
   assert resumed.skipped == {'unknown picture format': 3, 'no caption': 1}

@@ -35,7 +35,9 @@ def _start(tmp_path):
     (tmp_path / 'statuses').write_text(''.join(f'{status}\n' for status in statuses))
     return subprocess.Popen([SCRIPT, *flags, './command', *command], cwd=tmp_path, text=True,
                             env=os.environ | {'KEEP_RUNNING_SECONDS': '0'},
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            # What runs in the background of a shell without jobs ignores it.
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
   return start
 
 
