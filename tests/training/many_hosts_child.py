@@ -48,10 +48,10 @@ def patch(record, is_victim, signal_name, at_step):
     # pylint: disable-next=protected-access
     write(begins=run.step, digest=digest(run), places=run._examples.state()['places'])
 
-  def recorded_save(run):
+  def recorded_save(run, last=False):
     # pylint: disable-next=protected-access
     write(saves=run.step, digest=digest(run), places=run._examples.state()['places'])
-    save(run)
+    save(run, last)
 
   def recorded_advance(run):
     if is_victim and run.step == at_step:
