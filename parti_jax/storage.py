@@ -316,8 +316,7 @@ def local_copy(path: str | os.PathLike[str]) -> Iterator[str]:
     return
   with tempfile.TemporaryDirectory(prefix='parti_jax_') as folder:
     copy = os.path.join(folder, name(path))
-    with _store_errors(path):
-      _file_system(path).get_file(os.fspath(path), copy)
+    download(path, copy)
     yield copy
 
 

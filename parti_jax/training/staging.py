@@ -19,6 +19,7 @@ import jax
 from parti_jax import errors
 from parti_jax import storage
 from parti_jax.training import manifest
+from parti_jax.training import verification
 
 _THREADS = 8
 
@@ -65,10 +66,7 @@ class Staging:
     """Renames damaged checkpoints in the store, as `verification.move_aside` does on a disk."""
     there = storage.names(self._url)
     for bad in damaged:
-      target, number = f'{bad.step}.damaged', 1
-      while target in there:
-        number += 1
-        target = f'{bad.step}.damaged-{number}'
+      target = verification.free_name(bad.step, there.__contains__)
       storage.move_folder(self._step(bad.step), storage.join(self._url, target))
 
   def upload(self, step: int) -> None:

@@ -102,16 +102,22 @@ def move_aside(directory: epath.Path, damaged: Sequence[Damaged]) -> None:
     UserError: if they can't be renamed.
   """
   for bad in damaged:
-    target, number = directory / f'{bad.step}.damaged', 1
-    while target.exists():
-      number += 1
-      target = directory / f'{bad.step}.damaged-{number}'
+    target = directory / free_name(bad.step, lambda name: (directory / name).exists())
     try:
       (directory / str(bad.step)).rename(target)
     except OSError as error:
       raise errors.UserError(
           f"{directory / str(bad.step)}: damaged ({bad.fault}), and it can't be renamed: "
           f'{error.strerror or error}; move it away') from error
+
+
+def free_name(step: int, taken: Callable[[str], bool]) -> str:
+  """A name for a damaged checkpoint of a step, of which `taken` says that none has it."""
+  name, number = f'{step}.damaged', 1
+  while taken(name):
+    number += 1
+    name = f'{step}.damaged-{number}'
+  return name
 
 
 class KeepWhole:
