@@ -30,6 +30,8 @@ _MAY_IMPORT = {
     'planning': {'models', 'partitioning', 'sampling', 'training', *_LEAVES},
     'training': {'models', 'data', 'partitioning', 'sampling', *_LEAVES},
     'evaluation': {'models', 'data', 'partitioning', 'sampling', *_LEAVES},
+    # For t5x' own commands; only the table of commands names it.
+    't5x': {'training', 'evaluation', 'sampling', 'models', 'data', 'partitioning', *_LEAVES},
     'errors': set(),
     'optional_packages': set(),
     'compilation_cache': set(),
@@ -80,6 +82,12 @@ def test_models_and_sampling_know_no_tensorflow(path):
   assert not {name.split('.')[0] for name in _imports(path)} & _TENSORFLOW
 
 
+@pytest.mark.parametrize('path', [path for path in _modules() if _part(path) != 't5x'],
+                         ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_only_its_own_part_knows_t5x(path):
+  assert not {name.split('.')[0] for name in _imports(path)} & {'t5x', 'airio', 'jestimator'}
+
+
 def _requirements(extra):
   """Returns the distributions that setup.cfg names for everybody, or for an extra."""
   setup = configparser.ConfigParser()
@@ -93,12 +101,14 @@ def _requirements(extra):
 @pytest.mark.parametrize('path', _modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_every_import_is_of_a_declared_package(path):
   declared = _requirements(None)
-  if _part(path) in ('data', 'training', 'evaluation'):
+  if _part(path) in ('data', 'training', 'evaluation', 't5x'):
     declared |= _requirements('data')
   if _part(path) == 'training':
     declared |= _requirements('lpips')
   if _part(path) == 'evaluation':
     declared |= _requirements('fidelity')
+  if _part(path) == 't5x':
+    declared |= _requirements('t5x')
   owners = importlib.metadata.packages_distributions()
   for name in {name.split('.')[0] for name in _imports(path)} - {'parti_jax'}:
     if name not in sys.stdlib_module_names:

@@ -90,6 +90,13 @@ def use(mesh):
 
 
 @contextlib.contextmanager
+def traced_on(mesh):
+  """`use` inside a jit, where JAX's own current mesh may only be an abstract one."""
+  with _set_current(mesh), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    yield
+
+
+@contextlib.contextmanager
 def unused():
   """A context in which `current()` is None, for what is traced for its shapes alone."""
   with _set_current(None):
@@ -106,7 +113,7 @@ def _set_current(mesh):
 
 
 def current():
-  """The mesh of the innermost `use`, or None outside of one."""
+  """The mesh of the innermost `use` or `traced_on`, or None outside of one."""
   return _current.get()
 
 

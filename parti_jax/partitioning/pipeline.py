@@ -88,7 +88,7 @@ def schedule(layers: int, batch: int, groups: int = 1, layers_per_visit: int = 1
     UserError: if the layers do not divide among the stages.
   """
   mesh = mesh_lib.current()
-  stages = 1 if mesh is None else mesh.shape['stage']
+  stages = 1 if mesh is None else mesh.shape.get('stage', 1)
   if stages == 1:
     return None
   if layers % (stages * layers_per_visit):

@@ -1,0 +1,355 @@
+"""Parti and its image tokenizer as models of t5x, around the very modules that we train."""
+
+from __future__ import annotations
+
+from typing import Any, Mapping, Sequence
+
+import flax.core
+import jax
+import jax.numpy as jnp
+import numpy as np
+import seqio
+from t5x import decoding
+from t5x import losses
+from t5x import metrics as t5x_metrics
+from t5x import models as t5x_models
+
+from parti_jax import errors
+from parti_jax.data import feature_converter
+from parti_jax.data import vocabulary
+from parti_jax.models import layer_stack
+from parti_jax.models import layers
+from parti_jax.models import parti
+from parti_jax.sampling import decoding as our_decoding
+from parti_jax.sampling import parameters
+from parti_jax.t5x import logical_axes
+from parti_jax.training import tokenizer_stage
+
+# No image token ends a picture, so that decoding functions look for one that there is not.
+_NO_EOS = -1
+
+
+def _keys(rng, batch: int) -> layers.DropoutKeys | None:
+  """Keys of dropout from t5x's key, which may be one of JAX's older, untyped ones."""
+  if rng is None:
+    return None
+  if not jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
+    rng = jax.random.wrap_key_data(rng)
+  return layers.dropout_keys(rng, batch)
+
+
+class PartiModel(t5x_models.BaseTransformerModel):
+  """Text to image tokens (Parti, section 2.2).
+
+  A batch has 'encoder_input_tokens' int32 [batch, text_length], padded with 0,
+  'decoder_target_tokens' int32 [batch, image_length], each in [0, codebook_size), where 0 is a code
+  like any other, and 'decoder_loss_weights' float32 [batch, image_length].
+
+  Args:
+    module: the network.
+    optimizer_def: of `parti_jax.t5x.optimizers`, or any of t5x's.
+    input_vocabulary: of the tasks' feature 'inputs'; None is that of a vocabulary of exactly
+      `PartiConfig.text_vocabulary` pieces.
+    output_vocabulary: of the tasks' feature 'targets'; None is the codebook's.
+    decode_fn: how image tokens are chosen from their logits, as t5x calls it: `temperature_sample`
+      or `beam_search` of t5x.decoding, or one's own.
+    guidance_scale: of classifier-free guidance (Parti, section 2.4); whatever `decode_fn` is, it
+      gets the guided logits. 1 for none, which takes half the time.
+    depth_loss_weights: as in GeneratorStage, for early exit.
+    label_smoothing: as in t5x, as the next two.
+    z_loss: see `label_smoothing`.
+    loss_normalizing_factor: what the sum over tokens is divided by. The default gives the mean over
+      the batch's image tokens. With `Trainer.num_microbatches` t5x adds the gradients of each
+      microbatch's loss up, so that the number of image tokens of the whole batch says the same.
+
+  Raises:
+    UserError: if a vocabulary or the weights do not fit the network.
+  """
+
+  FEATURE_CONVERTER_CLS = feature_converter.PartiFeatureConverter
+
+  def __init__(
+      self, module: parti.Parti, optimizer_def, input_vocabulary: seqio.Vocabulary | None = None,
+      output_vocabulary: seqio.Vocabulary | None = None,
+      decode_fn=decoding.temperature_sample, guidance_scale: float = 1.0,
+      depth_loss_weights: Sequence[float] | None = None, label_smoothing: float = 0.0,
+      z_loss: float = 0.0, loss_normalizing_factor='NUM_REAL_TARGET_TOKENS'):
+    config = module.config
+    if input_vocabulary is None:
+      input_vocabulary = seqio.PassThroughVocabulary(
+          config.text_vocabulary, eos_id=vocabulary.EOS_ID)
+    if output_vocabulary is None:
+      output_vocabulary = seqio.PassThroughVocabulary(config.codebook_size)
+    for name, found, key in (('input', input_vocabulary, 'text_vocabulary'),
+                             ('output', output_vocabulary, 'codebook_size')):
+      if found.vocab_size > getattr(config, key):
+        raise errors.UserError(
+            f'PartiModel.{name}_vocabulary has {found.vocab_size} ids, and the network knows '
+            f'PartiConfig.{key}={getattr(config, key)}; raise that, or choose another task')
+    self.guidance_scale = guidance_scale
+    self._depth_weights = _check_depth_weights(depth_loss_weights, config)
+    super().__init__(
+        module, input_vocabulary, output_vocabulary, optimizer_def, decode_fn, label_smoothing,
+        z_loss, loss_normalizing_factor)
+
+  def get_initial_variables(self, rng, input_shapes, input_types=None):
+    """Parameters and the logical names of their axes; arguments as in t5x.
+
+    Raises:
+      UserError: if the features' lengths are not those of the network.
+    """
+    del input_types
+    config = self.module.config
+    for feature, key, length in (('inputs', 'text_length', config.text_length),
+                                 ('targets', 'grid', config.image_length)):
+      name = 'encoder_input_tokens' if feature == 'inputs' else 'decoder_target_tokens'
+      if input_shapes[name][1] != length:
+        raise errors.UserError(
+            f'TASK_FEATURE_LENGTHS[{feature!r}]={input_shapes[name][1]} is not the {length} of '
+            f'PartiConfig.{key}; make them the same')
+    with logical_axes.bound():
+      boxed = self.module.init(rng, *parti.example_inputs(config))['params']
+      return logical_axes.variables(boxed)
+
+  def _apply(self, params, *args, **kwargs):
+    with logical_axes.bound():
+      return self.module.apply({'params': flax.core.unfreeze(params)}, *args, **kwargs)
+
+  def _inputs(self, batch, dropout_rng):
+    tokens = batch['encoder_input_tokens']
+    return tokens, batch['decoder_target_tokens'], _keys(dropout_rng, tokens.shape[0])
+
+  def _compute_logits(self, params, batch, dropout_rng=None):
+    """float32 [batch, image_length, codebook_size]."""
+    return self._apply(params, *self._inputs(batch, dropout_rng))
+
+  def loss_fn(self, params, batch, dropout_rng):
+    """The mean cross entropy of image tokens, and t5x's metrics; arguments as in t5x."""
+    if self._depth_weights is None:
+      return super().loss_fn(params, batch, dropout_rng)
+    factor, weights = losses.get_loss_normalizing_factor_and_weights(
+        self._loss_normalizing_factor, batch)
+    states = self._apply(params, *self._inputs(batch, dropout_rng), method='states')
+
+    def of_logits(logits):
+      return losses.compute_weighted_cross_entropy(
+          logits, batch['decoder_target_tokens'], weights, self._label_smoothing, self._z_loss,
+          factor)[:2]
+
+    def of_layer(states):
+      return jnp.stack(of_logits(self._apply(params, states, method='predict')))
+
+    # One layer's logits after the other: those of all layers would not fit the memory.
+    shares = self._depth_weights
+    before = np.flatnonzero(shares[:-1])
+    logits = self._apply(params, states[-1], method='predict')
+    of_last = jnp.stack(of_logits(logits))
+    total = shares[-1] * of_last
+    if before.size:
+      of_others = jax.lax.map(
+          layer_stack.remat(of_layer, self.module.config.remat), states[before])
+      total += jnp.sum(of_others * shares[before][:, None], axis=0)
+    metrics = self._compute_metrics(
+        logits=logits, targets=batch['decoder_target_tokens'], mask=weights, loss=total[0],
+        z_loss=total[1], segment_ids={
+            'encoder_input_tokens': batch['encoder_input_tokens'] != 0})
+    metrics['last_layer_loss'] = t5x_metrics.AveragePerStep(total=of_last[0])
+    return total[0], metrics
+
+  def eval_fn(self, params, batch):
+    """The last layer's loss without dropout, and t5x's metrics; arguments as in t5x."""
+    return super().loss_fn(params, batch, None)
+
+  def _compute_metrics(self, *, mask, segment_ids, **others):
+    # Code 0 is no padding; the weights say what is.
+    segment_ids = {**segment_ids, 'decoder_target_tokens': mask > 0}
+    return super()._compute_metrics(mask=mask, segment_ids=segment_ids, **others)
+
+  def score_batch(self, params, batch, return_intermediates: bool = False):
+    """Log likelihood of the image tokens given the text.
+
+    Args:
+      params: the parameters.
+      batch: see the class.
+      return_intermediates: whether to return what it is made of too.
+
+    Returns:
+      float32 [batch]; and with `return_intermediates` {'decoder': {'token_scores',
+      'target_tokens', 'loss_weights'}}, each a tuple of one array [batch, image_length].
+    """
+    targets, weights = batch['decoder_target_tokens'], batch['decoder_loss_weights']
+    of_tokens, _ = layers.cross_entropy(self._compute_logits(params, batch), targets)
+    of_tokens = -of_tokens * weights
+    scores = jnp.sum(of_tokens, axis=-1)
+    if not return_intermediates:
+      return scores
+    return scores, {'decoder': {'token_scores': (of_tokens,), 'target_tokens': (targets,),
+                                'loss_weights': (weights,)}}
+
+  def predict_batch_with_aux(
+      self, params, batch, rng=None, decoder_params: Mapping[str, Any] | None = None,
+      return_all_decodes: bool = False, num_decodes: int = 1):
+    """Draws image tokens for texts, with a cache.
+
+    Args:
+      params: the parameters.
+      batch: 'encoder_input_tokens', see the class; the rest is not looked at.
+      rng: a key for `decode_fn`.
+      decoder_params: further arguments of `decode_fn`.
+      return_all_decodes: whether to return all pictures of a text instead of the likeliest.
+      num_decodes: pictures to draw for each text.
+
+    Returns:
+      int32 [batch, image_length] and {'scores': float32 [batch]}, log likelihoods of what was
+      drawn as `decode_fn` counts them; with `return_all_decodes` [batch, num_decodes,
+      image_length] and [batch, num_decodes], the likeliest last.
+    """
+    config, guided = self.module.config, self.guidance_scale != 1.0
+    texts = batch['encoder_input_tokens']
+    if guided:
+      texts = our_decoding.with_and_without(texts)
+    cut = parameters.cut(config, flax.core.unfreeze(params))
+    memories, mask, caches = self._apply(cut.shared, texts, cut.layers, method='start')
+    of_image = lambda array: array.reshape((-1, 2 if guided else 1) + array.shape[1:])
+    of_text = lambda array: array.reshape((-1,) + array.shape[2:])
+    memories, mask = jax.tree.map(
+        lambda array: of_text(decoding.flat_batch_beam_expand(of_image(array), num_decodes)),
+        (memories, mask))
+
+    def tokens_to_logits(state: decoding.DecodingState):
+      caches = [tuple(of_text(state.cache[f'layer_{layer}'][part]) for part in ('key', 'value'))
+                for layer in range(config.decoder_layers)]
+      logits, caches = self._apply(
+          cut.shared, jnp.repeat(state.cur_token[:, 0], 2 if guided else 1), caches, cut.layers,
+          memories, mask, jnp.max(state.cur_index), method='step')
+      if guided:
+        logits = our_decoding.guide(logits, self.guidance_scale)
+      return logits, _named(jax.tree.map(of_image, caches))
+
+    arguments = {'eos_id': _NO_EOS, 'decode_rng': rng} | dict(decoder_params or {})
+    decodes, scores = self._decode_fn(
+        inputs=jnp.zeros((batch['encoder_input_tokens'].shape[0], config.image_length), jnp.int32),
+        cache=_named(jax.tree.map(of_image, caches)), tokens_to_logits=tokens_to_logits,
+        num_decodes=num_decodes, cache_offset=0, **arguments)
+    if return_all_decodes:
+      return decodes, {'scores': scores}
+    return decodes[:, -1], {'scores': scores[:, -1]}
+
+
+def _named(caches):
+  """Caches of layers as a tree of dicts, which is what t5x maps over."""
+  return {f'layer_{layer}': dict(zip(('key', 'value'), parts))
+          for layer, parts in enumerate(caches)}
+
+
+def _check_depth_weights(weights, config) -> np.ndarray | None:
+  """The weights scaled to sum to 1, float32 [decoder_layers]."""
+  if weights is None:
+    return None
+  if len(weights) != config.decoder_layers or min(weights) < 0 or weights[-1] <= 0:
+    raise errors.UserError(
+        f'PartiModel.depth_loss_weights={tuple(weights)!r} must be {config.decoder_layers} numbers, '
+        'one for each of PartiConfig.decoder_layers, not negative and the last above 0')
+  weights = np.array(weights, np.float32)
+  return weights / weights.sum()
+
+
+class TokenizerModel(t5x_models.BaseModel):
+  """The image tokenizer (ViT-VQGAN, section 3), as far as t5x's contract allows.
+
+  A batch has 'images' uint8 [batch, height, width, 3]. The use of codes is carried in the state's
+  mutables: 'statistics' with 'code_use' float32 [codebook_size] and 'step' int32 [], calls of
+  `loss_fn` so far (with microbatches one for each).
+
+  Args:
+    stage: the losses and what goes with them.
+    optimizer_def: as PartiModel.
+
+  Raises:
+    UserError: if the stage needs what t5x has no place for: a second optimiser (a discriminator),
+      parameters that something but the optimiser sets (revival of codes, frozen parts, an average
+      of the weights), or other networks' weights (LPIPS, a first phase).
+  """
+
+  FEATURE_CONVERTER_CLS = feature_converter.PictureFeatureConverter
+  # Attributes of the stage that are off, and the values that turn them off.
+  _OFF = {'adversarial_weight': 0.0, 'perceptual_weight': 0.0, 'ema': 0.0, 'revive_every': 0,
+          'frozen': (), 'first_phase': None}
+
+  def __init__(self, stage: tokenizer_stage.TokenizerStage, optimizer_def):
+    for name, off in self._OFF.items():
+      if getattr(stage, name) != off:
+        raise errors.UserError(
+            f'TokenizerStage.{name}={getattr(stage, name)!r}: t5x has no place for it; set it to '
+            f'{off!r}, or train with parti-jax train')
+    self.stage = stage
+    super().__init__(optimizer_def)
+
+  def get_initial_variables(self, rng, input_shapes, input_types=None):
+    """Parameters, the logical names of their axes, and mutables; arguments as in t5x.
+
+    Raises:
+      UserError: if the pictures are not of the network's size.
+    """
+    del input_types
+    size = self.stage.model.image_size
+    if input_shapes['images'][1] != size:
+      raise errors.UserError(
+          f"TASK_FEATURE_LENGTHS['images']={input_shapes['images'][1]} is not "
+          f'ViTVQGANConfig.image_size={size}; make them the same')
+    with logical_axes.bound():
+      boxed = self.stage.init(rng)
+      statistics = self.stage.initial_statistics() | {'step': jnp.zeros((), jnp.int32)}
+      return logical_axes.variables(boxed, statistics=statistics)
+
+  def _loss(self, params, batch, step):
+    with logical_axes.bound():
+      return self.stage.loss(flax.core.unfreeze(params), batch, None, step)
+
+  def _metrics(self, batch, values):
+    count = len(batch['images'])
+    return {name: t5x_metrics.AveragePerStep(total=value) for name, value in values.items()} | {
+        'timing/seqs_per_second': t5x_metrics.TimeRate.from_model_output(numerator=count),
+        'timing/steps_per_second': t5x_metrics.StepsPerTime.from_model_output()}
+
+  def loss_fn(self, params, batch, dropout_rng, flax_mutables):
+    """The training loss; arguments as in t5x.
+
+    Returns:
+      float32 [], and t5x's metrics with the mutables of the next step.
+    """
+    del dropout_rng  # There is no dropout.
+    before = flax.core.unfreeze(flax_mutables)['statistics']
+    step = before['step']
+    loss, aux = self._loss(params, batch, step)
+    aux = jax.lax.stop_gradient(aux)
+    _, after, more = self.stage.after_step(
+        params, {'code_use': before['code_use']}, aux, step, None)
+    mutables = flax.core.freeze({'statistics': after | {'step': step + 1}})
+    return loss, (self._metrics(batch, aux['metrics'] | more), mutables)
+
+  def eval_fn(self, params, batch, flax_mutables):
+    """The loss of quantized latents, and t5x's metrics; arguments as in t5x."""
+    del flax_mutables
+    loss, aux = self._loss(params, batch, jnp.int32(self.stage.quantize_from))
+    return loss, self._metrics(batch, aux['metrics'])
+
+  def _evaluate(self, params, batch):
+    with logical_axes.bound():
+      return self.stage.evaluate(flax.core.unfreeze(params), batch)
+
+  def predict_batch_with_aux(self, params, batch, rng=None):
+    """Image tokens int32 [batch, image_length]; and 'l2', 'psnr' (dB) float32 [batch]."""
+    del rng
+    measures = self._evaluate(params, batch)
+    return measures.pop('tokens'), measures
+
+  def score_batch(self, params, batch, return_intermediates: bool = False):
+    """Minus the mean squared error of the reconstructions, float32 [batch].
+
+    Raises:
+      UserError: if intermediates are asked for; there are none.
+    """
+    if return_intermediates:
+      raise errors.UserError('TokenizerModel.score_batch has no intermediates')
+    return -self._evaluate(params, batch)['l2']

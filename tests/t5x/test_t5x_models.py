@@ -1,0 +1,224 @@
+"""Parti as a model of t5x: its parameters' axes, losses, scores and drawing, on t5x's own mesh."""
+
+import flax.core
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytest.importorskip('t5x.models', reason='t5x is not installed; README, "With t5x", says how')
+
+import seqio
+from t5x import decoding
+from t5x import partitioning
+from t5x import trainer as t5x_trainer
+from t5x import utils
+
+from parti_jax import errors
+from parti_jax.models import layers
+from parti_jax.models import parti
+from parti_jax.models import parti_config
+from parti_jax.models import vit_vqgan
+from parti_jax.sampling import decoding as our_decoding
+from parti_jax.sampling import parameters
+from parti_jax.t5x import models
+from parti_jax.t5x import optimizers
+from parti_jax.training import generator_stage
+from parti_jax.training import optimizers as our_optimizers
+from parti_jax.training import tokenizer_stage
+
+# Wide enough for Adafactor to factor the moment of the embeddings.
+CONFIG = parti_config.PartiConfig(
+    encoder_layers=1, decoder_layers=2, width=128, mlp_width=256, heads=4, text_vocabulary=160,
+    text_length=6, codebook_size=32, grid=(2, 3), dropout=0.1, dtype='float32')
+SHAPES = {'encoder_input_tokens': (4, 6), 'decoder_target_tokens': (4, 6),
+          'decoder_loss_weights': (4, 6)}
+TYPES = {'encoder_input_tokens': jnp.int32, 'decoder_target_tokens': jnp.int32,
+         'decoder_loss_weights': jnp.float32}
+
+
+@pytest.fixture(scope='module')
+def batch():
+  rng = np.random.default_rng(0)
+  texts = rng.integers(3, 160, (4, 6), np.int32)
+  texts[:, 4:] = [1, 0]
+  return {'encoder_input_tokens': texts, 'decoder_target_tokens': rng.integers(0, 32, (4, 6)),
+          'decoder_loss_weights': np.ones((4, 6), np.float32)}
+
+
+def make_model(**kwargs):
+  return models.PartiModel(
+      parti.Parti(CONFIG), optimizers.OptaxWrapper(our_optimizers.adafactor), **kwargs)
+
+
+@pytest.fixture(scope='module')
+def params():
+  return jax.jit(make_model().get_initial_variables, static_argnums=1)(
+      jax.random.key(0), flax.core.freeze(SHAPES))['params']
+
+
+@pytest.fixture(scope='module')
+def partitioner():
+  """A mesh of 4 of the emulated devices would need other devices; this one has 4 × 2."""
+  return partitioning.PjitPartitioner(num_partitions=2)
+
+
+def make_initializer(model, partitioner, shapes, types):
+  return utils.TrainStateInitializer(
+      model.optimizer_def, model.get_initial_variables, shapes, partitioner, types)
+
+
+def test_partitions_on_emulated_devices(partitioner):
+  assert dict(partitioner.mesh.shape) == {'data': 4, 'model': 2}
+  with pytest.raises(ValueError, match='num_partitions=3'):
+    partitioning.default_mesh(3)
+
+
+def test_state_is_split_by_t5x_standard_rules(partitioner):
+  """Parameters and both kinds of Adafactor's moments, abstractly: nothing is computed."""
+  rules = partitioning.standard_logical_axis_rules(parameter_partitioning_dims=2)
+  two_ways = partitioning.PjitPartitioner(num_partitions=2, logical_axis_rules=rules)
+  axes = make_initializer(make_model(), two_ways, SHAPES, TYPES).train_state_axes.state_dict()
+  spec = lambda *names: jax.sharding.PartitionSpec(*names)
+  decoder = axes['target']['image_decoder']['decoder']['layers']
+  assert decoder['mlp']['project_in']['kernel'] == spec(None, 'data', 'model')
+  moments = axes['state']['param_states']['1']
+  table = ('image_decoder', 'token_embedding', 'table')
+  of_table = lambda tree: tree[table[0]][table[1]][table[2]]
+  assert of_table(axes['target']) == spec('model', 'data')
+  row = moments['v_row']['image_decoder']['decoder']['layers']['mlp']['project_in']['kernel']
+  column = moments['v_col']['image_decoder']['decoder']['layers']['mlp']['project_in']['kernel']
+  assert (row, column) == (spec(None, 'data'), spec(None, 'model'))
+  assert of_table(moments['v']) == spec('model', 'data')  # 32 codes are too few to be factored.
+  assert of_table(axes['state']['param_states']['2']['ema']) == spec('model', 'data')
+
+
+def test_activations_are_split_by_t5x_mesh(partitioner, params, batch):
+  """In current JAX flax would not see the mesh that t5x enters."""
+  model = make_model()
+  lowered = partitioner.partition(
+      lambda params, batch: model.eval_fn(params, batch)[0],
+      in_axis_resources=(None, partitioner.data_partition_spec), out_axis_resources=None,
+  ).lower(params, batch)
+  assert '[{"data"}, {}, {"model"}]' in lowered.as_text()  # Logits, from replicated parameters.
+
+
+def test_loss_is_ours(params, batch):
+  key = jax.random.PRNGKey(3)
+  for weights in (None, (1.0, 2.0)):
+    model = make_model(depth_loss_weights=weights)
+    stage = generator_stage.GeneratorStage(CONFIG, depth_loss_weights=weights)
+    found, metrics = jax.jit(model.loss_fn)(params, batch, key)
+    keys = layers.dropout_keys(jax.random.wrap_key_data(key), 4)
+    wanted, aux = jax.jit(stage.loss)(flax.core.unfreeze(params), batch, keys, 0)
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    np.testing.assert_allclose(
+        metrics['accuracy'].compute(), aux['metrics']['token_accuracy'], rtol=1e-6)
+    of_eval = jax.jit(model.eval_fn)(params, batch)[0]
+    np.testing.assert_allclose(
+        of_eval, np.mean(jax.jit(stage.evaluate)(flax.core.unfreeze(params), batch)['loss']),
+        rtol=1e-6)
+    assert abs(found - of_eval) > 1e-4  # Dropout is on in one of them.
+
+
+def test_scores_are_log_likelihoods(params, batch):
+  batch = {**batch, 'decoder_loss_weights': np.array([[1, 1, 1, 0, 0, 0]] * 4, np.float32)}
+  scores, parts = jax.jit(make_model().score_batch, static_argnums=2)(params, batch, True)
+  logits = parti.Parti(CONFIG).apply(
+      {'params': flax.core.unfreeze(params)}, batch['encoder_input_tokens'],
+      batch['decoder_target_tokens'])
+  of_tokens = np.take_along_axis(
+      np.asarray(jax.nn.log_softmax(logits)), batch['decoder_target_tokens'][..., None], 2)[..., 0]
+  np.testing.assert_allclose(scores, of_tokens[:, :3].sum(1), rtol=1e-5)
+  np.testing.assert_allclose(parts['decoder']['token_scores'][0].sum(1), scores, rtol=1e-6)
+
+
+@pytest.mark.parametrize('guidance_scale', [1.0, 2.0])
+def test_greedy_tokens_are_ours(params, batch, guidance_scale):
+  model = make_model(guidance_scale=guidance_scale)
+  drawn, aux = jax.jit(lambda params, batch: model.predict_batch_with_aux(
+      params, batch, decoder_params={'temperature': 0.0}))(params, batch)
+  ours = our_decoding.sample_tokens(
+      CONFIG, parameters.cut(CONFIG, flax.core.unfreeze(params)), batch['encoder_input_tokens'],
+      our_decoding.image_keys(0, jnp.arange(4)), guidance_scale, guided=guidance_scale != 1.0,
+      greedy=True, filtered=False)
+  np.testing.assert_array_equal(drawn, ours)
+  assert aux['scores'].shape == (4,)
+
+
+def test_several_pictures_of_a_text(params, batch):
+  """Each has its own text's memory and its own cache: scores agree with `score_batch`."""
+  model = make_model()
+  draw = jax.jit(lambda params, batch, rng: model.predict_batch_with_aux(
+      params, batch, rng, {'topk': 0}, return_all_decodes=True, num_decodes=3))
+  tokens, aux = draw(params, batch, jax.random.PRNGKey(1))
+  assert tokens.shape == (4, 3, 6) and len({tuple(row) for row in np.asarray(tokens[0])}) == 3
+  for picture in range(3):
+    scores = model.score_batch(params, batch | {'decoder_target_tokens': tokens[:, picture]})
+    np.testing.assert_allclose(aux['scores'][:, picture], scores, rtol=1e-5)
+  beams, _ = make_model(decode_fn=decoding.beam_search).predict_batch_with_aux(
+      params, batch, num_decodes=2)
+  likeliest = model.score_batch(params, batch | {'decoder_target_tokens': beams})
+  assert np.all(likeliest >= np.asarray(aux['scores'][:, -1]) - 1e-4)
+
+
+def test_steps_on_the_mesh_and_a_step_that_is_not_finite(partitioner, batch):
+  """t5x's own trainer and state on 4 × 2 devices; NaN leaves all but the step as it was."""
+  model = make_model()
+  initializer = make_initializer(model, partitioner, SHAPES, TYPES)
+  state = initializer.from_scratch(jax.random.PRNGKey(0))
+  trainer = t5x_trainer.Trainer(
+      model, state, partitioner, eval_names=[], summary_dir=None,
+      train_state_axes=initializer.train_state_axes, rng=jax.random.PRNGKey(0),
+      learning_rate_fn=lambda step: 1e-2, num_microbatches=None)
+  losses = [trainer.train(iter([batch]), 1).result()['loss'].value for _ in range(8)]
+  assert losses[-1] < losses[0] - 0.5
+  before = jax.device_get(trainer.train_state.state_dict())
+  bad = {**batch, 'decoder_loss_weights': np.full((4, 6), np.nan, np.float32)}
+  trainer.train(iter([bad]), 1).result()
+  after = jax.device_get(trainer.train_state.state_dict())
+  assert (before['state'].pop('step'), after['state'].pop('step')) == (8, 9)
+  jax.tree.map(np.testing.assert_array_equal, after, before)
+  trainer.close()
+
+
+def test_what_does_not_fit_is_named():
+  with pytest.raises(errors.UserError, match='input_vocabulary has 161 ids.*text_vocabulary=160'):
+    make_model(input_vocabulary=seqio.PassThroughVocabulary(161))
+  with pytest.raises(errors.UserError, match='depth_loss_weights.*2 numbers'):
+    make_model(depth_loss_weights=(1, 2, 3))
+  with pytest.raises(errors.UserError, match=r"TASK_FEATURE_LENGTHS\['targets'\]=5 is not the 6"):
+    make_model().get_initial_variables(
+        jax.random.key(0), SHAPES | {'decoder_target_tokens': (4, 5)})
+  for name, value in (('adversarial_weight', 0.1), ('revive_every', 5), ('ema', 0.9)):
+    stage = tokenizer_stage.TokenizerStage(vit_vqgan.ViTVQGANConfig(), **{name: value})
+    with pytest.raises(errors.UserError, match=f'TokenizerStage.{name}.*parti-jax train'):
+      models.TokenizerModel(stage, None)
+
+
+def test_tokenizer_trains_and_counts_its_codes(partitioner):
+  config = vit_vqgan.ViTVQGANConfig(
+      image_size=8, patch_size=4, encoder_layers=1, encoder_width=16, encoder_mlp_width=32,
+      encoder_heads=2, decoder_layers=1, decoder_width=16, decoder_mlp_width=32, decoder_heads=2,
+      codebook_size=16, code_dim=4, dtype='float32')
+  model = models.TokenizerModel(
+      tokenizer_stage.TokenizerStage(config, quantize_from=2),
+      optimizers.OptaxWrapper(our_optimizers.adamw))
+  images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8)
+  initializer = make_initializer(
+      model, partitioner, {'images': images.shape}, {'images': jnp.uint8})
+  state = initializer.from_scratch(jax.random.PRNGKey(0))
+  trainer = t5x_trainer.Trainer(
+      model, state, partitioner, eval_names=['images'], summary_dir=None,
+      train_state_axes=initializer.train_state_axes, rng=jax.random.PRNGKey(0),
+      learning_rate_fn=lambda step: 3e-3, num_microbatches=None)
+  summaries = [trainer.train(iter([{'images': images}]), 1).result() for _ in range(6)]
+  assert summaries[-1]['loss'].value < summaries[0]['loss'].value
+  statistics = trainer.train_state.flax_mutables['statistics']
+  assert int(statistics['step']) == 6 and 0 < np.sum(statistics['code_use']) < 16
+  assert trainer.eval({'images': iter([{'images': images}])})['images']['l2'].value > 0
+  tokens, aux = model.predict_batch_with_aux(trainer.train_state.params, {'images': images})
+  assert tokens.shape == (4, 4) and aux['psnr'].shape == (4,)
+  np.testing.assert_allclose(
+      model.score_batch(trainer.train_state.params, {'images': images}), -aux['l2'])
+  trainer.close()
