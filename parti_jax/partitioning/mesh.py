@@ -90,9 +90,13 @@ def use(mesh):
 
 
 @contextlib.contextmanager
-def traced_on(mesh):
-  """`use` inside a jit, where JAX's own current mesh may only be an abstract one."""
-  with _set_current(mesh), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+def of_jit():
+  """A context in which `current()` is the mesh of the enclosing jit, whoever has set it.
+
+  It is an abstract one; and `current()` stays what it is where there is no such mesh.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  with contextlib.nullcontext() if mesh.empty else _set_current(mesh):
     yield
 
 
@@ -113,11 +117,12 @@ def _set_current(mesh):
 
 
 def current():
-  """The mesh of the innermost `use` or `traced_on`, or None outside of one."""
+  """The mesh of the innermost `use` or `of_jit`, or None outside of one."""
   return _current.get()
 
 
 def platform() -> str:
   """The platform that programs are traced for now: that of `current()`, else JAX's default."""
   mesh = current()
-  return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+  device = None if mesh is None else mesh.abstract_mesh.abstract_device
+  return jax.default_backend() if device is None else device.platform

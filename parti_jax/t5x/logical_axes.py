@@ -16,7 +16,6 @@ from flax import traverse_util
 from flax.linen import partitioning as flax_partitioning
 
 from parti_jax.partitioning import mesh as mesh_lib
-from parti_jax.t5x import workarounds
 
 # Axes of activations that are split as t5x splits the axis of the name without this prefix.
 _PREFIX = 'activation_'
@@ -51,16 +50,12 @@ def _axes(tree):
 
 @contextlib.contextmanager
 def bound():
-  """A context in which activations are split by the mesh and the rules of t5x's partitioner.
+  """A context in which modules split activations by the mesh and rules of t5x's partitioner.
 
   To be entered wherever a module is applied. Rules for the activations' own names, which t5x's
   `additional_rules` may give, come first.
   """
-  mesh = workarounds.mesh_in_use()
-  if mesh is None:
-    yield
-    return
   rules = tuple(nn.get_logical_axis_rules())
   rules += tuple((_PREFIX + name, axes) for name, axes in rules if name in _FOLLOWED)
-  with mesh_lib.traced_on(mesh), nn.logical_axis_rules(rules):
+  with mesh_lib.of_jit(), nn.logical_axis_rules(rules):
     yield

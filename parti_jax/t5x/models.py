@@ -23,7 +23,10 @@ from parti_jax.models import parti
 from parti_jax.sampling import decoding as our_decoding
 from parti_jax.sampling import parameters
 from parti_jax.t5x import logical_axes
+from parti_jax.t5x import workarounds
 from parti_jax.training import tokenizer_stage
+
+workarounds.apply()
 
 # No image token ends a picture, so that decoding functions look for one that there is not.
 _NO_EOS = -1

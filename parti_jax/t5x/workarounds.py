@@ -1,31 +1,14 @@
-"""What of t5x is worked around, each with its reason; importing this module does it.
+"""What of t5x is worked around, each with its reason; `apply` does it.
 
 Nothing here changes what t5x computes where it already works.
 """
 
 from __future__ import annotations
 
-import warnings
-
 import jax
 from t5x import partitioning
 
 _default_mesh = partitioning.default_mesh
-
-
-def mesh_in_use():
-  """The mesh that t5x's partitioner traces a function for; None outside of its functions.
-
-  t5x enters its mesh as `with mesh:`. Under current versions of JAX this sets neither the mesh that
-  flax looks for before it constrains an activation, so that all of these constraints would vanish
-  without a word, nor the one that `jax.shard_map` takes. The place where JAX still has it is
-  deprecated in favour of the other one.
-  """
-  with warnings.catch_warnings():
-    warnings.simplefilter('ignore', DeprecationWarning)
-    from jax.interpreters import pxla  # pylint: disable=g-import-not-at-top
-    mesh = pxla.thread_resources.env.physical_mesh
-  return None if mesh.empty else mesh
 
 
 def _default_mesh_with_partitions_on_cpu(
@@ -50,4 +33,6 @@ def _default_mesh_with_partitions_on_cpu(
   return partitioning.get_mesh((num_partitions // within, within), backend=backend)
 
 
-partitioning.default_mesh = _default_mesh_with_partitions_on_cpu
+def apply():
+  """Does all of it; again, nothing more."""
+  partitioning.default_mesh = _default_mesh_with_partitions_on_cpu

@@ -19,8 +19,10 @@ from parti_jax.models import layers
 from parti_jax.models import parti
 from parti_jax.models import parti_config
 from parti_jax.models import vit_vqgan
+from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.sampling import decoding as our_decoding
 from parti_jax.sampling import parameters
+from parti_jax.t5x import logical_axes
 from parti_jax.t5x import models
 from parti_jax.t5x import optimizers
 from parti_jax.training import generator_stage
@@ -93,12 +95,17 @@ def test_state_is_split_by_t5x_standard_rules(partitioner):
   assert of_table(axes['state']['param_states']['2']['ema']) == spec('model', 'data')
 
 
-def test_activations_are_split_by_t5x_mesh(partitioner, params, batch):
-  """In current JAX flax would not see the mesh that t5x enters."""
+def test_activations_are_split_by_t5x_rules(partitioner, params, batch):
+  """Their names are ours; and what is written for a platform knows which one it is."""
   model = make_model()
+
+  def of_batch(params, batch):
+    with logical_axes.bound():
+      assert mesh_lib.platform() == 'cpu' and mesh_lib.current().shape['model'] == 2
+    return model.eval_fn(params, batch)[0]
+
   lowered = partitioner.partition(
-      lambda params, batch: model.eval_fn(params, batch)[0],
-      in_axis_resources=(None, partitioner.data_partition_spec), out_axis_resources=None,
+      of_batch, in_axis_resources=(None, partitioner.data_partition_spec), out_axis_resources=None,
   ).lower(params, batch)
   assert '[{"data"}, {}, {"model"}]' in lowered.as_text()  # Logits, from replicated parameters.
 
