@@ -17,7 +17,7 @@ from parti_jax import storage
 from parti_jax.errors import UserError
 
 # Commands whose --output_dir, or --output, may be a URL.
-_WRITE_TO_URLS = ('export', 'vocabulary')
+_WRITE_TO_URLS = ('export', 'vocabulary', 't5x_checkpoint')
 # command -> (module, one line of help)
 COMMANDS = {
     'generate': ('parti_jax.sampling.command', 'draw pictures for prompts'),
@@ -30,6 +30,8 @@ COMMANDS = {
                  'write the image tokens of a task, for training the generator'),
     'export': ('parti_jax.training.export_command',
                'turn checkpoints into one folder for sampling'),
+    't5x_checkpoint': ('parti_jax.t5x.checkpoint_command',
+                       'turn a checkpoint of a run into one of t5x, and one of t5x into a run'),
     'vocabulary': ('parti_jax.data.vocabulary_command', 'train a SentencePiece vocabulary'),
     'plan': ('parti_jax.planning.command',
              'compile a step for devices that are not there: does it fit, what bounds it'),

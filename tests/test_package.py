@@ -140,7 +140,8 @@ def test_these_import_no_jax(name):
                                   'parti_jax.data', 'parti_jax.data.vocabulary',
                                   'parti_jax.data.openmoji', 'parti_jax.models.parti',
                                   'parti_jax.training.configurables',
-                                  'parti_jax.planning.plan', 'parti_jax.planning.command'])
+                                  'parti_jax.planning.plan', 'parti_jax.planning.command',
+                                  'parti_jax.t5x.checkpoint_command'])
 def test_these_import_no_tensorflow(name):
   assert not _loaded_by(name) & _TENSORFLOW
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from typing import Any
 
 from etils import epath
 import flax.linen as nn
@@ -89,7 +90,7 @@ class Checkpoints:
     if self._staging:
       self._staging.check()
 
-  def save(self, step: int, state, data: dict, model: dict):
+  def save(self, step: int, state, data: dict, model: dict, chunk_bytes: int | None = None):
     """Starts writing a checkpoint, once the one before is written; it counts when it is whole.
 
     Args:
@@ -97,6 +98,8 @@ class Checkpoints:
       state: a TrainState.
       data: the place in the data, of `Batches.state()`.
       model: of `describe`.
+      chunk_bytes: the most bytes of a piece that can be read alone; None for what a device has of
+        an array, which is small enough where arrays are split over many.
 
     Raises:
       UserError: if the disk is full or can't be written; `check` and `close` raise it too.
@@ -108,8 +111,10 @@ class Checkpoints:
     self._bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     with full_disk.told(self.directory.parent, self._bytes):
       self._manager.save(step, args=ocp.args.Composite(
-          state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data),
-          model=ocp.args.JsonSave(model)), custom_metadata=manifest.CUSTOM_METADATA)
+          state=ocp.args.StandardSave(state, jax.tree.map(
+              lambda _: ocp.SaveArgs(chunk_byte_size=chunk_bytes), state)),
+          data=ocp.args.JsonSave(data), model=ocp.args.JsonSave(model)),
+          custom_metadata=manifest.CUSTOM_METADATA)
 
   def restore(self, step: int, abstract, model: dict):
     """Reads a checkpoint onto the mesh of `abstract`.
@@ -231,6 +236,26 @@ def latest_checkpoint(model_dir) -> epath.Path:
   return directory / str(found.step)
 
 
+def checkpoint_of(model_dir, step: int) -> epath.Path:
+  """Folder of a run's checkpoint of a step; every file is read for it.
+
+  Raises:
+    UserError: if there is none of that step, or it is damaged, or in a store that Orbax can't read.
+  """
+  if staging.is_needed(model_dir):
+    raise errors.UserError(f'{model_dir}: only the newest checkpoint there can be read; copy the '
+                           'folder to a disk for an older one')
+  path = folder(model_dir) / str(step)
+  if not path.is_dir():
+    steps = sorted(ocp.utils.checkpoint_steps(path.parent)) if path.parent.is_dir() else []
+    there = f'those there are of {", ".join(map(str, steps))}' if steps else 'there is none at all'
+    raise errors.UserError(f'{model_dir}: no checkpoint of step {step}; {there}')
+  found = verification.fault(path)
+  if found:
+    raise errors.UserError(f'{model_dir}: checkpoint {step} is damaged: {found}; take another')
+  return path
+
+
 def read_model(path: epath.Path) -> dict:
   """What model a checkpoint is of: the dict that `describe` gave.
 
@@ -246,6 +271,19 @@ def read_model(path: epath.Path) -> dict:
       return checkpointer.restore(path / 'model')
   except (FileNotFoundError, ValueError, KeyError) as error:
     raise _unfinished(path) from error
+
+
+def read_metadata(path: epath.Path):
+  """A tree that Orbax has written, of shapes and dtypes; None if that is not told there.
+
+  Args:
+    path: folder of the tree, such as `state` in a checkpoint.
+  """
+  try:
+    # Not by a Checkpointer, which warns that a part of a checkpoint has no metadata as a whole.
+    return ocp.PyTreeCheckpointHandler().metadata(path).tree
+  except (FileNotFoundError, ValueError, KeyError):
+    return None
 
 
 def read_place(path: epath.Path) -> dict:
@@ -394,6 +432,16 @@ def check_same_shapes(path, abstract, within: str | tuple[str, ...] = ''):
                            'set the model or the optimiser back')
 
 
+def by_path(tree) -> dict[str, Any]:
+  """{path: array} of a tree of whatever has a shape, by the names that checkpoints have them under.
+
+  These are the names of dict keys, fields and positions with / between; what is empty has none.
+  """
+  flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: hasattr(leaf, 'shape'))
+  name = lambda key: str(getattr(key, 'key', getattr(key, 'name', getattr(key, 'idx', key))))
+  return {'/'.join(name(key) for key in path): leaf for path, leaf in flat}
+
+
 def _unfinished(path) -> errors.UserError:
   return errors.UserError(f'{path}: not a finished checkpoint of this package; remove the folder '
                           'or choose another one')
@@ -401,14 +449,11 @@ def _unfinished(path) -> errors.UserError:
 
 def _saved_shapes(path) -> dict[str, tuple[int, ...]]:
   """Shapes of the arrays of a checkpoint's state, by their paths."""
-  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-    metadata = checkpointer.metadata(path / 'state').item_metadata
+  metadata = read_metadata(path / 'state')
   if metadata is None:
     raise _unfinished(path)
-  return _shapes(metadata.tree if hasattr(metadata, 'tree') else metadata)
+  return _shapes(metadata)
 
 
 def _shapes(tree) -> dict[str, tuple[int, ...]]:
-  flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: hasattr(leaf, 'shape'))
-  name = lambda key: str(getattr(key, 'key', getattr(key, 'name', getattr(key, 'idx', key))))
-  return {'/'.join(name(key) for key in path): tuple(leaf.shape) for path, leaf in flat}
+  return {path: tuple(leaf.shape) for path, leaf in by_path(tree).items()}

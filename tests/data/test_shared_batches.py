@@ -60,6 +60,14 @@ def test_resumed_by_other_processes(numbered):
     assert _numbers(next(before)) == _numbers(next(resumed[0])) + _numbers(next(resumed[1]))
 
 
+def test_a_checkpoint_of_another_program_has_no_place(numbered):
+  numbered(8)
+  fresh, restored = _open(shares=None, processes=2), _open(shares=None, processes=2)
+  restored.restore({'from_t5x': 'checkpoint_7'})
+  assert restored.shares == 2
+  assert _numbers(next(restored)) == _numbers(next(fresh))
+
+
 def test_a_batch_may_have_grown_since(numbered):
   numbered(40)
   before = _open()

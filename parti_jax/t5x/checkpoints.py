@@ -1,0 +1,221 @@
+"""t5x's checkpoints and those of our runs: the same arrays by other names.
+
+A state of ours and t5x's state dict of the same model and optimiser:
+
+| ours | t5x |
+|---|---|
+| `step` | `state/step` |
+| `params/...` | `target/...` |
+| `optimizer_state/...` | `state/param_states/...` |
+| `statistics/...` | `flax_mutables/statistics/...`, which has the step as well |
+
+Behind these beginnings the names are the same: t5x's `OptaxWrapper` takes keys, fields and
+positions of the optax state as Orbax does, and leaves away what is empty. t5x writes such a state
+dict with Orbax to `checkpoint_<step>/state` in its MODEL_DIR.
+
+All of this takes place in the memory of one host, which holds the state once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from etils import epath
+import flax.traverse_util
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from parti_jax import errors
+from parti_jax import storage
+from parti_jax.training import checkpoints
+from parti_jax.training import full_disk
+from parti_jax.training import staging
+
+# How names begin, ours and t5x's.
+_NAMES = {'step': 'state/step', 'params': 'target', 'optimizer_state': 'state/param_states',
+          'statistics': 'flax_mutables/statistics'}
+# What of a checkpoint has the state dict; a run's checkpoint has its state by the same name.
+_ITEM = 'state'
+# The most that who wants a part of an array reads at once; t5x's own number.
+CHUNK_BYTES = 64 << 20
+# Names of arrays that an error shows.
+_SHOWN = 5
+
+
+def state_dict(state) -> dict[str, Any]:
+  """A state of ours as t5x's state dict.
+
+  Args:
+    state: a TrainState, or a tree with its names; of arrays or of whatever has a shape.
+
+  Returns:
+    'target', 'state' and, if there are statistics, 'flax_mutables', dicts of the same leaves.
+  """
+  found = {_t5x_name(path): leaf for path, leaf in checkpoints.by_path(state).items()}
+  if any(name.startswith('flax_mutables/') for name in found):
+    found['flax_mutables/statistics/step'] = found['state/step']
+  return flax.traverse_util.unflatten_dict(found, sep='/')
+
+
+def train_state(tree, like):
+  """A state of ours from t5x's state dict.
+
+  Args:
+    tree: of the shape of `state_dict(like)`; what else it has is left out.
+    like: a TrainState, whose leaves don't matter.
+
+  Returns:
+    A TrainState of the leaves of `tree`.
+  """
+  found = checkpoints.by_path(tree)
+  leaves = [found[_t5x_name(path)] for path in checkpoints.by_path(like)]
+  return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def _t5x_name(path: str) -> str:
+  beginning, slash, rest = path.partition('/')
+  return _NAMES[beginning] + slash + rest
+
+
+def host_device() -> jax.Device:
+  """The device whose memory is the host's, where checkpoints are converted.
+
+  Raises:
+    UserError: if JAX was told to know no CPU.
+  """
+  try:
+    return jax.local_devices(backend='cpu')[0]
+  except RuntimeError as error:
+    raise errors.UserError("checkpoints are converted in the host's memory, but JAX_PLATFORMS "
+                           'leaves the CPU out; add `,cpu` to it') from error
+
+
+def in_host_memory(tree):
+  """Shapes and dtypes of a tree's leaves, on `host_device`."""
+  sharding = jax.sharding.SingleDeviceSharding(host_device())
+  return jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree,
+      is_leaf=lambda leaf: hasattr(leaf, 'shape'))
+
+
+def read_run(path: epath.Path) -> dict[str, Any]:
+  """A checkpoint of a run as t5x's state dict, in the host's memory, whatever its optimiser is.
+
+  Args:
+    path: the checkpoint's folder, of `checkpoints.latest_checkpoint`.
+  """
+  tree = in_host_memory(checkpoints.read_metadata(path / _ITEM))
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    return state_dict(checkpointer.restore(path / _ITEM, args=_restore_args(tree)))
+
+
+def write(folder, tree) -> epath.Path:
+  """Writes a t5x checkpoint, whole or not at all.
+
+  Args:
+    folder: where it becomes `checkpoint_<step>`; a path or a gs:// URL. Made if it is not there.
+    tree: t5x's state dict, of jax.Arrays or numpy arrays.
+
+  Returns:
+    The checkpoint's folder.
+
+  Raises:
+    UserError: if it is there already, or the folder can't be written.
+  """
+  path = target(folder, int(tree['state']['step']))
+  size = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+  with full_disk.told(folder, size):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+      checkpointer.save(path, args=ocp.args.Composite(**{_ITEM: ocp.args.PyTreeSave(
+          tree, jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree))}))
+  return path
+
+
+def target(folder, step: int) -> epath.Path:
+  """The folder of the checkpoint of a step that is to be written.
+
+  Raises:
+    UserError: if it is there already, or is in a store that t5x does not know.
+  """
+  if staging.is_needed(folder):
+    raise errors.UserError(f'{folder}: t5x\'s checkpoints are in folders and at gs:// URLs; give '
+                           'one of these')
+  path = storage.as_epath(folder)
+  path = (path if storage.is_url(folder) else path.absolute()) / f'checkpoint_{step}'
+  if path.exists():
+    raise errors.UserError(f'{path} is there already; remove it or give another --output_dir')
+  return path
+
+
+def read(path, wanted, within: tuple[str, ...] = ('target/', 'state/', 'flax_mutables/')):
+  """Reads a t5x checkpoint.
+
+  Args:
+    path: its folder, `.../checkpoint_<step>`; a path or a gs:// URL.
+    wanted: t5x's state dict, or the parts of it that are read, of shapes, dtypes and shardings.
+    within: of which parts `wanted` must have all that the checkpoint has.
+
+  Returns:
+    As `wanted`, of jax.Arrays, bit for bit as they are saved but where a wider dtype is wanted.
+
+  Raises:
+    UserError: if there is no such checkpoint, it is damaged, or it does not fit: names the arrays,
+      both shapes, and the way out.
+  """
+  path = storage.as_epath(path)
+  path = path if storage.is_url(path) else path.absolute()
+  saved = _saved(path)
+  _check_fits(path, saved, wanted, within)
+  try:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+      return checkpointer.restore(path / _ITEM, args=_restore_args(wanted, partial_restore=True))
+  except (ValueError, OSError) as error:  # TensorStore's.
+    raise errors.UserError(f"{path}: can't be read ({' '.join(str(error).split())[:300]}); is it "
+                           'damaged? Take another checkpoint') from error
+
+
+def _restore_args(tree, **kwargs) -> ocp.args.PyTreeRestore:
+  return ocp.args.PyTreeRestore(
+      item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree), **kwargs)
+
+
+def _saved(path: epath.Path) -> dict[str, Any]:
+  """{path: shape and dtype} of what a t5x checkpoint has."""
+  if (path / 'checkpoint').exists():
+    raise errors.UserError(f'{path}: of t5x\'s older format; have t5x write it with use_orbax=True, '
+                           'the default of t5x.train')
+  if not (path / _ITEM).is_dir():
+    within = sorted(found.name for found in path.glob('checkpoint_*')) if path.is_dir() else []
+    hint = f', such as {path / within[-1]}' if within else ''
+    raise errors.UserError(f'{path}: no checkpoint of t5x; give the folder checkpoint_<step> of '
+                           f'its MODEL_DIR{hint}')
+  metadata = checkpoints.read_metadata(path / _ITEM)
+  if metadata is None:
+    raise errors.UserError(f'{path}: has no metadata of Orbax, so that it is damaged, or not '
+                           'written whole; give another checkpoint')
+  return checkpoints.by_path(metadata)
+
+
+def _check_fits(path, saved: dict[str, Any], wanted, within: tuple[str, ...]):
+  """Raises UserError unless a checkpoint has what is wanted, and nothing else in these parts."""
+  wanted = checkpoints.by_path(wanted)
+  problems = []
+  for name, leaf in wanted.items():
+    if name not in saved:
+      problems.append(f'{name} {list(leaf.shape)} is missing there')
+    elif tuple(saved[name].shape) != tuple(leaf.shape):
+      problems.append(f'{name} is {list(saved[name].shape)} there and {list(leaf.shape)} here')
+    elif not np.can_cast(saved[name].dtype, leaf.dtype):
+      problems.append(f'{name} is {saved[name].dtype} there and {leaf.dtype} here')
+  problems += [f'{name} {list(saved[name].shape)} is only there' for name in saved
+               if name.startswith(within) and name not in wanted]
+  if problems:
+    more = f' and {len(problems) - _SHOWN} more' if len(problems) > _SHOWN else ''
+    way_out = ('give the gin files of the model that it is of'
+               if any(name.startswith('target/') for name in problems) else
+               'give the optimiser (train.optimizer) that it is of, or --parameters_only, so that '
+               'the optimiser begins anew')
+    raise errors.UserError(f'{path}: does not fit the gin files: {"; ".join(problems[:_SHOWN])}'
+                           f'{more}; {way_out}')
