@@ -75,7 +75,7 @@ class Batches:
     if batch_size < 1:
       raise UserError(f'the batch size is {batch_size}; it must be at least 1')
     self._task = tasks.get_task(task, feature_lengths.get('images', 64))
-    _check_lengths(self._task, feature_lengths)
+    tasks.check_lengths(self._task, feature_lengths)
     self._split = split
     self._batch_size = batch_size
     self._lengths = dict(feature_lengths)
@@ -250,22 +250,3 @@ def _source(task) -> str:
   """Names the place that the task reads from."""
   source = getattr(task, 'source', None)
   return getattr(source, 'place', getattr(source, 'name', task.name))
-
-
-def _check_lengths(task, lengths: Mapping[str, int]) -> None:
-  """Compares the given lengths with the task's features."""
-  wanted, given = sorted(task.output_features), sorted(lengths)
-  if wanted != given:
-    raise UserError(
-        f'{task.name} has the features {", ".join(wanted)}, but feature_lengths gives '
-        f'{", ".join(given) or "none"}'
-    )
-  for name, length in lengths.items():
-    if not isinstance(length, int) or length < 1:
-      raise UserError(f'feature_lengths[{name!r}] = {length!r} must be a whole number from 1')
-  info = getattr(getattr(task, 'source', None), 'info', None)
-  if info and lengths.get('targets') != info['image_tokens']:
-    raise UserError(
-        f'{task.source.name} has {info["image_tokens"]} tokens a picture, but '
-        f"feature_lengths['targets'] = {lengths['targets']}"
-    )

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from parti_jax.data.quiet_tensorflow import seqio, tf
+from parti_jax.errors import UserError
 
 _Spec = seqio.FeatureConverter.FeatureSpec
 _IMAGES = _Spec(dtype=tf.uint8, rank=3)
@@ -11,19 +12,34 @@ _NUMBER = {'number': _Spec(dtype=tf.int64, rank=0)}
 
 
 class _Converter(seqio.FeatureConverter):
-  """A converter that renames and adds features, but neither packs nor pads."""
+  """A converter that renames and adds features, but neither packs nor pads.
+
+  t5x makes one by `cls(pack=..., use_custom_packing_ops=...)`.
+  """
 
   # Maps the model's feature to the task's feature that gives its values and its length.
   SOURCES: Mapping[str, str]
   PACKING_FEATURE_DTYPES = None
 
-  def __init__(self, numbered: bool = False):
+  def __init__(self, pack: bool = False, use_custom_packing_ops: bool = False,
+               numbered: bool = False):
     """Makes a converter.
 
     Args:
+      pack: must be False; an argument of all of seqio's converters.
+      use_custom_packing_ops: of no effect, likewise.
       numbered: whether 'number' int64 [], of `preprocessors.number`, is among the task's features
         and the model's.
+
+    Raises:
+      UserError: it is to pack.
     """
+    del use_custom_packing_ops
+    if pack:
+      raise UserError(
+          f'{type(self).__name__} packs nothing: all pictures have the same number of tokens, so '
+          'that there is no room to fill; set DatasetConfig.pack = False (in t5x '
+          '--gin.train/utils.DatasetConfig.pack=False)')
     super().__init__(pack=False, passthrough_features=dict(_NUMBER) if numbered else None)
 
   def _convert_features(self, ds, task_feature_lengths):
@@ -103,5 +119,5 @@ def converter_for(features, numbered: bool = False) -> seqio.FeatureConverter:
   for converter in (TextFeatureConverter, PictureFeatureConverter, PairFeatureConverter,
                     PartiFeatureConverter):
     if set(converter.TASK_FEATURES) == set(features):
-      return converter(numbered)
+      return converter(numbered=numbered)
   raise ValueError(f'no feature converter takes the features {sorted(features)}')

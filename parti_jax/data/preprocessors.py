@@ -80,13 +80,22 @@ def decode_images(dataset: tf.data.Dataset, sequence_length) -> tf.data.Dataset:
 
 
 def tokenize_captions(
-    dataset: tf.data.Dataset, sequence_length, vocabulary: TextVocabulary
+    dataset: tf.data.Dataset, sequence_length, vocabulary: TextVocabulary, keep: bool = False
 ) -> tf.data.Dataset:
   """Replaces 'caption' by 'inputs', int32 [text_length] with length sequence_length['inputs'].
 
   Examples whose caption can't be used are left out, see `captions.clean`. Captions that are longer
   than the text length are cut, and counted as shortened, as are those from which something was
   taken out.
+
+  Args:
+    dataset: examples with 'caption' and 'number'.
+    sequence_length: seqio's feature lengths.
+    vocabulary: makes ids of texts.
+    keep: whether the cleaned text stays as 'inputs_pretokenized', tf.string [].
+
+  Returns:
+    The dataset without 'caption'.
   """
   length = sequence_length['inputs']
   reading = tally.current()
@@ -100,16 +109,17 @@ def tokenize_captions(
         raise captions.UnusableCaption('no caption')
     except captions.UnusableCaption as error:
       reading.skipped.add(str(error), number)
-      return np.zeros([length], np.int32), False
+      return np.zeros([length], np.int32), b'', False
     for change in changes + ([f'caption cut to {length} tokens'] if cut else []):
       reading.shortened.add(change, number)
-    return ids, True
+    return ids, text.encode(), True
 
   def convert(example):
     caption = example.pop('caption')
-    ids, usable = tf.numpy_function(
-        encode, [caption, example['number']], [tf.int32, tf.bool], stateful=False)
-    return {**example, 'inputs': tf.ensure_shape(ids, [length])}, usable
+    ids, text, usable = tf.numpy_function(
+        encode, [caption, example['number']], [tf.int32, tf.string, tf.bool], stateful=False)
+    kept = {'inputs_pretokenized': tf.ensure_shape(text, [])} if keep else {}
+    return {**example, **kept, 'inputs': tf.ensure_shape(ids, [length])}, usable
 
   return _map_and_filter(dataset, convert)
 

@@ -18,7 +18,7 @@ Features: 'inputs' int32 [text_length], token ids of the caption; 'images' uint8
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import gin
 import numpy as np
@@ -32,7 +32,9 @@ from parti_jax.data.vocabulary import EOS_ID, TextVocabulary
 from parti_jax.errors import UserError
 
 TOKEN_TASKS = ('openmoji_tokens', 'cached_tokens')
-_KINDS = ('images', 'pairs', 'texts')
+# Kind of a task -> its features. A kind alone is the task of the source that gin chooses.
+_KINDS = {'images': ('images',), 'pairs': ('images', 'inputs'), 'texts': ('inputs',)}
+ALIASES = tuple(_KINDS)
 
 
 @gin.configurable('vocabulary')
@@ -78,6 +80,17 @@ def _is_ours(name: str) -> bool:
   return name in TOKEN_TASKS or _split_name(name) is not None
 
 
+def names() -> list[str]:
+  """Returns the names of this module's tasks, without the `ALIASES`."""
+  return [*(f'{source}_{kind}' for source in sources.NAMES for kind in _KINDS
+            if source != 'text' or kind == 'texts'), *TOKEN_TASKS]
+
+
+def feature_names(name: str) -> tuple[str, ...]:
+  """Returns the names of the features of a task of this module, in order."""
+  return ('inputs', 'targets') if name in TOKEN_TASKS else _KINDS[name.rpartition('_')[2]]
+
+
 def get_task(name: str, image_size: int = 64) -> seqio.Task | seqio.Mixture:
   """Returns a task as gin configures it now, and registers it with seqio under its name.
 
@@ -93,22 +106,35 @@ def get_task(name: str, image_size: int = 64) -> seqio.Task | seqio.Mixture:
   Raises:
     UserError: there is no such task, or its data can't be found.
   """
-  if name in TOKEN_TASKS:
-    task = _tokens_task(name)
-  elif _split_name(name):
-    source_name, kind = _split_name(name)
-    task = (_texts_task(source_name) if kind == 'texts'
-            else _pictures_task(source_name, kind, image_size))
-  elif name in seqio.TaskRegistry.names() or name in seqio.MixtureRegistry.names():
-    return seqio.get_mixture_or_task(name)
-  else:
-    known = [f'{source}_{kind}' for source in sources.NAMES for kind in _KINDS
-             if source != 'text' or kind == 'texts']
-    raise UserError(f'unknown task {name!r}; there are {", ".join([*known, *TOKEN_TASKS])}')
+  if not _is_ours(name):
+    if name in seqio.TaskRegistry.names() or name in seqio.MixtureRegistry.names():
+      return seqio.get_mixture_or_task(name)
+    raise UserError(f'unknown task {name!r}; there are {", ".join(names())}')
+  task = make_task(name, image_size)
   if task.name in seqio.TaskRegistry.names():
     seqio.TaskRegistry.remove(task.name)
   seqio.TaskRegistry.add_provider(task.name, task)
   return task
+
+
+def make_task(name: str, image_size: int = 64, keep_captions: bool = False) -> seqio.Task:
+  """Returns a task of this module as gin configures it now; the registry knows nothing of it.
+
+  Args:
+    name: of the task.
+    image_size: as in `get_task`.
+    keep_captions: whether examples keep the text of 'inputs' beside it as 'inputs_pretokenized',
+      tf.string [], by which seqio's and t5x's outputs name an example.
+
+  Raises:
+    UserError: its data can't be found.
+  """
+  if name in TOKEN_TASKS:
+    return _tokens_task(name, keep_captions)
+  source, kind = _split_name(name)
+  if kind == 'texts':
+    return _texts_task(source, keep_captions)
+  return _pictures_task(source, kind, image_size, keep_captions)
 
 
 def _split_name(name: str) -> tuple[str, str] | None:
@@ -119,14 +145,16 @@ def _split_name(name: str) -> tuple[str, str] | None:
   return source or sources.chosen(), kind
 
 
-def _pictures_task(source_name: str, kind: str, image_size: int) -> seqio.Task:
+def _pictures_task(
+    source_name: str, kind: str, image_size: int, keep_captions: bool
+) -> seqio.Task:
   source = sources.configured(source_name, image_size)
   features = {'images': _feature(size=256, dtype=tf.uint8, rank=3)}
   steps = [preprocessors.number, preprocessors.leave_out, preprocessors.decode_images]
   if kind == 'pairs':
     vocabulary = get_vocabulary()
-    features['inputs'] = _feature(vocabulary.size, eos_id=EOS_ID)
-    steps[2:2] = _text_steps(vocabulary)
+    features['inputs'] = text_feature(vocabulary)
+    steps[2:2] = _text_steps(vocabulary, keep_captions)
   return seqio.Task(
       f'{source_name}_{kind}', source, features, steps, shuffle_buffer_size=None
   )
@@ -159,39 +187,70 @@ class _Texts(seqio.DataSource):
     return self._source.texts(split, shuffle, seed, shard_info)
 
 
-def _texts_task(source_name: str) -> seqio.Task:
+def _texts_task(source_name: str, keep_captions: bool) -> seqio.Task:
   vocabulary = get_vocabulary()
-  steps = [preprocessors.number, preprocessors.leave_out, _text_steps(vocabulary)[0]]
+  steps = [preprocessors.number, preprocessors.leave_out,
+           _text_steps(vocabulary, keep_captions)[0]]
   # Texts are never dropped here: an empty one teaches an encoder nothing.
   return seqio.Task(
       f'{source_name}_texts', _Texts(sources.configured(source_name)),
-      {'inputs': _feature(vocabulary.size, eos_id=EOS_ID)}, steps,
+      {'inputs': text_feature(vocabulary)}, steps,
       shuffle_buffer_size=None,
   )
 
 
-def _tokens_task(name: str) -> seqio.Task:
+def _tokens_task(name: str, keep_captions: bool) -> seqio.Task:
   source = token_cache.configured_source()
   vocabulary = get_vocabulary()
   features = {
-      'inputs': _feature(vocabulary.size, eos_id=EOS_ID),
-      'targets': _feature(source.info['codebook_size']),
+      'inputs': text_feature(vocabulary),
+      'targets': token_feature(source),
   }
-  steps = [preprocessors.number, preprocessors.leave_out, *_text_steps(vocabulary)]
+  steps = [preprocessors.number, preprocessors.leave_out, *_text_steps(vocabulary, keep_captions)]
   return seqio.Task(name, source, features, steps, shuffle_buffer_size=None)
 
 
-def _text_steps(vocabulary: TextVocabulary) -> list:
+def _text_steps(vocabulary: TextVocabulary, keep_captions: bool) -> list:
   return [
-      functools.partial(preprocessors.tokenize_captions, vocabulary=vocabulary),
+      functools.partial(
+          preprocessors.tokenize_captions, vocabulary=vocabulary, keep=keep_captions),
       functools.partial(preprocessors.drop_text, vocabulary=vocabulary),
   ]
+
+
+def text_feature(vocabulary: TextVocabulary) -> seqio.Feature:
+  """Returns the feature 'inputs' of ids of a vocabulary."""
+  return _feature(vocabulary.size, eos_id=EOS_ID)
+
+
+def token_feature(source: token_cache.TokenCacheSource) -> seqio.Feature:
+  """Returns the feature 'targets' of the image tokens of a token cache."""
+  return _feature(source.info['codebook_size'])
 
 
 def _feature(size: int, eos_id: int | None = None, **kwargs) -> seqio.Feature:
   # The preprocessors have made ids already; seqio only needs to know their range.
   vocabulary = seqio.PassThroughVocabulary(size, eos_id=eos_id)
   return seqio.Feature(vocabulary, add_eos=False, **kwargs)
+
+
+def check_lengths(task: seqio.Task | seqio.Mixture, lengths: Mapping[str, int]) -> None:
+  """Raises UserError unless there is a length for each of a task's features, and of its tokens."""
+  wanted, given = sorted(task.output_features), sorted(lengths)
+  if wanted != given:
+    raise UserError(
+        f'{task.name} has the features {", ".join(wanted)}, but feature_lengths gives '
+        f'{", ".join(given) or "none"}'
+    )
+  for name, length in lengths.items():
+    if not isinstance(length, int) or length < 1:
+      raise UserError(f'feature_lengths[{name!r}] = {length!r} must be a whole number from 1')
+  info = getattr(getattr(task, 'source', None), 'info', None)
+  if info and lengths.get('targets') != info['image_tokens']:
+    raise UserError(
+        f'{task.source.name} has {info["image_tokens"]} tokens a picture, but '
+        f"feature_lengths['targets'] = {lengths['targets']}"
+    )
 
 
 def source_name(task_or_source: str | None = None) -> str:

@@ -205,20 +205,14 @@ def load(folder) -> Model:
     UserError: if the folder or a file of it is missing, unfinished, of another format version,
       or if parameters are missing, unknown or of other shapes than the sizes say.
   """
-  if storage.is_url(folder):
-    names = [*FILES, *map(parameter_file, OPTIONAL)]
-    if CONFIG_FILE not in storage.names(folder):
-      raise UserError(f'{folder} is no model folder: it has no {CONFIG_FILE}')
-    folder = storage.local_folder(folder, names)
-  folder = pathlib.Path(folder)
+  folder = _local(folder, [*FILES, *map(parameter_file, OPTIONAL)])
   _check_complete(folder)
   where = folder / CONFIG_FILE
   config = _read_config(where)
   optional = [name for name in OPTIONAL
               if name in config or (folder / parameter_file(name)).exists()]
   _check_complete(folder, [parameter_file(name) for name in optional])
-  dtype = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
-  sizes = {name: _sizes(NETWORKS[name].config, config, name, dtype, where)
+  sizes = {name: _sizes(NETWORKS[name].config, config, name, _compute_dtype(), where)
            for name in [*REQUIRED, *optional]}
   _check_sizes(sizes['parti'], sizes['tokenizer'], str(where))
   parts = {name: Part(own, _read_parameters(folder / parameter_file(name), abstract(name, own)))
@@ -228,6 +222,30 @@ def load(folder) -> Model:
       parti.config, tokenizer.config, parti.params, tokenizer.params, folder / VOCABULARY_FILE,
       _sampling(config, where), config.get('provenance', {}),
       config.get('parameters', {}).get('stored_as', 'float16'), parts)
+
+
+def load_tokenizer(folder) -> Part:
+  """Reads the image tokenizer of a model folder and nothing else; see `load`."""
+  folder = _local(folder, [CONFIG_FILE, parameter_file('tokenizer')])
+  _check_complete(folder, [CONFIG_FILE, parameter_file('tokenizer')])
+  where = folder / CONFIG_FILE
+  sizes = _sizes(
+      vit_vqgan.ViTVQGANConfig, _read_config(where), 'tokenizer', _compute_dtype(), where)
+  return Part(sizes, _read_parameters(folder / parameter_file('tokenizer'),
+                                      abstract('tokenizer', sizes)))
+
+
+def _local(folder, names: list[str]) -> pathlib.Path:
+  """The folder, or a copy of these of its files where it is a URL."""
+  if storage.is_url(folder):
+    if CONFIG_FILE not in storage.names(folder):
+      raise UserError(f'{folder} is no model folder: it has no {CONFIG_FILE}')
+    folder = storage.local_folder(folder, names)
+  return pathlib.Path(folder)
+
+
+def _compute_dtype() -> str:
+  return 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
 
 
 @functools.cache

@@ -20,6 +20,7 @@ from parti_jax.errors import UserError
 from parti_jax.models import vit_vqgan
 from parti_jax.sampling import adaptive
 from parti_jax.sampling import decoding
+from parti_jax.sampling import detokenizing
 from parti_jax.sampling import images as images_lib
 from parti_jax.sampling import model_folder
 from parti_jax.sampling import parameters
@@ -395,10 +396,6 @@ def load(path=None, mesh=None, rules=None) -> Pipeline:
   return Pipeline(model_folder.load(folder), name, mesh, rules)
 
 
-def _to_bytes(pixels):
-  return jnp.round(pixels * 255.0).astype(jnp.uint8)
-
-
 @functools.partial(
     jax.jit, static_argnames=('config', 'tokenizer', 'guided', 'greedy', 'filtered'))
 def _generate(
@@ -412,7 +409,7 @@ def _generate(
   else:
     tokens, usage = adaptive.sample_tokens(*arguments, exit_threshold, skip_threshold, **how)
   pixels = tokenizer.apply({'params': tokenizer_params}, tokens, method='detokenize')
-  return tokens, _to_bytes(pixels), usage
+  return tokens, detokenizing.to_bytes(pixels), usage
 
 
 def _from_bytes(images):
@@ -427,4 +424,4 @@ def _tokenize(params, images, *, tokenizer: nn.Module):
 @functools.partial(jax.jit, static_argnames='tokenizer')
 def _reconstruct(params, images, *, tokenizer: nn.Module):
   pixels = tokenizer.apply({'params': params}, _from_bytes(images))['mean']
-  return _to_bytes(jnp.clip(vit_vqgan.to_pixels(pixels), 0.0, 1.0))
+  return detokenizing.to_bytes(jnp.clip(vit_vqgan.to_pixels(pixels), 0.0, 1.0))

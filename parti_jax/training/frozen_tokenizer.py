@@ -9,22 +9,27 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
+from parti_jax import storage
 from parti_jax.models import vit_vqgan
+from parti_jax.sampling import model_folder
 from parti_jax.training import checkpoints
 
 
 def load(model_dir):
-  """The image tokenizer of a run.
+  """The image tokenizer of a run, or of an exported model.
 
   Args:
-    model_dir: the run's folder.
+    model_dir: the run's folder, or that of the model.
 
   Returns:
-    Its ViTVQGANConfig, and its parameters from the newest checkpoint.
+    Its ViTVQGANConfig, and its parameters; those of a run are from the newest checkpoint.
 
   Raises:
-    UserError: if there is no finished checkpoint, or it is of another stage.
+    UserError: if there is no finished checkpoint, or it is of another stage; or the model is
+      unfinished or damaged.
   """
+  if storage.exists(storage.join(model_dir, model_folder.CONFIG_FILE)):
+    return tuple(model_folder.load_tokenizer(model_dir))
   path = checkpoints.latest_checkpoint(model_dir)
   model = vit_vqgan.ViTVQGANConfig(**checkpoints.read_config(path, 'tokenizer'))
   module = vit_vqgan.ViTVQGAN(model)

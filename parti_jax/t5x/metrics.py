@@ -1,0 +1,134 @@
+"""Metrics of our tasks for seqio's evaluator, in t5x's `infer_eval` and `t5x.eval`.
+
+seqio computes them in a thread of its own beside the training, so the tokenizer stays on the CPU.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import gin
+import jax
+import numpy as np
+
+from parti_jax.data import openmoji
+from parti_jax.errors import UserError
+from parti_jax.evaluation import openmoji_judge
+from parti_jax.sampling import detokenizing
+from parti_jax.sampling import pipeline
+from parti_jax.training import frozen_tokenizer
+
+
+def postprocess(tokens: Sequence, example: Mapping[str, Any], is_target: bool = False):
+  """Turns what seqio has decoded into what the metrics of this module take.
+
+  Args:
+    tokens: image tokens [length], or [num_decodes, length] where several were drawn.
+    example: of the task, with its caption as 'inputs_pretokenized'.
+    is_target: whether the tokens are the example's own.
+
+  Returns:
+    {'caption': text, 'tokens': tokens} of a target, and the tokens of a prediction; as lists,
+    since seqio's loggers write arrays in part.
+  """
+  tokens = np.asarray(tokens).tolist()
+  if not is_target:
+    return tokens
+  return {'caption': example['inputs_pretokenized'].decode(), 'tokens': tokens}
+
+
+@gin.configurable(module='parti_jax.t5x')
+def openmoji_alignment(
+    targets: Sequence[Mapping[str, Any]], predictions: Sequence, tokenizer: str | None = None
+) -> dict[str, float]:
+  """Whether drawn pictures show what was asked for, judged by their pixels.
+
+  What the judge asks is in `evaluation.openmoji_judge`; `parti-jax evaluate` asks the same. The
+  real pictures, through the tokenizer, are judged too: no generator can do better.
+
+  Args:
+    targets: of `postprocess`; captions of OpenMoji, and the image tokens of its pictures.
+    predictions: of each example image tokens [length], or [num_decodes, length].
+    tokenizer: folder of the run or of the exported model whose tokens they are; None for the demo
+      model.
+
+  Returns:
+    'name_top1', 'name_top5' and 'tone_right', in %, means over all pictures (of 'tone_right' those
+    whose name has tones; left out where none has), and the same of the real pictures through the
+    tokenizer behind 'reconstruction_'.
+
+  Raises:
+    UserError: the tokenizer can't be read, tokens are not its, or captions are not OpenMoji's.
+  """
+  detokenizer = _detokenizer(str(tokenizer or pipeline.DEMO_FOLDER))
+  asked = [_asked(target['caption']) for target in targets]
+  drawn = [np.atleast_2d(prediction).tolist() for prediction in predictions]
+  real = [[target['tokens']] for target in targets]
+  judge = _judge(detokenizer.config.image_size)
+  return {
+      **_in_percent(judge.judge(asked, _pictures(detokenizer, drawn, 'prediction'))),
+      **_in_percent(judge.judge(asked, _pictures(detokenizer, real, 'target')), 'reconstruction_')}
+
+
+@gin.configurable(module='parti_jax.t5x')
+def log_likelihood(targets: Sequence[Mapping[str, Any]], scores: Sequence) -> dict[str, float]:
+  """How likely the model finds the real image tokens, given their captions.
+
+  Args:
+    targets: of `postprocess`.
+    scores: of each example the log likelihood, in nats, of all its image tokens, as t5x's
+      `score_batch` gives it.
+
+  Returns:
+    'log_likelihood', the mean over examples, and 'log_likelihood_per_token'.
+  """
+  scores = np.asarray(scores, np.float64)
+  tokens = sum(len(target['tokens']) for target in targets)
+  return {'log_likelihood': float(scores.mean()),
+          'log_likelihood_per_token': float(scores.sum() / tokens)}
+
+
+def _pictures(detokenizer: detokenizing.Detokenizer, tokens: list, what: str) -> np.ndarray:
+  """Pictures, uint8 [examples, num_images, height, width, 3], of tokens of each example."""
+  flat = []
+  for number, of_example in enumerate(tokens):
+    for ids in of_example:
+      try:
+        flat.append(detokenizer.checked(ids))
+      except UserError as error:
+        raise UserError(f'{what} of example {number}: {error} (gin: openmoji_alignment.tokenizer)'
+                        ) from error
+  images = detokenizer(np.stack(flat))
+  return images.reshape(len(tokens), -1, *images.shape[1:])
+
+
+def _in_percent(verdicts: openmoji_judge.Verdicts, prefix: str = '') -> dict[str, float]:
+  rights = {'name_top1': verdicts.name_top1, 'name_top5': verdicts.name_top5}
+  if verdicts.tone_judged.any():
+    rights['tone_right'] = verdicts.tone_right[verdicts.tone_judged]
+  return {prefix + name: 100 * float(right.mean()) for name, right in rights.items()}
+
+
+@functools.cache
+def _detokenizer(folder: str) -> detokenizing.Detokenizer:
+  return detokenizing.Detokenizer(*frozen_tokenizer.load(folder), jax.local_devices(backend='cpu')[0])
+
+
+@functools.cache
+def _judge(size: int) -> openmoji_judge.Judge:
+  return openmoji_judge.Judge(openmoji.pictures(), size)
+
+
+@functools.cache
+def _of_caption() -> dict[str, openmoji.Picture]:
+  return {picture.caption: picture for picture in openmoji.pictures()}
+
+
+def _asked(caption: str) -> openmoji.Picture:
+  try:
+    return _of_caption()[caption]
+  except KeyError:
+    raise UserError(f'{caption!r} is no caption of OpenMoji, whose pictures are judged here; for '
+                    'others use the task cached_tokens') from None

@@ -1,0 +1,218 @@
+"""Our seqio tasks as t5x takes them: importing this module registers them.
+
+`import parti_jax.t5x.tasks` in a gin file, or MIXTURE_OR_TASK_MODULE = 'parti_jax.t5x.tasks'; then
+MIXTURE_OR_TASK_NAME may be any task of `parti_jax.data.tasks`, such as 'openmoji_tokens', or a
+mixture of them. It needs seqio and no t5x.
+
+A task is registered while gin's files are still being read. So it settles its source, its
+vocabulary and its features when they are first asked for, as gin configures them then
+(`token_cache.path`, `vocabulary.path` ...).
+
+t5x reads `train` without end to train, and every split a finite number of times to evaluate and to
+infer. By that a task knows in which reading texts are dropped for classifier-free guidance.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+
+import gin
+from absl import logging
+
+from parti_jax.data import tally
+from parti_jax.data import tasks
+from parti_jax.data import token_cache
+from parti_jax.data.quiet_tensorflow import seqio, tf
+from parti_jax.errors import UserError
+from parti_jax.t5x import metrics
+
+# Tasks with metrics for seqio's evaluator; without any it passes a task over.
+_METRICS = {
+    'openmoji_tokens': (metrics.openmoji_alignment, metrics.log_likelihood),
+    'cached_tokens': (metrics.log_likelihood,),
+}
+_DEFAULT_IMAGE_SIZE = 64
+
+
+class LazyTask(seqio.Task):
+  """A task of `parti_jax.data.tasks` that is made when it is first used.
+
+  Examples carry their caption as 'inputs_pretokenized', by which t5x's `infer` and seqio's loggers
+  name them.
+  """
+
+  def __init__(self, name: str):
+    """Makes a task that stands for one of `parti_jax.data.tasks`, of which nothing is read yet.
+
+    Args:
+      name: of the task there; 'images', 'pairs' and 'texts' mean the source that gin chooses.
+    """
+    super().__init__(
+        name, source=None, output_features={}, shuffle_buffer_size=None,
+        postprocess_fn=metrics.postprocess if name in _METRICS else None,
+        metric_fns=_METRICS.get(name))
+    self._feature_names = tasks.feature_names(name)
+    self._settled: dict[int, seqio.Task] = {}
+
+  def settled(self, image_size: int = _DEFAULT_IMAGE_SIZE) -> seqio.Task:
+    """Returns the task as gin configured it when it was first asked for.
+
+    Args:
+      image_size: height and width at which OpenMoji draws its pictures, in pixels.
+
+    Raises:
+      UserError: its data can't be found.
+    """
+    if image_size not in self._settled:
+      made = tasks.make_task(self.name, image_size, keep_captions='inputs' in self._feature_names)
+      self._settled[image_size] = made.replace(
+          name=self.name, postprocess_fn=self.postprocessor, metric_fns=_METRICS.get(self.name))
+    return self._settled[image_size]
+
+  @property
+  def source(self) -> seqio.DataSource:
+    return self.settled().source
+
+  @property
+  def output_features(self) -> Mapping[str, seqio.Feature]:
+    return _Features(self, self._feature_names)
+
+  @property
+  def preprocessors(self) -> Sequence:
+    return self.settled().preprocessors
+
+  def replace(self, **kwargs) -> seqio.Task:
+    """Returns a variant of the settled task; see `seqio.Task.replace`."""
+    return self.settled().replace(**kwargs)
+
+  def get_dataset(
+      self,
+      sequence_length: Mapping[str, int] | None = None,
+      split: str = 'train',
+      use_cached: bool = False,
+      shuffle: bool = True,
+      shuffle_buffer_size: int | None = None,
+      seed: int | None = None,
+      shard_info: seqio.ShardInfo | None = None,
+      num_epochs: int | None = 1,
+      trim_output_features: bool = True,
+      try_in_mem_cache: bool = True,
+  ) -> tf.data.Dataset:
+    """Reads a split; arguments as those of `seqio.Task.get_dataset`.
+
+    Texts are dropped (`preprocessors.drop_text`) in `train` with num_epochs=None alone. There each
+    epoch is shuffled anew, where seqio repeats the order of small sources. What is left out is
+    counted, and said in warnings.
+
+    Raises:
+      UserError: the data can't be read, the lengths don't fit, or no example is usable.
+    """
+    lengths = sequence_length or {}
+    task = self.settled(lengths.get('images', _DEFAULT_IMAGE_SIZE))
+    tasks.check_lengths(task, lengths)
+    self._check_usable(task, lengths, split, shard_info)
+    endless = num_epochs is None
+    where = f'{self.name}, {split}'
+    reading = tally.Reading(
+        skipped=_Told(f'{where}: skipped'), shortened=_Told(f'{where}: kept in part'),
+        drop_text=endless and split.split('[')[0] == 'train')
+    with tally.reading(reading):
+      return task.get_dataset(
+          lengths, split, use_cached=use_cached, shuffle=shuffle,
+          shuffle_buffer_size=shuffle_buffer_size, seed=seed, shard_info=shard_info,
+          num_epochs=num_epochs, trim_output_features=trim_output_features,
+          try_in_mem_cache=try_in_mem_cache and not (endless and shuffle))
+
+  def _check_usable(self, task: seqio.Task, lengths, split: str, shard_info) -> None:
+    """Raises UserError if no example is usable, since reading without end would look for ever."""
+    reading = tally.Reading()
+    with tally.reading(reading):
+      dataset = task.get_dataset(
+          lengths, split, shuffle=False, shard_info=shard_info, try_in_mem_cache=False)
+    if next(iter(dataset.take(1)), None) is None:
+      source = task.source
+      place = getattr(source, 'place', getattr(source, 'name', self.name))
+      share = (f'share {shard_info.index + 1} of {shard_info.num_shards} of '
+               if shard_info and shard_info.num_shards > 1 else '')
+      skipped = str(reading.skipped)
+      raise UserError(f'{self.name}, {split}: there is no usable example in {share}{place}'
+                      + (f'; skipped {skipped}' if skipped else ''))
+
+
+class _Features(Mapping):
+  """Features of a lazy task: their names are known, what they are is asked of the settled task.
+
+  A mixture looks at the names when it is made, while gin's files are still being read.
+  """
+
+  def __init__(self, task: LazyTask, names: tuple[str, ...]):
+    self._task, self._names = task, names
+
+  def __getitem__(self, name: str) -> seqio.Feature:
+    if name not in self._names:
+      raise KeyError(name)
+    # Not `output_features` of the lazy task, which is this mapping.
+    return self._task.settled().output_features[name]
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._names)
+
+  def __len__(self) -> int:
+    return len(self._names)
+
+
+class _Told(tally.Tally):
+  """A tally that tells its counts whenever they have doubled, and at the end of the process.
+
+  t5x has no place where an epoch ends, and a warning for each example would fill a log.
+  """
+
+  def __init__(self, what: str):
+    """`what` stands before the counts."""
+    super().__init__()
+    self._what, self._total, self._told = what, 0, 0
+    self._telling = threading.Lock()
+    atexit.register(self._at_exit)
+
+  def add(self, reason: str, number: int | None = None, place: str = '') -> None:
+    """Counts one more for this reason; see `tally.Tally.add`."""
+    with self._telling:
+      # Nobody asks for the counts up to a number here, and numbers would be kept for ever.
+      super().add(reason, place=place)
+      self._total += 1
+      if self._total >= 2 * self._told:
+        self._tell()
+
+  def _at_exit(self) -> None:
+    with self._telling:
+      if self._told != self._total:
+        self._tell()
+
+  def _tell(self) -> None:
+    self._told = self._total
+    logging.warning('%s, in all epochs so far: %s', self._what, str(self))
+
+
+@gin.configurable(module='parti_jax.t5x')
+def text_vocabulary() -> seqio.Vocabulary:
+  """Returns the vocabulary of our tasks' feature 'inputs', as `vocabulary.path` says."""
+  return tasks.text_feature(tasks.get_vocabulary()).vocabulary
+
+
+@gin.configurable(module='parti_jax.t5x')
+def image_vocabulary() -> seqio.Vocabulary:
+  """Returns the vocabulary of 'targets': the codes of the token cache at `token_cache.path`."""
+  return tasks.token_feature(token_cache.configured_source()).vocabulary
+
+
+def register() -> None:
+  """Registers all tasks with seqio, in place of those of the same names, unsettled."""
+  for name in (*tasks.names(), *tasks.ALIASES):
+    seqio.TaskRegistry.remove(name)
+    seqio.TaskRegistry.add_provider(name, LazyTask(name))
+
+
+register()
