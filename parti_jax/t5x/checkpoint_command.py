@@ -14,6 +14,8 @@ from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.t5x import checkpoints as t5x_checkpoints
 from parti_jax.training import checkpoints
 from parti_jax.training import hosts
+from parti_jax.training import run_lock
+from parti_jax.training import trainer as trainer_lib
 
 # The stages that are models of t5x too -> their networks in exported models.
 _NETWORKS = {'generator': 'parti', 'tokenizer': 'tokenizer'}
@@ -50,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
                  others=('output_dir', 'step', 'model'))
     from parti_jax.training import configurables  # pylint: disable=unused-import,g-import-not-at-top
     config.parse(args.gin_file, args.gin_bindings, data=False)
-    print(to_run(args.from_t5x, args.model_dir, args.parameters_only))
+    print(to_run(args.from_t5x, args.model_dir, _bound_trainer(), args.parameters_only))
     return 0
   _check_flags(args, needed=('output_dir',), others=('parameters_only', 'gin_file', 'gin_bindings'))
   if (args.model is None) == (args.model_dir is None):
@@ -130,12 +132,13 @@ def model_to_t5x(model, network: str, folder) -> str:
           f'infer in t5x by --gin.CHECKPOINT_PATH="\'{written}\'"')
 
 
-def to_run(path, model_dir, parameters_only: bool = False) -> str:
-  """Makes the folder of a run that goes on from a checkpoint of t5x, as gin says.
+def to_run(path, model_dir, trainer, parameters_only: bool = False) -> str:
+  """Makes the folder of a run that goes on from a checkpoint of t5x.
 
   Args:
     path: the checkpoint, `.../checkpoint_<step>`.
     model_dir: the run's folder.
+    trainer: a Trainer of the stage and the optimiser, on any mesh of this process' devices.
     parameters_only: whether the optimiser and the statistics begin anew.
 
   Returns:
@@ -143,24 +146,15 @@ def to_run(path, model_dir, parameters_only: bool = False) -> str:
 
   Raises:
     UserError: if the run has begun already; if the checkpoint is not there, damaged, or does not
-      fit what gin says; if the run's folder can't be written.
+      fit the trainer; if its stage is no model of t5x; if the run's folder can't be written.
   """
-  # pylint: disable=g-import-not-at-top
-  from parti_jax.training import run_lock
-  from parti_jax.training import train_loop
-  from parti_jax.training import trainer as trainer_lib
-
-  _check_new(model_dir)
-  values = train_loop.bound_arguments()
-  stage = values['stage']
+  stage, abstract = trainer.stage, trainer.abstract
   if stage.name not in _NETWORKS:
     raise errors.UserError(f'train.stage is {stage.name!r}, which is no model of t5x; give the gin '
                            f'file of a run of {" or ".join(_NETWORKS)}')
-  device = t5x_checkpoints.host_device()
-  trainer = trainer_lib.Trainer(
-      stage, values['optimizer'](values['schedule']), mesh_lib.make_mesh(1, 1, 1, 1, [device]))
+  _check_new(model_dir)
   state = _parameters(path, trainer) if parameters_only else t5x_checkpoints.train_state(
-      t5x_checkpoints.read(path, t5x_checkpoints.state_dict(trainer.abstract)), trainer.abstract)
+      t5x_checkpoints.read(path, t5x_checkpoints.state_dict(abstract)), abstract)
   step = int(state.step)
   with run_lock.RunLock(model_dir):
     _check_new(model_dir)
@@ -170,11 +164,20 @@ def to_run(path, model_dir, parameters_only: bool = False) -> str:
                   t5x_checkpoints.CHUNK_BYTES)
     finally:
       writer.close()
-  count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trainer.abstract.params))
+  count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract.params))
   optimizer = 'begins anew' if parameters_only else 'goes on'
   return (f'{model_dir}: a run of the stage {stage.name!r} at step {step}, {count / 1e6:.1f}M '
           f'parameters; in `parti-jax train` the optimiser {optimizer}, and the data start from '
           'their beginning')
+
+
+def _bound_trainer() -> trainer_lib.Trainer:
+  """A trainer of what gin says, in the host's memory."""
+  from parti_jax.training import train_loop  # pylint: disable=g-import-not-at-top
+
+  values = train_loop.bound_arguments()
+  mesh = mesh_lib.make_mesh(1, 1, 1, 1, [t5x_checkpoints.host_device()])
+  return trainer_lib.Trainer(values['stage'], values['optimizer'](values['schedule']), mesh)
 
 
 def _check_new(model_dir):
