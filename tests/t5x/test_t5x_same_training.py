@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-pytest.importorskip('t5x.models', reason='t5x is not installed; README, "With t5x", says how')
+import require_t5x  # pylint: disable=unused-import
 
 import seqio
 import tensorflow as tf
