@@ -28,6 +28,8 @@ COMMANDS = {
               'show a batch of training, such as one whose step could not be applied'),
     'tokenize': ('parti_jax.training.tokenize_command',
                  'write the image tokens of a task, for training the generator'),
+    'detokenize': ('parti_jax.training.detokenize_command',
+                   'turn image tokens that t5x.infer has written into pictures'),
     'export': ('parti_jax.training.export_command',
                'turn checkpoints into one folder for sampling'),
     't5x_checkpoint': ('parti_jax.t5x.checkpoint_command',

@@ -14,8 +14,8 @@ from parti_jax.evaluation import features
 from parti_jax.evaluation import localized_narratives
 from parti_jax.evaluation import openmoji_report
 from parti_jax.evaluation import output_folder
-from parti_jax.evaluation import sheets
 from parti_jax.sampling import flags
+from parti_jax.sampling import sheets
 
 DATASETS = ('openmoji', 'coco', 'localized_narratives')
 

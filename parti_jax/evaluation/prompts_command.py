@@ -23,10 +23,10 @@ from parti_jax.errors import UserError
 from parti_jax.evaluation import html_page
 from parti_jax.evaluation import output_folder
 from parti_jax.evaluation import prompts_file
-from parti_jax.evaluation import sheets
 from parti_jax.sampling import flags
 from parti_jax.sampling import images as images_lib
 from parti_jax.sampling import settings as settings_lib
+from parti_jax.sampling import sheets
 
 # Pictures drawn between two looks at what is done: what a run that is stopped loses at most.
 _AT_ONCE = 64

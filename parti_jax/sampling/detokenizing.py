@@ -39,16 +39,14 @@ class Detokenizer:
     self._device = device
     self._params = jax.device_put(params, device)
 
-  def __call__(self, tokens: np.ndarray, progress: bool = False) -> np.ndarray:
+  def __call__(self, tokens: np.ndarray) -> np.ndarray:
     """Returns the pictures, uint8 [n, height, width, 3], of tokens, int32 [n, image_length].
 
-    Args:
-      tokens: each in the codebook; see `checked`.
-      progress: whether to show a bar on a terminal.
+    Each token must be in the codebook; see `checked`.
     """
     size = self.config.image_size
     images = np.empty([len(tokens), size, size, 3], np.uint8)
-    for start, chosen in placement.pieces(len(tokens), min(_BATCH, max(len(tokens), 1)), progress):
+    for start, chosen in placement.pieces(len(tokens), min(_BATCH, max(len(tokens), 1))):
       part = jax.device_put(tokens[chosen], self._device)
       part = np.asarray(_pictures(self._params, part, tokenizer=self._module))
       images[start:start + _BATCH] = part[:len(tokens) - start]

@@ -61,7 +61,7 @@ def save_picture(folder, image: np.ndarray, metadata: dict[str, str]) -> pathlib
   """
   number = f'rank{metadata["rank"]}' if 'rank' in metadata else metadata['image_index']
   name = f'{slug(metadata["prompt"])}_seed{metadata["seed"]}_{number}'
-  return _save(folder, name, to_pil(image), metadata)
+  return save(folder, name, to_pil(image), metadata)
 
 
 def save_grid(folder, picture: Image.Image, prompts: Sequence[str],
@@ -69,7 +69,7 @@ def save_grid(folder, picture: Image.Image, prompts: Sequence[str],
   """Writes a grid as `save_picture` does; its metadata also holds the prompts, one a line."""
   more = f'-and-{len(prompts) - 1}-more' if len(prompts) > 1 else ''
   name = f'{slug(prompts[0])}{more}_seed{metadata["seed"]}_grid'
-  return _save(folder, name, picture, metadata | {'prompt': '\n'.join(prompts)})
+  return save(folder, name, picture, metadata | {'prompt': '\n'.join(prompts)})
 
 
 def read_metadata(path) -> dict[str, str] | None:
@@ -82,7 +82,8 @@ def read_metadata(path) -> dict[str, str] | None:
     return None
 
 
-def _save(folder, name: str, picture: Image.Image, metadata: dict[str, str]) -> pathlib.Path:
+def save(folder, name: str, picture: Image.Image, metadata: dict[str, str]) -> pathlib.Path:
+  """Writes a PIL picture as `save_picture` does, under a name without its ending."""
   folder = pathlib.Path(folder)
   metadata = metadata | {'software': SOFTWARE}
   if 'upscaled' in metadata:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from parti_jax.evaluation import sheets
+from parti_jax.sampling import sheets
 
 
 def test_every_picture_is_on_the_page_with_its_text():
