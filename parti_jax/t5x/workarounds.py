@@ -5,10 +5,16 @@ Nothing here changes what t5x computes where it already works.
 
 from __future__ import annotations
 
+import functools
+import os
+
 import jax
+from t5x import checkpoints
 from t5x import partitioning
 
 _default_mesh = partitioning.default_mesh
+_Manager = checkpoints.OrbaxCheckpointManagerInterface
+_manager_init, _manager_restore = _Manager.__init__, _Manager.restore
 
 
 def _default_mesh_with_partitions_on_cpu(
@@ -33,6 +39,22 @@ def _default_mesh_with_partitions_on_cpu(
   return partitioning.get_mesh((num_partitions // within, within), backend=backend)
 
 
+def _absolute(path):
+  """A path as Orbax takes it today, which refuses relative ones; URLs stay as they are."""
+  return path if path is None or '://' in os.fspath(path) else os.path.abspath(path)
+
+
+@functools.wraps(_manager_init)
+def _init_with_absolute_path(self, directory, *args, **kwargs):
+  _manager_init(self, _absolute(directory), *args, **kwargs)
+
+
+@functools.wraps(_manager_restore)
+def _restore_from_absolute_path(self, step=None, path=None, *args, **kwargs):
+  return _manager_restore(self, step, _absolute(path), *args, **kwargs)
+
+
 def apply():
   """Does all of it; again, nothing more."""
   partitioning.default_mesh = _default_mesh_with_partitions_on_cpu
+  _Manager.__init__, _Manager.restore = _init_with_absolute_path, _restore_from_absolute_path

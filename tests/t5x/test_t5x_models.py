@@ -1,5 +1,7 @@
 """Parti as a model of t5x: its parameters' axes, losses, scores and drawing, on t5x's own mesh."""
 
+import os
+
 import flax.core
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import pytest
 import require_t5x  # pylint: disable=unused-import
 
 import seqio
+from t5x import checkpoints
 from t5x import decoding
 from t5x import partitioning
 from t5x import trainer as t5x_trainer
@@ -74,6 +77,18 @@ def test_partitions_on_emulated_devices(partitioner):
   assert dict(partitioner.mesh.shape) == {'data': 4, 'model': 2}
   with pytest.raises(ValueError, match='num_partitions=3'):
     partitioning.default_mesh(3)
+
+
+def test_relative_folders_are_taken(partitioner, tmp_path, monkeypatch):
+  """Orbax refuses them, and so would t5x's commands."""
+  monkeypatch.chdir(tmp_path)
+  state = make_initializer(make_model(), partitioner, SHAPES, TYPES).global_train_state_shape
+  os.mkdir('run')
+  manager = checkpoints.OrbaxCheckpointManagerInterface('run', state, partitioner)
+  assert str(manager.directory) == str(tmp_path / 'run')
+  manager.close()
+  with pytest.raises(AssertionError, match=str(tmp_path)):
+    manager.restore(path='run/checkpoint_7')
 
 
 def test_state_is_split_by_t5x_standard_rules(partitioner):
