@@ -159,6 +159,7 @@ def test_what_users_override_in_drawing(parse):
   dataset = _made(utils.DatasetConfig)
   assert (dataset.split, dataset.batch_size) == ('train', 4)
   assert _value('mode', t5x_infer.infer) == 'predict_with_aux'
+  assert _value('checkpoint_ds_iter', t5x_infer.infer) is False
   assert _value('%MODEL').decode_fn.__name__ == 'temperature_sample'
   restored = _made(utils.RestoreCheckpointConfig)
   assert (restored.path, restored.dtype) == ('checkpoint_8', 'float32')

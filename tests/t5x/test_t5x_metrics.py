@@ -71,6 +71,15 @@ def test_name_that_is_not_the_nearest(monkeypatch):
   assert result['reconstruction_name_top1'] == 100.0
 
 
+def test_reconstructions_that_are_not_known_again_are_told(monkeypatch, caplog):
+  monkeypatch.setitem(_TOKENS, 'tree', [11, 0, 5, 3])
+  metrics.openmoji_alignment(_targets('ball', 'tree'), [_TOKENS['ball']] * 2)
+  assert not caplog.records
+  wrong = [{'caption': 'ball', 'tokens': _TOKENS['tree']}]
+  metrics.openmoji_alignment(wrong, [_TOKENS['ball']])
+  assert 'was ' in caplog.text and 'the tokenizer that made them' in caplog.text
+
+
 @pytest.mark.parametrize('prediction, named', [
     ([0, 1, 2], 'prediction of example 0: 3 tokens'),
     ([0, 1, 2, 12], 'token 3 is 12, but the codebook of this tokenizer has 12 codes')])
