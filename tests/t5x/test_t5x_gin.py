@@ -143,9 +143,13 @@ def test_finetuning_goes_on_at_a_constant_rate_or_ours(parse):
   assert float(schedule(8)) == float(schedule(8000)) == pytest.approx(
       _value('%FINETUNE_LEARNING_RATE'))
   assert _made(utils.DatasetConfig, 'infer_eval').batch_size == 32
-  parse('demo', 'finetune', 'Trainer.learning_rate_fn = %SCHEDULE', 'TRAIN_STEPS_RELATIVE = 4')
+  assert not _made(utils.RestoreCheckpointConfig).fallback_to_scratch
+  parse('demo', 'finetune', 'Trainer.learning_rate_fn = %SCHEDULE', 'TRAIN_STEPS_RELATIVE = 4',
+        'PARAMETERS_ONLY = True')
   assert float(_value('t5x.trainer.Trainer.learning_rate_fn')(200)) == pytest.approx(1.5e-3)
   assert _value('relative_steps', t5x_train.train) == 4
+  restored = _made(utils.RestoreCheckpointConfig)
+  assert restored.fallback_to_scratch and restored.state_transformation_fns
 
 
 def test_what_users_override_in_drawing(parse):
