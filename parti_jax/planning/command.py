@@ -50,9 +50,9 @@ def run(args: argparse.Namespace) -> int:
     if getattr(args, name) is not None and getattr(args, name) < 1:
       raise errors.UserError(f'--{name}={getattr(args, name)} must be at least 1')
   from parti_jax.planning import plan as plan_lib
+  from parti_jax.planning import request as request_lib
   from parti_jax.planning import search
-  from parti_jax.planning import steps
-  request = steps.Request(
+  request = request_lib.Request(
       args.what, args.topology, tuple(args.gin_file), tuple(args.gin_bindings), args.batch_size,
       not args.unguided)
   if args.search:

@@ -18,8 +18,8 @@ from parti_jax.planning import hlo
 from parti_jax.planning import hlo_cost
 from parti_jax.planning import kernels
 from parti_jax.planning import remedies
+from parti_jax.planning import request as request_lib
 from parti_jax.planning import roofline
-from parti_jax.planning import steps
 from parti_jax.planning import topology as topology_lib
 
 # Of the JSON that a plan is written as; it grows with every change that readers have to know of.
@@ -28,7 +28,7 @@ SCHEMA = 1
 _UNITS = {'': 1, 'K': 2 ** 10, 'M': 2 ** 20, 'G': 2 ** 30, 'T': 2 ** 40}
 
 
-def make(request: steps.Request) -> dict[str, Any]:
+def make(request: request_lib.Request) -> dict[str, Any]:
   """Plans a step.
 
   Returns:
@@ -37,19 +37,29 @@ def make(request: steps.Request) -> dict[str, Any]:
   Raises:
     UserError: for a topology, gin file, mesh or batch that does not go together.
   """
+  # Imported here: it names our trainer's functions to gin, which `of_step` needs not.
+  from parti_jax.planning import steps  # pylint: disable=g-import-not-at-top
   jax.config.update('jax_platforms', 'cpu')  # Never takes the accelerator of this machine.
   topology = topology_lib.parse(request.topology)
   config.parse(request.gin_files, request.gin_bindings, data=False)
   mesh = mesh_lib.make_mesh(devices=topology.devices())
   build = {'train': steps.training_step, 'sample': steps.sampling_step}[request.what]
   step = build(request, mesh)
+  plan = of_step(request, topology, step)
+  return plan | {'remedies': [] if plan['fits'] else remedies.of(plan)}
+
+
+def of_step(request: request_lib.Request, topology: topology_lib.Topology,
+            step: request_lib.Step) -> dict[str, Any]:
+  """The plan of a step that is there already; as `make`, but without 'remedies'."""
   return _Plan(request, topology, step).made()
 
 
 class _Plan:
   """Compiles a step and looks at the result."""
 
-  def __init__(self, request: steps.Request, topology: topology_lib.Topology, step: steps.Step):
+  def __init__(self, request: request_lib.Request, topology: topology_lib.Topology,
+               step: request_lib.Step):
     self._request, self._topology, self._step = request, topology, step
     self._chip = topology.chip
 
@@ -69,7 +79,6 @@ class _Plan:
     plan['compile_seconds'] = time.perf_counter() - start
     plan['compile_cpu_seconds'] = time.process_time() - cpu_start
     plan['compile_peak_bytes'] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    plan['remedies'] = [] if plan['fits'] else remedies.of(plan)
     return plan
 
   def _described(self) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from parti_jax.models import layers
 from parti_jax.models import parti_config
 from parti_jax.planning import candidates as candidates_lib
 from parti_jax.planning import report
+from parti_jax.planning import request as request_lib
 from parti_jax.planning import steps
 from parti_jax.planning import topology as topology_lib
 from parti_jax.training import train_loop
@@ -27,7 +28,7 @@ from parti_jax.training import train_loop
 _ERROR_LENGTH = 300
 
 
-def run(request: steps.Request, limit: int, file: str | None) -> int:
+def run(request: request_lib.Request, limit: int, file: str | None) -> int:
   """Compiles the most promising candidates and prints those that fit, the fastest bound first.
 
   Args:
@@ -63,7 +64,7 @@ def run(request: steps.Request, limit: int, file: str | None) -> int:
   return 0
 
 
-def candidates(request: steps.Request) -> list[candidates_lib.Candidate]:
+def candidates(request: request_lib.Request) -> list[candidates_lib.Candidate]:
   """Candidates for a request, the most promising first.
 
   Raises:
@@ -89,7 +90,7 @@ def candidates(request: steps.Request) -> list[candidates_lib.Candidate]:
       topology.slices)
 
 
-def compile_apart(request: steps.Request, bindings: list[str]
+def compile_apart(request: request_lib.Request, bindings: list[str]
                   ) -> tuple[dict[str, Any] | None, str | None]:
   """The plan of a candidate, made by another process, or the error that it ended with."""
   with tempfile.TemporaryDirectory() as folder:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 import math
-from typing import Any
 
 import flax.linen as nn
 import gin
@@ -20,8 +18,8 @@ from parti_jax.models import flops
 from parti_jax.models import layers
 from parti_jax.models import parti_config
 from parti_jax.partitioning import rules as rules_lib
-from parti_jax.planning import hlo_cost
 from parti_jax.planning import kernels
+from parti_jax.planning import request as request_lib
 from parti_jax.sampling import decoding
 from parti_jax.sampling import model_folder
 from parti_jax.sampling import parameters
@@ -32,57 +30,7 @@ from parti_jax.training import trainer as trainer_lib
 SAMPLING_BATCH = 32
 
 
-@dataclasses.dataclass(frozen=True)
-class Request:
-  """What to plan.
-
-  Attributes:
-    what: 'train' or 'sample'.
-    topology: such as 'v4:8x8x8'.
-    gin_files: of the run.
-    gin_bindings: 'NAME=VALUE', after the files.
-    batch_size: examples of a training step, None for the run's own; images of a sampling step.
-    guided: whether sampling uses classifier-free guidance, two sequences for each image.
-  """
-
-  what: str
-  topology: str
-  gin_files: tuple[str, ...]
-  gin_bindings: tuple[str, ...] = ()
-  batch_size: int | None = None
-  guided: bool = True
-
-
-@dataclasses.dataclass
-class Step:
-  """A step, ready to be lowered.
-
-  Attributes:
-    lower: returns the lowered step.
-    mesh: its devices.
-    batch_size: examples, or images, of a step.
-    model_flops: of a step, over all devices.
-    parameters: how many the model has.
-    settings: what else it depends on, for the report.
-    ideal_bytes: what a step must at least move on each device, where that is known.
-    resident_bytes: what else lies in each device's memory meanwhile.
-    notes: what the plan is to say besides.
-    kernel_flops: for `hlo_cost.costs`.
-  """
-
-  lower: Any
-  mesh: Any
-  batch_size: int
-  model_flops: float
-  parameters: int
-  settings: dict[str, Any]
-  ideal_bytes: dict[str, float] | None = None
-  resident_bytes: float = 0.0
-  notes: tuple[str, ...] = ()
-  kernel_flops: hlo_cost.KernelFlops | None = None
-
-
-def training_step(request: Request, mesh) -> Step:
+def training_step(request: request_lib.Request, mesh) -> request_lib.Step:
   """The step of `train`."""
   values = train_loop.bound_arguments()
   stage = values['stage']
@@ -95,14 +43,14 @@ def training_step(request: Request, mesh) -> Step:
   settings = {'model': stage.name, 'config': type(stage.model).__name__,
               'remat': stage.model.remat, 'microbatches': trainer.microbatches,
               'offload_optimizer': others['offload_optimizer']}
-  return Step(
+  return request_lib.Step(
       lambda: trainer.lower(batch_size), mesh, batch_size, stage.step_flops(batch_size),
       layers.count_parameters(trainer.abstract.params), settings,
       kernel_flops=kernels.splash_flops(stage.model.patterns)
       if isinstance(stage.model, parti_config.PartiConfig) else None)
 
 
-def sampling_step(request: Request, mesh) -> Step:
+def sampling_step(request: request_lib.Request, mesh) -> request_lib.Step:
   """The step that draws the last image token of each image, with a full cache.
 
   It is the body of the loop over positions. Kernels are of the computation's dtype; the caches are
@@ -146,7 +94,7 @@ def sampling_step(request: Request, mesh) -> Step:
   read = (_read_by_step(params.layers), params.shared['image_decoder']['logits'])
   # What the program does not take: the text encoder, and what makes keys and values of the text.
   kept = (_read_by_step(params.layers), params.shared['image_decoder'])
-  return Step(
+  return request_lib.Step(
       lower, mesh, images, sequences * flops.parti_sampling_step(config),
       sum(leaf.size for leaf in jax.tree.leaves(params)),
       {'model': 'generator', 'config': 'PartiConfig', 'guided': request.guided,

@@ -15,6 +15,7 @@ from parti_jax.planning import command
 from parti_jax.planning import plan as plan_lib
 from parti_jax.planning import remedies
 from parti_jax.planning import report
+from parti_jax.planning import request as request_lib
 from parti_jax.planning import search
 from parti_jax.planning import steps
 from parti_jax.training import train_loop
@@ -68,7 +69,7 @@ def test_the_training_step(trained):
 
 def test_the_plan_is_of_the_state_and_batch_of_training(trained):
   _, _, plan = trained
-  request = steps.Request('train', 'cpu:8', (RUN,), tuple(plan['gin_bindings']), 32)
+  request = request_lib.Request('train', 'cpu:8', (RUN,), tuple(plan['gin_bindings']), 32)
   from parti_jax import config  # pylint: disable=g-import-not-at-top
   from parti_jax.partitioning import mesh as mesh_lib
   config.parse(request.gin_files, request.gin_bindings, data=False)
@@ -111,7 +112,7 @@ def test_a_step_on_a_tpu(tpu_devices, capfd, tmp_path):
 
 def test_several_slices_and_two_devices_on_a_chip(tpu_devices):
   del tpu_devices
-  request = lambda topology, *bindings: steps.Request(
+  request = lambda topology, *bindings: request_lib.Request(
       'train', topology, (RUN,), (*SMALL, 'train.microbatches=1', *bindings), 16)
   plan = plan_lib.make(request('2xv5e:1x2', 'make_mesh.data=2', 'make_mesh.fsdp=2'))
   between = [entry for entry in plan['collectives'] if entry['dcn']]
@@ -129,7 +130,7 @@ def test_a_sampling_step_on_a_tpu_moves_parameters_and_cache_once(tpu_devices):
   sizes = ('PartiConfig.width=1024', 'PartiConfig.mlp_width=4096', 'PartiConfig.heads=16',
            'PartiConfig.grid=(32,32)', "PartiConfig.attention_patterns=('global',)",
            'make_mesh.tensor=4', 'make_mesh.fsdp=1')
-  plan = plan_lib.make(steps.Request('sample', 'v5e:2x2', (RUN,), SMALL + sizes, 64))
+  plan = plan_lib.make(request_lib.Request('sample', 'v5e:2x2', (RUN,), SMALL + sizes, 64))
   # Heads of 64 are not padded to 128, neither in memory nor on their way.
   cache = 2 * 2 * 128 * 16 * 1024 * 64 * 2 / 4
   assert plan['bytes']['ideal']['cache'] == pytest.approx(cache, rel=0.01)
@@ -267,7 +268,7 @@ def test_search_prints_what_fits_and_goes_on_where_it_was(trained, tmp_path, cap
 
 
 def test_a_candidate_is_compiled_by_another_process():
-  request = steps.Request('train', 'cpu:2', (RUN,), SMALL, 8)
+  request = request_lib.Request('train', 'cpu:2', (RUN,), SMALL, 8)
   bindings = ['make_mesh.tensor = 2', "PartiConfig.remat = 'dots'"]
   plan, error = search.compile_apart(request, bindings)
   assert error is None and plan['fits'] and plan['mesh']['tensor'] == 2
