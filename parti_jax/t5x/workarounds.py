@@ -6,6 +6,8 @@ Nothing here changes what t5x computes where it already works.
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 import os
 
 import jax
@@ -15,19 +17,30 @@ from t5x import partitioning
 _default_mesh = partitioning.default_mesh
 _Manager = checkpoints.OrbaxCheckpointManagerInterface
 _manager_init, _manager_restore = _Manager.__init__, _Manager.restore
+_KINDS_THAT_T5X_KNOWS = ('TPU v2', 'TPU v3', 'TPU v4', 'TPU v4 lite')
 
 
-def _default_mesh_with_partitions_on_cpu(
+def _default_mesh_where_t5x_has_none(
     num_partitions, model_parallel_submesh=None, *args, **kwargs):
-  """`partitioning.default_mesh` in which emulated devices heed `PjitPartitioner.num_partitions`.
+  """`partitioning.default_mesh` that heeds `PjitPartitioner.num_partitions` on more devices.
 
   t5x's mesh of CPU devices has all of a process' devices along 'model', whatever was asked for, so
-  that a mesh of a pod could not be emulated. A submesh says the same and is heeded.
+  that a mesh of a pod could not be emulated. Of TPUs t5x knows those up to v4 alone: on others not
+  even one partition works. A submesh says the same as a number of partitions, and is heeded.
   """
   backend = args[0] if args else kwargs.get('backend')
   shaped = any(args[1:]) or kwargs.get('ici_mesh_shape') or kwargs.get('dcn_mesh_shape')
-  if model_parallel_submesh or shaped or jax.devices(backend)[0].platform != 'cpu':
-    return _default_mesh(num_partitions, model_parallel_submesh, *args, **kwargs)
+  last = jax.devices(backend)[-1]
+  if not model_parallel_submesh and not shaped:
+    if last.platform == 'cpu':
+      model_parallel_submesh = _cpu_submesh(num_partitions, backend)
+    elif last.platform == 'tpu' and last.device_kind not in _KINDS_THAT_T5X_KNOWS:
+      model_parallel_submesh = tpu_submesh(
+          num_partitions, partitioning.bounds_from_last_device(last))
+  return _default_mesh(num_partitions, model_parallel_submesh, *args, **kwargs)
+
+
+def _cpu_submesh(num_partitions: int, backend) -> tuple[int, int]:
   local = jax.local_device_count(backend)
   within = min(num_partitions, local)
   if num_partitions % within or local % within or jax.process_count(backend) % (
@@ -36,7 +49,35 @@ def _default_mesh_with_partitions_on_cpu(
         f'PjitPartitioner.num_partitions={num_partitions} does not divide the emulated devices, '
         f'{local} in each of {jax.process_count(backend)} processes; choose another number, or set '
         'XLA_FLAGS=--xla_force_host_platform_device_count=N')
-  return partitioning.get_mesh((num_partitions // within, within), backend=backend)
+  return num_partitions // within, within
+
+
+def tpu_submesh(num_partitions: int, bounds: tuple[int, int, int, int]) -> tuple[int, ...]:
+  """The devices of a slice that the model is split over, much as t5x chooses them on TPU v4.
+
+  Args:
+    num_partitions: how many.
+    bounds: x, y, z of the slice's chips, and devices of a chip.
+
+  Returns:
+    How many along each: all devices of a chip, and of chips a line before a rectangle, and one
+    that goes all the way round the torus before others.
+
+  Raises:
+    ValueError: if there is none.
+  """
+  def divisors(number):
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+  found = [shape for shape in itertools.product(*map(divisors, bounds))
+           if math.prod(shape) == num_partitions]
+  if not found:
+    raise ValueError(
+        f'PjitPartitioner.num_partitions={num_partitions}: no part of a slice of {bounds} has so '
+        'many devices; choose another number')
+  dimensions = lambda shape: sum(size > 1 for size in shape[:3])
+  rings = lambda shape: sum(1 < size == all_of_it for size, all_of_it in zip(shape[:3], bounds))
+  return max(found, key=lambda shape: (shape[3], -dimensions(shape), rings(shape), shape))
 
 
 def _absolute(path):
@@ -56,5 +97,5 @@ def _restore_from_absolute_path(self, step=None, path=None, *args, **kwargs):
 
 def apply():
   """Does all of it; again, nothing more."""
-  partitioning.default_mesh = _default_mesh_with_partitions_on_cpu
+  partitioning.default_mesh = _default_mesh_where_t5x_has_none
   _Manager.__init__, _Manager.restore = _init_with_absolute_path, _restore_from_absolute_path
