@@ -107,6 +107,7 @@ def test_what_users_override_in_training(parse):
         'PjitPartitioner.num_partitions = 2', 'Trainer.num_microbatches = 2',
         'train_eval/utils.DatasetConfig.batch_size = 10',
         'utils.SaveCheckpointConfig.period = 11', 'PartiModel.guidance_scale = 3.0',
+        'PartiModel.predict_batch_with_aux.num_decodes = 4',
         'PartiConfig.encoder_layers = 1', 'adafactor.beta1 = 0.5', 'parti_schedule.peak = 2.0',
         'partitioning.standard_logical_axis_rules.activation_partitioning_dims = 2')
   train, evaluation = (_made(utils.DatasetConfig, scope) for scope in ('train', 'train_eval'))
