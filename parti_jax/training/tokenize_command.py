@@ -17,7 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser):
   """Adds the flags of `parti-jax tokenize`."""
   config.add_gin_arguments(parser)
   parser.add_argument('--tokenizer', required=True,
-                      help="the tokenizer's run, the --model_dir that it was trained in")
+                      help="the tokenizer's run, the --model_dir that it was trained in, or an "
+                      'exported model')
   parser.add_argument('--output_dir', required=True, help='folder of the token cache')
   parser.add_argument('--splits', nargs='+', default=['train', 'validation'],
                       help='splits of the source (default: %(default)s)')

@@ -1,15 +1,17 @@
 """Our seqio tasks under t5x: settled when used, texts dropped in training alone, losses told."""
 
+import json
 import logging
 import os
 
 import gin
 import numpy as np
 import pytest
+from PIL import Image
 
 from parti_jax.data import token_cache
 from parti_jax.data.batches import Batches
-from parti_jax.data.feature_converter import PartiFeatureConverter
+from parti_jax.data.feature_converter import PairFeatureConverter, PartiFeatureConverter
 from parti_jax.data.quiet_tensorflow import seqio
 from parti_jax.data.vocabulary import EOS_ID
 from parti_jax.errors import UserError
@@ -155,6 +157,21 @@ def test_pictures_are_drawn_at_the_size_that_is_asked_for(tmp_path):
   assert task.settled(32).source is not task.settled(64).source
   assert task.settled(32) is task.settled(32)
   assert task.settled(32).source.place == task.source.place
+
+
+def test_captioned_pictures_of_a_folder(tmp_path):
+  lines = []
+  for number in range(3):
+    Image.new('RGB', (16, 16), (number, 0, 0)).save(tmp_path / f'{number}.png')
+    lines.append(json.dumps({'file': f'{number}.png', 'caption': f'red {number}'}))
+  (tmp_path / '1.png').write_bytes(b'no picture')
+  (tmp_path / 'captions.jsonl').write_text('\n'.join(lines))
+  gin.parse_config(f"folder.path = '{tmp_path}'\ndata.source = 'folder'")
+  dataset = seqio.get_dataset(
+      'pairs', {'images': 8, 'inputs': 12}, PairFeatureConverter(pack=False),
+      dataset_split='train', shuffle=False, num_epochs=1, verbose=False)
+  images = [example['images'] for example in dataset.as_numpy_iterator()]
+  assert [(image.shape, image[0, 0, 0]) for image in images] == [((8, 8, 3), 0), ((8, 8, 3), 2)]
 
 
 def test_a_variant_of_a_task(cache):
