@@ -18,7 +18,7 @@ _INCLUDE = re.compile(r"^include '(.+)'$", re.MULTILINE)
 _NUMBER = re.compile(r'^ *([\w./]+) = (-?[\d(].*)$', re.MULTILINE)
 _OF_T5X = {
     'DROPOUT_RATE', 'Z_LOSS', 'LABEL_SMOOTHING', 'RANDOM_SEED', 'EVAL_STEPS', 'EVAL_PERIOD',
-    'FINETUNE_LEARNING_RATE', 'temperature', 'topk', 'topp', 'guidance_scale',
+    'FINETUNE_LEARNING_RATE', 'temperature', 'topk', 'topp', 'guidance_scale', 'num_decodes',
     'partitioning.standard_logical_axis_rules.parameter_partitioning_dims'}
 
 
