@@ -11,12 +11,14 @@ import math
 import os
 
 import jax
+import jax.numpy as jnp
 from t5x import checkpoints
 from t5x import partitioning
 
 _default_mesh = partitioning.default_mesh
 _Manager = checkpoints.OrbaxCheckpointManagerInterface
 _manager_init, _manager_restore = _Manager.__init__, _Manager.restore
+_maybe_make_sharded_array = checkpoints._maybe_make_sharded_array  # pylint: disable=protected-access
 _KINDS_THAT_T5X_KNOWS = ('TPU v2', 'TPU v3', 'TPU v4', 'TPU v4 lite')
 
 
@@ -95,7 +97,21 @@ def _restore_from_absolute_path(self, step=None, path=None, *args, **kwargs):
   return _manager_restore(self, step, _absolute(path), *args, **kwargs)
 
 
+@functools.wraps(_maybe_make_sharded_array)
+def _sharded_array_with_whole_numbers(arr, mesh, axes=None, restore_dtype=None, *args, **kwargs):
+  """Keeps the step and the optimiser's counts integers in every restored state.
+
+  `RestoreCheckpointConfig.dtype`, which t5x.train sets whenever it goes on, is meant for parameters,
+  but t5x casts all that is not partitioned to it as well: the counts would come back as float32.
+  """
+  if hasattr(arr, 'dtype') and jnp.issubdtype(arr.dtype, jnp.integer):
+    restore_dtype = None
+  return _maybe_make_sharded_array(arr, mesh, axes, restore_dtype, *args, **kwargs)
+
+
 def apply():
   """Does all of it; again, nothing more."""
+  # pylint: disable=protected-access
+  checkpoints._maybe_make_sharded_array = _sharded_array_with_whole_numbers
   partitioning.default_mesh = _default_mesh_where_t5x_has_none
   _Manager.__init__, _Manager.restore = _init_with_absolute_path, _restore_from_absolute_path

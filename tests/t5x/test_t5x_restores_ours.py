@@ -6,7 +6,7 @@ that splits parameters 4 ways.
 
 import pytest
 
-pytest.importorskip('t5x.models', reason='t5x is not installed; README, "With t5x", says how')
+import require_t5x  # pylint: disable=unused-import
 
 import jax
 import jax.numpy as jnp
@@ -100,7 +100,9 @@ class Sides:
   def restore_by_t5x(self, path, infer: bool = False, **config):
     """What `t5x.train`, or with `infer` `t5x.infer`, does with an initial checkpoint."""
     initializer = self._initializer(None) if infer else self.initializer
-    restore = utils.RestoreCheckpointConfig(path=str(path), mode='specific', **config)
+    # The dtype of t5x's own finetune.gin, and of `t5x.train` whenever it goes on.
+    restore = utils.RestoreCheckpointConfig(
+        path=str(path), mode='specific', dtype='float32', **config)
     state, manager = utils.create_checkpoint_manager_and_restore(
         initializer, self.partitioner, restore, str(path), jax.random.PRNGKey(0),
         model_dir=str(path.parent), use_orbax=True)
