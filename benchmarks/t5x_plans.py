@@ -116,7 +116,8 @@ def plan(gin_files: list[str], gin_bindings: list[str], topology_name: str) -> d
     stage = generator_stage.GeneratorStage(model.module.config)
     step = _step(gin_files, stage, trainer, batch)
     request = request_lib.Request('train', topology_name, (), tuple(gin_bindings))
-    return plan_lib.of_step(request, topology, step) | {'remedies': [
+    made = plan_lib.of_step(request, topology, step)
+    return made | {'remedies': [] if made['fits'] else [
         '--gin.Trainer.num_microbatches=2: half the activations at a time',
         '--topology=...: a larger slice, or chips with more memory']}
 

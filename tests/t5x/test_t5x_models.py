@@ -2,6 +2,9 @@
 
 import os
 
+import dataclasses
+import types
+
 import flax.core
 import jax
 import jax.numpy as jnp
@@ -141,6 +144,24 @@ def test_loss_is_ours(params, batch):
         of_eval, np.mean(jax.jit(stage.evaluate)(flax.core.unfreeze(params), batch)['loss']),
         rtol=1e-6)
     assert abs(found - of_eval) > 1e-4  # Dropout is on in one of them.
+
+
+def test_microbatches_are_the_batch_if_the_factor_is_its_number_of_tokens(params, batch):
+  """t5x adds the losses and gradients of microbatches up."""
+  def of_parts(microbatches, **kwargs):
+    module = parti.Parti(dataclasses.replace(CONFIG, dropout=0.0))
+    model = models.PartiModel(
+        module, optimizers.OptaxWrapper(our_optimizers.adafactor), **kwargs)
+    state = types.SimpleNamespace(params=params, flax_mutables=None)
+    gradients, metrics, _ = jax.jit(lambda key: t5x_trainer.accumulate_grads_microbatched(
+        model, state, batch, key, microbatches))(jax.random.PRNGKey(0))
+    return gradients, metrics['loss'].total
+
+  whole, loss = of_parts(None)
+  parts, loss_of_parts = of_parts(2, loss_normalizing_factor=batch['decoder_loss_weights'].size)
+  np.testing.assert_allclose(loss_of_parts, loss, rtol=1e-6)
+  jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6),
+               parts, whole)
 
 
 def test_scores_are_log_likelihoods(params, batch):
