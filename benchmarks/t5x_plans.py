@@ -1,4 +1,4 @@
-"""Plans of t5x's training step of Parti for TPU slices, one JSON file each in benchmarks/t5x_plans/.
+"""Plans of t5x's training step of Parti on TPU slices, a JSON file each in benchmarks/t5x_plans/.
 
     python benchmarks/t5x_plans.py            makes those that are missing, one after another
     python benchmarks/t5x_plans.py --list     names them, with the command of each
@@ -28,7 +28,7 @@ FOLDER = pathlib.Path(__file__).parent / 't5x_plans'
 _MODELS = 'gin_configs/t5x/models'
 _RUN = 'gin_configs/t5x/runs/pretrain.gin'
 
-# The loss' factor that makes the sum over microbatches the mean over the batch's 8192 × 1024 tokens.
+# Makes the sum of the microbatches' losses the mean over the 8192 × 1024 tokens of the batch.
 _MEAN_OF_ALL = '--gin.LOSS_NORMALIZING_FACTOR=8388608'
 
 # Name -> model, topology, and overrides; the paper's lengths and batch.

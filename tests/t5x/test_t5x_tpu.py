@@ -1,4 +1,4 @@
-"""t5x's training step of Parti for TPUs that are not there: its mesh, and what is lowered for it."""
+"""t5x's training step of Parti for TPUs that are not there: its mesh, and what is lowered."""
 
 import re
 from unittest import mock
@@ -61,7 +61,8 @@ def test_step_on_a_tpu_that_t5x_does_not_know():
         initializer.train_state_axes, jax.random.PRNGKey(0), lambda step: 1e-3,
         num_microbatches=None)
     batch = {name: jax.ShapeDtypeStruct(shapes[name], types[name]) for name in shapes}
-    text = trainer._partitioned_train_step.lower(trainer.train_state, batch).as_text()  # pylint: disable=protected-access
+    step = trainer._partitioned_train_step  # pylint: disable=protected-access
+    text = step.lower(trainer.train_state, batch).as_text()
   assert dict(partitioner.mesh.shape) == {'data': 2, 'model': 2}
   kernels = [line for line in text.splitlines() if 'tpu_custom_call' in line]
   assert kernels and all('tensor<4x1x128x128xbf16>' in line for line in kernels)
