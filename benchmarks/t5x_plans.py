@@ -39,6 +39,8 @@ PLANS = {
     '3b_v4_128': ('3b', 'v4:4x4x8', []),
     '20b_v4_128': ('20b', 'v4:4x4x8', ['--gin.Trainer.num_microbatches=4', _MEAN_OF_ALL]),
     '20b_v4_256': ('20b', 'v4:8x8x4', []),
+    '20b_v4_256_microbatches_2': ('20b', 'v4:8x8x4', [
+        '--gin.Trainer.num_microbatches=2', _MEAN_OF_ALL]),
     '20b_v4_512': ('20b', 'v4:8x8x8', []),
     '20b_v4_512_partitions_8': ('20b', 'v4:8x8x8', ['--gin.PjitPartitioner.num_partitions=8']),
     '20b_v4_512_partitions_8_activations_2': ('20b', 'v4:8x8x8', [
