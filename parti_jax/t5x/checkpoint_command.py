@@ -50,7 +50,8 @@ def run(args: argparse.Namespace) -> int:
   if args.from_t5x:
     _check_flags(args, needed=('model_dir', 'gin_file'),
                  others=('output_dir', 'step', 'model'))
-    from parti_jax.training import configurables  # pylint: disable=unused-import,g-import-not-at-top
+    # pylint: disable-next=unused-import,g-import-not-at-top
+    from parti_jax.training import configurables
     config.parse(args.gin_file, args.gin_bindings, data=False)
     print(to_run(args.from_t5x, args.model_dir, _bound_trainer(), args.parameters_only))
     return 0
@@ -129,7 +130,8 @@ def model_to_t5x(model, network: str, folder) -> str:
   places = t5x_checkpoints.in_host_memory(tree)
   written = t5x_checkpoints.write(folder, checkpoints.put_like(tree, places))
   return (f'{written}: the {network} of {model}, without a state of an optimiser; evaluate and '
-          f'infer in t5x by --gin.CHECKPOINT_PATH="\'{written}\'"')
+          f'infer in t5x by --gin.CHECKPOINT_PATH="\'{written}\'", finetune by '
+          f'--gin.INITIAL_CHECKPOINT_PATH="\'{written}\'" --gin.PARAMETERS_ONLY=True')
 
 
 def to_run(path, model_dir, trainer, parameters_only: bool = False) -> str:

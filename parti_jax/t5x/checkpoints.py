@@ -125,11 +125,21 @@ def write(folder, tree) -> epath.Path:
   """
   path = target(folder, int(tree['state']['step']))
   size = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-  with full_disk.told(folder, size):
+  tree_args = ocp.args.PyTreeSave(
+      tree, jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree))
+  try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-      checkpointer.save(path, args=ocp.args.Composite(**{_ITEM: ocp.args.PyTreeSave(
-          tree, jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree))}))
+  except OSError as error:
+    raise errors.UserError(f"{folder}: can't be made ({error.strerror}); give another "
+                           '--output_dir') from error
+  try:
+    with full_disk.told(folder, size), ocp.Checkpointer(
+        ocp.CompositeCheckpointHandler()) as checkpointer:
+      checkpointer.save(path, args=ocp.args.Composite(**{_ITEM: tree_args}))
+  except BaseException:
+    for unfinished in path.parent.glob(f'{path.name}{ocp.utils.TMP_DIR_SUFFIX}*'):
+      unfinished.rmtree(missing_ok=True)
+    raise
   return path
 
 
@@ -171,8 +181,9 @@ def read(path, wanted, within: tuple[str, ...] = ('target/', 'state/', 'flax_mut
   try:
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
       return checkpointer.restore(path / _ITEM, args=_restore_args(wanted, partial_restore=True))
-  except (ValueError, OSError) as error:  # TensorStore's.
-    raise errors.UserError(f"{path}: can't be read ({' '.join(str(error).split())[:300]}); is it "
+  except Exception as error:  # pylint: disable=broad-exception-caught
+    # Whatever Orbax and TensorStore stumble over.
+    raise errors.UserError(f"{path}: can't be read ({' '.join(str(error).split())[:200]}); is it "
                            'damaged? Take another checkpoint') from error
 
 
@@ -184,8 +195,8 @@ def _restore_args(tree, **kwargs) -> ocp.args.PyTreeRestore:
 def _saved(path: epath.Path) -> dict[str, Any]:
   """{path: shape and dtype} of what a t5x checkpoint has."""
   if (path / 'checkpoint').exists():
-    raise errors.UserError(f'{path}: of t5x\'s older format; have t5x write it with use_orbax=True, '
-                           'the default of t5x.train')
+    raise errors.UserError(f'{path}: of t5x\'s older format; have t5x write it with '
+                           'use_orbax=True, the default of t5x.train')
   if not (path / _ITEM).is_dir():
     within = sorted(found.name for found in path.glob('checkpoint_*')) if path.is_dir() else []
     hint = f', such as {path / within[-1]}' if within else ''

@@ -1,7 +1,9 @@
 """Checkpoints of runs and of t5x: the same arrays by other names, bit for bit."""
 
 import dataclasses
+import errno
 import functools
+import shutil
 
 from etils import epath
 import flax.serialization
@@ -248,6 +250,32 @@ def test_what_is_no_checkpoint_of_t5x_is_named(run, tmp_path):
   (tmp_path / 'torn' / 'state').mkdir(parents=True)
   with pytest.raises(UserError, match='torn: has no metadata of Orbax'):
     t5x_checkpoints.read(tmp_path / 'torn', wanted)
+
+
+def test_a_damaged_checkpoint_of_t5x_is_named(run, tmp_path):
+  copy = tmp_path / 'checkpoint_7'
+  shutil.copytree(run[2], copy)
+  largest = max((copy / 'state').rglob('d/*'), key=lambda path: path.stat().st_size)
+  content = bytearray(largest.read_bytes())
+  content[:] = content[:len(content) // 2]
+  largest.write_bytes(content)
+  wanted = t5x_checkpoints.state_dict(_trainer('adafactor').abstract)
+  with pytest.raises(UserError, match="checkpoint_7: can't be read .*; is it damaged"):
+    t5x_checkpoints.read(copy, wanted)
+
+
+def test_nothing_is_left_of_a_checkpoint_that_could_not_be_written(tmp_path, monkeypatch):
+  tree = {'target': {'a': jnp.ones(3)}, 'state': {'step': jnp.int32(3)}}
+  (tmp_path / 'file').write_bytes(b'')
+  with pytest.raises(UserError, match="file/t5x: can't be made .*give another --output_dir"):
+    t5x_checkpoints.write(tmp_path / 'file' / 't5x', tree)
+  def fail(*_, **__):
+    assert list(tmp_path.glob('checkpoint_3*'))
+    raise OSError(errno.ENOSPC, 'No space left on device', str(tmp_path))
+  monkeypatch.setattr(t5x_checkpoints.ocp.PyTreeCheckpointHandler, 'finalize', fail)
+  with pytest.raises(UserError, match='no space left on device'):
+    t5x_checkpoints.write(tmp_path, tree)
+  assert not list(tmp_path.glob('checkpoint_3*'))
 
 
 @pytest.mark.parametrize('flags, words', [

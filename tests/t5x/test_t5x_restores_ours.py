@@ -8,6 +8,8 @@ import pytest
 
 import require_t5x  # pylint: disable=unused-import
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +24,7 @@ from parti_jax.t5x import checkpoint_command
 from parti_jax.t5x import checkpoints as t5x_checkpoints
 from parti_jax.t5x import models
 from parti_jax.t5x import optimizers
+from parti_jax.t5x import restoring
 from parti_jax.training import checkpoints
 from parti_jax.training import generator_stage
 from parti_jax.training import optimizers as our_optimizers
@@ -90,8 +93,8 @@ class Sides:
     """What `t5x.train` does at a checkpoint; returns the checkpoint's folder."""
     folder.mkdir()
     manager = utils.create_orbax_checkpoint_manager(
-        save_cfg=utils.SaveCheckpointConfig(), train_state=self.initializer.global_train_state_shape,
-        partitioner=self.partitioner, model_dir=str(folder))
+        save_cfg=utils.SaveCheckpointConfig(), partitioner=self.partitioner, model_dir=str(folder),
+        train_state=self.initializer.global_train_state_shape)
     assert manager.save(state, ())
     manager.wait_until_finished()
     manager.close()
@@ -187,16 +190,16 @@ def test_inference_takes_the_parameters(sides, tmp_path):
 
 
 def test_finetuning_an_exported_model(tmp_path):
-  """Parameters alone do for inference; for training the optimiser begins anew by two gin values."""
+  """Parameters alone do for inference; for training, as in finetune.gin, the optimiser begins anew.
+  """
   sides = Sides('generator', 'adafactor')
   params = _values(sides.trainer.abstract.params)
   written = tmp_path / t5x_checkpoints.write(
       tmp_path, {'target': params, 'state': {'step': np.int32(0)}}).name
   _assert_same_bits(sides.restore_by_t5x(written, infer=True).state_dict()['target'], params)
-  with pytest.raises(ValueError):
-    sides.restore_by_t5x(written)
   state = sides.restore_by_t5x(
-      written, fallback_to_scratch=True, assignment_map=(('state.*', None),))
+      written, fallback_to_scratch=True,
+      state_transformation_fns=[functools.partial(restoring.of_checkpoint, parameters_only=True)])
   _assert_same_bits(state.state_dict()['target'], params)
   assert int(state.step) == 0
   assert jax.tree.structure(state) == jax.tree.structure(sides.initializer.global_train_state_shape)
