@@ -28,7 +28,7 @@ FOLDER = pathlib.Path(__file__).parent / 't5x_plans'
 _MODELS = 'gin_configs/t5x/models'
 _RUN = 'gin_configs/t5x/runs/pretrain.gin'
 
-# Makes the sum of the microbatches' losses the mean over the 8192 × 1024 tokens of the batch.
+# The 8192 × 1024 tokens of the batch, in place of the sum of their weights, which are all 1.
 _MEAN_OF_ALL = '--gin.LOSS_NORMALIZING_FACTOR=8388608'
 
 # Name -> model, topology, and overrides; the paper's lengths and batch.

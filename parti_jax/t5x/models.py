@@ -41,6 +41,16 @@ def _keys(rng, batch: int) -> layers.DropoutKeys | None:
   return layers.dropout_keys(rng, batch)
 
 
+def _microbatch_share(rows: int | None, array) -> float:
+  """The part that a microbatch of t5x's, which sums over them, has in a mean over the batch.
+
+  Args:
+    rows: of the whole batch, for which t5x initialises a model; None if it did not.
+    array: of the microbatch, [batch, ...]. Where `rows` is no multiple it is no microbatch.
+  """
+  return len(array) / rows if rows and rows % len(array) == 0 else 1.0
+
+
 class PartiModel(t5x_models.BaseTransformerModel):
   """Text to image tokens (Parti, section 2.2).
 
@@ -62,8 +72,8 @@ class PartiModel(t5x_models.BaseTransformerModel):
     label_smoothing: as in t5x, as the next two.
     z_loss: see `label_smoothing`.
     loss_normalizing_factor: what the sum over tokens is divided by. The default gives the mean over
-      the batch's image tokens. With `Trainer.num_microbatches` t5x adds the gradients of each
-      microbatch's loss up, so that the number of image tokens of the whole batch says the same.
+      the batch's image tokens, with `Trainer.num_microbatches` too, though t5x adds the gradients
+      of the microbatches' losses up.
 
   Raises:
     UserError: if a vocabulary or the weights do not fit the network.
@@ -91,6 +101,7 @@ class PartiModel(t5x_models.BaseTransformerModel):
             f'PartiConfig.{key}={getattr(config, key)}; raise that, or choose another task')
     self.guidance_scale = guidance_scale
     self._depth_weights = _check_depth_weights(depth_loss_weights, config)
+    self._rows: int | None = None  # Of the whole batch of training, once t5x has told it.
     super().__init__(
         module, input_vocabulary, output_vocabulary, optimizer_def, decode_fn, label_smoothing,
         z_loss, loss_normalizing_factor)
@@ -110,6 +121,7 @@ class PartiModel(t5x_models.BaseTransformerModel):
         raise errors.UserError(
             f'TASK_FEATURE_LENGTHS[{feature!r}]={input_shapes[name][1]} is not the {length} of '
             f'PartiConfig.{key}; make them the same')
+    self._rows = input_shapes['encoder_input_tokens'][0]
     with logical_axes.bound():
       boxed = self.module.init(rng, *parti.example_inputs(config))['params']
       return logical_axes.variables(boxed)
@@ -128,45 +140,45 @@ class PartiModel(t5x_models.BaseTransformerModel):
 
   def loss_fn(self, params, batch, dropout_rng):
     """The mean cross entropy of image tokens, and t5x's metrics; arguments as in t5x."""
-    if self._depth_weights is None:
-      return super().loss_fn(params, batch, dropout_rng)
-    factor, weights = losses.get_loss_normalizing_factor_and_weights(
-        self._loss_normalizing_factor, batch)
-    states = self._apply(params, *self._inputs(batch, dropout_rng), method='states')
-
-    def of_logits(logits):
-      return losses.compute_weighted_cross_entropy(
-          logits, batch['decoder_target_tokens'], weights, self._label_smoothing, self._z_loss,
-          factor)[:2]
-
-    def of_layer(states):
-      return jnp.stack(of_logits(self._apply(params, states, method='predict')))
-
-    # One layer's logits after the other: those of all layers would not fit the memory.
-    shares = self._depth_weights
-    before = np.flatnonzero(shares[:-1])
-    logits = self._apply(params, states[-1], method='predict')
-    of_last = jnp.stack(of_logits(logits))
-    total = shares[-1] * of_last
-    if before.size:
-      of_others = jax.lax.map(
-          layer_stack.remat(of_layer, self.module.config.remat), states[before])
-      total += jnp.sum(of_others * shares[before][:, None], axis=0)
-    metrics = self._compute_metrics(
-        logits=logits, targets=batch['decoder_target_tokens'], mask=weights, loss=total[0],
-        z_loss=total[1], segment_ids={
-            'encoder_input_tokens': batch['encoder_input_tokens'] != 0})
-    metrics['last_layer_loss'] = t5x_metrics.AveragePerStep(total=of_last[0])
-    return total[0], metrics
+    share = _microbatch_share(self._rows, batch['encoder_input_tokens'])
+    return self._loss(params, batch, dropout_rng, self._depth_weights, share)
 
   def eval_fn(self, params, batch):
     """The last layer's loss without dropout, and t5x's metrics; arguments as in t5x."""
-    return super().loss_fn(params, batch, None)
+    return self._loss(params, batch, None, None, 1.0)
 
-  def _compute_metrics(self, *, mask, segment_ids, **others):
-    # Code 0 is no padding; the weights say what is.
-    segment_ids = {**segment_ids, 'decoder_target_tokens': mask > 0}
-    return super()._compute_metrics(mask=mask, segment_ids=segment_ids, **others)
+  def _loss(self, params, batch, dropout_rng, depth_weights, share: float):
+    """The loss of the last layer, or the mean over all with weights; a mean counts `share`."""
+    targets = batch['decoder_target_tokens']
+    factor, weights = losses.get_loss_normalizing_factor_and_weights(
+        self._loss_normalizing_factor, batch)
+    if isinstance(self._loss_normalizing_factor, (str, losses.SpecialLossNormalizingFactor)):
+      factor = factor / share
+
+    def of_logits(logits):
+      return jnp.stack(losses.compute_weighted_cross_entropy(
+          logits, targets, weights, self._label_smoothing, self._z_loss, factor)[:2])
+
+    if depth_weights is None:
+      logits = self._compute_logits(params, batch, dropout_rng)
+      total = of_last = of_logits(logits)
+    else:
+      states = self._apply(params, *self._inputs(batch, dropout_rng), method='states')
+      of_layer = lambda states: of_logits(self._apply(params, states, method='predict'))
+      logits = self._apply(params, states[-1], method='predict')
+      of_last = of_logits(logits)
+      total, before = depth_weights[-1] * of_last, np.flatnonzero(depth_weights[:-1])
+      if before.size:  # One layer's logits after the other: those of all would not fit the memory.
+        of_others = jax.lax.map(
+            layer_stack.remat(of_layer, self.module.config.remat), states[before])
+        total += jnp.sum(of_others * depth_weights[before][:, None], axis=0)
+    metrics = self._compute_metrics(
+        logits=logits, targets=targets, mask=weights, loss=total[0], z_loss=total[1],
+        segment_ids={'encoder_input_tokens': batch['encoder_input_tokens'] != 0,
+                     'decoder_target_tokens': weights > 0})
+    if depth_weights is not None:
+      metrics['last_layer_loss'] = t5x_metrics.AveragePerStep(total=of_last[0])
+    return total[0], metrics
 
   def score_batch(self, params, batch, return_intermediates: bool = False):
     """Log likelihood of the image tokens given the text.
@@ -286,6 +298,7 @@ class TokenizerModel(t5x_models.BaseModel):
             f'TokenizerStage.{name}={getattr(stage, name)!r}: t5x has no place for it; set it to '
             f'{off!r}, or train with parti-jax train')
     self.stage = stage
+    self._rows: int | None = None  # As in PartiModel.
     super().__init__(optimizer_def)
 
   def get_initial_variables(self, rng, input_shapes, input_types=None):
@@ -300,6 +313,7 @@ class TokenizerModel(t5x_models.BaseModel):
       raise errors.UserError(
           f"TASK_FEATURE_LENGTHS['images']={input_shapes['images'][1]} is not "
           f'ViTVQGANConfig.image_size={size}; make them the same')
+    self._rows = input_shapes['images'][0]
     with logical_axes.bound():
       boxed = self.stage.init(rng)
       statistics = self.stage.initial_statistics() | {'step': jnp.zeros((), jnp.int32)}
@@ -329,7 +343,9 @@ class TokenizerModel(t5x_models.BaseModel):
     _, after, more = self.stage.after_step(
         params, {'code_use': before['code_use']}, aux, step, None)
     mutables = flax.core.freeze({'statistics': after | {'step': step + 1}})
-    return loss, (self._metrics(batch, aux['metrics'] | more), mutables)
+    share = _microbatch_share(self._rows, batch['images'])
+    values = {name: share * value for name, value in (aux['metrics'] | more).items()}
+    return share * loss, (self._metrics(batch, values), mutables)
 
   def eval_fn(self, params, batch, flax_mutables):
     """The loss of quantized latents, and t5x's metrics; arguments as in t5x."""

@@ -146,22 +146,24 @@ def test_loss_is_ours(params, batch):
     assert abs(found - of_eval) > 1e-4  # Dropout is on in one of them.
 
 
-def test_microbatches_are_the_batch_if_the_factor_is_its_number_of_tokens(params, batch):
-  """t5x adds the losses and gradients of microbatches up."""
+def test_microbatches_are_the_batch(params, batch):
+  """t5x adds the losses and gradients of microbatches up, after it has told the batch's size."""
   def of_parts(microbatches, **kwargs):
     module = parti.Parti(dataclasses.replace(CONFIG, dropout=0.0))
     model = models.PartiModel(
         module, optimizers.OptaxWrapper(our_optimizers.adafactor), **kwargs)
+    jax.eval_shape(lambda: model.get_initial_variables(jax.random.key(0), SHAPES))
     state = types.SimpleNamespace(params=params, flax_mutables=None)
     gradients, metrics, _ = jax.jit(lambda key: t5x_trainer.accumulate_grads_microbatched(
         model, state, batch, key, microbatches))(jax.random.PRNGKey(0))
     return gradients, metrics['loss'].total
 
   whole, loss = of_parts(None)
-  parts, loss_of_parts = of_parts(2, loss_normalizing_factor=batch['decoder_loss_weights'].size)
-  np.testing.assert_allclose(loss_of_parts, loss, rtol=1e-6)
-  jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6),
-               parts, whole)
+  for kwargs in ({}, {'loss_normalizing_factor': batch['decoder_loss_weights'].size}):
+    parts, loss_of_parts = of_parts(2, **kwargs)
+    np.testing.assert_allclose(loss_of_parts, loss, rtol=1e-6)
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6),
+                 parts, whole)
 
 
 def test_scores_are_log_likelihoods(params, batch):
