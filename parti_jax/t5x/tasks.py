@@ -55,9 +55,9 @@ class LazyTask(seqio.Task):
         postprocess_fn=metrics.postprocess if name in _METRICS else None,
         metric_fns=_METRICS.get(name))
     self._feature_names = tasks.feature_names(name)
-    self._settled: dict[int, seqio.Task] = {}
+    self._settled: dict[int, _Task] = {}
 
-  def settled(self, image_size: int = _DEFAULT_IMAGE_SIZE) -> seqio.Task:
+  def settled(self, image_size: int = _DEFAULT_IMAGE_SIZE) -> _Task:
     """Returns the task as gin configured it when it was first asked for.
 
     Args:
@@ -68,8 +68,9 @@ class LazyTask(seqio.Task):
     """
     if image_size not in self._settled:
       made = tasks.make_task(self.name, image_size, keep_captions='inputs' in self._feature_names)
-      self._settled[image_size] = made.replace(
-          name=self.name, postprocess_fn=self.postprocessor, metric_fns=_METRICS.get(self.name))
+      self._settled[image_size] = _Task(
+          self.name, made.source, made.output_features, made.preprocessors, self.postprocessor,
+          _METRICS.get(self.name), shuffle_buffer_size=made.shuffle_buffer_size)
     return self._settled[image_size]
 
   @property
@@ -84,9 +85,28 @@ class LazyTask(seqio.Task):
   def preprocessors(self) -> Sequence:
     return self.settled().preprocessors
 
-  def replace(self, **kwargs) -> seqio.Task:
+  def replace(self, **kwargs) -> _Task:
     """Returns a variant of the settled task; see `seqio.Task.replace`."""
     return self.settled().replace(**kwargs)
+
+  def get_dataset(
+      self, sequence_length: Mapping[str, int] | None = None, *args, **kwargs) -> tf.data.Dataset:
+    """Reads a split of the task that is settled for these lengths; see there."""
+    size = (sequence_length or {}).get('images', _DEFAULT_IMAGE_SIZE)
+    return self.settled(size).get_dataset(sequence_length, *args, **kwargs)
+
+
+class _Task(seqio.Task):
+  """A settled task: its data is as gin said, and reading it obeys the rules of this module."""
+
+  def replace(self, **kwargs) -> _Task:
+    """Returns a variant, which is read by the same rules; see `seqio.Task.replace`."""
+    made = super().replace(**kwargs)  # Of seqio's own class.
+    # Behind those that were given there is one for each of `metric_fns`.
+    given = made.metric_objs[:len(made.metric_objs) - len(made.metric_fns)]
+    return _Task(
+        made.name, made.source, made.output_features, made.preprocessors, made.postprocessor,
+        made.metric_fns, given, made.shuffle_buffer_size)
 
   def get_dataset(
       self,
@@ -111,30 +131,28 @@ class LazyTask(seqio.Task):
       UserError: the data can't be read, the lengths don't fit, or no example is usable.
     """
     lengths = sequence_length or {}
-    task = self.settled(lengths.get('images', _DEFAULT_IMAGE_SIZE))
-    tasks.check_lengths(task, lengths)
-    self._check_usable(task, lengths, split, shard_info)
+    tasks.check_lengths(self, lengths)
+    self._check_usable(lengths, split, shard_info)
     endless = num_epochs is None
     where = f'{self.name}, {split}'
     reading = tally.Reading(
         skipped=_Told(f'{where}: skipped'), shortened=_Told(f'{where}: kept in part'),
         drop_text=endless and split.split('[')[0] == 'train')
     with tally.reading(reading):
-      return task.get_dataset(
+      return super().get_dataset(
           lengths, split, use_cached=use_cached, shuffle=shuffle,
           shuffle_buffer_size=shuffle_buffer_size, seed=seed, shard_info=shard_info,
           num_epochs=num_epochs, trim_output_features=trim_output_features,
           try_in_mem_cache=try_in_mem_cache and not (endless and shuffle))
 
-  def _check_usable(self, task: seqio.Task, lengths, split: str, shard_info) -> None:
+  def _check_usable(self, lengths, split: str, shard_info) -> None:
     """Raises UserError if no example is usable, since reading without end would look for ever."""
     reading = tally.Reading()
     with tally.reading(reading):
-      dataset = task.get_dataset(
+      dataset = super().get_dataset(
           lengths, split, shuffle=False, shard_info=shard_info, try_in_mem_cache=False)
     if next(iter(dataset.take(1)), None) is None:
-      source = task.source
-      place = getattr(source, 'place', getattr(source, 'name', self.name))
+      place = getattr(self.source, 'place', getattr(self.source, 'name', self.name))
       share = (f'share {shard_info.index + 1} of {shard_info.num_shards} of '
                if shard_info and shard_info.num_shards > 1 else '')
       skipped = str(reading.skipped)

@@ -174,11 +174,26 @@ def test_captioned_pictures_of_a_folder(tmp_path):
   assert [(image.shape, image[0, 0, 0]) for image in images] == [((8, 8, 3), 0), ((8, 8, 3), 2)]
 
 
-def test_a_variant_of_a_task(cache):
-  cache(2)
+def test_a_variant_of_a_task_is_read_by_the_same_rules(cache, caplog):
+  cache(30, validation=30, captions=lambda i: f'apple {i}' if i else '')
+  gin.parse_config('drop_text.rate = 0.5')
   variant = seqio.get_mixture_or_task('openmoji_tokens').replace(name='mine', metric_fns=[])
   assert variant.name == 'mine' and not variant.metric_fns
-  assert len(list(variant.get_dataset(LENGTHS, 'train', shuffle=False))) == 2
+  with_metric = variant.replace(metric_fns=[tasks.metrics.log_likelihood])
+  assert len(with_metric.metric_objs) == len(with_metric.replace(name='other').metric_objs) == 1
+
+  def dropped(task, count, split, **kwargs):
+    dataset = task.get_dataset(LENGTHS, split, shuffle=False, **kwargs).take(count)
+    texts = [example['inputs'][0] == EOS_ID for example in dataset.as_numpy_iterator()]
+    assert len(texts) == count
+    return sum(texts)
+
+  for task in (variant, variant.replace(name='other')):
+    assert dropped(task, 29, 'validation', num_epochs=1) == 0
+    assert 5 <= dropped(task, 29, 'train', num_epochs=None) <= 24
+    with pytest.raises(UserError, match=f'^{task.name} has the features inputs, targets, but'):
+      task.get_dataset({'inputs': 12}, 'train')
+  assert 'mine, validation: skipped, in all epochs so far: 1 no caption' in caplog.text
 
 
 def test_packing_is_refused():
