@@ -3,6 +3,7 @@
 import sys
 
 import gin
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -63,6 +64,20 @@ def _made(configurable, scope=''):
     return gin.get_configurable(configurable)()
 
 
+def _drawn_shape(model, texts):
+  """Of what t5x.infer gets for so many texts; nothing is computed."""
+  sizes = model.module.config
+  shapes = {'encoder_input_tokens': (texts, sizes.text_length),
+            'decoder_target_tokens': (texts, sizes.image_length)}
+
+  def draw(rng):
+    batch = {name: jnp.ones(shape, jnp.int32) for name, shape in shapes.items()}
+    params = model.get_initial_variables(rng, shapes)['params']
+    return model.predict_batch(params, batch, rng)
+
+  return jax.eval_shape(draw, jax.random.key(0)).shape
+
+
 @pytest.mark.parametrize('run', RUNS)
 @pytest.mark.parametrize('name', MODELS)
 def test_a_model_and_a_run_make_what_t5x_takes(parse, name, run):
@@ -108,6 +123,7 @@ def test_what_users_override_in_training(parse):
         'train_eval/utils.DatasetConfig.batch_size = 10',
         'utils.SaveCheckpointConfig.period = 11', 'PartiModel.guidance_scale = 3.0',
         'PartiModel.predict_batch_with_aux.num_decodes = 4',
+        'PartiModel.predict_batch_with_aux.return_all_decodes = True',
         'PartiConfig.encoder_layers = 1', 'adafactor.beta1 = 0.5', 'parti_schedule.peak = 2.0',
         'partitioning.standard_logical_axis_rules.activation_partitioning_dims = 2')
   train, evaluation = (_made(utils.DatasetConfig, scope) for scope in ('train', 'train_eval'))
@@ -119,6 +135,7 @@ def test_what_users_override_in_training(parse):
   model = _value('%MODEL')
   assert model.module.config.encoder_layers == 1 and model.guidance_scale == 3.0
   assert (model._label_smoothing, model._z_loss) == (0.125, 1e-4)
+  assert _drawn_shape(model, texts=2) == (2, 4, model.module.config.image_length)
   partitioner = _made(partitioning.PjitPartitioner)
   assert dict(partitioner.mesh.shape) == {'data': 4, 'model': 2}
   assert ('embed', 'model') in partitioner._logical_axis_rules

@@ -191,20 +191,32 @@ def test_greedy_tokens_are_ours(params, batch, guidance_scale):
   assert aux['scores'].shape == (4,)
 
 
-def test_several_pictures_of_a_text(params, batch):
-  """Each has its own text's memory and its own cache: scores agree with `score_batch`."""
-  model = make_model()
+def _likelihoods(params, texts, tokens, guidance_scale):
+  """Log likelihoods of pictures' tokens, all given at once, float32 [batch, pictures]."""
+  apply = jax.jit(lambda texts, tokens: parti.Parti(CONFIG).apply(
+      {'params': flax.core.unfreeze(params)}, texts, tokens))
+  texts = np.repeat(texts, tokens.shape[1], axis=0)
+  flat = np.reshape(tokens, (-1, tokens.shape[2]))
+  logits, unconditional = apply(texts, flat), apply(our_decoding.empty_text(*texts.shape), flat)
+  logits = unconditional + guidance_scale * (logits - unconditional)
+  of_tokens = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), flat[..., None], 2)
+  return of_tokens.sum((1, 2)).reshape(tokens.shape[:2])
+
+
+@pytest.mark.parametrize('guidance_scale', [1.0, 2.0])
+@pytest.mark.parametrize('decode_fn', [decoding.temperature_sample, decoding.beam_search])
+def test_several_pictures_of_a_text(params, batch, decode_fn, guidance_scale):
+  """Each has its own text's memory and its own cache: scores are those of the whole picture."""
+  model = make_model(guidance_scale=guidance_scale, decode_fn=decode_fn)
+  drawing = {'topk': 0} if decode_fn is decoding.temperature_sample else {}
   draw = jax.jit(lambda params, batch, rng: model.predict_batch_with_aux(
-      params, batch, rng, {'topk': 0}, return_all_decodes=True, num_decodes=3))
+      params, batch, rng, drawing, return_all_decodes=True, num_decodes=3))
   tokens, aux = draw(params, batch, jax.random.PRNGKey(1))
   assert tokens.shape == (4, 3, 6) and len({tuple(row) for row in np.asarray(tokens[0])}) == 3
-  for picture in range(3):
-    scores = model.score_batch(params, batch | {'decoder_target_tokens': tokens[:, picture]})
-    np.testing.assert_allclose(aux['scores'][:, picture], scores, rtol=1e-5)
-  beams, _ = make_model(decode_fn=decoding.beam_search).predict_batch_with_aux(
-      params, batch, num_decodes=2)
-  likeliest = model.score_batch(params, batch | {'decoder_target_tokens': beams})
-  assert np.all(likeliest >= np.asarray(aux['scores'][:, -1]) - 1e-4)
+  np.testing.assert_allclose(
+      aux['scores'],
+      _likelihoods(params, batch['encoder_input_tokens'], tokens, guidance_scale), rtol=1e-5)
+  assert np.all(np.diff(aux['scores']) >= 0)  # The likeliest is the last.
 
 
 def test_steps_on_the_mesh_and_a_step_that_is_not_finite(partitioner, batch):
