@@ -8,6 +8,7 @@ import math
 import flax.linen as nn
 import gin
 import jax
+import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
@@ -123,10 +124,7 @@ def parameter_shardings(boxed, mesh, rules):
 
 
 def optimizer_shardings(optimizer_state, parameters, shardings, mesh):
-  """Shardings of an optimiser's state: each moment follows its parameter.
-
-  A factored second moment (Adafactor) lacks one axis of its parameter and keeps the
-  sharding of the others; whatever else there is, such as counters, is replicated.
+  """Shardings of an optimiser's state: each moment follows its parameter, see `optimizer_specs`.
 
   Args:
     optimizer_state: abstract state of an optax transformation.
@@ -137,31 +135,54 @@ def optimizer_shardings(optimizer_state, parameters, shardings, mesh):
   Returns:
     A tree of NamedSharding with the structure of `optimizer_state`.
   """
-  known = {}
-  for (path, leaf), sharding in zip(
-      jax.tree_util.tree_leaves_with_path(parameters), jax.tree.leaves(shardings)):
-    known[_names(path)] = (leaf.shape, sharding.spec)
-  replicated = NamedSharding(mesh, PartitionSpec())
+  specs = optimizer_specs(
+      optimizer_state, parameters, jax.tree.map(lambda sharding: sharding.spec, shardings))
+  return jax.tree.map(
+      lambda spec: NamedSharding(mesh, PartitionSpec() if spec is None else spec), specs,
+      is_leaf=lambda spec: spec is None)
 
-  def sharding(path, leaf):
+
+def optimizer_specs(optimizer_state, parameters, specs):
+  """How an optimiser's state is split: each moment as its parameter.
+
+  A factored second moment (Adafactor) lacks one axis of its parameter and is split along the
+  others; whatever else there is, such as counters, is replicated.
+
+  Args:
+    optimizer_state: state of an optax transformation, abstract or not.
+    parameters: likewise, unboxed.
+    specs: a PartitionSpec for each parameter, of mesh axes or of logical ones.
+
+  Returns:
+    A tree with the structure of `optimizer_state`, of PartitionSpec, and None for what is
+    replicated.
+  """
+  known = {}
+  for (path, leaf), spec in zip(
+      jax.tree_util.tree_leaves_with_path(parameters), jax.tree.leaves(specs)):
+    known[_names(path)] = (leaf.shape, spec)
+
+  def spec_of(path, leaf):
     names = _names(path)
     for start in range(len(names)):
       if names[start:] in known:
-        shape, spec = known[names[start:]]
-        spec = _spec_of_moment(leaf.shape, shape, spec)
-        return replicated if spec is None else NamedSharding(mesh, spec)
-    return replicated
+        return _spec_of_moment(names[:start], leaf.shape, *known[names[start:]])
+    return None
 
-  return jax.tree_util.tree_map_with_path(sharding, optimizer_state)
+  return jax.tree_util.tree_map_with_path(spec_of, optimizer_state)
 
 
-def _spec_of_moment(shape, parameter_shape, spec):
+def _spec_of_moment(fields, shape, parameter_shape, spec):
+  """The moment's PartitionSpec; None if it has not the axes of its parameter, or all but one."""
   spec = tuple(spec) + (None,) * (len(parameter_shape) - len(spec))
   if shape == parameter_shape:
     return PartitionSpec(*spec)
-  for axis in range(len(parameter_shape)):
-    if shape == parameter_shape[:axis] + parameter_shape[axis + 1:]:
-      return PartitionSpec(*(spec[:axis] + spec[axis + 1:]))
+  for field, place in (('v_row', -1), ('v_col', -2)):
+    if field in fields and len(parameter_shape) > 1:
+      # By size, as optax chooses the two axes that it factors; lengths alone may be ambiguous.
+      lacking = int(np.argsort(parameter_shape)[place])
+      if shape == parameter_shape[:lacking] + parameter_shape[lacking + 1:]:
+        return PartitionSpec(*(spec[:lacking] + spec[lacking + 1:]))
   return None
 
 

@@ -24,6 +24,7 @@ from parti_jax.sampling import decoding as our_decoding
 from parti_jax.sampling import parameters
 from parti_jax.t5x import logical_axes
 from parti_jax.t5x import workarounds
+from parti_jax.training import finite as finite_lib
 from parti_jax.training import tokenizer_stage
 
 workarounds.apply()
@@ -139,7 +140,11 @@ class PartiModel(t5x_models.BaseTransformerModel):
     return self._apply(params, *self._inputs(batch, dropout_rng))
 
   def loss_fn(self, params, batch, dropout_rng):
-    """The mean cross entropy of image tokens, and t5x's metrics; arguments as in t5x."""
+    """The mean cross entropy of image tokens, and t5x's metrics; arguments as in t5x.
+
+    Of a batch with fewer rows than the one that t5x initialised the model for, which is what its
+    microbatches are, it is the share in the mean over the whole batch.
+    """
     share = _microbatch_share(self._rows, batch['encoder_input_tokens'])
     return self._loss(params, batch, dropout_rng, self._depth_weights, share)
 
@@ -263,8 +268,8 @@ def _check_depth_weights(weights, config) -> np.ndarray | None:
     return None
   if len(weights) != config.decoder_layers or min(weights) < 0 or weights[-1] <= 0:
     raise errors.UserError(
-        f'PartiModel.depth_loss_weights={tuple(weights)!r} must be {config.decoder_layers} numbers, '
-        'one for each of PartiConfig.decoder_layers, not negative and the last above 0')
+        f'PartiModel.depth_loss_weights={tuple(weights)!r} must be {config.decoder_layers} '
+        'numbers, one for each of PartiConfig.decoder_layers, not negative and the last above 0')
   weights = np.array(weights, np.float32)
   return weights / weights.sum()
 
@@ -340,8 +345,10 @@ class TokenizerModel(t5x_models.BaseModel):
     step = before['step']
     loss, aux = self._loss(params, batch, step)
     aux = jax.lax.stop_gradient(aux)
-    _, after, more = self.stage.after_step(
-        params, {'code_use': before['code_use']}, aux, step, None)
+    kept = {'code_use': before['code_use']}
+    _, after, more = self.stage.after_step(params, kept, aux, step, None)
+    # What is not finite is not counted either; t5x computes the gradients after this.
+    after = finite_lib.select(jnp.isfinite(loss), after, kept)
     mutables = flax.core.freeze({'statistics': after | {'step': step + 1}})
     share = _microbatch_share(self._rows, batch['images'])
     values = {name: share * value for name, value in (aux['metrics'] | more).items()}

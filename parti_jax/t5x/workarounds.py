@@ -18,7 +18,8 @@ from t5x import partitioning
 _default_mesh = partitioning.default_mesh
 _Manager = checkpoints.OrbaxCheckpointManagerInterface
 _manager_init, _manager_restore = _Manager.__init__, _Manager.restore
-_maybe_make_sharded_array = checkpoints._maybe_make_sharded_array  # pylint: disable=protected-access
+# pylint: disable-next=protected-access
+_maybe_make_sharded_array = checkpoints._maybe_make_sharded_array
 _KINDS_THAT_T5X_KNOWS = ('TPU v2', 'TPU v3', 'TPU v4', 'TPU v4 lite')
 
 
@@ -33,6 +34,8 @@ def _default_mesh_where_t5x_has_none(
   backend = args[0] if args else kwargs.get('backend')
   shaped = any(args[1:]) or kwargs.get('ici_mesh_shape') or kwargs.get('dcn_mesh_shape')
   last = jax.devices(backend)[-1]
+  if last.platform == 'tpu' and not shaped:
+    _check_one_slice(jax.devices(backend))
   if not model_parallel_submesh and not shaped:
     if last.platform == 'cpu':
       model_parallel_submesh = _cpu_submesh(num_partitions, backend)
@@ -42,7 +45,24 @@ def _default_mesh_where_t5x_has_none(
   return _default_mesh(num_partitions, model_parallel_submesh, *args, **kwargs)
 
 
+def _check_one_slice(devices):
+  """Raises ValueError for several TPU slices, of which t5x's mesh would hold one, and say nothing.
+
+  Chips of all slices have the same coordinates, by which that mesh places them.
+  """
+  slices = {getattr(device, 'slice_index', 0) for device in devices}
+  if len(slices) > 1:
+    raise ValueError(
+        f'the devices are in {len(slices)} slices: give PjitPartitioner.ici_mesh_shape and '
+        'PjitPartitioner.dcn_mesh_shape, (replica, data, model) each, beside num_partitions')
+
+
 def _cpu_submesh(num_partitions: int, backend) -> tuple[int, int]:
+  """Processes, and devices in each, that the model is split over on emulated devices.
+
+  Raises:
+    ValueError: if so many partitions do not divide them.
+  """
   local = jax.local_device_count(backend)
   within = min(num_partitions, local)
   if num_partitions % within or local % within or jax.process_count(backend) % (
@@ -101,8 +121,9 @@ def _restore_from_absolute_path(self, step=None, path=None, *args, **kwargs):
 def _sharded_array_with_whole_numbers(arr, mesh, axes=None, restore_dtype=None, *args, **kwargs):
   """Keeps the step and the optimiser's counts integers in every restored state.
 
-  `RestoreCheckpointConfig.dtype`, which t5x.train sets whenever it goes on, is meant for parameters,
-  but t5x casts all that is not partitioned to it as well: the counts would come back as float32.
+  `RestoreCheckpointConfig.dtype`, which t5x.train sets whenever it goes on, is meant for the
+  parameters, but t5x casts all that is not partitioned to it as well: the counts would come back
+  as float32.
   """
   if hasattr(arr, 'dtype') and jnp.issubdtype(arr.dtype, jnp.integer):
     restore_dtype = None

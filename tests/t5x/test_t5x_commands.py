@@ -45,7 +45,8 @@ def test_what_t5x_trains_it_draws_with(tmp_path, monkeypatch):
   _run(monkeypatch, t5x_infer, t5x_infer.infer, 'infer', tokens, 'DatasetConfig.batch_size=8',
        f'CHECKPOINT_PATH="{tmp_path}/run/checkpoint_2"', f'INFER_OUTPUT_DIR="{tmp_path}/drawn"',
        'PartiModel.guidance_scale=2.0')
-  written = (tmp_path / 'drawn/cached_tokens-predict.jsonl-00000-of-00001').read_text(encoding='utf-8')
+  written = tmp_path / 'drawn/cached_tokens-predict.jsonl-00000-of-00001'
+  written = written.read_text(encoding='utf-8')
   lines = [json.loads(line) for line in written.splitlines()]
   assert [line['inputs']['inputs_pretokenized'] for line in lines] == captions
   assert all(len(line['prediction']) == 4 and set(line['prediction']) <= set(range(8))

@@ -42,10 +42,23 @@ def test_number_of_partitions_that_a_slice_does_not_have():
     workarounds.tpu_submesh(3, (4, 4, 4, 1))
 
 
-def test_step_on_a_tpu_that_t5x_does_not_know():
+def test_several_slices_need_their_shapes():
+  """By the coordinates of their chips t5x would take one of them."""
+  pytest.importorskip('libtpu', reason='no TPU to lower for (pip install "parti_jax[tpu]")')
+  devices = topology.parse('2xv5e:2x2').devices()
+  with mock.patch.object(jax, 'devices', lambda *_: devices):
+    with pytest.raises(ValueError, match='2 slices: give PjitPartitioner.ici_mesh_shape'):
+      partitioning.default_mesh(2)
+
+
+@pytest.mark.parametrize('name, shapes_of_slices, mesh, rows', [
+    ('v5e:2x2', {}, {'data': 2, 'model': 2}, 4),
+    ('2xv5e:2x2', {'ici_mesh_shape': (1, 2, 2), 'dcn_mesh_shape': (2, 1, 1)},
+     {'replica': 2, 'data': 2, 'model': 2}, 2)])
+def test_step_on_a_tpu_that_t5x_does_not_know(name, shapes_of_slices, mesh, rows):
   """Each device has its own examples, heads and codes, in the kernel too; nothing is computed."""
   pytest.importorskip('libtpu', reason='no TPU to lower for (pip install "parti_jax[tpu]")')
-  devices = topology.parse('v5e:2x2').devices()
+  devices = topology.parse(name).devices()
   shapes = {'encoder_input_tokens': (8, 8), 'decoder_target_tokens': (8, 128),
             'decoder_loss_weights': (8, 128)}
   types = dict(zip(shapes, (jnp.int32, jnp.int32, jnp.float32)))
@@ -53,7 +66,7 @@ def test_step_on_a_tpu_that_t5x_does_not_know():
       parti.Parti(CONFIG), optimizers.OptaxWrapper(our_optimizers.adafactor))
   with mock.patch.object(jax, 'devices', lambda *_: devices), \
        mock.patch.object(jax, 'local_devices', lambda *_: devices):
-    partitioner = partitioning.PjitPartitioner(num_partitions=2)
+    partitioner = partitioning.PjitPartitioner(num_partitions=2, **shapes_of_slices)
     initializer = utils.TrainStateInitializer(
         model.optimizer_def, model.get_initial_variables, shapes, partitioner, types)
     trainer = t5x_trainer.Trainer(
@@ -63,7 +76,9 @@ def test_step_on_a_tpu_that_t5x_does_not_know():
     batch = {name: jax.ShapeDtypeStruct(shapes[name], types[name]) for name in shapes}
     step = trainer._partitioned_train_step  # pylint: disable=protected-access
     text = step.lower(trainer.train_state, batch).as_text()
-  assert dict(partitioner.mesh.shape) == {'data': 2, 'model': 2}
+  assert dict(partitioner.mesh.shape) == mesh
   kernels = [line for line in text.splitlines() if 'tpu_custom_call' in line]
-  assert kernels and all('tensor<4x1x128x128xbf16>' in line for line in kernels)
-  assert re.search(r'\[\{"data"\}, \{\}, \{"model"\}\]> : tensor<8x128x64xf32>', text)  # Logits.
+  assert kernels and all(f'tensor<{rows}x1x128x128xbf16>' in line for line in kernels)
+  batch_axes = ', '.join(f'"{axis}"' for axis in mesh if axis != 'model')
+  logits = re.escape(f'[{{{batch_axes}}}, {{}}, {{"model"}}]> : tensor<8x128x64xf32>')
+  assert re.search(logits, text)
