@@ -253,29 +253,55 @@ def test_what_does_not_fit_is_named():
       models.TokenizerModel(stage, None)
 
 
-def test_tokenizer_trains_and_counts_its_codes(partitioner):
-  config = vit_vqgan.ViTVQGANConfig(
-      image_size=8, patch_size=4, encoder_layers=1, encoder_width=16, encoder_mlp_width=32,
-      encoder_heads=2, decoder_layers=1, decoder_width=16, decoder_mlp_width=32, decoder_heads=2,
-      codebook_size=16, code_dim=4, dtype='float32')
-  model = models.TokenizerModel(
-      tokenizer_stage.TokenizerStage(config, quantize_from=2),
+TOKENIZER = vit_vqgan.ViTVQGANConfig(
+    image_size=8, patch_size=4, encoder_layers=1, encoder_width=16, encoder_mlp_width=32,
+    encoder_heads=2, decoder_layers=1, decoder_width=16, decoder_mlp_width=32, decoder_heads=2,
+    codebook_size=16, code_dim=4, dtype='float32')
+IMAGES = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8)
+
+
+def make_tokenizer():
+  return models.TokenizerModel(
+      tokenizer_stage.TokenizerStage(TOKENIZER, quantize_from=2),
       optimizers.OptaxWrapper(our_optimizers.adamw))
-  images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8)
+
+
+def test_microbatches_of_the_tokenizer_are_the_batch():
+  model = make_tokenizer()
+  variables = flax.core.unfreeze(jax.jit(
+      lambda key: model.get_initial_variables(key, {'images': IMAGES.shape}))(jax.random.key(0)))
+
+  def of_parts(step, microbatches):
+    state = types.SimpleNamespace(
+        params=variables['params'],
+        flax_mutables=flax.core.freeze({'statistics': variables['statistics'] | {'step': step}}))
+    gradients, metrics, _ = t5x_trainer.accumulate_grads_microbatched(
+        model, state, {'images': IMAGES}, jax.random.PRNGKey(0), microbatches)
+    return gradients, metrics['loss'].total
+
+  both = jax.jit(lambda step: (of_parts(step, None), of_parts(step, 2)))
+  for step in (0, 2):  # Before latents are quantized, and after.
+    whole, parts = both(step)
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-6),
+                 parts, whole)
+
+
+def test_tokenizer_trains_and_counts_its_codes(partitioner):
+  model = make_tokenizer()
   initializer = make_initializer(
-      model, partitioner, {'images': images.shape}, {'images': jnp.uint8})
+      model, partitioner, {'images': IMAGES.shape}, {'images': jnp.uint8})
   state = initializer.from_scratch(jax.random.PRNGKey(0))
   trainer = t5x_trainer.Trainer(
       model, state, partitioner, eval_names=['images'], summary_dir=None,
       train_state_axes=initializer.train_state_axes, rng=jax.random.PRNGKey(0),
       learning_rate_fn=lambda step: 3e-3, num_microbatches=None)
-  summaries = [trainer.train(iter([{'images': images}]), 1).result() for _ in range(6)]
+  summaries = [trainer.train(iter([{'images': IMAGES}]), 1).result() for _ in range(6)]
   assert summaries[-1]['loss'].value < summaries[0]['loss'].value
   statistics = trainer.train_state.flax_mutables['statistics']
   assert int(statistics['step']) == 6 and 0 < np.sum(statistics['code_use']) < 16
-  assert trainer.eval({'images': iter([{'images': images}])})['images']['l2'].value > 0
-  tokens, aux = model.predict_batch_with_aux(trainer.train_state.params, {'images': images})
+  assert trainer.eval({'images': iter([{'images': IMAGES}])})['images']['l2'].value > 0
+  tokens, aux = model.predict_batch_with_aux(trainer.train_state.params, {'images': IMAGES})
   assert tokens.shape == (4, 4) and aux['psnr'].shape == (4,)
   np.testing.assert_allclose(
-      model.score_batch(trainer.train_state.params, {'images': images}), -aux['l2'])
+      model.score_batch(trainer.train_state.params, {'images': IMAGES}), -aux['l2'])
   trainer.close()

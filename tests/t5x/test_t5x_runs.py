@@ -69,7 +69,8 @@ def _trained(folder):
 
 
 def _scalars(folder, tag):
-  events = event_accumulator.EventAccumulator(str(folder))
+  # All of them: by default it keeps ten, drawn by chance.
+  events = event_accumulator.EventAccumulator(str(folder), {event_accumulator.TENSORS: 0})
   events.Reload()
   return {event.step: float(tensor_util.make_ndarray(event.tensor_proto))
           for event in events.Tensors(tag)}
@@ -102,9 +103,11 @@ def test_train_learns_on_two_by_two_devices(trained):
 def test_a_run_goes_on_where_it_was(trained, folder):
   log = _t5x('train', 'tiny', 'pretrain', f'token_cache.path="{folder}/tokens"',
              f'MODEL_DIR="{trained[0]}"', f'TRAIN_STEPS={STEPS + 10}', 'BATCH_SIZE=32',
-             'train.eval_period=10')
+             'train.eval_period=10', 'train.stats_period=5')
   assert f'Starting main loop over steps {STEPS}-{STEPS + 10}' in log
   assert (trained[0] / f'checkpoint_{STEPS + 10}').is_dir()
+  losses = _scalars(trained[0] / 'train', 'loss')
+  assert losses[STEPS + 5] == pytest.approx(losses[STEPS], rel=0.1)  # Not that of new parameters.
 
 
 def test_eval_measures_by_openmojis_pictures(trained, folder):
