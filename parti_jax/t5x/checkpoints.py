@@ -78,8 +78,11 @@ def _t5x_name(path: str) -> str:
   return _NAMES[beginning] + slash + rest
 
 
-def host_device() -> jax.Device:
-  """The device whose memory is the host's, where checkpoints are converted.
+def host_device(what: str = 'checkpoints are converted') -> jax.Device:
+  """The device whose memory is the host's.
+
+  Args:
+    what: is done there, for the message.
 
   Raises:
     UserError: if JAX was told to know no CPU.
@@ -87,8 +90,8 @@ def host_device() -> jax.Device:
   try:
     return jax.local_devices(backend='cpu')[0]
   except RuntimeError as error:
-    raise errors.UserError("checkpoints are converted in the host's memory, but JAX_PLATFORMS "
-                           'leaves the CPU out; add `,cpu` to it') from error
+    raise errors.UserError(f"{what} in the host's memory, but JAX_PLATFORMS leaves the CPU out; "
+                           'add `,cpu` to it') from error
 
 
 def in_host_memory(tree):

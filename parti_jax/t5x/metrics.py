@@ -1,6 +1,7 @@
 """Metrics of our tasks for seqio's evaluator, in t5x's `infer_eval` and `t5x.eval`.
 
-seqio computes them in a thread of its own beside the training, so the tokenizer stays on the CPU.
+t5x has them computed by its first process alone, in a thread beside the training. So the tokenizer
+stays on the CPU, and it is read without the other processes.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from parti_jax.errors import UserError
 from parti_jax.evaluation import openmoji_judge
 from parti_jax.sampling import detokenizing
 from parti_jax.sampling import pipeline
+from parti_jax.t5x import checkpoints
 from parti_jax.training import frozen_tokenizer
 
 # Share of the real pictures that should be known again from their tokens; the demo's are 98%.
@@ -64,7 +66,8 @@ def openmoji_alignment(
     tokenizer behind 'reconstruction_'.
 
   Raises:
-    UserError: the tokenizer can't be read, tokens are not its, or captions are not OpenMoji's.
+    UserError: the tokenizer can't be read, JAX knows no CPU, tokens are not its, or captions are
+      not OpenMoji's.
   """
   folder = str(tokenizer or pipeline.DEMO_FOLDER)
   detokenizer = _detokenizer(folder)
@@ -122,8 +125,8 @@ def _in_percent(verdicts: openmoji_judge.Verdicts, prefix: str = '') -> dict[str
 
 @functools.cache
 def _detokenizer(folder: str) -> detokenizing.Detokenizer:
-  cpu = jax.local_devices(backend='cpu')[0]
-  return detokenizing.Detokenizer(*frozen_tokenizer.load(folder), cpu)
+  cpu = checkpoints.host_device('openmoji_alignment turns tokens into pictures')
+  return detokenizing.Detokenizer(*frozen_tokenizer.load(folder, cpu), cpu)
 
 
 @functools.cache

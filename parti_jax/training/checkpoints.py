@@ -267,7 +267,7 @@ def read_model(path: epath.Path) -> dict:
     if (path / file).exists():
       storage.check_size(path / file, storage.MAX_JSON)
   try:
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+    with _json_alone() as checkpointer:
       return checkpointer.restore(path / 'model')
   except (FileNotFoundError, ValueError, KeyError) as error:
     raise _unfinished(path) from error
@@ -288,8 +288,13 @@ def read_metadata(path: epath.Path):
 
 def read_place(path: epath.Path) -> dict:
   """The place in the data at which a checkpoint was written, see `SharedBatches.state`."""
-  with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+  with _json_alone() as checkpointer:
     return checkpointer.restore(path / 'data')
+
+
+def _json_alone() -> ocp.Checkpointer:
+  return ocp.Checkpointer(
+      ocp.JsonCheckpointHandler(), multiprocessing_options=verification.alone())
 
 
 def read_config(path: epath.Path, stage: str) -> dict:
@@ -310,18 +315,19 @@ def read_config(path: epath.Path, stage: str) -> dict:
   return parti_config.by_todays_names(sizes) if stage == 'generator' else sizes
 
 
-def read_params(path: epath.Path, module, inputs):
+def read_params(path: epath.Path, module, inputs, device: jax.Device | None = None):
   """A checkpoint's parameters of a module, as `read_parts`, on one device.
 
   Args:
     path: a checkpoint's folder, of `latest_checkpoint`.
     module: the linen module whose parameters they are.
     inputs: arrays that the module takes.
+    device: which one; None for the first of this process.
   """
   boxed = jax.eval_shape(module.init, jax.random.key(0), *inputs)['params']
-  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  sharding = jax.sharding.SingleDeviceSharding(device or jax.local_devices()[0])
   return read_parts(path, jax.tree.map(
-      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
       nn.meta.unbox(boxed)))
 
 
@@ -329,7 +335,8 @@ def read_parts(path: epath.Path, params):
   """Parts of a checkpoint's parameters, without the optimiser's state.
 
   Where the run kept an average of the parameters, see `state.averaged`, it is the average. What was
-  trained beside these parts, such as a discriminator, is left out.
+  trained beside these parts, such as a discriminator, is left out. Each process reads what is on its
+  own devices and waits for no other, so that one alone may read.
 
   Args:
     path: a checkpoint's folder, of `latest_checkpoint`.
@@ -351,7 +358,9 @@ def read_parts(path: epath.Path, params):
   check_same_shapes(path, abstract, within=tuple(
       f'statistics/average/{part}/' if part in averaged else f'params/{part}/'
       for part in params))
-  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+  options = verification.alone()
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(multiprocessing_options=options),
+                        multiprocessing_options=options) as checkpointer:
     restored = checkpointer.restore(path / 'state', args=ocp.args.PyTreeRestore(
         item=abstract, partial_restore=True,
         restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)))

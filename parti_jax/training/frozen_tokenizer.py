@@ -15,11 +15,13 @@ from parti_jax.sampling import model_folder
 from parti_jax.training import checkpoints
 
 
-def load(model_dir):
+def load(model_dir, device: jax.Device | None = None):
   """The image tokenizer of a run, or of an exported model.
 
   Args:
     model_dir: the run's folder, or that of the model.
+    device: where the parameters of a run are put; None for the first of this process. Those of a
+      model are numpy arrays.
 
   Returns:
     Its ViTVQGANConfig, and its parameters; those of a run are from the newest checkpoint.
@@ -33,7 +35,7 @@ def load(model_dir):
   path = checkpoints.latest_checkpoint(model_dir)
   model = vit_vqgan.ViTVQGANConfig(**checkpoints.read_config(path, 'tokenizer'))
   module = vit_vqgan.ViTVQGAN(model)
-  return model, checkpoints.read_params(path, module, vit_vqgan.example_inputs(model))
+  return model, checkpoints.read_params(path, module, vit_vqgan.example_inputs(model), device)
 
 
 def fingerprint(params) -> str:

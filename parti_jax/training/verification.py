@@ -120,6 +120,12 @@ def free_name(step: int, taken: Callable[[str], bool]) -> str:
   return name
 
 
+def alone() -> ocp.options.MultiprocessingOptions:
+  """Orbax' options for reading in this process, whatever the others do: it waits for none."""
+  process = jax.process_index()
+  return ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
+
+
 class KeepWhole:
   """Orbax' policy of what stays: the last few, and always one that is known to be whole.
 
@@ -174,16 +180,15 @@ def _as_text(room) -> str:
 
 def _unreadable(path: epath.Path, share: int, shares: int) -> str | None:
   """What of a checkpoint without a manifest can't be read; None if all can."""
-  process, name = jax.process_index(), ''
-  alone = ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
+  options, name = alone(), ''
   try:
     with ocp.Checkpointer(
-        ocp.JsonCheckpointHandler(), multiprocessing_options=alone) as checkpointer:
+        ocp.JsonCheckpointHandler(), multiprocessing_options=options) as checkpointer:
       for name in ('model', 'data'):
         checkpointer.restore(path / name)
     name = 'state'
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(multiprocessing_options=alone),
-                          multiprocessing_options=alone) as checkpointer:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(multiprocessing_options=options),
+                          multiprocessing_options=options) as checkpointer:
       tree = checkpointer.metadata(path / name).item_metadata.tree
       for part in _parts(tree, share, shares):
         checkpointer.restore(path / name, args=ocp.args.PyTreeRestore(

@@ -36,7 +36,7 @@ def _small_world(monkeypatch):
   params = jax.tree.map(lambda leaf: 4.0 * leaf, params)
   detokenizer = detokenizing.Detokenizer(_CONFIG, params)
   render = lambda code, size: detokenizer(np.array([_TOKENS[code]], np.int32))[0]
-  monkeypatch.setattr(metrics.frozen_tokenizer, 'load', lambda folder: (_CONFIG, params))
+  monkeypatch.setattr(metrics.frozen_tokenizer, 'load', lambda folder, device: (_CONFIG, params))
   monkeypatch.setattr(openmoji, 'pictures', lambda: [_picture(caption) for caption in _TOKENS])
   monkeypatch.setattr(openmoji, 'render', render)
   caches = (metrics._detokenizer, metrics._judge, metrics._of_caption)
@@ -98,11 +98,22 @@ def test_the_tokenizer_is_chosen_by_gin(monkeypatch):
   asked = []
   load = metrics.frozen_tokenizer.load
   monkeypatch.setattr(
-      metrics.frozen_tokenizer, 'load', lambda folder: asked.append(folder) or load(folder))
+      metrics.frozen_tokenizer, 'load',
+      lambda folder, device: asked.append((folder, device)) or load(folder, device))
   metrics.openmoji_alignment(_targets('ball'), [_TOKENS['ball']])
   gin.parse_config("openmoji_alignment.tokenizer = 'runs/mine'")
   metrics.openmoji_alignment(_targets('ball'), [_TOKENS['ball']])
-  assert asked[0].endswith('demo') and asked[1:] == ['runs/mine']
+  cpu = jax.local_devices(backend='cpu')[0]
+  assert asked[0][0].endswith('demo') and asked[0][1] == cpu and asked[1:] == [('runs/mine', cpu)]
+
+
+def test_a_jax_without_a_cpu_is_told(monkeypatch):
+  def local_devices(backend=None):
+    raise RuntimeError(f'Unknown backend {backend}')
+
+  monkeypatch.setattr(jax, 'local_devices', local_devices)
+  with pytest.raises(UserError, match='openmoji_alignment .* JAX_PLATFORMS leaves the CPU out'):
+    metrics.openmoji_alignment(_targets('ball'), [_TOKENS['ball']])
 
 
 def test_log_likelihood():

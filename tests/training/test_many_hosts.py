@@ -118,6 +118,41 @@ def _tokenizer_run(tmp_path):
   return tmp_path / 'tokenizer'
 
 
+_READS_ALONE = """
+import pathlib, sys, time
+import jax
+from parti_jax.training import frozen_tokenizer
+port, index, run, done = sys.argv[1:]
+jax.distributed.initialize('127.0.0.1:' + port, 2, int(index))
+assert jax.process_count() == 2
+done = pathlib.Path(done)
+if index == '0':
+  device = jax.local_devices()[1]
+  config, params = frozen_tokenizer.load(run, device)
+  assert all(leaf.devices() == {device} for leaf in jax.tree.leaves(params))
+  done.write_text(str(config.codebook_size))
+while not done.exists():
+  time.sleep(0.1)
+"""
+
+
+def test_one_process_of_two_may_read_a_tokenizer(tmp_path, tokenizer_run):
+  # With Orbax' defaults it waits for the other one until it is killed.
+  environment = os.environ | {'XLA_FLAGS': '--xla_force_host_platform_device_count=2',
+                              'PYTHONPATH': str(REPOSITORY)}
+  port, done = str(_free_port()), tmp_path / 'done'
+  started = [subprocess.Popen(
+      [sys.executable, '-c', _READS_ALONE, port, str(index), str(tokenizer_run), str(done)],
+      env=environment) for index in range(2)]
+  try:
+    assert _ended(started, 120) == [0, 0]
+  finally:
+    for process in started:
+      process.kill()
+      process.wait()
+  assert done.read_text(encoding='utf-8') == '64'
+
+
 def test_four_processes_then_two_train_as_one_does(
     tmp_path, monkeypatch, start, bindings, tokenizer_run):
   # Four processes. Both of a pair hold the same rows, since `tensor` spans them.
