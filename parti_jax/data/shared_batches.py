@@ -121,7 +121,7 @@ class SharedBatches:
   def restore(self, state: Mapping) -> None:
     """Goes on where `state()` was taken, by however many processes.
 
-    A state without a place, as in a checkpoint that another program wrote, changes nothing: the
+    A state 'from_t5x', of a checkpoint that was one of t5x, has no place and changes nothing: the
     examples begin with the first one.
 
     Raises:
@@ -133,7 +133,7 @@ class SharedBatches:
       raise UserError(f'the checkpoint was trained with another vocabulary ({there}) than that of '
                       f'now ({self._vocabulary}); set vocabulary.path to that one, or train in '
                       'another --model_dir')
-    if 'places' not in state and 'epoch' not in state:
+    if 'from_t5x' in state:
       return
     # Before there were shares, a checkpoint held the place in the one stream of examples.
     places = state['places'] if 'places' in state else [[state['epoch'], state['taken']]]

@@ -24,7 +24,6 @@ from absl import logging
 
 from parti_jax.data import tally
 from parti_jax.data import tasks
-from parti_jax.data import token_cache
 from parti_jax.data.quiet_tensorflow import seqio, tf
 from parti_jax.errors import UserError
 from parti_jax.t5x import metrics
@@ -193,7 +192,6 @@ class _Told(tally.Tally):
     super().__init__()
     self._what, self._total, self._told = what, 0, 0
     self._telling = threading.Lock()
-    atexit.register(self._at_exit)
 
   def add(self, reason: str, number: int | None = None, place: str = '') -> None:
     """Counts one more for this reason; see `tally.Tally.add`."""
@@ -201,6 +199,8 @@ class _Told(tally.Tally):
       # Nobody asks for the counts up to a number here, and numbers would be kept for ever.
       super().add(reason, place=place)
       self._total += 1
+      if self._total == 1:
+        atexit.register(self._at_exit)
       if self._total >= 2 * self._told:
         self._tell()
 
@@ -218,12 +218,6 @@ class _Told(tally.Tally):
 def text_vocabulary() -> seqio.Vocabulary:
   """Returns the vocabulary of our tasks' feature 'inputs', as `vocabulary.path` says."""
   return tasks.text_feature(tasks.get_vocabulary()).vocabulary
-
-
-@gin.configurable(module='parti_jax.t5x')
-def image_vocabulary() -> seqio.Vocabulary:
-  """Returns the vocabulary of 'targets': the codes of the token cache at `token_cache.path`."""
-  return tasks.token_feature(token_cache.configured_source()).vocabulary
 
 
 def register() -> None:

@@ -5,6 +5,7 @@ import sys
 import gin
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import require_t5x  # pylint: disable=unused-import
@@ -18,6 +19,7 @@ from t5x import trainer
 from t5x import utils
 
 from parti_jax import config
+from parti_jax.data import token_cache
 from parti_jax.models import parti_config
 from parti_jax.t5x import models
 
@@ -76,6 +78,16 @@ def _drawn_shape(model, texts):
     return model.predict_batch(params, batch, rng)
 
   return jax.eval_shape(draw, jax.random.key(0)).shape
+
+
+def test_a_smaller_vocabulary_is_taken(parse, tmp_path):
+  """350m knows 16,000 pieces of text; the vocabulary that comes with the package has 2,000."""
+  info = {'codebook_size': 8192, 'image_tokens': 1024, 'tokenizer': 'none'}
+  token_cache.write_token_cache(str(tmp_path), [('a cat', np.zeros(1024, np.int32))], info)
+  parse('350m', 'pretrain', f'token_cache.path = "{tmp_path}"')
+  model = _value('%MODEL')
+  assert model.input_vocabulary.vocab_size == 2000 < model.module.config.text_vocabulary
+  utils.verify_matching_vocabs(_made(utils.DatasetConfig, 'train'), model)
 
 
 @pytest.mark.parametrize('run', RUNS)

@@ -70,9 +70,8 @@ def test_a_task_is_settled_when_it_is_first_used(cache):
   cache(5)
   assert set(task.splits) == {'train', 'validation'}
   assert task.num_input_examples('train') == 5
-  assert task.output_features['targets'].vocabulary == tasks.image_vocabulary()
   assert task.output_features['inputs'].vocabulary == tasks.text_vocabulary()
-  assert tasks.image_vocabulary().vocab_size == 40
+  assert task.output_features['targets'].vocabulary.vocab_size == 40
   assert len(list(mixture.get_dataset(LENGTHS, 'train', shuffle=False, num_epochs=1))) == 5
   # What is settled stays, as a run's data should; registered anew it follows gin again.
   cache(6, name='other')
