@@ -335,8 +335,8 @@ def read_parts(path: epath.Path, params):
   """Parts of a checkpoint's parameters, without the optimiser's state.
 
   Where the run kept an average of the parameters, see `state.averaged`, it is the average. What was
-  trained beside these parts, such as a discriminator, is left out. Each process reads what is on its
-  own devices and waits for no other, so that one alone may read.
+  trained beside these parts, such as a discriminator, is left out. Each process reads what is on
+  its own devices and waits for no other, so that one alone may read.
 
   Args:
     path: a checkpoint's folder, of `latest_checkpoint`.
