@@ -21,6 +21,7 @@ from tensorboard.backend.event_processing import event_accumulator
 from tensorboard.util import tensor_util
 
 from parti_jax import main
+from parti_jax.data import token_cache
 
 pytestmark = pytest.mark.slow
 REPOSITORY = pathlib.Path(__file__).parents[2]
@@ -169,6 +170,15 @@ def test_the_demo_model_draws_in_t5x(folder):
   # README: 50.0 ± 5.0, 7.3 ± 1.7 and 25.7 ± 3.3 on this split, over seeds.
   assert metrics['tone_right'] > 35 and metrics['name_top1'] > 2 and metrics['name_top5'] > 15
   assert metrics['reconstruction_name_top1'] > 95
+  log = _t5x(
+      'train', 'demo', 'finetune', task[0], f'MODEL_DIR="{folder}/demo_on"', 'PARAMETERS_ONLY=True',
+      f'INITIAL_CHECKPOINT_PATH="{folder}/demo_for_t5x/checkpoint_0"', 'TRAIN_STEPS=2',
+      'BATCH_SIZE=32', 'train/utils.DatasetConfig.split="validation"',
+      'train.train_eval_dataset_cfg=None', 'train.infer_eval_dataset_cfg=None')
+  assert 'Starting main loop over steps 0-2' in log
+  loss = _scalars(folder / 'demo_on/train', 'last_layer_loss')[2]
+  # Not that of new parameters, whose logits are alike; it has dropout and dropped texts.
+  assert loss == pytest.approx(-metrics['log_likelihood_per_token'], rel=0.25)
   _t5x('infer', 'demo', 'infer', *task, f'INFER_OUTPUT_DIR="{folder}/demo_infer"')
   file, lines = _drawn(folder / 'demo_infer')
   assert len(lines) == 151
@@ -191,3 +201,15 @@ def test_the_tokenizer_trains_and_goes_on_and_becomes_a_run_of_ours(folder):
   _ours('tokenize', '--gin_file=gin_configs/tasks/openmoji.gin', '--splits=validation',
         f"--gin.openmoji.data_dir='{folder}/pictures'", f'--tokenizer={folder}/tokenizer_back',
         f'--output_dir={folder}/tokens_back')
+  out = folder / 'tokens_t5x'
+  _t5x('infer', 'vit_vqgan_tiny', 'infer', f'openmoji.data_dir="{folder}/pictures"',
+       f'CHECKPOINT_PATH="{folder}/tokenizer_t5x/checkpoint_60"', f'INFER_OUTPUT_DIR="{out}"',
+       'infer.verify_matching_vocabs_fn=None', 'infer.output_vocab_feature_name="images"',
+       task='openmoji_images')
+  _, lines = _drawn(out)
+  assert {len(line['prediction']) for line in lines} == {IMAGE_TOKENS}
+  assert {code for line in lines for code in line['prediction']} <= set(range(CODES))
+  ours = token_cache.TokenCacheSource(str(folder / 'tokens_back')).get_dataset(
+      'validation', shuffle=False)
+  assert ([line['prediction'] for line in lines]
+          == [example['targets'].tolist() for example in ours.as_numpy_iterator()])
