@@ -66,6 +66,8 @@ def test_a_checkpoint_of_another_program_has_no_place(numbered):
   restored.restore({'from_t5x': 'checkpoint_7'})
   assert restored.shares == 2
   assert _numbers(next(restored)) == _numbers(next(fresh))
+  with pytest.raises(KeyError):  # Any other state without a place is a damaged one.
+    restored.restore({'vocabulary': None})
 
 
 def test_a_batch_may_have_grown_since(numbered):
