@@ -222,7 +222,7 @@ class Batches:
       part = (f'share {share.index + 1} of {share.num_shards} (train.data_shares) of '
               if share else '')
       raise UserError(
-          f'{where}: there is no usable example in {part}{_source(self._task)}{reasons}')
+          f'{where}: there is no usable example in {part}{tasks.place(self._task)}{reasons}')
     if skipped or shortened:
       logging.warning(
           '%s: epoch %d ended after %d examples; so far skipped: %s; kept in part: %s',
@@ -232,7 +232,7 @@ class Batches:
     if lost > _MUCH * (lost + self._taken):
       logging.error(
           '%s: %d of %d examples of epoch %d of %s could not be used; look at what was skipped and '
-          'why before you go on', where, lost, lost + self._taken, self._epoch, _source(self._task))
+          'why before you go on', where, lost, lost + self._taken, self._epoch, tasks.place(self._task))
     self._reading = tally.Reading()
     self._epoch += 1
     self._taken = 0
@@ -244,9 +244,3 @@ class Batches:
 def _length(examples: Mapping[str, np.ndarray]) -> int:
   """Returns the number of examples."""
   return len(next(iter(examples.values())))
-
-
-def _source(task) -> str:
-  """Names the place that the task reads from."""
-  source = getattr(task, 'source', None)
-  return getattr(source, 'place', getattr(source, 'name', task.name))

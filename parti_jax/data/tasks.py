@@ -234,6 +234,12 @@ def _feature(size: int, eos_id: int | None = None, **kwargs) -> seqio.Feature:
   return seqio.Feature(vocabulary, add_eos=False, **kwargs)
 
 
+def place(task: seqio.Task | seqio.Mixture) -> str:
+  """Names the place that a task reads from."""
+  source = getattr(task, 'source', None)
+  return getattr(source, 'place', getattr(source, 'name', task.name))
+
+
 def check_lengths(task: seqio.Task | seqio.Mixture, lengths: Mapping[str, int]) -> None:
   """Raises UserError unless there is a length for each of a task's features, and of its tokens."""
   wanted, given = sorted(task.output_features), sorted(lengths)

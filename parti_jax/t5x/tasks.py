@@ -151,12 +151,11 @@ class _Task(seqio.Task):
       dataset = super().get_dataset(
           lengths, split, shuffle=False, shard_info=shard_info, try_in_mem_cache=False)
     if next(iter(dataset.take(1)), None) is None:
-      place = getattr(self.source, 'place', getattr(self.source, 'name', self.name))
       share = (f'share {shard_info.index + 1} of {shard_info.num_shards} of '
                if shard_info and shard_info.num_shards > 1 else '')
       skipped = str(reading.skipped)
-      raise UserError(f'{self.name}, {split}: there is no usable example in {share}{place}'
-                      + (f'; skipped {skipped}' if skipped else ''))
+      raise UserError(f'{self.name}, {split}: there is no usable example in {share}'
+                      f'{tasks.place(self)}' + (f'; skipped {skipped}' if skipped else ''))
 
 
 class _Features(Mapping):
