@@ -13,6 +13,7 @@ import numpy as np
 from parti_jax.data import captions, decoding, example_files, tally
 from parti_jax.data.quiet_tensorflow import seqio, tf
 from parti_jax.data.vocabulary import EOS_ID, TextVocabulary
+from parti_jax.errors import UserError
 
 
 @seqio.map_over_dataset(num_seeds=1)
@@ -141,7 +142,12 @@ def drop_text(
 
   Returns:
     The dataset with the same features.
+
+  Raises:
+    UserError: if the rate is no such number.
   """
+  if type(rate) not in (int, float) or not 0 <= rate <= 1:
+    raise UserError(f'drop_text.rate={rate!r} must be a number from 0 to 1')
   if not tally.current().drop_text or rate == 0:
     return dataset
   empty, _ = vocabulary.encode('', sequence_length['inputs'])

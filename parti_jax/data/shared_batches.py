@@ -164,7 +164,8 @@ class SharedBatches:
     size = self.batch_size // shares
     read = np.unique(self._rows // size)
     self._batches = {
-        int(share): Batches(**self._arguments, batch_size=size, share=int(share), shares=shares)
+        int(share): Batches(
+            **self._arguments, batch_size=size, share=int(share), shares=shares, training=True)
         for share in read}
     self._vocabulary = next(iter(self._batches.values())).vocabulary
     held = (read[:, None] * size + np.arange(size)).reshape(-1)
@@ -188,6 +189,6 @@ def read(place: Place, task: str, split: str, feature_lengths: Mapping[str, int]
     Arrays [place.count, ...].
   """
   batches = Batches(task, split, place.count, feature_lengths, seed=seed,
-                    share=place.share, shares=place.shares)
+                    share=place.share, shares=place.shares, training=True)
   batches.restore({'epoch': place.epoch, 'taken': place.taken})
   return next(batches)

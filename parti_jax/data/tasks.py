@@ -37,6 +37,33 @@ _KINDS = {'images': ('images',), 'pairs': ('images', 'inputs'), 'texts': ('input
 ALIASES = tuple(_KINDS)
 
 
+class Task(seqio.Task):
+  """A seqio task that is shuffled again in each epoch, however small its source is."""
+
+  def get_dataset(
+      self,
+      sequence_length: Mapping[str, int] | None = None,
+      split: str = 'train',
+      use_cached: bool = False,
+      shuffle: bool = True,
+      shuffle_buffer_size: int | None = None,
+      seed: int | None = None,
+      shard_info: seqio.ShardInfo | None = None,
+      num_epochs: int | None = 1,
+      trim_output_features: bool = True,
+      try_in_mem_cache: bool = False,
+  ) -> tf.data.Dataset:
+    """Reads a split; arguments as those of `seqio.Task.get_dataset`.
+
+    `try_in_mem_cache` has no effect: seqio's cache would repeat the order of the first epoch.
+    """
+    del try_in_mem_cache
+    return super().get_dataset(
+        sequence_length, split, use_cached=use_cached, shuffle=shuffle,
+        shuffle_buffer_size=shuffle_buffer_size, seed=seed, shard_info=shard_info,
+        num_epochs=num_epochs, trim_output_features=trim_output_features, try_in_mem_cache=False)
+
+
 @gin.configurable('vocabulary')
 def get_vocabulary(path: str | None = None) -> TextVocabulary:
   """Returns the text vocabulary of the run; None is the one that comes with the demo model."""
@@ -117,7 +144,7 @@ def get_task(name: str, image_size: int = 64) -> seqio.Task | seqio.Mixture:
   return task
 
 
-def make_task(name: str, image_size: int = 64, keep_captions: bool = False) -> seqio.Task:
+def make_task(name: str, image_size: int = 64, keep_captions: bool = False) -> Task:
   """Returns a task of this module as gin configures it now; the registry knows nothing of it.
 
   Args:
@@ -147,7 +174,7 @@ def _split_name(name: str) -> tuple[str, str] | None:
 
 def _pictures_task(
     source_name: str, kind: str, image_size: int, keep_captions: bool
-) -> seqio.Task:
+) -> Task:
   source = sources.configured(source_name, image_size)
   features = {'images': _feature(size=256, dtype=tf.uint8, rank=3)}
   steps = [preprocessors.number, preprocessors.leave_out, preprocessors.decode_images]
@@ -155,7 +182,7 @@ def _pictures_task(
     vocabulary = get_vocabulary()
     features['inputs'] = text_feature(vocabulary)
     steps[2:2] = _text_steps(vocabulary, keep_captions)
-  return seqio.Task(
+  return Task(
       f'{source_name}_{kind}', source, features, steps, shuffle_buffer_size=None
   )
 
@@ -187,19 +214,19 @@ class _Texts(seqio.DataSource):
     return self._source.texts(split, shuffle, seed, shard_info)
 
 
-def _texts_task(source_name: str, keep_captions: bool) -> seqio.Task:
+def _texts_task(source_name: str, keep_captions: bool) -> Task:
   vocabulary = get_vocabulary()
   steps = [preprocessors.number, preprocessors.leave_out,
            _text_steps(vocabulary, keep_captions)[0]]
   # Texts are never dropped here: an empty one teaches an encoder nothing.
-  return seqio.Task(
+  return Task(
       f'{source_name}_texts', _Texts(sources.configured(source_name)),
       {'inputs': text_feature(vocabulary)}, steps,
       shuffle_buffer_size=None,
   )
 
 
-def _tokens_task(name: str, keep_captions: bool) -> seqio.Task:
+def _tokens_task(name: str, keep_captions: bool) -> Task:
   source = token_cache.configured_source()
   vocabulary = get_vocabulary()
   features = {
@@ -207,7 +234,7 @@ def _tokens_task(name: str, keep_captions: bool) -> seqio.Task:
       'targets': token_feature(source),
   }
   steps = [preprocessors.number, preprocessors.leave_out, *_text_steps(vocabulary, keep_captions)]
-  return seqio.Task(name, source, features, steps, shuffle_buffer_size=None)
+  return Task(name, source, features, steps, shuffle_buffer_size=None)
 
 
 def _text_steps(vocabulary: TextVocabulary, keep_captions: bool) -> list:
