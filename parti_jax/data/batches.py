@@ -10,6 +10,7 @@ from parti_jax.data import tally, tasks
 from parti_jax.data.feature_converter import converter_for
 from parti_jax.data.quiet_tensorflow import seqio, tf
 from parti_jax.errors import UserError
+from parti_jax.fingerprints import Fingerprint
 
 
 # Opening an epoch takes up to a second, so a small source is gone through several times in one.
@@ -105,9 +106,10 @@ class Batches:
     return self._counts('skipped')
 
   @property
-  def vocabulary(self) -> str | None:
-    """Fingerprint of the text vocabulary; None where there is none that is known."""
-    return tasks.vocabulary_fingerprint(self._task)
+  def fingerprints(self) -> dict[str, Fingerprint | None]:
+    """Those of the captions' vocabulary and of the tokens' tokenizer, as far as they are known."""
+    return {'vocabulary': tasks.vocabulary_fingerprint(self._task),
+            'tokenizer': tasks.tokenizer_fingerprint(self._task)}
 
   @property
   def shortened(self) -> dict[str, int]:

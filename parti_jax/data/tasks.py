@@ -16,7 +16,6 @@ Features: 'inputs' int32 [text_length], token ids of the caption; 'images' uint8
 """
 
 import functools
-import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -25,6 +24,7 @@ import numpy as np
 from absl import logging
 
 import parti_jax
+from parti_jax import fingerprints
 from parti_jax.data import (
     captions, decoding, example_files, preprocessors, sources, tally, token_cache)
 from parti_jax.data.quiet_tensorflow import seqio, tf
@@ -76,19 +76,27 @@ def _load_vocabulary(path: str) -> TextVocabulary:
   return TextVocabulary(path)
 
 
-def vocabulary_fingerprint(task: seqio.Task | seqio.Mixture) -> str | None:
-  """Returns what tells a task's text vocabulary from others; None where it has none that is known.
-
-  The fingerprint is that of `TextVocabulary`.
-  """
+def vocabulary_fingerprint(
+    task: seqio.Task | seqio.Mixture) -> fingerprints.Fingerprint | None:
+  """Returns the fingerprint of a task's text vocabulary; None where there is none that is known."""
   if 'inputs' not in task.output_features:
     return None
   found = task.output_features['inputs'].vocabulary
   if isinstance(found, seqio.SentencePieceVocabulary):
     with tf.io.gfile.GFile(found.sentencepiece_model_file, 'rb') as file:
-      return hashlib.sha256(file.read()).hexdigest()[:16]
-  ours = isinstance(found, seqio.PassThroughVocabulary) and _is_ours(task.name)
-  return get_vocabulary().fingerprint if ours else None
+      value = fingerprints.of_vocabulary(file.read())
+    return fingerprints.Fingerprint(value, f'the task {task.name}')
+  if not (isinstance(found, seqio.PassThroughVocabulary) and _is_ours(task.name)):
+    return None
+  vocabulary = get_vocabulary()
+  return fingerprints.Fingerprint(vocabulary.fingerprint, f'vocabulary.path={vocabulary.path!r}')
+
+
+def tokenizer_fingerprint(
+    task: seqio.Task | seqio.Mixture) -> fingerprints.Fingerprint | None:
+  """Returns the fingerprint of the tokenizer that made a task's tokens; None if it is not known."""
+  value = getattr(getattr(task, 'source', None), 'info', {}).get('tokenizer')
+  return value and fingerprints.Fingerprint(value, task.source.name)
 
 
 def caption_decoder(task: seqio.Task | seqio.Mixture) -> Callable[[Sequence[int]], str]:

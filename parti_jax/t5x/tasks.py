@@ -26,6 +26,7 @@ from parti_jax.data import tally
 from parti_jax.data import tasks
 from parti_jax.data.quiet_tensorflow import seqio, tf
 from parti_jax.errors import UserError
+from parti_jax.t5x import inputs
 from parti_jax.t5x import metrics
 
 # Tasks with metrics for seqio's evaluator; without any it passes a task over.
@@ -63,13 +64,15 @@ class LazyTask(seqio.Task):
       image_size: height and width at which OpenMoji draws its pictures, in pixels.
 
     Raises:
-      UserError: its data can't be found.
+      UserError: its data can't be found, or a checkpoint that t5x's gin values name was trained
+        with another vocabulary or tokenizer.
     """
     if image_size not in self._settled:
       made = tasks.make_task(self.name, image_size, keep_captions='inputs' in self._feature_names)
       self._settled[image_size] = _Task(
           self.name, made.source, made.output_features, made.preprocessors, self.postprocessor,
           _METRICS.get(self.name), shuffle_buffer_size=made.shuffle_buffer_size)
+      check_inputs(made)
     return self._settled[image_size]
 
   @property
@@ -209,6 +212,23 @@ class _Told(tally.Tally):
   def _tell(self) -> None:
     self._told = self._total
     logging.warning('%s, in all epochs so far: %s', self._what, str(self))
+
+
+@gin.configurable(module='parti_jax.t5x')
+def check_inputs(task: seqio.Task, allow_mismatch: bool = False) -> None:
+  """Compares a task's vocabulary and tokenizer with the checkpoints that t5x's gin values name.
+
+  Args:
+    task: of `parti_jax.data.tasks`.
+    allow_mismatch: whether to warn of what differs and go on.
+
+  Raises:
+    UserError: if a checkpoint was trained with another vocabulary or tokenizer.
+  """
+  given = {'vocabulary': tasks.vocabulary_fingerprint(task),
+           'tokenizer': tasks.tokenizer_fingerprint(task)}
+  for line in inputs.check(given, allow_mismatch):
+    logging.warning('%s', line)
 
 
 @gin.configurable(module='parti_jax.t5x')

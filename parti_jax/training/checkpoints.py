@@ -77,9 +77,8 @@ class Checkpoints:
 
   def steps(self) -> list[int]:
     """Steps of the whole checkpoints, once what was started is written."""
-    self._finish()
+    self.finish()
     if self._staging:
-      self._staging.wait()
       return self._staging.steps()
     return sorted(self._manager.all_steps())
 
@@ -104,9 +103,7 @@ class Checkpoints:
     Raises:
       UserError: if the disk is full or can't be written; `check` and `close` raise it too.
     """
-    self._finish()
-    if self._staging:
-      self._staging.wait()  # What is written next may remove what is being uploaded.
+    self.finish()  # What is written next may remove what is being uploaded.
     self._writing = step
     self._bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     with full_disk.told(self.directory.parent, self._bytes):
@@ -136,6 +133,16 @@ class Checkpoints:
     restored = self._manager.restore(step, args=ocp.args.Composite(
         state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()))
     return restored['state'], restored['data']
+
+  def read_place(self, step: int) -> dict:
+    """Reads the place in the data of a checkpoint, as the function of this name."""
+    return read_place(self.directory / str(step))
+
+  def finish(self):
+    """Waits until what was started is written, and where it is to be copied to, copied."""
+    self._finish()
+    if self._staging:
+      self._staging.wait()
 
   def close(self):
     """Waits until what was started is written."""
@@ -367,19 +374,21 @@ def read_parts(path: epath.Path, params):
   return restored.get('params', {}) | restored.get('statistics', {}).get('average', {})
 
 
-def read_model_folder(path, stage, abstract):
+def read_model_folder(path, stage, abstract, inputs):
   """The parameters of an exported model, to start a run with.
 
   Args:
     path: a model folder, as `parti-jax export` writes it.
     stage: what is trained; its model must be of the same sizes.
     abstract: the parameters' shapes and shardings.
+    inputs: what the run is trained with, an `Inputs`.
 
   Returns:
     The parameters, on the mesh.
 
   Raises:
-    UserError: if there is no model folder, or its sizes differ; names what differs.
+    UserError: if there is no model folder, or its sizes, its vocabulary or its tokenizer differ;
+      names what differs.
   """
   model = model_folder.load(path)
   networks = model.networks
@@ -387,7 +396,9 @@ def read_model_folder(path, stage, abstract):
   if stage.name not in networks:
     raise errors.UserError(f'{path}: the model has no {stage.name}, so that none can start from '
                            'it; set train.initial_model to None or to another model')
-  config, params = networks[stage.name]
+  config, params, made_with = networks[stage.name]
+  inputs.check(f'train.initial_model={str(path)!r}', made_with,
+               'or start without train.initial_model')
   check_same_model(path, {'stage': stage.name, 'config': dataclasses.asdict(config)},
                    describe(stage))
   return put_like(params, {name: abstract[name] for name in params})

@@ -34,12 +34,13 @@ def run(args: argparse.Namespace) -> int:
     raise errors.UserError(f'--batch_size={args.batch_size} must be at least 1')
   config.parse(args.gin_file, args.gin_bindings)
   compilation_cache.enable()
-  model, params = frozen_tokenizer.load(args.tokenizer)
+  tokenizer = frozen_tokenizer.load(args.tokenizer)
+  model = tokenizer.config
   info = {'codebook_size': model.codebook_size, 'image_tokens': model.image_length,
-          'tokenizer': frozen_tokenizer.fingerprint(params)}
+          'tokenizer': tokenizer.fingerprint}
   for split in args.splits:
     pictures = tasks.pictures_and_captions(None, split, model.image_size)
-    examples = frozen_tokenizer.tokenized(model, params, pictures, args.batch_size)
+    examples = frozen_tokenizer.tokenized(tokenizer, pictures, args.batch_size)
     bar = tqdm.tqdm(examples, desc=split, unit='picture', disable=not sys.stderr.isatty())
     count = token_cache.write_token_cache(args.output_dir, bar, info, split)
     print(f'{args.output_dir}: {split}: {count} pictures, {model.image_length} tokens each')
