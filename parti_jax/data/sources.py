@@ -156,12 +156,7 @@ class OpenMojiSource(PictureSource):
     # Imported here for those who have data of their own and no package of pictures.
     from parti_jax.data import openmoji_builder  # pylint: disable=g-import-not-at-top
 
-    try:
-      builder = openmoji_builder.at_size(self._size, self._data_dir)
-      builder.download_and_prepare()
-    except FileExistsError:  # Another process has drawn the pictures meanwhile.
-      builder = openmoji_builder.at_size(self._size, self._data_dir)
-    return builder
+    return openmoji_builder.prepared(self._size, self._data_dir)
 
   def _read(self, split, shuffle, seed, shard_info):
     builder = self._builder
