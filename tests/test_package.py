@@ -39,7 +39,7 @@ _MAY_IMPORT = {
     'native_notes': set(),
     'fingerprints': set(),
     'storage': {'errors', 'optional_packages'},
-    'config': {'errors', 'optional_packages'},
+    'config': {'checks', 'errors', 'optional_packages'},
     '__init__': {'sampling'},
     'main': {'config', 'errors', 'optional_packages', 'storage'},
     'train': {'main'},

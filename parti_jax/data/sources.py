@@ -66,7 +66,7 @@ class PictureSource(seqio.DataSource):
     Raises:
       UserError: the data can't be found or read.
     """
-    self._check_split(split)
+    self.check_split(split)
     dataset = self._read(split, shuffle, seed, shard_info)
     return shuffled(dataset, seed) if shuffle else dataset
 
@@ -85,7 +85,7 @@ class PictureSource(seqio.DataSource):
     Raises:
       UserError: the data can't be found or read.
     """
-    self._check_split(split)
+    self.check_split(split)
     dataset = self._read_texts(split, shuffle, seed, shard_info)
     return shuffled(dataset, seed) if shuffle else dataset
 
@@ -111,9 +111,11 @@ class PictureSource(seqio.DataSource):
     if skipped.counts():
       logging.warning('%s, %s: skipped %s', self.place, split, skipped)
 
-  def _check_split(self, split: str) -> None:
+  def check_split(self, split: str) -> None:
+    """Raises UserError unless the source has a split."""
     # OpenMoji also takes slices such as 'train[:10%]', as tensorflow-datasets does.
-    if split.split('[')[0] not in self.splits:
+    openmoji_slice = self.name == 'openmoji' and split.split('[')[0] in self.splits
+    if split not in self.splits and not openmoji_slice:
       setting = '' if self.name == 'openmoji' else f' (gin: {self.name}.splits)'
       raise UserError(
           f'{self.name} has no split {split!r}; it has {", ".join(self.splits)}{setting}'
@@ -156,12 +158,7 @@ class OpenMojiSource(PictureSource):
     # Imported here for those who have data of their own and no package of pictures.
     from parti_jax.data import openmoji_builder  # pylint: disable=g-import-not-at-top
 
-    try:
-      builder = openmoji_builder.at_size(self._size, self._data_dir)
-      builder.download_and_prepare()
-    except FileExistsError:  # Another process has drawn the pictures meanwhile.
-      builder = openmoji_builder.at_size(self._size, self._data_dir)
-    return builder
+    return openmoji_builder.prepared(self._size, self._data_dir)
 
   def _read(self, split, shuffle, seed, shard_info):
     builder = self._builder
@@ -181,7 +178,7 @@ class OpenMojiSource(PictureSource):
 
   def num_input_examples(self, split):
     """Returns the number of pictures in a split."""
-    self._check_split(split)
+    self.check_split(split)
     return self._builder.info.splits[split].num_examples
 
   def _read_texts(self, split, shuffle, seed, shard_info):
@@ -245,7 +242,7 @@ class FolderSource(PictureSource):
 
   def num_texts(self, split):
     """Returns the number of captions in a split."""
-    self._check_split(split)
+    self.check_split(split)
     return len(self._index(split, pictures=False)[1])
 
 

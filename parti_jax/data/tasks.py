@@ -308,7 +308,7 @@ def source_name(task_or_source: str | None = None) -> str:
 def pictures_and_captions(
     task_or_source: str | None, split: str, size: int
 ) -> Iterator[tuple[str, np.ndarray]]:
-  """Yields the captions and pictures of a split in order, once.
+  """Opens a split and yields its captions and pictures in order, once.
 
   Pictures that can't be decoded and examples without a caption are left out; a warning at the end
   counts them.
@@ -322,12 +322,18 @@ def pictures_and_captions(
     (caption, picture uint8 [size, size, 3]).
 
   Raises:
-    UserError: the source can't be read, or has no usable example.
+    UserError: the source can't be read, at once; or it has no usable example, at the end.
   """
   name = source_name(task_or_source)
   reading = tally.Reading()
   with tally.reading(reading):
     dataset = sources.configured(name, size).get_dataset(split, shuffle=False)
+  return _usable(dataset, name, split, size, reading)
+
+
+def _usable(dataset: tf.data.Dataset, name: str, split: str, size: int,
+            reading: tally.Reading) -> Iterator[tuple[str, np.ndarray]]:
+  """Yields what can be used of an opened split; see `pictures_and_captions`."""
   count = 0
   for example in dataset.prefetch(64).as_numpy_iterator():
     try:

@@ -2,10 +2,15 @@
 
 import io
 import json
+import pathlib
+import sys
 
 import gin
 import pytest
 from PIL import Image
+
+# For make_openmoji_list: pytest's importlib mode puts no folder on the path.
+sys.path.append(str(pathlib.Path(__file__).parent))
 
 
 def encoded(color, size=(8, 8), image_format='png', **kwargs) -> bytes:
