@@ -6,6 +6,7 @@ one line that begins with 'NAME=VALUE' and says what is needed.
 
 from __future__ import annotations
 
+import collections.abc
 import math
 import operator
 import reprlib
@@ -123,6 +124,25 @@ def boolean(name: str, value: Any, *, show: Callable[[Any], str] = shown) -> boo
   return bool(value)
 
 
+def bounded(**bounds: tuple[float | None, float | None]) -> Callable[[Any], Any]:
+  """Decorates a function with the bounds of its parameters, which `bounds_of` returns.
+
+  Args:
+    **bounds: parameter -> the least and the most that its numbers may be, None for no bound.
+  """
+
+  def decorate(function):
+    function.parameter_bounds = bounds
+    return function
+
+  return decorate
+
+
+def bounds_of(function: Any) -> dict[str, tuple[float | None, float | None]]:
+  """Returns the bounds that `bounded` has given to a function; none for others."""
+  return getattr(function, 'parameter_bounds', {})
+
+
 def typed(name: str, value: Any, kind: Any, least: float | None = None,
           most: float | None = None, *, show: Callable[[Any], str] = shown) -> Any:
   """Checks a value against a type annotation, as of a dataclass field or of a parameter.
@@ -130,8 +150,8 @@ def typed(name: str, value: Any, kind: Any, least: float | None = None,
   Args:
     name: of the value, for the message.
     value: what was given.
-    kind: int, float, bool, str; tuple[...] of these, for which a list is fine too; a dataclass; or
-      `kind | None`. Values of any other annotation are not checked.
+    kind: int, float, bool, str; tuple[...] of these, for which a list is fine too; Mapping[str, str];
+      a dataclass; or `kind | None`. Values of any other annotation are not checked.
     least: smallest number allowed, within tuples too.
     most: largest number allowed, within tuples too.
     show: turns a value into text for the message.
@@ -156,6 +176,11 @@ def typed(name: str, value: Any, kind: Any, least: float | None = None,
     return typed(name, value, others[0], least, most, show=show)
   if origin is tuple:
     return _typed_tuple(name, value, arguments, least, most, show)
+  if origin is collections.abc.Mapping and arguments == (str, str):
+    if not isinstance(value, collections.abc.Mapping) or not all(
+        isinstance(text, str) for pair in value.items() for text in pair):
+      raise UserError(f"{name}={show(value)} must be of the form {{'text': 'text'}}")
+    return value
   if kind is str and not isinstance(value, str):
     raise UserError(f'{name}={show(value)} must be a text')
   if isinstance(kind, type) and hasattr(kind, '__dataclass_fields__') and not isinstance(

@@ -74,8 +74,8 @@ def parse(gin_files: Sequence[str], bindings: Sequence[str], data: bool = True) 
 
   Raises:
     UserError: a file is missing or can't be read as gin, a name is unknown (the message has the
-      nearest valid ones), a value is of another type than its parameter's annotation, a value is
-      marked as required and not given, or a macro is undefined or, given as a binding, used
+      nearest valid ones), a value is of another type than its parameter's annotation or out of its
+      bounds, a value is marked as required and not given, or a macro is undefined or, given as a binding, used
       nowhere.
   """
   import gin  # pylint: disable=import-outside-toplevel
@@ -109,9 +109,17 @@ def operative() -> str:
 
 @contextlib.contextmanager
 def translated_errors() -> Iterator[None]:
-  """Turns gin's error for a required value that nothing sets into a UserError."""
+  """Turns gin's error for a required value that nothing sets, or for a call too many, into one."""
   try:
     yield
+  except TypeError as error:
+    found = re.match(r"(\w+)\(\) missing \d+ required positional arguments?: ([^\n]+)\n"
+                     r"(?:  [^\n]*\n)*?  In call to configurable '(?:\w+\.)*\1'", str(error))
+    if not found:
+      raise
+    name = found.group(1)
+    raise UserError(f'gin: @{name}() is called without {found.group(2)}; write @{name}, without '
+                    'parentheses') from error
   except RuntimeError as error:
     found = re.search(r'Required bindings for `(.+?)` not provided in config: \[(.*?)\]',
                       str(error))
@@ -293,18 +301,20 @@ def _check_macros(gin, bindings: Iterable[str]) -> None:
 
 
 def _check_types(gin) -> None:
-  """Raises UserError for a value that is not of its parameter's annotation."""
+  """Raises UserError for a value of another type than its parameter's, or out of its bounds."""
   # pylint: disable=protected-access
   registry = gin.config._REGISTRY
   for (scope, selector), values in gin.config._CONFIG.items():
     if selector == 'gin.macro' or selector not in registry:
       continue
-    kinds = _annotations(registry[selector].wrapped)
+    wrapped = registry[selector].wrapped
+    kinds, bounds = _annotations(wrapped), checks.bounds_of(wrapped)
     name = '/'.join(filter(None, [scope, registry.minimal_selector(selector)]))
     for parameter, value in values.items():
       value = _literal(gin, value)
       if value is not _NO_LITERAL and parameter in kinds:
-        checks.typed(f'{name}.{parameter}', value, kinds[parameter])
+        checks.typed(f'{name}.{parameter}', value, kinds[parameter],
+                     *bounds.get(parameter, (None, None)))
 
 
 _NO_LITERAL = object()

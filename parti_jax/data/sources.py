@@ -20,7 +20,7 @@ import gin
 import numpy as np
 from absl import logging
 
-from parti_jax import storage
+from parti_jax import checks, storage
 from parti_jax.data import captions as captions_lib
 from parti_jax.data import (
     decoding, example_files, folder_index, openmoji, tally, tar_shards, tfrecords)
@@ -132,6 +132,7 @@ class PictureSource(seqio.DataSource):
 
 
 @gin.configurable('shuffle')
+@checks.bounded(buffer_size=(1, None))
 def shuffled(dataset: tf.data.Dataset, seed, buffer_size: int = 10_000) -> tf.data.Dataset:
   """Shuffles in a buffer of `buffer_size` encoded pictures."""
   return dataset.shuffle(buffer_size, seed=seed)
@@ -347,6 +348,7 @@ class WebDatasetSource(_FilesSource):
 
 
 @gin.configurable('openmoji')
+@checks.bounded(size=(1, 8192))
 def openmoji_source(size: int | None = None, data_dir: str | None = None, image_size: int = 64):
   """OpenMoji.
 

@@ -9,6 +9,7 @@ from typing import Any
 import gin
 import jax
 
+from parti_jax import checks
 from parti_jax import config
 from parti_jax import errors
 from parti_jax.partitioning import local_rows
@@ -16,9 +17,11 @@ from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.partitioning import rules as rules_lib
 from parti_jax.training import checkpoints as checkpoints_lib
 from parti_jax.training import device_peak
+from parti_jax.training import full_disk
 from parti_jax.training import hosts
 from parti_jax.training import inputs as inputs_lib
 from parti_jax.training import journal as journal_lib
+from parti_jax.training import memory
 from parti_jax.training import preemption
 from parti_jax.training import reporting
 from parti_jax.training import run as run_lib
@@ -46,10 +49,15 @@ def train(model_dir: str) -> dict[str, float]:
 
 
 @gin.configurable('train')
+@checks.bounded(
+    steps=(1, None), batch_size=(1, None), seed=(0, checks.LARGEST_INT32), log_every=(0, None),
+    evaluate_every=(0, None), checkpoint_every=(0, None), keep_checkpoints=(1, None),
+    pictures_every=(0, None), num_pictures=(0, 10_000), data_shares=(1, None),
+    microbatches=(1, None), grace_seconds=(0, None), max_bad_steps=(1, None))
 def train_stage(model_dir: str, journal: journal_lib.Journal, stage=gin.REQUIRED,
                 task: str = gin.REQUIRED, steps: int = gin.REQUIRED,
                 batch_size: int = gin.REQUIRED, optimizer=gin.REQUIRED, schedule=gin.REQUIRED,
-                seed: int = 0, split: str = 'train', eval_split: str = 'validation',
+                seed: int = 0, split: str = 'train', eval_split: str | None = 'validation',
                 log_every: int = 50, evaluate_every: int = 500, checkpoint_every: int = 500,
                 keep_checkpoints: int = 2, pictures_every: int = 1000, num_pictures: int = 16,
                 initial_model: str | None = None, data_shares: int | None = None,
@@ -105,10 +113,13 @@ def train_stage(model_dir: str, journal: journal_lib.Journal, stage=gin.REQUIRED
   from parti_jax.data import shared_batches  # pylint: disable=g-import-not-at-top
   from parti_jax.training import held_out as held_out_lib
 
+  _check_parts(stage, optimizer, schedule)
   mesh = mesh_lib.make_mesh()
   trainer = trainer_lib.Trainer(
       stage, optimizer(schedule), mesh, seed, microbatches, offload_optimizer)
   rules_lib.check_batch(batch_size, mesh, trainer.rules, microbatches)
+  memory.check(trainer.abstract)
+  full_disk.check_room(model_dir, state_lib.num_bytes(trainer.abstract))
   check_vocabularies(stage, task)
   training = shared_batches.SharedBatches(
       task, split, batch_size, stage.feature_lengths(), data_shares, jax.process_count(),
@@ -222,7 +233,24 @@ def bound_arguments() -> dict[str, Any]:
     raise errors.UserError(
         f'gin: no value for {", ".join(f"train.{name}" for name in missing)}; give the gin file '
         'of a run, such as --gin_file=gin_configs/runs/parti_20b.gin')
+  _check_parts(values['stage'], values['optimizer'], values['schedule'])
   return values
+
+
+def _check_parts(stage, optimizer, schedule):
+  """Raises UserError unless these are what `train_stage` says."""
+  if isinstance(stage, type) or not callable(getattr(stage, 'loss', None)):
+    raise errors.UserError(f'train.stage={checks.shown(stage)} must be a stage, such as '
+                           '@GeneratorStage()')
+  if not callable(optimizer):
+    raise errors.UserError(f'train.optimizer={checks.shown(optimizer)} must be an optimizer, such '
+                           'as @adafactor, without parentheses')
+  try:
+    float(schedule(0))
+  except TypeError as error:
+    raise errors.UserError(
+        f'train.schedule={checks.shown(schedule)} must be a function of the step, such as '
+        '@parti_schedule(), with parentheses') from error
 
 
 def initial_parts(trainer: trainer_lib.Trainer, model_dir, inputs: inputs_lib.Inputs,
