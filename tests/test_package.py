@@ -20,11 +20,11 @@ PACKAGE = pathlib.Path(parti_jax.__file__).parent
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
 # What each part of the package may import of the package, besides itself. `None`: anything.
-_LEAVES = {'errors', 'config', 'optional_packages', 'storage', 'compilation_cache',
+_LEAVES = {'errors', 'checks', 'config', 'optional_packages', 'storage', 'compilation_cache',
            'native_notes'}
 _MAY_IMPORT = {
-    'partitioning': {'errors'},
-    'models': {'partitioning', 'errors'},
+    'partitioning': {'checks', 'errors'},
+    'models': {'partitioning', 'checks', 'errors'},
     'data': {'partitioning', *_LEAVES},
     'sampling': {'models', 'data', 'partitioning', *_LEAVES},
     'planning': {'models', 'partitioning', 'sampling', 'training', *_LEAVES},
@@ -33,6 +33,7 @@ _MAY_IMPORT = {
     # For t5x' own commands; only the table of commands names it.
     't5x': {'training', 'evaluation', 'sampling', 'models', 'data', 'partitioning', *_LEAVES},
     'errors': set(),
+    'checks': {'errors'},
     'optional_packages': set(),
     'compilation_cache': set(),
     'native_notes': set(),

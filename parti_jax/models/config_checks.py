@@ -3,33 +3,116 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import typing
+from typing import Any
 
+import gin
+
+from parti_jax import checks
 from parti_jax import errors
 from parti_jax.models import layer_stack
 
 DTYPES = ('float32', 'bfloat16', 'float16')
 
+# The most that a network may have; the 20B model has 64 layers and a width of 4096. More is a slip,
+# or a damaged file, and would only fail in the middle of a compilation.
+MAX_LAYERS = 1024
+MAX_SIZE = 2**20
+_LAYERS = ('layers', 'blocks', 'heads')
 
-def check(config):
-  """Checks what every network's sizes have in common.
+
+def configurable(kind: type) -> type:
+  """Lets gin set the fields of a dataclass, as `gin.configurable` does.
+
+  gin adds the calls it went through to the message of an error. A UserError of the dataclass keeps
+  its one line.
+  """
+  kind = gin.configurable(kind)
+  init = kind.__init__
+
+  @functools.wraps(init)
+  def with_own_errors(self, *args, **kwargs):
+    message = None
+    try:
+      init(self, *args, **kwargs)
+    except errors.UserError as error:
+      message = str(error).split('\n  In call to configurable', maxsplit=1)[0]
+    if message is not None:
+      raise errors.UserError(message)
+
+  kind.__init__ = with_own_errors
+  return kind
+
+
+def check(config, **bounds: tuple[float | None, float | None]):
+  """Checks the sizes of a network against the annotations of their fields.
+
+  Lists become tuples, and NumPy's numbers Python's.
 
   Args:
     config: a dataclass of sizes, most with `dtype` and `remat`.
+    **bounds: field -> the least and the most that its numbers may be. Whole numbers without bounds
+      are from 1 to MAX_LAYERS or MAX_SIZE, others any that are finite.
 
   Raises:
-    UserError: if a number of something is not a whole number from 1, or if there is no such dtype
-      or remat policy.
+    UserError: if a value is of another type than its field, or out of bounds, or if there is no
+      such dtype or remat policy.
   """
-  for field in dataclasses.fields(config):
-    value = getattr(config, field.name)
-    if field.type == 'int' and (not isinstance(value, int) or value < 1):
-      raise errors.UserError(
-          f'{_key(config, field.name)}={value!r} must be a whole number from 1')
+  sizes = {field.name: (1, MAX_LAYERS if field.name.endswith(_LAYERS) else MAX_SIZE)
+           for field in dataclasses.fields(config)
+           if field_types(type(config))[field.name] in _WHOLE_NUMBERS}
+  check_fields(config, **sizes | bounds)
   choices = {'dtype': DTYPES, 'remat': tuple(layer_stack.REMAT_POLICIES)}
   for name, known in choices.items():
     value = getattr(config, name, known[0])
     if value not in known:
       raise errors.UserError(f'{_key(config, name)}={value!r} is not one of {", ".join(known)}')
+
+
+_WHOLE_NUMBERS = (int, int | None, tuple[int, int], tuple[int, ...])
+
+
+def check_fields(config, **bounds: tuple[float | None, float | None]):
+  """Checks the fields of any dataclass that gin fills, see `check`.
+
+  Args:
+    config: the dataclass. Fields whose annotation says no type that `checks.typed` knows are left
+      as they are.
+    **bounds: field -> the least and the most that its numbers may be. Whole numbers without bounds
+      are those of an int32, others any that are finite.
+
+  Raises:
+    UserError: if a value is of another type than its field, or out of bounds.
+  """
+  kinds = field_types(type(config))
+  for field in dataclasses.fields(config):
+    kind = kinds[field.name]
+    whole = (-checks.LARGEST_INT32 - 1, checks.LARGEST_INT32)
+    least, most = bounds.get(field.name, whole if kind in _WHOLE_NUMBERS else (None, None))
+    value = checks.typed(
+        _key(config, field.name), getattr(config, field.name), kind, least, most)
+    object.__setattr__(config, field.name, value)
+
+
+@functools.cache
+def field_types(kind: type) -> dict[str, Any]:
+  """Field -> its type, of a dataclass."""
+  return typing.get_type_hints(kind)
+
+
+def check_dropout(config):
+  """Raises UserError unless `dropout` is a rate."""
+  if not 0 <= config.dropout < 1:
+    raise errors.UserError(f'{_key(config, "dropout")}={config.dropout} must lie in [0, 1)')
+
+
+def check_image_length(config, name: str):
+  """Raises UserError if the value of `name` gives more image tokens than there can be."""
+  if config.image_length > MAX_SIZE:
+    raise errors.UserError(
+        f'{_key(config, name)}={getattr(config, name)} gives {config.image_length:,} image tokens, '
+        f'and {MAX_SIZE:,} are the most')
 
 
 def check_divides(config, name: str, whole: str):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import gin
 import jax.numpy as jnp
 
+from parti_jax import checks
 from parti_jax import errors
 from parti_jax.models import attention_patterns
 from parti_jax.models import config_checks
@@ -25,7 +25,7 @@ def by_todays_names(sizes: dict[str, Any]) -> dict[str, Any]:
   return BEFORE_IT_WAS_A_SETTING | sizes
 
 
-@gin.configurable
+@config_checks.configurable
 @dataclasses.dataclass(frozen=True)
 class PartiConfig:
   """Sizes of the text encoder and of the image-token decoder.
@@ -71,25 +71,25 @@ class PartiConfig:
   unroll: int = 1
 
   def __post_init__(self):
-    object.__setattr__(self, 'grid', tuple(self.grid))
+    patterns = self.attention_patterns
+    if not isinstance(patterns, (tuple, list)) or not patterns:
+      raise errors.UserError(
+          f'PartiConfig.attention_patterns={checks.shown(patterns)} must be a tuple of patterns, '
+          "such as ('conv', 'global')")
     config_checks.check(self)
     config_checks.check_divides(self, 'heads', 'width')
-    if len(self.grid) != 2 or min(self.grid) < 1:
-      raise errors.UserError(f'PartiConfig.grid={self.grid} must be two whole numbers from 1')
+    config_checks.check_image_length(self, 'grid')
     self._check_patterns()
-    object.__setattr__(self, 'attention_patterns', attention_patterns.shortest_period(
-        tuple(self.attention_patterns)))
+    object.__setattr__(
+        self, 'attention_patterns', attention_patterns.shortest_period(self.attention_patterns))
     if self.conv_kernel % 2 == 0:
       raise errors.UserError(f'PartiConfig.conv_kernel={self.conv_kernel} must be odd')
-    if not 0 <= self.dropout < 1:
-      raise errors.UserError(f'PartiConfig.dropout={self.dropout} must lie in [0, 1)')
+    config_checks.check_dropout(self)
 
   def _check_patterns(self):
-    """Raises UserError unless the schedule of patterns is one, and fits the layers."""
+    """Raises UserError unless all patterns are known, and their schedule fits the layers."""
     names = self.attention_patterns
-    key = f'PartiConfig.attention_patterns={names!r}'
-    if not isinstance(names, (tuple, list)) or not names:
-      raise errors.UserError(f"{key} must be a tuple of patterns, such as ('conv', 'global')")
+    key = f'PartiConfig.attention_patterns={checks.shown(names)}'
     for name in names:
       if name not in attention_patterns.PATTERNS:
         raise errors.UserError(
