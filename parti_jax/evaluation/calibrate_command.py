@@ -20,7 +20,6 @@ from parti_jax.evaluation import alignment
 from parti_jax.evaluation import calibration
 from parti_jax.sampling import command as sampling_command
 from parti_jax.sampling import flags
-from parti_jax.sampling import settings as settings_lib
 
 THRESHOLDS = ('exit_threshold', 'guidance_skip_threshold')
 # Dense where predictions are: most tokens' confidence is near 1.
@@ -197,10 +196,7 @@ def _judge(args, pipeline):
 
 def _check_flags(args: argparse.Namespace):
   """Raises UserError for values that can't be, before a model is loaded."""
-  for name in ('num_images', 'max_prompts', 'batch_size'):
-    if getattr(args, name) is not None:
-      settings_lib.whole_number(name, getattr(args, name), 1)
-  settings_lib.whole_number('seed', args.seed, 0, 2**32 - 1)
+  flags.check_numbers(args, 'num_images', 'max_prompts', 'batch_size')
   for name in ('tolerance', 'risk'):
     if not 0 < getattr(args, name) < 1:
       raise UserError(f'--{name}={getattr(args, name):g} must lie between 0 and 1')
