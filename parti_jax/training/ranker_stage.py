@@ -87,7 +87,7 @@ class RankerStage(plain_stage.PlainStage):
   def __post_init__(self):
     not_negative = dict.fromkeys(('contrastive_weight', 'caption_weight', 'noise'), (0, None))
     config_checks.check_fields(
-        self, reconstruct_every=(1, None), shift=(0, self.model.image_size), **not_negative)
+        self, reconstruct_every=(1, None), shift=(0, config_checks.MAX_SIZE), **not_negative)
 
   name = 'ranker'
   frozen = ()
