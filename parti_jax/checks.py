@@ -1,18 +1,20 @@
 """Checks of values that a user gives: by flags, in gin, in a file or through Python.
 
-Every function returns the value as the plain Python type that is asked for, or raises UserError with
-one line that begins with 'NAME=VALUE' and says what is needed.
+Every function returns the value as the plain Python type that is asked for, or raises UserError
+with one line that begins with 'NAME=VALUE' and says what is needed.
 """
 
 from __future__ import annotations
 
-import collections.abc
+import dataclasses
+import functools
 import math
 import operator
+import os
 import reprlib
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from parti_jax.errors import UserError
@@ -29,26 +31,41 @@ _EXACT = 2**53
 _NOT_REAL = 'cbmMOSU'
 _LONGEST_SHOWN = 80
 
-_REPR = reprlib.Repr()
-_REPR.maxlevel = 3
-_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 60
+
+class _Repr(reprlib.Repr):
+  """Short representations."""
+
+  def __init__(self):
+    super().__init__()
+    self.maxlevel = 3
+    self.maxstring = self.maxother = self.maxlong = 60
 
 
-def shown(value: Any) -> str:
+class _JsonRepr(_Repr):
+  """The same with JSON's names."""
+
+  def repr_NoneType(self, value, level):  # pylint: disable=invalid-name
+    del value, level
+    return 'null'
+
+  def repr_bool(self, value, level):
+    del level
+    return 'true' if value else 'false'
+
+
+def shown(value: Any, how: reprlib.Repr = _Repr()) -> str:
   """A value for a message: its `repr` in one line, cut where it is long."""
   try:
-    text = ' '.join(_REPR.repr(value).split())
+    line = ' '.join(how.repr(value).split())
   except Exception:  # pylint: disable=broad-except
     # The value may be anything; so may its __repr__. Python also refuses very long integers.
-    text = f'<{type(value).__name__}>'
-  return text if len(text) <= _LONGEST_SHOWN else f'{text[:_LONGEST_SHOWN - 3]}...'
+    line = f'<{type(value).__name__}>'
+  return line if len(line) <= _LONGEST_SHOWN else f'{line[:_LONGEST_SHOWN - 3]}...'
 
 
 def shown_as_json(value: Any) -> str:
   """As `shown`, by the names that JSON has for None, True and False."""
-  if value is None or isinstance(value, bool):
-    return {None: 'null', True: 'true', False: 'false'}[value]
-  return shown(value)
+  return shown(value, _JsonRepr())
 
 
 def whole_number(name: str, value: Any, least: int | None = None, most: int | None = None, *,
@@ -124,6 +141,46 @@ def boolean(name: str, value: Any, *, show: Callable[[Any], str] = shown) -> boo
   return bool(value)
 
 
+def text(name: str, value: Any, *, show: Callable[[Any], str] = shown) -> str:
+  """Checks a text; a path is taken as one."""
+  if isinstance(value, os.PathLike):
+    value = os.fspath(value)
+  if not isinstance(value, str):
+    raise UserError(f'{name}={show(value)} must be a text')
+  return str(value)
+
+
+def texts(name: str, value: Any) -> list[str]:
+  """Checks one text or several, such as prompts.
+
+  Args:
+    name: of one of them, for the message: 'prompt'.
+    value: a text, or anything that can be iterated over and holds texts.
+
+  Returns:
+    The texts.
+
+  Raises:
+    UserError: if the value is something else, or one of the texts can't be written as UTF-8.
+  """
+  if isinstance(value, str):
+    value = [value]
+  elif isinstance(value, (bytes, Mapping)) or not hasattr(value, '__iter__') or (
+      getattr(value, 'shape', None) == ()):
+    raise UserError(f'{name}s={shown(value)} must be a text or a list of texts')
+  found = []
+  for position, item in enumerate(value, 1):
+    if not isinstance(item, str):
+      raise UserError(f'{name} {position} is {shown(item)}, which is not a text')
+    try:
+      item.encode()
+    except UnicodeEncodeError:
+      raise UserError(f'{name} {position} has characters that are not Unicode: '
+                      f'{shown(item)}') from None
+    found.append(str(item))
+  return found
+
+
 def bounded(**bounds: tuple[float | None, float | None]) -> Callable[[Any], Any]:
   """Decorates a function with the bounds of its parameters, which `bounds_of` returns.
 
@@ -176,15 +233,14 @@ def typed(name: str, value: Any, kind: Any, least: float | None = None,
     return typed(name, value, others[0], least, most, show=show)
   if origin is tuple:
     return _typed_tuple(name, value, arguments, least, most, show)
-  if origin is collections.abc.Mapping and arguments == (str, str):
-    if not isinstance(value, collections.abc.Mapping) or not all(
-        isinstance(text, str) for pair in value.items() for text in pair):
+  if origin is Mapping and arguments == (str, str):
+    if not isinstance(value, Mapping) or not all(
+        isinstance(word, str) for pair in value.items() for word in pair):
       raise UserError(f"{name}={show(value)} must be of the form {{'text': 'text'}}")
     return value
-  if kind is str and not isinstance(value, str):
-    raise UserError(f'{name}={show(value)} must be a text')
-  if isinstance(kind, type) and hasattr(kind, '__dataclass_fields__') and not isinstance(
-      value, kind):
+  if kind is str:
+    return text(name, value, show=show)
+  if isinstance(kind, type) and dataclasses.is_dataclass(kind) and not isinstance(value, kind):
     raise UserError(f'{name}={show(value)} must be a {kind.__name__}; in gin, write '
                     f'@{kind.__name__}()')
   return value
@@ -206,12 +262,36 @@ def _typed_tuple(name, value, arguments, least, most, show) -> tuple:
   raise UserError(f'{name}={show(value)} must be a list of {several}{bounds}')
 
 
+def check_fields(config: Any, prefix: str = '',
+                 bounds: Mapping[str, tuple[float | None, float | None]] | None = None):
+  """Checks the fields of a dataclass, frozen or not, and sets what `typed` makes of them.
+
+  Args:
+    config: the dataclass.
+    prefix: of the fields' names in messages.
+    bounds: field -> the least and the most that its numbers may be, if there are such.
+
+  Raises:
+    UserError: if a value is of another type than its field, not finite or out of bounds.
+  """
+  for name, kind in field_types(type(config)).items():
+    value = typed(prefix + name, getattr(config, name), kind, *(bounds or {}).get(name, (None, None)))
+    object.__setattr__(config, name, value)
+
+
+@functools.cache
+def field_types(kind: type) -> dict[str, Any]:
+  """Field -> the type that a dataclass annotates it with."""
+  hints = typing.get_type_hints(kind)
+  return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
 def bounds_text(least: float | None, most: float | None) -> str:
   """Returns ' from 1 to 5' and the like, to follow 'a number'."""
-  lower = '' if least is None else f' from {_text(least)}'
+  lower = '' if least is None else f' from {_bound(least)}'
   if most is None:
     return lower
-  return f'{lower} to {_text(most)}' if lower else f' of at most {_text(most)}'
+  return f'{lower} to {_bound(most)}' if lower else f' of at most {_bound(most)}'
 
 
 def is_boolean(value: Any) -> bool:
@@ -239,5 +319,5 @@ def _within(value: float, least: float | None, most: float | None) -> bool:
   return (least is None or value >= least) and (most is None or value <= most)
 
 
-def _text(bound: float) -> str:
-  return f'{bound}' if isinstance(bound, int) else f'{bound:g}'
+def _bound(value: float) -> str:
+  return f'{value}' if isinstance(value, int) else f'{value:g}'

@@ -193,13 +193,24 @@ def read_json(path: str | os.PathLike[str], limit: int = MAX_JSON) -> Any:
     limit: the most bytes that it may have.
 
   Raises:
-    ValueError: it is no JSON, or nested deeper than anything that is meant to be read.
+    ValueError: it is no JSON, has a name twice in one object, or is nested deeper than anything
+      that is meant to be read.
     UserError: it is larger.
   """
   try:
-    return json.loads(read(path, limit))
+    return json.loads(read(path, limit), object_pairs_hook=_object)
   except RecursionError as error:
     raise ValueError('nested too deeply') from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """A JSON object; of a name that is there twice, nobody knows which value is meant."""
+  found = dict(pairs)
+  if len(found) < len(pairs):
+    keys = [key for key, _ in pairs]
+    twice = next(key for key in keys if keys.count(key) > 1)
+    raise ValueError(f'the name {twice[:80]!r} is there twice in one object')
+  return found
 
 
 def write(path: str | os.PathLike[str], content: bytes | str) -> None:

@@ -116,5 +116,5 @@ def test_values_are_shown_in_one_short_line():
     deep = [deep]
   for value in (deep, 'x' * 10**6, np.zeros((9, 9)), 10**5000, {'a': 'b\nc'}):
     assert '\n' not in checks.shown(value) and len(checks.shown(value)) <= 80
-  assert [checks.shown_as_json(value) for value in (None, True, False, 1)] == [
-      'null', 'true', 'false', '1']
+  assert [checks.shown_as_json(value) for value in (None, True, False, 1, [None, {'a': True}])] == [
+      'null', 'true', 'false', '1', "[null, {'a': true}]"]

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import tqdm
 
+from parti_jax import checks
 from parti_jax import config
 from parti_jax.data import vocabulary
 from parti_jax.errors import UserError
@@ -36,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
   """Trains and writes the vocabulary, and prints how it fits the captions."""
   if not 0.98 <= args.character_coverage <= 1:
     raise UserError(f'--character_coverage={args.character_coverage} must lie in 0.98 to 1')
+  checks.count('--size', args.size)
   from parti_jax.data import sources  # pylint: disable=g-import-not-at-top
 
   config.parse(args.gin_file, args.gin_bindings)

@@ -14,6 +14,7 @@ from parti_jax import compilation_cache
 from parti_jax import config
 from parti_jax.errors import UserError
 from parti_jax.evaluation import upscaling_report
+from parti_jax.sampling import flags
 
 
 def add_arguments(parser: argparse.ArgumentParser):
@@ -44,8 +45,7 @@ def run(args: argparse.Namespace) -> int:
   # What gin may name must be there before its files are read.
   from parti_jax.data import tasks  # pylint: disable=g-import-not-at-top
   from parti_jax.sampling import pipeline as pipeline_lib
-  if args.max_pictures is not None and args.max_pictures < 1:
-    raise UserError(f'--max_pictures={args.max_pictures} must be at least 1')
+  flags.check_numbers(args, 'max_pictures')
   config.parse(args.gin_file, args.gin_bindings)
   source = args.source or (None if args.gin_file else 'openmoji')
   compilation_cache.enable()

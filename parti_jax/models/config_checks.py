@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import typing
-from typing import Any
 
 import gin
 
@@ -20,6 +18,7 @@ DTYPES = ('float32', 'bfloat16', 'float16')
 MAX_LAYERS = 1024
 MAX_SIZE = 2**20
 _LAYERS = ('layers', 'blocks', 'heads')
+_WHOLE_NUMBERS = (int, int | None, tuple[int, int], tuple[int, ...])
 
 
 def configurable(kind: type) -> type:
@@ -59,18 +58,20 @@ def check(config, **bounds: tuple[float | None, float | None]):
     UserError: if a value is of another type than its field, or out of bounds, or if there is no
       such dtype or remat policy.
   """
-  sizes = {field.name: (1, MAX_LAYERS if field.name.endswith(_LAYERS) else MAX_SIZE)
-           for field in dataclasses.fields(config)
-           if field_types(type(config))[field.name] in _WHOLE_NUMBERS}
+  sizes = {name: (1, most(name)) for name, kind in checks.field_types(type(config)).items()
+           if kind in _WHOLE_NUMBERS}
   check_fields(config, **sizes | bounds)
   choices = {'dtype': DTYPES, 'remat': tuple(layer_stack.REMAT_POLICIES)}
   for name, known in choices.items():
     value = getattr(config, name, known[0])
     if value not in known:
-      raise errors.UserError(f'{_key(config, name)}={value!r} is not one of {", ".join(known)}')
+      raise errors.UserError(
+          f'{_key(config, name)}={checks.shown(value)} is not one of {", ".join(known)}')
 
 
-_WHOLE_NUMBERS = (int, int | None, tuple[int, int], tuple[int, ...])
+def most(name: str) -> int:
+  """The most that a size of this name may be."""
+  return MAX_LAYERS if name.endswith(_LAYERS) else MAX_SIZE
 
 
 def check_fields(config, **bounds: tuple[float | None, float | None]):
@@ -79,26 +80,18 @@ def check_fields(config, **bounds: tuple[float | None, float | None]):
   Args:
     config: the dataclass. Fields whose annotation says no type that `checks.typed` knows are left
       as they are.
-    **bounds: field -> the least and the most that its numbers may be. Whole numbers without bounds
-      are those of an int32, others any that are finite.
+    **bounds: field -> the least and the most that its numbers may be; None for the bounds of an
+      int32, or of a float32.
 
   Raises:
     UserError: if a value is of another type than its field, or out of bounds.
   """
-  kinds = field_types(type(config))
-  for field in dataclasses.fields(config):
-    kind = kinds[field.name]
-    whole = (-checks.LARGEST_INT32 - 1, checks.LARGEST_INT32)
-    least, most = bounds.get(field.name, whole if kind in _WHOLE_NUMBERS else (None, None))
-    value = checks.typed(
-        _key(config, field.name), getattr(config, field.name), kind, least, most)
-    object.__setattr__(config, field.name, value)
-
-
-@functools.cache
-def field_types(kind: type) -> dict[str, Any]:
-  """Field -> its type, of a dataclass."""
-  return typing.get_type_hints(kind)
+  for name, kind in checks.field_types(type(config)).items():
+    if kind in _WHOLE_NUMBERS:
+      low, high = bounds.get(name, (None, None))
+      bounds[name] = (-checks.LARGEST_INT32 - 1 if low is None else low,
+                      checks.LARGEST_INT32 if high is None else high)
+  checks.check_fields(config, _key(config, ''), bounds)
 
 
 def check_dropout(config):

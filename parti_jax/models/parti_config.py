@@ -17,10 +17,17 @@ BEFORE_IT_WAS_A_SETTING = {'attention_patterns': ('global',), 'conv_kernel': 11}
 
 
 def by_todays_names(sizes: dict[str, Any]) -> dict[str, Any]:
-  """Sizes of a model as a file of an older version has them, by the names of this version."""
+  """Sizes of a model as a file of an older version has them, by the names of this version.
+
+  Raises:
+    UserError: if a size is there by both names, or that of an older version is of another type.
+  """
   sizes = dict(sizes)
   if 'attention_pattern' in sizes:  # One pattern for all layers, and 'causal' was 'global'.
-    older = sizes.pop('attention_pattern')
+    if 'attention_patterns' in sizes:
+      raise errors.UserError("it has other fields than PartiConfig: 'attention_pattern' is the "
+                             "older name of 'attention_patterns', which is there too; remove one")
+    older = checks.text('attention_pattern', sizes.pop('attention_pattern'))
     sizes['attention_patterns'] = ('global' if older == 'causal' else older,)
   return BEFORE_IT_WAS_A_SETTING | sizes
 
@@ -93,7 +100,8 @@ class PartiConfig:
     for name in names:
       if name not in attention_patterns.PATTERNS:
         raise errors.UserError(
-            f'{key}: {name!r} is not one of {", ".join(attention_patterns.PATTERNS)}')
+            f'{key}: {checks.shown(name)} is not one of '
+            f'{", ".join(attention_patterns.PATTERNS)}')
     if self.decoder_layers % len(names):
       raise errors.UserError(
           f'{key}: a schedule of {len(names)} does not divide '

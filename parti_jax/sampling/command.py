@@ -10,7 +10,6 @@ import warnings
 from parti_jax import compilation_cache
 from parti_jax.errors import UserError
 from parti_jax.sampling import flags
-from parti_jax.sampling import settings as settings_lib
 
 DEFAULT_OUTPUT_DIR = 'parti_jax_pictures'
 
@@ -108,11 +107,7 @@ def read_prompts(path: str) -> list[str]:
 
 def _check_flags(args: argparse.Namespace):
   """Raises UserError for numbers that can't be, before anything slow happens."""
-  settings_lib.whole_number('num_images', args.num_images, 1)
-  settings_lib.whole_number('seed', args.seed, 0, 2**32 - 1)
-  for name in ('batch_size', 'display_size'):
-    if getattr(args, name) is not None:
-      settings_lib.whole_number(name, getattr(args, name), 1)
+  flags.check_numbers(args, 'num_images', 'batch_size', 'display_size')
   flags.given(args)
   folder = pathlib.Path(args.output_dir)
   if folder.exists() and not folder.is_dir():

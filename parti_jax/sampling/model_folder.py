@@ -32,7 +32,6 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import flax.traverse_util
 import jax
-import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -46,9 +45,9 @@ from parti_jax.models import parti as parti_lib
 from parti_jax.models import parti_config
 from parti_jax.models import super_resolution
 from parti_jax.models import vit_vqgan
+from parti_jax.sampling import model_config
 from parti_jax.sampling import settings as settings_lib
 
-FORMAT_VERSION = 1
 CONFIG_FILE = 'config.json'
 VOCABULARY_FILE = 'vocabulary.model'
 
@@ -86,14 +85,7 @@ def parameter_file(name: str) -> str:
 
 
 FILES = (CONFIG_FILE, *map(parameter_file, REQUIRED), VOCABULARY_FILE)
-
-# What parameters may be stored as; they are computed with in the configs' dtype.
-STORED_DTYPES = {'float16': np.float16, 'bfloat16': ml_dtypes.bfloat16, 'float32': np.float32}
-
-# What a config.json may say at most; the 20B model has 64 layers and a width of 4096.
-MAX_LAYERS = 1024
-MAX_SIZE = 2**20
-_COUNTS = ('layers', 'blocks', 'heads')
+STORED_DTYPES = model_config.STORED_DTYPES
 
 # Names of parameters that an error shows.
 _SHOWN = 5
@@ -202,7 +194,7 @@ def save(
   stored = {name: _stored(part.params, abstract(name, part.config), dtype, parameter_file(name))
             for name, part in networks.items()}
   config = {
-      'format_version': FORMAT_VERSION,
+      'format_version': model_config.FORMAT_VERSION,
       **{name: dataclasses.asdict(part.config) for name, part in networks.items()},
       'sampling': dataclasses.asdict(sampling),
       'parameters': {
@@ -233,20 +225,22 @@ def load(folder) -> Model:
       stays until the process ends.
 
   Raises:
-    UserError: if the folder or a file of it is missing, unfinished, of another format version,
-      or if parameters are missing, unknown or of other shapes than the sizes say, or a network
-      was trained with another vocabulary or tokenizer.
+    UserError: if the folder or a file of it is missing, unfinished, or of another format version,
+      if a value in config.json can't be, if parameters are missing, unknown or of other shapes
+      than the sizes say, or if a network was trained with another vocabulary or tokenizer.
   """
   folder = _local(folder, [*FILES, *map(parameter_file, OPTIONAL)])
   _check_complete(folder)
   where = folder / CONFIG_FILE
-  config = _read_config(where)
+  config = model_config.read(where)
   optional = [name for name in OPTIONAL
               if name in config or (folder / parameter_file(name)).exists()]
   _check_complete(folder, [parameter_file(name) for name in optional])
-  sizes = {name: _sizes(NETWORKS[name].config, config, name, _compute_dtype(), where)
+  sizes = {name: model_config.sizes(NETWORKS[name].config, config, name, _compute_dtype(), where)
            for name in [*REQUIRED, *optional]}
   check_sizes(sizes['parti'], sizes['tokenizer'], str(where))
+  others = [read(config, where) for read in (
+      model_config.sampling, model_config.provenance, model_config.stored_as)]
   made_with = {name: _read_made_with(folder / parameter_file(name)) for name in sizes}
   vocabulary = folder / VOCABULARY_FILE
   for line in _mismatches(made_with, vocabulary):
@@ -258,9 +252,8 @@ def load(folder) -> Model:
            for name, own in sizes.items()}
   parti, tokenizer = (parts.pop(name) for name in REQUIRED)
   return Model(
-      parti.config, tokenizer.config, parti.params, tokenizer.params, vocabulary,
-      _sampling(config, where), config.get('provenance', {}),
-      config.get('parameters', {}).get('stored_as', 'float16'), parts, made_with)
+      parti.config, tokenizer.config, parti.params, tokenizer.params, vocabulary, *others, parts,
+      made_with)
 
 
 def load_tokenizer(folder) -> Part:
@@ -268,8 +261,8 @@ def load_tokenizer(folder) -> Part:
   folder = _local(folder, [CONFIG_FILE, parameter_file('tokenizer')])
   _check_complete(folder, [CONFIG_FILE, parameter_file('tokenizer')])
   where = folder / CONFIG_FILE
-  sizes = _sizes(
-      vit_vqgan.ViTVQGANConfig, _read_config(where), 'tokenizer', _compute_dtype(), where)
+  sizes = model_config.sizes(
+      vit_vqgan.ViTVQGANConfig, model_config.read(where), 'tokenizer', _compute_dtype(), where)
   file = folder / parameter_file('tokenizer')
   return Part(sizes, _read_parameters(file, abstract('tokenizer', sizes)), _read_made_with(file))
 
@@ -412,61 +405,12 @@ def _check_complete(folder: pathlib.Path, files=FILES):
                     'export or download the model again')
 
 
-def _read_config(path: pathlib.Path) -> dict[str, Any]:
-  try:
-    config = storage.read_json(path)
-  except (OSError, ValueError) as error:
-    raise _damaged(path, error) from error
-  version = config.get('format_version') if isinstance(config, dict) else None
-  if version != FORMAT_VERSION:
-    raise UserError(f'{path}: format_version is {version!r}, this parti_jax reads '
-                    f'{FORMAT_VERSION}; install the version that wrote it, or export it again')
-  return config
-
-
-def _sizes(kind, config: dict[str, Any], key: str, dtype: str, where):
-  """A config dataclass from its plain dict, computing in `dtype`."""
-  values = config.get(key)
-  known = {field.name for field in dataclasses.fields(kind)}
-  if not isinstance(values, dict):
-    raise UserError(f'{where}: {key!r} is missing')
-  values = {name: value for name, value in parti_config.by_todays_names(values).items()
-            if name in known or name in values}
-  if values.keys() != known:
-    different = ', '.join(sorted(values.keys() ^ known))
-    raise UserError(f'{where}: {key!r} has other fields than {kind.__name__}: {different}')
-  _check_bounds(values, key, where)
-  try:
-    return kind(**{**values, 'dtype': dtype})
-  except (TypeError, ValueError) as error:
-    raise UserError(f'{where}: {key!r}: {error}') from error
-  except UserError as error:
-    raise UserError(f'{where}: {error}') from error
-
-
-def _check_bounds(values: dict[str, Any], key: str, where):
-  """Raises UserError for sizes that no model has, before anything is made of them."""
-  for name, value in values.items():
-    most = MAX_LAYERS if name.endswith(_COUNTS) else MAX_SIZE
-    for number in value if isinstance(value, (list, tuple)) else [value]:
-      if isinstance(number, (int, float)) and not abs(number) <= most:
-        raise UserError(f'{where}: {key!r}: {name}={number!r} is more than {most:,}, the most that '
-                        'is read; is the file damaged?')
-
-
-def _sampling(config: dict[str, Any], where) -> settings_lib.SamplingSettings:
-  try:
-    return settings_lib.SamplingSettings(**config.get('sampling', {}))
-  except (TypeError, UserError) as error:
-    raise UserError(f"{where}: 'sampling': {error}") from error
-
-
 def check_sizes(parti, tokenizer, where: str):
   """Raises UserError unless Parti's image tokens are those of the tokenizer."""
   for name in ('codebook_size', 'grid'):
     ours, theirs = getattr(parti, name), getattr(tokenizer, name)
     if ours != theirs:
-      raise UserError(f'{where}: PartiConfig.{name} is {ours}, but the tokenizer has {theirs}; '
+      raise UserError(f'{where}: parti.{name} is {ours}, but that of the tokenizer is {theirs}; '
                       'the generator was trained on the tokens of another tokenizer')
 
 

@@ -95,7 +95,7 @@ def tokenized(tokenizer: FrozenTokenizer, pictures: Iterator[tuple[str, np.ndarr
   Args:
     tokenizer: makes the tokens.
     pictures: captions and pictures, uint8 [height, width, 3].
-    batch_size: pictures at once; a short last batch is padded.
+    batch_size: pictures at once, at most; a short last batch is padded.
 
   Yields:
     (caption, int32 [image_length]).
@@ -103,7 +103,9 @@ def tokenized(tokenizer: FrozenTokenizer, pictures: Iterator[tuple[str, np.ndarr
   module = vit_vqgan.ViTVQGAN(tokenizer.config)
   encode = jax.jit(lambda images: module.apply(
       {'params': tokenizer.params}, images.astype(np.float32) / 255.0, method='tokenize'))
+  size = None
   while batch := list(itertools.islice(pictures, batch_size)):
+    size = size or len(batch)
     images = np.stack([picture for _, picture in batch])
-    tokens = np.asarray(encode(np.resize(images, (batch_size,) + images.shape[1:])))
+    tokens = np.asarray(encode(np.resize(images, (size,) + images.shape[1:])))
     yield from zip((caption for caption, _ in batch), tokens)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from parti_jax import errors
+from parti_jax.models import config_checks
 from parti_jax.models import flops
 from parti_jax.models import layer_stack
 from parti_jax.models import layers
@@ -20,11 +20,12 @@ from parti_jax.models import vit_vqgan
 from parti_jax.sampling import decoding
 from parti_jax.sampling import model_folder
 from parti_jax.sampling import parameters
+from parti_jax.sampling import settings
 from parti_jax.training import initial_text_encoder
 from parti_jax.training import plain_stage
 
 
-@gin.configurable
+@config_checks.configurable
 @dataclasses.dataclass(frozen=True)
 class GeneratorStage(plain_stage.PlainStage):
   """Cross entropy of image tokens, and samples for fixed prompts.
@@ -42,8 +43,8 @@ class GeneratorStage(plain_stage.PlainStage):
       TextEncoderStage (Parti, section 2.2); None for a random one.
 
   Raises:
-    UserError: if the weights are not one for each decoder layer, none of them negative and the last
-      one positive.
+    UserError: if a value is of another type or out of its range; if the weights are not one for
+      each decoder layer, none of them negative and the last one positive.
   """
 
   model: parti_config.PartiConfig
@@ -57,10 +58,10 @@ class GeneratorStage(plain_stage.PlainStage):
   compute_dtype = property(lambda self: self.model.compute_dtype)
 
   def __post_init__(self):
+    config_checks.check_fields(self, guidance_scale=(0, settings.MOST_GUIDANCE))
     weights = self.depth_loss_weights
     if weights is None:
       return
-    object.__setattr__(self, 'depth_loss_weights', tuple(weights))
     if len(weights) != self.model.decoder_layers or min(weights) < 0 or weights[-1] <= 0:
       raise errors.UserError(
           f'GeneratorStage.depth_loss_weights={weights!r} must be {self.model.decoder_layers} '

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
-import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from parti_jax import errors
 from parti_jax.models import coca
+from parti_jax.models import config_checks
 from parti_jax.models import contrastive
 from parti_jax.models import flops
 from parti_jax.models import layers
@@ -50,7 +50,7 @@ def noisy(images, keys, most: float):
   return jnp.clip(jax.vmap(add)(images, keys), 0.0, 1.0)
 
 
-@gin.configurable
+@config_checks.configurable
 @dataclasses.dataclass(frozen=True)
 class RankerStage(plain_stage.PlainStage):
   """The contrastive and the captioning loss, on pictures as a generator draws them.
@@ -82,11 +82,9 @@ class RankerStage(plain_stage.PlainStage):
   noise: float = 0.0
 
   def __post_init__(self):
-    for name, least in (('contrastive_weight', 0), ('caption_weight', 0),
-                        ('reconstruct_every', 1), ('shift', 0), ('noise', 0)):
-      if getattr(self, name) < least:
-        raise errors.UserError(
-            f'RankerStage.{name}={getattr(self, name)} must not be less than {least}')
+    not_negative = dict.fromkeys(('contrastive_weight', 'caption_weight', 'noise'), (0, None))
+    config_checks.check_fields(
+        self, reconstruct_every=(1, None), shift=(0, config_checks.MAX_SIZE), **not_negative)
 
   name = 'ranker'
   frozen = ()

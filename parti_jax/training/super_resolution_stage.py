@@ -6,12 +6,12 @@ import dataclasses
 import functools
 from typing import Any
 
-import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from parti_jax import errors
+from parti_jax.models import config_checks
 from parti_jax.models import discriminator as discriminator_lib
 from parti_jax.models import flops
 from parti_jax.models import lpips
@@ -23,7 +23,7 @@ from parti_jax.training import plain_stage
 from parti_jax.training import tokenizer_stage
 
 
-@gin.configurable
+@config_checks.configurable
 @dataclasses.dataclass(frozen=True)
 class SuperResolutionStage(plain_stage.PlainStage):
   """Larger pictures from small ones: its inputs, losses and pictures.
@@ -76,14 +76,16 @@ class SuperResolutionStage(plain_stage.PlainStage):
   compute_dtype = property(lambda self: self.model.compute_dtype)
 
   def __post_init__(self):
+    not_negative = dict.fromkeys(
+        ('l2_weight', 'l1_weight', 'perceptual_weight', 'adversarial_weight', 'adversarial_from',
+         'r1_weight'), (0, None))
+    config_checks.check_fields(
+        self, image_size=(1, config_checks.MAX_SIZE), clean_share=(0, 1), **not_negative)
     unit = self.model.factor * self.model.unshuffle
     if self.image_size % unit:
       raise errors.UserError(
           f'SuperResolutionStage.image_size={self.image_size} is not divisible by {unit}, which is '
           'SuperResolutionConfig.factor · unshuffle')
-    if not 0 <= self.clean_share <= 1:
-      raise errors.UserError(
-          f'SuperResolutionStage.clean_share={self.clean_share} must lie in [0, 1]')
     if self.crop is not None and (self.crop % self.model.unshuffle
                                   or not 0 < self.crop <= self.input_size):
       raise errors.UserError(

@@ -7,9 +7,9 @@ import sys
 
 import tqdm
 
+from parti_jax import checks
 from parti_jax import compilation_cache
 from parti_jax import config
-from parti_jax import errors
 from parti_jax.training import frozen_tokenizer
 
 
@@ -31,8 +31,7 @@ def run(args: argparse.Namespace) -> int:
   from parti_jax.data import tasks
   from parti_jax.data import token_cache
   from parti_jax.training import configurables  # pylint: disable=unused-import
-  if args.batch_size < 1:
-    raise errors.UserError(f'--batch_size={args.batch_size} must be at least 1')
+  checks.count('--batch_size', args.batch_size)
   config.parse(args.gin_file, args.gin_bindings)
   splits = _splits(args.splits, sources.configured(sources.chosen()))
   compilation_cache.enable()

@@ -6,12 +6,12 @@ import dataclasses
 from typing import Any
 
 import flax.linen as nn
-import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from parti_jax import errors
+from parti_jax.models import config_checks
 from parti_jax.models import discriminator as discriminator_lib
 from parti_jax.models import flops
 from parti_jax.models import lpips
@@ -82,7 +82,7 @@ def revive(table, use, dead, latents, rng):
   return table, jnp.where(revived, 0.1, use)
 
 
-@gin.configurable
+@config_checks.configurable
 @dataclasses.dataclass(frozen=True)
 class TokenizerStage:
   """The image tokenizer's losses, its code statistics and its pictures.
@@ -146,7 +146,11 @@ class TokenizerStage:
   first_phase: str | None = None
 
   def __post_init__(self):
-    object.__setattr__(self, 'frozen', tuple(self.frozen))
+    not_negative = dict.fromkeys(
+        ('l2_weight', 'coarse_l2_weight', 'logit_laplace_weight', 'quantizer_weight',
+         'perceptual_weight', 'adversarial_weight', 'adversarial_from', 'r1_weight',
+         'quantize_from', 'revive_every', 'revive_until', 'dead_below'), (0, None))
+    config_checks.check_fields(self, **not_negative)
     unknown = set(self.frozen) - set(PARTS)
     if unknown:
       raise errors.UserError(f'TokenizerStage.frozen: {sorted(unknown)} are no parts; there are '

@@ -79,6 +79,30 @@ def test_writing_again_replaces_a_split(cache):
       'info.json', 'train-00000.tfrecord', 'validation-00000.tfrecord']
 
 
+def test_writing_again_leaves_splits_alone_whose_names_begin_the_same(cache):
+  token_cache.write_token_cache(cache, _examples(6), INFO, split='train-more')
+  token_cache.write_token_cache(cache, _examples(3), INFO, split='हिन्दी 訓練')
+  token_cache.write_token_cache(cache, _examples(1), INFO)
+  source = token_cache.TokenCacheSource(cache)
+  found = {split: len(source.list_shards(split)) for split in source.splits}
+  assert found == {'validation': 1, 'train-more': 2, 'हिन्दी 訓練': 1, 'train': 1}
+
+
+@pytest.mark.parametrize('split', ['', '../train', 'a/b', 'a\\b', '.hidden', 'a:b', 'a\0', 'a\n', 'a*',
+                                   '訓' * 70, '-a', '\ud800'])
+def test_splits_that_no_file_can_be_named_by(cache, split):
+  before = sorted(os.listdir(cache))
+  with pytest.raises(UserError, match='^the split .* cannot be part of a file name'):
+    token_cache.write_token_cache(cache, _examples(1), INFO, split=split)
+  assert sorted(os.listdir(cache)) == before
+
+
+@pytest.mark.parametrize('split', ['Train', 'ｔｒａｉｎ'])
+def test_splits_whose_files_would_be_anothers_on_some_file_systems(cache, split):
+  with pytest.raises(UserError, match="holds a split 'train', whose files have the same names"):
+    token_cache.write_token_cache(cache, _examples(1), INFO, split=split)
+
+
 def test_interrupted_writing_changes_nothing(cache):
   before = sorted(os.listdir(cache)), token_cache.read_info(cache)
 

@@ -5,10 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
+from parti_jax import checks
 from parti_jax import config
 from parti_jax.errors import UserError
 from parti_jax.models import coca
-from parti_jax.models import config_checks
 from parti_jax.models import discriminator
 from parti_jax.models import parti_config
 from parti_jax.models import super_resolution
@@ -31,7 +31,7 @@ def test_values_of_no_field(kind, name):
 
 
 @pytest.mark.parametrize('kind, name', [
-    (kind, name) for kind, name in FIELDS if config_checks.field_types(kind)[name] is int])
+    (kind, name) for kind, name in FIELDS if checks.field_types(kind)[name] is int])
 def test_whole_numbers_are_no_floats(kind, name):
   with pytest.raises(UserError, match=rf'^{kind.__name__}\.{name}=2\.0 must be a whole number'):
     kind(**{name: 2.0})
