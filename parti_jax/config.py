@@ -168,9 +168,9 @@ def _includes_found_as_files_are(gin, data: bool) -> Iterator[None]:
   def read(name):
     path = _find(name)
     if data:
-      return open(path, encoding='utf-8')
+      return open(path, encoding='utf-8-sig')
     # An empty line in place of an import, so that the lines of errors are right.
-    text = io.StringIO(_DATA_IMPORT.sub('', path.read_text(encoding='utf-8')))
+    text = io.StringIO(_DATA_IMPORT.sub('', path.read_text(encoding='utf-8-sig')))
     text.name = str(path)  # For gin's errors.
     return text
 

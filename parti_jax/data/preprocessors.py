@@ -62,14 +62,17 @@ def leave_out(dataset: tf.data.Dataset) -> tf.data.Dataset:
 def decode_images(dataset: tf.data.Dataset, sequence_length) -> tf.data.Dataset:
   """Replaces 'picture' by 'images', uint8 [size, size, 3] with size = sequence_length['images']."""
   size = sequence_length['images']
-  skipped = tally.current().skipped
+  reading, decode_and_note = tally.current(), decoding.configured()
 
   def decode(data: bytes, number: int):
     try:
-      return decoding.decode(data, size), True
+      image, notes = decode_and_note(data, size)
     except decoding.UndecodablePicture as error:
-      skipped.add(str(error), number)
+      reading.skipped.add(str(error), number)
       return np.zeros([size, size, 3], np.uint8), False
+    for note in notes:
+      reading.shortened.add(note, number)
+    return image, True
 
   def convert(example):
     picture = example.pop('picture')

@@ -23,7 +23,7 @@ from absl import logging
 from parti_jax import checks, storage
 from parti_jax.data import captions as captions_lib
 from parti_jax.data import (
-    decoding, example_files, folder_index, openmoji, tally, tar_shards, tfrecords)
+    decoding, example_files, file_patterns, folder_index, openmoji, tally, tar_shards, tfrecords)
 from parti_jax.data.quiet_tensorflow import seqio, tf, tfds
 from parti_jax.errors import UserError
 
@@ -257,7 +257,7 @@ class _Files(seqio.FileDataSource):
 
   def list_shards(self, split):
     """Returns the files of a split."""
-    return storage.glob(self._patterns[split])
+    return file_patterns.files(self._patterns[split])
 
 
 class _FilesSource(PictureSource):
@@ -276,13 +276,17 @@ class _FilesSource(PictureSource):
     """
     super().__init__(name, splits)
     self.place = f'{name} {path}'
-    self._patterns = {split: storage.join(path, pattern) for split, pattern in splits.items()}
+    self._patterns = {
+        split: file_patterns.join(path, pattern) for split, pattern in splits.items()}
     self._files = _Files(self._patterns, read, ('picture', 'caption'))
     self._text_files = read_texts and _Files(self._patterns, read_texts, ('caption',))
 
   def list_shards(self, split):
     """Returns the files of a split."""
-    files = self._files.list_shards(split)
+    try:
+      files = self._files.list_shards(split)
+    except UserError as error:
+      raise UserError(f'{self.name}: {error} (gin: {self.name}.splits)') from error
     if not files:
       raise UserError(
           f'{self.name}: no file matches {self._patterns[split]!r} '
@@ -328,19 +332,19 @@ class TFRecordSource(_FilesSource):
         reader({'caption': caption_key}))
 
   def _read(self, split, shuffle, seed, shard_info):
-    tfrecords.check_keys(self.list_shards(split)[0], self._keys)
+    tfrecords.check_keys(self.list_shards(split), self._keys)
     return super()._read(split, shuffle, seed, shard_info)
 
   def _read_texts(self, split, shuffle, seed, shard_info):
     tfrecords.check_keys(
-        self.list_shards(split)[0], {'caption_key': self._keys['caption_key']})
+        self.list_shards(split), {'caption_key': self._keys['caption_key']})
     return super()._read_texts(split, shuffle, seed, shard_info)
 
 
 class WebDatasetSource(_FilesSource):
   """Tar shards as img2dataset and webdataset write them."""
 
-  def __init__(self, path: str, splits: Mapping[str, str], caption_key: str):
+  def __init__(self, path: str, splits: Mapping[str, str], caption_key: str | None):
     """Makes the source; the arguments are those of `webdataset`."""
 
     super().__init__(
@@ -396,8 +400,8 @@ def tfrecord_source(
   """TFRecords of tf.train.Example.
 
   Args:
-    path: the folder of the files.
-    splits: file pattern of each split, relative to the folder.
+    path: the folder of the files, which may be packed.
+    splits: file pattern of each split, relative to the folder; see `file_patterns`.
     image_key: the feature that holds the encoded picture.
     caption_key: the feature that holds the caption.
 
@@ -411,14 +415,15 @@ def tfrecord_source(
 def webdataset_source(
     path: str | None = None,
     splits: Mapping[str, str] = {'train': '*.tar'},
-    caption_key: str = 'caption',
+    caption_key: str | None = None,
 ):
-  """Tar shards of pictures and captions, as img2dataset writes them.
+  """Tar shards of pictures and captions, as img2dataset writes them, plain or packed.
 
   Args:
     path: the folder of the shards.
-    splits: file pattern of each split, relative to the folder.
-    caption_key: where a sample has no .txt file, the key of the caption in its .json file.
+    splits: file pattern of each split, relative to the folder; see `file_patterns`.
+    caption_key: the key of the caption in a sample's .json file, whether it has a .txt file or not.
+      None for the .txt file or, where a sample has none, the key 'caption'.
 
   Returns:
     The source.
@@ -428,11 +433,11 @@ def webdataset_source(
 
 @gin.configurable('text')
 def text_source(path: str | None = None, splits: Mapping[str, str] = {'train': '*.txt'}):
-  """Files of text in UTF-8, one text a line; what ends in .gz is unpacked.
+  """Files of text, one text a line, plain or packed.
 
   Args:
     path: the folder of the files.
-    splits: file pattern of each split, relative to the folder.
+    splits: file pattern of each split, relative to the folder; see `file_patterns`.
 
   Returns:
     The source.

@@ -326,6 +326,7 @@ def pictures_and_captions(
   """
   name = source_name(task_or_source)
   reading = tally.Reading()
+  decode = decoding.configured()
   with tally.reading(reading):
     dataset = sources.configured(name, size).get_dataset(split, shuffle=False)
   return _usable(dataset, name, split, size, reading)
@@ -341,17 +342,19 @@ def _usable(dataset: tf.data.Dataset, name: str, split: str, size: int,
         reason, place = example_files.parts(example['problem'])
         reading.skipped.add(reason, place=place)
         continue
-      picture = decoding.decode(example['picture'], size)
+      picture, notes = decode(example['picture'], size)
       caption, changes = captions.clean(example['caption'])
     except (decoding.UndecodablePicture, captions.UnusableCaption) as error:
       reading.skipped.add(str(error))
       continue
-    for change in changes:
+    for change in notes + changes:
       reading.shortened.add(change)
     count += 1
     yield caption, picture
   if not count:
-    raise UserError(f'{name} has no usable example in split {split!r}; skipped {reading.skipped}')
+    skipped = str(reading.skipped)
+    reasons = f'skipped {skipped}' if skipped else 'there is none at all'
+    raise UserError(f'{name} has no usable example in split {split!r}; {reasons}')
   if reading.skipped.counts() or reading.shortened.counts():
     logging.warning('%s, %s: read %d; skipped: %s; kept in part: %s', name, split, count,
                     str(reading.skipped) or 'none', str(reading.shortened) or 'none')

@@ -174,8 +174,10 @@ def test_going_on_decodes_no_earlier_example(folder, encode, monkeypatch):
     next(before)
   place = before.state()
   list(before)  # It must not decode in advance while it is counted.
-  decoded, decode = [], decoding.decode
-  monkeypatch.setattr(decoding, 'decode', lambda *args: decoded.append(1) or decode(*args))
+  decoded, decode = [], decoding.decode_and_note
+  monkeypatch.setattr(
+      decoding, 'decode_and_note',
+      lambda *args, **kwargs: decoded.append(1) or decode(*args, **kwargs))
   resumed = Batches('folder_pairs', 'train', 2, PAIRS, num_epochs=1)
   list(resumed)
   whole = len(decoded)
