@@ -19,6 +19,7 @@ from parti_jax.training import full_disk
 from parti_jax.training import manifest
 from parti_jax.training import staging
 from parti_jax.training import verification
+from parti_jax.training import whole_moments
 
 # What Orbax reads as JSON of a checkpoint.
 _METADATA_FILES = ('_CHECKPOINT_METADATA', 'model/metadata', 'data/metadata', 'state/_METADATA',
@@ -37,6 +38,8 @@ class Checkpoints:
 
   Attributes:
     found: the checkpoint to go on from, and which ones were damaged.
+    factored: second moments of what was restored that were whole in the checkpoint, see
+      `whole_moments`.
 
   Raises:
     UserError: if there are checkpoints and none is whole.
@@ -50,6 +53,7 @@ class Checkpoints:
       if self._staging:
         self._staging.move_aside(self.found.damaged)
       verification.move_aside(self.directory, self.found.damaged)
+    self.factored = 0
     self._writing: int | None = None
     self._bytes = 0
     self._failure: BaseException | None = None
@@ -129,10 +133,18 @@ class Checkpoints:
     """
     path = self.directory / str(step)
     check_same_model(path, read_model(path), model)
-    check_same_shapes(path, abstract)
+    wanted, structure = by_path(abstract), jax.tree.structure(abstract)
+    whole = [name for name in whole_moments.names(_saved_shapes(path), 'params/')
+             if name in wanted]
+    saved_form = jax.tree.unflatten(
+        structure, whole_moments.as_saved(wanted, whole, 'params/').values())
+    check_same_shapes(path, saved_form)
     restored = self._manager.restore(step, args=ocp.args.Composite(
-        state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()))
-    return restored['state'], restored['data']
+        state=ocp.args.StandardRestore(saved_form), data=ocp.args.JsonRestore()))
+    self.factored = len(whole)
+    arrays = whole_moments.factor(
+        by_path(restored['state']), whole, {name: wanted[name].sharding for name in wanted})
+    return jax.tree.unflatten(structure, arrays.values()), restored['data']
 
   def read_place(self, step: int) -> dict:
     """Reads the place in the data of a checkpoint, as the function of this name."""

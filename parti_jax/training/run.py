@@ -14,6 +14,7 @@ from parti_jax.training import preemption
 from parti_jax.training import run_lock
 from parti_jax.training import state as state_lib
 from parti_jax.training import trainer as trainer_lib
+from parti_jax.training import whole_moments
 
 
 class Run:
@@ -67,8 +68,10 @@ class Run:
     mesh = '×'.join(f'{axis} {size}' for axis, size in facts['mesh'].items())
     where = f'resuming at step {self.step}' if self.resumed else 'starting at step 0'
     among = f' of {jax.process_count()} processes' if jax.process_count() > 1 else ''
-    return (f'{facts["stage"]}: {facts["parameters"] / 1e6:.1f}M parameters on '
+    line = (f'{facts["stage"]}: {facts["parameters"] / 1e6:.1f}M parameters on '
             f'{jax.device_count()} {jax.devices()[0].device_kind} devices{among} ({mesh}), {where}')
+    factored = self._checkpoints.factored
+    return f'{line}; {whole_moments.line(factored)}' if factored else line
 
   def facts(self) -> dict[str, Any]:
     """What a journal says of a run: stage, number of parameters, mesh and step."""
