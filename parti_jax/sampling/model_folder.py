@@ -207,7 +207,7 @@ def save(
   filled = _uploaded_folder if storage.is_url(folder) else _replaced_folder
   with filled(folder) as temporary:
     for name, arrays in stored.items():
-      safetensors.numpy.save_file(arrays, temporary / parameter_file(name), known[name])
+      safetensors.numpy.save_file(arrays, temporary / parameter_file(name), known[name] or None)
     with storage.local_copy(vocabulary_path) as vocabulary:
       shutil.copyfile(vocabulary, temporary / VOCABULARY_FILE)
     text = json.dumps(config, indent=2, ensure_ascii=False) + '\n'
