@@ -21,6 +21,8 @@ _WRITE_TO_URLS = ('export', 'vocabulary', 't5x_checkpoint')
 # command -> (module, one line of help)
 COMMANDS = {
     'generate': ('parti_jax.sampling.command', 'draw pictures for prompts'),
+    'own_pictures': ('parti_jax.cli.own_pictures',
+                     'train all parts on a folder of captioned pictures, and draw with them'),
     'train': ('parti_jax.training.command', 'train a model: any stage, chosen by gin files'),
     'info': ('parti_jax.training.info_command',
              'tell about a run (how far it is, its checkpoints, its story) or an exported model'),

@@ -32,6 +32,7 @@ _MAY_IMPORT = {
     'evaluation': {'models', 'data', 'partitioning', 'sampling', *_LEAVES},
     # For t5x' own commands; only the table of commands names it.
     't5x': {'training', 'evaluation', 'sampling', 'models', 'data', 'partitioning', *_LEAVES},
+    'cli': {'training', 'evaluation', 'sampling', 'models', 'data', 'partitioning', 'main', *_LEAVES},
     'errors': set(),
     'checks': {'errors'},
     'optional_packages': set(),

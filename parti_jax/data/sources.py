@@ -213,7 +213,10 @@ class FolderSource(PictureSource):
 
   @functools.cache
   def _index(self, split: str, pictures: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    return folder_index.read(self._path, self._captions_files[split], *self._keys, pictures)
+    file = self._captions_files[split]
+    if file.endswith('.txt'):
+      return folder_index.read_beside(self._path, file)
+    return folder_index.read(self._path, file, *self._keys, pictures)
 
   def _order(self, count: int, shuffle, seed, shard_info) -> np.ndarray:
     """Returns which examples to read; to shuffle the list is cheap and complete."""
@@ -380,7 +383,8 @@ def folder_source(
   Args:
     path: the folder.
     splits: captions file of each split, relative to the folder. Each line is an object with the
-      picture's file, relative to the captions file, and its caption.
+      picture's file, relative to the captions file, and its caption. A pattern of text files such
+      as '**/*.txt' means that each has the caption of the picture of the same name beside it.
     file_key: the column of the file.
     caption_key: the column of the caption.
 

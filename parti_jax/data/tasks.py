@@ -326,14 +326,13 @@ def pictures_and_captions(
   """
   name = source_name(task_or_source)
   reading = tally.Reading()
-  decode = decoding.configured()
   with tally.reading(reading):
     dataset = sources.configured(name, size).get_dataset(split, shuffle=False)
-  return _usable(dataset, name, split, size, reading)
+  return _usable(dataset, name, split, size, reading, decoding.configured())
 
 
 def _usable(dataset: tf.data.Dataset, name: str, split: str, size: int,
-            reading: tally.Reading) -> Iterator[tuple[str, np.ndarray]]:
+            reading: tally.Reading, decode: Callable) -> Iterator[tuple[str, np.ndarray]]:
   """Yields what can be used of an opened split; see `pictures_and_captions`."""
   count = 0
   for example in dataset.prefetch(64).as_numpy_iterator():
