@@ -262,6 +262,12 @@ def field_types(kind: type) -> dict[str, Any]:
   return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
+def number_text(value: float) -> str:
+  """A number for a name or for metadata: short, and another text for every other number."""
+  short = f'{value:g}'
+  return short if float(short) == value else repr(value)
+
+
 def bounds_text(least: float | None, most: float | None) -> str:
   """Returns ' from 1 to 5' and the like, to follow 'a number'."""
   lower = '' if least is None else f' from {_bound(least)}'

@@ -34,6 +34,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from parti_jax import checks
 from parti_jax import storage
 from parti_jax.errors import UserError
 from parti_jax.models import coca
@@ -155,6 +156,7 @@ def save(
     UserError: if the folder exists and may not be replaced, the parameters or the vocabulary do
       not fit the sizes, a parameter is too large for the dtype, or nothing can be written.
   """
+  folder = checks.text('folder', folder)
   folder = folder if storage.is_url(folder) else pathlib.Path(folder)
   _check_target(folder, overwrite)
   if dtype not in STORED_DTYPES:
@@ -231,6 +233,7 @@ def load_tokenizer(folder) -> Part:
 
 def _local(folder, names: list[str]) -> pathlib.Path:
   """The folder, or a copy of these of its files where it is a URL."""
+  folder = checks.text('folder', folder)
   if storage.is_url(folder):
     if CONFIG_FILE not in storage.names(folder):
       raise UserError(f'{folder} is no model folder: it has no {CONFIG_FILE}')
