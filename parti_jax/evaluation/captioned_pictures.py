@@ -60,6 +60,14 @@ class Captioned:
   skipped: Mapping[str, int]
 
 
+def check_text(text: str, place: str):
+  """Raises UserError, which names the place, for a text that can't be written as UTF-8."""
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    raise UserError(f'{place} has characters that are not Unicode') from error
+
+
 def choose(picture_of: Sequence[int], limit: int, seed: int) -> np.ndarray:
   """Draws captions at random, a second one of a picture only once every picture has one.
 

@@ -67,7 +67,7 @@ def _load(path: str) -> dict:
   except OSError as error:
     raise UserError(f'--annotations {path} cannot be read ({error.strerror}); it is the file '
                     'captions_val2014.json of MS-COCO') from error
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise UserError(f'--annotations {path} is no JSON ({error}); it is the file '
                     'captions_val2014.json of MS-COCO') from error
   for key in ('images', 'annotations'):
@@ -84,6 +84,8 @@ def _value(entry, key: str, kind: type, path: str, place: str):
   if not isinstance(entry, dict) or not isinstance(entry.get(key), kind):
     what = {int: 'whole number', str: 'text'}[kind]
     raise UserError(f'{path}, {place}: no {what} {key!r} in it')
+  if kind is str:
+    captioned_pictures.check_text(entry[key], f'{path}, {place}: {key!r}')
   return entry[key]
 
 

@@ -57,14 +57,16 @@ def _parse(line: str, place: str) -> tuple[str, str]:
   """Returns a line's image_id and caption."""
   try:
     row = json.loads(line)
-  except json.JSONDecodeError as error:
-    raise UserError(f'{place}: no JSON ({error.msg}); a line is {{"image_id": …, "caption": …}}'
+  except (ValueError, RecursionError) as error:
+    reason = getattr(error, 'msg', None) or 'nested too deeply'
+    raise UserError(f'{place}: no JSON ({reason}); a line is {{"image_id": …, "caption": …}}'
                     ) from error
   values = []
   for key in ('image_id', 'caption'):
     value = row.get(key) if isinstance(row, dict) else None
     if not isinstance(value, str) or not value.strip():
       raise UserError(f'{place}: no text {key!r} in it')
+    captioned_pictures.check_text(value, f'{place}: {key!r}')
     values.append(value.strip())
   return values[0], values[1]
 

@@ -83,6 +83,7 @@ def test_coco_pictures_that_are_not_there_are_counted(tmp_path):
     ({'annotations': [{'image_id': 100, 'caption': ' '}]}, 'entry 1: the caption is empty'),
     ({'annotations': [{'image_id': 7, 'caption': 'a'}]}, 'image_id 7 is not among its images'),
     ({'images': [{'id': 'x', 'file_name': 'a'}]}, "images, entry 1: no whole number 'id'"),
+    ({'annotations': [{'image_id': 100, 'caption': '\ud800'}]}, "'caption' has characters that are"),
 ])
 def test_coco_files_of_another_form(tmp_path, changes, message):
   with pytest.raises(UserError, match=message):
@@ -157,7 +158,8 @@ def test_narratives_of_coco_pictures(tmp_path):
     ([{'image_id': '1', 'caption': ''}], "line 1: no text 'caption'"),
     ([{'image_id': 1, 'caption': 'a'}], "line 1: no text 'image_id'"),
     (['[]'], "line 1: no text 'image_id'"),
-    ([''], 'has no narrative'),
+    ([''], 'has no narrative'), (['[' * 10**5], 'line 1: no JSON'),
+    ([{'image_id': '1', 'caption': '\ud800'}], "line 1: 'caption' has characters that are not"),
 ])
 def test_narratives_of_another_form(tmp_path, lines, message):
   with pytest.raises(UserError, match=message):
