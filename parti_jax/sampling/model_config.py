@@ -56,7 +56,7 @@ def sizes(kind: type, config: dict[str, Any], key: str, dtype: str, where) -> An
   Raises:
     UserError: if they are missing, have other fields, or a value can't be.
   """
-  values = _object(config, key, where)
+  values = dict(_object(config, key, where))
   if kind is parti_config.PartiConfig:
     try:
       values = parti_config.by_todays_names(values)
@@ -66,9 +66,14 @@ def sizes(kind: type, config: dict[str, Any], key: str, dtype: str, where) -> An
   if values.keys() != kinds.keys():
     different = ', '.join(map(_shown_name, sorted(values.keys() ^ kinds.keys())))
     raise UserError(f'{where}: {key!r} has other fields than {kind.__name__}: {different}')
-  values = {name: checks.typed(f'{where}: {key}.{name}', values[name], kinds[name],
-                               show=checks.shown_as_json) for name in kinds}
-  _check_bounds(values, key, where)
+  bounds = config_checks.bounds(kind)
+  for name, annotation in kinds.items():
+    least, most = bounds.get(name, (None, None))
+    # Of the most that a size may be, `_check_size` says why.
+    most = most if annotation is float else None
+    values[name] = checks.typed(f'{where}: {key}.{name}', values[name], annotation, least, most,
+                                show=checks.shown_as_json)
+    _check_size(name, values[name], key, where)
   try:
     return dataclasses.replace(kind(**values), dtype=dtype)
   except UserError as error:
@@ -122,8 +127,9 @@ def _object(config: dict[str, Any], key: str, where, default=None) -> dict[str, 
   """Returns an entry that is a JSON object, or the default where it is missing."""
   values = config.get(key, default)
   if not isinstance(values, dict):
-    there = f', where {checks.shown_as_json(values)} is' if key in config else ''
-    raise UserError(f'{where}: {key!r} is missing, an object of names and values{there}')
+    needed = f'{where}: {key!r} ' + ('is missing' if default is None else 'has no names and values')
+    there = f'; it is {checks.shown_as_json(values)} and must be {{...}}' if key in config else ''
+    raise UserError(needed + there)
   return values
 
 
@@ -132,12 +138,11 @@ def _shown_name(name: str) -> str:
   return checks.shown(name)[1:-1]
 
 
-def _check_bounds(values: dict[str, Any], key: str, where):
-  """Raises UserError for sizes that no model has, before anything is made of them."""
-  for name, value in values.items():
-    most = config_checks.most(name)
-    for number in value if isinstance(value, tuple) else [value]:
-      if isinstance(number, (int, float)) and abs(number) > most:
-        raise UserError(
-            f'{where}: {key!r}: {name}={checks.shown(number)} is more than {most:,}, the most that '
-            'is read; is the file damaged?')
+def _check_size(name: str, value: Any, key: str, where):
+  """Raises UserError for a size that no model has, before anything is made of it."""
+  most = config_checks.most(name)
+  for number in value if isinstance(value, tuple) else [value]:
+    if isinstance(number, (int, float)) and abs(number) > most:
+      raise UserError(
+          f'{where}: {key!r}: {name}={checks.shown(number)} is more than {most:,}, the most that is '
+          'read; is the file damaged?')
