@@ -6,6 +6,8 @@
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${PARTI_JAX_VENV:-$repository/.venv}
+# The versions to install within the bounds of setup.cfg: highest or, with uv, lowest.
+versions=highest
 
 fail() {
   printf '%s: error: %s\n' "$(basename "$0")" "$1" >&2
@@ -43,6 +45,7 @@ source_state() {
 # the same files are installed there already.
 install() {
   local requirement=$1 python state stamp
+  local installer=("$venv/bin/python" -m pip install --disable-pip-version-check --progress-bar off)
   stamp=$venv/parti_jax_installed_$(printf '%s' "$requirement" | tr -c '[:alnum:]' _)
   # pip is the last thing that venv puts there: without it, venv was interrupted.
   if [[ ! -x $venv/bin/pip ]]; then
@@ -51,7 +54,7 @@ install() {
     "$python" -m venv "$venv" \
       || fail "$python -m venv failed; on Debian and Ubuntu install python3-venv"
   fi
-  state=$(source_state)
+  state="$(source_state) $versions"
   if [[ -f $stamp && $(<"$stamp") == "$state" ]]; then
     return
   fi
@@ -61,8 +64,13 @@ install() {
   rm -f "$venv"/parti_jax_installed_*
   (
     cd "$repository" || exit
-    "$venv/bin/python" -m pip install --disable-pip-version-check --progress-bar off \
-      "$requirement"
+    if [[ $versions == lowest ]]; then
+      "${installer[@]}" uv || exit
+      # Without --upgrade it would keep what is installed.
+      installer=("$venv/bin/python" -m uv pip install --upgrade --resolution lowest-direct
+        --python "$venv/bin/python")
+    fi
+    "${installer[@]}" "$requirement"
   ) | show_progress || fail 'pip could not install the package; its messages are above'
   printf '%s\n' "$state" >"$stamp"
 }

@@ -84,20 +84,20 @@ def whole_number(name: str, value: Any, least: int | None = None, most: int | No
     The number.
 
   Raises:
-    UserError: if the value is no whole number or out of bounds.
+    UserError: if the value is not a whole number, or is out of bounds.
   """
   try:
-    number = None if is_boolean(value) else operator.index(value)
+    whole = None if is_boolean(value) else operator.index(value)
   except TypeError:
-    number = None
-  if number is None or not _within(number, least, most):
+    whole = None
+  if whole is None or not _within(whole, least, most):
     hint = ''
     if isinstance(value, float) and _within(value, least, most) and (
         abs(value) < _EXACT and value.is_integer()):
       hint = f', such as {int(value)}'
     raise UserError(
         f'{name}={show(value)} must be a whole number{bounds_text(least, most)}{hint}')
-  return number
+  return whole
 
 
 def count(name: str, value: Any) -> int:
@@ -120,7 +120,7 @@ def number(name: str, value: Any, least: float | None = None, most: float | None
     The number.
 
   Raises:
-    UserError: if the value is no number, not finite or out of bounds.
+    UserError: if the value is not a finite number, or is out of bounds.
   """
   real = _as_float(value)
   bounds = bounds_text(least, most)
@@ -181,6 +181,25 @@ def texts(name: str, value: Any) -> list[str]:
   return found
 
 
+def bounded(**bounds: tuple[float | None, float | None]) -> Callable[[Any], Any]:
+  """Decorates a function with the bounds of its parameters, which `bounds_of` returns.
+
+  Args:
+    **bounds: parameter -> the least and the most that its numbers may be, None for no bound.
+  """
+
+  def decorate(function):
+    function.parameter_bounds = bounds
+    return function
+
+  return decorate
+
+
+def bounds_of(function: Any) -> dict[str, tuple[float | None, float | None]]:
+  """Returns the bounds that `bounded` has given to a function; none for others."""
+  return getattr(function, 'parameter_bounds', {})
+
+
 def typed(name: str, value: Any, kind: Any, least: float | None = None,
           most: float | None = None, *, show: Callable[[Any], str] = shown) -> Any:
   """Checks a value against a type annotation, as of a dataclass field or of a parameter.
@@ -188,8 +207,8 @@ def typed(name: str, value: Any, kind: Any, least: float | None = None,
   Args:
     name: of the value, for the message.
     value: what was given.
-    kind: int, float, bool, str; tuple[...] of these, for which a list is fine too; a dataclass; or
-      `kind | None`. Values of any other annotation are not checked.
+    kind: int, float, bool, str; tuple[...] of these, for which a list is fine too; Mapping[str, str];
+      a dataclass; or `kind | None`. Values of any other annotation are not checked.
     least: smallest number allowed, within tuples too.
     most: largest number allowed, within tuples too.
     show: turns a value into text for the message.
@@ -214,6 +233,11 @@ def typed(name: str, value: Any, kind: Any, least: float | None = None,
     return typed(name, value, others[0], least, most, show=show)
   if origin is tuple:
     return _typed_tuple(name, value, arguments, least, most, show)
+  if origin is Mapping and arguments == (str, str):
+    if not isinstance(value, Mapping) or not all(
+        isinstance(word, str) for pair in value.items() for word in pair):
+      raise UserError(f"{name}={show(value)} must be of the form {{'text': 'text'}}")
+    return value
   if kind is str:
     return text(name, value, show=show)
   if isinstance(kind, type) and dataclasses.is_dataclass(kind) and not isinstance(value, kind):
@@ -251,7 +275,8 @@ def check_fields(config: Any, prefix: str = '',
     UserError: if a value is of another type than its field, not finite or out of bounds.
   """
   for name, kind in field_types(type(config)).items():
-    value = typed(prefix + name, getattr(config, name), kind, *(bounds or {}).get(name, (None, None)))
+    least, most = (bounds or {}).get(name, (None, None))
+    value = typed(prefix + name, getattr(config, name), kind, least, most)
     object.__setattr__(config, name, value)
 
 

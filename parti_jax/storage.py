@@ -13,9 +13,11 @@ not in, and for a package that is missing. Local files raise OSError as usual.
 from __future__ import annotations
 
 import atexit
+import codecs
 import contextlib
 import errno
 import glob as local_glob
+import io
 import json
 import logging
 import os
@@ -40,6 +42,9 @@ MAX_JSON = 2**26
 _STORE_PACKAGES = ('aiobotocore', 'aiohttp', 'botocore', 'gcsfs', 'google', 'requests', 's3fs')
 # What epath hands to fsspec.
 _EPATH_SCHEMES = ('gs', 's3', 'az', 'hf')
+# Byte order marks; that of UTF-16 begins one of UTF-32.
+_MARKS = ((codecs.BOM_UTF32_LE, 'utf-32'), (codecs.BOM_UTF32_BE, 'utf-32'),
+          (codecs.BOM_UTF16_LE, 'utf-16'), (codecs.BOM_UTF16_BE, 'utf-16'))
 # Errors that mean the same for objects as for local files.
 _OF_FILES = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
 
@@ -73,21 +78,31 @@ def open_file(path: str | os.PathLike[str], mode: str = 'rb') -> Iterator[IO[byt
 
   Args:
     path: a path or URL.
-    mode: 'rb', or 'rt' for UTF-8 text.
+    mode: 'rb', or 'rt' for text in UTF-8, or in UTF-16 or UTF-32 by its byte order mark.
 
   Yields:
     The open file.
   """
-  encoding = None if 'b' in mode else 'utf-8'
   if not is_url(path):
-    with open(_local(path), mode, encoding=encoding) as file:
-      yield file
+    with open(_local(path), 'rb') as file:
+      yield file if mode == 'rb' else _as_text(file)
     return
   with _store_errors(path):
-    opened = _file_system(path).open(os.fspath(path), mode, encoding=encoding)
+    opened = _file_system(path).open(os.fspath(path), 'rb')
   # What fails in the caller's own code must not be laid to the store.
   with opened as file, _store_errors(path, in_body=True):
-    yield file
+    yield file if mode == 'rb' else _as_text(file)
+
+
+def encoding_of(data: bytes) -> str:
+  """Returns the encoding of a text by its byte order mark, which decoding takes off."""
+  return next((encoding for mark, encoding in _MARKS if data.startswith(mark)), 'utf-8-sig')
+
+
+def _as_text(file: IO[bytes]) -> IO[str]:
+  encoding = encoding_of(file.read(4))
+  file.seek(0)
+  return io.TextIOWrapper(file, encoding)
 
 
 def exists(path: str | os.PathLike[str]) -> bool:

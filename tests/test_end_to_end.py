@@ -50,8 +50,7 @@ def pairs(tmp_path_factory):
   from parti_jax.data import openmoji_builder  # pylint: disable=import-outside-toplevel
 
   data_dir = tmp_path_factory.mktemp('openmoji')
-  builder = openmoji_builder.at_size(SIZE, data_dir=str(data_dir))
-  builder.download_and_prepare()
+  builder = openmoji_builder.prepared(SIZE, data_dir=str(data_dir))
   examples = list(builder.as_dataset(split=SPLIT).as_numpy_iterator())
   captions = [example['caption'].decode() for example in examples]
   return data_dir, captions, np.stack([example['image'] for example in examples])

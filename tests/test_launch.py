@@ -86,6 +86,17 @@ def test_test_installs_the_extra_and_passes_arguments_on(checkout):
       '<pytest> <--numprocesses=auto> <--maxprocesses=4> <--dist=loadfile> <-m> <slow>')
 
 
+def test_test_takes_the_lowest_versions_in_an_environment_of_their_own(checkout):
+  (checkout / '.venv').rename(checkout / '.venv_lowest')
+  done = _run(checkout, 'test.sh', '--lowest', 'tests/test_main.py')
+  assert done.returncode == 0, done.stderr
+  installing = [line for line in done.stdout.splitlines() if 'Installing <' in line]
+  assert installing[0].endswith(' <uv>')
+  assert '<uv> <pip> <install> <--upgrade> <--resolution> <lowest-direct>' in installing[1]
+  assert done.stdout.splitlines()[-1].endswith('<--dist=loadfile> <tests/test_main.py>')
+  assert not (checkout / '.venv').exists()
+
+
 def test_a_python_that_will_not_do_is_named(checkout):
   done = _run(checkout, 'quickstart.sh', 'x', PARTI_JAX_VENV=str(checkout / 'new'),
               PYTHON='/nonexistent/python3.11')

@@ -21,7 +21,7 @@ REPOSITORY = pathlib.Path(__file__).parents[1]
 
 # What each part of the package may import of the package, besides itself. `None`: anything.
 _LEAVES = {'errors', 'checks', 'config', 'optional_packages', 'storage', 'compilation_cache',
-           'native_notes'}
+           'native_notes', 'fingerprints'}
 _MAY_IMPORT = {
     'partitioning': {'checks', 'errors'},
     'models': {'partitioning', 'checks', 'errors'},
@@ -37,8 +37,9 @@ _MAY_IMPORT = {
     'optional_packages': set(),
     'compilation_cache': set(),
     'native_notes': set(),
+    'fingerprints': set(),
     'storage': {'errors', 'optional_packages'},
-    'config': {'errors', 'optional_packages'},
+    'config': {'checks', 'errors', 'optional_packages'},
     '__init__': {'sampling'},
     'main': {'config', 'errors', 'optional_packages', 'storage'},
     'train': {'main'},

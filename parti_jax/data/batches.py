@@ -10,6 +10,7 @@ from parti_jax.data import tally, tasks
 from parti_jax.data.feature_converter import converter_for
 from parti_jax.data.quiet_tensorflow import seqio, tf
 from parti_jax.errors import UserError
+from parti_jax.fingerprints import Fingerprint
 
 
 # Opening an epoch takes up to a second, so a small source is gone through several times in one.
@@ -30,8 +31,8 @@ class Batches:
   `restore(state())` goes on exactly where the state was taken. The tasks of `parti_jax.data.tasks`
   number their examples before they decode them, so that going on decodes none of the earlier ones.
 
-  In training, the text of some examples is dropped for classifier-free guidance (see
-  `preprocessors.drop_text`); in other splits than `train` it is always kept.
+  With `training`, the text of some examples is dropped for classifier-free guidance (see
+  `preprocessors.drop_text`), whatever the split is called. Without it, all texts are kept.
 
   Attributes:
     skipped: reason -> number of examples left out so far in this run, because their picture or
@@ -52,6 +53,7 @@ class Batches:
       num_epochs: int | None = None,
       share: int = 0,
       shares: int = 1,
+      training: bool = False,
   ):
     """Opens a task.
 
@@ -68,6 +70,7 @@ class Batches:
       num_epochs: epochs to read; None for no end.
       share: which of the `shares` parts of the split to read; each has a state of its own.
       shares: into how many parts the split is divided.
+      training: whether a model is trained on the batches, so that texts are dropped for guidance.
 
     Raises:
       UserError: there is no such task, its data can't be read, or the lengths don't fit it.
@@ -84,6 +87,7 @@ class Batches:
     self._seed = seed
     self._shuffle = shuffle
     self._num_epochs = num_epochs
+    self._training = training
     self._shard_info = seqio.ShardInfo(share, shares) if shares > 1 else None
     self._epoch = 0
     self._taken = 0
@@ -102,9 +106,10 @@ class Batches:
     return self._counts('skipped')
 
   @property
-  def vocabulary(self) -> str | None:
-    """Fingerprint of the text vocabulary; None where there is none that is known."""
-    return tasks.vocabulary_fingerprint(self._task)
+  def fingerprints(self) -> dict[str, Fingerprint | None]:
+    """Those of the captions' vocabulary and of the tokens' tokenizer, as far as they are known."""
+    return {'vocabulary': tasks.vocabulary_fingerprint(self._task),
+            'tokenizer': tasks.tokenizer_fingerprint(self._task)}
 
   @property
   def shortened(self) -> dict[str, int]:
@@ -184,8 +189,7 @@ class Batches:
     # One number for seqio, in the range of its int32 seeds, from the two that count.
     seed = int(np.random.SeedSequence([self._seed, self._epoch]).generate_state(1)[0] >> 2)
     # What was read in advance of an earlier place must not be counted.
-    self._reading = tally.Reading(
-        drop_text=self._split.split('[')[0] == 'train', start=self._read or 0)
+    self._reading = tally.Reading(drop_text=self._training, start=self._read or 0)
     with tally.reading(self._reading):
       dataset = seqio.get_dataset(
           self._task,

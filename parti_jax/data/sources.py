@@ -20,10 +20,10 @@ import gin
 import numpy as np
 from absl import logging
 
-from parti_jax import storage
+from parti_jax import checks, storage
 from parti_jax.data import captions as captions_lib
 from parti_jax.data import (
-    decoding, example_files, folder_index, openmoji, tally, tar_shards, tfrecords)
+    decoding, example_files, file_patterns, folder_index, openmoji, tally, tar_shards, tfrecords)
 from parti_jax.data.quiet_tensorflow import seqio, tf, tfds
 from parti_jax.errors import UserError
 
@@ -66,7 +66,7 @@ class PictureSource(seqio.DataSource):
     Raises:
       UserError: the data can't be found or read.
     """
-    self._check_split(split)
+    self.check_split(split)
     dataset = self._read(split, shuffle, seed, shard_info)
     return shuffled(dataset, seed) if shuffle else dataset
 
@@ -85,7 +85,7 @@ class PictureSource(seqio.DataSource):
     Raises:
       UserError: the data can't be found or read.
     """
-    self._check_split(split)
+    self.check_split(split)
     dataset = self._read_texts(split, shuffle, seed, shard_info)
     return shuffled(dataset, seed) if shuffle else dataset
 
@@ -111,9 +111,11 @@ class PictureSource(seqio.DataSource):
     if skipped.counts():
       logging.warning('%s, %s: skipped %s', self.place, split, skipped)
 
-  def _check_split(self, split: str) -> None:
+  def check_split(self, split: str) -> None:
+    """Raises UserError unless the source has a split."""
     # OpenMoji also takes slices such as 'train[:10%]', as tensorflow-datasets does.
-    if split.split('[')[0] not in self.splits:
+    openmoji_slice = self.name == 'openmoji' and split.split('[')[0] in self.splits
+    if split not in self.splits and not openmoji_slice:
       setting = '' if self.name == 'openmoji' else f' (gin: {self.name}.splits)'
       raise UserError(
           f'{self.name} has no split {split!r}; it has {", ".join(self.splits)}{setting}'
@@ -130,6 +132,7 @@ class PictureSource(seqio.DataSource):
 
 
 @gin.configurable('shuffle')
+@checks.bounded(buffer_size=(1, None))
 def shuffled(dataset: tf.data.Dataset, seed, buffer_size: int = 10_000) -> tf.data.Dataset:
   """Shuffles in a buffer of `buffer_size` encoded pictures."""
   return dataset.shuffle(buffer_size, seed=seed)
@@ -156,12 +159,7 @@ class OpenMojiSource(PictureSource):
     # Imported here for those who have data of their own and no package of pictures.
     from parti_jax.data import openmoji_builder  # pylint: disable=g-import-not-at-top
 
-    try:
-      builder = openmoji_builder.at_size(self._size, self._data_dir)
-      builder.download_and_prepare()
-    except FileExistsError:  # Another process has drawn the pictures meanwhile.
-      builder = openmoji_builder.at_size(self._size, self._data_dir)
-    return builder
+    return openmoji_builder.prepared(self._size, self._data_dir)
 
   def _read(self, split, shuffle, seed, shard_info):
     builder = self._builder
@@ -181,7 +179,7 @@ class OpenMojiSource(PictureSource):
 
   def num_input_examples(self, split):
     """Returns the number of pictures in a split."""
-    self._check_split(split)
+    self.check_split(split)
     return self._builder.info.splits[split].num_examples
 
   def _read_texts(self, split, shuffle, seed, shard_info):
@@ -245,7 +243,7 @@ class FolderSource(PictureSource):
 
   def num_texts(self, split):
     """Returns the number of captions in a split."""
-    self._check_split(split)
+    self.check_split(split)
     return len(self._index(split, pictures=False)[1])
 
 
@@ -259,7 +257,7 @@ class _Files(seqio.FileDataSource):
 
   def list_shards(self, split):
     """Returns the files of a split."""
-    return storage.glob(self._patterns[split])
+    return file_patterns.files(self._patterns[split])
 
 
 class _FilesSource(PictureSource):
@@ -278,13 +276,17 @@ class _FilesSource(PictureSource):
     """
     super().__init__(name, splits)
     self.place = f'{name} {path}'
-    self._patterns = {split: storage.join(path, pattern) for split, pattern in splits.items()}
+    self._patterns = {
+        split: file_patterns.join(path, pattern) for split, pattern in splits.items()}
     self._files = _Files(self._patterns, read, ('picture', 'caption'))
     self._text_files = read_texts and _Files(self._patterns, read_texts, ('caption',))
 
   def list_shards(self, split):
     """Returns the files of a split."""
-    files = self._files.list_shards(split)
+    try:
+      files = self._files.list_shards(split)
+    except UserError as error:
+      raise UserError(f'{self.name}: {error} (gin: {self.name}.splits)') from error
     if not files:
       raise UserError(
           f'{self.name}: no file matches {self._patterns[split]!r} '
@@ -330,19 +332,19 @@ class TFRecordSource(_FilesSource):
         reader({'caption': caption_key}))
 
   def _read(self, split, shuffle, seed, shard_info):
-    tfrecords.check_keys(self.list_shards(split)[0], self._keys)
+    tfrecords.check_keys(self.list_shards(split), self._keys)
     return super()._read(split, shuffle, seed, shard_info)
 
   def _read_texts(self, split, shuffle, seed, shard_info):
     tfrecords.check_keys(
-        self.list_shards(split)[0], {'caption_key': self._keys['caption_key']})
+        self.list_shards(split), {'caption_key': self._keys['caption_key']})
     return super()._read_texts(split, shuffle, seed, shard_info)
 
 
 class WebDatasetSource(_FilesSource):
   """Tar shards as img2dataset and webdataset write them."""
 
-  def __init__(self, path: str, splits: Mapping[str, str], caption_key: str):
+  def __init__(self, path: str, splits: Mapping[str, str], caption_key: str | None):
     """Makes the source; the arguments are those of `webdataset`."""
 
     super().__init__(
@@ -350,6 +352,7 @@ class WebDatasetSource(_FilesSource):
 
 
 @gin.configurable('openmoji')
+@checks.bounded(size=(1, 8192))
 def openmoji_source(size: int | None = None, data_dir: str | None = None, image_size: int = 64):
   """OpenMoji.
 
@@ -397,8 +400,8 @@ def tfrecord_source(
   """TFRecords of tf.train.Example.
 
   Args:
-    path: the folder of the files.
-    splits: file pattern of each split, relative to the folder.
+    path: the folder of the files, which may be packed.
+    splits: file pattern of each split, relative to the folder; see `file_patterns`.
     image_key: the feature that holds the encoded picture.
     caption_key: the feature that holds the caption.
 
@@ -412,14 +415,15 @@ def tfrecord_source(
 def webdataset_source(
     path: str | None = None,
     splits: Mapping[str, str] = {'train': '*.tar'},
-    caption_key: str = 'caption',
+    caption_key: str | None = None,
 ):
-  """Tar shards of pictures and captions, as img2dataset writes them.
+  """Tar shards of pictures and captions, as img2dataset writes them, plain or packed.
 
   Args:
     path: the folder of the shards.
-    splits: file pattern of each split, relative to the folder.
-    caption_key: where a sample has no .txt file, the key of the caption in its .json file.
+    splits: file pattern of each split, relative to the folder; see `file_patterns`.
+    caption_key: the key of the caption in a sample's .json file, whether it has a .txt file or not.
+      None for the .txt file or, where a sample has none, the key 'caption'.
 
   Returns:
     The source.
@@ -429,11 +433,11 @@ def webdataset_source(
 
 @gin.configurable('text')
 def text_source(path: str | None = None, splits: Mapping[str, str] = {'train': '*.txt'}):
-  """Files of text in UTF-8, one text a line; what ends in .gz is unpacked.
+  """Files of text, one text a line, plain or packed.
 
   Args:
     path: the folder of the files.
-    splits: file pattern of each split, relative to the folder.
+    splits: file pattern of each split, relative to the folder; see `file_patterns`.
 
   Returns:
     The source.

@@ -4,7 +4,6 @@ Parti uses a SentencePiece vocabulary of 16,000, trained on sampled captions (se
 same object serves training and sampling, so that both see the same tokens.
 """
 
-import hashlib
 import io
 import os
 import re
@@ -13,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import sentencepiece
 
-from parti_jax import storage
+from parti_jax import fingerprints, storage
 from parti_jax.errors import UserError
 
 PAD_ID = 0
@@ -60,7 +59,7 @@ class TextVocabulary:
           f'the vocabulary {self.path} has the ids (pad, eos, unk) = {special_ids}, '
           f'needed are {(PAD_ID, EOS_ID, UNK_ID)}; `parti-jax vocabulary` makes such a one'
       )
-    self.fingerprint = hashlib.sha256(model).hexdigest()[:16]
+    self.fingerprint = fingerprints.of_vocabulary(model)
 
   @property
   def size(self) -> int:

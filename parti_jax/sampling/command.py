@@ -9,6 +9,7 @@ import sys
 import warnings
 
 from parti_jax import compilation_cache
+from parti_jax.data import text_files
 from parti_jax.errors import UserError
 from parti_jax.sampling import flags
 
@@ -95,12 +96,8 @@ def read_prompts(path: str) -> list[str]:
   Raises:
     UserError: if it can't be read, or has none.
   """
-  try:
-    text = pathlib.Path(path).read_text(encoding='utf-8')
-  except (OSError, UnicodeDecodeError) as error:
-    reason = getattr(error, 'strerror', None) or 'it is not UTF-8 text'
-    raise UserError(f'--prompts_file {path} cannot be read: {reason}') from error
-  lines = [line.strip() for line in text.splitlines() if line.strip()]
+  text = text_files.read(path, f'--prompts_file {path}')
+  lines = [line.strip() for line in text_files.lines(text) if line.strip()]
   if not lines:
     raise UserError(f'--prompts_file {path} has no prompt in it')
   return lines

@@ -54,7 +54,7 @@ def sizes(kind: type, config: dict[str, Any], key: str, dtype: str, where) -> An
     where: the file, for messages.
 
   Raises:
-    UserError: if they are missing, have other fields, or a value can't be.
+    UserError: if they are missing or have other fields, or if a value is invalid.
   """
   values = dict(_object(config, key, where))
   if kind is parti_config.PartiConfig:
@@ -84,7 +84,7 @@ def sampling(config: dict[str, Any], where) -> settings_lib.SamplingSettings:
   """Returns the sampling defaults; what the file does not name is as in SamplingSettings.
 
   Raises:
-    UserError: if there is a setting of another name, or a value can't be.
+    UserError: if a name is unknown or a value is invalid.
   """
   values = _object(config, 'sampling', where, {})
   kinds = checks.field_types(settings_lib.SamplingSettings)
@@ -105,7 +105,7 @@ def stored_as(config: dict[str, Any], where) -> str:
   """Returns the name of the dtype that the parameters were stored as, in STORED_DTYPES.
 
   Raises:
-    UserError: if what the file says of the parameters can't be.
+    UserError: if what the file says of the parameters is invalid.
   """
   values = dict(_object(config, 'parameters', where, {}))
   name = values.pop('stored_as', 'float16')
@@ -118,6 +118,16 @@ def stored_as(config: dict[str, Any], where) -> str:
   return name
 
 
+def mismatch_allowed(config: dict[str, Any], where) -> bool:
+  """Whether networks may have been trained with another vocabulary or tokenizer.
+
+  Raises:
+    UserError: if the entry is not a boolean.
+  """
+  return checks.boolean(f'{where}: mismatch_allowed', config.get('mismatch_allowed', False),
+                        show=checks.shown_as_json)
+
+
 def provenance(config: dict[str, Any], where) -> dict[str, Any]:
   """Returns what the file says of the model's training."""
   return _object(config, 'provenance', where, {})
@@ -127,9 +137,11 @@ def _object(config: dict[str, Any], key: str, where, default=None) -> dict[str, 
   """Returns an entry that is a JSON object, or the default where it is missing."""
   values = config.get(key, default)
   if not isinstance(values, dict):
-    needed = f'{where}: {key!r} ' + ('is missing' if default is None else 'has no names and values')
-    there = f'; it is {checks.shown_as_json(values)} and must be {{...}}' if key in config else ''
-    raise UserError(needed + there)
+    if key not in config:
+      raise UserError(f'{where}: {key!r} is missing')
+    wrong = 'must be' if default is not None else 'is missing; it must be'
+    raise UserError(f'{where}: {key!r} {wrong} an object, such as {{"name": "value"}}, and not '
+                    f'{checks.shown_as_json(values)}')
   return values
 
 

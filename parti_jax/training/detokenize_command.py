@@ -65,7 +65,8 @@ def run(args: argparse.Namespace) -> int:
     raise UserError(f'--output_dir {folder} is a file; name a folder')
   compilation_cache.enable()
   source = args.tokenizer or args.model or pipeline.DEMO_FOLDER
-  detokenizer = detokenizing.Detokenizer(*frozen_tokenizer.load(source))
+  tokenizer = frozen_tokenizer.load(source)
+  detokenizer = detokenizing.Detokenizer(tokenizer.config, tokenizer.params)
   found = {file: inferences.read(file, detokenizer, args.field, args.caption_field)
            for file in dict.fromkeys(args.files)}
   with tqdm.tqdm(total=sum(len(lines) * len(lines[0].tokens) for lines in found.values()),

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import gin
 import jax
 import jax.numpy as jnp
 import optax
+
+from parti_jax.partitioning import factored
 
 
 def decayed(parameters):
@@ -14,13 +18,69 @@ def decayed(parameters):
       lambda path, _: str(getattr(path[-1], 'key', '')) == 'kernel', parameters)
 
 
+def stored_average(decay: float, dtype):
+  """A moving average of updates, computed in float32 and stored in a narrower dtype.
+
+  `optax.ema` with an `accumulator_dtype` multiplies in that dtype: in bfloat16 a decay of 0.9 is
+  0.898, and one of 0.999 is 1.
+
+  Args:
+    decay: share of the average that stays at each step.
+    dtype: of the stored average.
+
+  Returns:
+    An optax.GradientTransformation with the state of `optax.ema`. Its updates are the float32
+    averages, before they are rounded to `dtype`.
+  """
+  average = optax.ema(decay, debias=False, accumulator_dtype=jnp.float32)
+
+  def update(updates, state, params=None):
+    wide = state._replace(ema=optax.tree.cast(state.ema, jnp.float32))
+    updates, state = average.update(updates, wide, params)
+    return updates, state._replace(ema=optax.tree.cast(state.ema, dtype))
+
+  return optax.GradientTransformation(
+      optax.ema(decay, debias=False, accumulator_dtype=dtype).init, update)
+
+
+def scale_by_factored_moment(decay: float):
+  """Divides updates by the root of Adafactor's factored second moment, with a constant decay.
+
+  Kernels of attention are factored over embed × (heads · head_dim), see `partitioning.factored`.
+
+  Args:
+    decay: share of the second moment that stays at each step; the first step's gradient replaces
+      it altogether.
+
+  Returns:
+    An optax.GradientTransformation with an optax.FactoredState.
+  """
+  inner = optax.scale_by_factored_rms(
+      decay_rate=decay, min_dim_size_to_factor=factored.LEAST_SIZE,
+      decay_rate_fn=lambda step, rate: jnp.where(step == 0, 0.0, rate))
+
+  def matrices(tree):
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf.reshape(
+            factored.matrix_shape([str(getattr(key, 'key', key)) for key in path], leaf.shape)),
+        tree)
+
+  def update(updates, state, params):
+    scaled, state = inner.update(matrices(updates), state, matrices(params))
+    return jax.tree.map(lambda new, old: new.reshape(old.shape), scaled, updates), state
+
+  return optax.GradientTransformation(lambda params: inner.init(matrices(params)), update)
+
+
 @gin.configurable
 def adafactor(schedule, beta1: float = 0.9, beta2: float = 0.96, weight_decay: float = 4.5e-2,
-              max_gradient_norm: float = 4.0):
+              max_gradient_norm: float = 4.0, first_moment_dtype: str = 'bfloat16'):
   """Adafactor as Parti trains with it (Parti, section 3).
 
-  The second moment is factored and decays by the constant `beta2`; the first moment is kept
-  in bfloat16; the weight decay is decoupled; the gradient's norm is clipped.
+  The second moment decays by the constant `beta2`. It is factored wherever a parameter has two
+  axes of at least 128, heads and head_dim of attention kernels counted as one, see
+  `partitioning.factored`; smaller parameters have a whole one. The first moment is computed in
+  float32 and stored in bfloat16. The weight decay is decoupled; the gradient's norm is clipped.
 
   Args:
     schedule: learning rate by step.
@@ -28,15 +88,21 @@ def adafactor(schedule, beta1: float = 0.9, beta2: float = 0.96, weight_decay: f
     beta2: decay of the second moment.
     weight_decay: share of a kernel that is taken off at each step, times the learning rate.
     max_gradient_norm: larger gradients are scaled down to it.
+    first_moment_dtype: of the stored first moment. bfloat16 is too coarse for a `beta1` above
+      0.996: where gradients vanish the moment stops decaying.
 
   Returns:
     An optax.GradientTransformation.
   """
+  if 1.0 - beta1 < jnp.finfo(first_moment_dtype).eps / 2:
+    warnings.warn(
+        f'adafactor.beta1={beta1} is too close to 1 for a first moment in {first_moment_dtype}, '
+        "which stops decaying where gradients vanish; set adafactor.first_moment_dtype='float32'",
+        stacklevel=2)
   return optax.chain(
       optax.clip_by_global_norm(max_gradient_norm),
-      optax.scale_by_factored_rms(
-          decay_rate=beta2, decay_rate_fn=lambda step, rate: jnp.where(step == 0, 0.0, rate)),
-      optax.ema(beta1, debias=False, accumulator_dtype=jnp.bfloat16),
+      scale_by_factored_moment(beta2),
+      stored_average(beta1, jnp.dtype(first_moment_dtype)),
       optax.add_decayed_weights(weight_decay, decayed),
       optax.scale_by_learning_rate(schedule))
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +15,6 @@ from parti_jax.models import contrastive
 from parti_jax.models import flops
 from parti_jax.models import layers
 from parti_jax.models import vit_vqgan
-from parti_jax.training import frozen_tokenizer
 from parti_jax.training import plain_stage
 
 # Texts that are compared with all pictures at once, to bound the memory.
@@ -114,7 +111,7 @@ class RankerStage(plain_stage.PlainStage):
 
   def constants(self):
     """The frozen tokenizer's parameters, which `loss` finds among its own."""
-    return {} if self.tokenizer is None else {'tokenizer': _tokenizer(self.tokenizer)[1]}
+    return {} if self.tokenizer is None else {'tokenizer': self._checked_tokenizer.params}
 
   def abstract_constants(self):
     """Shapes and dtypes of `constants`."""
@@ -199,17 +196,22 @@ class RankerStage(plain_stage.PlainStage):
       raise errors.UserError(
           f'RankerStage.reconstruct_every={every} does not divide the {len(images)} examples of a '
           'batch; set train.batch_size to a multiple')
-    config, _ = _tokenizer(self.tokenizer)
-    if config.image_size != self.model.image_size:
-      raise errors.UserError(
-          f'RankerStage.tokenizer={self.tokenizer!r} is of pictures of {config.image_size} pixels, '
-          f'but CoCaConfig.image_size={self.model.image_size}')
     # Of neighbours, so that each device finds its share among its own rows.
     groups = images.reshape((-1, every) + images.shape[1:])
-    module = vit_vqgan.ViTVQGAN(config)
+    module = vit_vqgan.ViTVQGAN(self._checked_tokenizer.config)
     tokens = module.apply({'params': params}, groups[:, 0], method='tokenize')
     again = module.apply({'params': params}, tokens, method='detokenize')
     return jnp.concatenate([again[:, None], groups[:, 1:]], axis=1).reshape(images.shape)
+
+  @property
+  def _checked_tokenizer(self):
+    """The frozen tokenizer, which is of pictures as large as the ranker's."""
+    size = self.frozen_tokenizer.config.image_size
+    if size != self.model.image_size:
+      raise errors.UserError(
+          f'RankerStage.tokenizer={self.tokenizer!r} is of pictures of {size} pixels, but '
+          f'CoCaConfig.image_size={self.model.image_size}')
+    return self.frozen_tokenizer
 
 
 def retrieval(queries: np.ndarray, candidates: np.ndarray) -> float:
@@ -222,15 +224,6 @@ def retrieval(queries: np.ndarray, candidates: np.ndarray) -> float:
     # Equal candidates may differ in how their products are summed.
     hits += int(np.sum(own >= nearest - 1e-5))
   return hits / len(queries)
-
-
-@functools.lru_cache(maxsize=1)
-def _tokenizer(model_dir: str):
-  """Its config and parameters, numpy arrays."""
-  # In a thread of its own, which knows no mesh: the caller may be within a step's.
-  with concurrent.futures.ThreadPoolExecutor(1) as executor:
-    config, params = executor.submit(frozen_tokenizer.load, model_dir).result()
-    return config, jax.tree.map(np.asarray, params)
 
 
 def _to_unit(images):

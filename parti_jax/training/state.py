@@ -107,6 +107,11 @@ def abstract_state(stage, optimizer, mesh, rules):
       state, state_shardings)
 
 
+def num_bytes(state) -> int:
+  """Bytes of a state's arrays, over all devices."""
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
 def create_state(stage, optimizer, seed: int, abstract, mesh, rules) -> TrainState:
   """The state before the first step; no device ever holds a whole parameter that is split.
 

@@ -18,7 +18,6 @@ from parti_jax.models import lpips
 from parti_jax.models import super_resolution
 from parti_jax.models import vit_vqgan
 from parti_jax.training import adversarial
-from parti_jax.training import frozen_tokenizer
 from parti_jax.training import lpips_weights
 from parti_jax.training import plain_stage
 from parti_jax.training import tokenizer_stage
@@ -150,7 +149,7 @@ class SuperResolutionStage(plain_stage.PlainStage):
       UserError: if there is no run of a tokenizer, or it is of pictures of another size; if a file
         of weights is not given, is missing or damaged.
     """
-    found = {} if self.tokenizer is None else {'tokenizer': self._tokenizer[1]}
+    found = {} if self.tokenizer is None else {'tokenizer': self._checked_tokenizer.params}
     if self.perceptual_weight:
       found['perceptual'] = lpips_weights.of_stage(self)
     return found
@@ -271,20 +270,21 @@ class SuperResolutionStage(plain_stage.PlainStage):
         batch, height // factor, factor, width // factor, factor, channels)
     return jnp.mean(squares, axis=(2, 4))
 
-  @functools.cached_property
-  def _tokenizer(self):
-    """The tokenizer's module and parameters, numpy arrays."""
-    config, params = frozen_tokenizer.load(self.tokenizer)
-    if config.image_size != self.input_size:
+  @property
+  def _checked_tokenizer(self):
+    """The frozen tokenizer, which is of pictures as large as the inputs."""
+    size = self.frozen_tokenizer.config.image_size
+    if size != self.input_size:
       raise errors.UserError(
           f'SuperResolutionStage.image_size={self.image_size} is not '
-          f'SuperResolutionConfig.factor={self.model.factor} times the {config.image_size} pixels '
-          f'of the tokenizer in {self.tokenizer}')
-    return vit_vqgan.ViTVQGAN(config), jax.tree.map(np.asarray, params)
+          f'SuperResolutionConfig.factor={self.model.factor} times the {size} pixels of the '
+          f'tokenizer in {self.tokenizer}')
+    return self.frozen_tokenizer
 
   def _reconstruct(self, constants, images):
     """What the tokenizer makes of pictures, rounded as pictures are stored."""
-    module, params = self._tokenizer[0], constants['tokenizer']
+    module = vit_vqgan.ViTVQGAN(self._checked_tokenizer.config)
+    params = constants['tokenizer']
     tokens = module.apply({'params': params}, images, method='tokenize')
     pixels = module.apply({'params': params}, tokens, method='detokenize')
     return jax.lax.stop_gradient(jnp.round(pixels * 255.0) / 255.0)

@@ -86,10 +86,10 @@ class TextEncoderStage(plain_stage.PlainStage):
     module = self._module()
     return module.init(rng, *text_pretraining.example_inputs(self.model, module.image))['params']
 
-  def initial_parts(self, abstract):
+  def initial_parts(self, abstract, inputs):
     """Parts that a new run starts with, see `train_loop.initial_parts`."""
     return initial_text_encoder.parts(
-        self.text_encoder, self.model, abstract, 'TextEncoderStage.text_encoder')
+        self.text_encoder, self.model, abstract, inputs, 'TextEncoderStage.text_encoder')
 
   def loss(self, params, batch, dropout_keys, step):
     """The weighted sum of both losses, with dropout.

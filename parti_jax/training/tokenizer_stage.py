@@ -167,6 +167,8 @@ class TokenizerStage:
           f'set it to 0 with ViTVQGANConfig.image_size={self.model.image_size}')
 
   name = 'tokenizer'
+  # It is one, and uses none.
+  tokenizer = None
   compute_dtype = property(lambda self: self.model.compute_dtype)
 
   def feature_lengths(self) -> dict[str, int]:
@@ -192,16 +194,17 @@ class TokenizerStage:
       params = params | {'discriminator': judge.init(rng, *images)['params']}
     return params
 
-  def initial_parts(self, abstract_params):
+  def initial_parts(self, abstract_params, inputs):
     """What a new run takes from `first_phase`: {name of a part: its parameters on the mesh}.
 
     Raises:
       UserError: if there is no finished checkpoint, or its encoder or codebook has other sizes.
     """
+    del inputs  # Pictures have no ids.
     if self.first_phase is None:
       return {}
-    config, params = frozen_tokenizer.load(self.first_phase)
-    theirs, ours = dataclasses.asdict(config), dataclasses.asdict(self.model)
+    first = frozen_tokenizer.load(self.first_phase)
+    theirs, ours = dataclasses.asdict(first.config), dataclasses.asdict(self.model)
     of_decoder = [name for name in ours if name.startswith('decoder_')]
     taken = PARTS
     if any(theirs[name] != ours[name] for name in of_decoder):
@@ -211,7 +214,7 @@ class TokenizerStage:
     checkpoints.check_same_model(
         f'TokenizerStage.first_phase={self.first_phase}', {'stage': self.name, 'config': theirs},
         wanted)
-    return checkpoints.put_like({name: params[name] for name in taken},
+    return checkpoints.put_like({name: first.params[name] for name in taken},
                                 {name: abstract_params[name] for name in taken})
 
   def other_optimizers(self):

@@ -231,6 +231,15 @@ class Trainer:
     bad = finite_lib.bad_examples(whole)
     return self.stage.summarize(whole) | ({'not_finite_examples': float(bad)} if bad else {})
 
+  @property
+  def draws(self) -> bool:
+    """Whether the stage draws pictures; reads the files that it draws with.
+
+    Raises:
+      UserError: if a file of them is missing or damaged.
+    """
+    return self._painter is not None
+
   def pictures(self, params, batch) -> dict[str, np.ndarray]:
     """Pictures for a few examples, drawn on the mesh, where all processes take part.
 

