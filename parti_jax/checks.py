@@ -84,20 +84,20 @@ def whole_number(name: str, value: Any, least: int | None = None, most: int | No
     The number.
 
   Raises:
-    UserError: if the value is no whole number or out of bounds.
+    UserError: if the value is not a whole number, or is out of bounds.
   """
   try:
-    number = None if is_boolean(value) else operator.index(value)
+    whole = None if is_boolean(value) else operator.index(value)
   except TypeError:
-    number = None
-  if number is None or not _within(number, least, most):
+    whole = None
+  if whole is None or not _within(whole, least, most):
     hint = ''
     if isinstance(value, float) and _within(value, least, most) and (
         abs(value) < _EXACT and value.is_integer()):
       hint = f', such as {int(value)}'
     raise UserError(
         f'{name}={show(value)} must be a whole number{bounds_text(least, most)}{hint}')
-  return number
+  return whole
 
 
 def count(name: str, value: Any) -> int:
@@ -120,7 +120,7 @@ def number(name: str, value: Any, least: float | None = None, most: float | None
     The number.
 
   Raises:
-    UserError: if the value is no number, not finite or out of bounds.
+    UserError: if the value is not a finite number, or is out of bounds.
   """
   real = _as_float(value)
   bounds = bounds_text(least, most)
@@ -275,7 +275,8 @@ def check_fields(config: Any, prefix: str = '',
     UserError: if a value is of another type than its field, not finite or out of bounds.
   """
   for name, kind in field_types(type(config)).items():
-    value = typed(prefix + name, getattr(config, name), kind, *(bounds or {}).get(name, (None, None)))
+    least, most = (bounds or {}).get(name, (None, None))
+    value = typed(prefix + name, getattr(config, name), kind, least, most)
     object.__setattr__(config, name, value)
 
 
@@ -284,6 +285,12 @@ def field_types(kind: type) -> dict[str, Any]:
   """Field -> the type that a dataclass annotates it with."""
   hints = typing.get_type_hints(kind)
   return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def number_text(value: float) -> str:
+  """A number for a name or for metadata: short, and another text for every other number."""
+  short = f'{value:g}'
+  return short if float(short) == value else repr(value)
 
 
 def bounds_text(least: float | None, most: float | None) -> str:

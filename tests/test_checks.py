@@ -118,3 +118,19 @@ def test_values_are_shown_in_one_short_line():
     assert '\n' not in checks.shown(value) and len(checks.shown(value)) <= 80
   assert [checks.shown_as_json(value) for value in (None, True, False, 1, [None, {'a': True}])] == [
       'null', 'true', 'false', '1', "[null, {'a': true}]"]
+
+
+def test_numbers_as_text_are_short_and_never_the_same_for_two():
+  assert [checks.number_text(value) for value in (0, 1.0, 0.1, 2**31 - 1, 1234567, 0.1234567)] == [
+      '0', '1', '0.1', '2147483647', '1234567', '0.1234567']
+  assert checks.number_text(1 + 1e-9) != checks.number_text(1.0)
+
+
+@pytest.mark.parametrize('value, message', [
+    (5, r'prompts=5 must be a text or a list of texts'), ({'a': 1}, 'prompts='), (b'a', 'prompts='),
+    (['a', None], 'prompt 2 is None, which is not a text'), (['\ud800'], 'prompt 1 has characters')])
+def test_texts(value, message):
+  with pytest.raises(UserError, match=f'^{message}'):
+    checks.texts('prompt', value)
+  assert checks.texts('prompt', 'a') == ['a']
+  assert checks.texts('prompt', iter(['a', np.str_('b')])) == ['a', 'b']

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 import parti_jax
+from parti_jax import checks
 from parti_jax import storage
 from parti_jax.data import openmoji
 from parti_jax.errors import UserError
@@ -137,8 +138,7 @@ class _Study:
                       'another file') from error
 
   def _measure(self, threshold: float) -> dict[str, Any]:
-    short = f'{threshold:g}'
-    key = short if float(short) == threshold else repr(threshold)
+    key = checks.number_text(threshold)
     if key not in self._measured:
       result = self._pipeline.generate(
           self._judge.prompts, num_images=self._args.num_images, seed=self._args.seed,

@@ -37,7 +37,7 @@ ROWS = {
 # of a part can't be above its number of pictures, so that of few it says nothing of what they show.
 _SPLITS = 10
 _LEAST_OF_A_SPLIT = 50
-# Of fewer pictures the balls of precision and recall reach so far that most lie in them.
+# With fewer pictures the balls of precision and recall, which reach the third neighbour, are large.
 _FEW_PICTURES = 100
 # Of fewer prompts or captions a standard error is rough.
 FEW_PROMPTS = 30
@@ -201,7 +201,8 @@ def _remarks(rows: Mapping[str, Row], dim: int, captions: int | None, scored: bo
       'singular and the value is mostly the bias of few pictures')
   add({key: count for key, count in compared.items()
        if precision_recall.NEIGHBOURS < count < _FEW_PICTURES},
-      f'Precision, recall: of fewer than {_FEW_PICTURES} pictures they are high whatever these show')
+      f'Precision, recall: fewer than {_FEW_PICTURES} pictures say little, since the balls around '
+      'them reach far')
   add({key: count for key, count in compared.items() if count <= precision_recall.NEIGHBOURS},
       'Left out for too few pictures: precision and recall, and of a single one the Fréchet distance')
   if scored:
@@ -211,8 +212,8 @@ def _remarks(rows: Mapping[str, Row], dim: int, captions: int | None, scored: bo
   if 'real_half' not in rows:
     found.append('Halves: left out, since there are too few pictures.')
   if captions is not None and captions < FEW_PROMPTS:
-    found.append(f'Alignment: the mean of {captions} captions only; its standard error is rough, '
-                 'and of one caption there is none.')
+    found.append(f'Alignment: over fewer than {FEW_PROMPTS} captions ({captions}) the standard error '
+                 'is rough, and of one caption there is none.')
   return found
 
 

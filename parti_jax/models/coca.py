@@ -69,6 +69,8 @@ class CoCaConfig:
   remat: str = 'everything'
   unroll: int = 1
 
+  BOUNDS = {'dropout': (0, 1)}  # Below 1, see `config_checks.check_dropout`.
+
   def __post_init__(self):
     config_checks.check(self)
     config_checks.check_divides(self, 'patch_size', 'image_size')

@@ -44,23 +44,19 @@ def configurable(kind: type) -> type:
   return kind
 
 
-def check(config, **bounds: tuple[float | None, float | None]):
-  """Checks the sizes of a network against the annotations of their fields.
+def check(config):
+  """Checks the sizes of a network against the annotations of their fields and their `bounds`.
 
   Lists become tuples, and NumPy's numbers Python's.
 
   Args:
     config: a dataclass of sizes, most with `dtype` and `remat`.
-    **bounds: field -> the least and the most that its numbers may be. Whole numbers without bounds
-      are from 1 to MAX_LAYERS or MAX_SIZE, others any that are finite.
 
   Raises:
     UserError: if a value is of another type than its field, or out of bounds, or if there is no
       such dtype or remat policy.
   """
-  sizes = {name: (1, most(name)) for name, kind in checks.field_types(type(config)).items()
-           if kind in _WHOLE_NUMBERS}
-  check_fields(config, **sizes | bounds)
+  check_fields(config, **bounds(type(config)))
   choices = {'dtype': DTYPES, 'remat': tuple(layer_stack.REMAT_POLICIES)}
   for name, known in choices.items():
     value = getattr(config, name, known[0])
@@ -69,29 +65,38 @@ def check(config, **bounds: tuple[float | None, float | None]):
           f'{_key(config, name)}={checks.shown(value)} is not one of {", ".join(known)}')
 
 
+def bounds(kind: type) -> dict[str, tuple[float, float | None]]:
+  """Field -> the least and the most that its numbers may be, of a dataclass of sizes.
+
+  Whole numbers are from 1 to `most`; for others the dataclass has BOUNDS.
+  """
+  return {name: (1, most(name)) for name, annotation in checks.field_types(kind).items()
+          if annotation in _WHOLE_NUMBERS} | getattr(kind, 'BOUNDS', {})
+
+
 def most(name: str) -> int:
   """The most that a size of this name may be."""
   return MAX_LAYERS if name.endswith(_LAYERS) else MAX_SIZE
 
 
-def check_fields(config, **bounds: tuple[float | None, float | None]):
+def check_fields(config, **limits: tuple[float | None, float | None]):
   """Checks the fields of any dataclass that gin fills, see `check`.
 
   Args:
     config: the dataclass. Fields whose annotation says no type that `checks.typed` knows are left
       as they are.
-    **bounds: field -> the least and the most that its numbers may be; None for the bounds of an
-      int32, or of a float32.
+    **limits: field -> the least and the most that its numbers may be; None for those of an int32,
+      or of a float32.
 
   Raises:
     UserError: if a value is of another type than its field, or out of bounds.
   """
   for name, kind in checks.field_types(type(config)).items():
     if kind in _WHOLE_NUMBERS:
-      low, high = bounds.get(name, (None, None))
-      bounds[name] = (-checks.LARGEST_INT32 - 1 if low is None else low,
+      low, high = limits.get(name, (None, None))
+      limits[name] = (-checks.LARGEST_INT32 - 1 if low is None else low,
                       checks.LARGEST_INT32 if high is None else high)
-  checks.check_fields(config, _key(config, ''), bounds)
+  checks.check_fields(config, _key(config, ''), limits)
 
 
 def check_dropout(config):

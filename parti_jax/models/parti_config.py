@@ -77,6 +77,8 @@ class PartiConfig:
   remat: str = 'everything'
   unroll: int = 1
 
+  BOUNDS = {'dropout': (0, 1)}  # Below 1, see `config_checks.check_dropout`.
+
   def __post_init__(self):
     patterns = self.attention_patterns
     if not isinstance(patterns, (tuple, list)) or not patterns:

@@ -57,8 +57,10 @@ class SuperResolutionConfig:
   dtype: str = 'bfloat16'
   remat: str = 'everything'
 
+  BOUNDS = {'low_rank': (0, 1)}
+
   def __post_init__(self):
-    config_checks.check(self, low_rank=(0, 1))
+    config_checks.check(self)
     if not self.dilations:
       raise errors.UserError('SuperResolutionConfig.dilations=() must be a list of whole numbers '
                              'from 1, with one of them at least')

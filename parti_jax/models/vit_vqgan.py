@@ -61,8 +61,10 @@ class ViTVQGANConfig:
   remat: str = 'everything'
   unroll: int = 1
 
+  BOUNDS = {'commitment': (0, None)}
+
   def __post_init__(self):
-    config_checks.check(self, commitment=(0, None))
+    config_checks.check(self)
     config_checks.check_divides(self, 'patch_size', 'image_size')
     config_checks.check_image_length(self, 'image_size')
     for side in ('encoder', 'decoder'):

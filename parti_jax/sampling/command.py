@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import pathlib
 import sys
 import warnings
@@ -107,5 +108,8 @@ def _check_flags(args: argparse.Namespace):
   flags.check_numbers(args, 'num_images', 'batch_size', 'display_size')
   flags.given(args)
   folder = pathlib.Path(args.output_dir)
-  if folder.exists() and not folder.is_dir():
-    raise UserError(f'--output_dir {folder} is a file; name a folder')
+  there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+  if not there.is_dir():
+    raise UserError(f'--output_dir {there} is a file; name a folder')
+  if not os.access(there, os.W_OK | os.X_OK):
+    raise UserError(f'--output_dir {folder}: cannot write there; name another folder')

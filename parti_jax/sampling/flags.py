@@ -37,14 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser, default: str = "the model's")
 
 
 def check_numbers(args: argparse.Namespace, *counts: str):
-  """Checks flags that are the same for every command that draws, before anything slow happens.
+  """Checks the numbers of flags that commands have in common, before anything slow happens.
 
   Args:
     args: the flags. `seed` is checked where there is one.
     *counts: names of flags that say how many of something; None where they are not given.
 
   Raises:
-    UserError: if a value can't be; the message names it.
+    UserError: if a value is invalid; the message names the flag.
   """
   for name in counts:
     if getattr(args, name) is not None:

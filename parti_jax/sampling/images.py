@@ -207,7 +207,7 @@ def local_folder(folder) -> pathlib.Path:
   """The path of a folder that pictures are written to.
 
   Raises:
-    UserError: if it is a URL or no path at all.
+    UserError: if it is a URL or is not a path.
   """
   folder = checks.text('folder', folder)
   storage.check_local(folder)
@@ -257,7 +257,7 @@ def grid(images: np.ndarray, prompts: Sequence[str],
     A PIL picture.
 
   Raises:
-    UserError: if the sheet would be too large for the memory, or the size can't be.
+    UserError: if the sheet would be too large for the memory, or the size is invalid.
   """
   rows, columns, height, width = images.shape[:4]
   if display_size is None:

@@ -54,9 +54,9 @@ def sizes(kind: type, config: dict[str, Any], key: str, dtype: str, where) -> An
     where: the file, for messages.
 
   Raises:
-    UserError: if they are missing, have other fields, or a value can't be.
+    UserError: if they are missing or have other fields, or if a value is invalid.
   """
-  values = _object(config, key, where)
+  values = dict(_object(config, key, where))
   if kind is parti_config.PartiConfig:
     try:
       values = parti_config.by_todays_names(values)
@@ -66,9 +66,14 @@ def sizes(kind: type, config: dict[str, Any], key: str, dtype: str, where) -> An
   if values.keys() != kinds.keys():
     different = ', '.join(map(_shown_name, sorted(values.keys() ^ kinds.keys())))
     raise UserError(f'{where}: {key!r} has other fields than {kind.__name__}: {different}')
-  values = {name: checks.typed(f'{where}: {key}.{name}', values[name], kinds[name],
-                               show=checks.shown_as_json) for name in kinds}
-  _check_bounds(values, key, where)
+  bounds = config_checks.bounds(kind)
+  for name, annotation in kinds.items():
+    least, most = bounds.get(name, (None, None))
+    # Of the most that a size may be, `_check_size` says why.
+    most = most if annotation is float else None
+    values[name] = checks.typed(f'{where}: {key}.{name}', values[name], annotation, least, most,
+                                show=checks.shown_as_json)
+    _check_size(name, values[name], key, where)
   try:
     return dataclasses.replace(kind(**values), dtype=dtype)
   except UserError as error:
@@ -79,7 +84,7 @@ def sampling(config: dict[str, Any], where) -> settings_lib.SamplingSettings:
   """Returns the sampling defaults; what the file does not name is as in SamplingSettings.
 
   Raises:
-    UserError: if there is a setting of another name, or a value can't be.
+    UserError: if a name is unknown or a value is invalid.
   """
   values = _object(config, 'sampling', where, {})
   kinds = checks.field_types(settings_lib.SamplingSettings)
@@ -100,7 +105,7 @@ def stored_as(config: dict[str, Any], where) -> str:
   """Returns the name of the dtype that the parameters were stored as, in STORED_DTYPES.
 
   Raises:
-    UserError: if what the file says of the parameters can't be.
+    UserError: if what the file says of the parameters is invalid.
   """
   values = dict(_object(config, 'parameters', where, {}))
   name = values.pop('stored_as', 'float16')
@@ -113,6 +118,16 @@ def stored_as(config: dict[str, Any], where) -> str:
   return name
 
 
+def mismatch_allowed(config: dict[str, Any], where) -> bool:
+  """Whether networks may have been trained with another vocabulary or tokenizer.
+
+  Raises:
+    UserError: if the entry is not a boolean.
+  """
+  return checks.boolean(f'{where}: mismatch_allowed', config.get('mismatch_allowed', False),
+                        show=checks.shown_as_json)
+
+
 def provenance(config: dict[str, Any], where) -> dict[str, Any]:
   """Returns what the file says of the model's training."""
   return _object(config, 'provenance', where, {})
@@ -122,8 +137,11 @@ def _object(config: dict[str, Any], key: str, where, default=None) -> dict[str, 
   """Returns an entry that is a JSON object, or the default where it is missing."""
   values = config.get(key, default)
   if not isinstance(values, dict):
-    there = f', where {checks.shown_as_json(values)} is' if key in config else ''
-    raise UserError(f'{where}: {key!r} is missing, an object of names and values{there}')
+    if key not in config:
+      raise UserError(f'{where}: {key!r} is missing')
+    wrong = 'must be' if default is not None else 'is missing; it must be'
+    raise UserError(f'{where}: {key!r} {wrong} an object, such as {{"name": "value"}}, and not '
+                    f'{checks.shown_as_json(values)}')
   return values
 
 
@@ -132,12 +150,11 @@ def _shown_name(name: str) -> str:
   return checks.shown(name)[1:-1]
 
 
-def _check_bounds(values: dict[str, Any], key: str, where):
-  """Raises UserError for sizes that no model has, before anything is made of them."""
-  for name, value in values.items():
-    most = config_checks.most(name)
-    for number in value if isinstance(value, tuple) else [value]:
-      if isinstance(number, (int, float)) and abs(number) > most:
-        raise UserError(
-            f'{where}: {key!r}: {name}={checks.shown(number)} is more than {most:,}, the most that '
-            'is read; is the file damaged?')
+def _check_size(name: str, value: Any, key: str, where):
+  """Raises UserError for a size that no model has, before anything is made of it."""
+  most = config_checks.most(name)
+  for number in value if isinstance(value, tuple) else [value]:
+    if isinstance(number, (int, float)) and abs(number) > most:
+      raise UserError(
+          f'{where}: {key!r}: {name}={checks.shown(number)} is more than {most:,}, the most that is '
+          'read; is the file damaged?')

@@ -36,6 +36,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from parti_jax import checks
 from parti_jax import fingerprints
 from parti_jax import storage
 from parti_jax.data import vocabulary as vocabulary_lib
@@ -180,6 +181,7 @@ def save(
       not fit the sizes, a network was trained with another vocabulary or tokenizer, a parameter is
       too large for the dtype, or nothing can be written.
   """
+  folder = checks.text('folder', folder)
   folder = folder if storage.is_url(folder) else pathlib.Path(folder)
   _check_target(folder, overwrite)
   if dtype not in STORED_DTYPES:
@@ -243,8 +245,9 @@ def load(folder) -> Model:
       model_config.sampling, model_config.provenance, model_config.stored_as)]
   made_with = {name: _read_made_with(folder / parameter_file(name)) for name in sizes}
   vocabulary = folder / VOCABULARY_FILE
+  allowed = model_config.mismatch_allowed(config, where)
   for line in _mismatches(made_with, vocabulary):
-    if not config.get('mismatch_allowed'):
+    if not allowed:
       raise UserError(f'{folder}: {line}')
     print(f'parti-jax: warning: {folder}: {line}', file=sys.stderr)
   parts = {name: Part(own, _read_parameters(folder / parameter_file(name), abstract(name, own)),
@@ -269,6 +272,7 @@ def load_tokenizer(folder) -> Part:
 
 def _local(folder, names: list[str]) -> pathlib.Path:
   """The folder, or a copy of these of its files where it is a URL."""
+  folder = checks.text('folder', folder)
   if storage.is_url(folder):
     if CONFIG_FILE not in storage.names(folder):
       raise UserError(f'{folder} is no model folder: it has no {CONFIG_FILE}')

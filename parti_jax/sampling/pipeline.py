@@ -123,7 +123,7 @@ class Result:
             'rank': f'{column + 1:0{digits}}', 'score': f'{self.scores[row, column]:.4f}'}
 
   def _metadata(self) -> dict[str, str]:
-    settings = {name: value if isinstance(value, str) else f'{value:g}'
+    settings = {name: value if isinstance(value, str) else checks.number_text(value)
                 for name, value in dataclasses.asdict(self.settings).items()}
     if self.upscaled is not None:
       settings['upscaled'] = str(self.upscaled.shape[2] // self.images.shape[2])

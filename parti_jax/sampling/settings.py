@@ -18,8 +18,8 @@ GUIDANCE_RAMPS = {
 }
 
 LARGEST_SEED = 2**32 - 1
-# Between these, guided logits of up to 1e12 stay finite in float32 when they are divided by the
-# temperature. Lower temperatures differ from 0 in nothing: noise is below 20.
+# Within these bounds, guided logits of up to 1e12 stay finite in float32 when they are divided by the
+# temperature. A lower temperature draws the same as 0: the noise spans no more than 22.
 MOST_GUIDANCE = 1e6
 _LEAST_TEMPERATURE = 1e-20
 # Smaller numbers are 0 on devices that know no subnormal ones.
@@ -130,7 +130,7 @@ class SamplingSettings:
     """These settings with the values that are not None in place of their own.
 
     Raises:
-      UserError: if there is no setting of a name, or a value can't be; the message names it.
+      UserError: if a name is unknown or a value is invalid; the message names it.
     """
     known = [field.name for field in dataclasses.fields(self)]
     for name in values:

@@ -95,11 +95,11 @@ def test_enough_pictures_need_no_remark():
 
 
 @pytest.mark.parametrize('pictures, dim, remarks', [
-    (1, 4, ['Left out for too few', 'Halves: left out', 'Alignment: the mean of 1 captions only']),
-    (3, 2, ['Left out for too few', 'Halves: left out', 'Alignment: the mean of 3 captions only']),
-    (4, 4, ['Fréchet distance: not more pictures than the 4 features', 'Precision, recall: of fewer',
+    (1, 4, ['Left out for too few', 'Halves: left out', 'Alignment: over fewer than 30 captions (1)']),
+    (3, 2, ['Left out for too few', 'Halves: left out', 'Alignment: over fewer than 30 captions (3)']),
+    (4, 4, ['Fréchet distance: not more pictures than the 4 features', 'Precision, recall: fewer than 100',
             'Halves', 'Alignment']),
-    (99, 2, ['Precision, recall: of fewer than 100 pictures they are high']),
+    (99, 2, ['Precision, recall: fewer than 100 pictures say little']),
     (250, 130, ['Fréchet distance: not more pictures than the 130 features'])])
 def test_what_is_of_too_few_pictures_is_said(pictures, dim, remarks):
   table = distribution.measure('fake', random_sets(pictures, dim))

@@ -203,6 +203,14 @@ def test_files_of_another_form(pipeline, tmp_path, content, message):
   assert not (tmp_path / 'out').exists()
 
 
+@pytest.mark.parametrize('content', ['', '[]', '5', '[' * 10**5])
+def test_a_folder_whose_claim_is_damaged(pipeline, flags, tmp_path, content):
+  (tmp_path / 'out').mkdir()
+  (tmp_path / 'out' / 'run.json').write_text(content)
+  with pytest.raises(UserError, match='run.json is damaged; name another --output_dir'):
+    run(*flags)
+
+
 def test_a_file_that_is_not_there(pipeline):
   with pytest.raises(UserError, match='nothing.tsv cannot be read'):
     run('nothing.tsv')

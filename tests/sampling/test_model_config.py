@@ -146,6 +146,13 @@ def test_both_names_of_a_size_are_refused(folder):
     model_folder.load(folder)
 
 
+@pytest.mark.parametrize('value', [1, 'yes', None, {}])
+def test_whether_a_mismatch_is_allowed_is_true_or_false(folder, value):
+  write(folder, CONFIG | {'mismatch_allowed': value})
+  with pytest.raises(UserError, match='config.json: mismatch_allowed=.* must be true or false'):
+    model_folder.load(folder)
+
+
 def test_the_name_of_another_networks_size_is_refused(folder):
   write(folder, edited(('tokenizer', 'attention_pattern'), 'row'))
   with pytest.raises(UserError, match='other fields than ViTVQGANConfig: attention_pattern'):

@@ -15,6 +15,7 @@ from parti_jax.errors import UserError
 from parti_jax.models import vit_vqgan
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.sampling import images
+from parti_jax.sampling import model_folder
 from parti_jax.sampling import pipeline as pipeline_lib
 
 PROMPTS = ['red apple', 'waving hand: dark skin tone', 'blue ball']
@@ -96,6 +97,21 @@ def test_extreme_settings_draw_as_their_limits(pipeline, extreme, limit):
                 for settings in (extreme, limit))
   np.testing.assert_array_equal(one, other)
   assert len(np.unique(one)) > 1
+
+
+@pytest.mark.parametrize('extreme', [{'temperature': 1e-39}, {'top_p': 1e-46}])
+def test_extreme_settings_draw_as_their_limits_in_bfloat16(tiny_folder, monkeypatch, extreme):
+  monkeypatch.setattr(model_folder, '_compute_dtype', lambda: 'bfloat16')
+  in_bfloat16 = parti_jax.load(tiny_folder)
+  one, other = (in_bfloat16.generate(PROMPTS, num_images=2, **settings).tokens
+                for settings in (extreme, {'temperature': 0}))
+  np.testing.assert_array_equal(one, other)
+
+
+def test_pictures_whose_settings_differ_a_little_are_kept_apart(pipeline, tmp_path):
+  for temperature in (0.1234567, 0.1234568):
+    pipeline.generate('red apple', num_images=1, temperature=temperature).save(tmp_path)
+  assert len(os.listdir(tmp_path)) == 2
 
 
 def test_pictures_are_the_decoded_tokens(parts, drawn):
@@ -211,7 +227,8 @@ def test_settings_that_there_are_not_are_named(pipeline):
     lambda pipeline, drawn: drawn.save_grid(5), lambda pipeline, drawn: drawn.save_grid('out', 0),
     lambda pipeline, drawn: parti_jax.load(5), lambda pipeline, drawn: parti_jax.load(b'demo'),
     lambda pipeline, drawn: parti_jax.load(''), lambda pipeline, drawn: parti_jax.load('a\0b'),
-    lambda pipeline, drawn: parti_jax.load(['demo'])])
+    lambda pipeline, drawn: parti_jax.load(['demo']),
+    lambda pipeline, drawn: model_folder.load(5), lambda pipeline, drawn: model_folder.load(None)])
 def test_other_arguments_that_can_not_be(pipeline, drawn, call, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   with pytest.raises(UserError) as caught:

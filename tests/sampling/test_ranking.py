@@ -64,6 +64,15 @@ def test_scores_are_the_cosines_of_pairs(ranker):
     ranker.scores(texts, images[:2])
 
 
+@pytest.mark.parametrize('texts, images, message', [
+    (None, np.zeros((1, 8, 8, 3), np.uint8), 'texts=None must be a text or a list of texts'),
+    ([5], np.zeros((1, 8, 8, 3), np.uint8), 'text 1 is 5, which is not a text'),
+    (['red'], None, 'images are object'), (['red'], [[1], [1, 2]], 'images=')])
+def test_what_can_not_be_judged(ranker, texts, images, message):
+  with pytest.raises(UserError, match=f'^{message}'):
+    ranker.scores(texts, images)
+
+
 def test_pictures_of_another_size_are_resized(ranker):
   colours = np.array([[200, 30, 60], [10, 90, 250]], np.uint8)[:, None, None]
   small, large = (np.tile(colours, (1, size, size, 1)) for size in (8, 20))
