@@ -221,7 +221,7 @@ class Batches:
       self._before[name].update(getattr(self._reading, name).counts())
     skipped, shortened = (tally.told(self._before[name]) for name in _TALLIES)
     if not self._taken:
-      reasons = f'; skipped {skipped}' if skipped else ''
+      reasons = f'; skipped {skipped}' if skipped else '; there is none at all'
       share = self._shard_info
       part = (f'share {share.index + 1} of {share.num_shards} (train.data_shares) of '
               if share else '')

@@ -118,8 +118,7 @@ class PictureSource(seqio.DataSource):
     if split not in self.splits and not openmoji_slice:
       setting = '' if self.name == 'openmoji' else f' (gin: {self.name}.splits)'
       raise UserError(
-          f'{self.name} has no split {split!r}; it has {", ".join(self.splits)}{setting}'
-      )
+          f'{self.name} has no split {split!r}; it has {", ".join(self.splits)}{setting}')
 
   @abc.abstractmethod
   def _read(self, split, shuffle, seed, shard_info) -> tf.data.Dataset:
@@ -286,15 +285,13 @@ class _FilesSource(PictureSource):
 
   def list_shards(self, split):
     """Returns the files of a split."""
+    settings = f'(gin: {self.name}.path, {self.name}.splits)'
     try:
       files = self._files.list_shards(split)
     except UserError as error:
-      raise UserError(f'{self.name}: {error} (gin: {self.name}.splits)') from error
+      raise UserError(f'{self.name}: {error} {settings}') from error
     if not files:
-      raise UserError(
-          f'{self.name}: no file matches {self._patterns[split]!r} '
-          f'(gin: {self.name}.path, {self.name}.splits)'
-      )
+      raise UserError(f'{self.name}: no file matches {self._patterns[split]!r} {settings}')
     return files
 
   def _read(self, split, shuffle, seed, shard_info):
@@ -349,7 +346,6 @@ class WebDatasetSource(_FilesSource):
 
   def __init__(self, path: str, splits: Mapping[str, str], caption_key: str | None):
     """Makes the source; the arguments are those of `webdataset`."""
-
     super().__init__(
         'webdataset', path, splits, lambda file: tar_shards.samples(file, caption_key))
 
@@ -401,10 +397,10 @@ def tfrecord_source(
     image_key: str = 'image',
     caption_key: str = 'caption',
 ):
-  """TFRecords of tf.train.Example.
+  """TFRecords of tf.train.Example, plain or packed.
 
   Args:
-    path: the folder of the files, which may be packed.
+    path: the folder of the files.
     splits: file pattern of each split, relative to the folder; see `file_patterns`.
     image_key: the feature that holds the encoded picture.
     caption_key: the feature that holds the caption.

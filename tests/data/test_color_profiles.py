@@ -3,7 +3,6 @@
 import concurrent.futures
 import io
 import struct
-import zlib
 
 import gin
 import numpy as np
@@ -233,13 +232,3 @@ def test_the_switch_is_true_or_false():
   gin.parse_config("decode_images.to_srgb = 'no'")
   with pytest.raises(UserError, match="decode_images.to_srgb = 'no' must be True or False"):
     decoding.configured()
-
-
-def test_a_profile_in_a_png_is_unpacked_in_bounded_memory():
-  packed = zlib.compress(bytes(2**26))
-  content = b'p\0\0' + packed
-  chunk = struct.pack('>I', len(content)) + b'iCCP' + content + struct.pack(
-      '>I', zlib.crc32(b'iCCP' + content))
-  data = _encode(Image.fromarray(_pixels()))
-  with pytest.raises(decoding.UndecodablePicture):
-    decode(data[:33] + chunk + data[33:], 15)
