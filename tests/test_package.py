@@ -21,10 +21,10 @@ REPOSITORY = pathlib.Path(__file__).parents[1]
 
 # What each part of the package may import of the package, besides itself. `None`: anything.
 _LEAVES = {'errors', 'config', 'optional_packages', 'storage', 'compilation_cache',
-           'native_notes'}
+           'native_notes', 'numerics'}
 _MAY_IMPORT = {
     'partitioning': {'errors'},
-    'models': {'partitioning', 'errors'},
+    'models': {'partitioning', 'errors', 'numerics'},
     'data': {'partitioning', *_LEAVES},
     'sampling': {'models', 'data', 'partitioning', *_LEAVES},
     'planning': {'models', 'partitioning', 'sampling', 'training', *_LEAVES},
@@ -36,6 +36,7 @@ _MAY_IMPORT = {
     'optional_packages': set(),
     'compilation_cache': set(),
     'native_notes': set(),
+    'numerics': {'errors'},
     'storage': {'errors', 'optional_packages'},
     'config': {'errors', 'optional_packages'},
     '__init__': {'sampling'},

@@ -35,6 +35,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from parti_jax import numerics
 from parti_jax import storage
 from parti_jax.errors import UserError
 from parti_jax.models import coca
@@ -249,6 +250,7 @@ def _compute_dtype() -> str:
 
 
 @functools.cache
+@numerics.fixed()
 def abstract(name: str, config):
   """Shapes of a network's parameters with their logical axis names; nothing is computed.
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
+from parti_jax import numerics
 from parti_jax import storage
 from parti_jax.models import vit_vqgan
 from parti_jax.sampling import model_folder
@@ -70,5 +71,6 @@ def tokenized(model: vit_vqgan.ViTVQGANConfig, params,
       {'params': params}, images.astype(np.float32) / 255.0, method='tokenize'))
   while batch := list(itertools.islice(pictures, batch_size)):
     images = np.stack([picture for _, picture in batch])
-    tokens = np.asarray(encode(np.resize(images, (batch_size,) + images.shape[1:])))
+    with numerics.fixed():
+      tokens = np.asarray(encode(np.resize(images, (batch_size,) + images.shape[1:])))
     yield from zip((caption for caption, _ in batch), tokens)
