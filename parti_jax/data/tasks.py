@@ -26,7 +26,7 @@ from absl import logging
 
 import parti_jax
 from parti_jax.data import (
-    captions, decoding, example_files, preprocessors, sources, tally, token_cache)
+    captions, decoding, example_files, preprocessors, sources, streams, tally, token_cache)
 from parti_jax.data.quiet_tensorflow import seqio, tf
 from parti_jax.data.vocabulary import EOS_ID, TextVocabulary
 from parti_jax.errors import UserError
@@ -294,21 +294,22 @@ def pictures_and_captions(
   with tally.reading(reading):
     dataset = sources.configured(name, size).get_dataset(split, shuffle=False)
   count = 0
-  for example in dataset.prefetch(64).as_numpy_iterator():
-    try:
-      if example['problem']:
-        reason, place = example_files.parts(example['problem'])
-        reading.skipped.add(reason, place=place)
+  with streams.Stream(dataset.prefetch(64)) as examples:
+    for example in examples:
+      try:
+        if example['problem']:
+          reason, place = example_files.parts(example['problem'])
+          reading.skipped.add(reason, place=place)
+          continue
+        picture = decoding.decode(example['picture'], size)
+        caption, changes = captions.clean(example['caption'])
+      except (decoding.UndecodablePicture, captions.UnusableCaption) as error:
+        reading.skipped.add(str(error))
         continue
-      picture = decoding.decode(example['picture'], size)
-      caption, changes = captions.clean(example['caption'])
-    except (decoding.UndecodablePicture, captions.UnusableCaption) as error:
-      reading.skipped.add(str(error))
-      continue
-    for change in changes:
-      reading.shortened.add(change)
-    count += 1
-    yield caption, picture
+      for change in changes:
+        reading.shortened.add(change)
+      count += 1
+      yield caption, picture
   if not count:
     raise UserError(f'{name} has no usable example in split {split!r}; skipped {reading.skipped}')
   if reading.skipped.counts() or reading.shortened.counts():

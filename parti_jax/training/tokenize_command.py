@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 
 import tqdm
@@ -38,9 +39,10 @@ def run(args: argparse.Namespace) -> int:
   info = {'codebook_size': model.codebook_size, 'image_tokens': model.image_length,
           'tokenizer': frozen_tokenizer.fingerprint(params)}
   for split in args.splits:
-    pictures = tasks.pictures_and_captions(None, split, model.image_size)
-    examples = frozen_tokenizer.tokenized(model, params, pictures, args.batch_size)
-    bar = tqdm.tqdm(examples, desc=split, unit='picture', disable=not sys.stderr.isatty())
-    count = token_cache.write_token_cache(args.output_dir, bar, info, split)
+    with contextlib.closing(
+        tasks.pictures_and_captions(None, split, model.image_size)) as pictures:
+      examples = frozen_tokenizer.tokenized(model, params, pictures, args.batch_size)
+      bar = tqdm.tqdm(examples, desc=split, unit='picture', disable=not sys.stderr.isatty())
+      count = token_cache.write_token_cache(args.output_dir, bar, info, split)
     print(f'{args.output_dir}: {split}: {count} pictures, {model.image_length} tokens each')
   return 0

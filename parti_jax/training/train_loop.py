@@ -111,7 +111,7 @@ def train_stage(model_dir: str, journal: journal_lib.Journal, stage=gin.REQUIRED
       task, eval_split or split, batch_size, stage.feature_lengths(), seed=seed, shuffle=False,
       num_epochs=1)
   # What can't be read is reported now and not after hours.
-  held_out()
+  held_out().close()
   trainer.constants  # pylint: disable=pointless-statement
   run = run_lib.Run(trainer, model_dir, keep_checkpoints, training,
                     initial_parts(trainer, model_dir, initial_model), journal, max_bad_steps)
@@ -145,14 +145,16 @@ def train_stage(model_dir: str, journal: journal_lib.Journal, stage=gin.REQUIRED
         journal.progress(step, metrics)
       reporter.advance(step)
       if eval_split and due(evaluate_every):
-        measured = trainer.evaluate(state_lib.averaged(run.state), held_out())
+        with held_out() as batches:
+          measured = trainer.evaluate(state_lib.averaged(run.state), batches)
         measured = {f'{eval_split}/{name}': value for name, value in measured.items()}
         metrics |= measured
         reporter.metrics(step, measured)
         if f'{eval_split}/not_finite_examples' in measured:
           reporter.say(f'step {step}: the numbers of evaluation on {eval_split} are not finite')
       if due(pictures_every):
-        chosen = {name: value[:num_pictures] for name, value in next(held_out()).items()}
+        with held_out() as batches:
+          chosen = {name: value[:num_pictures] for name, value in next(batches).items()}
         reporter.pictures(step, trainer.pictures(state_lib.averaged(run.state), chosen))
       if due(checkpoint_every):
         reporter.flush()
@@ -167,6 +169,7 @@ def train_stage(model_dir: str, journal: journal_lib.Journal, stage=gin.REQUIRED
     reporter.say(run.interrupted())
     raise
   finally:
+    training.close()
     # The other processes may be waiting for one that failed, so that one must not wait for them.
     if whole or jax.process_count() == 1:
       run.close()
