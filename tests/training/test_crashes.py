@@ -13,7 +13,7 @@ CHILD = pathlib.Path(__file__).with_name('crashing_child.py')
 WHERE = ('step', 'step_with_full_buffers', 'step_of_jax', 'evaluation', 'pictures', 'data_thread',
          'reader')
 # An end that never comes; the end itself is a matter of a second.
-LONG = 400
+LONG = 300
 
 
 @pytest.fixture(name='command')
