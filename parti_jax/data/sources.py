@@ -23,7 +23,8 @@ from absl import logging
 from parti_jax import checks, storage
 from parti_jax.data import captions as captions_lib
 from parti_jax.data import (
-    decoding, example_files, file_patterns, folder_index, openmoji, tally, tar_shards, tfrecords)
+    decoding, example_files, file_patterns, folder_index, openmoji, streams, tally, tar_shards,
+    tfrecords)
 from parti_jax.data.quiet_tensorflow import seqio, tf, tfds
 from parti_jax.errors import UserError
 
@@ -99,15 +100,16 @@ class PictureSource(seqio.DataSource):
     A warning at the end counts the others.
     """
     skipped = tally.Tally()
-    for example in self.texts(split, shuffle=False).as_numpy_iterator():
-      try:
-        if example['problem']:
-          reason, place = example_files.parts(example['problem'])
-          skipped.add(reason, place=place)
-        else:
-          yield captions_lib.clean(example['caption'])[0]
-      except captions_lib.UnusableCaption as error:
-        skipped.add(str(error))
+    with streams.Stream(self.texts(split, shuffle=False)) as examples:
+      for example in examples:
+        try:
+          if example['problem']:
+            reason, place = example_files.parts(example['problem'])
+            skipped.add(reason, place=place)
+          else:
+            yield captions_lib.clean(example['caption'])[0]
+        except captions_lib.UnusableCaption as error:
+          skipped.add(str(error))
     if skipped.counts():
       logging.warning('%s, %s: skipped %s', self.place, split, skipped)
 

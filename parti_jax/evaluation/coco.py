@@ -117,14 +117,17 @@ class _TfdsPictures:
 
 def _examples(builder, keys: tuple[str, ...]) -> Iterator[dict]:
   """Yields a split's examples in one fixed order, pictures encoded."""
-  from parti_jax.data.quiet_tensorflow import tfds  # pylint: disable=import-outside-toplevel
+  # pylint: disable=import-outside-toplevel
+  from parti_jax.data import streams
+  from parti_jax.data.quiet_tensorflow import tfds
   features = builder.info.features
   dataset = builder.as_dataset(
       split=_TFDS_SPLIT, shuffle_files=False,
       decoders=tfds.decode.PartialDecoding(
           {key: features[key] for key in keys},
           decoders={'image': tfds.decode.SkipDecoding()} if 'image' in keys else None))
-  yield from dataset.as_numpy_iterator()
+  with streams.Stream(dataset) as examples:
+    yield from examples
 
 
 def read_tfds(data_dir: str | None, limit: int, seed: int) -> captioned_pictures.Captioned:
