@@ -3,8 +3,8 @@
 Lin et al. 2014, arXiv 1405.0312, and Chen et al. 2015, arXiv 1504.00325. The file is that of the
 "2014 Train/Val annotations", captions_val2014.json (or of 2017): {"images": [{"id", "file_name",
 …}], "annotations": [{"image_id", "caption", …}], …}. Ids may be numbers or texts, and a
-file's name may lead into folders. Parti's evaluation takes 30,000 captions of the validation pictures
-of 2014.
+file's name may lead into folders. Parti's evaluation takes 30,000 captions of the validation
+pictures of 2014.
 """
 
 from __future__ import annotations

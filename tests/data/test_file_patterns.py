@@ -22,7 +22,8 @@ def test_expanded(pattern, expected):
   assert file_patterns.expanded(pattern) == expected
 
 
-@pytest.mark.parametrize('pattern', ['{0..9999999}', '{0..999}{0..999}{0..9}', '{0..9' + '9' * 15 + '}'])
+@pytest.mark.parametrize('pattern', [
+    '{0..9999999}', '{0..999}{0..999}{0..9}', '{0..9' + '9' * 15 + '}'])
 def test_too_much(pattern):
   with pytest.raises(UserError, match='stands for more than 1,000,000 files'):
     file_patterns.expanded(pattern)

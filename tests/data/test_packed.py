@@ -1,4 +1,4 @@
-"""Packed files of every kind: read as what is in them, as far as they are whole, in bounded memory."""
+"""Packed files of every kind: their content is read, as far as it is whole, in bounded memory."""
 
 import bz2
 import gzip
@@ -47,7 +47,8 @@ def test_streams(kind, content):
 
 
 @pytest.mark.parametrize('content', [
-    b'', b'a', b'\x1f\x8b', b'\x1f\x8b\x00', b'BZh9', b'BZh91.jpg' + bytes(600), b'\xfd7zX', bytes(512)])
+    b'', b'a', b'\x1f\x8b', b'\x1f\x8b\x00', b'BZh9', b'BZh91.jpg' + bytes(600), b'\xfd7zX',
+    bytes(512)])
 def test_what_is_not_packed_stays_as_it_is(content):
   assert packed.unpacked(io.BytesIO(content)).read() == content
   if content:
@@ -195,4 +196,5 @@ def test_the_bound_of_a_record_holds_in_packed_files(monkeypatch):
       crc = google_crc32c.value(part)
       data.write(part + (((crc >> 15 | crc << 17) + 0xa282ead8) & 0xffffffff).to_bytes(4, 'little'))
   stream = tfrecords.unpacked(io.BytesIO(gzip.compress(data.getvalue())))
-  assert list(tfrecords.records(stream)) == [b'small', Damaged('record of too many bytes'), b'small']
+  assert list(tfrecords.records(stream)) == [
+      b'small', Damaged('record of too many bytes'), b'small']

@@ -126,7 +126,8 @@ def _pictures():
       ('jpeg', 'RGB', {'exif': exif}), ('jpeg', 'RGB', {'progressive': True}), ('jpeg', 'CMYK', {}),
       ('jpeg', 'L', {}), ('jpeg', 'RGB', {'restart_marker_blocks': 1}),
       ('jpeg', 'RGB', {'icc_profile': profile}), ('png', 'L', {'icc_profile': profile}),
-      ('png', 'RGB', {'transparency': (1, 2, 3)}), ('png', 'RGBA', {}), ('png', 'P', {'transparency': 0}),
+      ('png', 'RGB', {'transparency': (1, 2, 3)}), ('png', 'RGBA', {}),
+      ('png', 'P', {'transparency': 0}),
       ('png', 'LA', {}), ('gif', 'P', {'transparency': 0}), ('webp', 'RGB', {}),
       ('webp', 'RGBA', {'lossless': True})):
     data = io.BytesIO()
