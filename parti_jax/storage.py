@@ -282,6 +282,15 @@ def download(path: str | os.PathLike[str], file: str | os.PathLike[str]) -> None
     _file_system(path).get_file(os.fspath(path), os.fspath(file))
 
 
+def move(path: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+  """Moves a file within its disk or store, in place of one that is there."""
+  if not is_url(path):
+    os.replace(_local(path), _local(target))
+    return
+  with _store_errors(path, writing=True):
+    _file_system(path).mv(os.fspath(path), os.fspath(target))
+
+
 def move_folder(path: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
   """Renames a folder of a store: all is copied within the store, then removed."""
   # fsspec's own `mv` also asks for an object with the folder's name, which s3:// does not have.

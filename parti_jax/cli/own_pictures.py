@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
   checks.texts('prompt', args.prompts)
   # gin takes no more names once values are read.
   # pylint: disable-next=unused-import,g-import-not-at-top
-  from parti_jax.data import tasks
+  from parti_jax.data import datasets
   # pylint: disable-next=unused-import,g-import-not-at-top
   from parti_jax.training import configurables
 
@@ -207,7 +207,7 @@ class _Work:
     return vocabulary.TextVocabulary(self._vocabulary)
 
   def _data(self) -> str:
-    return self._gin_file('data', ['import parti_jax.data.tasks', *self.plan.source])
+    return self._gin_file('data', ['import parti_jax.data.datasets', *self.plan.source])
 
   def _gin_file(self, name: str, lines: list[str]) -> str:
     """Writes a gin file into the output folder, and returns its path."""

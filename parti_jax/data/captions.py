@@ -5,6 +5,7 @@ import re
 import unicodedata
 
 from parti_jax import storage
+from parti_jax.data import damage
 
 # Far more than any text encoder reads; what lies beyond is never turned into tokens.
 MAX_BYTES = 2**16
@@ -25,7 +26,7 @@ _REASONS = {
 }
 
 
-class UnusableCaption(Exception):
+class UnusableCaption(damage.Unusable):
   """The bytes are no caption that can be used; the message is the reason in a few words."""
 
 

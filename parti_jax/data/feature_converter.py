@@ -8,7 +8,6 @@ from parti_jax.errors import UserError
 _Spec = seqio.FeatureConverter.FeatureSpec
 _IMAGES = _Spec(dtype=tf.uint8, rank=3)
 _TOKENS = _Spec(dtype=tf.int32)
-_NUMBER = {'number': _Spec(dtype=tf.int64, rank=0)}
 
 
 class _Converter(seqio.FeatureConverter):
@@ -21,15 +20,12 @@ class _Converter(seqio.FeatureConverter):
   SOURCES: Mapping[str, str]
   PACKING_FEATURE_DTYPES = None
 
-  def __init__(self, pack: bool = False, use_custom_packing_ops: bool = False,
-               numbered: bool = False):
+  def __init__(self, pack: bool = False, use_custom_packing_ops: bool = False):
     """Makes a converter.
 
     Args:
       pack: must be False; an argument of all of seqio's converters.
-      use_custom_packing_ops: of no effect, likewise.
-      numbered: whether 'number' int64 [], of `preprocessors.number`, is among the task's features
-        and the model's.
+      use_custom_packing_ops: of no effect; an argument of all of seqio's converters too.
 
     Raises:
       UserError: it is to pack.
@@ -40,20 +36,18 @@ class _Converter(seqio.FeatureConverter):
           f'{type(self).__name__} packs nothing: all pictures have the same number of tokens, so '
           'that there is no room to fill; set DatasetConfig.pack = False (in t5x '
           '--gin.train/utils.DatasetConfig.pack=False)')
-    super().__init__(pack=False, passthrough_features=dict(_NUMBER) if numbered else None)
+    super().__init__(pack=False)
 
   def _convert_features(self, ds, task_feature_lengths):
     del task_feature_lengths  # The preprocessors made every example this long.
     return ds.map(self._convert_example, num_parallel_calls=tf.data.AUTOTUNE)
 
   def _convert_example(self, example):
-    converted = {name: example[source] for name, source in self.SOURCES.items()}
-    return converted | {name: example[name] for name in self._passthrough_features}
+    return {name: example[source] for name, source in self.SOURCES.items()}
 
   def get_model_feature_lengths(self, task_feature_lengths):
     """Returns the length of each of the model's features."""
-    sources = {**self.SOURCES, **{name: name for name in self._passthrough_features}}
-    return {name: task_feature_lengths[source] for name, source in sources.items()}
+    return {name: task_feature_lengths[source] for name, source in self.SOURCES.items()}
 
 
 class PictureFeatureConverter(_Converter):
@@ -114,10 +108,10 @@ class PartiFeatureConverter(_Converter):
     return {**converted, 'decoder_loss_weights': weights}
 
 
-def converter_for(features, numbered: bool = False) -> seqio.FeatureConverter:
-  """Returns the converter of the tasks with these features, and with numbers if need be."""
+def converter_for(features) -> seqio.FeatureConverter:
+  """Returns the converter of the tasks with these features."""
   for converter in (TextFeatureConverter, PictureFeatureConverter, PairFeatureConverter,
                     PartiFeatureConverter):
     if set(converter.TASK_FEATURES) == set(features):
-      return converter(numbered=numbered)
+      return converter()
   raise ValueError(f'no feature converter takes the features {sorted(features)}')

@@ -11,7 +11,7 @@ from absl import logging
 from PIL import Image
 
 from parti_jax.data import openmoji
-from parti_jax.data.quiet_tensorflow import tfds
+import tensorflow_datasets as tfds
 from parti_jax.errors import UserError
 
 _DESCRIPTION = """\

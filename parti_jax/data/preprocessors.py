@@ -1,50 +1,43 @@
-"""seqio preprocessors: decode the picture, tokenise the caption, drop text for guidance.
+"""seqio preprocessors: each calls the step of `examples` for one example.
 
-They start from examples {'picture': encoded bytes, 'caption': text, 'problem': text} as the sources
-give them. An example that can't be used is left out and counted (see `tally`).
+They start from examples {'picture': encoded bytes, 'caption': text, 'problem': text} as
+`seqio_source` gives them. An example that can't be used is left out and counted (see `tally`).
 
-The first one numbers the examples. What is random about an example follows from its number, so that
-reading may start at any of them and need not decode those before.
+The first one numbers the examples, since what is random about an example follows from its number.
 """
 
-import gin
 import numpy as np
 
-from parti_jax.data import captions, decoding, example_files, tally
+from parti_jax.data import captions, decoding, examples, order, seqio_source, tally
 from parti_jax.data.quiet_tensorflow import seqio, tf
-from parti_jax.data.vocabulary import EOS_ID, TextVocabulary
-from parti_jax.errors import UserError
+from parti_jax.data.vocabulary import TextVocabulary
 
 
 @seqio.map_over_dataset(num_seeds=1)
 def _with_seed(numbered, seed):
-  number, example = numbered
-  return {**example, 'number': number, 'seed': tf.stack(seed)}
+  number_, example = numbered
+  return {**example, 'number': number_, 'seed': tf.stack(seed)}
 
 
 def number(dataset: tf.data.Dataset) -> tf.data.Dataset:
-  """Adds 'number', int64 [], from 0 in the order of reading, and 'seed', int64 [2], of its own.
-
-  Starts where the reading does (see `tally.Reading`): what comes before is read, but not decoded.
-  """
-  return _with_seed(dataset.enumerate()).skip(tally.current().start)
+  """Adds 'number', int64 [], from 0 in the order of reading, and 'seed', int64 [2]."""
+  return _with_seed(dataset.enumerate())
 
 
 def leave_out(dataset: tf.data.Dataset) -> tf.data.Dataset:
   """Leaves out and counts what a source could not read, and takes the feature 'problem' away.
 
   Args:
-    dataset: of examples with 'number', and 'problem', tf.string []: '' or as
-      `example_files.described` has it.
+    dataset: of examples with 'problem', tf.string []: '' or as `seqio_source.described` has it.
 
   Returns:
     The dataset without 'problem'.
   """
   skipped = tally.current().skipped
 
-  def count(problem: bytes, number: int):
-    reason, place = example_files.parts(problem)
-    skipped.add(reason, number, place)
+  def count(problem: bytes):
+    reason, place = seqio_source.parts(problem)
+    skipped.add(reason, place)
     return False
 
   def usable(example):
@@ -52,8 +45,7 @@ def leave_out(dataset: tf.data.Dataset) -> tf.data.Dataset:
     # Python is asked about damaged examples alone.
     return tf.cond(
         problem == '', lambda: True,
-        lambda: tf.ensure_shape(
-            tf.numpy_function(count, [problem, example['number']], tf.bool), []))
+        lambda: tf.ensure_shape(tf.numpy_function(count, [problem], tf.bool), []))
 
   return dataset.filter(usable).map(
       lambda example: {name: value for name, value in example.items() if name != 'problem'})
@@ -64,20 +56,19 @@ def decode_images(dataset: tf.data.Dataset, sequence_length) -> tf.data.Dataset:
   size = sequence_length['images']
   reading, decode_and_note = tally.current(), decoding.configured()
 
-  def decode(data: bytes, number: int):
+  def decode(data: bytes):
     try:
       image, notes = decode_and_note(data, size)
     except decoding.UndecodablePicture as error:
-      reading.skipped.add(str(error), number)
+      reading.skipped.add(str(error))
       return np.zeros([size, size, 3], np.uint8), False
     for note in notes:
-      reading.shortened.add(note, number)
+      reading.shortened.add(note)
     return image, True
 
   def convert(example):
     picture = example.pop('picture')
-    image, usable = tf.numpy_function(
-        decode, [picture, example['number']], [tf.uint8, tf.bool], stateful=False)
+    image, usable = tf.numpy_function(decode, [picture], [tf.uint8, tf.bool], stateful=False)
     return {**example, 'images': tf.ensure_shape(image, [size, size, 3])}, usable
 
   return _map_and_filter(dataset, convert)
@@ -88,78 +79,74 @@ def tokenize_captions(
 ) -> tf.data.Dataset:
   """Replaces 'caption' by 'inputs', int32 [text_length] with length sequence_length['inputs'].
 
-  Examples whose caption can't be used are left out, see `captions.clean`. Captions that are longer
-  than the text length are cut, and counted as shortened, as are those from which something was
-  taken out.
-
   Args:
-    dataset: examples with 'caption' and 'number'.
+    dataset: examples with 'caption'.
     sequence_length: seqio's feature lengths.
     vocabulary: makes ids of texts.
     keep: whether the cleaned text stays as 'inputs_pretokenized', tf.string [].
 
   Returns:
-    The dataset without 'caption'.
+    The dataset without 'caption', and without the examples whose caption can't be used; see
+    `examples.caption_ids`.
   """
   length = sequence_length['inputs']
   reading = tally.current()
 
-  def encode(caption: bytes, number: int):
+  def encode(caption: bytes):
     try:
-      text, changes = captions.clean(caption)
-      ids, cut = vocabulary.encode(text, length)
-      if ids[0] == EOS_ID and not cut:
-        # Of what the vocabulary does not keep; it would look like the text that guidance drops.
-        raise captions.UnusableCaption('no caption')
+      ids, text, changes = examples.caption_ids(caption, vocabulary, length)
     except captions.UnusableCaption as error:
-      reading.skipped.add(str(error), number)
+      reading.skipped.add(str(error))
       return np.zeros([length], np.int32), b'', False
-    for change in changes + ([f'caption cut to {length} tokens'] if cut else []):
-      reading.shortened.add(change, number)
+    for change in changes:
+      reading.shortened.add(change)
     return ids, text.encode(), True
 
   def convert(example):
     caption = example.pop('caption')
     ids, text, usable = tf.numpy_function(
-        encode, [caption, example['number']], [tf.int32, tf.string, tf.bool], stateful=False)
+        encode, [caption], [tf.int32, tf.string, tf.bool], stateful=False)
     kept = {'inputs_pretokenized': tf.ensure_shape(text, [])} if keep else {}
     return {**example, **kept, 'inputs': tf.ensure_shape(ids, [length])}, usable
 
   return _map_and_filter(dataset, convert)
 
 
-@gin.configurable
 def drop_text(
-    dataset: tf.data.Dataset, sequence_length, vocabulary: TextVocabulary, rate: float = 0.1
-) -> tf.data.Dataset:
-  """Replaces the text of some examples by the empty text, for classifier-free guidance.
+    dataset: tf.data.Dataset, sequence_length, vocabulary: TextVocabulary) -> tf.data.Dataset:
+  """Replaces the text of some examples by the empty text, see `examples.drop_rate`.
 
-  The paper drops it for 10% of the training examples (section 3). Which ones follows from the
-  seed of the dataset.
+  Which ones follows from the seed of the dataset and from their numbers.
 
   Args:
-    dataset: examples with 'inputs', int32 [text_length], and 'seed' of `number`.
+    dataset: examples with 'inputs', int32 [text_length], and 'number' and 'seed' of `number`.
     sequence_length: seqio's feature lengths.
     vocabulary: tells what the empty text looks like.
-    rate: share of the examples that lose their text, 0 to 1.
 
   Returns:
     The dataset with the same features.
-
-  Raises:
-    UserError: if the rate is no such number.
   """
-  if type(rate) not in (int, float) or not 0 <= rate <= 1:
-    raise UserError(f'drop_text.rate={rate!r} must be a number from 0 to 1')
+  rate = examples.drop_rate()
   if not tally.current().drop_text or rate == 0:
     return dataset
-  empty, _ = vocabulary.encode('', sequence_length['inputs'])
+  empty = examples.empty_text(vocabulary, sequence_length['inputs'])
+
+  def draw(number_: int, seed: np.ndarray):
+    mixed = order.mixed(0, 'draws', *map(int, seed.astype(np.uint64)))
+    return examples.draws(mixed, int(number_), 1)[0]
 
   def drop(example):
-    dropped = tf.random.stateless_uniform([], example['seed']) < rate
-    return {**example, 'inputs': tf.where(dropped, empty, example['inputs'])}
+    drawn = tf.numpy_function(draw, [example['number'], example['seed']], tf.float64)
+    return {**example, 'inputs': tf.where(tf.ensure_shape(drawn, []) < rate, empty,
+                                          example['inputs'])}
 
   return dataset.map(drop, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def rename_tokens(dataset: tf.data.Dataset) -> tf.data.Dataset:
+  """Renames 'tokens', int32 [image_tokens], to 'targets'."""
+  return dataset.map(lambda example: {
+      'targets' if name == 'tokens' else name: value for name, value in example.items()})
 
 
 def _map_and_filter(dataset: tf.data.Dataset, convert) -> tf.data.Dataset:

@@ -4,40 +4,50 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import queue
 import re
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from parti_jax.data import share as share_lib
 from parti_jax.data.batches import Batches
 from parti_jax.errors import UserError
 from parti_jax.fingerprints import Fingerprint
 from parti_jax.partitioning import local_rows
+
+# How long `ReadAhead.close` waits for a read that is under way.
+_SECONDS = 5.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
   """Where some successive examples of a share are, such as its part of a batch.
 
-  As a text it is 'SHARE/SHARES:EPOCH:TAKEN+COUNT'; '0/2:3:120+8' has the examples 120 to 127, from
-  0, of the first of two shares in epoch 3.
+  As a text it is 'SHARE/SHARES:EPOCH:READ+COUNT'; '0/2:3:120+8' has the first 8 usable examples from
+  number 120 on, counted from 0, of the first of two shares in epoch 3. '@TASK' follows in a mixture.
 
   Attributes:
     share: which share, from 0.
     shares: into how many the examples are split.
     epoch: from 0.
-    taken: examples before them in this epoch.
+    read: examples before them in this epoch, the unusable ones included.
     count: how many; those that the epoch lacks are the first ones of the next.
+    task: which task of a mixture; '' where there is no mixture.
   """
 
   share: int
   shares: int
   epoch: int
-  taken: int
+  read: int
   count: int
+  task: str = ''
 
   def __str__(self) -> str:
-    return f'{self.share}/{self.shares}:{self.epoch}:{self.taken}+{self.count}'
+    task = f'@{self.task}' if self.task else ''
+    return f'{self.share}/{self.shares}:{self.epoch}:{self.read}+{self.count}{task}'
 
   @classmethod
   def parse(cls, text: str) -> Place:
@@ -46,10 +56,10 @@ class Place:
     Raises:
       UserError: it is not of that form.
     """
-    found = re.fullmatch(r'(\d+)/(\d+):(\d+):(\d+)\+(\d+)', text)
-    place = cls(*map(int, found.groups())) if found else None
+    found = re.fullmatch(r'(\d+)/(\d+):(\d+):(\d+)\+(\d+)(?:@(\w+))?', text)
+    place = cls(*map(int, found.groups()[:5]), found[6] or '') if found else None
     if place is None or place.share >= place.shares or not place.count:
-      raise UserError(f'{text!r} is no place in the data; write SHARE/SHARES:EPOCH:TAKEN+COUNT, '
+      raise UserError(f'{text!r} is not a place in the data; write SHARE/SHARES:EPOCH:READ+COUNT, '
                       'such as 0/1:3:120+8')
     return place
 
@@ -62,42 +72,42 @@ class SharedBatches:
   The number of shares is a property of the run and not of the processes: it is kept in the
   checkpoint, so that a run resumed by another number of processes goes on with the same batches.
 
+  A thread assembles batches ahead of their use, until `close` or until the end of a `with` block.
+
+  Args:
+    task: name of a task or mixture, as in `Batches`.
+    split: the split, 'train'.
+    batch_size: rows of the global batch.
+    feature_lengths: as in `Batches`.
+    shares: into how many shares the examples are split; None for as many as `processes`, or, after
+      `restore`, for as many as the checkpoint has.
+    processes: how many processes train.
+    rows: the rows that this process needs, ascending; None for all.
+    seed: decides the order of the examples and whose text is dropped.
+    restart: whether a state of an older version, or of other sources, is passed over, so that a new
+      pass over the data begins.
+
   Attributes:
     batch_size: rows of the global batch.
     shares: into how many shares the examples are split.
-    skipped: as in `Batches`, of the shares that this process reads.
-    fingerprints: as in `Batches`.
+
+  Raises:
+    UserError: the shares do not divide the batch, or as `Batches` does.
   """
 
   def __init__(self, task: str, split: str, batch_size: int, feature_lengths: Mapping[str, int],
                shares: int | None = None, processes: int = 1,
-               rows: Sequence[int] | None = None, seed: int = 0):
-    """Opens the shares that this process reads.
-
-    Args:
-      task: name of a task or mixture (see `parti_jax.data.tasks`).
-      split: the split, 'train'.
-      batch_size: rows of the global batch.
-      feature_lengths: as in `Batches`.
-      shares: into how many shares the examples are split; None for as many as `processes`, or,
-        after `restore`, for as many as the checkpoint has.
-      processes: how many processes train.
-      rows: the rows that this process needs, ascending; None for all.
-      seed: decides the order of the examples and whose text is dropped.
-
-    Raises:
-      UserError: the shares do not divide the batch, or as `Batches` does.
-    """
+               rows: Sequence[int] | None = None, seed: int = 0, restart: bool = False):
     self._arguments = {'task': task, 'split': split, 'feature_lengths': feature_lengths,
                        'seed': seed}
-    self.batch_size, self._asked = batch_size, shares
+    self.batch_size, self._asked, self._restart = batch_size, shares, restart
     self._rows = np.arange(batch_size) if rows is None else np.asarray(rows)
     self._open(processes if shares is None else shares)
 
   @property
   def skipped(self) -> dict[str, int]:
-    """Reason -> number of examples that this process left out."""
-    return dict(sum((collections.Counter(b.skipped) for b in self._batches.values()),
+    """Reason -> number of examples that this process left out, up to the next batch."""
+    return dict(sum((collections.Counter(state['skipped']) for state in self._states.values()),
                     collections.Counter()))
 
   @property
@@ -105,51 +115,49 @@ class SharedBatches:
     """As in `Batches`."""
     return next(iter(self._batches.values())).fingerprints
 
-  def state(self) -> dict:
+  def state(self) -> dict[str, Any]:
     """Where the next batch starts in every share; all processes must call it together.
 
     Returns:
-      {'places': [[epoch, examples taken in it] of each share], 'shares': [what else is in
-      `Batches.state()` of each share]}.
+      {'shares': [`Batches.state()` of each share]}.
     """
     states = {}
-    for those in local_rows.gathered({n: b.state() for n, b in self._batches.items()}):
+    for those in local_rows.gathered(self._states):
       states |= those
-    states = [states[str(share)] for share in range(self.shares)]
-    return {'places': [[state.pop('epoch'), state.pop('taken')] for state in states],
-            'shares': states}
+    return {'shares': [states[str(share)] for share in range(self.shares)]}
 
   def places(self) -> tuple[Place, ...]:
     """The next batch, in the shares that this process reads; asks no other process."""
-    return tuple(Place(share, self.shares, *batches.place, self.batch_size // self.shares)
-                 for share, batches in self._batches.items())
+    return tuple(Place(share, self.shares, *place) for share, places in self._places.items()
+                 for place in places)
 
-  def restore(self, state: Mapping) -> None:
+  def restore(self, state: Mapping[str, Any]) -> None:
     """Goes on where `state()` was taken, by however many processes.
 
     A state 'from_t5x', of a checkpoint that was one of t5x, has no place and changes nothing: the
     examples begin with the first one.
 
     Raises:
-      UserError: another number of shares was asked for than the state has.
+      UserError: another number of shares was asked for than the state has, or it is of an older
+        version or of other sources.
     """
-    if 'from_t5x' in state:
+    if 'from_t5x' in state or self._restart:
       return
-    # Before there were shares, a checkpoint held the place in the one stream of examples.
-    places = state['places'] if 'places' in state else [[state['epoch'], state['taken']]]
-    if self._asked not in (None, len(places)):
+    # Version 1 had places alone, or one of the whole.
+    states = state.get('shares') or [{}]
+    if self._asked not in (None, len(states)):
       raise UserError(f'train.data_shares={self._asked}, but the checkpoint has the place in '
-                      f'{len(places)} shares; leave it away or train in another --model_dir')
-    if len(places) != self.shares:
-      self.close()
-      self._open(len(places))
-    more = state.get('shares') or [{}] * len(places)
+                      f'{len(states)} shares; leave it away or train in another --model_dir')
+    if len(states) != self.shares:
+      self._open(len(states))
+    self._ahead.close()
     for share, batches in self._batches.items():
-      epoch, taken = places[share]
-      batches.restore({'epoch': epoch, 'taken': taken, **more[share]})
+      batches.restore(states[share])
+    self._read_ahead()
 
   def close(self) -> None:
-    """Ends reading ahead, as `Batches.close`."""
+    """Ends reading ahead."""
+    self._ahead.close()
     for batches in self._batches.values():
       batches.close()
 
@@ -163,43 +171,114 @@ class SharedBatches:
     return self
 
   def __next__(self) -> dict[str, np.ndarray]:
-    parts = [next(batches) for batches in self._batches.values()]
-    return {name: np.concatenate([part[name] for part in parts])[self._chosen]
-            for name in parts[0]}
+    batch, self._states, self._places = next(self._ahead)
+    return batch
 
   def _open(self, shares: int) -> None:
     if shares < 1 or self.batch_size % shares:
       raise UserError(f'train.batch_size={self.batch_size} is not divisible by '
                       f'train.data_shares={shares}, the shares that the data is split into (by '
                       'default one a process); set one of the two')
+    if hasattr(self, '_ahead'):
+      self.close()
     self.shares = shares
     size = self.batch_size // shares
     read = np.unique(self._rows // size)
+    settings = share_lib.Settings().divided(len(read))
     self._batches = {
-        int(share): Batches(
-            **self._arguments, batch_size=size, share=int(share), shares=shares, training=True)
+        int(share): Batches(**self._arguments, batch_size=size, share=int(share), shares=shares,
+                            training=True, settings=settings)
         for share in read}
     held = (read[:, None] * size + np.arange(size)).reshape(-1)
     # A slice where all is needed, since it copies nothing.
     self._chosen = (slice(None) if len(held) == len(self._rows)
                     else np.searchsorted(held, self._rows))
+    self._read_ahead()
+
+  def _read_ahead(self) -> None:
+    self._states, self._places = self._next()
+    self._ahead = ReadAhead(self._assembled())
+
+  def _assembled(self) -> Iterator[tuple[dict[str, np.ndarray], dict, dict]]:
+    """Yields batches, each with the states and places after it."""
+    while True:
+      parts = [next(batches) for batches in self._batches.values()]
+      batch = {name: np.concatenate([part[name] for part in parts])[self._chosen]
+               for name in parts[0]}
+      yield batch, *self._next()
+
+  def _next(self) -> tuple[dict[int, Any], dict[int, Any]]:
+    """State and places of the next batch in each share."""
+    return ({share: batches.state() for share, batches in self._batches.items()},
+            {share: batches.places() for share, batches in self._batches.items()})
+
+
+class ReadAhead:
+  """An iterator that another thread keeps a few elements ahead.
+
+  Args:
+    elements: are taken in that thread; an exception there is raised here, in its place.
+    count: how many to keep.
+  """
+
+  def __init__(self, elements: Iterator, count: int = 2):
+    self._elements, self._ended = elements, threading.Event()
+    self._queue: queue.Queue = queue.Queue(count)
+    # A daemon, since a process that ends must not wait for a read that takes long.
+    self._thread = threading.Thread(target=self._run, name='read_ahead', daemon=True)
+    self._started = False
+
+  def _run(self) -> None:
+    element = None
+    while not self._ended.is_set():
+      try:
+        element = next(self._elements), None
+      except BaseException as error:  # pylint: disable=broad-except
+        element = None, error
+      while not self._ended.is_set():
+        try:
+          self._queue.put(element, timeout=0.1)
+          break
+        except queue.Full:
+          pass
+      if element[1] is not None:
+        return
+
+  def __iter__(self) -> ReadAhead:
+    return self
+
+  def __next__(self):
+    if not self._started:
+      self._started = True
+      self._thread.start()
+    element, error = self._queue.get()
+    if error is not None:
+      self._queue.put((None, error))
+      raise error
+    return element
+
+  def close(self) -> None:
+    """Ends the thread, once it has read the element that it is at."""
+    self._ended.set()
+    if self._started:
+      self._thread.join(_SECONDS)
 
 
 def read(place: Place, task: str, split: str, feature_lengths: Mapping[str, int],
          seed: int) -> dict[str, np.ndarray]:
-  """Reads the examples at a place, in the time that reading the epoch up to them takes.
+  """Reads the examples at a place.
 
   Args:
-    place: which ones.
+    place: which ones. Of files that are read from their beginning, the epoch is read up to them.
     task: as in `SharedBatches`, and as it was in the run that named the place; so the others.
-    split: likewise.
-    feature_lengths: likewise.
-    seed: likewise.
+    split: as in `SharedBatches`.
+    feature_lengths: as in `SharedBatches`.
+    seed: as in `SharedBatches`.
 
   Returns:
     Arrays [place.count, ...].
   """
-  with Batches(task, split, place.count, feature_lengths, seed=seed,
+  with Batches(place.task or task, split, place.count, feature_lengths, seed=seed,
                share=place.share, shares=place.shares, training=True) as batches:
-    batches.restore({'epoch': place.epoch, 'taken': place.taken})
+    batches.seek(place.epoch, place.read)
     return next(batches)

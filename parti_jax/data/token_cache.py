@@ -1,39 +1,120 @@
 """The token cache: captions with the image tokens that a frozen tokenizer gave their pictures.
 
-A folder with TFRecord shards `SPLIT-00000.tfrecord` ... and `info.json`:
+A folder with ArrayRecord shards `SPLIT-00000.array_record` ... and `info.json`:
 
-  {"codebook_size": 8192, "image_tokens": 1024, "tokenizer": "9f8e...",
-   "splits": {"train": {"examples": 3588, "shards": 1, "bytes": [3871234]}}}
+  {"version": 2, "codebook_size": 8192, "image_tokens": 1024, "tokenizer": "9f8e...", "views": 1,
+   "splits": {"train": {"examples": 3588, "shards": [
+       {"examples": 3588, "bytes": 7651234, "digest": "5d3c..."}]}}}
 
-A split is in `info.json` only when all its shards are in place. `bytes`, the size of each shard,
-tells when a source is opened that one has been cut; caches of before have none.
+A record is the tokens of each view of a picture, little-endian uint16, or uint32 for codebooks of
+more than 65,536 codes, and then the caption in UTF-8. A split is in `info.json` only when all its
+shards are in place. Sizes are compared when a split is opened, since a shard that was cut opens as
+an empty one; digests (XXH3) tell whether shards are still what was written, see `damaged_shards`.
 """
 
+from __future__ import annotations
+
+import collections
 import functools
 import json
 import os
-import re
 import shutil
-import unicodedata
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import gin
 import numpy as np
+import xxhash
 
 from parti_jax import storage
-from parti_jax.data import example_files, tfrecords
-from parti_jax.data.quiet_tensorflow import seqio, tf
-from parti_jax.data.sources import shuffled
+from parti_jax.data.damage import Damaged
+from parti_jax.data.sources import base
 from parti_jax.errors import UserError
 
+VERSION = 2
 EXAMPLES_PER_SHARD = 16_384
+SHUFFLES = ('global', 'window')
 _INFO_KEYS = ('codebook_size', 'image_tokens', 'tokenizer')
-_MAX_INFO = 2**24
-# What every file system takes in the middle of a name.
-_REFUSED = r'\x00-\x1f\x7f/\\<>:"|?*\ud800-\udfff'
-_SPLIT = re.compile(rf'[^{_REFUSED}\s.-][^{_REFUSED}]*')
-_LONGEST_SPLIT = 200
+_MAX_INFO = 2**28
 _HOW_TO_MAKE = '`parti-jax tokenize` makes it'
+# Readers of shards that a process keeps open.
+_MOST_OPEN = 256
+_PIECE = 2**24
+
+
+def dtype_of(info: Mapping[str, Any]) -> np.dtype:
+  """The dtype in which a cache keeps its tokens."""
+  return np.dtype('<u2' if info['codebook_size'] <= 2**16 else '<u4')
+
+
+def serialized(caption: str, tokens: np.ndarray, info: Mapping[str, Any]) -> bytes:
+  """Returns the record of an example.
+
+  Args:
+    caption: its text.
+    tokens: int32 [image_tokens], or [views, image_tokens] with several views of the picture.
+    info: of the cache.
+
+  Raises:
+    ValueError: the tokens do not fit `info`.
+  """
+  views, count, codes = info.get('views', 1), info['image_tokens'], info['codebook_size']
+  tokens = np.asarray(tokens)
+  if tokens.shape not in ((count,), (views, count)) or (views > 1 and tokens.ndim == 1):
+    wanted = (count,) if views == 1 else (views, count)
+    raise ValueError(f'tokens have the shape {tokens.shape}, not {wanted}')
+  if tokens.min() < 0 or tokens.max() >= codes:
+    raise ValueError(
+        f'tokens lie in {tokens.min()} to {tokens.max()}, not in a codebook of {codes}')
+  return tokens.astype(dtype_of(info)).tobytes() + caption.encode()
+
+
+def write_shard(path: str, records: Iterable[bytes]) -> dict[str, Any]:
+  """Writes a shard, whole or not at all.
+
+  Args:
+    path: of the shard, on a disk or a URL.
+    records: of `serialized`.
+
+  Returns:
+    'examples', 'bytes' and 'digest' of the shard, as `info.json` has them.
+  """
+  from array_record.python import array_record_module  # pylint: disable=g-import-not-at-top
+
+  folder = tempfile.gettempdir() if storage.is_url(path) else os.path.dirname(path) or '.'
+  os.makedirs(folder, exist_ok=True)
+  handle, unfinished = tempfile.mkstemp('.unfinished', f'.{storage.name(path)}.', folder)
+  os.close(handle)
+  try:
+    # Records are read one by one, in any order.
+    writer = array_record_module.ArrayRecordWriter(unfinished, 'group_size:1')
+    count = 0
+    for record in records:
+      writer.write(record)
+      count += 1
+    writer.close()
+    found = {'examples': count, 'bytes': os.path.getsize(unfinished), 'digest': digest(unfinished)}
+    if storage.is_url(path):
+      storage.upload(unfinished, path)
+    else:
+      with open(unfinished, 'rb') as file:
+        os.fsync(file.fileno())
+      os.chmod(unfinished, 0o644)
+      os.replace(unfinished, path)
+    return found
+  finally:
+    if os.path.exists(unfinished):
+      os.remove(unfinished)
+
+
+def digest(path: str) -> str:
+  """The XXH3 digest of a file, 32 hexadecimal digits."""
+  found = xxhash.xxh3_128()
+  with storage.open_file(path) as file:
+    while piece := file.read(_PIECE):
+      found.update(piece)
+  return found.hexdigest()
 
 
 def write_token_cache(
@@ -43,7 +124,8 @@ def write_token_cache(
 
   Args:
     folder: the cache's folder; made if need be. Other splits in it stay as they are.
-    examples: captions and their image tokens, int32 [image_tokens], each in [0, codebook_size).
+    examples: captions and their image tokens, int32 [image_tokens] (see `serialized`), each in
+      [0, codebook_size).
     info: 'codebook_size' (int), 'image_tokens' (int) and 'tokenizer' (str, a fingerprint of the
       tokenizer's weights); more entries are kept with them.
     split: the split's name.
@@ -52,44 +134,114 @@ def write_token_cache(
     The number of examples.
 
   Raises:
-    UserError: the folder holds tokens of another tokenizer, or can't be written; or the split's name
-      can't be part of a file's.
+    UserError: the folder holds tokens of another tokenizer, or can't be written.
     ValueError: tokens do not fit `info`, or an entry of `info` is missing.
   """
-  storage.check_local(folder)
-  if not _SPLIT.fullmatch(split) or len(split.encode('utf-8', 'replace')) > _LONGEST_SPLIT:
-    raise UserError(f'the split {split[:80]!r} cannot be part of a file name; rename it in the '
-                    'source, with letters, digits, spaces and -_.+=, 200 bytes at most')
   missing = [key for key in _INFO_KEYS if key not in info]
   if missing:
     raise ValueError(f'info lacks {", ".join(missing)}')
-  unfinished = os.path.join(folder, f'.{split}.unfinished')
+  unfinished = storage.join(folder, f'.{split}.unfinished')
   try:
-    splits = _other_splits(folder, info, split)
-    shutil.rmtree(unfinished, ignore_errors=True)
-    os.makedirs(unfinished)
+    others = other_splits(folder, info, split)
+    _remove(unfinished)
     try:
-      count = _write_shards(unfinished, examples, info)
-      _put_in_place(folder, unfinished, split, info, splits, count)
+      shards = _write_shards(unfinished, examples, info)
+      write_info(folder, {**info, 'splits': others})
+      for name in storage.names(folder):
+        if is_shard(name, split):
+          storage.remove(storage.join(folder, name))
+      for index in range(len(shards)):
+        storage.move(storage.join(unfinished, shard_name('shard', index)),
+                     storage.join(folder, shard_name(split, index)))
+      write_info(folder, {**info, 'splits': {**others, split: split_info(shards)}})
     finally:
-      shutil.rmtree(unfinished, ignore_errors=True)
+      _remove(unfinished)
   except OSError as error:
-    raise UserError(f'the token cache {folder} cannot be written: {error.strerror}') from error
-  return count
+    raise UserError(
+        f'the token cache {folder} cannot be written: {error.strerror or error}') from error
+  return split_info(shards)['examples']
 
 
-def read_info(folder: str) -> dict:
+def split_info(shards: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+  """What `info.json` has of a split, of what it has of its shards."""
+  return {'examples': sum(shard['examples'] for shard in shards), 'shards': list(shards)}
+
+
+def shard_name(split: str, index: int) -> str:
+  """The file name of a shard."""
+  return f'{split}-{index:05d}.array_record'
+
+
+def is_shard(name: str, split: str) -> bool:
+  """Whether a file name is of a shard of a split, of this version or of version 1."""
+  stem, _, ending = name.rpartition('.')
+  number = stem.removeprefix(f'{split}-')
+  return ending in ('array_record', 'tfrecord') and number != stem and number.isdecimal()
+
+
+def write_info(folder: str, info: Mapping[str, Any]) -> None:
+  """Writes `info.json`."""
+  storage.write(storage.join(folder, 'info.json'),
+                json.dumps({'version': VERSION, 'views': 1, **info}, indent=2))
+
+
+def other_splits(folder: str, info: Mapping[str, Any], split: str) -> dict[str, Any]:
+  """Returns the finished splits that stay, after checking that they are of the same tokenizer.
+
+  Raises:
+    UserError: they are not.
+  """
+  if not storage.exists(storage.join(folder, 'info.json')):
+    return {}
+  present = read_info(folder)
+  splits = {name: value for name, value in present['splits'].items() if name != split}
+  for key in (*_INFO_KEYS, 'views'):
+    ours = info.get(key, 1) if key == 'views' else info[key]
+    if splits and present[key] != ours:
+      raise UserError(f'the token cache {folder} holds {", ".join(splits)} with {key} '
+                      f'{present[key]}, not {ours}; choose another folder or remove it')
+  return splits
+
+
+def _write_shards(folder: str, examples, info) -> list[dict[str, Any]]:
+  """Writes examples to shards in `folder` and returns what each has."""
+  found: list[dict[str, Any]] = []
+  examples = iter(examples)
+  first = next(examples, None)
+  if first is None:
+    raise UserError('there is no example to write to the token cache')
+  while first is not None:
+    count = iter(range(EXAMPLES_PER_SHARD - 1))
+
+    def records(first=first, count=count):
+      yield serialized(*first, info)
+      for _, example in zip(count, examples):
+        yield serialized(*example, info)
+
+    found.append(write_shard(storage.join(folder, shard_name('shard', len(found))), records()))
+    first = next(examples, None)
+  return found
+
+
+def _remove(folder: str) -> None:
+  if storage.is_url(folder):
+    for name in storage.names(folder):
+      storage.remove(storage.join(folder, name))
+  else:
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def read_info(folder: str) -> dict[str, Any]:
   """Reads the `info.json` of a token cache.
 
   Args:
     folder: the cache's folder.
 
   Returns:
-    Its entries: 'codebook_size', 'image_tokens', 'tokenizer', 'splits' (split -> {'examples',
-    'shards'}) and what else the writer added.
+    Its entries, see the module's docstring, and what else the writer added.
 
   Raises:
-    UserError: the folder is missing, or holds no finished cache.
+    UserError: the folder is missing, holds no finished cache, or one of an earlier version.
   """
   path = storage.join(folder, 'info.json')
   if not storage.exists(path):
@@ -98,220 +250,228 @@ def read_info(folder: str) -> dict:
   try:
     info = storage.read_json(path, _MAX_INFO)
   except (OSError, ValueError) as error:
-    raise UserError(f'{path} is damaged; {_HOW_TO_MAKE} anew') from error
+    raise UserError(f'{path} is damaged; {_HOW_TO_MAKE} again') from error
   present = info if isinstance(info, dict) else {}
   missing = [key for key in (*_INFO_KEYS, 'splits') if key not in present]
   if missing:
-    raise UserError(f'{path} lacks {", ".join(missing)}; {_HOW_TO_MAKE} anew')
+    raise UserError(f'{path} lacks {", ".join(missing)}; {_HOW_TO_MAKE} again')
+  if info.get('version', 1) == 1:
+    raise UserError(f'the token cache {folder} is of version 1; turn it into one of version '
+                    f'{VERSION} with: parti-jax tokenize --convert={folder} --output_dir=FOLDER')
   if not _makes_sense(info):
-    raise UserError(f'{path} is damaged; {_HOW_TO_MAKE} anew')
+    raise UserError(f'{path} is damaged; {_HOW_TO_MAKE} again')
   return info
 
 
-def _makes_sense(info: dict) -> bool:
+def _makes_sense(info: Mapping[str, Any]) -> bool:
   """Returns whether the entries that are read are of the right kinds."""
-  whole = lambda value, least=1: type(value) is int and least <= value < 2**31  # No bool.
-  if not (whole(info['codebook_size']) and whole(info['image_tokens'])
-          and isinstance(info['tokenizer'], str) and isinstance(info['splits'], dict)):
+  whole = lambda value, least=1: type(value) is int and least <= value < 2**40  # No bool.
+  if not (whole(info['codebook_size']) and whole(info['image_tokens']) and whole(info['views'])
+          and info['version'] == VERSION and isinstance(info['tokenizer'], str)
+          and isinstance(info['splits'], dict)):
     return False
   for split in info['splits'].values():
     if not (isinstance(split, dict) and whole(split.get('examples'))
-            and whole(split.get('shards'))):
+            and isinstance(split.get('shards'), list) and split['shards']):
       return False
-    sizes = split.get('bytes')
-    if sizes is not None and not (isinstance(sizes, list) and len(sizes) == split['shards']
-                                  and all(type(size) is int for size in sizes)):
+    for shard in split['shards']:
+      if not (isinstance(shard, dict) and whole(shard.get('examples'), 0)
+              and whole(shard.get('bytes'))):
+        return False
+    if split['examples'] != sum(shard['examples'] for shard in split['shards']):
       return False
   return True
 
 
-class TokenCacheSource(seqio.DataSource):
-  """The token cache as a seqio source.
+class TokenCacheSource(base.Source):
+  """The token cache as a source of {'caption': bytes, 'tokens': int32 [image_tokens]}.
 
-  Its examples are {'caption': tf.string [], 'targets': int32 [tokens], 'problem': tf.string []}, as
-  those of `parti_jax.data.sources`. A record that was damaged on the disk is left out like an
-  example that can't be read anywhere else; a shard that was cut is refused when a split is opened.
+  A record that was damaged on the disk is left out like an example that can't be read anywhere
+  else; a shard that was cut is refused when a split is opened.
+
+  Args:
+    path: its folder.
+    shuffle: 'global' for records that are read in any order; 'window' for shards that are read from
+      their beginning, each by one share; None for 'global' on disks and 'window' at URLs.
+
+  Attributes:
+    info: of `read_info`.
+
+  Raises:
+    UserError: see `read_info`.
   """
 
-  supports_arbitrary_sharding = True
-
-  def __init__(self, path: str):
-    """Opens a token cache.
-
-    Args:
-      path: its folder.
-
-    Raises:
-      UserError: see `read_info`.
-    """
+  def __init__(self, path: str, shuffle: str | None = None):
     self.info = read_info(path)
-    self.name = f'the token cache {path}'
+    super().__init__(f'the token cache {path}', tuple(self.info['splits']))
     self._path = path
-    super().__init__(
-        splits=tuple(self.info['splits']),
-        num_input_examples={k: v['examples'] for k, v in self.info['splits'].items()},
-        caching_permitted=False,
-        performs_internal_shuffling=True,
-    )
+    self._shuffle = shuffle or ('window' if storage.is_url(path) else 'global')
 
-  def list_shards(self, split):
-    """Returns the files of a split."""
+  def check_split(self, split: str) -> None:
     if split not in self.splits:
       finished = ', '.join(self.splits) or 'none'
-      raise UserError(
-          f'{self.name} has no finished split {split!r}; it has {finished}; {_HOW_TO_MAKE}'
-      )
-    return self._files(split)
+      raise UserError(f'{self.name} has no finished split {split!r}; it has {finished}; '
+                      f'{_HOW_TO_MAKE}')
+
+  def open(self, split: str, pictures: bool = True) -> base.Records | base.Shards:
+    del pictures  # There are none.
+    self.check_split(split)
+    files = self._files(split)
+    if self._shuffle == 'window':
+      return _TokenShards(files, self.info)
+    counts = [shard['examples'] for shard in self.info['splits'][split]['shards']]
+    return _TokenRecords(files, counts, self.info)
 
   @functools.cache
   def _files(self, split: str) -> list[str]:
-    info = self.info['splits'][split]
-    files = [storage.join(self._path, _shard_name(split, index))
-             for index in range(info['shards'])]
-    for file, size in zip(files, info.get('bytes') or [None] * len(files)):
-      try:
-        found = storage.size(file)
-      except OSError as error:
-        raise UserError(f'{file} is missing from {self.name}; {_HOW_TO_MAKE} anew') from error
-      if size not in (None, found):
-        raise UserError(f'{file} is damaged: it has {found:,} bytes and had {size:,} when it was '
-                        f'written; copy it again, or {_HOW_TO_MAKE} anew')
-    self._check_first(files[0])
+    """The files of a split, each of the size that it was written with."""
+    shards = self.info['splits'][split]['shards']
+    sizes = storage.sizes(self._path)
+    files = []
+    for index, shard in enumerate(shards):
+      name = shard_name(split, index)
+      file = storage.join(self._path, name)
+      if name not in sizes:
+        raise UserError(f'{file} is missing from {self.name}; {_HOW_TO_MAKE} again')
+      if sizes[name] != shard['bytes']:
+        raise UserError(f'{file} is damaged: it has {sizes[name]:,} bytes and had '
+                        f'{shard["bytes"]:,} when it was written; copy it again, or '
+                        f'{_HOW_TO_MAKE} again')
+      files.append(file)
+    self._check_first(files[0], shards[0]['examples'])
     return files
 
-  def _check_first(self, file: str) -> None:
+  def _check_first(self, file: str, count: int) -> None:
     """Looks at one record, since those of another cache would fail in the middle of a run."""
-    with storage.open_file(file) as opened:
-      record = next(tfrecords.records(opened), None)
-    try:
-      features = tf.train.Example.FromString(record).features.feature
-      fits = len(features['targets'].int64_list.value) == self.info['image_tokens']
-      fits = fits and len(features['caption'].bytes_list.value) == 1
-    except Exception:  # The protocol buffers' own, or that of what is no record at all.
-      fits = False
+    with storage.local_copy(file) as local:
+      reader = _Reader(os.fspath(local), self.info)
+      fits = reader.count() == count and (count == 0 or not isinstance(reader.read([0])[0], Damaged))
+      reader.close()
     if not fits:
-      raise UserError(f'{file} is damaged: its first record is none of {self.name}; '
-                      f'{_HOW_TO_MAKE} anew')
+      raise UserError(f'{file} is damaged: its first record is not one of {self.name}; '
+                      f'{_HOW_TO_MAKE} again')
 
-  def get_dataset(
-      self, split='train', shuffle=True, seed=None, shard_info=None, **unused_seqio_arguments
-  ):
-    """Reads a split; see `parti_jax.data.sources.PictureSource.get_dataset`."""
-    tokens = self.info['image_tokens']
-    # What stands for a damaged record is empty.
-    features = {
-        'caption': tf.io.FixedLenFeature([], tf.string, default_value=''),
-        'targets': tf.io.FixedLenFeature([tokens], tf.int64, default_value=[0] * tokens),
-    }
+  def damaged_shards(self, split: str) -> Iterator[str]:
+    """Yields the shards of a split whose bytes are not those that were written; reads all of them."""
+    for file, shard in zip(self._files(split), self.info['splits'][split]['shards']):
+      if shard.get('digest') not in (None, digest(file)):
+        yield file
 
-    def parse(element):
-      example = tf.io.parse_single_example(element['record'], features)
-      return {**example, 'targets': tf.cast(example['targets'], tf.int32),
-              'problem': element['problem']}
 
-    files = tf.data.Dataset.from_tensor_slices(self.list_shards(split))
-    dataset = files.flat_map(
-        lambda file: example_files.dataset(tfrecords.raw, file, ['record'])).prefetch(1024)
-    if shard_info:
-      dataset = dataset.shard(shard_info.num_shards, shard_info.index)
-    if shuffle:
-      dataset = shuffled(dataset, seed)
-    return dataset.map(parse, num_parallel_calls=tf.data.AUTOTUNE)
+class _Reader:
+  """The records of a shard on a disk."""
+
+  def __init__(self, path: str, info: Mapping[str, Any]):
+    from array_record.python import array_record_module  # pylint: disable=g-import-not-at-top
+
+    self._path = path
+    self._reader = array_record_module.ArrayRecordReader(
+        path, options='readahead_buffer_size:0,max_parallelism:0')
+    self._dtype, self._codes = dtype_of(info), info['codebook_size']
+    self._shape = info['views'], info['image_tokens']
+    self._bytes = self._dtype.itemsize * self._shape[0] * self._shape[1]
+
+  def count(self) -> int:
+    """How many records there are."""
+    return self._reader.num_records()
+
+  def read(self, numbers: Sequence[int]) -> list[base.Example | Damaged]:
+    """Reads records by their numbers in the shard."""
+    try:
+      return [self._parsed(record) for record in self._reader.read(list(numbers))]
+    except (RuntimeError, IndexError, ValueError):
+      if len(numbers) == 1:
+        return [Damaged('damaged record', file=self._path)]
+      return [self.read([number])[0] for number in numbers]
+
+  def _parsed(self, record: bytes) -> base.Example | Damaged:
+    if len(record) < self._bytes:
+      return Damaged('record of another token cache', file=self._path)
+    tokens = np.frombuffer(record, self._dtype, self._shape[0] * self._shape[1])
+    if tokens.max() >= self._codes:
+      return Damaged('record of another token cache', file=self._path)
+    tokens = tokens.astype(np.int32)
+    return {'caption': record[self._bytes:],
+            'tokens': tokens if self._shape[0] == 1 else tokens.reshape(self._shape)}
+
+  def close(self) -> None:
+    """Closes the file."""
+    self._reader.close()
+
+
+class _TokenRecords(base.Records):
+  """All records of a split on a disk."""
+
+  def __init__(self, files: Sequence[str], counts: Sequence[int], info: Mapping[str, Any]):
+    self._files, self._info = list(files), info
+    self._ends = np.cumsum(counts)
+    self._readers: collections.OrderedDict[int, _Reader] = collections.OrderedDict()
+
+  def __len__(self) -> int:
+    return int(self._ends[-1])
+
+  def __getstate__(self) -> dict[str, Any]:
+    return self.__dict__ | {'_readers': collections.OrderedDict()}
+
+  def read(self, indices: Sequence[int]) -> list[base.Example | Damaged]:
+    indices = np.asarray(indices)
+    shards = np.searchsorted(self._ends, indices, side='right')
+    found: list[base.Example | Damaged] = [None] * len(indices)
+    order = np.argsort(shards, kind='stable')
+    for places in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):
+      if len(places):
+        shard = int(shards[places[0]])
+        start = int(self._ends[shard - 1]) if shard else 0
+        read = self._reader(shard).read([int(indices[place]) - start for place in places])
+        for place, example in zip(places, read):
+          found[place] = example
+    return found
+
+  def _reader(self, shard: int) -> _Reader:
+    if shard in self._readers:
+      self._readers.move_to_end(shard)
+      return self._readers[shard]
+    if len(self._readers) >= _MOST_OPEN:
+      self._readers.popitem(last=False)[1].close()
+    self._readers[shard] = _Reader(self._files[shard], self._info)
+    return self._readers[shard]
+
+  def close(self) -> None:
+    while self._readers:
+      self._readers.popitem()[1].close()
+
+
+class _TokenShards(base.Shards):
+  """The shards of a split, read from their beginning; from a URL each is copied first."""
+
+  def __init__(self, files: Sequence[str], info: Mapping[str, Any]):
+    self.files, self._info = list(files), info
+
+  def read(self, file: str) -> Iterator[base.Example | Damaged]:
+    with storage.local_copy(file) as local:
+      reader = _Reader(os.fspath(local), self._info)
+      try:
+        for start in range(0, reader.count(), _MOST_OPEN):
+          yield from reader.read(range(start, min(start + _MOST_OPEN, reader.count())))
+      finally:
+        reader.close()
 
 
 @gin.configurable('token_cache')
-def configured_source(path: str | None = None) -> TokenCacheSource:
-  """Returns the token cache in the folder `token_cache.path`."""
+def configured(path: str | None = None, shuffle: str | None = None) -> TokenCacheSource:
+  """The token cache.
+
+  Args:
+    path: its folder.
+    shuffle: 'global' to shuffle all examples, which are read in any order; 'window' to shuffle
+      shards and, within a window, their examples; None for 'global' on disks and 'window' at URLs.
+
+  Raises:
+    UserError: the path is not set, or there is no such cache or shuffle.
+  """
   if path is None:
     raise UserError(
-        "token_cache.path is not set; give --gin.token_cache.path=\"'FOLDER'\"; " + _HOW_TO_MAKE
-    )
-  return TokenCacheSource(path)
-
-
-def _shard_name(split: str, index: int) -> str:
-  return f'{split}-{index:05d}.tfrecord'
-
-
-def _same_name(split: str) -> str:
-  """What file systems that fold case and normal forms make of a split's name."""
-  return unicodedata.normalize('NFKC', split).casefold()
-
-
-def _other_splits(folder: str, info: dict, split: str) -> dict:
-  """Returns the finished splits that stay, after checking that they are of the same tokenizer."""
-  if not os.path.exists(os.path.join(folder, 'info.json')):
-    return {}
-  present = read_info(folder)
-  splits = {name: value for name, value in present['splits'].items() if name != split}
-  for name in splits:
-    if _same_name(name) == _same_name(split):
-      raise UserError(f'the token cache {folder} holds a split {name!r}, whose files have the same '
-                      f'names as those of {split!r} on some file systems; choose another folder')
-  for key in _INFO_KEYS:
-    if splits and present[key] != info[key]:
-      raise UserError(
-          f'the token cache {folder} holds {", ".join(splits)} with {key} {present[key]}, not '
-          f'{info[key]}; choose another folder or remove it'
-      )
-  return splits
-
-
-def _write_shards(folder: str, examples, info: dict) -> int:
-  """Writes examples to shards in `folder` and returns how many there are."""
-  count, writer = 0, None
-  try:
-    for caption, tokens in examples:
-      if count % EXAMPLES_PER_SHARD == 0:
-        if writer:
-          writer.close()
-        name = _shard_name('shard', count // EXAMPLES_PER_SHARD)
-        writer = tf.io.TFRecordWriter(os.path.join(folder, name))
-      writer.write(_serialize(caption, np.asarray(tokens), info))
-      count += 1
-  finally:
-    if writer:
-      writer.close()
-  if not count:
-    raise UserError('there is no example to write to the token cache')
-  return count
-
-
-def _serialize(caption: str, tokens: np.ndarray, info: dict) -> bytes:
-  """Returns an example as a serialised tf.train.Example, after checking its tokens."""
-  if tokens.shape != (info['image_tokens'],):
-    raise ValueError(f'tokens have the shape {tokens.shape}, not ({info["image_tokens"]},)')
-  if tokens.min() < 0 or tokens.max() >= info['codebook_size']:
-    raise ValueError(
-        f'tokens lie in {tokens.min()} to {tokens.max()}, not in a codebook of '
-        f'{info["codebook_size"]}'
-    )
-  feature = {
-      'caption': tf.train.Feature(bytes_list=tf.train.BytesList(value=[caption.encode()])),
-      'targets': tf.train.Feature(int64_list=tf.train.Int64List(value=tokens.tolist())),
-  }
-  return tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString()
-
-
-def _put_in_place(folder, unfinished, split, info, splits, count) -> None:
-  """Moves complete shards into the cache; the split is out of `info.json` meanwhile."""
-  shards = -(-count // EXAMPLES_PER_SHARD)
-  _write_info(folder, {**info, 'splits': splits})
-  shard = re.compile(re.escape(split) + r'-\d{5,}\.tfrecord')
-  for name in os.listdir(folder):
-    if shard.fullmatch(name):
-      os.remove(os.path.join(folder, name))
-  sizes = []
-  for index in range(shards):
-    source = os.path.join(unfinished, _shard_name('shard', index))
-    sizes.append(os.path.getsize(source))
-    os.replace(source, os.path.join(folder, _shard_name(split, index)))
-  added = {split: {'examples': count, 'shards': shards, 'bytes': sizes}}
-  _write_info(folder, {**info, 'splits': {**splits, **added}})
-
-
-def _write_info(folder: str, info: dict) -> None:
-  path = os.path.join(folder, 'info.json')
-  with open(f'{path}.unfinished', 'w', encoding='utf-8') as file:
-    json.dump(info, file, indent=2)
-  os.replace(f'{path}.unfinished', path)
+        "token_cache.path is not set; give --gin.token_cache.path=\"'FOLDER'\"; " + _HOW_TO_MAKE)
+  if shuffle not in (None, *SHUFFLES):
+    raise UserError(f'token_cache.shuffle={shuffle!r} is not one of {", ".join(SHUFFLES)}')
+  return TokenCacheSource(path, shuffle)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from parti_jax.data import text_files
+from parti_jax.data.readers import text_files
 from parti_jax.errors import UserError
 
 COLUMNS = ('Prompt', 'Category', 'Challenge', 'Note')

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
       that can't be written.
   """
   # What gin may name must be there before its files are read.
-  from parti_jax.data import tasks  # pylint: disable=g-import-not-at-top
+  from parti_jax.data import datasets  # pylint: disable=g-import-not-at-top
   from parti_jax.sampling import pipeline as pipeline_lib
   flags.check_numbers(args, 'max_pictures')
   config.parse(args.gin_file, args.gin_bindings)
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     raise UserError(f'the model {pipeline.model_name} has no super-resolution; '
                     '`parti-jax export --base=FOLDER --super_resolution=RUN` adds it')
   size = pipeline.upscaler.factor * pipeline.image_size
-  with contextlib.closing(tasks.pictures_and_captions(source, args.split, size)) as examples:
+  with contextlib.closing(datasets.pictures_and_captions(source, args.split, size)) as examples:
     pictures = itertools.islice((picture for _, picture in examples), args.max_pictures)
     bar = tqdm.tqdm(pictures, desc=args.split, unit='picture', disable=not sys.stderr.isatty())
     report, sample = upscaling_report.evaluate(pipeline, iter(bar))

@@ -9,7 +9,7 @@ import sys
 import warnings
 
 from parti_jax import compilation_cache
-from parti_jax.data import text_files
+from parti_jax.data.readers import text_files
 from parti_jax.errors import UserError
 from parti_jax.sampling import flags
 

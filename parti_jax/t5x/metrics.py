@@ -128,9 +128,9 @@ def _in_percent(verdicts: openmoji_judge.Verdicts, prefix: str = '') -> dict[str
 
 def _check_tokenizer(folder: str) -> None:
   """Raises UserError if the token cache is known and of another tokenizer than the folder's."""
-  if gin.get_bindings(token_cache.configured_source).get('path') is None:
+  if gin.get_bindings(token_cache.configured).get('path') is None:
     return
-  cache = token_cache.configured_source()
+  cache = token_cache.configured()
   found = fingerprints.mismatches(
       fingerprints.named(cache.name, cache.info),
       fingerprints.named(folder, {'tokenizer': _tokenizer(folder).fingerprint}),

@@ -1,7 +1,7 @@
 """Our seqio tasks as t5x takes them: importing this module registers them.
 
 `import parti_jax.t5x.tasks` in a gin file, or MIXTURE_OR_TASK_MODULE = 'parti_jax.t5x.tasks'; then
-MIXTURE_OR_TASK_NAME may be any task of `parti_jax.data.tasks`, such as 'openmoji_tokens', or a
+MIXTURE_OR_TASK_NAME may be any task of `parti_jax.data.datasets`, such as 'openmoji_tokens', or a
 mixture of them. It needs seqio and no t5x.
 
 A task is registered while gin's files are still being read. So it settles its source, its
@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import gin
 from absl import logging
 
+from parti_jax.data import datasets
 from parti_jax.data import tally
 from parti_jax.data import tasks
 from parti_jax.data.quiet_tensorflow import seqio, tf
@@ -38,14 +39,14 @@ _DEFAULT_IMAGE_SIZE = 64
 
 
 class LazyTask(seqio.Task):
-  """A task of `parti_jax.data.tasks` that is made when it is first used.
+  """A task of `parti_jax.data.datasets` that is made when it is first used.
 
   Examples carry their caption as 'inputs_pretokenized', by which t5x's `infer` and seqio's loggers
   name them.
   """
 
   def __init__(self, name: str):
-    """Makes a task that stands for one of `parti_jax.data.tasks`, of which nothing is read yet.
+    """Makes a task that stands for one of `parti_jax.data.datasets`, of which nothing is read yet.
 
     Args:
       name: of the task there; 'images', 'pairs' and 'texts' mean the source that gin chooses.
@@ -54,7 +55,7 @@ class LazyTask(seqio.Task):
         name, source=None, output_features={}, shuffle_buffer_size=None,
         postprocess_fn=metrics.postprocess if name in _METRICS else None,
         metric_fns=_METRICS.get(name))
-    self._feature_names = tasks.feature_names(name)
+    self._feature_names = datasets.feature_names(name)
     self._settled: dict[int, _Task] = {}
 
   def settled(self, image_size: int = _DEFAULT_IMAGE_SIZE) -> _Task:
@@ -193,11 +194,10 @@ class _Told(tally.Tally):
     self._what, self._total, self._told = what, 0, 0
     self._telling = threading.Lock()
 
-  def add(self, reason: str, number: int | None = None, place: str = '') -> None:
+  def add(self, reason: str, place: str = '') -> None:
     """Counts one more for this reason; see `tally.Tally.add`."""
     with self._telling:
-      # Nobody asks for the counts up to a number here, and numbers would be kept for ever.
-      super().add(reason, place=place)
+      super().add(reason, place)
       self._total += 1
       if self._total == 1:
         atexit.register(self._at_exit)
@@ -219,7 +219,7 @@ def check_inputs(task: seqio.Task, allow_mismatch: bool = False) -> None:
   """Compares a task's vocabulary and tokenizer with the checkpoints that t5x's gin values name.
 
   Args:
-    task: of `parti_jax.data.tasks`.
+    task: of `parti_jax.data.datasets`.
     allow_mismatch: whether to warn of what differs and go on.
 
   Raises:
@@ -239,7 +239,7 @@ def text_vocabulary() -> seqio.Vocabulary:
 
 def register() -> None:
   """Registers all tasks with seqio, in place of those of the same names, unsettled."""
-  for name in (*tasks.names(), *tasks.ALIASES):
+  for name in (*datasets.names(), *datasets.ALIASES):
     seqio.TaskRegistry.remove(name)
     seqio.TaskRegistry.add_provider(name, LazyTask(name))
 

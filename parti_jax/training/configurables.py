@@ -1,6 +1,6 @@
 """Imports whatever of a run, besides its data, gin files may name.
 
-Names exist once their modules are imported; those of the data are in `parti_jax.data.tasks`.
+Names exist once their modules are imported; those of the data are in `parti_jax.data.datasets`.
 """
 
 # pylint: disable=unused-import

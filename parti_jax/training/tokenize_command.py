@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser):
 def run(args: argparse.Namespace) -> int:
   """Writes the token cache; returns the exit status."""
   from parti_jax.data import sources  # pylint: disable=g-import-not-at-top
-  from parti_jax.data import tasks
+  from parti_jax.data import datasets
   from parti_jax.data import token_cache
   from parti_jax.training import configurables  # pylint: disable=unused-import
   checks.count('--batch_size', args.batch_size)
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
   info = {'codebook_size': model.codebook_size, 'image_tokens': model.image_length,
           'tokenizer': tokenizer.fingerprint}
   # All are opened first: what can't be read is found before hours have gone into the first.
-  pictures = {split: tasks.pictures_and_captions(None, split, model.image_size)
+  pictures = {split: datasets.pictures_and_captions(None, split, model.image_size)
               for split in splits}
   for split in splits:
     with contextlib.closing(pictures[split]):

@@ -63,7 +63,7 @@ def train_stage(model_dir: str, journal: journal_lib.Journal, stage=gin.REQUIRED
                 initial_model: str | None = None, data_shares: int | None = None,
                 microbatches: int = 1, offload_optimizer: bool = False,
                 grace_seconds: float = 25, max_bad_steps: int | None = 10,
-                allow_mismatch: bool = False):
+                allow_mismatch: bool = False, restart_data: bool = False):
   """Trains a stage until `steps`, from the newest checkpoint in `model_dir` if there is one.
 
   Args:
@@ -100,6 +100,8 @@ def train_stage(model_dir: str, journal: journal_lib.Journal, stage=gin.REQUIRED
       not applied, see `finite`; after them training ends. None for any number.
     allow_mismatch: whether the run may go on, or start, with parameters that were trained with
       another vocabulary or another image tokenizer; then it warns.
+    restart_data: whether a run that goes on begins a new pass over its data, as it must where its
+      checkpoint has the place in another form or in other sources.
 
   Returns:
     The last metrics, a dict of floats.
@@ -123,7 +125,7 @@ def train_stage(model_dir: str, journal: journal_lib.Journal, stage=gin.REQUIRED
   check_vocabularies(stage, task)
   training = shared_batches.SharedBatches(
       task, split, batch_size, stage.feature_lengths(), data_shares, jax.process_count(),
-      local_rows.local_rows(trainer.batch_sharding, batch_size), seed)
+      local_rows.local_rows(trainer.batch_sharding, batch_size), seed, restart_data)
   trainer.constants  # pylint: disable=pointless-statement
   held_out = held_out_lib.HeldOut(
       trainer, model_dir, task, eval_split or split, batch_size, seed,
@@ -292,11 +294,11 @@ def check_vocabularies(stage, task: str):
     UserError: if there are more ids than the model's table has rows, or, among image tokens,
       another number. A look-up outside a table would not fail but take its last row.
   """
-  from parti_jax.data import tasks  # pylint: disable=g-import-not-at-top
+  from parti_jax.data import mixtures  # pylint: disable=g-import-not-at-top
 
-  features = tasks.get_task(task, stage.feature_lengths().get('images', 64)).output_features
+  sizes = mixtures.vocabulary_sizes(task, stage.feature_lengths().get('images', 64))
   for feature, (key, size) in stage.vocabulary_sizes().items():
-    found = features[feature].vocabulary.vocab_size if feature in features else size
+    found = sizes.get(feature, size)
     if found > size or (feature == 'targets' and found != size):
       raise errors.UserError(f'{key}={size}, but the task {task!r} has {found} ids in {feature!r}; '
                              f'set --gin.{key}={found}, or choose the vocabulary or the token '

@@ -10,8 +10,8 @@ import tarfile
 from collections.abc import Collection, Iterator
 from typing import IO
 
-from parti_jax.data import packed
-from parti_jax.data.example_files import Damaged
+from parti_jax.data.readers import packed
+from parti_jax.data.damage import Damaged
 
 _BLOCK = tarfile.BLOCKSIZE
 # Long names and attributes; writers need a few hundred bytes.

@@ -3,6 +3,7 @@
 TensorFlow's own reader stops at the first damaged record.
 """
 
+import functools
 import itertools
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,9 +12,9 @@ from typing import IO
 import google_crc32c
 
 from parti_jax import storage
-from parti_jax.data import captions, decoding, packed
-from parti_jax.data.example_files import Damaged
-from parti_jax.data.quiet_tensorflow import tf
+from parti_jax.data import captions, decoding
+from parti_jax.data.readers import packed
+from parti_jax.data.damage import Damaged
 from parti_jax.errors import UserError
 
 # A picture that can be used, and what comes with it.
@@ -164,9 +165,16 @@ def _first_features(file: str) -> Iterator[Mapping | None]:
 def _features(record: bytes) -> Mapping | None:
   """Returns the features of a serialised tf.train.Example, None if it is not one."""
   try:
-    return tf.train.Example.FromString(record).features.feature
+    return _example().FromString(record).features.feature
   except Exception:  # The protocol buffers' own, which differs among their implementations.
     return None
+
+
+@functools.cache
+def _example():
+  # tensorflow-datasets has the message without TensorFlow.
+  from tensorflow_datasets.proto import tf_example_generated_pb2  # pylint: disable=g-import-not-at-top
+  return tf_example_generated_pb2.Example
 
 
 def _checksum(data: bytes) -> bytes:

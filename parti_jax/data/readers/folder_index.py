@@ -9,7 +9,8 @@ import numpy as np
 from absl import logging
 
 from parti_jax import storage
-from parti_jax.data import captions, decoding, file_patterns
+from parti_jax.data import captions, decoding
+from parti_jax.data.readers import file_patterns
 from parti_jax.errors import UserError
 
 _MAX_LINE = 2**24

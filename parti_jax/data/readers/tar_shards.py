@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping
 from typing import IO
 
 from parti_jax import storage
-from parti_jax.data import captions, decoding, tar_members
-from parti_jax.data.example_files import Damaged
+from parti_jax.data import captions, decoding
+from parti_jax.data.readers import tar_members
+from parti_jax.data.damage import Damaged
 
 # Endings that mean the same.
 _SAME = {ending: 'jpg' for ending in ('jpeg', 'jpe', 'jfif')}

@@ -1,0 +1,234 @@
+"""Captions and pictures of a source, ready for a model, by the names of our tasks.
+
+| task | features | trains |
+|---|---|---|
+| `SOURCE_texts` | inputs | the text encoder, by masked language modelling |
+| `SOURCE_images` | images | the image tokenizer |
+| `SOURCE_pairs` | inputs, images | text encoder, ranker, super-resolution |
+| `openmoji_tokens`, `cached_tokens` | inputs, targets | Parti, from the token cache |
+
+SOURCE is openmoji, folder, tfrecord, webdataset or, for texts, text. `texts`, `images` and `pairs`
+alone mean the source that gin chooses by `data.source`, so that a run takes its data from another
+place when it includes another file of gin_configs/tasks/. Texts are read without their pictures.
+
+Features: 'inputs' int32 [text_length], token ids of the caption; 'images' uint8 [size, size, 3];
+'targets' int32 [image_length], the codes of the image tokens in raster order. `tasks` has the same
+as tasks of seqio.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Iterator, Mapping
+
+import gin
+import numpy as np
+from absl import logging
+
+import parti_jax
+from parti_jax.data import captions, decoding, examples, sources, tally, token_cache
+from parti_jax.data.damage import Damaged, Unusable
+from parti_jax.data.sources import base
+from parti_jax.data.vocabulary import TextVocabulary
+from parti_jax.errors import UserError
+from parti_jax.fingerprints import Fingerprint
+
+TOKEN_TASKS = ('openmoji_tokens', 'cached_tokens')
+# Kind of a task -> its features. A kind alone is the task of the source that gin chooses.
+_KINDS = {'images': ('images',), 'pairs': ('images', 'inputs'), 'texts': ('inputs',)}
+ALIASES = tuple(_KINDS)
+
+
+@gin.configurable('vocabulary')
+def get_vocabulary(path: str | None = None) -> TextVocabulary:
+  """Returns the text vocabulary of the run; None is the one that comes with the demo model."""
+  demo = os.path.join(os.path.dirname(parti_jax.__file__), 'demo', 'vocabulary.model')
+  return _load_vocabulary(path or demo)
+
+
+@functools.cache
+def _load_vocabulary(path: str) -> TextVocabulary:
+  return TextVocabulary(path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+  """A task's data.
+
+  Attributes:
+    name: of the task, with its source.
+    source: the examples.
+    features: names of the features.
+    vocabulary: of the captions; None where there are none.
+  """
+
+  name: str
+  source: base.Source
+  features: tuple[str, ...]
+  vocabulary: TextVocabulary | None
+
+  @property
+  def sizes(self) -> dict[str, int]:
+    """Feature -> how many ids it has, of those that have ids."""
+    found = {}
+    if self.vocabulary:
+      found['inputs'] = self.vocabulary.size
+    if 'targets' in self.features:
+      found['targets'] = self.source.info['codebook_size']
+    return found
+
+  @property
+  def fingerprints(self) -> dict[str, Fingerprint | None]:
+    """Those of the captions' vocabulary and of the tokens' tokenizer, as far as they are known."""
+    found = dict.fromkeys(('vocabulary', 'tokenizer'))
+    if self.vocabulary:
+      found['vocabulary'] = Fingerprint(
+          self.vocabulary.fingerprint, f'vocabulary.path={self.vocabulary.path!r}')
+    if 'targets' in self.features:
+      found['tokenizer'] = Fingerprint(self.source.info['tokenizer'], self.source.name)
+    return found
+
+  def open(self, split: str) -> base.Records | base.Shards:
+    """Opens a split for these features; see `Source.open`."""
+    return self.source.open(split, pictures=self.features != ('inputs',))
+
+  def preparation(self, lengths: Mapping[str, int], training: bool) -> examples.Preparation:
+    """What is done to an example.
+
+    Args:
+      lengths: the length of each feature, such as {'inputs': 32, 'images': 64}. For pictures it is
+        their height and width in pixels.
+      training: whether texts are dropped for guidance. Texts alone never are: an empty one teaches
+        an encoder nothing.
+
+    Raises:
+      UserError: the lengths don't fit the features.
+    """
+    check_lengths(self.name, self.features, lengths)
+    rate = examples.drop_rate() if self.vocabulary else 0.0
+    if 'targets' in lengths:
+      tokens = self.source.info['image_tokens']
+      if lengths['targets'] != tokens:
+        raise UserError(f"{self.source.name} has {tokens} tokens a picture, but "
+                        f"feature_lengths['targets'] = {lengths['targets']}")
+    return examples.Preparation(
+        lengths.get('inputs'), lengths.get('images'), lengths.get('targets'), self.vocabulary,
+        decoding.configured(), rate if training and self.features != ('inputs',) else 0.0)
+
+
+def check_lengths(name: str, features, lengths: Mapping[str, int]) -> None:
+  """Raises UserError unless there is a length for each feature of a task, and no other."""
+  if set(features) != set(lengths):
+    raise UserError(f'{name} has the features {", ".join(sorted(features))}, but feature_lengths '
+                    f'gives {", ".join(sorted(lengths)) or "none"}')
+  for feature, length in lengths.items():
+    if not isinstance(length, int) or length < 1:
+      raise UserError(f'feature_lengths[{feature!r}] = {length!r} must be a whole number from 1')
+
+
+def names() -> list[str]:
+  """Returns the names of the tasks, without the `ALIASES`."""
+  return [*(f'{source}_{kind}' for source in sources.NAMES for kind in _KINDS
+            if source != 'text' or kind == 'texts'), *TOKEN_TASKS]
+
+
+def is_ours(name: str) -> bool:
+  """Whether a task is one of this module."""
+  return name in TOKEN_TASKS or split_name(name) is not None
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+  """Splits 'folder_pairs' into source and kind; None for the names of other tasks."""
+  source, _, kind = name.rpartition('_')
+  if kind not in _KINDS or (source and sources.kind(source) is None):
+    return None
+  return source or sources.chosen(), kind
+
+
+def feature_names(name: str) -> tuple[str, ...]:
+  """Returns the names of the features of a task of this module, in order."""
+  return ('inputs', 'targets') if name in TOKEN_TASKS else _KINDS[name.rpartition('_')[2]]
+
+
+def get(name: str, image_size: int = 64) -> Dataset:
+  """Returns the data of a task as gin configures it now.
+
+  Args:
+    name: of the task.
+    image_size: the run's picture size in pixels, at which OpenMoji is drawn.
+
+  Raises:
+    UserError: there is no such task, or its data can't be found.
+  """
+  if name in TOKEN_TASKS:
+    return Dataset(name, token_cache.configured(), ('inputs', 'targets'), get_vocabulary())
+  found = split_name(name)
+  if found is None:
+    raise UserError(f'unknown task {name!r}; there are {", ".join(names())}')
+  source, kind = found
+  features = _KINDS[kind]
+  return Dataset(f'{source}_{kind}', sources.configured(source, image_size), features,
+                 get_vocabulary() if 'inputs' in features else None)
+
+
+def source_name(task_or_source: str | None = None) -> str:
+  """Returns the source behind a task's or source's name; None is the one that gin chooses."""
+  if task_or_source is None:
+    return sources.chosen()
+  if sources.kind(task_or_source) and split_name(task_or_source) is None:
+    return task_or_source
+  if found := split_name(task_or_source):
+    return found[0]
+  raise UserError(f'{task_or_source!r} is no source of pictures: {", ".join(sources.NAMES)}')
+
+
+def pictures_and_captions(
+    task_or_source: str | None, split: str, size: int) -> Iterator[tuple[str, np.ndarray]]:
+  """Opens a split and yields its captions and pictures in order, once.
+
+  Pictures that can't be decoded and examples without a caption are left out; a warning at the end
+  counts them.
+
+  Args:
+    task_or_source: 'openmoji', 'folder_pairs', 'pairs' ...; None for the source that gin chooses.
+    split: the split.
+    size: height and width in pixels.
+
+  Yields:
+    (caption, picture uint8 [size, size, 3]).
+
+  Raises:
+    UserError: the source can't be read, at once; or it has no usable example, at the end.
+  """
+  name = source_name(task_or_source)
+  source = sources.configured(name, size)
+  source.check_split(split)
+  return _usable(source, split, size, decoding.configured())
+
+
+def _usable(source: base.Source, split: str, size: int, decode: examples.Decode
+            ) -> Iterator[tuple[str, np.ndarray]]:
+  """Yields what can be used of a split; see `pictures_and_captions`."""
+  skipped, shortened, count = tally.Tally(), tally.Tally(), 0
+  for example in source.examples(split):
+    if isinstance(example, Damaged):
+      skipped.add(example.reason, place=example.where)
+      continue
+    try:
+      picture, notes = decode(example['picture'], size)
+      caption, changes = captions.clean(example['caption'])
+    except Unusable as error:
+      skipped.add(str(error))
+      continue
+    for change in notes + changes:
+      shortened.add(change)
+    count += 1
+    yield caption, picture
+  if not count:
+    reasons = f'skipped {skipped}' if skipped.counts() else 'there is none at all'
+    raise UserError(f'{source.name} has no usable example in split {split!r}; {reasons}')
+  if skipped.counts() or shortened.counts():
+    logging.warning('%s, %s: read %d; skipped: %s; kept in part: %s', source.name, split, count,
+                    str(skipped) or 'none', str(shortened) or 'none')

@@ -1,0 +1,131 @@
+"""What is done to one example, a function for each step.
+
+Our own loop calls them through `Preparation`, and seqio's preprocessors call the same functions, so
+that a model sees the same examples under both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import gin
+import numpy as np
+
+from parti_jax.data import captions, decoding
+from parti_jax.data.vocabulary import EOS_ID, TextVocabulary
+from parti_jax.errors import UserError
+
+Decode = Callable[[bytes, int], tuple[np.ndarray, list[str]]]
+
+
+def caption_ids(
+    caption: bytes, vocabulary: TextVocabulary, length: int) -> tuple[np.ndarray, str, list[str]]:
+  """Cleans and tokenises a caption.
+
+  Args:
+    caption: as sources give it.
+    vocabulary: makes ids of texts.
+    length: ids to return.
+
+  Returns:
+    The ids, int32 [length]; the cleaned text; and in a few words each thing that was taken out of it
+    or did not fit.
+
+  Raises:
+    captions.UnusableCaption: the caption can't be used.
+  """
+  text, changes = captions.clean(caption)
+  ids, cut = vocabulary.encode(text, length)
+  if ids[0] == EOS_ID and not cut:
+    # Of what the vocabulary does not keep; it would look like the text that guidance drops.
+    raise captions.UnusableCaption('no caption')
+  return ids, text, changes + ([f'caption cut to {length} tokens'] if cut else [])
+
+
+def empty_text(vocabulary: TextVocabulary, length: int) -> np.ndarray:
+  """The ids of no text, int32 [length], which guidance puts in the place of a dropped one."""
+  return vocabulary.encode('', length)[0]
+
+
+@gin.configurable('drop_text')
+def drop_rate(rate: float = 0.1) -> float:
+  """Share of the training examples that lose their text, for classifier-free guidance.
+
+  The paper drops it for 10% of them (section 3).
+
+  Args:
+    rate: 0 to 1.
+
+  Raises:
+    UserError: if the rate is no such number.
+  """
+  if type(rate) not in (int, float) or not 0 <= rate <= 1:
+    raise UserError(f'drop_text.rate={rate!r} must be a number from 0 to 1')
+  return rate
+
+
+def draws(seed: int, position: int, count: int) -> np.ndarray:
+  """What is random about successive examples, uniform in [0, 1), float64 [count].
+
+  Args:
+    seed: of the share.
+    position: of the first example.
+    count: how many.
+  """
+  return np.random.Generator(np.random.PCG64(seed).advance(position)).random(count)
+
+
+@dataclasses.dataclass(frozen=True)
+class Preparation:
+  """Makes of an example what a model takes; picklable, for worker processes.
+
+  Attributes:
+    text_length: ids of a caption; None where there are no captions.
+    image_size: height and width of pictures in pixels; None where there are none.
+    image_tokens: of a picture; None where there are none.
+    vocabulary: of the captions; None without them.
+    decode: decodes pictures.
+    drop_rate: share of the captions that are dropped.
+  """
+
+  text_length: int | None = None
+  image_size: int | None = None
+  image_tokens: int | None = None
+  vocabulary: TextVocabulary | None = None
+  decode: Decode = decoding.decode_and_note
+  drop_rate: float = 0.0
+
+  def __call__(
+      self, example: Mapping[str, Any], draw: float) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Prepares an example.
+
+    Args:
+      example: of a source.
+      draw: uniform in [0, 1); decides whether the text is dropped, and which view is taken.
+
+    Returns:
+      'encoder_input_tokens' int32 [text_length], 'images' uint8 [image_size, image_size, 3],
+      'decoder_target_tokens' int32 [image_tokens] and 'decoder_loss_weights' float32
+      [image_tokens], those that are asked for; and in a few words each thing that was lost.
+
+    Raises:
+      damage.Unusable: the example can't be used.
+    """
+    found, notes = {}, []
+    if self.text_length is not None:
+      ids, _, notes = caption_ids(example['caption'], self.vocabulary, self.text_length)
+      dropped = draw < self.drop_rate
+      found['encoder_input_tokens'] = (
+          empty_text(self.vocabulary, self.text_length) if dropped else ids)
+    if self.image_size is not None:
+      found['images'], more = self.decode(example['picture'], self.image_size)
+      notes = notes + more
+    if self.image_tokens is not None:
+      tokens = example['tokens']
+      if tokens.ndim == 2:  # Of several views of the picture; digits that `drop_rate` hardly sees.
+        tokens = tokens[int(draw * 2**40) % len(tokens)]
+      found['decoder_target_tokens'] = tokens
+      found['decoder_loss_weights'] = np.ones([self.image_tokens], np.float32)
+    return found, notes

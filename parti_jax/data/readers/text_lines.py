@@ -1,0 +1,37 @@
+"""Reads files of text, one text a line."""
+
+import io
+from collections.abc import Iterator, Mapping
+
+from parti_jax import storage
+from parti_jax.data import captions
+from parti_jax.data.damage import Damaged
+from parti_jax.data.readers import packed
+
+
+def lines(path: str) -> Iterator[Mapping[str, bytes] | Damaged]:
+  """Reads a text file, plain or packed: {'caption': line}.
+
+  Lines end at newlines alone. A file in UTF-16 or UTF-32 begins with a byte order mark.
+  """
+  with storage.open_file(path) as file:
+    try:
+      file = packed.unpacked(file, path)
+      encoding = storage.encoding_of(file.peek(4)[:4])
+      if encoding == 'utf-8-sig':
+        yield from _lines(file, b'\n')
+      else:
+        text = io.TextIOWrapper(file, encoding, newline='\n')
+        for line in _lines(text, '\n'):
+          yield {'caption': line['caption'].encode('utf-8', 'surrogatepass')}
+    except (OSError, UnicodeDecodeError):
+      yield Damaged('rest of a damaged text file')
+
+
+def _lines(file, newline) -> Iterator[Mapping[str, bytes | str]]:
+  """Yields the lines of a binary or text file, each cut where it is too long."""
+  while line := file.readline(captions.MAX_BYTES + 1):
+    yield {'caption': line}
+    # The rest of a line that is too long, which must not be kept in memory.
+    while line and not line.endswith(newline):
+      line = file.readline(captions.MAX_BYTES)

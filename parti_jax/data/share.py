@@ -1,0 +1,471 @@
+"""A share of a split's examples, prepared, from any place on and in the same order every time."""
+
+from __future__ import annotations
+
+import abc
+import collections
+import concurrent.futures
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import gin
+import grain
+import numpy as np
+from absl import logging
+
+from parti_jax import checks
+from parti_jax.data import datasets
+from parti_jax.data import examples as examples_lib
+from parti_jax.data import order as order_lib
+from parti_jax.data import tally
+from parti_jax.data.damage import Damaged, Unusable
+from parti_jax.data.sources import base
+from parti_jax.errors import UserError
+
+# The share of an epoch that can't be used from which on something must be wrong with the source.
+_MUCH = 0.5
+_TALLIES = ('skipped', 'shortened')
+# Examples that are read and prepared at once: pictures, and what has none, which takes less time
+# than to hand it from thread to thread.
+_PICTURES_AT_ONCE, _OTHERS_AT_ONCE = 4, 256
+
+
+@gin.configurable('loader')
+@checks.bounded(num_threads=(0, 1024), num_workers=(0, 1024), prefetch=(1, None))
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """What reading may use of a host; no value changes what is read.
+
+  Attributes:
+    num_threads: threads that read and decode pictures; None for one a core.
+    num_workers: processes that do, each with so many threads less; 0 for none. Sources that are read
+      from their beginning, such as tars, are decoded in threads in any case.
+    prefetch: examples that are prepared ahead of their use, over all shares.
+  """
+
+  num_threads: int | None = None
+  num_workers: int = 0
+  prefetch: int = 256
+
+  def divided(self, shares: int) -> Settings:
+    """What one of several shares may use, so that a host's use does not grow with them."""
+    threads = os.cpu_count() or 1 if self.num_threads is None else self.num_threads
+    return Settings(threads // shares, self.num_workers // shares,
+                    max(1, self.prefetch // shares))
+
+
+@gin.configurable('shuffle')
+@checks.bounded(buffer_size=(1, None))
+def window(buffer_size: int = 10_000) -> int:
+  """Encoded examples in the window in which files that have no index are shuffled, over all shares.
+
+  Args:
+    buffer_size: how many; each share has its part.
+  """
+  return buffer_size
+
+
+@dataclasses.dataclass
+class Outcome:
+  """What became of an example.
+
+  Attributes:
+    epoch: in which pass over the split it was read.
+    features: what a model takes, None where it can't be used.
+    reason: why not, in a few words.
+    where: the file for a warning, or ''.
+    notes: each thing that was lost of a used example.
+  """
+
+  epoch: int
+  features: dict[str, np.ndarray] | None
+  reason: str = ''
+  where: str = ''
+  notes: Sequence[str] = ()
+
+
+def prepared(prepare: examples_lib.Preparation, epoch: int, example: base.Example | Damaged,
+             draw: float) -> Outcome:
+  """Prepares an example, or says why it can't be used."""
+  if isinstance(example, Damaged):
+    return Outcome(epoch, None, example.reason, example.where)
+  try:
+    features, notes = prepare(example, draw)
+    return Outcome(epoch, features, notes=notes)
+  except Unusable as error:
+    return Outcome(epoch, None, str(error))
+
+
+class Stream(abc.ABC):
+  """The outcomes of a share's examples in order; `state` says where the next one is."""
+
+  @abc.abstractmethod
+  def __next__(self) -> Outcome:
+    """The next outcome; StopIteration after the last epoch."""
+
+  @abc.abstractmethod
+  def state(self) -> dict[str, Any]:
+    """Where the next outcome is, JSON; `open_stream` goes on from it."""
+
+  @abc.abstractmethod
+  def close(self) -> None:
+    """Ends reading ahead."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+  """How a share is read.
+
+  Attributes:
+    prepare: what is done to an example.
+    seed: decides the order and what is dropped.
+    shuffle: whether to shuffle.
+    share: which share.
+    shares: how many there are.
+    num_epochs: passes over the split; None for no end.
+    settings: what may be used.
+  """
+
+  prepare: examples_lib.Preparation
+  seed: int = 0
+  shuffle: bool = True
+  share: int = 0
+  shares: int = 1
+  num_epochs: int | None = None
+  settings: Settings = Settings(0, 0, 1)
+
+
+def open_stream(opened: base.Records | base.Shards, reading: Reading,
+                state: Mapping[str, Any] | None = None) -> Stream:
+  """Opens a share.
+
+  Args:
+    opened: the split.
+    reading: how it is read.
+    state: where to begin, of `Stream.state`; None for the first example.
+  """
+  if isinstance(opened, base.Shards):
+    return _ShardStream(opened, reading, state)
+  return _RecordStream(opened, reading, (state or {}).get('position', 0))
+
+
+def stream_state(opened: base.Records | base.Shards, reading: Reading, epoch: int, read: int
+                 ) -> dict[str, Any]:
+  """The state of a stream before which so many examples were read in an epoch."""
+  if isinstance(opened, base.Shards):
+    return {'epoch': epoch, 'skip': read}
+  length = len(order_lib.Order(len(opened), 0, False, reading.share, reading.shares))
+  return {'position': epoch * length + read}
+
+
+class _ReadChunk:
+  """Reads and prepares a chunk of a share's records; picklable, for worker processes."""
+
+  def __init__(self, records: base.Records, reading: Reading, start: int, size: int, end: int | None):
+    self._records, self._reading = records, reading
+    self._start, self._size, self._end = start, size, end
+    self._order = order_lib.Order(
+        len(records), reading.seed, reading.shuffle, reading.share, reading.shares)
+    self._draw_seed = order_lib.mixed(reading.seed, 'draws', reading.share)
+
+  def __call__(self, chunk: int) -> list[Outcome]:
+    first = self._start + int(chunk) * self._size
+    last = first + self._size if self._end is None else min(first + self._size, self._end)
+    positions = range(first, last)
+    found = self._records.read([self._order.index(position) for position in positions])
+    draws = examples_lib.draws(self._draw_seed, first, len(positions))
+    return [prepared(self._reading.prepare, position // len(self._order), example, draw)
+            for position, example, draw in zip(positions, found, draws)]
+
+
+class _RecordStream(Stream):
+  """A share of records, read by grain."""
+
+  def __init__(self, records: base.Records, reading: Reading, position: int):
+    settings, length = reading.settings, len(
+        order_lib.Order(len(records), 0, False, reading.share, reading.shares))
+    end = None if reading.num_epochs is None else reading.num_epochs * length
+    self._position, self._records = position, records
+    self._chunk: Iterator[Outcome] = iter(())
+    self._chunks = None
+    if length == 0 or (end is not None and position >= end):
+      return
+    pictures = reading.prepare.image_size is not None
+    size = _PICTURES_AT_ONCE if pictures else _OTHERS_AT_ONCE
+    count = 2**62 // size if end is None else -(-(end - position) // size)
+    threads = settings.num_threads if pictures else 0
+    buffer = max(threads, -(-settings.prefetch // size)) if threads else 0
+    chunks = grain.MapDataset.range(count).map(
+        _ReadChunk(records, reading, position, size, end)).to_iter_dataset(
+            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer))
+    if settings.num_workers:
+      chunks = chunks.mp_prefetch(grain.MultiprocessingOptions(
+          num_workers=settings.num_workers,
+          per_worker_buffer_size=max(1, settings.prefetch // (size * settings.num_workers))))
+    self._chunks = iter(chunks)
+
+  def __next__(self) -> Outcome:
+    outcome = next(self._chunk, None)
+    while outcome is None:
+      if self._chunks is None:
+        raise StopIteration
+      self._chunk = iter(next(self._chunks))
+      outcome = next(self._chunk, None)
+    self._position += 1
+    return outcome
+
+  def state(self) -> dict[str, int]:
+    return {'position': self._position}
+
+  def close(self) -> None:
+    if self._chunks is not None:
+      self._chunks.close()
+    self._chunks, self._chunk = None, iter(())
+    self._records.close()
+
+
+class _ShardIterator(grain.DatasetIterator):
+  """The examples of a share of files, in an epoch.
+
+  With at least as many files as shares, a share has files of its own; otherwise every share reads
+  all files and keeps every so many-th example.
+  """
+
+  def __init__(self, shards: base.Shards, reading: Reading, epoch: int):
+    super().__init__()
+    files = list(shards.files)
+    if reading.shuffle:
+      np.random.default_rng(order_lib.mixed(reading.seed, 'files', epoch)).shuffle(files)
+    self._own_files = len(files) >= reading.shares
+    self._files = files[reading.share::reading.shares] if self._own_files else files
+    self._shards, self._reading = shards, reading
+    self.set_state({'file': 0, 'read': 0, 'number': 0})
+
+  def __next__(self) -> tuple[int, base.Example | Damaged]:
+    while True:
+      for example in self._examples:
+        self._read += 1
+        counted, self._seen = self._seen, self._seen + 1
+        if self._own_files or counted % self._reading.shares == self._reading.share:
+          self._number += 1
+          return self._number - 1, example
+      if self._file + 1 >= len(self._files):
+        raise StopIteration
+      self._file, self._read = self._file + 1, 0
+      self._examples = self._open()
+
+  def _open(self) -> Iterator[base.Example | Damaged]:
+    return iter(self._shards.read(self._files[self._file])) if self._files else iter(())
+
+  def get_state(self) -> dict[str, int]:
+    return {'file': self._file, 'read': self._read, 'number': self._number, 'seen': self._seen}
+
+  def set_state(self, state: Mapping[str, int]) -> None:
+    self._file, self._number = state['file'], state['number']
+    self._seen = state.get('seen', 0)
+    self._examples = self._open()
+    self._read = sum(1 for _ in zip(range(state['read']), self._examples))
+
+  def close(self) -> None:
+    self._examples = iter(())
+
+
+class _ShardDataset(grain.IterDataset):
+  """See `_ShardIterator`."""
+
+  def __init__(self, shards: base.Shards, reading: Reading, epoch: int):
+    super().__init__()
+    self._arguments = shards, reading, epoch
+
+  def __iter__(self) -> _ShardIterator:
+    return _ShardIterator(*self._arguments)
+
+
+def raw_epoch(shards: base.Shards, reading: Reading, epoch: int) -> grain.DatasetIterator:
+  """The examples of a share of files in an epoch, shuffled within windows and not prepared.
+
+  Yields:
+    (number in the epoch, example).
+  """
+  dataset = _ShardDataset(shards, reading, epoch)
+  if reading.shuffle:
+    dataset = grain.experimental.WindowShuffleIterDataset(
+        dataset, window_size=max(1, window() // reading.shares),
+        seed=order_lib.mixed(reading.seed, 'window', reading.share, epoch))
+  return iter(dataset)
+
+
+class _ShardStream(Stream):
+  """A share of files that are read from their beginning.
+
+  Examples are shuffled, still encoded, within windows, and decoded in threads.
+  """
+
+  def __init__(self, shards: base.Shards, reading: Reading, state: Mapping[str, Any] | None):
+    self._shards, self._reading = shards, reading
+    self._draw_seed = order_lib.mixed(reading.seed, 'draws', reading.share)
+    pictures = reading.prepare.image_size is not None
+    threads = reading.settings.num_threads if pictures else 0
+    self._executor = concurrent.futures.ThreadPoolExecutor(
+        threads, thread_name_prefix='decode') if threads else None
+    # What is being prepared, each with the state after it.
+    self._ahead = collections.deque()
+    self._epoch = state['epoch'] if state else 0
+    self._raw = raw_epoch(self._shards, self._reading, self._epoch)
+    if state and 'reader' in state:
+      self._raw.set_state(state['reader'])
+    for _ in range(state.get('skip', 0) if state else 0):
+      self._next_raw()
+    self._state = {'epoch': self._epoch, 'reader': self._raw.get_state()}
+
+  def __next__(self) -> Outcome:
+    if not self._executor:
+      outcome, self._state = self._prepare(*self._next_raw())
+      return outcome
+    try:
+      while len(self._ahead) < self._reading.settings.prefetch:
+        raw = self._next_raw()
+        self._ahead.append(self._executor.submit(self._prepare, *raw))
+    except StopIteration:
+      if not self._ahead:
+        raise
+    outcome, self._state = self._ahead.popleft().result()
+    return outcome
+
+  def _next_raw(self) -> tuple[int, int, base.Example | Damaged, dict[str, Any]]:
+    while self._reading.num_epochs is None or self._epoch < self._reading.num_epochs:
+      try:
+        number, example = next(self._raw)
+        return self._epoch, number, example, self._raw.get_state()
+      except StopIteration:
+        self._epoch += 1
+        self._raw = raw_epoch(self._shards, self._reading, self._epoch)
+        if self._epoch > self._state['epoch'] + 1 and not self._ahead:
+          break  # An epoch without any example.
+    raise StopIteration
+
+  def _prepare(self, epoch: int, number: int, example, reader: dict[str, Any]):
+    # Epochs are of any length, so that the draws of each begin far from those of the one before.
+    draw, = examples_lib.draws(self._draw_seed, epoch * 2**40 + number, 1)
+    return prepared(self._reading.prepare, epoch, example, draw), {
+        'epoch': epoch, 'reader': reader}
+
+  def state(self) -> dict[str, Any]:
+    return self._state
+
+  def close(self) -> None:
+    if self._executor:
+      self._executor.shutdown(wait=True, cancel_futures=True)
+      self._executor = None
+    self._ahead.clear()
+    self._raw.close()
+
+
+class ShareExamples:
+  """The usable examples of a share of a split; counts the others.
+
+  Args:
+    dataset: the task's data.
+    split: the split.
+    reading: how it is read.
+
+  Attributes:
+    fingerprints: of the dataset.
+    place: the epoch of the next example, and the examples read in it before.
+  """
+
+  def __init__(self, dataset: datasets.Dataset, split: str, reading: Reading):
+    self._dataset, self._split, self._reading = dataset, split, reading
+    self.fingerprints = dataset.fingerprints
+    self._opened = dataset.open(split)
+    self._counts = {name: collections.Counter() for name in _TALLIES}
+    # Of the epoch that is being read: its number, what was taken and what was skipped in it.
+    self._epoch = self._taken = self._lost = 0
+    self._stream = open_stream(self._opened, reading)
+
+  @property
+  def place(self) -> tuple[int, int]:
+    return self._epoch, self._taken + self._lost
+
+  def places(self, count: int) -> list[tuple]:
+    """(epoch, read, count) of the next examples."""
+    return [(*self.place, count)]
+
+  def seek(self, epoch: int, read: int) -> None:
+    """Goes to the example before which so many were read in an epoch."""
+    self.restore({'epoch': epoch, 'taken': read, 'lost': 0, 'skipped': {}, 'shortened': {},
+                  'stream': stream_state(self._opened, self._reading, epoch, read)})
+
+  def counts(self, name: str) -> dict[str, int]:
+    """Reason -> count, the most frequent first; of 'skipped' or 'shortened'."""
+    return dict(self._counts[name].most_common())
+
+  def state(self) -> dict[str, Any]:
+    """Where the next example is, and the counts up to there."""
+    return {'epoch': self._epoch, 'taken': self._taken, 'lost': self._lost,
+            'stream': self._stream.state(), **{name: self.counts(name) for name in _TALLIES}}
+
+  def restore(self, state: Mapping[str, Any]) -> None:
+    """Goes on where `state` was taken."""
+    self._stream.close()
+    self._epoch, self._taken, self._lost = state['epoch'], state['taken'], state['lost']
+    self._counts = {name: collections.Counter(state[name]) for name in _TALLIES}
+    self._stream = open_stream(self._opened, self._reading, state['stream'])
+
+  def close(self) -> None:
+    """Ends reading ahead."""
+    self._stream.close()
+
+  def take(self, count: int) -> dict[str, np.ndarray]:
+    """The next examples, stacked; fewer after the last epoch, and {} without any."""
+    found = []
+    while len(found) < count and (features := self.next()) is not None:
+      found.append(features)
+    return {name: np.stack([features[name] for features in found]) for name in found[0]
+            } if found else {}
+
+  def next(self) -> dict[str, np.ndarray] | None:
+    """The next usable example; None after the last epoch.
+
+    Raises:
+      UserError: a whole epoch has none.
+    """
+    while True:
+      try:
+        outcome = next(self._stream)
+      except StopIteration:
+        self._end_epoch(last=True)
+        return None
+      if outcome.epoch != self._epoch:
+        self._end_epoch()
+        self._epoch = outcome.epoch
+      if outcome.features is not None:
+        self._taken += 1
+        self._counts['shortened'].update(outcome.notes)
+        return outcome.features
+      self._lost += 1
+      self._counts['skipped'][outcome.reason] += 1
+      tally.warn_once(outcome.reason, outcome.where)
+
+  def _end_epoch(self, last: bool = False) -> None:
+    """Reports on an epoch that has ended."""
+    where, place = f'{self._dataset.name}, {self._split}', self._dataset.source.place
+    skipped, shortened = (tally.told(self.counts(name)) for name in _TALLIES)
+    if not self._taken and (self._lost or not self._epoch):
+      shares = self._reading.shares
+      part = (f'share {self._reading.share + 1} of {shares} (train.data_shares) of '
+              if shares > 1 else '')
+      raise UserError(f'{where}: there is no usable example in {part}{place}'
+                      + (f'; skipped {skipped}' if skipped else ''))
+    if (skipped or shortened) and (self._taken or self._lost):
+      logging.warning('%s: epoch %d ended after %d examples; so far skipped: %s; kept in part: %s',
+                      where, self._epoch, self._taken, skipped or 'none', shortened or 'none')
+    if self._lost > _MUCH * (self._lost + self._taken):
+      logging.error(
+          '%s: %d of %d examples of epoch %d of %s could not be used; look at what was skipped and '
+          'why before you go on', where, self._lost, self._lost + self._taken, self._epoch, place)
+    self._taken = self._lost = 0
+    if last:
+      self._epoch += 1

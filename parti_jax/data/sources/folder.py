@@ -1,0 +1,77 @@
+"""A folder of pictures with a captions file, or with a text file beside each picture."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+
+import gin
+import numpy as np
+
+from parti_jax import storage
+from parti_jax.data import decoding
+from parti_jax.data.damage import Damaged
+from parti_jax.data.readers import folder_index
+from parti_jax.data.sources import base, paths
+
+
+class FolderSource(base.Source):
+  """A folder of pictures; the arguments are those of `configured`."""
+
+  def __init__(self, path: str, splits: Mapping[str, str], file_key: str, caption_key: str):
+    super().__init__('folder', splits)
+    self.place = f'folder {path}'
+    self._path, self._captions_files, self._keys = path, dict(splits), (file_key, caption_key)
+
+  def open(self, split: str, pictures: bool = True) -> base.Records:
+    self.check_split(split)
+    file = self._captions_files[split]
+    if file.endswith('.txt'):
+      files, captions = folder_index.read_beside(self._path, file)
+    else:
+      files, captions = folder_index.read(self._path, file, *self._keys, pictures)
+    return _Pictures(files if pictures else None, captions)
+
+
+class _Pictures(base.Records):
+  """Pictures by their paths, and captions, both arrays of bytes objects [pictures]."""
+
+  def __init__(self, files: np.ndarray | None, captions: np.ndarray):
+    self._files, self._captions = files, captions
+
+  def __len__(self) -> int:
+    return len(self._captions)
+
+  def read(self, indices: Sequence[int]) -> list[base.Example | Damaged]:
+    if self._files is None:
+      return [{'caption': self._captions[index]} for index in indices]
+    return [self._read(index) for index in indices]
+
+  def _read(self, index: int) -> base.Example | Damaged:
+    path = os.fsdecode(self._files[index])
+    try:
+      with storage.open_file(path) as file:
+        # One byte more tells the decoder that it is too much.
+        return {'picture': file.read(decoding.MAX_BYTES + 1), 'caption': self._captions[index]}
+    except OSError:
+      return Damaged('picture file that is gone or cannot be read', file=path)
+
+
+@gin.configurable('folder')
+def configured(
+    path: str | None = None,
+    splits: Mapping[str, str] = {'train': 'captions.jsonl'},
+    file_key: str = 'file',
+    caption_key: str = 'caption',
+) -> FolderSource:
+  """A folder of pictures with captions in JSON lines.
+
+  Args:
+    path: the folder.
+    splits: captions file of each split, relative to the folder. Each line is an object with the
+      picture's file, relative to the captions file, and its caption. A pattern of text files such
+      as '**/*.txt' means that each has the caption of the picture of the same name beside it.
+    file_key: the column of the file.
+    caption_key: the column of the caption.
+  """
+  return FolderSource(paths.required('folder', path), splits, file_key, caption_key)

@@ -1,0 +1,100 @@
+"""OpenMoji through its tensorflow-datasets builder, which is run on first use."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import gin
+
+from parti_jax import checks
+from parti_jax.data import openmoji
+from parti_jax.data.sources import base
+from parti_jax.errors import UserError
+
+
+class OpenMojiSource(base.Source):
+  """OpenMoji's pictures, drawn at a size.
+
+  Args:
+    size: height and width in pixels.
+    data_dir: the folder to build in; None for that of tensorflow-datasets.
+  """
+
+  def __init__(self, size: int, data_dir: str | None = None):
+    super().__init__('openmoji', openmoji.SPLITS)
+    self._size, self._data_dir = size, data_dir
+
+  def open(self, split: str, pictures: bool = True) -> base.Records:
+    self.check_split(split)
+    if not pictures and split in openmoji.SPLITS:  # They need not be drawn for this.
+      return _Captions([
+          picture.caption for picture in openmoji.pictures() if picture.split == split])
+    return _Drawn(self._size, self._data_dir, split)
+
+  def check_split(self, split: str) -> None:
+    # Slices such as 'train[:10%]' too, as tensorflow-datasets takes them.
+    if split.split('[')[0] not in self.splits:
+      raise UserError(f'openmoji has no split {split!r}; it has {", ".join(self.splits)}')
+
+
+class _Captions(base.Records):
+  """Captions alone."""
+
+  def __init__(self, captions: list[str]):
+    self._captions = captions
+
+  def __len__(self) -> int:
+    return len(self._captions)
+
+  def read(self, indices: Sequence[int]) -> list[base.Example]:
+    return [{'caption': self._captions[index].encode()} for index in indices]
+
+
+class _Drawn(base.Records):
+  """Pictures as tensorflow-datasets keeps them."""
+
+  def __init__(self, size: int, data_dir: str | None, split: str):
+    self._arguments = size, data_dir, split
+    self._source  # Draws the pictures now.  # pylint: disable=pointless-statement
+
+  @functools.cached_property
+  def _source(self):
+    # Imported here for those who have data of their own and no package of pictures.
+    import tensorflow_datasets as tfds  # pylint: disable=g-import-not-at-top
+    from parti_jax.data import openmoji_builder  # pylint: disable=g-import-not-at-top
+
+    size, data_dir, split = self._arguments
+    try:
+      return openmoji_builder.prepared(size, data_dir).as_data_source(
+          split=split, decoders={'image': tfds.decode.SkipDecoding()})
+    except (ValueError, AssertionError) as error:
+      raise UserError(f'openmoji has no split {split!r}: '
+                      f'{re.sub(chr(10), " ", str(error))}') from error
+
+  def __getstate__(self) -> dict[str, Any]:
+    return {'_arguments': self._arguments}
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def read(self, indices: Sequence[int]) -> list[base.Example]:
+    found = self._source.__getitems__(list(map(int, indices)))
+    return [{'picture': example['image'], 'caption': example['caption']} for example in found]
+
+
+@gin.configurable('openmoji')
+@checks.bounded(size=(1, 8192))
+def configured(
+    size: int | None = None, data_dir: str | None = None, image_size: int = 64) -> OpenMojiSource:
+  """OpenMoji.
+
+  Args:
+    size: height and width in pixels at which the pictures are drawn; None for that of the run,
+      so that nothing is resized.
+    data_dir: folder of the drawn pictures; None for that of tensorflow-datasets.
+    image_size: the run's picture size, given by the caller.
+  """
+  return OpenMojiSource(size or image_size, data_dir)

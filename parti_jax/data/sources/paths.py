@@ -1,0 +1,80 @@
+"""Paths of sources as gin sets them, and the files of a split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import gin
+
+from parti_jax.data.damage import Damaged
+from parti_jax.data.readers import file_patterns
+from parti_jax.data.sources import base
+from parti_jax.errors import UserError
+
+Reader = Callable[[str], Iterator[base.Example | Damaged]]
+
+
+def required(name: str, path: str | None) -> str:
+  """Returns a path that gin must set, or raises UserError."""
+  if path is None:
+    scope = ''.join(f'{part}/' for part in gin.current_scope())
+    raise UserError(f"{scope}{name}.path is not set; give --gin.{scope}{name}.path=\"'FOLDER'\"")
+  return path
+
+
+class FilesSource(base.Source):
+  """A source whose splits are files of many examples.
+
+  Args:
+    name: of the source.
+    path: the folder of the files.
+    splits: file pattern of each split, relative to the folder; see `file_patterns`.
+  """
+
+  def __init__(self, name: str, path: str, splits: Mapping[str, str]):
+    super().__init__(name, splits)
+    self.place = f'{name} {path}'
+    self._patterns = {
+        split: file_patterns.join(path, pattern) for split, pattern in splits.items()}
+
+  def files(self, split: str) -> list[str]:
+    """Returns the files of a split.
+
+    Raises:
+      UserError: there is no such split, or no such file.
+    """
+    self.check_split(split)
+    try:
+      files = file_patterns.files(self._patterns[split])
+    except UserError as error:
+      raise UserError(f'{self.name}: {error} (gin: {self.name}.splits)') from error
+    if not files:
+      raise UserError(f'{self.name}: no file matches {self._patterns[split]!r} '
+                      f'(gin: {self.name}.path, {self.name}.splits)')
+    return files
+
+
+class Files(base.Shards):
+  """Files that one reader reads, which may be gone or unreadable by now.
+
+  Args:
+    files: paths or URLs.
+    reader: yields the examples of one.
+  """
+
+  def __init__(self, files: list[str], reader: Reader):
+    self.files, self._reader = files, reader
+
+  def read(self, file: str) -> Iterator[base.Example | Damaged]:
+    named = set()
+    try:
+      for example in self._reader(file):
+        if isinstance(example, Damaged):
+          # Of several things with names in a file the first of a kind is enough to warn of.
+          seen = bool(example.name) and example.reason in named
+          named.add(example.reason)
+          yield Damaged(example.reason, example.name, '' if seen else file)
+        else:
+          yield example
+    except OSError:
+      yield Damaged('file that is gone or cannot be read', file=file)

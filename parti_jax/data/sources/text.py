@@ -1,0 +1,38 @@
+"""Files of text, one text a line; no pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import gin
+
+from parti_jax.data.readers import text_lines
+from parti_jax.data.sources import base, paths
+from parti_jax.errors import UserError
+
+
+class TextSource(paths.FilesSource):
+  """Files of text; the arguments are those of `configured`."""
+
+  has_pictures = False
+
+  def __init__(self, path: str, splits: Mapping[str, str]):
+    super().__init__('text', path, splits)
+
+  def open(self, split: str, pictures: bool = True) -> base.Shards:
+    if pictures:
+      raise UserError("data.source='text' holds texts without pictures; only the task 'texts' "
+                      'reads it; for pictures choose another source')
+    return paths.Files(self.files(split), text_lines.lines)
+
+
+@gin.configurable('text')
+def configured(
+    path: str | None = None, splits: Mapping[str, str] = {'train': '*.txt'}) -> TextSource:
+  """Files of text, one text a line, plain or packed.
+
+  Args:
+    path: the folder of the files.
+    splits: file pattern of each split, relative to the folder; see `file_patterns`.
+  """
+  return TextSource(paths.required('text', path), splits)

@@ -1,0 +1,46 @@
+"""TFRecords of tf.train.Example with an encoded picture and a caption."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+
+import gin
+
+from parti_jax.data.readers import tfrecords
+from parti_jax.data.sources import base, paths
+
+
+class TFRecordSource(paths.FilesSource):
+  """TFRecords; the arguments are those of `configured`."""
+
+  def __init__(self, path: str, splits: Mapping[str, str], image_key: str, caption_key: str):
+    super().__init__('tfrecord', path, splits)
+    self._keys = {'image_key': image_key, 'caption_key': caption_key}
+
+  def open(self, split: str, pictures: bool = True) -> base.Shards:
+    files = self.files(split)
+    keys = {'picture': 'image_key', 'caption': 'caption_key'}
+    if not pictures:
+      del keys['picture']
+    tfrecords.check_keys(files, {parameter: self._keys[parameter] for parameter in keys.values()})
+    found = {name: self._keys[parameter] for name, parameter in keys.items()}
+    return paths.Files(files, functools.partial(tfrecords.examples, keys=found))
+
+
+@gin.configurable('tfrecord')
+def configured(
+    path: str | None = None,
+    splits: Mapping[str, str] = {'train': 'train*.tfrecord*'},
+    image_key: str = 'image',
+    caption_key: str = 'caption',
+) -> TFRecordSource:
+  """TFRecords of tf.train.Example, plain or packed.
+
+  Args:
+    path: the folder of the files.
+    splits: file pattern of each split, relative to the folder; see `file_patterns`.
+    image_key: the feature that holds the encoded picture.
+    caption_key: the feature that holds the caption.
+  """
+  return TFRecordSource(paths.required('tfrecord', path), splits, image_key, caption_key)
