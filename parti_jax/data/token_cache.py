@@ -52,8 +52,8 @@ def write_token_cache(
     The number of examples.
 
   Raises:
-    UserError: the folder holds tokens of another tokenizer, or can't be written; or the split's name
-      can't be part of a file's.
+    UserError: the folder holds tokens of another tokenizer, or can't be written; or the split's
+      name can't be part of a file's.
     ValueError: tokens do not fit `info`, or an entry of `info` is missing.
   """
   storage.check_local(folder)

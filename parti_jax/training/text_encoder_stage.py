@@ -38,7 +38,8 @@ class TextEncoderStage(plain_stage.PlainStage):
       one. So one run may follow another, on texts first and then on pairs.
 
   Raises:
-    UserError: if a value is of another type, a weight is negative or both are 0, or the contrastive loss has no image encoder.
+    UserError: if a value is of another type, a weight is negative or both are 0, or the contrastive
+      loss has no image encoder.
   """
 
   model: parti_config.PartiConfig
