@@ -190,3 +190,22 @@ def test_other_folders_are_named(tmp_path, files, message):
     info_command.describe(str(tmp_path))
   with pytest.raises(errors.UserError, match='nowhere: not there'):
     info_command.describe(str(tmp_path / 'nowhere'))
+
+
+@pytest.mark.parametrize('path, value', [
+    (('parameters',), None), (('parameters',), [1]), (('parameters', 'parti'), 'x'),
+    (('sampling',), None), (('provenance',), []), (('tokenizer', 'patch_size'), 0),
+    (('tokenizer', 'image_size'), '64'), (('super_resolution', 'factor'), None),
+    (('parti',), None), (('ranker',), 5), ((), [1])])
+def test_a_model_whose_config_was_edited(tmp_path, capsys, path, value):
+  config = json.loads((DEMO / 'config.json').read_text())
+  place = config
+  for key in path[:-1]:
+    place = place[key]
+  if path:
+    place[path[-1]] = value
+  (tmp_path / 'config.json').write_text(json.dumps(config if path else value))
+  assert main.main(['info', str(tmp_path)]) == 2
+  line = capsys.readouterr().err
+  assert 'config.json: ' in line and all(key in line for key in path) and line.count('\n') == 1
+  assert 'Error' not in line and 'NoneType' not in line
