@@ -21,10 +21,10 @@ REPOSITORY = pathlib.Path(__file__).parents[1]
 
 # What each part of the package may import of the package, besides itself. `None`: anything.
 _LEAVES = {'errors', 'checks', 'config', 'optional_packages', 'storage', 'compilation_cache',
-           'native_notes', 'fingerprints'}
+           'native_notes', 'fingerprints', 'numerics'}
 _MAY_IMPORT = {
     'partitioning': {'checks', 'errors'},
-    'models': {'partitioning', 'checks', 'errors'},
+    'models': {'partitioning', 'checks', 'errors', 'numerics'},
     'data': {'partitioning', *_LEAVES},
     'sampling': {'models', 'data', 'partitioning', *_LEAVES},
     'planning': {'models', 'partitioning', 'sampling', 'training', *_LEAVES},
@@ -32,12 +32,14 @@ _MAY_IMPORT = {
     'evaluation': {'models', 'data', 'partitioning', 'sampling', *_LEAVES},
     # For t5x' own commands; only the table of commands names it.
     't5x': {'training', 'evaluation', 'sampling', 'models', 'data', 'partitioning', *_LEAVES},
+    'cli': {'training', 'evaluation', 'sampling', 'models', 'data', 'partitioning', 'main', *_LEAVES},
     'errors': set(),
     'checks': {'errors'},
     'optional_packages': set(),
     'compilation_cache': set(),
     'native_notes': set(),
     'fingerprints': set(),
+    'numerics': {'errors'},
     'storage': {'errors', 'optional_packages'},
     'config': {'checks', 'errors', 'optional_packages'},
     '__init__': {'sampling'},

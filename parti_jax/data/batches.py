@@ -1,12 +1,15 @@
 """Batches of a seqio task for training and evaluation, which can be resumed anywhere."""
 
+from __future__ import annotations
+
 import collections
+import re
 from collections.abc import Iterator, Mapping
 
 import numpy as np
 from absl import logging
 
-from parti_jax.data import tally, tasks
+from parti_jax.data import streams, tally, tasks
 from parti_jax.data.feature_converter import converter_for
 from parti_jax.data.quiet_tensorflow import seqio, tf
 from parti_jax.errors import UserError
@@ -19,6 +22,8 @@ _LEAST_EXAMPLES = 2048
 _MUCH = 0.5
 # What a `tally.Reading` counts.
 _TALLIES = ('skipped', 'shortened')
+# How TensorFlow's message for an exception in a Python function ends.
+_IN_PYTHON = '\nTraceback (most recent call last):'
 
 
 class Batches:
@@ -30,6 +35,8 @@ class Batches:
   with `num_epochs`, the last batch may be short. The same arguments give the same batches, and
   `restore(state())` goes on exactly where the state was taken. The tasks of `parti_jax.data.tasks`
   number their examples before they decode them, so that going on decodes none of the earlier ones.
+
+  Threads read ahead until `close`, or until the end of a `with` block.
 
   With `training`, the text of some examples is dropped for classifier-free guidance (see
   `preprocessors.drop_text`), whatever the split is called. Without it, all texts are kept.
@@ -142,7 +149,18 @@ class Batches:
     self._read = state.get('read')
     self._before = {name: collections.Counter(state.get(name, {})) for name in _TALLIES}
     self._rest = None
+    self._chunks.close()
     self._chunks = self._open_epoch()
+
+  def close(self) -> None:
+    """Ends reading ahead; the state and the counts stay."""
+    self._chunks.close()
+
+  def __enter__(self) -> Batches:
+    return self
+
+  def __exit__(self, *_) -> None:
+    self.close()
 
   def _counts(self, name: str, numbered: bool = False) -> dict[str, int]:
     """Counts of this run up to the next example; `numbered` leaves out what has no number."""
@@ -171,9 +189,10 @@ class Batches:
         self._end_epoch()
         continue
       except tf.errors.OpError as error:
-        raise UserError(
-            f'{self._task.name}, {self._split}: reading failed: {error.message.splitlines()[0]}'
-        ) from error
+        problem = _of_the_data(error)
+        if problem is None:
+          raise
+        raise UserError(f'{self._task.name}, {self._split}: reading failed: {problem}') from error
       part = {name: values[:most] for name, values in chunk.items()}
       if self._numbered:
         self._read = int(part['number'][-1]) + 1
@@ -184,7 +203,7 @@ class Batches:
       return part
     return None
 
-  def _open_epoch(self) -> Iterator[dict[str, np.ndarray]]:
+  def _open_epoch(self) -> streams.Stream:
     """Returns an iterator over the rest of the present epoch, in chunks of examples."""
     # One number for seqio, in the range of its int32 seeds, from the two that count.
     seed = int(np.random.SeedSequence([self._seed, self._epoch]).generate_state(1)[0] >> 2)
@@ -204,8 +223,7 @@ class Batches:
       )
     if self._read is None:  # So it is too in a state that was written before there were numbers.
       dataset = dataset.skip(self._taken)
-    chunks = dataset.batch(self._batch_size)
-    return chunks.prefetch(2).as_numpy_iterator()
+    return streams.Stream(dataset.batch(self._batch_size).prefetch(2))
 
   def _repeats(self) -> int:
     """Returns how often the source is gone through in what counts as an epoch here."""
@@ -221,7 +239,7 @@ class Batches:
       self._before[name].update(getattr(self._reading, name).counts())
     skipped, shortened = (tally.told(self._before[name]) for name in _TALLIES)
     if not self._taken:
-      reasons = f'; skipped {skipped}' if skipped else ''
+      reasons = f'; skipped {skipped}' if skipped else '; there is none at all'
       share = self._shard_info
       part = (f'share {share.index + 1} of {share.num_shards} (train.data_shares) of '
               if share else '')
@@ -238,11 +256,20 @@ class Batches:
           '%s: %d of %d examples of epoch %d of %s could not be used; look at what was skipped and '
           'why before you go on', where, lost, lost + self._taken, self._epoch, tasks.place(self._task))
     self._reading = tally.Reading()
+    self._chunks.close()
     self._epoch += 1
     self._taken = 0
     self._read = 0 if self._numbered else None
     if self._num_epochs is None or self._epoch < self._num_epochs:
       self._chunks = self._open_epoch()
+
+
+def _of_the_data(error: tf.errors.OpError) -> str | None:
+  """Returns what is wrong with the data in one line; None for any other error in Python code."""
+  if _IN_PYTHON not in error.message:
+    return error.message.splitlines()[0]
+  found = re.search(rf'\bUserError: (.*?){re.escape(_IN_PYTHON)}', error.message, re.DOTALL)
+  return found and ' '.join(found[1].split())
 
 
 def _length(examples: Mapping[str, np.ndarray]) -> int:

@@ -13,8 +13,8 @@ MAX_BYTES = 2**16
 _CONTROL = re.compile('[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]')
 # Blanks, control characters, marks of direction and of zero width.
 _INVISIBLE = {'Zs', 'Zl', 'Zp', 'Cc', 'Cf'}
-# What stands for a caption that a source did not find, and the reason that `clean` gives. No caption
-# that can be used looks like these.
+# Stand-ins for captions that a source could not read, and the reasons that `clean` gives. No caption
+# that can be used looks like them.
 NOT_TEXT, SEVERAL, NUMBERS, NO_COLUMN, AMBIGUOUS = (b'\0\0%d' % i for i in range(5))
 _REASONS = {
     NOT_TEXT: 'caption that is not a text',

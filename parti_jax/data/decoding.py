@@ -65,14 +65,15 @@ def decode_and_note(
   if len(data) > MAX_BYTES:
     raise UndecodablePicture('picture of too many bytes')
   try:
-    opened = Image.open(io.BytesIO(data), formats=FORMATS)
+    opened = _opened(data)
     _check_size(opened)
-    space, profile = _color_space(opened.mode), opened.info.get('icc_profile')
+    space, profile = _color_space(opened.mode), opened.info.get('icc_profile', b'')
     image = _plain(_central_square(_loaded(opened, data, size)))
     notes = []
-    if to_srgb and profile:
+    # It is None where there is one that can't be unpacked.
+    if to_srgb and profile != b'':
       try:
-        image = color_profiles.to_srgb(image, profile, space)
+        image = color_profiles.to_srgb(image, profile or b'', space)
       except color_profiles.UnusableProfile:
         notes = ['unusable colour profile ignored']
     return np.asarray(_resized(_on_white(image), size)), notes
@@ -100,6 +101,18 @@ def configured(to_srgb: bool = True) -> Callable[[bytes, int], tuple[np.ndarray,
   if not isinstance(to_srgb, bool):
     raise UserError(f'decode_images.to_srgb = {to_srgb!r} must be True or False')
   return functools.partial(decode_and_note, to_srgb=to_srgb)
+
+
+def _opened(data: bytes) -> Image.Image:
+  try:
+    return Image.open(io.BytesIO(data), formats=FORMATS)
+  except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+    raise
+  except Exception:  # As above.
+    opened = pngs.open_leniently(data)
+    if opened is None:
+      raise
+    return opened
 
 
 def _check_size(image: Image.Image) -> None:

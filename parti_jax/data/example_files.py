@@ -70,7 +70,7 @@ def dataset(read: Reader, file: tf.Tensor, names: Sequence[str]) -> tf.data.Data
 
 
 def described(reason: str, path: str) -> bytes:
-  """Returns the 'problem' of an example: the reason and the place to warn of, between them a tab."""
+  """Returns the 'problem' of an example: the reason, a tab, and the place to warn of or ''."""
   return f'{reason}\t{path}'.encode('utf-8', 'surrogateescape')
 
 

@@ -1,10 +1,11 @@
 """Patterns of files: `*`, `?`, `[ab]` and `**` as a shell knows them, and braces.
 
-`{000..127}.tar` stands for 128 files, all of which must be there, and `{a,b}/*.tar` for the files in
-two folders. Braces may lie within each other; `{0..10..5}` has a step.
+`{000..127}.tar` stands for 128 files, all of which must exist, and `{a,b}/*.tar` for the files in two
+folders. Braces may be nested; `{0..10..5}` has a step.
 """
 
 import glob
+import os
 import re
 from collections.abc import Sequence
 
@@ -19,8 +20,9 @@ _NUMBERS = re.compile(r'(-?\d{1,18})\.\.(-?\d{1,18})(?:\.\.(-?\d{1,18}))?')
 _LETTERS = re.compile(r'([a-zA-Z])\.\.([a-zA-Z])(?:\.\.(-?\d{1,18}))?')
 
 
-def join(folder: str, pattern: str) -> str:
-  """Returns a pattern within a folder. Nothing in the name of a folder that is there has a meaning."""
+def join(folder: str | os.PathLike[str], pattern: str) -> str:
+  """Returns a pattern within a folder. The name of an existing folder is not read as a pattern."""
+  folder = os.fspath(folder)
   if (glob.has_magic(folder) or '{' in folder) and storage.is_folder(folder):
     folder = re.sub(r'([*?[{}])', r'[\1]', folder)
   return storage.join(folder, pattern)

@@ -1,13 +1,15 @@
-"""Reads a captions file: JSON lines with a picture's file and its caption."""
+"""Which picture has which caption: by a file of JSON lines, or by a text file for each picture."""
 
 import functools
+import itertools
 import json
 import os
 
 import numpy as np
+from absl import logging
 
 from parti_jax import storage
-from parti_jax.data import captions
+from parti_jax.data import captions, decoding, file_patterns
 from parti_jax.errors import UserError
 
 _MAX_LINE = 2**24
@@ -61,6 +63,62 @@ def read(
                     f'{", ".join(sorted(columns)[:_MAX_COLUMNS])} (gin: folder.caption_key)')
   # As objects: numpy's own strings would all be as long as the longest.
   return np.array(files, object), np.array(texts, object)
+
+
+def read_beside(folder: str, pattern: str) -> tuple[np.ndarray, np.ndarray]:
+  """Finds text files that have a picture of the same name beside them, such as 1.txt and 1.jpg.
+
+  Warns of text files without a picture, and of pictures in their folders without a text.
+
+  Args:
+    folder: the folder, a path or URL.
+    pattern: of the text files within the folder, see `file_patterns`; it ends in .txt.
+
+  Returns:
+    As `read`; a caption that can't be read is b''.
+
+  Raises:
+    UserError: there is no such text file, or none that has a picture.
+  """
+  texts = file_patterns.files(file_patterns.join(folder, pattern))
+  if not texts:
+    raise UserError(f'no file matches {pattern!r} in {folder} (gin: folder.path, folder.splits)')
+  found = _pictures_of(texts)
+  _warn(len(texts) - len(found), 'text file(s) without a picture', folder)
+  if not found:
+    raise UserError(f'none of the {len(texts):,} files that match {pattern!r} in {folder} has a '
+                    f'picture beside it: the same name with one of .{", .".join(decoding.ENDINGS)}')
+  texts_of = [_first_bytes(text) for text in found]
+  return np.array(list(map(os.fsencode, found.values())), object), np.array(texts_of, object)
+
+
+def _pictures_of(texts: list[str]) -> dict[str, str]:
+  """Text file -> the picture beside it, of those that have one."""
+  found, bare = {}, 0
+  for folder, group in itertools.groupby(texts, key=os.path.dirname):
+    pictures = {}
+    for name in storage.names(folder or '.'):
+      stem, ending = os.path.splitext(name)
+      if ending[1:].lower() in decoding.ENDINGS:
+        pictures.setdefault(stem, storage.join(folder, name))
+    stems = {text: os.path.splitext(storage.name(text))[0] for text in group}
+    found |= {text: pictures[stem] for text, stem in stems.items() if stem in pictures}
+    bare += len(pictures.keys() - set(stems.values()))
+  _warn(bare, 'picture(s) without a text file', os.path.commonpath(texts))
+  return found
+
+
+def _warn(count: int, what: str, folder: str) -> None:
+  if count:
+    logging.warning('%s: left out %d %s', folder, count, what)
+
+
+def _first_bytes(path: str) -> bytes:
+  try:
+    with storage.open_file(path) as file:
+      return file.read(captions.MAX_BYTES + 1)
+  except OSError:
+    return b''
 
 
 class _Places:

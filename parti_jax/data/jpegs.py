@@ -253,5 +253,5 @@ def _markers(data: bytes) -> list[_Marker]:
 
 
 def _is_short(markers: list[_Marker]) -> bool:
-  """Whether zeros behind the last of some markers may be its own: Adobe's, which says the colours."""
+  """Whether zeros behind the last marker may be the rest of Adobe's, which names the colours."""
   return bool(markers) and markers[-1].kind == _ADOBE and markers[-1].end - markers[-1].content < 12

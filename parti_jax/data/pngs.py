@@ -1,5 +1,6 @@
 """Decodes PNGs of which no part is missing or changed, which Pillow does not always notice."""
 
+import contextlib
 import io
 import struct
 import zlib
@@ -10,6 +11,27 @@ from PIL import Image, ImageFile
 from parti_jax.data.undecodable import UndecodablePicture
 
 _GREY, _COLOR = 0, 2
+_SIGNATURE = b'\x89PNG\r\n\x1a\n'
+# Chunks that say how the pixels look; and the colour profile, which may be damaged.
+_NEEDED = (b'IHDR', b'PLTE', b'tRNS', b'eXIf', b'IDAT', b'IEND')
+_PROFILE = b'iCCP'
+
+
+def open_leniently(data: bytes) -> Image.Image | None:
+  """Opens a PNG that Pillow can't open, without its metadata; None if that does not help.
+
+  Where it has a damaged colour profile, that is None in the picture's `info`.
+  """
+  if not data.startswith(_SIGNATURE):
+    return None
+  for kinds in ((*_NEEDED, _PROFILE), _NEEDED):
+    pieces = [data[start - 8:end + 4] for kind, start, end in _chunks(data) if kind in kinds]
+    with contextlib.suppress(Exception):  # Damaged files make Pillow raise nearly anything.
+      image = Image.open(io.BytesIO(_SIGNATURE + b''.join(pieces)), formats=('PNG',))
+      if _PROFILE not in kinds:
+        image.info['icc_profile'] = None
+      return image
+  return None
 
 
 def decode(image: ImageFile.ImageFile, data: bytes) -> Image.Image:

@@ -141,11 +141,23 @@ class SharedBatches:
       raise UserError(f'train.data_shares={self._asked}, but the checkpoint has the place in '
                       f'{len(places)} shares; leave it away or train in another --model_dir')
     if len(places) != self.shares:
+      self.close()
       self._open(len(places))
     more = state.get('shares') or [{}] * len(places)
     for share, batches in self._batches.items():
       epoch, taken = places[share]
       batches.restore({'epoch': epoch, 'taken': taken, **more[share]})
+
+  def close(self) -> None:
+    """Ends reading ahead, as `Batches.close`."""
+    for batches in self._batches.values():
+      batches.close()
+
+  def __enter__(self) -> SharedBatches:
+    return self
+
+  def __exit__(self, *_) -> None:
+    self.close()
 
   def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
     return self
@@ -187,7 +199,7 @@ def read(place: Place, task: str, split: str, feature_lengths: Mapping[str, int]
   Returns:
     Arrays [place.count, ...].
   """
-  batches = Batches(task, split, place.count, feature_lengths, seed=seed,
-                    share=place.share, shares=place.shares, training=True)
-  batches.restore({'epoch': place.epoch, 'taken': place.taken})
-  return next(batches)
+  with Batches(task, split, place.count, feature_lengths, seed=seed,
+               share=place.share, shares=place.shares, training=True) as batches:
+    batches.restore({'epoch': place.epoch, 'taken': place.taken})
+    return next(batches)

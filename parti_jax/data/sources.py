@@ -23,7 +23,8 @@ from absl import logging
 from parti_jax import checks, storage
 from parti_jax.data import captions as captions_lib
 from parti_jax.data import (
-    decoding, example_files, file_patterns, folder_index, openmoji, tally, tar_shards, tfrecords)
+    decoding, example_files, file_patterns, folder_index, openmoji, streams, tally, tar_shards,
+    tfrecords)
 from parti_jax.data.quiet_tensorflow import seqio, tf, tfds
 from parti_jax.errors import UserError
 
@@ -99,15 +100,16 @@ class PictureSource(seqio.DataSource):
     A warning at the end counts the others.
     """
     skipped = tally.Tally()
-    for example in self.texts(split, shuffle=False).as_numpy_iterator():
-      try:
-        if example['problem']:
-          reason, place = example_files.parts(example['problem'])
-          skipped.add(reason, place=place)
-        else:
-          yield captions_lib.clean(example['caption'])[0]
-      except captions_lib.UnusableCaption as error:
-        skipped.add(str(error))
+    with streams.Stream(self.texts(split, shuffle=False)) as examples:
+      for example in examples:
+        try:
+          if example['problem']:
+            reason, place = example_files.parts(example['problem'])
+            skipped.add(reason, place=place)
+          else:
+            yield captions_lib.clean(example['caption'])[0]
+        except captions_lib.UnusableCaption as error:
+          skipped.add(str(error))
     if skipped.counts():
       logging.warning('%s, %s: skipped %s', self.place, split, skipped)
 
@@ -118,8 +120,7 @@ class PictureSource(seqio.DataSource):
     if split not in self.splits and not openmoji_slice:
       setting = '' if self.name == 'openmoji' else f' (gin: {self.name}.splits)'
       raise UserError(
-          f'{self.name} has no split {split!r}; it has {", ".join(self.splits)}{setting}'
-      )
+          f'{self.name} has no split {split!r}; it has {", ".join(self.splits)}{setting}')
 
   @abc.abstractmethod
   def _read(self, split, shuffle, seed, shard_info) -> tf.data.Dataset:
@@ -213,7 +214,10 @@ class FolderSource(PictureSource):
 
   @functools.cache
   def _index(self, split: str, pictures: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    return folder_index.read(self._path, self._captions_files[split], *self._keys, pictures)
+    file = self._captions_files[split]
+    if file.endswith('.txt'):
+      return folder_index.read_beside(self._path, file)
+    return folder_index.read(self._path, file, *self._keys, pictures)
 
   def _order(self, count: int, shuffle, seed, shard_info) -> np.ndarray:
     """Returns which examples to read; to shuffle the list is cheap and complete."""
@@ -283,15 +287,13 @@ class _FilesSource(PictureSource):
 
   def list_shards(self, split):
     """Returns the files of a split."""
+    settings = f'(gin: {self.name}.path, {self.name}.splits)'
     try:
       files = self._files.list_shards(split)
     except UserError as error:
-      raise UserError(f'{self.name}: {error} (gin: {self.name}.splits)') from error
+      raise UserError(f'{self.name}: {error} {settings}') from error
     if not files:
-      raise UserError(
-          f'{self.name}: no file matches {self._patterns[split]!r} '
-          f'(gin: {self.name}.path, {self.name}.splits)'
-      )
+      raise UserError(f'{self.name}: no file matches {self._patterns[split]!r} {settings}')
     return files
 
   def _read(self, split, shuffle, seed, shard_info):
@@ -346,7 +348,6 @@ class WebDatasetSource(_FilesSource):
 
   def __init__(self, path: str, splits: Mapping[str, str], caption_key: str | None):
     """Makes the source; the arguments are those of `webdataset`."""
-
     super().__init__(
         'webdataset', path, splits, lambda file: tar_shards.samples(file, caption_key))
 
@@ -380,7 +381,8 @@ def folder_source(
   Args:
     path: the folder.
     splits: captions file of each split, relative to the folder. Each line is an object with the
-      picture's file, relative to the captions file, and its caption.
+      picture's file, relative to the captions file, and its caption. A pattern of text files such
+      as '**/*.txt' means that each has the caption of the picture of the same name beside it.
     file_key: the column of the file.
     caption_key: the column of the caption.
 
@@ -397,10 +399,10 @@ def tfrecord_source(
     image_key: str = 'image',
     caption_key: str = 'caption',
 ):
-  """TFRecords of tf.train.Example.
+  """TFRecords of tf.train.Example, plain or packed.
 
   Args:
-    path: the folder of the files, which may be packed.
+    path: the folder of the files.
     splits: file pattern of each split, relative to the folder; see `file_patterns`.
     image_key: the feature that holds the encoded picture.
     caption_key: the feature that holds the caption.

@@ -21,6 +21,8 @@ _WANTED = frozenset((*decoding.ENDINGS, 'txt', 'json'))
 _MAX_JSON = 2**20
 # Names of other files, and keys of samples, that are kept to find out which belong together.
 _MAX_OTHERS = 1000
+# Dots in a name at which it may be split.
+_MAX_DOTS = 30
 
 
 def samples(path: str, caption_key: str | None) -> Iterator[Mapping[str, bytes] | Damaged]:
@@ -126,7 +128,8 @@ class _Others:
 
   def add(self, name: str) -> None:
     """Adds a file."""
-    self._names.append(name)
+    if not self._is_claimed(name):
+      self._names.append(name)
 
   def claim(self, key: str) -> None:
     """Adds the key of a sample."""
@@ -147,11 +150,15 @@ class _Others:
     """Yields what no sample has, and forgets it."""
     found = {}
     for name in self._names:
-      folder, slash, last = name.rpartition('/')
-      parts = last.split('.')
-      keys = (folder + slash + '.'.join(parts[:count]) for count in range(1, len(parts) + 1))
-      if self._keys.keys().isdisjoint(keys):
+      if not self._is_claimed(name):
         found.setdefault(tar_members.split(name)[0], name)
     self._names = []
     for name in found.values():
       yield Damaged('file that is neither picture nor caption in a tar shard', name)
+
+  def _is_claimed(self, name: str) -> bool:
+    """Whether a name is a sample's key with something behind a dot."""
+    folder, slash, last = name.rpartition('/')
+    parts = last.split('.', _MAX_DOTS)
+    return any(folder + slash + '.'.join(parts[:count]) in self._keys
+               for count in range(1, len(parts) + 1))

@@ -26,7 +26,7 @@ from absl import logging
 import parti_jax
 from parti_jax import fingerprints
 from parti_jax.data import (
-    captions, decoding, example_files, preprocessors, sources, tally, token_cache)
+    captions, decoding, example_files, preprocessors, sources, streams, tally, token_cache)
 from parti_jax.data.quiet_tensorflow import seqio, tf
 from parti_jax.data.vocabulary import EOS_ID, TextVocabulary
 from parti_jax.errors import UserError
@@ -326,31 +326,31 @@ def pictures_and_captions(
   """
   name = source_name(task_or_source)
   reading = tally.Reading()
-  decode = decoding.configured()
   with tally.reading(reading):
     dataset = sources.configured(name, size).get_dataset(split, shuffle=False)
-  return _usable(dataset, name, split, size, reading)
+  return _usable(dataset, name, split, size, reading, decoding.configured())
 
 
 def _usable(dataset: tf.data.Dataset, name: str, split: str, size: int,
-            reading: tally.Reading) -> Iterator[tuple[str, np.ndarray]]:
+            reading: tally.Reading, decode: Callable) -> Iterator[tuple[str, np.ndarray]]:
   """Yields what can be used of an opened split; see `pictures_and_captions`."""
   count = 0
-  for example in dataset.prefetch(64).as_numpy_iterator():
-    try:
-      if example['problem']:
-        reason, place = example_files.parts(example['problem'])
-        reading.skipped.add(reason, place=place)
+  with streams.Stream(dataset.prefetch(64)) as examples:
+    for example in examples:
+      try:
+        if example['problem']:
+          reason, place = example_files.parts(example['problem'])
+          reading.skipped.add(reason, place=place)
+          continue
+        picture, notes = decode(example['picture'], size)
+        caption, changes = captions.clean(example['caption'])
+      except (decoding.UndecodablePicture, captions.UnusableCaption) as error:
+        reading.skipped.add(str(error))
         continue
-      picture, notes = decode(example['picture'], size)
-      caption, changes = captions.clean(example['caption'])
-    except (decoding.UndecodablePicture, captions.UnusableCaption) as error:
-      reading.skipped.add(str(error))
-      continue
-    for change in notes + changes:
-      reading.shortened.add(change)
-    count += 1
-    yield caption, picture
+      for change in notes + changes:
+        reading.shortened.add(change)
+      count += 1
+      yield caption, picture
   if not count:
     skipped = str(reading.skipped)
     reasons = f'skipped {skipped}' if skipped else 'there is none at all'

@@ -58,7 +58,7 @@ def records(file: IO[bytes]) -> Iterator[bytes | Damaged]:
 
 
 def unpacked(file: IO[bytes]) -> IO[bytes]:
-  """Returns a stream of a file of records, which may be packed with zlib or as `packed` knows it."""
+  """Returns a stream of records from a file, plain or packed with zlib or as `packed` knows it."""
   head = file.read(12)
   file.seek(0)
   if len(head) == 12 and _checksum(head[:8]) == head[8:]:

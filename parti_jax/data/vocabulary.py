@@ -115,6 +115,7 @@ def train_vocabulary(
     output: str,
     model_type: str = 'unigram',
     character_coverage: float = 0.9995,
+    at_most: bool = False,
 ) -> TextVocabulary:
   """Trains a SentencePiece model and writes it in one go.
 
@@ -127,6 +128,7 @@ def train_vocabulary(
     model_type: 'unigram', or 'bpe', which keeps more words whole where captions are few.
     character_coverage: share of the characters in the texts that get a piece of their own; the
       rarest of the rest become unknown.
+    at_most: whether the vocabulary may be smaller where the texts can't carry `size` ids.
 
   Returns:
     The new vocabulary.
@@ -143,6 +145,7 @@ def train_vocabulary(
         model_type=model_type,
         vocab_size=size,
         character_coverage=character_coverage,
+        hard_vocab_limit=not at_most,
         normalization_rule_name='nmt_nfkc_cf',
         pad_id=PAD_ID,
         eos_id=EOS_ID,

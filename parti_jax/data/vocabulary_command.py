@@ -23,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
       '--size', type=int, default=16_000,
       help='number of ids, the three special ones included (default: %(default)s, as in the paper)')
   parser.add_argument(
+      '--at_most', action='store_true',
+      help="take fewer ids than --size where the captions can't carry as many")
+  parser.add_argument(
       '--split', default='train', help="the source's split to train on (default: %(default)s)")
   parser.add_argument(
       '--model_type', choices=('unigram', 'bpe'), default='unigram',
@@ -45,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
   captions = _with_text(source, args.split)
   model = vocabulary.train_vocabulary(
       tqdm.tqdm(captions, desc='captions', unit='', disable=None),
-      args.size, args.output, args.model_type, args.character_coverage,
+      args.size, args.output, args.model_type, args.character_coverage, args.at_most,
   )
   measured = itertools.islice(_with_text(source, args.split), _MEASURED_CAPTIONS)
   print(f'{args.output}: {model.size:,} ids')

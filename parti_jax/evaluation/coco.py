@@ -3,8 +3,8 @@
 Lin et al. 2014, arXiv 1405.0312, and Chen et al. 2015, arXiv 1504.00325. The file is that of the
 "2014 Train/Val annotations", captions_val2014.json (or of 2017): {"images": [{"id", "file_name",
 …}], "annotations": [{"image_id", "caption", …}], …}. Ids may be numbers or texts, and a
-file's name may lead into folders. Parti's evaluation takes 30,000 captions of the validation pictures
-of 2014.
+file's name may lead into folders. Parti's evaluation takes 30,000 captions of the validation
+pictures of 2014.
 """
 
 from __future__ import annotations
@@ -117,14 +117,17 @@ class _TfdsPictures:
 
 def _examples(builder, keys: tuple[str, ...]) -> Iterator[dict]:
   """Yields a split's examples in one fixed order, pictures encoded."""
-  from parti_jax.data.quiet_tensorflow import tfds  # pylint: disable=import-outside-toplevel
+  # pylint: disable=import-outside-toplevel
+  from parti_jax.data import streams
+  from parti_jax.data.quiet_tensorflow import tfds
   features = builder.info.features
   dataset = builder.as_dataset(
       split=_TFDS_SPLIT, shuffle_files=False,
       decoders=tfds.decode.PartialDecoding(
           {key: features[key] for key in keys},
           decoders={'image': tfds.decode.SkipDecoding()} if 'image' in keys else None))
-  yield from dataset.as_numpy_iterator()
+  with streams.Stream(dataset) as examples:
+    yield from examples
 
 
 def read_tfds(data_dir: str | None, limit: int, seed: int) -> captioned_pictures.Captioned:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import contextlib
 import json
 import pathlib
 import sys
@@ -54,10 +55,10 @@ def run(args: argparse.Namespace) -> int:
     raise UserError(f'the model {pipeline.model_name} has no super-resolution; '
                     '`parti-jax export --base=FOLDER --super_resolution=RUN` adds it')
   size = pipeline.upscaler.factor * pipeline.image_size
-  pictures = (picture for _, picture in tasks.pictures_and_captions(source, args.split, size))
-  pictures = itertools.islice(pictures, args.max_pictures)
-  bar = tqdm.tqdm(pictures, desc=args.split, unit='picture', disable=not sys.stderr.isatty())
-  report, sample = upscaling_report.evaluate(pipeline, iter(bar))
+  with contextlib.closing(tasks.pictures_and_captions(source, args.split, size)) as examples:
+    pictures = itertools.islice((picture for _, picture in examples), args.max_pictures)
+    bar = tqdm.tqdm(pictures, desc=args.split, unit='picture', disable=not sys.stderr.isatty())
+    report, sample = upscaling_report.evaluate(pipeline, iter(bar))
   print(report.text())
   for path in _write(pathlib.Path(args.output_dir), report, sample):
     print(path)

@@ -38,6 +38,7 @@ import safetensors.numpy
 
 from parti_jax import checks
 from parti_jax import fingerprints
+from parti_jax import numerics
 from parti_jax import storage
 from parti_jax.data import vocabulary as vocabulary_lib
 from parti_jax.errors import UserError
@@ -285,6 +286,7 @@ def _compute_dtype() -> str:
 
 
 @functools.cache
+@numerics.fixed()
 def abstract(name: str, config):
   """Shapes of a network's parameters with their logical axis names; nothing is computed.
 

@@ -12,6 +12,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from parti_jax import errors
+from parti_jax import numerics
 from parti_jax import storage
 from parti_jax.models import parti_config
 from parti_jax.sampling import model_folder
@@ -334,6 +335,7 @@ def read_config(path: epath.Path, stage: str) -> dict:
   return parti_config.by_todays_names(sizes) if stage == 'generator' else sizes
 
 
+@numerics.fixed()
 def read_params(path: epath.Path, module, inputs, device: jax.Device | None = None):
   """A checkpoint's parameters of a module, as `read_parts`, on one device.
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from parti_jax import errors
 from parti_jax import fingerprints
+from parti_jax import numerics
 from parti_jax import storage
 from parti_jax.models import vit_vqgan
 from parti_jax.sampling import model_folder
@@ -107,5 +108,6 @@ def tokenized(tokenizer: FrozenTokenizer, pictures: Iterator[tuple[str, np.ndarr
   while batch := list(itertools.islice(pictures, batch_size)):
     size = size or len(batch)
     images = np.stack([picture for _, picture in batch])
-    tokens = np.asarray(encode(np.resize(images, (size,) + images.shape[1:])))
+    with numerics.fixed():
+      tokens = np.asarray(encode(np.resize(images, (size,) + images.shape[1:])))
     yield from zip((caption for caption, _ in batch), tokens)

@@ -58,11 +58,13 @@ class HeldOut:
         seed=self._seed, shuffle=False, num_epochs=1)
 
   def _first(self, count: int):
-    return next(self._open(count))
+    with self._open(count) as examples:
+      return next(examples)
 
   def evaluate(self, state) -> dict[str, float]:
     """Measures of all examples with the parameters that a run is drawn with."""
-    measured = self._trainer.evaluate(state_lib.averaged(state), self._open(self._batch_size))
+    with self._open(self._batch_size) as examples:
+      measured = self._trainer.evaluate(state_lib.averaged(state), examples)
     return {f'{self._split}/{name}': value for name, value in measured.items()}
 
   def pictures(self, state):

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from parti_jax import checks
+from parti_jax.errors import UserError
 from parti_jax.partitioning import factored
 
 
@@ -73,6 +75,7 @@ def scale_by_factored_moment(decay: float):
 
 
 @gin.configurable
+@checks.bounded(weight_decay=(0, None), max_gradient_norm=(0, None))
 def adafactor(schedule, beta1: float = 0.9, beta2: float = 0.96, weight_decay: float = 4.5e-2,
               max_gradient_norm: float = 4.0, first_moment_dtype: str = 'bfloat16'):
   """Adafactor as Parti trains with it (Parti, section 3).
@@ -93,7 +96,11 @@ def adafactor(schedule, beta1: float = 0.9, beta2: float = 0.96, weight_decay: f
 
   Returns:
     An optax.GradientTransformation.
+
+  Raises:
+    UserError: if a decay is not in [0, 1), or the norm is 0.
   """
+  _check_moments('adafactor', beta1, beta2, max_gradient_norm)
   if 1.0 - beta1 < jnp.finfo(first_moment_dtype).eps / 2:
     warnings.warn(
         f'adafactor.beta1={beta1} is too close to 1 for a first moment in {first_moment_dtype}, '
@@ -108,15 +115,19 @@ def adafactor(schedule, beta1: float = 0.9, beta2: float = 0.96, weight_decay: f
 
 
 @gin.configurable
+@checks.bounded(weight_decay=(0, None), max_gradient_norm=(0, None))
 def adamw(schedule, beta1: float = 0.9, beta2: float = 0.99, weight_decay: float = 1e-4,
           max_gradient_norm: float = 1.0):
   """Adam with decoupled weight decay (ViT-VQGAN, section 4). Arguments as `adafactor`."""
+  _check_moments('adamw', beta1, beta2, max_gradient_norm)
   return optax.chain(
       optax.clip_by_global_norm(max_gradient_norm),
       optax.adamw(schedule, beta1, beta2, weight_decay=weight_decay, mask=decayed))
 
 
 @gin.configurable
+@checks.bounded(peak=(0, None), warmup_steps=(0, None), decay_start=(0, None), decay_end=(0, None),
+                final_ratio=(0, 1))
 def parti_schedule(peak: float = 4.5e-5, warmup_steps: int = 5000, decay_start: int = 85000,
                    decay_end: int = 450000, final_ratio: float = 0.025):
   """Linear warm-up, constant, then exponential decay to peak · final_ratio (Parti, section 3).
@@ -130,7 +141,13 @@ def parti_schedule(peak: float = 4.5e-5, warmup_steps: int = 5000, decay_start: 
 
   Returns:
     A function of the step.
+
+  Raises:
+    UserError: if the decay ends before it starts.
   """
+  if decay_end < decay_start:
+    raise UserError(f'parti_schedule.decay_end={decay_end} is less than '
+                    f'parti_schedule.decay_start={decay_start}')
 
   def schedule(step):
     step = jnp.asarray(step, jnp.float32)
@@ -142,6 +159,23 @@ def parti_schedule(peak: float = 4.5e-5, warmup_steps: int = 5000, decay_start: 
 
 
 @gin.configurable
+@checks.bounded(peak=(0, None), warmup_steps=(0, None), decay_steps=(1, None), final=(0, None))
 def warmup_cosine(peak: float, warmup_steps: int, decay_steps: int, final: float = 0.0):
-  """Linear warm-up to `peak`, then a cosine down to `final` at `decay_steps`, kept after it."""
+  """Linear warm-up to `peak`, then a cosine down to `final` at `decay_steps`, kept after it.
+
+  Raises:
+    UserError: if the warm-up is as long as all of it.
+  """
+  if warmup_steps >= decay_steps:
+    raise UserError(f'warmup_cosine.warmup_steps={warmup_steps} must be less than '
+                    f'warmup_cosine.decay_steps={decay_steps}, which counts from the first step')
   return optax.warmup_cosine_decay_schedule(0.0, peak, warmup_steps, decay_steps, final)
+
+
+def _check_moments(name: str, beta1: float, beta2: float, max_gradient_norm: float):
+  """Raises UserError unless an optimizer can move anything with these."""
+  for parameter, value in (('beta1', beta1), ('beta2', beta2)):
+    if not 0 <= value < 1:
+      raise UserError(f'{name}.{parameter}={value} must be at least 0 and below 1')
+  if not max_gradient_norm > 0:
+    raise UserError(f'{name}.max_gradient_norm={max_gradient_norm} must be above 0')

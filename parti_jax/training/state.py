@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
 from parti_jax import errors
+from parti_jax import numerics
 from parti_jax.partitioning import rules as partitioning_rules
 
 # JAX's name of the hosts' memory that devices can read.
@@ -90,7 +91,7 @@ def abstract_state(stage, optimizer, mesh, rules):
   Raises:
     UserError: if the mesh does not divide a parameter.
   """
-  boxed = jax.eval_shape(stage.init, jax.random.key(0))
+  boxed = jax.eval_shape(stage.init, numerics.key(0))
   shardings = partitioning_rules.parameter_shardings(boxed, mesh, rules)
   params = nn.meta.unbox(boxed)
   optimizer_state = jax.eval_shape(optimizer.init, params)
@@ -125,7 +126,7 @@ def create_state(stage, optimizer, seed: int, abstract, mesh, rules) -> TrainSta
   """
 
   def create():
-    params = nn.meta.unbox(stage.init(jax.random.key(seed)))
+    params = nn.meta.unbox(stage.init(numerics.key(seed)))
     statistics = stage.initial_statistics()
     if 'average' in statistics:  # It is used where the first steps could not be applied.
       statistics = statistics | {'average': {name: params[name] for name in statistics['average']}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 
 import tqdm
@@ -43,9 +44,10 @@ def run(args: argparse.Namespace) -> int:
   pictures = {split: tasks.pictures_and_captions(None, split, model.image_size)
               for split in splits}
   for split in splits:
-    examples = frozen_tokenizer.tokenized(tokenizer, pictures[split], args.batch_size)
-    bar = tqdm.tqdm(examples, desc=split, unit='picture', disable=not sys.stderr.isatty())
-    count = token_cache.write_token_cache(args.output_dir, bar, info, split)
+    with contextlib.closing(pictures[split]):
+      examples = frozen_tokenizer.tokenized(tokenizer, pictures[split], args.batch_size)
+      bar = tqdm.tqdm(examples, desc=split, unit='picture', disable=not sys.stderr.isatty())
+      count = token_cache.write_token_cache(args.output_dir, bar, info, split)
     print(f'{args.output_dir}: {split}: {count} pictures, {model.image_length} tokens each')
   return 0
 

@@ -73,7 +73,8 @@ def revive(table, use, dead, latents, rng):
   """
   latents = quantizer.normalize(latents.reshape(-1, table.shape[1]))
   nearest = jnp.max(latents @ quantizer.normalize(table).T, axis=-1)
-  chance = jnp.log(jnp.maximum(1.0 - nearest, 1e-6)) + jax.random.gumbel(rng, nearest.shape)
+  chance = jnp.log(jnp.maximum(1.0 - nearest, 1e-6)) + jax.random.gumbel(
+      rng, nearest.shape, jnp.float32, mode='low')
   count = min(table.shape[0], latents.shape[0])
   chosen = latents[jax.lax.top_k(chance, count)[1]]
   turn = jnp.cumsum(dead) - 1

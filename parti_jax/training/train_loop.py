@@ -205,6 +205,7 @@ def train_stage(model_dir: str, journal: journal_lib.Journal, stage=gin.REQUIRED
     reporter.say(run.interrupted())
     raise
   finally:
+    training.close()
     # The other processes may be waiting for one that failed, so that one must not wait for them.
     if whole or jax.process_count() == 1:
       run.close()

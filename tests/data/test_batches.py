@@ -11,6 +11,7 @@ import seqio
 from parti_jax.data import decoding
 from parti_jax.data import tasks
 from parti_jax.data.batches import Batches
+from parti_jax.data.quiet_tensorflow import tf
 from parti_jax.errors import UserError
 
 IMAGES = {'images': 8}
@@ -197,6 +198,39 @@ def test_a_place_of_before_there_were_numbers(folder, encode):
   _assert_equal(next(resumed), read[2])
   resumed.restore(resumed.state())
   _assert_equal(next(resumed), read[3])
+
+
+def test_no_batch_comes_once_closed(numbered):
+  numbered(5)
+  with Batches('folder_images', 'train', 2, IMAGES) as batches:
+    next(batches)
+    state = batches.state()
+  with pytest.raises(ValueError, match='closed'):
+    next(batches)
+  assert batches.state() == state
+  batches.restore(state)
+  next(batches)
+  batches.close()
+
+
+def test_an_error_of_the_program_in_a_data_thread_is_not_the_datas(numbered, monkeypatch):
+  numbered(5)
+  monkeypatch.setattr(decoding, 'decode', lambda *_: 1 // 0)
+  with pytest.raises(tf.errors.OpError, match='ZeroDivisionError'):
+    next(Batches('folder_images', 'train', 2, IMAGES))
+
+
+def test_an_error_of_the_data_in_a_data_thread_is_one_line(numbered, monkeypatch):
+  numbered(5)
+
+  def decode(*_):
+    raise UserError('s3://bucket/a.png cannot be read: no credentials')
+
+  monkeypatch.setattr(decoding, 'decode', decode)
+  with pytest.raises(UserError) as found:
+    next(Batches('folder_images', 'train', 2, IMAGES))
+  assert str(found.value) == ('folder_images, train: reading failed: s3://bucket/a.png cannot be '
+                              'read: no credentials')
 
 
 @pytest.mark.parametrize('lengths, message', [

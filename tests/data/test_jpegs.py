@@ -1,4 +1,4 @@
-"""JPEGs of every kind, by several encoders and by hand: read as Pillow reads them, if not damaged."""
+"""JPEGs of every kind, by several encoders and by hand: undamaged ones are read as by Pillow."""
 
 import contextlib
 import io
@@ -173,7 +173,8 @@ def _with_before_markers(data, added, places):
 
 
 @pytest.mark.parametrize('added', [
-    *(bytes(count) for count in (1, 3, 8, 50, 1000)), b'\xff', b'\xff' * 9, b'\0' * 5 + b'\xff' * 3])
+    *(bytes(count) for count in (1, 3, 8, 50, 1000)), b'\xff', b'\xff' * 9,
+    b'\0' * 5 + b'\xff' * 3])
 def test_padding_before_markers(added):
   """The pixels are all there."""
   for data in _pictures():

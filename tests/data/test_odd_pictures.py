@@ -61,7 +61,7 @@ def _in_8_bits(samples, depth):
 
 
 def _on_white(colors, opacity):
-  """Blends colours of 8 bits with white; opacity in 0 to 1, of the colours' shape or without channels."""
+  """Blends colours, [height, width, 1 or 3], with white; opacity, [height, width], in 0 to 1."""
   opacity = opacity[..., None]
   return np.broadcast_to(colors * opacity + 255 * (1 - opacity), [HEIGHT, WIDTH, 3])
 
