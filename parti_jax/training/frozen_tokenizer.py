@@ -4,16 +4,50 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+import flax.linen as nn
 import jax
 import numpy as np
 
+from parti_jax import errors
 from parti_jax import numerics
 from parti_jax import storage
 from parti_jax.models import vit_vqgan
 from parti_jax.sampling import model_folder
 from parti_jax.training import checkpoints
+
+
+def is_trained(model_dir) -> bool:
+  """Whether a folder is an exported model, or a run that has written a checkpoint."""
+  return (storage.exists(storage.join(model_dir, model_folder.CONFIG_FILE))
+          or checkpoints.has_checkpoint(model_dir))
+
+
+def sizes(model_dir, of_trained: Callable[[], vit_vqgan.ViTVQGANConfig]):
+  """Sizes of a tokenizer that may have to be trained first, as for a plan.
+
+  Args:
+    model_dir: its run's folder, or that of an exported model.
+    of_trained: returns the sizes of the trained one.
+
+  Returns:
+    A ViTVQGANConfig: that of the trained tokenizer or, as long as there is none, that of gin.
+
+  Raises:
+    UserError: if there is a trained tokenizer that can't be read.
+  """
+  try:
+    return of_trained()
+  except errors.UserError:
+    if is_trained(model_dir):
+      raise
+    return vit_vqgan.ViTVQGANConfig()
+
+
+def planned_params(model: vit_vqgan.ViTVQGANConfig):
+  """Shapes and dtypes of a tokenizer's parameters, without any files."""
+  return nn.meta.unbox(model_folder.abstract('tokenizer', model))
 
 
 def load(model_dir, device: jax.Device | None = None):

@@ -6,6 +6,9 @@ from __future__ import annotations
 class PlainStage:
   """A stage without statistics, whose `loss` says nothing besides metrics."""
 
+  # What a loss computes over several examples, in words; with microbatches, over those of one.
+  over_examples: tuple[str, ...] = ()
+
   def initial_statistics(self):
     """Nothing is carried besides parameters."""
     return {}

@@ -67,7 +67,7 @@ class RankerStage(plain_stage.PlainStage):
     contrastive_weight: of the contrastive loss (1 in CoCa, section 4.1).
     caption_weight: of the captioning loss (2 in CoCa).
     tokenizer: run of an image tokenizer (its --model_dir) that some pictures go through; None
-      for none.
+      for none. Until it is trained, plans take its sizes from ViTVQGANConfig in gin.
     reconstruct_every: one picture of so many goes through the tokenizer; must divide the batch.
     shift: pixels that a picture is moved by at most.
     noise: largest standard deviation of noise in pixels, which are in [0, 1].
@@ -95,6 +95,12 @@ class RankerStage(plain_stage.PlainStage):
   frozen = ()
   compute_dtype = property(lambda self: self.model.compute_dtype)
 
+  @property
+  def over_examples(self) -> tuple[str, ...]:
+    """What the losses compute over several examples, see `PlainStage`."""
+    reconstructed = ('pictures that go through the tokenizer',) if self.tokenizer else ()
+    return ('negatives in the contrastive loss', *reconstructed)
+
   def feature_lengths(self) -> dict[str, int]:
     return {'inputs': self.model.text_length, 'images': self.model.image_size}
 
@@ -119,9 +125,10 @@ class RankerStage(plain_stage.PlainStage):
     return {} if self.tokenizer is None else {'tokenizer': _tokenizer(self.tokenizer)[1]}
 
   def abstract_constants(self):
-    """Shapes and dtypes of `constants`."""
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self.constants())
+    """Shapes and dtypes of `constants`; the tokenizer need not be trained yet."""
+    if self.tokenizer is None:
+      return {}
+    return {'tokenizer': frozen_tokenizer.planned_params(_tokenizer_config(self.tokenizer))}
 
   def loss(self, params, batch, dropout_keys, step):
     """The weighted sum of both losses (CoCa, eq. 4), means over examples.
@@ -201,7 +208,7 @@ class RankerStage(plain_stage.PlainStage):
       raise errors.UserError(
           f'RankerStage.reconstruct_every={every} does not divide the {len(images)} examples of a '
           'batch; set train.batch_size to a multiple')
-    config, _ = _tokenizer(self.tokenizer)
+    config = _tokenizer_config(self.tokenizer)
     if config.image_size != self.model.image_size:
       raise errors.UserError(
           f'RankerStage.tokenizer={self.tokenizer!r} is of pictures of {config.image_size} pixels, '
@@ -233,6 +240,11 @@ def _tokenizer(model_dir: str):
   with concurrent.futures.ThreadPoolExecutor(1) as executor:
     config, params = executor.submit(frozen_tokenizer.load, model_dir).result()
     return config, jax.tree.map(np.asarray, params)
+
+
+def _tokenizer_config(model_dir: str) -> vit_vqgan.ViTVQGANConfig:
+  """Sizes of the tokenizer; those that gin gives as long as it is not trained, for plans."""
+  return frozen_tokenizer.sizes(model_dir, lambda: _tokenizer(model_dir)[0])
 
 
 def _to_unit(images):

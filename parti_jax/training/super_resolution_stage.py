@@ -36,7 +36,8 @@ class SuperResolutionStage(plain_stage.PlainStage):
     model: sizes of the network.
     image_size: height and width of the targets, in pixels.
     tokenizer: run of the image tokenizer (its --model_dir), whose pictures are as many times
-      smaller; None to enlarge averaged pictures alone.
+      smaller; None to enlarge averaged pictures alone. Until it is trained, plans take its sizes
+      from ViTVQGANConfig in gin.
     clean_share: share of the examples that do not go through the tokenizer.
     crop: side of the random squares that are cut out of inputs, in pixels; None for whole ones.
     l2_weight: of the mean squared error (1.0 in ViT-VQGAN).
@@ -111,6 +112,11 @@ class SuperResolutionStage(plain_stage.PlainStage):
     """Height and width of what losses compare, in pixels."""
     return self.model.factor * (self.crop or self.input_size)
 
+  @property
+  def over_examples(self) -> tuple[str, ...]:
+    """What the losses compute over several examples, see `PlainStage`."""
+    return adversarial.over_examples(self.discriminator) if self.adversarial_weight else ()
+
   def feature_lengths(self) -> dict[str, int]:
     return {'images': self.image_size}
 
@@ -148,14 +154,22 @@ class SuperResolutionStage(plain_stage.PlainStage):
       UserError: if there is no run of a tokenizer, or it is of pictures of another size; if a file
         of weights is not given, is missing or damaged.
     """
-    found = {} if self.tokenizer is None else {'tokenizer': self._tokenizer[1]}
+    found = {}
+    if self.tokenizer is not None:
+      found['tokenizer'] = self._tokenizer[1]
+      self._tokenizer_config  # pylint: disable=pointless-statement
     if self.perceptual_weight:
       found['perceptual'] = lpips_weights.of_stage(self)
     return found
 
   def abstract_constants(self):
-    """Shapes and dtypes of `constants`."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self.constants())
+    """Shapes and dtypes of `constants`, without any files; the tokenizer need not be trained."""
+    found = {}
+    if self.tokenizer is not None:
+      found['tokenizer'] = frozen_tokenizer.planned_params(self._tokenizer_config)
+    if self.perceptual_weight:
+      found['perceptual'] = lpips.abstract_params()
+    return found
 
   def loss(self, params, batch, dropout_keys, step):
     """The training loss.
@@ -257,9 +271,15 @@ class SuperResolutionStage(plain_stage.PlainStage):
     return draw, self.constants()
 
   def step_flops(self, batch_size: int) -> int:
-    """Model FLOPs of a training step, without those of the tokenizer."""
-    side = self.crop or self.input_size
-    return 3 * batch_size * flops.super_resolution_forward(self.model, side, side)
+    """Model FLOPs of a training step, without those of the tokenizer and of the R1 penalty."""
+    side, size = self.crop or self.input_size, self._target_size
+    total = 3 * flops.super_resolution_forward(self.model, side, side)
+    if self.perceptual_weight:
+      total += tokenizer_stage.PERCEPTUAL_PASSES * flops.vgg16_forward(size)
+    if self.adversarial_weight:
+      total += tokenizer_stage.ADVERSARIAL_PASSES * flops.discriminator_forward(
+          self.discriminator, size)
+    return batch_size * total
 
   def _clean(self, targets):
     """[batch, factor · height, factor · width, 3] averaged over squares of factor × factor."""
@@ -271,18 +291,24 @@ class SuperResolutionStage(plain_stage.PlainStage):
 
   @functools.cached_property
   def _tokenizer(self):
-    """The tokenizer's module and parameters, numpy arrays."""
+    """The trained tokenizer's sizes and parameters, numpy arrays."""
     config, params = frozen_tokenizer.load(self.tokenizer)
+    return config, jax.tree.map(np.asarray, params)
+
+  @functools.cached_property
+  def _tokenizer_config(self) -> vit_vqgan.ViTVQGANConfig:
+    """The tokenizer's sizes; those that gin gives as long as it is not trained, for plans."""
+    config = frozen_tokenizer.sizes(self.tokenizer, lambda: self._tokenizer[0])
     if config.image_size != self.input_size:
       raise errors.UserError(
           f'SuperResolutionStage.image_size={self.image_size} is not '
           f'SuperResolutionConfig.factor={self.model.factor} times the {config.image_size} pixels '
           f'of the tokenizer in {self.tokenizer}')
-    return vit_vqgan.ViTVQGAN(config), jax.tree.map(np.asarray, params)
+    return config
 
   def _reconstruct(self, constants, images):
     """What the tokenizer makes of pictures, rounded as pictures are stored."""
-    module, params = self._tokenizer[0], constants['tokenizer']
+    module, params = vit_vqgan.ViTVQGAN(self._tokenizer_config), constants['tokenizer']
     tokens = module.apply({'params': params}, images, method='tokenize')
     pixels = module.apply({'params': params}, tokens, method='detokenize')
     return jax.lax.stop_gradient(jnp.round(pixels * 255.0) / 255.0)

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from parti_jax import config
 from parti_jax import main
 from parti_jax.errors import UserError
 from parti_jax.models import discriminator as discriminator_lib
+from parti_jax.models import flops
 from parti_jax.models import layers
 from parti_jax.models import lpips
 from parti_jax.models import super_resolution
@@ -205,6 +207,30 @@ def test_a_tokenizer_of_another_size_is_named(make_stage):
   stage = dataclasses.replace(make_stage(tokenizer='runs/tokenizer'), image_size=32)
   with pytest.raises(UserError, match='image_size=32 is not .*factor=2 times the 8 pixels'):
     stage.constants()
+
+
+def test_a_plan_needs_no_trained_tokenizer(make_stage, tokenizer_params, monkeypatch, tmp_path):
+  stage = make_stage(tokenizer='runs/tokenizer')
+  shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+  assert shapes(stage.abstract_constants()) == shapes({'tokenizer': tokenizer_params})
+  monkeypatch.undo()
+  config.parse([], [f'ViTVQGANConfig.{name} = {value!r}'
+                    for name, value in dataclasses.asdict(TOKENIZER).items()])
+  untrained = dataclasses.replace(stage, tokenizer=str(tmp_path / 'nowhere'))
+  assert shapes(untrained.abstract_constants()) == shapes({'tokenizer': tokenizer_params})
+  with pytest.raises(UserError, match='nowhere: no training run there'):
+    untrained.constants()
+
+
+def test_model_flops_count_what_judges_the_pictures():
+  stage = lambda **more: super_resolution_stage.SuperResolutionStage(
+      NETWORK, image_size=64, crop=16, **more)
+  judge = discriminator_lib.DiscriminatorConfig(channels=64, max_channels=8)
+  plain = stage().step_flops(4)
+  # Of 32×32 pixels, the crop enlarged; see tokenizer_stage for the passes.
+  assert stage(perceptual_weight=0.1).step_flops(4) - plain == 4 * 3 * flops.vgg16_forward(32)
+  adversarial = stage(adversarial_weight=0.1, discriminator=judge).step_flops(4)
+  assert adversarial - plain == 4 * 7 * flops.discriminator_forward(judge, 32)
 
 
 def test_from_a_tokenizer_to_an_exported_part(tokenizer_bindings, tmp_path, capsys):
