@@ -199,7 +199,7 @@ class Pipeline:
     """Draws pictures (Parti, section 2).
 
     A picture follows from its prompt, the seed, its index among the pictures of its prompt, and
-    the settings; it is the same in any batch. (Batches of another size may round differently in
+    the settings; it is the same in any batch, whatever JAX's settings of the process. (Batches of another size may round differently in
     the last bit, which can tip a draw once in a great many.)
 
     Args:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from parti_jax import errors
 from parti_jax.partitioning import factored
 
 
@@ -93,7 +94,13 @@ def adafactor(schedule, beta1: float = 0.9, beta2: float = 0.96, weight_decay: f
 
   Returns:
     An optax.GradientTransformation.
+
+  Raises:
+    UserError: if the first moment can't be stored in that dtype.
   """
+  if first_moment_dtype not in ('bfloat16', 'float32'):
+    raise errors.UserError(f'adafactor.first_moment_dtype={first_moment_dtype!r} must be '
+                           "'bfloat16' or 'float32'")
   if 1.0 - beta1 < jnp.finfo(first_moment_dtype).eps / 2:
     warnings.warn(
         f'adafactor.beta1={beta1} is too close to 1 for a first moment in {first_moment_dtype}, '
