@@ -200,8 +200,9 @@ class Pipeline:
     """Draws pictures (Parti, section 2).
 
     A picture follows from its prompt, the seed, its index among the pictures of its prompt, and
-    the settings; it is the same in any batch. (Batches of another size may round differently in
-    the last bit, which can tip a draw once in a great many.)
+    the settings; it is the same in any batch, and whatever JAX's settings of the process are.
+    (Batches of another size may round differently in the last bit, which can tip a draw once in a
+    great many.)
 
     Args:
       prompts: texts, or one text. Those longer than the model's text length are cut, with a

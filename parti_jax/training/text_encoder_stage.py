@@ -65,6 +65,14 @@ class TextEncoderStage(plain_stage.PlainStage):
           f'TextEncoderStage.contrastive_weight={self.contrastive_weight} needs an image encoder: '
           'set TextEncoderStage.image = @CoCaConfig()')
 
+  @property
+  def over_examples(self) -> tuple[str, ...]:
+    """What the losses compute over several examples, see `PlainStage`."""
+    if not self.contrastive_weight:
+      return ()
+    masked = ('mean over masked pieces',) if self.masked_weight else ()
+    return ('negatives in the contrastive loss', *masked)
+
   def feature_lengths(self) -> dict[str, int]:
     lengths = {'inputs': self.model.text_length}
     return lengths | ({'images': self.image.image_size} if self.contrastive_weight else {})
