@@ -16,22 +16,22 @@ from parti_jax import errors
 # The generator of all random draws.
 _PRNG = 'threefry2x32'
 
-# Context managers of JAX, and the values that results are defined by.
-_SETTINGS = (
-    (jax.enable_x64, False),
-    (jax.default_prng_impl, _PRNG),
-    (jax.threefry_partitionable, True),
-    (jax.numpy_dtype_promotion, 'standard'),
-    (jax.numpy_rank_promotion, 'allow'),
-    (jax.default_matmul_precision, None),
-    (jax.softmax_custom_jvp, False),
-    (jax.disable_jit, False),
+# Context managers of the module `jax`, and the values that results are defined by.
+_SETTINGS = {
+    'enable_x64': False,
+    'default_prng_impl': _PRNG,
+    'threefry_partitionable': True,
+    'numpy_dtype_promotion': 'standard',
+    'numpy_rank_promotion': 'allow',
+    'default_matmul_precision': None,
+    'softmax_custom_jvp': False,
+    'disable_jit': False,
     # These raise where a run would go on: steps that are not finite are skipped and reported.
-    (jax.debug_nans, False),
-    (jax.debug_infs, False),
-    (jax.debug_key_reuse, False),
-    (jax.transfer_guard, 'allow'),
-)
+    'debug_nans': False,
+    'debug_infs': False,
+    'debug_key_reuse': False,
+    'transfer_guard': 'allow',
+}
 
 
 @contextlib.contextmanager
@@ -44,13 +44,15 @@ def fixed():
   Raises:
     UserError: if JAX adds an offset to all seeds, for which it has no such context.
   """
-  if jax.config.jax_random_seed_offset:
+  offset = getattr(jax.config, 'jax_random_seed_offset', 0)
+  if offset:
     raise errors.UserError(
-        f'JAX_RANDOM_SEED_OFFSET={jax.config.jax_random_seed_offset} would change all random '
-        'draws; unset it, or jax.config.jax_random_seed_offset')
+        f'JAX_RANDOM_SEED_OFFSET={offset} would change all random draws; unset it, or '
+        'jax.config.jax_random_seed_offset')
   with contextlib.ExitStack() as stack:
-    for setting, value in _SETTINGS:
-      stack.enter_context(setting(value))
+    for name, value in _SETTINGS.items():
+      if hasattr(jax, name):  # What a version of JAX has no setting for can't be changed.
+        stack.enter_context(getattr(jax, name)(value))
     yield
 
 

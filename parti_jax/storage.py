@@ -255,6 +255,28 @@ def write(path: str | os.PathLike[str], content: bytes | str) -> None:
     raise
 
 
+def create(path: str | os.PathLike[str], content: bytes) -> None:
+  """Writes a file that is not there yet; of several that do so at once, one succeeds.
+
+  Stores do this by a condition on the request: s3:// by If-None-Match, gs:// by ifGenerationMatch.
+  One that ignores the condition replaces the object.
+
+  Raises:
+    FileExistsError: the file is there.
+  """
+  if not is_url(path):
+    with open(_local(path), 'xb') as file:
+      file.write(content)
+    return
+  with _store_errors(path, writing=True):
+    try:
+      _file_system(path).pipe_file(os.fspath(path), content, mode='create')
+    except OSError as error:
+      if 'ConditionalRequestConflict' not in str(error):  # Of S3, while another one creates it.
+        raise
+      raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(path)) from error
+
+
 def make_folder(path: str | os.PathLike[str]) -> None:
   """Makes a folder and those around it, unless they are there; stores need none."""
   if not is_url(path):

@@ -12,7 +12,8 @@ NO_WHOLE_NUMBERS = [
     np.True_, np.array(True), [4], (), {}, np.array([4]), np.array([4, 4]), 4j, object]
 NO_NUMBERS = [
     float('nan'), float('inf'), -float('inf'), 1e39, -1e300, 10**400, np.float64(1e39), '1', b'1',
-    None, True, np.True_, [1.0], np.array([1.0]), {}, 1j, np.complex64(1), np.timedelta64(1), object]
+    None, True, np.True_, [1.0], np.array([1.0]), {}, 1j, np.complex64(1), np.timedelta64(1),
+    object]
 
 
 @pytest.mark.parametrize('value', [
@@ -128,7 +129,8 @@ def test_numbers_as_text_are_short_and_never_the_same_for_two():
 
 @pytest.mark.parametrize('value, message', [
     (5, r'prompts=5 must be a text or a list of texts'), ({'a': 1}, 'prompts='), (b'a', 'prompts='),
-    (['a', None], 'prompt 2 is None, which is not a text'), (['\ud800'], 'prompt 1 has characters')])
+    (['a', None], 'prompt 2 is None, which is not a text'),
+    (['\ud800'], 'prompt 1 has characters')])
 def test_texts(value, message):
   with pytest.raises(UserError, match=f'^{message}'):
     checks.texts('prompt', value)

@@ -18,8 +18,10 @@ import collections
 import functools
 import json
 import os
+import re
 import shutil
 import tempfile
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -37,6 +39,10 @@ EXAMPLES_PER_SHARD = 16_384
 SHUFFLES = ('global', 'window')
 _INFO_KEYS = ('codebook_size', 'image_tokens', 'tokenizer')
 _MAX_INFO = 2**28
+# What every file system takes in the middle of a name.
+_REFUSED = r'\x00-\x1f\x7f/\\<>:"|?*\ud800-\udfff'
+_SPLIT = re.compile(rf'[^{_REFUSED}\s.-][^{_REFUSED}]*')
+_LONGEST_SPLIT = 200
 _HOW_TO_MAKE = '`parti-jax tokenize` makes it'
 # Readers of shards that a process keeps open.
 _MOST_OPEN = 256
@@ -134,9 +140,11 @@ def write_token_cache(
     The number of examples.
 
   Raises:
-    UserError: the folder holds tokens of another tokenizer, or can't be written.
+    UserError: the folder holds tokens of another tokenizer, or can't be written; or the split's
+      name can't be part of a file's.
     ValueError: tokens do not fit `info`, or an entry of `info` is missing.
   """
+  check_split_name(split)
   missing = [key for key in _INFO_KEYS if key not in info]
   if missing:
     raise ValueError(f'info lacks {", ".join(missing)}')
@@ -162,6 +170,13 @@ def write_token_cache(
   return split_info(shards)['examples']
 
 
+def check_split_name(split: str) -> None:
+  """Raises UserError unless the name of a split can be part of a file's."""
+  if not _SPLIT.fullmatch(split) or len(split.encode('utf-8', 'replace')) > _LONGEST_SPLIT:
+    raise UserError(f'the split {split[:80]!r} cannot be part of a file name; rename it in the '
+                    'source, with letters, digits, spaces and -_.+=, 200 bytes at most')
+
+
 def split_info(shards: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
   """What `info.json` has of a split, of what it has of its shards."""
   return {'examples': sum(shard['examples'] for shard in shards), 'shards': list(shards)}
@@ -185,6 +200,11 @@ def write_info(folder: str, info: Mapping[str, Any]) -> None:
                 json.dumps({'version': VERSION, 'views': 1, **info}, indent=2))
 
 
+def _same_name(split: str) -> str:
+  """What file systems that fold case and normal forms make of a split's name."""
+  return unicodedata.normalize('NFKC', split).casefold()
+
+
 def other_splits(folder: str, info: Mapping[str, Any], split: str) -> dict[str, Any]:
   """Returns the finished splits that stay, after checking that they are of the same tokenizer.
 
@@ -195,6 +215,10 @@ def other_splits(folder: str, info: Mapping[str, Any], split: str) -> dict[str, 
     return {}
   present = read_info(folder)
   splits = {name: value for name, value in present['splits'].items() if name != split}
+  for name in splits:
+    if _same_name(name) == _same_name(split):
+      raise UserError(f'the token cache {folder} holds a split {name!r}, whose files have the same '
+                      f'names as those of {split!r} on some file systems; choose another folder')
   for key in (*_INFO_KEYS, 'views'):
     ours = info.get(key, 1) if key == 'views' else info[key]
     if splits and present[key] != ours:

@@ -204,7 +204,7 @@ def _remarks(rows: Mapping[str, Row], dim: int, captions: int | None, scored: bo
       f'Precision, recall: fewer than {_FEW_PICTURES} pictures say little, since the balls around '
       'them reach far')
   add({key: count for key, count in compared.items() if count <= precision_recall.NEIGHBOURS},
-      'Left out for too few pictures: precision and recall, and of a single one the Fréchet distance')
+      'Left out for too few pictures: precision and recall, and of one also the Fréchet distance')
   if scored:
     add({key: row.pictures for key, row in rows.items()
          if row.pictures < _SPLITS * _LEAST_OF_A_SPLIT and key != 'other_captions'},
@@ -212,8 +212,8 @@ def _remarks(rows: Mapping[str, Row], dim: int, captions: int | None, scored: bo
   if 'real_half' not in rows:
     found.append('Halves: left out, since there are too few pictures.')
   if captions is not None and captions < FEW_PROMPTS:
-    found.append(f'Alignment: over fewer than {FEW_PROMPTS} captions ({captions}) the standard error '
-                 'is rough, and of one caption there is none.')
+    found.append(f'Alignment: over fewer than {FEW_PROMPTS} captions ({captions}) the standard '
+                 'error is rough, and of one caption there is none.')
   return found
 
 

@@ -9,8 +9,9 @@ NOTE = (
     'Fréchet distance: less is better; it grows where pictures are few, so that only rows with the '
     'same numbers of pictures compare, and only over the same features. Precision, recall '
     '(k = 3): shares of generated pictures on the manifold of the real ones, and the reverse, '
-    'in %; they too depend on the numbers of pictures. Inception score: more is better; the mean over ten '
-    'parts of the pictures, ± the deviation between them; it grows with the number of pictures. '
+    'in %; they too depend on the numbers of pictures. Inception score: more is better; the mean '
+    'over ten parts of the pictures, ± the deviation between them; it grows with the number of '
+    'pictures. '
     'Alignment: mean cosine of the ranker\'s features of text and picture.')
 
 _COLUMNS = {

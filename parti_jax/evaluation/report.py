@@ -137,8 +137,8 @@ class SplitReport:
         few.append(f'{label}: {fewest}')
     if not few:
       return []
-    return [f'Standard errors over fewer than {distribution_lib.FEW_PROMPTS} prompts are rough, and '
-            f'of one prompt there is none (fewest prompts of a row: {", ".join(few)}).']
+    return [f'Standard errors over fewer than {distribution_lib.FEW_PROMPTS} prompts are rough, '
+            f'and of one prompt there is none (fewest prompts of a row: {", ".join(few)}).']
 
   def title(self) -> str:
     return f'{self.split}: {self.prompts} of {self.pictures} prompts'

@@ -47,8 +47,8 @@ class Report:
       lines.append(f'| {what} | {bicubic.mean():.2f} | {ours.mean():.2f} | '
                    f'{_with_error(ours - bicubic)} |')
     if count < _FEW_PICTURES:
-      lines.append(f'Standard errors over fewer than {_FEW_PICTURES} pictures are rough, and of one '
-                   'picture there is none.')
+      lines.append(f'Standard errors over fewer than {_FEW_PICTURES} pictures are rough, and of '
+                   'one picture there is none.')
     return '\n'.join(lines)
 
   def json(self) -> dict[str, Any]:

@@ -156,5 +156,5 @@ def _check_size(name: str, value: Any, key: str, where):
   for number in value if isinstance(value, tuple) else [value]:
     if isinstance(number, (int, float)) and abs(number) > most:
       raise UserError(
-          f'{where}: {key!r}: {name}={checks.shown(number)} is more than {most:,}, the most that is '
-          'read; is the file damaged?')
+          f'{where}: {key!r}: {name}={checks.shown(number)} is more than {most:,}, the most that '
+          'is read; is the file damaged?')

@@ -173,12 +173,11 @@ class Pipeline:
     self._tokenizer_params = self._place.put(
         model.tokenizer_params, model_folder.abstract('tokenizer', model.tokenizer_config))
     self.ranker = None
-    if 'ranker' in model.parts:
-      self.ranker = ranking.Ranker(*model.parts['ranker'], self._vocabulary, self._place)
-
+    if part := model.parts.get('ranker'):
+      self.ranker = ranking.Ranker(part.config, part.params, self._vocabulary, self._place)
     self.upscaler = None
-    if 'super_resolution' in model.parts:
-      self.upscaler = upscaling.Upscaler(*model.parts['super_resolution'], self._place)
+    if part := model.parts.get('super_resolution'):
+      self.upscaler = upscaling.Upscaler(part.config, part.params, self._place)
 
   @property
   def image_size(self) -> int:
@@ -200,8 +199,9 @@ class Pipeline:
     """Draws pictures (Parti, section 2).
 
     A picture follows from its prompt, the seed, its index among the pictures of its prompt, and
-    the settings; it is the same in any batch. (Batches of another size may round differently in
-    the last bit, which can tip a draw once in a great many.)
+    the settings; it is the same in any batch, and whatever JAX's settings of the process are.
+    (Batches of another size may round differently in the last bit, which can tip a draw once in a
+    great many.)
 
     Args:
       prompts: texts, or one text. Those longer than the model's text length are cut, with a

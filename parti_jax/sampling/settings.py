@@ -18,8 +18,8 @@ GUIDANCE_RAMPS = {
 }
 
 LARGEST_SEED = 2**32 - 1
-# Within these bounds, guided logits of up to 1e12 stay finite in float32 when they are divided by the
-# temperature. A lower temperature draws the same as 0: the noise spans no more than 22.
+# Within these bounds, guided logits of up to 1e12 stay finite in float32 when they are divided by
+# the temperature. A lower temperature draws the same as 0: the noise spans no more than 22.
 MOST_GUIDANCE = 1e6
 _LEAST_TEMPERATURE = 1e-20
 # Smaller numbers are 0 on devices that know no subnormal ones.

@@ -6,9 +6,10 @@ import concurrent.futures
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 
@@ -42,6 +43,38 @@ class FrozenTokenizer:
   def fingerprint(self) -> str:
     """By which token caches and models know the tokenizer, see `parti_jax.fingerprints`."""
     return self.kept_fingerprint or fingerprints.of_tokenizer(self.params)
+
+
+def is_trained(path) -> bool:
+  """Whether a folder is an exported model, or a run that has written a checkpoint."""
+  return (storage.exists(storage.join(path, model_folder.CONFIG_FILE))
+          or checkpoints.has_checkpoint(path))
+
+
+def sizes(path, of_trained: Callable[[], vit_vqgan.ViTVQGANConfig]):
+  """Sizes of a tokenizer that may have to be trained first, as for a plan.
+
+  Args:
+    path: its run's folder, or that of an exported model.
+    of_trained: returns the sizes of the trained one.
+
+  Returns:
+    A ViTVQGANConfig: that of the trained tokenizer or, as long as there is none, that of gin.
+
+  Raises:
+    UserError: if there is a trained tokenizer that can't be read.
+  """
+  try:
+    return of_trained()
+  except errors.UserError:
+    if is_trained(path):
+      raise
+    return vit_vqgan.ViTVQGANConfig()
+
+
+def planned_params(model: vit_vqgan.ViTVQGANConfig):
+  """Shapes and dtypes of a tokenizer's parameters, without any files."""
+  return nn.meta.unbox(model_folder.abstract('tokenizer', model))
 
 
 def load(path, device: jax.Device | None = None) -> FrozenTokenizer:

@@ -98,9 +98,13 @@ def adafactor(schedule, beta1: float = 0.9, beta2: float = 0.96, weight_decay: f
     An optax.GradientTransformation.
 
   Raises:
-    UserError: if a decay is not in [0, 1), or the norm is 0.
+    UserError: if a decay is not in [0, 1), the norm is 0, or the first moment can't be stored in
+      that dtype.
   """
   _check_moments('adafactor', beta1, beta2, max_gradient_norm)
+  if first_moment_dtype not in ('bfloat16', 'float32'):
+    raise UserError(f'adafactor.first_moment_dtype={first_moment_dtype!r} must be '
+                    "'bfloat16' or 'float32'")
   if 1.0 - beta1 < jnp.finfo(first_moment_dtype).eps / 2:
     warnings.warn(
         f'adafactor.beta1={beta1} is too close to 1 for a first moment in {first_moment_dtype}, '

@@ -27,6 +27,14 @@ class PlainStage:
     return frozen_tokenizer_lib.load_for(
         f'{type(self).__name__}.tokenizer', self.tokenizer, 'set it to None to do without')
 
+  @functools.cached_property
+  def tokenizer_config(self):
+    """The sizes of that tokenizer; those that gin gives as long as it is not trained, for plans."""
+    return frozen_tokenizer_lib.sizes(self.tokenizer, lambda: self.frozen_tokenizer.config)
+
+  # What a loss computes over several examples, in words; with microbatches, over those of one.
+  over_examples: tuple[str, ...] = ()
+
   def initial_statistics(self):
     """Nothing is carried besides parameters."""
     return {}

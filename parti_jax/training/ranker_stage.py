@@ -15,6 +15,7 @@ from parti_jax.models import contrastive
 from parti_jax.models import flops
 from parti_jax.models import layers
 from parti_jax.models import vit_vqgan
+from parti_jax.training import frozen_tokenizer
 from parti_jax.training import plain_stage
 
 # Texts that are compared with all pictures at once, to bound the memory.
@@ -64,7 +65,7 @@ class RankerStage(plain_stage.PlainStage):
     contrastive_weight: of the contrastive loss (1 in CoCa, section 4.1).
     caption_weight: of the captioning loss (2 in CoCa).
     tokenizer: run of an image tokenizer (its --model_dir) that some pictures go through; None
-      for none.
+      for none. Until it is trained, plans take its sizes from ViTVQGANConfig in gin.
     reconstruct_every: one picture of so many goes through the tokenizer; must divide the batch.
     shift: pixels that a picture is moved by at most.
     noise: largest standard deviation of noise in pixels, which are in [0, 1].
@@ -90,6 +91,12 @@ class RankerStage(plain_stage.PlainStage):
   frozen = ()
   compute_dtype = property(lambda self: self.model.compute_dtype)
 
+  @property
+  def over_examples(self) -> tuple[str, ...]:
+    """What the losses compute over several examples, see `PlainStage`."""
+    reconstructed = ('pictures that go through the tokenizer',) if self.tokenizer else ()
+    return ('negatives in the contrastive loss', *reconstructed)
+
   def feature_lengths(self) -> dict[str, int]:
     return {'inputs': self.model.text_length, 'images': self.model.image_size}
 
@@ -111,12 +118,16 @@ class RankerStage(plain_stage.PlainStage):
 
   def constants(self):
     """The frozen tokenizer's parameters, which `loss` finds among its own."""
-    return {} if self.tokenizer is None else {'tokenizer': self._checked_tokenizer.params}
+    if self.tokenizer is None:
+      return {}
+    self._checked_config()
+    return {'tokenizer': self.frozen_tokenizer.params}
 
   def abstract_constants(self):
-    """Shapes and dtypes of `constants`."""
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self.constants())
+    """Shapes and dtypes of `constants`; the tokenizer need not be trained yet."""
+    if self.tokenizer is None:
+      return {}
+    return {'tokenizer': frozen_tokenizer.planned_params(self._checked_config())}
 
   def loss(self, params, batch, dropout_keys, step):
     """The weighted sum of both losses (CoCa, eq. 4), means over examples.
@@ -198,20 +209,19 @@ class RankerStage(plain_stage.PlainStage):
           'batch; set train.batch_size to a multiple')
     # Of neighbours, so that each device finds its share among its own rows.
     groups = images.reshape((-1, every) + images.shape[1:])
-    module = vit_vqgan.ViTVQGAN(self._checked_tokenizer.config)
+    module = vit_vqgan.ViTVQGAN(self._checked_config())
     tokens = module.apply({'params': params}, groups[:, 0], method='tokenize')
     again = module.apply({'params': params}, tokens, method='detokenize')
     return jnp.concatenate([again[:, None], groups[:, 1:]], axis=1).reshape(images.shape)
 
-  @property
-  def _checked_tokenizer(self):
-    """The frozen tokenizer, which is of pictures as large as the ranker's."""
-    size = self.frozen_tokenizer.config.image_size
+  def _checked_config(self) -> vit_vqgan.ViTVQGANConfig:
+    """Sizes of the frozen tokenizer, which is of pictures as large as the ranker's."""
+    size = self.tokenizer_config.image_size
     if size != self.model.image_size:
       raise errors.UserError(
           f'RankerStage.tokenizer={self.tokenizer!r} is of pictures of {size} pixels, but '
           f'CoCaConfig.image_size={self.model.image_size}')
-    return self.frozen_tokenizer
+    return self.tokenizer_config
 
 
 def retrieval(queries: np.ndarray, candidates: np.ndarray) -> float:

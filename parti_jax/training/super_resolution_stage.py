@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ from parti_jax.models import lpips
 from parti_jax.models import super_resolution
 from parti_jax.models import vit_vqgan
 from parti_jax.training import adversarial
+from parti_jax.training import frozen_tokenizer
 from parti_jax.training import lpips_weights
 from parti_jax.training import plain_stage
 from parti_jax.training import tokenizer_stage
@@ -35,7 +35,8 @@ class SuperResolutionStage(plain_stage.PlainStage):
     model: sizes of the network.
     image_size: height and width of the targets, in pixels.
     tokenizer: run of the image tokenizer (its --model_dir), whose pictures are as many times
-      smaller; None to enlarge averaged pictures alone.
+      smaller; None to enlarge averaged pictures alone. Until it is trained, plans take its sizes
+      from ViTVQGANConfig in gin.
     clean_share: share of the examples that do not go through the tokenizer.
     crop: side of the random squares that are cut out of inputs, in pixels; None for whole ones.
     l2_weight: of the mean squared error (1.0 in ViT-VQGAN).
@@ -112,6 +113,11 @@ class SuperResolutionStage(plain_stage.PlainStage):
     """Height and width of what losses compare, in pixels."""
     return self.model.factor * (self.crop or self.input_size)
 
+  @property
+  def over_examples(self) -> tuple[str, ...]:
+    """What the losses compute over several examples, see `PlainStage`."""
+    return adversarial.over_examples(self.discriminator) if self.adversarial_weight else ()
+
   def feature_lengths(self) -> dict[str, int]:
     return {'images': self.image_size}
 
@@ -149,14 +155,22 @@ class SuperResolutionStage(plain_stage.PlainStage):
       UserError: if there is no run of a tokenizer, or it is of pictures of another size; if a file
         of weights is not given, is missing or damaged.
     """
-    found = {} if self.tokenizer is None else {'tokenizer': self._checked_tokenizer.params}
+    found = {}
+    if self.tokenizer is not None:
+      self._checked_config()
+      found['tokenizer'] = self.frozen_tokenizer.params
     if self.perceptual_weight:
       found['perceptual'] = lpips_weights.of_stage(self)
     return found
 
   def abstract_constants(self):
-    """Shapes and dtypes of `constants`."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self.constants())
+    """Shapes and dtypes of `constants`, without any files; the tokenizer need not be trained."""
+    found = {}
+    if self.tokenizer is not None:
+      found['tokenizer'] = frozen_tokenizer.planned_params(self._checked_config())
+    if self.perceptual_weight:
+      found['perceptual'] = lpips.abstract_params()
+    return found
 
   def loss(self, params, batch, dropout_keys, step):
     """The training loss.
@@ -258,9 +272,15 @@ class SuperResolutionStage(plain_stage.PlainStage):
     return draw, self.constants()
 
   def step_flops(self, batch_size: int) -> int:
-    """Model FLOPs of a training step, without those of the tokenizer."""
-    side = self.crop or self.input_size
-    return 3 * batch_size * flops.super_resolution_forward(self.model, side, side)
+    """Model FLOPs of a training step, without those of the tokenizer and of the R1 penalty."""
+    side, size = self.crop or self.input_size, self._target_size
+    total = 3 * flops.super_resolution_forward(self.model, side, side)
+    if self.perceptual_weight:
+      total += tokenizer_stage.PERCEPTUAL_PASSES * flops.vgg16_forward(size)
+    if self.adversarial_weight:
+      total += tokenizer_stage.ADVERSARIAL_PASSES * flops.discriminator_forward(
+          self.discriminator, size)
+    return batch_size * total
 
   def _clean(self, targets):
     """[batch, factor · height, factor · width, 3] averaged over squares of factor × factor."""
@@ -270,20 +290,19 @@ class SuperResolutionStage(plain_stage.PlainStage):
         batch, height // factor, factor, width // factor, factor, channels)
     return jnp.mean(squares, axis=(2, 4))
 
-  @property
-  def _checked_tokenizer(self):
-    """The frozen tokenizer, which is of pictures as large as the inputs."""
-    size = self.frozen_tokenizer.config.image_size
+  def _checked_config(self) -> vit_vqgan.ViTVQGANConfig:
+    """Sizes of the frozen tokenizer, which is of pictures as large as the inputs."""
+    size = self.tokenizer_config.image_size
     if size != self.input_size:
       raise errors.UserError(
           f'SuperResolutionStage.image_size={self.image_size} is not '
           f'SuperResolutionConfig.factor={self.model.factor} times the {size} pixels of the '
           f'tokenizer in {self.tokenizer}')
-    return self.frozen_tokenizer
+    return self.tokenizer_config
 
   def _reconstruct(self, constants, images):
     """What the tokenizer makes of pictures, rounded as pictures are stored."""
-    module = vit_vqgan.ViTVQGAN(self._checked_tokenizer.config)
+    module = vit_vqgan.ViTVQGAN(self._checked_config())
     params = constants['tokenizer']
     tokens = module.apply({'params': params}, images, method='tokenize')
     pixels = module.apply({'params': params}, tokens, method='detokenize')

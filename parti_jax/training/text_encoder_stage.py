@@ -38,7 +38,8 @@ class TextEncoderStage(plain_stage.PlainStage):
       one. So one run may follow another, on texts first and then on pairs.
 
   Raises:
-    UserError: if a value is of another type, a weight is negative or both are 0, or the contrastive loss has no image encoder.
+    UserError: if a value is of another type, a weight is negative or both are 0, or the contrastive
+      loss has no image encoder.
   """
 
   model: parti_config.PartiConfig
@@ -63,6 +64,14 @@ class TextEncoderStage(plain_stage.PlainStage):
       raise errors.UserError(
           f'TextEncoderStage.contrastive_weight={self.contrastive_weight} needs an image encoder: '
           'set TextEncoderStage.image = @CoCaConfig()')
+
+  @property
+  def over_examples(self) -> tuple[str, ...]:
+    """What the losses compute over several examples, see `PlainStage`."""
+    if not self.contrastive_weight:
+      return ()
+    masked = ('mean over masked pieces',) if self.masked_weight else ()
+    return ('negatives in the contrastive loss', *masked)
 
   def feature_lengths(self) -> dict[str, int]:
     lengths = {'inputs': self.model.text_length}

@@ -26,6 +26,11 @@ from parti_jax.training import state as state_lib
 
 # What the tokenizer's parameters are made of; a discriminator is trained beside them.
 PARTS = ('encoder', 'quantizer', 'decoder')
+# What a step costs in forward passes of one picture. Of VGG16: both pictures forward, what was
+# drawn backward to its pixels. Of the discriminator: both forward and backward, what was drawn to
+# its pixels too.
+PERCEPTUAL_PASSES = 3
+ADVERSARIAL_PASSES = 7
 
 
 def logit_laplace_loss(images, mean, log_scale, least_log_scale: float = -7.0):
@@ -172,6 +177,14 @@ class TokenizerStage:
   tokenizer = None
   compute_dtype = property(lambda self: self.model.compute_dtype)
 
+  @property
+  def over_examples(self) -> tuple[str, ...]:
+    """What the losses compute over several examples, see `PlainStage`."""
+    if not self.adversarial_weight:
+      return ()
+    weight = ('adaptive weight of the adversarial loss',) if self.adversarial_adaptive else ()
+    return (*adversarial.over_examples(self.discriminator), *weight)
+
   def feature_lengths(self) -> dict[str, int]:
     return {'images': self.model.image_size}
 
@@ -239,8 +252,7 @@ class TokenizerStage:
     """Shapes and dtypes of `constants`, without the files."""
     if not self.perceptual_weight:
       return {}
-    boxed = jax.eval_shape(lpips.LPIPS().init, jax.random.key(0), *lpips.example_inputs())
-    return {'perceptual': nn.meta.unbox(boxed['params'])}
+    return {'perceptual': lpips.abstract_params()}
 
   def initial_statistics(self):
     """What is carried from step to step.
@@ -432,11 +444,9 @@ class TokenizerStage:
     """Model FLOPs of a training step, without those of the lazy R1 penalty."""
     size, total = self.model.image_size, 3 * flops.tokenizer_forward(self.model)
     if self.perceptual_weight:
-      # Both pictures forward, the reconstruction backward to its pixels.
-      total += 3 * flops.vgg16_forward(size)
+      total += PERCEPTUAL_PASSES * flops.vgg16_forward(size)
     if self.adversarial_weight:
-      # Both pictures forward and backward, the reconstruction to its pixels too.
-      total += 7 * flops.discriminator_forward(self.discriminator, size)
+      total += ADVERSARIAL_PASSES * flops.discriminator_forward(self.discriminator, size)
     return batch_size * total
 
   def _reconstruct(self, params, images):

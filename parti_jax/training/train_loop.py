@@ -91,7 +91,8 @@ def train_stage(model_dir: str, journal: journal_lib.Journal, stage=gin.REQUIRED
     data_shares: into how many shares the examples are split, see `SharedBatches`; None for as
       many as the run has processes when it begins. They stay the same whoever resumes it.
     microbatches: parts of a batch whose gradients are computed one after the other and summed,
-      for batches that do not fit the memory at once; changes no result.
+      for batches that do not fit the memory at once. Losses that compare examples, such as the
+      ranker's, compare those of a microbatch, and the run says so; no other result changes.
     offload_optimizer: whether the optimiser's state lies in the hosts' memory between steps, on
       platforms that have it.
     grace_seconds: from SIGTERM, or the platform's notice, until the process ends, at most: what the

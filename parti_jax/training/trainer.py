@@ -82,7 +82,8 @@ def _gradients(stage, params, constants, batch, rng, step, microbatches: int):
 
   Microbatch k of n has the examples k, k + n, k + 2 · n ..., so that each device finds its part of
   every microbatch in its part of the batch. Gradients are summed in float32. All examples weigh
-  what they would without microbatches.
+  what they would without microbatches; what a loss computes over several examples
+  (`stage.over_examples`) it computes over those of a microbatch.
   """
   size = len(next(iter(batch.values())))
   whole = jnp.maximum(stage.weight(batch), 1.0)

@@ -88,8 +88,8 @@ def test_writing_again_leaves_splits_alone_whose_names_begin_the_same(cache):
   assert found == {'validation': 1, 'train-more': 2, 'हिन्दी 訓練': 1, 'train': 1}
 
 
-@pytest.mark.parametrize('split', ['', '../train', 'a/b', 'a\\b', '.hidden', 'a:b', 'a\0', 'a\n', 'a*',
-                                   '訓' * 70, '-a', '\ud800'])
+@pytest.mark.parametrize('split', [
+    '', '../train', 'a/b', 'a\\b', '.hidden', 'a:b', 'a\0', 'a\n', 'a*', '訓' * 70, '-a', '\ud800'])
 def test_splits_that_no_file_can_be_named_by(cache, split):
   before = sorted(os.listdir(cache))
   with pytest.raises(UserError, match='^the split .* cannot be part of a file name'):

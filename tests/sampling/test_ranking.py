@@ -29,7 +29,7 @@ def fixture_part(parts):
 
 @pytest.fixture(scope='session', name='ranker')
 def fixture_ranker(part, parts):
-  return ranking.Ranker(*part, vocabulary.TextVocabulary(parts['vocabulary_path']))
+  return ranking.Ranker(*part[:2], vocabulary.TextVocabulary(parts['vocabulary_path']))
 
 
 @pytest.fixture(scope='session', name='pipeline')
@@ -107,7 +107,7 @@ def test_generated_pictures_stand_best_first(pipeline, tmp_path):
 
 def test_a_mesh_gives_the_same_features(part, parts, ranker):
   place = pipeline_lib.placement.Placement(mesh_lib.make_mesh(2, 2, 2, 1))
-  spread = ranking.Ranker(*part, vocabulary.TextVocabulary(parts['vocabulary_path']), place)
+  spread = ranking.Ranker(*part[:2], vocabulary.TextVocabulary(parts['vocabulary_path']), place)
   np.testing.assert_allclose(
       spread.image_features(_images(5)), ranker.image_features(_images(5)), atol=1e-5)
 

@@ -21,12 +21,6 @@ INFO = {'codebook_size': 40, 'image_tokens': 4, 'tokenizer': 'abc'}
 LENGTHS = {'inputs': 12, 'targets': 4}
 
 
-@pytest.fixture(autouse=True)
-def _unsettled():
-  """Tasks that no other test has settled."""
-  tasks.register()
-
-
 @pytest.fixture(name='cache')
 def _cache(tmp_path):
   """Writes token caches; each example's four tokens are its number."""

@@ -1,4 +1,4 @@
-"""Values of stages that can't be: one line that begins with the gin key, before anything is built."""
+"""Invalid values of stages: one line that begins with the gin key, before anything is built."""
 
 import dataclasses
 
@@ -56,6 +56,6 @@ def test_what_is_given_is_what_is_kept():
 
 def test_sizes_without_their_call_in_gin_are_named():
   config.parse([], ['GeneratorStage.model = @PartiConfig'])
-  with pytest.raises(UserError, match=r'GeneratorStage.model=.* must be a PartiConfig.*@PartiConfig\(\)'):
+  with pytest.raises(UserError, match=r'GeneratorStage.model=.*; in gin, write @PartiConfig\(\)'):
     generator_stage.GeneratorStage()
   config.parse([], [])
