@@ -1,4 +1,9 @@
-"""Keeps XLA's compiled programs between runs, in the user's cache folder."""
+"""Keeps XLA's compiled programs between runs, in the user's cache folder.
+
+Programs for several CPU devices are not kept. XLA runs the collectives of such a program in one
+order on all devices, and loses that order for those within loops and outside of them when it reads
+the program from the cache (jaxlib 0.10.2): devices then wait for each other until XLA aborts.
+"""
 
 import os
 import pathlib
@@ -24,14 +29,18 @@ def folder() -> pathlib.Path | None:
 def enable() -> pathlib.Path | None:
   """Switches on JAX's persistent compilation cache, if its folder can be written to.
 
-  Call it before the first compilation. A cache that JAX itself was told to use
-  ($JAX_COMPILATION_CACHE_DIR) is left as it is.
+  Call it before the first compilation, and after JAX has met other processes. A cache that JAX
+  itself was told to use ($JAX_COMPILATION_CACHE_DIR) is left as it is, but on several CPU devices
+  no cache is used.
 
   Returns:
     The folder in use, or None: a run without a cache is slower to start and otherwise the same.
   """
   import jax  # pylint: disable=import-outside-toplevel
 
+  if jax.default_backend() == 'cpu' and jax.device_count() > 1:
+    jax.config.update('jax_enable_compilation_cache', False)
+    return None
   if jax.config.jax_compilation_cache_dir:
     return pathlib.Path(jax.config.jax_compilation_cache_dir)
   try:

@@ -11,14 +11,16 @@ import io
 import pathlib
 import re
 import tokenize
+import typing
 from collections.abc import Iterable, Iterator, Sequence
 
+from parti_jax import checks
 from parti_jax import optional_packages
 from parti_jax.errors import UserError
 
 # What gin may name in parti_jax.data; tests/test_config.py compares them with what is there.
-DATA_NAMES = ('data', 'drop_text', 'folder', 'openmoji', 'shuffle', 'text', 'tfrecord',
-              'token_cache', 'vocabulary', 'webdataset')
+DATA_NAMES = ('data', 'decode_images', 'drop_text', 'folder', 'openmoji', 'shuffle', 'text',
+              'tfrecord', 'token_cache', 'vocabulary', 'webdataset')
 _DATA_IMPORT = re.compile(r'^import parti_jax\.data\b.*$', re.MULTILINE)
 
 _CALL_CHAIN = '\n  In call to configurable'
@@ -72,8 +74,9 @@ def parse(gin_files: Sequence[str], bindings: Sequence[str], data: bool = True) 
 
   Raises:
     UserError: a file is missing or can't be read as gin, a name is unknown (the message has the
-      nearest valid ones), a value is marked as required and not given, or a macro is undefined
-      or, given as a binding, used nowhere.
+      nearest valid ones), a value is of another type than its parameter's annotation or out of its
+      bounds, a value is marked as required and not given, or a macro is undefined or, given as a binding, used
+      nowhere.
   """
   import gin  # pylint: disable=import-outside-toplevel
 
@@ -91,6 +94,7 @@ def parse(gin_files: Sequence[str], bindings: Sequence[str], data: bool = True) 
     _check_macros(gin, bindings)
     with _translated_parse_errors(', '.join(gin_files) or 'gin'):
       gin.finalize()
+    _check_types(gin)
   except BaseException:
     gin.clear_config()
     raise
@@ -105,9 +109,17 @@ def operative() -> str:
 
 @contextlib.contextmanager
 def translated_errors() -> Iterator[None]:
-  """Turns gin's error for a required value that nothing sets into a UserError."""
+  """Turns gin's error for a required value that nothing sets, or for a call too many, into one."""
   try:
     yield
+  except TypeError as error:
+    found = re.match(r"(\w+)\(\) missing \d+ required positional arguments?: ([^\n]+)\n"
+                     r"(?:  [^\n]*\n)*?  In call to configurable '(?:\w+\.)*\1'", str(error))
+    if not found:
+      raise
+    name = found.group(1)
+    raise UserError(f'gin: @{name}() is called without {found.group(2)}; write @{name}, without '
+                    'parentheses') from error
   except RuntimeError as error:
     found = re.search(r'Required bindings for `(.+?)` not provided in config: \[(.*?)\]',
                       str(error))
@@ -156,9 +168,9 @@ def _includes_found_as_files_are(gin, data: bool) -> Iterator[None]:
   def read(name):
     path = _find(name)
     if data:
-      return open(path, encoding='utf-8')
+      return open(path, encoding='utf-8-sig')
     # An empty line in place of an import, so that the lines of errors are right.
-    text = io.StringIO(_DATA_IMPORT.sub('', path.read_text(encoding='utf-8')))
+    text = io.StringIO(_DATA_IMPORT.sub('', path.read_text(encoding='utf-8-sig')))
     text.name = str(path)  # For gin's errors.
     return text
 
@@ -286,6 +298,48 @@ def _check_macros(gin, bindings: Iterable[str]) -> None:
       near = _nearest(name, [name for name, _ in used])
       hint = f'did you mean {_either(near)}?' if near else 'write --gin.NAME.PARAMETER=VALUE'
       raise UserError(f'--gin.{binding}: no macro {name!r} is used in the gin files; {hint}')
+
+
+def _check_types(gin) -> None:
+  """Raises UserError for a value of another type than its parameter's, or out of its bounds."""
+  # pylint: disable=protected-access
+  registry = gin.config._REGISTRY
+  for (scope, selector), values in gin.config._CONFIG.items():
+    if selector == 'gin.macro' or selector not in registry:
+      continue
+    wrapped = registry[selector].wrapped
+    kinds, bounds = _annotations(wrapped), checks.bounds_of(wrapped)
+    name = '/'.join(filter(None, [scope, registry.minimal_selector(selector)]))
+    for parameter, value in values.items():
+      value = _literal(gin, value)
+      if value is not _NO_LITERAL and parameter in kinds:
+        checks.typed(f'{name}.{parameter}', value, kinds[parameter],
+                     *bounds.get(parameter, (None, None)))
+
+
+_NO_LITERAL = object()
+
+
+def _literal(gin, value):
+  """A gin value, of a macro what it stands for; _NO_LITERAL if a call or a function is in it."""
+  # pylint: disable=protected-access
+  if isinstance(value, gin.config.ConfigurableReference):
+    scope, selector = value.config_key
+    if selector != 'gin.macro':
+      return _NO_LITERAL
+    return _literal(gin, gin.config._CONFIG.get((scope, selector), {}).get('value', _NO_LITERAL))
+  if isinstance(value, (list, tuple)):
+    items = [_literal(gin, item) for item in value]
+    return _NO_LITERAL if any(item is _NO_LITERAL for item in items) else type(value)(items)
+  return value
+
+
+def _annotations(wrapped) -> dict[str, object]:
+  """Parameter -> its type, of a function or a class; without those that can't be resolved."""
+  try:
+    return typing.get_type_hints(wrapped.__init__ if inspect.isclass(wrapped) else wrapped)
+  except Exception:  # pylint: disable=broad-except
+    return {}  # Other people's configurables may be annotated with anything.
 
 
 def _nearest(name: str, choices: Iterable[str]) -> list[str]:

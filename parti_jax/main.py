@@ -6,6 +6,7 @@ chosen command's module is imported, so that `--help` and errors in flags come a
 
 import argparse
 import difflib
+import faulthandler
 import importlib
 import sys
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ _WRITE_TO_URLS = ('export', 'vocabulary', 't5x_checkpoint')
 # command -> (module, one line of help)
 COMMANDS = {
     'generate': ('parti_jax.sampling.command', 'draw pictures for prompts'),
+    'own_pictures': ('parti_jax.cli.own_pictures',
+                     'train all parts on a folder of captioned pictures, and draw with them'),
     'train': ('parti_jax.training.command', 'train a model: any stage, chosen by gin files'),
     'info': ('parti_jax.training.info_command',
              'tell about a run (how far it is, its checkpoints, its story) or an exported model'),
@@ -47,6 +50,8 @@ COMMANDS = {
 }
 
 _GIN_FLAG = '--gin.'
+# How long a process may take to end after an exception, until it is ended with status 1.
+_SECONDS_TO_END = 20.0
 
 
 def split_gin_bindings(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -89,7 +94,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     The command's own status (0 when all went well), 2 for bad input, 130 after Ctrl-C.
   """
   try:
-    return _run(sys.argv[1:] if argv is None else argv)
+    return _run_or_complain(sys.argv[1:] if argv is None else argv)
+  except Exception:
+    if argv is None and sys.stderr is not None:
+      # A library's thread that never returns must not keep a crashed process, and its devices.
+      faulthandler.dump_traceback_later(_SECONDS_TO_END, exit=True)
+    raise
+
+
+def _run_or_complain(argv: Sequence[str]) -> int:
+  try:
+    return _run(argv)
   except SystemExit as exit_:  # How argparse ends after --help and after a bad flag.
     return exit_.code
   except UserError as error:

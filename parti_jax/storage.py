@@ -13,9 +13,11 @@ not in, and for a package that is missing. Local files raise OSError as usual.
 from __future__ import annotations
 
 import atexit
+import codecs
 import contextlib
 import errno
 import glob as local_glob
+import io
 import json
 import logging
 import os
@@ -40,6 +42,9 @@ MAX_JSON = 2**26
 _STORE_PACKAGES = ('aiobotocore', 'aiohttp', 'botocore', 'gcsfs', 'google', 'requests', 's3fs')
 # What epath hands to fsspec.
 _EPATH_SCHEMES = ('gs', 's3', 'az', 'hf')
+# Byte order marks; that of UTF-16 begins one of UTF-32.
+_MARKS = ((codecs.BOM_UTF32_LE, 'utf-32'), (codecs.BOM_UTF32_BE, 'utf-32'),
+          (codecs.BOM_UTF16_LE, 'utf-16'), (codecs.BOM_UTF16_BE, 'utf-16'))
 # Errors that mean the same for objects as for local files.
 _OF_FILES = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
 
@@ -73,21 +78,31 @@ def open_file(path: str | os.PathLike[str], mode: str = 'rb') -> Iterator[IO[byt
 
   Args:
     path: a path or URL.
-    mode: 'rb', or 'rt' for UTF-8 text.
+    mode: 'rb', or 'rt' for text in UTF-8, or in UTF-16 or UTF-32 by its byte order mark.
 
   Yields:
     The open file.
   """
-  encoding = None if 'b' in mode else 'utf-8'
   if not is_url(path):
-    with open(_local(path), mode, encoding=encoding) as file:
-      yield file
+    with open(_local(path), 'rb') as file:
+      yield file if mode == 'rb' else _as_text(file)
     return
   with _store_errors(path):
-    opened = _file_system(path).open(os.fspath(path), mode, encoding=encoding)
+    opened = _file_system(path).open(os.fspath(path), 'rb')
   # What fails in the caller's own code must not be laid to the store.
   with opened as file, _store_errors(path, in_body=True):
-    yield file
+    yield file if mode == 'rb' else _as_text(file)
+
+
+def encoding_of(data: bytes) -> str:
+  """Returns the encoding of a text by its byte order mark, which decoding takes off."""
+  return next((encoding for mark, encoding in _MARKS if data.startswith(mark)), 'utf-8-sig')
+
+
+def _as_text(file: IO[bytes]) -> IO[str]:
+  encoding = encoding_of(file.read(4))
+  file.seek(0)
+  return io.TextIOWrapper(file, encoding)
 
 
 def exists(path: str | os.PathLike[str]) -> bool:
@@ -193,13 +208,24 @@ def read_json(path: str | os.PathLike[str], limit: int = MAX_JSON) -> Any:
     limit: the most bytes that it may have.
 
   Raises:
-    ValueError: it is no JSON, or nested deeper than anything that is meant to be read.
+    ValueError: it is no JSON, has a name twice in one object, or is nested deeper than anything
+      that is meant to be read.
     UserError: it is larger.
   """
   try:
-    return json.loads(read(path, limit))
+    return json.loads(read(path, limit), object_pairs_hook=_object)
   except RecursionError as error:
     raise ValueError('nested too deeply') from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """A JSON object; of a name that is there twice, nobody knows which value is meant."""
+  found = dict(pairs)
+  if len(found) < len(pairs):
+    keys = [key for key, _ in pairs]
+    twice = next(key for key in keys if keys.count(key) > 1)
+    raise ValueError(f'the name {twice[:80]!r} is there twice in one object')
+  return found
 
 
 def write(path: str | os.PathLike[str], content: bytes | str) -> None:
@@ -227,6 +253,28 @@ def write(path: str | os.PathLike[str], content: bytes | str) -> None:
   except BaseException:
     unfinished.unlink(missing_ok=True)
     raise
+
+
+def create(path: str | os.PathLike[str], content: bytes) -> None:
+  """Writes a file that is not there yet; of several that do so at once, one succeeds.
+
+  Stores do this by a condition on the request: s3:// by If-None-Match, gs:// by ifGenerationMatch.
+  One that ignores the condition replaces the object.
+
+  Raises:
+    FileExistsError: the file is there.
+  """
+  if not is_url(path):
+    with open(_local(path), 'xb') as file:
+      file.write(content)
+    return
+  with _store_errors(path, writing=True):
+    try:
+      _file_system(path).pipe_file(os.fspath(path), content, mode='create')
+    except OSError as error:
+      if 'ConditionalRequestConflict' not in str(error):  # Of S3, while another one creates it.
+        raise
+      raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(path)) from error
 
 
 def make_folder(path: str | os.PathLike[str]) -> None:

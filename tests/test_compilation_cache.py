@@ -10,7 +10,7 @@ import pytest
 from parti_jax import compilation_cache
 
 _OPTIONS = ('jax_compilation_cache_dir', 'jax_persistent_cache_min_compile_time_secs',
-            'jax_persistent_cache_min_entry_size_bytes')
+            'jax_persistent_cache_min_entry_size_bytes', 'jax_enable_compilation_cache')
 
 
 @pytest.fixture(autouse=True)
@@ -18,7 +18,10 @@ def _restored(monkeypatch):
   """Starts without a cache and leaves JAX's settings as they were."""
   saved = {option: getattr(jax.config, option) for option in _OPTIONS}
   jax.config.update('jax_compilation_cache_dir', None)
+  jax.config.update('jax_enable_compilation_cache', True)
+  jax.experimental.compilation_cache.compilation_cache.reset_cache()
   monkeypatch.delenv('PARTI_JAX_CACHE', raising=False)
+  monkeypatch.setattr(jax, 'device_count', lambda: 1)  # Where the tests emulate several.
   yield
   for option, value in saved.items():
     jax.config.update(option, value)
@@ -47,6 +50,25 @@ def test_keeps_even_small_programs(tmp_path, monkeypatch):
   assert compilation_cache.enable() == tmp_path / 'new' / 'folder'
   jax.jit(lambda x: jnp.sin(x) * 3.5)(jnp.ones(7)).block_until_ready()
   assert list((tmp_path / 'new' / 'folder').glob('*-cache'))
+
+
+def test_programs_for_several_cpu_devices_are_not_kept(tmp_path, monkeypatch):
+  monkeypatch.setenv('PARTI_JAX_CACHE', str(tmp_path / 'ours'))
+  monkeypatch.setattr(jax, 'device_count', lambda: 8)
+  assert compilation_cache.enable() is None
+  # Nor in a cache that JAX was told to use.
+  jax.config.update('jax_compilation_cache_dir', str(tmp_path / 'theirs'))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+  assert compilation_cache.enable() is None
+  jax.jit(lambda x: jnp.cos(x) * 4.5)(jnp.ones(7)).block_until_ready()
+  assert not list(tmp_path.iterdir())
+
+
+def test_programs_for_several_accelerators_are_kept(tmp_path, monkeypatch):
+  monkeypatch.setenv('PARTI_JAX_CACHE', str(tmp_path))
+  monkeypatch.setattr(jax, 'device_count', lambda: 8)
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
+  assert compilation_cache.enable() == tmp_path and jax.config.jax_enable_compilation_cache
 
 
 def test_a_folder_that_cannot_be_written_does_not_fail(tmp_path, monkeypatch):

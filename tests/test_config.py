@@ -1,10 +1,12 @@
 """gin: where files are found, and what its errors say."""
 
 import argparse
+import collections.abc
 
 import gin
 import pytest
 
+from parti_jax import checks
 from parti_jax import config
 from parti_jax.errors import UserError
 
@@ -213,3 +215,60 @@ def test_names_of_the_data_are_all_known():
   registered = {configurable.name for configurable in config._configurables().values()
                 if configurable.wrapped.__module__.startswith('parti_jax.data.')}
   assert registered == set(config.DATA_NAMES)
+
+
+@gin.configurable(module='config_test')
+@checks.bounded(size=(1, 8), pair=(0, None))
+def typed_example(size: int = 1, rate: float | None = None, name: str = '', on: bool = False,
+                  pair: tuple[int, int] = (0, 0), files: collections.abc.Mapping[str, str] = {},
+                  model: ExampleModel | None = None, free=None):
+  return size, rate, name, on, pair, files, model, free
+
+
+@pytest.mark.parametrize('binding, message', [
+    ('size=8.0', 'typed_example.size=8.0 must be a whole number from 1 to 8, such as 8'),
+    ("size='8'", "typed_example.size='8' must be a whole number from 1 to 8"),
+    ('size=0', 'typed_example.size=0 must be a whole number from 1 to 8'),
+    ('size=9', 'typed_example.size=9 must be a whole number from 1 to 8'),
+    ('size=True', 'typed_example.size=True must be a whole number from 1 to 8'),
+    ('size=None', 'typed_example.size=None must be a whole number from 1 to 8'),
+    ("rate='0.1'", "typed_example.rate='0.1' must be a number"),
+    ('rate=1e39', 'typed_example.rate=1e+39 is not a finite number in float32'),
+    ('name=3', 'typed_example.name=3 must be a text'),
+    ('on=1', 'typed_example.on=1 must be true or false'),
+    ('pair=(1, 2, 3)', 'typed_example.pair=(1, 2, 3) must be a list of two whole numbers from 0'),
+    ('pair=3', 'typed_example.pair=3 must be a list of two whole numbers from 0'),
+    ('pair=(-1, 2)', 'typed_example.pair=(-1, 2) must be a list of two whole numbers from 0'),
+    ("files='a.jsonl'", "typed_example.files='a.jsonl' must be of the form {'text': 'text'}"),
+    ("files={'train': None}", "must be of the form {'text': 'text'}"),
+])
+def test_values_of_another_type_are_named_before_anything_is_called(binding, message):
+  assert _message(bindings=[f'typed_example.{binding}']).startswith(message) or (
+      message in _message(bindings=[f'typed_example.{binding}']))
+  assert f'a/{message}' in _message(f'a/typed_example.{binding}') or message.startswith('must')
+
+
+def test_what_a_macro_stands_for_is_checked():
+  assert _message('SIZE = 9\ntyped_example.size = %SIZE').startswith('typed_example.size=9 must')
+  assert _message('SIZE = 9\ntyped_example.pair = (1, %SIZE, 2)').startswith(
+      'typed_example.pair=(1, 9, 2) must')
+
+
+@pytest.mark.parametrize('binding', [
+    'size=8', 'rate=1', 'rate=None', "name='x'", 'on=True', 'pair=[1, 2]', "files={'a': 'b'}",
+    'model=@ExampleModel()', 'free=3', 'size=@failing_example()'])
+def test_values_that_fit_pass(binding):
+  config.parse([], [f'typed_example.{binding}'])
+
+
+def test_a_call_where_a_function_is_wanted_is_named():
+  config.parse([], ['train_example.function = @needs_more()', "train_example.model_dir = 'x'"])
+  with pytest.raises(UserError, match=r'gin: @needs_more\(\) is called without .schedule.; write '
+                                      '@needs_more, without'):
+    with config.translated_errors():
+      train_example()  # pylint: disable=no-value-for-parameter
+
+
+@gin.configurable(module='config_test')
+def needs_more(schedule):
+  return schedule

@@ -95,6 +95,27 @@ def test_other_errors_are_not_hidden(command):
     main.main(['echo'])
 
 
+_CRASH = """
+import sys, threading, types
+from parti_jax import main
+def crash(args):
+  threading.Thread(target=threading.Event().wait).start()
+  raise RuntimeError('boom')
+module = types.ModuleType('crash')
+module.add_arguments, module.run = lambda parser: None, crash
+sys.modules['crash'], main.COMMANDS['crash'] = module, ('crash', 'fail')
+main._SECONDS_TO_END = 0.2
+sys.argv = ['parti-jax', 'crash']
+main.main()
+"""
+
+
+def test_a_crash_ends_although_a_thread_does_not():
+  done = subprocess.run([sys.executable, '-c', _CRASH], capture_output=True, text=True, timeout=120,
+                        check=False)
+  assert done.returncode == 1 and 'RuntimeError: boom' in done.stderr, done.stderr
+
+
 def test_interrupt(command, capsys):
   def run(args):
     raise KeyboardInterrupt

@@ -20,11 +20,11 @@ PACKAGE = pathlib.Path(parti_jax.__file__).parent
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
 # What each part of the package may import of the package, besides itself. `None`: anything.
-_LEAVES = {'errors', 'config', 'optional_packages', 'storage', 'compilation_cache',
-           'native_notes'}
+_LEAVES = {'errors', 'checks', 'config', 'optional_packages', 'storage', 'compilation_cache',
+           'native_notes', 'fingerprints', 'numerics'}
 _MAY_IMPORT = {
-    'partitioning': {'errors'},
-    'models': {'partitioning', 'errors'},
+    'partitioning': {'checks', 'errors'},
+    'models': {'partitioning', 'checks', 'errors', 'numerics'},
     'data': {'partitioning', *_LEAVES},
     'sampling': {'models', 'data', 'partitioning', *_LEAVES},
     'planning': {'models', 'partitioning', 'sampling', 'training', *_LEAVES},
@@ -32,12 +32,16 @@ _MAY_IMPORT = {
     'evaluation': {'models', 'data', 'partitioning', 'sampling', *_LEAVES},
     # For t5x' own commands; only the table of commands names it.
     't5x': {'training', 'evaluation', 'sampling', 'models', 'data', 'partitioning', *_LEAVES},
+    'cli': {'training', 'evaluation', 'sampling', 'models', 'data', 'partitioning', 'main', *_LEAVES},
     'errors': set(),
+    'checks': {'errors'},
     'optional_packages': set(),
     'compilation_cache': set(),
     'native_notes': set(),
+    'fingerprints': set(),
+    'numerics': {'errors'},
     'storage': {'errors', 'optional_packages'},
-    'config': {'errors', 'optional_packages'},
+    'config': {'checks', 'errors', 'optional_packages'},
     '__init__': {'sampling'},
     'main': {'config', 'errors', 'optional_packages', 'storage'},
     'train': {'main'},

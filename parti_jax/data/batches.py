@@ -1,15 +1,19 @@
 """Batches of a seqio task for training and evaluation, which can be resumed anywhere."""
 
+from __future__ import annotations
+
 import collections
+import re
 from collections.abc import Iterator, Mapping
 
 import numpy as np
 from absl import logging
 
-from parti_jax.data import tally, tasks
+from parti_jax.data import streams, tally, tasks
 from parti_jax.data.feature_converter import converter_for
 from parti_jax.data.quiet_tensorflow import seqio, tf
 from parti_jax.errors import UserError
+from parti_jax.fingerprints import Fingerprint
 
 
 # Opening an epoch takes up to a second, so a small source is gone through several times in one.
@@ -18,6 +22,8 @@ _LEAST_EXAMPLES = 2048
 _MUCH = 0.5
 # What a `tally.Reading` counts.
 _TALLIES = ('skipped', 'shortened')
+# How TensorFlow's message for an exception in a Python function ends.
+_IN_PYTHON = '\nTraceback (most recent call last):'
 
 
 class Batches:
@@ -30,8 +36,10 @@ class Batches:
   `restore(state())` goes on exactly where the state was taken. The tasks of `parti_jax.data.tasks`
   number their examples before they decode them, so that going on decodes none of the earlier ones.
 
-  In training, the text of some examples is dropped for classifier-free guidance (see
-  `preprocessors.drop_text`); in other splits than `train` it is always kept.
+  Threads read ahead until `close`, or until the end of a `with` block.
+
+  With `training`, the text of some examples is dropped for classifier-free guidance (see
+  `preprocessors.drop_text`), whatever the split is called. Without it, all texts are kept.
 
   Attributes:
     skipped: reason -> number of examples left out so far in this run, because their picture or
@@ -52,6 +60,7 @@ class Batches:
       num_epochs: int | None = None,
       share: int = 0,
       shares: int = 1,
+      training: bool = False,
   ):
     """Opens a task.
 
@@ -68,6 +77,7 @@ class Batches:
       num_epochs: epochs to read; None for no end.
       share: which of the `shares` parts of the split to read; each has a state of its own.
       shares: into how many parts the split is divided.
+      training: whether a model is trained on the batches, so that texts are dropped for guidance.
 
     Raises:
       UserError: there is no such task, its data can't be read, or the lengths don't fit it.
@@ -84,6 +94,7 @@ class Batches:
     self._seed = seed
     self._shuffle = shuffle
     self._num_epochs = num_epochs
+    self._training = training
     self._shard_info = seqio.ShardInfo(share, shares) if shares > 1 else None
     self._epoch = 0
     self._taken = 0
@@ -102,9 +113,10 @@ class Batches:
     return self._counts('skipped')
 
   @property
-  def vocabulary(self) -> str | None:
-    """Fingerprint of the text vocabulary; None where there is none that is known."""
-    return tasks.vocabulary_fingerprint(self._task)
+  def fingerprints(self) -> dict[str, Fingerprint | None]:
+    """Those of the captions' vocabulary and of the tokens' tokenizer, as far as they are known."""
+    return {'vocabulary': tasks.vocabulary_fingerprint(self._task),
+            'tokenizer': tasks.tokenizer_fingerprint(self._task)}
 
   @property
   def shortened(self) -> dict[str, int]:
@@ -137,7 +149,18 @@ class Batches:
     self._read = state.get('read')
     self._before = {name: collections.Counter(state.get(name, {})) for name in _TALLIES}
     self._rest = None
+    self._chunks.close()
     self._chunks = self._open_epoch()
+
+  def close(self) -> None:
+    """Ends reading ahead; the state and the counts stay."""
+    self._chunks.close()
+
+  def __enter__(self) -> Batches:
+    return self
+
+  def __exit__(self, *_) -> None:
+    self.close()
 
   def _counts(self, name: str, numbered: bool = False) -> dict[str, int]:
     """Counts of this run up to the next example; `numbered` leaves out what has no number."""
@@ -166,9 +189,10 @@ class Batches:
         self._end_epoch()
         continue
       except tf.errors.OpError as error:
-        raise UserError(
-            f'{self._task.name}, {self._split}: reading failed: {error.message.splitlines()[0]}'
-        ) from error
+        problem = _of_the_data(error)
+        if problem is None:
+          raise
+        raise UserError(f'{self._task.name}, {self._split}: reading failed: {problem}') from error
       part = {name: values[:most] for name, values in chunk.items()}
       if self._numbered:
         self._read = int(part['number'][-1]) + 1
@@ -179,13 +203,12 @@ class Batches:
       return part
     return None
 
-  def _open_epoch(self) -> Iterator[dict[str, np.ndarray]]:
+  def _open_epoch(self) -> streams.Stream:
     """Returns an iterator over the rest of the present epoch, in chunks of examples."""
     # One number for seqio, in the range of its int32 seeds, from the two that count.
     seed = int(np.random.SeedSequence([self._seed, self._epoch]).generate_state(1)[0] >> 2)
     # What was read in advance of an earlier place must not be counted.
-    self._reading = tally.Reading(
-        drop_text=self._split.split('[')[0] == 'train', start=self._read or 0)
+    self._reading = tally.Reading(drop_text=self._training, start=self._read or 0)
     with tally.reading(self._reading):
       dataset = seqio.get_dataset(
           self._task,
@@ -200,8 +223,7 @@ class Batches:
       )
     if self._read is None:  # So it is too in a state that was written before there were numbers.
       dataset = dataset.skip(self._taken)
-    chunks = dataset.batch(self._batch_size)
-    return chunks.prefetch(2).as_numpy_iterator()
+    return streams.Stream(dataset.batch(self._batch_size).prefetch(2))
 
   def _repeats(self) -> int:
     """Returns how often the source is gone through in what counts as an epoch here."""
@@ -217,7 +239,7 @@ class Batches:
       self._before[name].update(getattr(self._reading, name).counts())
     skipped, shortened = (tally.told(self._before[name]) for name in _TALLIES)
     if not self._taken:
-      reasons = f'; skipped {skipped}' if skipped else ''
+      reasons = f'; skipped {skipped}' if skipped else '; there is none at all'
       share = self._shard_info
       part = (f'share {share.index + 1} of {share.num_shards} (train.data_shares) of '
               if share else '')
@@ -234,11 +256,20 @@ class Batches:
           '%s: %d of %d examples of epoch %d of %s could not be used; look at what was skipped and '
           'why before you go on', where, lost, lost + self._taken, self._epoch, tasks.place(self._task))
     self._reading = tally.Reading()
+    self._chunks.close()
     self._epoch += 1
     self._taken = 0
     self._read = 0 if self._numbered else None
     if self._num_epochs is None or self._epoch < self._num_epochs:
       self._chunks = self._open_epoch()
+
+
+def _of_the_data(error: tf.errors.OpError) -> str | None:
+  """Returns what is wrong with the data in one line; None for any other error in Python code."""
+  if _IN_PYTHON not in error.message:
+    return error.message.splitlines()[0]
+  found = re.search(rf'\bUserError: (.*?){re.escape(_IN_PYTHON)}', error.message, re.DOTALL)
+  return found and ' '.join(found[1].split())
 
 
 def _length(examples: Mapping[str, np.ndarray]) -> int:

@@ -4,6 +4,8 @@ import codecs
 import re
 import unicodedata
 
+from parti_jax import storage
+
 # Far more than any text encoder reads; what lies beyond is never turned into tokens.
 MAX_BYTES = 2**16
 
@@ -11,6 +13,16 @@ MAX_BYTES = 2**16
 _CONTROL = re.compile('[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]')
 # Blanks, control characters, marks of direction and of zero width.
 _INVISIBLE = {'Zs', 'Zl', 'Zp', 'Cc', 'Cf'}
+# Stand-ins for captions that a source could not read, and the reasons that `clean` gives. No caption
+# that can be used looks like them.
+NOT_TEXT, SEVERAL, NUMBERS, NO_COLUMN, AMBIGUOUS = (b'\0\0%d' % i for i in range(5))
+_REASONS = {
+    NOT_TEXT: 'caption that is not a text',
+    SEVERAL: 'record with more than one caption',
+    NUMBERS: 'record with numbers in place of a caption',
+    NO_COLUMN: 'no caption under webdataset.caption_key',
+    AMBIGUOUS: 'caption of one of several samples of the same key',
+}
 
 
 class UnusableCaption(Exception):
@@ -24,23 +36,29 @@ def clean(data: bytes) -> tuple[str, list[str]]:
   the vocabulary knows what to do with them.
 
   Args:
-    data: the caption as it was found.
+    data: the caption as it was found, in UTF-8 or, where it begins with their byte order mark, in
+      UTF-16 or UTF-32.
 
   Returns:
     The text without blanks around it, and in a few words each thing that was taken out of it:
     control characters, which become blanks, and what lies beyond `MAX_BYTES`.
 
   Raises:
-    UnusableCaption: it is empty, of invisible characters alone, not UTF-8 (as a lone surrogate of
-      JSON isn't), or more than a fifth of it are control characters.
+    UnusableCaption: it is missing, empty, of invisible characters alone, not UTF-8 (as a lone
+      surrogate of JSON isn't), or more than a fifth of it are control characters.
   """
-  data = data.removeprefix(codecs.BOM_UTF8).strip()
+  if data in _REASONS:
+    raise UnusableCaption(_REASONS[data])
+  encoding = storage.encoding_of(data)
+  if encoding == 'utf-8-sig':
+    data = data.removeprefix(codecs.BOM_UTF8).strip()
   cut = len(data) > MAX_BYTES
   try:
     # What is cut may end in a part of a character.
-    text = codecs.getincrementaldecoder('utf-8')().decode(data[:MAX_BYTES], final=not cut)
+    text = codecs.getincrementaldecoder(encoding)().decode(data[:MAX_BYTES], final=not cut)
   except UnicodeDecodeError as error:
-    raise UnusableCaption('caption not UTF-8') from error
+    raise UnusableCaption(
+        f'caption not {"UTF-8" if encoding == "utf-8-sig" else encoding.upper()}') from error
   text, controls = _CONTROL.subn(' ', text)
   if 5 * controls > len(text):
     raise UnusableCaption('caption of control characters')
@@ -51,6 +69,8 @@ def clean(data: bytes) -> tuple[str, list[str]]:
 
 
 def from_json(value: object) -> bytes:
-  """Returns a caption that was found in JSON as `clean` takes it; b'' where there is no text."""
+  """Returns a caption that was found in JSON as `clean` takes it."""
+  if value is None:
+    return b''
   # JSON can hold half of a pair of surrogates, which becomes bytes that are not UTF-8.
-  return value.encode('utf-8', 'surrogatepass') if isinstance(value, str) else b''
+  return value.encode('utf-8', 'surrogatepass') if isinstance(value, str) else NOT_TEXT

@@ -6,21 +6,18 @@ order of the examples; the process whose share it falls in counts it (`preproces
 """
 
 import dataclasses
-import gzip
-import zlib
+import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from parti_jax import storage
-from parti_jax.data import captions
+from parti_jax.data import captions, packed
 from parti_jax.data.quiet_tensorflow import tf
 
 # Examples that go from Python to TensorFlow at once, which takes longer than to read one.
 _CHUNK = 64
 _CHUNK_BYTES = 2**20
-# What reading a file that is damaged, packed wrongly or gone raises.
-_READING_ERRORS = (OSError, EOFError, zlib.error)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +26,11 @@ class Damaged:
 
   Attributes:
     reason: what it is, in a few words, for the count.
+    name: what it is called in its file, if it has a name.
   """
 
   reason: str
+  name: str = ''
 
 
 Reader = Callable[[str], Iterator[Mapping[str, bytes] | Damaged]]
@@ -71,7 +70,7 @@ def dataset(read: Reader, file: tf.Tensor, names: Sequence[str]) -> tf.data.Data
 
 
 def described(reason: str, path: str) -> bytes:
-  """Returns the 'problem' of an example: the reason and the file, between them a tab."""
+  """Returns the 'problem' of an example: the reason, a tab, and the place to warn of or ''."""
   return f'{reason}\t{path}'.encode('utf-8', 'surrogateescape')
 
 
@@ -82,26 +81,53 @@ def parts(problem: bytes) -> tuple[str, str]:
 
 
 def lines(path: str) -> Iterator[Mapping[str, bytes] | Damaged]:
-  """Reads a text file, plain or, where its name ends in .gz, packed: {'caption': line}."""
+  """Reads a text file, plain or packed: {'caption': line}.
+
+  Lines end at newlines alone. A file in UTF-16 or UTF-32 begins with a byte order mark.
+  """
   with storage.open_file(path) as file:
     try:
-      file = gzip.open(file) if path.endswith('.gz') else file
-      while line := file.readline(captions.MAX_BYTES + 1):
-        yield {'caption': line}
-        # The rest of a line that is too long, which must not be kept in memory.
-        while line and not line.endswith(b'\n'):
-          line = file.readline(captions.MAX_BYTES)
-    except _READING_ERRORS:
+      file = packed.unpacked(file, path)
+      encoding = storage.encoding_of(file.peek(4)[:4])
+      if encoding == 'utf-8-sig':
+        yield from _lines(file, b'\n')
+      else:
+        text = io.TextIOWrapper(file, encoding, newline='\n')
+        for line in _lines(text, '\n'):
+          yield {'caption': line['caption'].encode('utf-8', 'surrogatepass')}
+    except (OSError, UnicodeDecodeError):
       yield Damaged('rest of a damaged text file')
 
 
+def _lines(file, newline) -> Iterator[Mapping[str, bytes | str]]:
+  """Yields the lines of a binary or text file, each cut where it is too long."""
+  while line := file.readline(captions.MAX_BYTES + 1):
+    yield {'caption': line}
+    # The rest of a line that is too long, which must not be kept in memory.
+    while line and not line.endswith(newline):
+      line = file.readline(captions.MAX_BYTES)
+
+
 def _examples(read: Reader, path: str) -> Iterator[Mapping[str, bytes]]:
+  named = set()
   try:
     for example in read(path):
-      yield ({'problem': described(example.reason, path)} if isinstance(example, Damaged)
-             else example)
+      if isinstance(example, Damaged):
+        yield {'problem': described(example.reason, _place(example, path, named))}
+      else:
+        yield example
   except OSError:
     yield {'problem': described('file that is gone or cannot be read', path)}
+
+
+def _place(damaged: Damaged, path: str, named: set[str]) -> str:
+  """Returns what a warning names: of several things with names in a file the first of a kind."""
+  if not damaged.name:
+    return path
+  if damaged.reason in named:
+    return ''
+  named.add(damaged.reason)
+  return f'{path}, {damaged.name!r}'
 
 
 def _arrays(columns: Mapping[str, list[bytes]]) -> dict[str, np.ndarray]:

@@ -1,16 +1,20 @@
-"""Reads a captions file: JSON lines with a picture's file and its caption."""
+"""Which picture has which caption: by a file of JSON lines, or by a text file for each picture."""
 
 import functools
+import itertools
 import json
 import os
 
 import numpy as np
+from absl import logging
 
 from parti_jax import storage
-from parti_jax.data import captions
+from parti_jax.data import captions, decoding, file_patterns
 from parti_jax.errors import UserError
 
 _MAX_LINE = 2**24
+# Names of columns that are kept for messages.
+_MAX_COLUMNS = 100
 
 
 def read(
@@ -20,7 +24,8 @@ def read(
 
   Args:
     folder: the folder, a path or URL, that no picture may lie outside of.
-    captions_file: path of the captions file in the folder. Blank lines are allowed.
+    captions_file: path of the captions file in the folder, in UTF-8, or in another encoding by its
+      byte order mark. Blank lines are allowed.
     file_key: the column of the picture's file, a path relative to the captions file's folder.
     caption_key: the column of the caption.
     pictures: whether the pictures are needed, so that each has to be there.
@@ -30,19 +35,21 @@ def read(
     bytes objects [pictures].
 
   Raises:
-    UserError: the file is missing or empty, a line is no JSON object or lacks a column, or a
-      picture does not exist, is no file or lies outside of the folder. The message names the first
-      such line and says how many more.
+    UserError: the file is missing or empty, no line has the caption's column, a line is no JSON
+      object or lacks the file's column, or a picture does not exist, is no file or lies outside of
+      the folder. The message names the first such line and says how many more.
   """
   path = storage.join(folder, captions_file)
   check = _Places(folder, os.path.dirname(path))
-  files, texts, first, problems = [], [], '', 0
+  files, texts, columns, first, problems, captioned = [], [], set(), '', 0, False
   for number, line in enumerate(_lines(path), start=1):
     if line.strip():
       try:
-        file, caption = _parse(line, file_key, caption_key)
-        files.append(os.fsencode(check(file, pictures)))
-        texts.append(caption)
+        row = _parse(line, file_key)
+        files.append(os.fsencode(check(row[file_key], pictures)))
+        texts.append(captions.from_json(row.get(caption_key)))
+        captioned |= caption_key in row
+        columns.update(row if len(columns) < _MAX_COLUMNS else ())
       except ValueError as error:
         first = first or f'line {number}: {error}'
         problems += 1
@@ -51,8 +58,67 @@ def read(
     raise UserError(f'{path}, {first}{more}')
   if not files:
     raise UserError(f'{path} lists no picture')
+  if not captioned:
+    raise UserError(f'{path}: no line has a column {caption_key!r}; the columns are '
+                    f'{", ".join(sorted(columns)[:_MAX_COLUMNS])} (gin: folder.caption_key)')
   # As objects: numpy's own strings would all be as long as the longest.
   return np.array(files, object), np.array(texts, object)
+
+
+def read_beside(folder: str, pattern: str) -> tuple[np.ndarray, np.ndarray]:
+  """Finds text files that have a picture of the same name beside them, such as 1.txt and 1.jpg.
+
+  Warns of text files without a picture, and of pictures in their folders without a text.
+
+  Args:
+    folder: the folder, a path or URL.
+    pattern: of the text files within the folder, see `file_patterns`; it ends in .txt.
+
+  Returns:
+    As `read`; a caption that can't be read is b''.
+
+  Raises:
+    UserError: there is no such text file, or none that has a picture.
+  """
+  texts = file_patterns.files(file_patterns.join(folder, pattern))
+  if not texts:
+    raise UserError(f'no file matches {pattern!r} in {folder} (gin: folder.path, folder.splits)')
+  found = _pictures_of(texts)
+  _warn(len(texts) - len(found), 'text file(s) without a picture', folder)
+  if not found:
+    raise UserError(f'none of the {len(texts):,} files that match {pattern!r} in {folder} has a '
+                    f'picture beside it: the same name with one of .{", .".join(decoding.ENDINGS)}')
+  texts_of = [_first_bytes(text) for text in found]
+  return np.array(list(map(os.fsencode, found.values())), object), np.array(texts_of, object)
+
+
+def _pictures_of(texts: list[str]) -> dict[str, str]:
+  """Text file -> the picture beside it, of those that have one."""
+  found, bare = {}, 0
+  for folder, group in itertools.groupby(texts, key=os.path.dirname):
+    pictures = {}
+    for name in storage.names(folder or '.'):
+      stem, ending = os.path.splitext(name)
+      if ending[1:].lower() in decoding.ENDINGS:
+        pictures.setdefault(stem, storage.join(folder, name))
+    stems = {text: os.path.splitext(storage.name(text))[0] for text in group}
+    found |= {text: pictures[stem] for text, stem in stems.items() if stem in pictures}
+    bare += len(pictures.keys() - set(stems.values()))
+  _warn(bare, 'picture(s) without a text file', os.path.commonpath(texts))
+  return found
+
+
+def _warn(count: int, what: str, folder: str) -> None:
+  if count:
+    logging.warning('%s: left out %d %s', folder, count, what)
+
+
+def _first_bytes(path: str) -> bytes:
+  try:
+    with storage.open_file(path) as file:
+      return file.read(captions.MAX_BYTES + 1)
+  except OSError:
+    return b''
 
 
 class _Places:
@@ -108,8 +174,8 @@ def _lines(path: str):
     ) from error
 
 
-def _parse(line: str, file_key: str, caption_key: str) -> tuple[str, bytes]:
-  """Returns a line's file and caption, or raises ValueError."""
+def _parse(line: str, file_key: str) -> dict:
+  """Returns what is in a line, or raises ValueError."""
   try:
     row = json.loads(line)
   except json.JSONDecodeError as error:
@@ -118,10 +184,7 @@ def _parse(line: str, file_key: str, caption_key: str) -> tuple[str, bytes]:
     raise ValueError('no JSON that can be read') from error
   if not isinstance(row, dict):
     raise ValueError('no JSON object')
-  for key, setting in ((file_key, 'file_key'), (caption_key, 'caption_key')):
-    if not isinstance(row.get(key), str):
-      columns = ', '.join(row) or 'none'
-      raise ValueError(
-          f'no text in column {key!r}; its columns are {columns} (gin: folder.{setting})'
-      )
-  return row[file_key], captions.from_json(row[caption_key])
+  if not isinstance(row.get(file_key), str):
+    raise ValueError(f'no text in column {file_key!r}; its columns are '
+                     f'{", ".join(row) or "none"} (gin: folder.file_key)')
+  return row

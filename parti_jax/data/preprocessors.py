@@ -13,6 +13,7 @@ import numpy as np
 from parti_jax.data import captions, decoding, example_files, tally
 from parti_jax.data.quiet_tensorflow import seqio, tf
 from parti_jax.data.vocabulary import EOS_ID, TextVocabulary
+from parti_jax.errors import UserError
 
 
 @seqio.map_over_dataset(num_seeds=1)
@@ -61,14 +62,17 @@ def leave_out(dataset: tf.data.Dataset) -> tf.data.Dataset:
 def decode_images(dataset: tf.data.Dataset, sequence_length) -> tf.data.Dataset:
   """Replaces 'picture' by 'images', uint8 [size, size, 3] with size = sequence_length['images']."""
   size = sequence_length['images']
-  skipped = tally.current().skipped
+  reading, decode_and_note = tally.current(), decoding.configured()
 
   def decode(data: bytes, number: int):
     try:
-      return decoding.decode(data, size), True
+      image, notes = decode_and_note(data, size)
     except decoding.UndecodablePicture as error:
-      skipped.add(str(error), number)
+      reading.skipped.add(str(error), number)
       return np.zeros([size, size, 3], np.uint8), False
+    for note in notes:
+      reading.shortened.add(note, number)
+    return image, True
 
   def convert(example):
     picture = example.pop('picture')
@@ -141,7 +145,12 @@ def drop_text(
 
   Returns:
     The dataset with the same features.
+
+  Raises:
+    UserError: if the rate is no such number.
   """
+  if type(rate) not in (int, float) or not 0 <= rate <= 1:
+    raise UserError(f'drop_text.rate={rate!r} must be a number from 0 to 1')
   if not tally.current().drop_text or rate == 0:
     return dataset
   empty, _ = vocabulary.encode('', sequence_length['inputs'])

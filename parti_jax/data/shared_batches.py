@@ -11,6 +11,7 @@ import numpy as np
 
 from parti_jax.data.batches import Batches
 from parti_jax.errors import UserError
+from parti_jax.fingerprints import Fingerprint
 from parti_jax.partitioning import local_rows
 
 
@@ -65,6 +66,7 @@ class SharedBatches:
     batch_size: rows of the global batch.
     shares: into how many shares the examples are split.
     skipped: as in `Batches`, of the shares that this process reads.
+    fingerprints: as in `Batches`.
   """
 
   def __init__(self, task: str, split: str, batch_size: int, feature_lengths: Mapping[str, int],
@@ -98,20 +100,24 @@ class SharedBatches:
     return dict(sum((collections.Counter(b.skipped) for b in self._batches.values()),
                     collections.Counter()))
 
+  @property
+  def fingerprints(self) -> dict[str, Fingerprint | None]:
+    """As in `Batches`."""
+    return next(iter(self._batches.values())).fingerprints
+
   def state(self) -> dict:
     """Where the next batch starts in every share; all processes must call it together.
 
     Returns:
       {'places': [[epoch, examples taken in it] of each share], 'shares': [what else is in
-      `Batches.state()` of each share], 'vocabulary': fingerprint of the text vocabulary, None where
-      there is none}.
+      `Batches.state()` of each share]}.
     """
     states = {}
     for those in local_rows.gathered({n: b.state() for n, b in self._batches.items()}):
       states |= those
     states = [states[str(share)] for share in range(self.shares)]
     return {'places': [[state.pop('epoch'), state.pop('taken')] for state in states],
-            'shares': states, 'vocabulary': self._vocabulary}
+            'shares': states}
 
   def places(self) -> tuple[Place, ...]:
     """The next batch, in the shares that this process reads; asks no other process."""
@@ -125,14 +131,8 @@ class SharedBatches:
     examples begin with the first one.
 
     Raises:
-      UserError: another number of shares was asked for than the state has, or the texts are of
-        another vocabulary now.
+      UserError: another number of shares was asked for than the state has.
     """
-    there = state.get('vocabulary')
-    if there is not None and self._vocabulary not in (None, there):
-      raise UserError(f'the checkpoint was trained with another vocabulary ({there}) than that of '
-                      f'now ({self._vocabulary}); set vocabulary.path to that one, or train in '
-                      'another --model_dir')
     if 'from_t5x' in state:
       return
     # Before there were shares, a checkpoint held the place in the one stream of examples.
@@ -141,11 +141,23 @@ class SharedBatches:
       raise UserError(f'train.data_shares={self._asked}, but the checkpoint has the place in '
                       f'{len(places)} shares; leave it away or train in another --model_dir')
     if len(places) != self.shares:
+      self.close()
       self._open(len(places))
     more = state.get('shares') or [{}] * len(places)
     for share, batches in self._batches.items():
       epoch, taken = places[share]
       batches.restore({'epoch': epoch, 'taken': taken, **more[share]})
+
+  def close(self) -> None:
+    """Ends reading ahead, as `Batches.close`."""
+    for batches in self._batches.values():
+      batches.close()
+
+  def __enter__(self) -> SharedBatches:
+    return self
+
+  def __exit__(self, *_) -> None:
+    self.close()
 
   def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
     return self
@@ -164,9 +176,9 @@ class SharedBatches:
     size = self.batch_size // shares
     read = np.unique(self._rows // size)
     self._batches = {
-        int(share): Batches(**self._arguments, batch_size=size, share=int(share), shares=shares)
+        int(share): Batches(
+            **self._arguments, batch_size=size, share=int(share), shares=shares, training=True)
         for share in read}
-    self._vocabulary = next(iter(self._batches.values())).vocabulary
     held = (read[:, None] * size + np.arange(size)).reshape(-1)
     # A slice where all is needed, since it copies nothing.
     self._chosen = (slice(None) if len(held) == len(self._rows)
@@ -187,7 +199,7 @@ def read(place: Place, task: str, split: str, feature_lengths: Mapping[str, int]
   Returns:
     Arrays [place.count, ...].
   """
-  batches = Batches(task, split, place.count, feature_lengths, seed=seed,
-                    share=place.share, shares=place.shares)
-  batches.restore({'epoch': place.epoch, 'taken': place.taken})
-  return next(batches)
+  with Batches(task, split, place.count, feature_lengths, seed=seed,
+               share=place.share, shares=place.shares, training=True) as batches:
+    batches.restore({'epoch': place.epoch, 'taken': place.taken})
+    return next(batches)

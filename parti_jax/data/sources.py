@@ -20,10 +20,11 @@ import gin
 import numpy as np
 from absl import logging
 
-from parti_jax import storage
+from parti_jax import checks, storage
 from parti_jax.data import captions as captions_lib
 from parti_jax.data import (
-    decoding, example_files, folder_index, openmoji, tally, tar_shards, tfrecords)
+    decoding, example_files, file_patterns, folder_index, openmoji, streams, tally, tar_shards,
+    tfrecords)
 from parti_jax.data.quiet_tensorflow import seqio, tf, tfds
 from parti_jax.errors import UserError
 
@@ -99,15 +100,16 @@ class PictureSource(seqio.DataSource):
     A warning at the end counts the others.
     """
     skipped = tally.Tally()
-    for example in self.texts(split, shuffle=False).as_numpy_iterator():
-      try:
-        if example['problem']:
-          reason, place = example_files.parts(example['problem'])
-          skipped.add(reason, place=place)
-        else:
-          yield captions_lib.clean(example['caption'])[0]
-      except captions_lib.UnusableCaption as error:
-        skipped.add(str(error))
+    with streams.Stream(self.texts(split, shuffle=False)) as examples:
+      for example in examples:
+        try:
+          if example['problem']:
+            reason, place = example_files.parts(example['problem'])
+            skipped.add(reason, place=place)
+          else:
+            yield captions_lib.clean(example['caption'])[0]
+        except captions_lib.UnusableCaption as error:
+          skipped.add(str(error))
     if skipped.counts():
       logging.warning('%s, %s: skipped %s', self.place, split, skipped)
 
@@ -118,8 +120,7 @@ class PictureSource(seqio.DataSource):
     if split not in self.splits and not openmoji_slice:
       setting = '' if self.name == 'openmoji' else f' (gin: {self.name}.splits)'
       raise UserError(
-          f'{self.name} has no split {split!r}; it has {", ".join(self.splits)}{setting}'
-      )
+          f'{self.name} has no split {split!r}; it has {", ".join(self.splits)}{setting}')
 
   @abc.abstractmethod
   def _read(self, split, shuffle, seed, shard_info) -> tf.data.Dataset:
@@ -132,6 +133,7 @@ class PictureSource(seqio.DataSource):
 
 
 @gin.configurable('shuffle')
+@checks.bounded(buffer_size=(1, None))
 def shuffled(dataset: tf.data.Dataset, seed, buffer_size: int = 10_000) -> tf.data.Dataset:
   """Shuffles in a buffer of `buffer_size` encoded pictures."""
   return dataset.shuffle(buffer_size, seed=seed)
@@ -212,7 +214,10 @@ class FolderSource(PictureSource):
 
   @functools.cache
   def _index(self, split: str, pictures: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    return folder_index.read(self._path, self._captions_files[split], *self._keys, pictures)
+    file = self._captions_files[split]
+    if file.endswith('.txt'):
+      return folder_index.read_beside(self._path, file)
+    return folder_index.read(self._path, file, *self._keys, pictures)
 
   def _order(self, count: int, shuffle, seed, shard_info) -> np.ndarray:
     """Returns which examples to read; to shuffle the list is cheap and complete."""
@@ -256,7 +261,7 @@ class _Files(seqio.FileDataSource):
 
   def list_shards(self, split):
     """Returns the files of a split."""
-    return storage.glob(self._patterns[split])
+    return file_patterns.files(self._patterns[split])
 
 
 class _FilesSource(PictureSource):
@@ -275,18 +280,20 @@ class _FilesSource(PictureSource):
     """
     super().__init__(name, splits)
     self.place = f'{name} {path}'
-    self._patterns = {split: storage.join(path, pattern) for split, pattern in splits.items()}
+    self._patterns = {
+        split: file_patterns.join(path, pattern) for split, pattern in splits.items()}
     self._files = _Files(self._patterns, read, ('picture', 'caption'))
     self._text_files = read_texts and _Files(self._patterns, read_texts, ('caption',))
 
   def list_shards(self, split):
     """Returns the files of a split."""
-    files = self._files.list_shards(split)
+    settings = f'(gin: {self.name}.path, {self.name}.splits)'
+    try:
+      files = self._files.list_shards(split)
+    except UserError as error:
+      raise UserError(f'{self.name}: {error} {settings}') from error
     if not files:
-      raise UserError(
-          f'{self.name}: no file matches {self._patterns[split]!r} '
-          f'(gin: {self.name}.path, {self.name}.splits)'
-      )
+      raise UserError(f'{self.name}: no file matches {self._patterns[split]!r} {settings}')
     return files
 
   def _read(self, split, shuffle, seed, shard_info):
@@ -327,26 +334,26 @@ class TFRecordSource(_FilesSource):
         reader({'caption': caption_key}))
 
   def _read(self, split, shuffle, seed, shard_info):
-    tfrecords.check_keys(self.list_shards(split)[0], self._keys)
+    tfrecords.check_keys(self.list_shards(split), self._keys)
     return super()._read(split, shuffle, seed, shard_info)
 
   def _read_texts(self, split, shuffle, seed, shard_info):
     tfrecords.check_keys(
-        self.list_shards(split)[0], {'caption_key': self._keys['caption_key']})
+        self.list_shards(split), {'caption_key': self._keys['caption_key']})
     return super()._read_texts(split, shuffle, seed, shard_info)
 
 
 class WebDatasetSource(_FilesSource):
   """Tar shards as img2dataset and webdataset write them."""
 
-  def __init__(self, path: str, splits: Mapping[str, str], caption_key: str):
+  def __init__(self, path: str, splits: Mapping[str, str], caption_key: str | None):
     """Makes the source; the arguments are those of `webdataset`."""
-
     super().__init__(
         'webdataset', path, splits, lambda file: tar_shards.samples(file, caption_key))
 
 
 @gin.configurable('openmoji')
+@checks.bounded(size=(1, 8192))
 def openmoji_source(size: int | None = None, data_dir: str | None = None, image_size: int = 64):
   """OpenMoji.
 
@@ -374,7 +381,8 @@ def folder_source(
   Args:
     path: the folder.
     splits: captions file of each split, relative to the folder. Each line is an object with the
-      picture's file, relative to the captions file, and its caption.
+      picture's file, relative to the captions file, and its caption. A pattern of text files such
+      as '**/*.txt' means that each has the caption of the picture of the same name beside it.
     file_key: the column of the file.
     caption_key: the column of the caption.
 
@@ -391,11 +399,11 @@ def tfrecord_source(
     image_key: str = 'image',
     caption_key: str = 'caption',
 ):
-  """TFRecords of tf.train.Example.
+  """TFRecords of tf.train.Example, plain or packed.
 
   Args:
     path: the folder of the files.
-    splits: file pattern of each split, relative to the folder.
+    splits: file pattern of each split, relative to the folder; see `file_patterns`.
     image_key: the feature that holds the encoded picture.
     caption_key: the feature that holds the caption.
 
@@ -409,14 +417,15 @@ def tfrecord_source(
 def webdataset_source(
     path: str | None = None,
     splits: Mapping[str, str] = {'train': '*.tar'},
-    caption_key: str = 'caption',
+    caption_key: str | None = None,
 ):
-  """Tar shards of pictures and captions, as img2dataset writes them.
+  """Tar shards of pictures and captions, as img2dataset writes them, plain or packed.
 
   Args:
     path: the folder of the shards.
-    splits: file pattern of each split, relative to the folder.
-    caption_key: where a sample has no .txt file, the key of the caption in its .json file.
+    splits: file pattern of each split, relative to the folder; see `file_patterns`.
+    caption_key: the key of the caption in a sample's .json file, whether it has a .txt file or not.
+      None for the .txt file or, where a sample has none, the key 'caption'.
 
   Returns:
     The source.
@@ -426,11 +435,11 @@ def webdataset_source(
 
 @gin.configurable('text')
 def text_source(path: str | None = None, splits: Mapping[str, str] = {'train': '*.txt'}):
-  """Files of text in UTF-8, one text a line; what ends in .gz is unpacked.
+  """Files of text, one text a line, plain or packed.
 
   Args:
     path: the folder of the files.
-    splits: file pattern of each split, relative to the folder.
+    splits: file pattern of each split, relative to the folder; see `file_patterns`.
 
   Returns:
     The source.

@@ -84,13 +84,13 @@ class Reading:
   Attributes:
     skipped: tally of examples that are left out.
     shortened: tally of examples that are kept, but not whole (captions cut to the text's length).
-    drop_text: whether texts may be dropped for classifier-free guidance.
+    drop_text: whether the reader trains, so that `preprocessors.drop_text` drops texts.
     start: the number of the example, in the order of reading, at which reading starts.
   """
 
   skipped: Tally = dataclasses.field(default_factory=Tally)
   shortened: Tally = dataclasses.field(default_factory=Tally)
-  drop_text: bool = True
+  drop_text: bool = False
   start: int = 0
 
 

@@ -6,12 +6,11 @@ that names such as `../x` or `/x` lead nowhere.
 """
 
 import dataclasses
-import gzip
 import tarfile
-import zlib
 from collections.abc import Collection, Iterator
 from typing import IO
 
+from parti_jax.data import packed
 from parti_jax.data.example_files import Damaged
 
 _BLOCK = tarfile.BLOCKSIZE
@@ -33,38 +32,44 @@ class Member:
 
   Attributes:
     name: its name as it stands there.
-    content: its bytes.
+    content: its bytes; None for a file that is not wanted.
   """
 
   name: str
-  content: bytes
+  content: bytes | None
 
 
 def members(
     file: IO[bytes], endings: Collection[str], max_bytes: int
 ) -> Iterator[Member | Damaged]:
-  """Yields the files in a tar, plain or packed with gzip.
+  """Yields the files in a tar, plain or packed as `packed` knows it.
 
   Args:
     file: open to read from its beginning; it is sought in at the beginning alone.
-    endings: of the names that are wanted, as of `ending`. Others are gone over.
-    max_bytes: the most that a file may have.
+    endings: of the names that are wanted, as `split` has them. The content of others is gone over.
+    max_bytes: the most that a wanted file may have.
 
   Yields:
-    Each wanted file, or what is in its place; links, devices and sparse files are `Damaged` too.
-    Behind a damaged header the next block that is a header is gone on with.
+    Each file, or what is in its place; links, devices and sparse files are `Damaged` too. Behind a
+    damaged header the next block that is a header is gone on with.
   """
   try:
-    packed = file.read(2) == b'\x1f\x8b'
-    file.seek(0)
-    yield from _members(gzip.open(file) if packed else file, endings, max_bytes)
-  except (OSError, EOFError, zlib.error):
+    yield from _members(packed.unpacked(file), endings, max_bytes)
+  except (OSError, EOFError):
     yield REST
 
 
-def ending(name: str) -> str:
-  """Returns what lies behind the first dot of the last part of a name, in lower case."""
-  return name.rpartition('/')[2].partition('.')[2].lower()
+def split(name: str) -> tuple[str, str]:
+  """Splits a name at the last dot of its last part.
+
+  Returns:
+    What lies before the dot, and the ending behind it, in lower case and without blanks.
+  """
+  folder, slash, last = name.rpartition('/')
+  stem, dot, behind = last.rpartition('.')
+  if not dot:
+    return name, ''
+  return f'{folder}{slash}{stem}', behind.strip().lower()
 
 
 def _members(file, endings, max_bytes) -> Iterator[Member | Damaged]:
@@ -115,8 +120,8 @@ def _member(file, header, size, special, endings, max_bytes) -> tuple[Member | D
   if header.type not in _FILES or any(key.startswith('GNU.sparse') for key in special):
     return _SPECIAL, follows
   name = special.get('path', header.name)
-  if ending(name) not in endings:
-    return None, follows
+  if split(name)[1] not in endings:
+    return Member(name, None), follows
   if size > max_bytes:
     return Damaged('file of too many bytes in a tar shard'), follows
   return Member(name, _content(file, size)), 0

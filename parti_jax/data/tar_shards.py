@@ -1,6 +1,7 @@
 """Reads tar shards of samples: files of the same name and different endings.
 
-img2dataset writes 000000012.jpg, 000000012.txt and 000000012.json one after another.
+img2dataset writes 000000012.jpg, 000000012.txt and 000000012.json one after another. The ending is
+what follows the last dot of a file's name; what lies before it is the sample's key.
 """
 
 import json
@@ -11,59 +12,153 @@ from parti_jax import storage
 from parti_jax.data import captions, decoding, tar_members
 from parti_jax.data.example_files import Damaged
 
-_PICTURES = ('jpg', 'jpeg', 'png', 'webp', 'gif')
-_ENDINGS = frozenset((*_PICTURES, 'txt', 'json'))
+# Endings that mean the same.
+_SAME = {ending: 'jpg' for ending in ('jpeg', 'jpe', 'jfif')}
+# Of a sample's pictures the first of these is read.
+_PICTURES = tuple(ending for ending in decoding.ENDINGS if ending not in _SAME)
+_WANTED = frozenset((*decoding.ENDINGS, 'txt', 'json'))
 # Read whole, JSON takes many times its size.
 _MAX_JSON = 2**20
+# Names of other files, and keys of samples, that are kept to find out which belong together.
+_MAX_OTHERS = 1000
+# Dots in a name at which it may be split.
+_MAX_DOTS = 30
 
 
-def samples(path: str, caption_key: str) -> Iterator[Mapping[str, bytes] | Damaged]:
+def samples(path: str, caption_key: str | None) -> Iterator[Mapping[str, bytes] | Damaged]:
   """Reads the shard at a path or URL; see `samples_in`."""
   with storage.open_file(path) as file:
     yield from samples_in(file, caption_key)
 
 
-def samples_in(file: IO[bytes], caption_key: str) -> Iterator[Mapping[str, bytes] | Damaged]:
+def samples_in(
+    file: IO[bytes], caption_key: str | None
+) -> Iterator[Mapping[str, bytes] | Damaged]:
   """Reads a shard.
 
+  The files of a sample follow one another. Where a key repeats an ending, another sample begins. If
+  the one before lacked its picture or caption, nobody knows whose caption comes next, and it is
+  replaced by `captions.AMBIGUOUS`.
+
   Args:
-    file: the shard, plain or packed with gzip, open to read from its beginning.
-    caption_key: the key of the caption in a sample's .json file, used where it has no .txt file.
+    file: the shard, plain or packed, open to read from its beginning.
+    caption_key: the key of the caption in a sample's .json file. None for the .txt file or, where a
+      sample has none, the key 'caption'.
 
   Yields:
     {'picture', 'caption'} of each sample, b'' for what it does not have, or what can't be read. Of
-    a shard that breaks off the last sample is left out, since it may lack files.
+    a shard that breaks off the last sample is left out, since it may lack files. Files of other
+    endings that belong to no sample are `Damaged`, those of one key once.
   """
-  sample, current = {}, None
-  for member in tar_members.members(file, _ENDINGS, decoding.MAX_BYTES):
+  sample, others = _Sample('', caption_key), _Others()
+  for member in tar_members.members(file, _WANTED, decoding.MAX_BYTES):
     if isinstance(member, Damaged):
       if member == tar_members.REST:
-        sample = {}
+        sample = _Sample('', caption_key)
       yield member
       continue
-    ending = tar_members.ending(member.name)
-    name = member.name[:len(member.name) - len(ending)]
-    if name != current:
-      if sample:
-        yield _example(sample, caption_key)
-      sample, current = {}, name
-    sample[ending] = member.content
-  if sample:
-    yield _example(sample, caption_key)
+    key, ending = tar_members.split(member.name)
+    if member.content is not None and key != sample.key:
+      yield from sample.examples()
+      sample = _Sample(key, caption_key)
+    yield from others.unclaimed_before(key)
+    if member.content is None:
+      others.add(member.name)
+    else:
+      others.claim(key)
+      yield from sample.add(_SAME.get(ending, ending), member.content)
+  yield from sample.examples()
+  yield from others.unclaimed()
 
 
-def _example(sample: Mapping[str, bytes], caption_key: str) -> Mapping[str, bytes] | Damaged:
-  if 'txt' not in sample and len(sample.get('json', b'')) > _MAX_JSON:
-    return Damaged('json file of too many bytes in a tar shard')
-  picture = next((sample[ending] for ending in _PICTURES if ending in sample), b'')
-  return {'picture': picture, 'caption': _caption(sample, caption_key)}
+class _Sample:
+  """The files of one key that follow one another; more than one sample if endings repeat."""
+
+  def __init__(self, key: str, caption_key: str | None):
+    self.key = key
+    self._caption_key = caption_key
+    self._files: dict[str, bytes] = {}
+    self._ambiguous = False
+
+  def add(self, ending: str, content: bytes) -> Iterator[Mapping[str, bytes] | Damaged]:
+    """Adds a file, and yields the sample that ends before it, if one does."""
+    if ending in self._files:
+      pictures = sum(picture in self._files for picture in _PICTURES)
+      self._ambiguous |= pictures > 1
+      yield from self.examples()
+      self._ambiguous |= not pictures or not {'txt', 'json'} & self._files.keys()
+      self._files = {}
+    self._files[ending] = content
+
+  def examples(self) -> Iterator[Mapping[str, bytes] | Damaged]:
+    """Yields the sample, if there is one."""
+    if not self._files:
+      return
+    picture = next((self._files[ending] for ending in _PICTURES if ending in self._files), b'')
+    use_txt = self._caption_key is None and 'txt' in self._files
+    if not use_txt and len(self._files.get('json', b'')) > _MAX_JSON:
+      yield Damaged('json file of too many bytes in a tar shard', self.key)
+      return
+    caption = self._files['txt'] if use_txt else self._json_caption()
+    if self._ambiguous and caption:
+      caption = captions.AMBIGUOUS
+    yield {'picture': picture, 'caption': caption}
+
+  def _json_caption(self) -> bytes:
+    """Returns the caption in the .json file, or what stands for one that is not there."""
+    missing = b'' if self._caption_key is None else captions.NO_COLUMN
+    try:
+      row = json.loads(self._files['json'])
+      return captions.from_json(row[self._caption_key or 'caption'])
+    except (LookupError, ValueError, TypeError, RecursionError):
+      return missing
 
 
-def _caption(sample: Mapping[str, bytes], caption_key: str) -> bytes:
-  """Returns the caption of a sample, b'' where it has none."""
-  if 'txt' in sample:
-    return sample['txt']
-  try:
-    return captions.from_json(json.loads(sample.get('json', b'{}')).get(caption_key))
-  except (ValueError, AttributeError, RecursionError):
-    return b''
+class _Others:
+  """Files that are neither pictures nor captions, until it is known whether a sample has them.
+
+  A sample x has x.cls and x.depth.npy, but not y.cls.
+  """
+
+  def __init__(self):
+    self._begin = ''
+    self._names: list[str] = []
+    # In the order in which they came.
+    self._keys: dict[str, None] = {}
+
+  def add(self, name: str) -> None:
+    """Adds a file."""
+    if not self._is_claimed(name):
+      self._names.append(name)
+
+  def claim(self, key: str) -> None:
+    """Adds the key of a sample."""
+    self._keys[key] = None
+    if len(self._keys) > _MAX_OTHERS:
+      del self._keys[next(iter(self._keys))]
+
+  def unclaimed_before(self, key: str) -> Iterator[Damaged]:
+    """Yields what no sample has, if what has this key can no longer belong to the same sample."""
+    folder, slash, last = key.rpartition('/')
+    begin = folder + slash + last.partition('.')[0]
+    if begin != self._begin or len(self._names) > _MAX_OTHERS:
+      yield from self.unclaimed()
+    if begin != self._begin:
+      self._begin, self._keys = begin, {}
+
+  def unclaimed(self) -> Iterator[Damaged]:
+    """Yields what no sample has, and forgets it."""
+    found = {}
+    for name in self._names:
+      if not self._is_claimed(name):
+        found.setdefault(tar_members.split(name)[0], name)
+    self._names = []
+    for name in found.values():
+      yield Damaged('file that is neither picture nor caption in a tar shard', name)
+
+  def _is_claimed(self, name: str) -> bool:
+    """Whether a name is a sample's key with something behind a dot."""
+    folder, slash, last = name.rpartition('/')
+    parts = last.split('.', _MAX_DOTS)
+    return any(folder + slash + '.'.join(parts[:count]) in self._keys
+               for count in range(1, len(parts) + 1))

@@ -16,7 +16,6 @@ Features: 'inputs' int32 [text_length], token ids of the caption; 'images' uint8
 """
 
 import functools
-import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -25,8 +24,9 @@ import numpy as np
 from absl import logging
 
 import parti_jax
+from parti_jax import fingerprints
 from parti_jax.data import (
-    captions, decoding, example_files, preprocessors, sources, tally, token_cache)
+    captions, decoding, example_files, preprocessors, sources, streams, tally, token_cache)
 from parti_jax.data.quiet_tensorflow import seqio, tf
 from parti_jax.data.vocabulary import EOS_ID, TextVocabulary
 from parti_jax.errors import UserError
@@ -35,6 +35,33 @@ TOKEN_TASKS = ('openmoji_tokens', 'cached_tokens')
 # Kind of a task -> its features. A kind alone is the task of the source that gin chooses.
 _KINDS = {'images': ('images',), 'pairs': ('images', 'inputs'), 'texts': ('inputs',)}
 ALIASES = tuple(_KINDS)
+
+
+class Task(seqio.Task):
+  """A seqio task that is shuffled again in each epoch, however small its source is."""
+
+  def get_dataset(
+      self,
+      sequence_length: Mapping[str, int] | None = None,
+      split: str = 'train',
+      use_cached: bool = False,
+      shuffle: bool = True,
+      shuffle_buffer_size: int | None = None,
+      seed: int | None = None,
+      shard_info: seqio.ShardInfo | None = None,
+      num_epochs: int | None = 1,
+      trim_output_features: bool = True,
+      try_in_mem_cache: bool = False,
+  ) -> tf.data.Dataset:
+    """Reads a split; arguments as those of `seqio.Task.get_dataset`.
+
+    `try_in_mem_cache` has no effect: seqio's cache would repeat the order of the first epoch.
+    """
+    del try_in_mem_cache
+    return super().get_dataset(
+        sequence_length, split, use_cached=use_cached, shuffle=shuffle,
+        shuffle_buffer_size=shuffle_buffer_size, seed=seed, shard_info=shard_info,
+        num_epochs=num_epochs, trim_output_features=trim_output_features, try_in_mem_cache=False)
 
 
 @gin.configurable('vocabulary')
@@ -49,19 +76,27 @@ def _load_vocabulary(path: str) -> TextVocabulary:
   return TextVocabulary(path)
 
 
-def vocabulary_fingerprint(task: seqio.Task | seqio.Mixture) -> str | None:
-  """Returns what tells a task's text vocabulary from others; None where it has none that is known.
-
-  The fingerprint is that of `TextVocabulary`.
-  """
+def vocabulary_fingerprint(
+    task: seqio.Task | seqio.Mixture) -> fingerprints.Fingerprint | None:
+  """Returns the fingerprint of a task's text vocabulary; None where there is none that is known."""
   if 'inputs' not in task.output_features:
     return None
   found = task.output_features['inputs'].vocabulary
   if isinstance(found, seqio.SentencePieceVocabulary):
     with tf.io.gfile.GFile(found.sentencepiece_model_file, 'rb') as file:
-      return hashlib.sha256(file.read()).hexdigest()[:16]
-  ours = isinstance(found, seqio.PassThroughVocabulary) and _is_ours(task.name)
-  return get_vocabulary().fingerprint if ours else None
+      value = fingerprints.of_vocabulary(file.read())
+    return fingerprints.Fingerprint(value, f'the task {task.name}')
+  if not (isinstance(found, seqio.PassThroughVocabulary) and _is_ours(task.name)):
+    return None
+  vocabulary = get_vocabulary()
+  return fingerprints.Fingerprint(vocabulary.fingerprint, f'vocabulary.path={vocabulary.path!r}')
+
+
+def tokenizer_fingerprint(
+    task: seqio.Task | seqio.Mixture) -> fingerprints.Fingerprint | None:
+  """Returns the fingerprint of the tokenizer that made a task's tokens; None if it is not known."""
+  value = getattr(getattr(task, 'source', None), 'info', {}).get('tokenizer')
+  return value and fingerprints.Fingerprint(value, task.source.name)
 
 
 def caption_decoder(task: seqio.Task | seqio.Mixture) -> Callable[[Sequence[int]], str]:
@@ -117,7 +152,7 @@ def get_task(name: str, image_size: int = 64) -> seqio.Task | seqio.Mixture:
   return task
 
 
-def make_task(name: str, image_size: int = 64, keep_captions: bool = False) -> seqio.Task:
+def make_task(name: str, image_size: int = 64, keep_captions: bool = False) -> Task:
   """Returns a task of this module as gin configures it now; the registry knows nothing of it.
 
   Args:
@@ -147,7 +182,7 @@ def _split_name(name: str) -> tuple[str, str] | None:
 
 def _pictures_task(
     source_name: str, kind: str, image_size: int, keep_captions: bool
-) -> seqio.Task:
+) -> Task:
   source = sources.configured(source_name, image_size)
   features = {'images': _feature(size=256, dtype=tf.uint8, rank=3)}
   steps = [preprocessors.number, preprocessors.leave_out, preprocessors.decode_images]
@@ -155,7 +190,7 @@ def _pictures_task(
     vocabulary = get_vocabulary()
     features['inputs'] = text_feature(vocabulary)
     steps[2:2] = _text_steps(vocabulary, keep_captions)
-  return seqio.Task(
+  return Task(
       f'{source_name}_{kind}', source, features, steps, shuffle_buffer_size=None
   )
 
@@ -187,19 +222,19 @@ class _Texts(seqio.DataSource):
     return self._source.texts(split, shuffle, seed, shard_info)
 
 
-def _texts_task(source_name: str, keep_captions: bool) -> seqio.Task:
+def _texts_task(source_name: str, keep_captions: bool) -> Task:
   vocabulary = get_vocabulary()
   steps = [preprocessors.number, preprocessors.leave_out,
            _text_steps(vocabulary, keep_captions)[0]]
   # Texts are never dropped here: an empty one teaches an encoder nothing.
-  return seqio.Task(
+  return Task(
       f'{source_name}_texts', _Texts(sources.configured(source_name)),
       {'inputs': text_feature(vocabulary)}, steps,
       shuffle_buffer_size=None,
   )
 
 
-def _tokens_task(name: str, keep_captions: bool) -> seqio.Task:
+def _tokens_task(name: str, keep_captions: bool) -> Task:
   source = token_cache.configured_source()
   vocabulary = get_vocabulary()
   features = {
@@ -207,7 +242,7 @@ def _tokens_task(name: str, keep_captions: bool) -> seqio.Task:
       'targets': token_feature(source),
   }
   steps = [preprocessors.number, preprocessors.leave_out, *_text_steps(vocabulary, keep_captions)]
-  return seqio.Task(name, source, features, steps, shuffle_buffer_size=None)
+  return Task(name, source, features, steps, shuffle_buffer_size=None)
 
 
 def _text_steps(vocabulary: TextVocabulary, keep_captions: bool) -> list:
@@ -293,30 +328,33 @@ def pictures_and_captions(
   reading = tally.Reading()
   with tally.reading(reading):
     dataset = sources.configured(name, size).get_dataset(split, shuffle=False)
-  return _usable(dataset, name, split, size, reading)
+  return _usable(dataset, name, split, size, reading, decoding.configured())
 
 
 def _usable(dataset: tf.data.Dataset, name: str, split: str, size: int,
-            reading: tally.Reading) -> Iterator[tuple[str, np.ndarray]]:
+            reading: tally.Reading, decode: Callable) -> Iterator[tuple[str, np.ndarray]]:
   """Yields what can be used of an opened split; see `pictures_and_captions`."""
   count = 0
-  for example in dataset.prefetch(64).as_numpy_iterator():
-    try:
-      if example['problem']:
-        reason, place = example_files.parts(example['problem'])
-        reading.skipped.add(reason, place=place)
+  with streams.Stream(dataset.prefetch(64)) as examples:
+    for example in examples:
+      try:
+        if example['problem']:
+          reason, place = example_files.parts(example['problem'])
+          reading.skipped.add(reason, place=place)
+          continue
+        picture, notes = decode(example['picture'], size)
+        caption, changes = captions.clean(example['caption'])
+      except (decoding.UndecodablePicture, captions.UnusableCaption) as error:
+        reading.skipped.add(str(error))
         continue
-      picture = decoding.decode(example['picture'], size)
-      caption, changes = captions.clean(example['caption'])
-    except (decoding.UndecodablePicture, captions.UnusableCaption) as error:
-      reading.skipped.add(str(error))
-      continue
-    for change in changes:
-      reading.shortened.add(change)
-    count += 1
-    yield caption, picture
+      for change in notes + changes:
+        reading.shortened.add(change)
+      count += 1
+      yield caption, picture
   if not count:
-    raise UserError(f'{name} has no usable example in split {split!r}; skipped {reading.skipped}')
+    skipped = str(reading.skipped)
+    reasons = f'skipped {skipped}' if skipped else 'there is none at all'
+    raise UserError(f'{name} has no usable example in split {split!r}; {reasons}')
   if reading.skipped.counts() or reading.shortened.counts():
     logging.warning('%s, %s: read %d; skipped: %s; kept in part: %s', name, split, count,
                     str(reading.skipped) or 'none', str(reading.shortened) or 'none')

@@ -1,23 +1,25 @@
 """Reads TFRecords record by record: what is damaged is left out and the rest is read.
 
-TensorFlow's own reader stops at the first damaged record, and takes as much memory as a record
-says that it is long.
+TensorFlow's own reader stops at the first damaged record.
 """
 
+import itertools
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import IO
 
 import google_crc32c
 
 from parti_jax import storage
-from parti_jax.data import decoding
+from parti_jax.data import captions, decoding, packed
 from parti_jax.data.example_files import Damaged
 from parti_jax.data.quiet_tensorflow import tf
 from parti_jax.errors import UserError
 
 # A picture that can be used, and what comes with it.
 MAX_BYTES = decoding.MAX_BYTES + 2**20
+# Where keys are looked for.
+_FILES_LOOKED_AT, _RECORDS_LOOKED_AT = 8, 100
 
 _REST = Damaged('rest of a damaged TFRecord file')
 
@@ -55,16 +57,26 @@ def records(file: IO[bytes]) -> Iterator[bytes | Damaged]:
     yield _REST
 
 
+def unpacked(file: IO[bytes]) -> IO[bytes]:
+  """Returns a stream of records from a file, plain or packed with zlib or as `packed` knows it."""
+  head = file.read(12)
+  file.seek(0)
+  if len(head) == 12 and _checksum(head[:8]) == head[8:]:
+    # The length of a first record may look like any packing.
+    return file
+  if head[:1] == b'\x78' and int.from_bytes(head[:2]) % 31 == 0:
+    return packed.unpacked_zlib(file)
+  return packed.unpacked(file)
+
+
 def raw(path: str) -> Iterator[Mapping[str, bytes] | Damaged]:
   """Yields the records of a file as {'record': bytes}, or what is in a record's place."""
   with storage.open_file(path) as file:
-    for record in records(file):
+    for record in records(unpacked(file)):
       yield record if isinstance(record, Damaged) else {'record': record}
 
 
-def examples(
-    path: str, keys: Mapping[str, str]
-) -> Iterator[Mapping[str, bytes] | Damaged]:
+def examples(path: str, keys: Mapping[str, str]) -> Iterator[Mapping[str, bytes] | Damaged]:
   """Yields the tf.train.Examples of a file.
 
   Args:
@@ -72,60 +84,89 @@ def examples(
     keys: name -> the feature that it is read from.
 
   Yields:
-    {name: bytes}, b'' for a feature that is not there, or what is in the example's place.
+    {name: bytes}, b'' for a feature that is not there, or what is in the example's place. A caption
+    that is not one text is as `captions` marks it.
   """
   with storage.open_file(path) as file:
-    for record in records(file):
+    for record in records(unpacked(file)):
       yield record if isinstance(record, Damaged) else parsed(record, keys)
 
 
 def parsed(record: bytes, keys: Mapping[str, str]) -> Mapping[str, bytes] | Damaged:
   """Returns features of a serialised tf.train.Example, as `examples` yields them."""
-  try:
-    features = tf.train.Example.FromString(record).features.feature
-  except Exception:  # The protocol buffers' own, which differs among their implementations.
+  features = _features(record)
+  if features is None:
     return Damaged('record that is no tf.train.Example')
   example = {}
   for name, key in keys.items():
     # To look up what is not there would add it.
     feature = features[key] if key in features else None
-    if feature is not None and feature.WhichOneof('kind') not in (None, 'bytes_list'):
-      return Damaged(f'record with numbers in place of a {name}')
     values = feature.bytes_list.value if feature is not None else []
-    if len(values) > 1:
-      return Damaged(f'record with more than one {name}')
-    example[name] = values[0] if values else b''
+    if feature is not None and feature.WhichOneof('kind') not in (None, 'bytes_list'):
+      example[name] = captions.NUMBERS
+    elif len(values) > 1:
+      example[name] = captions.SEVERAL
+    else:
+      example[name] = values[0] if values else b''
+  if example.get('picture') == captions.NUMBERS:
+    return Damaged('record with numbers in place of a picture')
+  if example.get('picture') == captions.SEVERAL:
+    return Damaged('record with more than one picture')
   return example
 
 
-def check_keys(file: str, keys: Mapping[str, str]) -> None:
-  """Compares keys with those of a file's first record, where a wrong one is easily seen.
+def check_keys(files: Sequence[str], keys: Mapping[str, str]) -> None:
+  """Compares keys with those of the first records, where a wrong one is easily seen.
 
   Args:
-    file: the file.
+    files: of a split.
     keys: parameter of gin -> key.
 
   Raises:
-    UserError: these are no TFRecords of tf.train.Example, or have no text under one of the keys.
+    UserError: these are no TFRecords of tf.train.Example, or none of the first ones has bytes under
+      one of the keys.
   """
+  missing, present, numbers, damaged = dict(keys), set(), set(), ''
+  for file in files[:_FILES_LOOKED_AT]:
+    for features in _first_features(file):
+      if features is None:
+        damaged = damaged or file
+        continue
+      kinds = {key: value.WhichOneof('kind') for key, value in features.items()}
+      present.update(key for key, kind in kinds.items() if kind)
+      numbers.update(key for key, kind in kinds.items() if kind not in (None, 'bytes_list'))
+      missing = {parameter: key for parameter, key in missing.items()
+                 if kinds.get(key) != 'bytes_list' or not features[key].bytes_list.value}
+      if not missing:
+        return
+    if present:
+      break
+  if damaged and not present:
+    raise UserError(f'tfrecord: {damaged} holds no TFRecords of tf.train.Example')
+  for parameter, key in missing.items() if present else ():
+    gin = f'(gin: tfrecord.{parameter})'
+    if key in numbers:
+      raise UserError(f'tfrecord: {key!r} in {file} holds numbers {gin}')
+    raise UserError(f'tfrecord: no {key!r} in the first records of {file}, which have '
+                    f'{", ".join(sorted(present)[:50])} {gin}')
+
+
+def _first_features(file: str) -> Iterator[Mapping | None]:
+  """Yields the features of the first records, None for one that can't be read."""
   try:
     with storage.open_file(file) as opened:
-      first = next(records(opened), None)
-    if isinstance(first, Damaged):
-      raise ValueError(first.reason)
-    features = tf.train.Example.FromString(first or b'').features.feature
-  except UserError:
-    raise
-  except Exception as error:
-    raise UserError(f'tfrecord: {file} holds no TFRecords of tf.train.Example') from error
-  present = ', '.join(sorted(key for key in features if features[key].WhichOneof('kind')))
-  for parameter, key in keys.items():
-    kind = features[key].WhichOneof('kind') if key in features else None
-    if kind not in (None, 'bytes_list'):
-      raise UserError(f'tfrecord: {key!r} in {file} holds numbers (gin: tfrecord.{parameter})')
-    if first is not None and (kind is None or not features[key].bytes_list.value):
-      raise UserError(f'tfrecord: no {key!r} in the first record of {file}, which has {present} '
-                      f'(gin: tfrecord.{parameter})')
+      for record in itertools.islice(records(unpacked(opened)), _RECORDS_LOOKED_AT):
+        yield None if isinstance(record, Damaged) else _features(record)
+  except OSError:
+    yield None
+
+
+def _features(record: bytes) -> Mapping | None:
+  """Returns the features of a serialised tf.train.Example, None if it is not one."""
+  try:
+    return tf.train.Example.FromString(record).features.feature
+  except Exception:  # The protocol buffers' own, which differs among their implementations.
+    return None
 
 
 def _checksum(data: bytes) -> bytes:

@@ -12,7 +12,9 @@ tells when a source is opened that one has been cut; caches of before have none.
 import functools
 import json
 import os
+import re
 import shutil
+import unicodedata
 from collections.abc import Iterable
 
 import gin
@@ -27,6 +29,10 @@ from parti_jax.errors import UserError
 EXAMPLES_PER_SHARD = 16_384
 _INFO_KEYS = ('codebook_size', 'image_tokens', 'tokenizer')
 _MAX_INFO = 2**24
+# What every file system takes in the middle of a name.
+_REFUSED = r'\x00-\x1f\x7f/\\<>:"|?*\ud800-\udfff'
+_SPLIT = re.compile(rf'[^{_REFUSED}\s.-][^{_REFUSED}]*')
+_LONGEST_SPLIT = 200
 _HOW_TO_MAKE = '`parti-jax tokenize` makes it'
 
 
@@ -46,10 +52,14 @@ def write_token_cache(
     The number of examples.
 
   Raises:
-    UserError: the folder holds tokens of another tokenizer, or can't be written.
+    UserError: the folder holds tokens of another tokenizer, or can't be written; or the split's
+      name can't be part of a file's.
     ValueError: tokens do not fit `info`, or an entry of `info` is missing.
   """
   storage.check_local(folder)
+  if not _SPLIT.fullmatch(split) or len(split.encode('utf-8', 'replace')) > _LONGEST_SPLIT:
+    raise UserError(f'the split {split[:80]!r} cannot be part of a file name; rename it in the '
+                    'source, with letters, digits, spaces and -_.+=, 200 bytes at most')
   missing = [key for key in _INFO_KEYS if key not in info]
   if missing:
     raise ValueError(f'info lacks {", ".join(missing)}')
@@ -223,12 +233,21 @@ def _shard_name(split: str, index: int) -> str:
   return f'{split}-{index:05d}.tfrecord'
 
 
+def _same_name(split: str) -> str:
+  """What file systems that fold case and normal forms make of a split's name."""
+  return unicodedata.normalize('NFKC', split).casefold()
+
+
 def _other_splits(folder: str, info: dict, split: str) -> dict:
   """Returns the finished splits that stay, after checking that they are of the same tokenizer."""
   if not os.path.exists(os.path.join(folder, 'info.json')):
     return {}
   present = read_info(folder)
   splits = {name: value for name, value in present['splits'].items() if name != split}
+  for name in splits:
+    if _same_name(name) == _same_name(split):
+      raise UserError(f'the token cache {folder} holds a split {name!r}, whose files have the same '
+                      f'names as those of {split!r} on some file systems; choose another folder')
   for key in _INFO_KEYS:
     if splits and present[key] != info[key]:
       raise UserError(
@@ -278,8 +297,9 @@ def _put_in_place(folder, unfinished, split, info, splits, count) -> None:
   """Moves complete shards into the cache; the split is out of `info.json` meanwhile."""
   shards = -(-count // EXAMPLES_PER_SHARD)
   _write_info(folder, {**info, 'splits': splits})
+  shard = re.compile(re.escape(split) + r'-\d{5,}\.tfrecord')
   for name in os.listdir(folder):
-    if name.startswith(f'{split}-') and name.endswith('.tfrecord'):
+    if shard.fullmatch(name):
       os.remove(os.path.join(folder, name))
   sizes = []
   for index in range(shards):

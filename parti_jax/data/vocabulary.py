@@ -4,7 +4,6 @@ Parti uses a SentencePiece vocabulary of 16,000, trained on sampled captions (se
 same object serves training and sampling, so that both see the same tokens.
 """
 
-import hashlib
 import io
 import os
 import re
@@ -13,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import sentencepiece
 
-from parti_jax import storage
+from parti_jax import fingerprints, storage
 from parti_jax.errors import UserError
 
 PAD_ID = 0
@@ -60,7 +59,7 @@ class TextVocabulary:
           f'the vocabulary {self.path} has the ids (pad, eos, unk) = {special_ids}, '
           f'needed are {(PAD_ID, EOS_ID, UNK_ID)}; `parti-jax vocabulary` makes such a one'
       )
-    self.fingerprint = hashlib.sha256(model).hexdigest()[:16]
+    self.fingerprint = fingerprints.of_vocabulary(model)
 
   @property
   def size(self) -> int:
@@ -116,6 +115,7 @@ def train_vocabulary(
     output: str,
     model_type: str = 'unigram',
     character_coverage: float = 0.9995,
+    at_most: bool = False,
 ) -> TextVocabulary:
   """Trains a SentencePiece model and writes it in one go.
 
@@ -128,6 +128,7 @@ def train_vocabulary(
     model_type: 'unigram', or 'bpe', which keeps more words whole where captions are few.
     character_coverage: share of the characters in the texts that get a piece of their own; the
       rarest of the rest become unknown.
+    at_most: whether the vocabulary may be smaller where the texts can't carry `size` ids.
 
   Returns:
     The new vocabulary.
@@ -144,6 +145,7 @@ def train_vocabulary(
         model_type=model_type,
         vocab_size=size,
         character_coverage=character_coverage,
+        hard_vocab_limit=not at_most,
         normalization_rule_name='nmt_nfkc_cf',
         pad_id=PAD_ID,
         eos_id=EOS_ID,

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import tqdm
 
+from parti_jax import checks
 from parti_jax import config
 from parti_jax.data import vocabulary
 from parti_jax.errors import UserError
@@ -22,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
       '--size', type=int, default=16_000,
       help='number of ids, the three special ones included (default: %(default)s, as in the paper)')
   parser.add_argument(
+      '--at_most', action='store_true',
+      help="take fewer ids than --size where the captions can't carry as many")
+  parser.add_argument(
       '--split', default='train', help="the source's split to train on (default: %(default)s)")
   parser.add_argument(
       '--model_type', choices=('unigram', 'bpe'), default='unigram',
@@ -36,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
   """Trains and writes the vocabulary, and prints how it fits the captions."""
   if not 0.98 <= args.character_coverage <= 1:
     raise UserError(f'--character_coverage={args.character_coverage} must lie in 0.98 to 1')
+  checks.count('--size', args.size)
   from parti_jax.data import sources  # pylint: disable=g-import-not-at-top
 
   config.parse(args.gin_file, args.gin_bindings)
@@ -43,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
   captions = _with_text(source, args.split)
   model = vocabulary.train_vocabulary(
       tqdm.tqdm(captions, desc='captions', unit='', disable=None),
-      args.size, args.output, args.model_type, args.character_coverage,
+      args.size, args.output, args.model_type, args.character_coverage, args.at_most,
   )
   measured = itertools.islice(_with_text(source, args.split), _MEASURED_CAPTIONS)
   print(f'{args.output}: {model.size:,} ids')

@@ -41,6 +41,11 @@ class RankerAlignment:
     self._ranker = ranker
     self.prompts = [prompts[index] for index in _chosen(len(prompts), max_prompts, seed)]
 
+  def judged(self, measure: str) -> int:
+    """As OpenMojiAlignment.judged: all prompts are."""
+    del measure
+    return len(self.prompts)
+
   def scores(self, images: np.ndarray) -> dict[str, np.ndarray]:
     """As OpenMojiAlignment.scores: the mean cosine of each prompt's pictures, from -1 to 1."""
     texts = [prompt for prompt in self.prompts for _ in range(images.shape[1])]
@@ -84,6 +89,12 @@ class OpenMojiAlignment:
     self._judge = openmoji_judge.Judge(pictures, image_size, render)
     self.prompts = [picture.caption for picture in self._asked]
 
+  def judged(self, measure: str) -> int:
+    """How many of the prompts one of `measures` judges: the tone only of names that have any."""
+    if measure != 'tone_right':
+      return len(self._asked)
+    return sum(self._judge.has_tones(picture.name) for picture in self._asked)
+
   def scores(self, images: np.ndarray) -> dict[str, np.ndarray]:
     """Judges pictures.
 
@@ -125,6 +136,15 @@ def pairwise_distance(images: np.ndarray) -> np.ndarray:
 
 
 def mean_and_error(values: np.ndarray) -> tuple[float, float]:
-  """The mean over prompts and its standard error, without those that are nan."""
+  """The mean over prompts and its standard error, without those that are nan.
+
+  The error of a single prompt is nan.
+
+  Raises:
+    UserError: if there is none.
+  """
   values = values[~np.isnan(values)]
-  return float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5)
+  if not values.size:
+    raise UserError('none of the prompts can be judged, so that there is no mean; choose others')
+  error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
+  return float(values.mean()), float(error)

@@ -8,11 +8,13 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
+import sys
 from typing import Any
 
 import numpy as np
 
 import parti_jax
+from parti_jax import checks
 from parti_jax import storage
 from parti_jax.data import openmoji
 from parti_jax.errors import UserError
@@ -20,7 +22,6 @@ from parti_jax.evaluation import alignment
 from parti_jax.evaluation import calibration
 from parti_jax.sampling import command as sampling_command
 from parti_jax.sampling import flags
-from parti_jax.sampling import settings as settings_lib
 
 THRESHOLDS = ('exit_threshold', 'guidance_skip_threshold')
 # Dense where predictions are: most tokens' confidence is near 1.
@@ -79,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
   _check_flags(args)
   pipeline = parti_jax.load(args.model)
   judge = _judge(args, pipeline)
+  _check_prompts(args, judge)
   study = _Study(args, pipeline, judge)
   found, rows = calibration.fixed_sequence(
       sorted(set(args.candidates), reverse=True), study.row, args.risk)
@@ -136,7 +138,7 @@ class _Study:
                       'another file') from error
 
   def _measure(self, threshold: float) -> dict[str, Any]:
-    key = f'{threshold:g}'
+    key = checks.number_text(threshold)
     if key not in self._measured:
       result = self._pipeline.generate(
           self._judge.prompts, num_images=self._args.num_images, seed=self._args.seed,
@@ -195,12 +197,26 @@ def _judge(args, pipeline):
   return alignment.RankerAlignment(pipeline.ranker, prompts, args.max_prompts, args.seed)
 
 
+def _check_prompts(args: argparse.Namespace, judge):
+  """Says before anything is drawn where there are too few prompts to find a threshold.
+
+  Raises:
+    UserError: if none of them can be judged.
+  """
+  count, span = judge.judged(args.measure), alignment.SPANS[args.measure]
+  if not count:
+    raise UserError(f'--measure={args.measure}: none of the {len(judge.prompts)} prompts can be '
+                    'judged by it; choose another one, or more --max_prompts')
+  least = calibration.p_value(np.zeros(count), args.tolerance, -span, span, args.risk)
+  if least > args.risk:
+    print(f'parti-jax: warning: {count} prompts are too few for --tolerance={args.tolerance:g}: '
+          f'where nothing at all is lost, the p-value is {least:.2g} and so above '
+          f'--risk={args.risk:g}; give more prompts or a larger tolerance', file=sys.stderr)
+
+
 def _check_flags(args: argparse.Namespace):
   """Raises UserError for values that can't be, before a model is loaded."""
-  for name in ('num_images', 'max_prompts', 'batch_size'):
-    if getattr(args, name) is not None:
-      settings_lib.whole_number(name, getattr(args, name), 1)
-  settings_lib.whole_number('seed', args.seed, 0, 2**32 - 1)
+  flags.check_numbers(args, 'num_images', 'max_prompts', 'batch_size')
   for name in ('tolerance', 'risk'):
     if not 0 < getattr(args, name) < 1:
       raise UserError(f'--{name}={getattr(args, name):g} must lie between 0 and 1')

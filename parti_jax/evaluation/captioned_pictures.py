@@ -6,11 +6,17 @@ import collections
 import dataclasses
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
+from parti_jax import storage
+from parti_jax.data import captions as captions_lib
+from parti_jax.data import decoding
 from parti_jax.errors import UserError
+
+# The most bytes of an annotation file; MS-COCO's have 100 million, with boxes 500 million.
+_MAX_ANNOTATIONS = 2**31
 
 
 class Pictures(Protocol):
@@ -35,7 +41,9 @@ class PictureFiles:
   def encoded(self) -> Iterator[bytes]:
     for path in self.paths:
       try:
-        yield path.read_bytes()
+        with path.open('rb') as file:
+          # One byte more tells the decoder that it is too much.
+          yield file.read(decoding.MAX_BYTES + 1)
       except OSError as error:
         raise UserError(f'--pictures: {path} cannot be read ({error.strerror})') from error
 
@@ -83,8 +91,55 @@ def choose(picture_of: Sequence[int], limit: int, seed: int) -> np.ndarray:
   return order[np.argsort(turn, kind='stable')][:limit]
 
 
-def of_files(name: str, captions: Sequence[tuple[str, pathlib.Path | None]], folder: str,
-             limit: int, seed: int) -> Captioned:
+def read_json(path: str, what: str) -> Any:
+  """Returns what is in a JSON file of annotations.
+
+  Args:
+    path: of the file.
+    what: which file it should be, for the message.
+
+  Raises:
+    UserError: it can't be read, or is no JSON.
+  """
+  try:
+    return storage.read_json(path, _MAX_ANNOTATIONS)
+  except OSError as error:
+    raise UserError(
+        f'--annotations {path} cannot be read ({error.strerror or error}); it is {what}') from error
+  except ValueError as error:
+    raise UserError(f'--annotations {path} is no JSON ({error}); it is {what}') from error
+
+
+class Captions:
+  """Captions that can be used, each with something of its own, and a count of the others."""
+
+  def __init__(self):
+    self.found: list[tuple[str, Any]] = []
+    self.skipped = collections.Counter()
+
+  def add(self, value: object, of: Any) -> None:
+    """Adds a caption as it was found in JSON, or counts why it can't be used."""
+    try:
+      self.found.append((captions_lib.clean(captions_lib.from_json(value))[0], of))
+    except captions_lib.UnusableCaption as error:
+      self.skipped[str(error)] += 1
+
+  def check(self, path: str) -> None:
+    """Raises UserError if there is none."""
+    if not self.found:
+      reasons = ', '.join(f'{count:,} {reason}' for reason, count in self.skipped.most_common())
+      raise UserError(f'--annotations {path} has no caption that can be used '
+                      f'({reasons or "it is empty"})')
+
+
+def identity(value: object) -> str | None:
+  """Returns a picture's id, a whole number or a text, as a text; None for anything else."""
+  if isinstance(value, bool) or not isinstance(value, (int, str)):
+    return None
+  return str(value).strip() or None
+
+
+def of_files(name: str, captions: Captions, folder: str, limit: int, seed: int) -> Captioned:
   """Chooses among captions of picture files.
 
   Args:
@@ -100,6 +155,7 @@ def of_files(name: str, captions: Sequence[tuple[str, pathlib.Path | None]], fol
   Raises:
     UserError: no caption has its picture there.
   """
+  captions, skipped = captions.found, captions.skipped
   kept = [(caption, path) for caption, path in captions if path is not None]
   if not kept:
     raise UserError(f'--pictures {folder}: none of the {len(captions):,} captions of {name} has '
@@ -109,10 +165,10 @@ def of_files(name: str, captions: Sequence[tuple[str, pathlib.Path | None]], fol
   shown = [kept[index] for index in chosen]
   paths = sorted({path for _, path in shown}, key=files.get)
   place = {path: index for index, path in enumerate(paths)}
-  missing = len(captions) - len(kept)
+  missing = collections.Counter({'no picture file': len(captions) - len(kept)})
   return Captioned(
       name, [caption for caption, _ in shown], np.array([place[path] for _, path in shown]),
-      PictureFiles(paths), len(captions), {'no picture file': missing} if missing else {})
+      PictureFiles(paths), len(captions), dict(+(skipped + missing)))
 
 
 def names_in(folder: str) -> set[str]:

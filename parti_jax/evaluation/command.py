@@ -5,6 +5,7 @@ import pathlib
 import sys
 
 import parti_jax
+from parti_jax import checks
 from parti_jax.data import openmoji
 from parti_jax.errors import UserError
 from parti_jax.evaluation import captions_evaluation
@@ -172,13 +173,16 @@ def _check_flags(args: argparse.Namespace):
                         f'{args.dataset}')
   if args.num_images is None:
     args.num_images = _NUM_IMAGES[args.dataset]
-  for flag in ('num_images', 'max_prompts', 'train_prompts', 'num_captions', 'image_size',
-               'batch_size'):
+  counts = ('num_images', 'max_prompts', 'train_prompts', 'num_captions', 'image_size',
+            'batch_size')
+  for flag in counts:
     value = getattr(args, flag)
     if value is not None and value < 1:
       raise UserError(f'--{flag} must be a positive number, not {value}')
   if args.seed < 0:
     raise UserError(f'--seed must not be negative, but is {args.seed}')
+  flags.check_numbers(args, *counts)
+  checks.whole_number('--image_size', args.image_size, 1, features.LARGEST_SIZE)
   if args.inception_weights is not None and not pathlib.Path(args.inception_weights).is_file():
     raise UserError(f'--inception_weights {args.inception_weights} is no file; it is '
                     f'torch-fidelity\'s {features.INCEPTION_FILE}')

@@ -33,8 +33,14 @@ ROWS = {
     'real_half': 'real pictures of one half, against the other',
 }
 
-# Parts of the pictures over which the inception score is taken, as Salimans et al. did.
+# Parts of the pictures over which the inception score is taken, as Salimans et al. did. The score
+# of a part can't be above its number of pictures, so that of few it says nothing of what they show.
 _SPLITS = 10
+_LEAST_OF_A_SPLIT = 50
+# With fewer pictures the balls of precision and recall, which reach the third neighbour, are large.
+_FEW_PICTURES = 100
+# Of fewer prompts or captions a standard error is rough.
+FEW_PROMPTS = 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +64,7 @@ class Row:
     frechet_distance: see `frechet`.
     precision: see `precision_recall`; None of sets of three pictures or fewer.
     recall: as above.
-    inception_score: over Inception's logits.
+    inception_score: over Inception's logits; None of fewer than 500 pictures.
     alignment: mean cosine of text and picture, with the standard error over captions.
   """
   pictures: int
@@ -78,10 +84,12 @@ class Distribution:
     features: what they are, in words.
     dim: their number.
     rows: key of ROWS -> row.
+    remarks: what values are of too few pictures to rely on, and which are left out for that.
   """
   features: str
   dim: int
   rows: Mapping[str, Row]
+  remarks: Sequence[str] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,14 +163,58 @@ def measure(name: str, sets: Sets, seed: int = 0) -> Distribution:
       'real': Row(len(real), inception_score=_inception_score(real),
                   alignment=_alignment(real[sets.picture_of], sets.texts, every)),
   }
-  if sets.texts is not None:
+  if sets.texts is not None and len(np.unique(sets.picture_of)) > 1:
     others = _pictures_of_others(sets.picture_of, rng)
     rows['other_captions'] = Row(
         len(real), alignment=_alignment(real[others], sets.texts, every))
   if len(half) > precision_recall.NEIGHBOURS and len(drawn_half) > precision_recall.NEIGHBOURS:
     rows['generated_half'] = _row(generated[drawn_half], real[half])
     rows['real_half'] = _row(real[other_half], real[half])
-  return Distribution(name, real.values.shape[1], rows)
+  dim = real.values.shape[1]
+  captions = len(np.unique(sets.caption_of)) if sets.texts is not None else None
+  return Distribution(name, dim, rows, _remarks(
+      rows, dim, captions, scored=generated.logits is not None))
+
+
+def _remarks(rows: Mapping[str, Row], dim: int, captions: int | None, scored: bool) -> list[str]:
+  """Says what is of too few pictures.
+
+  Args:
+    rows: key of ROWS -> row.
+    dim: number of features.
+    captions: how many captions the alignment is over; None without alignment.
+    scored: whether the features have an inception score.
+
+  Returns:
+    A sentence for each kind of value that is.
+  """
+  compared = {key: min(row.pictures, row.real) for key, row in rows.items() if row.real is not None}
+  found = []
+
+  def add(few: Mapping[str, int], text: str):
+    if few:
+      counts = ', '.join(f'{ROWS[key]}: {count:,}' for key, count in few.items())
+      found.append(f'{text} ({counts}).')
+
+  add({key: count for key, count in compared.items() if 2 <= count <= dim},
+      f'Fréchet distance: not more pictures than the {dim:,} features, so that covariances are '
+      'singular and the value is mostly the bias of few pictures')
+  add({key: count for key, count in compared.items()
+       if precision_recall.NEIGHBOURS < count < _FEW_PICTURES},
+      f'Precision, recall: fewer than {_FEW_PICTURES} pictures say little, since the balls around '
+      'them reach far')
+  add({key: count for key, count in compared.items() if count <= precision_recall.NEIGHBOURS},
+      'Left out for too few pictures: precision and recall, and of one also the Fréchet distance')
+  if scored:
+    add({key: row.pictures for key, row in rows.items()
+         if row.pictures < _SPLITS * _LEAST_OF_A_SPLIT and key != 'other_captions'},
+        f'Inception score: left out of fewer than {_SPLITS * _LEAST_OF_A_SPLIT} pictures')
+  if 'real_half' not in rows:
+    found.append('Halves: left out, since there are too few pictures.')
+  if captions is not None and captions < FEW_PROMPTS:
+    found.append(f'Alignment: over fewer than {FEW_PROMPTS} captions ({captions}) the standard '
+                 'error is rough, and of one caption there is none.')
+  return found
 
 
 def _row(pictures: features_lib.Features, real: features_lib.Features,
@@ -196,7 +248,7 @@ def _inception_score(pictures: features_lib.Features) -> Estimate | None:
 
   Salimans et al. 2016, arXiv 1606.03498, section 4.
   """
-  if pictures.logits is None or len(pictures) < _SPLITS:
+  if pictures.logits is None or len(pictures) < _SPLITS * _LEAST_OF_A_SPLIT:
     return None
   import torch  # pylint: disable=import-outside-toplevel
   from torch_fidelity import metric_isc  # pylint: disable=import-outside-toplevel

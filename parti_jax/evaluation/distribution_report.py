@@ -9,7 +9,10 @@ NOTE = (
     'Fréchet distance: less is better; it grows where pictures are few, so that only rows with the '
     'same numbers of pictures compare, and only over the same features. Precision, recall '
     '(k = 3): shares of generated pictures on the manifold of the real ones, and the reverse, '
-    'in %. Alignment: mean cosine of the ranker\'s features of text and picture.')
+    'in %; they too depend on the numbers of pictures. Inception score: more is better; the mean '
+    'over ten parts of the pictures, ± the deviation between them; it grows with the number of '
+    'pictures. '
+    'Alignment: mean cosine of the ranker\'s features of text and picture.')
 
 _COLUMNS = {
     'frechet_distance': ('Fréchet distance', '{:.4g}'.format),
@@ -40,10 +43,10 @@ def cells(table: distribution.Distribution) -> list[list[str]]:
 
 
 def text(table: distribution.Distribution) -> str:
-  """Renders a table for a terminal."""
-  return f'{title(table)}\n{tables.text(cells(table))}'
+  """Renders a table and its remarks for a terminal."""
+  return '\n'.join([title(table), tables.text(cells(table)), *table.remarks])
 
 
 def markdown(table: distribution.Distribution) -> str:
-  """Renders a table in Markdown."""
-  return f'{title(table)}\n\n{tables.markdown(cells(table))}'
+  """Renders a table and its remarks in Markdown."""
+  return '\n\n'.join([title(table), tables.markdown(cells(table)), *table.remarks])

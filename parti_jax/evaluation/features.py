@@ -24,6 +24,8 @@ from parti_jax.errors import UserError
 # weights-inception-2015-12-05-6726825d.pth.
 INCEPTION_FILE = 'pt_inception-2015-12-05-6726825d.pth'
 
+# Height and width of the pictures that Inception compares, at most.
+LARGEST_SIZE = 4096
 # Pictures that go through a network at once.
 _BATCH = 32
 

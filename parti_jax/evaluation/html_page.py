@@ -7,7 +7,7 @@ scripts it is whole and has its links to categories; with them it also filters.
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from parti_jax.sampling import images as images_lib
 
@@ -34,22 +34,22 @@ figure:first-child { outline: 2px solid #2a7de1; outline-offset: 2px; border-rad
 '''
 
 _SCRIPT = '''
-const filters = ['category', 'challenge'].map(name => document.getElementById(name));
-const words = document.getElementById('words');
+const filters = ['category', 'challenge'].map(name => document.getElementById('_' + name));
+const words = document.getElementById('_words');
 function show() {
   let count = 0;
   for (const article of document.querySelectorAll('article')) {
-    const fits = filters.every(f => !f.value || article.dataset[f.id] === f.value) &&
+    const fits = filters.every(f => !f.value || article.dataset[f.id.slice(1)] === f.value) &&
       article.querySelector('p').textContent.toLowerCase().includes(words.value.toLowerCase());
     article.hidden = !fits;
     count += fits;
   }
   for (const part of document.querySelectorAll('section'))
     part.hidden = !part.querySelector('article:not([hidden])');
-  document.getElementById('count').textContent = count;
+  document.getElementById('_count').textContent = count;
 }
 for (const f of [...filters, words]) f.addEventListener('input', show);
-document.getElementById('filters').hidden = false;
+document.getElementById('_filters').hidden = false;
 '''
 
 
@@ -69,8 +69,9 @@ def page(title: str, about: str, prompts: Sequence[Mapping], ranked: bool) -> st
   """
   categories = _grouped(prompts, 'category')
   challenges = _grouped(prompts, 'challenge')
+  anchors = _Anchors(categories, challenges)
   order = 'best first by the ranker, with its score' if ranked else 'not ranked'
-  links = ' '.join(f'<a href="#{_anchor(name)}">{_text(name)} ({len(members)})</a>'
+  links = ' '.join(f'<a href="#{anchors.of(name)}">{_text(name)} ({len(members)})</a>'
                    for name, members in categories.items())
   return f'''<!DOCTYPE html>
 <html lang="en">
@@ -85,15 +86,15 @@ def page(title: str, about: str, prompts: Sequence[Mapping], ranked: bool) -> st
 <p class="about">{_text(about)} Pictures: {order}.</p>
 <header>
 <nav>{links}</nav>
-<div id="filters" hidden>
+<div id="_filters" hidden>
 <label>Category {_select('category', categories)}</label>
 <label>Challenge {_select('challenge', challenges)}</label>
-<label>Words <input id="words" type="search"></label>
-<span><span id="count">{len(prompts)}</span> of {len(prompts)} prompts</span>
+<label>Words <input id="_words" type="search"></label>
+<span><span id="_count">{len(prompts)}</span> of {len(prompts)} prompts</span>
 </div>
 </header>
 <main>
-{''.join(_category(name, members) for name, members in categories.items())}</main>
+{''.join(_category(name, members, anchors) for name, members in categories.items())}</main>
 <script>{_SCRIPT}</script>
 </body>
 </html>
@@ -112,23 +113,34 @@ def _text(text: str) -> str:
   return html.escape(str(text))
 
 
-def _anchor(category: str, challenge: str = '') -> str:
-  return images_lib.slug(category) + (f'--{images_lib.slug(challenge)}' if challenge else '')
+class _Anchors:
+  """The places on the page that links lead to, a different one for each category and challenge.
+
+  No name has '--' in it or begins with '_', as the page's other ids do.
+  """
+
+  def __init__(self, categories: Iterable[str], challenges: Iterable[str]):
+    self._categories = images_lib.distinct_names(categories)
+    self._challenges = images_lib.distinct_names(challenges)
+
+  def of(self, category: str, challenge: str | None = None) -> str:
+    part = '' if challenge is None else f'--{self._challenges[challenge]}'
+    return self._categories[category] + part
 
 
-def _select(identity: str, names: Mapping) -> str:
-  options = ''.join(f'<option value="{_text(name)}">{_text(name)} ({len(members)})</option>'
-                    for name, members in names.items())
-  return f'<select id="{identity}"><option value="">all</option>{options}</select>'
+def _select(name: str, groups: Mapping) -> str:
+  options = ''.join(f'<option value="{_text(value)}">{_text(value)} ({len(members)})</option>'
+                    for value, members in groups.items())
+  return f'<select id="_{name}"><option value="">all</option>{options}</select>'
 
 
-def _category(category: str, prompts: Sequence[Mapping]) -> str:
+def _category(category: str, prompts: Sequence[Mapping], anchors: _Anchors) -> str:
   parts = []
   for challenge, members in _grouped(prompts, 'challenge').items():
     articles = ''.join(map(_article, members))
-    parts.append(f'<section>\n<h3 id="{_anchor(category, challenge)}">{_text(challenge)}</h3>\n'
+    parts.append(f'<section>\n<h3 id="{anchors.of(category, challenge)}">{_text(challenge)}</h3>\n'
                  f'<div class="prompts">\n{articles}</div>\n</section>\n')
-  return (f'<section>\n<h2 id="{_anchor(category)}">{_text(category)}</h2>\n'
+  return (f'<section>\n<h2 id="{anchors.of(category)}">{_text(category)}</h2>\n'
           f'{"".join(parts)}</section>\n')
 
 

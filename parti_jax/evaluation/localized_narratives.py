@@ -10,11 +10,17 @@ from __future__ import annotations
 
 import json
 import pathlib
+from collections.abc import Iterator
 
+from parti_jax import storage
+from parti_jax.data import decoding
 from parti_jax.errors import UserError
 from parti_jax.evaluation import captioned_pictures
 
 NAME = 'Localized Narratives'
+
+# In characters; the traces of a long narrative take a million.
+_MAX_LINE = 2**24
 
 
 def read(annotations: str, pictures: str, limit: int,
@@ -32,47 +38,59 @@ def read(annotations: str, pictures: str, limit: int,
     The narratives and their pictures.
 
   Raises:
-    UserError: the file or the folder can't be read, a line lacks what it must have, or no picture
-      is there.
+    UserError: the file or the folder can't be read, a line lacks what it must have, no caption can
+      be used, or no picture is there.
   """
   there = captioned_pictures.names_in(pictures)
-  captions = []
-  try:
-    with open(annotations, encoding='utf-8') as file:
-      for number, line in enumerate(file, 1):
-        if line.strip():
-          identity, caption = _parse(line, f'{annotations}, line {number}')
-          name = next((name for name in _file_names(identity) if name in there), None)
-          captions.append((caption, name and pathlib.Path(pictures, name)))
-  except (OSError, UnicodeDecodeError) as error:
-    reason = getattr(error, 'strerror', None) or 'it is not UTF-8 text'
-    raise UserError(f'--annotations {annotations} cannot be read ({reason}); it is the file '
-                    'coco_val_localized_narratives.jsonl') from error
-  if not captions:
-    raise UserError(f'--annotations {annotations} has no narrative in it')
+  captions = captioned_pictures.Captions()
+  for number, line in _lines(annotations):
+    row = _parse(line, f'{annotations}, line {number}')
+    identity = captioned_pictures.identity(row.get('image_id'))
+    if identity is None:
+      raise UserError(f"{annotations}, line {number}: no whole number or text 'image_id' in it")
+    name = next((name for name in _file_names(identity) if name in there), None)
+    captions.add(row.get('caption'), name and pathlib.Path(pictures, name))
+  captions.check(annotations)
   return captioned_pictures.of_files(NAME, captions, pictures, limit, seed)
 
 
-def _parse(line: str, place: str) -> tuple[str, str]:
-  """Returns a line's image_id and caption."""
+def _lines(path: str) -> Iterator[tuple[int, str]]:
+  """Yields the numbers, from 1, and texts of the lines that are not blank."""
+  try:
+    with storage.open_file(path, 'rt') as file:
+      number = 0
+      while line := file.readline(_MAX_LINE + 1):
+        number += 1
+        if len(line) > _MAX_LINE:
+          raise UserError(f'{path}, line {number}: it has more than {_MAX_LINE:,} characters')
+        if line.strip():
+          yield number, line
+  except (OSError, UnicodeDecodeError) as error:
+    reason = getattr(error, 'strerror', None) or 'it is not UTF-8 text'
+    raise UserError(f'--annotations {path} cannot be read ({reason}); it is the file '
+                    'coco_val_localized_narratives.jsonl') from error
+
+
+def _parse(line: str, place: str) -> dict:
+  """Returns what is in a line."""
   try:
     row = json.loads(line)
-  except json.JSONDecodeError as error:
-    raise UserError(f'{place}: no JSON ({error.msg}); a line is {{"image_id": …, "caption": …}}'
+  except (ValueError, RecursionError) as error:
+    reason = getattr(error, 'msg', 'it cannot be read')
+    raise UserError(f'{place}: no JSON ({reason}); a line is {{"image_id": …, "caption": …}}'
                     ) from error
-  values = []
-  for key in ('image_id', 'caption'):
-    value = row.get(key) if isinstance(row, dict) else None
-    if not isinstance(value, str) or not value.strip():
-      raise UserError(f'{place}: no text {key!r} in it')
-    values.append(value.strip())
-  return values[0], values[1]
+  if not isinstance(row, dict):
+    raise UserError(f'{place}: no JSON object; a line is {{"image_id": …, "caption": …}}')
+  return row
 
 
-def _file_names(identity: str) -> list[str]:
-  """Returns the names that a picture's file may have."""
-  names = [f'{identity}.jpg', f'{identity}.png']
+def _file_names(identity: str) -> Iterator[str]:
+  """Yields the names that a picture's file may have, the likeliest first."""
+  stems = [identity]
   if identity.isdecimal():
     number = identity.zfill(12)
-    names = [f'{number}.jpg', f'COCO_val2014_{number}.jpg', f'COCO_train2014_{number}.jpg', *names]
-  return names
+    stems = [number, f'COCO_val2014_{number}', f'COCO_train2014_{number}', identity]
+  for stem in stems:
+    for ending in decoding.ENDINGS:
+      yield f'{stem}.{ending}'
+      yield f'{stem}.{ending.upper()}'

@@ -14,6 +14,7 @@ from typing import Any, Callable, Mapping, Optional, Sequence
 import numpy as np
 import tqdm
 
+from parti_jax import checks
 from parti_jax.data import openmoji
 from parti_jax.errors import UserError
 from parti_jax.evaluation import distribution
@@ -113,8 +114,10 @@ def _check(splits: Sequence[str], **numbers: Optional[int]):
   if not splits:
     raise UserError(f'no split to evaluate: the splits are {", ".join(openmoji.SPLITS)}')
   for name, number in numbers.items():
-    if number is not None and number < 1:
+    if isinstance(number, int) and number < 1:
       raise UserError(f'{name} must be a positive number, not {number}')
+    if number is not None:
+      checks.count(name, number)
 
 
 @dataclasses.dataclass

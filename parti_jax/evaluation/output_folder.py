@@ -51,7 +51,9 @@ def claim(folder: pathlib.Path, run: Mapping[str, object]):
     return
   try:
     there = json.loads(path.read_text(encoding='utf-8'))
-  except ValueError as error:
+    if not isinstance(there, dict):
+      raise ValueError
+  except (OSError, ValueError, RecursionError) as error:
     raise UserError(f'{path} is damaged; name another --output_dir') from error
   for key, value in run.items():
     if there.get(key) != value:

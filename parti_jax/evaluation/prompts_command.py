@@ -25,7 +25,6 @@ from parti_jax.evaluation import output_folder
 from parti_jax.evaluation import prompts_file
 from parti_jax.sampling import flags
 from parti_jax.sampling import images as images_lib
-from parti_jax.sampling import settings as settings_lib
 from parti_jax.sampling import sheets
 
 # Pictures drawn between two looks at what is done: what a run that is stopped loses at most.
@@ -67,11 +66,7 @@ def run(args: argparse.Namespace) -> int:
     UserError: bad flags, a file of another form, or an output folder that can't be written or
       holds another run.
   """
-  settings_lib.whole_number('num_images', args.num_images, 1)
-  settings_lib.whole_number('seed', args.seed, 0, 2**32 - 1)
-  for name in ('batch_size', 'max_prompts'):
-    if getattr(args, name) is not None:
-      settings_lib.whole_number(name, getattr(args, name), 1)
+  flags.check_numbers(args, 'num_images', 'batch_size', 'max_prompts')
   sampling = {name: value for name, value in flags.given(args).items() if value is not None}
   prompts = prompts_file.read(args.file)[:args.max_prompts]
   compilation_cache.enable()
@@ -93,7 +88,12 @@ def _place(folder: pathlib.Path, prompt: prompts_file.Prompt) -> pathlib.Path:
   """The folder of a prompt's pictures; it is there once all of them are."""
   # The text is part of the name, and so a file with other prompts finds none of its own.
   text = output_folder.fingerprint(prompt.text.encode())[:6]
-  return folder / 'pictures' / f'{prompt.number:04d}_{images_lib.slug(prompt.text)}_{text}'
+  number, pictures = f'{prompt.number:04d}', folder / 'pictures'
+  place = pictures / f'{number}_{images_lib.slug(prompt.text)}_{text}'
+  if prompt.text.isascii() or place.is_dir():
+    return place
+  # Other versions, and file systems without the text's letters, have other words between the two.
+  return next(iter(sorted(pictures.glob(f'{number}_*_{text}'))), place)
 
 
 def _draw(pipeline, prompts: Sequence[prompts_file.Prompt], folder: pathlib.Path,
@@ -177,9 +177,9 @@ def _write_pages(folder: pathlib.Path, results: Sequence[dict], ranked: bool,
   files = {
       'index.html': html_page.page(title, about, results, ranked).encode(),
       'prompts.json': (json.dumps(content, indent=2, ensure_ascii=False) + '\n').encode()}
-  for category in sorted({result['category'] for result in results}):
-    files[f'{images_lib.slug(category)}.png'] = output_folder.png(
-        _sheet(folder, category, results, ranked))
+  categories = sorted({result['category'] for result in results})
+  for category, name in images_lib.distinct_names(categories).items():
+    files[f'{name}.png'] = output_folder.png(_sheet(folder, category, results, ranked))
   for name, data in files.items():
     output_folder.write(folder / name, data)
   return [folder / name for name in files]

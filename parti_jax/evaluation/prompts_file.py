@@ -7,8 +7,8 @@ PartiPrompts itself has 1,632 prompts in 12 categories and 11 challenges.
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 
+from parti_jax.data import text_files
 from parti_jax.errors import UserError
 
 COLUMNS = ('Prompt', 'Category', 'Challenge', 'Note')
@@ -44,16 +44,11 @@ def read(path: str) -> list[Prompt]:
   Raises:
     UserError: the file can't be read or has another form; the message names the line.
   """
-  try:
-    lines = pathlib.Path(path).read_text(encoding='utf-8-sig').splitlines()
-  except OSError as error:
-    raise UserError(f'{path} cannot be read: {error.strerror}') from error
-  except UnicodeDecodeError as error:
-    raise UserError(f'{path} cannot be read: it is not UTF-8 text') from error
+  lines = text_files.lines(text_files.read(path, path))
   expected = ', '.join(COLUMNS)
-  if not lines or tuple(_cells(lines[0])) != COLUMNS:
+  if tuple(_cells(lines[0])) != COLUMNS:
     raise UserError(f'{path}, line 1: the columns {expected}, separated by tabs, are needed; '
-                    f'there is {lines[0][:80] if lines else "nothing"!r}')
+                    f'there is {lines[0][:80] or "nothing"!r}')
   prompts = []
   for number, line in enumerate(lines[1:], 2):
     if not line.strip():

@@ -127,6 +127,19 @@ class SplitReport:
                      *('-' if share is None else f'{100 * share:.1f}' for share in shares)])
     return lines
 
+  def remarks(self) -> list[str]:
+    """Says which metrics are over too few prompts for their standard errors."""
+    few = []
+    for metric, label in METRICS.items():
+      prompts = [metrics[metric].prompts for metrics in self.rows.values()]
+      fewest = min((number for number in prompts if number), default=distribution_lib.FEW_PROMPTS)
+      if fewest < distribution_lib.FEW_PROMPTS:
+        few.append(f'{label}: {fewest}')
+    if not few:
+      return []
+    return [f'Standard errors over fewer than {distribution_lib.FEW_PROMPTS} prompts are rough, '
+            f'and of one prompt there is none (fewest prompts of a row: {", ".join(few)}).']
+
   def title(self) -> str:
     return f'{self.split}: {self.prompts} of {self.pictures} prompts'
 
@@ -168,7 +181,8 @@ class Report:
     blocks = []
     for split in self.splits:
       blocks.append('\n'.join(
-          [split.title(), tables.text(split.table()), f'tokenizer: {split.tokenizer}']))
+          [split.title(), tables.text(split.table()), f'tokenizer: {split.tokenizer}',
+           *split.remarks()]))
       blocks += map(distribution_report.text, split.distributions)
     return '\n\n'.join([*blocks, '\n'.join(self.notes())]) + '\n'
 
@@ -179,6 +193,7 @@ class Report:
       blocks.append(f'## {split.title()}')
       blocks.append(tables.markdown(split.table()))
       blocks.append(f'Tokenizer: {split.tokenizer}.')
+      blocks += split.remarks()
       blocks += map(distribution_report.markdown, split.distributions)
     return '\n\n'.join([*blocks, *self.notes()]) + '\n'
 
@@ -187,5 +202,6 @@ class Report:
     content = dataclasses.asdict(self)
     for split, rendered in zip(self.splits, content['splits']):
       rendered['tokenizer']['share_of_codes_used'] = split.tokenizer.share_of_codes_used
+      rendered['remarks'] = split.remarks()
       rendered['of_ceiling'] = {metric: split.of_ceiling(metric) for metric in METRICS}
     return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + '\n'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import contextlib
 import json
 import pathlib
 import sys
@@ -14,6 +15,7 @@ from parti_jax import compilation_cache
 from parti_jax import config
 from parti_jax.errors import UserError
 from parti_jax.evaluation import upscaling_report
+from parti_jax.sampling import flags
 
 
 def add_arguments(parser: argparse.ArgumentParser):
@@ -44,8 +46,7 @@ def run(args: argparse.Namespace) -> int:
   # What gin may name must be there before its files are read.
   from parti_jax.data import tasks  # pylint: disable=g-import-not-at-top
   from parti_jax.sampling import pipeline as pipeline_lib
-  if args.max_pictures is not None and args.max_pictures < 1:
-    raise UserError(f'--max_pictures={args.max_pictures} must be at least 1')
+  flags.check_numbers(args, 'max_pictures')
   config.parse(args.gin_file, args.gin_bindings)
   source = args.source or (None if args.gin_file else 'openmoji')
   compilation_cache.enable()
@@ -54,10 +55,10 @@ def run(args: argparse.Namespace) -> int:
     raise UserError(f'the model {pipeline.model_name} has no super-resolution; '
                     '`parti-jax export --base=FOLDER --super_resolution=RUN` adds it')
   size = pipeline.upscaler.factor * pipeline.image_size
-  pictures = (picture for _, picture in tasks.pictures_and_captions(source, args.split, size))
-  pictures = itertools.islice(pictures, args.max_pictures)
-  bar = tqdm.tqdm(pictures, desc=args.split, unit='picture', disable=not sys.stderr.isatty())
-  report, sample = upscaling_report.evaluate(pipeline, iter(bar))
+  with contextlib.closing(tasks.pictures_and_captions(source, args.split, size)) as examples:
+    pictures = itertools.islice((picture for _, picture in examples), args.max_pictures)
+    bar = tqdm.tqdm(pictures, desc=args.split, unit='picture', disable=not sys.stderr.isatty())
+    report, sample = upscaling_report.evaluate(pipeline, iter(bar))
   print(report.text())
   for path in _write(pathlib.Path(args.output_dir), report, sample):
     print(path)

@@ -18,6 +18,8 @@ INPUTS = {
     'averaged': 'pictures averaged to that size'}
 _ENLARGED_BY = ('bicubic', 'super_resolution')
 _BATCH = 32
+# Of fewer pictures a standard error is rough.
+_FEW_PICTURES = 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,9 @@ class Report:
       bicubic, ours = (self.psnr[name][how] for how in _ENLARGED_BY)
       lines.append(f'| {what} | {bicubic.mean():.2f} | {ours.mean():.2f} | '
                    f'{_with_error(ours - bicubic)} |')
+    if count < _FEW_PICTURES:
+      lines.append(f'Standard errors over fewer than {_FEW_PICTURES} pictures are rough, and of '
+                   'one picture there is none.')
     return '\n'.join(lines)
 
   def json(self) -> dict[str, Any]:
@@ -110,6 +115,7 @@ def evaluate(pipeline, pictures: Iterator[np.ndarray], num_samples: int = 8):
 def sheet(sample: Sample, columns: int = 2) -> Image.Image:
   """Side by side: the input as large pixels, bicubic, super-resolution, the picture itself."""
   factor = sample.pictures.shape[1] // sample.inputs.shape[1]
+  columns = min(columns, len(sample.inputs))
   pixels = sample.inputs.repeat(factor, axis=1).repeat(factor, axis=2)
   rows = np.concatenate(
       [pixels, sample.bicubic, sample.super_resolution, sample.pictures], axis=2)

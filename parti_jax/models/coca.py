@@ -12,10 +12,8 @@ from __future__ import annotations
 import dataclasses
 
 import flax.linen as nn
-import gin
 import jax.numpy as jnp
 
-from parti_jax import errors
 from parti_jax.models import attention
 from parti_jax.models import config_checks
 from parti_jax.models import contrastive
@@ -26,7 +24,7 @@ from parti_jax.models import transformer
 from parti_jax.models import vit_vqgan
 
 
-@gin.configurable
+@config_checks.configurable
 @dataclasses.dataclass(frozen=True)
 class CoCaConfig:
   """Sizes of a contrastive captioner; the defaults are CoCa-Base (CoCa, table 1).
@@ -71,12 +69,13 @@ class CoCaConfig:
   remat: str = 'everything'
   unroll: int = 1
 
+  BOUNDS = {'dropout': (0, 1)}  # Below 1, see `config_checks.check_dropout`.
+
   def __post_init__(self):
     config_checks.check(self)
     config_checks.check_divides(self, 'patch_size', 'image_size')
     config_checks.check_divides(self, 'heads', 'width')
-    if not 0 <= self.dropout < 1:
-      raise errors.UserError(f'CoCaConfig.dropout={self.dropout} must lie in [0, 1)')
+    config_checks.check_dropout(self)
 
   @property
   def patches(self) -> int:

@@ -6,7 +6,6 @@ import dataclasses
 import math
 
 import flax.linen as nn
-import gin
 import jax
 import jax.numpy as jnp
 
@@ -17,7 +16,7 @@ from parti_jax.models import config_checks
 _LAST_SIZE = 4
 
 
-@gin.configurable
+@config_checks.configurable
 @dataclasses.dataclass(frozen=True)
 class DiscriminatorConfig:
   """Sizes of a discriminator; the pictures' size follows from its input.

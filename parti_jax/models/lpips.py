@@ -86,6 +86,12 @@ def example_inputs():
   return image, image
 
 
+def abstract_params():
+  """Shapes and dtypes of the parameters of `LPIPS`, without any files."""
+  boxed = jax.eval_shape(LPIPS().init, jax.random.key(0), *example_inputs())
+  return nn.meta.unbox(boxed['params'])
+
+
 def _scaled(images):
   return (images * 2.0 - 1.0 - jnp.asarray(_SHIFT)) / jnp.asarray(_SCALE)
 

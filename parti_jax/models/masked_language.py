@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from parti_jax import numerics
 from parti_jax.models import layers
 from parti_jax.models import parti_config
 
@@ -96,7 +97,7 @@ def keys_of_texts(text_tokens) -> layers.DropoutKeys:
   """
   odd = np.random.default_rng(0).integers(0, 2 ** 31, text_tokens.shape[1]) * 2 + 1
   mixed = text_tokens.astype(jnp.uint32) * jnp.asarray(odd, jnp.uint32)
-  return layers.DropoutKeys(jax.random.key(0), jnp.sum(mixed, axis=1, dtype=jnp.uint32))
+  return layers.DropoutKeys(numerics.key(0), jnp.sum(mixed, axis=1, dtype=jnp.uint32))
 
 
 class MaskedLanguageHead(nn.Module):

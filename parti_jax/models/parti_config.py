@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import gin
 import jax.numpy as jnp
 
+from parti_jax import checks
 from parti_jax import errors
 from parti_jax.models import attention_patterns
 from parti_jax.models import config_checks
@@ -17,15 +17,22 @@ BEFORE_IT_WAS_A_SETTING = {'attention_patterns': ('global',), 'conv_kernel': 11}
 
 
 def by_todays_names(sizes: dict[str, Any]) -> dict[str, Any]:
-  """Sizes of a model as a file of an older version has them, by the names of this version."""
+  """Sizes of a model as a file of an older version has them, by the names of this version.
+
+  Raises:
+    UserError: if a size is there by both names, or that of an older version is of another type.
+  """
   sizes = dict(sizes)
   if 'attention_pattern' in sizes:  # One pattern for all layers, and 'causal' was 'global'.
-    older = sizes.pop('attention_pattern')
+    if 'attention_patterns' in sizes:
+      raise errors.UserError("it has other fields than PartiConfig: 'attention_pattern' is the "
+                             "older name of 'attention_patterns', which is there too; remove one")
+    older = checks.text('attention_pattern', sizes.pop('attention_pattern'))
     sizes['attention_patterns'] = ('global' if older == 'causal' else older,)
   return BEFORE_IT_WAS_A_SETTING | sizes
 
 
-@gin.configurable
+@config_checks.configurable
 @dataclasses.dataclass(frozen=True)
 class PartiConfig:
   """Sizes of the text encoder and of the image-token decoder.
@@ -70,30 +77,33 @@ class PartiConfig:
   remat: str = 'everything'
   unroll: int = 1
 
+  BOUNDS = {'dropout': (0, 1)}  # Below 1, see `config_checks.check_dropout`.
+
   def __post_init__(self):
-    object.__setattr__(self, 'grid', tuple(self.grid))
+    patterns = self.attention_patterns
+    if not isinstance(patterns, (tuple, list)) or not patterns:
+      raise errors.UserError(
+          f'PartiConfig.attention_patterns={checks.shown(patterns)} must be a tuple of patterns, '
+          "such as ('conv', 'global')")
     config_checks.check(self)
     config_checks.check_divides(self, 'heads', 'width')
-    if len(self.grid) != 2 or min(self.grid) < 1:
-      raise errors.UserError(f'PartiConfig.grid={self.grid} must be two whole numbers from 1')
+    config_checks.check_image_length(self, 'grid')
     self._check_patterns()
-    object.__setattr__(self, 'attention_patterns', attention_patterns.shortest_period(
-        tuple(self.attention_patterns)))
+    object.__setattr__(
+        self, 'attention_patterns', attention_patterns.shortest_period(self.attention_patterns))
     if self.conv_kernel % 2 == 0:
       raise errors.UserError(f'PartiConfig.conv_kernel={self.conv_kernel} must be odd')
-    if not 0 <= self.dropout < 1:
-      raise errors.UserError(f'PartiConfig.dropout={self.dropout} must lie in [0, 1)')
+    config_checks.check_dropout(self)
 
   def _check_patterns(self):
-    """Raises UserError unless the schedule of patterns is one, and fits the layers."""
+    """Raises UserError unless all patterns are known, and their schedule fits the layers."""
     names = self.attention_patterns
-    key = f'PartiConfig.attention_patterns={names!r}'
-    if not isinstance(names, (tuple, list)) or not names:
-      raise errors.UserError(f"{key} must be a tuple of patterns, such as ('conv', 'global')")
+    key = f'PartiConfig.attention_patterns={checks.shown(names)}'
     for name in names:
       if name not in attention_patterns.PATTERNS:
         raise errors.UserError(
-            f'{key}: {name!r} is not one of {", ".join(attention_patterns.PATTERNS)}')
+            f'{key}: {checks.shown(name)} is not one of '
+            f'{", ".join(attention_patterns.PATTERNS)}')
     if self.decoder_layers % len(names):
       raise errors.UserError(
           f'{key}: a schedule of {len(names)} does not divide '

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 
 import flax.linen as nn
-import gin
 import jax
 import jax.numpy as jnp
 
@@ -25,7 +24,7 @@ from parti_jax.models import vit_vqgan
 _BICUBIC_REACH = 2
 
 
-@gin.configurable
+@config_checks.configurable
 @dataclasses.dataclass(frozen=True)
 class SuperResolutionConfig:
   """Sizes of a super-resolution network.
@@ -58,15 +57,13 @@ class SuperResolutionConfig:
   dtype: str = 'bfloat16'
   remat: str = 'everything'
 
+  BOUNDS = {'low_rank': (0, 1)}
+
   def __post_init__(self):
-    object.__setattr__(self, 'dilations', tuple(self.dilations))
     config_checks.check(self)
-    if not 0 <= self.low_rank <= 1:
-      raise errors.UserError(
-          f'SuperResolutionConfig.low_rank={self.low_rank} must lie in [0, 1]')
-    if not self.dilations or not all(isinstance(d, int) and d > 0 for d in self.dilations):
-      raise errors.UserError(f'SuperResolutionConfig.dilations={self.dilations} must be whole '
-                             'numbers from 1, one or more')
+    if not self.dilations:
+      raise errors.UserError('SuperResolutionConfig.dilations=() must be a list of whole numbers '
+                             'from 1, with one of them at least')
 
   @property
   def compute_dtype(self):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import flax.linen as nn
-import gin
 import jax.numpy as jnp
 
 from parti_jax.models import config_checks
@@ -17,7 +16,7 @@ from parti_jax.models import transformer
 LOGIT_LAPLACE_EPSILON = 0.1
 
 
-@gin.configurable
+@config_checks.configurable
 @dataclasses.dataclass(frozen=True)
 class ViTVQGANConfig:
   """Sizes of an image tokenizer.
@@ -62,9 +61,12 @@ class ViTVQGANConfig:
   remat: str = 'everything'
   unroll: int = 1
 
+  BOUNDS = {'commitment': (0, None)}
+
   def __post_init__(self):
     config_checks.check(self)
     config_checks.check_divides(self, 'patch_size', 'image_size')
+    config_checks.check_image_length(self, 'image_size')
     for side in ('encoder', 'decoder'):
       config_checks.check_divides(self, f'{side}_heads', f'{side}_width')
 

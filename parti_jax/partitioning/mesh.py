@@ -10,6 +10,7 @@ import gin
 import jax
 from jax.experimental import mesh_utils
 
+from parti_jax import checks
 from parti_jax import errors
 
 # From the axis that communicates least to the one that communicates most: the last ones get the
@@ -20,6 +21,7 @@ _current = contextvars.ContextVar('mesh', default=None)
 
 
 @gin.configurable
+@checks.bounded(data=(-1, None), fsdp=(-1, None), tensor=(-1, None), stage=(-1, None))
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, stage: int = 1, devices=None):
   """A mesh over the devices, laid out along the platform's topology.
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
+from parti_jax import checks
 from parti_jax import errors
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.partitioning import rules as rules_lib
@@ -69,6 +70,7 @@ class Schedule:
 
 
 @gin.configurable('pipeline')
+@checks.bounded(groups=(1, None), layers_per_visit=(1, None))
 def schedule(layers: int, batch: int, groups: int = 1, layers_per_visit: int = 1):
   """The schedule of a stack of layers on the mesh in use.
 

@@ -8,11 +8,11 @@ import math
 import flax.linen as nn
 import gin
 import jax
-import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
 from parti_jax import errors
+from parti_jax.partitioning import factored
 from parti_jax.partitioning import mesh as mesh_lib
 
 # Logical axis -> mesh axis or axes; an axis that is not listed is not split.
@@ -146,7 +146,8 @@ def optimizer_specs(optimizer_state, parameters, specs):
   """How an optimiser's state is split: each moment as its parameter.
 
   A factored second moment (Adafactor) lacks one axis of its parameter and is split along the
-  others; whatever else there is, such as counters, is replicated.
+  others; heads and head_dim, where they are joined, are split as the heads. Whatever else there
+  is, such as counters, is replicated.
 
   Args:
     optimizer_state: state of an optax transformation, abstract or not.
@@ -166,21 +167,25 @@ def optimizer_specs(optimizer_state, parameters, specs):
     names = _names(path)
     for start in range(len(names)):
       if names[start:] in known:
-        return _spec_of_moment(names[:start], leaf.shape, *known[names[start:]])
+        return _spec_of_moment(names[:start], names[start:], leaf.shape, *known[names[start:]])
     return None
 
   return jax.tree_util.tree_map_with_path(spec_of, optimizer_state)
 
 
-def _spec_of_moment(fields, shape, parameter_shape, spec):
+def _spec_of_moment(fields, parameter, shape, parameter_shape, spec):
   """The moment's PartitionSpec; None if it has not the axes of its parameter, or all but one."""
   spec = tuple(spec) + (None,) * (len(parameter_shape) - len(spec))
   if shape == parameter_shape:
     return PartitionSpec(*spec)
-  for field, place in (('v_row', -1), ('v_col', -2)):
-    if field in fields and len(parameter_shape) > 1:
-      # By size, as optax chooses the two axes that it factors; lengths alone may be ambiguous.
-      lacking = int(np.argsort(parameter_shape)[place])
+  heads = factored.joined_axis(parameter, parameter_shape)
+  if heads is not None:
+    parameter_shape = factored.matrix_shape(parameter, parameter_shape)
+    spec = spec[:heads + 1] + spec[heads + 2:]
+  axes = factored.axes(parameter_shape)
+  for field, place in (('v_col', 0), ('v_row', 1)):
+    if field in fields and axes is not None:
+      lacking = axes[place]
       if shape == parameter_shape[:lacking] + parameter_shape[lacking + 1:]:
         return PartitionSpec(*(spec[:lacking] + spec[lacking + 1:]))
   return None

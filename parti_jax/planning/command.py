@@ -7,6 +7,7 @@ import json
 import pathlib
 import sys
 
+from parti_jax import checks
 from parti_jax import config
 from parti_jax import errors
 from parti_jax import storage
@@ -49,6 +50,8 @@ def run(args: argparse.Namespace) -> int:
   for name in ('batch_size', 'search_limit'):
     if getattr(args, name) is not None and getattr(args, name) < 1:
       raise errors.UserError(f'--{name}={getattr(args, name)} must be at least 1')
+    if getattr(args, name) is not None:
+      checks.count(f'--{name}', getattr(args, name))
   from parti_jax.planning import plan as plan_lib
   from parti_jax.planning import request as request_lib
   from parti_jax.planning import search

@@ -13,6 +13,7 @@ import jax
 
 from parti_jax import config
 from parti_jax import native_notes
+from parti_jax import numerics
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.planning import hlo
 from parti_jax.planning import hlo_cost
@@ -28,6 +29,7 @@ SCHEMA = 1
 _UNITS = {'': 1, 'K': 2 ** 10, 'M': 2 ** 20, 'G': 2 ** 30, 'T': 2 ** 40}
 
 
+@numerics.fixed()
 def make(request: request_lib.Request) -> dict[str, Any]:
   """Plans a step.
 

@@ -14,6 +14,7 @@ import jax
 
 from parti_jax import config
 from parti_jax import errors
+from parti_jax import numerics
 from parti_jax import storage
 from parti_jax.models import layers
 from parti_jax.models import parti_config
@@ -28,6 +29,7 @@ from parti_jax.training import train_loop
 _ERROR_LENGTH = 300
 
 
+@numerics.fixed()
 def run(request: request_lib.Request, limit: int, file: str | None) -> int:
   """Compiles the most promising candidates and prints those that fit, the fastest bound first.
 

@@ -24,6 +24,7 @@ from parti_jax.sampling import decoding
 from parti_jax.sampling import model_folder
 from parti_jax.sampling import parameters
 from parti_jax.training import configurables  # pylint: disable=unused-import
+from parti_jax.training import frozen_tokenizer
 from parti_jax.training import train_loop
 from parti_jax.training import trainer as trainer_lib
 
@@ -45,9 +46,18 @@ def training_step(request: request_lib.Request, mesh) -> request_lib.Step:
               'offload_optimizer': others['offload_optimizer']}
   return request_lib.Step(
       lambda: trainer.lower(batch_size), mesh, batch_size, stage.step_flops(batch_size),
-      layers.count_parameters(trainer.abstract.params), settings,
+      layers.count_parameters(trainer.abstract.params), settings, notes=_notes(stage),
       kernel_flops=kernels.splash_flops(stage.model.patterns)
       if isinstance(stage.model, parti_config.PartiConfig) else None)
+
+
+def _notes(stage) -> tuple[str, ...]:
+  """What a plan says of a stage whose tokenizer is part of the step and not trained yet."""
+  if 'tokenizer' not in getattr(stage, 'abstract_constants', dict)() or (
+      frozen_tokenizer.is_trained(stage.tokenizer)):
+    return ()
+  return (f'{stage.tokenizer} holds no trained tokenizer yet; its sizes are those of '
+          'ViTVQGANConfig in gin',)
 
 
 def sampling_step(request: request_lib.Request, mesh) -> request_lib.Step:

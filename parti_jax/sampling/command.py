@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 import pathlib
 import sys
 import warnings
 
 from parti_jax import compilation_cache
+from parti_jax.data import text_files
 from parti_jax.errors import UserError
 from parti_jax.sampling import flags
-from parti_jax.sampling import settings as settings_lib
 
 DEFAULT_OUTPUT_DIR = 'parti_jax_pictures'
 
@@ -95,12 +96,8 @@ def read_prompts(path: str) -> list[str]:
   Raises:
     UserError: if it can't be read, or has none.
   """
-  try:
-    text = pathlib.Path(path).read_text(encoding='utf-8')
-  except (OSError, UnicodeDecodeError) as error:
-    reason = getattr(error, 'strerror', None) or 'it is not UTF-8 text'
-    raise UserError(f'--prompts_file {path} cannot be read: {reason}') from error
-  lines = [line.strip() for line in text.splitlines() if line.strip()]
+  text = text_files.read(path, f'--prompts_file {path}')
+  lines = [line.strip() for line in text_files.lines(text) if line.strip()]
   if not lines:
     raise UserError(f'--prompts_file {path} has no prompt in it')
   return lines
@@ -108,12 +105,11 @@ def read_prompts(path: str) -> list[str]:
 
 def _check_flags(args: argparse.Namespace):
   """Raises UserError for numbers that can't be, before anything slow happens."""
-  settings_lib.whole_number('num_images', args.num_images, 1)
-  settings_lib.whole_number('seed', args.seed, 0, 2**32 - 1)
-  for name in ('batch_size', 'display_size'):
-    if getattr(args, name) is not None:
-      settings_lib.whole_number(name, getattr(args, name), 1)
+  flags.check_numbers(args, 'num_images', 'batch_size', 'display_size')
   flags.given(args)
   folder = pathlib.Path(args.output_dir)
-  if folder.exists() and not folder.is_dir():
-    raise UserError(f'--output_dir {folder} is a file; name a folder')
+  there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+  if not there.is_dir():
+    raise UserError(f'--output_dir {there} is a file; name a folder')
+  if not os.access(there, os.W_OK | os.X_OK):
+    raise UserError(f'--output_dir {folder}: cannot write there; name another folder')

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import layout
 
+from parti_jax import numerics
 from parti_jax.models import parti as parti_lib
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.partitioning import rules as rules_lib
@@ -35,7 +36,7 @@ def image_keys(seed, image_index):
   Returns:
     A key array [batch].
   """
-  return jax.vmap(lambda index: jax.random.fold_in(jax.random.key(seed), index))(image_index)
+  return jax.vmap(lambda index: jax.random.fold_in(numerics.key(seed), index))(image_index)
 
 
 def empty_text(batch: int, text_length: int):
@@ -144,8 +145,8 @@ def choose(logits, keys, position, temperature, top_k, top_p, *, greedy, filtere
   if filtered:
     logits = filter_logits(logits, top_k, top_p)
   # Gumbel noise turns the likeliest token into a draw; each image's noise is its own.
-  noise = jax.vmap(
-      lambda key: jax.random.gumbel(jax.random.fold_in(key, position), logits.shape[-1:]))(keys)
+  noise = jax.vmap(lambda key: jax.random.gumbel(
+      jax.random.fold_in(key, position), logits.shape[-1:], jnp.float32, mode='low'))(keys)
   return jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from parti_jax import numerics
 from parti_jax.errors import UserError
 from parti_jax.models import vit_vqgan
 from parti_jax.sampling import placement
@@ -39,6 +40,7 @@ class Detokenizer:
     self._device = device
     self._params = jax.device_put(params, device)
 
+  @numerics.fixed()
   def __call__(self, tokens: np.ndarray) -> np.ndarray:
     """Returns the pictures, uint8 [n, height, width, 3], of tokens, int32 [n, image_length].
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
+from parti_jax import checks
 from parti_jax.sampling import settings as settings_lib
 
 _DEFAULTS = settings_lib.SamplingSettings()
@@ -33,6 +34,23 @@ def add_arguments(parser: argparse.ArgumentParser, default: str = "the model's")
   add('top_k', int, 'draw among this many of the likeliest tokens; 0 is no limit')
   add('top_p', float,
       'draw among the likeliest tokens with together this probability; 1 is no limit')
+
+
+def check_numbers(args: argparse.Namespace, *counts: str):
+  """Checks the numbers of flags that commands have in common, before anything slow happens.
+
+  Args:
+    args: the flags. `seed` is checked where there is one.
+    *counts: names of flags that say how many of something; None where they are not given.
+
+  Raises:
+    UserError: if a value is invalid; the message names the flag.
+  """
+  for name in counts:
+    if getattr(args, name) is not None:
+      checks.count(f'--{name}', getattr(args, name))
+  if hasattr(args, 'seed'):
+    checks.whole_number('--seed', args.seed, 0, settings_lib.LARGEST_SEED)
 
 
 def given(args: argparse.Namespace) -> dict:

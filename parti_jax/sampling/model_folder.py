@@ -10,7 +10,8 @@ ranker.safetensors            parameters of the ranker; may be absent
 ```
 
 NETWORKS is the table of the networks that there may be; config.json has the sizes of each under its
-name.
+name. The metadata of a file of parameters says which vocabulary and which tokenizer its network was
+trained with, see `parti_jax.fingerprints`, so that files of two models are never taken for one.
 """
 
 from __future__ import annotations
@@ -23,28 +24,32 @@ import os
 import pathlib
 import secrets
 import shutil
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.traverse_util
 import jax
-import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
 
+from parti_jax import checks
+from parti_jax import fingerprints
+from parti_jax import numerics
 from parti_jax import storage
+from parti_jax.data import vocabulary as vocabulary_lib
 from parti_jax.errors import UserError
 from parti_jax.models import coca
 from parti_jax.models import parti as parti_lib
 from parti_jax.models import parti_config
 from parti_jax.models import super_resolution
 from parti_jax.models import vit_vqgan
+from parti_jax.sampling import model_config
 from parti_jax.sampling import settings as settings_lib
 
-FORMAT_VERSION = 1
 CONFIG_FILE = 'config.json'
 VOCABULARY_FILE = 'vocabulary.model'
 
@@ -82,24 +87,25 @@ def parameter_file(name: str) -> str:
 
 
 FILES = (CONFIG_FILE, *map(parameter_file, REQUIRED), VOCABULARY_FILE)
-
-# What parameters may be stored as; they are computed with in the configs' dtype.
-STORED_DTYPES = {'float16': np.float16, 'bfloat16': ml_dtypes.bfloat16, 'float32': np.float32}
-
-# What a config.json may say at most; the 20B model has 64 layers and a width of 4096.
-MAX_LAYERS = 1024
-MAX_SIZE = 2**20
-_COUNTS = ('layers', 'blocks', 'heads')
+STORED_DTYPES = model_config.STORED_DTYPES
 
 # Names of parameters that an error shows.
 _SHOWN = 5
 
 
 class Part(NamedTuple):
-  """An optional network of a model: its sizes, and its parameters as those of `Model`."""
+  """A network of a model.
+
+  Attributes:
+    config: its sizes.
+    params: its parameters, as those of `Model`.
+    made_with: {kind: fingerprint} of the vocabulary and the tokenizer that it was trained with, as
+      far as they are known; of a tokenizer its own.
+  """
 
   config: Any
   params: Any
+  made_with: dict[str, str] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +122,7 @@ class Model:
     provenance: what it was trained on and for how long; any JSON.
     stored_as: name of the dtype that the parameters were stored as.
     parts: the optional networks that the model has, by their names in OPTIONAL.
+    made_with: {name of a network: {kind: fingerprint}}, see `Part`, of all of them.
   """
 
   parti_config: parti_config.PartiConfig
@@ -127,19 +134,24 @@ class Model:
   provenance: dict[str, Any]
   stored_as: str
   parts: dict[str, Part]
+  made_with: dict[str, dict[str, str]]
 
   @property
   def networks(self) -> dict[str, Part]:
     """All networks of the model by their names in NETWORKS."""
-    return {'parti': Part(self.parti_config, self.parti_params),
-            'tokenizer': Part(self.tokenizer_config, self.tokenizer_params)} | self.parts
+    required = {'parti': (self.parti_config, self.parti_params),
+                'tokenizer': (self.tokenizer_config, self.tokenizer_params)}
+    return {name: Part(*part, self.made_with.get(name, {}))
+            for name, part in required.items()} | self.parts
 
 
 def save(
     folder, *, parti_config, parti_params, tokenizer_config, tokenizer_params, vocabulary_path,
     parts: dict[str, Part] | None = None,
     sampling: settings_lib.SamplingSettings = settings_lib.SamplingSettings(),
-    provenance: dict[str, Any] | None = None, dtype: str = 'float16', overwrite: bool = False):
+    provenance: dict[str, Any] | None = None, dtype: str = 'float16', overwrite: bool = False,
+    made_with: Mapping[str, Mapping[str, str | None]] | None = None,
+    sources: Mapping[str, str] | None = None, allow_mismatch: bool = False):
   """Writes a model folder; it appears complete or not at all.
 
   Args:
@@ -155,25 +167,37 @@ def save(
     dtype: what the parameters are stored as, a name in STORED_DTYPES.
     overwrite: whether a model that is there already may be replaced; other files in its folder
       are kept.
+    made_with: {name of a network: {kind: fingerprint}} of the vocabulary and the tokenizer that it
+      was trained with, where they are known; a tokenizer's own by default is that of its
+      parameters.
+    sources: {name of a network: where it is from}, for messages.
+    allow_mismatch: whether a network may have been trained with another vocabulary or tokenizer
+      than the model's; then it is noted in config.json, and `load` warns of it.
 
   Returns:
     The folder, a pathlib.Path, or the URL as it is.
 
   Raises:
     UserError: if the folder exists and may not be replaced, the parameters or the vocabulary do
-      not fit the sizes, a parameter is too large for the dtype, or nothing can be written.
+      not fit the sizes, a network was trained with another vocabulary or tokenizer, a parameter is
+      too large for the dtype, or nothing can be written.
   """
+  folder = checks.text('folder', folder)
   folder = folder if storage.is_url(folder) else pathlib.Path(folder)
   _check_target(folder, overwrite)
   if dtype not in STORED_DTYPES:
     raise UserError(f'dtype={dtype!r} is not one of {", ".join(STORED_DTYPES)}')
-  _check_sizes(parti_config, tokenizer_config, 'the model to save')
+  check_sizes(parti_config, tokenizer_config, 'the model to save')
   networks = {'parti': Part(parti_config, parti_params),
               'tokenizer': Part(tokenizer_config, tokenizer_params)} | (parts or {})
+  known = _known(networks, made_with or {})
+  mismatches = _mismatches(known, vocabulary_path, sources or {})
+  if mismatches and not allow_mismatch:
+    raise UserError(mismatches[0])
   stored = {name: _stored(part.params, abstract(name, part.config), dtype, parameter_file(name))
             for name, part in networks.items()}
   config = {
-      'format_version': FORMAT_VERSION,
+      'format_version': model_config.FORMAT_VERSION,
       **{name: dataclasses.asdict(part.config) for name, part in networks.items()},
       'sampling': dataclasses.asdict(sampling),
       'parameters': {
@@ -181,10 +205,12 @@ def save(
           **{name: sum(leaf.size for leaf in arrays.values())
              for name, arrays in stored.items()}},
       'provenance': provenance or {}}
+  if mismatches:
+    config['mismatch_allowed'] = True
   filled = _uploaded_folder if storage.is_url(folder) else _replaced_folder
   with filled(folder) as temporary:
     for name, arrays in stored.items():
-      safetensors.numpy.save_file(arrays, temporary / parameter_file(name))
+      safetensors.numpy.save_file(arrays, temporary / parameter_file(name), known[name] or None)
     with storage.local_copy(vocabulary_path) as vocabulary:
       shutil.copyfile(vocabulary, temporary / VOCABULARY_FILE)
     text = json.dumps(config, indent=2, ensure_ascii=False) + '\n'
@@ -202,26 +228,36 @@ def load(folder) -> Model:
       stays until the process ends.
 
   Raises:
-    UserError: if the folder or a file of it is missing, unfinished, of another format version,
-      or if parameters are missing, unknown or of other shapes than the sizes say.
+    UserError: if the folder or a file of it is missing, unfinished, or of another format version,
+      if a value in config.json can't be, if parameters are missing, unknown or of other shapes
+      than the sizes say, or if a network was trained with another vocabulary or tokenizer.
   """
   folder = _local(folder, [*FILES, *map(parameter_file, OPTIONAL)])
   _check_complete(folder)
   where = folder / CONFIG_FILE
-  config = _read_config(where)
+  config = model_config.read(where)
   optional = [name for name in OPTIONAL
               if name in config or (folder / parameter_file(name)).exists()]
   _check_complete(folder, [parameter_file(name) for name in optional])
-  sizes = {name: _sizes(NETWORKS[name].config, config, name, _compute_dtype(), where)
+  sizes = {name: model_config.sizes(NETWORKS[name].config, config, name, _compute_dtype(), where)
            for name in [*REQUIRED, *optional]}
-  _check_sizes(sizes['parti'], sizes['tokenizer'], str(where))
-  parts = {name: Part(own, _read_parameters(folder / parameter_file(name), abstract(name, own)))
+  check_sizes(sizes['parti'], sizes['tokenizer'], str(where))
+  others = [read(config, where) for read in (
+      model_config.sampling, model_config.provenance, model_config.stored_as)]
+  made_with = {name: _read_made_with(folder / parameter_file(name)) for name in sizes}
+  vocabulary = folder / VOCABULARY_FILE
+  allowed = model_config.mismatch_allowed(config, where)
+  for line in _mismatches(made_with, vocabulary):
+    if not allowed:
+      raise UserError(f'{folder}: {line}')
+    print(f'parti-jax: warning: {folder}: {line}', file=sys.stderr)
+  parts = {name: Part(own, _read_parameters(folder / parameter_file(name), abstract(name, own)),
+                      made_with[name])
            for name, own in sizes.items()}
   parti, tokenizer = (parts.pop(name) for name in REQUIRED)
   return Model(
-      parti.config, tokenizer.config, parti.params, tokenizer.params, folder / VOCABULARY_FILE,
-      _sampling(config, where), config.get('provenance', {}),
-      config.get('parameters', {}).get('stored_as', 'float16'), parts)
+      parti.config, tokenizer.config, parti.params, tokenizer.params, vocabulary, *others, parts,
+      made_with)
 
 
 def load_tokenizer(folder) -> Part:
@@ -229,14 +265,15 @@ def load_tokenizer(folder) -> Part:
   folder = _local(folder, [CONFIG_FILE, parameter_file('tokenizer')])
   _check_complete(folder, [CONFIG_FILE, parameter_file('tokenizer')])
   where = folder / CONFIG_FILE
-  sizes = _sizes(
-      vit_vqgan.ViTVQGANConfig, _read_config(where), 'tokenizer', _compute_dtype(), where)
-  return Part(sizes, _read_parameters(folder / parameter_file('tokenizer'),
-                                      abstract('tokenizer', sizes)))
+  sizes = model_config.sizes(
+      vit_vqgan.ViTVQGANConfig, model_config.read(where), 'tokenizer', _compute_dtype(), where)
+  file = folder / parameter_file('tokenizer')
+  return Part(sizes, _read_parameters(file, abstract('tokenizer', sizes)), _read_made_with(file))
 
 
 def _local(folder, names: list[str]) -> pathlib.Path:
   """The folder, or a copy of these of its files where it is a URL."""
+  folder = checks.text('folder', folder)
   if storage.is_url(folder):
     if CONFIG_FILE not in storage.names(folder):
       raise UserError(f'{folder} is no model folder: it has no {CONFIG_FILE}')
@@ -249,6 +286,7 @@ def _compute_dtype() -> str:
 
 
 @functools.cache
+@numerics.fixed()
 def abstract(name: str, config):
   """Shapes of a network's parameters with their logical axis names; nothing is computed.
 
@@ -305,9 +343,61 @@ def _read_parameters(path: pathlib.Path, expected):
       for name in shapes:
         arrays[name] = file.get_tensor(name).astype(np.float32)
   except (safetensors.SafetensorError, OSError) as error:
-    raise UserError(f'{path} is damaged or unfinished ({error}); export or download the model '
-                    'again') from error
+    raise _damaged(path, error) from error
   return flax.traverse_util.unflatten_dict(arrays, sep='/')
+
+
+def _known(networks: Mapping[str, Part], made_with: Mapping) -> dict[str, dict[str, str]]:
+  """The fingerprints that are known of each network, with that of the tokenizer."""
+  known = {name: {kind: value for kind, value in made_with.get(name, {}).items() if value}
+           for name in networks}
+  if 'tokenizer' not in known['tokenizer']:
+    params = nn.meta.unbox(networks['tokenizer'].params)
+    known['tokenizer'] = {'tokenizer': fingerprints.of_tokenizer(params)}
+  return known
+
+
+def _mismatches(made_with: Mapping[str, Mapping[str, str]], vocabulary,
+                sources: Mapping[str, str] = {}) -> list[str]:
+  """A sentence for each network that was made with another vocabulary or tokenizer.
+
+  Args:
+    made_with: {name of a network: {kind: fingerprint}}.
+    vocabulary: the model's SentencePiece file.
+    sources: as in `save`.
+  """
+
+  def full_name(network: str) -> str:
+    names = {'parti': 'generator', 'super_resolution': 'super-resolution network'}
+    return f'the {names.get(network, network)} {sources.get(network, "")}'.strip()
+
+  try:
+    content = storage.read(vocabulary, vocabulary_lib.LARGEST_MODEL)
+  except OSError as error:
+    raise UserError(
+        f'the vocabulary {vocabulary} cannot be read ({error.strerror or error})') from error
+  given = fingerprints.named(full_name('tokenizer'), made_with['tokenizer']) | fingerprints.named(
+      f'the vocabulary {vocabulary}', {'vocabulary': fingerprints.of_vocabulary(content)})
+  remedies = {
+      'vocabulary': 'give the vocabulary that it was trained with',
+      'tokenizer': 'give the tokenizer that it was trained with, or tokenize the pictures with this '
+                   'one and train on these tokens'}
+  return [line for name, kept in made_with.items() for line in fingerprints.mismatches(
+      fingerprints.named(full_name(name), kept), given, remedies)]
+
+
+def _read_made_with(path: pathlib.Path) -> dict[str, str]:
+  """The fingerprints in the metadata of a file of parameters; none in files of before."""
+  try:
+    with safetensors.safe_open(path, framework='numpy') as file:
+      metadata = file.metadata() or {}
+  except (safetensors.SafetensorError, OSError) as error:
+    raise _damaged(path, error) from error
+  return {kind: metadata[kind] for kind in fingerprints.KINDS if kind in metadata}
+
+
+def _damaged(path: pathlib.Path, error: Exception) -> UserError:
+  return UserError(f'{path} is damaged or unfinished ({error}); export or download the model again')
 
 
 def _check_complete(folder: pathlib.Path, files=FILES):
@@ -321,62 +411,12 @@ def _check_complete(folder: pathlib.Path, files=FILES):
                     'export or download the model again')
 
 
-def _read_config(path: pathlib.Path) -> dict[str, Any]:
-  try:
-    config = storage.read_json(path)
-  except (OSError, ValueError) as error:
-    raise UserError(f'{path} is damaged or unfinished ({error}); export or download the model '
-                    'again') from error
-  version = config.get('format_version') if isinstance(config, dict) else None
-  if version != FORMAT_VERSION:
-    raise UserError(f'{path}: format_version is {version!r}, this parti_jax reads '
-                    f'{FORMAT_VERSION}; install the version that wrote it, or export it again')
-  return config
-
-
-def _sizes(kind, config: dict[str, Any], key: str, dtype: str, where):
-  """A config dataclass from its plain dict, computing in `dtype`."""
-  values = config.get(key)
-  known = {field.name for field in dataclasses.fields(kind)}
-  if not isinstance(values, dict):
-    raise UserError(f'{where}: {key!r} is missing')
-  values = {name: value for name, value in parti_config.by_todays_names(values).items()
-            if name in known or name in values}
-  if values.keys() != known:
-    different = ', '.join(sorted(values.keys() ^ known))
-    raise UserError(f'{where}: {key!r} has other fields than {kind.__name__}: {different}')
-  _check_bounds(values, key, where)
-  try:
-    return kind(**{**values, 'dtype': dtype})
-  except (TypeError, ValueError) as error:
-    raise UserError(f'{where}: {key!r}: {error}') from error
-  except UserError as error:
-    raise UserError(f'{where}: {error}') from error
-
-
-def _check_bounds(values: dict[str, Any], key: str, where):
-  """Raises UserError for sizes that no model has, before anything is made of them."""
-  for name, value in values.items():
-    most = MAX_LAYERS if name.endswith(_COUNTS) else MAX_SIZE
-    for number in value if isinstance(value, (list, tuple)) else [value]:
-      if isinstance(number, (int, float)) and not abs(number) <= most:
-        raise UserError(f'{where}: {key!r}: {name}={number!r} is more than {most:,}, the most that '
-                        'is read; is the file damaged?')
-
-
-def _sampling(config: dict[str, Any], where) -> settings_lib.SamplingSettings:
-  try:
-    return settings_lib.SamplingSettings(**config.get('sampling', {}))
-  except (TypeError, UserError) as error:
-    raise UserError(f"{where}: 'sampling': {error}") from error
-
-
-def _check_sizes(parti, tokenizer, where: str):
+def check_sizes(parti, tokenizer, where: str):
   """Raises UserError unless Parti's image tokens are those of the tokenizer."""
   for name in ('codebook_size', 'grid'):
     ours, theirs = getattr(parti, name), getattr(tokenizer, name)
     if ours != theirs:
-      raise UserError(f'{where}: PartiConfig.{name} is {ours}, but the tokenizer has {theirs}; '
+      raise UserError(f'{where}: parti.{name} is {ours}, but that of the tokenizer is {theirs}; '
                       'the generator was trained on the tokens of another tokenizer')
 
 

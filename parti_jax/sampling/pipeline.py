@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from parti_jax import checks
 from parti_jax import storage
 from parti_jax.data import vocabulary as vocabulary_lib
 from parti_jax.errors import UserError
@@ -122,7 +123,7 @@ class Result:
             'rank': f'{column + 1:0{digits}}', 'score': f'{self.scores[row, column]:.4f}'}
 
   def _metadata(self) -> dict[str, str]:
-    settings = {name: value if isinstance(value, str) else f'{value:g}'
+    settings = {name: value if isinstance(value, str) else checks.number_text(value)
                 for name, value in dataclasses.asdict(self.settings).items()}
     if self.upscaled is not None:
       settings['upscaled'] = str(self.upscaled.shape[2] // self.images.shape[2])
@@ -172,12 +173,11 @@ class Pipeline:
     self._tokenizer_params = self._place.put(
         model.tokenizer_params, model_folder.abstract('tokenizer', model.tokenizer_config))
     self.ranker = None
-    if 'ranker' in model.parts:
-      self.ranker = ranking.Ranker(*model.parts['ranker'], self._vocabulary, self._place)
-
+    if part := model.parts.get('ranker'):
+      self.ranker = ranking.Ranker(part.config, part.params, self._vocabulary, self._place)
     self.upscaler = None
-    if 'super_resolution' in model.parts:
-      self.upscaler = upscaling.Upscaler(*model.parts['super_resolution'], self._place)
+    if part := model.parts.get('super_resolution'):
+      self.upscaler = upscaling.Upscaler(part.config, part.params, self._place)
 
   @property
   def image_size(self) -> int:
@@ -199,8 +199,9 @@ class Pipeline:
     """Draws pictures (Parti, section 2).
 
     A picture follows from its prompt, the seed, its index among the pictures of its prompt, and
-    the settings; it is the same in any batch. (Batches of another size may round differently in
-    the last bit, which can tip a draw once in a great many.)
+    the settings; it is the same in any batch, and whatever JAX's settings of the process are.
+    (Batches of another size may round differently in the last bit, which can tip a draw once in a
+    great many.)
 
     Args:
       prompts: texts, or one text. Those longer than the model's text length are cut, with a
@@ -211,7 +212,8 @@ class Pipeline:
       progress: whether to show a bar.
       rank: whether to put the pictures of each prompt in order, best first, by the model's ranker.
       upscale: whether to enlarge the pictures by the model's super-resolution.
-      first_index: index of a prompt's first picture, one for all prompts or for each its own.
+      first_index: index of a prompt's first picture, from 0, one for all prompts or for each its
+        own. The last picture's index is at most 2³¹ − 1.
         Pictures of one index are drawn with the same noise, whatever their prompt; where many
         prompts get one picture each, other indices make them independent.
       **sampling: fields of SamplingSettings, `guidance_scale` and others, in place of the model's
@@ -225,22 +227,23 @@ class Pipeline:
         If the pictures are to be ranked by a model without a ranker, or enlarged by one without
         super-resolution.
     """
+    rank, upscale, progress = (checks.boolean(name, value) for name, value in (
+        ('rank', rank), ('upscale', upscale), ('progress', progress)))
     if rank and self.ranker is None:
       raise UserError(f'the model {self.model_name} has no ranker, so that pictures can not be '
                       'ranked; `parti-jax export --base=FOLDER --ranker=RUN` adds one')
     if upscale:
       self._check_upscaler()
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    num_images = settings_lib.whole_number('num_images', num_images, 1)
-    seed = settings_lib.whole_number('seed', seed, 0, 2**32 - 1)
+    prompts = checks.texts('prompt', prompts)
+    num_images = checks.count('num_images', num_images)
+    seed = checks.whole_number('seed', seed, 0, settings_lib.LARGEST_SEED)
     settings = self.sampling.replace(**sampling)
     total = len(prompts) * num_images
+    first = _first_indices(first_index, len(prompts), num_images)
     texts = self._encode(prompts)
-    first = np.broadcast_to(np.asarray(first_index, np.int32), len(prompts))
-    index = (first[:, None] + np.arange(num_images, dtype=np.int32)).reshape(-1)
     batch = self._batch_size(total, batch_size, settings.guided)
-    tokens = np.empty([total, self._config.image_length], np.int32)
-    images = np.empty([total, self.image_size, self.image_size, 3], np.uint8)
+    tokens, images = self._empty(total)
+    index = (first[:, None] + np.arange(num_images, dtype=np.int32)).reshape(-1)
     usages = []
     for start, chosen in placement.pieces(total, batch, progress):
       *drawn, usage = self._draw(texts[chosen // num_images], index[chosen], seed, settings)
@@ -283,6 +286,7 @@ class Pipeline:
     Raises:
       UserError: if the pictures are of another shape or dtype.
     """
+    images = self._pictures(images)
     return self._through_tokenizer(
         images, _tokenize, np.empty([len(images), self._config.image_length], np.int32))
 
@@ -291,6 +295,7 @@ class Pipeline:
 
     Arguments and errors as `tokenize`; returns uint8 of the pictures' shape.
     """
+    images = self._pictures(images)
     return self._through_tokenizer(images, _reconstruct, np.empty_like(images))
 
   def upscale(self, images) -> np.ndarray:
@@ -318,21 +323,24 @@ class Pipeline:
 
   def _draw(self, texts, image_index, seed: int, settings: settings_lib.SamplingSettings):
     scalars = (
-        np.uint32(seed), settings.guidance_scales(self._config.image_length),
-        np.float32(settings.temperature), np.int32(settings.top_k), np.float32(settings.top_p),
-        *settings.thresholds)
+        np.uint32(seed), *settings.arrays(self._config.image_length), *settings.thresholds)
     return self._place.run(
         _generate, (self._parti_params, self._tokenizer_params), (texts, image_index), *scalars,
         config=self._config, tokenizer=self._tokenizer, guided=settings.guided,
         greedy=settings.greedy, filtered=settings.filtered)
 
-  def _through_tokenizer(self, images, function, results):
-    images = np.asarray(images)
-    expected = (self.image_size, self.image_size, 3)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != expected:
-      raise UserError(
-          f'images are {images.dtype} {list(images.shape)}, needed is uint8 '
-          f'[n, {", ".join(map(str, expected))}]')
+  def _pictures(self, images) -> np.ndarray:
+    return images_lib.checked(images, self.image_size)
+
+  def _empty(self, total: int) -> tuple[np.ndarray, np.ndarray]:
+    """Arrays for the tokens and pixels of pictures."""
+    length, size = self._config.image_length, self.image_size
+    if total * (4 * length + 3 * size**2) > _memory():
+      raise UserError(f'{total:,} pictures do not fit into the memory; choose fewer num_images, or '
+                      'fewer prompts at once')
+    return np.empty([total, length], np.int32), np.empty([total, size, size, 3], np.uint8)
+
+  def _through_tokenizer(self, images: np.ndarray, function, results: np.ndarray) -> np.ndarray:
     batch = self._place.divisible(min(_TOKENIZER_BATCH, max(len(images), 1)))
     for start, chosen in placement.pieces(len(images), batch, False):
       part = self._place.run(
@@ -346,8 +354,6 @@ class Pipeline:
       raise UserError('no prompt given')
     texts = np.empty([len(prompts), self._config.text_length], np.int32)
     for row, prompt in enumerate(prompts):
-      if not isinstance(prompt, str):
-        raise UserError(f'prompt {row + 1} is no text but {type(prompt).__name__}')
       texts[row], cut = self._vocabulary.encode(prompt, self._config.text_length)
       if texts[row, 0] == vocabulary_lib.EOS_ID:
         raise UserError(f'prompt {row + 1} is empty; say what the picture should show')
@@ -360,7 +366,7 @@ class Pipeline:
   def _batch_size(self, total: int, asked: int | None, guided: bool) -> int:
     """How many images are drawn at once."""
     if asked is not None:
-      return self._place.divisible(min(settings_lib.whole_number('batch_size', asked, 1), total))
+      return self._place.divisible(min(checks.count('batch_size', asked), total))
     config = self._config
     cache_bytes = (2 * config.decoder_layers * config.image_length * config.width
                    * config.compute_dtype.itemsize * (2 if guided else 1))
@@ -386,6 +392,7 @@ def load(path=None, mesh=None, rules=None) -> Pipeline:
   Raises:
     UserError: if the folder is missing, unfinished, or no model folder; see `model_folder.load`.
   """
+  path = None if path is None else checks.text('path', path)
   if path is not None and storage.is_url(path):
     return Pipeline(model_folder.load(path), storage.name(path), mesh, rules)
   folder = pathlib.Path(DEMO_FOLDER if path is None else path)
@@ -394,6 +401,29 @@ def load(path=None, mesh=None, rules=None) -> Pipeline:
                     'folder with `parti-jax export` (see parti-jax export --help)')
   name = 'demo' if path is None else os.path.basename(os.path.abspath(folder))
   return Pipeline(model_folder.load(folder), name, mesh, rules)
+
+
+def _memory() -> float:
+  """Bytes of the machine's memory; infinite where it is not known."""
+  try:
+    return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  except (AttributeError, ValueError, OSError):
+    return float('inf')
+
+
+def _first_indices(first_index, prompts: int, num_images: int) -> np.ndarray:
+  """The index of each prompt's first picture, so that all indices are int32: int32 [prompts]."""
+  most = 2**31 - num_images
+  if getattr(first_index, 'ndim', 0) or (
+      isinstance(first_index, Sequence) and not isinstance(first_index, (str, bytes))):
+    if len(first_index) != prompts:
+      raise UserError(f'first_index has {len(first_index)} numbers for {prompts} prompts; give one '
+                      'number for all, or one for each')
+    found = [checks.whole_number(f'first_index[{row}]', index, 0, most)
+             for row, index in enumerate(first_index)]
+  else:
+    found = [checks.whole_number('first_index', first_index, 0, most)] * prompts
+  return np.array(found, np.int32)
 
 
 @functools.partial(

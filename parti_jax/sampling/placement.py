@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 
+from parti_jax import numerics
 from parti_jax.partitioning import rules as rules_lib
 
 
@@ -20,6 +21,7 @@ class Placement:
     self._mesh = mesh
     self._rules = rules_lib.logical_axis_rules() if mesh is not None and rules is None else rules
 
+  @numerics.fixed()
   def put(self, params, boxed, cut=lambda shardings: shardings):
     """Parameters on the devices.
 
@@ -36,6 +38,7 @@ class Placement:
     shardings = rules_lib.parameter_shardings(boxed, self._mesh, self._rules)
     return jax.device_put(params, cut(shardings))
 
+  @numerics.fixed()
   def run(self, function, params, arrays, *scalars, **statics):
     """Calls a jitted function: arrays [batch, ...] are split over the mesh; numpy in and out."""
     if self._mesh is None:

@@ -14,9 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from parti_jax import checks
 from parti_jax.data import vocabulary as vocabulary_lib
 from parti_jax.errors import UserError
 from parti_jax.models import coca
+from parti_jax.sampling import images as images_lib
 from parti_jax.sampling import model_folder
 from parti_jax.sampling import placement
 
@@ -66,11 +68,7 @@ class Ranker:
     Raises:
       UserError: if the pictures are of another shape or dtype.
     """
-    images = np.asarray(images)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-      raise UserError(f'images are {images.dtype} {list(images.shape)}, needed is uint8 '
-                      '[n, height, width, 3]')
-    return self._features(_image_features, images)
+    return self._features(_image_features, images_lib.checked(images))
 
   def text_features(self, texts: Sequence[str]) -> np.ndarray:
     """What texts say, as vectors.
@@ -81,7 +79,11 @@ class Ranker:
 
     Returns:
       float32 [n, feature_dim], unit vectors.
+
+    Raises:
+      UserError: if there is something that is not a text.
     """
+    texts = checks.texts('text', texts)
     tokens = np.empty([len(texts), self.config.text_length], np.int32)
     for row, text in enumerate(texts):
       tokens[row], cut = self._vocabulary.encode(text, self.config.text_length)
@@ -105,6 +107,7 @@ class Ranker:
     Raises:
       UserError: if there are more texts than pictures or fewer, or as `image_features`.
     """
+    texts, images = checks.texts('text', texts), images_lib.checked(images)
     if len(texts) != len(images):
       raise UserError(f'{len(texts)} texts for {len(images)} pictures; give one for each')
     different = list(dict.fromkeys(texts))

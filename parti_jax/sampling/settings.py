@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import numpy as np
 
+from parti_jax import checks
 from parti_jax.errors import UserError
 
 # Name of a ramp -> share of the way from `guidance_start` to `guidance_scale`, of the positions
@@ -17,6 +17,14 @@ GUIDANCE_RAMPS = {
     'cosine': lambda way: (1 - np.cos(np.pi * way)) / 2,
 }
 
+LARGEST_SEED = 2**32 - 1
+# Within these bounds, guided logits of up to 1e12 stay finite in float32 when they are divided by
+# the temperature. A lower temperature draws the same as 0: the noise spans no more than 22.
+MOST_GUIDANCE = 1e6
+_LEAST_TEMPERATURE = 1e-20
+# Smaller numbers are 0 on devices that know no subnormal ones.
+_LEAST_FLOAT32 = float(np.finfo(np.float32).tiny)
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingSettings:
@@ -24,9 +32,11 @@ class SamplingSettings:
 
   Attributes:
     guidance_scale: weight of classifier-free guidance, logits = uncond + scale · (cond − uncond)
-      (Parti, section 2.4); 1 is plain conditional sampling and costs half.
-    temperature: logits are divided by it; 0 takes the likeliest token.
-    top_k: only this many of the likeliest tokens may be drawn; 0 is no limit.
+      (Parti, section 2.4); 1 is plain conditional sampling and costs half. MOST_GUIDANCE at most.
+    temperature: logits are divided by it; 0, and what is as good as 0 in float32, takes the
+      likeliest token.
+    top_k: only this many of the likeliest tokens may be drawn; 0 is no limit. Numbers beyond an
+      int32 become its largest.
     top_p: only the likeliest tokens that together have this probability may be drawn; 1 is no
       limit. It counts among the tokens that `top_k` leaves.
     guidance_ramp: how the scale gets to `guidance_scale` over the positions of an image, a name in
@@ -54,37 +64,37 @@ class SamplingSettings:
   guidance_skip_threshold: float = 1.0
 
   def __post_init__(self):
-    thresholds = ('exit_threshold', 'guidance_skip_threshold')
-    for name in ('guidance_scale', 'temperature', 'top_p', 'guidance_start', *thresholds):
-      object.__setattr__(self, name, _number(name, getattr(self, name)))
-    object.__setattr__(self, 'top_k', whole_number('top_k', self.top_k, 0))
+    checks.check_fields(self)
     for name in ('guidance_scale', 'guidance_start'):
       if getattr(self, name) < 0:
         raise UserError(f'{name}={getattr(self, name):g} is negative; 1 is no guidance, and '
                         'larger values follow the prompt more closely')
-    for name in thresholds:
+      checks.number(name, getattr(self, name), 0, MOST_GUIDANCE)
+    for name in ('exit_threshold', 'guidance_skip_threshold'):
       if not 0 <= getattr(self, name) <= 1:
         raise UserError(f'{name}={getattr(self, name):g} is not from 0 to 1; 1 skips nothing, less '
                         'skips more')
     if self.guidance_ramp not in GUIDANCE_RAMPS:
-      raise UserError(f'guidance_ramp={self.guidance_ramp!r} is not one of '
+      raise UserError(f'guidance_ramp={checks.shown(self.guidance_ramp)} is not one of '
                       f'{", ".join(GUIDANCE_RAMPS)}')
     if self.temperature < 0:
       raise UserError(f'temperature={self.temperature:g} is negative; 0 takes the likeliest '
                       'token, 1 draws as the model has learned')
+    checks.whole_number('top_k', self.top_k, 0)
+    object.__setattr__(self, 'top_k', min(self.top_k, checks.LARGEST_INT32))
     if not 0 < self.top_p <= 1:
       raise UserError(f'top_p={self.top_p:g} is not above 0 and at most 1; 1 is no limit')
 
   @property
   def guided(self) -> bool:
     """Whether a second pass without text is needed."""
-    ramped = self.guidance_ramp != 'constant' and self.guidance_start != 1.0
-    return self.guidance_scale != 1.0 or ramped
+    ramped = self.guidance_ramp != 'constant' and np.float32(self.guidance_start) != 1
+    return bool(np.float32(self.guidance_scale) != 1 or ramped)
 
   @property
   def greedy(self) -> bool:
     """Whether the likeliest token is taken, so that nothing is drawn."""
-    return self.temperature == 0.0
+    return self.temperature < _LEAST_TEMPERATURE
 
   @property
   def filtered(self) -> bool:
@@ -95,8 +105,20 @@ class SamplingSettings:
   def thresholds(self) -> tuple[np.float32 | None, np.float32 | None]:
     """Of early exit and of skipping guidance's pass; None where nothing is to be skipped."""
     skip = self.guidance_skip_threshold if self.guided else 1.0
-    return tuple(None if threshold == 1.0 else np.float32(threshold)
+    return tuple(None if np.float32(threshold) == 1 else np.float32(threshold)
                  for threshold in (self.exit_threshold, skip))
+
+  def arrays(self, length: int) -> tuple:
+    """What the decoding loop takes of them.
+
+    Args:
+      length: image tokens of a picture.
+
+    Returns:
+      `guidance_scales`, and temperature, top_k and top_p as numpy scalars, float32 and int32.
+    """
+    return (self.guidance_scales(length), np.float32(self.temperature), np.int32(self.top_k),
+            np.float32(max(self.top_p, _LEAST_FLOAT32)))
 
   def guidance_scales(self, length: int) -> np.ndarray:
     """The weight of guidance at each of `length` positions: float32 [length]."""
@@ -105,40 +127,14 @@ class SamplingSettings:
     return scales.astype(np.float32)
 
   def replace(self, **values) -> 'SamplingSettings':
-    """These settings with the values that are not None in place of their own."""
+    """These settings with the values that are not None in place of their own.
+
+    Raises:
+      UserError: if a name is unknown or a value is invalid; the message names it.
+    """
+    known = [field.name for field in dataclasses.fields(self)]
+    for name in values:
+      if name not in known:
+        raise UserError(f'unknown setting {name!r}; the settings are {", ".join(known)}')
     chosen = {name: value for name, value in values.items() if value is not None}
     return dataclasses.replace(self, **chosen)
-
-
-def whole_number(name: str, value, least: int, most: int | None = None) -> int:
-  """Checks a whole number.
-
-  Args:
-    name: of the argument, for the message.
-    value: what was given; numpy's integers are fine.
-    least: smallest number allowed.
-    most: largest number allowed, if there is one.
-
-  Raises:
-    UserError: if the value is none, or out of bounds.
-  """
-  bounds = f'from {least}' if most is None else f'from {least} to {most}'
-  try:
-    number = int(value)
-    if isinstance(value, bool) or number != value:
-      raise ValueError
-  except (TypeError, ValueError, OverflowError):
-    raise UserError(f'{name}={value!r} must be a whole number {bounds}') from None
-  if number < least or (most is not None and number > most):
-    raise UserError(f'{name}={number} must be a whole number {bounds}')
-  return number
-
-
-def _number(name: str, value) -> float:
-  try:
-    number = float(value)
-  except (TypeError, ValueError):
-    raise UserError(f'{name}={value!r} is not a number') from None
-  if not math.isfinite(number):
-    raise UserError(f'{name}={number} is not a finite number')
-  return number

@@ -42,7 +42,7 @@ def sheet(title: str, texts: Sequence[str], images: Sequence[Sequence[np.ndarray
   page_width = max(2 * _MARGIN + columns * (width + _GAP) - _GAP, 360)
   heading = images_lib.wrap(title, font, page_width - 2 * _MARGIN)
   top = _MARGIN + len(heading) * _LINE + _GAP
-  page = Image.new('RGB', (page_width, top + rows * height + _MARGIN - _GAP), 'white')
+  page = images_lib.blank((page_width, top + rows * height + _MARGIN - _GAP))
   draw = ImageDraw.Draw(page)
   draw.multiline_text((_MARGIN, _MARGIN), '\n'.join(heading), fill='black', font=font)
   for index, (text, pictures) in enumerate(zip(texts, images)):

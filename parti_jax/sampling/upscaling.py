@@ -12,6 +12,7 @@ import numpy as np
 
 from parti_jax.errors import UserError
 from parti_jax.models import super_resolution
+from parti_jax.sampling import images as images_lib
 from parti_jax.sampling import model_folder
 from parti_jax.sampling import placement
 
@@ -79,10 +80,9 @@ class Upscaler:
     return results
 
   def _checked(self, images) -> np.ndarray:
-    images, unit = np.asarray(images), self._config.unshuffle
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
-      raise UserError(f'images are {images.dtype} {list(images.shape)}, needed is uint8 '
-                      '[n, height, width, 3]')
+    images, unit = images_lib.checked(images), self._config.unshuffle
+    if not images.size:
+      raise UserError(f'images are {images.dtype} {list(images.shape)}: no picture to enlarge')
     if images.shape[1] % unit or images.shape[2] % unit:
       raise UserError(f'images are {images.shape[1]}×{images.shape[2]} pixels; this model enlarges '
                       f'pictures whose sides are multiples of {unit}')

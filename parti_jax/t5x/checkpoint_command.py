@@ -12,6 +12,7 @@ from parti_jax import config
 from parti_jax import errors
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.t5x import checkpoints as t5x_checkpoints
+from parti_jax.t5x import inputs
 from parti_jax.training import checkpoints
 from parti_jax.training import hosts
 from parti_jax.training import run_lock
@@ -101,6 +102,7 @@ def run_to_t5x(model_dir, folder, step: int | None = None) -> str:
     raise errors.UserError(f'{path}: a checkpoint of the stage {stage!r}, which is no model of '
                            f't5x; give a run of {" or ".join(_NETWORKS)}')
   t5x_checkpoints.target(folder, int(path.name))
+  inputs.write(folder, checkpoints.read_place(path))
   written = t5x_checkpoints.write(folder, t5x_checkpoints.read_run(path))
   return (f'{written}: step {path.name} of {model_dir}, with the state of its optimiser; take it '
           f'in t5x by --gin.INITIAL_CHECKPOINT_PATH="\'{written}\'", or go on in '
@@ -125,8 +127,10 @@ def model_to_t5x(model, network: str, folder) -> str:
   from parti_jax.sampling import model_folder  # pylint: disable=g-import-not-at-top
 
   t5x_checkpoints.target(folder, 0)
-  params = model_folder.load(model).networks[_NETWORKS[network]].params
-  tree = {'target': params, 'state': {'step': jnp.zeros((), jnp.int32)}}
+  part = model_folder.load(model).networks[_NETWORKS[network]]
+  if network == 'generator':
+    inputs.write(folder, part.made_with)
+  tree = {'target': part.params, 'state': {'step': jnp.zeros((), jnp.int32)}}
   places = t5x_checkpoints.in_host_memory(tree)
   written = t5x_checkpoints.write(folder, checkpoints.put_like(tree, places))
   return (f'{written}: the {network} of {model}, without a state of an optimiser; evaluate and '
@@ -162,8 +166,8 @@ def to_run(path, model_dir, trainer, parameters_only: bool = False) -> str:
     _check_new(model_dir)
     writer = checkpoints.Checkpoints(model_dir)
     try:
-      writer.save(step, state, {'from_t5x': str(path)}, checkpoints.describe(stage),
-                  t5x_checkpoints.CHUNK_BYTES)
+      writer.save(step, state, {'from_t5x': str(path)} | inputs.of_checkpoint(path),
+                  checkpoints.describe(stage), t5x_checkpoints.CHUNK_BYTES)
     finally:
       writer.close()
   count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract.params))

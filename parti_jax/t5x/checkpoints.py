@@ -18,8 +18,11 @@ All of this takes place in the memory of one host, which holds the state once.
 
 from __future__ import annotations
 
+import collections
+from collections.abc import Mapping
 from typing import Any
 
+from absl import logging
 from etils import epath
 import flax.traverse_util
 import jax
@@ -31,10 +34,12 @@ from parti_jax import storage
 from parti_jax.training import checkpoints
 from parti_jax.training import full_disk
 from parti_jax.training import staging
+from parti_jax.training import whole_moments
 
 # How names begin, ours and t5x's.
 _NAMES = {'step': 'state/step', 'params': 'target', 'optimizer_state': 'state/param_states',
           'statistics': 'flax_mutables/statistics'}
+_PARAMETERS = 'target/'
 # What of a checkpoint has the state dict; a run's checkpoint has its state by the same name.
 _ITEM = 'state'
 # The most that who wants a part of an array reads at once; t5x's own number.
@@ -94,9 +99,13 @@ def host_device(what: str = 'checkpoints are converted') -> jax.Device:
                            'add `,cpu` to it') from error
 
 
+def _in_host() -> jax.sharding.Sharding:
+  return jax.sharding.SingleDeviceSharding(host_device())
+
+
 def in_host_memory(tree):
   """Shapes and dtypes of a tree's leaves, on `host_device`."""
-  sharding = jax.sharding.SingleDeviceSharding(host_device())
+  sharding = _in_host()
   return jax.tree.map(
       lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree,
       is_leaf=lambda leaf: hasattr(leaf, 'shape'))
@@ -105,12 +114,55 @@ def in_host_memory(tree):
 def read_run(path: epath.Path) -> dict[str, Any]:
   """A checkpoint of a run as t5x's state dict, in the host's memory, whatever its optimiser is.
 
+  Second moments are in today's form, see `whole_moments`.
+
   Args:
     path: the checkpoint's folder, of `checkpoints.latest_checkpoint`.
   """
   tree = in_host_memory(checkpoints.read_metadata(path / _ITEM))
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-    return state_dict(checkpointer.restore(path / _ITEM, args=_restore_args(tree)))
+    restored = checkpointer.restore(path / _ITEM, args=_restore_args(tree))
+  return with_factored_moments(state_dict(restored), collections.defaultdict(_in_host))
+
+
+def with_factored_moments(tree, shardings: Mapping[str, jax.sharding.Sharding]) -> dict[str, Any]:
+  """A state dict whose second moments are in today's form, see `whole_moments`.
+
+  Args:
+    tree: t5x's state dict of arrays, of this version or an earlier one.
+    shardings: of second moments, by name.
+
+  Returns:
+    As `tree`.
+  """
+  arrays = checkpoints.by_path(tree)
+  whole = _whole_moments(arrays)
+  if not whole:
+    return tree
+  logging.warning('%s', whole_moments.line(len(whole)))
+  return flax.traverse_util.unflatten_dict(
+      whole_moments.factor(arrays, whole, shardings), sep='/')
+
+
+def saved_form(path, wanted) -> dict[str, Any] | None:
+  """What to restore of a checkpoint of an earlier version, see `whole_moments.as_saved`.
+
+  Args:
+    path: the checkpoint's folder, of this version, an earlier one or another kind.
+    wanted: t5x's state dict of abstract arrays.
+
+  Returns:
+    As `wanted`; None if the checkpoint has no whole moments.
+  """
+  metadata, places = checkpoints.read_metadata(epath.Path(path) / _ITEM), checkpoints.by_path(wanted)
+  whole = [name for name in _whole_moments(checkpoints.by_path(metadata)) if name in places]
+  return flax.traverse_util.unflatten_dict(
+      whole_moments.as_saved(places, whole, _PARAMETERS), sep='/') if whole else None
+
+
+def _whole_moments(arrays: dict[str, Any]) -> list[str]:
+  return whole_moments.names(
+      {name: tuple(np.shape(leaf)) for name, leaf in arrays.items()}, _PARAMETERS)
 
 
 def write(folder, tree) -> epath.Path:
@@ -171,7 +223,8 @@ def read(path, wanted, within: tuple[str, ...] = ('target/', 'state/', 'flax_mut
     within: of which parts `wanted` must have all that the checkpoint has.
 
   Returns:
-    As `wanted`, of jax.Arrays, bit for bit as they are saved but where a wider dtype is wanted.
+    As `wanted`, of jax.Arrays, bit for bit as they are saved but where a wider dtype is wanted, and
+    but for second moments that an earlier version saved whole, see `whole_moments`.
 
   Raises:
     UserError: if there is no such checkpoint, it is damaged, or it does not fit: names the arrays,
@@ -180,14 +233,18 @@ def read(path, wanted, within: tuple[str, ...] = ('target/', 'state/', 'flax_mut
   path = storage.as_epath(path)
   path = path if storage.is_url(path) else path.absolute()
   saved = _saved(path)
-  _check_fits(path, saved, wanted, within)
+  form = saved_form(path, wanted) or wanted
+  _check_fits(path, saved, form, within)
   try:
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-      return checkpointer.restore(path / _ITEM, args=_restore_args(wanted, partial_restore=True))
+      found = checkpointer.restore(
+          path / _ITEM, args=_restore_args(form, partial_restore=True))
   except Exception as error:  # pylint: disable=broad-exception-caught
     # Whatever Orbax and TensorStore stumble over.
     raise errors.UserError(f"{path}: can't be read ({' '.join(str(error).split())[:200]}); is it "
                            'damaged? Take another checkpoint') from error
+  return with_factored_moments(
+      found, {name: leaf.sharding for name, leaf in checkpoints.by_path(wanted).items()})
 
 
 def _restore_args(tree, **kwargs) -> ocp.args.PyTreeRestore:

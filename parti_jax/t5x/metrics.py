@@ -15,7 +15,9 @@ import jax
 import numpy as np
 from absl import logging
 
+from parti_jax import fingerprints
 from parti_jax.data import openmoji
+from parti_jax.data import token_cache
 from parti_jax.errors import UserError
 from parti_jax.evaluation import openmoji_judge
 from parti_jax.sampling import detokenizing
@@ -66,10 +68,11 @@ def openmoji_alignment(
     tokenizer behind 'reconstruction_'.
 
   Raises:
-    UserError: the tokenizer can't be read, JAX knows no CPU, tokens are not its, or captions are
-      not OpenMoji's.
+    UserError: the tokenizer can't be read, or is not the one of the token cache; JAX knows no CPU,
+      tokens are not its, or captions are not OpenMoji's.
   """
   folder = str(tokenizer or pipeline.DEMO_FOLDER)
+  _check_tokenizer(folder)
   detokenizer = _detokenizer(folder)
   asked = [_asked(target['caption']) for target in targets]
   drawn = [np.atleast_2d(prediction).tolist() for prediction in predictions]
@@ -123,10 +126,32 @@ def _in_percent(verdicts: openmoji_judge.Verdicts, prefix: str = '') -> dict[str
   return {prefix + name: 100 * float(right.mean()) for name, right in rights.items()}
 
 
+def _check_tokenizer(folder: str) -> None:
+  """Raises UserError if the token cache is known and of another tokenizer than the folder's."""
+  if gin.get_bindings(token_cache.configured_source).get('path') is None:
+    return
+  cache = token_cache.configured_source()
+  found = fingerprints.mismatches(
+      fingerprints.named(cache.name, cache.info),
+      fingerprints.named(folder, {'tokenizer': _tokenizer(folder).fingerprint}),
+      {'tokenizer': 'set openmoji_alignment.tokenizer to the tokenizer of these tokens'})
+  if found:
+    raise UserError(found[0])
+
+
+@functools.cache
+def _tokenizer(folder: str) -> frozen_tokenizer.FrozenTokenizer:
+  return frozen_tokenizer.load(folder, _cpu())
+
+
 @functools.cache
 def _detokenizer(folder: str) -> detokenizing.Detokenizer:
-  cpu = checkpoints.host_device('openmoji_alignment turns tokens into pictures')
-  return detokenizing.Detokenizer(*frozen_tokenizer.load(folder, cpu), cpu)
+  tokenizer = _tokenizer(folder)
+  return detokenizing.Detokenizer(tokenizer.config, tokenizer.params, _cpu())
+
+
+def _cpu() -> jax.Device:
+  return checkpoints.host_device('openmoji_alignment turns tokens into pictures')
 
 
 @functools.cache

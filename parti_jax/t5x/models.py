@@ -14,6 +14,7 @@ from t5x import losses
 from t5x import metrics as t5x_metrics
 from t5x import models as t5x_models
 
+from parti_jax import checks
 from parti_jax import errors
 from parti_jax.data import feature_converter
 from parti_jax.data import vocabulary
@@ -22,6 +23,7 @@ from parti_jax.models import layers
 from parti_jax.models import parti
 from parti_jax.sampling import decoding as our_decoding
 from parti_jax.sampling import parameters
+from parti_jax.sampling import settings
 from parti_jax.t5x import logical_axes
 from parti_jax.t5x import workarounds
 from parti_jax.training import finite as finite_lib
@@ -100,7 +102,8 @@ class PartiModel(t5x_models.BaseTransformerModel):
         raise errors.UserError(
             f'PartiModel.{name}_vocabulary has {found.vocab_size} ids, and the network knows '
             f'PartiConfig.{key}={getattr(config, key)}; raise that, or choose another task')
-    self.guidance_scale = guidance_scale
+    self.guidance_scale = checks.number(
+        'PartiModel.guidance_scale', guidance_scale, 0, settings.MOST_GUIDANCE)
     self._depth_weights = _check_depth_weights(depth_loss_weights, config)
     self._rows: int | None = None  # Of the whole batch of training, once t5x has told it.
     super().__init__(

@@ -8,8 +8,8 @@ A task is registered while gin's files are still being read. So it settles its s
 vocabulary and its features when they are first asked for, as gin configures them then
 (`token_cache.path`, `vocabulary.path` ...).
 
-t5x reads `train` without end to train, and every split a finite number of times to evaluate and to
-infer. By that a task knows in which reading texts are dropped for classifier-free guidance.
+t5x reads a split without end to train, and a finite number of times to evaluate and to
+infer. So texts are dropped for classifier-free guidance in endless readings alone.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from parti_jax.data import tally
 from parti_jax.data import tasks
 from parti_jax.data.quiet_tensorflow import seqio, tf
 from parti_jax.errors import UserError
+from parti_jax.t5x import inputs
 from parti_jax.t5x import metrics
 
 # Tasks with metrics for seqio's evaluator; without any it passes a task over.
@@ -63,13 +64,15 @@ class LazyTask(seqio.Task):
       image_size: height and width at which OpenMoji draws its pictures, in pixels.
 
     Raises:
-      UserError: its data can't be found.
+      UserError: its data can't be found, or a checkpoint that t5x's gin values name was trained
+        with another vocabulary or tokenizer.
     """
     if image_size not in self._settled:
       made = tasks.make_task(self.name, image_size, keep_captions='inputs' in self._feature_names)
       self._settled[image_size] = _Task(
           self.name, made.source, made.output_features, made.preprocessors, self.postprocessor,
           _METRICS.get(self.name), shuffle_buffer_size=made.shuffle_buffer_size)
+      check_inputs(made)
     return self._settled[image_size]
 
   @property
@@ -95,7 +98,7 @@ class LazyTask(seqio.Task):
     return self.settled(size).get_dataset(sequence_length, *args, **kwargs)
 
 
-class _Task(seqio.Task):
+class _Task(tasks.Task):
   """A settled task: its data is as gin said, and reading it obeys the rules of this module."""
 
   def replace(self, **kwargs) -> _Task:
@@ -118,38 +121,36 @@ class _Task(seqio.Task):
       shard_info: seqio.ShardInfo | None = None,
       num_epochs: int | None = 1,
       trim_output_features: bool = True,
-      try_in_mem_cache: bool = True,
+      try_in_mem_cache: bool = False,
   ) -> tf.data.Dataset:
     """Reads a split; arguments as those of `seqio.Task.get_dataset`.
 
-    Texts are dropped (`preprocessors.drop_text`) in `train` with num_epochs=None alone. There each
-    epoch is shuffled anew, where seqio repeats the order of small sources. What is left out is
-    counted, and said in warnings.
+    With num_epochs=None, as t5x trains, texts are dropped (`preprocessors.drop_text`). Each epoch
+    is shuffled on its own. What is left out is counted, and said in warnings.
 
     Raises:
       UserError: the data can't be read, the lengths don't fit, or no example is usable.
     """
+    del try_in_mem_cache
     lengths = sequence_length or {}
     tasks.check_lengths(self, lengths)
     self._check_usable(lengths, split, shard_info)
-    endless = num_epochs is None
     where = f'{self.name}, {split}'
     reading = tally.Reading(
         skipped=_Told(f'{where}: skipped'), shortened=_Told(f'{where}: kept in part'),
-        drop_text=endless and split.split('[')[0] == 'train')
+        drop_text=num_epochs is None)
     with tally.reading(reading):
       return super().get_dataset(
           lengths, split, use_cached=use_cached, shuffle=shuffle,
           shuffle_buffer_size=shuffle_buffer_size, seed=seed, shard_info=shard_info,
-          num_epochs=num_epochs, trim_output_features=trim_output_features,
-          try_in_mem_cache=try_in_mem_cache and not (endless and shuffle))
+          num_epochs=num_epochs, trim_output_features=trim_output_features)
 
   def _check_usable(self, lengths, split: str, shard_info) -> None:
     """Raises UserError if no example is usable, since reading without end would look for ever."""
     reading = tally.Reading()
     with tally.reading(reading):
       dataset = super().get_dataset(
-          lengths, split, shuffle=False, shard_info=shard_info, try_in_mem_cache=False)
+          lengths, split, shuffle=False, shard_info=shard_info)
     if next(iter(dataset.take(1)), None) is None:
       share = (f'share {shard_info.index + 1} of {shard_info.num_shards} of '
                if shard_info and shard_info.num_shards > 1 else '')
@@ -211,6 +212,23 @@ class _Told(tally.Tally):
   def _tell(self) -> None:
     self._told = self._total
     logging.warning('%s, in all epochs so far: %s', self._what, str(self))
+
+
+@gin.configurable(module='parti_jax.t5x')
+def check_inputs(task: seqio.Task, allow_mismatch: bool = False) -> None:
+  """Compares a task's vocabulary and tokenizer with the checkpoints that t5x's gin values name.
+
+  Args:
+    task: of `parti_jax.data.tasks`.
+    allow_mismatch: whether to warn of what differs and go on.
+
+  Raises:
+    UserError: if a checkpoint was trained with another vocabulary or tokenizer.
+  """
+  given = {'vocabulary': tasks.vocabulary_fingerprint(task),
+           'tokenizer': tasks.tokenizer_fingerprint(task)}
+  for line in inputs.check(given, allow_mismatch):
+    logging.warning('%s', line)
 
 
 @gin.configurable(module='parti_jax.t5x')

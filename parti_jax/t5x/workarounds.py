@@ -10,10 +10,15 @@ import itertools
 import math
 import os
 
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
 from t5x import checkpoints
 from t5x import partitioning
+
+from parti_jax.t5x import checkpoints as our_checkpoints
 
 _default_mesh = partitioning.default_mesh
 _Manager = checkpoints.OrbaxCheckpointManagerInterface
@@ -113,8 +118,27 @@ def _init_with_absolute_path(self, directory, *args, **kwargs):
 
 
 @functools.wraps(_manager_restore)
-def _restore_from_absolute_path(self, step=None, path=None, *args, **kwargs):
-  return _manager_restore(self, step, _absolute(path), *args, **kwargs)
+def _restore_with_factored_moments(self, step=None, path=None, *args, **kwargs):
+  """Restores from an absolute path; second moments of an earlier version become today's.
+
+  t5x would take them as they are in the checkpoint, without a look at their shapes.
+  """
+  path, wanted = _absolute(path), self._train_state
+  found = path or os.path.join(self.directory, f'checkpoint_{step}')
+  saved_form = our_checkpoints.saved_form(found, wanted.state_dict())
+  if saved_form is None:
+    return _manager_restore(self, step, path, *args, **kwargs)
+  try:
+    self._train_state = wanted.restore_state(saved_form)
+    state = _manager_restore(self, step, path, *args, **kwargs)
+  finally:
+    self._train_state = wanted
+  specs = flax.traverse_util.flatten_dict(
+      self._partitioner.get_mesh_axes(wanted).state_dict(), sep='/')
+  shardings = {
+      name: NamedSharding(self._partitioner.mesh, PartitionSpec() if spec is None else spec)
+      for name, spec in specs.items()}
+  return wanted.restore_state(our_checkpoints.with_factored_moments(state.state_dict(), shardings))
 
 
 @functools.wraps(_maybe_make_sharded_array)
@@ -135,4 +159,4 @@ def apply():
   # pylint: disable=protected-access
   checkpoints._maybe_make_sharded_array = _sharded_array_with_whole_numbers
   partitioning.default_mesh = _default_mesh_where_t5x_has_none
-  _Manager.__init__, _Manager.restore = _init_with_absolute_path, _restore_from_absolute_path
+  _Manager.__init__, _Manager.restore = _init_with_absolute_path, _restore_with_factored_moments

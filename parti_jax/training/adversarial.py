@@ -21,6 +21,11 @@ def resting_until(begins: int, optimizer=None):
   return optax.conditionally_mask(optimizer, lambda step: step >= begins)
 
 
+def over_examples(config: discriminator_lib.DiscriminatorConfig) -> tuple[str, ...]:
+  """What these losses compute over several examples, see `PlainStage`."""
+  return ('minibatch standard deviation in the discriminator',) * (config.minibatch_group > 1)
+
+
 def losses(config: discriminator_lib.DiscriminatorConfig, params, images, drawn):
   """The non-saturating logistic losses of both sides (arXiv 1406.2661; StyleGAN2, appendix B).
 

@@ -73,15 +73,22 @@ def write(batch: dict[str, np.ndarray], place, folder) -> list[pathlib.Path]:
 
   Returns:
     The files.
+
+  Raises:
+    UserError: if they can't be written.
   """
   from PIL import Image  # pylint: disable=g-import-not-at-top
   from parti_jax.training import reporting
 
   name = str(place).translate(str.maketrans('/:', '__'))
   file = pathlib.Path(folder) / f'{name}.npz'
-  file.parent.mkdir(parents=True, exist_ok=True)
-  np.savez_compressed(file, **batch)
-  if 'images' not in batch:
-    return [file]
-  Image.fromarray(reporting.tile(batch['images'])).save(file.with_suffix('.png'))
+  try:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(file, **batch)
+    if 'images' not in batch:
+      return [file]
+    Image.fromarray(reporting.tile(batch['images'])).save(file.with_suffix('.png'))
+  except OSError as error:
+    raise errors.UserError(f'--output_dir {folder}: cannot be written ({error.strerror or error}); '
+                           'name another folder') from error
   return [file, file.with_suffix('.png')]

@@ -12,6 +12,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from parti_jax import errors
+from parti_jax import numerics
 from parti_jax import storage
 from parti_jax.models import parti_config
 from parti_jax.sampling import model_folder
@@ -19,6 +20,7 @@ from parti_jax.training import full_disk
 from parti_jax.training import manifest
 from parti_jax.training import staging
 from parti_jax.training import verification
+from parti_jax.training import whole_moments
 
 # What Orbax reads as JSON of a checkpoint.
 _METADATA_FILES = ('_CHECKPOINT_METADATA', 'model/metadata', 'data/metadata', 'state/_METADATA',
@@ -37,6 +39,8 @@ class Checkpoints:
 
   Attributes:
     found: the checkpoint to go on from, and which ones were damaged.
+    factored: second moments of what was restored that were whole in the checkpoint, see
+      `whole_moments`.
 
   Raises:
     UserError: if there are checkpoints and none is whole.
@@ -50,6 +54,7 @@ class Checkpoints:
       if self._staging:
         self._staging.move_aside(self.found.damaged)
       verification.move_aside(self.directory, self.found.damaged)
+    self.factored = 0
     self._writing: int | None = None
     self._bytes = 0
     self._failure: BaseException | None = None
@@ -77,9 +82,8 @@ class Checkpoints:
 
   def steps(self) -> list[int]:
     """Steps of the whole checkpoints, once what was started is written."""
-    self._finish()
+    self.finish()
     if self._staging:
-      self._staging.wait()
       return self._staging.steps()
     return sorted(self._manager.all_steps())
 
@@ -104,9 +108,7 @@ class Checkpoints:
     Raises:
       UserError: if the disk is full or can't be written; `check` and `close` raise it too.
     """
-    self._finish()
-    if self._staging:
-      self._staging.wait()  # What is written next may remove what is being uploaded.
+    self.finish()  # What is written next may remove what is being uploaded.
     self._writing = step
     self._bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     with full_disk.told(self.directory.parent, self._bytes):
@@ -132,10 +134,28 @@ class Checkpoints:
     """
     path = self.directory / str(step)
     check_same_model(path, read_model(path), model)
-    check_same_shapes(path, abstract)
+    wanted, structure = by_path(abstract), jax.tree.structure(abstract)
+    whole = [name for name in whole_moments.names(_saved_shapes(path), 'params/')
+             if name in wanted]
+    saved_form = jax.tree.unflatten(
+        structure, whole_moments.as_saved(wanted, whole, 'params/').values())
+    check_same_shapes(path, saved_form)
     restored = self._manager.restore(step, args=ocp.args.Composite(
-        state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()))
-    return restored['state'], restored['data']
+        state=ocp.args.StandardRestore(saved_form), data=ocp.args.JsonRestore()))
+    self.factored = len(whole)
+    arrays = whole_moments.factor(
+        by_path(restored['state']), whole, {name: wanted[name].sharding for name in wanted})
+    return jax.tree.unflatten(structure, arrays.values()), restored['data']
+
+  def read_place(self, step: int) -> dict:
+    """Reads the place in the data of a checkpoint, as the function of this name."""
+    return read_place(self.directory / str(step))
+
+  def finish(self):
+    """Waits until what was started is written, and where it is to be copied to, copied."""
+    self._finish()
+    if self._staging:
+      self._staging.wait()
 
   def close(self):
     """Waits until what was started is written."""
@@ -315,6 +335,7 @@ def read_config(path: epath.Path, stage: str) -> dict:
   return parti_config.by_todays_names(sizes) if stage == 'generator' else sizes
 
 
+@numerics.fixed()
 def read_params(path: epath.Path, module, inputs, device: jax.Device | None = None):
   """A checkpoint's parameters of a module, as `read_parts`, on one device.
 
@@ -367,19 +388,21 @@ def read_parts(path: epath.Path, params):
   return restored.get('params', {}) | restored.get('statistics', {}).get('average', {})
 
 
-def read_model_folder(path, stage, abstract):
+def read_model_folder(path, stage, abstract, inputs):
   """The parameters of an exported model, to start a run with.
 
   Args:
     path: a model folder, as `parti-jax export` writes it.
     stage: what is trained; its model must be of the same sizes.
     abstract: the parameters' shapes and shardings.
+    inputs: what the run is trained with, an `Inputs`.
 
   Returns:
     The parameters, on the mesh.
 
   Raises:
-    UserError: if there is no model folder, or its sizes differ; names what differs.
+    UserError: if there is no model folder, or its sizes, its vocabulary or its tokenizer differ;
+      names what differs.
   """
   model = model_folder.load(path)
   networks = model.networks
@@ -387,7 +410,9 @@ def read_model_folder(path, stage, abstract):
   if stage.name not in networks:
     raise errors.UserError(f'{path}: the model has no {stage.name}, so that none can start from '
                            'it; set train.initial_model to None or to another model')
-  config, params = networks[stage.name]
+  config, params, made_with = networks[stage.name]
+  inputs.check(f'train.initial_model={str(path)!r}', made_with,
+               'or start without train.initial_model')
   check_same_model(path, {'stage': stage.name, 'config': dataclasses.asdict(config)},
                    describe(stage))
   return put_like(params, {name: abstract[name] for name in params})

@@ -50,6 +50,7 @@ def _train(args: argparse.Namespace, connect):
 def _train_listening(args: argparse.Namespace, connect):
   from parti_jax.training import host_memory  # pylint: disable=g-import-not-at-top
   host_memory.keep_freed()
+  from parti_jax import numerics
   from parti_jax.data import tasks  # pylint: disable=unused-import
   from parti_jax.training import configurables  # pylint: disable=unused-import
   from parti_jax.training import full_disk
@@ -57,5 +58,5 @@ def _train_listening(args: argparse.Namespace, connect):
   config.parse(args.gin_file, args.gin_bindings)
   connect()
   compilation_cache.enable()
-  with full_disk.told(args.model_dir):
+  with full_disk.told(args.model_dir), numerics.fixed():
     train_loop.train(args.model_dir)

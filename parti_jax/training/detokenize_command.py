@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import tqdm
 
+from parti_jax import checks
 from parti_jax import compilation_cache
 from parti_jax import storage
 from parti_jax.errors import UserError
@@ -18,7 +19,6 @@ from parti_jax.sampling import detokenizing
 from parti_jax.sampling import images as images_lib
 from parti_jax.sampling import inferences
 from parti_jax.sampling import pipeline
-from parti_jax.sampling import settings as settings_lib
 from parti_jax.sampling import sheets
 from parti_jax.training import frozen_tokenizer
 
@@ -59,13 +59,14 @@ def run(args: argparse.Namespace) -> int:
     UserError: bad flags, a file or a line that is no such file or line, tokens of another
       tokenizer, no tokenizer, or a folder that can't be written.
   """
-  settings_lib.whole_number('num_columns', args.num_columns, 1)
+  checks.count('--num_columns', args.num_columns)
   folder = pathlib.Path(args.output_dir)
   if folder.exists() and not folder.is_dir():
     raise UserError(f'--output_dir {folder} is a file; name a folder')
   compilation_cache.enable()
   source = args.tokenizer or args.model or pipeline.DEMO_FOLDER
-  detokenizer = detokenizing.Detokenizer(*frozen_tokenizer.load(source))
+  tokenizer = frozen_tokenizer.load(source)
+  detokenizer = detokenizing.Detokenizer(tokenizer.config, tokenizer.params)
   found = {file: inferences.read(file, detokenizer, args.field, args.caption_field)
            for file in dict.fromkeys(args.files)}
   with tqdm.tqdm(total=sum(len(lines) * len(lines[0].tokens) for lines in found.values()),

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from parti_jax import errors
+from parti_jax import fingerprints
 from parti_jax import storage
+from parti_jax.data import vocabulary
 from parti_jax.sampling import flags
 from parti_jax.sampling import model_folder
 from parti_jax.sampling import settings
@@ -16,6 +19,8 @@ _RUNS = {
     'parti': "the generator's run, likewise",
     **{name: f'a run of {name.replace("_", "-")}, likewise; may be left out'
        for name in model_folder.OPTIONAL}}
+# What a network is of no use without.
+_NEEDED = {'parti': ('vocabulary', 'tokenizer'), 'ranker': ('vocabulary',)}
 # Networks whose training stage has another name.
 _STAGES = {'parti': 'generator'}
 
@@ -33,6 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser):
   parser.add_argument('--overwrite', action='store_true', help='replace a model folder there')
   parser.add_argument('--dtype', choices=sorted(model_folder.STORED_DTYPES),
                       help="what parameters are stored as (default: the base's, or float16)")
+  parser.add_argument('--allow_mismatch', action='store_true',
+                      help='export networks that were trained with another vocabulary or tokenizer '
+                      'than the ones that are given')
   group = parser.add_argument_group(
       'sampling', 'How the model is sampled where its user says nothing else.')
   flags.add_arguments(group, "the base's, or plain sampling")
@@ -49,13 +57,17 @@ def run(args: argparse.Namespace) -> int:
     if getattr(args, name):
       parts[name], steps = _trained(name, getattr(args, name))
       provenance[f'{_stage(name)}_steps'] = steps
+  made_with = {name: part.made_with for name, part in parts.items()}
+  if base:
+    made_with |= _made_with_base(base, [name for name in parts if not getattr(args, name)])
   parti, tokenizer = (parts.pop(name) for name in model_folder.REQUIRED)
   folder = model_folder.save(
       args.output_dir, parti_config=parti.config, parti_params=parti.params,
       tokenizer_config=tokenizer.config, tokenizer_params=tokenizer.params, parts=parts,
       vocabulary_path=args.vocabulary or base.vocabulary_path, sampling=sampling,
       dtype=args.dtype or (base.stored_as if base else 'float16'), overwrite=args.overwrite,
-      provenance=provenance)
+      provenance=provenance, made_with=made_with, allow_mismatch=args.allow_mismatch,
+      sources={name: getattr(args, name) or args.base for name in made_with})
   size = sum(storage.sizes(folder).values())
   print(f'{folder}: {size / 1e6:.1f} MB; draw with: parti-jax generate PROMPT --model={folder}')
   return 0
@@ -84,4 +96,26 @@ def _trained(name: str, model_dir) -> tuple[model_folder.Part, int]:
   path = checkpoints.latest_checkpoint(model_dir)
   config = network.config(**checkpoints.read_config(path, _stage(name)))
   params = checkpoints.read_params(path, network.module(config), network.example_inputs(config))
-  return model_folder.Part(config, params), int(path.name)
+  return model_folder.Part(config, params, _made_with(name, model_dir, path)), int(path.name)
+
+
+def _made_with(name: str, model_dir, path) -> dict[str, str]:
+  """Fingerprints of what a network was trained with; warns of those that are not known."""
+  place = checkpoints.read_place(path)
+  kept = {kind: place[kind] for kind in fingerprints.KINDS if place.get(kind)}
+  for kind in _NEEDED.get(name, ()):
+    if kind not in kept:
+      print(f'parti-jax: warning: --{_stage(name)}={model_dir}: the checkpoint does not say which '
+            f'{kind} it was trained with; make sure that it is the one given here',
+            file=sys.stderr)
+  return kept
+
+
+def _made_with_base(base: model_folder.Model, names: list[str]) -> dict[str, dict[str, str]]:
+  """Fingerprints of these networks of a base, which an older one does not say of itself."""
+  networks = base.networks
+  ours = {'vocabulary': vocabulary.TextVocabulary(base.vocabulary_path).fingerprint,
+          'tokenizer': fingerprints.of_tokenizer(networks['tokenizer'].params)}
+  needed = _NEEDED | {'tokenizer': ('tokenizer',)}
+  return {name: {kind: ours[kind] for kind in needed.get(name, ())} | networks[name].made_with
+          for name in names}

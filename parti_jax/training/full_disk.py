@@ -6,6 +6,7 @@ import contextlib
 import errno
 import logging
 import os
+import pathlib
 import re
 import shutil
 from collections.abc import Iterator
@@ -54,6 +55,25 @@ def told(model_dir, checkpoint_bytes: int | None = None) -> Iterator[None]:
     raise errors.UserError(_line(model_dir, code, checkpoint_bytes)) from error
   finally:
     logger.removeFilter(quiet)
+
+
+def check_room(model_dir, checkpoint_bytes: int) -> None:
+  """Raises UserError if a run's disk has less room than one checkpoint takes.
+
+  Args:
+    model_dir: the run's folder, which need not be there yet; at URLs nothing is known.
+    checkpoint_bytes: about what a checkpoint takes.
+  """
+  if storage.is_url(model_dir):
+    return
+  folder = pathlib.Path(model_dir).absolute()
+  while not folder.exists():
+    folder = folder.parent
+  free = shutil.disk_usage(folder).free
+  if free < checkpoint_bytes:
+    raise errors.UserError(
+        f'{model_dir}: a checkpoint takes about {_megabytes(checkpoint_bytes)} and '
+        f'{_megabytes(free)} are free; make room there, or choose another --model_dir')
 
 
 class _Quiet(logging.Filter):

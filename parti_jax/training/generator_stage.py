@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from parti_jax import errors
+from parti_jax.models import config_checks
 from parti_jax.models import flops
 from parti_jax.models import layer_stack
 from parti_jax.models import layers
@@ -18,13 +18,14 @@ from parti_jax.models import parti
 from parti_jax.models import parti_config
 from parti_jax.models import vit_vqgan
 from parti_jax.sampling import decoding
+from parti_jax.sampling import model_folder
 from parti_jax.sampling import parameters
-from parti_jax.training import frozen_tokenizer
+from parti_jax.sampling import settings
 from parti_jax.training import initial_text_encoder
 from parti_jax.training import plain_stage
 
 
-@gin.configurable
+@config_checks.configurable
 @dataclasses.dataclass(frozen=True)
 class GeneratorStage(plain_stage.PlainStage):
   """Cross entropy of image tokens, and samples for fixed prompts.
@@ -42,8 +43,8 @@ class GeneratorStage(plain_stage.PlainStage):
       TextEncoderStage (Parti, section 2.2); None for a random one.
 
   Raises:
-    UserError: if the weights are not one for each decoder layer, none of them negative and the last
-      one positive.
+    UserError: if a value is of another type or out of its range; if the weights are not one for
+      each decoder layer, none of them negative and the last one positive.
   """
 
   model: parti_config.PartiConfig
@@ -57,10 +58,10 @@ class GeneratorStage(plain_stage.PlainStage):
   compute_dtype = property(lambda self: self.model.compute_dtype)
 
   def __post_init__(self):
+    config_checks.check_fields(self, guidance_scale=(0, settings.MOST_GUIDANCE))
     weights = self.depth_loss_weights
     if weights is None:
       return
-    object.__setattr__(self, 'depth_loss_weights', tuple(weights))
     if len(weights) != self.model.decoder_layers or min(weights) < 0 or weights[-1] <= 0:
       raise errors.UserError(
           f'GeneratorStage.depth_loss_weights={weights!r} must be {self.model.decoder_layers} '
@@ -85,10 +86,10 @@ class GeneratorStage(plain_stage.PlainStage):
     """Parameters with their logical axis names."""
     return parti.Parti(self.model).init(rng, *parti.example_inputs(self.model))['params']
 
-  def initial_parts(self, abstract):
+  def initial_parts(self, abstract, inputs):
     """Parts that a new run starts with, see `train_loop.initial_parts`."""
     return initial_text_encoder.parts(
-        self.text_encoder, self.model, abstract, 'GeneratorStage.text_encoder')
+        self.text_encoder, self.model, abstract, inputs, 'GeneratorStage.text_encoder')
 
   def loss(self, params, batch, dropout_keys, step):
     """The mean cross entropy of image tokens, with dropout, over the layers that predict.
@@ -141,10 +142,14 @@ class GeneratorStage(plain_stage.PlainStage):
     Returns:
       A function of `params`, a batch as in `loss` and the tokenizer's parameters, which returns
       {'samples': uint8 [batch, height, 2 · width, 3]}; and those parameters, numpy arrays.
+
+    Raises:
+      UserError: if the tokenizer can't be loaded, or its tokens are not the model's.
     """
     if self.tokenizer is None:
       return None
-    config, tokenizer_params = frozen_tokenizer.load(self.tokenizer)
+    config = self.frozen_tokenizer.config
+    model_folder.check_sizes(self.model, config, f'GeneratorStage.tokenizer={self.tokenizer!r}')
 
     def draw(params, batch, tokenizer_params):
       texts = batch['encoder_input_tokens']
@@ -157,7 +162,7 @@ class GeneratorStage(plain_stage.PlainStage):
       pairs = jnp.concatenate([decode(batch['decoder_target_tokens']), decode(drawn)], axis=2)
       return {'samples': jnp.round(pairs * 255.0).astype(jnp.uint8)}
 
-    return draw, jax.tree.map(np.asarray, tokenizer_params)
+    return draw, self.frozen_tokenizer.params
 
   def step_flops(self, batch_size: int) -> int:
     """Model FLOPs of a training step."""

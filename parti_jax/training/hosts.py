@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 
+from parti_jax import checks
 from parti_jax import errors
 from parti_jax.training import watched_process
 
@@ -70,6 +71,7 @@ def processes(args: argparse.Namespace) -> Processes | None:
   missing = [f'--{name}' for name, value in given.items() if value is None]
   if args.connect_timeout < 1:
     raise errors.UserError(f'--connect_timeout={args.connect_timeout} must be at least 1')
+  checks.count('--connect_timeout', args.connect_timeout)
   if len(missing) == len(given):
     if not args.multi_host and not _several_found(os.environ):
       return None
@@ -86,6 +88,7 @@ def processes(args: argparse.Namespace) -> Processes | None:
                            '10.0.0.1:8476')
   if args.num_processes < 1:
     raise errors.UserError(f'--num_processes={args.num_processes} must be at least 1')
+  checks.count('--num_processes', args.num_processes)
   if not 0 <= args.process_id < args.num_processes:
     raise errors.UserError(f'--process_id={args.process_id} must be 0 to '
                            f'{args.num_processes - 1}, since --num_processes={args.num_processes}')

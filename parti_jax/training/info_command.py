@@ -6,6 +6,7 @@ import argparse
 import json
 from typing import Any
 
+from parti_jax import checks
 from parti_jax import storage
 from parti_jax.errors import UserError
 from parti_jax.training import info_text
@@ -79,25 +80,56 @@ def _what_else(folder: str, names: list[str]) -> str:
 
 def _model(folder: str, names: list[str]) -> dict[str, Any]:
   path = storage.join(folder, _MODEL_CONFIG)
-  try:
-    config = storage.read_json(path, _LARGEST)
-    counts = dict(config['parameters'])
-    stored_as = counts.pop('stored_as', None)
-    bytes_of = storage.sizes(folder)
-    parts = {name: {'parameters': count, 'bytes': bytes_of.get(f'{name}.safetensors'),
-                    'sizes': config[name]} for name, count in counts.items()}
-    side = config['tokenizer']['image_size']
-    factor = config.get('super_resolution', {}).get('factor')
-    tokens = (side // config['tokenizer']['patch_size']) ** 2
-    ids = config['parti']['text_vocabulary']
-  except (ValueError, LookupError, TypeError, AttributeError) as error:
-    raise UserError(f'{path}: damaged, or not of an exported model ({type(error).__name__}: '
-                    f'{error}); give the folder that `parti-jax export` wrote') from error
+  config = _ModelConfig(path)
+  counts = dict(config.entries('parameters'))
+  stored_as = counts.pop('stored_as', None)
+  bytes_of = storage.sizes(folder)
+  parts = {name: {'parameters': config.number('parameters', name, least=0),
+                  'bytes': bytes_of.get(f'{name}.safetensors'), 'sizes': config.entries(name)}
+           for name in counts}
+  side = config.number('tokenizer', 'image_size')
+  factor = config.number('super_resolution', 'factor') if 'super_resolution' in parts else None
+  tokens = (side // config.number('tokenizer', 'patch_size')) ** 2
   files = [f'{name}.safetensors' for name in parts] + ['vocabulary.model']
   return {
       'kind': 'model', 'folder': str(folder), 'parts': parts, 'picture_size': side,
       'upscaled_size': side * factor if factor else None, 'image_tokens': tokens,
-      'vocabulary': {'ids': ids, 'bytes': bytes_of.get('vocabulary.model')},
-      'stored_as': stored_as, 'sampling': config.get('sampling', {}),
-      'provenance': config.get('provenance', {}),
+      'vocabulary': {'ids': config.number('parti', 'text_vocabulary'),
+                     'bytes': bytes_of.get('vocabulary.model')},
+      'stored_as': stored_as, 'sampling': config.entries('sampling', {}),
+      'provenance': config.entries('provenance', {}),
       'missing': [name for name in files if name not in names]}
+
+
+class _ModelConfig:
+  """config.json of a model as far as it is shown; reading all of it would take JAX.
+
+  Errors of all methods: UserError, where an entry is missing or is of another type.
+  """
+
+  def __init__(self, path: str):
+    self._path = path
+    try:
+      self._config = storage.read_json(path, _LARGEST)
+    except ValueError as error:
+      raise self._damaged(f'({error})') from error
+    if not isinstance(self._config, dict):
+      raise self._damaged('(no object)')
+
+  def entries(self, name: str, default: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Returns the object of a name."""
+    if name not in self._config and default is not None:
+      return default
+    found = self._config.get(name)
+    if not isinstance(found, dict):
+      raise self._damaged(f'({name!r} is {checks.shown_as_json(found)}, which is not an object)')
+    return found
+
+  def number(self, name: str, key: str, least: int = 1) -> int:
+    """Returns a whole number in the object of a name."""
+    return checks.whole_number(f'{self._path}: {name}.{key}', self.entries(name).get(key), least,
+                               show=checks.shown_as_json)
+
+  def _damaged(self, why: str) -> UserError:
+    return UserError(f'{self._path}: damaged, or not of an exported model {why}; give the folder '
+                     'that `parti-jax export` wrote')

@@ -11,7 +11,7 @@ _SIZES = ('encoder_layers', 'width', 'mlp_width', 'heads', 'text_vocabulary', 't
 _STAGES = ('text_encoder', 'generator')
 
 
-def parts(model_dir: str | None, model: parti_config.PartiConfig, abstract, key: str):
+def parts(model_dir: str | None, model: parti_config.PartiConfig, abstract, inputs, key: str):
   """Parameters of the text encoder of another run.
 
   Args:
@@ -19,6 +19,7 @@ def parts(model_dir: str | None, model: parti_config.PartiConfig, abstract, key:
       run.
     model: sizes of the model that is to start with them.
     abstract: shapes and shardings of that model's parameters.
+    inputs: what that model is trained with, an `Inputs`.
     key: the gin key that names the run, for messages.
 
   Returns:
@@ -30,9 +31,6 @@ def parts(model_dir: str | None, model: parti_config.PartiConfig, abstract, key:
   """
   if model_dir is None:
     return {}
-  # Reading data takes TensorFlow; who only plans a run needs none.
-  from parti_jax.data import tasks  # pylint: disable=g-import-not-at-top
-
   path = checkpoints.latest_checkpoint(model_dir)
   saved = checkpoints.read_model(path)
   if saved['stage'] not in _STAGES:
@@ -43,11 +41,7 @@ def parts(model_dir: str | None, model: parti_config.PartiConfig, abstract, key:
   if differing:
     raise errors.UserError(f'{key}={model_dir!r} has a text encoder of other sizes: '
                            f'{"; ".join(differing)}; give another run, or set PartiConfig alike')
-  here = tasks.get_vocabulary()
-  # Checkpoints from before it was written down have none.
-  there = checkpoints.read_place(path).get('vocabulary')
-  if there not in (None, here.fingerprint):
-    raise errors.UserError(f'{key}={model_dir!r} was trained with another vocabulary ({there}) '
-                           f'than {here.path} ({here.fingerprint}); set vocabulary.path to the '
-                           'other')
+  # The text encoder sees no image tokens.
+  vocabulary = {'vocabulary': checkpoints.read_place(path).get('vocabulary')}
+  inputs.check(f'{key}={model_dir!r}', vocabulary, f'or start without {key}')
   return checkpoints.read_parts(path, {'text_encoder': abstract['text_encoder']})

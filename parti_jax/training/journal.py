@@ -21,6 +21,7 @@ import threading
 import time
 from typing import Any
 
+from parti_jax import config
 from parti_jax import errors
 from parti_jax import storage
 from parti_jax.training import surroundings
@@ -163,7 +164,8 @@ class Journal:
     elif isinstance(error, KeyboardInterrupt):
       reason, text = 'interrupted', 'interrupted from the keyboard'
     else:
-      message = ' '.join([f'{kind.__name__}:', *str(error).split()])[:1000]
+      words = config.without_call_chain(error).split()
+      message = ' '.join([f'{kind.__name__}:', *words])[:1000]
       reason, text, facts = 'error', message, {'error': message}
     # An error before anything was done is not yet part of a run.
     if self._begun or self._is_a_run():

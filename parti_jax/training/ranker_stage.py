@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
-import functools
 
-import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from parti_jax import errors
 from parti_jax.models import coca
+from parti_jax.models import config_checks
 from parti_jax.models import contrastive
 from parti_jax.models import flops
 from parti_jax.models import layers
@@ -53,7 +51,7 @@ def noisy(images, keys, most: float):
   return jnp.clip(jax.vmap(add)(images, keys), 0.0, 1.0)
 
 
-@gin.configurable
+@config_checks.configurable
 @dataclasses.dataclass(frozen=True)
 class RankerStage(plain_stage.PlainStage):
   """The contrastive and the captioning loss, on pictures as a generator draws them.
@@ -67,7 +65,7 @@ class RankerStage(plain_stage.PlainStage):
     contrastive_weight: of the contrastive loss (1 in CoCa, section 4.1).
     caption_weight: of the captioning loss (2 in CoCa).
     tokenizer: run of an image tokenizer (its --model_dir) that some pictures go through; None
-      for none.
+      for none. Until it is trained, plans take its sizes from ViTVQGANConfig in gin.
     reconstruct_every: one picture of so many goes through the tokenizer; must divide the batch.
     shift: pixels that a picture is moved by at most.
     noise: largest standard deviation of noise in pixels, which are in [0, 1].
@@ -85,15 +83,19 @@ class RankerStage(plain_stage.PlainStage):
   noise: float = 0.0
 
   def __post_init__(self):
-    for name, least in (('contrastive_weight', 0), ('caption_weight', 0),
-                        ('reconstruct_every', 1), ('shift', 0), ('noise', 0)):
-      if getattr(self, name) < least:
-        raise errors.UserError(
-            f'RankerStage.{name}={getattr(self, name)} must not be less than {least}')
+    not_negative = dict.fromkeys(('contrastive_weight', 'caption_weight', 'noise'), (0, None))
+    config_checks.check_fields(
+        self, reconstruct_every=(1, None), shift=(0, config_checks.MAX_SIZE), **not_negative)
 
   name = 'ranker'
   frozen = ()
   compute_dtype = property(lambda self: self.model.compute_dtype)
+
+  @property
+  def over_examples(self) -> tuple[str, ...]:
+    """What the losses compute over several examples, see `PlainStage`."""
+    reconstructed = ('pictures that go through the tokenizer',) if self.tokenizer else ()
+    return ('negatives in the contrastive loss', *reconstructed)
 
   def feature_lengths(self) -> dict[str, int]:
     return {'inputs': self.model.text_length, 'images': self.model.image_size}
@@ -116,12 +118,16 @@ class RankerStage(plain_stage.PlainStage):
 
   def constants(self):
     """The frozen tokenizer's parameters, which `loss` finds among its own."""
-    return {} if self.tokenizer is None else {'tokenizer': _tokenizer(self.tokenizer)[1]}
+    if self.tokenizer is None:
+      return {}
+    self._checked_config()
+    return {'tokenizer': self.frozen_tokenizer.params}
 
   def abstract_constants(self):
-    """Shapes and dtypes of `constants`."""
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self.constants())
+    """Shapes and dtypes of `constants`; the tokenizer need not be trained yet."""
+    if self.tokenizer is None:
+      return {}
+    return {'tokenizer': frozen_tokenizer.planned_params(self._checked_config())}
 
   def loss(self, params, batch, dropout_keys, step):
     """The weighted sum of both losses (CoCa, eq. 4), means over examples.
@@ -201,17 +207,21 @@ class RankerStage(plain_stage.PlainStage):
       raise errors.UserError(
           f'RankerStage.reconstruct_every={every} does not divide the {len(images)} examples of a '
           'batch; set train.batch_size to a multiple')
-    config, _ = _tokenizer(self.tokenizer)
-    if config.image_size != self.model.image_size:
-      raise errors.UserError(
-          f'RankerStage.tokenizer={self.tokenizer!r} is of pictures of {config.image_size} pixels, '
-          f'but CoCaConfig.image_size={self.model.image_size}')
     # Of neighbours, so that each device finds its share among its own rows.
     groups = images.reshape((-1, every) + images.shape[1:])
-    module = vit_vqgan.ViTVQGAN(config)
+    module = vit_vqgan.ViTVQGAN(self._checked_config())
     tokens = module.apply({'params': params}, groups[:, 0], method='tokenize')
     again = module.apply({'params': params}, tokens, method='detokenize')
     return jnp.concatenate([again[:, None], groups[:, 1:]], axis=1).reshape(images.shape)
+
+  def _checked_config(self) -> vit_vqgan.ViTVQGANConfig:
+    """Sizes of the frozen tokenizer, which is of pictures as large as the ranker's."""
+    size = self.tokenizer_config.image_size
+    if size != self.model.image_size:
+      raise errors.UserError(
+          f'RankerStage.tokenizer={self.tokenizer!r} is of pictures of {size} pixels, but '
+          f'CoCaConfig.image_size={self.model.image_size}')
+    return self.tokenizer_config
 
 
 def retrieval(queries: np.ndarray, candidates: np.ndarray) -> float:
@@ -224,15 +234,6 @@ def retrieval(queries: np.ndarray, candidates: np.ndarray) -> float:
     # Equal candidates may differ in how their products are summed.
     hits += int(np.sum(own >= nearest - 1e-5))
   return hits / len(queries)
-
-
-@functools.lru_cache(maxsize=1)
-def _tokenizer(model_dir: str):
-  """Its config and parameters, numpy arrays."""
-  # In a thread of its own, which knows no mesh: the caller may be within a step's.
-  with concurrent.futures.ThreadPoolExecutor(1) as executor:
-    config, params = executor.submit(frozen_tokenizer.load, model_dir).result()
-    return config, jax.tree.map(np.asarray, params)
 
 
 def _to_unit(images):

@@ -9,10 +9,12 @@ import jax
 
 from parti_jax.training import checkpoints as checkpoints_lib
 from parti_jax.training import finite
+from parti_jax.training import inputs as inputs_lib
 from parti_jax.training import preemption
 from parti_jax.training import run_lock
 from parti_jax.training import state as state_lib
 from parti_jax.training import trainer as trainer_lib
+from parti_jax.training import whole_moments
 
 
 class Run:
@@ -23,20 +25,29 @@ class Run:
     model_dir: the run's folder.
     keep: how many checkpoints stay.
     examples: the training examples, `SharedBatches`.
+    inputs: what the run is trained with, an `Inputs`.
     initial: parts of the parameters that a new run starts with, as of `initial_parts`.
     journal: where checkpoints and skipped steps are noted, a `Journal`; None for nowhere.
     max_bad_steps: as of `SkippedSteps`.
+
+  Raises:
+    UserError: if the checkpoints are of another configuration, vocabulary or tokenizer, or none of
+      them is whole.
   """
 
-  def __init__(self, trainer: trainer_lib.Trainer, model_dir, keep: int, examples, initial=None,
-               journal=None, max_bad_steps: int | None = None):
+  def __init__(self, trainer: trainer_lib.Trainer, model_dir, keep: int, examples,
+               inputs: inputs_lib.Inputs, initial=None, journal=None,
+               max_bad_steps: int | None = None):
     self._trainer, self._examples, self._journal = trainer, examples, journal
+    self._inputs = inputs
     self._model_dir, self._skipped_steps = model_dir, finite.SkippedSteps(max_bad_steps)
     self._checkpoints = checkpoints_lib.Checkpoints(model_dir, keep)
     self._model = checkpoints_lib.describe(trainer.stage)
     self._saved = self._checkpoints.latest_step()
     self.resumed = self._saved is not None
     if self.resumed:
+      inputs.check(f'the run {model_dir}', self._checkpoints.read_place(self._saved),
+                   'or train in another --model_dir')
       self.state, place = self._checkpoints.restore(self._saved, trainer.abstract, self._model)
       examples.restore(place)
       self._skipped_steps.restore(place)
@@ -57,8 +68,15 @@ class Run:
     mesh = '×'.join(f'{axis} {size}' for axis, size in facts['mesh'].items())
     where = f'resuming at step {self.step}' if self.resumed else 'starting at step 0'
     among = f' of {jax.process_count()} processes' if jax.process_count() > 1 else ''
-    return (f'{facts["stage"]}: {facts["parameters"] / 1e6:.1f}M parameters on '
-            f'{jax.device_count()} {jax.devices()[0].device_kind} devices{among} ({mesh}), {where}')
+    lines = [f'{facts["stage"]}: {facts["parameters"] / 1e6:.1f}M parameters on '
+             f'{jax.device_count()} {jax.devices()[0].device_kind} devices{among} ({mesh}), {where}']
+    if self._checkpoints.factored:
+      lines.append(whole_moments.line(self._checkpoints.factored))
+    own, microbatches = self._trainer.stage.over_examples, self._trainer.microbatches
+    if own and microbatches > 1:
+      lines.append(f'with train.microbatches={microbatches} each microbatch has its own '
+                   f'{" and ".join(own)}, so that results differ from those of the whole batch')
+    return '; '.join(lines)
 
   def facts(self) -> dict[str, Any]:
     """What a journal says of a run: stage, number of parameters, mesh and step."""
@@ -123,11 +141,15 @@ class Run:
     if self._save_waits and not (last and news):
       return
     run_lock.confirm()
-    place = self._examples.state() | self._skipped_steps.state()
+    place = self._examples.state() | self._inputs.state() | self._skipped_steps.state()
     self._checkpoints.save(self.step, self.state, place, self._model)
     self._saved, self._saved_updates, self._save_waits = self.step, self.updates, False
     if self._journal is not None:
       self._journal.checkpoint(self.step, self.skipped())
+
+  def finish_saving(self):
+    """Waits until the checkpoint that `save` started is written."""
+    self._checkpoints.finish()
 
   def newest_step(self) -> int | None:
     """Step of the newest whole checkpoint on the disk; None without one."""

@@ -2,10 +2,14 @@
 
 `lock.json` in the folder names the owner and is written anew every few seconds. Where an earlier
 owner was on this machine, its process is looked up; where it was on another, this one waits until
-it is clear whether its file still changes. No clocks are compared. On disks a file beside it,
-`lock.json.guard`, makes reading and replacing the lock one act, by flock, which the system releases
-whatever happens to the process; object stores have no such thing, and there a new owner looks after
-a while whether the lock is still its own.
+it is clear whether its file still changes. No clocks are compared.
+
+Reading and replacing the lock is one act for those that start at the same time. On disks this is by
+flock of `lock.json.guard`, which the system releases whatever happens to the process. Object stores
+and disks without flock create `lock.json.claim`, which only one can do at a time; a claim that a
+process leaves when it is killed counts as dead as a lock does. Where a store ignores the condition
+"only if absent", as some servers that speak S3's interface do, a new owner looks after a while
+whether the lock is still its own.
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ FILE = 'lock.json'
 # owner may lose that long to a busy disk or a long call; the next run loses it after a hard end.
 BEAT = 10.0
 PATIENCE = 60.0
-# How long after writing a lock to an object store it is read again.
+# How long after writing a lock it is read again, in a store that does not know exclusive creation.
 SETTLE = 3.0
 _LARGEST = 64 * 1024
 # Tenths of a second to wait for one that reads or replaces the lock.
@@ -165,7 +169,7 @@ class RunLock:
             f'{self._model_dir}: another run trains in this folder: {_words(found)}; wait for its '
             'end or stop it, by SIGTERM to that process, or choose another --model_dir')
       try:
-        with self._guard():
+        with self._guard(), self._claim():
           # Otherwise another start was quicker; look at what it has written.
           if _read(self._path) == found:
             self._write()
@@ -184,8 +188,9 @@ class RunLock:
     self._me['beat'] += 1
     storage.write(self._path, json.dumps(self._me, indent=2) + '\n')
 
-  def _is_dead(self, owner: dict) -> bool:
+  def _is_dead(self, owner: dict, path: str | None = None) -> bool:
     """Whether the owner has died; waits for its file to change where there is no other way."""
+    path = path or self._path
     if owner.get('id') in _held:
       return False
     here = all(owner.get(key) == self._me[key] for key in ('boot', 'pid_namespace'))
@@ -197,7 +202,7 @@ class RunLock:
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
       time.sleep(min(2.0, PATIENCE / 10))
-      found = _read(self._path)
+      found = _read(path)
       if found != owner:
         return found is None
     return True
@@ -258,6 +263,37 @@ class RunLock:
     raise _Busy
 
 
+  @contextlib.contextmanager
+  def _claim(self) -> Iterator[None]:
+    """Within it no other start replaces the lock where there is no guard.
+
+    Raises:
+      _Busy: another has the claim.
+    """
+    if self._exclusive:
+      yield
+      return
+    claim = f'{self._path}.claim'
+    while not self._claimed(claim):
+      other = _read(claim)
+      if other is not None and not self._is_dead(other, claim):
+        raise _Busy
+      if _read(claim) == other:
+        _remove(claim)
+    try:
+      self._exclusive = not _created(claim, self._me)  # Unless the store ignores the condition.
+      yield
+    finally:
+      _remove(claim)
+
+  def _claimed(self, claim: str) -> bool:
+    for _ in range(_GUARD_TRIES):
+      if _created(claim, self._me):
+        return True
+      time.sleep(0.1)
+    return False
+
+
 class _Busy(Exception):
   """Another process is reading or replacing the lock right now."""
 
@@ -268,6 +304,20 @@ def _is_file(file, path: str) -> bool:
     return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
   except FileNotFoundError:
     return False
+
+
+def _created(path: str, owner: dict) -> bool:
+  """Creates a file that names an owner; whether it was not there."""
+  try:
+    storage.create(path, json.dumps(owner).encode())
+  except FileExistsError:
+    return False
+  return True
+
+
+def _remove(path: str) -> None:
+  with contextlib.suppress(FileNotFoundError):
+    storage.remove(path)
 
 
 def _this_process() -> dict:

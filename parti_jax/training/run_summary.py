@@ -68,7 +68,7 @@ def summarize(model_dir: str, verify: bool = False) -> dict[str, Any]:
       'steps_per_second': rate, 'seconds_left': left, 'loss': _loss(begun),
       'devices': facts.get('devices'), 'mesh': facts.get('mesh'),
       'processes': facts.get('processes'), 'checkpoints': found,
-      'starts': [_start(story, index) for index in range(len(story.starts))],
+      'starts': [_start(model_dir, story, index) for index in range(len(story.starts))],
       'skipped_examples': story.skipped_examples,
       'versions': facts.get('versions'), 'git': facts.get('git'), 'command': facts.get('command'),
       'unreadable': story.unreadable}
@@ -159,7 +159,7 @@ def _loss(begun: list[story_lib.Start]) -> dict[str, Any] | None:
   return {'value': progress['loss'], 'step': progress['step'], 'time': progress['time']}
 
 
-def _start(story: story_lib.Story, index: int) -> dict[str, Any]:
+def _start(model_dir: str, story: story_lib.Story, index: int) -> dict[str, Any]:
   start = story.starts[index]
   facts, stopped = start.begun or {}, start.stopped or {}
   before = next((other.begun for other in reversed(story.starts[:index]) if other.begun), None)
@@ -171,23 +171,51 @@ def _start(story: story_lib.Story, index: int) -> dict[str, Any]:
       'reason': stopped.get('reason'), 'errors': start.errors, 'config': facts.get('config'),
       'devices': facts.get('devices'), 'mesh': facts.get('mesh'),
       'processes': facts.get('processes'), 'git': facts.get('git'),
-      'changes': _changes(before, facts) if before and facts else [],
+      'changes': _changes(model_dir, before, facts) if before and facts else [],
       'events': [{'time': record['time'], 'text': record['text']} for record in start.unusual]}
 
 
-def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def _changes(model_dir: str, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
   """What is other at a start than at the one before it, a line each."""
   changes = []
   for what, shown in (('devices', devices_in_words), ('processes', str), ('mesh', mesh_in_words),
-                      ('git', revision_in_words), ('config', str), ('steps', str),
-                      ('batch_size', str)):
+                      ('git', revision_in_words)):
     if before.get(what) != now.get(what):
       changes.append(f'{what}: {shown(before.get(what))} → {shown(now.get(what))}')
+  changes += _gin_changes(model_dir, before.get('config'), now.get('config'))
   for group in ('versions', 'environment'):
     old, new = before.get(group) or {}, now.get(group) or {}
     changes += [f'{name} {old.get(name, "none")} → {new.get(name, "none")}'
                 for name in dict.fromkeys([*old, *new]) if old.get(name) != new.get(name)]
   return changes
+
+
+def _gin_changes(model_dir: str, before: str | None, now: str | None) -> list[str]:
+  """The gin values that differ between two files of a run's folder, or the files if one is gone."""
+  if before == now:
+    return []
+  try:
+    old, new = (gin_values(storage.read(storage.join(model_dir, name), _LARGEST).decode())
+                for name in (before, now))
+  except (OSError, TypeError, UnicodeDecodeError):
+    return [f'config: {before} → {now}']
+  unset = 'not set'
+  return [f'{key} {old.get(key, unset)} → {new.get(key, unset)}'
+          for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+
+
+def gin_values(text: str) -> dict[str, str]:
+  """The values of a file that gin wrote: {'train.steps': '4'}, each in one line."""
+  values, key = {}, None
+  for line in text.splitlines():
+    if line[:1] in ('', '#'):
+      key = None
+    elif not line[0].isspace():
+      key, equals, value = line.partition(' = ')
+      values[key] = value.rstrip('\\').strip() if equals else 'set'
+    elif key is not None:
+      values[key] = f'{values[key]} {line.strip()}'.strip()
+  return values
 
 
 def mesh_in_words(mesh: dict[str, int] | None) -> str:

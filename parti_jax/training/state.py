@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
 from parti_jax import errors
+from parti_jax import numerics
 from parti_jax.partitioning import rules as partitioning_rules
 
 # JAX's name of the hosts' memory that devices can read.
@@ -90,7 +91,7 @@ def abstract_state(stage, optimizer, mesh, rules):
   Raises:
     UserError: if the mesh does not divide a parameter.
   """
-  boxed = jax.eval_shape(stage.init, jax.random.key(0))
+  boxed = jax.eval_shape(stage.init, numerics.key(0))
   shardings = partitioning_rules.parameter_shardings(boxed, mesh, rules)
   params = nn.meta.unbox(boxed)
   optimizer_state = jax.eval_shape(optimizer.init, params)
@@ -107,6 +108,11 @@ def abstract_state(stage, optimizer, mesh, rules):
       state, state_shardings)
 
 
+def num_bytes(state) -> int:
+  """Bytes of a state's arrays, over all devices."""
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
 def create_state(stage, optimizer, seed: int, abstract, mesh, rules) -> TrainState:
   """The state before the first step; no device ever holds a whole parameter that is split.
 
@@ -120,7 +126,7 @@ def create_state(stage, optimizer, seed: int, abstract, mesh, rules) -> TrainSta
   """
 
   def create():
-    params = nn.meta.unbox(stage.init(jax.random.key(seed)))
+    params = nn.meta.unbox(stage.init(numerics.key(seed)))
     statistics = stage.initial_statistics()
     if 'average' in statistics:  # It is used where the first steps could not be applied.
       statistics = statistics | {'average': {name: params[name] for name in statistics['average']}}

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
-import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from parti_jax import errors
+from parti_jax.models import config_checks
 from parti_jax.models import discriminator as discriminator_lib
 from parti_jax.models import flops
 from parti_jax.models import lpips
@@ -24,7 +23,7 @@ from parti_jax.training import plain_stage
 from parti_jax.training import tokenizer_stage
 
 
-@gin.configurable
+@config_checks.configurable
 @dataclasses.dataclass(frozen=True)
 class SuperResolutionStage(plain_stage.PlainStage):
   """Larger pictures from small ones: its inputs, losses and pictures.
@@ -36,7 +35,8 @@ class SuperResolutionStage(plain_stage.PlainStage):
     model: sizes of the network.
     image_size: height and width of the targets, in pixels.
     tokenizer: run of the image tokenizer (its --model_dir), whose pictures are as many times
-      smaller; None to enlarge averaged pictures alone.
+      smaller; None to enlarge averaged pictures alone. Until it is trained, plans take its sizes
+      from ViTVQGANConfig in gin.
     clean_share: share of the examples that do not go through the tokenizer.
     crop: side of the random squares that are cut out of inputs, in pixels; None for whole ones.
     l2_weight: of the mean squared error (1.0 in ViT-VQGAN).
@@ -77,14 +77,16 @@ class SuperResolutionStage(plain_stage.PlainStage):
   compute_dtype = property(lambda self: self.model.compute_dtype)
 
   def __post_init__(self):
+    not_negative = dict.fromkeys(
+        ('l2_weight', 'l1_weight', 'perceptual_weight', 'adversarial_weight', 'adversarial_from',
+         'r1_weight'), (0, None))
+    config_checks.check_fields(
+        self, image_size=(1, config_checks.MAX_SIZE), clean_share=(0, 1), **not_negative)
     unit = self.model.factor * self.model.unshuffle
     if self.image_size % unit:
       raise errors.UserError(
           f'SuperResolutionStage.image_size={self.image_size} is not divisible by {unit}, which is '
           'SuperResolutionConfig.factor · unshuffle')
-    if not 0 <= self.clean_share <= 1:
-      raise errors.UserError(
-          f'SuperResolutionStage.clean_share={self.clean_share} must lie in [0, 1]')
     if self.crop is not None and (self.crop % self.model.unshuffle
                                   or not 0 < self.crop <= self.input_size):
       raise errors.UserError(
@@ -110,6 +112,11 @@ class SuperResolutionStage(plain_stage.PlainStage):
   def _target_size(self) -> int:
     """Height and width of what losses compare, in pixels."""
     return self.model.factor * (self.crop or self.input_size)
+
+  @property
+  def over_examples(self) -> tuple[str, ...]:
+    """What the losses compute over several examples, see `PlainStage`."""
+    return adversarial.over_examples(self.discriminator) if self.adversarial_weight else ()
 
   def feature_lengths(self) -> dict[str, int]:
     return {'images': self.image_size}
@@ -148,14 +155,22 @@ class SuperResolutionStage(plain_stage.PlainStage):
       UserError: if there is no run of a tokenizer, or it is of pictures of another size; if a file
         of weights is not given, is missing or damaged.
     """
-    found = {} if self.tokenizer is None else {'tokenizer': self._tokenizer[1]}
+    found = {}
+    if self.tokenizer is not None:
+      self._checked_config()
+      found['tokenizer'] = self.frozen_tokenizer.params
     if self.perceptual_weight:
       found['perceptual'] = lpips_weights.of_stage(self)
     return found
 
   def abstract_constants(self):
-    """Shapes and dtypes of `constants`."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self.constants())
+    """Shapes and dtypes of `constants`, without any files; the tokenizer need not be trained."""
+    found = {}
+    if self.tokenizer is not None:
+      found['tokenizer'] = frozen_tokenizer.planned_params(self._checked_config())
+    if self.perceptual_weight:
+      found['perceptual'] = lpips.abstract_params()
+    return found
 
   def loss(self, params, batch, dropout_keys, step):
     """The training loss.
@@ -257,9 +272,15 @@ class SuperResolutionStage(plain_stage.PlainStage):
     return draw, self.constants()
 
   def step_flops(self, batch_size: int) -> int:
-    """Model FLOPs of a training step, without those of the tokenizer."""
-    side = self.crop or self.input_size
-    return 3 * batch_size * flops.super_resolution_forward(self.model, side, side)
+    """Model FLOPs of a training step, without those of the tokenizer and of the R1 penalty."""
+    side, size = self.crop or self.input_size, self._target_size
+    total = 3 * flops.super_resolution_forward(self.model, side, side)
+    if self.perceptual_weight:
+      total += tokenizer_stage.PERCEPTUAL_PASSES * flops.vgg16_forward(size)
+    if self.adversarial_weight:
+      total += tokenizer_stage.ADVERSARIAL_PASSES * flops.discriminator_forward(
+          self.discriminator, size)
+    return batch_size * total
 
   def _clean(self, targets):
     """[batch, factor · height, factor · width, 3] averaged over squares of factor × factor."""
@@ -269,20 +290,20 @@ class SuperResolutionStage(plain_stage.PlainStage):
         batch, height // factor, factor, width // factor, factor, channels)
     return jnp.mean(squares, axis=(2, 4))
 
-  @functools.cached_property
-  def _tokenizer(self):
-    """The tokenizer's module and parameters, numpy arrays."""
-    config, params = frozen_tokenizer.load(self.tokenizer)
-    if config.image_size != self.input_size:
+  def _checked_config(self) -> vit_vqgan.ViTVQGANConfig:
+    """Sizes of the frozen tokenizer, which is of pictures as large as the inputs."""
+    size = self.tokenizer_config.image_size
+    if size != self.input_size:
       raise errors.UserError(
           f'SuperResolutionStage.image_size={self.image_size} is not '
-          f'SuperResolutionConfig.factor={self.model.factor} times the {config.image_size} pixels '
-          f'of the tokenizer in {self.tokenizer}')
-    return vit_vqgan.ViTVQGAN(config), jax.tree.map(np.asarray, params)
+          f'SuperResolutionConfig.factor={self.model.factor} times the {size} pixels of the '
+          f'tokenizer in {self.tokenizer}')
+    return self.tokenizer_config
 
   def _reconstruct(self, constants, images):
     """What the tokenizer makes of pictures, rounded as pictures are stored."""
-    module, params = self._tokenizer[0], constants['tokenizer']
+    module = vit_vqgan.ViTVQGAN(self._checked_config())
+    params = constants['tokenizer']
     tokens = module.apply({'params': params}, images, method='tokenize')
     pixels = module.apply({'params': params}, tokens, method='detokenize')
     return jax.lax.stop_gradient(jnp.round(pixels * 255.0) / 255.0)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
-import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from parti_jax import errors
 from parti_jax.models import coca
+from parti_jax.models import config_checks
 from parti_jax.models import contrastive
 from parti_jax.models import flops
 from parti_jax.models import layers
@@ -21,7 +21,7 @@ from parti_jax.training import initial_text_encoder
 from parti_jax.training import plain_stage
 
 
-@gin.configurable
+@config_checks.configurable
 @dataclasses.dataclass(frozen=True)
 class TextEncoderStage(plain_stage.PlainStage):
   """Masked language modelling and the contrastive loss, each with a weight; 0 leaves it out.
@@ -38,7 +38,8 @@ class TextEncoderStage(plain_stage.PlainStage):
       one. So one run may follow another, on texts first and then on pairs.
 
   Raises:
-    UserError: if a weight is negative or both are 0, or the contrastive loss has no image encoder.
+    UserError: if a value is of another type, a weight is negative or both are 0, or the contrastive
+      loss has no image encoder.
   """
 
   model: parti_config.PartiConfig
@@ -52,6 +53,7 @@ class TextEncoderStage(plain_stage.PlainStage):
   compute_dtype = property(lambda self: self.model.compute_dtype)
 
   def __post_init__(self):
+    config_checks.check_fields(self)
     if min(self.masked_weight, self.contrastive_weight) < 0 or not (
         self.masked_weight or self.contrastive_weight):
       raise errors.UserError(
@@ -62,6 +64,14 @@ class TextEncoderStage(plain_stage.PlainStage):
       raise errors.UserError(
           f'TextEncoderStage.contrastive_weight={self.contrastive_weight} needs an image encoder: '
           'set TextEncoderStage.image = @CoCaConfig()')
+
+  @property
+  def over_examples(self) -> tuple[str, ...]:
+    """What the losses compute over several examples, see `PlainStage`."""
+    if not self.contrastive_weight:
+      return ()
+    masked = ('mean over masked pieces',) if self.masked_weight else ()
+    return ('negatives in the contrastive loss', *masked)
 
   def feature_lengths(self) -> dict[str, int]:
     lengths = {'inputs': self.model.text_length}
@@ -85,10 +95,10 @@ class TextEncoderStage(plain_stage.PlainStage):
     module = self._module()
     return module.init(rng, *text_pretraining.example_inputs(self.model, module.image))['params']
 
-  def initial_parts(self, abstract):
+  def initial_parts(self, abstract, inputs):
     """Parts that a new run starts with, see `train_loop.initial_parts`."""
     return initial_text_encoder.parts(
-        self.text_encoder, self.model, abstract, 'TextEncoderStage.text_encoder')
+        self.text_encoder, self.model, abstract, inputs, 'TextEncoderStage.text_encoder')
 
   def loss(self, params, batch, dropout_keys, step):
     """The weighted sum of both losses, with dropout.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 
 import tqdm
 
+from parti_jax import checks
 from parti_jax import compilation_cache
 from parti_jax import config
-from parti_jax import errors
 from parti_jax.training import frozen_tokenizer
 
 
@@ -31,21 +32,22 @@ def run(args: argparse.Namespace) -> int:
   from parti_jax.data import tasks
   from parti_jax.data import token_cache
   from parti_jax.training import configurables  # pylint: disable=unused-import
-  if args.batch_size < 1:
-    raise errors.UserError(f'--batch_size={args.batch_size} must be at least 1')
+  checks.count('--batch_size', args.batch_size)
   config.parse(args.gin_file, args.gin_bindings)
   splits = _splits(args.splits, sources.configured(sources.chosen()))
   compilation_cache.enable()
-  model, params = frozen_tokenizer.load(args.tokenizer)
+  tokenizer = frozen_tokenizer.load(args.tokenizer)
+  model = tokenizer.config
   info = {'codebook_size': model.codebook_size, 'image_tokens': model.image_length,
-          'tokenizer': frozen_tokenizer.fingerprint(params)}
+          'tokenizer': tokenizer.fingerprint}
   # All are opened first: what can't be read is found before hours have gone into the first.
   pictures = {split: tasks.pictures_and_captions(None, split, model.image_size)
               for split in splits}
   for split in splits:
-    examples = frozen_tokenizer.tokenized(model, params, pictures[split], args.batch_size)
-    bar = tqdm.tqdm(examples, desc=split, unit='picture', disable=not sys.stderr.isatty())
-    count = token_cache.write_token_cache(args.output_dir, bar, info, split)
+    with contextlib.closing(pictures[split]):
+      examples = frozen_tokenizer.tokenized(tokenizer, pictures[split], args.batch_size)
+      bar = tqdm.tqdm(examples, desc=split, unit='picture', disable=not sys.stderr.isatty())
+      count = token_cache.write_token_cache(args.output_dir, bar, info, split)
     print(f'{args.output_dir}: {split}: {count} pictures, {model.image_length} tokens each')
   return 0
 

@@ -6,12 +6,12 @@ import dataclasses
 from typing import Any
 
 import flax.linen as nn
-import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from parti_jax import errors
+from parti_jax.models import config_checks
 from parti_jax.models import discriminator as discriminator_lib
 from parti_jax.models import flops
 from parti_jax.models import lpips
@@ -26,6 +26,11 @@ from parti_jax.training import state as state_lib
 
 # What the tokenizer's parameters are made of; a discriminator is trained beside them.
 PARTS = ('encoder', 'quantizer', 'decoder')
+# What a step costs in forward passes of one picture. Of VGG16: both pictures forward, what was
+# drawn backward to its pixels. Of the discriminator: both forward and backward, what was drawn to
+# its pixels too.
+PERCEPTUAL_PASSES = 3
+ADVERSARIAL_PASSES = 7
 
 
 def logit_laplace_loss(images, mean, log_scale, least_log_scale: float = -7.0):
@@ -73,7 +78,8 @@ def revive(table, use, dead, latents, rng):
   """
   latents = quantizer.normalize(latents.reshape(-1, table.shape[1]))
   nearest = jnp.max(latents @ quantizer.normalize(table).T, axis=-1)
-  chance = jnp.log(jnp.maximum(1.0 - nearest, 1e-6)) + jax.random.gumbel(rng, nearest.shape)
+  chance = jnp.log(jnp.maximum(1.0 - nearest, 1e-6)) + jax.random.gumbel(
+      rng, nearest.shape, jnp.float32, mode='low')
   count = min(table.shape[0], latents.shape[0])
   chosen = latents[jax.lax.top_k(chance, count)[1]]
   turn = jnp.cumsum(dead) - 1
@@ -82,7 +88,7 @@ def revive(table, use, dead, latents, rng):
   return table, jnp.where(revived, 0.1, use)
 
 
-@gin.configurable
+@config_checks.configurable
 @dataclasses.dataclass(frozen=True)
 class TokenizerStage:
   """The image tokenizer's losses, its code statistics and its pictures.
@@ -146,7 +152,11 @@ class TokenizerStage:
   first_phase: str | None = None
 
   def __post_init__(self):
-    object.__setattr__(self, 'frozen', tuple(self.frozen))
+    not_negative = dict.fromkeys(
+        ('l2_weight', 'coarse_l2_weight', 'logit_laplace_weight', 'quantizer_weight',
+         'perceptual_weight', 'adversarial_weight', 'adversarial_from', 'r1_weight',
+         'quantize_from', 'revive_every', 'revive_until', 'dead_below'), (0, None))
+    config_checks.check_fields(self, **not_negative)
     unknown = set(self.frozen) - set(PARTS)
     if unknown:
       raise errors.UserError(f'TokenizerStage.frozen: {sorted(unknown)} are no parts; there are '
@@ -163,7 +173,17 @@ class TokenizerStage:
           f'set it to 0 with ViTVQGANConfig.image_size={self.model.image_size}')
 
   name = 'tokenizer'
+  # It is one, and uses none.
+  tokenizer = None
   compute_dtype = property(lambda self: self.model.compute_dtype)
+
+  @property
+  def over_examples(self) -> tuple[str, ...]:
+    """What the losses compute over several examples, see `PlainStage`."""
+    if not self.adversarial_weight:
+      return ()
+    weight = ('adaptive weight of the adversarial loss',) if self.adversarial_adaptive else ()
+    return (*adversarial.over_examples(self.discriminator), *weight)
 
   def feature_lengths(self) -> dict[str, int]:
     return {'images': self.model.image_size}
@@ -188,16 +208,17 @@ class TokenizerStage:
       params = params | {'discriminator': judge.init(rng, *images)['params']}
     return params
 
-  def initial_parts(self, abstract_params):
+  def initial_parts(self, abstract_params, inputs):
     """What a new run takes from `first_phase`: {name of a part: its parameters on the mesh}.
 
     Raises:
       UserError: if there is no finished checkpoint, or its encoder or codebook has other sizes.
     """
+    del inputs  # Pictures have no ids.
     if self.first_phase is None:
       return {}
-    config, params = frozen_tokenizer.load(self.first_phase)
-    theirs, ours = dataclasses.asdict(config), dataclasses.asdict(self.model)
+    first = frozen_tokenizer.load(self.first_phase)
+    theirs, ours = dataclasses.asdict(first.config), dataclasses.asdict(self.model)
     of_decoder = [name for name in ours if name.startswith('decoder_')]
     taken = PARTS
     if any(theirs[name] != ours[name] for name in of_decoder):
@@ -207,7 +228,7 @@ class TokenizerStage:
     checkpoints.check_same_model(
         f'TokenizerStage.first_phase={self.first_phase}', {'stage': self.name, 'config': theirs},
         wanted)
-    return checkpoints.put_like({name: params[name] for name in taken},
+    return checkpoints.put_like({name: first.params[name] for name in taken},
                                 {name: abstract_params[name] for name in taken})
 
   def other_optimizers(self):
@@ -231,8 +252,7 @@ class TokenizerStage:
     """Shapes and dtypes of `constants`, without the files."""
     if not self.perceptual_weight:
       return {}
-    boxed = jax.eval_shape(lpips.LPIPS().init, jax.random.key(0), *lpips.example_inputs())
-    return {'perceptual': nn.meta.unbox(boxed['params'])}
+    return {'perceptual': lpips.abstract_params()}
 
   def initial_statistics(self):
     """What is carried from step to step.
@@ -424,11 +444,9 @@ class TokenizerStage:
     """Model FLOPs of a training step, without those of the lazy R1 penalty."""
     size, total = self.model.image_size, 3 * flops.tokenizer_forward(self.model)
     if self.perceptual_weight:
-      # Both pictures forward, the reconstruction backward to its pixels.
-      total += 3 * flops.vgg16_forward(size)
+      total += PERCEPTUAL_PASSES * flops.vgg16_forward(size)
     if self.adversarial_weight:
-      # Both pictures forward and backward, the reconstruction to its pixels too.
-      total += 7 * flops.discriminator_forward(self.discriminator, size)
+      total += ADVERSARIAL_PASSES * flops.discriminator_forward(self.discriminator, size)
     return batch_size * total
 
   def _reconstruct(self, params, images):

@@ -9,6 +9,7 @@ from typing import Any
 import gin
 import jax
 
+from parti_jax import checks
 from parti_jax import config
 from parti_jax import errors
 from parti_jax.partitioning import local_rows
@@ -16,8 +17,11 @@ from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.partitioning import rules as rules_lib
 from parti_jax.training import checkpoints as checkpoints_lib
 from parti_jax.training import device_peak
+from parti_jax.training import full_disk
 from parti_jax.training import hosts
+from parti_jax.training import inputs as inputs_lib
 from parti_jax.training import journal as journal_lib
+from parti_jax.training import memory
 from parti_jax.training import preemption
 from parti_jax.training import reporting
 from parti_jax.training import run as run_lib
@@ -45,15 +49,21 @@ def train(model_dir: str) -> dict[str, float]:
 
 
 @gin.configurable('train')
+@checks.bounded(
+    steps=(1, None), batch_size=(1, None), seed=(0, checks.LARGEST_INT32), log_every=(0, None),
+    evaluate_every=(0, None), checkpoint_every=(0, None), keep_checkpoints=(1, None),
+    pictures_every=(0, None), num_pictures=(0, 10_000), data_shares=(1, None),
+    microbatches=(1, None), grace_seconds=(0, None), max_bad_steps=(1, None))
 def train_stage(model_dir: str, journal: journal_lib.Journal, stage=gin.REQUIRED,
                 task: str = gin.REQUIRED, steps: int = gin.REQUIRED,
                 batch_size: int = gin.REQUIRED, optimizer=gin.REQUIRED, schedule=gin.REQUIRED,
-                seed: int = 0, split: str = 'train', eval_split: str = 'validation',
+                seed: int = 0, split: str = 'train', eval_split: str | None = 'validation',
                 log_every: int = 50, evaluate_every: int = 500, checkpoint_every: int = 500,
                 keep_checkpoints: int = 2, pictures_every: int = 1000, num_pictures: int = 16,
                 initial_model: str | None = None, data_shares: int | None = None,
                 microbatches: int = 1, offload_optimizer: bool = False,
-                grace_seconds: float = 25, max_bad_steps: int | None = 10):
+                grace_seconds: float = 25, max_bad_steps: int | None = 10,
+                allow_mismatch: bool = False):
   """Trains a stage until `steps`, from the newest checkpoint in `model_dir` if there is one.
 
   Args:
@@ -68,53 +78,64 @@ def train_stage(model_dir: str, journal: journal_lib.Journal, stage=gin.REQUIRED
     seed: of parameters, dropout and the order of the data.
     split: of the task to train on.
     eval_split: of the task to evaluate on; None for no evaluation.
-    log_every: steps between metrics.
-    evaluate_every: steps between evaluations on `eval_split`.
-    checkpoint_every: steps between checkpoints.
+    log_every: steps between metrics; 0 for none.
+    evaluate_every: steps between evaluations on `eval_split`; 0 for none. The last step is
+      evaluated too.
+    checkpoint_every: steps between checkpoints; the last step has one in any case, with 0 alone.
     keep_checkpoints: how many stay.
-    pictures_every: steps between picture grids.
-    num_pictures: pictures in a grid.
+    pictures_every: steps between picture grids; 0 for none. The last step has one too.
+    num_pictures: examples in a grid, the first ones of `eval_split`, or of `split` without it; 0
+      for no grids.
     initial_model: a model folder, as `parti-jax export` writes it, whose parameters a new run
       starts with; None for random ones. The optimiser starts anew.
     data_shares: into how many shares the examples are split, see `SharedBatches`; None for as
       many as the run has processes when it begins. They stay the same whoever resumes it.
     microbatches: parts of a batch whose gradients are computed one after the other and summed,
-      for batches that do not fit the memory at once; changes no result.
+      for batches that do not fit the memory at once. Losses that compare examples, such as the
+      ranker's, compare those of a microbatch, and the run says so; no other result changes.
     offload_optimizer: whether the optimiser's state lies in the hosts' memory between steps, on
       platforms that have it.
     grace_seconds: from SIGTERM, or the platform's notice, until the process ends, at most: what the
       platform grants, less a few seconds.
     max_bad_steps: how many steps in a row may have a loss or gradients that are not finite, and are
       not applied, see `finite`; after them training ends. None for any number.
+    allow_mismatch: whether the run may go on, or start, with parameters that were trained with
+      another vocabulary or another image tokenizer; then it warns.
 
   Returns:
     The last metrics, a dict of floats.
 
   Raises:
-    UserError: for a mesh, batch size, task or checkpoint that does not fit; after `max_bad_steps`.
+    UserError: for a value out of its range; for a mesh, batch size, task, file or checkpoint that
+      is missing or does not fit; after `max_bad_steps`.
     SystemExit: with `preemption.STATUS` if the run was told to stop and a checkpoint is written.
   """
   # Reading data takes TensorFlow; who only asks gin about a run, as planning does, needs none.
-  from parti_jax.data import batches as data_batches  # pylint: disable=g-import-not-at-top
-  from parti_jax.data import shared_batches
+  from parti_jax.data import shared_batches  # pylint: disable=g-import-not-at-top
+  from parti_jax.training import held_out as held_out_lib
 
+  _check_parts(stage, optimizer, schedule)
   mesh = mesh_lib.make_mesh()
   trainer = trainer_lib.Trainer(
       stage, optimizer(schedule), mesh, seed, microbatches, offload_optimizer)
   rules_lib.check_batch(batch_size, mesh, trainer.rules, microbatches)
+  memory.check(trainer.abstract)
+  full_disk.check_room(model_dir, state_lib.num_bytes(trainer.abstract))
   check_vocabularies(stage, task)
   training = shared_batches.SharedBatches(
       task, split, batch_size, stage.feature_lengths(), data_shares, jax.process_count(),
       local_rows.local_rows(trainer.batch_sharding, batch_size), seed)
-  # Every process reads all of these, as `Trainer.evaluate` wants.
-  held_out = lambda: data_batches.Batches(
-      task, eval_split or split, batch_size, stage.feature_lengths(), seed=seed, shuffle=False,
-      num_epochs=1)
-  # What can't be read is reported now and not after hours.
-  held_out()
   trainer.constants  # pylint: disable=pointless-statement
-  run = run_lib.Run(trainer, model_dir, keep_checkpoints, training,
-                    initial_parts(trainer, model_dir, initial_model), journal, max_bad_steps)
+  held_out = held_out_lib.HeldOut(
+      trainer, model_dir, task, eval_split or split, batch_size, seed,
+      evaluate=bool(eval_split and evaluate_every),
+      num_pictures=num_pictures if pictures_every else 0)
+  inputs = inputs_lib.Inputs(
+      stage, training.fingerprints, held_out.draws or 'tokenizer' in trainer.constants,
+      allow_mismatch)
+  run = run_lib.Run(trainer, model_dir, keep_checkpoints, training, inputs,
+                    initial_parts(trainer, model_dir, inputs, initial_model), journal,
+                    max_bad_steps)
   reporter = reporting.Reporter(model_dir, steps, run.step)
   journal.start(run.beginning(), config.operative(), steps=steps, batch_size=batch_size,
                 **run.facts())
@@ -122,18 +143,45 @@ def train_stage(model_dir: str, journal: journal_lib.Journal, stage=gin.REQUIRED
   for line in run.damaged():
     reporter.say(line)
     journal.write('damaged', line)
+  for line in inputs.warnings:
+    reporter.say(f'warning: {line}')
+  if held_out.draws and held_out.num_pictures < num_pictures:
+    reporter.say(f'pictures show {held_out.num_pictures} examples, all that {eval_split or split} '
+                 f'has, and not train.num_pictures={num_pictures}')
   reporter.say(run.beginning())
   preemption.begin(grace_seconds, journal, run.newest_step)
   meter = _Meter(batch_size, stage.step_flops(batch_size), peak)
   metrics: dict[str, float] = {}
   whole = False
+
+  def due(every: int) -> bool:
+    return bool(every) and (run.step % every == 0 or run.step == steps)
+
+  def show_held_out():
+    evaluates, draws = eval_split and due(evaluate_every), held_out.draws and due(pictures_every)
+    if not (evaluates or draws):
+      return
+    run.finish_saving()  # Whatever goes wrong from here on must not cost steps.
+    if evaluates:
+      measured = held_out.evaluate(run.state)
+      metrics.update(measured)
+      reporter.metrics(run.step, measured)
+      if f'{eval_split}/not_finite_examples' in measured:
+        reporter.say(f'step {run.step}: the numbers of evaluation on {eval_split} are not finite')
+    if draws:
+      reporter.pictures(run.step, held_out.pictures(run.state))
+    reporter.flush()
+    held_out.done(run.step)
+
   try:
+    if held_out.is_missing(run.step):
+      show_held_out()
     while run.step < steps and not run.told_to_stop():
       values = run.advance()
       step = run.step
-      due = lambda every: every and (step % every == 0 or step == steps)
-      intervals = log_every, evaluate_every, pictures_every, checkpoint_every
-      if run.unsettled >= _MOST_UNSETTLED or any(map(due, intervals)):
+      saves = due(checkpoint_every) or step == steps
+      intervals = log_every, evaluate_every, pictures_every
+      if saves or run.unsettled >= _MOST_UNSETTLED or any(map(due, intervals)):
         run.settle(reporter)
       if due(log_every):
         metrics = {name: float(value) for name, value in values.items()}
@@ -144,20 +192,11 @@ def train_stage(model_dir: str, journal: journal_lib.Journal, stage=gin.REQUIRED
         reporter.metrics(step, metrics)
         journal.progress(step, metrics)
       reporter.advance(step)
-      if eval_split and due(evaluate_every):
-        measured = trainer.evaluate(state_lib.averaged(run.state), held_out())
-        measured = {f'{eval_split}/{name}': value for name, value in measured.items()}
-        metrics |= measured
-        reporter.metrics(step, measured)
-        if f'{eval_split}/not_finite_examples' in measured:
-          reporter.say(f'step {step}: the numbers of evaluation on {eval_split} are not finite')
-      if due(pictures_every):
-        chosen = {name: value[:num_pictures] for name, value in next(held_out()).items()}
-        reporter.pictures(step, trainer.pictures(state_lib.averaged(run.state), chosen))
-      if due(checkpoint_every):
+      if saves:
         reporter.flush()
         run.save(last=step == steps)
-      meter.pause(step, due(evaluate_every) or due(pictures_every) or due(checkpoint_every))
+      show_held_out()
+      meter.pause(step, saves or due(evaluate_every) or due(pictures_every))
     run.settle(reporter)
     if run.step < steps:
       reporter.flush()
@@ -167,6 +206,7 @@ def train_stage(model_dir: str, journal: journal_lib.Journal, stage=gin.REQUIRED
     reporter.say(run.interrupted())
     raise
   finally:
+    training.close()
     # The other processes may be waiting for one that failed, so that one must not wait for them.
     if whole or jax.process_count() == 1:
       run.close()
@@ -195,19 +235,38 @@ def bound_arguments() -> dict[str, Any]:
     raise errors.UserError(
         f'gin: no value for {", ".join(f"train.{name}" for name in missing)}; give the gin file '
         'of a run, such as --gin_file=gin_configs/runs/parti_20b.gin')
+  _check_parts(values['stage'], values['optimizer'], values['schedule'])
   return values
 
 
-def initial_parts(trainer: trainer_lib.Trainer, model_dir, initial_model: str | None = None):
+def _check_parts(stage, optimizer, schedule):
+  """Raises UserError unless these are what `train_stage` says."""
+  if isinstance(stage, type) or not callable(getattr(stage, 'loss', None)):
+    raise errors.UserError(f'train.stage={checks.shown(stage)} must be a stage, such as '
+                           '@GeneratorStage()')
+  if not callable(optimizer):
+    raise errors.UserError(f'train.optimizer={checks.shown(optimizer)} must be an optimizer, such '
+                           'as @adafactor, without parentheses')
+  try:
+    float(schedule(0))
+  except TypeError as error:
+    raise errors.UserError(
+        f'train.schedule={checks.shown(schedule)} must be a function of the step, such as '
+        '@parti_schedule(), with parentheses') from error
+
+
+def initial_parts(trainer: trainer_lib.Trainer, model_dir, inputs: inputs_lib.Inputs,
+                  initial_model: str | None = None):
   """Parameters that a new run starts with, from an exported model or from other runs.
 
   The latter are what the stage says in a method `initial_parts`, which it need not have: of
-  abstract parameters it returns {name of a part: that part on the mesh}, and it raises UserError if
-  one does not fit. These come before those of `initial_model`.
+  abstract parameters and `inputs` it returns {name of a part: that part on the mesh}, and it raises
+  UserError if one does not fit. These come before those of `initial_model`.
 
   Args:
     trainer: the stage on its mesh.
     model_dir: the run's folder.
+    inputs: what the run is trained with.
     initial_model: a model folder, or None.
 
   Returns:
@@ -217,9 +276,9 @@ def initial_parts(trainer: trainer_lib.Trainer, model_dir, initial_model: str | 
     return {}
   parts, abstract = {}, trainer.abstract.params
   if initial_model:
-    parts |= checkpoints_lib.read_model_folder(initial_model, trainer.stage, abstract)
+    parts |= checkpoints_lib.read_model_folder(initial_model, trainer.stage, abstract, inputs)
   if hasattr(trainer.stage, 'initial_parts'):
-    parts |= trainer.stage.initial_parts(abstract)
+    parts |= trainer.stage.initial_parts(abstract, inputs)
   return parts
 
 

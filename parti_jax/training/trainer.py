@@ -12,6 +12,7 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
+from parti_jax import numerics
 from parti_jax.models import layers
 from parti_jax.partitioning import local_rows
 from parti_jax.partitioning import rules as rules_lib
@@ -31,7 +32,7 @@ def make_train_step(stage, optimizer, seed: int, microbatches: int = 1) -> Calla
   apart = _other_optimizers(stage)
 
   def step(state: state_lib.TrainState, batch, constants):
-    rng, after_rng = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
+    rng, after_rng = jax.random.split(jax.random.fold_in(numerics.key(seed), state.step))
     value, aux, gradients = _gradients(
         stage, state.params, constants, batch, rng, state.step, microbatches)
     before = state.replace(
@@ -81,7 +82,8 @@ def _gradients(stage, params, constants, batch, rng, step, microbatches: int):
 
   Microbatch k of n has the examples k, k + n, k + 2 · n ..., so that each device finds its part of
   every microbatch in its part of the batch. Gradients are summed in float32. All examples weigh
-  what they would without microbatches.
+  what they would without microbatches; what a loss computes over several examples
+  (`stage.over_examples`) it computes over those of a microbatch.
   """
   size = len(next(iter(batch.values())))
   whole = jnp.maximum(stage.weight(batch), 1.0)
@@ -146,6 +148,7 @@ class Trainer:
       memory.
   """
 
+  @numerics.fixed()
   def __init__(self, stage, optimizer, mesh, seed: int = 0, microbatches: int = 1,
                offload_optimizer: bool = False):
     optimizer = with_other_optimizers(stage, optimizer)
@@ -169,6 +172,7 @@ class Trainer:
         out_shardings=self._replicated)
 
   @functools.cached_property
+  @numerics.fixed()
   def constants(self):
     """The stage's constants on the mesh; reads the files that they are in.
 
@@ -178,11 +182,13 @@ class Trainer:
     found = self.stage.constants() if hasattr(self.stage, 'constants') else {}
     return jax.tree.map(lambda leaf: jax.device_put(leaf, self._replicated), found)
 
+  @numerics.fixed()
   def create_state(self) -> state_lib.TrainState:
     """The state before the first step."""
     return state_lib.create_state(
         self.stage, self.optimizer, self.seed, self.abstract, self.mesh, self.rules)
 
+  @numerics.fixed()
   def put(self, batch: dict[str, np.ndarray], batch_size: int | None = None):
     """A batch as global arrays on the mesh.
 
@@ -193,11 +199,13 @@ class Trainer:
     return local_rows.global_arrays(
         self.batch_sharding, batch, batch_size or len(next(iter(batch.values()))))
 
+  @numerics.fixed()
   def step(self, state, batch):
     """One update: the new state and scalar metrics; `state` is donated, `batch` of `put`."""
     with rules_lib.partitioned(self.mesh, self.rules):
       return self._step(state, batch, self.constants)
 
+  @numerics.fixed()
   def lower(self, batch_size: int):
     """The step that training runs, lowered for a batch of this size and not yet compiled."""
     constants = {}
@@ -206,6 +214,7 @@ class Trainer:
     with rules_lib.partitioned(self.mesh, self.rules):
       return self._step.lower(self.abstract, self.stage.abstract_batch(batch_size), constants)
 
+  @numerics.fixed()
   def evaluate(self, params, batches) -> dict[str, float]:
     """Means over all examples of `batches`; a short batch is padded, which does not count.
 
@@ -231,6 +240,16 @@ class Trainer:
     bad = finite_lib.bad_examples(whole)
     return self.stage.summarize(whole) | ({'not_finite_examples': float(bad)} if bad else {})
 
+  @property
+  def draws(self) -> bool:
+    """Whether the stage draws pictures; reads the files that it draws with.
+
+    Raises:
+      UserError: if a file of them is missing or damaged.
+    """
+    return self._painter is not None
+
+  @numerics.fixed()
   def pictures(self, params, batch) -> dict[str, np.ndarray]:
     """Pictures for a few examples, drawn on the mesh, where all processes take part.
 

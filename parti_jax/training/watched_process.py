@@ -7,6 +7,7 @@ its parent can.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import mmap
@@ -53,7 +54,7 @@ class WatchedProcess:
 
   @contextlib.contextmanager
   def failures(self) -> Iterator[None]:
-    """In the child: an error in here gets its own message, and then the child has to end.
+    """In the child: an error in here gets its own message, and then the parent ends the child.
 
     Left to itself it may wait at its end for the other processes, which wait for it.
     """
@@ -61,6 +62,10 @@ class WatchedProcess:
       yield
     except BaseException as error:
       self._shared[1] = _exit_status(error)
+      if isinstance(error, Exception):
+        # JAX would enter a barrier at exit, and the others would be told of that barrier's failure
+        # and not of this process. What is registered last runs first, after the error is printed.
+        atexit.register(time.sleep, 2 * _SECONDS_TO_END)
       raise
 
   def fork(self, explain: Callable[[str], str]) -> int | None:

@@ -4,6 +4,7 @@ import io
 import json
 import pathlib
 import sys
+import tarfile
 
 import gin
 import pytest
@@ -25,6 +26,28 @@ def encoded(color, size=(8, 8), image_format='png', **kwargs) -> bytes:
 def encode():
   """The function `encoded`."""
   return encoded
+
+
+def tarred(files, mode='w', tar_format=tarfile.GNU_FORMAT) -> bytes:
+  """Returns a tar of files, pairs of a name and its content."""
+  data = io.BytesIO()
+  with tarfile.open(fileobj=data, mode=mode, format=tar_format) as shard:
+    for name, content in files:
+      member = tarfile.TarInfo(name)
+      member.size = len(content)
+      shard.addfile(member, io.BytesIO(content))
+  return data.getvalue()
+
+
+@pytest.fixture
+def write_tar():
+  """Writes a tar of files to a path, which it returns."""
+
+  def write(path, files):
+    path.write_bytes(tarred(files))
+    return path
+
+  return write
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import tracemalloc
 import warnings
 import zlib
 
@@ -244,10 +245,28 @@ def test_too_many_bytes(monkeypatch):
 
 
 def test_metadata_that_unpacks_to_too_much():
-  packed = zlib.compress(bytes(2**23))
+  """It is ignored, and never unpacked."""
+  packed = zlib.compress(bytes(2**26))
   for kind, content in ((b'iCCP', b'p\0\0' + packed), (b'zTXt', b'k\0\0' + packed)):
-    with pytest.raises(UndecodablePicture):
-      decode(_png(8, 8, 8, 0, bytes(72), _chunk(kind, content)), 8)
+    tracemalloc.start()
+    _assert_color(_png(8, 8, 8, 0, bytes([0, *[77] * 8]) * 8, _chunk(kind, content)), (77,) * 3, 0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**24
+
+
+@pytest.mark.parametrize('kind, content', [
+    (b'iCCP', b''), (b'iCCP', b'p\0\1'), (b'iCCP', b'p\0\0not zlib'), (b'zTXt', b'k\0\1x'),
+    (b'pHYs', b'ab'), (b'gAMA', b'a'), (b'cHRM', b'a'), (b'sRGB', b''), (b'acTL', b'x'),
+    (b'fcTL', b'x'), (b'tEXt', b''), (b'iTXt', b'k\0\1\0\0\0x')])
+def test_metadata_that_is_nonsense_is_ignored(kind, content):
+  rows = bytes([0, *[7] * 8]) * 8
+  exif = Image.Exif()
+  exif[0x0112] = 3
+  more = _chunk(b'eXIf', exif.tobytes()[6:]) + _chunk(kind, content)
+  image, notes = decoding.decode_and_note(_png(8, 8, 8, 0, rows[:-1] + b'\xff', more), 8)
+  assert (image[0, 0] == 255).all() and (image[1:] == 7).all()
+  assert notes == (['unusable colour profile ignored'] if kind == b'iCCP' else [])
 
 
 @pytest.mark.parametrize('exif', [b'Exif\0\0nonsense', b'Exif\0\0II*\0\xff\xff\xff\xff',

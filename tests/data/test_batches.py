@@ -11,6 +11,7 @@ import seqio
 from parti_jax.data import decoding
 from parti_jax.data import tasks
 from parti_jax.data.batches import Batches
+from parti_jax.data.quiet_tensorflow import tf
 from parti_jax.errors import UserError
 
 IMAGES = {'images': 8}
@@ -68,11 +69,11 @@ def test_seed_decides(numbered):
 def test_resumes_as_if_uninterrupted(numbered, taken):
   numbered(7)
   gin.parse_config('drop_text.rate = 0.5')
-  uninterrupted = Batches('folder_pairs', 'train', 3, PAIRS, seed=5)
+  uninterrupted = Batches('folder_pairs', 'train', 3, PAIRS, seed=5, training=True)
   for _ in range(taken):
     next(uninterrupted)
   state = json.loads(json.dumps(uninterrupted.state()))
-  resumed = Batches('folder_pairs', 'train', 3, PAIRS, seed=5)
+  resumed = Batches('folder_pairs', 'train', 3, PAIRS, seed=5, training=True)
   next(resumed)
   resumed.restore(state)
   for _ in range(4):
@@ -94,7 +95,7 @@ def test_shares_of_an_epoch(numbered, shuffle):
 
 def test_text_is_dropped_for_a_tenth_where_gin_says_nothing(numbered):
   numbered(200)
-  batches = Batches('folder_pairs', 'train', 200, PAIRS)
+  batches = Batches('folder_pairs', 'train', 200, PAIRS, training=True)
   empty = [(next(batches)['encoder_input_tokens'][:, 0] == 1).sum() for _ in range(3)]
   assert 35 <= sum(empty) <= 85
 
@@ -103,7 +104,7 @@ def test_text_is_dropped_at_the_rate(numbered):
   numbered(200)
   gin.parse_config('drop_text.rate = 0.3')
   dropped = collections.Counter()
-  batches = Batches('folder_pairs', 'train', 200, PAIRS)
+  batches = Batches('folder_pairs', 'train', 200, PAIRS, training=True)
   for _ in range(3):
     batch = next(batches)
     empty = (batch['encoder_input_tokens'] == [1] + [0] * 15).all(1)
@@ -113,11 +114,23 @@ def test_text_is_dropped_at_the_rate(numbered):
   assert len(dropped) > 90
 
 
-def test_text_is_kept_outside_of_training(numbered):
-  numbered(50)
-  gin.parse_config("folder.splits = {'validation': 'captions.jsonl'}\ndrop_text.rate = 1.0")
-  batch = next(Batches('folder_pairs', 'validation', 50, PAIRS))
-  assert (batch['encoder_input_tokens'][:, 1] > 2).all()
+@pytest.mark.parametrize('split', ['train', 'train2017', 'validation', 'test'])
+@pytest.mark.parametrize('training', [True, False])
+def test_text_is_dropped_by_who_trains_whatever_the_split_is_called(numbered, split, training):
+  numbered(20)
+  gin.parse_config(f"folder.splits = {{'{split}': 'captions.jsonl'}}\ndrop_text.rate = 1.0")
+  batch = next(Batches('folder_pairs', split, 20, PAIRS, training=training))
+  empty = (batch['encoder_input_tokens'] == [1] + [0] * 15).all(1)
+  assert empty.all() if training else not empty.any()
+
+
+@pytest.mark.parametrize('rate', [-0.1, 1.1, float('nan'), '0.1', None, True])
+def test_rates_that_are_no_share(numbered, rate):
+  numbered(2)
+  with gin.unlock_config():
+    gin.bind_parameter('drop_text.rate', rate)
+  with pytest.raises(UserError, match=r'drop_text\.rate=.* must be a number from 0 to 1'):
+    Batches('folder_pairs', 'train', 2, PAIRS)
 
 
 def test_long_captions_are_counted(numbered, caplog):
@@ -162,8 +175,10 @@ def test_going_on_decodes_no_earlier_example(folder, encode, monkeypatch):
     next(before)
   place = before.state()
   list(before)  # It must not decode in advance while it is counted.
-  decoded, decode = [], decoding.decode
-  monkeypatch.setattr(decoding, 'decode', lambda *args: decoded.append(1) or decode(*args))
+  decoded, decode = [], decoding.decode_and_note
+  monkeypatch.setattr(
+      decoding, 'decode_and_note',
+      lambda *args, **kwargs: decoded.append(1) or decode(*args, **kwargs))
   resumed = Batches('folder_pairs', 'train', 2, PAIRS, num_epochs=1)
   list(resumed)
   whole = len(decoded)
@@ -183,6 +198,39 @@ def test_a_place_of_before_there_were_numbers(folder, encode):
   _assert_equal(next(resumed), read[2])
   resumed.restore(resumed.state())
   _assert_equal(next(resumed), read[3])
+
+
+def test_no_batch_comes_once_closed(numbered):
+  numbered(5)
+  with Batches('folder_images', 'train', 2, IMAGES) as batches:
+    next(batches)
+    state = batches.state()
+  with pytest.raises(ValueError, match='closed'):
+    next(batches)
+  assert batches.state() == state
+  batches.restore(state)
+  next(batches)
+  batches.close()
+
+
+def test_an_error_of_the_program_in_a_data_thread_is_not_the_datas(numbered, monkeypatch):
+  numbered(5)
+  monkeypatch.setattr(decoding, 'decode', lambda *_: 1 // 0)
+  with pytest.raises(tf.errors.OpError, match='ZeroDivisionError'):
+    next(Batches('folder_images', 'train', 2, IMAGES))
+
+
+def test_an_error_of_the_data_in_a_data_thread_is_one_line(numbered, monkeypatch):
+  numbered(5)
+
+  def decode(*_):
+    raise UserError('s3://bucket/a.png cannot be read: no credentials')
+
+  monkeypatch.setattr(decoding, 'decode', decode)
+  with pytest.raises(UserError) as found:
+    next(Batches('folder_images', 'train', 2, IMAGES))
+  assert str(found.value) == ('folder_images, train: reading failed: s3://bucket/a.png cannot be '
+                              'read: no credentials')
 
 
 @pytest.mark.parametrize('lengths, message', [

@@ -15,7 +15,9 @@ LENGTHS = {'inputs': 16}
     (b'\xef\xbb\xbf', 'no caption'),
     (b'caf\xe9', 'caption not UTF-8'),
     (b'a dog \xed\xa0\x80', 'caption not UTF-8'),
-    ('a dog'.encode('utf-16'), 'caption not UTF-8'),
+    (b'\xff\xfea\0\0\xd8', 'caption not UTF-16'),
+    ('a dog'.encode('utf-16-le'), 'caption of control characters'),
+    (captions.NOT_TEXT, 'caption that is not a text'),
     (bytes(range(1, 32)), 'caption of control characters'),
     (b'a\0\0\0d\0\0\0', 'caption of control characters'),
 ])
@@ -27,6 +29,9 @@ def test_unusable(data, reason):
 @pytest.mark.parametrize('data, text', [
     (b'  a dog\n', 'a dog'),
     (b'\xef\xbb\xbfa dog', 'a dog'),
+    ('a dog\n'.encode('utf-16'), 'a dog'),
+    (b'\xfe\xff' + 'ein Bär'.encode('utf-16-be'), 'ein Bär'),
+    ('ein Bär'.encode('utf-32'), 'ein Bär'),
     ('ein Bär'.encode(), 'ein Bär'),
     ('\u202eabc\u202c'.encode(), '\u202eabc\u202c'),
     ('\U0001f469\u200d\U0001f692'.encode(), '\U0001f469\u200d\U0001f692'),
@@ -46,11 +51,17 @@ def test_huge_captions_are_cut_between_characters():
   text, changes = captions.clean(('x' + 'ä' * 5_000_000).encode())
   assert text == 'x' + 'ä' * (captions.MAX_BYTES // 2 - 1)
   assert changes == ['caption cut to 65,536 bytes']
+  text, changes = captions.clean(('\U0001f692' * 5_000_000).encode('utf-16'))
+  assert text == '\U0001f692' * (captions.MAX_BYTES // 4 - 1)
+  assert changes == ['caption cut to 65,536 bytes']
 
 
 def test_json():
   assert captions.from_json('Bär') == 'Bär'.encode()
-  assert captions.from_json(7) == captions.from_json(None) == b''
+  assert captions.from_json(None) == b''
+  for value in (7, 0.5, True, ['a dog'], {'text': 'a dog'}):
+    with pytest.raises(captions.UnusableCaption, match='^caption that is not a text$'):
+      captions.clean(captions.from_json(value))
   with pytest.raises(captions.UnusableCaption, match='not UTF-8'):
     captions.clean(captions.from_json('half a pair \ud83d'))
 

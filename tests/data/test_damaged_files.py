@@ -14,7 +14,7 @@ import pytest
 import tensorflow as tf
 
 from parti_jax.data import (
-    decoding, example_files, folder_index, tar_members, tar_shards, tasks, tfrecords,
+    captions, decoding, example_files, folder_index, tar_members, tar_shards, tasks, tfrecords,
     vocabulary_command)
 from parti_jax.data.batches import Batches
 from parti_jax.data.example_files import Damaged
@@ -165,8 +165,8 @@ def tar(tmp_path):
   return write
 
 
-def _samples(path):
-  return _read(lambda file: tar_shards.samples(file, 'caption'), str(path))
+def _samples(path, caption_key=None):
+  return _read(lambda file: tar_shards.samples(file, caption_key), str(path))
 
 
 def _files(count):
@@ -281,7 +281,8 @@ def test_shards_one_behind_the_other(tar):
 
 @pytest.mark.parametrize('content, caption', [
     (b'{"caption": "B\\u00e4r"}', 'Bär'.encode()), (b'{"caption": "\\ud83d"}', b'\xed\xa0\xbd'),
-    (b'{"caption": 7}', b''), (b'[1]', b''), (b'\xff', b''), (b'[' * 100_000, b''),
+    (b'{"caption": 7}', captions.NOT_TEXT), (b'{"caption": null}', b''), (b'[1]', b''),
+    (b'\xff', b''), (b'[' * 100_000, b''),
     (b'{"other": "a"}', b'')])
 def test_captions_in_json(tar, content, caption):
   assert _samples(tar([('0.jpg', b'0'), ('0.json', content)])) == [
@@ -351,7 +352,8 @@ def test_paths_within_the_folder(tmp_path, encode):
 
 def test_lines_of_captions_files_that_are_no_json(tmp_path):
   for content, message in (
-      (b'\xff\xfe', 'cannot be read'), (b'[' * 100_000, 'line 1: no JSON that can be read'),
+      (b'\xff{', 'cannot be read'), (b'\xff\xfe{', 'cannot be read'),
+      (b'[' * 100_000, 'line 1: no JSON that can be read'),
       (b'{"file": ' + b'1' * 10_000 + b'}', 'line 1: no JSON that can be read')):
     (tmp_path / 'captions.jsonl').write_bytes(content)
     with pytest.raises(UserError, match=message):

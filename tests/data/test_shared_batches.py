@@ -90,14 +90,13 @@ def test_shares_that_do_not_fit(numbered):
     _open(shares=2).restore({'places': [[0, 0]] * 4})
 
 
-def test_texts_of_another_vocabulary_are_not_gone_on_with(numbered):
+def test_the_vocabulary_is_known_by_its_fingerprint(numbered):
   numbered(4)
   pairs = SharedBatches('folder_pairs', 'train', 2, {'inputs': 8, **IMAGES})
-  state = pairs.state()
-  assert state['vocabulary'] == tasks.get_vocabulary().fingerprint
-  pairs.restore(state)
-  with pytest.raises(UserError, match='another vocabulary .0123.*set vocabulary.path'):
-    pairs.restore({**state, 'vocabulary': '0123'})
+  found = pairs.fingerprints
+  assert found['vocabulary'].value == tasks.get_vocabulary().fingerprint
+  assert found['vocabulary'].name == f'vocabulary.path={tasks.get_vocabulary().path!r}'
+  assert found['tokenizer'] is None
 
 
 def test_a_share_without_examples_is_an_error(numbered):

@@ -109,9 +109,7 @@ def test_folder_with_other_columns_and_splits(tmp_path, encode):
 
 
 @pytest.mark.parametrize('line, message', [
-    ('{"file": "000.img"}', r"line 2: no text in column 'caption'; its columns are file "),
     ('{"caption": "a", "name": "b"}', "line 2: no text in column 'file'; its columns are caption"),
-    ('{"file": "000.img", "caption": 7}', "line 2: no text in column 'caption'"),
     ('{"file": "none.png", "caption": "a"}', 'line 2: picture .*none.png does not exist'),
     ('000.img a dog', 'line 2: no JSON'),
     ('["000.img", "a dog"]', 'line 2: no JSON object'),
@@ -156,7 +154,7 @@ def test_tfrecords(tfrecords, encode):
 
 def test_tfrecords_with_other_keys(tfrecords, encode):
   tfrecords([('red circle', encode(RED))], 'image/encoded', 'text')
-  with pytest.raises(UserError, match=r"no 'image' in the first record .*image/encoded, text "
+  with pytest.raises(UserError, match=r"no 'image' in the first records of .*image/encoded, text "
                                       r'\(gin: tfrecord.image_key\)'):
     Batches('images', 'train', 1, {'images': 8})
   with gin.unlock_config():

@@ -79,11 +79,11 @@ def test_texts_of_tfrecords_need_no_pictures(tmp_path):
   config.parse(['gin_configs/tasks/tfrecord.gin'],
                [f"tfrecord.path = '{tmp_path}'", "tfrecord.caption_key = 'text'"])
   assert sorted(_read()[0]) == sorted(TEXTS)
-  with pytest.raises(UserError, match=r"no 'image' in the first record.*tfrecord\.image_key"):
+  with pytest.raises(UserError, match=r"no 'image' in the first records.*tfrecord\.image_key"):
     Batches('images', 'train', 1, {'images': 8})
   with gin.unlock_config():
     gin.parse_config("tfrecord.caption_key = 'caption'")
-  with pytest.raises(UserError, match=r"no 'caption' in the first record.*tfrecord\.caption_key"):
+  with pytest.raises(UserError, match=r"no 'caption' in the first records.*tfrecord\.caption_key"):
     _read()
 
 

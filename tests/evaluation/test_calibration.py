@@ -104,7 +104,27 @@ def test_the_command_finds_the_threshold_and_resumes(pipeline, tmp_path, capsys)
     run(*arguments, '--seed', '1')
 
 
+def test_too_few_prompts_are_said_before_anything_is_drawn(pipeline, tmp_path, capsys):
+  output = ('--output', str(tmp_path / 'calibration.json'))
+  run('--split', 'train', '--max_prompts', '3', '--candidates', '0.9', '--num_images', '1', *output)
+  assert 'warning: 3 prompts are too few for --tolerance=0.05' in capsys.readouterr().err
+  pipeline.generated.clear()
+  with pytest.raises(UserError, match='tone_right: none of the 2 prompts can be judged'):
+    run('--split', 'validation', '--measure', 'tone_right', *output)
+  assert not pipeline.generated
+
+
+def test_thresholds_that_look_alike_are_measured_apart(pipeline, tmp_path):
+  output = tmp_path / 'calibration.json'
+  run('--split', 'train', '--candidates', '0.99999999', '0.9000001', '0.9', '--num_images', '1',
+      '--tolerance', '0.9', '--output', str(output))
+  measured = json.loads(output.read_text())['measured']
+  assert measured.keys() == {'1', '0.99999999', '0.9000001', '0.9'}
+
+
 @pytest.mark.parametrize('arguments, message', [
+    (('--seed', '4294967296'), '--seed=4294967296'), (('--candidates', 'nan'), '--candidates: nan'),
+    (('--tolerance', 'nan'), '--tolerance=nan'), (('--num_images', '3000000000'), '--num_images='),
     (('--risk', '0'), '--risk=0'), (('--candidates', '1'), '--candidates: 1'),
     (('--measure', 'ranker'), 'no ranker'), (('--prompts_file', 'x.txt'), '--measure=ranker'),
     (('--split', 'test'), 'unknown split')])

@@ -79,14 +79,57 @@ def test_coco_pictures_that_are_not_there_are_counted(tmp_path):
 @pytest.mark.parametrize('changes, message', [
     ({'images': None}, "no list 'images'"),
     ({'annotations': []}, "its list 'annotations' is empty"),
-    ({'annotations': [{'image_id': 100}]}, "annotations, entry 1: no text 'caption'"),
-    ({'annotations': [{'image_id': 100, 'caption': ' '}]}, 'entry 1: the caption is empty'),
+    ({'annotations': [{'image_id': 100}]}, r'no caption that can be used \(1 no caption\)'),
+    ({'annotations': [{'image_id': 100, 'caption': ' '}]}, 'no caption that can be used'),
     ({'annotations': [{'image_id': 7, 'caption': 'a'}]}, 'image_id 7 is not among its images'),
-    ({'images': [{'id': 'x', 'file_name': 'a'}]}, "images, entry 1: no whole number 'id'"),
+    ({'annotations': [{'image_id': None, 'caption': 'a'}]}, "entry 1: no whole .* 'image_id'"),
+    ({'annotations': ['a']}, "annotations, entry 1: no whole number or text 'image_id'"),
+    ({'images': [{'id': True, 'file_name': 'a'}]}, "images, entry 1: no whole number .* 'id'"),
+    ({'images': [{'id': 1.5, 'file_name': 'a'}]}, "images, entry 1: no whole number .* 'id'"),
+    ({'images': [{'id': 1}]}, "images, entry 1: no text 'file_name'"),
+    ({'images': [{'id': 1, 'file_name': 'a'}, {'id': '1', 'file_name': 'b'}]},
+     "images, entry 2: the id 1 is that of 'a' already"),
+    ({'images': [{'id': 1, 'file_name': '../a.jpg'}]}, r"file_name '\.\./a.jpg' is no path within"),
+    ({'images': [{'id': 1, 'file_name': 'a/../../b'}]}, 'is no path within the folder'),
+    ({'images': [{'id': 1, 'file_name': '/etc/passwd'}]}, 'is no path within the folder'),
+    ({'images': [{'id': 1, 'file_name': 'a\0b'}]}, 'is no path within the folder'),
+    ({'images': [{'id': 1, 'file_name': '\ud83d'}]}, 'is no path within the folder'),
 ])
 def test_coco_files_of_another_form(tmp_path, changes, message):
   with pytest.raises(UserError, match=message):
     coco.read(*coco_files(tmp_path, **changes), limit=4, seed=0)
+
+
+def test_coco_captions_that_are_none_are_left_out_and_counted(tmp_path):
+  values = ['100, 0', ' ', '', None, ['100, 0'], {'raw': 'a'}, 7, 'half a pair \ud83d']
+  annotations = [{'image_id': 100, 'caption': value} for value in values] + [{'image_id': 100}]
+  captioned = coco.read(*coco_files(tmp_path, annotations=annotations), limit=9, seed=0)
+  assert captioned.captions == ['100, 0'] and captioned.available == 1
+  assert captioned.skipped == {
+      'no caption': 4, 'caption that is not a text': 3, 'caption not UTF-8': 1}
+
+
+def test_coco_ids_and_folders(tmp_path):
+  """Ids are numbers or texts; the name of a file may lead into folders."""
+  (tmp_path / 'photos' / 'val' / 'a').mkdir(parents=True)
+  for shade, name in ((10, 'val/a/1.jpg'), (20, 'val/1.jpg'), (30, '1.jpg')):
+    write_picture(tmp_path / 'photos' / name, shade)
+  content = {
+      'images': [{'id': 7, 'file_name': 'val/a/1.jpg'}, {'id': '8', 'file_name': 'val/1.jpg'},
+                 {'id': 'x9', 'file_name': '1.jpg'}, {'id': 10, 'file_name': 'val/none.jpg'},
+                 {'id': 11, 'file_name': 'val/a'}],
+      'annotations': [{'image_id': identity, 'caption': caption} for identity, caption in (
+          ('7', '10'), (8, '20'), ('x9', '30'), (10, 'not there'), (11, 'a folder'))]}
+  path = tmp_path / 'annotations.json'
+  # As Windows' programs write it.
+  path.write_bytes(b'\xef\xbb\xbf' + json.dumps(content).encode())
+  captioned = coco.read(str(path), str(tmp_path / 'photos'), 9, 0)
+  assert captioned.skipped == {'no picture file': 2}
+  encoded = list(captioned.pictures.encoded())
+  shown = {caption: np.asarray(Image.open(io.BytesIO(encoded[picture]))).mean()
+           for caption, picture in zip(captioned.captions, captioned.picture_of)}
+  assert shown.keys() == {'10', '20', '30'}
+  assert all(abs(shade - int(caption)) < 2 for caption, shade in shown.items())
 
 
 def test_coco_files_that_cannot_be_read(tmp_path):
@@ -96,6 +139,9 @@ def test_coco_files_that_cannot_be_read(tmp_path):
   with pytest.raises(UserError, match='--pictures .*nothing cannot be read'):
     coco.read(annotations, str(tmp_path / 'nothing'), 4, 0)
   (tmp_path / 'captions_val2014.json').write_text('{"images": [')
+  with pytest.raises(UserError, match='is no JSON'):
+    coco.read(annotations, pictures, 4, 0)
+  (tmp_path / 'captions_val2014.json').write_text('[' * 100_000)
   with pytest.raises(UserError, match='is no JSON'):
     coco.read(annotations, pictures, 4, 0)
 
@@ -113,6 +159,7 @@ def test_coco_of_tensorflow_datasets(tmp_path):
       disable_shuffling=True)
   captioned = coco.read_tfds(str(tmp_path), 9, 0)
   assert captioned.available == 12 and len(captioned.captions) == 9
+  assert captioned.skipped == {'no caption': 6}
   encoded = list(captioned.pictures.encoded())
   assert len(encoded) == len(captioned.pictures) == 6  # No picture of train.
   for caption, picture in zip(captioned.captions, captioned.picture_of):
@@ -124,7 +171,8 @@ def tfds_example(shade):
   return {
       'image': np.full((10, 20, 3), shade, np.uint8), 'image/filename': f'{shade}.jpg',
       'image/id': shade, 'objects': [],
-      'captions': [{'text': f'{shade}, {turn}', 'id': turn} for turn in range(2)]}
+      'captions': [{'text': f'{shade}, {turn}' if turn < 2 else ' ', 'id': turn}
+                   for turn in range(3)]}
 
 
 def narratives(folder, lines):
@@ -152,12 +200,29 @@ def test_narratives_of_coco_pictures(tmp_path):
   assert len(captioned.pictures) == 3 and captioned.skipped == {'no picture file': 1}
 
 
+@pytest.mark.parametrize('encoding', ['utf-8-sig', 'utf-16'])
+def test_narratives_with_other_ids_endings_and_captions(tmp_path, encoding):
+  rows = [{'image_id': 7, 'caption': 'A\u2028dog.'}, {'image_id': 'ADE_1', 'caption': 'A cat.'},
+          {'image_id': 7, 'caption': None}, {'image_id': 7, 'caption': ['A dog.']},
+          {'image_id': 7}, {'image_id': 7, 'caption': ' '}]
+  path = tmp_path / 'narratives.jsonl'
+  path.write_text('\r\n'.join(json.dumps(row, ensure_ascii=False) for row in rows),
+                  encoding=encoding)
+  write_picture(tmp_path / '7.JPG')
+  write_picture(tmp_path / 'ADE_1.jpeg')
+  captioned = localized_narratives.read(str(path), str(tmp_path), 9, 0)
+  assert pairs(captioned) == {'A\u2028dog.': '7.JPG', 'A cat.': 'ADE_1.jpeg'}
+  assert captioned.skipped == {'no caption': 3, 'caption that is not a text': 1}
+
+
 @pytest.mark.parametrize('lines, message', [
     (['{"image_id": "1", "caption": "a"}', '{'], 'line 2: no JSON'),
-    ([{'image_id': '1', 'caption': ''}], "line 1: no text 'caption'"),
-    ([{'image_id': 1, 'caption': 'a'}], "line 1: no text 'image_id'"),
-    (['[]'], "line 1: no text 'image_id'"),
-    ([''], 'has no narrative'),
+    (['[' * 100_000], 'line 1: no JSON'),
+    ([{'image_id': '1', 'caption': ''}], r'no caption that can be used \(1 no caption\)'),
+    ([{'image_id': 1.5, 'caption': 'a'}], "line 1: no whole number or text 'image_id'"),
+    ([{'caption': 'a'}], "line 1: no whole number or text 'image_id'"),
+    (['[]'], 'line 1: no JSON object'),
+    ([''], r'no caption that can be used \(it is empty\)'),
 ])
 def test_narratives_of_another_form(tmp_path, lines, message):
   with pytest.raises(UserError, match=message):

@@ -77,6 +77,68 @@ def test_few_pictures_have_no_manifold():
   assert header == ['', 'pictures', 'against', 'Fréchet distance'] and first[1:3] == ['3', '3']
 
 
+def random_sets(pictures, dim=4, logits=None, captions=True, seed=0):
+  """Sets of a caption and a generated picture for each of some real pictures."""
+  rng = np.random.default_rng(seed)
+  drawn = lambda: features.Features(
+      rng.normal(size=(pictures, dim)).astype(np.float32),
+      logits and rng.normal(size=(pictures, logits)).astype(np.float32))
+  texts = rng.normal(size=(pictures, dim)).astype(np.float32) if captions else None
+  every = np.arange(pictures)
+  return distribution.Sets(drawn(), drawn(), drawn(), every, every, texts)
+
+
+def test_enough_pictures_need_no_remark():
+  table = distribution.measure('fake', random_sets(200))
+  assert list(table.remarks) == [] and list(table.rows) == list(distribution.ROWS)
+  assert distribution_report.text(table).count('\n') == len(distribution.ROWS) + 1
+
+
+@pytest.mark.parametrize('pictures, dim, remarks', [
+    (1, 4, ['Left out for too few', 'Halves: left out', 'Alignment: over fewer than 30']),
+    (3, 2, ['Left out for too few', 'Halves: left out', 'Alignment: over fewer than 30']),
+    (4, 4, ['Fréchet distance: not more pictures than the 4', 'Precision, recall', 'Halves',
+            'Alignment']),
+    (99, 2, ['Precision, recall: fewer than 100 pictures say little']),
+    (250, 130, ['Fréchet distance: not more pictures than the 130 features'])])
+def test_what_is_of_too_few_pictures_is_said(pictures, dim, remarks):
+  table = distribution.measure('fake', random_sets(pictures, dim))
+  text, markdown = distribution_report.text(table), distribution_report.markdown(table)
+  for remark in remarks:
+    assert sum(said.startswith(remark) for said in table.remarks) == 1, table.remarks
+    assert f'\n{remark}' in text and f'\n\n{remark}' in markdown
+  assert all(value is None or np.isfinite(value) for row in table.rows.values()
+             for value in (row.frechet_distance, row.precision, row.recall))
+
+
+def test_rows_of_halves_are_named_with_their_numbers():
+  remark, = distribution.measure('fake', random_sets(250, 130)).remarks
+  assert 'generated for one half, against the other: 125' in remark
+  assert 'real pictures of one half, against the other: 125' in remark and ': 250' not in remark
+
+
+def test_one_picture_has_no_captions_of_others():
+  rows = distribution.measure('fake', random_sets(1)).rows
+  assert list(rows) == ['generated', 'reconstruction', 'real']
+  assert rows['generated'].alignment.error is None
+  assert rows['generated'].frechet_distance is None and rows['generated'].precision is None
+
+
+@pytest.mark.parametrize('pictures', [10, 11, 100, 499])
+def test_few_pictures_have_no_inception_score(pictures, monkeypatch):
+  monkeypatch.setattr(distribution, '_distance', lambda pictures, real: 1.0)  # Needs no torch.
+  table = distribution.measure('fake', random_sets(pictures, logits=10, captions=False))
+  assert all(row.inception_score is None for row in table.rows.values())
+  assert any(remark.startswith('Inception score: left out of fewer than 500 pictures (generated: ')
+             for remark in table.remarks)
+  assert 'inception score' not in distribution_report.text(table)
+
+
+def test_the_note_says_what_grows_with_the_number_of_pictures():
+  note = distribution_report.NOTE.split('Inception score')[1]
+  assert 'it grows with the number of pictures' in note
+
+
 def test_the_table_names_its_features_and_leaves_out_empty_columns(sets):
   table = distribution.measure('the fake network', sets)
   text, markdown = distribution_report.text(table), distribution_report.markdown(table)
@@ -92,7 +154,7 @@ def test_logits_give_an_inception_score():
   sure = features.Features(np.random.default_rng(0).normal(size=(500, 4)), logits)
   found = distribution._inception_score(sure)
   assert 9 < found.mean <= 10 and found.error < 0.5
-  assert distribution._inception_score(sure[:5]) is None
+  assert distribution._inception_score(sure[:499]) is None
   other = features.Features(sure.values + 1, logits)
   assert distribution._distance(sure, other) == pytest.approx(
       frechet.frechet_distance(sure.values, other.values), rel=1e-5)

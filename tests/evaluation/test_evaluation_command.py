@@ -55,6 +55,10 @@ def test_prints_the_table_and_writes_reports_and_sheets(pipeline, tmp_path, caps
     (['--train_prompts', '0'], '--train_prompts'),
     (['--batch_size', '0'], '--batch_size'),
     (['--seed', '-1'], '--seed must not be negative'),
+    (['--seed', '4294967296'], '--seed=4294967296 must be a whole number from 0 to 4294967295'),
+    (['--image_size', '1000000'], '--image_size=1000000 must be a whole number from 1 to 4096'),
+    (['--num_images', '3000000000'], '--num_images=3000000000 must be'),
+    (['--top_p', '2'], 'top_p=2'),
 ])
 def test_bad_flags_leave_nothing(pipeline, tmp_path, arguments, message):
   folder = tmp_path / 'folder'

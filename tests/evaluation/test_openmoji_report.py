@@ -92,6 +92,23 @@ def test_the_share_and_its_standard_error_over_prompts():
   assert report_lib.Metric.of(np.ones((1, 4), bool)).standard_error is None
 
 
+def test_few_prompts_are_said_to_be_few():
+  report = evaluate(draw_right, splits=['train', 'validation'], num_images=1)
+  # Of the 38 prompts of train 32 have another tone; 2 of validation.
+  assert report.splits[0].remarks() == []
+  remark, = report.splits[1].remarks()
+  assert remark.endswith('(fewest prompts of a row: name top 1: 2, name top 5: 2).')
+  assert remark in report.text() and remark in report.markdown()
+  assert json.loads(report.json())['splits'][1]['remarks'] == [remark]
+
+
+@pytest.mark.parametrize('changes', [
+    {'num_images': 1.5}, {'num_images': '1'}, {'max_prompts': True}, {'train_prompts': 2**40}])
+def test_numbers_that_can_not_be(changes):
+  with pytest.raises(UserError, match=f'^{next(iter(changes))}=.* must be a whole number'):
+    evaluate(draw_right, **changes)
+
+
 def test_the_share_of_the_ceiling():
   class Halving(fakes.FakePipeline):
     def reconstruct(self, images):

@@ -4,6 +4,7 @@ import argparse
 import html.parser
 import json
 import os
+import re
 
 import evaluation_fakes as fakes
 import numpy as np
@@ -126,6 +127,42 @@ def test_goes_on_where_it_was_stopped(pipeline, flags, tmp_path, monkeypatch):
     run(*flags, '--num_images=2')
 
 
+CATEGORIES = ['動物', '食べ物', 'Food & Drink', 'Food, Drink', 'Cat', 'cat', 'Con', '../x', 'Words', '🍎',
+              '🍏', 'cafe\u0301', 'caf\u00e9']
+
+
+def test_every_category_and_challenge_has_a_sheet_and_a_place_of_its_own(pipeline, tmp_path):
+  path = tmp_path / 'prompts.tsv'
+  rows = [f'prompt {number}\t{category}\t{challenge}\t\n'
+          for number, category in enumerate(CATEGORIES) for challenge in ('A & B', 'A, B', '読み')]
+  path.write_text(HEADER + ''.join(rows), encoding='utf-8')
+  run(str(path), f'--output_dir={tmp_path}/out', '--num_images=1')
+  out = tmp_path / 'out'
+  sheets = {sheet.name.casefold() for sheet in out.glob('*.png')}
+  assert len(sheets) == len(CATEGORIES)
+  assert {'動物.png', '食べ物.png', 'words.png'} <= sheets and 'con.png' not in sheets
+  text = (out / 'index.html').read_text(encoding='utf-8')
+  ids = re.findall(' id="([^"]*)"', text)
+  assert len(set(ids)) == len(ids) and len(re.findall('<h3 ', text)) == 3 * len(CATEGORIES)
+  page = Page(out / 'index.html')
+  links = [link[1:] for link in page.links if link.startswith('#')]
+  assert len(set(links)) == len(CATEGORIES) and set(links) <= page.anchors
+  assert set(re.findall("getElementById\\('([^']*)'\\)", text)) <= set(ids)
+
+
+def test_a_run_goes_on_with_folders_that_have_other_words(pipeline, tmp_path):
+  path = tmp_path / 'prompts.tsv'
+  path.write_text(HEADER + '赤いりんご\t食べ物\t基本\t\nbond\tAbstract\tBasic\t\n', encoding='utf-8')
+  flags = [str(path), f'--output_dir={tmp_path}/out', '--num_images=1']
+  run(*flags)
+  pictures = tmp_path / 'out' / 'pictures'
+  folder, = pictures.glob('0001_*')
+  assert folder.name.startswith('0001_赤いりんご_')
+  folder.rename(pictures / folder.name.replace('赤いりんご', 'picture'))
+  run(*flags)
+  assert pipeline.generated == [['赤いりんご', 'bond']]
+
+
 def test_only_the_first_prompts(pipeline, flags, tmp_path):
   run(*flags, '--max_prompts=1')
   assert pipeline.generated == [['bond']]
@@ -164,6 +201,14 @@ def test_files_of_another_form(pipeline, tmp_path, content, message):
   with pytest.raises(UserError, match=f'bad.tsv.*{message}'):
     run(str(path), f'--output_dir={tmp_path}/out')
   assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('content', ['', '[]', '5', '[' * 10**5])
+def test_a_folder_whose_claim_is_damaged(pipeline, flags, tmp_path, content):
+  (tmp_path / 'out').mkdir()
+  (tmp_path / 'out' / 'run.json').write_text(content)
+  with pytest.raises(UserError, match='run.json is damaged; name another --output_dir'):
+    run(*flags)
 
 
 def test_a_file_that_is_not_there(pipeline):

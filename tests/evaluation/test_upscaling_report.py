@@ -56,11 +56,21 @@ def test_the_table_and_the_json_say_the_same():
   json.dumps(report.json())
 
 
+@pytest.mark.parametrize('count', [1, 2, 3])
+def test_a_few_pictures_are_said_to_be_few_and_shown(count):
+  report, sample = upscaling_report.evaluate(fake(blocks), iter(pictures(count)))
+  assert 'over fewer than 30 pictures are rough' in report.text()
+  assert upscaling_report.sheet(sample).size == (min(2, count) * 4 * 8, 8)
+  report, _ = upscaling_report.evaluate(fake(blocks), iter(pictures(30)))
+  assert 'Standard errors' not in report.text()
+
+
 def test_no_picture():
   with pytest.raises(UserError, match='no picture'):
     upscaling_report.evaluate(fake(blocks), iter([]))
 
 
 def test_bad_flags(capsys):
-  assert main.main(['evaluate_upscaling', '--max_pictures=0']) == 2
-  assert '--max_pictures=0' in capsys.readouterr().err
+  for count in (0, 2**40):
+    assert main.main(['evaluate_upscaling', f'--max_pictures={count}']) == 2
+    assert f'--max_pictures={count}' in capsys.readouterr().err

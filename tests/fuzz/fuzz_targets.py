@@ -4,19 +4,24 @@ Anything else that is raised is a finding. `EXAMPLES` gives each target well-for
 with.
 """
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import struct
 import tarfile
 import tempfile
+import zlib
 
 import google_crc32c
 import numpy as np
-from PIL import Image
+import pyarrow
+from PIL import Image, ImageCms
 
 from parti_jax.data import (
-    captions, decoding, example_files, folder_index, tar_shards, tasks, tfrecords, token_cache)
+    captions, decoding, example_files, folder_index, tar_shards, tasks, text_files, tfrecords,
+    token_cache)
 from parti_jax.errors import UserError
 
 
@@ -38,15 +43,29 @@ def _check(elements) -> None:
 
 
 def tar(data: bytes) -> None:
-  _check(tar_shards.samples_in(io.BytesIO(data), 'caption'))
+  for caption_key in (None, 'caption'):
+    _check(tar_shards.samples_in(io.BytesIO(data), caption_key))
 
 
 def tfrecord(data: bytes) -> None:
   keys = {'picture': 'image', 'caption': 'caption'}
   _check(record if isinstance(record, example_files.Damaged) else tfrecords.parsed(record, keys)
-         for record in tfrecords.records(io.BytesIO(data)))
+         for record in tfrecords.records(tfrecords.unpacked(io.BytesIO(data))))
   # Damage is found by its checksum, so that the parser sees none of it but here.
   _check([tfrecords.parsed(data, keys)])
+
+
+def text_file(data: bytes) -> None:
+  with tempfile.NamedTemporaryFile() as file:
+    file.write(data)
+    file.flush()
+    _check(example_files.lines(file.name))
+    try:
+      lines = text_files.lines(text_files.read(file.name, 'a file'))
+    except UserError as error:
+      assert '\n' not in str(error)
+    else:
+      assert '\n' not in ''.join(lines)
 
 
 def caption(data: bytes) -> None:
@@ -94,7 +113,7 @@ def info(data: bytes) -> None:
 
 
 TARGETS = {target.__name__: target
-           for target in (picture, tar, tfrecord, caption, text, folder, info)}
+           for target in (picture, tar, tfrecord, text_file, caption, text, folder, info)}
 
 
 def _pictures():
@@ -102,14 +121,22 @@ def _pictures():
   image = Image.fromarray(noise)
   exif = Image.Exif()
   exif[0x0112] = 6
+  profile = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()
   for picture_format, mode, arguments in (
       ('jpeg', 'RGB', {'exif': exif}), ('jpeg', 'RGB', {'progressive': True}), ('jpeg', 'CMYK', {}),
-      ('jpeg', 'L', {}), ('png', 'RGBA', {}), ('png', 'P', {'transparency': 0}),
+      ('jpeg', 'L', {}), ('jpeg', 'RGB', {'restart_marker_blocks': 1}),
+      ('jpeg', 'RGB', {'icc_profile': profile}), ('png', 'L', {'icc_profile': profile}),
+      ('png', 'RGB', {'transparency': (1, 2, 3)}), ('png', 'RGBA', {}),
+      ('png', 'P', {'transparency': 0}),
       ('png', 'LA', {}), ('gif', 'P', {'transparency': 0}), ('webp', 'RGB', {}),
       ('webp', 'RGBA', {'lossless': True})):
     data = io.BytesIO()
     image.convert(mode).save(data, picture_format, **arguments)
     yield data.getvalue()
+    if picture_format == 'jpeg':
+      # Padded before its end and its last table.
+      padded = data.getvalue()[:-2] + bytes(9) + b'\xff\xd9'
+      yield padded.replace(b'\xff\xc4', bytes(3) + b'\xff\xc4')
   for picture_format in ('gif', 'webp', 'png'):
     data = io.BytesIO()
     image.save(data, picture_format, save_all=True, append_images=[image.rotate(90)])
@@ -127,6 +154,8 @@ def _tars():
         shard.addfile(member, io.BytesIO(content))
     yield data.getvalue()[:6144]
   yield gzip.compress(data.getvalue(), mtime=0)
+  for pack in (bz2.compress, lzma.compress, pyarrow.Codec('zstd').compress):
+    yield bytes(pack(data.getvalue()))
 
 
 def _tfrecords():
@@ -136,7 +165,8 @@ def _tfrecords():
     for part in (struct.pack('<Q', len(record)), record):
       crc = google_crc32c.value(part)
       data.write(part + struct.pack('<I', ((crc >> 15 | crc << 17) + 0xa282ead8) & 0xffffffff))
-  return [data.getvalue(), example]
+  return [data.getvalue(), example, gzip.compress(data.getvalue(), mtime=0),
+          zlib.compress(data.getvalue())]
 
 
 _TEXTS = ['a dog\0 on\x92 the beach'.encode(), 'ein Bär \u202e\u200d\U0001f692'.encode(),
@@ -146,6 +176,8 @@ _INFO = {'codebook_size': 32, 'image_tokens': 4, 'tokenizer': 'abc',
 EXAMPLES = {
     'picture': list(_pictures()), 'tar': list(_tars()), 'tfrecord': _tfrecords(),
     'caption': _TEXTS, 'text': _TEXTS,
+    'text_file': [*_TEXTS, b'\xef\xbb\xbfa\r\nb\n', 'a\nb\u2028c'.encode('utf-16'),
+                  lzma.compress(b'a dog\na cat')],
     'folder': [b'{"file": "a", "caption": "a dog"}\n\n{"file": "b/../c", "caption": "\\ud83d"}'],
     'info': [json.dumps(_INFO).encode()],
 }

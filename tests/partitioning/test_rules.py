@@ -1,5 +1,7 @@
 """The rules: which part of each parameter and moment lies on a device, and what does not divide."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import optax
@@ -90,9 +92,43 @@ def test_adafactors_moments_lie_beside_their_parameters(adafactor_state):
   path = ('image_decoder', 'logits', 'kernel')
   row, column = _at(factored.v_row, path), _at(factored.v_col, path)
   assert {row.shape: _part(row), column.shape: _part(column)} == {(128,): (64,), (160,): (40,)}
-  # What is not factored has a second moment of its parameter's shape.
-  path = (*DECODER, 'attention', 'project_in', 'kernel')
-  assert _part(_at(factored.v, path)) == PARTS[path][1]
+  # Heads and head_dim are one axis, which is split as the heads are.
+  for kernel, row_parts, column_parts in (
+      (('attention', 'project_in'), {(2, 128, 3): (2, 64, 3)}, {(2, 3, 128): (2, 3, 32)}),
+      (('attention', 'project_out'), {(2, 128): (2, 32)}, {(2, 128): (2, 64)}),
+      (('cross_attention', 'project_query'), {(2, 128): (2, 64)}, {(2, 128): (2, 32)})):
+    row, column = (_at(tree, (*DECODER, *kernel, 'kernel'))
+                   for tree in (factored.v_row, factored.v_col))
+    assert {row.shape: _part(row)} == row_parts, kernel
+    assert {column.shape: _part(column)} == column_parts, kernel
+
+
+def test_factored_moments_are_the_same_on_a_mesh(adafactor_state):
+  abstract, _ = adafactor_state
+  draw = np.random.default_rng(0)
+  gradients = jax.tree.map(
+      lambda leaf: draw.normal(size=leaf.shape).astype(np.float32), abstract.params)
+  optimizer = optimizers.scale_by_factored_moment(0.9)
+  step = lambda gradients: optimizer.update(gradients, optimizer.init(gradients), gradients)
+  right, moment = jax.jit(step)(gradients)
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract.params)
+  shapes = jax.eval_shape(optimizer.init, abstract.params)
+  placed = rules.optimizer_shardings(shapes, abstract.params, shardings,
+                                     jax.tree.leaves(shardings)[0].mesh)
+  found, moment_there = jax.jit(step, in_shardings=(shardings,), out_shardings=(shardings, placed))(
+      jax.device_put(gradients, shardings))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, right)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), moment_there, moment)
+
+
+def test_moments_that_are_not_factored_lie_as_their_parameters():
+  optimizer = optimizers.scale_by_factored_moment(0.9)
+  narrow = generator_stage.GeneratorStage(dataclasses.replace(SIZES, width=64))
+  abstract = state_lib.abstract_state(
+      narrow, optimizer, mesh_lib.make_mesh(data=1, fsdp=2, tensor=4), rules.logical_axis_rules())
+  jax.tree.map(lambda moment, parameter: np.testing.assert_equal(
+      (moment.shape, moment.sharding), (parameter.shape, parameter.sharding)),
+               abstract.optimizer_state.v, abstract.params)
 
 
 def test_adams_moments_are_sharded_as_their_parameters():

@@ -83,6 +83,22 @@ def test_the_plan_is_of_the_state_and_batch_of_training(trained):
   assert plan['memory']['arguments'] == pytest.approx(state + batch, rel=0.01)
 
 
+@pytest.mark.parametrize('run, bindings', [
+    ('demo_ranker', ('CoCaConfig.image_layers=1', 'CoCaConfig.width=32', 'CoCaConfig.heads=2',
+                     'CoCaConfig.mlp_width=32', "RankerStage.tokenizer='nowhere'")),
+    ('demo_super_resolution', (
+        'SuperResolutionConfig.blocks=1', 'SuperResolutionConfig.width=16',
+        "SuperResolutionStage.tokenizer='nowhere'", 'SuperResolutionStage.perceptual_weight=0.1'))])
+def test_the_tokenizer_of_a_step_need_not_be_trained(run, bindings):
+  small = ('ViTVQGANConfig.encoder_layers=1', 'ViTVQGANConfig.decoder_layers=1')
+  plan = plan_lib.make(request_lib.Request(
+      'train', 'cpu:2', (f'gin_configs/runs/{run}.gin',),
+      (*small, *bindings, 'make_mesh.data=2'), 8))
+  assert plan['fits'] and plan['flops']['compiled'] > 0
+  assert ('nowhere holds no trained tokenizer yet; its sizes are those of ViTVQGANConfig in gin'
+          in plan['notes'])
+
+
 def test_the_sampling_step(capsys):
   assert main.main(flags('--topology=cpu:4', '--what=sample', '--batch_size=8',
                          bindings=('make_mesh.tensor=2',))) == 0

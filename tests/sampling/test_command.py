@@ -40,6 +40,13 @@ def test_writes_pictures_and_their_grid(tiny_folder, tmp_path, capsys):
     ([], 'no prompt'), ([' '], 'prompt 1 is empty'), (['a', '--num_images', 0], 'num_images=0'),
     (['a', '--top_p', 1.5], 'top_p=1.5'), (['a', '--temperature', -1], 'temperature=-1'),
     (['a', '--seed', -1], 'seed=-1'), (['a', '--batch_size', 0], 'batch_size=0'),
+    (['a', '--seed', 2**32], 'seed=4294967296'), (['a', '--num_images', 2**31], 'num_images='),
+    (['a', '--guidance_scale', 1e39], 'guidance_scale=1e+39'),
+    (['a', '--guidance_scale', 1e38], 'guidance_scale=1e+38'),
+    (['a', '--top_p', 'nan'], 'top_p=nan'), (['a', '--top_k', -1], 'top_k=-1'),
+    (['a', '--display_size', 2**40], 'display_size='),
+    (['a', '--temperature', 'inf'], 'temperature=inf'),
+    (['a', '--output_dir', f'{__file__}/out'], 'test_command.py is a file'),
     (['a', '--model', 'nowhere'], 'nowhere'), (['--prompts_file', 'nowhere.txt'], 'nowhere.txt')])
 def test_bad_input_is_one_line_and_leaves_nothing(
     arguments, named, tmp_path, capsys, monkeypatch):

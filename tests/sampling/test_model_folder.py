@@ -77,7 +77,7 @@ def test_an_existing_folder_is_only_replaced_when_asked(parts, folder, tmp_path)
 
 
 def test_nothing_is_left_of_a_failed_save(parts, folder, tmp_path):
-  with pytest.raises(UserError, match='cannot be written'):
+  with pytest.raises(UserError, match='nowhere.model cannot be read'):
     model_folder.save(
         folder, overwrite=True, **parts | {'vocabulary_path': tmp_path / 'nowhere.model'})
   assert os.listdir(tmp_path) == ['model']

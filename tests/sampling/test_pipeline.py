@@ -15,6 +15,7 @@ from parti_jax.errors import UserError
 from parti_jax.models import vit_vqgan
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.sampling import images
+from parti_jax.sampling import model_folder
 from parti_jax.sampling import pipeline as pipeline_lib
 
 PROMPTS = ['red apple', 'waving hand: dark skin tone', 'blue ball']
@@ -86,6 +87,33 @@ def test_greedy_pictures_of_a_prompt_are_alike(pipeline):
   np.testing.assert_array_equal(greedy.images, likeliest.images)
 
 
+@pytest.mark.parametrize('extreme, limit', [
+    ({'temperature': 1e-39}, {'temperature': 0}), ({'temperature': 1e-46}, {'temperature': 0}),
+    ({'temperature': 1e-19}, {'temperature': 0}), ({'top_p': 1e-46}, {'temperature': 0}),
+    ({'top_p': 1e-39}, {'temperature': 0}), ({'top_k': 3_000_000_000}, {'top_k': 0}),
+    ({'guidance_scale': 1 + 1e-9}, {'guidance_scale': 1})])
+def test_extreme_settings_draw_as_their_limits(pipeline, extreme, limit):
+  one, other = (pipeline.generate(PROMPTS, num_images=2, **settings).tokens
+                for settings in (extreme, limit))
+  np.testing.assert_array_equal(one, other)
+  assert len(np.unique(one)) > 1
+
+
+@pytest.mark.parametrize('extreme', [{'temperature': 1e-39}, {'top_p': 1e-46}])
+def test_extreme_settings_draw_as_their_limits_in_bfloat16(tiny_folder, monkeypatch, extreme):
+  monkeypatch.setattr(model_folder, '_compute_dtype', lambda: 'bfloat16')
+  in_bfloat16 = parti_jax.load(tiny_folder)
+  one, other = (in_bfloat16.generate(PROMPTS, num_images=2, **settings).tokens
+                for settings in (extreme, {'temperature': 0}))
+  np.testing.assert_array_equal(one, other)
+
+
+def test_pictures_whose_settings_differ_a_little_are_kept_apart(pipeline, tmp_path):
+  for temperature in (0.1234567, 0.1234568):
+    pipeline.generate('red apple', num_images=1, temperature=temperature).save(tmp_path)
+  assert len(os.listdir(tmp_path)) == 2
+
+
 def test_pictures_are_the_decoded_tokens(parts, drawn):
   tokenizer = vit_vqgan.ViTVQGAN(parts['tokenizer_config'])
   pixels = tokenizer.apply(
@@ -130,6 +158,82 @@ def test_no_prompt(pipeline, prompts):
 def test_bad_arguments_are_named(pipeline, name, value):
   with pytest.raises(UserError, match=f'^{name}='):
     pipeline.generate('red apple', **{name: value})
+
+
+@pytest.mark.parametrize('name, value', [
+    ('num_images', 1.7), ('num_images', 4.0), ('num_images', 2**31), ('num_images', '1'),
+    ('num_images', None), ('num_images', [1]), ('seed', 2**64), ('seed', 1.0), ('seed', True),
+    ('seed', float('nan')), ('batch_size', 2.0), ('batch_size', 2**64), ('batch_size', '8'),
+    ('first_index', 1.7), ('first_index', 2**31), ('first_index', 2**32), ('first_index', -1),
+    ('first_index', '1'), ('first_index', None), ('first_index', float('nan')),
+    ('first_index', True), ('first_index', 2**31 - 1), ('first_index', np.array([2**32])),
+    ('first_index', [1.5]), ('first_index', [[1]]), ('first_index', np.zeros((1, 1), int)),
+    ('first_index', {0: 1}), ('first_index', ['1']), ('rank', 'no'), ('upscale', None),
+    ('progress', 'x'), ('top_k', 2.0), ('temperature', '1'), ('guidance_ramp', ['linear'])])
+def test_arguments_of_another_type_are_named_in_one_line(pipeline, name, value):
+  with pytest.raises(UserError, match=rf'^{name}(\[0\])?=') as caught:
+    pipeline.generate('red apple', **{'num_images': 2} | {name: value})
+  assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('first_index', [[0, 1], [], np.array([1, 2, 3]), (4,) * 5])
+def test_first_indices_are_one_for_each_prompt(pipeline, first_index):
+  with pytest.raises(UserError, match=f'^first_index has {len(first_index)} numbers for 1 prompt'):
+    pipeline.generate('red apple', num_images=1, first_index=first_index)
+
+
+@pytest.mark.parametrize('first_index', [2**31 - 2, np.int64(2**31 - 2), [2**31 - 2],
+                                         np.array([2**31 - 2], np.uint32)])
+def test_the_last_index_is_that_of_an_int32(pipeline, first_index):
+  drawn = pipeline.generate('red apple', num_images=2, first_index=first_index)
+  assert drawn.image_index.tolist() == [[2**31 - 2, 2**31 - 1]]
+
+
+@pytest.mark.parametrize('prompts, message', [
+    (None, 'prompts=None must be a text'), (5, 'prompts=5 must be a text'),
+    (b'red apple', "prompts=b'red apple' must be"), (np.array('red apple'), 'prompts=array'),
+    ({'red apple': 1}, 'prompts='), (['red apple', 5], 'prompt 2 is 5, which is not a text'),
+    ([['red apple']], r"prompt 1 is \['red apple'\]"), ([None], 'prompt 1 is None'),
+    ('\ud800 apple', 'prompt 1 has characters that are not Unicode')])
+def test_what_are_no_prompts(pipeline, prompts, message):
+  with pytest.raises(UserError, match=f'^{message}') as caught:
+    pipeline.generate(prompts, num_images=1)
+  assert '\n' not in str(caught.value)
+
+
+def test_prompts_may_come_from_anywhere(pipeline):
+  asked = ['red apple', 'blue ball']
+  for prompts in (tuple(asked), np.array(asked), iter(asked), dict.fromkeys(asked).keys()):
+    assert pipeline.generate(prompts, num_images=1, temperature=0).prompts == asked
+
+
+def test_more_pictures_than_memory_are_refused_before_anything_is_drawn(pipeline):
+  with pytest.raises(UserError, match='2,147,483,647 pictures do not fit into the memory'):
+    pipeline.generate('red apple', num_images=2**31 - 1)
+
+
+def test_settings_that_there_are_not_are_named(pipeline):
+  with pytest.raises(UserError, match="^unknown setting 'guidance'; the settings are guidance_s"):
+    pipeline.generate('red apple', guidance=3)
+
+
+@pytest.mark.parametrize('call', [
+    lambda pipeline, drawn: pipeline.tokenize(None),
+    lambda pipeline, drawn: pipeline.tokenize([[1], [1, 2]]),
+    lambda pipeline, drawn: pipeline.reconstruct(5),
+    lambda pipeline, drawn: drawn.grid(0), lambda pipeline, drawn: drawn.grid('8'),
+    lambda pipeline, drawn: drawn.grid(1.5), lambda pipeline, drawn: drawn.save(None),
+    lambda pipeline, drawn: drawn.save(5), lambda pipeline, drawn: drawn.save('gs://bucket/out'),
+    lambda pipeline, drawn: drawn.save_grid(5), lambda pipeline, drawn: drawn.save_grid('out', 0),
+    lambda pipeline, drawn: parti_jax.load(5), lambda pipeline, drawn: parti_jax.load(b'demo'),
+    lambda pipeline, drawn: parti_jax.load(''), lambda pipeline, drawn: parti_jax.load('a\0b'),
+    lambda pipeline, drawn: parti_jax.load(['demo']),
+    lambda pipeline, drawn: model_folder.load(5), lambda pipeline, drawn: model_folder.load(None)])
+def test_other_arguments_that_can_not_be(pipeline, drawn, call, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(UserError) as caught:
+    call(pipeline, drawn)
+  assert '\n' not in str(caught.value) and not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize('pictures', [

@@ -29,7 +29,7 @@ def fixture_part(parts):
 
 @pytest.fixture(scope='session', name='ranker')
 def fixture_ranker(part, parts):
-  return ranking.Ranker(*part, vocabulary.TextVocabulary(parts['vocabulary_path']))
+  return ranking.Ranker(*part[:2], vocabulary.TextVocabulary(parts['vocabulary_path']))
 
 
 @pytest.fixture(scope='session', name='pipeline')
@@ -62,6 +62,15 @@ def test_scores_are_the_cosines_of_pairs(ranker):
   assert scores.dtype == np.float32
   with pytest.raises(UserError, match='3 texts for 2 pictures'):
     ranker.scores(texts, images[:2])
+
+
+@pytest.mark.parametrize('texts, images, message', [
+    (None, np.zeros((1, 8, 8, 3), np.uint8), 'texts=None must be a text or a list of texts'),
+    ([5], np.zeros((1, 8, 8, 3), np.uint8), 'text 1 is 5, which is not a text'),
+    (['red'], None, 'images are object'), (['red'], [[1], [1, 2]], 'images=')])
+def test_what_can_not_be_judged(ranker, texts, images, message):
+  with pytest.raises(UserError, match=f'^{message}'):
+    ranker.scores(texts, images)
 
 
 def test_pictures_of_another_size_are_resized(ranker):
@@ -98,7 +107,7 @@ def test_generated_pictures_stand_best_first(pipeline, tmp_path):
 
 def test_a_mesh_gives_the_same_features(part, parts, ranker):
   place = pipeline_lib.placement.Placement(mesh_lib.make_mesh(2, 2, 2, 1))
-  spread = ranking.Ranker(*part, vocabulary.TextVocabulary(parts['vocabulary_path']), place)
+  spread = ranking.Ranker(*part[:2], vocabulary.TextVocabulary(parts['vocabulary_path']), place)
   np.testing.assert_allclose(
       spread.image_features(_images(5)), ranker.image_features(_images(5)), atol=1e-5)
 

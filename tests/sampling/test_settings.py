@@ -56,8 +56,47 @@ def test_thresholds_of_one_skip_nothing():
   assert settings.replace(guidance_scale=2, exit_threshold=1).thresholds == (None, 0.25)
 
 
-def test_whole_numbers():
-  assert settings_lib.whole_number('n', np.int64(3), 1) == 3
-  for value in (0, 5, 1.5, 'x', None, True):
-    with pytest.raises(UserError, match='^n='):
-      settings_lib.whole_number('n', value, 1, 4)
+@pytest.mark.parametrize('name, value', [
+    ('guidance_scale', 1e39), ('guidance_scale', 1e300), ('guidance_scale', 1e38),
+    ('guidance_start', 1e30), ('temperature', 1e39), ('temperature', '0.5'), ('top_p', True),
+    ('top_k', 2.0), ('top_k', 1e300), ('top_k', True), ('guidance_ramp', ['linear']),
+    ('guidance_ramp', None), ('exit_threshold', float('nan')), ('top_p', 10**400),
+    ('guidance_scale', np.array([2.0])), ('temperature', None)])
+def test_values_that_no_device_can_compute_with(name, value):
+  with pytest.raises(UserError, match=f'^{name}=') as caught:
+    settings_lib.SamplingSettings(**{name: value})
+  assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('temperature, greedy', [
+    (0, True), (-0.0, True), (5e-324, True), (1e-46, True), (1e-39, True), (1e-37, True),
+    (1e-19, False), (0.01, False), (3e38, False)])
+def test_temperatures_as_good_as_zero_are_greedy(temperature, greedy):
+  settings = settings_lib.SamplingSettings(temperature=temperature, guidance_scale=1e6)
+  assert settings.greedy == greedy
+  if not greedy:
+    scale, temperature, *_ = settings.arrays(1)
+    with np.errstate(all='raise'):  # Guided logits stay finite in float32.
+      assert np.isfinite(scale * np.float32(1e10) / temperature)
+
+
+def test_small_shares_of_the_probability_stay_above_zero():
+  for top_p in (5e-324, 1e-46, 1e-39, 1e-37, 0.5):
+    settings = settings_lib.SamplingSettings(top_p=top_p)
+    as_float32 = settings.arrays(1)[3]
+    assert settings.filtered and as_float32.dtype == np.float32
+    assert as_float32 >= np.finfo(np.float32).tiny
+
+
+@pytest.mark.parametrize('top_k', [2**31 - 1, 2**31, 3_000_000_000, 2**40, 10**400])
+def test_large_top_k_is_no_limit(top_k):
+  settings = settings_lib.SamplingSettings(top_k=top_k)
+  assert settings.top_k == 2**31 - 1
+  assert settings.arrays(1)[2] == 2**31 - 1 and settings.arrays(1)[2].dtype == np.int32
+
+
+def test_numbers_that_float32_rounds_to_one_are_one():
+  near = 1 + 1e-9
+  assert not settings_lib.SamplingSettings(guidance_scale=near).guided
+  assert not settings_lib.SamplingSettings(guidance_start=near, guidance_ramp='linear').guided
+  assert settings_lib.SamplingSettings(exit_threshold=1 - 1e-9).thresholds == (None, None)

@@ -18,7 +18,7 @@ from parti_jax.sampling import upscaling
 
 @pytest.fixture
 def upscaler(enlarger):
-  return upscaling.Upscaler(*enlarger, placement.Placement())
+  return upscaling.Upscaler(enlarger.config, enlarger.params, placement.Placement())
 
 
 def pictures(*shape):
@@ -27,7 +27,7 @@ def pictures(*shape):
 
 def test_it_is_the_network_of_the_model(enlarger, upscaler):
   images = pictures(3, 4, 6)
-  config, params = enlarger
+  config, params, _ = enlarger
   pixels = super_resolution.SuperResolution(config).apply(
       {'params': params}, images / np.float32(255))
   enlarged = upscaler(images)
@@ -56,7 +56,7 @@ def test_a_large_picture_in_parts_is_as_in_whole(upscaler, monkeypatch):
 
 def test_on_a_mesh_the_pictures_are_the_same(enlarger, upscaler):
   mesh = mesh_lib.make_mesh(data=2, tensor=2, devices=jax.devices()[:4])
-  sharded = upscaling.Upscaler(*enlarger, placement.Placement(mesh))
+  sharded = upscaling.Upscaler(enlarger.config, enlarger.params, placement.Placement(mesh))
   images = pictures(3, 4, 6)
   assert np.abs(sharded(images).astype(int) - upscaler(images)).max() <= 1
 

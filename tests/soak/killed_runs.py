@@ -30,6 +30,11 @@ _PRELOADED = ['parti_jax.data.tasks', 'parti_jax.training.configurables',
 _PR_SET_PDEATHSIG = 1
 # Measures of time differ from run to run.
 TIMES = ('examples_per_second', 'model_flops_per_second', 'share_of_peak')
+# How far the loss of a step may be, relative to its value, from that of the same step on another
+# mesh, as the README promises.
+BETWEEN_MESHES = 1e-5
+# The meshes that a state comes from: (the step after which a mesh was used, the mesh), ...
+Lineage = tuple[tuple[int, str], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +160,7 @@ def _child(task: _Task):
   os.environ['PARTI_JAX_CACHE'] = 'off'
   jax.config.update('jax_compilation_cache_dir', task.cache and str(task.cache))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
-  _Recorder(task.record, task.moment).install()
+  _Recorder(task.record, task.moment).install(mesh(task.arguments, task.devices))
   sys.exit(main.main(task.arguments))
 
 
@@ -170,15 +175,15 @@ class _Recorder:
     """One line; it is with the system when this returns."""
     os.write(self._record, f'{json.dumps(values)}\n'.encode())
 
-  def install(self):
-    """Puts the recorder into the loop's methods."""
+  def install(self, on: str):
+    """Puts the recorder into the loop's methods; `on` is the mesh."""
     # pylint: disable=g-import-not-at-top
     from parti_jax.training import checkpoints
     from parti_jax.training import reporting
     from parti_jax.training import run as run_lib
     from parti_jax.training import trainer as trainer_lib
 
-    self.write(starts=os.getpid())
+    self.write(starts=os.getpid(), mesh=on)
     self._kill_at('start')
     init, advance, save = run_lib.Run.__init__, run_lib.Run.advance, run_lib.Run.save
     put, restore = trainer_lib.Trainer.put, checkpoints.Checkpoints.restore
@@ -277,19 +282,45 @@ def records(path) -> list[dict]:
   return found
 
 
-def by_step(lines: list[dict]) -> dict[str, set]:
-  """'step/name' -> its values in a record, as text that tells every bit of a float.
+def mesh(arguments: list[str], devices: int) -> str:
+  """The devices and the mesh of a command line, as one text."""
+  ways = [each.removeprefix('--gin.make_mesh.') for each in arguments if 'make_mesh.' in each]
+  return ' '.join([f'{devices} devices', *(way.replace(' ', '') for way in ways)])
+
+
+def lineages(lines: list[dict]) -> list[Lineage]:
+  """The lineage of the state after each line of a record.
+
+  A start continues the lineage of the checkpoint that it begins with. Where that was written on
+  another mesh, a start that goes back behind the change gives its steps a lineage of their own.
+  """
+  found, now, on, saved = [], (), '', {}
+  for line in lines:
+    if 'starts' in line:
+      on = line.get('mesh', '')
+    elif 'begins' in line:
+      now = saved.get(line['begins'], ())
+      if not now or now[-1][1] != on:
+        now = (*now, (line['begins'], on))
+    elif 'batch' in line:
+      saved[line['step']] = now
+    found.append(now)
+  return found
+
+
+def by_step(lines: list[dict]) -> dict[tuple[int, str, Lineage], set]:
+  """(step, name, lineage) -> its values in a record, as text that tells every bit of a float.
 
   A run that is the same whenever it is started has one value for each, however often the step was
   done.
   """
-  values: dict[str, set] = {}
-  for line in lines:
+  values: dict[tuple[int, str, Lineage], set] = {}
+  for line, lineage in zip(lines, lineages(lines)):
     if 'batch' in line:
-      values.setdefault(f'{line["step"]}/batch', set()).add(line['batch'])
+      values.setdefault((line['step'], 'batch', lineage), set()).add(line['batch'])
     for name, value in line.get('metrics', {}).items():
       if name not in TIMES:
-        values.setdefault(f'{line["step"]}/{name}', set()).add(float(value).hex())
+        values.setdefault((line['step'], name, lineage), set()).add(float(value).hex())
   return values
 
 
@@ -300,23 +331,56 @@ def differences(folder, other, record, other_record) -> list[str]:
   every step, what TensorBoard shows, and the pictures' files.
 
   Args:
-    folder: of a run.
-    other: of the other run.
+    folder: of the undisturbed run. It has done each step on each mesh that the other has.
+    other: of the disturbed run.
     record: file of what the first has done.
     other_record: of what the other has done.
   """
   found = _different_checkpoints(folder, other)
-  here, there = by_step(records(record)), by_step(records(other_record))
-  found += [f'{name}: {sorted(here.get(name, []))} and {sorted(there.get(name, []))}'
-            for name in sorted(here.keys() | there.keys())
-            if len(here.get(name, set()) | there.get(name, set())) != 1
-            or name not in here or name not in there]
+  found += different_steps(records(record), records(other_record))
   here, there = scalars(folder), scalars(other)
   found += [f'TensorBoard, {name}: {here.get(name)} and {there.get(name)}'
             for name in sorted(here.keys() | there.keys()) if here.get(name) != there.get(name)]
   here, there = _pictures(folder), _pictures(other)
   return found + [f'pictures/{name} differs' for name in sorted(here.keys() | there.keys())
                   if here.get(name) != there.get(name)]
+
+
+def different_steps(lines: list[dict], other_lines: list[dict]) -> list[str]:
+  """What differs between the records of an undisturbed and a disturbed run.
+
+  Args:
+    lines: of the undisturbed run.
+    other_lines: of the disturbed run.
+  """
+  here, there = by_step(lines), by_step(other_lines)
+  final = lineages(other_lines)[-1] if other_lines else ()
+  led_to_it = {(step, name) for step, name, lineage in there
+               if lineage == tuple(part for part in final if part[0] < step)}
+  found = [f'{step}/{name} is missing' for step, name in
+           sorted({key[:2] for key in here} - led_to_it)]
+  for (step, name, lineage), others in sorted(there.items()):
+    values = here.get((step, name, lineage), set())
+    if values != others or len(values) != 1:
+      found.append(f'{step}/{name} {_words(lineage)}: {sorted(values)} and {sorted(others)}')
+  return found + _different_meshes(there)
+
+
+def _different_meshes(values: dict[tuple[int, str, Lineage], set]) -> list[str]:
+  """Losses of the first step on another mesh that are not near enough to those on the first one."""
+  found = []
+  for (step, name, lineage), there in sorted(values.items()):
+    here = values.get((step, name, lineage[:-1]))
+    if name != 'loss' or here is None or step != lineage[-1][0] + 1:
+      continue
+    loss, other = (float.fromhex(next(iter(each))) for each in (here, there))
+    if not abs(other - loss) <= BETWEEN_MESHES * abs(loss):
+      found.append(f'{step}/{name} {_words(lineage)}: {other}, but {loss} on the mesh before')
+  return found
+
+
+def _words(lineage: Lineage) -> str:
+  return ', '.join(f'after {step} on {on}' for step, on in lineage)
 
 
 def _different_checkpoints(folder, other) -> list[str]:

@@ -9,6 +9,10 @@ preemption), and between two starts a file of its newest checkpoint may be cut, 
 if there is an older one that is whole. At the end of each segment everything is compared:
 checkpoints, every batch and metric of every step, what TensorBoard shows, and pictures.
 
+Where damage sends the disturbed run back to a checkpoint of the segment before, it does the last
+steps of that segment again on another mesh, and what follows is the same only to rounding. Then the
+undisturbed run goes back to the same checkpoint too, and both are again the same bit for bit.
+
 Ends at the first end of a segment after the given time, or at once where something differs, with
 status 1. Stopped and started again with the same --work_dir, it goes on. The report is in
 `report.json`.
@@ -38,9 +42,10 @@ MESHES = {
     'tokenizer': [(4, ['data=4']), (1, []), (4, ['fsdp=2', 'tensor=2']), (2, ['tensor=2'])],
     'generator': [(1, []), (4, ['fsdp=2', 'tensor=2']), (2, ['stage=2']), (4, ['data=4'])],
 }
-_SCHEDULE = ['train.log_every = 1', 'train.checkpoint_every = 4', 'train.keep_checkpoints = 3',
-             'train.pictures_every = 9', 'train.evaluate_every = 12',
+_SCHEDULE = ['train.log_every = 1', 'train.checkpoint_every = 4', 'train.pictures_every = 9', 'train.evaluate_every = 12',
              "train.eval_split = 'validation'", 'train.seed = 7']
+# The undisturbed run keeps every checkpoint that the other may be sent back to.
+_KEPT = {'whole': 12, 'disturbed': 3}
 _STAGE_BINDINGS = {
     'tokenizer': ["train.task = 'openmoji_images'", 'TokenizerStage.revive_every = 5'],
     'generator': ["train.task = 'openmoji_tokens'", 'drop_text.rate = 0.1'],
@@ -50,6 +55,7 @@ _GIN_FILES = {
     'generator': ['runs/tiny_generator.gin', 'tasks/openmoji.gin'],
 }
 _DAMAGE = ('cut', 'changed', 'removed')
+_DAMAGED_SHARE = 0.3  # Of the starts that are killed, those before which a file is damaged.
 _COUNTS = ('starts', 'SIGKILL', 'SIGTERM', 'damaged_checkpoints', 'segments', 'meshes',
            'checkpoints_compared', 'bits_compared', 'bits_different')
 
@@ -109,27 +115,60 @@ class Soak:
         if self._disturbed_start():
           break
     with self._timed():
+      self._follow_back(stage)
+    with self._timed():
       self._compare(stage)
       self._keep_whole(stage)
       self.state |= {'segment': self.state['segment'] + 1, 'killed': 0, 'whole': 'to begin'}
       self.state['segments'] += 1
       self.state['meshes'] = min(self.state['segments'], sum(map(len, MESHES.values())))
 
+  def _follow_back(self, stage: str):
+    """Lets the undisturbed run go back over a change of mesh where the disturbed one had to.
+
+    Its record keeps what it did before, which is what the disturbed run may have done before.
+    """
+    border = self._place()[1] * STEPS
+    records = [killed_runs.records(self._starter.record_file(f'{who}_{stage}'))
+               for who in ('whole', 'disturbed')]
+    known, wanted = (killed_runs.lineages(lines) for lines in records)
+    # A run is sent back further and further, so the last lineage is the one that both end with.
+    for lineage in dict.fromkeys(wanted):
+      if not lineage or lineage in known or lineage[-1][0] >= border:
+        continue
+      step, model_dir = lineage[-1][0], self.folder / 'whole' / stage
+      self._say(f'{stage}: the disturbed run was sent back to step {step}')
+      self._restore_whole(stage)
+      checkpoints = model_dir / 'checkpoints'
+      if not (checkpoints / str(step)).is_dir():
+        raise RuntimeError(f'{checkpoints}: no checkpoint of step {step}')
+      for path in checkpoints.iterdir():
+        if path.name.isdecimal() and int(path.name) > step:
+          shutil.rmtree(path)
+      self._expect(self._train('whole', None), (0,), 'whole')
+
   def _keep_whole(self, stage: str):
-    """Keeps a copy of the undisturbed run, for when the next segment of it is cut short."""
+    """Keeps a copy of the undisturbed run, for when it has to go back to a segment's beginning."""
     copy, record = self.folder / 'copy' / stage, self._starter.record_file(f'whole_{stage}')
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(self.folder / 'whole' / stage, copy)
     shutil.copy(record, copy.with_suffix('.jsonl'))
 
   def _forget_whole(self, stage: str):
-    """Puts the undisturbed run back to where its last whole segment ended."""
-    copy, record = self.folder / 'copy' / stage, self._starter.record_file(f'whole_{stage}')
-    shutil.rmtree(self.folder / 'whole' / stage, ignore_errors=True)
+    """Puts the undisturbed run and its record back to where its last whole segment ended."""
+    self._restore_whole(stage)
+    record = self._starter.record_file(f'whole_{stage}')
     record.unlink(missing_ok=True)
+    kept = (self.folder / 'copy' / stage).with_suffix('.jsonl')
+    if kept.exists():
+      shutil.copy(kept, record)
+
+  def _restore_whole(self, stage: str):
+    """Puts the undisturbed run's folder back to where its last whole segment ended."""
+    copy, model_dir = (self.folder / name / stage for name in ('copy', 'whole'))
+    shutil.rmtree(model_dir, ignore_errors=True)
     if copy.exists():
-      shutil.copytree(copy, self.folder / 'whole' / stage)
-      shutil.copy(copy.with_suffix('.jsonl'), record)
+      shutil.copytree(copy, model_dir)
 
   def _disturbed_start(self) -> bool:
     """One start of the disturbed run; whether it came to the segment's end."""
@@ -138,7 +177,7 @@ class Soak:
     draw = np.random.default_rng([self._seed, self.state['starts']])
     moment = None
     if self.state['killed'] < self._kills:
-      if draw.random() < 0.3:
+      if draw.random() < _DAMAGED_SHARE:
         self._damage(model_dir, draw)
       moment = killed_runs.random_moment(draw, self._whole_steps(model_dir)[0], ahead=2)
       if draw.random() < 0.25:
@@ -212,6 +251,7 @@ class Soak:
     devices, mesh = MESHES[stage][number % len(MESHES[stage])]
     bindings = [f"openmoji.data_dir = '{self.folder}/openmoji'", *_SCHEDULE,
                 *_STAGE_BINDINGS[stage], f'train.steps = {(number + 1) * STEPS}',
+                f'train.keep_checkpoints = {_KEPT[who]}',
                 *(f'make_mesh.{way.replace("=", " = ")}' for way in mesh)]
     if stage == 'generator':
       bindings += [f"token_cache.path = '{self.folder}/{who}/tokens'",

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import old_moments
+
 from parti_jax import main
 from parti_jax.data import tasks  # pylint: disable=unused-import
 from parti_jax.data import token_cache
@@ -166,6 +168,28 @@ def test_a_run_of_a_checkpoint_of_t5x(run, tmp_path, capsys):
   # A run that has begun is not written over.
   assert main.main(again) == 2
   assert 'again: has checkpoints already; give another --model_dir' in capsys.readouterr().err
+
+
+def test_whole_second_moments_of_earlier_versions_are_factored_both_ways(tmp_path, caplog):
+  trainer = trainer_lib.Trainer(
+      _generator(width=128), optimizers.adafactor(optimizers.parti_schedule()),
+      mesh_lib.make_mesh(1, 1, 1, 1, jax.devices()[:1]))
+  whole, right = old_moments.whole_and_factored(
+      t5x_checkpoints.state_dict(jax.device_get(_filled(trainer))))
+  state = t5x_checkpoints.train_state(whole, trainer.abstract)
+  _save(tmp_path / 'run', trainer, jax.tree.map(jnp.asarray, state))
+  checkpoint_command.run_to_t5x(tmp_path / 'run', tmp_path / 't5x')
+  assert 'second moments of 7 attention kernels' in caplog.text
+  saved = t5x_checkpoints.ocp.PyTreeCheckpointer().restore(
+      tmp_path / 't5x' / 'checkpoint_7' / 'state')
+  old_moments.assert_same(saved, right)
+  written = t5x_checkpoints.write(tmp_path / 'old', whole)
+  checkpoint_command.to_run(written, tmp_path / 'again', trainer)
+  manager = checkpoints.Checkpoints(tmp_path / 'again')
+  restored, _ = manager.restore(7, trainer.abstract, checkpoints.describe(trainer.stage))
+  manager.close()
+  assert manager.factored == 0
+  old_moments.assert_same(t5x_checkpoints.state_dict(restored), right)
 
 
 @pytest.mark.slow

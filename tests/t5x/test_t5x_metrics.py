@@ -36,10 +36,11 @@ def _small_world(monkeypatch):
   params = jax.tree.map(lambda leaf: 4.0 * leaf, params)
   detokenizer = detokenizing.Detokenizer(_CONFIG, params)
   render = lambda code, size: detokenizer(np.array([_TOKENS[code]], np.int32))[0]
-  monkeypatch.setattr(metrics.frozen_tokenizer, 'load', lambda folder, device: (_CONFIG, params))
+  monkeypatch.setattr(metrics.frozen_tokenizer, 'load', lambda folder, device:
+                      metrics.frozen_tokenizer.FrozenTokenizer(folder, _CONFIG, params))
   monkeypatch.setattr(openmoji, 'pictures', lambda: [_picture(caption) for caption in _TOKENS])
   monkeypatch.setattr(openmoji, 'render', render)
-  caches = (metrics._detokenizer, metrics._judge, metrics._of_caption)
+  caches = (metrics._tokenizer, metrics._detokenizer, metrics._judge, metrics._of_caption)
   for cached in caches:
     cached.cache_clear()
   yield

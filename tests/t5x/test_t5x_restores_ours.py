@@ -13,6 +13,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import old_moments
 from t5x import partitioning
 from t5x import utils
 
@@ -179,6 +180,19 @@ def test_ours_to_t5x_to_ours(sides, tmp_path):
   saved = sides.save_by_t5x(theirs, tmp_path / 'by_t5x')
   checkpoint_command.to_run(saved, tmp_path / 'again', sides.alone)
   _assert_same_bits(sides.restore_by_ours(tmp_path / 'again'), values)
+
+
+def test_t5x_takes_whole_second_moments_of_earlier_versions(tmp_path):
+  sides = Sides('generator', 'adafactor')
+  whole, right = old_moments.whole_and_factored(
+      _values(sides.initializer.global_train_state_shape.state_dict()))
+  written = t5x_checkpoints.write(tmp_path, whole)
+  restored = sides.restore_by_t5x(tmp_path / written.name)
+  old_moments.assert_same(restored.state_dict(), right)
+  expected = sides.t5x_state(right)
+  assert jax.tree.structure(restored) == jax.tree.structure(expected)
+  for leaf, plan in zip(jax.tree.leaves(restored), jax.tree.leaves(expected)):
+    assert leaf.sharding.is_equivalent_to(plan.sharding, plan.ndim)
 
 
 def test_inference_takes_the_parameters(sides, tmp_path):

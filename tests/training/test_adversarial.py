@@ -193,9 +193,9 @@ def test_a_checkpoint_goes_on_bit_for_bit_and_draws_with_the_average(run, traine
   resumed, _ = _stepped(trainer, state, 3)
   jax.tree.map(np.testing.assert_array_equal, resumed[-1], states[-1])
   # The discriminator is no part of what draws.
-  config, params = frozen_tokenizer.load(tmp_path)
-  assert config == SIZES
-  jax.tree.map(np.testing.assert_array_equal, params, states[3].statistics['average'])
+  found = frozen_tokenizer.load(tmp_path)
+  assert found.config == SIZES
+  jax.tree.map(np.testing.assert_array_equal, found.params, states[3].statistics['average'])
 
 
 def test_without_any_of_it_the_state_is_what_it_was():

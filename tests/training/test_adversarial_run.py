@@ -52,7 +52,7 @@ def test_a_killed_adversarial_run_goes_on_as_if_it_had_not_been(
   assert whole['adversarial_weight'] > 0
   # What is evaluated, and what `tokenize` and `export` read, is the average.
   average = state['statistics']['average']
-  _, params = frozen_tokenizer.load(tmp_path / 'whole')
+  params = frozen_tokenizer.load(tmp_path / 'whole').params
   jax.tree.map(np.testing.assert_array_equal, params, average)
   jax.tree.map(np.testing.assert_array_equal,
                {name: evaluated[0][name] for name in average}, average)

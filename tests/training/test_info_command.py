@@ -9,6 +9,7 @@ import pytest
 import parti_jax
 from parti_jax import errors
 from parti_jax import main
+from parti_jax import storage
 from parti_jax.training import info_command
 from parti_jax.training import info_text
 from parti_jax.training import journal as journal_lib
@@ -87,6 +88,29 @@ def test_a_story_is_told(tmp_path, capsys):
       '1 lines of the journal are cut short or damaged'):
     assert line in lines, text
   assert max(map(len, text.splitlines())) <= 120
+
+
+def test_gin_values_that_differ_between_two_starts_are_named(tmp_path, capsys):
+  write = lambda name, text: storage.write(tmp_path / 'configs' / name, text)
+  write('a.gin', 'import parti_jax.data.tasks\n\n# Macros:\n# ====\nSTEPS = 4\n\n'
+        '# Parameters for train:\n# ====\ntrain.seed = 3\ntrain.stage = @Stage()\n'
+        "train.steps = 4\nfolder.splits = \\\n    {'train': 'a.jsonl',\n     'test': 'b = c'}\n")
+  write('b.gin', '# Macros:\n# ====\nSTEPS = 4\n\n# Parameters for train:\n# ====\n'
+        "train.data_shares = 2\ntrain.stage = @Stage()\ntrain.steps = 6\n"
+        "folder.splits = \\\n    {'train': 'a.jsonl',\n     'test': 'b = d'}\n")
+  # The first crashed before it wrote anything but its beginning.
+  for day, config in enumerate(['a', 'b', 'b', 'gone'], 1):
+    time = f'2026-01-0{day} 10:00:00'
+    _start(tmp_path, time, (time, 'start', '', _begun(0, config=f'configs/{config}.gin')))
+  starts = info_command.describe(str(tmp_path))['starts']
+  assert [start['changes'] for start in starts] == [
+      [],
+      ["folder.splits {'train': 'a.jsonl', 'test': 'b = c'} → {'train': 'a.jsonl', 'test': 'b = d'}",
+       'import parti_jax.data.tasks set → not set', 'train.data_shares not set → 2',
+       'train.seed 3 → not set', 'train.steps 4 → 6'],
+      [], ['config: configs/b.gin → configs/gone.gin']]
+  assert main.main(['info', str(tmp_path)]) == 0
+  assert '2026-01-02 10:00:00  new at this start: train.steps 4 → 6' in capsys.readouterr().out
 
 
 def test_the_same_as_json(tmp_path, capsys):
@@ -190,3 +214,22 @@ def test_other_folders_are_named(tmp_path, files, message):
     info_command.describe(str(tmp_path))
   with pytest.raises(errors.UserError, match='nowhere: not there'):
     info_command.describe(str(tmp_path / 'nowhere'))
+
+
+@pytest.mark.parametrize('path, value', [
+    (('parameters',), None), (('parameters',), [1]), (('parameters', 'parti'), 'x'),
+    (('sampling',), None), (('provenance',), []), (('tokenizer', 'patch_size'), 0),
+    (('tokenizer', 'image_size'), '64'), (('super_resolution', 'factor'), None),
+    (('parti',), None), (('ranker',), 5), ((), [1])])
+def test_a_model_whose_config_was_edited(tmp_path, capsys, path, value):
+  config = json.loads((DEMO / 'config.json').read_text())
+  place = config
+  for key in path[:-1]:
+    place = place[key]
+  if path:
+    place[path[-1]] = value
+  (tmp_path / 'config.json').write_text(json.dumps(config if path else value))
+  assert main.main(['info', str(tmp_path)]) == 2
+  line = capsys.readouterr().err
+  assert 'config.json: ' in line and all(key in line for key in path) and line.count('\n') == 1
+  assert 'Error' not in line and 'NoneType' not in line

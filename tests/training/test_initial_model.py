@@ -14,6 +14,7 @@ from parti_jax.sampling import model_folder
 from parti_jax.sampling import pipeline
 from parti_jax.training import checkpoints
 from parti_jax.training import generator_stage
+from parti_jax.training import inputs
 from parti_jax.training import optimizers
 from parti_jax.training import run as run_lib
 from parti_jax.training import state
@@ -40,7 +41,8 @@ def test_the_shipped_model_is_put_on_the_mesh_as_it_is():
 def test_a_model_of_other_sizes_is_refused():
   stage = generator_stage.GeneratorStage(parti_config.PartiConfig(width=64, heads=2))
   with pytest.raises(UserError, match='width is 192 there and 64 here'):
-    checkpoints.read_model_folder(pipeline.DEMO_FOLDER, stage, None)
+    checkpoints.read_model_folder(
+        pipeline.DEMO_FOLDER, stage, None, inputs.Inputs(stage, {}, False))
 
 
 class _Borrower(generator_stage.GeneratorStage):
@@ -48,7 +50,8 @@ class _Borrower(generator_stage.GeneratorStage):
 
   asked = 0
 
-  def initial_parts(self, abstract_params):
+  def initial_parts(self, abstract_params, inputs):
+    assert inputs.state() == {'vocabulary': None, 'tokenizer': None}
     type(self).asked += 1
     ones = jax.tree.map(lambda leaf: np.ones(leaf.shape), abstract_params['text_encoder'])
     return {'text_encoder': checkpoints.put_like(ones, abstract_params['text_encoder'])}
@@ -61,9 +64,10 @@ def test_a_stage_may_take_parts_from_elsewhere(tmp_path):
   trainer = trainer_lib.Trainer(
       _Borrower(sizes), optimizers.adamw(lambda step: 1e-3), mesh.make_mesh(data=4, tensor=2))
   examples = mock.MagicMock(state=lambda: {})
-  parts = train_loop.initial_parts(trainer, tmp_path)
+  nothing = inputs.Inputs(trainer.stage, {}, False)
+  parts = train_loop.initial_parts(trainer, tmp_path, nothing)
   assert list(parts) == ['text_encoder']
-  run = run_lib.Run(trainer, tmp_path, 1, examples, parts)
+  run = run_lib.Run(trainer, tmp_path, 1, examples, nothing, parts)
   begun = jax.device_get(run.state.params)
   assert all(np.all(leaf == 1) for leaf in jax.tree.leaves(begun['text_encoder']))
   random = jax.device_get(trainer.create_state().params['image_decoder'])
@@ -71,5 +75,5 @@ def test_a_stage_may_take_parts_from_elsewhere(tmp_path):
   run.save()
   run.close()
   # A run that has begun asks for nothing: where its parts were from may be gone.
-  assert train_loop.initial_parts(trainer, tmp_path, 'nowhere') == {}
+  assert train_loop.initial_parts(trainer, tmp_path, nothing, 'nowhere') == {}
   assert _Borrower.asked == 1

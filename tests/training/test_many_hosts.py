@@ -128,9 +128,9 @@ assert jax.process_count() == 2
 done = pathlib.Path(done)
 if index == '0':
   device = jax.local_devices()[1]
-  config, params = frozen_tokenizer.load(run, device)
-  assert all(leaf.devices() == {device} for leaf in jax.tree.leaves(params))
-  done.write_text(str(config.codebook_size))
+  found = frozen_tokenizer.load(run, device)
+  assert all(leaf.devices() == {device} for leaf in jax.tree.leaves(found.params))
+  done.write_text(str(found.config.codebook_size))
 while not done.exists():
   time.sleep(0.1)
 """

@@ -4,15 +4,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from parti_jax.models import coca
+from parti_jax.models import layers
 from parti_jax.models import parti_config
+from parti_jax.models import vit_vqgan
+from parti_jax.partitioning import factored
 from parti_jax.training import generator_stage
 from parti_jax.training import optimizers
-
-
-def _bfloat16(x):
-  return np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32)
+from parti_jax.training import ranker_stage
+from parti_jax.training import text_encoder_stage
+from parti_jax.training import tokenizer_stage
 
 
 def _state_with(state, name):
@@ -26,20 +30,82 @@ def test_adafactor_by_hand():
       lambda step: 0.5 + step, beta1=0.9, beta2=0.96, weight_decay=0.1, max_gradient_norm=100.0)
   params = {'kernel': kernel}
   state = optimizer.init(params)
-  second, first = 0.0, np.zeros((3, 4), np.float32)
+  second, first = 0.0, np.zeros((3, 4))
   for step in range(3):
     gradient = draw.normal(size=(3, 4)).astype(np.float32)
     # The second moment begins with the first gradient; then beta2 is constant.
-    second = gradient ** 2 if step == 0 else 0.96 * second + 0.04 * gradient ** 2
+    square = gradient.astype(np.float64) ** 2
+    second = square if step == 0 else 0.96 * second + 0.04 * square
     average = 0.9 * first + 0.1 * gradient / np.sqrt(second)
-    first = _bfloat16(average)
     updates, state = optimizer.update({'kernel': gradient}, state, params)
     np.testing.assert_allclose(
-        updates['kernel'], -(0.5 + step) * (average + 0.1 * params['kernel']), atol=1e-2)
+        updates['kernel'], -(0.5 + step) * (average + 0.1 * kernel), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(_state_with(state, 'v').v['kernel'], second, rtol=1e-5)
     stored = _state_with(state, 'ema').ema['kernel']
     assert stored.dtype == jnp.bfloat16
-    np.testing.assert_allclose(np.asarray(stored, np.float32), first, atol=3e-3)
+    first = np.asarray(stored, np.float64)
+    # Half a unit in the last of bfloat16's 8 bits.
+    np.testing.assert_allclose(first, average, rtol=2 ** -8)
+
+
+@pytest.mark.parametrize('beta1', [0.9, 0.99, 0.999])
+def test_the_first_moment_is_multiplied_in_float32(beta1):
+  average = optimizers.stored_average(beta1, jnp.bfloat16)
+  state = average.init({'a': jnp.zeros(3)})
+  stored = jnp.asarray([0.7, -1.3e-5, 2e4], jnp.bfloat16)
+  update = jnp.asarray([0.3, 1e-6, -5.0])
+  got, after = average.update({'a': update}, state._replace(ema={'a': stored}))
+  right = (beta1 * np.asarray(stored, np.float64) + (1 - beta1) * np.asarray(update, np.float64))
+  assert got['a'].dtype == jnp.float32
+  np.testing.assert_allclose(got['a'], right, rtol=1e-6)
+  np.testing.assert_array_equal(after.ema['a'], got['a'].astype(jnp.bfloat16))
+
+
+@pytest.mark.filterwarnings('ignore:adafactor.beta1')
+@pytest.mark.parametrize('beta1', [0.9, 0.99, 0.999])
+def test_sums_of_updates_are_those_of_float64(beta1):
+  optimizer = optimizers.adafactor(
+      lambda step: 1.0, beta1=beta1, weight_decay=0.0, max_gradient_norm=1e9)
+  draws = 0.3 + np.random.default_rng(1).standard_normal((1500, 64, 64)).astype(np.float32)
+  params = {'kernel': jnp.zeros((64, 64))}
+
+  def step(carry, draw):
+    total, state = carry
+    updates, state = optimizer.update({'kernel': draw}, state, params)
+    return (total + updates['kernel'], state), None
+
+  (total, _), _ = jax.jit(lambda *carry: jax.lax.scan(step, carry, draws))(
+      jnp.zeros((64, 64)), optimizer.init(params))
+  second = moment = right = 0.0
+  for index, draw in enumerate(draws.astype(np.float64)):
+    second = draw ** 2 if index == 0 else 0.96 * second + 0.04 * draw ** 2
+    moment = beta1 * moment + (1 - beta1) * draw / np.sqrt(second)
+    right -= moment
+  np.testing.assert_allclose(np.asarray(total, np.float64).mean() / right.mean(), 1.0, atol=1e-3)
+
+
+def test_a_beta1_that_is_too_close_to_1_for_bfloat16_is_told():
+  with pytest.warns(UserWarning, match=r"adafactor\.beta1=0\.999 .*first_moment_dtype='float32'"):
+    optimizers.adafactor(lambda step: 1.0, beta1=0.999)
+  optimizer = optimizers.adafactor(
+      lambda step: 1e-3, beta1=0.999, weight_decay=0.0, first_moment_dtype='float32')
+  params = {'kernel': jnp.zeros((2, 2))}
+
+  def step(carry, gradient):
+    params, state = carry
+    updates, state = optimizer.update(
+        jax.tree.map(lambda leaf: jnp.full_like(leaf, gradient), params), state, params)
+    return (jax.tree.map(jnp.add, params, updates), state), None
+
+  gradients = (np.arange(3000) < 100).astype(np.float32)
+  (params, _), _ = jax.jit(lambda *carry: jax.lax.scan(step, carry, gradients))(
+      params, optimizer.init(params))
+  second = moment = right = 0.0
+  for index, gradient in enumerate(gradients.astype(np.float64)):
+    second = gradient ** 2 if index == 0 else 0.96 * second + 0.04 * gradient ** 2
+    moment = 0.999 * moment + 0.001 * gradient / np.sqrt(second + 1e-30)
+    right -= 1e-3 * moment
+  np.testing.assert_allclose(params['kernel'], right, rtol=1e-3)
 
 
 def test_adafactor_factors_the_second_moment_of_wide_kernels():
@@ -53,6 +119,100 @@ def test_adafactor_factors_the_second_moment_of_wide_kernels():
   assert factored.v['kernel'].size == 1
   # A moment of rank one is kept exactly, so that each gradient is divided by its own size.
   np.testing.assert_allclose(updates['kernel'], -0.1, rtol=1e-4)
+
+
+def test_attention_is_factored_over_embed_and_heads_times_head_dim():
+  rows, columns = np.linspace(1, 2, 160), np.linspace(3, 1, 192).reshape(6, 32)
+  scales = np.array([1.0, 1e-3, 20.0])  # Of queries, keys and values: each is its own matrix.
+  layers = np.array([1.0, 7.0])
+  gradient = {
+      'attention': {
+          'project_in': {'kernel': np.einsum('l,e,q,hd->leqhd', layers, rows, scales, columns)},
+          'project_out': {'kernel': np.einsum('l,hd,e->lhde', layers, columns, rows)}},
+      'cross_attention': {'project_query': {'kernel': np.einsum('e,hd->ehd', rows, columns)}}}
+  gradient = jax.tree.map(np.float32, gradient)
+  optimizer = optimizers.adafactor(lambda step: 1.0, weight_decay=0.0, max_gradient_norm=1e9)
+  params = jax.tree.map(jnp.zeros_like, gradient)
+  updates, state = optimizer.update(gradient, optimizer.init(params), params)
+  moment = _state_with(state, 'v_row')
+  shapes = lambda *path: [
+      tree[path[0]][path[1]]['kernel'].shape for tree in (moment.v_row, moment.v_col, moment.v)]
+  assert shapes('attention', 'project_in') == [(2, 160, 3), (2, 3, 192), (1,)]
+  assert shapes('attention', 'project_out') == [(2, 160), (2, 192), (1,)]
+  assert shapes('cross_attention', 'project_query') == [(160,), (192,), (1,)]
+  # Moments of rank one are kept exactly, so that each gradient is divided by its own size.
+  jax.tree.map(lambda update: np.testing.assert_allclose(update, -0.1, rtol=1e-4), updates)
+
+
+def test_what_optax_factors_by_itself_stays_bit_for_bit():
+  draw = np.random.default_rng(0)
+  normal = lambda *shape: draw.normal(size=shape).astype(np.float32)
+  params = {
+      'mlp': {'project_in': {'kernel': normal(2, 128, 256)}},
+      'convolution': {'kernel': normal(3, 3, 128, 160)},
+      'token_embedding': {'table': normal(130, 128)}, 'norm': {'scale': normal(256)},
+      # Heads that are factored one by one, and kernels that are too small with joined heads too.
+      'attention': {'project_in': {'kernel': normal(128, 3, 2, 128)},
+                    'project_out': {'kernel': normal(4, 16, 256)}}}
+  ours = optimizers.scale_by_factored_moment(0.96)
+  plain = optax.scale_by_factored_rms(
+      decay_rate=0.96, decay_rate_fn=lambda step, rate: jnp.where(step == 0, 0.0, rate))
+  states = [ours.init(params), plain.init(params)]
+  for _ in range(2):
+    gradient = jax.tree.map(lambda leaf: normal(*leaf.shape), params)
+    (updates, states[0]), (right, states[1]) = (
+        jax.jit(optimizer.update)(gradient, state, params)
+        for optimizer, state in zip((ours, plain), states))
+    jax.tree.map(np.testing.assert_array_equal, updates, right)
+    jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+_SIZES = parti_config.PartiConfig(
+    encoder_layers=1, decoder_layers=2, width=256, mlp_width=256, heads=4, text_vocabulary=128,
+    text_length=2, codebook_size=128, grid=(2, 2), dtype='float32')
+_COCA = coca.CoCaConfig(
+    image_size=16, patch_size=8, image_layers=1, unimodal_layers=1, multimodal_layers=1, width=256,
+    mlp_width=256, heads=4, caption_queries=4, feature_dim=128, text_vocabulary=128, text_length=6)
+_TOKENIZER = vit_vqgan.ViTVQGANConfig(
+    image_size=16, patch_size=8, encoder_layers=1, encoder_width=256, encoder_mlp_width=256,
+    encoder_heads=4, decoder_layers=1, decoder_width=256, decoder_mlp_width=256, decoder_heads=4)
+
+
+@pytest.mark.parametrize('stage', [
+    generator_stage.GeneratorStage(_SIZES), ranker_stage.RankerStage(_COCA),
+    tokenizer_stage.TokenizerStage(_TOKENIZER),
+    text_encoder_stage.TextEncoderStage(_SIZES, _COCA, contrastive_weight=1.0)],
+                         ids=lambda stage: stage.name)
+def test_every_kernel_of_attention_is_factored_by_its_logical_axes(stage):
+  boxed = jax.eval_shape(stage.init, jax.random.key(0))
+  params = nn.meta.unbox(boxed)
+  state = jax.eval_shape(optimizers.adafactor(1.0).init, params)
+  whole = _state_with(state, 'v_row').v
+  kernels = 0
+  for (path, leaf), parameter, names in zip(
+      jax.tree_util.tree_leaves_with_path(whole), jax.tree.leaves(params),
+      jax.tree.leaves(nn.get_partition_spec(boxed))):
+    path, axis = [key.key for key in path], None
+    if 'heads' in names:
+      axis = names.index('heads')
+      assert names[axis + 1] == 'head_dim'
+      kernels += 1
+    assert factored.joined_axis(path, parameter.shape) == axis, path
+    if parameter.ndim > 1 and 'kernel' in path and 'project_codes' not in path:
+      assert leaf.shape == (1,), path
+  assert kernels >= 4
+
+
+def test_the_second_moments_of_the_largest_model_take_next_to_nothing():
+  sizes = parti_config.PartiConfig(
+      encoder_layers=16, decoder_layers=64, width=4096, mlp_width=16384, heads=64)
+  params = nn.meta.unbox(
+      jax.eval_shape(generator_stage.GeneratorStage(sizes).init, jax.random.key(0)))
+  moment = _state_with(jax.eval_shape(optimizers.adafactor(1.0).init, params), 'v_row')
+  size = sum(leaf.size * leaf.dtype.itemsize
+             for leaf in jax.tree.leaves((moment.v, moment.v_row, moment.v_col)))
+  assert layers.count_parameters(params) > 20e9
+  assert size < 0.04 * 2 ** 30
 
 
 def test_the_gradient_is_clipped_by_its_norm_over_all_parameters():

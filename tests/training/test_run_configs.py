@@ -114,7 +114,8 @@ def test_tokenizers_train_as_in_the_paper(name, millions):
 
 
 def test_the_20b_model_fits_on_the_devices_of_its_mesh():
-  # Parameters, gradients and both moments of Adafactor, without activations.
+  # Parameters, gradients and both moments of Adafactor, without activations. A whole second moment
+  # of the attention kernels would be 0.14 more.
   config.parse(['gin_configs/runs/parti_20b.gin'], [])
   state = state_lib.abstract_state(
       _value('stage'), _value('optimizer')(_value('schedule')), _mesh(256),
@@ -123,7 +124,7 @@ def test_the_20b_model_fits_on_the_devices_of_its_mesh():
       leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
       for leaf in jax.tree.leaves(tree))
   gigabytes = (part(state) + part(state.params)) / 2 ** 30
-  assert gigabytes < 3  # Of 32 on a TPU v4.
+  assert gigabytes < 0.8  # Of 32 on a TPU v4.
 
 
 def test_a_task_with_more_ids_than_the_model_has_room_for_is_named(tokens_folder):

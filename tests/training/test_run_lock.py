@@ -53,25 +53,95 @@ def test_a_run_that_comes_to_nothing_leaves_no_folder(tmp_path):
   assert not (tmp_path / 'run').exists()
 
 
-def test_of_many_starts_at_the_same_instant_one_wins(tmp_path):
-  _leave(tmp_path, **_facts_of_this_machine(pid=2 ** 22 + 1))  # All find a dead owner's lock.
-  barrier, won, refused = threading.Barrier(8), [], []
+def _start_at_once(folder, count=8):
+  """Starts runs in a folder in threads; returns the locks that were taken and the refusals."""
+  barrier, won, refused = threading.Barrier(count), [], []
 
   def start():
     barrier.wait()
     try:
-      won.append(run_lock.RunLock(tmp_path).__enter__())
+      won.append(run_lock.RunLock(folder).__enter__())
     except errors.UserError as error:
       refused.append(str(error))
 
-  threads = [threading.Thread(target=start) for _ in range(8)]
+  threads = [threading.Thread(target=start) for _ in range(count)]
   for thread in threads:
     thread.start()
   for thread in threads:
     thread.join()
-  won[0].release()
+  for lock in won:
+    lock.release()
+  return won, refused
+
+
+def _without_flock(monkeypatch):
+  def no_flock(*_):
+    raise OSError(38, 'Function not implemented')
+
+  monkeypatch.setattr(run_lock.fcntl, 'flock', no_flock)
+
+
+@pytest.mark.parametrize('flock', [True, False])
+def test_of_many_starts_at_the_same_instant_one_wins(tmp_path, monkeypatch, flock):
+  if not flock:
+    _without_flock(monkeypatch)
+  monkeypatch.setattr(run_lock, 'SETTLE', 1e6)
+  _leave(tmp_path, **_facts_of_this_machine(pid=2 ** 22 + 1))  # All find a dead owner's lock.
+  won, refused = _start_at_once(tmp_path)
   assert len(won) == 1 and len(refused) == 7
   assert 'process 4194305 on host' in won[0].replaced
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('before', [None, {'pid': 2 ** 22 + 1, 'started': '5'}])
+def test_in_an_object_store_one_of_many_wins_too(s3_bucket, monkeypatch, before):
+  monkeypatch.setattr(run_lock, 'SETTLE', 1e6)
+  folder = f'{s3_bucket}/{"dead" if before else "new"}'
+  if before:
+    storage.write(f'{folder}/{run_lock.FILE}', json.dumps(_facts_of_this_machine(**before)))
+  won, refused = _start_at_once(folder, 4)
+  assert len(won) == 1 and len(refused) == 3
+  assert (won[0].replaced or '').startswith('process 4194305 on host') == bool(before)
+  assert storage.names(folder) == []
+
+
+def test_the_condition_of_exclusive_creation_is_sent_to_gs(gs_bucket, monkeypatch):
+  # pylint: disable=protected-access
+  kind = type(storage._file_system(gs_bucket))
+  sent, call = [], kind._call
+
+  async def recorded(system, method, *args, **kwargs):
+    if method == 'POST':
+      sent.append(kwargs.get('ifGenerationMatch'))
+    return await call(system, method, *args, **kwargs)
+
+  monkeypatch.setattr(kind, '_call', recorded)
+  storage.create(f'{gs_bucket}/claims/new', b'{}')
+  assert sent == ['0']
+  # The emulator ignores it, as some servers do: then the lock is read again after a while.
+  slept = []
+  monkeypatch.setattr(run_lock.time, 'sleep', slept.append)
+  with run_lock.RunLock(f'{gs_bucket}/run'):
+    assert storage.names(f'{gs_bucket}/run') == [run_lock.FILE]
+  assert slept == [run_lock.SETTLE]
+
+
+def test_a_claim_counts_as_dead_as_a_lock_does(tmp_path, monkeypatch):
+  _without_flock(monkeypatch)
+  monkeypatch.setattr(run_lock, '_GUARD_TRIES', 1)
+  claim = tmp_path / 'lock.json.claim'
+  for dead in (_facts_of_this_machine(pid=2 ** 22 + 1, started='5'), {'id': 'theirs', 'host': 'other'}):
+    claim.write_text(json.dumps(dead))
+    with run_lock.RunLock(tmp_path):
+      assert _owner(tmp_path)['pid'] == os.getpid() and not claim.exists()
+  parent = os.getppid()
+  # pylint: disable-next=protected-access
+  alive = _facts_of_this_machine(pid=parent, started=run_lock._started(parent))
+  claim.write_text(json.dumps(alive))
+  with pytest.raises(errors.UserError, match='another run is starting in this folder'):
+    with run_lock.RunLock(tmp_path):
+      pass
+  assert json.loads(claim.read_text()) == alive
 
 
 @pytest.mark.parametrize('facts', [{'pid': 2 ** 22 + 1}, {'pid': 1, 'started': 'before'}])
@@ -135,11 +205,9 @@ def test_a_lost_lock_stops_the_run_and_stays_with_its_new_owner(tmp_path):
       lock.check()
 
 
-def test_where_flock_and_locks_are_missing_the_last_writer_wins(tmp_path, monkeypatch):
-  def no_flock(*_):
-    raise OSError(38, 'Function not implemented')
-
-  monkeypatch.setattr(run_lock.fcntl, 'flock', no_flock)
+def test_where_nothing_is_exclusive_the_last_writer_wins(tmp_path, monkeypatch):
+  _without_flock(monkeypatch)
+  monkeypatch.setattr(storage, 'create', storage.write)
   # Another start writes its lock right after this one.
   monkeypatch.setattr(run_lock.time, 'sleep', lambda _: _leave(tmp_path))
   with pytest.raises(errors.UserError, match='started in this folder at the same time'):
@@ -149,7 +217,7 @@ def test_where_flock_and_locks_are_missing_the_last_writer_wins(tmp_path, monkey
 
 
 def test_a_folder_in_an_object_store(monkeypatch):
-  monkeypatch.setattr(run_lock, 'SETTLE', 0.1)
+  monkeypatch.setattr(run_lock, 'SETTLE', 1e6)
   folder = 'memory://runs/locked'  # fsspec's own store, without a server.
   with run_lock.RunLock(folder) as lock:
     with pytest.raises(errors.UserError, match=f'process {os.getpid()} on host'):

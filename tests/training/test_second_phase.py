@@ -6,11 +6,13 @@ import jax
 import numpy as np
 import pytest
 
+from parti_jax import fingerprints
 from parti_jax.errors import UserError
 from parti_jax.models import vit_vqgan
 from parti_jax.partitioning import mesh
 from parti_jax.training import checkpoints
 from parti_jax.training import frozen_tokenizer
+from parti_jax.training import inputs
 from parti_jax.training import optimizers
 from parti_jax.training import state as state_lib
 from parti_jax.training import tokenizer_stage
@@ -68,7 +70,7 @@ def test_frozen_parts_do_not_move_when_the_same_run_goes_on(first_phase):
   state = jax.device_get(_trained(second, jax.device_put(state, second.shardings)))
   _assert_only_the_decoder_moved(before, state.params)
   np.testing.assert_array_equal(_tokens(second, before), _tokens(second, state.params))
-  assert frozen_tokenizer.fingerprint(before) == frozen_tokenizer.fingerprint(state.params)
+  assert fingerprints.of_tokenizer(before) == fingerprints.of_tokenizer(state.params)
 
 
 def test_a_larger_decoder_learns_the_tokens_of_a_first_phase(first_phase, tmp_path):
@@ -77,7 +79,7 @@ def test_a_larger_decoder_learns_the_tokens_of_a_first_phase(first_phase, tmp_pa
       dataclasses.replace(CONFIG, decoder_layers=2, decoder_width=16), frozen=FROZEN,
       first_phase=str(folder), ema=0.9)
   second = _trainer(stage)
-  parts = train_loop.initial_parts(second, tmp_path)
+  parts = train_loop.initial_parts(second, tmp_path, inputs.Inputs(second.stage, {}, False))
   # The average of the first phase, which is what `tokenize` used.
   averaged = state_lib.averaged(first)
   assert parts.keys() == set(FROZEN)
@@ -90,21 +92,21 @@ def test_a_larger_decoder_learns_the_tokens_of_a_first_phase(first_phase, tmp_pa
   for params in (after.params, state_lib.averaged(after)):
     _assert_only_the_decoder_moved(before, params)
     np.testing.assert_array_equal(_tokens(second, params), _tokens(trainer, averaged))
-    assert frozen_tokenizer.fingerprint(params) == frozen_tokenizer.fingerprint(averaged)
+    assert fingerprints.of_tokenizer(params) == fingerprints.of_tokenizer(averaged)
 
   # What draws finds the average.
   run = checkpoints.Checkpoints(tmp_path)
   run.save(3, after, {}, checkpoints.describe(stage))
   run.close()
-  config, params = frozen_tokenizer.load(tmp_path)
-  assert config == stage.model and params.keys() == set(tokenizer_stage.PARTS)
-  jax.tree.map(np.testing.assert_array_equal, params, after.statistics['average'])
+  found = frozen_tokenizer.load(tmp_path)
+  assert found.config == stage.model and found.params.keys() == set(tokenizer_stage.PARTS)
+  jax.tree.map(np.testing.assert_array_equal, found.params, after.statistics['average'])
 
 
 def test_a_decoder_of_the_same_size_goes_on_from_the_first_phase(first_phase, tmp_path):
   folder, _, first = first_phase
   second = _trainer(tokenizer_stage.TokenizerStage(CONFIG, first_phase=str(folder)))
-  parts = train_loop.initial_parts(second, tmp_path)
+  parts = train_loop.initial_parts(second, tmp_path, inputs.Inputs(second.stage, {}, False))
   jax.tree.map(np.testing.assert_array_equal, parts, dict(state_lib.averaged(first)))
 
 
@@ -113,10 +115,10 @@ def test_a_first_phase_of_other_sizes_is_named(first_phase, tmp_path):
   other = dataclasses.replace(CONFIG, codebook_size=32)
   second = _trainer(tokenizer_stage.TokenizerStage(other, first_phase=str(folder)))
   with pytest.raises(UserError, match='first_phase=.*codebook_size is 16 there and 32 here'):
-    train_loop.initial_parts(second, tmp_path)
+    train_loop.initial_parts(second, tmp_path, inputs.Inputs(second.stage, {}, False))
   nowhere = dataclasses.replace(second.stage, first_phase=str(tmp_path / 'nowhere'))
   with pytest.raises(UserError, match='nowhere: no training run there'):
-    train_loop.initial_parts(_trainer(nowhere), tmp_path)
+    train_loop.initial_parts(_trainer(nowhere), tmp_path, inputs.Inputs(nowhere, {}, False))
 
 
 def test_part_that_does_not_exist_is_named():

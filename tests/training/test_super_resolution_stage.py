@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from parti_jax import config
 from parti_jax import main
 from parti_jax.errors import UserError
 from parti_jax.models import discriminator as discriminator_lib
+from parti_jax.models import flops
 from parti_jax.models import layers
 from parti_jax.models import lpips
 from parti_jax.models import super_resolution
@@ -42,7 +44,8 @@ def tokenizer_params():
 
 @pytest.fixture
 def make_stage(monkeypatch, tokenizer_params):
-  monkeypatch.setattr(frozen_tokenizer, 'load', lambda run: (TOKENIZER, tokenizer_params))
+  monkeypatch.setattr(frozen_tokenizer, 'load', lambda path:
+                      frozen_tokenizer.FrozenTokenizer(path, TOKENIZER, tokenizer_params))
   return lambda **more: super_resolution_stage.SuperResolutionStage(
       NETWORK, image_size=16, **more)
 
@@ -207,6 +210,30 @@ def test_a_tokenizer_of_another_size_is_named(make_stage):
     stage.constants()
 
 
+def test_a_plan_needs_no_trained_tokenizer(make_stage, tokenizer_params, monkeypatch, tmp_path):
+  stage = make_stage(tokenizer='runs/tokenizer')
+  shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+  assert shapes(stage.abstract_constants()) == shapes({'tokenizer': tokenizer_params})
+  monkeypatch.undo()
+  config.parse([], [f'ViTVQGANConfig.{name} = {value!r}'
+                    for name, value in dataclasses.asdict(TOKENIZER).items()])
+  untrained = dataclasses.replace(stage, tokenizer=str(tmp_path / 'nowhere'))
+  assert shapes(untrained.abstract_constants()) == shapes({'tokenizer': tokenizer_params})
+  with pytest.raises(UserError, match='nowhere: no training run there'):
+    untrained.constants()
+
+
+def test_model_flops_count_what_judges_the_pictures():
+  stage = lambda **more: super_resolution_stage.SuperResolutionStage(
+      NETWORK, image_size=64, crop=16, **more)
+  judge = discriminator_lib.DiscriminatorConfig(channels=64, max_channels=8)
+  plain = stage().step_flops(4)
+  # Of 32×32 pixels, the crop enlarged; see tokenizer_stage for the passes.
+  assert stage(perceptual_weight=0.1).step_flops(4) - plain == 4 * 3 * flops.vgg16_forward(32)
+  adversarial = stage(adversarial_weight=0.1, discriminator=judge).step_flops(4)
+  assert adversarial - plain == 4 * 7 * flops.discriminator_forward(judge, 32)
+
+
 def test_from_a_tokenizer_to_an_exported_part(tokenizer_bindings, tmp_path, capsys):
   data = [f'--gin.{binding}' for binding in tokenizer_bindings]
   assert main.main(['train', '--gin_file=gin_configs/runs/tiny_tokenizer.gin', *data,
@@ -223,7 +250,11 @@ def test_from_a_tokenizer_to_an_exported_part(tokenizer_bindings, tmp_path, caps
   found = dict(re.findall(r'validation/(\w+) ([\d.]+)', printed.out + printed.err))
   assert set(found) == {'psnr', 'bicubic_psnr', 'clean_psnr', 'clean_bicubic_psnr'}
   assert main.main(['export', f'--base={pipeline.DEMO_FOLDER}', f'--output_dir={tmp_path}/model',
-                    f'--super_resolution={tmp_path}/run']) == 0
+                    f'--super_resolution={tmp_path}/run']) == 2
+  assert ('the super-resolution network ' in (error := capsys.readouterr().err)
+          and 'was made with the tokenizer' in error)
+  assert main.main(['export', f'--base={pipeline.DEMO_FOLDER}', f'--output_dir={tmp_path}/model',
+                    f'--super_resolution={tmp_path}/run', '--allow_mismatch']) == 0
   model = model_folder.load(tmp_path / 'model')
   assert model.parts['super_resolution'].config.blocks == 1
   assert model.provenance['super_resolution_steps'] == 2

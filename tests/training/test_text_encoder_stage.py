@@ -12,6 +12,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 from parti_jax import config
+from parti_jax import fingerprints
+from parti_jax.data import tasks
 from parti_jax.errors import UserError
 from parti_jax.models import coca
 from parti_jax.models import layers
@@ -24,6 +26,7 @@ from parti_jax.training import checkpoints
 from parti_jax.training import configurables  # pylint: disable=unused-import
 from parti_jax.training import generator_stage
 from parti_jax.training import initial_text_encoder
+from parti_jax.training import inputs as inputs_lib
 from parti_jax.training import optimizers
 from parti_jax.training import run as run_lib
 from parti_jax.training import text_encoder_stage
@@ -156,7 +159,7 @@ def _captions_alone(folder):
 
 
 def test_parti_starts_with_exactly_the_encoder_of_a_run_that_needs_no_pictures(
-    tmp_path, monkeypatch):
+    tmp_path):
   config.parse([RUN], _captions_alone(tmp_path))
   metrics = train_loop.train(str(tmp_path / 'encoder'))
   assert metrics['masked_loss'] > 0 and 'contrastive_loss' not in metrics
@@ -169,8 +172,9 @@ def test_parti_starts_with_exactly_the_encoder_of_a_run_that_needs_no_pictures(
       text_length=32, codebook_size=8, grid=(1, 2), dtype='float32')
   stage = generator_stage.GeneratorStage(model, text_encoder=str(tmp_path / 'encoder'))
   trainer = trainer_lib.Trainer(stage, optax.sgd(1.0), mesh_lib.make_mesh(4, 1, 2, 1))
-  run = run_lib.Run(trainer, tmp_path / 'generator', 1, iter(()),
-                       train_loop.initial_parts(trainer, tmp_path / 'generator'))
+  inputs = inputs_lib.Inputs(stage, {}, False)
+  run = run_lib.Run(trainer, tmp_path / 'generator', 1, iter(()), inputs,
+                    train_loop.initial_parts(trainer, tmp_path / 'generator', inputs))
   jax.tree.map(np.testing.assert_array_equal, run.state.params['text_encoder'],
                trained['text_encoder'])
   shardings = lambda tree: jax.tree.map(lambda leaf: leaf.sharding, tree)
@@ -179,13 +183,16 @@ def test_parti_starts_with_exactly_the_encoder_of_a_run_that_needs_no_pictures(
   # What does not fit is named before anything is trained.
   other = dataclasses.replace(model, width=64)
   with pytest.raises(UserError, match='G.text_encoder=.*width is 32 there and 64 here'):
-    initial_text_encoder.parts(str(tmp_path / 'encoder'), other, None, 'G.text_encoder')
-  monkeypatch.setattr(checkpoints, 'read_place', lambda path: {'vocabulary': 'another'})
-  with pytest.raises(UserError, match='another vocabulary.*set vocabulary.path'):
-    initial_text_encoder.parts(str(tmp_path / 'encoder'), model, None, 'G.text_encoder')
+    initial_text_encoder.parts(str(tmp_path / 'encoder'), other, None, inputs, 'G.text_encoder')
+  ours = {'vocabulary': fingerprints.Fingerprint('0123', "vocabulary.path='ours'")}
+  theirs = tasks.get_vocabulary().fingerprint
+  with pytest.raises(UserError, match=f"G.text_encoder='.*' was made with the vocabulary {theirs}, "
+                                      "but vocabulary.path='ours' has 0123; set vocabulary.path"):
+    initial_text_encoder.parts(str(tmp_path / 'encoder'), model, None,
+                               inputs_lib.Inputs(stage, ours, False), 'G.text_encoder')
   with pytest.raises(UserError, match='no training run there'):
-    initial_text_encoder.parts(str(tmp_path / 'nothing'), model, None, 'G.text_encoder')
-  assert initial_text_encoder.parts(None, model, None, 'G.text_encoder') == {}
+    initial_text_encoder.parts(str(tmp_path / 'nothing'), model, None, inputs, 'G.text_encoder')
+  assert initial_text_encoder.parts(None, model, None, inputs, 'G.text_encoder') == {}
 
 
 @pytest.mark.parametrize('values, message', [

@@ -5,6 +5,7 @@ import json
 import pathlib
 import subprocess
 import sys
+from unittest import mock
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from tensorboard.util import tensor_util
 
 from parti_jax import config
 from parti_jax import main
+from parti_jax.training import checkpoints
 from parti_jax.training import configurables  # pylint: disable=unused-import
 from parti_jax.training import run as run_lib
 from parti_jax.training import train_loop
@@ -115,6 +117,66 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch, gener
   watch.batches = []
   assert _train(tmp_path / 'whole', GENERATOR, *bindings) == {}
   assert not watch.batches
+
+
+def test_what_goes_wrong_after_a_step_does_not_cost_it(tmp_path, monkeypatch, tokenizer_bindings):
+  bindings = [*tokenizer_bindings, 'train.steps = 4', 'train.checkpoint_every = 2',
+              'train.evaluate_every = 2', 'train.pictures_every = 2', 'train.num_pictures = 2']
+  with monkeypatch.context() as patch:
+    patch.setattr(trainer_lib.Trainer, 'evaluate', mock.Mock(side_effect=RuntimeError('no memory')))
+    with pytest.raises(RuntimeError, match='no memory'):
+      _train(tmp_path, TOKENIZER, *bindings)
+  with monkeypatch.context() as patch:
+    patch.setattr(trainer_lib.Trainer, 'pictures', mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+      _train(tmp_path, TOKENIZER, *bindings)
+  assert [folder.name for folder in (tmp_path / 'checkpoints').iterdir()] == ['2']
+  # What was missed is made up for, once.
+  advance = mock.Mock(wraps=run_lib.Run.advance)
+  monkeypatch.setattr(run_lib.Run, 'advance', lambda run: advance(run))
+  _train(tmp_path, TOKENIZER, *bindings)
+  assert advance.call_count == 2
+  scalars, pictures = _events(tmp_path)
+  assert sorted(scalars['validation/psnr']) == [2, 4]
+  assert pictures == {('reconstructions', 2), ('reconstructions', 4)}
+  evaluate = mock.Mock(wraps=trainer_lib.Trainer.evaluate)
+  monkeypatch.setattr(trainer_lib.Trainer, 'evaluate', evaluate)
+  _train(tmp_path, TOKENIZER, *bindings)
+  assert not evaluate.called
+
+
+@pytest.mark.parametrize('pictures_every', [0, 2])
+def test_a_validation_split_without_a_usable_picture_is_refused_at_once(
+    tmp_path, capsys, pictures_folder, pictures_every):
+  (pictures_folder / 'broken.jsonl').write_text('{"file": "train_13.png", "caption": "broken"}')
+  status = main.main([
+      'train', f'--gin_file={TOKENIZER}', f'--model_dir={tmp_path / "run"}',
+      f"--gin.folder.path='{pictures_folder}'", "--gin.train.eval_split='validation'",
+      "--gin.folder.splits={'train': 'train.jsonl', 'validation': 'broken.jsonl'}",
+      f'--gin.train.pictures_every={pictures_every}'])
+  assert status == 2
+  assert 'folder_images, validation: there is no usable example' in capsys.readouterr().err
+  assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('bindings', [
+    ['train.checkpoint_every = 0'], ['train.checkpoint_every = 3'],
+    ['train.num_pictures = 0', 'train.pictures_every = 1'],
+    ['train.log_every = 0', 'train.evaluate_every = 0', 'train.pictures_every = 0']])
+def test_the_last_step_is_saved_whatever_else_is_off(tmp_path, tokenizer_bindings, bindings):
+  _train(tmp_path, TOKENIZER, *tokenizer_bindings, 'train.steps = 4', *bindings)
+  assert checkpoints.latest_checkpoint(tmp_path).name == '4'
+  drawn = 'train.num_pictures = 0' not in bindings and 'train.pictures_every = 0' not in bindings
+  assert (tmp_path / 'pictures').exists() == drawn
+
+
+def test_more_pictures_than_a_batch_or_fewer_than_asked_for(tmp_path, capsys, tokenizer_bindings):
+  _train(tmp_path, TOKENIZER, *tokenizer_bindings, 'train.steps = 1', 'train.batch_size = 8',
+         'train.num_pictures = 40')
+  assert ('pictures show 11 examples, all that validation has, and not train.num_pictures=40'
+          in capsys.readouterr().err)
+  with Image.open(tmp_path / 'pictures' / 'reconstructions_00000001.png') as image:
+    assert image.size == (3 * 32, 4 * 16)
 
 
 def test_a_run_shows_metrics_and_pictures(tmp_path, capsys, tokenizer_bindings):

@@ -1,20 +1,31 @@
 """The step: microbatches and an optimiser on the host change nothing, and do what they are for."""
 
+import dataclasses
 import functools
 import re
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 from parti_jax.errors import UserError
+from parti_jax.models import coca
+from parti_jax.models import discriminator
+from parti_jax.models import layers
 from parti_jax.models import parti_config
+from parti_jax.models import super_resolution
 from parti_jax.models import vit_vqgan
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.partitioning import rules
 from parti_jax.training import generator_stage
 from parti_jax.training import optimizers
+from parti_jax.training import ranker_stage
+from parti_jax.training import run as run_lib
+from parti_jax.training import super_resolution_stage
+from parti_jax.training import text_encoder_stage
 from parti_jax.training import tokenizer_stage
 from parti_jax.training import trainer as trainer_lib
 
@@ -44,6 +55,55 @@ def _tokenizer():
       sizes, revive_every=1, revive_until=5, dead_below=0.01), {'images': images}
 
 
+def _adversarial(group):
+  stage, batch = _tokenizer()
+  return dataclasses.replace(
+      stage, revive_every=0, adversarial_weight=0.1,
+      discriminator=discriminator.DiscriminatorConfig(
+          channels=64, max_channels=8, minibatch_group=group)), batch
+
+
+def _super_resolution():
+  sizes = super_resolution.SuperResolutionConfig(
+      factor=2, blocks=1, width=8, expansion=2, dtype='float32')
+  images = np.random.default_rng(2).integers(0, 256, (BATCH, 16, 16, 3)).astype(np.uint8)
+  return super_resolution_stage.SuperResolutionStage(sizes, 16, crop=4), {'images': images}
+
+
+COCA = coca.CoCaConfig(
+    image_size=8, patch_size=4, image_layers=1, unimodal_layers=1, multimodal_layers=1, width=16,
+    mlp_width=32, heads=4, caption_queries=4, feature_dim=8, text_vocabulary=16, text_length=8,
+    dropout=0.3, dtype='float32')
+
+
+def _pairs():
+  draw = np.random.default_rng(3)
+  texts = draw.integers(3, 16, (BATCH, 8)).astype(np.int32)
+  texts *= np.arange(8) < draw.integers(2, 9, BATCH)[:, None]  # Of different lengths.
+  return {'images': draw.integers(0, 256, (BATCH, 8, 8, 3)).astype(np.uint8),
+          'encoder_input_tokens': texts}
+
+
+def _ranker():
+  return ranker_stage.RankerStage(COCA, shift=1, noise=0.2), _pairs()
+
+
+def _text_encoder(contrastive_weight):
+  sizes = parti_config.PartiConfig(
+      encoder_layers=1, decoder_layers=1, width=16, mlp_width=32, heads=4, text_vocabulary=16,
+      text_length=8, codebook_size=24, grid=(2, 2), dropout=0.3, dtype='float32')
+  return text_encoder_stage.TextEncoderStage(
+      sizes, COCA, contrastive_weight=contrastive_weight), _pairs()
+
+
+# Stages and whether their losses compare examples.
+LOSSES = {
+    'super_resolution': (_super_resolution, False), 'adversarial': (lambda: _adversarial(1), False),
+    'masked': (lambda: _text_encoder(0.0), False), 'ranker': (_ranker, True),
+    'contrastive': (lambda: _text_encoder(1.0), True),
+    'minibatch_deviation': (lambda: _adversarial(4), True)}
+
+
 @functools.cache
 def _stepped(stage_name, microbatches):
   stage, batch = {'generator': _generator, 'tokenizer': _tokenizer}[stage_name]()
@@ -62,6 +122,42 @@ def test_microbatches_give_the_step_of_the_whole_batch(stage):
     np.testing.assert_allclose(others[name], value, rtol=2e-5, err_msg=name)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, atol=2e-5 * np.abs(a).max()),
                (state.params, state.statistics), (other.params, other.statistics))
+
+
+@pytest.mark.parametrize('name', LOSSES)
+def test_losses_that_compare_examples_compare_those_of_a_microbatch(name):
+  make, compares = LOSSES[name]
+  stage, batch = make()
+  assert bool(stage.over_examples) == compares
+
+  def total(params, microbatches):
+    """The loss as the step sums it."""
+    losses = []
+    for first in range(microbatches):
+      part = {name: value[first::microbatches] for name, value in batch.items()}
+      rows = jnp.arange(first, BATCH, microbatches, dtype=jnp.uint32)
+      loss, _ = stage.loss(params, part, layers.DropoutKeys(jax.random.key(1), rows), jnp.int32(0))
+      losses.append(loss * stage.weight(part) / stage.weight(batch))
+    return sum(losses)
+
+  @jax.jit
+  def totals(key):
+    params = nn.meta.unbox(stage.init(key))
+    return total(params, 1), total(params, 2)
+
+  whole, of_parts = totals(jax.random.key(0))
+  assert (abs(of_parts / whole - 1) > 1e-5) == compares
+
+
+def test_a_run_says_that_microbatches_change_its_losses(tmp_path):
+  stage, _ = _ranker()
+  for microbatches in (1, 2):
+    trainer = trainer_lib.Trainer(
+        stage, optax.sgd(1.0), mesh_lib.make_mesh(devices=jax.devices()[:1]), 0, microbatches)
+    run = run_lib.Run(trainer, tmp_path / str(microbatches), 1, [])
+    said = 'with train.microbatches=2 each microbatch has its own negatives in the contrastive loss'
+    assert (said in run.beginning()) == (microbatches == 2)
+    run.close()
 
 
 def test_microbatches_take_less_memory():

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# From your own pictures to your own drawings: trains a vocabulary, an image tokenizer and a generator
+# on a folder of captioned pictures, and draws a prompt. The first time it makes a virtual environment
+# and installs the package there. Started again, it goes on where it was.
+#
+#   launch/own_pictures.sh FOLDER "PROMPT" [--minutes=N] [ARGUMENTS OF parti-jax own_pictures]
+#
+# FOLDER has pictures and captions.jsonl with lines {"file": "a/1.jpg", "caption": "..."}, or pictures
+# with a .txt of the same name beside each, or tar shards of such files.
+#
+# PARTI_JAX_VENV and PYTHON choose the environment's folder and its Python: see environment.sh.
+# EXTRAS  what to install besides, such as gpu or tpu
+set -euo pipefail
+
+# shellcheck source=environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+(($# >= 2)) || fail 'give the folder of your pictures and a prompt: own_pictures.sh FOLDER "PROMPT"'
+
+install ".[data${EXTRAS:+,$EXTRAS}]"
+exec "$venv/bin/parti-jax" own_pictures "$@"

@@ -1,0 +1,1 @@
+"""Commands that go through several parts of the package."""

@@ -1,0 +1,223 @@
+"""`parti-jax own_pictures`: from a folder of captioned pictures to drawings, in one command."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import shlex
+import shutil
+import time
+
+from parti_jax import checks
+from parti_jax import config
+from parti_jax import storage
+from parti_jax.cli import own_plan
+from parti_jax.errors import UserError
+
+# Steps that are timed, and how many of these are between two readings.
+_TIMED_STEPS, _TIMED_EVERY = 30, 10
+# The tokenizer's share of the time.
+_SHARE = 0.4
+_MOST_MEASURED = 100_000
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+  """Adds the command's flags."""
+  parser.add_argument('folder', metavar='FOLDER',
+                      help='pictures with captions.jsonl (or metadata.jsonl), or with a .txt beside '
+                      'each, or tar shards')
+  parser.add_argument('prompts', nargs='+', metavar='PROMPT', help='what to draw in the end')
+  parser.add_argument('--output_dir', default='runs/own_pictures', metavar='DIR',
+                      help='where everything goes; started again with the same one, the command '
+                      'goes on (default: %(default)s)')
+  parser.add_argument('--minutes', type=float, default=60,
+                      help='about how long training may take (default: %(default)s)')
+  parser.add_argument('--image_size', type=int, metavar='PIXELS',
+                      help='height and width of the pictures (default: 64 on a CPU, else 128)')
+  parser.add_argument('--num_images', type=int, default=4,
+                      help='pictures for each prompt (default: %(default)s)')
+
+
+def run(args: argparse.Namespace) -> int:
+  """Trains what is missing, draws, and prints the commands and the files.
+
+  Returns:
+    The exit status: 0, or that of the command that ended otherwise, such as 75 when it was told to
+    stop; then the same command goes on.
+  """
+  checks.number('--minutes', args.minutes, 0.1, 100_000)
+  checks.count('--num_images', args.num_images)
+  checks.texts('prompt', args.prompts)
+  # gin takes no more names once values are read.
+  # pylint: disable-next=unused-import,g-import-not-at-top
+  from parti_jax.data import tasks
+  # pylint: disable-next=unused-import,g-import-not-at-top
+  from parti_jax.training import configurables
+
+  begun = time.monotonic()
+  work = _Work(args.output_dir, _plan(args))
+  for step in (work.vocabulary, work.tokenizer, work.tokens):
+    if status := step():
+      return status
+  left = 60 * work.plan.minutes - (time.monotonic() - begun)
+  for step in (lambda: work.generator(left), work.export):
+    if status := step():
+      return status
+  return work.draw(args.prompts, args.num_images)
+
+
+def _plan(args: argparse.Namespace) -> own_plan.Plan:
+  """The plan of an earlier start, or a new one."""
+  import jax  # pylint: disable=g-import-not-at-top
+  from parti_jax.data import sources  # pylint: disable=g-import-not-at-top
+
+  folder = args.folder if storage.is_url(args.folder) else os.path.abspath(args.folder)
+  plan = own_plan.load(args.output_dir)
+  if plan is not None:
+    if plan.folder != folder or args.image_size not in (None, plan.image_size):
+      raise UserError(f'{args.output_dir} is of the pictures in {plan.folder} at '
+                      f'{plan.image_size} pixels; choose another --output_dir')
+    if plan.minutes != args.minutes:
+      print(f'going on with --minutes={plan.minutes:g}, as it began')
+    return plan
+  source = own_plan.find_source(folder)
+  config.parse([], source)
+  captions = sources.configured(sources.chosen()).captions('train')
+  plan = own_plan.make(folder, source, captions, args.minutes, jax.default_backend(),
+                       jax.device_count(), args.image_size)
+  plan.save(args.output_dir)
+  print(f'{plan.examples:,} captioned pictures in {folder}; drawing {plan.image_size} × '
+        f'{plan.image_size} pixels after about {plan.minutes:g} minutes of training')
+  if plan.examples < 100:
+    print('So few pictures are learnt by heart; a prompt that differs from all captions draws a '
+          'mixture of them.')
+  return plan
+
+
+class _Work:
+  """The steps on the way, each of which does only what is missing in the output folder.
+
+  Args:
+    output_dir: the folder.
+    plan: what to train.
+  """
+
+  def __init__(self, output_dir: str, plan: own_plan.Plan):
+    self._folder, self.plan = output_dir, plan
+    self._vocabulary, self._tokenizer, self._tokens, self._generator, self._model = (
+        os.path.join(output_dir, name)
+        for name in ('vocabulary.model', 'tokenizer', 'tokens', 'generator', 'model'))
+
+  def vocabulary(self) -> int:
+    """Trains the vocabulary, and measures how long captions are with it."""
+    if not os.path.exists(self._vocabulary):
+      status = self._command(
+          'vocabulary', f'--gin_file={self._data()}', f'--size={self.plan.vocabulary_size}',
+          '--at_most', '--model_type=bpe', '--character_coverage=1',
+          f'--output={self._vocabulary}')
+      if status:
+        return status
+    if not self.plan.text_length:
+      self.plan.text_length = self._text_length()
+      self.plan.save(self._folder)
+    return 0
+
+  def tokenizer(self) -> int:
+    """Trains the image tokenizer."""
+    bindings = [f'include {self._data()!r}', *self.plan.sizes['tokenizer']]
+    return self._train('tokenizer', self._tokenizer, bindings, 60 * _SHARE * self.plan.minutes)
+
+  def tokens(self) -> int:
+    """Turns the pictures into image tokens, if those that are there are not of this tokenizer."""
+    from parti_jax.data import token_cache  # pylint: disable=g-import-not-at-top
+    from parti_jax.training import frozen_tokenizer  # pylint: disable=g-import-not-at-top
+
+    if os.path.exists(os.path.join(self._tokens, 'info.json')):
+      info = token_cache.read_info(self._tokens)
+      if 'train' in info['splits'] and (
+          info['tokenizer'] == frozen_tokenizer.load(self._tokenizer).fingerprint):
+        return 0
+      shutil.rmtree(self._tokens)
+    return self._command('tokenize', f'--gin_file={self._data()}', '--splits', 'train',
+                         f'--tokenizer={self._tokenizer}', f'--output_dir={self._tokens}')
+
+  def generator(self, seconds: float) -> int:
+    """Trains the generator for about so long, if it has not begun yet."""
+    bindings = self.plan.sizes['generator'] + [
+        f'token_cache.path = {self._tokens!r}', f'vocabulary.path = {self._vocabulary!r}',
+        f'PartiConfig.text_vocabulary = {self._load_vocabulary().size}',
+        f'PartiConfig.text_length = {self.plan.text_length}',
+        f'GeneratorStage.tokenizer = {self._tokenizer!r}']
+    return self._train('generator', self._generator, bindings, seconds)
+
+  def export(self) -> int:
+    """Puts the trained parts into a model folder."""
+    return self._command(
+        'export', f'--tokenizer={self._tokenizer}', f'--generator={self._generator}',
+        f'--vocabulary={self._vocabulary}', '--guidance_scale=1.5', f'--output_dir={self._model}',
+        '--overwrite')
+
+  def draw(self, prompts: list[str], num_images: int) -> int:
+    """Draws the prompts."""
+    return self._command(
+        'generate', *prompts, f'--model={self._model}', f'--num_images={num_images}',
+        f'--output_dir={os.path.join(self._folder, "drawings")}')
+
+  def _train(self, part: str, model_dir: str, bindings: list[str], seconds: float) -> int:
+    lines = [f"include 'gin_configs/runs/own_{part}.gin'", *bindings,
+             f'train.batch_size = {self.plan.batch_size}']
+    if part not in self.plan.steps:
+      self.plan.steps[part] = own_plan.num_steps(
+          seconds, self._seconds_per_step(part, self._gin_file(part, lines)), self.plan)
+      self.plan.save(self._folder)
+    lines += own_plan.schedule(part, self.plan.steps[part])
+    return self._command('train', f'--gin_file={self._gin_file(part, lines)}',
+                         f'--model_dir={model_dir}')
+
+  def _seconds_per_step(self, part: str, file: str) -> float:
+    """Trains a few steps and forgets them."""
+    from parti_jax import compilation_cache  # pylint: disable=g-import-not-at-top
+    from parti_jax.training import train_loop  # pylint: disable=g-import-not-at-top
+
+    print(f'timing {_TIMED_STEPS} steps of the {part}')
+    compilation_cache.enable()
+    config.parse([file], [
+        *own_plan.schedule(part, _TIMED_STEPS), f'train.log_every = {_TIMED_EVERY}',
+        'train.pictures_every = 0', 'train.checkpoint_every = 0'])
+    folder = os.path.join(self._folder, f'timing_{part}')
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+      rate = train_loop.train(folder)['examples_per_second']
+    finally:
+      shutil.rmtree(folder, ignore_errors=True)
+    return self.plan.batch_size / rate
+
+  def _text_length(self) -> int:
+    from parti_jax.data import sources  # pylint: disable=g-import-not-at-top
+
+    config.parse([], self.plan.source)
+    captions = sources.configured(sources.chosen()).captions('train')
+    vocabulary = self._load_vocabulary()
+    return own_plan.text_length([len(vocabulary.encode_whole(caption))
+                                 for caption in itertools.islice(captions, _MOST_MEASURED)])
+
+  def _load_vocabulary(self):
+    from parti_jax.data import vocabulary  # pylint: disable=g-import-not-at-top
+    return vocabulary.TextVocabulary(self._vocabulary)
+
+  def _data(self) -> str:
+    return self._gin_file('data', ['import parti_jax.data.tasks', *self.plan.source])
+
+  def _gin_file(self, name: str, lines: list[str]) -> str:
+    """Writes a gin file into the output folder, and returns its path."""
+    path = os.path.abspath(os.path.join(self._folder, f'{name}.gin'))
+    storage.write(path, '\n'.join(lines) + '\n')
+    return path
+
+  def _command(self, *arguments: str) -> int:
+    """Prints and runs a command of this package, in this process, which holds the device."""
+    from parti_jax import main  # pylint: disable=g-import-not-at-top
+
+    print(f'$ parti-jax {shlex.join(arguments)}', flush=True)
+    return main.main(list(arguments))

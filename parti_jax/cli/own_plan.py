@@ -1,0 +1,205 @@
+"""What `parti-jax own_pictures` trains: where captions are, and sizes that fit pictures and device."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from parti_jax import checks
+from parti_jax import storage
+from parti_jax.errors import UserError
+
+FILE = 'plan.json'
+# Names of the columns of files and captions in a captions file, the first that is there counts.
+_FILE_KEYS = ('file', 'file_name', 'filename', 'path', 'image')
+_CAPTION_KEYS = ('caption', 'text', 'description', 'prompt')
+_CAPTIONS_FILES = ('captions.jsonl', 'metadata.jsonl')
+_LARGEST = 1 << 24
+# Below so many pictures a smaller model learns as much, and sooner.
+_FEW, _MANY = 300, 1000
+_VOCABULARY = (100, 16_000)
+
+
+@dataclasses.dataclass
+class Plan:
+  """What is trained; kept in the output folder, so that the command goes on with the same.
+
+  Attributes:
+    folder: of the pictures, an absolute path or a URL.
+    source: gin bindings of the data.
+    examples: captioned pictures.
+    image_size: height and width of the pictures that are drawn, in pixels.
+    sizes: gin bindings of the networks, without what follows from the vocabulary.
+    batch_size: examples a step.
+    vocabulary_size: ids at most.
+    minutes: what training may take.
+    text_length: tokens of a caption; 0 until the vocabulary is trained.
+    steps: {'tokenizer' or 'generator': training steps}, once they are known.
+  """
+
+  folder: str
+  source: list[str]
+  examples: int
+  image_size: int
+  sizes: dict[str, list[str]]
+  batch_size: int
+  vocabulary_size: int
+  minutes: float
+  text_length: int = 0
+  steps: dict[str, int] = dataclasses.field(default_factory=dict)
+
+  def save(self, output_dir: str) -> None:
+    """Writes the plan into the output folder."""
+    storage.write(os.path.join(output_dir, FILE),
+                  json.dumps(dataclasses.asdict(self), indent=2) + '\n')
+
+
+def load(output_dir: str) -> Plan | None:
+  """Reads the plan of an earlier start; None if there is none.
+
+  Raises:
+    UserError: if it is damaged.
+  """
+  path = os.path.join(output_dir, FILE)
+  if not os.path.exists(path):
+    return None
+  try:
+    plan = Plan(**storage.read_json(path))
+    checks.typed('image_size', plan.image_size, int, 1)
+    return plan
+  except (ValueError, TypeError, UserError) as error:
+    raise UserError(f'{path} is damaged; remove it, or choose another --output_dir') from error
+
+
+def find_source(folder: str) -> list[str]:
+  """Returns the gin bindings that read a folder, by what is in it.
+
+  Args:
+    folder: a path or a URL.
+
+  Raises:
+    UserError: if it is not there, or has captions in none of the known forms.
+  """
+  if not storage.is_folder(folder):
+    raise UserError(f'{folder}: there is no such folder; give the folder of your pictures')
+  names = storage.names(folder)
+  for name in _CAPTIONS_FILES:
+    if name in names:
+      file_key, caption_key = _columns(storage.join(folder, name))
+      return _folder(folder, name, file_key, caption_key)
+  if storage.glob(storage.join(folder, '**/*.tar*')):
+    return ["data.source = 'webdataset'", f'webdataset.path = {folder!r}',
+            "webdataset.splits = {'train': '**/*.tar*'}"]
+  if storage.glob(storage.join(folder, '**/*.txt')):
+    return _folder(folder, '**/*.txt', 'file', 'caption')
+  raise UserError(
+      f'{folder}: there are no captions; put them into {_CAPTIONS_FILES[0]} there, with lines of the '
+      'form {"file": "a/1.jpg", "caption": "..."}, or into a text file beside each picture, or give '
+      'a folder of tar shards')
+
+
+def _folder(folder: str, captions: str, file_key: str, caption_key: str) -> list[str]:
+  return ["data.source = 'folder'", f'folder.path = {folder!r}',
+          f"folder.splits = {{'train': {captions!r}}}", f'folder.file_key = {file_key!r}',
+          f'folder.caption_key = {caption_key!r}']
+
+
+def _columns(path: str) -> tuple[str, str]:
+  """The columns of files and captions of a captions file, by its first line."""
+  with storage.open_file(path, 'rt') as file:
+    line = file.readline(_LARGEST)
+  try:
+    row = json.loads(line)
+    return (next(key for key in _FILE_KEYS if key in row),
+            next(key for key in _CAPTION_KEYS if key in row))
+  except (ValueError, TypeError, StopIteration) as error:
+    raise UserError(f'{path}, line 1: needed is an object with one of {", ".join(_FILE_KEYS)} and '
+                    f'one of {", ".join(_CAPTION_KEYS)}') from error
+
+
+def make(folder: str, source: list[str], captions: Iterable[str], minutes: float, platform: str,
+         devices: int, image_size: int | None = None) -> Plan:
+  """Chooses sizes.
+
+  Args:
+    folder: of the pictures.
+    source: of `find_source`.
+    captions: of all pictures.
+    minutes: what training may take.
+    platform: of the devices, such as 'cpu'.
+    devices: how many there are.
+    image_size: height and width of the pictures to draw; None for what fits the device.
+
+  Raises:
+    UserError: if there are no captions, or the size can't be.
+  """
+  words, characters, examples = set(), set(), 0
+  for caption in captions:
+    examples += 1
+    words.update(caption.lower().split())
+    characters.update(caption.lower())
+  if not examples:
+    raise UserError(f'{folder}: no picture has a caption that can be used')
+  large = platform != 'cpu' and examples >= _MANY
+  size = image_size or (64 if platform == 'cpu' else 128)
+  if size % 16 or not 32 <= size <= 256:
+    raise UserError(f'--image_size={size} must be a multiple of 16 from 32 to 256')
+  # Few captions can't carry more ids than they have words; the trainer takes less where it must.
+  vocabulary = min(max(2 * len(words) + len(characters), _VOCABULARY[0]), _VOCABULARY[1])
+  return Plan(
+      folder, source, examples, size, _sizes(examples, size, large),
+      max(32, devices) if examples < 20_000 else max(64, devices), vocabulary, minutes)
+
+
+def _sizes(examples: int, image_size: int, large: bool) -> dict[str, list[str]]:
+  """Gin bindings of the tokenizer and of the generator, on top of the demo's sizes."""
+  codes = 4096 if large else 1024 if examples >= _FEW else 256
+  side = image_size // 8
+  tokenizer = [f'ViTVQGANConfig.image_size = {image_size}', f'ViTVQGANConfig.codebook_size = {codes}']
+  generator = [f'PartiConfig.grid = ({side}, {side})', f'PartiConfig.codebook_size = {codes}']
+  if large:
+    tokenizer += [
+        'ViTVQGANConfig.encoder_layers = 4', 'ViTVQGANConfig.encoder_width = 256',
+        'ViTVQGANConfig.encoder_mlp_width = 1024', 'ViTVQGANConfig.encoder_heads = 4',
+        'ViTVQGANConfig.decoder_layers = 6', 'ViTVQGANConfig.decoder_width = 384',
+        'ViTVQGANConfig.decoder_mlp_width = 1536', 'ViTVQGANConfig.decoder_heads = 6',
+        "ViTVQGANConfig.dtype = 'bfloat16'"]
+    generator += [
+        'PartiConfig.encoder_layers = 4', 'PartiConfig.decoder_layers = 8',
+        'PartiConfig.width = 512', 'PartiConfig.mlp_width = 2048', 'PartiConfig.heads = 8',
+        "PartiConfig.dtype = 'bfloat16'"]
+  elif examples < _FEW:
+    generator += ['PartiConfig.decoder_layers = 3', 'PartiConfig.width = 128',
+                  'PartiConfig.mlp_width = 512', 'PartiConfig.heads = 4']
+  return {'tokenizer': tokenizer, 'generator': generator}
+
+
+def text_length(token_counts: list[int]) -> int:
+  """Tokens of a caption that hold 99 of 100 captions whole, 8 to 128."""
+  longest = int(np.ceil(np.percentile(token_counts, 99)))
+  return min(max(8, -(-longest // 8) * 8), 128)
+
+
+def num_steps(seconds: float, seconds_per_step: float, plan: Plan) -> int:
+  """Steps that fit a time, but not more passes over the pictures than teach anything."""
+  passes = 400 if plan.examples < _FEW else 200
+  most = max(2000, passes * plan.examples // plan.batch_size)
+  return int(min(max(seconds / seconds_per_step, 40), most, 200_000))
+
+
+def schedule(part: str, steps: int) -> list[str]:
+  """Gin bindings of a training of so many steps."""
+  every = max(steps // 4, 20)
+  bindings: dict[str, Any] = {
+      'STEPS': steps, 'warmup_cosine.warmup_steps': min(200, steps // 10),
+      'train.pictures_every': every, 'train.checkpoint_every': min(every, 250),
+      'train.log_every': min(50, every)}
+  if part == 'tokenizer':
+    bindings |= {'TokenizerStage.quantize_from': min(300, steps // 8),
+                 'TokenizerStage.revive_until': 3 * steps // 4}
+  return [f'{name} = {value}' for name, value in bindings.items()]

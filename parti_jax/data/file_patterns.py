@@ -1,0 +1,120 @@
+"""Patterns of files: `*`, `?`, `[ab]` and `**` as a shell knows them, and braces.
+
+`{000..127}.tar` stands for 128 files, all of which must exist, and `{a,b}/*.tar` for the files in two
+folders. Braces may be nested; `{0..10..5}` has a step.
+"""
+
+import glob
+import os
+import re
+from collections.abc import Sequence
+
+from parti_jax import storage
+from parti_jax.errors import UserError
+
+# The most patterns that one with braces may stand for.
+_MOST = 1_000_000
+# Missing files that a message names.
+_NAMED = 3
+_NUMBERS = re.compile(r'(-?\d{1,18})\.\.(-?\d{1,18})(?:\.\.(-?\d{1,18}))?')
+_LETTERS = re.compile(r'([a-zA-Z])\.\.([a-zA-Z])(?:\.\.(-?\d{1,18}))?')
+
+
+def join(folder: str | os.PathLike[str], pattern: str) -> str:
+  """Returns a pattern within a folder. The name of an existing folder is not read as a pattern."""
+  folder = os.fspath(folder)
+  if (glob.has_magic(folder) or '{' in folder) and storage.is_folder(folder):
+    folder = re.sub(r'([*?[{}])', r'[\1]', folder)
+  return storage.join(folder, pattern)
+
+
+def files(pattern: str) -> list[str]:
+  """Returns the paths, or URLs, of the files that fit a pattern, sorted.
+
+  Raises:
+    UserError: braces stand for something that is not there, or for too much.
+  """
+  patterns = expanded(pattern)
+  if len(patterns) == 1:
+    return storage.glob(patterns[0])
+  found, missing, listed = set(), [], {}
+  for one in patterns:
+    folder = one.rpartition('/')[0]
+    if glob.has_magic(one) or not folder:
+      fitting = storage.glob(one)
+    else:
+      # Stores list a folder faster than they look for each of its files.
+      if folder not in listed:
+        listed[folder] = frozenset(storage.names(folder))
+      fitting = [one] if storage.name(one) in listed[folder] else []
+    found.update(fitting)
+    if not fitting:
+      missing.append(one)
+  if missing:
+    more = f' and {len(missing) - _NAMED:,} more' if len(missing) > _NAMED else ''
+    raise UserError(f'of the {len(patterns):,} files or patterns of {pattern!r} {len(missing):,} '
+                    f'match nothing: {", ".join(missing[:_NAMED])}{more}')
+  return sorted(found)
+
+
+def expanded(pattern: str) -> list[str]:
+  """Returns the patterns without braces that a pattern stands for, in order.
+
+  Raises:
+    UserError: there are too many.
+  """
+  for start, character in enumerate(pattern):
+    if character != '{' or pattern[start - 1:start + 2] == '[{]':
+      continue
+    parts, end = _parts(pattern, start)
+    choices = [choice for part in parts for choice in expanded(part)] if len(parts) > 1 else (
+        _range(pattern[start + 1:end]))
+    if not choices:
+      continue
+    rests = expanded(pattern[end + 1:])
+    if len(choices) * len(rests) > _MOST:
+      raise _too_many(pattern)
+    return [pattern[:start] + choice + rest for choice in choices for rest in rests]
+  return [pattern]
+
+
+def _parts(pattern: str, start: int) -> tuple[Sequence[str], int]:
+  """Returns what the commas of a brace separate, and where it is closed; () if it is not."""
+  parts, depth, begin = [], 0, start + 1
+  for place in range(start, len(pattern)):
+    character = pattern[place]
+    if pattern[place - 1:place + 2] in ('[{]', '[}]'):
+      continue
+    if character == '{':
+      depth += 1
+    elif depth == 1 and character in ',}':
+      parts.append(pattern[begin:place])
+      begin = place + 1
+    if character == '}':
+      depth -= 1
+      if not depth:
+        return parts, place
+  return (), start
+
+
+def _range(text: str) -> list[str]:
+  """Returns what `1..3` stands for in braces, [] where a text is something else."""
+  if found := _NUMBERS.fullmatch(text):
+    first, last = int(found[1]), int(found[2])
+    padded = any(number.lstrip('-').startswith('0') and len(number.lstrip('-')) > 1
+                 for number in found.group(1, 2))
+    width = max(map(len, found.group(1, 2))) if padded else 0
+    write = lambda number: f'{number:0{width}d}'
+  elif found := _LETTERS.fullmatch(text):
+    first, last, write = ord(found[1]), ord(found[2]), chr
+  else:
+    return []
+  step = abs(int(found[3] or 1)) or 1
+  if abs(last - first) // step >= _MOST:
+    raise _too_many(f'{{{text}}}')
+  numbers = range(first, last + 1, step) if first <= last else range(first, last - 1, -step)
+  return [write(number) for number in numbers]
+
+
+def _too_many(pattern: str) -> UserError:
+  return UserError(f'{pattern!r} stands for more than {_MOST:,} files')

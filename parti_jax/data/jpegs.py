@@ -1,0 +1,257 @@
+"""Decodes JPEGs: what is damaged is refused, what is only unusual is read.
+
+Pillow ignores libjpeg's warnings, so it fills what is missing or unreadable with grey. simplejpeg
+raises the first warning of a file. Some warnings concern files whose pixels are all there: padding
+before a marker, or a header field that decoders ignore. Such a fault is taken out of the bytes and
+the file is decoded again, so that no later warning is missed.
+"""
+
+import contextlib
+import dataclasses
+import io
+import re
+import struct
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import simplejpeg
+from PIL import Image, ImageChops
+
+from parti_jax.data.undecodable import UndecodablePicture
+
+# Each scan of a progressive JPEG goes over all pixels; encoders write about ten.
+_MAX_SCANS = 100
+# How often one file is decoded, each time with another fault taken out: the pixels of all these
+# together, and the bounds of their number.
+_DECODED_PIXELS, _LEAST_DECODINGS, _MOST_DECODINGS = 2**29, 8, 100
+# Markers of a file that is looked into: those that are kept, and all with those within scans, of
+# which there is at most one for each block of pixels.
+_MAX_MARKERS, _MAX_RESTARTS = 2**16, 2**20
+# Places that may hold the padding of one warning.
+_MOST_GUESSES = 8
+# Zeros at the end of a scan are data, padding or a hole. A hole is seldom short, and in a JPEG that
+# is not progressive seldom decodes to all that is missing with so few of its zeros.
+_SHORT, _KEPT = 64, 11
+
+_MARKER = re.compile(rb'\xff[^\x00\xff]')
+_EOI, _SOS, _JFIF, _ADOBE = 0xd9, 0xda, 0xe0, 0xee
+_SEQUENTIAL = (0xc0, 0xc1, 0xc9)
+_FRAMES = frozenset(range(0xc0, 0xd0)) - {0xc4, 0xc8, 0xcc}
+_RESTARTS = frozenset(range(0xd0, 0xd8))
+_WITHOUT_CONTENT = _RESTARTS | {0x01, 0xd8, _EOI}
+
+_EXTRANEOUS = re.compile(r'Corrupt JPEG data: (\d+) extraneous bytes before marker 0x(..)')
+
+
+@dataclasses.dataclass(frozen=True)
+class _Marker:
+  """A marker of a JPEG.
+
+  Attributes:
+    kind: its second byte.
+    start: where it begins, fill bytes included.
+    content: where its content begins, behind the content's length.
+    end: where its content ends.
+    zeros: how many zeros lie directly before it, at the end of coded pixels or as all that lies
+      between it and the marker before.
+    in_scan: whether the coded pixels of a scan lie before it.
+  """
+  kind: int
+  start: int
+  content: int
+  end: int
+  zeros: int
+  in_scan: bool
+
+
+def decode(data: bytes, mode: str, least: int) -> Image.Image:
+  """Decodes a JPEG, at a fraction of its size if that is enough, which is several times faster.
+
+  Args:
+    data: the file. What follows the end of its first picture is ignored.
+    mode: 'CMYK' or 'RGB', also for shades of grey.
+    least: height and width in pixels that are enough; 0 for all of the picture.
+
+  Returns:
+    The picture; in CMYK 255 is full ink.
+
+  Raises:
+    UndecodablePicture: it has too many scans.
+    ValueError: it is damaged.
+  """
+  # This also counts what only looks like a scan, in a thumbnail or behind the end.
+  if data.count(b'\xff\xda') > _MAX_SCANS:
+    markers = _markers(data)
+    if sum(marker.kind == _SOS for marker in markers) > _MAX_SCANS:
+      raise UndecodablePicture('picture of too many scans')
+    data = data[:markers[-1].end]
+  arguments = {'colorspace': mode, 'min_height': least, 'min_width': least}
+  try:
+    pixels = simplejpeg.decode_jpeg(data, **arguments)
+  except ValueError as error:
+    if 'Could not determine subsampling' in str(error):
+      return _of_unusual_sampling(data, least)
+    pixels = _repaired_pixels(data, str(error), arguments)
+  if mode == 'CMYK':
+    # Adobe's programs, from which nearly all of these come, write the inks inverted.
+    pixels = 255 - pixels
+  return Image.frombytes(mode, pixels.shape[1::-1], np.ascontiguousarray(pixels))
+
+
+def _repaired_pixels(data: bytes, warning: str, arguments: Mapping) -> np.ndarray:
+  """Decodes with simplejpeg, without faults that do not touch the pixels.
+
+  Args:
+    data: the file.
+    warning: simplejpeg's for this file.
+    arguments: of `simplejpeg.decode_jpeg`.
+
+  Raises:
+    ValueError: there are other faults, or too many.
+  """
+  markers = _markers(data)
+  frame = next(marker for marker in markers if marker.kind in _FRAMES)
+  height, width = struct.unpack_from('>HH', data, frame.content + 1)
+  most = min(max(_DECODED_PIXELS // max(1, height * width), _LEAST_DECODINGS), _MOST_DECODINGS)
+  # Start of a marker -> zeros that are left out before it; what to try, the best guess last.
+  cuts, waiting = {}, []
+  for _ in range(most):
+    if found := _EXTRANEOUS.match(warning):
+      waiting += reversed(_guesses(markers, cuts, int(found[1]), int(found[2], 16)))
+    elif (repaired := _with_usual_headers(data, markers, frame, warning)) != data:
+      data = repaired
+      waiting.append(cuts)
+    if not waiting:
+      break
+    cuts = waiting.pop()
+    try:
+      return simplejpeg.decode_jpeg(_cut(data, cuts), **arguments)
+    except ValueError as error:
+      warning = str(error)
+  # libjpeg sometimes names a place later than that of the padding.
+  for kept in range(4 if cuts else 0):
+    cuts = {marker.start: max(0, marker.zeros - kept * marker.in_scan) for marker in markers}
+    with contextlib.suppress(ValueError):
+      return simplejpeg.decode_jpeg(_cut(data, cuts), **arguments)
+  raise ValueError(warning)
+
+
+def _of_unusual_sampling(data: bytes, least: int) -> Image.Image:
+  """Decodes with Pillow what simplejpeg does not know, such as colours finer than brightness.
+
+  Bytes added to each scan change the picture if the scan was too short.
+  """
+  pieces, position = [], 0
+  for marker in _markers(data):
+    if marker.in_scan and marker.kind not in _RESTARTS:
+      pieces += [data[position:marker.start], b'\x5a\xa5' * 32]
+      position = marker.start
+  image, other = (_pillows(variant, least)
+                  for variant in (data, b''.join([*pieces, data[position:]])))
+  if ImageChops.difference(image, other).getbbox() is not None:
+    raise ValueError('a scan breaks off')
+  return image
+
+
+def _pillows(data: bytes, least: int) -> Image.Image:
+  with Image.open(io.BytesIO(data), formats=('JPEG', 'MPO')) as image:
+    if least:
+      image.draft(None, (least, least))
+    return image.copy() if image.mode == 'CMYK' else image.convert('RGB')
+
+
+def _with_usual_headers(
+    data: bytes, markers: Sequence[_Marker], frame: _Marker, warning: str
+) -> bytes:
+  """Returns the file with what decoders assume in place of the header field of a warning."""
+  repaired = bytearray(data)
+  for marker in markers:
+    content = data[marker.content:marker.end]
+    if warning.startswith('Invalid SOS parameters') and marker.kind == _SOS:
+      # The spectrum's start and end and the bits, which a sequential JPEG does not choose.
+      if frame.kind in _SEQUENTIAL:
+        repaired[marker.end - 3:marker.end] = b'\x00\x3f\x00'
+    elif warning.startswith('Unknown Adobe color transform code') and marker.kind == _ADOBE:
+      # It is taken for YCbCr, or of four components for YCCK.
+      if content.startswith(b'Adobe') and len(content) >= 12:
+        repaired[marker.content + 11] = 2 if data[frame.content + 5] == 4 else 1
+    elif warning.startswith('Warning: unknown JFIF revision') and marker.kind == _JFIF:
+      if content.startswith(b'JFIF\0') and len(content) >= 7:
+        repaired[marker.content + 5] = 1
+  return bytes(repaired)
+
+
+def _guesses(
+    markers: Sequence[_Marker], cuts: Mapping[int, int], count: int, kind: int
+) -> list[Mapping[int, int]]:
+  """Guesses where the padding of a warning lies.
+
+  Args:
+    markers: of the file.
+    cuts: what was left out when the warning came, and still is.
+    count: the bytes of padding that libjpeg has found in one place.
+    kind: the marker before which they lie, or one that follows it.
+
+  Returns:
+    What to leave out, the best guess first. The zeros between segments are padding. If they are
+    left out already, `count` zeros fewer before some of the markers in scans or at their ends.
+  """
+  sequential = any(marker.kind in _SEQUENTIAL for marker in markers)
+  surely = {marker.start: marker.zeros for marker in markers if marker.zeros and (
+      not marker.in_scan or marker.zeros > _SHORT and not sequential)}
+  if surely.items() - cuts.items():
+    return [{**cuts, **surely}]
+  zeros = {marker: marker.zeros - cuts.get(marker.start, 0) for marker in markers}
+  padded = [marker for marker in markers if zeros[marker] >= count and (
+      zeros[marker] <= _SHORT or zeros[marker] - count <= _KEPT)]
+  padded.sort(key=lambda marker: (marker.kind == kind, zeros[marker]), reverse=True)
+  guesses = [padded, *([marker] for marker in padded[:_MOST_GUESSES])] if padded else []
+  return [{**cuts, **{marker.start: marker.zeros - zeros[marker] + count for marker in guess}}
+          for guess in guesses]
+
+
+def _cut(data: bytes, cuts: Mapping[int, int]) -> bytes:
+  """Returns data without so many bytes before some places."""
+  pieces, position = [], 0
+  for place in sorted(cuts):
+    pieces.append(data[position:place - cuts[place]])
+    position = place
+  return b''.join([*pieces, data[position:]])
+
+
+def _markers(data: bytes) -> list[_Marker]:
+  """Returns the markers of a file, in order, up to its end of picture.
+
+  Those within scans are left out where no zeros lie before them.
+
+  Raises:
+    ValueError: there are too many.
+  """
+  found, position, in_scan, restarts = [], 2, False, 0
+  while marker := _MARKER.search(data, position):
+    kind, end = data[marker.end() - 1], marker.end()
+    before = data[position:marker.start()].rstrip(b'\xff')
+    start = position + len(before)
+    zeros = len(before) - len(before.rstrip(b'\0'))
+    if not in_scan and (zeros < len(before) or kind == _EOI or _is_short(found)):
+      zeros = 0
+    content = end
+    if kind not in _WITHOUT_CONTENT:
+      end += max(2, int.from_bytes(data[end:end + 2]))
+      content += 2
+    if zeros or kind not in _RESTARTS:
+      found.append(_Marker(kind, start, content, end, zeros, in_scan))
+    else:
+      restarts += 1
+    if len(found) > _MAX_MARKERS or restarts > _MAX_RESTARTS:
+      raise ValueError('too many markers')
+    if kind == _EOI:
+      break
+    in_scan = kind == _SOS or in_scan and kind in _RESTARTS
+    position = end
+  return found
+
+
+def _is_short(markers: list[_Marker]) -> bool:
+  """Whether zeros behind the last marker may be the rest of Adobe's, which names the colours."""
+  return bool(markers) and markers[-1].kind == _ADOBE and markers[-1].end - markers[-1].content < 12

@@ -1,0 +1,108 @@
+"""`parti-jax train` with an error on purpose, for test_crashes.py.
+
+Usage: crashing_child.py WHERE PROCESS train ...
+
+WHERE is a key of `_ERRORS`; PROCESS is the number of the process that gets the error. Pictures are
+decoded slowly, so that the data threads are always at work, but for 'step_with_full_buffers'.
+"""
+
+import sys
+import time
+
+from parti_jax import main
+
+
+def _raise(*_, **__):
+  raise RuntimeError('injected')
+
+
+def _after(calls, function):
+  """`function` for so many calls, and then an error."""
+  left = [calls]
+
+  def called(*args, **kwargs):
+    left[0] -= 1
+    return function(*args, **kwargs) if left[0] >= 0 else _raise()
+
+  return called
+
+
+def _step(lib):
+  lib['trainer'].Trainer.step = _after(2, lib['trainer'].Trainer.step)
+
+
+def _step_with_full_buffers(lib):
+  step = lib['trainer'].Trainer.step
+
+  def slow(*args, **kwargs):
+    time.sleep(2)
+    return step(*args, **kwargs)
+
+  lib['trainer'].Trainer.step = _after(2, slow)
+
+
+def _step_of_jax(lib):
+  """An error of JAX' own, from the compiled step."""
+  import jax  # pylint: disable=import-outside-toplevel
+
+  step = lib['trainer'].Trainer.step
+
+  def bad(*args, **kwargs):
+    jax.block_until_ready(jax.jit(lambda x: jax.pure_callback(_raise, x, x))(1.0))
+    return step(*args, **kwargs)
+
+  lib['trainer'].Trainer.step = bad
+
+
+def _evaluation(lib):
+  lib['trainer'].Trainer.evaluate = lambda *args: (next(args[2]), _raise())
+
+
+def _pictures(lib):
+  lib['trainer'].Trainer.pictures = _raise
+
+
+def _data_thread(lib):
+  lib['decoding'].decode = _after(20, lib['decoding'].decode)
+
+
+def _reader(lib):
+  lib['sources'].storage.open_file = _after(20, lib['sources'].storage.open_file)
+
+
+_ERRORS = {'step': _step, 'step_with_full_buffers': _step_with_full_buffers,
+           'step_of_jax': _step_of_jax, 'evaluation': _evaluation, 'pictures': _pictures,
+           'data_thread': _data_thread, 'reader': _reader}
+
+
+def _patch(where):
+  # pylint: disable=import-outside-toplevel
+  from parti_jax.data import decoding, sources
+  from parti_jax.training import trainer
+
+  if where != 'step_with_full_buffers':
+    decode = decoding.decode
+
+    def slow(*args, **kwargs):
+      time.sleep(0.1)
+      return decode(*args, **kwargs)
+
+    decoding.decode = slow
+  _ERRORS[where]({'trainer': trainer, 'decoding': decoding, 'sources': sources})
+
+
+if __name__ == '__main__':
+  where_, process, *argv = sys.argv[1:]
+  from parti_jax.training import command
+
+  train = command._train_listening  # pylint: disable=protected-access
+
+  def patched_train(args, connect):
+    """Patches in the process that trains, not in the parent of one of several."""
+    if (args.process_id or 0) == int(process):
+      _patch(where_)
+    train(args, connect)
+
+  command._train_listening = patched_train  # pylint: disable=protected-access
+  sys.argv[1:] = argv
+  sys.exit(main.main())
