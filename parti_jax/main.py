@@ -22,9 +22,9 @@ _WRITE_TO_URLS = ('export', 'vocabulary', 't5x_checkpoint')
 # command -> (module, one line of help)
 COMMANDS = {
     'generate': ('parti_jax.sampling.command', 'draw pictures for prompts'),
+    'train': ('parti_jax.training.command', 'train a model: any stage, chosen by gin files'),
     'own_pictures': ('parti_jax.cli.own_pictures',
                      'train all parts on a folder of captioned pictures, and draw with them'),
-    'train': ('parti_jax.training.command', 'train a model: any stage, chosen by gin files'),
     'info': ('parti_jax.training.info_command',
              'tell about a run (how far it is, its checkpoints, its story) or an exported model'),
     'batch': ('parti_jax.training.batch_command',
@@ -137,16 +137,21 @@ def _run(argv: Sequence[str]) -> int:
   if bindings and not hasattr(args, 'gin_file'):
     raise UserError(f'{_GIN_FLAG}{bindings[0]}: the command {name!r} takes no gin values')
   args.gin_bindings = bindings
-  if name not in _WRITE_TO_URLS:
-    _refuse_url(args)
+  _check_outputs(args, urls=name in _WRITE_TO_URLS)
   with config.translated_errors():
     return module.run(args)
 
 
-def _refuse_url(args: argparse.Namespace):
-  for flag in ('output_dir', 'output'):
-    if getattr(args, flag, None) is not None:
-      storage.check_local(getattr(args, flag))
+def _check_outputs(args: argparse.Namespace, urls: bool):
+  """Raises UserError if a file or folder that the command will write can't be written."""
+  for flag in ('output_dir', 'output', 'json'):
+    path = getattr(args, flag, None)
+    if not isinstance(path, str):
+      continue
+    if not storage.is_url(path):
+      storage.check_can_write(f'--{flag}={path}', path)
+    elif not urls:
+      storage.check_local(path)
 
 
 def _main_parser() -> argparse.ArgumentParser:

@@ -277,6 +277,23 @@ def create(path: str | os.PathLike[str], content: bytes) -> None:
       raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(path)) from error
 
 
+def check_can_write(name: str, path: str | os.PathLike[str]) -> None:
+  """Raises UserError if a local file or folder can't be written; makes nothing.
+
+  Args:
+    name: what the message begins with.
+    path: need not be there.
+  """
+  nearest = pathlib.Path(_local(path)).absolute()
+  while not os.path.lexists(nearest):
+    nearest = nearest.parent
+  if nearest != pathlib.Path(_local(path)).absolute() and not nearest.is_dir():
+    raise UserError(f'{name}: {nearest} is not a folder; choose another path')
+  if not os.access(nearest, os.W_OK):
+    raise UserError(f'{name}: {nearest} can not be written; make it writable, or choose another '
+                    'path')
+
+
 def make_folder(path: str | os.PathLike[str]) -> None:
   """Makes a folder and those around it, unless they are there; stores need none."""
   if not is_url(path):

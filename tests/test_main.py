@@ -191,3 +191,16 @@ def test_train_as_a_module():
                         capture_output=True, text=True, check=False)
   assert done.returncode == 2
   assert done.stderr.startswith('parti-jax: error: --gin.steps: no value')
+
+
+@pytest.mark.parametrize('command', [
+    ['generate', 'red apple', '--output_dir'], ['vocabulary', '--output'],
+    ['tokenize', '--tokenizer=nowhere', '--output_dir'], ['evaluate', '--output_dir'],
+    ['export', '--base=nowhere', '--output_dir'], ['plan', '--json']])
+def test_outputs_that_can_not_be_written_are_refused_before_anything_is_read(
+    tmp_path, capsys, command):
+  (tmp_path / 'file').write_text('')
+  *first, flag = command
+  assert main.main([*first, f'{flag}={tmp_path}/file/below']) == 2
+  assert capsys.readouterr().err.startswith(
+      f'parti-jax: error: {flag}={tmp_path}/file/below: {tmp_path}/file is not a folder')

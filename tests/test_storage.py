@@ -94,6 +94,19 @@ def test_write_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
   assert [p.name for p in tmp_path.iterdir()] == ['config.gin']
 
 
+def test_what_can_not_be_written_is_known_before(tmp_path, monkeypatch):
+  storage.check_can_write('--output_dir=x', tmp_path / 'not' / 'there' / 'yet')
+  storage.check_can_write('--output_dir=x', f'file://{tmp_path}/new')
+  assert not (tmp_path / 'not').exists()
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(errors.UserError, match=r'--output_dir=x: .*/file is not a folder; choose another'):
+    storage.check_can_write('--output_dir=x', tmp_path / 'file' / 'below')
+  storage.check_can_write('--output=x', tmp_path / 'file')
+  monkeypatch.setattr(storage.os, 'access', lambda path, mode: False)  # Root may write anywhere.
+  with pytest.raises(errors.UserError, match='--output_dir=x: .* can not be written; make it writable'):
+    storage.check_can_write('--output_dir=x', tmp_path / 'new')
+
+
 def test_upload(s3_bucket, tmp_path):
   (tmp_path / 'file').write_bytes(b'12345')
   storage.upload(tmp_path / 'file', s3_bucket + '/uploaded')

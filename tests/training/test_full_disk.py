@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import subprocess
+import threading
 import time
 
 import jax.numpy as jnp
@@ -33,7 +34,10 @@ def _save(manager, step, size=4000):
 
 def _assert_goes_on(folder, steps=(1,)):
   """The last checkpoint is whole, nothing is left of what failed, and another can be written."""
-  # A process ends after such a failure; here what it still did in the background has to.
+  # A process ends after such a failure; here Orbax's threads have to end, and TensorStore's.
+  for thread in threading.enumerate():
+    if type(thread).__name__ == '_SignalingThread' or thread.name.startswith('asyncio'):
+      threading.Thread.join(thread)  # Its own would raise the failure again.
   before = None
   while before != (before := sorted(folder.rglob('*'))):
     time.sleep(0.1)

@@ -73,7 +73,8 @@ def tokenizer_params():
 @pytest.fixture
 def tokenize(monkeypatch, tokenizer_params, tmp_path):
   """Tokenizes a source; returns the exit status and the number of examples of each split."""
-  monkeypatch.setattr(frozen_tokenizer, 'load', lambda run: (TOKENIZER, tokenizer_params))
+  monkeypatch.setattr(frozen_tokenizer, 'load', lambda run: frozen_tokenizer.FrozenTokenizer(
+      run, TOKENIZER, tokenizer_params))
 
   def run(source, *arguments, splits=tuple(SPLITS)):
     path = tmp_path / source
