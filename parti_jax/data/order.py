@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import grain
 import numpy as np
 
+from parti_jax.data.quiet_grain import grain
 from parti_jax.errors import UserError
 
 # grain shuffles numbers of 32 bits.

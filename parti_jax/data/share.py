@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import gin
-import grain
 import numpy as np
 from absl import logging
 
@@ -21,6 +20,7 @@ from parti_jax.data import examples as examples_lib
 from parti_jax.data import order as order_lib
 from parti_jax.data import tally
 from parti_jax.data.damage import Damaged, Unusable
+from parti_jax.data.quiet_grain import grain
 from parti_jax.data.sources import base
 from parti_jax.errors import UserError
 
@@ -458,7 +458,7 @@ class ShareExamples:
       part = (f'share {self._reading.share + 1} of {shares} (train.data_shares) of '
               if shares > 1 else '')
       raise UserError(f'{where}: there is no usable example in {part}{place}'
-                      + (f'; skipped {skipped}' if skipped else ''))
+                      + (f'; skipped {skipped}' if skipped else ': there is none at all'))
     if (skipped or shortened) and (self._taken or self._lost):
       logging.warning('%s: epoch %d ended after %d examples; so far skipped: %s; kept in part: %s',
                       where, self._epoch, self._taken, skipped or 'none', shortened or 'none')

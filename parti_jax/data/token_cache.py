@@ -15,6 +15,7 @@ an empty one; digests (XXH3) tell whether shards are still what was written, see
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import json
 import os
@@ -420,7 +421,8 @@ class _Reader:
 
   def close(self) -> None:
     """Closes the file."""
-    self._reader.close()
+    with contextlib.suppress(RuntimeError):  # Closing tells once more of what is damaged.
+      self._reader.close()
 
 
 class _TokenRecords(base.Records):

@@ -13,7 +13,7 @@ from parti_jax import config
 from parti_jax import main
 from parti_jax.cli import own_pictures
 from parti_jax.cli import own_plan
-from parti_jax.data import tasks
+from parti_jax.data import datasets
 from parti_jax.errors import UserError
 from parti_jax.sampling import model_folder
 from parti_jax.training import configurables  # pylint: disable=unused-import
@@ -61,7 +61,7 @@ def test_every_form_of_captions_is_found(tmp_path, captions_in):
   source = own_plan.find_source(str(_pictures(tmp_path / 'mine', captions_in)))
   config.parse([], source)
   found = {caption: tuple(picture[16, 16])
-           for caption, picture in tasks.pictures_and_captions(None, 'train', 32)}
+           for caption, picture in datasets.pictures_and_captions(None, 'train', 32)}
   assert found == {f'a {name} square': color for name, color in COLORS.items()}
 
 
@@ -86,7 +86,7 @@ def test_pictures_without_texts_are_counted(tmp_path, caplog):
   (folder / 'a' / '3.txt').unlink()
   (folder / 'a' / '4.PNG').unlink()
   config.parse([], own_plan.find_source(str(folder)))
-  assert len(list(tasks.pictures_and_captions(None, 'train', 32))) == 22
+  assert len(list(datasets.pictures_and_captions(None, 'train', 32))) == 22
   assert 'left out 1 text file(s) without a picture' in caplog.text
   assert 'left out 1 picture(s) without a text file' in caplog.text
 

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import seqio
 
+from parti_jax import storage
 from parti_jax.data import decoding
+from parti_jax.data import share
 from parti_jax.data import tasks
 from parti_jax.data.batches import Batches
-from parti_jax.data.quiet_tensorflow import tf
 from parti_jax.errors import UserError
 
 IMAGES = {'images': 8}
@@ -45,7 +46,8 @@ def test_every_example_once_an_epoch_and_nothing_dropped(numbered):
   assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
   assert len({tuple(epoch) for epoch in epochs}) == 4
   assert batches.state() == {
-      'epoch': 3, 'taken': 10, 'read': 10, 'skipped': {}, 'shortened': {}}
+      'version': 2, 'epoch': 3, 'taken': 10, 'lost': 0, 'stream': {'position': 40}, 'skipped': {},
+      'shortened': {}}
 
 
 def test_last_batch_may_be_short(numbered):
@@ -189,48 +191,69 @@ def test_going_on_decodes_no_earlier_example(folder, encode, monkeypatch):
   assert resumed.skipped == {'unknown picture format': 3, 'no caption': 1}
 
 
-def test_a_place_of_before_there_were_numbers(folder, encode):
-  _with_bad_examples(folder, encode)
-  whole = Batches('folder_pairs', 'train', 2, PAIRS, seed=1)
-  read = [next(whole) for _ in range(4)]
-  resumed = Batches('folder_pairs', 'train', 2, PAIRS, seed=1)
-  resumed.restore({'epoch': 0, 'taken': 4})
-  _assert_equal(next(resumed), read[2])
-  resumed.restore(resumed.state())
-  _assert_equal(next(resumed), read[3])
+def test_a_state_of_an_older_version_is_refused_with_a_way_to_go_on(numbered):
+  numbered(5)
+  batches = Batches('folder_images', 'train', 2, IMAGES)
+  for old in ({'epoch': 0, 'taken': 4}, {'epoch': 0, 'taken': 4, 'read': 5, 'skipped': {}}):
+    with pytest.raises(UserError, match='older version of parti_jax.*set train.restart_data=True'):
+      batches.restore(old)
 
 
-def test_no_batch_comes_once_closed(numbered):
+def test_going_on_takes_no_longer_far_from_the_beginning(numbered, monkeypatch):
+  numbered(7)
+  read = []
+  open_file = storage.open_file
+  monkeypatch.setattr(storage, 'open_file', lambda path, *a: read.append(path) or open_file(path, *a))
+  settings = share.Settings(0, 0, 1)
+  batches = Batches('folder_images', 'train', 2, IMAGES, settings=settings)
+  del read[:]
+  batches.seek(10**7, 3)
+  first = next(batches)
+  assert len(read) <= 4 and batches.place == (10**7, 5)
+  again = Batches('folder_images', 'train', 2, IMAGES)
+  again.seek(10**7, 0)
+  assert _numbers(first) == (_numbers(next(again)) + _numbers(next(again)))[3:] + _numbers(
+      next(again))[:1]
+
+
+def test_nothing_is_read_once_closed(numbered):
   numbered(5)
   with Batches('folder_images', 'train', 2, IMAGES) as batches:
     next(batches)
     state = batches.state()
-  with pytest.raises(ValueError, match='closed'):
-    next(batches)
   assert batches.state() == state
   batches.restore(state)
   next(batches)
   batches.close()
+  batches.close()
 
 
-def test_an_error_of_the_program_in_a_data_thread_is_not_the_datas(numbered, monkeypatch):
+@pytest.mark.parametrize('threads', [0, 2])
+def test_errors_while_reading_are_what_they_are(numbered, monkeypatch, threads):
   numbered(5)
-  monkeypatch.setattr(decoding, 'decode', lambda *_: 1 // 0)
-  with pytest.raises(tf.errors.OpError, match='ZeroDivisionError'):
+  gin.parse_config(f'loader.num_threads = {threads}')
+  monkeypatch.setattr(decoding, 'decode_and_note', lambda *_, **__: 1 // 0)
+  with pytest.raises(ZeroDivisionError):
     next(Batches('folder_images', 'train', 2, IMAGES))
 
-
-def test_an_error_of_the_data_in_a_data_thread_is_one_line(numbered, monkeypatch):
-  numbered(5)
-
-  def decode(*_):
+  def decode(*_, **__):
     raise UserError('s3://bucket/a.png cannot be read: no credentials')
 
-  monkeypatch.setattr(decoding, 'decode', decode)
-  with pytest.raises(UserError) as found:
+  monkeypatch.setattr(decoding, 'decode_and_note', decode)
+  with pytest.raises(UserError, match='^s3://bucket/a.png cannot be read: no credentials$'):
     next(Batches('folder_images', 'train', 2, IMAGES))
-  assert str(found.value) == ('folder_images, train: reading failed: s3://bucket/a.png cannot be '
-                              'read: no credentials')
+
+
+@pytest.mark.parametrize('values', [(0, 0, 1), (3, 0, 1), (3, 0, 64), (1, 2, 8)])
+def test_threads_and_processes_change_nothing(folder, encode, values):
+  _with_bad_examples(folder, encode)
+  gin.parse_config('drop_text.rate = 0.5')
+  read = lambda settings: Batches(
+      'folder_pairs', 'train', 4, PAIRS, seed=3, training=True, settings=settings)
+  with read(share.Settings(0, 0, 1)) as expected, read(share.Settings(*values)) as found:
+    for _ in range(6):
+      _assert_equal(next(found), next(expected))
+      assert found.state() == expected.state()
 
 
 @pytest.mark.parametrize('lengths, message', [

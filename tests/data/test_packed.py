@@ -15,9 +15,10 @@ import pyarrow
 import pytest
 import tensorflow as tf
 
-from parti_jax.data import example_files, packed, tar_shards, tasks, tfrecords
+from parti_jax.data import tasks, sources
+from parti_jax.data.readers import packed, tar_shards, text_lines, tfrecords
 from parti_jax.data.batches import Batches
-from parti_jax.data.example_files import Damaged
+from parti_jax.data.damage import Damaged
 from parti_jax.errors import UserError
 
 
@@ -134,11 +135,11 @@ def test_text_files(tmp_path, kind):
   (tmp_path / f'a.txt.{kind}').write_bytes(data)
   (tmp_path / f'b.txt.{kind}').write_bytes(b'not packed')
   gin.parse_config(f"text.path = '{tmp_path}'\ntext.splits = {{'train': 'a.txt*'}}")
-  assert list(tasks.sources.configured('text').captions('train')) == lines
-  assert list(example_files.lines(str(tmp_path / f'b.txt.{kind}'))) == [
+  assert list(sources.configured('text').captions('train')) == lines
+  assert list(text_lines.lines(str(tmp_path / f'b.txt.{kind}'))) == [
       Damaged('rest of a damaged text file')]
   (tmp_path / 'c.txt').write_bytes(data[:len(data) // 2])
-  *read, last = example_files.lines(str(tmp_path / 'c.txt'))
+  *read, last = text_lines.lines(str(tmp_path / 'c.txt'))
   assert last == Damaged('rest of a damaged text file') and len(read) < 2000
 
 

@@ -5,15 +5,16 @@ import json
 import numpy as np
 import pytest
 
-from parti_jax.data import tasks
+from parti_jax.data import datasets
 from parti_jax.data.shared_batches import SharedBatches
 from parti_jax.errors import UserError
 
 IMAGES = {'images': 8}
 
 
-def _open(rows=None, shares=4, batch_size=8, processes=1, seed=5):
-  return SharedBatches('folder_images', 'train', batch_size, IMAGES, shares, processes, rows, seed)
+def _open(rows=None, shares=4, batch_size=8, processes=1, seed=5, restart=False):
+  return SharedBatches('folder_images', 'train', batch_size, IMAGES, shares, processes, rows, seed,
+                       restart)
 
 
 def _numbers(batch):
@@ -49,8 +50,9 @@ def test_resumed_by_other_processes(numbered):
     next(before)
   state = json.loads(json.dumps(before.state()))
   # The shares have 6, 6, 6 and 5 examples, and 8 of each have been taken.
-  more = [{'read': read, 'skipped': {}, 'shortened': {}} for read in (2, 2, 2, 3)]
-  assert state == {'places': [[1, 2], [1, 2], [1, 2], [1, 3]], 'shares': more, 'vocabulary': None}
+  assert state == {'shares': [
+      {'version': 2, 'epoch': 1, 'taken': taken, 'lost': 0, 'stream': {'position': 8},
+       'skipped': {}, 'shortened': {}} for taken in (2, 2, 2, 3)]}
   # None: as many shares as the checkpoint has, whatever the number of processes is now.
   resumed = [_open(list(range(start, start + 4)), None, processes=2) for start in (0, 4)]
   for batches in resumed:
@@ -66,8 +68,17 @@ def test_a_checkpoint_of_another_program_has_no_place(numbered):
   restored.restore({'from_t5x': 'checkpoint_7'})
   assert restored.shares == 2
   assert _numbers(next(restored)) == _numbers(next(fresh))
-  with pytest.raises(KeyError):  # Any other state without a place is a damaged one.
-    restored.restore({'vocabulary': None})
+
+
+@pytest.mark.parametrize('old', [
+    {'epoch': 1, 'taken': 4}, {'places': [[0, 4]], 'shares': [{'read': 4, 'skipped': {}}]}])
+def test_a_place_of_an_older_version_is_refused_or_passed_over(numbered, old):
+  numbered(8)
+  with pytest.raises(UserError, match='older version .*train.restart_data=True'):
+    _open(shares=None).restore(old)
+  fresh, restarted = _open(shares=None), _open(shares=None, restart=True)
+  restarted.restore(old)
+  assert _numbers(next(restarted)) == _numbers(next(fresh))
 
 
 def test_a_batch_may_have_grown_since(numbered):
@@ -87,15 +98,15 @@ def test_shares_that_do_not_fit(numbered):
   with pytest.raises(UserError, match='train.batch_size=8 .*data_shares=3.*one a process'):
     _open(shares=None, processes=3)
   with pytest.raises(UserError, match='train.data_shares=2, but the checkpoint has .* 4 shares'):
-    _open(shares=2).restore({'places': [[0, 0]] * 4})
+    _open(shares=2).restore({'shares': [{}] * 4})
 
 
 def test_the_vocabulary_is_known_by_its_fingerprint(numbered):
   numbered(4)
   pairs = SharedBatches('folder_pairs', 'train', 2, {'inputs': 8, **IMAGES})
   found = pairs.fingerprints
-  assert found['vocabulary'].value == tasks.get_vocabulary().fingerprint
-  assert found['vocabulary'].name == f'vocabulary.path={tasks.get_vocabulary().path!r}'
+  assert found['vocabulary'].value == datasets.get_vocabulary().fingerprint
+  assert found['vocabulary'].name == f'vocabulary.path={datasets.get_vocabulary().path!r}'
   assert found['tokenizer'] is None
 
 

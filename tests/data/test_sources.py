@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 from parti_jax import config
-from parti_jax.data import tasks
+from parti_jax.data import datasets
 from parti_jax.data.batches import Batches
 from parti_jax.errors import UserError
 
@@ -23,7 +23,7 @@ def _pairs():
   with gin.unlock_config():
     gin.parse_config('drop_text.rate = 0.0')
   batches = Batches('pairs', 'train', 4, LENGTHS, seed=3, num_epochs=1)
-  vocabulary = tasks.get_vocabulary()
+  vocabulary = datasets.get_vocabulary()
   read = {}
   for batch in batches:
     for ids, image in zip(batch['encoder_input_tokens'], batch['images']):
@@ -102,7 +102,7 @@ def test_folder_with_other_columns_and_splits(tmp_path, encode):
   config.parse(['gin_configs/tasks/folder.gin'], [
       f"folder.path='{tmp_path}'", "folder.splits={'test': 'held_out.jsonl'}",
       "folder.file_key='file_name'", "folder.caption_key='text'"])
-  (caption, image), = tasks.pictures_and_captions('pairs', 'test', 8)
+  (caption, image), = datasets.pictures_and_captions('pairs', 'test', 8)
   assert caption == 'red circle' and (image == RED).all()
   with pytest.raises(UserError, match="folder has no split 'train'; it has test"):
     Batches('images', 'train', 1, {'images': 8})
@@ -140,7 +140,7 @@ def test_folder_with_nothing_usable(folder, task):
   with pytest.raises(UserError, match='no usable example in folder .*; skipped 2 unknown picture'):
     next(Batches(task, 'train', 1, lengths))
   with pytest.raises(UserError, match='folder has no usable example.*2 unknown picture'):
-    next(tasks.pictures_and_captions('folder', 'train', 8))
+    next(datasets.pictures_and_captions('folder', 'train', 8))
 
 
 def test_tfrecords(tfrecords, encode):
@@ -159,7 +159,7 @@ def test_tfrecords_with_other_keys(tfrecords, encode):
     Batches('images', 'train', 1, {'images': 8})
   with gin.unlock_config():
     gin.parse_config("tfrecord.image_key = 'image/encoded'\ntfrecord.caption_key = 'text'")
-  (caption, image), = tasks.pictures_and_captions('tfrecord', 'train', 8)
+  (caption, image), = datasets.pictures_and_captions('tfrecord', 'train', 8)
   assert caption == 'red circle' and (image == RED).all()
 
 

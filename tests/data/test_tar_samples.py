@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 
 from parti_jax import config
-from parti_jax.data import captions, tar_shards, tasks
+from parti_jax.data import captions, datasets
+from parti_jax.data.readers import tar_shards
 from parti_jax.data.batches import Batches
-from parti_jax.data.example_files import Damaged
+from parti_jax.data.damage import Damaged
 from parti_jax.errors import UserError
 
 NEITHER = 'file that is neither picture nor caption in a tar shard'
@@ -104,7 +105,7 @@ def test_where_nothing_is_usable_the_error_says_why(tmp_path, write_tar, files, 
   write_tar(tmp_path / '0.tar', files)
   config.parse(['gin_configs/tasks/webdataset.gin'], [f"webdataset.path='{tmp_path}'"])
   with pytest.raises(UserError, match=f'no usable example.*{reasons}$'):
-    next(tasks.pictures_and_captions('webdataset', 'train', 8))
+    next(datasets.pictures_and_captions('webdataset', 'train', 8))
   with pytest.raises(UserError, match=f'there is no usable example.*{reasons}$'):
     next(Batches('webdataset_pairs', 'train', 1, {'images': 8, 'inputs': 8}))
 
@@ -183,7 +184,7 @@ def test_a_column_that_is_missing_is_counted(tmp_path, write_tar, encode, files,
   config.parse(['gin_configs/tasks/webdataset.gin'],
                [f"webdataset.path='{tmp_path}'", "webdataset.caption_key='blip'"])
   with pytest.raises(UserError, match=f'skipped 1 {caption}$'):
-    next(tasks.pictures_and_captions('webdataset', 'train', 8))
+    next(datasets.pictures_and_captions('webdataset', 'train', 8))
   # The picture can be used without it.
   assert len(list(Batches('webdataset_images', 'train', 1, {'images': 8}, num_epochs=1))) == 1
 
@@ -196,5 +197,5 @@ def test_pictures_in_folders_have_any_ending(tmp_path, ending):
   (tmp_path / name).write_bytes(picture.getvalue())
   (tmp_path / 'captions.jsonl').write_text(json.dumps({'file': name, 'caption': 'blue'}))
   gin.parse_config(f"folder.path = '{tmp_path}'")
-  (caption, image), = tasks.pictures_and_captions('folder', 'train', 8)
+  (caption, image), = datasets.pictures_and_captions('folder', 'train', 8)
   assert caption == 'blue' and np.abs(image.astype(int) - (0, 0, 254)).max() <= 2

@@ -7,7 +7,8 @@ import gin
 import pytest
 
 from parti_jax import config, storage
-from parti_jax.data import example_files, folder_index, tar_shards, tasks, text_files
+from parti_jax.data import tasks, sources
+from parti_jax.data.readers import folder_index, tar_shards, text_files, text_lines
 from parti_jax.errors import UserError
 from parti_jax.evaluation import prompts_file
 from parti_jax.sampling import command
@@ -75,12 +76,12 @@ def test_the_text_source(tmp_path, encoding, newline, packed):
   # Control characters become blanks in a caption.
   expected = [''.join(' ' if c in '\x85\x0b\x0c\x1c\x1d\x1e' else c for c in prompt)
               for prompt in PROMPTS]
-  assert list(tasks.sources.configured('text').captions('train')) == expected
+  assert list(sources.configured('text').captions('train')) == expected
 
 
 def test_long_lines_in_utf_16_are_bounded(tmp_path):
   (tmp_path / 'a.txt').write_bytes(('x' * 200_000 + '\na dog').encode('utf-16'))
-  assert [len(line['caption']) for line in example_files.lines(str(tmp_path / 'a.txt'))] == [
+  assert [len(line['caption']) for line in text_lines.lines(str(tmp_path / 'a.txt'))] == [
       2**16 + 1, 5]
 
 
@@ -92,7 +93,7 @@ def test_members_of_tars(tmp_path, write_tar, encoding):
       ('1.json', row.encode(encoding))])
   gin.parse_config(f"webdataset.path = '{tmp_path}'")
   assert len(list(tar_shards.samples(str(path), None))) == 2
-  assert list(tasks.sources.configured('webdataset').captions('train')) == ['ein Bär'] * 2
+  assert list(sources.configured('webdataset').captions('train')) == ['ein Bär'] * 2
 
 
 def test_gin_files_with_a_byte_order_mark(tmp_path):

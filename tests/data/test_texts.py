@@ -10,8 +10,8 @@ import seqio
 import tensorflow as tf
 
 from parti_jax import config
-from parti_jax.data import openmoji_builder
-from parti_jax.data import tasks
+from parti_jax.data import openmoji_builder, sources
+from parti_jax.data import datasets, tasks
 from parti_jax.data import vocabulary_command
 from parti_jax.data.batches import Batches
 from parti_jax.errors import UserError
@@ -23,7 +23,7 @@ LENGTHS = {'inputs': 12}
 def _read(task='texts', split='train', **kwargs):
   """Reads a task once: the texts, and the batches."""
   batches = Batches(task, split, 2, LENGTHS, num_epochs=1, **kwargs)
-  vocabulary, read = tasks.get_vocabulary(), []
+  vocabulary, read = datasets.get_vocabulary(), []
   for batch in batches:
     assert set(batch) == {'encoder_input_tokens'}
     read += [vocabulary.decode(ids) for ids in batch['encoder_input_tokens']]
@@ -49,7 +49,7 @@ def test_lines_of_text_files(tmp_path):
 def test_a_text_file_makes_a_vocabulary(tmp_path):
   (tmp_path / 'a.txt').write_text('\n'.join(TEXTS))
   config.parse(['gin_configs/tasks/text.gin'], [f"text.path = '{tmp_path}'"])
-  found = vocabulary_command._with_text(tasks.sources.configured('text'), 'train')
+  found = vocabulary_command._with_text(sources.configured('text'), 'train')
   assert list(found) == TEXTS
 
 
@@ -94,7 +94,7 @@ def test_texts_of_openmoji_are_read_without_drawing_it(monkeypatch):
 
 
 def test_a_task_that_others_registered_is_padded():
-  vocabulary = tasks.get_vocabulary()
+  vocabulary = datasets.get_vocabulary()
   texts = tf.data.Dataset.from_tensor_slices({'inputs': TEXTS})
   seqio.TaskRegistry.remove('made_elsewhere')
   seqio.TaskRegistry.add(

@@ -2,14 +2,15 @@
 
 import json
 import os
+import pathlib
 
 import gin
 import numpy as np
 import pytest
+import xxhash
 
-from parti_jax.data import tasks, token_cache
+from parti_jax.data import datasets, token_cache
 from parti_jax.data.batches import Batches
-from parti_jax.data.feature_converter import PartiFeatureConverter
 from parti_jax.errors import UserError
 
 INFO = {'codebook_size': 32, 'image_tokens': 4, 'tokenizer': 'abc', 'image_size': 16}
@@ -33,13 +34,13 @@ def cache(tmp_path, monkeypatch):
 @pytest.mark.parametrize('task', ['openmoji_tokens', 'cached_tokens'])
 def test_batches(cache, task):
   gin.parse_config('drop_text.rate = 0.0')
-  batches = Batches(task, 'train', 6, LENGTHS, PartiFeatureConverter(), seed=2, num_epochs=1)
+  batches = Batches(task, 'train', 6, LENGTHS, seed=2, num_epochs=1)
   first, last = batches
   assert {k: (v.shape, v.dtype) for k, v in first.items()} == {
       'encoder_input_tokens': ((6, 12), np.int32),
       'decoder_target_tokens': ((6, 4), np.int32),
       'decoder_loss_weights': ((6, 4), np.float32)}
-  vocabulary = tasks.get_vocabulary()
+  vocabulary = datasets.get_vocabulary()
   expected = {i: vocabulary.encode(caption, 12)[0].tolist()
               for i, (caption, _) in enumerate(_examples(10))}
   for batch in (first, last):
@@ -60,23 +61,29 @@ def test_every_pass_over_a_small_cache_has_an_order_of_its_own(cache):
 
 
 def test_info(cache):
-  size = lambda name: os.path.getsize(os.path.join(cache, name))
-  assert token_cache.read_info(cache) == {**INFO, 'splits': {
-      'train': {'examples': 10, 'shards': 3,
-                'bytes': [size(f'train-0000{i}.tfrecord') for i in range(3)]},
-      'validation': {'examples': 2, 'shards': 1, 'bytes': [size('validation-00000.tfrecord')]}}}
+
+  def shard(name, examples):
+    path = os.path.join(cache, f'{name}.array_record')
+    content = pathlib.Path(path).read_bytes()
+    return {'examples': examples, 'bytes': len(content),
+            'digest': xxhash.xxh3_128_hexdigest(content)}
+
+  assert token_cache.read_info(cache) == {**INFO, 'version': 2, 'views': 1, 'splits': {
+      'train': {'examples': 10, 'shards': [
+          shard(f'train-0000{i}', count) for i, count in enumerate((4, 4, 2))]},
+      'validation': {'examples': 2, 'shards': [shard('validation-00000', 2)]}}}
   assert sorted(os.listdir(cache)) == [
-      'info.json', 'train-00000.tfrecord', 'train-00001.tfrecord', 'train-00002.tfrecord',
-      'validation-00000.tfrecord']
+      'info.json', *(f'train-0000{i}.array_record' for i in range(3)),
+      'validation-00000.array_record']
 
 
 def test_writing_again_replaces_a_split(cache):
   token_cache.write_token_cache(cache, _examples(3), INFO)
   splits = token_cache.read_info(cache)['splits']
-  assert {name: (split['examples'], split['shards'], len(split['bytes']))
-          for name, split in splits.items()} == {'train': (3, 1, 1), 'validation': (2, 1, 1)}
+  assert {name: (split['examples'], len(split['shards'])) for name, split in splits.items()} == {
+      'train': (3, 1), 'validation': (2, 1)}
   assert sorted(os.listdir(cache)) == [
-      'info.json', 'train-00000.tfrecord', 'validation-00000.tfrecord']
+      'info.json', 'train-00000.array_record', 'validation-00000.array_record']
 
 
 def test_writing_again_leaves_splits_alone_whose_names_begin_the_same(cache):
@@ -84,8 +91,8 @@ def test_writing_again_leaves_splits_alone_whose_names_begin_the_same(cache):
   token_cache.write_token_cache(cache, _examples(3), INFO, split='हिन्दी 訓練')
   token_cache.write_token_cache(cache, _examples(1), INFO)
   source = token_cache.TokenCacheSource(cache)
-  found = {split: len(source.list_shards(split)) for split in source.splits}
-  assert found == {'validation': 1, 'train-more': 2, 'हिन्दी 訓練': 1, 'train': 1}
+  found = {split: len(source.open(split)) for split in source.splits}
+  assert found == {'validation': 2, 'train-more': 6, 'हिन्दी 訓練': 3, 'train': 1}
 
 
 @pytest.mark.parametrize('split', [
@@ -134,9 +141,9 @@ def test_nothing_to_write(tmp_path):
 
 def test_missing_unfinished_or_damaged(cache, tmp_path):
   with pytest.raises(UserError, match='parti-jax tokenize'):
-    tasks.get_task('cached_tokens').source.list_shards('test')
-  os.remove(os.path.join(cache, 'train-00001.tfrecord'))
-  with pytest.raises(UserError, match='train-00001.tfrecord is missing'):
+    Batches('cached_tokens', 'test', 1, LENGTHS)
+  os.remove(os.path.join(cache, 'train-00001.array_record'))
+  with pytest.raises(UserError, match='train-00001.array_record is missing'):
     Batches('cached_tokens', 'train', 1, LENGTHS)
   with pytest.raises(UserError, match='does not exist; `parti-jax tokenize` makes it'):
     token_cache.read_info(str(tmp_path / 'none'))
@@ -153,34 +160,54 @@ def test_missing_unfinished_or_damaged(cache, tmp_path):
 
 
 def test_a_shard_that_was_cut_is_refused_when_it_is_opened(cache):
-  path = os.path.join(cache, 'train-00001.tfrecord')
+  path = os.path.join(cache, 'train-00001.array_record')
   with open(path, 'r+b') as file:
     file.truncate(os.path.getsize(path) - 1)
-  with pytest.raises(UserError, match='train-00001.tfrecord is damaged: it has .* when it was '
+  with pytest.raises(UserError, match='train-00001.array_record is damaged: it has .* when it was '
                                       'written; copy it again, or `parti-jax tokenize`'):
     Batches('cached_tokens', 'train', 1, LENGTHS)
 
 
-@pytest.mark.parametrize('place', [2, 20])
-def test_a_shard_of_something_else_is_refused_when_it_is_opened(cache, place):
-  _flip(os.path.join(cache, 'train-00000.tfrecord'), place)
-  with pytest.raises(UserError, match='train-00000.tfrecord is damaged: its first record is none'):
+def test_a_shard_of_something_else_is_refused_when_it_is_opened(cache, tmp_path):
+  name = 'train-00000.array_record'
+  size = os.path.getsize(os.path.join(cache, name))
+  pathlib.Path(cache, name).write_bytes(bytes(size))
+  with pytest.raises(UserError, match=f'{name} is damaged: its first record is not one of'):
     Batches('cached_tokens', 'train', 1, LENGTHS)
 
 
-def test_a_cache_without_sizes_is_read(cache):
-  path = os.path.join(cache, 'info.json')
+@pytest.mark.parametrize('tokens, codes', [(9, 32), (4, 8)])
+def test_a_shard_of_another_cache_is_refused_when_it_is_opened(cache, tmp_path, tokens, codes):
+  """Of the same size and number of records, but with other tokens than info.json says."""
   info = token_cache.read_info(cache)
-  for split in info['splits'].values():
-    del split['bytes']
-  with open(path, 'w', encoding='utf-8') as file:
-    json.dump(info, file)
-  assert len(list(Batches('cached_tokens', 'train', 5, LENGTHS, num_epochs=1))) == 2
+  name = 'train-00000.array_record'
+  other = {**INFO, 'image_tokens': tokens, 'codebook_size': 2**16}
+  records = (token_cache.serialized('', np.full(tokens, 20), other) for _ in range(4))
+  shard = token_cache.write_shard(os.path.join(cache, name), records)
+  info['splits']['train']['shards'][0] = shard
+  token_cache.write_info(cache, {**info, 'codebook_size': codes})
+  if (tokens, codes) == (4, 8):
+    with pytest.raises(UserError, match=f'{name} is damaged: its first record is not one of'):
+      Batches('cached_tokens', 'train', 1, LENGTHS)
+  else:  # A caption begins where its tokens end, and these bytes are no text.
+    batches = Batches('cached_tokens', 'train', 1, LENGTHS, num_epochs=1)
+    list(batches)
+    assert sum(batches.skipped.values()) == 4
+
+
+def _damage_a_record(cache, name='train-00001.array_record', number=3):
+  """Changes bytes of one record of a shard."""
+  path = pathlib.Path(cache, name)
+  content = bytearray(path.read_bytes())
+  record = token_cache.serialized(f'woman firefighter {4 + number}', np.full(4, 4 + number), INFO)
+  place = content.find(record[-8:])
+  assert place > 0  # A record of so few bytes is not packed.
+  content[place] ^= 1
+  path.write_bytes(content)
 
 
 def test_a_damaged_record_is_left_out_by_whoever_has_its_share(cache, caplog):
-  path = os.path.join(cache, 'train-00001.tfrecord')
-  _flip(path, os.path.getsize(path) - 10)  # In the last of the four records.
+  _damage_a_record(cache)
   read, skipped = [], []
   for share in range(3):
     batches = Batches('cached_tokens', 'train', 4, LENGTHS, seed=1, num_epochs=1, share=share,
@@ -189,19 +216,84 @@ def test_a_damaged_record_is_left_out_by_whoever_has_its_share(cache, caplog):
     skipped.append(batches.skipped)
   assert sorted(read) == [0, 1, 2, 3, 4, 5, 6, 8, 9]
   assert sorted(map(len, skipped)) == [0, 0, 1]
-  assert {'record with a wrong checksum': 1} in skipped
-  assert 'train-00001.tfrecord: record with a wrong checksum' in caplog.text
+  assert {'damaged record': 1} in skipped
+  assert 'train-00001.array_record: damaged record' in caplog.text
+  assert [os.path.basename(path) for path in token_cache.TokenCacheSource(cache).damaged_shards(
+      'train')] == ['train-00001.array_record']
+
+
+@pytest.mark.parametrize('codes', [2**16, 2**16 + 1])
+@pytest.mark.parametrize('views', [1, 3])
+def test_codes_and_views_of_any_number(tmp_path, codes, views):
+  rng = np.random.default_rng(0)
+  info = {**INFO, 'codebook_size': codes, 'views': views}
+  shape = (views, 4) if views > 1 else (4,)
+  examples = [(f'apple {i}', rng.integers(0, codes, shape)) for i in range(5)]
+  examples[0] = examples[0][0], np.full(shape, codes - 1)
+  token_cache.write_token_cache(str(tmp_path), iter(examples), info)
+  records = token_cache.TokenCacheSource(str(tmp_path)).open('train')
+  for index, example in enumerate(records.read(range(5))):
+    assert example['caption'].decode() == examples[index][0]
+    np.testing.assert_array_equal(example['tokens'], examples[index][1])
+    assert example['tokens'].dtype == np.int32
+  gin.parse_config(f"token_cache.path = '{tmp_path}'\ndrop_text.rate = 0.0")
+  batches = Batches('cached_tokens', 'train', 5, LENGTHS, shuffle=False)
+  seen = {tuple(map(tuple, next(batches)['decoder_target_tokens'])) for _ in range(12)}
+  rows = np.array(list(seen))  # [orders of views, examples, tokens]
+  assert (len(seen) == 1) == (views == 1)
+  for index in range(1, 5):
+    expected = {tuple(view) for view in np.atleast_2d(examples[index][1]).tolist()}
+    assert set(map(tuple, rows[:, index].tolist())) == expected
+
+
+def test_views_must_be_given_where_there_are_several(tmp_path):
+  with pytest.raises(ValueError, match=r'tokens have the shape \(4,\), not \(2, 4\)'):
+    token_cache.write_token_cache(str(tmp_path), _examples(1), {**INFO, 'views': 2})
+
+
+@pytest.mark.parametrize('shuffle', ['global', 'window'])
+def test_both_ways_to_shuffle_read_all(cache, shuffle):
+  gin.parse_config(f"token_cache.shuffle = '{shuffle}'\nshuffle.buffer_size = 6")
+  for shares in (1, 2, 3, 4):
+    read = []
+    for share in range(shares):
+      batches = Batches('cached_tokens', 'train', 2, LENGTHS, num_epochs=1, share=share,
+                        shares=shares)
+      read.append([int(codes[0]) for batch in batches for codes in batch['decoder_target_tokens']])
+    assert sorted(sum(read, [])) == list(range(10))
+    if shares <= 3 and shuffle == 'window':  # Each has shards of its own.
+      assert all({number // 4 for number in part}.isdisjoint({number // 4 for number in other})
+                 for part in read for other in read if part is not other)
+
+
+def test_a_way_to_shuffle_that_is_not_there(cache):
+  gin.parse_config("token_cache.shuffle = 'all'")
+  with pytest.raises(UserError, match="token_cache.shuffle='all' is not one of global, window"):
+    Batches('cached_tokens', 'train', 1, LENGTHS)
+
+
+SHARD = {'examples': 3, 'bytes': 10}
 
 
 @pytest.mark.parametrize('entry, value', [
     ('codebook_size', '8192'), ('image_tokens', 0), ('image_tokens', 1e9), ('image_tokens', True),
-    ('tokenizer', None), ('splits', []), ('splits', {'train': 3}),
-    ('splits', {'train': {'examples': 3}}), ('splits', {'train': {'examples': 3, 'shards': -1}}),
-    ('splits', {'train': {'examples': 3, 'shards': 2, 'bytes': [1]}})])
+    ('tokenizer', None), ('splits', []), ('splits', {'train': 3}), ('views', 0), ('version', 3),
+    ('splits', {'train': {'examples': 3}}), ('splits', {'train': {'examples': 3, 'shards': 1}}),
+    ('splits', {'train': {'examples': 3, 'shards': []}}),
+    ('splits', {'train': {'examples': 4, 'shards': [SHARD]}}),
+    ('splits', {'train': {'examples': 3, 'shards': [{**SHARD, 'bytes': '10'}]}})])
 def test_info_that_makes_no_sense(tmp_path, entry, value):
-  info = {**INFO, 'splits': {}, entry: value}
+  info = {**INFO, 'version': 2, 'views': 1, 'splits': {}, entry: value}
   (tmp_path / 'info.json').write_text(json.dumps(info))
-  with pytest.raises(UserError, match='info.json is damaged; `parti-jax tokenize` makes it anew'):
+  with pytest.raises(UserError, match='info.json is damaged; `parti-jax tokenize` makes it again'):
+    token_cache.read_info(str(tmp_path))
+
+
+def test_version_1_says_what_to_do(tmp_path):
+  (tmp_path / 'info.json').write_text(json.dumps({**INFO, 'splits': {
+      'train': {'examples': 3, 'shards': 1, 'bytes': [12]}}}))
+  with pytest.raises(UserError, match=f'{tmp_path} is of version 1; .* parti-jax tokenize '
+                                      f'--convert={tmp_path} --output_dir=FOLDER'):
     token_cache.read_info(str(tmp_path))
 
 
@@ -210,15 +302,6 @@ def test_info_that_is_no_object(tmp_path, content):
   (tmp_path / 'info.json').write_bytes(content)
   with pytest.raises(UserError, match='info.json (is damaged|lacks)'):
     token_cache.read_info(str(tmp_path))
-
-
-def _flip(path, place):
-  """Flips one bit of a file."""
-  with open(path, 'r+b') as file:
-    file.seek(place)
-    byte = file.read(1)[0]
-    file.seek(place)
-    file.write(bytes([byte ^ 1]))
 
 
 def test_lengths_and_path(cache):

@@ -60,9 +60,9 @@ def test_cut_says_what_did_not_fit(vocabulary):
 
 
 def test_demo_vocabulary_knows_all_captions():
-  from parti_jax.data import tasks  # pylint: disable=g-import-not-at-top
+  from parti_jax.data import datasets  # pylint: disable=g-import-not-at-top
 
-  demo = tasks.get_vocabulary()
+  demo = datasets.get_vocabulary()
   lengths = [len(demo.encode_whole(p.caption)) for p in openmoji.pictures()]
   assert max(lengths) <= 32
   for picture in openmoji.pictures()[::50]:

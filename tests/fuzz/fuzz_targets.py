@@ -19,9 +19,8 @@ import numpy as np
 import pyarrow
 from PIL import Image, ImageCms
 
-from parti_jax.data import (
-    captions, decoding, example_files, folder_index, tar_shards, tasks, text_files, tfrecords,
-    token_cache)
+from parti_jax.data import damage, captions, datasets, decoding, token_cache
+from parti_jax.data.readers import folder_index, tar_shards, text_files, text_lines, tfrecords
 from parti_jax.errors import UserError
 
 
@@ -36,7 +35,7 @@ def picture(data: bytes) -> None:
 
 def _check(elements) -> None:
   for element in elements:
-    if isinstance(element, example_files.Damaged):
+    if isinstance(element, damage.Damaged):
       assert len(element.reason) < 60
     else:
       assert all(isinstance(value, bytes) for value in element.values())
@@ -49,7 +48,7 @@ def tar(data: bytes) -> None:
 
 def tfrecord(data: bytes) -> None:
   keys = {'picture': 'image', 'caption': 'caption'}
-  _check(record if isinstance(record, example_files.Damaged) else tfrecords.parsed(record, keys)
+  _check(record if isinstance(record, damage.Damaged) else tfrecords.parsed(record, keys)
          for record in tfrecords.records(tfrecords.unpacked(io.BytesIO(data))))
   # Damage is found by its checksum, so that the parser sees none of it but here.
   _check([tfrecords.parsed(data, keys)])
@@ -59,7 +58,7 @@ def text_file(data: bytes) -> None:
   with tempfile.NamedTemporaryFile() as file:
     file.write(data)
     file.flush()
-    _check(example_files.lines(file.name))
+    _check(text_lines.lines(file.name))
     try:
       lines = text_files.lines(text_files.read(file.name, 'a file'))
     except UserError as error:
@@ -75,13 +74,13 @@ def caption(data: bytes) -> None:
     assert len(str(error)) < 60
     return
   assert text and len(text) <= captions.MAX_BYTES
-  tasks.get_vocabulary().encode(text, 8)
+  datasets.get_vocabulary().encode(text, 8)
 
 
 def text(data: bytes) -> None:
   """Any str, lone surrogates included, to the vocabulary."""
   try:
-    ids, _ = tasks.get_vocabulary().encode(data.decode('utf-8', 'surrogateescape'), 8)
+    ids, _ = datasets.get_vocabulary().encode(data.decode('utf-8', 'surrogateescape'), 8)
   except UserError:
     return
   assert ids.shape == (8,)

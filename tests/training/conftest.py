@@ -8,7 +8,7 @@ from PIL import Image
 
 from parti_jax import config
 # What gin may name must be there before the fixture below locks gin.
-from parti_jax.data import tasks  # pylint: disable=unused-import
+from parti_jax.data import datasets  # pylint: disable=unused-import
 from parti_jax.data import token_cache
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from parti_jax import config
 from parti_jax import fingerprints
-from parti_jax.data import tasks
+from parti_jax.data import datasets
 from parti_jax.errors import UserError
 from parti_jax.models import coca
 from parti_jax.models import layers
@@ -185,7 +185,7 @@ def test_parti_starts_with_exactly_the_encoder_of_a_run_that_needs_no_pictures(
   with pytest.raises(UserError, match='G.text_encoder=.*width is 32 there and 64 here'):
     initial_text_encoder.parts(str(tmp_path / 'encoder'), other, None, inputs, 'G.text_encoder')
   ours = {'vocabulary': fingerprints.Fingerprint('0123', "vocabulary.path='ours'")}
-  theirs = tasks.get_vocabulary().fingerprint
+  theirs = datasets.get_vocabulary().fingerprint
   with pytest.raises(UserError, match=f"G.text_encoder='.*' was made with the vocabulary {theirs}, "
                                       "but vocabulary.path='ours' has 0123; set vocabulary.path"):
     initial_text_encoder.parts(str(tmp_path / 'encoder'), model, None,

@@ -47,7 +47,8 @@ class FilesSource(base.Source):
     try:
       files = file_patterns.files(self._patterns[split])
     except UserError as error:
-      raise UserError(f'{self.name}: {error} (gin: {self.name}.splits)') from error
+      raise UserError(f'{self.name}: {error} (gin: {self.name}.path, {self.name}.splits)'
+                      ) from error
     if not files:
       raise UserError(f'{self.name}: no file matches {self._patterns[split]!r} '
                       f'(gin: {self.name}.path, {self.name}.splits)')
