@@ -215,7 +215,7 @@ def test_no_batch_comes_once_closed(numbered):
 
 def test_an_error_of_the_program_in_a_data_thread_is_not_the_datas(numbered, monkeypatch):
   numbered(5)
-  monkeypatch.setattr(decoding, 'decode', lambda *_: 1 // 0)
+  monkeypatch.setattr(decoding, 'decode_and_note', lambda *_, **__: 1 // 0)
   with pytest.raises(tf.errors.OpError, match='ZeroDivisionError'):
     next(Batches('folder_images', 'train', 2, IMAGES))
 
@@ -223,10 +223,10 @@ def test_an_error_of_the_program_in_a_data_thread_is_not_the_datas(numbered, mon
 def test_an_error_of_the_data_in_a_data_thread_is_one_line(numbered, monkeypatch):
   numbered(5)
 
-  def decode(*_):
+  def decode(*_, **__):
     raise UserError('s3://bucket/a.png cannot be read: no credentials')
 
-  monkeypatch.setattr(decoding, 'decode', decode)
+  monkeypatch.setattr(decoding, 'decode_and_note', decode)
   with pytest.raises(UserError) as found:
     next(Batches('folder_images', 'train', 2, IMAGES))
   assert str(found.value) == ('folder_images, train: reading failed: s3://bucket/a.png cannot be '
