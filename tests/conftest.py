@@ -18,6 +18,9 @@ for _flag in (_DEVICES, *_QUICK_COMPILATION):
   if _flag.split('=')[0] not in os.environ.get('XLA_FLAGS', ''):
     os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_flag}'.strip()
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+# gcsfs reads this when it is imported, which may be before a test starts the emulator: without it,
+# it would ask Google over gRPC what kind a bucket is of, and wait for ever where there is no network.
+os.environ['GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT'] = 'false'
 # Tests leave nothing in the user's cache folder.
 os.environ.setdefault('PARTI_JAX_CACHE', 'off')
 # What one test compiles the next ones, and the processes that they start, find compiled.

@@ -126,11 +126,12 @@ def test_cached_tokens_are_the_same_and_whoever_reads_them_keeps_their_settings(
   params = jax.device_get(jax.jit(
       lambda: jax.tree.map(lambda leaf: leaf.unbox(), stage.init(numerics.key(0)),
                            is_leaf=lambda leaf: hasattr(leaf, 'unbox')))())
+  tokenizer = frozen_tokenizer.FrozenTokenizer('folder', stage.model, params)
   pictures = lambda: ((str(i), image) for i, image in enumerate(_batch('tokenizer')['images']))
-  right = [tokens for _, tokens in frozen_tokenizer.tokenized(stage.model, params, pictures(), 4)]
+  right = [tokens for _, tokens in frozen_tokenizer.tokenized(tokenizer, pictures(), 4)]
   config(EVERYTHING)
   for (_, tokens), expected in zip(
-      frozen_tokenizer.tokenized(stage.model, params, pictures(), 4), right, strict=True):
+      frozen_tokenizer.tokenized(tokenizer, pictures(), 4), right, strict=True):
     assert jax.config.jax_enable_x64 and jax.config.jax_default_prng_impl == 'rbg'
     np.testing.assert_array_equal(tokens, expected)
 

@@ -46,7 +46,7 @@ def test_writes_pictures_and_their_grid(tiny_folder, tmp_path, capsys):
     (['a', '--top_p', 'nan'], 'top_p=nan'), (['a', '--top_k', -1], 'top_k=-1'),
     (['a', '--display_size', 2**40], 'display_size='),
     (['a', '--temperature', 'inf'], 'temperature=inf'),
-    (['a', '--output_dir', f'{__file__}/out'], 'test_command.py is a file'),
+    (['a', '--output_dir', f'{__file__}/out'], 'test_command.py is not a folder'),
     (['a', '--model', 'nowhere'], 'nowhere'), (['--prompts_file', 'nowhere.txt'], 'nowhere.txt')])
 def test_bad_input_is_one_line_and_leaves_nothing(
     arguments, named, tmp_path, capsys, monkeypatch):
