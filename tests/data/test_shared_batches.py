@@ -50,7 +50,7 @@ def test_resumed_by_other_processes(numbered):
   state = json.loads(json.dumps(before.state()))
   # The shares have 6, 6, 6 and 5 examples, and 8 of each have been taken.
   more = [{'read': read, 'skipped': {}, 'shortened': {}} for read in (2, 2, 2, 3)]
-  assert state == {'places': [[1, 2], [1, 2], [1, 2], [1, 3]], 'shares': more, 'vocabulary': None}
+  assert state == {'places': [[1, 2], [1, 2], [1, 2], [1, 3]], 'shares': more}
   # None: as many shares as the checkpoint has, whatever the number of processes is now.
   resumed = [_open(list(range(start, start + 4)), None, processes=2) for start in (0, 4)]
   for batches in resumed:
