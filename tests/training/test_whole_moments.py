@@ -156,3 +156,12 @@ def test_a_checkpoint_of_today_is_left_alone(states, tmp_path):
   manager.close()
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(new))
   assert manager.factored == 0
+
+
+def test_an_optimizer_of_ones_own_may_keep_them_whole(states, folder):
+  trainer = _trainer(OLD)
+  manager = checkpoints.Checkpoints(folder)
+  state, _ = manager.restore(STEPS, trainer.abstract, checkpoints.describe(STAGE))
+  manager.close()
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(states[1]))
+  assert manager.factored == 0
