@@ -21,9 +21,9 @@ from parti_jax.models import vit_vqgan
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.partitioning import rules
 from parti_jax.training import generator_stage
+from parti_jax.training import inputs as inputs_lib
 from parti_jax.training import optimizers
 from parti_jax.training import ranker_stage
-from parti_jax.training import inputs as inputs_lib
 from parti_jax.training import run as run_lib
 from parti_jax.training import super_resolution_stage
 from parti_jax.training import text_encoder_stage
