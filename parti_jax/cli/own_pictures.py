@@ -130,11 +130,11 @@ class _Work:
 
   def tokens(self) -> int:
     """Turns the pictures into image tokens, if those that are there are not of this tokenizer."""
-    from parti_jax.data import token_cache  # pylint: disable=g-import-not-at-top
+    from parti_jax.data import token_cache_info  # pylint: disable=g-import-not-at-top
     from parti_jax.training import frozen_tokenizer  # pylint: disable=g-import-not-at-top
 
     if os.path.exists(os.path.join(self._tokens, 'info.json')):
-      info = token_cache.read_info(self._tokens)
+      info = token_cache_info.read_info(self._tokens)
       if 'train' in info['splits'] and (
           info['tokenizer'] == frozen_tokenizer.load(self._tokenizer).fingerprint):
         return 0

@@ -13,7 +13,7 @@ from PIL import Image
 
 from parti_jax import main
 from parti_jax.data import openmoji
-from parti_jax.data import token_cache
+from parti_jax.data import token_cache_info
 from parti_jax.models import vit_vqgan
 from parti_jax.training import configurables  # pylint: disable=unused-import
 from parti_jax.training import frozen_tokenizer
@@ -87,7 +87,7 @@ def tokenize(monkeypatch, tokenizer_params, tmp_path):
                         '--tokenizer=run', f'--output_dir={tmp_path}/tokens', *arguments])
     if not (tmp_path / 'tokens').exists():
       return status, {}
-    info = token_cache.read_info(str(tmp_path / 'tokens'))
+    info = token_cache_info.read_info(str(tmp_path / 'tokens'))
     return status, {split: entry['examples'] for split, entry in info['splits'].items()}
 
   return run
