@@ -40,6 +40,12 @@ class InputParts:
     start = index * self._size
     return _Range(self._opened, range(start, min(start + self._size, len(self._opened))))
 
+  def examples(self, indices: Sequence[int]) -> int | None:
+    """How many examples some parts have; None for files, which have to be read to be counted."""
+    if isinstance(self._opened, base.Shards):
+      return None
+    return sum(len(self.open(index)) for index in indices)
+
   def description(self) -> dict[str, Any]:
     """By which two processes see whether they read the same, JSON.
 
@@ -52,7 +58,7 @@ class InputParts:
     common = os.path.commonprefix(files)
     start = len(common) - len(os.path.basename(common))
     names = '\n'.join(file[start:] for file in files)
-    return {'files': len(files), 'names': xxhash.xxh3_64_hexdigest(names)}
+    return {'files': len(files), 'names': xxhash.xxh3_64_hexdigest(os.fsencode(names))}
 
 
 class _OneFile(base.Shards):

@@ -45,6 +45,7 @@ class SplitParts:
     replaced: other splits that the same command writes, which go if they are of another tokenizer.
 
   Attributes:
+    folder: as given.
     split: as given.
     count: as given.
   """
@@ -52,12 +53,12 @@ class SplitParts:
   def __init__(self, folder: str, split: str, info: Mapping[str, Any],
                made_with: Mapping[str, Any], count: int, replaced: Sequence[str] = ()):
     token_cache_info.check_split_name(split)
-    self.split, self.count = split, count
-    self._folder, self._info, self._replaced = folder, dict(info), replaced
-    self._made_with = {**made_with, 'parts': count}
-    whole = {**self._info, **self._made_with}
-    self._key = xxhash.xxh3_64_hexdigest(json.dumps(whole, sort_keys=True))
-    self._whole = whole
+    self.folder, self.split, self.count = folder, split, count
+    self._info, self._replaced = dict(info), replaced
+    # As they are read back, with lists for tuples.
+    self._made_with = json.loads(json.dumps({**made_with, 'parts': count}))
+    self._whole = {**json.loads(json.dumps(self._info)), **self._made_with}
+    self._key = xxhash.xxh3_64_hexdigest(json.dumps(self._whole, sort_keys=True).encode())
     self._parts = storage.join(folder, f'.{split}.parts')
 
   def check(self, overwrite: bool) -> bool:
@@ -79,7 +80,7 @@ class SplitParts:
           return not self._is_whole(entry)
         if not overwrite:
           self._refuse('a finished split', {**present, **entry.get('made_with', {})})
-      token_cache_info.other_splits(self._folder, self._info, (self.split, *self._replaced))
+      token_cache_info.other_splits(self.folder, self._info, (self.split, *self._replaced))
       begun = self._read(_MADE_WITH)
       if begun not in (None, self._whole) and not overwrite:
         self._refuse('parts of a split', begun)
@@ -88,6 +89,8 @@ class SplitParts:
   def begin(self) -> None:
     """Makes this the way in which the split is being written; call `check` first."""
     with self._reported():
+      if self.finished():
+        return
       if self._read(_MADE_WITH) != self._whole:
         storage.write(storage.join(self._parts, _MADE_WITH), json.dumps(self._whole, indent=2))
       for name in storage.names(self._parts):
@@ -120,11 +123,6 @@ class SplitParts:
     """Whether a part, or the whole split, is finished by now."""
     with self._reported():
       return storage.exists(storage.join(self._parts, self._json(index))) or self.finished()
-
-  def is_merged(self) -> bool:
-    """Whether the process that merges is done with it."""
-    with self._reported():
-      return not storage.exists(storage.join(self._parts, _MADE_WITH)) and self.finished()
 
   def write(self, index: int, records: Iterable[bytes],
             tallies: Mapping[str, Mapping[str, int]]) -> None:
@@ -175,8 +173,9 @@ class SplitParts:
 
   def finished(self) -> bool:
     """Whether the split is in the cache, whole and made as it would be made now."""
-    entry, present = self._entry()
-    return entry is not None and self._is_ours(entry, present) and self._is_whole(entry)
+    with self._reported():
+      entry, present = self._entry()
+      return entry is not None and self._is_ours(entry, present) and self._is_whole(entry)
 
   def summary(self) -> dict[str, Any]:
     """'examples', 'skipped' and 'shortened' of the finished split."""
@@ -197,7 +196,7 @@ class SplitParts:
     files = [storage.join(self._parts, self._shard(found['part'])) for found in used]
     try:
       token_cache_info.put_in_place(
-          self._folder, self._info, self.split, entry, files, self._replaced)
+          self.folder, self._info, self.split, entry, files, self._replaced)
     except token_cache_info.LostShard as error:
       if self.finished():
         return True
@@ -213,9 +212,9 @@ class SplitParts:
 
   def _entry(self) -> tuple[Mapping[str, Any] | None, Mapping[str, Any]]:
     """The entry of the split in `info.json`, None where there is none, and all that is there."""
-    if not storage.exists(storage.join(self._folder, 'info.json')):
+    if not storage.exists(storage.join(self.folder, 'info.json')):
       return None, {}
-    present = token_cache_info.read_info(self._folder)
+    present = token_cache_info.read_info(self.folder)
     return present['splits'].get(self.split), present
 
   def _is_ours(self, entry: Mapping[str, Any], present: Mapping[str, Any]) -> bool:
@@ -224,7 +223,7 @@ class SplitParts:
 
   def _is_whole(self, entry: Mapping[str, Any]) -> bool:
     """Whether the shards of a split are in place; those of other sizes are not whole."""
-    sizes = storage.sizes(self._folder)
+    sizes = storage.sizes(self.folder)
     return all(sizes.get(token_cache_info.shard_name(self.split, index)) == shard['bytes']
                for index, shard in enumerate(entry['shards']))
 
@@ -233,7 +232,7 @@ class SplitParts:
     differences = [f'{name} {found.get(name)}, not {ours}' for name, ours in self._whole.items()
                    if found.get(name) != ours]
     raise UserError(
-        f'the token cache {self._folder} holds {what} {self.split!r} with '
+        f'the token cache {self.folder} holds {what} {self.split!r} with '
         f'{"; ".join(differences)}; --overwrite replaces it, or choose another folder')
 
   def _unwritten(self, names: Iterable[str]) -> list[int]:
@@ -272,4 +271,4 @@ class SplitParts:
     try:
       yield
     except OSError as error:
-      raise token_cache_info.cannot_write(self._folder, error) from error
+      raise token_cache_info.cannot_write(self.folder, error) from error
