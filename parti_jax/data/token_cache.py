@@ -24,7 +24,6 @@ from typing import Any
 
 import gin
 import numpy as np
-import xxhash
 
 from parti_jax import storage
 from parti_jax.data import token_cache_info
@@ -36,7 +35,6 @@ EXAMPLES_PER_SHARD = 16_384
 SHUFFLES = ('global', 'window')
 # Readers of shards that a process keeps open.
 _MOST_OPEN = 256
-_PIECE = 2**24
 
 
 def dtype_of(info: Mapping[str, Any]) -> np.dtype:
@@ -90,7 +88,8 @@ def write_shard(path: str, records: Iterable[bytes]) -> dict[str, Any]:
       writer.write(record)
       count += 1
     writer.close()
-    found = {'examples': count, 'bytes': os.path.getsize(unfinished), 'digest': digest(unfinished)}
+    found = {'examples': count, 'bytes': os.path.getsize(unfinished),
+             'digest': token_cache_info.digest(unfinished)}
     if storage.is_url(path):
       storage.upload(unfinished, path)
     else:
@@ -102,15 +101,6 @@ def write_shard(path: str, records: Iterable[bytes]) -> dict[str, Any]:
   finally:
     if os.path.exists(unfinished):
       os.remove(unfinished)
-
-
-def digest(path: str) -> str:
-  """The XXH3 digest of a file, 32 hexadecimal digits."""
-  found = xxhash.xxh3_128()
-  with storage.open_file(path) as file:
-    while piece := file.read(_PIECE):
-      found.update(piece)
-  return found.hexdigest()
 
 
 def write_token_cache(
@@ -246,7 +236,7 @@ class TokenCacheSource(base.Source):
   def damaged_shards(self, split: str) -> Iterator[str]:
     """Yields the shards of a split whose bytes are not those that were written; reads all of them."""
     for file, shard in zip(self._files(split), self.info['splits'][split]['shards']):
-      if shard.get('digest') not in (None, digest(file)):
+      if shard.get('digest') not in (None, token_cache_info.digest(file)):
         yield file
 
 

@@ -14,6 +14,8 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import xxhash
+
 from parti_jax import storage
 from parti_jax.errors import UserError
 
@@ -26,6 +28,7 @@ _REFUSED = r'\x00-\x1f\x7f/\\<>:"|?*\ud800-\udfff'
 _SPLIT = re.compile(rf'[^{_REFUSED}\s.-][^{_REFUSED}]*')
 _LONGEST_SPLIT = 200
 _MOVES_AT_ONCE = 32
+_PIECE = 2**24
 
 
 def read_info(folder: str) -> dict[str, Any]:
@@ -151,6 +154,15 @@ def differing(present: Mapping[str, Any], info: Mapping[str, Any]) -> dict[str, 
           if (theirs := present.get(key, 1)) != (ours := info.get(key, 1))}
 
 
+def digest(path: str) -> str:
+  """The XXH3 digest of a file, 32 hexadecimal digits."""
+  found = xxhash.xxh3_128()
+  with storage.open_file(path) as file:
+    while piece := file.read(_PIECE):
+      found.update(piece)
+  return found.hexdigest()
+
+
 class LostShard(Exception):
   """A shard to put in place is gone or damaged; the argument is its number."""
 
@@ -183,8 +195,10 @@ def put_in_place(folder: str, info: Mapping[str, Any], split: str, entry: Mappin
     target = storage.join(folder, names[index])
     try:
       storage.move(files[index], target)
-    except FileNotFoundError as error:  # In place already, by this process or another.
-      if not storage.exists(target):
+    except FileNotFoundError as error:
+      # In place already, unless what is there is a shard of another split of this name; sizes are
+      # multiples of 64 KiB and say little.
+      if not storage.exists(target) or digest(target) != entry['shards'][index]['digest']:
         raise LostShard(index) from error
 
   with concurrent.futures.ThreadPoolExecutor(_MOVES_AT_ONCE) as executor:

@@ -98,6 +98,12 @@ class SplitParts:
           with contextlib.suppress(FileNotFoundError):
             storage.remove(storage.join(self._parts, name))
 
+  def clean(self) -> None:
+    """Removes the parts of a finished split, which stay where a process was killed after `merge`."""
+    with self._reported():
+      if self._read(_MADE_WITH) in (None, self._whole):
+        token_cache_info.remove_folder(self._parts)
+
   def unfinished(self, indices: Iterable[int]) -> list[int]:
     """Which of these parts have to be written."""
     with self._reported():

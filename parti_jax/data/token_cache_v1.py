@@ -43,7 +43,8 @@ class OldCache:
     try:
       info = storage.read_json(storage.join(path, 'info.json'))
     except FileNotFoundError as error:
-      raise UserError(f'--convert={path}: there is no token cache, which has an info.json') from error
+      raise UserError(f'--convert={path}: there is no token cache, since it has no info.json'
+                      ) from error
     except ValueError as error:
       raise UserError(f'--convert={path}: info.json is damaged') from error
     if isinstance(info, dict) and info.get('version', 1) != 1:

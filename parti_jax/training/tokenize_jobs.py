@@ -115,8 +115,7 @@ def of_old_cache(args: argparse.Namespace, connect: Connect) -> tuple[list[Job],
       for index in indices:
         skipped = collections.Counter()
         records = cache.records(files[split][index], skipped)
-        parts.write(index, _counted(records, progress),
-                    {name: skipped if name == 'skipped' else {} for name in token_cache_parts.TALLIES})
+        parts.write(index, _counted(records, progress), {'skipped': skipped, 'shortened': {}})
         progress.add(0, skipped)
         progress.end_part()
 
@@ -140,7 +139,8 @@ def run(jobs: Sequence[Job], worker: int, workers: int, together: bool, overwrit
     if job in todo:
       job.parts.begin()
     else:
-      print(_told(job) + ', finished before')
+      job.parts.clean()
+      print(f'{_told(job)} (finished before)')
   for job in todo:
     _write(job, job.parts.unfinished(range(worker, job.parts.count, workers)))
     if not together:
