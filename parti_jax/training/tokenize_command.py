@@ -76,7 +76,8 @@ def _worker(args: argparse.Namespace) -> tuple[int, int] | None:
   if args.worker is None:
     return None
   together = ('multi_host', 'coordinator', 'num_processes', 'process_id')
-  given = [name for name in together if getattr(args, name) not in (None, False)]
+  given = [name for name in together
+           if getattr(args, name) is not None and getattr(args, name) is not False]
   if given:
     raise UserError(f'--worker is for independent processes; leave away either it or --{given[0]}')
   match = re.fullmatch(r'(\d{1,9})/(\d{1,9})', args.worker)

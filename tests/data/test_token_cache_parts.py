@@ -237,12 +237,10 @@ def test_what_was_made_differently_is_refused(tmp_path, info, made_with, message
   assert _content(tmp_path) == before
 
 
-@pytest.mark.parametrize('info, made_with, message', OTHERS)
+@pytest.mark.parametrize('info, made_with', [
+    other[:2] for other in OTHERS if other[0]['views'] == 1])  # As the examples here have.
 @pytest.mark.parametrize('finished', [False, True])
-def test_overwrite_begins_again(tmp_path, info, made_with, message, finished):
-  del message
-  if info['views'] == 2:
-    pytest.skip('the examples here have one view')
+def test_overwrite_begins_again(tmp_path, info, made_with, finished):
   parts = _parts(tmp_path / 'a')
   _begin(parts)
   _write(parts, range(4 if finished else 2), add=50)
