@@ -53,7 +53,8 @@ class InputParts:
     have the folder at different places.
     """
     if not isinstance(self._opened, base.Shards):
-      return {'examples': len(self._opened), 'examples_per_shard': self._size}
+      return {'examples': len(self._opened), 'examples_per_shard': self._size,
+              'digest': self._opened.digest()}
     files = [os.fspath(file) for file in self._opened.files]
     common = os.path.commonprefix(files)
     start = len(common) - len(os.path.basename(common))

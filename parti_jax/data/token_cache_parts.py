@@ -19,7 +19,7 @@ import concurrent.futures
 import contextlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import xxhash
@@ -123,7 +123,7 @@ class SplitParts:
   def left(self) -> list[int]:
     """The parts that no process has finished yet."""
     with self._reported():
-      return [] if self.finished() else self._unwritten(storage.names(self._parts))
+      return [] if self.finished() else self._unwritten(set(storage.names(self._parts)))
 
   def is_written(self, index: int) -> bool:
     """Whether a part, or the whole split, is finished by now."""
@@ -241,7 +241,7 @@ class SplitParts:
         f'the token cache {self.folder} holds {what} {self.split!r} with '
         f'{"; ".join(differences)}; --overwrite replaces it, or choose another folder')
 
-  def _unwritten(self, names: Iterable[str]) -> list[int]:
+  def _unwritten(self, names: Container[str]) -> list[int]:
     return [index for index in range(self.count) if self._json(index) not in names]
 
   def _facts(self, index: int) -> dict[str, Any] | None:

@@ -208,6 +208,43 @@ def test_to_a_store(whole, tokenize, s3_bucket):
   assert _content(folder) == whole
 
 
+def test_from_a_store_with_the_same_files(whole, tokenize, tars, s3_bucket, tmp_path):
+  """Hosts may see the files at different places."""
+  for path in tars.iterdir():
+    storage.upload(path, f'{s3_bucket}/tars/{path.name}')
+  url = f"--gin.webdataset.path='{s3_bucket}/tars'"
+  assert tokenize(tmp_path / 'tokens', url, '--worker=0/2') == 0
+  assert tokenize(tmp_path / 'tokens', '--worker=1/2') == 0
+  assert _content(tmp_path / 'tokens') == whole
+
+
+def test_a_source_that_changed_meanwhile_is_refused(tokenize, tmp_path, capsys):
+  assert tokenize(tmp_path / 'tokens', '--worker=0/2') == 0
+  other = "--gin.webdataset.splits={'train': '[0134].tar'}"
+  assert tokenize(tmp_path / 'tokens', '--worker=1/2', other) == 2
+  assert "holds parts of a split 'train' with files 5, not 4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('line', [
+    '{"file": "1.jpg", "caption": "other"}', '{"file": "2.jpg", "caption": "words"}'])
+def test_a_captions_file_that_changed_meanwhile_is_refused(
+    line, monkeypatch, tokenizer, tmp_path, capsys):
+  monkeypatch.setattr(frozen_tokenizer, 'load', lambda run: tokenizer)
+  monkeypatch.setattr(token_cache, 'EXAMPLES_PER_SHARD', 1)
+  for index in range(3):
+    (tmp_path / f'{index}.jpg').write_bytes(_jpeg(np.random.default_rng(index)))
+  lines = ['{"file": "0.jpg", "caption": "words"}', '{"file": "1.jpg", "caption": "words"}']
+  statuses = []
+  for worker, last in enumerate((lines[1], line)):
+    (tmp_path / 'captions.jsonl').write_text(f'{lines[0]}\n{last}')
+    statuses.append(main.main([
+        'tokenize', '--gin_file=gin_configs/tasks/folder.gin', f"--gin.folder.path='{tmp_path}'",
+        "--gin.folder.splits={'train': 'captions.jsonl'}", '--tokenizer=run',
+        f'--output_dir={tmp_path}/tokens', f'--worker={worker}/2']))
+  assert statuses == [0, 2]
+  assert "holds parts of a split 'train' with digest " in capsys.readouterr().err
+
+
 def test_a_bucket_that_is_not_there(tokenize, s3_bucket, capsys):
   del s3_bucket
   assert tokenize('s3://nowhere/tokens') == 2
