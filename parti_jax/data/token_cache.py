@@ -29,8 +29,8 @@ from parti_jax.errors import UserError
 EXAMPLES_PER_SHARD = 16_384
 _INFO_KEYS = ('codebook_size', 'image_tokens', 'tokenizer')
 _MAX_INFO = 2**24
-# What every file system takes in the middle of a name.
-_REFUSED = r'\x00-\x1f\x7f/\\<>:"|?*\ud800-\udfff'
+# What some file system does not take in the middle of a name, but for colons, see `_file_part`.
+_REFUSED = r'\x00-\x1f\x7f/\\<>"|?*\ud800-\udfff'
 _SPLIT = re.compile(rf'[^{_REFUSED}\s.-][^{_REFUSED}]*')
 _LONGEST_SPLIT = 200
 _HOW_TO_MAKE = '`parti-jax tokenize` makes it'
@@ -63,7 +63,7 @@ def write_token_cache(
   missing = [key for key in _INFO_KEYS if key not in info]
   if missing:
     raise ValueError(f'info lacks {", ".join(missing)}')
-  unfinished = os.path.join(folder, f'.{split}.unfinished')
+  unfinished = os.path.join(folder, f'.{_file_part(split)}.unfinished')
   try:
     splits = _other_splits(folder, info, split)
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -230,7 +230,12 @@ def configured_source(path: str | None = None) -> TokenCacheSource:
 
 
 def _shard_name(split: str, index: int) -> str:
-  return f'{split}-{index:05d}.tfrecord'
+  return f'{_file_part(split)}-{index:05d}.tfrecord'
+
+
+def _file_part(split: str) -> str:
+  """What the names of a split's files begin with; slices such as 'train[:10%]' have colons."""
+  return split.replace('%', '%25').replace(':', '%3A')
 
 
 def _same_name(split: str) -> str:
@@ -297,7 +302,7 @@ def _put_in_place(folder, unfinished, split, info, splits, count) -> None:
   """Moves complete shards into the cache; the split is out of `info.json` meanwhile."""
   shards = -(-count // EXAMPLES_PER_SHARD)
   _write_info(folder, {**info, 'splits': splits})
-  shard = re.compile(re.escape(split) + r'-\d{5,}\.tfrecord')
+  shard = re.compile(re.escape(_file_part(split)) + r'-\d{5,}\.tfrecord')
   for name in os.listdir(folder):
     if shard.fullmatch(name):
       os.remove(os.path.join(folder, name))
