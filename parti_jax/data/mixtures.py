@@ -159,14 +159,16 @@ def check_state(task: str, state: Mapping[str, Any]) -> None:
   Raises:
     UserError: they differ.
   """
-  sources = lambda names: ', '.join(map(source_of, names))
   before, now = list(state.get('parts', ())), list(tasks(task)) if is_one(task) else []
   if before != now:
     raise UserError(
-        f'the checkpoint has its place in the data of '
-        f'{f"a mixture of {sources(before)}" if before else "no mixture"}, and this run reads '
-        f'{f"a mixture of {sources(now)}" if now else task}; set back train.task and mixture.sources, '
-        'or set train.restart_data=True to go on with a new pass over the data')
+        f'the checkpoint has its place in the data of {_mixture_of(before) or "no mixture"}, and this '
+        f'run reads {_mixture_of(now) or task}; set back train.task and mixture.sources, or set '
+        'train.restart_data=True to go on with a new pass over the data')
+
+
+def _mixture_of(names: list[str]) -> str:
+  return f'a mixture of {", ".join(names)}' if names else ''
 
 
 class Mixed:
