@@ -27,8 +27,9 @@ _PATTERNS = ('{}[-.]*parquet', 'data/{}[-.]*parquet', '{}/*.parquet', 'default/{
 _SMALL, _LARGEST = 2**22, 2**28
 # Bytes of row groups that a process keeps, over all shares.
 _KEPT = 2**28
-# A part of a file that is read from its beginning: row groups of at least so many rows together.
-_PART = 1024
+# A part of a file that is read from its beginning: row groups of at least so many rows together, as
+# many as a shard of the token cache has examples.
+_PART = 16_384
 # Footers that are read at once.
 _AT_ONCE = 16
 
@@ -199,10 +200,10 @@ def configured(
       `found_splits` finds.
     image_key: the column of the pictures; None for one of `arrow_rows.PICTURE_KEYS`.
     caption_key: the column of the captions; None for one of `arrow_rows.CAPTION_KEYS`.
-    shuffle: 'global' to shuffle all rows, which are read in any order; 'window' to shuffle parts of
-      about 1,000 rows and, within a window, their rows. For one row its whole row group is read, so
-      None is 'window' at URLs and where a row group has more than 4 MiB, unless all rows together
-      have less than 256 MiB; otherwise it is 'global'.
+    shuffle: 'global' to shuffle all rows, which are read in any order; 'window' to shuffle files, in
+      parts of about 16,000 rows, and their rows within a window. A whole row group is read for one
+      row. So None is 'window' at URLs, and where a row group has more than 4 MiB and all rows
+      together more than 256 MiB; otherwise it is 'global'.
 
   Raises:
     UserError: the path is not set, or there is no such shuffle.
