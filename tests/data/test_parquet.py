@@ -1,5 +1,7 @@
 """Parquet files: what img2dataset and the Hugging Face hub write, damage, shuffling, resuming."""
 
+import errno
+import io
 import json
 import pickle
 import threading
@@ -114,6 +116,14 @@ def test_captions_of_all_kinds(write, encode, kind):
          'caption': pa.array(values).cast(kind) if 'list' not in str(kind) else pa.array(values, kind)})
   read, batches = _pairs()
   assert read == {'red circle': RED, 'blue circle': BLUE} and batches.skipped == {'no caption': 1}
+
+
+def test_short_names_of_splits(numbered, tmp_path):
+  path = numbered(3)
+  for name in ('train-0', 'val-0', 'other'):
+    (tmp_path / f'{name}.parquet').write_bytes(path.read_bytes())
+  assert parquet.found_splits(str(tmp_path)) == {
+      'train': 'train[-.]*parquet', 'validation': 'val[-.]*parquet'}
 
 
 def test_captions_that_can_not_be_used(write, encode):
@@ -313,6 +323,25 @@ def test_urls_are_read_in_windows(numbered, tmp_path):
     gin.parse_config("parquet.shuffle='global'")
   with pytest.raises(UserError, match="parquet.shuffle='global' needs files on a disk"):
     Batches('parquet_images', 'train', 6, IMAGES)
+
+
+def test_a_store_that_fails_is_not_taken_for_damage(numbered, monkeypatch):
+  path = numbered(30)
+  store = fsspec.filesystem('memory')
+  store.pipe('/failing/00000.parquet', path.read_bytes())
+  config.parse(['gin_configs/tasks/parquet.gin'], ["parquet.path='memory://failing'"])
+  opened = sources.configured('parquet').open('train')
+
+  class Failing(io.BytesIO):
+
+    def read(self, *arguments):
+      if self.tell() < 8:
+        raise OSError(errno.EIO, 'the store has failed')
+      return super().read(*arguments)
+
+  monkeypatch.setattr(type(store), '_open', lambda *_, **__: Failing(path.read_bytes()))
+  with pytest.raises(OSError, match='the store has failed'):
+    list(opened.read(opened.files[0]))
 
 
 def test_what_is_kept_is_made_once_and_bounded():

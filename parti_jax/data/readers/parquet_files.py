@@ -12,6 +12,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import itertools
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -29,8 +30,8 @@ from parti_jax.errors import UserError
 _ROWS = 64, 1
 # Bytes of a column that are read at once.
 _BUFFER = 2**22
-# A damaged footer may say anything.
-_MOST_ROWS = 2**32
+# Rows that a footer may tell of, for each byte of the file; a damaged one may say anything.
+_ROWS_PER_BYTE = 1000
 # What pyarrow raises for damage.
 _ERRORS = (pa.ArrowException, OSError, ValueError, IndexError, OverflowError, MemoryError)
 
@@ -124,7 +125,7 @@ class _Group:
 
   def __init__(self, path: str, number: int, rows: int, columns: arrow_rows.Columns):
     self.missing = self._rows = rows
-    self._number, self._columns = number, columns
+    self._path, self._number, self._columns = path, number, columns
     self.rest = Damaged('unreadable row of a Parquet file', f'row group {number}', path)
 
   def batches(self, file: pq.ParquetFile) -> Iterator[arrow_rows.Batch]:
@@ -147,7 +148,7 @@ class _Group:
         if not self.missing:
           return
     except _ERRORS as error:
-      if _is_of_store(error):
+      if _is_of_store(self._path, error):
         raise
 
 
@@ -246,7 +247,7 @@ def _footer(path: str, file: pq.ParquetFile, find: Find) -> Footer:
     leaves = [leaf for leaf in range(metadata.num_columns)
               if _is_read(metadata.schema.column(leaf).path, columns)]
     rows = [group.num_rows for group in groups]
-    if min(rows, default=0) < 0 or sum(rows) > _MOST_ROWS:
+    if min(rows, default=0) < 0 or sum(rows) != metadata.num_rows:
       raise ValueError('impossible numbers of rows')
     return rows, [sum(group.column(leaf).total_uncompressed_size for leaf in leaves)
                   for group in groups]
@@ -271,8 +272,16 @@ def _opened(path: str, metadata: pq.FileMetaData | None = None) -> Iterator[pq.P
       opened = stack.enter_context(storage.open_file(path))
     except OSError as error:
       raise Unreadable(f'parquet: {path} cannot be read: {error.strerror or error}') from error
-    yield _checked(path, lambda: stack.enter_context(pq.ParquetFile(
-        opened, metadata=metadata, buffer_size=_BUFFER, page_checksum_verification=True)))
+
+    def open_it() -> pq.ParquetFile:
+      most = _ROWS_PER_BYTE * opened.seek(0, os.SEEK_END)
+      file = stack.enter_context(pq.ParquetFile(
+          opened, metadata=metadata, buffer_size=_BUFFER, page_checksum_verification=True))
+      if not 0 <= file.metadata.num_rows <= most:
+        raise ValueError('impossible numbers of rows')
+      return file
+
+    yield _checked(path, open_it)
 
 
 def _checked(path: str, read_it: Callable[[], Any]) -> Any:
@@ -284,13 +293,14 @@ def _checked(path: str, read_it: Callable[[], Any]) -> Any:
   try:
     return read_it()
   except _ERRORS as error:
-    if _is_of_store(error):
+    if _is_of_store(path, error):
       raise
     reason = ' '.join(str(error).split()) or type(error).__name__
     raise Unreadable(f'parquet: {path} is damaged, cut or not a Parquet file: {reason}; copy or write '
                      'it again, or leave it out (gin: parquet.splits)') from error
 
 
-def _is_of_store(error: Exception) -> bool:
-  """Whether a store has failed; pyarrow's own errors are `OSError` itself."""
-  return isinstance(error, OSError) and type(error) is not OSError
+def _is_of_store(path: str, error: Exception) -> bool:
+  """Whether a store has failed; pyarrow's own errors are plain `OSError`s without a number."""
+  return storage.is_url(path) and isinstance(error, OSError) and (
+      type(error) is not OSError or error.errno is not None)

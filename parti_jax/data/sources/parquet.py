@@ -19,8 +19,9 @@ from parti_jax.data.sources import base, paths
 from parti_jax.errors import UserError
 
 SHUFFLES = ('global', 'window')
-# How the Hugging Face hub names the files of a split.
-_SPLITS = ('train', 'validation', 'test')
+# How the files of a split are named, on the Hugging Face hub among others.
+_SPLITS = {'train': ('train',), 'validation': ('validation', 'valid', 'val', 'dev'),
+           'test': ('test', 'eval')}
 _PATTERNS = ('{}[-.]*parquet', 'data/{}[-.]*parquet', '{}/*.parquet', 'default/{}/*.parquet')
 # Bytes up to which a row group is read for one row, and up to which where gin asks for it. A core reads
 # about 1 MB in a millisecond, and decodes a picture of 256 pixels in about 4.
@@ -81,15 +82,17 @@ def _find(schema, file: str, keys: tuple[str | None, str | None], pictures: bool
 def found_splits(path: str) -> dict[str, str]:
   """Returns the splits of a folder by the names of its files: patterns within it.
 
-  They are 'train', 'validation' and 'test' where files are named after these, as on the Hugging Face
-  hub, and otherwise 'train' alone, of all files in the folder.
+  They are 'train', 'validation' and 'test' where files are named after these or in the usual short
+  forms, as on the Hugging Face hub, and otherwise 'train' alone, of all files in the folder.
   """
   for pattern in _PATTERNS:
-    named = {split: pattern.format(split) for split in _SPLITS}
-    found = {split: one for split, one in named.items()
-             if storage.glob(file_patterns.join(path, one))}
-    if 'train' in found:
-      return found
+    found = {}
+    for split, names in _SPLITS.items():
+      named = [pattern.format(name) for name in names]
+      found[split] = next(
+          (one for one in named if storage.glob(file_patterns.join(path, one))), None)
+    if found['train']:
+      return {split: one for split, one in found.items() if one}
   return {'train': '*.parquet'}
 
 
