@@ -5,6 +5,7 @@ import re
 # What each optional package (by the name it is imported with) is installed with.
 EXTRAS = {
     'clu': 'data',
+    'datasets': 'hf',
     'gcsfs': 'gcs',
     'google_crc32c': 'data',
     'libtpu': 'tpu',

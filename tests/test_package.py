@@ -109,6 +109,8 @@ def test_every_import_is_of_a_declared_package(path):
   declared = _requirements(None)
   if _part(path) in ('data', 'training', 'evaluation', 't5x'):
     declared |= _requirements('data')
+  if _part(path) == 'data':
+    declared |= _requirements('hf')
   if _part(path) == 'training':
     declared |= _requirements('lpips')
   if _part(path) == 'evaluation':

@@ -353,9 +353,9 @@ def configured(path: str | None = None, shuffle: str | None = None) -> TokenCach
     UserError: the path is not set, or there is no such cache or shuffle.
   """
   if path is None:
-    raise UserError(
-        "token_cache.path is not set; give --gin.token_cache.path=\"'FOLDER'\"; "
-        + token_cache_info.HOW_TO_MAKE)
+    scope = ''.join(f'{part}/' for part in gin.current_scope())
+    raise UserError(f"{scope}token_cache.path is not set; give --gin.{scope}token_cache.path="
+                    f"\"'FOLDER'\"; {token_cache_info.HOW_TO_MAKE}")
   if shuffle not in (None, *SHUFFLES):
     raise UserError(f'token_cache.shuffle={shuffle!r} is not one of {", ".join(SHUFFLES)}')
   return TokenCacheSource(path, shuffle)

@@ -190,7 +190,8 @@ def train_stage(model_dir: str, journal: journal_lib.Journal, stage=gin.REQUIRED
         # The rate of the last step that was applied.
         metrics |= {'learning_rate': float(schedule(max(run.updates - 1, 0))),
                     'skipped_steps': step - run.updates,
-                    'skipped_examples': sum(run.skipped().values())} | meter.read(step)
+                    'skipped_examples': sum(run.skipped().values())}
+        metrics |= training.by_source | meter.read(step)
         reporter.metrics(step, metrics)
         journal.progress(step, metrics)
       reporter.advance(step)
