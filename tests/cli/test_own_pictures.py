@@ -131,11 +131,11 @@ def test_from_pictures_to_drawings_going_on_after_an_interruption(
     patch.setattr(own_pictures._Work, 'generator', lambda *arguments: 75)
     assert main.main(command) == 75
   assert 'parti-jax tokenize' in capsys.readouterr().out
-  tokens = (out / 'tokens' / 'train-00000.tfrecord').stat().st_mtime_ns
+  tokens = (out / 'tokens' / 'train-00000.array_record').stat().st_mtime_ns
   assert main.main(command) == 0
   printed = capsys.readouterr().out
   assert 'parti-jax vocabulary' not in printed and 'parti-jax tokenize' not in printed
-  assert (out / 'tokens' / 'train-00000.tfrecord').stat().st_mtime_ns == tokens
+  assert (out / 'tokens' / 'train-00000.array_record').stat().st_mtime_ns == tokens
   drawn = [pathlib.Path(line) for line in printed.splitlines() if line.endswith('.png')]
   assert len(drawn) == 3 and all(path.parent == out / 'drawings' for path in drawn)
   with Image.open(drawn[0]) as image:
