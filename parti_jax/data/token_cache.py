@@ -128,7 +128,7 @@ def write_token_cache(
   missing = [key for key in token_cache_info.KEYS if key not in info]
   if missing:
     raise ValueError(f'info lacks {", ".join(missing)}')
-  unfinished = storage.join(folder, f'.{split}.unfinished')
+  unfinished = storage.join(folder, f'.{token_cache_info.file_part(split)}.unfinished')
   try:
     token_cache_info.other_splits(folder, info, (split,))
     token_cache_info.remove_folder(unfinished)

@@ -23,8 +23,8 @@ VERSION = 2
 KEYS = ('codebook_size', 'image_tokens', 'tokenizer')
 HOW_TO_MAKE = '`parti-jax tokenize` makes it'
 _MAX_INFO = 2**28
-# What every file system takes in the middle of a name.
-_REFUSED = r'\x00-\x1f\x7f/\\<>:"|?*\ud800-\udfff'
+# What some file system does not take in the middle of a name, but for colons, see `file_part`.
+_REFUSED = r'\x00-\x1f\x7f/\\<>"|?*\ud800-\udfff'
 _SPLIT = re.compile(rf'[^{_REFUSED}\s.-][^{_REFUSED}]*')
 _LONGEST_SPLIT = 200
 _MOVES_AT_ONCE = 32
@@ -97,13 +97,18 @@ def split_info(shards: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def shard_name(split: str, index: int) -> str:
   """The file name of a shard."""
-  return f'{split}-{index:05d}.array_record'
+  return f'{file_part(split)}-{index:05d}.array_record'
+
+
+def file_part(split: str) -> str:
+  """What the names of a split's files begin with; slices such as 'train[:10%]' have colons."""
+  return split.replace('%', '%25').replace(':', '%3A')
 
 
 def is_shard(name: str, split: str) -> bool:
   """Whether a file name is of a shard of a split, of this version or of version 1."""
   stem, _, ending = name.rpartition('.')
-  number = stem.removeprefix(f'{split}-')
+  number = stem.removeprefix(f'{file_part(split)}-')
   return ending in ('array_record', 'tfrecord') and number != stem and number.isdecimal()
 
 

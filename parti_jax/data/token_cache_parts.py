@@ -59,7 +59,7 @@ class SplitParts:
     self._made_with = json.loads(json.dumps({**made_with, 'parts': count}))
     self._whole = {**json.loads(json.dumps(self._info)), **self._made_with}
     self._key = xxhash.xxh3_64_hexdigest(json.dumps(self._whole, sort_keys=True).encode())
-    self._parts = storage.join(folder, f'.{split}.parts')
+    self._parts = storage.join(folder, f'.{token_cache_info.file_part(split)}.parts')
 
   def check(self, overwrite: bool) -> bool:
     """Looks at what is in the cache, and changes nothing.

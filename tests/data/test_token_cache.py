@@ -90,13 +90,17 @@ def test_writing_again_leaves_splits_alone_whose_names_begin_the_same(cache):
   token_cache.write_token_cache(cache, _examples(6), INFO, split='train-more')
   token_cache.write_token_cache(cache, _examples(3), INFO, split='हिन्दी 訓練')
   token_cache.write_token_cache(cache, _examples(1), INFO)
+  token_cache.write_token_cache(cache, _examples(3), INFO, split='train[:10%]')
+  token_cache.write_token_cache(cache, _examples(1), INFO, split='train[%3A10%]')
   source = token_cache.TokenCacheSource(cache)
   found = {split: len(source.open(split)) for split in source.splits}
-  assert found == {'validation': 2, 'train-more': 6, 'हिन्दी 訓練': 3, 'train': 1}
+  assert found == {'validation': 2, 'train-more': 6, 'हिन्दी 訓練': 3, 'train': 1, 'train[:10%]': 3,
+                   'train[%3A10%]': 1}
+  assert not [name for name in os.listdir(cache) if ':' in name]
 
 
 @pytest.mark.parametrize('split', [
-    '', '../train', 'a/b', 'a\\b', '.hidden', 'a:b', 'a\0', 'a\n', 'a*', '訓' * 70, '-a', '\ud800'])
+    '', '../train', 'a/b', 'a\\b', '.hidden', 'a\0', 'a\n', 'a*', '訓' * 70, '-a', '\ud800'])
 def test_splits_that_no_file_can_be_named_by(cache, split):
   before = sorted(os.listdir(cache))
   with pytest.raises(UserError, match='^the split .* cannot be part of a file name'):
