@@ -332,7 +332,9 @@ def move(path: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
     os.replace(_local(path), _local(target))
     return
   with _store_errors(path):
-    _file_system(path).mv(os.fspath(path), os.fspath(target))
+    system = _file_system(path)
+    system.cp_file(os.fspath(path), os.fspath(target))
+    system.rm_file(os.fspath(path))
 
 
 def move_folder(path: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:

@@ -9,9 +9,11 @@ import concurrent.futures
 import contextlib
 import json
 import re
+import secrets
 import shutil
+import time
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import xxhash
@@ -29,6 +31,8 @@ _SPLIT = re.compile(rf'[^{_REFUSED}\s.-][^{_REFUSED}]*')
 _LONGEST_SPLIT = 200
 _MOVES_AT_ONCE = 32
 _PIECE = 2**24
+# Seconds after which a process that holds the lock must have been killed, and between two looks.
+_LOCK_SECONDS, _LOCK_LOOK = 60, 0.2
 
 
 def read_info(folder: str) -> dict[str, Any]:
@@ -190,10 +194,11 @@ def put_in_place(folder: str, info: Mapping[str, Any], split: str, entry: Mappin
   Raises:
     LostShard: one is neither there nor in place already, or not of its size.
   """
-  others = other_splits(folder, info, (split, *replaced))
-  if storage.exists(storage.join(folder, 'info.json')):
-    if read_info(folder)['splits'].get(split, entry) != entry:
-      write_info(folder, {**info, 'splits': others})
+  with _locked(folder):
+    others = other_splits(folder, info, (split, *replaced))
+    if storage.exists(storage.join(folder, 'info.json')):
+      if read_info(folder)['splits'].get(split, entry) != entry:
+        write_info(folder, {**info, 'splits': others})
   names = [shard_name(split, index) for index in range(len(files))]
 
   def move(index: int) -> None:
@@ -216,12 +221,36 @@ def put_in_place(folder: str, info: Mapping[str, Any], split: str, entry: Mappin
     if is_shard(name, split):
       with contextlib.suppress(FileNotFoundError):
         storage.remove(storage.join(folder, name))
-  # Another command may be adding another split at this moment.
-  while True:
+  with _locked(folder):
     others = other_splits(folder, info, (split, *replaced))
     write_info(folder, {**info, 'splits': {**others, split: entry}})
-    if split in read_info(folder)['splits']:
-      return
+
+
+@contextlib.contextmanager
+def _locked(folder: str) -> Iterator[None]:
+  """Lets one process at a time read and write `info.json`, since each may add another split."""
+  storage.make_folder(folder)
+  path, mine = storage.join(folder, '.info.lock'), secrets.token_hex(8).encode()
+  holder, since = None, time.monotonic()
+  while True:
+    try:
+      storage.create(path, mine)
+      break
+    except FileExistsError:
+      found = None
+      with contextlib.suppress(FileNotFoundError):
+        found = storage.read(path, storage.MAX_JSON)
+      if found != holder:
+        holder, since = found, time.monotonic()
+      elif time.monotonic() - since > _LOCK_SECONDS:  # Its holder was killed.
+        with contextlib.suppress(FileNotFoundError):
+          storage.remove(path)
+      time.sleep(_LOCK_LOOK)
+  try:
+    yield
+  finally:
+    with contextlib.suppress(FileNotFoundError):
+      storage.remove(path)
 
 
 def cannot_write(folder: str, error: OSError) -> UserError:

@@ -1,9 +1,10 @@
-"""Imports whatever of a run, besides its data, gin files may name.
+"""Imports whatever of a run gin files may name, besides the data, and how they are read and mixed.
 
 Names exist once their modules are imported; those of the data are in `parti_jax.data.datasets`.
 """
 
 # pylint: disable=unused-import
+from parti_jax.data import mixtures
 from parti_jax.training import generator_stage
 from parti_jax.training import optimizers
 from parti_jax.training import ranker_stage

@@ -50,6 +50,11 @@ def run(args: argparse.Namespace) -> int:
   checks.count('--batch_size', args.batch_size)
   if (args.tokenizer is None) == (args.convert is None):
     raise UserError('give --tokenizer=FOLDER or, to convert a token cache, --convert=FOLDER')
+  unused = [flag for flag, given in (
+      ('--gin_file', args.gin_file), ('--gin', args.gin_bindings), ('--dtype', args.dtype),
+      ('--views', args.views > 1)) if given]
+  if args.convert and unused:
+    raise UserError(f'--convert keeps the tokens as they are; leave away {unused[0]}')
   worker = _worker(args)
   found = None if worker else hosts.processes(args)
   if found is None:

@@ -22,9 +22,9 @@ from parti_jax.data import tally
 from parti_jax.data import token_cache_parts
 from parti_jax.data import token_cache_v1
 from parti_jax.data import views
-from parti_jax.errors import UserError
 from parti_jax.training import configurables  # pylint: disable=unused-import
 from parti_jax.training import frozen_tokenizer
+from parti_jax.training import hosts
 from parti_jax.training import tokenizing
 from parti_jax.training import tokenizing_progress
 
@@ -69,6 +69,7 @@ def of_source(args: argparse.Namespace, connect: Connect) -> tuple[list[Job], in
   name = sources.chosen()
   splits = _splits(args.splits, sources.configured(name))
   worker, workers = connect()
+  hosts.check_connected()
   compilation_cache.enable()
   tokenizer = frozen_tokenizer.load(args.tokenizer)
   model = tokenizer.config

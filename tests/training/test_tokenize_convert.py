@@ -11,6 +11,7 @@ from parti_jax import main
 from parti_jax import storage
 from parti_jax.data import token_cache
 from parti_jax.data import token_cache_info
+from parti_jax.training import tokenize_jobs  # pylint: disable=unused-import
 
 INFO = {'codebook_size': 70_000, 'image_tokens': 4, 'tokenizer': 'abc', 'image_size': 16}
 SPLITS = {'train': (3, 2, 1), 'validation': (2,)}
@@ -141,6 +142,13 @@ def test_what_cannot_be_converted(old, tmp_path, harm, message, capsys):
 def test_a_split_that_is_not_there(old, tmp_path, capsys):
   assert _convert(old, tmp_path / 'new', '--splits', 'test') == 2
   assert "has no split 'test'; it has train, validation" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('flag', ['--views=2', '--dtype=float32', '--gin.folder.path="a"'])
+def test_flags_that_would_change_tokens(old, tmp_path, flag, capsys):
+  assert _convert(old, tmp_path / 'new', flag) == 2
+  name = '--gin' if flag.startswith('--gin') else flag.partition('=')[0]
+  assert f'--convert keeps the tokens as they are; leave away {name}\n' in capsys.readouterr().err
 
 
 def test_into_the_folder_itself(old, capsys):
