@@ -28,6 +28,7 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from parti_jax import optional_packages
+from parti_jax import store_retries
 from parti_jax.errors import UserError
 
 # epath would hand URLs to TensorFlow where that is installed, which knows no s3:// and no endpoint
@@ -40,6 +41,8 @@ MAX_WEIGHTS = 2**31
 MAX_JSON = 2**26
 # Packages whose errors say something of the store and not of us.
 _STORE_PACKAGES = ('aiobotocore', 'aiohttp', 'botocore', 'gcsfs', 'google', 'requests', 's3fs')
+# How often an object is read anew that was replaced meanwhile, and a folder removed anew.
+_READ_ANEW, _REMOVED_ANEW = 5, 5
 # What epath hands to fsspec.
 _EPATH_SCHEMES = ('gs', 's3', 'az', 'hf')
 # Byte order marks; that of UTF-16 begins one of UTF-32.
@@ -87,11 +90,17 @@ def open_file(path: str | os.PathLike[str], mode: str = 'rb') -> Iterator[IO[byt
     with open(_local(path), 'rb') as file:
       yield file if mode == 'rb' else _as_text(file)
     return
-  with _store_errors(path):
-    opened = _file_system(path).open(os.fspath(path), 'rb')
-  # What fails in the caller's own code must not be laid to the store.
-  with opened as file, _store_errors(path, in_body=True):
+  with _opened(path) as file:
     yield file if mode == 'rb' else _as_text(file)
+
+
+def _opened(path: str | os.PathLike[str]) -> io.BufferedReader:
+  from parti_jax import store_systems  # pylint: disable=import-outside-toplevel
+
+  with _store_errors(path):
+    system = _file_system(path)
+  return io.BufferedReader(
+      store_systems.Pieces(system, os.fspath(path), _store_errors), store_systems.PIECE)
 
 
 def encoding_of(data: bytes) -> str:
@@ -109,16 +118,25 @@ def exists(path: str | os.PathLike[str]) -> bool:
   """Whether there is a file or folder; a folder of a store is there if an object is in it."""
   if not is_url(path):
     return os.path.exists(_local(path))
-  with _store_errors(path):
-    return _file_system(path).exists(os.fspath(path))
+  return _info(path) is not None
 
 
 def is_folder(path: str | os.PathLike[str]) -> bool:
   """Whether there is a folder; one of a store is there if an object is in it."""
   if not is_url(path):
     return os.path.isdir(_local(path))
-  with _store_errors(path):
-    return _file_system(path).isdir(os.fspath(path))
+  found = _info(path)
+  return found is not None and found['type'] == 'directory'
+
+
+def _info(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+  """fsspec's description of what is at a URL; None if nothing is.
+
+  fsspec's own `exists` and `isdir` take any error of a store for an object that is missing.
+  """
+  with _store_errors(path), contextlib.suppress(FileNotFoundError):
+    return _file_system(path).info(os.fspath(path))
+  return None
 
 
 def size(path: str | os.PathLike[str]) -> int:
@@ -181,12 +199,24 @@ def read(path: str | os.PathLike[str], limit: int) -> bytes:
       content = file.read(limit + 1)
     found = len(content) if len(content) <= limit else max(size(path), limit + 1)
   else:
-    content, found = b'', size(path)
-    if found <= limit:
-      with _store_errors(path):
-        content = _file_system(path).cat_file(os.fspath(path))
+    content = _read_url(path, limit)
+    found = len(content) if len(content) <= limit else max(size(path), limit + 1)
   _check_bytes(path, found, limit)
   return content
+
+
+def _read_url(path: str | os.PathLike[str], limit: int) -> bytes:
+  """Reads an object, again if it was replaced meanwhile, as a run's lock is again and again."""
+  from parti_jax import store_systems  # pylint: disable=import-outside-toplevel
+
+  for attempt in range(_READ_ANEW + 1):
+    try:
+      with _opened(path) as file:
+        return file.read(limit + 1)
+    except store_systems.Changed:
+      if attempt == _READ_ANEW:
+        raise
+  raise AssertionError
 
 
 def check_size(path: str | os.PathLike[str], limit: int) -> None:
@@ -268,13 +298,25 @@ def create(path: str | os.PathLike[str], content: bytes) -> None:
     with open(_local(path), 'xb') as file:
       file.write(content)
     return
-  with _store_errors(path, writing=True):
-    try:
-      _file_system(path).pipe_file(os.fspath(path), content, mode='create')
-    except OSError as error:
-      if 'ConditionalRequestConflict' not in str(error):  # Of S3, while another one creates it.
-        raise
-      raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(path)) from error
+  try:
+    with _store_errors(path, writing=True) as operation:
+      try:
+        _file_system(path).pipe_file(os.fspath(path), content, mode='create')
+      except OSError as error:
+        if 'ConditionalRequestConflict' not in str(error):  # Of S3, while another one creates it.
+          raise
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(path)) from error
+  except FileExistsError:
+    # The answer to an earlier attempt may have been lost.
+    if not operation.retried or _read_if_there(path, len(content)) != content:
+      raise
+
+
+def _read_if_there(path: str | os.PathLike[str], limit: int) -> bytes | None:
+  try:
+    return read(path, limit)
+  except (FileNotFoundError, UserError):
+    return None
 
 
 def check_can_write(name: str, path: str | os.PathLike[str]) -> None:
@@ -301,11 +343,11 @@ def make_folder(path: str | os.PathLike[str]) -> None:
 
 
 def remove(path: str | os.PathLike[str]) -> None:
-  """Removes a file."""
+  """Removes a file; at a URL one that is not there is no error, as S3 has it."""
   if not is_url(path):
     os.remove(_local(path))
     return
-  with _store_errors(path, writing=True):
+  with _store_errors(path), contextlib.suppress(FileNotFoundError):
     _file_system(path).rm_file(os.fspath(path))
 
 
@@ -313,12 +355,15 @@ def upload(file: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
   """Copies a local file of any size to a URL, where it appears whole or not at all."""
   with _store_errors(path, writing=True):
     _file_system(path).put_file(os.fspath(file), os.fspath(path))
+  wanted, found = os.path.getsize(file), size(path)
+  if found != wanted:
+    raise UserError(f'{path}: the store has {found:,} bytes of it and {wanted:,} were written')
 
 
 def download(path: str | os.PathLike[str], file: str | os.PathLike[str]) -> None:
   """Copies what is at a URL to a local file, whose folder must be there."""
-  with _store_errors(path):
-    _file_system(path).get_file(os.fspath(path), os.fspath(file))
+  with open_file(path) as source, open(file, 'wb') as copy:
+    shutil.copyfileobj(source, copy, 2**20)
 
 
 def move(path: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
@@ -326,8 +371,9 @@ def move(path: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
   if not is_url(path):
     os.replace(_local(path), _local(target))
     return
-  with _store_errors(path, writing=True):
-    _file_system(path).mv(os.fspath(path), os.fspath(target))
+  with _store_errors(path):
+    _file_system(path).cp_file(os.fspath(path), os.fspath(target))
+  remove(path)
 
 
 def move_folder(path: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
@@ -341,8 +387,13 @@ def move_folder(path: str | os.PathLike[str], target: str | os.PathLike[str]) ->
 
 def remove_folder(path: str | os.PathLike[str]) -> None:
   """Removes a folder of a store with all that is in it; does nothing where there is none."""
-  with _store_errors(path), contextlib.suppress(FileNotFoundError):
-    _file_system(path).rm(os.fspath(path), recursive=True)
+  # s3fs passes over objects that the store could not remove.
+  for _ in range(_REMOVED_ANEW):
+    with _store_errors(path), contextlib.suppress(FileNotFoundError):
+      _file_system(path).rm(os.fspath(path), recursive=True)
+    if not sizes(path):
+      return
+  raise UserError(f'{path}: the store does not remove all of it')
 
 
 def as_epath(path: str | os.PathLike[str]):
@@ -356,11 +407,11 @@ def as_epath(path: str | os.PathLike[str]):
   if is_url(path):
     import fsspec  # pylint: disable=import-outside-toplevel
 
-    _configure()
     scheme = os.fspath(path).partition('://')[0]
     if scheme not in _EPATH_SCHEMES:
       raise UserError(f'{path}: only paths and URLs of {", ".join(_EPATH_SCHEMES)} do here')
     with _store_errors(path):
+      _configure(scheme)
       fsspec.get_filesystem_class(scheme)
   return epath.Path(_local(path))
 
@@ -402,11 +453,11 @@ def _file_system(path: str | os.PathLike[str]):
   """fsspec's file system of a URL; it keeps one for each kind."""
   import fsspec  # pylint: disable=import-outside-toplevel
 
-  _configure()
+  _configure(os.fspath(path).partition('://')[0])
   return fsspec.core.url_to_fs(os.fspath(path))[0]
 
 
-def _configure() -> None:
+def _configure(protocol: str) -> None:
   """Sets what fsspec's file systems need here and their user has not set."""
   import fsspec  # pylint: disable=import-outside-toplevel
 
@@ -419,34 +470,49 @@ def _configure() -> None:
     os.environ.setdefault('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')
   # It logs the errors that it raises, with all calls.
   logging.getLogger('gcsfs').setLevel(logging.CRITICAL)
+  from parti_jax import store_systems  # pylint: disable=import-outside-toplevel
+
+  store_systems.register(protocol)
 
 
 @contextlib.contextmanager
-def _store_errors(path, writing: bool = False, in_body: bool = False) -> Iterator[None]:
-  """Turns a store's errors into UserErrors that name the URL.
+def _store_errors(path, writing: bool = False) -> Iterator[store_retries.Operation]:
+  """Turns a store's errors into UserErrors that name the URL; its body is one operation.
 
   Args:
     path: the URL.
     writing: whether a missing object can only be a missing bucket.
-    in_body: whether the code inside is not only the store's.
   """
-  try:
-    yield
-  except UserError:
-    raise
-  except _OF_FILES as error:
-    if not isinstance(error, FileNotFoundError):
+  with store_retries.operation() as operation:
+    try:
+      yield operation
+    except UserError:
       raise
+    except Exception as error:  # pylint: disable=broad-except
+      translated = _translated(error, path, writing, operation)
+      if translated is error:
+        raise
+      raise translated from error
+    if operation.failure:  # Which a library has passed over.
+      raise UserError(f'{path}: the store failed: {operation.failure}')
+
+
+def _translated(error: Exception, path, writing: bool, operation) -> Exception:
+  """What an error of a file system is for the callers of this module."""
+  if operation.failure:
+    return UserError(f'{path}: {_reason(error, operation.failure)}')
+  if isinstance(error, FileNotFoundError):
     if writing:
-      raise UserError(f'{path}: the bucket of this URL is not there; make it first') from error
-    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path)) from error
-  except ImportError as error:
+      return UserError(f'{path}: the bucket of this URL is not there; make it first')
+    return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path))
+  if isinstance(error, _OF_FILES):
+    return error
+  if isinstance(error, ImportError):
     explained = optional_packages.missing_extra(error.__cause__ or error)
-    raise UserError(f'{path}: {explained or error}') from error
-  except Exception as error:  # pylint: disable=broad-except
-    if not in_body and isinstance(error, (OSError, ValueError)) or _from_store(error):
-      raise UserError(f'{path}: {_reason(error)}') from error
-    raise
+    return UserError(f'{path}: {explained or error}')
+  if isinstance(error, (OSError, ValueError)) or _from_store(error):
+    return UserError(f'{path}: {_reason(error)}')
+  return error
 
 
 def _from_store(error: BaseException | None) -> bool:
@@ -454,10 +520,10 @@ def _from_store(error: BaseException | None) -> bool:
   return not packages.isdisjoint(_STORE_PACKAGES)
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, text: str = '') -> str:
   """Says in one line what a store, or the way to it, has refused."""
   names = {type(e).__name__ for e in (error, error.__cause__) if e is not None}
-  text = ' '.join(str(error).split()) or type(error).__name__
+  text = text or ' '.join(str(error).split()) or type(error).__name__
   if names & {'NoCredentialsError', 'PartialCredentialsError', 'DefaultCredentialsError'}:
     return (f'no credentials for this store ({text}); set AWS_ACCESS_KEY_ID and '
             'AWS_SECRET_ACCESS_KEY, or run `aws configure`; for gs:// run '
