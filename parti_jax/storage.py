@@ -291,6 +291,11 @@ def create(path: str | os.PathLike[str], content: bytes) -> None:
   Stores do this by a condition on the request: s3:// by If-None-Match, gs:// by ifGenerationMatch.
   One that ignores the condition replaces the object.
 
+  Args:
+    path: a path or URL.
+    content: what no other process writes, since an object at a URL that has it already counts as
+      created by this call: the answer to an attempt may be lost.
+
   Raises:
     FileExistsError: the file is there.
   """
@@ -299,7 +304,7 @@ def create(path: str | os.PathLike[str], content: bytes) -> None:
       file.write(content)
     return
   try:
-    with _store_errors(path, writing=True) as operation:
+    with _store_errors(path, writing=True):
       try:
         _file_system(path).pipe_file(os.fspath(path), content, mode='create')
       except OSError as error:
@@ -307,8 +312,8 @@ def create(path: str | os.PathLike[str], content: bytes) -> None:
           raise
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(path)) from error
   except FileExistsError:
-    # The answer to an earlier attempt may have been lost.
-    if not operation.retried or _read_if_there(path, len(content)) != content:
+    # It is this process' own if only the answer to an earlier attempt was lost.
+    if _read_if_there(path, len(content)) != content:
       raise
 
 

@@ -6,9 +6,8 @@ come. Between two attempts lies an exponential backoff with jitter. A request th
 PARTI_JAX_STORE_SECONDS (120) fails for good, and so does one to a store that has never answered,
 whose address may be wrong, after 10 s.
 
-Repeating a request must not change its outcome. All requests of `storage` are idempotent but two:
-creating an object that must not exist yet, and removing one. A lost answer to these is recognised by
-`Operation.retried`.
+Repeating a request must not change its outcome, since the answer to one that had its effect may be
+lost. The requests of `storage` are idempotent; see `storage.create` and `storage.remove`.
 """
 
 from __future__ import annotations
@@ -55,13 +54,11 @@ class Operation:
 
   Attributes:
     seconds: how long each request may fail.
-    retried: whether a request was repeated, so that an earlier attempt may have had its effect.
     failure: why a request has failed for good, whatever the library makes of that.
   """
 
   def __init__(self, seconds: float | None = None):
     self.seconds = patience() if seconds is None else min(seconds, patience())
-    self.retried = False
     self.failure: str | None = None
 
 
@@ -165,7 +162,6 @@ class Attempts:
       self._operation.failure = f'{reason} (tried {self._failures + 1} times in {elapsed:.0f} s)'
       return None
     self._failures += 1
-    self._operation.retried = True
     with _lock:
       _counts[kind] += 1
     if elapsed >= _QUIET_SECONDS and not self._told:

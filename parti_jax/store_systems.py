@@ -84,6 +84,9 @@ def _s3_class():
   class BoundedSession(AIOHTTPSession):
     """Gives up an upload that does not go on, which aiohttp would wait for."""
 
+    async def _get_session(self, proxy_url):
+      return _without_own_retry(await super()._get_session(proxy_url))
+
     async def send(self, request):
       size = int(request.headers.get('Content-Length') or 0)
       try:
@@ -156,6 +159,9 @@ def _gs_class():
       self.requests_timeout = aiohttp.ClientTimeout(
           total=None, sock_connect=connect, sock_read=read)
 
+    async def _set_session(self):
+      return _without_own_retry(await super()._set_session())
+
     async def _request(self, method, path, *args, **kwargs):
       attempts = store_retries.Attempts('gs', f'{method} {path.partition("?")[0]}')
       data = kwargs.get('data')
@@ -182,6 +188,12 @@ def _gs_class():
                                   generation=details.get('generation'))
 
   return RetryingGs
+
+
+def _without_own_retry(session):
+  """aiohttp repeats some requests once, uncounted."""
+  session._retry_connection = False  # pylint: disable=protected-access
+  return session
 
 
 def _size(data) -> int:

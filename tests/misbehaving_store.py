@@ -5,6 +5,7 @@ on the order in which threads send their requests.
 """
 
 import collections
+import contextlib
 import hashlib
 import http.client
 import http.server
@@ -103,7 +104,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     if fault == 'slow':
       time.sleep(0.2)
     answer = self.store.forward(self.command, self.path, self.headers, body)
-    if fault == 'lost':
+    if fault == 'lost' or (fault == 'cut' and not answer[-1]):
       self.close_connection = True
       return
     self._send(*answer, cut=fault == 'cut')
@@ -128,9 +129,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.send_header(name, value)
     self.send_header('Content-Length', str(length))
     self.end_headers()
-    self.wfile.write(body[:len(body) // 2] if cut else body)
-    if cut:
-      self.close_connection = True
+    self.close_connection |= cut
+    with contextlib.suppress(ConnectionError):
+      self.wfile.write(body[:len(body) // 2] if cut else body)
 
   do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = do_PATCH = _answer
 

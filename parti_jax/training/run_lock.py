@@ -281,7 +281,8 @@ class RunLock:
       if _read(claim) == other:
         _remove(claim)
     try:
-      self._exclusive = not _created(claim, self._me)  # Unless the store ignores the condition.
+      # Unless the store ignores the condition.
+      self._exclusive = not _created(claim, self._me | {'again': True})
       yield
     finally:
       _remove(claim)
