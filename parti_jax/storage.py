@@ -22,6 +22,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -43,6 +44,9 @@ MAX_JSON = 2**26
 _STORE_PACKAGES = ('aiobotocore', 'aiohttp', 'botocore', 'gcsfs', 'google', 'requests', 's3fs')
 # How often an object is read anew that was replaced meanwhile, and a folder removed anew.
 _READ_ANEW, _REMOVED_ANEW = 5, 5
+_OF_TENSORSTORE = re.compile(
+    r'(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|INTERNAL|PERMISSION_DENIED|UNAUTHENTICATED): .*'
+    r'(gs://|https?://)', re.DOTALL)
 # What epath hands to fsspec.
 _EPATH_SCHEMES = ('gs', 's3', 'az', 'hf')
 # Byte order marks; that of UTF-16 begins one of UTF-32.
@@ -470,6 +474,7 @@ def _configure(protocol: str) -> None:
     # Other processes write too.
     fsspec.config.conf.setdefault(scheme, {}).setdefault('use_listings_cache', False)
   if 'STORAGE_EMULATOR_HOST' in os.environ:
+    os.environ.setdefault('TENSORSTORE_GCS_HTTP_URL', os.environ['STORAGE_EMULATOR_HOST'])
     fsspec.config.conf['gcs'].setdefault('token', 'anon')
     # Else gcsfs asks over gRPC, which emulators do not speak, what kind each bucket is of.
     os.environ.setdefault('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')
@@ -520,9 +525,19 @@ def _translated(error: Exception, path, writing: bool, operation) -> Exception:
   return error
 
 
-def _from_store(error: BaseException | None) -> bool:
+def _from_store(error: BaseException) -> bool:
   packages = {type(e).__module__.split('.')[0] for e in (error, error.__cause__)}
   return not packages.isdisjoint(_STORE_PACKAGES)
+
+
+def failure_of_store(error: BaseException) -> str | None:
+  """Says in one line what failed where a library that reads URLs itself raised a store's error."""
+  while error is not None:
+    # TensorStore's errors have no class of their own.
+    if _from_store(error) or _OF_TENSORSTORE.search(str(error)):
+      return _reason(error)
+    error = error.__cause__ or error.__context__
+  return None
 
 
 def _reason(error: Exception, text: str = '') -> str:

@@ -3,8 +3,8 @@
 A request is repeated after a failure that may pass: the statuses 408, 429, 500, 502, 503 and 504, a
 connection that can't be made or that breaks, a body that ends early, and an answer that does not
 come. Between two attempts lies an exponential backoff with jitter. A request that has failed for
-PARTI_JAX_STORE_SECONDS (120) fails for good, and so does one to a store that has never answered,
-whose address may be wrong, after 10 s.
+PARTI_JAX_STORE_SECONDS (120) fails for good. After that, and before the first answer of a store,
+whose address may be wrong, 10 s are enough.
 
 Repeating a request must not change its outcome, since the answer to one that had its effect may be
 lost. The requests of `storage` are idempotent; see `storage.create` and `storage.remove`.
@@ -26,7 +26,7 @@ from parti_jax.errors import UserError
 
 SECONDS_VARIABLE = 'PARTI_JAX_STORE_SECONDS'
 _SECONDS = 120.0
-# For a store that has never answered this process.
+# For a store that has not answered yet, or not since a request failed for good.
 _FIRST_SECONDS = 10.0
 # Until a connection is made, and without a byte of an answer.
 _CONNECT_SECONDS, _READ_SECONDS = 10.0, 30.0
@@ -40,10 +40,15 @@ STATUSES = frozenset((408, 429, 500, 502, 503, 504))
 LOST, NO_ANSWER, NO_CONNECTION, SHORT = (
     'connection lost', 'no answer', 'no connection', 'body that ended early')
 
+# Of checkpoints at gs://, which TensorStore reads and writes with retries of its own.
+ARRAYS = 'failure with arrays of a checkpoint'
+_TENSORSTORE_RETRIES = '/tensorstore/kvstore/gcs/retries'
+
 _counts: collections.Counter[str] = collections.Counter()
 _lock = threading.Lock()
-# Stores that have answered.
+# Stores that have answered, and not failed since then.
 _answered: set[str] = set()
+_asked: set[str] = set()
 
 
 class Operation:
@@ -80,7 +85,7 @@ def operation() -> Iterator[Operation]:
 
 @contextlib.contextmanager
 def at_most(seconds: float) -> Iterator[None]:
-  """Within it, requests that fail are not repeated for longer than so many seconds."""
+  """Within it, requests fail for good after so many seconds, and so long may an attempt take."""
   token = _limit.set(seconds)
   try:
     yield
@@ -112,7 +117,9 @@ def timeouts() -> tuple[float, float]:
 
 def attempt_seconds(size: int) -> float:
   """Seconds that an attempt with a body of so many bytes may take."""
-  return sum(timeouts()) + size / _SLOWEST_BYTES_PER_SECOND
+  limit = _limit.get()
+  seconds = sum(timeouts()) + size / _SLOWEST_BYTES_PER_SECOND
+  return seconds if limit is None else min(seconds, limit)
 
 
 def answered(store: str) -> None:
@@ -123,12 +130,21 @@ def answered(store: str) -> None:
 def counts() -> dict[str, int]:
   """Kind of failure -> requests of this process that were repeated because of it."""
   with _lock:
-    return dict(_counts.most_common())
+    found = collections.Counter(_counts)
+  if tensorstore := sys.modules.get('tensorstore'):
+    for metric in tensorstore.experimental_collect_matching_metrics(_TENSORSTORE_RETRIES):
+      found[ARRAYS] += sum(value['value'] for value in metric['values'])
+  return {kind: count for kind, count in found.most_common() if count}
 
 
-def total() -> int:
-  """How many requests of this process were repeated."""
-  return sum(counts().values())
+def told() -> str:
+  """The counts as a text; '' without any."""
+  return ', '.join(f'{count} after {kind}' for kind, count in counts().items())
+
+
+def used() -> bool:
+  """Whether this process has asked a store for anything."""
+  return bool(_asked)
 
 
 class Attempts:
@@ -141,6 +157,7 @@ class Attempts:
 
   def __init__(self, store: str, what: str):
     self._store, self._what = store, what
+    _asked.add(store)
     self._operation = _operation.get() or Operation()
     self._began, self._failures, self._told = time.monotonic(), 0, False
 
@@ -160,6 +177,7 @@ class Attempts:
       limit = min(limit, _FIRST_SECONDS)
     if elapsed >= limit:
       self._operation.failure = f'{reason} (tried {self._failures + 1} times in {elapsed:.0f} s)'
+      _answered.discard(self._store)
       return None
     self._failures += 1
     with _lock:

@@ -94,9 +94,13 @@ def _s3_class():
       except asyncio.TimeoutError as error:
         raise ReadTimeoutError(endpoint_url=request.url, error=error) from error
 
-  def needs_retry(response, attempts, caught_exception, request_dict, operation, **_):
+  def begin(request_signer, params, context, model, **_):
+    """What botocore calls before the first attempt."""
+    del request_signer
+    context['parti_jax_attempts'] = store_retries.Attempts('s3', f'{model.name} {params["url"]}')
+
+  def needs_retry(response, caught_exception, request_dict, **_):
     """What botocore asks after every attempt: seconds until the next one, or None."""
-    del attempts
     kind = kind_of(caught_exception)
     reason = ' '.join(str(caught_exception).split())
     if response is not None:
@@ -108,11 +112,7 @@ def _s3_class():
         reason = f'{status} {error.get("Code", "")} {error.get("Message", "")}'.strip()
     if kind is None:
       return None
-    context = request_dict['context']
-    if 'parti_jax_attempts' not in context:
-      context['parti_jax_attempts'] = store_retries.Attempts(
-          's3', f'{operation.name} {request_dict["url"]}')
-    return context['parti_jax_attempts'].delay(kind, reason)
+    return request_dict['context']['parti_jax_attempts'].delay(kind, reason)
 
   class RetryingS3(_Retrying, s3fs.S3FileSystem):
     """S3."""
@@ -128,6 +128,7 @@ def _s3_class():
     async def set_session(self, refresh=False, kwargs={}):  # pylint: disable=dangerous-default-value
       if self.session is None:
         self.session = AioSession(**self.kwargs)
+        self.session.register('before-call.s3', begin)
         self.session.register('needs-retry.s3', needs_retry)
       return await super().set_session(refresh, kwargs)
 
@@ -249,7 +250,7 @@ class Pieces(io.RawIOBase):
 
   def _read(self, count: int, operation: store_retries.Operation) -> bytes:
     """Returns the next bytes, exactly so many."""
-    attempts = store_retries.Attempts(self._system.protocol[0], self._path)
+    attempts = store_retries.Attempts(self._path.partition('://')[0], self._path)
     while True:
       try:
         found = self._fetch(self._place, self._place + count)

@@ -23,8 +23,8 @@ class MisbehavingStore:
 
   Args:
     upstream: URL of the server.
-    faults: called with the method, the path and how often both came before, returns one of
-      `FAULTS`, 'hang', or None.
+    faults: called with the method, the path with its query, and how often this method and the path
+      without its query came before; returns one of `FAULTS`, 'hang', or None.
 
   Attributes:
     url: of the proxy.
@@ -54,11 +54,11 @@ class MisbehavingStore:
   def fault(self, method: str, path: str, headers) -> str | None:
     """What becomes of a request."""
     with self._lock:
-      key = method, path, headers.get('Range', '')
+      key = method, path.partition('?')[0]
       count = self._seen[key]
       self._seen[key] += 1
       found = self.faults(method, path, count)
-      self.log.append((*key, found))
+      self.log.append((method, path, headers.get('Range', ''), found))
       if found:
         self.sent[found] += 1
     return found
@@ -135,6 +135,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
   do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = do_PATCH = _answer
 
+  def handle(self):
+    with contextlib.suppress(ConnectionError):
+      super().handle()
+
   def log_message(self, *_):  # pylint: disable=arguments-differ
     pass
 
@@ -142,9 +146,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 def seeded(seed: int, rate: float, kinds=FAULTS):
   """Faults of so large a share of the requests, drawn by a seed."""
   def fault(method: str, path: str, count: int) -> str | None:
-    # Signatures and ids of uploads differ from run to run.
-    path = path.partition('?')[0]
-    text = f'{seed} {method} {path} {count}'.encode()
+    text = f'{seed} {method} {path.partition("?")[0]} {count}'.encode()
     number = int.from_bytes(hashlib.sha256(text).digest()[:8])
     if number % 10_000 >= rate * 10_000:
       return None
@@ -153,17 +155,18 @@ def seeded(seed: int, rate: float, kinds=FAULTS):
 
 
 def first(kinds, times: int = 1):
-  """Each request fails at first, in these ways in turn, and then succeeds.
+  """Each request, by its method, path and query, fails at first, in these ways in turn.
 
   Args:
     kinds: of `FAULTS`.
     times: how often each request fails.
   """
-  turns = iter(range(10**9))
+  turns, seen = iter(range(10**9)), collections.Counter()
 
   def fault(method: str, path: str, count: int) -> str | None:
-    del method, path
-    return kinds[next(turns) % len(kinds)] if count < times else None
+    del count
+    seen[method, path] += 1
+    return kinds[next(turns) % len(kinds)] if seen[method, path] <= times else None
   return fault
 
 
