@@ -22,13 +22,12 @@ import json
 import logging
 import os
 import pathlib
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from typing import IO, Any
 
-from parti_jax import optional_packages
+from parti_jax import store_errors
 from parti_jax import store_retries
 from parti_jax.errors import UserError
 
@@ -40,20 +39,13 @@ os.environ.setdefault('EPATH_USE_TF', '0')
 MAX_WEIGHTS = 2**31
 # The most bytes of a JSON file: configs and metadata have thousands of them.
 MAX_JSON = 2**26
-# Packages whose errors say something of the store and not of us.
-_STORE_PACKAGES = ('aiobotocore', 'aiohttp', 'botocore', 'gcsfs', 'google', 'requests', 's3fs')
 # How often an object is read anew that was replaced meanwhile, and a folder removed anew.
 _READ_ANEW, _REMOVED_ANEW = 5, 5
-_OF_TENSORSTORE = re.compile(
-    r'(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|INTERNAL|PERMISSION_DENIED|UNAUTHENTICATED): .*'
-    r'(gs://|https?://)', re.DOTALL)
 # What epath hands to fsspec.
 _EPATH_SCHEMES = ('gs', 's3', 'az', 'hf')
 # Byte order marks; that of UTF-16 begins one of UTF-32.
 _MARKS = ((codecs.BOM_UTF32_LE, 'utf-32'), (codecs.BOM_UTF32_BE, 'utf-32'),
           (codecs.BOM_UTF16_LE, 'utf-16'), (codecs.BOM_UTF16_BE, 'utf-16'))
-# Errors that mean the same for objects as for local files.
-_OF_FILES = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
 
 
 def is_url(path: str | os.PathLike[str]) -> bool:
@@ -101,10 +93,10 @@ def open_file(path: str | os.PathLike[str], mode: str = 'rb') -> Iterator[IO[byt
 def _opened(path: str | os.PathLike[str]) -> io.BufferedReader:
   from parti_jax import store_systems  # pylint: disable=import-outside-toplevel
 
-  with _store_errors(path):
+  with store_errors.translated(path):
     system = _file_system(path)
   return io.BufferedReader(
-      store_systems.Pieces(system, os.fspath(path), _store_errors), store_systems.PIECE)
+      store_systems.Pieces(system, os.fspath(path), store_errors.translated), store_systems.PIECE)
 
 
 def encoding_of(data: bytes) -> str:
@@ -138,7 +130,7 @@ def _info(path: str | os.PathLike[str]) -> dict[str, Any] | None:
 
   fsspec's own `exists` and `isdir` take any error of a store for an object that is missing.
   """
-  with _store_errors(path), contextlib.suppress(FileNotFoundError):
+  with store_errors.translated(path), contextlib.suppress(FileNotFoundError):
     return _file_system(path).info(os.fspath(path))
   return None
 
@@ -147,7 +139,7 @@ def size(path: str | os.PathLike[str]) -> int:
   """Returns the bytes of a file."""
   if not is_url(path):
     return os.path.getsize(_local(path))
-  with _store_errors(path):
+  with store_errors.translated(path):
     return _file_system(path).size(os.fspath(path))
 
 
@@ -155,7 +147,7 @@ def glob(pattern: str | os.PathLike[str]) -> list[str]:
   """Returns the paths, or URLs, that fit a pattern with *, ?, [] and **, sorted."""
   if not is_url(pattern):
     return sorted(local_glob.glob(_local(pattern), recursive=True))
-  with _store_errors(pattern):
+  with store_errors.translated(pattern):
     system = _file_system(pattern)
     return sorted(system.unstrip_protocol(found) for found in system.glob(os.fspath(pattern)))
 
@@ -167,7 +159,7 @@ def names(folder: str | os.PathLike[str]) -> list[str]:
       return sorted(os.listdir(_local(folder)))
     except FileNotFoundError:
       return []
-  with _store_errors(folder):
+  with store_errors.translated(folder):
     try:
       return sorted({name(found) for found in _file_system(folder).ls(
           os.fspath(folder), detail=False)})
@@ -181,7 +173,7 @@ def sizes(folder: str | os.PathLike[str]) -> dict[str, int]:
     top = pathlib.Path(_local(folder))
     return {path.relative_to(top).as_posix(): path.stat().st_size
             for path in top.rglob('*') if path.is_file()}
-  with _store_errors(folder):
+  with store_errors.translated(folder):
     system = _file_system(folder)
     top = system._strip_protocol(os.fspath(folder)).rstrip('/') + '/'  # pylint: disable=protected-access
     return {path.removeprefix(top): details['size']
@@ -272,7 +264,7 @@ def write(path: str | os.PathLike[str], content: bytes | str) -> None:
   content = content.encode() if isinstance(content, str) else content
   if is_url(path):
     # Stores put an object in place when the last of its bytes has come.
-    with _store_errors(path, writing=True):
+    with store_errors.translated(path, writing=True):
       _file_system(path).pipe_file(os.fspath(path), content)
     return
   path = pathlib.Path(_local(path))
@@ -308,7 +300,7 @@ def create(path: str | os.PathLike[str], content: bytes) -> None:
       file.write(content)
     return
   try:
-    with _store_errors(path, writing=True):
+    with store_errors.translated(path, writing=True):
       try:
         _file_system(path).pipe_file(os.fspath(path), content, mode='create')
       except OSError as error:
@@ -356,13 +348,13 @@ def remove(path: str | os.PathLike[str]) -> None:
   if not is_url(path):
     os.remove(_local(path))
     return
-  with _store_errors(path), contextlib.suppress(FileNotFoundError):
+  with store_errors.translated(path), contextlib.suppress(FileNotFoundError):
     _file_system(path).rm_file(os.fspath(path))
 
 
 def upload(file: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
   """Copies a local file of any size to a URL, where it appears whole or not at all."""
-  with _store_errors(path, writing=True):
+  with store_errors.translated(path, writing=True):
     _file_system(path).put_file(os.fspath(file), os.fspath(path))
   wanted, found = os.path.getsize(file), size(path)
   if found != wanted:
@@ -380,7 +372,7 @@ def move(path: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
   if not is_url(path):
     os.replace(_local(path), _local(target))
     return
-  with _store_errors(path):
+  with store_errors.translated(path):
     _file_system(path).cp_file(os.fspath(path), os.fspath(target))
   remove(path)
 
@@ -388,7 +380,7 @@ def move(path: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
 def move_folder(path: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
   """Renames a folder of a store: all is copied within the store, then removed."""
   # fsspec's own `mv` also asks for an object with the folder's name, which s3:// does not have.
-  with _store_errors(path):
+  with store_errors.translated(path):
     for file in sizes(path):
       _file_system(path).cp_file(join(path, file), join(target, file))
   remove_folder(path)
@@ -398,7 +390,7 @@ def remove_folder(path: str | os.PathLike[str]) -> None:
   """Removes a folder of a store with all that is in it; does nothing where there is none."""
   # s3fs passes over objects that the store could not remove.
   for _ in range(_REMOVED_ANEW):
-    with _store_errors(path), contextlib.suppress(FileNotFoundError):
+    with store_errors.translated(path), contextlib.suppress(FileNotFoundError):
       _file_system(path).rm(os.fspath(path), recursive=True)
     if not sizes(path):
       return
@@ -419,7 +411,7 @@ def as_epath(path: str | os.PathLike[str]):
     scheme = os.fspath(path).partition('://')[0]
     if scheme not in _EPATH_SCHEMES:
       raise UserError(f'{path}: only paths and URLs of {", ".join(_EPATH_SCHEMES)} do here')
-    with _store_errors(path):
+    with store_errors.translated(path):
       _configure(scheme)
       fsspec.get_filesystem_class(scheme)
   return epath.Path(_local(path))
@@ -483,74 +475,3 @@ def _configure(protocol: str) -> None:
   from parti_jax import store_systems  # pylint: disable=import-outside-toplevel
 
   store_systems.register(protocol)
-
-
-@contextlib.contextmanager
-def _store_errors(path, writing: bool = False) -> Iterator[store_retries.Operation]:
-  """Turns a store's errors into UserErrors that name the URL; its body is one operation.
-
-  Args:
-    path: the URL.
-    writing: whether a missing object can only be a missing bucket.
-  """
-  with store_retries.operation() as operation:
-    try:
-      yield operation
-    except UserError:
-      raise
-    except Exception as error:  # pylint: disable=broad-except
-      translated = _translated(error, path, writing, operation)
-      if translated is error:
-        raise
-      raise translated from error
-    if operation.failure:  # Which a library has passed over.
-      raise UserError(f'{path}: the store failed: {operation.failure}')
-
-
-def _translated(error: Exception, path, writing: bool, operation) -> Exception:
-  """What an error of a file system is for the callers of this module."""
-  if operation.failure:
-    return UserError(f'{path}: {_reason(error, operation.failure)}')
-  if isinstance(error, FileNotFoundError):
-    if writing:
-      return UserError(f'{path}: the bucket of this URL is not there; make it first')
-    return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path))
-  if isinstance(error, _OF_FILES):
-    return error
-  if isinstance(error, ImportError):
-    explained = optional_packages.missing_extra(error.__cause__ or error)
-    return UserError(f'{path}: {explained or error}')
-  if isinstance(error, (OSError, ValueError)) or _from_store(error):
-    return UserError(f'{path}: {_reason(error)}')
-  return error
-
-
-def _from_store(error: BaseException) -> bool:
-  packages = {type(e).__module__.split('.')[0] for e in (error, error.__cause__)}
-  return not packages.isdisjoint(_STORE_PACKAGES)
-
-
-def failure_of_store(error: BaseException) -> str | None:
-  """Says in one line what failed where a library that reads URLs itself raised a store's error."""
-  while error is not None:
-    # TensorStore's errors have no class of their own.
-    if _from_store(error) or _OF_TENSORSTORE.search(str(error)):
-      return _reason(error)
-    error = error.__cause__ or error.__context__
-  return None
-
-
-def _reason(error: Exception, text: str = '') -> str:
-  """Says in one line what a store, or the way to it, has refused."""
-  names = {type(e).__name__ for e in (error, error.__cause__) if e is not None}
-  text = text or ' '.join(str(error).split()) or type(error).__name__
-  if names & {'NoCredentialsError', 'PartialCredentialsError', 'DefaultCredentialsError'}:
-    return (f'no credentials for this store ({text}); set AWS_ACCESS_KEY_ID and '
-            'AWS_SECRET_ACCESS_KEY, or run `aws configure`; for gs:// run '
-            '`gcloud auth application-default login`')
-  if 'PermissionError' in names or text.startswith('Forbidden') or 'Unauthorized' in text:
-    return f'access denied ({text}); check the credentials and their rights to the bucket'
-  if names & {'EndpointConnectionError', 'ClientConnectorError', 'ConnectTimeoutError'}:
-    return (f'the store can not be reached ({text}); check the network, AWS_ENDPOINT_URL and '
-            'STORAGE_EMULATOR_HOST')
-  return f'the store failed: {text}'

@@ -240,7 +240,7 @@ class Pieces(io.RawIOBase):
     return self._place
 
   def readinto(self, buffer) -> int:
-    count = min(len(buffer), self._end - self._place)
+    count = min(len(buffer), PIECE, self._end - self._place)
     if count <= 0:
       return 0
     with self._errors(self._path) as operation:

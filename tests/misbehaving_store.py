@@ -14,7 +14,8 @@ import time
 import urllib.parse
 
 STATUSES = ('429', '500', '503')
-# 'lost' does what was asked for and does not answer; 'hang' never answers.
+# 'lost' does what was asked for and does not answer. Others are 'hang', which never answers, and
+# 'short', where a part of an object is asked for, half of it that claims to be whole.
 FAULTS = (*STATUSES, 'cut', 'lost', 'refused', 'slow')
 
 
@@ -58,6 +59,8 @@ class MisbehavingStore:
       count = self._seen[key]
       self._seen[key] += 1
       found = self.faults(method, path, count)
+      if found == 'short' and 'Range' not in headers:
+        found = None
       self.log.append((method, path, headers.get('Range', ''), found))
       if found:
         self.sent[found] += 1
@@ -107,6 +110,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     if fault == 'lost' or (fault == 'cut' and not answer[-1]):
       self.close_connection = True
       return
+    if fault == 'short':
+      answer = *answer[:-1], answer[-1][:len(answer[-1]) // 2]
     self._send(*answer, cut=fault == 'cut')
 
   def _body(self) -> bytes:
@@ -130,6 +135,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     self.send_header('Content-Length', str(length))
     self.end_headers()
     self.close_connection |= cut
+    if self.command == 'HEAD':
+      return
     with contextlib.suppress(ConnectionError):
       self.wfile.write(body[:len(body) // 2] if cut else body)
 
@@ -167,6 +174,17 @@ def first(kinds, times: int = 1):
     del count
     seen[method, path] += 1
     return kinds[next(turns) % len(kinds)] if seen[method, path] <= times else None
+  return fault
+
+
+def every(number: int, kinds=FAULTS):
+  """Of all requests each so many-th fails, in these ways in turn."""
+  turns = iter(range(10**9))
+
+  def fault(method: str, path: str, count: int) -> str | None:
+    del method, path, count
+    turn = next(turns)
+    return None if turn % number else kinds[turn // number % len(kinds)]
   return fault
 
 

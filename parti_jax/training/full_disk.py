@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 
 from parti_jax import errors
 from parti_jax import storage
+from parti_jax import store_errors
 from parti_jax.training import manifest
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
@@ -50,7 +51,7 @@ def told(model_dir, checkpoint_bytes: int | None = None) -> Iterator[None]:
     raise
   except Exception as error:
     code = _code(error)
-    if storage.is_url(model_dir) and (failure := storage.failure_of_store(error)):
+    if storage.is_url(model_dir) and (failure := store_errors.failure(error)):
       raise errors.UserError(f'{model_dir}: {failure}; the run has stopped; start again when the '
                              'store answers: it goes on from its last whole checkpoint') from error
     if code is None or not _is_of(error, model_dir, code):
@@ -84,7 +85,7 @@ class _Quiet(logging.Filter):
 
   def filter(self, record: logging.LogRecord) -> bool:
     error = record.exc_info and record.exc_info[1]
-    return not (error and (_code(error) or storage.failure_of_store(error)))
+    return not (error and (_code(error) or store_errors.failure(error)))
 
 
 def _line(model_dir, code: int, checkpoint_bytes: int | None) -> str:
