@@ -7,8 +7,13 @@ others wait for minutes. `register` makes fsspec, and with it Orbax' paths, use 
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
 import io
+import json
+import re
 import time
+import urllib.parse
 from typing import Any
 
 import fsspec
@@ -165,7 +170,7 @@ def _gs_class():
 
     async def _request(self, method, path, *args, **kwargs):
       attempts = store_retries.Attempts('gs', f'{method} {path.partition("?")[0]}')
-      data = kwargs.get('data')
+      data, repeated = kwargs.get('data'), False
       while True:
         try:
           sent = attempt(self, method, path, *args, **kwargs)
@@ -175,6 +180,9 @@ def _gs_class():
           store_retries.answered('gs')
           return found
         except Exception as error:  # pylint: disable=broad-except
+          if repeated and isinstance(error, FileNotFoundError):
+            if found := await self._finished(path, data, kwargs.get('headers') or {}):
+              return found
           kind = kind_of(error)
           if kind not in _KINDS:
             store_retries.answered('gs')
@@ -182,7 +190,28 @@ def _gs_class():
           delay = attempts.delay(kind, reason) if kind else None
           if delay is None:
             raise
+          repeated = True
           await asyncio.sleep(delay)
+
+    async def _finished(self, path: str, data, headers):
+      """The answer to an upload that is over, since only the answer to its last part was lost.
+
+      Returns:
+        What `_request` does; None for any other request, or where the object is another one.
+      """
+      url = urllib.parse.urlsplit(path)
+      name = urllib.parse.parse_qs(url.query).get('name', [''])[0]
+      bucket = re.search(r'/b/([^/]+)/o$', url.path)
+      part = re.fullmatch(r'bytes (\d+)-(\d+)/(\d+)', headers.get('Content-Range', ''))
+      if not (bucket and name and part and int(part[2]) + 1 == int(part[3])):
+        return None
+      found = await self._request('GET', 'b/{}/o/{}', bucket[1], name)
+      details = json.loads(found[3])
+      whole = int(part[1]) == 0 and isinstance(data, (bytes, bytearray, memoryview))
+      digest = base64.b64encode(hashlib.md5(data).digest()).decode() if whole else None
+      same = int(details['size']) == int(part[3]) and (
+          digest is None or details.get('md5Hash') in (None, digest))
+      return found if same else None
 
     async def _fetch(self, path: str, details: dict[str, Any], start: int, end: int) -> bytes:
       return await self._cat_file(path, start=start, end=end,

@@ -9,7 +9,6 @@ from orbax.checkpoint._src.serialization import tensorstore_utils
 from parti_jax import store_retries
 
 _FIRST_DELAY, _LONGEST_DELAY = 1.0, 20.0
-_CONTEXT = 'gcs_request_retries'
 
 
 def configure() -> None:
@@ -18,16 +17,17 @@ def configure() -> None:
   for variable, value in (('CONNECT_TIMEOUT_SECONDS', connect), ('LOW_SPEED_TIME_SECONDS', read),
                           ('LOW_SPEED_LIMIT_BYTES', 1)):
     os.environ.setdefault(f'TENSORSTORE_CURL_{variable}', str(max(1, round(value))))
-  retries, waited, delay = 0, 0.0, _FIRST_DELAY
-  while waited < store_retries.patience():
-    connect, read = store_retries.timeouts()
-  for variable, value in (('CONNECT_TIMEOUT_SECONDS', connect), ('LOW_SPEED_TIME_SECONDS', read),
-                          ('LOW_SPEED_LIMIT_BYTES', 1)):
-    os.environ.setdefault(f'TENSORSTORE_CURL_{variable}', str(max(1, round(value))))
-  retries, waited, delay = retries + 1, waited + delay, min(2 * delay, _LONGEST_DELAY)
-  settings = {'max_retries': max(1, retries), 'initial_delay': f'{_FIRST_DELAY}s',
-              'max_delay': f'{_LONGEST_DELAY}s'}
+  settings = {'max_retries': _retries(store_retries.patience()),
+              'initial_delay': f'{_FIRST_DELAY}s', 'max_delay': f'{_LONGEST_DELAY}s'}
   # Orbax has no option for it.
   # pylint: disable=protected-access
   for context in (tensorstore_utils._BASE_TS_CONTEXT, tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT):
-    context[_CONTEXT] = settings
+    context['gcs_request_retries'] = settings
+
+
+def _retries(seconds: float) -> int:
+  """How many retries take about so many seconds."""
+  retries, waited, delay = 1, _FIRST_DELAY, 2 * _FIRST_DELAY
+  while waited < seconds:
+    retries, waited, delay = retries + 1, waited + delay, min(2 * delay, _LONGEST_DELAY)
+  return retries

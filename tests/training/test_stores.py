@@ -97,12 +97,12 @@ def test_journal_and_metrics_are_whole_in_a_bad_store(bad_store, tmp_path):
   reporter = reporting.Reporter(run, 4, 0)
   reporter.metrics(2, {'loss': 1.5})
   reporter.close({})
-  events = [event for start in story.read(run) for event in start.events]
+  events, = (start.records for start in story.read(run).starts)
   assert [event['event'] for event in events] == ['start', 'checkpoint', 'store retries', 'stop']
   assert sum(events[2]['counts'].values()) > 0
-  name, = [name for name in storage.names(f'{run}/tensorboard') if 'tfevents' in name]
-  assert len(storage.read(f'{run}/tensorboard/{name}', 2**20)) == (
-      storage.size(f'{run}/tensorboard/{name}')) > 100
+  content = b''.join(storage.read(f'{run}/tensorboard/{name}', 2**20)
+                     for name in storage.names(f'{run}/tensorboard'))
+  assert b'loss' in content
 
 
 def _train(run, tokens, processes=1, env=None, seconds=900):
