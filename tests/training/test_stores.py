@@ -105,8 +105,8 @@ def test_journal_and_metrics_are_whole_in_a_bad_store(bad_store, tmp_path):
   assert b'loss' in content
 
 
-def _train(run, tokens, processes=1, env=None, seconds=900):
-  """Trains the tiny generator in processes of its own; returns their outputs and statuses."""
+def _train(run, tokens, logs, processes=1, env=None, seconds=900):
+  """Trains the tiny generator in processes of its own; returns what they showed and statuses."""
   with socket.socket() as unused:
     unused.bind(('127.0.0.1', 0))
     port = unused.getsockname()[1]
@@ -123,14 +123,17 @@ def _train(run, tokens, processes=1, env=None, seconds=900):
       command += [f'--coordinator=127.0.0.1:{port}', f'--num_processes={processes}',
                   f'--process_id={index}']
     devices = f'--xla_force_host_platform_device_count={2 // processes}'
-    started.append(subprocess.Popen(
-        command, cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env=os.environ | {'PYTHONPATH': str(REPOSITORY), 'XLA_FLAGS': devices} | (env or {})))
+    with open(logs / f'{index}.log', 'w', encoding='utf-8') as log:
+      started.append(subprocess.Popen(
+          command, cwd=REPOSITORY, stdout=log, stderr=log,
+          env=os.environ | {'PYTHONPATH': str(REPOSITORY), 'XLA_FLAGS': devices} | (env or {})))
   try:
-    return [(process.communicate(timeout=seconds)[0], process.returncode) for process in started]
+    statuses = [process.wait(seconds) for process in started]
   finally:
     for process in started:
-      process.kill()
+      process.terminate()
+  return [((logs / f'{index}.log').read_text(encoding='utf-8'), status)
+          for index, status in enumerate(statuses)]
 
 
 def _uploaded(tokens, url):
@@ -147,12 +150,12 @@ def test_a_run_at_a_bad_store_ends_as_on_a_disk(bad_store, tokens_folder, tmp_pa
   run = f'{bad_store.folder}/run'
   tokens = _uploaded(tokens_folder, f'{bad_store.folder}/tokens')
   bad_store.faults = misbehaving_store.seeded(1, 0.05)
-  shown = _train(run, tokens, processes)
+  shown = _train(run, tokens, tmp_path, processes)
   assert [status for _, status in shown] == [0] * processes, shown
   assert sum(bad_store.sent.values()) > 10 and 'requests to stores repeated: ' in shown[0][0]
   assert sum('store_retries' in line for line in shown[0][0].splitlines()) > 3
   bad_store.faults = lambda *_: None
-  wanted = _train(tmp_path / 'run', tokens_folder, processes)
+  wanted = _train(tmp_path / 'run', tokens_folder, tmp_path, processes)
   assert [status for _, status in wanted] == [0] * processes, wanted
   paths = [checkpoints.latest_checkpoint(folder) for folder in (run, tmp_path / 'run')]
   assert [path.name for path in paths] == ['6', '6']
@@ -166,18 +169,20 @@ def test_a_run_at_a_bad_store_ends_as_on_a_disk(bad_store, tokens_folder, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize('fault', ['refused', 'hang'])
-def test_a_store_that_dies_ends_the_run_in_one_line(bad_store, tokens_folder, fault):
+def test_a_store_that_dies_ends_the_run_in_one_line(bad_store, tokens_folder, tmp_path, fault):
   run = f'{bad_store.folder}/run'
   tokens = _uploaded(tokens_folder, f'{bad_store.folder}/tokens')
 
   def dies(method, path, count):
+    del count
     # Once the first checkpoint is on its way.
     dies.dead |= method in ('PUT', 'POST') and 'checkpoints' in path and 'state' in path
-    return fault if dies.dead and count >= 0 else None
+    return fault if dies.dead else None
 
   dies.dead = False
   bad_store.faults = dies
-  (shown, status), = _train(run, tokens, env={store_retries.SECONDS_VARIABLE: '3'}, seconds=240)
-  errors_shown = [line for line in shown.splitlines() if 'parti-jax: error: ' in line]
-  assert status == 2 and len(errors_shown) == 1 and 'store' in errors_shown[0], shown
+  (shown, status), = _train(
+      run, tokens, tmp_path, env={store_retries.SECONDS_VARIABLE: '3'}, seconds=240)
+  told = [line for line in shown.splitlines() if 'parti-jax: error: ' in line]
+  assert status == 2 and len(told) == 1 and 'store' in told[0], shown
   assert 'Traceback' not in shown, shown
