@@ -36,7 +36,8 @@ from parti_jax.errors import UserError
 
 VERSION = 2
 EXAMPLES_PER_SHARD = 16_384
-SHUFFLES = ('global', 'window')
+SHUFFLES = array_records.SHUFFLES
+shard_name = array_records.shard_name
 _INFO_KEYS = ('codebook_size', 'image_tokens', 'tokenizer')
 _MAX_INFO = 2**28
 # What every file system takes in the middle of a name.
@@ -180,11 +181,6 @@ def split_info(shards: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
   return {'examples': sum(shard['examples'] for shard in shards), 'shards': list(shards)}
 
 
-def shard_name(split: str, index: int) -> str:
-  """The file name of a shard."""
-  return f'{split}-{index:05d}.array_record'
-
-
 def is_shard(name: str, split: str) -> bool:
   """Whether a file name is of a shard of a split, of this version or of version 1."""
   stem, _, ending = name.rpartition('.')
@@ -287,22 +283,10 @@ def read_info(folder: str) -> dict[str, Any]:
 
 def _makes_sense(info: Mapping[str, Any]) -> bool:
   """Returns whether the entries that are read are of the right kinds."""
-  whole = lambda value, least=1: type(value) is int and least <= value < 2**40  # No bool.
-  if not (whole(info['codebook_size']) and whole(info['image_tokens']) and whole(info['views'])
+  whole = lambda value: type(value) is int and 1 <= value < 2**40  # No bool.
+  return (whole(info['codebook_size']) and whole(info['image_tokens']) and whole(info['views'])
           and info['version'] == VERSION and isinstance(info['tokenizer'], str)
-          and isinstance(info['splits'], dict)):
-    return False
-  for split in info['splits'].values():
-    if not (isinstance(split, dict) and whole(split.get('examples'))
-            and isinstance(split.get('shards'), list) and split['shards']):
-      return False
-    for shard in split['shards']:
-      if not (isinstance(shard, dict) and whole(shard.get('examples'), 0)
-              and whole(shard.get('bytes'))):
-        return False
-    if split['examples'] != sum(shard['examples'] for shard in split['shards']):
-      return False
-  return True
+          and array_records.are_splits(info['splits']))
 
 
 class TokenCacheSource(base.Source):
@@ -349,18 +333,7 @@ class TokenCacheSource(base.Source):
   def _files(self, split: str) -> list[str]:
     """The files of a split, each of the size that it was written with."""
     shards = self.info['splits'][split]['shards']
-    sizes = storage.sizes(self._path)
-    files = []
-    for index, shard in enumerate(shards):
-      name = shard_name(split, index)
-      file = storage.join(self._path, name)
-      if name not in sizes:
-        raise UserError(f'{file} is missing from {self.name}; {_HOW_TO_MAKE} again')
-      if sizes[name] != shard['bytes']:
-        raise UserError(f'{file} is damaged: it has {sizes[name]:,} bytes and had '
-                        f'{shard["bytes"]:,} when it was written; copy it again, or '
-                        f'{_HOW_TO_MAKE} again')
-      files.append(file)
+    files = array_records.complete_files(self._path, split, shards, self.name, _HOW_TO_MAKE)
     self._check_first(files[0], shards[0]['examples'])
     return files
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,12 @@ import numpy as np
 from parti_jax import storage
 from parti_jax.data.damage import Damaged
 from parti_jax.data.sources import base
+from parti_jax.errors import UserError
 
 # Makes an example of a record; must be picklable.
 Parse = Callable[[bytes], base.Example | Damaged]
+# How examples may be shuffled: all of them, read in any order; or shards, and examples in a window.
+SHUFFLES = ('global', 'window')
 # Readers of shards that a process keeps open.
 _MOST_OPEN = 256
 # Records that are read at once.
@@ -127,3 +130,56 @@ class ShardStreams(base.Shards):
           yield from reader.read(range(start, min(start + _AT_ONCE, reader.count())))
       finally:
         reader.close()
+
+
+def complete_files(
+    folder: str, split: str, shards: Sequence[Mapping[str, Any]], what: str, how_to_make: str
+) -> list[str]:
+  """Returns the files of a split after comparing their sizes, since one that was cut opens as empty.
+
+  Args:
+    folder: their folder, a path or URL.
+    split: the split's name, with which the names of its shards begin.
+    shards: 'bytes' of each, as `info.json` has them.
+    what: the folder, for messages.
+    how_to_make: the command that writes it, for messages.
+
+  Raises:
+    UserError: a file is missing or of another size.
+  """
+  sizes = storage.sizes(folder)
+  files = []
+  for index, shard in enumerate(shards):
+    name = shard_name(split, index)
+    file = storage.join(folder, name)
+    if name not in sizes:
+      raise UserError(f'{file} is missing from {what}; {how_to_make} again')
+    if sizes[name] != shard['bytes']:
+      raise UserError(f'{file} is damaged: it has {sizes[name]:,} bytes and had '
+                      f'{shard["bytes"]:,} when it was written; copy it again, or '
+                      f'{how_to_make} again')
+    files.append(file)
+  return files
+
+
+def shard_name(split: str, index: int) -> str:
+  """The file name of a shard."""
+  return f'{split}-{index:05d}.array_record'
+
+
+def are_splits(splits: Any) -> bool:
+  """Whether the 'splits' of an `info.json` are of the right form."""
+  whole = lambda value, least: type(value) is int and least <= value < 2**40  # No bool.
+  if not isinstance(splits, dict):
+    return False
+  for split in splits.values():
+    if not (isinstance(split, dict) and whole(split.get('examples'), 1)
+            and isinstance(split.get('shards'), list) and split['shards']):
+      return False
+    for shard in split['shards']:
+      if not (isinstance(shard, dict) and whole(shard.get('examples'), 0)
+              and whole(shard.get('bytes'), 1)):
+        return False
+    if split['examples'] != sum(shard['examples'] for shard in split['shards']):
+      return False
+  return True

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import gin
 
-from parti_jax.data.sources import base, folder, openmoji, text, tfrecord, webdataset
+from parti_jax.data.sources import base, folder, openmoji, prepared, text, tfrecord, webdataset
 from parti_jax.errors import UserError
 
 _SOURCES = {
@@ -22,6 +22,7 @@ _SOURCES = {
     'folder': folder.configured,
     'tfrecord': tfrecord.configured,
     'webdataset': webdataset.configured,
+    'prepared': prepared.configured,
     'text': text.configured,
 }
 NAMES = tuple(_SOURCES)

@@ -1,0 +1,103 @@
+"""`parti-jax prepare`: filtered, resized pictures without duplicates, as an Apache Beam pipeline."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+
+from parti_jax import config
+
+# Flags that are not ours are Beam's.
+OTHER_FLAGS = True
+# Seconds between two lines of progress: on this machine, and elsewhere.
+_LOCAL_SECONDS, _REMOTE_SECONDS = 5.0, 60.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds the command's flags."""
+  config.add_gin_arguments(parser)
+  parser.add_argument('--output_dir', required=True, metavar='DIR',
+                      help='folder of the prepared pictures, which gin_configs/tasks/prepared.gin '
+                      'reads; may be a URL')
+  parser.add_argument('--split', default='train',
+                      help="the source's split, and the output's (default: %(default)s)")
+  parser.add_argument('--overwrite', action='store_true',
+                      help='replace the split in the output folder if it is there')
+  parser.epilog = ('All other flags are Apache Beam\'s: --direct_num_workers=8 for so many processes '
+                   '(default: one for each core), --runner=DataflowRunner --project=... for another '
+                   'runner.')
+
+
+def run(args: argparse.Namespace) -> int:
+  """Prepares a split and prints what became of its examples; returns the exit status."""
+  # pylint: disable=g-import-not-at-top
+  from parti_jax.data import decoding, sources
+  from parti_jax.errors import UserError
+  from parti_jax.preparation import output as output_lib
+  from parti_jax.preparation import pipeline, report, settings as settings_lib, work as work_lib
+  # pylint: enable=g-import-not-at-top
+
+  config.parse(args.gin_file, args.gin_bindings)
+  settings = settings_lib.Settings()
+  to_srgb = decoding.configured().keywords['to_srgb']
+  source = sources.configured(sources.chosen())
+  if not source.has_pictures:
+    raise UserError(f'{source.place} has no pictures; choose another data.source')
+  source.check_split(args.split)
+  work = work_lib.Work(source, args.split, settings)
+  parts = work.parts()
+  options, runner = pipeline.options_of(args.other_flags, min(os.cpu_count() or 1, len(parts)))
+  work.check_columns()
+
+  output = output_lib.Output(args.output_dir, args.split, settings.drops_duplicates)
+  output.claim(args.overwrite)
+  local = runner in pipeline.LOCAL_RUNNERS
+  where = (f'{pipeline.num_workers(options) or os.cpu_count()} processes (--direct_num_workers)'
+           if local else runner)
+  print(f'{source.place}, {args.split}: {len(parts):,} shards to {args.output_dir}, on {where}',
+        flush=True)
+  progress = _Progress(output, len(parts))
+  try:
+    pipeline.run(
+        options, lambda root: pipeline.build(root, work, parts, settings, to_srgb, output,
+                                             source.place),
+        progress.show, _LOCAL_SECONDS if local else _REMOTE_SECONDS)
+    found = output.report()
+    if not found['written']:
+      output.remove_shards()
+  finally:
+    progress.end()
+    output.release()
+  print(report.table(found))
+  if not found['written']:
+    raise UserError(f'no example of {source.place} is left, so that {args.output_dir} holds only '
+                    f'{output_lib.REPORT}')
+  print(f'{args.output_dir}: {args.split}: {found["written"]:,} pictures in {found["shards"]:,} '
+        f'shards, {found["bytes"] / 1e6:,.1f} MB; the counts are in {output_lib.REPORT}')
+  return 0
+
+
+class _Progress:
+  """A line that says how many shards are written: the same one on a terminal, else a new one."""
+
+  def __init__(self, output, total: int):
+    self._output, self._total = output, total
+    self._begun, self._shown = time.monotonic(), -1
+
+  def show(self) -> None:
+    """Prints the line if it has changed."""
+    written = min(self._output.written(), self._total)
+    if written == self._shown:
+      return
+    self._shown = written
+    seconds = time.monotonic() - self._begun
+    left = f', about {seconds * (self._total / written - 1):,.0f} s left' if written else ''
+    print(f'prepared {written:,} of {self._total:,} shards in {seconds:,.0f} s{left}   ',
+          end='\r' if sys.stderr.isatty() else '\n', file=sys.stderr, flush=True)
+
+  def end(self) -> None:
+    """Leaves the line."""
+    if self._shown >= 0 and sys.stderr.isatty():
+      print(file=sys.stderr)

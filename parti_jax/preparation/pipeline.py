@@ -1,0 +1,272 @@
+"""The Beam pipeline: prepares shards, finds duplicates among all examples, takes them out.
+
+Each part of the source becomes a shard, so that pictures are never sent between workers. Only a row
+of some dozen bytes for each example is: rows are grouped by digest, by perceptual hash and by pieces
+of that, and what loses against a better example is taken out of its shard. Nothing depends on how a
+runner divides the work, and each step may be repeated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from parti_jax.errors import UserError
+from parti_jax.preparation import duplicates, hashes, report, shards
+from parti_jax.preparation.duplicates import Row
+from parti_jax.preparation.output import Output
+from parti_jax.preparation.settings import Settings
+from parti_jax.preparation.shards import Outcome
+from parti_jax.preparation.work import Part, Work
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+  """Without warnings of packages for services that are not used here."""
+  logging.disable(logging.WARNING)
+  try:
+    yield
+  finally:
+    logging.disable(logging.NOTSET)
+
+
+with _quietly():
+  # pylint: disable=g-import-not-at-top
+  import apache_beam as beam
+  from apache_beam.options import pipeline_options
+  from apache_beam.portability.api import beam_provision_api_pb2
+  from apache_beam.runners.portability import portable_runner
+  from apache_beam.runners.portability.fn_api_runner import fn_runner
+  # pylint: enable=g-import-not-at-top
+
+_EXACT, _NEAR = 'duplicate picture', 'picture that looks like another'
+# Runners that work in processes of this machine and return when all is done.
+LOCAL_RUNNERS = ('DirectRunner', 'FnApiRunner', 'BundleBasedDirectRunner', 'PrismRunner')
+# A row's digest or hash -> the rows that have it.
+Group = tuple[Any, Iterable[tuple]]
+
+
+class _Prepare(beam.DoFn):
+  """Writes the shard of a part; yields a row for each example, and the part's outcome."""
+
+  def __init__(self, work: Work, settings: Settings, to_srgb: bool, output: Output):
+    self._work, self._settings, self._to_srgb, self._output = work, settings, to_srgb, output
+
+  def process(self, part: Part) -> Iterator[Any]:  # pylint: disable=arguments-differ
+    part = Part(*part)
+    outcome, rows = shards.write(self._output.staging_place(part.number), part.number,
+                                 self._work.read(part), self._settings, self._to_srgb)
+    yield beam.pvalue.TaggedOutput('outcomes', (part.number, outcome))
+    yield from map(tuple, rows)
+
+
+class _KeepBest(beam.DoFn):
+  """Yields the best row of a group; the others are dropped for a reason."""
+
+  def __init__(self, reason: str):
+    self._reason = reason
+
+  def process(self, group: Group) -> Iterator[Any]:  # pylint: disable=arguments-differ
+    for row, is_best in duplicates.ranked(Row(*row) for row in group[1]):
+      yield tuple(row) if is_best else beam.pvalue.TaggedOutput('drops', _drop(row, self._reason))
+
+
+class _DropNear(beam.DoFn):
+  """Yields the drops of a group of rows with a piece of their hashes in common."""
+
+  def __init__(self, distance: int):
+    self._distance = distance
+
+  def process(self, group: Group) -> Iterator[Any]:  # pylint: disable=arguments-differ
+    for row in duplicates.near_losers((Row(*row) for row in group[1]), self._distance):
+      yield _drop(row, _NEAR)
+
+
+class _Finish(beam.DoFn):
+  """Puts a shard in its place without the examples that are dropped, and yields its outcome."""
+
+  def __init__(self, output: Output):
+    self._output = output
+
+  def process(self, element) -> Iterator[Outcome]:  # pylint: disable=arguments-differ
+    number, found = element
+    outcome, = found['outcomes']
+    yield shards.finish(self._output.staging_place(number), self._output.place(number), outcome,
+                        dict(found['drops']))
+
+
+class _Publish(beam.DoFn):
+  """Writes the report and `info.json` when all shards are in place."""
+
+  def __init__(self, output: Output, source: str, settings: Settings, parts: int):
+    self._output, self._source, self._settings, self._parts = output, source, settings, parts
+
+  def process(self, outcomes: list[Outcome]) -> None:  # pylint: disable=arguments-differ
+    if len(outcomes) != self._parts:
+      raise RuntimeError(f'{len(outcomes)} shards were written of {self._parts}')
+    outcomes = sorted(outcomes, key=lambda outcome: outcome.number)
+    self._output.publish([outcome.shard for outcome in outcomes],
+                         report.make(outcomes, self._source, self._settings))
+
+
+def _drop(row: Row, reason: str) -> tuple[int, tuple[int, str]]:
+  return row.shard, (row.index, reason)
+
+
+def _bands(row: tuple, distance: int) -> Iterator[tuple[tuple[int, int], tuple]]:
+  for band in hashes.bands(Row(*row).look, distance):
+    yield band, row
+
+
+def _drops(rows, settings: Settings):
+  """Returns which examples of which shards are dropped, and why."""
+  drops = []
+  if settings.duplicates is not None:
+    rows, lost = (rows | 'by digest' >> beam.Map(lambda row: (row[0], row))
+                  | 'same digest' >> beam.GroupByKey()
+                  | 'best of digest' >> beam.ParDo(_KeepBest(_EXACT)).with_outputs(
+                      'drops', main='best'))
+    drops.append(lost)
+  if settings.near_duplicates is not None:
+    rows, lost = (rows | 'with hash' >> beam.Filter(lambda row: row[1] >= 0)
+                  | 'by hash' >> beam.Map(lambda row: (row[1], row))
+                  | 'same hash' >> beam.GroupByKey()
+                  | 'best of hash' >> beam.ParDo(_KeepBest(_NEAR)).with_outputs(
+                      'drops', main='best'))
+    drops.append(lost)
+  if settings.near_duplicates:
+    drops.append(rows | 'by piece' >> beam.FlatMap(_bands, settings.near_duplicates)
+                 | 'same piece' >> beam.GroupByKey()
+                 | 'near' >> beam.ParDo(_DropNear(settings.near_duplicates)))
+  return drops | 'drops' >> beam.Flatten()
+
+
+def build(root, work: Work, parts: Sequence[Part], settings: Settings, to_srgb: bool,
+          output: Output, source: str) -> None:
+  """Adds the steps to a pipeline.
+
+  Args:
+    root: the pipeline.
+    work: reads the parts.
+    parts: of the source.
+    settings: what is done to examples.
+    to_srgb: whether colours are converted to sRGB.
+    output: where shards go.
+    source: what is read, for the report.
+  """
+  rows, outcomes = (
+      root | 'parts' >> beam.Create([tuple(part) for part in parts]) | beam.Reshuffle()
+      | 'prepare' >> beam.ParDo(_Prepare(work, settings, to_srgb, output)).with_outputs(
+          'outcomes', main='rows'))
+  if output.staged:
+    drops = (_drops(rows, settings) if settings.drops_duplicates
+             else root | 'no drops' >> beam.Create([]))
+    outcomes = ({'outcomes': outcomes, 'drops': drops} | 'by shard' >> beam.CoGroupByKey()
+                | 'finish' >> beam.ParDo(_Finish(output)))
+  else:
+    outcomes = outcomes | 'outcome' >> beam.Values()
+  _ = (outcomes | 'all' >> beam.combiners.ToList()
+       | 'publish' >> beam.ParDo(_Publish(output, source, settings, len(parts))))
+
+
+def options_of(flags: Sequence[str], workers: int) -> tuple[pipeline_options.PipelineOptions, str]:
+  """Reads Beam's flags.
+
+  Args:
+    flags: those of the command line. Without --runner Beam's local runner works in several
+      processes.
+    workers: how many, unless --direct_num_workers says so.
+
+  Returns:
+    The options, and the runner's name.
+
+  Raises:
+    UserError: a flag is unknown to Beam, or its value is wrong.
+  """
+  options = _parsed(flags)
+  # Not DirectRunner, which first tries to download another runner.
+  runner = options.view_as(pipeline_options.StandardOptions).runner or 'FnApiRunner'
+  given = {flag.partition('=')[0] for flag in flags}
+  if runner in LOCAL_RUNNERS:
+    known, every = (options.get_all_options(retain_unknown_options=retain).keys()
+                    for retain in (False, True))
+    if unknown := sorted(every - known):
+      raise UserError(f'--{unknown[0]}: neither parti-jax prepare nor Beam knows this flag')
+    direct = options.view_as(pipeline_options.DirectOptions)
+    if '--direct_num_workers' not in given:
+      direct.direct_num_workers = workers
+    if '--direct_running_mode' not in given and direct.direct_num_workers != 1:
+      direct.direct_running_mode = 'multi_processing'
+    if '--default_sdk_harness_log_level' not in given:
+      options.view_as(pipeline_options.WorkerOptions).default_sdk_harness_log_level = 'WARNING'
+  options.view_as(pipeline_options.StandardOptions).runner = runner
+  return options, runner
+
+
+def num_workers(options: pipeline_options.PipelineOptions) -> int:
+  """How many processes a local runner uses; 0 for one for each core."""
+  return options.view_as(pipeline_options.DirectOptions).direct_num_workers
+
+
+def _runner(options: pipeline_options.PipelineOptions):
+  """The runner, by its name if it needs nothing else."""
+  name = options.view_as(pipeline_options.StandardOptions).runner
+  if name != 'FnApiRunner':
+    return name
+  # By its name alone, its workers would not learn the options, such as what to log.
+  return fn_runner.FnApiRunner(provision_info=fn_runner.ExtendedProvisionInfo(
+      beam_provision_api_pb2.ProvisionInfo(
+          pipeline_options=portable_runner.JobServiceHandle.encode_pipeline_options(
+              options.get_all_options()))))
+
+
+def _parsed(flags: Sequence[str]) -> pipeline_options.PipelineOptions:
+  if flags and not flags[0].startswith('--'):
+    raise UserError(f'{flags[0]!r} is not a flag; Beam\'s flags begin with --')
+  try:
+    return pipeline_options.PipelineOptions(list(flags))
+  except SystemExit as error:  # argparse has said what is wrong.
+    raise UserError(f'Beam refuses its flags {" ".join(flags)}') from error
+
+
+def run(options: pipeline_options.PipelineOptions, add_steps: Callable[[Any], None],
+        tick: Callable[[], None], seconds: float) -> None:
+  """Runs a pipeline to its end.
+
+  Args:
+    options: of `options_of`.
+    add_steps: adds the steps to a pipeline.
+    tick: is called again and again while the pipeline runs.
+    seconds: between two calls.
+
+  Raises:
+    UserError: a step has raised one, or the runner has given up.
+  """
+  pipeline = beam.Pipeline(_runner(options), options=options)
+  add_steps(pipeline)
+  ended = threading.Event()
+
+  def ticking():
+    while not ended.wait(seconds):
+      tick()
+
+  thread = threading.Thread(target=ticking, name='progress', daemon=True)
+  thread.start()
+  try:
+    with _quietly():
+      state = pipeline.run().wait_until_finish()
+  except Exception as error:
+    # Other processes hand their errors on as text.
+    found = re.search(r'parti_jax\.errors\.UserError: ([^\n]+)', str(error))
+    if found and not isinstance(error, UserError):
+      raise UserError(found[1]) from error
+    raise
+  finally:
+    ended.set()
+    thread.join()
+  if state != 'DONE':
+    raise UserError(f'the pipeline ended in the state {state}; its runner says why')
