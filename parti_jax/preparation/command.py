@@ -48,28 +48,27 @@ def run(args: argparse.Namespace) -> int:
   source.check_split(args.split)
   work = work_lib.Work(source, args.split, settings)
   parts = work.parts()
-  options, runner = pipeline.options_of(args.other_flags, min(os.cpu_count() or 1, len(parts)))
+  beam_pipeline, where = pipeline.make(args.other_flags, min(os.cpu_count() or 1, len(parts)))
   work.check_columns()
-
   output = output_lib.Output(args.output_dir, args.split, settings.drops_duplicates)
+  pipeline.add_steps(beam_pipeline, work, parts, settings, to_srgb, output, source.place)
+
   output.claim(args.overwrite)
-  local = runner in pipeline.LOCAL_RUNNERS
-  where = (f'{pipeline.num_workers(options) or os.cpu_count()} processes (--direct_num_workers)'
-           if local else runner)
   print(f'{source.place}, {args.split}: {len(parts):,} shards to {args.output_dir}, on {where}',
         flush=True)
   progress = _Progress(output, len(parts))
+  seconds = _LOCAL_SECONDS if pipeline.is_local(beam_pipeline.options) else _REMOTE_SECONDS
   try:
-    pipeline.run(
-        options, lambda root: pipeline.build(root, work, parts, settings, to_srgb, output,
-                                             source.place),
-        progress.show, _LOCAL_SECONDS if local else _REMOTE_SECONDS)
-    found = output.report()
-    if not found['written']:
-      output.remove_shards()
+    pipeline.run(beam_pipeline, progress.show, seconds)
+  except BaseException as error:
+    # Elsewhere the pipeline goes on without this process.
+    if isinstance(error, Exception) or pipeline.is_local(beam_pipeline.options):
+      output.release(finished=False)
+    raise
   finally:
     progress.end()
-    output.release()
+  found = output.report()
+  output.release(finished=found['written'] > 0)
   print(report.table(found))
   if not found['written']:
     raise UserError(f'no example of {source.place} is left, so that {args.output_dir} holds only '

@@ -91,8 +91,11 @@ class Output:
       raise UserError(f'--output_dir={self.folder} cannot be written: '
                       f'{error.strerror or error}') from error
 
-  def release(self) -> None:
-    """Removes the unfinished folder."""
+  def release(self, finished: bool) -> None:
+    """Removes the unfinished folder and, unless the split is finished, its shards."""
+    for name in () if finished else storage.names(self.folder):
+      if _is_shard(name, self.split):
+        storage.remove(storage.join(self.folder, name))
     _remove_folder(self._unfinished)
     if not storage.is_url(self.folder):
       with contextlib.suppress(OSError):
@@ -115,12 +118,6 @@ class Output:
   def report(self) -> dict[str, Any]:
     """The report of `publish`."""
     return self._read(REPORT, _MAX_REPORT)['splits'][self.split]
-
-  def remove_shards(self) -> None:
-    """Removes the shards that are in place."""
-    for name in storage.names(self.folder):
-      if _is_shard(name, self.split):
-        storage.remove(storage.join(self.folder, name))
 
   def _finished(self) -> dict[str, Any]:
     """The finished splits of the folder."""

@@ -9,8 +9,12 @@ runner divides the work, and each step may be repeated.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
+import os
 import re
+import shlex
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -27,25 +31,26 @@ from parti_jax.preparation.work import Part, Work
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
   """Without warnings of packages for services that are not used here."""
+  before = logging.root.manager.disable
   logging.disable(logging.WARNING)
   try:
     yield
   finally:
-    logging.disable(logging.NOTSET)
+    logging.disable(before)
 
 
 with _quietly():
   # pylint: disable=g-import-not-at-top
   import apache_beam as beam
   from apache_beam.options import pipeline_options
-  from apache_beam.portability.api import beam_provision_api_pb2
-  from apache_beam.runners.portability import portable_runner
   from apache_beam.runners.portability.fn_api_runner import fn_runner
+  from apache_beam.transforms import environments
   # pylint: enable=g-import-not-at-top
 
 _EXACT, _NEAR = 'duplicate picture', 'picture that looks like another'
-# Runners that work in processes of this machine and return when all is done.
-LOCAL_RUNNERS = ('DirectRunner', 'FnApiRunner', 'BundleBasedDirectRunner', 'PrismRunner')
+# Runners that work in processes of this machine.
+_LOCAL_RUNNERS = (None, 'FnApiRunner', 'DirectRunner', 'SwitchingDirectRunner',
+                  'BundleBasedDirectRunner', 'PrismRunner')
 # A row's digest or hash -> the rows that have it.
 Group = tuple[Any, Iterable[tuple]]
 
@@ -145,8 +150,8 @@ def _drops(rows, settings: Settings):
   return drops | 'drops' >> beam.Flatten()
 
 
-def build(root, work: Work, parts: Sequence[Part], settings: Settings, to_srgb: bool,
-          output: Output, source: str) -> None:
+def add_steps(root, work: Work, parts: Sequence[Part], settings: Settings, to_srgb: bool,
+              output: Output, source: str) -> None:
   """Adds the steps to a pipeline.
 
   Args:
@@ -173,81 +178,77 @@ def build(root, work: Work, parts: Sequence[Part], settings: Settings, to_srgb: 
        | 'publish' >> beam.ParDo(_Publish(output, source, settings, len(parts))))
 
 
-def options_of(flags: Sequence[str], workers: int) -> tuple[pipeline_options.PipelineOptions, str]:
-  """Reads Beam's flags.
+def make(flags: Sequence[str], workers: int) -> tuple[beam.Pipeline, str]:
+  """Makes a pipeline without steps.
 
   Args:
-    flags: those of the command line. Without --runner Beam's local runner works in several
-      processes.
-    workers: how many, unless --direct_num_workers says so.
+    flags: Beam's, of the command line. Without --runner Beam's local runner is taken.
+    workers: processes of a local runner, unless --direct_num_workers says so.
 
   Returns:
-    The options, and the runner's name.
+    The pipeline, and where it will run, in words.
 
   Raises:
-    UserError: a flag is unknown to Beam, or its value is wrong.
+    UserError: a flag is unknown to Beam, its value is wrong, or a runner lacks one.
   """
-  options = _parsed(flags)
+  options = _options(flags)
+  standard = options.view_as(pipeline_options.StandardOptions)
   # Not DirectRunner, which first tries to download another runner.
-  runner = options.view_as(pipeline_options.StandardOptions).runner or 'FnApiRunner'
-  given = {flag.partition('=')[0] for flag in flags}
-  if runner in LOCAL_RUNNERS:
-    known, every = (options.get_all_options(retain_unknown_options=retain).keys()
-                    for retain in (False, True))
+  standard.runner = standard.runner or 'FnApiRunner'
+  runner, where = standard.runner, standard.runner
+  if is_local(options):
+    with _quietly():
+      known, every = (options.get_all_options(retain_unknown_options=retain).keys()
+                      for retain in (False, True))
     if unknown := sorted(every - known):
       raise UserError(f'--{unknown[0]}: neither parti-jax prepare nor Beam knows this flag')
     direct = options.view_as(pipeline_options.DirectOptions)
-    if '--direct_num_workers' not in given:
+    if not any(flag.partition('=')[0] == '--direct_num_workers' for flag in flags):
       direct.direct_num_workers = workers
-    if '--direct_running_mode' not in given and direct.direct_num_workers != 1:
-      direct.direct_running_mode = 'multi_processing'
-    if '--default_sdk_harness_log_level' not in given:
-      options.view_as(pipeline_options.WorkerOptions).default_sdk_harness_log_level = 'WARNING'
-  options.view_as(pipeline_options.StandardOptions).runner = runner
-  return options, runner
-
-
-def num_workers(options: pipeline_options.PipelineOptions) -> int:
-  """How many processes a local runner uses; 0 for one for each core."""
-  return options.view_as(pipeline_options.DirectOptions).direct_num_workers
-
-
-def _runner(options: pipeline_options.PipelineOptions):
-  """The runner, by its name if it needs nothing else."""
-  name = options.view_as(pipeline_options.StandardOptions).runner
-  if name != 'FnApiRunner':
-    return name
-  # By its name alone, its workers would not learn the options, such as what to log.
-  return fn_runner.FnApiRunner(provision_info=fn_runner.ExtendedProvisionInfo(
-      beam_provision_api_pb2.ProvisionInfo(
-          pipeline_options=portable_runner.JobServiceHandle.encode_pipeline_options(
-              options.get_all_options()))))
-
-
-def _parsed(flags: Sequence[str]) -> pipeline_options.PipelineOptions:
-  if flags and not flags[0].startswith('--'):
-    raise UserError(f'{flags[0]!r} is not a flag; Beam\'s flags begin with --')
+    processes = direct.direct_num_workers or os.cpu_count()
+    where = f'{processes} process{"es" if processes > 1 else ""} (--direct_num_workers)'
+    if runner == 'FnApiRunner' and processes > 1:
+      runner = fn_runner.FnApiRunner(environments.SubprocessSDKEnvironment.from_command_string(
+          f'{shlex.quote(sys.executable)} -m parti_jax.preparation.worker'))
   try:
-    return pipeline_options.PipelineOptions(list(flags))
-  except SystemExit as error:  # argparse has said what is wrong.
-    raise UserError(f'Beam refuses its flags {" ".join(flags)}') from error
+    with _quietly():
+      return beam.Pipeline(runner, options=options), where
+  except (ValueError, ImportError) as error:
+    raise UserError(f'Beam: {error}') from error
 
 
-def run(options: pipeline_options.PipelineOptions, add_steps: Callable[[Any], None],
-        tick: Callable[[], None], seconds: float) -> None:
+def is_local(options: pipeline_options.PipelineOptions) -> bool:
+  """Whether the runner works in processes of this machine."""
+  return options.view_as(pipeline_options.StandardOptions).runner in _LOCAL_RUNNERS
+
+
+def _options(flags: Sequence[str]) -> pipeline_options.PipelineOptions:
+  """Reads Beam's flags."""
+  for before, flag in zip(('', *flags), flags):
+    if not flag.startswith('--') and ('=' in before or not before.startswith('--')):
+      raise UserError(f'{flag!r} is not a flag; Beam\'s flags begin with --')
+  said = io.StringIO()
+  try:
+    with contextlib.redirect_stderr(said), _quietly():
+      options = pipeline_options.PipelineOptions(list(flags))
+      options.get_all_options()
+    return options
+  except SystemExit as error:
+    found = re.search(r'error: (.*)', said.getvalue())
+    raise UserError(f'Beam: {found[1] if found else "wrong flags"}') from error
+
+
+def run(pipeline: beam.Pipeline, tick: Callable[[], None], seconds: float) -> None:
   """Runs a pipeline to its end.
 
   Args:
-    options: of `options_of`.
-    add_steps: adds the steps to a pipeline.
+    pipeline: with its steps.
     tick: is called again and again while the pipeline runs.
     seconds: between two calls.
 
   Raises:
     UserError: a step has raised one, or the runner has given up.
   """
-  pipeline = beam.Pipeline(_runner(options), options=options)
-  add_steps(pipeline)
   ended = threading.Event()
 
   def ticking():
