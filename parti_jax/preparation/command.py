@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import time
@@ -57,12 +58,14 @@ def run(args: argparse.Namespace) -> int:
   print(f'{source.place}, {args.split}: {len(parts):,} shards to {args.output_dir}, on {where}',
         flush=True)
   progress = _Progress(output, len(parts))
-  seconds = _LOCAL_SECONDS if pipeline.is_local(beam_pipeline.options) else _REMOTE_SECONDS
+  local = pipeline.is_local(beam_pipeline.options)
+  if not local:
+    logging.basicConfig(level=logging.INFO)  # Runners log the job's name and page.
   try:
-    pipeline.run(beam_pipeline, progress.show, seconds)
+    pipeline.run(beam_pipeline, progress.show, _LOCAL_SECONDS if local else _REMOTE_SECONDS)
   except BaseException as error:
     # Elsewhere the pipeline goes on without this process.
-    if isinstance(error, Exception) or pipeline.is_local(beam_pipeline.options):
+    if local or isinstance(error, Exception):
       output.release(finished=False)
     raise
   finally:

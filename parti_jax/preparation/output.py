@@ -68,6 +68,8 @@ class Output:
     Raises:
       UserError: the folder holds the split, is in use or holds something else, or can't be written.
     """
+    if storage.exists(self.folder) and not storage.is_folder(self.folder):
+      raise UserError(f'--output_dir={self.folder} is a file; choose a folder')
     splits = self._finished()
     shards = [name for name in storage.names(self.folder) if _is_shard(name, self.split)]
     if self.split in splits and not overwrite:

@@ -29,10 +29,10 @@ from parti_jax.preparation.work import Part, Work
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-  """Without warnings of packages for services that are not used here."""
+def _quietly(level: int = logging.WARNING) -> Iterator[None]:
+  """Without Beam's log up to a level, such as warnings of services that are not used here."""
   before = logging.root.manager.disable
-  logging.disable(logging.WARNING)
+  logging.disable(level)
   try:
     yield
   finally:
@@ -253,21 +253,31 @@ def run(pipeline: beam.Pipeline, tick: Callable[[], None], seconds: float) -> No
 
   def ticking():
     while not ended.wait(seconds):
-      tick()
+      with contextlib.suppress(OSError, UserError):  # A store that fails now may answer next time.
+        tick()
 
   thread = threading.Thread(target=ticking, name='progress', daemon=True)
   thread.start()
   try:
-    with _quietly():
+    # Errors of local workers are raised here; what other runners log is all that is known of them.
+    with _quietly(logging.ERROR) if is_local(pipeline.options) else contextlib.nullcontext():
       state = pipeline.run().wait_until_finish()
   except Exception as error:
-    # Other processes hand their errors on as text.
-    found = re.search(r'parti_jax\.errors\.UserError: ([^\n]+)', str(error))
-    if found and not isinstance(error, UserError):
-      raise UserError(found[1]) from error
+    if message := _user_error(error):
+      raise UserError(message) from error
     raise
   finally:
     ended.set()
     thread.join()
   if state != 'DONE':
     raise UserError(f'the pipeline ended in the state {state}; its runner says why')
+
+
+def _user_error(error: Exception) -> str:
+  """The message of a UserError of a step, '' for other errors."""
+  text = str(error)
+  if not isinstance(error, UserError):
+    # Other processes hand their errors on as text.
+    found = re.search(r'parti_jax\.errors\.UserError: ([^\n]+)', text)
+    text = found[1] if found else ''
+  return text.partition(' [while running')[0]
