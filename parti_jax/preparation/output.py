@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import socket
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,7 +26,8 @@ _MAX_REPORT = 2**26
 class Output:
   """A split in an output folder; picklable.
 
-  While it is written, its shards lie in `.SPLIT.unfinished` with `owner.json`, which names the run.
+  While it is written, `.SPLIT.unfinished` holds `owner.json`, which names the run, and a folder of
+  the run's own, so that processes that outlive an earlier run write nowhere else.
 
   Args:
     folder: the folder, a path or a URL.
@@ -40,6 +42,7 @@ class Output:
     token_cache.check_split_name(split)
     self.folder, self.split = folder, split
     self._unfinished = storage.join(folder, f'.{split}.unfinished')
+    self._staging = storage.join(self._unfinished, uuid.uuid4().hex)
     # A store shows an object when it is complete; on a disk a killed run would leave a part.
     self.staged = staged or not storage.is_url(folder)
 
@@ -51,11 +54,11 @@ class Output:
     """The path that a shard is written to first."""
     if not self.staged:
       return self.place(number)
-    return storage.join(self._unfinished, array_records.shard_name('shard', number))
+    return storage.join(self._staging, array_records.shard_name('shard', number))
 
   def written(self) -> int:
     """How many shards have been written, staged or in place."""
-    folders = (self.folder, self.split), (self._unfinished, 'shard')
+    folders = (self.folder, self.split), (self._staging, 'shard')
     return sum(_is_shard(name, begin) for folder, begin in folders
                for name in storage.names(folder))
 

@@ -192,6 +192,13 @@ def test_what_a_killed_run_left_is_replaced(tmp_path, monkeypatch):
   assert os.listdir(tmp_path) == ['.train.unfinished']
 
 
+def test_runs_share_no_unfinished_shards(tmp_path):
+  places = {output_lib.Output(str(tmp_path), 'train', True).staging_place(0) for _ in range(2)}
+  assert len(places) == 2
+  output = pickle.loads(pickle.dumps(output_lib.Output(str(tmp_path), 'train', True)))
+  assert output.staging_place(0) == pickle.loads(pickle.dumps(output)).staging_place(0)
+
+
 def test_shards_of_others_are_not_touched(tmp_path):
   for name in ('train-00000.array_record', 'train-00000.tfrecord', 'train-a.array_record'):
     (tmp_path / name).write_bytes(b'x')

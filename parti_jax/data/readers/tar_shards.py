@@ -47,7 +47,8 @@ def samples_in(
     file: the shard, plain or packed, open to read from its beginning.
     caption_key: the key of the caption in a sample's .json file. None for the .txt file or, where a
       sample has none, the key 'caption'.
-    describe: whether to add 'key', the sample's, and 'columns', what its .json file holds.
+    describe: whether to add 'key', the sample's, and 'columns', the numbers and texts of its .json
+      file by name.
 
   Yields:
     {'picture', 'caption'} of each sample, b'' for what it does not have, or what can't be read. Of
@@ -112,12 +113,15 @@ class _Sample:
     yield example
 
   def _columns(self) -> dict[str, Any]:
-    """Returns what the .json file holds; nothing if it can't be read."""
+    """Returns the numbers and texts in the .json file; nothing if it can't be read."""
+    content = self._files.get('json', b'')
     try:
-      found = json.loads(self._files['json'])
-    except (LookupError, ValueError, RecursionError):
+      found = json.loads(content) if len(content) <= _MAX_JSON else None
+    except (ValueError, RecursionError):
       return {}
-    return found if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+      return {}
+    return {name: value for name, value in found.items() if not isinstance(value, (dict, list))}
 
   def _json_caption(self) -> bytes:
     """Returns the caption in the .json file, or what stands for one that is not there."""
