@@ -1,4 +1,4 @@
-"""`parti-jax prepare`: filtered, resized pictures without duplicates, as an Apache Beam pipeline."""
+"""`parti-jax prepare`: filters, deduplicates and resizes pictures, with Apache Beam."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                       help="the source's split, and the output's (default: %(default)s)")
   parser.add_argument('--overwrite', action='store_true',
                       help='replace the split in the output folder if it is there')
-  parser.epilog = ('All other flags are Apache Beam\'s: --direct_num_workers=8 for so many processes '
-                   '(default: one for each core), --runner=DataflowRunner --project=... for another '
-                   'runner.')
+  parser.epilog = (
+      'All other flags are Apache Beam\'s: --direct_num_workers=8 for eight processes (default: one '
+      'for each core), --runner=DataflowRunner --project=... for another runner.')
 
 
 def run(args: argparse.Namespace) -> int:

@@ -80,8 +80,8 @@ class Output:
                       'another folder or another --split, or replace it with --overwrite')
     left = self._free_from_the_dead(overwrite)
     if shards and not (left or overwrite):
-      raise UserError(f'--output_dir={self.folder} holds {shards[0]}, which is of no finished split; '
-                      'choose another folder, or remove these shards with --overwrite')
+      raise UserError(f'--output_dir={self.folder} holds {shards[0]}, which is of no finished '
+                      'split; choose another folder, or remove these shards with --overwrite')
     try:
       storage.make_folder(self._unfinished)
       storage.create(storage.join(self._unfinished, _OWNER), json.dumps(_this_process()).encode())
@@ -146,8 +146,8 @@ class Output:
     if not overwrite and not _has_ended(owner):
       raise UserError(
           f'--output_dir={self.folder}: process {owner.get("pid", "?")} on host '
-          f'{owner.get("host", "?")} prepares {self.split!r} there since {owner.get("since", "?")}; '
-          'if that run has ended, replace what it left with --overwrite')
+          f'{owner.get("host", "?")} has prepared {self.split!r} there since '
+          f'{owner.get("since", "?")}; if it has ended, replace what it left with --overwrite')
     _remove_folder(self._unfinished)
     return True
 

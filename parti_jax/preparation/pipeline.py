@@ -1,9 +1,9 @@
 """The Beam pipeline: prepares shards, finds duplicates among all examples, takes them out.
 
-Each part of the source becomes a shard, so that pictures are never sent between workers. Only a row
-of some dozen bytes for each example is: rows are grouped by digest, by perceptual hash and by pieces
-of that, and what loses against a better example is taken out of its shard. Nothing depends on how a
-runner divides the work, and each step may be repeated.
+Each part of the source becomes a shard, so that pictures never travel between workers. Only a row of
+some dozen bytes for each example does. Rows are grouped by digest, by perceptual hash and by pieces
+of the hash, and what loses against a better example is taken out of its shard. Nothing depends on
+how a runner divides the work, and each step may be repeated.
 """
 
 from __future__ import annotations

@@ -86,8 +86,8 @@ class Settings:
       raise UserError('prepare.enlarge=True needs prepare.size')
     for script in self.scripts or ():
       if script not in known_scripts():
-        raise UserError(f'prepare.scripts: {script!r} is not the first word of any letter\'s Unicode '
-                        'name; examples are LATIN, CYRILLIC, GREEK, ARABIC, CJK, HIRAGANA, HANGUL')
+        raise UserError(f'prepare.scripts: {script!r} is not the first word of a letter\'s Unicode '
+                        'name; some are LATIN, CYRILLIC, GREEK, ARABIC, CJK, HIRAGANA and HANGUL')
     if self.scripts == ():
       raise UserError('prepare.scripts=() would leave out every caption with a letter; None allows '
                       'all scripts')

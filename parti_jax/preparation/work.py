@@ -90,5 +90,5 @@ class Work:
       read += 1
     if missing := sorted(names - found):
       there = f'which have {", ".join(sorted(found)[:50])}' if found else 'which have no columns'
-      raise UserError(f'{self._source.place}: no column {missing[0]!r} in the first {read} examples, '
-                      f'{there} (gin: prepare.columns, prepare.keep_columns)')
+      raise UserError(f'{self._source.place}: no column {missing[0]!r} in the first {read} '
+                      f'examples, {there} (gin: prepare.columns, prepare.keep_columns)')

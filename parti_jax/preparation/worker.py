@@ -1,6 +1,6 @@
 """A worker process of the pipeline on this machine; Beam's own, but for its log.
 
-Beam writes some lines for each process though all is well. Warnings of damaged files go to the report.
+Beam logs some lines for each process even if all is well. The report names damaged files.
 """
 
 import logging

@@ -168,10 +168,9 @@ def test_to_a_store(tars, tmp_path, s3_bucket):
   for folder in (out, local):
     assert _prepare(*_source(tars), *FILTERS, f'--output_dir={folder}',
                     '--direct_num_workers=1') == 0
-  stored = prepared.PreparedSource(out)
-  assert list(stored.examples('train')) == list(
+  assert list(prepared.PreparedSource(out).examples('train')) == list(
       prepared.PreparedSource(str(local)).examples('train'))
-  assert stored._splits == prepared.PreparedSource(str(local))._splits  # pylint: disable=protected-access
+  assert prepared.read_info(out) == prepared.read_info(str(local))
 
 
 def test_workers_know_no_tensorflow():

@@ -63,7 +63,8 @@ def test_hashes_that_are_near_share_a_piece(distance):
 
 
 def test_the_largest_stays_and_of_as_many_pixels_the_first():
-  rows = [Row(b'', 0, 10, 1, 0), Row(b'', 0, 30, 2, 5), Row(b'', 0, 30, 2, 4), Row(b'', 0, 30, 3, 0)]
+  rows = [Row(b'', 0, 10, 1, 0), Row(b'', 0, 30, 2, 5), Row(b'', 0, 30, 2, 4),
+          Row(b'', 0, 30, 3, 0)]
   for order in itertools.permutations(rows):
     found = list(duplicates.ranked(order))
     assert [row for row, best in found if best] == [rows[2]]

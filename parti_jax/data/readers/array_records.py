@@ -135,7 +135,7 @@ class ShardStreams(base.Shards):
 def complete_files(
     folder: str, split: str, shards: Sequence[Mapping[str, Any]], what: str, how_to_make: str
 ) -> list[str]:
-  """Returns the files of a split after comparing their sizes, since one that was cut opens as empty.
+  """Returns the files of a split, after comparing their sizes: a file that was cut opens as empty.
 
   Args:
     folder: their folder, a path or URL.
