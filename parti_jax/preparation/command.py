@@ -48,16 +48,16 @@ def run(args: argparse.Namespace) -> int:
     raise UserError(f'{source.place} has no pictures; choose another data.source')
   source.check_split(args.split)
   work = work_lib.Work(source, args.split, settings)
-  parts = work.parts()
-  beam_pipeline, where = pipeline.make(args.other_flags, min(os.cpu_count() or 1, len(parts)))
+  parts = len(work.parts)
+  beam_pipeline, where = pipeline.make(args.other_flags, min(os.cpu_count() or 1, parts))
   work.check_columns()
   output = output_lib.Output(args.output_dir, args.split, settings.drops_duplicates)
-  pipeline.add_steps(beam_pipeline, work, parts, settings, to_srgb, output, source.place)
+  pipeline.add_steps(beam_pipeline, work, settings, to_srgb, output, source.place)
 
   output.claim(args.overwrite)
-  print(f'{source.place}, {args.split}: {len(parts):,} shards to {args.output_dir}, on {where}',
+  print(f'{source.place}, {args.split}: {parts:,} shards to {args.output_dir}, on {where}',
         flush=True)
-  progress = _Progress(output, len(parts))
+  progress = _Progress(output, parts)
   local = pipeline.is_local(beam_pipeline.options)
   if not local:
     logging.basicConfig(level=logging.INFO)  # Runners log the job's name and page.

@@ -25,7 +25,7 @@ from parti_jax.preparation.duplicates import Row
 from parti_jax.preparation.output import Output
 from parti_jax.preparation.settings import Settings
 from parti_jax.preparation.shards import Outcome
-from parti_jax.preparation.work import Part, Work
+from parti_jax.preparation.work import Work
 
 
 @contextlib.contextmanager
@@ -61,11 +61,11 @@ class _Prepare(beam.DoFn):
   def __init__(self, work: Work, settings: Settings, to_srgb: bool, output: Output):
     self._work, self._settings, self._to_srgb, self._output = work, settings, to_srgb, output
 
-  def process(self, part: Part) -> Iterator[Any]:  # pylint: disable=arguments-differ
-    part = Part(*part)
-    outcome, rows = shards.write(self._output.staging_place(part.number), part.number,
-                                 self._work.read(part), self._settings, self._to_srgb)
-    yield beam.pvalue.TaggedOutput('outcomes', (part.number, outcome))
+  def process(self, number: int) -> Iterator[Any]:  # pylint: disable=arguments-differ
+    examples = self._work.read(self._work.parts[number])
+    outcome, rows = shards.write(self._output.staging_place(number), number, examples,
+                                 self._settings, self._to_srgb)
+    yield beam.pvalue.TaggedOutput('outcomes', (number, outcome))
     yield from map(tuple, rows)
 
 
@@ -150,21 +150,20 @@ def _drops(rows, settings: Settings):
   return drops | 'drops' >> beam.Flatten()
 
 
-def add_steps(root, work: Work, parts: Sequence[Part], settings: Settings, to_srgb: bool,
-              output: Output, source: str) -> None:
+def add_steps(root, work: Work, settings: Settings, to_srgb: bool, output: Output, source: str
+              ) -> None:
   """Adds the steps to a pipeline.
 
   Args:
     root: the pipeline.
-    work: reads the parts.
-    parts: of the source.
+    work: what is read.
     settings: what is done to examples.
     to_srgb: whether colours are converted to sRGB.
     output: where shards go.
     source: what is read, for the report.
   """
   rows, outcomes = (
-      root | 'parts' >> beam.Create([tuple(part) for part in parts]) | beam.Reshuffle()
+      root | 'parts' >> beam.Create(range(len(work.parts))) | beam.Reshuffle()
       | 'prepare' >> beam.ParDo(_Prepare(work, settings, to_srgb, output)).with_outputs(
           'outcomes', main='rows'))
   if output.staged:
@@ -175,7 +174,7 @@ def add_steps(root, work: Work, parts: Sequence[Part], settings: Settings, to_sr
   else:
     outcomes = outcomes | 'outcome' >> beam.Values()
   _ = (outcomes | 'all' >> beam.combiners.ToList()
-       | 'publish' >> beam.ParDo(_Publish(output, source, settings, len(parts))))
+       | 'publish' >> beam.ParDo(_Publish(output, source, settings, len(work.parts))))
 
 
 def make(flags: Sequence[str], workers: int) -> tuple[beam.Pipeline, str]:

@@ -7,6 +7,8 @@ import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import xxhash
+
 from parti_jax import storage
 from parti_jax.data.damage import Damaged
 from parti_jax.data.sources import base
@@ -38,6 +40,9 @@ class Part(NamedTuple):
 class Work:
   """A split of a source, which is opened when it is first read; picklable.
 
+  A copy in another process lists the source's files itself, since a pipeline can't hold the names of
+  millions. Both lists are compared.
+
   Args:
     source: the source.
     split: the split.
@@ -46,20 +51,32 @@ class Work:
 
   def __init__(self, source: base.Source, split: str, settings: Settings):
     self._source, self._split, self._settings = source, split, settings
+    self._fingerprint: str | None = None
 
   def __getstate__(self) -> dict[str, Any]:
-    return {name: value for name, value in self.__dict__.items() if name != '_opened'}
+    return {name: value for name, value in self.__dict__.items()
+            if name not in ('_opened', 'parts')}
 
   @functools.cached_property
   def _opened(self) -> base.Records | base.Shards:
     return self._source.open_described(self._split)
 
+  @functools.cached_property
   def parts(self) -> list[Part]:
-    """Returns the parts, in the source's order.
+    """The parts, in the source's order.
 
     Raises:
-      UserError: the source can't be read.
+      UserError: the source can't be read, or has changed since this object was pickled.
     """
+    parts = self._divided()
+    found = xxhash.xxh3_64_hexdigest(repr(parts).encode('utf-8', 'surrogateescape'))
+    if self._fingerprint not in (None, found):
+      raise UserError(f'{self._source.place}: files were added or removed since the command began; '
+                      'start it again when the source is complete')
+    self._fingerprint = found
+    return parts
+
+  def _divided(self) -> list[Part]:
     if isinstance(self._opened, base.Shards):
       size, files = self._settings.files_per_shard, self._opened.files
       return [Part(start // size, tuple(files[start:start + size]))
@@ -84,7 +101,7 @@ class Work:
     if not names:
       return
     found, read = set(), 0
-    examples = (example for part in self.parts()[:1] for _, example in self.read(part))
+    examples = (example for part in self.parts[:1] for _, example in self.read(part))
     for example in itertools.islice(examples, _LOOKED_AT):
       found |= example.get('columns', {}).keys() if not isinstance(example, Damaged) else set()
       read += 1

@@ -14,7 +14,7 @@ from parti_jax.errors import UserError
 from parti_jax.preparation import output as output_lib
 from parti_jax.preparation import report, shards
 from parti_jax.preparation.settings import Settings
-from parti_jax.preparation.work import Part, Work
+from parti_jax.preparation.work import Work
 
 
 def _tars(path):
@@ -42,7 +42,7 @@ def tars(draw, encode, write_tar):
 
 def test_files_are_divided_into_parts(tars):
   work = _work(_tars(tars), files_per_shard=2)
-  parts = work.parts()
+  parts = work.parts
   names = [[os.path.basename(file) for file in part.files] for part in parts]
   assert names == [['0.tar', '1.tar'], ['2.tar']]
   assert [part.number for part in parts] == [0, 1]
@@ -60,7 +60,7 @@ def test_an_index_is_divided_into_parts(tmp_path, draw, encode):
       json.dumps({'file': f'{index}.png', 'caption': f'{index}'}) + '\n' for index in range(5)))
   source = folder.FolderSource(str(tmp_path), {'train': 'captions.jsonl'}, 'file', 'caption')
   work = pickle.loads(pickle.dumps(_work(source, examples_per_shard=2)))
-  parts = work.parts()
+  parts = work.parts
   assert [(part.start, part.stop) for part in parts] == [(0, 2), (2, 4), (4, 5)]
   read = [pair for part in parts for pair in work.read(part)]
   assert [(key, example['caption']) for key, example in read] == [
@@ -280,5 +280,11 @@ def test_records_of_something_else(record):
   assert isinstance(prepared.parsed(record, describe=True), Damaged)
 
 
-def test_parts_are_small_enough_to_be_sent():
-  assert len(pickle.dumps(tuple(Part(0, ('gs://bucket/00000.tar',))))) < 200
+def test_a_source_that_changes_meanwhile_is_refused(tars):
+  work = _work(_tars(tars))
+  assert len(work.parts) == 3
+  sent = pickle.dumps(work)
+  assert b'0.tar' not in sent and len(pickle.loads(sent).parts) == 3
+  (tars / '3.tar').write_bytes((tars / '2.tar').read_bytes())
+  with pytest.raises(UserError, match='files were added or removed since the command began'):
+    pickle.loads(sent).parts  # pylint: disable=expression-not-assigned
