@@ -9,6 +9,7 @@ import sys
 import time
 
 from parti_jax import config
+from parti_jax import storage
 
 # Flags that are not ours are Beam's.
 OTHER_FLAGS = True
@@ -35,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
   """Prepares a split and prints what became of its examples; returns the exit status."""
   # pylint: disable=g-import-not-at-top
   from parti_jax.data import decoding, sources
+  from parti_jax.data.sources import prepared
   from parti_jax.errors import UserError
   from parti_jax.preparation import output as output_lib
   from parti_jax.preparation import pipeline, report, settings as settings_lib, work as work_lib
@@ -47,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
   if not source.has_pictures:
     raise UserError(f'{source.place} has no pictures; choose another data.source')
   source.check_split(args.split)
+  if isinstance(source, prepared.PreparedSource) and _same(source.path, args.output_dir):
+    raise UserError(f'--output_dir={args.output_dir} is the folder that is read; choose another')
   work = work_lib.Work(source, args.split, settings)
   parts = len(work.parts)
   beam_pipeline, where = pipeline.make(args.other_flags, min(os.cpu_count() or 1, parts))
@@ -79,6 +83,13 @@ def run(args: argparse.Namespace) -> int:
   print(f'{args.output_dir}: {args.split}: {found["written"]:,} pictures in {found["shards"]:,} '
         f'shards, {found["bytes"] / 1e6:,.1f} MB; the counts are in {output_lib.REPORT}')
   return 0
+
+
+def _same(path: str, other: str) -> bool:
+  """Whether two paths or URLs are of the same folder."""
+  if storage.is_url(path) or storage.is_url(other):
+    return path.rstrip('/') == other.rstrip('/')
+  return os.path.realpath(path) == os.path.realpath(other)
 
 
 class _Progress:

@@ -135,6 +135,19 @@ def test_folders_that_are_finished_or_of_a_file(tars, tmp_path, capsys):
   assert _files(out) == before
 
 
+def test_prepared_pictures_are_prepared_again_elsewhere(tars, tmp_path, capsys):
+  out = tmp_path / 'out'
+  assert _prepare(*_source(tars), f'--output_dir={out}', '--direct_num_workers=1') == 0
+  before = _files(out)
+  again = ['--gin_file=gin_configs/tasks/prepared.gin', f"--gin.prepared.path='{out}'",
+           "--gin.prepare.columns={'clip': (0.2, None)}", '--direct_num_workers=1']
+  assert _prepare(*again, f'--output_dir={out}/../out', '--overwrite') == 2
+  assert 'is the folder that is read' in capsys.readouterr().err
+  assert _files(out) == before
+  assert _prepare(*again, f'--output_dir={tmp_path}/again') == 0
+  assert _report(tmp_path / 'again')['left_out'] == {'column clip too low': 1}
+
+
 def test_nothing_left_is_an_error(tars, tmp_path, capsys):
   out = tmp_path / 'out'
   assert _prepare(*_source(tars), f'--output_dir={out}', '--gin.prepare.min_side=5000',

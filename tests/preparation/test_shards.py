@@ -63,8 +63,8 @@ def test_an_index_is_divided_into_parts(tmp_path, draw, encode):
   parts = work.parts
   assert [(part.start, part.stop) for part in parts] == [(0, 2), (2, 4), (4, 5)]
   read = [pair for part in parts for pair in work.read(part)]
-  assert [(key, example['caption']) for key, example in read] == [
-      (str(index), str(index).encode()) for index in range(5)]
+  assert [(key, example['key'], example['caption']) for key, example in read] == [
+      (str(index), f'{index}.png', str(index).encode()) for index in range(5)]
 
 
 def test_columns_are_looked_for_beforehand(tars):

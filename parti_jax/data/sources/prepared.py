@@ -94,6 +94,9 @@ def read_info(folder: str) -> dict[str, Any]:
 class PreparedSource(base.Source):
   """Prepared pictures; the arguments are those of `configured`.
 
+  Attributes:
+    path: the folder.
+
   Raises:
     UserError: see `read_info`.
   """
@@ -102,7 +105,7 @@ class PreparedSource(base.Source):
     self._splits = read_info(path)['splits']
     super().__init__('prepared', tuple(self._splits))
     self.place = f'prepared pictures {path}'
-    self._path = path
+    self.path = path
     self._shuffle = shuffle or ('window' if storage.is_url(path) else 'global')
 
   def check_split(self, split: str) -> None:
@@ -130,7 +133,7 @@ class PreparedSource(base.Source):
   def _files(self, split: str) -> list[str]:
     """The files of a split, each of the size that it was written with."""
     shards = self._splits[split]['shards']
-    files = array_records.complete_files(self._path, split, shards, self.place, _HOW_TO_MAKE)
+    files = array_records.complete_files(self.path, split, shards, self.place, _HOW_TO_MAKE)
     first = next(number for number, shard in enumerate(shards) if shard['examples'])
     with storage.local_copy(files[first]) as local:
       reader = array_records.Reader(os.fspath(local), parsed)
