@@ -121,8 +121,16 @@ class Output:
       self._write_info({**self._finished(), self.split: info})
 
   def report(self) -> dict[str, Any]:
-    """The report of `publish`."""
-    return self._read(REPORT, _MAX_REPORT)['splits'][self.split]
+    """The report of `publish`.
+
+    Raises:
+      UserError: it is not there.
+    """
+    try:
+      return self._read(REPORT, _MAX_REPORT)['splits'][self.split]
+    except LookupError as error:
+      raise UserError(f'{self.folder} has no {REPORT} of {self.split!r}; the workers must have '
+                      'written elsewhere: give a URL or a folder on a shared disk') from error
 
   def _finished(self) -> dict[str, Any]:
     """The finished splits of the folder."""

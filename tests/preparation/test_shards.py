@@ -218,6 +218,11 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     output_lib.Output(str(tmp_path), 'a/b', True)
 
 
+def test_workers_that_wrote_elsewhere(tmp_path):
+  with pytest.raises(UserError, match='workers must have written elsewhere'):
+    output_lib.Output(str(tmp_path), 'train', True).report()
+
+
 def test_nothing_is_left(tmp_path, draw, encode):
   output = output_lib.Output(str(tmp_path / 'out'), 'train', True)
   output.claim(False)
