@@ -19,7 +19,7 @@ from parti_jax import storage
 from parti_jax.errors import UserError
 
 # Commands whose --output_dir, or --output, may be a URL.
-_WRITE_TO_URLS = ('export', 'prepare', 'vocabulary', 't5x_checkpoint')
+_WRITE_TO_URLS = ('export', 'prepare', 'vocabulary', 't5x_checkpoint', 'tokenize')
 # command -> (module, one line of help)
 COMMANDS = {
     'generate': ('parti_jax.sampling.command', 'draw pictures for prompts'),

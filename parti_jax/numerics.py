@@ -2,7 +2,8 @@
 
 JAX lets environment variables and `jax.config` change dtypes, random draws, promotion and the
 precision of products. `fixed` sets JAX's defaults for what is computed inside it. Whatever computes
-for users enters it: the methods of `Trainer`, `Placement`, `Detokenizer`, and the commands.
+for users enters it: the methods of `Trainer`, `Placement` and `Detokenizer`, the tokenizing of
+caches, plans, and `parti-jax train`.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ import json
 import logging
 import os
 import pathlib
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -156,9 +157,12 @@ def names(folder: str | os.PathLike[str]) -> list[str]:
 def sizes(folder: str | os.PathLike[str]) -> dict[str, int]:
   """Returns {path within the folder, with /: bytes} of all files in a folder and those within."""
   if not is_url(folder):
-    top = pathlib.Path(_local(folder))
-    return {path.relative_to(top).as_posix(): path.stat().st_size
-            for path in top.rglob('*') if path.is_file()}
+    top, found = pathlib.Path(_local(folder)), {}
+    for path in top.rglob('*'):
+      with contextlib.suppress(FileNotFoundError):  # Another process may be moving files.
+        if path.is_file():
+          found[path.relative_to(top).as_posix()] = path.stat().st_size
+    return found
   with _store_errors(folder):
     system = _file_system(folder)
     top = system._strip_protocol(os.fspath(folder)).rstrip('/') + '/'  # pylint: disable=protected-access
@@ -243,7 +247,8 @@ def write(path: str | os.PathLike[str], content: bytes | str) -> None:
     return
   path = pathlib.Path(_local(path))
   path.parent.mkdir(parents=True, exist_ok=True)
-  unfinished = path.with_name(f'.{path.name}.{os.getpid()}.unfinished')
+  # Processes of other hosts, or of other containers, may have the same number.
+  unfinished = path.with_name(f'.{path.name}.{secrets.token_hex(4)}.unfinished')
   try:
     with open(unfinished, 'wb') as file:
       file.write(content)
@@ -326,7 +331,7 @@ def move(path: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
   if not is_url(path):
     os.replace(_local(path), _local(target))
     return
-  with _store_errors(path, writing=True):
+  with _store_errors(path):
     _file_system(path).mv(os.fspath(path), os.fspath(target))
 
 

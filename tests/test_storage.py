@@ -127,24 +127,42 @@ def test_file_urls_are_local(tmp_path):
   assert storage.read(f'file://{tmp_path}/file', 1) == b'1'
 
 
-def test_token_caches_are_written_to_disks_alone(tmp_path, monkeypatch):
-  monkeypatch.chdir(tmp_path)
-  with pytest.raises(errors.UserError, match='://bucket/.*: only a local path does here'):
-    token_cache.write_token_cache('gs://bucket/tokens', [], {})
-  assert not list(tmp_path.iterdir())
-
-
-def test_a_token_cache_is_read_from_a_store(tmp_path, s3_bucket):
+@pytest.mark.parametrize('kind', ['s3', 'gs'])
+def test_a_token_cache_is_written_to_and_read_from_a_store(kind, request):
   info = {'codebook_size': 8, 'image_tokens': 4, 'tokenizer': 'none'}
   examples = [(f'words {i}', np.arange(4) + i) for i in range(3)]
-  token_cache.write_token_cache(str(tmp_path / 'tokens'), examples, info)
-  url = s3_bucket + '/tokens'
-  for path in (tmp_path / 'tokens').iterdir():
-    storage.upload(path, f'{url}/{path.name}')
-  read = token_cache.TokenCacheSource(url).get_dataset('train', shuffle=False)
-  for example, (caption, tokens) in zip(read.as_numpy_iterator(), examples, strict=True):
+  url = request.getfixturevalue(f'{kind}_bucket') + '/tokens'
+  token_cache.write_token_cache(url, examples, info)
+  assert storage.names(url) == ['info.json', 'train-00000.array_record']
+  read = token_cache.TokenCacheSource(url).examples('train')
+  for example, (caption, tokens) in zip(read, examples, strict=True):
     assert example['caption'].decode() == caption
-    np.testing.assert_array_equal(example['targets'], tokens)
+    np.testing.assert_array_equal(example['tokens'], tokens)
+
+
+def test_what_is_not_there_cannot_be_moved(tmp_path, s3_bucket):
+  for folder in (str(tmp_path), s3_bucket + '/moving'):
+    storage.write(storage.join(folder, 'a'), b'1')
+    storage.move(storage.join(folder, 'a'), storage.join(folder, 'b'))
+    assert storage.names(folder) == ['b']
+    with pytest.raises(FileNotFoundError):
+      storage.move(storage.join(folder, 'a'), storage.join(folder, 'b'))
+    assert storage.read(storage.join(folder, 'b'), 1) == b'1'
+
+
+def test_sizes_of_a_folder_in_which_another_process_moves_files(tmp_path, monkeypatch):
+  for name in 'abc':
+    (tmp_path / name).write_text(name)
+  is_file = pathlib.Path.is_file
+
+  def moved(path):
+    found = is_file(path)
+    if path.name == 'b':
+      path.unlink()
+    return found
+
+  monkeypatch.setattr(pathlib.Path, 'is_file', moved)
+  assert storage.sizes(tmp_path) == {'a': 1, 'c': 1}
 
 
 @pytest.mark.parametrize('kind', ['s3', 'gs'])

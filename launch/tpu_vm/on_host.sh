@@ -72,7 +72,7 @@ status() {
 }
 
 logs() {
-  [[ -f $home/pid ]] || fail 'nothing was started here; call run.sh'
+  [[ -f $home/pid ]] || fail 'nothing was started here; call run.sh or tokenize.sh'
   tail -n "$1" -F --pid="$(<"$home/pid")" "$home/log" | sed -u "s/^/$(hostname): /"
 }
 

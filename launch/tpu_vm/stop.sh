@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Ends the run on every host of a slice; resume.sh starts it again, from its last checkpoint.
+# Ends the run on every host of a slice; resume.sh starts it again, from its last checkpoint or its
+# finished parts.
 #
 #   launch/tpu_vm/stop.sh
 set -euo pipefail

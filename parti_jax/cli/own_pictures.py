@@ -130,17 +130,21 @@ class _Work:
 
   def tokens(self) -> int:
     """Turns the pictures into image tokens, if those that are there are not of this tokenizer."""
-    from parti_jax.data import token_cache  # pylint: disable=g-import-not-at-top
+    from parti_jax.data import token_cache_info  # pylint: disable=g-import-not-at-top
     from parti_jax.training import frozen_tokenizer  # pylint: disable=g-import-not-at-top
 
     if os.path.exists(os.path.join(self._tokens, 'info.json')):
-      info = token_cache.read_info(self._tokens)
+      try:
+        info = token_cache_info.read_info(self._tokens)
+      except UserError:  # It is damaged, or of an earlier version.
+        info = {'splits': {}}
       if 'train' in info['splits'] and (
           info['tokenizer'] == frozen_tokenizer.load(self._tokenizer).fingerprint):
         return 0
       shutil.rmtree(self._tokens)
     return self._command('tokenize', f'--gin_file={self._data()}', '--splits', 'train',
-                         f'--tokenizer={self._tokenizer}', f'--output_dir={self._tokens}')
+                         f'--tokenizer={self._tokenizer}', f'--output_dir={self._tokens}',
+                         '--overwrite')
 
   def generator(self, seconds: float) -> int:
     """Trains the generator for about so long, if it has not begun yet."""

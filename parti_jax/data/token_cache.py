@@ -15,37 +15,23 @@ an empty one; digests (XXH3) tell whether shards are still what was written, see
 from __future__ import annotations
 
 import functools
-import json
 import os
-import re
-import shutil
 import tempfile
-import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import gin
 import numpy as np
-import xxhash
 
 from parti_jax import storage
+from parti_jax.data import token_cache_info
 from parti_jax.data.damage import Damaged
 from parti_jax.data.readers import array_records
 from parti_jax.data.sources import base
 from parti_jax.errors import UserError
 
-VERSION = 2
 EXAMPLES_PER_SHARD = 16_384
 SHUFFLES = array_records.SHUFFLES
-shard_name = array_records.shard_name
-_INFO_KEYS = ('codebook_size', 'image_tokens', 'tokenizer')
-_MAX_INFO = 2**28
-# What every file system takes in the middle of a name.
-_REFUSED = r'\x00-\x1f\x7f/\\<>:"|?*\ud800-\udfff'
-_SPLIT = re.compile(rf'[^{_REFUSED}\s.-][^{_REFUSED}]*')
-_LONGEST_SPLIT = 200
-_HOW_TO_MAKE = '`parti-jax tokenize` makes it'
-_PIECE = 2**24
 
 
 def dtype_of(info: Mapping[str, Any]) -> np.dtype:
@@ -99,7 +85,8 @@ def write_shard(path: str, records: Iterable[bytes]) -> dict[str, Any]:
       writer.write(record)
       count += 1
     writer.close()
-    found = {'examples': count, 'bytes': os.path.getsize(unfinished), 'digest': digest(unfinished)}
+    found = {'examples': count, 'bytes': os.path.getsize(unfinished),
+             'digest': token_cache_info.digest(unfinished)}
     if storage.is_url(path):
       storage.upload(unfinished, path)
     else:
@@ -111,15 +98,6 @@ def write_shard(path: str, records: Iterable[bytes]) -> dict[str, Any]:
   finally:
     if os.path.exists(unfinished):
       os.remove(unfinished)
-
-
-def digest(path: str) -> str:
-  """The XXH3 digest of a file, 32 hexadecimal digits."""
-  found = xxhash.xxh3_128()
-  with storage.open_file(path) as file:
-    while piece := file.read(_PIECE):
-      found.update(piece)
-  return found.hexdigest()
 
 
 def write_token_cache(
@@ -143,82 +121,24 @@ def write_token_cache(
       name can't be part of a file's.
     ValueError: tokens do not fit `info`, or an entry of `info` is missing.
   """
-  check_split_name(split)
-  missing = [key for key in _INFO_KEYS if key not in info]
+  token_cache_info.check_split_name(split)
+  missing = [key for key in token_cache_info.KEYS if key not in info]
   if missing:
     raise ValueError(f'info lacks {", ".join(missing)}')
-  unfinished = storage.join(folder, f'.{split}.unfinished')
+  unfinished = storage.join(folder, f'.{token_cache_info.file_part(split)}.unfinished')
   try:
-    others = other_splits(folder, info, split)
-    _remove(unfinished)
+    token_cache_info.other_splits(folder, info, (split,))
+    token_cache_info.remove_folder(unfinished)
     try:
-      shards = _write_shards(unfinished, examples, info)
-      write_info(folder, {**info, 'splits': others})
-      for name in storage.names(folder):
-        if is_shard(name, split):
-          storage.remove(storage.join(folder, name))
-      for index in range(len(shards)):
-        storage.move(storage.join(unfinished, shard_name('shard', index)),
-                     storage.join(folder, shard_name(split, index)))
-      write_info(folder, {**info, 'splits': {**others, split: split_info(shards)}})
+      entry = token_cache_info.split_info(_write_shards(unfinished, examples, info))
+      token_cache_info.put_in_place(folder, info, split, entry, [
+          storage.join(unfinished, token_cache_info.shard_name('shard', index))
+          for index in range(len(entry['shards']))])
     finally:
-      _remove(unfinished)
+      token_cache_info.remove_folder(unfinished)
   except OSError as error:
-    raise UserError(
-        f'the token cache {folder} cannot be written: {error.strerror or error}') from error
-  return split_info(shards)['examples']
-
-
-def check_split_name(split: str) -> None:
-  """Raises UserError unless the name of a split can be part of a file's."""
-  if not _SPLIT.fullmatch(split) or len(split.encode('utf-8', 'replace')) > _LONGEST_SPLIT:
-    raise UserError(f'the split {split[:80]!r} cannot be part of a file name; rename it in the '
-                    'source, with letters, digits, spaces and -_.+=, 200 bytes at most')
-
-
-def split_info(shards: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-  """What `info.json` has of a split, of what it has of its shards."""
-  return {'examples': sum(shard['examples'] for shard in shards), 'shards': list(shards)}
-
-
-def is_shard(name: str, split: str) -> bool:
-  """Whether a file name is of a shard of a split, of this version or of version 1."""
-  stem, _, ending = name.rpartition('.')
-  number = stem.removeprefix(f'{split}-')
-  return ending in ('array_record', 'tfrecord') and number != stem and number.isdecimal()
-
-
-def write_info(folder: str, info: Mapping[str, Any]) -> None:
-  """Writes `info.json`."""
-  storage.write(storage.join(folder, 'info.json'),
-                json.dumps({'version': VERSION, 'views': 1, **info}, indent=2))
-
-
-def _same_name(split: str) -> str:
-  """What file systems that fold case and normal forms make of a split's name."""
-  return unicodedata.normalize('NFKC', split).casefold()
-
-
-def other_splits(folder: str, info: Mapping[str, Any], split: str) -> dict[str, Any]:
-  """Returns the finished splits that stay, after checking that they are of the same tokenizer.
-
-  Raises:
-    UserError: they are not.
-  """
-  if not storage.exists(storage.join(folder, 'info.json')):
-    return {}
-  present = read_info(folder)
-  splits = {name: value for name, value in present['splits'].items() if name != split}
-  for name in splits:
-    if _same_name(name) == _same_name(split):
-      raise UserError(f'the token cache {folder} holds a split {name!r}, whose files have the same '
-                      f'names as those of {split!r} on some file systems; choose another folder')
-  for key in (*_INFO_KEYS, 'views'):
-    ours = info.get(key, 1) if key == 'views' else info[key]
-    if splits and present[key] != ours:
-      raise UserError(f'the token cache {folder} holds {", ".join(splits)} with {key} '
-                      f'{present[key]}, not {ours}; choose another folder or remove it')
-  return splits
+    raise token_cache_info.cannot_write(folder, error) from error
+  return entry['examples']
 
 
 def _write_shards(folder: str, examples, info) -> list[dict[str, Any]]:
@@ -236,57 +156,10 @@ def _write_shards(folder: str, examples, info) -> list[dict[str, Any]]:
       for _, example in zip(count, examples):
         yield serialized(*example, info)
 
-    found.append(write_shard(storage.join(folder, shard_name('shard', len(found))), records()))
+    name = token_cache_info.shard_name('shard', len(found))
+    found.append(write_shard(storage.join(folder, name), records()))
     first = next(examples, None)
   return found
-
-
-def _remove(folder: str) -> None:
-  if storage.is_url(folder):
-    for name in storage.names(folder):
-      storage.remove(storage.join(folder, name))
-  else:
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def read_info(folder: str) -> dict[str, Any]:
-  """Reads the `info.json` of a token cache.
-
-  Args:
-    folder: the cache's folder.
-
-  Returns:
-    Its entries, see the module's docstring, and what else the writer added.
-
-  Raises:
-    UserError: the folder is missing, holds no finished cache, or one of an earlier version.
-  """
-  path = storage.join(folder, 'info.json')
-  if not storage.exists(path):
-    what = 'is not finished' if storage.exists(folder) else 'does not exist'
-    raise UserError(f'the token cache {folder} {what}; {_HOW_TO_MAKE} (gin: token_cache.path)')
-  try:
-    info = storage.read_json(path, _MAX_INFO)
-  except (OSError, ValueError) as error:
-    raise UserError(f'{path} is damaged; {_HOW_TO_MAKE} again') from error
-  present = info if isinstance(info, dict) else {}
-  missing = [key for key in (*_INFO_KEYS, 'splits') if key not in present]
-  if missing:
-    raise UserError(f'{path} lacks {", ".join(missing)}; {_HOW_TO_MAKE} again')
-  if info.get('version', 1) == 1:
-    raise UserError(f'the token cache {folder} is of version 1; turn it into one of version '
-                    f'{VERSION} with: parti-jax tokenize --convert={folder} --output_dir=FOLDER')
-  if not _makes_sense(info):
-    raise UserError(f'{path} is damaged; {_HOW_TO_MAKE} again')
-  return info
-
-
-def _makes_sense(info: Mapping[str, Any]) -> bool:
-  """Returns whether the entries that are read are of the right kinds."""
-  whole = lambda value: type(value) is int and 1 <= value < 2**40  # No bool.
-  return (whole(info['codebook_size']) and whole(info['image_tokens']) and whole(info['views'])
-          and info['version'] == VERSION and isinstance(info['tokenizer'], str)
-          and array_records.are_splits(info['splits']))
 
 
 class TokenCacheSource(base.Source):
@@ -301,14 +174,14 @@ class TokenCacheSource(base.Source):
       their beginning, each by one share; None for 'global' on disks and 'window' at URLs.
 
   Attributes:
-    info: of `read_info`.
+    info: of `token_cache_info.read_info`.
 
   Raises:
-    UserError: see `read_info`.
+    UserError: see `token_cache_info.read_info`.
   """
 
   def __init__(self, path: str, shuffle: str | None = None):
-    self.info = read_info(path)
+    self.info = token_cache_info.read_info(path)
     super().__init__(f'the token cache {path}', tuple(self.info['splits']))
     self._path = path
     self._parse = functools.partial(_parsed, info=self.info)
@@ -318,7 +191,7 @@ class TokenCacheSource(base.Source):
     if split not in self.splits:
       finished = ', '.join(self.splits) or 'none'
       raise UserError(f'{self.name} has no finished split {split!r}; it has {finished}; '
-                      f'{_HOW_TO_MAKE}')
+                      f'{token_cache_info.HOW_TO_MAKE}')
 
   def open(self, split: str, pictures: bool = True) -> base.Records | base.Shards:
     del pictures  # There are none.
@@ -333,7 +206,9 @@ class TokenCacheSource(base.Source):
   def _files(self, split: str) -> list[str]:
     """The files of a split, each of the size that it was written with."""
     shards = self.info['splits'][split]['shards']
-    files = array_records.complete_files(self._path, split, shards, self.name, _HOW_TO_MAKE)
+    names = [token_cache_info.shard_name(split, index) for index in range(len(shards))]
+    files = array_records.complete_files(
+        self._path, names, shards, self.name, token_cache_info.HOW_TO_MAKE)
     self._check_first(files[0], shards[0]['examples'])
     return files
 
@@ -345,12 +220,12 @@ class TokenCacheSource(base.Source):
       reader.close()
     if not fits:
       raise UserError(f'{file} is damaged: its first record is not one of {self.name}; '
-                      f'{_HOW_TO_MAKE} again')
+                      f'{token_cache_info.HOW_TO_MAKE} again')
 
   def damaged_shards(self, split: str) -> Iterator[str]:
     """Yields the shards of a split whose bytes are not those that were written; reads all of them."""
     for file, shard in zip(self._files(split), self.info['splits'][split]['shards']):
-      if shard.get('digest') not in (None, digest(file)):
+      if shard.get('digest') not in (None, token_cache_info.digest(file)):
         yield file
 
 
@@ -381,7 +256,8 @@ def configured(path: str | None = None, shuffle: str | None = None) -> TokenCach
   """
   if path is None:
     raise UserError(
-        "token_cache.path is not set; give --gin.token_cache.path=\"'FOLDER'\"; " + _HOW_TO_MAKE)
+        "token_cache.path is not set; give --gin.token_cache.path=\"'FOLDER'\"; "
+        + token_cache_info.HOW_TO_MAKE)
   if shuffle not in (None, *SHUFFLES):
     raise UserError(f'token_cache.shuffle={shuffle!r} is not one of {", ".join(SHUFFLES)}')
   return TokenCacheSource(path, shuffle)

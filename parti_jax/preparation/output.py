@@ -6,15 +6,13 @@ import contextlib
 import datetime
 import json
 import os
-import shutil
 import socket
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from parti_jax import storage
-from parti_jax.data import token_cache
-from parti_jax.data.readers import array_records
+from parti_jax.data import token_cache_info
 from parti_jax.data.sources import prepared
 from parti_jax.errors import UserError
 
@@ -39,22 +37,22 @@ class Output:
   """
 
   def __init__(self, folder: str, split: str, staged: bool):
-    token_cache.check_split_name(split)
+    token_cache_info.check_split_name(split)
     self.folder, self.split = folder, split
-    self._unfinished = storage.join(folder, f'.{split}.unfinished')
+    self._unfinished = storage.join(folder, f'.{token_cache_info.file_part(split)}.unfinished')
     self._staging = storage.join(self._unfinished, uuid.uuid4().hex)
     # A store shows an object when it is complete; on a disk a killed run would leave a part.
     self.staged = staged or not storage.is_url(folder)
 
   def place(self, number: int) -> str:
     """The path of a shard."""
-    return storage.join(self.folder, array_records.shard_name(self.split, number))
+    return storage.join(self.folder, token_cache_info.shard_name(self.split, number))
 
   def staging_place(self, number: int) -> str:
     """The path that a shard is written to first."""
     if not self.staged:
       return self.place(number)
-    return storage.join(self._staging, array_records.shard_name('shard', number))
+    return storage.join(self._staging, token_cache_info.shard_name('shard', number))
 
   def written(self) -> int:
     """How many shards have been written, staged or in place."""
@@ -101,7 +99,7 @@ class Output:
     for name in () if finished else storage.names(self.folder):
       if _is_shard(name, self.split):
         storage.remove(storage.join(self.folder, name))
-    _remove_folder(self._unfinished)
+    token_cache_info.remove_folder(self._unfinished)
     if not storage.is_url(self.folder):
       with contextlib.suppress(OSError):
         os.rmdir(self.folder)  # Only if nothing is in it.
@@ -116,7 +114,7 @@ class Output:
     reports = self._read(REPORT, _MAX_REPORT).get('splits', {})
     storage.write(storage.join(self.folder, REPORT),
                   _json({'splits': {**reports, self.split: report}}))
-    info = token_cache.split_info(shards)
+    info = token_cache_info.split_info(shards)
     if info['examples']:
       self._write_info({**self._finished(), self.split: info})
 
@@ -148,7 +146,7 @@ class Output:
     Raises:
       UserError: that run may still be at work.
     """
-    owner = self._read(storage.join(f'.{self.split}.unfinished', _OWNER), 2**16)
+    owner = self._read(storage.join(storage.name(self._unfinished), _OWNER), 2**16)
     if not owner:
       return False
     if not overwrite and not _has_ended(owner):
@@ -156,7 +154,7 @@ class Output:
           f'--output_dir={self.folder}: process {owner.get("pid", "?")} on host '
           f'{owner.get("host", "?")} has prepared {self.split!r} there since '
           f'{owner.get("since", "?")}; if it has ended, replace what it left with --overwrite')
-    _remove_folder(self._unfinished)
+    token_cache_info.remove_folder(self._unfinished)
     return True
 
   def _read(self, name: str, limit: int) -> dict[str, Any]:
@@ -172,14 +170,7 @@ class Output:
 
 
 def _is_shard(name: str, split: str) -> bool:
-  return name.endswith('.array_record') and token_cache.is_shard(name, split)
-
-
-def _remove_folder(folder: str) -> None:
-  if storage.is_url(folder):
-    storage.remove_folder(folder)
-  else:
-    shutil.rmtree(folder, ignore_errors=True)
+  return name.endswith('.array_record') and token_cache_info.is_shard(name, split)
 
 
 def _json(value: Any) -> str:

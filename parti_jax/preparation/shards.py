@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from parti_jax import storage
-from parti_jax.data import token_cache
+from parti_jax.data import token_cache, token_cache_info
 from parti_jax.data.damage import Damaged, Unusable
 from parti_jax.data.readers import array_records
 from parti_jax.errors import UserError
@@ -119,7 +119,7 @@ def finish(staged: str, path: str, outcome: Outcome, drops: Mapping[int, str]) -
         storage.remove(staged)
       else:  # An earlier try came this far.
         shard = {'examples': shard['examples'] - len(drops), 'bytes': storage.size(path),
-                 'digest': token_cache.digest(path)}
+                 'digest': token_cache_info.digest(path)}
   except OSError as error:
     raise UserError(f'{path} cannot be written: {error.strerror or error}') from error
   return dataclasses.replace(outcome, left_out=left_out, shard=shard)

@@ -154,15 +154,16 @@ def saved_form(path, wanted) -> dict[str, Any] | None:
   Returns:
     As `wanted`; None if the checkpoint has no whole moments.
   """
-  metadata, places = checkpoints.read_metadata(epath.Path(path) / _ITEM), checkpoints.by_path(wanted)
-  whole = [name for name in _whole_moments(checkpoints.by_path(metadata)) if name in places]
+  saved = checkpoints.by_path(checkpoints.read_metadata(epath.Path(path) / _ITEM))
+  places = checkpoints.by_path(wanted)
+  whole = _whole_moments(saved, places)
   return flax.traverse_util.unflatten_dict(
       whole_moments.as_saved(places, whole, _PARAMETERS), sep='/') if whole else None
 
 
-def _whole_moments(arrays: dict[str, Any]) -> list[str]:
+def _whole_moments(arrays: dict[str, Any], wanted=None) -> list[str]:
   return whole_moments.names(
-      {name: tuple(np.shape(leaf)) for name, leaf in arrays.items()}, _PARAMETERS)
+      {name: tuple(np.shape(leaf)) for name, leaf in arrays.items()}, _PARAMETERS, wanted)
 
 
 def write(folder, tree) -> epath.Path:
@@ -243,7 +244,7 @@ def read(path, wanted, within: tuple[str, ...] = ('target/', 'state/', 'flax_mut
     # Whatever Orbax and TensorStore stumble over.
     raise errors.UserError(f"{path}: can't be read ({' '.join(str(error).split())[:200]}); is it "
                            'damaged? Take another checkpoint') from error
-  return with_factored_moments(
+  return found if form is wanted else with_factored_moments(
       found, {name: leaf.sharding for name, leaf in checkpoints.by_path(wanted).items()})
 
 

@@ -135,8 +135,7 @@ class Checkpoints:
     path = self.directory / str(step)
     check_same_model(path, read_model(path), model)
     wanted, structure = by_path(abstract), jax.tree.structure(abstract)
-    whole = [name for name in whole_moments.names(_saved_shapes(path), 'params/')
-             if name in wanted]
+    whole = whole_moments.names(_saved_shapes(path), 'params/', wanted)
     saved_form = jax.tree.unflatten(
         structure, whole_moments.as_saved(wanted, whole, 'params/').values())
     check_same_shapes(path, saved_form)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import functools
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -20,6 +19,9 @@ from parti_jax import storage
 from parti_jax.models import vit_vqgan
 from parti_jax.sampling import model_folder
 from parti_jax.training import checkpoints
+
+# Pictures that a device computes at once.
+GROUP = 16
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -122,25 +124,59 @@ def load_for(key: str, path: str, remedy: str) -> FrozenTokenizer:
   return dataclasses.replace(found, params=jax.tree.map(np.asarray, found.params))
 
 
-def tokenized(tokenizer: FrozenTokenizer, pictures: Iterator[tuple[str, np.ndarray]],
-              batch_size: int) -> Iterator[tuple[str, np.ndarray]]:
-  """Captions with image tokens, for captions with pictures.
+class Encoder:
+  """Makes tokens of pictures on all devices of this process.
+
+  The tokens of a picture depend on neither the number of devices nor how many pictures are given at
+  once: every device computes groups of `GROUP` pictures by one program, since XLA's sums differ in
+  their last bits with the size of what is computed.
 
   Args:
     tokenizer: makes the tokens.
-    pictures: captions and pictures, uint8 [height, width, 3].
-    batch_size: pictures at once, at most; a short last batch is padded.
+    dtype: name of the dtype that projections compute in; None for bfloat16 on accelerators and
+      float32 on CPUs.
+    devices: of this process; None for all of them.
 
-  Yields:
-    (caption, int32 [image_length]).
+  Attributes:
+    dtype: the name.
+    platform: 'cpu', 'gpu' or 'tpu'.
   """
-  module = vit_vqgan.ViTVQGAN(tokenizer.config)
-  encode = jax.jit(lambda images: module.apply(
-      {'params': tokenizer.params}, images.astype(np.float32) / 255.0, method='tokenize'))
-  size = None
-  while batch := list(itertools.islice(pictures, batch_size)):
-    size = size or len(batch)
-    images = np.stack([picture for _, picture in batch])
+
+  def __init__(self, tokenizer: FrozenTokenizer, dtype: str | None = None,
+               devices: Sequence[jax.Device] | None = None):
+    devices = list(devices or jax.local_devices())
+    self.platform = devices[0].platform
+    self.dtype = dtype or ('float32' if self.platform == 'cpu' else 'bfloat16')
+    self._at_once = GROUP * len(devices)
+    mesh = jax.sharding.Mesh(np.array(devices), ('device',))
+    self._split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('device'))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    used = {name: values for name, values in tokenizer.params.items() if name != 'decoder'}
+    self._params = jax.device_put(jax.tree.map(np.asarray, used), everywhere)
+    module = vit_vqgan.ViTVQGAN(dataclasses.replace(tokenizer.config, dtype=self.dtype))
+
+    def encode(params, images):
+      return module.apply({'params': params}, images.astype(np.float32) / 255.0, method='tokenize')
+
+    self._encode = jax.jit(jax.shard_map(
+        encode, mesh=mesh, in_specs=(everywhere.spec, self._split.spec),
+        out_specs=self._split.spec, check_vma=False))
+
+  def __call__(self, images: np.ndarray) -> Callable[[], np.ndarray]:
+    """Begins to compute tokens.
+
+    Args:
+      images: uint8 [pictures, height, width, 3].
+
+    Returns:
+      A function that waits for the tokens, int32 [pictures, image_length].
+    """
+    found = []
     with numerics.fixed():
-      tokens = np.asarray(encode(np.resize(images, (size,) + images.shape[1:])))
-    yield from zip((caption for caption, _ in batch), tokens)
+      for start in range(0, len(images), self._at_once):
+        group = images[start:start + self._at_once]
+        missing = self._at_once - len(group)
+        if missing:
+          group = np.concatenate([group, np.zeros((missing, *group.shape[1:]), group.dtype)])
+        found.append(self._encode(self._params, jax.device_put(group, self._split)))
+    return lambda: np.concatenate([np.asarray(tokens) for tokens in found])[:len(images)]

@@ -22,7 +22,7 @@ from parti_jax.training import watched_process
 # Seconds without a sign of life until a process counts as dead, and until those that wait at the
 # end give up on the others.
 HEARTBEAT_TIMEOUT = 30
-_AGAIN = 'start all processes again: the run goes on from its last checkpoint'
+_AGAIN = 'start all processes again to go on'
 
 
 @dataclasses.dataclass(frozen=True)

@@ -72,7 +72,8 @@ def _what_else(folder: str, names: list[str]) -> str:
     return 'one checkpoint; give the folder of its run, two above'
   if storage.name(folder) == 'checkpoints' and all(name[:1].isdigit() for name in names):
     return 'the checkpoints of a run; give the folder above'
-  if 'info.json' in names and any(name.endswith('.tfrecord') for name in names):
+  if 'info.json' in names and any(
+      name.endswith(('.array_record', '.tfrecord')) for name in names):
     return "image tokens, for --gin.token_cache.path, and no run; give a run's folder or a model's"
   return (f'neither a run ({", ".join(_OF_A_RUN)}) nor an exported model ({_MODEL_CONFIG}); give '
           'the --model_dir of `parti-jax train` or what `parti-jax export` wrote')

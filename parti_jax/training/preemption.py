@@ -31,14 +31,17 @@ _listener: _Listener | None = None
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[None]:
+def listening(at_once: str | None = None) -> Iterator[None]:
   """Listens to SIGTERM and the platform's notice while the body runs.
 
   To be entered in the main thread before any library that starts threads is imported: these take
   over that the signal is blocked. Without it, as in a notebook, SIGTERM ends the process as usual.
+
+  Args:
+    at_once: for work with nothing to save, which ends at once: what stays of it, for the last line.
   """
   global _listener
-  _listener = _Listener()
+  _listener = _Listener(at_once)
   before = signal.signal(signal.SIGTERM, lambda *_: _listener and _listener.signalled())
   signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
   _listener.start()
@@ -104,8 +107,9 @@ class _Listener:
     at_end: functions to call before the process is ended.
   """
 
-  def __init__(self):
+  def __init__(self, at_once: str | None = None):
     self.told, self.at_end = False, []
+    self._at_once = at_once
     self._lock = threading.Lock()
     self._seconds, self._newest_step, self._journal = 25.0, None, None
     self._first_step, self._training = None, False
@@ -162,6 +166,9 @@ class _Listener:
                   f'{self._seconds:g} s of train.grace_seconds')
 
   def _tell(self, source: str, now: float) -> None:
+    if self._at_once:
+      self.write_line(f'told to stop by {source}; {self._at_once}; {_AGAIN}')
+      os._exit(STATUS)
     self._told_at, self.told = now, True
     several = _meets_others()
     if not several and not self._training:

@@ -68,11 +68,12 @@ class Run:
     mesh = '×'.join(f'{axis} {size}' for axis, size in facts['mesh'].items())
     where = f'resuming at step {self.step}' if self.resumed else 'starting at step 0'
     among = f' of {jax.process_count()} processes' if jax.process_count() > 1 else ''
-    lines = [f'{facts["stage"]}: {facts["parameters"] / 1e6:.1f}M parameters on '
-             f'{jax.device_count()} {jax.devices()[0].device_kind} devices{among} ({mesh}), {where}']
+    devices = f'{jax.device_count()} {jax.devices()[0].device_kind} devices{among} ({mesh})'
+    lines = [f'{facts["stage"]}: {facts["parameters"] / 1e6:.1f}M parameters on {devices}, {where}']
     if self._checkpoints.factored:
       lines.append(whole_moments.line(self._checkpoints.factored))
-    own, microbatches = self._trainer.stage.over_examples, self._trainer.microbatches
+    own = getattr(self._trainer.stage, 'over_examples', ())
+    microbatches = self._trainer.microbatches
     if own and microbatches > 1:
       lines.append(f'with train.microbatches={microbatches} each microbatch has its own '
                    f'{" and ".join(own)}, so that results differ from those of the whole batch')

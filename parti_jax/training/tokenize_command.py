@@ -3,60 +3,95 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import sys
-
-import tqdm
+import functools
+import re
+from collections.abc import Callable
 
 from parti_jax import checks
-from parti_jax import compilation_cache
 from parti_jax import config
-from parti_jax.training import frozen_tokenizer
+from parti_jax.errors import UserError
+from parti_jax.training import hosts
+from parti_jax.training import preemption
+from parti_jax.training import watched_process
 
 
 def add_arguments(parser: argparse.ArgumentParser):
   """Adds the flags of `parti-jax tokenize`."""
   config.add_gin_arguments(parser)
-  parser.add_argument('--tokenizer', required=True,
+  parser.add_argument('--tokenizer',
                       help="the tokenizer's run, the --model_dir that it was trained in, or an "
                       'exported model')
-  parser.add_argument('--output_dir', required=True, help='folder of the token cache')
+  parser.add_argument('--output_dir', required=True,
+                      help='folder of the token cache, on a disk or at gs:// or s3://')
   parser.add_argument('--splits', nargs='+', metavar='SPLIT',
                       help='splits of the source (default: all that it has)')
-  parser.add_argument('--batch_size', type=int, default=64, help='pictures at once')
+  parser.add_argument('--views', type=int, default=1, choices=(1, 2, 10),
+                      help='token sequences of a picture, of which training takes one at random: '
+                      "1 of its central square, 2 with the mirrored one, 10 with LlamaGen's "
+                      'corners too (default: 1)')
+  parser.add_argument('--dtype', choices=('bfloat16', 'float32'),
+                      help='what the encoder computes in (default: bfloat16 on TPUs and GPUs, '
+                      'float32 on CPUs)')
+  parser.add_argument('--batch_size', type=int, default=64,
+                      help='pictures at once, which changes no token (default: 64)')
+  parser.add_argument('--overwrite', action='store_true',
+                      help='replace splits, and parts of unfinished ones, that are in the folder '
+                      'and were made with something else')
+  parser.add_argument('--convert', metavar='FOLDER',
+                      help='turn a token cache of version 1 into one of version 2, in place of '
+                      'tokenizing')
+  hosts.add_arguments(parser)
+  parser.add_argument('--worker', metavar='I/N',
+                      help='do the share I, from 0, of N independent processes, in any order')
 
 
 def run(args: argparse.Namespace) -> int:
   """Writes the token cache; returns the exit status."""
-  from parti_jax.data import sources  # pylint: disable=g-import-not-at-top
-  from parti_jax.data import datasets
-  from parti_jax.data import token_cache
-  from parti_jax.training import configurables  # pylint: disable=unused-import
   checks.count('--batch_size', args.batch_size)
-  config.parse(args.gin_file, args.gin_bindings)
-  splits = _splits(args.splits, sources.configured(sources.chosen()))
-  compilation_cache.enable()
-  tokenizer = frozen_tokenizer.load(args.tokenizer)
-  model = tokenizer.config
-  info = {'codebook_size': model.codebook_size, 'image_tokens': model.image_length,
-          'tokenizer': tokenizer.fingerprint}
-  # All are opened first: what can't be read is found before hours have gone into the first.
-  pictures = {split: datasets.pictures_and_captions(None, split, model.image_size)
-              for split in splits}
-  for split in splits:
-    with contextlib.closing(pictures[split]):
-      examples = frozen_tokenizer.tokenized(tokenizer, pictures[split], args.batch_size)
-      bar = tqdm.tqdm(examples, desc=split, unit='picture', disable=not sys.stderr.isatty())
-      count = token_cache.write_token_cache(args.output_dir, bar, info, split)
-    print(f'{args.output_dir}: {split}: {count} pictures, {model.image_length} tokens each')
+  if (args.tokenizer is None) == (args.convert is None):
+    raise UserError('give --tokenizer=FOLDER or, to convert a token cache, --convert=FOLDER')
+  worker = _worker(args)
+  found = None if worker else hosts.processes(args)
+  if found is None:
+    _write(args, lambda: worker or (0, 1), together=False)
+    return 0
+  watched = watched_process.WatchedProcess()
+  status = watched.fork(functools.partial(hosts.explanation, found, watched))
+  if status is not None:
+    return status
+
+  def connect() -> tuple[int, int]:
+    import jax  # pylint: disable=g-import-not-at-top
+    hosts.connect(found)
+    watched.connect()
+    return jax.process_index(), jax.process_count()
+
+  with watched.failures():
+    _write(args, connect, together=True)
   return 0
 
 
-def _splits(wanted: list[str] | None, source) -> list[str]:
-  """Returns the splits to tokenize: those that are wanted, or all that the source has."""
-  if not wanted:
-    wanted = list(source.splits)
-    print(f'{source.place} has the splits {", ".join(wanted)}; --splits chooses some of them')
-  for split in wanted:
-    source.check_split(split)
-  return list(dict.fromkeys(wanted))
+def _worker(args: argparse.Namespace) -> tuple[int, int] | None:
+  """Which of how many independent processes this is, None where --worker is not given."""
+  if args.worker is None:
+    return None
+  together = ('multi_host', 'coordinator', 'num_processes', 'process_id')
+  given = [name for name in together
+           if getattr(args, name) is not None and getattr(args, name) is not False]
+  if given:
+    raise UserError(f'--worker is for independent processes; leave away either it or --{given[0]}')
+  match = re.fullmatch(r'(\d{1,9})/(\d{1,9})', args.worker)
+  if not match or int(match[1]) >= int(match[2]):
+    raise UserError(f'--worker={args.worker} is not I/N with I from 0 to N-1, such as 0/4')
+  return int(match[1]), int(match[2])
+
+
+def _write(args: argparse.Namespace, connect: Callable[[], tuple[int, int]],
+           together: bool) -> None:
+  # Before what starts threads is imported, so that it blocks SIGTERM in them too.
+  with preemption.listening(at_once='the parts that are finished stay'):
+    from parti_jax.training import tokenize_jobs  # pylint: disable=g-import-not-at-top
+
+    make = tokenize_jobs.of_old_cache if args.convert else tokenize_jobs.of_source
+    jobs, worker, workers = make(args, connect)
+    tokenize_jobs.run(jobs, worker, workers, together, args.overwrite)

@@ -15,12 +15,15 @@ import jax.numpy as jnp
 from parti_jax.partitioning import factored
 
 
-def names(shapes: Mapping[str, tuple[int, ...]], parameters: str) -> list[str]:
+def names(shapes: Mapping[str, tuple[int, ...]], parameters: str,
+          wanted: Mapping[str, Any] | None = None) -> list[str]:
   """Which arrays of a checkpoint are whole moments of kernels that are factored today.
 
   Args:
     shapes: of all of the checkpoint's arrays, by the names that `checkpoints.by_path` gives them.
     parameters: how the names of parameters begin, such as 'params/'.
+    wanted: the abstract arrays to restore, by name, of which only factored moments count; None
+      for whatever the checkpoint has.
 
   Returns:
     Names such as 'optimizer_state/1/v/decoder/layers/attention/project_in/kernel'.
@@ -29,7 +32,8 @@ def names(shapes: Mapping[str, tuple[int, ...]], parameters: str) -> list[str]:
     state, _, kernel = name.partition('/v/')
     return (bool(kernel) and shapes.get(parameters + kernel) == shapes[name]
             and f'{state}/v_row/{kernel}' in shapes
-            and factored.joined_axis(kernel.split('/'), shapes[name]) is not None)
+            and factored.joined_axis(kernel.split('/'), shapes[name]) is not None
+            and (wanted is None or name in wanted and wanted[name].shape != shapes[name]))
 
   return [name for name in shapes if is_whole(name)]
 
@@ -51,7 +55,7 @@ def as_saved(wanted: Mapping[str, Any], whole: Iterable[str], parameters: str) -
     found[name] = jax.ShapeDtypeStruct(
         parameter.shape, wanted[name].dtype, sharding=parameter.sharding)
     for mean in _means_of(name):
-      found[mean] = wanted[name]  # An empty place, as those of means and whole moments are alike.
+      found[mean] = wanted[name]  # The same placeholder stands for means and for whole moments.
   return found
 
 
@@ -89,7 +93,7 @@ def _means_of(name: str) -> tuple[str, str]:
 
 
 def _factored(moment, shape: tuple[int, ...]):
-  """Means of rows, means of columns, and the place of the whole moment."""
+  """Means of rows, means of columns, and the placeholder of the whole moment."""
   matrix = moment.reshape(shape)
   column, row = factored.axes(shape)
   return jnp.mean(matrix, row), jnp.mean(matrix, column), jnp.zeros((1,), moment.dtype)

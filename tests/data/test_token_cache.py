@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import xxhash
 
-from parti_jax.data import datasets, token_cache
+from parti_jax.data import datasets, token_cache, token_cache_info
 from parti_jax.data.batches import Batches
 from parti_jax.errors import UserError
 
@@ -68,7 +68,7 @@ def test_info(cache):
     return {'examples': examples, 'bytes': len(content),
             'digest': xxhash.xxh3_128_hexdigest(content)}
 
-  assert token_cache.read_info(cache) == {**INFO, 'version': 2, 'views': 1, 'splits': {
+  assert token_cache_info.read_info(cache) == {**INFO, 'version': 2, 'views': 1, 'splits': {
       'train': {'examples': 10, 'shards': [
           shard(f'train-0000{i}', count) for i, count in enumerate((4, 4, 2))]},
       'validation': {'examples': 2, 'shards': [shard('validation-00000', 2)]}}}
@@ -79,7 +79,7 @@ def test_info(cache):
 
 def test_writing_again_replaces_a_split(cache):
   token_cache.write_token_cache(cache, _examples(3), INFO)
-  splits = token_cache.read_info(cache)['splits']
+  splits = token_cache_info.read_info(cache)['splits']
   assert {name: (split['examples'], len(split['shards'])) for name, split in splits.items()} == {
       'train': (3, 1), 'validation': (2, 1)}
   assert sorted(os.listdir(cache)) == [
@@ -90,13 +90,17 @@ def test_writing_again_leaves_splits_alone_whose_names_begin_the_same(cache):
   token_cache.write_token_cache(cache, _examples(6), INFO, split='train-more')
   token_cache.write_token_cache(cache, _examples(3), INFO, split='हिन्दी 訓練')
   token_cache.write_token_cache(cache, _examples(1), INFO)
+  token_cache.write_token_cache(cache, _examples(3), INFO, split='train[:10%]')
+  token_cache.write_token_cache(cache, _examples(1), INFO, split='train[%3A10%]')
   source = token_cache.TokenCacheSource(cache)
   found = {split: len(source.open(split)) for split in source.splits}
-  assert found == {'validation': 2, 'train-more': 6, 'हिन्दी 訓練': 3, 'train': 1}
+  assert found == {'validation': 2, 'train-more': 6, 'हिन्दी 訓練': 3, 'train': 1, 'train[:10%]': 3,
+                   'train[%3A10%]': 1}
+  assert not [name for name in os.listdir(cache) if ':' in name]
 
 
 @pytest.mark.parametrize('split', [
-    '', '../train', 'a/b', 'a\\b', '.hidden', 'a:b', 'a\0', 'a\n', 'a*', '訓' * 70, '-a', '\ud800'])
+    '', '../train', 'a/b', 'a\\b', '.hidden', 'a\0', 'a\n', 'a*', '訓' * 70, '-a', '\ud800'])
 def test_splits_that_no_file_can_be_named_by(cache, split):
   before = sorted(os.listdir(cache))
   with pytest.raises(UserError, match='^the split .* cannot be part of a file name'):
@@ -111,7 +115,7 @@ def test_splits_whose_files_would_be_anothers_on_some_file_systems(cache, split)
 
 
 def test_interrupted_writing_changes_nothing(cache):
-  before = sorted(os.listdir(cache)), token_cache.read_info(cache)
+  before = sorted(os.listdir(cache)), token_cache_info.read_info(cache)
 
   def broken():
     yield from _examples(6)
@@ -119,7 +123,7 @@ def test_interrupted_writing_changes_nothing(cache):
 
   with pytest.raises(KeyboardInterrupt):
     token_cache.write_token_cache(cache, broken(), INFO)
-  assert (sorted(os.listdir(cache)), token_cache.read_info(cache)) == before
+  assert (sorted(os.listdir(cache)), token_cache_info.read_info(cache)) == before
 
 
 def test_tokens_of_another_tokenizer_do_not_mix(cache):
@@ -146,17 +150,17 @@ def test_missing_unfinished_or_damaged(cache, tmp_path):
   with pytest.raises(UserError, match='train-00001.array_record is missing'):
     Batches('cached_tokens', 'train', 1, LENGTHS)
   with pytest.raises(UserError, match='does not exist; `parti-jax tokenize` makes it'):
-    token_cache.read_info(str(tmp_path / 'none'))
+    token_cache_info.read_info(str(tmp_path / 'none'))
   (tmp_path / 'info.json').write_text('{')
   with pytest.raises(UserError, match='info.json is damaged'):
-    token_cache.read_info(str(tmp_path))
+    token_cache_info.read_info(str(tmp_path))
   (tmp_path / 'info.json').write_text(json.dumps({'splits': {}, **INFO, 'tokenizer': 'a'})[:-1]
                                       .replace('"tokenizer"', '"other"') + '}')
   with pytest.raises(UserError, match='lacks tokenizer'):
-    token_cache.read_info(str(tmp_path))
+    token_cache_info.read_info(str(tmp_path))
   (tmp_path / 'info.json').unlink()
   with pytest.raises(UserError, match='is not finished'):
-    token_cache.read_info(str(tmp_path))
+    token_cache_info.read_info(str(tmp_path))
 
 
 def test_a_shard_that_was_cut_is_refused_when_it_is_opened(cache):
@@ -179,13 +183,13 @@ def test_a_shard_of_something_else_is_refused_when_it_is_opened(cache, tmp_path)
 @pytest.mark.parametrize('tokens, codes', [(9, 32), (4, 8)])
 def test_a_shard_of_another_cache_is_refused_when_it_is_opened(cache, tmp_path, tokens, codes):
   """Of the same size and number of records, but with other tokens than info.json says."""
-  info = token_cache.read_info(cache)
+  info = token_cache_info.read_info(cache)
   name = 'train-00000.array_record'
   other = {**INFO, 'image_tokens': tokens, 'codebook_size': 2**16}
   records = (token_cache.serialized('', np.full(tokens, 20), other) for _ in range(4))
   shard = token_cache.write_shard(os.path.join(cache, name), records)
   info['splits']['train']['shards'][0] = shard
-  token_cache.write_info(cache, {**info, 'codebook_size': codes})
+  token_cache_info.write_info(cache, {**info, 'codebook_size': codes})
   if (tokens, codes) == (4, 8):
     with pytest.raises(UserError, match=f'{name} is damaged: its first record is not one of'):
       Batches('cached_tokens', 'train', 1, LENGTHS)
@@ -286,7 +290,7 @@ def test_info_that_makes_no_sense(tmp_path, entry, value):
   info = {**INFO, 'version': 2, 'views': 1, 'splits': {}, entry: value}
   (tmp_path / 'info.json').write_text(json.dumps(info))
   with pytest.raises(UserError, match='info.json is damaged; `parti-jax tokenize` makes it again'):
-    token_cache.read_info(str(tmp_path))
+    token_cache_info.read_info(str(tmp_path))
 
 
 def test_version_1_says_what_to_do(tmp_path):
@@ -294,14 +298,14 @@ def test_version_1_says_what_to_do(tmp_path):
       'train': {'examples': 3, 'shards': 1, 'bytes': [12]}}}))
   with pytest.raises(UserError, match=f'{tmp_path} is of version 1; .* parti-jax tokenize '
                                       f'--convert={tmp_path} --output_dir=FOLDER'):
-    token_cache.read_info(str(tmp_path))
+    token_cache_info.read_info(str(tmp_path))
 
 
 @pytest.mark.parametrize('content', [b'[1]', b'7', b'\xff{}', b'[' * 100_000])
 def test_info_that_is_no_object(tmp_path, content):
   (tmp_path / 'info.json').write_bytes(content)
   with pytest.raises(UserError, match='info.json (is damaged|lacks)'):
-    token_cache.read_info(str(tmp_path))
+    token_cache_info.read_info(str(tmp_path))
 
 
 def test_lengths_and_path(cache):

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow
 from PIL import Image, ImageCms
 
-from parti_jax.data import damage, captions, datasets, decoding, token_cache
+from parti_jax.data import damage, captions, datasets, decoding, token_cache_info
 from parti_jax.data.readers import folder_index, tar_shards, text_files, text_lines, tfrecords
 from parti_jax.errors import UserError
 
@@ -104,7 +104,7 @@ def info(data: bytes) -> None:
     with open(f'{place}/info.json', 'wb') as file:
       file.write(data)
     try:
-      found = token_cache.read_info(place)
+      found = token_cache_info.read_info(place)
     except UserError as error:
       assert '\n' not in str(error)
     else:

@@ -20,8 +20,8 @@ DESCRIBE = ("gcloud compute tpus queued-resources describe parti '--format=value
 SSH = 'gcloud compute tpus tpu-vm ssh parti --worker='
 STATES = (f"{SSH}all '--command=if [ -e {ON_HOST} ]; then bash {ON_HOST} status; "
           f'else echo "$(hostname) none"; fi\' {WHERE}')
-SCRIPTS = ('create.sh', 'install.sh', 'run.sh', 'logs.sh', 'status.sh', 'stop.sh', 'resume.sh',
-           'delete.sh')
+SCRIPTS = ('create.sh', 'install.sh', 'run.sh', 'tokenize.sh', 'logs.sh', 'status.sh', 'stop.sh',
+           'resume.sh', 'delete.sh')
 
 
 def _create(flags):
@@ -64,6 +64,9 @@ def _dry(cloud, script, *arguments, **variables):
     ('run.sh', ['--model_dir=gs://pictures/run', '--gin.train.steps=10'],
      [f"{SSH}all '--command=bash {ON_HOST} start train --multi_host "
       f"--model_dir=gs://pictures/run --gin.train.steps=10' {WHERE}"]),
+    ('tokenize.sh', ['--tokenizer=gs://pictures/run', '--output_dir', 'gs://pictures/tokens'],
+     [f"{SSH}all '--command=bash {ON_HOST} start tokenize --multi_host "
+      f"--tokenizer=gs://pictures/run --output_dir gs://pictures/tokens' {WHERE}"]),
     ('install.sh', ['--url=https://example.org/a b', '--revision=v1'],
      [f"{SSH}all '--command=rm -rf parti_jax/new && mkdir -p parti_jax/new && git clone --quiet "
       "'\\''https://example.org/a b'\\'' parti_jax/new && git -C parti_jax/new checkout --quiet "
@@ -123,6 +126,8 @@ def test_environment_variables_are_defaults(cloud):
     ('install.sh', [*SLICE, '--url=u'], 'give --revision=COMMIT as well'),
     ('run.sh', [*SLICE, '--gin_file=a.gin'], 'Give --model_dir=gs://BUCKET/FOLDER'),
     ('run.sh', [*SLICE, '--model_dir', 'runs/x'], '--model_dir=runs/x: the hosts of a slice share'),
+    ('tokenize.sh', [*SLICE, '--tokenizer=gs://a/b'], 'Give --output_dir=gs://BUCKET/FOLDER'),
+    ('tokenize.sh', [*SLICE, '--output_dir=tokens'], '--output_dir=tokens: the hosts of a slice'),
     ('resume.sh', SLICE, 'nothing is known here of parti in us-central2-b that create.sh'),
 ])
 def test_bad_input_is_named(cloud, script, arguments, message):
@@ -333,6 +338,47 @@ def test_create_waits_and_says_when_it_is_refused(cloud):
   done = cloud.run('create.sh', *SLICE, '--type=v4-16')
   assert done.returncode == 2
   assert 'parti: FAILED' in done.stdout and 'the queued resource parti is FAILED' in done.stderr
+
+
+TOKENIZE = ('--tokenizer=gs://pictures/tokenizer', '--output_dir=gs://pictures/tokens')
+
+
+@pytest.mark.parametrize('first, second', [('tokenize', 'run'), ('run', 'tokenize')])
+def test_resume_starts_what_was_started_last(cloud, first, second):
+  arguments = {'run': ('--model_dir=gs://pictures/run',), 'tokenize': TOKENIZE}
+  commands = {'run': 'train', 'tokenize': 'tokenize'}
+  cloud.must('create.sh', '--type=v4-16', '--spot')
+  cloud.must('install.sh')
+  for script in (first, second):
+    cloud.must(f'{script}.sh', *arguments[script])
+    assert _states(cloud) == ['host0 running', 'host1 running']
+    # As a process ends that is told to stop: to be started again.
+    _end(cloud, preemption.STATUS)
+    _wait_for(lambda: _states(cloud) == ['host0 gone', 'host1 gone'])
+    for host in cloud.hosts():
+      (host / 'end').unlink()
+      (host / 'arguments').unlink()
+    cloud.must('resume.sh')
+    for host in cloud.hosts():
+      _wait_for((host / 'arguments').exists)
+      assert (host / 'arguments').read_text().splitlines() == [
+          f'<{commands[script]}>', '<--multi_host>',
+          *(f'<{argument}>' for argument in arguments[script])]
+    assert cloud.must('stop.sh').splitlines() == ['host0 stopped', 'host1 stopped']
+
+
+def test_tokens_on_a_shared_disk_are_resumed_there_after_a_preemption(cloud):
+  cloud.must('create.sh', '--type=v4-16', '--spot')
+  cloud.must('install.sh')
+  flags = ('--output_dir=/mnt/tokens', '--tokenizer=/mnt/tokenizer')
+  cloud.must('tokenize.sh', '--shared_disk', *flags)
+  (cloud.folder / 'state').write_text('SUSPENDED')
+  cloud.must('resume.sh')
+  assert _states(cloud) == ['host0 running', 'host1 running']
+  for host in cloud.hosts():
+    _wait_for((host / 'arguments').exists)
+    assert (host / 'arguments').read_text().splitlines() == [
+        '<tokenize>', '<--multi_host>', *(f'<{flag}>' for flag in flags)]
 
 
 def test_delete_forgets(started):

@@ -63,7 +63,7 @@ def _pictures(lib):
 
 
 def _data_thread(lib):
-  lib['decoding'].decode = _after(20, lib['decoding'].decode)
+  lib['decoding'].decode_and_note = _after(20, lib['decoding'].decode_and_note)
 
 
 def _reader(lib):
@@ -81,13 +81,13 @@ def _patch(where):
   from parti_jax.training import trainer
 
   if where != 'step_with_full_buffers':
-    decode = decoding.decode
+    decode = decoding.decode_and_note
 
     def slow(*args, **kwargs):
       time.sleep(0.1)
       return decode(*args, **kwargs)
 
-    decoding.decode = slow
+    decoding.decode_and_note = slow
   _ERRORS[where]({'trainer': trainer, 'decoding': decoding, 'sources': sources})
 
 

@@ -23,6 +23,13 @@ from parti_jax.training import train_loop  # pylint: disable=unused-import
 from parti_jax.training import verification
 
 MODEL = {'stage': 'tokenizer', 'config': {}}
+# Those of other tests in this process, such as fsspec's, may never end.
+_threads_before = set()
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+  _threads_before.update(threading.enumerate())
 
 
 def _save(manager, step, size=4000):
@@ -35,9 +42,9 @@ def _save(manager, step, size=4000):
 def _assert_goes_on(folder, steps=(1,)):
   """The last checkpoint is whole, nothing is left of what failed, and another can be written."""
   # A process ends after such a failure; here Orbax's threads have to end, and TensorStore's.
-  for thread in threading.enumerate():
+  for thread in set(threading.enumerate()) - _threads_before:
     if type(thread).__name__ == '_SignalingThread' or thread.name.startswith('asyncio'):
-      threading.Thread.join(thread)  # Its own would raise the failure again.
+      threading.Thread.join(thread, 60)  # Its own would raise the failure again.
   before = None
   while before != (before := sorted(folder.rglob('*'))):
     time.sleep(0.1)

@@ -203,7 +203,7 @@ def test_an_exported_model(tmp_path, capsys):
 
 @pytest.mark.parametrize('files, message', [
     ([], 'neither a run .* nor an exported model'),
-    (['info.json', 'train-00000.tfrecord'], 'image tokens, for --gin.token_cache.path'),
+    (['info.json', 'train-00000.array_record'], 'image tokens, for --gin.token_cache.path'),
     (['state/d', 'model/metadata'], 'one checkpoint; give the folder of its run'),
     (['config.json'], 'config.json: damaged, or not of an exported model')])
 def test_other_folders_are_named(tmp_path, files, message):

@@ -32,7 +32,8 @@ def test_the_shipped_model_is_put_on_the_mesh_as_it_is():
   model = model_folder.load(pipeline.DEMO_FOLDER)
   stage = generator_stage.GeneratorStage(model.parti_config)
   abstract = abstract_params(stage)
-  params = checkpoints.read_model_folder(pipeline.DEMO_FOLDER, stage, abstract)
+  params = checkpoints.read_model_folder(
+      pipeline.DEMO_FOLDER, stage, abstract, inputs.Inputs(stage, {}, False))
   jax.tree.map(np.testing.assert_array_equal, params, model.parti_params)
   assert jax.tree.all(jax.tree.map(lambda leaf, like: leaf.sharding == like.sharding,
                                    params, abstract))

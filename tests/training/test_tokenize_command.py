@@ -1,4 +1,4 @@
-"""`parti-jax tokenize`: the splits that it writes, of every source of pictures."""
+"""`parti-jax tokenize`: the splits that it writes, of every source of pictures, and its flags."""
 
 import io
 import json
@@ -13,7 +13,7 @@ from PIL import Image
 
 from parti_jax import main
 from parti_jax.data import openmoji
-from parti_jax.data import token_cache
+from parti_jax.data import token_cache_info
 from parti_jax.models import vit_vqgan
 from parti_jax.training import configurables  # pylint: disable=unused-import
 from parti_jax.training import frozen_tokenizer
@@ -87,7 +87,7 @@ def tokenize(monkeypatch, tokenizer_params, tmp_path):
                         '--tokenizer=run', f'--output_dir={tmp_path}/tokens', *arguments])
     if not (tmp_path / 'tokens').exists():
       return status, {}
-    info = token_cache.read_info(str(tmp_path / 'tokens'))
+    info = token_cache_info.read_info(str(tmp_path / 'tokens'))
     return status, {split: entry['examples'] for split, entry in info['splits'].items()}
 
   return run
@@ -135,3 +135,51 @@ def test_a_split_without_files_is_found_before_any_is_tokenized(source, tokenize
 def test_texts_have_no_pictures(tokenize, capsys):
   assert tokenize('text', "--gin.text.path='.'") == (2, {})
   assert 'texts without pictures' in capsys.readouterr().err
+
+
+def _content(folder):
+  return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_second_time_there_is_nothing_to_do(tokenize, tmp_path, capsys):
+  assert tokenize('folder') == (0, SPLITS)
+  before = _content(tmp_path / 'tokens')
+  assert tokenize('folder', '--batch_size=1') == (0, SPLITS)
+  assert 'train: 3 pictures, 4 tokens each (finished before)' in capsys.readouterr().out
+  assert _content(tmp_path / 'tokens') == before
+
+
+@pytest.mark.parametrize('flags, message', [
+    (['--views=2'], 'views 1, not 2'), (['--dtype=bfloat16'], 'dtype float32, not bfloat16'),
+    (["--gin.decode_images.to_srgb=False"], "'decode_images.to_srgb': False"),
+])
+def test_what_was_made_differently_is_replaced_by_overwrite_alone(
+    flags, message, tokenize, tmp_path, capsys):
+  assert tokenize('folder') == (0, SPLITS)
+  before = _content(tmp_path / 'tokens')
+  assert tokenize('folder', *flags) == (2, SPLITS)
+  error = capsys.readouterr().err
+  assert "holds a finished split 'test' with " in error and message in error
+  assert '--overwrite replaces it, or choose another folder' in error
+  assert _content(tmp_path / 'tokens') == before
+  assert tokenize('folder', *flags, '--overwrite') == (0, SPLITS)
+  assert _content(tmp_path / 'tokens') != before
+
+
+@pytest.mark.parametrize('flags, message', [
+    (['--worker=3/3'], '--worker=3/3 is not I/N with I from 0 to N-1'),
+    (['--worker=1'], '--worker=1 is not I/N'), (['--worker=-1/2'], 'is not I/N'),
+    (['--worker=0/2', '--multi_host'], 'leave away either it or --multi_host'),
+    (['--worker=0/2', '--process_id=0'], 'leave away either it or --process_id'),
+    (['--convert=old'], 'give --tokenizer=FOLDER or, to convert'),
+    (['--batch_size=0'], '--batch_size'), (['--views=3'], '--views'),
+])
+def test_bad_flags(flags, message, tokenize, capsys):
+  assert tokenize('folder', *flags) == (2, {})
+  assert message in capsys.readouterr().err
+
+
+def test_a_tokenizer_or_a_cache_must_be_given(capsys, tmp_path):
+  assert main.main(['tokenize', f'--output_dir={tmp_path}/tokens']) == 2
+  assert 'give --tokenizer=FOLDER or, to convert a token cache, --convert=FOLDER' in (
+      capsys.readouterr().err)

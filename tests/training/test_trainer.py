@@ -21,6 +21,7 @@ from parti_jax.models import vit_vqgan
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.partitioning import rules
 from parti_jax.training import generator_stage
+from parti_jax.training import inputs as inputs_lib
 from parti_jax.training import optimizers
 from parti_jax.training import ranker_stage
 from parti_jax.training import run as run_lib
@@ -154,7 +155,8 @@ def test_a_run_says_that_microbatches_change_its_losses(tmp_path):
   for microbatches in (1, 2):
     trainer = trainer_lib.Trainer(
         stage, optax.sgd(1.0), mesh_lib.make_mesh(devices=jax.devices()[:1]), 0, microbatches)
-    run = run_lib.Run(trainer, tmp_path / str(microbatches), 1, [])
+    run = run_lib.Run(
+        trainer, tmp_path / str(microbatches), 1, [], inputs_lib.Inputs(stage, {}, False))
     said = 'with train.microbatches=2 each microbatch has its own negatives in the contrastive loss'
     assert (said in run.beginning()) == (microbatches == 2)
     run.close()

@@ -13,6 +13,7 @@ from parti_jax.models import parti_config
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.training import checkpoints
 from parti_jax.training import generator_stage
+from parti_jax.training import inputs as inputs_lib
 from parti_jax.training import optimizers
 from parti_jax.training import run as run_lib
 from parti_jax.training import trainer as trainer_lib
@@ -131,7 +132,8 @@ class _Examples:
 
 def test_the_run_says_so_and_goes_on_as_if_it_had_always_factored(states, folder):
   trainer, old, new = states
-  run = run_lib.Run(trainer, folder, 2, _Examples())
+  run = run_lib.Run(
+      trainer, folder, 2, _Examples(), inputs_lib.Inputs(trainer.stage, {}, False))
   assert f'resuming at step {STEPS}; {whole_moments.line(KERNELS)}' in run.beginning()
   metrics = run.advance()
   # The first moment was another, which earlier versions multiplied in bfloat16.
@@ -155,4 +157,13 @@ def test_a_checkpoint_of_today_is_left_alone(states, tmp_path):
   state, _ = manager.restore(STEPS, trainer.abstract, checkpoints.describe(STAGE))
   manager.close()
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(new))
+  assert manager.factored == 0
+
+
+def test_an_optimizer_of_ones_own_may_keep_them_whole(states, folder):
+  trainer = _trainer(OLD)
+  manager = checkpoints.Checkpoints(folder)
+  state, _ = manager.restore(STEPS, trainer.abstract, checkpoints.describe(STAGE))
+  manager.close()
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(states[1]))
   assert manager.factored == 0

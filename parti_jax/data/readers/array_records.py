@@ -133,13 +133,14 @@ class ShardStreams(base.Shards):
 
 
 def complete_files(
-    folder: str, split: str, shards: Sequence[Mapping[str, Any]], what: str, how_to_make: str
+    folder: str, names: Sequence[str], shards: Sequence[Mapping[str, Any]], what: str,
+    how_to_make: str
 ) -> list[str]:
-  """Returns the files of a split, after comparing their sizes: a file that was cut opens as empty.
+  """Returns shards' paths, after comparing their sizes: a file that was cut opens as an empty one.
 
   Args:
     folder: their folder, a path or URL.
-    split: the split's name, with which the names of its shards begin.
+    names: of the files.
     shards: 'bytes' of each, as `info.json` has them.
     what: the folder, for messages.
     how_to_make: the command that writes it, for messages.
@@ -149,8 +150,7 @@ def complete_files(
   """
   sizes = storage.sizes(folder)
   files = []
-  for index, shard in enumerate(shards):
-    name = shard_name(split, index)
+  for name, shard in zip(names, shards, strict=True):
     file = storage.join(folder, name)
     if name not in sizes:
       raise UserError(f'{file} is missing from {what}; {how_to_make} again')
@@ -160,26 +160,3 @@ def complete_files(
                       f'{how_to_make} again')
     files.append(file)
   return files
-
-
-def shard_name(split: str, index: int) -> str:
-  """The file name of a shard."""
-  return f'{split}-{index:05d}.array_record'
-
-
-def are_splits(splits: Any) -> bool:
-  """Whether the 'splits' of an `info.json` are of the right form."""
-  whole = lambda value, least: type(value) is int and least <= value < 2**40  # No bool.
-  if not isinstance(splits, dict):
-    return False
-  for split in splits.values():
-    if not (isinstance(split, dict) and whole(split.get('examples'), 1)
-            and isinstance(split.get('shards'), list) and split['shards']):
-      return False
-    for shard in split['shards']:
-      if not (isinstance(shard, dict) and whole(shard.get('examples'), 0)
-              and whole(shard.get('bytes'), 1)):
-        return False
-    if split['examples'] != sum(shard['examples'] for shard in split['shards']):
-      return False
-  return True

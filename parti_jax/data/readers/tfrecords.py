@@ -103,7 +103,7 @@ def parsed(
     record: bytes, keys: Mapping[str, str], describe: bool = False
 ) -> Mapping[str, Any] | Damaged:
   """Returns features of a serialised tf.train.Example, as `examples` yields them."""
-  features = _features(record)
+  features = features_of(record)
   if features is None:
     return Damaged('record that is no tf.train.Example')
   example = {}
@@ -181,12 +181,12 @@ def _first_features(file: str) -> Iterator[Mapping | None]:
   try:
     with storage.open_file(file) as opened:
       for record in itertools.islice(records(unpacked(opened)), _RECORDS_LOOKED_AT):
-        yield None if isinstance(record, Damaged) else _features(record)
+        yield None if isinstance(record, Damaged) else features_of(record)
   except OSError:
     yield None
 
 
-def _features(record: bytes) -> Mapping | None:
+def features_of(record: bytes) -> Mapping | None:
   """Returns the features of a serialised tf.train.Example, None if it is not one."""
   try:
     return _example().FromString(record).features.feature

@@ -44,6 +44,10 @@ class Records(abc.ABC):
   def read(self, indices: Sequence[int]) -> list[Example | Damaged]:
     """Reads the examples at these indices, in their order."""
 
+  def digest(self) -> str | None:
+    """What changes with the examples, as far as that is known without reading them; else None."""
+    return None
+
   def close(self) -> None:
     """Closes the files that are open; reading opens them again."""
 

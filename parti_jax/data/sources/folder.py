@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import gin
 import numpy as np
+import xxhash
 
 from parti_jax import storage
 from parti_jax.data import decoding
@@ -53,6 +54,15 @@ class _Pictures(base.Records):
 
   def __len__(self) -> int:
     return len(self._captions)
+
+  def digest(self) -> str:
+    found = xxhash.xxh3_64()
+    for values in (self._files if self._files is not None else (), self._captions):
+      # Of a path its name alone: hosts may have the folder at different places.
+      for value in values:
+        found.update(b'%d ' % len(value) + (value if values is self._captions
+                                            else os.path.basename(value)))
+    return found.hexdigest()
 
   def read(self, indices: Sequence[int]) -> list[base.Example | Damaged]:
     if self._files is None:

@@ -24,6 +24,7 @@ from typing import Any
 import gin
 
 from parti_jax import storage
+from parti_jax.data import token_cache_info
 from parti_jax.data.damage import Damaged
 from parti_jax.data.readers import array_records
 from parti_jax.data.sources import base, paths
@@ -86,7 +87,7 @@ def read_info(folder: str) -> dict[str, Any]:
                     'else (gin: prepared.path)')
   if info.get('version') != VERSION:
     raise UserError(f'{folder} was written by another version of parti_jax; {_HOW_TO_MAKE} again')
-  if not array_records.are_splits(info.get('splits')):
+  if not token_cache_info.are_splits(info.get('splits')):
     raise UserError(f'{path} is damaged; {_HOW_TO_MAKE} again')
   return info
 
@@ -133,7 +134,8 @@ class PreparedSource(base.Source):
   def _files(self, split: str) -> list[str]:
     """The files of a split, each of the size that it was written with."""
     shards = self._splits[split]['shards']
-    files = array_records.complete_files(self.path, split, shards, self.place, _HOW_TO_MAKE)
+    names = [token_cache_info.shard_name(split, index) for index in range(len(shards))]
+    files = array_records.complete_files(self.path, names, shards, self.place, _HOW_TO_MAKE)
     first = next(number for number, shard in enumerate(shards) if shard['examples'])
     with storage.local_copy(files[first]) as local:
       reader = array_records.Reader(os.fspath(local), parsed)

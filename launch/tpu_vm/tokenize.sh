@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Starts parti-jax tokenize on every host of a slice, with all arguments that are not this script's;
+# each host tokenizes its part of the pictures. As with run.sh it goes on when this script has ended,
+# logs.sh, status.sh, stop.sh and resume.sh are for it too, and a second run beside it is refused.
+#
+#   launch/tpu_vm/tokenize.sh --gin_file=gin_configs/tasks/webdataset.gin \
+#     --gin.webdataset.path="'gs://BUCKET/PICTURES'" --tokenizer=gs://BUCKET/TOKENIZER \
+#     --output_dir=gs://BUCKET/TOKENS [--gin.NAME=VALUE ...]
+#
+#   --shared_disk  the folder of --output_dir is not in Cloud Storage, but all hosts mount its disk
+set -euo pipefail
+
+# shellcheck source=start.sh
+source "$(dirname "${BASH_SOURCE[0]}")/start.sh"
+
+start_on_hosts tokenize tokenize output_dir 'the tokens' "$@"

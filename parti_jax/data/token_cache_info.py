@@ -1,0 +1,245 @@
+"""`info.json` of a token cache, the names of its files, and how a split comes into it.
+
+`token_cache` describes the format.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import json
+import re
+import shutil
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import xxhash
+
+from parti_jax import storage
+from parti_jax.errors import UserError
+
+VERSION = 2
+KEYS = ('codebook_size', 'image_tokens', 'tokenizer')
+HOW_TO_MAKE = '`parti-jax tokenize` makes it'
+_MAX_INFO = 2**28
+# What some file system does not take in the middle of a name, but for colons, see `file_part`.
+_REFUSED = r'\x00-\x1f\x7f/\\<>"|?*\ud800-\udfff'
+_SPLIT = re.compile(rf'[^{_REFUSED}\s.-][^{_REFUSED}]*')
+_LONGEST_SPLIT = 200
+_MOVES_AT_ONCE = 32
+_PIECE = 2**24
+
+
+def read_info(folder: str) -> dict[str, Any]:
+  """Reads the `info.json` of a token cache.
+
+  Args:
+    folder: the cache's folder.
+
+  Returns:
+    Its entries, see `token_cache`, and what else the writer added.
+
+  Raises:
+    UserError: the folder is missing, holds no finished cache, or one of an earlier version.
+  """
+  path = storage.join(folder, 'info.json')
+  if not storage.exists(path):
+    what = 'is not finished' if storage.exists(folder) else 'does not exist'
+    raise UserError(f'the token cache {folder} {what}; {HOW_TO_MAKE} (gin: token_cache.path)')
+  try:
+    info = storage.read_json(path, _MAX_INFO)
+  except (OSError, ValueError) as error:
+    raise UserError(f'{path} is damaged; {HOW_TO_MAKE} again') from error
+  present = info if isinstance(info, dict) else {}
+  missing = [key for key in (*KEYS, 'splits') if key not in present]
+  if missing:
+    raise UserError(f'{path} lacks {", ".join(missing)}; {HOW_TO_MAKE} again')
+  if info.get('version', 1) == 1:
+    raise UserError(f'the token cache {folder} is of version 1; turn it into one of version '
+                    f'{VERSION} with: parti-jax tokenize --convert={folder} --output_dir=FOLDER')
+  if not _makes_sense(info):
+    raise UserError(f'{path} is damaged; {HOW_TO_MAKE} again')
+  return info
+
+
+def _makes_sense(info: Mapping[str, Any]) -> bool:
+  """Returns whether the entries that are read are of the right kinds."""
+  return (_whole(info['codebook_size']) and _whole(info['image_tokens'])
+          and _whole(info.get('views')) and info['version'] == VERSION
+          and isinstance(info['tokenizer'], str) and are_splits(info['splits']))
+
+
+def are_splits(splits: Any) -> bool:
+  """Whether the 'splits' of an `info.json` are of the right form."""
+  if not isinstance(splits, dict):
+    return False
+  for split in splits.values():
+    if not (isinstance(split, dict) and _whole(split.get('examples'))
+            and isinstance(split.get('shards'), list) and split['shards']):
+      return False
+    for shard in split['shards']:
+      if not (isinstance(shard, dict) and _whole(shard.get('examples'), 0)
+              and _whole(shard.get('bytes'))):
+        return False
+    if split['examples'] != sum(shard['examples'] for shard in split['shards']):
+      return False
+  return True
+
+
+def _whole(value: Any, least: int = 1) -> bool:
+  return type(value) is int and least <= value < 2**40  # No bool.
+
+
+def check_split_name(split: str) -> None:
+  """Raises UserError unless the name of a split can be part of a file's."""
+  if not _SPLIT.fullmatch(split) or len(split.encode('utf-8', 'replace')) > _LONGEST_SPLIT:
+    raise UserError(f'the split {split[:80]!r} cannot be part of a file name; rename it in the '
+                    'source, with letters, digits, spaces and -_.+=, 200 bytes at most')
+
+
+def split_info(shards: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+  """What `info.json` has of a split, of what it has of its shards."""
+  return {'examples': sum(shard['examples'] for shard in shards), 'shards': list(shards)}
+
+
+def shard_name(split: str, index: int) -> str:
+  """The file name of a shard."""
+  return f'{file_part(split)}-{index:05d}.array_record'
+
+
+def file_part(split: str) -> str:
+  """What the names of a split's files begin with; slices such as 'train[:10%]' have colons."""
+  return split.replace('%', '%25').replace(':', '%3A')
+
+
+def is_shard(name: str, split: str) -> bool:
+  """Whether a file name is of a shard of a split, of this version or of version 1."""
+  stem, _, ending = name.rpartition('.')
+  number = stem.removeprefix(f'{file_part(split)}-')
+  return ending in ('array_record', 'tfrecord') and number != stem and number.isdecimal()
+
+
+def write_info(folder: str, info: Mapping[str, Any]) -> None:
+  """Writes `info.json`."""
+  info = {'version': VERSION, 'views': 1, **info, 'splits': dict(sorted(info['splits'].items()))}
+  storage.write(storage.join(folder, 'info.json'), json.dumps(info, indent=2))
+
+
+def _same_name(split: str) -> str:
+  """What file systems that fold case and normal forms make of a split's name."""
+  return unicodedata.normalize('NFKC', split).casefold()
+
+
+def other_splits(folder: str, info: Mapping[str, Any], replaced: Sequence[str]) -> dict[str, Any]:
+  """Returns the finished splits that stay, after checking that they are of the same tokenizer.
+
+  Args:
+    folder: of the cache.
+    info: of the cache that is being written.
+    replaced: the splits that are being written: the first does not stay, and the others do not if
+      they are of another tokenizer.
+
+  Raises:
+    UserError: the others are of another tokenizer, or have a name too similar to the first's.
+  """
+  if not storage.exists(storage.join(folder, 'info.json')):
+    return {}
+  present, (split, *others) = read_info(folder), replaced
+  splits = {name: value for name, value in present['splits'].items() if name != split}
+  for name in splits:
+    if _same_name(name) == _same_name(split):
+      raise UserError(f'the token cache {folder} holds a split {name!r}, whose files have the same '
+                      f'names as those of {split!r} on some file systems; choose another folder')
+  differences = differing(present, info)
+  if differences:
+    splits = {name: value for name, value in splits.items() if name not in others}
+  if splits and differences:
+    key, (theirs, ours) = next(iter(differences.items()))
+    raise UserError(f'the token cache {folder} holds {", ".join(splits)} with {key} '
+                    f'{theirs}, not {ours}; choose another folder or remove it')
+  return splits
+
+
+def differing(present: Mapping[str, Any], info: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+  """What all splits of a cache share and two of them don't: key -> the values of both."""
+  return {key: (theirs, ours) for key in (*KEYS, 'views')
+          if (theirs := present.get(key, 1)) != (ours := info.get(key, 1))}
+
+
+def digest(path: str) -> str:
+  """The XXH3 digest of a file, 32 hexadecimal digits."""
+  found = xxhash.xxh3_128()
+  with storage.open_file(path) as file:
+    while piece := file.read(_PIECE):
+      found.update(piece)
+  return found.hexdigest()
+
+
+class LostShard(Exception):
+  """A shard to put in place is gone or damaged; the argument is its number."""
+
+
+def put_in_place(folder: str, info: Mapping[str, Any], split: str, entry: Mapping[str, Any],
+                 files: Sequence[str], replaced: Sequence[str] = ()) -> None:
+  """Moves the finished shards of a split into a cache and enters them in `info.json`.
+
+  If it is killed, calling it again completes it. Several processes may call it with the same
+  arguments at once.
+
+  Args:
+    folder: of the cache.
+    info: of the cache; see `token_cache.write_token_cache`.
+    split: the split's name.
+    entry: of `split_info`.
+    files: the shards, on the disk or in the store of the cache.
+    replaced: other splits that go if they are of another tokenizer.
+
+  Raises:
+    LostShard: one is neither there nor in place already, or not of its size.
+  """
+  others = other_splits(folder, info, (split, *replaced))
+  if storage.exists(storage.join(folder, 'info.json')):
+    if read_info(folder)['splits'].get(split, entry) != entry:
+      write_info(folder, {**info, 'splits': others})
+  names = [shard_name(split, index) for index in range(len(files))]
+
+  def move(index: int) -> None:
+    target = storage.join(folder, names[index])
+    try:
+      storage.move(files[index], target)
+    except FileNotFoundError as error:
+      # In place already, unless what is there is a shard of another split of this name; sizes are
+      # multiples of 64 KiB and say little.
+      if not storage.exists(target) or digest(target) != entry['shards'][index]['digest']:
+        raise LostShard(index) from error
+
+  with concurrent.futures.ThreadPoolExecutor(_MOVES_AT_ONCE) as executor:
+    list(executor.map(move, range(len(files))))
+  sizes = storage.sizes(folder)
+  for index, name in enumerate(names):
+    if sizes.get(name) != entry['shards'][index]['bytes']:
+      raise LostShard(index)
+  for name in set(storage.names(folder)) - set(names):
+    if is_shard(name, split):
+      with contextlib.suppress(FileNotFoundError):
+        storage.remove(storage.join(folder, name))
+  # Another command may be adding another split at this moment.
+  while True:
+    others = other_splits(folder, info, (split, *replaced))
+    write_info(folder, {**info, 'splits': {**others, split: entry}})
+    if split in read_info(folder)['splits']:
+      return
+
+
+def cannot_write(folder: str, error: OSError) -> UserError:
+  """The UserError of an OSError while a cache is written."""
+  return UserError(f'the token cache {folder} cannot be written: {error.strerror or error}')
+
+
+def remove_folder(folder: str) -> None:
+  """Removes a folder of a disk or a store, if it is there."""
+  if storage.is_url(folder):
+    storage.remove_folder(folder)
+  else:
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,280 @@
+"""A split of a token cache that any number of processes write, part by part.
+
+A part becomes one shard. Until all parts are finished, they are in the folder `.SPLIT.parts` of the
+cache:
+
+  made_with.json          what the tokens are made with and of; all processes must agree
+  KEY-00017.array_record  the shard of part 17; KEY is a digest of made_with.json
+  KEY-00017.json          written after the shard: what it holds, and what was skipped
+
+A part is finished when its JSON file is there and its shard has the size that this file says.
+Whoever finds all parts finished puts the shards in place and enters the split in `info.json`. Each
+step can be repeated, so that a process may be killed anywhere and several may merge at once.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import contextlib
+import itertools
+import json
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import xxhash
+
+from parti_jax import storage
+from parti_jax.data import token_cache, token_cache_info
+from parti_jax.errors import UserError
+
+TALLIES = ('skipped', 'shortened')
+_MADE_WITH = 'made_with.json'
+_READS_AT_ONCE = 32
+
+
+class SplitParts:
+  """The parts of a split.
+
+  Args:
+    folder: of the token cache.
+    split: the split's name.
+    info: 'codebook_size', 'image_tokens', 'tokenizer' and 'views' of the cache.
+    made_with: what else the tokens depend on, JSON.
+    count: how many parts there are.
+    replaced: other splits that the same command writes, which go if they are of another tokenizer.
+
+  Attributes:
+    folder: as given.
+    split: as given.
+    count: as given.
+  """
+
+  def __init__(self, folder: str, split: str, info: Mapping[str, Any],
+               made_with: Mapping[str, Any], count: int, replaced: Sequence[str] = ()):
+    token_cache_info.check_split_name(split)
+    self.folder, self.split, self.count = folder, split, count
+    self._info, self._replaced = dict(info), replaced
+    # As they are read back, with lists for tuples.
+    self._made_with = json.loads(json.dumps({**made_with, 'parts': count}))
+    self._whole = {**json.loads(json.dumps(self._info)), **self._made_with}
+    self._key = xxhash.xxh3_64_hexdigest(json.dumps(self._whole, sort_keys=True).encode())
+    self._parts = storage.join(folder, f'.{token_cache_info.file_part(split)}.parts')
+
+  def check(self, overwrite: bool) -> bool:
+    """Looks at what is in the cache, and changes nothing.
+
+    Args:
+      overwrite: whether what was made differently is to be replaced.
+
+    Returns:
+      Whether there is anything to do: False where the split is finished as it would be made.
+
+    Raises:
+      UserError: there is a split, or there are parts of one, that were made differently.
+    """
+    with self._reported():
+      entry, present = self._entry()
+      if entry is not None:
+        if self._is_ours(entry, present):
+          return not self._is_whole(entry)
+        if not overwrite:
+          self._refuse('a finished split', {**present, **entry.get('made_with', {})})
+      token_cache_info.other_splits(self.folder, self._info, (self.split, *self._replaced))
+      begun = self._read(_MADE_WITH)
+      if begun not in (None, self._whole) and not overwrite:
+        self._refuse('parts of a split', begun)
+      return True
+
+  def begin(self) -> None:
+    """Makes this the way in which the split is being written; call `check` first."""
+    with self._reported():
+      if self.finished():
+        return
+      if self._read(_MADE_WITH) != self._whole:
+        storage.write(storage.join(self._parts, _MADE_WITH), json.dumps(self._whole, indent=2))
+      for name in storage.names(self._parts):
+        if not name.startswith((self._key, '.')) and name != _MADE_WITH:
+          with contextlib.suppress(FileNotFoundError):
+            storage.remove(storage.join(self._parts, name))
+
+  def clean(self) -> None:
+    """Removes the parts of a finished split, which stay where a process was killed after `merge`."""
+    with self._reported():
+      if self._read(_MADE_WITH) in (None, self._whole):
+        token_cache_info.remove_folder(self._parts)
+
+  def unfinished(self, indices: Iterable[int]) -> list[int]:
+    """Which of these parts have to be written."""
+    with self._reported():
+      if self.finished():
+        return []
+      sizes = storage.sizes(self._parts)
+      # With all of them written, shards may be on their way to their places.
+      merging = len(self._unwritten(sizes)) == 0
+      with concurrent.futures.ThreadPoolExecutor(_READS_AT_ONCE) as executor:
+        indices = list(indices)
+        facts = executor.map(
+            lambda index: self._facts(index) if self._json(index) in sizes else None, indices)
+        return [index for index, found in zip(indices, facts) if found is None or not (
+            merging or not found['examples']
+            or sizes.get(self._shard(index)) == found['shard']['bytes'])]
+
+  def left(self) -> list[int]:
+    """The parts that no process has finished yet."""
+    with self._reported():
+      return [] if self.finished() else self._unwritten(set(storage.names(self._parts)))
+
+  def is_written(self, index: int) -> bool:
+    """Whether a part, or the whole split, is finished by now."""
+    with self._reported():
+      return storage.exists(storage.join(self._parts, self._json(index))) or self.finished()
+
+  def write(self, index: int, records: Iterable[bytes],
+            tallies: Mapping[str, Mapping[str, int]]) -> None:
+    """Writes a part.
+
+    Args:
+      index: of the part.
+      records: of `token_cache.serialized`.
+      tallies: of `TALLIES`, complete when the last record was taken: reason -> examples.
+
+    Raises:
+      UserError: the cache can't be written, or another process writes other tokens here.
+    """
+    with self._reported():
+      records = iter(records)
+      first = next(records, None)
+      shard = None if first is None else token_cache.write_shard(
+          storage.join(self._parts, self._shard(index)), itertools.chain([first], records))
+      begun = self._read(_MADE_WITH)
+      if begun not in (None, self._whole):
+        self._refuse('parts of a split that another process writes', begun)
+      facts = {'part': index, 'examples': shard['examples'] if shard else 0, 'shard': shard,
+               **{name: dict(tallies[name]) for name in TALLIES}}
+      storage.write(storage.join(self._parts, self._json(index)), json.dumps(facts))
+
+  def merge(self) -> bool:
+    """Makes a split of all parts, or completes what another process has begun of this.
+
+    Returns:
+      Whether the split is finished; False where a part turned out to be damaged, which has to be
+      written again.
+
+    Raises:
+      UserError: no part has any example.
+    """
+    with self._reported():
+      if not self.finished():
+        with concurrent.futures.ThreadPoolExecutor(_READS_AT_ONCE) as executor:
+          facts = list(executor.map(self._facts, range(self.count)))
+        damaged = [index for index, found in enumerate(facts) if found is None]
+        if damaged and not self.finished():
+          self._forget(damaged)
+          return False
+        if not damaged and not self._put_in_place(facts):
+          return False
+      token_cache_info.remove_folder(self._parts)
+      return True
+
+  def finished(self) -> bool:
+    """Whether the split is in the cache, whole and made as it would be made now."""
+    with self._reported():
+      entry, present = self._entry()
+      return entry is not None and self._is_ours(entry, present) and self._is_whole(entry)
+
+  def summary(self) -> dict[str, Any]:
+    """'examples', 'skipped' and 'shortened' of the finished split."""
+    return {name: self._entry()[0][name] for name in ('examples', *TALLIES)}
+
+  def _put_in_place(self, facts: Sequence[Mapping[str, Any]]) -> bool:
+    totals = {name: sum((collections.Counter(found[name]) for found in facts),
+                        collections.Counter()) for name in TALLIES}
+    totals = {name: dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
+              for name, found in totals.items()}
+    used = [found for found in facts if found['examples']]
+    if not used:
+      reasons = ', '.join(f'{count:,} {reason}' for reason, count in totals['skipped'].items())
+      raise UserError(f'there is no usable example in split {self.split!r}'
+                      + (f'; skipped {reasons}' if reasons else ': there is none at all'))
+    entry = {**token_cache_info.split_info([found['shard'] for found in used]), **totals,
+             'made_with': self._made_with}
+    files = [storage.join(self._parts, self._shard(found['part'])) for found in used]
+    try:
+      token_cache_info.put_in_place(
+          self.folder, self._info, self.split, entry, files, self._replaced)
+    except token_cache_info.LostShard as error:
+      if self.finished():
+        return True
+      self._forget([used[error.args[0]]['part']])
+      return False
+    return True
+
+  def _forget(self, indices: Iterable[int]) -> None:
+    """Removes the JSON of parts, so that they are written again."""
+    for index in indices:
+      with contextlib.suppress(FileNotFoundError):
+        storage.remove(storage.join(self._parts, self._json(index)))
+
+  def _entry(self) -> tuple[Mapping[str, Any] | None, Mapping[str, Any]]:
+    """The entry of the split in `info.json`, None where there is none, and all that is there."""
+    if not storage.exists(storage.join(self.folder, 'info.json')):
+      return None, {}
+    present = token_cache_info.read_info(self.folder)
+    return present['splits'].get(self.split), present
+
+  def _is_ours(self, entry: Mapping[str, Any], present: Mapping[str, Any]) -> bool:
+    return not token_cache_info.differing(present, self._info) and (
+        entry.get('made_with') == self._made_with)
+
+  def _is_whole(self, entry: Mapping[str, Any]) -> bool:
+    """Whether the shards of a split are in place; those of other sizes are not whole."""
+    sizes = storage.sizes(self.folder)
+    return all(sizes.get(token_cache_info.shard_name(self.split, index)) == shard['bytes']
+               for index, shard in enumerate(entry['shards']))
+
+  def _refuse(self, what: str, found: Any) -> None:
+    found = found if isinstance(found, dict) else {}
+    differences = [f'{name} {found.get(name)}, not {ours}' for name, ours in self._whole.items()
+                   if found.get(name) != ours]
+    raise UserError(
+        f'the token cache {self.folder} holds {what} {self.split!r} with '
+        f'{"; ".join(differences)}; --overwrite replaces it, or choose another folder')
+
+  def _unwritten(self, names: Container[str]) -> list[int]:
+    return [index for index in range(self.count) if self._json(index) not in names]
+
+  def _facts(self, index: int) -> dict[str, Any] | None:
+    """What is in the JSON of a part, None where it is missing or damaged."""
+    found = self._read(self._json(index))
+    whole = lambda value, least: type(value) is int and value >= least  # No bool.
+    if not (isinstance(found, dict) and found.get('part') == index
+            and whole(found.get('examples'), 0) and 'shard' in found
+            and all(isinstance(found.get(name), dict) and all(
+                whole(count, 1) for count in found[name].values()) for name in TALLIES)):
+      return None
+    shard = found['shard']
+    if found['examples'] == 0 and shard is None:
+      return found
+    fits = (isinstance(shard, dict) and shard.get('examples') == found['examples']
+            and whole(shard.get('bytes'), 1) and isinstance(shard.get('digest'), str))
+    return found if fits else None
+
+  def _read(self, name: str) -> Any:
+    try:
+      return storage.read_json(storage.join(self._parts, name))
+    except (FileNotFoundError, ValueError):
+      return None
+
+  def _json(self, index: int) -> str:
+    return f'{self._key}-{index:05d}.json'
+
+  def _shard(self, index: int) -> str:
+    return f'{self._key}-{index:05d}.array_record'
+
+  @contextlib.contextmanager
+  def _reported(self) -> Iterator[None]:
+    try:
+      yield
+    except OSError as error:
+      raise token_cache_info.cannot_write(self.folder, error) from error

@@ -1,0 +1,117 @@
+"""Reads token caches of version 1, TFRecords of tf.train.Example, to turn them into today's.
+
+A folder with shards `SPLIT-00000.tfrecord` ... and `info.json`:
+
+  {"codebook_size": 8192, "image_tokens": 1024, "tokenizer": "9f8e...",
+   "splits": {"train": {"examples": 3588, "shards": 1, "bytes": [3871234]}}}
+
+`bytes`, the size of each shard, is not in the oldest ones.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from parti_jax import storage
+from parti_jax.data import tally, token_cache, token_cache_info
+from parti_jax.data.damage import Damaged
+from parti_jax.data.readers import tfrecords
+from parti_jax.errors import UserError
+
+
+class OldCache:
+  """A token cache of version 1.
+
+  Args:
+    path: its folder.
+
+  Attributes:
+    place: what it is, for messages.
+    info: what its `info.json` has, without its splits.
+    splits: their names.
+
+  Raises:
+    UserError: there is no such cache.
+  """
+
+  def __init__(self, path: str):
+    self._path, self.place = path, f'the token cache {path}'
+    try:
+      info = storage.read_json(storage.join(path, 'info.json'))
+    except FileNotFoundError as error:
+      raise UserError(f'--convert={path}: there is no token cache, since it has no info.json'
+                      ) from error
+    except ValueError as error:
+      raise UserError(f'--convert={path}: info.json is damaged') from error
+    if isinstance(info, dict) and info.get('version', 1) != 1:
+      raise UserError(f'--convert={path}: this token cache is of version {info["version"]} already')
+    if not _makes_sense(info):
+      raise UserError(f'--convert={path}: info.json is damaged, or not of a token cache')
+    self._splits = info.pop('splits')
+    self.info, self.splits = info, tuple(self._splits)
+
+  def check_split(self, split: str) -> None:
+    """Raises UserError unless the cache has a split."""
+    if split not in self._splits:
+      raise UserError(f'{self.place} has no split {split!r}; it has {", ".join(self.splits)}')
+
+  def files(self, split: str) -> list[str]:
+    """Returns the shards of a split.
+
+    Raises:
+      UserError: a shard is missing or was cut.
+    """
+    entry, sizes, files = self._splits[split], storage.sizes(self._path), []
+    for index in range(entry['shards']):
+      name = f'{split}-{index:05d}.tfrecord'
+      file = storage.join(self._path, name)
+      if name not in sizes:
+        raise UserError(f'{file} is missing; copy it again, or tokenize the pictures again')
+      wanted = entry['bytes'][index] if entry.get('bytes') else sizes[name]
+      if sizes[name] != wanted:
+        raise UserError(f'{file} is damaged: it has {sizes[name]:,} bytes and had {wanted:,} when '
+                        'it was written; copy it again, or tokenize the pictures again')
+      files.append(file)
+    return files
+
+  def records(self, file: str, skipped: Counter[str]) -> Iterator[bytes]:
+    """Yields the examples of a shard as records of today's form, and counts damaged ones."""
+    for record in tfrecords.raw(file):
+      found = record if isinstance(record, Damaged) else self._converted(record['record'])
+      if isinstance(found, Damaged):
+        skipped[found.reason] += 1
+        tally.warn_once(found.reason, file)
+      else:
+        yield found
+
+  def _converted(self, record: bytes) -> bytes | Damaged:
+    features = tfrecords.features_of(record)
+    if features is None or not {'caption', 'targets'} <= set(features):
+      return Damaged('record of something else')
+    captions, tokens = features['caption'].bytes_list.value, features['targets'].int64_list.value
+    try:
+      caption, = captions
+      return token_cache.serialized(
+          caption.decode(), np.array(tokens, np.int64), {**self.info, 'views': 1})
+    except ValueError:
+      return Damaged('record of another token cache')
+
+
+def _makes_sense(info: Any) -> bool:
+  whole = lambda value: type(value) is int and 1 <= value < 2**40  # No bool.
+  if not (isinstance(info, Mapping) and isinstance(info.get('splits'), dict)
+          and all(whole(info.get(name)) for name in ('codebook_size', 'image_tokens'))
+          and isinstance(info.get('tokenizer'), str)):
+    return False
+  for split in info['splits'].values():
+    if not isinstance(split, dict) or not whole(split.get('shards')):
+      return False
+    sizes = split.get('bytes')
+    if sizes is not None and not (isinstance(sizes, list) and len(sizes) == split['shards']
+                                  and all(type(size) is int for size in sizes)):
+      return False
+  return True
