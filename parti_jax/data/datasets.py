@@ -7,8 +7,8 @@
 | `SOURCE_pairs` | inputs, images | text encoder, ranker, super-resolution |
 | `openmoji_tokens`, `cached_tokens` | inputs, targets | Parti, from the token cache |
 
-SOURCE is openmoji, folder, tfrecord, webdataset, prepared or, for texts, text. `texts`, `images` and
-`pairs` alone mean the source that gin chooses by `data.source`, so that a run takes its data from
+SOURCE is openmoji, folder, tfrecord, webdataset, prepared or, for texts, text. `texts`, `images`
+and `pairs` alone mean the source that gin chooses by `data.source`, so that a run takes its data from
 another place when it includes another file of gin_configs/tasks/. Texts are read without their
 pictures.
 

@@ -28,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--overwrite', action='store_true',
                       help='replace the split in the output folder if it is there')
   parser.epilog = (
-      'All other flags are Apache Beam\'s: --direct_num_workers=8 for eight processes (default: one '
-      'for each core), --runner=DataflowRunner --project=... for another runner.')
+      'All other flags are Apache Beam\'s: --direct_num_workers=8 for eight processes (default: '
+      'one for each core), --runner=DataflowRunner --project=... for another runner.')
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
   if isinstance(source, prepared.PreparedSource) and _same(source.path, args.output_dir):
     raise UserError(f'--output_dir={args.output_dir} is the folder that is read; choose another')
   work = work_lib.Work(source, args.split, settings)
-  parts = len(work.parts)
+  parts = len(work)
   beam_pipeline, where = pipeline.make(args.other_flags, min(os.cpu_count() or 1, parts))
   work.check_columns()
   output = output_lib.Output(args.output_dir, args.split, settings.drops_duplicates)

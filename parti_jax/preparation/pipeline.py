@@ -1,9 +1,9 @@
 """The Beam pipeline: prepares shards, finds duplicates among all examples, takes them out.
 
-Each part of the source becomes a shard, so that pictures never travel between workers. Only a row of
-some dozen bytes for each example does. Rows are grouped by digest, by perceptual hash and by pieces
-of the hash, and what loses against a better example is taken out of its shard. Nothing depends on
-how a runner divides the work, and each step may be repeated.
+Each part of the source becomes a shard, so that pictures never travel between workers. Only rows of
+some dozen bytes do, one for each example. They are grouped by digest, by perceptual hash and by
+pieces of the hash, and what loses against a better example is taken out of its shard. Nothing
+depends on how a runner divides the work, and each step may be repeated.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class _Prepare(beam.DoFn):
     self._work, self._settings, self._to_srgb, self._output = work, settings, to_srgb, output
 
   def process(self, number: int) -> Iterator[Any]:  # pylint: disable=arguments-differ
-    examples = self._work.read(self._work.parts[number])
+    examples = self._work.read(number)
     outcome, rows = shards.write(self._output.staging_place(number), number, examples,
                                  self._settings, self._to_srgb)
     yield beam.pvalue.TaggedOutput('outcomes', (number, outcome))
@@ -163,7 +163,7 @@ def add_steps(root, work: Work, settings: Settings, to_srgb: bool, output: Outpu
     source: what is read, for the report.
   """
   rows, outcomes = (
-      root | 'parts' >> beam.Create(range(len(work.parts))) | beam.Reshuffle()
+      root | 'parts' >> beam.Create(range(len(work))) | beam.Reshuffle()
       | 'prepare' >> beam.ParDo(_Prepare(work, settings, to_srgb, output)).with_outputs(
           'outcomes', main='rows'))
   if output.staged:
@@ -174,7 +174,7 @@ def add_steps(root, work: Work, settings: Settings, to_srgb: bool, output: Outpu
   else:
     outcomes = outcomes | 'outcome' >> beam.Values()
   _ = (outcomes | 'all' >> beam.combiners.ToList()
-       | 'publish' >> beam.ParDo(_Publish(output, source, settings, len(work.parts))))
+       | 'publish' >> beam.ParDo(_Publish(output, source, settings, len(work))))
 
 
 def make(flags: Sequence[str], workers: int) -> tuple[beam.Pipeline, str]:

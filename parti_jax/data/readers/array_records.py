@@ -70,15 +70,20 @@ class ShardRecords(base.Records):
     files: paths of the shards.
     counts: number of records of each.
     parse: makes examples of records.
+    digest: see `Records.digest`.
   """
 
-  def __init__(self, files: Sequence[str], counts: Sequence[int], parse: Parse):
-    self._files, self._parse = list(files), parse
+  def __init__(self, files: Sequence[str], counts: Sequence[int], parse: Parse,
+               digest: str | None = None):
+    self._files, self._parse, self._digest = list(files), parse, digest
     self._ends = np.cumsum(counts)
     self._readers: collections.OrderedDict[int, Reader] = collections.OrderedDict()
 
   def __len__(self) -> int:
     return int(self._ends[-1])
+
+  def digest(self) -> str | None:
+    return self._digest
 
   def __getstate__(self) -> dict[str, Any]:
     return self.__dict__ | {'_readers': collections.OrderedDict()}

@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import gin
+import xxhash
 
 from parti_jax import storage
 from parti_jax.data import token_cache_info
@@ -127,8 +128,11 @@ class PreparedSource(base.Source):
     parse = functools.partial(parsed, describe=describe)
     if self._shuffle == 'window':
       return array_records.ShardStreams(files, parse)
-    counts = [shard['examples'] for shard in self._splits[split]['shards']]
-    return array_records.ShardRecords(files, counts, parse)
+    shards = self._splits[split]['shards']
+    digests = ''.join(str(shard.get('digest')) for shard in shards)
+    return array_records.ShardRecords(
+        files, [shard['examples'] for shard in shards], parse,
+        xxhash.xxh3_64_hexdigest(digests.encode()))
 
   @functools.cache
   def _files(self, split: str) -> list[str]:
