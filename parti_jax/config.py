@@ -20,8 +20,8 @@ from parti_jax.errors import UserError
 
 # What gin may name in parti_jax.data; tests/test_config.py compares them with what is there.
 DATA_NAMES = ('data', 'decode_images', 'drop_text', 'folder', 'hf_datasets', 'loader', 'mixture',
-              'openmoji', 'parquet', 'shuffle', 'text', 'tfrecord', 'token_cache', 'vocabulary',
-              'webdataset')
+              'openmoji', 'parquet', 'prepared', 'shuffle', 'text', 'tfrecord', 'token_cache',
+              'vocabulary', 'webdataset')
 _DATA_IMPORT = re.compile(r'^import parti_jax\.data\b.*$', re.MULTILINE)
 
 _CALL_CHAIN = '\n  In call to configurable'

@@ -28,6 +28,7 @@ _MAY_IMPORT = {
     'models': {'partitioning', 'checks', 'errors', 'numerics'},
     'data': {'partitioning', *_LEAVES},
     'sampling': {'models', 'data', 'partitioning', *_LEAVES},
+    'preparation': {'data', *_LEAVES},
     'planning': {'models', 'partitioning', 'sampling', 'training', *_LEAVES},
     'training': {'models', 'data', 'partitioning', 'sampling', *_LEAVES},
     'evaluation': {'models', 'data', 'partitioning', 'sampling', *_LEAVES},
@@ -111,12 +112,14 @@ def _requirements(extra):
 @pytest.mark.parametrize('path', _modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_every_import_is_of_a_declared_package(path):
   declared = _requirements(None)
-  if _part(path) in ('data', 'training', 'evaluation', 't5x'):
+  if _part(path) in ('data', 'preparation', 'training', 'evaluation', 't5x'):
     declared |= _requirements('data')
   if _part(path) == 'data':
     declared |= _requirements('hf')
   if _part(path) == 'store_systems':
     declared |= _requirements('gcs') | _requirements('s3')
+  if _part(path) == 'preparation':
+    declared |= _requirements('beam')
   if _part(path) == 'training':
     declared |= _requirements('lpips')
   if _part(path) == 'evaluation':

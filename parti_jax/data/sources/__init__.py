@@ -15,7 +15,7 @@ from __future__ import annotations
 import gin
 
 from parti_jax.data.sources import (
-    base, folder, hf_datasets, openmoji, parquet, text, tfrecord, webdataset)
+    base, folder, hf_datasets, openmoji, parquet, prepared, text, tfrecord, webdataset)
 from parti_jax.errors import UserError
 
 _SOURCES = {
@@ -25,6 +25,7 @@ _SOURCES = {
     'webdataset': webdataset.configured,
     'parquet': parquet.configured,
     'hf_datasets': hf_datasets.configured,
+    'prepared': prepared.configured,
     'text': text.configured,
 }
 NAMES = tuple(_SOURCES)
