@@ -8,9 +8,9 @@
 | `openmoji_tokens`, `cached_tokens` | inputs, targets | Parti, from the token cache |
 
 SOURCE is openmoji, folder, tfrecord, webdataset, parquet, hf_datasets or, for texts, text. `texts`,
-`images` and `pairs` alone mean the source that gin chooses by `data.source`, so that a run takes its
-data from another place when it includes another file of gin_configs/tasks/. Texts are read without
-their pictures.
+`images` and `pairs` alone mean the source that gin chooses by `data.source`, so that a run takes
+its data from another place when it includes another file of gin_configs/tasks/. Texts are read
+without their pictures.
 `token_cache_NAME_tokens` is the token cache that gin configures in the scope `token_cache_NAME`.
 gin files import this module for all names of the data.
 

@@ -6,7 +6,8 @@
   folder_b/folder.path = 'b'
 
 'mixture_texts', 'mixture_images' and 'mixture_pairs' are mixtures of tasks of that kind, each with
-a source of its own in gin's scope of its name. 'mixture_tokens' mixes token caches of one tokenizer:
+a source of its own in gin's scope of its name. 'mixture_tokens' mixes token caches of one
+tokenizer:
 
   mixture.sources = {'token_cache_a': 0.7, 'token_cache_b': 0.3}
   token_cache_a/token_cache.path = 'tokens_a'
@@ -163,8 +164,8 @@ def check_state(task: str, state: Mapping[str, Any]) -> None:
   if before != now:
     raise UserError(
         f'the checkpoint has its place in the data of {_mixture_of(before) or "no mixture"}, and '
-        f'this run reads {_mixture_of(now) or task}; set back train.task and mixture.sources, or set '
-        'train.restart_data=True to go on with a new pass over the data')
+        f'this run reads {_mixture_of(now) or task}; set back train.task and mixture.sources, or '
+        'set train.restart_data=True to go on with a new pass over the data')
 
 
 def _mixture_of(names: list[str]) -> str:

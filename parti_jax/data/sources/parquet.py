@@ -65,8 +65,8 @@ class ParquetSource(paths.FilesSource):
     size = f'row groups of up to {largest / 2**20:,.0f} MiB'
     if self._shuffle == 'global' and largest > _LARGEST:
       raise UserError(f"parquet.shuffle='global' is not possible with {size}, each of which would "
-                      f"be read for one row; set parquet.shuffle='window', or write {self.place} with "
-                      'smaller ones')
+                      f"be read for one row; set parquet.shuffle='window', or write {self.place} "
+                      'with smaller ones')
     if self._shuffle is None and largest > _SMALL and sizes.sum() > _KEPT:
       logging.info("%s, %s: has %s, so it is shuffled within windows (parquet.shuffle='window')",
                    self.place, split, size)
@@ -205,8 +205,8 @@ def configured(
     image_key: the column of the pictures; None for one of `arrow_rows.PICTURE_KEYS`.
     caption_key: the column of the captions; None for one of `arrow_rows.CAPTION_KEYS`.
     shuffle: 'global' to shuffle all rows, which are read in any order; 'window' to shuffle files,
-      in parts of about 16,000 rows, and their rows within a window. A whole row group is read for one
-      row. So None is 'window' at URLs, and where a row group has more than 4 MiB and all rows
+      in parts of about 16,000 rows, and their rows within a window. A whole row group is read for
+      one row. So None is 'window' at URLs, and where a row group has more than 4 MiB and all rows
       together more than 256 MiB; otherwise it is 'global'.
 
   Raises:
