@@ -56,10 +56,12 @@ class Turns:
   """Whose turn it is, so that each source has its share of the examples over any stretch.
 
   After n examples, each of k sources with the share w has given between w·n - d and w·n + d of
-  them, where d = 1 - 1 / (2k - 2), or 0 for a single one. No order has a smaller bound for
-  all shares. So of any n successive examples it gives w·n to within 2d, which is less than two. It is the rule of
-  R. Tijdeman, "The chairman assignment problem" (Discrete Mathematics, 1980): of the sources that
-  are behind by at least 1 - d, the one comes next that would first be behind by more than d.
+  them, where d = 1 - 1 / (2k - 2), or 0 for a single one. No order has a smaller bound for all
+  shares. So of any n successive examples it gives w·n to within 2d, which is less than two.
+
+  It is the rule of R. Tijdeman, "The chairman assignment problem" (Discrete Mathematics, 1980): of
+  the sources that are behind by at least 1 - d, the one comes next that would first be behind by
+  more than d.
 
   Args:
     shares: of the sources; they sum to 1.
