@@ -214,15 +214,14 @@ def pictures_and_captions(
   """
   name = source_name(task_or_source)
   source = sources.configured(name, size)
-  source.check_split(split)
-  return _usable(source, split, size, decoding.configured())
+  return _usable(source, split, source.examples(split), size, decoding.configured())
 
 
-def _usable(source: base.Source, split: str, size: int, decode: examples.Decode
-            ) -> Iterator[tuple[str, np.ndarray]]:
+def _usable(source: base.Source, split: str, found: Iterator[base.Example | Damaged], size: int,
+            decode: examples.Decode) -> Iterator[tuple[str, np.ndarray]]:
   """Yields what can be used of a split; see `pictures_and_captions`."""
   skipped, shortened, count = tally.Tally(), tally.Tally(), 0
-  for example in source.examples(split):
+  for example in found:
     if isinstance(example, Damaged):
       skipped.add(example.reason, place=example.where)
       continue

@@ -34,15 +34,16 @@ def weights(sources: Mapping[str, float] | None = None) -> dict[str, fractions.F
     UserError: there are none, one is unknown, or a weight is not above 0.
   """
   if not isinstance(sources, Mapping) or not sources:
-    raise UserError("mixture.sources is not set; give --gin.mixture.sources=\"{'webdataset_a': 0.7, "
-                    "'folder_b': 0.3}\"")
+    raise UserError('mixture.sources is not set; give '
+                    "--gin.mixture.sources=\"{'webdataset_a': 0.7, 'folder_b': 0.3}\"")
   for name, weight in sources.items():
     known = isinstance(name, str) and re.fullmatch(r'\w+', name) and (
         is_token_cache(name) or sources_lib.kind(name))
     if not known:
       raise UserError(
-          f'mixture.sources: there is no source {name!r}; there are {", ".join(sources_lib.NAMES)} and '
-          f'{TOKEN_CACHE}, each perhaps with an ending of letters, digits and _: folder_b')
+          f'mixture.sources: there is no source {name!r}; there are '
+          f'{", ".join(sources_lib.NAMES)} and {TOKEN_CACHE}, each perhaps with an ending '
+          'of letters, digits and _: folder_b')
     if type(weight) not in (int, float) or not 0 < weight < float('inf'):
       raise UserError(f'mixture.sources: the weight {weight!r} of {name} must be a number above 0')
   # The decimal numbers that were written, so that 0.7 and 0.3 are 7 of 10 and 3 of 10.
@@ -54,11 +55,13 @@ def weights(sources: Mapping[str, float] | None = None) -> dict[str, fractions.F
 class Turns:
   """Whose turn it is, so that each source has its share of the examples over any stretch.
 
-  After n examples, each of k sources with the share w has given between w·n - d and w·n + d of them,
-  where d = 1 - 1 / (2k - 2), or 0 for a single one. No order has a smaller bound for all shares. So
-  of any n successive examples it gives w·n to within 2d, which is less than two. It is the rule of
-  R. Tijdeman, "The chairman assignment problem" (Discrete Mathematics, 1980): of the sources that
-  are behind by at least 1 - d, the one comes next that would first be behind by more than d.
+  After n examples, each of k sources with the share w has given between w·n - d and w·n + d of
+  them, where d = 1 - 1 / (2k - 2), or 0 for a single one. No order has a smaller bound for all
+  shares. So of any n successive examples it gives w·n to within 2d, which is less than two.
+
+  It is the rule of R. Tijdeman, "The chairman assignment problem" (Discrete Mathematics, 1980): of
+  the sources that are behind by at least 1 - d, the one comes next that would first be behind by
+  more than d.
 
   Args:
     shares: of the sources; they sum to 1.

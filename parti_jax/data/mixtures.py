@@ -5,8 +5,9 @@
   webdataset_a/webdataset.path = 'gs://bucket/a'
   folder_b/folder.path = 'b'
 
-'mixture_texts', 'mixture_images' and 'mixture_pairs' are mixtures of tasks of that kind, each with a
-source of its own in gin's scope of its name. 'mixture_tokens' mixes token caches of one tokenizer:
+'mixture_texts', 'mixture_images' and 'mixture_pairs' are mixtures of tasks of that kind, each with
+a source of its own in gin's scope of its name. 'mixture_tokens' mixes token caches of one
+tokenizer:
 
   mixture.sources = {'token_cache_a': 0.7, 'token_cache_b': 0.3}
   token_cache_a/token_cache.path = 'tokens_a'
@@ -54,8 +55,8 @@ def tasks(task: str) -> dict[str, fractions.Fraction]:
   kind, found = task.removeprefix(_PREFIX), mixing.weights()
   for name in found:
     if mixing.is_token_cache(name) != (kind == _TOKENS):
-      raise UserError(f'mixture.sources: {name} has no {kind}; {_PREFIX}{_TOKENS} mixes token caches, '
-                      f'{", ".join(NAMES[:-1])} mix sources of pictures and captions')
+      raise UserError(f'mixture.sources: {name} has no {kind}; {_PREFIX}{_TOKENS} mixes token '
+                      f'caches, {", ".join(NAMES[:-1])} mix sources of pictures and captions')
   return {f'{name}_{kind}': share for name, share in found.items()}
 
 
@@ -162,9 +163,9 @@ def check_state(task: str, state: Mapping[str, Any]) -> None:
   before, now = list(state.get('parts', ())), list(tasks(task)) if is_one(task) else []
   if before != now:
     raise UserError(
-        f'the checkpoint has its place in the data of {_mixture_of(before) or "no mixture"}, and this '
-        f'run reads {_mixture_of(now) or task}; set back train.task and mixture.sources, or set '
-        'train.restart_data=True to go on with a new pass over the data')
+        f'the checkpoint has its place in the data of {_mixture_of(before) or "no mixture"}, and '
+        f'this run reads {_mixture_of(now) or task}; set back train.task and mixture.sources, or '
+        'set train.restart_data=True to go on with a new pass over the data')
 
 
 def _mixture_of(names: list[str]) -> str:

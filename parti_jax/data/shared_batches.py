@@ -116,8 +116,8 @@ class SharedBatches:
     """Of a mixture: examples of each source so far, and those of its examples that were left out.
 
     Returns:
-      'examples/SOURCE' of all shares, which take turns alike, and 'skipped_examples/SOURCE' of those
-      that this process reads; {} where there is no mixture.
+      'examples/SOURCE' of all shares, which take turns alike, and 'skipped_examples/SOURCE' of
+      those that this process reads; {} where there is no mixture.
     """
     found: collections.Counter = collections.Counter()
     for state in self._states.values():

@@ -83,7 +83,8 @@ class Mixture(seqio.Mixture):
     if seed is not None:
       seed = mixtures.part_seed(int(seed), task.name) >> 2  # In the range of seqio's int32 seeds.
     return super().get_task_dataset(
-        task, output_feature_keys, sequence_length, split, use_cached, shuffle, seed, *args, **kwargs)
+        task, output_feature_keys, sequence_length, split, use_cached, shuffle, seed, *args,
+        **kwargs)
 
 
 def take_turns(parts: Sequence[tf.data.Dataset], rates: Sequence[float], seed: int | None

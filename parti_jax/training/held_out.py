@@ -23,8 +23,8 @@ class HeldOut:
   costs steps. A run that was killed in between finds in its folder, in `evaluated.json`, that
   evaluation and pictures are still missing.
 
-  Each source of a mixture is evaluated by itself, and the measures of the mixture are their means by
-  its weights.
+  Each source of a mixture is evaluated by itself, and the measures of the mixture are their means
+  by its weights.
 
   Args:
     trainer: the stage on its mesh.

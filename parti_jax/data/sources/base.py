@@ -105,17 +105,8 @@ class Source(abc.ABC):
                       f' (gin: {self.name}.splits)')
 
   def examples(self, split: str, pictures: bool = True) -> Iterator[Example | Damaged]:
-    """Yields the examples of a split in order, once."""
-    opened = self.open(split, pictures)
-    if isinstance(opened, Shards):
-      for file in opened.files:
-        yield from opened.read(file)
-      return
-    try:
-      for start in range(0, len(opened), _AT_ONCE):
-        yield from opened.read(range(start, min(start + _AT_ONCE, len(opened))))
-    finally:
-      opened.close()
+    """Opens a split at once, see `open`, and yields its examples in order."""
+    return _in_order(self.open(split, pictures))
 
   def captions(self, split: str) -> Iterator[str]:
     """Yields the captions of a split that can be used in order, without decoding pictures.
@@ -136,3 +127,15 @@ class Source(abc.ABC):
 
 
 _AT_ONCE = 256
+
+
+def _in_order(opened: Records | Shards) -> Iterator[Example | Damaged]:
+  if isinstance(opened, Shards):
+    for file in opened.files:
+      yield from opened.read(file)
+    return
+  try:
+    for start in range(0, len(opened), _AT_ONCE):
+      yield from opened.read(range(start, min(start + _AT_ONCE, len(opened))))
+  finally:
+    opened.close()

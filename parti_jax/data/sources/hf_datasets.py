@@ -1,7 +1,7 @@
 """Folders that the Hugging Face library `datasets` has written with `save_to_disk`.
 
-The library itself reads them: it knows the versions of its format, and finds a row in the memory map
-of its Arrow files at once. It takes pandas and some ten other packages, so that it is an extra.
+The library itself reads them: it knows the versions of its format, and finds a row in the memory
+map of its Arrow files at once. It takes pandas and some ten other packages, so that it is an extra.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def _splits(path: str) -> dict[str, str]:
   if not storage.exists(file):
     if storage.exists(storage.join(path, _STATE)):
       return {'train': ''}
-    raise UserError(f'hf_datasets: {path} is not a folder that save_to_disk of the library datasets '
-                    'has written (gin: hf_datasets.path); Parquet files are read by '
+    raise UserError(f'hf_datasets: {path} is not a folder that save_to_disk of the library '
+                    'datasets has written (gin: hf_datasets.path); Parquet files are read by '
                     "data.source='parquet'")
   try:
     names = storage.read_json(file, _LARGEST)['splits']
@@ -81,8 +81,8 @@ class _Rows(base.Records):
     except (pa.ArrowException, OSError, ValueError, LookupError, TypeError,
             AttributeError) as error:
       reason = ' '.join(str(error).split()) or type(error).__name__
-      raise UserError(f'hf_datasets: {self._folder} is damaged or not a saved dataset: {reason}; save '
-                      'it again') from error
+      raise UserError(f'hf_datasets: {self._folder} is damaged or not a saved dataset: {reason}; '
+                      'save it again') from error
     if not isinstance(dataset, datasets.Dataset):
       raise UserError(f'hf_datasets: {self._folder} holds the splits {", ".join(dataset)}; set '
                       "hf_datasets.splits={'train': 'FOLDER'}, or leave it out")

@@ -23,8 +23,8 @@ SHUFFLES = ('global', 'window')
 _SPLITS = {'train': ('train',), 'validation': ('validation', 'valid', 'val', 'dev'),
            'test': ('test', 'eval')}
 _PATTERNS = ('{}[-.]*parquet', 'data/{}[-.]*parquet', '{}/*.parquet', 'default/{}/*.parquet')
-# Bytes up to which a row group is read for one row, and up to which where gin asks for it. A core reads
-# about 1 MB in a millisecond, and decodes a picture of 256 pixels in about 4.
+# Bytes up to which a row group is read for one row, and up to which where gin asks for it. A core
+# reads about 1 MB in a millisecond, and decodes a picture of 256 pixels in about 4.
 _SMALL, _LARGEST = 2**22, 2**28
 # Bytes of row groups that a process keeps, over all shares.
 _KEPT = 2**28
@@ -64,11 +64,11 @@ class ParquetSource(paths.FilesSource):
     largest = int(sizes.max(initial=0))
     size = f'row groups of up to {largest / 2**20:,.0f} MiB'
     if self._shuffle == 'global' and largest > _LARGEST:
-      raise UserError(f"parquet.shuffle='global' is not possible with {size}, each of which would be "
-                      f"read for one row; set parquet.shuffle='window', or write {self.place} with "
-                      'smaller ones')
+      raise UserError(f"parquet.shuffle='global' is not possible with {size}, each of which would "
+                      f"be read for one row; set parquet.shuffle='window', or write {self.place} "
+                      'with smaller ones')
     if self._shuffle is None and largest > _SMALL and sizes.sum() > _KEPT:
-      logging.info("%s, %s: has %s, so that it is shuffled within windows (parquet.shuffle='window')",
+      logging.info("%s, %s: has %s, so it is shuffled within windows (parquet.shuffle='window')",
                    self.place, split, size)
       return False
     return self._shuffle != 'window'
@@ -98,7 +98,8 @@ def found_splits(path: str) -> dict[str, str]:
 
 def has_pictures(path: str) -> bool:
   """Whether a folder has files of captioned pictures, by the first one of its split 'train'."""
-  from parti_jax.data.readers import arrow_rows, parquet_files  # pylint: disable=g-import-not-at-top
+  # pylint: disable-next=g-import-not-at-top
+  from parti_jax.data.readers import arrow_rows, parquet_files
 
   files = storage.glob(file_patterns.join(path, found_splits(path)['train']))
   return bool(files) and arrow_rows.has_pictures(parquet_files.read_schema(files[0]))
@@ -203,9 +204,9 @@ def configured(
       `found_splits` finds.
     image_key: the column of the pictures; None for one of `arrow_rows.PICTURE_KEYS`.
     caption_key: the column of the captions; None for one of `arrow_rows.CAPTION_KEYS`.
-    shuffle: 'global' to shuffle all rows, which are read in any order; 'window' to shuffle files, in
-      parts of about 16,000 rows, and their rows within a window. A whole row group is read for one
-      row. So None is 'window' at URLs, and where a row group has more than 4 MiB and all rows
+    shuffle: 'global' to shuffle all rows, which are read in any order; 'window' to shuffle files,
+      in parts of about 16,000 rows, and their rows within a window. A whole row group is read for
+      one row. So None is 'window' at URLs, and where a row group has more than 4 MiB and all rows
       together more than 256 MiB; otherwise it is 'global'.
 
   Raises:
