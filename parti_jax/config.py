@@ -19,8 +19,9 @@ from parti_jax import optional_packages
 from parti_jax.errors import UserError
 
 # What gin may name in parti_jax.data; tests/test_config.py compares them with what is there.
-DATA_NAMES = ('loader', 'mixture', 'data', 'decode_images', 'drop_text', 'folder', 'openmoji', 'shuffle', 'text',
-              'tfrecord', 'token_cache', 'vocabulary', 'webdataset')
+DATA_NAMES = ('data', 'decode_images', 'drop_text', 'folder', 'hf_datasets', 'loader', 'mixture',
+              'openmoji', 'parquet', 'prepared', 'shuffle', 'text', 'tfrecord', 'token_cache',
+              'vocabulary', 'webdataset')
 _DATA_IMPORT = re.compile(r'^import parti_jax\.data\b.*$', re.MULTILINE)
 
 _CALL_CHAIN = '\n  In call to configurable'

@@ -1,6 +1,7 @@
 """The command `parti-jax`: finds the module of the chosen command and runs it.
 
-Every command is a module with `add_arguments(parser)` and `run(args) -> exit status`. Only the
+Every command is a module with `add_arguments(parser)` and `run(args) -> exit status`. One with
+`OTHER_FLAGS = True` gets the flags that it does not know as `args.other_flags`. Only the
 chosen command's module is imported, so that `--help` and errors in flags come at once.
 """
 
@@ -18,7 +19,7 @@ from parti_jax import storage
 from parti_jax.errors import UserError
 
 # Commands whose --output_dir, or --output, may be a URL.
-_WRITE_TO_URLS = ('export', 'vocabulary', 't5x_checkpoint', 'tokenize')
+_WRITE_TO_URLS = ('export', 'prepare', 'vocabulary', 't5x_checkpoint', 'tokenize')
 # command -> (module, one line of help)
 COMMANDS = {
     'generate': ('parti_jax.sampling.command', 'draw pictures for prompts'),
@@ -29,6 +30,8 @@ COMMANDS = {
              'tell about a run (how far it is, its checkpoints, its story) or an exported model'),
     'batch': ('parti_jax.training.batch_command',
               'show a batch of training, such as one whose step could not be applied'),
+    'prepare': ('parti_jax.preparation.command',
+                'filter, deduplicate and resize the pictures of a source, with Apache Beam'),
     'tokenize': ('parti_jax.training.tokenize_command',
                  'write the image tokens of a task, for training the generator'),
     'detokenize': ('parti_jax.training.detokenize_command',
@@ -133,7 +136,10 @@ def _run(argv: Sequence[str]) -> int:
   parser = argparse.ArgumentParser(prog=f'parti-jax {name}', description=_description(summary),
                                    allow_abbrev=False)
   module.add_arguments(parser)
-  args = parser.parse_args(arguments)
+  if getattr(module, 'OTHER_FLAGS', False):
+    args, args.other_flags = parser.parse_known_args(arguments)
+  else:
+    args = parser.parse_args(arguments)
   if bindings and not hasattr(args, 'gin_file'):
     raise UserError(f'{_GIN_FLAG}{bindings[0]}: the command {name!r} takes no gin values')
   args.gin_bindings = bindings

@@ -28,7 +28,8 @@ import tempfile
 from collections.abc import Iterator
 from typing import IO, Any
 
-from parti_jax import optional_packages
+from parti_jax import store_errors
+from parti_jax import store_retries
 from parti_jax.errors import UserError
 
 # epath would hand URLs to TensorFlow where that is installed, which knows no s3:// and no endpoint
@@ -39,15 +40,13 @@ os.environ.setdefault('EPATH_USE_TF', '0')
 MAX_WEIGHTS = 2**31
 # The most bytes of a JSON file: configs and metadata have thousands of them.
 MAX_JSON = 2**26
-# Packages whose errors say something of the store and not of us.
-_STORE_PACKAGES = ('aiobotocore', 'aiohttp', 'botocore', 'gcsfs', 'google', 'requests', 's3fs')
+# How often an object is read anew that was replaced meanwhile, and a folder removed anew.
+_READ_ANEW, _REMOVED_ANEW = 5, 5
 # What epath hands to fsspec.
 _EPATH_SCHEMES = ('gs', 's3', 'az', 'hf')
 # Byte order marks; that of UTF-16 begins one of UTF-32.
 _MARKS = ((codecs.BOM_UTF32_LE, 'utf-32'), (codecs.BOM_UTF32_BE, 'utf-32'),
           (codecs.BOM_UTF16_LE, 'utf-16'), (codecs.BOM_UTF16_BE, 'utf-16'))
-# Errors that mean the same for objects as for local files.
-_OF_FILES = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
 
 
 def is_url(path: str | os.PathLike[str]) -> bool:
@@ -88,11 +87,17 @@ def open_file(path: str | os.PathLike[str], mode: str = 'rb') -> Iterator[IO[byt
     with open(_local(path), 'rb') as file:
       yield file if mode == 'rb' else _as_text(file)
     return
-  with _store_errors(path):
-    opened = _file_system(path).open(os.fspath(path), 'rb')
-  # What fails in the caller's own code must not be laid to the store.
-  with opened as file, _store_errors(path, in_body=True):
+  with _opened(path) as file:
     yield file if mode == 'rb' else _as_text(file)
+
+
+def _opened(path: str | os.PathLike[str]) -> io.BufferedReader:
+  from parti_jax import store_systems  # pylint: disable=import-outside-toplevel
+
+  with store_errors.translated(path):
+    system = _file_system(path)
+  return io.BufferedReader(
+      store_systems.Pieces(system, os.fspath(path), store_errors.translated), store_systems.PIECE)
 
 
 def encoding_of(data: bytes) -> str:
@@ -110,23 +115,32 @@ def exists(path: str | os.PathLike[str]) -> bool:
   """Whether there is a file or folder; a folder of a store is there if an object is in it."""
   if not is_url(path):
     return os.path.exists(_local(path))
-  with _store_errors(path):
-    return _file_system(path).exists(os.fspath(path))
+  return _info(path) is not None
 
 
 def is_folder(path: str | os.PathLike[str]) -> bool:
   """Whether there is a folder; one of a store is there if an object is in it."""
   if not is_url(path):
     return os.path.isdir(_local(path))
-  with _store_errors(path):
-    return _file_system(path).isdir(os.fspath(path))
+  found = _info(path)
+  return found is not None and found['type'] == 'directory'
+
+
+def _info(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+  """fsspec's description of what is at a URL; None if nothing is.
+
+  fsspec's own `exists` and `isdir` take any error of a store for an object that is missing.
+  """
+  with store_errors.translated(path), contextlib.suppress(FileNotFoundError):
+    return _file_system(path).info(os.fspath(path))
+  return None
 
 
 def size(path: str | os.PathLike[str]) -> int:
   """Returns the bytes of a file."""
   if not is_url(path):
     return os.path.getsize(_local(path))
-  with _store_errors(path):
+  with store_errors.translated(path):
     return _file_system(path).size(os.fspath(path))
 
 
@@ -134,7 +148,7 @@ def glob(pattern: str | os.PathLike[str]) -> list[str]:
   """Returns the paths, or URLs, that fit a pattern with *, ?, [] and **, sorted."""
   if not is_url(pattern):
     return sorted(local_glob.glob(_local(pattern), recursive=True))
-  with _store_errors(pattern):
+  with store_errors.translated(pattern):
     system = _file_system(pattern)
     return sorted(system.unstrip_protocol(found) for found in system.glob(os.fspath(pattern)))
 
@@ -146,7 +160,7 @@ def names(folder: str | os.PathLike[str]) -> list[str]:
       return sorted(os.listdir(_local(folder)))
     except FileNotFoundError:
       return []
-  with _store_errors(folder):
+  with store_errors.translated(folder):
     try:
       return sorted({name(found) for found in _file_system(folder).ls(
           os.fspath(folder), detail=False)})
@@ -163,7 +177,7 @@ def sizes(folder: str | os.PathLike[str]) -> dict[str, int]:
         if path.is_file():
           found[path.relative_to(top).as_posix()] = path.stat().st_size
     return found
-  with _store_errors(folder):
+  with store_errors.translated(folder):
     system = _file_system(folder)
     top = system._strip_protocol(os.fspath(folder)).rstrip('/') + '/'  # pylint: disable=protected-access
     return {path.removeprefix(top): details['size']
@@ -185,12 +199,24 @@ def read(path: str | os.PathLike[str], limit: int) -> bytes:
       content = file.read(limit + 1)
     found = len(content) if len(content) <= limit else max(size(path), limit + 1)
   else:
-    content, found = b'', size(path)
-    if found <= limit:
-      with _store_errors(path):
-        content = _file_system(path).cat_file(os.fspath(path))
+    content = _read_url(path, limit)
+    found = len(content) if len(content) <= limit else max(size(path), limit + 1)
   _check_bytes(path, found, limit)
   return content
+
+
+def _read_url(path: str | os.PathLike[str], limit: int) -> bytes:
+  """Reads an object, again if it was replaced meanwhile, as a run's lock is again and again."""
+  from parti_jax import store_systems  # pylint: disable=import-outside-toplevel
+
+  for attempt in range(_READ_ANEW + 1):
+    try:
+      with _opened(path) as file:
+        return file.read(limit + 1)
+    except store_systems.Changed:
+      if attempt == _READ_ANEW:
+        raise
+  raise AssertionError
 
 
 def check_size(path: str | os.PathLike[str], limit: int) -> None:
@@ -242,7 +268,7 @@ def write(path: str | os.PathLike[str], content: bytes | str) -> None:
   content = content.encode() if isinstance(content, str) else content
   if is_url(path):
     # Stores put an object in place when the last of its bytes has come.
-    with _store_errors(path, writing=True):
+    with store_errors.translated(path, writing=True):
       _file_system(path).pipe_file(os.fspath(path), content)
     return
   path = pathlib.Path(_local(path))
@@ -266,6 +292,11 @@ def create(path: str | os.PathLike[str], content: bytes) -> None:
   Stores do this by a condition on the request: s3:// by If-None-Match, gs:// by ifGenerationMatch.
   One that ignores the condition replaces the object.
 
+  Args:
+    path: a path or URL.
+    content: what no other process writes, since an object at a URL that has it already counts as
+      created by this call: the answer to an attempt may be lost.
+
   Raises:
     FileExistsError: the file is there.
   """
@@ -273,13 +304,25 @@ def create(path: str | os.PathLike[str], content: bytes) -> None:
     with open(_local(path), 'xb') as file:
       file.write(content)
     return
-  with _store_errors(path, writing=True):
-    try:
-      _file_system(path).pipe_file(os.fspath(path), content, mode='create')
-    except OSError as error:
-      if 'ConditionalRequestConflict' not in str(error):  # Of S3, while another one creates it.
-        raise
-      raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(path)) from error
+  try:
+    with store_errors.translated(path, writing=True):
+      try:
+        _file_system(path).pipe_file(os.fspath(path), content, mode='create')
+      except OSError as error:
+        if 'ConditionalRequestConflict' not in str(error):  # Of S3, while another one creates it.
+          raise
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(path)) from error
+  except FileExistsError:
+    # It is this process' own if only the answer to an earlier attempt was lost.
+    if _read_if_there(path, len(content)) != content:
+      raise
+
+
+def _read_if_there(path: str | os.PathLike[str], limit: int) -> bytes | None:
+  try:
+    return read(path, limit)
+  except (FileNotFoundError, UserError):
+    return None
 
 
 def check_can_write(name: str, path: str | os.PathLike[str]) -> None:
@@ -306,24 +349,27 @@ def make_folder(path: str | os.PathLike[str]) -> None:
 
 
 def remove(path: str | os.PathLike[str]) -> None:
-  """Removes a file."""
+  """Removes a file; at a URL one that is not there is no error, as S3 has it."""
   if not is_url(path):
     os.remove(_local(path))
     return
-  with _store_errors(path, writing=True):
+  with store_errors.translated(path), contextlib.suppress(FileNotFoundError):
     _file_system(path).rm_file(os.fspath(path))
 
 
 def upload(file: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
   """Copies a local file of any size to a URL, where it appears whole or not at all."""
-  with _store_errors(path, writing=True):
+  with store_errors.translated(path, writing=True):
     _file_system(path).put_file(os.fspath(file), os.fspath(path))
+  wanted, found = os.path.getsize(file), size(path)
+  if found != wanted:
+    raise UserError(f'{path}: the store has {found:,} bytes of it and {wanted:,} were written')
 
 
 def download(path: str | os.PathLike[str], file: str | os.PathLike[str]) -> None:
   """Copies what is at a URL to a local file, whose folder must be there."""
-  with _store_errors(path):
-    _file_system(path).get_file(os.fspath(path), os.fspath(file))
+  with open_file(path) as source, open(file, 'wb') as copy:
+    shutil.copyfileobj(source, copy, 2**20)
 
 
 def move(path: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
@@ -331,16 +377,15 @@ def move(path: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
   if not is_url(path):
     os.replace(_local(path), _local(target))
     return
-  with _store_errors(path):
-    system = _file_system(path)
-    system.cp_file(os.fspath(path), os.fspath(target))
-    system.rm_file(os.fspath(path))
+  with store_errors.translated(path):
+    _file_system(path).cp_file(os.fspath(path), os.fspath(target))
+  remove(path)
 
 
 def move_folder(path: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
   """Renames a folder of a store: all is copied within the store, then removed."""
   # fsspec's own `mv` also asks for an object with the folder's name, which s3:// does not have.
-  with _store_errors(path):
+  with store_errors.translated(path):
     for file in sizes(path):
       _file_system(path).cp_file(join(path, file), join(target, file))
   remove_folder(path)
@@ -348,8 +393,13 @@ def move_folder(path: str | os.PathLike[str], target: str | os.PathLike[str]) ->
 
 def remove_folder(path: str | os.PathLike[str]) -> None:
   """Removes a folder of a store with all that is in it; does nothing where there is none."""
-  with _store_errors(path), contextlib.suppress(FileNotFoundError):
-    _file_system(path).rm(os.fspath(path), recursive=True)
+  # s3fs passes over objects that the store could not remove.
+  for _ in range(_REMOVED_ANEW):
+    with store_errors.translated(path), contextlib.suppress(FileNotFoundError):
+      _file_system(path).rm(os.fspath(path), recursive=True)
+    if not sizes(path):
+      return
+  raise UserError(f'{path}: the store does not remove all of it')
 
 
 def as_epath(path: str | os.PathLike[str]):
@@ -363,11 +413,11 @@ def as_epath(path: str | os.PathLike[str]):
   if is_url(path):
     import fsspec  # pylint: disable=import-outside-toplevel
 
-    _configure()
     scheme = os.fspath(path).partition('://')[0]
     if scheme not in _EPATH_SCHEMES:
       raise UserError(f'{path}: only paths and URLs of {", ".join(_EPATH_SCHEMES)} do here')
-    with _store_errors(path):
+    with store_errors.translated(path):
+      _configure(scheme)
       fsspec.get_filesystem_class(scheme)
   return epath.Path(_local(path))
 
@@ -409,11 +459,11 @@ def _file_system(path: str | os.PathLike[str]):
   """fsspec's file system of a URL; it keeps one for each kind."""
   import fsspec  # pylint: disable=import-outside-toplevel
 
-  _configure()
+  _configure(os.fspath(path).partition('://')[0])
   return fsspec.core.url_to_fs(os.fspath(path))[0]
 
 
-def _configure() -> None:
+def _configure(protocol: str) -> None:
   """Sets what fsspec's file systems need here and their user has not set."""
   import fsspec  # pylint: disable=import-outside-toplevel
 
@@ -421,57 +471,12 @@ def _configure() -> None:
     # Other processes write too.
     fsspec.config.conf.setdefault(scheme, {}).setdefault('use_listings_cache', False)
   if 'STORAGE_EMULATOR_HOST' in os.environ:
+    os.environ.setdefault('TENSORSTORE_GCS_HTTP_URL', os.environ['STORAGE_EMULATOR_HOST'])
     fsspec.config.conf['gcs'].setdefault('token', 'anon')
     # Else gcsfs asks over gRPC, which emulators do not speak, what kind each bucket is of.
     os.environ.setdefault('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')
   # It logs the errors that it raises, with all calls.
   logging.getLogger('gcsfs').setLevel(logging.CRITICAL)
+  from parti_jax import store_systems  # pylint: disable=import-outside-toplevel
 
-
-@contextlib.contextmanager
-def _store_errors(path, writing: bool = False, in_body: bool = False) -> Iterator[None]:
-  """Turns a store's errors into UserErrors that name the URL.
-
-  Args:
-    path: the URL.
-    writing: whether a missing object can only be a missing bucket.
-    in_body: whether the code inside is not only the store's.
-  """
-  try:
-    yield
-  except UserError:
-    raise
-  except _OF_FILES as error:
-    if not isinstance(error, FileNotFoundError):
-      raise
-    if writing:
-      raise UserError(f'{path}: the bucket of this URL is not there; make it first') from error
-    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path)) from error
-  except ImportError as error:
-    explained = optional_packages.missing_extra(error.__cause__ or error)
-    raise UserError(f'{path}: {explained or error}') from error
-  except Exception as error:  # pylint: disable=broad-except
-    if not in_body and isinstance(error, (OSError, ValueError)) or _from_store(error):
-      raise UserError(f'{path}: {_reason(error)}') from error
-    raise
-
-
-def _from_store(error: BaseException | None) -> bool:
-  packages = {type(e).__module__.split('.')[0] for e in (error, error.__cause__)}
-  return not packages.isdisjoint(_STORE_PACKAGES)
-
-
-def _reason(error: Exception) -> str:
-  """Says in one line what a store, or the way to it, has refused."""
-  names = {type(e).__name__ for e in (error, error.__cause__) if e is not None}
-  text = ' '.join(str(error).split()) or type(error).__name__
-  if names & {'NoCredentialsError', 'PartialCredentialsError', 'DefaultCredentialsError'}:
-    return (f'no credentials for this store ({text}); set AWS_ACCESS_KEY_ID and '
-            'AWS_SECRET_ACCESS_KEY, or run `aws configure`; for gs:// run '
-            '`gcloud auth application-default login`')
-  if 'PermissionError' in names or text.startswith('Forbidden') or 'Unauthorized' in text:
-    return f'access denied ({text}); check the credentials and their rights to the bucket'
-  if names & {'EndpointConnectionError', 'ClientConnectorError', 'ConnectTimeoutError'}:
-    return (f'the store can not be reached ({text}); check the network, AWS_ENDPOINT_URL and '
-            'STORAGE_EMULATOR_HOST')
-  return f'the store failed: {text}'
+  store_systems.register(protocol)

@@ -2,7 +2,9 @@
 
 import importlib.util
 import os
+import pathlib
 import socket
+import sys
 import tempfile
 
 import gin
@@ -28,6 +30,10 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
   _compiled = tempfile.TemporaryDirectory(prefix='parti_jax_tests_')
   os.environ['JAX_COMPILATION_CACHE_DIR'] = _compiled.name
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.3')
+
+
+# Tests everywhere import misbehaving_store.
+sys.path.append(str(pathlib.Path(__file__).parent))
 
 
 @pytest.fixture(autouse=True)
@@ -73,3 +79,25 @@ def gs_bucket():
     patch.setenv('STORAGE_EMULATOR_HOST', f'http://127.0.0.1:{port}')
     yield 'gs://bucket'
   server.stop()
+
+
+@pytest.fixture(params=['s3', 'gs'])
+def bad_store(request, monkeypatch, tmp_path):
+  """A `MisbehavingStore` before each of these servers, with a `folder` in it; no fault at first."""
+  import fsspec  # pylint: disable=import-outside-toplevel
+  import misbehaving_store  # pylint: disable=import-outside-toplevel
+  from parti_jax import store_retries  # pylint: disable=import-outside-toplevel
+
+  bucket = request.getfixturevalue(f'{request.param}_bucket')
+  variable = {'s3': 'AWS_ENDPOINT_URL', 'gs': 'STORAGE_EMULATOR_HOST'}[request.param]
+  with misbehaving_store.MisbehavingStore(os.environ[variable], lambda *_: None) as store:
+    monkeypatch.setenv(variable, store.url)
+    if request.param == 'gs':
+      monkeypatch.setenv('TENSORSTORE_GCS_HTTP_URL', store.url)
+    monkeypatch.setattr(store_retries, '_FIRST_DELAY', 0.01)
+    monkeypatch.setattr(store_retries, '_LONGEST_DELAY', 0.05)
+    kind = lambda: fsspec.get_filesystem_class(request.param)
+    kind().clear_instance_cache()
+    store.folder = f'{bucket}/{tmp_path.name}'
+    yield store
+    kind().clear_instance_cache()

@@ -51,7 +51,7 @@ def pairs(tmp_path_factory):
 
   data_dir = tmp_path_factory.mktemp('openmoji')
   builder = openmoji_builder.prepared(SIZE, data_dir=str(data_dir))
-  examples = list(builder.as_dataset(split=SPLIT).as_numpy_iterator())
+  examples = list(builder.as_data_source(split=SPLIT))
   captions = [example['caption'].decode() for example in examples]
   return data_dir, captions, np.stack([example['image'] for example in examples])
 

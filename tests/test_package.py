@@ -21,12 +21,14 @@ REPOSITORY = pathlib.Path(__file__).parents[1]
 
 # What each part of the package may import of the package, besides itself. `None`: anything.
 _LEAVES = {'errors', 'checks', 'config', 'optional_packages', 'storage', 'compilation_cache',
-           'native_notes', 'fingerprints', 'numerics'}
+           'native_notes', 'fingerprints', 'numerics', 'store_errors',
+           'store_retries'}
 _MAY_IMPORT = {
     'partitioning': {'checks', 'errors'},
     'models': {'partitioning', 'checks', 'errors', 'numerics'},
     'data': {'partitioning', *_LEAVES},
     'sampling': {'models', 'data', 'partitioning', *_LEAVES},
+    'preparation': {'data', *_LEAVES},
     'planning': {'models', 'partitioning', 'sampling', 'training', *_LEAVES},
     'training': {'models', 'data', 'partitioning', 'sampling', *_LEAVES},
     'evaluation': {'models', 'data', 'partitioning', 'sampling', *_LEAVES},
@@ -40,7 +42,10 @@ _MAY_IMPORT = {
     'native_notes': set(),
     'fingerprints': set(),
     'numerics': {'errors'},
-    'storage': {'errors', 'optional_packages'},
+    'storage': {'errors', 'store_errors', 'store_retries', 'store_systems'},
+    'store_errors': {'errors', 'optional_packages', 'store_retries'},
+    'store_retries': {'errors'},
+    'store_systems': {'errors', 'store_retries'},
     'config': {'checks', 'errors', 'optional_packages'},
     '__init__': {'sampling'},
     'main': {'config', 'errors', 'optional_packages', 'storage'},
@@ -107,8 +112,14 @@ def _requirements(extra):
 @pytest.mark.parametrize('path', _modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_every_import_is_of_a_declared_package(path):
   declared = _requirements(None)
-  if _part(path) in ('data', 'training', 'evaluation', 't5x'):
+  if _part(path) in ('data', 'preparation', 'training', 'evaluation', 't5x'):
     declared |= _requirements('data')
+  if _part(path) == 'data':
+    declared |= _requirements('hf')
+  if _part(path) == 'store_systems':
+    declared |= _requirements('gcs') | _requirements('s3')
+  if _part(path) == 'preparation':
+    declared |= _requirements('beam')
   if _part(path) == 'training':
     declared |= _requirements('lpips')
   if _part(path) == 'evaluation':

@@ -79,12 +79,16 @@ def load(output_dir: str) -> Plan | None:
 def find_source(folder: str) -> list[str]:
   """Returns the gin bindings that read a folder, by what is in it.
 
+  Parquet files without pictures don't count: img2dataset writes such files beside its tars.
+
   Args:
     folder: a path or a URL.
 
   Raises:
     UserError: if it is not there, or has captions in none of the known forms.
   """
+  from parti_jax.data.sources import hf_datasets, parquet  # pylint: disable=g-import-not-at-top
+
   if not storage.is_folder(folder):
     raise UserError(f'{folder}: there is no such folder; give the folder of your pictures')
   names = storage.names(folder)
@@ -92,15 +96,19 @@ def find_source(folder: str) -> list[str]:
     if name in names:
       file_key, caption_key = _columns(storage.join(folder, name))
       return _folder(folder, name, file_key, caption_key)
+  if hf_datasets.is_saved(folder):
+    return ["data.source = 'hf_datasets'", f'hf_datasets.path = {folder!r}']
   if storage.glob(storage.join(folder, '**/*.tar*')):
     return ["data.source = 'webdataset'", f'webdataset.path = {folder!r}',
             "webdataset.splits = {'train': '**/*.tar*'}"]
+  if parquet.has_pictures(folder):
+    return ["data.source = 'parquet'", f'parquet.path = {folder!r}']
   if storage.glob(storage.join(folder, '**/*.txt')):
     return _folder(folder, '**/*.txt', 'file', 'caption')
   raise UserError(
       f'{folder}: there are no captions; put them into {_CAPTIONS_FILES[0]} there, with lines of the '
       'form {"file": "a/1.jpg", "caption": "..."}, or into a text file beside each picture, or give '
-      'a folder of tar shards')
+      'a folder of tar shards or of Parquet files with pictures')
 
 
 def _folder(folder: str, captions: str, file_key: str, caption_key: str) -> list[str]:

@@ -56,7 +56,7 @@ class Batches:
                settings: share_lib.Settings | None = None):
     if batch_size < 1:
       raise UserError(f'the batch size is {batch_size}; it must be at least 1')
-    self._batch_size = batch_size
+    self._batch_size, self._task = batch_size, task
     if not (datasets.is_ours(task) or mixtures.is_one(task)):
       from parti_jax.data import seqio_batches  # pylint: disable=g-import-not-at-top
       self._examples = seqio_batches.SeqioExamples(
@@ -102,13 +102,15 @@ class Batches:
     """Goes on where `state()` was taken, in this or another process with the same arguments.
 
     Raises:
-      UserError: the state is of an older version, from before examples could be found by index.
+      UserError: the state is of an older version, from before examples could be found by index, or
+        of other sources.
     """
     if state.get('version') != STATE_VERSION:
       raise UserError(
           'the checkpoint has its place in the data in the form of an older version of parti_jax, '
           'which read in another order; set train.restart_data=True to go on with a new pass over '
           'the data, or go on with the older version')
+    mixtures.check_state(self._task, state)
     self._examples.restore(state)
 
   def close(self) -> None:

@@ -7,9 +7,11 @@
 | `SOURCE_pairs` | inputs, images | text encoder, ranker, super-resolution |
 | `openmoji_tokens`, `cached_tokens` | inputs, targets | Parti, from the token cache |
 
-SOURCE is openmoji, folder, tfrecord, webdataset or, for texts, text. `texts`, `images` and `pairs`
-alone mean the source that gin chooses by `data.source`, so that a run takes its data from another
-place when it includes another file of gin_configs/tasks/. Texts are read without their pictures.
+SOURCE is openmoji, folder, tfrecord, webdataset, parquet, hf_datasets, prepared or, for texts, text.
+`texts`, `images` and `pairs` alone mean the source that gin chooses by `data.source`, so that a run
+takes its data from another place when it includes another file of gin_configs/tasks/. Texts are read
+without their pictures. `token_cache_NAME_tokens` is the token cache that gin configures in the scope
+`token_cache_NAME`. gin files import this module for all names of the data.
 
 Features: 'inputs' int32 [text_length], token ids of the caption; 'images' uint8 [size, size, 3];
 'targets' int32 [image_length], the codes of the image tokens in raster order. `tasks` has the same
@@ -28,7 +30,8 @@ import numpy as np
 from absl import logging
 
 import parti_jax
-from parti_jax.data import captions, decoding, examples, sources, tally, token_cache
+from parti_jax.data import captions, decoding, examples, mixing, sources, tally, token_cache
+from parti_jax.data import share  # For its names in gin.  # pylint: disable=unused-import
 from parti_jax.data.damage import Damaged, Unusable
 from parti_jax.data.sources import base
 from parti_jax.data.vocabulary import TextVocabulary
@@ -136,7 +139,12 @@ def names() -> list[str]:
 
 def is_ours(name: str) -> bool:
   """Whether a task is one of this module."""
-  return name in TOKEN_TASKS or split_name(name) is not None
+  return _is_tokens(name) or split_name(name) is not None
+
+
+def _is_tokens(name: str) -> bool:
+  source, _, kind = name.rpartition('_')
+  return name in TOKEN_TASKS or (kind == 'tokens' and mixing.is_token_cache(source))
 
 
 def split_name(name: str) -> tuple[str, str] | None:
@@ -149,7 +157,7 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 def feature_names(name: str) -> tuple[str, ...]:
   """Returns the names of the features of a task of this module, in order."""
-  return ('inputs', 'targets') if name in TOKEN_TASKS else _KINDS[name.rpartition('_')[2]]
+  return ('inputs', 'targets') if _is_tokens(name) else _KINDS[name.rpartition('_')[2]]
 
 
 def get(name: str, image_size: int = 64) -> Dataset:
@@ -162,8 +170,10 @@ def get(name: str, image_size: int = 64) -> Dataset:
   Raises:
     UserError: there is no such task, or its data can't be found.
   """
-  if name in TOKEN_TASKS:
-    return Dataset(name, token_cache.configured(), ('inputs', 'targets'), get_vocabulary())
+  if _is_tokens(name):
+    scope = None if name in TOKEN_TASKS else name.rpartition('_')[0]
+    with gin.config_scope(scope):
+      return Dataset(name, token_cache.configured(), ('inputs', 'targets'), get_vocabulary())
   found = split_name(name)
   if found is None:
     raise UserError(f'unknown task {name!r}; there are {", ".join(names())}')

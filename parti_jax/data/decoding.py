@@ -1,8 +1,10 @@
 """Encoded pictures (jpeg, png, webp, gif) to square RGB arrays on white."""
 
+import contextlib
+import dataclasses
 import functools
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import gin
 import numpy as np
@@ -60,23 +62,73 @@ def decode_and_note(
   Returns:
     The picture, and in a few words each thing in the file that was ignored.
   """
-  if not data:
-    raise UndecodablePicture('no picture')
-  if len(data) > MAX_BYTES:
-    raise UndecodablePicture('picture of too many bytes')
-  try:
+  with _undecodable(data):
+    image, notes = _image(data, size, to_srgb, _central_square)
+    if image.size != (size, size):
+      image = image.resize((size, size), Image.Resampling.BICUBIC)
+    return np.asarray(image), notes
+
+
+def decode_whole(
+    data: bytes, shorter_side: int | None = None, to_srgb: bool = True
+) -> tuple[Image.Image, list[str]]:
+  """Decodes a picture as `decode` does, but neither crops nor resizes it.
+
+  Args:
+    data: the encoded picture.
+    shorter_side: pixels of the shorter side that the caller will resize to. A JPEG of more than
+      twice as many may come at a fraction of its size, which is faster. None for the full size.
+    to_srgb: as in `decode`.
+
+  Returns:
+    The picture in RGB, and in a few words each thing in the file that was ignored.
+  """
+  with _undecodable(data):
+    return _image(data, shorter_side or 0, to_srgb, lambda image: image)
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+  """What the header of an encoded picture says.
+
+  Attributes:
+    width: in pixels, before the picture is turned upright.
+    height: likewise.
+    format: 'JPEG', 'PNG', 'WEBP', 'GIF' or 'MPO'.
+    plain: whether decoding changes nothing but the mode: the picture is RGB or grey, upright, of
+      one frame, and has neither a colour profile nor transparent parts.
+  """
+
+  width: int
+  height: int
+  format: str
+  plain: bool
+
+
+def header(data: bytes) -> Header:
+  """Reads a picture's header.
+
+  Raises:
+    UndecodablePicture: as in `decode`, as far as the header tells.
+  """
+  with _undecodable(data):
     opened = _opened(data)
     _check_size(opened)
-    space, profile = _color_space(opened.mode), opened.info.get('icc_profile', b'')
-    image = _plain(_central_square(_loaded(opened, data, size)))
-    notes = []
-    # It is None where there is one that can't be unpacked.
-    if to_srgb and profile != b'':
-      try:
-        image = color_profiles.to_srgb(image, profile or b'', space)
-      except color_profiles.UnusableProfile:
-        notes = ['unusable colour profile ignored']
-    return np.asarray(_resized(_on_white(image), size)), notes
+    plain = (opened.mode in ('RGB', 'L') and not getattr(opened, 'is_animated', False)
+             and _orientation(opened) == 1
+             and not {'icc_profile', 'transparency'} & opened.info.keys())
+    return Header(opened.width, opened.height, opened.format, plain)
+
+
+@contextlib.contextmanager
+def _undecodable(data: bytes) -> Iterator[None]:
+  """Turns errors of decoders into UndecodablePicture."""
+  try:
+    if not data:
+      raise UndecodablePicture('no picture')
+    if len(data) > MAX_BYTES:
+      raise UndecodablePicture('picture of too many bytes')
+    yield
   except UndecodablePicture:
     raise
   except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -86,6 +138,30 @@ def decode_and_note(
   except Exception as error:
     # Damaged files make the decoders raise nearly anything.
     raise UndecodablePicture('damaged picture') from error
+
+
+def _image(data: bytes, size: int, to_srgb: bool, crop: Callable[[Image.Image], Image.Image]
+           ) -> tuple[Image.Image, list[str]]:
+  """Returns a picture in RGB on white, and what was ignored.
+
+  Args:
+    data: the encoded picture.
+    size: pixels of the shorter side that are enough; 0 for the full size.
+    to_srgb: whether to convert colours to sRGB.
+    crop: is applied before the colours are converted.
+  """
+  opened = _opened(data)
+  _check_size(opened)
+  space, profile = _color_space(opened.mode), opened.info.get('icc_profile', b'')
+  image = _plain(crop(_loaded(opened, data, size)))
+  notes = []
+  # It is None where there is one that can't be unpacked.
+  if to_srgb and profile != b'':
+    try:
+      image = color_profiles.to_srgb(image, profile or b'', space)
+    except color_profiles.UnusableProfile:
+      notes = ['unusable colour profile ignored']
+  return _on_white(image), notes
 
 
 @gin.configurable('decode_images')
@@ -134,7 +210,7 @@ def _loaded(opened: Image.Image, data: bytes, size: int) -> Image.Image:
     image = pngs.decode(opened, data)
   else:  # Of several JPEGs in one file the format is MPO.
     # Of a side of a few pixels simplejpeg would keep all while it shortens the other one.
-    least = 2 * size if min(opened.size) > 2 * size else 0
+    least = 2 * size if size and min(opened.size) > 2 * size else 0
     image = jpegs.decode(data, 'CMYK' if opened.mode == 'CMYK' else 'RGB', least)
   turn = _ORIENTATIONS.get(_orientation(opened))
   return image.transpose(turn) if turn is not None else image
@@ -182,8 +258,3 @@ def _on_white(image: Image.Image) -> Image.Image:
     image = Image.alpha_composite(white, image)
   return image if image.mode == 'RGB' else image.convert('RGB')
 
-
-def _resized(image: Image.Image, size: int) -> Image.Image:
-  if image.size == (size, size):
-    return image
-  return image.resize((size, size), Image.Resampling.BICUBIC)

@@ -22,11 +22,12 @@ class InputParts:
 
   Args:
     opened: of `Source.open`.
+    size: examples of a range.
   """
 
-  def __init__(self, opened: base.Records | base.Shards):
-    self._opened = opened
-    self._size = token_cache.EXAMPLES_PER_SHARD
+  def __init__(self, opened: base.Records | base.Shards,
+               size: int = token_cache.EXAMPLES_PER_SHARD):
+    self._opened, self._size = opened, size
 
   def __len__(self) -> int:
     if isinstance(self._opened, base.Shards):

@@ -5,78 +5,119 @@
   webdataset_a/webdataset.path = 'gs://bucket/a'
   folder_b/folder.path = 'b'
 
-'mixture_texts', 'mixture_images' and 'mixture_pairs' are mixtures of tasks of that kind, each with
-settings of its own in gin's scope of its name.
+'mixture_texts', 'mixture_images' and 'mixture_pairs' are mixtures of tasks of that kind, each with a
+source of its own in gin's scope of its name. 'mixture_tokens' mixes token caches of one tokenizer:
+
+  mixture.sources = {'token_cache_a': 0.7, 'token_cache_b': 0.3}
+  token_cache_a/token_cache.path = 'tokens_a'
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+import fractions
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import gin
 import numpy as np
+from absl import logging
 
-from parti_jax.data import datasets
+from parti_jax import fingerprints
+from parti_jax.data import datasets, mixing
+from parti_jax.data import order as order_lib
 from parti_jax.data import share as share_lib
-from parti_jax.data import sources as sources_lib
 from parti_jax.errors import UserError
 from parti_jax.fingerprints import Fingerprint
 
-_PREFIX = 'mixture_'
-
-
-@gin.configurable('mixture')
-def weights(sources: Mapping[str, float] | None = None) -> dict[str, float]:
-  """The sources of a mixture and their weights.
-
-  Args:
-    sources: {name of a source, perhaps with an ending: weight}; only ratios count.
-
-  Returns:
-    {name: share of the examples}, which sum to 1.
-
-  Raises:
-    UserError: there are none, one is unknown, or a weight is not above 0.
-  """
-  if not isinstance(sources, Mapping) or not sources:
-    raise UserError("mixture.sources is not set; give --gin.mixture.sources=\"{'webdataset_a': 0.7, "
-                    "'folder_b': 0.3}\"")
-  for name, weight in sources.items():
-    if sources_lib.kind(name) is None:
-      raise UserError(f'mixture.sources: there is no source {name!r}; there are '
-                      f'{", ".join(sources_lib.NAMES)}, each perhaps with an ending: folder_b')
-    if type(weight) not in (int, float) or not 0 < weight < float('inf'):
-      raise UserError(f'mixture.sources: the weight {weight!r} of {name} must be a number above 0')
-  total = sum(sources.values())
-  return {name: weight / total for name, weight in sources.items()}
+_PREFIX, _TOKENS = 'mixture_', 'tokens'
+NAMES = tuple(f'{_PREFIX}{kind}' for kind in (*datasets.ALIASES, _TOKENS))
 
 
 def is_one(task: str) -> bool:
   """Whether a task is a mixture."""
-  return task.startswith(_PREFIX) and task.removeprefix(_PREFIX) in datasets.ALIASES
+  return task in NAMES
 
 
-def tasks(task: str) -> dict[str, float]:
-  """The tasks of a mixture and their shares of the examples."""
+def feature_names(task: str) -> tuple[str, ...]:
+  """Returns the names of the features of a mixture, in order."""
   kind = task.removeprefix(_PREFIX)
-  return {f'{name}_{kind}': weight for name, weight in weights().items()}
+  return datasets.feature_names(datasets.TOKEN_TASKS[0] if kind == _TOKENS else kind)
+
+
+def tasks(task: str) -> dict[str, fractions.Fraction]:
+  """The tasks of a mixture and their shares of the examples.
+
+  Raises:
+    UserError: `mixture.sources` is not set, or a source is of another kind than the mixture.
+  """
+  kind, found = task.removeprefix(_PREFIX), mixing.weights()
+  for name in found:
+    if mixing.is_token_cache(name) != (kind == _TOKENS):
+      raise UserError(f'mixture.sources: {name} has no {kind}; {_PREFIX}{_TOKENS} mixes token caches, '
+                      f'{", ".join(NAMES[:-1])} mix sources of pictures and captions')
+  return {f'{name}_{kind}': share for name, share in found.items()}
+
+
+def source_of(task: str) -> str:
+  """The source in the name of a part of a mixture: 'folder_b' of 'folder_b_pairs'."""
+  return task.rpartition('_')[0]
+
+
+def part_seed(seed: int, task: str) -> int:
+  """The seed of a part, so that two sources are not shuffled alike."""
+  return order_lib.mixed(seed, task)
+
+
+@contextlib.contextmanager
+def naming(task: str) -> Iterator[None]:
+  """Names the part of a mixture in the errors of what is done within."""
+  try:
+    yield
+  except UserError as error:
+    raise UserError(f'mixture.sources, {source_of(task)}: {error}') from error
 
 
 def vocabulary_sizes(task: str, image_size: int = 64) -> dict[str, int]:
   """Feature -> how many ids it has, of a task of `datasets`, a mixture or a task of seqio."""
   if datasets.is_ours(task) or is_one(task):
     return get(task, image_size)[0].sizes
-  from parti_jax.data import tasks  # pylint: disable=g-import-not-at-top
-  features = tasks.get_task(task, image_size).output_features
+  from parti_jax.data import tasks as seqio_tasks  # pylint: disable=g-import-not-at-top
+  features = seqio_tasks.get_task(task, image_size).output_features
   return {name: feature.vocabulary.vocab_size for name, feature in features.items()}
 
 
 def get(task: str, image_size: int = 64) -> list[datasets.Dataset]:
-  """The data of a task, or of all tasks of a mixture."""
-  names = tasks(task) if is_one(task) else [task]
-  return [datasets.get(name, image_size) for name in names]
+  """The data of a task, or of all tasks of a mixture.
+
+  Raises:
+    UserError: there is none, or a mixture's tokens are of several tokenizers.
+  """
+  if not is_one(task):
+    return [datasets.get(task, image_size)]
+  found = []
+  for name in tasks(task):
+    with naming(name):
+      found.append(datasets.get(name, image_size))
+  for other in found[1:]:
+    _check_same(found[0], other)
+  return found
+
+
+def _check_same(first: datasets.Dataset, other: datasets.Dataset) -> None:
+  """Raises UserError if ids of the one do not mean the same as those of the other."""
+  different = fingerprints.mismatches(
+      first.fingerprints, other.fingerprints,
+      {'vocabulary': 'read both with one vocabulary',
+       'tokenizer': '`parti-jax tokenize` both with one tokenizer, or leave one out'})
+  if different:
+    raise UserError(f'mixture.sources: {different[0]}')
+  if 'targets' in first.features:
+    for key in ('codebook_size', 'image_tokens'):
+      values = [dataset.source.info[key] for dataset in (first, other)]
+      if values[0] != values[1]:
+        raise UserError(f'mixture.sources: {first.source.name} has {key} {values[0]}, and '
+                        f'{other.source.name} {values[1]}; leave one out')
 
 
 def opened(task: str, split: str, lengths: Mapping[str, int], reading: share_lib.Reading,
@@ -92,19 +133,48 @@ def opened(task: str, split: str, lengths: Mapping[str, int], reading: share_lib
 
   Returns:
     A `share_lib.ShareExamples`, or a `Mixed` of several.
+
+  Raises:
+    UserError: it can't be read, or a source of a mixture has no such split.
   """
-  found = []
-  for dataset in get(task, lengths.get('images', 64)):
-    found.append(share_lib.ShareExamples(dataset, split, dataclasses.replace(
-        reading, prepare=dataset.preparation(lengths, training))))
-  return Mixed(tasks(task), found) if is_one(task) else found[0]
+  found = get(task, lengths.get('images', 64))
+  if not is_one(task):
+    dataset, = found
+    return share_lib.ShareExamples(dataset, split, dataclasses.replace(
+        reading, prepare=dataset.preparation(lengths, training)))
+  shares = tasks(task)
+  reading = dataclasses.replace(reading, settings=reading.settings.divided(len(shares)))
+  parts = []
+  for name, dataset in zip(shares, found):
+    with naming(name):
+      parts.append(share_lib.ShareExamples(dataset, split, dataclasses.replace(
+          reading, prepare=dataset.preparation(lengths, training),
+          seed=part_seed(reading.seed, name))))
+  return Mixed(shares, parts)
+
+
+def check_state(task: str, state: Mapping[str, Any]) -> None:
+  """Compares the sources of a run with those of a checkpoint's place in the data.
+
+  Raises:
+    UserError: they differ.
+  """
+  before, now = list(state.get('parts', ())), list(tasks(task)) if is_one(task) else []
+  if before != now:
+    raise UserError(
+        f'the checkpoint has its place in the data of {_mixture_of(before) or "no mixture"}, and this '
+        f'run reads {_mixture_of(now) or task}; set back train.task and mixture.sources, or set '
+        'train.restart_data=True to go on with a new pass over the data')
+
+
+def _mixture_of(names: list[str]) -> str:
+  return f'a mixture of {", ".join(names)}' if names else ''
 
 
 class Mixed:
-  """Examples of several shares, interleaved by their weights.
+  """Examples of several shares, which take turns by their weights; see `mixing.Turns`.
 
-  The n-th example is from the source that is furthest behind its weight, so that over any stretch
-  each has its part to within one example for each source.
+  A finite reading goes on with the other parts after the end of one, so that it has every example.
 
   Args:
     shares: {name of a task: share of the examples}.
@@ -114,73 +184,81 @@ class Mixed:
     fingerprints: what all parts agree on.
   """
 
-  def __init__(self, shares: Mapping[str, float], parts):
-    self._names, self._parts = list(shares), parts
-    self._shares = np.array(list(shares.values()))
-    self._taken = np.zeros(len(parts), np.int64)
+  def __init__(self, shares: Mapping[str, fractions.Fraction], parts):
+    self._shares, self._parts = dict(shares), dict(zip(shares, parts))
+    self._seen = dict.fromkeys(shares, 0)
     self.fingerprints: dict[str, Fingerprint | None] = parts[0].fingerprints
+    self._begin(list(shares))
+
+  def _begin(self, names: list[str], taken: list[int] | None = None) -> None:
+    """Lets these parts take turns from now on."""
+    total = sum(self._shares[name] for name in names)
+    self._names = names
+    self._turns = mixing.Turns([self._shares[name] / total for name in names], taken)
 
   @property
   def place(self) -> tuple[int, int]:
     """0, since a mixture has no epochs, and the examples taken before the next."""
-    return 0, int(self._taken.sum())
+    return 0, sum(self._seen.values())
 
   def places(self, count: int) -> list[tuple]:
     """(epoch, read, count, task) of the next examples of each part."""
-    taken = self._taken.copy()
-    for _ in range(count):
-      taken[self._next_part(taken)] += 1
-    return [(*part.place, int(more), name) for name, part, more in zip(
-        self._names, self._parts, taken - self._taken) if more]
+    turns = self._turns.copy()
+    for _ in range(count if self._names else 0):
+      turns.next()
+    return [(*self._parts[name].place, after - before, name) for name, before, after in zip(
+        self._names, self._turns.taken, turns.taken) if after > before]
 
   def seek(self, epoch: int, read: int) -> None:
     """A mixture has no place of its own."""
     raise UserError('a place in a mixture ends in @TASK, the task of one of its sources')
 
   def counts(self, name: str) -> dict[str, int]:
-    """Reason -> count over all parts; of 'skipped' or 'shortened'."""
-    found: dict[str, int] = {}
-    for part in self._parts:
-      for reason, count in part.counts(name).items():
-        found[reason] = found.get(reason, 0) + count
-    return found
+    """'SOURCE: reason' -> count; of 'skipped' or 'shortened'."""
+    return {f'{source_of(task)}: {reason}': count for task, part in self._parts.items()
+            for reason, count in part.counts(name).items()}
 
   def state(self) -> dict[str, Any]:
-    """Where the next example of each part is."""
-    return {'taken': dict(zip(self._names, self._taken.tolist())),
-            'parts': {name: part.state() for name, part in zip(self._names, self._parts)}}
+    """Where the next example of each part is, what was seen of it, and whose turn it is."""
+    return {'weights': {name: str(share) for name, share in self._shares.items()},
+            'taken': dict(zip(self._names, self._turns.taken)), 'seen': dict(self._seen),
+            'skipped': self.counts('skipped'),
+            'parts': {name: part.state() for name, part in self._parts.items()}}
 
   def restore(self, state: Mapping[str, Any]) -> None:
-    """Goes on where `state` was taken.
+    """Goes on where `state` was taken; see `check_state`.
 
-    Raises:
-      UserError: it is of other sources.
+    With other weights than it was taken with, these hold from here on.
     """
-    if set(state.get('parts', {})) != set(self._names):
-      raise UserError(f'the checkpoint was trained on {", ".join(state.get("parts", ["no mixture"]))}'
-                      f', and mixture.sources are {", ".join(self._names)}; set them back, or set '
-                      'train.restart_data=True')
-    self._taken = np.array([state['taken'][name] for name in self._names])
-    for name, part in zip(self._names, self._parts):
+    for name, part in self._parts.items():
       part.restore(state['parts'][name])
+    self._seen = dict(state['seen'])
+    shown = {name: str(share) for name, share in self._shares.items()}
+    if state['weights'] != shown:
+      logging.warning(
+          'mixture.sources: the weights were %s, and from here on are %s',
+          *(', '.join(f'{source_of(name)} {float(fractions.Fraction(share)):.4g}'
+                      for name, share in found.items()) for found in (state['weights'], shown)))
+      self._begin(list(self._shares))
+    else:
+      self._begin(list(state['taken']), list(state['taken'].values()))
 
   def close(self) -> None:
     """Ends reading ahead."""
-    for part in self._parts:
+    for part in self._parts.values():
       part.close()
 
   def take(self, count: int) -> dict[str, np.ndarray]:
-    """The next examples, stacked; fewer after the last epoch of a part."""
+    """The next examples, stacked; fewer after the last epoch of all parts, and {} without any."""
     found = []
-    for _ in range(count):
-      part = self._next_part(self._taken)
-      features = self._parts[part].next()
-      if features is None:
-        break
-      self._taken[part] += 1
-      found.append(features)
+    while self._names and len(found) < count:
+      name = self._names[self._turns.next()]
+      if (features := self._parts[name].next()) is not None:
+        self._seen[name] += 1
+        found.append(features)
+      elif others := [other for other in self._names if other != name]:
+        self._begin(others)
+      else:
+        self._names = []
     return {name: np.stack([features[name] for features in found]) for name in found[0]
             } if found else {}
-
-  def _next_part(self, taken: np.ndarray) -> int:
-    return int(np.argmax(self._shares * (taken.sum() + 1) - taken))

@@ -8,14 +8,13 @@ import concurrent.futures
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gin
 import numpy as np
 from absl import logging
 
 from parti_jax import checks
-from parti_jax.data import datasets
 from parti_jax.data import examples as examples_lib
 from parti_jax.data import order as order_lib
 from parti_jax.data import tally
@@ -23,6 +22,9 @@ from parti_jax.data.damage import Damaged, Unusable
 from parti_jax.data.quiet_grain import grain
 from parti_jax.data.sources import base
 from parti_jax.errors import UserError
+
+if TYPE_CHECKING:
+  from parti_jax.data import datasets
 
 # The share of an epoch that can't be used from which on something must be wrong with the source.
 _MUCH = 0.5

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from parti_jax.data import mixtures
 from parti_jax.data import share as share_lib
 from parti_jax.data.batches import Batches
 from parti_jax.errors import UserError
@@ -109,6 +110,22 @@ class SharedBatches:
     """Reason -> number of examples that this process left out, up to the next batch."""
     return dict(sum((collections.Counter(state['skipped']) for state in self._states.values()),
                     collections.Counter()))
+
+  @property
+  def by_source(self) -> dict[str, int]:
+    """Of a mixture: examples of each source so far, and those of its examples that were left out.
+
+    Returns:
+      'examples/SOURCE' of all shares, which take turns alike, and 'skipped_examples/SOURCE' of those
+      that this process reads; {} where there is no mixture.
+    """
+    found: collections.Counter = collections.Counter()
+    for state in self._states.values():
+      for task, seen in state.get('seen', {}).items():
+        source = mixtures.source_of(task)
+        found[f'examples/{source}'] = seen * self.shares
+        found[f'skipped_examples/{source}'] += sum(state['parts'][task]['skipped'].values())
+    return dict(found)
 
   @property
   def fingerprints(self) -> dict[str, Fingerprint | None]:
@@ -278,7 +295,9 @@ def read(place: Place, task: str, split: str, feature_lengths: Mapping[str, int]
   Returns:
     Arrays [place.count, ...].
   """
-  with Batches(place.task or task, split, place.count, feature_lengths, seed=seed,
+  if place.task:
+    task, seed = place.task, mixtures.part_seed(seed, place.task)
+  with Batches(task, split, place.count, feature_lengths, seed=seed,
                share=place.share, shares=place.shares, training=True) as batches:
     batches.seek(place.epoch, place.read)
     return next(batches)

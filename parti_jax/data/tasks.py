@@ -1,20 +1,26 @@
-"""The data of `datasets` as tasks of seqio, for t5x and for mixtures of seqio's own.
+"""The data of `datasets` and `mixtures` as tasks and mixtures of seqio, for t5x and other users.
 
 They have the same names and features, from the same sources by the same steps.
 """
 
 from __future__ import annotations
 
+import fractions
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
 
 from parti_jax import fingerprints
-from parti_jax.data import datasets, preprocessors
+from parti_jax.data import datasets, mixing, mixtures, preprocessors
 from parti_jax.data.datasets import get_vocabulary
 from parti_jax.data.quiet_tensorflow import seqio, tf
 from parti_jax.data.seqio_source import SeqioSource
 from parti_jax.data.vocabulary import EOS_ID, TextVocabulary
 from parti_jax.errors import UserError
+
+# Turns that go from Python to TensorFlow at once.
+_TURNS = 256
 
 
 class Task(seqio.Task):
@@ -44,6 +50,64 @@ class Task(seqio.Task):
         num_epochs=num_epochs, trim_output_features=trim_output_features, try_in_mem_cache=False)
 
 
+class Mixture(seqio.Mixture):
+  """A mixture of seqio whose tasks take turns, as those of ours do; see `mixing.Turns`.
+
+  Read a finite number of times, it has every example of each task.
+
+  Args:
+    name: of the mixture.
+    tasks: pairs of a task of this module and its rate.
+  """
+
+  def __init__(self, name: str, tasks: Sequence[tuple[seqio.Task, float]]):
+    super().__init__(name, tasks, sample_fn=take_turns)
+
+  def get_dataset(
+      self, sequence_length: Mapping[str, int] | None = None, split: str = 'train', *args, **kwargs
+  ) -> tf.data.Dataset:
+    """Reads a split; see `seqio.Mixture.get_dataset`.
+
+    Raises:
+      UserError: a source has no such split, or can't be read.
+    """
+    for task in self.tasks:
+      with mixtures.naming(task.name):
+        task.source.source.check_split(split)
+    return super().get_dataset(sequence_length, split, *args, **kwargs)
+
+  def get_task_dataset(
+      self, task: seqio.Task, output_feature_keys, sequence_length=None, split='train',
+      use_cached=False, shuffle=True, seed=None, *args, **kwargs) -> tf.data.Dataset:
+    """Reads a split of one of the tasks, each in an order of its own; see seqio's."""
+    if seed is not None:
+      seed = mixtures.part_seed(int(seed), task.name) >> 2  # In the range of seqio's int32 seeds.
+    return super().get_task_dataset(
+        task, output_feature_keys, sequence_length, split, use_cached, shuffle, seed, *args, **kwargs)
+
+
+def take_turns(parts: Sequence[tf.data.Dataset], rates: Sequence[float], seed: int | None
+               ) -> tf.data.Dataset:
+  """Makes one dataset of several, each of which has its share of the examples over any stretch.
+
+  Args:
+    parts: the datasets.
+    rates: the share of each; only ratios count.
+    seed: has no effect.
+  """
+  del seed
+  exact = [fractions.Fraction(repr(float(rate))) for rate in rates]
+
+  def turns() -> Iterator[np.ndarray]:
+    whose = mixing.Turns([rate / sum(exact) for rate in exact])
+    while True:
+      yield np.array([whose.next() for _ in range(_TURNS)], np.int64)
+
+  order = tf.data.Dataset.from_generator(
+      turns, output_signature=tf.TensorSpec([_TURNS], tf.int64)).unbatch()
+  return tf.data.Dataset.choose_from_datasets(list(parts), order, stop_on_empty_dataset=False)
+
+
 def vocabulary_fingerprint(
     task: seqio.Task | seqio.Mixture) -> fingerprints.Fingerprint | None:
   """Returns the fingerprint of a task's text vocabulary; None where there is none that is known."""
@@ -70,7 +134,7 @@ def tokenizer_fingerprint(
 
 def caption_decoder(task: str) -> Callable[[Sequence[int]], str]:
   """Returns what turns ids of the feature 'inputs' of a task into text."""
-  if datasets.is_ours(task):
+  if datasets.is_ours(task) or mixtures.is_one(task):
     return get_vocabulary().decode
   return get_task(task).output_features['inputs'].vocabulary.decode
 
@@ -78,19 +142,28 @@ def caption_decoder(task: str) -> Callable[[Sequence[int]], str]:
 def get_task(name: str, image_size: int = 64) -> seqio.Task | seqio.Mixture:
   """Returns a task as gin configures it now, and registers it with seqio under its name.
 
-  Tasks of `datasets` are made again at each call, since the registry is older than gin's files.
+  Those of `datasets` and `mixtures` are made again at each call, since the registry is older than
+  gin's files.
 
   Args:
-    name: a task of `datasets`, or any task or mixture in seqio's registry.
+    name: a task of `datasets`, one of `mixtures`, or any task or mixture in seqio's registry.
     image_size: the run's picture size in pixels, at which OpenMoji is drawn.
 
   Raises:
     UserError: there is no such task, or its data can't be found.
   """
+  if mixtures.is_one(name):
+    mixtures.get(name, image_size)  # For what is wrong with it as a whole.
+    mixture = Mixture(name, [(make_task(part, image_size), float(share))
+                             for part, share in mixtures.tasks(name).items()])
+    seqio.MixtureRegistry.remove(name)
+    seqio.MixtureRegistry.add_provider(name, mixture)
+    return mixture
   if not datasets.is_ours(name):
     if name in seqio.TaskRegistry.names() or name in seqio.MixtureRegistry.names():
       return seqio.get_mixture_or_task(name)
-    raise UserError(f'unknown task {name!r}; there are {", ".join(datasets.names())}')
+    raise UserError(f'unknown task {name!r}; there are '
+                    f'{", ".join([*datasets.names(), *mixtures.NAMES])}')
   task = make_task(name, image_size)
   if task.name in seqio.TaskRegistry.names():
     seqio.TaskRegistry.remove(task.name)

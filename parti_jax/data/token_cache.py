@@ -14,8 +14,6 @@ an empty one; digests (XXH3) tell whether shards are still what was written, see
 
 from __future__ import annotations
 
-import collections
-import contextlib
 import functools
 import os
 import tempfile
@@ -28,13 +26,12 @@ import numpy as np
 from parti_jax import storage
 from parti_jax.data import token_cache_info
 from parti_jax.data.damage import Damaged
+from parti_jax.data.readers import array_records
 from parti_jax.data.sources import base
 from parti_jax.errors import UserError
 
 EXAMPLES_PER_SHARD = 16_384
-SHUFFLES = ('global', 'window')
-# Readers of shards that a process keeps open.
-_MOST_OPEN = 256
+SHUFFLES = array_records.SHUFFLES
 
 
 def dtype_of(info: Mapping[str, Any]) -> np.dtype:
@@ -187,6 +184,7 @@ class TokenCacheSource(base.Source):
     self.info = token_cache_info.read_info(path)
     super().__init__(f'the token cache {path}', tuple(self.info['splits']))
     self._path = path
+    self._parse = functools.partial(_parsed, info=self.info)
     self._shuffle = shuffle or ('window' if storage.is_url(path) else 'global')
 
   def check_split(self, split: str) -> None:
@@ -200,33 +198,24 @@ class TokenCacheSource(base.Source):
     self.check_split(split)
     files = self._files(split)
     if self._shuffle == 'window':
-      return _TokenShards(files, self.info)
+      return array_records.ShardStreams(files, self._parse)
     counts = [shard['examples'] for shard in self.info['splits'][split]['shards']]
-    return _TokenRecords(files, counts, self.info)
+    return array_records.ShardRecords(files, counts, self._parse)
 
   @functools.cache
   def _files(self, split: str) -> list[str]:
     """The files of a split, each of the size that it was written with."""
     shards = self.info['splits'][split]['shards']
-    sizes = storage.sizes(self._path)
-    files = []
-    for index, shard in enumerate(shards):
-      name = token_cache_info.shard_name(split, index)
-      file = storage.join(self._path, name)
-      if name not in sizes:
-        raise UserError(f'{file} is missing from {self.name}; {token_cache_info.HOW_TO_MAKE} again')
-      if sizes[name] != shard['bytes']:
-        raise UserError(f'{file} is damaged: it has {sizes[name]:,} bytes and had '
-                        f'{shard["bytes"]:,} when it was written; copy it again, or '
-                        f'{token_cache_info.HOW_TO_MAKE} again')
-      files.append(file)
+    names = [token_cache_info.shard_name(split, index) for index in range(len(shards))]
+    files = array_records.complete_files(
+        self._path, names, shards, self.name, token_cache_info.HOW_TO_MAKE)
     self._check_first(files[0], shards[0]['examples'])
     return files
 
   def _check_first(self, file: str, count: int) -> None:
     """Looks at one record, since those of another cache would fail in the middle of a run."""
     with storage.local_copy(file) as local:
-      reader = _Reader(os.fspath(local), self.info)
+      reader = array_records.Reader(os.fspath(local), self._parse)
       fits = reader.count() == count and (
           count == 0 or not isinstance(reader.read([0])[0], Damaged))
       reader.close()
@@ -241,104 +230,17 @@ class TokenCacheSource(base.Source):
         yield file
 
 
-class _Reader:
-  """The records of a shard on a disk."""
-
-  def __init__(self, path: str, info: Mapping[str, Any]):
-    from array_record.python import array_record_module  # pylint: disable=g-import-not-at-top
-
-    self._path = path
-    self._reader = array_record_module.ArrayRecordReader(
-        path, options='readahead_buffer_size:0,max_parallelism:0')
-    self._dtype, self._codes = dtype_of(info), info['codebook_size']
-    self._shape = info['views'], info['image_tokens']
-    self._bytes = self._dtype.itemsize * self._shape[0] * self._shape[1]
-
-  def count(self) -> int:
-    """How many records there are."""
-    return self._reader.num_records()
-
-  def read(self, numbers: Sequence[int]) -> list[base.Example | Damaged]:
-    """Reads records by their numbers in the shard."""
-    try:
-      return [self._parsed(record) for record in self._reader.read(list(numbers))]
-    except (RuntimeError, IndexError, ValueError):
-      if len(numbers) == 1:
-        return [Damaged('damaged record', file=self._path)]
-      return [self.read([number])[0] for number in numbers]
-
-  def _parsed(self, record: bytes) -> base.Example | Damaged:
-    if len(record) < self._bytes:
-      return Damaged('record of another token cache', file=self._path)
-    tokens = np.frombuffer(record, self._dtype, self._shape[0] * self._shape[1])
-    if tokens.max() >= self._codes:
-      return Damaged('record of another token cache', file=self._path)
-    tokens = tokens.astype(np.int32)
-    return {'caption': record[self._bytes:],
-            'tokens': tokens if self._shape[0] == 1 else tokens.reshape(self._shape)}
-
-  def close(self) -> None:
-    """Closes the file."""
-    with contextlib.suppress(RuntimeError):  # Closing tells once more of what is damaged.
-      self._reader.close()
-
-
-class _TokenRecords(base.Records):
-  """All records of a split on a disk."""
-
-  def __init__(self, files: Sequence[str], counts: Sequence[int], info: Mapping[str, Any]):
-    self._files, self._info = list(files), info
-    self._ends = np.cumsum(counts)
-    self._readers: collections.OrderedDict[int, _Reader] = collections.OrderedDict()
-
-  def __len__(self) -> int:
-    return int(self._ends[-1])
-
-  def __getstate__(self) -> dict[str, Any]:
-    return self.__dict__ | {'_readers': collections.OrderedDict()}
-
-  def read(self, indices: Sequence[int]) -> list[base.Example | Damaged]:
-    indices = np.asarray(indices)
-    shards = np.searchsorted(self._ends, indices, side='right')
-    found: list[base.Example | Damaged] = [None] * len(indices)
-    order = np.argsort(shards, kind='stable')
-    for places in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):
-      if len(places):
-        shard = int(shards[places[0]])
-        start = int(self._ends[shard - 1]) if shard else 0
-        read = self._reader(shard).read([int(indices[place]) - start for place in places])
-        for place, example in zip(places, read):
-          found[place] = example
-    return found
-
-  def _reader(self, shard: int) -> _Reader:
-    if shard in self._readers:
-      self._readers.move_to_end(shard)
-      return self._readers[shard]
-    if len(self._readers) >= _MOST_OPEN:
-      self._readers.popitem(last=False)[1].close()
-    self._readers[shard] = _Reader(self._files[shard], self._info)
-    return self._readers[shard]
-
-  def close(self) -> None:
-    while self._readers:
-      self._readers.popitem()[1].close()
-
-
-class _TokenShards(base.Shards):
-  """The shards of a split, read from their beginning; from a URL each is copied first."""
-
-  def __init__(self, files: Sequence[str], info: Mapping[str, Any]):
-    self.files, self._info = list(files), info
-
-  def read(self, file: str) -> Iterator[base.Example | Damaged]:
-    with storage.local_copy(file) as local:
-      reader = _Reader(os.fspath(local), self._info)
-      try:
-        for start in range(0, reader.count(), _MOST_OPEN):
-          yield from reader.read(range(start, min(start + _MOST_OPEN, reader.count())))
-      finally:
-        reader.close()
+def _parsed(record: bytes, info: Mapping[str, Any]) -> base.Example | Damaged:
+  """Makes an example of a record of a cache with this `info`."""
+  dtype, shape = dtype_of(info), (info['views'], info['image_tokens'])
+  size = dtype.itemsize * shape[0] * shape[1]
+  if len(record) < size:
+    return Damaged('record of another token cache')
+  tokens = np.frombuffer(record, dtype, shape[0] * shape[1])
+  if tokens.max() >= info['codebook_size']:
+    return Damaged('record of another token cache')
+  tokens = tokens.astype(np.int32)
+  return {'caption': record[size:], 'tokens': tokens if shape[0] == 1 else tokens.reshape(shape)}
 
 
 @gin.configurable('token_cache')
@@ -354,9 +256,9 @@ def configured(path: str | None = None, shuffle: str | None = None) -> TokenCach
     UserError: the path is not set, or there is no such cache or shuffle.
   """
   if path is None:
-    raise UserError(
-        "token_cache.path is not set; give --gin.token_cache.path=\"'FOLDER'\"; "
-        + token_cache_info.HOW_TO_MAKE)
+    scope = ''.join(f'{part}/' for part in gin.current_scope())
+    raise UserError(f"{scope}token_cache.path is not set; give --gin.{scope}token_cache.path="
+                    f"\"'FOLDER'\"; {token_cache_info.HOW_TO_MAKE}")
   if shuffle not in (None, *SHUFFLES):
     raise UserError(f'token_cache.shuffle={shuffle!r} is not one of {", ".join(SHUFFLES)}')
   return TokenCacheSource(path, shuffle)

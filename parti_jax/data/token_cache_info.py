@@ -69,22 +69,30 @@ def read_info(folder: str) -> dict[str, Any]:
 
 def _makes_sense(info: Mapping[str, Any]) -> bool:
   """Returns whether the entries that are read are of the right kinds."""
-  whole = lambda value, least=1: type(value) is int and least <= value < 2**40  # No bool.
-  if not (whole(info['codebook_size']) and whole(info['image_tokens']) and whole(info.get('views'))
-          and info['version'] == VERSION and isinstance(info['tokenizer'], str)
-          and isinstance(info['splits'], dict)):
+  return (_whole(info['codebook_size']) and _whole(info['image_tokens'])
+          and _whole(info.get('views')) and info['version'] == VERSION
+          and isinstance(info['tokenizer'], str) and are_splits(info['splits']))
+
+
+def are_splits(splits: Any) -> bool:
+  """Whether the 'splits' of an `info.json` are of the right form."""
+  if not isinstance(splits, dict):
     return False
-  for split in info['splits'].values():
-    if not (isinstance(split, dict) and whole(split.get('examples'))
+  for split in splits.values():
+    if not (isinstance(split, dict) and _whole(split.get('examples'))
             and isinstance(split.get('shards'), list) and split['shards']):
       return False
     for shard in split['shards']:
-      if not (isinstance(shard, dict) and whole(shard.get('examples'), 0)
-              and whole(shard.get('bytes'))):
+      if not (isinstance(shard, dict) and _whole(shard.get('examples'), 0)
+              and _whole(shard.get('bytes'))):
         return False
     if split['examples'] != sum(shard['examples'] for shard in split['shards']):
       return False
   return True
+
+
+def _whole(value: Any, least: int = 1) -> bool:
+  return type(value) is int and least <= value < 2**40  # No bool.
 
 
 def check_split_name(split: str) -> None:

@@ -2,11 +2,11 @@
 
 `import parti_jax.t5x.tasks` in a gin file, or MIXTURE_OR_TASK_MODULE = 'parti_jax.t5x.tasks'; then
 MIXTURE_OR_TASK_NAME may be any task of `parti_jax.data.datasets`, such as 'openmoji_tokens', or a
-mixture of them. It needs seqio and no t5x.
+mixture of `parti_jax.data.mixtures`, such as 'mixture_tokens'. It needs seqio and no t5x.
 
 A task is registered while gin's files are still being read. So it settles its source, its
 vocabulary and its features when they are first asked for, as gin configures them then
-(`token_cache.path`, `vocabulary.path` ...).
+(`token_cache.path`, `vocabulary.path` ...), and a mixture its tasks (`mixture.sources`).
 
 t5x reads a split without end to train, and a finite number of times to evaluate and to
 infer. So texts are dropped for classifier-free guidance in endless readings alone.
@@ -23,6 +23,7 @@ import gin
 from absl import logging
 
 from parti_jax.data import datasets
+from parti_jax.data import mixtures
 from parti_jax.data import tally
 from parti_jax.data import tasks
 from parti_jax.data.quiet_tensorflow import seqio, tf
@@ -36,6 +37,10 @@ _METRICS = {
     'cached_tokens': (metrics.log_likelihood,),
 }
 _DEFAULT_IMAGE_SIZE = 64
+
+
+def _metrics(name: str):
+  return _METRICS.get(name, _METRICS['cached_tokens'] if name.endswith('_tokens') else None)
 
 
 class LazyTask(seqio.Task):
@@ -53,8 +58,8 @@ class LazyTask(seqio.Task):
     """
     super().__init__(
         name, source=None, output_features={}, shuffle_buffer_size=None,
-        postprocess_fn=metrics.postprocess if name in _METRICS else None,
-        metric_fns=_METRICS.get(name))
+        postprocess_fn=metrics.postprocess if _metrics(name) else None,
+        metric_fns=_metrics(name))
     self._feature_names = datasets.feature_names(name)
     self._settled: dict[int, _Task] = {}
 
@@ -72,7 +77,7 @@ class LazyTask(seqio.Task):
       made = tasks.make_task(self.name, image_size, keep_captions='inputs' in self._feature_names)
       self._settled[image_size] = _Task(
           self.name, made.source, made.output_features, made.preprocessors, self.postprocessor,
-          _METRICS.get(self.name), shuffle_buffer_size=made.shuffle_buffer_size)
+          _metrics(self.name), shuffle_buffer_size=made.shuffle_buffer_size)
       check_inputs(made)
     return self._settled[image_size]
 
@@ -160,6 +165,32 @@ class _Task(tasks.Task):
                       f'{tasks.place(self)}' + (f'; skipped {skipped}' if skipped else ''))
 
 
+class LazyMixture(tasks.Mixture):
+  """A mixture of `parti_jax.data.mixtures` that settles its tasks when it is first used.
+
+  Args:
+    name: of the mixture.
+  """
+
+  def __init__(self, name: str):  # pylint: disable=super-init-not-called
+    self._name, self._source_info, self._sub_mixtures = name, None, ()
+    self._sample_fn = tasks.take_turns
+
+  # What seqio's own class keeps under these names.
+  @functools.cached_property
+  def _task_map(self) -> dict[str, LazyTask]:
+    mixtures.get(self._name)  # For what is wrong with it as a whole.
+    return {name: LazyTask(name) for name in mixtures.tasks(self._name)}
+
+  @property
+  def _tasks(self) -> list[LazyTask]:
+    return list(self._task_map.values())
+
+  @functools.cached_property
+  def _task_to_rate(self) -> dict[str, float]:
+    return {name: float(share) for name, share in mixtures.tasks(self._name).items()}
+
+
 class _Features(Mapping):
   """Features of a lazy task: their names are known, what they are is asked of the settled task.
 
@@ -238,10 +269,13 @@ def text_vocabulary() -> seqio.Vocabulary:
 
 
 def register() -> None:
-  """Registers all tasks with seqio, in place of those of the same names, unsettled."""
+  """Registers all tasks and mixtures with seqio, in place of those of the same names, unsettled."""
   for name in (*datasets.names(), *datasets.ALIASES):
     seqio.TaskRegistry.remove(name)
     seqio.TaskRegistry.add_provider(name, LazyTask(name))
+  for name in mixtures.NAMES:
+    seqio.MixtureRegistry.remove(name)
+    seqio.MixtureRegistry.add_provider(name, LazyMixture(name))
 
 
 register()

@@ -52,13 +52,13 @@ def describe(batch: dict[str, np.ndarray], task: str, lengths: dict[str, int]) -
     task: name of its seqio task.
     lengths: of the task's features, see `Batches`.
   """
-  from parti_jax.data import datasets  # pylint: disable=g-import-not-at-top
+  from parti_jax.data import datasets, mixtures  # pylint: disable=g-import-not-at-top
 
   lines = [f'{name}: {values.dtype} {list(values.shape)}, {values.min():g} to {values.max():g}'
            for name, values in batch.items()]
   if 'encoder_input_tokens' not in batch:
     return lines
-  if datasets.is_ours(task) or task.startswith('mixture_'):
+  if datasets.is_ours(task) or mixtures.is_one(task):
     decode = datasets.get_vocabulary().decode
   else:
     from parti_jax.data import tasks  # pylint: disable=g-import-not-at-top

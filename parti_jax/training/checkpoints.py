@@ -19,6 +19,7 @@ from parti_jax.sampling import model_folder
 from parti_jax.training import full_disk
 from parti_jax.training import manifest
 from parti_jax.training import staging
+from parti_jax.training import store_arrays
 from parti_jax.training import verification
 from parti_jax.training import whole_moments
 
@@ -216,6 +217,8 @@ def describe(stage) -> dict:
 def folder(model_dir) -> epath.Path:
   """Where the checkpoints of a run are: absolute, as Orbax wants it; so is `gs://...` as it is."""
   path = storage.as_epath(model_dir)
+  if storage.is_url(model_dir):
+    store_arrays.configure()
   return (path if storage.is_url(model_dir) else path.absolute()) / 'checkpoints'
 
 

@@ -51,7 +51,7 @@ def _train_listening(args: argparse.Namespace, connect):
   from parti_jax.training import host_memory  # pylint: disable=g-import-not-at-top
   host_memory.keep_freed()
   from parti_jax import numerics
-  from parti_jax.data import datasets  # pylint: disable=unused-import
+  from parti_jax.data import mixtures  # pylint: disable=unused-import
   from parti_jax.training import configurables  # pylint: disable=unused-import
   from parti_jax.training import full_disk
   from parti_jax.training import train_loop

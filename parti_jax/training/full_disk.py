@@ -1,4 +1,4 @@
-"""What a run says when its folder can't be written: a full disk above all."""
+"""What a run says when its folder can't be written: a full disk above all, or a store that fails."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 
 from parti_jax import errors
 from parti_jax import storage
+from parti_jax import store_errors
 from parti_jax.training import manifest
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
@@ -50,6 +51,9 @@ def told(model_dir, checkpoint_bytes: int | None = None) -> Iterator[None]:
     raise
   except Exception as error:
     code = _code(error)
+    if storage.is_url(model_dir) and (failure := store_errors.failure(error)):
+      raise errors.UserError(f'{model_dir}: {failure}; the run has stopped; start again when the '
+                             'store answers: it goes on from its last whole checkpoint') from error
     if code is None or not _is_of(error, model_dir, code):
       raise
     raise errors.UserError(_line(model_dir, code, checkpoint_bytes)) from error
@@ -80,7 +84,8 @@ class _Quiet(logging.Filter):
   """Keeps back the log's entries on errors that get one line in their place."""
 
   def filter(self, record: logging.LogRecord) -> bool:
-    return not (record.exc_info and record.exc_info[1] and _code(record.exc_info[1]))
+    error = record.exc_info and record.exc_info[1]
+    return not (error and (_code(error) or store_errors.failure(error)))
 
 
 def _line(model_dir, code: int, checkpoint_bytes: int | None) -> str:

@@ -9,6 +9,7 @@ import jax
 from parti_jax import errors
 from parti_jax import storage
 from parti_jax.data import batches
+from parti_jax.data import mixtures
 from parti_jax.training import state as state_lib
 
 _FILE = 'evaluated.json'
@@ -21,6 +22,9 @@ class HeldOut:
   A checkpoint that is due at the same step is written first, so that nothing that goes wrong here
   costs steps. A run that was killed in between finds in its folder, in `evaluated.json`, that
   evaluation and pictures are still missing.
+
+  Each source of a mixture is evaluated by itself, and the measures of the mixture are their means by
+  its weights.
 
   Args:
     trainer: the stage on its mesh.
@@ -51,10 +55,10 @@ class HeldOut:
     self._shown = self._first(num_pictures if self.draws else 1) if evaluate or self.draws else {}
     self.num_pictures = len(next(iter(self._shown.values()))) if self.draws else 0
 
-  def _open(self, batch_size: int) -> batches.Batches:
+  def _open(self, batch_size: int, task: str | None = None) -> batches.Batches:
     # Every process reads all of them, as `Trainer.evaluate` wants.
     return batches.Batches(
-        self._task, self._split, batch_size, self._trainer.stage.feature_lengths(),
+        task or self._task, self._split, batch_size, self._trainer.stage.feature_lengths(),
         seed=self._seed, shuffle=False, num_epochs=1)
 
   def _first(self, count: int):
@@ -63,9 +67,23 @@ class HeldOut:
 
   def evaluate(self, state) -> dict[str, float]:
     """Measures of all examples with the parameters that a run is drawn with."""
-    with self._open(self._batch_size) as examples:
-      measured = self._trainer.evaluate(state_lib.averaged(state), examples)
-    return {f'{self._split}/{name}': value for name, value in measured.items()}
+    params = state_lib.averaged(state)
+    if not mixtures.is_one(self._task):
+      measured = self._evaluate(params, self._task)
+      return {f'{self._split}/{name}': value for name, value in measured.items()}
+    found: dict[str, float] = {}
+    for task, share in mixtures.tasks(self._task).items():
+      for name, value in self._evaluate(params, task).items():
+        whole, source = f'{self._split}/{name}', mixtures.source_of(task)
+        found[f'{self._split}/{source}/{name}'] = value
+        # All but this one are means over examples.
+        weight = 1.0 if name == 'not_finite_examples' else float(share)
+        found[whole] = found.get(whole, 0.0) + weight * value
+    return found
+
+  def _evaluate(self, params, task: str) -> dict[str, float]:
+    with self._open(self._batch_size, task) as examples:
+      return self._trainer.evaluate(params, examples)
 
   def pictures(self, state):
     """Pictures of the first `num_pictures` examples, see `Trainer.pictures`."""

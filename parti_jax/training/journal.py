@@ -24,6 +24,7 @@ from typing import Any
 from parti_jax import config
 from parti_jax import errors
 from parti_jax import storage
+from parti_jax import store_retries
 from parti_jax.training import surroundings
 
 FOLDER = 'journal'
@@ -60,6 +61,7 @@ class Journal:
     self._lines: list[str] = []
     self._begun = self._torn = self._complained = False
     self._skipped: dict[str, int] = {}
+    self._retries: dict[str, int] = {}
     self._lock = threading.Lock()
     self._started, self._progress_due = time.monotonic(), 0.0
 
@@ -123,9 +125,10 @@ class Journal:
                **surroundings.describe())
 
   def checkpoint(self, step: int, skipped: dict[str, int]) -> None:
-    """Writes that a checkpoint is being written, and what was skipped, as `skipped` does."""
+    """Writes that a checkpoint is being written, and what `skipped` and `store_retries` do."""
     self.write('checkpoint', f'writing a checkpoint of step {step}', step=step)
     self.skipped(skipped)
+    self.store_retries()
 
   def skipped(self, counts: dict[str, int]) -> None:
     """Writes how many examples could not be read, by reason, if that has changed.
@@ -138,6 +141,14 @@ class Journal:
       what = ', '.join(f'{count} {reason}' for reason, count in sorted(counts.items()))
       self.write('skipped', f'examples skipped so far: {what}', every_process=True,
                  counts=counts)
+
+  def store_retries(self) -> None:
+    """Writes how many requests to object stores this process has repeated, if that has changed."""
+    counts = store_retries.counts()
+    if counts != self._retries:
+      self._retries = counts
+      self.write('store retries', f'requests to stores repeated so far: {store_retries.told()}',
+                 every_process=True, counts=counts)
 
   def progress(self, step: int, metrics: dict[str, float]) -> None:
     """Writes how far the run is, often in the first minutes and then every ten minutes.

@@ -13,6 +13,7 @@ import numpy as np
 import tqdm
 
 from parti_jax import storage
+from parti_jax import store_retries
 
 
 class Reporter:
@@ -90,12 +91,14 @@ class Reporter:
       self._events.upload()
 
   def close(self, skipped: dict[str, int]):
-    """Says what data was skipped and flushes the metrics."""
+    """Says what data was skipped and which requests were repeated, and flushes the metrics."""
     if not self._leads:
       return
     if skipped:
       counts = ', '.join(f'{count} {reason}' for reason, count in sorted(skipped.items()))
       self.say(f'examples skipped: {counts}')
+    if retries := store_retries.told():
+      self.say(f'requests to stores repeated: {retries}')
     if self._bar is not None:
       self._bar.close()
     self._writer.close()

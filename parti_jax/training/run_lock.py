@@ -30,6 +30,7 @@ from collections.abc import Iterator
 
 from parti_jax import errors
 from parti_jax import storage
+from parti_jax import store_retries
 from parti_jax.training import preemption
 
 FILE = 'lock.json'
@@ -219,7 +220,8 @@ class RunLock:
 
   def beat(self) -> None:
     """Writes the lock anew if it is still ours."""
-    with self._guard():
+    # A writing that a store takes much later would replace the lock of whoever took over.
+    with self._guard(), store_retries.at_most(BEAT):
       self._look(_read(self._path))
       if not self._lost and not self._ending.is_set():
         self._write()
@@ -281,7 +283,8 @@ class RunLock:
       if _read(claim) == other:
         _remove(claim)
     try:
-      self._exclusive = not _created(claim, self._me)  # Unless the store ignores the condition.
+      # Unless the store ignores the condition.
+      self._exclusive = not _created(claim, self._me | {'again': True})
       yield
     finally:
       _remove(claim)

@@ -12,6 +12,7 @@ import jax
 from parti_jax import checks
 from parti_jax import config
 from parti_jax import errors
+from parti_jax import store_retries
 from parti_jax.partitioning import local_rows
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.partitioning import rules as rules_lib
@@ -190,7 +191,10 @@ def train_stage(model_dir: str, journal: journal_lib.Journal, stage=gin.REQUIRED
         # The rate of the last step that was applied.
         metrics |= {'learning_rate': float(schedule(max(run.updates - 1, 0))),
                     'skipped_steps': step - run.updates,
-                    'skipped_examples': sum(run.skipped().values())} | meter.read(step)
+                    'skipped_examples': sum(run.skipped().values())}
+        metrics |= training.by_source | meter.read(step)
+        if store_retries.used():
+          metrics['store_retries'] = sum(store_retries.counts().values())
         reporter.metrics(step, metrics)
         journal.progress(step, metrics)
       reporter.advance(step)
@@ -214,6 +218,7 @@ def train_stage(model_dir: str, journal: journal_lib.Journal, stage=gin.REQUIRED
       run.close()
     journal.step = run.step
     journal.skipped(run.skipped())
+    journal.store_retries()
     reporter.close(run.skipped())
   if run.step < steps:
     reporter.say(f'told to stop: a checkpoint of step {run.newest_step()} is written; start '

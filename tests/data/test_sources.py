@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 from parti_jax import config
-from parti_jax.data import datasets
+from parti_jax.data import datasets, sources
 from parti_jax.data.batches import Batches
 from parti_jax.errors import UserError
 
@@ -216,3 +216,23 @@ def test_unknown_source():
   gin.parse_config("data.source = 'foldr'")
   with pytest.raises(UserError, match="'foldr' is unknown; there are openmoji, folder"):
     Batches('images', 'train', 1, {'images': 8})
+
+
+def test_tfrecords_are_described_by_their_other_features(tmp_path):
+  feature = lambda **kinds: tf.train.Feature(**kinds)
+  text = lambda *values: feature(bytes_list=tf.train.BytesList(value=values))
+  number = lambda *values: feature(float_list=tf.train.FloatList(value=values))
+  features = {
+      'image': text(b'1'), 'caption': text(b'one'), 'key': text(b'12'), 'clip': number(0.5),
+      'width': feature(int64_list=tf.train.Int64List(value=[7])), 'several': number(1, 2),
+      'long': text(b'a' * (2**16 + 1)), 'none': tf.train.Feature(), 'bytes': text(b'\xff')}
+  with tf.io.TFRecordWriter(str(tmp_path / 'train-0.tfrecord')) as writer:
+    writer.write(tf.train.Example(
+        features=tf.train.Features(feature=features)).SerializeToString())
+  config.parse(['gin_configs/tasks/tfrecord.gin'], [f"tfrecord.path='{tmp_path}'"])
+  source = sources.configured('tfrecord')
+  described = source.open_described('train')
+  assert list(described.read(described.files[0])) == [{
+      'picture': b'1', 'caption': b'one', 'key': '12',
+      'columns': {'key': '12', 'clip': 0.5, 'width': 7, 'bytes': '\ufffd'}}]
+  assert list(source.examples('train')) == [{'picture': b'1', 'caption': b'one'}]

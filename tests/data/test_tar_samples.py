@@ -199,3 +199,22 @@ def test_pictures_in_folders_have_any_ending(tmp_path, ending):
   gin.parse_config(f"folder.path = '{tmp_path}'")
   (caption, image), = datasets.pictures_and_captions('folder', 'train', 8)
   assert caption == 'blue' and np.abs(image.astype(int) - (0, 0, 254)).max() <= 2
+
+
+@pytest.mark.parametrize('content, columns', [
+    (b'{"clip": 0.3, "url": "x", "n": null, "ok": true, "list": [1], "more": {"a": 1}}',
+     {'clip': 0.3, 'url': 'x', 'n': None, 'ok': True}),
+    (b'[1]', {}),
+    (b'{', {}),
+    (b'[' * 10**5, {}),
+    (b'{"n": ' + b'9' * 10**4 + b'}', {}),
+    (b'{"text": "' + b'a' * 2**20 + b'"}', {}),
+    (b'\xff', {}),
+    (None, {}),
+])
+def test_columns_are_the_numbers_and_texts_of_the_json(tmp_path, write_tar, content, columns):
+  files = [('a/1.jpg', b'1'), ('a/1.txt', b'one')] + ([('a/1.json', content)] if content else [])
+  path = write_tar(tmp_path / '0.tar', files)
+  assert list(tar_shards.samples(str(path), None, describe=True)) == [
+      {'picture': b'1', 'caption': b'one', 'key': 'a/1', 'columns': columns}]
+  assert list(tar_shards.samples(str(path), None)) == [{'picture': b'1', 'caption': b'one'}]

@@ -17,10 +17,12 @@ import zlib
 import google_crc32c
 import numpy as np
 import pyarrow
+import pyarrow.parquet
 from PIL import Image, ImageCms
 
 from parti_jax.data import damage, captions, datasets, decoding, token_cache_info
 from parti_jax.data.readers import folder_index, tar_shards, text_files, text_lines, tfrecords
+from parti_jax.data.sources import parquet as parquet_source
 from parti_jax.errors import UserError
 
 
@@ -52,6 +54,18 @@ def tfrecord(data: bytes) -> None:
          for record in tfrecords.records(tfrecords.unpacked(io.BytesIO(data))))
   # Damage is found by its checksum, so that the parser sees none of it but here.
   _check([tfrecords.parsed(data, keys)])
+
+
+def parquet(data: bytes) -> None:
+  with tempfile.TemporaryDirectory() as folder:
+    with open(f'{folder}/a.parquet', 'wb') as file:
+      file.write(data)
+    for shuffle in parquet_source.SHUFFLES:
+      source = parquet_source.ParquetSource(folder, None, None, None, shuffle)
+      try:
+        _check(source.examples('train'))
+      except UserError as error:
+        assert '\n' not in str(error)
 
 
 def text_file(data: bytes) -> None:
@@ -112,7 +126,7 @@ def info(data: bytes) -> None:
 
 
 TARGETS = {target.__name__: target
-           for target in (picture, tar, tfrecord, text_file, caption, text, folder, info)}
+           for target in (picture, tar, tfrecord, parquet, text_file, caption, text, folder, info)}
 
 
 def _pictures():
@@ -168,12 +182,27 @@ def _tfrecords():
           zlib.compress(data.getvalue())]
 
 
+def _parquets():
+  pictures = [b'abc', None, b'd' * 50, b'e']
+  structs = [{'bytes': picture, 'path': 'a'} for picture in pictures]
+  captions_ = ['a dog', 'a cat', None, 'ein B\xe4r']
+  for columns, arguments in (
+      ({'image': structs, 'text': captions_}, {}),
+      ({'jpg': pictures, 'caption': [[text] for text in captions_]}, {'compression': 'zstd'}),
+      ({'jpg': pictures, 'caption': captions_, 'status': ['success', 'failed_to_download'] * 2},
+       {'compression': 'none', 'use_dictionary': False, 'write_page_checksum': True})):
+    data = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns), data, row_group_size=2, **arguments)
+    yield data.getvalue()
+
+
 _TEXTS = ['a dog\0 on\x92 the beach'.encode(), 'ein Bär \u202e\u200d\U0001f692'.encode(),
           b'caf\xe9 \xed\xa0\x80']
 _INFO = {'codebook_size': 32, 'image_tokens': 4, 'tokenizer': 'abc',
          'splits': {'train': {'examples': 3, 'shards': 1, 'bytes': [100]}}}
 EXAMPLES = {
     'picture': list(_pictures()), 'tar': list(_tars()), 'tfrecord': _tfrecords(),
+    'parquet': list(_parquets()),
     'caption': _TEXTS, 'text': _TEXTS,
     'text_file': [*_TEXTS, b'\xef\xbb\xbfa\r\nb\n', 'a\nb\u2028c'.encode('utf-16'),
                   lzma.compress(b'a dog\na cat')],

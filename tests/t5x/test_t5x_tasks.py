@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from parti_jax.data import datasets
 from parti_jax.data import token_cache
 from parti_jax.data.batches import Batches
 from parti_jax.data.feature_converter import PairFeatureConverter, PartiFeatureConverter
@@ -188,6 +189,55 @@ def test_a_variant_of_a_task_is_read_by_the_same_rules(cache, caplog):
     with pytest.raises(UserError, match=f'^{task.name} has the features inputs, targets, but'):
       task.get_dataset({'inputs': 12}, 'train')
   assert 'mine, validation: skipped, in all epochs so far: 1 no caption' in caplog.text
+
+
+def test_a_mixture_of_token_caches(cache):
+  mixture = seqio.get_mixture_or_task('mixture_tokens')
+  assert isinstance(mixture, seqio.Mixture)
+  with pytest.raises(UserError, match='mixture.sources is not set'):
+    mixture.tasks  # pylint: disable=pointless-statement
+  for name, captions in (('a', 'woman {}'), ('b', 'firefighter {}')):
+    folder = cache(7, validation=2, captions=captions.format, name=name)
+    gin.parse_config(f"token_cache_{name}/token_cache.path = '{folder}'")
+  gin.parse_config("mixture.sources = {'token_cache_a': 2, 'token_cache_b': 6.0}")
+  assert {task.name: mixture.get_rate(task) for task in mixture.tasks} == {
+      'token_cache_a_tokens': 0.25, 'token_cache_b_tokens': 0.75}
+
+  def read(count, split='train', **kwargs):
+    dataset = seqio.get_dataset(
+        'mixture_tokens', LENGTHS, PartiFeatureConverter(pack=False), dataset_split=split, seed=3,
+        verbose=False, shard_info=seqio.ShardInfo(0, 1), **kwargs)
+    texts = [example['encoder_input_tokens'] for example in dataset.take(count)]
+    decode = datasets.get_vocabulary().decode
+    return [decode(text.numpy().tolist()) for text in texts]
+
+  gin.parse_config('drop_text.rate = 0.0')
+  found = read(400, num_epochs=None)
+  assert sum(text.startswith('woman') for text in found) == 100
+  for start in range(0, 396):
+    assert 1 <= sum(text.startswith('fire') for text in found[start:start + 4]) <= 4
+  assert sorted({len(set(found[start:start + 36])) for start in range(0, 360, 36)}) == [14]
+  # Evaluation has every example, whatever the weights.
+  assert sorted(read(9, 'validation', num_epochs=1)) == [
+      'firefighter 0', 'firefighter 1', 'woman 0', 'woman 1']
+  with pytest.raises(UserError, match="mixture.sources, token_cache_a: .*no finished split 'test'"):
+    read(1, 'test')
+  # Each task has the metrics of a token cache.
+  evaluator = seqio.Evaluator(
+      'mixture_tokens', PartiFeatureConverter(pack=False), eval_split='validation',
+      sequence_length=LENGTHS)
+  assert [task.name for task in evaluator.eval_tasks] == [
+      'token_cache_a_tokens', 'token_cache_b_tokens']
+
+
+def test_a_mixture_of_tokens_of_two_tokenizers_is_refused(cache, monkeypatch):
+  for name, tokenizer in (('a', 'abc'), ('b', 'xyz')):
+    monkeypatch.setitem(INFO, 'tokenizer', tokenizer)
+    folder = cache(6, name=name)
+    gin.parse_config(f"token_cache_{name}/token_cache.path = '{folder}'")
+  gin.parse_config("mixture.sources = {'token_cache_a': 1, 'token_cache_b': 1}")
+  with pytest.raises(UserError, match='mixture.sources: .*token cache .*/a.*token cache .*/b'):
+    seqio.get_mixture_or_task('mixture_tokens').get_dataset(LENGTHS, 'train')
 
 
 def test_packing_is_refused():

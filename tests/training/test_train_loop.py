@@ -179,6 +179,31 @@ def test_more_pictures_than_a_batch_or_fewer_than_asked_for(tmp_path, capsys, to
     assert image.size == (3 * 32, 4 * 16)
 
 
+def test_a_run_on_a_mixture(tmp_path, capsys, pictures_folder, tokenizer_bindings):
+  """Counts and measures of each source, also of a run that goes on."""
+  bindings = [
+      *tokenizer_bindings, "train.task = 'mixture_images'",
+      "mixture.sources = {'folder_a': 3, 'folder_b': 1}", 'train.batch_size = 8',
+      'train.pictures_every = 0', 'train.log_every = 2', 'train.evaluate_every = 4',
+      f"folder_b/folder.path = '{pictures_folder}'", "folder_b/folder.splits = "
+      "{'train': 'validation.jsonl', 'validation': 'train.jsonl'}"]
+  for steps in (2, 4):
+    _train(tmp_path, TOKENIZER, *bindings, f'train.steps = {steps}')
+  scalars, _ = _events(tmp_path)
+  assert scalars['examples/folder_a'] == {2: 12, 4: 24}
+  assert scalars['examples/folder_b'] == {2: 4, 4: 8}
+  # 20 of 21 pictures can be used, so that the 24 are more than an epoch.
+  assert scalars['skipped_examples/folder_a'][4] == scalars['skipped_examples'][4] == 1
+  assert scalars['skipped_examples/folder_b'][4] == 0
+  for name in ('l2', 'psnr'):
+    found = [scalars[f'validation/{source}{name}'][4] for source in ('', 'folder_a/', 'folder_b/')]
+    assert found[0] == pytest.approx(0.75 * found[1] + 0.25 * found[2]) and found[1] != found[2]
+  assert 'examples skipped: 1 folder_a: unknown picture format' in capsys.readouterr().err
+  # A batch is found again by the run's own gin file.
+  status = main.main(['batch', f'--model_dir={tmp_path}', '--place', '0/1:0:3+2@folder_b_images'])
+  assert status == 0 and 'images: uint8 [2, 16, 16, 3]' in capsys.readouterr().out
+
+
 def test_a_run_shows_metrics_and_pictures(tmp_path, capsys, tokenizer_bindings):
   metrics = _train(tmp_path, TOKENIZER, *tokenizer_bindings, 'train.steps = 6',
                    'train.log_every = 2', 'train.evaluate_every = 6', 'train.num_pictures = 5',

@@ -6,7 +6,7 @@ what follows the last dot of a file's name; what lies before it is the sample's 
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import IO
+from typing import IO, Any
 
 from parti_jax import storage
 from parti_jax.data import captions, decoding
@@ -26,15 +26,17 @@ _MAX_OTHERS = 1000
 _MAX_DOTS = 30
 
 
-def samples(path: str, caption_key: str | None) -> Iterator[Mapping[str, bytes] | Damaged]:
+def samples(
+    path: str, caption_key: str | None, describe: bool = False
+) -> Iterator[Mapping[str, Any] | Damaged]:
   """Reads the shard at a path or URL; see `samples_in`."""
   with storage.open_file(path) as file:
-    yield from samples_in(file, caption_key)
+    yield from samples_in(file, caption_key, describe)
 
 
 def samples_in(
-    file: IO[bytes], caption_key: str | None
-) -> Iterator[Mapping[str, bytes] | Damaged]:
+    file: IO[bytes], caption_key: str | None, describe: bool = False
+) -> Iterator[Mapping[str, Any] | Damaged]:
   """Reads a shard.
 
   The files of a sample follow one another. Where a key repeats an ending, another sample begins. If
@@ -45,23 +47,25 @@ def samples_in(
     file: the shard, plain or packed, open to read from its beginning.
     caption_key: the key of the caption in a sample's .json file. None for the .txt file or, where a
       sample has none, the key 'caption'.
+    describe: whether to add 'key', the sample's, and 'columns', the numbers and texts of its .json
+      file by name.
 
   Yields:
     {'picture', 'caption'} of each sample, b'' for what it does not have, or what can't be read. Of
     a shard that breaks off the last sample is left out, since it may lack files. Files of other
     endings that belong to no sample are `Damaged`, those of one key once.
   """
-  sample, others = _Sample('', caption_key), _Others()
+  sample, others = _Sample('', caption_key, describe), _Others()
   for member in tar_members.members(file, _WANTED, decoding.MAX_BYTES):
     if isinstance(member, Damaged):
       if member == tar_members.REST:
-        sample = _Sample('', caption_key)
+        sample = _Sample('', caption_key, describe)
       yield member
       continue
     key, ending = tar_members.split(member.name)
     if member.content is not None and key != sample.key:
       yield from sample.examples()
-      sample = _Sample(key, caption_key)
+      sample = _Sample(key, caption_key, describe)
     yield from others.unclaimed_before(key)
     if member.content is None:
       others.add(member.name)
@@ -75,13 +79,13 @@ def samples_in(
 class _Sample:
   """The files of one key that follow one another; more than one sample if endings repeat."""
 
-  def __init__(self, key: str, caption_key: str | None):
+  def __init__(self, key: str, caption_key: str | None, describe: bool):
     self.key = key
-    self._caption_key = caption_key
+    self._caption_key, self._describe = caption_key, describe
     self._files: dict[str, bytes] = {}
     self._ambiguous = False
 
-  def add(self, ending: str, content: bytes) -> Iterator[Mapping[str, bytes] | Damaged]:
+  def add(self, ending: str, content: bytes) -> Iterator[Mapping[str, Any] | Damaged]:
     """Adds a file, and yields the sample that ends before it, if one does."""
     if ending in self._files:
       pictures = sum(picture in self._files for picture in _PICTURES)
@@ -91,7 +95,7 @@ class _Sample:
       self._files = {}
     self._files[ending] = content
 
-  def examples(self) -> Iterator[Mapping[str, bytes] | Damaged]:
+  def examples(self) -> Iterator[Mapping[str, Any] | Damaged]:
     """Yields the sample, if there is one."""
     if not self._files:
       return
@@ -103,7 +107,21 @@ class _Sample:
     caption = self._files['txt'] if use_txt else self._json_caption()
     if self._ambiguous and caption:
       caption = captions.AMBIGUOUS
-    yield {'picture': picture, 'caption': caption}
+    example = {'picture': picture, 'caption': caption}
+    if self._describe:
+      example |= {'key': self.key, 'columns': self._columns()}
+    yield example
+
+  def _columns(self) -> dict[str, Any]:
+    """Returns the numbers and texts in the .json file; nothing if it can't be read."""
+    content = self._files.get('json', b'')
+    try:
+      found = json.loads(content) if len(content) <= _MAX_JSON else None
+    except (ValueError, RecursionError):
+      return {}
+    if not isinstance(found, dict):
+      return {}
+    return {name: value for name, value in found.items() if not isinstance(value, (dict, list))}
 
   def _json_caption(self) -> bytes:
     """Returns the caption in the .json file, or what stands for one that is not there."""

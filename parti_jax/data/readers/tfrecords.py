@@ -6,8 +6,8 @@ TensorFlow's own reader stops at the first damaged record.
 import functools
 import itertools
 import struct
-from collections.abc import Iterator, Mapping, Sequence
-from typing import IO
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import IO, Any
 
 import google_crc32c
 
@@ -19,6 +19,8 @@ from parti_jax.errors import UserError
 
 # A picture that can be used, and what comes with it.
 MAX_BYTES = decoding.MAX_BYTES + 2**20
+# Bytes of a text that is read as a column.
+_MAX_COLUMN = 2**16
 # Where keys are looked for.
 _FILES_LOOKED_AT, _RECORDS_LOOKED_AT = 8, 100
 
@@ -77,12 +79,16 @@ def raw(path: str) -> Iterator[Mapping[str, bytes] | Damaged]:
       yield record if isinstance(record, Damaged) else {'record': record}
 
 
-def examples(path: str, keys: Mapping[str, str]) -> Iterator[Mapping[str, bytes] | Damaged]:
+def examples(
+    path: str, keys: Mapping[str, str], describe: bool = False
+) -> Iterator[Mapping[str, Any] | Damaged]:
   """Yields the tf.train.Examples of a file.
 
   Args:
     path: the file.
     keys: name -> the feature that it is read from.
+    describe: whether to add 'columns', the features that are one number or one short text, and
+      'key', the text of the feature of this name.
 
   Yields:
     {name: bytes}, b'' for a feature that is not there, or what is in the example's place. A caption
@@ -90,10 +96,12 @@ def examples(path: str, keys: Mapping[str, str]) -> Iterator[Mapping[str, bytes]
   """
   with storage.open_file(path) as file:
     for record in records(unpacked(file)):
-      yield record if isinstance(record, Damaged) else parsed(record, keys)
+      yield record if isinstance(record, Damaged) else parsed(record, keys, describe)
 
 
-def parsed(record: bytes, keys: Mapping[str, str]) -> Mapping[str, bytes] | Damaged:
+def parsed(
+    record: bytes, keys: Mapping[str, str], describe: bool = False
+) -> Mapping[str, Any] | Damaged:
   """Returns features of a serialised tf.train.Example, as `examples` yields them."""
   features = features_of(record)
   if features is None:
@@ -113,7 +121,23 @@ def parsed(record: bytes, keys: Mapping[str, str]) -> Mapping[str, bytes] | Dama
     return Damaged('record with numbers in place of a picture')
   if example.get('picture') == captions.SEVERAL:
     return Damaged('record with more than one picture')
+  if describe:
+    columns = _columns(features, set(keys.values()))
+    example |= {'key': str(columns.get('key', '')), 'columns': columns}
   return example
+
+
+def _columns(features: Mapping[str, Any], others: Collection[str]) -> dict[str, float | str]:
+  """Returns the features that are one number or one short text, without some others."""
+  found = {}
+  for name, feature in features.items():
+    kind = feature.WhichOneof('kind')
+    values = getattr(feature, kind).value if kind and name not in others else ()
+    if len(values) == 1 and kind != 'bytes_list':
+      found[name] = values[0]
+    elif len(values) == 1 and len(values[0]) <= _MAX_COLUMN:
+      found[name] = values[0].decode('utf-8', 'replace')
+  return found
 
 
 def check_keys(files: Sequence[str], keys: Mapping[str, str]) -> None:

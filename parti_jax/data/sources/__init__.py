@@ -1,4 +1,4 @@
-"""Where captioned pictures come from: OpenMoji, or one's own folder, TFRecords or tar shards.
+"""Where captioned pictures come from: OpenMoji, or one's own folder, TFRecords, tar shards ...
 
 `configured(name)` returns a source as gin configures it:
 
@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import gin
 
-from parti_jax.data.sources import base, folder, openmoji, text, tfrecord, webdataset
+from parti_jax.data.sources import (
+    base, folder, hf_datasets, openmoji, parquet, prepared, text, tfrecord, webdataset)
 from parti_jax.errors import UserError
 
 _SOURCES = {
@@ -22,6 +23,9 @@ _SOURCES = {
     'folder': folder.configured,
     'tfrecord': tfrecord.configured,
     'webdataset': webdataset.configured,
+    'parquet': parquet.configured,
+    'hf_datasets': hf_datasets.configured,
+    'prepared': prepared.configured,
     'text': text.configured,
 }
 NAMES = tuple(_SOURCES)

@@ -9,6 +9,9 @@ A source has splits. Opening one gives examples in one of two forms:
 An example is a dict of 'picture', the encoded picture as bytes, and 'caption', UTF-8 bytes as
 `captions.clean` takes them; those of a token cache have 'tokens' in place of the picture. What can't
 be read is a `Damaged` in its place.
+
+Where a source knows more of an example, `open_described` adds 'key', a text that names it, and
+'columns', what else its files say of it by name, such as the scores that img2dataset leaves.
 """
 
 from __future__ import annotations
@@ -90,6 +93,10 @@ class Source(abc.ABC):
     Raises:
       UserError: the split is missing, or its data can't be found or read.
     """
+
+  def open_described(self, split: str) -> Records | Shards:
+    """Opens a split with pictures, and with keys and columns where the source has them."""
+    return self.open(split)
 
   def check_split(self, split: str) -> None:
     """Raises UserError unless the source has a split."""

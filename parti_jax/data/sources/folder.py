@@ -25,20 +25,32 @@ class FolderSource(base.Source):
     self._path, self._captions_files, self._keys = path, dict(splits), (file_key, caption_key)
 
   def open(self, split: str, pictures: bool = True) -> base.Records:
+    return self._open(split, pictures)
+
+  def open_described(self, split: str) -> base.Records:
+    return self._open(split, pictures=True, folder=self._path)
+
+  def _open(self, split: str, pictures: bool, folder: str | None = None) -> base.Records:
     self.check_split(split)
     file = self._captions_files[split]
     if file.endswith('.txt'):
       files, captions = folder_index.read_beside(self._path, file)
     else:
       files, captions = folder_index.read(self._path, file, *self._keys, pictures)
-    return _Pictures(files if pictures else None, captions)
+    return _Pictures(files if pictures else None, captions, folder)
 
 
 class _Pictures(base.Records):
-  """Pictures by their paths, and captions, both arrays of bytes objects [pictures]."""
+  """Pictures by their paths, and captions, both arrays of bytes objects [pictures].
 
-  def __init__(self, files: np.ndarray | None, captions: np.ndarray):
-    self._files, self._captions = files, captions
+  Args:
+    files: the paths; None for captions alone.
+    captions: of the pictures.
+    folder: where given, examples have as a key their path within it.
+  """
+
+  def __init__(self, files: np.ndarray | None, captions: np.ndarray, folder: str | None = None):
+    self._files, self._captions, self._folder = files, captions, folder
 
   def __len__(self) -> int:
     return len(self._captions)
@@ -62,9 +74,12 @@ class _Pictures(base.Records):
     try:
       with storage.open_file(path) as file:
         # One byte more tells the decoder that it is too much.
-        return {'picture': file.read(decoding.MAX_BYTES + 1), 'caption': self._captions[index]}
+        example = {'picture': file.read(decoding.MAX_BYTES + 1), 'caption': self._captions[index]}
     except OSError:
       return Damaged('picture file that is gone or cannot be read', file=path)
+    if self._folder is not None:
+      example['key'] = path.removeprefix(self._folder).lstrip('/')
+    return example
 
 
 @gin.configurable('folder')

@@ -19,13 +19,19 @@ class TFRecordSource(paths.FilesSource):
     self._keys = {'image_key': image_key, 'caption_key': caption_key}
 
   def open(self, split: str, pictures: bool = True) -> base.Shards:
+    return self._open(split, pictures, describe=False)
+
+  def open_described(self, split: str) -> base.Shards:
+    return self._open(split, pictures=True, describe=True)
+
+  def _open(self, split: str, pictures: bool, describe: bool) -> base.Shards:
     files = self.files(split)
     keys = {'picture': 'image_key', 'caption': 'caption_key'}
     if not pictures:
       del keys['picture']
     tfrecords.check_keys(files, {parameter: self._keys[parameter] for parameter in keys.values()})
     found = {name: self._keys[parameter] for name, parameter in keys.items()}
-    return paths.Files(files, functools.partial(tfrecords.examples, keys=found))
+    return paths.Files(files, functools.partial(tfrecords.examples, keys=found, describe=describe))
 
 
 @gin.configurable('tfrecord')

@@ -20,8 +20,14 @@ class WebDatasetSource(paths.FilesSource):
 
   def open(self, split: str, pictures: bool = True) -> base.Shards:
     del pictures  # A tar is read from its beginning in any case.
-    return paths.Files(
-        self.files(split), functools.partial(tar_shards.samples, caption_key=self._caption_key))
+    return self._open(split, describe=False)
+
+  def open_described(self, split: str) -> base.Shards:
+    return self._open(split, describe=True)
+
+  def _open(self, split: str, describe: bool) -> base.Shards:
+    return paths.Files(self.files(split), functools.partial(
+        tar_shards.samples, caption_key=self._caption_key, describe=describe))
 
 
 @gin.configurable('webdataset')

@@ -1,0 +1,167 @@
+"""Reads the records of ArrayRecord shards, by their numbers or one after another."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from parti_jax import storage
+from parti_jax.data.damage import Damaged
+from parti_jax.data.sources import base
+from parti_jax.errors import UserError
+
+# Makes an example of a record; must be picklable.
+Parse = Callable[[bytes], base.Example | Damaged]
+# How examples may be shuffled: all of them, read in any order; or shards, and examples in a window.
+SHUFFLES = ('global', 'window')
+# Readers of shards that a process keeps open.
+_MOST_OPEN = 256
+# Records that are read at once.
+_AT_ONCE = 256
+
+
+class Reader:
+  """The records of a shard on a disk.
+
+  Args:
+    path: of the shard.
+    parse: makes examples of records.
+  """
+
+  def __init__(self, path: str, parse: Parse):
+    from array_record.python import array_record_module  # pylint: disable=g-import-not-at-top
+
+    self._path, self._parse = path, parse
+    self._reader = array_record_module.ArrayRecordReader(
+        path, options='readahead_buffer_size:0,max_parallelism:0')
+
+  def count(self) -> int:
+    """How many records there are."""
+    return self._reader.num_records()
+
+  def read(self, numbers: Sequence[int]) -> list[base.Example | Damaged]:
+    """Reads records by their numbers in the shard."""
+    try:
+      return [self._parsed(record) for record in self._reader.read(list(numbers))]
+    except (RuntimeError, IndexError, ValueError):
+      if len(numbers) == 1:
+        return [Damaged('damaged record', file=self._path)]
+      return [self.read([number])[0] for number in numbers]
+
+  def _parsed(self, record: bytes) -> base.Example | Damaged:
+    found = self._parse(record)
+    return Damaged(found.reason, file=self._path) if isinstance(found, Damaged) else found
+
+  def close(self) -> None:
+    """Closes the file."""
+    with contextlib.suppress(RuntimeError):  # Closing reports once more what is damaged.
+      self._reader.close()
+
+
+class ShardRecords(base.Records):
+  """All records of some shards on a disk.
+
+  Args:
+    files: paths of the shards.
+    counts: number of records of each.
+    parse: makes examples of records.
+    digest: see `Records.digest`.
+  """
+
+  def __init__(self, files: Sequence[str], counts: Sequence[int], parse: Parse,
+               digest: str | None = None):
+    self._files, self._parse, self._digest = list(files), parse, digest
+    self._ends = np.cumsum(counts)
+    self._readers: collections.OrderedDict[int, Reader] = collections.OrderedDict()
+
+  def __len__(self) -> int:
+    return int(self._ends[-1])
+
+  def digest(self) -> str | None:
+    return self._digest
+
+  def __getstate__(self) -> dict[str, Any]:
+    return self.__dict__ | {'_readers': collections.OrderedDict()}
+
+  def read(self, indices: Sequence[int]) -> list[base.Example | Damaged]:
+    indices = np.asarray(indices)
+    shards = np.searchsorted(self._ends, indices, side='right')
+    found: list[base.Example | Damaged] = [None] * len(indices)
+    order = np.argsort(shards, kind='stable')
+    for places in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):
+      if len(places):
+        shard = int(shards[places[0]])
+        start = int(self._ends[shard - 1]) if shard else 0
+        read = self._reader(shard).read([int(indices[place]) - start for place in places])
+        for place, example in zip(places, read):
+          found[place] = example
+    return found
+
+  def _reader(self, shard: int) -> Reader:
+    if shard in self._readers:
+      self._readers.move_to_end(shard)
+      return self._readers[shard]
+    if len(self._readers) >= _MOST_OPEN:
+      self._readers.popitem(last=False)[1].close()
+    self._readers[shard] = Reader(self._files[shard], self._parse)
+    return self._readers[shard]
+
+  def close(self) -> None:
+    while self._readers:
+      self._readers.popitem()[1].close()
+
+
+class ShardStreams(base.Shards):
+  """Shards that are read from their beginning; one at a URL is copied to the disk first.
+
+  Args:
+    files: paths or URLs of the shards.
+    parse: makes examples of records.
+  """
+
+  def __init__(self, files: Sequence[str], parse: Parse):
+    self.files, self._parse = list(files), parse
+
+  def read(self, file: str) -> Iterator[base.Example | Damaged]:
+    with storage.local_copy(file) as local:
+      reader = Reader(os.fspath(local), self._parse)
+      try:
+        for start in range(0, reader.count(), _AT_ONCE):
+          yield from reader.read(range(start, min(start + _AT_ONCE, reader.count())))
+      finally:
+        reader.close()
+
+
+def complete_files(
+    folder: str, names: Sequence[str], shards: Sequence[Mapping[str, Any]], what: str,
+    how_to_make: str
+) -> list[str]:
+  """Returns shards' paths, after comparing their sizes: a file that was cut opens as an empty one.
+
+  Args:
+    folder: their folder, a path or URL.
+    names: of the files.
+    shards: 'bytes' of each, as `info.json` has them.
+    what: the folder, for messages.
+    how_to_make: the command that writes it, for messages.
+
+  Raises:
+    UserError: a file is missing or of another size.
+  """
+  sizes = storage.sizes(folder)
+  files = []
+  for name, shard in zip(names, shards, strict=True):
+    file = storage.join(folder, name)
+    if name not in sizes:
+      raise UserError(f'{file} is missing from {what}; {how_to_make} again')
+    if sizes[name] != shard['bytes']:
+      raise UserError(f'{file} is damaged: it has {sizes[name]:,} bytes and had '
+                      f'{shard["bytes"]:,} when it was written; copy it again, or '
+                      f'{how_to_make} again')
+    files.append(file)
+  return files

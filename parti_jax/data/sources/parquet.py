@@ -1,0 +1,216 @@
+"""Parquet files, as img2dataset and the Hugging Face hub write them."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import gin
+import numpy as np
+from absl import logging
+
+from parti_jax import storage
+from parti_jax.data.damage import Damaged
+from parti_jax.data.readers import file_patterns
+from parti_jax.data.sources import base, paths
+from parti_jax.errors import UserError
+
+SHUFFLES = ('global', 'window')
+# How the files of a split are named, on the Hugging Face hub among others.
+_SPLITS = {'train': ('train',), 'validation': ('validation', 'valid', 'val', 'dev'),
+           'test': ('test', 'eval')}
+_PATTERNS = ('{}[-.]*parquet', 'data/{}[-.]*parquet', '{}/*.parquet', 'default/{}/*.parquet')
+# Bytes up to which a row group is read for one row, and up to which where gin asks for it. A core reads
+# about 1 MB in a millisecond, and decodes a picture of 256 pixels in about 4.
+_SMALL, _LARGEST = 2**22, 2**28
+# Bytes of row groups that a process keeps, over all shares.
+_KEPT = 2**28
+# A part of a file that is read from its beginning: row groups of at least so many rows together, as
+# many as a shard of the token cache has examples.
+_PART = 16_384
+# Footers that are read at once.
+_AT_ONCE = 16
+
+
+class ParquetSource(paths.FilesSource):
+  """Parquet files; the arguments are those of `configured`."""
+
+  def __init__(self, path: str, splits: Mapping[str, str] | None, image_key: str | None,
+               caption_key: str | None, shuffle: str | None):
+    super().__init__('parquet', path, found_splits(path) if splits is None else splits)
+    self._keys, self._shuffle = (image_key, caption_key), shuffle
+
+  def open(self, split: str, pictures: bool = True) -> base.Records | base.Shards:
+    from parti_jax.data.readers import parquet_files  # pylint: disable=g-import-not-at-top
+
+    files = self.files(split)
+    find = functools.partial(_find, keys=self._keys, pictures=pictures)
+    if storage.is_url(files[0]):
+      if self._shuffle == 'global':
+        raise UserError(f"parquet.shuffle='global' needs files on a disk, and {files[0]} is a URL")
+      parquet_files.read_footer(files[0], find)
+      return _Parts({file: (file, None) for file in files}, find)
+    with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as executor:
+      footers = list(executor.map(functools.partial(parquet_files.read_footer, find=find), files))
+    if self._is_global(np.concatenate([footer.sizes for footer in footers]), split):
+      return _Rows(files, footers)
+    return _Parts(_parts(files, footers), find)
+
+  def _is_global(self, sizes: np.ndarray, split: str) -> bool:
+    """Whether rows are read in any order; `sizes` are those of all row groups, in bytes."""
+    largest = int(sizes.max(initial=0))
+    size = f'row groups of up to {largest / 2**20:,.0f} MiB'
+    if self._shuffle == 'global' and largest > _LARGEST:
+      raise UserError(f"parquet.shuffle='global' is not possible with {size}, each of which would be "
+                      f"read for one row; set parquet.shuffle='window', or write {self.place} with "
+                      'smaller ones')
+    if self._shuffle is None and largest > _SMALL and sizes.sum() > _KEPT:
+      logging.info("%s, %s: has %s, so that it is shuffled within windows (parquet.shuffle='window')",
+                   self.place, split, size)
+      return False
+    return self._shuffle != 'window'
+
+
+def _find(schema, file: str, keys: tuple[str | None, str | None], pictures: bool):
+  from parti_jax.data.readers import arrow_rows  # pylint: disable=g-import-not-at-top
+  return arrow_rows.find(schema, 'parquet', file, *keys, pictures)
+
+
+def found_splits(path: str) -> dict[str, str]:
+  """Returns the splits of a folder by the names of its files: patterns within it.
+
+  They are 'train', 'validation' and 'test' where files are named after these or in the usual short
+  forms, as on the Hugging Face hub, and otherwise 'train' alone, of all files in the folder.
+  """
+  for pattern in _PATTERNS:
+    found = {}
+    for split, names in _SPLITS.items():
+      named = [pattern.format(name) for name in names]
+      found[split] = next(
+          (one for one in named if storage.glob(file_patterns.join(path, one))), None)
+    if found['train']:
+      return {split: one for split, one in found.items() if one}
+  return {'train': '*.parquet'}
+
+
+def has_pictures(path: str) -> bool:
+  """Whether a folder has files of captioned pictures, by the first one of its split 'train'."""
+  from parti_jax.data.readers import arrow_rows, parquet_files  # pylint: disable=g-import-not-at-top
+
+  files = storage.glob(file_patterns.join(path, found_splits(path)['train']))
+  return bool(files) and arrow_rows.has_pictures(parquet_files.read_schema(files[0]))
+
+
+def _parts(files: Sequence[str], footers) -> dict[str, tuple[str, range]]:
+  """Returns name -> file and row groups, of parts that are read from their beginning."""
+  found = {}
+  for file, footer in zip(files, footers):
+    first, rows = 0, 0
+    for group, count in enumerate(footer.rows):
+      rows += int(count)
+      if rows >= _PART or group == len(footer.rows) - 1:
+        found[f'{file}, row groups {first} to {group}'] = file, range(first, group + 1)
+        first, rows = group + 1, 0
+  return found
+
+
+class _Parts(base.Shards):
+  """Files, or runs of row groups of them, that are read from their beginning.
+
+  Args:
+    parts: name -> file and row groups; None for all of the file.
+    find: finds the columns; see `parquet_files.read`.
+  """
+
+  def __init__(self, parts: Mapping[str, tuple[str, range | None]], find):
+    self.files, self._parts, self._find = list(parts), dict(parts), find
+
+  def read(self, file: str) -> Iterator[base.Example | Damaged]:
+    from parti_jax.data.readers import parquet_files  # pylint: disable=g-import-not-at-top
+    yield from parquet_files.read(*self._parts[file], self._find)
+
+
+class _Rows(base.Records):
+  """The rows of files on a disk, with their footers."""
+
+  _numbers = itertools.count()
+
+  def __init__(self, files: Sequence[str], footers):
+    self._files, self._columns = list(files), [footer.columns for footer in footers]
+    groups = [len(footer.rows) for footer in footers]
+    self._rows = np.concatenate([footer.rows for footer in footers])
+    self._ends = np.cumsum(self._rows)
+    # Of each row group: its file, and its number there.
+    self._file_of = np.repeat(np.arange(len(files), dtype=np.int32), groups)
+    self._number_of = np.concatenate([np.arange(count, dtype=np.int32) for count in groups])
+    self._key = next(self._numbers)
+
+  def __len__(self) -> int:
+    return int(self._ends[-1]) if len(self._ends) else 0
+
+  def __setstate__(self, state: dict[str, Any]) -> None:
+    self.__dict__.update(state)
+    self._key = next(self._numbers)
+
+  def read(self, indices: Sequence[int]) -> list[base.Example | Damaged]:
+    indices = np.asarray(indices)
+    groups = np.searchsorted(self._ends, indices, side='right')
+    rows = indices - (self._ends - self._rows)[groups]
+    found: list[base.Example | Damaged] = [None] * len(indices)
+    for place in np.argsort(groups, kind='stable'):
+      found[place] = self._example(int(groups[place]), int(rows[place]))
+    return found
+
+  def _example(self, group: int, row: int) -> base.Example | Damaged:
+    from parti_jax.data.readers import parquet_files  # pylint: disable=g-import-not-at-top
+
+    file = int(self._file_of[group])
+    path = self._files[file]
+
+    def read_group():
+      metadata = _kept().get((self._key, file), lambda: parquet_files.Metadata(path)).value
+      return parquet_files.WholeGroup(path, metadata, int(self._number_of[group]),
+                                      int(self._rows[group]), self._columns[file])
+
+    try:
+      return _kept().get((self._key, file, group), read_group).example(row)
+    except parquet_files.Unreadable:
+      return Damaged('file that is gone or cannot be read', file=path)
+
+
+@functools.cache
+def _kept():
+  from parti_jax.data.readers import parquet_files  # pylint: disable=g-import-not-at-top
+  return parquet_files.Cache(_KEPT)
+
+
+@gin.configurable('parquet')
+def configured(
+    path: str | None = None,
+    splits: Mapping[str, str] | None = None,
+    image_key: str | None = None,
+    caption_key: str | None = None,
+    shuffle: str | None = None,
+) -> ParquetSource:
+  """Parquet files with a column of encoded pictures and one of captions.
+
+  Args:
+    path: the folder of the files.
+    splits: file pattern of each split, relative to the folder; see `file_patterns`. None for what
+      `found_splits` finds.
+    image_key: the column of the pictures; None for one of `arrow_rows.PICTURE_KEYS`.
+    caption_key: the column of the captions; None for one of `arrow_rows.CAPTION_KEYS`.
+    shuffle: 'global' to shuffle all rows, which are read in any order; 'window' to shuffle files, in
+      parts of about 16,000 rows, and their rows within a window. A whole row group is read for one
+      row. So None is 'window' at URLs, and where a row group has more than 4 MiB and all rows
+      together more than 256 MiB; otherwise it is 'global'.
+
+  Raises:
+    UserError: the path is not set, or there is no such shuffle.
+  """
+  if shuffle not in (None, *SHUFFLES):
+    raise UserError(f'parquet.shuffle={shuffle!r} is not one of {", ".join(SHUFFLES)}')
+  return ParquetSource(paths.required('parquet', path), splits, image_key, caption_key, shuffle)

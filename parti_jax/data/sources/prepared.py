@@ -1,0 +1,170 @@
+"""Prepared pictures: ArrayRecord shards that `parti-jax prepare` writes.
+
+A folder with shards `SPLIT-00000.array_record` ... and `info.json`:
+
+  {"kind": "prepared pictures", "version": 1,
+   "splits": {"train": {"examples": 3588, "shards": [
+       {"examples": 3588, "bytes": 7651234, "digest": "5d3c..."}]}}}
+
+A record is the lengths of the caption and of the description, each a little-endian uint32; then the
+caption in UTF-8, the description in JSON, and the encoded picture. The description holds 'key' and
+'columns' of the source and 'width' and 'height' of the picture before it was resized. A split is in
+`info.json` only when all its shards are in place.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+import gin
+import xxhash
+
+from parti_jax import storage
+from parti_jax.data import token_cache_info
+from parti_jax.data.damage import Damaged
+from parti_jax.data.readers import array_records
+from parti_jax.data.sources import base, paths
+from parti_jax.errors import UserError
+
+KIND, VERSION = 'prepared pictures', 1
+_LENGTHS = struct.Struct('<II')
+_MAX_INFO = 2**28
+_HOW_TO_MAKE = '`parti-jax prepare` makes it'
+_FOREIGN = Damaged('record that is not of a prepared picture')
+
+
+def serialized(picture: bytes, caption: str, description: Mapping[str, Any]) -> bytes:
+  """Returns the record of an example."""
+  text, described = caption.encode(), json.dumps(description, sort_keys=True).encode()
+  return _LENGTHS.pack(len(text), len(described)) + text + described + picture
+
+
+def parsed(record: bytes, describe: bool = False) -> base.Example | Damaged:
+  """Makes an example of a record.
+
+  Args:
+    record: of `serialized`.
+    describe: whether to add 'key' and 'columns'.
+  """
+  start = _LENGTHS.size
+  if len(record) < start:
+    return _FOREIGN
+  text, described = _LENGTHS.unpack_from(record)
+  end = start + text + described
+  if len(record) <= end:
+    return _FOREIGN
+  example = {'picture': record[end:], 'caption': record[start:start + text]}
+  if describe:
+    try:
+      description = json.loads(record[start + text:end])
+      example |= {'key': description['key'], 'columns': description['columns']}
+    except (ValueError, LookupError, TypeError, RecursionError):
+      return _FOREIGN
+  return example
+
+
+def read_info(folder: str) -> dict[str, Any]:
+  """Reads the `info.json` of a folder.
+
+  Raises:
+    UserError: the folder is missing or holds no prepared pictures.
+  """
+  path = storage.join(folder, 'info.json')
+  if not storage.exists(path):
+    what = 'is not finished' if storage.exists(folder) else 'does not exist'
+    raise UserError(f'the folder of prepared pictures {folder} {what}; {_HOW_TO_MAKE} '
+                    '(gin: prepared.path)')
+  try:
+    info = storage.read_json(path, _MAX_INFO)
+  except (OSError, ValueError) as error:
+    raise UserError(f'{path} is damaged; {_HOW_TO_MAKE} again') from error
+  if not isinstance(info, dict) or info.get('kind') != KIND:
+    raise UserError(f'{folder} holds no prepared pictures, since its info.json is of something '
+                    'else (gin: prepared.path)')
+  if info.get('version') != VERSION:
+    raise UserError(f'{folder} was written by another version of parti_jax; {_HOW_TO_MAKE} again')
+  if not token_cache_info.are_splits(info.get('splits')):
+    raise UserError(f'{path} is damaged; {_HOW_TO_MAKE} again')
+  return info
+
+
+class PreparedSource(base.Source):
+  """Prepared pictures; the arguments are those of `configured`.
+
+  Attributes:
+    path: the folder.
+
+  Raises:
+    UserError: see `read_info`.
+  """
+
+  def __init__(self, path: str, shuffle: str | None = None):
+    self._splits = read_info(path)['splits']
+    super().__init__('prepared', tuple(self._splits))
+    self.place = f'prepared pictures {path}'
+    self.path = path
+    self._shuffle = shuffle or ('window' if storage.is_url(path) else 'global')
+
+  def check_split(self, split: str) -> None:
+    if split not in self.splits:
+      raise UserError(f'{self.place}: there is no finished split {split!r}, but '
+                      f'{", ".join(self.splits) or "none"}; {_HOW_TO_MAKE}')
+
+  def open(self, split: str, pictures: bool = True) -> base.Records | base.Shards:
+    del pictures  # A record is read whole in any case.
+    return self._open(split, describe=False)
+
+  def open_described(self, split: str) -> base.Records | base.Shards:
+    return self._open(split, describe=True)
+
+  def _open(self, split: str, describe: bool) -> base.Records | base.Shards:
+    self.check_split(split)
+    files = self._files(split)
+    parse = functools.partial(parsed, describe=describe)
+    if self._shuffle == 'window':
+      return array_records.ShardStreams(files, parse)
+    shards = self._splits[split]['shards']
+    digests = ''.join(str(shard.get('digest')) for shard in shards)
+    return array_records.ShardRecords(
+        files, [shard['examples'] for shard in shards], parse,
+        xxhash.xxh3_64_hexdigest(digests.encode()))
+
+  @functools.cache
+  def _files(self, split: str) -> list[str]:
+    """The files of a split, each of the size that it was written with."""
+    shards = self._splits[split]['shards']
+    names = [token_cache_info.shard_name(split, index) for index in range(len(shards))]
+    files = array_records.complete_files(self.path, names, shards, self.place, _HOW_TO_MAKE)
+    first = next(number for number, shard in enumerate(shards) if shard['examples'])
+    with storage.local_copy(files[first]) as local:
+      reader = array_records.Reader(os.fspath(local), parsed)
+      fits = reader.count() == shards[first]['examples'] and not isinstance(
+          reader.read([0])[0], Damaged)
+      reader.close()
+    if not fits:
+      raise UserError(f'{files[first]} is damaged: its first record is not of a prepared picture; '
+                      f'{_HOW_TO_MAKE} again')
+    return files
+
+
+@gin.configurable('prepared')
+def configured(path: str | None = None, shuffle: str | None = None) -> PreparedSource:
+  """Pictures that `parti-jax prepare` has filtered, resized and encoded.
+
+  Args:
+    path: the folder that it wrote.
+    shuffle: 'global' to shuffle all examples, which are read in any order; 'window' to shuffle
+      shards and, within a window, their examples; None for 'global' on disks and 'window' at URLs.
+
+  Raises:
+    UserError: the path is not set, or there are no such pictures or shuffle.
+  """
+  if shuffle not in (None, *array_records.SHUFFLES):
+    raise UserError(
+        f'prepared.shuffle={shuffle!r} is not one of {", ".join(array_records.SHUFFLES)}')
+  return PreparedSource(paths.required('prepared', path), shuffle)

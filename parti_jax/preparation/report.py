@@ -1,0 +1,54 @@
+"""What became of all examples, for `report.json` and as a table."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from parti_jax.preparation.settings import Settings
+from parti_jax.preparation.shards import Outcome
+
+_MOST_PLACES = 100
+
+
+def make(outcomes: Iterable[Outcome], source: str, settings: Settings) -> dict[str, Any]:
+  """Sums up what became of the parts of a split.
+
+  Args:
+    outcomes: in the order of the parts.
+    source: what was read.
+    settings: what was done.
+
+  Returns:
+    For JSON: 'read', which is 'written' and the sum of 'left_out'; 'bytes' of the shards; reasons
+    with their counts; damaged places; and the settings.
+  """
+  left_out, notes, places = collections.Counter(), collections.Counter(), []
+  read = written = size = count = 0
+  for outcome in outcomes:
+    read += outcome.read
+    written += outcome.shard['examples']
+    size += outcome.shard['bytes']
+    count += 1
+    left_out.update(outcome.left_out)
+    notes.update(outcome.notes)
+    places += outcome.places
+  return {'source': source, 'read': read, 'written': written, 'shards': count, 'bytes': size,
+          'left_out': _by_count(left_out), 'ignored_or_cut': _by_count(notes),
+          'damaged': places[:_MOST_PLACES], 'settings': dataclasses.asdict(settings)}
+
+
+def table(report: Mapping[str, Any]) -> str:
+  """The counts of a report, a line for each."""
+  rows = [(report['read'], 'read'), *((-count, reason) for reason, count in
+                                     report['left_out'].items()), (report['written'], 'written')]
+  rows += [(count, reason) for reason, count in report['ignored_or_cut'].items()]
+  width = max(len(f'{count:,}') for count, _ in rows)
+  return '\n'.join(f'  {count:>{width},}  {reason}' for count, reason in rows)
+
+
+def _by_count(counts: Mapping[str, int]) -> dict[str, int]:
+  """The most frequent first; of as many in the order of their names."""
+  return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))

@@ -1,0 +1,143 @@
+"""What `parti-jax prepare` does to examples, as gin sets it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import sys
+import unicodedata
+from collections.abc import Mapping
+from typing import Any
+
+import gin
+
+from parti_jax import checks
+from parti_jax.errors import UserError
+
+# Name in gin -> Pillow's name.
+FORMATS = {'jpeg': 'JPEG', 'webp': 'WEBP', 'png': 'PNG'}
+DUPLICATES = ('picture', 'picture_and_caption')
+
+
+@gin.configurable('prepare')
+@checks.bounded(
+    size=(2, 8192), quality=(1, 100), min_side=(1, None), max_aspect_ratio=(1, None),
+    caption_length=(1, None), caption_words=(1, None), min_script_share=(0, 1),
+    near_duplicates=(0, 15), examples_per_shard=(1, 2**20), files_per_shard=(1, 2**20))
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """The filters and the form of prepared pictures; None turns a filter or a step off.
+
+  Attributes:
+    size: pixels of the shorter side after resizing.
+    enlarge: whether smaller pictures are enlarged to `size`.
+    image_format: 'jpeg', 'webp' or 'png'.
+    quality: of JPEG and WebP, 1 to 100.
+    pass_through: whether a picture that needs no change keeps its bytes: one in `image_format`, not
+      larger than `size`, upright and without a colour profile.
+    min_side: pixels that the shorter side must have before resizing.
+    max_aspect_ratio: the most that the longer side may be of the shorter one.
+    caption_length: least and most characters of a caption.
+    caption_words: least and most words of a caption, separated by blanks.
+    scripts: scripts that letters of a caption may be of, as the first word of their Unicode names:
+      'LATIN', 'CYRILLIC', 'CJK', 'HIRAGANA', 'ARABIC' and so on.
+    min_script_share: share of a caption's letters that must be of these scripts.
+    columns: bounds of columns, such as {'similarity': (0.3, None), 'pwatermark': (None, 0.5)}, or
+      the texts that one may be, such as {'NSFW': ('UNLIKELY', 'UNSURE')}. An example without the
+      column is left out.
+    keep_columns: columns that are written with an example; None for all.
+    duplicates: of pictures with the same bytes one stays, for 'picture'. For 'picture_and_caption'
+      only where the captions are the same too.
+    near_duplicates: of pictures whose perceptual hashes differ in at most so many of 63 bits the
+      largest stays. With 0, hashes have to be equal, which takes the least time.
+    examples_per_shard: examples that are read for one shard, from sources that have an index.
+    files_per_shard: files that are read for one shard, from sources of files such as tars.
+  """
+
+  size: int | None = None
+  enlarge: bool = False
+  image_format: str = 'jpeg'
+  quality: int = 95
+  pass_through: bool = True
+  min_side: int | None = None
+  max_aspect_ratio: float | None = None
+  caption_length: tuple[int, int] | None = None
+  caption_words: tuple[int, int] | None = None
+  scripts: tuple[str, ...] | None = None
+  min_script_share: float = 1.0
+  columns: Mapping = dataclasses.field(default_factory=dict)
+  keep_columns: tuple[str, ...] | None = None
+  duplicates: str | None = 'picture'
+  near_duplicates: int | None = None
+  examples_per_shard: int = 2048
+  files_per_shard: int = 1
+
+  def __post_init__(self):
+    checks.check_fields(self, 'prepare.', checks.bounds_of(Settings))
+    _check_choice('image_format', self.image_format, FORMATS)
+    if self.duplicates is not None:
+      _check_choice('duplicates', self.duplicates, DUPLICATES)
+    for name in ('caption_length', 'caption_words'):
+      value = getattr(self, name)
+      if value is not None and value[0] > value[1]:
+        raise UserError(f'prepare.{name}={value} must be (least, most)')
+    if self.enlarge and self.size is None:
+      raise UserError('prepare.enlarge=True needs prepare.size')
+    for script in self.scripts or ():
+      if script not in known_scripts():
+        raise UserError(f'prepare.scripts: {script!r} is not the first word of a letter\'s Unicode '
+                        'name; some are LATIN, CYRILLIC, GREEK, ARABIC, CJK, HIRAGANA and HANGUL')
+    if self.scripts == ():
+      raise UserError('prepare.scripts=() would leave out every caption with a letter; None allows '
+                      'all scripts')
+    if not isinstance(self.columns, Mapping):
+      raise UserError(f'prepare.columns={checks.shown(self.columns)} must be of the form '
+                      "{'similarity': (0.3, None)}")
+    for name, wanted in self.columns.items():
+      _check_column(name, wanted)
+
+  @property
+  def drops_duplicates(self) -> bool:
+    """Whether examples are compared with one another."""
+    return self.duplicates is not None or self.near_duplicates is not None
+
+
+def is_texts(wanted: tuple) -> bool:
+  """Whether a value of `Settings.columns` lists texts; otherwise it holds bounds."""
+  return all(isinstance(item, str) for item in wanted)
+
+
+@functools.cache
+def known_scripts() -> frozenset[str]:
+  """The first words of the Unicode names of all letters."""
+  return frozenset(script_of(character) for character in map(chr, range(sys.maxunicode + 1))
+                   if is_letter(character))
+
+
+def script_of(letter: str) -> str:
+  """The first word of a letter's Unicode name, '' if it has none."""
+  return unicodedata.name(letter, '').partition(' ')[0]
+
+
+def is_letter(character: str) -> bool:
+  """Whether a character is a letter; modifiers, which several scripts share, are not."""
+  return unicodedata.category(character) in ('Lu', 'Ll', 'Lt', 'Lo')
+
+
+def _check_choice(name: str, value: str, choices) -> None:
+  if value not in choices:
+    raise UserError(f'prepare.{name}={value!r} is not one of {", ".join(choices)}')
+
+
+def _check_column(name: Any, wanted: Any) -> None:
+  if isinstance(name, str) and isinstance(wanted, (tuple, list)) and len(wanted):
+    if is_texts(wanted):
+      return
+    bounds = [bound for bound in wanted if bound is not None]
+    if len(wanted) == 2 and bounds and all(
+        type(bound) in (int, float) and math.isfinite(bound) for bound in bounds) and (
+            bounds == sorted(bounds)):
+      return
+  raise UserError(f'prepare.columns: {checks.shown(name)}: {checks.shown(wanted)} must be bounds '
+                  'such as (0.3, None), the lower one first, or texts such as (\'UNLIKELY\',)')

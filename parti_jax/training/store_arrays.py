@@ -1,0 +1,33 @@
+"""How long TensorStore repeats requests to gs://, where it reads and writes checkpoints' arrays."""
+
+from __future__ import annotations
+
+import os
+
+from orbax.checkpoint._src.serialization import tensorstore_utils
+
+from parti_jax import store_retries
+
+_FIRST_DELAY, _LONGEST_DELAY = 1.0, 20.0
+
+
+def configure() -> None:
+  """Has Orbax give TensorStore the patience of `store_retries` in place of its quarter of an hour."""
+  connect, read = store_retries.timeouts()
+  for variable, value in (('CONNECT_TIMEOUT_SECONDS', connect), ('LOW_SPEED_TIME_SECONDS', read),
+                          ('LOW_SPEED_LIMIT_BYTES', 1)):
+    os.environ.setdefault(f'TENSORSTORE_CURL_{variable}', str(max(1, round(value))))
+  settings = {'max_retries': _retries(store_retries.patience()),
+              'initial_delay': f'{_FIRST_DELAY}s', 'max_delay': f'{_LONGEST_DELAY}s'}
+  # Orbax has no option for it.
+  # pylint: disable=protected-access
+  for context in (tensorstore_utils._BASE_TS_CONTEXT, tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT):
+    context['gcs_request_retries'] = settings
+
+
+def _retries(seconds: float) -> int:
+  """How many retries take about so many seconds."""
+  retries, waited, delay = 1, _FIRST_DELAY, 2 * _FIRST_DELAY
+  while waited < seconds:
+    retries, waited, delay = retries + 1, waited + delay, min(2 * delay, _LONGEST_DELAY)
+  return retries

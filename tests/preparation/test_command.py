@@ -1,0 +1,193 @@
+"""`parti-jax prepare` end to end, on Beam's local runner."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import gin
+import numpy as np
+import pytest
+from PIL import Image
+
+from parti_jax import main
+from parti_jax.data.batches import Batches
+from parti_jax.data.sources import prepared
+
+pytest.importorskip(
+    'apache_beam', reason='apache-beam is not installed (extra "beam", in a venv of its own)')
+
+GIN = '--gin_file=gin_configs/tasks/webdataset.gin'
+
+
+def _source(folder):
+  return [GIN, f"--gin.webdataset.path='{folder}'", '--gin.prepare.size=32']
+
+
+def _prepare(*arguments):
+  return main.main(['prepare', *map(str, arguments)])
+
+
+def _files(folder):
+  return {name: pathlib.Path(folder, name).read_bytes() for name in sorted(os.listdir(folder))}
+
+
+def _report(folder):
+  return json.loads(pathlib.Path(folder, 'report.json').read_text())['splits']['train']
+
+
+@pytest.fixture
+def tars(draw, encode, write_tar):
+  """Tars with pictures that are the same, look alike, are damaged, or are filtered out."""
+  good = {'clip': 0.3}
+  jpeg = lambda seed, size=(64, 48): encode(draw(seed, size), 'jpeg', quality=90)
+  smaller = draw(3, (256, 192)).resize((60, 45), Image.Resampling.BICUBIC)
+  write_tar('0.tar', [('00', 'first', jpeg(0), good), ('01', 'second', jpeg(1), good),
+                      ('02', 'broken', jpeg(2)[:200], good)])
+  write_tar('1.tar', [('10', 'copy of the first', jpeg(0), good), ('11', '', jpeg(9), good),
+                      ('12', 'small', encode(smaller, 'jpeg', quality=90), good)])
+  folder = write_tar('2.tar', [
+      ('20', 'large', jpeg(3, (256, 192)), good), ('21', 'low', jpeg(4), {'clip': 0.1}),
+      ('22', 'white', encode(Image.new('RGB', (40, 40), 'white'), 'jpeg'), good),
+      ('23', 'black', encode(Image.new('RGB', (40, 40), 'black'), 'jpeg'), good)])
+  (folder / '3.tar').write_bytes((folder / '2.tar').read_bytes()[:5000])
+  return folder
+
+
+FILTERS = ["--gin.prepare.columns={'clip': (0.2, None)}", '--gin.prepare.near_duplicates=5']
+
+
+def test_from_tars_to_batches(tars, tmp_path, capsys):
+  out = tmp_path / 'out'
+  assert _prepare(*_source(tars), *FILTERS, f'--output_dir={out}', '--direct_num_workers=1') == 0
+  said = capsys.readouterr().out
+  assert 'on 1 process (--direct_num_workers)' in said
+  assert said.splitlines()[-1].startswith(f'{out}: train: 5 pictures in 4 shards')
+  examples = list(prepared.PreparedSource(str(out)).examples('train'))
+  assert [example['caption'] for example in examples] == [
+      b'first', b'second', b'large', b'white', b'black']
+  report = _report(out)
+  assert report['left_out'] == {
+      'damaged picture': 1, 'no caption': 1, 'column clip too low': 1, 'duplicate picture': 1,
+      'picture that looks like another': 1, 'rest of a damaged tar shard': 1}
+  assert report['read'] == 11 and report['written'] == 5
+  assert report['damaged'] == [f'{tars}/3.tar: rest of a damaged tar shard']
+  assert not [name for name in os.listdir(out) if name.startswith('.')]
+  gin.clear_config()
+  gin.parse_config(f"prepared.path = '{out}'")
+  batches = Batches('prepared_pairs', 'train', 5, {'inputs': 8, 'images': 16}, num_epochs=1)
+  images = [batch['images'] for batch in batches]
+  assert np.concatenate(images).shape == (5, 16, 16, 3)
+
+
+def test_processes_and_repetitions_change_nothing(tars, tmp_path):
+  """Runners divide the work as they like, and repeat a step that they think has failed."""
+  found = []
+  for number, flags in enumerate((['--direct_num_workers=1'], ['--direct_num_workers=2'], [
+      '--direct_num_workers=1', '--direct_runner_bundle_repeat=2'])):
+    out = tmp_path / f'out{number}'
+    assert _prepare(*_source(tars), *FILTERS, f'--output_dir={out}', *flags) == 0
+    found.append(_files(out))
+  assert found[0] == found[1] == found[2]
+  assert len(found[0]) == 6
+
+
+def test_without_comparing_examples(tars, tmp_path):
+  out = tmp_path / 'out'
+  assert _prepare(*_source(tars), f'--output_dir={out}', '--gin.prepare.duplicates=None',
+                  '--direct_num_workers=1') == 0
+  assert _report(out)['written'] == 8
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (['--direct_num_wokers=2'], '--direct_num_wokers: neither parti-jax prepare nor Beam knows'),
+    (['--direct_num_workers=two'], "argument --direct_num_workers: invalid int value: 'two'"),
+    (['two'], "'two' is not a flag"),
+    (['--runner=NoRunner'], 'Unexpected pipeline runner: NoRunner'),
+    (['--runner=DataflowRunner'], 'Missing required option: project'),
+    (['--split=test'], "has no split 'test'"),
+    (['--gin.prepare.quality=0'], 'prepare.quality=0'),
+    (["--gin.prepare.columns={'nsfw': (0, 1)}"], "no column 'nsfw' in the first 3 examples"),
+    (["--gin.webdataset.path='nowhere'"], 'no file matches'),
+])
+def test_bad_input_is_found_before_anything_is_written(tars, tmp_path, capsys, arguments, message):
+  out = tmp_path / 'out'
+  assert _prepare(*_source(tars), f'--output_dir={out}', *arguments) == 2
+  said = capsys.readouterr().err
+  assert message in said and len(said.splitlines()) == 1
+  assert not out.exists()
+
+
+def test_folders_that_are_finished_or_of_a_file(tars, tmp_path, capsys):
+  out = tmp_path / 'out'
+  arguments = [*_source(tars), '--direct_num_workers=1']
+  assert _prepare(*arguments, f'--output_dir={out}') == 0
+  before = _files(out)
+  assert _prepare(*arguments, f'--output_dir={out}') == 2
+  assert "holds a finished split 'train'" in capsys.readouterr().err
+  assert _files(out) == before
+  assert _prepare(*arguments, f'--output_dir={out}', '--overwrite') == 0
+  assert _files(out) == before
+  assert _prepare(*arguments, f'--output_dir={out}/info.json') == 2
+  assert 'info.json is a file; choose a folder' in capsys.readouterr().err
+  assert _files(out) == before
+
+
+def test_prepared_pictures_are_prepared_again_elsewhere(tars, tmp_path, capsys):
+  out = tmp_path / 'out'
+  assert _prepare(*_source(tars), f'--output_dir={out}', '--direct_num_workers=1') == 0
+  before = _files(out)
+  again = ['--gin_file=gin_configs/tasks/prepared.gin', f"--gin.prepared.path='{out}'",
+           "--gin.prepare.columns={'clip': (0.2, None)}", '--direct_num_workers=1']
+  assert _prepare(*again, f'--output_dir={out}/../out', '--overwrite') == 2
+  assert 'is the folder that is read' in capsys.readouterr().err
+  assert _files(out) == before
+  assert _prepare(*again, f'--output_dir={tmp_path}/again') == 0
+  assert _report(tmp_path / 'again')['left_out'] == {'column clip too low': 1}
+
+
+def test_nothing_left_is_an_error(tars, tmp_path, capsys):
+  out = tmp_path / 'out'
+  assert _prepare(*_source(tars), f'--output_dir={out}', '--gin.prepare.min_side=5000',
+                  '--direct_num_workers=1') == 2
+  assert 'is left' in capsys.readouterr().err
+  assert os.listdir(out) == ['report.json']
+
+
+@pytest.mark.parametrize('workers', [1, 2])
+def test_a_worker_that_cannot_write_ends_it_in_one_line(
+    tars, tmp_path, capsys, monkeypatch, workers):
+  # A file lies where the folder of unfinished shards was.
+  out = tmp_path / 'out'
+  from parti_jax.preparation import output as output_lib  # pylint: disable=import-outside-toplevel
+  claim = output_lib.Output.claim
+
+  def claim_and_block(self, overwrite):
+    claim(self, overwrite)
+    shutil.rmtree(out / '.train.unfinished')
+    (out / '.train.unfinished').touch()
+
+  monkeypatch.setattr(output_lib.Output, 'claim', claim_and_block)
+  assert _prepare(*_source(tars), f'--output_dir={out}', f'--direct_num_workers={workers}') == 2
+  said = [line for line in capsys.readouterr().err.splitlines() if 'prepared 0' not in line]
+  assert len(said) == 1 and '.array_record cannot be written: ' in said[0]
+  assert 'running' not in said[0]
+
+
+def test_to_a_store(tars, tmp_path, s3_bucket):
+  out, local = f'{s3_bucket}/prepared', tmp_path / 'out'
+  for folder in (out, local):
+    assert _prepare(*_source(tars), *FILTERS, f'--output_dir={folder}',
+                    '--direct_num_workers=1') == 0
+  assert list(prepared.PreparedSource(out).examples('train')) == list(
+      prepared.PreparedSource(str(local)).examples('train'))
+  assert prepared.read_info(out) == prepared.read_info(str(local))
+
+
+def test_workers_know_no_tensorflow():
+  code = ('import sys; from parti_jax.preparation import pipeline, work, shards; '
+          'from parti_jax.data import sources; print("tensorflow" in sys.modules)')
+  found = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+  assert found.stdout.strip() == 'False'
