@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Brings a run back that create.sh, install.sh and then run.sh or tokenize.sh started from this
 # computer: asks again for a slice that was preempted or failed, waits for it, installs the same
-# commit and starts the same command, which goes on from its last checkpoint or its finished parts. A
-# run that goes on is left alone.
+# commit and starts the same command, which goes on from its last checkpoint or its finished parts.
+# A run that goes on is left alone.
 #
 #   launch/tpu_vm/resume.sh [--watch]
 #

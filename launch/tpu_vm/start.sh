@@ -26,8 +26,8 @@ value_of() {
 }
 
 # start_on_hosts SCRIPT COMMAND FLAG WHAT ARGUMENT...: starts `parti-jax COMMAND --multi_host` with
-# the arguments. All hosts write parts of WHAT to the folder of --FLAG. resume.sh finds the arguments
-# as those of SCRIPT.
+# the arguments. All hosts write parts of WHAT to the folder of --FLAG. resume.sh finds the
+# arguments as those of SCRIPT.
 start_on_hosts() {
   local script=$1 command=$2 flag=$3 what=$4 shared_disk='' folder
   read_flags '' shared_disk "${@:5}"
@@ -40,7 +40,8 @@ start_on_hosts() {
   fi
 
   on_hosts all "bash $on_host start $command --multi_host $(quoted "${rest[@]}")" \
-    || fail "the run did not start on every host, as said above; $here/stop.sh ends it on the others"
+    || fail "the run did not start on every host, as said above; $here/stop.sh ends it on the\
+ others"
   [[ -n $dry_run ]] || rm -f "$kept/run" "$kept/tokenize"
   keep "$script" ${shared_disk:+--shared_disk} -- "${rest[@]}"
   if [[ -z $dry_run ]]; then

@@ -216,14 +216,15 @@ class TokenCacheSource(base.Source):
     """Looks at one record, since those of another cache would fail in the middle of a run."""
     with storage.local_copy(file) as local:
       reader = array_records.Reader(os.fspath(local), self._parse)
-      fits = reader.count() == count and (count == 0 or not isinstance(reader.read([0])[0], Damaged))
+      fits = reader.count() == count and (
+          count == 0 or not isinstance(reader.read([0])[0], Damaged))
       reader.close()
     if not fits:
       raise UserError(f'{file} is damaged: its first record is not one of {self.name}; '
                       f'{token_cache_info.HOW_TO_MAKE} again')
 
   def damaged_shards(self, split: str) -> Iterator[str]:
-    """Yields the shards of a split whose bytes are not those that were written; reads all of them."""
+    """Yields the shards of a split whose bytes have changed; reads all of them."""
     for file, shard in zip(self._files(split), self.info['splits'][split]['shards']):
       if shard.get('digest') not in (None, token_cache_info.digest(file)):
         yield file

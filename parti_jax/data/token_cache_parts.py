@@ -8,8 +8,8 @@ cache:
   KEY-00017.json          written after the shard: what it holds, and what was skipped
 
 A part is finished when its JSON file is there and its shard has the size that this file says.
-Whoever finds all parts finished puts the shards in place and enters the split in `info.json`. Each
-step can be repeated, so that a process may be killed anywhere and several may merge at once.
+A process that finds all parts finished puts the shards in place and adds the split to `info.json`.
+Each step can be repeated, so that a process may be killed anywhere and several may merge at once.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class SplitParts:
             storage.remove(storage.join(self._parts, name))
 
   def clean(self) -> None:
-    """Removes the parts of a finished split, which stay where a process was killed after `merge`."""
+    """Removes the parts of a finished split, which a kill at the end of `merge` leaves."""
     with self._reported():
       if self._read(_MADE_WITH) in (None, self._whole):
         token_cache_info.remove_folder(self._parts)

@@ -1,4 +1,4 @@
-"""`parti-jax tokenize`: image tokens of a source's pictures, computed once by a frozen tokenizer."""
+"""`parti-jax tokenize`: image tokens of a source's pictures, made once by a frozen tokenizer."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class Job:
   Attributes:
     parts: where it is written.
     examples: returns how many examples some parts have, None where they have to be read first.
-    write: writes some parts, and tells of it.
+    write: writes some parts and reports progress.
     summary: what is printed of the finished split after its number of examples.
   """
 
@@ -141,7 +141,7 @@ def run(jobs: Sequence[Job], worker: int, workers: int, together: bool, overwrit
       job.parts.begin()
     else:
       job.parts.clean()
-      print(f'{_told(job)} (finished before)')
+      print(f'{_line(job)} (finished before)')
   for job in todo:
     _write(job, job.parts.unfinished(range(worker, job.parts.count, workers)))
     if not together:
@@ -174,10 +174,11 @@ def _merge_if_complete(job: Job, worker: int, workers: int) -> None:
 def _merge(job: Job) -> None:
   while not job.parts.merge():
     _write(job, job.parts.left())  # Parts that were damaged after they were written.
-  print(_told(job))
+  print(_line(job))
 
 
-def _told(job: Job) -> str:
+def _line(job: Job) -> str:
+  """What is printed of a finished split."""
   found = job.parts.summary()
   line = f'{job.parts.folder}: {job.parts.split}: {found["examples"]} {job.summary}'
   for name, words in (('skipped', 'skipped'), ('shortened', 'kept in part')):

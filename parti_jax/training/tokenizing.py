@@ -54,7 +54,7 @@ def tokenize(encoder: frozen_tokenizer.Encoder, inputs: input_parts.InputParts,
     parts: where they are written.
     info: of the token cache.
     batch_size: examples that are read and computed at once.
-    progress: is told.
+    progress: counts examples and parts.
   """
   settings = dataclasses.replace(share.Settings(), num_workers=0).divided(1)
   read = itertools.chain.from_iterable(

@@ -16,12 +16,12 @@ _FIRST, _BETWEEN = 10, 60
 
 
 class Progress:
-  """Tells of the parts that one process writes.
+  """Reports on the parts that one process writes.
 
   Args:
     name: what is written, for the lines.
     parts: how many parts.
-    examples: how many examples they have; None where nobody knows.
+    examples: how many examples they have; None if unknown.
   """
 
   def __init__(self, name: str, parts: int, examples: int | None):

@@ -48,7 +48,7 @@ def _go_on(parts, add=0):
 
 
 def _content(folder):
-  """Path within a folder, on a disk or in a store -> bytes; unfinished files of the killed aside."""
+  """Path within a folder, on a disk or in a store -> bytes; without unfinished files."""
   return {name: storage.read(storage.join(folder, name), 2**30) for name in storage.sizes(folder)
           if not name.endswith('.unfinished')}
 

@@ -1,4 +1,4 @@
-"""`parti-jax tokenize --convert`: token caches of version 1, in TFRecords, become ones of version 2."""
+"""`parti-jax tokenize --convert`: token caches of version 1, TFRecords, become ones of version 2."""
 
 import json
 import os
