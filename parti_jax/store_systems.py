@@ -81,9 +81,8 @@ class _Retrying:
 
 def _s3_class():
   # pylint: disable=g-import-not-at-top
-  from aiobotocore.httpsession import AIOHTTPSession
+  from aiobotocore.httpsession import AIOHTTPSession, ReadTimeoutError
   from aiobotocore.session import AioSession
-  from botocore.exceptions import ReadTimeoutError
   import s3fs
 
   class BoundedSession(AIOHTTPSession):
