@@ -81,9 +81,8 @@ class _Retrying:
 
 def _s3_class():
   # pylint: disable=g-import-not-at-top
-  from aiobotocore.httpsession import AIOHTTPSession
+  from aiobotocore.httpsession import AIOHTTPSession, ReadTimeoutError
   from aiobotocore.session import AioSession
-  from botocore.exceptions import ReadTimeoutError
   import s3fs
 
   class BoundedSession(AIOHTTPSession):
@@ -178,9 +177,13 @@ def _gs_class():
             sent = asyncio.wait_for(sent, store_retries.attempt_seconds(_size(data)))
           found = await sent
           store_retries.answered('gs')
+          if repeated and path == self.batch_url_base:  # Of removals, as above.
+            found = *found[:3], re.sub(rb'(HTTP/[0-9.]+) 404', rb'\1 204', found[3])
           return found
         except Exception as error:  # pylint: disable=broad-except
           if repeated and isinstance(error, FileNotFoundError):
+            if method == 'DELETE':
+              return 204, {}, None, b''  # An earlier attempt removed it.
             if found := await self._finished(path, data, kwargs.get('headers') or {}):
               return found
           kind = kind_of(error)

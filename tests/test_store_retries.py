@@ -74,6 +74,17 @@ def test_a_removal_whose_answer_is_lost_is_one(bad_store):
   assert bad_store.sent['lost'] and not storage.exists(f'{bad_store.folder}/a')
 
 
+@pytest.mark.parametrize('bad_store', ['gs'], indirect=True)  # At s3:// Orbax uses a disk.
+def test_orbax_paths_share_the_retries(bad_store):
+  path = f'{bad_store.folder}/a'
+  for fault in ('lost', '503', 'cut'):
+    bad_store.faults = misbehaving_store.first((fault,))
+    storage.as_epath(path).write_text('hello')
+    assert storage.as_epath(path).read_text() == 'hello'
+    storage.as_epath(path).unlink()
+    assert bad_store.sent[fault] and not storage.as_epath(path).exists()
+
+
 def _tar(path, packed):
   with tarfile.open(path, 'w:gz' if packed else 'w') as tar:
     for number in range(30):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import sys
+import threading
 
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
@@ -23,6 +26,20 @@ def configure() -> None:
   # pylint: disable=protected-access
   for context in (tensorstore_utils._BASE_TS_CONTEXT, tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT):
     context['gcs_request_retries'] = settings
+  _quiet_threads()
+
+
+@functools.cache
+def _quiet_threads() -> None:
+  """Keeps TensorStore's threads from printing that Orbax no longer waits for the others' requests."""
+  before = sys.excepthook
+
+  def hook(kind, error, traceback):
+    ended = kind is RuntimeError and str(error) == 'Event loop is closed'
+    if not ended or threading.current_thread() is threading.main_thread():
+      before(kind, error, traceback)
+
+  sys.excepthook = hook
 
 
 def _retries(seconds: float) -> int:
