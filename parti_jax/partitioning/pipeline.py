@@ -9,8 +9,11 @@ follows at once. The bubble, (stages - 1) of the ticks, is that of one round, no
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import math
+from collections.abc import Iterator
 
 import gin
 import jax
@@ -25,6 +28,7 @@ from parti_jax.partitioning import rules as rules_lib
 
 # Name of the parameters that a visit takes out of those of its stage, for remat policies.
 VISIT_PARAMETERS = 'visit_parameters'
+_off = contextvars.ContextVar('pipeline_off', default=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +73,16 @@ class Schedule:
     return busy, group, rest % self.stages, rest // self.stages
 
 
+@contextlib.contextmanager
+def off() -> Iterator[None]:
+  """Inside it every stage computes all layers, as of a frozen model, whose layers may not divide."""
+  token = _off.set(True)
+  try:
+    yield
+  finally:
+    _off.reset(token)
+
+
 @gin.configurable('pipeline')
 @checks.bounded(groups=(1, None), layers_per_visit=(1, None))
 def schedule(layers: int, batch: int, groups: int = 1, layers_per_visit: int = 1):
@@ -83,15 +97,15 @@ def schedule(layers: int, batch: int, groups: int = 1, layers_per_visit: int = 1
       make the bubble smaller, and cost more communication.
 
   Returns:
-    A Schedule; None without stages, and for a batch that does not divide among the devices, such
-    as a few pictures: then every stage computes all layers.
+    A Schedule; None without stages, inside `off`, and for a batch that does not divide among the
+    devices, such as a few pictures: then every stage computes all layers.
 
   Raises:
     UserError: if the layers do not divide among the stages.
   """
   mesh = mesh_lib.current()
   stages = 1 if mesh is None else mesh.shape.get('stage', 1)
-  if stages == 1:
+  if stages == 1 or _off.get():
     return None
   if layers % (stages * layers_per_visit):
     raise errors.UserError(

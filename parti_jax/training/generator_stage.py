@@ -17,6 +17,7 @@ from parti_jax.models import layers
 from parti_jax.models import parti
 from parti_jax.models import parti_config
 from parti_jax.models import vit_vqgan
+from parti_jax.partitioning import pipeline
 from parti_jax.sampling import decoding
 from parti_jax.sampling import model_folder
 from parti_jax.sampling import parameters
@@ -159,7 +160,8 @@ class GeneratorStage(plain_stage.PlainStage):
           guided=True, greedy=False, filtered=False)
       decode = lambda tokens: vit_vqgan.ViTVQGAN(config).apply(
           {'params': tokenizer_params}, tokens, method='detokenize')
-      pairs = jnp.concatenate([decode(batch['decoder_target_tokens']), decode(drawn)], axis=2)
+      with pipeline.off():
+        pairs = jnp.concatenate([decode(batch['decoder_target_tokens']), decode(drawn)], axis=2)
       return {'samples': jnp.round(pairs * 255.0).astype(jnp.uint8)}
 
     return draw, self.frozen_tokenizer.params

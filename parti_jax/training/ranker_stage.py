@@ -15,6 +15,7 @@ from parti_jax.models import contrastive
 from parti_jax.models import flops
 from parti_jax.models import layers
 from parti_jax.models import vit_vqgan
+from parti_jax.partitioning import pipeline
 from parti_jax.training import frozen_tokenizer
 from parti_jax.training import plain_stage
 
@@ -210,8 +211,9 @@ class RankerStage(plain_stage.PlainStage):
     # Of neighbours, so that each device finds its share among its own rows.
     groups = images.reshape((-1, every) + images.shape[1:])
     module = vit_vqgan.ViTVQGAN(self._checked_config())
-    tokens = module.apply({'params': params}, groups[:, 0], method='tokenize')
-    again = module.apply({'params': params}, tokens, method='detokenize')
+    with pipeline.off():
+      tokens = module.apply({'params': params}, groups[:, 0], method='tokenize')
+      again = module.apply({'params': params}, tokens, method='detokenize')
     return jnp.concatenate([again[:, None], groups[:, 1:]], axis=1).reshape(images.shape)
 
   def _checked_config(self) -> vit_vqgan.ViTVQGANConfig:

@@ -16,6 +16,7 @@ from parti_jax.models import flops
 from parti_jax.models import lpips
 from parti_jax.models import super_resolution
 from parti_jax.models import vit_vqgan
+from parti_jax.partitioning import pipeline
 from parti_jax.training import adversarial
 from parti_jax.training import frozen_tokenizer
 from parti_jax.training import lpips_weights
@@ -304,8 +305,9 @@ class SuperResolutionStage(plain_stage.PlainStage):
     """What the tokenizer makes of pictures, rounded as pictures are stored."""
     module = vit_vqgan.ViTVQGAN(self._checked_config())
     params = constants['tokenizer']
-    tokens = module.apply({'params': params}, images, method='tokenize')
-    pixels = module.apply({'params': params}, tokens, method='detokenize')
+    with pipeline.off():
+      tokens = module.apply({'params': params}, images, method='tokenize')
+      pixels = module.apply({'params': params}, tokens, method='detokenize')
     return jax.lax.stop_gradient(jnp.round(pixels * 255.0) / 255.0)
 
   def _cropped(self, key, image, target):

@@ -1,10 +1,12 @@
 """The pipeline: the same loss and gradients as without it, and the bubble that theory gives."""
 
 import collections
+import dataclasses
 import functools
 import os
 import subprocess
 import sys
+from unittest import mock
 
 import flax.linen as nn
 import jax
@@ -16,10 +18,14 @@ from parti_jax import config
 from parti_jax.errors import UserError
 from parti_jax.models import layers
 from parti_jax.models import parti_config
+from parti_jax.models import vit_vqgan
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.partitioning import pipeline
 from parti_jax.partitioning import rules
+from parti_jax.training import frozen_tokenizer
 from parti_jax.training import generator_stage
+from parti_jax.training import optimizers
+from parti_jax.training import trainer as trainer_lib
 
 BATCH = 16
 
@@ -186,3 +192,24 @@ if __name__ == '__main__':
   for rate in (0.3, 0.0):
     _compare({'stage': 8, 'data': 2, 'tensor': 2}, {}, rate)
     _compare({'stage': 4, 'data': 2, 'fsdp': 2, 'tensor': 2}, {}, rate)
+
+
+def test_pictures_are_drawn_by_a_tokenizer_whose_layers_do_not_divide():
+  sizes = vit_vqgan.ViTVQGANConfig(
+      image_size=8, patch_size=4, codebook_size=24, code_dim=4, dtype='float32',
+      **{f'{part}_{name}': value for part in ('encoder', 'decoder') for name, value in (
+          ('layers', 1), ('width', 8), ('mlp_width', 16), ('heads', 2))})
+  params = nn.meta.unbox(vit_vqgan.ViTVQGAN(sizes).init(
+      jax.random.key(0), *vit_vqgan.example_inputs(sizes))['params'])
+  frozen = frozen_tokenizer.FrozenTokenizer('run', sizes, params)
+  stage = _stage(0.0)
+  stage = dataclasses.replace(stage, tokenizer='run')
+
+  def pictures(stages):
+    mesh = mesh_lib.make_mesh(data=1, stage=stages, devices=jax.devices()[:stages])
+    with mock.patch.object(type(stage), 'frozen_tokenizer', frozen):
+      trainer = trainer_lib.Trainer(stage, optimizers.adamw(lambda step: 0.1), mesh)
+      return trainer.pictures(trainer.create_state().params, _batch())['samples']
+
+  # Images that are given, not those that are sampled, which rounding may change.
+  np.testing.assert_array_equal(pictures(2)[:, :, :8], pictures(1)[:, :, :8])
