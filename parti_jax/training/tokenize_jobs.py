@@ -19,6 +19,7 @@ from parti_jax.data import decoding
 from parti_jax.data import input_parts
 from parti_jax.data import sources
 from parti_jax.data import tally
+from parti_jax.data import token_cache
 from parti_jax.data import token_cache_parts
 from parti_jax.data import token_cache_v1
 from parti_jax.data import views
@@ -76,7 +77,8 @@ def of_source(args: argparse.Namespace, connect: Connect) -> tuple[list[Job], in
   encoder = frozen_tokenizer.Encoder(tokenizer, args.dtype)
   source = sources.configured(name, model.image_size)
   # All are opened first: what can't be read is found before hours have gone into the first.
-  opened = {split: input_parts.InputParts(source.open(split)) for split in splits}
+  opened = {split: input_parts.InputParts(source.open(split), size=token_cache.EXAMPLES_PER_SHARD)
+            for split in splits}
   info = {'codebook_size': model.codebook_size, 'image_tokens': model.image_length,
           'tokenizer': tokenizer.fingerprint, 'views': args.views}
   preparation = views.Preparation(model.image_size, args.views, decoding.configured())
