@@ -10,8 +10,8 @@ import jax
 import pytest
 
 from parti_jax import config
-from parti_jax.data import preprocessors
-from parti_jax.data import tasks
+from parti_jax.data import datasets
+from parti_jax.data import examples
 from parti_jax.errors import UserError
 from parti_jax.models import layers
 from parti_jax.partitioning import mesh as mesh_lib
@@ -68,17 +68,17 @@ def test_a_run_makes_its_state_abstractly(name):
   assert stage.step_flops(batch_size) > 0
   kinds = tuple(f'{source}{kind}' for source in ('openmoji_', 'folder_', '')
                 for kind in ('images', 'pairs'))
-  assert gin.query_parameter('train.task') in (*tasks.TOKEN_TASKS, *kinds)
+  assert gin.query_parameter('train.task') in (*datasets.TOKEN_TASKS, *kinds)
 
 
 def test_every_generator_loses_a_tenth_of_its_texts():
   rates = {}
   for name in RUNS:
     config.parse([f'gin_configs/runs/{name}'], [])
-    if gin.query_parameter('train.task') in tasks.TOKEN_TASKS:
+    if gin.query_parameter('train.task') in datasets.TOKEN_TASKS:
       with contextlib.suppress(ValueError):
         rates[name] = gin.query_parameter('drop_text.rate')
-      rates.setdefault(name, inspect.signature(preprocessors.drop_text).parameters['rate'].default)
+      rates.setdefault(name, inspect.signature(examples.drop_rate).parameters['rate'].default)
   assert {*PAPERS_PARTI, 'demo_generator.gin', 'tiny_generator.gin'} <= set(rates)
   assert set(rates.values()) == {0.1}
 
