@@ -45,6 +45,8 @@ ARRAYS = 'failure with arrays of a checkpoint'
 _TENSORSTORE_RETRIES = '/tensorstore/kvstore/gcs/retries'
 
 _counts: collections.Counter[str] = collections.Counter()
+# What was counted when a run began.
+_before: collections.Counter[str] = collections.Counter()
 _lock = threading.Lock()
 # Stores that have answered, and not failed since then.
 _answered: set[str] = set()
@@ -127,13 +129,21 @@ def answered(store: str) -> None:
   _answered.add(store)
 
 
+def begin() -> None:
+  """Notes that a run begins, so that what this process did before it does not count."""
+  _before.clear()
+  _before.update(counts())
+  _asked.clear()
+
+
 def counts() -> dict[str, int]:
-  """Kind of failure -> requests of this process that were repeated because of it."""
+  """Kind of failure -> requests that were repeated because of it since a run began."""
   with _lock:
     found = collections.Counter(_counts)
   if tensorstore := sys.modules.get('tensorstore'):
     for metric in tensorstore.experimental_collect_matching_metrics(_TENSORSTORE_RETRIES):
       found[ARRAYS] += sum(value['value'] for value in metric['values'])
+  found.subtract(_before)
   return {kind: count for kind, count in found.most_common() if count}
 
 
@@ -143,7 +153,7 @@ def told() -> str:
 
 
 def used() -> bool:
-  """Whether this process has asked a store for anything."""
+  """Whether this process has asked a store for anything since a run began."""
   return bool(_asked)
 
 

@@ -44,6 +44,14 @@ def clean_gin():
   gin.clear_config()
 
 
+@pytest.fixture(autouse=True)
+def no_store_retries():
+  """Forgets the requests to stores that other tests repeated."""
+  from parti_jax import store_retries  # pylint: disable=import-outside-toplevel
+
+  store_retries.begin()
+
+
 @pytest.fixture(scope='session')
 def s3_bucket():
   """URL of a bucket on an S3 server on the loopback interface, with the environment set for it."""

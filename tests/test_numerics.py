@@ -127,13 +127,13 @@ def test_cached_tokens_are_the_same_and_whoever_reads_them_keeps_their_settings(
       lambda: jax.tree.map(lambda leaf: leaf.unbox(), stage.init(numerics.key(0)),
                            is_leaf=lambda leaf: hasattr(leaf, 'unbox')))())
   tokenizer = frozen_tokenizer.FrozenTokenizer('folder', stage.model, params)
-  pictures = lambda: ((str(i), image) for i, image in enumerate(_batch('tokenizer')['images']))
-  right = [tokens for _, tokens in frozen_tokenizer.tokenized(tokenizer, pictures(), 4)]
+  tokenizer = frozen_tokenizer.FrozenTokenizer('folder', stage.model, params)
+  images = _batch('tokenizer')['images']
+  right = frozen_tokenizer.Encoder(tokenizer)(images)()
   config(EVERYTHING)
-  for (_, tokens), expected in zip(
-      frozen_tokenizer.tokenized(tokenizer, pictures(), 4), right, strict=True):
-    assert jax.config.jax_enable_x64 and jax.config.jax_default_prng_impl == 'rbg'
-    np.testing.assert_array_equal(tokens, expected)
+  tokens = frozen_tokenizer.Encoder(tokenizer)(images)
+  assert jax.config.jax_enable_x64 and jax.config.jax_default_prng_impl == 'rbg'
+  np.testing.assert_array_equal(tokens(), right)
 
 
 def test_settings_are_back_after_an_error(config):

@@ -52,6 +52,9 @@ def test_every_operation_gives_the_same_where_each_request_fails_at_first(bad_st
   storage.remove_folder(f'{folder}/moved')
   assert storage.names(folder) == []
   assert _counted(before) == sum(bad_store.sent.values()) > 20
+  assert store_retries.used() and store_retries.told()
+  store_retries.begin()
+  assert not store_retries.used() and not store_retries.told()
 
 
 def test_an_object_is_created_once_though_the_answer_is_lost(bad_store):

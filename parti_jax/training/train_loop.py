@@ -44,6 +44,7 @@ def train(model_dir: str) -> dict[str, float]:
     UserError: if another run owns the folder; see `train_stage` for more.
   """
   hosts.check_connected()
+  store_retries.begin()
   with run_lock.RunLock(model_dir) as lock, journal_lib.Journal(model_dir) as journal:
     lock.tell(journal)
     return train_stage(model_dir, journal)

@@ -42,15 +42,18 @@ def patch(record, is_victim, signal_name, at_step):
     with open(record, 'a', encoding='utf-8') as file:
       file.write(json.dumps(values) + '\n')
 
+  def places(run):
+    # pylint: disable-next=protected-access
+    shares = run._examples.state()['shares']
+    return [[share['epoch'], share['taken'] + share['lost']] for share in shares]
+
   def recorded_init(run, trainer, model_dir, *args, **kwargs):
     init(run, trainer, model_dir, *args, **kwargs)
     run.folder = pathlib.Path(model_dir) / 'checkpoints'
-    # pylint: disable-next=protected-access
-    write(begins=run.step, digest=digest(run), places=run._examples.state()['places'])
+    write(begins=run.step, digest=digest(run), places=places(run))
 
   def recorded_save(run, last=False):
-    # pylint: disable-next=protected-access
-    write(saves=run.step, digest=digest(run), places=run._examples.state()['places'])
+    write(saves=run.step, digest=digest(run), places=places(run))
     save(run, last)
 
   def recorded_advance(run):

@@ -175,7 +175,7 @@ def test_four_processes_then_two_train_as_one_does(
   for step in losses:
     assert losses[step] == pytest.approx(expected[step], rel=1e-5), step
   saved = next(record for record in four_records if record.get('saves') == 3)
-  assert [place[1] for place in saved['places']] == [6] * 4
+  assert saved['places'] == [[1, 1]] * 4  # Six of five in each.
 
   # One process goes on from a copy of their checkpoint, on a mesh of its own.
   one_folder = tmp_path / 'one'
