@@ -303,7 +303,7 @@ def test_evaluation_says_what_is_not_finite():
 
 def test_the_command_shows_the_batch(tmp_path, capsys, generator_bindings):
   flags = ['batch', '--gin_file=gin_configs/runs/tiny_generator.gin',
-           *(f'--gin.{binding}' for binding in generator_bindings)]
+           *(f'--gin.{binding}' for binding in generator_bindings), '--gin.drop_text.rate=0']
   assert main.main([*flags, '--place', '1/2:0:5+3', f'--output_dir={tmp_path}']) == 0
   shown = capsys.readouterr().out
   assert shown.startswith('1/2:0:5+3 of cached_tokens, train\n')
@@ -312,6 +312,6 @@ def test_the_command_shows_the_batch(tmp_path, capsys, generator_bindings):
   with np.load(tmp_path / '1_2_0_5+3.npz') as written:
     assert written['encoder_input_tokens'].shape[0] == 3
   assert main.main([*flags, '--place', '2/2:0:5+3']) == 2
-  assert "'2/2:0:5+3' is no place in the data" in capsys.readouterr().err
+  assert "'2/2:0:5+3' is not a place in the data" in capsys.readouterr().err
   assert main.main(['batch', '--place', '0/1:0:0+1']) == 2
   assert '--model_dir=RUN not given' in capsys.readouterr().err
