@@ -201,7 +201,7 @@ def test_refused_connection(s3_bucket, monkeypatch):
   with socket.socket() as unused:
     unused.bind(('127.0.0.1', 0))  # And never listens.
     monkeypatch.setenv('AWS_ENDPOINT_URL', f'http://127.0.0.1:{unused.getsockname()[1]}')
-    monkeypatch.setenv('AWS_MAX_ATTEMPTS', '1')
+    monkeypatch.setenv('PARTI_JAX_STORE_SECONDS', '2')
     with _new_file_systems('s3'), pytest.raises(
         errors.UserError, match='file: the store can not be reached .*AWS_ENDPOINT_URL'):
       storage.write(s3_bucket + '/file', 'a')
