@@ -25,7 +25,7 @@ import pathlib
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
 from parti_jax import store_errors
@@ -182,6 +182,21 @@ def sizes(folder: str | os.PathLike[str]) -> dict[str, int]:
     top = system._strip_protocol(os.fspath(folder)).rstrip('/') + '/'  # pylint: disable=protected-access
     return {path.removeprefix(top): details['size']
             for path, details in system.find(os.fspath(folder), detail=True).items()}
+
+
+def sizes_of(files: Sequence[str]) -> list[int]:
+  """Returns the bytes of each file, -1 for those that are not there; asks a store once a folder."""
+  found, folders = [], {}
+  for file in files:
+    if not is_url(file):
+      local = _local(file)
+      found.append(os.path.getsize(local) if os.path.exists(local) else -1)
+      continue
+    folder, _, name = os.fspath(file).rpartition('/')
+    if folder not in folders:
+      folders[folder] = sizes(folder)
+    found.append(folders[folder].get(name, -1))
+  return found
 
 
 def read(path: str | os.PathLike[str], limit: int) -> bytes:

@@ -50,8 +50,8 @@ class InputParts:
   def description(self) -> dict[str, Any]:
     """By which two processes see whether they read the same, JSON.
 
-    Files are told apart by their names below the folder that they have in common, so that hosts may
-    have the folder at different places.
+    Files are told apart by their sizes and by their names below the folder that they have in common,
+    so that hosts may have the folder at different places.
     """
     if not isinstance(self._opened, base.Shards):
       return {'examples': len(self._opened), 'examples_per_shard': self._size,
@@ -60,7 +60,8 @@ class InputParts:
     common = os.path.commonprefix(files)
     start = len(common) - len(os.path.basename(common))
     names = '\n'.join(file[start:] for file in files)
-    return {'files': len(files), 'names': xxhash.xxh3_64_hexdigest(os.fsencode(names))}
+    return {'files': len(files), 'names': xxhash.xxh3_64_hexdigest(os.fsencode(names)),
+            'digest': self._opened.digest()}
 
 
 class _OneFile(base.Shards):

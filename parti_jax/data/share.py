@@ -54,8 +54,8 @@ class Settings:
   def divided(self, shares: int) -> Settings:
     """What one of several shares may use, so that a host's use does not grow with them."""
     threads = os.cpu_count() or 1 if self.num_threads is None else self.num_threads
-    return Settings(threads // shares, self.num_workers // shares,
-                    max(1, self.prefetch // shares))
+    part = lambda count: max(1, count // shares) if count else 0
+    return Settings(part(threads), part(self.num_workers), max(1, self.prefetch // shares))
 
 
 @gin.configurable('shuffle')
@@ -153,13 +153,31 @@ def open_stream(opened: base.Records | base.Shards, reading: Reading,
   return _RecordStream(opened, reading, (state or {}).get('position', 0))
 
 
+def patience(opened: base.Records | base.Shards, reading: Reading) -> int:
+  """After how many epochs in a row without a usable example a share is taken to have none.
+
+  A share that has other files in each epoch may have empty or damaged ones alone in some.
+  """
+  if (isinstance(opened, base.Shards) and reading.shuffle and reading.num_epochs is None
+      and 1 < reading.shares <= len(opened.files)):
+    return 4 * len(opened.files)
+  return 1
+
+
 def stream_state(opened: base.Records | base.Shards, reading: Reading, epoch: int, read: int
                  ) -> dict[str, Any]:
   """The state of a stream before which so many examples were read in an epoch."""
   if isinstance(opened, base.Shards):
     return {'epoch': epoch, 'skip': read}
   length = len(order_lib.Order(len(opened), 0, False, reading.share, reading.shares))
+  if read > length:
+    raise _beyond(epoch, read, length)
   return {'position': epoch * length + read}
+
+
+def _beyond(epoch: int, read: int, length: int) -> UserError:
+  return UserError(f'the place has {read} examples before it in epoch {epoch}, which has {length}; '
+                   'give a place of the same data')
 
 
 class _ReadChunk:
@@ -213,7 +231,13 @@ class _RecordStream(Stream):
     while outcome is None:
       if self._chunks is None:
         raise StopIteration
-      self._chunk = iter(next(self._chunks))
+      try:
+        self._chunk = iter(next(self._chunks))
+      except RuntimeError as error:
+        if 'Worker process' not in str(error):
+          raise
+        raise UserError('a process of loader.num_workers ended, perhaps for want of memory; set '
+                        f'fewer, or a lower loader.prefetch ({error})') from error
       outcome = next(self._chunk, None)
     self._position += 1
     return outcome
@@ -318,8 +342,11 @@ class _ShardStream(Stream):
     self._raw = raw_epoch(self._shards, self._reading, self._epoch)
     if state and 'reader' in state:
       self._raw.set_state(state['reader'])
-    for _ in range(state.get('skip', 0) if state else 0):
-      self._next_raw()
+    for skipped in range(state.get('skip', 0) if state else 0):
+      try:
+        next(self._raw)
+      except StopIteration:
+        raise _beyond(self._epoch, state['skip'], skipped) from None
     self._state = {'epoch': self._epoch, 'reader': self._raw.get_state()}
 
   def __next__(self) -> Outcome:
@@ -344,8 +371,9 @@ class _ShardStream(Stream):
       except StopIteration:
         self._epoch += 1
         self._raw = raw_epoch(self._shards, self._reading, self._epoch)
-        if self._epoch > self._state['epoch'] + 1 and not self._ahead:
-          break  # An epoch without any example.
+        if (self._epoch > self._state['epoch'] + patience(self._shards, self._reading)
+            and not self._ahead):
+          break  # Epochs without any example.
     raise StopIteration
 
   def _prepare(self, epoch: int, number: int, example, reader: dict[str, Any]):
@@ -385,6 +413,8 @@ class ShareExamples:
     self._counts = {name: collections.Counter() for name in _TALLIES}
     # Of the epoch that is being read: its number, what was taken and what was skipped in it.
     self._epoch = self._taken = self._lost = 0
+    # Epochs in a row without a usable example.
+    self._barren = 0
     self._stream = open_stream(self._opened, reading)
 
   @property
@@ -398,7 +428,18 @@ class ShareExamples:
   def seek(self, epoch: int, read: int) -> None:
     """Goes to the example before which so many were read in an epoch."""
     self.restore({'epoch': epoch, 'taken': read, 'lost': 0, 'skipped': {}, 'shortened': {},
-                  'stream': stream_state(self._opened, self._reading, epoch, read)})
+                  'reads': self._reads(), 'stream': stream_state(self._opened, self._reading, epoch, read)})
+
+  def _reads(self) -> dict[str, Any]:
+    """What a place in the data depends on, JSON."""
+    opened, reading = self._opened, self._reading
+    if isinstance(opened, base.Shards):
+      what = {'files': len(opened.files)}
+      if reading.shuffle:
+        what['shuffle.buffer_size'] = window()
+    else:
+      what = {'examples': len(opened)}
+    return {'task': self._dataset.name, 'split': self._split, 'train.seed': reading.seed, **what}
 
   def counts(self, name: str) -> dict[str, int]:
     """Reason -> count, the most frequent first; of 'skipped' or 'shortened'."""
@@ -407,10 +448,22 @@ class ShareExamples:
   def state(self) -> dict[str, Any]:
     """Where the next example is, and the counts up to there."""
     return {'epoch': self._epoch, 'taken': self._taken, 'lost': self._lost,
-            'stream': self._stream.state(), **{name: self.counts(name) for name in _TALLIES}}
+            'reads': self._reads(), 'stream': self._stream.state(), **{name: self.counts(name) for name in _TALLIES}}
 
   def restore(self, state: Mapping[str, Any]) -> None:
-    """Goes on where `state` was taken."""
+    """Goes on where `state` was taken.
+
+    Raises:
+      UserError: it was taken of other examples, or of the same in another order.
+    """
+    there, here = state['reads'], self._reads()
+    differing = [f'{name} {there.get(name)} there and {here.get(name)} here'
+                 for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
+    if differing:
+      raise UserError(
+          f'{self._dataset.name}, {self._split}: the checkpoint has its place in other data, or in '
+          f'another order of them: {", ".join(differing)}; set them back, or set '
+          'train.restart_data=True to go on with a new pass over the data')
     self._stream.close()
     self._epoch, self._taken, self._lost = state['epoch'], state['taken'], state['lost']
     self._counts = {name: collections.Counter(state[name]) for name in _TALLIES}
@@ -438,6 +491,8 @@ class ShareExamples:
       try:
         outcome = next(self._stream)
       except StopIteration:
+        if self._reading.num_epochs is None:
+          raise self._nothing() from None
         self._end_epoch(last=True)
         return None
       if outcome.epoch != self._epoch:
@@ -451,16 +506,23 @@ class ShareExamples:
       self._counts['skipped'][outcome.reason] += 1
       tally.warn_once(outcome.reason, outcome.where)
 
+  def _nothing(self) -> UserError:
+    """The error of a share without any usable example."""
+    skipped, shares = tally.told(self.counts('skipped')), self._reading.shares
+    part = (f'share {self._reading.share + 1} of {shares} (train.data_shares) of '
+            if shares > 1 else '')
+    return UserError(f'{self._dataset.name}, {self._split}: there is no usable example in {part}'
+                     f'{self._dataset.source.place}'
+                     + (f'; skipped {skipped}' if skipped else ': there is none at all'))
+
   def _end_epoch(self, last: bool = False) -> None:
     """Reports on an epoch that has ended."""
     where, place = f'{self._dataset.name}, {self._split}', self._dataset.source.place
     skipped, shortened = (tally.told(self.counts(name)) for name in _TALLIES)
-    if not self._taken and (self._lost or not self._epoch):
-      shares = self._reading.shares
-      part = (f'share {self._reading.share + 1} of {shares} (train.data_shares) of '
-              if shares > 1 else '')
-      raise UserError(f'{where}: there is no usable example in {part}{place}'
-                      + (f'; skipped {skipped}' if skipped else ': there is none at all'))
+    self._barren = 0 if self._taken else self._barren + 1
+    if not self._taken and (self._lost or not self._epoch) and self._barren >= patience(
+        self._opened, self._reading):
+      raise self._nothing()
     if (skipped or shortened) and (self._taken or self._lost):
       logging.warning('%s: epoch %d ended after %d examples; so far skipped: %s; kept in part: %s',
                       where, self._epoch, self._taken, skipped or 'none', shortened or 'none')

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from parti_jax.data import mixtures
 from parti_jax.data import share as share_lib
@@ -85,8 +86,8 @@ class SharedBatches:
     processes: how many processes train.
     rows: the rows that this process needs, ascending; None for all.
     seed: decides the order of the examples and whose text is dropped.
-    restart: whether a state of an older version, or of other sources, is passed over, so that a new
-      pass over the data begins.
+    restart: whether a state of an older version, or of other data, is passed over with a warning, so
+      that a new pass over the data begins; any other state is restored.
 
   Attributes:
     batch_size: rows of the global batch.
@@ -103,7 +104,8 @@ class SharedBatches:
                        'seed': seed}
     self.batch_size, self._asked, self._restart = batch_size, shares, restart
     self._rows = np.arange(batch_size) if rows is None else np.asarray(rows)
-    self._open(processes if shares is None else shares)
+    self._default = processes if shares is None else shares
+    self._open(self._default)
 
   @property
   def skipped(self) -> dict[str, int]:
@@ -158,8 +160,17 @@ class SharedBatches:
       UserError: another number of shares was asked for than the state has, or it is of an older
         version or of other sources.
     """
-    if 'from_t5x' in state or self._restart:
+    if 'from_t5x' in state:
       return
+    try:
+      self._restore(state)
+    except UserError as error:
+      if not self._restart:
+        raise
+      logging.warning('train.restart_data: a new pass over the data begins, since %s', error)
+      self._open(self._default)
+
+  def _restore(self, state: Mapping[str, Any]) -> None:
     # Version 1 had places alone, or one of the whole.
     states = state.get('shares') or [{}]
     if self._asked not in (None, len(states)):

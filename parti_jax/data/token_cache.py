@@ -184,6 +184,7 @@ class TokenCacheSource(base.Source):
     self.info = token_cache_info.read_info(path)
     super().__init__(f'the token cache {path}', tuple(self.info['splits']))
     self._path = path
+    self._complete: dict[str, list[str]] = {}
     self._parse = functools.partial(_parsed, info=self.info)
     self._shuffle = shuffle or ('window' if storage.is_url(path) else 'global')
 
@@ -202,9 +203,13 @@ class TokenCacheSource(base.Source):
     counts = [shard['examples'] for shard in self.info['splits'][split]['shards']]
     return array_records.ShardRecords(files, counts, self._parse)
 
-  @functools.cache
   def _files(self, split: str) -> list[str]:
     """The files of a split, each of the size that it was written with."""
+    if split not in self._complete:
+      self._complete[split] = self._complete_files(split)
+    return self._complete[split]
+
+  def _complete_files(self, split: str) -> list[str]:
     shards = self.info['splits'][split]['shards']
     names = [token_cache_info.shard_name(split, index) for index in range(len(shards))]
     files = array_records.complete_files(

@@ -251,13 +251,18 @@ def _locked(folder: str) -> Iterator[None]:
       if found != holder:
         holder, since = found, time.monotonic()
       elif time.monotonic() - since > _LOCK_SECONDS:  # Its holder was killed.
-        with contextlib.suppress(FileNotFoundError):
-          storage.remove(path)
+        _release(path, holder)
       time.sleep(_LOCK_LOOK)
   try:
     yield
   finally:
-    with contextlib.suppress(FileNotFoundError):
+    _release(path, mine)
+
+
+def _release(path: str, holder: bytes | None) -> None:
+  """Removes a lock, unless somebody else holds it by now."""
+  with contextlib.suppress(FileNotFoundError):
+    if storage.read(path, storage.MAX_JSON) == holder:
       storage.remove(path)
 
 

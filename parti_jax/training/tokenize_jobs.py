@@ -23,6 +23,7 @@ from parti_jax.data import token_cache
 from parti_jax.data import token_cache_parts
 from parti_jax.data import token_cache_v1
 from parti_jax.data import views
+from parti_jax.data.sources import base
 from parti_jax.training import configurables  # pylint: disable=unused-import
 from parti_jax.training import frozen_tokenizer
 from parti_jax.training import hosts
@@ -111,7 +112,8 @@ def of_old_cache(args: argparse.Namespace, connect: Connect) -> tuple[list[Job],
 
   def job(split: str) -> Job:
     parts = token_cache_parts.SplitParts(
-        args.output_dir, split, info, {'converted': 'version 1'}, len(files[split]),
+        args.output_dir, split, info,
+        {'converted': 'version 1', 'digest': base.digest_of(files[split])}, len(files[split]),
         splits if args.overwrite else ())
 
     def write(indices: Sequence[int], progress: tokenizing_progress.Progress) -> None:

@@ -47,7 +47,8 @@ def test_every_example_once_an_epoch_and_nothing_dropped(numbered):
   assert len({tuple(epoch) for epoch in epochs}) == 4
   assert batches.state() == {
       'version': 2, 'epoch': 3, 'taken': 10, 'lost': 0, 'stream': {'position': 40}, 'skipped': {},
-      'shortened': {}}
+      'shortened': {}, 'reads': {'task': 'folder_images', 'split': 'train', 'train.seed': 1,
+                                 'examples': 10}}
 
 
 def test_last_batch_may_be_short(numbered):

@@ -122,7 +122,21 @@ def test_short_names_of_splits(numbered, tmp_path):
   for name in ('train-0', 'val-0', 'other'):
     (tmp_path / f'{name}.parquet').write_bytes(path.read_bytes())
   assert parquet.found_splits(str(tmp_path)) == {
-      'train': 'train[-.]*parquet', 'validation': 'val[-.]*parquet'}
+      'train': 'train[-._0-9]*parquet', 'validation': 'val[-._0-9]*parquet'}
+
+
+@pytest.mark.parametrize('names', [
+    ('train_00000', 'validation_00000', 'test_00000'), ('train00', 'val00', 'test00')])
+def test_no_split_is_trained_on_by_mistake(numbered, tmp_path, names):
+  path = numbered(3)
+  content = path.read_bytes()
+  path.unlink()
+  for name in names:
+    (tmp_path / f'{name}.parquet').write_bytes(content)
+  assert list(parquet.found_splits(str(tmp_path))) == ['train', 'validation', 'test']
+  (tmp_path / f'{names[0]}.parquet').rename(tmp_path / 'data.parquet')
+  with pytest.raises(UserError, match='has .*00.parquet but no file of the split train'):
+    parquet.found_splits(str(tmp_path))
 
 
 def test_captions_that_can_not_be_used(write, encode):

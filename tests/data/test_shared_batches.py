@@ -50,9 +50,10 @@ def test_resumed_by_other_processes(numbered):
     next(before)
   state = json.loads(json.dumps(before.state()))
   # The shares have 6, 6, 6 and 5 examples, and 8 of each have been taken.
+  reads = {'task': 'folder_images', 'split': 'train', 'train.seed': 5, 'examples': 23}
   assert state == {'shares': [
       {'version': 2, 'epoch': 1, 'taken': taken, 'lost': 0, 'stream': {'position': 8},
-       'skipped': {}, 'shortened': {}} for taken in (2, 2, 2, 3)]}
+       'reads': reads, 'skipped': {}, 'shortened': {}} for taken in (2, 2, 2, 3)]}
   # None: as many shares as the checkpoint has, whatever the number of processes is now.
   resumed = [_open(list(range(start, start + 4)), None, processes=2) for start in (0, 4)]
   for batches in resumed:

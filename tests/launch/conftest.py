@@ -13,7 +13,7 @@ SLICE = ('--name=parti', '--zone=us-central2-b', '--project=pictures')
 
 # What a host's environment has: pip has nothing to do, and a run lasts until it is told a status.
 _PARTI_JAX = """#!/bin/bash
-printf '<%s>\\n' "$@" >"$HOME/arguments"
+printf '<%s>\\n' "$@" >"$HOME/written" && mv "$HOME/written" "$HOME/arguments"
 echo 'loss 9.0'
 until [[ -f $HOME/end ]]; do sleep 0.05; done
 exit "$(cat "$HOME/end")"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -77,6 +78,8 @@ class ShardRecords(base.Records):
                digest: str | None = None):
     self._files, self._parse, self._digest = list(files), parse, digest
     self._ends = np.cumsum(counts)
+    # Threads of grain's read at the same time.
+    self._lock = threading.Lock()
     self._readers: collections.OrderedDict[int, Reader] = collections.OrderedDict()
 
   def __len__(self) -> int:
@@ -86,7 +89,10 @@ class ShardRecords(base.Records):
     return self._digest
 
   def __getstate__(self) -> dict[str, Any]:
-    return self.__dict__ | {'_readers': collections.OrderedDict()}
+    return self.__dict__ | {'_readers': collections.OrderedDict(), '_lock': None}
+
+  def __setstate__(self, state: dict[str, Any]) -> None:
+    self.__dict__.update(state, _lock=threading.Lock())
 
   def read(self, indices: Sequence[int]) -> list[base.Example | Damaged]:
     indices = np.asarray(indices)
@@ -103,17 +109,18 @@ class ShardRecords(base.Records):
     return found
 
   def _reader(self, shard: int) -> Reader:
-    if shard in self._readers:
-      self._readers.move_to_end(shard)
-      return self._readers[shard]
-    if len(self._readers) >= _MOST_OPEN:
-      self._readers.popitem(last=False)[1].close()
-    self._readers[shard] = Reader(self._files[shard], self._parse)
-    return self._readers[shard]
+    # Readers that are left out of use are not closed here, since another thread may be reading: the
+    # file closes with the last reference.
+    with self._lock:
+      reader = self._readers.pop(shard, None) or Reader(self._files[shard], self._parse)
+      self._readers[shard] = reader
+      if len(self._readers) > _MOST_OPEN:
+        self._readers.popitem(last=False)
+    return reader
 
   def close(self) -> None:
-    while self._readers:
-      self._readers.popitem()[1].close()
+    with self._lock:
+      self._readers.clear()
 
 
 class ShardStreams(base.Shards):

@@ -20,14 +20,22 @@ import abc
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import xxhash
 from absl import logging
 
+from parti_jax import storage
 from parti_jax.data import captions as captions_lib
 from parti_jax.data import tally
 from parti_jax.data.damage import Damaged
 from parti_jax.errors import UserError
 
 Example = Mapping[str, Any]
+
+
+def digest_of(files: Sequence[str]) -> str:
+  """The XXH3 digest of the sizes of files, in their order."""
+  sizes = ' '.join(map(str, storage.sizes_of(files)))
+  return xxhash.xxh3_64_hexdigest(sizes.encode())
 
 
 class Records(abc.ABC):
@@ -60,6 +68,10 @@ class Shards(abc.ABC):
   """
 
   files: Sequence[str]
+
+  def digest(self) -> str:
+    """What changes with the files, as far as that is known without reading them: their sizes."""
+    return digest_of(self.files)
 
   @abc.abstractmethod
   def read(self, file: str) -> Iterator[Example | Damaged]:

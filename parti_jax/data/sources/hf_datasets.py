@@ -7,10 +7,13 @@ map of its Arrow files at once. It takes pandas and some ten other packages, so 
 from __future__ import annotations
 
 import functools
+import json
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gin
+import xxhash
 
 from parti_jax import storage
 from parti_jax.data.damage import Damaged
@@ -95,6 +98,11 @@ class _Rows(base.Records):
 
   def __len__(self) -> int:
     return len(self._table[0])
+
+  def digest(self) -> str:
+    sizes = json.dumps(sorted(storage.sizes(self._folder).items()))
+    state = storage.read(os.path.join(self._folder, _STATE), _LARGEST)
+    return xxhash.xxh3_64_hexdigest(sizes.encode() + state)
 
   def read(self, indices: Sequence[int]) -> list[base.Example | Damaged]:
     import pyarrow as pa  # pylint: disable=g-import-not-at-top

@@ -5,11 +5,13 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import gin
 import numpy as np
+import xxhash
 from absl import logging
 
 from parti_jax import storage
@@ -22,7 +24,8 @@ SHUFFLES = ('global', 'window')
 # How the files of a split are named, on the Hugging Face hub among others.
 _SPLITS = {'train': ('train',), 'validation': ('validation', 'valid', 'val', 'dev'),
            'test': ('test', 'eval')}
-_PATTERNS = ('{}[-.]*parquet', 'data/{}[-.]*parquet', '{}/*.parquet', 'default/{}/*.parquet')
+_PATTERNS = ('{}[-._0-9]*parquet', 'data/{}[-._0-9]*parquet', '{}/*.parquet',
+             'default/{}/*.parquet')
 # Bytes up to which a row group is read for one row, and up to which where gin asks for it. A core
 # reads about 1 MB in a millisecond, and decodes a picture of 256 pixels in about 4.
 _SMALL, _LARGEST = 2**22, 2**28
@@ -93,6 +96,11 @@ def found_splits(path: str) -> dict[str, str]:
           (one for one in named if storage.glob(file_patterns.join(path, one))), None)
     if found['train']:
       return {split: one for split, one in found.items() if one}
+  others = '|'.join(name for names in _SPLITS.values() for name in names)
+  for name in storage.names(path):
+    if re.fullmatch(rf'({others})[-._0-9].*parquet', name):
+      raise UserError(f'parquet: {path} has {name} but no file of the split train; set '
+                      "parquet.splits, such as {'train': 'FILES', 'validation': 'FILES'}")
   return {'train': '*.parquet'}
 
 
@@ -129,6 +137,9 @@ class _Parts(base.Shards):
   def __init__(self, parts: Mapping[str, tuple[str, range | None]], find):
     self.files, self._parts, self._find = list(parts), dict(parts), find
 
+  def digest(self) -> str:
+    return base.digest_of([self._parts[name][0] for name in self.files])
+
   def read(self, file: str) -> Iterator[base.Example | Damaged]:
     from parti_jax.data.readers import parquet_files  # pylint: disable=g-import-not-at-top
     yield from parquet_files.read(*self._parts[file], self._find)
@@ -151,6 +162,10 @@ class _Rows(base.Records):
 
   def __len__(self) -> int:
     return int(self._ends[-1]) if len(self._ends) else 0
+
+  def digest(self) -> str:
+    rows = xxhash.xxh3_64_hexdigest(self._rows.tobytes())
+    return f'{base.digest_of(self._files)} {rows}'
 
   def __setstate__(self, state: dict[str, Any]) -> None:
     self.__dict__.update(state)

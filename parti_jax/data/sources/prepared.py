@@ -108,6 +108,7 @@ class PreparedSource(base.Source):
     super().__init__('prepared', tuple(self._splits))
     self.place = f'prepared pictures {path}'
     self.path = path
+    self._complete: dict[str, list[str]] = {}
     self._shuffle = shuffle or ('window' if storage.is_url(path) else 'global')
 
   def check_split(self, split: str) -> None:
@@ -134,9 +135,13 @@ class PreparedSource(base.Source):
         files, [shard['examples'] for shard in shards], parse,
         xxhash.xxh3_64_hexdigest(digests.encode()))
 
-  @functools.cache
   def _files(self, split: str) -> list[str]:
     """The files of a split, each of the size that it was written with."""
+    if split not in self._complete:
+      self._complete[split] = self._complete_files(split)
+    return self._complete[split]
+
+  def _complete_files(self, split: str) -> list[str]:
     shards = self._splits[split]['shards']
     names = [token_cache_info.shard_name(split, index) for index in range(len(shards))]
     files = array_records.complete_files(self.path, names, shards, self.place, _HOW_TO_MAKE)

@@ -1,0 +1,166 @@
+"""Places in the data: of the same data alone, and in shares of which files are empty or damaged."""
+
+import gzip
+import json
+import os
+
+import gin
+import numpy as np
+import pytest
+
+from parti_jax.data import input_parts
+from parti_jax.data import shared_batches
+from parti_jax.data import sources
+from parti_jax.data import token_cache
+from parti_jax.data.batches import Batches
+from parti_jax.data.readers import array_records
+from parti_jax.data.share import Settings
+from parti_jax.errors import UserError
+
+LENGTHS = {'inputs': 8, 'targets': 4}
+INFO = {'codebook_size': 32, 'image_tokens': 4, 'tokenizer': 'abc'}
+
+
+@pytest.fixture(name='cache')
+def _cache(tmp_path, monkeypatch):
+  """Writes a token cache of so many examples in shards of 5, each with its number."""
+  monkeypatch.setattr(token_cache, 'EXAMPLES_PER_SHARD', 5)
+
+  def write(count):
+    path = str(tmp_path / f'cache_{count}')
+    token_cache.write_token_cache(
+        path, ((f'number {i}', np.full(4, i % 32)) for i in range(count)), INFO)
+    gin.bind_parameter('token_cache.path', path)
+    return path
+
+  with gin.unlock_config():
+    yield write
+
+
+def _state_after(batches, count=3):
+  with batches:
+    for _ in range(count):
+      next(batches)
+    return json.loads(json.dumps(batches.state()))
+
+
+@pytest.mark.parametrize('change, named', [
+    (lambda cache: gin.bind_parameter('token_cache.shuffle', 'global'),
+     'examples None there and 20 here, files 4 there and None here'),
+    (lambda cache: gin.bind_parameter('shuffle.buffer_size', 3),
+     'shuffle.buffer_size 10000 there and 3 here'),
+    (lambda cache: cache(30), 'files 4 there and 6 here')])
+def test_a_place_in_other_data_or_another_order_is_refused(cache, change, named):
+  cache(20)
+  gin.bind_parameter('token_cache.shuffle', 'window')
+  state = _state_after(Batches('cached_tokens', 'train', 4, LENGTHS))
+  change(cache)
+  with Batches('cached_tokens', 'train', 4, LENGTHS) as batches:
+    with pytest.raises(UserError, match=f'{named}.*set train.restart_data=True'):
+      batches.restore(state)
+
+
+def test_another_seed_is_another_order(cache):
+  cache(20)
+  state = _state_after(Batches('cached_tokens', 'train', 4, LENGTHS, seed=1))
+  with Batches('cached_tokens', 'train', 4, LENGTHS, seed=2) as batches:
+    with pytest.raises(UserError, match='train.seed 1 there and 2 here'):
+      batches.restore(state)
+
+
+def test_restart_data_passes_over_a_place_of_other_data_alone(cache, caplog):
+  cache(20)
+  shared = lambda restart: shared_batches.SharedBatches(
+      'cached_tokens', 'train', 4, LENGTHS, restart=restart)
+  with shared(False) as batches:
+    fresh = [next(batches) for _ in range(4)]
+    state = json.loads(json.dumps(batches.state()))
+    expected = next(batches)
+  with shared(True) as batches:
+    batches.restore(state)
+    np.testing.assert_array_equal(next(batches)['decoder_target_tokens'],
+                                  expected['decoder_target_tokens'])
+  assert not caplog.records
+  cache(30)
+  with shared(True) as batches:
+    batches.restore(state)
+    assert batches.places()[0].read == 0
+    assert next(batches)['decoder_target_tokens'].shape == (4, 4)
+  assert 'a new pass over the data begins, since' in caplog.text
+  assert len(fresh) == 4
+
+
+@pytest.mark.parametrize('shuffle', ['window', 'global'])
+def test_a_place_beyond_the_end_of_an_epoch_is_refused(cache, shuffle):
+  cache(20)
+  gin.bind_parameter('token_cache.shuffle', shuffle)
+  place = shared_batches.Place.parse('0/1:0:999+2')
+  with pytest.raises(UserError, match='999 examples before it in epoch 0, which has 20'):
+    shared_batches.read(place, 'cached_tokens', 'train', LENGTHS, seed=0)
+
+
+def _texts(folder, contents):
+  for index, content in enumerate(contents):
+    (folder / f'{index}.txt').write_bytes(content)
+  gin.bind_parameter('text.path', str(folder))
+  gin.bind_parameter('text.splits', {'train': '*.txt*'})
+
+
+@pytest.mark.parametrize('seed', range(6))
+def test_a_share_may_have_empty_files_alone_in_an_epoch(tmp_path, seed):
+  with gin.unlock_config():
+    _texts(tmp_path, [b'a\nb\n', b'', b'', b'c\nd\n'])
+  seen = set()
+  for share in range(2):
+    with Batches('text_texts', 'train', 2, {'inputs': 8}, seed=seed, share=share, shares=2) as batches:
+      for _ in range(40):
+        seen |= {tuple(row) for row in next(batches)['encoder_input_tokens']}
+  assert len(seen) == 4
+
+
+def test_a_damaged_file_of_a_share_is_counted(tmp_path):
+  with gin.unlock_config():
+    _texts(tmp_path, [b'a\nb\n'])
+  (tmp_path / 'broken.txt.gz').write_bytes(gzip.compress(os.urandom(9000))[:2000])
+  with Batches('text_texts', 'train', 2, {'inputs': 8}, share=1, shares=2) as batches:
+    for _ in range(20):
+      next(batches)
+    assert batches.skipped
+
+
+def test_a_share_without_anything_usable_ends(tmp_path):
+  with gin.unlock_config():
+    _texts(tmp_path, [b'', b'', b''])
+  with Batches('text_texts', 'train', 2, {'inputs': 8}, share=0, shares=2) as batches:
+    with pytest.raises(UserError, match='there is no usable example in share 1 of 2'):
+      next(batches)
+
+
+def test_files_of_other_sizes_are_another_source(tmp_path):
+  descriptions = []
+  for name, content in (('a', b'one\ntwo\n'), ('b', b'three\nfour\nfive\n')):
+    (tmp_path / name).mkdir()
+    with gin.unlock_config():
+      _texts(tmp_path / name, [content])
+    opened = sources.configured('text').open('train', pictures=False)
+    descriptions.append(input_parts.InputParts(opened).description())
+  assert descriptions[0].keys() == descriptions[1].keys() and descriptions[0] != descriptions[1]
+
+
+def test_a_host_keeps_at_least_a_thread_for_each_share():
+  assert Settings(4, 3, 8).divided(8) == Settings(1, 1, 1)
+  assert Settings(0, 0, 8).divided(8) == Settings(0, 0, 1)
+
+
+def test_threads_read_more_shards_than_stay_open(cache, monkeypatch):
+  import concurrent.futures  # pylint: disable=import-outside-toplevel
+
+  monkeypatch.setattr(array_records, '_MOST_OPEN', 2)
+  cache(40)
+  gin.bind_parameter('token_cache.shuffle', 'global')
+  records = token_cache.configured().open('train')
+  draw = np.random.default_rng(0)
+  with concurrent.futures.ThreadPoolExecutor(8) as executor:
+    found = list(executor.map(
+        lambda index: (index, records.read([index])[0]), draw.integers(0, 40, 3000).tolist()))
+  assert all(example['caption'] == f'number {index}'.encode() for index, example in found)
