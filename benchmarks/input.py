@@ -188,17 +188,16 @@ def _place() -> dict[str, float]:
       return [{'caption': f'picture {index}'.encode(), 'tokens': np.full(_TOKENS, index % 8192)}
               for index in indices]
 
+  from parti_jax.data import batches as batches_lib  # pylint: disable=import-outside-toplevel
+  from parti_jax.data import token_cache  # pylint: disable=import-outside-toplevel
+
   with tempfile.TemporaryDirectory() as folder:
-    with _token_batches(folder) as batches:
-      state = batches.state()
-    stream = {'position': _PLACE}
-    from parti_jax.data import token_cache  # pylint: disable=import-outside-toplevel
+    _token_batches(folder).close()
     with mock.patch.object(token_cache.TokenCacheSource, 'open', lambda *_, **__: Emulated()):
-      from parti_jax.data import batches as batches_lib  # pylint: disable=import-outside-toplevel
       start = time.perf_counter()
       with batches_lib.Batches(
           'cached_tokens', 'train', _BATCH, {'inputs': 128, 'targets': _TOKENS}) as batches:
-        batches.restore(state | {'taken': _PLACE, 'stream': stream})
+        batches.restore(batches.state() | {'taken': _PLACE, 'stream': {'position': _PLACE}})
         next(batches)
         return {'seconds': time.perf_counter() - start}
 
