@@ -29,7 +29,6 @@ from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
 from parti_jax import store_errors
-from parti_jax import store_retries
 from parti_jax.errors import UserError
 
 # epath would hand URLs to TensorFlow where that is installed, which knows no s3:// and no endpoint

@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import gin
@@ -214,19 +214,11 @@ class TokenCacheSource(base.Source):
     names = [token_cache_info.shard_name(split, index) for index in range(len(shards))]
     files = array_records.complete_files(
         self._path, names, shards, self.name, token_cache_info.HOW_TO_MAKE)
-    self._check_first(files[0], shards[0]['examples'])
-    return files
-
-  def _check_first(self, file: str, count: int) -> None:
-    """Looks at one record, since those of another cache would fail in the middle of a run."""
-    with storage.local_copy(file) as local:
-      reader = array_records.Reader(os.fspath(local), self._parse)
-      fits = reader.count() == count and (
-          count == 0 or not isinstance(reader.read([0])[0], Damaged))
-      reader.close()
-    if not fits:
-      raise UserError(f'{file} is damaged: its first record is not one of {self.name}; '
+    # Records of another cache would fail in the middle of a run.
+    if not array_records.first_fits(files[0], shards[0]['examples'], self._parse):
+      raise UserError(f'{files[0]} is damaged: its first record is not one of {self.name}; '
                       f'{token_cache_info.HOW_TO_MAKE} again')
+    return files
 
   def damaged_shards(self, split: str) -> Iterator[str]:
     """Yields the shards of a split whose bytes have changed; reads all of them."""

@@ -6,7 +6,6 @@ pattern rules out everything. So its FLOPs follow from the pattern and the sizes
 
 from __future__ import annotations
 
-import re
 
 import numpy as np
 

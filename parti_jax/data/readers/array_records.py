@@ -144,6 +144,23 @@ class ShardStreams(base.Shards):
         reader.close()
 
 
+def first_fits(file: str, count: int, parse: Parse) -> bool:
+  """Whether a shard has so many records, and its first one is what it should be.
+
+  Args:
+    file: a path or URL; at a URL it is copied to the disk.
+    count: the number of records.
+    parse: makes an example of a record.
+  """
+  with storage.local_copy(file) as local:
+    reader = Reader(os.fspath(local), parse)
+    try:
+      return reader.count() == count and (
+          count == 0 or not isinstance(reader.read([0])[0], Damaged))
+    finally:
+      reader.close()
+
+
 def complete_files(
     folder: str, names: Sequence[str], shards: Sequence[Mapping[str, Any]], what: str,
     how_to_make: str

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import struct
 from collections.abc import Mapping
 from typing import Any
@@ -146,12 +145,7 @@ class PreparedSource(base.Source):
     names = [token_cache_info.shard_name(split, index) for index in range(len(shards))]
     files = array_records.complete_files(self.path, names, shards, self.place, _HOW_TO_MAKE)
     first = next(number for number, shard in enumerate(shards) if shard['examples'])
-    with storage.local_copy(files[first]) as local:
-      reader = array_records.Reader(os.fspath(local), parsed)
-      fits = reader.count() == shards[first]['examples'] and not isinstance(
-          reader.read([0])[0], Damaged)
-      reader.close()
-    if not fits:
+    if not array_records.first_fits(files[first], shards[first]['examples'], parsed):
       raise UserError(f'{files[first]} is damaged: its first record is not of a prepared picture; '
                       f'{_HOW_TO_MAKE} again')
     return files
