@@ -20,7 +20,7 @@ from PIL import ImageDraw
 from PIL import ImageFont
 
 import parti_jax
-from parti_jax.evaluation import alignment
+from parti_jax.evaluation.openmoji import alignment
 
 SETTINGS = ['1/1', '0.999/1', '0.99/1', '0.95/1', '0.9/1', '0.8/1', '0.6/1', '0.3/1', '0/1',
             '1/0.99', '1/0.9', '1/0.6', '1/0', '0.99/0.9', '0.9/0.9']

@@ -24,14 +24,14 @@ import numpy as np
 from PIL import Image
 from PIL import ImageDraw
 
-from parti_jax.models import attention
-from parti_jax.models import attention_patterns
-from parti_jax.models import layers
+from parti_jax.models.nn import attention
+from parti_jax.models.nn import attention_patterns
+from parti_jax.models.nn import layers
 from parti_jax.models import parti
 from parti_jax.models import parti_config
 from parti_jax.sampling import decoding
 from parti_jax.sampling import parameters
-from parti_jax.training import generator_stage
+from parti_jax.training.objectives import generator_objective
 
 SCHEDULES = {
     'global': ('global',),
@@ -93,7 +93,7 @@ def sampling(args, config):
 
 def training(args, config):
   """A function that computes loss and gradients of a batch."""
-  stage = generator_stage.GeneratorStage(config)
+  stage = generator_objective.GeneratorStage(config)
   params = nn.meta.unbox(jax.jit(stage.init)(jax.random.key(0)))
   batch = jax.tree.map(
       lambda leaf: jnp.ones(leaf.shape, leaf.dtype), stage.abstract_batch(args.train_batch_size))

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 import parti_jax
-from parti_jax.evaluation import alignment
+from parti_jax.evaluation.openmoji import alignment
 from parti_jax.sampling import images as images_lib
 
 

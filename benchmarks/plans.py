@@ -53,7 +53,7 @@ def main():
   failed = 0
   for name, arguments in plans().items():
     file = FOLDER / f'{name}.json'
-    command = [sys.executable, '-m', 'parti_jax.main', 'plan', *arguments, f'--json={file}']
+    command = [sys.executable, '-m', 'parti_jax.cli.main', 'plan', *arguments, f'--json={file}']
     if args.list:
       print(f'{name}: parti-jax plan {shlex.join(arguments)}')
     elif any(word in name for word in args.words) or (not args.words and not file.exists()):

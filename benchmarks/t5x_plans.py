@@ -104,7 +104,7 @@ def plan(gin_files: list[str], gin_bindings: list[str], topology_name: str) -> d
   from parti_jax.planning import plan as plan_lib
   from parti_jax.planning import request as request_lib
   from parti_jax.planning import topology as topology_lib
-  from parti_jax.training import generator_stage  # Before gin locks its configuration.
+  from parti_jax.training.objectives import generator_objective  # Before gin locks its configuration.
   # pylint: enable=g-import-not-at-top
   topology = topology_lib.parse(topology_name)
   sys.modules['__main__'].train = train  # Where t5x's gin files look for it.
@@ -115,7 +115,7 @@ def plan(gin_files: list[str], gin_bindings: list[str], topology_name: str) -> d
       ['.', str(pathlib.Path(t5x.__path__[0]).parent)], gin_files, unused + gin_bindings)
   with as_if_there(topology.devices()):
     model, trainer, batch = train_with_gin()
-    stage = generator_stage.GeneratorStage(model.module.config)
+    stage = generator_objective.GeneratorStage(model.module.config)
     step = _step(gin_files, stage, trainer, batch)
     request = request_lib.Request('train', topology_name, (), tuple(gin_bindings))
     made = plan_lib.of_step(request, topology, step)
@@ -127,8 +127,8 @@ def plan(gin_files: list[str], gin_bindings: list[str], topology_name: str) -> d
 def _step(gin_files, stage, trainer, batch):
   """The trainer's step, ready to be lowered."""
   # pylint: disable=g-import-not-at-top
-  from parti_jax.models import layers
-  from parti_jax.planning import kernels
+  from parti_jax.models.nn import layers
+  from parti_jax.planning.hlo import kernels
   from parti_jax.planning import request as request_lib
   # pylint: enable=g-import-not-at-top
   # pylint: disable=protected-access

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from parti_jax.models import layers
+from parti_jax.models.nn import layers
 from parti_jax.models import parti_config
 from parti_jax.partitioning import mesh
-from parti_jax.training import generator_stage
-from parti_jax.training import host_memory
+from parti_jax.training.objectives import generator_objective
+from parti_jax.runs import allocator
 from parti_jax.training import optimizers
 from parti_jax.training import trainer as trainer_lib
 
@@ -42,12 +42,12 @@ def main():
   parser.add_argument('--dropout', type=float, default=0.1)
   parser.add_argument('--json', help='file for the figures')
   args = parser.parse_args()
-  host_memory.keep_freed()
+  allocator.keep_freed()
   config = parti_config.PartiConfig(
       encoder_layers=args.encoder_layers, decoder_layers=args.decoder_layers, width=args.width,
       mlp_width=4 * args.width, heads=args.width // 64, text_vocabulary=1024, text_length=16,
       codebook_size=1024, grid=(8, 8), dropout=args.dropout, dtype='float32', remat=args.remat)
-  stage = generator_stage.GeneratorStage(config)
+  stage = generator_objective.GeneratorStage(config)
   optimizer = optimizers.adamw(lambda step: 1e-3)
   trainer = trainer_lib.Trainer(stage, optimizer, mesh.make_mesh(devices=jax.devices()[:1]))
   state = trainer.create_state()

@@ -3,7 +3,7 @@
 #
 #   launch/test.sh                      all tests but the slow ones
 #   launch/test.sh -m slow              the slow ones
-#   launch/test.sh tests/test_main.py   any other arguments of pytest
+#   launch/test.sh tests/cli/test_main.py   any other arguments of pytest
 #   launch/test.sh --lowest [...]       with the lowest versions that setup.cfg allows, in .venv_lowest
 #
 # PARTI_JAX_VENV and PYTHON choose the environment's folder and its Python: see environment.sh.

@@ -2,7 +2,7 @@
 
 import sys
 
-from parti_jax import main
+from parti_jax.cli import main
 
 if __name__ == '__main__':
   sys.exit(main.main(['train', *sys.argv[1:]]))

@@ -47,7 +47,7 @@ def clean_gin():
 @pytest.fixture(autouse=True)
 def no_store_retries():
   """Forgets the requests to stores that other tests repeated."""
-  from parti_jax import store_retries  # pylint: disable=import-outside-toplevel
+  from parti_jax.core import store_retries  # pylint: disable=import-outside-toplevel
 
   store_retries.begin()
 
@@ -94,7 +94,7 @@ def bad_store(request, monkeypatch, tmp_path):
   """A `MisbehavingStore` before each of these servers, with a `folder` in it; no fault at first."""
   import fsspec  # pylint: disable=import-outside-toplevel
   import misbehaving_store  # pylint: disable=import-outside-toplevel
-  from parti_jax import store_retries  # pylint: disable=import-outside-toplevel
+  from parti_jax.core import store_retries  # pylint: disable=import-outside-toplevel
 
   bucket = request.getfixturevalue(f'{request.param}_bucket')
   variable = {'s3': 'AWS_ENDPOINT_URL', 'gs': 'STORAGE_EMULATOR_HOST'}[request.param]

@@ -38,7 +38,7 @@ def parti_jax(*arguments):
   """Runs a command as a user does, on one device; returns what it printed."""
   environment = {**os.environ, 'XLA_FLAGS': '', 'JAX_PLATFORMS': 'cpu'}
   done = subprocess.run(
-      [sys.executable, '-m', 'parti_jax.main', *map(str, arguments)],
+      [sys.executable, '-m', 'parti_jax.cli.main', *map(str, arguments)],
       env=environment, capture_output=True, text=True, check=False)
   assert done.returncode == 0, done.stdout + done.stderr
   return done.stdout

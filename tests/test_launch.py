@@ -88,12 +88,12 @@ def test_test_installs_the_extra_and_passes_arguments_on(checkout):
 
 def test_test_takes_the_lowest_versions_in_an_environment_of_their_own(checkout):
   (checkout / '.venv').rename(checkout / '.venv_lowest')
-  done = _run(checkout, 'test.sh', '--lowest', 'tests/test_main.py')
+  done = _run(checkout, 'test.sh', '--lowest', 'tests/cli/test_main.py')
   assert done.returncode == 0, done.stderr
   installing = [line for line in done.stdout.splitlines() if 'Installing <' in line]
   assert installing[0].endswith(' <uv>')
   assert '<uv> <pip> <install> <--upgrade> <--resolution> <lowest-direct>' in installing[1]
-  assert done.stdout.splitlines()[-1].endswith('<--dist=loadfile> <tests/test_main.py>')
+  assert done.stdout.splitlines()[-1].endswith('<--dist=loadfile> <tests/cli/test_main.py>')
   assert not (checkout / '.venv').exists()
 
 

@@ -9,13 +9,13 @@ import optax
 import pytest
 
 import parti_jax
-from parti_jax import main
-from parti_jax.errors import UserError
+from parti_jax.cli import main
+from parti_jax.core.errors import UserError
 from parti_jax.models import vit_vqgan
 from parti_jax.partitioning import mesh as mesh_lib
-from parti_jax.training import checkpoints
-from parti_jax.training import manifest
-from parti_jax.training import tokenizer_stage
+from parti_jax.checkpoints import run_checkpoints
+from parti_jax.checkpoints import manifest
+from parti_jax.training.objectives import tokenizer_objective
 from parti_jax.training import trainer as trainer_lib
 
 SOURCES = sorted(pathlib.Path(parti_jax.__file__).parent.rglob('*.py'))
@@ -65,13 +65,13 @@ def test_such_a_call_would_be_found(text):
 def _saved(tmp_path_factory):
   """A checkpoint's folder, and the trainer that it is of."""
   folder = tmp_path_factory.mktemp('run')
-  stage = tokenizer_stage.TokenizerStage(vit_vqgan.ViTVQGANConfig(
+  stage = tokenizer_objective.TokenizerStage(vit_vqgan.ViTVQGANConfig(
       image_size=8, patch_size=4, encoder_layers=1, encoder_width=16, encoder_mlp_width=16,
       encoder_heads=2, decoder_layers=1, decoder_width=16, decoder_mlp_width=16, decoder_heads=2,
       codebook_size=6, code_dim=3, dtype='float32'))
   trainer = trainer_lib.Trainer(stage, optax.sgd(0.1), mesh_lib.make_mesh())
-  manager = checkpoints.Checkpoints(folder)
-  manager.save(0, trainer.create_state(), {}, checkpoints.describe(stage))
+  manager = run_checkpoints.Checkpoints(folder)
+  manager.save(0, trainer.create_state(), {}, run_checkpoints.describe(stage))
   manager.close()
   return folder, trainer
 
@@ -85,10 +85,10 @@ def _copy(saved, tmp_path):
 
 
 def _restore(path, trainer):
-  path = checkpoints.folder(path.parents[1]) / path.name
-  checkpoints.check_same_model(path, checkpoints.read_model(path),
-                               checkpoints.describe(trainer.stage))
-  checkpoints.check_same_shapes(path, trainer.abstract)
+  path = run_checkpoints.folder(path.parents[1]) / path.name
+  run_checkpoints.check_same_model(path, run_checkpoints.read_model(path),
+                               run_checkpoints.describe(trainer.stage))
+  run_checkpoints.check_same_shapes(path, trainer.abstract)
 
 
 @pytest.mark.parametrize('name', ['../../../../escaped', '/escaped', 'params/../../escaped'])
@@ -106,7 +106,7 @@ def test_a_checkpoints_names_lead_nowhere(copy, saved, tmp_path, name):
 
 
 def test_a_checkpoints_metadata_is_bounded(copy, saved, monkeypatch):
-  monkeypatch.setattr(checkpoints.storage, 'MAX_JSON', 100_000)
+  monkeypatch.setattr(run_checkpoints.storage, 'MAX_JSON', 100_000)
   _restore(copy, saved[1])
   with open(copy / 'state' / '_METADATA', 'a', encoding='utf-8') as file:
     file.write(' ' * 100_000)
@@ -115,7 +115,7 @@ def test_a_checkpoints_metadata_is_bounded(copy, saved, monkeypatch):
 
 
 def test_a_manifest_names_no_file_outside(copy):
-  copy = checkpoints.folder(copy.parents[1]) / copy.name
+  copy = run_checkpoints.folder(copy.parents[1]) / copy.name
   # pylint: disable=protected-access
   manifest._write(copy / manifest.NAME, {'../../../secret': [1, '0' * 32]})
   assert manifest.fault(copy) == 'manifest.json is damaged'

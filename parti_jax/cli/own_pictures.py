@@ -9,11 +9,11 @@ import shlex
 import shutil
 import time
 
-from parti_jax import checks
-from parti_jax import config
-from parti_jax import storage
+from parti_jax.core import checks
+from parti_jax.core import gin_config
+from parti_jax.core import storage
 from parti_jax.cli import own_plan
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 
 # Steps that are timed, and how many of these are between two readings.
 _TIMED_STEPS, _TIMED_EVERY = 30, 10
@@ -82,7 +82,7 @@ def _plan(args: argparse.Namespace) -> own_plan.Plan:
       print(f'going on with --minutes={plan.minutes:g}, as it began')
     return plan
   source = own_plan.find_source(folder)
-  config.parse([], source)
+  gin_config.parse([], source)
   captions = sources.configured(sources.chosen()).captions('train')
   plan = own_plan.make(folder, source, captions, args.minutes, jax.default_backend(),
                        jax.device_count(), args.image_size)
@@ -131,7 +131,7 @@ class _Work:
   def tokens(self) -> int:
     """Turns the pictures into image tokens, if those that are there are not of this tokenizer."""
     from parti_jax.data import token_cache_info  # pylint: disable=g-import-not-at-top
-    from parti_jax.training import frozen_tokenizer  # pylint: disable=g-import-not-at-top
+    from parti_jax.training.objectives import frozen_tokenizer  # pylint: disable=g-import-not-at-top
 
     if os.path.exists(os.path.join(self._tokens, 'info.json')):
       try:
@@ -181,12 +181,12 @@ class _Work:
 
   def _seconds_per_step(self, part: str, file: str) -> float:
     """Trains a few steps and forgets them."""
-    from parti_jax import compilation_cache  # pylint: disable=g-import-not-at-top
+    from parti_jax.core import compilation_cache  # pylint: disable=g-import-not-at-top
     from parti_jax.training import train_loop  # pylint: disable=g-import-not-at-top
 
     print(f'timing {_TIMED_STEPS} steps of the {part}')
     compilation_cache.enable()
-    config.parse([file], [
+    gin_config.parse([file], [
         *own_plan.schedule(part, _TIMED_STEPS), f'train.log_every = {_TIMED_EVERY}',
         'train.pictures_every = 0', 'train.checkpoint_every = 0'])
     folder = os.path.join(self._folder, f'timing_{part}')
@@ -200,7 +200,7 @@ class _Work:
   def _text_length(self) -> int:
     from parti_jax.data import sources  # pylint: disable=g-import-not-at-top
 
-    config.parse([], self.plan.source)
+    gin_config.parse([], self.plan.source)
     captions = sources.configured(sources.chosen()).captions('train')
     vocabulary = self._load_vocabulary()
     return own_plan.text_length([len(vocabulary.encode_whole(caption))
@@ -221,7 +221,7 @@ class _Work:
 
   def _command(self, *arguments: str) -> int:
     """Prints and runs a command of this package, in this process, which holds the device."""
-    from parti_jax import main  # pylint: disable=g-import-not-at-top
+    from parti_jax.cli import main  # pylint: disable=g-import-not-at-top
 
     print(f'$ parti-jax {shlex.join(arguments)}', flush=True)
     return main.main(list(arguments))

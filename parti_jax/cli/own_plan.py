@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from parti_jax import checks
-from parti_jax import storage
-from parti_jax.errors import UserError
+from parti_jax.core import checks
+from parti_jax.core import storage
+from parti_jax.core.errors import UserError
 
 FILE = 'plan.json'
 # Names of the columns of files and captions in a captions file, the first that is there counts.

@@ -9,8 +9,8 @@ import numpy as np
 
 from parti_jax.data import datasets, mixtures
 from parti_jax.data import share as share_lib
-from parti_jax.errors import UserError
-from parti_jax.fingerprints import Fingerprint
+from parti_jax.core.errors import UserError
+from parti_jax.core.fingerprints import Fingerprint
 
 # The form of `Batches.state()`.
 STATE_VERSION = 2

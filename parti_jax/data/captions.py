@@ -4,7 +4,7 @@ import codecs
 import re
 import unicodedata
 
-from parti_jax import storage
+from parti_jax.core import storage
 from parti_jax.data import damage
 
 # Far more than any text encoder reads; what lies beyond is never turned into tokens.

@@ -30,13 +30,14 @@ import numpy as np
 from absl import logging
 
 import parti_jax
-from parti_jax.data import captions, decoding, examples, mixing, sources, tally, token_cache
+from parti_jax.data import captions, examples, mixing, sources, tally, token_cache
+from parti_jax.data import image_decoding
 from parti_jax.data import share  # For its names in gin.  # pylint: disable=unused-import
 from parti_jax.data.damage import Damaged, Unusable
 from parti_jax.data.sources import base
 from parti_jax.data.vocabulary import TextVocabulary
-from parti_jax.errors import UserError
-from parti_jax.fingerprints import Fingerprint
+from parti_jax.core.errors import UserError
+from parti_jax.core.fingerprints import Fingerprint
 
 TOKEN_TASKS = ('openmoji_tokens', 'cached_tokens')
 # Kind of a task -> its features. A kind alone is the task of the source that gin chooses.
@@ -118,7 +119,7 @@ class Dataset:
                         f"feature_lengths['targets'] = {lengths['targets']}")
     return examples.Preparation(
         lengths.get('inputs'), lengths.get('images'), lengths.get('targets'), self.vocabulary,
-        decoding.configured(), rate if training and self.features != ('inputs',) else 0.0)
+        image_decoding.configured(), rate if training and self.features != ('inputs',) else 0.0)
 
 
 def check_lengths(name: str, features, lengths: Mapping[str, int]) -> None:
@@ -214,7 +215,7 @@ def pictures_and_captions(
   """
   name = source_name(task_or_source)
   source = sources.configured(name, size)
-  return _usable(source, split, source.examples(split), size, decoding.configured())
+  return _usable(source, split, source.examples(split), size, image_decoding.configured())
 
 
 def _usable(source: base.Source, split: str, found: Iterator[base.Example | Damaged], size: int,

@@ -13,9 +13,10 @@ from typing import Any
 import gin
 import numpy as np
 
-from parti_jax.data import captions, decoding
+from parti_jax.data import captions
+from parti_jax.data import image_decoding
 from parti_jax.data.vocabulary import EOS_ID, TextVocabulary
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 
 Decode = Callable[[bytes, int], tuple[np.ndarray, list[str]]]
 
@@ -94,7 +95,7 @@ class Preparation:
   image_size: int | None = None
   image_tokens: int | None = None
   vocabulary: TextVocabulary | None = None
-  decode: Decode = decoding.decode_and_note
+  decode: Decode = image_decoding.decode_and_note
   drop_rate: float = 0.0
 
   def __call__(

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from parti_jax.data.quiet_tensorflow import seqio, tf
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 
 _Spec = seqio.FeatureConverter.FeatureSpec
 _IMAGES = _Spec(dtype=tf.uint8, rank=3)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import gin
 
 from parti_jax.data import sources as sources_lib
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 
 TOKEN_CACHE = 'token_cache'
 

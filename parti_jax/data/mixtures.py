@@ -24,12 +24,12 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from parti_jax import fingerprints
+from parti_jax.core import fingerprints
 from parti_jax.data import datasets, mixing
 from parti_jax.data import order as order_lib
 from parti_jax.data import share as share_lib
-from parti_jax.errors import UserError
-from parti_jax.fingerprints import Fingerprint
+from parti_jax.core.errors import UserError
+from parti_jax.core.fingerprints import Fingerprint
 
 _PREFIX, _TOKENS = 'mixture_', 'tokens'
 NAMES = tuple(f'{_PREFIX}{kind}' for kind in (*datasets.ALIASES, _TOKENS))

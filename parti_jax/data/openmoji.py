@@ -23,8 +23,8 @@ import numpy as np
 from PIL import Image
 
 import parti_jax
-from parti_jax import optional_packages
-from parti_jax.errors import UserError
+from parti_jax.core import optional_packages
+from parti_jax.core.errors import UserError
 
 SPLITS = ('train', 'validation', 'unseen_combinations')
 TONES = (

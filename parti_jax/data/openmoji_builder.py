@@ -12,7 +12,7 @@ from PIL import Image
 
 from parti_jax.data import openmoji
 import tensorflow_datasets as tfds
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 
 _DESCRIPTION = """\
 OpenMoji's pictures with English captions, drawn on white. The caption is the picture's name, then

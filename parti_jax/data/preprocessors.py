@@ -8,7 +8,8 @@ The first one numbers the examples, since what is random about an example follow
 
 import numpy as np
 
-from parti_jax.data import captions, decoding, examples, order, seqio_source, tally
+from parti_jax.data import captions, examples, order, seqio_source, tally
+from parti_jax.data import image_decoding
 from parti_jax.data.quiet_tensorflow import seqio, tf
 from parti_jax.data.vocabulary import TextVocabulary
 
@@ -54,12 +55,12 @@ def leave_out(dataset: tf.data.Dataset) -> tf.data.Dataset:
 def decode_images(dataset: tf.data.Dataset, sequence_length) -> tf.data.Dataset:
   """Replaces 'picture' by 'images', uint8 [size, size, 3] with size = sequence_length['images']."""
   size = sequence_length['images']
-  reading, decode_and_note = tally.current(), decoding.configured()
+  reading, decode_and_note = tally.current(), image_decoding.configured()
 
   def decode(data: bytes):
     try:
       image, notes = decode_and_note(data, size)
-    except decoding.UndecodablePicture as error:
+    except image_decoding.UndecodablePicture as error:
       reading.skipped.add(str(error))
       return np.zeros([size, size, 3], np.uint8), False
     for note in notes:

@@ -5,8 +5,8 @@ Every module that reads through grain takes it from here.
 
 from absl import flags
 
-from parti_jax import optional_packages
-from parti_jax.errors import UserError
+from parti_jax.core import optional_packages
+from parti_jax.core.errors import UserError
 
 __all__ = ['grain']
 

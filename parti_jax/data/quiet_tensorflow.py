@@ -10,9 +10,9 @@ memory that JAX needs.
 import os
 import sys
 
-from parti_jax import native_notes
-from parti_jax import optional_packages
-from parti_jax.errors import UserError
+from parti_jax.core import native_notes
+from parti_jax.core import optional_packages
+from parti_jax.core.errors import UserError
 
 __all__ = ['seqio', 'tf', 'tfds']
 

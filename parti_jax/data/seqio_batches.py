@@ -11,8 +11,8 @@ import numpy as np
 from parti_jax.data import datasets, streams, tasks
 from parti_jax.data.feature_converter import converter_for
 from parti_jax.data.quiet_tensorflow import seqio, tf
-from parti_jax.errors import UserError
-from parti_jax.fingerprints import Fingerprint
+from parti_jax.core.errors import UserError
+from parti_jax.core.fingerprints import Fingerprint
 
 # How TensorFlow's message for an exception in a Python function ends.
 _IN_PYTHON = '\nTraceback (most recent call last):'

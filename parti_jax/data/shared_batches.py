@@ -16,8 +16,8 @@ from absl import logging
 from parti_jax.data import mixtures
 from parti_jax.data import share as share_lib
 from parti_jax.data.batches import Batches
-from parti_jax.errors import UserError
-from parti_jax.fingerprints import Fingerprint
+from parti_jax.core.errors import UserError
+from parti_jax.core.fingerprints import Fingerprint
 from parti_jax.partitioning import local_rows
 
 # How long `ReadAhead.close` waits for a read that is under way.

@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from parti_jax import fingerprints
+from parti_jax.core import fingerprints
 from parti_jax.data import datasets, mixing, mixtures, preprocessors
 from parti_jax.data.datasets import get_vocabulary
 from parti_jax.data.quiet_tensorflow import seqio, tf
 from parti_jax.data.seqio_source import SeqioSource
 from parti_jax.data.vocabulary import EOS_ID, TextVocabulary
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 
 # Turns that go from Python to TensorFlow at once.
 _TURNS = 256

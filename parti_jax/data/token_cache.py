@@ -23,12 +23,12 @@ from typing import Any
 import gin
 import numpy as np
 
-from parti_jax import storage
+from parti_jax.core import storage
 from parti_jax.data import token_cache_info
 from parti_jax.data.damage import Damaged
 from parti_jax.data.readers import array_records
 from parti_jax.data.sources import base
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 
 EXAMPLES_PER_SHARD = 16_384
 SHUFFLES = array_records.SHUFFLES

@@ -18,8 +18,8 @@ from typing import Any
 
 import xxhash
 
-from parti_jax import storage
-from parti_jax.errors import UserError
+from parti_jax.core import storage
+from parti_jax.core.errors import UserError
 
 VERSION = 2
 KEYS = ('codebook_size', 'image_tokens', 'tokenizer')

@@ -24,9 +24,9 @@ from typing import Any
 
 import xxhash
 
-from parti_jax import storage
+from parti_jax.core import storage
 from parti_jax.data import token_cache, token_cache_info
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 
 TALLIES = ('skipped', 'shortened')
 _MADE_WITH = 'made_with.json'

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from parti_jax import storage
+from parti_jax.core import storage
 from parti_jax.data import tally, token_cache
 from parti_jax.data.damage import Damaged
 from parti_jax.data.readers import tfrecords
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 
 
 class OldCache:

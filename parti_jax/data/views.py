@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from parti_jax.data import captions, decoding, examples
+from parti_jax.data import captions, examples
+from parti_jax.data import image_decoding
 
 # 1: the central square. 2: mirrored too. 10: LlamaGen's corners of a larger picture as well
 # (arXiv 2406.06525), each of the five also mirrored.
@@ -29,7 +30,7 @@ class Preparation:
 
   image_size: int
   count: int = 1
-  decode: examples.Decode = decoding.decode_and_note
+  decode: examples.Decode = image_decoding.decode_and_note
 
   def __call__(self, example: Mapping[str, Any], draw: float
                ) -> tuple[dict[str, Any], list[str]]:

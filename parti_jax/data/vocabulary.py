@@ -12,8 +12,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import sentencepiece
 
-from parti_jax import fingerprints, storage
-from parti_jax.errors import UserError
+from parti_jax.core import fingerprints
+from parti_jax.core import storage
+from parti_jax.core.errors import UserError
 
 PAD_ID = 0
 EOS_ID = 1

@@ -18,13 +18,13 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import tqdm
 
-from parti_jax.data import decoding
-from parti_jax.errors import UserError
-from parti_jax.evaluation import captioned_pictures
-from parti_jax.evaluation import distribution
+from parti_jax.data import image_decoding
+from parti_jax.core.errors import UserError
+from parti_jax.evaluation.datasets import captioned_pictures
+from parti_jax.evaluation.metrics import distribution
 from parti_jax.evaluation import distribution_report
-from parti_jax.evaluation import features as features_lib
-from parti_jax.evaluation import picture_shards
+from parti_jax.evaluation.metrics import features as features_lib
+from parti_jax.evaluation.datasets import picture_shards
 
 # Real pictures that are decoded and go through networks at once.
 _BATCH = 64
@@ -191,8 +191,8 @@ def _decoded(pictures: captioned_pictures.Pictures, sizes: Sequence[int], reason
   """Yields batches of pictures, size -> uint8 [batch, size, size, 3]; appends to `reasons`."""
   def decode(data):
     try:
-      return {size: decoding.decode(data, size) for size in sizes}
-    except decoding.UndecodablePicture as error:
+      return {size: image_decoding.decode(data, size) for size in sizes}
+    except image_decoding.UndecodablePicture as error:
       return str(error)
 
   encoded = _bar(pictures.encoded(), 'real pictures', progress, len(pictures))

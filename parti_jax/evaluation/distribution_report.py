@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from parti_jax.evaluation import distribution
+from parti_jax.evaluation.metrics import distribution
 from parti_jax.evaluation import tables
 
 NOTE = (

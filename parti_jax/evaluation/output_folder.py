@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from PIL import Image
 
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 
 RUN_FILE = 'run.json'
 
@@ -94,8 +94,8 @@ def model_fingerprint(folder) -> str:
   """
   if folder is None:
     # Imports JAX, which takes a moment.
-    from parti_jax.sampling import pipeline  # pylint: disable=import-outside-toplevel
-    folder = pipeline.DEMO_FOLDER
+    from parti_jax.sampling import text_to_image  # pylint: disable=import-outside-toplevel
+    folder = text_to_image.DEMO_FOLDER
   parts = []
   for path in sorted(pathlib.Path(folder).iterdir()):
     if path.suffix in ('.json', '.safetensors', '.model'):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 
 # What is enlarged, and what a reader needs to know of it.
 INPUTS = {

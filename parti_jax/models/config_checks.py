@@ -6,9 +6,9 @@ import functools
 
 import gin
 
-from parti_jax import checks
-from parti_jax import errors
-from parti_jax.models import layer_stack
+from parti_jax.core import checks
+from parti_jax.core import errors
+from parti_jax.models.nn import layer_stack
 
 DTYPES = ('float32', 'bfloat16', 'float16')
 

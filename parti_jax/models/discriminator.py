@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from parti_jax import errors
+from parti_jax.core import errors
 from parti_jax.models import config_checks
 
 # What the residual blocks end at: feature maps of 4×4 positions.

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from parti_jax import numerics
-from parti_jax.models import layers
+from parti_jax.core import numerics
+from parti_jax.models.nn import layers
 from parti_jax.models import parti_config
 
 # Ids that stand for no piece of text: padding, the end, an unknown piece.

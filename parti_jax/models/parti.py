@@ -5,8 +5,8 @@ from __future__ import annotations
 import flax.linen as nn
 import jax.numpy as jnp
 
-from parti_jax.models import image_decoder
-from parti_jax.models import layers
+from parti_jax.models import token_decoder
+from parti_jax.models.nn import layers
 from parti_jax.models import parti_config
 from parti_jax.models import text_encoder
 
@@ -22,7 +22,7 @@ class Parti(nn.Module):
 
   def setup(self):
     self.text_encoder = text_encoder.TextEncoder(self.config)
-    self.image_decoder = image_decoder.ImageDecoder(self.config)
+    self.image_decoder = token_decoder.ImageDecoder(self.config)
 
   def __call__(self, text_tokens, image_tokens, dropout_keys=None):
     """Logits of every image token, given the text and the tokens before it.
@@ -94,11 +94,11 @@ class Parti(nn.Module):
         previous_token, caches, layers_apart, memories, mask, position)
 
   def step_until(self, *args, **kwargs):
-    """One position in which tokens leave early, as `image_decoder.ImageDecoder.step_until`."""
+    """One position in which tokens leave early, as `token_decoder.ImageDecoder.step_until`."""
     return self.image_decoder.step_until(*args, **kwargs)
 
   def step_beside(self, *args, **kwargs):
-    """Guidance's pass beside it, as `image_decoder.ImageDecoder.step_beside`."""
+    """Guidance's pass beside it, as `token_decoder.ImageDecoder.step_beside`."""
     return self.image_decoder.step_beside(*args, **kwargs)
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from parti_jax import checks
-from parti_jax import errors
-from parti_jax.models import attention_patterns
+from parti_jax.core import checks
+from parti_jax.core import errors
+from parti_jax.models.nn import attention_patterns
 from parti_jax.models import config_checks
 
 # What models did before it became a setting, for files that do not name it.

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from parti_jax.models import layers
+from parti_jax.models.nn import layers
 
 
 def normalize(x):

@@ -15,9 +15,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from parti_jax import errors
+from parti_jax.core import errors
 from parti_jax.models import config_checks
-from parti_jax.models import layer_stack
+from parti_jax.models.nn import layer_stack
 from parti_jax.models import vit_vqgan
 
 # How far bicubic interpolation looks, in pixels.

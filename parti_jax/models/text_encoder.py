@@ -5,9 +5,9 @@ from __future__ import annotations
 import flax.linen as nn
 import jax.numpy as jnp
 
-from parti_jax.models import layers
+from parti_jax.models.nn import layers
 from parti_jax.models import parti_config
-from parti_jax.models import transformer
+from parti_jax.models.nn import transformer
 
 
 def text_mask(text_tokens):

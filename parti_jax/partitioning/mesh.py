@@ -10,8 +10,8 @@ import gin
 import jax
 from jax.experimental import mesh_utils
 
-from parti_jax import checks
-from parti_jax import errors
+from parti_jax.core import checks
+from parti_jax.core import errors
 
 # From the axis that communicates least to the one that communicates most: the last ones get the
 # closest neighbours.

@@ -11,7 +11,7 @@ import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
-from parti_jax import errors
+from parti_jax.core import errors
 from parti_jax.partitioning import factored
 from parti_jax.partitioning import mesh as mesh_lib
 

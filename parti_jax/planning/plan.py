@@ -11,13 +11,13 @@ from typing import Any
 
 import jax
 
-from parti_jax import config
-from parti_jax import native_notes
-from parti_jax import numerics
+from parti_jax.core import gin_config
+from parti_jax.core import native_notes
+from parti_jax.core import numerics
 from parti_jax.partitioning import mesh as mesh_lib
-from parti_jax.planning import hlo
-from parti_jax.planning import hlo_cost
-from parti_jax.planning import kernels
+from parti_jax.planning.hlo import hlo_text
+from parti_jax.planning.hlo import hlo_cost
+from parti_jax.planning.hlo import kernels
 from parti_jax.planning import remedies
 from parti_jax.planning import request as request_lib
 from parti_jax.planning import roofline
@@ -43,7 +43,7 @@ def make(request: request_lib.Request) -> dict[str, Any]:
   from parti_jax.planning import steps  # pylint: disable=g-import-not-at-top
   jax.config.update('jax_platforms', 'cpu')  # Never takes the accelerator of this machine.
   topology = topology_lib.parse(request.topology)
-  config.parse(request.gin_files, request.gin_bindings, data=False)
+  gin_config.parse(request.gin_files, request.gin_bindings, data=False)
   mesh = mesh_lib.make_mesh(devices=topology.devices())
   build = {'train': steps.training_step, 'sample': steps.sampling_step}[request.what]
   step = build(request, mesh)
@@ -102,7 +102,7 @@ class _Plan:
   def _measured(self, compiled) -> dict[str, Any]:
     step, chip = self._step, self._chip
     memory = _memory(compiled.memory_analysis(), step.resident_bytes, self._capacity())
-    costs = hlo_cost.costs(hlo.parse(compiled.as_text()), step.mesh.size, step.kernel_flops,
+    costs = hlo_cost.costs(hlo_text.parse(compiled.as_text()), step.mesh.size, step.kernel_flops,
                            roofline.slice_groups(step.mesh) if self._topology.slices > 1 else None)
     sums = roofline.summarize(costs.collectives, step.mesh, chip)
     model_flops = step.model_flops / step.mesh.size

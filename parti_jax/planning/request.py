@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from parti_jax.planning import hlo_cost
+from parti_jax.planning.hlo import hlo_cost
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,8 +15,8 @@ import dataclasses
 import numpy as np
 
 from parti_jax.planning import chips
-from parti_jax.planning import hlo_cost
-from parti_jax.planning import replica_groups
+from parti_jax.planning.hlo import hlo_cost
+from parti_jax.planning.hlo import replica_groups
 
 MODEL = ('network: each collective uses all torus dimensions that its devices extend over, both '
          'ways round where they close; collectives take turns; no latency')

@@ -12,11 +12,11 @@ from typing import Any
 
 import jax
 
-from parti_jax import config
-from parti_jax import errors
-from parti_jax import numerics
-from parti_jax import storage
-from parti_jax.models import layers
+from parti_jax.core import gin_config
+from parti_jax.core import errors
+from parti_jax.core import numerics
+from parti_jax.core import storage
+from parti_jax.models.nn import layers
 from parti_jax.models import parti_config
 from parti_jax.planning import candidates as candidates_lib
 from parti_jax.planning import report
@@ -75,7 +75,7 @@ def candidates(request: request_lib.Request) -> list[candidates_lib.Candidate]:
   jax.config.update('jax_platforms', 'cpu')
   topology = topology_lib.parse(request.topology)
   devices = len(topology.devices())
-  config.parse(request.gin_files, request.gin_bindings, data=False)
+  gin_config.parse(request.gin_files, request.gin_bindings, data=False)
   if request.what == 'sample':
     model, images = steps.sampled_config(), request.batch_size or steps.SAMPLING_BATCH
     sequences = images * (2 if request.guided else 1)
@@ -97,7 +97,7 @@ def compile_apart(request: request_lib.Request, bindings: list[str]
   """The plan of a candidate, made by another process, or the error that it ended with."""
   with tempfile.TemporaryDirectory() as folder:
     output = pathlib.Path(folder) / 'plan.json'
-    command = [sys.executable, '-m', 'parti_jax.main', 'plan', f'--topology={request.topology}',
+    command = [sys.executable, '-m', 'parti_jax.cli.main', 'plan', f'--topology={request.topology}',
                f'--what={request.what}', f'--json={output}']
     command += [f'--gin_file={file}' for file in request.gin_files]
     command += [f'--gin.{binding}' for binding in (*request.gin_bindings, *bindings)]

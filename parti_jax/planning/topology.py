@@ -12,9 +12,9 @@ import re
 import jax
 from jax.experimental import topologies
 
-from parti_jax import errors
-from parti_jax import native_notes
-from parti_jax import optional_packages
+from parti_jax.core import errors
+from parti_jax.core import native_notes
+from parti_jax.core import optional_packages
 from parti_jax.planning import chips
 
 _FORM = re.compile(r'(?:(\d+)x(?=[a-z]))?([a-z]+\d*[a-z]*):(\d+(?:x\d+)*)')

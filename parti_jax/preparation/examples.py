@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from parti_jax.data import captions, decoding
+from parti_jax.data import captions
+from parti_jax.data import image_decoding
 from parti_jax.data.sources import prepared
 from parti_jax.preparation import filters, hashes, pictures
 from parti_jax.preparation.settings import Settings
@@ -51,7 +52,7 @@ def prepare(
   filters.check_columns(columns, settings)
   caption, notes = captions.clean(example['caption'])
   filters.check_caption(caption, settings)
-  header = decoding.header(data)
+  header = image_decoding.header(data)
   filters.check_sides(header.width, header.height, settings)
   image, more = pictures.decode(data, header, settings, to_srgb)
   encoded = pictures.encode(image, data, header, settings)

@@ -11,10 +11,10 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from parti_jax import storage
+from parti_jax.core import storage
 from parti_jax.data import token_cache_info
 from parti_jax.data.sources import prepared
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 
 _OWNER = 'owner.json'
 REPORT = 'report.json'

@@ -6,12 +6,12 @@ import io
 
 from PIL import Image
 
-from parti_jax.data import decoding
+from parti_jax.data import image_decoding
 from parti_jax.data.damage import Unusable
 from parti_jax.preparation.settings import FORMATS, Settings
 
 
-def size_after(header: decoding.Header, settings: Settings) -> tuple[int, int]:
+def size_after(header: image_decoding.Header, settings: Settings) -> tuple[int, int]:
   """Returns the shorter and the longer side in pixels that a picture has after resizing.
 
   Raises:
@@ -22,13 +22,13 @@ def size_after(header: decoding.Header, settings: Settings) -> tuple[int, int]:
   if size is None or shorter == size or (shorter < size and not settings.enlarge):
     return shorter, longer
   longer = max(size, round(longer * size / shorter))
-  if size * longer > decoding.MAX_PIXELS:
+  if size * longer > image_decoding.MAX_PIXELS:
     raise Unusable('picture of too many pixels after resizing')
   return size, longer
 
 
 def decode(
-    data: bytes, header: decoding.Header, settings: Settings, to_srgb: bool
+    data: bytes, header: image_decoding.Header, settings: Settings, to_srgb: bool
 ) -> tuple[Image.Image, list[str]]:
   """Decodes and resizes a picture.
 
@@ -45,7 +45,7 @@ def decode(
     Unusable: the picture can't be decoded, or would have too many pixels.
   """
   shorter, longer = size_after(header, settings)
-  image, notes = decoding.decode_whole(data, shorter, to_srgb)
+  image, notes = image_decoding.decode_whole(data, shorter, to_srgb)
   size = (longer, shorter) if image.width >= image.height else (shorter, longer)
   if image.size != size:
     image = image.resize(size, Image.Resampling.BICUBIC)
@@ -53,7 +53,7 @@ def decode(
 
 
 def encode(
-    image: Image.Image, data: bytes, header: decoding.Header, settings: Settings
+    image: Image.Image, data: bytes, header: image_decoding.Header, settings: Settings
 ) -> bytes:
   """Encodes a picture.
 

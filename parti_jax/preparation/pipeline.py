@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 from parti_jax.preparation import duplicates, hashes, report, shards
 from parti_jax.preparation.duplicates import Row
 from parti_jax.preparation.output import Output

@@ -12,8 +12,8 @@ from typing import Any
 
 import gin
 
-from parti_jax import checks
-from parti_jax.errors import UserError
+from parti_jax.core import checks
+from parti_jax.core.errors import UserError
 
 # Name in gin -> Pillow's name.
 FORMATS = {'jpeg': 'JPEG', 'webp': 'WEBP', 'png': 'PNG'}

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import layout
 
-from parti_jax import numerics
+from parti_jax.core import numerics
 from parti_jax.models import parti as parti_lib
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.partitioning import rules as rules_lib

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from parti_jax import numerics
-from parti_jax.errors import UserError
+from parti_jax.core import numerics
+from parti_jax.core.errors import UserError
 from parti_jax.models import vit_vqgan
 from parti_jax.sampling import placement
 

@@ -22,9 +22,9 @@ from PIL import ImageFont
 from PIL import PngImagePlugin
 
 import parti_jax
-from parti_jax import checks
-from parti_jax import storage
-from parti_jax.errors import UserError
+from parti_jax.core import checks
+from parti_jax.core import storage
+from parti_jax.core.errors import UserError
 
 SOFTWARE = f'parti_jax {parti_jax.__version__}'
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 
-from parti_jax import numerics
+from parti_jax.core import numerics
 from parti_jax.partitioning import rules as rules_lib
 
 

@@ -29,12 +29,12 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from parti_jax import errors
-from parti_jax import storage
-from parti_jax.training import checkpoints
-from parti_jax.training import full_disk
-from parti_jax.training import staging
-from parti_jax.training import whole_moments
+from parti_jax.core import errors
+from parti_jax.core import storage
+from parti_jax.checkpoints import run_checkpoints
+from parti_jax.checkpoints import disk_errors
+from parti_jax.checkpoints import remote_staging
+from parti_jax.checkpoints import whole_moments
 
 # How names begin, ours and t5x's.
 _NAMES = {'step': 'state/step', 'params': 'target', 'optimizer_state': 'state/param_states',
@@ -57,7 +57,7 @@ def state_dict(state) -> dict[str, Any]:
   Returns:
     'target', 'state' and, if there are statistics, 'flax_mutables', dicts of the same leaves.
   """
-  found = {_t5x_name(path): leaf for path, leaf in checkpoints.by_path(state).items()}
+  found = {_t5x_name(path): leaf for path, leaf in run_checkpoints.by_path(state).items()}
   if any(name.startswith('flax_mutables/') for name in found):
     found['flax_mutables/statistics/step'] = found['state/step']
   return flax.traverse_util.unflatten_dict(found, sep='/')
@@ -73,8 +73,8 @@ def train_state(tree, like):
   Returns:
     A TrainState of the leaves of `tree`.
   """
-  found = checkpoints.by_path(tree)
-  leaves = [found[_t5x_name(path)] for path in checkpoints.by_path(like)]
+  found = run_checkpoints.by_path(tree)
+  leaves = [found[_t5x_name(path)] for path in run_checkpoints.by_path(like)]
   return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
@@ -117,9 +117,9 @@ def read_run(path: epath.Path) -> dict[str, Any]:
   Second moments are in today's form, see `whole_moments`.
 
   Args:
-    path: the checkpoint's folder, of `checkpoints.latest_checkpoint`.
+    path: the checkpoint's folder, of `run_checkpoints.latest_checkpoint`.
   """
-  tree = in_host_memory(checkpoints.read_metadata(path / _ITEM))
+  tree = in_host_memory(run_checkpoints.read_metadata(path / _ITEM))
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
     restored = checkpointer.restore(path / _ITEM, args=_restore_args(tree))
   return with_factored_moments(state_dict(restored), collections.defaultdict(_in_host))
@@ -135,7 +135,7 @@ def with_factored_moments(tree, shardings: Mapping[str, jax.sharding.Sharding]) 
   Returns:
     As `tree`.
   """
-  arrays = checkpoints.by_path(tree)
+  arrays = run_checkpoints.by_path(tree)
   whole = _whole_moments(arrays)
   if not whole:
     return tree
@@ -154,8 +154,8 @@ def saved_form(path, wanted) -> dict[str, Any] | None:
   Returns:
     As `wanted`; None if the checkpoint has no whole moments.
   """
-  saved = checkpoints.by_path(checkpoints.read_metadata(epath.Path(path) / _ITEM))
-  places = checkpoints.by_path(wanted)
+  saved = run_checkpoints.by_path(run_checkpoints.read_metadata(epath.Path(path) / _ITEM))
+  places = run_checkpoints.by_path(wanted)
   whole = _whole_moments(saved, places)
   return flax.traverse_util.unflatten_dict(
       whole_moments.as_saved(places, whole, _PARAMETERS), sep='/') if whole else None
@@ -189,7 +189,7 @@ def write(folder, tree) -> epath.Path:
     raise errors.UserError(f"{folder}: can't be made ({error.strerror}); give another "
                            '--output_dir') from error
   try:
-    with full_disk.told(folder, size), ocp.Checkpointer(
+    with disk_errors.told(folder, size), ocp.Checkpointer(
         ocp.CompositeCheckpointHandler()) as checkpointer:
       checkpointer.save(path, args=ocp.args.Composite(**{_ITEM: tree_args}))
   except BaseException:
@@ -205,7 +205,7 @@ def target(folder, step: int) -> epath.Path:
   Raises:
     UserError: if it is there already, or is in a store that t5x does not know.
   """
-  if staging.is_needed(folder):
+  if remote_staging.is_needed(folder):
     raise errors.UserError(f'{folder}: t5x\'s checkpoints are in folders and at gs:// URLs; give '
                            'one of these')
   path = storage.as_epath(folder)
@@ -245,7 +245,7 @@ def read(path, wanted, within: tuple[str, ...] = ('target/', 'state/', 'flax_mut
     raise errors.UserError(f"{path}: can't be read ({' '.join(str(error).split())[:200]}); is it "
                            'damaged? Take another checkpoint') from error
   return found if form is wanted else with_factored_moments(
-      found, {name: leaf.sharding for name, leaf in checkpoints.by_path(wanted).items()})
+      found, {name: leaf.sharding for name, leaf in run_checkpoints.by_path(wanted).items()})
 
 
 def _restore_args(tree, **kwargs) -> ocp.args.PyTreeRestore:
@@ -263,16 +263,16 @@ def _saved(path: epath.Path) -> dict[str, Any]:
     hint = f', such as {path / within[-1]}' if within else ''
     raise errors.UserError(f'{path}: no checkpoint of t5x; give the folder checkpoint_<step> of '
                            f'its MODEL_DIR{hint}')
-  metadata = checkpoints.read_metadata(path / _ITEM)
+  metadata = run_checkpoints.read_metadata(path / _ITEM)
   if metadata is None:
     raise errors.UserError(f'{path}: has no metadata of Orbax, so that it is damaged, or not '
                            'written whole; give another checkpoint')
-  return checkpoints.by_path(metadata)
+  return run_checkpoints.by_path(metadata)
 
 
 def _check_fits(path, saved: dict[str, Any], wanted, within: tuple[str, ...]):
   """Raises UserError unless a checkpoint has what is wanted, and nothing else in these parts."""
-  wanted = checkpoints.by_path(wanted)
+  wanted = run_checkpoints.by_path(wanted)
   problems = []
   for name, leaf in wanted.items():
     if name not in saved:

@@ -2,7 +2,7 @@
 
 `inputs.json` in t5x's MODEL_DIR has the fingerprints of the vocabulary and of the tokenizer. It is
 written when training begins, or by `parti-jax t5x_checkpoint`, and compared whenever a checkpoint
-and a task come together. See `parti_jax.fingerprints`.
+and a task come together. See `parti_jax.core.fingerprints`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from collections.abc import Mapping
 import gin
 import jax
 
-from parti_jax import fingerprints
-from parti_jax import storage
-from parti_jax.errors import UserError
+from parti_jax.core import fingerprints
+from parti_jax.core import storage
+from parti_jax.core.errors import UserError
 
 FILE = 'inputs.json'
 _LARGEST = 1 << 16

@@ -15,15 +15,15 @@ import jax
 import numpy as np
 from absl import logging
 
-from parti_jax import fingerprints
+from parti_jax.core import fingerprints
 from parti_jax.data import openmoji
 from parti_jax.data import token_cache
-from parti_jax.errors import UserError
-from parti_jax.evaluation import openmoji_judge
+from parti_jax.core.errors import UserError
+from parti_jax.evaluation.openmoji import openmoji_judge
 from parti_jax.sampling import detokenizing
-from parti_jax.sampling import pipeline
+from parti_jax.sampling import text_to_image
 from parti_jax.t5x import checkpoints
-from parti_jax.training import frozen_tokenizer
+from parti_jax.training.objectives import frozen_tokenizer
 
 # Share of the real pictures that should be known again from their tokens; the demo's are 98%.
 _LEAST_CEILING = 0.5
@@ -71,7 +71,7 @@ def openmoji_alignment(
     UserError: the tokenizer can't be read, or is not the one of the token cache; JAX knows no CPU,
       tokens are not its, or captions are not OpenMoji's.
   """
-  folder = str(tokenizer or pipeline.DEMO_FOLDER)
+  folder = str(tokenizer or text_to_image.DEMO_FOLDER)
   _check_tokenizer(folder)
   detokenizer = _detokenizer(folder)
   asked = [_asked(target['caption']) for target in targets]

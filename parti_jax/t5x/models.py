@@ -14,20 +14,20 @@ from t5x import losses
 from t5x import metrics as t5x_metrics
 from t5x import models as t5x_models
 
-from parti_jax import checks
-from parti_jax import errors
+from parti_jax.core import checks
+from parti_jax.core import errors
 from parti_jax.data import feature_converter
 from parti_jax.data import vocabulary
-from parti_jax.models import layer_stack
-from parti_jax.models import layers
+from parti_jax.models.nn import layer_stack
+from parti_jax.models.nn import layers
 from parti_jax.models import parti
 from parti_jax.sampling import decoding as our_decoding
 from parti_jax.sampling import parameters
-from parti_jax.sampling import settings
+from parti_jax.exported_model import sampling_settings
 from parti_jax.t5x import logical_axes
 from parti_jax.t5x import workarounds
-from parti_jax.training import finite as finite_lib
-from parti_jax.training import tokenizer_stage
+from parti_jax.training import skipped_steps as finite_lib
+from parti_jax.training.objectives import tokenizer_objective
 
 workarounds.apply()
 
@@ -103,7 +103,7 @@ class PartiModel(t5x_models.BaseTransformerModel):
             f'PartiModel.{name}_vocabulary has {found.vocab_size} ids, and the network knows '
             f'PartiConfig.{key}={getattr(config, key)}; raise that, or choose another task')
     self.guidance_scale = checks.number(
-        'PartiModel.guidance_scale', guidance_scale, 0, settings.MOST_GUIDANCE)
+        'PartiModel.guidance_scale', guidance_scale, 0, sampling_settings.MOST_GUIDANCE)
     self._depth_weights = _check_depth_weights(depth_loss_weights, config)
     self._rows: int | None = None  # Of the whole batch of training, once t5x has told it.
     super().__init__(
@@ -299,7 +299,7 @@ class TokenizerModel(t5x_models.BaseModel):
   _OFF = {'adversarial_weight': 0.0, 'perceptual_weight': 0.0, 'ema': 0.0, 'revive_every': 0,
           'frozen': (), 'first_phase': None}
 
-  def __init__(self, stage: tokenizer_stage.TokenizerStage, optimizer_def):
+  def __init__(self, stage: tokenizer_objective.TokenizerStage, optimizer_def):
     for name, off in self._OFF.items():
       if getattr(stage, name) != off:
         raise errors.UserError(

@@ -11,9 +11,9 @@ import optax
 from flax import serialization
 from t5x import optimizers as t5x_optimizers
 
-from parti_jax import errors
+from parti_jax.core import errors
 from parti_jax.partitioning import rules
-from parti_jax.training import finite as finite_lib
+from parti_jax.training import skipped_steps as finite_lib
 
 
 class OptaxWrapper(t5x_optimizers.OptaxWrapper):

@@ -7,7 +7,7 @@ from typing import Any
 
 import flax.traverse_util
 
-from parti_jax import errors
+from parti_jax.core import errors
 
 _SHOWN = 3
 

@@ -27,7 +27,7 @@ from parti_jax.data import mixtures
 from parti_jax.data import tally
 from parti_jax.data import tasks
 from parti_jax.data.quiet_tensorflow import seqio, tf
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 from parti_jax.t5x import inputs
 from parti_jax.t5x import metrics
 

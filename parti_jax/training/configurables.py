@@ -5,10 +5,10 @@ Names exist once their modules are imported; those of the data are in `parti_jax
 
 # pylint: disable=unused-import
 from parti_jax.data import mixtures
-from parti_jax.training import generator_stage
+from parti_jax.training.objectives import generator_objective
 from parti_jax.training import optimizers
-from parti_jax.training import ranker_stage
-from parti_jax.training import super_resolution_stage
-from parti_jax.training import text_encoder_stage
-from parti_jax.training import tokenizer_stage
+from parti_jax.training.objectives import ranker_objective
+from parti_jax.training.objectives import super_resolution_objective
+from parti_jax.training.objectives import text_encoder_objective
+from parti_jax.training.objectives import tokenizer_objective
 from parti_jax.training import train_loop

@@ -6,8 +6,8 @@ import json
 
 import jax
 
-from parti_jax import errors
-from parti_jax import storage
+from parti_jax.core import errors
+from parti_jax.core import storage
 from parti_jax.data import batches
 from parti_jax.data import mixtures
 from parti_jax.training import state as state_lib

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from parti_jax import errors
-from parti_jax import fingerprints
+from parti_jax.core import errors
+from parti_jax.core import fingerprints
 
 _REMEDIES = {
     'vocabulary': 'set vocabulary.path to the one that it was trained with',

@@ -8,7 +8,7 @@ import pathlib
 
 import jax
 
-from parti_jax import errors
+from parti_jax.core import errors
 
 # Where Linux says how much a container may have.
 _CONTAINER_LIMIT = pathlib.Path('/sys/fs/cgroup/memory.max')

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from parti_jax import checks
-from parti_jax.errors import UserError
+from parti_jax.core import checks
+from parti_jax.core.errors import UserError
 from parti_jax.partitioning import factored
 
 

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 import tqdm
 
-from parti_jax import storage
-from parti_jax import store_retries
+from parti_jax.core import storage
+from parti_jax.core import store_retries
 
 
 class Reporter:

@@ -7,14 +7,14 @@ from typing import Any
 
 import jax
 
-from parti_jax.training import checkpoints as checkpoints_lib
-from parti_jax.training import finite
+from parti_jax.checkpoints import run_checkpoints as checkpoints_lib
+from parti_jax.training import skipped_steps
 from parti_jax.training import inputs as inputs_lib
-from parti_jax.training import preemption
-from parti_jax.training import run_lock
+from parti_jax.runs import preemption
+from parti_jax.runs import run_lock
 from parti_jax.training import state as state_lib
 from parti_jax.training import trainer as trainer_lib
-from parti_jax.training import whole_moments
+from parti_jax.checkpoints import whole_moments
 
 
 class Run:
@@ -40,7 +40,7 @@ class Run:
                max_bad_steps: int | None = None):
     self._trainer, self._examples, self._journal = trainer, examples, journal
     self._inputs = inputs
-    self._model_dir, self._skipped_steps = model_dir, finite.SkippedSteps(max_bad_steps)
+    self._model_dir, self._skipped_steps = model_dir, skipped_steps.SkippedSteps(max_bad_steps)
     self._checkpoints = checkpoints_lib.Checkpoints(model_dir, keep)
     self._model = checkpoints_lib.describe(trainer.stage)
     self._saved = self._checkpoints.latest_step()

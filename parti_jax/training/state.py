@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
-from parti_jax import errors
-from parti_jax import numerics
+from parti_jax.core import errors
+from parti_jax.core import numerics
 from parti_jax.partitioning import rules as partitioning_rules
 
 # JAX's name of the hosts' memory that devices can read.

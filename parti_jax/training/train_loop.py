@@ -9,24 +9,24 @@ from typing import Any
 import gin
 import jax
 
-from parti_jax import checks
-from parti_jax import config
-from parti_jax import errors
-from parti_jax import store_retries
+from parti_jax.core import checks
+from parti_jax.core import gin_config
+from parti_jax.core import errors
+from parti_jax.core import store_retries
 from parti_jax.partitioning import local_rows
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.partitioning import rules as rules_lib
-from parti_jax.training import checkpoints as checkpoints_lib
+from parti_jax.checkpoints import run_checkpoints as checkpoints_lib
 from parti_jax.training import device_peak
-from parti_jax.training import full_disk
-from parti_jax.training import hosts
+from parti_jax.checkpoints import disk_errors
+from parti_jax.runs import distributed
 from parti_jax.training import inputs as inputs_lib
-from parti_jax.training import journal as journal_lib
+from parti_jax.runs import journal as journal_lib
 from parti_jax.training import memory
-from parti_jax.training import preemption
+from parti_jax.runs import preemption
 from parti_jax.training import reporting
 from parti_jax.training import run as run_lib
-from parti_jax.training import run_lock
+from parti_jax.runs import run_lock
 from parti_jax.training import state as state_lib
 from parti_jax.training import trainer as trainer_lib
 
@@ -43,7 +43,7 @@ def train(model_dir: str) -> dict[str, float]:
   Raises:
     UserError: if another run owns the folder; see `train_stage` for more.
   """
-  hosts.check_connected()
+  distributed.check_connected()
   store_retries.begin()
   with run_lock.RunLock(model_dir) as lock, journal_lib.Journal(model_dir) as journal:
     lock.tell(journal)
@@ -124,7 +124,7 @@ def train_stage(model_dir: str, journal: journal_lib.Journal, stage=gin.REQUIRED
       stage, optimizer(schedule), mesh, seed, microbatches, offload_optimizer)
   rules_lib.check_batch(batch_size, mesh, trainer.rules, microbatches)
   memory.check(trainer.abstract)
-  full_disk.check_room(model_dir, state_lib.num_bytes(trainer.abstract))
+  disk_errors.check_room(model_dir, state_lib.num_bytes(trainer.abstract))
   check_vocabularies(stage, task)
   training = shared_batches.SharedBatches(
       task, split, batch_size, stage.feature_lengths(), data_shares, jax.process_count(),
@@ -141,7 +141,7 @@ def train_stage(model_dir: str, journal: journal_lib.Journal, stage=gin.REQUIRED
                     initial_parts(trainer, model_dir, inputs, initial_model), journal,
                     max_bad_steps)
   reporter = reporting.Reporter(model_dir, steps, run.step)
-  journal.start(run.beginning(), config.operative(), steps=steps, batch_size=batch_size,
+  journal.start(run.beginning(), gin_config.operative(), steps=steps, batch_size=batch_size,
                 **run.facts())
   peak = device_peak.device_peak(jax.local_devices()[0], stage.compute_dtype) * jax.device_count()
   for line in run.damaged():

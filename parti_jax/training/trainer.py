@@ -12,11 +12,11 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
-from parti_jax import numerics
-from parti_jax.models import layers
+from parti_jax.core import numerics
+from parti_jax.models.nn import layers
 from parti_jax.partitioning import local_rows
 from parti_jax.partitioning import rules as rules_lib
-from parti_jax.training import finite as finite_lib
+from parti_jax.training import skipped_steps as finite_lib
 from parti_jax.training import state as state_lib
 
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from parti_jax import config
-from parti_jax import main
+from parti_jax.core import gin_config
+from parti_jax.cli import main
 from parti_jax.cli import own_pictures
 from parti_jax.cli import own_plan
 from parti_jax.data import datasets
-from parti_jax.errors import UserError
-from parti_jax.sampling import model_folder
+from parti_jax.core.errors import UserError
+from parti_jax.exported_model import model_folder
 from parti_jax.training import configurables  # pylint: disable=unused-import
 
 COLORS = {'red': (255, 0, 0), 'green': (0, 128, 0), 'blue': (0, 0, 255), 'white': (255, 255, 255)}
@@ -59,7 +59,7 @@ def _pictures(folder, captions_in):
 @pytest.mark.parametrize('captions_in', ['captions.jsonl', 'metadata.jsonl', 'txt', 'tar'])
 def test_every_form_of_captions_is_found(tmp_path, captions_in):
   source = own_plan.find_source(str(_pictures(tmp_path / 'mine', captions_in)))
-  config.parse([], source)
+  gin_config.parse([], source)
   found = {caption: tuple(picture[16, 16])
            for caption, picture in datasets.pictures_and_captions(None, 'train', 32)}
   assert found == {f'a {name} square': color for name, color in COLORS.items()}
@@ -85,7 +85,7 @@ def test_pictures_without_texts_are_counted(tmp_path, caplog):
   folder = _pictures(tmp_path / 'mine', 'txt')
   (folder / 'a' / '3.txt').unlink()
   (folder / 'a' / '4.PNG').unlink()
-  config.parse([], own_plan.find_source(str(folder)))
+  gin_config.parse([], own_plan.find_source(str(folder)))
   assert len(list(datasets.pictures_and_captions(None, 'train', 32))) == 22
   assert 'left out 1 text file(s) without a picture' in caplog.text
   assert 'left out 1 picture(s) without a text file' in caplog.text
@@ -103,7 +103,7 @@ def test_sizes_follow_pictures_and_device(platform, examples, size, large):
   assert sizes['PartiConfig.codebook_size'] == sizes['ViTVQGANConfig.codebook_size']
   assert 100 <= plan.vocabulary_size <= 16_000
   for part in ('tokenizer', 'generator'):
-    config.parse([f'gin_configs/runs/own_{part}.gin'],
+    gin_config.parse([f'gin_configs/runs/own_{part}.gin'],
                  plan.sizes[part] + own_plan.schedule(part, 500))
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from parti_jax.data import decoding
-from parti_jax.data.decoding import UndecodablePicture, decode
+from parti_jax.data import image_decoding
+from parti_jax.data.image_decoding import UndecodablePicture, decode
 
 WHITE = (255, 255, 255)
 
@@ -239,7 +239,7 @@ def test_decompression_bombs(side):
 
 def test_too_many_bytes(monkeypatch):
   data = _encode(Image.new('RGB', (8, 8)), 'png')
-  monkeypatch.setattr(decoding, 'MAX_BYTES', len(data))
+  monkeypatch.setattr(image_decoding, 'MAX_BYTES', len(data))
   decode(data, 8)
   _assert_refused(data + b'\0', 'picture of too many bytes')
 
@@ -264,7 +264,7 @@ def test_metadata_that_is_nonsense_is_ignored(kind, content):
   exif = Image.Exif()
   exif[0x0112] = 3
   more = _chunk(b'eXIf', exif.tobytes()[6:]) + _chunk(kind, content)
-  image, notes = decoding.decode_and_note(_png(8, 8, 8, 0, rows[:-1] + b'\xff', more), 8)
+  image, notes = image_decoding.decode_and_note(_png(8, 8, 8, 0, rows[:-1] + b'\xff', more), 8)
   assert (image[0, 0] == 255).all() and (image[1:] == 7).all()
   assert notes == (['unusable colour profile ignored'] if kind == b'iCCP' else [])
 

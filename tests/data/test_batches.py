@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import seqio
 
-from parti_jax import storage
-from parti_jax.data import decoding
+from parti_jax.core import storage
+from parti_jax.data import image_decoding
 from parti_jax.data import share
 from parti_jax.data import tasks
 from parti_jax.data.batches import Batches
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 
 IMAGES = {'images': 8}
 PAIRS = {'inputs': 16, 'images': 8}
@@ -178,9 +178,9 @@ def test_going_on_decodes_no_earlier_example(folder, encode, monkeypatch):
     next(before)
   place = before.state()
   list(before)  # It must not decode in advance while it is counted.
-  decoded, decode = [], decoding.decode_and_note
+  decoded, decode = [], image_decoding.decode_and_note
   monkeypatch.setattr(
-      decoding, 'decode_and_note',
+      image_decoding, 'decode_and_note',
       lambda *args, **kwargs: decoded.append(1) or decode(*args, **kwargs))
   resumed = Batches('folder_pairs', 'train', 2, PAIRS, num_epochs=1)
   list(resumed)
@@ -233,14 +233,14 @@ def test_nothing_is_read_once_closed(numbered):
 def test_errors_while_reading_are_what_they_are(numbered, monkeypatch, threads):
   numbered(5)
   gin.parse_config(f'loader.num_threads = {threads}')
-  monkeypatch.setattr(decoding, 'decode_and_note', lambda *_, **__: 1 // 0)
+  monkeypatch.setattr(image_decoding, 'decode_and_note', lambda *_, **__: 1 // 0)
   with pytest.raises(ZeroDivisionError):
     next(Batches('folder_images', 'train', 2, IMAGES))
 
   def decode(*_, **__):
     raise UserError('s3://bucket/a.png cannot be read: no credentials')
 
-  monkeypatch.setattr(decoding, 'decode_and_note', decode)
+  monkeypatch.setattr(image_decoding, 'decode_and_note', decode)
   with pytest.raises(UserError, match='^s3://bucket/a.png cannot be read: no credentials$'):
     next(Batches('folder_images', 'train', 2, IMAGES))
 

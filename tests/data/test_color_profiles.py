@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from parti_jax.data import color_profiles, datasets, decoding
+from parti_jax.data import color_profiles, datasets
+from parti_jax.data import image_decoding
 from parti_jax.data.batches import Batches
-from parti_jax.data.decoding import decode, decode_and_note
-from parti_jax.errors import UserError
+from parti_jax.data.image_decoding import decode, decode_and_note
+from parti_jax.core.errors import UserError
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()
 D50 = (0.9642, 1.0, 0.8249)
@@ -234,4 +235,4 @@ def test_in_a_run(folder):
 def test_the_switch_is_true_or_false():
   gin.parse_config("decode_images.to_srgb = 'no'")
   with pytest.raises(UserError, match="decode_images.to_srgb = 'no' must be True or False"):
-    decoding.configured()
+    image_decoding.configured()

@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from parti_jax.data import captions, decoding, sources, vocabulary_command
+from parti_jax.data import captions, sources
+from parti_jax.data import image_decoding
+from parti_jax.cli import vocabulary
 from parti_jax.data.readers import folder_index, tar_members, tar_shards, text_lines, tfrecords
 from parti_jax.data.batches import Batches
 from parti_jax.data.damage import Damaged
 from parti_jax.data.sources import paths
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 
 IMAGES = {'images': 8}
 REST_OF_TAR = 'rest of a damaged tar shard'
@@ -139,7 +141,7 @@ def test_text_files(tmp_path, caplog):
   assert batches.shortened['caption cut to 65,536 bytes'] == 1
   # The vocabulary is made of the same texts.
   source = sources.configured('text')
-  assert len(list(vocabulary_command._with_text(source, 'train'))) == count
+  assert len(list(vocabulary._with_text(source, 'train'))) == count
   assert 'c.txt.gz: rest of a damaged text file' in caplog.text
 
 
@@ -220,7 +222,7 @@ def test_behind_a_damaged_header_reading_goes_on(tar, place):
 
 
 def test_a_size_that_lies(tar, monkeypatch):
-  monkeypatch.setattr(decoding, 'MAX_BYTES', 2000)
+  monkeypatch.setattr(image_decoding, 'MAX_BYTES', 2000)
 
   def lying(size):
     member = tarfile.TarInfo('1.jpg')

@@ -7,7 +7,7 @@ import pytest
 from parti_jax.data import sources
 from parti_jax.data.readers import file_patterns, tar_shards
 from parti_jax.data.batches import Batches
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 
 
 @pytest.mark.parametrize('pattern, expected', [

@@ -3,12 +3,12 @@
 import gin
 import pytest
 
-from parti_jax import config
+from parti_jax.core import gin_config
 from parti_jax.cli import own_plan
 from parti_jax.data import datasets as our_datasets
 from parti_jax.data import sources
 from parti_jax.data.batches import Batches
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 
 hf = pytest.importorskip('datasets', reason='the extra hf is not installed')
 
@@ -30,7 +30,7 @@ def _dataset(encode):
 
 
 def _configure(path, *bindings):
-  config.parse(['gin_configs/tasks/hf_datasets.gin'],
+  gin_config.parse(['gin_configs/tasks/hf_datasets.gin'],
                [f"hf_datasets.path='{path}'", 'drop_text.rate = 0.0', *bindings])
 
 

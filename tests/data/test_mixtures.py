@@ -16,7 +16,7 @@ from parti_jax.data import shared_batches
 from parti_jax.data import tasks
 from parti_jax.data import token_cache
 from parti_jax.data.batches import Batches
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 
 IMAGES, PAIRS, TOKENS = {'images': 8}, {'inputs': 16, 'images': 8}, {'inputs': 8, 'targets': 4}
 TASK = 'mixture_images'

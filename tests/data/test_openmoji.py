@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from parti_jax.data import openmoji
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 
 
 @pytest.fixture(scope='module')

@@ -12,7 +12,7 @@ import pytest
 from parti_jax.data import datasets, openmoji, openmoji_builder
 from parti_jax.data.batches import Batches
 from parti_jax.data.sources import openmoji as openmoji_source
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 
 SIZE = 16
 

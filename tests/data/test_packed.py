@@ -19,7 +19,7 @@ from parti_jax.data import tasks, sources
 from parti_jax.data.readers import packed, tar_shards, text_lines, tfrecords
 from parti_jax.data.batches import Batches
 from parti_jax.data.damage import Damaged
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 
 
 def _zstd(data):

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from parti_jax import config
+from parti_jax.core import gin_config
 from parti_jax.cli import own_plan
 from parti_jax.data import datasets
 from parti_jax.data import sources
@@ -20,7 +20,7 @@ from parti_jax.data.batches import Batches
 from parti_jax.data.damage import Damaged
 from parti_jax.data.readers import parquet_files
 from parti_jax.data.sources import parquet
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 IMAGES, PAIRS = {'images': 8}, {'inputs': 16, 'images': 8}
@@ -34,7 +34,7 @@ def _write(tmp_path):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     pq.write_table(pa.table(columns), path, **kwargs)
-    config.parse(['gin_configs/tasks/parquet.gin'],
+    gin_config.parse(['gin_configs/tasks/parquet.gin'],
                  [f"parquet.path='{tmp_path}'", 'drop_text.rate = 0.0', *bindings])
     return path
 
@@ -320,7 +320,7 @@ def test_urls_are_read_in_windows(numbered, tmp_path):
   store = fsspec.filesystem('memory')
   for path in tmp_path.glob('*.parquet'):
     store.pipe(f'/bucket/{path.name}', path.read_bytes())
-  config.parse(['gin_configs/tasks/parquet.gin'], ["parquet.path='memory://bucket'"])
+  gin_config.parse(['gin_configs/tasks/parquet.gin'], ["parquet.path='memory://bucket'"])
   batches = Batches('parquet_images', 'train', 6, IMAGES, num_epochs=1, shares=2)
   read = sum((_numbers(batch) for batch in batches), [])
   assert {number // 10 for number in read} in ({0, 2}, {0, 1}, {1, 2}) and len(read) == 20
@@ -342,7 +342,7 @@ def test_a_store_that_fails_is_not_taken_for_damage(numbered, monkeypatch):
   path = numbered(30)
   store = fsspec.filesystem('memory')
   store.pipe('/failing/00000.parquet', path.read_bytes())
-  config.parse(['gin_configs/tasks/parquet.gin'], ["parquet.path='memory://failing'"])
+  gin_config.parse(['gin_configs/tasks/parquet.gin'], ["parquet.path='memory://failing'"])
   opened = sources.configured('parquet').open('train')
 
   def failing(*_, **__):

@@ -15,7 +15,7 @@ from parti_jax.data import token_cache
 from parti_jax.data.batches import Batches
 from parti_jax.data.readers import array_records
 from parti_jax.data.share import Settings
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 
 LENGTHS = {'inputs': 8, 'targets': 4}
 INFO = {'codebook_size': 32, 'image_tokens': 4, 'tokenizer': 'abc'}

@@ -7,7 +7,7 @@ import pytest
 
 from parti_jax.data import datasets
 from parti_jax.data.shared_batches import SharedBatches
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 
 IMAGES = {'images': 8}
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from parti_jax import config
+from parti_jax.core import gin_config
 from parti_jax.data import datasets, sources
 from parti_jax.data.batches import Batches
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 LENGTHS = {'inputs': 16, 'images': 8}
@@ -63,7 +63,7 @@ def tfrecords(tmp_path):
                    for key, value in values.items()}
         example = tf.train.Example(features=tf.train.Features(feature=feature))
         writer.write(example.SerializeToString())
-    config.parse(['gin_configs/tasks/tfrecord.gin'], [f"tfrecord.path='{tmp_path}'"])
+    gin_config.parse(['gin_configs/tasks/tfrecord.gin'], [f"tfrecord.path='{tmp_path}'"])
     return tmp_path
 
   return write
@@ -79,7 +79,7 @@ def tars(tmp_path):
           member = tarfile.TarInfo(f'{name}.{ending}')
           member.size = len(content)
           shard.addfile(member, io.BytesIO(content))
-    config.parse(['gin_configs/tasks/webdataset.gin'], [f"webdataset.path='{tmp_path}'"])
+    gin_config.parse(['gin_configs/tasks/webdataset.gin'], [f"webdataset.path='{tmp_path}'"])
     return tmp_path
 
   return write
@@ -87,7 +87,7 @@ def tars(tmp_path):
 
 def test_folder(folder, encode, caplog):
   path = folder(_examples(encode))
-  config.parse(['gin_configs/tasks/folder.gin'], [f"folder.path='{path}'"])
+  gin_config.parse(['gin_configs/tasks/folder.gin'], [f"folder.path='{path}'"])
   read, batches = _pairs()
   _check_colors(read)
   assert batches.skipped == SKIPPED
@@ -99,7 +99,7 @@ def test_folder_with_other_columns_and_splits(tmp_path, encode):
   (tmp_path / 'sub' / 'a.png').write_bytes(encode(RED))
   row = {'file_name': 'sub/a.png', 'text': 'red circle'}
   (tmp_path / 'held_out.jsonl').write_text(json.dumps(row) + '\n\n')
-  config.parse(['gin_configs/tasks/folder.gin'], [
+  gin_config.parse(['gin_configs/tasks/folder.gin'], [
       f"folder.path='{tmp_path}'", "folder.splits={'test': 'held_out.jsonl'}",
       "folder.file_key='file_name'", "folder.caption_key='text'"])
   (caption, image), = datasets.pictures_and_captions('pairs', 'test', 8)
@@ -164,7 +164,7 @@ def test_tfrecords_with_other_keys(tfrecords, encode):
 
 
 def test_what_holds_no_tfrecords(tmp_path):
-  config.parse(['gin_configs/tasks/tfrecord.gin'], [f"tfrecord.path='{tmp_path}'"])
+  gin_config.parse(['gin_configs/tasks/tfrecord.gin'], [f"tfrecord.path='{tmp_path}'"])
   (tmp_path / 'train-0.tfrecord').write_bytes(b'no records at all')
   with pytest.raises(UserError, match='holds no TFRecords'):
     Batches('images', 'train', 2, {'images': 8})
@@ -229,7 +229,7 @@ def test_tfrecords_are_described_by_their_other_features(tmp_path):
   with tf.io.TFRecordWriter(str(tmp_path / 'train-0.tfrecord')) as writer:
     writer.write(tf.train.Example(
         features=tf.train.Features(feature=features)).SerializeToString())
-  config.parse(['gin_configs/tasks/tfrecord.gin'], [f"tfrecord.path='{tmp_path}'"])
+  gin_config.parse(['gin_configs/tasks/tfrecord.gin'], [f"tfrecord.path='{tmp_path}'"])
   source = sources.configured('tfrecord')
   described = source.open_described('train')
   assert list(described.read(described.files[0])) == [{

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from parti_jax import config
+from parti_jax.core import gin_config
 from parti_jax.data import captions, datasets
 from parti_jax.data.readers import tar_shards
 from parti_jax.data.batches import Batches
 from parti_jax.data.damage import Damaged
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 
 NEITHER = 'file that is neither picture nor caption in a tar shard'
 AMBIGUOUS = 'caption of one of several samples of the same key'
@@ -103,7 +103,7 @@ def test_a_warning_names_the_first_of_such_files(tmp_path, write_tar, encode, ca
     ([('a.txt', b'a')], '1 no picture')])
 def test_where_nothing_is_usable_the_error_says_why(tmp_path, write_tar, files, reasons):
   write_tar(tmp_path / '0.tar', files)
-  config.parse(['gin_configs/tasks/webdataset.gin'], [f"webdataset.path='{tmp_path}'"])
+  gin_config.parse(['gin_configs/tasks/webdataset.gin'], [f"webdataset.path='{tmp_path}'"])
   with pytest.raises(UserError, match=f'no usable example.*{reasons}$'):
     next(datasets.pictures_and_captions('webdataset', 'train', 8))
   with pytest.raises(UserError, match=f'there is no usable example.*{reasons}$'):
@@ -181,7 +181,7 @@ def test_the_column_that_is_named_wins(read, key, caption):
     ([('0.json', _json(blip=7))], 'caption that is not a text'), ([], 'no caption under .*')])
 def test_a_column_that_is_missing_is_counted(tmp_path, write_tar, encode, files, caption):
   write_tar(tmp_path / '0.tar', [('0.png', encode((1, 2, 3))), *files])
-  config.parse(['gin_configs/tasks/webdataset.gin'],
+  gin_config.parse(['gin_configs/tasks/webdataset.gin'],
                [f"webdataset.path='{tmp_path}'", "webdataset.caption_key='blip'"])
   with pytest.raises(UserError, match=f'skipped 1 {caption}$'):
     next(datasets.pictures_and_captions('webdataset', 'train', 8))

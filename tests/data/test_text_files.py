@@ -6,12 +6,13 @@ import json
 import gin
 import pytest
 
-from parti_jax import config, storage
+from parti_jax.core import gin_config
+from parti_jax.core import storage
 from parti_jax.data import tasks, sources
 from parti_jax.data.readers import folder_index, tar_shards, text_files, text_lines
-from parti_jax.errors import UserError
-from parti_jax.evaluation import prompts_file
-from parti_jax.sampling import command
+from parti_jax.core.errors import UserError
+from parti_jax.evaluation.datasets import prompts_file
+from parti_jax.cli import generate
 
 # What `str.splitlines` takes for the end of a line, and files of lines do not.
 WITHIN = '\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e'
@@ -33,7 +34,7 @@ def test_lines_end_at_newlines_alone(text, lines):
 def test_files_of_prompts(tmp_path, encoding, newline):
   path = tmp_path / 'prompts.txt'
   path.write_bytes(newline.join([*PROMPTS, '', ' ']).encode(encoding))
-  assert command.read_prompts(str(path)) == PROMPTS
+  assert generate.read_prompts(str(path)) == PROMPTS
   table = ['\t'.join(prompts_file.COLUMNS), '']
   table += [f'{prompt}\tPeople\tBasic\t' for prompt in PROMPTS]
   path.write_bytes(newline.join(table).encode(encoding))
@@ -42,7 +43,7 @@ def test_files_of_prompts(tmp_path, encoding, newline):
       (prompt, 'People', 'Basic', '') for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize('read', [command.read_prompts, prompts_file.read])
+@pytest.mark.parametrize('read', [generate.read_prompts, prompts_file.read])
 @pytest.mark.parametrize('content, message', [
     (b'caf\xe9', 'is not UTF-8 text; save it as UTF-8'), (b'\xff\xfea', 'is not UTF-16'),
     (None, 'No such file'), (b'', 'no prompt in it|is needed|are needed')])
@@ -101,5 +102,5 @@ def test_gin_files_with_a_byte_order_mark(tmp_path):
   included.write_bytes(b"\xef\xbb\xbfimport parti_jax.data.tasks\ntext.path = 'here'\n")
   path = tmp_path / 'a.gin'
   path.write_bytes(f"\ufeffinclude '{included}'\n".encode())
-  config.parse([str(path)], [])
+  gin_config.parse([str(path)], [])
   assert gin.query_parameter('text.path') == 'here'

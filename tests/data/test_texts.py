@@ -9,12 +9,12 @@ import pytest
 import seqio
 import tensorflow as tf
 
-from parti_jax import config
+from parti_jax.core import gin_config
 from parti_jax.data import openmoji_builder, sources
 from parti_jax.data import datasets, tasks
-from parti_jax.data import vocabulary_command
+from parti_jax.cli import vocabulary as vocabulary_lib
 from parti_jax.data.batches import Batches
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 
 TEXTS = ['red circle', 'green circle', 'woman firefighter']
 LENGTHS = {'inputs': 12}
@@ -34,7 +34,7 @@ def test_lines_of_text_files(tmp_path):
   (tmp_path / 'a.txt').write_text(f'{TEXTS[0]}\n\n{TEXTS[1]}\n{"circle " * 30}\n')
   with gzip.open(tmp_path / 'b.txt.gz', 'wt') as file:
     file.write(TEXTS[2])
-  config.parse(['gin_configs/tasks/text.gin'],
+  gin_config.parse(['gin_configs/tasks/text.gin'],
                [f"text.path = '{tmp_path}'", "text.splits = {'train': '*.txt*'}"])
   read, batches = _read()
   assert sorted(text[:20] for text in read) == sorted(
@@ -48,14 +48,14 @@ def test_lines_of_text_files(tmp_path):
 
 def test_a_text_file_makes_a_vocabulary(tmp_path):
   (tmp_path / 'a.txt').write_text('\n'.join(TEXTS))
-  config.parse(['gin_configs/tasks/text.gin'], [f"text.path = '{tmp_path}'"])
-  found = vocabulary_command._with_text(sources.configured('text'), 'train')
+  gin_config.parse(['gin_configs/tasks/text.gin'], [f"text.path = '{tmp_path}'"])
+  found = vocabulary_lib._with_text(sources.configured('text'), 'train')
   assert list(found) == TEXTS
 
 
 def test_a_text_source_has_no_pictures(tmp_path):
   (tmp_path / 'a.txt').write_text('red circle')
-  config.parse(['gin_configs/tasks/text.gin'], [f"text.path = '{tmp_path}'"])
+  gin_config.parse(['gin_configs/tasks/text.gin'], [f"text.path = '{tmp_path}'"])
   with pytest.raises(UserError, match='texts without pictures.*choose another source'):
     Batches('images', 'train', 1, {'images': 8})
   with pytest.raises(UserError, match=r"text has no split 'validation'.*text\.splits"):
@@ -65,7 +65,7 @@ def test_a_text_source_has_no_pictures(tmp_path):
 def test_texts_of_a_folder_need_none_of_its_pictures(tmp_path):
   lines = [json.dumps({'file': f'{i}.png', 'caption': text}) for i, text in enumerate(TEXTS)]
   (tmp_path / 'captions.jsonl').write_text('\n'.join(lines))
-  config.parse(['gin_configs/tasks/folder.gin'], [f"folder.path = '{tmp_path}'"])
+  gin_config.parse(['gin_configs/tasks/folder.gin'], [f"folder.path = '{tmp_path}'"])
   assert sorted(_read()[0]) == sorted(TEXTS)
   assert _read(shuffle=False)[0] == TEXTS
 
@@ -76,7 +76,7 @@ def test_texts_of_tfrecords_need_no_pictures(tmp_path):
       value = tf.train.Feature(bytes_list=tf.train.BytesList(value=[text.encode()]))
       example = tf.train.Example(features=tf.train.Features(feature={'text': value}))
       writer.write(example.SerializeToString())
-  config.parse(['gin_configs/tasks/tfrecord.gin'],
+  gin_config.parse(['gin_configs/tasks/tfrecord.gin'],
                [f"tfrecord.path = '{tmp_path}'", "tfrecord.caption_key = 'text'"])
   assert sorted(_read()[0]) == sorted(TEXTS)
   with pytest.raises(UserError, match=r"no 'image' in the first records.*tfrecord\.image_key"):
@@ -110,6 +110,6 @@ def test_a_task_that_others_registered_is_padded():
 def test_a_task_of_pairs_is_no_task_of_texts(tmp_path):
   (tmp_path / 'captions.jsonl').write_text('{"file": "a.png", "caption": "red circle"}')
   (tmp_path / 'a.png').write_bytes(b'')
-  config.parse(['gin_configs/tasks/folder.gin'], [f"folder.path = '{tmp_path}'"])
+  gin_config.parse(['gin_configs/tasks/folder.gin'], [f"folder.path = '{tmp_path}'"])
   with pytest.raises(UserError, match='has the features images, inputs, but.*gives inputs'):
     Batches('pairs', 'train', 1, LENGTHS)

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import sentencepiece
 
-import parti_jax.main
-from parti_jax import storage
+import parti_jax.cli.main
+from parti_jax.core import storage
 from parti_jax.data import openmoji
 from parti_jax.data.vocabulary import TextVocabulary, train_vocabulary
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 
 CAPTIONS = [f'a {color} {thing} on the {place}'
             for color in ('red', 'green', 'blue') for thing in ('dog', 'house', 'boat')
@@ -107,11 +107,11 @@ def test_command_on_a_folder(tmp_path, capsys):
   arguments = ['vocabulary', '--gin_file=gin_configs/tasks/folder.gin',
                f"--gin.folder.path='{tmp_path}'", '--size=60', '--model_type=bpe',
                f'--output={output}']
-  assert parti_jax.main.main(arguments) == 0
+  assert parti_jax.cli.main.main(arguments) == 0
   printed = capsys.readouterr().out
   assert '60 ids' in printed and '18 captions' in printed
   assert [path.name for path in output.parent.iterdir()] == ['captions.model']
   assert TextVocabulary(str(output)).size == 60
 
-  assert parti_jax.main.main([*arguments, '--split=test']) == 2
+  assert parti_jax.cli.main.main([*arguments, '--split=test']) == 2
   assert "no split 'test'" in capsys.readouterr().err

@@ -6,8 +6,8 @@ import evaluation_fakes as fakes
 import numpy as np
 import pytest
 
-from parti_jax.errors import UserError
-from parti_jax.evaluation import alignment
+from parti_jax.core.errors import UserError
+from parti_jax.evaluation.openmoji import alignment
 
 
 def test_right_pictures_by_prompt():

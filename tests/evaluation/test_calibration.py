@@ -10,11 +10,11 @@ import pytest
 
 import parti_jax
 from parti_jax.data import openmoji
-from parti_jax.errors import UserError
-from parti_jax.evaluation import calibrate_command
+from parti_jax.core.errors import UserError
+from parti_jax.cli import calibrate
 from parti_jax.evaluation import calibration
 from parti_jax.sampling import adaptive
-from parti_jax.sampling import settings
+from parti_jax.exported_model import sampling_settings
 
 
 def _losses(rng, mean, count=120):
@@ -54,7 +54,7 @@ def test_the_first_failure_ends_the_sequence():
 class Pipeline(fakes.FakePipeline):
   """Draws as asked, but something else for a share of prompts below the threshold 0.5."""
 
-  sampling = settings.SamplingSettings(guidance_scale=2.0)
+  sampling = sampling_settings.SamplingSettings(guidance_scale=2.0)
   decoder_layers = 4
   ranker = None
 
@@ -79,8 +79,8 @@ def fixture_pipeline(monkeypatch):
 
 def run(*arguments):
   parser = argparse.ArgumentParser()
-  calibrate_command.add_arguments(parser)
-  return calibrate_command.run(parser.parse_args(arguments))
+  calibrate.add_arguments(parser)
+  return calibrate.run(parser.parse_args(arguments))
 
 
 def test_the_command_finds_the_threshold_and_resumes(pipeline, tmp_path, capsys):

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from parti_jax.errors import UserError
-from parti_jax.evaluation import captioned_pictures
-from parti_jax.evaluation import coco
-from parti_jax.evaluation import localized_narratives
+from parti_jax.core.errors import UserError
+from parti_jax.evaluation.datasets import captioned_pictures
+from parti_jax.evaluation.datasets import coco
+from parti_jax.evaluation.datasets import localized_narratives
 
 
 def write_picture(path, shade=0):

@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 import parti_jax
-from parti_jax.errors import UserError
-from parti_jax.evaluation import command
-from parti_jax.evaluation import features
-from parti_jax.evaluation import picture_shards
+from parti_jax.core.errors import UserError
+from parti_jax.cli import evaluate
+from parti_jax.evaluation.metrics import features
+from parti_jax.evaluation.datasets import picture_shards
 
 PICTURES = 12
 
@@ -51,8 +51,8 @@ def fixture_flags(tmp_path):
 
 def run(*arguments):
   parser = argparse.ArgumentParser()
-  command.add_arguments(parser)
-  return command.run(parser.parse_args(arguments))
+  evaluate.add_arguments(parser)
+  return evaluate.run(parser.parse_args(arguments))
 
 
 def test_reports_pictures_and_sheet(pipeline, flags, tmp_path, capsys):

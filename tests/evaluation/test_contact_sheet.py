@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from PIL import ImageColor
 
-from parti_jax.evaluation import contact_sheet
-from parti_jax.evaluation import openmoji_judge
-from parti_jax.evaluation import openmoji_report
+from parti_jax.evaluation.openmoji import contact_sheet
+from parti_jax.evaluation.openmoji import openmoji_judge
+from parti_jax.evaluation.openmoji import openmoji_report
 
 
 def sample(prompts=3, right=True, num_images=2):

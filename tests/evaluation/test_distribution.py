@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from parti_jax.evaluation import distribution
+from parti_jax.evaluation.metrics import distribution
 from parti_jax.evaluation import distribution_report
-from parti_jax.evaluation import features
-from parti_jax.evaluation import frechet
+from parti_jax.evaluation.metrics import features
+from parti_jax.evaluation.metrics import frechet
 
 
 def unit(values):

@@ -9,8 +9,8 @@ from PIL import Image
 
 import parti_jax
 from parti_jax.data import openmoji
-from parti_jax.errors import UserError
-from parti_jax.evaluation import command
+from parti_jax.core.errors import UserError
+from parti_jax.cli import evaluate
 from parti_jax.evaluation import output_folder
 
 
@@ -26,8 +26,8 @@ def fixture_pipeline(monkeypatch):
 
 def run(*arguments):
   parser = argparse.ArgumentParser()
-  command.add_arguments(parser)
-  return command.run(parser.parse_args(arguments))
+  evaluate.add_arguments(parser)
+  return evaluate.run(parser.parse_args(arguments))
 
 
 def test_prints_the_table_and_writes_reports_and_sheets(pipeline, tmp_path, capsys):

@@ -4,8 +4,8 @@ import evaluation_fakes as fakes
 import numpy as np
 import pytest
 
-from parti_jax.errors import UserError
-from parti_jax.evaluation import features
+from parti_jax.core.errors import UserError
+from parti_jax.evaluation.metrics import features
 
 
 def test_pictures_are_resized_without_aliasing():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from parti_jax.evaluation import frechet
+from parti_jax.evaluation.metrics import frechet
 
 
 def gaussian(mean, covariance):

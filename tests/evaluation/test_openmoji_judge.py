@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from parti_jax.data import openmoji
-from parti_jax.evaluation import openmoji_judge
+from parti_jax.evaluation.openmoji import openmoji_judge
 
 SIZE = 4
 

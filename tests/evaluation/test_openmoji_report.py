@@ -6,10 +6,10 @@ import evaluation_fakes as fakes
 import numpy as np
 import pytest
 
-from parti_jax.errors import UserError
-from parti_jax.evaluation import openmoji_judge
-from parti_jax.evaluation import openmoji_report
-from parti_jax.evaluation import report as report_lib
+from parti_jax.core.errors import UserError
+from parti_jax.evaluation.openmoji import openmoji_judge
+from parti_jax.evaluation.openmoji import openmoji_report
+from parti_jax.evaluation.openmoji import report as report_lib
 
 
 def evaluate(draw, **settings):

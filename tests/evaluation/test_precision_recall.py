@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from parti_jax.evaluation import precision_recall as lib
+from parti_jax.evaluation.metrics import precision_recall as lib
 
 
 def by_definition(generated, real, neighbours):

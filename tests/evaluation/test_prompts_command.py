@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 import parti_jax
-from parti_jax.errors import UserError
-from parti_jax.evaluation import prompts_command
-from parti_jax.evaluation import prompts_file
+from parti_jax.core.errors import UserError
+from parti_jax.cli import prompts as prompts_lib
+from parti_jax.evaluation.datasets import prompts_file
 
 HEADER = 'Prompt\tCategory\tChallenge\tNote\n'
 PROMPTS = HEADER + '''bond\tAbstract\tBasic\tBiology-inspired concepts
@@ -44,8 +44,8 @@ def fixture_flags(tmp_path):
 
 def run(*arguments):
   parser = argparse.ArgumentParser()
-  prompts_command.add_arguments(parser)
-  return prompts_command.run(parser.parse_args(arguments))
+  prompts_lib.add_arguments(parser)
+  return prompts_lib.run(parser.parse_args(arguments))
 
 
 class Page(html.parser.HTMLParser):
@@ -108,7 +108,7 @@ def test_a_model_without_a_ranker(pipeline, flags, tmp_path):
 
 
 def test_goes_on_where_it_was_stopped(pipeline, flags, tmp_path, monkeypatch):
-  monkeypatch.setattr(prompts_command, '_AT_ONCE', 3)
+  monkeypatch.setattr(prompts_lib, '_AT_ONCE', 3)
   generate = pipeline.generate
 
   def stopped(prompts, **settings):
@@ -175,7 +175,7 @@ def test_what_the_model_did_not_read_is_shown(pipeline, flags, tmp_path):
   generate = pipeline.generate
 
   def cut(prompts, **settings):
-    prompts_command.warnings.warn('prompt 2 is longer than the 8 text tokens; left out: "A<B"')
+    prompts_lib.warnings.warn('prompt 2 is longer than the 8 text tokens; left out: "A<B"')
     return generate(prompts, **settings)
 
   pipeline.generate = cut

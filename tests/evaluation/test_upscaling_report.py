@@ -6,8 +6,8 @@ import types
 import numpy as np
 import pytest
 
-from parti_jax import main
-from parti_jax.errors import UserError
+from parti_jax.cli import main
+from parti_jax.core.errors import UserError
 from parti_jax.evaluation import upscaling_report
 
 

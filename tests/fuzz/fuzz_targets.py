@@ -20,16 +20,17 @@ import pyarrow
 import pyarrow.parquet
 from PIL import Image, ImageCms
 
-from parti_jax.data import damage, captions, datasets, decoding, token_cache_info
+from parti_jax.data import damage, captions, datasets, token_cache_info
+from parti_jax.data import image_decoding
 from parti_jax.data.readers import folder_index, tar_shards, text_files, text_lines, tfrecords
 from parti_jax.data.sources import parquet as parquet_source
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 
 
 def picture(data: bytes) -> None:
   try:
-    image = decoding.decode(data, 8)
-  except decoding.UndecodablePicture as error:
+    image = image_decoding.decode(data, 8)
+  except image_decoding.UndecodablePicture as error:
     assert len(str(error)) < 60
   else:
     assert image.shape == (8, 8, 3) and image.dtype == np.uint8

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from parti_jax.training import preemption
+from parti_jax.runs import preemption
 
 SCRIPT = pathlib.Path(__file__).parents[2] / 'launch' / 'slurm' / 'train.sbatch'
 

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from parti_jax.training import preemption
+from parti_jax.runs import preemption
 
 SLICE = ('--name=parti', '--zone=us-central2-b', '--project=pictures')
 WHERE = '--zone=us-central2-b --project=pictures'

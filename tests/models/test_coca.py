@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from parti_jax import config
-from parti_jax.errors import UserError
+from parti_jax.core import gin_config
+from parti_jax.core.errors import UserError
 from parti_jax.models import coca
 from parti_jax.models import flops
-from parti_jax.models import layers
+from parti_jax.models.nn import layers
 
 SIZES = coca.CoCaConfig(
     image_size=8, patch_size=4, image_layers=1, unimodal_layers=1, multimodal_layers=2, width=16,
@@ -86,7 +86,7 @@ def test_every_parameter_learns(network):
 
 
 def test_coca_base_has_the_papers_parameters():
-  config.parse(['gin_configs/models/coca_base.gin'], [])
+  gin_config.parse(['gin_configs/models/coca_base.gin'], [])
   sizes = coca.CoCaConfig()
   params = jax.eval_shape(
       coca.CoCa(sizes).init, jax.random.key(0), *coca.example_inputs(sizes))['params']

@@ -5,9 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from parti_jax import checks
-from parti_jax import config
-from parti_jax.errors import UserError
+from parti_jax.core import checks
+from parti_jax.core import gin_config
+from parti_jax.core.errors import UserError
 from parti_jax.models import coca
 from parti_jax.models import discriminator
 from parti_jax.models import parti_config
@@ -66,7 +66,7 @@ def test_values_have_one_type_however_they_are_given():
 def test_gin_values_are_checked_in_the_same_words(binding, message):
   kind = {kind.__name__: kind for kind in KINDS}[binding.split('.')[0]]
   with pytest.raises(UserError, match=f'^{message}') as caught:
-    config.parse([], [binding])
+    gin_config.parse([], [binding])
     kind()
   assert '\n' not in str(caught.value)
-  config.parse([], [])
+  gin_config.parse([], [])

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 from parti_jax.models import discriminator
-from parti_jax.models import layers
+from parti_jax.models.nn import layers
 
 CONFIG = discriminator.DiscriminatorConfig(channels=64, max_channels=6, minibatch_group=4)
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from parti_jax.models import layers
+from parti_jax.models.nn import layers
 from parti_jax.models import masked_language
 
 VOCABULARY = 50

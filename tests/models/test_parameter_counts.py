@@ -13,15 +13,15 @@ its projections it has 638M. Their widths and depths are the papers', so these c
 import jax
 import pytest
 
-from parti_jax import config
-from parti_jax.models import layers
+from parti_jax.core import gin_config
+from parti_jax.models.nn import layers
 from parti_jax.models import parti
 from parti_jax.models import parti_config
 from parti_jax.models import vit_vqgan
 
 
 def _parti(size):
-  config.parse([f'gin_configs/models/parti_{size}.gin'], [])
+  gin_config.parse([f'gin_configs/models/parti_{size}.gin'], [])
   sizes = parti_config.PartiConfig()
   module = parti.Parti(sizes)
   inputs = parti.example_inputs(sizes)
@@ -29,7 +29,7 @@ def _parti(size):
 
 
 def _vit_vqgan(size):
-  config.parse([f'gin_configs/models/vit_vqgan_{size}.gin'], [])
+  gin_config.parse([f'gin_configs/models/vit_vqgan_{size}.gin'], [])
   sizes = vit_vqgan.ViTVQGANConfig()
   module = vit_vqgan.ViTVQGAN(sizes)
   inputs = vit_vqgan.example_inputs(sizes)

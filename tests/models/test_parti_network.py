@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from parti_jax.errors import UserError
-from parti_jax.models import layer_stack
-from parti_jax.models import layers
+from parti_jax.core.errors import UserError
+from parti_jax.models.nn import layer_stack
+from parti_jax.models.nn import layers
 from parti_jax.models import parti
 from parti_jax.models import parti_config
 

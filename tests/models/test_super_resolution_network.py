@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from parti_jax import config as gin_config
-from parti_jax.errors import UserError
+from parti_jax.core import gin_config as gin_config
+from parti_jax.core.errors import UserError
 from parti_jax.models import flops
-from parti_jax.models import layers
+from parti_jax.models.nn import layers
 from parti_jax.models import super_resolution
 
 KINDS = {

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 from parti_jax.models import quantizer
 from parti_jax.models import vit_vqgan
 

@@ -3,8 +3,8 @@
 import jax
 import pytest
 
-from parti_jax import config
-from parti_jax.errors import UserError
+from parti_jax.core import gin_config
+from parti_jax.core.errors import UserError
 from parti_jax.partitioning import mesh
 
 
@@ -40,11 +40,11 @@ def test_sizes_that_do_not_fit_the_devices_are_named(sizes, words):
 
 
 def test_a_mesh_is_a_line_of_gin():
-  config.parse([], ['make_mesh.fsdp=2', 'make_mesh.tensor=4'])
+  gin_config.parse([], ['make_mesh.fsdp=2', 'make_mesh.tensor=4'])
   try:
     assert dict(mesh.make_mesh().shape) == {'stage': 1, 'data': 1, 'fsdp': 2, 'tensor': 4}
   finally:
-    config.parse([], [])
+    gin_config.parse([], [])
 
 
 class _Device:

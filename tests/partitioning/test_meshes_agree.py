@@ -16,9 +16,9 @@ from parti_jax.models import coca
 from parti_jax.models import parti_config
 from parti_jax.models import vit_vqgan
 from parti_jax.partitioning import mesh as mesh_lib
-from parti_jax.training import generator_stage
-from parti_jax.training import ranker_stage
-from parti_jax.training import tokenizer_stage
+from parti_jax.training.objectives import generator_objective
+from parti_jax.training.objectives import ranker_objective
+from parti_jax.training.objectives import tokenizer_objective
 from parti_jax.training import trainer as trainer_lib
 
 BATCH = 8
@@ -40,7 +40,7 @@ def _generator():
   batch = {'encoder_input_tokens': text,
            'decoder_target_tokens': draw.integers(0, 24, (BATCH, 4)).astype(np.int32),
            'decoder_loss_weights': np.ones((BATCH, 4), np.float32)}
-  return generator_stage.GeneratorStage(sizes), batch, 30.0
+  return generator_objective.GeneratorStage(sizes), batch, 30.0
 
 
 def _tokenizer():
@@ -49,7 +49,7 @@ def _tokenizer():
       encoder_heads=4, decoder_layers=2, decoder_width=16, decoder_mlp_width=32,
       decoder_heads=4, codebook_size=16, code_dim=4, dtype='float32')
   # Codes are revived in the step, so that their random choice is compared too.
-  stage = tokenizer_stage.TokenizerStage(sizes, revive_every=1, revive_until=5, dead_below=0.01)
+  stage = tokenizer_objective.TokenizerStage(sizes, revive_every=1, revive_until=5, dead_below=0.01)
   images = np.random.default_rng(1).integers(0, 256, (BATCH, 8, 8, 3)).astype(np.uint8)
   return stage, {'images': images}, 20.0
 
@@ -64,7 +64,7 @@ def _ranker():
   texts[:, 3] = 1
   texts[5] = texts[0]
   images = draw.integers(0, 256, (BATCH, 8, 8, 3)).astype(np.uint8)
-  return (ranker_stage.RankerStage(sizes, shift=1, noise=0.2),
+  return (ranker_objective.RankerStage(sizes, shift=1, noise=0.2),
           {'images': images, 'encoder_input_tokens': texts}, 1.0)
 
 

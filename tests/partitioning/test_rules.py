@@ -7,12 +7,12 @@ import numpy as np
 import optax
 import pytest
 
-from parti_jax import config
-from parti_jax.errors import UserError
+from parti_jax.core import gin_config
+from parti_jax.core.errors import UserError
 from parti_jax.models import parti_config
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.partitioning import rules
-from parti_jax.training import generator_stage
+from parti_jax.training.objectives import generator_objective
 from parti_jax.training import optimizers
 from parti_jax.training import state as state_lib
 
@@ -20,7 +20,7 @@ from parti_jax.training import state as state_lib
 SIZES = parti_config.PartiConfig(
     encoder_layers=1, decoder_layers=2, width=128, mlp_width=256, heads=4, text_vocabulary=192,
     text_length=4, codebook_size=160, grid=(2, 2), dtype='float32')
-STAGE = generator_stage.GeneratorStage(SIZES)
+STAGE = generator_objective.GeneratorStage(SIZES)
 DECODER = ('image_decoder', 'decoder', 'layers')
 
 # Path -> (shape, its part on a device of the mesh 1×2×4).
@@ -123,7 +123,7 @@ def test_factored_moments_are_the_same_on_a_mesh(adafactor_state):
 
 def test_moments_that_are_not_factored_lie_as_their_parameters():
   optimizer = optimizers.scale_by_factored_moment(0.9)
-  narrow = generator_stage.GeneratorStage(dataclasses.replace(SIZES, width=64))
+  narrow = generator_objective.GeneratorStage(dataclasses.replace(SIZES, width=64))
   abstract = state_lib.abstract_state(
       narrow, optimizer, mesh_lib.make_mesh(data=1, fsdp=2, tensor=4), rules.logical_axis_rules())
   jax.tree.map(lambda moment, parameter: np.testing.assert_equal(
@@ -149,7 +149,7 @@ def test_adams_moments_are_sharded_as_their_parameters():
 
 def _shardings(sizes, **mesh):
   return state_lib.abstract_state(
-      generator_stage.GeneratorStage(sizes), optax.sgd(1.0), mesh_lib.make_mesh(**mesh),
+      generator_objective.GeneratorStage(sizes), optax.sgd(1.0), mesh_lib.make_mesh(**mesh),
       rules.logical_axis_rules())
 
 
@@ -176,17 +176,17 @@ def test_a_batch_that_does_not_divide_is_named():
 
 def test_gin_replaces_the_table():
   binding = "logical_axis_rules.rules = (('activation_batch', 'data'), ('mlp', ['fsdp', 'tensor']))"
-  config.parse([], [binding])
+  gin_config.parse([], [binding])
   try:
     params = _shardings(SIZES, data=1, fsdp=2, tensor=4).params
     kernel = _at(params, (*DECODER, 'mlp', 'project_in', 'kernel'))
     assert kernel.sharding.shard_shape(kernel.shape) == (2, 128, 32)
     assert _at(params, ('image_decoder', 'logits', 'kernel')).sharding.is_fully_replicated
-    config.parse([], ["logical_axis_rules.rules = (('mlp', 'model'),)"])
+    gin_config.parse([], ["logical_axis_rules.rules = (('mlp', 'model'),)"])
     with pytest.raises(UserError, match=r"'mlp' is bound to 'model'.*data, fsdp, tensor"):
       rules.logical_axis_rules()
   finally:
-    config.parse([], [])
+    gin_config.parse([], [])
 
 
 def test_activations_are_constrained_at_block_boundaries_within_the_context_alone():

@@ -6,7 +6,7 @@ import optax
 
 from parti_jax.models import parti_config
 from parti_jax.partitioning import mesh as mesh_lib
-from parti_jax.training import generator_stage
+from parti_jax.training.objectives import generator_objective
 from parti_jax.training import trainer as trainer_lib
 
 
@@ -17,7 +17,7 @@ def test_no_array_of_all_pairs_of_positions_in_the_training_step(tpu_devices):
       text_length=128, codebook_size=1024, grid=(24, 32), remat='block_inputs',
       attention_patterns=('conv', 'column'))
   mesh = mesh_lib.make_mesh(data=2, tensor=2, devices=tpu_devices)
-  trainer = trainer_lib.Trainer(generator_stage.GeneratorStage(sizes), optax.sgd(1.0), mesh)
+  trainer = trainer_lib.Trainer(generator_objective.GeneratorStage(sizes), optax.sgd(1.0), mesh)
   text = trainer.lower(8).compile().as_text()
   assert 'tpu_custom_call' in text  # The fused kernel, forward and backward.
   shapes = {tuple(map(int, sizes.split(','))) for sizes in re.findall(r'\[([\d,]+)\]', text)}

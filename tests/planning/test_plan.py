@@ -6,12 +6,12 @@ import re
 import jax
 import pytest
 
-from parti_jax import main
-from parti_jax.errors import UserError
+from parti_jax.cli import main
+from parti_jax.cli import plan as plan_command
+from parti_jax.core.errors import UserError
 from parti_jax.models import parti_config
 from parti_jax.planning import candidates
 from parti_jax.planning import chips
-from parti_jax.planning import command
 from parti_jax.planning import plan as plan_lib
 from parti_jax.planning import remedies
 from parti_jax.planning import report
@@ -70,9 +70,9 @@ def test_the_training_step(trained):
 def test_the_plan_is_of_the_state_and_batch_of_training(trained):
   _, _, plan = trained
   request = request_lib.Request('train', 'cpu:8', (RUN,), tuple(plan['gin_bindings']), 32)
-  from parti_jax import config  # pylint: disable=g-import-not-at-top
+  from parti_jax.core import gin_config  # pylint: disable=g-import-not-at-top
   from parti_jax.partitioning import mesh as mesh_lib
-  config.parse(request.gin_files, request.gin_bindings, data=False)
+  gin_config.parse(request.gin_files, request.gin_bindings, data=False)
   values = train_loop.bound_arguments()
   from parti_jax.training import trainer as trainer_lib
   trainer = trainer_lib.Trainer(
@@ -211,7 +211,7 @@ def test_a_file_that_is_no_plan(text, tmp_path):
   file = tmp_path / 'a.json'
   file.write_text(text)
   with pytest.raises(UserError, match=r'a\.json: not a plan'):
-    command.read(str(file))
+    plan_command.read(str(file))
 
 
 @pytest.mark.parametrize('arguments, message', [

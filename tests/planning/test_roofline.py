@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from parti_jax.planning import chips
-from parti_jax.planning import hlo_cost
+from parti_jax.planning.hlo import hlo_cost
 from parti_jax.planning import roofline
 
 V4, V5E = chips.CHIPS['v4'], chips.CHIPS['v5e']

@@ -5,7 +5,7 @@ import importlib.util
 import jax
 import pytest
 
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.planning import chips
 from parti_jax.planning import topology

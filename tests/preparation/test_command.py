@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from parti_jax import main
+from parti_jax.cli import main
 from parti_jax.data.batches import Batches
 from parti_jax.data.sources import prepared
 

@@ -5,9 +5,9 @@ import pickle
 import gin
 import pytest
 
-from parti_jax import config
+from parti_jax.core import gin_config
 from parti_jax.data.damage import Unusable
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 from parti_jax.preparation import filters
 from parti_jax.preparation.settings import Settings
 
@@ -95,7 +95,7 @@ def test_values_that_are_refused(settings, message):
 
 
 def test_gin_sets_them_and_workers_get_them():
-  config.parse([], ["prepare.columns = {'clip': (0.3, None)}", 'prepare.size = 32'])
+  gin_config.parse([], ["prepare.columns = {'clip': (0.3, None)}", 'prepare.size = 32'])
   settings = Settings()
   assert settings.size == 32
   with gin.unlock_config():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from parti_jax.data import decoding
+from parti_jax.data import image_decoding
 from parti_jax.data.damage import Unusable
 from parti_jax.data.sources import prepared
 from parti_jax.preparation import examples, pictures
@@ -101,7 +101,7 @@ def test_a_picture_that_breaks_off(draw, encode):
 
 
 def test_a_picture_that_would_be_too_large():
-  header = decoding.Header(2, 60_000, 'PNG', True)
+  header = image_decoding.Header(2, 60_000, 'PNG', True)
   with pytest.raises(Unusable, match='too many pixels after resizing'):
     pictures.size_after(header, Settings(size=256, enlarge=True))
 

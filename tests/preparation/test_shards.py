@@ -6,11 +6,11 @@ import pickle
 
 import pytest
 
-from parti_jax import storage
+from parti_jax.core import storage
 from parti_jax.data import sources
 from parti_jax.data.damage import Damaged
 from parti_jax.data.sources import folder, prepared, webdataset
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 from parti_jax.preparation import output as output_lib
 from parti_jax.preparation import report, shards
 from parti_jax.preparation.settings import Settings

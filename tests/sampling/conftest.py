@@ -12,8 +12,8 @@ from parti_jax.models import parti
 from parti_jax.models import parti_config
 from parti_jax.models import super_resolution
 from parti_jax.models import vit_vqgan
-from parti_jax.sampling import model_folder
-from parti_jax.sampling import settings
+from parti_jax.exported_model import model_folder
+from parti_jax.exported_model import sampling_settings
 
 CAPTIONS = ('red apple', 'green apple', 'blue ball', 'waving hand: dark skin tone',
             'woman firefighter: light skin tone', 'man cook: medium skin tone')
@@ -43,7 +43,7 @@ def parts(tmp_path_factory):
       'tokenizer_params': random_params(
           vit_vqgan.ViTVQGAN(tokenizer_config), vit_vqgan.example_inputs(tokenizer_config), 1),
       'vocabulary_path': vocabulary_path,
-      'sampling': settings.SamplingSettings(guidance_scale=2.0, top_p=0.99),
+      'sampling': sampling_settings.SamplingSettings(guidance_scale=2.0, top_p=0.99),
       'provenance': {'data': 'none, random parameters'}}
 
 

@@ -11,7 +11,7 @@ import pytest
 from parti_jax.models import early_exit
 from parti_jax.models import parti
 from parti_jax.models import parti_config
-from parti_jax.models import transformer
+from parti_jax.models.nn import transformer
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.partitioning import rules
 from parti_jax.sampling import adaptive

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 import parti_jax
-from parti_jax import main
+from parti_jax.cli import main
 from parti_jax.sampling import images
 
 

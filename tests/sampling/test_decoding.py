@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from parti_jax.models import attention_patterns
+from parti_jax.models.nn import attention_patterns
 from parti_jax.models import parti
 from parti_jax.models import parti_config
 from parti_jax.partitioning import mesh as mesh_lib

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 from parti_jax.sampling import images
 
 # The same examples at each run, however busy the machine is.

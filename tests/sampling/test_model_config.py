@@ -8,10 +8,10 @@ import re
 import pytest
 
 import parti_jax
-from parti_jax import main
-from parti_jax.errors import UserError
-from parti_jax.sampling import model_folder
-from parti_jax.sampling import pipeline as pipeline_lib
+from parti_jax.cli import main
+from parti_jax.core.errors import UserError
+from parti_jax.exported_model import model_folder
+from parti_jax.sampling import text_to_image as pipeline_lib
 
 DEMO = pipeline_lib.DEMO_FOLDER
 CONFIG = json.loads((DEMO / model_folder.CONFIG_FILE).read_text(encoding='utf-8'))

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from parti_jax.errors import UserError
-from parti_jax.sampling import model_folder
-from parti_jax.sampling import pipeline
-from parti_jax.sampling import settings
+from parti_jax.core.errors import UserError
+from parti_jax.exported_model import model_folder
+from parti_jax.sampling import text_to_image
+from parti_jax.exported_model import sampling_settings
 
 
 def edit_config(folder, edit):
@@ -57,7 +57,7 @@ def test_round_trip(parts, tmp_path, dtype, tolerance):
 def test_settings_that_an_older_folder_does_not_name_are_off(folder):
   edit_config(folder, lambda config: config.update(sampling={'guidance_scale': 2.5}))
   sampling = model_folder.load(folder).sampling
-  assert sampling == settings.SamplingSettings(guidance_scale=2.5)
+  assert sampling == sampling_settings.SamplingSettings(guidance_scale=2.5)
   assert sampling.guidance_scales(3).tolist() == [2.5] * 3
 
 
@@ -255,4 +255,4 @@ def test_parameters_from_elsewhere(folder, content):
 def test_a_vocabulary_from_elsewhere(folder, content):
   (folder / model_folder.VOCABULARY_FILE).write_bytes(content)
   with pytest.raises(UserError, match='vocabulary'):
-    pipeline.load(folder)
+    text_to_image.load(folder)

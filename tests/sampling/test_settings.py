@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from parti_jax.errors import UserError
-from parti_jax.sampling import settings as settings_lib
+from parti_jax.core.errors import UserError
+from parti_jax.exported_model import sampling_settings as settings_lib
 
 
 @pytest.mark.parametrize('name, value', [

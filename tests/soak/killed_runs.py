@@ -25,7 +25,7 @@ import numpy as np
 REPOSITORY = pathlib.Path(__file__).parents[2]
 # What a child imports before it knows what it is to do.
 _PRELOADED = ['parti_jax.data.tasks', 'parti_jax.training.configurables',
-              'parti_jax.training.train_loop', 'parti_jax.training.command', 'parti_jax.main',
+              'parti_jax.training.train_loop', 'parti_jax.cli.train', 'parti_jax.cli.main',
               'orbax.checkpoint', 'clu.metric_writers', 'killed_runs']
 _PR_SET_PDEATHSIG = 1
 # Measures of time differ from run to run.
@@ -155,7 +155,7 @@ def _child(task: _Task):
   os.environ['XLA_FLAGS'] = f'--xla_force_host_platform_device_count={task.devices}'
   os.chdir(REPOSITORY)
   import jax  # pylint: disable=g-import-not-at-top
-  from parti_jax import main  # pylint: disable=g-import-not-at-top
+  from parti_jax.cli import main  # pylint: disable=g-import-not-at-top
 
   os.environ['PARTI_JAX_CACHE'] = 'off'
   jax.config.update('jax_compilation_cache_dir', task.cache and str(task.cache))
@@ -178,7 +178,7 @@ class _Recorder:
   def install(self, on: str):
     """Puts the recorder into the loop's methods; `on` is the mesh."""
     # pylint: disable=g-import-not-at-top
-    from parti_jax.training import checkpoints
+    from parti_jax.checkpoints import run_checkpoints
     from parti_jax.training import reporting
     from parti_jax.training import run as run_lib
     from parti_jax.training import trainer as trainer_lib
@@ -186,7 +186,7 @@ class _Recorder:
     self.write(starts=os.getpid(), mesh=on)
     self._kill_at('start')
     init, advance, save = run_lib.Run.__init__, run_lib.Run.advance, run_lib.Run.save
-    put, restore = trainer_lib.Trainer.put, checkpoints.Checkpoints.restore
+    put, restore = trainer_lib.Trainer.put, run_checkpoints.Checkpoints.restore
     metrics, pictures = reporting.Reporter.metrics, reporting.Reporter.pictures
 
     def recorded_init(run, trainer, model_dir, *args, **kwargs):
@@ -220,7 +220,7 @@ class _Recorder:
 
     run_lib.Run.__init__, run_lib.Run.advance = recorded_init, recorded_advance
     run_lib.Run.save, trainer_lib.Trainer.put = recorded_save, recorded_put
-    checkpoints.Checkpoints.restore = killed('restore', restore)
+    run_checkpoints.Checkpoints.restore = killed('restore', restore)
     reporting.Reporter.metrics = recorded_metrics
     reporting.Reporter.pictures = killed('pictures', pictures)
 

@@ -15,22 +15,22 @@ import pytest
 
 import old_moments
 
-from parti_jax import main
+from parti_jax.cli import main
 from parti_jax.data import tasks  # pylint: disable=unused-import
 from parti_jax.data import token_cache
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 from parti_jax.models import discriminator
 from parti_jax.models import parti_config
 from parti_jax.models import vit_vqgan
 from parti_jax.partitioning import mesh as mesh_lib
-from parti_jax.sampling import model_folder
-from parti_jax.sampling import pipeline
-from parti_jax.t5x import checkpoint_command
+from parti_jax.exported_model import model_folder
+from parti_jax.sampling import text_to_image
+from parti_jax.cli import t5x_checkpoint
 from parti_jax.t5x import checkpoints as t5x_checkpoints
-from parti_jax.training import checkpoints
-from parti_jax.training import generator_stage
+from parti_jax.checkpoints import run_checkpoints
+from parti_jax.training.objectives import generator_objective
 from parti_jax.training import optimizers
-from parti_jax.training import tokenizer_stage
+from parti_jax.training.objectives import tokenizer_objective
 from parti_jax.training import trainer as trainer_lib
 
 # As gin_configs/runs/tiny_generator.gin.
@@ -45,11 +45,11 @@ GIN = ['--gin_file=gin_configs/runs/tiny_generator.gin']
 
 
 def _generator(**changes):
-  return generator_stage.GeneratorStage(dataclasses.replace(PARTI, **changes))
+  return generator_objective.GeneratorStage(dataclasses.replace(PARTI, **changes))
 
 
 def _adversarial_tokenizer():
-  return tokenizer_stage.TokenizerStage(
+  return tokenizer_objective.TokenizerStage(
       TOKENIZER, adversarial_weight=0.1, ema=0.9,
       discriminator=discriminator.DiscriminatorConfig(channels=64, max_channels=8),
       discriminator_optimizer=optimizers.adamw(0.1))
@@ -58,7 +58,7 @@ def _adversarial_tokenizer():
 STATES = {
     'adafactor': (_generator, optimizers.adafactor),
     'adamw': (_generator, optimizers.adamw),
-    'tokenizer': (lambda: tokenizer_stage.TokenizerStage(TOKENIZER), optimizers.adafactor),
+    'tokenizer': (lambda: tokenizer_objective.TokenizerStage(TOKENIZER), optimizers.adafactor),
     'adversarial': (_adversarial_tokenizer, optimizers.adamw),
 }
 
@@ -89,11 +89,11 @@ def _filled(trainer, step=7):
 
 
 def _save(folder, trainer, state):
-  manager = checkpoints.Checkpoints(folder)
+  manager = run_checkpoints.Checkpoints(folder)
   manager.save(int(state.step), state, {'epoch': 2, 'taken': 5},
-               checkpoints.describe(trainer.stage))
+               run_checkpoints.describe(trainer.stage))
   manager.close()
-  return checkpoints.latest_checkpoint(folder)
+  return run_checkpoints.latest_checkpoint(folder)
 
 
 def _assert_same_bits(a, b):
@@ -111,7 +111,7 @@ def _run(tmp_path_factory):
   trainer = _trainer('adafactor', 2, 2, 2)
   state = _filled(trainer)
   _save(folder / 'run', trainer, state)
-  checkpoint_command.run_to_t5x(folder / 'run', folder / 't5x')
+  t5x_checkpoint.run_to_t5x(folder / 'run', folder / 't5x')
   return folder / 'run', state, folder / 't5x' / 'checkpoint_7'
 
 
@@ -138,8 +138,8 @@ def test_ours_to_t5x_to_ours_bit_for_bit(name, tmp_path):
   written = t5x_checkpoints.write(tmp_path / 't5x', t5x_checkpoints.read_run(path))
   assert written == epath.Path(tmp_path) / 't5x' / 'checkpoint_7'
   # By Orbax alone, as anybody would read it.
-  saved = checkpoints.by_path(t5x_checkpoints.ocp.PyTreeCheckpointer().restore(written / 'state'))
-  _assert_same_bits(saved, checkpoints.by_path(t5x_checkpoints.state_dict(state)))
+  saved = run_checkpoints.by_path(t5x_checkpoints.ocp.PyTreeCheckpointer().restore(written / 'state'))
+  _assert_same_bits(saved, run_checkpoints.by_path(t5x_checkpoints.state_dict(state)))
   dtypes = {str(leaf.dtype) for name, leaf in saved.items() if 'param_states' in name}
   assert ('bfloat16' in dtypes) == (STATES[name][1] is optimizers.adafactor)
   # On another mesh than it was saved from.
@@ -157,12 +157,12 @@ def test_a_run_of_a_checkpoint_of_t5x(run, tmp_path, capsys):
   assert main.main(again) == 0
   printed = capsys.readouterr().out
   assert "stage 'generator' at step 7" in printed and 'data start from their beginning' in printed
-  path = checkpoints.latest_checkpoint(tmp_path / 'again')
+  path = run_checkpoints.latest_checkpoint(tmp_path / 'again')
   assert (path / 'manifest.json').exists() and not (tmp_path / 'again' / 'lock.json').exists()
-  assert checkpoints.read_place(path) == {'from_t5x': str(written)}
+  assert run_checkpoints.read_place(path) == {'from_t5x': str(written)}
   trainer = _trainer('adafactor')
-  manager = checkpoints.Checkpoints(tmp_path / 'again')
-  restored, _ = manager.restore(7, trainer.abstract, checkpoints.describe(trainer.stage))
+  manager = run_checkpoints.Checkpoints(tmp_path / 'again')
+  restored, _ = manager.restore(7, trainer.abstract, run_checkpoints.describe(trainer.stage))
   manager.close()
   _assert_same_bits(restored, state)
   # A run that has begun is not written over.
@@ -178,15 +178,15 @@ def test_whole_second_moments_of_earlier_versions_are_factored_both_ways(tmp_pat
       t5x_checkpoints.state_dict(jax.device_get(_filled(trainer))))
   state = t5x_checkpoints.train_state(whole, trainer.abstract)
   _save(tmp_path / 'run', trainer, jax.tree.map(jnp.asarray, state))
-  checkpoint_command.run_to_t5x(tmp_path / 'run', tmp_path / 't5x')
+  t5x_checkpoint.run_to_t5x(tmp_path / 'run', tmp_path / 't5x')
   assert 'second moments of 7 attention kernels' in caplog.text
   saved = t5x_checkpoints.ocp.PyTreeCheckpointer().restore(
       tmp_path / 't5x' / 'checkpoint_7' / 'state')
   old_moments.assert_same(saved, right)
   written = t5x_checkpoints.write(tmp_path / 'old', whole)
-  checkpoint_command.to_run(written, tmp_path / 'again', trainer)
-  manager = checkpoints.Checkpoints(tmp_path / 'again')
-  restored, _ = manager.restore(7, trainer.abstract, checkpoints.describe(trainer.stage))
+  t5x_checkpoint.to_run(written, tmp_path / 'again', trainer)
+  manager = run_checkpoints.Checkpoints(tmp_path / 'again')
+  restored, _ = manager.restore(7, trainer.abstract, run_checkpoints.describe(trainer.stage))
   manager.close()
   assert manager.factored == 0
   old_moments.assert_same(t5x_checkpoints.state_dict(restored), right)
@@ -204,15 +204,15 @@ def test_training_goes_on_from_a_checkpoint_of_t5x(run, tmp_path, capsys):
   assert main.main(['train', *where, '--gin.train.steps=9',
                     f"--gin.token_cache.path='{tmp_path}/tokens'"]) == 0
   assert 'resuming at step 7' in capsys.readouterr().err
-  path = checkpoints.latest_checkpoint(tmp_path / 'run')
-  assert path.name == '9' and checkpoints.read_place(path)['places'] == [[0, 16]]
+  path = run_checkpoints.latest_checkpoint(tmp_path / 'run')
+  assert path.name == '9' and run_checkpoints.read_place(path)['places'] == [[0, 16]]
 
 
 def test_an_exported_model_has_parameters_alone(tmp_path, capsys):
-  assert main.main(['t5x_checkpoint', f'--model={pipeline.DEMO_FOLDER}',
+  assert main.main(['t5x_checkpoint', f'--model={text_to_image.DEMO_FOLDER}',
                     f'--output_dir={tmp_path}', '--network=tokenizer']) == 0
   assert '--gin.CHECKPOINT_PATH=' in capsys.readouterr().out
-  params = model_folder.load(pipeline.DEMO_FOLDER).tokenizer_params
+  params = model_folder.load(text_to_image.DEMO_FOLDER).tokenizer_params
   found = t5x_checkpoints.ocp.PyTreeCheckpointer().restore(tmp_path / 'checkpoint_0' / 'state')
   _assert_same_bits(found, {'target': params, 'state': {'step': np.int32(0)}})
 
@@ -228,8 +228,8 @@ def test_the_optimizer_may_begin_anew(run, tmp_path, capsys):
   assert main.main([*command, '--parameters_only']) == 0
   assert 'the optimiser begins anew' in capsys.readouterr().out
   trainer = _trainer('adamw')
-  manager = checkpoints.Checkpoints(tmp_path / 'run')
-  restored, _ = manager.restore(7, trainer.abstract, checkpoints.describe(trainer.stage))
+  manager = run_checkpoints.Checkpoints(tmp_path / 'run')
+  restored, _ = manager.restore(7, trainer.abstract, run_checkpoints.describe(trainer.stage))
   manager.close()
   _assert_same_bits(restored.params, state.params)
   assert int(restored.step) == 7
@@ -326,7 +326,7 @@ def test_bad_runs(run, tmp_path, capsys):
   assert main.main(['t5x_checkpoint', f'--output_dir={written.parent}',
                     f'--model_dir={folder}']) == 2
   assert 'checkpoint_7 is there already' in capsys.readouterr().err
-  manager = checkpoints.Checkpoints(tmp_path / 'ranker')
+  manager = run_checkpoints.Checkpoints(tmp_path / 'ranker')
   manager.save(1, {'step': jnp.int32(1)}, {}, {'stage': 'ranker', 'config': {}})
   manager.close()
   assert main.main([*command, f'--model_dir={tmp_path}/ranker']) == 2

@@ -12,7 +12,7 @@ from t5x import gin_utils
 from t5x import infer as t5x_infer
 from t5x import train as t5x_train
 
-from parti_jax import config
+from parti_jax.core import gin_config
 from parti_jax.data import token_cache
 
 _SMALL = ('PartiConfig.encoder_layers=1', 'PartiConfig.decoder_layers=1', 'PartiConfig.grid=(2, 2)',
@@ -24,7 +24,7 @@ def _run(monkeypatch, module, function, run, *bindings):
   monkeypatch.setitem(sys.modules, '__main__', module)
   gin.clear_config()
   gin_utils.parse_gin_flags(
-      [str(config.folder().parent), *t5x_train._DEFAULT_GIN_SEARCH_PATHS],
+      [str(gin_config.folder().parent), *t5x_train._DEFAULT_GIN_SEARCH_PATHS],
       ['gin_configs/t5x/models/tiny.gin', f'gin_configs/t5x/runs/{run}.gin'],
       [*_SMALL, *bindings])
   return gin.get_configurable(function)()

@@ -18,12 +18,12 @@ from t5x import train as t5x_train
 from t5x import trainer
 from t5x import utils
 
-from parti_jax import config
+from parti_jax.core import gin_config
 from parti_jax.data import token_cache
 from parti_jax.models import parti_config
 from parti_jax.t5x import models
 
-MODELS = sorted(path.stem for path in (config.folder() / 't5x/models').glob('*.gin'))
+MODELS = sorted(path.stem for path in (gin_config.folder() / 't5x/models').glob('*.gin'))
 # The module that runs, and what has to be given.
 RUNS = {
     'pretrain': (t5x_train, ['MODEL_DIR = "run"']),
@@ -31,7 +31,7 @@ RUNS = {
                              'TRAIN_STEPS = 12']),
     'eval': (t5x_eval, ['CHECKPOINT_PATH = "checkpoint_8"', 'EVAL_OUTPUT_DIR = "out"']),
     'infer': (t5x_infer, ['CHECKPOINT_PATH = "checkpoint_8"', 'INFER_OUTPUT_DIR = "out"'])}
-_SEARCH_PATHS = [config.folder().parent, *t5x_train._DEFAULT_GIN_SEARCH_PATHS]
+_SEARCH_PATHS = [gin_config.folder().parent, *t5x_train._DEFAULT_GIN_SEARCH_PATHS]
 
 
 @pytest.fixture(name='parse')

@@ -7,12 +7,12 @@ import re
 import pytest
 import tried_t5x
 
-from parti_jax import config
+from parti_jax.core import gin_config
 from parti_jax.training import configurables  # pylint: disable=unused-import
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
-FILES = sorted(path.relative_to(config.folder()).as_posix()
-               for path in (config.folder() / 't5x').rglob('*.gin'))
+FILES = sorted(path.relative_to(gin_config.folder()).as_posix()
+               for path in (gin_config.folder() / 't5x').rglob('*.gin'))
 _INCLUDE = re.compile(r"^include '(.+)'$", re.MULTILINE)
 # What may be said for t5x alone: macros and bindings, with numbers that no run of ours has.
 _NUMBER = re.compile(r'^ *([\w./]+) = (-?[\d(].*)$', re.MULTILINE)
@@ -23,7 +23,7 @@ _OF_T5X = {
 
 
 def _text(name):
-  return (config.folder() / name).read_text(encoding='utf-8')
+  return (gin_config.folder() / name).read_text(encoding='utf-8')
 
 
 def test_every_model_and_every_kind_of_run_is_there():
@@ -39,7 +39,7 @@ def test_includes_are_there_and_numbers_are_not_repeated(name):
   text = _text(name)
   included = _INCLUDE.findall(text)
   ours = [path for path in included if not path.startswith('t5x/configs/')]
-  assert all(config.find(path).is_file() for path in ours)
+  assert all(gin_config.find(path).is_file() for path in ours)
   assert bool(ours) == (not name.startswith('t5x/runs/') and name.count('/') == 2)
   assert {key for key, _ in _NUMBER.findall(text)} <= _OF_T5X
 
@@ -56,13 +56,13 @@ def test_a_model_includes_what_our_run_of_it_includes(name, run):
   while unread:
     path = unread.pop()
     found.add(path)
-    unread += _INCLUDE.findall(config.find(path).read_text(encoding='utf-8'))
+    unread += _INCLUDE.findall(gin_config.find(path).read_text(encoding='utf-8'))
   assert len(shared) == 2 and shared <= found
   optimizer = re.search(r'OptaxWrapper\.optimizer = @parti_optimizers\.(\w+)',
                         _text(f't5x/models/{name}.gin') + _text('t5x/vit_vqgan.gin')).group(1)
   schedule = re.search(r'SCHEDULE = @parti_optimizers\.(\w+)\(\)',
                        _text(f't5x/models/{name}.gin') + _text('t5x/vit_vqgan.gin')).group(1)
-  run_text = '\n'.join(config.find(path).read_text(encoding='utf-8') for path in found)
+  run_text = '\n'.join(gin_config.find(path).read_text(encoding='utf-8') for path in found)
   assert f'train.optimizer = @{optimizer}\n' in run_text
   assert f'train.schedule = @{schedule}()\n' in run_text
 

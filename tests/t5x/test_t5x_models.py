@@ -20,8 +20,8 @@ from t5x import partitioning
 from t5x import trainer as t5x_trainer
 from t5x import utils
 
-from parti_jax import errors
-from parti_jax.models import layers
+from parti_jax.core import errors
+from parti_jax.models.nn import layers
 from parti_jax.models import parti
 from parti_jax.models import parti_config
 from parti_jax.models import vit_vqgan
@@ -31,9 +31,9 @@ from parti_jax.sampling import parameters
 from parti_jax.t5x import logical_axes
 from parti_jax.t5x import models
 from parti_jax.t5x import optimizers
-from parti_jax.training import generator_stage
+from parti_jax.training.objectives import generator_objective
 from parti_jax.training import optimizers as our_optimizers
-from parti_jax.training import tokenizer_stage
+from parti_jax.training.objectives import tokenizer_objective
 
 # Wide enough for Adafactor to factor the moment of the embeddings.
 CONFIG = parti_config.PartiConfig(
@@ -132,7 +132,7 @@ def test_loss_is_ours(params, batch):
   key = jax.random.PRNGKey(3)
   for weights in (None, (1.0, 2.0)):
     model = make_model(depth_loss_weights=weights)
-    stage = generator_stage.GeneratorStage(CONFIG, depth_loss_weights=weights)
+    stage = generator_objective.GeneratorStage(CONFIG, depth_loss_weights=weights)
     found, metrics = jax.jit(model.loss_fn)(params, batch, key)
     keys = layers.dropout_keys(jax.random.wrap_key_data(key), 4)
     wanted, aux = jax.jit(stage.loss)(flax.core.unfreeze(params), batch, keys, 0)
@@ -248,7 +248,7 @@ def test_what_does_not_fit_is_named():
     make_model().get_initial_variables(
         jax.random.key(0), SHAPES | {'decoder_target_tokens': (4, 5)})
   for name, value in (('adversarial_weight', 0.1), ('revive_every', 5), ('ema', 0.9)):
-    stage = tokenizer_stage.TokenizerStage(vit_vqgan.ViTVQGANConfig(), **{name: value})
+    stage = tokenizer_objective.TokenizerStage(vit_vqgan.ViTVQGANConfig(), **{name: value})
     with pytest.raises(errors.UserError, match=f'TokenizerStage.{name}.*parti-jax train'):
       models.TokenizerModel(stage, None)
 
@@ -262,7 +262,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8)
 
 def make_tokenizer():
   return models.TokenizerModel(
-      tokenizer_stage.TokenizerStage(TOKENIZER, quantize_from=2),
+      tokenizer_objective.TokenizerStage(TOKENIZER, quantize_from=2),
       optimizers.OptaxWrapper(our_optimizers.adamw))
 
 

@@ -21,15 +21,15 @@ from parti_jax.models import parti
 from parti_jax.models import parti_config
 from parti_jax.models import vit_vqgan
 from parti_jax.partitioning import mesh as mesh_lib
-from parti_jax.t5x import checkpoint_command
+from parti_jax.cli import t5x_checkpoint
 from parti_jax.t5x import checkpoints as t5x_checkpoints
 from parti_jax.t5x import models
 from parti_jax.t5x import optimizers
 from parti_jax.t5x import restoring
-from parti_jax.training import checkpoints
-from parti_jax.training import generator_stage
+from parti_jax.checkpoints import run_checkpoints
+from parti_jax.training.objectives import generator_objective
 from parti_jax.training import optimizers as our_optimizers
-from parti_jax.training import tokenizer_stage
+from parti_jax.training.objectives import tokenizer_objective
 from parti_jax.training import trainer as trainer_lib
 
 # Wide enough for Adafactor to factor moments.
@@ -58,11 +58,11 @@ class Sides:
     optimizer = OPTIMIZERS[optimizer]
     wrapped = optimizers.OptaxWrapper(optimizer)
     if stage_name == 'generator':
-      stage = generator_stage.GeneratorStage(PARTI)
+      stage = generator_objective.GeneratorStage(PARTI)
       model = models.PartiModel(parti.Parti(PARTI), wrapped)
       shapes = {'encoder_input_tokens': (4, 6), 'decoder_target_tokens': (4, 6)}
     else:
-      stage = tokenizer_stage.TokenizerStage(TOKENIZER, revive_every=0)
+      stage = tokenizer_objective.TokenizerStage(TOKENIZER, revive_every=0)
       model = models.TokenizerModel(stage, wrapped)
       shapes = {'images': (4, 8, 8, 3)}
     self.trainer, self.alone = (
@@ -114,15 +114,15 @@ class Sides:
     return state
 
   def save_by_ours(self, state, folder):
-    manager = checkpoints.Checkpoints(folder)
-    manager.save(STEP, state, {'epoch': 0, 'taken': 0}, checkpoints.describe(self.trainer.stage))
+    manager = run_checkpoints.Checkpoints(folder)
+    manager.save(STEP, state, {'epoch': 0, 'taken': 0}, run_checkpoints.describe(self.trainer.stage))
     manager.close()
 
   def restore_by_ours(self, folder):
     """What `parti-jax train` does when it starts again."""
-    manager = checkpoints.Checkpoints(folder)
+    manager = run_checkpoints.Checkpoints(folder)
     state, _ = manager.restore(STEP, self.trainer.abstract,
-                               checkpoints.describe(self.trainer.stage))
+                               run_checkpoints.describe(self.trainer.stage))
     manager.close()
     return state
 
@@ -160,10 +160,10 @@ def test_t5x_to_ours_to_t5x(sides, tmp_path):
            if not leaf.sharding.is_fully_replicated]
   assert len(split) > 5
   saved = sides.save_by_t5x(state, tmp_path / 't5x')
-  checkpoint_command.to_run(saved, tmp_path / 'run', sides.alone)
+  t5x_checkpoint.to_run(saved, tmp_path / 'run', sides.alone)
   ours = sides.restore_by_ours(tmp_path / 'run')
   _assert_same_bits(t5x_checkpoints.state_dict(ours), values)
-  checkpoint_command.run_to_t5x(tmp_path / 'run', tmp_path / 'again')
+  t5x_checkpoint.run_to_t5x(tmp_path / 'run', tmp_path / 'again')
   restored = sides.restore_by_t5x(tmp_path / 'again' / f'checkpoint_{STEP}')
   assert jax.tree.structure(restored) == jax.tree.structure(state)
   _assert_same_bits(restored.state_dict(), values)
@@ -174,11 +174,11 @@ def test_t5x_to_ours_to_t5x(sides, tmp_path):
 def test_ours_to_t5x_to_ours(sides, tmp_path):
   values = _values(sides.trainer.abstract)
   sides.save_by_ours(jax.tree.map(jnp.asarray, values), tmp_path / 'run')
-  checkpoint_command.run_to_t5x(tmp_path / 'run', tmp_path / 't5x')
+  t5x_checkpoint.run_to_t5x(tmp_path / 'run', tmp_path / 't5x')
   theirs = sides.restore_by_t5x(tmp_path / 't5x' / f'checkpoint_{STEP}')
   _assert_same_bits(theirs.state_dict(), t5x_checkpoints.state_dict(values))
   saved = sides.save_by_t5x(theirs, tmp_path / 'by_t5x')
-  checkpoint_command.to_run(saved, tmp_path / 'again', sides.alone)
+  t5x_checkpoint.to_run(saved, tmp_path / 'again', sides.alone)
   _assert_same_bits(sides.restore_by_ours(tmp_path / 'again'), values)
 
 

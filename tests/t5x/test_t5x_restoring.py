@@ -2,7 +2,7 @@
 
 import pytest
 
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 from parti_jax.t5x import restoring
 
 WHOLE = {'target': {'a': {'kernel': 1}, 'b': 2},

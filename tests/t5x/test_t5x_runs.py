@@ -20,7 +20,7 @@ from PIL import Image
 from tensorboard.backend.event_processing import event_accumulator
 from tensorboard.util import tensor_util
 
-from parti_jax import main
+from parti_jax.cli import main
 from parti_jax.data import token_cache
 
 pytestmark = pytest.mark.slow

@@ -23,7 +23,7 @@ from parti_jax.models import parti_config
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.t5x import models
 from parti_jax.t5x import optimizers
-from parti_jax.training import generator_stage
+from parti_jax.training.objectives import generator_objective
 from parti_jax.training import optimizers as our_optimizers
 from parti_jax.training import trainer as our_trainer
 
@@ -93,7 +93,7 @@ def _train_with_ours(optimizer, schedule, weights):
   """Losses of our trainer and its last state, from the parameters that t5x begins with."""
   mesh = mesh_lib.make_mesh(tensor=2)
   trainer = our_trainer.Trainer(
-      generator_stage.GeneratorStage(CONFIG, depth_loss_weights=weights),
+      generator_objective.GeneratorStage(CONFIG, depth_loss_weights=weights),
       optimizer(schedule=schedule), mesh, seed=SEED)
   key = jax.random.split(jax.random.PRNGKey(SEED))[0]
   params = parti.Parti(CONFIG).init(key, *parti.example_inputs(CONFIG))['params']

@@ -15,7 +15,7 @@ from parti_jax.data.batches import Batches
 from parti_jax.data.feature_converter import PairFeatureConverter, PartiFeatureConverter
 from parti_jax.data.quiet_tensorflow import seqio
 from parti_jax.data.vocabulary import EOS_ID
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 from parti_jax.t5x import tasks
 
 INFO = {'codebook_size': 40, 'image_tokens': 4, 'tokenizer': 'abc'}

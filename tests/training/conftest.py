@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from parti_jax import config
+from parti_jax.core import gin_config
 # What gin may name must be there before the fixture below locks gin.
 from parti_jax.data import datasets  # pylint: disable=unused-import
 from parti_jax.data import token_cache
@@ -15,9 +15,9 @@ from parti_jax.data import token_cache
 @pytest.fixture(autouse=True)
 def clean_gin():
   """Gives every test an empty gin configuration, and leaves none."""
-  config.parse([], [])
+  gin_config.parse([], [])
   yield
-  config.parse([], [])
+  gin_config.parse([], [])
 
 
 def _write_pictures(folder, name, count, seed):

@@ -9,7 +9,7 @@ decoded slowly, so that the data threads are always at work, but for 'step_with_
 import sys
 import time
 
-from parti_jax import main
+from parti_jax.cli import main
 
 
 def _raise(*_, **__):
@@ -77,25 +77,26 @@ _ERRORS = {'step': _step, 'step_with_full_buffers': _step_with_full_buffers,
 
 def _patch(where):
   # pylint: disable=import-outside-toplevel
-  from parti_jax.data import decoding, sources
+  from parti_jax.data import sources
+  from parti_jax.data import image_decoding
   from parti_jax.training import trainer
 
   if where != 'step_with_full_buffers':
-    decode = decoding.decode_and_note
+    decode = image_decoding.decode_and_note
 
     def slow(*args, **kwargs):
       time.sleep(0.1)
       return decode(*args, **kwargs)
 
-    decoding.decode_and_note = slow
-  _ERRORS[where]({'trainer': trainer, 'decoding': decoding, 'sources': sources})
+    image_decoding.decode_and_note = slow
+  _ERRORS[where]({'trainer': trainer, 'decoding': image_decoding, 'sources': sources})
 
 
 if __name__ == '__main__':
   where_, process, *argv = sys.argv[1:]
-  from parti_jax.training import command
+  from parti_jax.cli import train as train_lib
 
-  train = command._train_listening  # pylint: disable=protected-access
+  train = train_lib._train_listening  # pylint: disable=protected-access
 
   def patched_train(args, connect):
     """Patches in the process that trains, not in the parent of one of several."""
@@ -103,6 +104,6 @@ if __name__ == '__main__':
       _patch(where_)
     train(args, connect)
 
-  command._train_listening = patched_train  # pylint: disable=protected-access
+  train_lib._train_listening = patched_train  # pylint: disable=protected-access
   sys.argv[1:] = argv
   sys.exit(main.main())

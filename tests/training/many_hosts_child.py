@@ -16,7 +16,7 @@ import time
 
 import numpy as np
 
-from parti_jax import main
+from parti_jax.cli import main
 
 
 def digest(run):
@@ -72,14 +72,14 @@ def patch(record, is_victim, signal_name, at_step):
 
 if __name__ == '__main__':
   record_file, victim, signal_, step, *argv = sys.argv[1:]
-  from parti_jax.training import command
+  from parti_jax.cli import train as train_lib
 
-  train = command._train  # pylint: disable=protected-access
+  train = train_lib._train  # pylint: disable=protected-access
 
   def patched_train(args, connect):
     """Patches in the child alone, since the parent must not import JAX."""
     patch(record_file, args.process_id == int(victim), signal_, int(step))
     train(args, connect)
 
-  command._train = patched_train  # pylint: disable=protected-access
+  train_lib._train = patched_train  # pylint: disable=protected-access
   sys.exit(main.main(argv))

@@ -8,16 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 from parti_jax.models import discriminator
 from parti_jax.models import vit_vqgan
 from parti_jax.partitioning import mesh as mesh_lib
-from parti_jax.training import adversarial
-from parti_jax.training import checkpoints
-from parti_jax.training import frozen_tokenizer
+from parti_jax.training.objectives import adversarial
+from parti_jax.checkpoints import run_checkpoints
+from parti_jax.training.objectives import frozen_tokenizer
 from parti_jax.training import optimizers
 from parti_jax.training import state as state_lib
-from parti_jax.training import tokenizer_stage
+from parti_jax.training.objectives import tokenizer_objective
 from parti_jax.training import trainer as trainer_lib
 
 SIZES = vit_vqgan.ViTVQGANConfig(
@@ -25,7 +25,7 @@ SIZES = vit_vqgan.ViTVQGANConfig(
     encoder_heads=2, decoder_layers=1, decoder_width=8, decoder_mlp_width=16, decoder_heads=2,
     codebook_size=16, code_dim=4, dtype='float32')
 JUDGE = discriminator.DiscriminatorConfig(channels=32, max_channels=4, minibatch_group=1)
-STAGE = tokenizer_stage.TokenizerStage(
+STAGE = tokenizer_objective.TokenizerStage(
     SIZES, adversarial_weight=0.5, discriminator=JUDGE, adversarial_from=2, r1_every=2, ema=0.9,
     discriminator_optimizer=optimizers.adamw(1e-3, beta1=0.0, weight_decay=0.01),
     revive_every=2, revive_until=10)
@@ -148,7 +148,7 @@ def test_the_average_follows_the_tokenizers_weights(run):
   states, _ = run
   wanted = None
   for step, state in enumerate(states[1:]):
-    params = {name: state.params[name] for name in tokenizer_stage.PARTS}
+    params = {name: state.params[name] for name in tokenizer_objective.PARTS}
     decay = min(0.9, step / (step + 10))
     # From before the step's revival of codes, whose average begins anew.
     wanted = params if wanted is None else jax.tree.map(
@@ -183,11 +183,11 @@ def test_mesh_and_microbatches_change_nothing(run):
 
 def test_a_checkpoint_goes_on_bit_for_bit_and_draws_with_the_average(run, trainer, tmp_path):
   states, _ = run
-  manager = checkpoints.Checkpoints(tmp_path)
-  model = checkpoints.describe(STAGE)
+  manager = run_checkpoints.Checkpoints(tmp_path)
+  model = run_checkpoints.describe(STAGE)
   manager.save(3, jax.device_put(states[3], trainer.shardings), {}, model)
   manager.close()
-  manager = checkpoints.Checkpoints(tmp_path)
+  manager = run_checkpoints.Checkpoints(tmp_path)
   state, _ = manager.restore(3, trainer.abstract, model)
   manager.close()
   resumed, _ = _stepped(trainer, state, 3)
@@ -200,10 +200,10 @@ def test_a_checkpoint_goes_on_bit_for_bit_and_draws_with_the_average(run, traine
 
 def test_without_any_of_it_the_state_is_what_it_was():
   """Runs from before there was a discriminator go on."""
-  stage, optimizer = tokenizer_stage.TokenizerStage(SIZES), optimizers.adamw(lambda step: 1e-2)
+  stage, optimizer = tokenizer_objective.TokenizerStage(SIZES), optimizers.adamw(lambda step: 1e-2)
   trainer = trainer_lib.Trainer(stage, optimizer, mesh_lib.make_mesh())
   assert trainer.optimizer is optimizer
-  assert trainer.abstract.params.keys() == set(tokenizer_stage.PARTS)
+  assert trainer.abstract.params.keys() == set(tokenizer_objective.PARTS)
   assert trainer.abstract.statistics.keys() == {'code_use'}
   assert trainer.constants == {}
 
@@ -220,7 +220,7 @@ def test_settings_that_do_not_go_together_are_named(changes, words):
 
 def test_files_of_weights_are_asked_for_before_training_begins():
   larger = dataclasses.replace(SIZES, image_size=16)
-  stage = tokenizer_stage.TokenizerStage(larger, perceptual_weight=0.1)
+  stage = tokenizer_objective.TokenizerStage(larger, perceptual_weight=0.1)
   with pytest.raises(UserError, match='needs the file TokenizerStage.vgg16_weights'):
     stage.constants()
   # A plan needs none.

@@ -5,9 +5,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from parti_jax import config
+from parti_jax.core import gin_config
 from parti_jax.training import configurables  # pylint: disable=unused-import
-from parti_jax.training import frozen_tokenizer
+from parti_jax.training.objectives import frozen_tokenizer
 from parti_jax.training import run as run_lib
 from parti_jax.training import train_loop
 from parti_jax.training import trainer as trainer_lib
@@ -34,7 +34,7 @@ def test_a_killed_adversarial_run_goes_on_as_if_it_had_not_been(
   monkeypatch.setattr(trainer_lib.Trainer, 'evaluate', watched)
 
   def train(name):
-    config.parse(['gin_configs/runs/tiny_adversarial_tokenizer.gin'], bindings)
+    gin_config.parse(['gin_configs/runs/tiny_adversarial_tokenizer.gin'], bindings)
     return train_loop.train(str(tmp_path / name))
 
   whole, dies_at = train('whole'), 4

@@ -10,13 +10,13 @@ import numpy as np
 import optax
 import pytest
 
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 from parti_jax.models import parti_config
 from parti_jax.models import vit_vqgan
 from parti_jax.partitioning import mesh as mesh_lib
-from parti_jax.training import checkpoints
+from parti_jax.checkpoints import run_checkpoints
 from parti_jax.training import optimizers
-from parti_jax.training import tokenizer_stage
+from parti_jax.training.objectives import tokenizer_objective
 from parti_jax.training import trainer as trainer_lib
 
 SIZES = vit_vqgan.ViTVQGANConfig(
@@ -27,7 +27,7 @@ PLACE = {'epoch': 2, 'taken': 5}
 
 
 def _trainer(optimizer=None, mesh=(8, 1, 1), **changes):
-  stage = tokenizer_stage.TokenizerStage(dataclasses.replace(SIZES, **changes))
+  stage = tokenizer_objective.TokenizerStage(dataclasses.replace(SIZES, **changes))
   return trainer_lib.Trainer(
       stage, optimizer or optimizers.adafactor(0.1), mesh_lib.make_mesh(*mesh), seed=0)
 
@@ -38,18 +38,18 @@ def saved(tmp_path_factory):
   folder = tmp_path_factory.mktemp('run')
   trainer = _trainer()
   state = trainer.create_state()
-  manager = checkpoints.Checkpoints(folder, keep=2)
+  manager = run_checkpoints.Checkpoints(folder, keep=2)
   for step in (1, 3, 7):
     state = state.replace(step=state.step * 0 + step)
-    manager.save(step, state, PLACE, checkpoints.describe(trainer.stage))
+    manager.save(step, state, PLACE, run_checkpoints.describe(trainer.stage))
   manager.close()
   return folder, trainer, state
 
 
 def _restored(folder, trainer, step=7):
-  manager = checkpoints.Checkpoints(folder)
+  manager = run_checkpoints.Checkpoints(folder)
   try:
-    return manager.restore(step, trainer.abstract, checkpoints.describe(trainer.stage))
+    return manager.restore(step, trainer.abstract, run_checkpoints.describe(trainer.stage))
   finally:
     manager.close()
 
@@ -80,15 +80,15 @@ def test_a_checkpoint_is_read_onto_another_mesh(saved):
 def test_the_last_few_are_kept(saved):
   folder, _, _ = saved
   assert sorted(path.name for path in (folder / 'checkpoints').iterdir()) == ['3', '7']
-  assert checkpoints.latest_checkpoint(folder) == folder / 'checkpoints' / '7'
+  assert run_checkpoints.latest_checkpoint(folder) == folder / 'checkpoints' / '7'
 
 
 def test_parameters_alone(saved):
   folder, _, state = saved
-  path = checkpoints.latest_checkpoint(folder)
-  sizes = vit_vqgan.ViTVQGANConfig(**checkpoints.read_config(path, 'tokenizer'))
+  path = run_checkpoints.latest_checkpoint(folder)
+  sizes = vit_vqgan.ViTVQGANConfig(**run_checkpoints.read_config(path, 'tokenizer'))
   assert sizes == SIZES
-  params = checkpoints.read_params(
+  params = run_checkpoints.read_params(
       path, vit_vqgan.ViTVQGAN(sizes), vit_vqgan.example_inputs(sizes))
   _assert_same(params, state.params)
   assert {device for leaf in jax.tree.leaves(params) for device in leaf.devices()} == {
@@ -98,8 +98,8 @@ def test_parameters_alone(saved):
 def test_parameters_of_another_shape_are_named(saved):
   sizes = dataclasses.replace(SIZES, code_dim=4)
   with pytest.raises(UserError) as caught:
-    checkpoints.read_params(
-        checkpoints.latest_checkpoint(saved[0]), vit_vqgan.ViTVQGAN(sizes),
+    run_checkpoints.read_params(
+        run_checkpoints.latest_checkpoint(saved[0]), vit_vqgan.ViTVQGAN(sizes),
         vit_vqgan.example_inputs(sizes))
   for word in ('params/quantizer/codebook/table', '(6, 3)', '(6, 4)'):
     assert word in str(caught.value)
@@ -133,20 +133,20 @@ def test_the_state_of_another_optimizer_is_named(saved):
 
 def test_a_checkpoint_of_another_stage_is_named(saved):
   folder, _, _ = saved
-  path = checkpoints.latest_checkpoint(folder)
-  model = checkpoints.read_model(path)
+  path = run_checkpoints.latest_checkpoint(folder)
+  model = run_checkpoints.read_model(path)
   with pytest.raises(UserError, match="stage 'tokenizer', not of 'generator'"):
-    checkpoints.check_same_model(path, model, {'stage': 'generator', 'config': {}})
+    run_checkpoints.check_same_model(path, model, {'stage': 'generator', 'config': {}})
   with pytest.raises(UserError, match="stage 'tokenizer'; give a run of 'generator'"):
-    checkpoints.read_config(path, 'generator')
+    run_checkpoints.read_config(path, 'generator')
 
 
 def test_a_run_that_is_not_there_is_named(tmp_path):
   with pytest.raises(UserError, match='nowhere: no training run there.*--model_dir'):
-    checkpoints.latest_checkpoint(tmp_path / 'nowhere')
+    run_checkpoints.latest_checkpoint(tmp_path / 'nowhere')
   (tmp_path / 'begun' / 'checkpoints').mkdir(parents=True)
   with pytest.raises(UserError, match='begun: holds no finished checkpoint yet'):
-    checkpoints.latest_checkpoint(tmp_path / 'begun')
+    run_checkpoints.latest_checkpoint(tmp_path / 'begun')
 
 
 def test_a_checkpoint_that_was_being_written_does_not_count(saved, tmp_path):
@@ -155,8 +155,8 @@ def test_a_checkpoint_that_was_being_written_does_not_count(saved, tmp_path):
   shutil.copytree(folder, copy)
   unfinished = copy / 'checkpoints' / '9.orbax-checkpoint-tmp'
   shutil.copytree(copy / 'checkpoints' / '7', unfinished)
-  assert checkpoints.latest_checkpoint(copy).name == '7'
-  manager = checkpoints.Checkpoints(copy)
+  assert run_checkpoints.latest_checkpoint(copy).name == '7'
+  manager = run_checkpoints.Checkpoints(copy)
   assert manager.latest_step() == 7
   manager.close()
   _assert_same(_restored(copy, trainer)[0], state)
@@ -171,18 +171,18 @@ def test_a_checkpoint_with_a_part_missing_is_not_taken(saved, tmp_path, lost):
   path = epath.Path(copy / 'checkpoints' / '7')
   shutil.rmtree(path / lost)
   with pytest.raises(UserError, match='7: not a finished checkpoint of this package'):
-    checkpoints.read_config(path, 'tokenizer')
-    checkpoints.read_params(path, vit_vqgan.ViTVQGAN(SIZES), vit_vqgan.example_inputs(SIZES))
-  assert checkpoints.latest_checkpoint(copy).name == '3'
-  manager = checkpoints.Checkpoints(copy)
+    run_checkpoints.read_config(path, 'tokenizer')
+    run_checkpoints.read_params(path, vit_vqgan.ViTVQGAN(SIZES), vit_vqgan.example_inputs(SIZES))
+  assert run_checkpoints.latest_checkpoint(copy).name == '3'
+  manager = run_checkpoints.Checkpoints(copy)
   manager.close()
   assert manager.latest_step() == 3 and manager.found.damaged[0].step == 7
 
 
 def test_a_run_in_cloud_storage_is_not_taken_for_a_local_folder(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  assert os.fspath(checkpoints.folder('gs://bucket/run')) == 'gs://bucket/run/checkpoints'
-  assert os.fspath(checkpoints.folder('run')) == str(tmp_path / 'run' / 'checkpoints')
+  assert os.fspath(run_checkpoints.folder('gs://bucket/run')) == 'gs://bucket/run/checkpoints'
+  assert os.fspath(run_checkpoints.folder('run')) == str(tmp_path / 'run' / 'checkpoints')
 
 
 def test_a_checkpoint_from_before_attention_patterns_is_of_global_attention():
@@ -190,14 +190,14 @@ def test_a_checkpoint_from_before_attention_patterns_is_of_global_attention():
   older = {'stage': 'generator', 'config': {
       name: value for name, value in sizes.items()
       if name not in ('attention_patterns', 'conv_kernel')}}
-  checkpoints.check_same_model('run', older, {'stage': 'generator', 'config': sizes})
+  run_checkpoints.check_same_model('run', older, {'stage': 'generator', 'config': sizes})
   conv = {'stage': 'generator', 'config': sizes | {'attention_patterns': ('conv',)}}
   message = r"attention_patterns is \('global',\) there and \('conv',\) here"
   with pytest.raises(UserError, match=message):
-    checkpoints.check_same_model('run', older, conv)
+    run_checkpoints.check_same_model('run', older, conv)
   # Patterns had another name once, and were the same in all layers.
   older['config'] |= {'attention_pattern': 'conv', 'conv_kernel': 11}
-  checkpoints.check_same_model('run', older, conv)
+  run_checkpoints.check_same_model('run', older, conv)
 
 
 def test_a_store_whose_package_is_missing_names_the_extra(monkeypatch):
@@ -205,4 +205,4 @@ def test_a_store_whose_package_is_missing_names_the_extra(monkeypatch):
     raise ImportError('Please install gcsfs') from ModuleNotFoundError("No module named 'gcsfs'")
   monkeypatch.setattr('fsspec.get_filesystem_class', fail)
   with pytest.raises(UserError, match=r'gs://b/run: .*pip install "parti_jax\[gcs\]"'):
-    checkpoints.folder('gs://b/run')
+    run_checkpoints.folder('gs://b/run')

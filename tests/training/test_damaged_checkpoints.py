@@ -10,13 +10,13 @@ import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 
-from parti_jax import main
-from parti_jax.errors import UserError
-from parti_jax.training import checkpoints
+from parti_jax.cli import main
+from parti_jax.core.errors import UserError
+from parti_jax.checkpoints import run_checkpoints
 from parti_jax.training import configurables  # pylint: disable=unused-import
-from parti_jax.training import manifest
+from parti_jax.checkpoints import manifest
 from parti_jax.training import train_loop  # pylint: disable=unused-import
-from parti_jax.training import verification
+from parti_jax.checkpoints import verification
 
 MODEL = {'stage': 'tokenizer', 'config': {}}
 
@@ -53,7 +53,7 @@ def _save(manager, step):
 
 
 def _write(folder, steps, keep=2):
-  manager = checkpoints.Checkpoints(folder, keep)
+  manager = run_checkpoints.Checkpoints(folder, keep)
   for step in steps:
     _save(manager, step)
   manager.close()
@@ -116,7 +116,7 @@ def test_damage_to_any_file_is_recognised_and_the_older_one_taken(run, damage, c
     path.write_bytes(before)
   assert _newest(run / 'checkpoints') == verification.Found(400)
   _truncate(files[-1])
-  assert checkpoints.latest_checkpoint(run).name == '300'
+  assert run_checkpoints.latest_checkpoint(run).name == '300'
   assert 'checkpoint 400 is damaged: ' in capsys.readouterr().err
   assert _steps(run) == ['300', '400']  # Who only reads changes nothing.
 
@@ -135,7 +135,7 @@ def test_a_run_goes_on_from_the_whole_one_and_writes_the_step_again(run):
   data = next((run / 'checkpoints' / '400' / 'state' / 'd').iterdir())
   before = data.stat().st_size
   _truncate(data)
-  manager = checkpoints.Checkpoints(run)
+  manager = run_checkpoints.Checkpoints(run)
   assert manager.latest_step() == manager.found.step == 300
   name = f'state/d/{data.name}'
   assert manager.found.lines() == [
@@ -148,7 +148,7 @@ def test_a_run_goes_on_from_the_whole_one_and_writes_the_step_again(run):
   assert _newest(run / 'checkpoints') == verification.Found(400)
   # Damaged once more.
   _remove(run / 'checkpoints' / '400' / 'commit_success.txt')
-  manager = checkpoints.Checkpoints(run)
+  manager = run_checkpoints.Checkpoints(run)
   _save(manager, 350)
   manager.close()
   assert _steps(run) == ['300', '350', '400.damaged', '400.damaged-2']
@@ -161,9 +161,9 @@ def test_without_any_whole_one_nothing_is_touched(run):
   message = ('no checkpoint there is whole, and none was touched: checkpoint 400: state/_METADATA '
              r'is truncated \(0 of .*; checkpoint 300: state/_METADATA')
   with pytest.raises(UserError, match=message):
-    checkpoints.Checkpoints(run)
+    run_checkpoints.Checkpoints(run)
   with pytest.raises(UserError, match=message):
-    checkpoints.latest_checkpoint(run)
+    run_checkpoints.latest_checkpoint(run)
   assert [(path, path.read_bytes()) for path in _all_files(run)] == before
 
 
@@ -197,7 +197,7 @@ def test_a_checkpoint_from_before_manifests_is_read_whole(run, monkeypatch):
 
 @pytest.mark.parametrize('keep', [1, 2])
 def test_the_last_whole_one_stays_when_newer_ones_turn_out_damaged(tmp_path, keep):
-  manager = checkpoints.Checkpoints(tmp_path, keep)
+  manager = run_checkpoints.Checkpoints(tmp_path, keep)
   for step in (1, 2, 3, 4):
     _save(manager, step)
     manager.check()
@@ -207,7 +207,7 @@ def test_the_last_whole_one_stays_when_newer_ones_turn_out_damaged(tmp_path, kee
       _flip(next((tmp_path / 'checkpoints' / str(step) / 'state' / 'd').iterdir()))
   manager.close()
   assert _newest(tmp_path / 'checkpoints').step == 1
-  manager = checkpoints.Checkpoints(tmp_path, keep)
+  manager = run_checkpoints.Checkpoints(tmp_path, keep)
   for step in (2, 3, 4):
     _save(manager, step)
   manager.close()

@@ -7,12 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 from parti_jax.models import flops
 from parti_jax.models import parti_config
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.partitioning import rules
-from parti_jax.training import generator_stage
+from parti_jax.training.objectives import generator_objective
 
 MODEL = parti_config.PartiConfig(
     encoder_layers=1, decoder_layers=4, width=8, mlp_width=16, heads=2, text_vocabulary=8,
@@ -24,7 +24,7 @@ BATCH = {'encoder_input_tokens': np.array([[3, 4, 1], [5, 1, 0]], np.int32),
 
 @pytest.fixture(scope='module')
 def params():
-  stage = generator_stage.GeneratorStage(MODEL)
+  stage = generator_objective.GeneratorStage(MODEL)
   return nn.meta.unbox(jax.jit(stage.init)(jax.random.key(0)))
 
 
@@ -37,7 +37,7 @@ def _first_layers(params, count):
 
 
 def _value(params, weights, **sizes):
-  stage = generator_stage.GeneratorStage(
+  stage = generator_objective.GeneratorStage(
       dataclasses.replace(MODEL, **sizes), depth_loss_weights=weights)
   (loss, aux), gradient = jax.jit(jax.value_and_grad(
       lambda params: stage.loss(params, BATCH, None, 0), has_aux=True))(params)
@@ -49,7 +49,7 @@ def of_depth(params):
   """The losses of models that end after 1, 2, 3 and 4 layers."""
   losses = []
   for count in (1, 2, 3, 4):
-    stage = generator_stage.GeneratorStage(dataclasses.replace(MODEL, decoder_layers=count))
+    stage = generator_objective.GeneratorStage(dataclasses.replace(MODEL, decoder_layers=count))
     loss, _ = jax.jit(stage.loss)(_first_layers(params, count), BATCH, None, 0)
     losses.append(float(loss))
   return losses
@@ -68,12 +68,12 @@ def test_the_loss_is_the_weighted_mean_of_models_that_end_earlier(params, of_dep
 
 
 def test_a_layer_without_weight_does_not_predict(params, of_depth):
-  stage = generator_stage.GeneratorStage(MODEL, depth_loss_weights=(0, 1, 0, 3))
+  stage = generator_objective.GeneratorStage(MODEL, depth_loss_weights=(0, 1, 0, 3))
   loss, _ = jax.jit(stage.loss)(params, BATCH, None, 0)
   assert float(loss) == pytest.approx(0.25 * of_depth[1] + 0.75 * of_depth[3], rel=1e-5)
   measures = jax.jit(stage.evaluate)(params, BATCH)
   assert set(measures) == {'loss', 'loss_after_2', 'token_accuracy'}
-  plain = generator_stage.GeneratorStage(MODEL)
+  plain = generator_objective.GeneratorStage(MODEL)
   expected = jax.jit(plain.evaluate)(params, BATCH)
   np.testing.assert_allclose(measures['loss'], expected['loss'], rtol=1e-5)
   assert np.all(np.abs(measures['loss_after_2'] - measures['loss']) > 1e-4)
@@ -82,14 +82,14 @@ def test_a_layer_without_weight_does_not_predict(params, of_depth):
 
 def test_no_parameter_is_added():
   init = lambda weights: jax.eval_shape(
-      generator_stage.GeneratorStage(MODEL, depth_loss_weights=weights).init, jax.random.key(0))
+      generator_objective.GeneratorStage(MODEL, depth_loss_weights=weights).init, jax.random.key(0))
   assert jax.tree.structure(init(None)) == jax.tree.structure(init((1, 2, 3, 4)))
 
 
 def test_stages_of_a_pipeline_are_an_error():
   mesh = mesh_lib.make_mesh(data=1, stage=2, devices=jax.devices()[:2])
   model = dataclasses.replace(MODEL, encoder_layers=2)
-  stage = generator_stage.GeneratorStage(model, depth_loss_weights=(1, 2, 3, 4))
+  stage = generator_objective.GeneratorStage(model, depth_loss_weights=(1, 2, 3, 4))
   params = jax.eval_shape(lambda: nn.meta.unbox(stage.init(jax.random.key(0))))
   with rules.partitioned(mesh, rules.logical_axis_rules()):
     with pytest.raises(UserError, match='make_mesh.stage=2.*depth_loss_weights'):
@@ -99,4 +99,4 @@ def test_stages_of_a_pipeline_are_an_error():
 @pytest.mark.parametrize('weights', [(1, 2), (1, 2, 3, -4), (1, 2, 3, 0), ()])
 def test_weights_that_can_not_be_are_named(weights):
   with pytest.raises(UserError, match='GeneratorStage.depth_loss_weights='):
-    generator_stage.GeneratorStage(MODEL, depth_loss_weights=weights)
+    generator_objective.GeneratorStage(MODEL, depth_loss_weights=weights)

@@ -6,15 +6,15 @@ import shutil
 import numpy as np
 import safetensors
 
-from parti_jax import main
-from parti_jax.sampling import model_folder
-from parti_jax.sampling import pipeline
+from parti_jax.cli import main
+from parti_jax.exported_model import model_folder
+from parti_jax.sampling import text_to_image
 
 PARAMETERS = ['parti.safetensors', 'tokenizer.safetensors']
 
 
 def test_a_base_gives_what_is_not_told(tmp_path, capsys):
-  demo = pipeline.DEMO_FOLDER
+  demo = text_to_image.DEMO_FOLDER
   assert main.main(['export', f'--base={demo}', f'--output_dir={tmp_path}/model',
                     '--temperature=0.5']) == 0
   assert f'{tmp_path}/model: ' in capsys.readouterr().out
@@ -34,7 +34,7 @@ def test_a_base_gives_what_is_not_told(tmp_path, capsys):
 
 def test_a_folder_may_be_its_own_base(tmp_path):
   folder = tmp_path / 'model'
-  shutil.copytree(pipeline.DEMO_FOLDER, folder)
+  shutil.copytree(text_to_image.DEMO_FOLDER, folder)
   export = ['export', f'--base={folder}', f'--output_dir={folder}', '--top_k=7']
   assert main.main(export) == 2  # Nothing is replaced that the user did not say.
   assert main.main([*export, '--overwrite']) == 0

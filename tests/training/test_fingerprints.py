@@ -7,19 +7,19 @@ import numpy as np
 import optax
 import pytest
 
-from parti_jax import config
-from parti_jax import main
+from parti_jax.core import gin_config
+from parti_jax.cli import main
 from parti_jax.data import token_cache
 from parti_jax.data import vocabulary
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 from parti_jax.models import vit_vqgan
 from parti_jax.partitioning import mesh
-from parti_jax.sampling import model_folder
-from parti_jax.sampling import pipeline
-from parti_jax.training import checkpoints
+from parti_jax.exported_model import model_folder
+from parti_jax.sampling import text_to_image
+from parti_jax.checkpoints import run_checkpoints
 from parti_jax.training import configurables  # pylint: disable=unused-import
-from parti_jax.training import frozen_tokenizer
-from parti_jax.training import tokenizer_stage
+from parti_jax.training.objectives import frozen_tokenizer
+from parti_jax.training.objectives import tokenizer_objective
 from parti_jax.training import train_loop
 from parti_jax.training import trainer as trainer_lib
 
@@ -34,11 +34,11 @@ GENERATOR = ['--gin_file=gin_configs/runs/tiny_generator.gin', '--gin.train.batc
 
 def _write_tokenizer(folder, seed, change=lambda params: params):
   """A run of a tokenizer that was not trained."""
-  stage = tokenizer_stage.TokenizerStage(SIZES)
+  stage = tokenizer_objective.TokenizerStage(SIZES)
   trainer = trainer_lib.Trainer(stage, optax.sgd(0.1), mesh.make_mesh(8, 1, 1, 1), seed)
   state = trainer.create_state()
-  run = checkpoints.Checkpoints(folder)
-  run.save(1, state.replace(params=change(state.params)), {}, checkpoints.describe(stage))
+  run = run_checkpoints.Checkpoints(folder)
+  run.save(1, state.replace(params=change(state.params)), {}, run_checkpoints.describe(stage))
   run.close()
   return str(folder)
 
@@ -70,7 +70,7 @@ def parts(tmp_path_factory):
 
 
 def _demo_vocabulary():
-  return str(pipeline.DEMO_FOLDER / 'vocabulary.model')
+  return str(text_to_image.DEMO_FOLDER / 'vocabulary.model')
 
 
 def _export(parts, output, *flags, **changed):
@@ -178,7 +178,7 @@ def test_a_run_does_not_go_on_with_tokens_of_another_tokenizer(parts, tmp_path, 
   error = capsys.readouterr().err
   assert (f'the run {folder} was made with the tokenizer {_fingerprint(parts["A"])}, but the token '
           f'cache {parts["tokens_B"]} has {_fingerprint(parts["B"])}; set token_cache.path') in error
-  assert checkpoints.latest_checkpoint(folder).name == '1'
+  assert run_checkpoints.latest_checkpoint(folder).name == '1'
   assert _train(parts, folder, 'train.steps=2', 'train.allow_mismatch=True',
                 tokens='tokens_B') == 0
   assert 'warning: the run' in capsys.readouterr().err
@@ -233,7 +233,7 @@ def test_what_is_trained_on_a_tokenizers_pictures_keeps_to_it(parts, tmp_path, p
   tokenizer = lambda name: f"RankerStage.tokenizer = '{parts[name]}'"
 
   def train(*more):
-    config.parse(['gin_configs/runs/tiny_ranker.gin'], [*bindings, *more])
+    gin_config.parse(['gin_configs/runs/tiny_ranker.gin'], [*bindings, *more])
     train_loop.train(str(tmp_path / 'ranker'))
 
   train(tokenizer('A'))

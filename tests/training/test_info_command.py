@@ -7,14 +7,14 @@ from etils import epath
 import pytest
 
 import parti_jax
-from parti_jax import errors
-from parti_jax import main
-from parti_jax import storage
-from parti_jax.training import info_command
-from parti_jax.training import info_text
-from parti_jax.training import journal as journal_lib
-from parti_jax.training import manifest
-from parti_jax.training import run_lock
+from parti_jax.core import errors
+from parti_jax.cli import main
+from parti_jax.core import storage
+from parti_jax.cli import info
+from parti_jax.cli import info_text
+from parti_jax.runs import journal as journal_lib
+from parti_jax.checkpoints import manifest
+from parti_jax.runs import run_lock
 
 DEMO = pathlib.Path(parti_jax.__file__).parent / 'demo'
 VERSIONS = {'parti_jax': '0.1.0', 'jax': '0.10.2'}
@@ -102,7 +102,7 @@ def test_gin_values_that_differ_between_two_starts_are_named(tmp_path, capsys):
   for day, config in enumerate(['a', 'b', 'b', 'gone'], 1):
     time = f'2026-01-0{day} 10:00:00'
     _start(tmp_path, time, (time, 'start', '', _begun(0, config=f'configs/{config}.gin')))
-  starts = info_command.describe(str(tmp_path))['starts']
+  starts = info.describe(str(tmp_path))['starts']
   assert [start['changes'] for start in starts] == [
       [],
       ["folder.splits {'train': 'a.jsonl', 'test': 'b = c'} → {'train': 'a.jsonl', 'test': 'b = d'}",
@@ -131,18 +131,18 @@ def test_what_is_left_at_the_last_rate(tmp_path):
          *((f'2026-01-01 10:{minute:02}:00', 'progress', '', {'step': 10 * minute, 'loss': 'nan'})
            for minute in range(1, 60)),
          ('2026-01-01 12:00:00', 'checkpoint', '', {'step': 900}))
-  found = info_command.describe(str(tmp_path))
+  found = info.describe(str(tmp_path))
   # The last hour has the checkpoint alone, which gives no rate.
   assert found['steps_per_second'] is None and found['step'] == 900
   assert found['loss']['value'] == 'nan'
   (tmp_path / 'journal' / '20260101T100000.000Z-a-1-7.jsonl').write_text(''.join(
       line for line in (tmp_path / 'journal' / '20260101T100000.000Z-a-1-7.jsonl').open()
       if '12:00' not in line))
-  found = info_command.describe(str(tmp_path))
+  found = info.describe(str(tmp_path))
   assert found['state'] == 'killed' and found['seconds_left'] is None
   # The lock of a process on another host: it may still run.
   (tmp_path / 'lock.json').write_text('{"pid": 7, "host": "a-1", "boot": "another"}')
-  found = info_command.describe(str(tmp_path))
+  found = info.describe(str(tmp_path))
   assert found['state'] == 'running or killed'
   assert found['steps_per_second'] == pytest.approx(1 / 6)
   assert found['seconds_left'] == pytest.approx(410 * 6)
@@ -166,7 +166,7 @@ def test_checkpoints_are_compared_with_their_manifests(tmp_path, capsys):
   found = [line.partition('kB ')[2] for line in lines if '2026-01-01 00:00:00' in line]
   assert found == ['damaged: found damaged before',
                    'damaged: state/d is truncated (999 of 1000 bytes)', 'whole by its sizes']
-  *_, last = info_command.describe(str(tmp_path), verify=True)['checkpoints']
+  *_, last = info.describe(str(tmp_path), verify=True)['checkpoints']
   assert (last['step'], last['checked']) == (10, 'digests')
   assert last['fault'] == 'state/d has other bytes than were written'
 
@@ -174,7 +174,7 @@ def test_checkpoints_are_compared_with_their_manifests(tmp_path, capsys):
 def test_a_run_of_this_host_is_known_to_run(tmp_path, capsys):
   with run_lock.RunLock(tmp_path), journal_lib.Journal(tmp_path) as journal:
     journal.write('start', 'starting at step 0', **_begun(0))
-    assert info_command.describe(str(tmp_path))['state'] == 'running'
+    assert info.describe(str(tmp_path))['state'] == 'running'
   assert main.main(['info', str(tmp_path)]) == 0
   assert 'state       finished' in capsys.readouterr().out
 
@@ -196,7 +196,7 @@ def test_an_exported_model(tmp_path, capsys):
   assert 'missing' not in text
   (tmp_path / 'config.json').write_bytes((DEMO / 'config.json').read_bytes())
   (tmp_path / 'parti.safetensors').write_bytes(b'')
-  found = info_command.describe(str(tmp_path))
+  found = info.describe(str(tmp_path))
   assert found['missing'] == ['tokenizer.safetensors', 'ranker.safetensors',
                               'super_resolution.safetensors', 'vocabulary.model']
 
@@ -211,9 +211,9 @@ def test_other_folders_are_named(tmp_path, files, message):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text('{}')
   with pytest.raises(errors.UserError, match=message):
-    info_command.describe(str(tmp_path))
+    info.describe(str(tmp_path))
   with pytest.raises(errors.UserError, match='nowhere: not there'):
-    info_command.describe(str(tmp_path / 'nowhere'))
+    info.describe(str(tmp_path / 'nowhere'))
 
 
 @pytest.mark.parametrize('path, value', [

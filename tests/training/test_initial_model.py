@@ -6,14 +6,14 @@ import jax
 import numpy as np
 import pytest
 
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 from parti_jax.models import parti_config
 from parti_jax.partitioning import mesh
 from parti_jax.partitioning import rules
-from parti_jax.sampling import model_folder
-from parti_jax.sampling import pipeline
-from parti_jax.training import checkpoints
-from parti_jax.training import generator_stage
+from parti_jax.exported_model import model_folder
+from parti_jax.sampling import text_to_image
+from parti_jax.checkpoints import run_checkpoints
+from parti_jax.training.objectives import generator_objective
 from parti_jax.training import inputs
 from parti_jax.training import optimizers
 from parti_jax.training import run as run_lib
@@ -29,24 +29,24 @@ def abstract_params(stage):
 
 
 def test_the_shipped_model_is_put_on_the_mesh_as_it_is():
-  model = model_folder.load(pipeline.DEMO_FOLDER)
-  stage = generator_stage.GeneratorStage(model.parti_config)
+  model = model_folder.load(text_to_image.DEMO_FOLDER)
+  stage = generator_objective.GeneratorStage(model.parti_config)
   abstract = abstract_params(stage)
-  params = checkpoints.read_model_folder(
-      pipeline.DEMO_FOLDER, stage, abstract, inputs.Inputs(stage, {}, False))
+  params = run_checkpoints.read_model_folder(
+      text_to_image.DEMO_FOLDER, stage, abstract, inputs.Inputs(stage, {}, False))
   jax.tree.map(np.testing.assert_array_equal, params, model.parti_params)
   assert jax.tree.all(jax.tree.map(lambda leaf, like: leaf.sharding == like.sharding,
                                    params, abstract))
 
 
 def test_a_model_of_other_sizes_is_refused():
-  stage = generator_stage.GeneratorStage(parti_config.PartiConfig(width=64, heads=2))
+  stage = generator_objective.GeneratorStage(parti_config.PartiConfig(width=64, heads=2))
   with pytest.raises(UserError, match='width is 192 there and 64 here'):
-    checkpoints.read_model_folder(
-        pipeline.DEMO_FOLDER, stage, None, inputs.Inputs(stage, {}, False))
+    run_checkpoints.read_model_folder(
+        text_to_image.DEMO_FOLDER, stage, None, inputs.Inputs(stage, {}, False))
 
 
-class _Borrower(generator_stage.GeneratorStage):
+class _Borrower(generator_objective.GeneratorStage):
   """Takes its text encoder from somewhere."""
 
   asked = 0
@@ -55,7 +55,7 @@ class _Borrower(generator_stage.GeneratorStage):
     assert inputs.state() == {'vocabulary': None, 'tokenizer': None}
     type(self).asked += 1
     ones = jax.tree.map(lambda leaf: np.ones(leaf.shape), abstract_params['text_encoder'])
-    return {'text_encoder': checkpoints.put_like(ones, abstract_params['text_encoder'])}
+    return {'text_encoder': run_checkpoints.put_like(ones, abstract_params['text_encoder'])}
 
 
 def test_a_stage_may_take_parts_from_elsewhere(tmp_path):

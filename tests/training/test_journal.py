@@ -7,10 +7,10 @@ import re
 import pytest
 
 import parti_jax
-from parti_jax import storage
-from parti_jax.training import journal as journal_lib
-from parti_jax.training import story
-from parti_jax.training import surroundings
+from parti_jax.core import storage
+from parti_jax.runs import journal as journal_lib
+from parti_jax.runs import history
+from parti_jax.runs import environment
 
 
 def _records(folder):
@@ -91,7 +91,7 @@ def test_on_a_store_files_are_written_anew(tmp_path):
   with journal_lib.Journal(folder) as journal:
     journal.start('starts', 'a = 1\n', step=3)
     journal.write('odd')
-  (start,) = story.read(folder).starts
+  (start,) = history.read(folder).starts
   assert [record['event'] for record in start.records] == ['start', 'odd', 'stop']
   assert (start.name, start.first_step) == (journal.name, 3)
   assert storage.names(folder) == ['config.gin', 'configs', 'journal']
@@ -99,7 +99,7 @@ def test_on_a_store_files_are_written_anew(tmp_path):
 
 def test_the_commit_of_a_checkout():
   top = pathlib.Path(parti_jax.__file__).parents[1]
-  found = surroundings.git_revision()
+  found = environment.git_revision()
   if not (top / '.git').exists():
     assert found is None
   else:
@@ -124,8 +124,8 @@ def test_progress_is_written_now_and_then(tmp_path, monkeypatch):
 def test_surroundings_hold_nothing_secret(monkeypatch):
   monkeypatch.setenv('JAX_TRACEBACK_FILTERING', 'off')
   monkeypatch.setenv('AWS_SECRET_ACCESS_KEY', 'hidden')
-  monkeypatch.setattr(surroundings.sys, 'argv', ['parti-jax', 's3://me:hidden@host/a b'])
-  found = surroundings.describe()
+  monkeypatch.setattr(environment.sys, 'argv', ['parti-jax', 's3://me:hidden@host/a b'])
+  found = environment.describe()
   assert found['environment']['JAX_TRACEBACK_FILTERING'] == 'off'
   assert 'hidden' not in json.dumps(found)
   assert found['command'] == "parti-jax 's3://***@host/a b'"

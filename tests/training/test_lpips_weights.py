@@ -8,13 +8,13 @@ import optax
 import pytest
 import safetensors.numpy
 
-from parti_jax import optional_packages
-from parti_jax.errors import UserError
+from parti_jax.core import optional_packages
+from parti_jax.core.errors import UserError
 from parti_jax.models import lpips
 from parti_jax.models import vit_vqgan
 from parti_jax.partitioning import mesh as mesh_lib
-from parti_jax.training import lpips_weights
-from parti_jax.training import tokenizer_stage
+from parti_jax.training.objectives import lpips_weights
+from parti_jax.training.objectives import tokenizer_objective
 from parti_jax.training import trainer as trainer_lib
 
 
@@ -90,7 +90,7 @@ def test_the_tokenizer_learns_by_it_and_does_not_keep_it(files):
       image_size=16, patch_size=8, encoder_layers=1, encoder_width=8, encoder_mlp_width=16,
       encoder_heads=2, decoder_layers=1, decoder_width=8, decoder_mlp_width=16, decoder_heads=2,
       codebook_size=6, code_dim=3, dtype='float32')
-  stage = tokenizer_stage.TokenizerStage(
+  stage = tokenizer_objective.TokenizerStage(
       sizes, perceptual_weight=0.5, vgg16_weights=str(folder / 'vgg16.safetensors'),
       lpips_weights=str(folder / 'heads.safetensors'))
   mesh = mesh_lib.make_mesh(data=2, devices=jax.devices()[:2])
@@ -99,7 +99,7 @@ def test_the_tokenizer_learns_by_it_and_does_not_keep_it(files):
   state = trainer.create_state()
   params = jax.device_get(state.params)
   state, metrics = trainer.step(state, trainer.put({'images': images}))
-  assert set(state.params) == set(tokenizer_stage.PARTS)
+  assert set(state.params) == set(tokenizer_objective.PARTS)
   real = images / np.float32(255)
 
   @jax.jit

@@ -16,20 +16,20 @@ import optax
 import pytest
 from PIL import Image
 
-from parti_jax import config
-from parti_jax import main
+from parti_jax.core import gin_config
+from parti_jax.cli import main
 from parti_jax.models import vit_vqgan
 from parti_jax.partitioning import mesh as mesh_lib
-from parti_jax.training import checkpoints
+from parti_jax.checkpoints import run_checkpoints
 from parti_jax.training import configurables  # pylint: disable=unused-import
-from parti_jax.training import hosts
-from parti_jax.training import manifest
-from parti_jax.training import preemption
+from parti_jax.runs import distributed
+from parti_jax.checkpoints import manifest
+from parti_jax.runs import preemption
 from parti_jax.training import reporting
-from parti_jax.training import tokenizer_stage
+from parti_jax.training.objectives import tokenizer_objective
 from parti_jax.training import train_loop
 from parti_jax.training import trainer
-from parti_jax.training import watched_process
+from parti_jax.runs import supervisor
 
 GENERATOR = 'gin_configs/runs/tiny_generator.gin'
 # Most of the time of these processes goes into compilation.
@@ -92,7 +92,7 @@ def _alone(folder, bindings, monkeypatch):
   shown = []
   monkeypatch.setattr(reporting.Reporter, 'metrics',
                       lambda _, step, values: shown.append({'step': step, **values}))
-  config.parse([GENERATOR], bindings)
+  gin_config.parse([GENERATOR], bindings)
   train_loop.train(str(folder))
   return shown
 
@@ -107,13 +107,13 @@ def _bindings(generator_bindings):
 @pytest.fixture(name='tokenizer_run')
 def _tokenizer_run(tmp_path):
   """A run of the tiny tokenizer, as it is before its first step."""
-  stage = tokenizer_stage.TokenizerStage(vit_vqgan.ViTVQGANConfig(
+  stage = tokenizer_objective.TokenizerStage(vit_vqgan.ViTVQGANConfig(
       image_size=16, patch_size=4, encoder_layers=1, encoder_width=16, encoder_mlp_width=16,
       encoder_heads=2, decoder_layers=1, decoder_width=16, decoder_mlp_width=16, decoder_heads=2,
       codebook_size=64, code_dim=4, dtype='float32'))
   untrained = trainer.Trainer(stage, optax.sgd(0.1), mesh_lib.make_mesh())
-  saved = checkpoints.Checkpoints(tmp_path / 'tokenizer')
-  saved.save(0, untrained.create_state(), {}, checkpoints.describe(stage))
+  saved = run_checkpoints.Checkpoints(tmp_path / 'tokenizer')
+  saved.save(0, untrained.create_state(), {}, run_checkpoints.describe(stage))
   saved.close()
   return tmp_path / 'tokenizer'
 
@@ -259,10 +259,10 @@ def test_the_surroundings_tell_of_other_processes(monkeypatch, environment, seve
   for name, value in environment.items():
     monkeypatch.setenv(name, value)
   parser = argparse.ArgumentParser()
-  hosts.add_arguments(parser)
-  found = hosts.processes(parser.parse_args([]))
-  assert found == (hosts.Processes(None, None, None, 300) if several else None)
-  assert hosts.processes(parser.parse_args(['--multi_host'])) is not None
+  distributed.add_arguments(parser)
+  found = distributed.processes(parser.parse_args([]))
+  assert found == (distributed.Processes(None, None, None, 300) if several else None)
+  assert distributed.processes(parser.parse_args(['--multi_host'])) is not None
 
 
 @pytest.mark.parametrize('connected, process, words, expected', [
@@ -275,10 +275,10 @@ def test_the_surroundings_tell_of_other_processes(monkeypatch, environment, seve
     (True, 1, 'Failed to send RPC to coordination service', 'process 0 of this run, the coord'),
 ])
 def test_what_the_runtime_says_is_explained(connected, process, words, expected):
-  watched = watched_process.WatchedProcess()
+  watched = supervisor.WatchedProcess()
   if connected:
     watched.connect()
-  line = hosts.explanation(hosts.Processes('a:1', 4, process, 300), watched, words)
+  line = distributed.explanation(distributed.Processes('a:1', 4, process, 300), watched, words)
   assert expected in line and '\n' not in line
 
 

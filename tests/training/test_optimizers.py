@@ -8,15 +8,15 @@ import optax
 import pytest
 
 from parti_jax.models import coca
-from parti_jax.models import layers
+from parti_jax.models.nn import layers
 from parti_jax.models import parti_config
 from parti_jax.models import vit_vqgan
 from parti_jax.partitioning import factored
-from parti_jax.training import generator_stage
+from parti_jax.training.objectives import generator_objective
 from parti_jax.training import optimizers
-from parti_jax.training import ranker_stage
-from parti_jax.training import text_encoder_stage
-from parti_jax.training import tokenizer_stage
+from parti_jax.training.objectives import ranker_objective
+from parti_jax.training.objectives import text_encoder_objective
+from parti_jax.training.objectives import tokenizer_objective
 
 
 def _state_with(state, name):
@@ -179,9 +179,9 @@ _TOKENIZER = vit_vqgan.ViTVQGANConfig(
 
 
 @pytest.mark.parametrize('stage', [
-    generator_stage.GeneratorStage(_SIZES), ranker_stage.RankerStage(_COCA),
-    tokenizer_stage.TokenizerStage(_TOKENIZER),
-    text_encoder_stage.TextEncoderStage(_SIZES, _COCA, contrastive_weight=1.0)],
+    generator_objective.GeneratorStage(_SIZES), ranker_objective.RankerStage(_COCA),
+    tokenizer_objective.TokenizerStage(_TOKENIZER),
+    text_encoder_objective.TextEncoderStage(_SIZES, _COCA, contrastive_weight=1.0)],
                          ids=lambda stage: stage.name)
 def test_every_kernel_of_attention_is_factored_by_its_logical_axes(stage):
   boxed = jax.eval_shape(stage.init, jax.random.key(0))
@@ -207,7 +207,7 @@ def test_the_second_moments_of_the_largest_model_take_next_to_nothing():
   sizes = parti_config.PartiConfig(
       encoder_layers=16, decoder_layers=64, width=4096, mlp_width=16384, heads=64)
   params = nn.meta.unbox(
-      jax.eval_shape(generator_stage.GeneratorStage(sizes).init, jax.random.key(0)))
+      jax.eval_shape(generator_objective.GeneratorStage(sizes).init, jax.random.key(0)))
   moment = _state_with(jax.eval_shape(optimizers.adafactor(1.0).init, params), 'v_row')
   size = sum(leaf.size * leaf.dtype.itemsize
              for leaf in jax.tree.leaves((moment.v, moment.v_row, moment.v_col)))
@@ -247,7 +247,7 @@ def test_every_kernel_of_a_model_is_decayed_and_nothing_else():
   sizes = parti_config.PartiConfig(
       encoder_layers=1, decoder_layers=1, width=8, mlp_width=8, heads=2, text_vocabulary=8,
       text_length=2, codebook_size=8, grid=(2, 2))
-  boxed = jax.eval_shape(generator_stage.GeneratorStage(sizes).init, jax.random.key(0))
+  boxed = jax.eval_shape(generator_objective.GeneratorStage(sizes).init, jax.random.key(0))
   for path, decays in jax.tree_util.tree_leaves_with_path(
       optimizers.decayed(nn.meta.unbox(boxed))):
     assert decays == ('kernel' in jax.tree_util.keystr(path)), path

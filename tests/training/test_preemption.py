@@ -12,12 +12,12 @@ import threading
 
 import pytest
 
-from parti_jax import main
-from parti_jax.training import checkpoints as run_checkpoints
+from parti_jax.cli import main
+from parti_jax.checkpoints import run_checkpoints as run_checkpoints
 from parti_jax.training import configurables  # pylint: disable=unused-import
-from parti_jax.training import gce_notice
-from parti_jax.training import preemption
-from parti_jax.training import run_lock
+from parti_jax.runs import gce_notice
+from parti_jax.runs import preemption
+from parti_jax.runs import run_lock
 
 # Stands in for a run: its journal and its newest checkpoint; the loop is in each test.
 _BEGINNING = """
@@ -116,7 +116,7 @@ def test_a_run_saves_at_sigterm_and_while_it_trains_no_other_may_begin(
   repository = pathlib.Path(preemption.__file__).parents[2]
   quick = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
   with subprocess.Popen(
-      [sys.executable, '-m', 'parti_jax.main', *arguments], cwd=repository, text=True,
+      [sys.executable, '-m', 'parti_jax.cli.main', *arguments], cwd=repository, text=True,
       env=os.environ | {'XLA_FLAGS': quick}, stderr=subprocess.PIPE) as running:
     for line in running.stderr:
       if line.startswith('step 2:'):

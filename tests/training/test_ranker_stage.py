@@ -5,15 +5,15 @@ import jax
 import numpy as np
 import pytest
 
-from parti_jax import config
-from parti_jax.errors import UserError
+from parti_jax.core import gin_config
+from parti_jax.core.errors import UserError
 from parti_jax.models import coca
 from parti_jax.models import contrastive
-from parti_jax.models import layers
+from parti_jax.models.nn import layers
 from parti_jax.models import vit_vqgan
 from parti_jax.training import configurables  # pylint: disable=unused-import
-from parti_jax.training import frozen_tokenizer
-from parti_jax.training import ranker_stage
+from parti_jax.training.objectives import frozen_tokenizer
+from parti_jax.training.objectives import ranker_objective
 from parti_jax.training import train_loop
 
 SIZES = coca.CoCaConfig(
@@ -37,7 +37,7 @@ def _keys(batch=4):
 
 
 def test_the_loss_is_the_weighted_sum_of_both():
-  stage = ranker_stage.RankerStage(SIZES, contrastive_weight=0.5, caption_weight=3.0)
+  stage = ranker_objective.RankerStage(SIZES, contrastive_weight=0.5, caption_weight=3.0)
   params, batch = nn.meta.unbox(jax.jit(stage.init)(jax.random.key(0))), _batch()
   loss, aux = jax.jit(stage.loss)(params, batch, _keys(), 0)
   out = jax.jit(coca.CoCa(SIZES).apply)(
@@ -58,7 +58,7 @@ def test_the_loss_is_the_weighted_sum_of_both():
 
 def test_pictures_move_by_at_most_so_many_pixels_and_repeat_their_edge():
   images = np.random.default_rng(2).uniform(size=(40, 6, 5, 3)).astype(np.float32)
-  moved = np.asarray(ranker_stage.shifted(images, jax.random.split(jax.random.key(0), 40), 2))
+  moved = np.asarray(ranker_objective.shifted(images, jax.random.split(jax.random.key(0), 40), 2))
   seen = set()
   for image, other in zip(images, moved):
     padded = np.pad(image, ((2, 2), (2, 2), (0, 0)), 'edge')
@@ -71,11 +71,11 @@ def test_pictures_move_by_at_most_so_many_pixels_and_repeat_their_edge():
 
 def test_noise_is_bounded_and_differs_by_picture():
   grey = np.full((50, 4, 4, 3), 0.5, np.float32)
-  noise = np.asarray(ranker_stage.noisy(grey, jax.random.split(jax.random.key(0), 50), 0.1)) - 0.5
+  noise = np.asarray(ranker_objective.noisy(grey, jax.random.split(jax.random.key(0), 50), 0.1)) - 0.5
   deviations = noise.std(axis=(1, 2, 3))
   assert deviations.max() < 0.14 and deviations.min() < 0.02
   assert np.mean(deviations) == pytest.approx(0.05, abs=0.01)
-  white = np.asarray(ranker_stage.noisy(grey + 0.5, jax.random.split(jax.random.key(0), 50), 0.1))
+  white = np.asarray(ranker_objective.noisy(grey + 0.5, jax.random.split(jax.random.key(0), 50), 0.1))
   assert white.max() <= 1
 
 
@@ -93,7 +93,7 @@ def fixture_tokenizer(monkeypatch):
 
 def test_one_picture_of_so_many_goes_through_the_tokenizer(tokenizer):
   module, params = tokenizer
-  stage = ranker_stage.RankerStage(SIZES, tokenizer='run', reconstruct_every=2)
+  stage = ranker_objective.RankerStage(SIZES, tokenizer='run', reconstruct_every=2)
   images = _batch()['images']
   constants = stage.constants()
   varied = np.asarray(jax.jit(stage._varied)(  # pylint: disable=protected-access
@@ -104,23 +104,23 @@ def test_one_picture_of_so_many_goes_through_the_tokenizer(tokenizer):
   np.testing.assert_allclose(varied[::2], again, atol=1e-5)
   np.testing.assert_allclose(varied[1::2], plain[1::2], atol=1e-7)
   with pytest.raises(UserError, match='reconstruct_every=3 .* 4 examples'):
-    jax.eval_shape(ranker_stage.RankerStage(SIZES, tokenizer='run', reconstruct_every=3)._varied,
+    jax.eval_shape(ranker_objective.RankerStage(SIZES, tokenizer='run', reconstruct_every=3)._varied,
                    constants, images, _keys())
 
 
 def test_retrieval_counts_own_candidates_that_are_nearest():
   candidates = np.eye(4)[[0, 1, 2, 2]]
   queries = np.eye(4)[[0, 2, 2, 2]]
-  assert ranker_stage.retrieval(queries, candidates) == 0.75
+  assert ranker_objective.retrieval(queries, candidates) == 0.75
 
 
 def test_values_that_can_not_be():
   with pytest.raises(UserError, match='RankerStage.shift=-1'):
-    ranker_stage.RankerStage(SIZES, shift=-1)
+    ranker_objective.RankerStage(SIZES, shift=-1)
 
 
 def test_a_run_learns_captions_and_pictures_of_a_folder(tmp_path, pictures_folder):
-  config.parse(['gin_configs/runs/tiny_ranker.gin'], [
+  gin_config.parse(['gin_configs/runs/tiny_ranker.gin'], [
       f"folder.path = '{pictures_folder}'",
       "folder.splits = {'train': 'train.jsonl', 'validation': 'validation.jsonl'}",
       "train.eval_split = 'validation'", 'train.steps = 12', 'train.log_every = 12',

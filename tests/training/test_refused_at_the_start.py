@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from parti_jax import main
+from parti_jax.cli import main
 from parti_jax.training import configurables  # pylint: disable=unused-import
 from parti_jax.training import memory
 

@@ -9,18 +9,18 @@ import gin
 import jax
 import pytest
 
-from parti_jax import config
+from parti_jax.core import gin_config
 from parti_jax.data import datasets
 from parti_jax.data import examples
-from parti_jax.errors import UserError
-from parti_jax.models import layers
+from parti_jax.core.errors import UserError
+from parti_jax.models.nn import layers
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.partitioning import rules
 from parti_jax.training import configurables  # pylint: disable=unused-import
 from parti_jax.training import state as state_lib
 from parti_jax.training import train_loop
 
-RUNS = sorted(path.name for path in (config.folder() / 'runs').glob('*.gin'))
+RUNS = sorted(path.name for path in (gin_config.folder() / 'runs').glob('*.gin'))
 PAPERS_PARTI = ['parti_350m.gin', 'parti_750m.gin', 'parti_3b.gin', 'parti_20b.gin']
 
 
@@ -55,7 +55,7 @@ def test_the_papers_runs_are_there():
 
 @pytest.mark.parametrize('name', RUNS)
 def test_a_run_makes_its_state_abstractly(name):
-  config.parse([f'gin_configs/runs/{name}'], [])
+  gin_config.parse([f'gin_configs/runs/{name}'], [])
   stage, schedule, optimizer = _value('stage'), _value('schedule'), _value('optimizer')
   steps, batch_size = _value('steps'), _value('batch_size')
   mesh, table = _mesh(256), rules.logical_axis_rules()
@@ -74,7 +74,7 @@ def test_a_run_makes_its_state_abstractly(name):
 def test_every_generator_loses_a_tenth_of_its_texts():
   rates = {}
   for name in RUNS:
-    config.parse([f'gin_configs/runs/{name}'], [])
+    gin_config.parse([f'gin_configs/runs/{name}'], [])
     if gin.query_parameter('train.task') in datasets.TOKEN_TASKS:
       with contextlib.suppress(ValueError):
         rates[name] = gin.query_parameter('drop_text.rate')
@@ -85,7 +85,7 @@ def test_every_generator_loses_a_tenth_of_its_texts():
 
 @pytest.mark.parametrize('name', PAPERS_PARTI)
 def test_parti_trains_as_in_the_paper(name):
-  config.parse([f'gin_configs/runs/{name}'], [])
+  gin_config.parse([f'gin_configs/runs/{name}'], [])
   assert _value('steps') == 450000 and _value('batch_size') == 8192
   assert [float(_value('schedule')(step)) for step in (0, 5000, 85000, 450000)] == pytest.approx(
       [0, 4.5e-5, 4.5e-5, 1.125e-6])
@@ -98,7 +98,7 @@ def test_parti_trains_as_in_the_paper(name):
     ('vit_vqgan_small.gin', (8 * 3.1 + 8 * 3.1, 0.1)), ('vit_vqgan_base.gin', (24 * 7.1, 0.1)),
     ('vit_vqgan_large_decoder.gin', (8 * 3.1 + 600, 0.1))])
 def test_tokenizers_train_as_in_the_paper(name, millions):
-  config.parse([f'gin_configs/runs/{name}'], [])
+  gin_config.parse([f'gin_configs/runs/{name}'], [])
   stage = _value('stage')
   weights = {loss: getattr(stage, f'{loss}_weight') for loss in (
       'l2', 'logit_laplace', 'perceptual', 'adversarial', 'quantizer', 'coarse_l2')}
@@ -116,7 +116,7 @@ def test_tokenizers_train_as_in_the_paper(name, millions):
 def test_the_20b_model_fits_on_the_devices_of_its_mesh():
   # Parameters, gradients and both moments of Adafactor, without activations. A whole second moment
   # of the attention kernels would be 0.14 more.
-  config.parse(['gin_configs/runs/parti_20b.gin'], [])
+  gin_config.parse(['gin_configs/runs/parti_20b.gin'], [])
   state = state_lib.abstract_state(
       _value('stage'), _value('optimizer')(_value('schedule')), _mesh(256),
       rules.logical_axis_rules())
@@ -128,12 +128,12 @@ def test_the_20b_model_fits_on_the_devices_of_its_mesh():
 
 
 def test_a_task_with_more_ids_than_the_model_has_room_for_is_named(tokens_folder):
-  config.parse(['gin_configs/runs/tiny_generator.gin'],
+  gin_config.parse(['gin_configs/runs/tiny_generator.gin'],
                [f"token_cache.path = '{tokens_folder}'", 'PartiConfig.text_vocabulary = 1999'])
   with pytest.raises(UserError,
                      match=r"PartiConfig\.text_vocabulary=1999.* 2000 ids in 'inputs'"):
     train_loop.check_vocabularies(_value('stage'), 'cached_tokens')
-  config.parse(['gin_configs/runs/tiny_generator.gin'],
+  gin_config.parse(['gin_configs/runs/tiny_generator.gin'],
                [f"token_cache.path = '{tokens_folder}'", 'PartiConfig.codebook_size = 128'])
   with pytest.raises(UserError,
                      match=r"PartiConfig\.codebook_size=128.* 64 ids in 'targets'"):

@@ -6,9 +6,9 @@ import threading
 
 import pytest
 
-from parti_jax import errors
-from parti_jax import storage
-from parti_jax.training import run_lock
+from parti_jax.core import errors
+from parti_jax.core import storage
+from parti_jax.runs import run_lock
 
 
 @pytest.fixture(autouse=True)

@@ -6,16 +6,16 @@ import jax
 import numpy as np
 import pytest
 
-from parti_jax import fingerprints
-from parti_jax.errors import UserError
+from parti_jax.core import fingerprints
+from parti_jax.core.errors import UserError
 from parti_jax.models import vit_vqgan
 from parti_jax.partitioning import mesh
-from parti_jax.training import checkpoints
-from parti_jax.training import frozen_tokenizer
+from parti_jax.checkpoints import run_checkpoints
+from parti_jax.training.objectives import frozen_tokenizer
 from parti_jax.training import inputs
 from parti_jax.training import optimizers
 from parti_jax.training import state as state_lib
-from parti_jax.training import tokenizer_stage
+from parti_jax.training.objectives import tokenizer_objective
 from parti_jax.training import train_loop
 from parti_jax.training import trainer as trainer_lib
 
@@ -54,10 +54,10 @@ def first_phase(tmp_path_factory):
   """A run of a first phase, with an average of its weights: its folder, trainer and last state."""
   folder = tmp_path_factory.mktemp('first')
   trainer = _trainer(
-      tokenizer_stage.TokenizerStage(CONFIG, revive_every=2, revive_until=100, ema=0.9))
+      tokenizer_objective.TokenizerStage(CONFIG, revive_every=2, revive_until=100, ema=0.9))
   state = _trained(trainer, trainer.create_state())
-  run = checkpoints.Checkpoints(folder)
-  run.save(3, state, {}, checkpoints.describe(trainer.stage))
+  run = run_checkpoints.Checkpoints(folder)
+  run.save(3, state, {}, run_checkpoints.describe(trainer.stage))
   run.close()
   return folder, trainer, jax.device_get(state)
 
@@ -75,7 +75,7 @@ def test_frozen_parts_do_not_move_when_the_same_run_goes_on(first_phase):
 
 def test_a_larger_decoder_learns_the_tokens_of_a_first_phase(first_phase, tmp_path):
   folder, trainer, first = first_phase
-  stage = tokenizer_stage.TokenizerStage(
+  stage = tokenizer_objective.TokenizerStage(
       dataclasses.replace(CONFIG, decoder_layers=2, decoder_width=16), frozen=FROZEN,
       first_phase=str(folder), ema=0.9)
   second = _trainer(stage)
@@ -95,17 +95,17 @@ def test_a_larger_decoder_learns_the_tokens_of_a_first_phase(first_phase, tmp_pa
     assert fingerprints.of_tokenizer(params) == fingerprints.of_tokenizer(averaged)
 
   # What draws finds the average.
-  run = checkpoints.Checkpoints(tmp_path)
-  run.save(3, after, {}, checkpoints.describe(stage))
+  run = run_checkpoints.Checkpoints(tmp_path)
+  run.save(3, after, {}, run_checkpoints.describe(stage))
   run.close()
   found = frozen_tokenizer.load(tmp_path)
-  assert found.config == stage.model and found.params.keys() == set(tokenizer_stage.PARTS)
+  assert found.config == stage.model and found.params.keys() == set(tokenizer_objective.PARTS)
   jax.tree.map(np.testing.assert_array_equal, found.params, after.statistics['average'])
 
 
 def test_a_decoder_of_the_same_size_goes_on_from_the_first_phase(first_phase, tmp_path):
   folder, _, first = first_phase
-  second = _trainer(tokenizer_stage.TokenizerStage(CONFIG, first_phase=str(folder)))
+  second = _trainer(tokenizer_objective.TokenizerStage(CONFIG, first_phase=str(folder)))
   parts = train_loop.initial_parts(second, tmp_path, inputs.Inputs(second.stage, {}, False))
   jax.tree.map(np.testing.assert_array_equal, parts, dict(state_lib.averaged(first)))
 
@@ -113,7 +113,7 @@ def test_a_decoder_of_the_same_size_goes_on_from_the_first_phase(first_phase, tm
 def test_a_first_phase_of_other_sizes_is_named(first_phase, tmp_path):
   folder, _, _ = first_phase
   other = dataclasses.replace(CONFIG, codebook_size=32)
-  second = _trainer(tokenizer_stage.TokenizerStage(other, first_phase=str(folder)))
+  second = _trainer(tokenizer_objective.TokenizerStage(other, first_phase=str(folder)))
   with pytest.raises(UserError, match='first_phase=.*codebook_size is 16 there and 32 here'):
     train_loop.initial_parts(second, tmp_path, inputs.Inputs(second.stage, {}, False))
   nowhere = dataclasses.replace(second.stage, first_phase=str(tmp_path / 'nowhere'))
@@ -123,4 +123,4 @@ def test_a_first_phase_of_other_sizes_is_named(first_phase, tmp_path):
 
 def test_part_that_does_not_exist_is_named():
   with pytest.raises(UserError, match='encodr.*encoder, quantizer and decoder'):
-    tokenizer_stage.TokenizerStage(CONFIG, frozen=('encodr',))
+    tokenizer_objective.TokenizerStage(CONFIG, frozen=('encodr',))

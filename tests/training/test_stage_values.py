@@ -5,25 +5,25 @@ import dataclasses
 import optax
 import pytest
 
-from parti_jax import checks
-from parti_jax import config
-from parti_jax.errors import UserError
+from parti_jax.core import checks
+from parti_jax.core import gin_config
+from parti_jax.core.errors import UserError
 from parti_jax.models import coca
 from parti_jax.models import parti_config
 from parti_jax.models import super_resolution
 from parti_jax.models import vit_vqgan
-from parti_jax.training import generator_stage
-from parti_jax.training import ranker_stage
-from parti_jax.training import super_resolution_stage
-from parti_jax.training import text_encoder_stage
-from parti_jax.training import tokenizer_stage
+from parti_jax.training.objectives import generator_objective
+from parti_jax.training.objectives import ranker_objective
+from parti_jax.training.objectives import super_resolution_objective
+from parti_jax.training.objectives import text_encoder_objective
+from parti_jax.training.objectives import tokenizer_objective
 
 STAGES = {
-    generator_stage.GeneratorStage: {'model': parti_config.PartiConfig()},
-    tokenizer_stage.TokenizerStage: {'model': vit_vqgan.ViTVQGANConfig()},
-    ranker_stage.RankerStage: {'model': coca.CoCaConfig()},
-    text_encoder_stage.TextEncoderStage: {'model': parti_config.PartiConfig()},
-    super_resolution_stage.SuperResolutionStage: {
+    generator_objective.GeneratorStage: {'model': parti_config.PartiConfig()},
+    tokenizer_objective.TokenizerStage: {'model': vit_vqgan.ViTVQGANConfig()},
+    ranker_objective.RankerStage: {'model': coca.CoCaConfig()},
+    text_encoder_objective.TextEncoderStage: {'model': parti_config.PartiConfig()},
+    super_resolution_objective.SuperResolutionStage: {
         'model': super_resolution.SuperResolutionConfig(), 'image_size': 64}}
 FIELDS = [(stage, field.name) for stage in STAGES for field in dataclasses.fields(stage)
           if field.name != 'discriminator_optimizer']
@@ -50,12 +50,12 @@ def test_what_is_given_is_what_is_kept():
     for field in dataclasses.fields(stage):
       if field.name not in given:
         assert getattr(made, field.name) == field.default
-  assert tokenizer_stage.TokenizerStage(
+  assert tokenizer_objective.TokenizerStage(
       vit_vqgan.ViTVQGANConfig(), frozen=['encoder']).frozen == ('encoder',)
 
 
 def test_sizes_without_their_call_in_gin_are_named():
-  config.parse([], ['GeneratorStage.model = @PartiConfig'])
+  gin_config.parse([], ['GeneratorStage.model = @PartiConfig'])
   with pytest.raises(UserError, match=r'GeneratorStage.model=.*; in gin, write @PartiConfig\(\)'):
-    generator_stage.GeneratorStage()
-  config.parse([], [])
+    generator_objective.GeneratorStage()
+  gin_config.parse([], [])

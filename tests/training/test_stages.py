@@ -7,13 +7,13 @@ import numpy as np
 import optax
 import pytest
 
-from parti_jax.models import layers
+from parti_jax.models.nn import layers
 from parti_jax.models import parti
 from parti_jax.models import parti_config
 from parti_jax.models import vit_vqgan
 from parti_jax.partitioning import mesh as mesh_lib
-from parti_jax.training import generator_stage
-from parti_jax.training import tokenizer_stage
+from parti_jax.training.objectives import generator_objective
+from parti_jax.training.objectives import tokenizer_objective
 from parti_jax.training import trainer as trainer_lib
 
 TOKENIZER = vit_vqgan.ViTVQGANConfig(
@@ -35,7 +35,7 @@ def test_logit_laplace_is_a_density_of_the_squeezed_pixel(mean, log_scale):
   logits = np.linspace(-25, 25, 200_001)
   x = 1 / (1 + np.exp(-logits))
   pixels = jnp.asarray((x - 0.1) / 0.8, jnp.float32)[:, None, None, None]
-  loss = tokenizer_stage.logit_laplace_loss(pixels, mean, jnp.full_like(pixels, log_scale))
+  loss = tokenizer_objective.logit_laplace_loss(pixels, mean, jnp.full_like(pixels, log_scale))
   inner = (x > 1e-4) & (x < 1 - 1e-4)  # Where float32 still tells x from 0 and 1.
   assert np.trapezoid(np.exp(-np.asarray(loss))[inner], x[inner]) == pytest.approx(1, abs=2e-3)
 
@@ -44,12 +44,12 @@ def test_logit_laplace_by_formula():
   pixel, mean, scale = 0.7, 0.4, 0.3
   x = 0.8 * pixel + 0.1
   density = np.exp(-abs(np.log(x / (1 - x)) - mean) / scale) / (2 * scale * x * (1 - x))
-  loss = tokenizer_stage.logit_laplace_loss(
+  loss = tokenizer_objective.logit_laplace_loss(
       _one_pixel(pixel), _one_pixel(mean), _one_pixel(np.log(scale)))
   np.testing.assert_allclose(loss, [-np.log(density)], rtol=1e-5)
   # Pixels at both ends are finite, however small the scale gets.
   for pixel in (0.0, 1.0):
-    loss = tokenizer_stage.logit_laplace_loss(
+    loss = tokenizer_objective.logit_laplace_loss(
         _one_pixel(pixel), _one_pixel(0.0), _one_pixel(-100.0))
     assert np.isfinite(loss).all()
 
@@ -58,14 +58,14 @@ def test_psnr_in_decibels():
   images = np.zeros((2, 2, 2, 3), np.float32)
   images[1] = 0.5
   np.testing.assert_allclose(
-      tokenizer_stage.psnr(images, np.full_like(images, 0.1)), [20, -10 * np.log10(0.16)],
+      tokenizer_objective.psnr(images, np.full_like(images, 0.1)), [20, -10 * np.log10(0.16)],
       rtol=1e-5)
-  assert np.isfinite(tokenizer_stage.psnr(images, images)).all()
+  assert np.isfinite(tokenizer_objective.psnr(images, images)).all()
 
 
 @pytest.fixture(scope='module')
 def tokenizer():
-  stage = tokenizer_stage.TokenizerStage(
+  stage = tokenizer_objective.TokenizerStage(
       TOKENIZER, l2_weight=1.0, logit_laplace_weight=0.1, quantizer_weight=2.0, revive_every=10,
       revive_until=30, dead_below=0.05)
   trainer = trainer_lib.Trainer(stage, optax.sgd(0.1), mesh_lib.make_mesh(), seed=0)
@@ -82,7 +82,7 @@ def test_the_tokenizers_loss_is_the_weighted_sum_of_its_parts(tokenizer):
   loss, aux = jax.jit(stage.loss)(params, {'images': images}, jax.random.key(0), 0)
   out = jax.jit(vit_vqgan.ViTVQGAN(TOKENIZER).apply)({'params': params}, images / np.float32(255))
   l2 = np.mean((vit_vqgan.to_pixels(out['mean']) - images / np.float32(255)) ** 2)
-  laplace = np.mean(tokenizer_stage.logit_laplace_loss(
+  laplace = np.mean(tokenizer_objective.logit_laplace_loss(
       images / np.float32(255), out['mean'], out['log_scale'], stage.least_log_scale))
   np.testing.assert_allclose(
       loss, 2.0 * out['quantizer_loss'] + l2 + 0.1 * laplace, rtol=1e-5)
@@ -98,7 +98,7 @@ def test_the_tokenizers_loss_is_the_weighted_sum_of_its_parts(tokenizer):
 
 def test_the_decoder_sees_latents_until_codes_are_taken(tokenizer):
   _, _, state = tokenizer
-  stage = tokenizer_stage.TokenizerStage(TOKENIZER, quantize_from=5)
+  stage = tokenizer_objective.TokenizerStage(TOKENIZER, quantize_from=5)
   batch, params = {'images': _images(4)}, jax.device_get(state.params)
   loss = jax.jit(jax.grad(lambda params, step: stage.loss(params, batch, None, step)[0]))
   before, after = loss(params, 4), loss(params, 5)
@@ -108,7 +108,7 @@ def test_the_decoder_sees_latents_until_codes_are_taken(tokenizer):
     assert np.any(gradients['encoder']['project_codes']['kernel'])
     assert np.any(gradients['decoder']['project_codes']['kernel'])
   # The codebook's first codes are latents of the batch at which they begin to count.
-  stage = tokenizer_stage.TokenizerStage(
+  stage = tokenizer_objective.TokenizerStage(
       TOKENIZER, quantize_from=5, revive_every=10, revive_until=30, dead_below=0.05)
   for step, changes in ((0, False), (4, False), (5, True), (10, False)):
     table = _after_step(stage, state, step, [1.0] * 6)[1]
@@ -174,7 +174,7 @@ def test_the_tokenizers_pictures_are_pairs(tokenizer):
 
 
 def test_the_generators_loss_is_the_mean_cross_entropy_of_weighted_tokens():
-  stage = generator_stage.GeneratorStage(GENERATOR)
+  stage = generator_objective.GeneratorStage(GENERATOR)
   params = nn.meta.unbox(jax.jit(stage.init)(jax.random.key(0)))
   batch = {'encoder_input_tokens': np.array([[3, 4, 1], [5, 1, 0]], np.int32),
            'decoder_target_tokens': np.array([[2, 0], [5, 5]], np.int32),

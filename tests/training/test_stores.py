@@ -13,16 +13,16 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from parti_jax import errors
-from parti_jax import storage
-from parti_jax import store_retries
-from parti_jax.training import checkpoints
-from parti_jax.training import journal
+from parti_jax.core import errors
+from parti_jax.core import storage
+from parti_jax.core import store_retries
+from parti_jax.checkpoints import run_checkpoints
+from parti_jax.runs import journal
 from parti_jax.training import reporting
-from parti_jax.training import run_lock
-from parti_jax.training import story
+from parti_jax.runs import run_lock
+from parti_jax.runs import history
 
-REPOSITORY = pathlib.Path(checkpoints.__file__).parents[2]
+REPOSITORY = pathlib.Path(run_checkpoints.__file__).parents[2]
 PLACE, MODEL = {'epoch': 2}, {'stage': 'generator', 'config': {}}
 
 
@@ -38,12 +38,12 @@ def _arrays(path):
 def test_checkpoints_come_back_from_a_bad_store(bad_store):
   run, state = f'{bad_store.folder}/run', {'a': jnp.arange(4.0), 'b': jnp.ones((200, 300))}
   bad_store.faults = misbehaving_store.every(8)
-  manager = checkpoints.Checkpoints(run, keep=1)
+  manager = run_checkpoints.Checkpoints(run, keep=1)
   manager.save(1, state, PLACE, MODEL)
   manager.close()
-  path = checkpoints.latest_checkpoint(run)
-  assert path.name == '1' and checkpoints.read_place(path) == PLACE
-  assert checkpoints.read_model(path) == MODEL
+  path = run_checkpoints.latest_checkpoint(run)
+  assert path.name == '1' and run_checkpoints.read_place(path) == PLACE
+  assert run_checkpoints.read_model(path) == MODEL
   for name, array in _arrays(path).items():
     np.testing.assert_array_equal(array, state[name[2]])
   assert len(bad_store.sent) > 4
@@ -52,14 +52,14 @@ def test_checkpoints_come_back_from_a_bad_store(bad_store):
 def test_a_dead_store_under_a_checkpoint_is_one_line(bad_store, monkeypatch):
   monkeypatch.setenv(store_retries.SECONDS_VARIABLE, '0.5')
   run = f'{bad_store.folder}/run'
-  manager = checkpoints.Checkpoints(run, keep=1)
+  manager = run_checkpoints.Checkpoints(run, keep=1)
   bad_store.faults = lambda method, path, count: (
       '503' if method in ('PUT', 'POST') and 'state' in path else None)
   with pytest.raises(errors.UserError, match='run: .*the store failed: .*503|503.*'):
     manager.save(1, {'a': jnp.arange(4.0)}, PLACE, MODEL)
     manager.close()
   bad_store.faults = lambda *_: None
-  assert not checkpoints.has_checkpoint(run)
+  assert not run_checkpoints.has_checkpoint(run)
 
 
 def test_of_starts_at_a_bad_store_one_wins(bad_store, monkeypatch):
@@ -97,7 +97,7 @@ def test_journal_and_metrics_are_whole_in_a_bad_store(bad_store, tmp_path):
   reporter = reporting.Reporter(run, 4, 0)
   reporter.metrics(2, {'loss': 1.5})
   reporter.close({})
-  events, = (start.records for start in story.read(run).starts)
+  events, = (start.records for start in history.read(run).starts)
   assert [event['event'] for event in events] == ['start', 'checkpoint', 'store retries', 'stop']
   assert sum(events[2]['counts'].values()) > 0
   content = b''.join(storage.read(f'{run}/tensorboard/{name}', 2**20)
@@ -116,7 +116,7 @@ def _train(run, tokens, logs, processes=1, env=None, seconds=900):
               'PartiConfig.decoder_layers = 1']
   started = []
   for index in range(processes):
-    command = [sys.executable, '-m', 'parti_jax.main', 'train',
+    command = [sys.executable, '-m', 'parti_jax.cli.main', 'train',
                '--gin_file=gin_configs/runs/tiny_generator.gin', f'--model_dir={run}',
                *(f'--gin.{binding}' for binding in bindings)]
     if processes > 1:
@@ -158,9 +158,9 @@ def test_a_run_at_a_bad_store_ends_as_on_a_disk(bad_store, tokens_folder, tmp_pa
   bad_store.faults = lambda *_: None
   wanted = _train(tmp_path / 'run', tokens_folder, tmp_path, processes)
   assert [status for _, status in wanted] == [0] * processes, wanted
-  paths = [checkpoints.latest_checkpoint(folder) for folder in (run, tmp_path / 'run')]
+  paths = [run_checkpoints.latest_checkpoint(folder) for folder in (run, tmp_path / 'run')]
   assert [path.name for path in paths] == ['6', '6']
-  assert checkpoints.read_place(paths[0]) == checkpoints.read_place(paths[1])
+  assert run_checkpoints.read_place(paths[0]) == run_checkpoints.read_place(paths[1])
   found, states = map(_arrays, paths)
   assert found.keys() == states.keys() and found
   for name, array in states.items():

@@ -10,22 +10,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from parti_jax import config
-from parti_jax import main
-from parti_jax.errors import UserError
+from parti_jax.core import gin_config
+from parti_jax.cli import main
+from parti_jax.core.errors import UserError
 from parti_jax.models import discriminator as discriminator_lib
 from parti_jax.models import flops
-from parti_jax.models import layers
+from parti_jax.models.nn import layers
 from parti_jax.models import lpips
 from parti_jax.models import super_resolution
 from parti_jax.models import vit_vqgan
-from parti_jax.sampling import model_folder
-from parti_jax.sampling import pipeline
-from parti_jax.training import adversarial
+from parti_jax.exported_model import model_folder
+from parti_jax.sampling import text_to_image
+from parti_jax.training.objectives import adversarial
 from parti_jax.training import configurables  # pylint: disable=unused-import
-from parti_jax.training import frozen_tokenizer
-from parti_jax.training import lpips_weights
-from parti_jax.training import super_resolution_stage
+from parti_jax.training.objectives import frozen_tokenizer
+from parti_jax.training.objectives import lpips_weights
+from parti_jax.training.objectives import super_resolution_objective
 
 TOKENIZER = vit_vqgan.ViTVQGANConfig(
     image_size=8, patch_size=4, encoder_layers=1, encoder_width=8, encoder_mlp_width=16,
@@ -46,14 +46,14 @@ def tokenizer_params():
 def make_stage(monkeypatch, tokenizer_params):
   monkeypatch.setattr(frozen_tokenizer, 'load', lambda path:
                       frozen_tokenizer.FrozenTokenizer(path, TOKENIZER, tokenizer_params))
-  return lambda **more: super_resolution_stage.SuperResolutionStage(
+  return lambda **more: super_resolution_objective.SuperResolutionStage(
       NETWORK, image_size=16, **more)
 
 
 @pytest.fixture
 def params():
   """Parameters whose last convolution is no longer zero."""
-  stage = super_resolution_stage.SuperResolutionStage(NETWORK, image_size=16)
+  stage = super_resolution_objective.SuperResolutionStage(NETWORK, image_size=16)
   params = nn.meta.unbox(stage.init(jax.random.key(0)))
   tail = params['tail']
   return params | {'tail': tail | {'gain': jnp.full_like(tail['gain'], 0.3)}}
@@ -201,7 +201,7 @@ def test_perceptual_and_adversarial_losses_are_added(make_stage, monkeypatch):
     ({'adversarial_weight': 0.1, 'crop': 5}, 'power of two.*SuperResolutionStage.crop')])
 def test_what_can_not_be_is_named(bad, message):
   with pytest.raises(UserError, match=message):
-    super_resolution_stage.SuperResolutionStage(NETWORK, **{'image_size': 16} | bad)
+    super_resolution_objective.SuperResolutionStage(NETWORK, **{'image_size': 16} | bad)
 
 
 def test_a_tokenizer_of_another_size_is_named(make_stage):
@@ -215,7 +215,7 @@ def test_a_plan_needs_no_trained_tokenizer(make_stage, tokenizer_params, monkeyp
   shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
   assert shapes(stage.abstract_constants()) == shapes({'tokenizer': tokenizer_params})
   monkeypatch.undo()
-  config.parse([], [f'ViTVQGANConfig.{name} = {value!r}'
+  gin_config.parse([], [f'ViTVQGANConfig.{name} = {value!r}'
                     for name, value in dataclasses.asdict(TOKENIZER).items()])
   untrained = dataclasses.replace(stage, tokenizer=str(tmp_path / 'nowhere'))
   assert shapes(untrained.abstract_constants()) == shapes({'tokenizer': tokenizer_params})
@@ -224,7 +224,7 @@ def test_a_plan_needs_no_trained_tokenizer(make_stage, tokenizer_params, monkeyp
 
 
 def test_model_flops_count_what_judges_the_pictures():
-  stage = lambda **more: super_resolution_stage.SuperResolutionStage(
+  stage = lambda **more: super_resolution_objective.SuperResolutionStage(
       NETWORK, image_size=64, crop=16, **more)
   judge = discriminator_lib.DiscriminatorConfig(channels=64, max_channels=8)
   plain = stage().step_flops(4)
@@ -249,11 +249,11 @@ def test_from_a_tokenizer_to_an_exported_part(tokenizer_bindings, tmp_path, caps
   printed = capsys.readouterr()
   found = dict(re.findall(r'validation/(\w+) ([\d.]+)', printed.out + printed.err))
   assert set(found) == {'psnr', 'bicubic_psnr', 'clean_psnr', 'clean_bicubic_psnr'}
-  assert main.main(['export', f'--base={pipeline.DEMO_FOLDER}', f'--output_dir={tmp_path}/model',
+  assert main.main(['export', f'--base={text_to_image.DEMO_FOLDER}', f'--output_dir={tmp_path}/model',
                     f'--super_resolution={tmp_path}/run']) == 2
   assert ('the super-resolution network ' in (error := capsys.readouterr().err)
           and 'was made with the tokenizer' in error)
-  assert main.main(['export', f'--base={pipeline.DEMO_FOLDER}', f'--output_dir={tmp_path}/model',
+  assert main.main(['export', f'--base={text_to_image.DEMO_FOLDER}', f'--output_dir={tmp_path}/model',
                     f'--super_resolution={tmp_path}/run', '--allow_mismatch']) == 0
   model = model_folder.load(tmp_path / 'model')
   assert model.parts['super_resolution'].config.blocks == 1

@@ -11,25 +11,25 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from parti_jax import config
-from parti_jax import fingerprints
+from parti_jax.core import gin_config
+from parti_jax.core import fingerprints
 from parti_jax.data import datasets
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 from parti_jax.models import coca
-from parti_jax.models import layers
+from parti_jax.models.nn import layers
 from parti_jax.models import masked_language
 from parti_jax.models import parti_config
 from parti_jax.models import text_pretraining
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.partitioning import rules
-from parti_jax.training import checkpoints
+from parti_jax.checkpoints import run_checkpoints
 from parti_jax.training import configurables  # pylint: disable=unused-import
-from parti_jax.training import generator_stage
-from parti_jax.training import initial_text_encoder
+from parti_jax.training.objectives import generator_objective
+from parti_jax.training.objectives import initial_text_encoder
 from parti_jax.training import inputs as inputs_lib
 from parti_jax.training import optimizers
 from parti_jax.training import run as run_lib
-from parti_jax.training import text_encoder_stage
+from parti_jax.training.objectives import text_encoder_objective
 from parti_jax.training import train_loop
 from parti_jax.training import trainer as trainer_lib
 
@@ -42,8 +42,8 @@ IMAGE = coca.CoCaConfig(
     image_size=8, patch_size=4, image_layers=1, unimodal_layers=1, multimodal_layers=1, width=16,
     mlp_width=32, heads=4, caption_queries=1, feature_dim=8, text_vocabulary=24, text_length=8,
     dropout=0.3, dtype='float32')
-MASKED = text_encoder_stage.TextEncoderStage(MODEL)
-BOTH = text_encoder_stage.TextEncoderStage(MODEL, IMAGE, 1.0, 0.5)
+MASKED = text_encoder_objective.TextEncoderStage(MODEL)
+BOTH = text_encoder_objective.TextEncoderStage(MODEL, IMAGE, 1.0, 0.5)
 
 
 def _batch():
@@ -160,17 +160,17 @@ def _captions_alone(folder):
 
 def test_parti_starts_with_exactly_the_encoder_of_a_run_that_needs_no_pictures(
     tmp_path):
-  config.parse([RUN], _captions_alone(tmp_path))
+  gin_config.parse([RUN], _captions_alone(tmp_path))
   metrics = train_loop.train(str(tmp_path / 'encoder'))
   assert metrics['masked_loss'] > 0 and 'contrastive_loss' not in metrics
   trained = ocp.StandardCheckpointer().restore(
-      checkpoints.latest_checkpoint(tmp_path / 'encoder') / 'state')['params']
+      run_checkpoints.latest_checkpoint(tmp_path / 'encoder') / 'state')['params']
   assert set(trained) == {'text_encoder', 'masked_head'}
 
   model = parti_config.PartiConfig(
       encoder_layers=1, decoder_layers=1, width=32, mlp_width=64, heads=4, text_vocabulary=2000,
       text_length=32, codebook_size=8, grid=(1, 2), dtype='float32')
-  stage = generator_stage.GeneratorStage(model, text_encoder=str(tmp_path / 'encoder'))
+  stage = generator_objective.GeneratorStage(model, text_encoder=str(tmp_path / 'encoder'))
   trainer = trainer_lib.Trainer(stage, optax.sgd(1.0), mesh_lib.make_mesh(4, 1, 2, 1))
   inputs = inputs_lib.Inputs(stage, {}, False)
   run = run_lib.Run(trainer, tmp_path / 'generator', 1, iter(()), inputs,
@@ -201,13 +201,13 @@ def test_parti_starts_with_exactly_the_encoder_of_a_run_that_needs_no_pictures(
     ({'contrastive_weight': 1.0}, r'TextEncoderStage\.image = @CoCaConfig')])
 def test_weights_that_make_no_loss(values, message):
   with pytest.raises(UserError, match=message):
-    text_encoder_stage.TextEncoderStage(MODEL, **values)
+    text_encoder_objective.TextEncoderStage(MODEL, **values)
 
 
 def test_the_encoder_has_the_parameters_of_partis():
   names = lambda tree: {jax.tree_util.keystr(path): leaf.shape
                         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
   ours = jax.eval_shape(MASKED.init, jax.random.key(0))
-  partis = jax.eval_shape(generator_stage.GeneratorStage(MODEL).init, jax.random.key(0))
+  partis = jax.eval_shape(generator_objective.GeneratorStage(MODEL).init, jax.random.key(0))
   assert names(ours['text_encoder']) == names(partis['text_encoder'])
   assert set(ours) == {'text_encoder', 'masked_head'}

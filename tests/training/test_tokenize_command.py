@@ -11,12 +11,12 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from parti_jax import main
+from parti_jax.cli import main
 from parti_jax.data import openmoji
 from parti_jax.data import token_cache_info
 from parti_jax.models import vit_vqgan
 from parti_jax.training import configurables  # pylint: disable=unused-import
-from parti_jax.training import frozen_tokenizer
+from parti_jax.training.objectives import frozen_tokenizer
 
 TOKENIZER = vit_vqgan.ViTVQGANConfig(
     image_size=8, patch_size=4, encoder_layers=1, encoder_width=8, encoder_mlp_width=16,

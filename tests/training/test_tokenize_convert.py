@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from parti_jax import main
-from parti_jax import storage
+from parti_jax.cli import main
+from parti_jax.core import storage
 from parti_jax.data import token_cache
 from parti_jax.data import token_cache_info
-from parti_jax.training import tokenize_jobs  # pylint: disable=unused-import
+from parti_jax.tokenization import tokenize_jobs  # pylint: disable=unused-import
 
 INFO = {'codebook_size': 70_000, 'image_tokens': 4, 'tokenizer': 'abc', 'image_size': 16}
 SPLITS = {'train': (3, 2, 1), 'validation': (2,)}

@@ -17,7 +17,7 @@ from PIL import Image
 
 import parti_jax
 from parti_jax.data import token_cache_info
-from parti_jax.training import preemption
+from parti_jax.runs import preemption
 
 REPOSITORY = pathlib.Path(parti_jax.__file__).parents[1]
 DEMO = REPOSITORY / 'parti_jax' / 'demo'
@@ -51,7 +51,7 @@ def _start(tmp_path):
         'PYTHONPATH': os.pathsep.join([str(REPOSITORY), os.environ.get('PYTHONPATH', '')])}
     with open(tmp_path / 'log', 'a', encoding='utf-8') as log:
       started.append(subprocess.Popen(
-          [sys.executable, '-m', 'parti_jax.main', 'tokenize',
+          [sys.executable, '-m', 'parti_jax.cli.main', 'tokenize',
            '--gin_file=gin_configs/tasks/webdataset.gin',
            f"--gin.webdataset.path='{tmp_path}/tars'",
            "--gin.webdataset.splits={'train': '*.tar'}", '--gin.loader.num_threads=2',

@@ -15,20 +15,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from parti_jax import main
-from parti_jax import storage
-from parti_jax.data import decoding
+from parti_jax.cli import main
+from parti_jax.core import storage
+from parti_jax.data import image_decoding
 from parti_jax.data import token_cache
 from parti_jax.data import token_cache_info
 from parti_jax.data import token_cache_parts
 from parti_jax.data import views
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 from parti_jax.models import vit_vqgan
-from parti_jax.training import frozen_tokenizer
-from parti_jax.training import preemption
-from parti_jax.training import tokenize_jobs
-from parti_jax.training import tokenizing
-from parti_jax.training import tokenizing_progress
+from parti_jax.training.objectives import frozen_tokenizer
+from parti_jax.runs import preemption
+from parti_jax.tokenization import tokenize_jobs
+from parti_jax.tokenization import tokenizing
+from parti_jax.tokenization import tokenizing_progress
 
 TOKENIZER = vit_vqgan.ViTVQGANConfig(
     image_size=16, patch_size=4, encoder_layers=1, encoder_width=16, encoder_mlp_width=32,
@@ -184,7 +184,7 @@ def test_views(whole, tokenize, tokenizer, tars, tmp_path):
   np.testing.assert_array_equal(tokens[2], tokens[10][:, :2])
   with tarfile.open(tars / '1.tar') as tar:
     picture = tar.extractfile('000.jpg').read()
-  plain, larger = decoding.decode(picture, 16), decoding.decode(picture, 18)
+  plain, larger = image_decoding.decode(picture, 16), image_decoding.decode(picture, 18)
   expected = []
   for view in (plain, larger[:16, :16], larger[:16, 2:], larger[2:, :16], larger[2:, 2:]):
     expected += [view, view[:, ::-1]]

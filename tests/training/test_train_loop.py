@@ -15,9 +15,9 @@ from PIL import Image
 from tensorboard.backend.event_processing import event_accumulator
 from tensorboard.util import tensor_util
 
-from parti_jax import config
-from parti_jax import main
-from parti_jax.training import checkpoints
+from parti_jax.core import gin_config
+from parti_jax.cli import main
+from parti_jax.checkpoints import run_checkpoints
 from parti_jax.training import configurables  # pylint: disable=unused-import
 from parti_jax.training import run as run_lib
 from parti_jax.training import train_loop
@@ -28,7 +28,7 @@ TOKENIZER = 'gin_configs/runs/tiny_tokenizer.gin'
 
 
 def _train(folder, gin_file, *bindings):
-  config.parse([gin_file], bindings)
+  gin_config.parse([gin_file], bindings)
   return train_loop.train(str(folder))
 
 
@@ -165,7 +165,7 @@ def test_a_validation_split_without_a_usable_picture_is_refused_at_once(
     ['train.log_every = 0', 'train.evaluate_every = 0', 'train.pictures_every = 0']])
 def test_the_last_step_is_saved_whatever_else_is_off(tmp_path, tokenizer_bindings, bindings):
   _train(tmp_path, TOKENIZER, *tokenizer_bindings, 'train.steps = 4', *bindings)
-  assert checkpoints.latest_checkpoint(tmp_path).name == '4'
+  assert run_checkpoints.latest_checkpoint(tmp_path).name == '4'
   drawn = 'train.num_pictures = 0' not in bindings and 'train.pictures_every = 0' not in bindings
   assert (tmp_path / 'pictures').exists() == drawn
 
@@ -233,7 +233,7 @@ def test_a_run_shows_metrics_and_pictures(tmp_path, capsys, tokenizer_bindings):
   assert 'starting at step 0' in shown and 'step 6: validation/code_perplexity' in shown
   assert 'examples skipped: ' in shown
   # What gin was, in a form that gin reads.
-  config.parse([str(tmp_path / 'config.gin')], [])
+  gin_config.parse([str(tmp_path / 'config.gin')], [])
   assert 'train.steps = 6' in (tmp_path / 'config.gin').read_text()
 
 

@@ -11,23 +11,23 @@ import numpy as np
 import optax
 import pytest
 
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 from parti_jax.models import coca
 from parti_jax.models import discriminator
-from parti_jax.models import layers
+from parti_jax.models.nn import layers
 from parti_jax.models import parti_config
 from parti_jax.models import super_resolution
 from parti_jax.models import vit_vqgan
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.partitioning import rules
-from parti_jax.training import generator_stage
+from parti_jax.training.objectives import generator_objective
 from parti_jax.training import inputs as inputs_lib
 from parti_jax.training import optimizers
-from parti_jax.training import ranker_stage
+from parti_jax.training.objectives import ranker_objective
 from parti_jax.training import run as run_lib
-from parti_jax.training import super_resolution_stage
-from parti_jax.training import text_encoder_stage
-from parti_jax.training import tokenizer_stage
+from parti_jax.training.objectives import super_resolution_objective
+from parti_jax.training.objectives import text_encoder_objective
+from parti_jax.training.objectives import tokenizer_objective
 from parti_jax.training import trainer as trainer_lib
 
 BATCH = 8
@@ -42,7 +42,7 @@ def _generator():
            'decoder_target_tokens': draw.integers(0, 24, (BATCH, 4)).astype(np.int32),
            # Microbatches of different weight.
            'decoder_loss_weights': (np.arange(32).reshape(BATCH, 4) % 7 < 4).astype(np.float32)}
-  return generator_stage.GeneratorStage(sizes), batch
+  return generator_objective.GeneratorStage(sizes), batch
 
 
 def _tokenizer():
@@ -52,7 +52,7 @@ def _tokenizer():
       decoder_heads=4, codebook_size=16, code_dim=4, dtype='float32')
   images = np.random.default_rng(1).integers(0, 256, (BATCH, 8, 8, 3)).astype(np.uint8)
   # Latents from all microbatches are candidates for codes that are revived.
-  return tokenizer_stage.TokenizerStage(
+  return tokenizer_objective.TokenizerStage(
       sizes, revive_every=1, revive_until=5, dead_below=0.01), {'images': images}
 
 
@@ -68,7 +68,7 @@ def _super_resolution():
   sizes = super_resolution.SuperResolutionConfig(
       factor=2, blocks=1, width=8, expansion=2, dtype='float32')
   images = np.random.default_rng(2).integers(0, 256, (BATCH, 16, 16, 3)).astype(np.uint8)
-  return super_resolution_stage.SuperResolutionStage(sizes, 16, crop=4), {'images': images}
+  return super_resolution_objective.SuperResolutionStage(sizes, 16, crop=4), {'images': images}
 
 
 COCA = coca.CoCaConfig(
@@ -86,14 +86,14 @@ def _pairs():
 
 
 def _ranker():
-  return ranker_stage.RankerStage(COCA, shift=1, noise=0.2), _pairs()
+  return ranker_objective.RankerStage(COCA, shift=1, noise=0.2), _pairs()
 
 
 def _text_encoder(contrastive_weight):
   sizes = parti_config.PartiConfig(
       encoder_layers=1, decoder_layers=1, width=16, mlp_width=32, heads=4, text_vocabulary=16,
       text_length=8, codebook_size=24, grid=(2, 2), dropout=0.3, dtype='float32')
-  return text_encoder_stage.TextEncoderStage(
+  return text_encoder_objective.TextEncoderStage(
       sizes, COCA, contrastive_weight=contrastive_weight), _pairs()
 
 
@@ -203,7 +203,7 @@ def test_no_device_holds_logits_of_the_whole_codebook():
       encoder_layers=1, decoder_layers=1, width=16, mlp_width=32, heads=4, text_vocabulary=16,
       text_length=3, codebook_size=88, grid=(1, 5), dropout=0.0, dtype='float32')
   mesh = mesh_lib.make_mesh(data=2, tensor=4)
-  trainer = trainer_lib.Trainer(generator_stage.GeneratorStage(sizes), optax.sgd(1.0), mesh)
+  trainer = trainer_lib.Trainer(generator_objective.GeneratorStage(sizes), optax.sgd(1.0), mesh)
   shapes = set(re.findall(r'[a-z0-9]+\[([\d,]+)\]', trainer.lower(14).compile().as_text()))
   values = {shape: np.prod([int(size) for size in shape.split(',')]) for shape in shapes}
   # A device's part is 7 examples, 5 places and 22 codes; all codes would be 88.

@@ -11,15 +11,15 @@ import pytest
 
 from parti_jax.models import parti_config
 from parti_jax.partitioning import mesh as mesh_lib
-from parti_jax.training import checkpoints
-from parti_jax.training import generator_stage
+from parti_jax.checkpoints import run_checkpoints
+from parti_jax.training.objectives import generator_objective
 from parti_jax.training import inputs as inputs_lib
 from parti_jax.training import optimizers
 from parti_jax.training import run as run_lib
 from parti_jax.training import trainer as trainer_lib
-from parti_jax.training import whole_moments
+from parti_jax.checkpoints import whole_moments
 
-STAGE = generator_stage.GeneratorStage(parti_config.PartiConfig(
+STAGE = generator_objective.GeneratorStage(parti_config.PartiConfig(
     encoder_layers=1, decoder_layers=2, width=128, mlp_width=256, heads=4, text_vocabulary=192,
     text_length=4, codebook_size=160, grid=(2, 2), dtype='float32'))
 # Of self-attention twice, of cross-attention three more.
@@ -70,8 +70,8 @@ def _states():
 def _folder(states, tmp_path_factory):
   """A run's folder with a checkpoint of the old form."""
   folder = tmp_path_factory.mktemp('run')
-  manager = checkpoints.Checkpoints(folder)
-  manager.save(STEPS, states[1], {}, checkpoints.describe(STAGE))
+  manager = run_checkpoints.Checkpoints(folder)
+  manager.save(STEPS, states[1], {}, run_checkpoints.describe(STAGE))
   manager.close()
   return folder
 
@@ -81,8 +81,8 @@ def _moment(state):
 
 
 def _restored(folder, trainer):
-  manager = checkpoints.Checkpoints(folder)
-  state, _ = manager.restore(STEPS, trainer.abstract, checkpoints.describe(STAGE))
+  manager = run_checkpoints.Checkpoints(folder)
+  state, _ = manager.restore(STEPS, trainer.abstract, run_checkpoints.describe(STAGE))
   manager.close()
   assert manager.factored == KERNELS
   return state
@@ -101,7 +101,7 @@ def test_an_old_checkpoint_is_that_of_a_run_that_has_always_factored(
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5),
                _moment(state), _moment(new))
   # All but those moments is there bit for bit.
-  found, saved = checkpoints.by_path(state), checkpoints.by_path(old)
+  found, saved = run_checkpoints.by_path(state), run_checkpoints.by_path(old)
   changed = [name for name in found if np.asarray(found[name]).tobytes()
              != np.asarray(saved[name]).tobytes()]
   assert len(changed) == 3 * KERNELS
@@ -150,11 +150,11 @@ def test_the_run_says_so_and_goes_on_as_if_it_had_always_factored(states, folder
 
 def test_a_checkpoint_of_today_is_left_alone(states, tmp_path):
   trainer, _, new = states
-  manager = checkpoints.Checkpoints(tmp_path)
-  manager.save(STEPS, new, {}, checkpoints.describe(STAGE))
+  manager = run_checkpoints.Checkpoints(tmp_path)
+  manager.save(STEPS, new, {}, run_checkpoints.describe(STAGE))
   manager.close()
-  manager = checkpoints.Checkpoints(tmp_path)
-  state, _ = manager.restore(STEPS, trainer.abstract, checkpoints.describe(STAGE))
+  manager = run_checkpoints.Checkpoints(tmp_path)
+  state, _ = manager.restore(STEPS, trainer.abstract, run_checkpoints.describe(STAGE))
   manager.close()
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(new))
   assert manager.factored == 0
@@ -162,8 +162,8 @@ def test_a_checkpoint_of_today_is_left_alone(states, tmp_path):
 
 def test_an_optimizer_of_ones_own_may_keep_them_whole(states, folder):
   trainer = _trainer(OLD)
-  manager = checkpoints.Checkpoints(folder)
-  state, _ = manager.restore(STEPS, trainer.abstract, checkpoints.describe(STAGE))
+  manager = run_checkpoints.Checkpoints(folder)
+  state, _ = manager.restore(STEPS, trainer.abstract, run_checkpoints.describe(STAGE))
   manager.close()
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(states[1]))
   assert manager.factored == 0

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from parti_jax import storage
+from parti_jax.core import storage
 from parti_jax.data.damage import Damaged
 from parti_jax.data.sources import base
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 
 # Makes an example of a record; must be picklable.
 Parse = Callable[[bytes], base.Example | Damaged]

@@ -15,7 +15,7 @@ from absl import logging
 
 from parti_jax.data import captions
 from parti_jax.data.damage import Damaged
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 
 # Names of columns where gin names none, in any case; the first that is there counts.
 PICTURE_KEYS = ('image', 'jpg', 'jpeg', 'png', 'webp', 'picture', 'img', 'photo', 'image_bytes')

@@ -9,8 +9,8 @@ import os
 import re
 from collections.abc import Sequence
 
-from parti_jax import storage
-from parti_jax.errors import UserError
+from parti_jax.core import storage
+from parti_jax.core.errors import UserError
 
 # The most patterns that one with braces may stand for.
 _MOST = 1_000_000

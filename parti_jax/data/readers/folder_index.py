@@ -8,10 +8,11 @@ import os
 import numpy as np
 from absl import logging
 
-from parti_jax import storage
-from parti_jax.data import captions, decoding
+from parti_jax.core import storage
+from parti_jax.data import captions
+from parti_jax.data import image_decoding
 from parti_jax.data.readers import file_patterns
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 
 _MAX_LINE = 2**24
 # Names of columns that are kept for messages.
@@ -88,7 +89,7 @@ def read_beside(folder: str, pattern: str) -> tuple[np.ndarray, np.ndarray]:
   _warn(len(texts) - len(found), 'text file(s) without a picture', folder)
   if not found:
     raise UserError(f'none of the {len(texts):,} files that match {pattern!r} in {folder} has a '
-                    f'picture beside it: the same name with one of .{", .".join(decoding.ENDINGS)}')
+                    f'picture beside it: the same name with one of .{", .".join(image_decoding.ENDINGS)}')
   texts_of = [_first_bytes(text) for text in found]
   return np.array(list(map(os.fsencode, found.values())), object), np.array(texts_of, object)
 
@@ -100,7 +101,7 @@ def _pictures_of(texts: list[str]) -> dict[str, str]:
     pictures = {}
     for name in storage.names(folder or '.'):
       stem, ending = os.path.splitext(name)
-      if ending[1:].lower() in decoding.ENDINGS:
+      if ending[1:].lower() in image_decoding.ENDINGS:
         pictures.setdefault(stem, storage.join(folder, name))
     stems = {text: os.path.splitext(storage.name(text))[0] for text in group}
     found |= {text: pictures[stem] for text, stem in stems.items() if stem in pictures}

@@ -12,8 +12,8 @@ import zlib
 from collections.abc import Callable
 from typing import IO
 
-from parti_jax import optional_packages
-from parti_jax.errors import UserError
+from parti_jax.core import optional_packages
+from parti_jax.core.errors import UserError
 
 # Usual endings of the names of packed files.
 ENDINGS = ('.gz', '.tgz', '.bz2', '.tbz2', '.xz', '.txz', '.zst', '.tzst')

@@ -22,10 +22,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from parti_jax import storage
+from parti_jax.core import storage
 from parti_jax.data.damage import Damaged
 from parti_jax.data.readers import arrow_rows
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 
 # Rows that are decoded at once, and then, from where that failed, one by one as far as it goes.
 _ROWS = 64, 1

@@ -8,16 +8,17 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
-from parti_jax import storage
-from parti_jax.data import captions, decoding
+from parti_jax.core import storage
+from parti_jax.data import captions
+from parti_jax.data import image_decoding
 from parti_jax.data.readers import tar_members
 from parti_jax.data.damage import Damaged
 
 # Endings that mean the same.
 _SAME = {ending: 'jpg' for ending in ('jpeg', 'jpe', 'jfif')}
 # Of a sample's pictures the first of these is read.
-_PICTURES = tuple(ending for ending in decoding.ENDINGS if ending not in _SAME)
-_WANTED = frozenset((*decoding.ENDINGS, 'txt', 'json'))
+_PICTURES = tuple(ending for ending in image_decoding.ENDINGS if ending not in _SAME)
+_WANTED = frozenset((*image_decoding.ENDINGS, 'txt', 'json'))
 # Read whole, JSON takes many times its size.
 _MAX_JSON = 2**20
 # Names of other files, and keys of samples, that are kept to find out which belong together.
@@ -56,7 +57,7 @@ def samples_in(
     endings that belong to no sample are `Damaged`, those of one key once.
   """
   sample, others = _Sample('', caption_key, describe), _Others()
-  for member in tar_members.members(file, _WANTED, decoding.MAX_BYTES):
+  for member in tar_members.members(file, _WANTED, image_decoding.MAX_BYTES):
     if isinstance(member, Damaged):
       if member == tar_members.REST:
         sample = _Sample('', caption_key, describe)

@@ -6,8 +6,8 @@ well, which may stand within a text.
 
 import os
 
-from parti_jax import storage
-from parti_jax.errors import UserError
+from parti_jax.core import storage
+from parti_jax.core.errors import UserError
 
 # The most bytes of a text file that is read whole.
 MAX_BYTES = 2**26

@@ -3,7 +3,7 @@
 import io
 from collections.abc import Iterator, Mapping
 
-from parti_jax import storage
+from parti_jax.core import storage
 from parti_jax.data import captions
 from parti_jax.data.damage import Damaged
 from parti_jax.data.readers import packed

@@ -11,14 +11,15 @@ from typing import IO, Any
 
 import google_crc32c
 
-from parti_jax import storage
-from parti_jax.data import captions, decoding
+from parti_jax.core import storage
+from parti_jax.data import captions
+from parti_jax.data import image_decoding
 from parti_jax.data.readers import packed
 from parti_jax.data.damage import Damaged
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 
 # A picture that can be used, and what comes with it.
-MAX_BYTES = decoding.MAX_BYTES + 2**20
+MAX_BYTES = image_decoding.MAX_BYTES + 2**20
 # Bytes of a text that is read as a column.
 _MAX_COLUMN = 2**16
 # Where keys are looked for.

@@ -16,7 +16,7 @@ import gin
 
 from parti_jax.data.sources import (
     base, folder, hf_datasets, openmoji, parquet, prepared, text, tfrecord, webdataset)
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 
 _SOURCES = {
     'openmoji': openmoji.configured,

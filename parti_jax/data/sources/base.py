@@ -23,11 +23,11 @@ from typing import Any
 import xxhash
 from absl import logging
 
-from parti_jax import storage
+from parti_jax.core import storage
 from parti_jax.data import captions as captions_lib
 from parti_jax.data import tally
 from parti_jax.data.damage import Damaged
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 
 Example = Mapping[str, Any]
 

@@ -9,8 +9,8 @@ import gin
 import numpy as np
 import xxhash
 
-from parti_jax import storage
-from parti_jax.data import decoding
+from parti_jax.core import storage
+from parti_jax.data import image_decoding
 from parti_jax.data.damage import Damaged
 from parti_jax.data.readers import folder_index
 from parti_jax.data.sources import base, paths
@@ -74,7 +74,7 @@ class _Pictures(base.Records):
     try:
       with storage.open_file(path) as file:
         # One byte more tells the decoder that it is too much.
-        example = {'picture': file.read(decoding.MAX_BYTES + 1), 'caption': self._captions[index]}
+        example = {'picture': file.read(image_decoding.MAX_BYTES + 1), 'caption': self._captions[index]}
     except OSError:
       return Damaged('picture file that is gone or cannot be read', file=path)
     if self._folder is not None:

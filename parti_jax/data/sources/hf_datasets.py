@@ -15,10 +15,10 @@ from typing import Any
 import gin
 import xxhash
 
-from parti_jax import storage
+from parti_jax.core import storage
 from parti_jax.data.damage import Damaged
 from parti_jax.data.sources import base, paths
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 
 # What `DatasetDict.save_to_disk` and `Dataset.save_to_disk` leave in a folder.
 _DICT, _STATE = 'dataset_dict.json', 'state.json'

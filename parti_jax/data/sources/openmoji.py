@@ -9,10 +9,10 @@ from typing import Any
 
 import gin
 
-from parti_jax import checks
+from parti_jax.core import checks
 from parti_jax.data import openmoji
 from parti_jax.data.sources import base
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 
 
 class OpenMojiSource(base.Source):

@@ -14,11 +14,11 @@ import numpy as np
 import xxhash
 from absl import logging
 
-from parti_jax import storage
+from parti_jax.core import storage
 from parti_jax.data.damage import Damaged
 from parti_jax.data.readers import file_patterns
 from parti_jax.data.sources import base, paths
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 
 SHUFFLES = ('global', 'window')
 # How the files of a split are named, on the Hugging Face hub among others.

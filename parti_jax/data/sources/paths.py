@@ -9,7 +9,7 @@ import gin
 from parti_jax.data.damage import Damaged
 from parti_jax.data.readers import file_patterns
 from parti_jax.data.sources import base
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 
 Reader = Callable[[str], Iterator[base.Example | Damaged]]
 

@@ -8,7 +8,7 @@ import gin
 
 from parti_jax.data.readers import text_lines
 from parti_jax.data.sources import base, paths
-from parti_jax.errors import UserError
+from parti_jax.core.errors import UserError
 
 
 class TextSource(paths.FilesSource):

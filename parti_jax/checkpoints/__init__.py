@@ -1,0 +1,1 @@
+"""Orbax checkpoints of runs: written, verified, and read back whole."""

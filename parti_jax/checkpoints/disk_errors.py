@@ -1,0 +1,143 @@
+"""What a run says when its folder can't be written: a full disk above all, or a store that fails."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Iterator
+
+import orbax.checkpoint as ocp
+
+from parti_jax.core import errors
+from parti_jax.core import storage
+from parti_jax.core import store_errors
+from parti_jax.checkpoints import manifest
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+# What to do about errors of writing, by their numbers.
+_ADVICE = {
+    errno.ENOSPC: 'make room there',
+    errno.EDQUOT: 'make room there, or have the quota raised',
+    errno.EFBIG: 'raise the limit of the size of files (ulimit -f)',
+    errno.EROFS: 'make the folder writable, or choose another --model_dir',
+    errno.EACCES: 'make the folder writable, or choose another --model_dir',
+    errno.EPERM: 'make the folder writable, or choose another --model_dir',
+    errno.EIO: 'see to the disk',
+}
+
+
+@contextlib.contextmanager
+def told(model_dir, checkpoint_bytes: int | None = None) -> Iterator[None]:
+  """Turns errors of writing in here, in the background too, into one line that says what to do.
+
+  Args:
+    model_dir: the run's folder.
+    checkpoint_bytes: about what a checkpoint takes; None for what the newest one does.
+
+  Raises:
+    UserError: in place of such an error; names the folder, the room in it and where it goes on.
+  """
+  # Orbax logs what fails in the background with all of its call chain.
+  logger, quiet = logging.getLogger('absl'), _Quiet()
+  logger.addFilter(quiet)
+  try:
+    yield
+  except errors.UserError:
+    raise
+  except Exception as error:
+    code = _code(error)
+    if storage.is_url(model_dir) and (failure := store_errors.failure(error)):
+      raise errors.UserError(f'{model_dir}: {failure}; the run has stopped; start again when the '
+                             'store answers: it goes on from its last whole checkpoint') from error
+    if code is None or not _is_of(error, model_dir, code):
+      raise
+    raise errors.UserError(_line(model_dir, code, checkpoint_bytes)) from error
+  finally:
+    logger.removeFilter(quiet)
+
+
+def check_room(model_dir, checkpoint_bytes: int) -> None:
+  """Raises UserError if a run's disk has less room than one checkpoint takes.
+
+  Args:
+    model_dir: the run's folder, which need not be there yet; at URLs nothing is known.
+    checkpoint_bytes: about what a checkpoint takes.
+  """
+  if storage.is_url(model_dir):
+    return
+  folder = pathlib.Path(model_dir).absolute()
+  while not folder.exists():
+    folder = folder.parent
+  free = shutil.disk_usage(folder).free
+  if free < checkpoint_bytes:
+    raise errors.UserError(
+        f'{model_dir}: a checkpoint takes about {_megabytes(checkpoint_bytes)} and '
+        f'{_megabytes(free)} are free; make room there, or choose another --model_dir')
+
+
+class _Quiet(logging.Filter):
+  """Keeps back the log's entries on errors that get one line in their place."""
+
+  def filter(self, record: logging.LogRecord) -> bool:
+    error = record.exc_info and record.exc_info[1]
+    return not (error and (_code(error) or store_errors.failure(error)))
+
+
+def _line(model_dir, code: int, checkpoint_bytes: int | None) -> str:
+  directory = storage.as_epath(model_dir) / 'checkpoints'
+  with contextlib.suppress(OSError):
+    steps = ocp.utils.checkpoint_steps(directory)
+    if steps and checkpoint_bytes is None:
+      checkpoint_bytes = manifest.size(directory / str(max(steps)))
+    room = ''
+    if code in _NO_ROOM and '://' not in str(model_dir):
+      room = f'; {_megabytes(shutil.disk_usage(model_dir).free)} are free'
+      if checkpoint_bytes:
+        room += f' and a checkpoint takes about {_megabytes(checkpoint_bytes)}'
+    where = (f'it goes on from its last whole checkpoint, step {max(steps)}' if steps else
+             'it begins anew, since it has no checkpoint yet')
+    return (f'{model_dir}: {os.strerror(code).lower()}: the run has stopped{room}; '
+            f'{_ADVICE[code]} and start again: {where}')
+  return f'{model_dir}: {os.strerror(code).lower()}: the run has stopped; {_ADVICE[code]}'
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+  """An error and those behind it; what is raised twice may stand behind itself."""
+  seen = []
+  while error is not None and error not in seen:
+    seen.append(error)
+    yield error
+    error = error.__cause__ or error.__context__
+
+
+def _code(error: BaseException) -> int | None:
+  """The number of the error of writing that is behind an error; None if there is none."""
+  for link in _chain(error):
+    if isinstance(link, OSError):
+      found = link.errno
+    # TensorStore gives the number, TensorFlow the words.
+    elif stated := re.search(r"os_error_code='(\d+)'", str(link)):
+      found = int(stated.group(1))
+    else:
+      found = next((code for code in _ADVICE if os.strerror(code) in str(link)), None)
+    if found in _ADVICE:
+      return found
+  return None
+
+
+def _is_of(error: BaseException, model_dir, code: int) -> bool:
+  """Whether an error is of a file in the run's folder; a full disk need not say which it is."""
+  named = [str(link.filename) for link in _chain(error)
+           if isinstance(link, OSError) and link.filename is not None]
+  if any(str(model_dir) in text for text in [*named, *map(str, _chain(error))]):
+    return True
+  return not named and code in (*_NO_ROOM, errno.EFBIG)
+
+
+def _megabytes(count: int) -> str:
+  return f'{count / 1e6:.1f} MB'

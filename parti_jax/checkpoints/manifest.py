@@ -1,0 +1,215 @@
+"""A checkpoint's manifest: the size and the digest of each of its files, to know damage by.
+
+Orbax commits a checkpoint by renaming its folder. The manifest is written just before, when all
+else is there, so that a committed checkpoint has one. The two files that Orbax writes while it
+commits are added right afterwards, by `seal`; until then they are known by their form.
+
+With several processes each hashes what it has written itself, and the first merges these parts.
+Digests are XXH3's, which tell damage and not forgery, faster than any disk gives the bytes.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import pathlib
+
+from etils import epath
+import xxhash
+
+from parti_jax.core import storage
+
+NAME = 'manifest.json'
+# What a checkpoint's own metadata says of its manifest, so that one that is lost is missed.
+CUSTOM_METADATA = {'manifest': NAME}
+_METADATA, _COMMITTED = '_CHECKPOINT_METADATA', 'commit_success.txt'
+_LATE = (_METADATA, _COMMITTED)
+_CHUNK = 1 << 24
+_THREADS = 8
+
+
+def write_part(folder: epath.Path, process: int) -> None:
+  """Notes the files that one of several processes has written.
+
+  Args:
+    folder: the unfinished checkpoint's.
+    process: index of the process; its own files are all written.
+  """
+  # Each item still has a temporary name of its own, which it loses before the commit.
+  # Whoever only reads manifests needs no Orbax.
+  import orbax.checkpoint as ocp  # pylint: disable=g-import-not-at-top
+
+  own = {name.replace(ocp.utils.TMP_DIR_SUFFIX, ''): path
+         for name, path in _files(folder) if _writer(name) == process}
+  _write(folder / _part_name(process), _entries(own))
+
+
+def write(folder: epath.Path) -> None:
+  """Writes the manifest of a checkpoint that is whole but not committed yet.
+
+  Args:
+    folder: the checkpoint's. The parts that `write_part` left are taken over.
+
+  Raises:
+    OSError: if a file can't be read or written.
+  """
+  files = dict(_files(folder))
+  parts = [path for name, path in files.items() if name.startswith(f'{NAME}.')]
+  known = {}
+  for part in parts:
+    known |= _read(part)
+  rest = {name: path for name, path in files.items()
+          if name not in known and name not in _LATE and not name.startswith(NAME)}
+  _write(folder / NAME, known | _entries(rest))
+  for part in parts:
+    part.unlink()
+
+
+def seal(folder: epath.Path) -> None:
+  """Adds to the manifest of a committed checkpoint the files that Orbax wrote at the end."""
+  late = {name: folder / name for name in _LATE if (folder / name).exists()}
+  _write(folder / NAME, _read(folder / NAME) | _entries(late))
+
+
+def fault(folder: epath.Path, share: int = 0, shares: int = 1,
+          sizes_alone: bool = False) -> str | None:
+  """What is wrong with a checkpoint's files, by its manifest.
+
+  Args:
+    folder: a committed checkpoint's.
+    share: which part of the files is read, for several processes to divide the work.
+    shares: how many parts there are.
+    sizes_alone: whether files are not read and only their sizes compared.
+
+  Returns:
+    Nothing if all is as it was written; else the first file that is not, and how.
+
+  Raises:
+    FileNotFoundError: if the checkpoint was written without a manifest.
+  """
+  if not (folder / NAME).exists():
+    if _says_manifest(folder):
+      return f'{NAME} is missing'
+    raise FileNotFoundError(folder / NAME)
+  try:
+    wanted = _read(folder / NAME)
+  except (ValueError, OSError):
+    return f'{NAME} is damaged'
+  for name in _LATE:
+    if name not in wanted and not _well_formed(folder / name):
+      return f'{name} is missing or damaged'
+  # The largest first, dealt out in turn, gives all processes about as much to read.
+  order = sorted(wanted, key=lambda name: (-wanted[name][0], name))[share::shares]
+  with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+    faults = pool.map(lambda name: _fault(
+        folder / name, name, wanted[name][0], None if sizes_alone else wanted[name][1]), order)
+    return next((found for found in faults if found), None)
+
+
+def size(folder: epath.Path) -> int:
+  """Bytes of all files of a checkpoint."""
+  return sum(path.stat().length for _, path in _files(folder))
+
+
+def _fault(path: epath.Path, name: str, length: int, digest: str | None) -> str | None:
+  try:
+    there = path.stat().length
+    if there < length:
+      return f'{name} is truncated ({there} of {length} bytes)'
+    if there > length:
+      return f'{name} has {there} bytes instead of {length}'
+    unchanged = digest is None or _digest(path) == digest
+    return None if unchanged else f'{name} has other bytes than were written'
+  except FileNotFoundError:
+    return f'{name} is missing'
+  except OSError as error:
+    return f"{name} can't be read ({error.strerror or error})"
+
+
+def _files(folder: epath.Path, within: str = ''):
+  """(path relative to the checkpoint, path) of all its files."""
+  for path in folder.iterdir():
+    if path.is_dir():
+      yield from _files(path, f'{within}{path.name}/')
+    else:
+      yield f'{within}{path.name}', path
+
+
+def _writer(name: str) -> int | None:
+  """The process whose own folder a file of several processes' checkpoint is in."""
+  found = [part.rpartition('_')[2] for part in name.split('/') if part.startswith('ocdbt.process_')]
+  return int(found[0]) if found and found[0].isdecimal() else None
+
+
+def _entries(files: dict[str, epath.Path]) -> dict[str, list]:
+  """{file: [bytes, digest]}."""
+  with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+    digests = pool.map(_digest, files.values())
+    return {name: [path.stat().length, digest]
+            for (name, path), digest in zip(files.items(), digests)}
+
+
+def _digest(path: epath.Path) -> str:
+  digest = xxhash.xxh3_128()
+  with path.open('rb') as file:
+    while chunk := file.read(_CHUNK):
+      digest.update(chunk)
+  return digest.hexdigest()
+
+
+def _part_name(process: int) -> str:
+  return f'{NAME}.{process}'
+
+
+def _write(path: epath.Path, entries: dict[str, list]) -> None:
+  """Writes entries with a digest of their own, whole or not at all."""
+  storage.write(path, _text(entries))
+
+
+def _text(entries: dict[str, list]) -> str:
+  lines = (f'{json.dumps(name)}: {json.dumps(entries[name])}' for name in sorted(entries))
+  body = '{\n' + ',\n'.join(lines) + '\n}'
+  own = xxhash.xxh3_128_hexdigest(body.encode())
+  return f'{{"algorithm": "xxh3_128", "digest": "{own}", "files": {body}}}\n'
+
+
+def _read(path: epath.Path) -> dict[str, list]:
+  """Entries of a manifest; raises ValueError unless every byte is as it was written."""
+  if path.stat().length > storage.MAX_JSON:
+    raise ValueError(f'{path}: too large')
+  text = path.read_bytes().decode()
+  try:
+    entries = json.loads(text)['files']
+    unchanged = text == _text(entries) and all(map(_within, entries))
+  except (LookupError, TypeError, AttributeError, RecursionError):
+    unchanged = False
+  if not unchanged:
+    raise ValueError(f'{path}: damaged')
+  return entries
+
+
+def _within(name: str) -> bool:
+  """Whether a path stays in the checkpoint that names it."""
+  path = pathlib.PurePosixPath(name)
+  return not path.is_absolute() and '..' not in path.parts
+
+
+def _says_manifest(folder: epath.Path) -> bool:
+  """Whether a checkpoint's own metadata says that it was written with a manifest."""
+  try:
+    metadata = json.loads((folder / _METADATA).read_text())
+    return metadata['custom_metadata'] == CUSTOM_METADATA
+  except (OSError, ValueError, LookupError, TypeError):
+    return False
+
+
+def _well_formed(path: epath.Path) -> bool:
+  """Whether a file that Orbax writes while it commits looks like one."""
+  try:
+    text = path.read_text()
+    if path.name == _COMMITTED:
+      return (text.startswith('Checkpoint commit was successful to ')
+              and text.endswith(f'/{path.parent.name}'))
+    return json.loads(text)['custom_metadata'] == CUSTOM_METADATA
+  except (OSError, ValueError, LookupError, TypeError):
+    return False

@@ -1,0 +1,98 @@
+"""`parti-jax batch`: shows a batch that a run has named, such as that of a step not applied."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+
+import numpy as np
+
+from parti_jax.core import gin_config
+from parti_jax.core import errors
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+  """Adds the flags of `parti-jax batch`."""
+  gin_config.add_gin_arguments(parser)
+  parser.add_argument('--model_dir', metavar='RUN',
+                      help="the run's folder; its gin values are taken if no --gin_file is given")
+  parser.add_argument('--place', required=True, nargs='+', metavar='PLACE',
+                      help='the batches, SHARE/SHARES:EPOCH:TAKEN+COUNT, as the run names them')
+  parser.add_argument('--output_dir', metavar='FOLDER',
+                      help='where each is written as PLACE.npz, and its pictures as PLACE.png')
+
+
+def run(args: argparse.Namespace) -> int:
+  """Prints the captions and arrays of batches, and writes them; returns the exit status."""
+  if not args.gin_file and not args.model_dir:
+    raise errors.UserError("--model_dir=RUN not given; or give the run's --gin_file")
+  from parti_jax.data import shared_batches  # pylint: disable=g-import-not-at-top
+  from parti_jax.training import configurables  # pylint: disable=unused-import
+  from parti_jax.training import train_loop
+
+  places = [shared_batches.Place.parse(place) for place in args.place]
+  gin_config.parse(args.gin_file or [f'{args.model_dir}/config.gin'], args.gin_bindings)
+  values = train_loop.bound_arguments()
+  lengths = values['stage'].feature_lengths()
+  for place in places:
+    batch = shared_batches.read(place, values['task'], values['split'], lengths, values['seed'])
+    print(f'{place} of {values["task"]}, {values["split"]}')
+    for line in describe(batch, values['task'], lengths):
+      print(f'  {line}')
+    if args.output_dir:
+      print(f'  written: {", ".join(map(str, write(batch, place, args.output_dir)))}')
+  return 0
+
+
+def describe(batch: dict[str, np.ndarray], task: str, lengths: dict[str, int]) -> list[str]:
+  """Lines on a batch: its arrays, and its captions where it has some.
+
+  Args:
+    batch: arrays [examples, ...], of `shared_batches.read`.
+    task: name of its seqio task.
+    lengths: of the task's features, see `Batches`.
+  """
+  from parti_jax.data import datasets, mixtures  # pylint: disable=g-import-not-at-top
+
+  lines = [f'{name}: {values.dtype} {list(values.shape)}, {values.min():g} to {values.max():g}'
+           for name, values in batch.items()]
+  if 'encoder_input_tokens' not in batch:
+    return lines
+  if datasets.is_ours(task) or mixtures.is_one(task):
+    decode = datasets.get_vocabulary().decode
+  else:
+    from parti_jax.data import tasks  # pylint: disable=g-import-not-at-top
+    decode = tasks.get_task(task).output_features['inputs'].vocabulary.decode
+  return lines + [f'example {index}: {decode(ids)!r}'
+                  for index, ids in enumerate(batch['encoder_input_tokens'].tolist())]
+
+
+def write(batch: dict[str, np.ndarray], place, folder) -> list[pathlib.Path]:
+  """Writes a batch's arrays, and its pictures as a grid where it has some.
+
+  Args:
+    batch: of `shared_batches.read`.
+    place: its Place, which gives the files' names.
+    folder: made if it is not there.
+
+  Returns:
+    The files.
+
+  Raises:
+    UserError: if they can't be written.
+  """
+  from PIL import Image  # pylint: disable=g-import-not-at-top
+  from parti_jax.training import reporting
+
+  name = str(place).translate(str.maketrans('/:', '__'))
+  file = pathlib.Path(folder) / f'{name}.npz'
+  try:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(file, **batch)
+    if 'images' not in batch:
+      return [file]
+    Image.fromarray(reporting.tile(batch['images'])).save(file.with_suffix('.png'))
+  except OSError as error:
+    raise errors.UserError(f'--output_dir {folder}: cannot be written ({error.strerror or error}); '
+                           'name another folder') from error
+  return [file, file.with_suffix('.png')]

@@ -1,0 +1,115 @@
+"""`parti-jax generate`: draws pictures for prompts and writes them as PNG."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import sys
+import warnings
+
+from parti_jax.core import compilation_cache
+from parti_jax.data.readers import text_files
+from parti_jax.core.errors import UserError
+from parti_jax.cli import sampling_flags
+
+DEFAULT_OUTPUT_DIR = 'parti_jax_pictures'
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+  """Adds the command's flags."""
+  parser.add_argument('prompts', nargs='*', metavar='PROMPT',
+                      help='what a picture should show, such as "waving hand: dark skin tone"')
+  parser.add_argument('--prompts_file', metavar='FILE',
+                      help='a text file with more prompts, one on each line')
+  parser.add_argument('--model', metavar='PATH',
+                      help='an exported model (default: the demo model in the package)')
+  parser.add_argument('--output_dir', default=DEFAULT_OUTPUT_DIR, metavar='DIR',
+                      help='where the pictures go (default: ./%(default)s)')
+  parser.add_argument('--num_images', type=int, default=4,
+                      help='pictures for each prompt (default: %(default)s)')
+  parser.add_argument('--rank', action='store_true',
+                      help="put the pictures of each prompt in order, best first, by the model's "
+                      'ranker; the paper draws 16')
+  parser.add_argument('--upscale', action='store_true',
+                      help="enlarge the pictures by the model's super-resolution")
+  parser.add_argument('--seed', type=int, default=0,
+                      help='another seed draws other pictures (default: %(default)s)')
+  sampling_flags.add_arguments(parser)
+  parser.add_argument('--batch_size', type=int,
+                      help='pictures drawn at once; changes the memory, not the pictures')
+  parser.add_argument('--display_size', type=int, metavar='PIXELS',
+                      help='height of each picture on the grid (default: enlarged if small)')
+
+
+def run(args: argparse.Namespace) -> int:
+  """Draws, writes the pictures and their grid, and prints the files.
+
+  Returns:
+    0, the exit status.
+
+  Raises:
+    UserError: bad flags, no prompt, no model, or a folder that can't be written.
+  """
+  prompts = _prompts(args)
+  _check_flags(args)
+  # Imports JAX, which takes a moment: not before the flags are known to be right.
+  from parti_jax.sampling import text_to_image as pipeline_lib  # pylint: disable=import-outside-toplevel
+  compilation_cache.enable()
+  pipeline = pipeline_lib.load(args.model)
+  with warnings.catch_warnings():
+    warnings.simplefilter('always', UserWarning)
+    warnings.showwarning = _print_warning
+    result = pipeline.generate(
+        prompts, num_images=args.num_images, seed=args.seed, batch_size=args.batch_size,
+        progress=True, rank=args.rank, upscale=args.upscale,
+        **sampling_flags.given(args))
+  for path in result.save(args.output_dir):
+    print(path)
+  print(result.save_grid(args.output_dir, args.display_size))
+  if result.usage is not None:
+    print(f'parti-jax: {result.usage.summary(pipeline.decoder_layers)}', file=sys.stderr)
+  return 0
+
+
+def _print_warning(message, *unused_args, **unused_kwargs):
+  print(f'parti-jax: warning: {message}', file=sys.stderr)
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+  """Prompts of the command line, then those of the file; blank lines there are no prompts."""
+  prompts = list(args.prompts)
+  if args.prompts_file is not None:
+    prompts += read_prompts(args.prompts_file)
+  if not prompts:
+    raise UserError('no prompt: give one, such as "waving hand: dark skin tone", or '
+                    '--prompts_file FILE')
+  for number, prompt in enumerate(prompts, 1):
+    if not prompt.strip():
+      raise UserError(f'prompt {number} is empty; say what the picture should show')
+  return prompts
+
+
+def read_prompts(path: str) -> list[str]:
+  """The lines of a --prompts_file that are not blank.
+
+  Raises:
+    UserError: if it can't be read, or has none.
+  """
+  text = text_files.read(path, f'--prompts_file {path}')
+  lines = [line.strip() for line in text_files.lines(text) if line.strip()]
+  if not lines:
+    raise UserError(f'--prompts_file {path} has no prompt in it')
+  return lines
+
+
+def _check_flags(args: argparse.Namespace):
+  """Raises UserError for numbers that can't be, before anything slow happens."""
+  sampling_flags.check_numbers(args, 'num_images', 'batch_size', 'display_size')
+  sampling_flags.given(args)
+  folder = pathlib.Path(args.output_dir)
+  there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+  if not there.is_dir():
+    raise UserError(f'--output_dir {there} is a file; name a folder')
+  if not os.access(there, os.W_OK | os.X_OK):
+    raise UserError(f'--output_dir {folder}: cannot write there; name another folder')

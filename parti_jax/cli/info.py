@@ -1,0 +1,136 @@
+"""`parti-jax info`: what a folder holds, a run with its story or an exported model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from parti_jax.core import checks
+from parti_jax.core import storage
+from parti_jax.core.errors import UserError
+from parti_jax.cli import info_text
+from parti_jax.runs import run_summary
+
+_LARGEST = 1 << 24
+# What a run's folder has of these, it has from its first minute on.
+_OF_A_RUN = ('checkpoints', 'journal', 'config.gin')
+_MODEL_CONFIG = 'config.json'
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+  """Adds the flags of `parti-jax info`."""
+  parser.add_argument('folder', help='folder of a run (the --model_dir of `train`) or of an '
+                      'exported model (the --model of `generate`), a path or a URL')
+  parser.add_argument('--verify', action='store_true',
+                      help='read all files of the checkpoints to know whether they are whole; '
+                      'otherwise their sizes are compared')
+  parser.add_argument('--json', action='store_true', help='print all of it as JSON')
+
+
+def run(args: argparse.Namespace) -> int:
+  """Prints what a folder holds; returns the exit status."""
+  found = describe(args.folder, args.verify)
+  if args.json:
+    print(json.dumps(found, indent=2, ensure_ascii=False))
+  else:
+    print('\n'.join(info_text.run(found) if found['kind'] == 'run' else info_text.model(found)))
+  return 0
+
+
+def describe(folder: str, verify: bool = False) -> dict[str, Any]:
+  """What a folder holds, all of it JSON.
+
+  Args:
+    folder: a path or a URL.
+    verify: whether a run's checkpoints are read.
+
+  Returns:
+    For a run see `run_summary.summarize`. For a model: kind, 'model'; folder; parts, {name of a
+    network: {'parameters', 'bytes', 'sizes'}}; picture_size and upscaled_size in pixels, the latter
+    None without super-resolution; image_tokens of a picture; vocabulary, {'ids', 'bytes'};
+    stored_as, the parameters' dtype; sampling, the defaults of `generate`; provenance; missing,
+    the files that are not there.
+
+  Raises:
+    UserError: the folder is neither, or can't be read; says what it is instead where that is known.
+  """
+  if not storage.is_folder(folder):
+    what = 'a file' if storage.exists(folder) else 'not there'
+    raise UserError(f'{folder}: {what}; give the folder of a run or of an exported model')
+  names = storage.names(folder)
+  if any(name in names for name in _OF_A_RUN):
+    return run_summary.summarize(folder, verify)
+  if _MODEL_CONFIG in names:
+    return _model(folder, names)
+  raise UserError(f'{folder}: {_what_else(folder, names)}')
+
+
+def _what_else(folder: str, names: list[str]) -> str:
+  """Says what a folder is that is neither a run nor a model, and what to give."""
+  if 'state' in names and 'model' in names:
+    return 'one checkpoint; give the folder of its run, two above'
+  if storage.name(folder) == 'checkpoints' and all(name[:1].isdigit() for name in names):
+    return 'the checkpoints of a run; give the folder above'
+  if 'info.json' in names and any(
+      name.endswith(('.array_record', '.tfrecord')) for name in names):
+    return "image tokens, for --gin.token_cache.path, and no run; give a run's folder or a model's"
+  return (f'neither a run ({", ".join(_OF_A_RUN)}) nor an exported model ({_MODEL_CONFIG}); give '
+          'the --model_dir of `parti-jax train` or what `parti-jax export` wrote')
+
+
+def _model(folder: str, names: list[str]) -> dict[str, Any]:
+  path = storage.join(folder, _MODEL_CONFIG)
+  config = _ModelConfig(path)
+  counts = dict(config.entries('parameters'))
+  stored_as = counts.pop('stored_as', None)
+  bytes_of = storage.sizes(folder)
+  parts = {name: {'parameters': config.number('parameters', name, least=0),
+                  'bytes': bytes_of.get(f'{name}.safetensors'), 'sizes': config.entries(name)}
+           for name in counts}
+  side = config.number('tokenizer', 'image_size')
+  factor = config.number('super_resolution', 'factor') if 'super_resolution' in parts else None
+  tokens = (side // config.number('tokenizer', 'patch_size')) ** 2
+  files = [f'{name}.safetensors' for name in parts] + ['vocabulary.model']
+  return {
+      'kind': 'model', 'folder': str(folder), 'parts': parts, 'picture_size': side,
+      'upscaled_size': side * factor if factor else None, 'image_tokens': tokens,
+      'vocabulary': {'ids': config.number('parti', 'text_vocabulary'),
+                     'bytes': bytes_of.get('vocabulary.model')},
+      'stored_as': stored_as, 'sampling': config.entries('sampling', {}),
+      'provenance': config.entries('provenance', {}),
+      'missing': [name for name in files if name not in names]}
+
+
+class _ModelConfig:
+  """config.json of a model as far as it is shown; reading all of it would take JAX.
+
+  Errors of all methods: UserError, where an entry is missing or is of another type.
+  """
+
+  def __init__(self, path: str):
+    self._path = path
+    try:
+      self._config = storage.read_json(path, _LARGEST)
+    except ValueError as error:
+      raise self._damaged(f'({error})') from error
+    if not isinstance(self._config, dict):
+      raise self._damaged('(no object)')
+
+  def entries(self, name: str, default: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Returns the object of a name."""
+    if name not in self._config and default is not None:
+      return default
+    found = self._config.get(name)
+    if not isinstance(found, dict):
+      raise self._damaged(f'({name!r} is {checks.shown_as_json(found)}, which is not an object)')
+    return found
+
+  def number(self, name: str, key: str, least: int = 1) -> int:
+    """Returns a whole number in the object of a name."""
+    return checks.whole_number(f'{self._path}: {name}.{key}', self.entries(name).get(key), least,
+                               show=checks.shown_as_json)
+
+  def _damaged(self, why: str) -> UserError:
+    return UserError(f'{self._path}: damaged, or not of an exported model {why}; give the folder '
+                     'that `parti-jax export` wrote')

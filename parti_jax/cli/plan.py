@@ -1,0 +1,91 @@
+"""`parti-jax plan`: compiles a step for devices that are not there and says what bounds it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import sys
+
+from parti_jax.core import checks
+from parti_jax.core import gin_config
+from parti_jax.core import errors
+from parti_jax.core import storage
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+  """Adds the flags of `parti-jax plan`."""
+  gin_config.add_gin_arguments(parser)
+  parser.add_argument('--topology', metavar='KIND:SIZES',
+                      help='v4:8x8x8, v5e:16x16, v5p:8x8x8, v6e:16x16 or tpu7x:4x4x4; 2xv5p:8x8x8 '
+                      'for two slices; cpu:8 for eight emulated devices')
+  parser.add_argument('--what', choices=('train', 'sample'), default='train',
+                      help='the training step, or the step that draws one image token with a full '
+                      'cache (default: %(default)s)')
+  parser.add_argument('--batch_size', type=int,
+                      help='examples of a training step (default: train.batch_size), or images of '
+                      'a sampling step (default: 32)')
+  parser.add_argument('--unguided', action='store_true',
+                      help='sampling without classifier-free guidance, one sequence for each image '
+                      'and not two')
+  parser.add_argument('--json', metavar='FILE',
+                      help='write the plan there as JSON; with --search, a line for each '
+                      'candidate, and those that are there already are not tried again')
+  parser.add_argument('--search', action='store_true',
+                      help='try meshes, remat policies and microbatches, and print those that fit')
+  parser.add_argument('--search_limit', type=int, default=12, metavar='N',
+                      help='how many candidates are compiled (default: %(default)s)')
+  parser.add_argument('--table', nargs='+', metavar='FILE',
+                      help='print plans that --json wrote as one table; nothing is compiled')
+
+
+def run(args: argparse.Namespace) -> int:
+  """Plans; returns 0 if the step fits, 1 if not."""
+  from parti_jax.planning import report  # pylint: disable=g-import-not-at-top
+  if args.table:
+    print(report.table([read(file) for file in args.table]))
+    return 0
+  if not args.topology:
+    raise errors.UserError('--topology is needed, such as --topology=v4:8x8x8')
+  for name in ('batch_size', 'search_limit'):
+    if getattr(args, name) is not None and getattr(args, name) < 1:
+      raise errors.UserError(f'--{name}={getattr(args, name)} must be at least 1')
+    if getattr(args, name) is not None:
+      checks.count(f'--{name}', getattr(args, name))
+  from parti_jax.planning import plan as plan_lib
+  from parti_jax.planning import request as request_lib
+  from parti_jax.planning import search
+  request = request_lib.Request(
+      args.what, args.topology, tuple(args.gin_file), tuple(args.gin_bindings), args.batch_size,
+      not args.unguided)
+  if args.search:
+    return search.run(request, args.search_limit, args.json)
+  if args.json:
+    try:
+      pathlib.Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      raise errors.UserError(f'--json={args.json}: {error.strerror}') from error
+  print(f'compiling for {args.topology}: minutes for a large model', file=sys.stderr)
+  plan = plan_lib.make(request)
+  print(report.text(plan), flush=True)
+  if args.json:
+    storage.write(args.json, json.dumps(plan, indent=2) + '\n')
+  return 0 if plan['fits'] else 1
+
+
+def read(file: str) -> dict:
+  """A plan that `--json` wrote.
+
+  Raises:
+    UserError: if it can't be read as one.
+  """
+  from parti_jax.planning import plan as plan_lib  # pylint: disable=g-import-not-at-top
+  try:
+    with open(file, encoding='utf-8') as opened:
+      plan = json.load(opened)
+  except (OSError, ValueError) as error:
+    raise errors.UserError(f'{file}: not a plan: {error}') from error
+  if not isinstance(plan, dict) or plan.get('schema') != plan_lib.SCHEMA:
+    raise errors.UserError(f'{file}: not a plan of schema {plan_lib.SCHEMA}; make it anew with '
+                           'parti-jax plan --json')
+  return plan

@@ -1,0 +1,200 @@
+"""`parti-jax prompts`: draws every prompt of a file such as PartiPrompts.tsv, and shows them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import shutil
+import sys
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+import tqdm
+from PIL import Image
+
+import parti_jax
+from parti_jax.core import compilation_cache
+from parti_jax.core.errors import UserError
+from parti_jax.evaluation import html_page
+from parti_jax.evaluation import output_folder
+from parti_jax.evaluation.datasets import prompts_file
+from parti_jax.cli import sampling_flags
+from parti_jax.sampling import images as images_lib
+from parti_jax.sampling import sheets
+
+# Pictures drawn between two looks at what is done: what a run that is stopped loses at most.
+_AT_ONCE = 64
+_RESULT_FILE = 'result.json'
+# Prompts on the contact sheet of a category.
+_SHOWN = 120
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+  """Adds the command's flags."""
+  parser.add_argument('file', metavar='FILE',
+                      help='PartiPrompts.tsv or a file like it: columns Prompt, Category, '
+                      'Challenge and Note, separated by tabs')
+  parser.add_argument('--model', metavar='PATH',
+                      help='an exported model (default: the demo model in the package)')
+  parser.add_argument('--output_dir', default='parti_prompts', metavar='DIR',
+                      help='where index.html, prompts.json, the pictures and contact sheets go; a '
+                      'run that was stopped goes on there (default: %(default)s)')
+  parser.add_argument('--num_images', type=int, default=4,
+                      help='pictures for each prompt, best first where the model has a ranker '
+                      '(default: %(default)s)')
+  parser.add_argument('--max_prompts', type=int, metavar='N',
+                      help='draw only the first N prompts (default: all)')
+  parser.add_argument('--seed', type=int, default=0,
+                      help='another seed draws other pictures (default: %(default)s)')
+  sampling_flags.add_arguments(parser)
+  parser.add_argument('--batch_size', type=int,
+                      help='pictures drawn at once; changes the memory, not the pictures')
+
+
+def run(args: argparse.Namespace) -> int:
+  """Draws what is not drawn yet, writes the page, and prints the files.
+
+  Returns:
+    0, the exit status.
+
+  Raises:
+    UserError: bad flags, a file of another form, or an output folder that can't be written or
+      holds another run.
+  """
+  sampling_flags.check_numbers(args, 'num_images', 'batch_size', 'max_prompts')
+  sampling = {name: value for name, value in sampling_flags.given(args).items() if value is not None}
+  prompts = prompts_file.read(args.file)[:args.max_prompts]
+  compilation_cache.enable()
+  pipeline = parti_jax.load(args.model)
+  folder = output_folder.make(args.output_dir)
+  output_folder.claim(folder, {
+      'num_images': args.num_images, 'seed': args.seed, 'sampling': sampling,
+      'model': output_folder.model_fingerprint(args.model)})
+  (folder / 'pictures').mkdir(exist_ok=True)
+  _draw(pipeline, prompts, folder, args, sampling)
+  ranked = pipeline.ranker is not None
+  results = [_result(folder, prompt) for prompt in prompts]
+  for path in _write_pages(folder, results, ranked, args, pipeline.model_name, sampling):
+    print(path)
+  return 0
+
+
+def _place(folder: pathlib.Path, prompt: prompts_file.Prompt) -> pathlib.Path:
+  """The folder of a prompt's pictures; it is there once all of them are."""
+  # The text is part of the name, and so a file with other prompts finds none of its own.
+  text = output_folder.fingerprint(prompt.text.encode())[:6]
+  number, pictures = f'{prompt.number:04d}', folder / 'pictures'
+  place = pictures / f'{number}_{images_lib.slug(prompt.text)}_{text}'
+  if prompt.text.isascii() or place.is_dir():
+    return place
+  # Other versions, and file systems without the text's letters, have other words between the two.
+  return next(iter(sorted(pictures.glob(f'{number}_*_{text}'))), place)
+
+
+def _draw(pipeline, prompts: Sequence[prompts_file.Prompt], folder: pathlib.Path,
+          args: argparse.Namespace, sampling: dict):
+  """Draws the prompts that have no folder yet, some at once."""
+  missing = [prompt for prompt in prompts if not _place(folder, prompt).is_dir()]
+  group = max(1, _AT_ONCE // args.num_images)
+  with tqdm.tqdm(total=len(prompts), initial=len(prompts) - len(missing), desc='drawing',
+                 unit='prompt', disable=None, file=sys.stderr) as bar:
+    for start in range(0, len(missing), group):
+      chosen = missing[start:start + group]
+      with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always', UserWarning)
+        drawn = pipeline.generate(
+            [prompt.text for prompt in chosen], num_images=args.num_images, seed=args.seed,
+            batch_size=args.batch_size, rank=pipeline.ranker is not None, **sampling)
+      cut = _left_out([str(warning.message) for warning in caught])
+      for row, prompt in enumerate(chosen):
+        _save(_place(folder, prompt), _of_one(drawn, row), cut.get(row, ''))
+      bar.update(len(chosen))
+
+
+def _left_out(messages: Sequence[str]) -> dict[int, str]:
+  """Returns row -> what the pipeline's warning says of its prompt: how it was cut."""
+  found = [re.match(r'prompt (\d+) is (.*)', message, re.DOTALL) for message in messages]
+  return {int(match[1]) - 1: match[2] for match in found if match}
+
+
+def _of_one(drawn, row: int):
+  """The part of a Result that is of one prompt."""
+  arrays = {field.name: value[row:row + 1] for field in dataclasses.fields(drawn)
+            if isinstance(value := getattr(drawn, field.name), (np.ndarray, list))}
+  return dataclasses.replace(drawn, **arrays)
+
+
+def _save(place: pathlib.Path, drawn, cut: str):
+  """Writes a prompt's pictures and what is known of them, all or nothing."""
+  temporary = place.with_name(f'.{place.name}.{os.getpid()}')
+  shutil.rmtree(temporary, ignore_errors=True)
+  try:
+    files = drawn.save(temporary)
+    scores = [None] * len(files) if drawn.scores is None else drawn.scores[0].tolist()
+    indices = range(len(files)) if drawn.image_index is None else drawn.image_index[0].tolist()
+    pictures = [{'file': file.name, 'score': score, 'image_index': index}
+                for file, score, index in zip(files, scores, indices)]
+    content = json.dumps({'pictures': pictures, 'cut': cut}, ensure_ascii=False, indent=2)
+    (temporary / _RESULT_FILE).write_text(content + '\n', encoding='utf-8')
+    os.replace(temporary, place)
+  except OSError as error:
+    raise UserError(f'{place} cannot be written ({error.strerror or error})') from error
+  finally:
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _result(folder: pathlib.Path, prompt: prompts_file.Prompt) -> dict:
+  """Everything about a prompt, as in prompts.json."""
+  place = _place(folder, prompt)
+  try:
+    content = json.loads((place / _RESULT_FILE).read_text(encoding='utf-8'))
+    pictures = [picture | {'file': str(pathlib.PurePosixPath('pictures', place.name,
+                                                             picture['file']))}
+                for picture in content['pictures']]
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise UserError(f'{place} is damaged; delete it, and the run draws its pictures again'
+                    ) from error
+  return {'number': prompt.number, 'prompt': prompt.text, 'category': prompt.category,
+          'challenge': prompt.challenge, 'note': prompt.note, 'cut': content['cut'],
+          'pictures': pictures}
+
+
+def _write_pages(folder: pathlib.Path, results: Sequence[dict], ranked: bool,
+                 args: argparse.Namespace, model_name: str, sampling: dict) -> list[pathlib.Path]:
+  """Writes the page, the JSON and the contact sheets; returns their files."""
+  settings = ', '.join(f'{key} {value}' for key, value in sampling.items())
+  about = (f'Model {model_name}, {args.num_images} pictures a prompt, seed {args.seed}, sampling: '
+           f'{settings or "as the model is configured"}.')
+  title = f'{pathlib.Path(args.file).stem}: {len(results):,} prompts'
+  content = {'file': pathlib.Path(args.file).name, 'model': model_name, 'seed': args.seed,
+             'num_images': args.num_images, 'ranked': ranked, 'sampling': sampling,
+             'prompts': list(results)}
+  files = {
+      'index.html': html_page.page(title, about, results, ranked).encode(),
+      'prompts.json': (json.dumps(content, indent=2, ensure_ascii=False) + '\n').encode()}
+  categories = sorted({result['category'] for result in results})
+  for category, name in images_lib.distinct_names(categories).items():
+    files[f'{name}.png'] = output_folder.png(_sheet(folder, category, results, ranked))
+  for name, data in files.items():
+    output_folder.write(folder / name, data)
+  return [folder / name for name in files]
+
+
+def _sheet(folder: pathlib.Path, category: str, results: Sequence[dict],
+           ranked: bool) -> Image.Image:
+  """A category's prompts, each with its first picture."""
+  members = [result for result in results if result['category'] == category]
+  shown = members[:_SHOWN]
+  first = "the ranker's best" if ranked else 'the first'
+  images = []
+  for result in shown:
+    with Image.open(folder / result['pictures'][0]['file']) as picture:
+      images.append([np.asarray(picture.convert('RGB'))])
+  return sheets.sheet(
+      f'{category}: {len(shown)} of {len(members)} prompts, of each {first} of '
+      f'{len(shown[0]["pictures"])} pictures', [result['prompt'] for result in shown], images)

@@ -1,0 +1,62 @@
+"""`parti-jax train`: runs the gin-configured training loop."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+
+from parti_jax.core import compilation_cache
+from parti_jax.core import gin_config
+from parti_jax.runs import distributed
+from parti_jax.runs import preemption
+from parti_jax.runs import supervisor
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+  """Adds the flags of `parti-jax train`."""
+  gin_config.add_gin_arguments(parser)
+  parser.add_argument('--model_dir', required=True,
+                      help='folder of the run, which all hosts share; an earlier run in it is '
+                      'resumed')
+  distributed.add_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+  """Trains as gin says; returns the exit status."""
+  found = distributed.processes(args)
+  if found is None:
+    _train(args, lambda: None)
+    return 0
+  watched = supervisor.WatchedProcess()
+  status = watched.fork(functools.partial(distributed.explanation, found, watched))
+  if status is not None:
+    return status
+
+  def connect():
+    distributed.connect(found)
+    watched.connect()
+
+  with watched.failures(), distributed.losses_told():
+    _train(args, connect)
+  return 0
+
+
+def _train(args: argparse.Namespace, connect):
+  # Before what starts threads is imported, so that it blocks SIGTERM in them too.
+  with preemption.listening():
+    _train_listening(args, connect)
+
+
+def _train_listening(args: argparse.Namespace, connect):
+  from parti_jax.runs import allocator  # pylint: disable=g-import-not-at-top
+  allocator.keep_freed()
+  from parti_jax.core import numerics
+  from parti_jax.data import mixtures  # pylint: disable=unused-import
+  from parti_jax.training import configurables  # pylint: disable=unused-import
+  from parti_jax.checkpoints import disk_errors
+  from parti_jax.training import train_loop
+  gin_config.parse(args.gin_file, args.gin_bindings)
+  connect()
+  compilation_cache.enable()
+  with disk_errors.told(args.model_dir), numerics.fixed():
+    train_loop.train(args.model_dir)

@@ -1,0 +1,84 @@
+"""`parti-jax vocabulary`: trains a SentencePiece vocabulary on the captions of a source."""
+
+import argparse
+import itertools
+from collections.abc import Iterable, Iterator
+
+import tqdm
+
+from parti_jax.core import checks
+from parti_jax.core import gin_config
+from parti_jax.data import vocabulary
+from parti_jax.core.errors import UserError
+
+# Enough captions to measure the new vocabulary on.
+_MEASURED_CAPTIONS = 100_000
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds the command's flags."""
+  gin_config.add_gin_arguments(parser)
+  parser.add_argument('--output', required=True, metavar='FILE', help='the model file to write')
+  parser.add_argument(
+      '--size', type=int, default=16_000,
+      help='number of ids, the three special ones included (default: %(default)s, as in the paper)')
+  parser.add_argument(
+      '--at_most', action='store_true',
+      help="take fewer ids than --size where the captions can't carry as many")
+  parser.add_argument(
+      '--split', default='train', help="the source's split to train on (default: %(default)s)")
+  parser.add_argument(
+      '--model_type', choices=('unigram', 'bpe'), default='unigram',
+      help='bpe keeps more words whole where captions are few (default: %(default)s)')
+  parser.add_argument(
+      '--character_coverage', type=float, default=0.9995,
+      help='share of the characters in the captions that get an id; the rarest of the others '
+      'become unknown (default: %(default)s)')
+
+
+def run(args: argparse.Namespace) -> int:
+  """Trains and writes the vocabulary, and prints how it fits the captions."""
+  if not 0.98 <= args.character_coverage <= 1:
+    raise UserError(f'--character_coverage={args.character_coverage} must lie in 0.98 to 1')
+  checks.count('--size', args.size)
+  from parti_jax.data import sources  # pylint: disable=g-import-not-at-top
+
+  gin_config.parse(args.gin_file, args.gin_bindings)
+  source = sources.configured(sources.chosen())
+  captions = _with_text(source, args.split)
+  model = vocabulary.train_vocabulary(
+      tqdm.tqdm(captions, desc='captions', unit='', disable=None),
+      args.size, args.output, args.model_type, args.character_coverage, args.at_most,
+  )
+  measured = itertools.islice(_with_text(source, args.split), _MEASURED_CAPTIONS)
+  print(f'{args.output}: {model.size:,} ids')
+  print(_fit(model, measured))
+  return 0
+
+
+def _with_text(source, split: str) -> Iterator[str]:
+  """Yields the captions that are not empty."""
+  found = False
+  for caption in source.captions(split):
+    if caption.strip():
+      found = True
+      yield caption
+  if not found:
+    raise UserError(f'{source.name} has no caption in split {split!r}')
+
+
+def _fit(model: vocabulary.TextVocabulary, captions: Iterable[str]) -> str:
+  """Says how many tokens captions take and how many of these are unknown."""
+  count = tokens = unknown = 0
+  longest, most = '', 0
+  for caption in captions:
+    ids = model.encode_whole(caption)
+    count += 1
+    tokens += len(ids)
+    unknown += ids.count(vocabulary.UNK_ID)
+    if len(ids) > most:
+      longest, most = caption, len(ids)
+  return (
+      f'{count:,} captions: {tokens / count:.1f} tokens on average, at most {most} ({longest!r}), '
+      f'the end included; {1 - unknown / tokens:.2%} of the tokens are known'
+  )

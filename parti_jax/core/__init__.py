@@ -1,0 +1,1 @@
+"""What every part builds on: errors, files and stores, checks of input, gin, fingerprints."""

@@ -1,0 +1,330 @@
+"""Checks of values that a user gives: by flags, in gin, in a file or through Python.
+
+Every function returns the value as the plain Python type that is asked for, or raises UserError
+with one line that begins with 'NAME=VALUE' and says what is needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import operator
+import os
+import reprlib
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from parti_jax.core.errors import UserError
+
+# The largest numbers of the dtypes that accelerators compute with.
+LARGEST_INT32 = 2**31 - 1
+LARGEST_FLOAT32 = 3.4028234663852886e38
+
+_SEVERAL = {int: 'whole numbers', float: 'numbers', str: 'texts'}
+_IN_WORDS = {2: 'two', 3: 'three', 4: 'four'}
+# Up to here every whole number is a float64.
+_EXACT = 2**53
+# NumPy's kinds of dtypes that are not real numbers.
+_NOT_REAL = 'cbmMOSU'
+_LONGEST_SHOWN = 80
+
+
+class _Repr(reprlib.Repr):
+  """Short representations."""
+
+  def __init__(self):
+    super().__init__()
+    self.maxlevel = 3
+    self.maxstring = self.maxother = self.maxlong = 60
+
+
+class _JsonRepr(_Repr):
+  """The same with JSON's names."""
+
+  def repr_NoneType(self, value, level):  # pylint: disable=invalid-name
+    del value, level
+    return 'null'
+
+  def repr_bool(self, value, level):
+    del level
+    return 'true' if value else 'false'
+
+
+def shown(value: Any, how: reprlib.Repr = _Repr()) -> str:
+  """A value for a message: its `repr` in one line, cut where it is long."""
+  try:
+    line = ' '.join(how.repr(value).split())
+  except Exception:  # pylint: disable=broad-except
+    # The value may be anything; so may its __repr__. Python also refuses very long integers.
+    line = f'<{type(value).__name__}>'
+  return line if len(line) <= _LONGEST_SHOWN else f'{line[:_LONGEST_SHOWN - 3]}...'
+
+
+def shown_as_json(value: Any) -> str:
+  """As `shown`, by the names that JSON has for None, True and False."""
+  return shown(value, _JsonRepr())
+
+
+def whole_number(name: str, value: Any, least: int | None = None, most: int | None = None, *,
+                 show: Callable[[Any], str] = shown) -> int:
+  """Checks a whole number.
+
+  Args:
+    name: of the argument, for the message.
+    value: what was given. NumPy's and JAX's integers are fine; booleans and floats are not, whole
+      ones included.
+    least: smallest number allowed, if there is one.
+    most: largest number allowed, if there is one.
+    show: turns the value into text for the message.
+
+  Returns:
+    The number.
+
+  Raises:
+    UserError: if the value is not a whole number, or is out of bounds.
+  """
+  try:
+    whole = None if is_boolean(value) else operator.index(value)
+  except TypeError:
+    whole = None
+  if whole is None or not _within(whole, least, most):
+    hint = ''
+    if isinstance(value, float) and _within(value, least, most) and (
+        abs(value) < _EXACT and value.is_integer()):
+      hint = f', such as {int(value)}'
+    raise UserError(
+        f'{name}={show(value)} must be a whole number{bounds_text(least, most)}{hint}')
+  return whole
+
+
+def count(name: str, value: Any) -> int:
+  """Checks a number of things that are made or read: from 1 to what an int32 can index."""
+  return whole_number(name, value, 1, LARGEST_INT32)
+
+
+def number(name: str, value: Any, least: float | None = None, most: float | None = None, *,
+           show: Callable[[Any], str] = shown) -> float:
+  """Checks a real number that is finite as a float32.
+
+  Args:
+    name: of the argument, for the message.
+    value: what was given. NumPy's and JAX's numbers are fine; booleans and texts are not.
+    least: smallest number allowed, if there is one.
+    most: largest number allowed, if there is one.
+    show: turns the value into text for the message.
+
+  Returns:
+    The number.
+
+  Raises:
+    UserError: if the value is not a finite number, or is out of bounds.
+  """
+  real = _as_float(value)
+  bounds = bounds_text(least, most)
+  if real is None:
+    raise UserError(f'{name}={show(value)} must be a number{bounds}')
+  if not abs(real) <= LARGEST_FLOAT32:
+    raise UserError(f'{name}={show(value)} is not a finite number in float32; it must be a '
+                    f'number{bounds}')
+  if not _within(real, least, most):
+    raise UserError(f'{name}={show(value)} must be a number{bounds}')
+  return real
+
+
+def boolean(name: str, value: Any, *, show: Callable[[Any], str] = shown) -> bool:
+  """Checks a value that is True or False, or NumPy's."""
+  if not is_boolean(value):
+    raise UserError(f'{name}={show(value)} must be true or false')
+  return bool(value)
+
+
+def text(name: str, value: Any, *, show: Callable[[Any], str] = shown) -> str:
+  """Checks a text; a path is taken as one."""
+  if isinstance(value, os.PathLike):
+    value = os.fspath(value)
+  if not isinstance(value, str):
+    raise UserError(f'{name}={show(value)} must be a text')
+  return str(value)
+
+
+def texts(name: str, value: Any) -> list[str]:
+  """Checks one text or several, such as prompts.
+
+  Args:
+    name: of one of them, for the message: 'prompt'.
+    value: a text, or anything that can be iterated over and holds texts.
+
+  Returns:
+    The texts.
+
+  Raises:
+    UserError: if the value is something else, or one of the texts can't be written as UTF-8.
+  """
+  if isinstance(value, str):
+    value = [value]
+  elif isinstance(value, (bytes, Mapping)) or not hasattr(value, '__iter__') or (
+      getattr(value, 'shape', None) == ()):
+    raise UserError(f'{name}s={shown(value)} must be a text or a list of texts')
+  found = []
+  for position, item in enumerate(value, 1):
+    if not isinstance(item, str):
+      raise UserError(f'{name} {position} is {shown(item)}, which is not a text')
+    try:
+      item.encode()
+    except UnicodeEncodeError:
+      raise UserError(f'{name} {position} has characters that are not Unicode: '
+                      f'{shown(item)}') from None
+    found.append(str(item))
+  return found
+
+
+def bounded(**bounds: tuple[float | None, float | None]) -> Callable[[Any], Any]:
+  """Decorates a function with the bounds of its parameters, which `bounds_of` returns.
+
+  Args:
+    **bounds: parameter -> the least and the most that its numbers may be, None for no bound.
+  """
+
+  def decorate(function):
+    function.parameter_bounds = bounds
+    return function
+
+  return decorate
+
+
+def bounds_of(function: Any) -> dict[str, tuple[float | None, float | None]]:
+  """Returns the bounds that `bounded` has given to a function; none for others."""
+  return getattr(function, 'parameter_bounds', {})
+
+
+def typed(name: str, value: Any, kind: Any, least: float | None = None,
+          most: float | None = None, *, show: Callable[[Any], str] = shown) -> Any:
+  """Checks a value against a type annotation, as of a dataclass field or of a parameter.
+
+  Args:
+    name: of the value, for the message.
+    value: what was given.
+    kind: int, float, bool, str; tuple[...] of these, for which a list is fine too; Mapping[str, str];
+      a dataclass; or `kind | None`. Values of any other annotation are not checked.
+    least: smallest number allowed, within tuples too.
+    most: largest number allowed, within tuples too.
+    show: turns a value into text for the message.
+
+  Returns:
+    The value, a list as a tuple and NumPy's numbers as Python's.
+
+  Raises:
+    UserError: if the value is of another type, not finite or out of bounds.
+  """
+  if kind is int:
+    return whole_number(name, value, least, most, show=show)
+  if kind is float:
+    return number(name, value, least, most, show=show)
+  if kind is bool:
+    return boolean(name, value, show=show)
+  origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+  if origin in (typing.Union, types.UnionType):
+    others = [argument for argument in arguments if argument is not type(None)]
+    if (value is None and len(others) < len(arguments)) or len(others) != 1:
+      return value
+    return typed(name, value, others[0], least, most, show=show)
+  if origin is tuple:
+    return _typed_tuple(name, value, arguments, least, most, show)
+  if origin is Mapping and arguments == (str, str):
+    if not isinstance(value, Mapping) or not all(
+        isinstance(word, str) for pair in value.items() for word in pair):
+      raise UserError(f"{name}={show(value)} must be of the form {{'text': 'text'}}")
+    return value
+  if kind is str:
+    return text(name, value, show=show)
+  if isinstance(kind, type) and dataclasses.is_dataclass(kind) and not isinstance(value, kind):
+    raise UserError(f'{name}={show(value)} must be a {kind.__name__}; in gin, write '
+                    f'@{kind.__name__}()')
+  return value
+
+
+def _typed_tuple(name, value, arguments, least, most, show) -> tuple:
+  """Checks a tuple, or a list in its place; `arguments` are those of its annotation."""
+  kind, length = arguments[0], None if arguments[-1] is Ellipsis else len(arguments)
+  several = _SEVERAL.get(kind, 'values')
+  if length is not None:
+    several = f'{_IN_WORDS.get(length, length)} {several}'
+  right = isinstance(value, (tuple, list)) and length in (None, len(value))
+  try:
+    if right:
+      return tuple(typed(name, item, kind, least, most, show=show) for item in value)
+  except UserError:
+    pass
+  bounds = bounds_text(least, most) if kind in (int, float) else ''
+  raise UserError(f'{name}={show(value)} must be a list of {several}{bounds}')
+
+
+def check_fields(config: Any, prefix: str = '',
+                 bounds: Mapping[str, tuple[float | None, float | None]] | None = None):
+  """Checks the fields of a dataclass, frozen or not, and sets what `typed` makes of them.
+
+  Args:
+    config: the dataclass.
+    prefix: of the fields' names in messages.
+    bounds: field -> the least and the most that its numbers may be, if there are such.
+
+  Raises:
+    UserError: if a value is of another type than its field, not finite or out of bounds.
+  """
+  for name, kind in field_types(type(config)).items():
+    least, most = (bounds or {}).get(name, (None, None))
+    value = typed(prefix + name, getattr(config, name), kind, least, most)
+    object.__setattr__(config, name, value)
+
+
+@functools.cache
+def field_types(kind: type) -> dict[str, Any]:
+  """Field -> the type that a dataclass annotates it with."""
+  hints = typing.get_type_hints(kind)
+  return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def number_text(value: float) -> str:
+  """A number for a name or for metadata: short, and another text for every other number."""
+  short = f'{value:g}'
+  return short if float(short) == value else repr(value)
+
+
+def bounds_text(least: float | None, most: float | None) -> str:
+  """Returns ' from 1 to 5' and the like, to follow 'a number'."""
+  lower = '' if least is None else f' from {_bound(least)}'
+  if most is None:
+    return lower
+  return f'{lower} to {_bound(most)}' if lower else f' of at most {_bound(most)}'
+
+
+def is_boolean(value: Any) -> bool:
+  """Whether a value is True or False, or NumPy's."""
+  return isinstance(value, bool) or (
+      getattr(value, 'dtype', None) == 'bool' and getattr(value, 'shape', None) == ())
+
+
+def _as_float(value: Any) -> float | None:
+  """The value of a real number, infinite where a float64 overflows; None of anything else."""
+  if isinstance(value, (bool, complex, str, bytes, bytearray)):
+    return None
+  if getattr(value, 'shape', ()) != () or (
+      getattr(getattr(value, 'dtype', None), 'kind', 'f') in _NOT_REAL):
+    return None
+  try:
+    return float(value)
+  except OverflowError:
+    return math.inf
+  except (TypeError, ValueError):
+    return None
+
+
+def _within(value: float, least: float | None, most: float | None) -> bool:
+  return (least is None or value >= least) and (most is None or value <= most)
+
+
+def _bound(value: float) -> str:
+  return f'{value}' if isinstance(value, int) else f'{value:g}'

@@ -1,0 +1,351 @@
+"""gin for the command line: where its files are found, and errors that say what to write instead.
+
+A configurable has to be imported before a gin file names it; commands do that.
+"""
+
+import argparse
+import contextlib
+import difflib
+import inspect
+import io
+import pathlib
+import re
+import tokenize
+import typing
+from collections.abc import Iterable, Iterator, Sequence
+
+from parti_jax.core import checks
+from parti_jax.core import optional_packages
+from parti_jax.core.errors import UserError
+
+# What gin may name in parti_jax.data; tests/core/test_gin_config.py compares them with what is there.
+DATA_NAMES = ('data', 'decode_images', 'drop_text', 'folder', 'hf_datasets', 'loader', 'mixture',
+              'openmoji', 'parquet', 'prepared', 'shuffle', 'text', 'tfrecord', 'token_cache',
+              'vocabulary', 'webdataset')
+_DATA_IMPORT = re.compile(r'^import parti_jax\.data\b.*$', re.MULTILINE)
+
+_CALL_CHAIN = '\n  In call to configurable'
+_LOCATION = re.compile(r'\n  In file "(?P<file>[^\n]*)", line (?P<line>\d+)\n(?P<text>[^\n]*)')
+
+
+def add_gin_arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds `--gin_file` to a command's parser and explains `--gin.NAME=VALUE` in its help.
+
+  `main` collects the `--gin.NAME=VALUE` arguments in `args.gin_bindings`.
+  """
+  group = parser.add_argument_group(
+      'gin', 'Any --gin.NAME=VALUE sets one value and wins over the files, for example '
+      '--gin.train.steps=100; a text keeps its quotes: --gin.NAME="\'text\'".')
+  group.add_argument(
+      '--gin_file', action='append', default=[], metavar='FILE',
+      help='a gin file, in the working folder or among those installed with the package '
+      '(gin_configs/...); may be given several times, later files win')
+
+
+def folder() -> pathlib.Path:
+  """Returns the folder of the package's gin files, installed or in a checkout."""
+  package = pathlib.Path(__file__).resolve().parents[1]
+  installed = package / 'gin_configs'
+  return installed if installed.is_dir() else package.parent / 'gin_configs'
+
+
+def find(gin_file: str) -> pathlib.Path:
+  """Returns the path of a gin file: as it is given, else in the package's `gin_configs`.
+
+  Args:
+    gin_file: a path, or a name in the package's folder with or without `gin_configs/` before it.
+
+  Raises:
+    UserError: there is no such file; names the nearest ones.
+  """
+  path = _find(gin_file)
+  if path is None:
+    raise UserError(_missing_file(gin_file))
+  return path
+
+
+def parse(gin_files: Sequence[str], bindings: Sequence[str], data: bool = True) -> None:
+  """Reads gin files, then single bindings, in place of all that was read before.
+
+  Args:
+    gin_files: see `find`; files that these include are found the same way.
+    bindings: 'NAME=VALUE', each of them.
+    data: whether to read what is said about the data. Without it, the files' imports of
+      `parti_jax.data` and the values of its names are left out, which takes no TensorFlow.
+
+  Raises:
+    UserError: a file is missing or can't be read as gin, a name is unknown (the message has the
+      nearest valid ones), a value is of another type than its parameter's annotation or out of its
+      bounds, a value is marked as required and not given, or a macro is undefined or, given as a binding, used
+      nowhere.
+  """
+  import gin  # pylint: disable=import-outside-toplevel
+
+  gin.clear_config()
+  skipped = () if data else DATA_NAMES
+  try:
+    with _includes_found_as_files_are(gin, data):
+      for gin_file in gin_files:
+        path = str(find(gin_file))
+        with _translated_parse_errors(path):
+          gin.parse_config_file(path, skipped)
+      for binding in bindings:
+        with _translated_parse_errors(f'--gin.{binding}', is_binding=True):
+          gin.parse_config(binding, skipped)
+    _check_macros(gin, bindings)
+    with _translated_parse_errors(', '.join(gin_files) or 'gin'):
+      gin.finalize()
+    _check_types(gin)
+  except BaseException:
+    gin.clear_config()
+    raise
+
+
+def operative() -> str:
+  """Returns the gin values in use by what has been called so far, defaults included."""
+  import gin  # pylint: disable=import-outside-toplevel
+
+  return gin.operative_config_str()
+
+
+@contextlib.contextmanager
+def translated_errors() -> Iterator[None]:
+  """Turns gin's error for a required value that nothing sets, or for a call too many, into one."""
+  try:
+    yield
+  except TypeError as error:
+    found = re.match(r"(\w+)\(\) missing \d+ required positional arguments?: ([^\n]+)\n"
+                     r"(?:  [^\n]*\n)*?  In call to configurable '(?:\w+\.)*\1'", str(error))
+    if not found:
+      raise
+    name = found.group(1)
+    raise UserError(f'gin: @{name}() is called without {found.group(2)}; write @{name}, without '
+                    'parentheses') from error
+  except RuntimeError as error:
+    found = re.search(r'Required bindings for `(.+?)` not provided in config: \[(.*?)\]',
+                      str(error))
+    if not found:
+      raise
+    name, missing = found.group(1), re.findall(r"'(\w+)'", found.group(2))
+    flags = ' '.join(f'--gin.{name}.{parameter}=VALUE' for parameter in missing)
+    raise UserError(f'gin: no value for {", ".join(missing)} of {name}; set it in a gin file '
+                    f'or with {flags}') from error
+
+
+def without_call_chain(error: Exception) -> str:
+  """Returns an error's message without the calls that gin adds to what it passes on."""
+  return str(error).split(_CALL_CHAIN, maxsplit=1)[0]
+
+
+def _find(gin_file: str) -> pathlib.Path | None:
+  # The parent of the folder serves names that begin with gin_configs/.
+  for place in (pathlib.Path(), folder(), folder().parent):
+    if (place / gin_file).is_file():
+      return place / gin_file
+  return None
+
+
+def _known_files() -> list[str]:
+  return sorted(f'gin_configs/{path.relative_to(folder()).as_posix()}'
+                for path in folder().rglob('*.gin'))
+
+
+def _missing_file(gin_file: str) -> str:
+  message = f'gin file {gin_file!r} not found: neither there nor in {folder()}'
+  known = _known_files()
+  near = _nearest(gin_file, known) or _nearest_by_name(gin_file, known)
+  return message + (f'; did you mean {_either(near)}?' if near else '')
+
+
+def _nearest_by_name(gin_file: str, known: Sequence[str]) -> list[str]:
+  names = {pathlib.PurePath(path).name: path for path in known}
+  return [names[name] for name in _nearest(pathlib.PurePath(gin_file).name, names)]
+
+
+@contextlib.contextmanager
+def _includes_found_as_files_are(gin, data: bool) -> Iterator[None]:
+  """Makes `include` in a gin file look where `find` looks."""
+
+  def read(name):
+    path = _find(name)
+    if data:
+      return open(path, encoding='utf-8-sig')
+    # An empty line in place of an import, so that the lines of errors are right.
+    text = io.StringIO(_DATA_IMPORT.sub('', path.read_text(encoding='utf-8-sig')))
+    text.name = str(path)  # For gin's errors.
+    return text
+
+  # In place of gin's own readers: the one for packages logs errors while it searches, and fails
+  # on a folder without __init__.py that can be imported, as gin_configs in a checkout.
+  readers = gin.config._FILE_READERS  # pylint: disable=protected-access
+  saved = list(readers)
+  readers[:] = [(read, _find)]
+  try:
+    yield
+  finally:
+    readers[:] = saved
+
+
+@contextlib.contextmanager
+def _translated_parse_errors(source: str, is_binding: bool = False) -> Iterator[None]:
+  """Turns gin's parse errors into UserErrors that begin with the file and line, or the flag."""
+  try:
+    yield
+  except (SyntaxError, tokenize.TokenError) as error:
+    raise UserError(_syntax_message(error, source, is_binding)) from error
+  except ModuleNotFoundError as error:
+    if optional_packages.missing_extra(error):
+      raise
+    raise UserError(_located(str(error), source)[0]) from error
+  except (ValueError, KeyError, AttributeError, NameError, RuntimeError, OSError) as error:
+    raise UserError(_parse_message(str(error), source)) from error
+
+
+def _syntax_message(error: Exception, source: str, is_binding: bool) -> str:
+  if is_binding:
+    return (f'{source}: not a gin value; a text needs quotes that the shell leaves in place: '
+            '--gin.NAME="\'text\'"')
+  if isinstance(error, tokenize.TokenError):
+    return f'{source}: {error.args[0]}; is there a bracket or a quote that nothing closes?'
+  place = f'{error.filename or source}:{error.lineno}'
+  text = (error.text or '').strip()
+  return f'{place}: {error.msg}' + (f' In: {text}' if text else '')
+
+
+def _located(message: str, source: str) -> tuple[str, str]:
+  """Returns 'place: what is wrong', and the gin text at that place."""
+  what = message.strip('"').split('\n', maxsplit=1)[0]
+  found = _LOCATION.search(message.replace('\\n', '\n'))
+  if not found:
+    return f'{source}: {what}', source
+  return f'{found["file"]}:{found["line"]}: {what}', found['text']
+
+
+def _parse_message(message: str, source: str) -> str:
+  located, text = _located(message, source)
+  place = located.split(': ', maxsplit=1)[0]
+  if found := re.search(r'Unable to open file: (.+?)\. Searched config paths', message):
+    return f'{place}: {_missing_file(found.group(1))}'
+  if found := re.search(r"No configurable matching (reference )?'@?(.+?)(\(\))?'", message):
+    return f'{place}: {_unknown_name(found.group(2), text)}'
+  if found := re.search(r"Configurable '(.+?)' doesn't have a parameter named '(.+?)'", message):
+    return f'{place}: {_unknown_parameter(*found.groups())}'
+  if found := re.search(r"Configurable '(.+?)' (?:has denylisted|doesn't include) kwarg '(.+?)'",
+                        message):
+    return f'{place}: {".".join(found.groups())} is not for gin to set'
+  return located
+
+
+def _unknown_name(name: str, text: str) -> str:
+  """Says which configurables are nearest, with the parameter that the gin text sets."""
+  known = _configurables()
+  parameter = re.search(re.escape(name) + r'\.(\w+)\s*=', text)
+  choices = list(known)
+  if parameter:
+    name = f'{name}.{parameter.group(1)}'
+    choices = [f'{selector}.{p}' for selector, c in known.items() for p in _parameters(c)]
+  near = _nearest(name, choices)
+  hint = f'did you mean {_either(near)}?' if near else f'the names are {", ".join(known)}'
+  return f'unknown gin name {name!r}; {hint}'
+
+
+def _unknown_parameter(name: str, parameter: str) -> str:
+  configurable = next((c for selector, c in _configurables().items()
+                       if c.selector == name or f'.{c.selector}'.endswith(f'.{name}')), None)
+  parameters = _parameters(configurable) if configurable else []
+  near = _nearest(parameter, parameters)
+  hint = (f'did you mean {_either(f"{name}.{p}" for p in near)}?' if near
+          else f'its parameters are {", ".join(parameters)}')
+  return f'unknown gin name {f"{name}.{parameter}"!r}; {hint}'
+
+
+def _configurables() -> dict[str, object]:
+  """Returns gin's record of every configurable by the shortest name that is unambiguous."""
+  import gin  # pylint: disable=import-outside-toplevel
+
+  registry = gin.config._REGISTRY  # pylint: disable=protected-access
+  return {registry.minimal_selector(selector): configurable
+          for selector, configurable in sorted(registry.items())
+          if not selector.startswith('gin.')}
+
+
+def _parameters(configurable) -> list[str]:
+  """Returns the parameters of a configurable that gin may set."""
+  named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+  try:
+    signature = inspect.signature(configurable.wrapped)
+  except (TypeError, ValueError):  # Some built-in callables have none.
+    return []
+  return [name for name, parameter in signature.parameters.items()
+          if parameter.kind in named and name not in (configurable.denylist or ())
+          and (not configurable.allowlist or name in configurable.allowlist)]
+
+
+def _check_macros(gin, bindings: Iterable[str]) -> None:
+  """Raises UserError for a macro that is used and undefined, or set by a flag and used nowhere."""
+  # gin finds the first kind only when the value is needed, and the second never.
+  # pylint: disable=protected-access
+  values = gin.config._CONFIG
+  references = gin.config.iterate_references(values, to=gin.get_configurable(gin.config.macro))
+  used = {reference.config_key for reference in references}
+  names = sorted({scope for scope, selector in {*values, *used} if selector == 'gin.macro'})
+  for scope, selector in sorted(used - set(values)):
+    near = _nearest(scope, [name for name in names if (name, selector) in values])
+    hint = f'did you mean %{near[0]}?' if near else f'set it with --gin.{scope}=VALUE'
+    raise UserError(f'gin: the macro %{scope} is used and has no value; {hint}')
+  for binding in bindings:
+    name = binding.split('=', maxsplit=1)[0].strip()
+    if '.' not in name and (name, 'gin.macro') not in used:
+      near = _nearest(name, [name for name, _ in used])
+      hint = f'did you mean {_either(near)}?' if near else 'write --gin.NAME.PARAMETER=VALUE'
+      raise UserError(f'--gin.{binding}: no macro {name!r} is used in the gin files; {hint}')
+
+
+def _check_types(gin) -> None:
+  """Raises UserError for a value of another type than its parameter's, or out of its bounds."""
+  # pylint: disable=protected-access
+  registry = gin.config._REGISTRY
+  for (scope, selector), values in gin.config._CONFIG.items():
+    if selector == 'gin.macro' or selector not in registry:
+      continue
+    wrapped = registry[selector].wrapped
+    kinds, bounds = _annotations(wrapped), checks.bounds_of(wrapped)
+    name = '/'.join(filter(None, [scope, registry.minimal_selector(selector)]))
+    for parameter, value in values.items():
+      value = _literal(gin, value)
+      if value is not _NO_LITERAL and parameter in kinds:
+        checks.typed(f'{name}.{parameter}', value, kinds[parameter],
+                     *bounds.get(parameter, (None, None)))
+
+
+_NO_LITERAL = object()
+
+
+def _literal(gin, value):
+  """A gin value, of a macro what it stands for; _NO_LITERAL if a call or a function is in it."""
+  # pylint: disable=protected-access
+  if isinstance(value, gin.config.ConfigurableReference):
+    scope, selector = value.config_key
+    if selector != 'gin.macro':
+      return _NO_LITERAL
+    return _literal(gin, gin.config._CONFIG.get((scope, selector), {}).get('value', _NO_LITERAL))
+  if isinstance(value, (list, tuple)):
+    items = [_literal(gin, item) for item in value]
+    return _NO_LITERAL if any(item is _NO_LITERAL for item in items) else type(value)(items)
+  return value
+
+
+def _annotations(wrapped) -> dict[str, object]:
+  """Parameter -> its type, of a function or a class; without those that can't be resolved."""
+  try:
+    return typing.get_type_hints(wrapped.__init__ if inspect.isclass(wrapped) else wrapped)
+  except Exception:  # pylint: disable=broad-except
+    return {}  # Other people's configurables may be annotated with anything.
+
+
+def _nearest(name: str, choices: Iterable[str]) -> list[str]:
+  return difflib.get_close_matches(name, list(choices), n=3, cutoff=0.6)
+
+
+def _either(names: Iterable[str]) -> str:
+  return ' or '.join(names)

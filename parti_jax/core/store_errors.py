@@ -1,0 +1,98 @@
+"""Errors of object stores and of the libraries that speak with them, in one line for a person."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+from collections.abc import Iterator
+
+from parti_jax.core import optional_packages
+from parti_jax.core import store_retries
+from parti_jax.core.errors import UserError
+
+# Packages whose errors say something of the store and not of us.
+_STORE_PACKAGES = ('aiobotocore', 'aiohttp', 'botocore', 'gcsfs', 'google', 'requests', 's3fs')
+# Errors that mean the same for objects as for local files.
+_OF_FILES = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
+_OF_TENSORSTORE = re.compile(
+    r'(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|INTERNAL|PERMISSION_DENIED|UNAUTHENTICATED): .*'
+    r'(gs://|https?://)', re.DOTALL)
+
+
+@contextlib.contextmanager
+def translated(path, writing: bool = False) -> Iterator[store_retries.Operation]:
+  """Turns a store's errors into UserErrors that name the URL; its body is one operation.
+
+  Args:
+    path: the URL.
+    writing: whether a missing object can only be a missing bucket.
+  """
+  with store_retries.operation() as operation:
+    try:
+      yield operation
+    except UserError:
+      raise
+    except Exception as error:  # pylint: disable=broad-except
+      found = _translated(error, path, writing, operation)
+      if found is error:
+        raise
+      raise found from error
+    if operation.failure:  # Which a library has passed over.
+      raise UserError(f'{path}: the store failed: {operation.failure}')
+
+
+def _translated(error: Exception, path, writing: bool, operation) -> Exception:
+  """What an error of a file system is for the callers of `storage`."""
+  if operation.failure:
+    return UserError(f'{path}: {_reason(error, operation.failure)}')
+  if isinstance(error, FileNotFoundError):
+    if writing:
+      return UserError(f'{path}: the bucket of this URL is not there; make it first')
+    return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path))
+  if isinstance(error, _OF_FILES):
+    return error
+  if isinstance(error, ImportError):
+    explained = optional_packages.missing_extra(error.__cause__ or error)
+    return UserError(f'{path}: {explained or error}')
+  if isinstance(error, (OSError, ValueError)) or _from_store(error):
+    return UserError(f'{path}: {_reason(error)}')
+  return error
+
+
+def _from_store(error: BaseException) -> bool:
+  packages = {type(e).__module__.split('.')[0] for e in (error, error.__cause__)}
+  return not packages.isdisjoint(_STORE_PACKAGES)
+
+
+def failure(error: BaseException) -> str | None:
+  """Says in one line what a store has refused, of an error of a library that reads URLs itself.
+
+  Returns:
+    None where the error is not of a store.
+  """
+  while error is not None:
+    # TensorStore's errors have no class of their own.
+    if _from_store(error) or _OF_TENSORSTORE.search(str(error)):
+      return _reason(error)
+    error = error.__cause__ or error.__context__
+  return None
+
+
+def _reason(error: Exception, text: str = '') -> str:
+  """Says in one line what a store, or the way to it, has refused."""
+  names = {type(e).__name__ for e in (error, error.__cause__) if e is not None}
+  text = text or ' '.join(str(error).split()) or type(error).__name__
+  if names & {'NoCredentialsError', 'PartialCredentialsError', 'DefaultCredentialsError'}:
+    return (f'no credentials for this store ({text}); set AWS_ACCESS_KEY_ID and '
+            'AWS_SECRET_ACCESS_KEY, or run `aws configure`; for gs:// run '
+            '`gcloud auth application-default login`')
+  if 'PermissionError' in names or text.startswith('Forbidden') or 'Unauthorized' in text:
+    return f'access denied ({text}); check the credentials and their rights to the bucket'
+  if names & {'EndpointConnectionError', 'ClientConnectorError', 'ConnectTimeoutError'}:
+    return (f'the store can not be reached ({text}); check the network, AWS_ENDPOINT_URL and '
+            'STORAGE_EMULATOR_HOST')
+  if names & {'FSTimeoutError', 'ReadTimeoutError', 'SocketTimeoutError', 'TimeoutError'}:
+    return f'the store does not answer ({text})'
+  return f'the store failed: {text}'

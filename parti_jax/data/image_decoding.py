@@ -1,0 +1,260 @@
+"""Encoded pictures (jpeg, png, webp, gif) to square RGB arrays on white."""
+
+import contextlib
+import dataclasses
+import functools
+import io
+from collections.abc import Callable, Iterator
+
+import gin
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from parti_jax.data import color_profiles, jpegs, pngs
+from parti_jax.data.undecodable import UndecodablePicture
+from parti_jax.core.errors import UserError
+
+# What Pillow may try. It knows many more, of which some start other programs.
+FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF')
+# The endings of their files' names.
+ENDINGS = ('jpg', 'jpeg', 'jpe', 'jfif', 'png', 'webp', 'gif')
+# 8192 × 8192. Pillow itself only warns up to 179 million, and then takes 700 MB.
+MAX_PIXELS = 2**26
+MAX_BYTES = 2**26
+_ORIENTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def decode(data: bytes, size: int, to_srgb: bool = True) -> np.ndarray:
+  """Decodes a picture, crops its central square and resizes it with antialiasing.
+
+  Transparent parts become white; of an animation the first frame is taken; a photograph is turned
+  as its EXIF orientation says, where that can be read. Of 16 bits the upper 8 are taken.
+
+  Args:
+    data: the encoded picture.
+    size: height and width of the result in pixels.
+    to_srgb: whether colours are converted to sRGB if the file has a colour profile; see
+      `color_profiles`. A profile that can't be used is ignored.
+
+  Returns:
+    uint8 [size, size, 3], RGB.
+
+  Raises:
+    UndecodablePicture: there is no picture, it is one pixel high or wide, it is damaged, if only in
+      part, or it has more than `MAX_BYTES` bytes or `MAX_PIXELS` pixels.
+  """
+  return decode_and_note(data, size, to_srgb)[0]
+
+
+def decode_and_note(
+    data: bytes, size: int, to_srgb: bool = True
+) -> tuple[np.ndarray, list[str]]:
+  """Decodes a picture as `decode` does.
+
+  Returns:
+    The picture, and in a few words each thing in the file that was ignored.
+  """
+  with _undecodable(data):
+    image, notes = _image(data, size, to_srgb, _central_square)
+    if image.size != (size, size):
+      image = image.resize((size, size), Image.Resampling.BICUBIC)
+    return np.asarray(image), notes
+
+
+def decode_whole(
+    data: bytes, shorter_side: int | None = None, to_srgb: bool = True
+) -> tuple[Image.Image, list[str]]:
+  """Decodes a picture as `decode` does, but neither crops nor resizes it.
+
+  Args:
+    data: the encoded picture.
+    shorter_side: pixels of the shorter side that the caller will resize to. A JPEG of more than
+      twice as many may come at a fraction of its size, which is faster. None for the full size.
+    to_srgb: as in `decode`.
+
+  Returns:
+    The picture in RGB, and in a few words each thing in the file that was ignored.
+  """
+  with _undecodable(data):
+    return _image(data, shorter_side or 0, to_srgb, lambda image: image)
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+  """What the header of an encoded picture says.
+
+  Attributes:
+    width: in pixels, before the picture is turned upright.
+    height: likewise.
+    format: 'JPEG', 'PNG', 'WEBP', 'GIF' or 'MPO'.
+    plain: whether decoding changes nothing but the mode: the picture is RGB or grey, upright, of
+      one frame, and has neither a colour profile nor transparent parts.
+  """
+
+  width: int
+  height: int
+  format: str
+  plain: bool
+
+
+def header(data: bytes) -> Header:
+  """Reads a picture's header.
+
+  Raises:
+    UndecodablePicture: as in `decode`, as far as the header tells.
+  """
+  with _undecodable(data):
+    opened = _opened(data)
+    _check_size(opened)
+    plain = (opened.mode in ('RGB', 'L') and not getattr(opened, 'is_animated', False)
+             and _orientation(opened) == 1
+             and not {'icc_profile', 'transparency'} & opened.info.keys())
+    return Header(opened.width, opened.height, opened.format, plain)
+
+
+@contextlib.contextmanager
+def _undecodable(data: bytes) -> Iterator[None]:
+  """Turns errors of decoders into UndecodablePicture."""
+  try:
+    if not data:
+      raise UndecodablePicture('no picture')
+    if len(data) > MAX_BYTES:
+      raise UndecodablePicture('picture of too many bytes')
+    yield
+  except UndecodablePicture:
+    raise
+  except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    raise UndecodablePicture('picture of too many pixels') from error
+  except UnidentifiedImageError as error:
+    raise UndecodablePicture('unknown picture format') from error
+  except Exception as error:
+    # Damaged files make the decoders raise nearly anything.
+    raise UndecodablePicture('damaged picture') from error
+
+
+def _image(data: bytes, size: int, to_srgb: bool, crop: Callable[[Image.Image], Image.Image]
+           ) -> tuple[Image.Image, list[str]]:
+  """Returns a picture in RGB on white, and what was ignored.
+
+  Args:
+    data: the encoded picture.
+    size: pixels of the shorter side that are enough; 0 for the full size.
+    to_srgb: whether to convert colours to sRGB.
+    crop: is applied before the colours are converted.
+  """
+  opened = _opened(data)
+  _check_size(opened)
+  space, profile = _color_space(opened.mode), opened.info.get('icc_profile', b'')
+  image = _plain(crop(_loaded(opened, data, size)))
+  notes = []
+  # It is None where there is one that can't be unpacked.
+  if to_srgb and profile != b'':
+    try:
+      image = color_profiles.to_srgb(image, profile or b'', space)
+    except color_profiles.UnusableProfile:
+      notes = ['unusable colour profile ignored']
+  return _on_white(image), notes
+
+
+@gin.configurable('decode_images')
+def configured(to_srgb: bool = True) -> Callable[[bytes, int], tuple[np.ndarray, list[str]]]:
+  """Returns `decode_and_note` as gin configures it.
+
+  Args:
+    to_srgb: as in `decode`.
+
+  Raises:
+    UserError: `to_srgb` is neither True nor False.
+  """
+  if not isinstance(to_srgb, bool):
+    raise UserError(f'decode_images.to_srgb = {to_srgb!r} must be True or False')
+  return functools.partial(decode_and_note, to_srgb=to_srgb)
+
+
+def _opened(data: bytes) -> Image.Image:
+  try:
+    return Image.open(io.BytesIO(data), formats=FORMATS)
+  except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+    raise
+  except Exception:  # As above.
+    opened = pngs.open_leniently(data)
+    if opened is None:
+      raise
+    return opened
+
+
+def _check_size(image: Image.Image) -> None:
+  """Looks at the size that the header says, before anything is decoded."""
+  if image.width * image.height > MAX_PIXELS:
+    raise UndecodablePicture('picture of too many pixels')
+  if min(image.size) < 1:
+    raise UndecodablePicture('damaged picture')
+  if min(image.size) == 1:
+    raise UndecodablePicture('picture one pixel high or wide')
+
+
+def _loaded(opened: Image.Image, data: bytes, size: int) -> Image.Image:
+  """Returns the picture decoded and upright."""
+  if opened.format == 'GIF' or opened.format == 'WEBP':
+    opened.load()
+    image = opened
+  elif opened.format == 'PNG':
+    image = pngs.decode(opened, data)
+  else:  # Of several JPEGs in one file the format is MPO.
+    # Of a side of a few pixels simplejpeg would keep all while it shortens the other one.
+    least = 2 * size if size and min(opened.size) > 2 * size else 0
+    image = jpegs.decode(data, 'CMYK' if opened.mode == 'CMYK' else 'RGB', least)
+  turn = _ORIENTATIONS.get(_orientation(opened))
+  return image.transpose(turn) if turn is not None else image
+
+
+def _orientation(image: Image.Image):
+  """Returns the EXIF orientation, 1 where there is none that can be read."""
+  try:
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return orientation if isinstance(orientation, int) else 1
+  except Exception:  # As above, for EXIF.
+    return 1
+
+
+def _color_space(mode: str) -> str:
+  """Returns the colour space of a picture in one of Pillow's modes, as a profile names it."""
+  if mode == 'CMYK':
+    return 'CMYK'
+  return 'GRAY' if mode in ('1', 'L', 'LA', 'La') or mode.startswith('I') else 'RGB'
+
+
+def _central_square(image: Image.Image) -> Image.Image:
+  side = min(image.size)
+  if image.size == (side, side):
+    return image
+  left, top = (image.width - side) // 2, (image.height - side) // 2
+  # `resize` has a crop of its own, but lets pixels outside of it bleed in.
+  return image.crop((left, top, left + side, top + side))
+
+
+def _plain(image: Image.Image) -> Image.Image:
+  """Returns a picture of any mode in RGB, CMYK or, where parts may be transparent, RGBA."""
+  if image.mode in ('RGB', 'RGBA', 'CMYK') and 'transparency' not in image.info:
+    return image
+  if image.mode.startswith('I'):
+    return pngs.grey_of_16_bits(image).convert('RGB')
+  transparent = image.mode in ('RGBA', 'LA', 'PA', 'La', 'RGBa') or 'transparency' in image.info
+  return image.convert('RGBA' if transparent else 'RGB')
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+  """Returns a picture in RGB, its transparent parts white."""
+  if image.mode == 'RGBA':
+    white = Image.new('RGBA', image.size, 'white')
+    image = Image.alpha_composite(white, image)
+  return image if image.mode == 'RGB' else image.convert('RGB')
+

@@ -1,0 +1,1 @@
+"""Captions and real pictures to evaluate on."""

@@ -1,0 +1,167 @@
+"""MS-COCO's captions: the annotation file and a folder of pictures, or tensorflow-datasets.
+
+Lin et al. 2014, arXiv 1405.0312, and Chen et al. 2015, arXiv 1504.00325. The file is that of the
+"2014 Train/Val annotations", captions_val2014.json (or of 2017): {"images": [{"id", "file_name",
+…}], "annotations": [{"image_id", "caption", …}], …}. Ids may be numbers or texts, and a
+file's name may lead into folders. Parti's evaluation takes 30,000 captions of the validation
+pictures of 2014.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from parti_jax.core.errors import UserError
+from parti_jax.evaluation.datasets import captioned_pictures
+
+NAME = 'MS-COCO'
+
+_FILE = 'the file captions_val2014.json of MS-COCO'
+
+# tensorflow-datasets has Karpathy's splits; these make up the validation pictures of 2014.
+_TFDS_SPLIT = 'val+test+restval'
+
+
+def read(annotations: str, pictures: str, limit: int, seed: int) -> captioned_pictures.Captioned:
+  """Reads captions from the annotation file and chooses among them.
+
+  Args:
+    annotations: path of the file.
+    pictures: path of the folder with the picture files.
+    limit: how many captions at most.
+    seed: of the choice.
+
+  Returns:
+    The captions and their pictures.
+
+  Raises:
+    UserError: the file or the folder can't be read, an entry lacks what it must have, a file's name
+      leads out of the folder, no caption can be used, or no picture is there.
+  """
+  content = _load(annotations)
+  names = _file_names(content['images'], annotations)
+  there = captioned_pictures.names_in(pictures)
+  captions = captioned_pictures.Captions()
+  for number, annotation in enumerate(content['annotations'], 1):
+    place = f'{annotations}, annotations, entry {number}'
+    identity = _identity(annotation, 'image_id', place)
+    if identity not in names:
+      raise UserError(f'{place}: image_id {identity} is not among its images')
+    name = names[identity]
+    path = pathlib.Path(pictures, name)
+    found = path.is_file() if '/' in name else name in there
+    captions.add(annotation.get('caption'), path if found else None)
+  captions.check(annotations)
+  return captioned_pictures.of_files(NAME, captions, pictures, limit, seed)
+
+
+def _load(path: str) -> dict:
+  """Reads the file and checks its outer form."""
+  content = captioned_pictures.read_json(path, _FILE)
+  for key in ('images', 'annotations'):
+    if not isinstance(content, dict) or not isinstance(content.get(key), list):
+      raise UserError(f'--annotations {path} has no list {key!r}; it is {_FILE}')
+    if not content[key]:
+      raise UserError(f'--annotations {path}: its list {key!r} is empty')
+  return content
+
+
+def _file_names(images: list, annotations: str) -> dict[str, str]:
+  """Returns id -> name of the file, a path within the folder of pictures."""
+  names = {}
+  for number, image in enumerate(images, 1):
+    place = f'{annotations}, images, entry {number}'
+    identity, name = _identity(image, 'id', place), image.get('file_name')
+    if not isinstance(name, str) or not name:
+      raise UserError(f"{place}: no text 'file_name' in it")
+    if not _lies_within(name):
+      raise UserError(f'{place}: the file_name {name!r} is no path within the folder of pictures')
+    if names.setdefault(identity, name) != name:
+      raise UserError(f'{place}: the id {identity} is that of {names[identity]!r} already')
+  return names
+
+
+def _lies_within(name: str) -> bool:
+  """Whether the name of a file can lead nowhere but into a folder."""
+  valid = '\0' not in name and not any('\ud800' <= character <= '\udfff' for character in name)
+  return valid and not name.startswith('/') and '..' not in name.split('/')
+
+
+def _identity(entry: object, key: str, place: str) -> str:
+  """Returns the id of a picture in an entry, or raises a UserError that names the entry."""
+  value = captioned_pictures.identity(entry.get(key)) if isinstance(entry, dict) else None
+  if value is None:
+    raise UserError(f'{place}: no whole number or text {key!r} in it')
+  return value
+
+
+class _TfdsPictures:
+  """Some pictures of a tensorflow-datasets split, by their places in it."""
+
+  def __init__(self, builder, places: list[int]):
+    self._builder = builder
+    self._places = places
+
+  def __len__(self):
+    return len(self._places)
+
+  def encoded(self) -> Iterator[bytes]:
+    wanted = set(self._places)
+    for place, example in enumerate(_examples(self._builder, ('image',))):
+      if place in wanted:
+        yield example['image']
+
+
+def _examples(builder, keys: tuple[str, ...]) -> Iterator[dict]:
+  """Yields a split's examples in one fixed order, pictures encoded."""
+  # pylint: disable=import-outside-toplevel
+  from parti_jax.data import streams
+  from parti_jax.data.quiet_tensorflow import tfds
+  features = builder.info.features
+  dataset = builder.as_dataset(
+      split=_TFDS_SPLIT, shuffle_files=False,
+      decoders=tfds.decode.PartialDecoding(
+          {key: features[key] for key in keys},
+          decoders={'image': tfds.decode.SkipDecoding()} if 'image' in keys else None))
+  with streams.Stream(dataset) as examples:
+    yield from examples
+
+
+def read_tfds(data_dir: str | None, limit: int, seed: int) -> captioned_pictures.Captioned:
+  """Reads captions from tensorflow-datasets' `coco_captions` and chooses among them.
+
+  Nothing is downloaded: the data set has been prepared, with `tfds build coco_captions`.
+
+  Args:
+    data_dir: where tensorflow-datasets keeps it; None for its own folder.
+    limit: how many captions at most.
+    seed: of the choice.
+
+  Returns:
+    The captions and their pictures.
+
+  Raises:
+    UserError: the data set is not prepared there.
+  """
+  from parti_jax.data.quiet_tensorflow import tfds  # pylint: disable=import-outside-toplevel
+  builder = tfds.builder('coco_captions', data_dir=data_dir)
+  if not builder.info.splits:
+    raise UserError(
+        f'coco_captions is not prepared in {builder.data_dir}: run `tfds build coco_captions` '
+        '(--tfds_dir names another folder), or give --annotations and --pictures')
+  found = captioned_pictures.Captions()
+  for place, example in enumerate(_examples(builder, ('captions',))):
+    for text in example['captions']['text']:
+      found.add(text.decode('utf-8', 'surrogateescape'), place)
+  found.check(str(builder.data_dir))
+  captions, picture_of = zip(*found.found)
+  chosen = captioned_pictures.choose(picture_of, limit, seed)
+  places = sorted({picture_of[index] for index in chosen})
+  index_of = {place: index for index, place in enumerate(places)}
+  return captioned_pictures.Captioned(
+      NAME, [captions[index] for index in chosen],
+      np.array([index_of[picture_of[index]] for index in chosen]),
+      _TfdsPictures(builder, places), len(captions), dict(found.skipped))

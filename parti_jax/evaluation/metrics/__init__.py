@@ -1,0 +1,1 @@
+"""Measures over sets of pictures: Fréchet distance, precision and recall, inception score."""

@@ -1,0 +1,278 @@
+"""Generated pictures as a set, beside real ones: Fréchet distance, precision, recall, alignment.
+
+Each row compares a set of pictures with a set of real ones:
+
+* generated, reconstruction: the drawn pictures, and the real ones through the tokenizer (what no
+  generator over its tokens can beat), with all real pictures;
+* generated_half, real_half: one drawn picture for each caption of one half of the real pictures,
+  and that half itself, with the other half. The Fréchet distance grows where pictures are few, so
+  real_half is what perfect pictures would get, and generated_half is to be held against it.
+
+Alignment is the mean cosine of a ranker's features of text and picture (as CLIP's score, Hessel et
+al. 2021, arXiv 2104.08718, without its factor and its cut at 0), beside that of the real pictures
+and that of real pictures with the captions of others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from parti_jax.evaluation.metrics import features as features_lib
+from parti_jax.evaluation.metrics import frechet
+from parti_jax.evaluation.metrics import precision_recall
+
+ROWS = {
+    'generated': 'generated',
+    'reconstruction': 'real pictures through the tokenizer',
+    'real': 'real pictures',
+    'other_captions': 'real pictures, captions of others',
+    'generated_half': 'generated for one half, against the other',
+    'real_half': 'real pictures of one half, against the other',
+}
+
+# Parts of the pictures over which the inception score is taken, as Salimans et al. did. The score
+# of a part can't be above its number of pictures, so that of few it says nothing of what they show.
+_SPLITS = 10
+_LEAST_OF_A_SPLIT = 50
+# With fewer pictures the balls of precision and recall, which reach the third neighbour, are large.
+_FEW_PICTURES = 100
+# Of fewer prompts or captions a standard error is rough.
+FEW_PROMPTS = 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+  """A mean and its standard error (of the inception score: deviation over the splits)."""
+  mean: float
+  error: float | None
+
+  def text(self, digits: int) -> str:
+    error = '' if self.error is None else f' ± {self.error:.{digits}f}'
+    return f'{self.mean:.{digits}f}{error}'
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """A set of pictures against real ones; None where a value has no meaning.
+
+  Attributes:
+    pictures: how many they are.
+    real: how many real ones they are compared with.
+    frechet_distance: see `frechet`.
+    precision: see `precision_recall`; None of sets of three pictures or fewer.
+    recall: as above.
+    inception_score: over Inception's logits; None of fewer than 500 pictures.
+    alignment: mean cosine of text and picture, with the standard error over captions.
+  """
+  pictures: int
+  real: int | None = None
+  frechet_distance: float | None = None
+  precision: float | None = None
+  recall: float | None = None
+  inception_score: Estimate | None = None
+  alignment: Estimate | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Distribution:
+  """All rows over one kind of features.
+
+  Attributes:
+    features: what they are, in words.
+    dim: their number.
+    rows: key of ROWS -> row.
+    remarks: what values are of too few pictures to rely on, and which are left out for that.
+  """
+  features: str
+  dim: int
+  rows: Mapping[str, Row]
+  remarks: Sequence[str] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Sets:
+  """The features that are compared.
+
+  Attributes:
+    real: of [pictures].
+    reconstruction: of the same, through the tokenizer.
+    generated: of [generated].
+    caption_of: int [generated], the caption that a picture was drawn for.
+    picture_of: int [captions], the real picture that has a caption.
+    texts: float32 [captions, dim], the ranker's features of captions; None without a ranker.
+  """
+  real: features_lib.Features
+  reconstruction: features_lib.Features
+  generated: features_lib.Features
+  caption_of: np.ndarray
+  picture_of: np.ndarray
+  texts: np.ndarray | None = None
+
+
+def of_pictures(extractor, captions: Sequence[str], picture_of: np.ndarray, real: np.ndarray,
+                reconstruction: np.ndarray, generated: np.ndarray, seed: int = 0) -> Distribution:
+  """Measures pictures that are all in memory.
+
+  Args:
+    extractor: see `features.Extractor`.
+    captions: texts.
+    picture_of: int [captions], the real picture of each.
+    real: uint8 [pictures, height, width, 3].
+    reconstruction: uint8, the same shape.
+    generated: uint8 [captions, num_images, height, width, 3].
+    seed: see `measure`.
+
+  Returns:
+    The table.
+  """
+  count, num_images = generated.shape[:2]
+  sets = [features_lib.extract(extractor, [images]) for images in
+          (real, reconstruction, generated.reshape(-1, *generated.shape[2:]))]
+  return measure(extractor.name, Sets(
+      *sets, caption_of=np.arange(count).repeat(num_images), picture_of=picture_of,
+      texts=extractor.texts(captions)), seed)
+
+
+def measure(name: str, sets: Sets, seed: int = 0) -> Distribution:
+  """Fills the table of one kind of features.
+
+  Args:
+    name: of the features, for the report.
+    sets: the features.
+    seed: of the halves and of the captions of others.
+
+  Returns:
+    The table.
+  """
+  rng = np.random.default_rng([seed, len(sets.real)])
+  real, generated = sets.real, sets.generated
+  half, other_half = np.array_split(rng.permutation(len(real)), 2)
+  # The first picture drawn for each real one: both rows of halves have the same number.
+  drawn_for = sets.picture_of[sets.caption_of].tolist()
+  drawn = {picture: index for index, picture in reversed(list(enumerate(drawn_for)))}
+  drawn_half = np.array([drawn[picture] for picture in other_half.tolist() if picture in drawn],
+                        int)
+  every = np.arange(len(sets.picture_of))
+  rows = {
+      'generated': _row(generated, real, _alignment(generated, sets.texts, sets.caption_of)),
+      'reconstruction': _row(sets.reconstruction, real, _alignment(
+          sets.reconstruction[sets.picture_of], sets.texts, every)),
+      'real': Row(len(real), inception_score=_inception_score(real),
+                  alignment=_alignment(real[sets.picture_of], sets.texts, every)),
+  }
+  if sets.texts is not None and len(np.unique(sets.picture_of)) > 1:
+    others = _pictures_of_others(sets.picture_of, rng)
+    rows['other_captions'] = Row(
+        len(real), alignment=_alignment(real[others], sets.texts, every))
+  if len(half) > precision_recall.NEIGHBOURS and len(drawn_half) > precision_recall.NEIGHBOURS:
+    rows['generated_half'] = _row(generated[drawn_half], real[half])
+    rows['real_half'] = _row(real[other_half], real[half])
+  dim = real.values.shape[1]
+  captions = len(np.unique(sets.caption_of)) if sets.texts is not None else None
+  return Distribution(name, dim, rows, _remarks(
+      rows, dim, captions, scored=generated.logits is not None))
+
+
+def _remarks(rows: Mapping[str, Row], dim: int, captions: int | None, scored: bool) -> list[str]:
+  """Says what is of too few pictures.
+
+  Args:
+    rows: key of ROWS -> row.
+    dim: number of features.
+    captions: how many captions the alignment is over; None without alignment.
+    scored: whether the features have an inception score.
+
+  Returns:
+    A sentence for each kind of value that is.
+  """
+  compared = {key: min(row.pictures, row.real) for key, row in rows.items() if row.real is not None}
+  found = []
+
+  def add(few: Mapping[str, int], text: str):
+    if few:
+      counts = ', '.join(f'{ROWS[key]}: {count:,}' for key, count in few.items())
+      found.append(f'{text} ({counts}).')
+
+  add({key: count for key, count in compared.items() if 2 <= count <= dim},
+      f'Fréchet distance: not more pictures than the {dim:,} features, so that covariances are '
+      'singular and the value is mostly the bias of few pictures')
+  add({key: count for key, count in compared.items()
+       if precision_recall.NEIGHBOURS < count < _FEW_PICTURES},
+      f'Precision, recall: fewer than {_FEW_PICTURES} pictures say little, since the balls around '
+      'them reach far')
+  add({key: count for key, count in compared.items() if count <= precision_recall.NEIGHBOURS},
+      'Left out for too few pictures: precision and recall, and of one also the Fréchet distance')
+  if scored:
+    add({key: row.pictures for key, row in rows.items()
+         if row.pictures < _SPLITS * _LEAST_OF_A_SPLIT and key != 'other_captions'},
+        f'Inception score: left out of fewer than {_SPLITS * _LEAST_OF_A_SPLIT} pictures')
+  if 'real_half' not in rows:
+    found.append('Halves: left out, since there are too few pictures.')
+  if captions is not None and captions < FEW_PROMPTS:
+    found.append(f'Alignment: over fewer than {FEW_PROMPTS} captions ({captions}) the standard '
+                 'error is rough, and of one caption there is none.')
+  return found
+
+
+def _row(pictures: features_lib.Features, real: features_lib.Features,
+         alignment: Estimate | None = None) -> Row:
+  """Compares two sets."""
+  found = None
+  if min(len(pictures), len(real)) > precision_recall.NEIGHBOURS:
+    found = precision_recall.precision_recall(pictures.values, real.values)
+  return Row(
+      pictures=len(pictures), real=len(real), frechet_distance=_distance(pictures, real),
+      precision=found and found.precision, recall=found and found.recall,
+      inception_score=_inception_score(pictures), alignment=alignment)
+
+
+def _distance(pictures: features_lib.Features, real: features_lib.Features) -> float | None:
+  """Returns the Fréchet distance; over Inception's features as torch-fidelity computes it."""
+  if min(len(pictures), len(real)) < 2:
+    return None
+  if pictures.logits is None:
+    return frechet.frechet_distance(pictures.values, real.values)
+  import torch  # pylint: disable=import-outside-toplevel
+  from torch_fidelity import metric_fid  # pylint: disable=import-outside-toplevel
+  statistics = [metric_fid.fid_features_to_statistics(torch.from_numpy(part.values))
+                for part in (pictures, real)]
+  return metric_fid.fid_statistics_to_metric(*statistics, verbose=False)[
+      metric_fid.KEY_METRIC_FID]
+
+
+def _inception_score(pictures: features_lib.Features) -> Estimate | None:
+  """Returns exp of the mean KL divergence of p(class | picture) from p(class), by torch-fidelity.
+
+  Salimans et al. 2016, arXiv 1606.03498, section 4.
+  """
+  if pictures.logits is None or len(pictures) < _SPLITS * _LEAST_OF_A_SPLIT:
+    return None
+  import torch  # pylint: disable=import-outside-toplevel
+  from torch_fidelity import metric_isc  # pylint: disable=import-outside-toplevel
+  score = metric_isc.isc_features_to_metric(torch.from_numpy(pictures.logits), splits=_SPLITS)
+  return Estimate(score[metric_isc.KEY_METRIC_ISC_MEAN], score[metric_isc.KEY_METRIC_ISC_STD])
+
+
+def _alignment(pictures: features_lib.Features, texts: np.ndarray | None,
+               caption_of: np.ndarray) -> Estimate | None:
+  """Returns the mean cosine of pictures and their captions, and its error over captions."""
+  if texts is None:
+    return None
+  own = texts[caption_of]
+  norms = np.linalg.norm(pictures.values, axis=1) * np.linalg.norm(own, axis=1)
+  cosines = np.einsum('pd,pd->p', pictures.values, own) / norms
+  drawn = np.bincount(caption_of, minlength=len(texts))
+  of_caption = (np.bincount(caption_of, cosines, len(texts)) / drawn.clip(min=1))[drawn > 0]
+  error = float(of_caption.std(ddof=1) / len(of_caption)**0.5) if len(of_caption) > 1 else None
+  return Estimate(float(cosines.mean()), error)
+
+
+def _pictures_of_others(picture_of: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+  """Returns for each caption a random picture that isn't its own: int [captions]."""
+  turned = rng.permutation(np.unique(picture_of)).tolist()
+  # In a ring each picture's neighbour is another one (but for a picture that is alone).
+  neighbour = dict(zip(turned, [*turned[1:], turned[0]]))
+  return np.array([neighbour[picture] for picture in picture_of.tolist()])

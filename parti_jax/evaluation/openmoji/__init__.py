@@ -1,0 +1,1 @@
+"""Judges drawings of OpenMoji's prompts by their pixels."""

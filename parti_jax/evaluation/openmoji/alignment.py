@@ -1,0 +1,150 @@
+"""How well pictures fit their prompts, and how much the pictures of one prompt differ.
+
+What the benchmarks of guidance and of adaptive computation and `parti-jax calibrate` measure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from parti_jax.data import openmoji
+from parti_jax.core.errors import UserError
+from parti_jax.evaluation.openmoji import openmoji_judge
+
+
+RANKER = 'ranker'
+# How far apart two scores of a measure can be.
+SPANS = {'tone_right': 1.0, 'name_top1': 1.0, RANKER: 2.0}
+
+
+def _chosen(total: int, most: int | None, seed: int) -> np.ndarray:
+  """Indices of at most `most` of `total` prompts, drawn at random, in their order."""
+  count = min(most or total, total)
+  return np.sort(np.random.default_rng(seed).choice(total, count, replace=False))
+
+
+class RankerAlignment:
+  """The model's own ranker: the cosine of a prompt's features and a picture's.
+
+  Attributes:
+    prompts: the texts.
+    measures: names of what `scores` gives.
+  """
+
+  measures = (RANKER,)
+
+  def __init__(self, ranker, prompts: Sequence[str], max_prompts: int | None = None,
+               seed: int = 0):
+    """See OpenMojiAlignment; `ranker` is of `Pipeline.ranker`."""
+    self._ranker = ranker
+    self.prompts = [prompts[index] for index in _chosen(len(prompts), max_prompts, seed)]
+
+  def judged(self, measure: str) -> int:
+    """As OpenMojiAlignment.judged: all prompts are."""
+    del measure
+    return len(self.prompts)
+
+  def scores(self, images: np.ndarray) -> dict[str, np.ndarray]:
+    """As OpenMojiAlignment.scores: the mean cosine of each prompt's pictures, from -1 to 1."""
+    texts = [prompt for prompt in self.prompts for _ in range(images.shape[1])]
+    scores = np.asarray(self._ranker.scores(texts, images.reshape(-1, *images.shape[2:])))
+    return {RANKER: scores.astype(np.float64).reshape(images.shape[:2]).mean(axis=1)}
+
+
+class OpenMojiAlignment:
+  """The judge of OpenMoji over prompts of one split.
+
+  Attributes:
+    prompts: captions.
+    measures: names of what `scores` gives.
+  """
+
+  measures = ('tone_right', 'name_top1')
+
+  def __init__(self, image_size: int, split: str, max_prompts: int | None = None, seed: int = 0,
+               pictures: Sequence | None = None,
+               render: Callable[[str, int], np.ndarray] | None = None):
+    """Draws the real pictures once.
+
+    Args:
+      image_size: height and width of the pictures to judge, in pixels.
+      split: of OpenMoji.
+      max_prompts: prompts at most, drawn at random; all if None.
+      seed: of that choice.
+      pictures: the real pictures of all splits; OpenMoji's if None.
+      render: see `openmoji_judge.Judge`.
+
+    Raises:
+      UserError: if there is no such split, or it has no pictures.
+    """
+    if split not in openmoji.SPLITS:
+      raise UserError(f'unknown split {split!r}: the splits are {", ".join(openmoji.SPLITS)}')
+    pictures = openmoji.pictures() if pictures is None else pictures
+    members = [picture for picture in pictures if picture.split == split]
+    if not members:
+      raise UserError(f'the split {split} has no pictures')
+    self._asked = [members[index] for index in _chosen(len(members), max_prompts, seed)]
+    self._judge = openmoji_judge.Judge(pictures, image_size, render)
+    self.prompts = [picture.caption for picture in self._asked]
+
+  def judged(self, measure: str) -> int:
+    """How many of the prompts one of `measures` judges: the tone only of names that have any."""
+    if measure != 'tone_right':
+      return len(self._asked)
+    return sum(self._judge.has_tones(picture.name) for picture in self._asked)
+
+  def scores(self, images: np.ndarray) -> dict[str, np.ndarray]:
+    """Judges pictures.
+
+    Args:
+      images: uint8 [prompts, num_images, height, width, 3].
+
+    Returns:
+      For each of `measures` the share of each prompt's pictures that are right, float64
+      [prompts]; nan where it is not judged (the tone of a name that has none).
+    """
+    verdicts = self._judge.judge(self._asked, images)
+    tone = np.where(verdicts.tone_judged, verdicts.tone_right.mean(axis=1), np.nan)
+    return {'tone_right': tone, 'name_top1': verdicts.name_top1.mean(axis=1)}
+
+
+def pairwise_distance(images: np.ndarray) -> np.ndarray:
+  """Mean distance between the pictures of each prompt, over all pairs of them.
+
+  The distance of two pictures is the root of their mean squared difference of pixels in [0, 1].
+
+  Args:
+    images: uint8 [prompts, num_images, height, width, 3], at least two for each prompt.
+
+  Returns:
+    float64 [prompts].
+
+  Raises:
+    ValueError: if there is only one picture of a prompt.
+  """
+  prompts, count = images.shape[:2]
+  if count < 2:
+    raise ValueError('a distance takes two pictures')
+  flat = images.reshape(prompts, count, -1).astype(np.float32) / 255.0
+  total = np.zeros(prompts)
+  for first in range(count):
+    for second in range(first + 1, count):
+      total += np.sqrt(np.square(flat[:, first] - flat[:, second]).mean(axis=1, dtype=np.float64))
+  return total / (count * (count - 1) / 2)
+
+
+def mean_and_error(values: np.ndarray) -> tuple[float, float]:
+  """The mean over prompts and its standard error, without those that are nan.
+
+  The error of a single prompt is nan.
+
+  Raises:
+    UserError: if there is none.
+  """
+  values = values[~np.isnan(values)]
+  if not values.size:
+    raise UserError('none of the prompts can be judged, so that there is no mean; choose others')
+  error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
+  return float(values.mean()), float(error)

@@ -1,0 +1,290 @@
+"""Evaluates a pipeline on OpenMoji: draws its prompts and judges the pictures by their pixels.
+
+Beside the generated pictures stand four yardsticks, judged by the same code: the real picture
+through the tokenizer (the ceiling: no generator can do better), training pictures of the same
+name in another tone, random training pictures (the floor), and the real picture itself (it must
+be right always, or the judge is wrong).
+"""
+
+import collections
+import dataclasses
+import sys
+from typing import Any, Callable, Mapping, Optional, Sequence
+
+import numpy as np
+import tqdm
+
+from parti_jax.core import checks
+from parti_jax.data import openmoji
+from parti_jax.core.errors import UserError
+from parti_jax.evaluation.metrics import distribution
+from parti_jax.evaluation.openmoji import openmoji_judge
+from parti_jax.evaluation.openmoji import report as report_lib
+from parti_jax.exported_model import sampling_settings
+
+# Settings of `pipeline.generate` that change its pictures, and so are reported.
+_REPORTED = tuple(field.name for field in dataclasses.fields(sampling_settings.SamplingSettings))
+# Pictures that go through the tokenizer at once: enough to keep a CPU busy.
+_TOKENIZER_BATCH = 64
+# The PSNR of a picture that came back unchanged, else infinite.
+_MAX_PSNR = 100.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+  """The pictures of a split, for a contact sheet.
+
+  Attributes:
+    split: its name.
+    asked: the real pictures whose captions were the prompts.
+    real: uint8 [prompts, height, width, 3], the pictures themselves.
+    generated: uint8 [prompts, num_images, height, width, 3].
+    verdicts: of the generated pictures.
+  """
+  split: str
+  asked: Sequence
+  real: np.ndarray
+  generated: np.ndarray
+  verdicts: openmoji_judge.Verdicts
+
+
+def evaluate(pipeline, splits: Sequence[str] = openmoji.SPLITS, num_images: int = 4,
+             max_prompts: Optional[int] = None, seed: int = 0, *, train_prompts: int = 200,
+             pictures: Optional[Sequence] = None,
+             render: Optional[Callable[[str, int], np.ndarray]] = None,
+             on_sample: Callable[[Sample], None] = lambda sample: None,
+             progress: bool = False,
+             extractors: Sequence = (),
+             **sampling) -> report_lib.Report:
+  """Evaluates a pipeline on splits of OpenMoji.
+
+  Args:
+    pipeline: as `parti_jax.load` gives it.
+    splits: names of splits.
+    num_images: pictures to draw for each prompt.
+    max_prompts: prompts of a split at most, drawn at random; all if None.
+    seed: of the choice of prompts, the generated pictures and the yardsticks.
+    train_prompts: as max_prompts, of the train split, which is large.
+    pictures: the real pictures of all splits; OpenMoji's if None.
+    render: (code, size) -> uint8 [size, size, 3]; OpenMoji's if None.
+    on_sample: called with the pictures of each split once they are judged.
+    progress: say on stderr what is being done, with bars where that is a terminal.
+    extractors: networks over whose features generated and real pictures are compared as sets, see
+      `features.of_flags`.
+    **sampling: passed to `pipeline.generate` (guidance_scale, temperature, ...). With `rank`, the
+      report also has what the ranker and the judge would choose of each prompt's pictures.
+
+  Returns:
+    The report.
+
+  Raises:
+    UserError: an unknown split, a split without pictures, or a number that isn't positive.
+  """
+  splits = list(dict.fromkeys(splits))
+  _check(splits, num_images=num_images, max_prompts=max_prompts, train_prompts=train_prompts)
+  if pictures is None:
+    pictures = openmoji.pictures()
+  if progress:
+    _log(f'drawing {len(pictures)} real pictures')
+  judge = openmoji_judge.Judge(pictures, pipeline.image_size, render)
+  evaluation = _Evaluation(
+      pipeline, judge, num_images, seed, sampling, progress, extractors)
+  limits = dict.fromkeys(splits, max_prompts)
+  limits['train'] = min(train_prompts, max_prompts or train_prompts)
+  reports = []
+  for split in splits:
+    report, sample = evaluation.of_split(split, limits[split])
+    on_sample(sample)
+    reports.append(report)
+  return report_lib.Report(
+      splits=reports, num_images=num_images, seed=seed, image_size=pipeline.image_size,
+      sampling={key: sampling[key] for key in _REPORTED if sampling.get(key) is not None},
+      duplicates=dataclasses.asdict(judge.duplicates()))
+
+
+def _log(line: str):
+  print(line, file=sys.stderr, flush=True)
+
+
+def _check(splits: Sequence[str], **numbers: Optional[int]):
+  """Raises UserError for an unknown split or a number that isn't positive."""
+  for split in splits:
+    if split not in openmoji.SPLITS:
+      raise UserError(f'unknown split {split!r}: the splits are {", ".join(openmoji.SPLITS)}')
+  if not splits:
+    raise UserError(f'no split to evaluate: the splits are {", ".join(openmoji.SPLITS)}')
+  for name, number in numbers.items():
+    if isinstance(number, int) and number < 1:
+      raise UserError(f'{name} must be a positive number, not {number}')
+    if number is not None:
+      checks.count(name, number)
+
+
+@dataclasses.dataclass
+class _Evaluation:
+  """What is the same for every split."""
+  pipeline: Any
+  judge: openmoji_judge.Judge
+  num_images: int
+  seed: int
+  sampling: Mapping[str, Any]
+  progress: bool
+  extractors: Sequence
+
+  def log(self, line: str):
+    if self.progress:
+      _log(line)
+
+  def members(self, split: str) -> list:
+    """Returns the real pictures of a split; a UserError if there are none."""
+    members = [picture for picture in self.judge.pictures if picture.split == split]
+    if not members:
+      raise UserError(f'the split {split} has no pictures')
+    return members
+
+  def of_split(self, split: str, limit: Optional[int]) -> tuple[report_lib.SplitReport, Sample]:
+    """Evaluates a split on `limit` of its prompts at most."""
+    members = self.members(split)
+    rng = np.random.default_rng([self.seed, *split.encode()])
+    count = min(limit or len(members), len(members))
+    chosen = np.sort(rng.choice(len(members), count, replace=False))
+    asked = [members[index] for index in chosen]
+    self.log(f'{split}: generating {self.num_images} pictures for each of {count} prompts')
+    generated = self.pipeline.generate(
+        [picture.caption for picture in asked], num_images=self.num_images, seed=self.seed,
+        progress=self.progress, **self.sampling).images
+    self.log(f'{split}: the tokenizer on {len(members)} pictures')
+    reconstructed, tokenizer = measure_tokenizer(
+        self.pipeline, self.judge.real(members), self.progress)
+    self.log(f'{split}: judging')
+    verdicts = self.judge.judge(asked, generated)
+    real = self.judge.real(asked)
+    rows = {
+        'generated': _metrics(verdicts),
+        **(_of_ranked(verdicts) if self.sampling.get('rank') else {}),
+        'reconstruction': _metrics(self.judge.judge(asked, reconstructed[chosen][:, None])),
+        'other_tone': _metrics(self.other_tones(asked, rng)),
+        'random': _metrics(self.random(asked, rng)),
+        'real': _metrics(self.judge.judge(asked, real[:, None])),
+    }
+    report = report_lib.SplitReport(
+        split=split, prompts=count, pictures=len(members), rows=rows, tokenizer=tokenizer,
+        of_prompt=_of_prompt(asked, verdicts),
+        distributions=self.distributions(split, asked, real, reconstructed[chosen], generated))
+    return report, Sample(split, asked, real, generated, verdicts)
+
+  def distributions(self, split: str, asked: Sequence, real: np.ndarray,
+                    reconstructed: np.ndarray, generated: np.ndarray) -> list:
+    """Compares generated with real pictures as sets, over each kind of features."""
+    tables = []
+    for extractor in self.extractors:
+      self.log(f'{split}: features of the {extractor.name}')
+      tables.append(distribution.of_pictures(
+          extractor, [picture.caption for picture in asked], np.arange(len(asked)), real,
+          reconstructed, generated, self.seed))
+    return tables
+
+  def other_tones(self, asked: Sequence, rng: np.random.Generator) -> openmoji_judge.Verdicts:
+    """Judges training pictures of the asked names in other tones, for prompts that have any."""
+    of_name = collections.defaultdict(list)
+    for picture in self.members('train'):
+      of_name[picture.name].append(picture)
+    prompts, drawn = [], []
+    for picture in asked:
+      others = [other for other in of_name[picture.name] if other.tones != picture.tones]
+      if others:
+        prompts.append(picture)
+        drawn.extend(others[i] for i in rng.integers(len(others), size=self.num_images))
+    return self.judge_real(prompts, drawn)
+
+  def random(self, asked: Sequence, rng: np.random.Generator) -> openmoji_judge.Verdicts:
+    """Judges training pictures of any name."""
+    training = self.members('train')
+    drawn = rng.integers(len(training), size=len(asked) * self.num_images)
+    return self.judge_real(asked, [training[i] for i in drawn])
+
+  def judge_real(self, asked: Sequence, pictures: Sequence) -> openmoji_judge.Verdicts:
+    """Judges real pictures, num_images for each prompt, as if they had been generated."""
+    size = self.judge.size
+    images = self.judge.real(pictures).reshape(len(asked), self.num_images, size, size, 3)
+    return self.judge.judge(asked, images)
+
+
+def _metrics(verdicts: openmoji_judge.Verdicts) -> Mapping[str, report_lib.Metric]:
+  """Turns verdicts into a metric for each key of METRICS."""
+  return {
+      'tone_right': report_lib.Metric.of(verdicts.tone_right[verdicts.tone_judged]),
+      'name_top1': report_lib.Metric.of(verdicts.name_top1),
+      'name_top5': report_lib.Metric.of(verdicts.name_top5),
+  }
+
+
+def _of_ranked(verdicts: openmoji_judge.Verdicts) -> Mapping[str, Mapping[str, report_lib.Metric]]:
+  """Returns the rows of pictures that stand best first: the first one, and the judge's choice.
+
+  That choice is made for each metric alone: whether any picture of the prompt is right.
+  """
+  def of(choose):
+    return _metrics(openmoji_judge.Verdicts(
+        verdicts.tone_judged, *(choose(right) for right in (
+            verdicts.tone_right, verdicts.name_top1, verdicts.name_top5))))
+
+  return {'ranked_first': of(lambda right: right[:, :1]),
+          'best': of(lambda right: right.any(axis=1, keepdims=True))}
+
+
+def _of_prompt(asked, verdicts: openmoji_judge.Verdicts) -> list[dict]:
+  """Returns each prompt's caption and its share of right pictures, by key of METRICS."""
+  return [
+      {'caption': picture.caption,
+       'tone_right': float(verdicts.tone_right[i].mean()) if verdicts.tone_judged[i] else None,
+       'name_top1': float(verdicts.name_top1[i].mean()),
+       'name_top5': float(verdicts.name_top5[i].mean())}
+      for i, picture in enumerate(asked)]
+
+
+def measure_tokenizer(pipeline, images: np.ndarray,
+                      progress: bool = False) -> tuple[np.ndarray, report_lib.Tokenizer]:
+  """Sends real pictures through a pipeline's tokenizer.
+
+  Args:
+    pipeline: as `parti_jax.load` gives it.
+    images: uint8 [pictures, height, width, 3].
+    progress: show bars on a terminal.
+
+  Returns:
+    The reconstructions, in the same shape and type, and what was measured.
+  """
+  reconstructed = _in_batches(pipeline.reconstruct, images, 'reconstructing', progress)
+  tokens = _in_batches(pipeline.tokenize, images, 'tokenizing', progress)
+  return reconstructed, report_lib.Tokenizer(
+      pictures=len(images), psnr=float(psnr(images, reconstructed).mean()),
+      codes_used=len(np.unique(tokens)), codebook_size=int(pipeline.codebook_size))
+
+
+def _in_batches(function: Callable[[np.ndarray], np.ndarray], images: np.ndarray,
+                description: str, progress: bool) -> np.ndarray:
+  """Applies a function to batches of one shape, so that it is compiled once."""
+  results = []
+  starts = range(0, len(images), _TOKENIZER_BATCH)
+  # disable=None: no bar where stderr isn't a terminal.
+  for start in tqdm.tqdm(starts, description, leave=False, disable=None if progress else True):
+    batch = images[start:start + _TOKENIZER_BATCH]
+    padding = np.repeat(batch[-1:], _TOKENIZER_BATCH - len(batch), axis=0)
+    results.append(np.asarray(function(np.concatenate([batch, padding])))[:len(batch)])
+  return np.concatenate(results)
+
+
+def psnr(images: np.ndarray, others: np.ndarray) -> np.ndarray:
+  """Returns the peak signal-to-noise ratio of each picture.
+
+  Args:
+    images: uint8 [pictures, height, width, 3].
+    others: uint8, the same shape.
+
+  Returns:
+    float [pictures], in dB, at most 100 (pictures that are equal).
+  """
+  difference = images.astype(np.float32) - others.astype(np.float32)
+  error = np.square(difference).mean(axis=(1, 2, 3), dtype=np.float64)
+  return 10 * np.log10(255.0**2 / np.maximum(error, 255.0**2 / 10**(_MAX_PSNR / 10)))

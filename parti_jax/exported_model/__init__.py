@@ -1,0 +1,1 @@
+"""An exported model: one folder with sizes, parameters, vocabulary and sampling defaults."""

@@ -1,0 +1,1 @@
+"""The Transformer kit: layers, attention, patterns, blocks and stacks."""

@@ -1,0 +1,1 @@
+"""Reads compiled HLO: what a step computes, moves and sends."""

@@ -1,0 +1,252 @@
+"""What one step of a compiled program costs a device: FLOPs, bytes, collectives.
+
+XLA's own cost analysis counts the body of a loop once and knows no Pallas kernels. Here the
+program is walked from its entry, loops times the number of their turns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+
+import numpy as np
+
+from parti_jax.planning.hlo import hlo_text
+from parti_jax.planning.hlo import hlo_bytes
+from parti_jax.planning.hlo import hlo_flops
+from parti_jax.planning.hlo import hlo_loops
+from parti_jax.planning.hlo import replica_groups
+
+# Takes a Pallas kernel's instruction and the shapes of its operands; FLOPs of one turn, or None.
+KernelFlops = Callable[[hlo_text.Instruction, list[hlo_text.Shape]], float | None]
+
+# What is sent between slices, and as which collective that counts.
+_BETWEEN_SLICES = {'ALL_REDUCE': 'all-reduce', 'ALL_GATHER': 'all-gather',
+                   'REDUCE_SCATTER': 'reduce-scatter', 'ALL_TO_ALL': 'all-to-all',
+                   'ONE_TO_ONE': 'collective-permute'}
+_KERNEL_TARGETS = ('tpu_custom_call', '__gpu$xla.gpu.triton', 'mosaic_gpu')
+
+
+@dataclasses.dataclass
+class Collective:
+  """A collective of the program.
+
+  Attributes:
+    kind: 'all-gather', 'reduce-scatter', 'all-reduce', 'all-to-all' or 'collective-permute'.
+    whole: bytes of the whole array in a group: what an all-gather's result, a reduce-scatter's or
+      an all-reduce's operand, and one device's part of the others is.
+    groups: int [groups, size], places of the devices in the mesh; sources and targets, [pairs, 2],
+      of a collective-permute.
+    count: how often a step runs it.
+    op_name: where in the traced program it comes from.
+  """
+
+  kind: str
+  whole: float
+  groups: np.ndarray
+  count: float
+  op_name: str
+
+  @property
+  def sent(self) -> float:
+    """Bytes that a device sends for one turn, along a ring."""
+    size = self.groups.shape[1]
+    share = (size - 1) / size
+    if self.kind == 'collective-permute':
+      return self.whole
+    return self.whole * share * (2 if self.kind == 'all-reduce' else 1)
+
+
+@dataclasses.dataclass
+class Costs:
+  """Costs of one step on one device.
+
+  Attributes:
+    product_flops: of dots and convolutions.
+    kernel_flops: of Pallas kernels.
+    hbm_bytes: read from and written to the device's main memory.
+    host_bytes: moved between the device and its host's memory.
+    collectives: each instruction, with its count.
+    kernels: name of a Pallas kernel -> how often it runs.
+    notes: what could not be read, one line each.
+  """
+
+  product_flops: float = 0.0
+  kernel_flops: float = 0.0
+  hbm_bytes: float = 0.0
+  host_bytes: float = 0.0
+  collectives: list[Collective] = dataclasses.field(default_factory=list)
+  kernels: dict[str, float] = dataclasses.field(default_factory=dict)
+  notes: set[str] = dataclasses.field(default_factory=set)
+
+  @property
+  def flops(self) -> float:
+    return self.product_flops + self.kernel_flops
+
+  def add(self, other: 'Costs', times: float = 1):
+    """Adds another part's costs, `times` over."""
+    self.product_flops += times * other.product_flops
+    self.kernel_flops += times * other.kernel_flops
+    self.hbm_bytes += times * other.hbm_bytes
+    self.host_bytes += times * other.host_bytes
+    self.collectives += [dataclasses.replace(collective, count=times * collective.count)
+                         for collective in other.collectives]
+    for name, count in other.kernels.items():
+      self.kernels[name] = self.kernels.get(name, 0) + times * count
+    self.notes |= other.notes
+
+
+def costs(module: hlo_text.Module, device_count: int, kernel_flops: KernelFlops | None = None,
+          slice_groups: np.ndarray | None = None) -> Costs:
+  """Walks a program.
+
+  Args:
+    module: of `hlo_text.parse`.
+    device_count: of the program's mesh.
+    kernel_flops: for Pallas kernels that carry no estimate of their own.
+    slice_groups: int [groups, slices], places in the mesh of the devices that stand for each other
+      in several slices: the program names only the slices that it sends to.
+  """
+  return _Walk(module, device_count, kernel_flops, slice_groups).costs(module.entry, {})
+
+
+class _Walk:
+  """A walk through a program's computations."""
+
+  def __init__(self, module, device_count, kernel_flops, slice_groups):
+    self._module, self._device_count, self._kernel_flops = module, device_count, kernel_flops
+    self._slice_groups = slice_groups
+    self._main = hlo_bytes.Traffic(module)
+    self._host = hlo_bytes.Traffic(module, hlo_text.HOST_MEMORY)
+    self._fused: dict[str, Costs] = {}
+
+  def costs(self, computation: hlo_text.Computation, known: hlo_loops.Constants) -> Costs:
+    """Costs of one turn of a computation that is no fusion."""
+    total, chains = Costs(), set()
+    for instruction in computation.instructions.values():
+      if instruction.opcode == 'while':
+        self._add_loop(total, instruction, computation, known)
+      elif instruction.opcode == 'conditional':
+        total.add(self._costliest_branch(instruction))
+      elif instruction.opcode in ('call', 'call-start', 'async-start'):
+        called = instruction.called('to_apply') or instruction.called('calls')
+        total.add(self.costs(self._module[called], {}))
+      else:
+        total.hbm_bytes += self._main.of(instruction, computation)
+        total.host_bytes += self._host.of(instruction, computation)
+        self._add_work(total, instruction, computation, chains)
+    return total
+
+  def _add_loop(self, total, loop, computation, known):
+    trips = hlo_loops.trip_count(loop, computation, self._module, known)
+    if trips is None:
+      total.notes.add(f'turns of the loop {loop.op_name} are not known; counted once')
+      trips = 1
+    inside = hlo_loops.loop_constants(loop, computation, self._module, known)
+    for part in ('body', 'condition'):
+      total.add(self.costs(self._module[loop.called(part)], inside), trips)
+
+  def _costliest_branch(self, instruction) -> Costs:
+    names = re.findall(r'(?:true_computation|false_computation)=%([\w.\-]+)',
+                       instruction.attributes)
+    listed = instruction.attribute(r'branch_computations=\{([^}]*)\}')
+    names += re.findall(r'%([\w.\-]+)', listed or '')
+    branches = [self.costs(self._module[name], {}) for name in names]
+    return max(branches, key=lambda branch: (branch.flops, branch.hbm_bytes), default=Costs())
+
+  def _add_work(self, total, instruction, computation, chains: set):
+    """Adds products, kernels and collectives of an instruction, those in fusions too."""
+    opcode = instruction.opcode.removesuffix('-start')
+    if opcode == 'fusion':
+      fused = self._fusion_costs(self._module[instruction.called('calls')])
+      collectives, fused = fused.collectives, dataclasses.replace(fused, collectives=[])
+      total.add(fused)
+      for collective, chain in collectives:
+        if chain is None or chain not in chains:
+          total.collectives.append(collective)
+        chains.add(chain)
+    elif opcode in hlo_bytes.COLLECTIVES:
+      collective = self._collective(instruction, computation, opcode)
+      if collective:
+        total.collectives.append(collective)
+    elif opcode == 'custom-call':
+      self._add_kernel(total, instruction, computation)
+    elif opcode == 'send':
+      self._add_sent_between_slices(total, instruction)
+    else:
+      total.product_flops += hlo_flops.product_flops(instruction, computation)
+
+  def _add_sent_between_slices(self, total, instruction):
+    kind = instruction.attribute(r'_xla_megascale_transfer_type="(\w+)"')
+    if kind not in _BETWEEN_SLICES or self._slice_groups is None:
+      total.notes.add(f'{instruction.name} sends to places that are not known; not counted')
+      return
+    kind, groups = _BETWEEN_SLICES[kind], self._slice_groups
+    size = instruction.shape.elements[0].logical_bytes()
+    if kind == 'all-gather':
+      size *= groups.shape[1]
+    total.collectives.append(Collective(kind, size, groups, 1, instruction.op_name))
+
+  def _fusion_costs(self, fused: hlo_text.Computation) -> Costs:
+    """Products in a fusion; its `collectives` are pairs of a collective and its chain or None."""
+    if fused.name not in self._fused:
+      total = Costs()
+      for instruction in fused.instructions.values():
+        if instruction.opcode == 'fusion':
+          inner = self._fusion_costs(self._module[instruction.called('calls')])
+          total.product_flops += inner.product_flops
+          total.kernel_flops += inner.kernel_flops
+          total.collectives += inner.collectives
+        elif instruction.opcode in hlo_bytes.COLLECTIVES:
+          kind = instruction.opcode
+          if kind == 'all-reduce' and _only_sliced(fused, instruction):
+            kind = 'reduce-scatter'
+          collective = self._collective(instruction, fused, kind)
+          chain = (instruction.attribute(r'(channel_id=\d+)')
+                   if hlo_bytes.is_part_of_chain(instruction) else None)
+          if collective:
+            total.collectives.append((collective, chain))
+        elif instruction.opcode == 'custom-call':
+          self._add_kernel(total, instruction, fused)
+        else:
+          total.product_flops += hlo_flops.product_flops(instruction, fused)
+      self._fused[fused.name] = total
+    return self._fused[fused.name]
+
+  def _collective(self, instruction, computation, kind: str) -> Collective | None:
+    """None if no two devices take part."""
+    operands = sum(computation[name].shape.logical_bytes() for name in instruction.operands)
+    if kind == 'collective-permute':
+      rows = replica_groups.pairs(instruction)
+      rows = rows[rows[:, 0] != rows[:, 1]]
+    else:
+      rows = replica_groups.groups(instruction, self._device_count)
+    if not len(rows) or rows.shape[1] < 2:
+      return None
+    whole = operands * (rows.shape[1] if kind == 'all-gather' else 1)
+    return Collective(kind, whole, rows, 1, instruction.op_name)
+
+  def _add_kernel(self, total, instruction, computation):
+    if instruction.attribute(r'custom_call_target="([^"]*)"') not in _KERNEL_TARGETS:
+      return
+    # The kernel's own name stands before `pallas_call`.
+    name = instruction.op_name.removesuffix('/pallas_call').rsplit('/', maxsplit=1)[-1]
+    total.kernels[name] = total.kernels.get(name, 0) + 1
+    estimate = instruction.attribute(r'"cost_estimate":\{"flops":"?(\d+)')
+    if estimate is None and self._kernel_flops:
+      operands = [computation[operand].shape for operand in instruction.operands]
+      estimate = self._kernel_flops(instruction, operands)
+    if estimate is None:
+      total.notes.add(f'the kernel {name} says nothing about its FLOPs; not counted')
+    total.kernel_flops += float(estimate or 0)
+
+
+def _only_sliced(fused: hlo_text.Computation, instruction: hlo_text.Instruction) -> bool:
+  """Whether every device keeps only a slice of the result, as after a reduce-scatter."""
+  users = list(fused.users.get(instruction.name, ()))
+  for user in users:
+    if user.opcode in ('get-tuple-element', 'bitcast'):
+      users += fused.users.get(user.name, ())
+  kinds = {user.opcode for user in users} - {'get-tuple-element', 'bitcast'}
+  return bool(users) and kinds == {'dynamic-slice'}

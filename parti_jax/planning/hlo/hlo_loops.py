@@ -1,0 +1,131 @@
+"""How often the loops of an HLO program turn.
+
+XLA writes `known_trip_count` where it has kept it. The TPU's compiler does not, so the count is
+read from the loop itself: a counter that begins at a constant, grows by a constant and is compared
+with a constant.
+"""
+
+from __future__ import annotations
+
+from parti_jax.planning.hlo import hlo_text
+
+# Constants that are known of a tuple: index -> value.
+Constants = dict[int, int]
+
+_SAME_VALUE = ('copy', 'convert', 'bitcast', 'reshape')
+
+
+def constant(computation: hlo_text.Computation, name: str, known: Constants) -> int | None:
+  """The value of an integer, if it is a constant.
+
+  Args:
+    computation: where the instruction `name` is.
+    name: of an instruction.
+    known: constants in the computation's parameter, if it is a loop's tuple.
+  """
+  instruction = _source(computation, name)
+  if instruction.opcode == 'constant':
+    return int(instruction.literal) if instruction.literal.lstrip('-').isdigit() else None
+  if instruction.opcode == 'get-tuple-element':
+    if computation[instruction.operands[0]].opcode == 'parameter':
+      return known.get(instruction.number)
+  return None
+
+
+def loop_constants(
+    loop: hlo_text.Instruction, computation: hlo_text.Computation, module: hlo_text.Module, known: Constants
+) -> Constants:
+  """Elements of a loop's tuple that are constants before it and that its body leaves alone."""
+  elements = _tuple_elements(computation, loop.operands[0])
+  body = module[loop.called('body')]
+  results = _tuple_elements(body, body.root.name)
+  found = {}
+  for index, name in enumerate(elements):
+    value = constant(computation, name, known)
+    if value is not None and index < len(results) and _is_element(body, results[index], index):
+      found[index] = value
+  return found
+
+
+def trip_count(
+    loop: hlo_text.Instruction, computation: hlo_text.Computation, module: hlo_text.Module, known: Constants
+) -> int | None:
+  """How often a `while` turns; None if that can't be read.
+
+  Args:
+    loop: the instruction.
+    computation: where it is.
+    module: the program.
+    known: constants in the computation's parameter.
+  """
+  stated = loop.attribute(r'"known_trip_count":\{"n":"(\d+)"')
+  if stated is not None:
+    return int(stated)
+  condition, body = module[loop.called('condition')], module[loop.called('body')]
+  compared = _comparison(condition, module)
+  elements = _tuple_elements(computation, loop.operands[0])
+  if compared is None or not elements:
+    return None
+  counter, limit, inclusive = compared
+  inside = loop_constants(loop, computation, module, known)
+  stop = constant(condition, limit, inside)
+  start = constant(computation, elements[counter], known)
+  step = _increment(body, counter)
+  if None in (stop, start, step) or step <= 0:
+    return None
+  return max(0, -(-(stop + inclusive - start) // step))
+
+
+def _comparison(condition, module) -> tuple[int, str, int] | None:
+  """Counter's index, name of the limit, and 1 if the limit is reached itself."""
+  root, names = condition.root, None
+  if root.opcode == 'fusion':
+    inner = module[root.called('calls')]
+    names, root = dict(enumerate(root.operands)), inner.root
+    place = lambda name: (names.get(inner[name].number)
+                          if inner[name].opcode == 'parameter' else None)
+  else:
+    place = lambda name: name
+  direction = root.attribute(r'direction=(\w+)')
+  if root.opcode != 'compare' or direction not in ('LT', 'LE', 'GT', 'GE'):
+    return None
+  left, right = (place(name) for name in root.operands)
+  if direction in ('GT', 'GE'):
+    left, right = right, left
+  if left is None or right is None:
+    return None
+  counter = _source(condition, left)
+  if counter.opcode != 'get-tuple-element':
+    return None
+  return counter.number, right, int(direction in ('LE', 'GE'))
+
+
+def _increment(body, counter: int) -> int | None:
+  results = _tuple_elements(body, body.root.name)
+  added = _source(body, results[counter]) if counter < len(results) else None
+  if added is None or added.opcode != 'add':
+    return None
+  steps = [constant(body, name, {}) for name in added.operands]
+  others = [name for name, step in zip(added.operands, steps) if step is None]
+  if len(others) != 1 or not _is_element(body, others[0], counter):
+    return None
+  return next(step for step in steps if step is not None)
+
+
+def _source(computation, name) -> hlo_text.Instruction:
+  instruction = computation[name]
+  while instruction.opcode in _SAME_VALUE:
+    instruction = computation[instruction.operands[0]]
+  return instruction
+
+
+def _tuple_elements(computation, name) -> tuple[str, ...]:
+  instruction = computation[name]
+  return instruction.operands if instruction.opcode == 'tuple' else ()
+
+
+def _is_element(body, name: str, index: int) -> bool:
+  """Whether an instruction is an element of the body's parameter, unchanged."""
+  source = _source(body, name)
+  return (source.opcode == 'get-tuple-element' and source.number == index
+          and body[source.operands[0]].opcode == 'parameter')

@@ -1,0 +1,1 @@
+"""Writes the image tokens of a source, made once by a trained tokenizer."""

@@ -1,0 +1,233 @@
+"""What `parti-jax tokenize` writes: the splits of a source, or those of an older token cache."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import gin
+
+from parti_jax.core import compilation_cache
+from parti_jax.core import gin_config
+from parti_jax.data import image_decoding
+from parti_jax.data import input_parts
+from parti_jax.data import sources
+from parti_jax.data import tally
+from parti_jax.data import token_cache
+from parti_jax.data import token_cache_parts
+from parti_jax.data import token_cache_v1
+from parti_jax.data import views
+from parti_jax.data.sources import base
+from parti_jax.training import configurables  # pylint: disable=unused-import
+from parti_jax.training.objectives import frozen_tokenizer
+from parti_jax.runs import distributed
+from parti_jax.tokenization import tokenizing
+from parti_jax.tokenization import tokenizing_progress
+
+Connect = Callable[[], tuple[int, int]]
+# Seconds between two looks for the parts of other processes, and between two lines about them.
+_LOOK, _SAY = 5, 60
+# What gin says of a source that two hosts may have different values of.
+_PLACES = ('path', 'data_dir', 'splits', 'size')
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """A split to write.
+
+  Attributes:
+    parts: where it is written.
+    examples: returns how many examples some parts have, None where they have to be read first.
+    write: writes some parts and reports progress.
+    summary: what is printed of the finished split after its number of examples.
+  """
+
+  parts: token_cache_parts.SplitParts
+  examples: Callable[[Sequence[int]], int | None]
+  write: Callable[[Sequence[int], tokenizing_progress.Progress], None]
+  summary: str
+
+
+def of_source(args: argparse.Namespace, connect: Connect) -> tuple[list[Job], int, int]:
+  """The splits of the source that gin chooses.
+
+  Args:
+    args: of the command.
+    connect: meets the other processes, before any device is touched.
+
+  Returns:
+    The splits, which process this is and how many there are.
+
+  Raises:
+    UserError: a split can't be read, or the tokenizer.
+  """
+  gin_config.parse(args.gin_file, args.gin_bindings)
+  name = sources.chosen()
+  splits = _splits(args.splits, sources.configured(name))
+  worker, workers = connect()
+  distributed.check_connected()
+  compilation_cache.enable()
+  tokenizer = frozen_tokenizer.load(args.tokenizer)
+  model = tokenizer.config
+  encoder = frozen_tokenizer.Encoder(tokenizer, args.dtype)
+  source = sources.configured(name, model.image_size)
+  # All are opened first: what can't be read is found before hours have gone into the first.
+  opened = {split: input_parts.InputParts(source.open(split), size=token_cache.EXAMPLES_PER_SHARD)
+            for split in splits}
+  info = {'codebook_size': model.codebook_size, 'image_tokens': model.image_length,
+          'tokenizer': tokenizer.fingerprint, 'views': args.views}
+  preparation = views.Preparation(model.image_size, args.views, image_decoding.configured())
+
+  def job(split: str) -> Job:
+    made_with = {'image_size': model.image_size, 'dtype': encoder.dtype,
+                 'platform': encoder.platform, 'source': _settings(name),
+                 **opened[split].description()}
+    parts = token_cache_parts.SplitParts(args.output_dir, split, info, made_with,
+                                         len(opened[split]), splits if args.overwrite else ())
+
+    def write(indices: Sequence[int], progress: tokenizing_progress.Progress) -> None:
+      tokenizing.tokenize(encoder, opened[split], indices, preparation, parts, info,
+                          args.batch_size, progress)
+
+    sequences = f'{args.views} × ' if args.views > 1 else ''
+    return Job(parts, opened[split].examples, write,
+               f'pictures, {sequences}{model.image_length} tokens each')
+
+  return [job(split) for split in splits], worker, workers
+
+
+def of_old_cache(args: argparse.Namespace, connect: Connect) -> tuple[list[Job], int, int]:
+  """The splits of a token cache of version 1; see `of_source`."""
+  cache = token_cache_v1.OldCache(args.convert)
+  splits = _splits(args.splits, cache)
+  files = {split: cache.files(split) for split in splits}
+  info = {**cache.info, 'views': 1}
+  worker, workers = connect()
+
+  def job(split: str) -> Job:
+    parts = token_cache_parts.SplitParts(
+        args.output_dir, split, info,
+        {'converted': 'version 1', 'digest': base.digest_of(files[split])}, len(files[split]),
+        splits if args.overwrite else ())
+
+    def write(indices: Sequence[int], progress: tokenizing_progress.Progress) -> None:
+      for index in indices:
+        skipped = collections.Counter()
+        records = cache.records(files[split][index], skipped)
+        parts.write(index, _counted(records, progress), {'skipped': skipped, 'shortened': {}})
+        progress.add(0, skipped)
+        progress.end_part()
+
+    return Job(parts, lambda indices: None, write, f'pictures, {info["image_tokens"]} tokens each')
+
+  return [job(split) for split in splits], worker, workers
+
+
+def run(jobs: Sequence[Job], worker: int, workers: int, together: bool, overwrite: bool) -> None:
+  """Writes the parts of one process, and makes splits of what is finished.
+
+  Args:
+    jobs: the splits.
+    worker: which process this is.
+    workers: how many there are.
+    together: whether all of them run now, so that they wait for each other.
+    overwrite: whether what was made differently is replaced.
+  """
+  todo = [job for job in jobs if job.parts.check(overwrite)]
+  for job in jobs:
+    if job in todo:
+      job.parts.begin()
+    else:
+      job.parts.clean()
+      print(f'{_line(job)} (finished before)')
+  for job in todo:
+    _write(job, job.parts.unfinished(range(worker, job.parts.count, workers)))
+    if not together:
+      _merge_if_complete(job, worker, workers)
+  for job in todo if together else ():
+    if worker == 0:
+      _wait_for(job)
+      _merge(job)
+    else:
+      _wait('process 0 puts the shards in place', job, job.parts.finished)
+
+
+def _write(job: Job, indices: Sequence[int]) -> None:
+  if indices:
+    with contextlib.closing(tokenizing_progress.Progress(
+        job.parts.split, len(indices), job.examples(indices))) as progress:
+      job.write(indices, progress)
+
+
+def _merge_if_complete(job: Job, worker: int, workers: int) -> None:
+  left = job.parts.left()
+  if left:
+    print(f'{job.parts.split}: worker {worker} of {workers} is done; {len(left):,} of '
+          f'{job.parts.count:,} parts are left to the others, such as part {left[0]} to '
+          f'--worker={left[0] % workers}/{workers}')
+  else:
+    _merge(job)
+
+
+def _merge(job: Job) -> None:
+  while not job.parts.merge():
+    _write(job, job.parts.left())  # Parts that were damaged after they were written.
+  print(_line(job))
+
+
+def _line(job: Job) -> str:
+  """What is printed of a finished split."""
+  found = job.parts.summary()
+  line = f'{job.parts.folder}: {job.parts.split}: {found["examples"]} {job.summary}'
+  for name, words in (('skipped', 'skipped'), ('shortened', 'kept in part')):
+    if found[name]:
+      line += f'; {words}: {tally.told(found[name])}'
+  return line
+
+
+def _wait_for(job: Job) -> None:
+  """Waits until all parts are finished."""
+  while left := job.parts.left():
+    _wait(f'{len(left):,} of {job.parts.count:,} parts are being written by other processes, which '
+          f'must all see the same --output_dir', job, lambda: job.parts.is_written(left[0]))
+
+
+def _wait(what: str, job: Job, done: Callable[[], bool]) -> None:
+  say = time.monotonic() + _SAY
+  while not done():
+    if time.monotonic() > say:
+      say = time.monotonic() + _SAY
+      print(f'{job.parts.split}: {what}', file=sys.stderr, flush=True)
+    time.sleep(_LOOK)
+
+
+def _counted(records: Iterator[bytes], progress: tokenizing_progress.Progress) -> Iterator[bytes]:
+  for record in records:
+    progress.add(1, {})
+    yield record
+
+
+def _settings(name: str) -> dict[str, Any]:
+  """What gin says of how a source and its pictures are read."""
+  kind = sources.kind(name)
+  with gin.config_scope(None if kind == name else name):
+    found = {'kind': kind, **{
+        f'{configurable}.{key}': value for configurable in (kind, 'decode_images')
+        for key, value in sorted(gin.get_bindings(configurable).items()) if key not in _PLACES}}
+  return found
+
+
+def _splits(wanted: list[str] | None, source: Any) -> list[str]:
+  """Returns the splits to write: those that are wanted, or all that a source has."""
+  if not wanted:
+    wanted = list(source.splits)
+    print(f'{source.place} has the splits {", ".join(wanted)}; --splits chooses some of them')
+  for split in wanted:
+    source.check_split(split)
+  return list(dict.fromkeys(wanted))

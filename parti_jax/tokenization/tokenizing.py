@@ -1,0 +1,199 @@
+"""Tokenises parts of a split; reading, computing and writing go on at the same time."""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import itertools
+import queue
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from parti_jax.data import input_parts, share, tally, token_cache, token_cache_parts, views
+from parti_jax.training.objectives import frozen_tokenizer
+from parti_jax.tokenization import tokenizing_progress
+
+# Batches that are read before they are needed, and whose tokens are computed at once.
+_READ_AHEAD, _COMPUTED_AT_ONCE = 4, 2
+
+
+@dataclasses.dataclass
+class Batch:
+  """Successive examples of a part.
+
+  Attributes:
+    part: its number.
+    captions: of the examples.
+    pictures: uint8 [examples, views, height, width, 3].
+    tallies: of the examples since the batch before: those of `token_cache_parts.TALLIES`.
+    last: whether it is the part's last.
+  """
+
+  part: int
+  captions: list[str]
+  pictures: np.ndarray
+  tallies: Mapping[str, collections.Counter[str]]
+  last: bool
+
+
+def tokenize(encoder: frozen_tokenizer.Encoder, inputs: input_parts.InputParts,
+             indices: Iterable[int], preparation: views.Preparation,
+             parts: token_cache_parts.SplitParts, info: Mapping[str, Any], batch_size: int,
+             progress: tokenizing_progress.Progress) -> None:
+  """Writes parts of a split.
+
+  Args:
+    encoder: makes the tokens.
+    inputs: what is read.
+    indices: the parts.
+    preparation: decodes pictures.
+    parts: where they are written.
+    info: of the token cache.
+    batch_size: examples that are read and computed at once.
+    progress: counts examples and parts.
+  """
+  settings = dataclasses.replace(share.Settings(), num_workers=0).divided(1)
+  read = itertools.chain.from_iterable(
+      _batches(inputs, index, preparation, settings, batch_size) for index in indices)
+  computed: collections.deque = collections.deque()
+  with _Ahead(read, _READ_AHEAD) as ahead, _Writing(parts, info, progress) as writing:
+    for batch in ahead:
+      computed.append((batch, encoder(batch.pictures.reshape(-1, *batch.pictures.shape[2:]))))
+      if len(computed) == _COMPUTED_AT_ONCE:
+        writing.add(*computed.popleft())
+    for batch in computed:
+      writing.add(*batch)
+
+
+def _batches(inputs: input_parts.InputParts, index: int, preparation: views.Preparation,
+             settings: share.Settings, size: int) -> Iterator[Batch]:
+  """The examples of a part; the last batch may be empty."""
+  reading = share.Reading(preparation, shuffle=False, num_epochs=1, settings=settings)
+  side = preparation.image_size
+  with contextlib.closing(share.open_stream(inputs.open(index), reading)) as stream:
+    last = False
+    while not last:
+      found, tallies = [], {name: collections.Counter() for name in token_cache_parts.TALLIES}
+      while len(found) < size and not last:
+        outcome = next(stream, None)
+        if outcome is None:
+          last = True
+        elif outcome.features is None:
+          tally.warn_once(outcome.reason, outcome.where)
+          tallies['skipped'][outcome.reason] += 1
+        else:
+          tallies['shortened'].update(outcome.notes)
+          found.append(outcome.features)
+      pictures = np.stack([features['views'] for features in found]) if found else (
+          np.zeros((0, preparation.count, side, side, 3), np.uint8))
+      yield Batch(index, [features['caption'] for features in found], pictures, tallies, last)
+
+
+class _Ahead:
+  """Items that a thread takes from an iterator before they are asked for."""
+
+  def __init__(self, items: Iterator[Any], size: int):
+    self._queue: queue.Queue = queue.Queue(size)
+    self._closed = threading.Event()
+    self._thread = threading.Thread(target=self._read, args=(items,), name='read', daemon=True)
+
+  def __enter__(self) -> _Ahead:
+    self._thread.start()
+    return self
+
+  def __exit__(self, *_) -> None:
+    self._closed.set()
+    self._thread.join()
+
+  def __iter__(self) -> Iterator[Any]:
+    while True:
+      item, error = self._queue.get()
+      if error is not None:
+        raise error
+      if item is None:
+        return
+      yield item
+
+  def _read(self, items: Iterator[Any]) -> None:
+    error = None
+    try:
+      for item in items:
+        if not self._put((item, None)):
+          return
+    except BaseException as found:  # pylint: disable=broad-except
+      error = found
+    self._put((None, error))
+
+  def _put(self, value: tuple[Any, BaseException | None]) -> bool:
+    """Waits for room; returns whether the items are still wanted."""
+    while not self._closed.is_set():
+      with contextlib.suppress(queue.Full):
+        self._queue.put(value, timeout=0.1)
+        return True
+    return False
+
+
+class _Aborted(Exception):
+  """The records of a part won't be complete."""
+
+
+class _Writing:
+  """Writes parts in threads: one may be on its way to the store while the next is computed."""
+
+  def __init__(self, parts: token_cache_parts.SplitParts, info: Mapping[str, Any],
+               progress: tokenizing_progress.Progress):
+    self._parts, self._info, self._progress = parts, info, progress
+    self._executor = concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix='write')
+    self._futures: collections.deque[concurrent.futures.Future] = collections.deque()
+    # Of the part that is being computed: its records for the thread, and its tallies.
+    self._records: queue.SimpleQueue | None = None
+    self._tallies: dict[str, collections.Counter] = {}
+
+  def add(self, batch: Batch, tokens) -> None:
+    """Adds examples, whose tokens a function returns: int32 [examples * views, image_length]."""
+    if self._records is None:
+      self._begin(batch.part)
+    elif self._futures[-1].done():
+      self._futures[-1].result()  # It failed.
+    for name, counts in batch.tallies.items():
+      self._tallies[name].update(counts)
+    if batch.captions:
+      found = tokens().reshape(len(batch.captions), self._info['views'], -1)
+      for caption, sequences in zip(batch.captions, found):
+        self._records.put(token_cache.serialized(caption, sequences, self._info))
+    self._progress.add(len(batch.captions), batch.tallies['skipped'])
+    if batch.last:
+      self._records.put(None)
+      self._records = None
+      self._progress.end_part()
+
+  def _begin(self, part: int) -> None:
+    while len(self._futures) > 1:
+      self._futures.popleft().result()
+    self._records = queue.SimpleQueue()
+    self._tallies = {name: collections.Counter() for name in token_cache_parts.TALLIES}
+    self._futures.append(self._executor.submit(
+        self._parts.write, part, _until_none(self._records), self._tallies))
+
+  def __enter__(self) -> _Writing:
+    return self
+
+  def __exit__(self, kind, *_) -> None:
+    if self._records is not None:
+      self._records.put(_Aborted())
+    self._executor.shutdown(wait=True)
+    if kind is None:
+      while self._futures:
+        self._futures.popleft().result()
+
+
+def _until_none(records: queue.SimpleQueue) -> Iterator[bytes]:
+  while (record := records.get()) is not None:
+    if isinstance(record, _Aborted):
+      raise record
+    yield record

@@ -1,0 +1,1 @@
+"""What each network is trained for: batches in, losses out."""

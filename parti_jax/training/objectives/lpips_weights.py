@@ -1,0 +1,100 @@
+"""LPIPS' weights from the files that torchvision and the `lpips` package use."""
+
+from __future__ import annotations
+
+import pathlib
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from parti_jax.core import errors
+from parti_jax.core import storage
+from parti_jax.models import lpips
+
+
+def read(vgg16_path, lpips_path):
+  """The parameters of `lpips.LPIPS`.
+
+  Args:
+    vgg16_path: torchvision's state dict of `vgg16`, such as vgg16-397923af.pth: 'features.0.weight'
+      and so on, of which the convolutions are read; or the same names in a .safetensors file.
+    lpips_path: the linear heads of the `lpips` package, its weights/v0.1/vgg.pth:
+      'lin0.model.1.weight' to 'lin4.model.1.weight'; or the same in a .safetensors file.
+
+  Returns:
+    A tree of float32 numpy arrays.
+
+  Raises:
+    UserError: if a file is missing or damaged, or an array in it is missing or of another shape.
+    ModuleNotFoundError: for a .pth file where torch is not installed.
+  """
+  trunk, heads = _read_file(vgg16_path), _read_file(lpips_path)
+  vgg16, params, index, channels = {}, {}, 0, 3
+  for stage, widths in enumerate(lpips.VGG16):
+    for place, width in enumerate(widths):
+      kernel = _array(trunk, f'features.{index}.weight', (width, channels, 3, 3), vgg16_path)
+      bias = _array(trunk, f'features.{index}.bias', (width,), vgg16_path)
+      vgg16[f'stage_{stage}_{place}'] = {
+          'kernel': np.ascontiguousarray(kernel.transpose(2, 3, 1, 0)), 'bias': bias}
+      index, channels = index + 2, width  # Each convolution has its ReLU,
+    index += 1  # and each stage ends with a pooling.
+    head = _array(heads, f'lin{stage}.model.1.weight', (1, channels, 1, 1), lpips_path)
+    params[f'head_{stage}'] = head.reshape(-1)
+  return {'vgg16': vgg16} | params
+
+
+def of_stage(stage):
+  """`read` of the files that a stage names.
+
+  Args:
+    stage: with the attributes `perceptual_weight`, `vgg16_weights` and `lpips_weights`.
+
+  Returns:
+    As `read`.
+
+  Raises:
+    UserError: if a file is not given, is missing or damaged.
+  """
+  kind = type(stage).__name__
+  for name in ('vgg16_weights', 'lpips_weights'):
+    if getattr(stage, name) is None:
+      raise errors.UserError(
+          f'{kind}.perceptual_weight={stage.perceptual_weight} needs the file {kind}.{name}, see '
+          f'docs/tokenizer.md; or set the weight to 0 with --gin.{kind}.perceptual_weight=0')
+  return read(stage.vgg16_weights, stage.lpips_weights)
+
+
+def _read_file(path) -> dict[str, np.ndarray]:
+  path = pathlib.Path(path)
+  if not path.is_file():
+    raise errors.UserError(f'{path}: there is no such file of weights; docs/tokenizer.md says '
+                           'where to get it')
+  storage.check_size(path, storage.MAX_WEIGHTS)
+  try:
+    if path.suffix == '.safetensors':
+      return safetensors.numpy.load_file(path)
+    return _read_torch_file(path)
+  except ModuleNotFoundError:
+    raise
+  except Exception as error:  # pylint: disable=broad-except
+    # Of what kinds torch's reader raises depends on where a file is damaged.
+    reason = str(error).split('\n', maxsplit=1)[0]
+    raise errors.UserError(f'{path}: not a file of weights that can be read ({reason}); get it '
+                           'again, see docs/tokenizer.md') from error
+
+
+def _read_torch_file(path) -> dict[str, np.ndarray]:
+  import torch  # pylint: disable=g-import-not-at-top,import-outside-toplevel
+
+  # Arrays alone; a file that would run code when it is read is refused.
+  loaded = torch.load(path, map_location='cpu', weights_only=True)
+  return {name: tensor.numpy() for name, tensor in loaded.items()}
+
+
+def _array(arrays, name: str, shape: tuple[int, ...], path) -> np.ndarray:
+  if name not in arrays or arrays[name].shape != shape:
+    found = list(arrays[name].shape) if name in arrays else 'missing'
+    raise errors.UserError(f'{path}: {name} is {found} instead of {list(shape)}; is it the file of '
+                           'this network? See docs/tokenizer.md')
+  return np.asarray(arrays[name], np.float32)
