@@ -24,11 +24,11 @@ import numpy as np
 from PIL import Image
 from PIL import ImageDraw
 
+from parti_jax.models import parti
+from parti_jax.models import parti_config
 from parti_jax.models.nn import attention
 from parti_jax.models.nn import attention_patterns
 from parti_jax.models.nn import layers
-from parti_jax.models import parti
-from parti_jax.models import parti_config
 from parti_jax.sampling import decoding
 from parti_jax.sampling import parameters
 from parti_jax.training.objectives import generator_objective

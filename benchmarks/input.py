@@ -100,8 +100,10 @@ def _rate(batches, examples: int) -> float:
 
 
 def _token_batches(folder: str, **share):
-  import gin  # pylint: disable=import-outside-toplevel
-  from parti_jax.data import batches, token_cache  # pylint: disable=import-outside-toplevel
+  import gin
+
+  from parti_jax.data import batches
+  from parti_jax.data import token_cache
 
   draw = np.random.default_rng(0)
   words = [''.join(draw.choice(list('etaoinshrdlu'), draw.integers(2, 9))) for _ in range(2000)]
@@ -137,8 +139,9 @@ def _jpeg(draw, width: int, height: int, quality: int = 90) -> bytes:
 
 
 def _picture_batches(folder: str, **arguments):
-  import gin  # pylint: disable=import-outside-toplevel
-  from parti_jax.data import batches  # pylint: disable=import-outside-toplevel
+  import gin
+
+  from parti_jax.data import batches
 
   draw = np.random.default_rng(0)
   lines = []
@@ -158,7 +161,7 @@ def _pictures() -> dict[str, float]:
 
 
 def _workers() -> dict[str, float]:
-  from parti_jax.data import share  # pylint: disable=import-outside-toplevel
+  from parti_jax.data import share
 
   found = {}
   for workers in (1, 2):
@@ -176,7 +179,7 @@ def _workers() -> dict[str, float]:
 
 
 def _place() -> dict[str, float]:
-  from parti_jax.data.sources import base  # pylint: disable=import-outside-toplevel
+  from parti_jax.data.sources import base
 
   class Emulated(base.Records):
     """As many records as no disk here holds."""
@@ -188,8 +191,8 @@ def _place() -> dict[str, float]:
       return [{'caption': f'picture {index}'.encode(), 'tokens': np.full(_TOKENS, index % 8192)}
               for index in indices]
 
-  from parti_jax.data import batches as batches_lib  # pylint: disable=import-outside-toplevel
-  from parti_jax.data import token_cache  # pylint: disable=import-outside-toplevel
+  from parti_jax.data import batches as batches_lib
+  from parti_jax.data import token_cache
 
   with tempfile.TemporaryDirectory() as folder:
     _token_batches(folder).close()
@@ -203,8 +206,9 @@ def _place() -> dict[str, float]:
 
 
 def _memory() -> dict[str, float]:
-  import gin  # pylint: disable=import-outside-toplevel
-  from parti_jax.data import batches as batches_lib  # pylint: disable=import-outside-toplevel
+  import gin
+
+  from parti_jax.data import batches as batches_lib
 
   draw = np.random.default_rng(0)
   pictures = [_jpeg(draw, 512, 384, 93) for _ in range(16)]
@@ -233,7 +237,7 @@ def _memory() -> dict[str, float]:
 def _imports() -> dict[str, float]:
   start = _processor_seconds()
   before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-  import parti_jax.data.batches  # pylint: disable=import-outside-toplevel,unused-import
+  import parti_jax.data.batches  # noqa: F401
   return {'seconds': _processor_seconds() - start, 'tensorflow': 'tensorflow' in sys.modules,
           'MiB_more': (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}
 

@@ -27,16 +27,16 @@ KEPT = 0.1  # Share of the codebook that parti-pytorch draws from, by default.
 
 def parti_jax_system(args, guided: bool):
   """A function that draws a batch with parti_jax."""
-  import functools  # pylint: disable=import-outside-toplevel
+  import functools
 
-  import flax.linen as nn  # pylint: disable=import-outside-toplevel
-  import jax  # pylint: disable=import-outside-toplevel
-  import jax.numpy as jnp  # pylint: disable=import-outside-toplevel
+  import flax.linen as nn
+  import jax
+  import jax.numpy as jnp
 
-  from parti_jax.models import parti  # pylint: disable=import-outside-toplevel
-  from parti_jax.models import parti_config  # pylint: disable=import-outside-toplevel
-  from parti_jax.sampling import decoding  # pylint: disable=import-outside-toplevel
-  from parti_jax.sampling import parameters  # pylint: disable=import-outside-toplevel
+  from parti_jax.models import parti
+  from parti_jax.models import parti_config
+  from parti_jax.sampling import decoding
+  from parti_jax.sampling import parameters
 
   side = round(args.tokens ** 0.5)
   config = parti_config.PartiConfig(
@@ -60,8 +60,8 @@ def parti_jax_system(args, guided: bool):
 
 def t5_system(args):
   """A function that draws a batch with transformers' T5 of random parameters."""
-  import torch  # pylint: disable=import-outside-toplevel
-  import transformers  # pylint: disable=import-outside-toplevel
+  import torch
+  import transformers
 
   config = transformers.T5Config(
       vocab_size=VOCABULARY, d_model=args.width, d_kv=HEAD_DIM, d_ff=4 * args.width,
@@ -82,12 +82,12 @@ def t5_system(args):
 
 def parti_pytorch_system(args):
   """A function that draws a batch with parti-pytorch, guided as it always is."""
-  import torch  # pylint: disable=import-outside-toplevel
-  import transformers  # pylint: disable=import-outside-toplevel
+  import torch
+  import transformers
 
   _without_torchvision()
-  import parti_pytorch  # pylint: disable=import-outside-toplevel
-  from parti_pytorch import t5  # pylint: disable=import-outside-toplevel
+  import parti_pytorch
+  from parti_pytorch import t5
 
   class Tokenizer(torch.nn.Module):
     """As much of an image tokenizer as is needed to draw tokens and leave them as they are."""
@@ -131,7 +131,7 @@ def _without_torchvision():
   Its trainer and its perceptual loss use it; drawing does not.
   """
   try:
-    import torchvision  # pylint: disable=import-outside-toplevel,unused-import
+    import torchvision  # noqa: F401
   except (ImportError, RuntimeError):
     for name in ('', '.transforms', '.datasets', '.utils'):
       module = types.ModuleType('torchvision' + name)

@@ -61,8 +61,8 @@ def train(*, model, train_dataset_cfg, partitioner, trainer_cls, random_seed,
     The model, the trainer, whose state is abstract, and an abstract batch.
   """
   del others
-  import jax  # pylint: disable=g-import-not-at-top
-  from t5x import utils  # pylint: disable=g-import-not-at-top
+  import jax
+  from t5x import utils
   if use_hardware_rng or random_seed is None:
     utils.set_hardware_rng_ops()
   batch_size = partitioner.get_data_layout(train_dataset_cfg.batch_size).batch_size
@@ -85,7 +85,7 @@ def train(*, model, train_dataset_cfg, partitioner, trainer_cls, random_seed,
 @contextlib.contextmanager
 def as_if_there(devices):
   """A context in which t5x, which asks JAX what devices there are, finds these."""
-  import jax  # pylint: disable=g-import-not-at-top
+  import jax
   of_first_host = [device for device in devices if device.process_index == 0]
   with mock.patch.object(jax, 'devices', lambda *_: list(devices)), \
        mock.patch.object(jax, 'local_devices', lambda *_: of_first_host):
@@ -94,7 +94,6 @@ def as_if_there(devices):
 
 def plan(gin_files: list[str], gin_bindings: list[str], topology_name: str) -> dict:
   """The plan of a run of t5x.train, as `parti_jax.planning.plan` makes it of a step of ours."""
-  # pylint: disable=g-import-not-at-top
   import gin
   import jax
   jax.config.update('jax_platforms', 'cpu')  # Never takes the accelerator of this machine.
@@ -104,8 +103,9 @@ def plan(gin_files: list[str], gin_bindings: list[str], topology_name: str) -> d
   from parti_jax.planning import plan as plan_lib
   from parti_jax.planning import request as request_lib
   from parti_jax.planning import topology as topology_lib
-  from parti_jax.training.objectives import generator_objective  # Before gin locks its configuration.
-  # pylint: enable=g-import-not-at-top
+  from parti_jax.training.objectives import (
+    generator_objective,  # Before gin locks its configuration.
+  )
   topology = topology_lib.parse(topology_name)
   sys.modules['__main__'].train = train  # Where t5x's gin files look for it.
   train_with_gin = gin.configurable(train)
@@ -126,12 +126,9 @@ def plan(gin_files: list[str], gin_bindings: list[str], topology_name: str) -> d
 
 def _step(gin_files, stage, trainer, batch):
   """The trainer's step, ready to be lowered."""
-  # pylint: disable=g-import-not-at-top
   from parti_jax.models.nn import layers
-  from parti_jax.planning.hlo import kernels
   from parti_jax.planning import request as request_lib
-  # pylint: enable=g-import-not-at-top
-  # pylint: disable=protected-access
+  from parti_jax.planning.hlo import kernels
   config, state = stage.model, trainer.train_state
   batch_size = batch['encoder_input_tokens'].shape[0]
   settings = {'model': f't5x {pathlib.Path(gin_files[0]).stem}', 'config': 'PartiConfig',
@@ -150,7 +147,7 @@ def _plan_one(gin_files, flags, topology_name, file) -> int:
   if strange or not topology_name:
     raise SystemExit(f'not known: {shlex.join(strange)}' if strange else '--topology is needed')
   made = plan(gin_files, [flag.removeprefix('--gin.') for flag in flags], topology_name)
-  from parti_jax.planning import report  # pylint: disable=g-import-not-at-top
+  from parti_jax.planning import report
   print(report.text(made), flush=True)
   if file:
     pathlib.Path(file).write_text(json.dumps(made, indent=2) + '\n', encoding='utf-8')

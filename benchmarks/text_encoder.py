@@ -53,7 +53,7 @@ def losses(log: str) -> dict[int, float]:
 
 def draw(path, curves):
   """Draws the losses by step, and how they differ from those of a random start."""
-  from matplotlib import pyplot  # pylint: disable=g-import-not-at-top
+  from matplotlib import pyplot
   figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.5, 4), dpi=110)
   for name, curve in curves.items():
     steps, values = list(curve), list(curve.values())

@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from parti_jax.models.nn import layers
 from parti_jax.models import parti_config
+from parti_jax.models.nn import layers
 from parti_jax.partitioning import mesh
-from parti_jax.training.objectives import generator_objective
 from parti_jax.runs import allocator
 from parti_jax.training import optimizers
 from parti_jax.training import trainer as trainer_lib
+from parti_jax.training.objectives import generator_objective
 
 
 def seconds(function) -> float:

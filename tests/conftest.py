@@ -47,7 +47,7 @@ def clean_gin():
 @pytest.fixture(autouse=True)
 def no_store_retries():
   """Forgets the requests to stores that other tests repeated."""
-  from parti_jax.core import store_retries  # pylint: disable=import-outside-toplevel
+  from parti_jax.core import store_retries
 
   store_retries.begin()
 
@@ -64,7 +64,7 @@ def s3_bucket():
     patch.setenv('AWS_ACCESS_KEY_ID', 'test')
     patch.setenv('AWS_SECRET_ACCESS_KEY', 'test')
     patch.setenv('AWS_DEFAULT_REGION', 'us-east-1')
-    import fsspec  # pylint: disable=import-outside-toplevel
+    import fsspec
     fsspec.filesystem('s3').mkdir('bucket')
     yield 's3://bucket'
   server.stop()
@@ -92,9 +92,10 @@ def gs_bucket():
 @pytest.fixture(params=['s3', 'gs'])
 def bad_store(request, monkeypatch, tmp_path):
   """A `MisbehavingStore` before each of these servers, with a `folder` in it; no fault at first."""
-  import fsspec  # pylint: disable=import-outside-toplevel
-  import misbehaving_store  # pylint: disable=import-outside-toplevel
-  from parti_jax.core import store_retries  # pylint: disable=import-outside-toplevel
+  import fsspec
+  import misbehaving_store
+
+  from parti_jax.core import store_retries
 
   bucket = request.getfixturevalue(f'{request.param}_bucket')
   variable = {'s3': 'AWS_ENDPOINT_URL', 'gs': 'STORAGE_EMULATOR_HOST'}[request.param]

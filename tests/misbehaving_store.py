@@ -41,7 +41,7 @@ class MisbehavingStore:
     handler = type('Handler', (_Handler,), {'store': self})
     self._server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
     self._server.daemon_threads = True
-    self.url = 'http://127.0.0.1:{}'.format(self._server.server_address[1])
+    self.url = f'http://127.0.0.1:{self._server.server_address[1]}'
 
   def __enter__(self):
     threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
@@ -146,7 +146,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     with contextlib.suppress(ConnectionError):
       super().handle()
 
-  def log_message(self, *_):  # pylint: disable=arguments-differ
+  def log_message(self, *_):
     pass
 
 

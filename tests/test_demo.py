@@ -8,8 +8,8 @@ import parti_jax
 
 @pytest.mark.slow
 def test_the_demo_draws_combinations_that_it_never_saw():
-  from parti_jax.data import openmoji  # pylint: disable=import-outside-toplevel
-  from parti_jax.evaluation.openmoji import openmoji_judge  # pylint: disable=import-outside-toplevel
+  from parti_jax.data import openmoji
+  from parti_jax.evaluation.openmoji import openmoji_judge
 
   pictures = openmoji.pictures()
   asked = [picture for picture in pictures if picture.split == 'unseen_combinations'][::5]

@@ -47,7 +47,7 @@ def parti_jax(*arguments):
 @pytest.fixture(scope='module')
 def pairs(tmp_path_factory):
   """Eight captions and pictures of OpenMoji, and the folder that they were built in."""
-  from parti_jax.data import openmoji_builder  # pylint: disable=import-outside-toplevel
+  from parti_jax.data import openmoji_builder
 
   data_dir = tmp_path_factory.mktemp('openmoji')
   builder = openmoji_builder.prepared(SIZE, data_dir=str(data_dir))

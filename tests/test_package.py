@@ -12,8 +12,8 @@ import sys
 import pytest
 
 import parti_jax
-from parti_jax.core import gin_config
 from parti_jax.cli import main
+from parti_jax.core import gin_config
 from parti_jax.core import optional_packages
 
 PACKAGE = pathlib.Path(parti_jax.__file__).parent
@@ -180,11 +180,11 @@ def test_every_command_has_its_module(name):
 
 
 def test_load_is_the_pipelines():
-  from parti_jax.sampling import text_to_image  # pylint: disable=import-outside-toplevel
+  from parti_jax.sampling import text_to_image
   assert parti_jax.load is text_to_image.load
   assert 'load' in dir(parti_jax)
   with pytest.raises(AttributeError, match='nothing'):
-    getattr(parti_jax, 'nothing')
+    _ = parti_jax.nothing
 
 
 def test_every_folder_of_modules_is_a_package():

@@ -9,14 +9,14 @@ import optax
 import pytest
 
 import parti_jax
+from parti_jax.checkpoints import manifest
+from parti_jax.checkpoints import run_checkpoints
 from parti_jax.cli import main
 from parti_jax.core.errors import UserError
 from parti_jax.models import vit_vqgan
 from parti_jax.partitioning import mesh as mesh_lib
-from parti_jax.checkpoints import run_checkpoints
-from parti_jax.checkpoints import manifest
-from parti_jax.training.objectives import tokenizer_objective
 from parti_jax.training import trainer as trainer_lib
+from parti_jax.training.objectives import tokenizer_objective
 
 SOURCES = sorted(pathlib.Path(parti_jax.__file__).parent.rglob('*.py'))
 # Calls by which the content of a file becomes code, or files outside of a folder.
@@ -116,7 +116,6 @@ def test_a_checkpoints_metadata_is_bounded(copy, saved, monkeypatch):
 
 def test_a_manifest_names_no_file_outside(copy):
   copy = run_checkpoints.folder(copy.parents[1]) / copy.name
-  # pylint: disable=protected-access
   manifest._write(copy / manifest.NAME, {'../../../secret': [1, '0' * 32]})
   assert manifest.fault(copy) == 'manifest.json is damaged'
 

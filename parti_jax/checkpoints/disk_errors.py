@@ -13,10 +13,10 @@ from collections.abc import Iterator
 
 import orbax.checkpoint as ocp
 
+from parti_jax.checkpoints import manifest
 from parti_jax.core import errors
 from parti_jax.core import storage
 from parti_jax.core import store_errors
-from parti_jax.checkpoints import manifest
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 # What to do about errors of writing, by their numbers.

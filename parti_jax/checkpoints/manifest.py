@@ -14,8 +14,8 @@ import concurrent.futures
 import json
 import pathlib
 
-from etils import epath
 import xxhash
+from etils import epath
 
 from parti_jax.core import storage
 
@@ -37,7 +37,7 @@ def write_part(folder: epath.Path, process: int) -> None:
   """
   # Each item still has a temporary name of its own, which it loses before the commit.
   # Whoever only reads manifests needs no Orbax.
-  import orbax.checkpoint as ocp  # pylint: disable=g-import-not-at-top
+  import orbax.checkpoint as ocp
 
   own = {name.replace(ocp.utils.TMP_DIR_SUFFIX, ''): path
          for name, path in _files(folder) if _writer(name) == process}

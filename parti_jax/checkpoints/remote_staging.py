@@ -13,13 +13,13 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 
-from etils import epath
 import jax
+from etils import epath
 
-from parti_jax.core import errors
-from parti_jax.core import storage
 from parti_jax.checkpoints import manifest
 from parti_jax.checkpoints import verification
+from parti_jax.core import errors
+from parti_jax.core import storage
 
 _THREADS = 8
 

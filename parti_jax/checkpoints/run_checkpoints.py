@@ -6,22 +6,22 @@ import dataclasses
 import sys
 from typing import Any
 
-from etils import epath
 import flax.linen as nn
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
-from parti_jax.core import errors
-from parti_jax.core import numerics
-from parti_jax.core import storage
-from parti_jax.models import parti_config
-from parti_jax.exported_model import model_folder
 from parti_jax.checkpoints import disk_errors
 from parti_jax.checkpoints import manifest
 from parti_jax.checkpoints import remote_staging
 from parti_jax.checkpoints import store_arrays
 from parti_jax.checkpoints import verification
 from parti_jax.checkpoints import whole_moments
+from parti_jax.core import errors
+from parti_jax.core import numerics
+from parti_jax.core import storage
+from parti_jax.exported_model import model_folder
+from parti_jax.models import parti_config
 
 # What Orbax reads as JSON of a checkpoint.
 _METADATA_FILES = ('_CHECKPOINT_METADATA', 'model/metadata', 'data/metadata', 'state/_METADATA',

@@ -23,7 +23,6 @@ def configure() -> None:
   settings = {'max_retries': _retries(store_retries.patience()),
               'initial_delay': f'{_FIRST_DELAY}s', 'max_delay': f'{_LONGEST_DELAY}s'}
   # Orbax has no option for it.
-  # pylint: disable=protected-access
   for context in (tensorstore_utils._BASE_TS_CONTEXT, tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT):
     context['gcs_request_retries'] = settings
   _quiet_threads()

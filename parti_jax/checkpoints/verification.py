@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence
 
-from etils import epath
 import jax
-from jax.experimental import multihost_utils
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
 
-from parti_jax.core import errors
 from parti_jax.checkpoints import manifest
+from parti_jax.core import errors
 
 # Bytes of the arrays that are read at once of a checkpoint without a manifest.
 _BYTES_AT_ONCE = 1 << 28
@@ -194,7 +195,7 @@ def _unreadable(path: epath.Path, share: int, shares: int) -> str | None:
         checkpointer.restore(path / name, args=ocp.args.PyTreeRestore(
             item=part, restore_args=jax.tree.map(
                 lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)))
-  except Exception as error:  # pylint: disable=broad-exception-caught
+  except Exception as error:
     # Whatever Orbax and TensorStore stumble over.
     return f"{name} can't be read ({' '.join(str(error).split())[:200]})"
   return None

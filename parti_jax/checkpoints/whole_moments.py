@@ -6,7 +6,8 @@ rows and of the columns of the whole one, which is how it is restored: nothing i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 import jax

@@ -7,8 +7,8 @@ import pathlib
 
 import numpy as np
 
-from parti_jax.core import gin_config
 from parti_jax.core import errors
+from parti_jax.core import gin_config
 
 
 def add_arguments(parser: argparse.ArgumentParser):
@@ -26,8 +26,8 @@ def run(args: argparse.Namespace) -> int:
   """Prints the captions and arrays of batches, and writes them; returns the exit status."""
   if not args.gin_file and not args.model_dir:
     raise errors.UserError("--model_dir=RUN not given; or give the run's --gin_file")
-  from parti_jax.data import shared_batches  # pylint: disable=g-import-not-at-top
-  from parti_jax.training import configurables  # pylint: disable=unused-import
+  from parti_jax.data import shared_batches
+  from parti_jax.training import configurables  # noqa: F401
   from parti_jax.training import train_loop
 
   places = [shared_batches.Place.parse(place) for place in args.place]
@@ -52,7 +52,8 @@ def describe(batch: dict[str, np.ndarray], task: str, lengths: dict[str, int]) -
     task: name of its seqio task.
     lengths: of the task's features, see `Batches`.
   """
-  from parti_jax.data import datasets, mixtures  # pylint: disable=g-import-not-at-top
+  from parti_jax.data import datasets
+  from parti_jax.data import mixtures
 
   lines = [f'{name}: {values.dtype} {list(values.shape)}, {values.min():g} to {values.max():g}'
            for name, values in batch.items()]
@@ -61,7 +62,7 @@ def describe(batch: dict[str, np.ndarray], task: str, lengths: dict[str, int]) -
   if datasets.is_ours(task) or mixtures.is_one(task):
     decode = datasets.get_vocabulary().decode
   else:
-    from parti_jax.data import tasks  # pylint: disable=g-import-not-at-top
+    from parti_jax.data import tasks
     decode = tasks.get_task(task).output_features['inputs'].vocabulary.decode
   return lines + [f'example {index}: {decode(ids)!r}'
                   for index, ids in enumerate(batch['encoder_input_tokens'].tolist())]
@@ -81,7 +82,8 @@ def write(batch: dict[str, np.ndarray], place, folder) -> list[pathlib.Path]:
   Raises:
     UserError: if they can't be written.
   """
-  from PIL import Image  # pylint: disable=g-import-not-at-top
+  from PIL import Image
+
   from parti_jax.training import reporting
 
   name = str(place).translate(str.maketrans('/:', '__'))

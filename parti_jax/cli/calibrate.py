@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 
 import parti_jax
-from parti_jax.core import checks
-from parti_jax.core import storage
-from parti_jax.data import openmoji
-from parti_jax.core.errors import UserError
-from parti_jax.evaluation.openmoji import alignment
-from parti_jax.evaluation import calibration
 from parti_jax.cli import generate as sampling_command
 from parti_jax.cli import sampling_flags
+from parti_jax.core import checks
+from parti_jax.core import storage
+from parti_jax.core.errors import UserError
+from parti_jax.data import openmoji
+from parti_jax.evaluation import calibration
+from parti_jax.evaluation.openmoji import alignment
 
 THRESHOLDS = ('exit_threshold', 'guidance_skip_threshold')
 # Dense where predictions are: most tokens' confidence is near 1.

@@ -5,21 +5,22 @@ from __future__ import annotations
 import argparse
 import hashlib
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from collections.abc import Sequence
 
 import numpy as np
 import tqdm
 
+from parti_jax.cli import generate
 from parti_jax.core import checks
 from parti_jax.core import compilation_cache
 from parti_jax.core import storage
 from parti_jax.core.errors import UserError
-from parti_jax.cli import generate
 from parti_jax.sampling import detokenizing
 from parti_jax.sampling import images as images_lib
-from parti_jax.t5x import inferences
-from parti_jax.sampling import text_to_image
 from parti_jax.sampling import sheets
+from parti_jax.sampling import text_to_image
+from parti_jax.t5x import inferences
 from parti_jax.training.objectives import frozen_tokenizer
 
 # Pictures between two looks at the bar.

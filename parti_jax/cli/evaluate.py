@@ -5,17 +5,17 @@ import pathlib
 import sys
 
 import parti_jax
-from parti_jax.core import checks
-from parti_jax.data import openmoji
-from parti_jax.core.errors import UserError
-from parti_jax.evaluation import captions_evaluation
-from parti_jax.evaluation.datasets import coco
-from parti_jax.evaluation.openmoji import contact_sheet
-from parti_jax.evaluation.metrics import features
-from parti_jax.evaluation.datasets import localized_narratives
-from parti_jax.evaluation.openmoji import openmoji_report
-from parti_jax.evaluation import output_folder
 from parti_jax.cli import sampling_flags
+from parti_jax.core import checks
+from parti_jax.core.errors import UserError
+from parti_jax.data import openmoji
+from parti_jax.evaluation import captions_evaluation
+from parti_jax.evaluation import output_folder
+from parti_jax.evaluation.datasets import coco
+from parti_jax.evaluation.datasets import localized_narratives
+from parti_jax.evaluation.metrics import features
+from parti_jax.evaluation.openmoji import contact_sheet
+from parti_jax.evaluation.openmoji import openmoji_report
 from parti_jax.sampling import sheets
 
 DATASETS = ('openmoji', 'coco', 'localized_narratives')

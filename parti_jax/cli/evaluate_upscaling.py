@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import contextlib
+import itertools
 import json
 import pathlib
 import sys
 
 import tqdm
 
+from parti_jax.cli import sampling_flags
 from parti_jax.core import compilation_cache
 from parti_jax.core import gin_config
 from parti_jax.core.errors import UserError
 from parti_jax.evaluation import upscaling_report
-from parti_jax.cli import sampling_flags
 
 
 def add_arguments(parser: argparse.ArgumentParser):
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
       that can't be written.
   """
   # What gin may name must be there before its files are read.
-  from parti_jax.data import datasets  # pylint: disable=g-import-not-at-top
+  from parti_jax.data import datasets
   from parti_jax.sampling import text_to_image as pipeline_lib
   sampling_flags.check_numbers(args, 'max_pictures')
   gin_config.parse(args.gin_file, args.gin_bindings)

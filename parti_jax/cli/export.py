@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 
+from parti_jax.checkpoints import run_checkpoints
+from parti_jax.cli import sampling_flags
 from parti_jax.core import errors
 from parti_jax.core import fingerprints
 from parti_jax.core import storage
 from parti_jax.data import vocabulary
-from parti_jax.cli import sampling_flags
 from parti_jax.exported_model import model_folder
 from parti_jax.exported_model import sampling_settings
-from parti_jax.checkpoints import run_checkpoints
 
 _RUNS = {
     'tokenizer': "the tokenizer's run, the --model_dir that it was trained in",

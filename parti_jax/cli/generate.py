@@ -8,10 +8,10 @@ import pathlib
 import sys
 import warnings
 
-from parti_jax.core import compilation_cache
-from parti_jax.data.readers import text_files
-from parti_jax.core.errors import UserError
 from parti_jax.cli import sampling_flags
+from parti_jax.core import compilation_cache
+from parti_jax.core.errors import UserError
+from parti_jax.data.readers import text_files
 
 DEFAULT_OUTPUT_DIR = 'parti_jax_pictures'
 
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
   prompts = _prompts(args)
   _check_flags(args)
   # Imports JAX, which takes a moment: not before the flags are known to be right.
-  from parti_jax.sampling import text_to_image as pipeline_lib  # pylint: disable=import-outside-toplevel
+  from parti_jax.sampling import text_to_image as pipeline_lib
   compilation_cache.enable()
   pipeline = pipeline_lib.load(args.model)
   with warnings.catch_warnings():

@@ -6,10 +6,10 @@ import argparse
 import json
 from typing import Any
 
+from parti_jax.cli import info_text
 from parti_jax.core import checks
 from parti_jax.core import storage
 from parti_jax.core.errors import UserError
-from parti_jax.cli import info_text
 from parti_jax.runs import run_summary
 
 _LARGEST = 1 << 24

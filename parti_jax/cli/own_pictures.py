@@ -9,10 +9,10 @@ import shlex
 import shutil
 import time
 
+from parti_jax.cli import own_plan
 from parti_jax.core import checks
 from parti_jax.core import gin_config
 from parti_jax.core import storage
-from parti_jax.cli import own_plan
 from parti_jax.core.errors import UserError
 
 # Steps that are timed, and how many of these are between two readings.
@@ -50,10 +50,8 @@ def run(args: argparse.Namespace) -> int:
   checks.count('--num_images', args.num_images)
   checks.texts('prompt', args.prompts)
   # gin takes no more names once values are read.
-  # pylint: disable-next=unused-import,g-import-not-at-top
-  from parti_jax.data import datasets
-  # pylint: disable-next=unused-import,g-import-not-at-top
-  from parti_jax.training import configurables
+  from parti_jax.data import datasets  # noqa: F401
+  from parti_jax.training import configurables  # noqa: F401
 
   begun = time.monotonic()
   work = _Work(args.output_dir, _plan(args))
@@ -69,8 +67,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> own_plan.Plan:
   """The plan of an earlier start, or a new one."""
-  import jax  # pylint: disable=g-import-not-at-top
-  from parti_jax.data import sources  # pylint: disable=g-import-not-at-top
+  import jax
+
+  from parti_jax.data import sources
 
   folder = args.folder if storage.is_url(args.folder) else os.path.abspath(args.folder)
   plan = own_plan.load(args.output_dir)
@@ -130,8 +129,8 @@ class _Work:
 
   def tokens(self) -> int:
     """Turns the pictures into image tokens, if those that are there are not of this tokenizer."""
-    from parti_jax.data import token_cache_info  # pylint: disable=g-import-not-at-top
-    from parti_jax.training.objectives import frozen_tokenizer  # pylint: disable=g-import-not-at-top
+    from parti_jax.data import token_cache_info
+    from parti_jax.training.objectives import frozen_tokenizer
 
     if os.path.exists(os.path.join(self._tokens, 'info.json')):
       try:
@@ -181,8 +180,8 @@ class _Work:
 
   def _seconds_per_step(self, part: str, file: str) -> float:
     """Trains a few steps and forgets them."""
-    from parti_jax.core import compilation_cache  # pylint: disable=g-import-not-at-top
-    from parti_jax.training import train_loop  # pylint: disable=g-import-not-at-top
+    from parti_jax.core import compilation_cache
+    from parti_jax.training import train_loop
 
     print(f'timing {_TIMED_STEPS} steps of the {part}')
     compilation_cache.enable()
@@ -198,7 +197,7 @@ class _Work:
     return self.plan.batch_size / rate
 
   def _text_length(self) -> int:
-    from parti_jax.data import sources  # pylint: disable=g-import-not-at-top
+    from parti_jax.data import sources
 
     gin_config.parse([], self.plan.source)
     captions = sources.configured(sources.chosen()).captions('train')
@@ -207,7 +206,7 @@ class _Work:
                                  for caption in itertools.islice(captions, _MOST_MEASURED)])
 
   def _load_vocabulary(self):
-    from parti_jax.data import vocabulary  # pylint: disable=g-import-not-at-top
+    from parti_jax.data import vocabulary
     return vocabulary.TextVocabulary(self._vocabulary)
 
   def _data(self) -> str:
@@ -221,7 +220,7 @@ class _Work:
 
   def _command(self, *arguments: str) -> int:
     """Prints and runs a command of this package, in this process, which holds the device."""
-    from parti_jax.cli import main  # pylint: disable=g-import-not-at-top
+    from parti_jax.cli import main
 
     print(f'$ parti-jax {shlex.join(arguments)}', flush=True)
     return main.main(list(arguments))

@@ -87,7 +87,8 @@ def find_source(folder: str) -> list[str]:
   Raises:
     UserError: if it is not there, or has captions in none of the known forms.
   """
-  from parti_jax.data.sources import hf_datasets, parquet  # pylint: disable=g-import-not-at-top
+  from parti_jax.data.sources import hf_datasets
+  from parti_jax.data.sources import parquet
 
   if not storage.is_folder(folder):
     raise UserError(f'{folder}: there is no such folder; give the folder of your pictures')

@@ -8,8 +8,8 @@ import pathlib
 import sys
 
 from parti_jax.core import checks
-from parti_jax.core import gin_config
 from parti_jax.core import errors
+from parti_jax.core import gin_config
 from parti_jax.core import storage
 
 
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser):
 
 def run(args: argparse.Namespace) -> int:
   """Plans; returns 0 if the step fits, 1 if not."""
-  from parti_jax.planning import report  # pylint: disable=g-import-not-at-top
+  from parti_jax.planning import report
   if args.table:
     print(report.table([read(file) for file in args.table]))
     return 0
@@ -79,7 +79,7 @@ def read(file: str) -> dict:
   Raises:
     UserError: if it can't be read as one.
   """
-  from parti_jax.planning import plan as plan_lib  # pylint: disable=g-import-not-at-top
+  from parti_jax.planning import plan as plan_lib
   try:
     with open(file, encoding='utf-8') as opened:
       plan = json.load(opened)

@@ -34,14 +34,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
   """Prepares a split and prints what became of its examples; returns the exit status."""
-  # pylint: disable=g-import-not-at-top
-  from parti_jax.data import sources
-  from parti_jax.data import image_decoding
-  from parti_jax.data.sources import prepared
   from parti_jax.core.errors import UserError
+  from parti_jax.data import image_decoding
+  from parti_jax.data import sources
+  from parti_jax.data.sources import prepared
   from parti_jax.preparation import output as output_lib
-  from parti_jax.preparation import pipeline, report, settings as settings_lib, work as work_lib
-  # pylint: enable=g-import-not-at-top
+  from parti_jax.preparation import pipeline
+  from parti_jax.preparation import report
+  from parti_jax.preparation import settings as settings_lib
+  from parti_jax.preparation import work as work_lib
 
   gin_config.parse(args.gin_file, args.gin_bindings)
   settings = settings_lib.Settings()

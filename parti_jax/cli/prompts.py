@@ -18,12 +18,12 @@ import tqdm
 from PIL import Image
 
 import parti_jax
+from parti_jax.cli import sampling_flags
 from parti_jax.core import compilation_cache
 from parti_jax.core.errors import UserError
 from parti_jax.evaluation import html_page
 from parti_jax.evaluation import output_folder
 from parti_jax.evaluation.datasets import prompts_file
-from parti_jax.cli import sampling_flags
 from parti_jax.sampling import images as images_lib
 from parti_jax.sampling import sheets
 

@@ -8,14 +8,14 @@ import math
 import jax
 import jax.numpy as jnp
 
-from parti_jax.core import gin_config
-from parti_jax.core import errors
-from parti_jax.partitioning import mesh as mesh_lib
-from parti_jax.t5x import checkpoints as t5x_checkpoints
-from parti_jax.t5x import inputs
 from parti_jax.checkpoints import run_checkpoints
+from parti_jax.core import errors
+from parti_jax.core import gin_config
+from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.runs import distributed
 from parti_jax.runs import run_lock
+from parti_jax.t5x import checkpoints as t5x_checkpoints
+from parti_jax.t5x import inputs
 from parti_jax.training import trainer as trainer_lib
 
 # The stages that are models of t5x too -> their networks in exported models.
@@ -51,8 +51,8 @@ def run(args: argparse.Namespace) -> int:
   if args.from_t5x:
     _check_flags(args, needed=('model_dir', 'gin_file'),
                  others=('output_dir', 'step', 'model'))
-    # pylint: disable-next=unused-import,g-import-not-at-top
-    from parti_jax.training import configurables
+    from parti_jax.training import configurables  # noqa: F401
+
     gin_config.parse(args.gin_file, args.gin_bindings, data=False)
     print(to_run(args.from_t5x, args.model_dir, _bound_trainer(), args.parameters_only))
     return 0
@@ -124,7 +124,7 @@ def model_to_t5x(model, network: str, folder) -> str:
     UserError: if there is no model folder or it is damaged; if the checkpoint is written already,
       or can't be.
   """
-  from parti_jax.exported_model import model_folder  # pylint: disable=g-import-not-at-top
+  from parti_jax.exported_model import model_folder
 
   t5x_checkpoints.target(folder, 0)
   part = model_folder.load(model).networks[_NETWORKS[network]]
@@ -179,7 +179,7 @@ def to_run(path, model_dir, trainer, parameters_only: bool = False) -> str:
 
 def _bound_trainer() -> trainer_lib.Trainer:
   """A trainer of what gin says, in the host's memory."""
-  from parti_jax.training import train_loop  # pylint: disable=g-import-not-at-top
+  from parti_jax.training import train_loop
 
   values = train_loop.bound_arguments()
   mesh = mesh_lib.make_mesh(1, 1, 1, 1, [t5x_checkpoints.host_device()])

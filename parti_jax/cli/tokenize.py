@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     return status
 
   def connect() -> tuple[int, int]:
-    import jax  # pylint: disable=g-import-not-at-top
+    import jax
     distributed.connect(found)
     watched.connect()
     return jax.process_index(), jax.process_count()
@@ -95,7 +95,7 @@ def _write(args: argparse.Namespace, connect: Callable[[], tuple[int, int]],
            together: bool) -> None:
   # Before what starts threads is imported, so that it blocks SIGTERM in them too.
   with preemption.listening(at_once='the parts that are finished stay'):
-    from parti_jax.tokenization import tokenize_jobs  # pylint: disable=g-import-not-at-top
+    from parti_jax.tokenization import tokenize_jobs
 
     make = tokenize_jobs.of_old_cache if args.convert else tokenize_jobs.of_source
     jobs, worker, workers = make(args, connect)

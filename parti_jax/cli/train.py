@@ -48,12 +48,12 @@ def _train(args: argparse.Namespace, connect):
 
 
 def _train_listening(args: argparse.Namespace, connect):
-  from parti_jax.runs import allocator  # pylint: disable=g-import-not-at-top
+  from parti_jax.runs import allocator
   allocator.keep_freed()
-  from parti_jax.core import numerics
-  from parti_jax.data import mixtures  # pylint: disable=unused-import
-  from parti_jax.training import configurables  # pylint: disable=unused-import
   from parti_jax.checkpoints import disk_errors
+  from parti_jax.core import numerics
+  from parti_jax.data import mixtures  # noqa: F401
+  from parti_jax.training import configurables  # noqa: F401
   from parti_jax.training import train_loop
   gin_config.parse(args.gin_file, args.gin_bindings)
   connect()

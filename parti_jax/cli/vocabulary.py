@@ -2,14 +2,15 @@
 
 import argparse
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from collections.abc import Iterator
 
 import tqdm
 
 from parti_jax.core import checks
 from parti_jax.core import gin_config
-from parti_jax.data import vocabulary
 from parti_jax.core.errors import UserError
+from parti_jax.data import vocabulary
 
 # Enough captions to measure the new vocabulary on.
 _MEASURED_CAPTIONS = 100_000
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
   if not 0.98 <= args.character_coverage <= 1:
     raise UserError(f'--character_coverage={args.character_coverage} must lie in 0.98 to 1')
   checks.count('--size', args.size)
-  from parti_jax.data import sources  # pylint: disable=g-import-not-at-top
+  from parti_jax.data import sources
 
   gin_config.parse(args.gin_file, args.gin_bindings)
   source = sources.configured(sources.chosen())

@@ -14,7 +14,8 @@ import os
 import reprlib
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 from parti_jax.core.errors import UserError
@@ -44,7 +45,7 @@ class _Repr(reprlib.Repr):
 class _JsonRepr(_Repr):
   """The same with JSON's names."""
 
-  def repr_NoneType(self, value, level):  # pylint: disable=invalid-name
+  def repr_NoneType(self, value, level):
     del value, level
     return 'null'
 
@@ -53,11 +54,14 @@ class _JsonRepr(_Repr):
     return 'true' if value else 'false'
 
 
-def shown(value: Any, how: reprlib.Repr = _Repr()) -> str:
+_SHORT = _Repr()
+
+
+def shown(value: Any, how: reprlib.Repr = _SHORT) -> str:
   """A value for a message: its `repr` in one line, cut where it is long."""
   try:
     line = ' '.join(how.repr(value).split())
-  except Exception:  # pylint: disable=broad-except
+  except Exception:
     # The value may be anything; so may its __repr__. Python also refuses very long integers.
     line = f'<{type(value).__name__}>'
   return line if len(line) <= _LONGEST_SHOWN else f'{line[:_LONGEST_SHOWN - 3]}...'

@@ -36,7 +36,7 @@ def enable() -> pathlib.Path | None:
   Returns:
     The folder in use, or None: a run without a cache is slower to start and otherwise the same.
   """
-  import jax  # pylint: disable=import-outside-toplevel
+  import jax
 
   if jax.default_backend() == 'cpu' and jax.device_count() > 1:
     jax.config.update('jax_enable_compilation_cache', False)

@@ -28,8 +28,8 @@ _MAKES_TOKENS = ('encoder', 'quantizer')
 def of_tokenizer(params: Mapping) -> str:
   """Returns the fingerprint of an image tokenizer's parameters, 16 hexadecimal digits."""
   # Who reads captions alone needs no JAX.
-  import jax  # pylint: disable=g-import-not-at-top
-  import numpy as np  # pylint: disable=g-import-not-at-top
+  import jax
+  import numpy as np
 
   digest = hashlib.sha256()
   for path, leaf in jax.tree_util.tree_leaves_with_path(

@@ -12,7 +12,9 @@ import pathlib
 import re
 import tokenize
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Sequence
 
 from parti_jax.core import checks
 from parti_jax.core import optional_packages
@@ -79,7 +81,7 @@ def parse(gin_files: Sequence[str], bindings: Sequence[str], data: bool = True) 
       bounds, a value is marked as required and not given, or a macro is undefined or, given as a binding, used
       nowhere.
   """
-  import gin  # pylint: disable=import-outside-toplevel
+  import gin
 
   gin.clear_config()
   skipped = () if data else DATA_NAMES
@@ -103,7 +105,7 @@ def parse(gin_files: Sequence[str], bindings: Sequence[str], data: bool = True) 
 
 def operative() -> str:
   """Returns the gin values in use by what has been called so far, defaults included."""
-  import gin  # pylint: disable=import-outside-toplevel
+  import gin
 
   return gin.operative_config_str()
 
@@ -177,7 +179,7 @@ def _includes_found_as_files_are(gin, data: bool) -> Iterator[None]:
 
   # In place of gin's own readers: the one for packages logs errors while it searches, and fails
   # on a folder without __init__.py that can be imported, as gin_configs in a checkout.
-  readers = gin.config._FILE_READERS  # pylint: disable=protected-access
+  readers = gin.config._FILE_READERS
   saved = list(readers)
   readers[:] = [(read, _find)]
   try:
@@ -261,9 +263,9 @@ def _unknown_parameter(name: str, parameter: str) -> str:
 
 def _configurables() -> dict[str, object]:
   """Returns gin's record of every configurable by the shortest name that is unambiguous."""
-  import gin  # pylint: disable=import-outside-toplevel
+  import gin
 
-  registry = gin.config._REGISTRY  # pylint: disable=protected-access
+  registry = gin.config._REGISTRY
   return {registry.minimal_selector(selector): configurable
           for selector, configurable in sorted(registry.items())
           if not selector.startswith('gin.')}
@@ -284,7 +286,6 @@ def _parameters(configurable) -> list[str]:
 def _check_macros(gin, bindings: Iterable[str]) -> None:
   """Raises UserError for a macro that is used and undefined, or set by a flag and used nowhere."""
   # gin finds the first kind only when the value is needed, and the second never.
-  # pylint: disable=protected-access
   values = gin.config._CONFIG
   references = gin.config.iterate_references(values, to=gin.get_configurable(gin.config.macro))
   used = {reference.config_key for reference in references}
@@ -303,7 +304,6 @@ def _check_macros(gin, bindings: Iterable[str]) -> None:
 
 def _check_types(gin) -> None:
   """Raises UserError for a value of another type than its parameter's, or out of its bounds."""
-  # pylint: disable=protected-access
   registry = gin.config._REGISTRY
   for (scope, selector), values in gin.config._CONFIG.items():
     if selector == 'gin.macro' or selector not in registry:
@@ -323,7 +323,6 @@ _NO_LITERAL = object()
 
 def _literal(gin, value):
   """A gin value, of a macro what it stands for; _NO_LITERAL if a call or a function is in it."""
-  # pylint: disable=protected-access
   if isinstance(value, gin.config.ConfigurableReference):
     scope, selector = value.config_key
     if selector != 'gin.macro':
@@ -339,7 +338,7 @@ def _annotations(wrapped) -> dict[str, object]:
   """Parameter -> its type, of a function or a class; without those that can't be resolved."""
   try:
     return typing.get_type_hints(wrapped.__init__ if inspect.isclass(wrapped) else wrapped)
-  except Exception:  # pylint: disable=broad-except
+  except Exception:
     return {}  # Other people's configurables may be annotated with anything.
 
 

@@ -25,8 +25,10 @@ import pathlib
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from typing import IO, Any
+from collections.abc import Iterator
+from collections.abc import Sequence
+from typing import Any
+from typing import IO
 
 from parti_jax.core import store_errors
 from parti_jax.core.errors import UserError
@@ -91,7 +93,7 @@ def open_file(path: str | os.PathLike[str], mode: str = 'rb') -> Iterator[IO[byt
 
 
 def _opened(path: str | os.PathLike[str]) -> io.BufferedReader:
-  from parti_jax.core import store_systems  # pylint: disable=import-outside-toplevel
+  from parti_jax.core import store_systems
 
   with store_errors.translated(path):
     system = _file_system(path)
@@ -178,7 +180,7 @@ def sizes(folder: str | os.PathLike[str]) -> dict[str, int]:
     return found
   with store_errors.translated(folder):
     system = _file_system(folder)
-    top = system._strip_protocol(os.fspath(folder)).rstrip('/') + '/'  # pylint: disable=protected-access
+    top = system._strip_protocol(os.fspath(folder)).rstrip('/') + '/'
     return {path.removeprefix(top): details['size']
             for path, details in system.find(os.fspath(folder), detail=True).items()}
 
@@ -221,7 +223,7 @@ def read(path: str | os.PathLike[str], limit: int) -> bytes:
 
 def _read_url(path: str | os.PathLike[str], limit: int) -> bytes:
   """Reads an object, again if it was replaced meanwhile, as a run's lock is again and again."""
-  from parti_jax.core import store_systems  # pylint: disable=import-outside-toplevel
+  from parti_jax.core import store_systems
 
   for attempt in range(_READ_ANEW + 1):
     try:
@@ -422,10 +424,10 @@ def as_epath(path: str | os.PathLike[str]):
   Raises:
     UserError: the package that reads such URLs is not installed, or epath knows none.
   """
-  from etils import epath  # pylint: disable=import-outside-toplevel
+  from etils import epath
 
   if is_url(path):
-    import fsspec  # pylint: disable=import-outside-toplevel
+    import fsspec
 
     scheme = os.fspath(path).partition('://')[0]
     if scheme not in _EPATH_SCHEMES:
@@ -471,7 +473,7 @@ def _local(path: str | os.PathLike[str]) -> str:
 
 def _file_system(path: str | os.PathLike[str]):
   """fsspec's file system of a URL; it keeps one for each kind."""
-  import fsspec  # pylint: disable=import-outside-toplevel
+  import fsspec
 
   _configure(os.fspath(path).partition('://')[0])
   return fsspec.core.url_to_fs(os.fspath(path))[0]
@@ -479,7 +481,7 @@ def _file_system(path: str | os.PathLike[str]):
 
 def _configure(protocol: str) -> None:
   """Sets what fsspec's file systems need here and their user has not set."""
-  import fsspec  # pylint: disable=import-outside-toplevel
+  import fsspec
 
   for scheme in ('s3', 'gcs'):
     # Other processes write too.
@@ -491,6 +493,6 @@ def _configure(protocol: str) -> None:
     os.environ.setdefault('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')
   # It logs the errors that it raises, with all calls.
   logging.getLogger('gcsfs').setLevel(logging.CRITICAL)
-  from parti_jax.core import store_systems  # pylint: disable=import-outside-toplevel
+  from parti_jax.core import store_systems
 
   store_systems.register(protocol)

@@ -34,7 +34,7 @@ def translated(path, writing: bool = False) -> Iterator[store_retries.Operation]
       yield operation
     except UserError:
       raise
-    except Exception as error:  # pylint: disable=broad-except
+    except Exception as error:
       found = _translated(error, path, writing, operation)
       if found is error:
         raise

@@ -80,10 +80,10 @@ class _Retrying:
 
 
 def _s3_class():
-  # pylint: disable=g-import-not-at-top
-  from aiobotocore.httpsession import AIOHTTPSession, ReadTimeoutError
-  from aiobotocore.session import AioSession
   import s3fs
+  from aiobotocore.httpsession import AIOHTTPSession
+  from aiobotocore.httpsession import ReadTimeoutError
+  from aiobotocore.session import AioSession
 
   class BoundedSession(AIOHTTPSession):
     """Gives up an upload that does not go on, which aiohttp would wait for."""
@@ -95,7 +95,7 @@ def _s3_class():
       size = int(request.headers.get('Content-Length') or 0)
       try:
         return await asyncio.wait_for(super().send(request), store_retries.attempt_seconds(size))
-      except asyncio.TimeoutError as error:
+      except TimeoutError as error:
         raise ReadTimeoutError(endpoint_url=request.url, error=error) from error
 
   def begin(request_signer, params, context, model, **_):
@@ -129,7 +129,7 @@ def _s3_class():
               'http_session_cls': BoundedSession,
               'retries': {'mode': 'standard', 'total_max_attempts': 1}}
 
-    async def set_session(self, refresh=False, kwargs={}):  # pylint: disable=dangerous-default-value
+    async def set_session(self, refresh=False, kwargs={}):  # noqa: B006
       if self.session is None:
         self.session = AioSession(**self.kwargs)
         self.session.register('before-call.s3', begin)
@@ -148,7 +148,6 @@ def _s3_class():
 
 
 def _gs_class():
-  # pylint: disable=g-import-not-at-top
   import aiohttp
   import gcsfs
   import gcsfs.core
@@ -180,7 +179,7 @@ def _gs_class():
           if repeated and path == self.batch_url_base:  # Of removals, as above.
             found = *found[:3], re.sub(rb'(HTTP/[0-9.]+) 404', rb'\1 204', found[3])
           return found
-        except Exception as error:  # pylint: disable=broad-except
+        except Exception as error:
           if repeated and isinstance(error, FileNotFoundError):
             if method == 'DELETE':
               return 204, {}, None, b''  # An earlier attempt removed it.
@@ -225,7 +224,7 @@ def _gs_class():
 
 def _without_own_retry(session):
   """aiohttp repeats some requests once, uncounted."""
-  session._retry_connection = False  # pylint: disable=protected-access
+  session._retry_connection = False
   return session
 
 
@@ -290,7 +289,7 @@ class Pieces(io.RawIOBase):
           return found
         kind = store_retries.SHORT
         reason = f'{len(found):,} bytes came in place of {count:,}'
-      except Exception as error:  # pylint: disable=broad-except
+      except Exception as error:
         kind, reason = kind_of(error), ' '.join(str(error).split()) or type(error).__name__
         if kind is None and (isinstance(error, FileNotFoundError) or _status(error) == 412):
           raise Changed(f'{self._path}: was replaced or removed while it was read; start again '
@@ -305,7 +304,7 @@ class Pieces(io.RawIOBase):
   def _fetch(self, start: int, end: int) -> bytes:
     if isinstance(self._system, _Retrying):
       return fsspec.asyn.sync(
-          self._system.loop, self._system._fetch,  # pylint: disable=protected-access
+          self._system.loop, self._system._fetch,
           self._path, self._details, start, end)
     return self._system.cat_file(self._path, start=start, end=end)
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from parti_jax.data import datasets, mixtures
-from parti_jax.data import share as share_lib
 from parti_jax.core.errors import UserError
 from parti_jax.core.fingerprints import Fingerprint
+from parti_jax.data import datasets
+from parti_jax.data import mixtures
+from parti_jax.data import share as share_lib
 
 # The form of `Batches.state()`.
 STATE_VERSION = 2
@@ -58,7 +60,7 @@ class Batches:
       raise UserError(f'the batch size is {batch_size}; it must be at least 1')
     self._batch_size, self._task = batch_size, task
     if not (datasets.is_ours(task) or mixtures.is_one(task)):
-      from parti_jax.data import seqio_batches  # pylint: disable=g-import-not-at-top
+      from parti_jax.data import seqio_batches
       self._examples = seqio_batches.SeqioExamples(
           task, split, feature_lengths, seed, shuffle, num_epochs, share, shares)
       return

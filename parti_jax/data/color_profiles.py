@@ -4,7 +4,8 @@ import functools
 import io
 
 import numpy as np
-from PIL import Image, ImageCms
+from PIL import Image
+from PIL import ImageCms
 
 # The largest profile that is used; those of printing processes have one or two million bytes.
 MAX_BYTES = 2**22

@@ -23,21 +23,28 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from collections.abc import Mapping
 
 import gin
 import numpy as np
 from absl import logging
 
 import parti_jax
-from parti_jax.data import captions, examples, mixing, sources, tally, token_cache
-from parti_jax.data import image_decoding
-from parti_jax.data import share  # For its names in gin.  # pylint: disable=unused-import
-from parti_jax.data.damage import Damaged, Unusable
-from parti_jax.data.sources import base
-from parti_jax.data.vocabulary import TextVocabulary
 from parti_jax.core.errors import UserError
 from parti_jax.core.fingerprints import Fingerprint
+from parti_jax.data import captions
+from parti_jax.data import examples
+from parti_jax.data import image_decoding
+from parti_jax.data import mixing
+from parti_jax.data import share  # For its names in gin.  # noqa: F401
+from parti_jax.data import sources
+from parti_jax.data import tally
+from parti_jax.data import token_cache
+from parti_jax.data.damage import Damaged
+from parti_jax.data.damage import Unusable
+from parti_jax.data.sources import base
+from parti_jax.data.vocabulary import TextVocabulary
 
 TOKEN_TASKS = ('openmoji_tokens', 'cached_tokens')
 # Kind of a task -> its features. A kind alone is the task of the source that gin chooses.

@@ -7,16 +7,18 @@ that a model sees the same examples under both.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import gin
 import numpy as np
 
+from parti_jax.core.errors import UserError
 from parti_jax.data import captions
 from parti_jax.data import image_decoding
-from parti_jax.data.vocabulary import EOS_ID, TextVocabulary
-from parti_jax.core.errors import UserError
+from parti_jax.data.vocabulary import EOS_ID
+from parti_jax.data.vocabulary import TextVocabulary
 
 Decode = Callable[[bytes, int], tuple[np.ndarray, list[str]]]
 

@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 
-from parti_jax.data.quiet_tensorflow import seqio, tf
 from parti_jax.core.errors import UserError
+from parti_jax.data.quiet_tensorflow import seqio
+from parti_jax.data.quiet_tensorflow import tf
 
 _Spec = seqio.FeatureConverter.FeatureSpec
 _IMAGES = _Spec(dtype=tf.uint8, rank=3)

@@ -4,15 +4,20 @@ import contextlib
 import dataclasses
 import functools
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from collections.abc import Iterator
 
 import gin
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags
+from PIL import Image
+from PIL import UnidentifiedImageError
 
-from parti_jax.data import color_profiles, jpegs, pngs
-from parti_jax.data.undecodable import UndecodablePicture
 from parti_jax.core.errors import UserError
+from parti_jax.data import color_profiles
+from parti_jax.data import jpegs
+from parti_jax.data import pngs
+from parti_jax.data.undecodable import UndecodablePicture
 
 # What Pillow may try. It knows many more, of which some start other programs.
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF')

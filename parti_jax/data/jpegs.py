@@ -11,11 +11,13 @@ import dataclasses
 import io
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from collections.abc import Sequence
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageChops
+from PIL import Image
+from PIL import ImageChops
 
 from parti_jax.data.undecodable import UndecodablePicture
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import fractions
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from collections.abc import Sequence
 
 import gin
 
-from parti_jax.data import sources as sources_lib
 from parti_jax.core.errors import UserError
+from parti_jax.data import sources as sources_lib
 
 TOKEN_CACHE = 'token_cache'
 

@@ -18,18 +18,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fractions
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from absl import logging
 
 from parti_jax.core import fingerprints
-from parti_jax.data import datasets, mixing
-from parti_jax.data import order as order_lib
-from parti_jax.data import share as share_lib
 from parti_jax.core.errors import UserError
 from parti_jax.core.fingerprints import Fingerprint
+from parti_jax.data import datasets
+from parti_jax.data import mixing
+from parti_jax.data import order as order_lib
+from parti_jax.data import share as share_lib
 
 _PREFIX, _TOKENS = 'mixture_', 'tokens'
 NAMES = tuple(f'{_PREFIX}{kind}' for kind in (*datasets.ALIASES, _TOKENS))
@@ -83,7 +85,7 @@ def vocabulary_sizes(task: str, image_size: int = 64) -> dict[str, int]:
   """Feature -> how many ids it has, of a task of `datasets`, a mixture or a task of seqio."""
   if datasets.is_ours(task) or is_one(task):
     return get(task, image_size)[0].sizes
-  from parti_jax.data import tasks as seqio_tasks  # pylint: disable=g-import-not-at-top
+  from parti_jax.data import tasks as seqio_tasks
   features = seqio_tasks.get_task(task, image_size).output_features
   return {name: feature.vocabulary.vocab_size for name, feature in features.items()}
 

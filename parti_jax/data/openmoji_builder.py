@@ -7,12 +7,12 @@ Nothing is downloaded: the pictures are drawn from the installed package `openmo
 
 import io
 
+import tensorflow_datasets as tfds
 from absl import logging
 from PIL import Image
 
-from parti_jax.data import openmoji
-import tensorflow_datasets as tfds
 from parti_jax.core.errors import UserError
+from parti_jax.data import openmoji
 
 _DESCRIPTION = """\
 OpenMoji's pictures with English captions, drawn on white. The caption is the picture's name, then

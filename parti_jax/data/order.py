@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from parti_jax.data.quiet_grain import grain
 from parti_jax.core.errors import UserError
+from parti_jax.data.quiet_grain import grain
 
 # grain shuffles numbers of 32 bits.
 _MOST = 2**32

@@ -6,7 +6,8 @@ import struct
 import zlib
 
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import Image
+from PIL import ImageFile
 
 from parti_jax.data.undecodable import UndecodablePicture
 

@@ -8,9 +8,14 @@ The first one numbers the examples, since what is random about an example follow
 
 import numpy as np
 
-from parti_jax.data import captions, examples, order, seqio_source, tally
+from parti_jax.data import captions
+from parti_jax.data import examples
 from parti_jax.data import image_decoding
-from parti_jax.data.quiet_tensorflow import seqio, tf
+from parti_jax.data import order
+from parti_jax.data import seqio_source
+from parti_jax.data import tally
+from parti_jax.data.quiet_tensorflow import seqio
+from parti_jax.data.quiet_tensorflow import tf
 from parti_jax.data.vocabulary import TextVocabulary
 
 

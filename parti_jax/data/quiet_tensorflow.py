@@ -5,7 +5,6 @@ TensorFlow starts: it would otherwise fill the terminal with notes on its build 
 memory that JAX needs.
 """
 
-# pylint: disable=g-import-not-at-top
 
 import os
 import sys

@@ -8,11 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from parti_jax.data import datasets, streams, tasks
-from parti_jax.data.feature_converter import converter_for
-from parti_jax.data.quiet_tensorflow import seqio, tf
 from parti_jax.core.errors import UserError
 from parti_jax.core.fingerprints import Fingerprint
+from parti_jax.data import datasets
+from parti_jax.data import streams
+from parti_jax.data import tasks
+from parti_jax.data.feature_converter import converter_for
+from parti_jax.data.quiet_tensorflow import seqio
+from parti_jax.data.quiet_tensorflow import tf
 
 # How TensorFlow's message for an exception in a Python function ends.
 _IN_PYTHON = '\nTraceback (most recent call last):'

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from collections.abc import Sequence
 
 import numpy as np
 
 from parti_jax.data import order as order_lib
 from parti_jax.data import share as share_lib
 from parti_jax.data.damage import Damaged
-from parti_jax.data.quiet_tensorflow import seqio, tf
+from parti_jax.data.quiet_tensorflow import seqio
+from parti_jax.data.quiet_tensorflow import tf
 from parti_jax.data.sources import base
 
 # Examples that go from Python to TensorFlow at once, which takes longer than to read one.

@@ -7,21 +7,25 @@ import collections
 import concurrent.futures
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+from typing import TYPE_CHECKING
 
 import gin
 import numpy as np
 from absl import logging
 
 from parti_jax.core import checks
+from parti_jax.core.errors import UserError
 from parti_jax.data import examples as examples_lib
 from parti_jax.data import order as order_lib
 from parti_jax.data import tally
-from parti_jax.data.damage import Damaged, Unusable
+from parti_jax.data.damage import Damaged
+from parti_jax.data.damage import Unusable
 from parti_jax.data.quiet_grain import grain
 from parti_jax.data.sources import base
-from parti_jax.core.errors import UserError
 
 if TYPE_CHECKING:
   from parti_jax.data import datasets

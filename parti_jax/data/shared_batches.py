@@ -7,17 +7,19 @@ import dataclasses
 import queue
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from absl import logging
 
+from parti_jax.core.errors import UserError
+from parti_jax.core.fingerprints import Fingerprint
 from parti_jax.data import mixtures
 from parti_jax.data import share as share_lib
 from parti_jax.data.batches import Batches
-from parti_jax.core.errors import UserError
-from parti_jax.core.fingerprints import Fingerprint
 from parti_jax.partitioning import local_rows
 
 # How long `ReadAhead.close` waits for a read that is under way.
@@ -261,7 +263,7 @@ class ReadAhead:
     while not self._ended.is_set():
       try:
         element = next(self._elements), None
-      except BaseException as error:  # pylint: disable=broad-except
+      except BaseException as error:
         element = None, error
       while not self._ended.is_set():
         try:

@@ -69,7 +69,7 @@ def close(streams: Iterable[Stream]) -> None:
   """Closes several streams at once, as `Stream.close` does."""
   threads = []
   for stream in streams:
-    held, stream._held = stream._held, []  # pylint: disable=protected-access
+    held, stream._held = stream._held, []
     _open.discard(stream)
     if not held:
       continue

@@ -11,7 +11,8 @@ import contextlib
 import contextvars
 import dataclasses
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from collections.abc import Mapping
 
 from absl import logging
 

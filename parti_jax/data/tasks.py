@@ -7,17 +7,25 @@ from __future__ import annotations
 
 import fractions
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
 
 import numpy as np
 
 from parti_jax.core import fingerprints
-from parti_jax.data import datasets, mixing, mixtures, preprocessors
-from parti_jax.data.datasets import get_vocabulary
-from parti_jax.data.quiet_tensorflow import seqio, tf
-from parti_jax.data.seqio_source import SeqioSource
-from parti_jax.data.vocabulary import EOS_ID, TextVocabulary
 from parti_jax.core.errors import UserError
+from parti_jax.data import datasets
+from parti_jax.data import mixing
+from parti_jax.data import mixtures
+from parti_jax.data import preprocessors
+from parti_jax.data.datasets import get_vocabulary
+from parti_jax.data.quiet_tensorflow import seqio
+from parti_jax.data.quiet_tensorflow import tf
+from parti_jax.data.seqio_source import SeqioSource
+from parti_jax.data.vocabulary import EOS_ID
+from parti_jax.data.vocabulary import TextVocabulary
 
 # Turns that go from Python to TensorFlow at once.
 _TURNS = 256

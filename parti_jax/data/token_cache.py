@@ -17,18 +17,20 @@ from __future__ import annotations
 import functools
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any
 
 import gin
 import numpy as np
 
 from parti_jax.core import storage
+from parti_jax.core.errors import UserError
 from parti_jax.data import token_cache_info
 from parti_jax.data.damage import Damaged
 from parti_jax.data.readers import array_records
 from parti_jax.data.sources import base
-from parti_jax.core.errors import UserError
 
 EXAMPLES_PER_SHARD = 16_384
 SHUFFLES = array_records.SHUFFLES
@@ -71,7 +73,7 @@ def write_shard(path: str, records: Iterable[bytes]) -> dict[str, Any]:
   Returns:
     'examples', 'bytes' and 'digest' of the shard, as `info.json` has them.
   """
-  from array_record.python import array_record_module  # pylint: disable=g-import-not-at-top
+  from array_record.python import array_record_module
 
   folder = tempfile.gettempdir() if storage.is_url(path) else os.path.dirname(path) or '.'
   os.makedirs(folder, exist_ok=True)

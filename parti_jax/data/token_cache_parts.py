@@ -19,14 +19,19 @@ import concurrent.futures
 import contextlib
 import itertools
 import json
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import xxhash
 
 from parti_jax.core import storage
-from parti_jax.data import token_cache, token_cache_info
 from parti_jax.core.errors import UserError
+from parti_jax.data import token_cache
+from parti_jax.data import token_cache_info
 
 TALLIES = ('skipped', 'shortened')
 _MADE_WITH = 'made_with.json'

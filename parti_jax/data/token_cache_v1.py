@@ -11,16 +11,18 @@ A folder with shards `SPLIT-00000.tfrecord` ... and `info.json`:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from parti_jax.core import storage
-from parti_jax.data import tally, token_cache
+from parti_jax.core.errors import UserError
+from parti_jax.data import tally
+from parti_jax.data import token_cache
 from parti_jax.data.damage import Damaged
 from parti_jax.data.readers import tfrecords
-from parti_jax.core.errors import UserError
 
 
 class OldCache:

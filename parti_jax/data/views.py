@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from parti_jax.data import captions, examples
+from parti_jax.data import captions
+from parti_jax.data import examples
 from parti_jax.data import image_decoding
 
 # 1: the central square. 2: mirrored too. 10: LlamaGen's corners of a larger picture as well

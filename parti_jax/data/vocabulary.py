@@ -7,7 +7,8 @@ same object serves training and sampling, so that both see the same tokens.
 import io
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 import sentencepiece

@@ -13,18 +13,20 @@ import dataclasses
 import json
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
 
 import numpy as np
 import tqdm
 
-from parti_jax.data import image_decoding
 from parti_jax.core.errors import UserError
-from parti_jax.evaluation.datasets import captioned_pictures
-from parti_jax.evaluation.metrics import distribution
+from parti_jax.data import image_decoding
 from parti_jax.evaluation import distribution_report
-from parti_jax.evaluation.metrics import features as features_lib
+from parti_jax.evaluation.datasets import captioned_pictures
 from parti_jax.evaluation.datasets import picture_shards
+from parti_jax.evaluation.metrics import distribution
+from parti_jax.evaluation.metrics import features as features_lib
 
 # Real pictures that are decoded and go through networks at once.
 _BATCH = 64

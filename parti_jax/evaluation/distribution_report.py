@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from parti_jax.evaluation.metrics import distribution
 from parti_jax.evaluation import tables
+from parti_jax.evaluation.metrics import distribution
 
 NOTE = (
     'Fréchet distance: less is better; it grows where pictures are few, so that only rows with the '

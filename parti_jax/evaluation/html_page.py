@@ -7,7 +7,9 @@ scripts it is whole and has its links to categories; with them it also filters.
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
 
 from parti_jax.sampling import images as images_lib
 

@@ -94,7 +94,7 @@ def model_fingerprint(folder) -> str:
   """
   if folder is None:
     # Imports JAX, which takes a moment.
-    from parti_jax.sampling import text_to_image  # pylint: disable=import-outside-toplevel
+    from parti_jax.sampling import text_to_image
     folder = text_to_image.DEMO_FOLDER
   parts = []
   for path in sorted(pathlib.Path(folder).iterdir()):

@@ -15,9 +15,9 @@ import numpy as np
 from parti_jax.core import checks
 from parti_jax.core import storage
 from parti_jax.core.errors import UserError
+from parti_jax.exported_model import sampling_settings as settings_lib
 from parti_jax.models import config_checks
 from parti_jax.models import parti_config
-from parti_jax.exported_model import sampling_settings as settings_lib
 
 FORMAT_VERSION = 1
 

@@ -26,8 +26,10 @@ import secrets
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Any
+from typing import NamedTuple
 
 import flax.linen as nn
 import flax.traverse_util
@@ -40,15 +42,15 @@ from parti_jax.core import checks
 from parti_jax.core import fingerprints
 from parti_jax.core import numerics
 from parti_jax.core import storage
-from parti_jax.data import vocabulary as vocabulary_lib
 from parti_jax.core.errors import UserError
+from parti_jax.data import vocabulary as vocabulary_lib
+from parti_jax.exported_model import model_config
+from parti_jax.exported_model import sampling_settings as settings_lib
 from parti_jax.models import coca
 from parti_jax.models import parti as parti_lib
 from parti_jax.models import parti_config
 from parti_jax.models import super_resolution
 from parti_jax.models import vit_vqgan
-from parti_jax.exported_model import model_config
-from parti_jax.exported_model import sampling_settings as settings_lib
 
 CONFIG_FILE = 'config.json'
 VOCABULARY_FILE = 'vocabulary.model'
@@ -148,7 +150,7 @@ class Model:
 def save(
     folder, *, parti_config, parti_params, tokenizer_config, tokenizer_params, vocabulary_path,
     parts: dict[str, Part] | None = None,
-    sampling: settings_lib.SamplingSettings = settings_lib.SamplingSettings(),
+    sampling: settings_lib.SamplingSettings = settings_lib.SamplingSettings(),  # noqa: B008
     provenance: dict[str, Any] | None = None, dtype: str = 'float16', overwrite: bool = False,
     made_with: Mapping[str, Mapping[str, str | None]] | None = None,
     sources: Mapping[str, str] | None = None, allow_mismatch: bool = False):

@@ -126,7 +126,7 @@ class SamplingSettings:
     scales = (1 - share) * self.guidance_start + share * self.guidance_scale
     return scales.astype(np.float32)
 
-  def replace(self, **values) -> 'SamplingSettings':
+  def replace(self, **values) -> SamplingSettings:
     """These settings with the values that are not None in place of their own.
 
     Raises:

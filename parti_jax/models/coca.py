@@ -14,14 +14,14 @@ import dataclasses
 import flax.linen as nn
 import jax.numpy as jnp
 
-from parti_jax.models.nn import attention
 from parti_jax.models import config_checks
 from parti_jax.models import contrastive
+from parti_jax.models import quantizer
+from parti_jax.models import vit_vqgan
+from parti_jax.models.nn import attention
 from parti_jax.models.nn import layer_stack
 from parti_jax.models.nn import layers
-from parti_jax.models import quantizer
 from parti_jax.models.nn import transformer
-from parti_jax.models import vit_vqgan
 
 
 @config_checks.configurable

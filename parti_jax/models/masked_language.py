@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from parti_jax.core import numerics
-from parti_jax.models.nn import layers
 from parti_jax.models import parti_config
+from parti_jax.models.nn import layers
 
 # Ids that stand for no piece of text: padding, the end, an unknown piece.
 SPECIAL_IDS = 3

@@ -5,10 +5,10 @@ from __future__ import annotations
 import flax.linen as nn
 import jax.numpy as jnp
 
-from parti_jax.models import token_decoder
-from parti_jax.models.nn import layers
 from parti_jax.models import parti_config
 from parti_jax.models import text_encoder
+from parti_jax.models import token_decoder
+from parti_jax.models.nn import layers
 
 
 class Parti(nn.Module):

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from parti_jax.core import checks
 from parti_jax.core import errors
-from parti_jax.models.nn import attention_patterns
 from parti_jax.models import config_checks
+from parti_jax.models.nn import attention_patterns
 
 # What models did before it became a setting, for files that do not name it.
 BEFORE_IT_WAS_A_SETTING = {'attention_patterns': ('global',), 'conv_kernel': 11}

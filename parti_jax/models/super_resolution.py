@@ -17,8 +17,8 @@ import jax.numpy as jnp
 
 from parti_jax.core import errors
 from parti_jax.models import config_checks
-from parti_jax.models.nn import layer_stack
 from parti_jax.models import vit_vqgan
+from parti_jax.models.nn import layer_stack
 
 # How far bicubic interpolation looks, in pixels.
 _BICUBIC_REACH = 2

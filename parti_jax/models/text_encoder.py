@@ -5,8 +5,8 @@ from __future__ import annotations
 import flax.linen as nn
 import jax.numpy as jnp
 
-from parti_jax.models.nn import layers
 from parti_jax.models import parti_config
+from parti_jax.models.nn import layers
 from parti_jax.models.nn import transformer
 
 

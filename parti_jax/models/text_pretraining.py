@@ -11,11 +11,11 @@ import jax.numpy as jnp
 
 from parti_jax.models import coca
 from parti_jax.models import contrastive
-from parti_jax.models.nn import layers
 from parti_jax.models import masked_language
 from parti_jax.models import parti_config
 from parti_jax.models import quantizer
 from parti_jax.models import text_encoder
+from parti_jax.models.nn import layers
 
 
 class ContrastiveHead(nn.Module):

@@ -6,8 +6,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from parti_jax.models import early_exit
-from parti_jax.models.nn import layers
 from parti_jax.models import parti_config
+from parti_jax.models.nn import layers
 from parti_jax.models.nn import transformer
 
 

@@ -8,8 +8,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from parti_jax.models import config_checks
-from parti_jax.models.nn import layers
 from parti_jax.models import quantizer
+from parti_jax.models.nn import layers
 from parti_jax.models.nn import transformer
 
 # Keeps pixels away from 0 and 1, where the logit is infinite (DALL-E, appendix A.3).

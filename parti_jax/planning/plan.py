@@ -15,13 +15,13 @@ from parti_jax.core import gin_config
 from parti_jax.core import native_notes
 from parti_jax.core import numerics
 from parti_jax.partitioning import mesh as mesh_lib
-from parti_jax.planning.hlo import hlo_text
-from parti_jax.planning.hlo import hlo_cost
-from parti_jax.planning.hlo import kernels
 from parti_jax.planning import remedies
 from parti_jax.planning import request as request_lib
 from parti_jax.planning import roofline
 from parti_jax.planning import topology as topology_lib
+from parti_jax.planning.hlo import hlo_cost
+from parti_jax.planning.hlo import hlo_text
+from parti_jax.planning.hlo import kernels
 
 # Of the JSON that a plan is written as; it grows with every change that readers have to know of.
 SCHEMA = 1
@@ -40,7 +40,7 @@ def make(request: request_lib.Request) -> dict[str, Any]:
     UserError: for a topology, gin file, mesh or batch that does not go together.
   """
   # Imported here: it names our trainer's functions to gin, which `of_step` needs not.
-  from parti_jax.planning import steps  # pylint: disable=g-import-not-at-top
+  from parti_jax.planning import steps
   jax.config.update('jax_platforms', 'cpu')  # Never takes the accelerator of this machine.
   topology = topology_lib.parse(request.topology)
   gin_config.parse(request.gin_files, request.gin_bindings, data=False)

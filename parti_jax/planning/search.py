@@ -12,12 +12,12 @@ from typing import Any
 
 import jax
 
-from parti_jax.core import gin_config
 from parti_jax.core import errors
+from parti_jax.core import gin_config
 from parti_jax.core import numerics
 from parti_jax.core import storage
-from parti_jax.models.nn import layers
 from parti_jax.models import parti_config
+from parti_jax.models.nn import layers
 from parti_jax.planning import candidates as candidates_lib
 from parti_jax.planning import report
 from parti_jax.planning import request as request_lib

@@ -14,19 +14,19 @@ from jax.experimental import layout
 from jax.sharding import NamedSharding
 
 from parti_jax.core import errors
-from parti_jax.models import flops
-from parti_jax.models.nn import layers
-from parti_jax.models import parti_config
-from parti_jax.partitioning import rules as rules_lib
-from parti_jax.planning.hlo import kernels
-from parti_jax.planning import request as request_lib
-from parti_jax.sampling import decoding
 from parti_jax.exported_model import model_folder
+from parti_jax.models import flops
+from parti_jax.models import parti_config
+from parti_jax.models.nn import layers
+from parti_jax.partitioning import rules as rules_lib
+from parti_jax.planning import request as request_lib
+from parti_jax.planning.hlo import kernels
+from parti_jax.sampling import decoding
 from parti_jax.sampling import parameters
-from parti_jax.training import configurables  # pylint: disable=unused-import
-from parti_jax.training.objectives import frozen_tokenizer
+from parti_jax.training import configurables  # noqa: F401
 from parti_jax.training import train_loop
 from parti_jax.training import trainer as trainer_lib
+from parti_jax.training.objectives import frozen_tokenizer
 
 SAMPLING_BATCH = 32
 

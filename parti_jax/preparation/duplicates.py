@@ -6,7 +6,8 @@ first in the source. It depends on nothing else, so that any grouping gives the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np

@@ -9,7 +9,9 @@ from typing import Any
 from parti_jax.data import captions
 from parti_jax.data import image_decoding
 from parti_jax.data.sources import prepared
-from parti_jax.preparation import filters, hashes, pictures
+from parti_jax.preparation import filters
+from parti_jax.preparation import hashes
+from parti_jax.preparation import pictures
 from parti_jax.preparation.settings import Settings
 
 

@@ -8,13 +8,14 @@ import json
 import os
 import socket
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 from parti_jax.core import storage
+from parti_jax.core.errors import UserError
 from parti_jax.data import token_cache_info
 from parti_jax.data.sources import prepared
-from parti_jax.core.errors import UserError
 
 _OWNER = 'owner.json'
 REPORT = 'report.json'
@@ -178,7 +179,7 @@ def _json(value: Any) -> str:
 
 
 def _this_process() -> dict[str, Any]:
-  now = datetime.datetime.now(datetime.timezone.utc)
+  now = datetime.datetime.now(datetime.UTC)
   return {'host': socket.gethostname(), 'pid': os.getpid(), 'since': f'{now:%Y-%m-%d %H:%M:%S} UTC'}
 
 

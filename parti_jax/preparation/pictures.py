@@ -8,7 +8,8 @@ from PIL import Image
 
 from parti_jax.data import image_decoding
 from parti_jax.data.damage import Unusable
-from parti_jax.preparation.settings import FORMATS, Settings
+from parti_jax.preparation.settings import FORMATS
+from parti_jax.preparation.settings import Settings
 
 
 def size_after(header: image_decoding.Header, settings: Settings) -> tuple[int, int]:

@@ -16,11 +16,17 @@ import re
 import shlex
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 from parti_jax.core.errors import UserError
-from parti_jax.preparation import duplicates, hashes, report, shards
+from parti_jax.preparation import duplicates
+from parti_jax.preparation import hashes
+from parti_jax.preparation import report
+from parti_jax.preparation import shards
 from parti_jax.preparation.duplicates import Row
 from parti_jax.preparation.output import Output
 from parti_jax.preparation.settings import Settings
@@ -40,12 +46,10 @@ def _quietly(level: int = logging.WARNING) -> Iterator[None]:
 
 
 with _quietly():
-  # pylint: disable=g-import-not-at-top
   import apache_beam as beam
   from apache_beam.options import pipeline_options
   from apache_beam.runners.portability.fn_api_runner import fn_runner
   from apache_beam.transforms import environments
-  # pylint: enable=g-import-not-at-top
 
 _EXACT, _NEAR = 'duplicate picture', 'picture that looks like another'
 # Runners that work in processes of this machine.
@@ -61,7 +65,7 @@ class _Prepare(beam.DoFn):
   def __init__(self, work: Work, settings: Settings, to_srgb: bool, output: Output):
     self._work, self._settings, self._to_srgb, self._output = work, settings, to_srgb, output
 
-  def process(self, number: int) -> Iterator[Any]:  # pylint: disable=arguments-differ
+  def process(self, number: int) -> Iterator[Any]:
     examples = self._work.read(number)
     outcome, rows = shards.write(self._output.staging_place(number), number, examples,
                                  self._settings, self._to_srgb)
@@ -75,7 +79,7 @@ class _KeepBest(beam.DoFn):
   def __init__(self, reason: str):
     self._reason = reason
 
-  def process(self, group: Group) -> Iterator[Any]:  # pylint: disable=arguments-differ
+  def process(self, group: Group) -> Iterator[Any]:
     for row, is_best in duplicates.ranked(Row(*row) for row in group[1]):
       yield tuple(row) if is_best else beam.pvalue.TaggedOutput('drops', _drop(row, self._reason))
 
@@ -86,7 +90,7 @@ class _DropNear(beam.DoFn):
   def __init__(self, distance: int):
     self._distance = distance
 
-  def process(self, group: Group) -> Iterator[Any]:  # pylint: disable=arguments-differ
+  def process(self, group: Group) -> Iterator[Any]:
     for row in duplicates.near_losers((Row(*row) for row in group[1]), self._distance):
       yield _drop(row, _NEAR)
 
@@ -97,7 +101,7 @@ class _Finish(beam.DoFn):
   def __init__(self, output: Output):
     self._output = output
 
-  def process(self, element) -> Iterator[Outcome]:  # pylint: disable=arguments-differ
+  def process(self, element) -> Iterator[Outcome]:
     number, found = element
     outcome, = found['outcomes']
     yield shards.finish(self._output.staging_place(number), self._output.place(number), outcome,
@@ -110,7 +114,7 @@ class _Publish(beam.DoFn):
   def __init__(self, output: Output, source: str, settings: Settings, parts: int):
     self._output, self._source, self._settings, self._parts = output, source, settings, parts
 
-  def process(self, outcomes: list[Outcome]) -> None:  # pylint: disable=arguments-differ
+  def process(self, outcomes: list[Outcome]) -> None:
     if len(outcomes) != self._parts:
       raise RuntimeError(f'{len(outcomes)} shards were written of {self._parts}')
     outcomes = sorted(outcomes, key=lambda outcome: outcome.number)

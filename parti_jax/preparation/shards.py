@@ -5,14 +5,18 @@ from __future__ import annotations
 import collections
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any
 
 from parti_jax.core import storage
-from parti_jax.data import token_cache, token_cache_info
-from parti_jax.data.damage import Damaged, Unusable
-from parti_jax.data.readers import array_records
 from parti_jax.core.errors import UserError
+from parti_jax.data import token_cache
+from parti_jax.data import token_cache_info
+from parti_jax.data.damage import Damaged
+from parti_jax.data.damage import Unusable
+from parti_jax.data.readers import array_records
 from parti_jax.preparation import examples as examples_lib
 from parti_jax.preparation.duplicates import Row
 from parti_jax.preparation.settings import Settings

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from parti_jax.core import storage
+from parti_jax.core.errors import UserError
 from parti_jax.data import input_parts
 from parti_jax.data.damage import Damaged
 from parti_jax.data.sources import base
-from parti_jax.core.errors import UserError
 from parti_jax.preparation.settings import Settings
 
 # Examples that are read at once from a source with an index.

@@ -8,8 +8,7 @@ import sys
 
 logging.disable(logging.WARNING)
 
-# pylint: disable-next=wrong-import-position
-from apache_beam.runners.worker import sdk_worker_main
+from apache_beam.runners.worker import sdk_worker_main  # noqa: E402
 
 if __name__ == '__main__':
   sdk_worker_main.main(sys.argv)

@@ -106,7 +106,7 @@ def connect(found: Processes) -> None:
       or processes differ in their number. Where the runtime ends the process instead, such as
       for a coordinator that can't be reached, see `explanation`.
   """
-  import jax  # pylint: disable=g-import-not-at-top
+  import jax
 
   timeouts = {'initialization_timeout': found.timeout,
               'heartbeat_timeout_seconds': HEARTBEAT_TIMEOUT,
@@ -131,7 +131,7 @@ def connect(found: Processes) -> None:
 
 def check_connected() -> None:
   """Raises UserError if there are other processes that this one has not met by `connect`."""
-  import jax  # pylint: disable=g-import-not-at-top
+  import jax
 
   if jax.process_count() > 1 and not jax.distributed.is_initialized():
     raise errors.UserError(f'the devices here are those of {jax.process_count()} processes; run '
@@ -144,7 +144,7 @@ def losses_told() -> Iterator[None]:
 
   Without this the process would end at once with the text of a broken connection.
   """
-  import jax  # pylint: disable=g-import-not-at-top
+  import jax
 
   try:
     yield

@@ -30,7 +30,7 @@ def describe() -> dict[str, Any]:
     versions, {package: version} of those installed; git, of `git_revision`; command, the command
     line without passwords in its URLs; environment, the variables that JAX and XLA read.
   """
-  import jax  # pylint: disable=g-import-not-at-top
+  import jax
 
   device = jax.devices()[0]
   return {

@@ -21,8 +21,8 @@ import threading
 import time
 from typing import Any
 
-from parti_jax.core import gin_config as gin_config_lib
 from parti_jax.core import errors
+from parti_jax.core import gin_config as gin_config_lib
 from parti_jax.core import storage
 from parti_jax.core import store_retries
 from parti_jax.runs import environment
@@ -48,7 +48,7 @@ class Journal:
   """
 
   def __init__(self, model_dir):
-    import jax  # pylint: disable=g-import-not-at-top
+    import jax
 
     self._folder = model_dir
     self._process = jax.process_index()
@@ -91,7 +91,7 @@ class Journal:
         else:
           self._append()
         self._begun = True
-      except Exception as error:  # pylint: disable=broad-except
+      except Exception as error:
         # Object stores' libraries have errors of their own, and no journal is worth a run.
         if not self._complained:
           self._complained = True
@@ -216,7 +216,7 @@ def plain(value: Any) -> Any:
 
 
 def _now() -> datetime.datetime:
-  return datetime.datetime.now(datetime.timezone.utc)
+  return datetime.datetime.now(datetime.UTC)
 
 
 def _in_a_file_name(text: str) -> str:

@@ -14,7 +14,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from collections.abc import Iterator
 
 from parti_jax.runs import gce_notice
 
@@ -73,8 +74,8 @@ def told_to_stop(step: int) -> bool:
   Args:
     step: steps done.
   """
-  import jax  # pylint: disable=g-import-not-at-top
-  from orbax.checkpoint import multihost  # pylint: disable=g-import-not-at-top
+  import jax
+  from orbax.checkpoint import multihost
 
   if _listener is not None:
     _listener.reach(step)

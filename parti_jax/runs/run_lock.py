@@ -99,7 +99,7 @@ class RunLock:
     self.replaced: str | None = None
 
   def __enter__(self) -> RunLock:
-    import jax  # pylint: disable=g-import-not-at-top
+    import jax
 
     refusal = ''
     if jax.process_index() == 0:
@@ -324,7 +324,7 @@ def _remove(path: str) -> None:
 
 
 def _this_process() -> dict:
-  now = datetime.datetime.now(datetime.timezone.utc)
+  now = datetime.datetime.now(datetime.UTC)
   return {'host': socket.gethostname(), 'pid': os.getpid(), 'since': f'{now:%Y-%m-%d %H:%M:%S} UTC',
           'id': uuid.uuid4().hex, 'beat': 0, 'started': _started(os.getpid()),
           'boot': _text('/proc/sys/kernel/random/boot_id'),
@@ -375,9 +375,9 @@ def _link(path: str) -> str | None:
 
 def _told_by_the_first(text: str) -> str:
   """A text of process 0, for all processes of the run."""
-  import jax  # pylint: disable=g-import-not-at-top
-  import numpy as np  # pylint: disable=g-import-not-at-top
-  from orbax.checkpoint import multihost  # pylint: disable=g-import-not-at-top
+  import jax
+  import numpy as np
+  from orbax.checkpoint import multihost
 
   if jax.process_count() == 1:
     return text

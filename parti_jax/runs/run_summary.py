@@ -12,8 +12,8 @@ from typing import Any
 
 from parti_jax.core import errors
 from parti_jax.core import storage
-from parti_jax.runs import run_lock
 from parti_jax.runs import history as story_lib
+from parti_jax.runs import run_lock
 
 # The most bytes of a small JSON file of a checkpoint.
 _LARGEST = 1 << 24
@@ -104,7 +104,7 @@ def checkpoints(model_dir: str, verify: bool = False) -> list[dict[str, Any]]:
 
 def _check(path: str, verify: bool) -> tuple[str | None, str | None]:
   """How a checkpoint was looked at, and what is wrong with it."""
-  from parti_jax.checkpoints import manifest  # pylint: disable=g-import-not-at-top
+  from parti_jax.checkpoints import manifest
 
   try:
     fault = manifest.fault(storage.as_epath(path), sizes_alone=not verify)
@@ -113,7 +113,7 @@ def _check(path: str, verify: bool) -> tuple[str | None, str | None]:
     if not verify:
       return None, None
   # Only JAX and Orbax can tell.
-  from parti_jax.checkpoints import verification  # pylint: disable=g-import-not-at-top
+  from parti_jax.checkpoints import verification
   return 'reading', verification.fault(storage.as_epath(path).absolute())
 
 
@@ -124,7 +124,7 @@ def _written(path: str, sizes: dict[str, int]) -> str | None:
   try:
     metadata = storage.read_json(storage.join(path, '_CHECKPOINT_METADATA'), _LARGEST)
     nanoseconds = metadata['commit_timestamp_nsecs'] or metadata['init_timestamp_nsecs']
-    time = datetime.datetime.fromtimestamp(nanoseconds / 1e9, datetime.timezone.utc)
+    time = datetime.datetime.fromtimestamp(nanoseconds / 1e9, datetime.UTC)
   except (ValueError, LookupError, TypeError, OSError, OverflowError, errors.UserError):
     return None
   return f'{time:%Y-%m-%d %H:%M:%S}'

@@ -57,7 +57,7 @@ def pieces(total: int, batch: int, progress: bool = False):
   """Yields where each piece starts and the indices in it, the last one filled up with repeats."""
   starts = range(0, total, batch)
   if progress:
-    import tqdm  # pylint: disable=import-outside-toplevel
+    import tqdm
     starts = tqdm.tqdm(starts, desc='drawing', unit='batch', disable=None)
   for start in starts:
     yield start, np.minimum(np.arange(start, start + batch), total - 1)

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from parti_jax.core import checks
-from parti_jax.data import vocabulary as vocabulary_lib
 from parti_jax.core.errors import UserError
+from parti_jax.data import vocabulary as vocabulary_lib
+from parti_jax.exported_model import model_folder
 from parti_jax.models import coca
 from parti_jax.sampling import images as images_lib
-from parti_jax.exported_model import model_folder
 from parti_jax.sampling import placement
 
 # Pictures, or texts, that go through the network at once.

@@ -16,18 +16,18 @@ import numpy as np
 
 from parti_jax.core import checks
 from parti_jax.core import storage
-from parti_jax.data import vocabulary as vocabulary_lib
 from parti_jax.core.errors import UserError
+from parti_jax.data import vocabulary as vocabulary_lib
+from parti_jax.exported_model import model_folder
+from parti_jax.exported_model import sampling_settings as settings_lib
 from parti_jax.models import vit_vqgan
 from parti_jax.sampling import adaptive
 from parti_jax.sampling import decoding
 from parti_jax.sampling import detokenizing
 from parti_jax.sampling import images as images_lib
-from parti_jax.exported_model import model_folder
 from parti_jax.sampling import parameters
 from parti_jax.sampling import placement
 from parti_jax.sampling import ranking
-from parti_jax.exported_model import sampling_settings as settings_lib
 from parti_jax.sampling import upscaling
 
 DEMO_FOLDER = pathlib.Path(__file__).parent.parent / 'demo'

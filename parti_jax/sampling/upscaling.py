@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from parti_jax.core.errors import UserError
+from parti_jax.exported_model import model_folder
 from parti_jax.models import super_resolution
 from parti_jax.sampling import images as images_lib
-from parti_jax.exported_model import model_folder
 from parti_jax.sampling import placement
 
 # Larger pictures are cut into overlapping squares of about this side, in pixels.

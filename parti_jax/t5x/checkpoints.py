@@ -22,19 +22,19 @@ import collections
 from collections.abc import Mapping
 from typing import Any
 
-from absl import logging
-from etils import epath
 import flax.traverse_util
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
 
-from parti_jax.core import errors
-from parti_jax.core import storage
-from parti_jax.checkpoints import run_checkpoints
 from parti_jax.checkpoints import disk_errors
 from parti_jax.checkpoints import remote_staging
+from parti_jax.checkpoints import run_checkpoints
 from parti_jax.checkpoints import whole_moments
+from parti_jax.core import errors
+from parti_jax.core import storage
 
 # How names begin, ours and t5x's.
 _NAMES = {'step': 'state/step', 'params': 'target', 'optimizer_state': 'state/param_states',
@@ -240,7 +240,7 @@ def read(path, wanted, within: tuple[str, ...] = ('target/', 'state/', 'flax_mut
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
       found = checkpointer.restore(
           path / _ITEM, args=_restore_args(form, partial_restore=True))
-  except Exception as error:  # pylint: disable=broad-exception-caught
+  except Exception as error:
     # Whatever Orbax and TensorStore stumble over.
     raise errors.UserError(f"{path}: can't be read ({' '.join(str(error).split())[:200]}); is it "
                            'damaged? Take another checkpoint') from error

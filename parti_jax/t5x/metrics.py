@@ -7,7 +7,8 @@ stays on the CPU, and it is read without the other processes.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import gin
@@ -16,9 +17,9 @@ import numpy as np
 from absl import logging
 
 from parti_jax.core import fingerprints
+from parti_jax.core.errors import UserError
 from parti_jax.data import openmoji
 from parti_jax.data import token_cache
-from parti_jax.core.errors import UserError
 from parti_jax.evaluation.openmoji import openmoji_judge
 from parti_jax.sampling import detokenizing
 from parti_jax.sampling import text_to_image

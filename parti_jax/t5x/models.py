@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Mapping, Sequence
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
 
 import flax.core
 import jax
@@ -18,12 +20,12 @@ from parti_jax.core import checks
 from parti_jax.core import errors
 from parti_jax.data import feature_converter
 from parti_jax.data import vocabulary
+from parti_jax.exported_model import sampling_settings
+from parti_jax.models import parti
 from parti_jax.models.nn import layer_stack
 from parti_jax.models.nn import layers
-from parti_jax.models import parti
 from parti_jax.sampling import decoding as our_decoding
 from parti_jax.sampling import parameters
-from parti_jax.exported_model import sampling_settings
 from parti_jax.t5x import logical_axes
 from parti_jax.t5x import workarounds
 from parti_jax.training import skipped_steps as finite_lib

@@ -17,17 +17,20 @@ from __future__ import annotations
 import atexit
 import functools
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
 
 import gin
 from absl import logging
 
+from parti_jax.core.errors import UserError
 from parti_jax.data import datasets
 from parti_jax.data import mixtures
 from parti_jax.data import tally
 from parti_jax.data import tasks
-from parti_jax.data.quiet_tensorflow import seqio, tf
-from parti_jax.core.errors import UserError
+from parti_jax.data.quiet_tensorflow import seqio
+from parti_jax.data.quiet_tensorflow import tf
 from parti_jax.t5x import inputs
 from parti_jax.t5x import metrics
 
@@ -172,7 +175,7 @@ class LazyMixture(tasks.Mixture):
     name: of the mixture.
   """
 
-  def __init__(self, name: str):  # pylint: disable=super-init-not-called
+  def __init__(self, name: str):
     self._name, self._source_info, self._sub_mixtures = name, None, ()
     self._sample_fn = tasks.take_turns
 

@@ -23,7 +23,6 @@ from parti_jax.t5x import checkpoints as our_checkpoints
 _default_mesh = partitioning.default_mesh
 _Manager = checkpoints.OrbaxCheckpointManagerInterface
 _manager_init, _manager_restore = _Manager.__init__, _Manager.restore
-# pylint: disable-next=protected-access
 _maybe_make_sharded_array = checkpoints._maybe_make_sharded_array
 _KINDS_THAT_T5X_KNOWS = ('TPU v2', 'TPU v3', 'TPU v4', 'TPU v4 lite')
 
@@ -156,7 +155,6 @@ def _sharded_array_with_whole_numbers(arr, mesh, axes=None, restore_dtype=None, 
 
 def apply():
   """Does all of it; again, nothing more."""
-  # pylint: disable=protected-access
   checkpoints._maybe_make_sharded_array = _sharded_array_with_whole_numbers
   partitioning.default_mesh = _default_mesh_where_t5x_has_none
   _Manager.__init__, _Manager.restore = _init_with_absolute_path, _restore_with_factored_moments

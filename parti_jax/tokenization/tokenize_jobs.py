@@ -8,7 +8,9 @@ import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import gin
@@ -24,11 +26,11 @@ from parti_jax.data import token_cache_parts
 from parti_jax.data import token_cache_v1
 from parti_jax.data import views
 from parti_jax.data.sources import base
-from parti_jax.training import configurables  # pylint: disable=unused-import
-from parti_jax.training.objectives import frozen_tokenizer
 from parti_jax.runs import distributed
 from parti_jax.tokenization import tokenizing
 from parti_jax.tokenization import tokenizing_progress
+from parti_jax.training import configurables  # noqa: F401
+from parti_jax.training.objectives import frozen_tokenizer
 
 Connect = Callable[[], tuple[int, int]]
 # Seconds between two looks for the parts of other processes, and between two lines about them.

@@ -9,14 +9,21 @@ import dataclasses
 import itertools
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from parti_jax.data import input_parts, share, tally, token_cache, token_cache_parts, views
-from parti_jax.training.objectives import frozen_tokenizer
+from parti_jax.data import input_parts
+from parti_jax.data import share
+from parti_jax.data import tally
+from parti_jax.data import token_cache
+from parti_jax.data import token_cache_parts
+from parti_jax.data import views
 from parti_jax.tokenization import tokenizing_progress
+from parti_jax.training.objectives import frozen_tokenizer
 
 # Batches that are read before they are needed, and whose tokens are computed at once.
 _READ_AHEAD, _COMPUTED_AT_ONCE = 4, 2
@@ -125,7 +132,7 @@ class _Ahead:
       for item in items:
         if not self._put((item, None)):
           return
-    except BaseException as found:  # pylint: disable=broad-except
+    except BaseException as found:
       error = found
     self._put((None, error))
 

@@ -3,12 +3,11 @@
 Names exist once their modules are imported; those of the data are in `parti_jax.data.datasets`.
 """
 
-# pylint: disable=unused-import
 from parti_jax.data import mixtures
-from parti_jax.training.objectives import generator_objective
 from parti_jax.training import optimizers
+from parti_jax.training import train_loop
+from parti_jax.training.objectives import generator_objective
 from parti_jax.training.objectives import ranker_objective
 from parti_jax.training.objectives import super_resolution_objective
 from parti_jax.training.objectives import text_encoder_objective
 from parti_jax.training.objectives import tokenizer_objective
-from parti_jax.training import train_loop

@@ -72,7 +72,7 @@ class Reporter:
     """Writes pictures, uint8 [count, height, width, 3] each, as a grid to both places."""
     if not self._leads:
       return
-    from PIL import Image  # pylint: disable=g-import-not-at-top
+    from PIL import Image
     for name, images in grids.items():
       grid = tile(np.asarray(images))
       self._writer.write_images(step, {name: grid[None]})
@@ -147,7 +147,7 @@ class _Events:
 
 
 def _tensorboard_writer(folder: str):
-  from clu import metric_writers  # pylint: disable=g-import-not-at-top
+  from clu import metric_writers
   return metric_writers.AsyncMultiWriter([metric_writers.SummaryWriter(folder)])
 
 
@@ -158,7 +158,6 @@ def _begin_session(folder: str, step: int):
   but not the same speeds, and without this curves would go back and forth. TensorBoard takes the
   first session of a run for its beginning, so that a new run has one too.
   """
-  # pylint: disable=g-import-not-at-top
   from tensorboard.compat.proto import event_pb2
   from tensorboard.summary.writer import event_file_writer
 

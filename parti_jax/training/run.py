@@ -8,13 +8,13 @@ from typing import Any
 import jax
 
 from parti_jax.checkpoints import run_checkpoints as checkpoints_lib
-from parti_jax.training import skipped_steps
-from parti_jax.training import inputs as inputs_lib
+from parti_jax.checkpoints import whole_moments
 from parti_jax.runs import preemption
 from parti_jax.runs import run_lock
+from parti_jax.training import inputs as inputs_lib
+from parti_jax.training import skipped_steps
 from parti_jax.training import state as state_lib
 from parti_jax.training import trainer as trainer_lib
-from parti_jax.checkpoints import whole_moments
 
 
 class Run:

@@ -9,24 +9,24 @@ from typing import Any
 import gin
 import jax
 
+from parti_jax.checkpoints import disk_errors
+from parti_jax.checkpoints import run_checkpoints as checkpoints_lib
 from parti_jax.core import checks
-from parti_jax.core import gin_config
 from parti_jax.core import errors
+from parti_jax.core import gin_config
 from parti_jax.core import store_retries
 from parti_jax.partitioning import local_rows
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.partitioning import rules as rules_lib
-from parti_jax.checkpoints import run_checkpoints as checkpoints_lib
-from parti_jax.training import device_peak
-from parti_jax.checkpoints import disk_errors
 from parti_jax.runs import distributed
-from parti_jax.training import inputs as inputs_lib
 from parti_jax.runs import journal as journal_lib
-from parti_jax.training import memory
 from parti_jax.runs import preemption
+from parti_jax.runs import run_lock
+from parti_jax.training import device_peak
+from parti_jax.training import inputs as inputs_lib
+from parti_jax.training import memory
 from parti_jax.training import reporting
 from parti_jax.training import run as run_lib
-from parti_jax.runs import run_lock
 from parti_jax.training import state as state_lib
 from parti_jax.training import trainer as trainer_lib
 
@@ -115,7 +115,7 @@ def train_stage(model_dir: str, journal: journal_lib.Journal, stage=gin.REQUIRED
     SystemExit: with `preemption.STATUS` if the run was told to stop and a checkpoint is written.
   """
   # Reading data takes TensorFlow; who only asks gin about a run, as planning does, needs none.
-  from parti_jax.data import shared_batches  # pylint: disable=g-import-not-at-top
+  from parti_jax.data import shared_batches
   from parti_jax.training import held_out as held_out_lib
 
   _check_parts(stage, optimizer, schedule)
@@ -129,7 +129,7 @@ def train_stage(model_dir: str, journal: journal_lib.Journal, stage=gin.REQUIRED
   training = shared_batches.SharedBatches(
       task, split, batch_size, stage.feature_lengths(), data_shares, jax.process_count(),
       local_rows.local_rows(trainer.batch_sharding, batch_size), seed, restart_data)
-  trainer.constants  # pylint: disable=pointless-statement
+  _ = trainer.constants
   held_out = held_out_lib.HeldOut(
       trainer, model_dir, task, eval_split or split, batch_size, seed,
       evaluate=bool(eval_split and evaluate_every),
@@ -301,7 +301,7 @@ def check_vocabularies(stage, task: str):
     UserError: if there are more ids than the model's table has rows, or, among image tokens,
       another number. A look-up outside a table would not fail but take its last row.
   """
-  from parti_jax.data import mixtures  # pylint: disable=g-import-not-at-top
+  from parti_jax.data import mixtures
 
   sizes = mixtures.vocabulary_sizes(task, stage.feature_lengths().get('images', 64))
   for feature, (key, size) in stage.vocabulary_sizes().items():

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from parti_jax.core import gin_config
 from parti_jax.cli import main
 from parti_jax.cli import own_pictures
 from parti_jax.cli import own_plan
-from parti_jax.data import datasets
+from parti_jax.core import gin_config
 from parti_jax.core.errors import UserError
+from parti_jax.data import datasets
 from parti_jax.exported_model import model_folder
-from parti_jax.training import configurables  # pylint: disable=unused-import
+from parti_jax.training import configurables  # noqa: F401
 
 COLORS = {'red': (255, 0, 0), 'green': (0, 128, 0), 'blue': (0, 0, 255), 'white': (255, 255, 255)}
 # The smallest networks; the command's own are as large as the demo's.
@@ -47,7 +47,7 @@ def _pictures(folder, captions_in):
     lines = [json.dumps({'file_name': file, 'text': caption}) for file, caption in rows]
     (folder / 'metadata.jsonl').write_text('\n'.join(lines))
   elif captions_in == 'tar':
-    for number, (file, caption) in enumerate(rows):
+    for number, (_, caption) in enumerate(rows):
       (folder / 'a' / f'{number}.txt').write_text(caption)
     with tarfile.open(folder / '000.tar', 'w') as tar:
       for path in sorted((folder / 'a').iterdir()):

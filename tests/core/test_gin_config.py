@@ -211,7 +211,7 @@ def test_what_gin_says_about_data_can_be_left_out(tmp_path, monkeypatch):
 
 
 def test_names_of_the_data_are_all_known():
-  from parti_jax.data import datasets  # pylint: disable=unused-import,import-outside-toplevel
+  from parti_jax.data import datasets  # noqa: F401
   registered = {configurable.name for configurable in gin_config._configurables().values()
                 if configurable.wrapped.__module__.startswith('parti_jax.data.')}
   assert registered == set(gin_config.DATA_NAMES)
@@ -266,7 +266,7 @@ def test_a_call_where_a_function_is_wanted_is_named():
   with pytest.raises(UserError, match=r'gin: @needs_more\(\) is called without .schedule.; write '
                                       '@needs_more, without'):
     with gin_config.translated_errors():
-      train_example()  # pylint: disable=no-value-for-parameter
+      train_example()
 
 
 @gin.configurable(module='config_test')

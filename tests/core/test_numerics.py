@@ -13,11 +13,11 @@ from parti_jax.models import parti_config
 from parti_jax.models import vit_vqgan
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.sampling import text_to_image
+from parti_jax.training import optimizers
+from parti_jax.training import trainer as trainer_lib
 from parti_jax.training.objectives import frozen_tokenizer
 from parti_jax.training.objectives import generator_objective
-from parti_jax.training import optimizers
 from parti_jax.training.objectives import tokenizer_objective
-from parti_jax.training import trainer as trainer_lib
 
 DRAWS = {'x64': {'jax_enable_x64': True}, 'rbg': {'jax_default_prng_impl': 'rbg'},
          'partitionable': {'jax_threefry_partitionable': False}}

@@ -26,7 +26,7 @@ def folder(request, tmp_path):
 @contextlib.contextmanager
 def _new_file_systems(kind):
   """Makes fsspec look at the environment again, before and after."""
-  import fsspec  # pylint: disable=import-outside-toplevel
+  import fsspec
 
   kind = fsspec.get_filesystem_class(kind)
   kind.clear_instance_cache()

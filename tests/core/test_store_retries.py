@@ -98,7 +98,6 @@ def _tar(path, packed):
 
 
 def _tfrecord(path):
-  # pylint: disable=protected-access
   with open(path, 'wb') as file:
     for number in range(30):
       record = _random(20_000, number)
@@ -180,7 +179,7 @@ def test_a_dead_store_is_one_line_in_bounded_time(bad_store, monkeypatch, fault)
   storage.write(f'{folder}/a', b'hello')
   monkeypatch.setenv(store_retries.SECONDS_VARIABLE, '0.3')
   # Timeouts belong to a file system.
-  type(storage._file_system(folder)).clear_instance_cache()  # pylint: disable=protected-access
+  type(storage._file_system(folder)).clear_instance_cache()
   bad_store.faults = lambda *_: fault
   calls = [lambda: storage.read(f'{folder}/a', 9), lambda: storage.write(f'{folder}/a', bytes(2**22)),
            lambda: storage.exists(f'{folder}/a'), lambda: storage.is_folder(folder),

@@ -64,7 +64,7 @@ def folder(tmp_path):
     gin.parse_config(f"folder.path = '{tmp_path}'")
     return tmp_path
 
-  from parti_jax.data import datasets  # pylint: disable=g-import-not-at-top,unused-import
+  from parti_jax.data import datasets  # noqa: F401
 
   return write
 

@@ -8,10 +8,12 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile
+from PIL import Image
+from PIL import ImageFile
 
 from parti_jax.data import image_decoding
-from parti_jax.data.image_decoding import UndecodablePicture, decode
+from parti_jax.data.image_decoding import decode
+from parti_jax.data.image_decoding import UndecodablePicture
 
 WHITE = (255, 255, 255)
 
@@ -283,7 +285,7 @@ def test_every_orientation(orientation):
   exif = Image.Exif()
   exif[0x0112] = orientation
   data = _encode(picture, 'png', exif=exif)
-  from PIL import ImageOps  # pylint: disable=g-import-not-at-top
+  from PIL import ImageOps
   upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
   left, top = (upright.width - 8) // 2, (upright.height - 8) // 2
   np.testing.assert_array_equal(
@@ -296,7 +298,7 @@ def test_other_formats_are_not_tried(image_format):
 
 
 def test_eps_starts_no_program(monkeypatch):
-  from PIL import EpsImagePlugin  # pylint: disable=g-import-not-at-top
+  from PIL import EpsImagePlugin
   monkeypatch.setattr(EpsImagePlugin, 'Ghostscript', lambda *_: pytest.fail('started'))
   _assert_refused(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n',
                   'unknown picture format')

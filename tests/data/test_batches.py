@@ -9,11 +9,11 @@ import pytest
 import seqio
 
 from parti_jax.core import storage
+from parti_jax.core.errors import UserError
 from parti_jax.data import image_decoding
 from parti_jax.data import share
 from parti_jax.data import tasks
 from parti_jax.data.batches import Batches
-from parti_jax.core.errors import UserError
 
 IMAGES = {'images': 8}
 PAIRS = {'inputs': 16, 'images': 8}

@@ -7,13 +7,16 @@ import struct
 import gin
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image
+from PIL import ImageCms
 
-from parti_jax.data import color_profiles, datasets
+from parti_jax.core.errors import UserError
+from parti_jax.data import color_profiles
+from parti_jax.data import datasets
 from parti_jax.data import image_decoding
 from parti_jax.data.batches import Batches
-from parti_jax.data.image_decoding import decode, decode_and_note
-from parti_jax.core.errors import UserError
+from parti_jax.data.image_decoding import decode
+from parti_jax.data.image_decoding import decode_and_note
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()
 D50 = (0.9642, 1.0, 0.8249)
@@ -208,7 +211,7 @@ def test_several_threads():
   profiles = [rgb_profile(ADOBE_RGB, 1 + number / 10) for number in range(12)]
   data = [_encode(Image.fromarray(_pixels()), icc_profile=profile) for profile in profiles] * 20
   expected = [decode(one, 15) for one in data[:12]] * 20
-  color_profiles._transform.cache_clear()  # pylint: disable=protected-access
+  color_profiles._transform.cache_clear()
   with concurrent.futures.ThreadPoolExecutor(8) as pool:
     found = list(pool.map(lambda one: decode(one, 15), data))
   np.testing.assert_array_equal(found, expected)

@@ -13,14 +13,18 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from parti_jax.data import captions, sources
-from parti_jax.data import image_decoding
 from parti_jax.cli import vocabulary
-from parti_jax.data.readers import folder_index, tar_members, tar_shards, text_lines, tfrecords
+from parti_jax.core.errors import UserError
+from parti_jax.data import captions
+from parti_jax.data import image_decoding
+from parti_jax.data import sources
 from parti_jax.data.batches import Batches
 from parti_jax.data.damage import Damaged
+from parti_jax.data.readers import folder_index
+from parti_jax.data.readers import tar_shards
+from parti_jax.data.readers import text_lines
+from parti_jax.data.readers import tfrecords
 from parti_jax.data.sources import paths
-from parti_jax.core.errors import UserError
 
 IMAGES = {'images': 8}
 REST_OF_TAR = 'rest of a damaged tar shard'

@@ -4,10 +4,11 @@ import fsspec
 import gin
 import pytest
 
-from parti_jax.data import sources
-from parti_jax.data.readers import file_patterns, tar_shards
-from parti_jax.data.batches import Batches
 from parti_jax.core.errors import UserError
+from parti_jax.data import sources
+from parti_jax.data.batches import Batches
+from parti_jax.data.readers import file_patterns
+from parti_jax.data.readers import tar_shards
 
 
 @pytest.mark.parametrize('pattern, expected', [

@@ -3,12 +3,12 @@
 import gin
 import pytest
 
-from parti_jax.core import gin_config
 from parti_jax.cli import own_plan
+from parti_jax.core import gin_config
+from parti_jax.core.errors import UserError
 from parti_jax.data import datasets as our_datasets
 from parti_jax.data import sources
 from parti_jax.data.batches import Batches
-from parti_jax.core.errors import UserError
 
 hf = pytest.importorskip('datasets', reason='the extra hf is not installed')
 

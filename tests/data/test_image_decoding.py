@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from parti_jax.data.image_decoding import UndecodablePicture, decode
+from parti_jax.data.image_decoding import decode
+from parti_jax.data.image_decoding import UndecodablePicture
 
 
 def _encode(array_or_image, image_format='png', **kwargs):

@@ -12,7 +12,8 @@ import simplejpeg
 from PIL import Image
 
 from parti_jax.data import jpegs
-from parti_jax.data.image_decoding import UndecodablePicture, decode
+from parti_jax.data.image_decoding import decode
+from parti_jax.data.image_decoding import UndecodablePicture
 
 
 def _smooth(width, height, mode='RGB'):

@@ -7,16 +7,17 @@ import json
 import gin
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
+from hypothesis import settings
 from hypothesis import strategies
 
+from parti_jax.core.errors import UserError
 from parti_jax.data import mixing
 from parti_jax.data import mixtures
 from parti_jax.data import shared_batches
 from parti_jax.data import tasks
 from parti_jax.data import token_cache
 from parti_jax.data.batches import Batches
-from parti_jax.core.errors import UserError
 
 IMAGES, PAIRS, TOKENS = {'images': 8}, {'inputs': 16, 'images': 8}, {'inputs': 8, 'targets': 4}
 TASK = 'mixture_images'

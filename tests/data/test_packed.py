@@ -15,11 +15,15 @@ import pyarrow
 import pytest
 import tensorflow as tf
 
-from parti_jax.data import tasks, sources
-from parti_jax.data.readers import packed, tar_shards, text_lines, tfrecords
+from parti_jax.core.errors import UserError
+from parti_jax.data import sources
+from parti_jax.data import tasks  # noqa: F401
 from parti_jax.data.batches import Batches
 from parti_jax.data.damage import Damaged
-from parti_jax.core.errors import UserError
+from parti_jax.data.readers import packed
+from parti_jax.data.readers import tar_shards
+from parti_jax.data.readers import text_lines
+from parti_jax.data.readers import tfrecords
 
 
 def _zstd(data):

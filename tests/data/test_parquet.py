@@ -12,15 +12,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from parti_jax.core import gin_config
 from parti_jax.cli import own_plan
+from parti_jax.core import gin_config
+from parti_jax.core.errors import UserError
 from parti_jax.data import datasets
 from parti_jax.data import sources
 from parti_jax.data.batches import Batches
 from parti_jax.data.damage import Damaged
 from parti_jax.data.readers import parquet_files
 from parti_jax.data.sources import parquet
-from parti_jax.core.errors import UserError
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 IMAGES, PAIRS = {'images': 8}, {'inputs': 16, 'images': 8}
@@ -236,7 +236,7 @@ def test_whatever_is_damaged_every_row_is_accounted_for(numbered, seed):
     except UserError as error:
       assert '00000.parquet' in str(error)
       continue
-    if not isinstance(opened, parquet._Rows):  # pylint: disable=protected-access
+    if not isinstance(opened, parquet._Rows):
       continue  # The footer tells of large row groups.
     found = opened.read(range(len(opened)))
     assert len(found) == len(opened) and None not in found

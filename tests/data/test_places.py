@@ -8,6 +8,7 @@ import gin
 import numpy as np
 import pytest
 
+from parti_jax.core.errors import UserError
 from parti_jax.data import input_parts
 from parti_jax.data import shared_batches
 from parti_jax.data import sources
@@ -15,7 +16,6 @@ from parti_jax.data import token_cache
 from parti_jax.data.batches import Batches
 from parti_jax.data.readers import array_records
 from parti_jax.data.share import Settings
-from parti_jax.core.errors import UserError
 
 LENGTHS = {'inputs': 8, 'targets': 4}
 INFO = {'codebook_size': 32, 'image_tokens': 4, 'tokenizer': 'abc'}
@@ -153,7 +153,7 @@ def test_a_host_keeps_at_least_a_thread_for_each_share():
 
 
 def test_threads_read_more_shards_than_stay_open(cache, monkeypatch):
-  import concurrent.futures  # pylint: disable=import-outside-toplevel
+  import concurrent.futures
 
   monkeypatch.setattr(array_records, '_MOST_OPEN', 2)
   cache(40)

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
+from parti_jax.core.errors import UserError
 from parti_jax.data import datasets
 from parti_jax.data.shared_batches import SharedBatches
-from parti_jax.core.errors import UserError
 
 IMAGES = {'images': 8}
 

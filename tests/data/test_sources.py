@@ -10,9 +10,10 @@ import pytest
 import tensorflow as tf
 
 from parti_jax.core import gin_config
-from parti_jax.data import datasets, sources
-from parti_jax.data.batches import Batches
 from parti_jax.core.errors import UserError
+from parti_jax.data import datasets
+from parti_jax.data import sources
+from parti_jax.data.batches import Batches
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 LENGTHS = {'inputs': 16, 'images': 8}

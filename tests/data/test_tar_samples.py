@@ -9,11 +9,12 @@ import pytest
 from PIL import Image
 
 from parti_jax.core import gin_config
-from parti_jax.data import captions, datasets
-from parti_jax.data.readers import tar_shards
+from parti_jax.core.errors import UserError
+from parti_jax.data import captions
+from parti_jax.data import datasets
 from parti_jax.data.batches import Batches
 from parti_jax.data.damage import Damaged
-from parti_jax.core.errors import UserError
+from parti_jax.data.readers import tar_shards
 
 NEITHER = 'file that is neither picture nor caption in a tar shard'
 AMBIGUOUS = 'caption of one of several samples of the same key'

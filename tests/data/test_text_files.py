@@ -6,13 +6,17 @@ import json
 import gin
 import pytest
 
+from parti_jax.cli import generate
 from parti_jax.core import gin_config
 from parti_jax.core import storage
-from parti_jax.data import tasks, sources
-from parti_jax.data.readers import folder_index, tar_shards, text_files, text_lines
 from parti_jax.core.errors import UserError
+from parti_jax.data import sources
+from parti_jax.data import tasks  # noqa: F401
+from parti_jax.data.readers import folder_index
+from parti_jax.data.readers import tar_shards
+from parti_jax.data.readers import text_files
+from parti_jax.data.readers import text_lines
 from parti_jax.evaluation.datasets import prompts_file
-from parti_jax.cli import generate
 
 # What `str.splitlines` takes for the end of a line, and files of lines do not.
 WITHIN = '\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e'

@@ -9,12 +9,14 @@ import pytest
 import seqio
 import tensorflow as tf
 
-from parti_jax.core import gin_config
-from parti_jax.data import openmoji_builder, sources
-from parti_jax.data import datasets, tasks
 from parti_jax.cli import vocabulary as vocabulary_lib
-from parti_jax.data.batches import Batches
+from parti_jax.core import gin_config
 from parti_jax.core.errors import UserError
+from parti_jax.data import datasets
+from parti_jax.data import openmoji_builder
+from parti_jax.data import sources
+from parti_jax.data import tasks  # noqa: F401
+from parti_jax.data.batches import Batches
 
 TEXTS = ['red circle', 'green circle', 'woman firefighter']
 LENGTHS = {'inputs': 12}

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import xxhash
 
-from parti_jax.data import datasets, token_cache, token_cache_info
-from parti_jax.data.batches import Batches
 from parti_jax.core.errors import UserError
+from parti_jax.data import datasets
+from parti_jax.data import token_cache
+from parti_jax.data import token_cache_info
+from parti_jax.data.batches import Batches
 
 INFO = {'codebook_size': 32, 'image_tokens': 4, 'tokenizer': 'abc', 'image_size': 16}
 LENGTHS = {'inputs': 12, 'targets': 4}

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from parti_jax.core import storage
-from parti_jax.data import token_cache, token_cache_info, token_cache_parts
 from parti_jax.core.errors import UserError
+from parti_jax.data import token_cache
+from parti_jax.data import token_cache_info
+from parti_jax.data import token_cache_parts
 
 INFO = {'codebook_size': 100, 'image_tokens': 4, 'tokenizer': 'abc', 'views': 1}
 MADE_WITH = {'dtype': 'float32', 'files': ['a', 'b']}

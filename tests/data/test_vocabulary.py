@@ -9,9 +9,10 @@ import sentencepiece
 
 import parti_jax.cli.main
 from parti_jax.core import storage
-from parti_jax.data import openmoji
-from parti_jax.data.vocabulary import TextVocabulary, train_vocabulary
 from parti_jax.core.errors import UserError
+from parti_jax.data import openmoji
+from parti_jax.data.vocabulary import TextVocabulary
+from parti_jax.data.vocabulary import train_vocabulary
 
 CAPTIONS = [f'a {color} {thing} on the {place}'
             for color in ('red', 'green', 'blue') for thing in ('dog', 'house', 'boat')
@@ -60,7 +61,7 @@ def test_cut_says_what_did_not_fit(vocabulary):
 
 
 def test_demo_vocabulary_knows_all_captions():
-  from parti_jax.data import datasets  # pylint: disable=g-import-not-at-top
+  from parti_jax.data import datasets
 
   demo = datasets.get_vocabulary()
   lengths = [len(demo.encode_whole(p.caption)) for p in openmoji.pictures()]

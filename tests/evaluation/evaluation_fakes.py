@@ -5,8 +5,8 @@ import types
 import numpy as np
 
 from parti_jax.data.openmoji import Picture
-from parti_jax.sampling import text_to_image as pipeline_lib
 from parti_jax.exported_model import sampling_settings as settings_lib
+from parti_jax.sampling import text_to_image as pipeline_lib
 
 SIZE = 8
 TONES = ((), ('light',), ('dark',))

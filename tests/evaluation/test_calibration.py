@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 import parti_jax
-from parti_jax.data import openmoji
-from parti_jax.core.errors import UserError
 from parti_jax.cli import calibrate
+from parti_jax.core.errors import UserError
+from parti_jax.data import openmoji
 from parti_jax.evaluation import calibration
-from parti_jax.sampling import adaptive
 from parti_jax.exported_model import sampling_settings
+from parti_jax.sampling import adaptive
 
 
 def _losses(rng, mean, count=120):

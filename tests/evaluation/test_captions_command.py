@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 import parti_jax
-from parti_jax.core.errors import UserError
 from parti_jax.cli import evaluate
-from parti_jax.evaluation.metrics import features
+from parti_jax.core.errors import UserError
 from parti_jax.evaluation.datasets import picture_shards
+from parti_jax.evaluation.metrics import features
 
 PICTURES = 12
 
@@ -183,7 +183,7 @@ def test_captions_that_were_cut_are_counted(pipeline, flags, tmp_path):
   generate = pipeline.generate
 
   def cut(prompts, **settings):
-    warnings.warn('prompt 2 is longer than the 8 text tokens of the model; left out: "x"')
+    warnings.warn('prompt 2 is longer than the 8 text tokens of the model; left out: "x"', stacklevel=2)
     return generate(prompts, **settings)
 
   pipeline.generate = cut

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from parti_jax.evaluation.metrics import distribution
 from parti_jax.evaluation import distribution_report
+from parti_jax.evaluation.metrics import distribution
 from parti_jax.evaluation.metrics import features
 from parti_jax.evaluation.metrics import frechet
 

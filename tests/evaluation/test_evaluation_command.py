@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 import parti_jax
-from parti_jax.data import openmoji
-from parti_jax.core.errors import UserError
 from parti_jax.cli import evaluate
+from parti_jax.core.errors import UserError
+from parti_jax.data import openmoji
 from parti_jax.evaluation import output_folder
 
 

@@ -123,7 +123,7 @@ def test_the_share_of_the_ceiling():
 
 def test_what_a_ranker_and_the_judge_choose_of_each_prompts_pictures():
   right = lambda *rows: np.array(rows, bool)
-  rows = openmoji_report._of_ranked(openmoji_judge.Verdicts(  # pylint: disable=protected-access
+  rows = openmoji_report._of_ranked(openmoji_judge.Verdicts(
       tone_judged=right(1, 1, 0), tone_right=right([1, 0], [0, 1], [0, 0]),
       name_top1=right([1, 0], [0, 1], [0, 0]), name_top5=right([1, 1], [0, 1], [1, 0])))
   shares = {row: [metric.mean for metric in metrics.values()] for row, metrics in rows.items()}

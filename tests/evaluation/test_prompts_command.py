@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 import parti_jax
-from parti_jax.core.errors import UserError
 from parti_jax.cli import prompts as prompts_lib
+from parti_jax.core.errors import UserError
 from parti_jax.evaluation.datasets import prompts_file
 
 HEADER = 'Prompt\tCategory\tChallenge\tNote\n'

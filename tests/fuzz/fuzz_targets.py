@@ -18,13 +18,21 @@ import google_crc32c
 import numpy as np
 import pyarrow
 import pyarrow.parquet
-from PIL import Image, ImageCms
+from PIL import Image
+from PIL import ImageCms
 
-from parti_jax.data import damage, captions, datasets, token_cache_info
-from parti_jax.data import image_decoding
-from parti_jax.data.readers import folder_index, tar_shards, text_files, text_lines, tfrecords
-from parti_jax.data.sources import parquet as parquet_source
 from parti_jax.core.errors import UserError
+from parti_jax.data import captions
+from parti_jax.data import damage
+from parti_jax.data import datasets
+from parti_jax.data import image_decoding
+from parti_jax.data import token_cache_info
+from parti_jax.data.readers import folder_index
+from parti_jax.data.readers import tar_shards
+from parti_jax.data.readers import text_files
+from parti_jax.data.readers import text_lines
+from parti_jax.data.readers import tfrecords
+from parti_jax.data.sources import parquet as parquet_source
 
 
 def picture(data: bytes) -> None:

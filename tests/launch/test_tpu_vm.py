@@ -320,7 +320,7 @@ def test_a_host_that_lost_its_run_has_all_started_again(started):
 
 def test_watch_resumes_each_time_until_the_run_is_finished(started):
   cloud = started.cloud
-  watch = subprocess.Popen(  # pylint: disable=consider-using-with
+  watch = subprocess.Popen(
       [cloud.checkout / 'launch' / 'tpu_vm' / 'resume.sh', *SLICE, '--watch'], text=True,
       stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=cloud.environment())
   for times in (2, 3):

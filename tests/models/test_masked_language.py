@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from parti_jax.models.nn import layers
 from parti_jax.models import masked_language
+from parti_jax.models.nn import layers
 
 VOCABULARY = 50
 

@@ -14,10 +14,10 @@ import jax
 import pytest
 
 from parti_jax.core import gin_config
-from parti_jax.models.nn import layers
 from parti_jax.models import parti
 from parti_jax.models import parti_config
 from parti_jax.models import vit_vqgan
+from parti_jax.models.nn import layers
 
 
 def _parti(size):

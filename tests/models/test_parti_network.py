@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from parti_jax.core.errors import UserError
-from parti_jax.models.nn import layer_stack
-from parti_jax.models.nn import layers
 from parti_jax.models import parti
 from parti_jax.models import parti_config
+from parti_jax.models.nn import layer_stack
+from parti_jax.models.nn import layers
 
 TINY = parti_config.PartiConfig(
     encoder_layers=2, decoder_layers=2, width=16, mlp_width=32, heads=2, text_vocabulary=20,

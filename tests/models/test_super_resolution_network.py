@@ -10,8 +10,8 @@ from PIL import Image
 from parti_jax.core import gin_config as gin_config
 from parti_jax.core.errors import UserError
 from parti_jax.models import flops
-from parti_jax.models.nn import layers
 from parti_jax.models import super_resolution
+from parti_jax.models.nn import layers
 
 KINDS = {
     'wdsr_a': dict(blocks=2, width=4, expansion=2),

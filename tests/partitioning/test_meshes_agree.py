@@ -16,10 +16,10 @@ from parti_jax.models import coca
 from parti_jax.models import parti_config
 from parti_jax.models import vit_vqgan
 from parti_jax.partitioning import mesh as mesh_lib
+from parti_jax.training import trainer as trainer_lib
 from parti_jax.training.objectives import generator_objective
 from parti_jax.training.objectives import ranker_objective
 from parti_jax.training.objectives import tokenizer_objective
-from parti_jax.training import trainer as trainer_lib
 
 BATCH = 8
 # Ways of data, fsdp, tensor and stage.

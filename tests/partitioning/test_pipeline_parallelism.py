@@ -16,16 +16,16 @@ import pytest
 
 from parti_jax.core import gin_config
 from parti_jax.core.errors import UserError
-from parti_jax.models.nn import layers
 from parti_jax.models import parti_config
 from parti_jax.models import vit_vqgan
+from parti_jax.models.nn import layers
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.partitioning import pipeline_parallelism
 from parti_jax.partitioning import rules
-from parti_jax.training.objectives import frozen_tokenizer
-from parti_jax.training.objectives import generator_objective
 from parti_jax.training import optimizers
 from parti_jax.training import trainer as trainer_lib
+from parti_jax.training.objectives import frozen_tokenizer
+from parti_jax.training.objectives import generator_objective
 
 BATCH = 16
 

@@ -12,9 +12,9 @@ from parti_jax.core.errors import UserError
 from parti_jax.models import parti_config
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.partitioning import rules
-from parti_jax.training.objectives import generator_objective
 from parti_jax.training import optimizers
 from parti_jax.training import state as state_lib
+from parti_jax.training.objectives import generator_objective
 
 # Wide enough that Adafactor factors the MLPs' and the tables' second moments.
 SIZES = parti_config.PartiConfig(
@@ -82,7 +82,7 @@ def test_adafactors_moments_lie_beside_their_parameters(adafactor_state):
   _, state = adafactor_state
   factored = next(s for s in state.optimizer_state if hasattr(s, 'v_row'))
   first = next(s for s in state.optimizer_state if hasattr(s, 'ema')).ema
-  for path, (shape, part) in PARTS.items():
+  for path, (_, part) in PARTS.items():
     assert _part(_at(first, path)) == part, path
   # The rows' and columns' sums of a kernel lack one of its axes and keep the others' parts.
   path = (*DECODER, 'mlp', 'project_in', 'kernel')

@@ -6,8 +6,8 @@ import optax
 
 from parti_jax.models import parti_config
 from parti_jax.partitioning import mesh as mesh_lib
-from parti_jax.training.objectives import generator_objective
 from parti_jax.training import trainer as trainer_lib
+from parti_jax.training.objectives import generator_objective
 
 
 def test_no_array_of_all_pairs_of_positions_in_the_training_step(tpu_devices):

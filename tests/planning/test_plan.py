@@ -70,7 +70,7 @@ def test_the_training_step(trained):
 def test_the_plan_is_of_the_state_and_batch_of_training(trained):
   _, _, plan = trained
   request = request_lib.Request('train', 'cpu:8', (RUN,), tuple(plan['gin_bindings']), 32)
-  from parti_jax.core import gin_config  # pylint: disable=g-import-not-at-top
+  from parti_jax.core import gin_config
   from parti_jax.partitioning import mesh as mesh_lib
   gin_config.parse(request.gin_files, request.gin_bindings, data=False)
   values = train_loop.bound_arguments()

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from parti_jax.planning import chips
-from parti_jax.planning.hlo import hlo_cost
 from parti_jax.planning import roofline
+from parti_jax.planning.hlo import hlo_cost
 
 V4, V5E = chips.CHIPS['v4'], chips.CHIPS['v5e']
 WHOLE = 8e9

@@ -161,7 +161,7 @@ def test_a_worker_that_cannot_write_ends_it_in_one_line(
     tars, tmp_path, capsys, monkeypatch, workers):
   # A file lies where the folder of unfinished shards was.
   out = tmp_path / 'out'
-  from parti_jax.preparation import output as output_lib  # pylint: disable=import-outside-toplevel
+  from parti_jax.preparation import output as output_lib
   claim = output_lib.Output.claim
 
   def claim_and_block(self, overwrite):

@@ -7,7 +7,8 @@ import random
 import pytest
 from PIL import Image
 
-from parti_jax.preparation import duplicates, hashes
+from parti_jax.preparation import duplicates
+from parti_jax.preparation import hashes
 from parti_jax.preparation.duplicates import Row
 
 

@@ -6,8 +6,8 @@ import gin
 import pytest
 
 from parti_jax.core import gin_config
-from parti_jax.data.damage import Unusable
 from parti_jax.core.errors import UserError
+from parti_jax.data.damage import Unusable
 from parti_jax.preparation import filters
 from parti_jax.preparation.settings import Settings
 

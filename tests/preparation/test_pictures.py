@@ -5,12 +5,14 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image
+from PIL import ImageCms
 
 from parti_jax.data import image_decoding
 from parti_jax.data.damage import Unusable
 from parti_jax.data.sources import prepared
-from parti_jax.preparation import examples, pictures
+from parti_jax.preparation import examples
+from parti_jax.preparation import pictures
 from parti_jax.preparation.settings import Settings
 
 

@@ -7,12 +7,15 @@ import pickle
 import pytest
 
 from parti_jax.core import storage
+from parti_jax.core.errors import UserError
 from parti_jax.data import sources
 from parti_jax.data.damage import Damaged
-from parti_jax.data.sources import folder, prepared, webdataset
-from parti_jax.core.errors import UserError
+from parti_jax.data.sources import folder
+from parti_jax.data.sources import prepared
+from parti_jax.data.sources import webdataset
 from parti_jax.preparation import output as output_lib
-from parti_jax.preparation import report, shards
+from parti_jax.preparation import report
+from parti_jax.preparation import shards
 from parti_jax.preparation.settings import Settings
 from parti_jax.preparation.work import Work
 
@@ -247,7 +250,7 @@ def test_prepared_pictures_by_gin(tmp_path, draw, encode):
   output = output_lib.Output(str(tmp_path / 'out'), 'train', True)
   output.claim(False)
   _finish(output, draw, encode)
-  import gin  # pylint: disable=import-outside-toplevel
+  import gin
   gin.parse_config(f"prepared.path = '{tmp_path}/out'")
   assert len(list(sources.configured('prepared').examples('train'))) == 3
   with pytest.raises(UserError, match="prepared.shuffle='none' is not one of global, window"):

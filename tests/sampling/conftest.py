@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from parti_jax.data import vocabulary
+from parti_jax.exported_model import model_folder
+from parti_jax.exported_model import sampling_settings
 from parti_jax.models import parti
 from parti_jax.models import parti_config
 from parti_jax.models import super_resolution
 from parti_jax.models import vit_vqgan
-from parti_jax.exported_model import model_folder
-from parti_jax.exported_model import sampling_settings
 
 CAPTIONS = ('red apple', 'green apple', 'blue ball', 'waving hand: dark skin tone',
             'woman firefighter: light skin tone', 'man cook: medium skin tone')

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from parti_jax.models.nn import attention_patterns
 from parti_jax.models import parti
 from parti_jax.models import parti_config
+from parti_jax.models.nn import attention_patterns
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.partitioning import rules
 from parti_jax.sampling import decoding

@@ -8,9 +8,9 @@ from PIL import Image
 
 import parti_jax
 from parti_jax.cli import main
+from parti_jax.exported_model import model_folder
 from parti_jax.sampling import detokenizing
 from parti_jax.sampling import images
-from parti_jax.exported_model import model_folder
 
 NAME = 'openmoji_tokens-predict.jsonl-00000-of-00001'
 

@@ -10,8 +10,8 @@ import safetensors.numpy
 
 from parti_jax.core.errors import UserError
 from parti_jax.exported_model import model_folder
-from parti_jax.sampling import text_to_image
 from parti_jax.exported_model import sampling_settings
+from parti_jax.sampling import text_to_image
 
 
 def edit_config(folder, edit):

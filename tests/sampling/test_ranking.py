@@ -5,14 +5,14 @@ import jax
 import numpy as np
 import pytest
 
-from parti_jax.data import vocabulary
 from parti_jax.core.errors import UserError
+from parti_jax.data import vocabulary
+from parti_jax.exported_model import model_folder
 from parti_jax.models import coca
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.sampling import images as images_lib
-from parti_jax.exported_model import model_folder
-from parti_jax.sampling import text_to_image as pipeline_lib
 from parti_jax.sampling import ranking
+from parti_jax.sampling import text_to_image as pipeline_lib
 
 
 @pytest.fixture(scope='session', name='part')

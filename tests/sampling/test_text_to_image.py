@@ -12,10 +12,10 @@ from PIL import Image
 
 import parti_jax
 from parti_jax.core.errors import UserError
+from parti_jax.exported_model import model_folder
 from parti_jax.models import vit_vqgan
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.sampling import images
-from parti_jax.exported_model import model_folder
 from parti_jax.sampling import text_to_image as pipeline_lib
 
 PROMPTS = ['red apple', 'waving hand: dark skin tone', 'blue ball']

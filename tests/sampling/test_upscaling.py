@@ -8,10 +8,10 @@ from PIL import Image
 import parti_jax
 from parti_jax.cli import main
 from parti_jax.core.errors import UserError
+from parti_jax.exported_model import model_folder
 from parti_jax.models import super_resolution
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.sampling import images as images_lib
-from parti_jax.exported_model import model_folder
 from parti_jax.sampling import placement
 from parti_jax.sampling import upscaling
 

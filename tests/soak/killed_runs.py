@@ -154,8 +154,9 @@ def _child(task: _Task):
   os.dup2(shown, 2)
   os.environ['XLA_FLAGS'] = f'--xla_force_host_platform_device_count={task.devices}'
   os.chdir(REPOSITORY)
-  import jax  # pylint: disable=g-import-not-at-top
-  from parti_jax.cli import main  # pylint: disable=g-import-not-at-top
+  import jax
+
+  from parti_jax.cli import main
 
   os.environ['PARTI_JAX_CACHE'] = 'off'
   jax.config.update('jax_compilation_cache_dir', task.cache and str(task.cache))
@@ -177,7 +178,6 @@ class _Recorder:
 
   def install(self, on: str):
     """Puts the recorder into the loop's methods; `on` is the mesh."""
-    # pylint: disable=g-import-not-at-top
     from parti_jax.checkpoints import run_checkpoints
     from parti_jax.training import reporting
     from parti_jax.training import run as run_lib
@@ -402,8 +402,8 @@ def _different_checkpoints(folder, other) -> list[str]:
 
 def read_checkpoint(model_dir, step: int):
   """A checkpoint's arrays by name, and its place in the data."""
-  import jax  # pylint: disable=g-import-not-at-top
-  import orbax.checkpoint as ocp  # pylint: disable=g-import-not-at-top
+  import jax
+  import orbax.checkpoint as ocp
 
   path = (pathlib.Path(model_dir) / 'checkpoints' / str(step)).absolute()
   with ocp.PyTreeCheckpointer() as checkpointer:
@@ -427,7 +427,6 @@ def different_bits(array: np.ndarray, other: np.ndarray) -> int:
 
 def scalars(folder) -> dict[str, list[tuple[int, str]]]:
   """What TensorBoard shows of a run: tag -> (step, value) in order, without measures of time."""
-  # pylint: disable=g-import-not-at-top
   from tensorboard.backend.event_processing import plugin_event_accumulator
   from tensorboard.util import tensor_util
 

@@ -29,9 +29,8 @@ import signal
 import sys
 import time
 
-import numpy as np
-
 import killed_runs
+import numpy as np
 
 # The exit status of a run that was told to stop and has saved; SIGTERM before it listens.
 TOLD_TO_STOP = (75, -signal.SIGTERM)

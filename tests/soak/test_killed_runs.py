@@ -3,10 +3,9 @@
 Each stage takes some minutes: launch/test.sh -m slow tests/soak
 """
 
+import killed_runs
 import numpy as np
 import pytest
-
-import killed_runs
 import tiny_runs
 
 KILLS = 20

@@ -7,11 +7,11 @@ import shutil
 
 import jax
 import pytest
-
 import tiny_runs
+
 from parti_jax.cli import main
 from parti_jax.partitioning import mesh as mesh_lib
-from parti_jax.training import configurables  # pylint: disable=unused-import
+from parti_jax.training import configurables  # noqa: F401
 from parti_jax.training import reporting
 
 DATA = ['make_mesh.data = 8']

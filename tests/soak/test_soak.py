@@ -4,10 +4,9 @@ import json
 import pathlib
 import shutil
 
+import killed_runs
 import numpy as np
 import pytest
-
-import killed_runs
 import soak
 
 # What a mesh adds to a step: its rounding.
@@ -78,10 +77,10 @@ def _played(tmp_path, monkeypatch):
 
   def play(damage=(), fault=lambda state, step: state):
     played = soak.Soak(tmp_path, seed=0, kills=3)
-    played._starter = _Player(tmp_path, fault)  # pylint: disable=protected-access
+    played._starter = _Player(tmp_path, fault)
 
     def damaged(model_dir, _):
-      steps = played._whole_steps(model_dir)  # pylint: disable=protected-access
+      steps = played._whole_steps(model_dir)
       if played.state['starts'] in damage and len(steps) > 1:
         played.state['damaged'] = [*played.state['damaged'], steps[0]]
         played.state['damaged_checkpoints'] += 1
@@ -90,7 +89,7 @@ def _played(tmp_path, monkeypatch):
     monkeypatch.setattr(played, '_damage', damaged)
     monkeypatch.setattr(soak, '_DAMAGED_SHARE', 1.0)
     while played.state['segment'] < 4 and not played.state['differences']:
-      played._segment()  # pylint: disable=protected-access
+      played._segment()
     return played
 
   return play

@@ -53,7 +53,7 @@ def write_pictures(folder, size: int = 16):
 
 def write_tokens(folder):
   """Writes a token cache of 21 and 10 examples for the tiny generator."""
-  from parti_jax.data import token_cache  # pylint: disable=g-import-not-at-top
+  from parti_jax.data import token_cache
 
   draw = np.random.default_rng(1)
   info = {'codebook_size': 64, 'image_tokens': 16, 'tokenizer': 'none'}

@@ -12,6 +12,6 @@ sys.path.append(str(pathlib.Path(__file__).parent))
 @pytest.fixture(autouse=True)
 def unsettled_tasks():
   """Registers our tasks again: seqio's registry would keep those of the test before, with their data."""
-  from parti_jax.t5x import tasks  # pylint: disable=import-outside-toplevel
+  from parti_jax.t5x import tasks
 
   tasks.register()

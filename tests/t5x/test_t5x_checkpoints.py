@@ -5,33 +5,32 @@ import errno
 import functools
 import shutil
 
-from etils import epath
 import flax.serialization
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
-
 import old_moments
+import pytest
+from etils import epath
 
+from parti_jax.checkpoints import run_checkpoints
 from parti_jax.cli import main
-from parti_jax.data import tasks  # pylint: disable=unused-import
-from parti_jax.data import token_cache
+from parti_jax.cli import t5x_checkpoint
 from parti_jax.core.errors import UserError
+from parti_jax.data import tasks  # noqa: F401
+from parti_jax.data import token_cache
+from parti_jax.exported_model import model_folder
 from parti_jax.models import discriminator
 from parti_jax.models import parti_config
 from parti_jax.models import vit_vqgan
 from parti_jax.partitioning import mesh as mesh_lib
-from parti_jax.exported_model import model_folder
 from parti_jax.sampling import text_to_image
-from parti_jax.cli import t5x_checkpoint
 from parti_jax.t5x import checkpoints as t5x_checkpoints
-from parti_jax.checkpoints import run_checkpoints
-from parti_jax.training.objectives import generator_objective
 from parti_jax.training import optimizers
-from parti_jax.training.objectives import tokenizer_objective
 from parti_jax.training import trainer as trainer_lib
+from parti_jax.training.objectives import generator_objective
+from parti_jax.training.objectives import tokenizer_objective
 
 # As gin_configs/runs/tiny_generator.gin.
 PARTI = parti_config.PartiConfig(

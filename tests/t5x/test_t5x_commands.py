@@ -5,9 +5,7 @@ import sys
 
 import gin
 import numpy as np
-
-import require_t5x  # pylint: disable=unused-import
-
+import require_t5x  # noqa: F401
 from t5x import gin_utils
 from t5x import infer as t5x_infer
 from t5x import train as t5x_train

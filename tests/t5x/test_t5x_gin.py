@@ -7,15 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-import require_t5x  # pylint: disable=unused-import
-
+import require_t5x  # noqa: F401
 from t5x import eval as t5x_eval
 from t5x import gin_utils
 from t5x import infer as t5x_infer
 from t5x import partitioning
 from t5x import train as t5x_train
-from t5x import trainer
+from t5x import trainer  # noqa: F401
 from t5x import utils
 
 from parti_jax.core import gin_config

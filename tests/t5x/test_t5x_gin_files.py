@@ -8,7 +8,7 @@ import pytest
 import tried_t5x
 
 from parti_jax.core import gin_config
-from parti_jax.training import configurables  # pylint: disable=unused-import
+from parti_jax.training import configurables  # noqa: F401
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 FILES = sorted(path.relative_to(gin_config.folder()).as_posix()

@@ -4,9 +4,9 @@ import gin
 import numpy as np
 import pytest
 
-from parti_jax.data import token_cache
-from parti_jax.data import tasks as data_tasks
 from parti_jax.core.errors import UserError
+from parti_jax.data import tasks as data_tasks
+from parti_jax.data import token_cache
 from parti_jax.t5x import inputs
 from parti_jax.t5x import tasks
 

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
+from parti_jax.core.errors import UserError
 from parti_jax.data import openmoji
 from parti_jax.data.openmoji import Picture
-from parti_jax.core.errors import UserError
 from parti_jax.models import vit_vqgan
 from parti_jax.sampling import detokenizing
 from parti_jax.t5x import metrics

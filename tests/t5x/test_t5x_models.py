@@ -1,8 +1,7 @@
 """Parti as a model of t5x: its parameters' axes, losses, scores and drawing, on t5x's own mesh."""
 
-import os
-
 import dataclasses
+import os
 import types
 
 import flax.core
@@ -10,9 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-import require_t5x  # pylint: disable=unused-import
-
+import require_t5x  # noqa: F401
 import seqio
 from t5x import checkpoints
 from t5x import decoding
@@ -21,18 +18,18 @@ from t5x import trainer as t5x_trainer
 from t5x import utils
 
 from parti_jax.core import errors
-from parti_jax.models.nn import layers
 from parti_jax.models import parti
 from parti_jax.models import parti_config
 from parti_jax.models import vit_vqgan
+from parti_jax.models.nn import layers
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.sampling import decoding as our_decoding
 from parti_jax.sampling import parameters
 from parti_jax.t5x import logical_axes
 from parti_jax.t5x import models
 from parti_jax.t5x import optimizers
-from parti_jax.training.objectives import generator_objective
 from parti_jax.training import optimizers as our_optimizers
+from parti_jax.training.objectives import generator_objective
 from parti_jax.training.objectives import tokenizer_objective
 
 # Wide enough for Adafactor to factor the moment of the embeddings.

@@ -4,33 +4,31 @@ t5x's mesh has 8 devices, 2-way model partitioned; we write from one device and 
 that splits parameters 4 ways.
 """
 
-import pytest
-
-import require_t5x  # pylint: disable=unused-import
-
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import old_moments
+import pytest
+import require_t5x  # noqa: F401
 from t5x import partitioning
 from t5x import utils
 
+from parti_jax.checkpoints import run_checkpoints
+from parti_jax.cli import t5x_checkpoint
 from parti_jax.models import parti
 from parti_jax.models import parti_config
 from parti_jax.models import vit_vqgan
 from parti_jax.partitioning import mesh as mesh_lib
-from parti_jax.cli import t5x_checkpoint
 from parti_jax.t5x import checkpoints as t5x_checkpoints
 from parti_jax.t5x import models
 from parti_jax.t5x import optimizers
 from parti_jax.t5x import restoring
-from parti_jax.checkpoints import run_checkpoints
-from parti_jax.training.objectives import generator_objective
 from parti_jax.training import optimizers as our_optimizers
-from parti_jax.training.objectives import tokenizer_objective
 from parti_jax.training import trainer as trainer_lib
+from parti_jax.training.objectives import generator_objective
+from parti_jax.training.objectives import tokenizer_objective
 
 # Wide enough for Adafactor to factor moments.
 PARTI = parti_config.PartiConfig(

@@ -13,9 +13,7 @@ import subprocess
 import sys
 
 import pytest
-
-import require_t5x  # pylint: disable=unused-import
-
+import require_t5x  # noqa: F401
 from PIL import Image
 from tensorboard.backend.event_processing import event_accumulator
 from tensorboard.util import tensor_util

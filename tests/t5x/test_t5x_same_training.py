@@ -5,12 +5,9 @@ import functools
 import flax.core
 import flax.linen
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-
-import require_t5x  # pylint: disable=unused-import
-
+import require_t5x  # noqa: F401
 import seqio
 import tensorflow as tf
 from t5x import partitioning
@@ -23,9 +20,9 @@ from parti_jax.models import parti_config
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.t5x import models
 from parti_jax.t5x import optimizers
-from parti_jax.training.objectives import generator_objective
 from parti_jax.training import optimizers as our_optimizers
 from parti_jax.training import trainer as our_trainer
+from parti_jax.training.objectives import generator_objective
 
 # Wide enough for Adafactor to factor the moments of the decoder's MLPs.
 CONFIG = parti_config.PartiConfig(

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from parti_jax.core.errors import UserError
 from parti_jax.data import datasets
 from parti_jax.data import token_cache
 from parti_jax.data.batches import Batches
-from parti_jax.data.feature_converter import PairFeatureConverter, PartiFeatureConverter
+from parti_jax.data.feature_converter import PairFeatureConverter
+from parti_jax.data.feature_converter import PartiFeatureConverter
 from parti_jax.data.quiet_tensorflow import seqio
 from parti_jax.data.vocabulary import EOS_ID
-from parti_jax.core.errors import UserError
 from parti_jax.t5x import tasks
 
 INFO = {'codebook_size': 40, 'image_tokens': 4, 'tokenizer': 'abc'}
@@ -61,7 +62,7 @@ def test_a_task_is_settled_when_it_is_first_used(cache):
   seqio.MixtureRegistry.remove('test_mixture')
   mixture = seqio.MixtureRegistry.add('test_mixture', ['cached_tokens'], default_rate=1)
   with pytest.raises(UserError, match='token_cache.path is not set'):
-    task.splits  # pylint: disable=pointless-statement
+    _ = task.splits
   cache(5)
   assert set(task.splits) == {'train', 'validation'}
   assert task.num_input_examples('train') == 5
@@ -195,7 +196,7 @@ def test_a_mixture_of_token_caches(cache):
   mixture = seqio.get_mixture_or_task('mixture_tokens')
   assert isinstance(mixture, seqio.Mixture)
   with pytest.raises(UserError, match='mixture.sources is not set'):
-    mixture.tasks  # pylint: disable=pointless-statement
+    _ = mixture.tasks
   for name, captions in (('a', 'woman {}'), ('b', 'firefighter {}')):
     folder = cache(7, validation=2, captions=captions.format, name=name)
     gin.parse_config(f"token_cache_{name}/token_cache.path = '{folder}'")

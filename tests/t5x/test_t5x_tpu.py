@@ -6,9 +6,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import pytest
-
-import require_t5x  # pylint: disable=unused-import
-
+import require_t5x  # noqa: F401
 from t5x import partitioning
 from t5x import trainer as t5x_trainer
 from t5x import utils
@@ -74,7 +72,7 @@ def test_step_on_a_tpu_that_t5x_does_not_know(name, shapes_of_slices, mesh, rows
         initializer.train_state_axes, jax.random.PRNGKey(0), lambda step: 1e-3,
         num_microbatches=None)
     batch = {name: jax.ShapeDtypeStruct(shapes[name], types[name]) for name in shapes}
-    step = trainer._partitioned_train_step  # pylint: disable=protected-access
+    step = trainer._partitioned_train_step
     text = step.lower(trainer.train_state, batch).as_text()
   assert dict(partitioner.mesh.shape) == mesh
   kernels = [line for line in text.splitlines() if 'tpu_custom_call' in line]

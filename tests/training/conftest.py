@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 
 from parti_jax.core import gin_config
+
 # What gin may name must be there before the fixture below locks gin.
-from parti_jax.data import datasets  # pylint: disable=unused-import
+from parti_jax.data import datasets  # noqa: F401
 from parti_jax.data import token_cache
 
 

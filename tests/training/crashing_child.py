@@ -43,7 +43,7 @@ def _step_with_full_buffers(lib):
 
 def _step_of_jax(lib):
   """An error of JAX' own, from the compiled step."""
-  import jax  # pylint: disable=import-outside-toplevel
+  import jax
 
   step = lib['trainer'].Trainer.step
 
@@ -76,9 +76,8 @@ _ERRORS = {'step': _step, 'step_with_full_buffers': _step_with_full_buffers,
 
 
 def _patch(where):
-  # pylint: disable=import-outside-toplevel
-  from parti_jax.data import sources
   from parti_jax.data import image_decoding
+  from parti_jax.data import sources
   from parti_jax.training import trainer
 
   if where != 'step_with_full_buffers':
@@ -96,7 +95,7 @@ if __name__ == '__main__':
   where_, process, *argv = sys.argv[1:]
   from parti_jax.cli import train as train_lib
 
-  train = train_lib._train_listening  # pylint: disable=protected-access
+  train = train_lib._train_listening
 
   def patched_train(args, connect):
     """Patches in the process that trains, not in the parent of one of several."""
@@ -104,6 +103,6 @@ if __name__ == '__main__':
       _patch(where_)
     train(args, connect)
 
-  train_lib._train_listening = patched_train  # pylint: disable=protected-access
+  train_lib._train_listening = patched_train
   sys.argv[1:] = argv
   sys.exit(main.main())

@@ -21,7 +21,7 @@ from parti_jax.cli import main
 
 def digest(run):
   """A hexadecimal digest of all arrays of a run's state, whoever holds them."""
-  import jax  # pylint: disable=import-outside-toplevel
+  import jax
 
   everywhere = jax.sharding.NamedSharding(
       run.state.step.sharding.mesh, jax.sharding.PartitionSpec())
@@ -33,8 +33,8 @@ def digest(run):
 
 def patch(record, is_victim, signal_name, at_step):
   """Makes the loop record what it does, and the victim die."""
-  from parti_jax.training import reporting  # pylint: disable=import-outside-toplevel
-  from parti_jax.training import run as run_lib  # pylint: disable=import-outside-toplevel
+  from parti_jax.training import reporting
+  from parti_jax.training import run as run_lib
 
   advance, init, save = (run_lib.Run.advance, run_lib.Run.__init__, run_lib.Run.save)
 
@@ -43,7 +43,6 @@ def patch(record, is_victim, signal_name, at_step):
       file.write(json.dumps(values) + '\n')
 
   def places(run):
-    # pylint: disable-next=protected-access
     shares = run._examples.state()['shares']
     return [[share['epoch'], share['taken'] + share['lost']] for share in shares]
 
@@ -74,12 +73,12 @@ if __name__ == '__main__':
   record_file, victim, signal_, step, *argv = sys.argv[1:]
   from parti_jax.cli import train as train_lib
 
-  train = train_lib._train  # pylint: disable=protected-access
+  train = train_lib._train
 
   def patched_train(args, connect):
     """Patches in the child alone, since the parent must not import JAX."""
     patch(record_file, args.process_id == int(victim), signal_, int(step))
     train(args, connect)
 
-  train_lib._train = patched_train  # pylint: disable=protected-access
+  train_lib._train = patched_train
   sys.exit(main.main(argv))

@@ -8,17 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from parti_jax.checkpoints import run_checkpoints
 from parti_jax.core.errors import UserError
 from parti_jax.models import discriminator
 from parti_jax.models import vit_vqgan
 from parti_jax.partitioning import mesh as mesh_lib
-from parti_jax.training.objectives import adversarial
-from parti_jax.checkpoints import run_checkpoints
-from parti_jax.training.objectives import frozen_tokenizer
 from parti_jax.training import optimizers
 from parti_jax.training import state as state_lib
-from parti_jax.training.objectives import tokenizer_objective
 from parti_jax.training import trainer as trainer_lib
+from parti_jax.training.objectives import adversarial
+from parti_jax.training.objectives import frozen_tokenizer
+from parti_jax.training.objectives import tokenizer_objective
 
 SIZES = vit_vqgan.ViTVQGANConfig(
     image_size=8, patch_size=4, encoder_layers=1, encoder_width=8, encoder_mlp_width=16,

@@ -6,11 +6,11 @@ import orbax.checkpoint as ocp
 import pytest
 
 from parti_jax.core import gin_config
-from parti_jax.training import configurables  # pylint: disable=unused-import
-from parti_jax.training.objectives import frozen_tokenizer
+from parti_jax.training import configurables  # noqa: F401
 from parti_jax.training import run as run_lib
 from parti_jax.training import train_loop
 from parti_jax.training import trainer as trainer_lib
+from parti_jax.training.objectives import frozen_tokenizer
 
 
 @pytest.mark.slow

@@ -3,20 +3,19 @@
 import json
 import shutil
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 
+from parti_jax.checkpoints import manifest
+from parti_jax.checkpoints import run_checkpoints
+from parti_jax.checkpoints import verification
 from parti_jax.cli import main
 from parti_jax.core.errors import UserError
-from parti_jax.checkpoints import run_checkpoints
-from parti_jax.training import configurables  # pylint: disable=unused-import
-from parti_jax.checkpoints import manifest
-from parti_jax.training import train_loop  # pylint: disable=unused-import
-from parti_jax.checkpoints import verification
+from parti_jax.training import configurables  # noqa: F401
+from parti_jax.training import train_loop  # noqa: F401
 
 MODEL = {'stage': 'tokenizer', 'config': {}}
 
@@ -201,7 +200,7 @@ def test_the_last_whole_one_stays_when_newer_ones_turn_out_damaged(tmp_path, kee
   for step in (1, 2, 3, 4):
     _save(manager, step)
     manager.check()
-    manager._finish()  # pylint: disable=protected-access
+    manager._finish()
     if step > 1:
       assert '1' in _steps(tmp_path)
       _flip(next((tmp_path / 'checkpoints' / str(step) / 'state' / 'd').iterdir()))

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from etils import epath
 
+from parti_jax.checkpoints import disk_errors
+from parti_jax.checkpoints import run_checkpoints
+from parti_jax.checkpoints import verification
 from parti_jax.cli import main
 from parti_jax.core.errors import UserError
-from parti_jax.checkpoints import run_checkpoints
-from parti_jax.training import configurables  # pylint: disable=unused-import
-from parti_jax.checkpoints import disk_errors
-from parti_jax.training import train_loop  # pylint: disable=unused-import
-from parti_jax.checkpoints import verification
+from parti_jax.training import configurables  # noqa: F401
+from parti_jax.training import train_loop  # noqa: F401
 
 MODEL = {'stage': 'tokenizer', 'config': {}}
 # Those of other tests in this process, such as fsspec's, may never end.

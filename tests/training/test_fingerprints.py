@@ -7,21 +7,21 @@ import numpy as np
 import optax
 import pytest
 
-from parti_jax.core import gin_config
+from parti_jax.checkpoints import run_checkpoints
 from parti_jax.cli import main
+from parti_jax.core import gin_config
+from parti_jax.core.errors import UserError
 from parti_jax.data import token_cache
 from parti_jax.data import vocabulary
-from parti_jax.core.errors import UserError
+from parti_jax.exported_model import model_folder
 from parti_jax.models import vit_vqgan
 from parti_jax.partitioning import mesh
-from parti_jax.exported_model import model_folder
 from parti_jax.sampling import text_to_image
-from parti_jax.checkpoints import run_checkpoints
-from parti_jax.training import configurables  # pylint: disable=unused-import
-from parti_jax.training.objectives import frozen_tokenizer
-from parti_jax.training.objectives import tokenizer_objective
+from parti_jax.training import configurables  # noqa: F401
 from parti_jax.training import train_loop
 from parti_jax.training import trainer as trainer_lib
+from parti_jax.training.objectives import frozen_tokenizer
+from parti_jax.training.objectives import tokenizer_objective
 
 SIZES = vit_vqgan.ViTVQGANConfig(
     image_size=16, patch_size=4, encoder_layers=1, encoder_width=8, encoder_mlp_width=16,

@@ -3,17 +3,17 @@
 import json
 import pathlib
 
-from etils import epath
 import pytest
+from etils import epath
 
 import parti_jax
-from parti_jax.core import errors
-from parti_jax.cli import main
-from parti_jax.core import storage
+from parti_jax.checkpoints import manifest
 from parti_jax.cli import info
 from parti_jax.cli import info_text
+from parti_jax.cli import main
+from parti_jax.core import errors
+from parti_jax.core import storage
 from parti_jax.runs import journal as journal_lib
-from parti_jax.checkpoints import manifest
 from parti_jax.runs import run_lock
 
 DEMO = pathlib.Path(parti_jax.__file__).parent / 'demo'

@@ -6,20 +6,20 @@ import jax
 import numpy as np
 import pytest
 
+from parti_jax.checkpoints import run_checkpoints
 from parti_jax.core.errors import UserError
+from parti_jax.exported_model import model_folder
 from parti_jax.models import parti_config
 from parti_jax.partitioning import mesh
 from parti_jax.partitioning import rules
-from parti_jax.exported_model import model_folder
 from parti_jax.sampling import text_to_image
-from parti_jax.checkpoints import run_checkpoints
-from parti_jax.training.objectives import generator_objective
 from parti_jax.training import inputs
 from parti_jax.training import optimizers
 from parti_jax.training import run as run_lib
 from parti_jax.training import state
 from parti_jax.training import train_loop
 from parti_jax.training import trainer as trainer_lib
+from parti_jax.training.objectives import generator_objective
 
 
 def abstract_params(stage):

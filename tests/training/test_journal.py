@@ -8,9 +8,9 @@ import pytest
 
 import parti_jax
 from parti_jax.core import storage
-from parti_jax.runs import journal as journal_lib
-from parti_jax.runs import history
 from parti_jax.runs import environment
+from parti_jax.runs import history
+from parti_jax.runs import journal as journal_lib
 
 
 def _records(folder):

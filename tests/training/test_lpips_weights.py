@@ -13,9 +13,9 @@ from parti_jax.core.errors import UserError
 from parti_jax.models import lpips
 from parti_jax.models import vit_vqgan
 from parti_jax.partitioning import mesh as mesh_lib
+from parti_jax.training import trainer as trainer_lib
 from parti_jax.training.objectives import lpips_weights
 from parti_jax.training.objectives import tokenizer_objective
-from parti_jax.training import trainer as trainer_lib
 
 
 def _arrays():

@@ -10,26 +10,26 @@ import subprocess
 import sys
 import time
 
-from etils import epath
 import numpy as np
 import optax
 import pytest
+from etils import epath
 from PIL import Image
 
-from parti_jax.core import gin_config
+from parti_jax.checkpoints import manifest
+from parti_jax.checkpoints import run_checkpoints
 from parti_jax.cli import main
+from parti_jax.core import gin_config
 from parti_jax.models import vit_vqgan
 from parti_jax.partitioning import mesh as mesh_lib
-from parti_jax.checkpoints import run_checkpoints
-from parti_jax.training import configurables  # pylint: disable=unused-import
 from parti_jax.runs import distributed
-from parti_jax.checkpoints import manifest
 from parti_jax.runs import preemption
+from parti_jax.runs import supervisor
+from parti_jax.training import configurables  # noqa: F401
 from parti_jax.training import reporting
-from parti_jax.training.objectives import tokenizer_objective
 from parti_jax.training import train_loop
 from parti_jax.training import trainer
-from parti_jax.runs import supervisor
+from parti_jax.training.objectives import tokenizer_objective
 
 GENERATOR = 'gin_configs/runs/tiny_generator.gin'
 # Most of the time of these processes goes into compilation.

@@ -8,12 +8,12 @@ import optax
 import pytest
 
 from parti_jax.models import coca
-from parti_jax.models.nn import layers
 from parti_jax.models import parti_config
 from parti_jax.models import vit_vqgan
+from parti_jax.models.nn import layers
 from parti_jax.partitioning import factored
-from parti_jax.training.objectives import generator_objective
 from parti_jax.training import optimizers
+from parti_jax.training.objectives import generator_objective
 from parti_jax.training.objectives import ranker_objective
 from parti_jax.training.objectives import text_encoder_objective
 from parti_jax.training.objectives import tokenizer_objective

@@ -12,12 +12,12 @@ import threading
 
 import pytest
 
-from parti_jax.cli import main
 from parti_jax.checkpoints import run_checkpoints as run_checkpoints
-from parti_jax.training import configurables  # pylint: disable=unused-import
+from parti_jax.cli import main
 from parti_jax.runs import gce_notice
 from parti_jax.runs import preemption
 from parti_jax.runs import run_lock
+from parti_jax.training import configurables  # noqa: F401
 
 # Stands in for a run: its journal and its newest checkpoint; the loop is in each test.
 _BEGINNING = """
@@ -143,7 +143,7 @@ def _metadata_server(monkeypatch):
   class Handler(http.server.BaseHTTPRequestHandler):
     """Answers FALSE, and to who waits for a change, TRUE after it."""
 
-    def do_GET(self):  # pylint: disable=invalid-name
+    def do_GET(self):
       asked.append((self.path, self.headers['Metadata-Flavor']))
       waits = 'wait_for_change=true' in self.path
       if waits:
@@ -154,7 +154,7 @@ def _metadata_server(monkeypatch):
       self.end_headers()
       self.wfile.write(body)
 
-    def log_message(self, *_):  # pylint: disable=arguments-differ
+    def log_message(self, *_):
       pass
 
   server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)

@@ -9,12 +9,12 @@ from parti_jax.core import gin_config
 from parti_jax.core.errors import UserError
 from parti_jax.models import coca
 from parti_jax.models import contrastive
-from parti_jax.models.nn import layers
 from parti_jax.models import vit_vqgan
-from parti_jax.training import configurables  # pylint: disable=unused-import
+from parti_jax.models.nn import layers
+from parti_jax.training import configurables  # noqa: F401
+from parti_jax.training import train_loop
 from parti_jax.training.objectives import frozen_tokenizer
 from parti_jax.training.objectives import ranker_objective
-from parti_jax.training import train_loop
 
 SIZES = coca.CoCaConfig(
     image_size=8, patch_size=4, image_layers=1, unimodal_layers=1, multimodal_layers=1, width=8,
@@ -96,7 +96,7 @@ def test_one_picture_of_so_many_goes_through_the_tokenizer(tokenizer):
   stage = ranker_objective.RankerStage(SIZES, tokenizer='run', reconstruct_every=2)
   images = _batch()['images']
   constants = stage.constants()
-  varied = np.asarray(jax.jit(stage._varied)(  # pylint: disable=protected-access
+  varied = np.asarray(jax.jit(stage._varied)(
       constants, images, _keys()))
   plain = images / np.float32(255)
   tokens = module.apply({'params': params}, plain[::2], method='tokenize')

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from parti_jax.cli import main
-from parti_jax.training import configurables  # pylint: disable=unused-import
+from parti_jax.training import configurables  # noqa: F401
 from parti_jax.training import memory
 
 GENERATOR = '--gin_file=gin_configs/runs/tiny_generator.gin'

@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from parti_jax.core import gin_config
-from parti_jax.core import errors
+from parti_jax.checkpoints import remote_staging
+from parti_jax.checkpoints import run_checkpoints
 from parti_jax.cli import main
+from parti_jax.core import errors
+from parti_jax.core import gin_config
 from parti_jax.core import storage
 from parti_jax.exported_model import model_folder
 from parti_jax.sampling import text_to_image
-from parti_jax.checkpoints import run_checkpoints
-from parti_jax.training import configurables  # pylint: disable=unused-import
-from parti_jax.checkpoints import remote_staging
+from parti_jax.training import configurables  # noqa: F401
 from parti_jax.training import train_loop
 
 PLACE, MODEL = {'epoch': 2}, {'stage': 'generator', 'config': {}}
@@ -127,7 +127,7 @@ def test_a_run_on_s3_goes_on_as_one_on_a_disk(s3_bucket, tmp_path, generator_bin
 
 
 def _arrays(path):
-  import orbax.checkpoint as ocp  # pylint: disable=import-outside-toplevel
+  import orbax.checkpoint as ocp
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
     tree = checkpointer.metadata(path / 'state').item_metadata.tree
     restored = checkpointer.restore(path / 'state', args=ocp.args.PyTreeRestore(

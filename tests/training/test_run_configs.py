@@ -10,13 +10,13 @@ import jax
 import pytest
 
 from parti_jax.core import gin_config
+from parti_jax.core.errors import UserError
 from parti_jax.data import datasets
 from parti_jax.data import examples
-from parti_jax.core.errors import UserError
 from parti_jax.models.nn import layers
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.partitioning import rules
-from parti_jax.training import configurables  # pylint: disable=unused-import
+from parti_jax.training import configurables  # noqa: F401
 from parti_jax.training import state as state_lib
 from parti_jax.training import train_loop
 

@@ -28,7 +28,6 @@ def _leave(folder, **facts):
 
 
 def _facts_of_this_machine(**facts):
-  # pylint: disable-next=protected-access
   me = run_lock._this_process()
   return {key: me[key] for key in ('host', 'boot', 'pid_namespace')} | facts
 
@@ -106,7 +105,6 @@ def test_in_an_object_store_one_of_many_wins_too(s3_bucket, monkeypatch, before)
 
 
 def test_the_condition_of_exclusive_creation_is_sent_to_gs(gs_bucket, monkeypatch):
-  # pylint: disable=protected-access
   kind = type(storage._file_system(gs_bucket))
   sent, call = [], kind._call
 
@@ -135,7 +133,6 @@ def test_a_claim_counts_as_dead_as_a_lock_does(tmp_path, monkeypatch):
     with run_lock.RunLock(tmp_path):
       assert _owner(tmp_path)['pid'] == os.getpid() and not claim.exists()
   parent = os.getppid()
-  # pylint: disable-next=protected-access
   alive = _facts_of_this_machine(pid=parent, started=run_lock._started(parent))
   claim.write_text(json.dumps(alive))
   with pytest.raises(errors.UserError, match='another run is starting in this folder'):
@@ -155,7 +152,6 @@ def test_a_dead_process_of_this_machine_is_replaced_at_once(tmp_path, monkeypatc
 
 def test_a_live_process_of_this_machine_is_not_replaced(tmp_path):
   parent = os.getppid()
-  # pylint: disable-next=protected-access
   _leave(tmp_path, **_facts_of_this_machine(pid=parent, started=run_lock._started(parent)))
   before = _owner(tmp_path)
   with pytest.raises(errors.UserError, match=f'process {parent} on host'):

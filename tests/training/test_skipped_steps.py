@@ -10,20 +10,20 @@ import numpy as np
 import optax
 import pytest
 
-from parti_jax.core import gin_config
-from parti_jax.cli import main
-from parti_jax.data import shared_batches
-from parti_jax.core.errors import UserError
-from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.checkpoints import run_checkpoints
-from parti_jax.training import configurables  # pylint: disable=unused-import
-from parti_jax.training import skipped_steps
+from parti_jax.cli import main
+from parti_jax.core import gin_config
+from parti_jax.core.errors import UserError
+from parti_jax.data import shared_batches
+from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.runs import journal as journal_lib
-from parti_jax.training.objectives import plain_objective
+from parti_jax.training import configurables  # noqa: F401
 from parti_jax.training import run as run_lib
+from parti_jax.training import skipped_steps
 from parti_jax.training import state as state_lib
 from parti_jax.training import train_loop
 from parti_jax.training import trainer as trainer_lib
+from parti_jax.training.objectives import plain_objective
 
 BATCH = 8
 

@@ -7,14 +7,14 @@ import numpy as np
 import optax
 import pytest
 
-from parti_jax.models.nn import layers
 from parti_jax.models import parti
 from parti_jax.models import parti_config
 from parti_jax.models import vit_vqgan
+from parti_jax.models.nn import layers
 from parti_jax.partitioning import mesh as mesh_lib
+from parti_jax.training import trainer as trainer_lib
 from parti_jax.training.objectives import generator_objective
 from parti_jax.training.objectives import tokenizer_objective
-from parti_jax.training import trainer as trainer_lib
 
 TOKENIZER = vit_vqgan.ViTVQGANConfig(
     image_size=8, patch_size=4, encoder_layers=1, encoder_width=8, encoder_mlp_width=16,

@@ -13,14 +13,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from parti_jax.checkpoints import run_checkpoints
 from parti_jax.core import errors
 from parti_jax.core import storage
 from parti_jax.core import store_retries
-from parti_jax.checkpoints import run_checkpoints
-from parti_jax.runs import journal
-from parti_jax.training import reporting
-from parti_jax.runs import run_lock
 from parti_jax.runs import history
+from parti_jax.runs import journal
+from parti_jax.runs import run_lock
+from parti_jax.training import reporting
 
 REPOSITORY = pathlib.Path(run_checkpoints.__file__).parents[2]
 PLACE, MODEL = {'epoch': 2}, {'stage': 'generator', 'config': {}}

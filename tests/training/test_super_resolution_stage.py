@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from parti_jax.core import gin_config
 from parti_jax.cli import main
+from parti_jax.core import gin_config
 from parti_jax.core.errors import UserError
+from parti_jax.exported_model import model_folder
 from parti_jax.models import discriminator as discriminator_lib
 from parti_jax.models import flops
-from parti_jax.models.nn import layers
 from parti_jax.models import lpips
 from parti_jax.models import super_resolution
 from parti_jax.models import vit_vqgan
-from parti_jax.exported_model import model_folder
+from parti_jax.models.nn import layers
 from parti_jax.sampling import text_to_image
+from parti_jax.training import configurables  # noqa: F401
 from parti_jax.training.objectives import adversarial
-from parti_jax.training import configurables  # pylint: disable=unused-import
 from parti_jax.training.objectives import frozen_tokenizer
 from parti_jax.training.objectives import lpips_weights
 from parti_jax.training.objectives import super_resolution_objective

@@ -11,27 +11,27 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from parti_jax.core import gin_config
+from parti_jax.checkpoints import run_checkpoints
 from parti_jax.core import fingerprints
-from parti_jax.data import datasets
+from parti_jax.core import gin_config
 from parti_jax.core.errors import UserError
+from parti_jax.data import datasets
 from parti_jax.models import coca
-from parti_jax.models.nn import layers
 from parti_jax.models import masked_language
 from parti_jax.models import parti_config
 from parti_jax.models import text_pretraining
+from parti_jax.models.nn import layers
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.partitioning import rules
-from parti_jax.checkpoints import run_checkpoints
-from parti_jax.training import configurables  # pylint: disable=unused-import
-from parti_jax.training.objectives import generator_objective
-from parti_jax.training.objectives import initial_text_encoder
+from parti_jax.training import configurables  # noqa: F401
 from parti_jax.training import inputs as inputs_lib
 from parti_jax.training import optimizers
 from parti_jax.training import run as run_lib
-from parti_jax.training.objectives import text_encoder_objective
 from parti_jax.training import train_loop
 from parti_jax.training import trainer as trainer_lib
+from parti_jax.training.objectives import generator_objective
+from parti_jax.training.objectives import initial_text_encoder
+from parti_jax.training.objectives import text_encoder_objective
 
 BATCH = 16
 RUN = 'gin_configs/runs/tiny_text_encoder.gin'

@@ -15,7 +15,7 @@ from parti_jax.cli import main
 from parti_jax.data import openmoji
 from parti_jax.data import token_cache_info
 from parti_jax.models import vit_vqgan
-from parti_jax.training import configurables  # pylint: disable=unused-import
+from parti_jax.training import configurables  # noqa: F401
 from parti_jax.training.objectives import frozen_tokenizer
 
 TOKENIZER = vit_vqgan.ViTVQGANConfig(

@@ -3,7 +3,6 @@
 import json
 import os
 
-import numpy as np
 import pytest
 import tensorflow as tf
 
@@ -11,7 +10,7 @@ from parti_jax.cli import main
 from parti_jax.core import storage
 from parti_jax.data import token_cache
 from parti_jax.data import token_cache_info
-from parti_jax.tokenization import tokenize_jobs  # pylint: disable=unused-import
+from parti_jax.tokenization import tokenize_jobs  # noqa: F401
 
 INFO = {'codebook_size': 70_000, 'image_tokens': 4, 'tokenizer': 'abc', 'image_size': 16}
 SPLITS = {'train': (3, 2, 1), 'validation': (2,)}

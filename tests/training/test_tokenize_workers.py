@@ -17,18 +17,18 @@ from PIL import Image
 
 from parti_jax.cli import main
 from parti_jax.core import storage
+from parti_jax.core.errors import UserError
 from parti_jax.data import image_decoding
 from parti_jax.data import token_cache
 from parti_jax.data import token_cache_info
 from parti_jax.data import token_cache_parts
 from parti_jax.data import views
-from parti_jax.core.errors import UserError
 from parti_jax.models import vit_vqgan
-from parti_jax.training.objectives import frozen_tokenizer
 from parti_jax.runs import preemption
 from parti_jax.tokenization import tokenize_jobs
 from parti_jax.tokenization import tokenizing
 from parti_jax.tokenization import tokenizing_progress
+from parti_jax.training.objectives import frozen_tokenizer
 
 TOKENIZER = vit_vqgan.ViTVQGANConfig(
     image_size=16, patch_size=4, encoder_layers=1, encoder_width=16, encoder_mlp_width=32,

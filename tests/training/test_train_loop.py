@@ -15,10 +15,10 @@ from PIL import Image
 from tensorboard.backend.event_processing import event_accumulator
 from tensorboard.util import tensor_util
 
-from parti_jax.core import gin_config
-from parti_jax.cli import main
 from parti_jax.checkpoints import run_checkpoints
-from parti_jax.training import configurables  # pylint: disable=unused-import
+from parti_jax.cli import main
+from parti_jax.core import gin_config
+from parti_jax.training import configurables  # noqa: F401
 from parti_jax.training import run as run_lib
 from parti_jax.training import train_loop
 from parti_jax.training import trainer as trainer_lib
@@ -239,8 +239,8 @@ def test_a_run_shows_metrics_and_pictures(tmp_path, capsys, tokenizer_bindings):
 
 def train_loop_flops():
   """Model FLOPs of one picture of the tiny tokenizer."""
-  from parti_jax.models import flops  # pylint: disable=import-outside-toplevel
-  from parti_jax.models import vit_vqgan  # pylint: disable=import-outside-toplevel
+  from parti_jax.models import flops
+  from parti_jax.models import vit_vqgan
 
   return flops.tokenizer_forward(vit_vqgan.ViTVQGANConfig())
 

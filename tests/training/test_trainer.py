@@ -14,21 +14,21 @@ import pytest
 from parti_jax.core.errors import UserError
 from parti_jax.models import coca
 from parti_jax.models import discriminator
-from parti_jax.models.nn import layers
 from parti_jax.models import parti_config
 from parti_jax.models import super_resolution
 from parti_jax.models import vit_vqgan
+from parti_jax.models.nn import layers
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.partitioning import rules
-from parti_jax.training.objectives import generator_objective
 from parti_jax.training import inputs as inputs_lib
 from parti_jax.training import optimizers
-from parti_jax.training.objectives import ranker_objective
 from parti_jax.training import run as run_lib
+from parti_jax.training import trainer as trainer_lib
+from parti_jax.training.objectives import generator_objective
+from parti_jax.training.objectives import ranker_objective
 from parti_jax.training.objectives import super_resolution_objective
 from parti_jax.training.objectives import text_encoder_objective
 from parti_jax.training.objectives import tokenizer_objective
-from parti_jax.training import trainer as trainer_lib
 
 BATCH = 8
 

@@ -9,15 +9,15 @@ import numpy as np
 import optax
 import pytest
 
+from parti_jax.checkpoints import run_checkpoints
+from parti_jax.checkpoints import whole_moments
 from parti_jax.models import parti_config
 from parti_jax.partitioning import mesh as mesh_lib
-from parti_jax.checkpoints import run_checkpoints
-from parti_jax.training.objectives import generator_objective
 from parti_jax.training import inputs as inputs_lib
 from parti_jax.training import optimizers
 from parti_jax.training import run as run_lib
 from parti_jax.training import trainer as trainer_lib
-from parti_jax.checkpoints import whole_moments
+from parti_jax.training.objectives import generator_objective
 
 STAGE = generator_objective.GeneratorStage(parti_config.PartiConfig(
     encoder_layers=1, decoder_layers=2, width=128, mlp_width=256, heads=4, text_vocabulary=192,

@@ -6,15 +6,18 @@ import collections
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from parti_jax.core import storage
+from parti_jax.core.errors import UserError
 from parti_jax.data.damage import Damaged
 from parti_jax.data.sources import base
-from parti_jax.core.errors import UserError
 
 # Makes an example of a record; must be picklable.
 Parse = Callable[[bytes], base.Example | Damaged]
@@ -35,7 +38,7 @@ class Reader:
   """
 
   def __init__(self, path: str, parse: Parse):
-    from array_record.python import array_record_module  # pylint: disable=g-import-not-at-top
+    from array_record.python import array_record_module
 
     self._path, self._parse = path, parse
     self._reader = array_record_module.ArrayRecordReader(

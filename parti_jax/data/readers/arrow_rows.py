@@ -7,15 +7,16 @@ Hugging Face hub writes them. A caption is a text, its bytes in UTF-8, or a list
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from collections.abc import Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from absl import logging
 
+from parti_jax.core.errors import UserError
 from parti_jax.data import captions
 from parti_jax.data.damage import Damaged
-from parti_jax.core.errors import UserError
 
 # Names of columns where gin names none, in any case; the first that is there counts.
 PICTURE_KEYS = ('image', 'jpg', 'jpeg', 'png', 'webp', 'picture', 'img', 'photo', 'image_bytes')

@@ -9,10 +9,10 @@ import numpy as np
 from absl import logging
 
 from parti_jax.core import storage
+from parti_jax.core.errors import UserError
 from parti_jax.data import captions
 from parti_jax.data import image_decoding
 from parti_jax.data.readers import file_patterns
-from parti_jax.core.errors import UserError
 
 _MAX_LINE = 2**24
 # Names of columns that are kept for messages.

@@ -136,7 +136,7 @@ class _Zstd(io.RawIOBase):
 
   def __init__(self, file: IO[bytes]):
     try:
-      import pyarrow  # pylint: disable=import-outside-toplevel
+      import pyarrow
     except ImportError as error:
       raise UserError(optional_packages.missing_extra(error) or str(error)) from error
     self._stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(file, 'r'), 'zstd')

@@ -15,7 +15,9 @@ import dataclasses
 import itertools
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -23,9 +25,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from parti_jax.core import storage
+from parti_jax.core.errors import UserError
 from parti_jax.data.damage import Damaged
 from parti_jax.data.readers import arrow_rows
-from parti_jax.core.errors import UserError
 
 # Rows that are decoded at once, and then, from where that failed, one by one as far as it goes.
 _ROWS = 64, 1

@@ -7,11 +7,12 @@ that names such as `../x` or `/x` lead nowhere.
 
 import dataclasses
 import tarfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
+from collections.abc import Iterator
 from typing import IO
 
-from parti_jax.data.readers import packed
 from parti_jax.data.damage import Damaged
+from parti_jax.data.readers import packed
 
 _BLOCK = tarfile.BLOCKSIZE
 # Long names and attributes; writers need a few hundred bytes.

@@ -5,14 +5,16 @@ what follows the last dot of a file's name; what lies before it is the sample's 
 """
 
 import json
-from collections.abc import Iterator, Mapping
-from typing import IO, Any
+from collections.abc import Iterator
+from collections.abc import Mapping
+from typing import Any
+from typing import IO
 
 from parti_jax.core import storage
 from parti_jax.data import captions
 from parti_jax.data import image_decoding
-from parti_jax.data.readers import tar_members
 from parti_jax.data.damage import Damaged
+from parti_jax.data.readers import tar_members
 
 # Endings that mean the same.
 _SAME = {ending: 'jpg' for ending in ('jpeg', 'jpe', 'jfif')}

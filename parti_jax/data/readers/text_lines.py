@@ -1,7 +1,8 @@
 """Reads files of text, one text a line."""
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from collections.abc import Mapping
 
 from parti_jax.core import storage
 from parti_jax.data import captions

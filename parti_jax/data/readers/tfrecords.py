@@ -6,17 +6,21 @@ TensorFlow's own reader stops at the first damaged record.
 import functools
 import itertools
 import struct
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import IO, Any
+from collections.abc import Collection
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+from typing import IO
 
 import google_crc32c
 
 from parti_jax.core import storage
+from parti_jax.core.errors import UserError
 from parti_jax.data import captions
 from parti_jax.data import image_decoding
-from parti_jax.data.readers import packed
 from parti_jax.data.damage import Damaged
-from parti_jax.core.errors import UserError
+from parti_jax.data.readers import packed
 
 # A picture that can be used, and what comes with it.
 MAX_BYTES = image_decoding.MAX_BYTES + 2**20
@@ -198,7 +202,7 @@ def features_of(record: bytes) -> Mapping | None:
 @functools.cache
 def _example():
   # tensorflow-datasets has the message without TensorFlow.
-  from tensorflow_datasets.proto import tf_example_generated_pb2  # pylint: disable=g-import-not-at-top
+  from tensorflow_datasets.proto import tf_example_generated_pb2
   return tf_example_generated_pb2.Example
 
 

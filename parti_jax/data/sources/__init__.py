@@ -14,9 +14,16 @@ from __future__ import annotations
 
 import gin
 
-from parti_jax.data.sources import (
-    base, folder, hf_datasets, openmoji, parquet, prepared, text, tfrecord, webdataset)
 from parti_jax.core.errors import UserError
+from parti_jax.data.sources import base
+from parti_jax.data.sources import folder
+from parti_jax.data.sources import hf_datasets
+from parti_jax.data.sources import openmoji
+from parti_jax.data.sources import parquet
+from parti_jax.data.sources import prepared
+from parti_jax.data.sources import text
+from parti_jax.data.sources import tfrecord
+from parti_jax.data.sources import webdataset
 
 _SOURCES = {
     'openmoji': openmoji.configured,

@@ -17,17 +17,19 @@ Where a source knows more of an example, `open_described` adds 'key', a text tha
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import xxhash
 from absl import logging
 
 from parti_jax.core import storage
+from parti_jax.core.errors import UserError
 from parti_jax.data import captions as captions_lib
 from parti_jax.data import tally
 from parti_jax.data.damage import Damaged
-from parti_jax.core.errors import UserError
 
 Example = Mapping[str, Any]
 
@@ -56,7 +58,7 @@ class Records(abc.ABC):
     """What changes with the examples, as far as that is known without reading them; else None."""
     return None
 
-  def close(self) -> None:
+  def close(self) -> None:  # noqa: B027
     """Closes the files that are open; reading opens them again."""
 
 

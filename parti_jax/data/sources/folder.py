@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from collections.abc import Sequence
 
 import gin
 import numpy as np
@@ -13,7 +14,8 @@ from parti_jax.core import storage
 from parti_jax.data import image_decoding
 from parti_jax.data.damage import Damaged
 from parti_jax.data.readers import folder_index
-from parti_jax.data.sources import base, paths
+from parti_jax.data.sources import base
+from parti_jax.data.sources import paths
 
 
 class FolderSource(base.Source):

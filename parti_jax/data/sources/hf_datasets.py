@@ -9,16 +9,18 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import gin
 import xxhash
 
 from parti_jax.core import storage
-from parti_jax.data.damage import Damaged
-from parti_jax.data.sources import base, paths
 from parti_jax.core.errors import UserError
+from parti_jax.data.damage import Damaged
+from parti_jax.data.sources import base
+from parti_jax.data.sources import paths
 
 # What `DatasetDict.save_to_disk` and `Dataset.save_to_disk` leave in a folder.
 _DICT, _STATE = 'dataset_dict.json', 'state.json'
@@ -70,14 +72,15 @@ class _Rows(base.Records):
 
   def __init__(self, folder: str, keys: tuple[str | None, str | None], pictures: bool):
     self._folder, self._keys, self._pictures = folder, keys, pictures
-    self._table  # Opened now, for what is wrong with it.  # pylint: disable=pointless-statement
+    _ = self._table  # Opened now, for what is wrong with it.
 
   @functools.cached_property
   def _table(self):
     """The dataset, whose rows come as Arrow tables, and the columns to read."""
-    import datasets  # pylint: disable=g-import-not-at-top
-    import pyarrow as pa  # pylint: disable=g-import-not-at-top
-    from parti_jax.data.readers import arrow_rows  # pylint: disable=g-import-not-at-top
+    import datasets
+    import pyarrow as pa
+
+    from parti_jax.data.readers import arrow_rows
 
     try:
       dataset = datasets.load_from_disk(self._folder, keep_in_memory=False)
@@ -105,8 +108,9 @@ class _Rows(base.Records):
     return xxhash.xxh3_64_hexdigest(sizes.encode() + state)
 
   def read(self, indices: Sequence[int]) -> list[base.Example | Damaged]:
-    import pyarrow as pa  # pylint: disable=g-import-not-at-top
-    from parti_jax.data.readers import arrow_rows  # pylint: disable=g-import-not-at-top
+    import pyarrow as pa
+
+    from parti_jax.data.readers import arrow_rows
 
     dataset, columns = self._table
     try:

@@ -10,9 +10,9 @@ from typing import Any
 import gin
 
 from parti_jax.core import checks
+from parti_jax.core.errors import UserError
 from parti_jax.data import openmoji
 from parti_jax.data.sources import base
-from parti_jax.core.errors import UserError
 
 
 class OpenMojiSource(base.Source):
@@ -58,13 +58,14 @@ class _Drawn(base.Records):
 
   def __init__(self, size: int, data_dir: str | None, split: str):
     self._arguments = size, data_dir, split
-    self._source  # Draws the pictures now.  # pylint: disable=pointless-statement
+    _ = self._source  # Draws the pictures now.
 
   @functools.cached_property
   def _source(self):
     # Imported here for those who have data of their own and no package of pictures.
-    import tensorflow_datasets as tfds  # pylint: disable=g-import-not-at-top
-    from parti_jax.data import openmoji_builder  # pylint: disable=g-import-not-at-top
+    import tensorflow_datasets as tfds
+
+    from parti_jax.data import openmoji_builder
 
     size, data_dir, split = self._arguments
     try:

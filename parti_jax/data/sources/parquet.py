@@ -6,7 +6,9 @@ import concurrent.futures
 import functools
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import gin
@@ -15,10 +17,11 @@ import xxhash
 from absl import logging
 
 from parti_jax.core import storage
+from parti_jax.core.errors import UserError
 from parti_jax.data.damage import Damaged
 from parti_jax.data.readers import file_patterns
-from parti_jax.data.sources import base, paths
-from parti_jax.core.errors import UserError
+from parti_jax.data.sources import base
+from parti_jax.data.sources import paths
 
 SHUFFLES = ('global', 'window')
 # How the files of a split are named, on the Hugging Face hub among others.
@@ -47,7 +50,7 @@ class ParquetSource(paths.FilesSource):
     self._keys, self._shuffle = (image_key, caption_key), shuffle
 
   def open(self, split: str, pictures: bool = True) -> base.Records | base.Shards:
-    from parti_jax.data.readers import parquet_files  # pylint: disable=g-import-not-at-top
+    from parti_jax.data.readers import parquet_files
 
     files = self.files(split)
     find = functools.partial(_find, keys=self._keys, pictures=pictures)
@@ -78,7 +81,7 @@ class ParquetSource(paths.FilesSource):
 
 
 def _find(schema, file: str, keys: tuple[str | None, str | None], pictures: bool):
-  from parti_jax.data.readers import arrow_rows  # pylint: disable=g-import-not-at-top
+  from parti_jax.data.readers import arrow_rows
   return arrow_rows.find(schema, 'parquet', file, *keys, pictures)
 
 
@@ -106,8 +109,8 @@ def found_splits(path: str) -> dict[str, str]:
 
 def has_pictures(path: str) -> bool:
   """Whether a folder has files of captioned pictures, by the first one of its split 'train'."""
-  # pylint: disable-next=g-import-not-at-top
-  from parti_jax.data.readers import arrow_rows, parquet_files
+  from parti_jax.data.readers import arrow_rows
+  from parti_jax.data.readers import parquet_files
 
   files = storage.glob(file_patterns.join(path, found_splits(path)['train']))
   return bool(files) and arrow_rows.has_pictures(parquet_files.read_schema(files[0]))
@@ -141,7 +144,7 @@ class _Parts(base.Shards):
     return base.digest_of([self._parts[name][0] for name in self.files])
 
   def read(self, file: str) -> Iterator[base.Example | Damaged]:
-    from parti_jax.data.readers import parquet_files  # pylint: disable=g-import-not-at-top
+    from parti_jax.data.readers import parquet_files
     yield from parquet_files.read(*self._parts[file], self._find)
 
 
@@ -181,7 +184,7 @@ class _Rows(base.Records):
     return found
 
   def _example(self, group: int, row: int) -> base.Example | Damaged:
-    from parti_jax.data.readers import parquet_files  # pylint: disable=g-import-not-at-top
+    from parti_jax.data.readers import parquet_files
 
     file = int(self._file_of[group])
     path = self._files[file]
@@ -199,7 +202,7 @@ class _Rows(base.Records):
 
 @functools.cache
 def _kept():
-  from parti_jax.data.readers import parquet_files  # pylint: disable=g-import-not-at-top
+  from parti_jax.data.readers import parquet_files
   return parquet_files.Cache(_KEPT)
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
 
 import gin
 
+from parti_jax.core.errors import UserError
 from parti_jax.data.damage import Damaged
 from parti_jax.data.readers import file_patterns
 from parti_jax.data.sources import base
-from parti_jax.core.errors import UserError
 
 Reader = Callable[[str], Iterator[base.Example | Damaged]]
 

@@ -24,11 +24,12 @@ import gin
 import xxhash
 
 from parti_jax.core import storage
+from parti_jax.core.errors import UserError
 from parti_jax.data import token_cache_info
 from parti_jax.data.damage import Damaged
 from parti_jax.data.readers import array_records
-from parti_jax.data.sources import base, paths
-from parti_jax.core.errors import UserError
+from parti_jax.data.sources import base
+from parti_jax.data.sources import paths
 
 KIND, VERSION = 'prepared pictures', 1
 _LENGTHS = struct.Struct('<II')

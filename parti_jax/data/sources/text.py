@@ -6,9 +6,10 @@ from collections.abc import Mapping
 
 import gin
 
-from parti_jax.data.readers import text_lines
-from parti_jax.data.sources import base, paths
 from parti_jax.core.errors import UserError
+from parti_jax.data.readers import text_lines
+from parti_jax.data.sources import base
+from parti_jax.data.sources import paths
 
 
 class TextSource(paths.FilesSource):

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import gin
 
 from parti_jax.data.readers import tfrecords
-from parti_jax.data.sources import base, paths
+from parti_jax.data.sources import base
+from parti_jax.data.sources import paths
 
 
 class TFRecordSource(paths.FilesSource):

@@ -5,15 +5,18 @@ from __future__ import annotations
 import collections
 import dataclasses
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+from typing import Protocol
 
 import numpy as np
 
 from parti_jax.core import storage
+from parti_jax.core.errors import UserError
 from parti_jax.data import captions as captions_lib
 from parti_jax.data import image_decoding
-from parti_jax.core.errors import UserError
 
 # The most bytes of an annotation file; MS-COCO's have 100 million, with boxes 500 million.
 _MAX_ANNOTATIONS = 2**31

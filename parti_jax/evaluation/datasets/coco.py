@@ -117,7 +117,6 @@ class _TfdsPictures:
 
 def _examples(builder, keys: tuple[str, ...]) -> Iterator[dict]:
   """Yields a split's examples in one fixed order, pictures encoded."""
-  # pylint: disable=import-outside-toplevel
   from parti_jax.data import streams
   from parti_jax.data.quiet_tensorflow import tfds
   features = builder.info.features
@@ -146,7 +145,7 @@ def read_tfds(data_dir: str | None, limit: int, seed: int) -> captioned_pictures
   Raises:
     UserError: the data set is not prepared there.
   """
-  from parti_jax.data.quiet_tensorflow import tfds  # pylint: disable=import-outside-toplevel
+  from parti_jax.data.quiet_tensorflow import tfds
   builder = tfds.builder('coco_captions', data_dir=data_dir)
   if not builder.info.splits:
     raise UserError(

@@ -13,8 +13,8 @@ import pathlib
 from collections.abc import Iterator
 
 from parti_jax.core import storage
-from parti_jax.data import image_decoding
 from parti_jax.core.errors import UserError
+from parti_jax.data import image_decoding
 from parti_jax.evaluation.datasets import captioned_pictures
 
 NAME = 'Localized Narratives'

@@ -12,7 +12,8 @@ import os
 import pathlib
 import tarfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from collections.abc import Sequence
 
 import numpy as np
 import tqdm

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from parti_jax.data.readers import text_files
 from parti_jax.core.errors import UserError
+from parti_jax.data.readers import text_files
 
 COLUMNS = ('Prompt', 'Category', 'Challenge', 'Note')
 

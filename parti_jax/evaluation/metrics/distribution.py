@@ -16,7 +16,8 @@ and that of real pictures with the captions of others.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -235,8 +236,8 @@ def _distance(pictures: features_lib.Features, real: features_lib.Features) -> f
     return None
   if pictures.logits is None:
     return frechet.frechet_distance(pictures.values, real.values)
-  import torch  # pylint: disable=import-outside-toplevel
-  from torch_fidelity import metric_fid  # pylint: disable=import-outside-toplevel
+  import torch
+  from torch_fidelity import metric_fid
   statistics = [metric_fid.fid_features_to_statistics(torch.from_numpy(part.values))
                 for part in (pictures, real)]
   return metric_fid.fid_statistics_to_metric(*statistics, verbose=False)[
@@ -250,8 +251,8 @@ def _inception_score(pictures: features_lib.Features) -> Estimate | None:
   """
   if pictures.logits is None or len(pictures) < _SPLITS * _LEAST_OF_A_SPLIT:
     return None
-  import torch  # pylint: disable=import-outside-toplevel
-  from torch_fidelity import metric_isc  # pylint: disable=import-outside-toplevel
+  import torch
+  from torch_fidelity import metric_isc
   score = metric_isc.isc_features_to_metric(torch.from_numpy(pictures.logits), splits=_SPLITS)
   return Estimate(score[metric_isc.KEY_METRIC_ISC_MEAN], score[metric_isc.KEY_METRIC_ISC_STD])
 

@@ -11,7 +11,8 @@ import dataclasses
 import os
 import pickle
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -83,8 +84,8 @@ class Inception:
       UserError: the file holds other weights.
       ImportError: torch-fidelity is not installed.
     """
-    from torch_fidelity import utils  # pylint: disable=import-outside-toplevel
-    import torch  # pylint: disable=import-outside-toplevel
+    import torch
+    from torch_fidelity import utils
     self._torch = torch
     self._device = 'cuda' if torch.cuda.is_available() else 'cpu'
     self.image_size = image_size

@@ -5,14 +5,14 @@ What the benchmarks of guidance and of adaptive computation and `parti-jax calib
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence
 
 import numpy as np
 
-from parti_jax.data import openmoji
 from parti_jax.core.errors import UserError
+from parti_jax.data import openmoji
 from parti_jax.evaluation.openmoji import openmoji_judge
-
 
 RANKER = 'ranker'
 # How far apart two scores of a measure can be.

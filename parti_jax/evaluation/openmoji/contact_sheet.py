@@ -1,6 +1,6 @@
 """A page of generated pictures beside the real ones, with the judge's verdicts as marks."""
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image

@@ -15,7 +15,9 @@ how their edges round. Such a picture counts as one candidate and as right for e
 
 import collections
 import dataclasses
-from typing import Callable, Hashable, Optional, Sequence
+from collections.abc import Callable
+from collections.abc import Hashable
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -154,7 +156,7 @@ class Judge:
   """
 
   def __init__(self, pictures: Sequence, size: int,
-               render: Optional[Callable[[str, int], np.ndarray]] = None):
+               render: Callable[[str, int], np.ndarray] | None = None):
     """Draws every real picture once.
 
     Args:

@@ -9,14 +9,17 @@ be right always, or the judge is wrong).
 import collections
 import dataclasses
 import sys
-from typing import Any, Callable, Mapping, Optional, Sequence
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import tqdm
 
 from parti_jax.core import checks
-from parti_jax.data import openmoji
 from parti_jax.core.errors import UserError
+from parti_jax.data import openmoji
 from parti_jax.evaluation.metrics import distribution
 from parti_jax.evaluation.openmoji import openmoji_judge
 from parti_jax.evaluation.openmoji import report as report_lib
@@ -49,9 +52,9 @@ class Sample:
 
 
 def evaluate(pipeline, splits: Sequence[str] = openmoji.SPLITS, num_images: int = 4,
-             max_prompts: Optional[int] = None, seed: int = 0, *, train_prompts: int = 200,
-             pictures: Optional[Sequence] = None,
-             render: Optional[Callable[[str, int], np.ndarray]] = None,
+             max_prompts: int | None = None, seed: int = 0, *, train_prompts: int = 200,
+             pictures: Sequence | None = None,
+             render: Callable[[str, int], np.ndarray] | None = None,
              on_sample: Callable[[Sample], None] = lambda sample: None,
              progress: bool = False,
              extractors: Sequence = (),
@@ -106,7 +109,7 @@ def _log(line: str):
   print(line, file=sys.stderr, flush=True)
 
 
-def _check(splits: Sequence[str], **numbers: Optional[int]):
+def _check(splits: Sequence[str], **numbers: int | None):
   """Raises UserError for an unknown split or a number that isn't positive."""
   for split in splits:
     if split not in openmoji.SPLITS:
@@ -142,7 +145,7 @@ class _Evaluation:
       raise UserError(f'the split {split} has no pictures')
     return members
 
-  def of_split(self, split: str, limit: Optional[int]) -> tuple[report_lib.SplitReport, Sample]:
+  def of_split(self, split: str, limit: int | None) -> tuple[report_lib.SplitReport, Sample]:
     """Evaluates a split on `limit` of its prompts at most."""
     members = self.members(split)
     rng = np.random.default_rng([self.seed, *split.encode()])

@@ -2,13 +2,15 @@
 
 import dataclasses
 import json
-from typing import Any, Mapping, Optional, Sequence
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from parti_jax.evaluation.metrics import distribution as distribution_lib
 from parti_jax.evaluation import distribution_report
 from parti_jax.evaluation import tables
+from parti_jax.evaluation.metrics import distribution as distribution_lib
 
 METRICS = {'tone_right': 'tone right', 'name_top1': 'name top 1', 'name_top5': 'name top 5'}
 
@@ -40,8 +42,8 @@ class Metric:
     standard_error: of that mean over prompts; None with fewer than two prompts.
     prompts: number of prompts it is taken over.
   """
-  mean: Optional[float]
-  standard_error: Optional[float]
+  mean: float | None
+  standard_error: float | None
   prompts: int
 
   @classmethod
@@ -108,7 +110,7 @@ class SplitReport:
   of_prompt: Sequence[Mapping[str, Any]]
   distributions: Sequence[distribution_lib.Distribution] = ()
 
-  def of_ceiling(self, metric: str) -> Optional[float]:
+  def of_ceiling(self, metric: str) -> float | None:
     """Returns generated / reconstruction of a metric, None where that has no value."""
     generated = self.rows['generated'][metric].mean
     ceiling = self.rows['reconstruction'][metric].mean

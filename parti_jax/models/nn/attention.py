@@ -122,7 +122,7 @@ def attend_fused(query, key, value, pattern: attention_patterns.AttentionPattern
     As `query`.
   """
   # Imported here: it takes a second that runs on other platforms need not pay.
-  from jax.experimental.pallas.ops.tpu import splash_attention as splash  # pylint: disable=g-import-not-at-top
+  from jax.experimental.pallas.ops.tpu import splash_attention as splash
   side = min(_FUSED_BLOCK[pattern.name], pattern.length)
   side = side if pattern.length % side == 0 else _LANES
   sizes = splash.BlockSizes(

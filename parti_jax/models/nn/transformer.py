@@ -282,7 +282,7 @@ class Decoder(nn.Module):
       else:
         given = entries[layer]
         query, *entry = jax.lax.cond(
-            jnp.all(copied), lambda x: (jnp.zeros_like(given[0]), *given), project, x)
+            jnp.all(copied), lambda x, given=given: (jnp.zeros_like(given[0]), *given), project, x)
         entry = [jnp.where(copied[:, None, None, None], there, own)
                  for there, own in zip(given, entry)]
       cache = attention.write_cache(cache, *entry, position, pattern)

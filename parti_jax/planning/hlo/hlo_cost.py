@@ -12,10 +12,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from parti_jax.planning.hlo import hlo_text
 from parti_jax.planning.hlo import hlo_bytes
 from parti_jax.planning.hlo import hlo_flops
 from parti_jax.planning.hlo import hlo_loops
+from parti_jax.planning.hlo import hlo_text
 from parti_jax.planning.hlo import replica_groups
 
 # Takes a Pallas kernel's instruction and the shapes of its operands; FLOPs of one turn, or None.
@@ -84,7 +84,7 @@ class Costs:
   def flops(self) -> float:
     return self.product_flops + self.kernel_flops
 
-  def add(self, other: 'Costs', times: float = 1):
+  def add(self, other: Costs, times: float = 1):
     """Adds another part's costs, `times` over."""
     self.product_flops += times * other.product_flops
     self.kernel_flops += times * other.kernel_flops

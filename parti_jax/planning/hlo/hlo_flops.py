@@ -77,7 +77,7 @@ def _windows(attributes: str) -> list[Window]:
                           numbers('lhs_dilate') or ones, numbers('rhs_dilate') or ones)]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _meetings(length: int, out_length: int, window: Window) -> int:
   """How often a place of the window, at some output, meets an element of the input."""
   dilated = (length - 1) * window.base_dilation + 1

@@ -44,7 +44,7 @@ class Shape:
   minor_to_major: tuple[int, ...] = ()
   tile: tuple[int, ...] = ()
   memory_space: int = 0
-  elements: tuple['Shape', ...] = ()
+  elements: tuple[Shape, ...] = ()
 
   @property
   def size(self) -> int:
@@ -58,7 +58,7 @@ class Shape:
       return int(re.search(r'\d+', self.dtype).group()) / 8
     return _ITEM_BITS[self.dtype] / 8
 
-  def arrays(self) -> Iterator['Shape']:
+  def arrays(self) -> Iterator[Shape]:
     """The arrays in it, of nested tuples too."""
     if self.dtype == 'tuple':
       for element in self.elements:
@@ -263,7 +263,7 @@ def _array_shape(text: str, start: int) -> tuple[Shape, int]:
   return _parsed_array(found.group()), found.end()
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _parsed_array(text: str) -> Shape:
   dtype, sizes, layout = _ARRAY.match(text).groups()
   dims = tuple(int(size.removeprefix('<=')) for size in sizes.split(',') if size)

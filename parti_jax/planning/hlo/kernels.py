@@ -6,13 +6,12 @@ pattern rules out everything. So its FLOPs follow from the pattern and the sizes
 
 from __future__ import annotations
 
-
 import numpy as np
 
 from parti_jax.models.nn import attention
 from parti_jax.models.nn import attention_patterns
-from parti_jax.planning.hlo import hlo_text
 from parti_jax.planning.hlo import hlo_cost
+from parti_jax.planning.hlo import hlo_text
 
 SOURCE = 'FLOPs of attention kernels: computed from the blocks that the pattern leaves'
 

@@ -5,20 +5,21 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
 
+from parti_jax.checkpoints import run_checkpoints
 from parti_jax.core import errors
 from parti_jax.core import fingerprints
 from parti_jax.core import numerics
 from parti_jax.core import storage
-from parti_jax.models import vit_vqgan
 from parti_jax.exported_model import model_folder
-from parti_jax.checkpoints import run_checkpoints
+from parti_jax.models import vit_vqgan
 
 # Pictures that a device computes at once.
 GROUP = 16

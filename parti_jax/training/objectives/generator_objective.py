@@ -10,18 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from parti_jax.core import errors
+from parti_jax.exported_model import model_folder
+from parti_jax.exported_model import sampling_settings
 from parti_jax.models import config_checks
 from parti_jax.models import flops
-from parti_jax.models.nn import layer_stack
-from parti_jax.models.nn import layers
 from parti_jax.models import parti
 from parti_jax.models import parti_config
 from parti_jax.models import vit_vqgan
+from parti_jax.models.nn import layer_stack
+from parti_jax.models.nn import layers
 from parti_jax.partitioning import pipeline_parallelism
 from parti_jax.sampling import decoding
-from parti_jax.exported_model import model_folder
 from parti_jax.sampling import parameters
-from parti_jax.exported_model import sampling_settings
 from parti_jax.training.objectives import initial_text_encoder
 from parti_jax.training.objectives import plain_objective
 

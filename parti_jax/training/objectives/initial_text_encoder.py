@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from parti_jax.checkpoints import run_checkpoints
 from parti_jax.core import errors
 from parti_jax.models import parti_config
-from parti_jax.checkpoints import run_checkpoints
 
 # What of Parti's sizes makes the text encoder.
 _SIZES = ('encoder_layers', 'width', 'mlp_width', 'heads', 'text_vocabulary', 'text_length')

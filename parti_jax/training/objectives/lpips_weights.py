@@ -77,7 +77,7 @@ def _read_file(path) -> dict[str, np.ndarray]:
     return _read_torch_file(path)
   except ModuleNotFoundError:
     raise
-  except Exception as error:  # pylint: disable=broad-except
+  except Exception as error:
     # Of what kinds torch's reader raises depends on where a file is damaged.
     reason = str(error).split('\n', maxsplit=1)[0]
     raise errors.UserError(f'{path}: not a file of weights that can be read ({reason}); get it '
@@ -85,7 +85,7 @@ def _read_file(path) -> dict[str, np.ndarray]:
 
 
 def _read_torch_file(path) -> dict[str, np.ndarray]:
-  import torch  # pylint: disable=g-import-not-at-top,import-outside-toplevel
+  import torch
 
   # Arrays alone; a file that would run code when it is read is refused.
   loaded = torch.load(path, map_location='cpu', weights_only=True)

@@ -13,8 +13,8 @@ from parti_jax.models import coca
 from parti_jax.models import config_checks
 from parti_jax.models import contrastive
 from parti_jax.models import flops
-from parti_jax.models.nn import layers
 from parti_jax.models import vit_vqgan
+from parti_jax.models.nn import layers
 from parti_jax.partitioning import pipeline_parallelism
 from parti_jax.training.objectives import frozen_tokenizer
 from parti_jax.training.objectives import plain_objective

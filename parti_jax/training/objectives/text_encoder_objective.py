@@ -13,10 +13,10 @@ from parti_jax.models import coca
 from parti_jax.models import config_checks
 from parti_jax.models import contrastive
 from parti_jax.models import flops
-from parti_jax.models.nn import layers
 from parti_jax.models import masked_language
 from parti_jax.models import parti_config
 from parti_jax.models import text_pretraining
+from parti_jax.models.nn import layers
 from parti_jax.training.objectives import initial_text_encoder
 from parti_jax.training.objectives import plain_objective
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from parti_jax.checkpoints import run_checkpoints
 from parti_jax.core import errors
 from parti_jax.models import config_checks
 from parti_jax.models import discriminator as discriminator_lib
@@ -17,12 +18,10 @@ from parti_jax.models import flops
 from parti_jax.models import lpips
 from parti_jax.models import quantizer
 from parti_jax.models import vit_vqgan
+from parti_jax.training import state as state_lib
 from parti_jax.training.objectives import adversarial
-from parti_jax.checkpoints import run_checkpoints
 from parti_jax.training.objectives import frozen_tokenizer
 from parti_jax.training.objectives import lpips_weights
-from parti_jax.training import state as state_lib
-
 
 # What the tokenizer's parameters are made of; a discriminator is trained beside them.
 PARTS = ('encoder', 'quantizer', 'decoder')

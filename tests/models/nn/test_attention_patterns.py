@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from parti_jax.core.errors import UserError
-from parti_jax.models.nn import attention_patterns
 from parti_jax.models import parti_config
+from parti_jax.models.nn import attention_patterns
 
 GRIDS = [(3, 5), (4, 4), (5, 3), (7, 1)]
 CASES = [(name, grid, kernel) for name in attention_patterns.PATTERNS for grid in GRIDS
@@ -54,7 +54,7 @@ def test_a_cache_holds_what_is_still_seen_and_a_step_reads_it(name, grid, kernel
   # A cache of all positions, and one that serves only the first few.
   for positions in (pattern.length, 5):
     slots = pattern.slots(positions)
-    read = jax.jit(jax.vmap(lambda position, slots=slots: (  # pylint: disable=g-long-lambda
+    read = jax.jit(jax.vmap(lambda position, slots=slots: (
         pattern.slot(position, slots), *pattern.read(position, slots)[::2])))
     places, firsts, visible = map(np.asarray, read(jnp.arange(positions)))
     count = pattern.read(0, slots)[1]

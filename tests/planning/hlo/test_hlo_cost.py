@@ -11,8 +11,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
 from parti_jax.core import native_notes
-from parti_jax.planning.hlo import hlo_text
 from parti_jax.planning.hlo import hlo_cost
+from parti_jax.planning.hlo import hlo_text
 from parti_jax.planning.hlo import replica_groups
 
 ROWS, WIDTH, TURNS = 256, 128, 7

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from parti_jax.models.nn import attention_patterns
-from parti_jax.planning.hlo import hlo_text
 from parti_jax.planning.hlo import hlo_cost
+from parti_jax.planning.hlo import hlo_text
 from parti_jax.planning.hlo import kernels
 from parti_jax.planning.hlo import replica_groups
 
