@@ -7,7 +7,9 @@ installed inside the package.
 import setuptools
 
 setuptools.setup(
-    packages=[*setuptools.find_packages(include=['parti_jax', 'parti_jax.*']),
-              'parti_jax.gin_configs'],
-    package_dir={'parti_jax.gin_configs': 'gin_configs'},
+  packages=[
+    *setuptools.find_packages(include=['parti_jax', 'parti_jax.*']),
+    'parti_jax.gin_configs',
+  ],
+  package_dir={'parti_jax.gin_configs': 'gin_configs'},
 )

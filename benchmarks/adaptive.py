@@ -22,8 +22,23 @@ from PIL import ImageFont
 import parti_jax
 from parti_jax.evaluation.openmoji import alignment
 
-SETTINGS = ['1/1', '0.999/1', '0.99/1', '0.95/1', '0.9/1', '0.8/1', '0.6/1', '0.3/1', '0/1',
-            '1/0.99', '1/0.9', '1/0.6', '1/0', '0.99/0.9', '0.9/0.9']
+SETTINGS = [
+  '1/1',
+  '0.999/1',
+  '0.99/1',
+  '0.95/1',
+  '0.9/1',
+  '0.8/1',
+  '0.6/1',
+  '0.3/1',
+  '0/1',
+  '1/0.99',
+  '1/0.9',
+  '1/0.6',
+  '1/0',
+  '0.99/0.9',
+  '0.9/0.9',
+]
 BATCHES = (1, 32)
 
 
@@ -40,10 +55,14 @@ def main():
   args = parser.parse_args()
   pipeline = parti_jax.load(args.model)
   judge = alignment.OpenMojiAlignment(pipeline.image_size, args.split, args.max_prompts)
-  settings = {name: dict(zip(('exit_threshold', 'guidance_skip_threshold'),
-                             map(float, name.split('/')))) for name in args.settings}
-  rows = [{'setting': name} | measured(pipeline, judge, args.num_images, values)
-          for name, values in settings.items()]
+  settings = {
+    name: dict(zip(('exit_threshold', 'guidance_skip_threshold'), map(float, name.split('/'))))
+    for name in args.settings
+  }
+  rows = [
+    {'setting': name} | measured(pipeline, judge, args.num_images, values)
+    for name, values in settings.items()
+  ]
   for row, rates in zip(rows, speeds(pipeline, judge.prompts, settings.values(), args.rounds)):
     row['pictures_per_second'] = rates
   print(f'{args.split}: {len(judge.prompts)} prompts, {args.num_images} pictures of each')
@@ -58,15 +77,20 @@ def main():
 def measured(pipeline, judge, num_images: int, values) -> dict:
   """Alignment, and what the tokens took."""
   result = pipeline.generate(
-      judge.prompts, num_images=num_images, batch_size=max(BATCHES), **values)
-  row = {name: alignment.mean_and_error(scores)
-         for name, scores in judge.scores(result.images).items()}
+    judge.prompts, num_images=num_images, batch_size=max(BATCHES), **values
+  )
+  row = {
+    name: alignment.mean_and_error(scores) for name, scores in judge.scores(result.images).items()
+  }
   layers, usage = pipeline.decoder_layers, result.usage
   if usage is None:
     return row | {'layers': layers, 'computed': layers, 'without': layers, 'unguided': 0.0}
   return row | {
-      'layers': float(usage.layers.mean()), 'computed': float(usage.computed[..., 0].mean()),
-      'without': float(usage.computed[..., 1].mean()), 'unguided': float(usage.unguided.mean())}
+    'layers': float(usage.layers.mean()),
+    'computed': float(usage.computed[..., 0].mean()),
+    'without': float(usage.computed[..., 1].mean()),
+    'unguided': float(usage.unguided.mean()),
+  }
 
 
 def speeds(pipeline, prompts, settings, rounds: int) -> list[dict]:
@@ -87,13 +111,22 @@ def line(row, first) -> str:
   """A row of the table, in Markdown."""
   exit_threshold, skip_threshold = row['setting'].split('/')
   rates = [row['pictures_per_second'][size] for size in map(str, BATCHES)]
-  speedups = [rate / first['pictures_per_second'][size]
-              for size, rate in zip(map(str, BATCHES), rates)]
-  cells = [exit_threshold, skip_threshold, f'{row["layers"]:.2f}', f'{row["computed"]:.2f}',
-           f'{100 * row["unguided"]:.0f}%', f'{row["without"]:.2f}',
-           *('{:.1f} ± {:.1f}'.format(*(100 * value for value in row[name]))
-             for name in alignment.OpenMojiAlignment.measures),
-           *(f'{rate:.1f} (×{speedup:.2f})' for rate, speedup in zip(rates, speedups))]
+  speedups = [
+    rate / first['pictures_per_second'][size] for size, rate in zip(map(str, BATCHES), rates)
+  ]
+  cells = [
+    exit_threshold,
+    skip_threshold,
+    f'{row["layers"]:.2f}',
+    f'{row["computed"]:.2f}',
+    f'{100 * row["unguided"]:.0f}%',
+    f'{row["without"]:.2f}',
+    *(
+      '{:.1f} ± {:.1f}'.format(*(100 * value for value in row[name]))
+      for name in alignment.OpenMojiAlignment.measures
+    ),
+    *(f'{rate:.1f} (×{speedup:.2f})' for rate, speedup in zip(rates, speedups)),
+  ]
   return f'| {" | ".join(cells)} |'
 
 
@@ -110,8 +143,9 @@ def plot(rows, layers: int) -> Image.Image:
   for layer in range(1, layers + 1):
     draw.text((across(layer) - 4, height - edge + 8), f'{layer}', 'black', font)
   draw.text((width // 2 - 130, height - 24), 'mean decoder layers per token', 'black', font)
-  exits = sorted((row for row in rows if row['setting'].endswith('/1')),
-                 key=lambda row: row['layers'])
+  exits = sorted(
+    (row for row in rows if row['setting'].endswith('/1')), key=lambda row: row['layers']
+  )
   for name, colour, top in (('name_top1', '#1f5fbf', 10), ('tone_right', '#c0392b', 28)):
     points = [(across(row['layers']), up(row[name][0])) for row in exits]
     draw.line(points, colour, 2)

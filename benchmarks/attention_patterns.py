@@ -34,31 +34,43 @@ from parti_jax.sampling import parameters
 from parti_jax.training.objectives import generator_objective
 
 SCHEDULES = {
-    'global': ('global',),
-    'conv': ('conv',),
-    'conv, global': ('conv', 'global'),
-    'row, column, row, conv': ('row', 'column', 'row', 'conv'),
+  'global': ('global',),
+  'conv': ('conv',),
+  'conv, global': ('conv', 'global'),
+  'row, column, row, conv': ('row', 'column', 'row', 'conv'),
 }
 TEXT_LENGTH, VOCABULARY, HEAD_DIM = 32, 1024, 64
 
 
 def sizes(args, schedule) -> parti_config.PartiConfig:
   return parti_config.PartiConfig(
-      encoder_layers=1, decoder_layers=args.layers, width=args.width, mlp_width=4 * args.width,
-      heads=args.width // HEAD_DIM, text_vocabulary=VOCABULARY, text_length=TEXT_LENGTH,
-      codebook_size=VOCABULARY, grid=(args.side, args.side), dropout=0.0, dtype='float32',
-      remat='dots', attention_patterns=schedule)
+    encoder_layers=1,
+    decoder_layers=args.layers,
+    width=args.width,
+    mlp_width=4 * args.width,
+    heads=args.width // HEAD_DIM,
+    text_vocabulary=VOCABULARY,
+    text_length=TEXT_LENGTH,
+    codebook_size=VOCABULARY,
+    grid=(args.side, args.side),
+    dropout=0.0,
+    dtype='float32',
+    remat='dots',
+    attention_patterns=schedule,
+  )
 
 
 def cache_bytes(config) -> int:
   """Bytes of one sequence's whole cache, over all layers."""
-  slots = sum(config.layer_pattern(layer).slots(config.image_length)
-              for layer in range(config.decoder_layers))
+  slots = sum(
+    config.layer_pattern(layer).slots(config.image_length) for layer in range(config.decoder_layers)
+  )
   return 2 * slots * config.width * config.compute_dtype.itemsize
 
 
 def scores(config) -> int:
   """Scores that all layers compute, of a sequence and a head: those that are exponentiated."""
+
   def exponentiated(jaxpr):
     for equation in jaxpr.eqns:
       if equation.primitive.name == 'exp':
@@ -79,13 +91,15 @@ def sampling(args, config):
   """A function that draws a batch."""
   init = functools.partial(parti.Parti(config).init, jax.random.key(0))
   params = parameters.cut(
-      config, nn.meta.unbox(jax.jit(init)(*parti.example_inputs(config))['params']))
+    config, nn.meta.unbox(jax.jit(init)(*parti.example_inputs(config))['params'])
+  )
 
   @jax.jit
   def draw(params, texts, image_index):
     keys = decoding.image_keys(jnp.uint32(0), image_index)
     return decoding.sample_tokens(
-        config, params, texts, keys, guided=False, greedy=False, filtered=False)
+      config, params, texts, keys, guided=False, greedy=False, filtered=False
+    )
 
   texts = jnp.full((args.batch_size, TEXT_LENGTH), 5)
   return lambda: draw(params, texts, jnp.arange(args.batch_size))
@@ -96,7 +110,8 @@ def training(args, config):
   stage = generator_objective.GeneratorStage(config)
   params = nn.meta.unbox(jax.jit(stage.init)(jax.random.key(0)))
   batch = jax.tree.map(
-      lambda leaf: jnp.ones(leaf.shape, leaf.dtype), stage.abstract_batch(args.train_batch_size))
+    lambda leaf: jnp.ones(leaf.shape, leaf.dtype), stage.abstract_batch(args.train_batch_size)
+  )
 
   @jax.jit
   def gradients(params, batch):
@@ -160,22 +175,30 @@ def main():
     picture(args.picture)
     return
   configs = {name: sizes(args, schedule) for name, schedule in SCHEDULES.items()}
-  tokens = args.batch_size * args.side ** 2
-  draws, draws_cpu = fastest(
-      [sampling(args, config) for config in configs.values()], args.rounds)
-  steps, steps_cpu = fastest(
-      [training(args, config) for config in configs.values()], args.rounds)
+  tokens = args.batch_size * args.side**2
+  draws, draws_cpu = fastest([sampling(args, config) for config in configs.values()], args.rounds)
+  steps, steps_cpu = fastest([training(args, config) for config in configs.values()], args.rounds)
   rows = {
-      name: {'cache_bytes': cache_bytes(config), 'tokens_per_second': tokens / draw,
-             'sampling_speed': draws_cpu[0] / draws_cpu[place], 'scores': scores(config),
-             'training_step_seconds': step, 'training_speed': steps_cpu[0] / steps_cpu[place]}
-      for place, ((name, config), draw, step) in enumerate(zip(configs.items(), draws, steps))}
-  print('| schedule | cache of a sequence, MB | tokens/s | over global | scores | '
-        'training step, s | over global |\n|' + '---|' * 7)
+    name: {
+      'cache_bytes': cache_bytes(config),
+      'tokens_per_second': tokens / draw,
+      'sampling_speed': draws_cpu[0] / draws_cpu[place],
+      'scores': scores(config),
+      'training_step_seconds': step,
+      'training_speed': steps_cpu[0] / steps_cpu[place],
+    }
+    for place, ((name, config), draw, step) in enumerate(zip(configs.items(), draws, steps))
+  }
+  print(
+    '| schedule | cache of a sequence, MB | tokens/s | over global | scores | '
+    'training step, s | over global |\n|' + '---|' * 7
+  )
   for name, row in rows.items():
-    print(f'| {name} | {row["cache_bytes"] / 1e6:.1f} | {row["tokens_per_second"]:.0f} | '
-          f'{row["sampling_speed"]:.2f} | {row["scores"]:,} | '
-          f'{row["training_step_seconds"]:.2f} | {row["training_speed"]:.2f} |')
+    print(
+      f'| {name} | {row["cache_bytes"] / 1e6:.1f} | {row["tokens_per_second"]:.0f} | '
+      f'{row["sampling_speed"]:.2f} | {row["scores"]:,} | '
+      f'{row["training_step_seconds"]:.2f} | {row["training_speed"]:.2f} |'
+    )
   if args.json:
     with open(args.json, 'w', encoding='utf-8') as file:
       json.dump({'arguments': vars(args), 'rows': rows}, file, indent=2)

@@ -41,11 +41,14 @@ def main():
       if scale == 1 and ramp != args.ramps[0]:
         continue  # Unguided from the first position to the last, whatever the ramp.
       result = pipeline.generate(
-          judge.prompts, num_images=args.num_images, guidance_scale=scale, guidance_ramp=ramp)
+        judge.prompts, num_images=args.num_images, guidance_scale=scale, guidance_ramp=ramp
+      )
       measured = judge.scores(result.images)
       measured['distance'] = alignment.pairwise_distance(result.images)
-      rows.append({'ramp': ramp, 'scale': scale} | {
-          name: alignment.mean_and_error(values) for name, values in measured.items()})
+      rows.append(
+        {'ramp': ramp, 'scale': scale}
+        | {name: alignment.mean_and_error(values) for name, values in measured.items()}
+      )
       print(_line(rows[-1]), flush=True)
       strips.append((f'scale {scale:g}, {ramp}', result.images[shown, 0]))
   if args.json:
@@ -59,9 +62,15 @@ def main():
 def _line(row) -> str:
   """A row of the table, in Markdown."""
   mean, error = row['distance']
-  cells = [f'{row["scale"]:g}', row['ramp'],
-           *('{:.1f} ± {:.1f}'.format(*(100 * value for value in row[name]))
-             for name in alignment.OpenMojiAlignment.measures), f'{mean:.3f} ± {error:.3f}']
+  cells = [
+    f'{row["scale"]:g}',
+    row['ramp'],
+    *(
+      '{:.1f} ± {:.1f}'.format(*(100 * value for value in row[name]))
+      for name in alignment.OpenMojiAlignment.measures
+    ),
+    f'{mean:.3f} ± {error:.3f}',
+  ]
   return f'| {" | ".join(cells)} |'
 
 

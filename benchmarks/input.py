@@ -43,7 +43,8 @@ _PLACE = 100_000_000
 
 def main():
   parser = argparse.ArgumentParser(
-      description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument('names', nargs='*', metavar='NAME')
   parser.add_argument('--against', help='a checkout of another version')
   parser.add_argument('--rounds', type=int, default=3, help='of which the best is taken')
@@ -70,23 +71,34 @@ def main():
 
 def _in_a_process(name: str, folder: pathlib.Path) -> dict[str, float]:
   """A measurement of the version in a folder."""
-  environment = os.environ | {'PYTHONPATH': str(folder), 'JAX_PLATFORMS': 'cpu',
-                              'TF_CPP_MIN_LOG_LEVEL': '3'}
-  done = subprocess.run([sys.executable, '-P', os.path.abspath(__file__), '--measure', name],
-                        env=environment, stdout=subprocess.PIPE, check=True)
+  environment = os.environ | {
+    'PYTHONPATH': str(folder),
+    'JAX_PLATFORMS': 'cpu',
+    'TF_CPP_MIN_LOG_LEVEL': '3',
+  }
+  done = subprocess.run(
+    [sys.executable, '-P', os.path.abspath(__file__), '--measure', name],
+    env=environment,
+    stdout=subprocess.PIPE,
+    check=True,
+  )
   return json.loads(done.stdout.splitlines()[-1])
 
 
 def _best(rounds: list[dict[str, float]]) -> dict[str, float]:
   """The best of each figure: the largest rate, and the least of anything else."""
-  return {key: round((max if key.endswith('_a_second') else min)(one[key] for one in rounds), 3)
-          for key in rounds[0]}
+  return {
+    key: round((max if key.endswith('_a_second') else min)(one[key] for one in rounds), 3)
+    for key in rounds[0]
+  }
 
 
 def _processor_seconds() -> float:
   """Of this process, with its threads, and of its children that have ended."""
-  return sum(usage.ru_utime + usage.ru_stime for usage in map(
-      resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+  return sum(
+    usage.ru_utime + usage.ru_stime
+    for usage in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+  )
 
 
 def _rate(batches, examples: int) -> float:
@@ -107,14 +119,17 @@ def _token_batches(folder: str, **share):
 
   draw = np.random.default_rng(0)
   words = [''.join(draw.choice(list('etaoinshrdlu'), draw.integers(2, 9))) for _ in range(2000)]
-  examples = ((' '.join(draw.choice(words, 12)), draw.integers(0, 8192, _TOKENS))
-              for _ in range(_EXAMPLES))
+  examples = (
+    (' '.join(draw.choice(words, 12)), draw.integers(0, 8192, _TOKENS)) for _ in range(_EXAMPLES)
+  )
   token_cache.write_token_cache(
-      folder, examples, {'codebook_size': 8192, 'image_tokens': _TOKENS, 'tokenizer': 'none'})
+    folder, examples, {'codebook_size': 8192, 'image_tokens': _TOKENS, 'tokenizer': 'none'}
+  )
   gin.parse_config('import parti_jax.data.tasks')
   gin.bind_parameter('token_cache.path', folder)
-  return batches.Batches('cached_tokens', 'train', _BATCH, {'inputs': 128, 'targets': _TOKENS},
-                         training=True, **share)
+  return batches.Batches(
+    'cached_tokens', 'train', _BATCH, {'inputs': 128, 'targets': _TOKENS}, training=True, **share
+  )
 
 
 def _tokens() -> dict[str, float]:
@@ -123,8 +138,10 @@ def _tokens() -> dict[str, float]:
 
 
 def _shares() -> dict[str, float]:
-  with tempfile.TemporaryDirectory() as folder, _token_batches(
-      folder, share=0, shares=_SHARES) as batches:
+  with (
+    tempfile.TemporaryDirectory() as folder,
+    _token_batches(folder, share=0, shares=_SHARES) as batches,
+  ):
     return {'examples_a_second': _rate(batches, _EXAMPLES // 8)}
 
 
@@ -165,16 +182,17 @@ def _workers() -> dict[str, float]:
 
   found = {}
   for workers in (1, 2):
-    with tempfile.TemporaryDirectory() as folder, _picture_batches(
-        folder, settings=share.Settings(0, workers, 64)) as batches:
+    with (
+      tempfile.TemporaryDirectory() as folder,
+      _picture_batches(folder, settings=share.Settings(0, workers, 64)) as batches,
+    ):
       for _ in range(4):
         next(batches)
       start = time.perf_counter()
       for _ in range(8):
         next(batches)
       found[f'with_{workers}_pictures_a_second'] = 8 * _BATCH / (time.perf_counter() - start)
-  found['ratio_a_second'] = (
-      found['with_2_pictures_a_second'] / found['with_1_pictures_a_second'])
+  found['ratio_a_second'] = found['with_2_pictures_a_second'] / found['with_1_pictures_a_second']
   return found
 
 
@@ -188,8 +206,10 @@ def _place() -> dict[str, float]:
       return 4 * _PLACE
 
     def read(self, indices):
-      return [{'caption': f'picture {index}'.encode(), 'tokens': np.full(_TOKENS, index % 8192)}
-              for index in indices]
+      return [
+        {'caption': f'picture {index}'.encode(), 'tokens': np.full(_TOKENS, index % 8192)}
+        for index in indices
+      ]
 
   from parti_jax.data import batches as batches_lib
   from parti_jax.data import token_cache
@@ -199,7 +219,8 @@ def _place() -> dict[str, float]:
     with mock.patch.object(token_cache.TokenCacheSource, 'open', lambda *_, **__: Emulated()):
       start = time.perf_counter()
       with batches_lib.Batches(
-          'cached_tokens', 'train', _BATCH, {'inputs': 128, 'targets': _TOKENS}) as batches:
+        'cached_tokens', 'train', _BATCH, {'inputs': 128, 'targets': _TOKENS}
+      ) as batches:
         batches.restore(batches.state() | {'taken': _PLACE, 'stream': {'position': _PLACE}})
         next(batches)
         return {'seconds': time.perf_counter() - start}
@@ -224,22 +245,29 @@ def _memory() -> dict[str, float]:
       os.link(first, os.path.join(folder, f'{index:05d}.tar'))
     gin.parse_config('import parti_jax.data.tasks')
     gin.bind_parameter('webdataset.path', folder)
-    batches = batches_lib.Batches('webdataset_pairs', 'train', 16, {'inputs': 16, 'images': 64},
-                                  share=0, shares=_SHARES)
+    batches = batches_lib.Batches(
+      'webdataset_pairs', 'train', 16, {'inputs': 16, 'images': 64}, share=0, shares=_SHARES
+    )
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with batches:
       for _ in range(20):
         next(batches)
-    return {'picture_kB': np.mean([len(picture) for picture in pictures]) / 1000,
-            'MiB_more': (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}
+    return {
+      'picture_kB': np.mean([len(picture) for picture in pictures]) / 1000,
+      'MiB_more': (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024,
+    }
 
 
 def _imports() -> dict[str, float]:
   start = _processor_seconds()
   before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   import parti_jax.data.batches  # noqa: F401
-  return {'seconds': _processor_seconds() - start, 'tensorflow': 'tensorflow' in sys.modules,
-          'MiB_more': (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}
+
+  return {
+    'seconds': _processor_seconds() - start,
+    'tensorflow': 'tensorflow' in sys.modules,
+    'MiB_more': (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024,
+  }
 
 
 if __name__ == '__main__':

@@ -27,16 +27,29 @@ def plans() -> dict[str, list[str]]:
   """Name -> arguments of `parti-jax plan`."""
   wanted = [(f'{size}_{pod.split(":")[0]}', size, pod) for size in SIZES for pod in PODS]
   wanted.append(('3b_v5e', '3b', 'v5e:16x16'))
-  found = {name: ['--what=train', f'--topology={pod}', *_run(size), *CHANGES.get(name, [])]
-           for name, size, pod in wanted}
+  found = {
+    name: ['--what=train', f'--topology={pod}', *_run(size), *CHANGES.get(name, [])]
+    for name, size, pod in wanted
+  }
   # The paper's own way of splitting: 16 pipeline stages with in-layer sharding.
   found['20b_v4_stages'] = [
-      *found['20b_v4'], '--gin.make_mesh.stage=16', '--gin.make_mesh.data=4',
-      '--gin.make_mesh.fsdp=1', '--gin.make_mesh.tensor=8', '--gin.pipeline.groups=8',
-      '--gin.train.microbatches=4']
+    *found['20b_v4'],
+    '--gin.make_mesh.stage=16',
+    '--gin.make_mesh.data=4',
+    '--gin.make_mesh.fsdp=1',
+    '--gin.make_mesh.tensor=8',
+    '--gin.pipeline.groups=8',
+    '--gin.train.microbatches=4',
+  ]
   found['20b_v5e_sample'] = [
-      '--what=sample', '--topology=v5e:4x8', *_run('20b'), '--batch_size=64',
-      '--gin.make_mesh.data=-1', '--gin.make_mesh.fsdp=1', '--gin.make_mesh.tensor=8']
+    '--what=sample',
+    '--topology=v5e:4x8',
+    *_run('20b'),
+    '--batch_size=64',
+    '--gin.make_mesh.data=-1',
+    '--gin.make_mesh.fsdp=1',
+    '--gin.make_mesh.tensor=8',
+  ]
   return found
 
 
@@ -46,7 +59,8 @@ def _run(size: str) -> list[str]:
 
 def main():
   parser = argparse.ArgumentParser(
-      description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument('words', nargs='*')
   parser.add_argument('--list', action='store_true')
   args = parser.parse_args()

@@ -38,21 +38,40 @@ def parti_jax_system(args, guided: bool):
   from parti_jax.sampling import decoding
   from parti_jax.sampling import parameters
 
-  side = round(args.tokens ** 0.5)
+  side = round(args.tokens**0.5)
   config = parti_config.PartiConfig(
-      encoder_layers=args.layers, decoder_layers=args.layers, width=args.width,
-      mlp_width=4 * args.width, heads=args.width // HEAD_DIM, text_vocabulary=VOCABULARY,
-      text_length=TEXT_LENGTH, codebook_size=VOCABULARY, grid=(side, side), dtype='float32')
+    encoder_layers=args.layers,
+    decoder_layers=args.layers,
+    width=args.width,
+    mlp_width=4 * args.width,
+    heads=args.width // HEAD_DIM,
+    text_vocabulary=VOCABULARY,
+    text_length=TEXT_LENGTH,
+    codebook_size=VOCABULARY,
+    grid=(side, side),
+    dtype='float32',
+  )
   init = functools.partial(parti.Parti(config).init, jax.random.key(0))
   params = parameters.cut(
-      config, nn.meta.unbox(jax.jit(init)(*parti.example_inputs(config))['params']))
+    config, nn.meta.unbox(jax.jit(init)(*parti.example_inputs(config))['params'])
+  )
 
   @jax.jit
   def draw(params, texts, image_index):
     keys = decoding.image_keys(jnp.uint32(0), image_index)
     return decoding.sample_tokens(
-        config, params, texts, keys, GUIDANCE_SCALE, 1.0, round(KEPT * VOCABULARY), 1.0,
-        guided=guided, greedy=False, filtered=guided)
+      config,
+      params,
+      texts,
+      keys,
+      GUIDANCE_SCALE,
+      1.0,
+      round(KEPT * VOCABULARY),
+      1.0,
+      guided=guided,
+      greedy=False,
+      filtered=guided,
+    )
 
   texts = jnp.full((args.batch_size, TEXT_LENGTH), 5)
   return lambda: jax.block_until_ready(draw(params, texts, jnp.arange(args.batch_size)))
@@ -64,17 +83,31 @@ def t5_system(args):
   import transformers
 
   config = transformers.T5Config(
-      vocab_size=VOCABULARY, d_model=args.width, d_kv=HEAD_DIM, d_ff=4 * args.width,
-      num_layers=args.layers, num_decoder_layers=args.layers, num_heads=args.width // HEAD_DIM,
-      feed_forward_proj='gelu', tie_word_embeddings=False, decoder_start_token_id=0)
+    vocab_size=VOCABULARY,
+    d_model=args.width,
+    d_kv=HEAD_DIM,
+    d_ff=4 * args.width,
+    num_layers=args.layers,
+    num_decoder_layers=args.layers,
+    num_heads=args.width // HEAD_DIM,
+    feed_forward_proj='gelu',
+    tie_word_embeddings=False,
+    decoder_start_token_id=0,
+  )
   model = transformers.T5ForConditionalGeneration(config).eval()
   texts = torch.full((args.batch_size, TEXT_LENGTH), 5)
 
   def draw():
     with torch.inference_mode():
       drawn = model.generate(
-          input_ids=texts, attention_mask=torch.ones_like(texts), do_sample=True, top_k=0,
-          use_cache=True, min_new_tokens=args.tokens, max_new_tokens=args.tokens)
+        input_ids=texts,
+        attention_mask=torch.ones_like(texts),
+        do_sample=True,
+        top_k=0,
+        use_cache=True,
+        min_new_tokens=args.tokens,
+        max_new_tokens=args.tokens,
+      )
     assert drawn.shape == (args.batch_size, args.tokens + 1)
 
   return draw
@@ -91,6 +124,7 @@ def parti_pytorch_system(args):
 
   class Tokenizer(torch.nn.Module):
     """As much of an image tokenizer as is needed to draw tokens and leave them as they are."""
+
     codebook_size, image_size = VOCABULARY, 256
 
     def __init__(self):
@@ -98,7 +132,7 @@ def parti_pytorch_system(args):
       self.anywhere = torch.nn.Parameter(torch.zeros(()))
 
     def get_encoded_fmap_size(self, unused_size):
-      return round(args.tokens ** 0.5)
+      return round(args.tokens**0.5)
 
     def get_fmap_from_codebook(self, tokens):
       return tokens
@@ -108,15 +142,23 @@ def parti_pytorch_system(args):
 
   t5.T5_CONFIGS['ours'] = {'config': transformers.T5Config(d_model=args.width)}
   model = parti_pytorch.Parti(
-      vae=Tokenizer(), dim=args.width, depth=args.layers, dim_head=HEAD_DIM,
-      heads=args.width // HEAD_DIM, t5_name='ours', max_text_len=TEXT_LENGTH).eval()
+    vae=Tokenizer(),
+    dim=args.width,
+    depth=args.layers,
+    dim_head=HEAD_DIM,
+    heads=args.width // HEAD_DIM,
+    t5_name='ours',
+    max_text_len=TEXT_LENGTH,
+  ).eval()
   text = torch.randn(args.batch_size, TEXT_LENGTH, args.width)
   mask = torch.ones(args.batch_size, TEXT_LENGTH, dtype=torch.bool)
   model.encode_texts = lambda texts, output_device: (text, mask)
   with torch.inference_mode():  # A whole draw takes minutes; a step warms it up as well.
     model.forward_with_cond_scale(
-        text_token_embeds=text, text_mask=mask,
-        image_token_ids=torch.zeros(args.batch_size, args.tokens - 1, dtype=torch.long))
+      text_token_embeds=text,
+      text_mask=mask,
+      image_token_ids=torch.zeros(args.batch_size, args.tokens - 1, dtype=torch.long),
+    )
 
   def draw():
     drawn = model.generate([''] * args.batch_size, cond_scale=GUIDANCE_SCALE)
@@ -141,10 +183,10 @@ def _without_torchvision():
 
 
 SYSTEMS = {
-    'parti_jax': lambda args: parti_jax_system(args, guided=False),
-    'transformers T5': t5_system,
-    'parti_jax, guided': lambda args: parti_jax_system(args, guided=True),
-    'parti-pytorch, guided': parti_pytorch_system,
+  'parti_jax': lambda args: parti_jax_system(args, guided=False),
+  'transformers T5': t5_system,
+  'parti_jax, guided': lambda args: parti_jax_system(args, guided=True),
+  'parti-pytorch, guided': parti_pytorch_system,
 }
 COMPARED = [('parti_jax', 'transformers T5'), ('parti_jax, guided', 'parti-pytorch, guided')]
 
@@ -167,11 +209,15 @@ def work(args):
 def start_worker(name: str, args) -> subprocess.Popen:
   """A process that serves one system, warmed up."""
   python = sys.executable if name.startswith('parti_jax') else args.torch_python
-  sizes = [f'--{size}={getattr(args, size)}'
-           for size in ('layers', 'width', 'batch_size', 'tokens')]
+  sizes = [
+    f'--{size}={getattr(args, size)}' for size in ('layers', 'width', 'batch_size', 'tokens')
+  ]
   worker = subprocess.Popen(
-      [python, os.path.abspath(__file__), f'--system={name}', *sizes],
-      stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    [python, os.path.abspath(__file__), f'--system={name}', *sizes],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
+  )
   if worker.stdout.readline() != 'ready\n':
     sys.exit(f'{name}: could not be started; see benchmarks/README.md for what to install')
   return worker
@@ -201,10 +247,19 @@ def main():
   parser.add_argument('--batch_size', type=int, default=8)
   parser.add_argument('--tokens', type=int, default=256, help='a square number')
   parser.add_argument('--rounds', type=int, default=5)
-  parser.add_argument('--without', action='append', default=[], metavar='SYSTEM',
-                      help='leave out a comparison, such as "parti-pytorch, guided"')
-  parser.add_argument('--torch_python', default=sys.executable, metavar='PYTHON',
-                      help='interpreter that has torch, transformers and parti-pytorch')
+  parser.add_argument(
+    '--without',
+    action='append',
+    default=[],
+    metavar='SYSTEM',
+    help='leave out a comparison, such as "parti-pytorch, guided"',
+  )
+  parser.add_argument(
+    '--torch_python',
+    default=sys.executable,
+    metavar='PYTHON',
+    help='interpreter that has torch, transformers and parti-pytorch',
+  )
   parser.add_argument('--json', metavar='FILE', help='write the numbers there')
   parser.add_argument('--system', choices=SYSTEMS, help=argparse.SUPPRESS)
   args = parser.parse_args()
@@ -213,18 +268,33 @@ def main():
     return
   seconds = measure(args)
   count = args.batch_size * args.tokens
-  print(f'{args.layers}+{args.layers} layers, width {args.width}, batch {args.batch_size}, '
-        f'{args.tokens} tokens, float32')
+  print(
+    f'{args.layers}+{args.layers} layers, width {args.width}, batch {args.batch_size}, '
+    f'{args.tokens} tokens, float32'
+  )
   for name, value in seconds.items():
     print(f'  {name:22} {value:8.3f} s  {count / value:8.0f} tokens/s')
-  ratios = {f'{ours} / {theirs}': seconds[theirs] / seconds[ours]
-            for ours, theirs in COMPARED if ours in seconds}
+  ratios = {
+    f'{ours} / {theirs}': seconds[theirs] / seconds[ours]
+    for ours, theirs in COMPARED
+    if ours in seconds
+  }
   for name, ratio in ratios.items():
     print(f'  {name}: {ratio:.1f}×')
   if args.json:
     with open(args.json, 'w', encoding='utf-8') as file:
-      json.dump({'layers': args.layers, 'width': args.width, 'batch_size': args.batch_size,
-                 'tokens': args.tokens, 'seconds': seconds, 'ratios': ratios}, file, indent=2)
+      json.dump(
+        {
+          'layers': args.layers,
+          'width': args.width,
+          'batch_size': args.batch_size,
+          'tokens': args.tokens,
+          'seconds': seconds,
+          'ratios': ratios,
+        },
+        file,
+        indent=2,
+      )
 
 
 if __name__ == '__main__':

@@ -33,25 +33,41 @@ _MEAN_OF_ALL = '--gin.LOSS_NORMALIZING_FACTOR=8388608'
 
 # Name -> model, topology, and overrides; the paper's lengths and batch.
 PLANS = {
-    '350m_v4_64': ('350m', 'v4:4x4x4', []),
-    '350m_v4_128': ('350m', 'v4:4x4x8', []),
-    '3b_v4_64': ('3b', 'v4:4x4x4', ['--gin.Trainer.num_microbatches=2', _MEAN_OF_ALL]),
-    '3b_v4_128': ('3b', 'v4:4x4x8', []),
-    '20b_v4_128': ('20b', 'v4:4x4x8', ['--gin.Trainer.num_microbatches=4', _MEAN_OF_ALL]),
-    '20b_v4_256': ('20b', 'v4:8x8x4', []),
-    '20b_v4_256_microbatches_2': ('20b', 'v4:8x8x4', [
-        '--gin.Trainer.num_microbatches=2', _MEAN_OF_ALL]),
-    '20b_v4_512': ('20b', 'v4:8x8x8', []),
-    '20b_v4_512_partitions_8': ('20b', 'v4:8x8x8', ['--gin.PjitPartitioner.num_partitions=8']),
-    '20b_v4_512_partitions_8_activations_2': ('20b', 'v4:8x8x8', [
-        '--gin.PjitPartitioner.num_partitions=8',
-        '--gin.standard_logical_axis_rules.activation_partitioning_dims=2']),
-    '20b_v5p_128': ('20b', 'v5p:4x4x8', []),
+  '350m_v4_64': ('350m', 'v4:4x4x4', []),
+  '350m_v4_128': ('350m', 'v4:4x4x8', []),
+  '3b_v4_64': ('3b', 'v4:4x4x4', ['--gin.Trainer.num_microbatches=2', _MEAN_OF_ALL]),
+  '3b_v4_128': ('3b', 'v4:4x4x8', []),
+  '20b_v4_128': ('20b', 'v4:4x4x8', ['--gin.Trainer.num_microbatches=4', _MEAN_OF_ALL]),
+  '20b_v4_256': ('20b', 'v4:8x8x4', []),
+  '20b_v4_256_microbatches_2': (
+    '20b',
+    'v4:8x8x4',
+    ['--gin.Trainer.num_microbatches=2', _MEAN_OF_ALL],
+  ),
+  '20b_v4_512': ('20b', 'v4:8x8x8', []),
+  '20b_v4_512_partitions_8': ('20b', 'v4:8x8x8', ['--gin.PjitPartitioner.num_partitions=8']),
+  '20b_v4_512_partitions_8_activations_2': (
+    '20b',
+    'v4:8x8x8',
+    [
+      '--gin.PjitPartitioner.num_partitions=8',
+      '--gin.standard_logical_axis_rules.activation_partitioning_dims=2',
+    ],
+  ),
+  '20b_v5p_128': ('20b', 'v5p:4x4x8', []),
 }
 
 
-def train(*, model, train_dataset_cfg, partitioner, trainer_cls, random_seed,
-          use_hardware_rng=False, **others):
+def train(
+  *,
+  model,
+  train_dataset_cfg,
+  partitioner,
+  trainer_cls,
+  random_seed,
+  use_hardware_rng=False,
+  **others,
+):
   """Takes the place of `t5x.train.train` in the gin files, and what it takes.
 
   Of the dataset's configuration it looks at the batch's size and the lengths, at `others` not at
@@ -63,22 +79,34 @@ def train(*, model, train_dataset_cfg, partitioner, trainer_cls, random_seed,
   del others
   import jax
   from t5x import utils
+
   if use_hardware_rng or random_seed is None:
     utils.set_hardware_rng_ops()
   batch_size = partitioner.get_data_layout(train_dataset_cfg.batch_size).batch_size
   converter = model.FEATURE_CONVERTER_CLS()
   lengths = converter.get_model_feature_lengths(train_dataset_cfg.task_feature_lengths)
-  batch = {name: jax.ShapeDtypeStruct(
-      (batch_size, length), converter.MODEL_FEATURES[name].dtype.as_numpy_dtype)
-           for name, length in lengths.items()}
+  batch = {
+    name: jax.ShapeDtypeStruct(
+      (batch_size, length), converter.MODEL_FEATURES[name].dtype.as_numpy_dtype
+    )
+    for name, length in lengths.items()
+  }
   initializer = utils.TrainStateInitializer(
-      model.optimizer_def, model.get_initial_variables,
-      {name: leaf.shape for name, leaf in batch.items()}, partitioner,
-      {name: leaf.dtype for name, leaf in batch.items()})
+    model.optimizer_def,
+    model.get_initial_variables,
+    {name: leaf.shape for name, leaf in batch.items()},
+    partitioner,
+    {name: leaf.dtype for name, leaf in batch.items()},
+  )
   trainer = trainer_cls(
-      model=model, train_state=initializer.global_train_state_shape, partitioner=partitioner,
-      eval_names=[], summary_dir=None, train_state_axes=initializer.train_state_axes,
-      rng=jax.random.PRNGKey(random_seed or 0))
+    model=model,
+    train_state=initializer.global_train_state_shape,
+    partitioner=partitioner,
+    eval_names=[],
+    summary_dir=None,
+    train_state_axes=initializer.train_state_axes,
+    rng=jax.random.PRNGKey(random_seed or 0),
+  )
   return model, trainer, batch
 
 
@@ -86,9 +114,12 @@ def train(*, model, train_dataset_cfg, partitioner, trainer_cls, random_seed,
 def as_if_there(devices):
   """A context in which t5x, which asks JAX what devices there are, finds these."""
   import jax
+
   of_first_host = [device for device in devices if device.process_index == 0]
-  with mock.patch.object(jax, 'devices', lambda *_: list(devices)), \
-       mock.patch.object(jax, 'local_devices', lambda *_: of_first_host):
+  with (
+    mock.patch.object(jax, 'devices', lambda *_: list(devices)),
+    mock.patch.object(jax, 'local_devices', lambda *_: of_first_host),
+  ):
     yield
 
 
@@ -96,6 +127,7 @@ def plan(gin_files: list[str], gin_bindings: list[str], topology_name: str) -> d
   """The plan of a run of t5x.train, as `parti_jax.planning.plan` makes it of a step of ours."""
   import gin
   import jax
+
   jax.config.update('jax_platforms', 'cpu')  # Never takes the accelerator of this machine.
   import t5x
   from t5x import gin_utils
@@ -106,22 +138,29 @@ def plan(gin_files: list[str], gin_bindings: list[str], topology_name: str) -> d
   from parti_jax.training.objectives import (
     generator_objective,  # Before gin locks its configuration.
   )
+
   topology = topology_lib.parse(topology_name)
   sys.modules['__main__'].train = train  # Where t5x's gin files look for it.
   train_with_gin = gin.configurable(train)
   # What t5x.train must be told of and no step depends on.
   unused = ["MIXTURE_OR_TASK_NAME = 'unused'", "MODEL_DIR = 'unused'"]
   gin_utils.parse_gin_flags(
-      ['.', str(pathlib.Path(t5x.__path__[0]).parent)], gin_files, unused + gin_bindings)
+    ['.', str(pathlib.Path(t5x.__path__[0]).parent)], gin_files, unused + gin_bindings
+  )
   with as_if_there(topology.devices()):
     model, trainer, batch = train_with_gin()
     stage = generator_objective.GeneratorStage(model.module.config)
     step = _step(gin_files, stage, trainer, batch)
     request = request_lib.Request('train', topology_name, (), tuple(gin_bindings))
     made = plan_lib.of_step(request, topology, step)
-    return made | {'remedies': [] if made['fits'] else [
+    return made | {
+      'remedies': []
+      if made['fits']
+      else [
         '--gin.Trainer.num_microbatches=2: half the activations at a time',
-        '--topology=...: a larger slice, or chips with more memory']}
+        '--topology=...: a larger slice, or chips with more memory',
+      ]
+    }
 
 
 def _step(gin_files, stage, trainer, batch):
@@ -129,16 +168,25 @@ def _step(gin_files, stage, trainer, batch):
   from parti_jax.models.nn import layers
   from parti_jax.planning import request as request_lib
   from parti_jax.planning.hlo import kernels
+
   config, state = stage.model, trainer.train_state
   batch_size = batch['encoder_input_tokens'].shape[0]
-  settings = {'model': f't5x {pathlib.Path(gin_files[0]).stem}', 'config': 'PartiConfig',
-              'remat': config.remat, 'microbatches': trainer._num_microbatches or 1,
-              'gin_files': gin_files}
+  settings = {
+    'model': f't5x {pathlib.Path(gin_files[0]).stem}',
+    'config': 'PartiConfig',
+    'remat': config.remat,
+    'microbatches': trainer._num_microbatches or 1,
+    'gin_files': gin_files,
+  }
   return request_lib.Step(
-      lambda: trainer._partitioned_train_step.lower(state, batch), trainer._partitioner.mesh,
-      batch_size, stage.step_flops(batch_size),
-      layers.count_parameters(state.params), settings,
-      kernel_flops=kernels.splash_flops(config.patterns))
+    lambda: trainer._partitioned_train_step.lower(state, batch),
+    trainer._partitioner.mesh,
+    batch_size,
+    stage.step_flops(batch_size),
+    layers.count_parameters(state.params),
+    settings,
+    kernel_flops=kernels.splash_flops(config.patterns),
+  )
 
 
 def _plan_one(gin_files, flags, topology_name, file) -> int:
@@ -148,6 +196,7 @@ def _plan_one(gin_files, flags, topology_name, file) -> int:
     raise SystemExit(f'not known: {shlex.join(strange)}' if strange else '--topology is needed')
   made = plan(gin_files, [flag.removeprefix('--gin.') for flag in flags], topology_name)
   from parti_jax.planning import report
+
   print(report.text(made), flush=True)
   if file:
     pathlib.Path(file).write_text(json.dumps(made, indent=2) + '\n', encoding='utf-8')
@@ -156,7 +205,8 @@ def _plan_one(gin_files, flags, topology_name, file) -> int:
 
 def main() -> int:
   parser = argparse.ArgumentParser(
-      description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument('words', nargs='*')
   parser.add_argument('--list', action='store_true')
   parser.add_argument('--gin_file', action='append')
@@ -169,15 +219,23 @@ def main() -> int:
   FOLDER.mkdir(exist_ok=True)
   for name, (model, topology, overrides) in PLANS.items():
     file = FOLDER / f'{name}.json'
-    command = [f'--topology={topology}', f'--gin_file={_MODELS}/{model}.gin', f'--gin_file={_RUN}',
-               *overrides]
+    command = [
+      f'--topology={topology}',
+      f'--gin_file={_MODELS}/{model}.gin',
+      f'--gin_file={_RUN}',
+      *overrides,
+    ]
     if args.list:
       print(f'{name}: python benchmarks/t5x_plans.py {shlex.join(command)}')
     elif any(word in name for word in args.words) or (not args.words and not file.exists()):
       start = time.perf_counter()
       file.unlink(missing_ok=True)
-      done = subprocess.run([sys.executable, __file__, *command, f'--json={file}'],
-                            capture_output=True, text=True, check=False)
+      done = subprocess.run(
+        [sys.executable, __file__, *command, f'--json={file}'],
+        capture_output=True,
+        text=True,
+        check=False,
+      )
       made = file.exists()
       fits = 'does not fit' if done.returncode else 'fits'
       said = fits if made else done.stderr.strip()[-300:]

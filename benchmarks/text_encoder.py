@@ -15,20 +15,28 @@ import subprocess
 import sys
 
 GENERATOR = [
-    '--gin_file=gin_configs/runs/demo_generator.gin', '--gin.train.evaluate_every=25',
-    '--gin.train.log_every=25', '--gin.train.pictures_every=0',
-    '--gin.warmup_cosine.warmup_steps=50', '--gin.GeneratorStage.tokenizer=None',
-    '--gin.GeneratorStage.depth_loss_weights=None']
+  '--gin_file=gin_configs/runs/demo_generator.gin',
+  '--gin.train.evaluate_every=25',
+  '--gin.train.log_every=25',
+  '--gin.train.pictures_every=0',
+  '--gin.warmup_cosine.warmup_steps=50',
+  '--gin.GeneratorStage.tokenizer=None',
+  '--gin.GeneratorStage.depth_loss_weights=None',
+]
 ENCODER = [
-    '--gin_file=gin_configs/runs/demo_text_encoder.gin', '--gin.train.evaluate_every=50',
-    '--gin.train.log_every=25']
+  '--gin_file=gin_configs/runs/demo_text_encoder.gin',
+  '--gin.train.evaluate_every=50',
+  '--gin.train.log_every=25',
+]
 # Objective -> the flags that leave the other one out, and its share of the pretraining's steps:
 # without pictures a step is a fraction of the work.
 OBJECTIVES = {
-    'masked': (['--gin.TextEncoderStage.contrastive_weight=0',
-                "--gin.train.task='openmoji_texts'"], 2),
-    'contrastive': (['--gin.TextEncoderStage.masked_weight=0'], 1),
-    'both': ([], 1),
+  'masked': (
+    ['--gin.TextEncoderStage.contrastive_weight=0', "--gin.train.task='openmoji_texts'"],
+    2,
+  ),
+  'contrastive': (['--gin.TextEncoderStage.masked_weight=0'], 1),
+  'both': ([], 1),
 }
 
 
@@ -36,8 +44,15 @@ def train(folder, name, steps, flags) -> str:
   """Trains a run, unless it has ended, and returns what it printed."""
   log, ended = folder / f'{name}.log', folder / f'{name}.ended'
   if not ended.exists():
-    command = [sys.executable, '-m', 'parti_jax.train', f'--model_dir={folder / name}',
-               f'--gin.train.steps={steps}', f'--gin.warmup_cosine.decay_steps={steps}', *flags]
+    command = [
+      sys.executable,
+      '-m',
+      'parti_jax.train',
+      f'--model_dir={folder / name}',
+      f'--gin.train.steps={steps}',
+      f'--gin.warmup_cosine.decay_steps={steps}',
+      *flags,
+    ]
     print(*command, flush=True)
     with log.open('w', encoding='utf-8') as file:
       subprocess.run(command, stderr=file, check=True)
@@ -47,13 +62,16 @@ def train(folder, name, steps, flags) -> str:
 
 def losses(log: str) -> dict[int, float]:
   """Step -> loss on `validation`."""
-  return {int(step): float(loss)
-          for step, loss in re.findall(r'step (\d+): validation/loss ([\d.]+)', log)}
+  return {
+    int(step): float(loss)
+    for step, loss in re.findall(r'step (\d+): validation/loss ([\d.]+)', log)
+  }
 
 
 def draw(path, curves):
   """Draws the losses by step, and how they differ from those of a random start."""
   from matplotlib import pyplot
+
   figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.5, 4), dpi=110)
   for name, curve in curves.items():
     steps, values = list(curve), list(curve.values())
@@ -73,8 +91,12 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.split('\n', maxsplit=1)[0])
   parser.add_argument('--dir', required=True, type=pathlib.Path, help='folder of the runs')
   parser.add_argument('--steps', type=int, default=200, help='of the generators')
-  parser.add_argument('--pretraining_steps', type=int, default=150,
-                      help='of the objectives with pictures; masked alone takes twice as many')
+  parser.add_argument(
+    '--pretraining_steps',
+    type=int,
+    default=150,
+    help='of the objectives with pictures; masked alone takes twice as many',
+  )
   parser.add_argument('--picture', help='PNG file to draw the losses in')
   args = parser.parse_args()
   args.dir.mkdir(parents=True, exist_ok=True)

@@ -44,18 +44,31 @@ def main():
   args = parser.parse_args()
   allocator.keep_freed()
   config = parti_config.PartiConfig(
-      encoder_layers=args.encoder_layers, decoder_layers=args.decoder_layers, width=args.width,
-      mlp_width=4 * args.width, heads=args.width // 64, text_vocabulary=1024, text_length=16,
-      codebook_size=1024, grid=(8, 8), dropout=args.dropout, dtype='float32', remat=args.remat)
+    encoder_layers=args.encoder_layers,
+    decoder_layers=args.decoder_layers,
+    width=args.width,
+    mlp_width=4 * args.width,
+    heads=args.width // 64,
+    text_vocabulary=1024,
+    text_length=16,
+    codebook_size=1024,
+    grid=(8, 8),
+    dropout=args.dropout,
+    dtype='float32',
+    remat=args.remat,
+  )
   stage = generator_objective.GeneratorStage(config)
   optimizer = optimizers.adamw(lambda step: 1e-3)
   trainer = trainer_lib.Trainer(stage, optimizer, mesh.make_mesh(devices=jax.devices()[:1]))
   state = trainer.create_state()
   rng = np.random.default_rng(0)
-  batch = trainer.put({
+  batch = trainer.put(
+    {
       'encoder_input_tokens': rng.integers(3, 1024, (args.batch_size, 16), np.int32),
       'decoder_target_tokens': rng.integers(0, 1024, (args.batch_size, 64), np.int32),
-      'decoder_loss_weights': np.ones((args.batch_size, 64), np.float32)})
+      'decoder_loss_weights': np.ones((args.batch_size, 64), np.float32),
+    }
+  )
   matrix = jnp.asarray(rng.standard_normal((1024, 1024), np.float32))
   product = jax.jit(jnp.matmul)
 
@@ -71,14 +84,19 @@ def main():
     seconds(step), seconds(products)
   times = [(seconds(step), seconds(products)) for _ in range(args.rounds)]
   step_rate = stage.step_flops(args.batch_size) / statistics.median(t for t, _ in times)
-  peak = 20 * 2 * 1024 ** 3 / statistics.median(t for _, t in times)
+  peak = 20 * 2 * 1024**3 / statistics.median(t for _, t in times)
   figures = {
-      'parameters': layers.count_parameters(state.params), 'batch_size': args.batch_size,
-      'step_model_flops_per_second': step_rate, 'product_flops_per_second': peak,
-      'share': step_rate / peak}
-  print(f'{figures["parameters"] / 1e6:.1f}M parameters, batch {args.batch_size}: '
-        f'{step_rate / 1e9:.1f} GFLOP/s; a 1024×1024 product: {peak / 1e9:.1f} GFLOP/s; '
-        f'share {step_rate / peak:.3f}')
+    'parameters': layers.count_parameters(state.params),
+    'batch_size': args.batch_size,
+    'step_model_flops_per_second': step_rate,
+    'product_flops_per_second': peak,
+    'share': step_rate / peak,
+  }
+  print(
+    f'{figures["parameters"] / 1e6:.1f}M parameters, batch {args.batch_size}: '
+    f'{step_rate / 1e9:.1f} GFLOP/s; a 1024×1024 product: {peak / 1e9:.1f} GFLOP/s; '
+    f'share {step_rate / peak:.3f}'
+  )
   if args.json:
     with open(args.json, 'w', encoding='utf-8') as file:
       json.dump(figures, file, indent=2)

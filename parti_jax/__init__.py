@@ -9,6 +9,7 @@ def __getattr__(name):
   # package (and asking the command line for help) stays quick.
   if name == 'load':
     from parti_jax.sampling import text_to_image
+
     return text_to_image.load
   raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 

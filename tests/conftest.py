@@ -15,7 +15,9 @@ _DEVICES = '--xla_force_host_platform_device_count=8'
 os.environ['JAX_PLATFORMS'] = 'cpu'
 # Most of the time of tiny models goes into compilation, most of which is LLVM's.
 _QUICK_COMPILATION = (
-    '--xla_backend_optimization_level=0', '--xla_llvm_disable_expensive_passes=true')
+  '--xla_backend_optimization_level=0',
+  '--xla_llvm_disable_expensive_passes=true',
+)
 for _flag in (_DEVICES, *_QUICK_COMPILATION):
   if _flag.split('=')[0] not in os.environ.get('XLA_FLAGS', ''):
     os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_flag}'.strip()
@@ -65,6 +67,7 @@ def s3_bucket():
     patch.setenv('AWS_SECRET_ACCESS_KEY', 'test')
     patch.setenv('AWS_DEFAULT_REGION', 'us-east-1')
     import fsspec
+
     fsspec.filesystem('s3').mkdir('bucket')
     yield 's3://bucket'
   server.stop()
@@ -76,8 +79,9 @@ def gs_bucket():
   # Not imported here: how it behaves is settled when it is.
   if importlib.util.find_spec('gcsfs') is None:
     pytest.skip('gcsfs is not installed')
-  emulator = pytest.importorskip('gcp_storage_emulator.server',
-                                 reason='gcp-storage-emulator is not installed')
+  emulator = pytest.importorskip(
+    'gcp_storage_emulator.server', reason='gcp-storage-emulator is not installed'
+  )
   with socket.socket() as unused:
     unused.bind(('127.0.0.1', 0))
     port = unused.getsockname()[1]

@@ -111,7 +111,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       self.close_connection = True
       return
     if fault == 'short':
-      answer = *answer[:-1], answer[-1][:len(answer[-1]) // 2]
+      answer = *answer[:-1], answer[-1][: len(answer[-1]) // 2]
     self._send(*answer, cut=fault == 'cut')
 
   def _body(self) -> bytes:
@@ -138,7 +138,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     if self.command == 'HEAD':
       return
     with contextlib.suppress(ConnectionError):
-      self.wfile.write(body[:len(body) // 2] if cut else body)
+      self.wfile.write(body[: len(body) // 2] if cut else body)
 
   do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = do_PATCH = _answer
 
@@ -152,12 +152,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 def seeded(seed: int, rate: float, kinds=FAULTS):
   """Faults of so large a share of the requests, drawn by a seed."""
+
   def fault(method: str, path: str, count: int) -> str | None:
     text = f'{seed} {method} {path.partition("?")[0]} {count}'.encode()
     number = int.from_bytes(hashlib.sha256(text).digest()[:8])
     if number % 10_000 >= rate * 10_000:
       return None
     return kinds[number // 10_000 % len(kinds)]
+
   return fault
 
 
@@ -174,6 +176,7 @@ def first(kinds, times: int = 1):
     del count
     seen[method, path] += 1
     return kinds[next(turns) % len(kinds)] if seen[method, path] <= times else None
+
   return fault
 
 
@@ -185,6 +188,7 @@ def every(number: int, kinds=FAULTS):
     del method, path, count
     turn = next(turns)
     return None if turn % number else kinds[turn // number % len(kinds)]
+
   return fault
 
 
@@ -193,5 +197,7 @@ def _error(status: str, path: str) -> bytes:
   if '/storage/v1/' in path or path.startswith('/batch'):
     return f'{{"error": {{"code": {status}, "message": "try again"}}}}'.encode()
   code = {'503': 'SlowDown', '429': 'TooManyRequests'}.get(status, 'InternalError')
-  return (f'<?xml version="1.0" encoding="UTF-8"?><Error><Code>{code}</Code>'
-          '<Message>try again</Message></Error>').encode()
+  return (
+    f'<?xml version="1.0" encoding="UTF-8"?><Error><Code>{code}</Code>'
+    '<Message>try again</Message></Error>'
+  ).encode()

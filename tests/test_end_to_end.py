@@ -38,8 +38,12 @@ def parti_jax(*arguments):
   """Runs a command as a user does, on one device; returns what it printed."""
   environment = {**os.environ, 'XLA_FLAGS': '', 'JAX_PLATFORMS': 'cpu'}
   done = subprocess.run(
-      [sys.executable, '-m', 'parti_jax.cli.main', *map(str, arguments)],
-      env=environment, capture_output=True, text=True, check=False)
+    [sys.executable, '-m', 'parti_jax.cli.main', *map(str, arguments)],
+    env=environment,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
   assert done.returncode == 0, done.stdout + done.stderr
   return done.stdout
 
@@ -66,27 +70,73 @@ def test_a_tiny_model_draws_back_the_eight_pairs_that_it_was_trained_on(pairs, t
   data_dir, captions, pictures = pairs
   assert len(set(captions)) == 8
   tokenizer_gin = write_gin(
-      tmp_path, 'tokenizer.gin', data_dir, model='vit_vqgan_tiny', stage='TokenizerStage',
-      config='ViTVQGANConfig', task='openmoji_images', steps=1200)
+    tmp_path,
+    'tokenizer.gin',
+    data_dir,
+    model='vit_vqgan_tiny',
+    stage='TokenizerStage',
+    config='ViTVQGANConfig',
+    task='openmoji_images',
+    steps=1200,
+  )
   generator_gin = write_gin(
-      tmp_path, 'generator.gin', data_dir, model='parti_tiny', stage='GeneratorStage',
-      config='PartiConfig', task='openmoji_tokens', steps=300)
+    tmp_path,
+    'generator.gin',
+    data_dir,
+    model='parti_tiny',
+    stage='GeneratorStage',
+    config='PartiConfig',
+    task='openmoji_tokens',
+    steps=300,
+  )
   vocabulary = tmp_path / 'vocabulary.model'
-  parti_jax('vocabulary', '--gin_file=gin_configs/tasks/openmoji.gin', '--size=300',
-            f"--gin.openmoji.data_dir='{data_dir}'", f'--output={vocabulary}')
-  parti_jax('train', f'--gin_file={tokenizer_gin}', f'--model_dir={tmp_path}/tokenizer',
-            '--gin.TokenizerStage.revive_every=20', '--gin.TokenizerStage.revive_until=800',
-            '--gin.TokenizerStage.quantize_from=200',
-            '--gin.TokenizerStage.least_log_scale=-2.0')
-  parti_jax('tokenize', f'--gin_file={tokenizer_gin}', f'--tokenizer={tmp_path}/tokenizer',
-            f'--output_dir={tmp_path}/tokens', '--splits', SPLIT)
-  parti_jax('train', f'--gin_file={generator_gin}', f'--model_dir={tmp_path}/generator',
-            f"--gin.vocabulary.path='{vocabulary}'", '--gin.PartiConfig.text_vocabulary=300',
-            '--gin.PartiConfig.dropout=0.0')
-  parti_jax('export', f'--tokenizer={tmp_path}/tokenizer', f'--generator={tmp_path}/generator',
-            f'--vocabulary={vocabulary}', f'--output_dir={tmp_path}/model')
-  printed = parti_jax('generate', *captions, f'--model={tmp_path}/model', '--num_images=1',
-                      '--temperature=0', f'--output_dir={tmp_path}/pictures')
+  parti_jax(
+    'vocabulary',
+    '--gin_file=gin_configs/tasks/openmoji.gin',
+    '--size=300',
+    f"--gin.openmoji.data_dir='{data_dir}'",
+    f'--output={vocabulary}',
+  )
+  parti_jax(
+    'train',
+    f'--gin_file={tokenizer_gin}',
+    f'--model_dir={tmp_path}/tokenizer',
+    '--gin.TokenizerStage.revive_every=20',
+    '--gin.TokenizerStage.revive_until=800',
+    '--gin.TokenizerStage.quantize_from=200',
+    '--gin.TokenizerStage.least_log_scale=-2.0',
+  )
+  parti_jax(
+    'tokenize',
+    f'--gin_file={tokenizer_gin}',
+    f'--tokenizer={tmp_path}/tokenizer',
+    f'--output_dir={tmp_path}/tokens',
+    '--splits',
+    SPLIT,
+  )
+  parti_jax(
+    'train',
+    f'--gin_file={generator_gin}',
+    f'--model_dir={tmp_path}/generator',
+    f"--gin.vocabulary.path='{vocabulary}'",
+    '--gin.PartiConfig.text_vocabulary=300',
+    '--gin.PartiConfig.dropout=0.0',
+  )
+  parti_jax(
+    'export',
+    f'--tokenizer={tmp_path}/tokenizer',
+    f'--generator={tmp_path}/generator',
+    f'--vocabulary={vocabulary}',
+    f'--output_dir={tmp_path}/model',
+  )
+  printed = parti_jax(
+    'generate',
+    *captions,
+    f'--model={tmp_path}/model',
+    '--num_images=1',
+    '--temperature=0',
+    f'--output_dir={tmp_path}/pictures',
+  )
   drawn = {}
   for path in (tmp_path / 'pictures').glob('*.png'):
     with Image.open(path) as image:
@@ -94,8 +144,10 @@ def test_a_tiny_model_draws_back_the_eight_pairs_that_it_was_trained_on(pairs, t
         drawn[image.text['prompt']] = np.asarray(image.convert('RGB'))
         assert str(path) in printed
   assert set(drawn) == set(captions)
-  distances = [[np.mean(np.abs(drawn[caption].astype(float) - picture)) for picture in pictures]
-               for caption in captions]
+  distances = [
+    [np.mean(np.abs(drawn[caption].astype(float) - picture)) for picture in pictures]
+    for caption in captions
+  ]
   # Every picture is nearest to the one of its caption, and within a few levels of 255.
   assert np.argmin(distances, axis=1).tolist() == list(range(8))
   assert max(distances[i][i] for i in range(8)) < 12

@@ -10,10 +10,15 @@ import sysconfig
 import pytest
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
-SCRIPTS = sorted(path for path in [*(REPOSITORY / 'launch').rglob('*'),
-                                   *(REPOSITORY / 'benchmarks').rglob('*'),
-                                   *(REPOSITORY / '.ci').iterdir()]
-                 if path.suffix in ('.sh', '.sbatch') or path == REPOSITORY / '.ci' / 'run')
+SCRIPTS = sorted(
+  path
+  for path in [
+    *(REPOSITORY / 'launch').rglob('*'),
+    *(REPOSITORY / 'benchmarks').rglob('*'),
+    *(REPOSITORY / '.ci').iterdir(),
+  ]
+  if path.suffix in ('.sh', '.sbatch') or path == REPOSITORY / '.ci' / 'run'
+)
 
 
 @pytest.fixture(name='checkout')
@@ -35,10 +40,16 @@ def _checkout(tmp_path):
 
 
 def _run(checkout, script, *arguments, **variables):
-  environment = {name: value for name, value in os.environ.items()
-                 if name not in ('PARTI_JAX_VENV', 'PYTHON')}
-  return subprocess.run([checkout / 'launch' / script, *arguments], capture_output=True, text=True,
-                        env={**environment, **variables}, check=False)
+  environment = {
+    name: value for name, value in os.environ.items() if name not in ('PARTI_JAX_VENV', 'PYTHON')
+  }
+  return subprocess.run(
+    [checkout / 'launch' / script, *arguments],
+    capture_output=True,
+    text=True,
+    env={**environment, **variables},
+    check=False,
+  )
 
 
 def test_shellcheck_finds_nothing():
@@ -83,7 +94,8 @@ def test_test_installs_the_extra_and_passes_arguments_on(checkout):
   assert done.returncode == 0, done.stderr
   assert '<.[test]>' in done.stdout
   assert done.stdout.splitlines()[-1].endswith(
-      '<pytest> <--numprocesses=auto> <--maxprocesses=4> <--dist=loadfile> <-m> <slow>')
+    '<pytest> <--numprocesses=auto> <--maxprocesses=4> <--dist=loadfile> <-m> <slow>'
+  )
 
 
 def test_test_takes_the_lowest_versions_in_an_environment_of_their_own(checkout):
@@ -98,8 +110,13 @@ def test_test_takes_the_lowest_versions_in_an_environment_of_their_own(checkout)
 
 
 def test_a_python_that_will_not_do_is_named(checkout):
-  done = _run(checkout, 'quickstart.sh', 'x', PARTI_JAX_VENV=str(checkout / 'new'),
-              PYTHON='/nonexistent/python3.11')
+  done = _run(
+    checkout,
+    'quickstart.sh',
+    'x',
+    PARTI_JAX_VENV=str(checkout / 'new'),
+    PYTHON='/nonexistent/python3.11',
+  )
   assert done.returncode == 2
   assert done.stderr.count('\n') == 1 and 'PYTHON=/nonexistent/python3.11' in done.stderr
   assert not (checkout / 'new').exists()
@@ -110,8 +127,7 @@ def test_no_python_at_all(checkout, tmp_path):
   tools.mkdir()
   for name in ('bash', 'dirname', 'basename', 'tr', 'env', 'cksum', 'find', 'sort'):
     (tools / name).symlink_to(shutil.which(name))
-  done = _run(checkout, 'quickstart.sh', 'x', PARTI_JAX_VENV=str(checkout / 'new'),
-              PATH=str(tools))
+  done = _run(checkout, 'quickstart.sh', 'x', PARTI_JAX_VENV=str(checkout / 'new'), PATH=str(tools))
   assert done.returncode == 2
   assert 'quickstart.sh: error: needs Python 3.11, 3.12 or 3.13' in done.stderr
 
@@ -120,25 +136,32 @@ def test_makes_the_environment(checkout, tmp_path):
   """With a stand-in for Python that makes an environment of stand-ins."""
   stand_in = tmp_path / 'python3.11'
   stand_in.write_text(
-      f'#!/bin/sh\ncase "$1 $2" in\n  "-m venv") cp -R "{checkout}/.venv" "$3" ;;\n'
-      f'  *) exec "{sys.executable}" "$@" ;;\nesac\n')
+    f'#!/bin/sh\ncase "$1 $2" in\n  "-m venv") cp -R "{checkout}/.venv" "$3" ;;\n'
+    f'  *) exec "{sys.executable}" "$@" ;;\nesac\n'
+  )
   stand_in.chmod(0o755)
-  done = _run(checkout, 'quickstart.sh', 'x', PARTI_JAX_VENV=str(checkout / 'a new one'),
-              PYTHON=str(stand_in))
+  done = _run(
+    checkout, 'quickstart.sh', 'x', PARTI_JAX_VENV=str(checkout / 'a new one'), PYTHON=str(stand_in)
+  )
   assert done.returncode == 0, done.stderr
   assert 'Making a virtual environment' in done.stdout
   assert done.stdout.splitlines()[-1] == 'command <generate> <x>'
 
 
-@pytest.mark.parametrize('says, status, closing', [
+@pytest.mark.parametrize(
+  'says, status, closing',
+  [
     ('== 3 passed in 1.20s ==', 0, '== 3 passed in 1.20s =='),
     ('1 failed, 2 passed in 70.31s (0:01:10)', 1, '1 failed, 2 passed in 70.31s (0:01:10)'),
-    ('no network', 2, 'pytest did not finish')])
+    ('no network', 2, 'pytest did not finish'),
+  ],
+)
 def test_ci_gives_the_tests_status_and_closing_line(checkout, says, status, closing):
   shutil.copytree(REPOSITORY / '.ci', checkout / '.ci')
   (checkout / 'launch' / 'test.sh').write_text(
-      f'#!/bin/sh\nmkdir "$PARTI_JAX_VENV"\necho "$PARTI_JAX_VENV"\necho "{says}"\n'
-      f'echo later\nexit {status}\n')
+    f'#!/bin/sh\nmkdir "$PARTI_JAX_VENV"\necho "$PARTI_JAX_VENV"\necho "{says}"\n'
+    f'echo later\nexit {status}\n'
+  )
   done = subprocess.run([checkout / '.ci' / 'run'], capture_output=True, text=True, check=False)
   assert done.returncode == status
   lines = done.stdout.splitlines()

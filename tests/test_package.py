@@ -23,27 +23,57 @@ REPOSITORY = pathlib.Path(__file__).parents[1]
 # what those before it are: cli -> t5x, planning, tokenization -> training -> runs, evaluation ->
 # sampling, checkpoints -> exported_model -> data, models -> partitioning -> core.
 _MAY_IMPORT = {
-    'core': set(),
-    'partitioning': {'core'},
-    'models': {'partitioning', 'core'},
-    'data': {'partitioning', 'core'},
-    'preparation': {'data', 'core'},
-    'exported_model': {'models', 'data', 'core'},
-    'checkpoints': {'exported_model', 'models', 'partitioning', 'core'},
-    'sampling': {'exported_model', 'models', 'data', 'partitioning', 'core'},
-    'evaluation': {'sampling', 'exported_model', 'models', 'data', 'partitioning', 'core'},
-    'runs': {'checkpoints', 'core'},
-    'training': {'runs', 'checkpoints', 'sampling', 'exported_model', 'models', 'data',
-                 'partitioning', 'core'},
-    'tokenization': {'training', 'runs', 'data', 'core'},
-    'planning': {'training', 'sampling', 'exported_model', 'models', 'partitioning', 'core'},
-    't5x': {'training', 'evaluation', 'sampling', 'checkpoints', 'exported_model', 'models', 'data',
-            'partitioning', 'core'},
-    'cli': {'t5x', 'planning', 'tokenization', 'training', 'runs', 'evaluation', 'sampling',
-            'checkpoints', 'exported_model', 'models', 'preparation', 'data', 'partitioning',
-            'core'},
-    '__init__': {'sampling'},
-    'train': {'cli'},
+  'core': set(),
+  'partitioning': {'core'},
+  'models': {'partitioning', 'core'},
+  'data': {'partitioning', 'core'},
+  'preparation': {'data', 'core'},
+  'exported_model': {'models', 'data', 'core'},
+  'checkpoints': {'exported_model', 'models', 'partitioning', 'core'},
+  'sampling': {'exported_model', 'models', 'data', 'partitioning', 'core'},
+  'evaluation': {'sampling', 'exported_model', 'models', 'data', 'partitioning', 'core'},
+  'runs': {'checkpoints', 'core'},
+  'training': {
+    'runs',
+    'checkpoints',
+    'sampling',
+    'exported_model',
+    'models',
+    'data',
+    'partitioning',
+    'core',
+  },
+  'tokenization': {'training', 'runs', 'data', 'core'},
+  'planning': {'training', 'sampling', 'exported_model', 'models', 'partitioning', 'core'},
+  't5x': {
+    'training',
+    'evaluation',
+    'sampling',
+    'checkpoints',
+    'exported_model',
+    'models',
+    'data',
+    'partitioning',
+    'core',
+  },
+  'cli': {
+    't5x',
+    'planning',
+    'tokenization',
+    'training',
+    'runs',
+    'evaluation',
+    'sampling',
+    'checkpoints',
+    'exported_model',
+    'models',
+    'preparation',
+    'data',
+    'partitioning',
+    'core',
+  },
+  '__init__': {'sampling'},
+  'train': {'cli'},
 }
 _TENSORFLOW = {'tensorflow', 'tensorflow_datasets', 'tensorflow_text', 'seqio', 'clu'}
 
@@ -73,8 +103,10 @@ def test_imports_run_one_way():
   for path in _modules():
     part = _part(path)
     assert part in _MAY_IMPORT, f'{path}: a new part; add what it may import'
-    imported = {name.split('.')[1] for name in _imports(path)
-                if name.startswith('parti_jax.')} - {'__version__', part}
+    imported = {name.split('.')[1] for name in _imports(path) if name.startswith('parti_jax.')} - {
+      '__version__',
+      part,
+    }
     wrong += [f'{path}: {name}' for name in sorted(imported - _MAY_IMPORT[part])]
   assert not wrong
 
@@ -88,15 +120,20 @@ def test_the_order_of_the_parts_has_no_circle():
 
 def test_models_and_sampling_know_no_tensorflow():
   parts = ('models', 'partitioning', 'exported_model', 'planning', 'sampling')
-  assert not [path for path in _modules() if _part(path) in parts
-              and {name.split('.')[0] for name in _imports(path)} & _TENSORFLOW]
+  assert not [
+    path
+    for path in _modules()
+    if _part(path) in parts and {name.split('.')[0] for name in _imports(path)} & _TENSORFLOW
+  ]
 
 
 def test_only_its_own_part_knows_t5x():
   for path in _modules():
     if _part(path) == 't5x':
       continue
-    assert not {name.split('.')[0] for name in _imports(path)} & {'t5x', 'airio', 'jestimator'}, path
+    assert not {name.split('.')[0] for name in _imports(path)} & {'t5x', 'airio', 'jestimator'}, (
+      path
+    )
     # Not as text either, which could be imported later. Commands may name it.
     assert _part(path) == 'cli' or 'parti_jax.t5x' not in path.read_text(encoding='utf-8'), path
 
@@ -105,23 +142,27 @@ def _requirements(extra):
   """Returns the distributions that setup.cfg names for everybody, or for an extra."""
   setup = configparser.ConfigParser()
   setup.read(REPOSITORY / 'setup.cfg')
-  lines = (setup['options.extras_require'][extra] if extra
-           else setup['options']['install_requires']).splitlines()
-  return {re.split(r'[\[<>= ]', line)[0].lower().replace('_', '-')
-          for line in lines if line.strip() and not line.startswith('#')}
+  lines = (
+    setup['options.extras_require'][extra] if extra else setup['options']['install_requires']
+  ).splitlines()
+  return {
+    re.split(r'[\[<>= ]', line)[0].lower().replace('_', '-')
+    for line in lines
+    if line.strip() and not line.startswith('#')
+  }
 
 
 # Part -> the extras that it may import, besides what everybody installs.
 _EXTRAS = {
-    'core': ('gcs', 's3'),
-    'data': ('data', 'hf'),
-    'preparation': ('data', 'beam'),
-    'training': ('data', 'lpips'),
-    'tokenization': ('data',),
-    'runs': ('data',),
-    'evaluation': ('data', 'fidelity'),
-    't5x': ('data', 't5x'),
-    'cli': ('data', 't5x'),
+  'core': ('gcs', 's3'),
+  'data': ('data', 'hf'),
+  'preparation': ('data', 'beam'),
+  'training': ('data', 'lpips'),
+  'tokenization': ('data',),
+  'runs': ('data',),
+  'evaluation': ('data', 'fidelity'),
+  't5x': ('data', 't5x'),
+  'cli': ('data', 't5x'),
 }
 
 
@@ -150,19 +191,36 @@ def test_optional_packages_are_the_extras():
   assert _requirements(optional_packages.EXTRAS['torch_fidelity']) == {'torch', 'torch-fidelity'}
 
 
-@pytest.mark.parametrize('name', ['parti_jax', 'parti_jax.cli.main', 'parti_jax.core.gin_config',
-                                  'parti_jax.core.storage', 'parti_jax.cli.info',
-                                  'parti_jax.checkpoints.manifest'])
+@pytest.mark.parametrize(
+  'name',
+  [
+    'parti_jax',
+    'parti_jax.cli.main',
+    'parti_jax.core.gin_config',
+    'parti_jax.core.storage',
+    'parti_jax.cli.info',
+    'parti_jax.checkpoints.manifest',
+  ],
+)
 def test_these_import_no_jax(name):
   assert not _loaded_by(name) & {'jax', 'flax', 'gin', 'tensorflow'}
 
 
-@pytest.mark.parametrize('name', ['parti_jax.sampling.text_to_image', 'parti_jax.cli.generate',
-                                  'parti_jax.data', 'parti_jax.data.vocabulary',
-                                  'parti_jax.data.openmoji', 'parti_jax.models.parti',
-                                  'parti_jax.training.configurables',
-                                  'parti_jax.planning.plan', 'parti_jax.cli.plan',
-                                  'parti_jax.cli.t5x_checkpoint'])
+@pytest.mark.parametrize(
+  'name',
+  [
+    'parti_jax.sampling.text_to_image',
+    'parti_jax.cli.generate',
+    'parti_jax.data',
+    'parti_jax.data.vocabulary',
+    'parti_jax.data.openmoji',
+    'parti_jax.models.parti',
+    'parti_jax.training.configurables',
+    'parti_jax.planning.plan',
+    'parti_jax.cli.plan',
+    'parti_jax.cli.t5x_checkpoint',
+  ],
+)
 def test_these_import_no_tensorflow(name):
   assert not _loaded_by(name) & _TENSORFLOW
 
@@ -170,8 +228,11 @@ def test_these_import_no_tensorflow(name):
 def _loaded_by(name):
   """Returns the top-level packages in a fresh process that has imported a module."""
   code = f'import sys, {name}; print(*{{name.split(".")[0] for name in sys.modules}})'
-  return set(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
-                            check=True).stdout.split())
+  return set(
+    subprocess.run(
+      [sys.executable, '-c', code], capture_output=True, text=True, check=True
+    ).stdout.split()
+  )
 
 
 @pytest.mark.parametrize('name', sorted(main.COMMANDS))
@@ -181,6 +242,7 @@ def test_every_command_has_its_module(name):
 
 def test_load_is_the_pipelines():
   from parti_jax.sampling import text_to_image
+
   assert parti_jax.load is text_to_image.load
   assert 'load' in dir(parti_jax)
   with pytest.raises(AttributeError, match='nothing'):
@@ -196,10 +258,13 @@ def test_every_folder_of_modules_is_a_package():
 def test_files_that_are_not_code_are_there():
   demo = PACKAGE / 'demo'
   assert {'ATTRIBUTION.md', 'vocabulary.model'} <= {path.name for path in demo.iterdir()}
-  repository = {path.relative_to(REPOSITORY / 'gin_configs')
-                for path in (REPOSITORY / 'gin_configs').rglob('*.gin')}
-  assert repository and repository == {path.relative_to(gin_config.folder())
-                                       for path in gin_config.folder().rglob('*.gin')}
+  repository = {
+    path.relative_to(REPOSITORY / 'gin_configs')
+    for path in (REPOSITORY / 'gin_configs').rglob('*.gin')
+  }
+  assert repository and repository == {
+    path.relative_to(gin_config.folder()) for path in gin_config.folder().rglob('*.gin')
+  }
 
 
 def test_demo_is_small_enough():

@@ -20,10 +20,27 @@ from parti_jax.training.objectives import tokenizer_objective
 
 SOURCES = sorted(pathlib.Path(parti_jax.__file__).parent.rglob('*.py'))
 # Calls by which the content of a file becomes code, or files outside of a folder.
-FORBIDDEN = {'eval', 'exec', 'compile', 'pickle.load', 'pickle.loads', 'pickle.Unpickler',
-             'marshal.load', 'marshal.loads', 'shelve.open', 'dill.load', 'dill.loads',
-             'cloudpickle.load', 'cloudpickle.loads', 'joblib.load', 'yaml.load',
-             'yaml.unsafe_load', 'os.system', 'os.popen', 'shutil.unpack_archive'}
+FORBIDDEN = {
+  'eval',
+  'exec',
+  'compile',
+  'pickle.load',
+  'pickle.loads',
+  'pickle.Unpickler',
+  'marshal.load',
+  'marshal.loads',
+  'shelve.open',
+  'dill.load',
+  'dill.loads',
+  'cloudpickle.load',
+  'cloudpickle.loads',
+  'joblib.load',
+  'yaml.load',
+  'yaml.unsafe_load',
+  'os.system',
+  'os.popen',
+  'shutil.unpack_archive',
+}
 METHODS = {'extractall'}
 
 
@@ -41,10 +58,13 @@ def faults(text):
   """The calls in a source that take more from a file than data."""
   for name, words in _calls(ast.parse(text)):
     short = name.rpartition('.')[2]
-    if (name in FORBIDDEN or short in METHODS
-        or (name.endswith('np.load') and not _is(words.get('allow_pickle'), False))
-        or (name == 'torch.load' and not _is(words.get('weights_only'), True))
-        or ('shell' in words and not _is(words['shell'], False))):
+    if (
+      name in FORBIDDEN
+      or short in METHODS
+      or (name.endswith('np.load') and not _is(words.get('allow_pickle'), False))
+      or (name == 'torch.load' and not _is(words.get('weights_only'), True))
+      or ('shell' in words and not _is(words['shell'], False))
+    ):
       yield name
 
 
@@ -54,9 +74,18 @@ def test_no_source_takes_more_from_a_file_than_data():
   assert {path: names for path, names in found.items() if names} == {}
 
 
-@pytest.mark.parametrize('text', [
-    'torch.load(path)', 'torch.load(path, weights_only=False)', 'np.load(path)', 'eval(text)',
-    'pickle.loads(data)', 'tar.extractall(folder)', 'subprocess.run(words, shell=True)'])
+@pytest.mark.parametrize(
+  'text',
+  [
+    'torch.load(path)',
+    'torch.load(path, weights_only=False)',
+    'np.load(path)',
+    'eval(text)',
+    'pickle.loads(data)',
+    'tar.extractall(folder)',
+    'subprocess.run(words, shell=True)',
+  ],
+)
 def test_such_a_call_would_be_found(text):
   assert list(faults(text))
 
@@ -65,10 +94,23 @@ def test_such_a_call_would_be_found(text):
 def _saved(tmp_path_factory):
   """A checkpoint's folder, and the trainer that it is of."""
   folder = tmp_path_factory.mktemp('run')
-  stage = tokenizer_objective.TokenizerStage(vit_vqgan.ViTVQGANConfig(
-      image_size=8, patch_size=4, encoder_layers=1, encoder_width=16, encoder_mlp_width=16,
-      encoder_heads=2, decoder_layers=1, decoder_width=16, decoder_mlp_width=16, decoder_heads=2,
-      codebook_size=6, code_dim=3, dtype='float32'))
+  stage = tokenizer_objective.TokenizerStage(
+    vit_vqgan.ViTVQGANConfig(
+      image_size=8,
+      patch_size=4,
+      encoder_layers=1,
+      encoder_width=16,
+      encoder_mlp_width=16,
+      encoder_heads=2,
+      decoder_layers=1,
+      decoder_width=16,
+      decoder_mlp_width=16,
+      decoder_heads=2,
+      codebook_size=6,
+      code_dim=3,
+      dtype='float32',
+    )
+  )
   trainer = trainer_lib.Trainer(stage, optax.sgd(0.1), mesh_lib.make_mesh())
   manager = run_checkpoints.Checkpoints(folder)
   manager.save(0, trainer.create_state(), {}, run_checkpoints.describe(stage))
@@ -86,8 +128,9 @@ def _copy(saved, tmp_path):
 
 def _restore(path, trainer):
   path = run_checkpoints.folder(path.parents[1]) / path.name
-  run_checkpoints.check_same_model(path, run_checkpoints.read_model(path),
-                               run_checkpoints.describe(trainer.stage))
+  run_checkpoints.check_same_model(
+    path, run_checkpoints.read_model(path), run_checkpoints.describe(trainer.stage)
+  )
   run_checkpoints.check_same_shapes(path, trainer.abstract)
 
 
@@ -98,7 +141,8 @@ def test_a_checkpoints_names_lead_nowhere(copy, saved, tmp_path, name):
   tree = metadata['tree_metadata']
   key = next(key for key in tree if 'codebook' in key)
   tree[str(('params', name))] = tree.pop(key) | {
-      'key_metadata': [{'key': 'params', 'key_type': 2}, {'key': name, 'key_type': 2}]}
+    'key_metadata': [{'key': 'params', 'key_type': 2}, {'key': name, 'key_type': 2}]
+  }
   (copy / 'state' / '_METADATA').write_text(json.dumps(metadata))
   with pytest.raises(UserError, match='not a finished checkpoint|codebook'):
     _restore(copy, saved[1])
@@ -128,7 +172,14 @@ def test_gin_values_in_a_runs_folder_are_not_read(copy, saved, tmp_path, capsys)
     place.write_text(harmful)
   assert main.main(['info', str(run)]) == 0
   assert 'tokenizer' in capsys.readouterr().out
-  status = main.main(['export', f'--tokenizer={run}', f'--generator={run}',
-                      f'--vocabulary={tmp_path}/no', f'--output_dir={tmp_path}/out'])
+  status = main.main(
+    [
+      'export',
+      f'--tokenizer={run}',
+      f'--generator={run}',
+      f'--vocabulary={tmp_path}/no',
+      f'--output_dir={tmp_path}/out',
+    ]
+  )
   shown = capsys.readouterr().err
   assert status == 2 and 'no_such.gin' not in shown and '.gin' not in shown

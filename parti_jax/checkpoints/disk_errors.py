@@ -21,13 +21,13 @@ from parti_jax.core import store_errors
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 # What to do about errors of writing, by their numbers.
 _ADVICE = {
-    errno.ENOSPC: 'make room there',
-    errno.EDQUOT: 'make room there, or have the quota raised',
-    errno.EFBIG: 'raise the limit of the size of files (ulimit -f)',
-    errno.EROFS: 'make the folder writable, or choose another --model_dir',
-    errno.EACCES: 'make the folder writable, or choose another --model_dir',
-    errno.EPERM: 'make the folder writable, or choose another --model_dir',
-    errno.EIO: 'see to the disk',
+  errno.ENOSPC: 'make room there',
+  errno.EDQUOT: 'make room there, or have the quota raised',
+  errno.EFBIG: 'raise the limit of the size of files (ulimit -f)',
+  errno.EROFS: 'make the folder writable, or choose another --model_dir',
+  errno.EACCES: 'make the folder writable, or choose another --model_dir',
+  errno.EPERM: 'make the folder writable, or choose another --model_dir',
+  errno.EIO: 'see to the disk',
 }
 
 
@@ -52,8 +52,10 @@ def told(model_dir, checkpoint_bytes: int | None = None) -> Iterator[None]:
   except Exception as error:
     code = _code(error)
     if storage.is_url(model_dir) and (failure := store_errors.failure(error)):
-      raise errors.UserError(f'{model_dir}: {failure}; the run has stopped; start again when the '
-                             'store answers: it goes on from its last whole checkpoint') from error
+      raise errors.UserError(
+        f'{model_dir}: {failure}; the run has stopped; start again when the '
+        'store answers: it goes on from its last whole checkpoint'
+      ) from error
     if code is None or not _is_of(error, model_dir, code):
       raise
     raise errors.UserError(_line(model_dir, code, checkpoint_bytes)) from error
@@ -76,8 +78,9 @@ def check_room(model_dir, checkpoint_bytes: int) -> None:
   free = shutil.disk_usage(folder).free
   if free < checkpoint_bytes:
     raise errors.UserError(
-        f'{model_dir}: a checkpoint takes about {_megabytes(checkpoint_bytes)} and '
-        f'{_megabytes(free)} are free; make room there, or choose another --model_dir')
+      f'{model_dir}: a checkpoint takes about {_megabytes(checkpoint_bytes)} and '
+      f'{_megabytes(free)} are free; make room there, or choose another --model_dir'
+    )
 
 
 class _Quiet(logging.Filter):
@@ -99,10 +102,15 @@ def _line(model_dir, code: int, checkpoint_bytes: int | None) -> str:
       room = f'; {_megabytes(shutil.disk_usage(model_dir).free)} are free'
       if checkpoint_bytes:
         room += f' and a checkpoint takes about {_megabytes(checkpoint_bytes)}'
-    where = (f'it goes on from its last whole checkpoint, step {max(steps)}' if steps else
-             'it begins anew, since it has no checkpoint yet')
-    return (f'{model_dir}: {os.strerror(code).lower()}: the run has stopped{room}; '
-            f'{_ADVICE[code]} and start again: {where}')
+    where = (
+      f'it goes on from its last whole checkpoint, step {max(steps)}'
+      if steps
+      else 'it begins anew, since it has no checkpoint yet'
+    )
+    return (
+      f'{model_dir}: {os.strerror(code).lower()}: the run has stopped{room}; '
+      f'{_ADVICE[code]} and start again: {where}'
+    )
   return f'{model_dir}: {os.strerror(code).lower()}: the run has stopped; {_ADVICE[code]}'
 
 
@@ -132,8 +140,11 @@ def _code(error: BaseException) -> int | None:
 
 def _is_of(error: BaseException, model_dir, code: int) -> bool:
   """Whether an error is of a file in the run's folder; a full disk need not say which it is."""
-  named = [str(link.filename) for link in _chain(error)
-           if isinstance(link, OSError) and link.filename is not None]
+  named = [
+    str(link.filename)
+    for link in _chain(error)
+    if isinstance(link, OSError) and link.filename is not None
+  ]
   if any(str(model_dir) in text for text in [*named, *map(str, _chain(error))]):
     return True
   return not named and code in (*_NO_ROOM, errno.EFBIG)

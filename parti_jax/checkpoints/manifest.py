@@ -39,8 +39,11 @@ def write_part(folder: epath.Path, process: int) -> None:
   # Whoever only reads manifests needs no Orbax.
   import orbax.checkpoint as ocp
 
-  own = {name.replace(ocp.utils.TMP_DIR_SUFFIX, ''): path
-         for name, path in _files(folder) if _writer(name) == process}
+  own = {
+    name.replace(ocp.utils.TMP_DIR_SUFFIX, ''): path
+    for name, path in _files(folder)
+    if _writer(name) == process
+  }
   _write(folder / _part_name(process), _entries(own))
 
 
@@ -58,8 +61,11 @@ def write(folder: epath.Path) -> None:
   known = {}
   for part in parts:
     known |= _read(part)
-  rest = {name: path for name, path in files.items()
-          if name not in known and name not in _LATE and not name.startswith(NAME)}
+  rest = {
+    name: path
+    for name, path in files.items()
+    if name not in known and name not in _LATE and not name.startswith(NAME)
+  }
   _write(folder / NAME, known | _entries(rest))
   for part in parts:
     part.unlink()
@@ -71,8 +77,9 @@ def seal(folder: epath.Path) -> None:
   _write(folder / NAME, _read(folder / NAME) | _entries(late))
 
 
-def fault(folder: epath.Path, share: int = 0, shares: int = 1,
-          sizes_alone: bool = False) -> str | None:
+def fault(
+  folder: epath.Path, share: int = 0, shares: int = 1, sizes_alone: bool = False
+) -> str | None:
   """What is wrong with a checkpoint's files, by its manifest.
 
   Args:
@@ -101,8 +108,12 @@ def fault(folder: epath.Path, share: int = 0, shares: int = 1,
   # The largest first, dealt out in turn, gives all processes about as much to read.
   order = sorted(wanted, key=lambda name: (-wanted[name][0], name))[share::shares]
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-    faults = pool.map(lambda name: _fault(
-        folder / name, name, wanted[name][0], None if sizes_alone else wanted[name][1]), order)
+    faults = pool.map(
+      lambda name: _fault(
+        folder / name, name, wanted[name][0], None if sizes_alone else wanted[name][1]
+      ),
+      order,
+    )
     return next((found for found in faults if found), None)
 
 
@@ -145,8 +156,9 @@ def _entries(files: dict[str, epath.Path]) -> dict[str, list]:
   """{file: [bytes, digest]}."""
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
     digests = pool.map(_digest, files.values())
-    return {name: [path.stat().length, digest]
-            for (name, path), digest in zip(files.items(), digests)}
+    return {
+      name: [path.stat().length, digest] for (name, path), digest in zip(files.items(), digests)
+    }
 
 
 def _digest(path: epath.Path) -> str:
@@ -208,8 +220,9 @@ def _well_formed(path: epath.Path) -> bool:
   try:
     text = path.read_text()
     if path.name == _COMMITTED:
-      return (text.startswith('Checkpoint commit was successful to ')
-              and text.endswith(f'/{path.parent.name}'))
+      return text.startswith('Checkpoint commit was successful to ') and text.endswith(
+        f'/{path.parent.name}'
+      )
     return json.loads(text)['custom_metadata'] == CUSTOM_METADATA
   except (OSError, ValueError, LookupError, TypeError):
     return False

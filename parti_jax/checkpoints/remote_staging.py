@@ -47,9 +47,10 @@ class Staging:
   def __init__(self, model_dir, keep: int = 1):
     if jax.process_count() > 1:
       raise errors.UserError(
-          f'{model_dir}: a run of several processes can not keep its checkpoints there; give a '
-          'gs:// URL or a folder that all of them see, such as the bucket mounted with '
-          'mountpoint-s3 or gcsfuse')
+        f'{model_dir}: a run of several processes can not keep its checkpoints there; give a '
+        'gs:// URL or a folder that all of them see, such as the bucket mounted with '
+        'mountpoint-s3 or gcsfuse'
+      )
     self._url, self._keep = storage.join(model_dir, 'checkpoints'), keep
     top = tempfile.mkdtemp(prefix='parti_jax_checkpoints_')
     self._remove = lambda: shutil.rmtree(top, ignore_errors=True)
@@ -123,7 +124,7 @@ class Staging:
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
       list(pool.map(lambda name: storage.upload(local / name, f'{url}/{name}'), names))
     storage.upload(local / manifest.NAME, storage.join(url, manifest.NAME))
-    kept = {*self.steps()[-self._keep:], *_numbers(storage.names(self.directory))}
+    kept = {*self.steps()[-self._keep :], *_numbers(storage.names(self.directory))}
     for old in _numbers(storage.names(self._url)):
       if old < step and old not in kept:
         # Without its manifest it does not count, however far this comes.
@@ -142,8 +143,11 @@ def steps(model_dir) -> list[int]:
 
 
 def _steps(url: str) -> list[int]:
-  return [step for step in _numbers(storage.names(url))
-          if storage.exists(storage.join(url, str(step), manifest.NAME))]
+  return [
+    step
+    for step in _numbers(storage.names(url))
+    if storage.exists(storage.join(url, str(step), manifest.NAME))
+  ]
 
 
 def _numbers(names) -> list[int]:

@@ -24,8 +24,14 @@ from parti_jax.exported_model import model_folder
 from parti_jax.models import parti_config
 
 # What Orbax reads as JSON of a checkpoint.
-_METADATA_FILES = ('_CHECKPOINT_METADATA', 'model/metadata', 'data/metadata', 'state/_METADATA',
-                   'state/_sharding', 'state/array_metadatas/process_0')
+_METADATA_FILES = (
+  '_CHECKPOINT_METADATA',
+  'model/metadata',
+  'data/metadata',
+  'state/_METADATA',
+  'state/_sharding',
+  'state/array_metadatas/process_0',
+)
 
 
 class Checkpoints:
@@ -48,7 +54,9 @@ class Checkpoints:
   """
 
   def __init__(self, model_dir, keep: int = 2):
-    self._staging = remote_staging.Staging(model_dir, keep) if remote_staging.is_needed(model_dir) else None
+    self._staging = (
+      remote_staging.Staging(model_dir, keep) if remote_staging.is_needed(model_dir) else None
+    )
     self.directory = self._staging.directory if self._staging else folder(model_dir)
     self.found = verification.newest_whole(self.directory, together=True)
     if jax.process_index() == 0:
@@ -62,14 +70,17 @@ class Checkpoints:
     self._barrier = ocp.multihost.get_barrier_sync_fn()
     # Its first barrier keeps the other processes from looking before the damaged are out of sight.
     self._manager = ocp.CheckpointManager(
-        self.directory,
-        options=ocp.CheckpointManagerOptions(
-            preservation_policy=verification.KeepWhole(keep, self._fault),
-            cleanup_tmp_directories=True,
-            async_options=ocp.AsyncOptions(
-                barrier_sync_fn=self._wait_for_others,
-                post_finalization_callback=lambda: manifest.write(self._unfinished()))),
-        item_names=('state', 'data', 'model'))
+      self.directory,
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=verification.KeepWhole(keep, self._fault),
+        cleanup_tmp_directories=True,
+        async_options=ocp.AsyncOptions(
+          barrier_sync_fn=self._wait_for_others,
+          post_finalization_callback=lambda: manifest.write(self._unfinished()),
+        ),
+      ),
+      item_names=('state', 'data', 'model'),
+    )
 
   def latest_step(self) -> int | None:
     """The step to go on from; None for a new run."""
@@ -77,8 +88,7 @@ class Checkpoints:
 
   def newest_step(self) -> int | None:
     """Step of the newest checkpoint that is whole on the disk; None without one."""
-    steps = (self._staging.steps() if self._staging else
-             ocp.utils.checkpoint_steps(self.directory))
+    steps = self._staging.steps() if self._staging else ocp.utils.checkpoint_steps(self.directory)
     return max(steps, default=None)
 
   def steps(self) -> list[int]:
@@ -113,11 +123,17 @@ class Checkpoints:
     self._writing = step
     self._bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     with disk_errors.told(self.directory.parent, self._bytes):
-      self._manager.save(step, args=ocp.args.Composite(
-          state=ocp.args.StandardSave(state, jax.tree.map(
-              lambda _: ocp.SaveArgs(chunk_byte_size=chunk_bytes), state)),
-          data=ocp.args.JsonSave(data), model=ocp.args.JsonSave(model)),
-          custom_metadata=manifest.CUSTOM_METADATA)
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardSave(
+            state, jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=chunk_bytes), state)
+          ),
+          data=ocp.args.JsonSave(data),
+          model=ocp.args.JsonSave(model),
+        ),
+        custom_metadata=manifest.CUSTOM_METADATA,
+      )
 
   def restore(self, step: int, abstract, model: dict):
     """Reads a checkpoint onto the mesh of `abstract`.
@@ -138,13 +154,19 @@ class Checkpoints:
     wanted, structure = by_path(abstract), jax.tree.structure(abstract)
     whole = whole_moments.names(_saved_shapes(path), 'params/', wanted)
     saved_form = jax.tree.unflatten(
-        structure, whole_moments.as_saved(wanted, whole, 'params/').values())
+      structure, whole_moments.as_saved(wanted, whole, 'params/').values()
+    )
     check_same_shapes(path, saved_form)
-    restored = self._manager.restore(step, args=ocp.args.Composite(
-        state=ocp.args.StandardRestore(saved_form), data=ocp.args.JsonRestore()))
+    restored = self._manager.restore(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardRestore(saved_form), data=ocp.args.JsonRestore()
+      ),
+    )
     self.factored = len(whole)
     arrays = whole_moments.factor(
-        by_path(restored['state']), whole, {name: wanted[name].sharding for name in wanted})
+      by_path(restored['state']), whole, {name: wanted[name].sharding for name in wanted}
+    )
     return jax.tree.unflatten(structure, arrays.values()), restored['data']
 
   def read_place(self, step: int) -> dict:
@@ -184,8 +206,10 @@ class Checkpoints:
     """What became of a checkpoint since it was written."""
     found = verification.fault(self.directory / str(step), together=True)
     if found and jax.process_index() == 0:
-      print(f'parti-jax: warning: checkpoint {step} has been damaged: {found}; older ones stay',
-            file=sys.stderr)
+      print(
+        f'parti-jax: warning: checkpoint {step} has been damaged: {found}; older ones stay',
+        file=sys.stderr,
+      )
     return found
 
   def _unfinished(self) -> epath.Path:
@@ -246,15 +270,21 @@ def latest_checkpoint(model_dir) -> epath.Path:
     there = directory.is_dir()
   if not there:
     raise errors.UserError(
-        f'{model_dir}: no training run there (no folder {directory.name}); give the --model_dir '
-        'of a run')
+      f'{model_dir}: no training run there (no folder {directory.name}); give the --model_dir '
+      'of a run'
+    )
   found = verification.newest_whole(directory)
   if found.step is None:
-    raise errors.UserError(f'{model_dir}: holds no finished checkpoint yet; train until the '
-                           'first one is written (train.checkpoint_every)')
+    raise errors.UserError(
+      f'{model_dir}: holds no finished checkpoint yet; train until the '
+      'first one is written (train.checkpoint_every)'
+    )
   for bad in found.damaged:
-    print(f'parti-jax: warning: {model_dir}: checkpoint {bad.step} is damaged: {bad.fault}; '
-          f'taking {found.step}', file=sys.stderr)
+    print(
+      f'parti-jax: warning: {model_dir}: checkpoint {bad.step} is damaged: {bad.fault}; '
+      f'taking {found.step}',
+      file=sys.stderr,
+    )
   return directory / str(found.step)
 
 
@@ -265,8 +295,10 @@ def checkpoint_of(model_dir, step: int) -> epath.Path:
     UserError: if there is none of that step, or it is damaged, or in a store that Orbax can't read.
   """
   if remote_staging.is_needed(model_dir):
-    raise errors.UserError(f'{model_dir}: only the newest checkpoint there can be read; copy the '
-                           'folder to a disk for an older one')
+    raise errors.UserError(
+      f'{model_dir}: only the newest checkpoint there can be read; copy the '
+      'folder to a disk for an older one'
+    )
   path = folder(model_dir) / str(step)
   if not path.is_dir():
     steps = sorted(ocp.utils.checkpoint_steps(path.parent)) if path.parent.is_dir() else []
@@ -315,8 +347,7 @@ def read_place(path: epath.Path) -> dict:
 
 
 def _json_alone() -> ocp.Checkpointer:
-  return ocp.Checkpointer(
-      ocp.JsonCheckpointHandler(), multiprocessing_options=verification.alone())
+  return ocp.Checkpointer(ocp.JsonCheckpointHandler(), multiprocessing_options=verification.alone())
 
 
 def read_config(path: epath.Path, stage: str) -> dict:
@@ -332,7 +363,8 @@ def read_config(path: epath.Path, stage: str) -> dict:
   model = read_model(path)
   if model['stage'] != stage:
     raise errors.UserError(
-        f'{path}: a checkpoint of the stage {model["stage"]!r}; give a run of {stage!r}')
+      f'{path}: a checkpoint of the stage {model["stage"]!r}; give a run of {stage!r}'
+    )
   sizes = model['config']
   return parti_config.by_todays_names(sizes) if stage == 'generator' else sizes
 
@@ -349,9 +381,13 @@ def read_params(path: epath.Path, module, inputs, device: jax.Device | None = No
   """
   boxed = jax.eval_shape(module.init, jax.random.key(0), *inputs)['params']
   sharding = jax.sharding.SingleDeviceSharding(device or jax.local_devices()[0])
-  return read_parts(path, jax.tree.map(
+  return read_parts(
+    path,
+    jax.tree.map(
       lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-      nn.meta.unbox(boxed)))
+      nn.meta.unbox(boxed),
+    ),
+  )
 
 
 def read_parts(path: epath.Path, params):
@@ -372,21 +408,33 @@ def read_parts(path: epath.Path, params):
     UserError: if parameters are missing, unknown or of another shape.
   """
   saved = _saved_shapes(path)
-  averaged = {part for part in params
-              if any(name.startswith(f'statistics/average/{part}/') for name in saved)}
+  averaged = {
+    part for part in params if any(name.startswith(f'statistics/average/{part}/') for name in saved)
+  }
   abstract = {
-      'params': {part: tree for part, tree in params.items() if part not in averaged},
-      'statistics': {'average': {part: params[part] for part in averaged}}}
+    'params': {part: tree for part, tree in params.items() if part not in averaged},
+    'statistics': {'average': {part: params[part] for part in averaged}},
+  }
   abstract = {kind: tree for kind, tree in abstract.items() if jax.tree.leaves(tree)}
-  check_same_shapes(path, abstract, within=tuple(
-      f'statistics/average/{part}/' if part in averaged else f'params/{part}/'
-      for part in params))
+  check_same_shapes(
+    path,
+    abstract,
+    within=tuple(
+      f'statistics/average/{part}/' if part in averaged else f'params/{part}/' for part in params
+    ),
+  )
   options = verification.alone()
-  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(multiprocessing_options=options),
-                        multiprocessing_options=options) as checkpointer:
-    restored = checkpointer.restore(path / 'state', args=ocp.args.PyTreeRestore(
-        item=abstract, partial_restore=True,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)))
+  with ocp.Checkpointer(
+    ocp.PyTreeCheckpointHandler(multiprocessing_options=options), multiprocessing_options=options
+  ) as checkpointer:
+    restored = checkpointer.restore(
+      path / 'state',
+      args=ocp.args.PyTreeRestore(
+        item=abstract,
+        partial_restore=True,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+      ),
+    )
   return restored.get('params', {}) | restored.get('statistics', {}).get('average', {})
 
 
@@ -410,37 +458,47 @@ def read_model_folder(path, stage, abstract, inputs):
   networks = model.networks
   networks['generator'] = networks['parti']
   if stage.name not in networks:
-    raise errors.UserError(f'{path}: the model has no {stage.name}, so that none can start from '
-                           'it; set train.initial_model to None or to another model')
+    raise errors.UserError(
+      f'{path}: the model has no {stage.name}, so that none can start from '
+      'it; set train.initial_model to None or to another model'
+    )
   config, params, made_with = networks[stage.name]
-  inputs.check(f'train.initial_model={str(path)!r}', made_with,
-               'or start without train.initial_model')
-  check_same_model(path, {'stage': stage.name, 'config': dataclasses.asdict(config)},
-                   describe(stage))
+  inputs.check(
+    f'train.initial_model={str(path)!r}', made_with, 'or start without train.initial_model'
+  )
+  check_same_model(
+    path, {'stage': stage.name, 'config': dataclasses.asdict(config)}, describe(stage)
+  )
   return put_like(params, {name: abstract[name] for name in params})
 
 
 def put_like(params, abstract):
   """Parameters of any dtype and place with the dtypes and shardings of `abstract`."""
   return jax.tree.map(
-      lambda leaf, like: jax.device_put(leaf.astype(like.dtype), like.sharding), params, abstract)
+    lambda leaf, like: jax.device_put(leaf.astype(like.dtype), like.sharding), params, abstract
+  )
 
 
 def check_same_model(path, saved: dict, wanted: dict):
   """Raises UserError that names the settings in which two models differ."""
   if saved['stage'] != wanted['stage']:
-    raise errors.UserError(f'{path}: a checkpoint of the stage {saved["stage"]!r}, not of '
-                           f'{wanted["stage"]!r}; choose another --model_dir')
+    raise errors.UserError(
+      f'{path}: a checkpoint of the stage {saved["stage"]!r}, not of '
+      f'{wanted["stage"]!r}; choose another --model_dir'
+    )
   free = ('dropout', 'dtype', 'remat', 'unroll', 'commitment')
   there = parti_config.by_todays_names(saved['config'])
   plain = lambda value: list(value) if isinstance(value, (tuple, list)) else value
   differing = [
-      f'{key} is {there.get(key)} there and {value} here'
-      for key, value in wanted['config'].items()
-      if key not in free and plain(there.get(key)) != plain(value)]
+    f'{key} is {there.get(key)} there and {value} here'
+    for key, value in wanted['config'].items()
+    if key not in free and plain(there.get(key)) != plain(value)
+  ]
   if differing:
-    raise errors.UserError(f'{path}: of another configuration: {"; ".join(differing)}; train in '
-                           'another --model_dir, or set the model back')
+    raise errors.UserError(
+      f'{path}: of another configuration: {"; ".join(differing)}; train in '
+      'another --model_dir, or set the model back'
+    )
 
 
 def check_same_shapes(path, abstract, within: str | tuple[str, ...] = ''):
@@ -457,15 +515,23 @@ def check_same_shapes(path, abstract, within: str | tuple[str, ...] = ''):
       shape; names them.
   """
   saved, wanted = _saved_shapes(path), _shapes(abstract)
-  differing = [f'{name} {saved.get(name, "missing")} instead of {shape}'
-               for name, shape in wanted.items() if saved.get(name) != shape]
-  differing += [f'{name} {shape} is not in this configuration' for name, shape in saved.items()
-                if name.startswith(within) and name not in wanted]
+  differing = [
+    f'{name} {saved.get(name, "missing")} instead of {shape}'
+    for name, shape in wanted.items()
+    if saved.get(name) != shape
+  ]
+  differing += [
+    f'{name} {shape} is not in this configuration'
+    for name, shape in saved.items()
+    if name.startswith(within) and name not in wanted
+  ]
   if differing:
     more = f' and {len(differing) - 5} more' if len(differing) > 5 else ''
-    raise errors.UserError(f'{path}: does not fit this configuration: '
-                           f'{"; ".join(differing[:5])}{more}; train in another --model_dir, or '
-                           'set the model or the optimiser back')
+    raise errors.UserError(
+      f'{path}: does not fit this configuration: '
+      f'{"; ".join(differing[:5])}{more}; train in another --model_dir, or '
+      'set the model or the optimiser back'
+    )
 
 
 def by_path(tree) -> dict[str, Any]:
@@ -479,8 +545,9 @@ def by_path(tree) -> dict[str, Any]:
 
 
 def _unfinished(path) -> errors.UserError:
-  return errors.UserError(f'{path}: not a finished checkpoint of this package; remove the folder '
-                          'or choose another one')
+  return errors.UserError(
+    f'{path}: not a finished checkpoint of this package; remove the folder or choose another one'
+  )
 
 
 def _saved_shapes(path) -> dict[str, tuple[int, ...]]:

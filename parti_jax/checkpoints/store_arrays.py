@@ -17,11 +17,17 @@ _FIRST_DELAY, _LONGEST_DELAY = 1.0, 20.0
 def configure() -> None:
   """Has Orbax give TensorStore the patience of `store_retries` in place of its quarter of an hour."""
   connect, read = store_retries.timeouts()
-  for variable, value in (('CONNECT_TIMEOUT_SECONDS', connect), ('LOW_SPEED_TIME_SECONDS', read),
-                          ('LOW_SPEED_LIMIT_BYTES', 1)):
+  for variable, value in (
+    ('CONNECT_TIMEOUT_SECONDS', connect),
+    ('LOW_SPEED_TIME_SECONDS', read),
+    ('LOW_SPEED_LIMIT_BYTES', 1),
+  ):
     os.environ.setdefault(f'TENSORSTORE_CURL_{variable}', str(max(1, round(value))))
-  settings = {'max_retries': _retries(store_retries.patience()),
-              'initial_delay': f'{_FIRST_DELAY}s', 'max_delay': f'{_LONGEST_DELAY}s'}
+  settings = {
+    'max_retries': _retries(store_retries.patience()),
+    'initial_delay': f'{_FIRST_DELAY}s',
+    'max_delay': f'{_LONGEST_DELAY}s',
+  }
   # Orbax has no option for it.
   for context in (tensorstore_utils._BASE_TS_CONTEXT, tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT):
     context['gcs_request_retries'] = settings

@@ -45,8 +45,11 @@ class Found:
 
   def lines(self) -> list[str]:
     """A line on each damaged checkpoint: the file at fault, and what is lost."""
-    return [f'checkpoint {bad.step}: {bad.fault}; going on from {self.step}: '
-            f'{bad.step - self.step} steps are done again' for bad in self.damaged]
+    return [
+      f'checkpoint {bad.step}: {bad.fault}; going on from {self.step}: '
+      f'{bad.step - self.step} steps are done again'
+      for bad in self.damaged
+    ]
 
 
 def newest_whole(directory: epath.Path, together: bool = False) -> Found:
@@ -72,8 +75,9 @@ def newest_whole(directory: epath.Path, together: bool = False) -> Found:
   if damaged:
     faults = '; '.join(f'checkpoint {bad.step}: {bad.fault}' for bad in damaged)
     raise errors.UserError(
-        f'{directory}: no checkpoint there is whole, and none was touched: {faults}; put a copy of '
-        'a whole one there, or begin anew in another --model_dir')
+      f'{directory}: no checkpoint there is whole, and none was touched: {faults}; put a copy of '
+      'a whole one there, or begin anew in another --model_dir'
+    )
   return Found(None)
 
 
@@ -108,8 +112,9 @@ def move_aside(directory: epath.Path, damaged: Sequence[Damaged]) -> None:
       (directory / str(bad.step)).rename(target)
     except OSError as error:
       raise errors.UserError(
-          f"{directory / str(bad.step)}: damaged ({bad.fault}), and it can't be renamed: "
-          f'{error.strerror or error}; move it away') from error
+        f"{directory / str(bad.step)}: damaged ({bad.fault}), and it can't be renamed: "
+        f'{error.strerror or error}; move it away'
+      ) from error
 
 
 def free_name(step: int, taken: Callable[[str], bool]) -> str:
@@ -184,17 +189,23 @@ def _unreadable(path: epath.Path, share: int, shares: int) -> str | None:
   options, name = alone(), ''
   try:
     with ocp.Checkpointer(
-        ocp.JsonCheckpointHandler(), multiprocessing_options=options) as checkpointer:
+      ocp.JsonCheckpointHandler(), multiprocessing_options=options
+    ) as checkpointer:
       for name in ('model', 'data'):
         checkpointer.restore(path / name)
     name = 'state'
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(multiprocessing_options=options),
-                          multiprocessing_options=options) as checkpointer:
+    with ocp.Checkpointer(
+      ocp.PyTreeCheckpointHandler(multiprocessing_options=options), multiprocessing_options=options
+    ) as checkpointer:
       tree = checkpointer.metadata(path / name).item_metadata.tree
       for part in _parts(tree, share, shares):
-        checkpointer.restore(path / name, args=ocp.args.PyTreeRestore(
-            item=part, restore_args=jax.tree.map(
-                lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)))
+        checkpointer.restore(
+          path / name,
+          args=ocp.args.PyTreeRestore(
+            item=part,
+            restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree),
+          ),
+        )
   except Exception as error:
     # Whatever Orbax and TensorStore stumble over.
     return f"{name} can't be read ({' '.join(str(error).split())[:200]})"
@@ -211,5 +222,6 @@ def _parts(tree, share: int, shares: int):
     size += math.prod(leaves[index].shape) * np.dtype(leaves[index].dtype).itemsize
     if size >= _BYTES_AT_ONCE or index == mine[-1]:
       yield structure.unflatten(
-          leaf if place in chosen else ocp.PLACEHOLDER for place, leaf in enumerate(leaves))
+        leaf if place in chosen else ocp.PLACEHOLDER for place, leaf in enumerate(leaves)
+      )
       chosen, size = [], 0

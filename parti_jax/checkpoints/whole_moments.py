@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from parti_jax.partitioning import factored
 
 
-def names(shapes: Mapping[str, tuple[int, ...]], parameters: str,
-          wanted: Mapping[str, Any] | None = None) -> list[str]:
+def names(
+  shapes: Mapping[str, tuple[int, ...]], parameters: str, wanted: Mapping[str, Any] | None = None
+) -> list[str]:
   """Which arrays of a checkpoint are whole moments of kernels that are factored today.
 
   Args:
@@ -29,12 +30,16 @@ def names(shapes: Mapping[str, tuple[int, ...]], parameters: str,
   Returns:
     Names such as 'optimizer_state/1/v/decoder/layers/attention/project_in/kernel'.
   """
+
   def is_whole(name: str) -> bool:
     state, _, kernel = name.partition('/v/')
-    return (bool(kernel) and shapes.get(parameters + kernel) == shapes[name]
-            and f'{state}/v_row/{kernel}' in shapes
-            and factored.joined_axis(kernel.split('/'), shapes[name]) is not None
-            and (wanted is None or name in wanted and wanted[name].shape != shapes[name]))
+    return (
+      bool(kernel)
+      and shapes.get(parameters + kernel) == shapes[name]
+      and f'{state}/v_row/{kernel}' in shapes
+      and factored.joined_axis(kernel.split('/'), shapes[name]) is not None
+      and (wanted is None or name in wanted and wanted[name].shape != shapes[name])
+    )
 
   return [name for name in shapes if is_whole(name)]
 
@@ -54,14 +59,18 @@ def as_saved(wanted: Mapping[str, Any], whole: Iterable[str], parameters: str) -
   for name in whole:
     parameter = wanted[parameters + name.partition('/v/')[2]]
     found[name] = jax.ShapeDtypeStruct(
-        parameter.shape, wanted[name].dtype, sharding=parameter.sharding)
+      parameter.shape, wanted[name].dtype, sharding=parameter.sharding
+    )
     for mean in _means_of(name):
       found[mean] = wanted[name]  # The same placeholder stands for means and for whole moments.
   return found
 
 
-def factor(arrays: Mapping[str, jax.Array], whole: Iterable[str],
-           shardings: Mapping[str, jax.sharding.Sharding]) -> dict[str, jax.Array]:
+def factor(
+  arrays: Mapping[str, jax.Array],
+  whole: Iterable[str],
+  shardings: Mapping[str, jax.sharding.Sharding],
+) -> dict[str, jax.Array]:
   """Puts the means of whole moments in their place.
 
   Args:
@@ -76,16 +85,19 @@ def factor(arrays: Mapping[str, jax.Array], whole: Iterable[str],
   for name in whole:
     shape = factored.matrix_shape(name.split('/'), arrays[name].shape)
     places = (*_means_of(name), name)
-    parts = jax.jit(_factored, static_argnums=1, out_shardings=tuple(
-        shardings[place] for place in places))(arrays[name], shape)
+    parts = jax.jit(
+      _factored, static_argnums=1, out_shardings=tuple(shardings[place] for place in places)
+    )(arrays[name], shape)
     found |= dict(zip(places, parts))
   return found
 
 
 def line(count: int) -> str:
   """A sentence, without a full stop, about so many kernels."""
-  return (f'the whole second moments of {count} attention kernels, from a checkpoint of an earlier '
-          'version, are factored now')
+  return (
+    f'the whole second moments of {count} attention kernels, from a checkpoint of an earlier '
+    'version, are factored now'
+  )
 
 
 def _means_of(name: str) -> tuple[str, str]:

@@ -14,12 +14,23 @@ from parti_jax.core import gin_config
 def add_arguments(parser: argparse.ArgumentParser):
   """Adds the flags of `parti-jax batch`."""
   gin_config.add_gin_arguments(parser)
-  parser.add_argument('--model_dir', metavar='RUN',
-                      help="the run's folder; its gin values are taken if no --gin_file is given")
-  parser.add_argument('--place', required=True, nargs='+', metavar='PLACE',
-                      help='the batches, SHARE/SHARES:EPOCH:TAKEN+COUNT, as the run names them')
-  parser.add_argument('--output_dir', metavar='FOLDER',
-                      help='where each is written as PLACE.npz, and its pictures as PLACE.png')
+  parser.add_argument(
+    '--model_dir',
+    metavar='RUN',
+    help="the run's folder; its gin values are taken if no --gin_file is given",
+  )
+  parser.add_argument(
+    '--place',
+    required=True,
+    nargs='+',
+    metavar='PLACE',
+    help='the batches, SHARE/SHARES:EPOCH:TAKEN+COUNT, as the run names them',
+  )
+  parser.add_argument(
+    '--output_dir',
+    metavar='FOLDER',
+    help='where each is written as PLACE.npz, and its pictures as PLACE.png',
+  )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -55,17 +66,22 @@ def describe(batch: dict[str, np.ndarray], task: str, lengths: dict[str, int]) -
   from parti_jax.data import datasets
   from parti_jax.data import mixtures
 
-  lines = [f'{name}: {values.dtype} {list(values.shape)}, {values.min():g} to {values.max():g}'
-           for name, values in batch.items()]
+  lines = [
+    f'{name}: {values.dtype} {list(values.shape)}, {values.min():g} to {values.max():g}'
+    for name, values in batch.items()
+  ]
   if 'encoder_input_tokens' not in batch:
     return lines
   if datasets.is_ours(task) or mixtures.is_one(task):
     decode = datasets.get_vocabulary().decode
   else:
     from parti_jax.data import tasks
+
     decode = tasks.get_task(task).output_features['inputs'].vocabulary.decode
-  return lines + [f'example {index}: {decode(ids)!r}'
-                  for index, ids in enumerate(batch['encoder_input_tokens'].tolist())]
+  return lines + [
+    f'example {index}: {decode(ids)!r}'
+    for index, ids in enumerate(batch['encoder_input_tokens'].tolist())
+  ]
 
 
 def write(batch: dict[str, np.ndarray], place, folder) -> list[pathlib.Path]:
@@ -95,6 +111,7 @@ def write(batch: dict[str, np.ndarray], place, folder) -> list[pathlib.Path]:
       return [file]
     Image.fromarray(reporting.tile(batch['images'])).save(file.with_suffix('.png'))
   except OSError as error:
-    raise errors.UserError(f'--output_dir {folder}: cannot be written ({error.strerror or error}); '
-                           'name another folder') from error
+    raise errors.UserError(
+      f'--output_dir {folder}: cannot be written ({error.strerror or error}); name another folder'
+    ) from error
   return [file, file.with_suffix('.png')]

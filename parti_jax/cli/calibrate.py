@@ -28,42 +28,84 @@ THRESHOLDS = ('exit_threshold', 'guidance_skip_threshold')
 _CANDIDATES = (0.999, 0.99, 0.98, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)
 # The table's columns: key of a row -> its heading.
 _COLUMNS = {
-    'threshold': 'threshold', 'alignment': 'alignment', 'loss': 'loss', 'p_value': 'p-value',
-    'layers': 'layers/token', 'computed': 'computed', 'unguided': 'skipped passes'}
+  'threshold': 'threshold',
+  'alignment': 'alignment',
+  'loss': 'loss',
+  'p_value': 'p-value',
+  'layers': 'layers/token',
+  'computed': 'computed',
+  'unguided': 'skipped passes',
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser):
   """Adds the command's flags."""
-  parser.add_argument('--model', metavar='PATH',
-                      help='an exported model (default: the demo model in the package)')
-  parser.add_argument('--calibrate', default=THRESHOLDS[0], choices=THRESHOLDS,
-                      help='which threshold (default: %(default)s)')
-  parser.add_argument('--tolerance', type=float, default=0.05,
-                      help='how much of the alignment may be lost (default: %(default)s)')
-  parser.add_argument('--risk', type=float, default=0.05,
-                      help='chance of losing more than that (default: %(default)s)')
-  parser.add_argument('--candidates', type=float, nargs='+', default=list(_CANDIDATES),
-                      metavar='THRESHOLD', help='tried from the highest down (default: 0.999, '
-                      '0.99, ... 0)')
-  parser.add_argument('--measure', default='name_top1',
-                      choices=(*alignment.OpenMojiAlignment.measures, alignment.RANKER),
-                      help="alignment: of OpenMoji's judge, or the score of the model's ranker "
-                      '(default: %(default)s)')
-  parser.add_argument('--split', default='unseen_combinations', metavar='SPLIT',
-                      help='OpenMoji prompts, of ' + ', '.join(openmoji.SPLITS)
-                      + ' (default: %(default)s)')
-  parser.add_argument('--prompts_file', metavar='FILE',
-                      help='a text file with a prompt on each line instead; with --measure=ranker')
-  parser.add_argument('--max_prompts', type=int, metavar='N',
-                      help='prompts at most, drawn at random (default: all)')
-  parser.add_argument('--num_images', type=int, default=4,
-                      help='pictures for each prompt (default: %(default)s)')
-  parser.add_argument('--seed', type=int, default=0,
-                      help='of the prompts drawn and the pictures (default: %(default)s)')
+  parser.add_argument(
+    '--model', metavar='PATH', help='an exported model (default: the demo model in the package)'
+  )
+  parser.add_argument(
+    '--calibrate',
+    default=THRESHOLDS[0],
+    choices=THRESHOLDS,
+    help='which threshold (default: %(default)s)',
+  )
+  parser.add_argument(
+    '--tolerance',
+    type=float,
+    default=0.05,
+    help='how much of the alignment may be lost (default: %(default)s)',
+  )
+  parser.add_argument(
+    '--risk',
+    type=float,
+    default=0.05,
+    help='chance of losing more than that (default: %(default)s)',
+  )
+  parser.add_argument(
+    '--candidates',
+    type=float,
+    nargs='+',
+    default=list(_CANDIDATES),
+    metavar='THRESHOLD',
+    help='tried from the highest down (default: 0.999, 0.99, ... 0)',
+  )
+  parser.add_argument(
+    '--measure',
+    default='name_top1',
+    choices=(*alignment.OpenMojiAlignment.measures, alignment.RANKER),
+    help="alignment: of OpenMoji's judge, or the score of the model's ranker "
+    '(default: %(default)s)',
+  )
+  parser.add_argument(
+    '--split',
+    default='unseen_combinations',
+    metavar='SPLIT',
+    help='OpenMoji prompts, of ' + ', '.join(openmoji.SPLITS) + ' (default: %(default)s)',
+  )
+  parser.add_argument(
+    '--prompts_file',
+    metavar='FILE',
+    help='a text file with a prompt on each line instead; with --measure=ranker',
+  )
+  parser.add_argument(
+    '--max_prompts', type=int, metavar='N', help='prompts at most, drawn at random (default: all)'
+  )
+  parser.add_argument(
+    '--num_images', type=int, default=4, help='pictures for each prompt (default: %(default)s)'
+  )
+  parser.add_argument(
+    '--seed',
+    type=int,
+    default=0,
+    help='of the prompts drawn and the pictures (default: %(default)s)',
+  )
   parser.add_argument('--batch_size', type=int, help='pictures drawn at once')
-  parser.add_argument('--output', default='calibration.json', metavar='FILE',
-                      help='where the table goes; what is in it already is not measured again '
-                      '(default: %(default)s)')
+  parser.add_argument(
+    '--output',
+    default='calibration.json',
+    metavar='FILE',
+    help='where the table goes; what is in it already is not measured again (default: %(default)s)',
+  )
   sampling_flags.add_arguments(parser)
 
 
@@ -83,14 +125,17 @@ def run(args: argparse.Namespace) -> int:
   _check_prompts(args, judge)
   study = _Study(args, pipeline, judge)
   found, rows = calibration.fixed_sequence(
-      sorted(set(args.candidates), reverse=True), study.row, args.risk)
+    sorted(set(args.candidates), reverse=True), study.row, args.risk
+  )
   study.write(result={'threshold': found, 'rows': rows})
   where = f'{args.measure} within {args.tolerance:g}, at a risk of {args.risk:g}'
   if found is None:
     print(f'no threshold keeps {where}; more prompts or a larger --tolerance may')
     return 1
-  print(f'{args.calibrate}={found:g} keeps {where}:\n'
-        f'  parti-jax generate PROMPT --{args.calibrate}={found:g}\n{args.output}')
+  print(
+    f'{args.calibrate}={found:g} keeps {where}:\n'
+    f'  parti-jax generate PROMPT --{args.calibrate}={found:g}\n{args.output}'
+  )
   return 0
 
 
@@ -102,9 +147,14 @@ class _Study:
     self._order = np.random.default_rng(args.seed).permutation(len(judge.prompts))
     sampling = pipeline.sampling.replace(**sampling_flags.given(args))
     self._conditions = {
-        'model': str(args.model), 'prompts': judge.prompts, 'num_images': args.num_images,
-        'seed': args.seed, 'measure': args.measure, 'calibrate': args.calibrate,
-        'sampling': vars(sampling.replace(**{args.calibrate: 1.0}))}
+      'model': str(args.model),
+      'prompts': judge.prompts,
+      'num_images': args.num_images,
+      'seed': args.seed,
+      'measure': args.measure,
+      'calibrate': args.calibrate,
+      'sampling': vars(sampling.replace(**{args.calibrate: 1.0})),
+    }
     self._measured = self._read()
     self._printed = False
 
@@ -115,9 +165,12 @@ class _Study:
     losses = np.array(everything['scores']) - np.array(measured['scores'])
     losses = losses[self._order][~np.isnan(losses[self._order])]
     span = alignment.SPANS[self._args.measure]
-    row = {'threshold': threshold, 'alignment': float(np.nanmean(measured['scores'])),
-           'loss': float(losses.mean()), 'p_value': calibration.p_value(
-               losses, self._args.tolerance, -span, span, self._args.risk)}
+    row = {
+      'threshold': threshold,
+      'alignment': float(np.nanmean(measured['scores'])),
+      'loss': float(losses.mean()),
+      'p_value': calibration.p_value(losses, self._args.tolerance, -span, span, self._args.risk),
+    }
     row |= {name: measured[name] for name in _COLUMNS if name in measured}
     if not self._printed:
       print('| ' + ' | '.join(_COLUMNS.values()) + ' |\n|' + '---|' * len(_COLUMNS))
@@ -130,23 +183,32 @@ class _Study:
   def write(self, **more):
     """Writes the file, whole or not at all."""
     content = self._conditions | {
-        'tolerance': self._args.tolerance, 'risk': self._args.risk, 'measured': self._measured}
+      'tolerance': self._args.tolerance,
+      'risk': self._args.risk,
+      'measured': self._measured,
+    }
     try:
       storage.write(self._args.output, json.dumps(content | more, indent=1) + '\n')
     except OSError as error:
-      raise UserError(f'--output {self._args.output} cannot be written: {error.strerror}; name '
-                      'another file') from error
+      raise UserError(
+        f'--output {self._args.output} cannot be written: {error.strerror}; name another file'
+      ) from error
 
   def _measure(self, threshold: float) -> dict[str, Any]:
     key = checks.number_text(threshold)
     if key not in self._measured:
       result = self._pipeline.generate(
-          self._judge.prompts, num_images=self._args.num_images, seed=self._args.seed,
-          batch_size=self._args.batch_size, progress=True,
-          **sampling_flags.given(self._args) | {self._args.calibrate: threshold})
+        self._judge.prompts,
+        num_images=self._args.num_images,
+        seed=self._args.seed,
+        batch_size=self._args.batch_size,
+        progress=True,
+        **sampling_flags.given(self._args) | {self._args.calibrate: threshold},
+      )
       scores = self._judge.scores(result.images)[self._args.measure]
       self._measured[key] = _used(result, self._pipeline.decoder_layers) | {
-          'scores': scores.tolist()}
+        'scores': scores.tolist()
+      }
       self.write()
     return self._measured[key]
 
@@ -156,15 +218,21 @@ class _Study:
       return {}
     try:
       content = json.loads(path.read_text(encoding='utf-8'))
-      different = [name for name, value in self._conditions.items()
-                   if content[name] != json.loads(json.dumps(value))]
+      different = [
+        name
+        for name, value in self._conditions.items()
+        if content[name] != json.loads(json.dumps(value))
+      ]
       measured = content['measured']
     except (OSError, ValueError, KeyError, TypeError) as error:
-      raise UserError(f'--output {path} is there and is no calibration; name another file or '
-                      'remove it') from error
+      raise UserError(
+        f'--output {path} is there and is no calibration; name another file or remove it'
+      ) from error
     if different:
-      raise UserError(f'--output {path} is of a calibration with another {different[0]}; name '
-                      'another file or remove it')
+      raise UserError(
+        f'--output {path} is of a calibration with another {different[0]}; name '
+        'another file or remove it'
+      )
     return measured
 
 
@@ -172,9 +240,11 @@ def _used(result, decoder_layers: int) -> dict[str, float]:
   """What the tokens of a result took, on average."""
   if result.usage is None:
     return {'layers': decoder_layers, 'computed': decoder_layers, 'unguided': 0.0}
-  return {'layers': float(result.usage.layers.mean()),
-          'computed': float(result.usage.computed[..., 0].mean()),
-          'unguided': float(result.usage.unguided.mean())}
+  return {
+    'layers': float(result.usage.layers.mean()),
+    'computed': float(result.usage.computed[..., 0].mean()),
+    'unguided': float(result.usage.unguided.mean()),
+  }
 
 
 def _line(row) -> str:
@@ -185,11 +255,12 @@ def _line(row) -> str:
 def _judge(args, pipeline):
   """What measures alignment."""
   if args.measure != alignment.RANKER:
-    return alignment.OpenMojiAlignment(
-        pipeline.image_size, args.split, args.max_prompts, args.seed)
+    return alignment.OpenMojiAlignment(pipeline.image_size, args.split, args.max_prompts, args.seed)
   if pipeline.ranker is None:
-    raise UserError('--measure=ranker: the model folder has no ranker; choose one of '
-                    f'{", ".join(alignment.OpenMojiAlignment.measures)}')
+    raise UserError(
+      '--measure=ranker: the model folder has no ranker; choose one of '
+      f'{", ".join(alignment.OpenMojiAlignment.measures)}'
+    )
   if args.prompts_file is not None:
     prompts = sampling_command.read_prompts(args.prompts_file)
   else:
@@ -205,13 +276,18 @@ def _check_prompts(args: argparse.Namespace, judge):
   """
   count, span = judge.judged(args.measure), alignment.SPANS[args.measure]
   if not count:
-    raise UserError(f'--measure={args.measure}: none of the {len(judge.prompts)} prompts can be '
-                    'judged by it; choose another one, or more --max_prompts')
+    raise UserError(
+      f'--measure={args.measure}: none of the {len(judge.prompts)} prompts can be '
+      'judged by it; choose another one, or more --max_prompts'
+    )
   least = calibration.p_value(np.zeros(count), args.tolerance, -span, span, args.risk)
   if least > args.risk:
-    print(f'parti-jax: warning: {count} prompts are too few for --tolerance={args.tolerance:g}: '
-          f'where nothing at all is lost, the p-value is {least:.2g} and so above '
-          f'--risk={args.risk:g}; give more prompts or a larger tolerance', file=sys.stderr)
+    print(
+      f'parti-jax: warning: {count} prompts are too few for --tolerance={args.tolerance:g}: '
+      f'where nothing at all is lost, the p-value is {least:.2g} and so above '
+      f'--risk={args.risk:g}; give more prompts or a larger tolerance',
+      file=sys.stderr,
+    )
 
 
 def _check_flags(args: argparse.Namespace):
@@ -221,11 +297,13 @@ def _check_flags(args: argparse.Namespace):
     if not 0 < getattr(args, name) < 1:
       raise UserError(f'--{name}={getattr(args, name):g} must lie between 0 and 1')
   if args.split not in openmoji.SPLITS:
-    raise UserError(f'--split: unknown split {args.split!r}; the splits are '
-                    f'{", ".join(openmoji.SPLITS)}')
+    raise UserError(
+      f'--split: unknown split {args.split!r}; the splits are {", ".join(openmoji.SPLITS)}'
+    )
   if args.prompts_file is not None and args.measure != alignment.RANKER:
-    raise UserError("--prompts_file: OpenMoji's judge knows only OpenMoji's prompts; add "
-                    '--measure=ranker')
+    raise UserError(
+      "--prompts_file: OpenMoji's judge knows only OpenMoji's prompts; add --measure=ranker"
+    )
   for candidate in args.candidates:
     if not 0 <= candidate < 1:
       raise UserError(f'--candidates: {candidate:g} must be from 0 to below 1, which skips nothing')

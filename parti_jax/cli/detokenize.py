@@ -31,21 +31,44 @@ _SHOWN = 120
 
 def add_arguments(parser: argparse.ArgumentParser):
   """Adds the command's flags."""
-  parser.add_argument('files', nargs='+', metavar='FILE',
-                      help='lines of JSON with image tokens, as t5x.infer writes them')
+  parser.add_argument(
+    'files',
+    nargs='+',
+    metavar='FILE',
+    help='lines of JSON with image tokens, as t5x.infer writes them',
+  )
   which = parser.add_mutually_exclusive_group()
-  which.add_argument('--model', metavar='PATH',
-                     help='the exported model whose tokens they are (default: the demo model)')
-  which.add_argument('--tokenizer', metavar='RUN',
-                     help="the tokenizer's run whose tokens they are")
-  parser.add_argument('--output_dir', default=generate.DEFAULT_OUTPUT_DIR, metavar='DIR',
-                      help='where the pictures go (default: ./%(default)s)')
-  parser.add_argument('--field', default=inferences.FIELD, metavar='NAME',
-                      help='what of a line holds the tokens (default: %(default)s)')
-  parser.add_argument('--caption_field', default=inferences.CAPTION_FIELD, metavar='NAME',
-                      help="what of a line's inputs holds the caption (default: %(default)s)")
-  parser.add_argument('--num_columns', type=int, default=6, metavar='N',
-                      help='lines side by side on the grid (default: %(default)s)')
+  which.add_argument(
+    '--model',
+    metavar='PATH',
+    help='the exported model whose tokens they are (default: the demo model)',
+  )
+  which.add_argument('--tokenizer', metavar='RUN', help="the tokenizer's run whose tokens they are")
+  parser.add_argument(
+    '--output_dir',
+    default=generate.DEFAULT_OUTPUT_DIR,
+    metavar='DIR',
+    help='where the pictures go (default: ./%(default)s)',
+  )
+  parser.add_argument(
+    '--field',
+    default=inferences.FIELD,
+    metavar='NAME',
+    help='what of a line holds the tokens (default: %(default)s)',
+  )
+  parser.add_argument(
+    '--caption_field',
+    default=inferences.CAPTION_FIELD,
+    metavar='NAME',
+    help="what of a line's inputs holds the caption (default: %(default)s)",
+  )
+  parser.add_argument(
+    '--num_columns',
+    type=int,
+    default=6,
+    metavar='N',
+    help='lines side by side on the grid (default: %(default)s)',
+  )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -68,10 +91,16 @@ def run(args: argparse.Namespace) -> int:
   source = args.tokenizer or args.model or text_to_image.DEMO_FOLDER
   tokenizer = frozen_tokenizer.load(source)
   detokenizer = detokenizing.Detokenizer(tokenizer.config, tokenizer.params)
-  found = {file: inferences.read(file, detokenizer, args.field, args.caption_field)
-           for file in dict.fromkeys(args.files)}
-  with tqdm.tqdm(total=sum(len(lines) * len(lines[0].tokens) for lines in found.values()),
-                 desc='drawing', unit='picture', disable=None) as bar:
+  found = {
+    file: inferences.read(file, detokenizer, args.field, args.caption_field)
+    for file in dict.fromkeys(args.files)
+  }
+  with tqdm.tqdm(
+    total=sum(len(lines) * len(lines[0].tokens) for lines in found.values()),
+    desc='drawing',
+    unit='picture',
+    disable=None,
+  ) as bar:
     for file, lines in found.items():
       writer = _Writer(folder, storage.name(file), storage.name(source), lines)
       for path in writer.pictures(detokenizer, bar):
@@ -83,24 +112,26 @@ def run(args: argparse.Namespace) -> int:
 class _Writer:
   """Writes the pictures of a file's lines."""
 
-  def __init__(self, folder: pathlib.Path, file: str, tokenizer: str,
-               lines: Sequence[inferences.Inference]):
+  def __init__(
+    self, folder: pathlib.Path, file: str, tokenizer: str, lines: Sequence[inferences.Inference]
+  ):
     """Takes where to write, the names of the file and of the tokenizer, and the lines."""
     self._folder, self._file, self._lines = folder, file, lines
     self._metadata = {'inferences': file, 'model': tokenizer}
     # Of the first lines, each with its pictures.
     self._shown: list[list[np.ndarray]] = []
 
-  def pictures(self, detokenizer: detokenizing.Detokenizer, bar: tqdm.tqdm
-               ) -> Iterator[pathlib.Path]:
+  def pictures(
+    self, detokenizer: detokenizing.Detokenizer, bar: tqdm.tqdm
+  ) -> Iterator[pathlib.Path]:
     """Draws and writes the pictures, and yields their files in order."""
     count = len(self._lines[0].tokens)
     together = max(1, _AT_ONCE // count)
     for start in range(0, len(self._lines), together):
-      lines = self._lines[start:start + together]
+      lines = self._lines[start : start + together]
       images = detokenizer(np.concatenate([line.tokens for line in lines]))
       images = images.reshape(len(lines), count, *images.shape[1:])
-      self._shown += [list(row) for row in images[:max(0, _SHOWN - len(self._shown))]]
+      self._shown += [list(row) for row in images[: max(0, _SHOWN - len(self._shown))]]
       for line, row in zip(lines, images):
         for index, image in enumerate(row):
           yield self._save(line, index, image)
@@ -110,19 +141,36 @@ class _Writer:
     digits = len(str(self._lines[-1].line))  # So that files stand in the order of the lines.
     name = f'{images_lib.slug(line.caption or "")}_line{line.line:0{digits}}_{index}'
     caption = {} if line.caption is None else {'prompt': line.caption}
-    return images_lib.save(self._folder, name, images_lib.to_pil(image), {
-        **caption, **self._metadata, 'line': str(line.line), 'image_index': str(index),
-        'tokens': _digest(line.tokens[index])})
+    return images_lib.save(
+      self._folder,
+      name,
+      images_lib.to_pil(image),
+      {
+        **caption,
+        **self._metadata,
+        'line': str(line.line),
+        'image_index': str(index),
+        'tokens': _digest(line.tokens[index]),
+      },
+    )
 
   def grid(self, num_columns: int) -> pathlib.Path:
     """Writes what `pictures` has drawn of the first lines on one sheet and returns its file."""
-    lines = self._lines[:len(self._shown)]
+    lines = self._lines[: len(self._shown)]
     texts = [f'line {line.line}' if line.caption is None else line.caption for line in lines]
     title = f'{self._file}: {len(lines):,} of {len(self._lines):,} lines'
     sheet = sheets.sheet(title, texts, self._shown, num_columns)
-    return images_lib.save(self._folder, f'{images_lib.slug(self._file)}_grid', sheet, {
-        **self._metadata, 'prompt': '\n'.join(texts), 'num_columns': str(num_columns),
-        'tokens': _digest(*(line.tokens for line in lines))})
+    return images_lib.save(
+      self._folder,
+      f'{images_lib.slug(self._file)}_grid',
+      sheet,
+      {
+        **self._metadata,
+        'prompt': '\n'.join(texts),
+        'num_columns': str(num_columns),
+        'tokens': _digest(*(line.tokens for line in lines)),
+      },
+    )
 
 
 def _digest(*tokens: np.ndarray) -> str:

@@ -22,58 +22,107 @@ DATASETS = ('openmoji', 'coco', 'localized_narratives')
 
 # Flags that say something of some data sets only, with what they are if not given.
 _OF_DATASETS = {
-    ('openmoji',): {'splits': list(openmoji.SPLITS), 'max_prompts': None, 'train_prompts': 200,
-                    'rank': False},
-    ('coco', 'localized_narratives'): {'annotations': None, 'pictures': None,
-                                       'num_captions': 30_000},
-    ('coco',): {'tfds_dir': None},
+  ('openmoji',): {
+    'splits': list(openmoji.SPLITS),
+    'max_prompts': None,
+    'train_prompts': 200,
+    'rank': False,
+  },
+  ('coco', 'localized_narratives'): {'annotations': None, 'pictures': None, 'num_captions': 30_000},
+  ('coco',): {'tfds_dir': None},
 }
 _NUM_IMAGES = {'openmoji': 4, 'coco': 1, 'localized_narratives': 1}
 
 
 def add_arguments(parser: argparse.ArgumentParser):
   """Adds the command's flags."""
-  parser.add_argument('--model', metavar='PATH',
-                      help='an exported model (default: the demo model in the package)')
-  parser.add_argument('--dataset', default='openmoji',
-                      help=f'of {", ".join(DATASETS)} (default: %(default)s)')
-  parser.add_argument('--output_dir', default='evaluation', metavar='DIR',
-                      help='where report.json, report.md, contact sheets and, of captions, the '
-                      'drawn pictures go (default: %(default)s)')
-  parser.add_argument('--num_images', type=int,
-                      help='pictures for each prompt (default: 4 of openmoji, else 1; with more of '
-                      'captions, the best by the model\'s ranker is compared)')
-  parser.add_argument('--seed', type=int, default=0,
-                      help='of the prompts drawn and the pictures (default: %(default)s)')
-  parser.add_argument('--inception_weights', metavar='FILE',
-                      help='Inception\'s weights for the FID and the inception score, '
-                      f'torch-fidelity\'s {features.INCEPTION_FILE} (default: none, and pictures '
-                      'are compared over the features of the model\'s ranker)')
-  parser.add_argument('--image_size', type=int, default=256, metavar='PIXELS',
-                      help='size at which Inception compares pictures; a ranker has its own '
-                      '(default: %(default)s)')
-  parser.add_argument('--batch_size', type=int,
-                      help='pictures drawn at once; changes the memory, not the pictures')
+  parser.add_argument(
+    '--model', metavar='PATH', help='an exported model (default: the demo model in the package)'
+  )
+  parser.add_argument(
+    '--dataset', default='openmoji', help=f'of {", ".join(DATASETS)} (default: %(default)s)'
+  )
+  parser.add_argument(
+    '--output_dir',
+    default='evaluation',
+    metavar='DIR',
+    help='where report.json, report.md, contact sheets and, of captions, the '
+    'drawn pictures go (default: %(default)s)',
+  )
+  parser.add_argument(
+    '--num_images',
+    type=int,
+    help='pictures for each prompt (default: 4 of openmoji, else 1; with more of '
+    "captions, the best by the model's ranker is compared)",
+  )
+  parser.add_argument(
+    '--seed',
+    type=int,
+    default=0,
+    help='of the prompts drawn and the pictures (default: %(default)s)',
+  )
+  parser.add_argument(
+    '--inception_weights',
+    metavar='FILE',
+    help="Inception's weights for the FID and the inception score, "
+    f"torch-fidelity's {features.INCEPTION_FILE} (default: none, and pictures "
+    "are compared over the features of the model's ranker)",
+  )
+  parser.add_argument(
+    '--image_size',
+    type=int,
+    default=256,
+    metavar='PIXELS',
+    help='size at which Inception compares pictures; a ranker has its own (default: %(default)s)',
+  )
+  parser.add_argument(
+    '--batch_size', type=int, help='pictures drawn at once; changes the memory, not the pictures'
+  )
   sampling_flags.add_arguments(parser)
   emoji = parser.add_argument_group('openmoji')
-  emoji.add_argument('--rank', action='store_true', default=None,
-                     help="also judge the first of each prompt's pictures by the model's ranker")
-  emoji.add_argument('--splits', nargs='+', metavar='SPLIT',
-                     help='of ' + ', '.join(openmoji.SPLITS) + ' (default: all)')
-  emoji.add_argument('--max_prompts', type=int, metavar='N',
-                     help='prompts of a split at most, drawn at random (default: all)')
-  emoji.add_argument('--train_prompts', type=int, metavar='N',
-                     help='prompts of the train split, drawn at random (default: 200)')
+  emoji.add_argument(
+    '--rank',
+    action='store_true',
+    default=None,
+    help="also judge the first of each prompt's pictures by the model's ranker",
+  )
+  emoji.add_argument(
+    '--splits',
+    nargs='+',
+    metavar='SPLIT',
+    help='of ' + ', '.join(openmoji.SPLITS) + ' (default: all)',
+  )
+  emoji.add_argument(
+    '--max_prompts',
+    type=int,
+    metavar='N',
+    help='prompts of a split at most, drawn at random (default: all)',
+  )
+  emoji.add_argument(
+    '--train_prompts',
+    type=int,
+    metavar='N',
+    help='prompts of the train split, drawn at random (default: 200)',
+  )
   captions = parser.add_argument_group('coco, localized_narratives')
-  captions.add_argument('--annotations', metavar='FILE',
-                        help='captions_val2014.json, or coco_val_localized_narratives.jsonl (coco '
-                        'without it: coco_captions of tensorflow-datasets)')
+  captions.add_argument(
+    '--annotations',
+    metavar='FILE',
+    help='captions_val2014.json, or coco_val_localized_narratives.jsonl (coco '
+    'without it: coco_captions of tensorflow-datasets)',
+  )
   captions.add_argument('--pictures', metavar='DIR', help='folder with the picture files')
-  captions.add_argument('--tfds_dir', metavar='DIR',
-                        help='where tensorflow-datasets has prepared coco_captions (default: its '
-                        'own folder)')
-  captions.add_argument('--num_captions', type=int, metavar='N',
-                        help='captions at most, drawn at random (default: 30000)')
+  captions.add_argument(
+    '--tfds_dir',
+    metavar='DIR',
+    help='where tensorflow-datasets has prepared coco_captions (default: its own folder)',
+  )
+  captions.add_argument(
+    '--num_captions',
+    type=int,
+    metavar='N',
+    help='captions at most, drawn at random (default: 30000)',
+  )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -112,9 +161,19 @@ def _openmoji(args: argparse.Namespace):
     pages[sample.split] = contact_sheet.contact_sheet(sample)
 
   report = openmoji_report.evaluate(
-      pipeline, args.splits, args.num_images, args.max_prompts, args.seed,
-      train_prompts=args.train_prompts, on_sample=on_sample, progress=True,
-      extractors=extractors, batch_size=args.batch_size, rank=args.rank, **sampling_flags.given(args))
+    pipeline,
+    args.splits,
+    args.num_images,
+    args.max_prompts,
+    args.seed,
+    train_prompts=args.train_prompts,
+    on_sample=on_sample,
+    progress=True,
+    extractors=extractors,
+    batch_size=args.batch_size,
+    rank=args.rank,
+    **sampling_flags.given(args),
+  )
   return report, pages, folder
 
 
@@ -122,28 +181,53 @@ def _captions(args: argparse.Namespace):
   """Evaluates on captions of pictures; returns as `_openmoji`."""
   captioned = _read_captions(args)
   if len(captioned.captions) < args.num_captions:
-    print(f'{captioned.name}: {len(captioned.captions):,} captions, not {args.num_captions:,}: '
-          'there are no more', file=sys.stderr)
+    print(
+      f'{captioned.name}: {len(captioned.captions):,} captions, not {args.num_captions:,}: '
+      'there are no more',
+      file=sys.stderr,
+    )
   pipeline = parti_jax.load(args.model)
   extractors = features.of_flags(pipeline, args.inception_weights, args.image_size)
   if not extractors:
-    raise UserError(f'the model {pipeline.model_name} has no ranker, over whose features pictures '
-                    'could be compared: give --inception_weights')
+    raise UserError(
+      f'the model {pipeline.model_name} has no ranker, over whose features pictures '
+      'could be compared: give --inception_weights'
+    )
   folder = output_folder.make(args.output_dir)
-  sampling = {name: value for name, value in sampling_flags.given(args).items() if value is not None}
-  output_folder.claim(folder, {
-      'dataset': args.dataset, 'num_captions': args.num_captions, 'seed': args.seed,
-      'num_images': args.num_images, 'sampling': sampling,
+  sampling = {
+    name: value for name, value in sampling_flags.given(args).items() if value is not None
+  }
+  output_folder.claim(
+    folder,
+    {
+      'dataset': args.dataset,
+      'num_captions': args.num_captions,
+      'seed': args.seed,
+      'num_images': args.num_images,
+      'sampling': sampling,
       'captions': output_folder.fingerprint(*(text.encode() for text in captioned.captions)),
-      'model': output_folder.model_fingerprint(args.model)})
+      'model': output_folder.model_fingerprint(args.model),
+    },
+  )
   report, shown = captions_evaluation.evaluate(
-      pipeline, captioned, extractors, folder, args.num_images, args.seed, progress=True,
-      batch_size=args.batch_size, **sampling)
+    pipeline,
+    captioned,
+    extractors,
+    folder,
+    args.num_images,
+    args.seed,
+    progress=True,
+    batch_size=args.batch_size,
+    **sampling,
+  )
   pages = {}
   if shown.captions:
     pages['contact_sheet'] = sheets.sheet(
-        f'{captioned.name}: of each caption the real picture (left) and the generated one (right)',
-        shown.captions, list(zip(shown.real, shown.generated)), columns=4)
+      f'{captioned.name}: of each caption the real picture (left) and the generated one (right)',
+      shown.captions,
+      list(zip(shown.real, shown.generated)),
+      columns=4,
+    )
   return report, pages, folder
 
 
@@ -162,19 +246,23 @@ def _read_captions(args: argparse.Namespace):
 def _check_flags(args: argparse.Namespace):
   """Raises UserError for what can't be, before a model is loaded, and fills in defaults."""
   if args.dataset not in DATASETS:
-    raise UserError(f'--dataset: unknown data set {args.dataset!r}; they are '
-                    f'{", ".join(DATASETS)}')
+    raise UserError(f'--dataset: unknown data set {args.dataset!r}; they are {", ".join(DATASETS)}')
   for datasets, defaults in _OF_DATASETS.items():
     for flag, default in defaults.items():
       if getattr(args, flag) is None:
         setattr(args, flag, default)
       elif args.dataset not in datasets:
-        raise UserError(f'--{flag} is of --dataset={" and ".join(datasets)}, not of '
-                        f'{args.dataset}')
+        raise UserError(f'--{flag} is of --dataset={" and ".join(datasets)}, not of {args.dataset}')
   if args.num_images is None:
     args.num_images = _NUM_IMAGES[args.dataset]
-  counts = ('num_images', 'max_prompts', 'train_prompts', 'num_captions', 'image_size',
-            'batch_size')
+  counts = (
+    'num_images',
+    'max_prompts',
+    'train_prompts',
+    'num_captions',
+    'image_size',
+    'batch_size',
+  )
   for flag in counts:
     value = getattr(args, flag)
     if value is not None and value < 1:
@@ -184,10 +272,13 @@ def _check_flags(args: argparse.Namespace):
   sampling_flags.check_numbers(args, *counts)
   checks.whole_number('--image_size', args.image_size, 1, features.LARGEST_SIZE)
   if args.inception_weights is not None and not pathlib.Path(args.inception_weights).is_file():
-    raise UserError(f'--inception_weights {args.inception_weights} is no file; it is '
-                    f'torch-fidelity\'s {features.INCEPTION_FILE}')
+    raise UserError(
+      f'--inception_weights {args.inception_weights} is no file; it is '
+      f"torch-fidelity's {features.INCEPTION_FILE}"
+    )
   sampling_flags.given(args)
   for split in args.splits:
     if split not in openmoji.SPLITS:
-      raise UserError(f'--splits: unknown split {split!r}; the splits are '
-                      f'{", ".join(openmoji.SPLITS)}')
+      raise UserError(
+        f'--splits: unknown split {split!r}; the splits are {", ".join(openmoji.SPLITS)}'
+      )

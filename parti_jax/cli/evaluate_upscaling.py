@@ -21,16 +21,25 @@ from parti_jax.evaluation import upscaling_report
 def add_arguments(parser: argparse.ArgumentParser):
   """Adds the command's flags."""
   gin_config.add_gin_arguments(parser)
-  parser.add_argument('--model', metavar='PATH',
-                      help='an exported model (default: the demo model in the package)')
-  parser.add_argument('--source', metavar='NAME',
-                      help='of the pictures: openmoji, folder, tfrecord or webdataset (default: '
-                      'the one that the gin files choose, openmoji without any)')
+  parser.add_argument(
+    '--model', metavar='PATH', help='an exported model (default: the demo model in the package)'
+  )
+  parser.add_argument(
+    '--source',
+    metavar='NAME',
+    help='of the pictures: openmoji, folder, tfrecord or webdataset (default: '
+    'the one that the gin files choose, openmoji without any)',
+  )
   parser.add_argument('--split', default='validation', help='of the source (default: %(default)s)')
-  parser.add_argument('--max_pictures', type=int, metavar='N',
-                      help='the first N pictures alone (default: all)')
-  parser.add_argument('--output_dir', default='evaluation_upscaling', metavar='DIR',
-                      help='where report.json and sheet.png go (default: %(default)s)')
+  parser.add_argument(
+    '--max_pictures', type=int, metavar='N', help='the first N pictures alone (default: all)'
+  )
+  parser.add_argument(
+    '--output_dir',
+    default='evaluation_upscaling',
+    metavar='DIR',
+    help='where report.json and sheet.png go (default: %(default)s)',
+  )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -46,14 +55,17 @@ def run(args: argparse.Namespace) -> int:
   # What gin may name must be there before its files are read.
   from parti_jax.data import datasets
   from parti_jax.sampling import text_to_image as pipeline_lib
+
   sampling_flags.check_numbers(args, 'max_pictures')
   gin_config.parse(args.gin_file, args.gin_bindings)
   source = args.source or (None if args.gin_file else 'openmoji')
   compilation_cache.enable()
   pipeline = pipeline_lib.load(args.model)
   if pipeline.upscaler is None:
-    raise UserError(f'the model {pipeline.model_name} has no super-resolution; '
-                    '`parti-jax export --base=FOLDER --super_resolution=RUN` adds it')
+    raise UserError(
+      f'the model {pipeline.model_name} has no super-resolution; '
+      '`parti-jax export --base=FOLDER --super_resolution=RUN` adds it'
+    )
   size = pipeline.upscaler.factor * pipeline.image_size
   with contextlib.closing(datasets.pictures_and_captions(source, args.split, size)) as examples:
     pictures = itertools.islice((picture for _, picture in examples), args.max_pictures)
@@ -73,6 +85,7 @@ def _write(folder: pathlib.Path, report, sample) -> list[pathlib.Path]:
     paths[0].write_text(json.dumps(report.json(), indent=2) + '\n', encoding='utf-8')
     upscaling_report.sheet(sample).save(paths[1], optimize=True)
   except OSError as error:
-    raise UserError(f'--output_dir {folder}: cannot be written ({error.strerror or error})'
-                    ) from error
+    raise UserError(
+      f'--output_dir {folder}: cannot be written ({error.strerror or error})'
+    ) from error
   return paths

@@ -15,10 +15,13 @@ from parti_jax.exported_model import model_folder
 from parti_jax.exported_model import sampling_settings
 
 _RUNS = {
-    'tokenizer': "the tokenizer's run, the --model_dir that it was trained in",
-    'parti': "the generator's run, likewise",
-    **{name: f'a run of {name.replace("_", "-")}, likewise; may be left out'
-       for name in model_folder.OPTIONAL}}
+  'tokenizer': "the tokenizer's run, the --model_dir that it was trained in",
+  'parti': "the generator's run, likewise",
+  **{
+    name: f'a run of {name.replace("_", "-")}, likewise; may be left out'
+    for name in model_folder.OPTIONAL
+  },
+}
 # What a network is of no use without.
 _NEEDED = {'parti': ('vocabulary', 'tokenizer'), 'ranker': ('vocabulary',)}
 # Networks whose training stage has another name.
@@ -29,20 +32,33 @@ def add_arguments(parser: argparse.ArgumentParser):
   """Adds the flags of `parti-jax export`."""
   for name, text in _RUNS.items():
     parser.add_argument(f'--{_stage(name)}', dest=name, metavar='RUN', help=text)
-  parser.add_argument('--vocabulary', metavar='FILE',
-                      help='the SentencePiece model that the captions were tokenized with')
-  parser.add_argument('--base', metavar='FOLDER',
-                      help='a model folder that gives whatever no other flag does, so that a part '
-                      'can be added to it or replaced')
+  parser.add_argument(
+    '--vocabulary',
+    metavar='FILE',
+    help='the SentencePiece model that the captions were tokenized with',
+  )
+  parser.add_argument(
+    '--base',
+    metavar='FOLDER',
+    help='a model folder that gives whatever no other flag does, so that a part '
+    'can be added to it or replaced',
+  )
   parser.add_argument('--output_dir', required=True, help='the model folder to write')
   parser.add_argument('--overwrite', action='store_true', help='replace a model folder there')
-  parser.add_argument('--dtype', choices=sorted(model_folder.STORED_DTYPES),
-                      help="what parameters are stored as (default: the base's, or float16)")
-  parser.add_argument('--allow_mismatch', action='store_true',
-                      help='export networks that were trained with another vocabulary or tokenizer '
-                      'than the ones that are given')
+  parser.add_argument(
+    '--dtype',
+    choices=sorted(model_folder.STORED_DTYPES),
+    help="what parameters are stored as (default: the base's, or float16)",
+  )
+  parser.add_argument(
+    '--allow_mismatch',
+    action='store_true',
+    help='export networks that were trained with another vocabulary or tokenizer '
+    'than the ones that are given',
+  )
   group = parser.add_argument_group(
-      'sampling', 'How the model is sampled where its user says nothing else.')
+    'sampling', 'How the model is sampled where its user says nothing else.'
+  )
   sampling_flags.add_arguments(group, "the base's, or plain sampling")
 
 
@@ -50,7 +66,9 @@ def run(args: argparse.Namespace) -> int:
   """Writes the model folder; returns the exit status."""
   _check_flags(args)
   base = model_folder.load(args.base) if args.base else None
-  sampling = (base.sampling if base else sampling_settings.SamplingSettings()).replace(**sampling_flags.given(args))
+  sampling = (base.sampling if base else sampling_settings.SamplingSettings()).replace(
+    **sampling_flags.given(args)
+  )
   parts = dict(base.networks) if base else {}
   provenance = dict(base.provenance) if base else {}
   for name in _RUNS:
@@ -62,12 +80,21 @@ def run(args: argparse.Namespace) -> int:
     made_with |= _made_with_base(base, [name for name in parts if not getattr(args, name)])
   parti, tokenizer = (parts.pop(name) for name in model_folder.REQUIRED)
   folder = model_folder.save(
-      args.output_dir, parti_config=parti.config, parti_params=parti.params,
-      tokenizer_config=tokenizer.config, tokenizer_params=tokenizer.params, parts=parts,
-      vocabulary_path=args.vocabulary or base.vocabulary_path, sampling=sampling,
-      dtype=args.dtype or (base.stored_as if base else 'float16'), overwrite=args.overwrite,
-      provenance=provenance, made_with=made_with, allow_mismatch=args.allow_mismatch,
-      sources={name: getattr(args, name) or args.base for name in made_with})
+    args.output_dir,
+    parti_config=parti.config,
+    parti_params=parti.params,
+    tokenizer_config=tokenizer.config,
+    tokenizer_params=tokenizer.params,
+    parts=parts,
+    vocabulary_path=args.vocabulary or base.vocabulary_path,
+    sampling=sampling,
+    dtype=args.dtype or (base.stored_as if base else 'float16'),
+    overwrite=args.overwrite,
+    provenance=provenance,
+    made_with=made_with,
+    allow_mismatch=args.allow_mismatch,
+    sources={name: getattr(args, name) or args.base for name in made_with},
+  )
   size = sum(storage.sizes(folder).values())
   print(f'{folder}: {size / 1e6:.1f} MB; draw with: parti-jax generate PROMPT --model={folder}')
   return 0
@@ -83,11 +110,14 @@ def _check_flags(args: argparse.Namespace):
   flags['vocabulary'] = args.vocabulary
   missing = [f'--{flag}' for flag, value in flags.items() if value is None]
   if missing and not args.base:
-    raise errors.UserError(f'{", ".join(missing)}: needed for a new model folder; or give --base, '
-                           'a model folder that has the rest')
+    raise errors.UserError(
+      f'{", ".join(missing)}: needed for a new model folder; or give --base, '
+      'a model folder that has the rest'
+    )
   if args.vocabulary and not storage.exists(args.vocabulary):
-    raise errors.UserError(f'--vocabulary={args.vocabulary}: there is no such file; '
-                           '`parti-jax vocabulary` makes one')
+    raise errors.UserError(
+      f'--vocabulary={args.vocabulary}: there is no such file; `parti-jax vocabulary` makes one'
+    )
 
 
 def _trained(name: str, model_dir) -> tuple[model_folder.Part, int]:
@@ -105,17 +135,23 @@ def _made_with(name: str, model_dir, path) -> dict[str, str]:
   kept = {kind: place[kind] for kind in fingerprints.KINDS if place.get(kind)}
   for kind in _NEEDED.get(name, ()):
     if kind not in kept:
-      print(f'parti-jax: warning: --{_stage(name)}={model_dir}: the checkpoint does not say which '
-            f'{kind} it was trained with; make sure that it is the one given here',
-            file=sys.stderr)
+      print(
+        f'parti-jax: warning: --{_stage(name)}={model_dir}: the checkpoint does not say which '
+        f'{kind} it was trained with; make sure that it is the one given here',
+        file=sys.stderr,
+      )
   return kept
 
 
 def _made_with_base(base: model_folder.Model, names: list[str]) -> dict[str, dict[str, str]]:
   """Fingerprints of these networks of a base, which an older one does not say of itself."""
   networks = base.networks
-  ours = {'vocabulary': vocabulary.TextVocabulary(base.vocabulary_path).fingerprint,
-          'tokenizer': fingerprints.of_tokenizer(networks['tokenizer'].params)}
+  ours = {
+    'vocabulary': vocabulary.TextVocabulary(base.vocabulary_path).fingerprint,
+    'tokenizer': fingerprints.of_tokenizer(networks['tokenizer'].params),
+  }
   needed = _NEEDED | {'tokenizer': ('tokenizer',)}
-  return {name: {kind: ours[kind] for kind in needed.get(name, ())} | networks[name].made_with
-          for name in names}
+  return {
+    name: {kind: ours[kind] for kind in needed.get(name, ())} | networks[name].made_with
+    for name in names
+  }

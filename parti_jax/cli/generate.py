@@ -18,28 +18,49 @@ DEFAULT_OUTPUT_DIR = 'parti_jax_pictures'
 
 def add_arguments(parser: argparse.ArgumentParser):
   """Adds the command's flags."""
-  parser.add_argument('prompts', nargs='*', metavar='PROMPT',
-                      help='what a picture should show, such as "waving hand: dark skin tone"')
-  parser.add_argument('--prompts_file', metavar='FILE',
-                      help='a text file with more prompts, one on each line')
-  parser.add_argument('--model', metavar='PATH',
-                      help='an exported model (default: the demo model in the package)')
-  parser.add_argument('--output_dir', default=DEFAULT_OUTPUT_DIR, metavar='DIR',
-                      help='where the pictures go (default: ./%(default)s)')
-  parser.add_argument('--num_images', type=int, default=4,
-                      help='pictures for each prompt (default: %(default)s)')
-  parser.add_argument('--rank', action='store_true',
-                      help="put the pictures of each prompt in order, best first, by the model's "
-                      'ranker; the paper draws 16')
-  parser.add_argument('--upscale', action='store_true',
-                      help="enlarge the pictures by the model's super-resolution")
-  parser.add_argument('--seed', type=int, default=0,
-                      help='another seed draws other pictures (default: %(default)s)')
+  parser.add_argument(
+    'prompts',
+    nargs='*',
+    metavar='PROMPT',
+    help='what a picture should show, such as "waving hand: dark skin tone"',
+  )
+  parser.add_argument(
+    '--prompts_file', metavar='FILE', help='a text file with more prompts, one on each line'
+  )
+  parser.add_argument(
+    '--model', metavar='PATH', help='an exported model (default: the demo model in the package)'
+  )
+  parser.add_argument(
+    '--output_dir',
+    default=DEFAULT_OUTPUT_DIR,
+    metavar='DIR',
+    help='where the pictures go (default: ./%(default)s)',
+  )
+  parser.add_argument(
+    '--num_images', type=int, default=4, help='pictures for each prompt (default: %(default)s)'
+  )
+  parser.add_argument(
+    '--rank',
+    action='store_true',
+    help="put the pictures of each prompt in order, best first, by the model's "
+    'ranker; the paper draws 16',
+  )
+  parser.add_argument(
+    '--upscale', action='store_true', help="enlarge the pictures by the model's super-resolution"
+  )
+  parser.add_argument(
+    '--seed', type=int, default=0, help='another seed draws other pictures (default: %(default)s)'
+  )
   sampling_flags.add_arguments(parser)
-  parser.add_argument('--batch_size', type=int,
-                      help='pictures drawn at once; changes the memory, not the pictures')
-  parser.add_argument('--display_size', type=int, metavar='PIXELS',
-                      help='height of each picture on the grid (default: enlarged if small)')
+  parser.add_argument(
+    '--batch_size', type=int, help='pictures drawn at once; changes the memory, not the pictures'
+  )
+  parser.add_argument(
+    '--display_size',
+    type=int,
+    metavar='PIXELS',
+    help='height of each picture on the grid (default: enlarged if small)',
+  )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -55,15 +76,22 @@ def run(args: argparse.Namespace) -> int:
   _check_flags(args)
   # Imports JAX, which takes a moment: not before the flags are known to be right.
   from parti_jax.sampling import text_to_image as pipeline_lib
+
   compilation_cache.enable()
   pipeline = pipeline_lib.load(args.model)
   with warnings.catch_warnings():
     warnings.simplefilter('always', UserWarning)
     warnings.showwarning = _print_warning
     result = pipeline.generate(
-        prompts, num_images=args.num_images, seed=args.seed, batch_size=args.batch_size,
-        progress=True, rank=args.rank, upscale=args.upscale,
-        **sampling_flags.given(args))
+      prompts,
+      num_images=args.num_images,
+      seed=args.seed,
+      batch_size=args.batch_size,
+      progress=True,
+      rank=args.rank,
+      upscale=args.upscale,
+      **sampling_flags.given(args),
+    )
   for path in result.save(args.output_dir):
     print(path)
   print(result.save_grid(args.output_dir, args.display_size))
@@ -82,8 +110,9 @@ def _prompts(args: argparse.Namespace) -> list[str]:
   if args.prompts_file is not None:
     prompts += read_prompts(args.prompts_file)
   if not prompts:
-    raise UserError('no prompt: give one, such as "waving hand: dark skin tone", or '
-                    '--prompts_file FILE')
+    raise UserError(
+      'no prompt: give one, such as "waving hand: dark skin tone", or --prompts_file FILE'
+    )
   for number, prompt in enumerate(prompts, 1):
     if not prompt.strip():
       raise UserError(f'prompt {number} is empty; say what the picture should show')

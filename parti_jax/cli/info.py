@@ -20,11 +20,17 @@ _MODEL_CONFIG = 'config.json'
 
 def add_arguments(parser: argparse.ArgumentParser):
   """Adds the flags of `parti-jax info`."""
-  parser.add_argument('folder', help='folder of a run (the --model_dir of `train`) or of an '
-                      'exported model (the --model of `generate`), a path or a URL')
-  parser.add_argument('--verify', action='store_true',
-                      help='read all files of the checkpoints to know whether they are whole; '
-                      'otherwise their sizes are compared')
+  parser.add_argument(
+    'folder',
+    help='folder of a run (the --model_dir of `train`) or of an '
+    'exported model (the --model of `generate`), a path or a URL',
+  )
+  parser.add_argument(
+    '--verify',
+    action='store_true',
+    help='read all files of the checkpoints to know whether they are whole; '
+    'otherwise their sizes are compared',
+  )
   parser.add_argument('--json', action='store_true', help='print all of it as JSON')
 
 
@@ -72,11 +78,12 @@ def _what_else(folder: str, names: list[str]) -> str:
     return 'one checkpoint; give the folder of its run, two above'
   if storage.name(folder) == 'checkpoints' and all(name[:1].isdigit() for name in names):
     return 'the checkpoints of a run; give the folder above'
-  if 'info.json' in names and any(
-      name.endswith(('.array_record', '.tfrecord')) for name in names):
+  if 'info.json' in names and any(name.endswith(('.array_record', '.tfrecord')) for name in names):
     return "image tokens, for --gin.token_cache.path, and no run; give a run's folder or a model's"
-  return (f'neither a run ({", ".join(_OF_A_RUN)}) nor an exported model ({_MODEL_CONFIG}); give '
-          'the --model_dir of `parti-jax train` or what `parti-jax export` wrote')
+  return (
+    f'neither a run ({", ".join(_OF_A_RUN)}) nor an exported model ({_MODEL_CONFIG}); give '
+    'the --model_dir of `parti-jax train` or what `parti-jax export` wrote'
+  )
 
 
 def _model(folder: str, names: list[str]) -> dict[str, Any]:
@@ -85,21 +92,34 @@ def _model(folder: str, names: list[str]) -> dict[str, Any]:
   counts = dict(config.entries('parameters'))
   stored_as = counts.pop('stored_as', None)
   bytes_of = storage.sizes(folder)
-  parts = {name: {'parameters': config.number('parameters', name, least=0),
-                  'bytes': bytes_of.get(f'{name}.safetensors'), 'sizes': config.entries(name)}
-           for name in counts}
+  parts = {
+    name: {
+      'parameters': config.number('parameters', name, least=0),
+      'bytes': bytes_of.get(f'{name}.safetensors'),
+      'sizes': config.entries(name),
+    }
+    for name in counts
+  }
   side = config.number('tokenizer', 'image_size')
   factor = config.number('super_resolution', 'factor') if 'super_resolution' in parts else None
   tokens = (side // config.number('tokenizer', 'patch_size')) ** 2
   files = [f'{name}.safetensors' for name in parts] + ['vocabulary.model']
   return {
-      'kind': 'model', 'folder': str(folder), 'parts': parts, 'picture_size': side,
-      'upscaled_size': side * factor if factor else None, 'image_tokens': tokens,
-      'vocabulary': {'ids': config.number('parti', 'text_vocabulary'),
-                     'bytes': bytes_of.get('vocabulary.model')},
-      'stored_as': stored_as, 'sampling': config.entries('sampling', {}),
-      'provenance': config.entries('provenance', {}),
-      'missing': [name for name in files if name not in names]}
+    'kind': 'model',
+    'folder': str(folder),
+    'parts': parts,
+    'picture_size': side,
+    'upscaled_size': side * factor if factor else None,
+    'image_tokens': tokens,
+    'vocabulary': {
+      'ids': config.number('parti', 'text_vocabulary'),
+      'bytes': bytes_of.get('vocabulary.model'),
+    },
+    'stored_as': stored_as,
+    'sampling': config.entries('sampling', {}),
+    'provenance': config.entries('provenance', {}),
+    'missing': [name for name in files if name not in names],
+  }
 
 
 class _ModelConfig:
@@ -128,9 +148,12 @@ class _ModelConfig:
 
   def number(self, name: str, key: str, least: int = 1) -> int:
     """Returns a whole number in the object of a name."""
-    return checks.whole_number(f'{self._path}: {name}.{key}', self.entries(name).get(key), least,
-                               show=checks.shown_as_json)
+    return checks.whole_number(
+      f'{self._path}: {name}.{key}', self.entries(name).get(key), least, show=checks.shown_as_json
+    )
 
   def _damaged(self, why: str) -> UserError:
-    return UserError(f'{self._path}: damaged, or not of an exported model {why}; give the folder '
-                     'that `parti-jax export` wrote')
+    return UserError(
+      f'{self._path}: damaged, or not of an exported model {why}; give the folder '
+      'that `parti-jax export` wrote'
+    )

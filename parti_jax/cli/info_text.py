@@ -12,27 +12,39 @@ _WIDTH = 100
 # Of events that come again and again only the last are shown.
 SHOWN = 20
 _STATES = {
-    'finished': 'finished', 'stopped': 'stopped; start again to go on',
-    'failed': 'ended by an error; the last start below says which',
-    'killed': 'killed; start again to go on', 'running': 'running',
-    'running or killed': 'running, or killed: only its own host knows',
-    'never started': 'no journal: never started, or by an older version'}
+  'finished': 'finished',
+  'stopped': 'stopped; start again to go on',
+  'failed': 'ended by an error; the last start below says which',
+  'killed': 'killed; start again to go on',
+  'running': 'running',
+  'running or killed': 'running, or killed: only its own host knows',
+  'never started': 'no journal: never started, or by an older version',
+}
 
 
 def run(found: dict[str, Any]) -> list[str]:
   """Lines about a run, see `run_summary.summarize`."""
   lines = [f'{found["folder"]}: a run of the stage {found["stage"] or "(unknown)"}', '']
-  lines += _facts({
-      'state': _state(found), 'progress': _progress(found), 'loss': _loss(found['loss']),
-      'parameters': _count(found['parameters']), 'model': _sizes(found['model'] or {}),
-      'devices': _devices(found), 'versions': _versions(found['versions'] or {}),
+  lines += _facts(
+    {
+      'state': _state(found),
+      'progress': _progress(found),
+      'loss': _loss(found['loss']),
+      'parameters': _count(found['parameters']),
+      'model': _sizes(found['model'] or {}),
+      'devices': _devices(found),
+      'versions': _versions(found['versions'] or {}),
       'git': run_summary.revision_in_words(found['git']) if found['git'] else None,
-      'command': found['command']})
+      'command': found['command'],
+    }
+  )
   lines += _section('checkpoints', _checkpoints(found['checkpoints']))
   lines += _section('starts, times in UTC', _starts(found['starts'], found['state']))
   lines += _section('what happened', _events(found['starts']))
-  lines += _section('examples skipped', [
-      f'{count:>8,} {reason}' for reason, count in sorted(found['skipped_examples'].items())])
+  lines += _section(
+    'examples skipped',
+    [f'{count:>8,} {reason}' for reason, count in sorted(found['skipped_examples'].items())],
+  )
   if found['unreadable']:
     lines += ['', f'{found["unreadable"]} lines of the journal are cut short or damaged']
   return lines
@@ -47,15 +59,23 @@ def model(found: dict[str, Any]) -> list[str]:
   total = sum(part['parameters'] for part in found['parts'].values())
   plain = lambda values: ', '.join(f'{name} {value}' for name, value in values.items())
   lines = [f'{found["folder"]}: an exported model', '']
-  lines += _facts({
-      'pictures': picture, 'parameters': f'{total:,}, stored as {found["stored_as"]}',
+  lines += _facts(
+    {
+      'pictures': picture,
+      'parameters': f'{total:,}, stored as {found["stored_as"]}',
       'vocabulary': f'{found["vocabulary"]["ids"]:,} ids, {_bytes(found["vocabulary"]["bytes"])}',
-      'sampling': plain(found['sampling']), 'provenance': plain(found['provenance']),
-      'missing': ', '.join(found['missing']) and f'{", ".join(found["missing"])}: unfinished or '
-                 'damaged; export or download the model again'})
+      'sampling': plain(found['sampling']),
+      'provenance': plain(found['provenance']),
+      'missing': ', '.join(found['missing'])
+      and f'{", ".join(found["missing"])}: unfinished or '
+      'damaged; export or download the model again',
+    }
+  )
   for name, part in found['parts'].items():
-    lines += _section(f'{name}: {part["parameters"]:,} parameters, {_bytes(part["bytes"])}',
-                      textwrap.wrap(_sizes(part['sizes']), _WIDTH))
+    lines += _section(
+      f'{name}: {part["parameters"]:,} parameters, {_bytes(part["bytes"])}',
+      textwrap.wrap(_sizes(part['sizes']), _WIDTH),
+    )
   return lines
 
 
@@ -87,8 +107,10 @@ def _devices(found: dict[str, Any]) -> str | None:
   if not found['devices']:
     return None
   among = f' of {found["processes"]} processes' if (found['processes'] or 1) > 1 else ''
-  return (f'{run_summary.devices_in_words(found["devices"])}{among}, mesh '
-          f'{run_summary.mesh_in_words(found["mesh"])}')
+  return (
+    f'{run_summary.devices_in_words(found["devices"])}{among}, mesh '
+    f'{run_summary.mesh_in_words(found["mesh"])}'
+  )
 
 
 def _versions(versions: dict[str, str]) -> str:
@@ -96,11 +118,21 @@ def _versions(versions: dict[str, str]) -> str:
 
 
 def _checkpoints(checkpoints: list[dict[str, Any]]) -> list[str]:
-  checked = {'sizes': 'whole by its sizes', 'digests': 'whole, every byte read',
-             'reading': 'whole, every array read', None: 'not checked'}
-  rows = [[f'{found["step"]:,}', found['time'] or '?', _bytes(found['bytes']),
-           f'damaged: {found["fault"]}' if found['fault'] else checked[found['checked']]]
-          for found in checkpoints]
+  checked = {
+    'sizes': 'whole by its sizes',
+    'digests': 'whole, every byte read',
+    'reading': 'whole, every array read',
+    None: 'not checked',
+  }
+  rows = [
+    [
+      f'{found["step"]:,}',
+      found['time'] or '?',
+      _bytes(found['bytes']),
+      f'damaged: {found["fault"]}' if found['fault'] else checked[found['checked']],
+    ]
+    for found in checkpoints
+  ]
   return _table(['step', 'written', 'size', ''], rows, right=(0, 2))
 
 
@@ -109,12 +141,20 @@ def _starts(starts: list[dict[str, Any]], state: str) -> list[str]:
   for index, start in enumerate(starts):
     unstopped = state if index == len(starts) - 1 else 'killed'
     number = lambda value: '' if value is None else f'{value:,}'
-    rows.append([
-        start['time'], f'{start["host"]}, {start["pid"]}', number(start['from']),
-        number(start['to']), number(start['redone'] or None),
-        start['ended'] or start['last_sign'], _end(start, unstopped)])
-  return _table(['start', 'host, process', 'from', 'to', 'again', 'last heard of', 'end'], rows,
-                right=(2, 3, 4))
+    rows.append(
+      [
+        start['time'],
+        f'{start["host"]}, {start["pid"]}',
+        number(start['from']),
+        number(start['to']),
+        number(start['redone'] or None),
+        start['ended'] or start['last_sign'],
+        _end(start, unstopped),
+      ]
+    )
+  return _table(
+    ['start', 'host, process', 'from', 'to', 'again', 'last heard of', 'end'], rows, right=(2, 3, 4)
+  )
 
 
 def _end(start: dict[str, Any], unstopped: str) -> str:
@@ -129,10 +169,12 @@ def _events(starts: list[dict[str, Any]]) -> list[str]:
     lines += [f'{start["time"]}  new at this start: {change}' for change in start['changes']]
     lines += [f'{event["time"]}  {event["text"]}' for event in start['events'][-SHOWN:]]
     if len(start['events']) > SHOWN:
-      lines.append(f'{start["time"]}  and {len(start["events"]) - SHOWN} more before these in '
-                   'the journal')
-  return [part for line in lines
-          for part in textwrap.wrap(line, _WIDTH, subsequent_indent=' ' * 21)]
+      lines.append(
+        f'{start["time"]}  and {len(start["events"]) - SHOWN} more before these in the journal'
+      )
+  return [
+    part for line in lines for part in textwrap.wrap(line, _WIDTH, subsequent_indent=' ' * 21)
+  ]
 
 
 def _sizes(sizes: dict[str, Any]) -> str:
@@ -157,9 +199,13 @@ def _table(head: list[str], rows: list[list[str]], right: tuple[int, ...]) -> li
   if not rows:
     return []
   widths = [max(map(len, column)) for column in zip(head, *rows)]
-  return ['  '.join(cell.rjust(width) if index in right else cell.ljust(width)
-                    for index, (cell, width) in enumerate(zip(row, widths))).rstrip()
-          for row in [head, *rows]]
+  return [
+    '  '.join(
+      cell.rjust(width) if index in right else cell.ljust(width)
+      for index, (cell, width) in enumerate(zip(row, widths))
+    ).rstrip()
+    for row in [head, *rows]
+  ]
 
 
 def _count(count: int | None) -> str | None:

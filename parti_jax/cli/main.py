@@ -22,34 +22,55 @@ from parti_jax.core.errors import UserError
 _WRITE_TO_URLS = ('export', 'prepare', 'vocabulary', 't5x_checkpoint', 'tokenize')
 # command -> (module, one line of help)
 COMMANDS = {
-    'generate': ('parti_jax.cli.generate', 'draw pictures for prompts'),
-    'train': ('parti_jax.cli.train', 'train a model: any stage, chosen by gin files'),
-    'own_pictures': ('parti_jax.cli.own_pictures',
-                     'train all parts on a folder of captioned pictures, and draw with them'),
-    'info': ('parti_jax.cli.info',
-             'tell about a run (how far it is, its checkpoints, its story) or an exported model'),
-    'batch': ('parti_jax.cli.batch',
-              'show a batch of training, such as one whose step could not be applied'),
-    'prepare': ('parti_jax.cli.prepare',
-                'filter, deduplicate and resize the pictures of a source, with Apache Beam'),
-    'tokenize': ('parti_jax.cli.tokenize',
-                 'write the image tokens of a task, for training the generator'),
-    'detokenize': ('parti_jax.cli.detokenize',
-                   'turn image tokens that t5x.infer has written into pictures'),
-    'export': ('parti_jax.cli.export',
-               'turn checkpoints into one folder for sampling'),
-    't5x_checkpoint': ('parti_jax.cli.t5x_checkpoint',
-                       'turn a checkpoint of a run into one of t5x, and one of t5x into a run'),
-    'vocabulary': ('parti_jax.cli.vocabulary', 'train a SentencePiece vocabulary'),
-    'plan': ('parti_jax.cli.plan',
-             'compile a step for devices that are not there: does it fit, what bounds it'),
-    'calibrate': ('parti_jax.cli.calibrate',
-                  'find the threshold of early exit that keeps pictures as good'),
-    'evaluate_upscaling': ('parti_jax.cli.evaluate_upscaling',
-                           'measure super-resolution, beside bicubic enlargement'),
-    'evaluate': ('parti_jax.cli.evaluate', 'measure a model, beside its yardsticks'),
-    'prompts': ('parti_jax.cli.prompts',
-                'draw every prompt of a file such as PartiPrompts.tsv, and show them on a page'),
+  'generate': ('parti_jax.cli.generate', 'draw pictures for prompts'),
+  'train': ('parti_jax.cli.train', 'train a model: any stage, chosen by gin files'),
+  'own_pictures': (
+    'parti_jax.cli.own_pictures',
+    'train all parts on a folder of captioned pictures, and draw with them',
+  ),
+  'info': (
+    'parti_jax.cli.info',
+    'tell about a run (how far it is, its checkpoints, its story) or an exported model',
+  ),
+  'batch': (
+    'parti_jax.cli.batch',
+    'show a batch of training, such as one whose step could not be applied',
+  ),
+  'prepare': (
+    'parti_jax.cli.prepare',
+    'filter, deduplicate and resize the pictures of a source, with Apache Beam',
+  ),
+  'tokenize': (
+    'parti_jax.cli.tokenize',
+    'write the image tokens of a task, for training the generator',
+  ),
+  'detokenize': (
+    'parti_jax.cli.detokenize',
+    'turn image tokens that t5x.infer has written into pictures',
+  ),
+  'export': ('parti_jax.cli.export', 'turn checkpoints into one folder for sampling'),
+  't5x_checkpoint': (
+    'parti_jax.cli.t5x_checkpoint',
+    'turn a checkpoint of a run into one of t5x, and one of t5x into a run',
+  ),
+  'vocabulary': ('parti_jax.cli.vocabulary', 'train a SentencePiece vocabulary'),
+  'plan': (
+    'parti_jax.cli.plan',
+    'compile a step for devices that are not there: does it fit, what bounds it',
+  ),
+  'calibrate': (
+    'parti_jax.cli.calibrate',
+    'find the threshold of early exit that keeps pictures as good',
+  ),
+  'evaluate_upscaling': (
+    'parti_jax.cli.evaluate_upscaling',
+    'measure super-resolution, beside bicubic enlargement',
+  ),
+  'evaluate': ('parti_jax.cli.evaluate', 'measure a model, beside its yardsticks'),
+  'prompts': (
+    'parti_jax.cli.prompts',
+    'draw every prompt of a file such as PartiPrompts.tsv, and show them on a page',
+  ),
 }
 
 _GIN_FLAG = '--gin.'
@@ -81,8 +102,9 @@ def split_gin_bindings(argv: Sequence[str]) -> tuple[list[str], list[str]]:
       if not equals:
         value = next(arguments, '')
       if not name.strip() or not value.strip():
-        raise UserError(f'{argument}: no value; write --gin.NAME=VALUE, '
-                        'for example --gin.train.steps=100')
+        raise UserError(
+          f'{argument}: no value; write --gin.NAME=VALUE, for example --gin.train.steps=100'
+        )
       bindings.append(f'{name}={value}')
   return rest, bindings
 
@@ -133,8 +155,9 @@ def _run(argv: Sequence[str]) -> int:
     raise UserError(f'unknown command {name!r}; ' + _nearest_commands(name))
   module_name, summary = COMMANDS[name]
   module = importlib.import_module(module_name)
-  parser = argparse.ArgumentParser(prog=f'parti-jax {name}', description=_description(summary),
-                                   allow_abbrev=False)
+  parser = argparse.ArgumentParser(
+    prog=f'parti-jax {name}', description=_description(summary), allow_abbrev=False
+  )
   module.add_arguments(parser)
   if getattr(module, 'OTHER_FLAGS', False):
     args, args.other_flags = parser.parse_known_args(arguments)
@@ -164,9 +187,12 @@ def _main_parser() -> argparse.ArgumentParser:
   width = max(map(len, COMMANDS))
   table = [f'  {name:{width}}  {summary}' for name, (_, summary) in COMMANDS.items()]
   parser = argparse.ArgumentParser(
-      prog='parti-jax', usage='parti-jax COMMAND [ARGUMENTS]',
-      description=parti_jax.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-      epilog='\n'.join(['commands:', *table, '', 'parti-jax COMMAND --help explains one.']))
+    prog='parti-jax',
+    usage='parti-jax COMMAND [ARGUMENTS]',
+    description=parti_jax.__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    epilog='\n'.join(['commands:', *table, '', 'parti-jax COMMAND --help explains one.']),
+  )
   parser.add_argument('--version', action='version', version=f'parti_jax {parti_jax.__version__}')
   return parser
 

@@ -24,19 +24,35 @@ _MOST_MEASURED = 100_000
 
 def add_arguments(parser: argparse.ArgumentParser):
   """Adds the command's flags."""
-  parser.add_argument('folder', metavar='FOLDER',
-                      help='pictures with captions.jsonl (or metadata.jsonl), or with a .txt beside '
-                      'each, or tar shards')
+  parser.add_argument(
+    'folder',
+    metavar='FOLDER',
+    help='pictures with captions.jsonl (or metadata.jsonl), or with a .txt beside '
+    'each, or tar shards',
+  )
   parser.add_argument('prompts', nargs='+', metavar='PROMPT', help='what to draw in the end')
-  parser.add_argument('--output_dir', default='runs/own_pictures', metavar='DIR',
-                      help='where everything goes; started again with the same one, the command '
-                      'goes on (default: %(default)s)')
-  parser.add_argument('--minutes', type=float, default=60,
-                      help='about how long training may take (default: %(default)s)')
-  parser.add_argument('--image_size', type=int, metavar='PIXELS',
-                      help='height and width of the pictures (default: 64 on a CPU, else 128)')
-  parser.add_argument('--num_images', type=int, default=4,
-                      help='pictures for each prompt (default: %(default)s)')
+  parser.add_argument(
+    '--output_dir',
+    default='runs/own_pictures',
+    metavar='DIR',
+    help='where everything goes; started again with the same one, the command '
+    'goes on (default: %(default)s)',
+  )
+  parser.add_argument(
+    '--minutes',
+    type=float,
+    default=60,
+    help='about how long training may take (default: %(default)s)',
+  )
+  parser.add_argument(
+    '--image_size',
+    type=int,
+    metavar='PIXELS',
+    help='height and width of the pictures (default: 64 on a CPU, else 128)',
+  )
+  parser.add_argument(
+    '--num_images', type=int, default=4, help='pictures for each prompt (default: %(default)s)'
+  )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -75,22 +91,35 @@ def _plan(args: argparse.Namespace) -> own_plan.Plan:
   plan = own_plan.load(args.output_dir)
   if plan is not None:
     if plan.folder != folder or args.image_size not in (None, plan.image_size):
-      raise UserError(f'{args.output_dir} is of the pictures in {plan.folder} at '
-                      f'{plan.image_size} pixels; choose another --output_dir')
+      raise UserError(
+        f'{args.output_dir} is of the pictures in {plan.folder} at '
+        f'{plan.image_size} pixels; choose another --output_dir'
+      )
     if plan.minutes != args.minutes:
       print(f'going on with --minutes={plan.minutes:g}, as it began')
     return plan
   source = own_plan.find_source(folder)
   gin_config.parse([], source)
   captions = sources.configured(sources.chosen()).captions('train')
-  plan = own_plan.make(folder, source, captions, args.minutes, jax.default_backend(),
-                       jax.device_count(), args.image_size)
+  plan = own_plan.make(
+    folder,
+    source,
+    captions,
+    args.minutes,
+    jax.default_backend(),
+    jax.device_count(),
+    args.image_size,
+  )
   plan.save(args.output_dir)
-  print(f'{plan.examples:,} captioned pictures in {folder}; drawing {plan.image_size} × '
-        f'{plan.image_size} pixels after about {plan.minutes:g} minutes of training')
+  print(
+    f'{plan.examples:,} captioned pictures in {folder}; drawing {plan.image_size} × '
+    f'{plan.image_size} pixels after about {plan.minutes:g} minutes of training'
+  )
   if plan.examples < 100:
-    print('So few pictures are learnt by heart; a prompt that differs from all captions draws a '
-          'mixture of them.')
+    print(
+      'So few pictures are learnt by heart; a prompt that differs from all captions draws a '
+      'mixture of them.'
+    )
   return plan
 
 
@@ -105,16 +134,22 @@ class _Work:
   def __init__(self, output_dir: str, plan: own_plan.Plan):
     self._folder, self.plan = output_dir, plan
     self._vocabulary, self._tokenizer, self._tokens, self._generator, self._model = (
-        os.path.join(output_dir, name)
-        for name in ('vocabulary.model', 'tokenizer', 'tokens', 'generator', 'model'))
+      os.path.join(output_dir, name)
+      for name in ('vocabulary.model', 'tokenizer', 'tokens', 'generator', 'model')
+    )
 
   def vocabulary(self) -> int:
     """Trains the vocabulary, and measures how long captions are with it."""
     if not os.path.exists(self._vocabulary):
       status = self._command(
-          'vocabulary', f'--gin_file={self._data()}', f'--size={self.plan.vocabulary_size}',
-          '--at_most', '--model_type=bpe', '--character_coverage=1',
-          f'--output={self._vocabulary}')
+        'vocabulary',
+        f'--gin_file={self._data()}',
+        f'--size={self.plan.vocabulary_size}',
+        '--at_most',
+        '--model_type=bpe',
+        '--character_coverage=1',
+        f'--output={self._vocabulary}',
+      )
       if status:
         return status
     if not self.plan.text_length:
@@ -138,45 +173,68 @@ class _Work:
       except UserError:  # It is damaged, or of an earlier version.
         info = {'splits': {}}
       if 'train' in info['splits'] and (
-          info['tokenizer'] == frozen_tokenizer.load(self._tokenizer).fingerprint):
+        info['tokenizer'] == frozen_tokenizer.load(self._tokenizer).fingerprint
+      ):
         return 0
       shutil.rmtree(self._tokens)
-    return self._command('tokenize', f'--gin_file={self._data()}', '--splits', 'train',
-                         f'--tokenizer={self._tokenizer}', f'--output_dir={self._tokens}',
-                         '--overwrite')
+    return self._command(
+      'tokenize',
+      f'--gin_file={self._data()}',
+      '--splits',
+      'train',
+      f'--tokenizer={self._tokenizer}',
+      f'--output_dir={self._tokens}',
+      '--overwrite',
+    )
 
   def generator(self, seconds: float) -> int:
     """Trains the generator for about so long, if it has not begun yet."""
     bindings = self.plan.sizes['generator'] + [
-        f'token_cache.path = {self._tokens!r}', f'vocabulary.path = {self._vocabulary!r}',
-        f'PartiConfig.text_vocabulary = {self._load_vocabulary().size}',
-        f'PartiConfig.text_length = {self.plan.text_length}',
-        f'GeneratorStage.tokenizer = {self._tokenizer!r}']
+      f'token_cache.path = {self._tokens!r}',
+      f'vocabulary.path = {self._vocabulary!r}',
+      f'PartiConfig.text_vocabulary = {self._load_vocabulary().size}',
+      f'PartiConfig.text_length = {self.plan.text_length}',
+      f'GeneratorStage.tokenizer = {self._tokenizer!r}',
+    ]
     return self._train('generator', self._generator, bindings, seconds)
 
   def export(self) -> int:
     """Puts the trained parts into a model folder."""
     return self._command(
-        'export', f'--tokenizer={self._tokenizer}', f'--generator={self._generator}',
-        f'--vocabulary={self._vocabulary}', '--guidance_scale=1.5', f'--output_dir={self._model}',
-        '--overwrite')
+      'export',
+      f'--tokenizer={self._tokenizer}',
+      f'--generator={self._generator}',
+      f'--vocabulary={self._vocabulary}',
+      '--guidance_scale=1.5',
+      f'--output_dir={self._model}',
+      '--overwrite',
+    )
 
   def draw(self, prompts: list[str], num_images: int) -> int:
     """Draws the prompts."""
     return self._command(
-        'generate', *prompts, f'--model={self._model}', f'--num_images={num_images}',
-        f'--output_dir={os.path.join(self._folder, "drawings")}')
+      'generate',
+      *prompts,
+      f'--model={self._model}',
+      f'--num_images={num_images}',
+      f'--output_dir={os.path.join(self._folder, "drawings")}',
+    )
 
   def _train(self, part: str, model_dir: str, bindings: list[str], seconds: float) -> int:
-    lines = [f"include 'gin_configs/runs/own_{part}.gin'", *bindings,
-             f'train.batch_size = {self.plan.batch_size}']
+    lines = [
+      f"include 'gin_configs/runs/own_{part}.gin'",
+      *bindings,
+      f'train.batch_size = {self.plan.batch_size}',
+    ]
     if part not in self.plan.steps:
       self.plan.steps[part] = own_plan.num_steps(
-          seconds, self._seconds_per_step(part, self._gin_file(part, lines)), self.plan)
+        seconds, self._seconds_per_step(part, self._gin_file(part, lines)), self.plan
+      )
       self.plan.save(self._folder)
     lines += own_plan.schedule(part, self.plan.steps[part])
-    return self._command('train', f'--gin_file={self._gin_file(part, lines)}',
-                         f'--model_dir={model_dir}')
+    return self._command(
+      'train', f'--gin_file={self._gin_file(part, lines)}', f'--model_dir={model_dir}'
+    )
 
   def _seconds_per_step(self, part: str, file: str) -> float:
     """Trains a few steps and forgets them."""
@@ -185,9 +243,15 @@ class _Work:
 
     print(f'timing {_TIMED_STEPS} steps of the {part}')
     compilation_cache.enable()
-    gin_config.parse([file], [
-        *own_plan.schedule(part, _TIMED_STEPS), f'train.log_every = {_TIMED_EVERY}',
-        'train.pictures_every = 0', 'train.checkpoint_every = 0'])
+    gin_config.parse(
+      [file],
+      [
+        *own_plan.schedule(part, _TIMED_STEPS),
+        f'train.log_every = {_TIMED_EVERY}',
+        'train.pictures_every = 0',
+        'train.checkpoint_every = 0',
+      ],
+    )
     folder = os.path.join(self._folder, f'timing_{part}')
     shutil.rmtree(folder, ignore_errors=True)
     try:
@@ -202,11 +266,16 @@ class _Work:
     gin_config.parse([], self.plan.source)
     captions = sources.configured(sources.chosen()).captions('train')
     vocabulary = self._load_vocabulary()
-    return own_plan.text_length([len(vocabulary.encode_whole(caption))
-                                 for caption in itertools.islice(captions, _MOST_MEASURED)])
+    return own_plan.text_length(
+      [
+        len(vocabulary.encode_whole(caption))
+        for caption in itertools.islice(captions, _MOST_MEASURED)
+      ]
+    )
 
   def _load_vocabulary(self):
     from parti_jax.data import vocabulary
+
     return vocabulary.TextVocabulary(self._vocabulary)
 
   def _data(self) -> str:

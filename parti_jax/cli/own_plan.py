@@ -55,8 +55,9 @@ class Plan:
 
   def save(self, output_dir: str) -> None:
     """Writes the plan into the output folder."""
-    storage.write(os.path.join(output_dir, FILE),
-                  json.dumps(dataclasses.asdict(self), indent=2) + '\n')
+    storage.write(
+      os.path.join(output_dir, FILE), json.dumps(dataclasses.asdict(self), indent=2) + '\n'
+    )
 
 
 def load(output_dir: str) -> Plan | None:
@@ -100,22 +101,30 @@ def find_source(folder: str) -> list[str]:
   if hf_datasets.is_saved(folder):
     return ["data.source = 'hf_datasets'", f'hf_datasets.path = {folder!r}']
   if storage.glob(storage.join(folder, '**/*.tar*')):
-    return ["data.source = 'webdataset'", f'webdataset.path = {folder!r}',
-            "webdataset.splits = {'train': '**/*.tar*'}"]
+    return [
+      "data.source = 'webdataset'",
+      f'webdataset.path = {folder!r}',
+      "webdataset.splits = {'train': '**/*.tar*'}",
+    ]
   if parquet.has_pictures(folder):
     return ["data.source = 'parquet'", f'parquet.path = {folder!r}']
   if storage.glob(storage.join(folder, '**/*.txt')):
     return _folder(folder, '**/*.txt', 'file', 'caption')
   raise UserError(
-      f'{folder}: there are no captions; put them into {_CAPTIONS_FILES[0]} there, with lines of the '
-      'form {"file": "a/1.jpg", "caption": "..."}, or into a text file beside each picture, or give '
-      'a folder of tar shards or of Parquet files with pictures')
+    f'{folder}: there are no captions; put them into {_CAPTIONS_FILES[0]} there, with lines of the '
+    'form {"file": "a/1.jpg", "caption": "..."}, or into a text file beside each picture, or give '
+    'a folder of tar shards or of Parquet files with pictures'
+  )
 
 
 def _folder(folder: str, captions: str, file_key: str, caption_key: str) -> list[str]:
-  return ["data.source = 'folder'", f'folder.path = {folder!r}',
-          f"folder.splits = {{'train': {captions!r}}}", f'folder.file_key = {file_key!r}',
-          f'folder.caption_key = {caption_key!r}']
+  return [
+    "data.source = 'folder'",
+    f'folder.path = {folder!r}',
+    f"folder.splits = {{'train': {captions!r}}}",
+    f'folder.file_key = {file_key!r}',
+    f'folder.caption_key = {caption_key!r}',
+  ]
 
 
 def _columns(path: str) -> tuple[str, str]:
@@ -124,15 +133,26 @@ def _columns(path: str) -> tuple[str, str]:
     line = file.readline(_LARGEST)
   try:
     row = json.loads(line)
-    return (next(key for key in _FILE_KEYS if key in row),
-            next(key for key in _CAPTION_KEYS if key in row))
+    return (
+      next(key for key in _FILE_KEYS if key in row),
+      next(key for key in _CAPTION_KEYS if key in row),
+    )
   except (ValueError, TypeError, StopIteration) as error:
-    raise UserError(f'{path}, line 1: needed is an object with one of {", ".join(_FILE_KEYS)} and '
-                    f'one of {", ".join(_CAPTION_KEYS)}') from error
+    raise UserError(
+      f'{path}, line 1: needed is an object with one of {", ".join(_FILE_KEYS)} and '
+      f'one of {", ".join(_CAPTION_KEYS)}'
+    ) from error
 
 
-def make(folder: str, source: list[str], captions: Iterable[str], minutes: float, platform: str,
-         devices: int, image_size: int | None = None) -> Plan:
+def make(
+  folder: str,
+  source: list[str],
+  captions: Iterable[str],
+  minutes: float,
+  platform: str,
+  devices: int,
+  image_size: int | None = None,
+) -> Plan:
   """Chooses sizes.
 
   Args:
@@ -161,30 +181,53 @@ def make(folder: str, source: list[str], captions: Iterable[str], minutes: float
   # Few captions can't carry more ids than they have words; the trainer takes less where it must.
   vocabulary = min(max(2 * len(words) + len(characters), _VOCABULARY[0]), _VOCABULARY[1])
   return Plan(
-      folder, source, examples, size, _sizes(examples, size, large),
-      max(32, devices) if examples < 20_000 else max(64, devices), vocabulary, minutes)
+    folder,
+    source,
+    examples,
+    size,
+    _sizes(examples, size, large),
+    max(32, devices) if examples < 20_000 else max(64, devices),
+    vocabulary,
+    minutes,
+  )
 
 
 def _sizes(examples: int, image_size: int, large: bool) -> dict[str, list[str]]:
   """Gin bindings of the tokenizer and of the generator, on top of the demo's sizes."""
   codes = 4096 if large else 1024 if examples >= _FEW else 256
   side = image_size // 8
-  tokenizer = [f'ViTVQGANConfig.image_size = {image_size}', f'ViTVQGANConfig.codebook_size = {codes}']
+  tokenizer = [
+    f'ViTVQGANConfig.image_size = {image_size}',
+    f'ViTVQGANConfig.codebook_size = {codes}',
+  ]
   generator = [f'PartiConfig.grid = ({side}, {side})', f'PartiConfig.codebook_size = {codes}']
   if large:
     tokenizer += [
-        'ViTVQGANConfig.encoder_layers = 4', 'ViTVQGANConfig.encoder_width = 256',
-        'ViTVQGANConfig.encoder_mlp_width = 1024', 'ViTVQGANConfig.encoder_heads = 4',
-        'ViTVQGANConfig.decoder_layers = 6', 'ViTVQGANConfig.decoder_width = 384',
-        'ViTVQGANConfig.decoder_mlp_width = 1536', 'ViTVQGANConfig.decoder_heads = 6',
-        "ViTVQGANConfig.dtype = 'bfloat16'"]
+      'ViTVQGANConfig.encoder_layers = 4',
+      'ViTVQGANConfig.encoder_width = 256',
+      'ViTVQGANConfig.encoder_mlp_width = 1024',
+      'ViTVQGANConfig.encoder_heads = 4',
+      'ViTVQGANConfig.decoder_layers = 6',
+      'ViTVQGANConfig.decoder_width = 384',
+      'ViTVQGANConfig.decoder_mlp_width = 1536',
+      'ViTVQGANConfig.decoder_heads = 6',
+      "ViTVQGANConfig.dtype = 'bfloat16'",
+    ]
     generator += [
-        'PartiConfig.encoder_layers = 4', 'PartiConfig.decoder_layers = 8',
-        'PartiConfig.width = 512', 'PartiConfig.mlp_width = 2048', 'PartiConfig.heads = 8',
-        "PartiConfig.dtype = 'bfloat16'"]
+      'PartiConfig.encoder_layers = 4',
+      'PartiConfig.decoder_layers = 8',
+      'PartiConfig.width = 512',
+      'PartiConfig.mlp_width = 2048',
+      'PartiConfig.heads = 8',
+      "PartiConfig.dtype = 'bfloat16'",
+    ]
   elif examples < _FEW:
-    generator += ['PartiConfig.decoder_layers = 3', 'PartiConfig.width = 128',
-                  'PartiConfig.mlp_width = 512', 'PartiConfig.heads = 4']
+    generator += [
+      'PartiConfig.decoder_layers = 3',
+      'PartiConfig.width = 128',
+      'PartiConfig.mlp_width = 512',
+      'PartiConfig.heads = 4',
+    ]
   return {'tokenizer': tokenizer, 'generator': generator}
 
 
@@ -205,10 +248,15 @@ def schedule(part: str, steps: int) -> list[str]:
   """Gin bindings of a training of so many steps."""
   every = max(steps // 4, 20)
   bindings: dict[str, Any] = {
-      'STEPS': steps, 'warmup_cosine.warmup_steps': min(200, steps // 10),
-      'train.pictures_every': every, 'train.checkpoint_every': min(every, 250),
-      'train.log_every': min(50, every)}
+    'STEPS': steps,
+    'warmup_cosine.warmup_steps': min(200, steps // 10),
+    'train.pictures_every': every,
+    'train.checkpoint_every': min(every, 250),
+    'train.log_every': min(50, every),
+  }
   if part == 'tokenizer':
-    bindings |= {'TokenizerStage.quantize_from': min(300, steps // 8),
-                 'TokenizerStage.revive_until': 3 * steps // 4}
+    bindings |= {
+      'TokenizerStage.quantize_from': min(300, steps // 8),
+      'TokenizerStage.revive_until': 3 * steps // 4,
+    }
   return [f'{name} = {value}' for name, value in bindings.items()]

@@ -16,32 +16,60 @@ from parti_jax.core import storage
 def add_arguments(parser: argparse.ArgumentParser):
   """Adds the flags of `parti-jax plan`."""
   gin_config.add_gin_arguments(parser)
-  parser.add_argument('--topology', metavar='KIND:SIZES',
-                      help='v4:8x8x8, v5e:16x16, v5p:8x8x8, v6e:16x16 or tpu7x:4x4x4; 2xv5p:8x8x8 '
-                      'for two slices; cpu:8 for eight emulated devices')
-  parser.add_argument('--what', choices=('train', 'sample'), default='train',
-                      help='the training step, or the step that draws one image token with a full '
-                      'cache (default: %(default)s)')
-  parser.add_argument('--batch_size', type=int,
-                      help='examples of a training step (default: train.batch_size), or images of '
-                      'a sampling step (default: 32)')
-  parser.add_argument('--unguided', action='store_true',
-                      help='sampling without classifier-free guidance, one sequence for each image '
-                      'and not two')
-  parser.add_argument('--json', metavar='FILE',
-                      help='write the plan there as JSON; with --search, a line for each '
-                      'candidate, and those that are there already are not tried again')
-  parser.add_argument('--search', action='store_true',
-                      help='try meshes, remat policies and microbatches, and print those that fit')
-  parser.add_argument('--search_limit', type=int, default=12, metavar='N',
-                      help='how many candidates are compiled (default: %(default)s)')
-  parser.add_argument('--table', nargs='+', metavar='FILE',
-                      help='print plans that --json wrote as one table; nothing is compiled')
+  parser.add_argument(
+    '--topology',
+    metavar='KIND:SIZES',
+    help='v4:8x8x8, v5e:16x16, v5p:8x8x8, v6e:16x16 or tpu7x:4x4x4; 2xv5p:8x8x8 '
+    'for two slices; cpu:8 for eight emulated devices',
+  )
+  parser.add_argument(
+    '--what',
+    choices=('train', 'sample'),
+    default='train',
+    help='the training step, or the step that draws one image token with a full '
+    'cache (default: %(default)s)',
+  )
+  parser.add_argument(
+    '--batch_size',
+    type=int,
+    help='examples of a training step (default: train.batch_size), or images of '
+    'a sampling step (default: 32)',
+  )
+  parser.add_argument(
+    '--unguided',
+    action='store_true',
+    help='sampling without classifier-free guidance, one sequence for each image and not two',
+  )
+  parser.add_argument(
+    '--json',
+    metavar='FILE',
+    help='write the plan there as JSON; with --search, a line for each '
+    'candidate, and those that are there already are not tried again',
+  )
+  parser.add_argument(
+    '--search',
+    action='store_true',
+    help='try meshes, remat policies and microbatches, and print those that fit',
+  )
+  parser.add_argument(
+    '--search_limit',
+    type=int,
+    default=12,
+    metavar='N',
+    help='how many candidates are compiled (default: %(default)s)',
+  )
+  parser.add_argument(
+    '--table',
+    nargs='+',
+    metavar='FILE',
+    help='print plans that --json wrote as one table; nothing is compiled',
+  )
 
 
 def run(args: argparse.Namespace) -> int:
   """Plans; returns 0 if the step fits, 1 if not."""
   from parti_jax.planning import report
+
   if args.table:
     print(report.table([read(file) for file in args.table]))
     return 0
@@ -55,9 +83,15 @@ def run(args: argparse.Namespace) -> int:
   from parti_jax.planning import plan as plan_lib
   from parti_jax.planning import request as request_lib
   from parti_jax.planning import search
+
   request = request_lib.Request(
-      args.what, args.topology, tuple(args.gin_file), tuple(args.gin_bindings), args.batch_size,
-      not args.unguided)
+    args.what,
+    args.topology,
+    tuple(args.gin_file),
+    tuple(args.gin_bindings),
+    args.batch_size,
+    not args.unguided,
+  )
   if args.search:
     return search.run(request, args.search_limit, args.json)
   if args.json:
@@ -80,12 +114,14 @@ def read(file: str) -> dict:
     UserError: if it can't be read as one.
   """
   from parti_jax.planning import plan as plan_lib
+
   try:
     with open(file, encoding='utf-8') as opened:
       plan = json.load(opened)
   except (OSError, ValueError) as error:
     raise errors.UserError(f'{file}: not a plan: {error}') from error
   if not isinstance(plan, dict) or plan.get('schema') != plan_lib.SCHEMA:
-    raise errors.UserError(f'{file}: not a plan of schema {plan_lib.SCHEMA}; make it anew with '
-                           'parti-jax plan --json')
+    raise errors.UserError(
+      f'{file}: not a plan of schema {plan_lib.SCHEMA}; make it anew with parti-jax plan --json'
+    )
   return plan

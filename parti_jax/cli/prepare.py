@@ -20,16 +20,23 @@ _LOCAL_SECONDS, _REMOTE_SECONDS = 5.0, 60.0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the command's flags."""
   gin_config.add_gin_arguments(parser)
-  parser.add_argument('--output_dir', required=True, metavar='DIR',
-                      help='folder of the prepared pictures, which gin_configs/tasks/prepared.gin '
-                      'reads; may be a URL')
-  parser.add_argument('--split', default='train',
-                      help="the source's split, and the output's (default: %(default)s)")
-  parser.add_argument('--overwrite', action='store_true',
-                      help='replace the split in the output folder if it is there')
+  parser.add_argument(
+    '--output_dir',
+    required=True,
+    metavar='DIR',
+    help='folder of the prepared pictures, which gin_configs/tasks/prepared.gin '
+    'reads; may be a URL',
+  )
+  parser.add_argument(
+    '--split', default='train', help="the source's split, and the output's (default: %(default)s)"
+  )
+  parser.add_argument(
+    '--overwrite', action='store_true', help='replace the split in the output folder if it is there'
+  )
   parser.epilog = (
-      'All other flags are Apache Beam\'s: --direct_num_workers=8 for eight processes (default: '
-      'one for each core), --runner=DataflowRunner --project=... for another runner.')
+    "All other flags are Apache Beam's: --direct_num_workers=8 for eight processes (default: "
+    'one for each core), --runner=DataflowRunner --project=... for another runner.'
+  )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -61,8 +68,9 @@ def run(args: argparse.Namespace) -> int:
   pipeline.add_steps(beam_pipeline, work, settings, to_srgb, output, source.place)
 
   output.claim(args.overwrite)
-  print(f'{source.place}, {args.split}: {parts:,} shards to {args.output_dir}, on {where}',
-        flush=True)
+  print(
+    f'{source.place}, {args.split}: {parts:,} shards to {args.output_dir}, on {where}', flush=True
+  )
   progress = _Progress(output, parts)
   local = pipeline.is_local(beam_pipeline.options)
   if not local:
@@ -80,10 +88,14 @@ def run(args: argparse.Namespace) -> int:
   output.release(finished=found['written'] > 0)
   print(report.table(found))
   if not found['written']:
-    raise UserError(f'no example of {source.place} is left, so that {args.output_dir} holds only '
-                    f'{output_lib.REPORT}')
-  print(f'{args.output_dir}: {args.split}: {found["written"]:,} pictures in {found["shards"]:,} '
-        f'shards, {found["bytes"] / 1e6:,.1f} MB; the counts are in {output_lib.REPORT}')
+    raise UserError(
+      f'no example of {source.place} is left, so that {args.output_dir} holds only '
+      f'{output_lib.REPORT}'
+    )
+  print(
+    f'{args.output_dir}: {args.split}: {found["written"]:,} pictures in {found["shards"]:,} '
+    f'shards, {found["bytes"] / 1e6:,.1f} MB; the counts are in {output_lib.REPORT}'
+  )
   return 0
 
 
@@ -109,8 +121,12 @@ class _Progress:
     self._shown = written
     seconds = time.monotonic() - self._begun
     left = f', about {seconds * (self._total / written - 1):,.0f} s left' if written else ''
-    print(f'prepared {written:,} of {self._total:,} shards in {seconds:,.0f} s{left}   ',
-          end='\r' if sys.stderr.isatty() else '\n', file=sys.stderr, flush=True)
+    print(
+      f'prepared {written:,} of {self._total:,} shards in {seconds:,.0f} s{left}   ',
+      end='\r' if sys.stderr.isatty() else '\n',
+      file=sys.stderr,
+      flush=True,
+    )
 
   def end(self) -> None:
     """Leaves the line."""

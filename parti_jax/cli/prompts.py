@@ -36,24 +36,38 @@ _SHOWN = 120
 
 def add_arguments(parser: argparse.ArgumentParser):
   """Adds the command's flags."""
-  parser.add_argument('file', metavar='FILE',
-                      help='PartiPrompts.tsv or a file like it: columns Prompt, Category, '
-                      'Challenge and Note, separated by tabs')
-  parser.add_argument('--model', metavar='PATH',
-                      help='an exported model (default: the demo model in the package)')
-  parser.add_argument('--output_dir', default='parti_prompts', metavar='DIR',
-                      help='where index.html, prompts.json, the pictures and contact sheets go; a '
-                      'run that was stopped goes on there (default: %(default)s)')
-  parser.add_argument('--num_images', type=int, default=4,
-                      help='pictures for each prompt, best first where the model has a ranker '
-                      '(default: %(default)s)')
-  parser.add_argument('--max_prompts', type=int, metavar='N',
-                      help='draw only the first N prompts (default: all)')
-  parser.add_argument('--seed', type=int, default=0,
-                      help='another seed draws other pictures (default: %(default)s)')
+  parser.add_argument(
+    'file',
+    metavar='FILE',
+    help='PartiPrompts.tsv or a file like it: columns Prompt, Category, '
+    'Challenge and Note, separated by tabs',
+  )
+  parser.add_argument(
+    '--model', metavar='PATH', help='an exported model (default: the demo model in the package)'
+  )
+  parser.add_argument(
+    '--output_dir',
+    default='parti_prompts',
+    metavar='DIR',
+    help='where index.html, prompts.json, the pictures and contact sheets go; a '
+    'run that was stopped goes on there (default: %(default)s)',
+  )
+  parser.add_argument(
+    '--num_images',
+    type=int,
+    default=4,
+    help='pictures for each prompt, best first where the model has a ranker (default: %(default)s)',
+  )
+  parser.add_argument(
+    '--max_prompts', type=int, metavar='N', help='draw only the first N prompts (default: all)'
+  )
+  parser.add_argument(
+    '--seed', type=int, default=0, help='another seed draws other pictures (default: %(default)s)'
+  )
   sampling_flags.add_arguments(parser)
-  parser.add_argument('--batch_size', type=int,
-                      help='pictures drawn at once; changes the memory, not the pictures')
+  parser.add_argument(
+    '--batch_size', type=int, help='pictures drawn at once; changes the memory, not the pictures'
+  )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -67,14 +81,22 @@ def run(args: argparse.Namespace) -> int:
       holds another run.
   """
   sampling_flags.check_numbers(args, 'num_images', 'batch_size', 'max_prompts')
-  sampling = {name: value for name, value in sampling_flags.given(args).items() if value is not None}
-  prompts = prompts_file.read(args.file)[:args.max_prompts]
+  sampling = {
+    name: value for name, value in sampling_flags.given(args).items() if value is not None
+  }
+  prompts = prompts_file.read(args.file)[: args.max_prompts]
   compilation_cache.enable()
   pipeline = parti_jax.load(args.model)
   folder = output_folder.make(args.output_dir)
-  output_folder.claim(folder, {
-      'num_images': args.num_images, 'seed': args.seed, 'sampling': sampling,
-      'model': output_folder.model_fingerprint(args.model)})
+  output_folder.claim(
+    folder,
+    {
+      'num_images': args.num_images,
+      'seed': args.seed,
+      'sampling': sampling,
+      'model': output_folder.model_fingerprint(args.model),
+    },
+  )
   (folder / 'pictures').mkdir(exist_ok=True)
   _draw(pipeline, prompts, folder, args, sampling)
   ranked = pipeline.ranker is not None
@@ -96,20 +118,36 @@ def _place(folder: pathlib.Path, prompt: prompts_file.Prompt) -> pathlib.Path:
   return next(iter(sorted(pictures.glob(f'{number}_*_{text}'))), place)
 
 
-def _draw(pipeline, prompts: Sequence[prompts_file.Prompt], folder: pathlib.Path,
-          args: argparse.Namespace, sampling: dict):
+def _draw(
+  pipeline,
+  prompts: Sequence[prompts_file.Prompt],
+  folder: pathlib.Path,
+  args: argparse.Namespace,
+  sampling: dict,
+):
   """Draws the prompts that have no folder yet, some at once."""
   missing = [prompt for prompt in prompts if not _place(folder, prompt).is_dir()]
   group = max(1, _AT_ONCE // args.num_images)
-  with tqdm.tqdm(total=len(prompts), initial=len(prompts) - len(missing), desc='drawing',
-                 unit='prompt', disable=None, file=sys.stderr) as bar:
+  with tqdm.tqdm(
+    total=len(prompts),
+    initial=len(prompts) - len(missing),
+    desc='drawing',
+    unit='prompt',
+    disable=None,
+    file=sys.stderr,
+  ) as bar:
     for start in range(0, len(missing), group):
-      chosen = missing[start:start + group]
+      chosen = missing[start : start + group]
       with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always', UserWarning)
         drawn = pipeline.generate(
-            [prompt.text for prompt in chosen], num_images=args.num_images, seed=args.seed,
-            batch_size=args.batch_size, rank=pipeline.ranker is not None, **sampling)
+          [prompt.text for prompt in chosen],
+          num_images=args.num_images,
+          seed=args.seed,
+          batch_size=args.batch_size,
+          rank=pipeline.ranker is not None,
+          **sampling,
+        )
       cut = _left_out([str(warning.message) for warning in caught])
       for row, prompt in enumerate(chosen):
         _save(_place(folder, prompt), _of_one(drawn, row), cut.get(row, ''))
@@ -124,8 +162,11 @@ def _left_out(messages: Sequence[str]) -> dict[int, str]:
 
 def _of_one(drawn, row: int):
   """The part of a Result that is of one prompt."""
-  arrays = {field.name: value[row:row + 1] for field in dataclasses.fields(drawn)
-            if isinstance(value := getattr(drawn, field.name), (np.ndarray, list))}
+  arrays = {
+    field.name: value[row : row + 1]
+    for field in dataclasses.fields(drawn)
+    if isinstance(value := getattr(drawn, field.name), (np.ndarray, list))
+  }
   return dataclasses.replace(drawn, **arrays)
 
 
@@ -137,8 +178,10 @@ def _save(place: pathlib.Path, drawn, cut: str):
     files = drawn.save(temporary)
     scores = [None] * len(files) if drawn.scores is None else drawn.scores[0].tolist()
     indices = range(len(files)) if drawn.image_index is None else drawn.image_index[0].tolist()
-    pictures = [{'file': file.name, 'score': score, 'image_index': index}
-                for file, score, index in zip(files, scores, indices)]
+    pictures = [
+      {'file': file.name, 'score': score, 'image_index': index}
+      for file, score, index in zip(files, scores, indices)
+    ]
     content = json.dumps({'pictures': pictures, 'cut': cut}, ensure_ascii=False, indent=2)
     (temporary / _RESULT_FILE).write_text(content + '\n', encoding='utf-8')
     os.replace(temporary, place)
@@ -153,30 +196,53 @@ def _result(folder: pathlib.Path, prompt: prompts_file.Prompt) -> dict:
   place = _place(folder, prompt)
   try:
     content = json.loads((place / _RESULT_FILE).read_text(encoding='utf-8'))
-    pictures = [picture | {'file': str(pathlib.PurePosixPath('pictures', place.name,
-                                                             picture['file']))}
-                for picture in content['pictures']]
+    pictures = [
+      picture | {'file': str(pathlib.PurePosixPath('pictures', place.name, picture['file']))}
+      for picture in content['pictures']
+    ]
   except (OSError, ValueError, KeyError, TypeError) as error:
-    raise UserError(f'{place} is damaged; delete it, and the run draws its pictures again'
-                    ) from error
-  return {'number': prompt.number, 'prompt': prompt.text, 'category': prompt.category,
-          'challenge': prompt.challenge, 'note': prompt.note, 'cut': content['cut'],
-          'pictures': pictures}
+    raise UserError(
+      f'{place} is damaged; delete it, and the run draws its pictures again'
+    ) from error
+  return {
+    'number': prompt.number,
+    'prompt': prompt.text,
+    'category': prompt.category,
+    'challenge': prompt.challenge,
+    'note': prompt.note,
+    'cut': content['cut'],
+    'pictures': pictures,
+  }
 
 
-def _write_pages(folder: pathlib.Path, results: Sequence[dict], ranked: bool,
-                 args: argparse.Namespace, model_name: str, sampling: dict) -> list[pathlib.Path]:
+def _write_pages(
+  folder: pathlib.Path,
+  results: Sequence[dict],
+  ranked: bool,
+  args: argparse.Namespace,
+  model_name: str,
+  sampling: dict,
+) -> list[pathlib.Path]:
   """Writes the page, the JSON and the contact sheets; returns their files."""
   settings = ', '.join(f'{key} {value}' for key, value in sampling.items())
-  about = (f'Model {model_name}, {args.num_images} pictures a prompt, seed {args.seed}, sampling: '
-           f'{settings or "as the model is configured"}.')
+  about = (
+    f'Model {model_name}, {args.num_images} pictures a prompt, seed {args.seed}, sampling: '
+    f'{settings or "as the model is configured"}.'
+  )
   title = f'{pathlib.Path(args.file).stem}: {len(results):,} prompts'
-  content = {'file': pathlib.Path(args.file).name, 'model': model_name, 'seed': args.seed,
-             'num_images': args.num_images, 'ranked': ranked, 'sampling': sampling,
-             'prompts': list(results)}
+  content = {
+    'file': pathlib.Path(args.file).name,
+    'model': model_name,
+    'seed': args.seed,
+    'num_images': args.num_images,
+    'ranked': ranked,
+    'sampling': sampling,
+    'prompts': list(results),
+  }
   files = {
-      'index.html': html_page.page(title, about, results, ranked).encode(),
-      'prompts.json': (json.dumps(content, indent=2, ensure_ascii=False) + '\n').encode()}
+    'index.html': html_page.page(title, about, results, ranked).encode(),
+    'prompts.json': (json.dumps(content, indent=2, ensure_ascii=False) + '\n').encode(),
+  }
   categories = sorted({result['category'] for result in results})
   for category, name in images_lib.distinct_names(categories).items():
     files[f'{name}.png'] = output_folder.png(_sheet(folder, category, results, ranked))
@@ -185,8 +251,9 @@ def _write_pages(folder: pathlib.Path, results: Sequence[dict], ranked: bool,
   return [folder / name for name in files]
 
 
-def _sheet(folder: pathlib.Path, category: str, results: Sequence[dict],
-           ranked: bool) -> Image.Image:
+def _sheet(
+  folder: pathlib.Path, category: str, results: Sequence[dict], ranked: bool
+) -> Image.Image:
   """A category's prompts, each with its first picture."""
   members = [result for result in results if result['category'] == category]
   shown = members[:_SHOWN]
@@ -196,5 +263,8 @@ def _sheet(folder: pathlib.Path, category: str, results: Sequence[dict],
     with Image.open(folder / result['pictures'][0]['file']) as picture:
       images.append([np.asarray(picture.convert('RGB'))])
   return sheets.sheet(
-      f'{category}: {len(shown)} of {len(members)} prompts, of each {first} of '
-      f'{len(shown[0]["pictures"])} pictures', [result['prompt'] for result in shown], images)
+    f'{category}: {len(shown)} of {len(members)} prompts, of each {first} of '
+    f'{len(shown[0]["pictures"])} pictures',
+    [result['prompt'] for result in shown],
+    images,
+  )

@@ -18,22 +18,38 @@ def add_arguments(parser: argparse.ArgumentParser, default: str = "the model's")
     parser: of a command.
     default: what the help says of a flag that is left out.
   """
+
   def add(name, kind, text, **more):
     parser.add_argument(f'--{name}', type=kind, help=f'{text} (default: {default})', **more)
 
   add('guidance_scale', float, 'how closely to follow the prompt; 1 is no guidance')
-  add('guidance_ramp', str, 'how the scale gets there from the first image token to the last: '
-      + ', '.join(settings_lib.GUIDANCE_RAMPS), metavar='NAME')
+  add(
+    'guidance_ramp',
+    str,
+    'how the scale gets there from the first image token to the last: '
+    + ', '.join(settings_lib.GUIDANCE_RAMPS),
+    metavar='NAME',
+  )
   add('guidance_start', float, 'the scale at the first token, where there is a ramp')
-  add('exit_threshold', float, 'skip the decoder layers that follow one that is as sure of a token '
-      'as this; 1 skips none')
-  add('guidance_skip_threshold', float, 'skip the pass without text where the one with it is as '
-      'sure of a token as this; 1 never does')
-  add('temperature', float,
-      '1 draws as the model has learned, less is safer, 0 is always the likeliest')
+  add(
+    'exit_threshold',
+    float,
+    'skip the decoder layers that follow one that is as sure of a token as this; 1 skips none',
+  )
+  add(
+    'guidance_skip_threshold',
+    float,
+    'skip the pass without text where the one with it is as sure of a token as this; 1 never does',
+  )
+  add(
+    'temperature',
+    float,
+    '1 draws as the model has learned, less is safer, 0 is always the likeliest',
+  )
   add('top_k', int, 'draw among this many of the likeliest tokens; 0 is no limit')
-  add('top_p', float,
-      'draw among the likeliest tokens with together this probability; 1 is no limit')
+  add(
+    'top_p', float, 'draw among the likeliest tokens with together this probability; 1 is no limit'
+  )
 
 
 def check_numbers(args: argparse.Namespace, *counts: str):

@@ -24,24 +24,43 @@ _NETWORKS = {'generator': 'parti', 'tokenizer': 'tokenizer'}
 
 def add_arguments(parser: argparse.ArgumentParser):
   """Adds the flags of `parti-jax t5x_checkpoint`."""
-  parser.add_argument('--model_dir', metavar='RUN',
-                      help="a run's folder: its checkpoint is written for t5x or, with --from_t5x, "
-                      'the folder of the run that is made')
+  parser.add_argument(
+    '--model_dir',
+    metavar='RUN',
+    help="a run's folder: its checkpoint is written for t5x or, with --from_t5x, "
+    'the folder of the run that is made',
+  )
   group = parser.add_argument_group('for t5x')
-  group.add_argument('--output_dir', metavar='FOLDER',
-                     help='where checkpoint_<step> is written, which may become the MODEL_DIR of '
-                     't5x; a path or a gs:// URL')
+  group.add_argument(
+    '--output_dir',
+    metavar='FOLDER',
+    help='where checkpoint_<step> is written, which may become the MODEL_DIR of '
+    't5x; a path or a gs:// URL',
+  )
   group.add_argument('--step', type=int, help="of the run's checkpoint (default: the newest)")
-  group.add_argument('--model', metavar='FOLDER',
-                     help='an exported model in place of a run: parameters alone, of step 0')
-  group.add_argument('--network', choices=list(_NETWORKS), default='generator',
-                     help='which one of the exported model (default: %(default)s)')
+  group.add_argument(
+    '--model',
+    metavar='FOLDER',
+    help='an exported model in place of a run: parameters alone, of step 0',
+  )
+  group.add_argument(
+    '--network',
+    choices=list(_NETWORKS),
+    default='generator',
+    help='which one of the exported model (default: %(default)s)',
+  )
   group = parser.add_argument_group('from t5x')
-  group.add_argument('--from_t5x', metavar='CHECKPOINT',
-                     help='the folder checkpoint_<step> in the MODEL_DIR of t5x; the gin files say '
-                     'stage and optimiser, as those of `train` do')
-  group.add_argument('--parameters_only', action='store_true',
-                     help='take step and parameters, and let the optimiser begin anew')
+  group.add_argument(
+    '--from_t5x',
+    metavar='CHECKPOINT',
+    help='the folder checkpoint_<step> in the MODEL_DIR of t5x; the gin files say '
+    'stage and optimiser, as those of `train` do',
+  )
+  group.add_argument(
+    '--parameters_only',
+    action='store_true',
+    help='take step and parameters, and let the optimiser begin anew',
+  )
   gin_config.add_gin_arguments(parser)
 
 
@@ -49,8 +68,7 @@ def run(args: argparse.Namespace) -> int:
   """Writes a checkpoint of the one kind from one of the other; returns the exit status."""
   distributed.check_connected()
   if args.from_t5x:
-    _check_flags(args, needed=('model_dir', 'gin_file'),
-                 others=('output_dir', 'step', 'model'))
+    _check_flags(args, needed=('model_dir', 'gin_file'), others=('output_dir', 'step', 'model'))
     from parti_jax.training import configurables  # noqa: F401
 
     gin_config.parse(args.gin_file, args.gin_bindings, data=False)
@@ -58,8 +76,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
   _check_flags(args, needed=('output_dir',), others=('parameters_only', 'gin_file', 'gin_bindings'))
   if (args.model is None) == (args.model_dir is None):
-    raise errors.UserError('give --model_dir=RUN or --model=FOLDER, what is to be written for t5x; '
-                           'or --from_t5x=CHECKPOINT for the other way')
+    raise errors.UserError(
+      'give --model_dir=RUN or --model=FOLDER, what is to be written for t5x; '
+      'or --from_t5x=CHECKPOINT for the other way'
+    )
   if args.model is not None:
     _check_flags(args, needed=(), others=('step',))
     print(model_to_t5x(args.model, args.network, args.output_dir))
@@ -71,8 +91,9 @@ def run(args: argparse.Namespace) -> int:
 def _check_flags(args: argparse.Namespace, needed: tuple[str, ...], others: tuple[str, ...]):
   missing = [f'--{flag}' for flag in needed if not getattr(args, flag)]
   if missing:
-    raise errors.UserError(f'{" and ".join(missing)} not given; see parti-jax t5x_checkpoint '
-                           '--help')
+    raise errors.UserError(
+      f'{" and ".join(missing)} not given; see parti-jax t5x_checkpoint --help'
+    )
   for flag in others:
     if getattr(args, flag) not in (None, False, []):
       name = flag.replace('gin_bindings', 'gin.NAME=VALUE')
@@ -95,18 +116,25 @@ def run_to_t5x(model_dir, folder, step: int | None = None) -> str:
     UserError: if there is no such checkpoint, it is damaged or of another stage; if it is written
       already, or can't be.
   """
-  path = (run_checkpoints.latest_checkpoint(model_dir) if step is None
-          else run_checkpoints.checkpoint_of(model_dir, step))
+  path = (
+    run_checkpoints.latest_checkpoint(model_dir)
+    if step is None
+    else run_checkpoints.checkpoint_of(model_dir, step)
+  )
   stage = run_checkpoints.read_model(path)['stage']
   if stage not in _NETWORKS:
-    raise errors.UserError(f'{path}: a checkpoint of the stage {stage!r}, which is no model of '
-                           f't5x; give a run of {" or ".join(_NETWORKS)}')
+    raise errors.UserError(
+      f'{path}: a checkpoint of the stage {stage!r}, which is no model of '
+      f't5x; give a run of {" or ".join(_NETWORKS)}'
+    )
   t5x_checkpoints.target(folder, int(path.name))
   inputs.write(folder, run_checkpoints.read_place(path))
   written = t5x_checkpoints.write(folder, t5x_checkpoints.read_run(path))
-  return (f'{written}: step {path.name} of {model_dir}, with the state of its optimiser; take it '
-          f'in t5x by --gin.INITIAL_CHECKPOINT_PATH="\'{written}\'", or go on in '
-          f'--gin.MODEL_DIR="\'{folder}\'"')
+  return (
+    f'{written}: step {path.name} of {model_dir}, with the state of its optimiser; take it '
+    f'in t5x by --gin.INITIAL_CHECKPOINT_PATH="\'{written}\'", or go on in '
+    f'--gin.MODEL_DIR="\'{folder}\'"'
+  )
 
 
 def model_to_t5x(model, network: str, folder) -> str:
@@ -133,9 +161,11 @@ def model_to_t5x(model, network: str, folder) -> str:
   tree = {'target': part.params, 'state': {'step': jnp.zeros((), jnp.int32)}}
   places = t5x_checkpoints.in_host_memory(tree)
   written = t5x_checkpoints.write(folder, run_checkpoints.put_like(tree, places))
-  return (f'{written}: the {network} of {model}, without a state of an optimiser; evaluate and '
-          f'infer in t5x by --gin.CHECKPOINT_PATH="\'{written}\'", finetune by '
-          f'--gin.INITIAL_CHECKPOINT_PATH="\'{written}\'" --gin.PARAMETERS_ONLY=True')
+  return (
+    f'{written}: the {network} of {model}, without a state of an optimiser; evaluate and '
+    f'infer in t5x by --gin.CHECKPOINT_PATH="\'{written}\'", finetune by '
+    f'--gin.INITIAL_CHECKPOINT_PATH="\'{written}\'" --gin.PARAMETERS_ONLY=True'
+  )
 
 
 def to_run(path, model_dir, trainer, parameters_only: bool = False) -> str:
@@ -156,25 +186,39 @@ def to_run(path, model_dir, trainer, parameters_only: bool = False) -> str:
   """
   stage, abstract = trainer.stage, trainer.abstract
   if stage.name not in _NETWORKS:
-    raise errors.UserError(f'train.stage is {stage.name!r}, which is no model of t5x; give the gin '
-                           f'file of a run of {" or ".join(_NETWORKS)}')
+    raise errors.UserError(
+      f'train.stage is {stage.name!r}, which is no model of t5x; give the gin '
+      f'file of a run of {" or ".join(_NETWORKS)}'
+    )
   _check_new(model_dir)
-  state = _parameters(path, trainer) if parameters_only else t5x_checkpoints.train_state(
-      t5x_checkpoints.read(path, t5x_checkpoints.state_dict(abstract)), abstract)
+  state = (
+    _parameters(path, trainer)
+    if parameters_only
+    else t5x_checkpoints.train_state(
+      t5x_checkpoints.read(path, t5x_checkpoints.state_dict(abstract)), abstract
+    )
+  )
   step = int(state.step)
   with run_lock.RunLock(model_dir):
     _check_new(model_dir)
     writer = run_checkpoints.Checkpoints(model_dir)
     try:
-      writer.save(step, state, {'from_t5x': str(path)} | inputs.of_checkpoint(path),
-                  run_checkpoints.describe(stage), t5x_checkpoints.CHUNK_BYTES)
+      writer.save(
+        step,
+        state,
+        {'from_t5x': str(path)} | inputs.of_checkpoint(path),
+        run_checkpoints.describe(stage),
+        t5x_checkpoints.CHUNK_BYTES,
+      )
     finally:
       writer.close()
   count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract.params))
   optimizer = 'begins anew' if parameters_only else 'goes on'
-  return (f'{model_dir}: a run of the stage {stage.name!r} at step {step}, {count / 1e6:.1f}M '
-          f'parameters; in `parti-jax train` the optimiser {optimizer}, and the data start from '
-          'their beginning')
+  return (
+    f'{model_dir}: a run of the stage {stage.name!r} at step {step}, {count / 1e6:.1f}M '
+    f'parameters; in `parti-jax train` the optimiser {optimizer}, and the data start from '
+    'their beginning'
+  )
 
 
 def _bound_trainer() -> trainer_lib.Trainer:
@@ -196,13 +240,18 @@ def _parameters(path, trainer):
   abstract = trainer.abstract
   wanted = t5x_checkpoints.state_dict(abstract)
   tree = t5x_checkpoints.read(
-      path, {'target': wanted['target'], 'state': {'step': abstract.step}}, within=('target/',))
-  placed = t5x_checkpoints.train_state(
-      tree, abstract.replace(optimizer_state={}, statistics={}))
+    path, {'target': wanted['target'], 'state': {'step': abstract.step}}, within=('target/',)
+  )
+  placed = t5x_checkpoints.train_state(tree, abstract.replace(optimizer_state={}, statistics={}))
   statistics = trainer.stage.initial_statistics()
   if 'average' in statistics:
-    statistics = statistics | {'average': {
-        name: jax.tree.map(jnp.copy, placed.params[name]) for name in statistics['average']}}
-  optimizer_state = jax.jit(trainer.optimizer.init, out_shardings=jax.tree.map(
-      lambda leaf: leaf.sharding, abstract.optimizer_state))(placed.params)
+    statistics = statistics | {
+      'average': {
+        name: jax.tree.map(jnp.copy, placed.params[name]) for name in statistics['average']
+      }
+    }
+  optimizer_state = jax.jit(
+    trainer.optimizer.init,
+    out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract.optimizer_state),
+  )(placed.params)
   return placed.replace(optimizer_state=optimizer_state, statistics=statistics)

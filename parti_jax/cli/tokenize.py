@@ -18,31 +18,53 @@ from parti_jax.runs import supervisor
 def add_arguments(parser: argparse.ArgumentParser):
   """Adds the flags of `parti-jax tokenize`."""
   gin_config.add_gin_arguments(parser)
-  parser.add_argument('--tokenizer',
-                      help="the tokenizer's run, the --model_dir that it was trained in, or an "
-                      'exported model')
-  parser.add_argument('--output_dir', required=True,
-                      help='folder of the token cache, on a disk or at gs:// or s3://')
-  parser.add_argument('--splits', nargs='+', metavar='SPLIT',
-                      help='splits of the source (default: all that it has)')
-  parser.add_argument('--views', type=int, default=1, choices=(1, 2, 10),
-                      help='token sequences of a picture, of which training takes one at random: '
-                      "1 of its central square, 2 with the mirrored one, 10 with LlamaGen's "
-                      'corners too (default: 1)')
-  parser.add_argument('--dtype', choices=('bfloat16', 'float32'),
-                      help='what the encoder computes in (default: bfloat16 on TPUs and GPUs, '
-                      'float32 on CPUs)')
-  parser.add_argument('--batch_size', type=int, default=64,
-                      help='pictures at once, which changes no token (default: 64)')
-  parser.add_argument('--overwrite', action='store_true',
-                      help='replace splits, and parts of unfinished ones, that are in the folder '
-                      'and were made with something else')
-  parser.add_argument('--convert', metavar='FOLDER',
-                      help='turn a token cache of version 1 into one of version 2, in place of '
-                      'tokenizing')
+  parser.add_argument(
+    '--tokenizer',
+    help="the tokenizer's run, the --model_dir that it was trained in, or an exported model",
+  )
+  parser.add_argument(
+    '--output_dir', required=True, help='folder of the token cache, on a disk or at gs:// or s3://'
+  )
+  parser.add_argument(
+    '--splits', nargs='+', metavar='SPLIT', help='splits of the source (default: all that it has)'
+  )
+  parser.add_argument(
+    '--views',
+    type=int,
+    default=1,
+    choices=(1, 2, 10),
+    help='token sequences of a picture, of which training takes one at random: '
+    "1 of its central square, 2 with the mirrored one, 10 with LlamaGen's "
+    'corners too (default: 1)',
+  )
+  parser.add_argument(
+    '--dtype',
+    choices=('bfloat16', 'float32'),
+    help='what the encoder computes in (default: bfloat16 on TPUs and GPUs, float32 on CPUs)',
+  )
+  parser.add_argument(
+    '--batch_size',
+    type=int,
+    default=64,
+    help='pictures at once, which changes no token (default: 64)',
+  )
+  parser.add_argument(
+    '--overwrite',
+    action='store_true',
+    help='replace splits, and parts of unfinished ones, that are in the folder '
+    'and were made with something else',
+  )
+  parser.add_argument(
+    '--convert',
+    metavar='FOLDER',
+    help='turn a token cache of version 1 into one of version 2, in place of tokenizing',
+  )
   distributed.add_arguments(parser)
-  parser.add_argument('--worker', metavar='I/N',
-                      help='do the share I, from 0, of N independent processes, in any order')
+  parser.add_argument(
+    '--worker',
+    metavar='I/N',
+    help='do the share I, from 0, of N independent processes, in any order',
+  )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,9 +72,16 @@ def run(args: argparse.Namespace) -> int:
   checks.count('--batch_size', args.batch_size)
   if (args.tokenizer is None) == (args.convert is None):
     raise UserError('give --tokenizer=FOLDER or, to convert a token cache, --convert=FOLDER')
-  unused = [flag for flag, given in (
-      ('--gin_file', args.gin_file), ('--gin', args.gin_bindings), ('--dtype', args.dtype),
-      ('--views', args.views > 1)) if given]
+  unused = [
+    flag
+    for flag, given in (
+      ('--gin_file', args.gin_file),
+      ('--gin', args.gin_bindings),
+      ('--dtype', args.dtype),
+      ('--views', args.views > 1),
+    )
+    if given
+  ]
   if args.convert and unused:
     raise UserError(f'--convert keeps the tokens as they are; leave away {unused[0]}')
   worker = _worker(args)
@@ -67,6 +96,7 @@ def run(args: argparse.Namespace) -> int:
 
   def connect() -> tuple[int, int]:
     import jax
+
     distributed.connect(found)
     watched.connect()
     return jax.process_index(), jax.process_count()
@@ -81,8 +111,11 @@ def _worker(args: argparse.Namespace) -> tuple[int, int] | None:
   if args.worker is None:
     return None
   together = ('multi_host', 'coordinator', 'num_processes', 'process_id')
-  given = [name for name in together
-           if getattr(args, name) is not None and getattr(args, name) is not False]
+  given = [
+    name
+    for name in together
+    if getattr(args, name) is not None and getattr(args, name) is not False
+  ]
   if given:
     raise UserError(f'--worker is for independent processes; leave away either it or --{given[0]}')
   match = re.fullmatch(r'(\d{1,9})/(\d{1,9})', args.worker)
@@ -91,8 +124,9 @@ def _worker(args: argparse.Namespace) -> tuple[int, int] | None:
   return int(match[1]), int(match[2])
 
 
-def _write(args: argparse.Namespace, connect: Callable[[], tuple[int, int]],
-           together: bool) -> None:
+def _write(
+  args: argparse.Namespace, connect: Callable[[], tuple[int, int]], together: bool
+) -> None:
   # Before what starts threads is imported, so that it blocks SIGTERM in them too.
   with preemption.listening(at_once='the parts that are finished stay'):
     from parti_jax.tokenization import tokenize_jobs

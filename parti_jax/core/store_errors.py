@@ -17,8 +17,10 @@ _STORE_PACKAGES = ('aiobotocore', 'aiohttp', 'botocore', 'gcsfs', 'google', 'req
 # Errors that mean the same for objects as for local files.
 _OF_FILES = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
 _OF_TENSORSTORE = re.compile(
-    r'(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|INTERNAL|PERMISSION_DENIED|UNAUTHENTICATED): .*'
-    r'(gs://|https?://)', re.DOTALL)
+  r'(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|INTERNAL|PERMISSION_DENIED|UNAUTHENTICATED): .*'
+  r'(gs://|https?://)',
+  re.DOTALL,
+)
 
 
 @contextlib.contextmanager
@@ -85,14 +87,18 @@ def _reason(error: Exception, text: str = '') -> str:
   names = {type(e).__name__ for e in (error, error.__cause__) if e is not None}
   text = text or ' '.join(str(error).split()) or type(error).__name__
   if names & {'NoCredentialsError', 'PartialCredentialsError', 'DefaultCredentialsError'}:
-    return (f'no credentials for this store ({text}); set AWS_ACCESS_KEY_ID and '
-            'AWS_SECRET_ACCESS_KEY, or run `aws configure`; for gs:// run '
-            '`gcloud auth application-default login`')
+    return (
+      f'no credentials for this store ({text}); set AWS_ACCESS_KEY_ID and '
+      'AWS_SECRET_ACCESS_KEY, or run `aws configure`; for gs:// run '
+      '`gcloud auth application-default login`'
+    )
   if 'PermissionError' in names or text.startswith('Forbidden') or 'Unauthorized' in text:
     return f'access denied ({text}); check the credentials and their rights to the bucket'
   if names & {'EndpointConnectionError', 'ClientConnectorError', 'ConnectTimeoutError'}:
-    return (f'the store can not be reached ({text}); check the network, AWS_ENDPOINT_URL and '
-            'STORAGE_EMULATOR_HOST')
+    return (
+      f'the store can not be reached ({text}); check the network, AWS_ENDPOINT_URL and '
+      'STORAGE_EMULATOR_HOST'
+    )
   if names & {'FSTimeoutError', 'ReadTimeoutError', 'SocketTimeoutError', 'TimeoutError'}:
     return f'the store does not answer ({text})'
   return f'the store failed: {text}'

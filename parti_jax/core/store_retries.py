@@ -38,7 +38,11 @@ _QUIET_SECONDS = 10.0
 
 STATUSES = frozenset((408, 429, 500, 502, 503, 504))
 LOST, NO_ANSWER, NO_CONNECTION, SHORT = (
-    'connection lost', 'no answer', 'no connection', 'body that ended early')
+  'connection lost',
+  'no answer',
+  'no connection',
+  'body that ended early',
+)
 
 # Of checkpoints at gs://, which TensorStore reads and writes with retries of its own.
 ARRAYS = 'failure with arrays of a checkpoint'
@@ -71,7 +75,8 @@ class Operation:
 
 # Coroutines inherit it from the thread that started them.
 _operation: contextvars.ContextVar[Operation | None] = contextvars.ContextVar(
-    'store_operation', default=None)
+  'store_operation', default=None
+)
 _limit: contextvars.ContextVar[float | None] = contextvars.ContextVar('store_limit', default=None)
 
 
@@ -194,8 +199,11 @@ class Attempts:
       _counts[kind] += 1
     if elapsed >= _QUIET_SECONDS and not self._told:
       self._told = True
-      print(f'parti-jax: {self._what}: {reason}; trying again for {limit:g} s in all',
-            file=sys.stderr, flush=True)
+      print(
+        f'parti-jax: {self._what}: {reason}; trying again for {limit:g} s in all',
+        file=sys.stderr,
+        flush=True,
+      )
     longest = min(_LONGEST_DELAY, _FIRST_DELAY * 2 ** min(self._failures - 1, 10))
     return min(random.uniform(longest / 2, longest), max(limit - elapsed, 0.01))
 

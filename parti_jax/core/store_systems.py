@@ -27,21 +27,52 @@ PIECE = 2**22
 _SCHEMES = {'s3': 's3', 's3a': 's3', 'gs': 'gs', 'gcs': 'gs'}
 # Classes of errors that may pass, by name, since their packages need not be installed.
 _KINDS = {
-    store_retries.NO_CONNECTION: frozenset((
-        'ClientConnectorError', 'ConnectTimeoutError', 'ConnectionRefusedError',
-        'ConnectionTimeoutError', 'EndpointConnectionError', 'ProxyConnectionError')),
-    store_retries.NO_ANSWER: frozenset((
-        'FSTimeoutError', 'ReadTimeoutError', 'ServerTimeoutError', 'Timeout', 'TimeoutError')),
-    store_retries.LOST: frozenset((
-        'ChecksumError', 'ChunkedEncodingError', 'ClientConnectionError', 'ClientPayloadError',
-        'ConnectionClosedError', 'ConnectionError', 'HTTPClientError', 'IncompleteReadError',
-        'ProxyError', 'RefreshError', 'ResponseParserError', 'ResponseStreamingError')),
+  store_retries.NO_CONNECTION: frozenset(
+    (
+      'ClientConnectorError',
+      'ConnectTimeoutError',
+      'ConnectionRefusedError',
+      'ConnectionTimeoutError',
+      'EndpointConnectionError',
+      'ProxyConnectionError',
+    )
+  ),
+  store_retries.NO_ANSWER: frozenset(
+    ('FSTimeoutError', 'ReadTimeoutError', 'ServerTimeoutError', 'Timeout', 'TimeoutError')
+  ),
+  store_retries.LOST: frozenset(
+    (
+      'ChecksumError',
+      'ChunkedEncodingError',
+      'ClientConnectionError',
+      'ClientPayloadError',
+      'ConnectionClosedError',
+      'ConnectionError',
+      'HTTPClientError',
+      'IncompleteReadError',
+      'ProxyError',
+      'RefreshError',
+      'ResponseParserError',
+      'ResponseStreamingError',
+    )
+  ),
 }
 # Of S3; some come with a status that is not in `store_retries.STATUSES`.
-_S3_CODES = frozenset((
-    'BadDigest', 'IncompleteBody', 'InternalError', 'RequestLimitExceeded', 'RequestTimeout',
-    'ServiceUnavailable', 'SlowDown', 'Throttling', 'ThrottlingException', 'TooManyRequests',
-    'XAmzContentSHA256Mismatch'))
+_S3_CODES = frozenset(
+  (
+    'BadDigest',
+    'IncompleteBody',
+    'InternalError',
+    'RequestLimitExceeded',
+    'RequestTimeout',
+    'ServiceUnavailable',
+    'SlowDown',
+    'Throttling',
+    'ThrottlingException',
+    'TooManyRequests',
+    'XAmzContentSHA256Mismatch',
+  )
+)
 
 
 class Changed(UserError):
@@ -71,8 +102,7 @@ def kind_of(error: BaseException | None) -> str | None:
   if code.isdecimal() and int(code) in store_retries.STATUSES:
     return store_retries.status_kind(int(code))
   names = {base.__name__ for base in type(error).__mro__}
-  return next((kind for kind, known in _KINDS.items() if names & known),
-              kind_of(error.__cause__))
+  return next((kind for kind, known in _KINDS.items() if names & known), kind_of(error.__cause__))
 
 
 class _Retrying:
@@ -125,9 +155,13 @@ def _s3_class():
 
     def _prepare_config_kwargs(self):
       connect, read = store_retries.timeouts()
-      return {'connect_timeout': connect, 'read_timeout': read, **self.config_kwargs,
-              'http_session_cls': BoundedSession,
-              'retries': {'mode': 'standard', 'total_max_attempts': 1}}
+      return {
+        'connect_timeout': connect,
+        'read_timeout': read,
+        **self.config_kwargs,
+        'http_session_cls': BoundedSession,
+        'retries': {'mode': 'standard', 'total_max_attempts': 1},
+      }
 
     async def set_session(self, refresh=False, kwargs={}):  # noqa: B006
       if self.session is None:
@@ -139,8 +173,9 @@ def _s3_class():
     async def _fetch(self, path: str, details: dict[str, Any], start: int, end: int) -> bytes:
       bucket, key, _ = self.split_path(path)
       match = {'IfMatch': details['ETag']} if details.get('ETag') else {}
-      found = await self._call_s3('get_object', Bucket=bucket, Key=key,
-                                  Range=f'bytes={start}-{end - 1}', **match)
+      found = await self._call_s3(
+        'get_object', Bucket=bucket, Key=key, Range=f'bytes={start}-{end - 1}', **match
+      )
       async with found['Body'] as body:
         return await body.read()
 
@@ -161,7 +196,8 @@ def _gs_class():
       super().__init__(*args, **kwargs)
       connect, read = store_retries.timeouts()
       self.requests_timeout = aiohttp.ClientTimeout(
-          total=None, sock_connect=connect, sock_read=read)
+        total=None, sock_connect=connect, sock_read=read
+      )
 
     async def _set_session(self):
       return _without_own_retry(await super()._set_session())
@@ -212,12 +248,12 @@ def _gs_class():
       whole = int(part[1]) == 0 and isinstance(data, (bytes, bytearray, memoryview))
       digest = base64.b64encode(hashlib.md5(data).digest()).decode() if whole else None
       same = int(details['size']) == int(part[3]) and (
-          digest is None or details.get('md5Hash') in (None, digest))
+        digest is None or details.get('md5Hash') in (None, digest)
+      )
       return found if same else None
 
     async def _fetch(self, path: str, details: dict[str, Any], start: int, end: int) -> bytes:
-      return await self._cat_file(path, start=start, end=end,
-                                  generation=details.get('generation'))
+      return await self._cat_file(path, start=start, end=end, generation=details.get('generation'))
 
   return RetryingGs
 
@@ -292,8 +328,10 @@ class Pieces(io.RawIOBase):
       except Exception as error:
         kind, reason = kind_of(error), ' '.join(str(error).split()) or type(error).__name__
         if kind is None and (isinstance(error, FileNotFoundError) or _status(error) == 412):
-          raise Changed(f'{self._path}: was replaced or removed while it was read; start again '
-                        'when it is complete') from error
+          raise Changed(
+            f'{self._path}: was replaced or removed while it was read; start again '
+            'when it is complete'
+          ) from error
         if kind is None or operation.failure:
           raise
       delay = attempts.delay(kind, reason)
@@ -304,8 +342,8 @@ class Pieces(io.RawIOBase):
   def _fetch(self, start: int, end: int) -> bytes:
     if isinstance(self._system, _Retrying):
       return fsspec.asyn.sync(
-          self._system.loop, self._system._fetch,
-          self._path, self._details, start, end)
+        self._system.loop, self._system._fetch, self._path, self._details, start, end
+      )
     return self._system.cat_file(self._path, start=start, end=end)
 
 

@@ -52,20 +52,33 @@ class Batches:
     UserError: there is no such task, its data can't be read, or the lengths don't fit it.
   """
 
-  def __init__(self, task: str, split: str, batch_size: int, feature_lengths: Mapping[str, int],
-               seed: int = 0, shuffle: bool = True, num_epochs: int | None = None, share: int = 0,
-               shares: int = 1, training: bool = False,
-               settings: share_lib.Settings | None = None):
+  def __init__(
+    self,
+    task: str,
+    split: str,
+    batch_size: int,
+    feature_lengths: Mapping[str, int],
+    seed: int = 0,
+    shuffle: bool = True,
+    num_epochs: int | None = None,
+    share: int = 0,
+    shares: int = 1,
+    training: bool = False,
+    settings: share_lib.Settings | None = None,
+  ):
     if batch_size < 1:
       raise UserError(f'the batch size is {batch_size}; it must be at least 1')
     self._batch_size, self._task = batch_size, task
     if not (datasets.is_ours(task) or mixtures.is_one(task)):
       from parti_jax.data import seqio_batches
+
       self._examples = seqio_batches.SeqioExamples(
-          task, split, feature_lengths, seed, shuffle, num_epochs, share, shares)
+        task, split, feature_lengths, seed, shuffle, num_epochs, share, shares
+      )
       return
     reading = share_lib.Reading(
-        None, seed, shuffle, share, shares, num_epochs, settings or share_lib.Settings().divided(1))
+      None, seed, shuffle, share, shares, num_epochs, settings or share_lib.Settings().divided(1)
+    )
     self._examples = mixtures.opened(task, split, feature_lengths, reading, training)
 
   @property
@@ -109,9 +122,10 @@ class Batches:
     """
     if state.get('version') != STATE_VERSION:
       raise UserError(
-          'the checkpoint has its place in the data in the form of an older version of parti_jax, '
-          'which read in another order; set train.restart_data=True to go on with a new pass over '
-          'the data, or go on with the older version')
+        'the checkpoint has its place in the data in the form of an older version of parti_jax, '
+        'which read in another order; set train.restart_data=True to go on with a new pass over '
+        'the data, or go on with the older version'
+      )
     mixtures.check_state(self._task, state)
     self._examples.restore(state)
 

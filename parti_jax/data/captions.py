@@ -18,11 +18,11 @@ _INVISIBLE = {'Zs', 'Zl', 'Zp', 'Cc', 'Cf'}
 # that can be used looks like them.
 NOT_TEXT, SEVERAL, NUMBERS, NO_COLUMN, AMBIGUOUS = (b'\0\0%d' % i for i in range(5))
 _REASONS = {
-    NOT_TEXT: 'caption that is not a text',
-    SEVERAL: 'record with more than one caption',
-    NUMBERS: 'record with numbers in place of a caption',
-    NO_COLUMN: 'no caption under webdataset.caption_key',
-    AMBIGUOUS: 'caption of one of several samples of the same key',
+  NOT_TEXT: 'caption that is not a text',
+  SEVERAL: 'record with more than one caption',
+  NUMBERS: 'record with numbers in place of a caption',
+  NO_COLUMN: 'no caption under webdataset.caption_key',
+  AMBIGUOUS: 'caption of one of several samples of the same key',
 }
 
 
@@ -59,7 +59,8 @@ def clean(data: bytes) -> tuple[str, list[str]]:
     text = codecs.getincrementaldecoder(encoding)().decode(data[:MAX_BYTES], final=not cut)
   except UnicodeDecodeError as error:
     raise UnusableCaption(
-        f'caption not {"UTF-8" if encoding == "utf-8-sig" else encoding.upper()}') from error
+      f'caption not {"UTF-8" if encoding == "utf-8-sig" else encoding.upper()}'
+    ) from error
   text, controls = _CONTROL.subn(' ', text)
   if 5 * controls > len(text):
     raise UnusableCaption('caption of control characters')

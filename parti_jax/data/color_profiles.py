@@ -61,7 +61,8 @@ def _transform(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform | None]:
     opened = ImageCms.getOpenProfile(io.BytesIO(profile))
     space = opened.profile.xcolor_space.strip()
     transform = ImageCms.buildTransform(
-        opened, ImageCms.createProfile('sRGB'), _MODES[space], 'RGB')
+      opened, ImageCms.createProfile('sRGB'), _MODES[space], 'RGB'
+    )
   except (ImageCms.PyCMSError, OSError, ValueError, KeyError):
     return '', None
   return space, None if _changes_nothing(transform, space) else transform
@@ -75,5 +76,6 @@ def _changes_nothing(transform: ImageCms.ImageCmsTransform, space: str) -> bool:
   axes = [levels.astype(np.uint8)] * (1 if space == 'GRAY' else 3)
   colors = np.stack(np.meshgrid(*axes, indexing='ij'), -1).reshape(1, -1, len(axes))
   converted = ImageCms.applyTransform(
-      Image.fromarray(colors[..., 0] if space == 'GRAY' else colors), transform)
+    Image.fromarray(colors[..., 0] if space == 'GRAY' else colors), transform
+  )
   return np.abs(np.asarray(converted).astype(int) - colors).max() <= _ROUNDING

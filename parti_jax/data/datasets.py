@@ -96,7 +96,8 @@ class Dataset:
     found = dict.fromkeys(('vocabulary', 'tokenizer'))
     if self.vocabulary:
       found['vocabulary'] = Fingerprint(
-          self.vocabulary.fingerprint, f'vocabulary.path={self.vocabulary.path!r}')
+        self.vocabulary.fingerprint, f'vocabulary.path={self.vocabulary.path!r}'
+      )
     if 'targets' in self.features:
       found['tokenizer'] = Fingerprint(self.source.info['tokenizer'], self.source.name)
     return found
@@ -122,18 +123,27 @@ class Dataset:
     if 'targets' in lengths:
       tokens = self.source.info['image_tokens']
       if lengths['targets'] != tokens:
-        raise UserError(f"{self.source.name} has {tokens} tokens a picture, but "
-                        f"feature_lengths['targets'] = {lengths['targets']}")
+        raise UserError(
+          f'{self.source.name} has {tokens} tokens a picture, but '
+          f"feature_lengths['targets'] = {lengths['targets']}"
+        )
     return examples.Preparation(
-        lengths.get('inputs'), lengths.get('images'), lengths.get('targets'), self.vocabulary,
-        image_decoding.configured(), rate if training and self.features != ('inputs',) else 0.0)
+      lengths.get('inputs'),
+      lengths.get('images'),
+      lengths.get('targets'),
+      self.vocabulary,
+      image_decoding.configured(),
+      rate if training and self.features != ('inputs',) else 0.0,
+    )
 
 
 def check_lengths(name: str, features, lengths: Mapping[str, int]) -> None:
   """Raises UserError unless there is a length for each feature of a task, and no other."""
   if set(features) != set(lengths):
-    raise UserError(f'{name} has the features {", ".join(sorted(features))}, but feature_lengths '
-                    f'gives {", ".join(sorted(lengths)) or "none"}')
+    raise UserError(
+      f'{name} has the features {", ".join(sorted(features))}, but feature_lengths '
+      f'gives {", ".join(sorted(lengths)) or "none"}'
+    )
   for feature, length in lengths.items():
     if not isinstance(length, int) or length < 1:
       raise UserError(f'feature_lengths[{feature!r}] = {length!r} must be a whole number from 1')
@@ -141,8 +151,15 @@ def check_lengths(name: str, features, lengths: Mapping[str, int]) -> None:
 
 def names() -> list[str]:
   """Returns the names of the tasks, without the `ALIASES`."""
-  return [*(f'{source}_{kind}' for source in sources.NAMES for kind in _KINDS
-            if source != 'text' or kind == 'texts'), *TOKEN_TASKS]
+  return [
+    *(
+      f'{source}_{kind}'
+      for source in sources.NAMES
+      for kind in _KINDS
+      if source != 'text' or kind == 'texts'
+    ),
+    *TOKEN_TASKS,
+  ]
 
 
 def is_ours(name: str) -> bool:
@@ -187,8 +204,12 @@ def get(name: str, image_size: int = 64) -> Dataset:
     raise UserError(f'unknown task {name!r}; there are {", ".join(names())}')
   source, kind = found
   features = _KINDS[kind]
-  return Dataset(f'{source}_{kind}', sources.configured(source, image_size), features,
-                 get_vocabulary() if 'inputs' in features else None)
+  return Dataset(
+    f'{source}_{kind}',
+    sources.configured(source, image_size),
+    features,
+    get_vocabulary() if 'inputs' in features else None,
+  )
 
 
 def source_name(task_or_source: str | None = None) -> str:
@@ -203,7 +224,8 @@ def source_name(task_or_source: str | None = None) -> str:
 
 
 def pictures_and_captions(
-    task_or_source: str | None, split: str, size: int) -> Iterator[tuple[str, np.ndarray]]:
+  task_or_source: str | None, split: str, size: int
+) -> Iterator[tuple[str, np.ndarray]]:
   """Opens a split and yields its captions and pictures in order, once.
 
   Pictures that can't be decoded and examples without a caption are left out; a warning at the end
@@ -225,8 +247,13 @@ def pictures_and_captions(
   return _usable(source, split, source.examples(split), size, image_decoding.configured())
 
 
-def _usable(source: base.Source, split: str, found: Iterator[base.Example | Damaged], size: int,
-            decode: examples.Decode) -> Iterator[tuple[str, np.ndarray]]:
+def _usable(
+  source: base.Source,
+  split: str,
+  found: Iterator[base.Example | Damaged],
+  size: int,
+  decode: examples.Decode,
+) -> Iterator[tuple[str, np.ndarray]]:
   """Yields what can be used of a split; see `pictures_and_captions`."""
   skipped, shortened, count = tally.Tally(), tally.Tally(), 0
   for example in found:
@@ -247,5 +274,11 @@ def _usable(source: base.Source, split: str, found: Iterator[base.Example | Dama
     reasons = f'skipped {skipped}' if skipped.counts() else 'there is none at all'
     raise UserError(f'{source.name} has no usable example in split {split!r}; {reasons}')
   if skipped.counts() or shortened.counts():
-    logging.warning('%s, %s: read %d; skipped: %s; kept in part: %s', source.name, split, count,
-                    str(skipped) or 'none', str(shortened) or 'none')
+    logging.warning(
+      '%s, %s: read %d; skipped: %s; kept in part: %s',
+      source.name,
+      split,
+      count,
+      str(skipped) or 'none',
+      str(shortened) or 'none',
+    )

@@ -24,7 +24,8 @@ Decode = Callable[[bytes, int], tuple[np.ndarray, list[str]]]
 
 
 def caption_ids(
-    caption: bytes, vocabulary: TextVocabulary, length: int) -> tuple[np.ndarray, str, list[str]]:
+  caption: bytes, vocabulary: TextVocabulary, length: int
+) -> tuple[np.ndarray, str, list[str]]:
   """Cleans and tokenises a caption.
 
   Args:
@@ -101,7 +102,8 @@ class Preparation:
   drop_rate: float = 0.0
 
   def __call__(
-      self, example: Mapping[str, Any], draw: float) -> tuple[dict[str, np.ndarray], list[str]]:
+    self, example: Mapping[str, Any], draw: float
+  ) -> tuple[dict[str, np.ndarray], list[str]]:
     """Prepares an example.
 
     Args:
@@ -121,7 +123,8 @@ class Preparation:
       ids, _, notes = caption_ids(example['caption'], self.vocabulary, self.text_length)
       dropped = draw < self.drop_rate
       found['encoder_input_tokens'] = (
-          empty_text(self.vocabulary, self.text_length) if dropped else ids)
+        empty_text(self.vocabulary, self.text_length) if dropped else ids
+      )
     if self.image_size is not None:
       found['images'], more = self.decode(example['picture'], self.image_size)
       notes = notes + more

@@ -34,9 +34,10 @@ class _Converter(seqio.FeatureConverter):
     del use_custom_packing_ops
     if pack:
       raise UserError(
-          f'{type(self).__name__} packs nothing: all pictures have the same number of tokens, so '
-          'that there is no room to fill; set DatasetConfig.pack = False (in t5x '
-          '--gin.train/utils.DatasetConfig.pack=False)')
+        f'{type(self).__name__} packs nothing: all pictures have the same number of tokens, so '
+        'that there is no room to fill; set DatasetConfig.pack = False (in t5x '
+        '--gin.train/utils.DatasetConfig.pack=False)'
+      )
     super().__init__(pack=False)
 
   def _convert_features(self, ds, task_feature_lengths):
@@ -93,14 +94,14 @@ class PartiFeatureConverter(_Converter):
 
   TASK_FEATURES = {'inputs': _TOKENS, 'targets': _TOKENS}
   MODEL_FEATURES = {
-      'encoder_input_tokens': _TOKENS,
-      'decoder_target_tokens': _TOKENS,
-      'decoder_loss_weights': _Spec(dtype=tf.float32),
+    'encoder_input_tokens': _TOKENS,
+    'decoder_target_tokens': _TOKENS,
+    'decoder_loss_weights': _Spec(dtype=tf.float32),
   }
   SOURCES = {
-      'encoder_input_tokens': 'inputs',
-      'decoder_target_tokens': 'targets',
-      'decoder_loss_weights': 'targets',
+    'encoder_input_tokens': 'inputs',
+    'decoder_target_tokens': 'targets',
+    'decoder_loss_weights': 'targets',
   }
 
   def _convert_example(self, example):
@@ -111,8 +112,12 @@ class PartiFeatureConverter(_Converter):
 
 def converter_for(features) -> seqio.FeatureConverter:
   """Returns the converter of the tasks with these features."""
-  for converter in (TextFeatureConverter, PictureFeatureConverter, PairFeatureConverter,
-                    PartiFeatureConverter):
+  for converter in (
+    TextFeatureConverter,
+    PictureFeatureConverter,
+    PairFeatureConverter,
+    PartiFeatureConverter,
+  ):
     if set(converter.TASK_FEATURES) == set(features):
       return converter()
   raise ValueError(f'no feature converter takes the features {sorted(features)}')

@@ -27,13 +27,13 @@ ENDINGS = ('jpg', 'jpeg', 'jpe', 'jfif', 'png', 'webp', 'gif')
 MAX_PIXELS = 2**26
 MAX_BYTES = 2**26
 _ORIENTATIONS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+  2: Image.Transpose.FLIP_LEFT_RIGHT,
+  3: Image.Transpose.ROTATE_180,
+  4: Image.Transpose.FLIP_TOP_BOTTOM,
+  5: Image.Transpose.TRANSPOSE,
+  6: Image.Transpose.ROTATE_270,
+  7: Image.Transpose.TRANSVERSE,
+  8: Image.Transpose.ROTATE_90,
 }
 
 
@@ -59,9 +59,7 @@ def decode(data: bytes, size: int, to_srgb: bool = True) -> np.ndarray:
   return decode_and_note(data, size, to_srgb)[0]
 
 
-def decode_and_note(
-    data: bytes, size: int, to_srgb: bool = True
-) -> tuple[np.ndarray, list[str]]:
+def decode_and_note(data: bytes, size: int, to_srgb: bool = True) -> tuple[np.ndarray, list[str]]:
   """Decodes a picture as `decode` does.
 
   Returns:
@@ -75,7 +73,7 @@ def decode_and_note(
 
 
 def decode_whole(
-    data: bytes, shorter_side: int | None = None, to_srgb: bool = True
+  data: bytes, shorter_side: int | None = None, to_srgb: bool = True
 ) -> tuple[Image.Image, list[str]]:
   """Decodes a picture as `decode` does, but neither crops nor resizes it.
 
@@ -119,9 +117,12 @@ def header(data: bytes) -> Header:
   with _undecodable(data):
     opened = _opened(data)
     _check_size(opened)
-    plain = (opened.mode in ('RGB', 'L') and not getattr(opened, 'is_animated', False)
-             and _orientation(opened) == 1
-             and not {'icc_profile', 'transparency'} & opened.info.keys())
+    plain = (
+      opened.mode in ('RGB', 'L')
+      and not getattr(opened, 'is_animated', False)
+      and _orientation(opened) == 1
+      and not {'icc_profile', 'transparency'} & opened.info.keys()
+    )
     return Header(opened.width, opened.height, opened.format, plain)
 
 
@@ -145,8 +146,9 @@ def _undecodable(data: bytes) -> Iterator[None]:
     raise UndecodablePicture('damaged picture') from error
 
 
-def _image(data: bytes, size: int, to_srgb: bool, crop: Callable[[Image.Image], Image.Image]
-           ) -> tuple[Image.Image, list[str]]:
+def _image(
+  data: bytes, size: int, to_srgb: bool, crop: Callable[[Image.Image], Image.Image]
+) -> tuple[Image.Image, list[str]]:
   """Returns a picture in RGB on white, and what was ignored.
 
   Args:
@@ -262,4 +264,3 @@ def _on_white(image: Image.Image) -> Image.Image:
     white = Image.new('RGBA', image.size, 'white')
     image = Image.alpha_composite(white, image)
   return image if image.mode == 'RGB' else image.convert('RGB')
-

@@ -26,8 +26,9 @@ class InputParts:
     size: examples of a range.
   """
 
-  def __init__(self, opened: base.Records | base.Shards,
-               size: int = token_cache.EXAMPLES_PER_SHARD):
+  def __init__(
+    self, opened: base.Records | base.Shards, size: int = token_cache.EXAMPLES_PER_SHARD
+  ):
     self._opened, self._size = opened, size
 
   def __len__(self) -> int:
@@ -55,14 +56,20 @@ class InputParts:
     so that hosts may have the folder at different places.
     """
     if not isinstance(self._opened, base.Shards):
-      return {'examples': len(self._opened), 'examples_per_shard': self._size,
-              'digest': self._opened.digest()}
+      return {
+        'examples': len(self._opened),
+        'examples_per_shard': self._size,
+        'digest': self._opened.digest(),
+      }
     files = [os.fspath(file) for file in self._opened.files]
     common = os.path.commonprefix(files)
     start = len(common) - len(os.path.basename(common))
     names = '\n'.join(file[start:] for file in files)
-    return {'files': len(files), 'names': xxhash.xxh3_64_hexdigest(os.fsencode(names)),
-            'digest': self._opened.digest()}
+    return {
+      'files': len(files),
+      'names': xxhash.xxh3_64_hexdigest(os.fsencode(names)),
+      'digest': self._opened.digest(),
+    }
 
 
 class _OneFile(base.Shards):

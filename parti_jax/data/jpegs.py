@@ -36,11 +36,11 @@ _MOST_GUESSES = 8
 _SHORT, _KEPT = 64, 11
 
 _MARKER = re.compile(rb'\xff[^\x00\xff]')
-_EOI, _SOS, _JFIF, _ADOBE = 0xd9, 0xda, 0xe0, 0xee
-_SEQUENTIAL = (0xc0, 0xc1, 0xc9)
-_FRAMES = frozenset(range(0xc0, 0xd0)) - {0xc4, 0xc8, 0xcc}
-_RESTARTS = frozenset(range(0xd0, 0xd8))
-_WITHOUT_CONTENT = _RESTARTS | {0x01, 0xd8, _EOI}
+_EOI, _SOS, _JFIF, _ADOBE = 0xD9, 0xDA, 0xE0, 0xEE
+_SEQUENTIAL = (0xC0, 0xC1, 0xC9)
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_RESTARTS = frozenset(range(0xD0, 0xD8))
+_WITHOUT_CONTENT = _RESTARTS | {0x01, 0xD8, _EOI}
 
 _EXTRANEOUS = re.compile(r'Corrupt JPEG data: (\d+) extraneous bytes before marker 0x(..)')
 
@@ -58,6 +58,7 @@ class _Marker:
       between it and the marker before.
     in_scan: whether the coded pixels of a scan lie before it.
   """
+
   kind: int
   start: int
   content: int
@@ -86,7 +87,7 @@ def decode(data: bytes, mode: str, least: int) -> Image.Image:
     markers = _markers(data)
     if sum(marker.kind == _SOS for marker in markers) > _MAX_SCANS:
       raise UndecodablePicture('picture of too many scans')
-    data = data[:markers[-1].end]
+    data = data[: markers[-1].end]
   arguments = {'colorspace': mode, 'min_height': least, 'min_width': least}
   try:
     pixels = simplejpeg.decode_jpeg(data, **arguments)
@@ -146,10 +147,11 @@ def _of_unusual_sampling(data: bytes, least: int) -> Image.Image:
   pieces, position = [], 0
   for marker in _markers(data):
     if marker.in_scan and marker.kind not in _RESTARTS:
-      pieces += [data[position:marker.start], b'\x5a\xa5' * 32]
+      pieces += [data[position : marker.start], b'\x5a\xa5' * 32]
       position = marker.start
-  image, other = (_pillows(variant, least)
-                  for variant in (data, b''.join([*pieces, data[position:]])))
+  image, other = (
+    _pillows(variant, least) for variant in (data, b''.join([*pieces, data[position:]]))
+  )
   if ImageChops.difference(image, other).getbbox() is not None:
     raise ValueError('a scan breaks off')
   return image
@@ -163,16 +165,16 @@ def _pillows(data: bytes, least: int) -> Image.Image:
 
 
 def _with_usual_headers(
-    data: bytes, markers: Sequence[_Marker], frame: _Marker, warning: str
+  data: bytes, markers: Sequence[_Marker], frame: _Marker, warning: str
 ) -> bytes:
   """Returns the file with what decoders assume in place of the header field of a warning."""
   repaired = bytearray(data)
   for marker in markers:
-    content = data[marker.content:marker.end]
+    content = data[marker.content : marker.end]
     if warning.startswith('Invalid SOS parameters') and marker.kind == _SOS:
       # The spectrum's start and end and the bits, which a sequential JPEG does not choose.
       if frame.kind in _SEQUENTIAL:
-        repaired[marker.end - 3:marker.end] = b'\x00\x3f\x00'
+        repaired[marker.end - 3 : marker.end] = b'\x00\x3f\x00'
     elif warning.startswith('Unknown Adobe color transform code') and marker.kind == _ADOBE:
       # It is taken for YCbCr, or of four components for YCCK.
       if content.startswith(b'Adobe') and len(content) >= 12:
@@ -184,7 +186,7 @@ def _with_usual_headers(
 
 
 def _guesses(
-    markers: Sequence[_Marker], cuts: Mapping[int, int], count: int, kind: int
+  markers: Sequence[_Marker], cuts: Mapping[int, int], count: int, kind: int
 ) -> list[Mapping[int, int]]:
   """Guesses where the padding of a warning lies.
 
@@ -199,24 +201,32 @@ def _guesses(
     left out already, `count` zeros fewer before some of the markers in scans or at their ends.
   """
   sequential = any(marker.kind in _SEQUENTIAL for marker in markers)
-  surely = {marker.start: marker.zeros for marker in markers if marker.zeros and (
-      not marker.in_scan or marker.zeros > _SHORT and not sequential)}
+  surely = {
+    marker.start: marker.zeros
+    for marker in markers
+    if marker.zeros and (not marker.in_scan or marker.zeros > _SHORT and not sequential)
+  }
   if surely.items() - cuts.items():
     return [{**cuts, **surely}]
   zeros = {marker: marker.zeros - cuts.get(marker.start, 0) for marker in markers}
-  padded = [marker for marker in markers if zeros[marker] >= count and (
-      zeros[marker] <= _SHORT or zeros[marker] - count <= _KEPT)]
+  padded = [
+    marker
+    for marker in markers
+    if zeros[marker] >= count and (zeros[marker] <= _SHORT or zeros[marker] - count <= _KEPT)
+  ]
   padded.sort(key=lambda marker: (marker.kind == kind, zeros[marker]), reverse=True)
   guesses = [padded, *([marker] for marker in padded[:_MOST_GUESSES])] if padded else []
-  return [{**cuts, **{marker.start: marker.zeros - zeros[marker] + count for marker in guess}}
-          for guess in guesses]
+  return [
+    {**cuts, **{marker.start: marker.zeros - zeros[marker] + count for marker in guess}}
+    for guess in guesses
+  ]
 
 
 def _cut(data: bytes, cuts: Mapping[int, int]) -> bytes:
   """Returns data without so many bytes before some places."""
   pieces, position = [], 0
   for place in sorted(cuts):
-    pieces.append(data[position:place - cuts[place]])
+    pieces.append(data[position : place - cuts[place]])
     position = place
   return b''.join([*pieces, data[position:]])
 
@@ -232,14 +242,14 @@ def _markers(data: bytes) -> list[_Marker]:
   found, position, in_scan, restarts = [], 2, False, 0
   while marker := _MARKER.search(data, position):
     kind, end = data[marker.end() - 1], marker.end()
-    before = data[position:marker.start()].rstrip(b'\xff')
+    before = data[position : marker.start()].rstrip(b'\xff')
     start = position + len(before)
     zeros = len(before) - len(before.rstrip(b'\0'))
     if not in_scan and (zeros < len(before) or kind == _EOI or _is_short(found)):
       zeros = 0
     content = end
     if kind not in _WITHOUT_CONTENT:
-      end += max(2, int.from_bytes(data[end:end + 2]))
+      end += max(2, int.from_bytes(data[end : end + 2]))
       content += 2
     if zeros or kind not in _RESTARTS:
       found.append(_Marker(kind, start, content, end, zeros, in_scan))

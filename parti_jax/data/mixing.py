@@ -35,16 +35,22 @@ def weights(sources: Mapping[str, float] | None = None) -> dict[str, fractions.F
     UserError: there are none, one is unknown, or a weight is not above 0.
   """
   if not isinstance(sources, Mapping) or not sources:
-    raise UserError('mixture.sources is not set; give '
-                    "--gin.mixture.sources=\"{'webdataset_a': 0.7, 'folder_b': 0.3}\"")
+    raise UserError(
+      'mixture.sources is not set; give '
+      "--gin.mixture.sources=\"{'webdataset_a': 0.7, 'folder_b': 0.3}\""
+    )
   for name, weight in sources.items():
-    known = isinstance(name, str) and re.fullmatch(r'\w+', name) and (
-        is_token_cache(name) or sources_lib.kind(name))
+    known = (
+      isinstance(name, str)
+      and re.fullmatch(r'\w+', name)
+      and (is_token_cache(name) or sources_lib.kind(name))
+    )
     if not known:
       raise UserError(
-          f'mixture.sources: there is no source {name!r}; there are '
-          f'{", ".join(sources_lib.NAMES)} and {TOKEN_CACHE}, each perhaps with an ending '
-          'of letters, digits and _: folder_b')
+        f'mixture.sources: there is no source {name!r}; there are '
+        f'{", ".join(sources_lib.NAMES)} and {TOKEN_CACHE}, each perhaps with an ending '
+        'of letters, digits and _: folder_b'
+      )
     if type(weight) not in (int, float) or not 0 < weight < float('inf'):
       raise UserError(f'mixture.sources: the weight {weight!r} of {name} must be a number above 0')
   # The decimal numbers that were written, so that 0.7 and 0.3 are 7 of 10 and 3 of 10.
@@ -91,8 +97,9 @@ class Turns:
     self._total += 1
     source = 0
     if self._slack:
-      source = min((last, source) for source, (first, last) in enumerate(self._bounds)
-                   if first <= self._total)[1]
+      source = min(
+        (last, source) for source, (first, last) in enumerate(self._bounds) if first <= self._total
+      )[1]
     self.taken[source] += 1
     self._bounds[source] = self._bound(source)
     return source
@@ -102,5 +109,7 @@ class Turns:
     slack, part, taken = self._slack, self._parts[source], self.taken[source]
     if not slack:
       return 0, 0
-    return (-(-(slack * taken + 1) * self._whole // (slack * part)),
-            (slack * taken + slack - 1) * self._whole // (slack * part) + 1)
+    return (
+      -(-(slack * taken + 1) * self._whole // (slack * part)),
+      (slack * taken + slack - 1) * self._whole // (slack * part) + 1,
+    )

@@ -57,8 +57,10 @@ def tasks(task: str) -> dict[str, fractions.Fraction]:
   kind, found = task.removeprefix(_PREFIX), mixing.weights()
   for name in found:
     if mixing.is_token_cache(name) != (kind == _TOKENS):
-      raise UserError(f'mixture.sources: {name} has no {kind}; {_PREFIX}{_TOKENS} mixes token '
-                      f'caches, {", ".join(NAMES[:-1])} mix sources of pictures and captions')
+      raise UserError(
+        f'mixture.sources: {name} has no {kind}; {_PREFIX}{_TOKENS} mixes token '
+        f'caches, {", ".join(NAMES[:-1])} mix sources of pictures and captions'
+      )
   return {f'{name}_{kind}': share for name, share in found.items()}
 
 
@@ -86,6 +88,7 @@ def vocabulary_sizes(task: str, image_size: int = 64) -> dict[str, int]:
   if datasets.is_ours(task) or is_one(task):
     return get(task, image_size)[0].sizes
   from parti_jax.data import tasks as seqio_tasks
+
   features = seqio_tasks.get_task(task, image_size).output_features
   return {name: feature.vocabulary.vocab_size for name, feature in features.items()}
 
@@ -110,21 +113,28 @@ def get(task: str, image_size: int = 64) -> list[datasets.Dataset]:
 def _check_same(first: datasets.Dataset, other: datasets.Dataset) -> None:
   """Raises UserError if ids of the one do not mean the same as those of the other."""
   different = fingerprints.mismatches(
-      first.fingerprints, other.fingerprints,
-      {'vocabulary': 'read both with one vocabulary',
-       'tokenizer': '`parti-jax tokenize` both with one tokenizer, or leave one out'})
+    first.fingerprints,
+    other.fingerprints,
+    {
+      'vocabulary': 'read both with one vocabulary',
+      'tokenizer': '`parti-jax tokenize` both with one tokenizer, or leave one out',
+    },
+  )
   if different:
     raise UserError(f'mixture.sources: {different[0]}')
   if 'targets' in first.features:
     for key in ('codebook_size', 'image_tokens'):
       values = [dataset.source.info[key] for dataset in (first, other)]
       if values[0] != values[1]:
-        raise UserError(f'mixture.sources: {first.source.name} has {key} {values[0]}, and '
-                        f'{other.source.name} {values[1]}; leave one out')
+        raise UserError(
+          f'mixture.sources: {first.source.name} has {key} {values[0]}, and '
+          f'{other.source.name} {values[1]}; leave one out'
+        )
 
 
-def opened(task: str, split: str, lengths: Mapping[str, int], reading: share_lib.Reading,
-           training: bool):
+def opened(
+  task: str, split: str, lengths: Mapping[str, int], reading: share_lib.Reading, training: bool
+):
   """Opens a share of a task or of a mixture.
 
   Args:
@@ -142,17 +152,26 @@ def opened(task: str, split: str, lengths: Mapping[str, int], reading: share_lib
   """
   found = get(task, lengths.get('images', 64))
   if not is_one(task):
-    dataset, = found
-    return share_lib.ShareExamples(dataset, split, dataclasses.replace(
-        reading, prepare=dataset.preparation(lengths, training)))
+    (dataset,) = found
+    return share_lib.ShareExamples(
+      dataset, split, dataclasses.replace(reading, prepare=dataset.preparation(lengths, training))
+    )
   shares = tasks(task)
   reading = dataclasses.replace(reading, settings=reading.settings.divided(len(shares)))
   parts = []
   for name, dataset in zip(shares, found):
     with naming(name):
-      parts.append(share_lib.ShareExamples(dataset, split, dataclasses.replace(
-          reading, prepare=dataset.preparation(lengths, training),
-          seed=part_seed(reading.seed, name))))
+      parts.append(
+        share_lib.ShareExamples(
+          dataset,
+          split,
+          dataclasses.replace(
+            reading,
+            prepare=dataset.preparation(lengths, training),
+            seed=part_seed(reading.seed, name),
+          ),
+        )
+      )
   return Mixed(shares, parts)
 
 
@@ -165,9 +184,10 @@ def check_state(task: str, state: Mapping[str, Any]) -> None:
   before, now = list(state.get('parts', ())), list(tasks(task)) if is_one(task) else []
   if before != now:
     raise UserError(
-        f'the checkpoint has its place in the data of {_mixture_of(before) or "no mixture"}, and '
-        f'this run reads {_mixture_of(now) or task}; set back train.task and mixture.sources, or '
-        'set train.restart_data=True to go on with a new pass over the data')
+      f'the checkpoint has its place in the data of {_mixture_of(before) or "no mixture"}, and '
+      f'this run reads {_mixture_of(now) or task}; set back train.task and mixture.sources, or '
+      'set train.restart_data=True to go on with a new pass over the data'
+    )
 
 
 def _mixture_of(names: list[str]) -> str:
@@ -209,8 +229,11 @@ class Mixed:
     turns = self._turns.copy()
     for _ in range(count if self._names else 0):
       turns.next()
-    return [(*self._parts[name].place, after - before, name) for name, before, after in zip(
-        self._names, self._turns.taken, turns.taken) if after > before]
+    return [
+      (*self._parts[name].place, after - before, name)
+      for name, before, after in zip(self._names, self._turns.taken, turns.taken)
+      if after > before
+    ]
 
   def seek(self, epoch: int, read: int) -> None:
     """A mixture has no place of its own."""
@@ -218,15 +241,21 @@ class Mixed:
 
   def counts(self, name: str) -> dict[str, int]:
     """'SOURCE: reason' -> count; of 'skipped' or 'shortened'."""
-    return {f'{source_of(task)}: {reason}': count for task, part in self._parts.items()
-            for reason, count in part.counts(name).items()}
+    return {
+      f'{source_of(task)}: {reason}': count
+      for task, part in self._parts.items()
+      for reason, count in part.counts(name).items()
+    }
 
   def state(self) -> dict[str, Any]:
     """Where the next example of each part is, what was seen of it, and whose turn it is."""
-    return {'weights': {name: str(share) for name, share in self._shares.items()},
-            'taken': dict(zip(self._names, self._turns.taken)), 'seen': dict(self._seen),
-            'skipped': self.counts('skipped'),
-            'parts': {name: part.state() for name, part in self._parts.items()}}
+    return {
+      'weights': {name: str(share) for name, share in self._shares.items()},
+      'taken': dict(zip(self._names, self._turns.taken)),
+      'seen': dict(self._seen),
+      'skipped': self.counts('skipped'),
+      'parts': {name: part.state() for name, part in self._parts.items()},
+    }
 
   def restore(self, state: Mapping[str, Any]) -> None:
     """Goes on where `state` was taken; see `check_state`.
@@ -239,9 +268,15 @@ class Mixed:
     shown = {name: str(share) for name, share in self._shares.items()}
     if state['weights'] != shown:
       logging.warning(
-          'mixture.sources: the weights were %s, and from here on are %s',
-          *(', '.join(f'{source_of(name)} {float(fractions.Fraction(share)):.4g}'
-                      for name, share in found.items()) for found in (state['weights'], shown)))
+        'mixture.sources: the weights were %s, and from here on are %s',
+        *(
+          ', '.join(
+            f'{source_of(name)} {float(fractions.Fraction(share)):.4g}'
+            for name, share in found.items()
+          )
+          for found in (state['weights'], shown)
+        ),
+      )
       self._begin(list(self._shares))
     else:
       self._begin(list(state['taken']), list(state['taken'].values()))
@@ -263,5 +298,6 @@ class Mixed:
         self._begin(others)
       else:
         self._names = []
-    return {name: np.stack([features[name] for features in found]) for name in found[0]
-            } if found else {}
+    return (
+      {name: np.stack([features[name] for features in found]) for name in found[0]} if found else {}
+    )

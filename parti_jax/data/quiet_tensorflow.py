@@ -5,7 +5,6 @@ TensorFlow starts: it would otherwise fill the terminal with notes on its build 
 memory that JAX needs.
 """
 
-
 import os
 import sys
 

@@ -44,8 +44,17 @@ class SeqioExamples:
     UserError: there is no such task, its data can't be read, or the lengths don't fit it.
   """
 
-  def __init__(self, task: str, split: str, feature_lengths: Mapping[str, int], seed: int,
-               shuffle: bool, num_epochs: int | None, share: int, shares: int):
+  def __init__(
+    self,
+    task: str,
+    split: str,
+    feature_lengths: Mapping[str, int],
+    seed: int,
+    shuffle: bool,
+    num_epochs: int | None,
+    share: int,
+    shares: int,
+  ):
     self._task = tasks.get_task(task)
     datasets.check_lengths(task, self._task.output_features, feature_lengths)
     self._split, self._lengths, self._seed = split, dict(feature_lengths), seed
@@ -53,7 +62,9 @@ class SeqioExamples:
     self._shuffle, self._num_epochs = shuffle, num_epochs
     self._shard_info = seqio.ShardInfo(share, shares) if shares > 1 else None
     self.fingerprints: dict[str, Fingerprint | None] = {
-        'vocabulary': tasks.vocabulary_fingerprint(self._task), 'tokenizer': None}
+      'vocabulary': tasks.vocabulary_fingerprint(self._task),
+      'tokenizer': None,
+    }
     self._epoch = self._taken = 0
     self._stream = self._open_epoch()
 
@@ -91,8 +102,7 @@ class SeqioExamples:
   def take(self, count: int) -> dict[str, np.ndarray]:
     """The next examples, stacked; fewer after the last epoch, and {} without any."""
     found = []
-    while len(found) < count and (
-        self._num_epochs is None or self._epoch < self._num_epochs):
+    while len(found) < count and (self._num_epochs is None or self._epoch < self._num_epochs):
       try:
         found.append(next(self._stream))
         self._taken += 1
@@ -103,15 +113,24 @@ class SeqioExamples:
         if problem is None:
           raise
         raise UserError(f'{self._task.name}, {self._split}: reading failed: {problem}') from error
-    return {name: np.stack([example[name] for example in found]) for name in found[0]
-            } if found else {}
+    return (
+      {name: np.stack([example[name] for example in found]) for name in found[0]} if found else {}
+    )
 
   def _open_epoch(self) -> streams.Stream:
     # One number for seqio, in the range of its int32 seeds, from the two that count.
     seed = int(np.random.SeedSequence([self._seed, self._epoch]).generate_state(1)[0] >> 2)
     dataset = seqio.get_dataset(
-        self._task, self._lengths, self._converter, dataset_split=self._split,
-        shuffle=self._shuffle, num_epochs=1, seed=seed, shard_info=self._shard_info, verbose=False)
+      self._task,
+      self._lengths,
+      self._converter,
+      dataset_split=self._split,
+      shuffle=self._shuffle,
+      num_epochs=1,
+      seed=seed,
+      shard_info=self._shard_info,
+      verbose=False,
+    )
     return streams.Stream(dataset.skip(self._taken).prefetch(64))
 
   def _end_epoch(self) -> None:

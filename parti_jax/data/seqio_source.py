@@ -38,7 +38,8 @@ class SeqioSource(seqio.DataSource):
 
   def __init__(self, source: base.Source, pictures: bool = True):
     super().__init__(
-        splits=source.splits, caching_permitted=False, performs_internal_shuffling=True)
+      splits=source.splits, caching_permitted=False, performs_internal_shuffling=True
+    )
     self.source, self.place, self._pictures = source, source.place, pictures
 
   def list_shards(self, split: str) -> list[str]:
@@ -52,7 +53,7 @@ class SeqioSource(seqio.DataSource):
     return None if isinstance(opened, base.Shards) else len(opened)
 
   def get_dataset(
-      self, split='train', shuffle=True, seed=None, shard_info=None, **unused_seqio_arguments
+    self, split='train', shuffle=True, seed=None, shard_info=None, **unused_seqio_arguments
   ) -> tf.data.Dataset:
     """Reads a split, in another order each time that the dataset is gone through.
 
@@ -67,19 +68,26 @@ class SeqioSource(seqio.DataSource):
     """
     opened = self.source.open(split, self._pictures)
     reading = share_lib.Reading(
-        None, np.random.default_rng().integers(2**31) if seed is None else int(seed), shuffle,
-        shard_info.index if shard_info else 0, shard_info.num_shards if shard_info else 1)
+      None,
+      np.random.default_rng().integers(2**31) if seed is None else int(seed),
+      shuffle,
+      shard_info.index if shard_info else 0,
+      shard_info.num_shards if shard_info else 1,
+    )
     epochs = itertools.count()
-    signature = {'caption': tf.TensorSpec([None], tf.string),
-                 'problem': tf.TensorSpec([None], tf.string)}
+    signature = {
+      'caption': tf.TensorSpec([None], tf.string),
+      'problem': tf.TensorSpec([None], tf.string),
+    }
     tokens = getattr(self.source, 'info', {}).get('image_tokens', 0)
     if tokens:
       signature['tokens'] = tf.TensorSpec([None, tokens], tf.int32)
     elif self._pictures:
       signature['picture'] = tf.TensorSpec([None], tf.string)
     return tf.data.Dataset.from_generator(
-        lambda: _chunks(_epoch(opened, reading, next(epochs)), signature, tokens),
-        output_signature=signature).unbatch()
+      lambda: _chunks(_epoch(opened, reading, next(epochs)), signature, tokens),
+      output_signature=signature,
+    ).unbatch()
 
 
 def _epoch(opened, reading: share_lib.Reading, epoch: int) -> Iterator[base.Example | Damaged]:
@@ -88,11 +96,12 @@ def _epoch(opened, reading: share_lib.Reading, epoch: int) -> Iterator[base.Exam
     for _, example in share_lib.raw_epoch(opened, reading, epoch):
       yield example
     return
-  order = order_lib.Order(
-      len(opened), reading.seed, reading.shuffle, reading.share, reading.shares)
+  order = order_lib.Order(len(opened), reading.seed, reading.shuffle, reading.share, reading.shares)
   positions = range(epoch * len(order), (epoch + 1) * len(order))
   for start in range(0, len(positions), _CHUNK):
-    yield from opened.read([order.index(position) for position in positions[start:start + _CHUNK]])
+    yield from opened.read(
+      [order.index(position) for position in positions[start : start + _CHUNK]]
+    )
 
 
 def _chunks(examples: Iterator[base.Example | Damaged], names: Sequence[str], tokens: int):
@@ -115,8 +124,9 @@ def _arrays(columns, tokens: int) -> dict[str, np.ndarray]:
   arrays = {name: np.array(values, object) for name, values in columns.items() if name != 'tokens'}
   if 'tokens' in columns:
     zeros = np.zeros([1, tokens], np.int32)
-    arrays['tokens'] = np.stack([
-        np.atleast_2d(zeros if isinstance(row, bytes) else row)[0] for row in columns['tokens']])
+    arrays['tokens'] = np.stack(
+      [np.atleast_2d(zeros if isinstance(row, bytes) else row)[0] for row in columns['tokens']]
+    )
   return arrays
 
 

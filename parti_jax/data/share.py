@@ -92,8 +92,9 @@ class Outcome:
   notes: Sequence[str] = ()
 
 
-def prepared(prepare: examples_lib.Preparation, epoch: int, example: base.Example | Damaged,
-             draw: float) -> Outcome:
+def prepared(
+  prepare: examples_lib.Preparation, epoch: int, example: base.Example | Damaged, draw: float
+) -> Outcome:
   """Prepares an example, or says why it can't be used."""
   if isinstance(example, Damaged):
     return Outcome(epoch, None, example.reason, example.where)
@@ -143,8 +144,9 @@ class Reading:
   settings: Settings = Settings(0, 0, 1)
 
 
-def open_stream(opened: base.Records | base.Shards, reading: Reading,
-                state: Mapping[str, Any] | None = None) -> Stream:
+def open_stream(
+  opened: base.Records | base.Shards, reading: Reading, state: Mapping[str, Any] | None = None
+) -> Stream:
   """Opens a share.
 
   Args:
@@ -162,14 +164,19 @@ def patience(opened: base.Records | base.Shards, reading: Reading) -> int:
 
   A share that has other files in each epoch may have empty or damaged ones alone in some.
   """
-  if (isinstance(opened, base.Shards) and reading.shuffle and reading.num_epochs is None
-      and 1 < reading.shares <= len(opened.files)):
+  if (
+    isinstance(opened, base.Shards)
+    and reading.shuffle
+    and reading.num_epochs is None
+    and 1 < reading.shares <= len(opened.files)
+  ):
     return 4 * len(opened.files)
   return 1
 
 
-def stream_state(opened: base.Records | base.Shards, reading: Reading, epoch: int, read: int
-                 ) -> dict[str, Any]:
+def stream_state(
+  opened: base.Records | base.Shards, reading: Reading, epoch: int, read: int
+) -> dict[str, Any]:
   """The state of a stream before which so many examples were read in an epoch."""
   if isinstance(opened, base.Shards):
     return {'epoch': epoch, 'skip': read}
@@ -180,18 +187,23 @@ def stream_state(opened: base.Records | base.Shards, reading: Reading, epoch: in
 
 
 def _beyond(epoch: int, read: int, length: int) -> UserError:
-  return UserError(f'the place has {read} examples before it in epoch {epoch}, which has {length}; '
-                   'give a place of the same data')
+  return UserError(
+    f'the place has {read} examples before it in epoch {epoch}, which has {length}; '
+    'give a place of the same data'
+  )
 
 
 class _ReadChunk:
   """Reads and prepares a chunk of a share's records; picklable, for worker processes."""
 
-  def __init__(self, records: base.Records, reading: Reading, start: int, size: int, end: int | None):
+  def __init__(
+    self, records: base.Records, reading: Reading, start: int, size: int, end: int | None
+  ):
     self._records, self._reading = records, reading
     self._start, self._size, self._end = start, size, end
     self._order = order_lib.Order(
-        len(records), reading.seed, reading.shuffle, reading.share, reading.shares)
+      len(records), reading.seed, reading.shuffle, reading.share, reading.shares
+    )
     self._draw_seed = order_lib.mixed(reading.seed, 'draws', reading.share)
 
   def __call__(self, chunk: int) -> list[Outcome]:
@@ -200,16 +212,20 @@ class _ReadChunk:
     positions = range(first, last)
     found = self._records.read([self._order.index(position) for position in positions])
     draws = examples_lib.draws(self._draw_seed, first, len(positions))
-    return [prepared(self._reading.prepare, position // len(self._order), example, draw)
-            for position, example, draw in zip(positions, found, draws)]
+    return [
+      prepared(self._reading.prepare, position // len(self._order), example, draw)
+      for position, example, draw in zip(positions, found, draws)
+    ]
 
 
 class _RecordStream(Stream):
   """A share of records, read by grain."""
 
   def __init__(self, records: base.Records, reading: Reading, position: int):
-    settings, length = reading.settings, len(
-        order_lib.Order(len(records), 0, False, reading.share, reading.shares))
+    settings, length = (
+      reading.settings,
+      len(order_lib.Order(len(records), 0, False, reading.share, reading.shares)),
+    )
     end = None if reading.num_epochs is None else reading.num_epochs * length
     self._position, self._records = position, records
     self._chunk: Iterator[Outcome] = iter(())
@@ -221,13 +237,18 @@ class _RecordStream(Stream):
     count = 2**62 // size if end is None else -(-(end - position) // size)
     threads = settings.num_threads if pictures else 0
     buffer = max(threads, -(-settings.prefetch // size)) if threads else 0
-    chunks = grain.MapDataset.range(count).map(
-        _ReadChunk(records, reading, position, size, end)).to_iter_dataset(
-            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer))
+    chunks = (
+      grain.MapDataset.range(count)
+      .map(_ReadChunk(records, reading, position, size, end))
+      .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer))
+    )
     if settings.num_workers:
-      chunks = chunks.mp_prefetch(grain.MultiprocessingOptions(
+      chunks = chunks.mp_prefetch(
+        grain.MultiprocessingOptions(
           num_workers=settings.num_workers,
-          per_worker_buffer_size=max(1, settings.prefetch // (size * settings.num_workers))))
+          per_worker_buffer_size=max(1, settings.prefetch // (size * settings.num_workers)),
+        )
+      )
     self._chunks = iter(chunks)
 
   def __next__(self) -> Outcome:
@@ -240,8 +261,10 @@ class _RecordStream(Stream):
       except RuntimeError as error:
         if 'Worker process' not in str(error):
           raise
-        raise UserError('a process of loader.num_workers ended, perhaps for want of memory; set '
-                        f'fewer, or a lower loader.prefetch ({error})') from error
+        raise UserError(
+          'a process of loader.num_workers ended, perhaps for want of memory; set '
+          f'fewer, or a lower loader.prefetch ({error})'
+        ) from error
       outcome = next(self._chunk, None)
     self._position += 1
     return outcome
@@ -269,7 +292,7 @@ class _ShardIterator(grain.DatasetIterator):
     if reading.shuffle:
       np.random.default_rng(order_lib.mixed(reading.seed, 'files', epoch)).shuffle(files)
     self._own_files = len(files) >= reading.shares
-    self._files = files[reading.share::reading.shares] if self._own_files else files
+    self._files = files[reading.share :: reading.shares] if self._own_files else files
     self._shards, self._reading = shards, reading
     self.set_state({'file': 0, 'read': 0, 'number': 0})
 
@@ -322,8 +345,10 @@ def raw_epoch(shards: base.Shards, reading: Reading, epoch: int) -> grain.Datase
   dataset = _ShardDataset(shards, reading, epoch)
   if reading.shuffle:
     dataset = grain.experimental.WindowShuffleIterDataset(
-        dataset, window_size=max(1, window() // reading.shares),
-        seed=order_lib.mixed(reading.seed, 'window', reading.share, epoch))
+      dataset,
+      window_size=max(1, window() // reading.shares),
+      seed=order_lib.mixed(reading.seed, 'window', reading.share, epoch),
+    )
   return iter(dataset)
 
 
@@ -338,8 +363,11 @@ class _ShardStream(Stream):
     self._draw_seed = order_lib.mixed(reading.seed, 'draws', reading.share)
     pictures = reading.prepare.image_size is not None
     threads = reading.settings.num_threads if pictures else 0
-    self._executor = concurrent.futures.ThreadPoolExecutor(
-        threads, thread_name_prefix='decode') if threads else None
+    self._executor = (
+      concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix='decode')
+      if threads
+      else None
+    )
     # What is being prepared, each with the state after it.
     self._ahead = collections.deque()
     self._epoch = state['epoch'] if state else 0
@@ -375,16 +403,17 @@ class _ShardStream(Stream):
       except StopIteration:
         self._epoch += 1
         self._raw = raw_epoch(self._shards, self._reading, self._epoch)
-        if (self._epoch > self._state['epoch'] + patience(self._shards, self._reading)
-            and not self._ahead):
+        if (
+          self._epoch > self._state['epoch'] + patience(self._shards, self._reading)
+          and not self._ahead
+        ):
           break  # Epochs without any example.
     raise StopIteration
 
   def _prepare(self, epoch: int, number: int, example, reader: dict[str, Any]):
     # Epochs are of any length, so that the draws of each begin far from those of the one before.
-    draw, = examples_lib.draws(self._draw_seed, epoch * 2**40 + number, 1)
-    return prepared(self._reading.prepare, epoch, example, draw), {
-        'epoch': epoch, 'reader': reader}
+    (draw,) = examples_lib.draws(self._draw_seed, epoch * 2**40 + number, 1)
+    return prepared(self._reading.prepare, epoch, example, draw), {'epoch': epoch, 'reader': reader}
 
   def state(self) -> dict[str, Any]:
     return self._state
@@ -431,8 +460,17 @@ class ShareExamples:
 
   def seek(self, epoch: int, read: int) -> None:
     """Goes to the example before which so many were read in an epoch."""
-    self.restore({'epoch': epoch, 'taken': read, 'lost': 0, 'skipped': {}, 'shortened': {},
-                  'reads': self._reads(), 'stream': stream_state(self._opened, self._reading, epoch, read)})
+    self.restore(
+      {
+        'epoch': epoch,
+        'taken': read,
+        'lost': 0,
+        'skipped': {},
+        'shortened': {},
+        'reads': self._reads(),
+        'stream': stream_state(self._opened, self._reading, epoch, read),
+      }
+    )
 
   def _reads(self) -> dict[str, Any]:
     """What a place in the data depends on, JSON."""
@@ -451,8 +489,14 @@ class ShareExamples:
 
   def state(self) -> dict[str, Any]:
     """Where the next example is, and the counts up to there."""
-    return {'epoch': self._epoch, 'taken': self._taken, 'lost': self._lost,
-            'reads': self._reads(), 'stream': self._stream.state(), **{name: self.counts(name) for name in _TALLIES}}
+    return {
+      'epoch': self._epoch,
+      'taken': self._taken,
+      'lost': self._lost,
+      'reads': self._reads(),
+      'stream': self._stream.state(),
+      **{name: self.counts(name) for name in _TALLIES},
+    }
 
   def restore(self, state: Mapping[str, Any]) -> None:
     """Goes on where `state` was taken.
@@ -461,13 +505,17 @@ class ShareExamples:
       UserError: it was taken of other examples, or of the same in another order.
     """
     there, here = state['reads'], self._reads()
-    differing = [f'{name} {there.get(name)} there and {here.get(name)} here'
-                 for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
+    differing = [
+      f'{name} {there.get(name)} there and {here.get(name)} here'
+      for name in sorted(there.keys() | here.keys())
+      if there.get(name) != here.get(name)
+    ]
     if differing:
       raise UserError(
-          f'{self._dataset.name}, {self._split}: the checkpoint has its place in other data, or in '
-          f'another order of them: {", ".join(differing)}; set them back, or set '
-          'train.restart_data=True to go on with a new pass over the data')
+        f'{self._dataset.name}, {self._split}: the checkpoint has its place in other data, or in '
+        f'another order of them: {", ".join(differing)}; set them back, or set '
+        'train.restart_data=True to go on with a new pass over the data'
+      )
     self._stream.close()
     self._epoch, self._taken, self._lost = state['epoch'], state['taken'], state['lost']
     self._counts = {name: collections.Counter(state[name]) for name in _TALLIES}
@@ -482,8 +530,9 @@ class ShareExamples:
     found = []
     while len(found) < count and (features := self.next()) is not None:
       found.append(features)
-    return {name: np.stack([features[name] for features in found]) for name in found[0]
-            } if found else {}
+    return (
+      {name: np.stack([features[name] for features in found]) for name in found[0]} if found else {}
+    )
 
   def next(self) -> dict[str, np.ndarray] | None:
     """The next usable example; None after the last epoch.
@@ -513,27 +562,45 @@ class ShareExamples:
   def _nothing(self) -> UserError:
     """The error of a share without any usable example."""
     skipped, shares = tally.told(self.counts('skipped')), self._reading.shares
-    part = (f'share {self._reading.share + 1} of {shares} (train.data_shares) of '
-            if shares > 1 else '')
-    return UserError(f'{self._dataset.name}, {self._split}: there is no usable example in {part}'
-                     f'{self._dataset.source.place}'
-                     + (f'; skipped {skipped}' if skipped else ': there is none at all'))
+    part = (
+      f'share {self._reading.share + 1} of {shares} (train.data_shares) of ' if shares > 1 else ''
+    )
+    return UserError(
+      f'{self._dataset.name}, {self._split}: there is no usable example in {part}'
+      f'{self._dataset.source.place}'
+      + (f'; skipped {skipped}' if skipped else ': there is none at all')
+    )
 
   def _end_epoch(self, last: bool = False) -> None:
     """Reports on an epoch that has ended."""
     where, place = f'{self._dataset.name}, {self._split}', self._dataset.source.place
     skipped, shortened = (tally.told(self.counts(name)) for name in _TALLIES)
     self._barren = 0 if self._taken else self._barren + 1
-    if not self._taken and (self._lost or not self._epoch) and self._barren >= patience(
-        self._opened, self._reading):
+    if (
+      not self._taken
+      and (self._lost or not self._epoch)
+      and self._barren >= patience(self._opened, self._reading)
+    ):
       raise self._nothing()
     if (skipped or shortened) and (self._taken or self._lost):
-      logging.warning('%s: epoch %d ended after %d examples; so far skipped: %s; kept in part: %s',
-                      where, self._epoch, self._taken, skipped or 'none', shortened or 'none')
+      logging.warning(
+        '%s: epoch %d ended after %d examples; so far skipped: %s; kept in part: %s',
+        where,
+        self._epoch,
+        self._taken,
+        skipped or 'none',
+        shortened or 'none',
+      )
     if self._lost > _MUCH * (self._lost + self._taken):
       logging.error(
-          '%s: %d of %d examples of epoch %d of %s could not be used; look at what was skipped and '
-          'why before you go on', where, self._lost, self._lost + self._taken, self._epoch, place)
+        '%s: %d of %d examples of epoch %d of %s could not be used; look at what was skipped and '
+        'why before you go on',
+        where,
+        self._lost,
+        self._lost + self._taken,
+        self._epoch,
+        place,
+      )
     self._taken = self._lost = 0
     if last:
       self._epoch += 1

@@ -63,8 +63,10 @@ class Place:
     found = re.fullmatch(r'(\d+)/(\d+):(\d+):(\d+)\+(\d+)(?:@(\w+))?', text)
     place = cls(*map(int, found.groups()[:5]), found[6] or '') if found else None
     if place is None or place.share >= place.shares or not place.count:
-      raise UserError(f'{text!r} is not a place in the data; write SHARE/SHARES:EPOCH:READ+COUNT, '
-                      'such as 0/1:3:120+8')
+      raise UserError(
+        f'{text!r} is not a place in the data; write SHARE/SHARES:EPOCH:READ+COUNT, '
+        'such as 0/1:3:120+8'
+      )
     return place
 
 
@@ -99,11 +101,24 @@ class SharedBatches:
     UserError: the shares do not divide the batch, or as `Batches` does.
   """
 
-  def __init__(self, task: str, split: str, batch_size: int, feature_lengths: Mapping[str, int],
-               shares: int | None = None, processes: int = 1,
-               rows: Sequence[int] | None = None, seed: int = 0, restart: bool = False):
-    self._arguments = {'task': task, 'split': split, 'feature_lengths': feature_lengths,
-                       'seed': seed}
+  def __init__(
+    self,
+    task: str,
+    split: str,
+    batch_size: int,
+    feature_lengths: Mapping[str, int],
+    shares: int | None = None,
+    processes: int = 1,
+    rows: Sequence[int] | None = None,
+    seed: int = 0,
+    restart: bool = False,
+  ):
+    self._arguments = {
+      'task': task,
+      'split': split,
+      'feature_lengths': feature_lengths,
+      'seed': seed,
+    }
     self.batch_size, self._asked, self._restart = batch_size, shares, restart
     self._rows = np.arange(batch_size) if rows is None else np.asarray(rows)
     self._default = processes if shares is None else shares
@@ -112,8 +127,12 @@ class SharedBatches:
   @property
   def skipped(self) -> dict[str, int]:
     """Reason -> number of examples that this process left out, up to the next batch."""
-    return dict(sum((collections.Counter(state['skipped']) for state in self._states.values()),
-                    collections.Counter()))
+    return dict(
+      sum(
+        (collections.Counter(state['skipped']) for state in self._states.values()),
+        collections.Counter(),
+      )
+    )
 
   @property
   def by_source(self) -> dict[str, int]:
@@ -149,8 +168,11 @@ class SharedBatches:
 
   def places(self) -> tuple[Place, ...]:
     """The next batch, in the shares that this process reads; asks no other process."""
-    return tuple(Place(share, self.shares, *place) for share, places in self._places.items()
-                 for place in places)
+    return tuple(
+      Place(share, self.shares, *place)
+      for share, places in self._places.items()
+      for place in places
+    )
 
   def restore(self, state: Mapping[str, Any]) -> None:
     """Goes on where `state()` was taken, by however many processes.
@@ -176,8 +198,10 @@ class SharedBatches:
     # Version 1 had places alone, or one of the whole.
     states = state.get('shares') or [{}]
     if self._asked not in (None, len(states)):
-      raise UserError(f'train.data_shares={self._asked}, but the checkpoint has the place in '
-                      f'{len(states)} shares; leave it away or train in another --model_dir')
+      raise UserError(
+        f'train.data_shares={self._asked}, but the checkpoint has the place in '
+        f'{len(states)} shares; leave it away or train in another --model_dir'
+      )
     if len(states) != self.shares:
       self._open(len(states))
     self._ahead.close()
@@ -206,9 +230,11 @@ class SharedBatches:
 
   def _open(self, shares: int) -> None:
     if shares < 1 or self.batch_size % shares:
-      raise UserError(f'train.batch_size={self.batch_size} is not divisible by '
-                      f'train.data_shares={shares}, the shares that the data is split into (by '
-                      'default one a process); set one of the two')
+      raise UserError(
+        f'train.batch_size={self.batch_size} is not divisible by '
+        f'train.data_shares={shares}, the shares that the data is split into (by '
+        'default one a process); set one of the two'
+      )
     if hasattr(self, '_ahead'):
       self.close()
     self.shares = shares
@@ -216,13 +242,21 @@ class SharedBatches:
     read = np.unique(self._rows // size)
     settings = share_lib.Settings().divided(len(read))
     self._batches = {
-        int(share): Batches(**self._arguments, batch_size=size, share=int(share), shares=shares,
-                            training=True, settings=settings)
-        for share in read}
+      int(share): Batches(
+        **self._arguments,
+        batch_size=size,
+        share=int(share),
+        shares=shares,
+        training=True,
+        settings=settings,
+      )
+      for share in read
+    }
     held = (read[:, None] * size + np.arange(size)).reshape(-1)
     # A slice where all is needed, since it copies nothing.
-    self._chosen = (slice(None) if len(held) == len(self._rows)
-                    else np.searchsorted(held, self._rows))
+    self._chosen = (
+      slice(None) if len(held) == len(self._rows) else np.searchsorted(held, self._rows)
+    )
     self._read_ahead()
 
   def _read_ahead(self) -> None:
@@ -233,14 +267,17 @@ class SharedBatches:
     """Yields batches, each with the states and places after it."""
     while True:
       parts = [next(batches) for batches in self._batches.values()]
-      batch = {name: np.concatenate([part[name] for part in parts])[self._chosen]
-               for name in parts[0]}
+      batch = {
+        name: np.concatenate([part[name] for part in parts])[self._chosen] for name in parts[0]
+      }
       yield batch, *self._next()
 
   def _next(self) -> tuple[dict[int, Any], dict[int, Any]]:
     """State and places of the next batch in each share."""
-    return ({share: batches.state() for share, batches in self._batches.items()},
-            {share: batches.places() for share, batches in self._batches.items()})
+    return (
+      {share: batches.state() for share, batches in self._batches.items()},
+      {share: batches.places() for share, batches in self._batches.items()},
+    )
 
 
 class ReadAhead:
@@ -294,8 +331,9 @@ class ReadAhead:
       self._thread.join(_SECONDS)
 
 
-def read(place: Place, task: str, split: str, feature_lengths: Mapping[str, int],
-         seed: int) -> dict[str, np.ndarray]:
+def read(
+  place: Place, task: str, split: str, feature_lengths: Mapping[str, int], seed: int
+) -> dict[str, np.ndarray]:
   """Reads the examples at a place.
 
   Args:
@@ -310,7 +348,15 @@ def read(place: Place, task: str, split: str, feature_lengths: Mapping[str, int]
   """
   if place.task:
     task, seed = place.task, mixtures.part_seed(seed, place.task)
-  with Batches(task, split, place.count, feature_lengths, seed=seed,
-               share=place.share, shares=place.shares, training=True) as batches:
+  with Batches(
+    task,
+    split,
+    place.count,
+    feature_lengths,
+    seed=seed,
+    share=place.share,
+    shares=place.shares,
+    training=True,
+  ) as batches:
     batches.seek(place.epoch, place.read)
     return next(batches)

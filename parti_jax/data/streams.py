@@ -84,8 +84,9 @@ def close(streams: Iterable[Stream]) -> None:
   for thread in threads:
     thread.join(max(0.0, end - time.monotonic()))
   if any(thread.is_alive() for thread in threads):
-    logging.warning('a call that reads data has not returned after %g s; going on without it',
-                    _SECONDS)
+    logging.warning(
+      'a call that reads data has not returned after %g s; going on without it', _SECONDS
+    )
 
 
 def _clear_frames(error: BaseException | None) -> None:

@@ -35,17 +35,17 @@ class Task(seqio.Task):
   """A seqio task that is shuffled again in each epoch, however small its source is."""
 
   def get_dataset(
-      self,
-      sequence_length: Mapping[str, int] | None = None,
-      split: str = 'train',
-      use_cached: bool = False,
-      shuffle: bool = True,
-      shuffle_buffer_size: int | None = None,
-      seed: int | None = None,
-      shard_info: seqio.ShardInfo | None = None,
-      num_epochs: int | None = 1,
-      trim_output_features: bool = True,
-      try_in_mem_cache: bool = False,
+    self,
+    sequence_length: Mapping[str, int] | None = None,
+    split: str = 'train',
+    use_cached: bool = False,
+    shuffle: bool = True,
+    shuffle_buffer_size: int | None = None,
+    seed: int | None = None,
+    shard_info: seqio.ShardInfo | None = None,
+    num_epochs: int | None = 1,
+    trim_output_features: bool = True,
+    try_in_mem_cache: bool = False,
   ) -> tf.data.Dataset:
     """Reads a split; arguments as those of `seqio.Task.get_dataset`.
 
@@ -53,9 +53,17 @@ class Task(seqio.Task):
     """
     del try_in_mem_cache
     return super().get_dataset(
-        sequence_length, split, use_cached=use_cached, shuffle=shuffle,
-        shuffle_buffer_size=shuffle_buffer_size, seed=seed, shard_info=shard_info,
-        num_epochs=num_epochs, trim_output_features=trim_output_features, try_in_mem_cache=False)
+      sequence_length,
+      split,
+      use_cached=use_cached,
+      shuffle=shuffle,
+      shuffle_buffer_size=shuffle_buffer_size,
+      seed=seed,
+      shard_info=shard_info,
+      num_epochs=num_epochs,
+      trim_output_features=trim_output_features,
+      try_in_mem_cache=False,
+    )
 
 
 class Mixture(seqio.Mixture):
@@ -72,7 +80,7 @@ class Mixture(seqio.Mixture):
     super().__init__(name, tasks, sample_fn=take_turns)
 
   def get_dataset(
-      self, sequence_length: Mapping[str, int] | None = None, split: str = 'train', *args, **kwargs
+    self, sequence_length: Mapping[str, int] | None = None, split: str = 'train', *args, **kwargs
   ) -> tf.data.Dataset:
     """Reads a split; see `seqio.Mixture.get_dataset`.
 
@@ -85,18 +93,28 @@ class Mixture(seqio.Mixture):
     return super().get_dataset(sequence_length, split, *args, **kwargs)
 
   def get_task_dataset(
-      self, task: seqio.Task, output_feature_keys, sequence_length=None, split='train',
-      use_cached=False, shuffle=True, seed=None, *args, **kwargs) -> tf.data.Dataset:
+    self,
+    task: seqio.Task,
+    output_feature_keys,
+    sequence_length=None,
+    split='train',
+    use_cached=False,
+    shuffle=True,
+    seed=None,
+    *args,
+    **kwargs,
+  ) -> tf.data.Dataset:
     """Reads a split of one of the tasks, each in an order of its own; see seqio's."""
     if seed is not None:
       seed = mixtures.part_seed(int(seed), task.name) >> 2  # In the range of seqio's int32 seeds.
     return super().get_task_dataset(
-        task, output_feature_keys, sequence_length, split, use_cached, shuffle, seed, *args,
-        **kwargs)
+      task, output_feature_keys, sequence_length, split, use_cached, shuffle, seed, *args, **kwargs
+    )
 
 
-def take_turns(parts: Sequence[tf.data.Dataset], rates: Sequence[float], seed: int | None
-               ) -> tf.data.Dataset:
+def take_turns(
+  parts: Sequence[tf.data.Dataset], rates: Sequence[float], seed: int | None
+) -> tf.data.Dataset:
   """Makes one dataset of several, each of which has its share of the examples over any stretch.
 
   Args:
@@ -113,12 +131,12 @@ def take_turns(parts: Sequence[tf.data.Dataset], rates: Sequence[float], seed: i
       yield np.array([whose.next() for _ in range(_TURNS)], np.int64)
 
   order = tf.data.Dataset.from_generator(
-      turns, output_signature=tf.TensorSpec([_TURNS], tf.int64)).unbatch()
+    turns, output_signature=tf.TensorSpec([_TURNS], tf.int64)
+  ).unbatch()
   return tf.data.Dataset.choose_from_datasets(list(parts), order, stop_on_empty_dataset=False)
 
 
-def vocabulary_fingerprint(
-    task: seqio.Task | seqio.Mixture) -> fingerprints.Fingerprint | None:
+def vocabulary_fingerprint(task: seqio.Task | seqio.Mixture) -> fingerprints.Fingerprint | None:
   """Returns the fingerprint of a task's text vocabulary; None where there is none that is known."""
   if 'inputs' not in task.output_features:
     return None
@@ -133,8 +151,7 @@ def vocabulary_fingerprint(
   return fingerprints.Fingerprint(vocabulary.fingerprint, f'vocabulary.path={vocabulary.path!r}')
 
 
-def tokenizer_fingerprint(
-    task: seqio.Task | seqio.Mixture) -> fingerprints.Fingerprint | None:
+def tokenizer_fingerprint(task: seqio.Task | seqio.Mixture) -> fingerprints.Fingerprint | None:
   """Returns the fingerprint of the tokenizer that made a task's tokens; None if it is not known."""
   source = getattr(getattr(task, 'source', None), 'source', None)
   value = getattr(source, 'info', {}).get('tokenizer')
@@ -163,16 +180,19 @@ def get_task(name: str, image_size: int = 64) -> seqio.Task | seqio.Mixture:
   """
   if mixtures.is_one(name):
     mixtures.get(name, image_size)  # For what is wrong with it as a whole.
-    mixture = Mixture(name, [(make_task(part, image_size), float(share))
-                             for part, share in mixtures.tasks(name).items()])
+    mixture = Mixture(
+      name,
+      [(make_task(part, image_size), float(share)) for part, share in mixtures.tasks(name).items()],
+    )
     seqio.MixtureRegistry.remove(name)
     seqio.MixtureRegistry.add_provider(name, mixture)
     return mixture
   if not datasets.is_ours(name):
     if name in seqio.TaskRegistry.names() or name in seqio.MixtureRegistry.names():
       return seqio.get_mixture_or_task(name)
-    raise UserError(f'unknown task {name!r}; there are '
-                    f'{", ".join([*datasets.names(), *mixtures.NAMES])}')
+    raise UserError(
+      f'unknown task {name!r}; there are {", ".join([*datasets.names(), *mixtures.NAMES])}'
+    )
   task = make_task(name, image_size)
   if task.name in seqio.TaskRegistry.names():
     seqio.TaskRegistry.remove(task.name)
@@ -196,8 +216,11 @@ def make_task(name: str, image_size: int = 64, keep_captions: bool = False) -> T
   features, steps = {}, [preprocessors.number, preprocessors.leave_out]
   if 'inputs' in dataset.features:
     features['inputs'] = text_feature(dataset.vocabulary)
-    steps.append(functools.partial(
-        preprocessors.tokenize_captions, vocabulary=dataset.vocabulary, keep=keep_captions))
+    steps.append(
+      functools.partial(
+        preprocessors.tokenize_captions, vocabulary=dataset.vocabulary, keep=keep_captions
+      )
+    )
     if dataset.features != ('inputs',):  # An empty text teaches an encoder nothing.
       steps.append(functools.partial(preprocessors.drop_text, vocabulary=dataset.vocabulary))
   if 'images' in dataset.features:
@@ -206,8 +229,13 @@ def make_task(name: str, image_size: int = 64, keep_captions: bool = False) -> T
   if 'targets' in dataset.features:
     features['targets'] = _feature(dataset.sizes['targets'])
     steps.append(preprocessors.rename_tokens)
-  return Task(dataset.name, SeqioSource(dataset.source, dataset.features != ('inputs',)), features,
-              steps, shuffle_buffer_size=None)
+  return Task(
+    dataset.name,
+    SeqioSource(dataset.source, dataset.features != ('inputs',)),
+    features,
+    steps,
+    shuffle_buffer_size=None,
+  )
 
 
 def text_feature(vocabulary: TextVocabulary) -> seqio.Feature:
@@ -233,5 +261,7 @@ def check_lengths(task: seqio.Task | seqio.Mixture, lengths: Mapping[str, int]) 
   source = getattr(getattr(task, 'source', None), 'source', None)
   tokens = getattr(source, 'info', {}).get('image_tokens')
   if tokens and lengths.get('targets') != tokens:
-    raise UserError(f"{source.name} has {tokens} tokens a picture, but "
-                    f"feature_lengths['targets'] = {lengths['targets']}")
+    raise UserError(
+      f'{source.name} has {tokens} tokens a picture, but '
+      f"feature_lengths['targets'] = {lengths['targets']}"
+    )

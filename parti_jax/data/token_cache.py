@@ -59,7 +59,8 @@ def serialized(caption: str, tokens: np.ndarray, info: Mapping[str, Any]) -> byt
     raise ValueError(f'tokens have the shape {tokens.shape}, not {wanted}')
   if tokens.min() < 0 or tokens.max() >= codes:
     raise ValueError(
-        f'tokens lie in {tokens.min()} to {tokens.max()}, not in a codebook of {codes}')
+      f'tokens lie in {tokens.min()} to {tokens.max()}, not in a codebook of {codes}'
+    )
   return tokens.astype(dtype_of(info)).tobytes() + caption.encode()
 
 
@@ -87,8 +88,11 @@ def write_shard(path: str, records: Iterable[bytes]) -> dict[str, Any]:
       writer.write(record)
       count += 1
     writer.close()
-    found = {'examples': count, 'bytes': os.path.getsize(unfinished),
-             'digest': token_cache_info.digest(unfinished)}
+    found = {
+      'examples': count,
+      'bytes': os.path.getsize(unfinished),
+      'digest': token_cache_info.digest(unfinished),
+    }
     if storage.is_url(path):
       storage.upload(unfinished, path)
     else:
@@ -103,7 +107,7 @@ def write_shard(path: str, records: Iterable[bytes]) -> dict[str, Any]:
 
 
 def write_token_cache(
-    folder: str, examples: Iterable[tuple[str, np.ndarray]], info: dict, split: str = 'train'
+  folder: str, examples: Iterable[tuple[str, np.ndarray]], info: dict, split: str = 'train'
 ) -> int:
   """Writes a split of a token cache; the split is there when all of it is.
 
@@ -133,9 +137,16 @@ def write_token_cache(
     token_cache_info.remove_folder(unfinished)
     try:
       entry = token_cache_info.split_info(_write_shards(unfinished, examples, info))
-      token_cache_info.put_in_place(folder, info, split, entry, [
+      token_cache_info.put_in_place(
+        folder,
+        info,
+        split,
+        entry,
+        [
           storage.join(unfinished, token_cache_info.shard_name('shard', index))
-          for index in range(len(entry['shards']))])
+          for index in range(len(entry['shards']))
+        ],
+      )
     finally:
       token_cache_info.remove_folder(unfinished)
   except OSError as error:
@@ -193,8 +204,10 @@ class TokenCacheSource(base.Source):
   def check_split(self, split: str) -> None:
     if split not in self.splits:
       finished = ', '.join(self.splits) or 'none'
-      raise UserError(f'{self.name} has no finished split {split!r}; it has {finished}; '
-                      f'{token_cache_info.HOW_TO_MAKE}')
+      raise UserError(
+        f'{self.name} has no finished split {split!r}; it has {finished}; '
+        f'{token_cache_info.HOW_TO_MAKE}'
+      )
 
   def open(self, split: str, pictures: bool = True) -> base.Records | base.Shards:
     del pictures  # There are none.
@@ -215,11 +228,14 @@ class TokenCacheSource(base.Source):
     shards = self.info['splits'][split]['shards']
     names = [token_cache_info.shard_name(split, index) for index in range(len(shards))]
     files = array_records.complete_files(
-        self._path, names, shards, self.name, token_cache_info.HOW_TO_MAKE)
+      self._path, names, shards, self.name, token_cache_info.HOW_TO_MAKE
+    )
     # Records of another cache would fail in the middle of a run.
     if not array_records.first_fits(files[0], shards[0]['examples'], self._parse):
-      raise UserError(f'{files[0]} is damaged: its first record is not one of {self.name}; '
-                      f'{token_cache_info.HOW_TO_MAKE} again')
+      raise UserError(
+        f'{files[0]} is damaged: its first record is not one of {self.name}; '
+        f'{token_cache_info.HOW_TO_MAKE} again'
+      )
     return files
 
   def damaged_shards(self, split: str) -> Iterator[str]:
@@ -256,8 +272,10 @@ def configured(path: str | None = None, shuffle: str | None = None) -> TokenCach
   """
   if path is None:
     scope = ''.join(f'{part}/' for part in gin.current_scope())
-    raise UserError(f"{scope}token_cache.path is not set; give --gin.{scope}token_cache.path="
-                    f"\"'FOLDER'\"; {token_cache_info.HOW_TO_MAKE}")
+    raise UserError(
+      f'{scope}token_cache.path is not set; give --gin.{scope}token_cache.path='
+      f'"\'FOLDER\'"; {token_cache_info.HOW_TO_MAKE}'
+    )
   if shuffle not in (None, *SHUFFLES):
     raise UserError(f'token_cache.shuffle={shuffle!r} is not one of {", ".join(SHUFFLES)}')
   return TokenCacheSource(path, shuffle)

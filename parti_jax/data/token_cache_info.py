@@ -62,8 +62,10 @@ def read_info(folder: str) -> dict[str, Any]:
   if missing:
     raise UserError(f'{path} lacks {", ".join(missing)}; {HOW_TO_MAKE} again')
   if info.get('version', 1) == 1:
-    raise UserError(f'the token cache {folder} is of version 1; turn it into one of version '
-                    f'{VERSION} with: parti-jax tokenize --convert={folder} --output_dir=FOLDER')
+    raise UserError(
+      f'the token cache {folder} is of version 1; turn it into one of version '
+      f'{VERSION} with: parti-jax tokenize --convert={folder} --output_dir=FOLDER'
+    )
   if not _makes_sense(info):
     raise UserError(f'{path} is damaged; {HOW_TO_MAKE} again')
   return info
@@ -71,9 +73,14 @@ def read_info(folder: str) -> dict[str, Any]:
 
 def _makes_sense(info: Mapping[str, Any]) -> bool:
   """Returns whether the entries that are read are of the right kinds."""
-  return (_whole(info['codebook_size']) and _whole(info['image_tokens'])
-          and _whole(info.get('views')) and info['version'] == VERSION
-          and isinstance(info['tokenizer'], str) and are_splits(info['splits']))
+  return (
+    _whole(info['codebook_size'])
+    and _whole(info['image_tokens'])
+    and _whole(info.get('views'))
+    and info['version'] == VERSION
+    and isinstance(info['tokenizer'], str)
+    and are_splits(info['splits'])
+  )
 
 
 def are_splits(splits: Any) -> bool:
@@ -81,12 +88,17 @@ def are_splits(splits: Any) -> bool:
   if not isinstance(splits, dict):
     return False
   for split in splits.values():
-    if not (isinstance(split, dict) and _whole(split.get('examples'))
-            and isinstance(split.get('shards'), list) and split['shards']):
+    if not (
+      isinstance(split, dict)
+      and _whole(split.get('examples'))
+      and isinstance(split.get('shards'), list)
+      and split['shards']
+    ):
       return False
     for shard in split['shards']:
-      if not (isinstance(shard, dict) and _whole(shard.get('examples'), 0)
-              and _whole(shard.get('bytes'))):
+      if not (
+        isinstance(shard, dict) and _whole(shard.get('examples'), 0) and _whole(shard.get('bytes'))
+      ):
         return False
     if split['examples'] != sum(shard['examples'] for shard in split['shards']):
       return False
@@ -100,8 +112,10 @@ def _whole(value: Any, least: int = 1) -> bool:
 def check_split_name(split: str) -> None:
   """Raises UserError unless the name of a split can be part of a file's."""
   if not _SPLIT.fullmatch(split) or len(split.encode('utf-8', 'replace')) > _LONGEST_SPLIT:
-    raise UserError(f'the split {split[:80]!r} cannot be part of a file name; rename it in the '
-                    'source, with letters, digits, spaces and -_.+=, 200 bytes at most')
+    raise UserError(
+      f'the split {split[:80]!r} cannot be part of a file name; rename it in the '
+      'source, with letters, digits, spaces and -_.+=, 200 bytes at most'
+    )
 
 
 def split_info(shards: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -155,22 +169,29 @@ def other_splits(folder: str, info: Mapping[str, Any], replaced: Sequence[str]) 
   splits = {name: value for name, value in present['splits'].items() if name != split}
   for name in splits:
     if _same_name(name) == _same_name(split):
-      raise UserError(f'the token cache {folder} holds a split {name!r}, whose files have the same '
-                      f'names as those of {split!r} on some file systems; choose another folder')
+      raise UserError(
+        f'the token cache {folder} holds a split {name!r}, whose files have the same '
+        f'names as those of {split!r} on some file systems; choose another folder'
+      )
   differences = differing(present, info)
   if differences:
     splits = {name: value for name, value in splits.items() if name not in others}
   if splits and differences:
     key, (theirs, ours) = next(iter(differences.items()))
-    raise UserError(f'the token cache {folder} holds {", ".join(splits)} with {key} '
-                    f'{theirs}, not {ours}; choose another folder or remove it')
+    raise UserError(
+      f'the token cache {folder} holds {", ".join(splits)} with {key} '
+      f'{theirs}, not {ours}; choose another folder or remove it'
+    )
   return splits
 
 
 def differing(present: Mapping[str, Any], info: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
   """What all splits of a cache share and two of them don't: key -> the values of both."""
-  return {key: (theirs, ours) for key in (*KEYS, 'views')
-          if (theirs := present.get(key, 1)) != (ours := info.get(key, 1))}
+  return {
+    key: (theirs, ours)
+    for key in (*KEYS, 'views')
+    if (theirs := present.get(key, 1)) != (ours := info.get(key, 1))
+  }
 
 
 def digest(path: str) -> str:
@@ -186,8 +207,14 @@ class LostShard(Exception):
   """A shard to put in place is gone or damaged; the argument is its number."""
 
 
-def put_in_place(folder: str, info: Mapping[str, Any], split: str, entry: Mapping[str, Any],
-                 files: Sequence[str], replaced: Sequence[str] = ()) -> None:
+def put_in_place(
+  folder: str,
+  info: Mapping[str, Any],
+  split: str,
+  entry: Mapping[str, Any],
+  files: Sequence[str],
+  replaced: Sequence[str] = (),
+) -> None:
   """Moves the finished shards of a split into a cache and enters them in `info.json`.
 
   If it is killed, calling it again completes it. Several processes may call it with the same

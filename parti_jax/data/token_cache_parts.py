@@ -55,8 +55,15 @@ class SplitParts:
     count: as given.
   """
 
-  def __init__(self, folder: str, split: str, info: Mapping[str, Any],
-               made_with: Mapping[str, Any], count: int, replaced: Sequence[str] = ()):
+  def __init__(
+    self,
+    folder: str,
+    split: str,
+    info: Mapping[str, Any],
+    made_with: Mapping[str, Any],
+    count: int,
+    replaced: Sequence[str] = (),
+  ):
     token_cache_info.check_split_name(split)
     self.folder, self.split, self.count = folder, split, count
     self._info, self._replaced = dict(info), replaced
@@ -120,10 +127,18 @@ class SplitParts:
       with concurrent.futures.ThreadPoolExecutor(_READS_AT_ONCE) as executor:
         indices = list(indices)
         facts = executor.map(
-            lambda index: self._facts(index) if self._json(index) in sizes else None, indices)
-        return [index for index, found in zip(indices, facts) if found is None or not (
-            merging or not found['examples']
-            or sizes.get(self._shard(index)) == found['shard']['bytes'])]
+          lambda index: self._facts(index) if self._json(index) in sizes else None, indices
+        )
+        return [
+          index
+          for index, found in zip(indices, facts)
+          if found is None
+          or not (
+            merging
+            or not found['examples']
+            or sizes.get(self._shard(index)) == found['shard']['bytes']
+          )
+        ]
 
   def left(self) -> list[int]:
     """The parts that no process has finished yet."""
@@ -135,8 +150,9 @@ class SplitParts:
     with self._reported():
       return storage.exists(storage.join(self._parts, self._json(index))) or self.finished()
 
-  def write(self, index: int, records: Iterable[bytes],
-            tallies: Mapping[str, Mapping[str, int]]) -> None:
+  def write(
+    self, index: int, records: Iterable[bytes], tallies: Mapping[str, Mapping[str, int]]
+  ) -> None:
     """Writes a part.
 
     Args:
@@ -150,13 +166,22 @@ class SplitParts:
     with self._reported():
       records = iter(records)
       first = next(records, None)
-      shard = None if first is None else token_cache.write_shard(
-          storage.join(self._parts, self._shard(index)), itertools.chain([first], records))
+      shard = (
+        None
+        if first is None
+        else token_cache.write_shard(
+          storage.join(self._parts, self._shard(index)), itertools.chain([first], records)
+        )
+      )
       begun = self._read(_MADE_WITH)
       if begun not in (None, self._whole):
         self._refuse('parts of a split that another process writes', begun)
-      facts = {'part': index, 'examples': shard['examples'] if shard else 0, 'shard': shard,
-               **{name: dict(tallies[name]) for name in TALLIES}}
+      facts = {
+        'part': index,
+        'examples': shard['examples'] if shard else 0,
+        'shard': shard,
+        **{name: dict(tallies[name]) for name in TALLIES},
+      }
       storage.write(storage.join(self._parts, self._json(index)), json.dumps(facts))
 
   def merge(self) -> bool:
@@ -193,21 +218,31 @@ class SplitParts:
     return {name: self._entry()[0][name] for name in ('examples', *TALLIES)}
 
   def _put_in_place(self, facts: Sequence[Mapping[str, Any]]) -> bool:
-    totals = {name: sum((collections.Counter(found[name]) for found in facts),
-                        collections.Counter()) for name in TALLIES}
-    totals = {name: dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
-              for name, found in totals.items()}
+    totals = {
+      name: sum((collections.Counter(found[name]) for found in facts), collections.Counter())
+      for name in TALLIES
+    }
+    totals = {
+      name: dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
+      for name, found in totals.items()
+    }
     used = [found for found in facts if found['examples']]
     if not used:
       reasons = ', '.join(f'{count:,} {reason}' for reason, count in totals['skipped'].items())
-      raise UserError(f'there is no usable example in split {self.split!r}'
-                      + (f'; skipped {reasons}' if reasons else ': there is none at all'))
-    entry = {**token_cache_info.split_info([found['shard'] for found in used]), **totals,
-             'made_with': self._made_with}
+      raise UserError(
+        f'there is no usable example in split {self.split!r}'
+        + (f'; skipped {reasons}' if reasons else ': there is none at all')
+      )
+    entry = {
+      **token_cache_info.split_info([found['shard'] for found in used]),
+      **totals,
+      'made_with': self._made_with,
+    }
     files = [storage.join(self._parts, self._shard(found['part'])) for found in used]
     try:
       token_cache_info.put_in_place(
-          self.folder, self._info, self.split, entry, files, self._replaced)
+        self.folder, self._info, self.split, entry, files, self._replaced
+      )
     except token_cache_info.LostShard as error:
       if self.finished():
         return True
@@ -230,21 +265,28 @@ class SplitParts:
 
   def _is_ours(self, entry: Mapping[str, Any], present: Mapping[str, Any]) -> bool:
     return not token_cache_info.differing(present, self._info) and (
-        entry.get('made_with') == self._made_with)
+      entry.get('made_with') == self._made_with
+    )
 
   def _is_whole(self, entry: Mapping[str, Any]) -> bool:
     """Whether the shards of a split are in place; those of other sizes are not whole."""
     sizes = storage.sizes(self.folder)
-    return all(sizes.get(token_cache_info.shard_name(self.split, index)) == shard['bytes']
-               for index, shard in enumerate(entry['shards']))
+    return all(
+      sizes.get(token_cache_info.shard_name(self.split, index)) == shard['bytes']
+      for index, shard in enumerate(entry['shards'])
+    )
 
   def _refuse(self, what: str, found: Any) -> None:
     found = found if isinstance(found, dict) else {}
-    differences = [f'{name} {found.get(name)}, not {ours}' for name, ours in self._whole.items()
-                   if found.get(name) != ours]
+    differences = [
+      f'{name} {found.get(name)}, not {ours}'
+      for name, ours in self._whole.items()
+      if found.get(name) != ours
+    ]
     raise UserError(
-        f'the token cache {self.folder} holds {what} {self.split!r} with '
-        f'{"; ".join(differences)}; --overwrite replaces it, or choose another folder')
+      f'the token cache {self.folder} holds {what} {self.split!r} with '
+      f'{"; ".join(differences)}; --overwrite replaces it, or choose another folder'
+    )
 
   def _unwritten(self, names: Container[str]) -> list[int]:
     return [index for index in range(self.count) if self._json(index) not in names]
@@ -253,16 +295,26 @@ class SplitParts:
     """What is in the JSON of a part, None where it is missing or damaged."""
     found = self._read(self._json(index))
     whole = lambda value, least: type(value) is int and value >= least  # No bool.
-    if not (isinstance(found, dict) and found.get('part') == index
-            and whole(found.get('examples'), 0) and 'shard' in found
-            and all(isinstance(found.get(name), dict) and all(
-                whole(count, 1) for count in found[name].values()) for name in TALLIES)):
+    if not (
+      isinstance(found, dict)
+      and found.get('part') == index
+      and whole(found.get('examples'), 0)
+      and 'shard' in found
+      and all(
+        isinstance(found.get(name), dict) and all(whole(count, 1) for count in found[name].values())
+        for name in TALLIES
+      )
+    ):
       return None
     shard = found['shard']
     if found['examples'] == 0 and shard is None:
       return found
-    fits = (isinstance(shard, dict) and shard.get('examples') == found['examples']
-            and whole(shard.get('bytes'), 1) and isinstance(shard.get('digest'), str))
+    fits = (
+      isinstance(shard, dict)
+      and shard.get('examples') == found['examples']
+      and whole(shard.get('bytes'), 1)
+      and isinstance(shard.get('digest'), str)
+    )
     return found if fits else None
 
   def _read(self, name: str) -> Any:

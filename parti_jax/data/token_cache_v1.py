@@ -45,8 +45,9 @@ class OldCache:
     try:
       info = storage.read_json(storage.join(path, 'info.json'))
     except FileNotFoundError as error:
-      raise UserError(f'--convert={path}: there is no token cache, since it has no info.json'
-                      ) from error
+      raise UserError(
+        f'--convert={path}: there is no token cache, since it has no info.json'
+      ) from error
     except ValueError as error:
       raise UserError(f'--convert={path}: info.json is damaged') from error
     if isinstance(info, dict) and info.get('version', 1) != 1:
@@ -75,8 +76,10 @@ class OldCache:
         raise UserError(f'{file} is missing; copy it again, or tokenize the pictures again')
       wanted = entry['bytes'][index] if entry.get('bytes') else sizes[name]
       if sizes[name] != wanted:
-        raise UserError(f'{file} is damaged: it has {sizes[name]:,} bytes and had {wanted:,} when '
-                        'it was written; copy it again, or tokenize the pictures again')
+        raise UserError(
+          f'{file} is damaged: it has {sizes[name]:,} bytes and had {wanted:,} when '
+          'it was written; copy it again, or tokenize the pictures again'
+        )
       files.append(file)
     return files
 
@@ -96,24 +99,31 @@ class OldCache:
       return Damaged('record of something else')
     captions, tokens = features['caption'].bytes_list.value, features['targets'].int64_list.value
     try:
-      caption, = captions
+      (caption,) = captions
       return token_cache.serialized(
-          caption.decode(), np.array(tokens, np.int64), {**self.info, 'views': 1})
+        caption.decode(), np.array(tokens, np.int64), {**self.info, 'views': 1}
+      )
     except ValueError:
       return Damaged('record of another token cache')
 
 
 def _makes_sense(info: Any) -> bool:
   whole = lambda value: type(value) is int and 1 <= value < 2**40  # No bool.
-  if not (isinstance(info, Mapping) and isinstance(info.get('splits'), dict)
-          and all(whole(info.get(name)) for name in ('codebook_size', 'image_tokens'))
-          and isinstance(info.get('tokenizer'), str)):
+  if not (
+    isinstance(info, Mapping)
+    and isinstance(info.get('splits'), dict)
+    and all(whole(info.get(name)) for name in ('codebook_size', 'image_tokens'))
+    and isinstance(info.get('tokenizer'), str)
+  ):
     return False
   for split in info['splits'].values():
     if not isinstance(split, dict) or not whole(split.get('shards')):
       return False
     sizes = split.get('bytes')
-    if sizes is not None and not (isinstance(sizes, list) and len(sizes) == split['shards']
-                                  and all(type(size) is int for size in sizes)):
+    if sizes is not None and not (
+      isinstance(sizes, list)
+      and len(sizes) == split['shards']
+      and all(type(size) is int for size in sizes)
+    ):
       return False
   return True

@@ -33,8 +33,7 @@ class Preparation:
   count: int = 1
   decode: examples.Decode = image_decoding.decode_and_note
 
-  def __call__(self, example: Mapping[str, Any], draw: float
-               ) -> tuple[dict[str, Any], list[str]]:
+  def __call__(self, example: Mapping[str, Any], draw: float) -> tuple[dict[str, Any], list[str]]:
     """Prepares an example, as `share.Reading.prepare` does.
 
     Args:
@@ -57,7 +56,9 @@ class Preparation:
       side = round(_LARGER * size)
       larger = self.decode(example['picture'], side)[0]
       end = side - size
-      found += [larger[top:top + size, left:left + size] for top in (0, end) for left in (0, end)]
+      found += [
+        larger[top : top + size, left : left + size] for top in (0, end) for left in (0, end)
+      ]
     if self.count > 1:
       found = [view for plain in found for view in (plain, plain[:, ::-1])]
     return {'caption': caption, 'views': np.stack(found)}, notes + changes

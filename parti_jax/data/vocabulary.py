@@ -47,8 +47,8 @@ class TextVocabulary:
       model = storage.read(self.path, LARGEST_MODEL)
     except OSError as error:
       raise UserError(
-          f'the vocabulary {self.path} cannot be read ({error.strerror or error}); '
-          '`parti-jax vocabulary` makes one'
+        f'the vocabulary {self.path} cannot be read ({error.strerror or error}); '
+        '`parti-jax vocabulary` makes one'
       ) from error
     try:
       self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -58,8 +58,8 @@ class TextVocabulary:
     special_ids = (processor.pad_id(), processor.eos_id(), processor.unk_id())
     if special_ids != (PAD_ID, EOS_ID, UNK_ID):
       raise UserError(
-          f'the vocabulary {self.path} has the ids (pad, eos, unk) = {special_ids}, '
-          f'needed are {(PAD_ID, EOS_ID, UNK_ID)}; `parti-jax vocabulary` makes such a one'
+        f'the vocabulary {self.path} has the ids (pad, eos, unk) = {special_ids}, '
+        f'needed are {(PAD_ID, EOS_ID, UNK_ID)}; `parti-jax vocabulary` makes such a one'
       )
     self.fingerprint = fingerprints.of_vocabulary(model)
 
@@ -87,8 +87,10 @@ class TextVocabulary:
     try:
       text.encode()
     except UnicodeEncodeError as error:
-      raise UserError(f'the text {text[:80]!r} is not UTF-8: character {error.start + 1} of it is '
-                      'half a character; write it in UTF-8') from error
+      raise UserError(
+        f'the text {text[:80]!r} is not UTF-8: character {error.start + 1} of it is '
+        'half a character; write it in UTF-8'
+      ) from error
     ids = self._processor.encode(text)
     kept = ids[: length - 1]
     padded = np.full([length], PAD_ID, np.int32)
@@ -112,12 +114,12 @@ class TextVocabulary:
 
 
 def train_vocabulary(
-    captions: Iterable[str],
-    size: int,
-    output: str,
-    model_type: str = 'unigram',
-    character_coverage: float = 0.9995,
-    at_most: bool = False,
+  captions: Iterable[str],
+  size: int,
+  output: str,
+  model_type: str = 'unigram',
+  character_coverage: float = 0.9995,
+  at_most: bool = False,
 ) -> TextVocabulary:
   """Trains a SentencePiece model and writes it in one go.
 
@@ -142,21 +144,21 @@ def train_vocabulary(
   model = io.BytesIO()
   try:
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(captions),
-        model_writer=model,
-        model_type=model_type,
-        vocab_size=size,
-        character_coverage=character_coverage,
-        hard_vocab_limit=not at_most,
-        normalization_rule_name='nmt_nfkc_cf',
-        pad_id=PAD_ID,
-        eos_id=EOS_ID,
-        unk_id=UNK_ID,
-        bos_id=-1,
-        # Above this a sample carries the statistics just as well, in bounded memory.
-        input_sentence_size=10_000_000,
-        shuffle_input_sentence=True,
-        minloglevel=2,
+      sentence_iterator=iter(captions),
+      model_writer=model,
+      model_type=model_type,
+      vocab_size=size,
+      character_coverage=character_coverage,
+      hard_vocab_limit=not at_most,
+      normalization_rule_name='nmt_nfkc_cf',
+      pad_id=PAD_ID,
+      eos_id=EOS_ID,
+      unk_id=UNK_ID,
+      bos_id=-1,
+      # Above this a sample carries the statistics just as well, in bounded memory.
+      input_sentence_size=10_000_000,
+      shuffle_input_sentence=True,
+      minloglevel=2,
     )
   except RuntimeError as error:
     raise _training_error(error, size) from error
@@ -172,12 +174,12 @@ def _training_error(error: RuntimeError, size: int) -> UserError:
   message = str(error)
   if largest := re.search(r'value <= (\d+)', message):
     return UserError(
-        f'--size={size} is more than these captions can carry; the largest is --size='
-        f'{largest.group(1)}'
+      f'--size={size} is more than these captions can carry; the largest is --size='
+      f'{largest.group(1)}'
     )
   if smallest := re.search(r'smaller than required_chars.*?vs (\d+)', message):
     return UserError(
-        f'--size={size} is less than the {smallest.group(1)} that the characters of these captions '
-        'need; give a larger --size or a smaller --character_coverage'
+      f'--size={size} is less than the {smallest.group(1)} that the characters of these captions '
+      'need; give a larger --size or a smaller --character_coverage'
     )
   return UserError(f'no vocabulary of --size={size} could be trained: {message.splitlines()[0]}')

@@ -25,8 +25,9 @@ import numpy as np
 _TRUNCATION = 0.75
 
 
-def p_value(losses: np.ndarray, tolerance: float, low: float = -1.0, high: float = 1.0,
-            risk: float = 0.05) -> float:
+def p_value(
+  losses: np.ndarray, tolerance: float, low: float = -1.0, high: float = 1.0, risk: float = 0.05
+) -> float:
   """Probability of losses as low as these, if their expectation were above the tolerance.
 
   Args:
@@ -61,8 +62,9 @@ def p_value(losses: np.ndarray, tolerance: float, low: float = -1.0, high: float
   return float(min(1.0, np.exp(-capital.max(initial=0.0))))
 
 
-def fixed_sequence(thresholds: Iterable[float], measure: Callable[[float], dict[str, Any]],
-                   risk: float) -> tuple[float | None, list[dict[str, Any]]]:
+def fixed_sequence(
+  thresholds: Iterable[float], measure: Callable[[float], dict[str, Any]], risk: float
+) -> tuple[float | None, list[dict[str, Any]]]:
   """Tries thresholds in the order given until one fails.
 
   Args:

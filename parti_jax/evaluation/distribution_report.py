@@ -6,20 +6,21 @@ from parti_jax.evaluation import tables
 from parti_jax.evaluation.metrics import distribution
 
 NOTE = (
-    'Fréchet distance: less is better; it grows where pictures are few, so that only rows with the '
-    'same numbers of pictures compare, and only over the same features. Precision, recall '
-    '(k = 3): shares of generated pictures on the manifold of the real ones, and the reverse, '
-    'in %; they too depend on the numbers of pictures. Inception score: more is better; the mean '
-    'over ten parts of the pictures, ± the deviation between them; it grows with the number of '
-    'pictures. '
-    'Alignment: mean cosine of the ranker\'s features of text and picture.')
+  'Fréchet distance: less is better; it grows where pictures are few, so that only rows with the '
+  'same numbers of pictures compare, and only over the same features. Precision, recall '
+  '(k = 3): shares of generated pictures on the manifold of the real ones, and the reverse, '
+  'in %; they too depend on the numbers of pictures. Inception score: more is better; the mean '
+  'over ten parts of the pictures, ± the deviation between them; it grows with the number of '
+  'pictures. '
+  "Alignment: mean cosine of the ranker's features of text and picture."
+)
 
 _COLUMNS = {
-    'frechet_distance': ('Fréchet distance', '{:.4g}'.format),
-    'precision': ('precision', lambda share: f'{100 * share:.1f}'),
-    'recall': ('recall', lambda share: f'{100 * share:.1f}'),
-    'inception_score': ('inception score', lambda score: score.text(2)),
-    'alignment': ('alignment', lambda cosine: cosine.text(3)),
+  'frechet_distance': ('Fréchet distance', '{:.4g}'.format),
+  'precision': ('precision', lambda share: f'{100 * share:.1f}'),
+  'recall': ('recall', lambda share: f'{100 * share:.1f}'),
+  'inception_score': ('inception score', lambda score: score.text(2)),
+  'alignment': ('alignment', lambda cosine: cosine.text(3)),
 }
 
 
@@ -30,15 +31,24 @@ def title(table: distribution.Distribution) -> str:
 
 def cells(table: distribution.Distribution) -> list[list[str]]:
   """Returns a header and a line for each row; columns that no row has a value for are left out."""
-  shown = {key: column for key, column in _COLUMNS.items()
-           if any(getattr(row, key) is not None for row in table.rows.values())}
+  shown = {
+    key: column
+    for key, column in _COLUMNS.items()
+    if any(getattr(row, key) is not None for row in table.rows.values())
+  }
   lines = [['', 'pictures', 'against', *(name for name, _ in shown.values())]]
   for key, label in distribution.ROWS.items():
     if key in table.rows:
       row = table.rows[key]
       values = [(getattr(row, column), render) for column, (_, render) in shown.items()]
-      lines.append([label, f'{row.pictures:,}', '-' if row.real is None else f'{row.real:,}',
-                    *('-' if value is None else render(value) for value, render in values)])
+      lines.append(
+        [
+          label,
+          f'{row.pictures:,}',
+          '-' if row.real is None else f'{row.real:,}',
+          *('-' if value is None else render(value) for value, render in values),
+        ]
+      )
   return lines
 
 

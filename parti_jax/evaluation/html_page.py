@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from parti_jax.sampling import images as images_lib
 
-_STYLE = '''
+_STYLE = """
 :root { color-scheme: light dark; }
 body { font: 15px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 1500px; padding: 0 20px; }
 header { position: sticky; top: 0; background: Canvas; padding: 8px 0; z-index: 1;
@@ -33,9 +33,9 @@ figure img { width: 98px; height: 98px; object-fit: cover; border-radius: 4px; d
 figure:first-child { outline: 2px solid #2a7de1; outline-offset: 2px; border-radius: 4px; }
 .unranked figure:first-child { outline: none; }
 .note, .cut { font-size: 13px; } .cut { color: #b26a00; } [hidden] { display: none; }
-'''
+"""
 
-_SCRIPT = '''
+_SCRIPT = """
 const filters = ['category', 'challenge'].map(name => document.getElementById('_' + name));
 const words = document.getElementById('_words');
 function show() {
@@ -52,7 +52,7 @@ function show() {
 }
 for (const f of [...filters, words]) f.addEventListener('input', show);
 document.getElementById('_filters').hidden = false;
-'''
+"""
 
 
 def page(title: str, about: str, prompts: Sequence[Mapping], ranked: bool) -> str:
@@ -73,9 +73,11 @@ def page(title: str, about: str, prompts: Sequence[Mapping], ranked: bool) -> st
   challenges = _grouped(prompts, 'challenge')
   anchors = _Anchors(categories, challenges)
   order = 'best first by the ranker, with its score' if ranked else 'not ranked'
-  links = ' '.join(f'<a href="#{anchors.of(name)}">{_text(name)} ({len(members)})</a>'
-                   for name, members in categories.items())
-  return f'''<!DOCTYPE html>
+  links = ' '.join(
+    f'<a href="#{anchors.of(name)}">{_text(name)} ({len(members)})</a>'
+    for name, members in categories.items()
+  )
+  return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -100,7 +102,7 @@ def page(title: str, about: str, prompts: Sequence[Mapping], ranked: bool) -> st
 <script>{_SCRIPT}</script>
 </body>
 </html>
-'''
+"""
 
 
 def _grouped(prompts: Sequence[Mapping], key: str) -> dict[str, list[Mapping]]:
@@ -131,8 +133,10 @@ class _Anchors:
 
 
 def _select(name: str, groups: Mapping) -> str:
-  options = ''.join(f'<option value="{_text(value)}">{_text(value)} ({len(members)})</option>'
-                    for value, members in groups.items())
+  options = ''.join(
+    f'<option value="{_text(value)}">{_text(value)} ({len(members)})</option>'
+    for value, members in groups.items()
+  )
   return f'<select id="_{name}"><option value="">all</option>{options}</select>'
 
 
@@ -140,10 +144,14 @@ def _category(category: str, prompts: Sequence[Mapping], anchors: _Anchors) -> s
   parts = []
   for challenge, members in _grouped(prompts, 'challenge').items():
     articles = ''.join(map(_article, members))
-    parts.append(f'<section>\n<h3 id="{anchors.of(category, challenge)}">{_text(challenge)}</h3>\n'
-                 f'<div class="prompts">\n{articles}</div>\n</section>\n')
-  return (f'<section>\n<h2 id="{anchors.of(category)}">{_text(category)}</h2>\n'
-          f'{"".join(parts)}</section>\n')
+    parts.append(
+      f'<section>\n<h3 id="{anchors.of(category, challenge)}">{_text(challenge)}</h3>\n'
+      f'<div class="prompts">\n{articles}</div>\n</section>\n'
+    )
+  return (
+    f'<section>\n<h2 id="{anchors.of(category)}">{_text(category)}</h2>\n'
+    f'{"".join(parts)}</section>\n'
+  )
 
 
 def _article(prompt: Mapping) -> str:
@@ -151,13 +159,17 @@ def _article(prompt: Mapping) -> str:
   if prompt['cut']:
     note += f'<p class="cut">{_text(prompt["cut"])}</p>\n'
   figures = ''.join(_figure(prompt['prompt'], picture) for picture in prompt['pictures'])
-  return (f'<article data-category="{_text(prompt["category"])}" '
-          f'data-challenge="{_text(prompt["challenge"])}">\n<p>{_text(prompt["prompt"])}</p>\n'
-          f'{note}<div class="pictures">\n{figures}</div>\n</article>\n')
+  return (
+    f'<article data-category="{_text(prompt["category"])}" '
+    f'data-challenge="{_text(prompt["challenge"])}">\n<p>{_text(prompt["prompt"])}</p>\n'
+    f'{note}<div class="pictures">\n{figures}</div>\n</article>\n'
+  )
 
 
 def _figure(prompt: str, picture: Mapping) -> str:
   file = _text(picture['file'])
   score = '' if picture['score'] is None else f'{picture["score"]:.3f}'
-  return (f'<figure><a href="{file}"><img src="{file}" loading="lazy" alt="{_text(prompt)}"></a>'
-          f'<figcaption>{score}</figcaption></figure>\n')
+  return (
+    f'<figure><a href="{file}"><img src="{file}" loading="lazy" alt="{_text(prompt)}"></a>'
+    f'<figcaption>{score}</figcaption></figure>\n'
+  )

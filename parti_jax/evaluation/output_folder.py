@@ -29,8 +29,9 @@ def make(path: str) -> pathlib.Path:
     with tempfile.TemporaryFile(dir=folder):
       pass
   except OSError as error:
-    raise UserError(f'--output_dir {path}: cannot write there ({error.strerror}); '
-                    'name another folder') from error
+    raise UserError(
+      f'--output_dir {path}: cannot write there ({error.strerror}); name another folder'
+    ) from error
   return folder
 
 
@@ -57,8 +58,10 @@ def claim(folder: pathlib.Path, run: Mapping[str, object]):
     raise UserError(f'{path} is damaged; name another --output_dir') from error
   for key, value in run.items():
     if there.get(key) != value:
-      raise UserError(f'--output_dir {folder} holds pictures of another run, with {key} '
-                      f'{there.get(key)!r} where this one has {value!r}; name another folder')
+      raise UserError(
+        f'--output_dir {folder} holds pictures of another run, with {key} '
+        f'{there.get(key)!r} where this one has {value!r}; name another folder'
+      )
 
 
 def write(path: pathlib.Path, content: bytes):
@@ -95,6 +98,7 @@ def model_fingerprint(folder) -> str:
   if folder is None:
     # Imports JAX, which takes a moment.
     from parti_jax.sampling import text_to_image
+
     folder = text_to_image.DEMO_FOLDER
   parts = []
   for path in sorted(pathlib.Path(folder).iterdir()):

@@ -7,9 +7,11 @@ def text(lines: Sequence[Sequence[str]]) -> str:
   """Renders for a terminal: the first column to the left, the others to the right."""
   widths = [max(map(len, column)) for column in zip(*lines)]
   return '\n'.join(
-      '  '.join([line[0].ljust(widths[0]),
-                 *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))])
-      for line in lines)
+    '  '.join(
+      [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))]
+    )
+    for line in lines
+  )
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:

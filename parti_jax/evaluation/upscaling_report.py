@@ -14,8 +14,9 @@ from parti_jax.core.errors import UserError
 
 # What is enlarged, and what a reader needs to know of it.
 INPUTS = {
-    'tokenizer': 'pictures through the tokenizer',
-    'averaged': 'pictures averaged to that size'}
+  'tokenizer': 'pictures through the tokenizer',
+  'averaged': 'pictures averaged to that size',
+}
 _ENLARGED_BY = ('bicubic', 'super_resolution')
 _BATCH = 32
 # Of fewer pictures a standard error is rough.
@@ -40,23 +41,34 @@ class Report:
   def text(self) -> str:
     """A Markdown table of means in dB and of their differences with standard errors."""
     count = len(self.psnr['tokenizer']['bicubic'])
-    lines = [f'| {count} pictures, {self.small_size} to {self.large_size} pixels: PSNR in dB | '
-             'bicubic | super-resolution | difference |', '|---|---|---|---|']
+    lines = [
+      f'| {count} pictures, {self.small_size} to {self.large_size} pixels: PSNR in dB | '
+      'bicubic | super-resolution | difference |',
+      '|---|---|---|---|',
+    ]
     for name, what in INPUTS.items():
       bicubic, ours = (self.psnr[name][how] for how in _ENLARGED_BY)
-      lines.append(f'| {what} | {bicubic.mean():.2f} | {ours.mean():.2f} | '
-                   f'{_with_error(ours - bicubic)} |')
+      lines.append(
+        f'| {what} | {bicubic.mean():.2f} | {ours.mean():.2f} | {_with_error(ours - bicubic)} |'
+      )
     if count < _FEW_PICTURES:
-      lines.append(f'Standard errors over fewer than {_FEW_PICTURES} pictures are rough, and of '
-                   'one picture there is none.')
+      lines.append(
+        f'Standard errors over fewer than {_FEW_PICTURES} pictures are rough, and of '
+        'one picture there is none.'
+      )
     return '\n'.join(lines)
 
   def json(self) -> dict[str, Any]:
     """The same as plain values."""
-    return {'pictures': len(self.psnr['tokenizer']['bicubic']), 'small_size': self.small_size,
-            'large_size': self.large_size,
-            'psnr': {name: {how: float(values.mean()) for how, values in of_input.items()}
-                     for name, of_input in self.psnr.items()}}
+    return {
+      'pictures': len(self.psnr['tokenizer']['bicubic']),
+      'small_size': self.small_size,
+      'large_size': self.large_size,
+      'psnr': {
+        name: {how: float(values.mean()) for how, values in of_input.items()}
+        for name, of_input in self.psnr.items()
+      },
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,9 +108,13 @@ def evaluate(pipeline, pictures: Iterator[np.ndarray], num_samples: int = 8):
     large = np.stack(batch)
     small = _averaged(large, pipeline.upscaler.factor)
     inputs = {'tokenizer': pipeline.reconstruct(small), 'averaged': small}
-    enlarged = {name: {'bicubic': _bicubic(images, large.shape[1]),
-                       'super_resolution': pipeline.upscale(images)}
-                for name, images in inputs.items()}
+    enlarged = {
+      name: {
+        'bicubic': _bicubic(images, large.shape[1]),
+        'super_resolution': pipeline.upscale(images),
+      }
+      for name, images in inputs.items()
+    }
     for name, how in itertools.product(INPUTS, _ENLARGED_BY):
       psnr[name][how].append(_psnr(enlarged[name][how], large))
     samples.append((inputs['tokenizer'], *enlarged['tokenizer'].values(), large))
@@ -107,8 +123,13 @@ def evaluate(pipeline, pictures: Iterator[np.ndarray], num_samples: int = 8):
   parts = [np.concatenate(part) for part in zip(*samples)]
   chosen = np.linspace(0, len(parts[0]) - 1, min(num_samples, len(parts[0]))).round().astype(int)
   report = Report(
-      {name: {how: np.concatenate(values) for how, values in of_input.items()}
-       for name, of_input in psnr.items()}, pipeline.image_size, parts[-1].shape[1])
+    {
+      name: {how: np.concatenate(values) for how, values in of_input.items()}
+      for name, of_input in psnr.items()
+    },
+    pipeline.image_size,
+    parts[-1].shape[1],
+  )
   return report, Sample(*(part[chosen] for part in parts))
 
 
@@ -117,9 +138,8 @@ def sheet(sample: Sample, columns: int = 2) -> Image.Image:
   factor = sample.pictures.shape[1] // sample.inputs.shape[1]
   columns = min(columns, len(sample.inputs))
   pixels = sample.inputs.repeat(factor, axis=1).repeat(factor, axis=2)
-  rows = np.concatenate(
-      [pixels, sample.bicubic, sample.super_resolution, sample.pictures], axis=2)
-  rows = rows[:len(rows) // columns * columns]
+  rows = np.concatenate([pixels, sample.bicubic, sample.super_resolution, sample.pictures], axis=2)
+  rows = rows[: len(rows) // columns * columns]
   page = rows.reshape(len(rows) // columns, columns, *rows.shape[1:])
   return Image.fromarray(np.concatenate(np.concatenate(page, axis=1), axis=1))
 
@@ -133,13 +153,17 @@ def _averaged(images: np.ndarray, factor: int) -> np.ndarray:
 
 
 def _bicubic(images: np.ndarray, size: int) -> np.ndarray:
-  return np.stack([np.asarray(Image.fromarray(image).resize(
-      (size, size), Image.Resampling.BICUBIC)) for image in images])
+  return np.stack(
+    [
+      np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
+      for image in images
+    ]
+  )
 
 
 def _psnr(images: np.ndarray, originals: np.ndarray) -> np.ndarray:
   error = np.mean((images.astype(np.float64) - originals) ** 2, axis=(1, 2, 3))
-  return 10.0 * np.log10(255.0 ** 2 / np.maximum(error, 1e-6))
+  return 10.0 * np.log10(255.0**2 / np.maximum(error, 1e-6))
 
 
 def _with_error(values: np.ndarray) -> str:

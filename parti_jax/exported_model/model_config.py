@@ -34,12 +34,15 @@ def read(path: pathlib.Path) -> dict[str, Any]:
   try:
     config = storage.read_json(path)
   except (OSError, ValueError) as error:
-    raise UserError(f'{path} is damaged or unfinished ({error}); export or download the model '
-                    'again') from error
+    raise UserError(
+      f'{path} is damaged or unfinished ({error}); export or download the model again'
+    ) from error
   version = config.get('format_version') if isinstance(config, dict) else None
   if type(version) is not int or version != FORMAT_VERSION:
-    raise UserError(f'{path}: format_version is {checks.shown(version)}, this parti_jax reads '
-                    f'{FORMAT_VERSION}; install the version that wrote it, or export it again')
+    raise UserError(
+      f'{path}: format_version is {checks.shown(version)}, this parti_jax reads '
+      f'{FORMAT_VERSION}; install the version that wrote it, or export it again'
+    )
   return config
 
 
@@ -71,8 +74,9 @@ def sizes(kind: type, config: dict[str, Any], key: str, dtype: str, where) -> An
     least, most = bounds.get(name, (None, None))
     # Of the most that a size may be, `_check_size` says why.
     most = most if annotation is float else None
-    values[name] = checks.typed(f'{where}: {key}.{name}', values[name], annotation, least, most,
-                                show=checks.shown_as_json)
+    values[name] = checks.typed(
+      f'{where}: {key}.{name}', values[name], annotation, least, most, show=checks.shown_as_json
+    )
     _check_size(name, values[name], key, where)
   try:
     return dataclasses.replace(kind(**values), dtype=dtype)
@@ -89,12 +93,15 @@ def sampling(config: dict[str, Any], where) -> settings_lib.SamplingSettings:
   values = _object(config, 'sampling', where, {})
   kinds = checks.field_types(settings_lib.SamplingSettings)
   if unknown := ', '.join(map(_shown_name, sorted(values.keys() - kinds.keys()))):
-    raise UserError(f"{where}: 'sampling' has other fields than SamplingSettings: {unknown}; they "
-                    f'are {", ".join(kinds)}')
+    raise UserError(
+      f"{where}: 'sampling' has other fields than SamplingSettings: {unknown}; they "
+      f'are {", ".join(kinds)}'
+    )
   for name, value in values.items():
     bounds = (0, checks.LARGEST_INT32) if kinds[name] is int else (None, None)
-    checks.typed(f'{where}: sampling.{name}', value, kinds[name], *bounds,
-                 show=checks.shown_as_json)
+    checks.typed(
+      f'{where}: sampling.{name}', value, kinds[name], *bounds, show=checks.shown_as_json
+    )
   try:
     return settings_lib.SamplingSettings(**values)
   except UserError as error:
@@ -110,11 +117,14 @@ def stored_as(config: dict[str, Any], where) -> str:
   values = dict(_object(config, 'parameters', where, {}))
   name = values.pop('stored_as', 'float16')
   if not isinstance(name, str) or name not in STORED_DTYPES:
-    raise UserError(f'{where}: parameters.stored_as={checks.shown_as_json(name)} is not one of '
-                    f'{", ".join(STORED_DTYPES)}')
+    raise UserError(
+      f'{where}: parameters.stored_as={checks.shown_as_json(name)} is not one of '
+      f'{", ".join(STORED_DTYPES)}'
+    )
   for network, count in values.items():
-    checks.whole_number(f'{where}: parameters.{_shown_name(network)}', count, 0,
-                        show=checks.shown_as_json)
+    checks.whole_number(
+      f'{where}: parameters.{_shown_name(network)}', count, 0, show=checks.shown_as_json
+    )
   return name
 
 
@@ -124,8 +134,9 @@ def mismatch_allowed(config: dict[str, Any], where) -> bool:
   Raises:
     UserError: if the entry is not a boolean.
   """
-  return checks.boolean(f'{where}: mismatch_allowed', config.get('mismatch_allowed', False),
-                        show=checks.shown_as_json)
+  return checks.boolean(
+    f'{where}: mismatch_allowed', config.get('mismatch_allowed', False), show=checks.shown_as_json
+  )
 
 
 def provenance(config: dict[str, Any], where) -> dict[str, Any]:
@@ -140,8 +151,10 @@ def _object(config: dict[str, Any], key: str, where, default=None) -> dict[str, 
     if key not in config:
       raise UserError(f'{where}: {key!r} is missing')
     wrong = 'must be' if default is not None else 'is missing; it must be'
-    raise UserError(f'{where}: {key!r} {wrong} an object, such as {{"name": "value"}}, and not '
-                    f'{checks.shown_as_json(values)}')
+    raise UserError(
+      f'{where}: {key!r} {wrong} an object, such as {{"name": "value"}}, and not '
+      f'{checks.shown_as_json(values)}'
+    )
   return values
 
 
@@ -156,5 +169,6 @@ def _check_size(name: str, value: Any, key: str, where):
   for number in value if isinstance(value, tuple) else [value]:
     if isinstance(number, (int, float)) and abs(number) > most:
       raise UserError(
-          f'{where}: {key!r}: {name}={checks.shown(number)} is more than {most:,}, the most that '
-          'is read; is the file damaged?')
+        f'{where}: {key!r}: {name}={checks.shown(number)} is more than {most:,}, the most that '
+        'is read; is the file damaged?'
+      )

@@ -72,14 +72,17 @@ class Network(NamedTuple):
 
 # Every model has the required networks; of the optional ones, those that were exported with it.
 REQUIRED = {
-    'parti': Network(parti_config.PartiConfig, parti_lib.Parti, parti_lib.example_inputs),
-    'tokenizer': Network(
-        vit_vqgan.ViTVQGANConfig, vit_vqgan.ViTVQGAN, vit_vqgan.example_inputs)}
+  'parti': Network(parti_config.PartiConfig, parti_lib.Parti, parti_lib.example_inputs),
+  'tokenizer': Network(vit_vqgan.ViTVQGANConfig, vit_vqgan.ViTVQGAN, vit_vqgan.example_inputs),
+}
 OPTIONAL = {
-    'super_resolution': Network(
-        super_resolution.SuperResolutionConfig, super_resolution.SuperResolution,
-        super_resolution.example_inputs),
-    'ranker': Network(coca.CoCaConfig, coca.CoCa, coca.example_inputs)}
+  'super_resolution': Network(
+    super_resolution.SuperResolutionConfig,
+    super_resolution.SuperResolution,
+    super_resolution.example_inputs,
+  ),
+  'ranker': Network(coca.CoCaConfig, coca.CoCa, coca.example_inputs),
+}
 NETWORKS = REQUIRED | OPTIONAL
 
 
@@ -141,19 +144,32 @@ class Model:
   @property
   def networks(self) -> dict[str, Part]:
     """All networks of the model by their names in NETWORKS."""
-    required = {'parti': (self.parti_config, self.parti_params),
-                'tokenizer': (self.tokenizer_config, self.tokenizer_params)}
-    return {name: Part(*part, self.made_with.get(name, {}))
-            for name, part in required.items()} | self.parts
+    required = {
+      'parti': (self.parti_config, self.parti_params),
+      'tokenizer': (self.tokenizer_config, self.tokenizer_params),
+    }
+    return {
+      name: Part(*part, self.made_with.get(name, {})) for name, part in required.items()
+    } | self.parts
 
 
 def save(
-    folder, *, parti_config, parti_params, tokenizer_config, tokenizer_params, vocabulary_path,
-    parts: dict[str, Part] | None = None,
-    sampling: settings_lib.SamplingSettings = settings_lib.SamplingSettings(),  # noqa: B008
-    provenance: dict[str, Any] | None = None, dtype: str = 'float16', overwrite: bool = False,
-    made_with: Mapping[str, Mapping[str, str | None]] | None = None,
-    sources: Mapping[str, str] | None = None, allow_mismatch: bool = False):
+  folder,
+  *,
+  parti_config,
+  parti_params,
+  tokenizer_config,
+  tokenizer_params,
+  vocabulary_path,
+  parts: dict[str, Part] | None = None,
+  sampling: settings_lib.SamplingSettings = settings_lib.SamplingSettings(),  # noqa: B008
+  provenance: dict[str, Any] | None = None,
+  dtype: str = 'float16',
+  overwrite: bool = False,
+  made_with: Mapping[str, Mapping[str, str | None]] | None = None,
+  sources: Mapping[str, str] | None = None,
+  allow_mismatch: bool = False,
+):
   """Writes a model folder; it appears complete or not at all.
 
   Args:
@@ -190,23 +206,28 @@ def save(
   if dtype not in STORED_DTYPES:
     raise UserError(f'dtype={dtype!r} is not one of {", ".join(STORED_DTYPES)}')
   check_sizes(parti_config, tokenizer_config, 'the model to save')
-  networks = {'parti': Part(parti_config, parti_params),
-              'tokenizer': Part(tokenizer_config, tokenizer_params)} | (parts or {})
+  networks = {
+    'parti': Part(parti_config, parti_params),
+    'tokenizer': Part(tokenizer_config, tokenizer_params),
+  } | (parts or {})
   known = _known(networks, made_with or {})
   mismatches = _mismatches(known, vocabulary_path, sources or {})
   if mismatches and not allow_mismatch:
     raise UserError(mismatches[0])
-  stored = {name: _stored(part.params, abstract(name, part.config), dtype, parameter_file(name))
-            for name, part in networks.items()}
+  stored = {
+    name: _stored(part.params, abstract(name, part.config), dtype, parameter_file(name))
+    for name, part in networks.items()
+  }
   config = {
-      'format_version': model_config.FORMAT_VERSION,
-      **{name: dataclasses.asdict(part.config) for name, part in networks.items()},
-      'sampling': dataclasses.asdict(sampling),
-      'parameters': {
-          'stored_as': dtype,
-          **{name: sum(leaf.size for leaf in arrays.values())
-             for name, arrays in stored.items()}},
-      'provenance': provenance or {}}
+    'format_version': model_config.FORMAT_VERSION,
+    **{name: dataclasses.asdict(part.config) for name, part in networks.items()},
+    'sampling': dataclasses.asdict(sampling),
+    'parameters': {
+      'stored_as': dtype,
+      **{name: sum(leaf.size for leaf in arrays.values()) for name, arrays in stored.items()},
+    },
+    'provenance': provenance or {},
+  }
   if mismatches:
     config['mismatch_allowed'] = True
   filled = _uploaded_folder if storage.is_url(folder) else _replaced_folder
@@ -238,14 +259,19 @@ def load(folder) -> Model:
   _check_complete(folder)
   where = folder / CONFIG_FILE
   config = model_config.read(where)
-  optional = [name for name in OPTIONAL
-              if name in config or (folder / parameter_file(name)).exists()]
+  optional = [
+    name for name in OPTIONAL if name in config or (folder / parameter_file(name)).exists()
+  ]
   _check_complete(folder, [parameter_file(name) for name in optional])
-  sizes = {name: model_config.sizes(NETWORKS[name].config, config, name, _compute_dtype(), where)
-           for name in [*REQUIRED, *optional]}
+  sizes = {
+    name: model_config.sizes(NETWORKS[name].config, config, name, _compute_dtype(), where)
+    for name in [*REQUIRED, *optional]
+  }
   check_sizes(sizes['parti'], sizes['tokenizer'], str(where))
-  others = [read(config, where) for read in (
-      model_config.sampling, model_config.provenance, model_config.stored_as)]
+  others = [
+    read(config, where)
+    for read in (model_config.sampling, model_config.provenance, model_config.stored_as)
+  ]
   made_with = {name: _read_made_with(folder / parameter_file(name)) for name in sizes}
   vocabulary = folder / VOCABULARY_FILE
   allowed = model_config.mismatch_allowed(config, where)
@@ -253,13 +279,23 @@ def load(folder) -> Model:
     if not allowed:
       raise UserError(f'{folder}: {line}')
     print(f'parti-jax: warning: {folder}: {line}', file=sys.stderr)
-  parts = {name: Part(own, _read_parameters(folder / parameter_file(name), abstract(name, own)),
-                      made_with[name])
-           for name, own in sizes.items()}
+  parts = {
+    name: Part(
+      own, _read_parameters(folder / parameter_file(name), abstract(name, own)), made_with[name]
+    )
+    for name, own in sizes.items()
+  }
   parti, tokenizer = (parts.pop(name) for name in REQUIRED)
   return Model(
-      parti.config, tokenizer.config, parti.params, tokenizer.params, vocabulary, *others, parts,
-      made_with)
+    parti.config,
+    tokenizer.config,
+    parti.params,
+    tokenizer.params,
+    vocabulary,
+    *others,
+    parts,
+    made_with,
+  )
 
 
 def load_tokenizer(folder) -> Part:
@@ -268,7 +304,8 @@ def load_tokenizer(folder) -> Part:
   _check_complete(folder, [CONFIG_FILE, parameter_file('tokenizer')])
   where = folder / CONFIG_FILE
   sizes = model_config.sizes(
-      vit_vqgan.ViTVQGANConfig, model_config.read(where), 'tokenizer', _compute_dtype(), where)
+    vit_vqgan.ViTVQGANConfig, model_config.read(where), 'tokenizer', _compute_dtype(), where
+  )
   file = folder / parameter_file('tokenizer')
   return Part(sizes, _read_parameters(file, abstract('tokenizer', sizes)), _read_made_with(file))
 
@@ -316,8 +353,9 @@ def _stored(params, expected, dtype: str, file: str) -> dict[str, np.ndarray]:
       stored[path] = leaf.astype(STORED_DTYPES[dtype], order='C')
     if not np.all(np.isfinite(stored[path].astype(np.float32))):
       raise UserError(
-          f'{file}: the parameter {path} has values that are not finite as {dtype}; '
-          'store the model as float32, or look whether its training diverged')
+        f'{file}: the parameter {path} has values that are not finite as {dtype}; '
+        'store the model as float32, or look whether its training diverged'
+      )
   return stored
 
 
@@ -326,13 +364,15 @@ def _check_shapes(shapes: dict[str, tuple[int, ...]], expected, file):
   problems = [f'{path} is missing' for path in expected if path not in shapes]
   problems += [f'{path} is not part of the network' for path in shapes if path not in expected]
   problems += [
-      f'{path} is {list(shapes[path])} instead of {list(leaf.shape)}'
-      for path, leaf in expected.items()
-      if path in shapes and tuple(shapes[path]) != tuple(leaf.shape)]
+    f'{path} is {list(shapes[path])} instead of {list(leaf.shape)}'
+    for path, leaf in expected.items()
+    if path in shapes and tuple(shapes[path]) != tuple(leaf.shape)
+  ]
   if problems:
     more = f', and {len(problems) - _SHOWN} more' if len(problems) > _SHOWN else ''
     raise UserError(
-        f'{file} does not fit the sizes in {CONFIG_FILE}: {"; ".join(problems[:_SHOWN])}{more}')
+      f'{file} does not fit the sizes in {CONFIG_FILE}: {"; ".join(problems[:_SHOWN])}{more}'
+    )
 
 
 def _read_parameters(path: pathlib.Path, expected):
@@ -351,16 +391,19 @@ def _read_parameters(path: pathlib.Path, expected):
 
 def _known(networks: Mapping[str, Part], made_with: Mapping) -> dict[str, dict[str, str]]:
   """The fingerprints that are known of each network, with that of the tokenizer."""
-  known = {name: {kind: value for kind, value in made_with.get(name, {}).items() if value}
-           for name in networks}
+  known = {
+    name: {kind: value for kind, value in made_with.get(name, {}).items() if value}
+    for name in networks
+  }
   if 'tokenizer' not in known['tokenizer']:
     params = nn.meta.unbox(networks['tokenizer'].params)
     known['tokenizer'] = {'tokenizer': fingerprints.of_tokenizer(params)}
   return known
 
 
-def _mismatches(made_with: Mapping[str, Mapping[str, str]], vocabulary,
-                sources: Mapping[str, str] = {}) -> list[str]:
+def _mismatches(
+  made_with: Mapping[str, Mapping[str, str]], vocabulary, sources: Mapping[str, str] = {}
+) -> list[str]:
   """A sentence for each network that was made with another vocabulary or tokenizer.
 
   Args:
@@ -377,15 +420,21 @@ def _mismatches(made_with: Mapping[str, Mapping[str, str]], vocabulary,
     content = storage.read(vocabulary, vocabulary_lib.LARGEST_MODEL)
   except OSError as error:
     raise UserError(
-        f'the vocabulary {vocabulary} cannot be read ({error.strerror or error})') from error
+      f'the vocabulary {vocabulary} cannot be read ({error.strerror or error})'
+    ) from error
   given = fingerprints.named(full_name('tokenizer'), made_with['tokenizer']) | fingerprints.named(
-      f'the vocabulary {vocabulary}', {'vocabulary': fingerprints.of_vocabulary(content)})
+    f'the vocabulary {vocabulary}', {'vocabulary': fingerprints.of_vocabulary(content)}
+  )
   remedies = {
-      'vocabulary': 'give the vocabulary that it was trained with',
-      'tokenizer': 'give the tokenizer that it was trained with, or tokenize the pictures with this '
-                   'one and train on these tokens'}
-  return [line for name, kept in made_with.items() for line in fingerprints.mismatches(
-      fingerprints.named(full_name(name), kept), given, remedies)]
+    'vocabulary': 'give the vocabulary that it was trained with',
+    'tokenizer': 'give the tokenizer that it was trained with, or tokenize the pictures with this '
+    'one and train on these tokens',
+  }
+  return [
+    line
+    for name, kept in made_with.items()
+    for line in fingerprints.mismatches(fingerprints.named(full_name(name), kept), given, remedies)
+  ]
 
 
 def _read_made_with(path: pathlib.Path) -> dict[str, str]:
@@ -409,8 +458,10 @@ def _check_complete(folder: pathlib.Path, files=FILES):
   if missing == list(FILES):
     raise UserError(f'{folder} is no model folder: it has none of {", ".join(FILES)}')
   if missing:
-    raise UserError(f'the model folder {folder} is unfinished: {", ".join(missing)} missing; '
-                    'export or download the model again')
+    raise UserError(
+      f'the model folder {folder} is unfinished: {", ".join(missing)} missing; '
+      'export or download the model again'
+    )
 
 
 def check_sizes(parti, tokenizer, where: str):
@@ -418,8 +469,10 @@ def check_sizes(parti, tokenizer, where: str):
   for name in ('codebook_size', 'grid'):
     ours, theirs = getattr(parti, name), getattr(tokenizer, name)
     if ours != theirs:
-      raise UserError(f'{where}: parti.{name} is {ours}, but that of the tokenizer is {theirs}; '
-                      'the generator was trained on the tokens of another tokenizer')
+      raise UserError(
+        f'{where}: parti.{name} is {ours}, but that of the tokenizer is {theirs}; '
+        'the generator was trained on the tokens of another tokenizer'
+      )
 
 
 def _check_target(folder: pathlib.Path | str, overwrite: bool):

@@ -12,9 +12,9 @@ from parti_jax.core.errors import UserError
 # Name of a ramp -> share of the way from `guidance_start` to `guidance_scale`, of the positions
 # [length] as values from 0 (the first) to 1 (the last).
 GUIDANCE_RAMPS = {
-    'constant': np.ones_like,
-    'linear': lambda way: way,
-    'cosine': lambda way: (1 - np.cos(np.pi * way)) / 2,
+  'constant': np.ones_like,
+  'linear': lambda way: way,
+  'cosine': lambda way: (1 - np.cos(np.pi * way)) / 2,
 }
 
 LARGEST_SEED = 2**32 - 1
@@ -67,19 +67,26 @@ class SamplingSettings:
     checks.check_fields(self)
     for name in ('guidance_scale', 'guidance_start'):
       if getattr(self, name) < 0:
-        raise UserError(f'{name}={getattr(self, name):g} is negative; 1 is no guidance, and '
-                        'larger values follow the prompt more closely')
+        raise UserError(
+          f'{name}={getattr(self, name):g} is negative; 1 is no guidance, and '
+          'larger values follow the prompt more closely'
+        )
       checks.number(name, getattr(self, name), 0, MOST_GUIDANCE)
     for name in ('exit_threshold', 'guidance_skip_threshold'):
       if not 0 <= getattr(self, name) <= 1:
-        raise UserError(f'{name}={getattr(self, name):g} is not from 0 to 1; 1 skips nothing, less '
-                        'skips more')
+        raise UserError(
+          f'{name}={getattr(self, name):g} is not from 0 to 1; 1 skips nothing, less skips more'
+        )
     if self.guidance_ramp not in GUIDANCE_RAMPS:
-      raise UserError(f'guidance_ramp={checks.shown(self.guidance_ramp)} is not one of '
-                      f'{", ".join(GUIDANCE_RAMPS)}')
+      raise UserError(
+        f'guidance_ramp={checks.shown(self.guidance_ramp)} is not one of '
+        f'{", ".join(GUIDANCE_RAMPS)}'
+      )
     if self.temperature < 0:
-      raise UserError(f'temperature={self.temperature:g} is negative; 0 takes the likeliest '
-                      'token, 1 draws as the model has learned')
+      raise UserError(
+        f'temperature={self.temperature:g} is negative; 0 takes the likeliest '
+        'token, 1 draws as the model has learned'
+      )
     checks.whole_number('top_k', self.top_k, 0)
     object.__setattr__(self, 'top_k', min(self.top_k, checks.LARGEST_INT32))
     if not 0 < self.top_p <= 1:
@@ -105,8 +112,10 @@ class SamplingSettings:
   def thresholds(self) -> tuple[np.float32 | None, np.float32 | None]:
     """Of early exit and of skipping guidance's pass; None where nothing is to be skipped."""
     skip = self.guidance_skip_threshold if self.guided else 1.0
-    return tuple(None if np.float32(threshold) == 1 else np.float32(threshold)
-                 for threshold in (self.exit_threshold, skip))
+    return tuple(
+      None if np.float32(threshold) == 1 else np.float32(threshold)
+      for threshold in (self.exit_threshold, skip)
+    )
 
   def arrays(self, length: int) -> tuple:
     """What the decoding loop takes of them.
@@ -117,8 +126,12 @@ class SamplingSettings:
     Returns:
       `guidance_scales`, and temperature, top_k and top_p as numpy scalars, float32 and int32.
     """
-    return (self.guidance_scales(length), np.float32(self.temperature), np.int32(self.top_k),
-            np.float32(max(self.top_p, _LEAST_FLOAT32)))
+    return (
+      self.guidance_scales(length),
+      np.float32(self.temperature),
+      np.int32(self.top_k),
+      np.float32(max(self.top_p, _LEAST_FLOAT32)),
+    )
 
   def guidance_scales(self, length: int) -> np.ndarray:
     """The weight of guidance at each of `length` positions: float32 [length]."""

@@ -102,15 +102,16 @@ class ImageEncoder(nn.Module):
     config = self.config
     patches = vit_vqgan.to_patches(images * 2.0 - 1.0, config.patch_size)
     x = layers.Projection(
-        (config.width,), 1, ('patch', 'embed'), config.compute_dtype, name='project_patches')(
-            patches)
+      (config.width,), 1, ('patch', 'embed'), config.compute_dtype, name='project_patches'
+    )(patches)
     positions = layers.Embedding(
-        config.patches, config.width, ('position', 'embed'), name='position_embedding')
+      config.patches, config.width, ('position', 'embed'), name='position_embedding'
+    )
     x = x + positions(jnp.arange(config.patches), config.compute_dtype)
     x = layers.Dropout(config.dropout)(x, layers.fold(dropout_keys, 0))
     return transformer.Encoder(
-        config.image_layers, *config.sizes, config.remat, config.unroll, name='transformer')(
-            x, dropout_keys=layers.fold(dropout_keys, 1))
+      config.image_layers, *config.sizes, config.remat, config.unroll, name='transformer'
+    )(x, dropout_keys=layers.fold(dropout_keys, 1))
 
 
 class AttentionalPooler(nn.Module):
@@ -152,7 +153,8 @@ class MultimodalBlock(nn.Module):
 
   def setup(self):
     self.text_block = transformer.EncoderBlock(
-        self.width, self.mlp_width, self.heads, self.dropout, self.dtype)
+      self.width, self.mlp_width, self.heads, self.dropout, self.dtype
+    )
     self.cross_norm = layers.LayerNorm(self.dtype)
     self.cross_attention = attention.CrossAttention(self.width, self.heads, self.dtype)
     self.drop = layers.Dropout(self.dropout)
@@ -178,8 +180,10 @@ class MultimodalDecoder(nn.Module):
   def __call__(self, x, pooled, mask, dropout_keys=None):
     """Arguments and result as MultimodalBlock; mask: bool [batch, 1, length, length]."""
     config = self.config
-    stacked = self.param('layers', layer_stack.initializer(
-        self.block, config.multimodal_layers, x[:1], pooled[:1], mask[:1]))
+    stacked = self.param(
+      'layers',
+      layer_stack.initializer(self.block, config.multimodal_layers, x[:1], pooled[:1], mask[:1]),
+    )
 
     def layer(params, place, x, beside, keys):
       del place  # All layers are alike.
@@ -187,7 +191,8 @@ class MultimodalDecoder(nn.Module):
 
     if not self.is_initializing():
       x = layer_stack.run(
-          layer, stacked, x, (pooled, mask), dropout_keys, config.remat, config.unroll)
+        layer, stacked, x, (pooled, mask), dropout_keys, config.remat, config.unroll
+      )
     return self.norm(x)
 
 
@@ -233,19 +238,21 @@ class UnimodalDecoder(nn.Module):
     batch, length = text_tokens.shape
     tokens = layers.Embedding(config.text_vocabulary, config.width, name='token_embedding')
     positions = layers.Embedding(
-        length + 1, config.width, ('position', 'embed'), name='position_embedding')
+      length + 1, config.width, ('position', 'embed'), name='position_embedding'
+    )
     class_token = self.param(
-        'class_token', nn.with_logical_partitioning(nn.initializers.normal(0.02), ('norm',)),
-        (config.width,))
+      'class_token',
+      nn.with_logical_partitioning(nn.initializers.normal(0.02), ('norm',)),
+      (config.width,),
+    )
     # Padding's id 0 has no other use as an input: it stands for the beginning.
     inputs = jnp.pad(text_tokens[:, :-1], ((0, 0), (1, 0)))
     class_tokens = jnp.broadcast_to(class_token, (batch, 1, config.width))
     x = jnp.concatenate([tokens(inputs), class_tokens], axis=1) + positions(jnp.arange(length + 1))
-    x = layers.Dropout(config.dropout)(
-        x.astype(config.compute_dtype), layers.fold(dropout_keys, 0))
+    x = layers.Dropout(config.dropout)(x.astype(config.compute_dtype), layers.fold(dropout_keys, 0))
     return transformer.Encoder(
-        config.unimodal_layers, *config.sizes, config.remat, config.unroll, name='transformer')(
-            x, text_mask(text_tokens), layers.fold(dropout_keys, 1))
+      config.unimodal_layers, *config.sizes, config.remat, config.unroll, name='transformer'
+    )(x, text_mask(text_tokens), layers.fold(dropout_keys, 1))
 
 
 class CoCa(nn.Module):
@@ -260,7 +267,8 @@ class CoCa(nn.Module):
   def setup(self):
     config = self.config
     pooler = lambda queries: AttentionalPooler(
-        queries, config.width, config.heads, config.compute_dtype)
+      queries, config.width, config.heads, config.compute_dtype
+    )
     feature = lambda: layers.Projection((config.feature_dim,), 1, ('embed', 'feature'))
     self.image_encoder = ImageEncoder(config)
     self.contrastive_pooler = pooler(1)
@@ -289,13 +297,18 @@ class CoCa(nn.Module):
     texts = self.unimodal(text_tokens, layers.fold(dropout_keys, 1))
     mask = text_mask(text_tokens)[:, :, :-1, :-1]
     captions = self.multimodal(
-        texts[:, :-1], self.caption_pooler(encoded), mask, layers.fold(dropout_keys, 2))
+      texts[:, :-1], self.caption_pooler(encoded), mask, layers.fold(dropout_keys, 2)
+    )
     logits = nn.with_logical_constraint(
-        self.logits(captions.astype(jnp.float32)),
-        ('activation_batch', 'activation_length', 'activation_vocab'))
-    return {'image_features': self._image_features(encoded),
-            'text_features': self._text_features(texts),
-            'logit_scale': self.logit_scale(), 'logits': logits}
+      self.logits(captions.astype(jnp.float32)),
+      ('activation_batch', 'activation_length', 'activation_vocab'),
+    )
+    return {
+      'image_features': self._image_features(encoded),
+      'text_features': self._text_features(texts),
+      'logit_scale': self.logit_scale(),
+      'logits': logits,
+    }
 
   def image_features(self, images):
     """float32 [batch, height, width, 3] in [0, 1] to unit vectors float32 [batch, feature_dim]."""
@@ -314,5 +327,7 @@ class CoCa(nn.Module):
 
 def example_inputs(config: CoCaConfig, batch: int = 1):
   """Arrays of the shapes and dtypes that `CoCa.__call__` takes, for initialisation."""
-  return (jnp.zeros((batch, config.image_size, config.image_size, 3), jnp.float32),
-          jnp.ones((batch, config.text_length), jnp.int32))
+  return (
+    jnp.zeros((batch, config.image_size, config.image_size, 3), jnp.float32),
+    jnp.ones((batch, config.text_length), jnp.int32),
+  )

@@ -61,7 +61,8 @@ def check(config):
     value = getattr(config, name, known[0])
     if value not in known:
       raise errors.UserError(
-          f'{_key(config, name)}={checks.shown(value)} is not one of {", ".join(known)}')
+        f'{_key(config, name)}={checks.shown(value)} is not one of {", ".join(known)}'
+      )
 
 
 def bounds(kind: type) -> dict[str, tuple[float, float | None]]:
@@ -69,8 +70,11 @@ def bounds(kind: type) -> dict[str, tuple[float, float | None]]:
 
   Whole numbers are from 1 to `most`; for others the dataclass has BOUNDS.
   """
-  return {name: (1, most(name)) for name, annotation in checks.field_types(kind).items()
-          if annotation in _WHOLE_NUMBERS} | getattr(kind, 'BOUNDS', {})
+  return {
+    name: (1, most(name))
+    for name, annotation in checks.field_types(kind).items()
+    if annotation in _WHOLE_NUMBERS
+  } | getattr(kind, 'BOUNDS', {})
 
 
 def most(name: str) -> int:
@@ -93,8 +97,10 @@ def check_fields(config, **limits: tuple[float | None, float | None]):
   for name, kind in checks.field_types(type(config)).items():
     if kind in _WHOLE_NUMBERS:
       low, high = limits.get(name, (None, None))
-      limits[name] = (-checks.LARGEST_INT32 - 1 if low is None else low,
-                      checks.LARGEST_INT32 if high is None else high)
+      limits[name] = (
+        -checks.LARGEST_INT32 - 1 if low is None else low,
+        checks.LARGEST_INT32 if high is None else high,
+      )
   checks.check_fields(config, _key(config, ''), limits)
 
 
@@ -108,8 +114,9 @@ def check_image_length(config, name: str):
   """Raises UserError if the value of `name` gives more image tokens than there can be."""
   if config.image_length > MAX_SIZE:
     raise errors.UserError(
-        f'{_key(config, name)}={getattr(config, name)} gives {config.image_length:,} image tokens, '
-        f'and {MAX_SIZE:,} are the most')
+      f'{_key(config, name)}={getattr(config, name)} gives {config.image_length:,} image tokens, '
+      f'and {MAX_SIZE:,} are the most'
+    )
 
 
 def check_divides(config, name: str, whole: str):

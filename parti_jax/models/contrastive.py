@@ -68,7 +68,8 @@ def contrastive_losses(image_features, text_features, scale, same=None):
     hits: float32 [batch], 1 where the picture's own text is the nearest of all negatives and it.
   """
   images = nn.with_logical_constraint(
-      image_features.astype(jnp.float32), ('activation_batch', None))
+    image_features.astype(jnp.float32), ('activation_batch', None)
+  )
   texts = nn.with_logical_constraint(text_features.astype(jnp.float32), (None, None))
   logits = nn.with_logical_constraint(scale * images @ texts.T, _LOGITS)
   own = jnp.eye(logits.shape[0], dtype=bool)

@@ -54,9 +54,10 @@ class DiscriminatorConfig:
     """
     if image_size < 2 * _LAST_SIZE or image_size & (image_size - 1):
       raise errors.UserError(
-          f'a discriminator halves its pictures down to {_LAST_SIZE}×{_LAST_SIZE}: their size of '
-          f'{image_size} is not a power of two from {2 * _LAST_SIZE}; choose another '
-          'ViTVQGANConfig.image_size, or set TokenizerStage.adversarial_weight to 0')
+        f'a discriminator halves its pictures down to {_LAST_SIZE}×{_LAST_SIZE}: their size of '
+        f'{image_size} is not a power of two from {2 * _LAST_SIZE}; choose another '
+        'ViTVQGANConfig.image_size, or set TokenizerStage.adversarial_weight to 0'
+      )
     return [image_size >> i for i in range(int(math.log2(image_size // _LAST_SIZE)))]
 
 
@@ -84,17 +85,23 @@ class Convolution(nn.Module):
   def __call__(self, x):
     """x: [batch, height, width, channels]. Returns dtype [batch, height', width', features]."""
     # The bias stands after the scaled kernel, so that scaling the input scales the kernel alone.
-    x = x.astype(self.dtype) * (self.size ** 2 * x.shape[-1]) ** -0.5
+    x = x.astype(self.dtype) * (self.size**2 * x.shape[-1]) ** -0.5
     padding, strides = self.size // 2, 1
     if self.downsample:
       # One more on each side where the kernel then takes its own margin from.
       x, padding, strides = blur(x, 1 + padding), 0, 2
     axes = (None, None, 'channels', 'embed')
     x = nn.Conv(
-        self.features, (self.size, self.size), strides, padding, use_bias=self.activate,
-        dtype=self.dtype, name='convolution',
-        kernel_init=nn.with_logical_partitioning(nn.initializers.normal(1.0), axes),
-        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ('norm',)))(x)
+      self.features,
+      (self.size, self.size),
+      strides,
+      padding,
+      use_bias=self.activate,
+      dtype=self.dtype,
+      name='convolution',
+      kernel_init=nn.with_logical_partitioning(nn.initializers.normal(1.0), axes),
+      bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ('norm',)),
+    )(x)
     return leaky_relu(x) if self.activate else x
 
 
@@ -113,7 +120,8 @@ class Block(nn.Module):
   def __call__(self, x):
     """[batch, height, width, channels] to [batch, height / 2, width / 2, features]."""
     skip = Convolution(
-        self.features, 1, downsample=True, activate=False, dtype=self.dtype, name='skip')(x)
+      self.features, 1, downsample=True, activate=False, dtype=self.dtype, name='skip'
+    )(x)
     x = Convolution(x.shape[-1], dtype=self.dtype, name='first')(x)
     x = Convolution(self.features, downsample=True, dtype=self.dtype, name='second')(x)
     x = (x + skip) * math.sqrt(0.5)  # Keeps the variance.
@@ -141,8 +149,7 @@ class Discriminator(nn.Module):
     """
     config, dtype = self.config, jnp.dtype(self.config.dtype)
     sizes = config.sizes(images.shape[1])
-    x = Convolution(config.width(sizes[0]), 1, dtype=dtype, name='from_pixels')(
-        images * 2.0 - 1.0)
+    x = Convolution(config.width(sizes[0]), 1, dtype=dtype, name='from_pixels')(images * 2.0 - 1.0)
     for size in sizes:
       x = Block(config.width(size // 2), dtype, name=f'block_{size}')(x)
     if config.minibatch_group > 1:
@@ -153,10 +160,11 @@ class Discriminator(nn.Module):
     # A logit has no activation, and one number can not be split along `embed`.
     x = x.astype(jnp.float32).reshape(x.shape[0], -1)
     logits = nn.Dense(
-        1, name='logits',
-        kernel_init=nn.with_logical_partitioning(nn.initializers.normal(1.0), ('embed', None)),
-        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ('norm',)))(
-            x * x.shape[-1] ** -0.5)
+      1,
+      name='logits',
+      kernel_init=nn.with_logical_partitioning(nn.initializers.normal(1.0), ('embed', None)),
+      bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ('norm',)),
+    )(x * x.shape[-1] ** -0.5)
     return logits[:, 0]
 
 

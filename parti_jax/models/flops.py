@@ -17,15 +17,15 @@ from parti_jax.models import vit_vqgan
 
 def encoder_forward(layers: int, width: int, mlp_width: int, length: int) -> int:
   """FLOPs of one sequence through an encoder stack."""
-  projections = 2 * length * (4 * width ** 2 + 2 * width * mlp_width)
-  return layers * (projections + 4 * length ** 2 * width)
+  projections = 2 * length * (4 * width**2 + 2 * width * mlp_width)
+  return layers * (projections + 4 * length**2 * width)
 
 
 def parti_forward(config: parti_config.PartiConfig) -> int:
   """FLOPs of one text and its image tokens through Parti."""
   width, text, image = config.width, config.text_length, config.image_length
-  projections = 2 * image * (6 * width ** 2 + 2 * width * config.mlp_width)
-  memory = 2 * text * 2 * width ** 2
+  projections = 2 * image * (6 * width**2 + 2 * width * config.mlp_width)
+  memory = 2 * text * 2 * width**2
   attention = 4 * image * (_keys(config) + config.decoder_layers * text) * width
   decoder = config.decoder_layers * (projections + memory) + attention
   encoder = encoder_forward(config.encoder_layers, width, config.mlp_width, text)
@@ -46,20 +46,21 @@ def _keys(config: parti_config.PartiConfig) -> int:
 def parti_sampling_step(config: parti_config.PartiConfig) -> int:
   """FLOPs of the last image token of one sequence, with a cache of those before it."""
   width = config.width
-  projections = 2 * (6 * width ** 2 + 2 * width * config.mlp_width)
+  projections = 2 * (6 * width**2 + 2 * width * config.mlp_width)
   attention = 4 * (_keys(config) + config.decoder_layers * config.text_length) * width
   return config.decoder_layers * projections + attention + 2 * width * config.codebook_size
 
 
 def tokenizer_forward(config: vit_vqgan.ViTVQGANConfig) -> int:
   """FLOPs of one picture through the encoder, the quantizer and the decoder of ViT-VQGAN."""
-  length, patch = config.image_length, config.patch_size ** 2
+  length, patch = config.image_length, config.patch_size**2
   total = 2 * length * config.codebook_size * config.code_dim
   for channels, side in ((3, 'encoder'), (6, 'decoder')):
     width, mlp_width = getattr(config, f'{side}_width'), getattr(config, f'{side}_mlp_width')
     total += encoder_forward(getattr(config, f'{side}_layers'), width, mlp_width, length)
-    total += 2 * length * (patch * channels * width + width * mlp_width
-                           + mlp_width * config.code_dim)
+    total += (
+      2 * length * (patch * channels * width + width * mlp_width + mlp_width * config.code_dim)
+    )
   return total
 
 
@@ -69,12 +70,18 @@ def discriminator_forward(config: discriminator.DiscriminatorConfig, image_size:
   total = _convolution(image_size, 1, 3, width(image_size))
   for size in config.sizes(image_size):
     half = size // 2
-    total += (_convolution(size, 3, width(size), width(size))
-              + _convolution(half, 3, width(size), width(half))
-              + _convolution(half, 1, width(size), width(half)))
+    total += (
+      _convolution(size, 3, width(size), width(size))
+      + _convolution(half, 3, width(size), width(half))
+      + _convolution(half, 1, width(size), width(half))
+    )
   extra = 1 if config.minibatch_group > 1 else 0
-  return (total + _convolution(half, 3, width(half) + extra, width(half))
-          + 2 * half * half * width(half) * width(half) + 2 * width(half))
+  return (
+    total
+    + _convolution(half, 3, width(half) + extra, width(half))
+    + 2 * half * half * width(half) * width(half)
+    + 2 * width(half)
+  )
 
 
 def vgg16_forward(image_size: int) -> int:
@@ -89,31 +96,32 @@ def vgg16_forward(image_size: int) -> int:
 
 def _convolution(size: int, kernel: int, channels: int, features: int) -> int:
   """FLOPs of a convolution whose output has `size` rows and columns."""
-  return 2 * size ** 2 * kernel ** 2 * channels * features
+  return 2 * size**2 * kernel**2 * channels * features
 
 
 def coca_forward(config: coca.CoCaConfig) -> int:
   """FLOPs of one picture and its text through a contrastive captioner."""
   width, mlp_width, patches = config.width, config.mlp_width, config.patches
   queries, text = config.caption_queries, config.text_length
-  total = 2 * patches * 3 * config.patch_size ** 2 * width
+  total = 2 * patches * 3 * config.patch_size**2 * width
   total += encoder_forward(config.image_layers, width, mlp_width, patches)
   for pooled in (1, queries):
-    total += 4 * (patches + pooled) * width ** 2 + 4 * pooled * patches * width
+    total += 4 * (patches + pooled) * width**2 + 4 * pooled * patches * width
   total += encoder_forward(config.unimodal_layers, width, mlp_width, text + 1)
-  memory = 4 * queries * width ** 2
-  projections = 2 * text * (6 * width ** 2 + 2 * width * mlp_width)
-  total += config.multimodal_layers * (
-      projections + memory + 4 * text * (text + queries) * width)
+  memory = 4 * queries * width**2
+  projections = 2 * text * (6 * width**2 + 2 * width * mlp_width)
+  total += config.multimodal_layers * (projections + memory + 4 * text * (text + queries) * width)
   return total + 2 * text * width * config.text_vocabulary + 4 * width * config.feature_dim
 
 
 def super_resolution_forward(
-    config: super_resolution.SuperResolutionConfig, height: int, width: int) -> int:
+  config: super_resolution.SuperResolutionConfig, height: int, width: int
+) -> int:
   """FLOPs of one picture of height × width pixels through the super-resolution network."""
   wide, low = config.expansion * config.width, round(config.low_rank * config.width)
-  block = (wide * (config.width + low) + 9 * low * config.width if low
-           else 2 * 9 * wide * config.width)
-  ends = 9 * 3 * config.unshuffle ** 2 * config.width * (1 + config.factor ** 2)
-  positions = height * width // config.unshuffle ** 2
+  block = (
+    wide * (config.width + low) + 9 * low * config.width if low else 2 * 9 * wide * config.width
+  )
+  ends = 9 * 3 * config.unshuffle**2 * config.width * (1 + config.factor**2)
+  positions = height * width // config.unshuffle**2
   return 2 * positions * (config.blocks * block + ends)

@@ -37,10 +37,17 @@ class VGG16Features(nn.Module):
         x = nn.max_pool(x, (2, 2), (2, 2))
       for place, width in enumerate(widths):
         axes = (None, None, 'channels', 'embed')
-        x = nn.relu(nn.Conv(
-            width, (3, 3), padding=1, dtype=self.dtype, name=f'stage_{stage}_{place}',
+        x = nn.relu(
+          nn.Conv(
+            width,
+            (3, 3),
+            padding=1,
+            dtype=self.dtype,
+            name=f'stage_{stage}_{place}',
             kernel_init=nn.with_logical_partitioning(nn.initializers.he_normal(), axes),
-            bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ('norm',)))(x))
+            bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ('norm',)),
+          )(x)
+        )
       features.append(x)
     return features
 
@@ -74,8 +81,10 @@ class LPIPS(nn.Module):
     for stage, pair in enumerate(zip(vgg16(_scaled(images)), vgg16(_scaled(others)))):
       ours, theirs = (_unit(features.astype(jnp.float32)) for features in pair)
       head = self.param(
-          f'head_{stage}', nn.with_logical_partitioning(nn.initializers.ones, ('norm',)),
-          (ours.shape[-1],))
+        f'head_{stage}',
+        nn.with_logical_partitioning(nn.initializers.ones, ('norm',)),
+        (ours.shape[-1],),
+      )
       total = total + jnp.mean(jnp.square(ours - theirs) @ head, axis=(1, 2))
     return total
 

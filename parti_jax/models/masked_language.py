@@ -75,18 +75,24 @@ def mask_text(text_tokens, keys: layers.DropoutKeys, vocabulary: int) -> MaskedT
 
   def draw(key):
     order, action, piece = jax.random.split(key, 3)
-    return (jax.random.uniform(order, (length,)), jax.random.uniform(action, (length,)),
-            jax.random.randint(piece, (length,), SPECIAL_IDS, vocabulary))
+    return (
+      jax.random.uniform(order, (length,)),
+      jax.random.uniform(action, (length,)),
+      jax.random.randint(piece, (length,), SPECIAL_IDS, vocabulary),
+    )
 
   order, action, piece = jax.vmap(draw)(key_of_row)
   most = most_chosen(length)
   places = jax.lax.top_k(jnp.where(text_tokens >= SPECIAL_IDS, order, -1.0), most)[1]
   counted = jnp.arange(most) < count_chosen(text_tokens)[:, None]
-  chosen = jnp.any(
-      (places[..., None] == jnp.arange(length)) & counted[..., None], axis=1)
+  chosen = jnp.any((places[..., None] == jnp.arange(length)) & counted[..., None], axis=1)
   return MaskedText(
-      jnp.where(chosen & (action >= 0.9), piece, text_tokens), chosen & (action < 0.8), places,
-      jnp.take_along_axis(text_tokens, places, axis=1), counted.astype(jnp.float32))
+    jnp.where(chosen & (action >= 0.9), piece, text_tokens),
+    chosen & (action < 0.8),
+    places,
+    jnp.take_along_axis(text_tokens, places, axis=1),
+    counted.astype(jnp.float32),
+  )
 
 
 def keys_of_texts(text_tokens) -> layers.DropoutKeys:
@@ -95,7 +101,7 @@ def keys_of_texts(text_tokens) -> layers.DropoutKeys:
   Args:
     text_tokens: int32 [batch, text_length].
   """
-  odd = np.random.default_rng(0).integers(0, 2 ** 31, text_tokens.shape[1]) * 2 + 1
+  odd = np.random.default_rng(0).integers(0, 2**31, text_tokens.shape[1]) * 2 + 1
   mixed = text_tokens.astype(jnp.uint32) * jnp.asarray(odd, jnp.uint32)
   return layers.DropoutKeys(numerics.key(0), jnp.sum(mixed, axis=1, dtype=jnp.uint32))
 
@@ -116,13 +122,15 @@ class MaskedLanguageHead(nn.Module):
   def setup(self):
     config = self.config
     self.mask = self.param(
-        'mask', nn.with_logical_partitioning(nn.initializers.normal(0.02), ('norm',)),
-        (config.width,))
+      'mask', nn.with_logical_partitioning(nn.initializers.normal(0.02), ('norm',)), (config.width,)
+    )
     self.project = layers.Projection((config.width,), 1, ('embed', 'mlp'), config.compute_dtype)
     self.norm = layers.LayerNorm(config.compute_dtype)
     self.bias = self.param(
-        'bias', nn.with_logical_partitioning(nn.initializers.zeros, ('vocab',)),
-        (config.text_vocabulary,))
+      'bias',
+      nn.with_logical_partitioning(nn.initializers.zeros, ('vocab',)),
+      (config.text_vocabulary,),
+    )
 
   def __call__(self, encoded, places):
     """What the encoder's table of pieces is multiplied with, at the chosen places alone.

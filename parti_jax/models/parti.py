@@ -48,7 +48,8 @@ class Parti(nn.Module):
     encoded = self.text_encoder(text_tokens, layers.fold(dropout_keys, 0))
     mask = text_encoder.text_mask(text_tokens)
     return self.image_decoder.states(
-        image_tokens, encoded, mask, layers.fold(dropout_keys, 1), every=True)
+      image_tokens, encoded, mask, layers.fold(dropout_keys, 1), every=True
+    )
 
   def predict(self, states):
     """Logits of one layer of `states`: float32 [batch, image_length, codebook_size]."""
@@ -90,8 +91,7 @@ class Parti(nn.Module):
     Returns:
       float32 logits [batch, codebook_size] and the caches with this position written.
     """
-    return self.image_decoder.step(
-        previous_token, caches, layers_apart, memories, mask, position)
+    return self.image_decoder.step(previous_token, caches, layers_apart, memories, mask, position)
 
   def step_until(self, *args, **kwargs):
     """One position in which tokens leave early, as `token_decoder.ImageDecoder.step_until`."""
@@ -104,5 +104,7 @@ class Parti(nn.Module):
 
 def example_inputs(config: parti_config.PartiConfig, batch: int = 1):
   """Arrays of the shapes and dtypes that `Parti.__call__` takes, for initialisation."""
-  return (jnp.ones((batch, config.text_length), jnp.int32),
-          jnp.zeros((batch, config.image_length), jnp.int32))
+  return (
+    jnp.ones((batch, config.text_length), jnp.int32),
+    jnp.zeros((batch, config.image_length), jnp.int32),
+  )

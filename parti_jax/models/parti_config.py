@@ -25,8 +25,10 @@ def by_todays_names(sizes: dict[str, Any]) -> dict[str, Any]:
   sizes = dict(sizes)
   if 'attention_pattern' in sizes:  # One pattern for all layers, and 'causal' was 'global'.
     if 'attention_patterns' in sizes:
-      raise errors.UserError("it has other fields than PartiConfig: 'attention_pattern' is the "
-                             "older name of 'attention_patterns', which is there too; remove one")
+      raise errors.UserError(
+        "it has other fields than PartiConfig: 'attention_pattern' is the "
+        "older name of 'attention_patterns', which is there too; remove one"
+      )
     older = checks.text('attention_pattern', sizes.pop('attention_pattern'))
     sizes['attention_patterns'] = ('global' if older == 'causal' else older,)
   return BEFORE_IT_WAS_A_SETTING | sizes
@@ -83,14 +85,16 @@ class PartiConfig:
     patterns = self.attention_patterns
     if not isinstance(patterns, (tuple, list)) or not patterns:
       raise errors.UserError(
-          f'PartiConfig.attention_patterns={checks.shown(patterns)} must be a tuple of patterns, '
-          "such as ('conv', 'global')")
+        f'PartiConfig.attention_patterns={checks.shown(patterns)} must be a tuple of patterns, '
+        "such as ('conv', 'global')"
+      )
     config_checks.check(self)
     config_checks.check_divides(self, 'heads', 'width')
     config_checks.check_image_length(self, 'grid')
     self._check_patterns()
     object.__setattr__(
-        self, 'attention_patterns', attention_patterns.shortest_period(self.attention_patterns))
+      self, 'attention_patterns', attention_patterns.shortest_period(self.attention_patterns)
+    )
     if self.conv_kernel % 2 == 0:
       raise errors.UserError(f'PartiConfig.conv_kernel={self.conv_kernel} must be odd')
     config_checks.check_dropout(self)
@@ -102,18 +106,21 @@ class PartiConfig:
     for name in names:
       if name not in attention_patterns.PATTERNS:
         raise errors.UserError(
-            f'{key}: {checks.shown(name)} is not one of '
-            f'{", ".join(attention_patterns.PATTERNS)}')
+          f'{key}: {checks.shown(name)} is not one of {", ".join(attention_patterns.PATTERNS)}'
+        )
     if self.decoder_layers % len(names):
       raise errors.UserError(
-          f'{key}: a schedule of {len(names)} does not divide '
-          f'PartiConfig.decoder_layers={self.decoder_layers}; it is repeated over the layers')
+        f'{key}: a schedule of {len(names)} does not divide '
+        f'PartiConfig.decoder_layers={self.decoder_layers}; it is repeated over the layers'
+      )
 
   @property
   def patterns(self) -> tuple[attention_patterns.AttentionPattern, ...]:
     """What self-attention sees in the decoder's first layers; the others repeat it."""
-    return tuple(attention_patterns.AttentionPattern(name, self.grid, self.conv_kernel)
-                 for name in self.attention_patterns)
+    return tuple(
+      attention_patterns.AttentionPattern(name, self.grid, self.conv_kernel)
+      for name in self.attention_patterns
+    )
 
   def layer_pattern(self, layer: int) -> attention_patterns.AttentionPattern:
     """What self-attention sees in one of the decoder's layers."""

@@ -30,7 +30,8 @@ class VectorQuantizer(nn.Module):
 
   def setup(self):
     self.codebook = layers.Embedding(
-        self.codebook_size, self.code_dim, ('codebook', 'code'), stddev=1.0)
+      self.codebook_size, self.code_dim, ('codebook', 'code'), stddev=1.0
+    )
 
   def __call__(self, latents):
     """Quantizes latents.
@@ -49,8 +50,9 @@ class VectorQuantizer(nn.Module):
     tokens = self.nearest(latents)
     codes = self.lookup(tokens)
     stop = jax.lax.stop_gradient
-    loss = (jnp.mean(jnp.square(stop(latents) - codes))
-            + self.commitment * jnp.mean(jnp.square(latents - stop(codes))))
+    loss = jnp.mean(jnp.square(stop(latents) - codes)) + self.commitment * jnp.mean(
+      jnp.square(latents - stop(codes))
+    )
     return latents + stop(codes - latents), tokens, loss
 
   def nearest(self, latents):

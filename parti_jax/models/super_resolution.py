@@ -62,8 +62,10 @@ class SuperResolutionConfig:
   def __post_init__(self):
     config_checks.check(self)
     if not self.dilations:
-      raise errors.UserError('SuperResolutionConfig.dilations=() must be a list of whole numbers '
-                             'from 1, with one of them at least')
+      raise errors.UserError(
+        'SuperResolutionConfig.dilations=() must be a list of whole numbers '
+        'from 1, with one of them at least'
+      )
 
   @property
   def compute_dtype(self):
@@ -74,7 +76,8 @@ class SuperResolutionConfig:
     """How far from a pixel the result there depends on others, in pixels of the input."""
     convolutions = 1 if self.low_rank else 2
     blocks = convolutions * sum(
-        self.dilations[block % len(self.dilations)] for block in range(self.blocks))
+      self.dilations[block % len(self.dilations)] for block in range(self.blocks)
+    )
     # The 3×3 convolutions at both ends, and a pixel's place within its square.
     return max(_BICUBIC_REACH, self.unshuffle * (1 + blocks + 1) + self.unshuffle - 1)
 
@@ -104,17 +107,24 @@ class Convolution(nn.Module):
     boxed = nn.with_logical_partitioning
     axes = ('kernel_rows', 'kernel_columns') + self.axes
     direction = self.param(
-        'direction', boxed(nn.initializers.normal(1.0), axes),
-        (self.side, self.side, x.shape[-1], self.features))
+      'direction',
+      boxed(nn.initializers.normal(1.0), axes),
+      (self.side, self.side, x.shape[-1], self.features),
+    )
     gain = self.param(
-        'gain', boxed(nn.initializers.constant(self.gain), self.axes[1:]), (self.features,))
-    bias = self.param(
-        'bias', boxed(nn.initializers.zeros, self.axes[1:]), (self.features,))
+      'gain', boxed(nn.initializers.constant(self.gain), self.axes[1:]), (self.features,)
+    )
+    bias = self.param('bias', boxed(nn.initializers.zeros, self.axes[1:]), (self.features,))
     norm = jnp.sqrt(jnp.sum(jnp.square(direction), axis=(0, 1, 2)))
     kernel = (direction * (gain / jnp.maximum(norm, 1e-12))).astype(self.dtype)
     y = jax.lax.conv_general_dilated(
-        x.astype(self.dtype), kernel, (1, 1), 'SAME', rhs_dilation=(self.dilation,) * 2,
-        dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+      x.astype(self.dtype),
+      kernel,
+      (1, 1),
+      'SAME',
+      rhs_dilation=(self.dilation,) * 2,
+      dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    )
     return y + bias.astype(self.dtype)
 
 
@@ -131,18 +141,22 @@ class Block(nn.Module):
     # Each of n blocks adds 1/n of the variance; the ReLU has taken half of it before.
     gain = (2.0 / config.blocks) ** 0.5
     convolve = lambda features, side, axes, name, gain=1.0: Convolution(
-        features, side, axes, config.compute_dtype, gain,
-        self.dilation if side > 1 else 1, name=name)
-    hidden = convolve(config.expansion * config.width, 1 if config.low_rank else 3,
-                      ('embed', 'mlp'), 'expand')(x)
-    hidden = nn.relu(nn.with_logical_constraint(
-        hidden, ('activation_batch', 'activation_rows', 'activation_columns', 'activation_mlp')))
+      features, side, axes, config.compute_dtype, gain, self.dilation if side > 1 else 1, name=name
+    )
+    hidden = convolve(
+      config.expansion * config.width, 1 if config.low_rank else 3, ('embed', 'mlp'), 'expand'
+    )(x)
+    hidden = nn.relu(
+      nn.with_logical_constraint(
+        hidden, ('activation_batch', 'activation_rows', 'activation_columns', 'activation_mlp')
+      )
+    )
     if not config.low_rank:
       return x + convolve(config.width, 3, ('mlp', 'embed'), 'project', gain)(hidden)
-    low = convolve(max(1, round(config.low_rank * config.width)), 1, ('mlp', 'rank'), 'reduce',
-                   2.0 ** 0.5)(hidden)
-    return x + convolve(config.width, 3, ('rank', 'embed'), 'project',
-                        config.blocks ** -0.5)(low)
+    low = convolve(
+      max(1, round(config.low_rank * config.width)), 1, ('mlp', 'rank'), 'reduce', 2.0**0.5
+    )(hidden)
+    return x + convolve(config.width, 3, ('rank', 'embed'), 'project', config.blocks**-0.5)(low)
 
 
 class SuperResolution(nn.Module):
@@ -177,10 +191,12 @@ class SuperResolution(nn.Module):
     for index in range(config.blocks):
       x = block(config, config.dilations[index % len(config.dilations)], name=f'block_{index}')(x)
       x = nn.with_logical_constraint(
-          x, ('activation_batch', 'activation_rows', 'activation_columns', 'activation_embed'))
+        x, ('activation_batch', 'activation_rows', 'activation_columns', 'activation_embed')
+      )
     side = config.factor * config.unshuffle
-    x = Convolution(channels * side * side, 3, ('embed', 'channels'), config.compute_dtype,
-                    gain=0.0, name='tail')(x)
+    x = Convolution(
+      channels * side * side, 3, ('embed', 'channels'), config.compute_dtype, gain=0.0, name='tail'
+    )(x)
     x = vit_vqgan.from_patches(x.reshape(batch, grid[0] * grid[1], -1), side, grid)
     return enlarge(images, config.factor) + x.astype(jnp.float32)
 
@@ -188,8 +204,7 @@ class SuperResolution(nn.Module):
 def enlarge(images, factor: int):
   """Bicubic enlargement: float32 [batch, height, width, 3] to [batch, f · height, f · width, 3]."""
   batch, height, width, channels = images.shape
-  return jax.image.resize(
-      images, (batch, factor * height, factor * width, channels), 'cubic')
+  return jax.image.resize(images, (batch, factor * height, factor * width, channels), 'cubic')
 
 
 def example_inputs(config: SuperResolutionConfig, batch: int = 1):

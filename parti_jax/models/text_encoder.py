@@ -35,10 +35,18 @@ class TextEncoder(nn.Module):
     config = self.config
     self.token_embedding = layers.Embedding(config.text_vocabulary, config.width)
     self.position_embedding = layers.Embedding(
-        config.text_length, config.width, ('position', 'embed'))
+      config.text_length, config.width, ('position', 'embed')
+    )
     self.encoder = transformer.Encoder(
-        config.encoder_layers, config.width, config.mlp_width, config.heads, config.dropout,
-        config.compute_dtype, config.remat, config.unroll)
+      config.encoder_layers,
+      config.width,
+      config.mlp_width,
+      config.heads,
+      config.dropout,
+      config.compute_dtype,
+      config.remat,
+      config.unroll,
+    )
     self.drop = layers.Dropout(config.dropout)
 
   def __call__(self, text_tokens, dropout_keys=None, masked=None):

@@ -55,8 +55,11 @@ class ContrastiveHead(nn.Module):
     pictures = self.image_pooler(self.image_encoder(images, dropout_keys))[:, 0]
     is_text = (text_tokens > 0).astype(jnp.float32)[..., None]
     texts = jnp.sum(encoded * is_text, axis=1) / jnp.maximum(jnp.sum(is_text, axis=1), 1.0)
-    return (quantizer.normalize(self.image_feature(pictures)),
-            quantizer.normalize(self.text_feature(texts)), self.logit_scale())
+    return (
+      quantizer.normalize(self.image_feature(pictures)),
+      quantizer.normalize(self.text_feature(texts)),
+      self.logit_scale(),
+    )
 
 
 class TextPretraining(nn.Module):
@@ -101,7 +104,8 @@ class TextPretraining(nn.Module):
     encoded = self.text_encoder(text.tokens, dropout_keys, (text.masked, head.mask))
     logits = self.text_encoder.piece_logits(head(encoded, text.places)) + head.bias
     return nn.with_logical_constraint(
-        logits, ('activation_batch', 'activation_length', 'activation_vocab'))
+      logits, ('activation_batch', 'activation_length', 'activation_vocab')
+    )
 
   def features(self, text_tokens, images, dropout_keys=None):
     """Vectors of texts and pictures, see `ContrastiveHead`.
@@ -115,8 +119,9 @@ class TextPretraining(nn.Module):
     return self.contrastive_head(images, encoded, text_tokens, layers.fold(dropout_keys, 1))
 
 
-def example_inputs(config: parti_config.PartiConfig, image: coca.CoCaConfig | None = None,
-                   batch: int = 1):
+def example_inputs(
+  config: parti_config.PartiConfig, image: coca.CoCaConfig | None = None, batch: int = 1
+):
   """Arrays of the shapes and dtypes that `TextPretraining.__call__` takes, for initialisation."""
   texts = jnp.ones((batch, config.text_length), jnp.int32)
   if image is None:

@@ -28,13 +28,23 @@ class ImageDecoder(nn.Module):
     rows, columns = config.grid
     self.token_embedding = layers.Embedding(config.codebook_size, config.width)
     self.begin = self.param(
-        'begin', nn.with_logical_partitioning(nn.initializers.normal(0.02), ('norm',)),
-        (config.width,))
+      'begin',
+      nn.with_logical_partitioning(nn.initializers.normal(0.02), ('norm',)),
+      (config.width,),
+    )
     self.row_embedding = layers.Embedding(rows, config.width, ('position', 'embed'))
     self.column_embedding = layers.Embedding(columns, config.width, ('position', 'embed'))
     self.decoder = transformer.Decoder(
-        config.decoder_layers, config.width, config.mlp_width, config.heads, config.patterns,
-        config.dropout, config.compute_dtype, config.remat, config.unroll)
+      config.decoder_layers,
+      config.width,
+      config.mlp_width,
+      config.heads,
+      config.patterns,
+      config.dropout,
+      config.compute_dtype,
+      config.remat,
+      config.unroll,
+    )
     self.logits = layers.Projection((config.codebook_size,), 1, ('embed', 'vocab'))
     self.drop = layers.Dropout(config.dropout)
 
@@ -46,7 +56,8 @@ class ImageDecoder(nn.Module):
     """float32 logits [..., length, codebook_size] of outputs of `states`."""
     logits = self.logits(x.astype(jnp.float32))
     return nn.with_logical_constraint(
-        logits, ('activation_batch', 'activation_length', 'activation_vocab'))
+      logits, ('activation_batch', 'activation_length', 'activation_vocab')
+    )
 
   def __call__(self, image_tokens, encoded, text_mask, dropout_keys=None):
     """Logits of every image token given those before it.
@@ -98,8 +109,17 @@ class ImageDecoder(nn.Module):
     x, caches = self.decoder.step(x, caches, layers_apart, memories, text_mask, position)
     return self.predict(x)[:, 0], caches
 
-  def step_until(self, previous_token, caches, layers_apart, memories, text_mask, position,
-                 exit_threshold=None, rows: int = 1):
+  def step_until(
+    self,
+    previous_token,
+    caches,
+    layers_apart,
+    memories,
+    text_mask,
+    position,
+    exit_threshold=None,
+    rows: int = 1,
+  ):
     """`step` in which tokens leave after the first layer that predicts them with confidence.
 
     Args:
@@ -117,6 +137,7 @@ class ImageDecoder(nn.Module):
       As `step`, and what `transformer.Decoder.step_until` counts: the layers passed int32 [batch],
       those computed int32 [], and this position's keys and values in each layer.
     """
+
     def sure(decoder, x):
       logits = decoder.predict(decoder.decoder.finish(x[::rows]))[:, 0]
       return jnp.repeat(early_exit.confidence(logits) >= exit_threshold, rows)
@@ -129,11 +150,22 @@ class ImageDecoder(nn.Module):
 
     x = self._embed_step(previous_token, position)
     x, caches, *counts = self.decoder.step_until(
-        x, caches, layers_apart, memories, text_mask, position, leaves)
+      x, caches, layers_apart, memories, text_mask, position, leaves
+    )
     return self.predict(x)[:, 0], caches, *counts
 
-  def step_beside(self, previous_token, caches, layers_apart, memories, text_mask, position,
-                  passed, copied, entries):
+  def step_beside(
+    self,
+    previous_token,
+    caches,
+    layers_apart,
+    memories,
+    text_mask,
+    position,
+    passed,
+    copied,
+    entries,
+  ):
     """`step` of guidance's pass without text, after that with text.
 
     Args:
@@ -154,10 +186,10 @@ class ImageDecoder(nn.Module):
     leaves = lambda layer, x, left: copied | (passed <= layer)
     x = self._embed_step(previous_token, position)
     x, caches, _, computed, _ = self.decoder.step_until(
-        x, caches, layers_apart, memories, text_mask, position, leaves, copied, entries)
+      x, caches, layers_apart, memories, text_mask, position, leaves, copied, entries
+    )
     nothing = lambda decoder, x: jnp.zeros(x.shape[:1] + (self.config.codebook_size,), jnp.float32)
-    logits = nn.cond(
-        jnp.all(copied), nothing, lambda decoder, x: decoder.predict(x)[:, 0], self, x)
+    logits = nn.cond(jnp.all(copied), nothing, lambda decoder, x: decoder.predict(x)[:, 0], self, x)
     return logits, caches, computed
 
   def _embed_step(self, previous_token, position):
@@ -176,8 +208,8 @@ class ImageDecoder(nn.Module):
     for layer in range(config.decoder_layers):
       slots = config.layer_pattern(layer).slots(length)
       zeros = nn.with_logical_constraint(
-          jnp.zeros((batch, config.heads, slots, config.width // config.heads),
-                    config.compute_dtype),
-          ('activation_batch', 'activation_heads', 'activation_length', None))
+        jnp.zeros((batch, config.heads, slots, config.width // config.heads), config.compute_dtype),
+        ('activation_batch', 'activation_heads', 'activation_length', None),
+      )
       caches.append((zeros, zeros))
     return caches

@@ -115,15 +115,25 @@ class ImageEncoder(nn.Module):
     patches = to_patches(images * 2.0 - 1.0, config.patch_size)
     x = layers.Projection((width,), 1, ('patch', 'embed'), dtype, name='project_patches')(patches)
     positions = layers.Embedding(
-        config.image_length, width, ('position', 'embed'), name='position_embedding')
+      config.image_length, width, ('position', 'embed'), name='position_embedding'
+    )
     x = x + positions(jnp.arange(config.image_length), dtype)
     x = transformer.Encoder(
-        config.encoder_layers, width, config.encoder_mlp_width, config.encoder_heads,
-        dtype=dtype, remat=config.remat, unroll=config.unroll, name='transformer')(x)
+      config.encoder_layers,
+      width,
+      config.encoder_mlp_width,
+      config.encoder_heads,
+      dtype=dtype,
+      remat=config.remat,
+      unroll=config.unroll,
+      name='transformer',
+    )(x)
     x = layers.Projection(
-        (config.encoder_mlp_width,), 1, ('embed', 'mlp'), dtype, name='project_hidden')(x)
-    return layers.Projection(
-        (config.code_dim,), 1, ('mlp', 'code'), name='project_codes')(nn.tanh(x))
+      (config.encoder_mlp_width,), 1, ('embed', 'mlp'), dtype, name='project_hidden'
+    )(x)
+    return layers.Projection((config.code_dim,), 1, ('mlp', 'code'), name='project_codes')(
+      nn.tanh(x)
+    )
 
 
 class ImageDecoder(nn.Module):
@@ -144,16 +154,29 @@ class ImageDecoder(nn.Module):
     config = self.config
     dtype, width = config.compute_dtype, config.decoder_width
     x = layers.Projection(
-        (config.decoder_mlp_width,), 1, ('code', 'mlp'), dtype, scale=float(config.code_dim),
-        name='project_codes')(codes)
+      (config.decoder_mlp_width,),
+      1,
+      ('code', 'mlp'),
+      dtype,
+      scale=float(config.code_dim),
+      name='project_codes',
+    )(codes)
     x = layers.Projection((width,), 1, ('mlp', 'embed'), dtype, name='project_hidden')(nn.tanh(x))
     positions = layers.Embedding(
-        config.image_length, width, ('position', 'embed'), name='position_embedding')
+      config.image_length, width, ('position', 'embed'), name='position_embedding'
+    )
     x = x + positions(jnp.arange(config.image_length), dtype)
     x = transformer.Encoder(
-        config.decoder_layers, width, config.decoder_mlp_width, config.decoder_heads,
-        dtype=dtype, remat=config.remat, unroll=config.unroll, name='transformer')(x)
-    channels = config.patch_size ** 2 * 6
+      config.decoder_layers,
+      width,
+      config.decoder_mlp_width,
+      config.decoder_heads,
+      dtype=dtype,
+      remat=config.remat,
+      unroll=config.unroll,
+      name='transformer',
+    )(x)
+    channels = config.patch_size**2 * 6
     self.sow('intermediates', 'last_hidden', x)  # The adaptive adversarial weight asks for it.
     x = layers.Projection((channels,), 1, ('embed', 'patch'), name='project_patches')(x)
     pixels = from_patches(x.astype(jnp.float32), config.patch_size, config.grid)
@@ -173,7 +196,8 @@ class ViTVQGAN(nn.Module):
     config = self.config
     self.encoder = ImageEncoder(config)
     self.quantizer = quantizer.VectorQuantizer(
-        config.codebook_size, config.code_dim, config.commitment)
+      config.codebook_size, config.code_dim, config.commitment
+    )
     self.decoder = ImageDecoder(config)
 
   def __call__(self, images, quantize=True):
@@ -191,8 +215,13 @@ class ViTVQGAN(nn.Module):
     codes, tokens, loss = self.quantizer(latents)
     codes = jnp.where(quantize, codes, quantizer.normalize(latents))
     mean, log_scale = self.decoder(codes)
-    return {'mean': mean, 'log_scale': log_scale, 'tokens': tokens, 'latents': latents,
-            'quantizer_loss': loss}
+    return {
+      'mean': mean,
+      'log_scale': log_scale,
+      'tokens': tokens,
+      'latents': latents,
+      'quantizer_loss': loss,
+    }
 
   def tokenize(self, images):
     """float32 [batch, height, width, 3] in [0, 1] to int32 [batch, tokens]."""

@@ -65,4 +65,4 @@ def matrix_shape(names: Sequence[str], shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _joined(shape, axis: int) -> tuple[int, ...]:
-  return (*shape[:axis], math.prod(shape[axis:axis + 2]), *shape[axis + 2:])
+  return (*shape[:axis], math.prod(shape[axis : axis + 2]), *shape[axis + 2 :])

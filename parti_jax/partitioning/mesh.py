@@ -53,21 +53,24 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, stage: int = 1, de
     sizes[free[0]] = len(devices) // known
   if math.prod(sizes.values()) != len(devices):
     raise errors.UserError(
-        f'{asked} needs a multiple of {known} devices, but there are {len(devices)}; '
-        'choose sizes whose product is the number of devices')
+      f'{asked} needs a multiple of {known} devices, but there are {len(devices)}; '
+      'choose sizes whose product is the number of devices'
+    )
   return jax.sharding.Mesh(_layout(sizes, devices), AXES)
 
 
 def _layout(sizes: dict[str, int], devices):
   """The devices as an array with the axes of `AXES`."""
   # Elsewhere than on a TPU, XLA gives each host an index of its own.
-  slices = len({getattr(device, 'slice_index', 0) for device in devices
-                if device.platform == 'tpu'}) or 1
+  slices = (
+    len({getattr(device, 'slice_index', 0) for device in devices if device.platform == 'tpu'}) or 1
+  )
   if sizes['data'] % slices:
     raise errors.UserError(
-        f'make_mesh.data={sizes["data"]} is not divisible by the {slices} slices that the devices '
-        'are in: the network between slices carries data parallelism alone; set make_mesh.data to '
-        f'a multiple of {slices}')
+      f'make_mesh.data={sizes["data"]} is not divisible by the {slices} slices that the devices '
+      'are in: the network between slices carries data parallelism alone; set make_mesh.data to '
+      f'a multiple of {slices}'
+    )
   within = {**sizes, 'data': sizes['data'] // slices}
   across = [slices if axis == 'data' else 1 for axis in AXES]
   shape = [within[axis] for axis in AXES]
@@ -75,7 +78,8 @@ def _layout(sizes: dict[str, int], devices):
   def layout(split_axes: bool):
     if slices > 1:
       return mesh_utils.create_hybrid_device_mesh(
-          shape, across, devices, allow_split_physical_axes=split_axes)
+        shape, across, devices, allow_split_physical_axes=split_axes
+      )
     return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=split_axes)
 
   try:

@@ -109,8 +109,9 @@ def schedule(layers: int, batch: int, groups: int = 1, layers_per_visit: int = 1
     return None
   if layers % (stages * layers_per_visit):
     raise errors.UserError(
-        f'{layers} layers do not divide among make_mesh.stage={stages} stages in units of '
-        f'pipeline.layers_per_visit={layers_per_visit}; choose numbers whose product divides them')
+      f'{layers} layers do not divide among make_mesh.stage={stages} stages in units of '
+      f'pipeline.layers_per_visit={layers_per_visit}; choose numbers whose product divides them'
+    )
   ways = math.prod(mesh.shape[axis] for axis in ('stage', 'data', 'fsdp'))
   if batch % ways:
     return None
@@ -141,10 +142,13 @@ def run(layer, remat, stacked, x, beside, plan: Schedule):
 
   stage_spec = PartitionSpec('stage')
   pipelined = jax.shard_map(
-      lambda *arguments: _stage(layer, remat, plan, *arguments), in_specs=stage_spec,
-      out_specs=stage_spec, axis_names={'stage'}, check_vma=False)
-  out = pipelined(
-      jnp.arange(plan.stages), stacked, split(x), jax.tree.map(split, beside))
+    lambda *arguments: _stage(layer, remat, plan, *arguments),
+    in_specs=stage_spec,
+    out_specs=stage_spec,
+    axis_names={'stage'},
+    check_vma=False,
+  )
+  out = pipelined(jnp.arange(plan.stages), stacked, split(x), jax.tree.map(split, beside))
   return out.reshape(x.shape)
 
 
@@ -160,7 +164,8 @@ def _stage(layer, remat, plan: Schedule, stage, stacked, x, beside):
   x, beside = jax.tree.map(lambda array: array[0], (x, beside))
   units = circular_order(stacked, stage, plan)
   take = lambda tree, group: jax.tree.map(
-      lambda array: jax.lax.dynamic_index_in_dim(array, group, 1, keepdims=False), tree)
+    lambda array: jax.lax.dynamic_index_in_dim(array, group, 1, keepdims=False), tree
+  )
   onward = [(place, (place + 1) % plan.stages) for place in range(plan.stages)]
   back = [(end, start) for start, end in onward]
   move = lambda tree, way: jax.tree.map(lambda a: jax.lax.ppermute(a, 'stage', way), tree)
@@ -200,7 +205,8 @@ def _stage(layer, remat, plan: Schedule, stage, stacked, x, beside):
   empty = jax.tree.map(jnp.zeros_like, take((x, beside), 0))
   with rules_lib.one_stage():
     (ring, state, out), _ = jax.lax.scan(
-        tick, (empty, empty, jnp.zeros_like(x)), jnp.arange(plan.ticks))
+      tick, (empty, empty, jnp.zeros_like(x)), jnp.arange(plan.ticks)
+    )
   # The last group's last microbatch leaves the ring one tick after the last layer.
   ring, _ = exchange(ring, state)
   return out.at[:, -1].set(ring[0])[None]

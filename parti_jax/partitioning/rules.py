@@ -17,15 +17,15 @@ from parti_jax.partitioning import mesh as mesh_lib
 
 # Logical axis -> mesh axis or axes; an axis that is not listed is not split.
 LOGICAL_AXIS_RULES = (
-    ('activation_batch', ('stage', 'data', 'fsdp')),
-    ('activation_heads', 'tensor'),
-    ('activation_mlp', 'tensor'),
-    ('activation_vocab', 'tensor'),
-    ('embed', 'fsdp'),
-    ('heads', 'tensor'),
-    ('layers', 'stage'),
-    ('mlp', 'tensor'),
-    ('vocab', 'tensor'),
+  ('activation_batch', ('stage', 'data', 'fsdp')),
+  ('activation_heads', 'tensor'),
+  ('activation_mlp', 'tensor'),
+  ('activation_vocab', 'tensor'),
+  ('embed', 'fsdp'),
+  ('heads', 'tensor'),
+  ('layers', 'stage'),
+  ('mlp', 'tensor'),
+  ('vocab', 'tensor'),
 )
 
 
@@ -39,13 +39,16 @@ def logical_axis_rules(rules=LOGICAL_AXIS_RULES):
   Raises:
     UserError: if there is no such mesh axis.
   """
-  table = tuple((name, tuple(axes) if isinstance(axes, (list, tuple)) else axes)
-                for name, axes in rules)
+  table = tuple(
+    (name, tuple(axes) if isinstance(axes, (list, tuple)) else axes) for name, axes in rules
+  )
   for name, axes in table:
     for axis in _as_tuple(axes):
       if axis not in mesh_lib.AXES:
-        raise errors.UserError(f'logical_axis_rules.rules: {name!r} is bound to {axis!r}, which '
-                               f'is no mesh axis; there are {", ".join(mesh_lib.AXES)}')
+        raise errors.UserError(
+          f'logical_axis_rules.rules: {name!r} is bound to {axis!r}, which '
+          f'is no mesh axis; there are {", ".join(mesh_lib.AXES)}'
+        )
   return table
 
 
@@ -59,6 +62,7 @@ def partitioned(mesh, rules):
 @contextlib.contextmanager
 def one_stage():
   """A context for what a single pipeline stage computes: no name is bound to the stages' axis."""
+
   def without_stage(axes):
     return tuple(axis for axis in _as_tuple(axes) if axis != 'stage') or None
 
@@ -94,9 +98,10 @@ def check_batch(batch_size: int, mesh, rules, microbatches: int = 1):
   ways = batch_ways(mesh, rules)
   if microbatches < 1 or batch_size % (ways * microbatches):
     raise errors.UserError(
-        f'train.batch_size={batch_size} is not divisible by train.microbatches={microbatches} '
-        f'times the {ways} ways that the mesh {dict(mesh.shape)} splits a batch; choose a multiple '
-        f'of {ways * max(microbatches, 1)}')
+      f'train.batch_size={batch_size} is not divisible by train.microbatches={microbatches} '
+      f'times the {ways} ways that the mesh {dict(mesh.shape)} splits a batch; choose a multiple '
+      f'of {ways * max(microbatches, 1)}'
+    )
 
 
 def parameter_shardings(boxed, mesh, rules):
@@ -136,10 +141,13 @@ def optimizer_shardings(optimizer_state, parameters, shardings, mesh):
     A tree of NamedSharding with the structure of `optimizer_state`.
   """
   specs = optimizer_specs(
-      optimizer_state, parameters, jax.tree.map(lambda sharding: sharding.spec, shardings))
+    optimizer_state, parameters, jax.tree.map(lambda sharding: sharding.spec, shardings)
+  )
   return jax.tree.map(
-      lambda spec: NamedSharding(mesh, PartitionSpec() if spec is None else spec), specs,
-      is_leaf=lambda spec: spec is None)
+    lambda spec: NamedSharding(mesh, PartitionSpec() if spec is None else spec),
+    specs,
+    is_leaf=lambda spec: spec is None,
+  )
 
 
 def optimizer_specs(optimizer_state, parameters, specs):
@@ -160,7 +168,8 @@ def optimizer_specs(optimizer_state, parameters, specs):
   """
   known = {}
   for (path, leaf), spec in zip(
-      jax.tree_util.tree_leaves_with_path(parameters), jax.tree.leaves(specs)):
+    jax.tree_util.tree_leaves_with_path(parameters), jax.tree.leaves(specs)
+  ):
     known[_names(path)] = (leaf.shape, spec)
 
   def spec_of(path, leaf):
@@ -181,19 +190,20 @@ def _spec_of_moment(fields, parameter, shape, parameter_shape, spec):
   heads = factored.joined_axis(parameter, parameter_shape)
   if heads is not None:
     parameter_shape = factored.matrix_shape(parameter, parameter_shape)
-    spec = spec[:heads + 1] + spec[heads + 2:]
+    spec = spec[: heads + 1] + spec[heads + 2 :]
   axes = factored.axes(parameter_shape)
   for field, place in (('v_col', 0), ('v_row', 1)):
     if field in fields and axes is not None:
       lacking = axes[place]
-      if shape == parameter_shape[:lacking] + parameter_shape[lacking + 1:]:
-        return PartitionSpec(*(spec[:lacking] + spec[lacking + 1:]))
+      if shape == parameter_shape[:lacking] + parameter_shape[lacking + 1 :]:
+        return PartitionSpec(*(spec[:lacking] + spec[lacking + 1 :]))
   return None
 
 
 def _names(path):
-  return tuple(str(getattr(key, 'key', getattr(key, 'name', getattr(key, 'idx', key))))
-               for key in path)
+  return tuple(
+    str(getattr(key, 'key', getattr(key, 'name', getattr(key, 'idx', key)))) for key in path
+  )
 
 
 def _ways(mesh, axes) -> int:
@@ -209,5 +219,6 @@ def _check_divisible(path, shape, spec, mesh):
     ways = _ways(mesh, axes)
     if dimension % ways:
       raise errors.UserError(
-          f'parameter {"/".join(_names(path))} of shape {shape}: the mesh axis {axes!r} of size '
-          f'{ways} does not divide its dimension {dimension}; choose another mesh or width')
+        f'parameter {"/".join(_names(path))} of shape {shape}: the mesh axis {axes!r} of size '
+        f'{ways} does not divide its dimension {dimension}; choose another mesh or width'
+      )

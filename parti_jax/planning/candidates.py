@@ -45,8 +45,9 @@ class Candidate:
     return found
 
 
-def of_training(model, parameters: int, batch_size: int, chip: chips.Chip | None, devices: int,
-                slices: int = 1) -> list[Candidate]:
+def of_training(
+  model, parameters: int, batch_size: int, chip: chips.Chip | None, devices: int, slices: int = 1
+) -> list[Candidate]:
   """Candidates for a training step, fastest first by the estimate.
 
   Args:
@@ -70,13 +71,15 @@ def of_training(model, parameters: int, batch_size: int, chip: chips.Chip | None
   return sorted(found, key=lambda candidate: candidate.seconds)
 
 
-def of_sampling(model, sequences: int, images: int, chip: chips.Chip | None, devices: int
-                ) -> list[Candidate]:
+def of_sampling(
+  model, sequences: int, images: int, chip: chips.Chip | None, devices: int
+) -> list[Candidate]:
   """Candidates for a sampling step, as `of_training`; a step is bound by what it reads."""
   found = []
-  kernels = 2 * model.decoder_layers * (6 * model.width ** 2 + 2 * model.width * model.mlp_width)
-  cache = 4 * sequences * model.decoder_layers * model.width * (
-      model.image_length + model.text_length)
+  kernels = 2 * model.decoder_layers * (6 * model.width**2 + 2 * model.width * model.mlp_width)
+  cache = (
+    4 * sequences * model.decoder_layers * model.width * (model.image_length + model.text_length)
+  )
   for mesh in meshes(model, devices, 1, stages=False):
     if images % (mesh['data'] * mesh['fsdp']):
       continue
@@ -97,7 +100,8 @@ def meshes(model, devices: int, slices: int, stages: bool) -> Iterator[dict[str,
   heads = math.gcd(model.heads, model.mlp_width, model.codebook_size, model.text_vocabulary)
   depth = math.gcd(model.encoder_layers, model.decoder_layers) if stages else 1
   for tensor, fsdp, stage in itertools.product(
-      _divisors(heads), _divisors(model.width), _divisors(depth)):
+    _divisors(heads), _divisors(model.width), _divisors(depth)
+  ):
     data, left = divmod(devices, tensor * fsdp * stage)
     if not left and data and data % slices == 0:
       yield {'stage': stage, 'data': data, 'fsdp': fsdp, 'tensor': tensor}
@@ -114,8 +118,12 @@ def _training_bytes(model, parameters, batch_size, mesh, remat, microbatches) ->
   examples = batch_size / (mesh['stage'] * mesh['data'] * mesh['fsdp'] * microbatches)
   width, image = model.width, examples * model.image_length
   projections = (6 * width + 2 * model.mlp_width) / tensor
-  kept = {'block_inputs': width, 'block_inputs_and_attention': width + width / tensor,
-          'dots': 3 * width + projections, 'everything': 8 * width + 3 * projections}[remat]
+  kept = {
+    'block_inputs': width,
+    'block_inputs_and_attention': width + width / tensor,
+    'dots': 3 * width + projections,
+    'everything': 8 * width + 3 * projections,
+  }[remat]
   text = examples * model.text_length * model.encoder_layers / model.decoder_layers
   layers = 2 * kept * (image + text) * model.decoder_layers / mesh['stage']
   working = 2 * image * (8 * width + 3 * projections)

@@ -42,16 +42,31 @@ class Chip:
   source: str
 
 
-_GIB = 2 ** 30
+_GIB = 2**30
 _DOCS = 'https://docs.cloud.google.com/tpu/docs/'
 
-CHIPS = {chip.kind: chip for chip in (
-    Chip('v4', 1, 275e12, 32 * _GIB, 30.75 * _GIB, 1200e9, 3, 50e9, 4, 6.25e9,
-         f'{_DOCS}v4; links: arXiv 2304.01433, table 4; data-centre network: as v5p, none is '
-         'published'),
+CHIPS = {
+  chip.kind: chip
+  for chip in (
+    Chip(
+      'v4',
+      1,
+      275e12,
+      32 * _GIB,
+      30.75 * _GIB,
+      1200e9,
+      3,
+      50e9,
+      4,
+      6.25e9,
+      f'{_DOCS}v4; links: arXiv 2304.01433, table 4; data-centre network: as v5p, none is '
+      'published',
+    ),
     Chip('v5e', 1, 197e12, 16 * _GIB, 15.75 * _GIB, 819e9, 2, 50e9, 16, 3.125e9, f'{_DOCS}v5e'),
     Chip('v5p', 1, 459e12, 95 * _GIB, 95 * _GIB, 2765e9, 3, 100e9, 4, 6.25e9, f'{_DOCS}v5p'),
     Chip('v6e', 1, 918e12, 32 * _GIB, 31.25 * _GIB, 1600e9, 2, 100e9, 16, 12.5e9, f'{_DOCS}v6e'),
-    Chip('tpu7x', 2, 2307e12, 192 * _GIB, 189.5 * _GIB, 7380e9, 3, 100e9, 4, 12.5e9,
-         f'{_DOCS}tpu7x'),
-)}
+    Chip(
+      'tpu7x', 2, 2307e12, 192 * _GIB, 189.5 * _GIB, 7380e9, 3, 100e9, 4, 12.5e9, f'{_DOCS}tpu7x'
+    ),
+  )
+}

@@ -26,7 +26,7 @@ from parti_jax.planning.hlo import kernels
 # Of the JSON that a plan is written as; it grows with every change that readers have to know of.
 SCHEMA = 1
 
-_UNITS = {'': 1, 'K': 2 ** 10, 'M': 2 ** 20, 'G': 2 ** 30, 'T': 2 ** 40}
+_UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
 
 @numerics.fixed()
@@ -41,6 +41,7 @@ def make(request: request_lib.Request) -> dict[str, Any]:
   """
   # Imported here: it names our trainer's functions to gin, which `of_step` needs not.
   from parti_jax.planning import steps
+
   jax.config.update('jax_platforms', 'cpu')  # Never takes the accelerator of this machine.
   topology = topology_lib.parse(request.topology)
   gin_config.parse(request.gin_files, request.gin_bindings, data=False)
@@ -51,8 +52,9 @@ def make(request: request_lib.Request) -> dict[str, Any]:
   return plan | {'remedies': [] if plan['fits'] else remedies.of(plan)}
 
 
-def of_step(request: request_lib.Request, topology: topology_lib.Topology,
-            step: request_lib.Step) -> dict[str, Any]:
+def of_step(
+  request: request_lib.Request, topology: topology_lib.Topology, step: request_lib.Step
+) -> dict[str, Any]:
   """The plan of a step that is there already; as `make`, but without 'remedies'."""
   return _Plan(request, topology, step).made()
 
@@ -60,8 +62,9 @@ def of_step(request: request_lib.Request, topology: topology_lib.Topology,
 class _Plan:
   """Compiles a step and looks at the result."""
 
-  def __init__(self, request: request_lib.Request, topology: topology_lib.Topology,
-               step: request_lib.Step):
+  def __init__(
+    self, request: request_lib.Request, topology: topology_lib.Topology, step: request_lib.Step
+  ):
     self._request, self._topology, self._step = request, topology, step
     self._chip = topology.chip
 
@@ -86,15 +89,30 @@ class _Plan:
   def _described(self) -> dict[str, Any]:
     request, step, chip = self._request, self._step, self._chip
     return {
-        'schema': SCHEMA, 'what': request.what, 'topology': request.topology,
-        'gin_files': list(request.gin_files), 'gin_bindings': list(request.gin_bindings),
-        'versions': {name: _version(name) for name in ('jax', 'jaxlib', 'libtpu')},
-        'chip': chip and dataclasses.asdict(chip), 'chips': self._topology.chip_count,
-        'devices': step.mesh.size, 'mesh': dict(step.mesh.shape),
-        'batch_size': step.batch_size, 'settings': step.settings,
-        'parameters': step.parameters, 'memory': None, 'exhausted': None, 'flops': None,
-        'bytes': None, 'collectives': [], 'kernels': {}, 'seconds': None, 'mfu': None,
-        'notes': [], 'network_model': roofline.MODEL if chip else None}
+      'schema': SCHEMA,
+      'what': request.what,
+      'topology': request.topology,
+      'gin_files': list(request.gin_files),
+      'gin_bindings': list(request.gin_bindings),
+      'versions': {name: _version(name) for name in ('jax', 'jaxlib', 'libtpu')},
+      'chip': chip and dataclasses.asdict(chip),
+      'chips': self._topology.chip_count,
+      'devices': step.mesh.size,
+      'mesh': dict(step.mesh.shape),
+      'batch_size': step.batch_size,
+      'settings': step.settings,
+      'parameters': step.parameters,
+      'memory': None,
+      'exhausted': None,
+      'flops': None,
+      'bytes': None,
+      'collectives': [],
+      'kernels': {},
+      'seconds': None,
+      'mfu': None,
+      'notes': [],
+      'network_model': roofline.MODEL if chip else None,
+    }
 
   def _capacity(self) -> float | None:
     return self._chip and self._chip.hbm_usable / self._chip.devices
@@ -102,30 +120,40 @@ class _Plan:
   def _measured(self, compiled) -> dict[str, Any]:
     step, chip = self._step, self._chip
     memory = _memory(compiled.memory_analysis(), step.resident_bytes, self._capacity())
-    costs = hlo_cost.costs(hlo_text.parse(compiled.as_text()), step.mesh.size, step.kernel_flops,
-                           roofline.slice_groups(step.mesh) if self._topology.slices > 1 else None)
+    costs = hlo_cost.costs(
+      hlo_text.parse(compiled.as_text()),
+      step.mesh.size,
+      step.kernel_flops,
+      roofline.slice_groups(step.mesh) if self._topology.slices > 1 else None,
+    )
     sums = roofline.summarize(costs.collectives, step.mesh, chip)
     model_flops = step.model_flops / step.mesh.size
     plan = {
-        'fits': memory['capacity'] is None or memory['total'] <= memory['capacity'],
-        'memory': memory,
-        'flops': {'model': model_flops, 'compiled': costs.flops, 'products': costs.product_flops,
-                  'kernels': costs.kernel_flops, 'ratio': costs.flops / model_flops},
-        'bytes': {'hbm': costs.hbm_bytes, 'host': costs.host_bytes},
-        'collectives': [dataclasses.asdict(entry) for entry in sums],
-        'kernels': costs.kernels,
-        'notes': sorted(costs.notes) + ([kernels.SOURCE] if costs.kernel_flops else [])
-                 + list(step.notes)}
+      'fits': memory['capacity'] is None or memory['total'] <= memory['capacity'],
+      'memory': memory,
+      'flops': {
+        'model': model_flops,
+        'compiled': costs.flops,
+        'products': costs.product_flops,
+        'kernels': costs.kernel_flops,
+        'ratio': costs.flops / model_flops,
+      },
+      'bytes': {'hbm': costs.hbm_bytes, 'host': costs.host_bytes},
+      'collectives': [dataclasses.asdict(entry) for entry in sums],
+      'kernels': costs.kernels,
+      'notes': sorted(costs.notes)
+      + ([kernels.SOURCE] if costs.kernel_flops else [])
+      + list(step.notes),
+    }
     if costs.host_bytes:
-      plan['notes'].append('the time of what goes to and from the hosts\' memory is not counted')
+      plan['notes'].append("the time of what goes to and from the hosts' memory is not counted")
     if step.ideal_bytes:
       ideal = sum(step.ideal_bytes.values())
       plan['bytes'] |= {'ideal': step.ideal_bytes, 'ratio': costs.hbm_bytes / ideal}
     if chip:
       times = roofline.times(costs, sums, chip)
       plan['seconds'] = dataclasses.asdict(times) | {'bound': times.bound, 'sum': times.sum}
-      mfu = lambda seconds: roofline.mfu(
-          step.model_flops, seconds, chip, self._topology.chip_count)
+      mfu = lambda seconds: roofline.mfu(step.model_flops, seconds, chip, self._topology.chip_count)
       plan['mfu'] = {'bound': mfu(times.longest), 'without_overlap': mfu(times.sum)}
     return plan
 
@@ -136,13 +164,17 @@ def exhausted(message: str, capacity: float | None) -> dict[str, float | None]:
   The needed bytes may be those of the temporaries alone, where XLA gives up before it places the
   rest.
   """
-  for pattern in (r'Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?)',
-                  r'\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)'):
+  for pattern in (
+    r'Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?)',
+    r'\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)',
+  ):
     if found := re.search(pattern, message):
       needed, unit, available, available_unit = found.groups()
-      return {'needed': float(needed) * _UNITS[unit],
-              'available': float(available) * _UNITS[available_unit],
-              'message': message.split('\n', maxsplit=1)[0]}
+      return {
+        'needed': float(needed) * _UNITS[unit],
+        'available': float(available) * _UNITS[available_unit],
+        'message': message.split('\n', maxsplit=1)[0],
+      }
   return {'needed': None, 'available': capacity, 'message': message.split('\n', maxsplit=1)[0]}
 
 
@@ -153,12 +185,21 @@ def _memory(stats, resident: float, capacity: float | None) -> dict[str, float |
   # own memory; its peak does not, and is what it compares with the memory that is there.
   peak = stats.peak_memory_in_bytes
   temporaries = peak - held if capacity and peak > held else stats.temp_size_in_bytes
-  parts = {'arguments': stats.argument_size_in_bytes, 'outputs': stats.output_size_in_bytes,
-           'aliased': stats.alias_size_in_bytes, 'temporaries': temporaries,
-           'generated_code': stats.generated_code_size_in_bytes, 'resident': resident}
+  parts = {
+    'arguments': stats.argument_size_in_bytes,
+    'outputs': stats.output_size_in_bytes,
+    'aliased': stats.alias_size_in_bytes,
+    'temporaries': temporaries,
+    'generated_code': stats.generated_code_size_in_bytes,
+    'resident': resident,
+  }
   total = sum(parts.values()) - 2 * parts['aliased']
-  host = (stats.host_argument_size_in_bytes + stats.host_output_size_in_bytes
-          - stats.host_alias_size_in_bytes + stats.host_temp_size_in_bytes)
+  host = (
+    stats.host_argument_size_in_bytes
+    + stats.host_output_size_in_bytes
+    - stats.host_alias_size_in_bytes
+    + stats.host_temp_size_in_bytes
+  )
   return parts | {'total': total, 'capacity': capacity, 'host': host}
 
 

@@ -4,20 +4,39 @@ from __future__ import annotations
 
 from typing import Any
 
-_GIB = 2 ** 30
+_GIB = 2**30
 
 
 def text(plan: dict[str, Any]) -> str:
   """The report of a plan, of `plan.make`."""
-  sections = [_head(plan), _memory(plan), _flops(plan), _bytes(plan), _collectives(plan),
-              _times(plan), _constants(plan), _notes(plan), _verdict(plan)]
+  sections = [
+    _head(plan),
+    _memory(plan),
+    _flops(plan),
+    _bytes(plan),
+    _collectives(plan),
+    _times(plan),
+    _constants(plan),
+    _notes(plan),
+    _verdict(plan),
+  ]
   return '\n\n'.join(filter(None, sections))
 
 
 def table(plans: list[dict[str, Any]]) -> str:
   """Plans as a Markdown table, a line for each."""
-  head = ('step', 'chips', 'mesh', 'batch', 'remat, microbatches', 'GiB of HBM', 'FLOPs over model',
-          'compute, HBM, network: s', 'MFU bound', 'compile')
+  head = (
+    'step',
+    'chips',
+    'mesh',
+    'batch',
+    'remat, microbatches',
+    'GiB of HBM',
+    'FLOPs over model',
+    'compute, HBM, network: s',
+    'MFU bound',
+    'compile',
+  )
   lines = [head, ('---',) * len(head)] + [_row(plan) for plan in plans]
   return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
 
@@ -40,16 +59,26 @@ def _row(plan) -> tuple[str, ...]:
   used = 'too much' if needed is None else f'{needed / _GIB:.1f}'
   if plan['chip']:
     used += f' of {_capacity(plan) / _GIB:.1f}'
-  kept = (f'{settings["remat"]}, {settings["microbatches"]}' if plan['what'] == 'train' else
-          f'cache of {settings["cache_length"]}')
+  kept = (
+    f'{settings["remat"]}, {settings["microbatches"]}'
+    if plan['what'] == 'train'
+    else f'cache of {settings["cache_length"]}'
+  )
   times = '–'
   if seconds:
     times = ', '.join(f'{seconds[part]:.3g}' for part in ('compute', 'hbm', 'interconnect'))
-  return (f'{plan["what"]} {name_of(plan)}', plan['topology'], mesh_of(plan),
-          f'{plan["batch_size"]:,}', kept, used if plan['fits'] else f'{used}: too large',
-          f'{plan["flops"]["ratio"]:.2f}' if plan['flops'] else '–', times,
-          f'{plan["mfu"]["bound"]:.0%}' if plan['mfu'] else '–',
-          f'{plan["compile_seconds"]:.0f} s, {plan["compile_peak_bytes"] / _GIB:.1f} GiB')
+  return (
+    f'{plan["what"]} {name_of(plan)}',
+    plan['topology'],
+    mesh_of(plan),
+    f'{plan["batch_size"]:,}',
+    kept,
+    used if plan['fits'] else f'{used}: too large',
+    f'{plan["flops"]["ratio"]:.2f}' if plan['flops'] else '–',
+    times,
+    f'{plan["mfu"]["bound"]:.0%}' if plan['mfu'] else '–',
+    f'{plan["compile_seconds"]:.0f} s, {plan["compile_peak_bytes"] / _GIB:.1f} GiB',
+  )
 
 
 def _capacity(plan) -> float:
@@ -57,17 +86,21 @@ def _capacity(plan) -> float:
 
 
 def _head(plan) -> str:
-  settings = ', '.join(f'{name} {value}' for name, value in plan['settings'].items()
-                       if name not in ('model', 'config'))
+  settings = ', '.join(
+    f'{name} {value}' for name, value in plan['settings'].items() if name not in ('model', 'config')
+  )
   unit = 'examples' if plan['what'] == 'train' else 'images'
-  return '\n'.join([
+  return '\n'.join(
+    [
       f'{plan["what"]}: {name_of(plan)}, {plan["parameters"] / 1e9:.2f}B parameters, on '
       f'{plan["topology"]}: {plan["chips"]} chips, {plan["devices"]} devices',
       f'  mesh        {mesh_of(plan)}',
       f'  batch       {plan["batch_size"]:,} {unit}',
       f'  settings    {settings}',
       f'  compiled    in {plan["compile_seconds"]:.0f} s, {plan["compile_cpu_seconds"]:.0f} s of '
-      f'processor time, with at most {plan["compile_peak_bytes"] / _GIB:.1f} GiB of memory'])
+      f'processor time, with at most {plan["compile_peak_bytes"] / _GIB:.1f} GiB of memory',
+    ]
+  )
 
 
 def _memory(plan) -> str:
@@ -90,39 +123,49 @@ def _flops(plan) -> str:
   flops = plan['flops']
   if not flops:
     return ''
-  kernels = (f', {flops["kernels"] / 1e12:.4g} T of them in kernels' if flops['kernels'] else '')
-  return '\n'.join([
+  kernels = f', {flops["kernels"] / 1e12:.4g} T of them in kernels' if flops['kernels'] else ''
+  return '\n'.join(
+    [
       'FLOPs per device and step',
       f'  model                 {flops["model"] / 1e12:10.4g} T',
       f'  compiled              {flops["compiled"] / 1e12:10.4g} T, {flops["ratio"]:.3f} times the '
-      f'model\'s{kernels}'])
+      f"model's{kernels}",
+    ]
+  )
 
 
 def _bytes(plan) -> str:
   counted = plan['bytes']
   if not counted:
     return ''
-  lines = ['bytes moved per device and step',
-           f'  main memory           {counted["hbm"] / 1e9:10.4g} GB']
+  lines = [
+    'bytes moved per device and step',
+    f'  main memory           {counted["hbm"] / 1e9:10.4g} GB',
+  ]
   if counted['host']:
     lines.append(f'  to and from the host  {counted["host"] / 1e9:10.4g} GB')
   if 'ideal' in counted:
     parts = ', '.join(f'{name} {value / 1e9:.4g}' for name, value in counted['ideal'].items())
-    lines.append(f'  at least needed       {sum(counted["ideal"].values()) / 1e9:10.4g} GB '
-                 f'({parts}): {counted["ratio"]:.3f} times that is moved')
+    lines.append(
+      f'  at least needed       {sum(counted["ideal"].values()) / 1e9:10.4g} GB '
+      f'({parts}): {counted["ratio"]:.3f} times that is moved'
+    )
   return '\n'.join(lines)
 
 
 def _collectives(plan) -> str:
   if not plan['collectives']:
     return ''
-  lines = [f'{"collectives per step":22}{"mesh axes":22}{"count":>8}{"GB sent per device":>20}'
-           f'{"s":>10}']
+  lines = [
+    f'{"collectives per step":22}{"mesh axes":22}{"count":>8}{"GB sent per device":>20}{"s":>10}'
+  ]
   for entry in plan['collectives']:
     axes = ', '.join(entry['axes']) + (' (between slices)' if entry['dcn'] else '')
     seconds = '–' if entry['seconds'] is None else f'{entry["seconds"]:.4f}'
-    lines.append(f'  {entry["kind"]:20}{axes:22}{entry["count"]:8.0f}'
-                 f'{entry["bytes_sent"] / 1e9:20.4f}{seconds:>10}')
+    lines.append(
+      f'  {entry["kind"]:20}{axes:22}{entry["count"]:8.0f}'
+      f'{entry["bytes_sent"] / 1e9:20.4f}{seconds:>10}'
+    )
   return '\n'.join(lines)
 
 
@@ -135,9 +178,10 @@ def _times(plan) -> str:
     bound = '  <- the bound' if seconds['bound'] == name else ''
     lines.append(f'  {name:22}{seconds[name]:10.4f}{bound}')
   longest = max(seconds[name] for name in ('compute', 'hbm', 'interconnect'))
-  lines += [f'  {"if all overlap":22}{longest:10.4f}  MFU at most {plan["mfu"]["bound"]:.1%}',
-            f'  {"if none overlap":22}{seconds["sum"]:10.4f}  MFU '
-            f'{plan["mfu"]["without_overlap"]:.1%}']
+  lines += [
+    f'  {"if all overlap":22}{longest:10.4f}  MFU at most {plan["mfu"]["bound"]:.1%}',
+    f'  {"if none overlap":22}{seconds["sum"]:10.4f}  MFU {plan["mfu"]["without_overlap"]:.1%}',
+  ]
   if plan['what'] == 'sample':
     lines.append(f'  {"tokens/s at most":22}{plan["batch_size"] / longest:10.0f}')
   return '\n'.join(lines)
@@ -147,13 +191,16 @@ def _constants(plan) -> str:
   chip = plan['chip']
   if not chip:
     return 'no roofline: nothing is published of an emulated device'
-  return '\n'.join([
+  return '\n'.join(
+    [
       f'constants of a {chip["kind"]} chip ({chip["source"]})',
       f'  {chip["peak_flops"] / 1e12:g} TFLOP/s in bfloat16, {chip["hbm_bytes"] / _GIB:g} GiB of '
       f'HBM at {chip["hbm_bandwidth"] / 1e9:g} GB/s',
       f'  {2 * chip["torus_dimensions"]} links of {chip["link_bandwidth"] / 1e9:g} GB/s one way; '
       f'data-centre network {chip["dcn_bandwidth"] / 1e9:g} GB/s a chip',
-      f'  {plan["network_model"]}'])
+      f'  {plan["network_model"]}',
+    ]
+  )
 
 
 def _notes(plan) -> str:
@@ -170,8 +217,13 @@ def _verdict(plan) -> str:
     needed, available = plan['memory']['total'], plan['memory']['capacity']
     what = f'{_gib(needed).strip()} of {_gib(available).strip()}'
   by = '' if needed is None else f' by {_gib(needed - available).strip()} a device'
-  return '\n'.join([f'it does not fit{by}: {what}', 'what would help:',
-                    *(f'  {line}' for line in plan['remedies'])])
+  return '\n'.join(
+    [
+      f'it does not fit{by}: {what}',
+      'what would help:',
+      *(f'  {line}' for line in plan['remedies']),
+    ]
+  )
 
 
 def _gib(value: float) -> str:

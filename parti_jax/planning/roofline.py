@@ -18,8 +18,10 @@ from parti_jax.planning import chips
 from parti_jax.planning.hlo import hlo_cost
 from parti_jax.planning.hlo import replica_groups
 
-MODEL = ('network: each collective uses all torus dimensions that its devices extend over, both '
-         'ways round where they close; collectives take turns; no latency')
+MODEL = (
+  'network: each collective uses all torus dimensions that its devices extend over, both '
+  'ways round where they close; collectives take turns; no latency'
+)
 _GROUPS_LOOKED_AT = 8
 
 
@@ -95,8 +97,7 @@ class Network:
 
   def seconds(self, collective: hlo_cost.Collective) -> tuple[float, bool]:
     """Seconds of one turn of a collective, and whether it crosses slices."""
-    key = (collective.kind, collective.whole, collective.groups.shape,
-           collective.groups.tobytes())
+    key = (collective.kind, collective.whole, collective.groups.shape, collective.groups.tobytes())
     if key not in self._known:
       rows = collective.groups
       if collective.kind != 'collective-permute':
@@ -175,16 +176,20 @@ def summarize(collectives, mesh, chip: chips.Chip | None) -> list[CollectiveSum]
     entry = sums.setdefault((collective.kind, axes, dcn), [0.0, 0.0, 0.0])
     for place, value in enumerate((1, collective.sent, seconds)):
       entry[place] += collective.count * value
-  found = [CollectiveSum(kind, axes, count, sent, seconds if network else None, dcn)
-           for (kind, axes, dcn), (count, sent, seconds) in sums.items()]
+  found = [
+    CollectiveSum(kind, axes, count, sent, seconds if network else None, dcn)
+    for (kind, axes, dcn), (count, sent, seconds) in sums.items()
+  ]
   return sorted(found, key=lambda entry: (-(entry.seconds or 0), -entry.bytes_sent))
 
 
 def times(costs: hlo_cost.Costs, sums: list[CollectiveSum], chip: chips.Chip) -> Times:
   """The roofline of a step."""
   return Times(
-      costs.flops * chip.devices / chip.peak_flops, costs.hbm_bytes * chip.devices /
-      chip.hbm_bandwidth, sum(entry.seconds for entry in sums))
+    costs.flops * chip.devices / chip.peak_flops,
+    costs.hbm_bytes * chip.devices / chip.hbm_bandwidth,
+    sum(entry.seconds for entry in sums),
+  )
 
 
 def mfu(model_flops: float, seconds: float, chip: chips.Chip, chip_count: int) -> float:

@@ -44,16 +44,23 @@ def run(request: request_lib.Request, limit: int, file: str | None) -> int:
   """
   tried = _read(file, request)
   found = candidates(request)
-  print(f'{len(found)} candidates may fit; the best {min(limit, len(found))} by a rough estimate '
-        'are compiled', file=sys.stderr)
+  print(
+    f'{len(found)} candidates may fit; the best {min(limit, len(found))} by a rough estimate '
+    'are compiled',
+    file=sys.stderr,
+  )
   plans = []
   for number, candidate in enumerate(found[:limit], 1):
     bindings = candidate.bindings()
     key = json.dumps(bindings)
     if key not in tried:
       plan, error = compile_apart(request, bindings)
-      tried[key] = {'request': _request(request), 'candidate': bindings, 'plan': plan,
-                    'error': error}
+      tried[key] = {
+        'request': _request(request),
+        'candidate': bindings,
+        'plan': plan,
+        'error': error,
+      }
       _write(file, tried)
     plan, error = tried[key]['plan'], tried[key]['error']
     print(f'{number}/{min(limit, len(found))}: {_line(bindings, plan, error)}', file=sys.stderr)
@@ -83,22 +90,35 @@ def candidates(request: request_lib.Request) -> list[candidates_lib.Candidate]:
   values = train_loop.bound_arguments()
   model = values['stage'].model
   if not isinstance(model, parti_config.PartiConfig):
-    raise errors.UserError('--search knows the generator alone; plan the tokenizer with '
-                           '--gin.make_mesh... of your own')
-  parameters = layers.count_parameters(
-      jax.eval_shape(values['stage'].init, jax.random.key(0)))
+    raise errors.UserError(
+      '--search knows the generator alone; plan the tokenizer with --gin.make_mesh... of your own'
+    )
+  parameters = layers.count_parameters(jax.eval_shape(values['stage'].init, jax.random.key(0)))
   return candidates_lib.of_training(
-      model, parameters, request.batch_size or values['batch_size'], topology.chip, devices,
-      topology.slices)
+    model,
+    parameters,
+    request.batch_size or values['batch_size'],
+    topology.chip,
+    devices,
+    topology.slices,
+  )
 
 
-def compile_apart(request: request_lib.Request, bindings: list[str]
-                  ) -> tuple[dict[str, Any] | None, str | None]:
+def compile_apart(
+  request: request_lib.Request, bindings: list[str]
+) -> tuple[dict[str, Any] | None, str | None]:
   """The plan of a candidate, made by another process, or the error that it ended with."""
   with tempfile.TemporaryDirectory() as folder:
     output = pathlib.Path(folder) / 'plan.json'
-    command = [sys.executable, '-m', 'parti_jax.cli.main', 'plan', f'--topology={request.topology}',
-               f'--what={request.what}', f'--json={output}']
+    command = [
+      sys.executable,
+      '-m',
+      'parti_jax.cli.main',
+      'plan',
+      f'--topology={request.topology}',
+      f'--what={request.what}',
+      f'--json={output}',
+    ]
     command += [f'--gin_file={file}' for file in request.gin_files]
     command += [f'--gin.{binding}' for binding in (*request.gin_bindings, *bindings)]
     if request.batch_size:

@@ -36,28 +36,45 @@ def training_step(request: request_lib.Request, mesh) -> request_lib.Step:
   values = train_loop.bound_arguments()
   stage = values['stage']
   # Whatever else the trainer takes, `train` has arguments of the same names for.
-  others = {name: values[name] for name in inspect.signature(trainer_lib.Trainer).parameters
-            if name in values and name not in ('stage', 'optimizer')}
+  others = {
+    name: values[name]
+    for name in inspect.signature(trainer_lib.Trainer).parameters
+    if name in values and name not in ('stage', 'optimizer')
+  }
   trainer = trainer_lib.Trainer(stage, values['optimizer'](values['schedule']), mesh, **others)
   batch_size = request.batch_size or values['batch_size']
   rules_lib.check_batch(batch_size, mesh, trainer.rules, trainer.microbatches)
-  settings = {'model': stage.name, 'config': type(stage.model).__name__,
-              'remat': stage.model.remat, 'microbatches': trainer.microbatches,
-              'offload_optimizer': others['offload_optimizer']}
+  settings = {
+    'model': stage.name,
+    'config': type(stage.model).__name__,
+    'remat': stage.model.remat,
+    'microbatches': trainer.microbatches,
+    'offload_optimizer': others['offload_optimizer'],
+  }
   return request_lib.Step(
-      lambda: trainer.lower(batch_size), mesh, batch_size, stage.step_flops(batch_size),
-      layers.count_parameters(trainer.abstract.params), settings, notes=_notes(stage),
-      kernel_flops=kernels.splash_flops(stage.model.patterns)
-      if isinstance(stage.model, parti_config.PartiConfig) else None)
+    lambda: trainer.lower(batch_size),
+    mesh,
+    batch_size,
+    stage.step_flops(batch_size),
+    layers.count_parameters(trainer.abstract.params),
+    settings,
+    notes=_notes(stage),
+    kernel_flops=kernels.splash_flops(stage.model.patterns)
+    if isinstance(stage.model, parti_config.PartiConfig)
+    else None,
+  )
 
 
 def _notes(stage) -> tuple[str, ...]:
   """What a plan says of a stage whose tokenizer is part of the step and not trained yet."""
   if 'tokenizer' not in getattr(stage, 'abstract_constants', dict)() or (
-      frozen_tokenizer.is_trained(stage.tokenizer)):
+    frozen_tokenizer.is_trained(stage.tokenizer)
+  ):
     return ()
-  return (f'{stage.tokenizer} holds no trained tokenizer yet; its sizes are those of '
-          'ViTVQGANConfig in gin',)
+  return (
+    f'{stage.tokenizer} holds no trained tokenizer yet; its sizes are those of '
+    'ViTVQGANConfig in gin',
+  )
 
 
 def sampling_step(request: request_lib.Request, mesh) -> request_lib.Step:
@@ -71,16 +88,18 @@ def sampling_step(request: request_lib.Request, mesh) -> request_lib.Step:
   ways = rules_lib.batch_ways(mesh, rules)
   if images % ways or mesh.shape['stage'] > 1:
     raise errors.UserError(
-        f'--batch_size={images} images on the mesh {dict(mesh.shape)}: sampling has no pipeline '
-        f'stages, and the batch is to be a multiple of the {ways} ways that it is split')
+      f'--batch_size={images} images on the mesh {dict(mesh.shape)}: sampling has no pipeline '
+      f'stages, and the batch is to be a multiple of the {ways} ways that it is split'
+    )
   sequences = images * (2 if request.guided else 1)
   params = _abstract_parameters(config, mesh, rules)
   place = functools.partial(_placed, mesh=mesh, rules=rules)
   shape = (sequences, config.heads, config.text_length, config.width // config.heads)
   heads = ('activation_batch', 'activation_heads', 'activation_length', None)
   pairs = lambda lengths: [
-      (place(shape[:2] + (length,) + shape[3:], config.compute_dtype, heads),) * 2
-      for length in lengths]
+    (place(shape[:2] + (length,) + shape[3:], config.compute_dtype, heads),) * 2
+    for length in lengths
+  ]
   patterns = [config.layer_pattern(layer) for layer in range(config.decoder_layers)]
   memories = pairs([config.text_length] * config.decoder_layers)
   caches, read_slots = (pairs(lengths) for lengths in zip(*map(_slots, patterns)))
@@ -89,13 +108,29 @@ def sampling_step(request: request_lib.Request, mesh) -> request_lib.Step:
   batch = ('activation_batch',)
   keys = jax.eval_shape(lambda: decoding.image_keys(0, jnp.arange(images)))
   arguments = (
-      params, memories, place((sequences, 1, 1, config.text_length), jnp.bool_, batch),
-      place((images,), jnp.int32, batch), caches, place(keys.shape, keys.dtype, batch),
-      jax.ShapeDtypeStruct((), jnp.int32))
+    params,
+    memories,
+    place((sequences, 1, 1, config.text_length), jnp.bool_, batch),
+    place((images,), jnp.int32, batch),
+    caches,
+    place(keys.shape, keys.dtype, batch),
+    jax.ShapeDtypeStruct((), jnp.int32),
+  )
 
   def step(params, memories, mask, previous, caches, keys, position):
-    return decoding.sample_step(config, params, memories, mask, previous, caches, keys, position,
-                                guided=request.guided, greedy=False, filtered=False)
+    return decoding.sample_step(
+      config,
+      params,
+      memories,
+      mask,
+      previous,
+      caches,
+      keys,
+      position,
+      guided=request.guided,
+      greedy=False,
+      filtered=False,
+    )
 
   def lower():
     with rules_lib.partitioned(mesh, rules):
@@ -105,13 +140,21 @@ def sampling_step(request: request_lib.Request, mesh) -> request_lib.Step:
   # What the program does not take: the text encoder, and what makes keys and values of the text.
   kept = (_read_by_step(params.layers), params.shared['image_decoder'])
   return request_lib.Step(
-      lower, mesh, images, sequences * flops.parti_sampling_step(config),
-      sum(leaf.size for leaf in jax.tree.leaves(params)),
-      {'model': 'generator', 'config': 'PartiConfig', 'guided': request.guided,
-       'cache_length': max(pattern.slots(config.image_length) for pattern in patterns)},
-      {'parameters': device_parts(read), 'cache': device_parts((read_slots, memories))},
-      device_parts(params) - device_parts(kept),
-      ('the memory leaves out the image tokenizer, and the caches from before they grow',))
+    lower,
+    mesh,
+    images,
+    sequences * flops.parti_sampling_step(config),
+    sum(leaf.size for leaf in jax.tree.leaves(params)),
+    {
+      'model': 'generator',
+      'config': 'PartiConfig',
+      'guided': request.guided,
+      'cache_length': max(pattern.slots(config.image_length) for pattern in patterns),
+    },
+    {'parameters': device_parts(read), 'cache': device_parts((read_slots, memories))},
+    device_parts(params) - device_parts(kept),
+    ('the memory leaves out the image tokenizer, and the caches from before they grow',),
+  )
 
 
 def _slots(pattern) -> tuple[int, int]:
@@ -135,19 +178,25 @@ def _abstract_parameters(config, mesh, rules) -> parameters.Parameters:
   placed = parameters.shardings(config, rules_lib.parameter_shardings(boxed, mesh, rules))
   shapes = jax.eval_shape(functools.partial(parameters.cut, config), nn.meta.unbox(boxed))
   return jax.tree.map(
-      lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-      shapes, placed)
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    shapes,
+    placed,
+  )
 
 
 def _in_cache_layout(leaf) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(
-      leaf.shape, leaf.dtype, sharding=layout.Format(decoding.CACHE_LAYOUT, leaf.sharding))
+    leaf.shape, leaf.dtype, sharding=layout.Format(decoding.CACHE_LAYOUT, leaf.sharding)
+  )
 
 
 def _read_by_step(layers_apart):
   """Parameters of layers but those that make the text's keys and values, once for all steps."""
-  return [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(layers_apart)
-          if 'project_memory' not in jax.tree_util.keystr(path)]
+  return [
+    leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(layers_apart)
+    if 'project_memory' not in jax.tree_util.keystr(path)
+  ]
 
 
 def _placed(shape, dtype, names, mesh, rules) -> jax.ShapeDtypeStruct:
@@ -158,5 +207,9 @@ def _placed(shape, dtype, names, mesh, rules) -> jax.ShapeDtypeStruct:
 
 def device_parts(abstract) -> float:
   """Bytes that a device holds of a tree of jax.ShapeDtypeStruct with shardings."""
-  return float(sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
-                   for leaf in jax.tree.leaves(abstract)))
+  return float(
+    sum(
+      leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
+      for leaf in jax.tree.leaves(abstract)
+    )
+  )

@@ -25,8 +25,12 @@ _MEGACORE = ('v4', 'v5p')
 
 # libtpu looks for a metadata server, and for other processes that use the chips of this machine.
 _NO_MACHINE = {
-    'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1', 'TPU_MIN_LOG_LEVEL': '3',
-    'TF_CPP_MIN_LOG_LEVEL': '3', 'TPU_STDERR_LOG_LEVEL': '3'}
+  'TPU_SKIP_MDS_QUERY': '1',
+  'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+  'TPU_MIN_LOG_LEVEL': '3',
+  'TF_CPP_MIN_LOG_LEVEL': '3',
+  'TPU_STDERR_LOG_LEVEL': '3',
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,13 +80,15 @@ def parse(name: str) -> Topology:
   dims = tuple(map(int, sizes.split('x')))
   topology = Topology(name, kind, dims, int(slices or 1))
   if kind != 'cpu' and kind not in chips.CHIPS:
-    raise errors.UserError(f'--topology={name}: no chip {kind!r}; there are '
-                           f'{", ".join(chips.CHIPS)} and cpu')
+    raise errors.UserError(
+      f'--topology={name}: no chip {kind!r}; there are {", ".join(chips.CHIPS)} and cpu'
+    )
   expected = 1 if kind == 'cpu' else chips.CHIPS[kind].torus_dimensions
   if len(dims) != expected or min(dims) < 1 or topology.slices < 1:
     form = 'x'.join('ABC'[:expected]) if kind != 'cpu' else 'N'
-    raise errors.UserError(f'--topology={name}: sizes of {kind} are {expected} numbers from 1, '
-                           f'{kind}:{form}')
+    raise errors.UserError(
+      f'--topology={name}: sizes of {kind} are {expected} numbers from 1, {kind}:{form}'
+    )
   if kind == 'cpu' and topology.slices > 1:
     raise errors.UserError(f'--topology={name}: cpu has no slices')
   return topology
@@ -95,8 +101,10 @@ def _cpu_devices(topology: Topology):
       jax.config.update('jax_num_cpu_devices', count)
   devices = jax.devices('cpu')
   if len(devices) < count:
-    raise errors.UserError(f'--topology={topology.name}: {len(devices)} CPU devices are there; '
-                           f'set XLA_FLAGS=--xla_force_host_platform_device_count={count}')
+    raise errors.UserError(
+      f'--topology={topology.name}: {len(devices)} CPU devices are there; '
+      f'set XLA_FLAGS=--xla_force_host_platform_device_count={count}'
+    )
   return devices[:count]
 
 
@@ -115,10 +123,14 @@ def _tpu_devices(topology: Topology):
   sizes = 'x'.join(map(str, topology.dims))
   with native_notes.hidden():
     try:
-      return list(topologies.get_topology_desc(
-          platform='tpu', topology_name=f'{topology.kind}:{sizes}', **keywords).devices)
+      return list(
+        topologies.get_topology_desc(
+          platform='tpu', topology_name=f'{topology.kind}:{sizes}', **keywords
+        ).devices
+      )
     except Exception as error:  # Of several kinds; libtpu's message tells them apart.
       unknown = error
   said = str(unknown).split('\n', maxsplit=1)[0]
-  raise errors.UserError(f'--topology={topology.name}: libtpu knows no such topology: {said}'
-                         ) from unknown
+  raise errors.UserError(
+    f'--topology={topology.name}: libtpu knows no such topology: {said}'
+  ) from unknown

@@ -35,7 +35,7 @@ class Prepared:
 
 
 def prepare(
-    example: Mapping[str, Any], default_key: str, settings: Settings, to_srgb: bool = True
+  example: Mapping[str, Any], default_key: str, settings: Settings, to_srgb: bool = True
 ) -> Prepared:
   """Prepares an example.
 
@@ -60,11 +60,20 @@ def prepare(
   encoded = pictures.encode(image, data, header, settings)
   if settings.keep_columns is not None:
     columns = {name: columns[name] for name in settings.keep_columns if name in columns}
-  description = {'key': example.get('key') or default_key, 'columns': columns,
-                 'width': header.width, 'height': header.height}
+  description = {
+    'key': example.get('key') or default_key,
+    'columns': columns,
+    'width': header.width,
+    'height': header.height,
+  }
   digest = b''
   if settings.duplicates is not None:
     digest = hashes.digest(data, caption if settings.duplicates != 'picture' else '')
   look = hashes.perceptual(image) if settings.near_duplicates is not None else None
-  return Prepared(prepared.serialized(encoded, caption, description), digest, look,
-                  header.width * header.height, notes + more)
+  return Prepared(
+    prepared.serialized(encoded, caption, description),
+    digest,
+    look,
+    header.width * header.height,
+    notes + more,
+  )

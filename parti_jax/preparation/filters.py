@@ -18,15 +18,20 @@ def check_caption(text: str, settings: Settings) -> None:
     text: the caption, as `captions.clean` returns it.
     settings: the filters.
   """
-  for bounds, count in ((settings.caption_length, len(text)),
-                        (settings.caption_words, len(text.split()))):
+  for bounds, count in (
+    (settings.caption_length, len(text)),
+    (settings.caption_words, len(text.split())),
+  ):
     if bounds and count < bounds[0]:
       raise Unusable('caption too short')
     if bounds and count > bounds[1]:
       raise Unusable('caption too long')
   if settings.scripts is not None:
-    letters = [character for character in unicodedata.normalize('NFKC', text)
-               if settings_lib.is_letter(character)]
+    letters = [
+      character
+      for character in unicodedata.normalize('NFKC', text)
+      if settings_lib.is_letter(character)
+    ]
     allowed = sum(settings_lib.script_of(letter) in settings.scripts for letter in letters)
     if allowed < settings.min_script_share * len(letters):
       raise Unusable('caption in other scripts')

@@ -11,7 +11,8 @@ BITS = 63
 _SIDE, _FREQUENCIES = 32, 8
 # The orthonormal cosine transform of the lowest frequencies, float64 [_FREQUENCIES, _SIDE].
 _COSINES = np.sqrt(2 / _SIDE) * np.cos(
-    np.pi / _SIDE * np.outer(np.arange(_FREQUENCIES), np.arange(_SIDE) + 0.5))
+  np.pi / _SIDE * np.outer(np.arange(_FREQUENCIES), np.arange(_SIDE) + 0.5)
+)
 _COSINES[0] /= np.sqrt(2)
 # Pictures whose grey values differ by less, as a root mean square, have nothing to compare.
 _FLAT = 1.0
@@ -57,5 +58,7 @@ def bands(value: int, distance: int) -> list[tuple[int, int]]:
   """
   count = distance + 1
   edges = [BITS * number // count for number in range(count + 1)]
-  return [(number, (value >> low) & ((1 << (high - low)) - 1))
-          for number, (low, high) in enumerate(zip(edges, edges[1:]))]
+  return [
+    (number, (value >> low) & ((1 << (high - low)) - 1))
+    for number, (low, high) in enumerate(zip(edges, edges[1:]))
+  ]

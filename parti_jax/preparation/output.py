@@ -58,8 +58,9 @@ class Output:
   def written(self) -> int:
     """How many shards have been written, staged or in place."""
     folders = (self.folder, self.split), (self._staging, 'shard')
-    return sum(_is_shard(name, begin) for folder, begin in folders
-               for name in storage.names(folder))
+    return sum(
+      _is_shard(name, begin) for folder, begin in folders for name in storage.names(folder)
+    )
 
   def claim(self, overwrite: bool) -> None:
     """Takes the folder for this run.
@@ -75,12 +76,16 @@ class Output:
     splits = self._finished()
     shards = [name for name in storage.names(self.folder) if _is_shard(name, self.split)]
     if self.split in splits and not overwrite:
-      raise UserError(f'--output_dir={self.folder} holds a finished split {self.split!r}; choose '
-                      'another folder or another --split, or replace it with --overwrite')
+      raise UserError(
+        f'--output_dir={self.folder} holds a finished split {self.split!r}; choose '
+        'another folder or another --split, or replace it with --overwrite'
+      )
     left = self._free_from_the_dead(overwrite)
     if shards and not (left or overwrite):
-      raise UserError(f'--output_dir={self.folder} holds {shards[0]}, which is of no finished '
-                      'split; choose another folder, or remove these shards with --overwrite')
+      raise UserError(
+        f'--output_dir={self.folder} holds {shards[0]}, which is of no finished '
+        'split; choose another folder, or remove these shards with --overwrite'
+      )
     try:
       storage.make_folder(self._unfinished)
       storage.create(storage.join(self._unfinished, _OWNER), json.dumps(_this_process()).encode())
@@ -89,11 +94,14 @@ class Output:
       for name in shards:
         storage.remove(storage.join(self.folder, name))
     except FileExistsError as error:
-      raise UserError(f'--output_dir={self.folder}: another run has just begun to prepare '
-                      f'{self.split!r} there; choose another folder') from error
+      raise UserError(
+        f'--output_dir={self.folder}: another run has just begun to prepare '
+        f'{self.split!r} there; choose another folder'
+      ) from error
     except OSError as error:
-      raise UserError(f'--output_dir={self.folder} cannot be written: '
-                      f'{error.strerror or error}') from error
+      raise UserError(
+        f'--output_dir={self.folder} cannot be written: {error.strerror or error}'
+      ) from error
 
   def release(self, finished: bool) -> None:
     """Removes the unfinished folder and, unless the split is finished, its shards."""
@@ -113,8 +121,9 @@ class Output:
       report: of the split, for JSON.
     """
     reports = self._read(REPORT, _MAX_REPORT).get('splits', {})
-    storage.write(storage.join(self.folder, REPORT),
-                  _json({'splits': {**reports, self.split: report}}))
+    storage.write(
+      storage.join(self.folder, REPORT), _json({'splits': {**reports, self.split: report}})
+    )
     info = token_cache_info.split_info(shards)
     if info['examples']:
       self._write_info({**self._finished(), self.split: info})
@@ -128,8 +137,10 @@ class Output:
     try:
       return self._read(REPORT, _MAX_REPORT)['splits'][self.split]
     except LookupError as error:
-      raise UserError(f'{self.folder} has no {REPORT} of {self.split!r}; the workers must have '
-                      'written elsewhere: give a URL or a folder on a shared disk') from error
+      raise UserError(
+        f'{self.folder} has no {REPORT} of {self.split!r}; the workers must have '
+        'written elsewhere: give a URL or a folder on a shared disk'
+      ) from error
 
   def _finished(self) -> dict[str, Any]:
     """The finished splits of the folder."""
@@ -138,8 +149,10 @@ class Output:
     return prepared.read_info(self.folder)['splits']
 
   def _write_info(self, splits: Mapping[str, Any]) -> None:
-    storage.write(storage.join(self.folder, 'info.json'), _json(
-        {'kind': prepared.KIND, 'version': prepared.VERSION, 'splits': splits}))
+    storage.write(
+      storage.join(self.folder, 'info.json'),
+      _json({'kind': prepared.KIND, 'version': prepared.VERSION, 'splits': splits}),
+    )
 
   def _free_from_the_dead(self, overwrite: bool) -> bool:
     """Removes what an earlier run has left; whether there was something.
@@ -152,9 +165,10 @@ class Output:
       return False
     if not overwrite and not _has_ended(owner):
       raise UserError(
-          f'--output_dir={self.folder}: process {owner.get("pid", "?")} on host '
-          f'{owner.get("host", "?")} has prepared {self.split!r} there since '
-          f'{owner.get("since", "?")}; if it has ended, replace what it left with --overwrite')
+        f'--output_dir={self.folder}: process {owner.get("pid", "?")} on host '
+        f'{owner.get("host", "?")} has prepared {self.split!r} there since '
+        f'{owner.get("since", "?")}; if it has ended, replace what it left with --overwrite'
+      )
     token_cache_info.remove_folder(self._unfinished)
     return True
 

@@ -29,7 +29,7 @@ def size_after(header: image_decoding.Header, settings: Settings) -> tuple[int, 
 
 
 def decode(
-    data: bytes, header: image_decoding.Header, settings: Settings, to_srgb: bool
+  data: bytes, header: image_decoding.Header, settings: Settings, to_srgb: bool
 ) -> tuple[Image.Image, list[str]]:
   """Decodes and resizes a picture.
 
@@ -54,7 +54,7 @@ def decode(
 
 
 def encode(
-    image: Image.Image, data: bytes, header: image_decoding.Header, settings: Settings
+  image: Image.Image, data: bytes, header: image_decoding.Header, settings: Settings
 ) -> bytes:
   """Encodes a picture.
 
@@ -68,8 +68,12 @@ def encode(
     Unusable: the format can't hold a picture of this size.
   """
   name = FORMATS[settings.image_format]
-  if (settings.pass_through and header.plain and header.format == name
-      and sorted(image.size) == sorted((header.width, header.height))):
+  if (
+    settings.pass_through
+    and header.plain
+    and header.format == name
+    and sorted(image.size) == sorted((header.width, header.height))
+  ):
     return data
   encoded = io.BytesIO()
   options = {} if name == 'PNG' else {'quality': settings.quality}

@@ -53,8 +53,14 @@ with _quietly():
 
 _EXACT, _NEAR = 'duplicate picture', 'picture that looks like another'
 # Runners that work in processes of this machine.
-_LOCAL_RUNNERS = (None, 'FnApiRunner', 'DirectRunner', 'SwitchingDirectRunner',
-                  'BundleBasedDirectRunner', 'PrismRunner')
+_LOCAL_RUNNERS = (
+  None,
+  'FnApiRunner',
+  'DirectRunner',
+  'SwitchingDirectRunner',
+  'BundleBasedDirectRunner',
+  'PrismRunner',
+)
 # A row's digest or hash -> the rows that have it.
 Group = tuple[Any, Iterable[tuple]]
 
@@ -67,8 +73,9 @@ class _Prepare(beam.DoFn):
 
   def process(self, number: int) -> Iterator[Any]:
     examples = self._work.read(number)
-    outcome, rows = shards.write(self._output.staging_place(number), number, examples,
-                                 self._settings, self._to_srgb)
+    outcome, rows = shards.write(
+      self._output.staging_place(number), number, examples, self._settings, self._to_srgb
+    )
     yield beam.pvalue.TaggedOutput('outcomes', (number, outcome))
     yield from map(tuple, rows)
 
@@ -103,9 +110,10 @@ class _Finish(beam.DoFn):
 
   def process(self, element) -> Iterator[Outcome]:
     number, found = element
-    outcome, = found['outcomes']
-    yield shards.finish(self._output.staging_place(number), self._output.place(number), outcome,
-                        dict(found['drops']))
+    (outcome,) = found['outcomes']
+    yield shards.finish(
+      self._output.staging_place(number), self._output.place(number), outcome, dict(found['drops'])
+    )
 
 
 class _Publish(beam.DoFn):
@@ -118,8 +126,9 @@ class _Publish(beam.DoFn):
     if len(outcomes) != self._parts:
       raise RuntimeError(f'{len(outcomes)} shards were written of {self._parts}')
     outcomes = sorted(outcomes, key=lambda outcome: outcome.number)
-    self._output.publish([outcome.shard for outcome in outcomes],
-                         report.make(outcomes, self._source, self._settings))
+    self._output.publish(
+      [outcome.shard for outcome in outcomes], report.make(outcomes, self._source, self._settings)
+    )
 
 
 def _drop(row: Row, reason: str) -> tuple[int, tuple[int, str]]:
@@ -135,27 +144,35 @@ def _drops(rows, settings: Settings):
   """Returns which examples of which shards are dropped, and why."""
   drops = []
   if settings.duplicates is not None:
-    rows, lost = (rows | 'by digest' >> beam.Map(lambda row: (row[0], row))
-                  | 'same digest' >> beam.GroupByKey()
-                  | 'best of digest' >> beam.ParDo(_KeepBest(_EXACT)).with_outputs(
-                      'drops', main='best'))
+    rows, lost = (
+      rows
+      | 'by digest' >> beam.Map(lambda row: (row[0], row))
+      | 'same digest' >> beam.GroupByKey()
+      | 'best of digest' >> beam.ParDo(_KeepBest(_EXACT)).with_outputs('drops', main='best')
+    )
     drops.append(lost)
   if settings.near_duplicates is not None:
-    rows, lost = (rows | 'with hash' >> beam.Filter(lambda row: row[1] >= 0)
-                  | 'by hash' >> beam.Map(lambda row: (row[1], row))
-                  | 'same hash' >> beam.GroupByKey()
-                  | 'best of hash' >> beam.ParDo(_KeepBest(_NEAR)).with_outputs(
-                      'drops', main='best'))
+    rows, lost = (
+      rows
+      | 'with hash' >> beam.Filter(lambda row: row[1] >= 0)
+      | 'by hash' >> beam.Map(lambda row: (row[1], row))
+      | 'same hash' >> beam.GroupByKey()
+      | 'best of hash' >> beam.ParDo(_KeepBest(_NEAR)).with_outputs('drops', main='best')
+    )
     drops.append(lost)
   if settings.near_duplicates:
-    drops.append(rows | 'by piece' >> beam.FlatMap(_bands, settings.near_duplicates)
-                 | 'same piece' >> beam.GroupByKey()
-                 | 'near' >> beam.ParDo(_DropNear(settings.near_duplicates)))
+    drops.append(
+      rows
+      | 'by piece' >> beam.FlatMap(_bands, settings.near_duplicates)
+      | 'same piece' >> beam.GroupByKey()
+      | 'near' >> beam.ParDo(_DropNear(settings.near_duplicates))
+    )
   return drops | 'drops' >> beam.Flatten()
 
 
-def add_steps(root, work: Work, settings: Settings, to_srgb: bool, output: Output, source: str
-              ) -> None:
+def add_steps(
+  root, work: Work, settings: Settings, to_srgb: bool, output: Output, source: str
+) -> None:
   """Adds the steps to a pipeline.
 
   Args:
@@ -167,18 +184,28 @@ def add_steps(root, work: Work, settings: Settings, to_srgb: bool, output: Outpu
     source: what is read, for the report.
   """
   rows, outcomes = (
-      root | 'parts' >> beam.Create(range(len(work))) | beam.Reshuffle()
-      | 'prepare' >> beam.ParDo(_Prepare(work, settings, to_srgb, output)).with_outputs(
-          'outcomes', main='rows'))
+    root
+    | 'parts' >> beam.Create(range(len(work)))
+    | beam.Reshuffle()
+    | 'prepare'
+    >> beam.ParDo(_Prepare(work, settings, to_srgb, output)).with_outputs('outcomes', main='rows')
+  )
   if output.staged:
-    drops = (_drops(rows, settings) if settings.drops_duplicates
-             else root | 'no drops' >> beam.Create([]))
-    outcomes = ({'outcomes': outcomes, 'drops': drops} | 'by shard' >> beam.CoGroupByKey()
-                | 'finish' >> beam.ParDo(_Finish(output)))
+    drops = (
+      _drops(rows, settings) if settings.drops_duplicates else root | 'no drops' >> beam.Create([])
+    )
+    outcomes = (
+      {'outcomes': outcomes, 'drops': drops}
+      | 'by shard' >> beam.CoGroupByKey()
+      | 'finish' >> beam.ParDo(_Finish(output))
+    )
   else:
     outcomes = outcomes | 'outcome' >> beam.Values()
-  _ = (outcomes | 'all' >> beam.combiners.ToList()
-       | 'publish' >> beam.ParDo(_Publish(output, source, settings, len(work))))
+  _ = (
+    outcomes
+    | 'all' >> beam.combiners.ToList()
+    | 'publish' >> beam.ParDo(_Publish(output, source, settings, len(work)))
+  )
 
 
 def make(flags: Sequence[str], workers: int) -> tuple[beam.Pipeline, str]:
@@ -201,8 +228,9 @@ def make(flags: Sequence[str], workers: int) -> tuple[beam.Pipeline, str]:
   runner, where = standard.runner, standard.runner
   if is_local(options):
     with _quietly():
-      known, every = (options.get_all_options(retain_unknown_options=retain).keys()
-                      for retain in (False, True))
+      known, every = (
+        options.get_all_options(retain_unknown_options=retain).keys() for retain in (False, True)
+      )
     if unknown := sorted(every - known):
       raise UserError(f'--{unknown[0]}: neither parti-jax prepare nor Beam knows this flag')
     direct = options.view_as(pipeline_options.DirectOptions)
@@ -211,8 +239,11 @@ def make(flags: Sequence[str], workers: int) -> tuple[beam.Pipeline, str]:
     processes = direct.direct_num_workers or os.cpu_count()
     where = f'{processes} process{"es" if processes > 1 else ""} (--direct_num_workers)'
     if runner == 'FnApiRunner' and processes > 1:
-      runner = fn_runner.FnApiRunner(environments.SubprocessSDKEnvironment.from_command_string(
-          f'{shlex.quote(sys.executable)} -m parti_jax.preparation.worker'))
+      runner = fn_runner.FnApiRunner(
+        environments.SubprocessSDKEnvironment.from_command_string(
+          f'{shlex.quote(sys.executable)} -m parti_jax.preparation.worker'
+        )
+      )
   try:
     with _quietly():
       return beam.Pipeline(runner, options=options), where
@@ -229,7 +260,7 @@ def _options(flags: Sequence[str]) -> pipeline_options.PipelineOptions:
   """Reads Beam's flags."""
   for before, flag in zip(('', *flags), flags):
     if not flag.startswith('--') and ('=' in before or not before.startswith('--')):
-      raise UserError(f'{flag!r} is not a flag; Beam\'s flags begin with --')
+      raise UserError(f"{flag!r} is not a flag; Beam's flags begin with --")
   said = io.StringIO()
   try:
     with contextlib.redirect_stderr(said), _quietly():

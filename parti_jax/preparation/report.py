@@ -36,15 +36,26 @@ def make(outcomes: Iterable[Outcome], source: str, settings: Settings) -> dict[s
     left_out.update(outcome.left_out)
     notes.update(outcome.notes)
     places += outcome.places
-  return {'source': source, 'read': read, 'written': written, 'shards': count, 'bytes': size,
-          'left_out': _by_count(left_out), 'ignored_or_cut': _by_count(notes),
-          'damaged': places[:_MOST_PLACES], 'settings': dataclasses.asdict(settings)}
+  return {
+    'source': source,
+    'read': read,
+    'written': written,
+    'shards': count,
+    'bytes': size,
+    'left_out': _by_count(left_out),
+    'ignored_or_cut': _by_count(notes),
+    'damaged': places[:_MOST_PLACES],
+    'settings': dataclasses.asdict(settings),
+  }
 
 
 def table(report: Mapping[str, Any]) -> str:
   """The counts of a report, a line for each."""
-  rows = [(report['read'], 'read'), *((-count, reason) for reason, count in
-                                     report['left_out'].items()), (report['written'], 'written')]
+  rows = [
+    (report['read'], 'read'),
+    *((-count, reason) for reason, count in report['left_out'].items()),
+    (report['written'], 'written'),
+  ]
   rows += [(count, reason) for reason, count in report['ignored_or_cut'].items()]
   width = max(len(f'{count:,}') for count, _ in rows)
   return '\n'.join(f'  {count:>{width},}  {reason}' for count, reason in rows)

@@ -22,9 +22,17 @@ DUPLICATES = ('picture', 'picture_and_caption')
 
 @gin.configurable('prepare')
 @checks.bounded(
-    size=(2, 8192), quality=(1, 100), min_side=(1, None), max_aspect_ratio=(1, None),
-    caption_length=(1, None), caption_words=(1, None), min_script_share=(0, 1),
-    near_duplicates=(0, 15), examples_per_shard=(1, 2**20), files_per_shard=(1, 2**20))
+  size=(2, 8192),
+  quality=(1, 100),
+  min_side=(1, None),
+  max_aspect_ratio=(1, None),
+  caption_length=(1, None),
+  caption_words=(1, None),
+  min_script_share=(0, 1),
+  near_duplicates=(0, 15),
+  examples_per_shard=(1, 2**20),
+  files_per_shard=(1, 2**20),
+)
 @dataclasses.dataclass(frozen=True)
 class Settings:
   """The filters and the form of prepared pictures; None turns a filter or a step off.
@@ -86,14 +94,19 @@ class Settings:
       raise UserError('prepare.enlarge=True needs prepare.size')
     for script in self.scripts or ():
       if script not in known_scripts():
-        raise UserError(f'prepare.scripts: {script!r} is not the first word of a letter\'s Unicode '
-                        'name; some are LATIN, CYRILLIC, GREEK, ARABIC, CJK, HIRAGANA and HANGUL')
+        raise UserError(
+          f"prepare.scripts: {script!r} is not the first word of a letter's Unicode "
+          'name; some are LATIN, CYRILLIC, GREEK, ARABIC, CJK, HIRAGANA and HANGUL'
+        )
     if self.scripts == ():
-      raise UserError('prepare.scripts=() would leave out every caption with a letter; None allows '
-                      'all scripts')
+      raise UserError(
+        'prepare.scripts=() would leave out every caption with a letter; None allows all scripts'
+      )
     if not isinstance(self.columns, Mapping):
-      raise UserError(f'prepare.columns={checks.shown(self.columns)} must be of the form '
-                      "{'similarity': (0.3, None)}")
+      raise UserError(
+        f'prepare.columns={checks.shown(self.columns)} must be of the form '
+        "{'similarity': (0.3, None)}"
+      )
     for name, wanted in self.columns.items():
       _check_column(name, wanted)
 
@@ -111,8 +124,11 @@ def is_texts(wanted: tuple) -> bool:
 @functools.cache
 def known_scripts() -> frozenset[str]:
   """The first words of the Unicode names of all letters."""
-  return frozenset(script_of(character) for character in map(chr, range(sys.maxunicode + 1))
-                   if is_letter(character))
+  return frozenset(
+    script_of(character)
+    for character in map(chr, range(sys.maxunicode + 1))
+    if is_letter(character)
+  )
 
 
 def script_of(letter: str) -> str:
@@ -135,9 +151,14 @@ def _check_column(name: Any, wanted: Any) -> None:
     if is_texts(wanted):
       return
     bounds = [bound for bound in wanted if bound is not None]
-    if len(wanted) == 2 and bounds and all(
-        type(bound) in (int, float) and math.isfinite(bound) for bound in bounds) and (
-            bounds == sorted(bounds)):
+    if (
+      len(wanted) == 2
+      and bounds
+      and all(type(bound) in (int, float) and math.isfinite(bound) for bound in bounds)
+      and (bounds == sorted(bounds))
+    ):
       return
-  raise UserError(f'prepare.columns: {checks.shown(name)}: {checks.shown(wanted)} must be bounds '
-                  'such as (0.3, None), the lower one first, or texts such as (\'UNLIKELY\',)')
+  raise UserError(
+    f'prepare.columns: {checks.shown(name)}: {checks.shown(wanted)} must be bounds '
+    "such as (0.3, None), the lower one first, or texts such as ('UNLIKELY',)"
+  )

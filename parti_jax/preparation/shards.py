@@ -48,8 +48,11 @@ class Outcome:
 
 
 def write(
-    path: str, number: int, examples: Iterable[tuple[str, Mapping[str, Any] | Damaged]],
-    settings: Settings, to_srgb: bool = True
+  path: str,
+  number: int,
+  examples: Iterable[tuple[str, Mapping[str, Any] | Damaged]],
+  settings: Settings,
+  to_srgb: bool = True,
 ) -> tuple[Outcome, list[Row]]:
   """Prepares examples and writes those that stay to a shard, whole or not at all.
 
@@ -69,7 +72,8 @@ def write(
   outcome, rows = Outcome(number), []
   try:
     outcome.shard = token_cache.write_shard(
-        path, _records(examples, settings, to_srgb, outcome, rows))
+      path, _records(examples, settings, to_srgb, outcome, rows)
+    )
   except OSError as error:
     raise UserError(f'{path} cannot be written: {error.strerror or error}') from error
   return outcome, rows
@@ -90,8 +94,15 @@ def _records(examples, settings, to_srgb, outcome: Outcome, rows: list[Row]) -> 
       outcome.left_out[str(error)] += 1
       continue
     outcome.notes.update(prepared.notes)
-    rows.append(Row(prepared.digest, -1 if prepared.look is None else prepared.look,
-                    prepared.pixels, outcome.number, len(rows)))
+    rows.append(
+      Row(
+        prepared.digest,
+        -1 if prepared.look is None else prepared.look,
+        prepared.pixels,
+        outcome.number,
+        len(rows),
+      )
+    )
     yield prepared.record
 
 
@@ -122,8 +133,11 @@ def finish(staged: str, path: str, outcome: Outcome, drops: Mapping[int, str]) -
           shard = token_cache.write_shard(path, _others(os.fspath(local), drops))
         storage.remove(staged)
       else:  # An earlier try came this far.
-        shard = {'examples': shard['examples'] - len(drops), 'bytes': storage.size(path),
-                 'digest': token_cache_info.digest(path)}
+        shard = {
+          'examples': shard['examples'] - len(drops),
+          'bytes': storage.size(path),
+          'digest': token_cache_info.digest(path),
+        }
   except OSError as error:
     raise UserError(f'{path} cannot be written: {error.strerror or error}') from error
   return dataclasses.replace(outcome, left_out=left_out, shard=shard)
@@ -135,7 +149,7 @@ def _others(path: str, drops: Mapping[int, str]) -> Iterator[bytes]:
   try:
     kept = [index for index in range(reader.count()) if index not in drops]
     for start in range(0, len(kept), _AT_ONCE):
-      for record in reader.read(kept[start:start + _AT_ONCE]):
+      for record in reader.read(kept[start : start + _AT_ONCE]):
         if isinstance(record, Damaged):
           raise UserError(f'{path} was damaged after it had been written')
         yield record

@@ -37,8 +37,9 @@ class Work:
     self._description: dict[str, Any] | None = None
 
   def __getstate__(self) -> dict[str, Any]:
-    return {name: value for name, value in self.__dict__.items()
-            if name not in ('_opened', '_parts')}
+    return {
+      name: value for name, value in self.__dict__.items() if name not in ('_opened', '_parts')
+    }
 
   def __len__(self) -> int:
     return -(-len(self._parts) // self._parts_per_shard)
@@ -52,8 +53,10 @@ class Work:
     parts = input_parts.InputParts(self._opened, self._settings.examples_per_shard)
     found = parts.description()
     if self._description not in (None, found):
-      raise UserError(f'{self._source.place} has changed since the command began; start it again '
-                      'when the source is complete')
+      raise UserError(
+        f'{self._source.place} has changed since the command began; start it again '
+        'when the source is complete'
+      )
     self._description = found
     return parts
 
@@ -71,7 +74,7 @@ class Work:
     for index in range(number * count, min((number + 1) * count, len(self._parts))):
       opened = self._parts.open(index)
       if isinstance(opened, base.Shards):
-        file, = opened.files
+        (file,) = opened.files
         for place, example in enumerate(opened.read(file)):
           yield f'{storage.name(file)}:{place}', example
         continue
@@ -92,5 +95,7 @@ class Work:
       read += 1
     if missing := sorted(names - found):
       there = f'which have {", ".join(sorted(found)[:50])}' if found else 'which have no columns'
-      raise UserError(f'{self._source.place}: no column {missing[0]!r} in the first {read} '
-                      f'examples, {there} (gin: prepare.columns, prepare.keep_columns)')
+      raise UserError(
+        f'{self._source.place}: no column {missing[0]!r} in the first {read} '
+        f'examples, {there} (gin: prepare.columns, prepare.keep_columns)'
+      )

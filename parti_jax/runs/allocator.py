@@ -27,6 +27,5 @@ def keep_freed() -> bool:
   except (AttributeError, OSError):
     return False
   # One arena, 0 mappings; trim and grow by sizes that a step does not reach (bytes).
-  settings = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2 ** 31 - 1),
-              (_TOP_PAD, 64 * 2 ** 20))
+  settings = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 64 * 2**20))
   return all(mallopt(name, value) == 1 for name, value in settings)

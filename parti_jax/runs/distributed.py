@@ -45,17 +45,31 @@ class Processes:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the flags that say which processes train together."""
   group = parser.add_argument_group(
-      'many hosts', 'Every host runs the same command. Under srun with several tasks, and where '
-      'TPU_WORKER_HOSTNAMES names several hosts, as on GKE, no flag is needed.')
-  group.add_argument('--multi_host', action='store_true',
-                     help='find the other processes as JAX does on TPU pods, Slurm and Open MPI')
-  group.add_argument('--coordinator', metavar='HOST:PORT',
-                     help='elsewhere: an address of process 0 that all can reach, a free port')
+    'many hosts',
+    'Every host runs the same command. Under srun with several tasks, and where '
+    'TPU_WORKER_HOSTNAMES names several hosts, as on GKE, no flag is needed.',
+  )
+  group.add_argument(
+    '--multi_host',
+    action='store_true',
+    help='find the other processes as JAX does on TPU pods, Slurm and Open MPI',
+  )
+  group.add_argument(
+    '--coordinator',
+    metavar='HOST:PORT',
+    help='elsewhere: an address of process 0 that all can reach, a free port',
+  )
   group.add_argument('--num_processes', type=int, metavar='N', help='how many processes train')
-  group.add_argument('--process_id', type=int, metavar='I',
-                     help='which one this is, 0 to N-1; each has another')
-  group.add_argument('--connect_timeout', type=int, default=300, metavar='SECONDS',
-                     help='how long to wait for the others at the start (default: %(default)s)')
+  group.add_argument(
+    '--process_id', type=int, metavar='I', help='which one this is, 0 to N-1; each has another'
+  )
+  group.add_argument(
+    '--connect_timeout',
+    type=int,
+    default=300,
+    metavar='SECONDS',
+    help='how long to wait for the others at the start (default: %(default)s)',
+  )
 
 
 def processes(args: argparse.Namespace) -> Processes | None:
@@ -77,21 +91,28 @@ def processes(args: argparse.Namespace) -> Processes | None:
       return None
     return Processes(None, None, None, args.connect_timeout)
   if args.multi_host:
-    raise errors.UserError('--multi_host finds the processes itself; leave away either it or '
-                           '--coordinator, --num_processes and --process_id')
+    raise errors.UserError(
+      '--multi_host finds the processes itself; leave away either it or '
+      '--coordinator, --num_processes and --process_id'
+    )
   if missing:
-    raise errors.UserError(f'{" and ".join(missing)} not given; --coordinator=HOST:PORT, '
-                           '--num_processes=N and --process_id=I go together')
+    raise errors.UserError(
+      f'{" and ".join(missing)} not given; --coordinator=HOST:PORT, '
+      '--num_processes=N and --process_id=I go together'
+    )
   host, _, port = args.coordinator.rpartition(':')
-  if not host or not port.isdecimal() or not 0 < int(port) < 2 ** 16:
-    raise errors.UserError(f'--coordinator={args.coordinator} is no HOST:PORT, such as '
-                           '10.0.0.1:8476')
+  if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+    raise errors.UserError(
+      f'--coordinator={args.coordinator} is no HOST:PORT, such as 10.0.0.1:8476'
+    )
   if args.num_processes < 1:
     raise errors.UserError(f'--num_processes={args.num_processes} must be at least 1')
   checks.count('--num_processes', args.num_processes)
   if not 0 <= args.process_id < args.num_processes:
-    raise errors.UserError(f'--process_id={args.process_id} must be 0 to '
-                           f'{args.num_processes - 1}, since --num_processes={args.num_processes}')
+    raise errors.UserError(
+      f'--process_id={args.process_id} must be 0 to '
+      f'{args.num_processes - 1}, since --num_processes={args.num_processes}'
+    )
   return Processes(**given, timeout=args.connect_timeout)
 
 
@@ -108,25 +129,35 @@ def connect(found: Processes) -> None:
   """
   import jax
 
-  timeouts = {'initialization_timeout': found.timeout,
-              'heartbeat_timeout_seconds': HEARTBEAT_TIMEOUT,
-              'shutdown_timeout_seconds': HEARTBEAT_TIMEOUT}
+  timeouts = {
+    'initialization_timeout': found.timeout,
+    'heartbeat_timeout_seconds': HEARTBEAT_TIMEOUT,
+    'shutdown_timeout_seconds': HEARTBEAT_TIMEOUT,
+  }
   try:
     if found.coordinator is None:
       jax.distributed.initialize(**timeouts)
     else:
-      jax.distributed.initialize(found.coordinator, found.num_processes, found.process_id,
-                                 cluster_detection_method='deactivate', **timeouts)
+      jax.distributed.initialize(
+        found.coordinator,
+        found.num_processes,
+        found.process_id,
+        cluster_detection_method='deactivate',
+        **timeouts,
+      )
   except (ValueError, RuntimeError) as error:
     reason = str(error).splitlines()[0]
     if found.coordinator is None:
       raise errors.UserError(
-          f'--multi_host: JAX finds no other processes here ({reason}); give '
-          '--coordinator=HOST:PORT --num_processes=N --process_id=I') from error
+        f'--multi_host: JAX finds no other processes here ({reason}); give '
+        '--coordinator=HOST:PORT --num_processes=N --process_id=I'
+      ) from error
     raise errors.UserError(f'--coordinator={found.coordinator}: {reason}') from error
   if found.num_processes not in (None, jax.process_count()):
-    raise errors.UserError(f'--num_processes={found.num_processes}, but the coordinator '
-                           f'{found.coordinator} has {jax.process_count()}; give all the same')
+    raise errors.UserError(
+      f'--num_processes={found.num_processes}, but the coordinator '
+      f'{found.coordinator} has {jax.process_count()}; give all the same'
+    )
 
 
 def check_connected() -> None:
@@ -134,8 +165,10 @@ def check_connected() -> None:
   import jax
 
   if jax.process_count() > 1 and not jax.distributed.is_initialized():
-    raise errors.UserError(f'the devices here are those of {jax.process_count()} processes; run '
-                           'the command on every host with --multi_host')
+    raise errors.UserError(
+      f'the devices here are those of {jax.process_count()} processes; run '
+      'the command on every host with --multi_host'
+    )
 
 
 @contextlib.contextmanager
@@ -151,8 +184,11 @@ def losses_told() -> Iterator[None]:
   except jax.errors.JaxRuntimeError as error:
     # These are this process's own failures for certain.
     if not any(word in str(error) for word in ('RESOURCE_EXHAUSTED', 'INVALID_ARGUMENT')):
-      print(f'parti-jax: a step failed: {str(error).splitlines()[0]}; whether another process is '
-            f'lost, and which, shows within {HEARTBEAT_TIMEOUT} s', file=sys.stderr)
+      print(
+        f'parti-jax: a step failed: {str(error).splitlines()[0]}; whether another process is '
+        f'lost, and which, shows within {HEARTBEAT_TIMEOUT} s',
+        file=sys.stderr,
+      )
       time.sleep(HEARTBEAT_TIMEOUT + 15)
     raise
 
@@ -169,18 +205,25 @@ def explanation(found: Processes, watched: supervisor.WatchedProcess, words: str
     return f'{_who_is_missing(words)}; {_AGAIN}'
   where = f'the coordinator {found.coordinator}' if found.coordinator else 'the coordinator'
   if 'ALREADY_EXISTS' in words:
-    return (f'{where}: another process has the same --process_id={found.process_id}; each needs '
-            'its own')
+    return (
+      f'{where}: another process has the same --process_id={found.process_id}; each needs its own'
+    )
   if 'Unexpected task' in words:
-    return (f'{where} was started for fewer processes than --process_id={found.process_id} needs; '
-            'give every process the same --num_processes')
+    return (
+      f'{where} was started for fewer processes than --process_id={found.process_id} needs; '
+      'give every process the same --num_processes'
+    )
   if 'DEADLINE_EXCEEDED' not in words:
     return f'{where} refused this process: {_status(words)}'
   if found.process_id == 0:
-    return (f'not all of the {found.num_processes} processes came to {where} within '
-            f'{found.timeout} s (--connect_timeout); start the command once for each --process_id')
-  return (f'{where} did not answer within {found.timeout} s (--connect_timeout): check the '
-          'address, that process 0 and all others are started, and that the port is open')
+    return (
+      f'not all of the {found.num_processes} processes came to {where} within '
+      f'{found.timeout} s (--connect_timeout); start the command once for each --process_id'
+    )
+  return (
+    f'{where} did not answer within {found.timeout} s (--connect_timeout): check the '
+    'address, that process 0 and all others are started, and that the port is open'
+  )
 
 
 def _several_found(environment) -> bool:

@@ -15,8 +15,18 @@ from typing import Any
 
 import parti_jax
 
-_PACKAGES = ('jax', 'jaxlib', 'libtpu', 'jax-cuda12-plugin', 'flax', 'optax', 'orbax-checkpoint',
-             'numpy', 'tensorflow', 'seqio')
+_PACKAGES = (
+  'jax',
+  'jaxlib',
+  'libtpu',
+  'jax-cuda12-plugin',
+  'flax',
+  'optax',
+  'orbax-checkpoint',
+  'numpy',
+  'tensorflow',
+  'seqio',
+)
 # Whatever else is in the environment may be secret.
 _VARIABLES = re.compile('XLA_FLAGS|LIBTPU_INIT_ARGS|JAX_.*')
 _PASSWORD = re.compile(r'(://)[^/@\s]+@')
@@ -34,13 +44,21 @@ def describe() -> dict[str, Any]:
 
   device = jax.devices()[0]
   return {
-      'host': socket.gethostname(), 'pid': os.getpid(), 'processes': jax.process_count(),
-      'devices': {'kind': device.device_kind, 'count': jax.device_count(),
-                  'platform': device.platform},
-      'versions': versions(), 'git': git_revision(),
-      'command': without_passwords(shlex.join(sys.argv)),
-      'environment': {name: value for name, value in sorted(os.environ.items())
-                      if _VARIABLES.fullmatch(name)}}
+    'host': socket.gethostname(),
+    'pid': os.getpid(),
+    'processes': jax.process_count(),
+    'devices': {
+      'kind': device.device_kind,
+      'count': jax.device_count(),
+      'platform': device.platform,
+    },
+    'versions': versions(),
+    'git': git_revision(),
+    'command': without_passwords(shlex.join(sys.argv)),
+    'environment': {
+      name: value for name, value in sorted(os.environ.items()) if _VARIABLES.fullmatch(name)
+    },
+  }
 
 
 def versions() -> dict[str, str]:
@@ -79,7 +97,11 @@ def without_passwords(text: str) -> str:
 def _git(top: pathlib.Path, *arguments: str) -> str | None:
   try:
     return subprocess.run(
-        ['git', '--no-optional-locks', '-C', str(top), *arguments], check=True, timeout=30,
-        capture_output=True, text=True).stdout.strip()
+      ['git', '--no-optional-locks', '-C', str(top), *arguments],
+      check=True,
+      timeout=30,
+      capture_output=True,
+      text=True,
+    ).stdout.strip()
   except (OSError, subprocess.SubprocessError):
     return None

@@ -26,8 +26,9 @@ def watch(tell: Callable[[str], None]) -> None:
   host = os.environ.get('GCE_METADATA_HOST')
   if host is None and not _on_gce():
     return
-  threading.Thread(target=_watch, args=(host or 'metadata.google.internal', tell), daemon=True,
-                   name='gce_notice').start()
+  threading.Thread(
+    target=_watch, args=(host or 'metadata.google.internal', tell), daemon=True, name='gce_notice'
+  ).start()
 
 
 def _on_gce() -> bool:

@@ -15,8 +15,10 @@ from typing import Any
 from parti_jax.core import storage
 from parti_jax.runs import journal
 
-_NAME = re.compile(r'(?P<time>\d{8}T\d{6}\.\d{3})Z-(?P<host>.+)-(?P<pid>\d+)'
-                   r'(-process(?P<process>\d+))?\.jsonl')
+_NAME = re.compile(
+  r'(?P<time>\d{8}T\d{6}\.\d{3})Z-(?P<host>.+)-(?P<pid>\d+)'
+  r'(-process(?P<process>\d+))?\.jsonl'
+)
 # The most bytes of one start's file: years of training write less.
 _LARGEST = 1 << 28
 # Events that are part of every start; what else there is, is worth a line of its own.
@@ -77,8 +79,11 @@ class Start:
   @property
   def skipped_examples(self) -> dict[str, int] | None:
     """Examples that all processes skipped in this run, by reason; None if nothing was said."""
-    newest = {record.get('process', 0): record['counts']
-              for record in [*self.records, *self.others] if record['event'] == 'skipped'}
+    newest = {
+      record.get('process', 0): record['counts']
+      for record in [*self.records, *self.others]
+      if record['event'] == 'skipped'
+    }
     if not newest:
       return None
     return dict(sum(map(collections.Counter, newest.values()), collections.Counter()))
@@ -96,20 +101,24 @@ class Start:
   @property
   def newest_progress(self) -> dict[str, Any] | None:
     """The newest event 'progress', with the loss that was logged last."""
-    return next((record for record in reversed(self.records)
-                 if record['event'] == 'progress'), None)
+    return next(
+      (record for record in reversed(self.records) if record['event'] == 'progress'), None
+    )
 
   @property
   def rate(self) -> float | None:
     """Steps a second over the last hour of this start, pauses included; None if unknown."""
-    points = [(parse_time(record['time']), record['step']) for record in self.records
-              if record['event'] in ('progress', 'checkpoint')
-              and isinstance(record.get('step'), int)]
+    points = [
+      (parse_time(record['time']), record['step'])
+      for record in self.records
+      if record['event'] in ('progress', 'checkpoint') and isinstance(record.get('step'), int)
+    ]
     if not points:
       return None
     end, last = points[-1]
-    (begin, first) = next(point for point in points
-                          if (end - point[0]).total_seconds() <= _RATE_OVER)
+    (begin, first) = next(
+      point for point in points if (end - point[0]).total_seconds() <= _RATE_OVER
+    )
     seconds = (end - begin).total_seconds()
     return (last - first) / seconds if seconds >= _RATE_FROM else None
 
@@ -129,8 +138,14 @@ class Story:
   @property
   def skipped_examples(self) -> dict[str, int]:
     """Examples skipped in the run, by reason; a start goes on with the counts of the one before."""
-    return next((start.skipped_examples for start in reversed(self.starts)
-                 if start.skipped_examples is not None), {})
+    return next(
+      (
+        start.skipped_examples
+        for start in reversed(self.starts)
+        if start.skipped_examples is not None
+      ),
+      {},
+    )
 
   def redone(self, index: int) -> int:
     """Steps that a start did again, since those before it had done, but not kept, them."""
@@ -160,7 +175,9 @@ def read(model_dir: str) -> Story:
     if records and found['process']:
       others.append((time, records))
     elif records:
-      story.starts.append(Start(name.removesuffix('.jsonl'), time, found['host'], int(found['pid']), records))
+      story.starts.append(
+        Start(name.removesuffix('.jsonl'), time, found['host'], int(found['pid']), records)
+      )
   for time, records in others:
     if story.starts:
       # All processes of a start begin within seconds.

@@ -53,8 +53,9 @@ class Journal:
     self._folder = model_dir
     self._process = jax.process_index()
     self.step: int | None = None
-    self.name = (f'{_now():%Y%m%dT%H%M%S.%f}'[:-3] + f'Z-{_in_a_file_name(socket.gethostname())}'
-                 f'-{os.getpid()}')
+    self.name = (
+      f'{_now():%Y%m%dT%H%M%S.%f}'[:-3] + f'Z-{_in_a_file_name(socket.gethostname())}-{os.getpid()}'
+    )
     suffix = f'-process{self._process}' if self._process else ''
     self._path = storage.join(model_dir, FOLDER, f'{self.name}{suffix}.jsonl')
     # On a disk: lines that are not written yet. On object stores: all lines.
@@ -95,8 +96,10 @@ class Journal:
         # Object stores' libraries have errors of their own, and no journal is worth a run.
         if not self._complained:
           self._complained = True
-          print(f'parti-jax: {self._path} can not be written ({error}); training goes on',
-                file=sys.stderr)
+          print(
+            f'parti-jax: {self._path} can not be written ({error}); training goes on',
+            file=sys.stderr,
+          )
 
   def start(self, text: str, gin_config: str, **facts: Any) -> None:
     """Writes that training begins here, in what surroundings and with which gin values.
@@ -121,8 +124,7 @@ class Journal:
       kept = f'{self.name}.gin'
       storage.write(storage.join(configs, kept), gin_config)
     self.step = facts.get('step')
-    self.write('start', text, config=f'configs/{kept}', **facts,
-               **environment.describe())
+    self.write('start', text, config=f'configs/{kept}', **facts, **environment.describe())
 
   def checkpoint(self, step: int, skipped: dict[str, int]) -> None:
     """Writes that a checkpoint is being written, and what `skipped` and `store_retries` do."""
@@ -139,16 +141,19 @@ class Journal:
     if counts != self._skipped:
       self._skipped = dict(counts)
       what = ', '.join(f'{count} {reason}' for reason, count in sorted(counts.items()))
-      self.write('skipped', f'examples skipped so far: {what}', every_process=True,
-                 counts=counts)
+      self.write('skipped', f'examples skipped so far: {what}', every_process=True, counts=counts)
 
   def store_retries(self) -> None:
     """Writes how many requests to object stores this process has repeated, if that has changed."""
     counts = store_retries.counts()
     if counts != self._retries:
       self._retries = counts
-      self.write('store retries', f'requests to stores repeated so far: {store_retries.told()}',
-                 every_process=True, counts=counts)
+      self.write(
+        'store retries',
+        f'requests to stores repeated so far: {store_retries.told()}',
+        every_process=True,
+        counts=counts,
+      )
 
   def progress(self, step: int, metrics: dict[str, float]) -> None:
     """Writes how far the run is, often in the first minutes and then every ten minutes.
@@ -181,8 +186,14 @@ class Journal:
     # An error before anything was done is not yet part of a run.
     if self._begun or self._is_a_run():
       where = f' at step {self.step}' if self.step is not None else ''
-      self.write('stop', f'ended{where}: {text}', every_process=reason == 'error', reason=reason,
-                 step=self.step, **facts)
+      self.write(
+        'stop',
+        f'ended{where}: {text}',
+        every_process=reason == 'error',
+        reason=reason,
+        step=self.step,
+        **facts,
+      )
 
   def _is_a_run(self) -> bool:
     try:

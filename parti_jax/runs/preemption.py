@@ -163,8 +163,10 @@ class _Listener:
       if source and not self.told:
         self._tell(source, now)
       if self.told and time.monotonic() - self._told_at > self._seconds:
-        self._end(f'told to stop, but the step and its checkpoint took more than the '
-                  f'{self._seconds:g} s of train.grace_seconds')
+        self._end(
+          f'told to stop, but the step and its checkpoint took more than the '
+          f'{self._seconds:g} s of train.grace_seconds'
+        )
 
   def _tell(self, source: str, now: float) -> None:
     if self._at_once:
@@ -176,8 +178,11 @@ class _Listener:
       self._end('told to stop before the first step was done')
     if self._journal is not None:
       # In a thread of its own, since the disk may be what is slow.
-      _in_background(lambda: self._journal.write(
-          'told to stop', f'told to stop by {source}, {self._seconds:g} s to save', source=source))
+      _in_background(
+        lambda: self._journal.write(
+          'told to stop', f'told to stop by {source}, {self._seconds:g} s to save', source=source
+        )
+      )
     if several:
       # JAX has a handler of its own for the signal, which tells the other processes.
       signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
@@ -197,8 +202,11 @@ class _Listener:
       words.append('nothing of the run is changed')
     else:
       step = self._newest_step()
-      words.append('there is no checkpoint yet' if step is None else
-                   f'the last whole checkpoint stays the one of step {step}')
+      words.append(
+        'there is no checkpoint yet'
+        if step is None
+        else f'the last whole checkpoint stays the one of step {step}'
+      )
       self._journal.write('stop', f'{why}; {words[0]}', reason='no time to save', step=step)
     for function in self.at_end:
       function()
@@ -208,8 +216,9 @@ def _meets_others() -> bool:
   """Whether JAX's preemption service is there, without importing JAX for it."""
   jax = sys.modules.get('jax')
   distributed = getattr(jax, 'distributed', None)
-  return bool(distributed and distributed.is_initialized()
-              and jax.config.jax_enable_preemption_service)
+  return bool(
+    distributed and distributed.is_initialized() and jax.config.jax_enable_preemption_service
+  )
 
 
 def _in_background(function: Callable[[], None]) -> threading.Thread:

@@ -109,8 +109,10 @@ class RunLock:
       except errors.UserError as error:
         refusal = str(error)
       except OSError as error:
-        refusal = (f'{self._path}: can not be written ({error.strerror}); make room or give '
-                   'yourself the right to write there, or choose another --model_dir')
+        refusal = (
+          f'{self._path}: can not be written ({error.strerror}); make room or give '
+          'yourself the right to write there, or choose another --model_dir'
+        )
     refusal = _told_by_the_first(refusal)
     if refusal:
       _held.pop(self._me['id'], None)
@@ -167,8 +169,9 @@ class RunLock:
       found = _read(self._path)
       if found is not None and not self._is_dead(found):
         raise errors.UserError(
-            f'{self._model_dir}: another run trains in this folder: {_words(found)}; wait for its '
-            'end or stop it, by SIGTERM to that process, or choose another --model_dir')
+          f'{self._model_dir}: another run trains in this folder: {_words(found)}; wait for its '
+          'end or stop it, by SIGTERM to that process, or choose another --model_dir'
+        )
       try:
         with self._guard(), self._claim():
           # Otherwise another start was quicker; look at what it has written.
@@ -176,13 +179,17 @@ class RunLock:
             self._write()
             taken = True
       except _Busy as error:
-        raise errors.UserError(f'{self._model_dir}: another run is starting in this folder; wait '
-                               'for its end, or choose another --model_dir') from error
+        raise errors.UserError(
+          f'{self._model_dir}: another run is starting in this folder; wait '
+          'for its end, or choose another --model_dir'
+        ) from error
     if not self._exclusive:
       time.sleep(SETTLE)
       if _id(_read(self._path)) != self._me['id']:
-        raise errors.UserError(f'{self._model_dir}: another run started in this folder at the same '
-                               'time and has it now; choose another --model_dir')
+        raise errors.UserError(
+          f'{self._model_dir}: another run started in this folder at the same '
+          'time and has it now; choose another --model_dir'
+        )
     self.replaced = _words(found) if found is not None else None
 
   def _write(self) -> None:
@@ -198,8 +205,10 @@ class RunLock:
     if here and self._me['boot']:
       # A lock of this process that it does not hold could not be removed when it ended.
       return owner.get('pid') == os.getpid() or _started(owner.get('pid')) != owner.get('started')
-    _say(f'{self._model_dir}: {_words(owner)} has left its lock here; waiting up to '
-         f'{PATIENCE:g} s to see whether it still runs')
+    _say(
+      f'{self._model_dir}: {_words(owner)} has left its lock here; waiting up to '
+      f'{PATIENCE:g} s to see whether it still runs'
+    )
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
       time.sleep(min(2.0, PATIENCE / 10))
@@ -229,9 +238,11 @@ class RunLock:
   def _look(self, found: dict | None) -> None:
     if _id(found) != self._me['id']:
       by = _words(found) if found else 'another run, which has ended, or whoever removed the file'
-      self._lost = (f'{self._path} is no longer of this run: it did not show itself for '
-                    f'{PATIENCE:g} s or more, and the folder was taken over by {by}; nothing more '
-                    'is written here')
+      self._lost = (
+        f'{self._path} is no longer of this run: it did not show itself for '
+        f'{PATIENCE:g} s or more, and the folder was taken over by {by}; nothing more '
+        'is written here'
+      )
 
   @contextlib.contextmanager
   def _guard(self) -> Iterator[None]:
@@ -263,7 +274,6 @@ class RunLock:
           return
       time.sleep(0.1)
     raise _Busy
-
 
   @contextlib.contextmanager
   def _claim(self) -> Iterator[None]:
@@ -325,10 +335,16 @@ def _remove(path: str) -> None:
 
 def _this_process() -> dict:
   now = datetime.datetime.now(datetime.UTC)
-  return {'host': socket.gethostname(), 'pid': os.getpid(), 'since': f'{now:%Y-%m-%d %H:%M:%S} UTC',
-          'id': uuid.uuid4().hex, 'beat': 0, 'started': _started(os.getpid()),
-          'boot': _text('/proc/sys/kernel/random/boot_id'),
-          'pid_namespace': _link('/proc/self/ns/pid')}
+  return {
+    'host': socket.gethostname(),
+    'pid': os.getpid(),
+    'since': f'{now:%Y-%m-%d %H:%M:%S} UTC',
+    'id': uuid.uuid4().hex,
+    'beat': 0,
+    'started': _started(os.getpid()),
+    'boot': _text('/proc/sys/kernel/random/boot_id'),
+    'pid_namespace': _link('/proc/self/ns/pid'),
+  }
 
 
 def _read(path: str) -> dict | None:
@@ -347,8 +363,10 @@ def _id(found: dict | None) -> str | None:
 
 
 def _words(owner: dict) -> str:
-  return (f'process {owner.get("pid", "?")} on host {owner.get("host", "?")}, since '
-          f'{owner.get("since", "?")}')
+  return (
+    f'process {owner.get("pid", "?")} on host {owner.get("host", "?")}, since '
+    f'{owner.get("since", "?")}'
+  )
 
 
 def _started(pid) -> str | None:
@@ -383,7 +401,8 @@ def _told_by_the_first(text: str) -> str:
     return text
   # The others wait here, since a collective would not bear it.
   multihost.get_barrier_sync_fn()(
-      key=f'parti_jax_run_lock_{next(_barriers)}', timeout_ms=int(1000 * (PATIENCE + 300)))
+    key=f'parti_jax_run_lock_{next(_barriers)}', timeout_ms=int(1000 * (PATIENCE + 300))
+  )
   padded = np.frombuffer(text.encode()[:2000].ljust(2000), np.uint8)
   told = multihost.broadcast_one_to_all(padded)
   return bytes(np.asarray(told, np.uint8)).decode(errors='ignore').strip()

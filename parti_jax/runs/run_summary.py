@@ -62,16 +62,28 @@ def summarize(model_dir: str, verify: bool = False) -> dict[str, Any]:
   if rate and steps is not None and step is not None and 'running' in state:
     left = max(steps - step, 0) / rate
   return {
-      'kind': 'run', 'folder': str(model_dir),
-      'stage': facts.get('stage', model.get('stage')), 'model': model.get('config'),
-      'parameters': facts.get('parameters'), 'state': state, 'step': step, 'steps': steps,
-      'steps_per_second': rate, 'seconds_left': left, 'loss': _loss(begun),
-      'devices': facts.get('devices'), 'mesh': facts.get('mesh'),
-      'processes': facts.get('processes'), 'checkpoints': found,
-      'starts': [_start(model_dir, story, index) for index in range(len(story.starts))],
-      'skipped_examples': story.skipped_examples,
-      'versions': facts.get('versions'), 'git': facts.get('git'), 'command': facts.get('command'),
-      'unreadable': story.unreadable}
+    'kind': 'run',
+    'folder': str(model_dir),
+    'stage': facts.get('stage', model.get('stage')),
+    'model': model.get('config'),
+    'parameters': facts.get('parameters'),
+    'state': state,
+    'step': step,
+    'steps': steps,
+    'steps_per_second': rate,
+    'seconds_left': left,
+    'loss': _loss(begun),
+    'devices': facts.get('devices'),
+    'mesh': facts.get('mesh'),
+    'processes': facts.get('processes'),
+    'checkpoints': found,
+    'starts': [_start(model_dir, story, index) for index in range(len(story.starts))],
+    'skipped_examples': story.skipped_examples,
+    'versions': facts.get('versions'),
+    'git': facts.get('git'),
+    'command': facts.get('command'),
+    'unreadable': story.unreadable,
+  }
 
 
 def checkpoints(model_dir: str, verify: bool = False) -> list[dict[str, Any]]:
@@ -95,10 +107,16 @@ def checkpoints(model_dir: str, verify: bool = False) -> list[dict[str, Any]]:
     path = storage.join(folder, name)
     sizes = storage.sizes(path)
     checked, fault = (None, 'found damaged before') if damaged else _check(path, verify)
-    found.append({
-        'step': int(damaged.group(1) if damaged else name), 'name': name,
-        'bytes': sum(sizes.values()), 'time': _written(path, sizes), 'checked': checked,
-        'fault': fault})
+    found.append(
+      {
+        'step': int(damaged.group(1) if damaged else name),
+        'name': name,
+        'bytes': sum(sizes.values()),
+        'time': _written(path, sizes),
+        'checked': checked,
+        'fault': fault,
+      }
+    )
   return sorted(found, key=lambda checkpoint: (checkpoint['step'], checkpoint['name']))
 
 
@@ -114,6 +132,7 @@ def _check(path: str, verify: bool) -> tuple[str | None, str | None]:
       return None, None
   # Only JAX and Orbax can tell.
   from parti_jax.checkpoints import verification
+
   return 'reading', verification.fault(storage.as_epath(path).absolute())
 
 
@@ -152,8 +171,9 @@ def _state(story: story_lib.Story, model_dir: str) -> str:
 
 
 def _loss(begun: list[story_lib.Start]) -> dict[str, Any] | None:
-  progress = next((start.newest_progress for start in reversed(begun) if start.newest_progress),
-                  None)
+  progress = next(
+    (start.newest_progress for start in reversed(begun) if start.newest_progress), None
+  )
   if not progress or 'loss' not in progress:
     return None
   return {'value': progress['loss'], 'step': progress['step'], 'time': progress['time']}
@@ -164,29 +184,45 @@ def _start(model_dir: str, story: story_lib.Story, index: int) -> dict[str, Any]
   facts, stopped = start.begun or {}, start.stopped or {}
   before = next((other.begun for other in reversed(story.starts[:index]) if other.begun), None)
   return {
-      'time': f'{start.time:%Y-%m-%d %H:%M:%S}', 'host': facts.get('host', start.host),
-      'pid': start.pid, 'from': start.first_step, 'to': start.last_step,
-      'redone': story.redone(index), 'ended': stopped.get('time'),
-      'last_sign': f'{start.last_time:%Y-%m-%d %H:%M:%S}',
-      'reason': stopped.get('reason'), 'errors': start.errors, 'config': facts.get('config'),
-      'devices': facts.get('devices'), 'mesh': facts.get('mesh'),
-      'processes': facts.get('processes'), 'git': facts.get('git'),
-      'changes': _changes(model_dir, before, facts) if before and facts else [],
-      'events': [{'time': record['time'], 'text': record['text']} for record in start.unusual]}
+    'time': f'{start.time:%Y-%m-%d %H:%M:%S}',
+    'host': facts.get('host', start.host),
+    'pid': start.pid,
+    'from': start.first_step,
+    'to': start.last_step,
+    'redone': story.redone(index),
+    'ended': stopped.get('time'),
+    'last_sign': f'{start.last_time:%Y-%m-%d %H:%M:%S}',
+    'reason': stopped.get('reason'),
+    'errors': start.errors,
+    'config': facts.get('config'),
+    'devices': facts.get('devices'),
+    'mesh': facts.get('mesh'),
+    'processes': facts.get('processes'),
+    'git': facts.get('git'),
+    'changes': _changes(model_dir, before, facts) if before and facts else [],
+    'events': [{'time': record['time'], 'text': record['text']} for record in start.unusual],
+  }
 
 
 def _changes(model_dir: str, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
   """What is other at a start than at the one before it, a line each."""
   changes = []
-  for what, shown in (('devices', devices_in_words), ('processes', str), ('mesh', mesh_in_words),
-                      ('git', revision_in_words)):
+  for what, shown in (
+    ('devices', devices_in_words),
+    ('processes', str),
+    ('mesh', mesh_in_words),
+    ('git', revision_in_words),
+  ):
     if before.get(what) != now.get(what):
       changes.append(f'{what}: {shown(before.get(what))} → {shown(now.get(what))}')
   changes += _gin_changes(model_dir, before.get('config'), now.get('config'))
   for group in ('versions', 'environment'):
     old, new = before.get(group) or {}, now.get(group) or {}
-    changes += [f'{name} {old.get(name, "none")} → {new.get(name, "none")}'
-                for name in dict.fromkeys([*old, *new]) if old.get(name) != new.get(name)]
+    changes += [
+      f'{name} {old.get(name, "none")} → {new.get(name, "none")}'
+      for name in dict.fromkeys([*old, *new])
+      if old.get(name) != new.get(name)
+    ]
   return changes
 
 
@@ -195,13 +231,18 @@ def _gin_changes(model_dir: str, before: str | None, now: str | None) -> list[st
   if before == now:
     return []
   try:
-    old, new = (gin_values(storage.read(storage.join(model_dir, name), _LARGEST).decode())
-                for name in (before, now))
+    old, new = (
+      gin_values(storage.read(storage.join(model_dir, name), _LARGEST).decode())
+      for name in (before, now)
+    )
   except (OSError, TypeError, UnicodeDecodeError):
     return [f'config: {before} → {now}']
   unset = 'not set'
-  return [f'{key} {old.get(key, unset)} → {new.get(key, unset)}'
-          for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+  return [
+    f'{key} {old.get(key, unset)} → {new.get(key, unset)}'
+    for key in sorted({*old, *new})
+    if old.get(key) != new.get(key)
+  ]
 
 
 def gin_values(text: str) -> dict[str, str]:

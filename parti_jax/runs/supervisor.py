@@ -24,8 +24,10 @@ from parti_jax.core import errors
 
 # From the first line like this on, what native code writes is held back: it belongs to an end
 # that gets one line in its place.
-_FATAL = re.compile(rb'[EF]\d{4} .*\b(coordination_service|coordination_service_agent|client)'
-                    rb'\.(cc|h):')
+_FATAL = re.compile(
+  rb'[EF]\d{4} .*\b(coordination_service|coordination_service_agent|client)'
+  rb'\.(cc|h):'
+)
 # A note of the CPU's collectives for each group of devices.
 _NOISE = b'[Gloo] Rank '
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
@@ -111,7 +113,6 @@ class WatchedProcess:
     hint = ', as the system does when memory runs out' if name == 'SIGKILL' else ''
     _say(f'this process was ended by {name}{hint}')
     return 128 - code
-
 
   def _wait(self, pid: int) -> int:
     """Waits for the child, and ends it if it is still there a while after an error."""

@@ -45,44 +45,83 @@ class Usage:
     """One line with the means over all tokens; takes numpy arrays."""
     with_text, without = self.computed[..., 0].mean(), self.computed[..., 1].mean()
     return (
-        f'{self.layers.mean():.2f} of {decoder_layers} layers per token (computed for its batch: '
-        f'{with_text:.2f}); the pass without text skipped for {100 * self.unguided.mean():.0f}% '
-        f'of the tokens (layers of it computed: {without:.2f})')
+      f'{self.layers.mean():.2f} of {decoder_layers} layers per token (computed for its batch: '
+      f'{with_text:.2f}); the pass without text skipped for {100 * self.unguided.mean():.0f}% '
+      f'of the tokens (layers of it computed: {without:.2f})'
+    )
 
 
-def _step_together(apply, layers, starts, previous, caches, position, scale, exit_threshold,
-                   guided):
+def _step_together(
+  apply, layers, starts, previous, caches, position, scale, exit_threshold, guided
+):
   """A position with both passes as one batch, in which both rows of an image leave together."""
   (memories, mask), rows = starts, 2 if guided else 1
   logits, caches, passed, computed, _ = apply(
-      jnp.repeat(previous, rows), caches, layers, memories, mask, position, exit_threshold, rows,
-      method='step_until')
+    jnp.repeat(previous, rows),
+    caches,
+    layers,
+    memories,
+    mask,
+    position,
+    exit_threshold,
+    rows,
+    method='step_until',
+  )
   if guided:
     logits = decoding.guide(logits, scale)
   skipped = jnp.zeros(previous.shape, bool)
   return logits, caches, passed[::rows], skipped, jnp.stack([computed, computed * (rows - 1)])
 
 
-def _step_apart(apply, layers, starts, previous, caches, position, scale, exit_threshold,
-                skip_threshold):
+def _step_apart(
+  apply, layers, starts, previous, caches, position, scale, exit_threshold, skip_threshold
+):
   """A position with one pass after the other, the second for the images that need it."""
   (memories, mask), (memories_without, mask_without) = starts
   caches, caches_without = caches
   logits, caches, passed, computed, entries = apply(
-      previous, caches, layers, memories, mask, position, exit_threshold, method='step_until')
+    previous, caches, layers, memories, mask, position, exit_threshold, method='step_until'
+  )
   skipped = early_exit.confidence(logits) >= skip_threshold
   without, caches_without, computed_without = apply(
-      previous, caches_without, layers, memories_without, mask_without, position, passed, skipped,
-      entries, method='step_beside')
+    previous,
+    caches_without,
+    layers,
+    memories_without,
+    mask_without,
+    position,
+    passed,
+    skipped,
+    entries,
+    method='step_beside',
+  )
   both = jnp.stack([logits, without], axis=1).reshape(-1, logits.shape[-1])
   logits = jnp.where(skipped[:, None], logits, decoding.guide(both, scale))
-  return (logits, (caches, caches_without), passed, skipped,
-          jnp.stack([computed, computed_without]))
+  return (
+    logits,
+    (caches, caches_without),
+    passed,
+    skipped,
+    jnp.stack([computed, computed_without]),
+  )
 
 
 def sample_tokens(
-    config, params, text_tokens, keys, guidance_scale=1.0, temperature=1.0, top_k=0, top_p=1.0,
-    exit_threshold=None, skip_threshold=None, *, guided: bool, greedy: bool, filtered: bool):
+  config,
+  params,
+  text_tokens,
+  keys,
+  guidance_scale=1.0,
+  temperature=1.0,
+  top_k=0,
+  top_p=1.0,
+  exit_threshold=None,
+  skip_threshold=None,
+  *,
+  guided: bool,
+  greedy: bool,
+  filtered: bool,
+):
   """Draws the image tokens of a batch, as `decoding.sample_tokens` and with its other arguments.
 
   Args:
@@ -108,13 +147,15 @@ def sample_tokens(
   apply = functools.partial(parti_lib.Parti(config).apply, {'params': params.shared})
   scales = jnp.broadcast_to(jnp.asarray(guidance_scale, jnp.float32), config.image_length)
   start = lambda texts: apply(
-      texts, params.layers, decoding.first_cache_length(config), method='start')
+    texts, params.layers, decoding.first_cache_length(config), method='start'
+  )
   if guided and skip_threshold is not None:
     *with_text, caches = start(text_tokens)
     *without, caches_without = start(decoding.empty_text(*text_tokens.shape))
     caches, starts = (caches, caches_without), (with_text, without)
     step = functools.partial(
-        _step_apart, exit_threshold=exit_threshold, skip_threshold=skip_threshold)
+      _step_apart, exit_threshold=exit_threshold, skip_threshold=skip_threshold
+    )
   else:
     if guided:
       text_tokens = decoding.with_and_without(text_tokens)
@@ -124,14 +165,24 @@ def sample_tokens(
   def body(carry, position):
     previous, caches = carry
     logits, caches, passed, skipped, computed = step(
-        apply, params.layers, starts, previous, caches, position, scales[position])
+      apply, params.layers, starts, previous, caches, position, scales[position]
+    )
     if mesh_lib.platform() == 'tpu':
       caches = jax.tree.map(decoding.in_cache_layout, caches)
-    token = decoding.choose(logits, keys, position, temperature, jnp.asarray(top_k), top_p,
-                            greedy=greedy, filtered=filtered)
+    token = decoding.choose(
+      logits,
+      keys,
+      position,
+      temperature,
+      jnp.asarray(top_k),
+      top_p,
+      greedy=greedy,
+      filtered=filtered,
+    )
     return (token, caches), (token, passed, skipped, computed)
 
   tokens, layers, unguided, computed = decoding.scan_positions(
-      config, body, jnp.zeros(len(keys), jnp.int32), caches)
+    config, body, jnp.zeros(len(keys), jnp.int32), caches
+  )
   computed = jnp.broadcast_to(computed, (len(keys),) + computed.shape)
   return tokens.T, Usage(layers.T, unguided.T, computed)

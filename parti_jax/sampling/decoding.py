@@ -145,13 +145,17 @@ def choose(logits, keys, position, temperature, top_k, top_p, *, greedy, filtere
   if filtered:
     logits = filter_logits(logits, top_k, top_p)
   # Gumbel noise turns the likeliest token into a draw; each image's noise is its own.
-  noise = jax.vmap(lambda key: jax.random.gumbel(
-      jax.random.fold_in(key, position), logits.shape[-1:], jnp.float32, mode='low'))(keys)
+  noise = jax.vmap(
+    lambda key: jax.random.gumbel(
+      jax.random.fold_in(key, position), logits.shape[-1:], jnp.float32, mode='low'
+    )
+  )(keys)
   return jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
 
 
 def in_cache_layout(cache):
   """A cache in `CACHE_LAYOUT`."""
+
   def constrain(part):
     return layout.with_layout_constraint(part, CACHE_LAYOUT)
 
@@ -159,8 +163,9 @@ def in_cache_layout(cache):
     return constrain(cache)
   # XLA would gather the whole cache for the constraint; each device has one for its own part.
   spec = rules_lib.spec('activation_batch', 'activation_heads', 'activation_length', None)
-  return jax.shard_map(constrain, in_specs=spec, out_specs=spec, check_vma=False,
-                       axis_names=rules_lib.free_axes())(cache)
+  return jax.shard_map(
+    constrain, in_specs=spec, out_specs=spec, check_vma=False, axis_names=rules_lib.free_axes()
+  )(cache)
 
 
 def _grow(config, caches, length: int):
@@ -170,8 +175,11 @@ def _grow(config, caches, length: int):
 
   def grow(cache, slots):
     return jnp.pad(cache, ((0, 0), (0, 0), (0, slots - cache.shape[2]), (0, 0)))
-  return [tuple(grow(part, config.layer_pattern(layer).slots(length)) for part in cache)
-          for layer, cache in enumerate(caches)]
+
+  return [
+    tuple(grow(part, config.layer_pattern(layer).slots(length)) for part in cache)
+    for layer, cache in enumerate(caches)
+  ]
 
 
 def _segment_ends(patterns) -> list[int]:
@@ -203,15 +211,31 @@ def scan_positions(config, body, token, caches):
   pieces, start = [], 0
   for end in _segment_ends(config.patterns):
     (token, caches), outputs = jax.lax.scan(
-        body, (token, _grow(config, caches, end)), jnp.arange(start, end))
+      body, (token, _grow(config, caches, end)), jnp.arange(start, end)
+    )
     pieces.append(outputs)
     start = end
   return jax.tree.map(lambda *parts: jnp.concatenate(parts), *pieces)
 
 
 def sample_step(
-    config, params, memories, mask, previous, caches, keys, position, guidance_scale=1.0,
-    temperature=1.0, top_k=0, top_p=1.0, *, guided: bool, greedy: bool, filtered: bool):
+  config,
+  params,
+  memories,
+  mask,
+  previous,
+  caches,
+  keys,
+  position,
+  guidance_scale=1.0,
+  temperature=1.0,
+  top_k=0,
+  top_p=1.0,
+  *,
+  guided: bool,
+  greedy: bool,
+  filtered: bool,
+):
   """Draws one image token of each image of a batch, given those before it.
 
   Args:
@@ -236,20 +260,39 @@ def sample_step(
     int32 [batch] and the caches with this position written.
   """
   logits, caches = parti_lib.Parti(config).apply(
-      {'params': params.shared}, jnp.repeat(previous, 2 if guided else 1), caches, params.layers,
-      memories, mask, position, method='step')
+    {'params': params.shared},
+    jnp.repeat(previous, 2 if guided else 1),
+    caches,
+    params.layers,
+    memories,
+    mask,
+    position,
+    method='step',
+  )
   if mesh_lib.platform() == 'tpu':
     caches = jax.tree.map(in_cache_layout, caches)
   if guided:
     logits = guide(logits, guidance_scale)
-  token = choose(logits, keys, position, temperature, jnp.asarray(top_k), top_p,
-                 greedy=greedy, filtered=filtered)
+  token = choose(
+    logits, keys, position, temperature, jnp.asarray(top_k), top_p, greedy=greedy, filtered=filtered
+  )
   return token, caches
 
 
 def sample_tokens(
-    config, params, text_tokens, keys, guidance_scale=1.0, temperature=1.0, top_k=0, top_p=1.0,
-    *, guided: bool, greedy: bool, filtered: bool):
+  config,
+  params,
+  text_tokens,
+  keys,
+  guidance_scale=1.0,
+  temperature=1.0,
+  top_k=0,
+  top_p=1.0,
+  *,
+  guided: bool,
+  greedy: bool,
+  filtered: bool,
+):
   """Draws the image tokens of a batch; to be called inside a jit.
 
   Arrays may be sharded: the networks constrain them by their logical axis names wherever
@@ -277,13 +320,30 @@ def sample_tokens(
     text_tokens = with_and_without(text_tokens)
   scales = jnp.broadcast_to(jnp.asarray(guidance_scale, jnp.float32), config.image_length)
   memories, mask, caches = parti_lib.Parti(config).apply(
-      {'params': params.shared}, text_tokens, params.layers, first_cache_length(config),
-      method='start')
+    {'params': params.shared},
+    text_tokens,
+    params.layers,
+    first_cache_length(config),
+    method='start',
+  )
 
   def body(carry, position):
     token, caches = sample_step(
-        config, params, memories, mask, *carry, keys, position, scales[position], temperature,
-        top_k, top_p, guided=guided, greedy=greedy, filtered=filtered)
+      config,
+      params,
+      memories,
+      mask,
+      *carry,
+      keys,
+      position,
+      scales[position],
+      temperature,
+      top_k,
+      top_p,
+      guided=guided,
+      greedy=greedy,
+      filtered=filtered,
+    )
     return (token, caches), token
 
   return scan_positions(config, body, jnp.zeros(batch, jnp.int32), caches).T

@@ -51,7 +51,7 @@ class Detokenizer:
     for start, chosen in placement.pieces(len(tokens), min(_BATCH, max(len(tokens), 1))):
       part = jax.device_put(tokens[chosen], self._device)
       part = np.asarray(_pictures(self._params, part, tokenizer=self._module))
-      images[start:start + _BATCH] = part[:len(tokens) - start]
+      images[start : start + _BATCH] = part[: len(tokens) - start]
     return images
 
   def checked(self, ids: Sequence[int]) -> np.ndarray:
@@ -68,8 +68,10 @@ class Detokenizer:
       if isinstance(token, bool) or not isinstance(token, (int, np.integer)):
         raise UserError(f'token {place} is {token!r} and no whole number')
       if not 0 <= token < codes:
-        raise UserError(f'token {place} is {token}, but the codebook of this tokenizer has {codes} '
-                        f'codes, 0 to {codes - 1}; the tokens are of another tokenizer')
+        raise UserError(
+          f'token {place} is {token}, but the codebook of this tokenizer has {codes} '
+          f'codes, 0 to {codes - 1}; the tokens are of another tokenizer'
+        )
     return np.asarray(ids, np.int32)
 
 

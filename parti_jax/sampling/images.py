@@ -42,7 +42,8 @@ _DIGITS = 12
 _NO_WORDS = 'picture'
 # Letters and marks that are not drawn, and that file systems may leave out of a comparison.
 _INVISIBLE = re.compile(
-    '[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]')
+  '[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]'
+)
 # Names of devices on Windows, whatever their ending.
 _RESERVED = re.compile('con|prn|aux|nul|com[0-9]|lpt[0-9]')
 
@@ -67,8 +68,10 @@ def checked(images, size: int | None = None) -> np.ndarray:
   sides = ('height', 'width') if size is None else (size, size)
   right = array.dtype == np.uint8 and array.ndim == 4 and array.shape[3] == 3
   if not right or (size is not None and array.shape[1:3] != sides):
-    raise UserError(f'images are {array.dtype} {list(array.shape)}, needed is uint8 '
-                    f'[n, {sides[0]}, {sides[1]}, 3]')
+    raise UserError(
+      f'images are {array.dtype} {list(array.shape)}, needed is uint8 '
+      f'[n, {sides[0]}, {sides[1]}, 3]'
+    )
   return array
 
 
@@ -136,8 +139,12 @@ def distinct_names(texts: Iterable[str]) -> dict[str, str]:
   # Upper case too, since some file systems compare that.
   keys = {text: name.upper().casefold() for text, name in slugs.items()}
   times = collections.Counter(keys.values())
-  return {text: name if times[keys[text]] == 1 and not _RESERVED.fullmatch(name)
-          else f'{name}_{_digest(text)}' for text, name in slugs.items()}
+  return {
+    text: name
+    if times[keys[text]] == 1 and not _RESERVED.fullmatch(name)
+    else f'{name}_{_digest(text)}'
+    for text, name in slugs.items()
+  }
 
 
 def save_picture(folder, image: np.ndarray, metadata: dict[str, str]) -> pathlib.Path:
@@ -163,8 +170,9 @@ def save_picture(folder, image: np.ndarray, metadata: dict[str, str]) -> pathlib
   return save(folder, name, to_pil(image), metadata)
 
 
-def save_grid(folder, picture: Image.Image, prompts: Sequence[str],
-              metadata: dict[str, str]) -> pathlib.Path:
+def save_grid(
+  folder, picture: Image.Image, prompts: Sequence[str], metadata: dict[str, str]
+) -> pathlib.Path:
   """Writes a grid as `save_picture` does; its metadata also holds the prompts, one a line."""
   more = f'-and-{len(prompts) - 1}-more' if len(prompts) > 1 else ''
   name = f'{slug(prompts[0])}{more}_seed{metadata["seed"]}_grid'
@@ -200,7 +208,8 @@ def save(folder, name: str, picture: Image.Image, metadata: dict[str, str]) -> p
       temporary.unlink(missing_ok=True)
   except OSError as error:
     raise UserError(
-        f'{folder}: pictures cannot be written there ({error.strerror or error})') from error
+      f'{folder}: pictures cannot be written there ({error.strerror or error})'
+    ) from error
   return path
 
 
@@ -244,8 +253,9 @@ def _free_path(folder: pathlib.Path, name: str, metadata: dict[str, str]) -> pat
       return path
 
 
-def grid(images: np.ndarray, prompts: Sequence[str],
-         display_size: int | None = None) -> Image.Image:
+def grid(
+  images: np.ndarray, prompts: Sequence[str], display_size: int | None = None
+) -> Image.Image:
   """All pictures on one white sheet, a row for each prompt under its label.
 
   Args:
@@ -294,8 +304,9 @@ def blank(size: tuple[int, int]) -> Image.Image:
     UserError: if it would be too large for the memory.
   """
   if size[0] * size[1] > _MOST_PIXELS:
-    raise UserError(f'a sheet of {size[0]:,}×{size[1]:,} pixels is too large; show fewer or '
-                    'smaller pictures')
+    raise UserError(
+      f'a sheet of {size[0]:,}×{size[1]:,} pixels is too large; show fewer or smaller pictures'
+    )
   return Image.new('RGB', size, 'white')
 
 

@@ -37,10 +37,16 @@ def cut(config: parti_config.PartiConfig, params) -> Parameters:
   and of norms, stay what they are.
   """
   params = jax.tree_util.tree_map_with_path(
-      lambda path, leaf: leaf.astype(_dtype(config, path, leaf.dtype)), params)
+    lambda path, leaf: leaf.astype(_dtype(config, path, leaf.dtype)), params
+  )
   shared, stacked = _without_layers(params)
-  return Parameters(shared, [jax.tree.map(lambda leaf, layer=layer: leaf[layer], stacked)
-                             for layer in range(config.decoder_layers)])
+  return Parameters(
+    shared,
+    [
+      jax.tree.map(lambda leaf, layer=layer: leaf[layer], stacked)
+      for layer in range(config.decoder_layers)
+    ],
+  )
 
 
 def shardings(config: parti_config.PartiConfig, stacked) -> Parameters:
@@ -52,7 +58,8 @@ def shardings(config: parti_config.PartiConfig, stacked) -> Parameters:
   """
   shared, layers = _without_layers(stacked)
   of_layer = jax.tree.map(
-      lambda sharding: NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:])), layers)
+    lambda sharding: NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:])), layers
+  )
   return Parameters(shared, [of_layer] * config.decoder_layers)
 
 

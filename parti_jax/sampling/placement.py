@@ -58,6 +58,7 @@ def pieces(total: int, batch: int, progress: bool = False):
   starts = range(0, total, batch)
   if progress:
     import tqdm
+
     starts = tqdm.tqdm(starts, desc='drawing', unit='batch', disable=None)
   for start in starts:
     yield start, np.minimum(np.arange(start, start + batch), total - 1)

@@ -33,8 +33,13 @@ class Ranker:
     config: its sizes, CoCaConfig.
   """
 
-  def __init__(self, config: coca.CoCaConfig, params, vocabulary: vocabulary_lib.TextVocabulary,
-               place: placement.Placement | None = None):
+  def __init__(
+    self,
+    config: coca.CoCaConfig,
+    params,
+    vocabulary: vocabulary_lib.TextVocabulary,
+    place: placement.Placement | None = None,
+  ):
     """Puts the network on the devices.
 
     Args:
@@ -48,8 +53,10 @@ class Ranker:
         parameter.
     """
     if vocabulary.size > config.text_vocabulary:
-      raise UserError(f'{vocabulary.path} has {vocabulary.size} pieces, but the ranker knows '
-                      f'{config.text_vocabulary}; it is the vocabulary of another model')
+      raise UserError(
+        f'{vocabulary.path} has {vocabulary.size} pieces, but the ranker knows '
+        f'{config.text_vocabulary}; it is the vocabulary of another model'
+      )
     self.config = config
     self._module = coca.CoCa(config)
     self._vocabulary = vocabulary
@@ -89,8 +96,10 @@ class Ranker:
       tokens[row], cut = self._vocabulary.encode(text, self.config.text_length)
       if cut:
         warnings.warn(
-            f'text {row + 1} is longer than the {self.config.text_length} text tokens of the '
-            f'ranker; left out: {cut!r}', stacklevel=2)
+          f'text {row + 1} is longer than the {self.config.text_length} text tokens of the '
+          f'ranker; left out: {cut!r}',
+          stacklevel=2,
+        )
     return self._features(_text_features, tokens)
 
   def scores(self, texts: Sequence[str], images) -> np.ndarray:
@@ -122,7 +131,7 @@ class Ranker:
     batch = self._place.divisible(min(_BATCH, 1 << max(len(inputs) - 1, 0).bit_length()))
     for start, chosen in placement.pieces(len(inputs), batch):
       part = self._place.run(function, (self._params,), (inputs[chosen],), module=self._module)
-      features[start:start + batch] = part[:len(features) - start]
+      features[start : start + batch] = part[: len(features) - start]
     return features
 
 

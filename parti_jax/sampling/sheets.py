@@ -20,8 +20,9 @@ _LINES = 3
 _PICTURE = 128
 
 
-def sheet(title: str, texts: Sequence[str], images: Sequence[Sequence[np.ndarray]],
-          columns: int = 6) -> Image.Image:
+def sheet(
+  title: str, texts: Sequence[str], images: Sequence[Sequence[np.ndarray]], columns: int = 6
+) -> Image.Image:
   """Draws a page.
 
   Args:
@@ -50,8 +51,13 @@ def sheet(title: str, texts: Sequence[str], images: Sequence[Sequence[np.ndarray
     upper = top + index // columns * height
     for position, picture in enumerate(pictures):
       page.paste(_shown(picture), (left + position * (_PICTURE + 2), upper))
-    draw.multiline_text((left, upper + _PICTURE + 2), '\n'.join(_label(text, font, width)),
-                        fill='black', font=font, spacing=_LINE - _FONT_SIZE)
+    draw.multiline_text(
+      (left, upper + _PICTURE + 2),
+      '\n'.join(_label(text, font, width)),
+      fill='black',
+      font=font,
+      spacing=_LINE - _FONT_SIZE,
+    )
   return page
 
 
@@ -59,7 +65,8 @@ def _shown(picture: np.ndarray) -> Image.Image:
   """A picture at the sheet's size; small ones are enlarged without smoothing."""
   enlarge = picture.shape[0] <= _PICTURE // 2
   return Image.fromarray(picture).resize(
-      (_PICTURE, _PICTURE), Image.Resampling.NEAREST if enlarge else Image.Resampling.LANCZOS)
+    (_PICTURE, _PICTURE), Image.Resampling.NEAREST if enlarge else Image.Resampling.LANCZOS
+  )
 
 
 def _label(text: str, font, width: int) -> list[str]:
@@ -69,5 +76,5 @@ def _label(text: str, font, width: int) -> list[str]:
     last = lines[_LINES - 1]
     while font.getlength(last + '...') > width:
       last = last[:-1]
-    lines = [*lines[:_LINES - 1], last + '...']
+    lines = [*lines[: _LINES - 1], last + '...']
   return lines

@@ -97,10 +97,12 @@ class Result:
       UserError: if nothing can be written there.
     """
     return [
-        images_lib.save_picture(
-            folder, image, self._metadata() | {'prompt': prompt} | self._place_in(row, column))
-        for row, prompt in enumerate(self.prompts)
-        for column, image in enumerate(self._shown[row])]
+      images_lib.save_picture(
+        folder, image, self._metadata() | {'prompt': prompt} | self._place_in(row, column)
+      )
+      for row, prompt in enumerate(self.prompts)
+      for column, image in enumerate(self._shown[row])
+    ]
 
   def save_grid(self, folder, display_size: int | None = None) -> pathlib.Path:
     """Writes `grid` as a PNG and returns the file; arguments and errors as `save`."""
@@ -119,12 +121,17 @@ class Result:
     if self.scores is None:
       return {'image_index': str(index)}
     digits = len(str(self.images.shape[1]))  # So that files stand in the order of their ranks.
-    return {'image_index': str(index),
-            'rank': f'{column + 1:0{digits}}', 'score': f'{self.scores[row, column]:.4f}'}
+    return {
+      'image_index': str(index),
+      'rank': f'{column + 1:0{digits}}',
+      'score': f'{self.scores[row, column]:.4f}',
+    }
 
   def _metadata(self) -> dict[str, str]:
-    settings = {name: value if isinstance(value, str) else checks.number_text(value)
-                for name, value in dataclasses.asdict(self.settings).items()}
+    settings = {
+      name: value if isinstance(value, str) else checks.number_text(value)
+      for name, value in dataclasses.asdict(self.settings).items()
+    }
     if self.upscaled is not None:
       settings['upscaled'] = str(self.upscaled.shape[2] // self.images.shape[2])
     return {'seed': str(self.seed), **settings, 'model': self.model}
@@ -164,14 +171,17 @@ class Pipeline:
     self._vocabulary = vocabulary_lib.TextVocabulary(model.vocabulary_path)
     if self._vocabulary.size > self._config.text_vocabulary:
       raise UserError(
-          f'{model.vocabulary_path} has {self._vocabulary.size} pieces, but the model knows '
-          f'{self._config.text_vocabulary}; it is the vocabulary of another model')
+        f'{model.vocabulary_path} has {self._vocabulary.size} pieces, but the model knows '
+        f'{self._config.text_vocabulary}; it is the vocabulary of another model'
+      )
     self._parti_params = self._place.put(
-        parameters.cut(self._config, model.parti_params),
-        model_folder.abstract('parti', self._config),
-        lambda shardings: parameters.shardings(self._config, shardings))
+      parameters.cut(self._config, model.parti_params),
+      model_folder.abstract('parti', self._config),
+      lambda shardings: parameters.shardings(self._config, shardings),
+    )
     self._tokenizer_params = self._place.put(
-        model.tokenizer_params, model_folder.abstract('tokenizer', model.tokenizer_config))
+      model.tokenizer_params, model_folder.abstract('tokenizer', model.tokenizer_config)
+    )
     self.ranker = None
     if part := model.parts.get('ranker'):
       self.ranker = ranking.Ranker(part.config, part.params, self._vocabulary, self._place)
@@ -193,9 +203,17 @@ class Pipeline:
     return self._config.decoder_layers
 
   def generate(
-      self, prompts: Sequence[str] | str, num_images: int = 4, seed: int = 0,
-      batch_size: int | None = None, progress: bool = False, rank: bool = False,
-      upscale: bool = False, first_index: Sequence[int] | int = 0, **sampling) -> Result:
+    self,
+    prompts: Sequence[str] | str,
+    num_images: int = 4,
+    seed: int = 0,
+    batch_size: int | None = None,
+    progress: bool = False,
+    rank: bool = False,
+    upscale: bool = False,
+    first_index: Sequence[int] | int = 0,
+    **sampling,
+  ) -> Result:
     """Draws pictures (Parti, section 2).
 
     A picture follows from its prompt, the seed, its index among the pictures of its prompt, and
@@ -227,11 +245,15 @@ class Pipeline:
         If the pictures are to be ranked by a model without a ranker, or enlarged by one without
         super-resolution.
     """
-    rank, upscale, progress = (checks.boolean(name, value) for name, value in (
-        ('rank', rank), ('upscale', upscale), ('progress', progress)))
+    rank, upscale, progress = (
+      checks.boolean(name, value)
+      for name, value in (('rank', rank), ('upscale', upscale), ('progress', progress))
+    )
     if rank and self.ranker is None:
-      raise UserError(f'the model {self.model_name} has no ranker, so that pictures can not be '
-                      'ranked; `parti-jax export --base=FOLDER --ranker=RUN` adds one')
+      raise UserError(
+        f'the model {self.model_name} has no ranker, so that pictures can not be '
+        'ranked; `parti-jax export --base=FOLDER --ranker=RUN` adds one'
+      )
     if upscale:
       self._check_upscaler()
     prompts = checks.texts('prompt', prompts)
@@ -248,14 +270,22 @@ class Pipeline:
     for start, chosen in placement.pieces(total, batch, progress):
       *drawn, usage = self._draw(texts[chosen // num_images], index[chosen], seed, settings)
       stop = min(start + batch, total)
-      tokens[start:stop], images[start:stop] = (part[:stop - start] for part in drawn)
+      tokens[start:stop], images[start:stop] = (part[: stop - start] for part in drawn)
       usages.append(jax.tree.map(lambda part, count=stop - start: part[:count], usage))
     shape = (len(prompts), num_images)
     usage = jax.tree.map(
-        lambda *parts: np.concatenate(parts).reshape(*shape, *parts[0].shape[1:]), *usages)
+      lambda *parts: np.concatenate(parts).reshape(*shape, *parts[0].shape[1:]), *usages
+    )
     result = Result(
-        images.reshape(*shape, *images.shape[1:]), tokens.reshape(*shape, -1), prompts, seed,
-        settings, self.model_name, usage, image_index=index.reshape(shape))
+      images.reshape(*shape, *images.shape[1:]),
+      tokens.reshape(*shape, -1),
+      prompts,
+      seed,
+      settings,
+      self.model_name,
+      usage,
+      image_index=index.reshape(shape),
+    )
     result = self._ranked(result) if rank else result
     if not upscale:
       return result
@@ -270,9 +300,13 @@ class Pipeline:
     order = np.argsort(-scores, axis=1, kind='stable')
     rows = np.arange(shape[0])[:, None]
     return dataclasses.replace(
-        result, images=result.images[rows, order], tokens=result.tokens[rows, order],
-        usage=jax.tree.map(lambda part: part[rows, order], result.usage),
-        scores=scores[rows, order], image_index=result.image_index[rows, order])
+      result,
+      images=result.images[rows, order],
+      tokens=result.tokens[rows, order],
+      usage=jax.tree.map(lambda part: part[rows, order], result.usage),
+      scores=scores[rows, order],
+      image_index=result.image_index[rows, order],
+    )
 
   def tokenize(self, images) -> np.ndarray:
     """Image tokens of pictures.
@@ -288,7 +322,8 @@ class Pipeline:
     """
     images = self._pictures(images)
     return self._through_tokenizer(
-        images, _tokenize, np.empty([len(images), self._config.image_length], np.int32))
+      images, _tokenize, np.empty([len(images), self._config.image_length], np.int32)
+    )
 
   def reconstruct(self, images) -> np.ndarray:
     """Pictures through the tokenizer and back: the best that its tokens can say.
@@ -317,17 +352,25 @@ class Pipeline:
 
   def _check_upscaler(self):
     if self.upscaler is None:
-      raise UserError(f'the model {self.model_name} has no super-resolution, so that pictures can '
-                      'not be enlarged; `parti-jax export --base=FOLDER --super_resolution=RUN` '
-                      'adds it')
+      raise UserError(
+        f'the model {self.model_name} has no super-resolution, so that pictures can '
+        'not be enlarged; `parti-jax export --base=FOLDER --super_resolution=RUN` '
+        'adds it'
+      )
 
   def _draw(self, texts, image_index, seed: int, settings: settings_lib.SamplingSettings):
-    scalars = (
-        np.uint32(seed), *settings.arrays(self._config.image_length), *settings.thresholds)
+    scalars = (np.uint32(seed), *settings.arrays(self._config.image_length), *settings.thresholds)
     return self._place.run(
-        _generate, (self._parti_params, self._tokenizer_params), (texts, image_index), *scalars,
-        config=self._config, tokenizer=self._tokenizer, guided=settings.guided,
-        greedy=settings.greedy, filtered=settings.filtered)
+      _generate,
+      (self._parti_params, self._tokenizer_params),
+      (texts, image_index),
+      *scalars,
+      config=self._config,
+      tokenizer=self._tokenizer,
+      guided=settings.guided,
+      greedy=settings.greedy,
+      filtered=settings.filtered,
+    )
 
   def _pictures(self, images) -> np.ndarray:
     return images_lib.checked(images, self.image_size)
@@ -336,16 +379,19 @@ class Pipeline:
     """Arrays for the tokens and pixels of pictures."""
     length, size = self._config.image_length, self.image_size
     if total * (4 * length + 3 * size**2) > _memory():
-      raise UserError(f'{total:,} pictures do not fit into the memory; choose fewer num_images, or '
-                      'fewer prompts at once')
+      raise UserError(
+        f'{total:,} pictures do not fit into the memory; choose fewer num_images, or '
+        'fewer prompts at once'
+      )
     return np.empty([total, length], np.int32), np.empty([total, size, size, 3], np.uint8)
 
   def _through_tokenizer(self, images: np.ndarray, function, results: np.ndarray) -> np.ndarray:
     batch = self._place.divisible(min(_TOKENIZER_BATCH, max(len(images), 1)))
     for start, chosen in placement.pieces(len(images), batch, False):
       part = self._place.run(
-          function, (self._tokenizer_params,), (images[chosen],), tokenizer=self._tokenizer)
-      results[start:start + batch] = part[:len(results) - start]
+        function, (self._tokenizer_params,), (images[chosen],), tokenizer=self._tokenizer
+      )
+      results[start : start + batch] = part[: len(results) - start]
     return results
 
   def _encode(self, prompts: list[str]) -> np.ndarray:
@@ -359,8 +405,10 @@ class Pipeline:
         raise UserError(f'prompt {row + 1} is empty; say what the picture should show')
       if cut:
         warnings.warn(
-            f'prompt {row + 1} is longer than the {self._config.text_length} text tokens of the '
-            f'model; left out: {cut!r}', stacklevel=3)
+          f'prompt {row + 1} is longer than the {self._config.text_length} text tokens of the '
+          f'model; left out: {cut!r}',
+          stacklevel=3,
+        )
     return texts
 
   def _batch_size(self, total: int, asked: int | None, guided: bool) -> int:
@@ -368,8 +416,14 @@ class Pipeline:
     if asked is not None:
       return self._place.divisible(min(checks.count('batch_size', asked), total))
     config = self._config
-    cache_bytes = (2 * config.decoder_layers * config.image_length * config.width
-                   * config.compute_dtype.itemsize * (2 if guided else 1))
+    cache_bytes = (
+      2
+      * config.decoder_layers
+      * config.image_length
+      * config.width
+      * config.compute_dtype.itemsize
+      * (2 if guided else 1)
+    )
     most = _MOST_AT_ONCE.get(jax.default_backend(), _MOST_AT_ONCE_ELSEWHERE)
     most = max(1, min(most, _MOST_CACHE_BYTES // cache_bytes))
     pieces = -(-total // most)
@@ -397,8 +451,10 @@ def load(path=None, mesh=None, rules=None) -> Pipeline:
     return Pipeline(model_folder.load(path), storage.name(path), mesh, rules)
   folder = pathlib.Path(DEMO_FOLDER if path is None else path)
   if (folder / 'checkpoints').is_dir() and not (folder / model_folder.CONFIG_FILE).exists():
-    raise UserError(f'{folder} holds the checkpoints of a training run; turn them into a model '
-                    'folder with `parti-jax export` (see parti-jax export --help)')
+    raise UserError(
+      f'{folder} holds the checkpoints of a training run; turn them into a model '
+      'folder with `parti-jax export` (see parti-jax export --help)'
+    )
   name = 'demo' if path is None else os.path.basename(os.path.abspath(folder))
   return Pipeline(model_folder.load(folder), name, mesh, rules)
 
@@ -415,25 +471,51 @@ def _first_indices(first_index, prompts: int, num_images: int) -> np.ndarray:
   """The index of each prompt's first picture, so that all indices are int32: int32 [prompts]."""
   most = 2**31 - num_images
   if getattr(first_index, 'ndim', 0) or (
-      isinstance(first_index, Sequence) and not isinstance(first_index, (str, bytes))):
+    isinstance(first_index, Sequence) and not isinstance(first_index, (str, bytes))
+  ):
     if len(first_index) != prompts:
-      raise UserError(f'first_index has {len(first_index)} numbers for {prompts} prompts; give one '
-                      'number for all, or one for each')
-    found = [checks.whole_number(f'first_index[{row}]', index, 0, most)
-             for row, index in enumerate(first_index)]
+      raise UserError(
+        f'first_index has {len(first_index)} numbers for {prompts} prompts; give one '
+        'number for all, or one for each'
+      )
+    found = [
+      checks.whole_number(f'first_index[{row}]', index, 0, most)
+      for row, index in enumerate(first_index)
+    ]
   else:
     found = [checks.whole_number('first_index', first_index, 0, most)] * prompts
   return np.array(found, np.int32)
 
 
-@functools.partial(
-    jax.jit, static_argnames=('config', 'tokenizer', 'guided', 'greedy', 'filtered'))
+@functools.partial(jax.jit, static_argnames=('config', 'tokenizer', 'guided', 'greedy', 'filtered'))
 def _generate(
-    parti_params, tokenizer_params, texts, image_index, seed, guidance_scale, temperature, top_k,
-    top_p, exit_threshold, skip_threshold, *, config, tokenizer: nn.Module, **how):
+  parti_params,
+  tokenizer_params,
+  texts,
+  image_index,
+  seed,
+  guidance_scale,
+  temperature,
+  top_k,
+  top_p,
+  exit_threshold,
+  skip_threshold,
+  *,
+  config,
+  tokenizer: nn.Module,
+  **how,
+):
   """Text tokens to image tokens, pictures and, where something is skipped, an adaptive.Usage."""
-  arguments = (config, parti_params, texts, decoding.image_keys(seed, image_index), guidance_scale,
-               temperature, top_k, top_p)
+  arguments = (
+    config,
+    parti_params,
+    texts,
+    decoding.image_keys(seed, image_index),
+    guidance_scale,
+    temperature,
+    top_k,
+    top_p,
+  )
   if exit_threshold is None and skip_threshold is None:
     tokens, usage = decoding.sample_tokens(*arguments, **how), None
   else:

@@ -30,8 +30,9 @@ class Upscaler:
     factor: how many times higher and wider pictures become.
   """
 
-  def __init__(self, config: super_resolution.SuperResolutionConfig, params,
-               place: placement.Placement):
+  def __init__(
+    self, config: super_resolution.SuperResolutionConfig, params, place: placement.Placement
+  ):
     """Puts the network on the devices.
 
     Args:
@@ -63,18 +64,24 @@ class Upscaler:
     count, height, width, _ = images.shape
     factor, size = self.factor, (self._window(height), self._window(width))
     results = np.empty([count, factor * height, factor * width, 3], np.uint8)
-    places = list(itertools.product(
-        range(count), self._starts(height, size[0]), self._starts(width, size[1])))
+    places = list(
+      itertools.product(range(count), self._starts(height, size[0]), self._starts(width, size[1]))
+    )
     batch = self._batch_size(size, len(places))
     for start, chosen in placement.pieces(len(places), batch):
-      windows = np.stack([
-          images[image, top:top + size[0], left:left + size[1]]
-          for image, top, left in (places[index] for index in chosen)])
+      windows = np.stack(
+        [
+          images[image, top : top + size[0], left : left + size[1]]
+          for image, top, left in (places[index] for index in chosen)
+        ]
+      )
       enlarged = self._place.run(_enlarge, (self._params,), (windows,), config=self._config)
-      for (image, top, left), window in zip(places[start:start + batch], enlarged):
+      for (image, top, left), window in zip(places[start : start + batch], enlarged):
         kept = [self._kept(*axis) for axis in zip((top, left), size, (height, width))]
-        inside = tuple(slice(factor * (low - first), factor * (high - first))
-                       for (low, high), first in zip(kept, (top, left)))
+        inside = tuple(
+          slice(factor * (low - first), factor * (high - first))
+          for (low, high), first in zip(kept, (top, left))
+        )
         outside = tuple(slice(factor * low, factor * high) for low, high in kept)
         results[(image, *outside)] = window[inside]
     return results
@@ -84,8 +91,10 @@ class Upscaler:
     if not images.size:
       raise UserError(f'images are {images.dtype} {list(images.shape)}: no picture to enlarge')
     if images.shape[1] % unit or images.shape[2] % unit:
-      raise UserError(f'images are {images.shape[1]}×{images.shape[2]} pixels; this model enlarges '
-                      f'pictures whose sides are multiples of {unit}')
+      raise UserError(
+        f'images are {images.shape[1]}×{images.shape[2]} pixels; this model enlarges '
+        f'pictures whose sides are multiples of {unit}'
+      )
     return images
 
   @property
@@ -108,13 +117,12 @@ class Upscaler:
   def _kept(self, start: int, window: int, length: int) -> tuple[int, int]:
     """What a part gives to the result, from where to where in the picture."""
     end = start + window
-    return (start + self._margin if start else 0,
-            end - self._margin if end < length else length)
+    return (start + self._margin if start else 0, end - self._margin if end < length else length)
 
   def _batch_size(self, size: tuple[int, int], count: int) -> int:
     config, pixels = self._config, size[0] * size[1]
-    wide = config.expansion * config.width // config.unshuffle ** 2
-    most = pixels * 4 * max(wide, 3 * config.factor ** 2)
+    wide = config.expansion * config.width // config.unshuffle**2
+    most = pixels * 4 * max(wide, 3 * config.factor**2)
     batch = max(1, min(_MOST_AT_ONCE, _MOST_BYTES // most, count))
     return self._place.divisible(batch)
 

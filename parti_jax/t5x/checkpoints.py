@@ -37,8 +37,12 @@ from parti_jax.core import errors
 from parti_jax.core import storage
 
 # How names begin, ours and t5x's.
-_NAMES = {'step': 'state/step', 'params': 'target', 'optimizer_state': 'state/param_states',
-          'statistics': 'flax_mutables/statistics'}
+_NAMES = {
+  'step': 'state/step',
+  'params': 'target',
+  'optimizer_state': 'state/param_states',
+  'statistics': 'flax_mutables/statistics',
+}
 _PARAMETERS = 'target/'
 # What of a checkpoint has the state dict; a run's checkpoint has its state by the same name.
 _ITEM = 'state'
@@ -95,8 +99,9 @@ def host_device(what: str = 'checkpoints are converted') -> jax.Device:
   try:
     return jax.local_devices(backend='cpu')[0]
   except RuntimeError as error:
-    raise errors.UserError(f"{what} in the host's memory, but JAX_PLATFORMS leaves the CPU out; "
-                           'add `,cpu` to it') from error
+    raise errors.UserError(
+      f"{what} in the host's memory, but JAX_PLATFORMS leaves the CPU out; add `,cpu` to it"
+    ) from error
 
 
 def _in_host() -> jax.sharding.Sharding:
@@ -107,8 +112,10 @@ def in_host_memory(tree):
   """Shapes and dtypes of a tree's leaves, on `host_device`."""
   sharding = _in_host()
   return jax.tree.map(
-      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree,
-      is_leaf=lambda leaf: hasattr(leaf, 'shape'))
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    tree,
+    is_leaf=lambda leaf: hasattr(leaf, 'shape'),
+  )
 
 
 def read_run(path: epath.Path) -> dict[str, Any]:
@@ -140,8 +147,7 @@ def with_factored_moments(tree, shardings: Mapping[str, jax.sharding.Sharding]) 
   if not whole:
     return tree
   logging.warning('%s', whole_moments.line(len(whole)))
-  return flax.traverse_util.unflatten_dict(
-      whole_moments.factor(arrays, whole, shardings), sep='/')
+  return flax.traverse_util.unflatten_dict(whole_moments.factor(arrays, whole, shardings), sep='/')
 
 
 def saved_form(path, wanted) -> dict[str, Any] | None:
@@ -157,13 +163,17 @@ def saved_form(path, wanted) -> dict[str, Any] | None:
   saved = run_checkpoints.by_path(run_checkpoints.read_metadata(epath.Path(path) / _ITEM))
   places = run_checkpoints.by_path(wanted)
   whole = _whole_moments(saved, places)
-  return flax.traverse_util.unflatten_dict(
-      whole_moments.as_saved(places, whole, _PARAMETERS), sep='/') if whole else None
+  return (
+    flax.traverse_util.unflatten_dict(whole_moments.as_saved(places, whole, _PARAMETERS), sep='/')
+    if whole
+    else None
+  )
 
 
 def _whole_moments(arrays: dict[str, Any], wanted=None) -> list[str]:
   return whole_moments.names(
-      {name: tuple(np.shape(leaf)) for name, leaf in arrays.items()}, _PARAMETERS, wanted)
+    {name: tuple(np.shape(leaf)) for name, leaf in arrays.items()}, _PARAMETERS, wanted
+  )
 
 
 def write(folder, tree) -> epath.Path:
@@ -182,15 +192,19 @@ def write(folder, tree) -> epath.Path:
   path = target(folder, int(tree['state']['step']))
   size = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
   tree_args = ocp.args.PyTreeSave(
-      tree, jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree))
+    tree, jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
+  )
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
   except OSError as error:
-    raise errors.UserError(f"{folder}: can't be made ({error.strerror}); give another "
-                           '--output_dir') from error
+    raise errors.UserError(
+      f"{folder}: can't be made ({error.strerror}); give another --output_dir"
+    ) from error
   try:
-    with disk_errors.told(folder, size), ocp.Checkpointer(
-        ocp.CompositeCheckpointHandler()) as checkpointer:
+    with (
+      disk_errors.told(folder, size),
+      ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer,
+    ):
       checkpointer.save(path, args=ocp.args.Composite(**{_ITEM: tree_args}))
   except BaseException:
     for unfinished in path.parent.glob(f'{path.name}{ocp.utils.TMP_DIR_SUFFIX}*'):
@@ -206,8 +220,9 @@ def target(folder, step: int) -> epath.Path:
     UserError: if it is there already, or is in a store that t5x does not know.
   """
   if remote_staging.is_needed(folder):
-    raise errors.UserError(f'{folder}: t5x\'s checkpoints are in folders and at gs:// URLs; give '
-                           'one of these')
+    raise errors.UserError(
+      f"{folder}: t5x's checkpoints are in folders and at gs:// URLs; give one of these"
+    )
   path = storage.as_epath(folder)
   path = (path if storage.is_url(folder) else path.absolute()) / f'checkpoint_{step}'
   if path.exists():
@@ -238,35 +253,47 @@ def read(path, wanted, within: tuple[str, ...] = ('target/', 'state/', 'flax_mut
   _check_fits(path, saved, form, within)
   try:
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-      found = checkpointer.restore(
-          path / _ITEM, args=_restore_args(form, partial_restore=True))
+      found = checkpointer.restore(path / _ITEM, args=_restore_args(form, partial_restore=True))
   except Exception as error:
     # Whatever Orbax and TensorStore stumble over.
-    raise errors.UserError(f"{path}: can't be read ({' '.join(str(error).split())[:200]}); is it "
-                           'damaged? Take another checkpoint') from error
-  return found if form is wanted else with_factored_moments(
-      found, {name: leaf.sharding for name, leaf in run_checkpoints.by_path(wanted).items()})
+    raise errors.UserError(
+      f"{path}: can't be read ({' '.join(str(error).split())[:200]}); is it "
+      'damaged? Take another checkpoint'
+    ) from error
+  return (
+    found
+    if form is wanted
+    else with_factored_moments(
+      found, {name: leaf.sharding for name, leaf in run_checkpoints.by_path(wanted).items()}
+    )
+  )
 
 
 def _restore_args(tree, **kwargs) -> ocp.args.PyTreeRestore:
   return ocp.args.PyTreeRestore(
-      item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree), **kwargs)
+    item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree), **kwargs
+  )
 
 
 def _saved(path: epath.Path) -> dict[str, Any]:
   """{path: shape and dtype} of what a t5x checkpoint has."""
   if (path / 'checkpoint').exists():
-    raise errors.UserError(f'{path}: of t5x\'s older format; have t5x write it with '
-                           'use_orbax=True, the default of t5x.train')
+    raise errors.UserError(
+      f"{path}: of t5x's older format; have t5x write it with "
+      'use_orbax=True, the default of t5x.train'
+    )
   if not (path / _ITEM).is_dir():
     within = sorted(found.name for found in path.glob('checkpoint_*')) if path.is_dir() else []
     hint = f', such as {path / within[-1]}' if within else ''
-    raise errors.UserError(f'{path}: no checkpoint of t5x; give the folder checkpoint_<step> of '
-                           f'its MODEL_DIR{hint}')
+    raise errors.UserError(
+      f'{path}: no checkpoint of t5x; give the folder checkpoint_<step> of its MODEL_DIR{hint}'
+    )
   metadata = run_checkpoints.read_metadata(path / _ITEM)
   if metadata is None:
-    raise errors.UserError(f'{path}: has no metadata of Orbax, so that it is damaged, or not '
-                           'written whole; give another checkpoint')
+    raise errors.UserError(
+      f'{path}: has no metadata of Orbax, so that it is damaged, or not '
+      'written whole; give another checkpoint'
+    )
   return run_checkpoints.by_path(metadata)
 
 
@@ -281,13 +308,19 @@ def _check_fits(path, saved: dict[str, Any], wanted, within: tuple[str, ...]):
       problems.append(f'{name} is {list(saved[name].shape)} there and {list(leaf.shape)} here')
     elif not np.can_cast(saved[name].dtype, leaf.dtype):
       problems.append(f'{name} is {saved[name].dtype} there and {leaf.dtype} here')
-  problems += [f'{name} {list(saved[name].shape)} is only there' for name in saved
-               if name.startswith(within) and name not in wanted]
+  problems += [
+    f'{name} {list(saved[name].shape)} is only there'
+    for name in saved
+    if name.startswith(within) and name not in wanted
+  ]
   if problems:
     more = f' and {len(problems) - _SHOWN} more' if len(problems) > _SHOWN else ''
-    way_out = ('give the gin files of the model that it is of'
-               if any(name.startswith('target/') for name in problems) else
-               'give the optimiser (train.optimizer) that it is of, or --parameters_only, so that '
-               'the optimiser begins anew')
-    raise errors.UserError(f'{path}: does not fit the gin files: {"; ".join(problems[:_SHOWN])}'
-                           f'{more}; {way_out}')
+    way_out = (
+      'give the gin files of the model that it is of'
+      if any(name.startswith('target/') for name in problems)
+      else 'give the optimiser (train.optimizer) that it is of, or --parameters_only, so that '
+      'the optimiser begins anew'
+    )
+    raise errors.UserError(
+      f'{path}: does not fit the gin files: {"; ".join(problems[:_SHOWN])}{more}; {way_out}'
+    )

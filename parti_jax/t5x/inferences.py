@@ -38,8 +38,12 @@ class Inference:
   tokens: np.ndarray
 
 
-def read(path: str, detokenizer: detokenizing.Detokenizer, field: str = FIELD,
-         caption_field: str = CAPTION_FIELD) -> list[Inference]:
+def read(
+  path: str,
+  detokenizer: detokenizing.Detokenizer,
+  field: str = FIELD,
+  caption_field: str = CAPTION_FIELD,
+) -> list[Inference]:
   """Reads a file of image tokens; blank lines are left out.
 
   Args:
@@ -62,8 +66,9 @@ def read(path: str, detokenizer: detokenizing.Detokenizer, field: str = FIELD,
       decodes = _decodes(content, field)
       tokens = np.stack([detokenizer.checked(ids) for ids in decodes])
       if found and len(tokens) != len(found[0].tokens):
-        raise UserError(f'{len(tokens)} pictures, but line {found[0].line} has '
-                        f'{len(found[0].tokens)}')
+        raise UserError(
+          f'{len(tokens)} pictures, but line {found[0].line} has {len(found[0].tokens)}'
+        )
     except UserError as error:
       raise UserError(f'{path}, line {number}: {error}') from error
     found.append(Inference(number, _caption(content, caption_field), tokens))
@@ -98,8 +103,9 @@ def _decodes(content: dict[str, Any], field: str) -> list[list]:
   """Returns a list of tokens for each picture of a line."""
   if field not in content:
     raise UserError(
-        f'there is no {field!r}, only {", ".join(map(repr, content)) or "nothing"}; --field names '
-        'what holds the tokens, which t5x.infer writes with mode predict or predict_with_aux')
+      f'there is no {field!r}, only {", ".join(map(repr, content)) or "nothing"}; --field names '
+      'what holds the tokens, which t5x.infer writes with mode predict or predict_with_aux'
+    )
   value = content[field]
   if not isinstance(value, list) or not value:
     raise UserError(f'{field!r} is {str(value)[:60]!r} and no list of image tokens')

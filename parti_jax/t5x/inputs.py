@@ -21,8 +21,10 @@ FILE = 'inputs.json'
 _LARGEST = 1 << 16
 # Macros of t5x's gin files that name a checkpoint, `.../checkpoint_<step>` or a folder of them.
 _CHECKPOINTS = ('INITIAL_CHECKPOINT_PATH', 'CHECKPOINT_PATH')
-_REMEDIES = {'vocabulary': 'set vocabulary.path to the one that it was trained with',
-             'tokenizer': 'set token_cache.path to tokens of the one that it was trained with'}
+_REMEDIES = {
+  'vocabulary': 'set vocabulary.path to the one that it was trained with',
+  'tokenizer': 'set token_cache.path to tokens of the one that it was trained with',
+}
 _ALLOW = 'if it is meant, set check_inputs.allow_mismatch=True'
 
 
@@ -53,8 +55,10 @@ def write(model_dir, values: Mapping[str, str | None]) -> None:
   file = storage.join(model_dir, FILE)
   if storage.exists(file):
     found = fingerprints.mismatches(
-        fingerprints.named(str(model_dir), _read(file)), fingerprints.named('this one', known),
-        dict.fromkeys(fingerprints.KINDS, 'give another folder'))
+      fingerprints.named(str(model_dir), _read(file)),
+      fingerprints.named('this one', known),
+      dict.fromkeys(fingerprints.KINDS, 'give another folder'),
+    )
     if found:
       raise UserError(found[0])
   elif known:
@@ -78,7 +82,8 @@ def check(given: Mapping[str, fingerprints.Fingerprint | None], allow_mismatch: 
   model_dir = _macro('MODEL_DIR')
   for path in filter(None, (model_dir, *map(_macro, _CHECKPOINTS))):
     found += fingerprints.mismatches(
-        fingerprints.named(path, of_checkpoint(path)), given, _REMEDIES)
+      fingerprints.named(path, of_checkpoint(path)), given, _REMEDIES
+    )
   if found and not allow_mismatch:
     raise UserError(f'{found[0]}; {_ALLOW}')
   if model_dir and not found and jax.process_index() == 0:

@@ -42,10 +42,14 @@ def variables(boxed, **others) -> flax.core.FrozenDict:
 def _axes(tree):
   is_box = lambda leaf: isinstance(leaf, nn.meta.AxisMetadata)
   flat = traverse_util.flatten_dict(flax.core.unfreeze(tree), is_leaf=lambda _, leaf: is_box(leaf))
-  return traverse_util.unflatten_dict({
+  return traverse_util.unflatten_dict(
+    {
       path[:-1] + (f'{path[-1]}_axes',): flax_partitioning.AxisMetadata(
-          tuple(leaf.names) if is_box(leaf) else (None,) * leaf.ndim)
-      for path, leaf in flat.items()})
+        tuple(leaf.names) if is_box(leaf) else (None,) * leaf.ndim
+      )
+      for path, leaf in flat.items()
+    }
+  )
 
 
 @contextlib.contextmanager

@@ -50,7 +50,7 @@ def postprocess(tokens: Sequence, example: Mapping[str, Any], is_target: bool = 
 
 @gin.configurable(module='parti_jax.t5x')
 def openmoji_alignment(
-    targets: Sequence[Mapping[str, Any]], predictions: Sequence, tokenizer: str | None = None
+  targets: Sequence[Mapping[str, Any]], predictions: Sequence, tokenizer: str | None = None
 ) -> dict[str, float]:
   """Whether drawn pictures show what was asked for, judged by their pixels.
 
@@ -83,8 +83,10 @@ def openmoji_alignment(
   reconstructed = judge.judge(asked, _pictures(detokenizer, real, 'target'))
   if reconstructed.name_top1.mean() < _LEAST_CEILING:
     logging.warning(
-        'openmoji_alignment: the real pictures are hardly known again from their image tokens; was '
-        '%s the tokenizer that made them? (gin: openmoji_alignment.tokenizer)', folder)
+      'openmoji_alignment: the real pictures are hardly known again from their image tokens; was '
+      '%s the tokenizer that made them? (gin: openmoji_alignment.tokenizer)',
+      folder,
+    )
   return {**_in_percent(generated), **_in_percent(reconstructed, 'reconstruction_')}
 
 
@@ -102,8 +104,10 @@ def log_likelihood(targets: Sequence[Mapping[str, Any]], scores: Sequence) -> di
   """
   scores = np.asarray(scores, np.float64)
   tokens = sum(len(target['tokens']) for target in targets)
-  return {'log_likelihood': float(scores.mean()),
-          'log_likelihood_per_token': float(scores.sum() / tokens)}
+  return {
+    'log_likelihood': float(scores.mean()),
+    'log_likelihood_per_token': float(scores.sum() / tokens),
+  }
 
 
 def _pictures(detokenizer: detokenizing.Detokenizer, tokens: list, what: str) -> np.ndarray:
@@ -114,8 +118,9 @@ def _pictures(detokenizer: detokenizing.Detokenizer, tokens: list, what: str) ->
       try:
         flat.append(detokenizer.checked(ids))
       except UserError as error:
-        raise UserError(f'{what} of example {number}: {error} (gin: openmoji_alignment.tokenizer)'
-                        ) from error
+        raise UserError(
+          f'{what} of example {number}: {error} (gin: openmoji_alignment.tokenizer)'
+        ) from error
   images = detokenizer(np.stack(flat))
   return images.reshape(len(tokens), -1, *images.shape[1:])
 
@@ -133,9 +138,10 @@ def _check_tokenizer(folder: str) -> None:
     return
   cache = token_cache.configured()
   found = fingerprints.mismatches(
-      fingerprints.named(cache.name, cache.info),
-      fingerprints.named(folder, {'tokenizer': _tokenizer(folder).fingerprint}),
-      {'tokenizer': 'set openmoji_alignment.tokenizer to the tokenizer of these tokens'})
+    fingerprints.named(cache.name, cache.info),
+    fingerprints.named(folder, {'tokenizer': _tokenizer(folder).fingerprint}),
+    {'tokenizer': 'set openmoji_alignment.tokenizer to the tokenizer of these tokens'},
+  )
   if found:
     raise UserError(found[0])
 
@@ -169,5 +175,7 @@ def _asked(caption: str) -> openmoji.Picture:
   try:
     return _of_caption()[caption]
   except KeyError:
-    raise UserError(f'{caption!r} is no caption of OpenMoji, whose pictures are judged here; for '
-                    'others use the task cached_tokens') from None
+    raise UserError(
+      f'{caption!r} is no caption of OpenMoji, whose pictures are judged here; for '
+      'others use the task cached_tokens'
+    ) from None

@@ -87,30 +87,49 @@ class PartiModel(t5x_models.BaseTransformerModel):
   FEATURE_CONVERTER_CLS = feature_converter.PartiFeatureConverter
 
   def __init__(
-      self, module: parti.Parti, optimizer_def, input_vocabulary: seqio.Vocabulary | None = None,
-      output_vocabulary: seqio.Vocabulary | None = None,
-      decode_fn=decoding.temperature_sample, guidance_scale: float = 1.0,
-      depth_loss_weights: Sequence[float] | None = None, label_smoothing: float = 0.0,
-      z_loss: float = 0.0, loss_normalizing_factor='NUM_REAL_TARGET_TOKENS'):
+    self,
+    module: parti.Parti,
+    optimizer_def,
+    input_vocabulary: seqio.Vocabulary | None = None,
+    output_vocabulary: seqio.Vocabulary | None = None,
+    decode_fn=decoding.temperature_sample,
+    guidance_scale: float = 1.0,
+    depth_loss_weights: Sequence[float] | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    loss_normalizing_factor='NUM_REAL_TARGET_TOKENS',
+  ):
     config = module.config
     if input_vocabulary is None:
       input_vocabulary = seqio.PassThroughVocabulary(
-          config.text_vocabulary, eos_id=vocabulary.EOS_ID)
+        config.text_vocabulary, eos_id=vocabulary.EOS_ID
+      )
     if output_vocabulary is None:
       output_vocabulary = seqio.PassThroughVocabulary(config.codebook_size)
-    for name, found, key in (('input', input_vocabulary, 'text_vocabulary'),
-                             ('output', output_vocabulary, 'codebook_size')):
+    for name, found, key in (
+      ('input', input_vocabulary, 'text_vocabulary'),
+      ('output', output_vocabulary, 'codebook_size'),
+    ):
       if found.vocab_size > getattr(config, key):
         raise errors.UserError(
-            f'PartiModel.{name}_vocabulary has {found.vocab_size} ids, and the network knows '
-            f'PartiConfig.{key}={getattr(config, key)}; raise that, or choose another task')
+          f'PartiModel.{name}_vocabulary has {found.vocab_size} ids, and the network knows '
+          f'PartiConfig.{key}={getattr(config, key)}; raise that, or choose another task'
+        )
     self.guidance_scale = checks.number(
-        'PartiModel.guidance_scale', guidance_scale, 0, sampling_settings.MOST_GUIDANCE)
+      'PartiModel.guidance_scale', guidance_scale, 0, sampling_settings.MOST_GUIDANCE
+    )
     self._depth_weights = _check_depth_weights(depth_loss_weights, config)
     self._rows: int | None = None  # Of the whole batch of training, once t5x has told it.
     super().__init__(
-        module, input_vocabulary, output_vocabulary, optimizer_def, decode_fn, label_smoothing,
-        z_loss, loss_normalizing_factor)
+      module,
+      input_vocabulary,
+      output_vocabulary,
+      optimizer_def,
+      decode_fn,
+      label_smoothing,
+      z_loss,
+      loss_normalizing_factor,
+    )
 
   def get_initial_variables(self, rng, input_shapes, input_types=None):
     """Parameters and the logical names of their axes; arguments as in t5x.
@@ -120,13 +139,16 @@ class PartiModel(t5x_models.BaseTransformerModel):
     """
     del input_types
     config = self.module.config
-    for feature, key, length in (('inputs', 'text_length', config.text_length),
-                                 ('targets', 'grid', config.image_length)):
+    for feature, key, length in (
+      ('inputs', 'text_length', config.text_length),
+      ('targets', 'grid', config.image_length),
+    ):
       name = 'encoder_input_tokens' if feature == 'inputs' else 'decoder_target_tokens'
       if input_shapes[name][1] != length:
         raise errors.UserError(
-            f'TASK_FEATURE_LENGTHS[{feature!r}]={input_shapes[name][1]} is not the {length} of '
-            f'PartiConfig.{key}; make them the same')
+          f'TASK_FEATURE_LENGTHS[{feature!r}]={input_shapes[name][1]} is not the {length} of '
+          f'PartiConfig.{key}; make them the same'
+        )
     self._rows = input_shapes['encoder_input_tokens'][0]
     with logical_axes.bound():
       boxed = self.module.init(rng, *parti.example_inputs(config))['params']
@@ -161,13 +183,17 @@ class PartiModel(t5x_models.BaseTransformerModel):
     """The loss of the last layer, or the mean over all with weights; a mean counts `share`."""
     targets = batch['decoder_target_tokens']
     factor, weights = losses.get_loss_normalizing_factor_and_weights(
-        self._loss_normalizing_factor, batch)
+      self._loss_normalizing_factor, batch
+    )
     if isinstance(self._loss_normalizing_factor, (str, losses.SpecialLossNormalizingFactor)):
       factor = factor / share
 
     def of_logits(logits):
-      return jnp.stack(losses.compute_weighted_cross_entropy(
-          logits, targets, weights, self._label_smoothing, self._z_loss, factor)[:2])
+      return jnp.stack(
+        losses.compute_weighted_cross_entropy(
+          logits, targets, weights, self._label_smoothing, self._z_loss, factor
+        )[:2]
+      )
 
     if depth_weights is None:
       logits = self._compute_logits(params, batch, dropout_rng)
@@ -180,12 +206,20 @@ class PartiModel(t5x_models.BaseTransformerModel):
       total, before = depth_weights[-1] * of_last, np.flatnonzero(depth_weights[:-1])
       if before.size:  # One layer's logits after the other: those of all would not fit the memory.
         of_others = jax.lax.map(
-            layer_stack.remat(of_layer, self.module.config.remat), states[before])
+          layer_stack.remat(of_layer, self.module.config.remat), states[before]
+        )
         total += jnp.sum(of_others * depth_weights[before][:, None], axis=0)
     metrics = self._compute_metrics(
-        logits=logits, targets=targets, mask=weights, loss=total[0], z_loss=total[1],
-        segment_ids={'encoder_input_tokens': batch['encoder_input_tokens'] != 0,
-                     'decoder_target_tokens': weights > 0})
+      logits=logits,
+      targets=targets,
+      mask=weights,
+      loss=total[0],
+      z_loss=total[1],
+      segment_ids={
+        'encoder_input_tokens': batch['encoder_input_tokens'] != 0,
+        'decoder_target_tokens': weights > 0,
+      },
+    )
     if depth_weights is not None:
       metrics['last_layer_loss'] = t5x_metrics.AveragePerStep(total=of_last[0])
     return total[0], metrics
@@ -208,12 +242,23 @@ class PartiModel(t5x_models.BaseTransformerModel):
     scores = jnp.sum(of_tokens, axis=-1)
     if not return_intermediates:
       return scores
-    return scores, {'decoder': {'token_scores': (of_tokens,), 'target_tokens': (targets,),
-                                'loss_weights': (weights,)}}
+    return scores, {
+      'decoder': {
+        'token_scores': (of_tokens,),
+        'target_tokens': (targets,),
+        'loss_weights': (weights,),
+      }
+    }
 
   def predict_batch_with_aux(
-      self, params, batch, rng=None, decoder_params: Mapping[str, Any] | None = None,
-      return_all_decodes: bool = False, num_decodes: int = 1):
+    self,
+    params,
+    batch,
+    rng=None,
+    decoder_params: Mapping[str, Any] | None = None,
+    return_all_decodes: bool = False,
+    num_decodes: int = 1,
+  ):
     """Draws image tokens for texts, with a cache.
 
     Args:
@@ -238,24 +283,38 @@ class PartiModel(t5x_models.BaseTransformerModel):
     of_image = lambda array: array.reshape((-1, 2 if guided else 1) + array.shape[1:])
     of_text = lambda array: array.reshape((-1,) + array.shape[2:])
     memories, mask = jax.tree.map(
-        lambda array: of_text(decoding.flat_batch_beam_expand(of_image(array), num_decodes)),
-        (memories, mask))
+      lambda array: of_text(decoding.flat_batch_beam_expand(of_image(array), num_decodes)),
+      (memories, mask),
+    )
 
     def tokens_to_logits(state: decoding.DecodingState):
-      caches = [tuple(of_text(state.cache[f'layer_{layer}'][part]) for part in ('key', 'value'))
-                for layer in range(config.decoder_layers)]
+      caches = [
+        tuple(of_text(state.cache[f'layer_{layer}'][part]) for part in ('key', 'value'))
+        for layer in range(config.decoder_layers)
+      ]
       logits, caches = self._apply(
-          cut.shared, jnp.repeat(state.cur_token[:, 0], 2 if guided else 1), caches, cut.layers,
-          memories, mask, jnp.max(state.cur_index), method='step')
+        cut.shared,
+        jnp.repeat(state.cur_token[:, 0], 2 if guided else 1),
+        caches,
+        cut.layers,
+        memories,
+        mask,
+        jnp.max(state.cur_index),
+        method='step',
+      )
       if guided:
         logits = our_decoding.guide(logits, self.guidance_scale)
       return logits, _named(jax.tree.map(of_image, caches))
 
     arguments = {'eos_id': _NO_EOS, 'decode_rng': rng} | dict(decoder_params or {})
     decodes, scores = self._decode_fn(
-        inputs=jnp.zeros((batch['encoder_input_tokens'].shape[0], config.image_length), jnp.int32),
-        cache=_named(jax.tree.map(of_image, caches)), tokens_to_logits=tokens_to_logits,
-        num_decodes=num_decodes, cache_offset=0, **arguments)
+      inputs=jnp.zeros((batch['encoder_input_tokens'].shape[0], config.image_length), jnp.int32),
+      cache=_named(jax.tree.map(of_image, caches)),
+      tokens_to_logits=tokens_to_logits,
+      num_decodes=num_decodes,
+      cache_offset=0,
+      **arguments,
+    )
     if return_all_decodes:
       return decodes, {'scores': scores}
     return decodes[:, -1], {'scores': scores[:, -1]}
@@ -263,8 +322,9 @@ class PartiModel(t5x_models.BaseTransformerModel):
 
 def _named(caches):
   """Caches of layers as a tree of dicts, which is what t5x maps over."""
-  return {f'layer_{layer}': dict(zip(('key', 'value'), parts))
-          for layer, parts in enumerate(caches)}
+  return {
+    f'layer_{layer}': dict(zip(('key', 'value'), parts)) for layer, parts in enumerate(caches)
+  }
 
 
 def _check_depth_weights(weights, config) -> np.ndarray | None:
@@ -273,8 +333,9 @@ def _check_depth_weights(weights, config) -> np.ndarray | None:
     return None
   if len(weights) != config.decoder_layers or min(weights) < 0 or weights[-1] <= 0:
     raise errors.UserError(
-        f'PartiModel.depth_loss_weights={tuple(weights)!r} must be {config.decoder_layers} '
-        'numbers, one for each of PartiConfig.decoder_layers, not negative and the last above 0')
+      f'PartiModel.depth_loss_weights={tuple(weights)!r} must be {config.decoder_layers} '
+      'numbers, one for each of PartiConfig.decoder_layers, not negative and the last above 0'
+    )
   weights = np.array(weights, np.float32)
   return weights / weights.sum()
 
@@ -298,15 +359,22 @@ class TokenizerModel(t5x_models.BaseModel):
 
   FEATURE_CONVERTER_CLS = feature_converter.PictureFeatureConverter
   # Attributes of the stage that are off, and the values that turn them off.
-  _OFF = {'adversarial_weight': 0.0, 'perceptual_weight': 0.0, 'ema': 0.0, 'revive_every': 0,
-          'frozen': (), 'first_phase': None}
+  _OFF = {
+    'adversarial_weight': 0.0,
+    'perceptual_weight': 0.0,
+    'ema': 0.0,
+    'revive_every': 0,
+    'frozen': (),
+    'first_phase': None,
+  }
 
   def __init__(self, stage: tokenizer_objective.TokenizerStage, optimizer_def):
     for name, off in self._OFF.items():
       if getattr(stage, name) != off:
         raise errors.UserError(
-            f'TokenizerStage.{name}={getattr(stage, name)!r}: t5x has no place for it; set it to '
-            f'{off!r}, or train with parti-jax train')
+          f'TokenizerStage.{name}={getattr(stage, name)!r}: t5x has no place for it; set it to '
+          f'{off!r}, or train with parti-jax train'
+        )
     self.stage = stage
     self._rows: int | None = None  # As in PartiModel.
     super().__init__(optimizer_def)
@@ -321,8 +389,9 @@ class TokenizerModel(t5x_models.BaseModel):
     size = self.stage.model.image_size
     if input_shapes['images'][1] != size:
       raise errors.UserError(
-          f"TASK_FEATURE_LENGTHS['images']={input_shapes['images'][1]} is not "
-          f'ViTVQGANConfig.image_size={size}; make them the same')
+        f"TASK_FEATURE_LENGTHS['images']={input_shapes['images'][1]} is not "
+        f'ViTVQGANConfig.image_size={size}; make them the same'
+      )
     self._rows = input_shapes['images'][0]
     with logical_axes.bound():
       boxed = self.stage.init(rng)
@@ -336,8 +405,9 @@ class TokenizerModel(t5x_models.BaseModel):
   def _metrics(self, batch, values):
     count = len(batch['images'])
     return {name: t5x_metrics.AveragePerStep(total=value) for name, value in values.items()} | {
-        'timing/seqs_per_second': t5x_metrics.TimeRate.from_model_output(numerator=count),
-        'timing/steps_per_second': t5x_metrics.StepsPerTime.from_model_output()}
+      'timing/seqs_per_second': t5x_metrics.TimeRate.from_model_output(numerator=count),
+      'timing/steps_per_second': t5x_metrics.StepsPerTime.from_model_output(),
+    }
 
   def loss_fn(self, params, batch, dropout_rng, flax_mutables):
     """The training loss; arguments as in t5x.

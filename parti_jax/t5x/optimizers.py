@@ -47,8 +47,8 @@ class OptaxWrapper(t5x_optimizers.OptaxWrapper):
     updates = jax.tree.map(lambda update: hyper_params.learning_rate * update, updates)
     finite = finite_lib.all_finite(optax.tree.norm(grads), ())
     params, param_states = finite_lib.select(
-        finite, (optax.apply_updates(params, updates), param_states),
-        (params, state.param_states))
+      finite, (optax.apply_updates(params, updates), param_states), (params, state.param_states)
+    )
     return params, t5x_optimizers.OptimizerState(state.step + 1, param_states)
 
   def derive_logical_axes(self, optimizer, param_logical_axes):
@@ -62,7 +62,11 @@ class OptaxWrapper(t5x_optimizers.OptaxWrapper):
       An Optimizer with these in place of arrays, and None where there are none.
     """
     of_state = rules.optimizer_specs(
-        optimizer.state.param_states, optimizer.target, param_logical_axes)
-    return optimizer.restore_state({
+      optimizer.state.param_states, optimizer.target, param_logical_axes
+    )
+    return optimizer.restore_state(
+      {
         'target': flax.core.unfreeze(param_logical_axes),
-        'state': {'step': None, 'param_states': serialization.to_state_dict(of_state)}})
+        'state': {'step': None, 'param_states': serialization.to_state_dict(of_state)},
+      }
+    )

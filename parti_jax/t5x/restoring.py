@@ -13,8 +13,11 @@ _SHOWN = 3
 
 
 def of_checkpoint(
-    found: Mapping[str, Any], wanted: Mapping[str, Any], *, parameters_only: bool = False,
-    is_resuming: bool = False
+  found: Mapping[str, Any],
+  wanted: Mapping[str, Any],
+  *,
+  parameters_only: bool = False,
+  is_resuming: bool = False,
 ) -> Mapping[str, Any]:
   """What to restore, for `RestoreCheckpointConfig.state_transformation_fns`.
 
@@ -40,13 +43,16 @@ def of_checkpoint(
   if missing:
     shown = ', '.join(missing[:_SHOWN]) + (' ...' if len(missing) > _SHOWN else '')
     raise errors.UserError(
-        f'INITIAL_CHECKPOINT_PATH: the checkpoint lacks {len(missing)} of the arrays of the model '
-        f'({shown}); give the gin file of the model that it is of')
+      f'INITIAL_CHECKPOINT_PATH: the checkpoint lacks {len(missing)} of the arrays of the model '
+      f'({shown}); give the gin file of the model that it is of'
+    )
   state = 'state/param_states'
   if parameters_only:
     flat = {name: leaf for name, leaf in flat.items() if not name.startswith(f'{state}/')}
     return flax.traverse_util.unflatten_dict(flat, sep='/')
   if not any(name.startswith(f'{state}/') for name in flat):
-    raise errors.UserError('INITIAL_CHECKPOINT_PATH: the checkpoint has no state of an optimiser; '
-                           'with --gin.PARAMETERS_ONLY=True the optimiser begins anew')
+    raise errors.UserError(
+      'INITIAL_CHECKPOINT_PATH: the checkpoint has no state of an optimiser; '
+      'with --gin.PARAMETERS_ONLY=True the optimiser begins anew'
+    )
   return found

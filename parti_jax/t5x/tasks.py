@@ -36,8 +36,8 @@ from parti_jax.t5x import metrics
 
 # Tasks with metrics for seqio's evaluator; without any it passes a task over.
 _METRICS = {
-    'openmoji_tokens': (metrics.openmoji_alignment, metrics.log_likelihood),
-    'cached_tokens': (metrics.log_likelihood,),
+  'openmoji_tokens': (metrics.openmoji_alignment, metrics.log_likelihood),
+  'cached_tokens': (metrics.log_likelihood,),
 }
 _DEFAULT_IMAGE_SIZE = 64
 
@@ -60,9 +60,13 @@ class LazyTask(seqio.Task):
       name: of the task there; 'images', 'pairs' and 'texts' mean the source that gin chooses.
     """
     super().__init__(
-        name, source=None, output_features={}, shuffle_buffer_size=None,
-        postprocess_fn=metrics.postprocess if _metrics(name) else None,
-        metric_fns=_metrics(name))
+      name,
+      source=None,
+      output_features={},
+      shuffle_buffer_size=None,
+      postprocess_fn=metrics.postprocess if _metrics(name) else None,
+      metric_fns=_metrics(name),
+    )
     self._feature_names = datasets.feature_names(name)
     self._settled: dict[int, _Task] = {}
 
@@ -79,8 +83,14 @@ class LazyTask(seqio.Task):
     if image_size not in self._settled:
       made = tasks.make_task(self.name, image_size, keep_captions='inputs' in self._feature_names)
       self._settled[image_size] = _Task(
-          self.name, made.source, made.output_features, made.preprocessors, self.postprocessor,
-          _metrics(self.name), shuffle_buffer_size=made.shuffle_buffer_size)
+        self.name,
+        made.source,
+        made.output_features,
+        made.preprocessors,
+        self.postprocessor,
+        _metrics(self.name),
+        shuffle_buffer_size=made.shuffle_buffer_size,
+      )
       check_inputs(made)
     return self._settled[image_size]
 
@@ -101,7 +111,8 @@ class LazyTask(seqio.Task):
     return self.settled().replace(**kwargs)
 
   def get_dataset(
-      self, sequence_length: Mapping[str, int] | None = None, *args, **kwargs) -> tf.data.Dataset:
+    self, sequence_length: Mapping[str, int] | None = None, *args, **kwargs
+  ) -> tf.data.Dataset:
     """Reads a split of the task that is settled for these lengths; see there."""
     size = (sequence_length or {}).get('images', _DEFAULT_IMAGE_SIZE)
     return self.settled(size).get_dataset(sequence_length, *args, **kwargs)
@@ -114,23 +125,30 @@ class _Task(tasks.Task):
     """Returns a variant, which is read by the same rules; see `seqio.Task.replace`."""
     made = super().replace(**kwargs)  # Of seqio's own class.
     # Behind those that were given there is one for each of `metric_fns`.
-    given = made.metric_objs[:len(made.metric_objs) - len(made.metric_fns)]
+    given = made.metric_objs[: len(made.metric_objs) - len(made.metric_fns)]
     return _Task(
-        made.name, made.source, made.output_features, made.preprocessors, made.postprocessor,
-        made.metric_fns, given, made.shuffle_buffer_size)
+      made.name,
+      made.source,
+      made.output_features,
+      made.preprocessors,
+      made.postprocessor,
+      made.metric_fns,
+      given,
+      made.shuffle_buffer_size,
+    )
 
   def get_dataset(
-      self,
-      sequence_length: Mapping[str, int] | None = None,
-      split: str = 'train',
-      use_cached: bool = False,
-      shuffle: bool = True,
-      shuffle_buffer_size: int | None = None,
-      seed: int | None = None,
-      shard_info: seqio.ShardInfo | None = None,
-      num_epochs: int | None = 1,
-      trim_output_features: bool = True,
-      try_in_mem_cache: bool = False,
+    self,
+    sequence_length: Mapping[str, int] | None = None,
+    split: str = 'train',
+    use_cached: bool = False,
+    shuffle: bool = True,
+    shuffle_buffer_size: int | None = None,
+    seed: int | None = None,
+    shard_info: seqio.ShardInfo | None = None,
+    num_epochs: int | None = 1,
+    trim_output_features: bool = True,
+    try_in_mem_cache: bool = False,
   ) -> tf.data.Dataset:
     """Reads a split; arguments as those of `seqio.Task.get_dataset`.
 
@@ -146,26 +164,39 @@ class _Task(tasks.Task):
     self._check_usable(lengths, split, shard_info)
     where = f'{self.name}, {split}'
     reading = tally.Reading(
-        skipped=_Told(f'{where}: skipped'), shortened=_Told(f'{where}: kept in part'),
-        drop_text=num_epochs is None)
+      skipped=_Told(f'{where}: skipped'),
+      shortened=_Told(f'{where}: kept in part'),
+      drop_text=num_epochs is None,
+    )
     with tally.reading(reading):
       return super().get_dataset(
-          lengths, split, use_cached=use_cached, shuffle=shuffle,
-          shuffle_buffer_size=shuffle_buffer_size, seed=seed, shard_info=shard_info,
-          num_epochs=num_epochs, trim_output_features=trim_output_features)
+        lengths,
+        split,
+        use_cached=use_cached,
+        shuffle=shuffle,
+        shuffle_buffer_size=shuffle_buffer_size,
+        seed=seed,
+        shard_info=shard_info,
+        num_epochs=num_epochs,
+        trim_output_features=trim_output_features,
+      )
 
   def _check_usable(self, lengths, split: str, shard_info) -> None:
     """Raises UserError if no example is usable, since reading without end would look for ever."""
     reading = tally.Reading()
     with tally.reading(reading):
-      dataset = super().get_dataset(
-          lengths, split, shuffle=False, shard_info=shard_info)
+      dataset = super().get_dataset(lengths, split, shuffle=False, shard_info=shard_info)
     if next(iter(dataset.take(1)), None) is None:
-      share = (f'share {shard_info.index + 1} of {shard_info.num_shards} of '
-               if shard_info and shard_info.num_shards > 1 else '')
+      share = (
+        f'share {shard_info.index + 1} of {shard_info.num_shards} of '
+        if shard_info and shard_info.num_shards > 1
+        else ''
+      )
       skipped = str(reading.skipped)
-      raise UserError(f'{self.name}, {split}: there is no usable example in {share}'
-                      f'{tasks.place(self)}' + (f'; skipped {skipped}' if skipped else ''))
+      raise UserError(
+        f'{self.name}, {split}: there is no usable example in {share}'
+        f'{tasks.place(self)}' + (f'; skipped {skipped}' if skipped else '')
+      )
 
 
 class LazyMixture(tasks.Mixture):
@@ -259,8 +290,10 @@ def check_inputs(task: seqio.Task, allow_mismatch: bool = False) -> None:
   Raises:
     UserError: if a checkpoint was trained with another vocabulary or tokenizer.
   """
-  given = {'vocabulary': tasks.vocabulary_fingerprint(task),
-           'tokenizer': tasks.tokenizer_fingerprint(task)}
+  given = {
+    'vocabulary': tasks.vocabulary_fingerprint(task),
+    'tokenizer': tasks.tokenizer_fingerprint(task),
+  }
   for line in inputs.check(given, allow_mismatch):
     logging.warning('%s', line)
 

@@ -27,8 +27,7 @@ _maybe_make_sharded_array = checkpoints._maybe_make_sharded_array
 _KINDS_THAT_T5X_KNOWS = ('TPU v2', 'TPU v3', 'TPU v4', 'TPU v4 lite')
 
 
-def _default_mesh_where_t5x_has_none(
-    num_partitions, model_parallel_submesh=None, *args, **kwargs):
+def _default_mesh_where_t5x_has_none(num_partitions, model_parallel_submesh=None, *args, **kwargs):
   """`partitioning.default_mesh` that heeds `PjitPartitioner.num_partitions` on more devices.
 
   t5x's mesh of CPU devices has all of a process' devices along 'model', whatever was asked for, so
@@ -45,7 +44,8 @@ def _default_mesh_where_t5x_has_none(
       model_parallel_submesh = _cpu_submesh(num_partitions, backend)
     elif last.platform == 'tpu' and last.device_kind not in _KINDS_THAT_T5X_KNOWS:
       model_parallel_submesh = tpu_submesh(
-          num_partitions, partitioning.bounds_from_last_device(last))
+        num_partitions, partitioning.bounds_from_last_device(last)
+      )
   return _default_mesh(num_partitions, model_parallel_submesh, *args, **kwargs)
 
 
@@ -57,8 +57,9 @@ def _check_one_slice(devices):
   slices = {getattr(device, 'slice_index', 0) for device in devices}
   if len(slices) > 1:
     raise ValueError(
-        f'the devices are in {len(slices)} slices: give PjitPartitioner.ici_mesh_shape and '
-        'PjitPartitioner.dcn_mesh_shape, (replica, data, model) each, beside num_partitions')
+      f'the devices are in {len(slices)} slices: give PjitPartitioner.ici_mesh_shape and '
+      'PjitPartitioner.dcn_mesh_shape, (replica, data, model) each, beside num_partitions'
+    )
 
 
 def _cpu_submesh(num_partitions: int, backend) -> tuple[int, int]:
@@ -69,12 +70,16 @@ def _cpu_submesh(num_partitions: int, backend) -> tuple[int, int]:
   """
   local = jax.local_device_count(backend)
   within = min(num_partitions, local)
-  if num_partitions % within or local % within or jax.process_count(backend) % (
-      num_partitions // within):
+  if (
+    num_partitions % within
+    or local % within
+    or jax.process_count(backend) % (num_partitions // within)
+  ):
     raise ValueError(
-        f'PjitPartitioner.num_partitions={num_partitions} does not divide the emulated devices, '
-        f'{local} in each of {jax.process_count(backend)} processes; choose another number, or set '
-        'XLA_FLAGS=--xla_force_host_platform_device_count=N')
+      f'PjitPartitioner.num_partitions={num_partitions} does not divide the emulated devices, '
+      f'{local} in each of {jax.process_count(backend)} processes; choose another number, or set '
+      'XLA_FLAGS=--xla_force_host_platform_device_count=N'
+    )
   return num_partitions // within, within
 
 
@@ -92,15 +97,20 @@ def tpu_submesh(num_partitions: int, bounds: tuple[int, int, int, int]) -> tuple
   Raises:
     ValueError: if there is none.
   """
+
   def divisors(number):
     return [size for size in range(1, number + 1) if number % size == 0]
 
-  found = [shape for shape in itertools.product(*map(divisors, bounds))
-           if math.prod(shape) == num_partitions]
+  found = [
+    shape
+    for shape in itertools.product(*map(divisors, bounds))
+    if math.prod(shape) == num_partitions
+  ]
   if not found:
     raise ValueError(
-        f'PjitPartitioner.num_partitions={num_partitions}: no part of a slice of {bounds} has so '
-        'many devices; choose another number')
+      f'PjitPartitioner.num_partitions={num_partitions}: no part of a slice of {bounds} has so '
+      'many devices; choose another number'
+    )
   dimensions = lambda shape: sum(size > 1 for size in shape[:3])
   rings = lambda shape: sum(1 < size == all_of_it for size, all_of_it in zip(shape[:3], bounds))
   return max(found, key=lambda shape: (shape[3], -dimensions(shape), rings(shape), shape))
@@ -133,10 +143,12 @@ def _restore_with_factored_moments(self, step=None, path=None, *args, **kwargs):
   finally:
     self._train_state = wanted
   specs = flax.traverse_util.flatten_dict(
-      self._partitioner.get_mesh_axes(wanted).state_dict(), sep='/')
+    self._partitioner.get_mesh_axes(wanted).state_dict(), sep='/'
+  )
   shardings = {
-      name: NamedSharding(self._partitioner.mesh, PartitionSpec() if spec is None else spec)
-      for name, spec in specs.items()}
+    name: NamedSharding(self._partitioner.mesh, PartitionSpec() if spec is None else spec)
+    for name, spec in specs.items()
+  }
   return wanted.restore_state(our_checkpoints.with_factored_moments(state.state_dict(), shardings))
 
 

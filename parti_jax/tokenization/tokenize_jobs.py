@@ -80,26 +80,39 @@ def of_source(args: argparse.Namespace, connect: Connect) -> tuple[list[Job], in
   encoder = frozen_tokenizer.Encoder(tokenizer, args.dtype)
   source = sources.configured(name, model.image_size)
   # All are opened first: what can't be read is found before hours have gone into the first.
-  opened = {split: input_parts.InputParts(source.open(split), size=token_cache.EXAMPLES_PER_SHARD)
-            for split in splits}
-  info = {'codebook_size': model.codebook_size, 'image_tokens': model.image_length,
-          'tokenizer': tokenizer.fingerprint, 'views': args.views}
+  opened = {
+    split: input_parts.InputParts(source.open(split), size=token_cache.EXAMPLES_PER_SHARD)
+    for split in splits
+  }
+  info = {
+    'codebook_size': model.codebook_size,
+    'image_tokens': model.image_length,
+    'tokenizer': tokenizer.fingerprint,
+    'views': args.views,
+  }
   preparation = views.Preparation(model.image_size, args.views, image_decoding.configured())
 
   def job(split: str) -> Job:
-    made_with = {'image_size': model.image_size, 'dtype': encoder.dtype,
-                 'platform': encoder.platform, 'source': _settings(name),
-                 **opened[split].description()}
-    parts = token_cache_parts.SplitParts(args.output_dir, split, info, made_with,
-                                         len(opened[split]), splits if args.overwrite else ())
+    made_with = {
+      'image_size': model.image_size,
+      'dtype': encoder.dtype,
+      'platform': encoder.platform,
+      'source': _settings(name),
+      **opened[split].description(),
+    }
+    parts = token_cache_parts.SplitParts(
+      args.output_dir, split, info, made_with, len(opened[split]), splits if args.overwrite else ()
+    )
 
     def write(indices: Sequence[int], progress: tokenizing_progress.Progress) -> None:
-      tokenizing.tokenize(encoder, opened[split], indices, preparation, parts, info,
-                          args.batch_size, progress)
+      tokenizing.tokenize(
+        encoder, opened[split], indices, preparation, parts, info, args.batch_size, progress
+      )
 
     sequences = f'{args.views} × ' if args.views > 1 else ''
-    return Job(parts, opened[split].examples, write,
-               f'pictures, {sequences}{model.image_length} tokens each')
+    return Job(
+      parts, opened[split].examples, write, f'pictures, {sequences}{model.image_length} tokens each'
+    )
 
   return [job(split) for split in splits], worker, workers
 
@@ -114,9 +127,13 @@ def of_old_cache(args: argparse.Namespace, connect: Connect) -> tuple[list[Job],
 
   def job(split: str) -> Job:
     parts = token_cache_parts.SplitParts(
-        args.output_dir, split, info,
-        {'converted': 'version 1', 'digest': base.digest_of(files[split])}, len(files[split]),
-        splits if args.overwrite else ())
+      args.output_dir,
+      split,
+      info,
+      {'converted': 'version 1', 'digest': base.digest_of(files[split])},
+      len(files[split]),
+      splits if args.overwrite else (),
+    )
 
     def write(indices: Sequence[int], progress: tokenizing_progress.Progress) -> None:
       for index in indices:
@@ -162,17 +179,20 @@ def run(jobs: Sequence[Job], worker: int, workers: int, together: bool, overwrit
 
 def _write(job: Job, indices: Sequence[int]) -> None:
   if indices:
-    with contextlib.closing(tokenizing_progress.Progress(
-        job.parts.split, len(indices), job.examples(indices))) as progress:
+    with contextlib.closing(
+      tokenizing_progress.Progress(job.parts.split, len(indices), job.examples(indices))
+    ) as progress:
       job.write(indices, progress)
 
 
 def _merge_if_complete(job: Job, worker: int, workers: int) -> None:
   left = job.parts.left()
   if left:
-    print(f'{job.parts.split}: worker {worker} of {workers} is done; {len(left):,} of '
-          f'{job.parts.count:,} parts are left to the others, such as part {left[0]} to '
-          f'--worker={left[0] % workers}/{workers}')
+    print(
+      f'{job.parts.split}: worker {worker} of {workers} is done; {len(left):,} of '
+      f'{job.parts.count:,} parts are left to the others, such as part {left[0]} to '
+      f'--worker={left[0] % workers}/{workers}'
+    )
   else:
     _merge(job)
 
@@ -196,8 +216,12 @@ def _line(job: Job) -> str:
 def _wait_for(job: Job) -> None:
   """Waits until all parts are finished."""
   while left := job.parts.left():
-    _wait(f'{len(left):,} of {job.parts.count:,} parts are being written by other processes, which '
-          f'must all see the same --output_dir', job, lambda: job.parts.is_written(left[0]))
+    _wait(
+      f'{len(left):,} of {job.parts.count:,} parts are being written by other processes, which '
+      f'must all see the same --output_dir',
+      job,
+      lambda: job.parts.is_written(left[0]),
+    )
 
 
 def _wait(what: str, job: Job, done: Callable[[], bool]) -> None:
@@ -219,9 +243,15 @@ def _settings(name: str) -> dict[str, Any]:
   """What gin says of how a source and its pictures are read."""
   kind = sources.kind(name)
   with gin.config_scope(None if kind == name else name):
-    found = {'kind': kind, **{
-        f'{configurable}.{key}': value for configurable in (kind, 'decode_images')
-        for key, value in sorted(gin.get_bindings(configurable).items()) if key not in _PLACES}}
+    found = {
+      'kind': kind,
+      **{
+        f'{configurable}.{key}': value
+        for configurable in (kind, 'decode_images')
+        for key, value in sorted(gin.get_bindings(configurable).items())
+        if key not in _PLACES
+      },
+    }
   return found
 
 

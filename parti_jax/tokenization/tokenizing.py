@@ -48,10 +48,16 @@ class Batch:
   last: bool
 
 
-def tokenize(encoder: frozen_tokenizer.Encoder, inputs: input_parts.InputParts,
-             indices: Iterable[int], preparation: views.Preparation,
-             parts: token_cache_parts.SplitParts, info: Mapping[str, Any], batch_size: int,
-             progress: tokenizing_progress.Progress) -> None:
+def tokenize(
+  encoder: frozen_tokenizer.Encoder,
+  inputs: input_parts.InputParts,
+  indices: Iterable[int],
+  preparation: views.Preparation,
+  parts: token_cache_parts.SplitParts,
+  info: Mapping[str, Any],
+  batch_size: int,
+  progress: tokenizing_progress.Progress,
+) -> None:
   """Writes parts of a split.
 
   Args:
@@ -66,7 +72,8 @@ def tokenize(encoder: frozen_tokenizer.Encoder, inputs: input_parts.InputParts,
   """
   settings = dataclasses.replace(share.Settings(), num_workers=0).divided(1)
   read = itertools.chain.from_iterable(
-      _batches(inputs, index, preparation, settings, batch_size) for index in indices)
+    _batches(inputs, index, preparation, settings, batch_size) for index in indices
+  )
   computed: collections.deque = collections.deque()
   with _Ahead(read, _READ_AHEAD) as ahead, _Writing(parts, info, progress) as writing:
     for batch in ahead:
@@ -77,8 +84,13 @@ def tokenize(encoder: frozen_tokenizer.Encoder, inputs: input_parts.InputParts,
       writing.add(*batch)
 
 
-def _batches(inputs: input_parts.InputParts, index: int, preparation: views.Preparation,
-             settings: share.Settings, size: int) -> Iterator[Batch]:
+def _batches(
+  inputs: input_parts.InputParts,
+  index: int,
+  preparation: views.Preparation,
+  settings: share.Settings,
+  size: int,
+) -> Iterator[Batch]:
   """The examples of a part; the last batch may be empty."""
   reading = share.Reading(preparation, shuffle=False, num_epochs=1, settings=settings)
   side = preparation.image_size
@@ -96,8 +108,11 @@ def _batches(inputs: input_parts.InputParts, index: int, preparation: views.Prep
         else:
           tallies['shortened'].update(outcome.notes)
           found.append(outcome.features)
-      pictures = np.stack([features['views'] for features in found]) if found else (
-          np.zeros((0, preparation.count, side, side, 3), np.uint8))
+      pictures = (
+        np.stack([features['views'] for features in found])
+        if found
+        else (np.zeros((0, preparation.count, side, side, 3), np.uint8))
+      )
       yield Batch(index, [features['caption'] for features in found], pictures, tallies, last)
 
 
@@ -152,8 +167,12 @@ class _Aborted(Exception):
 class _Writing:
   """Writes parts in threads: one may be on its way to the store while the next is computed."""
 
-  def __init__(self, parts: token_cache_parts.SplitParts, info: Mapping[str, Any],
-               progress: tokenizing_progress.Progress):
+  def __init__(
+    self,
+    parts: token_cache_parts.SplitParts,
+    info: Mapping[str, Any],
+    progress: tokenizing_progress.Progress,
+  ):
     self._parts, self._info, self._progress = parts, info, progress
     self._executor = concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix='write')
     self._futures: collections.deque[concurrent.futures.Future] = collections.deque()
@@ -184,8 +203,9 @@ class _Writing:
       self._futures.popleft().result()
     self._records = queue.SimpleQueue()
     self._tallies = {name: collections.Counter() for name in token_cache_parts.TALLIES}
-    self._futures.append(self._executor.submit(
-        self._parts.write, part, _until_none(self._records), self._tallies))
+    self._futures.append(
+      self._executor.submit(self._parts.write, part, _until_none(self._records), self._tallies)
+    )
 
   def __enter__(self) -> _Writing:
     return self

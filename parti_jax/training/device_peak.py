@@ -9,9 +9,16 @@ import jax.numpy as jnp
 
 # Dense bfloat16 FLOP/s of one device as jax counts devices, from the vendors' data sheets.
 PEAKS = {
-    'TPU v2': 22.5e12, 'TPU v3': 61.5e12, 'TPU v4': 275e12, 'TPU v5 lite': 197e12,
-    'TPU v5': 459e12, 'TPU v6 lite': 918e12, 'TPU7x': 1153e12,
-    'NVIDIA A100': 312e12, 'NVIDIA H100': 989e12, 'NVIDIA H200': 989e12,
+  'TPU v2': 22.5e12,
+  'TPU v3': 61.5e12,
+  'TPU v4': 275e12,
+  'TPU v5 lite': 197e12,
+  'TPU v5': 459e12,
+  'TPU v6 lite': 918e12,
+  'TPU7x': 1153e12,
+  'NVIDIA A100': 312e12,
+  'NVIDIA H100': 989e12,
+  'NVIDIA H200': 989e12,
 }
 
 
@@ -38,4 +45,4 @@ def device_peak(device, dtype=jnp.float32) -> float:
     product(x, x).block_until_ready()
     best = min(best, time.perf_counter() - start)
   sharing = len(jax.local_devices()) if device.platform == 'cpu' else 1
-  return 2 * 1024 ** 3 / best / sharing
+  return 2 * 1024**3 / best / sharing

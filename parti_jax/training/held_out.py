@@ -45,8 +45,17 @@ class HeldOut:
       draw with.
   """
 
-  def __init__(self, trainer, model_dir, task: str, split: str, batch_size: int, seed: int,
-               evaluate: bool, num_pictures: int):
+  def __init__(
+    self,
+    trainer,
+    model_dir,
+    task: str,
+    split: str,
+    batch_size: int,
+    seed: int,
+    evaluate: bool,
+    num_pictures: int,
+  ):
     self._trainer, self._task, self._split = trainer, task, split
     self._seed, self._batch_size = seed, batch_size
     self._file = storage.join(model_dir, _FILE)
@@ -58,8 +67,14 @@ class HeldOut:
   def _open(self, batch_size: int, task: str | None = None) -> batches.Batches:
     # Every process reads all of them, as `Trainer.evaluate` wants.
     return batches.Batches(
-        task or self._task, self._split, batch_size, self._trainer.stage.feature_lengths(),
-        seed=self._seed, shuffle=False, num_epochs=1)
+      task or self._task,
+      self._split,
+      batch_size,
+      self._trainer.stage.feature_lengths(),
+      seed=self._seed,
+      shuffle=False,
+      num_epochs=1,
+    )
 
   def _first(self, count: int):
     with self._open(count) as examples:

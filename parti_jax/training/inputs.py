@@ -8,8 +8,9 @@ from parti_jax.core import errors
 from parti_jax.core import fingerprints
 
 _REMEDIES = {
-    'vocabulary': 'set vocabulary.path to the one that it was trained with',
-    'tokenizer': 'set token_cache.path, or {stage}.tokenizer, to the one that it was trained with'}
+  'vocabulary': 'set vocabulary.path to the one that it was trained with',
+  'tokenizer': 'set token_cache.path, or {stage}.tokenizer, to the one that it was trained with',
+}
 
 
 class Inputs:
@@ -29,17 +30,29 @@ class Inputs:
     UserError: if the stage's tokenizer is not that of the examples' tokens, or can't be loaded.
   """
 
-  def __init__(self, stage, of_examples: Mapping[str, fingerprints.Fingerprint | None],
-               uses_tokenizer: bool, allow_mismatch: bool = False):
+  def __init__(
+    self,
+    stage,
+    of_examples: Mapping[str, fingerprints.Fingerprint | None],
+    uses_tokenizer: bool,
+    allow_mismatch: bool = False,
+  ):
     self._stage, self._allow_mismatch = type(stage).__name__, allow_mismatch
     self.warnings: list[str] = []
     self._known = {kind: found for kind, found in of_examples.items() if found}
     if uses_tokenizer and stage.tokenizer is not None:
-      own = fingerprints.named(f'{self._stage}.tokenizer={stage.tokenizer!r}',
-                               {'tokenizer': stage.frozen_tokenizer.fingerprint})
-      self._compare(self._known, own, {
+      own = fingerprints.named(
+        f'{self._stage}.tokenizer={stage.tokenizer!r}',
+        {'tokenizer': stage.frozen_tokenizer.fingerprint},
+      )
+      self._compare(
+        self._known,
+        own,
+        {
           'tokenizer': f'set {self._stage}.tokenizer to the tokenizer of these tokens, or '
-                       '`parti-jax tokenize` the pictures with this one'})
+          '`parti-jax tokenize` the pictures with this one'
+        },
+      )
       self._known = own | self._known
 
   def state(self) -> dict[str, str | None]:
@@ -57,8 +70,9 @@ class Inputs:
     Raises:
       UserError: if it was trained with another vocabulary or tokenizer.
     """
-    remedies = {kind: f'{text.format(stage=self._stage)}, {way_out}'
-                for kind, text in _REMEDIES.items()}
+    remedies = {
+      kind: f'{text.format(stage=self._stage)}, {way_out}' for kind, text in _REMEDIES.items()
+    }
     self._compare(fingerprints.named(name, made_with), self._known, remedies)
 
   def _compare(self, made_with, given, remedies):

@@ -28,8 +28,10 @@ def check(state) -> None:
   device = jax.local_devices()[0]
   leaves = jax.tree.leaves(state)
   needed = sum(
-      math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves
-      if leaf.sharding.memory_kind in (None, device.default_memory().kind))
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    for leaf in leaves
+    if leaf.sharding.memory_kind in (None, device.default_memory().kind)
+  )
   if device.platform == 'cpu':
     needed *= jax.local_device_count()
     limit, whose = _host_memory(), 'this machine has'
@@ -37,9 +39,10 @@ def check(state) -> None:
     limit, whose = (device.memory_stats() or {}).get('bytes_limit'), 'each device has'
   if limit is not None and needed > limit:
     raise errors.UserError(
-        f'parameters and optimizer take {needed / 2**30:.1f} GiB, and {whose} {limit / 2**30:.1f} '
-        'GiB; split them over more devices (make_mesh.fsdp, make_mesh.tensor) or choose a smaller '
-        'model; `parti-jax plan` tells what fits')
+      f'parameters and optimizer take {needed / 2**30:.1f} GiB, and {whose} {limit / 2**30:.1f} '
+      'GiB; split them over more devices (make_mesh.fsdp, make_mesh.tensor) or choose a smaller '
+      'model; `parti-jax plan` tells what fits'
+    )
 
 
 def _host_memory() -> int:

@@ -17,7 +17,8 @@ from parti_jax.partitioning import factored
 def decayed(parameters):
   """Which parameters weight decay acts on: kernels, not norms, tables or the codebook."""
   return jax.tree_util.tree_map_with_path(
-      lambda path, _: str(getattr(path[-1], 'key', '')) == 'kernel', parameters)
+    lambda path, _: str(getattr(path[-1], 'key', '')) == 'kernel', parameters
+  )
 
 
 def stored_average(decay: float, dtype):
@@ -42,7 +43,8 @@ def stored_average(decay: float, dtype):
     return updates, state._replace(ema=optax.tree.cast(state.ema, dtype))
 
   return optax.GradientTransformation(
-      optax.ema(decay, debias=False, accumulator_dtype=dtype).init, update)
+    optax.ema(decay, debias=False, accumulator_dtype=dtype).init, update
+  )
 
 
 def scale_by_factored_moment(decay: float):
@@ -58,14 +60,18 @@ def scale_by_factored_moment(decay: float):
     An optax.GradientTransformation with an optax.FactoredState.
   """
   inner = optax.scale_by_factored_rms(
-      decay_rate=decay, min_dim_size_to_factor=factored.LEAST_SIZE,
-      decay_rate_fn=lambda step, rate: jnp.where(step == 0, 0.0, rate))
+    decay_rate=decay,
+    min_dim_size_to_factor=factored.LEAST_SIZE,
+    decay_rate_fn=lambda step, rate: jnp.where(step == 0, 0.0, rate),
+  )
 
   def matrices(tree):
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf.reshape(
-            factored.matrix_shape([str(getattr(key, 'key', key)) for key in path], leaf.shape)),
-        tree)
+      lambda path, leaf: leaf.reshape(
+        factored.matrix_shape([str(getattr(key, 'key', key)) for key in path], leaf.shape)
+      ),
+      tree,
+    )
 
   def update(updates, state, params):
     scaled, state = inner.update(matrices(updates), state, matrices(params))
@@ -76,8 +82,14 @@ def scale_by_factored_moment(decay: float):
 
 @gin.configurable
 @checks.bounded(weight_decay=(0, None), max_gradient_norm=(0, None))
-def adafactor(schedule, beta1: float = 0.9, beta2: float = 0.96, weight_decay: float = 4.5e-2,
-              max_gradient_norm: float = 4.0, first_moment_dtype: str = 'bfloat16'):
+def adafactor(
+  schedule,
+  beta1: float = 0.9,
+  beta2: float = 0.96,
+  weight_decay: float = 4.5e-2,
+  max_gradient_norm: float = 4.0,
+  first_moment_dtype: str = 'bfloat16',
+):
   """Adafactor as Parti trains with it (Parti, section 3).
 
   The second moment decays by the constant `beta2`. It is factored wherever a parameter has two
@@ -103,37 +115,56 @@ def adafactor(schedule, beta1: float = 0.9, beta2: float = 0.96, weight_decay: f
   """
   _check_moments('adafactor', beta1, beta2, max_gradient_norm)
   if first_moment_dtype not in ('bfloat16', 'float32'):
-    raise UserError(f'adafactor.first_moment_dtype={first_moment_dtype!r} must be '
-                    "'bfloat16' or 'float32'")
+    raise UserError(
+      f"adafactor.first_moment_dtype={first_moment_dtype!r} must be 'bfloat16' or 'float32'"
+    )
   if 1.0 - beta1 < jnp.finfo(first_moment_dtype).eps / 2:
     warnings.warn(
-        f'adafactor.beta1={beta1} is too close to 1 for a first moment in {first_moment_dtype}, '
-        "which stops decaying where gradients vanish; set adafactor.first_moment_dtype='float32'",
-        stacklevel=2)
+      f'adafactor.beta1={beta1} is too close to 1 for a first moment in {first_moment_dtype}, '
+      "which stops decaying where gradients vanish; set adafactor.first_moment_dtype='float32'",
+      stacklevel=2,
+    )
   return optax.chain(
-      optax.clip_by_global_norm(max_gradient_norm),
-      scale_by_factored_moment(beta2),
-      stored_average(beta1, jnp.dtype(first_moment_dtype)),
-      optax.add_decayed_weights(weight_decay, decayed),
-      optax.scale_by_learning_rate(schedule))
+    optax.clip_by_global_norm(max_gradient_norm),
+    scale_by_factored_moment(beta2),
+    stored_average(beta1, jnp.dtype(first_moment_dtype)),
+    optax.add_decayed_weights(weight_decay, decayed),
+    optax.scale_by_learning_rate(schedule),
+  )
 
 
 @gin.configurable
 @checks.bounded(weight_decay=(0, None), max_gradient_norm=(0, None))
-def adamw(schedule, beta1: float = 0.9, beta2: float = 0.99, weight_decay: float = 1e-4,
-          max_gradient_norm: float = 1.0):
+def adamw(
+  schedule,
+  beta1: float = 0.9,
+  beta2: float = 0.99,
+  weight_decay: float = 1e-4,
+  max_gradient_norm: float = 1.0,
+):
   """Adam with decoupled weight decay (ViT-VQGAN, section 4). Arguments as `adafactor`."""
   _check_moments('adamw', beta1, beta2, max_gradient_norm)
   return optax.chain(
-      optax.clip_by_global_norm(max_gradient_norm),
-      optax.adamw(schedule, beta1, beta2, weight_decay=weight_decay, mask=decayed))
+    optax.clip_by_global_norm(max_gradient_norm),
+    optax.adamw(schedule, beta1, beta2, weight_decay=weight_decay, mask=decayed),
+  )
 
 
 @gin.configurable
-@checks.bounded(peak=(0, None), warmup_steps=(0, None), decay_start=(0, None), decay_end=(0, None),
-                final_ratio=(0, 1))
-def parti_schedule(peak: float = 4.5e-5, warmup_steps: int = 5000, decay_start: int = 85000,
-                   decay_end: int = 450000, final_ratio: float = 0.025):
+@checks.bounded(
+  peak=(0, None),
+  warmup_steps=(0, None),
+  decay_start=(0, None),
+  decay_end=(0, None),
+  final_ratio=(0, 1),
+)
+def parti_schedule(
+  peak: float = 4.5e-5,
+  warmup_steps: int = 5000,
+  decay_start: int = 85000,
+  decay_end: int = 450000,
+  final_ratio: float = 0.025,
+):
   """Linear warm-up, constant, then exponential decay to peak · final_ratio (Parti, section 3).
 
   Args:
@@ -150,14 +181,15 @@ def parti_schedule(peak: float = 4.5e-5, warmup_steps: int = 5000, decay_start: 
     UserError: if the decay ends before it starts.
   """
   if decay_end < decay_start:
-    raise UserError(f'parti_schedule.decay_end={decay_end} is less than '
-                    f'parti_schedule.decay_start={decay_start}')
+    raise UserError(
+      f'parti_schedule.decay_end={decay_end} is less than parti_schedule.decay_start={decay_start}'
+    )
 
   def schedule(step):
     step = jnp.asarray(step, jnp.float32)
     warm = jnp.minimum(step / max(warmup_steps, 1), 1.0)
     decayed_share = jnp.clip((step - decay_start) / max(decay_end - decay_start, 1), 0.0, 1.0)
-    return peak * warm * final_ratio ** decayed_share
+    return peak * warm * final_ratio**decayed_share
 
   return schedule
 
@@ -171,8 +203,10 @@ def warmup_cosine(peak: float, warmup_steps: int, decay_steps: int, final: float
     UserError: if the warm-up is as long as all of it.
   """
   if warmup_steps >= decay_steps:
-    raise UserError(f'warmup_cosine.warmup_steps={warmup_steps} must be less than '
-                    f'warmup_cosine.decay_steps={decay_steps}, which counts from the first step')
+    raise UserError(
+      f'warmup_cosine.warmup_steps={warmup_steps} must be less than '
+      f'warmup_cosine.decay_steps={decay_steps}, which counts from the first step'
+    )
   return optax.warmup_cosine_decay_schedule(0.0, peak, warmup_steps, decay_steps, final)
 
 

@@ -73,13 +73,15 @@ class Reporter:
     if not self._leads:
       return
     from PIL import Image
+
     for name, images in grids.items():
       grid = tile(np.asarray(images))
       self._writer.write_images(step, {name: grid[None]})
       content = io.BytesIO()
       Image.fromarray(grid).save(content, 'PNG')
-      storage.write(storage.join(self._directory, 'pictures', f'{name}_{step:08d}.png'),
-                    content.getvalue())
+      storage.write(
+        storage.join(self._directory, 'pictures', f'{name}_{step:08d}.png'), content.getvalue()
+      )
 
   def flush(self):
     """Waits until all metrics are in files: a checkpoint must not be older than they are.
@@ -148,6 +150,7 @@ class _Events:
 
 def _tensorboard_writer(folder: str):
   from clu import metric_writers
+
   return metric_writers.AsyncMultiWriter([metric_writers.SummaryWriter(folder)])
 
 
@@ -162,9 +165,13 @@ def _begin_session(folder: str, step: int):
   from tensorboard.summary.writer import event_file_writer
 
   writer = event_file_writer.EventFileWriter(folder)
-  writer.add_event(event_pb2.Event(
-      wall_time=time.time(), step=step + 1,
-      session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START)))
+  writer.add_event(
+    event_pb2.Event(
+      wall_time=time.time(),
+      step=step + 1,
+      session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START),
+    )
+  )
   writer.close()
 
 

@@ -35,9 +35,17 @@ class Run:
       them is whole.
   """
 
-  def __init__(self, trainer: trainer_lib.Trainer, model_dir, keep: int, examples,
-               inputs: inputs_lib.Inputs, initial=None, journal=None,
-               max_bad_steps: int | None = None):
+  def __init__(
+    self,
+    trainer: trainer_lib.Trainer,
+    model_dir,
+    keep: int,
+    examples,
+    inputs: inputs_lib.Inputs,
+    initial=None,
+    journal=None,
+    max_bad_steps: int | None = None,
+  ):
     self._trainer, self._examples, self._journal = trainer, examples, journal
     self._inputs = inputs
     self._model_dir, self._skipped_steps = model_dir, skipped_steps.SkippedSteps(max_bad_steps)
@@ -46,8 +54,11 @@ class Run:
     self._saved = self._checkpoints.latest_step()
     self.resumed = self._saved is not None
     if self.resumed:
-      inputs.check(f'the run {model_dir}', self._checkpoints.read_place(self._saved),
-                   'or train in another --model_dir')
+      inputs.check(
+        f'the run {model_dir}',
+        self._checkpoints.read_place(self._saved),
+        'or train in another --model_dir',
+      )
       self.state, place = self._checkpoints.restore(self._saved, trainer.abstract, self._model)
       examples.restore(place)
       self._skipped_steps.restore(place)
@@ -75,15 +86,21 @@ class Run:
     own = getattr(self._trainer.stage, 'over_examples', ())
     microbatches = self._trainer.microbatches
     if own and microbatches > 1:
-      lines.append(f'with train.microbatches={microbatches} each microbatch has its own '
-                   f'{" and ".join(own)}, so that results differ from those of the whole batch')
+      lines.append(
+        f'with train.microbatches={microbatches} each microbatch has its own '
+        f'{" and ".join(own)}, so that results differ from those of the whole batch'
+      )
     return '; '.join(lines)
 
   def facts(self) -> dict[str, Any]:
     """What a journal says of a run: stage, number of parameters, mesh and step."""
     count = sum(leaf.size for leaf in jax.tree.leaves(self._trainer.abstract.params))
-    return {'step': self.step, 'stage': self._trainer.stage.name, 'parameters': count,
-            'mesh': dict(self._trainer.mesh.shape)}
+    return {
+      'step': self.step,
+      'stage': self._trainer.stage.name,
+      'parameters': count,
+      'mesh': dict(self._trainer.mesh.shape),
+    }
 
   @property
   def updates(self) -> int:
@@ -113,8 +130,9 @@ class Run:
     for skipped in self._skipped_steps.read():
       reporter.say(str(skipped), by_all=True)
       if self._journal is not None:
-        self._journal.write('skipped step', str(skipped), every_process=True,
-                            **dataclasses.asdict(skipped))
+        self._journal.write(
+          'skipped step', str(skipped), every_process=True, **dataclasses.asdict(skipped)
+        )
     self._skipped_steps.check(self._model_dir, self._checkpoints.steps)
     if self._save_waits and not self._skipped_steps.in_a_row:
       reporter.flush()
@@ -159,8 +177,10 @@ class Run:
   def interrupted(self) -> str:
     """A line that says what an interruption from the keyboard costs."""
     where = 'from its beginning' if self._saved is None else f'at step {self._saved}'
-    return (f'interrupted at step {self.step}, without a checkpoint of it; started again, the run '
-            f'goes on {where}')
+    return (
+      f'interrupted at step {self.step}, without a checkpoint of it; started again, the run '
+      f'goes on {where}'
+    )
 
   def skipped(self) -> dict[str, int]:
     """Examples that could not be read, by reason."""

@@ -68,8 +68,10 @@ class SkippedStep:
 
   def __str__(self) -> str:
     values = ', '.join(f'{name} {value}' for name, value in self.values.items())
-    return (f'step {self.step} was not applied, its numbers are not finite'
-            f'{f" ({values})" if values else ""}; batch {" ".join(self.places)}')
+    return (
+      f'step {self.step} was not applied, its numbers are not finite'
+      f'{f" ({values})" if values else ""}; batch {" ".join(self.places)}'
+    )
 
 
 class SkippedSteps:
@@ -163,16 +165,20 @@ class SkippedSteps:
     kept = sorted(checkpoints())
     # One of later than the first is of the same parameters; it is there if a run was told to stop.
     before = [step for step in kept if step < first] or kept
-    go_on = (f'go on from {model_dir}/checkpoints/{before[-1]}, the newest checkpoint with nothing '
-             'of them, as the same command does' if before else
-             'there is no checkpoint from before them, so start anew')
+    go_on = (
+      f'go on from {model_dir}/checkpoints/{before[-1]}, the newest checkpoint with nothing '
+      'of them, as the same command does'
+      if before
+      else 'there is no checkpoint from before them, so start anew'
+    )
     places = [place for skipped in self._streak for place in skipped.places]
     more = f' and {len(places) - _NAMED} more' if len(places) > _NAMED else ''
     raise errors.UserError(
-        f'steps {first} to {last} were not applied, {self.in_a_row} in a row '
-        '(train.max_bad_steps), since their loss or gradients are not finite; '
-        f'{go_on}, with a lower learning rate (train.schedule) or after a look at their batches: '
-        f'parti-jax batch --model_dir={model_dir} --place {" ".join(places[:_NAMED])}{more}')
+      f'steps {first} to {last} were not applied, {self.in_a_row} in a row '
+      '(train.max_bad_steps), since their loss or gradients are not finite; '
+      f'{go_on}, with a lower learning rate (train.schedule) or after a look at their batches: '
+      f'parti-jax batch --model_dir={model_dir} --place {" ".join(places[:_NAMED])}{more}'
+    )
 
 
 def bad_examples(measures: Mapping[str, np.ndarray]) -> int:

@@ -97,15 +97,22 @@ def abstract_state(stage, optimizer, mesh, rules):
   optimizer_state = jax.eval_shape(optimizer.init, params)
   replicated = NamedSharding(mesh, PartitionSpec())
   state = TrainState(
-      jax.ShapeDtypeStruct((), jnp.int32), params, optimizer_state,
-      jax.eval_shape(stage.initial_statistics))
+    jax.ShapeDtypeStruct((), jnp.int32),
+    params,
+    optimizer_state,
+    jax.eval_shape(stage.initial_statistics),
+  )
   state_shardings = TrainState(
-      replicated, shardings,
-      partitioning_rules.optimizer_shardings(optimizer_state, params, shardings, mesh),
-      partitioning_rules.optimizer_shardings(state.statistics, params, shardings, mesh))
+    replicated,
+    shardings,
+    partitioning_rules.optimizer_shardings(optimizer_state, params, shardings, mesh),
+    partitioning_rules.optimizer_shardings(state.statistics, params, shardings, mesh),
+  )
   return jax.tree.map(
-      lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-      state, state_shardings)
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    state,
+    state_shardings,
+  )
 
 
 def num_bytes(state) -> int:
@@ -144,22 +151,27 @@ def with_optimizer_on_host(abstract: TrainState, mesh) -> TrainState:
   """
   device = mesh.devices.flat[0]
   if _HOST not in {memory.kind for memory in device.addressable_memories()}:
-    raise errors.UserError(f'train.offload_optimizer: a {device.device_kind} can not use its '
-                           'host\'s memory; set it to False')
+    raise errors.UserError(
+      f'train.offload_optimizer: a {device.device_kind} can not use its '
+      "host's memory; set it to False"
+    )
 
   def on_host(leaf):
     if not leaf.shape:  # Counters are used at once.
       return leaf
     return jax.ShapeDtypeStruct(
-        leaf.shape, leaf.dtype, sharding=leaf.sharding.with_memory_kind(_HOST))
+      leaf.shape, leaf.dtype, sharding=leaf.sharding.with_memory_kind(_HOST)
+    )
 
   return abstract.replace(optimizer_state=jax.tree.map(on_host, abstract.optimizer_state))
 
 
 def to_device(tree):
   """Inside a jit: arrays that lie in the hosts' memory, moved to that of the devices."""
+
   def move(leaf):
     if jax.typeof(leaf).memory_space == jax.memory.Space.Host:
       return jax.device_put(leaf, jax.memory.Space.Device)
     return leaf
+
   return jax.tree.map(move, tree)

@@ -52,20 +52,47 @@ def train(model_dir: str) -> dict[str, float]:
 
 @gin.configurable('train')
 @checks.bounded(
-    steps=(1, None), batch_size=(1, None), seed=(0, checks.LARGEST_INT32), log_every=(0, None),
-    evaluate_every=(0, None), checkpoint_every=(0, None), keep_checkpoints=(1, None),
-    pictures_every=(0, None), num_pictures=(0, 10_000), data_shares=(1, None),
-    microbatches=(1, None), grace_seconds=(0, None), max_bad_steps=(1, None))
-def train_stage(model_dir: str, journal: journal_lib.Journal, stage=gin.REQUIRED,
-                task: str = gin.REQUIRED, steps: int = gin.REQUIRED,
-                batch_size: int = gin.REQUIRED, optimizer=gin.REQUIRED, schedule=gin.REQUIRED,
-                seed: int = 0, split: str = 'train', eval_split: str | None = 'validation',
-                log_every: int = 50, evaluate_every: int = 500, checkpoint_every: int = 500,
-                keep_checkpoints: int = 2, pictures_every: int = 1000, num_pictures: int = 16,
-                initial_model: str | None = None, data_shares: int | None = None,
-                microbatches: int = 1, offload_optimizer: bool = False,
-                grace_seconds: float = 25, max_bad_steps: int | None = 10,
-                allow_mismatch: bool = False, restart_data: bool = False):
+  steps=(1, None),
+  batch_size=(1, None),
+  seed=(0, checks.LARGEST_INT32),
+  log_every=(0, None),
+  evaluate_every=(0, None),
+  checkpoint_every=(0, None),
+  keep_checkpoints=(1, None),
+  pictures_every=(0, None),
+  num_pictures=(0, 10_000),
+  data_shares=(1, None),
+  microbatches=(1, None),
+  grace_seconds=(0, None),
+  max_bad_steps=(1, None),
+)
+def train_stage(
+  model_dir: str,
+  journal: journal_lib.Journal,
+  stage=gin.REQUIRED,
+  task: str = gin.REQUIRED,
+  steps: int = gin.REQUIRED,
+  batch_size: int = gin.REQUIRED,
+  optimizer=gin.REQUIRED,
+  schedule=gin.REQUIRED,
+  seed: int = 0,
+  split: str = 'train',
+  eval_split: str | None = 'validation',
+  log_every: int = 50,
+  evaluate_every: int = 500,
+  checkpoint_every: int = 500,
+  keep_checkpoints: int = 2,
+  pictures_every: int = 1000,
+  num_pictures: int = 16,
+  initial_model: str | None = None,
+  data_shares: int | None = None,
+  microbatches: int = 1,
+  offload_optimizer: bool = False,
+  grace_seconds: float = 25,
+  max_bad_steps: int | None = 10,
+  allow_mismatch: bool = False,
+  restart_data: bool = False,
+):
   """Trains a stage until `steps`, from the newest checkpoint in `model_dir` if there is one.
 
   Args:
@@ -121,28 +148,51 @@ def train_stage(model_dir: str, journal: journal_lib.Journal, stage=gin.REQUIRED
   _check_parts(stage, optimizer, schedule)
   mesh = mesh_lib.make_mesh()
   trainer = trainer_lib.Trainer(
-      stage, optimizer(schedule), mesh, seed, microbatches, offload_optimizer)
+    stage, optimizer(schedule), mesh, seed, microbatches, offload_optimizer
+  )
   rules_lib.check_batch(batch_size, mesh, trainer.rules, microbatches)
   memory.check(trainer.abstract)
   disk_errors.check_room(model_dir, state_lib.num_bytes(trainer.abstract))
   check_vocabularies(stage, task)
   training = shared_batches.SharedBatches(
-      task, split, batch_size, stage.feature_lengths(), data_shares, jax.process_count(),
-      local_rows.local_rows(trainer.batch_sharding, batch_size), seed, restart_data)
+    task,
+    split,
+    batch_size,
+    stage.feature_lengths(),
+    data_shares,
+    jax.process_count(),
+    local_rows.local_rows(trainer.batch_sharding, batch_size),
+    seed,
+    restart_data,
+  )
   _ = trainer.constants
   held_out = held_out_lib.HeldOut(
-      trainer, model_dir, task, eval_split or split, batch_size, seed,
-      evaluate=bool(eval_split and evaluate_every),
-      num_pictures=num_pictures if pictures_every else 0)
+    trainer,
+    model_dir,
+    task,
+    eval_split or split,
+    batch_size,
+    seed,
+    evaluate=bool(eval_split and evaluate_every),
+    num_pictures=num_pictures if pictures_every else 0,
+  )
   inputs = inputs_lib.Inputs(
-      stage, training.fingerprints, held_out.draws or 'tokenizer' in trainer.constants,
-      allow_mismatch)
-  run = run_lib.Run(trainer, model_dir, keep_checkpoints, training, inputs,
-                    initial_parts(trainer, model_dir, inputs, initial_model), journal,
-                    max_bad_steps)
+    stage, training.fingerprints, held_out.draws or 'tokenizer' in trainer.constants, allow_mismatch
+  )
+  run = run_lib.Run(
+    trainer,
+    model_dir,
+    keep_checkpoints,
+    training,
+    inputs,
+    initial_parts(trainer, model_dir, inputs, initial_model),
+    journal,
+    max_bad_steps,
+  )
   reporter = reporting.Reporter(model_dir, steps, run.step)
-  journal.start(run.beginning(), gin_config.operative(), steps=steps, batch_size=batch_size,
-                **run.facts())
+  journal.start(
+    run.beginning(), gin_config.operative(), steps=steps, batch_size=batch_size, **run.facts()
+  )
   peak = device_peak.device_peak(jax.local_devices()[0], stage.compute_dtype) * jax.device_count()
   for line in run.damaged():
     reporter.say(line)
@@ -150,8 +200,10 @@ def train_stage(model_dir: str, journal: journal_lib.Journal, stage=gin.REQUIRED
   for line in inputs.warnings:
     reporter.say(f'warning: {line}')
   if held_out.draws and held_out.num_pictures < num_pictures:
-    reporter.say(f'pictures show {held_out.num_pictures} examples, all that {eval_split or split} '
-                 f'has, and not train.num_pictures={num_pictures}')
+    reporter.say(
+      f'pictures show {held_out.num_pictures} examples, all that {eval_split or split} '
+      f'has, and not train.num_pictures={num_pictures}'
+    )
   reporter.say(run.beginning())
   preemption.begin(grace_seconds, journal, run.newest_step)
   meter = _Meter(batch_size, stage.step_flops(batch_size), peak)
@@ -190,9 +242,11 @@ def train_stage(model_dir: str, journal: journal_lib.Journal, stage=gin.REQUIRED
       if due(log_every):
         metrics = {name: float(value) for name, value in values.items()}
         # The rate of the last step that was applied.
-        metrics |= {'learning_rate': float(schedule(max(run.updates - 1, 0))),
-                    'skipped_steps': step - run.updates,
-                    'skipped_examples': sum(run.skipped().values())}
+        metrics |= {
+          'learning_rate': float(schedule(max(run.updates - 1, 0))),
+          'skipped_steps': step - run.updates,
+          'skipped_examples': sum(run.skipped().values()),
+        }
         metrics |= training.by_source | meter.read(step)
         if store_retries.used():
           metrics['store_retries'] = sum(store_retries.counts().values())
@@ -222,8 +276,9 @@ def train_stage(model_dir: str, journal: journal_lib.Journal, stage=gin.REQUIRED
     journal.store_retries()
     reporter.close(run.skipped())
   if run.step < steps:
-    reporter.say(f'told to stop: a checkpoint of step {run.newest_step()} is written; start '
-                 'again to go on')
+    reporter.say(
+      f'told to stop: a checkpoint of step {run.newest_step()} is written; start again to go on'
+    )
     raise SystemExit(preemption.STATUS)
   return metrics
 
@@ -234,15 +289,20 @@ def bound_arguments() -> dict[str, Any]:
   Raises:
     UserError: if one that has no default is not bound.
   """
-  values = {name: parameter.default
-            for name, parameter in inspect.signature(train_stage).parameters.items()}
+  values = {
+    name: parameter.default for name, parameter in inspect.signature(train_stage).parameters.items()
+  }
   values |= gin.get_bindings(train_stage)
-  missing = [name for name in ('stage', 'optimizer', 'schedule', 'batch_size')
-             if values[name] is gin.REQUIRED]
+  missing = [
+    name
+    for name in ('stage', 'optimizer', 'schedule', 'batch_size')
+    if values[name] is gin.REQUIRED
+  ]
   if missing:
     raise errors.UserError(
-        f'gin: no value for {", ".join(f"train.{name}" for name in missing)}; give the gin file '
-        'of a run, such as --gin_file=gin_configs/runs/parti_20b.gin')
+      f'gin: no value for {", ".join(f"train.{name}" for name in missing)}; give the gin file '
+      'of a run, such as --gin_file=gin_configs/runs/parti_20b.gin'
+    )
   _check_parts(values['stage'], values['optimizer'], values['schedule'])
   return values
 
@@ -250,21 +310,29 @@ def bound_arguments() -> dict[str, Any]:
 def _check_parts(stage, optimizer, schedule):
   """Raises UserError unless these are what `train_stage` says."""
   if isinstance(stage, type) or not callable(getattr(stage, 'loss', None)):
-    raise errors.UserError(f'train.stage={checks.shown(stage)} must be a stage, such as '
-                           '@GeneratorStage()')
+    raise errors.UserError(
+      f'train.stage={checks.shown(stage)} must be a stage, such as @GeneratorStage()'
+    )
   if not callable(optimizer):
-    raise errors.UserError(f'train.optimizer={checks.shown(optimizer)} must be an optimizer, such '
-                           'as @adafactor, without parentheses')
+    raise errors.UserError(
+      f'train.optimizer={checks.shown(optimizer)} must be an optimizer, such '
+      'as @adafactor, without parentheses'
+    )
   try:
     float(schedule(0))
   except TypeError as error:
     raise errors.UserError(
-        f'train.schedule={checks.shown(schedule)} must be a function of the step, such as '
-        '@parti_schedule(), with parentheses') from error
+      f'train.schedule={checks.shown(schedule)} must be a function of the step, such as '
+      '@parti_schedule(), with parentheses'
+    ) from error
 
 
-def initial_parts(trainer: trainer_lib.Trainer, model_dir, inputs: inputs_lib.Inputs,
-                  initial_model: str | None = None):
+def initial_parts(
+  trainer: trainer_lib.Trainer,
+  model_dir,
+  inputs: inputs_lib.Inputs,
+  initial_model: str | None = None,
+):
   """Parameters that a new run starts with, from an exported model or from other runs.
 
   The latter are what the stage says in a method `initial_parts`, which it need not have: of
@@ -307,9 +375,11 @@ def check_vocabularies(stage, task: str):
   for feature, (key, size) in stage.vocabulary_sizes().items():
     found = sizes.get(feature, size)
     if found > size or (feature == 'targets' and found != size):
-      raise errors.UserError(f'{key}={size}, but the task {task!r} has {found} ids in {feature!r}; '
-                             f'set --gin.{key}={found}, or choose the vocabulary or the token '
-                             'cache that the model is for')
+      raise errors.UserError(
+        f'{key}={size}, but the task {task!r} has {found} ids in {feature!r}; '
+        f'set --gin.{key}={found}, or choose the vocabulary or the token '
+        'cache that the model is for'
+      )
 
 
 class _Meter:
@@ -326,9 +396,11 @@ class _Meter:
     if before is None or before >= step:
       return {}  # The first steps compile.
     rate = (step - before) / seconds
-    return {'examples_per_second': rate * self._batch_size,
-            'model_flops_per_second': rate * self._flops,
-            'share_of_peak': rate * self._flops / self._peak}
+    return {
+      'examples_per_second': rate * self._batch_size,
+      'model_flops_per_second': rate * self._flops,
+      'share_of_peak': rate * self._flops / self._peak,
+    }
 
   def pause(self, step: int, paused: bool):
     if paused:

@@ -35,16 +35,20 @@ def make_train_step(stage, optimizer, seed: int, microbatches: int = 1) -> Calla
   def step(state: state_lib.TrainState, batch, constants):
     rng, after_rng = jax.random.split(jax.random.fold_in(numerics.key(seed), state.step))
     value, aux, gradients = _gradients(
-        stage, state.params, constants, batch, rng, state.step, microbatches)
+      stage, state.params, constants, batch, rng, state.step, microbatches
+    )
     before = state.replace(
-        step=state.step + 1, optimizer_state=state_lib.to_device(state.optimizer_state))
-    updates, optimizer_state = optimizer.update(
-        gradients, before.optimizer_state, state.params)
+      step=state.step + 1, optimizer_state=state_lib.to_device(state.optimizer_state)
+    )
+    updates, optimizer_state = optimizer.update(gradients, before.optimizer_state, state.params)
     # Momentum of earlier steps and weight decay must not move what is frozen either.
-    params = {name: part if name in stage.frozen else optax.apply_updates(part, updates[name])
-              for name, part in state.params.items()}
+    params = {
+      name: part if name in stage.frozen else optax.apply_updates(part, updates[name])
+      for name, part in state.params.items()
+    }
     params, statistics, metrics = stage.after_step(
-        params, state.statistics, aux, state.step, after_rng)
+      params, state.statistics, aux, state.step, after_rng
+    )
     norms = {f'{name}_gradient_norm': optax.tree.norm(gradients.pop(name)) for name in apart}
     norms['gradient_norm'] = optax.tree.norm(gradients)
     finite = finite_lib.all_finite(value, norms.values())
@@ -74,8 +78,9 @@ def with_other_optimizers(stage, optimizer):
   if not others:
     return optimizer
   return optax.partition(
-      {'main': optimizer, **others},
-      lambda params: {name: name if name in others else 'main' for name in params})
+    {'main': optimizer, **others},
+    lambda params: {name: name if name in others else 'main' for name in params},
+  )
 
 
 def _gradients(stage, params, constants, batch, rng, step, microbatches: int):
@@ -90,8 +95,10 @@ def _gradients(stage, params, constants, batch, rng, step, microbatches: int):
   whole = jnp.maximum(stage.weight(batch), 1.0)
 
   def loss(params, batch, keys):
-    params = {name: jax.lax.stop_gradient(part) if name in stage.frozen else part
-              for name, part in params.items()}
+    params = {
+      name: jax.lax.stop_gradient(part) if name in stage.frozen else part
+      for name, part in params.items()
+    }
     value, aux = stage.loss(params | constants, batch, keys, step)
     share = stage.weight(batch) / whole
     metrics = {name: share * metric for name, metric in aux['metrics'].items()}
@@ -150,8 +157,15 @@ class Trainer:
   """
 
   @numerics.fixed()
-  def __init__(self, stage, optimizer, mesh, seed: int = 0, microbatches: int = 1,
-               offload_optimizer: bool = False):
+  def __init__(
+    self,
+    stage,
+    optimizer,
+    mesh,
+    seed: int = 0,
+    microbatches: int = 1,
+    offload_optimizer: bool = False,
+  ):
     optimizer = with_other_optimizers(stage, optimizer)
     self.stage, self.optimizer, self.mesh, self.seed = stage, optimizer, mesh, seed
     self.microbatches = microbatches
@@ -163,14 +177,17 @@ class Trainer:
     self.batch_sharding = rules_lib.batch_sharding(mesh, self.rules)
     self._replicated = NamedSharding(mesh, PartitionSpec())
     self._step = jax.jit(
-        make_train_step(stage, optimizer, seed, microbatches), donate_argnums=0,
-        compiler_options=compiler_options(mesh),
-        in_shardings=(self.shardings, self.batch_sharding, self._replicated),
-        out_shardings=(self.shardings, None))
+      make_train_step(stage, optimizer, seed, microbatches),
+      donate_argnums=0,
+      compiler_options=compiler_options(mesh),
+      in_shardings=(self.shardings, self.batch_sharding, self._replicated),
+      out_shardings=(self.shardings, None),
+    )
     self._evaluate = jax.jit(
-        lambda params, constants, batch: stage.evaluate(params | constants, batch),
-        in_shardings=(self.shardings.params, self._replicated, self.batch_sharding),
-        out_shardings=self._replicated)
+      lambda params, constants, batch: stage.evaluate(params | constants, batch),
+      in_shardings=(self.shardings.params, self._replicated, self.batch_sharding),
+      out_shardings=self._replicated,
+    )
 
   @functools.cached_property
   @numerics.fixed()
@@ -187,7 +204,8 @@ class Trainer:
   def create_state(self) -> state_lib.TrainState:
     """The state before the first step."""
     return state_lib.create_state(
-        self.stage, self.optimizer, self.seed, self.abstract, self.mesh, self.rules)
+      self.stage, self.optimizer, self.seed, self.abstract, self.mesh, self.rules
+    )
 
   @numerics.fixed()
   def put(self, batch: dict[str, np.ndarray], batch_size: int | None = None):
@@ -198,7 +216,8 @@ class Trainer:
       batch_size: rows of the global batch; None if `batch` is the whole of it.
     """
     return local_rows.global_arrays(
-        self.batch_sharding, batch, batch_size or len(next(iter(batch.values()))))
+      self.batch_sharding, batch, batch_size or len(next(iter(batch.values())))
+    )
 
   @numerics.fixed()
   def step(self, state, batch):

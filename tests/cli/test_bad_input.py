@@ -18,8 +18,9 @@ def fails(capsys):
   def run(*arguments):
     capsys.readouterr()
     assert main.main([str(argument) for argument in arguments]) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines()
-             if line.startswith('parti-jax: error: ')]
+    lines = [
+      line for line in capsys.readouterr().err.splitlines() if line.startswith('parti-jax: error: ')
+    ]
     assert len(lines) == 1
     return lines[0]
 
@@ -37,9 +38,13 @@ def folder(tmp_path):
     lines.append(json.dumps({'file': f'{index}.png', 'caption': f'number {index}'}))
   (pictures / 'captions.jsonl').write_text('\n'.join(lines))
   return pictures, [
-      '--gin_file=gin_configs/tasks/folder.gin', f"--gin.folder.path='{pictures}'",
-      "--gin.train.task='images'", '--gin.train.eval_split=None', '--gin.train.batch_size=8',
-      '--gin.train.steps=1']
+    '--gin_file=gin_configs/tasks/folder.gin',
+    f"--gin.folder.path='{pictures}'",
+    "--gin.train.task='images'",
+    '--gin.train.eval_split=None',
+    '--gin.train.batch_size=8',
+    '--gin.train.steps=1',
+  ]
 
 
 def test_gin_name_that_does_not_exist(fails, tmp_path):
@@ -60,8 +65,13 @@ def test_mesh_that_does_not_divide_the_devices(fails, folder, tmp_path):
 
 
 def test_mesh_that_does_not_divide_a_dimension(fails, folder, tmp_path):
-  line = fails(*TINY_RUN, *folder[1], f'--model_dir={tmp_path}/run', '--gin.make_mesh.data=1',
-               '--gin.make_mesh.tensor=8')
+  line = fails(
+    *TINY_RUN,
+    *folder[1],
+    f'--model_dir={tmp_path}/run',
+    '--gin.make_mesh.data=1',
+    '--gin.make_mesh.tensor=8',
+  )
   assert 'tensor' in line and 'heads' in line or 'parameter' in line
   assert not (tmp_path / 'run').exists()
 
@@ -80,7 +90,8 @@ def test_captions_file_with_a_missing_picture_and_a_missing_column(fails, folder
   line = fails(*TINY_RUN, *flags, f'--model_dir={tmp_path}/run')
   assert 'caption' in line and 'captions.jsonl' in line
   assert not (tmp_path / 'run' / 'checkpoints').exists() or not os.listdir(
-      tmp_path / 'run' / 'checkpoints')
+    tmp_path / 'run' / 'checkpoints'
+  )
 
 
 def test_source_in_which_no_picture_can_be_decoded(fails, folder, tmp_path):
@@ -96,15 +107,25 @@ def test_checkpoint_of_another_configuration(fails, folder, tmp_path):
   assert main.main(run) == 0
   line = fails(*run, '--gin.train.steps=2', '--gin.ViTVQGANConfig.codebook_size=32')
   assert 'codebook_size' in line and '64' in line and '32' in line
-  line = fails('export', f'--tokenizer={tmp_path}/run', f'--generator={tmp_path}/run',
-               '--vocabulary=parti_jax/demo/vocabulary.model', f'--output_dir={tmp_path}/model')
+  line = fails(
+    'export',
+    f'--tokenizer={tmp_path}/run',
+    f'--generator={tmp_path}/run',
+    '--vocabulary=parti_jax/demo/vocabulary.model',
+    f'--output_dir={tmp_path}/model',
+  )
   assert 'tokenizer' in line and 'generator' in line
   assert not (tmp_path / 'model').exists()
 
 
 def test_run_that_is_missing_and_run_without_a_finished_checkpoint(fails, tmp_path):
-  export = ['export', f'--generator={tmp_path}/run', f'--tokenizer={tmp_path}/run',
-            '--vocabulary=parti_jax/demo/vocabulary.model', f'--output_dir={tmp_path}/model']
+  export = [
+    'export',
+    f'--generator={tmp_path}/run',
+    f'--tokenizer={tmp_path}/run',
+    '--vocabulary=parti_jax/demo/vocabulary.model',
+    f'--output_dir={tmp_path}/model',
+  ]
   assert f'{tmp_path}/run' in fails(*export)
   (tmp_path / 'run' / 'checkpoints' / '10.orbax-checkpoint-tmp').mkdir(parents=True)
   assert 'no finished checkpoint' in fails(*export)

@@ -61,9 +61,14 @@ def test_no_command_is_an_error(capsys):
   assert 'no command given' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize('name, hint', [
-    ('generat', 'did you mean generate?'), ('trian', 'did you mean train?'),
-    ('xyz', 'the commands are generate, train, ')])
+@pytest.mark.parametrize(
+  'name, hint',
+  [
+    ('generat', 'did you mean generate?'),
+    ('trian', 'did you mean train?'),
+    ('xyz', 'the commands are generate, train, '),
+  ],
+)
 def test_unknown_command(name, hint, capsys):
   assert main.main([name]) == 2
   printed = capsys.readouterr()
@@ -82,6 +87,7 @@ def test_bad_flag(command, capsys):
 def test_user_error_is_one_line(command, capsys):
   def run(args):
     raise UserError('prompts.txt: no prompt\nin it')
+
   command.run = run
   assert main.main(['echo']) == 2
   assert capsys.readouterr().err == 'parti-jax: error: prompts.txt: no prompt in it\n'
@@ -90,6 +96,7 @@ def test_user_error_is_one_line(command, capsys):
 def test_other_errors_are_not_hidden(command):
   def run(args):
     raise ValueError('a defect')
+
   command.run = run
   with pytest.raises(ValueError, match='a defect'):
     main.main(['echo'])
@@ -111,14 +118,16 @@ main.main()
 
 
 def test_a_crash_ends_although_a_thread_does_not():
-  done = subprocess.run([sys.executable, '-c', _CRASH], capture_output=True, text=True, timeout=120,
-                        check=False)
+  done = subprocess.run(
+    [sys.executable, '-c', _CRASH], capture_output=True, text=True, timeout=120, check=False
+  )
   assert done.returncode == 1 and 'RuntimeError: boom' in done.stderr, done.stderr
 
 
 def test_interrupt(command, capsys):
   def run(args):
     raise KeyboardInterrupt
+
   command.run = run
   assert main.main(['echo']) == 130
   assert capsys.readouterr().err == 'parti-jax: interrupted\n'
@@ -127,6 +136,7 @@ def test_interrupt(command, capsys):
 def test_missing_optional_package_names_its_extra(command, capsys):
   def run(args):
     raise ModuleNotFoundError("No module named 'seqio.vocabularies'", name='seqio.vocabularies')
+
   command.run = run
   assert main.main(['echo']) == 2
   printed = capsys.readouterr().err
@@ -136,6 +146,7 @@ def test_missing_optional_package_names_its_extra(command, capsys):
 def test_missing_module_of_another_kind_is_not_hidden(command):
   def run(args):
     raise ModuleNotFoundError("No module named 'parti_jax.nothing'", name='parti_jax.nothing')
+
   command.run = run
   with pytest.raises(ModuleNotFoundError):
     main.main(['echo'])
@@ -147,7 +158,9 @@ def test_missing_extra_reads_only_names_of_modules():
   assert 'parti_jax[t5x]' in message
 
 
-@pytest.mark.parametrize('argv, rest, bindings', [
+@pytest.mark.parametrize(
+  'argv, rest, bindings',
+  [
     (['train', '--gin.a.b=1', '--x=2'], ['train', '--x=2'], ['a.b=1']),
     (['--gin.a.b=1', 'train'], ['train'], ['a.b=1']),
     (['train', '--gin.a.b', '1', 'y'], ['train', 'y'], ['a.b=1']),
@@ -156,7 +169,8 @@ def test_missing_extra_reads_only_names_of_modules():
     (['train', '--gin.A=1', '--gin.A=2'], ['train'], ['A=1', 'A=2']),
     (['train', '--gin_file=f'], ['train', '--gin_file=f'], []),
     (['generate', '--', '--gin.a=1'], ['generate', '--', '--gin.a=1'], []),
-])
+  ],
+)
 def test_split_gin_bindings(argv, rest, bindings):
   assert main.split_gin_bindings(argv) == (rest, bindings)
 
@@ -180,27 +194,42 @@ def test_gin_bindings_for_a_command_without_gin(command, capsys):
 
 
 def test_help_and_unknown_commands_import_neither_jax_nor_gin():
-  code = ('import sys\nfrom parti_jax import main\nmain.main(["--help"])\nmain.main(["no"])\n'
-          'print(sorted({"jax", "gin", "numpy", "tensorflow"} & set(sys.modules)))')
+  code = (
+    'import sys\nfrom parti_jax import main\nmain.main(["--help"])\nmain.main(["no"])\n'
+    'print(sorted({"jax", "gin", "numpy", "tensorflow"} & set(sys.modules)))'
+  )
   done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
   assert done.stdout.splitlines()[-1] == '[]'
 
 
 def test_train_as_a_module():
-  done = subprocess.run([sys.executable, '-m', 'parti_jax.train', '--gin.steps'],
-                        capture_output=True, text=True, check=False)
+  done = subprocess.run(
+    [sys.executable, '-m', 'parti_jax.train', '--gin.steps'],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
   assert done.returncode == 2
   assert done.stderr.startswith('parti-jax: error: --gin.steps: no value')
 
 
-@pytest.mark.parametrize('command', [
-    ['generate', 'red apple', '--output_dir'], ['vocabulary', '--output'],
-    ['tokenize', '--tokenizer=nowhere', '--output_dir'], ['evaluate', '--output_dir'],
-    ['export', '--base=nowhere', '--output_dir'], ['plan', '--json']])
+@pytest.mark.parametrize(
+  'command',
+  [
+    ['generate', 'red apple', '--output_dir'],
+    ['vocabulary', '--output'],
+    ['tokenize', '--tokenizer=nowhere', '--output_dir'],
+    ['evaluate', '--output_dir'],
+    ['export', '--base=nowhere', '--output_dir'],
+    ['plan', '--json'],
+  ],
+)
 def test_outputs_that_can_not_be_written_are_refused_before_anything_is_read(
-    tmp_path, capsys, command):
+  tmp_path, capsys, command
+):
   (tmp_path / 'file').write_text('')
   *first, flag = command
   assert main.main([*first, f'{flag}={tmp_path}/file/below']) == 2
   assert capsys.readouterr().err.startswith(
-      f'parti-jax: error: {flag}={tmp_path}/file/below: {tmp_path}/file is not a folder')
+    f'parti-jax: error: {flag}={tmp_path}/file/below: {tmp_path}/file is not a folder'
+  )

@@ -21,12 +21,22 @@ from parti_jax.training import configurables  # noqa: F401
 COLORS = {'red': (255, 0, 0), 'green': (0, 128, 0), 'blue': (0, 0, 255), 'white': (255, 255, 255)}
 # The smallest networks; the command's own are as large as the demo's.
 TINY = {
-    'tokenizer': [f'ViTVQGANConfig.{side}_{name} = {value}' for side in ('encoder', 'decoder')
-                  for name, value in (('layers', 1), ('width', 16), ('mlp_width', 16), ('heads', 2))]
-                 + ['ViTVQGANConfig.image_size = 32', 'ViTVQGANConfig.codebook_size = 16'],
-    'generator': ['PartiConfig.encoder_layers = 1', 'PartiConfig.decoder_layers = 1',
-                  'PartiConfig.width = 16', 'PartiConfig.mlp_width = 16', 'PartiConfig.heads = 2',
-                  'PartiConfig.grid = (4, 4)', 'PartiConfig.codebook_size = 16']}
+  'tokenizer': [
+    f'ViTVQGANConfig.{side}_{name} = {value}'
+    for side in ('encoder', 'decoder')
+    for name, value in (('layers', 1), ('width', 16), ('mlp_width', 16), ('heads', 2))
+  ]
+  + ['ViTVQGANConfig.image_size = 32', 'ViTVQGANConfig.codebook_size = 16'],
+  'generator': [
+    'PartiConfig.encoder_layers = 1',
+    'PartiConfig.decoder_layers = 1',
+    'PartiConfig.width = 16',
+    'PartiConfig.mlp_width = 16',
+    'PartiConfig.heads = 2',
+    'PartiConfig.grid = (4, 4)',
+    'PartiConfig.codebook_size = 16',
+  ],
+}
 
 
 def _pictures(folder, captions_in):
@@ -60,17 +70,24 @@ def _pictures(folder, captions_in):
 def test_every_form_of_captions_is_found(tmp_path, captions_in):
   source = own_plan.find_source(str(_pictures(tmp_path / 'mine', captions_in)))
   gin_config.parse([], source)
-  found = {caption: tuple(picture[16, 16])
-           for caption, picture in datasets.pictures_and_captions(None, 'train', 32)}
+  found = {
+    caption: tuple(picture[16, 16])
+    for caption, picture in datasets.pictures_and_captions(None, 'train', 32)
+  }
   assert found == {f'a {name} square': color for name, color in COLORS.items()}
 
 
-@pytest.mark.parametrize('content, message', [
+@pytest.mark.parametrize(
+  'content, message',
+  [
     ({}, 'there are no captions; put them into captions.jsonl'),
     ({'a.png': b'x'}, 'there are no captions'),
     ({'captions.jsonl': b'{"image_url": "x"}'}, 'line 1: needed is an object with one of file, '),
-    ({'captions.jsonl': b'[1]'}, 'line 1: needed is'), ({'captions.jsonl': b''}, 'line 1: needed'),
-    ({'a.txt': b'a cat'}, 'none of the 1 files .* has a picture beside it')])
+    ({'captions.jsonl': b'[1]'}, 'line 1: needed is'),
+    ({'captions.jsonl': b''}, 'line 1: needed'),
+    ({'a.txt': b'a cat'}, 'none of the 1 files .* has a picture beside it'),
+  ],
+)
 def test_folders_without_captions_are_refused(tmp_path, capsys, content, message):
   for name, data in content.items():
     (tmp_path / name).write_bytes(data)
@@ -91,9 +108,15 @@ def test_pictures_without_texts_are_counted(tmp_path, caplog):
   assert 'left out 1 picture(s) without a text file' in caplog.text
 
 
-@pytest.mark.parametrize('platform, examples, size, large', [
-    ('cpu', 50, 64, False), ('cpu', 5000, 64, False), ('tpu', 500, 128, False),
-    ('gpu', 50_000, 128, True)])
+@pytest.mark.parametrize(
+  'platform, examples, size, large',
+  [
+    ('cpu', 50, 64, False),
+    ('cpu', 5000, 64, False),
+    ('tpu', 500, 128, False),
+    ('gpu', 50_000, 128, True),
+  ],
+)
 def test_sizes_follow_pictures_and_device(platform, examples, size, large):
   plan = own_plan.make('f', [], (f'word{i} cat' for i in range(examples)), 10, platform, 8)
   assert plan.image_size == size and plan.examples == examples and plan.batch_size >= 32
@@ -103,8 +126,9 @@ def test_sizes_follow_pictures_and_device(platform, examples, size, large):
   assert sizes['PartiConfig.codebook_size'] == sizes['ViTVQGANConfig.codebook_size']
   assert 100 <= plan.vocabulary_size <= 16_000
   for part in ('tokenizer', 'generator'):
-    gin_config.parse([f'gin_configs/runs/own_{part}.gin'],
-                 plan.sizes[part] + own_plan.schedule(part, 500))
+    gin_config.parse(
+      [f'gin_configs/runs/own_{part}.gin'], plan.sizes[part] + own_plan.schedule(part, 500)
+    )
 
 
 def test_steps_fit_the_time_and_the_pictures():
@@ -123,10 +147,18 @@ def _tiny(monkeypatch):
 
 
 def test_from_pictures_to_drawings_going_on_after_an_interruption(
-    tmp_path, capsys, tiny, monkeypatch):
+  tmp_path, capsys, tiny, monkeypatch
+):
   out = tmp_path / 'out'
-  command = ['own_pictures', str(_pictures(tmp_path / 'mine', 'txt')), 'a red square',
-             f'--output_dir={out}', '--num_images=2', '--image_size=32', '--minutes=1']
+  command = [
+    'own_pictures',
+    str(_pictures(tmp_path / 'mine', 'txt')),
+    'a red square',
+    f'--output_dir={out}',
+    '--num_images=2',
+    '--image_size=32',
+    '--minutes=1',
+  ]
   with monkeypatch.context() as patch:
     patch.setattr(own_pictures._Work, 'generator', lambda *arguments: 75)
     assert main.main(command) == 75

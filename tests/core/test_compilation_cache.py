@@ -9,8 +9,12 @@ import pytest
 
 from parti_jax.core import compilation_cache
 
-_OPTIONS = ('jax_compilation_cache_dir', 'jax_persistent_cache_min_compile_time_secs',
-            'jax_persistent_cache_min_entry_size_bytes', 'jax_enable_compilation_cache')
+_OPTIONS = (
+  'jax_compilation_cache_dir',
+  'jax_persistent_cache_min_compile_time_secs',
+  'jax_persistent_cache_min_entry_size_bytes',
+  'jax_enable_compilation_cache',
+)
 
 
 @pytest.fixture(autouse=True)

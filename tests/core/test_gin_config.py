@@ -18,7 +18,6 @@ def train_example(steps=1, rate=0.5, model_dir=gin.REQUIRED, function=None):
 
 @gin.configurable(module='config_test', denylist=['hidden'])
 class ExampleModel:
-
   def __init__(self, width=4, hidden=2):
     self.width, self.hidden = width, hidden
 
@@ -36,8 +35,9 @@ def _fresh(tmp_path, monkeypatch):
   (installed / 'models').mkdir()
   (installed / 'models' / 'demo_model.gin').write_text('ExampleModel.width = 8\n')
   (installed / 'runs' / 'demo_run.gin').write_text(
-      "include 'gin_configs/models/demo_model.gin'\ntrain_example.steps = 7\n"
-      'train_example.function = @ExampleModel()\n')
+    "include 'gin_configs/models/demo_model.gin'\ntrain_example.steps = 7\n"
+    'train_example.function = @ExampleModel()\n'
+  )
   monkeypatch.setattr(gin_config, 'folder', lambda: installed)
   work = tmp_path / 'work'
   work.mkdir()
@@ -88,8 +88,9 @@ def test_later_files_and_bindings_win_and_nothing_stays_from_before():
   assert train_example(model_dir='')[:2] == (1, 0.5)
 
 
-@pytest.mark.parametrize('name', ['runs/demo_rnu.gin', 'gin_configs/demo_run.gin',
-                                  'configs/demo_run.gin'])
+@pytest.mark.parametrize(
+  'name', ['runs/demo_rnu.gin', 'gin_configs/demo_run.gin', 'configs/demo_run.gin']
+)
 def test_missing_file_names_the_nearest(name, tmp_path):
   with pytest.raises(UserError) as caught:
     gin_config.parse([name], [])
@@ -109,26 +110,43 @@ def test_missing_files_are_not_logged(caplog):
   assert not caplog.records
 
 
-@pytest.mark.parametrize('text, start', [
-    ('train_example.setps = 3', "mine.gin:1: unknown gin name 'train_example.setps'; "
-                                'did you mean train_example.steps?'),
-    ('\ntrian_example.steps = 3', "mine.gin:2: unknown gin name 'trian_example.steps'; "
-                                  'did you mean train_example.steps'),
-    ('trian_example:\n  steps = 3\n', "mine.gin:1: unknown gin name 'trian_example'; "
-                                      'did you mean train_example'),
-    ('train_example.function = @ExampelModel()', "mine.gin:1: unknown gin name 'ExampelModel'; "
-                                                 'did you mean ExampleModel?'),
-    ('ExampleModel.zzz = 1', "mine.gin:1: unknown gin name 'ExampleModel.zzz'; "
-                             'its parameters are width'),
+@pytest.mark.parametrize(
+  'text, start',
+  [
+    (
+      'train_example.setps = 3',
+      "mine.gin:1: unknown gin name 'train_example.setps'; did you mean train_example.steps?",
+    ),
+    (
+      '\ntrian_example.steps = 3',
+      "mine.gin:2: unknown gin name 'trian_example.steps'; did you mean train_example.steps",
+    ),
+    (
+      'trian_example:\n  steps = 3\n',
+      "mine.gin:1: unknown gin name 'trian_example'; did you mean train_example",
+    ),
+    (
+      'train_example.function = @ExampelModel()',
+      "mine.gin:1: unknown gin name 'ExampelModel'; did you mean ExampleModel?",
+    ),
+    (
+      'ExampleModel.zzz = 1',
+      "mine.gin:1: unknown gin name 'ExampleModel.zzz'; its parameters are width",
+    ),
     ('ExampleModel.hidden = 1', 'mine.gin:1: ExampleModel.hidden is not for gin to set'),
     ('import parti_jax.nothing', "mine.gin:1: No module named 'parti_jax.nothing'"),
     ('\ntrain_example.steps = 3 4', 'mine.gin:2: Expected newline. In: train_example.steps = 3 4'),
-    ('train_example.rate = %RATE', 'gin: the macro %RATE is used and has no value; '
-                                   'set it with --gin.RATE=VALUE'),
-    ('RATES = 1\ntrain_example.rate = %RATE', 'gin: the macro %RATE is used and has no value; '
-                                              'did you mean %RATES?'),
+    (
+      'train_example.rate = %RATE',
+      'gin: the macro %RATE is used and has no value; set it with --gin.RATE=VALUE',
+    ),
+    (
+      'RATES = 1\ntrain_example.rate = %RATE',
+      'gin: the macro %RATE is used and has no value; did you mean %RATES?',
+    ),
     ('train_example.steps = %gin.REQUIRED', 'mine.gin: train_example.steps set to'),
-])
+  ],
+)
 def test_errors_in_a_file(text, start):
   assert _message(text).startswith(start)
 
@@ -138,14 +156,19 @@ def test_open_bracket_names_the_file():
   assert message.startswith('mine.gin') and 'nothing closes' in message
 
 
-@pytest.mark.parametrize('binding, hint', [
-    ('train_example.setps=3', "unknown gin name 'train_example.setps'; "
-                              'did you mean train_example.steps?'),
+@pytest.mark.parametrize(
+  'binding, hint',
+  [
+    (
+      'train_example.setps=3',
+      "unknown gin name 'train_example.setps'; did you mean train_example.steps?",
+    ),
     ('trian_example.steps=3', 'did you mean train_example.steps'),
     ('train_example.model_dir=x', 'a text needs quotes'),
     ('RTAE=3', "no macro 'RTAE' is used in the gin files; did you mean RATE?"),
     ('train_example=3', 'write --gin.NAME.PARAMETER=VALUE'),
-])
+  ],
+)
 def test_errors_in_a_binding_name_the_flag(binding, hint):
   message = _message('RATE = 1\ntrain_example.rate = %RATE', [binding])
   assert message.startswith(f'--gin.{binding}: ') and hint in message
@@ -212,20 +235,33 @@ def test_what_gin_says_about_data_can_be_left_out(tmp_path, monkeypatch):
 
 def test_names_of_the_data_are_all_known():
   from parti_jax.data import datasets  # noqa: F401
-  registered = {configurable.name for configurable in gin_config._configurables().values()
-                if configurable.wrapped.__module__.startswith('parti_jax.data.')}
+
+  registered = {
+    configurable.name
+    for configurable in gin_config._configurables().values()
+    if configurable.wrapped.__module__.startswith('parti_jax.data.')
+  }
   assert registered == set(gin_config.DATA_NAMES)
 
 
 @gin.configurable(module='config_test')
 @checks.bounded(size=(1, 8), pair=(0, None))
-def typed_example(size: int = 1, rate: float | None = None, name: str = '', on: bool = False,
-                  pair: tuple[int, int] = (0, 0), files: collections.abc.Mapping[str, str] = {},
-                  model: ExampleModel | None = None, free=None):
+def typed_example(
+  size: int = 1,
+  rate: float | None = None,
+  name: str = '',
+  on: bool = False,
+  pair: tuple[int, int] = (0, 0),
+  files: collections.abc.Mapping[str, str] = {},
+  model: ExampleModel | None = None,
+  free=None,
+):
   return size, rate, name, on, pair, files, model, free
 
 
-@pytest.mark.parametrize('binding, message', [
+@pytest.mark.parametrize(
+  'binding, message',
+  [
     ('size=8.0', 'typed_example.size=8.0 must be a whole number from 1 to 8, such as 8'),
     ("size='8'", "typed_example.size='8' must be a whole number from 1 to 8"),
     ('size=0', 'typed_example.size=0 must be a whole number from 1 to 8'),
@@ -241,30 +277,48 @@ def typed_example(size: int = 1, rate: float | None = None, name: str = '', on: 
     ('pair=(-1, 2)', 'typed_example.pair=(-1, 2) must be a list of two whole numbers from 0'),
     ("files='a.jsonl'", "typed_example.files='a.jsonl' must be of the form {'text': 'text'}"),
     ("files={'train': None}", "must be of the form {'text': 'text'}"),
-])
+  ],
+)
 def test_values_of_another_type_are_named_before_anything_is_called(binding, message):
   assert _message(bindings=[f'typed_example.{binding}']).startswith(message) or (
-      message in _message(bindings=[f'typed_example.{binding}']))
+    message in _message(bindings=[f'typed_example.{binding}'])
+  )
   assert f'a/{message}' in _message(f'a/typed_example.{binding}') or message.startswith('must')
 
 
 def test_what_a_macro_stands_for_is_checked():
   assert _message('SIZE = 9\ntyped_example.size = %SIZE').startswith('typed_example.size=9 must')
   assert _message('SIZE = 9\ntyped_example.pair = (1, %SIZE, 2)').startswith(
-      'typed_example.pair=(1, 9, 2) must')
+    'typed_example.pair=(1, 9, 2) must'
+  )
 
 
-@pytest.mark.parametrize('binding', [
-    'size=8', 'rate=1', 'rate=None', "name='x'", 'on=True', 'pair=[1, 2]', "files={'a': 'b'}",
-    'model=@ExampleModel()', 'free=3', 'size=@failing_example()'])
+@pytest.mark.parametrize(
+  'binding',
+  [
+    'size=8',
+    'rate=1',
+    'rate=None',
+    "name='x'",
+    'on=True',
+    'pair=[1, 2]',
+    "files={'a': 'b'}",
+    'model=@ExampleModel()',
+    'free=3',
+    'size=@failing_example()',
+  ],
+)
 def test_values_that_fit_pass(binding):
   gin_config.parse([], [f'typed_example.{binding}'])
 
 
 def test_a_call_where_a_function_is_wanted_is_named():
   gin_config.parse([], ['train_example.function = @needs_more()', "train_example.model_dir = 'x'"])
-  with pytest.raises(UserError, match=r'gin: @needs_more\(\) is called without .schedule.; write '
-                                      '@needs_more, without'):
+  with pytest.raises(
+    UserError,
+    match=r'gin: @needs_more\(\) is called without .schedule.; write '
+    '@needs_more, without',
+  ):
     with gin_config.translated_errors():
       train_example()
 

@@ -19,14 +19,26 @@ from parti_jax.training.objectives import frozen_tokenizer
 from parti_jax.training.objectives import generator_objective
 from parti_jax.training.objectives import tokenizer_objective
 
-DRAWS = {'x64': {'jax_enable_x64': True}, 'rbg': {'jax_default_prng_impl': 'rbg'},
-         'partitionable': {'jax_threefry_partitionable': False}}
+DRAWS = {
+  'x64': {'jax_enable_x64': True},
+  'rbg': {'jax_default_prng_impl': 'rbg'},
+  'partitionable': {'jax_threefry_partitionable': False},
+}
 OTHERS = {
-    'promotion': {'jax_numpy_dtype_promotion': 'strict', 'jax_numpy_rank_promotion': 'raise'},
-    'precision': {'jax_default_matmul_precision': 'bfloat16', 'jax_softmax_custom_jvp': True,
-                  'jax_high_dynamic_range_gumbel': True},
-    'debugging': {'jax_debug_nans': True, 'jax_debug_infs': True, 'jax_debug_key_reuse': True,
-                  'jax_transfer_guard': 'disallow', 'jax_disable_jit': True}}
+  'promotion': {'jax_numpy_dtype_promotion': 'strict', 'jax_numpy_rank_promotion': 'raise'},
+  'precision': {
+    'jax_default_matmul_precision': 'bfloat16',
+    'jax_softmax_custom_jvp': True,
+    'jax_high_dynamic_range_gumbel': True,
+  },
+  'debugging': {
+    'jax_debug_nans': True,
+    'jax_debug_infs': True,
+    'jax_debug_key_reuse': True,
+    'jax_transfer_guard': 'disallow',
+    'jax_disable_jit': True,
+  },
+}
 EVERYTHING = {name: value for group in (DRAWS | OTHERS).values() for name, value in group.items()}
 
 
@@ -56,8 +68,14 @@ def _drawn():
   model = text_to_image.load()
   result = model.generate(['red apple'], num_images=2, seed=3, rank=True)
   images = result.images[0]
-  return _digest(result.images, result.tokens, result.scores, model.tokenize(images),
-                 model.reconstruct(images), model.upscale(images[:1, :16, :16]))
+  return _digest(
+    result.images,
+    result.tokens,
+    result.scores,
+    model.tokenize(images),
+    model.reconstruct(images),
+    model.upscale(images[:1, :16, :16]),
+  )
 
 
 @pytest.fixture(scope='module', name='drawn')
@@ -65,40 +83,75 @@ def _drawn_by_default():
   return _drawn()
 
 
-@pytest.mark.parametrize('settings', [*(DRAWS | OTHERS).values(), EVERYTHING],
-                         ids=[*DRAWS, *OTHERS, 'everything'])
+@pytest.mark.parametrize(
+  'settings', [*(DRAWS | OTHERS).values(), EVERYTHING], ids=[*DRAWS, *OTHERS, 'everything']
+)
 def test_pictures_are_the_same(settings, config, drawn):
   config(settings)
   assert _drawn() == drawn
 
 
 STAGES = {
-    'generator': generator_objective.GeneratorStage(parti_config.PartiConfig(
-        encoder_layers=1, decoder_layers=1, width=16, mlp_width=16, heads=2, text_vocabulary=16,
-        text_length=4, codebook_size=24, grid=(2, 2), dropout=0.3, dtype='float32')),
-    'tokenizer': tokenizer_objective.TokenizerStage(vit_vqgan.ViTVQGANConfig(
-        image_size=8, patch_size=4, encoder_layers=1, encoder_width=16, encoder_mlp_width=16,
-        encoder_heads=2, decoder_layers=1, decoder_width=16, decoder_mlp_width=16, decoder_heads=2,
-        codebook_size=16, code_dim=4, dtype='float32'), revive_every=1, revive_until=5,
-                                                dead_below=0.01, ema=0.9)}
+  'generator': generator_objective.GeneratorStage(
+    parti_config.PartiConfig(
+      encoder_layers=1,
+      decoder_layers=1,
+      width=16,
+      mlp_width=16,
+      heads=2,
+      text_vocabulary=16,
+      text_length=4,
+      codebook_size=24,
+      grid=(2, 2),
+      dropout=0.3,
+      dtype='float32',
+    )
+  ),
+  'tokenizer': tokenizer_objective.TokenizerStage(
+    vit_vqgan.ViTVQGANConfig(
+      image_size=8,
+      patch_size=4,
+      encoder_layers=1,
+      encoder_width=16,
+      encoder_mlp_width=16,
+      encoder_heads=2,
+      decoder_layers=1,
+      decoder_width=16,
+      decoder_mlp_width=16,
+      decoder_heads=2,
+      codebook_size=16,
+      code_dim=4,
+      dtype='float32',
+    ),
+    revive_every=1,
+    revive_until=5,
+    dead_below=0.01,
+    ema=0.9,
+  ),
+}
 
 
 def _batch(name):
   draw = np.random.default_rng(0)
   if name == 'tokenizer':
     return {'images': draw.integers(0, 256, (8, 8, 8, 3)).astype(np.uint8)}
-  return {'encoder_input_tokens': draw.integers(1, 16, (8, 4)).astype(np.int32),
-          'decoder_target_tokens': draw.integers(0, 24, (8, 4)).astype(np.int32),
-          'decoder_loss_weights': np.ones((8, 4), np.float32)}
+  return {
+    'encoder_input_tokens': draw.integers(1, 16, (8, 4)).astype(np.int32),
+    'decoder_target_tokens': draw.integers(0, 24, (8, 4)).astype(np.int32),
+    'decoder_loss_weights': np.ones((8, 4), np.float32),
+  }
 
 
 def _trained(name):
   """Initial parameters, losses of three steps, the state after them, and an evaluation."""
   optimizer = {'generator': optimizers.adafactor, 'tokenizer': optimizers.adamw}[name]
-  schedule = {'generator': optimizers.parti_schedule(1e-2, 2, 3, 4),
-              'tokenizer': optimizers.warmup_cosine(1e-2, 1, 4)}[name]
+  schedule = {
+    'generator': optimizers.parti_schedule(1e-2, 2, 3, 4),
+    'tokenizer': optimizers.warmup_cosine(1e-2, 1, 4),
+  }[name]
   trainer = trainer_lib.Trainer(
-      STAGES[name], optimizer(schedule), mesh_lib.make_mesh(devices=jax.devices()[:1]), seed=5)
+    STAGES[name], optimizer(schedule), mesh_lib.make_mesh(devices=jax.devices()[:1]), seed=5
+  )
   state, batch = trainer.create_state(), _batch(name)
   first, losses = jax.device_get(state.params), []
   for _ in range(3):
@@ -113,9 +166,15 @@ def _trained_by_default():
   return {name: _trained(name) for name in STAGES}
 
 
-@pytest.mark.parametrize('name, settings', [
-    *(('generator', settings) for settings in DRAWS.values()), ('generator', EVERYTHING),
-    ('tokenizer', EVERYTHING)], ids=[*DRAWS, 'everything', 'tokenizer'])
+@pytest.mark.parametrize(
+  'name, settings',
+  [
+    *(('generator', settings) for settings in DRAWS.values()),
+    ('generator', EVERYTHING),
+    ('tokenizer', EVERYTHING),
+  ],
+  ids=[*DRAWS, 'everything', 'tokenizer'],
+)
 def test_initial_parameters_and_losses_are_the_same(name, settings, config, trained):
   config(settings)
   assert _trained(name) == trained[name]
@@ -123,9 +182,15 @@ def test_initial_parameters_and_losses_are_the_same(name, settings, config, trai
 
 def test_cached_tokens_are_the_same_and_whoever_reads_them_keeps_their_settings(config):
   stage = STAGES['tokenizer']
-  params = jax.device_get(jax.jit(
-      lambda: jax.tree.map(lambda leaf: leaf.unbox(), stage.init(numerics.key(0)),
-                           is_leaf=lambda leaf: hasattr(leaf, 'unbox')))())
+  params = jax.device_get(
+    jax.jit(
+      lambda: jax.tree.map(
+        lambda leaf: leaf.unbox(),
+        stage.init(numerics.key(0)),
+        is_leaf=lambda leaf: hasattr(leaf, 'unbox'),
+      )
+    )()
+  )
   tokenizer = frozen_tokenizer.FrozenTokenizer('folder', stage.model, params)
   tokenizer = frozen_tokenizer.FrozenTokenizer('folder', stage.model, params)
   images = _batch('tokenizer')['images']

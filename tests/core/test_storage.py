@@ -86,6 +86,7 @@ def test_write_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
 
   def fail(*_):
     raise OSError('disk full')
+
   monkeypatch.setattr('os.replace', fail)
   monkeypatch.setattr('os.rename', fail)
   with pytest.raises(OSError, match='disk full'):
@@ -99,11 +100,15 @@ def test_what_can_not_be_written_is_known_before(tmp_path, monkeypatch):
   storage.check_can_write('--output_dir=x', f'file://{tmp_path}/new')
   assert not (tmp_path / 'not').exists()
   (tmp_path / 'file').write_text('')
-  with pytest.raises(errors.UserError, match=r'--output_dir=x: .*/file is not a folder; choose another'):
+  with pytest.raises(
+    errors.UserError, match=r'--output_dir=x: .*/file is not a folder; choose another'
+  ):
     storage.check_can_write('--output_dir=x', tmp_path / 'file' / 'below')
   storage.check_can_write('--output=x', tmp_path / 'file')
   monkeypatch.setattr(storage.os, 'access', lambda path, mode: False)  # Root may write anywhere.
-  with pytest.raises(errors.UserError, match='--output_dir=x: .* can not be written; make it writable'):
+  with pytest.raises(
+    errors.UserError, match='--output_dir=x: .* can not be written; make it writable'
+  ):
     storage.check_can_write('--output_dir=x', tmp_path / 'new')
 
 
@@ -183,6 +188,7 @@ def test_unknown_scheme_and_missing_package(monkeypatch):
 
   def fail(*_):
     raise ImportError('Install s3fs') from ModuleNotFoundError("No module named 's3fs'")
+
   monkeypatch.setattr('fsspec.core.url_to_fs', fail)
   with pytest.raises(errors.UserError, match=r's3://b/a: .*pip install "parti_jax\[s3\]"'):
     storage.exists('s3://b/a')
@@ -202,6 +208,10 @@ def test_refused_connection(s3_bucket, monkeypatch):
     unused.bind(('127.0.0.1', 0))  # And never listens.
     monkeypatch.setenv('AWS_ENDPOINT_URL', f'http://127.0.0.1:{unused.getsockname()[1]}')
     monkeypatch.setenv('PARTI_JAX_STORE_SECONDS', '2')
-    with _new_file_systems('s3'), pytest.raises(
-        errors.UserError, match='file: the store can not be reached .*AWS_ENDPOINT_URL'):
+    with (
+      _new_file_systems('s3'),
+      pytest.raises(
+        errors.UserError, match='file: the store can not be reached .*AWS_ENDPOINT_URL'
+      ),
+    ):
       storage.write(s3_bucket + '/file', 'a')

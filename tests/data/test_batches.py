@@ -33,7 +33,9 @@ def test_features(numbered):
   numbered(3)
   batch = next(Batches('folder_pairs', 'train', 2, PAIRS))
   assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {
-      'images': ((2, 8, 8, 3), np.uint8), 'encoder_input_tokens': ((2, 16), np.int32)}
+    'images': ((2, 8, 8, 3), np.uint8),
+    'encoder_input_tokens': ((2, 16), np.int32),
+  }
 
 
 def test_every_example_once_an_epoch_and_nothing_dropped(numbered):
@@ -42,13 +44,19 @@ def test_every_example_once_an_epoch_and_nothing_dropped(numbered):
   read = [_numbers(next(batches)) for _ in range(10)]
   assert all(len(numbers) == 4 for numbers in read)
   stream = sum(read, [])
-  epochs = [stream[i:i + 10] for i in range(0, 40, 10)]
+  epochs = [stream[i : i + 10] for i in range(0, 40, 10)]
   assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
   assert len({tuple(epoch) for epoch in epochs}) == 4
   assert batches.state() == {
-      'version': 2, 'epoch': 3, 'taken': 10, 'lost': 0, 'stream': {'position': 40}, 'skipped': {},
-      'shortened': {}, 'reads': {'task': 'folder_images', 'split': 'train', 'train.seed': 1,
-                                 'examples': 10}}
+    'version': 2,
+    'epoch': 3,
+    'taken': 10,
+    'lost': 0,
+    'stream': {'position': 40},
+    'skipped': {},
+    'shortened': {},
+    'reads': {'task': 'folder_images', 'split': 'train', 'train.seed': 1, 'examples': 10},
+  }
 
 
 def test_last_batch_may_be_short(numbered):
@@ -61,8 +69,9 @@ def test_last_batch_may_be_short(numbered):
 def test_seed_decides(numbered):
   numbered(12)
   first, same, other = (
-      [next(batches) for _ in range(4)]
-      for batches in (Batches('folder_pairs', 'train', 5, PAIRS, seed=seed) for seed in (1, 1, 2)))
+    [next(batches) for _ in range(4)]
+    for batches in (Batches('folder_pairs', 'train', 5, PAIRS, seed=seed) for seed in (1, 1, 2))
+  )
   for batch, again in zip(first, same):
     _assert_equal(batch, again)
   assert [_numbers(batch) for batch in first] != [_numbers(batch) for batch in other]
@@ -89,8 +98,17 @@ def test_shares_of_an_epoch(numbered, shuffle):
   numbered(11)
   read = []
   for index in range(3):
-    batches = Batches('folder_images', 'train', 2, IMAGES, seed=4, shuffle=shuffle, num_epochs=1,
-                      share=index, shares=3)
+    batches = Batches(
+      'folder_images',
+      'train',
+      2,
+      IMAGES,
+      seed=4,
+      shuffle=shuffle,
+      num_epochs=1,
+      share=index,
+      shares=3,
+    )
     read.append(sum((_numbers(batch) for batch in batches), []))
   assert sorted(sum(read, [])) == list(range(11))
   assert all(3 <= len(numbers) <= 4 for numbers in read)
@@ -139,7 +157,7 @@ def test_rates_that_are_no_share(numbered, rate):
 def test_long_captions_are_counted(numbered, caplog):
   numbered(4)
   batches = Batches('folder_pairs', 'train', 4, {'inputs': 2, 'images': 8}, num_epochs=1)
-  batch, = batches
+  (batch,) = batches
   assert (batch['encoder_input_tokens'][:, 1] == 1).all()
   assert batches.shortened == {'caption cut to 2 tokens': 4} and not batches.skipped
   assert '4 caption cut to 2 tokens' in caplog.text
@@ -147,8 +165,12 @@ def test_long_captions_are_counted(numbered, caplog):
 
 def _with_bad_examples(folder, encode):
   """Twelve examples, of which four have a bad picture and one has no caption."""
-  folder([('' if i == 7 else f'words {i}', b'bad' if i % 3 == 1 else encode((i, 0, 0)))
-          for i in range(12)])
+  folder(
+    [
+      ('' if i == 7 else f'words {i}', b'bad' if i % 3 == 1 else encode((i, 0, 0)))
+      for i in range(12)
+    ]
+  )
 
 
 @pytest.mark.parametrize('taken', [0, 1, 3, 4, 6])
@@ -180,8 +202,10 @@ def test_going_on_decodes_no_earlier_example(folder, encode, monkeypatch):
   list(before)  # It must not decode in advance while it is counted.
   decoded, decode = [], image_decoding.decode_and_note
   monkeypatch.setattr(
-      image_decoding, 'decode_and_note',
-      lambda *args, **kwargs: decoded.append(1) or decode(*args, **kwargs))
+    image_decoding,
+    'decode_and_note',
+    lambda *args, **kwargs: decoded.append(1) or decode(*args, **kwargs),
+  )
   resumed = Batches('folder_pairs', 'train', 2, PAIRS, num_epochs=1)
   list(resumed)
   whole = len(decoded)
@@ -204,7 +228,9 @@ def test_going_on_takes_no_longer_far_from_the_beginning(numbered, monkeypatch):
   numbered(7)
   read = []
   open_file = storage.open_file
-  monkeypatch.setattr(storage, 'open_file', lambda path, *a: read.append(path) or open_file(path, *a))
+  monkeypatch.setattr(
+    storage, 'open_file', lambda path, *a: read.append(path) or open_file(path, *a)
+  )
   settings = share.Settings(0, 0, 1)
   batches = Batches('folder_images', 'train', 2, IMAGES, settings=settings)
   del read[:]
@@ -213,8 +239,10 @@ def test_going_on_takes_no_longer_far_from_the_beginning(numbered, monkeypatch):
   assert len(read) <= 4 and batches.place == (10**7, 5)
   again = Batches('folder_images', 'train', 2, IMAGES)
   again.seek(10**7, 0)
-  assert _numbers(first) == (_numbers(next(again)) + _numbers(next(again)))[3:] + _numbers(
-      next(again))[:1]
+  assert (
+    _numbers(first)
+    == (_numbers(next(again)) + _numbers(next(again)))[3:] + _numbers(next(again))[:1]
+  )
 
 
 def test_nothing_is_read_once_closed(numbered):
@@ -250,19 +278,23 @@ def test_threads_and_processes_change_nothing(folder, encode, values):
   _with_bad_examples(folder, encode)
   gin.parse_config('drop_text.rate = 0.5')
   read = lambda settings: Batches(
-      'folder_pairs', 'train', 4, PAIRS, seed=3, training=True, settings=settings)
+    'folder_pairs', 'train', 4, PAIRS, seed=3, training=True, settings=settings
+  )
   with read(share.Settings(0, 0, 1)) as expected, read(share.Settings(*values)) as found:
     for _ in range(6):
       _assert_equal(next(found), next(expected))
       assert found.state() == expected.state()
 
 
-@pytest.mark.parametrize('lengths, message', [
+@pytest.mark.parametrize(
+  'lengths, message',
+  [
     ({'inputs': 8}, 'folder_images has the features images, but feature_lengths gives inputs'),
     ({}, 'feature_lengths gives none'),
     ({'images': 0}, r"feature_lengths\['images'\] = 0 must be a whole number"),
     ({'images': 8.0}, 'must be a whole number'),
-])
+  ],
+)
 def test_lengths_that_do_not_fit(numbered, lengths, message):
   numbered(1)
   with pytest.raises(UserError, match=message):

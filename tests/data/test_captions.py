@@ -8,7 +8,9 @@ from parti_jax.data.batches import Batches
 LENGTHS = {'inputs': 16}
 
 
-@pytest.mark.parametrize('data, reason', [
+@pytest.mark.parametrize(
+  'data, reason',
+  [
     (b'', 'no caption'),
     (b' \t\r\n', 'no caption'),
     ('\u200b\u200e\u2003\ufeff'.encode(), 'no caption'),
@@ -20,13 +22,16 @@ LENGTHS = {'inputs': 16}
     (captions.NOT_TEXT, 'caption that is not a text'),
     (bytes(range(1, 32)), 'caption of control characters'),
     (b'a\0\0\0d\0\0\0', 'caption of control characters'),
-])
+  ],
+)
 def test_unusable(data, reason):
   with pytest.raises(captions.UnusableCaption, match=f'^{reason}$'):
     captions.clean(data)
 
 
-@pytest.mark.parametrize('data, text', [
+@pytest.mark.parametrize(
+  'data, text',
+  [
     (b'  a dog\n', 'a dog'),
     (b'\xef\xbb\xbfa dog', 'a dog'),
     ('a dog\n'.encode('utf-16'), 'a dog'),
@@ -36,7 +41,8 @@ def test_unusable(data, reason):
     ('\u202eabc\u202c'.encode(), '\u202eabc\u202c'),
     ('\U0001f469\u200d\U0001f692'.encode(), '\U0001f469\u200d\U0001f692'),
     (b'a\tdog', 'a\tdog'),
-])
+  ],
+)
 def test_kept(data, text):
   assert captions.clean(data) == (text, [])
 
@@ -68,16 +74,30 @@ def test_json():
 
 def test_captions_in_a_run(folder, encode, caplog):
   picture = encode((1, 2, 3))
-  folder([('a dog', picture), ('\ud83d', picture), ('\x01\x02', picture), ('\u200b', picture),
-          ('a cat\x07 on a mat', picture), ('dog ' * 50_000, picture), ('\uffff', picture)])
+  folder(
+    [
+      ('a dog', picture),
+      ('\ud83d', picture),
+      ('\x01\x02', picture),
+      ('\u200b', picture),
+      ('a cat\x07 on a mat', picture),
+      ('dog ' * 50_000, picture),
+      ('\uffff', picture),
+    ]
+  )
   batches = Batches('folder_texts', 'train', 8, LENGTHS, num_epochs=1)
-  batch, = batches
+  (batch,) = batches
   assert len(batch['encoder_input_tokens']) == 4
   assert batches.skipped == {
-      'caption not UTF-8': 1, 'caption of control characters': 1, 'no caption': 1}
+    'caption not UTF-8': 1,
+    'caption of control characters': 1,
+    'no caption': 1,
+  }
   assert batches.shortened == {
-      'control characters taken out of the caption': 1, 'caption cut to 65,536 bytes': 1,
-      'caption cut to 16 tokens': 1}
+    'control characters taken out of the caption': 1,
+    'caption cut to 65,536 bytes': 1,
+    'caption cut to 16 tokens': 1,
+  }
   assert '1 caption not UTF-8' in caplog.text
 
 
@@ -85,5 +105,5 @@ def test_a_caption_that_the_vocabulary_drops_is_none(folder, encode):
   # Not invisible to Unicode, but SentencePiece takes the replacement character for a blank.
   folder([('a dog', encode((1, 2, 3))), ('\ufffd', encode((1, 2, 3)))])
   batches = Batches('folder_texts', 'train', 8, LENGTHS, num_epochs=1)
-  batch, = batches
+  (batch,) = batches
   assert len(batch['encoder_input_tokens']) == 1 and batches.skipped == {'no caption': 1}

@@ -22,10 +22,16 @@ SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()
 D50 = (0.9642, 1.0, 0.8249)
 # Red, green and blue of colour spaces in XYZ, as seen in D50.
 ADOBE_RGB = ((0.60974, 0.31111, 0.01947), (0.20528, 0.62567, 0.06087), (0.14919, 0.06322, 0.74457))
-DISPLAY_P3 = ((0.51512, 0.24120, -0.00105), (0.29198, 0.69225, 0.04189),
-              (0.15710, 0.06657, 0.78407))
-SRGB_COLORS = ((0.43607, 0.22249, 0.01392), (0.38515, 0.71687, 0.09708),
-               (0.14307, 0.06061, 0.71410))
+DISPLAY_P3 = (
+  (0.51512, 0.24120, -0.00105),
+  (0.29198, 0.69225, 0.04189),
+  (0.15710, 0.06657, 0.78407),
+)
+SRGB_COLORS = (
+  (0.43607, 0.22249, 0.01392),
+  (0.38515, 0.71687, 0.09708),
+  (0.14307, 0.06061, 0.71410),
+)
 UNUSABLE = 'unusable colour profile ignored'
 
 
@@ -35,16 +41,29 @@ def _fixed(value):
 
 def _profile(space, tags, kind=b'mntr', connection=b'XYZ '):
   """Returns an ICC profile, version 2."""
-  tags = {b'desc': b'desc\0\0\0\0' + struct.pack('>I', 2) + b'a\0' + bytes(78),
-          b'cprt': b'text\0\0\0\0none\0', b'wtpt': _xyz(D50), **tags}
+  tags = {
+    b'desc': b'desc\0\0\0\0' + struct.pack('>I', 2) + b'a\0' + bytes(78),
+    b'cprt': b'text\0\0\0\0none\0',
+    b'wtpt': _xyz(D50),
+    **tags,
+  }
   place, table, content = 132 + 12 * len(tags), b'', b''
   for name, data in tags.items():
     data += bytes(-len(data) % 4)
     table += name + struct.pack('>II', place + len(content), len(data))
     content += data
   body = struct.pack('>I', len(tags)) + table + content
-  header = (struct.pack('>I', 128 + len(body)) + b'lcms\x02\x10\0\0' + kind + space + connection
-            + bytes(12) + b'acsp' + bytes(28) + b''.join(map(_fixed, D50)))
+  header = (
+    struct.pack('>I', 128 + len(body))
+    + b'lcms\x02\x10\0\0'
+    + kind
+    + space
+    + connection
+    + bytes(12)
+    + b'acsp'
+    + bytes(28)
+    + b''.join(map(_fixed, D50))
+  )
   return header + bytes(128 - len(header)) + body
 
 
@@ -71,23 +90,31 @@ def grey_profile(gamma):
 
 def cmyk_profile():
   """Lightness is 100 without ink and 0 with all of any; each ink takes the same, and no hue."""
-  nodes = bytes(value for index in range(16)
-                for value in (round(255 * max(0, 1 - bin(index).count('1') / 2)), 128, 128))
+  nodes = bytes(
+    value
+    for index in range(16)
+    for value in (round(255 * max(0, 1 - bin(index).count('1') / 2)), 128, 128)
+  )
   identity = bytes(range(256))
-  lut = (b'mft1\0\0\0\0' + bytes([4, 3, 2, 0]) + b''.join(
-      _fixed(float(row == column)) for row in range(3) for column in range(3))
-         + identity * 4 + nodes + identity * 3)
+  lut = (
+    b'mft1\0\0\0\0'
+    + bytes([4, 3, 2, 0])
+    + b''.join(_fixed(float(row == column)) for row in range(3) for column in range(3))
+    + identity * 4
+    + nodes
+    + identity * 3
+  )
   return _profile(b'CMYK', {b'A2B0': lut}, b'prtr', b'Lab ')
 
 
 def _encoded_srgb(linear):
   linear = np.clip(linear, 0, 1)
-  return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear**(1 / 2.4) - 0.055)
+  return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
 
 
 def _expected(pixels, colors, gamma):
   """Returns what pixels of RGB with these primaries are in sRGB, 0 to 255."""
-  xyz = (pixels / 255)**gamma @ np.array(colors)
+  xyz = (pixels / 255) ** gamma @ np.array(colors)
   return 255 * _encoded_srgb(xyz @ np.linalg.inv(np.array(SRGB_COLORS)))
 
 
@@ -104,15 +131,22 @@ def _encode(image, image_format='png', **arguments):
   return data.getvalue()
 
 
-@pytest.mark.parametrize('image_format, arguments, within', [
-    ('png', {}, 2), ('webp', {'lossless': True}, 2),
-    ('jpeg', {'quality': 100, 'subsampling': 0}, 9)])
-@pytest.mark.parametrize('colors, gamma', [
-    (ADOBE_RGB, 2.2), (DISPLAY_P3, 2.2), (SRGB_COLORS, 1.0), (SRGB_COLORS, 1.8)])
+@pytest.mark.parametrize(
+  'image_format, arguments, within',
+  [
+    ('png', {}, 2),
+    ('webp', {'lossless': True}, 2),
+    ('jpeg', {'quality': 100, 'subsampling': 0}, 9),
+  ],
+)
+@pytest.mark.parametrize(
+  'colors, gamma', [(ADOBE_RGB, 2.2), (DISPLAY_P3, 2.2), (SRGB_COLORS, 1.0), (SRGB_COLORS, 1.8)]
+)
 def test_colors_are_those_of_the_profile(colors, gamma, image_format, arguments, within):
   pixels = _pixels()
-  data = _encode(Image.fromarray(pixels), image_format, icc_profile=rgb_profile(colors, gamma),
-                 **arguments)
+  data = _encode(
+    Image.fromarray(pixels), image_format, icc_profile=rgb_profile(colors, gamma), **arguments
+  )
   expected = _expected(pixels, colors, gamma)
   assert np.abs(expected - pixels).max() > 15
   found, notes = decode_and_note(data, 15)
@@ -120,7 +154,8 @@ def test_colors_are_those_of_the_profile(colors, gamma, image_format, arguments,
   assert np.abs(found - expected).max() <= within
   plain = decode(data, 15, to_srgb=False)
   np.testing.assert_array_equal(
-      plain, decode(_encode(Image.fromarray(pixels), image_format, **arguments), 15))
+    plain, decode(_encode(Image.fromarray(pixels), image_format, **arguments), 15)
+  )
 
 
 def test_palettes_and_transparency_have_colors_too():
@@ -141,14 +176,18 @@ def test_palettes_and_transparency_have_colors_too():
 @pytest.mark.parametrize('kind', ['png', 'jpeg', 'png 16 bits', 'png alpha'])
 def test_greys(kind):
   levels = np.linspace(40, 255, 64).round().astype(np.uint8).reshape(8, 8)
-  expected = 255 * _encoded_srgb((levels / 255)**1.0)
+  expected = 255 * _encoded_srgb((levels / 255) ** 1.0)
   image = Image.fromarray(levels)
   if kind == 'png 16 bits':
     image = Image.fromarray(levels.astype(np.uint16) << 8)
   elif kind == 'png alpha':
     image.putalpha(255)
-  data = _encode(image, kind.split()[0], icc_profile=grey_profile(1.0),
-                 **({'quality': 100} if kind == 'jpeg' else {}))
+  data = _encode(
+    image,
+    kind.split()[0],
+    icc_profile=grey_profile(1.0),
+    **({'quality': 100} if kind == 'jpeg' else {}),
+  )
   found, notes = decode_and_note(data, 8)
   assert np.abs(found - expected[..., None]).max() <= (4 if kind == 'jpeg' else 2) and not notes
 
@@ -161,7 +200,7 @@ def test_cmyk():
   found, notes = decode_and_note(data, 8)
   # Each of the inks takes 100/255 of half of the lightness.
   lightness = np.where(np.arange(8) < 4, 1 - 50 / 255, 1 - 100 / 255)[:, None, None]
-  expected = 255 * _encoded_srgb(((100 * lightness + 16) / 116)**3)
+  expected = 255 * _encoded_srgb(((100 * lightness + 16) / 116) ** 3)
   assert np.abs(found - expected).max() <= 3 and not notes
   without = decode(_encode(Image.fromarray(inks, 'CMYK'), 'jpeg', quality=100), 8)
   assert np.abs(without.astype(int) - found).max() > 50
@@ -171,7 +210,11 @@ def test_cmyk():
 def test_what_is_srgb_stays_bit_for_bit(monkeypatch):
   pixels = np.random.default_rng(0).integers(0, 256, [9, 9, 3], np.uint8)
   for image_format, arguments in (
-      ('png', {}), ('jpeg', {'quality': 90}), ('webp', {'lossless': True}), ('webp', {})):
+    ('png', {}),
+    ('jpeg', {'quality': 90}),
+    ('webp', {'lossless': True}),
+    ('webp', {}),
+  ):
     image = Image.fromarray(pixels)
     plain = decode(_encode(image, image_format, **arguments), 9)
     data = _encode(image, image_format, icc_profile=SRGB, **arguments)
@@ -182,14 +225,24 @@ def test_what_is_srgb_stays_bit_for_bit(monkeypatch):
 
 
 def _cut(profile):
-  return profile[:len(profile) // 2]
+  return profile[: len(profile) // 2]
 
 
-@pytest.mark.parametrize('profile', [
-    b'nonsense', bytes(200), _cut(rgb_profile(ADOBE_RGB, 2.2)), grey_profile(1.0), cmyk_profile(),
-    _profile(b'RGB ', {}), _profile(b'Lab ', {}), _profile(b'RGB ', {}, kind=b'link'),
-    rgb_profile(ADOBE_RGB, 2.2) + bytes(color_profiles.MAX_BYTES)],
-    ids=['nonsense', 'zeros', 'cut', 'grey', 'CMYK', 'empty', 'Lab', 'link', 'huge'])
+@pytest.mark.parametrize(
+  'profile',
+  [
+    b'nonsense',
+    bytes(200),
+    _cut(rgb_profile(ADOBE_RGB, 2.2)),
+    grey_profile(1.0),
+    cmyk_profile(),
+    _profile(b'RGB ', {}),
+    _profile(b'Lab ', {}),
+    _profile(b'RGB ', {}, kind=b'link'),
+    rgb_profile(ADOBE_RGB, 2.2) + bytes(color_profiles.MAX_BYTES),
+  ],
+  ids=['nonsense', 'zeros', 'cut', 'grey', 'CMYK', 'empty', 'Lab', 'link', 'huge'],
+)
 def test_profiles_that_cannot_be_used_are_ignored_and_said(profile):
   image = Image.fromarray(_pixels())
   data = _encode(image, 'jpeg', icc_profile=profile)
@@ -220,8 +273,13 @@ def test_several_threads():
 def test_in_a_run(folder):
   pixels = _pixels()
   image = Image.fromarray(pixels)
-  folder([('a', _encode(image, icc_profile=rgb_profile(ADOBE_RGB, 2.2))),
-          ('b', _encode(image, icc_profile=b'nonsense')), ('c', _encode(image))])
+  folder(
+    [
+      ('a', _encode(image, icc_profile=rgb_profile(ADOBE_RGB, 2.2))),
+      ('b', _encode(image, icc_profile=b'nonsense')),
+      ('c', _encode(image)),
+    ]
+  )
   lengths = {'images': 15}
   batches = Batches('folder_images', 'train', 3, lengths, shuffle=False, num_epochs=1)
   images = next(batches)['images']
@@ -231,8 +289,10 @@ def test_in_a_run(folder):
     gin.parse_config('decode_images.to_srgb = False')
   batches = Batches('folder_images', 'train', 3, lengths, shuffle=False, num_epochs=1)
   assert (next(batches)['images'] == pixels).all() and not batches.shortened
-  assert all((picture == pixels).all()
-             for _, picture in datasets.pictures_and_captions('folder', 'train', 15))
+  assert all(
+    (picture == pixels).all()
+    for _, picture in datasets.pictures_and_captions('folder', 'train', 15)
+  )
 
 
 def test_the_switch_is_true_or_false():

@@ -35,8 +35,10 @@ def _numbers(batches):
 
 
 def _example(**values):
-  feature = {key: tf.train.Feature(bytes_list=tf.train.BytesList(value=value))
-             for key, value in values.items()}
+  feature = {
+    key: tf.train.Feature(bytes_list=tf.train.BytesList(value=value))
+    for key, value in values.items()
+  }
   return tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString()
 
 
@@ -45,7 +47,7 @@ def _framed(records):
   for record in records:
     for part in (struct.pack('<Q', len(record)), record):
       crc = google_crc32c.value(part)
-      data.write(part + struct.pack('<I', ((crc >> 15 | crc << 17) + 0xa282ead8) & 0xffffffff))
+      data.write(part + struct.pack('<I', ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF))
   return data.getvalue()
 
 
@@ -91,13 +93,17 @@ def test_damaged_tfrecords(tfrecord, encode, caplog):
   batches = Batches('tfrecord_images', 'train', 4, IMAGES, num_epochs=1)
   assert sorted(_numbers(batches)) == [0, 1, 2, 3, 4, 5, 6, 8, 9, 10, 11, 15, 16, 17, 18]
   assert batches.skipped == {
-      'rest of a damaged TFRecord file': 2, 'record with a wrong checksum': 1}
+    'rest of a damaged TFRecord file': 2,
+    'record with a wrong checksum': 1,
+  }
   for name in ('train-c.tfrecord: rest of', 'train-d.tfrecord: rest', 'train-b.tfrecord: record'):
     assert name in caplog.text
   # With fewer shares than files, and with more: nothing is read or counted twice.
   for shares in (2, 5):
-    parts = [Batches('tfrecord_images', 'train', 4, IMAGES, num_epochs=1, share=share,
-                     shares=shares) for share in range(shares)]
+    parts = [
+      Batches('tfrecord_images', 'train', 4, IMAGES, num_epochs=1, share=share, shares=shares)
+      for share in range(shares)
+    ]
     assert len(sum((_numbers(part) for part in parts), [])) == 15
     assert sum(sum(part.skipped.values()) for part in parts) == 3
 
@@ -106,38 +112,59 @@ def test_records_that_are_no_examples(tfrecord, encode):
   picture = encode((9, 9, 9))
   numbers = tf.train.Feature(int64_list=tf.train.Int64List(value=[1, 2]))
   wrong = tf.train.Example(features=tf.train.Features(feature={'image': numbers}))
-  tfrecord('train.tfrecord', [
-      _example(image=[picture], caption=[b'a dog']), b'\xff' * 20, wrong.SerializeToString(),
-      _example(caption=[b'a dog']), _example(image=[picture]), b'',
-      _example(image=[picture], caption=[b'a', b'b'])])
+  tfrecord(
+    'train.tfrecord',
+    [
+      _example(image=[picture], caption=[b'a dog']),
+      b'\xff' * 20,
+      wrong.SerializeToString(),
+      _example(caption=[b'a dog']),
+      _example(image=[picture]),
+      b'',
+      _example(image=[picture], caption=[b'a', b'b']),
+    ],
+  )
   batches = Batches('tfrecord_pairs', 'train', 8, {'inputs': 8, **IMAGES}, num_epochs=1)
   assert len(_numbers(batches)) == 1
   assert batches.skipped == {
-      'record that is no tf.train.Example': 1, 'record with numbers in place of a picture': 1,
-      'no picture': 1, 'no caption': 2, 'record with more than one caption': 1}
+    'record that is no tf.train.Example': 1,
+    'record with numbers in place of a picture': 1,
+    'no picture': 1,
+    'no caption': 2,
+    'record with more than one caption': 1,
+  }
 
 
 def test_a_record_that_says_that_it_is_huge(monkeypatch):
   monkeypatch.setattr(tfrecords, 'MAX_BYTES', 100)
   small, huge = b'small', bytes(3_000_000)
   assert list(tfrecords.records(io.BytesIO(_framed([small, huge, small])))) == [
-      small, Damaged('record of too many bytes'), small]
+    small,
+    Damaged('record of too many bytes'),
+    small,
+  ]
   lies = struct.pack('<Q', 2**62)
   crc = google_crc32c.value(lies)
-  lies += struct.pack('<I', ((crc >> 15 | crc << 17) + 0xa282ead8) & 0xffffffff)
+  lies += struct.pack('<I', ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
   assert list(tfrecords.records(io.BytesIO(_framed([small]) + lies + bytes(200)))) == [
-      small, Damaged('rest of a damaged TFRecord file')]
+    small,
+    Damaged('rest of a damaged TFRecord file'),
+  ]
 
 
 def test_text_files(tmp_path, caplog):
   lines = [f'a red circle {i}' for i in range(2000)]
   (tmp_path / 'a.txt').write_bytes(b'a dog\ncaf\xe9\n' + b'x' * 200_000 + b'\na cat')
   packed = gzip.compress('\n'.join(lines).encode())
-  (tmp_path / 'b.txt.gz').write_bytes(packed[:len(packed) // 2])
+  (tmp_path / 'b.txt.gz').write_bytes(packed[: len(packed) // 2])
   (tmp_path / 'c.txt.gz').write_bytes(b'not packed')
   gin.parse_config(f"text.path = '{tmp_path}'\ntext.splits = {{'train': '*.txt*'}}")
   assert [len(line['caption']) for line in text_lines.lines(str(tmp_path / 'a.txt'))] == [
-      6, 5, 2**16 + 1, 5]
+    6,
+    5,
+    2**16 + 1,
+    5,
+  ]
   batches = Batches('text_texts', 'train', 100, {'inputs': 8}, num_epochs=1)
   count = sum(len(batch['encoder_input_tokens']) for batch in batches)
   assert 500 < count < 2000
@@ -176,8 +203,11 @@ def _samples(path, caption_key=None):
 
 
 def _files(count):
-  return [(f'{i}.{ending}', content) for i in range(count)
-          for ending, content in (('jpg', b'%d' % i), ('txt', b'a dog'))]
+  return [
+    (f'{i}.{ending}', content)
+    for i in range(count)
+    for ending, content in (('jpg', b'%d' % i), ('txt', b'a dog'))
+  ]
 
 
 def _pairs(*numbers):
@@ -192,8 +222,9 @@ def test_whole_shards(tar, mode, tar_format):
   assert _samples(path) == _pairs(0, 1, 2)
 
 
-@pytest.mark.parametrize('kept', [5 * 2048, 5 * 2048 + 100, 5 * 2048 + 700, 5 * 2048 + 1024,
-                                  5 * 2048 + 1100])
+@pytest.mark.parametrize(
+  'kept', [5 * 2048, 5 * 2048 + 100, 5 * 2048 + 700, 5 * 2048 + 1024, 5 * 2048 + 1100]
+)
 def test_a_shard_that_breaks_off(tar, kept):
   path = tar(_files(8))
   path.write_bytes(path.read_bytes()[:kept])
@@ -203,7 +234,7 @@ def test_a_shard_that_breaks_off(tar, kept):
 
 def test_batches_of_a_shard_that_breaks_off(tar, encode, caplog):
   path = tar([(f'{i}.png', encode((i, i, i))) for i in range(8)])
-  path.write_bytes(path.read_bytes()[:5 * 1024 + 700])
+  path.write_bytes(path.read_bytes()[: 5 * 1024 + 700])
   batches = Batches('webdataset_images', 'train', 2, IMAGES, num_epochs=1)
   assert sorted(_numbers(batches)) == [0, 1, 2, 3, 4]
   assert batches.skipped == {REST_OF_TAR: 1}
@@ -218,11 +249,13 @@ def test_behind_a_damaged_header_reading_goes_on(tar, place):
   data[1024 * place + 3] ^= 1
   path.write_bytes(data)
   found = _samples(path)
-  half = {'picture': b'', 'caption': b'a dog'} if place % 2 == 0 else {
-      'picture': b'3', 'caption': b''}
+  half = (
+    {'picture': b'', 'caption': b'a dog'} if place % 2 == 0 else {'picture': b'3', 'caption': b''}
+  )
   assert [e for e in found if isinstance(e, str)] == ['part of a damaged tar shard']
   assert [e for e in found if not isinstance(e, str)] == [
-      half if i == place // 2 else pair for i, pair in enumerate(_pairs(0, 1, 2, 3))]
+    half if i == place // 2 else pair for i, pair in enumerate(_pairs(0, 1, 2, 3))
+  ]
 
 
 def test_a_size_that_lies(tar, monkeypatch):
@@ -237,24 +270,27 @@ def test_a_size_that_lies(tar, monkeypatch):
   whole = path.read_bytes()
   header = lambda size: lying(size).tobuf()
   # Up to the middle of the next file; far larger than the shard; negative.
-  path.write_bytes(whole[:2048] + header(600) + whole[2048 + 512:])
+  path.write_bytes(whole[:2048] + header(600) + whole[2048 + 512 :])
   swallowed = {'picture': whole[2560:3160], 'caption': b''}
-  assert _samples(path) == [
-      *_pairs(0), 'part of a damaged tar shard', swallowed, *_pairs(2)]
-  path.write_bytes(whole[:2048] + header(2**33) + whole[2048 + 512:])
+  assert _samples(path) == [*_pairs(0), 'part of a damaged tar shard', swallowed, *_pairs(2)]
+  path.write_bytes(whole[:2048] + header(2**33) + whole[2048 + 512 :])
   assert _samples(path) == ['file of too many bytes in a tar shard', REST_OF_TAR]
   negative = bytearray(header(0))
   negative[124:136] = b'\xff' * 12
   negative[148:156] = b'%06o\0 ' % tarfile.calc_chksums(bytes(negative))[0]
-  path.write_bytes(whole[:2048] + negative + whole[2048 + 512:])
+  path.write_bytes(whole[:2048] + negative + whole[2048 + 512 :])
   assert 'part of a damaged tar shard' in _samples(path)
 
 
 def test_members_that_are_no_files(tar):
   members = []
-  for kind, name in ((tarfile.SYMTYPE, '0.txt'), (tarfile.LNKTYPE, '1.txt'),
-                     (tarfile.CHRTYPE, '2.txt'), (tarfile.FIFOTYPE, '3.txt'),
-                     (tarfile.DIRTYPE, '4.txt')):
+  for kind, name in (
+    (tarfile.SYMTYPE, '0.txt'),
+    (tarfile.LNKTYPE, '1.txt'),
+    (tarfile.CHRTYPE, '2.txt'),
+    (tarfile.FIFOTYPE, '3.txt'),
+    (tarfile.DIRTYPE, '4.txt'),
+  ):
     member = tarfile.TarInfo(name)
     member.type, member.linkname = kind, '/etc/passwd'
     members.append((member, b''))
@@ -263,8 +299,14 @@ def test_members_that_are_no_files(tar):
 
 
 def test_names_that_lead_elsewhere_lead_nowhere(tar, tmp_path):
-  path = tar([('../../x.jpg', b'0'), ('../../x.txt', b'a dog'), ('/etc/x.jpg', b'1'),
-              ('/etc/x.txt', b'a dog')])
+  path = tar(
+    [
+      ('../../x.jpg', b'0'),
+      ('../../x.txt', b'a dog'),
+      ('/etc/x.jpg', b'1'),
+      ('/etc/x.txt', b'a dog'),
+    ]
+  )
   assert _samples(path) == _pairs(0, 1)
   assert os.listdir(tmp_path) == ['0.tar']
 
@@ -275,8 +317,11 @@ def test_sparse_files_and_huge_headers(tar):
   huge = tarfile.TarInfo('1.jpg')
   huge.pax_headers = {'comment': 'x' * 2**17}
   path = tar([(sparse, b'map'), (huge, b'9'), *_files(1)], tar_format=tarfile.PAX_FORMAT)
-  assert _samples(path) == ['link, device or sparse file in a tar shard',
-                            'part of a damaged tar shard', *_pairs(0)]
+  assert _samples(path) == [
+    'link, device or sparse file in a tar shard',
+    'part of a damaged tar shard',
+    *_pairs(0),
+  ]
 
 
 def test_shards_one_behind_the_other(tar):
@@ -285,26 +330,37 @@ def test_shards_one_behind_the_other(tar):
   assert _samples(path) == _pairs(0, 1, 0, 1)
 
 
-@pytest.mark.parametrize('content, caption', [
-    (b'{"caption": "B\\u00e4r"}', 'Bär'.encode()), (b'{"caption": "\\ud83d"}', b'\xed\xa0\xbd'),
-    (b'{"caption": 7}', captions.NOT_TEXT), (b'{"caption": null}', b''), (b'[1]', b''),
-    (b'\xff', b''), (b'[' * 100_000, b''),
-    (b'{"other": "a"}', b'')])
+@pytest.mark.parametrize(
+  'content, caption',
+  [
+    (b'{"caption": "B\\u00e4r"}', 'Bär'.encode()),
+    (b'{"caption": "\\ud83d"}', b'\xed\xa0\xbd'),
+    (b'{"caption": 7}', captions.NOT_TEXT),
+    (b'{"caption": null}', b''),
+    (b'[1]', b''),
+    (b'\xff', b''),
+    (b'[' * 100_000, b''),
+    (b'{"other": "a"}', b''),
+  ],
+)
 def test_captions_in_json(tar, content, caption):
   assert _samples(tar([('0.jpg', b'0'), ('0.json', content)])) == [
-      {'picture': b'0', 'caption': caption}]
+    {'picture': b'0', 'caption': caption}
+  ]
 
 
 def test_huge_json(tar):
   assert _samples(tar([('0.jpg', b'0'), ('0.json', b' ' * 2**21), *_files(2)[2:]])) == [
-      'json file of too many bytes in a tar shard', *_pairs(1)]
+    'json file of too many bytes in a tar shard',
+    *_pairs(1),
+  ]
 
 
 def test_damaged_gzip(tar):
   noise = [(f'{i}.jpg', np.random.default_rng(i).bytes(5000)) for i in range(9)]
   path = tar(noise, mode='w:gz')
   data = path.read_bytes()
-  path.write_bytes(data[:len(data) // 2])
+  path.write_bytes(data[: len(data) // 2])
   found = _samples(path)
   assert found[-1] == REST_OF_TAR and 3 <= len(found) <= 5
   path.write_bytes(b'\x1f\x8b' + bytes(100))
@@ -325,12 +381,22 @@ def test_pictures_that_vanish(folder, encode, caplog):
   assert '002.img: picture file that is gone' in caplog.text
 
 
-@pytest.mark.parametrize('file, message', [
-    ('/etc/passwd', 'no path within the folder'), ('../out.png', 'lies outside of'),
-    ('sub/../../out.png', 'lies outside of'), ('link.png', 'lies outside of'),
-    ('linked/out.png', 'lies outside of'), ('s3://bucket/x.png', 'no path within the folder'),
-    ('sub', 'is no file'), ('', 'is no file'), ('a\0b', 'no name of a file'),
-    ('\ud83d', 'no name of a file'), ('x' * 5000, 'does not exist')])
+@pytest.mark.parametrize(
+  'file, message',
+  [
+    ('/etc/passwd', 'no path within the folder'),
+    ('../out.png', 'lies outside of'),
+    ('sub/../../out.png', 'lies outside of'),
+    ('link.png', 'lies outside of'),
+    ('linked/out.png', 'lies outside of'),
+    ('s3://bucket/x.png', 'no path within the folder'),
+    ('sub', 'is no file'),
+    ('', 'is no file'),
+    ('a\0b', 'no name of a file'),
+    ('\ud83d', 'no name of a file'),
+    ('x' * 5000, 'does not exist'),
+  ],
+)
 def test_paths_that_lead_out_of_the_folder(tmp_path, encode, file, message):
   path = tmp_path / 'folder'
   (path / 'sub').mkdir(parents=True)
@@ -358,17 +424,21 @@ def test_paths_within_the_folder(tmp_path, encode):
 
 def test_lines_of_captions_files_that_are_no_json(tmp_path):
   for content, message in (
-      (b'\xff{', 'cannot be read'), (b'\xff\xfe{', 'cannot be read'),
-      (b'[' * 100_000, 'line 1: no JSON that can be read'),
-      (b'{"file": ' + b'1' * 10_000 + b'}', 'line 1: no JSON that can be read')):
+    (b'\xff{', 'cannot be read'),
+    (b'\xff\xfe{', 'cannot be read'),
+    (b'[' * 100_000, 'line 1: no JSON that can be read'),
+    (b'{"file": ' + b'1' * 10_000 + b'}', 'line 1: no JSON that can be read'),
+  ):
     (tmp_path / 'captions.jsonl').write_bytes(content)
     with pytest.raises(UserError, match=message):
       folder_index.read(str(tmp_path), 'captions.jsonl', 'file', 'caption')
 
 
 def test_one_long_caption_does_not_multiply(tmp_path):
-  lines = [json.dumps({'file': f'{i}', 'caption': 'x' * (1_000_000 if i == 5 else 1)})
-           for i in range(10_000)]
+  lines = [
+    json.dumps({'file': f'{i}', 'caption': 'x' * (1_000_000 if i == 5 else 1)})
+    for i in range(10_000)
+  ]
   (tmp_path / 'captions.jsonl').write_text('\n'.join(lines))
   _, texts = folder_index.read(str(tmp_path), 'captions.jsonl', 'file', 'caption', pictures=False)
   assert texts.nbytes < 1_000_000 and len(texts[5]) == 1_000_000
@@ -379,8 +449,10 @@ def test_resuming_in_damaged_data(tfrecord, encode, taken):
   """The same batches and counts as without an interruption, in the first epoch and the second."""
   for name in 'ab':
     pictures = [encode((i, 0, 0)) if i % 3 else b'bad' for i in range(9)]
-    path = tfrecord(f'train-{name}.tfrecord',
-                    [_example(image=[picture], caption=[b'a dog']) for picture in pictures])
+    path = tfrecord(
+      f'train-{name}.tfrecord',
+      [_example(image=[picture], caption=[b'a dog']) for picture in pictures],
+    )
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(bytes(data[:-1]))
@@ -394,6 +466,12 @@ def test_resuming_in_damaged_data(tfrecord, encode, taken):
   rest = _numbers(uninterrupted)
   assert rest and rest == _numbers(resumed)
   assert resumed.state() == uninterrupted.state()
-  assert resumed.skipped == uninterrupted.skipped == {
-      'unknown picture format': 12, 'record with a wrong checksum': 4,
-      'rest of a damaged TFRecord file': 4}
+  assert (
+    resumed.skipped
+    == uninterrupted.skipped
+    == {
+      'unknown picture format': 12,
+      'record with a wrong checksum': 4,
+      'rest of a damaged TFRecord file': 4,
+    }
+  )

@@ -21,17 +21,23 @@ def _dataset(encode):
 
   def make(numbers, image=None, **columns):
     features = {'image': image or hf.Image(), 'text': hf.Value('string')}
-    rows = {'image': [{'bytes': encode((number, 100, 200)), 'path': None} for number in numbers],
-            'text': [f'woman firefighter {number}' for number in numbers], **columns}
-    return hf.Dataset.from_dict(rows, features=hf.Features(
-        {name: features.get(name, hf.Value('int64')) for name in rows}))
+    rows = {
+      'image': [{'bytes': encode((number, 100, 200)), 'path': None} for number in numbers],
+      'text': [f'woman firefighter {number}' for number in numbers],
+      **columns,
+    }
+    return hf.Dataset.from_dict(
+      rows, features=hf.Features({name: features.get(name, hf.Value('int64')) for name in rows})
+    )
 
   return make
 
 
 def _configure(path, *bindings):
-  gin_config.parse(['gin_configs/tasks/hf_datasets.gin'],
-               [f"hf_datasets.path='{path}'", 'drop_text.rate = 0.0', *bindings])
+  gin_config.parse(
+    ['gin_configs/tasks/hf_datasets.gin'],
+    [f"hf_datasets.path='{path}'", 'drop_text.rate = 0.0', *bindings],
+  )
 
 
 def _read(split='train', **kwargs):
@@ -60,9 +66,12 @@ def test_a_dataset_is_the_split_train(dataset, tmp_path):
 
 
 def test_a_dict_has_its_splits_and_what_was_selected_and_shuffled(dataset, tmp_path):
-  hf.DatasetDict({
+  hf.DatasetDict(
+    {
       'train': dataset(range(20)).shuffle(seed=1).select(range(5, 15)),
-      'validation': dataset(range(30, 33))}).save_to_disk(tmp_path)
+      'validation': dataset(range(30, 33)),
+    }
+  ).save_to_disk(tmp_path)
   _configure(tmp_path)
   assert sources.configured('hf_datasets').splits == ('train', 'validation')
   assert _read('validation')[0] == _expected(range(30, 33))
@@ -80,18 +89,24 @@ def test_what_can_not_be_used_is_counted(encode, tmp_path):
   picture = {'bytes': encode((7, 100, 200)), 'path': None}
   missing = {'bytes': None, 'path': 'not/there.png'}
   hf.Dataset.from_dict(
-      {'image': [picture, None, {'bytes': b'<html>', 'path': None}, picture, picture],
-       'caption': [['woman firefighter 7'], ['x'], ['y'], ['a', 'b'], []]},
-      features=hf.Features({'image': hf.Image(), 'caption': hf.List(hf.Value('string'))})
+    {
+      'image': [picture, None, {'bytes': b'<html>', 'path': None}, picture, picture],
+      'caption': [['woman firefighter 7'], ['x'], ['y'], ['a', 'b'], []],
+    },
+    features=hf.Features({'image': hf.Image(), 'caption': hf.List(hf.Value('string'))}),
   ).save_to_disk(tmp_path / 'lists')
   _configure(tmp_path / 'lists')
   read, batches = _read()
   assert read == _expected([7])
   assert batches.skipped == {
-      'row without a picture': 1, 'unknown picture format': 1, 'no caption': 1,
-      'record with more than one caption': 1}
-  hf.Dataset.from_dict({'image': [picture, missing], 'text': ['woman firefighter 7', 'b']}
-                       ).save_to_disk(tmp_path / 'paths')
+    'row without a picture': 1,
+    'unknown picture format': 1,
+    'no caption': 1,
+    'record with more than one caption': 1,
+  }
+  hf.Dataset.from_dict(
+    {'image': [picture, missing], 'text': ['woman firefighter 7', 'b']}
+  ).save_to_disk(tmp_path / 'paths')
   _configure(tmp_path / 'paths')
   assert _read()[1].skipped == {'row with a path in place of a picture': 1}
 
@@ -115,12 +130,15 @@ def test_worker_processes_read_the_same(dataset, tmp_path):
   assert all((batch == other).all() for batch, other in zip(read, alone, strict=True))
 
 
-@pytest.mark.parametrize('file, change', [
-    ('data-00000-of-00001.arrow', lambda data: data[:len(data) // 2]),
+@pytest.mark.parametrize(
+  'file, change',
+  [
+    ('data-00000-of-00001.arrow', lambda data: data[: len(data) // 2]),
     ('data-00000-of-00001.arrow', lambda data: b''),
     ('state.json', lambda data: data[:10]),
     ('dataset_info.json', lambda data: b'[]'),
-])
+  ],
+)
 def test_what_is_damaged_is_named(dataset, tmp_path, file, change):
   dataset(range(12)).save_to_disk(tmp_path)
   (tmp_path / file).write_bytes(change((tmp_path / file).read_bytes()))
@@ -145,4 +163,6 @@ def test_what_is_not_a_saved_dataset(dataset, tmp_path):
 def test_own_pictures_finds_it(dataset, tmp_path):
   dataset(range(3)).save_to_disk(tmp_path)
   assert own_plan.find_source(str(tmp_path)) == [
-      "data.source = 'hf_datasets'", f"hf_datasets.path = '{tmp_path}'"]
+    "data.source = 'hf_datasets'",
+    f"hf_datasets.path = '{tmp_path}'",
+  ]

@@ -34,7 +34,7 @@ def test_right_size_is_untouched():
 @pytest.mark.parametrize('shape', [(20, 60), (60, 20)])
 def test_central_square(shape):
   pixels = np.zeros([*shape, 3], np.uint8)
-  pixels[shape[0] // 2 - 10: shape[0] // 2 + 10, shape[1] // 2 - 10: shape[1] // 2 + 10] = 255
+  pixels[shape[0] // 2 - 10 : shape[0] // 2 + 10, shape[1] // 2 - 10 : shape[1] // 2 + 10] = 255
   assert (decode(_encode(pixels), 10) == 255).all()
 
 
@@ -76,10 +76,10 @@ def test_exif_orientation():
 
 def test_undecodable(encode):
   for data, reason in [
-      (b'', 'no picture'),
-      (b'<html>not found</html>', 'unknown picture format'),
-      (encode((1, 2, 3), (50, 50), 'jpeg')[:-200], 'damaged picture'),
-      (encode((1, 2, 3), (50, 50))[:60], 'damaged picture'),
+    (b'', 'no picture'),
+    (b'<html>not found</html>', 'unknown picture format'),
+    (encode((1, 2, 3), (50, 50), 'jpeg')[:-200], 'damaged picture'),
+    (encode((1, 2, 3), (50, 50))[:60], 'damaged picture'),
   ]:
     with pytest.raises(UndecodablePicture, match=reason):
       decode(data, 8)

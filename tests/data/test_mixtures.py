@@ -59,8 +59,10 @@ def _read(batches, count):
 
 
 _WEIGHTS = strategies.lists(
-    strategies.one_of(strategies.floats(1e-9, 1e9), strategies.integers(1, 1000)),
-    min_size=1, max_size=8)
+  strategies.one_of(strategies.floats(1e-9, 1e9), strategies.integers(1, 1000)),
+  min_size=1,
+  max_size=8,
+)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -94,16 +96,22 @@ def test_turns_go_on_from_anywhere():
   assert [far.next() for _ in range(50)] == [near.next() for _ in range(50)]
 
 
-@pytest.mark.parametrize('value, message', [
-    ('{}', 'mixture.sources is not set'), ('None', 'mixture.sources is not set'),
+@pytest.mark.parametrize(
+  'value, message',
+  [
+    ('{}', 'mixture.sources is not set'),
+    ('None', 'mixture.sources is not set'),
     ("{'folder_a': 0}", 'the weight 0 of folder_a must be a number above 0'),
     ("{'folder_a': -1.0}", 'must be a number above 0'),
     ("{'folder_a': True}", 'must be a number above 0'),
-    ("{'folder_a': float}", None), ("{'folder_a': '1'}", "the weight '1' of folder_a"),
+    ("{'folder_a': float}", None),
+    ("{'folder_a': '1'}", "the weight '1' of folder_a"),
     ("{'folders': 1}", "there is no source 'folders'; there are openmoji, .* and token_cache"),
-    ("{'folder_a b': 1}", "there is no source 'folder_a b'"), ('{1: 1}', 'there is no source 1'),
+    ("{'folder_a b': 1}", "there is no source 'folder_a b'"),
+    ('{1: 1}', 'there is no source 1'),
     ("{'token_cache': 1}", 'token_cache has no images; mixture_tokens mixes token caches'),
-])
+  ],
+)
 def test_wrong_sources(value, message):
   if message is None:
     with pytest.raises(SyntaxError):
@@ -125,8 +133,13 @@ def test_the_examples_are_those_of_each_source_by_its_weight(sources):
   for source, count in ((0, 20), (1, 6)):
     numbers = [number for other, number in read if other == source]
     assert sorted(numbers[:count]) == list(range(count))
-    alone = Batches(f'folder_{"ab"[source]}_images', 'train', 1, IMAGES,
-                    seed=mixtures.part_seed(2, f'folder_{"ab"[source]}_images'))
+    alone = Batches(
+      f'folder_{"ab"[source]}_images',
+      'train',
+      1,
+      IMAGES,
+      seed=mixtures.part_seed(2, f'folder_{"ab"[source]}_images'),
+    )
     assert numbers[:count] == [number for _, number in _read(alone, count)]
 
 
@@ -149,7 +162,8 @@ def test_resumes_as_if_uninterrupted(sources, taken):
   sources([7, 5, 3], [0.5, 0.3, 0.2], damaged=1)
   gin.parse_config('drop_text.rate = 0.5')
   whole, resumed = (
-      Batches('mixture_pairs', 'train', 3, PAIRS, seed=5, training=True) for _ in range(2))
+    Batches('mixture_pairs', 'train', 3, PAIRS, seed=5, training=True) for _ in range(2)
+  )
   for _ in range(taken):
     next(whole)
   state = json.loads(json.dumps(whole.state()))
@@ -172,16 +186,21 @@ def test_global_batches_do_not_depend_on_the_processes(sources):
   state = json.loads(json.dumps(alone.state()))
   for batch in first:  # Each share has its own turns.
     for share in range(2):
-      assert collections.Counter(source for source, _ in batch[4 * share:4 * share + 4]) == {
-          0: 3, 1: 1}
+      assert collections.Counter(source for source, _ in batch[4 * share : 4 * share + 4]) == {
+        0: 3,
+        1: 1,
+      }
   several = [_shared([0, 1, 2, 3, 4]), _shared([5, 6, 7])]
   for batches in several:
     batches.restore(state)
   for _ in range(4):
     assert _pairs(next(alone)) == sum((_pairs(next(batches)) for batches in several), [])
   assert several[0].by_source == {
-      'examples/folder_a': 42, 'skipped_examples/folder_a': 0,
-      'examples/folder_b': 14, 'skipped_examples/folder_b': 0}
+    'examples/folder_a': 42,
+    'skipped_examples/folder_a': 0,
+    'examples/folder_b': 14,
+    'skipped_examples/folder_b': 0,
+  }
 
 
 def test_a_batch_is_found_by_its_places(sources):
@@ -205,8 +224,11 @@ def test_other_sources_are_refused(sources):
   alone = Batches('folder_a_images', 'train', 2, IMAGES)
   for other in ("{'folder_a': 1}", "{'folder_a': 1, 'folder_c': 1}"):
     gin.parse_config(f'mixture.sources = {other}')
-    with pytest.raises(UserError, match='a mixture of folder_a_images, folder_b_images, and this '
-                       'run reads a mixture of folder_a_images.*train.restart_data=True'):
+    with pytest.raises(
+      UserError,
+      match='a mixture of folder_a_images, folder_b_images, and this '
+      'run reads a mixture of folder_a_images.*train.restart_data=True',
+    ):
       mixtures.check_state(TASK, state)
   with pytest.raises(UserError, match='folder_b_images, and this run reads folder_a_images; set'):
     alone.restore(state)
@@ -222,8 +244,10 @@ def test_other_weights_hold_from_there_on(sources, caplog):
   gin.parse_config("mixture.sources = {'folder_a': 1, 'folder_b': 1}")
   changed = Batches(TASK, 'train', 10, IMAGES)
   changed.restore(state)
-  assert ('the weights were folder_a 0.9, folder_b 0.1, and from here on are folder_a 0.5, '
-          'folder_b 0.5' in caplog.text)
+  assert (
+    'the weights were folder_a 0.9, folder_b 0.1, and from here on are folder_a 0.5, '
+    'folder_b 0.5' in caplog.text
+  )
   after = _pairs(next(changed))
   assert collections.Counter(source for source, _ in after) == {0: 5, 1: 5}
   # Nothing comes twice.
@@ -237,7 +261,8 @@ def test_a_finite_reading_has_every_example(sources):
   read = [_pairs(batch) for batch in batches]
   assert [len(batch) for batch in read] == [4, 4, 3]
   assert sorted(sum(read, [])) == sorted(
-      (source, number) for source, count in enumerate([7, 3, 1]) for number in range(count))
+    (source, number) for source, count in enumerate([7, 3, 1]) for number in range(count)
+  )
   assert next(batches, None) is None
 
 
@@ -245,8 +270,10 @@ def test_what_is_left_out_is_counted_by_source(sources):
   sources([6, 4], [1, 1], damaged=2)
   batches = Batches(TASK, 'train', 3, IMAGES, num_epochs=1)
   assert sum(len(_pairs(batch)) for batch in batches) == 6
-  assert batches.skipped == {'folder_a: unknown picture format': 2,
-                             'folder_b: unknown picture format': 2}
+  assert batches.skipped == {
+    'folder_a: unknown picture format': 2,
+    'folder_b: unknown picture format': 2,
+  }
 
 
 def test_a_source_without_the_split_or_the_path_is_named(sources, tmp_path):
@@ -256,8 +283,11 @@ def test_a_source_without_the_split_or_the_path_is_named(sources, tmp_path):
   with pytest.raises(UserError, match="mixture.sources, folder_b: folder has no split 'validation"):
     Batches(TASK, 'validation', 2, IMAGES)
   gin.parse_config("mixture.sources = {'folder_a': 1, 'folder_z': 1}")
-  with pytest.raises(UserError, match="mixture.sources, folder_z: folder_z/folder.path is not set; "
-                     'give --gin.folder_z/folder.path='):
+  with pytest.raises(
+    UserError,
+    match='mixture.sources, folder_z: folder_z/folder.path is not set; '
+    'give --gin.folder_z/folder.path=',
+  ):
     Batches(TASK, 'train', 2, IMAGES)
   (tmp_path / 'a.txt').write_text('one text\n')
   gin.parse_config(f"text.path = '{tmp_path}'")
@@ -274,8 +304,10 @@ def _caches(tmp_path):
   def write(*infos, weights=(1, 3), count=5):
     for index, (name, changed) in enumerate(zip('ab', infos)):
       info = {'codebook_size': 64, 'image_tokens': 4, 'tokenizer': 'f' * 16, **changed}
-      examples = [(f'woman {number}', np.full(info['image_tokens'], 10 * index + number))
-                  for number in range(count)]
+      examples = [
+        (f'woman {number}', np.full(info['image_tokens'], 10 * index + number))
+        for number in range(count)
+      ]
       folder = tmp_path / f'{name}{len(list(tmp_path.iterdir()))}'
       token_cache.write_token_cache(str(folder), examples, info)
       gin.parse_config(f"token_cache_{name}/token_cache.path = '{folder}'")
@@ -292,20 +324,25 @@ def test_token_caches(caches):
     assert sorted(found // 10) == [0, 1, 1, 1]
   assert batches.fingerprints['tokenizer'].value == 'f' * 16
   assert mixtures.vocabulary_sizes('mixture_tokens')['targets'] == 64
-  gin.parse_config("token_cache_b/token_cache.path = None")
-  with pytest.raises(UserError, match='token_cache_b/token_cache.path is not set; give '
-                     '--gin.token_cache_b/token_cache.path='):
+  gin.parse_config('token_cache_b/token_cache.path = None')
+  with pytest.raises(
+    UserError,
+    match='token_cache_b/token_cache.path is not set; give --gin.token_cache_b/token_cache.path=',
+  ):
     Batches('mixture_tokens', 'train', 4, TOKENS)
   gin.parse_config("mixture.sources = {'token_cache_a': 1, 'folder_b': 1}")
   with pytest.raises(UserError, match='folder_b has no tokens; mixture_tokens mixes token caches'):
     Batches('mixture_tokens', 'train', 4, TOKENS)
 
 
-@pytest.mark.parametrize('other, message', [
+@pytest.mark.parametrize(
+  'other, message',
+  [
     ({'tokenizer': 'e' * 16}, 'mixture.sources: .*the token cache .*/a0.*the token cache .*/b1'),
     ({'codebook_size': 65}, '/a0 has codebook_size 64, and the token cache .*/b1 65; leave one'),
     ({'image_tokens': 5}, '/a0 has image_tokens 4, and the token cache .*/b1 5; leave one out'),
-])
+  ],
+)
 def test_token_caches_that_do_not_go_together(caches, other, message):
   caches({}, other)
   with pytest.raises(UserError, match=message):
@@ -316,19 +353,24 @@ def test_seqio_mixes_alike(sources):
   sources([9, 4], [3, 1], damaged=1, splits=('train', 'validation'))
   mixture = tasks.get_task(TASK)
   assert {task.name: mixture.get_rate(task) for task in mixture.tasks} == {
-      'folder_a_images': 0.75, 'folder_b_images': 0.25}
+    'folder_a_images': 0.75,
+    'folder_b_images': 0.25,
+  }
 
   def read(split='train', **kwargs):
     dataset = mixture.get_dataset(IMAGES, split, seed=3, **kwargs)
-    return [tuple(example['images'][0, 0, 1::-1].tolist())
-            for example in dataset.take(40).as_numpy_iterator()]
+    return [
+      tuple(example['images'][0, 0, 1::-1].tolist())
+      for example in dataset.take(40).as_numpy_iterator()
+    ]
 
   found = read()
   for start in range(37):
-    assert 2 <= sum(source == 0 for source, _ in found[start:start + 4]) <= 4
+    assert 2 <= sum(source == 0 for source, _ in found[start : start + 4]) <= 4
   assert [sum(source == 0 for source, _ in found[:count]) for count in (4, 20, 40)] == [3, 15, 30]
   assert found == read() != read(shuffle=False)
   assert sorted(read('validation', num_epochs=1)) == sorted(
-      (source, number) for source, count in ((0, 9), (1, 4)) for number in range(1, count))
+    (source, number) for source, count in ((0, 9), (1, 4)) for number in range(1, count)
+  )
   with pytest.raises(UserError, match="mixture.sources, folder_a: folder has no split 'test'"):
     mixture.get_dataset(IMAGES, 'test')

@@ -15,17 +15,30 @@ from parti_jax.data.image_decoding import UndecodablePicture
 WIDTH, HEIGHT = 11, 9
 GREY, COLOR, PALETTE, GREY_ALPHA, COLOR_ALPHA = 0, 2, 3, 4, 6
 CHANNELS = {GREY: 1, COLOR: 3, PALETTE: 1, GREY_ALPHA: 2, COLOR_ALPHA: 4}
-DEPTHS = {GREY: (1, 2, 4, 8, 16), COLOR: (8, 16), PALETTE: (1, 2, 4, 8), GREY_ALPHA: (8, 16),
-          COLOR_ALPHA: (8, 16)}
+DEPTHS = {
+  GREY: (1, 2, 4, 8, 16),
+  COLOR: (8, 16),
+  PALETTE: (1, 2, 4, 8),
+  GREY_ALPHA: (8, 16),
+  COLOR_ALPHA: (8, 16),
+}
 TYPES = [(color, depth) for color, depths in DEPTHS.items() for depth in depths]
 # First column and row of each pass of Adam7, and its steps.
-PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2),
-          (0, 1, 1, 2))
+PASSES = (
+  (0, 0, 8, 8),
+  (4, 0, 8, 8),
+  (0, 4, 4, 8),
+  (2, 0, 4, 4),
+  (0, 2, 2, 4),
+  (1, 0, 2, 2),
+  (0, 1, 1, 2),
+)
 
 
 def _chunk(kind, content):
-  return (struct.pack('>I', len(content)) + kind + content
-          + struct.pack('>I', zlib.crc32(kind + content)))
+  return (
+    struct.pack('>I', len(content)) + kind + content + struct.pack('>I', zlib.crc32(kind + content))
+  )
 
 
 def _rows(samples, depth):
@@ -34,20 +47,28 @@ def _rows(samples, depth):
   for row in samples.reshape(samples.shape[0], -1):
     bits = ''.join(f'{sample:0{depth}b}' for sample in row)
     bits += '0' * (-len(bits) % 8)
-    rows += b'\0' + bytes(int(bits[i:i + 8], 2) for i in range(0, len(bits), 8))
+    rows += b'\0' + bytes(int(bits[i : i + 8], 2) for i in range(0, len(bits), 8))
   return rows
 
 
 def png(samples, color, depth, interlaced=False, chunks=b''):
   """Writes a PNG of samples, [height, width, channels]; `chunks` come before the pixels."""
   height, width = samples.shape[:2]
-  parts = [(samples[top::down, left::across]) for left, top, across, down in PASSES
-           ] if interlaced else [samples]
+  parts = (
+    [(samples[top::down, left::across]) for left, top, across, down in PASSES]
+    if interlaced
+    else [samples]
+  )
   pixels = b''.join(_rows(part, depth) for part in parts if part.size)
-  return b''.join([
+  return b''.join(
+    [
       b'\x89PNG\r\n\x1a\n',
       _chunk(b'IHDR', struct.pack('>IIBBBBB', width, height, depth, color, 0, 0, interlaced)),
-      chunks, _chunk(b'IDAT', zlib.compress(pixels)), _chunk(b'IEND', b'')])
+      chunks,
+      _chunk(b'IDAT', zlib.compress(pixels)),
+      _chunk(b'IEND', b''),
+    ]
+  )
 
 
 def _samples(color, depth, few=False):
@@ -71,7 +92,7 @@ def _assert_pixels(data, expected, within=0):
   side = min(WIDTH, HEIGHT)
   left, top = (WIDTH - side) // 2, (HEIGHT - side) // 2
   found = decode(data, side).astype(float)
-  difference = np.abs(found - expected[top:top + side, left:left + side])
+  difference = np.abs(found - expected[top : top + side, left : left + side])
   assert difference.max() <= within
 
 
@@ -86,17 +107,23 @@ def test_pngs_of_every_type(color, depth, interlaced):
     expected = palette[samples[..., 0]]
   elif color in (GREY_ALPHA, COLOR_ALPHA):
     expected = _on_white(
-        _in_8_bits(samples[..., :-1], depth), _in_8_bits(samples[..., -1], depth) / 255)
+      _in_8_bits(samples[..., :-1], depth), _in_8_bits(samples[..., -1], depth) / 255
+    )
   else:
     expected = _on_white(_in_8_bits(samples, depth), opaque)
   data = png(samples, color, depth, interlaced, chunks)
   _assert_pixels(data, expected, within=1 if color in (GREY_ALPHA, COLOR_ALPHA) else 0)
   # Text, a time and what nobody knows change nothing.
-  more = (_chunk(b'tEXt', b'Comment\0a dog') + _chunk(b'tIME', bytes(7)) + _chunk(b'prVt', b'x')
-          + _chunk(b'gAMA', struct.pack('>I', 45455)))
+  more = (
+    _chunk(b'tEXt', b'Comment\0a dog')
+    + _chunk(b'tIME', bytes(7))
+    + _chunk(b'prVt', b'x')
+    + _chunk(b'gAMA', struct.pack('>I', 45455))
+  )
   np.testing.assert_array_equal(
-      decode(png(samples, color, depth, interlaced, chunks + more) + b'behind the end', 9),
-      decode(data, 9))
+    decode(png(samples, color, depth, interlaced, chunks + more) + b'behind the end', 9),
+    decode(data, 9),
+  )
   with pytest.raises(UndecodablePicture):
     decode(data[:-20], 9)
 
@@ -110,14 +137,17 @@ def test_a_transparent_color(color, depth, interlaced):
     chunk = _chunk(b'tRNS', struct.pack(f'>{len(transparent)}H', *transparent.tolist()))
     opacity = 1.0 - (samples == transparent).all(-1)
     assert 0 < opacity.sum() < opacity.size
-    _assert_pixels(png(samples, color, depth, interlaced, chunk),
-                   _on_white(_in_8_bits(samples, depth), opacity))
+    _assert_pixels(
+      png(samples, color, depth, interlaced, chunk), _on_white(_in_8_bits(samples, depth), opacity)
+    )
   # All of it, and none.
   same = np.broadcast_to(transparent, samples.shape)
   _assert_pixels(png(same, color, depth, interlaced, chunk), np.full([HEIGHT, WIDTH, 3], 255))
   other = (same + 1) % 2**depth
-  _assert_pixels(png(other, color, depth, interlaced, chunk),
-                 _on_white(_in_8_bits(other, depth), np.ones([HEIGHT, WIDTH])))
+  _assert_pixels(
+    png(other, color, depth, interlaced, chunk),
+    _on_white(_in_8_bits(other, depth), np.ones([HEIGHT, WIDTH])),
+  )
 
 
 @pytest.mark.parametrize('color', [GREY, COLOR])
@@ -129,8 +159,7 @@ def test_16_bits_are_compared_with_16_bits(color, byte):
   samples[:, ::2, -1] ^= 1 << (8 * byte)
   opacity = 1.0 - (samples == 0x1234).all(-1)
   assert opacity.any() and not opacity.all()
-  _assert_pixels(png(samples, color, 16, chunks=chunk),
-                 _on_white(_in_8_bits(samples, 16), opacity))
+  _assert_pixels(png(samples, color, 16, chunks=chunk), _on_white(_in_8_bits(samples, 16), opacity))
 
 
 @pytest.mark.parametrize('color, depth', [kind for kind in TYPES if kind[0] in (GREY, COLOR)])
@@ -138,10 +167,11 @@ def test_only_the_bits_of_a_depth_name_the_transparent_color(color, depth):
   """The others should be zero; libpng ignores them."""
   samples = _samples(color, depth, few=True)
   transparent = samples[0, 0]
-  high = [value | 0xffff << depth & 0xffff for value in transparent.tolist()]
+  high = [value | 0xFFFF << depth & 0xFFFF for value in transparent.tolist()]
   _assert_pixels(
-      png(samples, color, depth, chunks=_chunk(b'tRNS', struct.pack(f'>{len(high)}H', *high))),
-      _on_white(_in_8_bits(samples, depth), 1.0 - (samples == transparent).all(-1)))
+    png(samples, color, depth, chunks=_chunk(b'tRNS', struct.pack(f'>{len(high)}H', *high))),
+    _on_white(_in_8_bits(samples, depth), 1.0 - (samples == transparent).all(-1)),
+  )
 
 
 @pytest.mark.parametrize('depth', DEPTHS[PALETTE])
@@ -156,10 +186,14 @@ def test_transparent_palettes(depth, kind):
     opacities[:] = np.random.default_rng(2).integers(0, 256, 2**depth)
   count = max(1, 2**depth // 2) if kind == 'few' else 2**depth
   opacities[count:] = 255
-  chunks = (_chunk(b'PLTE', palette.astype(np.uint8).tobytes())
-            + _chunk(b'tRNS', opacities[:count].astype(np.uint8).tobytes()))
-  _assert_pixels(png(samples, PALETTE, depth, chunks=chunks), _on_white(
-      palette[samples[..., 0]], opacities[samples[..., 0]] / 255), within=1)
+  chunks = _chunk(b'PLTE', palette.astype(np.uint8).tobytes()) + _chunk(
+    b'tRNS', opacities[:count].astype(np.uint8).tobytes()
+  )
+  _assert_pixels(
+    png(samples, PALETTE, depth, chunks=chunks),
+    _on_white(palette[samples[..., 0]], opacities[samples[..., 0]] / 255),
+    within=1,
+  )
 
 
 def test_a_transparent_color_is_turned_with_the_picture():
@@ -192,7 +226,8 @@ def _assert_as_pillow(data):
   side = min(image.size)
   left, top = (image.width - side) // 2, (image.height - side) // 2
   np.testing.assert_array_equal(
-      decode(data, side), expected.crop((left, top, left + side, top + side)))
+    decode(data, side), expected.crop((left, top, left + side, top + side))
+  )
 
 
 def test_webps_and_gifs():
@@ -200,12 +235,20 @@ def test_webps_and_gifs():
   for size, mode in itertools.product(((8, 8), (17, 30), (31, 16)), ('RGB', 'RGBA', 'L', 'P')):
     image = _smooth(*size, mode)
     animation = {'save_all': True, 'append_images': [image.rotate(90)] * 2}
-    webp = [dict(lossless=lossless, quality=quality, **more) for lossless in (False, True)
-            for quality in (1, 90) for more in ({}, animation)]
-    gif = [dict(interlace=interlace, **more) for interlace in (0, 1)
-           for more in ({}, {'transparency': 1}, animation, {'comment': b'a dog'})]
-    for image_format, arguments in ([('webp', kind) for kind in webp]
-                                    + [('gif', kind) for kind in gif]):
+    webp = [
+      dict(lossless=lossless, quality=quality, **more)
+      for lossless in (False, True)
+      for quality in (1, 90)
+      for more in ({}, animation)
+    ]
+    gif = [
+      dict(interlace=interlace, **more)
+      for interlace in (0, 1)
+      for more in ({}, {'transparency': 1}, animation, {'comment': b'a dog'})
+    ]
+    for image_format, arguments in [('webp', kind) for kind in webp] + [
+      ('gif', kind) for kind in gif
+    ]:
       data = _encode(image, image_format, **arguments)
       _assert_as_pillow(data)
       _assert_as_pillow(data + b'behind the end')

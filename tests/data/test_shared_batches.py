@@ -13,18 +13,22 @@ IMAGES = {'images': 8}
 
 
 def _open(rows=None, shares=4, batch_size=8, processes=1, seed=5, restart=False):
-  return SharedBatches('folder_images', 'train', batch_size, IMAGES, shares, processes, rows, seed,
-                       restart)
+  return SharedBatches(
+    'folder_images', 'train', batch_size, IMAGES, shares, processes, rows, seed, restart
+  )
 
 
 def _numbers(batch):
   return batch['images'][:, 0, 0, 0].tolist()
 
 
-@pytest.mark.parametrize('rows', [
-    [[0, 1, 6, 7], [2, 3, 4, 5]],    # Not contiguous on the mesh.
+@pytest.mark.parametrize(
+  'rows',
+  [
+    [[0, 1, 6, 7], [2, 3, 4, 5]],  # Not contiguous on the mesh.
     [[0, 1, 2], [3, 4], [4, 5, 6]],  # Shares that two processes read a part of, rows that both do.
-])
+  ],
+)
 def test_global_batches_do_not_depend_on_the_processes(numbered, rows):
   numbered(23)
   alone, several = _open(), [_open(list(held)) for held in rows]
@@ -38,7 +42,7 @@ def test_every_share_gives_its_own_rows(numbered):
   numbered(16)
   batches = _open()
   epoch = np.array([_numbers(next(batches)) for _ in range(2)])
-  shares = [set(epoch[:, 2 * share:2 * share + 2].ravel().tolist()) for share in range(4)]
+  shares = [set(epoch[:, 2 * share : 2 * share + 2].ravel().tolist()) for share in range(4)]
   assert [len(share) for share in shares] == [4] * 4
   assert set.union(*shares) == set(range(16))
 
@@ -51,9 +55,21 @@ def test_resumed_by_other_processes(numbered):
   state = json.loads(json.dumps(before.state()))
   # The shares have 6, 6, 6 and 5 examples, and 8 of each have been taken.
   reads = {'task': 'folder_images', 'split': 'train', 'train.seed': 5, 'examples': 23}
-  assert state == {'shares': [
-      {'version': 2, 'epoch': 1, 'taken': taken, 'lost': 0, 'stream': {'position': 8},
-       'reads': reads, 'skipped': {}, 'shortened': {}} for taken in (2, 2, 2, 3)]}
+  assert state == {
+    'shares': [
+      {
+        'version': 2,
+        'epoch': 1,
+        'taken': taken,
+        'lost': 0,
+        'stream': {'position': 8},
+        'reads': reads,
+        'skipped': {},
+        'shortened': {},
+      }
+      for taken in (2, 2, 2, 3)
+    ]
+  }
   # None: as many shares as the checkpoint has, whatever the number of processes is now.
   resumed = [_open(list(range(start, start + 4)), None, processes=2) for start in (0, 4)]
   for batches in resumed:
@@ -71,8 +87,9 @@ def test_a_checkpoint_of_another_program_has_no_place(numbered):
   assert _numbers(next(restored)) == _numbers(next(fresh))
 
 
-@pytest.mark.parametrize('old', [
-    {'epoch': 1, 'taken': 4}, {'places': [[0, 4]], 'shares': [{'read': 4, 'skipped': {}}]}])
+@pytest.mark.parametrize(
+  'old', [{'epoch': 1, 'taken': 4}, {'places': [[0, 4]], 'shares': [{'read': 4, 'skipped': {}}]}]
+)
 def test_a_place_of_an_older_version_is_refused_or_passed_over(numbered, old):
   numbered(8)
   with pytest.raises(UserError, match='older version .*train.restart_data=True'):

@@ -41,12 +41,12 @@ def _check_colors(read):
 def _examples(encode):
   """Captions and pictures: three good ones, and every kind that is left out."""
   return [
-      ('red circle', encode(RED)),
-      ('broken', encode(BLUE, (50, 50))[:60]),
-      ('green circle', encode(GREEN, (30, 20), 'jpeg', quality=100)),
-      ('a page', b'<html>not found</html>'),
-      ('', encode(BLUE)),
-      ('blue circle', encode(BLUE, (20, 30), 'webp', lossless=True)),
+    ('red circle', encode(RED)),
+    ('broken', encode(BLUE, (50, 50))[:60]),
+    ('green circle', encode(GREEN, (30, 20), 'jpeg', quality=100)),
+    ('a page', b'<html>not found</html>'),
+    ('', encode(BLUE)),
+    ('blue circle', encode(BLUE, (20, 30), 'webp', lossless=True)),
   ]
 
 
@@ -60,8 +60,10 @@ def tfrecords(tmp_path):
     with tf.io.TFRecordWriter(str(tmp_path / path)) as writer:
       for caption, picture in examples:
         values = {image_key: picture, caption_key: caption.encode()}
-        feature = {key: tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
-                   for key, value in values.items()}
+        feature = {
+          key: tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
+          for key, value in values.items()
+        }
         example = tf.train.Example(features=tf.train.Features(feature=feature))
         writer.write(example.SerializeToString())
     gin_config.parse(['gin_configs/tasks/tfrecord.gin'], [f"tfrecord.path='{tmp_path}'"])
@@ -100,21 +102,30 @@ def test_folder_with_other_columns_and_splits(tmp_path, encode):
   (tmp_path / 'sub' / 'a.png').write_bytes(encode(RED))
   row = {'file_name': 'sub/a.png', 'text': 'red circle'}
   (tmp_path / 'held_out.jsonl').write_text(json.dumps(row) + '\n\n')
-  gin_config.parse(['gin_configs/tasks/folder.gin'], [
-      f"folder.path='{tmp_path}'", "folder.splits={'test': 'held_out.jsonl'}",
-      "folder.file_key='file_name'", "folder.caption_key='text'"])
-  (caption, image), = datasets.pictures_and_captions('pairs', 'test', 8)
+  gin_config.parse(
+    ['gin_configs/tasks/folder.gin'],
+    [
+      f"folder.path='{tmp_path}'",
+      "folder.splits={'test': 'held_out.jsonl'}",
+      "folder.file_key='file_name'",
+      "folder.caption_key='text'",
+    ],
+  )
+  ((caption, image),) = datasets.pictures_and_captions('pairs', 'test', 8)
   assert caption == 'red circle' and (image == RED).all()
   with pytest.raises(UserError, match="folder has no split 'train'; it has test"):
     Batches('images', 'train', 1, {'images': 8})
 
 
-@pytest.mark.parametrize('line, message', [
+@pytest.mark.parametrize(
+  'line, message',
+  [
     ('{"caption": "a", "name": "b"}', "line 2: no text in column 'file'; its columns are caption"),
     ('{"file": "none.png", "caption": "a"}', 'line 2: picture .*none.png does not exist'),
     ('000.img a dog', 'line 2: no JSON'),
     ('["000.img", "a dog"]', 'line 2: no JSON object'),
-])
+  ],
+)
 @pytest.mark.parametrize('times', [1, 3])
 def test_folder_with_bad_lines(folder, encode, line, message, times):
   path = folder([('red circle', encode(RED))])
@@ -155,12 +166,15 @@ def test_tfrecords(tfrecords, encode):
 
 def test_tfrecords_with_other_keys(tfrecords, encode):
   tfrecords([('red circle', encode(RED))], 'image/encoded', 'text')
-  with pytest.raises(UserError, match=r"no 'image' in the first records of .*image/encoded, text "
-                                      r'\(gin: tfrecord.image_key\)'):
+  with pytest.raises(
+    UserError,
+    match=r"no 'image' in the first records of .*image/encoded, text "
+    r'\(gin: tfrecord.image_key\)',
+  ):
     Batches('images', 'train', 1, {'images': 8})
   with gin.unlock_config():
     gin.parse_config("tfrecord.image_key = 'image/encoded'\ntfrecord.caption_key = 'text'")
-  (caption, image), = datasets.pictures_and_captions('tfrecord', 'train', 8)
+  ((caption, image),) = datasets.pictures_and_captions('tfrecord', 'train', 8)
   assert caption == 'red circle' and (image == RED).all()
 
 
@@ -173,8 +187,10 @@ def test_what_holds_no_tfrecords(tmp_path):
 
 def test_tar_shards(tars, encode, caplog):
   examples = _examples(encode)
-  samples = {f'{i:05d}': {'jpg': picture, 'txt': caption.encode(), 'json': b'{}'}
-             for i, (caption, picture) in enumerate(examples)}
+  samples = {
+    f'{i:05d}': {'jpg': picture, 'txt': caption.encode(), 'json': b'{}'}
+    for i, (caption, picture) in enumerate(examples)
+  }
   samples['00000'] = {'png': examples[0][1], 'json': b'{"caption": "red circle"}'}
   samples['00009'] = {'txt': b'without a picture', 'json': b'not json'}
   samples['00010'] = {'jpg': examples[0][1], 'json': b'not json'}
@@ -197,10 +213,17 @@ def test_order_of_many_shards_is_decided_by_the_seed(tars, encode):
   assert read[0] == read[1] != read[2]
   every = [10 * shard + i for shard in range(5) for i in range(6)]
   assert sorted(read[0][0]) == sorted(read[0][1]) == every
-  parts = [[i for batch in Batches('images', 'train', 30, {'images': 8}, num_epochs=1,
-                                   share=index, shares=count)
-            for i in batch['images'][:, 0, 0, 0].tolist()]
-           for count in (2, 8) for index in range(count)]
+  parts = [
+    [
+      i
+      for batch in Batches(
+        'images', 'train', 30, {'images': 8}, num_epochs=1, share=index, shares=count
+      )
+      for i in batch['images'][:, 0, 0, 0].tolist()
+    ]
+    for count in (2, 8)
+    for index in range(count)
+  ]
   assert sorted(sum(parts[:2], [])) == sorted(sum(parts[2:], [])) == every
 
 
@@ -224,16 +247,27 @@ def test_tfrecords_are_described_by_their_other_features(tmp_path):
   text = lambda *values: feature(bytes_list=tf.train.BytesList(value=values))
   number = lambda *values: feature(float_list=tf.train.FloatList(value=values))
   features = {
-      'image': text(b'1'), 'caption': text(b'one'), 'key': text(b'12'), 'clip': number(0.5),
-      'width': feature(int64_list=tf.train.Int64List(value=[7])), 'several': number(1, 2),
-      'long': text(b'a' * (2**16 + 1)), 'none': tf.train.Feature(), 'bytes': text(b'\xff')}
+    'image': text(b'1'),
+    'caption': text(b'one'),
+    'key': text(b'12'),
+    'clip': number(0.5),
+    'width': feature(int64_list=tf.train.Int64List(value=[7])),
+    'several': number(1, 2),
+    'long': text(b'a' * (2**16 + 1)),
+    'none': tf.train.Feature(),
+    'bytes': text(b'\xff'),
+  }
   with tf.io.TFRecordWriter(str(tmp_path / 'train-0.tfrecord')) as writer:
-    writer.write(tf.train.Example(
-        features=tf.train.Features(feature=features)).SerializeToString())
+    writer.write(tf.train.Example(features=tf.train.Features(feature=features)).SerializeToString())
   gin_config.parse(['gin_configs/tasks/tfrecord.gin'], [f"tfrecord.path='{tmp_path}'"])
   source = sources.configured('tfrecord')
   described = source.open_described('train')
-  assert list(described.read(described.files[0])) == [{
-      'picture': b'1', 'caption': b'one', 'key': '12',
-      'columns': {'key': '12', 'clip': 0.5, 'width': 7, 'bytes': '\ufffd'}}]
+  assert list(described.read(described.files[0])) == [
+    {
+      'picture': b'1',
+      'caption': b'one',
+      'key': '12',
+      'columns': {'key': '12', 'clip': 0.5, 'width': 7, 'bytes': '\ufffd'},
+    }
+  ]
   assert list(source.examples('train')) == [{'picture': b'1', 'caption': b'one'}]

@@ -28,7 +28,8 @@ def _calls():
     return number
 
   dataset = tf.data.Dataset.range(1000).map(
-      lambda number: tf.numpy_function(call, [number], tf.int64), num_parallel_calls=2)
+    lambda number: tf.numpy_function(call, [number], tf.int64), num_parallel_calls=2
+  )
   return dataset.prefetch(2), calls
 
 
@@ -74,8 +75,11 @@ def test_a_call_that_does_not_return_is_not_waited_for(monkeypatch, caplog):
       ended.wait(_LONG)
     return number
 
-  stream = streams.Stream(tf.data.Dataset.range(3).map(
-      lambda number: tf.numpy_function(call, [number], tf.int64)).prefetch(2))
+  stream = streams.Stream(
+    tf.data.Dataset.range(3)
+    .map(lambda number: tf.numpy_function(call, [number], tf.int64))
+    .prefetch(2)
+  )
   assert next(stream) == 0 and begun.wait(_LONG)
   stream.close()
   assert 'has not returned' in caplog.text
@@ -110,8 +114,13 @@ if sys.argv[1] == 'raise':
 
 @pytest.mark.parametrize('ending, status', [('end', 0), ('raise', 1)])
 def test_a_script_that_closes_nothing_ends(ending, status):
-  done = subprocess.run([sys.executable, '-c', _SCRIPT, ending], capture_output=True, text=True,
-                        timeout=_LONG, check=False)
+  done = subprocess.run(
+    [sys.executable, '-c', _SCRIPT, ending],
+    capture_output=True,
+    text=True,
+    timeout=_LONG,
+    check=False,
+  )
   assert done.returncode == status, done.stderr
   assert done.stdout == 'last line\n' and 'terminate called' not in done.stderr
   assert ('RuntimeError: injected' in done.stderr) == (ending == 'raise')

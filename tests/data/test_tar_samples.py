@@ -41,16 +41,41 @@ def _read(tmp_path, write_tar):
   return read
 
 
-@pytest.mark.parametrize('stem', [
-    'IMG 2.0', '22.05', 'a.b.c', 'x', ' x ', '.hidden', 'v1.0/x', 'v1.0/x.1', './x', 'a.jpg',
-    'a.tar', 'ä.ö', 'x.', '2024-01-01 12.30.15 (1)', '..', 'a.txt'])
-@pytest.mark.parametrize('ending', [
-    'jpg', 'JPG', 'jpeg', 'Jpe', 'jfif', 'JFIF', 'png', 'WebP', 'gif'])
+@pytest.mark.parametrize(
+  'stem',
+  [
+    'IMG 2.0',
+    '22.05',
+    'a.b.c',
+    'x',
+    ' x ',
+    '.hidden',
+    'v1.0/x',
+    'v1.0/x.1',
+    './x',
+    'a.jpg',
+    'a.tar',
+    'ä.ö',
+    'x.',
+    '2024-01-01 12.30.15 (1)',
+    '..',
+    'a.txt',
+  ],
+)
+@pytest.mark.parametrize(
+  'ending', ['jpg', 'JPG', 'jpeg', 'Jpe', 'jfif', 'JFIF', 'png', 'WebP', 'gif']
+)
 def test_names_end_at_their_last_dot(read, stem, ending):
-  assert read([(f'{stem}.{ending}', b'1'), (f'{stem}.txt', b'one'),
-               (f'{stem}2.{ending}', b'2'), (f'{stem}2.TXT', b'two'),
-               (f'{stem}3.json', b'{"caption": "three"}'), (f'{stem}3.{ending}', b'3')]) == [
-                   ('1', 'one'), ('2', 'two'), ('3', 'three')]
+  assert read(
+    [
+      (f'{stem}.{ending}', b'1'),
+      (f'{stem}.txt', b'one'),
+      (f'{stem}2.{ending}', b'2'),
+      (f'{stem}2.TXT', b'two'),
+      (f'{stem}3.json', b'{"caption": "three"}'),
+      (f'{stem}3.{ending}', b'3'),
+    ]
+  ) == [('1', 'one'), ('2', 'two'), ('3', 'three')]
 
 
 def test_blanks_behind_an_ending(read):
@@ -58,20 +83,33 @@ def test_blanks_behind_an_ending(read):
 
 
 def test_names_of_other_samples_begin_alike(read):
-  files = [(f'IMG 2.{i}.{ending}', content) for i in range(3)
-           for ending, content in (('jpg', b'%d' % i), ('txt', b'text %d' % i))]
+  files = [
+    (f'IMG 2.{i}.{ending}', content)
+    for i in range(3)
+    for ending, content in (('jpg', b'%d' % i), ('txt', b'text %d' % i))
+  ]
   assert read(files) == [(f'{i}', f'text {i}') for i in range(3)]
   # A caption of a.b is none of a, nor the other way round.
   assert read([('a.jpg', b'1'), ('a.b.jpg', b'2'), ('a.b.txt', b'two')]) == [
-      ('1', '(no caption)'), ('2', 'two')]
-  assert read([('a.jpg', b'1'), ('a.jpg.txt', b'one?')]) == [
-      ('1', '(no caption)'), ('', 'one?')]
+    ('1', '(no caption)'),
+    ('2', 'two'),
+  ]
+  assert read([('a.jpg', b'1'), ('a.jpg.txt', b'one?')]) == [('1', '(no caption)'), ('', 'one?')]
 
 
-@pytest.mark.parametrize('files, count', [
-    (['a.tif', 'b.bmp', 'c.d.heic'], 3), (['README'], 1), (['a.tif', 'a.npy', 'a.cls'], 1),
-    (['IMG 2.0.tif', 'IMG 2.1.tif', 'IMG 2.2.tif'], 3), (['v1.0/a.', 'v1.0/b'], 2),
-    (['a.jpg.part', 'a.jpg~', 'x.gz'], 3), (['a' * 90 + '.exr'], 1), (['.DS_Store', 'x/.y'], 2)])
+@pytest.mark.parametrize(
+  'files, count',
+  [
+    (['a.tif', 'b.bmp', 'c.d.heic'], 3),
+    (['README'], 1),
+    (['a.tif', 'a.npy', 'a.cls'], 1),
+    (['IMG 2.0.tif', 'IMG 2.1.tif', 'IMG 2.2.tif'], 3),
+    (['v1.0/a.', 'v1.0/b'], 2),
+    (['a.jpg.part', 'a.jpg~', 'x.gz'], 3),
+    (['a' * 90 + '.exr'], 1),
+    (['.DS_Store', 'x/.y'], 2),
+  ],
+)
 def test_nothing_vanishes_uncounted(read, files, count):
   others = [(name, b'?') for name in files]
   sample = [('z.jpg', b'1'), ('z.txt', b'one')]
@@ -98,10 +136,15 @@ def test_a_warning_names_the_first_of_such_files(tmp_path, write_tar, encode, ca
   assert f"0.tar, 'a.tif': {NEITHER}" in caplog.text and 'b.tif' not in caplog.text
 
 
-@pytest.mark.parametrize('files, reasons', [
-    ([('a.tif', b'?')], f'1 {NEITHER}'), ([], 'there is none at all'),
+@pytest.mark.parametrize(
+  'files, reasons',
+  [
+    ([('a.tif', b'?')], f'1 {NEITHER}'),
+    ([], 'there is none at all'),
     ([('a.jpg', b'?'), ('a.txt', b'a')], '1 unknown picture format'),
-    ([('a.txt', b'a')], '1 no picture')])
+    ([('a.txt', b'a')], '1 no picture'),
+  ],
+)
 def test_where_nothing_is_usable_the_error_says_why(tmp_path, write_tar, files, reasons):
   write_tar(tmp_path / '0.tar', files)
   gin_config.parse(['gin_configs/tasks/webdataset.gin'], [f"webdataset.path='{tmp_path}'"])
@@ -115,7 +158,9 @@ R, G, TXT_R, TXT_G = ('0.jpg', b'r'), ('0.jpg', b'g'), ('0.txt', b'red'), ('0.tx
 NONE, UNSURE = '(no caption)', f'({AMBIGUOUS})'
 
 
-@pytest.mark.parametrize('files, samples', [
+@pytest.mark.parametrize(
+  'files, samples',
+  [
     ([R, TXT_R, G], [('r', 'red'), ('g', NONE)]),
     ([R, TXT_R, G, TXT_G], [('r', 'red'), ('g', 'green')]),
     ([TXT_R, R, TXT_G, G], [('r', 'red'), ('g', 'green')]),
@@ -132,25 +177,39 @@ NONE, UNSURE = '(no caption)', f'({AMBIGUOUS})'
     ([R, ('0.JPG', b'g'), TXT_R], [('r', NONE), ('g', UNSURE)]),
     ([('0.png', b'g'), TXT_G, R, TXT_R], [('r', UNSURE), ('', UNSURE)]),
     # Of two formats of one key, which may be the same picture, the first in a fixed order is read.
-    ([('0.png', b'g'), R, TXT_R], [('r', 'red')]), ([R, ('0.png', b'g'), TXT_R], [('r', 'red')]),
+    ([('0.png', b'g'), R, TXT_R], [('r', 'red')]),
+    ([R, ('0.png', b'g'), TXT_R], [('r', 'red')]),
     # Between others.
-    ([R, TXT_R, ('1.jpg', b'1'), ('1.txt', b'one'), G, TXT_G],
-     [('r', 'red'), ('1', 'one'), ('g', 'green')]),
-    ([R, ('1.jpg', b'1'), TXT_R, ('1.txt', b'one')],
-     [('r', NONE), ('1', NONE), ('', 'red'), ('', 'one')]),
-])
+    (
+      [R, TXT_R, ('1.jpg', b'1'), ('1.txt', b'one'), G, TXT_G],
+      [('r', 'red'), ('1', 'one'), ('g', 'green')],
+    ),
+    (
+      [R, ('1.jpg', b'1'), TXT_R, ('1.txt', b'one')],
+      [('r', NONE), ('1', NONE), ('', 'red'), ('', 'one')],
+    ),
+  ],
+)
 def test_keys_that_come_again(read, files, samples):
   """Samples of their own; never a caption beside another picture."""
   assert read(files) == samples
 
 
 def test_keys_that_come_again_in_a_run(tmp_path, write_tar, encode):
-  write_tar(tmp_path / '0.tar', [
-      ('0.png', encode((255, 0, 0))), ('0.txt', b'red circle'), ('0.png', encode((0, 255, 0))),
-      ('1.png', encode((0, 0, 255))), ('1.png', encode((0, 0, 255))), ('1.txt', b'blue circle')])
+  write_tar(
+    tmp_path / '0.tar',
+    [
+      ('0.png', encode((255, 0, 0))),
+      ('0.txt', b'red circle'),
+      ('0.png', encode((0, 255, 0))),
+      ('1.png', encode((0, 0, 255))),
+      ('1.png', encode((0, 0, 255))),
+      ('1.txt', b'blue circle'),
+    ],
+  )
   gin.parse_config(f"webdataset.path = '{tmp_path}'\ndrop_text.rate = 0.0")
   batches = Batches('webdataset_pairs', 'train', 4, {'images': 8, 'inputs': 8}, num_epochs=1)
-  batch, = batches
+  (batch,) = batches
   assert (batch['images'] == (255, 0, 0)).all() and len(batch['images']) == 1
   assert batches.skipped == {'no caption': 2, AMBIGUOUS: 1}
   images = Batches('webdataset_images', 'train', 4, {'images': 8}, num_epochs=1)
@@ -161,9 +220,15 @@ def _json(**columns):
   return json.dumps(columns).encode()
 
 
-@pytest.mark.parametrize('key, caption', [
-    (None, 'alt text'), ('caption', 'of json'), ('blip', 'a red square'),
-    ('other', '(no caption under webdataset.caption_key)')])
+@pytest.mark.parametrize(
+  'key, caption',
+  [
+    (None, 'alt text'),
+    ('caption', 'of json'),
+    ('blip', 'a red square'),
+    ('other', '(no caption under webdataset.caption_key)'),
+  ],
+)
 def test_the_column_that_is_named_wins(read, key, caption):
   row = _json(caption='of json', blip='a red square')
   files = [('0.txt', b'alt text'), ('0.json', row)]
@@ -171,19 +236,27 @@ def test_the_column_that_is_named_wins(read, key, caption):
     assert read([('0.jpg', b'0'), *ordered], key) == [('0', caption)]
 
 
-@pytest.mark.parametrize('files, caption', [
+@pytest.mark.parametrize(
+  'files, caption',
+  [
     ([('0.txt', b'alt text')], 'no caption under webdataset.caption_key'),
     ([('0.json', b'not json')], 'no caption under webdataset.caption_key'),
     ([('0.json', b'[1]')], 'no caption under webdataset.caption_key'),
     ([('0.json', _json(caption='of json'))], 'no caption under webdataset.caption_key'),
-    ([('0.json', _json(blip=None))], 'no caption'), ([('0.json', _json(blip=' '))], 'no caption'),
+    ([('0.json', _json(blip=None))], 'no caption'),
+    ([('0.json', _json(blip=' '))], 'no caption'),
     ([('0.json', _json(blip=['a']))], 'caption that is not a text'),
     ([('0.json', _json(blip={'a': 1}))], 'caption that is not a text'),
-    ([('0.json', _json(blip=7))], 'caption that is not a text'), ([], 'no caption under .*')])
+    ([('0.json', _json(blip=7))], 'caption that is not a text'),
+    ([], 'no caption under .*'),
+  ],
+)
 def test_a_column_that_is_missing_is_counted(tmp_path, write_tar, encode, files, caption):
   write_tar(tmp_path / '0.tar', [('0.png', encode((1, 2, 3))), *files])
-  gin_config.parse(['gin_configs/tasks/webdataset.gin'],
-               [f"webdataset.path='{tmp_path}'", "webdataset.caption_key='blip'"])
+  gin_config.parse(
+    ['gin_configs/tasks/webdataset.gin'],
+    [f"webdataset.path='{tmp_path}'", "webdataset.caption_key='blip'"],
+  )
   with pytest.raises(UserError, match=f'skipped 1 {caption}$'):
     next(datasets.pictures_and_captions('webdataset', 'train', 8))
   # The picture can be used without it.
@@ -198,13 +271,17 @@ def test_pictures_in_folders_have_any_ending(tmp_path, ending):
   (tmp_path / name).write_bytes(picture.getvalue())
   (tmp_path / 'captions.jsonl').write_text(json.dumps({'file': name, 'caption': 'blue'}))
   gin.parse_config(f"folder.path = '{tmp_path}'")
-  (caption, image), = datasets.pictures_and_captions('folder', 'train', 8)
+  ((caption, image),) = datasets.pictures_and_captions('folder', 'train', 8)
   assert caption == 'blue' and np.abs(image.astype(int) - (0, 0, 254)).max() <= 2
 
 
-@pytest.mark.parametrize('content, columns', [
-    (b'{"clip": 0.3, "url": "x", "n": null, "ok": true, "list": [1], "more": {"a": 1}}',
-     {'clip': 0.3, 'url': 'x', 'n': None, 'ok': True}),
+@pytest.mark.parametrize(
+  'content, columns',
+  [
+    (
+      b'{"clip": 0.3, "url": "x", "n": null, "ok": true, "list": [1], "more": {"a": 1}}',
+      {'clip': 0.3, 'url': 'x', 'n': None, 'ok': True},
+    ),
     (b'[1]', {}),
     (b'{', {}),
     (b'[' * 10**5, {}),
@@ -212,10 +289,12 @@ def test_pictures_in_folders_have_any_ending(tmp_path, ending):
     (b'{"text": "' + b'a' * 2**20 + b'"}', {}),
     (b'\xff', {}),
     (None, {}),
-])
+  ],
+)
 def test_columns_are_the_numbers_and_texts_of_the_json(tmp_path, write_tar, content, columns):
   files = [('a/1.jpg', b'1'), ('a/1.txt', b'one')] + ([('a/1.json', content)] if content else [])
   path = write_tar(tmp_path / '0.tar', files)
   assert list(tar_shards.samples(str(path), None, describe=True)) == [
-      {'picture': b'1', 'caption': b'one', 'key': 'a/1', 'columns': columns}]
+    {'picture': b'1', 'caption': b'one', 'key': 'a/1', 'columns': columns}
+  ]
   assert list(tar_shards.samples(str(path), None)) == [{'picture': b'1', 'caption': b'one'}]

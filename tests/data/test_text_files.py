@@ -24,11 +24,19 @@ ENCODINGS = ('utf-8', 'utf-8-sig', 'utf-16', 'utf-32')
 PROMPTS = ['red apple', f'waving{WITHIN}hand of a woman firefighter', 'ein Bär \U0001f43b']
 
 
-@pytest.mark.parametrize('text, lines', [
-    ('a\nb\n', ['a', 'b']), ('a\r\nb\r\n', ['a', 'b']), ('a\r\nb', ['a', 'b']), ('', ['']),
-    ('a\n\nb', ['a', '', 'b']), ('a\rb\r', ['a', 'b']), ('a\rb\nc\n', ['a\rb', 'c']),
+@pytest.mark.parametrize(
+  'text, lines',
+  [
+    ('a\nb\n', ['a', 'b']),
+    ('a\r\nb\r\n', ['a', 'b']),
+    ('a\r\nb', ['a', 'b']),
+    ('', ['']),
+    ('a\n\nb', ['a', '', 'b']),
+    ('a\rb\r', ['a', 'b']),
+    ('a\rb\nc\n', ['a\rb', 'c']),
     (f'a{WITHIN}b\nc', [f'a{WITHIN}b', 'c']),
-])
+  ],
+)
 def test_lines_end_at_newlines_alone(text, lines):
   assert text_files.lines(text) == lines
 
@@ -44,13 +52,20 @@ def test_files_of_prompts(tmp_path, encoding, newline):
   path.write_bytes(newline.join(table).encode(encoding))
   prompts = prompts_file.read(str(path))
   assert [(prompt.text, prompt.category, prompt.challenge, prompt.note) for prompt in prompts] == [
-      (prompt, 'People', 'Basic', '') for prompt in PROMPTS]
+    (prompt, 'People', 'Basic', '') for prompt in PROMPTS
+  ]
 
 
 @pytest.mark.parametrize('read', [generate.read_prompts, prompts_file.read])
-@pytest.mark.parametrize('content, message', [
-    (b'caf\xe9', 'is not UTF-8 text; save it as UTF-8'), (b'\xff\xfea', 'is not UTF-16'),
-    (None, 'No such file'), (b'', 'no prompt in it|is needed|are needed')])
+@pytest.mark.parametrize(
+  'content, message',
+  [
+    (b'caf\xe9', 'is not UTF-8 text; save it as UTF-8'),
+    (b'\xff\xfea', 'is not UTF-16'),
+    (None, 'No such file'),
+    (b'', 'no prompt in it|is needed|are needed'),
+  ],
+)
 def test_files_that_are_no_text(tmp_path, read, content, message):
   path = tmp_path / 'prompts.txt'
   if content is not None:
@@ -63,8 +78,10 @@ def test_files_that_are_no_text(tmp_path, read, content, message):
 @pytest.mark.parametrize('newline', ['\n', '\r\n'])
 @pytest.mark.parametrize('encoding', ENCODINGS)
 def test_captions_files(tmp_path, encoding, newline):
-  lines = [json.dumps({'file': f'{i}.png', 'caption': prompt}, ensure_ascii=False)
-           for i, prompt in enumerate(PROMPTS)]
+  lines = [
+    json.dumps({'file': f'{i}.png', 'caption': prompt}, ensure_ascii=False)
+    for i, prompt in enumerate(PROMPTS)
+  ]
   (tmp_path / 'captions.jsonl').write_bytes(newline.join(lines).encode(encoding))
   files, texts = folder_index.read(str(tmp_path), 'captions.jsonl', 'file', 'caption', False)
   assert [text.decode() for text in texts] == PROMPTS
@@ -79,23 +96,32 @@ def test_the_text_source(tmp_path, encoding, newline, packed):
   (tmp_path / 'a.txt').write_bytes(gzip.compress(data) if packed else data)
   gin.parse_config(f"text.path = '{tmp_path}'")
   # Control characters become blanks in a caption.
-  expected = [''.join(' ' if c in '\x85\x0b\x0c\x1c\x1d\x1e' else c for c in prompt)
-              for prompt in PROMPTS]
+  expected = [
+    ''.join(' ' if c in '\x85\x0b\x0c\x1c\x1d\x1e' else c for c in prompt) for prompt in PROMPTS
+  ]
   assert list(sources.configured('text').captions('train')) == expected
 
 
 def test_long_lines_in_utf_16_are_bounded(tmp_path):
   (tmp_path / 'a.txt').write_bytes(('x' * 200_000 + '\na dog').encode('utf-16'))
   assert [len(line['caption']) for line in text_lines.lines(str(tmp_path / 'a.txt'))] == [
-      2**16 + 1, 5]
+    2**16 + 1,
+    5,
+  ]
 
 
 @pytest.mark.parametrize('encoding', ENCODINGS)
 def test_members_of_tars(tmp_path, write_tar, encoding):
   row = json.dumps({'caption': 'ein Bär'}, ensure_ascii=False)
-  path = write_tar(tmp_path / '0.tar', [
-      ('0.jpg', b'0'), ('0.txt', 'ein Bär'.encode(encoding)), ('1.jpg', b'1'),
-      ('1.json', row.encode(encoding))])
+  path = write_tar(
+    tmp_path / '0.tar',
+    [
+      ('0.jpg', b'0'),
+      ('0.txt', 'ein Bär'.encode(encoding)),
+      ('1.jpg', b'1'),
+      ('1.json', row.encode(encoding)),
+    ],
+  )
   gin.parse_config(f"webdataset.path = '{tmp_path}'")
   assert len(list(tar_shards.samples(str(path), None))) == 2
   assert list(sources.configured('webdataset').captions('train')) == ['ein Bär'] * 2

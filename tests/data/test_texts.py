@@ -36,11 +36,14 @@ def test_lines_of_text_files(tmp_path):
   (tmp_path / 'a.txt').write_text(f'{TEXTS[0]}\n\n{TEXTS[1]}\n{"circle " * 30}\n')
   with gzip.open(tmp_path / 'b.txt.gz', 'wt') as file:
     file.write(TEXTS[2])
-  gin_config.parse(['gin_configs/tasks/text.gin'],
-               [f"text.path = '{tmp_path}'", "text.splits = {'train': '*.txt*'}"])
+  gin_config.parse(
+    ['gin_configs/tasks/text.gin'],
+    [f"text.path = '{tmp_path}'", "text.splits = {'train': '*.txt*'}"],
+  )
   read, batches = _read()
   assert sorted(text[:20] for text in read) == sorted(
-      text[:20] for text in [*TEXTS, 'circle ' * 30])
+    text[:20] for text in [*TEXTS, 'circle ' * 30]
+  )
   assert batches.skipped == {'no caption': 1}
   assert batches.shortened == {'caption cut to 12 tokens': 1}
   # Each of several processes reads a part of them.
@@ -78,8 +81,10 @@ def test_texts_of_tfrecords_need_no_pictures(tmp_path):
       value = tf.train.Feature(bytes_list=tf.train.BytesList(value=[text.encode()]))
       example = tf.train.Example(features=tf.train.Features(feature={'text': value}))
       writer.write(example.SerializeToString())
-  gin_config.parse(['gin_configs/tasks/tfrecord.gin'],
-               [f"tfrecord.path = '{tmp_path}'", "tfrecord.caption_key = 'text'"])
+  gin_config.parse(
+    ['gin_configs/tasks/tfrecord.gin'],
+    [f"tfrecord.path = '{tmp_path}'", "tfrecord.caption_key = 'text'"],
+  )
   assert sorted(_read()[0]) == sorted(TEXTS)
   with pytest.raises(UserError, match=r"no 'image' in the first records.*tfrecord\.image_key"):
     Batches('images', 'train', 1, {'images': 8})
@@ -100,13 +105,15 @@ def test_a_task_that_others_registered_is_padded():
   texts = tf.data.Dataset.from_tensor_slices({'inputs': TEXTS})
   seqio.TaskRegistry.remove('made_elsewhere')
   seqio.TaskRegistry.add(
-      'made_elsewhere',
-      seqio.FunctionDataSource(lambda split, shuffle_files, seed=None: texts, splits=['train']),
-      preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim],
-      output_features={'inputs': seqio.Feature(seqio.SentencePieceVocabulary(vocabulary.path))})
+    'made_elsewhere',
+    seqio.FunctionDataSource(lambda split, shuffle_files, seed=None: texts, splits=['train']),
+    preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim],
+    output_features={'inputs': seqio.Feature(seqio.SentencePieceVocabulary(vocabulary.path))},
+  )
   batch = next(Batches('made_elsewhere', 'train', 3, LENGTHS, shuffle=False, num_epochs=1))
   np.testing.assert_array_equal(
-      batch['encoder_input_tokens'], [vocabulary.encode(text, 12)[0] for text in TEXTS])
+    batch['encoder_input_tokens'], [vocabulary.encode(text, 12)[0] for text in TEXTS]
+  )
 
 
 def test_a_task_of_pairs_is_no_task_of_texts(tmp_path):

@@ -39,12 +39,14 @@ def test_batches(cache, task):
   batches = Batches(task, 'train', 6, LENGTHS, seed=2, num_epochs=1)
   first, last = batches
   assert {k: (v.shape, v.dtype) for k, v in first.items()} == {
-      'encoder_input_tokens': ((6, 12), np.int32),
-      'decoder_target_tokens': ((6, 4), np.int32),
-      'decoder_loss_weights': ((6, 4), np.float32)}
+    'encoder_input_tokens': ((6, 12), np.int32),
+    'decoder_target_tokens': ((6, 4), np.int32),
+    'decoder_loss_weights': ((6, 4), np.float32),
+  }
   vocabulary = datasets.get_vocabulary()
-  expected = {i: vocabulary.encode(caption, 12)[0].tolist()
-              for i, (caption, _) in enumerate(_examples(10))}
+  expected = {
+    i: vocabulary.encode(caption, 12)[0].tolist() for i, (caption, _) in enumerate(_examples(10))
+  }
   for batch in (first, last):
     assert (batch['decoder_loss_weights'] == 1).all()
     for ids, codes in zip(batch['encoder_input_tokens'], batch['decoder_target_tokens']):
@@ -67,25 +69,43 @@ def test_info(cache):
   def shard(name, examples):
     path = os.path.join(cache, f'{name}.array_record')
     content = pathlib.Path(path).read_bytes()
-    return {'examples': examples, 'bytes': len(content),
-            'digest': xxhash.xxh3_128_hexdigest(content)}
+    return {
+      'examples': examples,
+      'bytes': len(content),
+      'digest': xxhash.xxh3_128_hexdigest(content),
+    }
 
-  assert token_cache_info.read_info(cache) == {**INFO, 'version': 2, 'views': 1, 'splits': {
-      'train': {'examples': 10, 'shards': [
-          shard(f'train-0000{i}', count) for i, count in enumerate((4, 4, 2))]},
-      'validation': {'examples': 2, 'shards': [shard('validation-00000', 2)]}}}
+  assert token_cache_info.read_info(cache) == {
+    **INFO,
+    'version': 2,
+    'views': 1,
+    'splits': {
+      'train': {
+        'examples': 10,
+        'shards': [shard(f'train-0000{i}', count) for i, count in enumerate((4, 4, 2))],
+      },
+      'validation': {'examples': 2, 'shards': [shard('validation-00000', 2)]},
+    },
+  }
   assert sorted(os.listdir(cache)) == [
-      'info.json', *(f'train-0000{i}.array_record' for i in range(3)),
-      'validation-00000.array_record']
+    'info.json',
+    *(f'train-0000{i}.array_record' for i in range(3)),
+    'validation-00000.array_record',
+  ]
 
 
 def test_writing_again_replaces_a_split(cache):
   token_cache.write_token_cache(cache, _examples(3), INFO)
   splits = token_cache_info.read_info(cache)['splits']
   assert {name: (split['examples'], len(split['shards'])) for name, split in splits.items()} == {
-      'train': (3, 1), 'validation': (2, 1)}
+    'train': (3, 1),
+    'validation': (2, 1),
+  }
   assert sorted(os.listdir(cache)) == [
-      'info.json', 'train-00000.array_record', 'validation-00000.array_record']
+    'info.json',
+    'train-00000.array_record',
+    'validation-00000.array_record',
+  ]
 
 
 def test_writing_again_leaves_splits_alone_whose_names_begin_the_same(cache):
@@ -96,13 +116,20 @@ def test_writing_again_leaves_splits_alone_whose_names_begin_the_same(cache):
   token_cache.write_token_cache(cache, _examples(1), INFO, split='train[%3A10%]')
   source = token_cache.TokenCacheSource(cache)
   found = {split: len(source.open(split)) for split in source.splits}
-  assert found == {'validation': 2, 'train-more': 6, 'हिन्दी 訓練': 3, 'train': 1, 'train[:10%]': 3,
-                   'train[%3A10%]': 1}
+  assert found == {
+    'validation': 2,
+    'train-more': 6,
+    'हिन्दी 訓練': 3,
+    'train': 1,
+    'train[:10%]': 3,
+    'train[%3A10%]': 1,
+  }
   assert not [name for name in os.listdir(cache) if ':' in name]
 
 
-@pytest.mark.parametrize('split', [
-    '', '../train', 'a/b', 'a\\b', '.hidden', 'a\0', 'a\n', 'a*', '訓' * 70, '-a', '\ud800'])
+@pytest.mark.parametrize(
+  'split', ['', '../train', 'a/b', 'a\\b', '.hidden', 'a\0', 'a\n', 'a*', '訓' * 70, '-a', '\ud800']
+)
 def test_splits_that_no_file_can_be_named_by(cache, split):
   before = sorted(os.listdir(cache))
   with pytest.raises(UserError, match='^the split .* cannot be part of a file name'):
@@ -156,8 +183,10 @@ def test_missing_unfinished_or_damaged(cache, tmp_path):
   (tmp_path / 'info.json').write_text('{')
   with pytest.raises(UserError, match='info.json is damaged'):
     token_cache_info.read_info(str(tmp_path))
-  (tmp_path / 'info.json').write_text(json.dumps({'splits': {}, **INFO, 'tokenizer': 'a'})[:-1]
-                                      .replace('"tokenizer"', '"other"') + '}')
+  (tmp_path / 'info.json').write_text(
+    json.dumps({'splits': {}, **INFO, 'tokenizer': 'a'})[:-1].replace('"tokenizer"', '"other"')
+    + '}'
+  )
   with pytest.raises(UserError, match='lacks tokenizer'):
     token_cache_info.read_info(str(tmp_path))
   (tmp_path / 'info.json').unlink()
@@ -169,8 +198,11 @@ def test_a_shard_that_was_cut_is_refused_when_it_is_opened(cache):
   path = os.path.join(cache, 'train-00001.array_record')
   with open(path, 'r+b') as file:
     file.truncate(os.path.getsize(path) - 1)
-  with pytest.raises(UserError, match='train-00001.array_record is damaged: it has .* when it was '
-                                      'written; copy it again, or `parti-jax tokenize`'):
+  with pytest.raises(
+    UserError,
+    match='train-00001.array_record is damaged: it has .* when it was '
+    'written; copy it again, or `parti-jax tokenize`',
+  ):
     Batches('cached_tokens', 'train', 1, LENGTHS)
 
 
@@ -216,16 +248,18 @@ def test_a_damaged_record_is_left_out_by_whoever_has_its_share(cache, caplog):
   _damage_a_record(cache)
   read, skipped = [], []
   for share in range(3):
-    batches = Batches('cached_tokens', 'train', 4, LENGTHS, seed=1, num_epochs=1, share=share,
-                      shares=3)
+    batches = Batches(
+      'cached_tokens', 'train', 4, LENGTHS, seed=1, num_epochs=1, share=share, shares=3
+    )
     read += [int(codes[0]) for batch in batches for codes in batch['decoder_target_tokens']]
     skipped.append(batches.skipped)
   assert sorted(read) == [0, 1, 2, 3, 4, 5, 6, 8, 9]
   assert sorted(map(len, skipped)) == [0, 0, 1]
   assert {'damaged record': 1} in skipped
   assert 'train-00001.array_record: damaged record' in caplog.text
-  assert [os.path.basename(path) for path in token_cache.TokenCacheSource(cache).damaged_shards(
-      'train')] == ['train-00001.array_record']
+  assert [
+    os.path.basename(path) for path in token_cache.TokenCacheSource(cache).damaged_shards('train')
+  ] == ['train-00001.array_record']
 
 
 @pytest.mark.parametrize('codes', [2**16, 2**16 + 1])
@@ -263,13 +297,18 @@ def test_both_ways_to_shuffle_read_all(cache, shuffle):
   for shares in (1, 2, 3, 4):
     read = []
     for share in range(shares):
-      batches = Batches('cached_tokens', 'train', 2, LENGTHS, num_epochs=1, share=share,
-                        shares=shares)
+      batches = Batches(
+        'cached_tokens', 'train', 2, LENGTHS, num_epochs=1, share=share, shares=shares
+      )
       read.append([int(codes[0]) for batch in batches for codes in batch['decoder_target_tokens']])
     assert sorted(sum(read, [])) == list(range(10))
     if shares <= 3 and shuffle == 'window':  # Each has shards of its own.
-      assert all({number // 4 for number in part}.isdisjoint({number // 4 for number in other})
-                 for part in read for other in read if part is not other)
+      assert all(
+        {number // 4 for number in part}.isdisjoint({number // 4 for number in other})
+        for part in read
+        for other in read
+        if part is not other
+      )
 
 
 def test_a_way_to_shuffle_that_is_not_there(cache):
@@ -281,13 +320,25 @@ def test_a_way_to_shuffle_that_is_not_there(cache):
 SHARD = {'examples': 3, 'bytes': 10}
 
 
-@pytest.mark.parametrize('entry, value', [
-    ('codebook_size', '8192'), ('image_tokens', 0), ('image_tokens', 1e9), ('image_tokens', True),
-    ('tokenizer', None), ('splits', []), ('splits', {'train': 3}), ('views', 0), ('version', 3),
-    ('splits', {'train': {'examples': 3}}), ('splits', {'train': {'examples': 3, 'shards': 1}}),
+@pytest.mark.parametrize(
+  'entry, value',
+  [
+    ('codebook_size', '8192'),
+    ('image_tokens', 0),
+    ('image_tokens', 1e9),
+    ('image_tokens', True),
+    ('tokenizer', None),
+    ('splits', []),
+    ('splits', {'train': 3}),
+    ('views', 0),
+    ('version', 3),
+    ('splits', {'train': {'examples': 3}}),
+    ('splits', {'train': {'examples': 3, 'shards': 1}}),
     ('splits', {'train': {'examples': 3, 'shards': []}}),
     ('splits', {'train': {'examples': 4, 'shards': [SHARD]}}),
-    ('splits', {'train': {'examples': 3, 'shards': [{**SHARD, 'bytes': '10'}]}})])
+    ('splits', {'train': {'examples': 3, 'shards': [{**SHARD, 'bytes': '10'}]}}),
+  ],
+)
 def test_info_that_makes_no_sense(tmp_path, entry, value):
   info = {**INFO, 'version': 2, 'views': 1, 'splits': {}, entry: value}
   (tmp_path / 'info.json').write_text(json.dumps(info))
@@ -296,10 +347,14 @@ def test_info_that_makes_no_sense(tmp_path, entry, value):
 
 
 def test_version_1_says_what_to_do(tmp_path):
-  (tmp_path / 'info.json').write_text(json.dumps({**INFO, 'splits': {
-      'train': {'examples': 3, 'shards': 1, 'bytes': [12]}}}))
-  with pytest.raises(UserError, match=f'{tmp_path} is of version 1; .* parti-jax tokenize '
-                                      f'--convert={tmp_path} --output_dir=FOLDER'):
+  (tmp_path / 'info.json').write_text(
+    json.dumps({**INFO, 'splits': {'train': {'examples': 3, 'shards': 1, 'bytes': [12]}}})
+  )
+  with pytest.raises(
+    UserError,
+    match=f'{tmp_path} is of version 1; .* parti-jax tokenize '
+    f'--convert={tmp_path} --output_dir=FOLDER',
+  ):
     token_cache_info.read_info(str(tmp_path))
 
 

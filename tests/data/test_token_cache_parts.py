@@ -20,15 +20,17 @@ EXAMPLES = (3, 2, 0, 4)
 
 
 def _parts(folder, split='train', info=INFO, made_with=MADE_WITH, replaced=()):
-  return token_cache_parts.SplitParts(
-      str(folder), split, info, made_with, len(EXAMPLES), replaced)
+  return token_cache_parts.SplitParts(str(folder), split, info, made_with, len(EXAMPLES), replaced)
 
 
 def _write(parts, indices, add=0):
   for index in indices:
-    records = (token_cache.serialized(
-        f'{index} {number}', np.full(4, 10 * index + number + add), parts._info)
-               for number in range(EXAMPLES[index]))
+    records = (
+      token_cache.serialized(
+        f'{index} {number}', np.full(4, 10 * index + number + add), parts._info
+      )
+      for number in range(EXAMPLES[index])
+    )
     parts.write(index, records, {'skipped': {'no caption': 1} if index else {}, 'shortened': {}})
 
 
@@ -51,8 +53,11 @@ def _go_on(parts, add=0):
 
 def _content(folder):
   """Path within a folder, on a disk or in a store -> bytes; without unfinished files."""
-  return {name: storage.read(storage.join(folder, name), 2**30) for name in storage.sizes(folder)
-          if not name.endswith('.unfinished')}
+  return {
+    name: storage.read(storage.join(folder, name), 2**30)
+    for name in storage.sizes(folder)
+    if not name.endswith('.unfinished')
+  }
 
 
 @pytest.fixture(name='whole', scope='module')
@@ -72,7 +77,8 @@ def test_the_split(whole, tmp_path):
   assert info['splits']['train']['examples'] == 9
   found = token_cache.TokenCacheSource(str(tmp_path)).open('train').read(range(9))
   assert [example['caption'].decode() for example in found] == [
-      f'{part} {number}' for part in range(4) for number in range(EXAMPLES[part])]
+    f'{part} {number}' for part in range(4) for number in range(EXAMPLES[part])
+  ]
   assert [example['tokens'][0] for example in found] == [0, 1, 2, 10, 11, 30, 31, 32, 33]
   assert not list(token_cache.TokenCacheSource(str(tmp_path)).damaged_shards('train'))
 
@@ -82,7 +88,7 @@ def test_any_order_and_any_number_of_processes(whole, tmp_path, order):
   for index in order:
     parts = _parts(tmp_path)  # A process of its own.
     assert _begin(parts)
-    assert parts.left() == [i for i in range(4) if i not in order[:order.index(index)]]
+    assert parts.left() == [i for i in range(4) if i not in order[: order.index(index)]]
     _write(parts, parts.unfinished([index]))
   assert parts.left() == [] and parts.merge()
   assert _content(tmp_path) == whole
@@ -96,7 +102,9 @@ class Killed(BaseException):
 
 # All that changes something on the disk or in the store.
 STEPS = [(storage, name) for name in ('create', 'write', 'move', 'remove', 'remove_folder')] + [
-    (token_cache, 'write_shard'), (token_cache_info, 'remove_folder')]
+  (token_cache, 'write_shard'),
+  (token_cache_info, 'remove_folder'),
+]
 
 
 def _at_step(monkeypatch, number, act, after):
@@ -114,6 +122,7 @@ def _at_step(monkeypatch, number, act, after):
       if here and after:
         act()
       return found
+
     return step
 
   for module, name in STEPS:
@@ -139,7 +148,8 @@ def test_killed_at_any_step(whole, tmp_path, monkeypatch, after, replaces):
     folder = tmp_path / str(number)
     if replaces:
       token_cache.write_token_cache(
-          str(folder), [(f'old {i}', np.full(4, 99)) for i in range(9)], INFO)
+        str(folder), [(f'old {i}', np.full(4, 99)) for i in range(9)], INFO
+      )
     with monkeypatch.context() as patch:
       count = _at_step(patch, number, _kill, after)
       try:
@@ -165,8 +175,9 @@ def test_killed_at_any_step(whole, tmp_path, monkeypatch, after, replaces):
         _write(parts, parts.unfinished(range(4)))
         assert parts.merge()
     # The lock of one that was killed after its last change may stay; whoever comes next takes it.
-    assert {name: content for name, content in _content(folder).items()
-            if name != '.info.lock'} == whole, number
+    assert {
+      name: content for name, content in _content(folder).items() if name != '.info.lock'
+    } == whole, number
   assert steps > 10
 
 
@@ -215,19 +226,25 @@ def test_two_commands_that_write_two_splits_at_once(whole, tmp_path, monkeypatch
   assert steps > 4
 
 
-@pytest.mark.parametrize('damage', [
-    lambda path: path.write_text(''), lambda path: path.write_text('{"part": 1}'),
-    lambda path: path.write_text('[]'), lambda path: path.unlink(),
+@pytest.mark.parametrize(
+  'damage',
+  [
+    lambda path: path.write_text(''),
+    lambda path: path.write_text('{"part": 1}'),
+    lambda path: path.write_text('[]'),
+    lambda path: path.unlink(),
     lambda path: path.write_text(path.read_text().replace('"part": 1', '"part": 3')),
     lambda path: path.write_text(path.read_text().replace('"examples": 2', '"examples": -2')),
     lambda path: path.with_suffix('.array_record').unlink(),
-    lambda path: path.with_suffix('.array_record').write_bytes(b'cut')])
+    lambda path: path.with_suffix('.array_record').write_bytes(b'cut'),
+  ],
+)
 @pytest.mark.parametrize('all_written', [False, True])
 def test_a_damaged_part_is_written_again(whole, tmp_path, damage, all_written):
   parts = _parts(tmp_path)
   _begin(parts)
   _write(parts, range(4 if all_written else 3))
-  path, = tmp_path.glob('.train.parts/*-00001.json')
+  (path,) = tmp_path.glob('.train.parts/*-00001.json')
   damage(path)
   if all_written and not path.exists():
     assert parts.left() == [1]
@@ -246,17 +263,19 @@ def test_a_shard_in_place_that_is_of_another_split_is_not_taken_for_a_part(whole
   parts = _parts(tmp_path)
   _begin(parts, overwrite=True)
   _write(parts, range(4))
-  lost, = tmp_path.glob('.train.parts/*-00000.array_record')
+  (lost,) = tmp_path.glob('.train.parts/*-00000.array_record')
   lost.unlink()
   assert not parts.merge() and parts.left() == [0]
   _write(parts, [0])
   assert parts.merge() and _content(tmp_path) == whole
 
 
-OTHERS = [({**INFO, 'tokenizer': 'xyz'}, MADE_WITH, 'tokenizer abc, not xyz'),
-          ({**INFO, 'views': 2}, MADE_WITH, 'views 1, not 2'),
-          (INFO, {**MADE_WITH, 'dtype': 'bfloat16'}, 'dtype float32, not bfloat16'),
-          (INFO, {**MADE_WITH, 'files': ['a']}, r"files \['a', 'b'\], not \['a'\]")]
+OTHERS = [
+  ({**INFO, 'tokenizer': 'xyz'}, MADE_WITH, 'tokenizer abc, not xyz'),
+  ({**INFO, 'views': 2}, MADE_WITH, 'views 1, not 2'),
+  (INFO, {**MADE_WITH, 'dtype': 'bfloat16'}, 'dtype float32, not bfloat16'),
+  (INFO, {**MADE_WITH, 'files': ['a']}, r"files \['a', 'b'\], not \['a'\]"),
+]
 
 
 @pytest.mark.parametrize('info, made_with, message', OTHERS)
@@ -275,8 +294,9 @@ def test_what_was_made_differently_is_refused(tmp_path, info, made_with, message
   assert _content(tmp_path) == before
 
 
-@pytest.mark.parametrize('info, made_with', [
-    other[:2] for other in OTHERS if other[0]['views'] == 1])  # As the examples here have.
+@pytest.mark.parametrize(
+  'info, made_with', [other[:2] for other in OTHERS if other[0]['views'] == 1]
+)  # As the examples here have.
 @pytest.mark.parametrize('finished', [False, True])
 def test_overwrite_begins_again(tmp_path, info, made_with, finished):
   parts = _parts(tmp_path / 'a')
@@ -313,8 +333,10 @@ def test_other_splits_stay_unless_they_are_of_another_tokenizer(tmp_path):
   other = {**INFO, 'tokenizer': 'xyz'}
   with pytest.raises(UserError, match='holds validation with tokenizer abc, not xyz; choose'):
     _begin(_parts(tmp_path, info=other), overwrite=True)
-  both = [_parts(tmp_path, split, other, replaced=('train', 'validation'))
-          for split in ('train', 'validation')]
+  both = [
+    _parts(tmp_path, split, other, replaced=('train', 'validation'))
+    for split in ('train', 'validation')
+  ]
   for parts in both:
     assert _begin(parts, overwrite=True)
     _write(parts, range(4))

@@ -14,9 +14,12 @@ from parti_jax.data import openmoji
 from parti_jax.data.vocabulary import TextVocabulary
 from parti_jax.data.vocabulary import train_vocabulary
 
-CAPTIONS = [f'a {color} {thing} on the {place}'
-            for color in ('red', 'green', 'blue') for thing in ('dog', 'house', 'boat')
-            for place in ('beach', 'hill')]
+CAPTIONS = [
+  f'a {color} {thing} on the {place}'
+  for color in ('red', 'green', 'blue')
+  for thing in ('dog', 'house', 'boat')
+  for place in ('beach', 'hill')
+]
 
 
 @pytest.fixture(scope='module')
@@ -31,9 +34,9 @@ def test_round_trip(vocabulary):
     ids, cut = vocabulary.encode(caption, 40)
     assert ids.dtype == np.int32 and ids.shape == (40,) and not cut
     end = list(ids).index(1)
-    assert (ids[:end] > 2).all() and (ids[end + 1:] == 0).all()
+    assert (ids[:end] > 2).all() and (ids[end + 1 :] == 0).all()
     assert vocabulary.decode(ids) == caption
-    assert vocabulary.encode_whole(caption) == list(ids[:end + 1])
+    assert vocabulary.encode_whole(caption) == list(ids[: end + 1])
 
 
 def test_a_vocabulary_in_a_store(vocabulary, gs_bucket):
@@ -47,7 +50,8 @@ def test_a_vocabulary_in_a_store(vocabulary, gs_bucket):
 def test_empty_text_and_capitals(vocabulary):
   assert vocabulary.encode('', 4)[0].tolist() == [1, 0, 0, 0]
   np.testing.assert_array_equal(
-      vocabulary.encode('A Red DOG', 30)[0], vocabulary.encode('a red dog', 30)[0])
+    vocabulary.encode('A Red DOG', 30)[0], vocabulary.encode('a red dog', 30)[0]
+  )
 
 
 def test_cut_says_what_did_not_fit(vocabulary):
@@ -56,7 +60,8 @@ def test_cut_says_what_did_not_fit(vocabulary):
     ids, cut = vocabulary.encode(text, length)
     assert ids[-1] == 1 and cut
     assert ' '.join(f'{vocabulary.decode(ids)} {cut}'.split()).replace(' ', '') == (
-        text.replace(' ', ''))
+      text.replace(' ', '')
+    )
   assert vocabulary.encode(text, len(vocabulary.encode_whole(text)))[1] == ''
 
 
@@ -94,8 +99,12 @@ def test_unusable_files(tmp_path):
   with pytest.raises(UserError, match='no SentencePiece model'):
     TextVocabulary(str(tmp_path / 'text.model'))
   sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=iter(CAPTIONS), model_prefix=str(tmp_path / 'other'), vocab_size=60,
-      model_type='bpe', minloglevel=2)
+    sentence_iterator=iter(CAPTIONS),
+    model_prefix=str(tmp_path / 'other'),
+    vocab_size=60,
+    model_type='bpe',
+    minloglevel=2,
+  )
   with pytest.raises(UserError, match=r'\(pad, eos, unk\) = \(-1, 2, 0\)'):
     TextVocabulary(str(tmp_path / 'other.model'))
 
@@ -105,9 +114,14 @@ def test_command_on_a_folder(tmp_path, capsys):
   rows = [json.dumps({'file': 'p.png', 'caption': caption}) for caption in [*CAPTIONS, '']]
   (tmp_path / 'captions.jsonl').write_text('\n'.join(rows))
   output = tmp_path / 'made' / 'captions.model'
-  arguments = ['vocabulary', '--gin_file=gin_configs/tasks/folder.gin',
-               f"--gin.folder.path='{tmp_path}'", '--size=60', '--model_type=bpe',
-               f'--output={output}']
+  arguments = [
+    'vocabulary',
+    '--gin_file=gin_configs/tasks/folder.gin',
+    f"--gin.folder.path='{tmp_path}'",
+    '--size=60',
+    '--model_type=bpe',
+    f'--output={output}',
+  ]
   assert parti_jax.cli.main.main(arguments) == 0
   printed = capsys.readouterr().out
   assert '60 ids' in printed and '18 captions' in printed

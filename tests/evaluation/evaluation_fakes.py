@@ -24,8 +24,9 @@ def small_set():
   for index in range(12):
     for tones in TONES:
       unseen = index < 4 and tones == ('dark',)
-      pictures.append(picture(f'toned {index}', tones,
-                              'unseen_combinations' if unseen else 'train'))
+      pictures.append(
+        picture(f'toned {index}', tones, 'unseen_combinations' if unseen else 'train')
+      )
   pictures += [picture(f'thing {index}') for index in range(6)]
   pictures += [picture(f'new {index}', split='validation') for index in range(2)]
   return pictures
@@ -69,24 +70,34 @@ class FakePipeline:
     self.generated = []
     self.settings = None
 
-  def generate(self, prompts, num_images=4, seed=0, rank=False, first_index=0, progress=False,
-               **settings):
+  def generate(
+    self, prompts, num_images=4, seed=0, rank=False, first_index=0, progress=False, **settings
+  ):
     assert not rank or self.ranker is not None
     self.settings = settings
     self.generated.append(list(prompts))
     first = np.broadcast_to(first_index, len(prompts)).tolist()
-    images = [[self.draw(prompt, start + index) for index in range(num_images)]
-              for prompt, start in zip(prompts, first)]
+    images = [
+      [self.draw(prompt, start + index) for index in range(num_images)]
+      for prompt, start in zip(prompts, first)
+    ]
     sampling = settings_lib.SamplingSettings().replace(
-        **{name: value for name, value in settings.items() if name != 'batch_size'})
+      **{name: value for name, value in settings.items() if name != 'batch_size'}
+    )
     ranked = {}
     if rank:  # The last picture is the best.
       images = [row[::-1] for row in images]
       order = np.tile(np.arange(num_images)[::-1], (len(prompts), 1))
       ranked = {'scores': order.astype(np.float32), 'image_index': order}
     return pipeline_lib.Result(
-        np.array(images, np.uint8), np.zeros((len(prompts), num_images, 4), np.int32),
-        list(prompts), seed, sampling, self.model_name, **ranked)
+      np.array(images, np.uint8),
+      np.zeros((len(prompts), num_images, 4), np.int32),
+      list(prompts),
+      seed,
+      sampling,
+      self.model_name,
+      **ranked,
+    )
 
   def reconstruct(self, images):
     return images

@@ -12,10 +12,12 @@ from parti_jax.evaluation.openmoji import alignment
 
 def test_right_pictures_by_prompt():
   judge = alignment.OpenMojiAlignment(
-      fakes.SIZE, 'train', pictures=fakes.small_set(), render=fakes.render)
+    fakes.SIZE, 'train', pictures=fakes.small_set(), render=fakes.render
+  )
   other = lambda prompt: prompt.replace('9', '8') if '9' in prompt else prompt
-  images = np.stack([[fakes.render(prompt), fakes.render(other(prompt))]
-                     for prompt in judge.prompts])
+  images = np.stack(
+    [[fakes.render(prompt), fakes.render(other(prompt))] for prompt in judge.prompts]
+  )
   scores = judge.scores(images)
   changed = np.array(['9' in prompt for prompt in judge.prompts])
   np.testing.assert_array_equal(scores['name_top1'], np.where(changed, 0.5, 1.0))
@@ -27,8 +29,11 @@ def test_right_pictures_by_prompt():
 
 
 def test_prompts_are_drawn_by_the_seed():
-  prompts = lambda seed: alignment.OpenMojiAlignment(
-      fakes.SIZE, 'train', 5, seed, fakes.small_set(), fakes.render).prompts
+  prompts = lambda seed: (
+    alignment.OpenMojiAlignment(
+      fakes.SIZE, 'train', 5, seed, fakes.small_set(), fakes.render
+    ).prompts
+  )
   assert len(set(prompts(0))) == 5 and prompts(0) == prompts(0) != prompts(1)
   with pytest.raises(UserError, match='unknown split'):
     alignment.OpenMojiAlignment(fakes.SIZE, 'test', pictures=fakes.small_set())
@@ -37,7 +42,8 @@ def test_prompts_are_drawn_by_the_seed():
 def test_a_rankers_score_is_the_mean_of_a_prompts_pictures():
   texts = []
   ranker = types.SimpleNamespace(
-      scores=lambda asked, images: (texts.extend(asked), images[:, 0, 0, 0] / 10.0)[1])
+    scores=lambda asked, images: (texts.extend(asked), images[:, 0, 0, 0] / 10.0)[1]
+  )
   measured = alignment.RankerAlignment(ranker, ['a', 'b', 'c'], 2)
   images = np.array([1, 3, 6, 8], np.uint8).reshape(2, 2, 1, 1, 1).repeat(3, -1)
   np.testing.assert_allclose(measured.scores(images)['ranker'], [0.2, 0.7])
@@ -50,6 +56,6 @@ def test_distance_of_every_pair():
   np.testing.assert_allclose(alignment.pairwise_distance(images), [2 / 3, 0])
   half = images.copy()
   half[0, 1, :2] = 0  # Half of the pixels differ by 1: the root of 1/2.
-  np.testing.assert_allclose(alignment.pairwise_distance(half)[0], 2 / 3 * 0.5 ** 0.5)
+  np.testing.assert_allclose(alignment.pairwise_distance(half)[0], 2 / 3 * 0.5**0.5)
   with pytest.raises(ValueError, match='two pictures'):
     alignment.pairwise_distance(images[:, :1])

@@ -25,7 +25,8 @@ def _losses(rng, mean, count=120):
 def test_a_loss_at_the_tolerance_seldom_passes_and_a_smaller_one_does():
   rng = np.random.default_rng(0)
   passes = lambda mean: np.mean(
-      [calibration.p_value(_losses(rng, mean), 0.08) <= 0.1 for _ in range(400)])
+    [calibration.p_value(_losses(rng, mean), 0.08) <= 0.1 for _ in range(400)]
+  )
   assert passes(0.08) < 0.1 + 3 * (0.1 * 0.9 / 400) ** 0.5
   assert passes(0.0) > 0.5
   assert calibration.p_value(np.zeros(120), 0.05) < 0.02
@@ -60,12 +61,14 @@ class Pipeline(fakes.FakePipeline):
 
   def generate(self, prompts, exit_threshold=1.0, **others):
     self.draw = lambda caption, index: fakes.render(
-        'thing 0' if exit_threshold < 0.5 and len(caption) % 2 else caption)
+      'thing 0' if exit_threshold < 0.5 and len(caption) % 2 else caption
+    )
     result = super().generate(prompts, **others)
     shape = result.images.shape[:2] + (64,)
     usage = adaptive.Usage(np.full(shape, 2), np.zeros(shape, bool), np.full(shape + (2,), 3))
     return types.SimpleNamespace(
-        images=result.images, usage=None if exit_threshold == 1.0 else usage)
+      images=result.images, usage=None if exit_threshold == 1.0 else usage
+    )
 
 
 @pytest.fixture(name='pipeline')
@@ -85,8 +88,20 @@ def run(*arguments):
 
 def test_the_command_finds_the_threshold_and_resumes(pipeline, tmp_path, capsys):
   output = tmp_path / 'calibration.json'
-  arguments = ('--split', 'train', '--tolerance', '0.3', '--num_images', '2',
-               '--candidates', '0.4', '0.9', '0.6', '--output', str(output))
+  arguments = (
+    '--split',
+    'train',
+    '--tolerance',
+    '0.3',
+    '--num_images',
+    '2',
+    '--candidates',
+    '0.4',
+    '0.9',
+    '0.6',
+    '--output',
+    str(output),
+  )
   assert run(*arguments) == 0
   content = json.loads(output.read_text())
   assert content['result']['threshold'] == 0.6
@@ -116,18 +131,38 @@ def test_too_few_prompts_are_said_before_anything_is_drawn(pipeline, tmp_path, c
 
 def test_thresholds_that_look_alike_are_measured_apart(pipeline, tmp_path):
   output = tmp_path / 'calibration.json'
-  run('--split', 'train', '--candidates', '0.99999999', '0.9000001', '0.9', '--num_images', '1',
-      '--tolerance', '0.9', '--output', str(output))
+  run(
+    '--split',
+    'train',
+    '--candidates',
+    '0.99999999',
+    '0.9000001',
+    '0.9',
+    '--num_images',
+    '1',
+    '--tolerance',
+    '0.9',
+    '--output',
+    str(output),
+  )
   measured = json.loads(output.read_text())['measured']
   assert measured.keys() == {'1', '0.99999999', '0.9000001', '0.9'}
 
 
-@pytest.mark.parametrize('arguments, message', [
-    (('--seed', '4294967296'), '--seed=4294967296'), (('--candidates', 'nan'), '--candidates: nan'),
-    (('--tolerance', 'nan'), '--tolerance=nan'), (('--num_images', '3000000000'), '--num_images='),
-    (('--risk', '0'), '--risk=0'), (('--candidates', '1'), '--candidates: 1'),
-    (('--measure', 'ranker'), 'no ranker'), (('--prompts_file', 'x.txt'), '--measure=ranker'),
-    (('--split', 'test'), 'unknown split')])
+@pytest.mark.parametrize(
+  'arguments, message',
+  [
+    (('--seed', '4294967296'), '--seed=4294967296'),
+    (('--candidates', 'nan'), '--candidates: nan'),
+    (('--tolerance', 'nan'), '--tolerance=nan'),
+    (('--num_images', '3000000000'), '--num_images='),
+    (('--risk', '0'), '--risk=0'),
+    (('--candidates', '1'), '--candidates: 1'),
+    (('--measure', 'ranker'), 'no ranker'),
+    (('--prompts_file', 'x.txt'), '--measure=ranker'),
+    (('--split', 'test'), 'unknown split'),
+  ],
+)
 def test_bad_flags_are_named(pipeline, tmp_path, arguments, message):
   with pytest.raises(UserError, match=message):
     run(*arguments, '--output', str(tmp_path / 'calibration.json'))

@@ -28,8 +28,9 @@ def coco_files(folder, pictures=6, captions=2, **changes):
     write_picture(place / name, identity)
     content['images'].append({'id': identity, 'file_name': name, 'height': 10, 'width': 20})
     content['annotations'] += [
-        {'id': 10 * identity + turn, 'image_id': identity, 'caption': f'{identity}, {turn} \n'}
-        for turn in range(captions)]
+      {'id': 10 * identity + turn, 'image_id': identity, 'caption': f'{identity}, {turn} \n'}
+      for turn in range(captions)
+    ]
   path = folder / 'captions_val2014.json'
   path.write_text(json.dumps(content | changes))
   return str(path), str(place)
@@ -37,8 +38,10 @@ def coco_files(folder, pictures=6, captions=2, **changes):
 
 def pairs(captioned):
   """Each caption with the name of its picture's file."""
-  return {caption: captioned.pictures.paths[picture].name
-          for caption, picture in zip(captioned.captions, captioned.picture_of)}
+  return {
+    caption: captioned.pictures.paths[picture].name
+    for caption, picture in zip(captioned.captions, captioned.picture_of)
+  }
 
 
 def test_every_picture_gets_a_caption_before_any_gets_two():
@@ -76,7 +79,9 @@ def test_coco_pictures_that_are_not_there_are_counted(tmp_path):
     coco.read(annotations, str(tmp_path / 'empty'), limit=100, seed=0)
 
 
-@pytest.mark.parametrize('changes, message', [
+@pytest.mark.parametrize(
+  'changes, message',
+  [
     ({'images': None}, "no list 'images'"),
     ({'annotations': []}, "its list 'annotations' is empty"),
     ({'annotations': [{'image_id': 100}]}, r'no caption that can be used \(1 no caption\)'),
@@ -87,14 +92,17 @@ def test_coco_pictures_that_are_not_there_are_counted(tmp_path):
     ({'images': [{'id': True, 'file_name': 'a'}]}, "images, entry 1: no whole number .* 'id'"),
     ({'images': [{'id': 1.5, 'file_name': 'a'}]}, "images, entry 1: no whole number .* 'id'"),
     ({'images': [{'id': 1}]}, "images, entry 1: no text 'file_name'"),
-    ({'images': [{'id': 1, 'file_name': 'a'}, {'id': '1', 'file_name': 'b'}]},
-     "images, entry 2: the id 1 is that of 'a' already"),
+    (
+      {'images': [{'id': 1, 'file_name': 'a'}, {'id': '1', 'file_name': 'b'}]},
+      "images, entry 2: the id 1 is that of 'a' already",
+    ),
     ({'images': [{'id': 1, 'file_name': '../a.jpg'}]}, r"file_name '\.\./a.jpg' is no path within"),
     ({'images': [{'id': 1, 'file_name': 'a/../../b'}]}, 'is no path within the folder'),
     ({'images': [{'id': 1, 'file_name': '/etc/passwd'}]}, 'is no path within the folder'),
     ({'images': [{'id': 1, 'file_name': 'a\0b'}]}, 'is no path within the folder'),
     ({'images': [{'id': 1, 'file_name': '\ud83d'}]}, 'is no path within the folder'),
-])
+  ],
+)
 def test_coco_files_of_another_form(tmp_path, changes, message):
   with pytest.raises(UserError, match=message):
     coco.read(*coco_files(tmp_path, **changes), limit=4, seed=0)
@@ -106,7 +114,10 @@ def test_coco_captions_that_are_none_are_left_out_and_counted(tmp_path):
   captioned = coco.read(*coco_files(tmp_path, annotations=annotations), limit=9, seed=0)
   assert captioned.captions == ['100, 0'] and captioned.available == 1
   assert captioned.skipped == {
-      'no caption': 4, 'caption that is not a text': 3, 'caption not UTF-8': 1}
+    'no caption': 4,
+    'caption that is not a text': 3,
+    'caption not UTF-8': 1,
+  }
 
 
 def test_coco_ids_and_folders(tmp_path):
@@ -115,19 +126,34 @@ def test_coco_ids_and_folders(tmp_path):
   for shade, name in ((10, 'val/a/1.jpg'), (20, 'val/1.jpg'), (30, '1.jpg')):
     write_picture(tmp_path / 'photos' / name, shade)
   content = {
-      'images': [{'id': 7, 'file_name': 'val/a/1.jpg'}, {'id': '8', 'file_name': 'val/1.jpg'},
-                 {'id': 'x9', 'file_name': '1.jpg'}, {'id': 10, 'file_name': 'val/none.jpg'},
-                 {'id': 11, 'file_name': 'val/a'}],
-      'annotations': [{'image_id': identity, 'caption': caption} for identity, caption in (
-          ('7', '10'), (8, '20'), ('x9', '30'), (10, 'not there'), (11, 'a folder'))]}
+    'images': [
+      {'id': 7, 'file_name': 'val/a/1.jpg'},
+      {'id': '8', 'file_name': 'val/1.jpg'},
+      {'id': 'x9', 'file_name': '1.jpg'},
+      {'id': 10, 'file_name': 'val/none.jpg'},
+      {'id': 11, 'file_name': 'val/a'},
+    ],
+    'annotations': [
+      {'image_id': identity, 'caption': caption}
+      for identity, caption in (
+        ('7', '10'),
+        (8, '20'),
+        ('x9', '30'),
+        (10, 'not there'),
+        (11, 'a folder'),
+      )
+    ],
+  }
   path = tmp_path / 'annotations.json'
   # As Windows' programs write it.
   path.write_bytes(b'\xef\xbb\xbf' + json.dumps(content).encode())
   captioned = coco.read(str(path), str(tmp_path / 'photos'), 9, 0)
   assert captioned.skipped == {'no picture file': 2}
   encoded = list(captioned.pictures.encoded())
-  shown = {caption: np.asarray(Image.open(io.BytesIO(encoded[picture]))).mean()
-           for caption, picture in zip(captioned.captions, captioned.picture_of)}
+  shown = {
+    caption: np.asarray(Image.open(io.BytesIO(encoded[picture]))).mean()
+    for caption, picture in zip(captioned.captions, captioned.picture_of)
+  }
   assert shown.keys() == {'10', '20', '30'}
   assert all(abs(shade - int(caption)) < 2 for caption, shade in shown.items())
 
@@ -153,10 +179,17 @@ def test_coco_of_tensorflow_datasets(tmp_path):
   # What `tfds build coco_captions` writes, but for its number of pictures.
   features = tfds.builder('coco_captions').info.features
   tfds.dataset_builders.store_as_tfds_dataset(
-      name='coco_captions', version='1.1.0', config='2014', data_dir=tmp_path, features=features,
-      split_datasets={split: [(i, tfds_example(10 * start + i)) for i in range(2)]
-                      for start, split in enumerate(('train', 'val', 'test', 'restval'))},
-      disable_shuffling=True)
+    name='coco_captions',
+    version='1.1.0',
+    config='2014',
+    data_dir=tmp_path,
+    features=features,
+    split_datasets={
+      split: [(i, tfds_example(10 * start + i)) for i in range(2)]
+      for start, split in enumerate(('train', 'val', 'test', 'restval'))
+    },
+    disable_shuffling=True,
+  )
   captioned = coco.read_tfds(str(tmp_path), 9, 0)
   assert captioned.available == 12 and len(captioned.captions) == 9
   assert captioned.skipped == {'no caption': 6}
@@ -169,45 +202,64 @@ def test_coco_of_tensorflow_datasets(tmp_path):
 
 def tfds_example(shade):
   return {
-      'image': np.full((10, 20, 3), shade, np.uint8), 'image/filename': f'{shade}.jpg',
-      'image/id': shade, 'objects': [],
-      'captions': [{'text': f'{shade}, {turn}' if turn < 2 else ' ', 'id': turn}
-                   for turn in range(3)]}
+    'image': np.full((10, 20, 3), shade, np.uint8),
+    'image/filename': f'{shade}.jpg',
+    'image/id': shade,
+    'objects': [],
+    'captions': [
+      {'text': f'{shade}, {turn}' if turn < 2 else ' ', 'id': turn} for turn in range(3)
+    ],
+  }
 
 
 def narratives(folder, lines):
   folder.mkdir(exist_ok=True)
   path = folder / 'coco_val_localized_narratives.jsonl'
-  path.write_text('\n'.join(
-      line if isinstance(line, str) else json.dumps(line) for line in lines))
+  path.write_text('\n'.join(line if isinstance(line, str) else json.dumps(line) for line in lines))
   return str(path)
 
 
 def test_narratives_of_coco_pictures(tmp_path):
-  lines = [{'dataset_id': 'mscoco_val2017', 'image_id': '137576', 'annotator_id': 93,
-            'caption': 'In this image there are cows. ', 'traces': [[{'x': 0.2, 'y': 0.7}]]},
-           {'dataset_id': 'mscoco_val2017', 'image_id': '9', 'caption': 'A dog.'}, '',
-           {'dataset_id': 'mscoco_val2017', 'image_id': '9', 'caption': 'A brown dog.'},
-           {'dataset_id': 'open_images', 'image_id': '00ab', 'caption': 'A house.'},
-           {'dataset_id': 'mscoco_val2017', 'image_id': '10', 'caption': 'Not there.'}]
+  lines = [
+    {
+      'dataset_id': 'mscoco_val2017',
+      'image_id': '137576',
+      'annotator_id': 93,
+      'caption': 'In this image there are cows. ',
+      'traces': [[{'x': 0.2, 'y': 0.7}]],
+    },
+    {'dataset_id': 'mscoco_val2017', 'image_id': '9', 'caption': 'A dog.'},
+    '',
+    {'dataset_id': 'mscoco_val2017', 'image_id': '9', 'caption': 'A brown dog.'},
+    {'dataset_id': 'open_images', 'image_id': '00ab', 'caption': 'A house.'},
+    {'dataset_id': 'mscoco_val2017', 'image_id': '10', 'caption': 'Not there.'},
+  ]
   for name in ('000000137576', 'COCO_val2014_000000000009', '00ab'):
     write_picture(tmp_path / f'{name}.jpg')
   captioned = localized_narratives.read(narratives(tmp_path, lines), str(tmp_path), 10, 0)
   assert pairs(captioned) == {
-      'In this image there are cows.': '000000137576.jpg',
-      'A dog.': 'COCO_val2014_000000000009.jpg', 'A brown dog.': 'COCO_val2014_000000000009.jpg',
-      'A house.': '00ab.jpg'}
+    'In this image there are cows.': '000000137576.jpg',
+    'A dog.': 'COCO_val2014_000000000009.jpg',
+    'A brown dog.': 'COCO_val2014_000000000009.jpg',
+    'A house.': '00ab.jpg',
+  }
   assert len(captioned.pictures) == 3 and captioned.skipped == {'no picture file': 1}
 
 
 @pytest.mark.parametrize('encoding', ['utf-8-sig', 'utf-16'])
 def test_narratives_with_other_ids_endings_and_captions(tmp_path, encoding):
-  rows = [{'image_id': 7, 'caption': 'A\u2028dog.'}, {'image_id': 'ADE_1', 'caption': 'A cat.'},
-          {'image_id': 7, 'caption': None}, {'image_id': 7, 'caption': ['A dog.']},
-          {'image_id': 7}, {'image_id': 7, 'caption': ' '}]
+  rows = [
+    {'image_id': 7, 'caption': 'A\u2028dog.'},
+    {'image_id': 'ADE_1', 'caption': 'A cat.'},
+    {'image_id': 7, 'caption': None},
+    {'image_id': 7, 'caption': ['A dog.']},
+    {'image_id': 7},
+    {'image_id': 7, 'caption': ' '},
+  ]
   path = tmp_path / 'narratives.jsonl'
-  path.write_text('\r\n'.join(json.dumps(row, ensure_ascii=False) for row in rows),
-                  encoding=encoding)
+  path.write_text(
+    '\r\n'.join(json.dumps(row, ensure_ascii=False) for row in rows), encoding=encoding
+  )
   write_picture(tmp_path / '7.JPG')
   write_picture(tmp_path / 'ADE_1.jpeg')
   captioned = localized_narratives.read(str(path), str(tmp_path), 9, 0)
@@ -215,7 +267,9 @@ def test_narratives_with_other_ids_endings_and_captions(tmp_path, encoding):
   assert captioned.skipped == {'no caption': 3, 'caption that is not a text': 1}
 
 
-@pytest.mark.parametrize('lines, message', [
+@pytest.mark.parametrize(
+  'lines, message',
+  [
     (['{"image_id": "1", "caption": "a"}', '{'], 'line 2: no JSON'),
     (['[' * 100_000], 'line 1: no JSON'),
     ([{'image_id': '1', 'caption': ''}], r'no caption that can be used \(1 no caption\)'),
@@ -223,7 +277,8 @@ def test_narratives_with_other_ids_endings_and_captions(tmp_path, encoding):
     ([{'caption': 'a'}], "line 1: no whole number or text 'image_id'"),
     (['[]'], 'line 1: no JSON object'),
     ([''], r'no caption that can be used \(it is empty\)'),
-])
+  ],
+)
 def test_narratives_of_another_form(tmp_path, lines, message):
   with pytest.raises(UserError, match=message):
     localized_narratives.read(narratives(tmp_path, lines), str(tmp_path), 10, 0)

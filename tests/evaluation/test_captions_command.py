@@ -22,7 +22,8 @@ PICTURES = 12
 def draw(caption, index):
   """A picture of its own for each caption and index."""
   return np.random.default_rng([*caption.encode(), index]).integers(
-      0, 256, (fakes.SIZE, fakes.SIZE, 3), dtype=np.uint8)
+    0, 256, (fakes.SIZE, fakes.SIZE, 3), dtype=np.uint8
+  )
 
 
 @pytest.fixture(name='pipeline')
@@ -45,8 +46,12 @@ def fixture_flags(tmp_path):
     content['images'].append({'id': identity, 'file_name': name})
     content['annotations'].append({'image_id': identity, 'caption': f'picture {identity}'})
   (tmp_path / 'captions.json').write_text(json.dumps(content))
-  return ['--dataset=coco', f'--annotations={tmp_path}/captions.json', f'--pictures={place}',
-          f'--output_dir={tmp_path}/out']
+  return [
+    '--dataset=coco',
+    f'--annotations={tmp_path}/captions.json',
+    f'--pictures={place}',
+    f'--output_dir={tmp_path}/out',
+  ]
 
 
 def run(*arguments):
@@ -59,11 +64,16 @@ def test_reports_pictures_and_sheet(pipeline, flags, tmp_path, capsys):
   assert run(*flags, '--guidance_scale=2') == 0
   out = tmp_path / 'out'
   assert sorted(path.name for path in out.iterdir()) == [
-      'contact_sheet.png', 'generated', 'report.json', 'report.md', 'run.json']
+    'contact_sheet.png',
+    'generated',
+    'report.json',
+    'report.md',
+    'run.json',
+  ]
   report = json.loads((out / 'report.json').read_text())
   assert report['captions'] == report['pictures'] == PICTURES and report['skipped'] == {}
   assert report['sampling'] == {'guidance_scale': 2.0}
-  table, = report['distributions']
+  (table,) = report['distributions']
   assert 'ranker of the model fake' in table['features']
   # The fake tokenizer changes nothing.
   assert table['rows']['reconstruction']['frechet_distance'] == pytest.approx(0, abs=1e-4)
@@ -125,8 +135,10 @@ def test_damaged_pictures_are_counted_and_left_out_on_both_sides(pipeline, flags
   assert report['skipped'] == {'no picture file': 1, 'damaged picture': 1}
   assert report['captions'] == report['pictures'] == PICTURES - 2
   assert report['distributions'][0]['rows']['generated']['pictures'] == PICTURES - 2
-  assert 'Left out: 1 captions (no picture file), 1 captions (damaged picture).' in (
-      tmp_path / 'out' / 'report.md').read_text()
+  assert (
+    'Left out: 1 captions (no picture file), 1 captions (damaged picture).'
+    in (tmp_path / 'out' / 'report.md').read_text()
+  )
 
 
 def test_no_usable_picture(pipeline, flags, tmp_path):
@@ -159,7 +171,6 @@ def test_inception_compares_at_the_size_that_is_asked(pipeline, flags, tmp_path,
   sizes = set()
 
   class FakeInception:
-
     def __init__(self, weights, image_size):
       self.name, self.image_size = weights, image_size
 
@@ -183,7 +194,9 @@ def test_captions_that_were_cut_are_counted(pipeline, flags, tmp_path):
   generate = pipeline.generate
 
   def cut(prompts, **settings):
-    warnings.warn('prompt 2 is longer than the 8 text tokens of the model; left out: "x"', stacklevel=2)
+    warnings.warn(
+      'prompt 2 is longer than the 8 text tokens of the model; left out: "x"', stacklevel=2
+    )
     return generate(prompts, **settings)
 
   pipeline.generate = cut
@@ -202,7 +215,9 @@ def test_without_anything_to_compare_over(pipeline, flags, tmp_path):
   assert not pipeline.generated and not (tmp_path / 'out').exists()
 
 
-@pytest.mark.parametrize('arguments, message', [
+@pytest.mark.parametrize(
+  'arguments, message',
+  [
     (['--dataset=cocoa'], "unknown data set 'cocoa'; they are openmoji, coco"),
     (['--dataset=localized_narratives'], 'needs --annotations FILE and --pictures DIR'),
     (['--dataset=coco', '--annotations=a'], '--annotations FILE goes with --pictures DIR'),
@@ -211,7 +226,8 @@ def test_without_anything_to_compare_over(pipeline, flags, tmp_path):
     (['--num_captions=0', '--dataset=coco'], '--num_captions must be a positive number'),
     (['--image_size=0'], '--image_size must be a positive number'),
     (['--inception_weights=nothing.pth'], '--inception_weights nothing.pth is no file'),
-])
+  ],
+)
 def test_bad_flags(pipeline, tmp_path, arguments, message):
   with pytest.raises(UserError, match=message):
     run(f'--output_dir={tmp_path}/out', *arguments)

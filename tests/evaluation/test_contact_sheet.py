@@ -17,8 +17,9 @@ def sample(prompts=3, right=True, num_images=2):
   generated = np.repeat(real[:, None], num_images, axis=1)
   if not right:
     generated = 255 - generated
-  return openmoji_report.Sample('train', pictures, real, generated,
-                                judge.judge(pictures, generated))
+  return openmoji_report.Sample(
+    'train', pictures, real, generated, judge.judge(pictures, generated)
+  )
 
 
 def has(page, color):
@@ -30,9 +31,12 @@ def contains(page, image):
   page = np.asarray(page)
   image = image.repeat(16, axis=0).repeat(16, axis=1)
   size = len(image)
-  spots = np.argwhere((page[:-size + 1, :-size + 1] == image[0, 0]).all(axis=-1))
-  return any((page[y:y + size, x:x + size] == image).all() for y, x in spots
-             if (page[y + size - 1, x:x + size] == image[-1]).all())
+  spots = np.argwhere((page[: -size + 1, : -size + 1] == image[0, 0]).all(axis=-1))
+  return any(
+    (page[y : y + size, x : x + size] == image).all()
+    for y, x in spots
+    if (page[y + size - 1, x : x + size] == image[-1]).all()
+  )
 
 
 def test_the_page_holds_the_real_and_the_generated_pictures():

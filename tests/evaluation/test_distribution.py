@@ -22,8 +22,13 @@ def fixture_sets():
   caption_of = np.arange(80) // 2
   generated = real[picture_of[caption_of]] + 3
   return distribution.Sets(
-      features.Features(real), features.Features(real + 1), features.Features(generated),
-      caption_of, picture_of, texts=real[picture_of])
+    features.Features(real),
+    features.Features(real + 1),
+    features.Features(generated),
+    caption_of,
+    picture_of,
+    texts=real[picture_of],
+  )
 
 
 def test_rows_are_held_against_the_real_pictures(sets):
@@ -53,7 +58,8 @@ def test_alignment_is_the_mean_cosine(sets):
   assert rows['generated'].alignment.mean == pytest.approx(cosines.mean(), rel=1e-5)
   of_caption = cosines.reshape(40, 2).mean(axis=1)
   assert rows['generated'].alignment.error == pytest.approx(
-      of_caption.std(ddof=1) / 40**0.5, rel=1e-4)
+    of_caption.std(ddof=1) / 40**0.5, rel=1e-4
+  )
   assert rows['real'].alignment.mean == pytest.approx(1)
   assert rows['other_captions'].alignment.mean < 0.7
 
@@ -67,8 +73,7 @@ def test_captions_of_others_are_of_other_pictures():
 
 def test_few_pictures_have_no_manifold():
   few = features.Features(np.random.default_rng(0).normal(size=(3, 2)))
-  found = distribution.measure('fake', distribution.Sets(
-      few, few, few, np.arange(3), np.arange(3)))
+  found = distribution.measure('fake', distribution.Sets(few, few, few, np.arange(3), np.arange(3)))
   assert list(found.rows) == ['generated', 'reconstruction', 'real']
   row = found.rows['generated']
   assert row.precision is None and row.recall is None and row.alignment is None
@@ -81,8 +86,9 @@ def random_sets(pictures, dim=4, logits=None, captions=True, seed=0):
   """Sets of a caption and a generated picture for each of some real pictures."""
   rng = np.random.default_rng(seed)
   drawn = lambda: features.Features(
-      rng.normal(size=(pictures, dim)).astype(np.float32),
-      logits and rng.normal(size=(pictures, logits)).astype(np.float32))
+    rng.normal(size=(pictures, dim)).astype(np.float32),
+    logits and rng.normal(size=(pictures, logits)).astype(np.float32),
+  )
   texts = rng.normal(size=(pictures, dim)).astype(np.float32) if captions else None
   every = np.arange(pictures)
   return distribution.Sets(drawn(), drawn(), drawn(), every, every, texts)
@@ -94,25 +100,40 @@ def test_enough_pictures_need_no_remark():
   assert distribution_report.text(table).count('\n') == len(distribution.ROWS) + 1
 
 
-@pytest.mark.parametrize('pictures, dim, remarks', [
+@pytest.mark.parametrize(
+  'pictures, dim, remarks',
+  [
     (1, 4, ['Left out for too few', 'Halves: left out', 'Alignment: over fewer than 30']),
     (3, 2, ['Left out for too few', 'Halves: left out', 'Alignment: over fewer than 30']),
-    (4, 4, ['Fréchet distance: not more pictures than the 4', 'Precision, recall', 'Halves',
-            'Alignment']),
+    (
+      4,
+      4,
+      [
+        'Fréchet distance: not more pictures than the 4',
+        'Precision, recall',
+        'Halves',
+        'Alignment',
+      ],
+    ),
     (99, 2, ['Precision, recall: fewer than 100 pictures say little']),
-    (250, 130, ['Fréchet distance: not more pictures than the 130 features'])])
+    (250, 130, ['Fréchet distance: not more pictures than the 130 features']),
+  ],
+)
 def test_what_is_of_too_few_pictures_is_said(pictures, dim, remarks):
   table = distribution.measure('fake', random_sets(pictures, dim))
   text, markdown = distribution_report.text(table), distribution_report.markdown(table)
   for remark in remarks:
     assert sum(said.startswith(remark) for said in table.remarks) == 1, table.remarks
     assert f'\n{remark}' in text and f'\n\n{remark}' in markdown
-  assert all(value is None or np.isfinite(value) for row in table.rows.values()
-             for value in (row.frechet_distance, row.precision, row.recall))
+  assert all(
+    value is None or np.isfinite(value)
+    for row in table.rows.values()
+    for value in (row.frechet_distance, row.precision, row.recall)
+  )
 
 
 def test_rows_of_halves_are_named_with_their_numbers():
-  remark, = distribution.measure('fake', random_sets(250, 130)).remarks
+  (remark,) = distribution.measure('fake', random_sets(250, 130)).remarks
   assert 'generated for one half, against the other: 125' in remark
   assert 'real pictures of one half, against the other: 125' in remark and ': 250' not in remark
 
@@ -129,8 +150,10 @@ def test_few_pictures_have_no_inception_score(pictures, monkeypatch):
   monkeypatch.setattr(distribution, '_distance', lambda pictures, real: 1.0)  # Needs no torch.
   table = distribution.measure('fake', random_sets(pictures, logits=10, captions=False))
   assert all(row.inception_score is None for row in table.rows.values())
-  assert any(remark.startswith('Inception score: left out of fewer than 500 pictures (generated: ')
-             for remark in table.remarks)
+  assert any(
+    remark.startswith('Inception score: left out of fewer than 500 pictures (generated: ')
+    for remark in table.remarks
+  )
   assert 'inception score' not in distribution_report.text(table)
 
 
@@ -157,4 +180,5 @@ def test_logits_give_an_inception_score():
   assert distribution._inception_score(sure[:499]) is None
   other = features.Features(sure.values + 1, logits)
   assert distribution._distance(sure, other) == pytest.approx(
-      frechet.frechet_distance(sure.values, other.values), rel=1e-5)
+    frechet.frechet_distance(sure.values, other.values), rel=1e-5
+  )

@@ -32,11 +32,26 @@ def run(*arguments):
 
 def test_prints_the_table_and_writes_reports_and_sheets(pipeline, tmp_path, capsys):
   folder = tmp_path / 'new' / 'folder'
-  status = run('--output_dir', str(folder), '--splits', 'validation', 'unseen_combinations',
-               '--num_images', '2', '--guidance_scale', '1.5', '--batch_size', '4')
+  status = run(
+    '--output_dir',
+    str(folder),
+    '--splits',
+    'validation',
+    'unseen_combinations',
+    '--num_images',
+    '2',
+    '--guidance_scale',
+    '1.5',
+    '--batch_size',
+    '4',
+  )
   assert status == 0
   assert sorted(path.name for path in folder.iterdir()) == [
-      'report.json', 'report.md', 'unseen_combinations.png', 'validation.png']
+    'report.json',
+    'report.md',
+    'unseen_combinations.png',
+    'validation.png',
+  ]
   content = json.loads((folder / 'report.json').read_text())
   assert content['num_images'] == 2 and content['sampling'] == {'guidance_scale': 1.5}
   assert (folder / 'report.md').read_text().startswith('# Evaluation on OpenMoji\n')
@@ -48,7 +63,9 @@ def test_prints_the_table_and_writes_reports_and_sheets(pipeline, tmp_path, caps
   assert pipeline.settings['guidance_scale'] == 1.5 and pipeline.settings['batch_size'] == 4
 
 
-@pytest.mark.parametrize('arguments, message', [
+@pytest.mark.parametrize(
+  'arguments, message',
+  [
     (['--splits', 'tset'], "unknown split 'tset'; the splits are train, validation"),
     (['--num_images', '0'], '--num_images must be a positive number, not 0'),
     (['--max_prompts', '-3'], '--max_prompts'),
@@ -59,7 +76,8 @@ def test_prints_the_table_and_writes_reports_and_sheets(pipeline, tmp_path, caps
     (['--image_size', '1000000'], '--image_size=1000000 must be a whole number from 1 to 4096'),
     (['--num_images', '3000000000'], '--num_images=3000000000 must be'),
     (['--top_p', '2'], 'top_p=2'),
-])
+  ],
+)
 def test_bad_flags_leave_nothing(pipeline, tmp_path, arguments, message):
   folder = tmp_path / 'folder'
   with pytest.raises(UserError, match=message):

@@ -30,7 +30,7 @@ def test_what_there_is_is_used():
   pipeline = fakes.FakePipeline(fakes.render)
   assert features.of_flags(pipeline, None, 256) == []
   pipeline.ranker = fakes.FakeRanker(fakes.render)
-  extractor, = features.of_flags(pipeline, None, 256)
+  (extractor,) = features.of_flags(pipeline, None, 256)
   assert extractor.image_size == fakes.SIZE
 
 

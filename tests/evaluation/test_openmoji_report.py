@@ -41,8 +41,7 @@ def means(report, row, split=0):
 
 def test_an_oracle_is_right_always():
   report = evaluate(draw_right)
-  assert [split.split for split in report.splits] == ['train', 'validation',
-                                                      'unseen_combinations']
+  assert [split.split for split in report.splits] == ['train', 'validation', 'unseen_combinations']
   for index, split in enumerate(report.splits):
     for row in ('generated', 'reconstruction', 'real'):
       assert means(report, row, index)['name_top1'] == 1
@@ -71,8 +70,11 @@ def test_the_other_tone_yardstick_leaves_out_names_without_another_tone_in_train
 def test_random_pictures_are_near_the_floor():
   rng = np.random.default_rng(0)
   training = [picture for picture in fakes.small_set() if picture.split == 'train']
-  report = evaluate(lambda *_: fakes.render(training[rng.integers(len(training))].code),
-                    splits=['train'], num_images=32)
+  report = evaluate(
+    lambda *_: fakes.render(training[rng.integers(len(training))].code),
+    splits=['train'],
+    num_images=32,
+  )
   # 38 pictures of 18 names: a random one is of the asked name in 3 of 38 at most.
   for row in ('generated', 'random'):
     metric = report.splits[0].rows[row]['name_top1']
@@ -96,14 +98,16 @@ def test_few_prompts_are_said_to_be_few():
   report = evaluate(draw_right, splits=['train', 'validation'], num_images=1)
   # Of the 38 prompts of train 32 have another tone; 2 of validation.
   assert report.splits[0].remarks() == []
-  remark, = report.splits[1].remarks()
+  (remark,) = report.splits[1].remarks()
   assert remark.endswith('(fewest prompts of a row: name top 1: 2, name top 5: 2).')
   assert remark in report.text() and remark in report.markdown()
   assert json.loads(report.json())['splits'][1]['remarks'] == [remark]
 
 
-@pytest.mark.parametrize('changes', [
-    {'num_images': 1.5}, {'num_images': '1'}, {'max_prompts': True}, {'train_prompts': 2**40}])
+@pytest.mark.parametrize(
+  'changes',
+  [{'num_images': 1.5}, {'num_images': '1'}, {'max_prompts': True}, {'train_prompts': 2**40}],
+)
 def test_numbers_that_can_not_be(changes):
   with pytest.raises(UserError, match=f'^{next(iter(changes))}=.* must be a whole number'):
     evaluate(draw_right, **changes)
@@ -123,12 +127,19 @@ def test_the_share_of_the_ceiling():
 
 def test_what_a_ranker_and_the_judge_choose_of_each_prompts_pictures():
   right = lambda *rows: np.array(rows, bool)
-  rows = openmoji_report._of_ranked(openmoji_judge.Verdicts(
-      tone_judged=right(1, 1, 0), tone_right=right([1, 0], [0, 1], [0, 0]),
-      name_top1=right([1, 0], [0, 1], [0, 0]), name_top5=right([1, 1], [0, 1], [1, 0])))
+  rows = openmoji_report._of_ranked(
+    openmoji_judge.Verdicts(
+      tone_judged=right(1, 1, 0),
+      tone_right=right([1, 0], [0, 1], [0, 0]),
+      name_top1=right([1, 0], [0, 1], [0, 0]),
+      name_top5=right([1, 1], [0, 1], [1, 0]),
+    )
+  )
   shares = {row: [metric.mean for metric in metrics.values()] for row, metrics in rows.items()}
-  assert shares == {'ranked_first': pytest.approx([1 / 2, 1 / 3, 2 / 3]),
-                    'best': pytest.approx([1, 2 / 3, 1])}
+  assert shares == {
+    'ranked_first': pytest.approx([1 / 2, 1 / 3, 2 / 3]),
+    'best': pytest.approx([1, 2 / 3, 1]),
+  }
   assert rows['ranked_first']['tone_right'].prompts == 2
   assert 'the first by the ranker' not in evaluate(draw_right).text()
 
@@ -160,8 +171,9 @@ def test_psnr_is_the_mean_over_pictures_and_has_a_top():
   others = images.copy()
   others[1] = 255
   others[2] = 51
-  np.testing.assert_allclose(openmoji_report.psnr(images, others), [100, 0, 20 * np.log10(5)],
-                             atol=1e-5)
+  np.testing.assert_allclose(
+    openmoji_report.psnr(images, others), [100, 0, 20 * np.log10(5)], atol=1e-5
+  )
 
 
 def test_json_holds_every_number():
@@ -171,14 +183,22 @@ def test_json_holds_every_number():
   assert content['duplicates'] == {'pictures': 44, 'same_tone': 0, 'same_name': 0}
   assert (content['num_images'], content['seed'], content['image_size']) == (4, 0, 8)
   unseen = content['splits'][2]
-  assert unseen['rows']['generated']['tone_right'] == {
-      'mean': 0, 'standard_error': 0, 'prompts': 4}
+  assert unseen['rows']['generated']['tone_right'] == {'mean': 0, 'standard_error': 0, 'prompts': 4}
   assert unseen['rows']['real']['name_top1']['mean'] == 1
-  assert unseen['tokenizer'] == {'pictures': 4, 'psnr': pytest.approx(100), 'codes_used': 2,
-                                 'codebook_size': 16, 'share_of_codes_used': 0.125}
+  assert unseen['tokenizer'] == {
+    'pictures': 4,
+    'psnr': pytest.approx(100),
+    'codes_used': 2,
+    'codebook_size': 16,
+    'share_of_codes_used': 0.125,
+  }
   assert unseen['of_ceiling'] == {'tone_right': 0, 'name_top1': 1, 'name_top5': 1}
-  assert unseen['of_prompt'][0] == {'caption': 'toned 0: dark', 'tone_right': 0, 'name_top1': 1,
-                                    'name_top5': 1}
+  assert unseen['of_prompt'][0] == {
+    'caption': 'toned 0: dark',
+    'tone_right': 0,
+    'name_top1': 1,
+    'name_top5': 1,
+  }
   assert content['splits'][1]['of_prompt'][0]['tone_right'] is None
 
 
@@ -195,13 +215,16 @@ def test_text_and_markdown_tables():
   assert 'Of 44 real pictures, 0 are the same' in report.text()
 
 
-@pytest.mark.parametrize('settings, message', [
+@pytest.mark.parametrize(
+  'settings, message',
+  [
     ({'splits': ['test']}, "unknown split 'test': the splits are train, validation"),
     ({'splits': []}, 'no split'),
     ({'num_images': 0}, 'num_images must be a positive number, not 0'),
     ({'max_prompts': -1}, 'max_prompts'),
     ({'pictures': fakes.small_set()[:1], 'splits': ['validation']}, 'validation has no pictures'),
-])
+  ],
+)
 def test_bad_input(settings, message):
   with pytest.raises(UserError, match=message):
     evaluate(draw_right, **settings)

@@ -8,13 +8,19 @@ from parti_jax.evaluation.metrics import precision_recall as lib
 
 def by_definition(generated, real, neighbours):
   """The paper's definition, point by point."""
+
   def radii(points):
     return [sorted(np.linalg.norm(points - point, axis=1))[neighbours] for point in points]
 
   def share(points, centres):
-    found = [any(np.linalg.norm(point - centre) <= radius
-                 for centre, radius in zip(centres, radii(centres))) for point in points]
+    found = [
+      any(
+        np.linalg.norm(point - centre) <= radius for centre, radius in zip(centres, radii(centres))
+      )
+      for point in points
+    ]
     return np.mean(found)
+
   return share(generated, real), share(real, generated)
 
 
@@ -65,6 +71,7 @@ def test_agrees_with_torch_fidelity():
   rng = np.random.default_rng(0)
   generated, real = rng.normal(size=(60, 5)), rng.normal(size=(80, 5)) * 1.3
   precision, recall = metric_prc.calculate_precision_recall_part(
-      torch.from_numpy(generated), torch.from_numpy(real))
+    torch.from_numpy(generated), torch.from_numpy(real)
+  )
   found = lib.precision_recall(generated, real)
   assert (found.precision, found.recall) == pytest.approx((precision, recall))

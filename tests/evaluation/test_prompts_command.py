@@ -17,11 +17,14 @@ from parti_jax.core.errors import UserError
 from parti_jax.evaluation.datasets import prompts_file
 
 HEADER = 'Prompt\tCategory\tChallenge\tNote\n'
-PROMPTS = HEADER + '''bond\tAbstract\tBasic\tBiology-inspired concepts
+PROMPTS = (
+  HEADER
+  + """bond\tAbstract\tBasic\tBiology-inspired concepts
 the word "A<B"\tWorld Knowledge\tWriting & Symbols\t
 a red apple\tProduce & Plants\tBasic
 bond\tAbstract\tComplex\t
-'''
+"""
+)
 
 
 def draw(caption, index):
@@ -81,14 +84,19 @@ def test_the_page_shows_every_prompt_best_first(pipeline, flags, tmp_path, capsy
   out = tmp_path / 'out'
   page = Page(out / 'index.html')
   assert len(page.images) == 4 * 3 and all((out / image).is_file() for image in page.images)
-  headings = [text for text in page.texts if text in ('Abstract', 'Produce & Plants',
-                                                      'World Knowledge')]
+  headings = [
+    text for text in page.texts if text in ('Abstract', 'Produce & Plants', 'World Knowledge')
+  ]
   assert headings == ['Abstract', 'Produce & Plants', 'World Knowledge']
   assert 'the word "A<B"' in page.texts and 'Biology-inspired concepts' in page.texts
   assert {link[1:] for link in page.links if link.startswith('#')} <= page.anchors
   content = json.loads((out / 'prompts.json').read_text())
   assert [prompt['prompt'] for prompt in content['prompts']] == [
-      'bond', 'the word "A<B"', 'a red apple', 'bond']
+    'bond',
+    'the word "A<B"',
+    'a red apple',
+    'bond',
+  ]
   first = content['prompts'][0]['pictures']
   assert [picture['image_index'] for picture in first] == [2, 1, 0]  # By the fake ranker.
   assert [picture['score'] for picture in first] == [2, 1, 0]
@@ -103,7 +111,10 @@ def test_a_model_without_a_ranker(pipeline, flags, tmp_path):
   run(*flags)
   content = json.loads((tmp_path / 'out' / 'prompts.json').read_text())
   assert not content['ranked'] and content['prompts'][0]['pictures'][0] == {
-      'file': content['prompts'][0]['pictures'][0]['file'], 'score': None, 'image_index': 0}
+    'file': content['prompts'][0]['pictures'][0]['file'],
+    'score': None,
+    'image_index': 0,
+  }
   assert 'not ranked' in (tmp_path / 'out' / 'index.html').read_text()
 
 
@@ -127,14 +138,30 @@ def test_goes_on_where_it_was_stopped(pipeline, flags, tmp_path, monkeypatch):
     run(*flags, '--num_images=2')
 
 
-CATEGORIES = ['動物', '食べ物', 'Food & Drink', 'Food, Drink', 'Cat', 'cat', 'Con', '../x', 'Words', '🍎',
-              '🍏', 'cafe\u0301', 'caf\u00e9']
+CATEGORIES = [
+  '動物',
+  '食べ物',
+  'Food & Drink',
+  'Food, Drink',
+  'Cat',
+  'cat',
+  'Con',
+  '../x',
+  'Words',
+  '🍎',
+  '🍏',
+  'cafe\u0301',
+  'caf\u00e9',
+]
 
 
 def test_every_category_and_challenge_has_a_sheet_and_a_place_of_its_own(pipeline, tmp_path):
   path = tmp_path / 'prompts.tsv'
-  rows = [f'prompt {number}\t{category}\t{challenge}\t\n'
-          for number, category in enumerate(CATEGORIES) for challenge in ('A & B', 'A, B', '読み')]
+  rows = [
+    f'prompt {number}\t{category}\t{challenge}\t\n'
+    for number, category in enumerate(CATEGORIES)
+    for challenge in ('A & B', 'A, B', '読み')
+  ]
   path.write_text(HEADER + ''.join(rows), encoding='utf-8')
   run(str(path), f'--output_dir={tmp_path}/out', '--num_images=1')
   out = tmp_path / 'out'
@@ -152,11 +179,13 @@ def test_every_category_and_challenge_has_a_sheet_and_a_place_of_its_own(pipelin
 
 def test_a_run_goes_on_with_folders_that_have_other_words(pipeline, tmp_path):
   path = tmp_path / 'prompts.tsv'
-  path.write_text(HEADER + '赤いりんご\t食べ物\t基本\t\nbond\tAbstract\tBasic\t\n', encoding='utf-8')
+  path.write_text(
+    HEADER + '赤いりんご\t食べ物\t基本\t\nbond\tAbstract\tBasic\t\n', encoding='utf-8'
+  )
   flags = [str(path), f'--output_dir={tmp_path}/out', '--num_images=1']
   run(*flags)
   pictures = tmp_path / 'out' / 'pictures'
-  folder, = pictures.glob('0001_*')
+  (folder,) = pictures.glob('0001_*')
   assert folder.name.startswith('0001_赤いりんご_')
   folder.rename(pictures / folder.name.replace('赤いりんご', 'picture'))
   run(*flags)
@@ -182,19 +211,23 @@ def test_what_the_model_did_not_read_is_shown(pipeline, flags, tmp_path):
   run(*flags)
   content = json.loads((tmp_path / 'out' / 'prompts.json').read_text())
   assert [bool(prompt['cut']) for prompt in content['prompts']] == [False, True, False, False]
-  assert 'longer than the 8 text tokens; left out: "A<B"' in Page(
-      tmp_path / 'out' / 'index.html').texts
+  assert (
+    'longer than the 8 text tokens; left out: "A<B"' in Page(tmp_path / 'out' / 'index.html').texts
+  )
 
 
-@pytest.mark.parametrize('content, message', [
-    ('', "line 1: the columns Prompt, Category, Challenge, Note, separated by tabs"),
+@pytest.mark.parametrize(
+  'content, message',
+  [
+    ('', 'line 1: the columns Prompt, Category, Challenge, Note, separated by tabs'),
     ('Prompt,Category\n', "line 1: .*there is 'Prompt,Category'"),
     (HEADER, 'has no prompt in it'),
     (HEADER + 'a\tb\tc\td\n\nonly this\n', 'line 4: 1 cells'),
     (HEADER + 'a\tb\tc\td\te\n', 'line 2: 5 cells'),
     (HEADER + '\tb\tc\td\n', 'line 2: its Prompt is empty'),
     (HEADER + 'a\t \tc\td\n', 'line 2: its Category is empty'),
-])
+  ],
+)
 def test_files_of_another_form(pipeline, tmp_path, content, message):
   path = tmp_path / 'bad.tsv'
   path.write_text(content)

@@ -14,8 +14,11 @@ from parti_jax.evaluation import upscaling_report
 def fake(upscale):
   """A pipeline whose tokenizer darkens, and whose super-resolution is `upscale`."""
   return types.SimpleNamespace(
-      image_size=4, upscaler=types.SimpleNamespace(factor=2), upscale=upscale,
-      reconstruct=lambda images: images // 2)
+    image_size=4,
+    upscaler=types.SimpleNamespace(factor=2),
+    upscale=upscale,
+    reconstruct=lambda images: images // 2,
+  )
 
 
 def blocks(images):
@@ -50,8 +53,10 @@ def test_the_table_and_the_json_say_the_same():
   lines = report.text().splitlines()
   means = report.json()['psnr']['tokenizer']
   difference = report.psnr['tokenizer']['super_resolution'] - report.psnr['tokenizer']['bicubic']
-  assert (f'| {means["bicubic"]:.2f} | {means["super_resolution"]:.2f} | '
-          f'{difference.mean():+.2f} ± {difference.std(ddof=1) / 3 ** 0.5:.2f} |') in lines[2]
+  assert (
+    f'| {means["bicubic"]:.2f} | {means["super_resolution"]:.2f} | '
+    f'{difference.mean():+.2f} ± {difference.std(ddof=1) / 3**0.5:.2f} |'
+  ) in lines[2]
   assert '3 pictures, 4 to 8 pixels' in lines[0]
   json.dumps(report.json())
 

@@ -59,8 +59,10 @@ def tar(data: bytes) -> None:
 
 def tfrecord(data: bytes) -> None:
   keys = {'picture': 'image', 'caption': 'caption'}
-  _check(record if isinstance(record, damage.Damaged) else tfrecords.parsed(record, keys)
-         for record in tfrecords.records(tfrecords.unpacked(io.BytesIO(data))))
+  _check(
+    record if isinstance(record, damage.Damaged) else tfrecords.parsed(record, keys)
+    for record in tfrecords.records(tfrecords.unpacked(io.BytesIO(data)))
+  )
   # Damage is found by its checksum, so that the parser sees none of it but here.
   _check([tfrecords.parsed(data, keys)])
 
@@ -134,8 +136,10 @@ def info(data: bytes) -> None:
       assert found['image_tokens'] > 0
 
 
-TARGETS = {target.__name__: target
-           for target in (picture, tar, tfrecord, parquet, text_file, caption, text, folder, info)}
+TARGETS = {
+  target.__name__: target
+  for target in (picture, tar, tfrecord, parquet, text_file, caption, text, folder, info)
+}
 
 
 def _pictures():
@@ -145,13 +149,21 @@ def _pictures():
   exif[0x0112] = 6
   profile = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()
   for picture_format, mode, arguments in (
-      ('jpeg', 'RGB', {'exif': exif}), ('jpeg', 'RGB', {'progressive': True}), ('jpeg', 'CMYK', {}),
-      ('jpeg', 'L', {}), ('jpeg', 'RGB', {'restart_marker_blocks': 1}),
-      ('jpeg', 'RGB', {'icc_profile': profile}), ('png', 'L', {'icc_profile': profile}),
-      ('png', 'RGB', {'transparency': (1, 2, 3)}), ('png', 'RGBA', {}),
-      ('png', 'P', {'transparency': 0}),
-      ('png', 'LA', {}), ('gif', 'P', {'transparency': 0}), ('webp', 'RGB', {}),
-      ('webp', 'RGBA', {'lossless': True})):
+    ('jpeg', 'RGB', {'exif': exif}),
+    ('jpeg', 'RGB', {'progressive': True}),
+    ('jpeg', 'CMYK', {}),
+    ('jpeg', 'L', {}),
+    ('jpeg', 'RGB', {'restart_marker_blocks': 1}),
+    ('jpeg', 'RGB', {'icc_profile': profile}),
+    ('png', 'L', {'icc_profile': profile}),
+    ('png', 'RGB', {'transparency': (1, 2, 3)}),
+    ('png', 'RGBA', {}),
+    ('png', 'P', {'transparency': 0}),
+    ('png', 'LA', {}),
+    ('gif', 'P', {'transparency': 0}),
+    ('webp', 'RGB', {}),
+    ('webp', 'RGBA', {'lossless': True}),
+  ):
     data = io.BytesIO()
     image.convert(mode).save(data, picture_format, **arguments)
     yield data.getvalue()
@@ -169,8 +181,12 @@ def _tars():
   for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
     data = io.BytesIO()
     with tarfile.open(fileobj=data, mode='w', format=form) as shard:
-      for name, content in (('a.jpg', b'1'), ('a.txt', b'a dog'), ('b' * 120 + '.png', b'2'),
-                            ('c.json', b'{"caption": "a cat"}')):
+      for name, content in (
+        ('a.jpg', b'1'),
+        ('a.txt', b'a dog'),
+        ('b' * 120 + '.png', b'2'),
+        ('c.json', b'{"caption": "a cat"}'),
+      ):
         member = tarfile.TarInfo(name)
         member.size = len(content)
         shard.addfile(member, io.BytesIO(content))
@@ -181,14 +197,18 @@ def _tars():
 
 
 def _tfrecords():
-  example = (b'\n \n\x10\n\x05image\x12\x07\n\x05\n\x03abc\n\x0c\n\x07caption\x12\x01\n')
+  example = b'\n \n\x10\n\x05image\x12\x07\n\x05\n\x03abc\n\x0c\n\x07caption\x12\x01\n'
   data = io.BytesIO()
   for record in (example, b'', example):
     for part in (struct.pack('<Q', len(record)), record):
       crc = google_crc32c.value(part)
-      data.write(part + struct.pack('<I', ((crc >> 15 | crc << 17) + 0xa282ead8) & 0xffffffff))
-  return [data.getvalue(), example, gzip.compress(data.getvalue(), mtime=0),
-          zlib.compress(data.getvalue())]
+      data.write(part + struct.pack('<I', ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF))
+  return [
+    data.getvalue(),
+    example,
+    gzip.compress(data.getvalue(), mtime=0),
+    zlib.compress(data.getvalue()),
+  ]
 
 
 def _parquets():
@@ -196,25 +216,42 @@ def _parquets():
   structs = [{'bytes': picture, 'path': 'a'} for picture in pictures]
   captions_ = ['a dog', 'a cat', None, 'ein B\xe4r']
   for columns, arguments in (
-      ({'image': structs, 'text': captions_}, {}),
-      ({'jpg': pictures, 'caption': [[text] for text in captions_]}, {'compression': 'zstd'}),
-      ({'jpg': pictures, 'caption': captions_, 'status': ['success', 'failed_to_download'] * 2},
-       {'compression': 'none', 'use_dictionary': False, 'write_page_checksum': True})):
+    ({'image': structs, 'text': captions_}, {}),
+    ({'jpg': pictures, 'caption': [[text] for text in captions_]}, {'compression': 'zstd'}),
+    (
+      {'jpg': pictures, 'caption': captions_, 'status': ['success', 'failed_to_download'] * 2},
+      {'compression': 'none', 'use_dictionary': False, 'write_page_checksum': True},
+    ),
+  ):
     data = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.table(columns), data, row_group_size=2, **arguments)
     yield data.getvalue()
 
 
-_TEXTS = ['a dog\0 on\x92 the beach'.encode(), 'ein Bär \u202e\u200d\U0001f692'.encode(),
-          b'caf\xe9 \xed\xa0\x80']
-_INFO = {'codebook_size': 32, 'image_tokens': 4, 'tokenizer': 'abc',
-         'splits': {'train': {'examples': 3, 'shards': 1, 'bytes': [100]}}}
+_TEXTS = [
+  'a dog\0 on\x92 the beach'.encode(),
+  'ein Bär \u202e\u200d\U0001f692'.encode(),
+  b'caf\xe9 \xed\xa0\x80',
+]
+_INFO = {
+  'codebook_size': 32,
+  'image_tokens': 4,
+  'tokenizer': 'abc',
+  'splits': {'train': {'examples': 3, 'shards': 1, 'bytes': [100]}},
+}
 EXAMPLES = {
-    'picture': list(_pictures()), 'tar': list(_tars()), 'tfrecord': _tfrecords(),
-    'parquet': list(_parquets()),
-    'caption': _TEXTS, 'text': _TEXTS,
-    'text_file': [*_TEXTS, b'\xef\xbb\xbfa\r\nb\n', 'a\nb\u2028c'.encode('utf-16'),
-                  lzma.compress(b'a dog\na cat')],
-    'folder': [b'{"file": "a", "caption": "a dog"}\n\n{"file": "b/../c", "caption": "\\ud83d"}'],
-    'info': [json.dumps(_INFO).encode()],
+  'picture': list(_pictures()),
+  'tar': list(_tars()),
+  'tfrecord': _tfrecords(),
+  'parquet': list(_parquets()),
+  'caption': _TEXTS,
+  'text': _TEXTS,
+  'text_file': [
+    *_TEXTS,
+    b'\xef\xbb\xbfa\r\nb\n',
+    'a\nb\u2028c'.encode('utf-16'),
+    lzma.compress(b'a dog\na cat'),
+  ],
+  'folder': [b'{"file": "a", "caption": "a dog"}\n\n{"file": "b/../c", "caption": "\\ud83d"}'],
+  'info': [json.dumps(_INFO).encode()],
 }

@@ -34,8 +34,17 @@ def main():
   folders = [str(found), *([str(kept)] if kept.is_dir() else [])]
   warnings.simplefilter('ignore')
   # Memory is bounded: one picture of the most pixels, and TensorFlow itself.
-  atheris.Setup([sys.argv[0], f'-max_total_time={args.seconds}', '-rss_limit_mb=2500',
-                 '-timeout=30', '-max_len=20000', *folders], fuzz_targets.TARGETS[args.target])
+  atheris.Setup(
+    [
+      sys.argv[0],
+      f'-max_total_time={args.seconds}',
+      '-rss_limit_mb=2500',
+      '-timeout=30',
+      '-max_len=20000',
+      *folders,
+    ],
+    fuzz_targets.TARGETS[args.target],
+  )
   atheris.Fuzz()
 
 

@@ -28,14 +28,18 @@ def mutated(draw, name):
   data = draw(st.sampled_from(fuzz_targets.EXAMPLES[name]))
   for place, removed, added in draw(st.lists(_EDIT, max_size=4)):
     start = int(place * len(data))
-    data = data[:start] + added + data[start + removed:]
+    data = data[:start] + added + data[start + removed :]
   return data
 
 
 def _search(name, examples, derandomize):
-  @hypothesis.settings(max_examples=examples, deadline=None, database=None,
-                       derandomize=derandomize,
-                       suppress_health_check=list(hypothesis.HealthCheck))
+  @hypothesis.settings(
+    max_examples=examples,
+    deadline=None,
+    database=None,
+    derandomize=derandomize,
+    suppress_health_check=list(hypothesis.HealthCheck),
+  )
   @hypothesis.given(mutated(name) | st.binary(max_size=200))
   def run(data):
     fuzz_targets.TARGETS[name](data)

@@ -34,8 +34,9 @@ class Cloud:
     for name, text in (('account', 'me\n'), ('next_state', 'ACTIVE\n'), ('calls', '')):
       folder.mkdir(exist_ok=True)
       (folder / name).write_text(text)
-    _write_program(folder / 'bin' / 'gcloud',
-                   (pathlib.Path(__file__).parent / 'fake_gcloud.sh').read_text())
+    _write_program(
+      folder / 'bin' / 'gcloud', (pathlib.Path(__file__).parent / 'fake_gcloud.sh').read_text()
+    )
     _write_program(folder / 'host_bin' / 'hostname', '#!/bin/sh\necho "$HOST"\n')
     binaries = folder / 'new_host' / 'parti_jax' / 'venv' / 'bin'
     _write_program(binaries / 'python', '#!/bin/sh\necho "Installing $*"\n')
@@ -43,14 +44,24 @@ class Cloud:
     _write_program(binaries / 'parti-jax', _PARTI_JAX)
 
   def environment(self, **variables):
-    return {'PATH': f'{self.folder / "bin"}:{os.environ["PATH"]}', 'HOME': str(self.folder),
-            'FAKE_CLOUD': str(self.folder), 'TPU_POLL_SECONDS': '0.2', **variables}
+    return {
+      'PATH': f'{self.folder / "bin"}:{os.environ["PATH"]}',
+      'HOME': str(self.folder),
+      'FAKE_CLOUD': str(self.folder),
+      'TPU_POLL_SECONDS': '0.2',
+      **variables,
+    }
 
   def run(self, script, *arguments, **variables):
     """Runs one of the scripts of launch/tpu_vm as on a computer that can reach the cloud."""
-    return subprocess.run([self.checkout / 'launch' / 'tpu_vm' / script, *arguments],
-                          capture_output=True, text=True, check=False, timeout=60,
-                          env=self.environment(**variables))
+    return subprocess.run(
+      [self.checkout / 'launch' / 'tpu_vm' / script, *arguments],
+      capture_output=True,
+      text=True,
+      check=False,
+      timeout=60,
+      env=self.environment(**variables),
+    )
 
   def must(self, script, *arguments, **variables):
     """The same of a script that has to succeed; returns what it prints."""
@@ -98,15 +109,19 @@ def _cloud(tmp_path, checkout):
 
 @pytest.fixture(name='head')
 def _head(checkout):
-  return subprocess.run(['git', '-C', checkout, 'rev-parse', 'HEAD'], check=True, text=True,
-                        capture_output=True).stdout.strip()
+  return subprocess.run(
+    ['git', '-C', checkout, 'rev-parse', 'HEAD'], check=True, text=True, capture_output=True
+  ).stdout.strip()
 
 
 @pytest.fixture(name='started')
 def _started(cloud):
   """A cloud with a run on both hosts."""
-  arguments = ('--gin_file=a.gin', '--model_dir=gs://pictures/run',
-               '--gin.train.task=\'cached_tokens\'')
+  arguments = (
+    '--gin_file=a.gin',
+    '--model_dir=gs://pictures/run',
+    "--gin.train.task='cached_tokens'",
+  )
   cloud.must('create.sh', '--type=v4-16', '--spot')
   cloud.must('install.sh')
   cloud.must('run.sh', *arguments)

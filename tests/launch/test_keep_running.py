@@ -33,11 +33,17 @@ def _start(tmp_path):
     (tmp_path / 'command').write_text(_COMMAND)
     (tmp_path / 'command').chmod(0o755)
     (tmp_path / 'statuses').write_text(''.join(f'{status}\n' for status in statuses))
-    return subprocess.Popen([SCRIPT, *flags, './command', *command], cwd=tmp_path, text=True,
-                            env=os.environ | {'KEEP_RUNNING_SECONDS': '0'},
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            # What runs in the background of a shell without jobs ignores it.
-                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    return subprocess.Popen(
+      [SCRIPT, *flags, './command', *command],
+      cwd=tmp_path,
+      text=True,
+      env=os.environ | {'KEEP_RUNNING_SECONDS': '0'},
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      # What runs in the background of a shell without jobs ignores it.
+      preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
   return start
 
 
@@ -57,8 +63,9 @@ def test_it_starts_again_until_the_run_is_finished(tmp_path, start):
   assert said.count('was told to stop; it is started again') == 5
 
 
-@pytest.mark.parametrize('statuses, calls', [
-    ([137, 1, 139, 0], 3), ([137, 1, '+1', 1, 134, 0], 5), ([1, 75, 1, 1, 0], 4)])
+@pytest.mark.parametrize(
+  'statuses, calls', [([137, 1, 139, 0], 3), ([137, 1, '+1', 1, 134, 0], 5), ([1, 75, 1, 1, 0], 4)]
+)
 def test_after_crashes_without_a_checkpoint_it_gives_up(tmp_path, start, statuses, calls):
   status, said = _ended(start(statuses, command=('train', '--model_dir', 'run')))
   assert status == statuses[calls - 1] and len(_calls(tmp_path)) == calls
@@ -74,8 +81,9 @@ def test_these_ends_are_final(tmp_path, start, status):
   assert _ended(start([status, 1])) == (status, '') and len(_calls(tmp_path)) == 1
 
 
-@pytest.mark.parametrize('number, status', [
-    (signal.SIGTERM, preemption.STATUS), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+  'number, status', [(signal.SIGTERM, preemption.STATUS), (signal.SIGINT, 130)]
+)
 def test_a_signal_is_handed_on_and_ends_both(tmp_path, start, number, status):
   process = start([])
   end = time.monotonic() + 20
@@ -86,9 +94,13 @@ def test_a_signal_is_handed_on_and_ends_both(tmp_path, start, number, status):
   assert _ended(process)[0] == status and len(_calls(tmp_path)) == 1
 
 
-@pytest.mark.parametrize('flags, command, message', [
+@pytest.mark.parametrize(
+  'flags, command, message',
+  [
     (['--tries=0'], ['--model_dir=run'], '--tries=0: not a number from 1'),
-    ([], [], 'the command has no --model_dir=FOLDER')])
+    ([], [], 'the command has no --model_dir=FOLDER'),
+  ],
+)
 def test_bad_input_is_named(start, flags, command, message):
   status, said = _ended(start([0], *flags, command=command))
   assert status == 2 and said.startswith(f'keep_running.sh: error: {message}')

@@ -38,24 +38,37 @@ _SQUEUE = """#!/bin/bash
 def _job(tmp_path):
   """Returns a function that starts the script as Slurm does: a copy of it, elsewhere."""
   folder = tmp_path / 'checkout'
-  for path, text in ((folder / '.venv' / 'bin' / 'parti-jax', ''),
-                     (tmp_path / 'bin' / 'srun', _SRUN),
-                     (tmp_path / 'bin' / 'scontrol', '#!/bin/bash\necho "scontrol $*"\n'),
-                     (tmp_path / 'bin' / 'scancel', _SCANCEL),
-                     (tmp_path / 'bin' / 'squeue', _SQUEUE),
-                     (folder / 'state', 'RUNNING\n'),
-                     (tmp_path / 'spool' / 'slurm_script', SCRIPT.read_text())):
+  for path, text in (
+    (folder / '.venv' / 'bin' / 'parti-jax', ''),
+    (tmp_path / 'bin' / 'srun', _SRUN),
+    (tmp_path / 'bin' / 'scontrol', '#!/bin/bash\necho "scontrol $*"\n'),
+    (tmp_path / 'bin' / 'scancel', _SCANCEL),
+    (tmp_path / 'bin' / 'squeue', _SQUEUE),
+    (folder / 'state', 'RUNNING\n'),
+    (tmp_path / 'spool' / 'slurm_script', SCRIPT.read_text()),
+  ):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     path.chmod(0o755)
 
   def start(*arguments, **variables):
-    environment = {'PATH': f'{tmp_path / "bin"}:{os.environ["PATH"]}', 'HOME': str(tmp_path),
-                   'SLURM_JOB_ID': '7', 'SLURM_SUBMIT_DIR': str(folder),
-                   'SLURM_CPUS_PER_TASK': '8', **variables}
-    return subprocess.Popen([tmp_path / 'spool' / 'slurm_script', *arguments], cwd=folder,
-                            env=environment, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT)
+    environment = {
+      'PATH': f'{tmp_path / "bin"}:{os.environ["PATH"]}',
+      'HOME': str(tmp_path),
+      'SLURM_JOB_ID': '7',
+      'SLURM_SUBMIT_DIR': str(folder),
+      'SLURM_CPUS_PER_TASK': '8',
+      **variables,
+    }
+    return subprocess.Popen(
+      [tmp_path / 'spool' / 'slurm_script', *arguments],
+      cwd=folder,
+      env=environment,
+      text=True,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+    )
+
   start.folder = folder
   return start
 
@@ -75,9 +88,16 @@ def test_arguments_and_status_are_handed_on(job, status):
   said, _ = done.communicate(timeout=30)
   assert done.returncode == status and 'scontrol' not in said
   assert _wait_for_arguments(job.folder) == [
-      '<--label>', '<--kill-on-bad-exit=1>', '<--cpus-per-task=8>',
-      f'<{job.folder}/.venv/bin/parti-jax>', '<train>', '<--multi_host>',
-      '<--gin.train.grace_seconds=220>', '<--model_dir=runs/x>', "<--gin.train.task='two  words'>"]
+    '<--label>',
+    '<--kill-on-bad-exit=1>',
+    '<--cpus-per-task=8>',
+    f'<{job.folder}/.venv/bin/parti-jax>',
+    '<train>',
+    '<--multi_host>',
+    '<--gin.train.grace_seconds=220>',
+    '<--model_dir=runs/x>',
+    "<--gin.train.task='two  words'>",
+  ]
 
 
 def test_time_limit_lets_the_tasks_save_and_requeues(job):
@@ -110,10 +130,14 @@ def test_what_was_told_to_stop_is_queued_again_unless_slurm_ends_the_job(job, st
   assert ('scontrol requeue 7' in said) == (status == 0)
 
 
-@pytest.mark.parametrize('arguments, variables, message', [
+@pytest.mark.parametrize(
+  'arguments, variables, message',
+  [
     ([], {}, 'Give --model_dir=FOLDER'),
     (['--model_dir=x'], {'SLURM_JOB_ID': ''}, 'submit it: sbatch'),
-    (['--model_dir=x'], {'PARTI_JAX_VENV': '/nowhere'}, 'no parti-jax in /nowhere')])
+    (['--model_dir=x'], {'PARTI_JAX_VENV': '/nowhere'}, 'no parti-jax in /nowhere'),
+  ],
+)
 def test_bad_input_is_named(job, arguments, variables, message):
   done = job(*arguments, **variables)
   said, _ = done.communicate(timeout=30)
@@ -126,5 +150,10 @@ def test_slurm_reads_its_options_before_the_first_command():
   first = next(i for i, line in enumerate(lines) if line and not line.startswith('#'))
   options = [line for line in lines if line.startswith('#SBATCH')]
   assert options == [line for line in lines[:first] if line.startswith('#SBATCH')]
-  assert {'#SBATCH --requeue', '#SBATCH --signal=B:USR1@300', '#SBATCH --open-mode=append',
-          '#SBATCH --gpus-per-node=8', '#SBATCH --ntasks-per-node=8'} <= set(options)
+  assert {
+    '#SBATCH --requeue',
+    '#SBATCH --signal=B:USR1@300',
+    '#SBATCH --open-mode=append',
+    '#SBATCH --gpus-per-node=8',
+    '#SBATCH --ntasks-per-node=8',
+  } <= set(options)

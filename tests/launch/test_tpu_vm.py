@@ -15,13 +15,26 @@ from parti_jax.runs import preemption
 SLICE = ('--name=parti', '--zone=us-central2-b', '--project=pictures')
 WHERE = '--zone=us-central2-b --project=pictures'
 ON_HOST = 'parti_jax/source/launch/tpu_vm/on_host.sh'
-DESCRIBE = ("gcloud compute tpus queued-resources describe parti '--format=value(state.state)' "
-            f'--verbosity=error {WHERE}')
+DESCRIBE = (
+  "gcloud compute tpus queued-resources describe parti '--format=value(state.state)' "
+  f'--verbosity=error {WHERE}'
+)
 SSH = 'gcloud compute tpus tpu-vm ssh parti --worker='
-STATES = (f"{SSH}all '--command=if [ -e {ON_HOST} ]; then bash {ON_HOST} status; "
-          f'else echo "$(hostname) none"; fi\' {WHERE}')
-SCRIPTS = ('create.sh', 'install.sh', 'run.sh', 'tokenize.sh', 'logs.sh', 'status.sh', 'stop.sh',
-           'resume.sh', 'delete.sh')
+STATES = (
+  f"{SSH}all '--command=if [ -e {ON_HOST} ]; then bash {ON_HOST} status; "
+  f'else echo "$(hostname) none"; fi\' {WHERE}'
+)
+SCRIPTS = (
+  'create.sh',
+  'install.sh',
+  'run.sh',
+  'tokenize.sh',
+  'logs.sh',
+  'status.sh',
+  'stop.sh',
+  'resume.sh',
+  'delete.sh',
+)
 
 
 def _create(flags):
@@ -35,13 +48,14 @@ def _kept(cloud):
 def _install(cloud, revision):
   kept = _kept(cloud)
   return [
-      f'mkdir -p {kept}',
-      f'git -C {cloud.checkout} archive --format=tar.gz --output={kept}/source.tar.gz {revision}',
-      f'gcloud compute tpus tpu-vm scp {kept}/source.tar.gz parti:parti_jax_source.tar.gz '
-      f'--worker=all {WHERE}',
-      f"{SSH}all '--command=rm -rf parti_jax/new && mkdir -p parti_jax/new && "
-      'tar -xzf parti_jax_source.tar.gz -C parti_jax/new && '
-      f"bash parti_jax/new/launch/tpu_vm/on_host.sh install' {WHERE}"]
+    f'mkdir -p {kept}',
+    f'git -C {cloud.checkout} archive --format=tar.gz --output={kept}/source.tar.gz {revision}',
+    f'gcloud compute tpus tpu-vm scp {kept}/source.tar.gz parti:parti_jax_source.tar.gz '
+    f'--worker=all {WHERE}',
+    f"{SSH}all '--command=rm -rf parti_jax/new && mkdir -p parti_jax/new && "
+    'tar -xzf parti_jax_source.tar.gz -C parti_jax/new && '
+    f"bash parti_jax/new/launch/tpu_vm/on_host.sh install' {WHERE}",
+  ]
 
 
 def _dry(cloud, script, *arguments, **variables):
@@ -50,28 +64,60 @@ def _dry(cloud, script, *arguments, **variables):
   return lines
 
 
-@pytest.mark.parametrize('script, arguments, expected', [
-    ('create.sh', ['--type=v4-1024', '--spot', '--network=mine'],
-     [_create('--accelerator-type=v4-1024 --runtime-version=tpu-ubuntu2204-base --async --spot '
-              '--network=mine'), DESCRIBE]),
-    ('create.sh', ['--type', 'v9-8', '--version', 'new'],
-     [_create('--accelerator-type=v9-8 --runtime-version=new --async'), DESCRIBE]),
+@pytest.mark.parametrize(
+  'script, arguments, expected',
+  [
+    (
+      'create.sh',
+      ['--type=v4-1024', '--spot', '--network=mine'],
+      [
+        _create(
+          '--accelerator-type=v4-1024 --runtime-version=tpu-ubuntu2204-base --async --spot '
+          '--network=mine'
+        ),
+        DESCRIBE,
+      ],
+    ),
+    (
+      'create.sh',
+      ['--type', 'v9-8', '--version', 'new'],
+      [_create('--accelerator-type=v9-8 --runtime-version=new --async'), DESCRIBE],
+    ),
     ('logs.sh', [], [f"{SSH}0 '--command=bash {ON_HOST} logs 100' {WHERE}"]),
-    ('logs.sh', ['--worker=all', '--lines=5'],
-     [f"{SSH}all '--command=bash {ON_HOST} logs 5' {WHERE}"]),
+    (
+      'logs.sh',
+      ['--worker=all', '--lines=5'],
+      [f"{SSH}all '--command=bash {ON_HOST} logs 5' {WHERE}"],
+    ),
     ('status.sh', [], [DESCRIBE, STATES]),
     ('stop.sh', [], [f"{SSH}all '--command=bash {ON_HOST} stop stopped' {WHERE}"]),
-    ('run.sh', ['--model_dir=gs://pictures/run', '--gin.train.steps=10'],
-     [f"{SSH}all '--command=bash {ON_HOST} start train --multi_host "
-      f"--model_dir=gs://pictures/run --gin.train.steps=10' {WHERE}"]),
-    ('tokenize.sh', ['--tokenizer=gs://pictures/run', '--output_dir', 'gs://pictures/tokens'],
-     [f"{SSH}all '--command=bash {ON_HOST} start tokenize --multi_host "
-      f"--tokenizer=gs://pictures/run --output_dir gs://pictures/tokens' {WHERE}"]),
-    ('install.sh', ['--url=https://example.org/a b', '--revision=v1'],
-     [f"{SSH}all '--command=rm -rf parti_jax/new && mkdir -p parti_jax/new && git clone --quiet "
-      "'\\''https://example.org/a b'\\'' parti_jax/new && git -C parti_jax/new checkout --quiet "
-      f"v1 && bash parti_jax/new/launch/tpu_vm/on_host.sh install' {WHERE}"]),
-])
+    (
+      'run.sh',
+      ['--model_dir=gs://pictures/run', '--gin.train.steps=10'],
+      [
+        f"{SSH}all '--command=bash {ON_HOST} start train --multi_host "
+        f"--model_dir=gs://pictures/run --gin.train.steps=10' {WHERE}"
+      ],
+    ),
+    (
+      'tokenize.sh',
+      ['--tokenizer=gs://pictures/run', '--output_dir', 'gs://pictures/tokens'],
+      [
+        f"{SSH}all '--command=bash {ON_HOST} start tokenize --multi_host "
+        f"--tokenizer=gs://pictures/run --output_dir gs://pictures/tokens' {WHERE}"
+      ],
+    ),
+    (
+      'install.sh',
+      ['--url=https://example.org/a b', '--revision=v1'],
+      [
+        f"{SSH}all '--command=rm -rf parti_jax/new && mkdir -p parti_jax/new && git clone --quiet "
+        "'\\''https://example.org/a b'\\'' parti_jax/new && git -C parti_jax/new checkout --quiet "
+        f"v1 && bash parti_jax/new/launch/tpu_vm/on_host.sh install' {WHERE}"
+      ],
+    ),
+  ],
+)
 def test_dry_run_prints_the_commands(cloud, script, arguments, expected):
   assert _dry(cloud, script, *arguments) == expected
 
@@ -90,28 +136,42 @@ def test_dry_run_of_delete(cloud):
 def test_dry_run_of_resume_says_what_follows_a_preemption(started, head):
   cloud = started.cloud
   assert cloud.must('resume.sh', '--dry_run').splitlines() == [
-      f'gcloud compute tpus queued-resources delete parti --force --quiet {WHERE}',
-      _create('--accelerator-type=v4-16 --runtime-version=tpu-ubuntu2204-base --async --spot'),
-      DESCRIBE, *_install(cloud, head),
-      *cloud.must('run.sh', '--dry_run', *started.arguments).splitlines()]
+    f'gcloud compute tpus queued-resources delete parti --force --quiet {WHERE}',
+    _create('--accelerator-type=v4-16 --runtime-version=tpu-ubuntu2204-base --async --spot'),
+    DESCRIBE,
+    *_install(cloud, head),
+    *cloud.must('run.sh', '--dry_run', *started.arguments).splitlines(),
+  ]
 
 
-@pytest.mark.parametrize('type_, version', [
-    ('v4-512', 'tpu-ubuntu2204-base'), ('v5litepod-256', 'v2-alpha-tpuv5-lite'),
-    ('v5p-1024', 'v2-alpha-tpuv5'), ('v6e-256', 'v2-alpha-tpuv6e')])
+@pytest.mark.parametrize(
+  'type_, version',
+  [
+    ('v4-512', 'tpu-ubuntu2204-base'),
+    ('v5litepod-256', 'v2-alpha-tpuv5-lite'),
+    ('v5p-1024', 'v2-alpha-tpuv5'),
+    ('v6e-256', 'v2-alpha-tpuv6e'),
+  ],
+)
 def test_runtime_version_follows_from_the_type(cloud, type_, version):
   assert f'--runtime-version={version} ' in _dry(cloud, 'create.sh', f'--type={type_}')[0]
 
 
 def test_environment_variables_are_defaults(cloud):
-  variables = {'TPU_NAME': 'mine', 'ZONE': 'europe-west4-b', 'PROJECT': 'p',
-               'TPU_SSH_FLAGS': '--internal-ip --plain'}
+  variables = {
+    'TPU_NAME': 'mine',
+    'ZONE': 'europe-west4-b',
+    'PROJECT': 'p',
+    'TPU_SSH_FLAGS': '--internal-ip --plain',
+  }
   done = cloud.run('stop.sh', '--dry_run', '--zone=us-east5-a', **variables)
   assert done.stdout.endswith(' --zone=us-east5-a --project=p\n')
   assert ' ssh mine --worker=all ' in done.stdout and '--internal-ip --plain' in done.stdout
 
 
-@pytest.mark.parametrize('script, arguments, message', [
+@pytest.mark.parametrize(
+  'script, arguments, message',
+  [
     ('create.sh', [*SLICE[1:], '--type=v4-8'], 'which slice? Give --name=NAME'),
     ('stop.sh', [SLICE[0], SLICE[2]], 'in which zone? Give --zone=ZONE'),
     ('logs.sh', SLICE[:2], 'of which project? Give --project=PROJECT'),
@@ -129,7 +189,8 @@ def test_environment_variables_are_defaults(cloud):
     ('tokenize.sh', [*SLICE, '--tokenizer=gs://a/b'], 'Give --output_dir=gs://BUCKET/FOLDER'),
     ('tokenize.sh', [*SLICE, '--output_dir=tokens'], '--output_dir=tokens: the hosts of a slice'),
     ('resume.sh', SLICE, 'nothing is known here of parti in us-central2-b that create.sh'),
-])
+  ],
+)
 def test_bad_input_is_named(cloud, script, arguments, message):
   done = cloud.run(script, *arguments)
   assert done.returncode == 2
@@ -161,9 +222,19 @@ def test_help_is_the_head_of_the_script(cloud, script):
 
 def test_arguments_survive_both_shells(cloud):
   """The printed command, pasted into a shell, gives parti-jax on a host what was typed."""
-  arguments = ['--gin_file=a.gin', '--model_dir=gs://b/r', "--gin.train.task='cached_tokens'",
-               '--gin.x="two  words"', "it's $HOME `id` \\ \" ' * ? ~ !! ; & | < > ()", 'a\nb', '',
-               "''", '--gin.rules=(("embed", "fsdp"),)', '--', '--name=of the run']
+  arguments = [
+    '--gin_file=a.gin',
+    '--model_dir=gs://b/r',
+    "--gin.train.task='cached_tokens'",
+    '--gin.x="two  words"',
+    "it's $HOME `id` \\ \" ' * ? ~ !! ; & | < > ()",
+    'a\nb',
+    '',
+    "''",
+    '--gin.rules=(("embed", "fsdp"),)',
+    '--',
+    '--name=of the run',
+  ]
   lines = _dry(cloud, 'run.sh', *arguments)
   assert lines[0].startswith(f"{SSH}all '--command=bash {ON_HOST} start train --multi_host ")
   cloud.must('create.sh', '--type=v4-16')
@@ -172,8 +243,9 @@ def test_arguments_survive_both_shells(cloud):
   arguments.remove('--')  # Ends the script's own flags.
   said = ''.join(f'<{argument}>\n' for argument in ['train', '--multi_host', *arguments])
   for host in cloud.hosts():
-    _wait_for(lambda host=host: (host / 'arguments').exists() and
-              (host / 'arguments').read_text() == said)
+    _wait_for(
+      lambda host=host: (host / 'arguments').exists() and (host / 'arguments').read_text() == said
+    )
 
 
 def _wait_for(condition):
@@ -251,19 +323,27 @@ def test_install_fetches_a_python_where_the_hosts_is_too_old(cloud, write_progra
   # pip puts a uv there, whose Python says what it is asked for and makes environments.
   environment = cloud.folder / 'environment'
   shutil.move(cloud.folder / 'new_host' / 'parti_jax' / 'venv', environment)
-  write_program(cloud.folder / 'uv', f'''#!/bin/sh
+  write_program(
+    cloud.folder / 'uv',
+    f"""#!/bin/sh
 case "$*" in
   "python install 3.12") ;;
   "python find --managed-python 3.12") echo {cloud.folder}/python ;;
   *) exit 1 ;;
 esac
-''')
-  write_program(cloud.folder / 'python',
-                f'#!/bin/sh\n[ "$2" != venv ] || cp -R {environment} "$3"\necho Python 3.12\n')
-  write_program(cloud.folder / 'host_bin' / 'python3', f'''#!/bin/sh
+""",
+  )
+  write_program(
+    cloud.folder / 'python',
+    f'#!/bin/sh\n[ "$2" != venv ] || cp -R {environment} "$3"\necho Python 3.12\n',
+  )
+  write_program(
+    cloud.folder / 'host_bin' / 'python3',
+    f"""#!/bin/sh
 [ "$1 $2 $3 $6 $7" = "-m pip install --target $HOME/parti_jax/uv" ] || exit 1
 mkdir -p "$7/bin" && cp {cloud.folder}/uv "$7/bin/uv"
-''')
+""",
+  )
   cloud.must('create.sh', '--type=v4-16')
   assert cloud.must('install.sh').count('with Python 3.12\n') == 2
   assert all((host / 'parti_jax/venv/bin/pip').exists() for host in cloud.hosts())
@@ -302,7 +382,10 @@ def test_resume_after_preemption(started, head, state):
   for host in cloud.hosts():
     _wait_for((host / 'arguments').exists)
     assert (host / 'arguments').read_text().splitlines() == [
-        '<train>', '<--multi_host>', *(f'<{argument}>' for argument in started.arguments)]
+      '<train>',
+      '<--multi_host>',
+      *(f'<{argument}>' for argument in started.arguments),
+    ]
     assert (host / 'parti_jax' / 'source' / 'parti_jax' / 'file').read_text() == '1'
   assert head in (_kept(cloud) / 'install').read_text()
   assert 'the run is running' in cloud.must('resume.sh')
@@ -321,8 +404,12 @@ def test_a_host_that_lost_its_run_has_all_started_again(started):
 def test_watch_resumes_each_time_until_the_run_is_finished(started):
   cloud = started.cloud
   watch = subprocess.Popen(
-      [cloud.checkout / 'launch' / 'tpu_vm' / 'resume.sh', *SLICE, '--watch'], text=True,
-      stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=cloud.environment())
+    [cloud.checkout / 'launch' / 'tpu_vm' / 'resume.sh', *SLICE, '--watch'],
+    text=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    env=cloud.environment(),
+  )
   for times in (2, 3):
     (cloud.folder / 'state').write_text('SUSPENDED')
     _wait_for(lambda times=times: len(cloud.calls(' start train ')) == times)
@@ -362,8 +449,10 @@ def test_resume_starts_what_was_started_last(cloud, first, second):
     for host in cloud.hosts():
       _wait_for((host / 'arguments').exists)
       assert (host / 'arguments').read_text().splitlines() == [
-          f'<{commands[script]}>', '<--multi_host>',
-          *(f'<{argument}>' for argument in arguments[script])]
+        f'<{commands[script]}>',
+        '<--multi_host>',
+        *(f'<{argument}>' for argument in arguments[script]),
+      ]
     assert cloud.must('stop.sh').splitlines() == ['host0 stopped', 'host1 stopped']
 
 
@@ -378,7 +467,10 @@ def test_tokens_on_a_shared_disk_are_resumed_there_after_a_preemption(cloud):
   for host in cloud.hosts():
     _wait_for((host / 'arguments').exists)
     assert (host / 'arguments').read_text().splitlines() == [
-        '<tokenize>', '<--multi_host>', *(f'<{flag}>' for flag in flags)]
+      '<tokenize>',
+      '<--multi_host>',
+      *(f'<{flag}>' for flag in flags),
+    ]
 
 
 def test_delete_forgets(started):

@@ -13,9 +13,20 @@ from parti_jax.models import flops
 from parti_jax.models.nn import layers
 
 SIZES = coca.CoCaConfig(
-    image_size=8, patch_size=4, image_layers=1, unimodal_layers=1, multimodal_layers=2, width=16,
-    mlp_width=24, heads=2, caption_queries=3, feature_dim=6, text_vocabulary=10, text_length=5,
-    dtype='float32')
+  image_size=8,
+  patch_size=4,
+  image_layers=1,
+  unimodal_layers=1,
+  multimodal_layers=2,
+  width=16,
+  mlp_width=24,
+  heads=2,
+  caption_queries=3,
+  feature_dim=6,
+  text_vocabulary=10,
+  text_length=5,
+  dtype='float32',
+)
 TEXTS = np.array([[3, 4, 5, 1, 0], [6, 1, 0, 0, 0]], np.int32)
 
 
@@ -23,8 +34,9 @@ TEXTS = np.array([[3, 4, 5, 1, 0], [6, 1, 0, 0, 0]], np.int32)
 def fixture_network():
   """A function of pictures and texts, and its parameters."""
   module = coca.CoCa(SIZES)
-  params = jax.jit(lambda key: nn.meta.unbox(
-      module.init(key, *coca.example_inputs(SIZES))['params']))(jax.random.key(0))
+  params = jax.jit(
+    lambda key: nn.meta.unbox(module.init(key, *coca.example_inputs(SIZES))['params'])
+  )(jax.random.key(0))
   return jax.jit(lambda params, *inputs: module.apply({'params': params}, *inputs)), params
 
 
@@ -57,7 +69,7 @@ def test_a_token_is_predicted_from_those_before_it(network, changed):
   other = function(params, _images(), texts)
   before = slice(0, changed + 1)
   np.testing.assert_allclose(other['logits'][0, before], out['logits'][0, before], atol=1e-5)
-  assert np.abs(other['logits'][0, changed + 1:] - out['logits'][0, changed + 1:]).max() > 1e-4
+  assert np.abs(other['logits'][0, changed + 1 :] - out['logits'][0, changed + 1 :]).max() > 1e-4
   # The class token has seen every token.
   assert np.abs(other['text_features'][0] - out['text_features'][0]).max() > 1e-4
   np.testing.assert_allclose(other['text_features'][1], out['text_features'][1], atol=1e-5)
@@ -77,8 +89,9 @@ def test_every_parameter_learns(network):
 
   def loss(params):
     out = function(params, _images(), TEXTS)
-    return (jnp.sum(out['image_features'] * out['text_features'][::-1]) * out['logit_scale']
-            + jnp.sum(jax.nn.log_softmax(out['logits'])[..., 3]))
+    return jnp.sum(out['image_features'] * out['text_features'][::-1]) * out[
+      'logit_scale'
+    ] + jnp.sum(jax.nn.log_softmax(out['logits'])[..., 3])
 
   gradients = jax.jit(jax.grad(loss))(params)
   for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
@@ -88,8 +101,9 @@ def test_every_parameter_learns(network):
 def test_coca_base_has_the_papers_parameters():
   gin_config.parse(['gin_configs/models/coca_base.gin'], [])
   sizes = coca.CoCaConfig()
-  params = jax.eval_shape(
-      coca.CoCa(sizes).init, jax.random.key(0), *coca.example_inputs(sizes))['params']
+  params = jax.eval_shape(coca.CoCa(sizes).init, jax.random.key(0), *coca.example_inputs(sizes))[
+    'params'
+  ]
   # CoCa, table 1: 86M in the image encoder, 297M in the text decoder, 383M in all.
   assert layers.count_parameters(params['image_encoder']) == pytest.approx(86e6, rel=0.01)
   decoder = lambda path: path.startswith(('unimodal', 'multimodal', 'logits'))
@@ -99,24 +113,36 @@ def test_coca_base_has_the_papers_parameters():
 
 def test_flops_are_two_for_each_weight_and_what_attention_costs():
   out = flops.coca_forward(SIZES)
-  params = jax.eval_shape(
-      coca.CoCa(SIZES).init, jax.random.key(0), *coca.example_inputs(SIZES))['params']
+  params = jax.eval_shape(coca.CoCa(SIZES).init, jax.random.key(0), *coca.example_inputs(SIZES))[
+    'params'
+  ]
   count = lambda name: layers.count_parameters(
-      params, lambda path: path.startswith(name) and path.endswith('kernel'))
+    params, lambda path: path.startswith(name) and path.endswith('kernel')
+  )
   # Rows that go through the kernels of each part; the poolers' queries and keys differ in number.
-  weights = (4 * count('image_encoder') + 6 * count('unimodal') + 5 * count('logits')
-             + count('image_feature/') + count('text_feature/'))
+  weights = (
+    4 * count('image_encoder')
+    + 6 * count('unimodal')
+    + 5 * count('logits')
+    + count('image_feature/')
+    + count('text_feature/')
+  )
   # Queries and outputs of the poolers: 1 and 3 rows; keys and values: 4 patches.
-  weights += 16 ** 2 * (2 * 1 + 2 * 4 + 2 * 3 + 2 * 4)
-  weights += 2 * (5 * (6 * 16 ** 2 + 2 * 16 * 24) + 3 * 2 * 16 ** 2)
+  weights += 16**2 * (2 * 1 + 2 * 4 + 2 * 3 + 2 * 4)
+  weights += 2 * (5 * (6 * 16**2 + 2 * 16 * 24) + 3 * 2 * 16**2)
   pairs = 4 * 4 + 1 * 4 + 3 * 4 + 6 * 6 + 2 * 5 * (5 + 3)
   assert out == 2 * weights + 4 * 16 * pairs
 
 
-@pytest.mark.parametrize('sizes, key', [
-    ({'patch_size': 5}, 'CoCaConfig.patch_size'), ({'heads': 5}, 'CoCaConfig.heads'),
+@pytest.mark.parametrize(
+  'sizes, key',
+  [
+    ({'patch_size': 5}, 'CoCaConfig.patch_size'),
+    ({'heads': 5}, 'CoCaConfig.heads'),
     ({'dropout': 1.0}, 'CoCaConfig.dropout'),
-    ({'caption_queries': 0}, 'CoCaConfig.caption_queries')])
+    ({'caption_queries': 0}, 'CoCaConfig.caption_queries'),
+  ],
+)
 def test_sizes_that_can_not_be(sizes, key):
   with pytest.raises(UserError, match=key):
     coca.CoCaConfig(**sizes)

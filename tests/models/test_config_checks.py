@@ -14,12 +14,33 @@ from parti_jax.models import parti_config
 from parti_jax.models import super_resolution
 from parti_jax.models import vit_vqgan
 
-KINDS = [parti_config.PartiConfig, vit_vqgan.ViTVQGANConfig, coca.CoCaConfig,
-         super_resolution.SuperResolutionConfig, discriminator.DiscriminatorConfig]
+KINDS = [
+  parti_config.PartiConfig,
+  vit_vqgan.ViTVQGANConfig,
+  coca.CoCaConfig,
+  super_resolution.SuperResolutionConfig,
+  discriminator.DiscriminatorConfig,
+]
 FIELDS = [(kind, field.name) for kind in KINDS for field in dataclasses.fields(kind)]
 # No field of any of them takes one of these.
-NEVER = [None, -1, float('nan'), float('inf'), 1e300, 10**40, True, [], {}, [[8], [8]], [8.0, 8.0],
-         'x', '64', b'64', object(), np.array([1, 2])]
+NEVER = [
+  None,
+  -1,
+  float('nan'),
+  float('inf'),
+  1e300,
+  10**40,
+  True,
+  [],
+  {},
+  [[8], [8]],
+  [8.0, 8.0],
+  'x',
+  '64',
+  b'64',
+  object(),
+  np.array([1, 2]),
+]
 
 
 @pytest.mark.parametrize('kind, name', FIELDS, ids=lambda value: getattr(value, '__name__', value))
@@ -30,14 +51,17 @@ def test_values_of_no_field(kind, name):
     assert '\n' not in str(caught.value)
 
 
-@pytest.mark.parametrize('kind, name', [
-    (kind, name) for kind, name in FIELDS if checks.field_types(kind)[name] is int])
+@pytest.mark.parametrize(
+  'kind, name', [(kind, name) for kind, name in FIELDS if checks.field_types(kind)[name] is int]
+)
 def test_whole_numbers_are_no_floats(kind, name):
   with pytest.raises(UserError, match=rf'^{kind.__name__}\.{name}=2\.0 must be a whole number'):
     kind(**{name: 2.0})
 
 
-@pytest.mark.parametrize('kind, name, value, message', [
+@pytest.mark.parametrize(
+  'kind, name, value, message',
+  [
     (parti_config.PartiConfig, 'decoder_layers', 1025, 'must be a whole number from 1 to 1024'),
     (parti_config.PartiConfig, 'width', 2**20 + 1, 'must be a whole number from 1 to 1048576'),
     (parti_config.PartiConfig, 'grid', (2048, 1024), r'gives 2,097,152 image tokens'),
@@ -47,7 +71,9 @@ def test_whole_numbers_are_no_floats(kind, name):
     (vit_vqgan.ViTVQGANConfig, 'image_size', 2**20, 'gives 17,179,869,184 image tokens'),
     (vit_vqgan.ViTVQGANConfig, 'commitment', -0.1, 'must be a number from 0'),
     (super_resolution.SuperResolutionConfig, 'low_rank', 1.5, 'must be a number from 0 to 1'),
-    (super_resolution.SuperResolutionConfig, 'dilations', (1, 0), 'whole numbers from 1')])
+    (super_resolution.SuperResolutionConfig, 'dilations', (1, 0), 'whole numbers from 1'),
+  ],
+)
 def test_bounds(kind, name, value, message):
   with pytest.raises(UserError, match=rf'^{kind.__name__}\.{name}=.*{message}'):
     kind(**{name: value})
@@ -60,9 +86,13 @@ def test_values_have_one_type_however_they_are_given():
   assert hash(sizes) == hash(parti_config.PartiConfig(grid=(8, 8), heads=4, dropout=0.0))
 
 
-@pytest.mark.parametrize('binding, message', [
+@pytest.mark.parametrize(
+  'binding, message',
+  [
     ('PartiConfig.heads = 2.0', 'PartiConfig.heads=2.0 must be a whole number'),
-    ("ViTVQGANConfig.encoder_width = '64'", "ViTVQGANConfig.encoder_width='64' must be a whole")])
+    ("ViTVQGANConfig.encoder_width = '64'", "ViTVQGANConfig.encoder_width='64' must be a whole"),
+  ],
+)
 def test_gin_values_are_checked_in_the_same_words(binding, message):
   kind = {kind.__name__: kind for kind in KINDS}[binding.split('.')[0]]
   with pytest.raises(UserError, match=f'^{message}') as caught:

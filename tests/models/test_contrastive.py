@@ -64,8 +64,7 @@ def test_equal_texts_are_no_negatives_of_one_another(arguments):
   assert same[2, 5] and same[5, 2] and same.sum() == BATCH + 2
   losses, _ = contrastive.contrastive_losses(images, texts, np.exp(log_scale), same)
   without = [row for row in range(BATCH) if row != 5]
-  alone, _ = contrastive.contrastive_losses(
-      images[without], texts[without], np.exp(log_scale))
+  alone, _ = contrastive.contrastive_losses(images[without], texts[without], np.exp(log_scale))
   np.testing.assert_allclose(losses[2], alone[2], rtol=1e-5)
   assert not np.isclose(losses[3], alone[3], rtol=1e-3)  # Its negatives are all others, 5 too.
 
@@ -78,8 +77,10 @@ def test_negatives_come_from_the_whole_mesh(arguments, sizes):
   for ours, theirs in zip(gradients, gradients_there, strict=True):
     np.testing.assert_allclose(theirs, ours, atol=1e-6 * np.abs(ours).max())
   # A loss of each device's own pairs is another one.
-  parts = [_loss(images, texts, arguments[2], tokens) for images, texts, tokens in
-           zip(*(np.split(array, 8) for array in (*arguments[:2], _tokens())))]
+  parts = [
+    _loss(images, texts, arguments[2], tokens)
+    for images, texts, tokens in zip(*(np.split(array, 8) for array in (*arguments[:2], _tokens())))
+  ]
   assert abs(np.mean(parts) - value) > 0.5
 
 
@@ -88,8 +89,12 @@ def test_no_device_holds_all_logits(arguments):
   split = rules.batch_sharding(mesh, table)
   with rules.partitioned(mesh, table):
     placed = [jax.device_put(array, split) for array in (*arguments[:2], _tokens())]
-    compiled = jax.jit(jax.grad(_loss, argnums=(0, 1))).lower(
-        *placed[:2], arguments[2], placed[2]).compile().as_text()
+    compiled = (
+      jax.jit(jax.grad(_loss, argnums=(0, 1)))
+      .lower(*placed[:2], arguments[2], placed[2])
+      .compile()
+      .as_text()
+    )
   assert f'[{BATCH // 8},{BATCH}]' in compiled
   assert f'[{BATCH},{BATCH}]' not in compiled
 

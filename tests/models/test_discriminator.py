@@ -21,8 +21,12 @@ def _convolved(x, kernel, stride):
   size = kernel.shape[0]
   rows = range(0, x.shape[0] - size + 1, stride)
   columns = range(0, x.shape[1] - size + 1, stride)
-  return np.array([[np.einsum('ijc,ijcf->f', x[r:r + size, c:c + size], kernel)
-                    for c in columns] for r in rows])
+  return np.array(
+    [
+      [np.einsum('ijc,ijcf->f', x[r : r + size, c : c + size], kernel) for c in columns]
+      for r in rows
+    ]
+  )
 
 
 @pytest.mark.parametrize('size, margin', [(3, 2), (1, 1)])
@@ -47,7 +51,7 @@ def test_a_convolution_has_a_bias_and_a_leaky_relu_that_keeps_the_second_moment(
   y = np.asarray(module.apply(params, x))
   inner = y[:, 1:-1, 1:-1]
   # E[(√2 · leaky(x))²] = 2 · (1 + 0.2²) / 2 for a standard normal x.
-  assert np.mean(inner ** 2) == pytest.approx(1.04, rel=0.05)
+  assert np.mean(inner**2) == pytest.approx(1.04, rel=0.05)
   bias = params['params']['convolution']['bias']
   params['params']['convolution']['bias'] = bias.replace_boxed(bias.unbox() - 100.0)
   moved = np.asarray(module.apply(params, x))

@@ -21,8 +21,18 @@ def _counted_by_xla(module, inputs):
 def test_parti_forward_agrees_with_xla():
   # All layers laid out, since XLA counts the body of a loop once.
   sizes = parti_config.PartiConfig(
-      encoder_layers=2, decoder_layers=3, width=128, mlp_width=256, heads=2, text_vocabulary=64,
-      text_length=24, codebook_size=512, grid=(6, 8), dtype='float32', unroll=3)
+    encoder_layers=2,
+    decoder_layers=3,
+    width=128,
+    mlp_width=256,
+    heads=2,
+    text_vocabulary=64,
+    text_length=24,
+    codebook_size=512,
+    grid=(6, 8),
+    dtype='float32',
+    unroll=3,
+  )
   counted = _counted_by_xla(parti.Parti(sizes), parti.example_inputs(sizes, BATCH))
   assert BATCH * flops.parti_forward(sizes) == pytest.approx(counted, rel=0.05)
 
@@ -36,9 +46,21 @@ def test_patterns_count_the_keys_of_their_neighbourhood():
 
 def test_tokenizer_forward_agrees_with_xla():
   sizes = vit_vqgan.ViTVQGANConfig(
-      image_size=48, patch_size=8, encoder_layers=2, encoder_width=128, encoder_mlp_width=256,
-      encoder_heads=2, decoder_layers=3, decoder_width=192, decoder_mlp_width=512,
-      decoder_heads=2, codebook_size=512, code_dim=32, dtype='float32', unroll=3)
+    image_size=48,
+    patch_size=8,
+    encoder_layers=2,
+    encoder_width=128,
+    encoder_mlp_width=256,
+    encoder_heads=2,
+    decoder_layers=3,
+    decoder_width=192,
+    decoder_mlp_width=512,
+    decoder_heads=2,
+    codebook_size=512,
+    code_dim=32,
+    dtype='float32',
+    unroll=3,
+  )
   counted = _counted_by_xla(vit_vqgan.ViTVQGAN(sizes), vit_vqgan.example_inputs(sizes, BATCH))
   assert BATCH * flops.tokenizer_forward(sizes) == pytest.approx(counted, rel=0.05)
 
@@ -46,8 +68,9 @@ def test_tokenizer_forward_agrees_with_xla():
 def test_a_training_step_of_the_20b_model_costs_six_flops_a_weight_and_token():
   # The rule of thumb, with attention and logits beside it.
   sizes = parti_config.PartiConfig(
-      encoder_layers=16, decoder_layers=64, width=4096, mlp_width=16384, heads=64)
-  weights = 64 * (8 * 4096 ** 2 + 2 * 4096 * 16384)
+    encoder_layers=16, decoder_layers=64, width=4096, mlp_width=16384, heads=64
+  )
+  weights = 64 * (8 * 4096**2 + 2 * 4096 * 16384)
   assert 3 * flops.parti_forward(sizes) == pytest.approx(6 * weights * 1024, rel=0.15)
 
 

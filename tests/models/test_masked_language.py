@@ -16,7 +16,7 @@ def _texts(count, length, seed=0):
   texts = draw.integers(masked_language.SPECIAL_IDS, VOCABULARY, (count, length)).astype(np.int32)
   texts[draw.random((count, length)) < 0.05] = 2
   for row, pieces in enumerate(draw.integers(0, length, count)):
-    texts[row, pieces], texts[row, pieces + 1:] = 1, 0
+    texts[row, pieces], texts[row, pieces + 1 :] = 1, 0
   return texts
 
 
@@ -24,8 +24,9 @@ def _mask(texts, rows=None, key=0):
   keys = layers.dropout_keys(jax.random.key(key), len(texts))
   if rows is not None:
     keys = keys.replace(rows=jnp.asarray(rows, jnp.uint32))
-  return jax.tree.map(np.asarray, jax.jit(
-      masked_language.mask_text, static_argnums=2)(texts, keys, VOCABULARY))
+  return jax.tree.map(
+    np.asarray, jax.jit(masked_language.mask_text, static_argnums=2)(texts, keys, VOCABULARY)
+  )
 
 
 def _chosen(text, length):
@@ -45,8 +46,7 @@ def test_fifteen_percent_are_chosen_and_of_these_80_10_10():
   np.testing.assert_array_equal(masked_language.count_chosen(texts), wanted)
   assert text.places.shape == (2000, masked_language.most_chosen(64))
   assert not chosen[~pieces].any()
-  np.testing.assert_array_equal(
-      np.take_along_axis(texts, text.places, axis=1), text.targets)
+  np.testing.assert_array_equal(np.take_along_axis(texts, text.places, axis=1), text.targets)
 
   replaced = (text.tokens != texts) & ~text.masked
   assert not (text.masked | replaced)[~chosen].any()
@@ -65,8 +65,10 @@ def test_fifteen_percent_are_chosen_and_of_these_80_10_10():
 def test_texts_without_a_piece_have_nothing_chosen():
   text = _mask(np.array([[1, 0, 0, 0], [2, 1, 0, 0], [7, 1, 0, 0]], np.int32))
   np.testing.assert_array_equal(text.weights, [[0], [0], [1]])
-  np.testing.assert_array_equal(text.masked.any(1) | (text.tokens[:, 0] != [1, 2, 7]),
-                                [False, False, text.masked[2, 0] or text.tokens[2, 0] != 7])
+  np.testing.assert_array_equal(
+    text.masked.any(1) | (text.tokens[:, 0] != [1, 2, 7]),
+    [False, False, text.masked[2, 0] or text.tokens[2, 0] != 7],
+  )
   assert text.targets[2, 0] == 7
 
 

@@ -41,7 +41,8 @@ def _is_of_transformer(path):
 
 
 @pytest.mark.parametrize(
-    'size, paper', [('350m', 350e6), ('750m', 750e6), ('3b', 3e9), ('20b', 20e9)])
+  'size, paper', [('350m', 350e6), ('750m', 750e6), ('3b', 3e9), ('20b', 20e9)]
+)
 def test_parti_transformer_is_within_6_percent_of_the_table(size, paper):
   _, params = _parti(size)
   count = layers.count_parameters(params, _is_of_transformer)
@@ -59,21 +60,30 @@ def test_parti_in_all_is_within_6_percent_of_the_table(size, paper):
 def test_parti_has_exactly_the_weights_that_the_paper_describes(size):
   sizes, params = _parti(size)
   width, mlp = sizes.width, sizes.mlp_width
-  encoder_block = 4 * width ** 2 + 2 * width * mlp + 2 * width
-  decoder_block = 8 * width ** 2 + 2 * width * mlp + 3 * width
-  tables = (sizes.text_vocabulary + sizes.text_length + sizes.codebook_size + sum(sizes.grid))
+  encoder_block = 4 * width**2 + 2 * width * mlp + 2 * width
+  decoder_block = 8 * width**2 + 2 * width * mlp + 3 * width
+  tables = sizes.text_vocabulary + sizes.text_length + sizes.codebook_size + sum(sizes.grid)
   begin_and_last_norms = 3 * width
   assert layers.count_parameters(params) == (
-      sizes.encoder_layers * encoder_block + sizes.decoder_layers * decoder_block
-      + tables * width + begin_and_last_norms + width * sizes.codebook_size)
+    sizes.encoder_layers * encoder_block
+    + sizes.decoder_layers * decoder_block
+    + tables * width
+    + begin_and_last_norms
+    + width * sizes.codebook_size
+  )
 
 
 def _tower(sizes, side, channels):
   width, mlp = getattr(sizes, f'{side}_width'), getattr(sizes, f'{side}_mlp_width')
-  block = 4 * width ** 2 + 2 * width * mlp + 2 * width
-  return (getattr(sizes, f'{side}_layers') * block + width  # The last norm.
-          + sizes.patch_size ** 2 * channels * width + sizes.image_length * width
-          + width * mlp + mlp * sizes.code_dim)
+  block = 4 * width**2 + 2 * width * mlp + 2 * width
+  return (
+    getattr(sizes, f'{side}_layers') * block
+    + width  # The last norm.
+    + sizes.patch_size**2 * channels * width
+    + sizes.image_length * width
+    + width * mlp
+    + mlp * sizes.code_dim
+  )
 
 
 @pytest.mark.parametrize('size', ['tiny', 'demo', 'small', 'base', 'large'])

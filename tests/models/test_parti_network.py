@@ -16,8 +16,18 @@ from parti_jax.models.nn import layer_stack
 from parti_jax.models.nn import layers
 
 TINY = parti_config.PartiConfig(
-    encoder_layers=2, decoder_layers=2, width=16, mlp_width=32, heads=2, text_vocabulary=20,
-    text_length=6, codebook_size=12, grid=(2, 3), dropout=0.1, dtype='float32')
+  encoder_layers=2,
+  decoder_layers=2,
+  width=16,
+  mlp_width=32,
+  heads=2,
+  text_vocabulary=20,
+  text_length=6,
+  codebook_size=12,
+  grid=(2, 3),
+  dropout=0.1,
+  dtype='float32',
+)
 
 
 @pytest.fixture(scope='module')
@@ -27,7 +37,8 @@ def params():
   leaves, tree = jax.tree.flatten(nn.meta.unbox(variables['params']))
   noise = np.random.default_rng(0)
   return tree.unflatten(
-      [leaf + 0.1 * noise.normal(size=leaf.shape).astype(np.float32) for leaf in leaves])
+    [leaf + 0.1 * noise.normal(size=leaf.shape).astype(np.float32) for leaf in leaves]
+  )
 
 
 @pytest.fixture(scope='module')
@@ -47,8 +58,10 @@ def _logits(sizes, params, text, image, seed=None):
 @functools.partial(jax.jit, static_argnums=0)
 def _gradients(sizes, params, text, image):
   """A loss with dropout, and its gradients."""
+
   def loss(params):
     return jnp.mean(jnp.square(_logits.__wrapped__(sizes, params, text, image, 3) - 1.0))
+
   return jax.value_and_grad(loss)(params)
 
 
@@ -74,8 +87,9 @@ def test_projections_are_bfloat16_and_norms_softmax_and_logits_float32(tokens):
     found.setdefault(equation.primitive.name, []).append(equation)
   for name in ('rsqrt', 'exp'):  # Of the norms and of the softmax.
     assert {equation.invars[0].aval.dtype.name for equation in found[name]} == {'float32'}
-  full = [equation for equation in found['dot_general']
-          if equation.invars[0].aval.dtype == jnp.float32]
+  full = [
+    equation for equation in found['dot_general'] if equation.invars[0].aval.dtype == jnp.float32
+  ]
   assert [equation.outvars[0].aval.shape for equation in full] == [(3 * 6, sizes.codebook_size)]
   halves = [equation for equation in found['dot_general'] if equation not in full]
   assert len(halves) >= 12
@@ -95,16 +109,24 @@ def test_every_parameter_has_an_axis_name_for_each_dimension():
   boxed = jax.eval_shape(parti.Parti(TINY).init, jax.random.key(0), *parti.example_inputs(TINY))
   specs = nn.get_partition_spec(boxed)
   for (path, leaf), spec in zip(
-      jax.tree_util.tree_leaves_with_path(nn.meta.unbox(boxed)), jax.tree.leaves(specs)):
+    jax.tree_util.tree_leaves_with_path(nn.meta.unbox(boxed)), jax.tree.leaves(specs)
+  ):
     assert len(spec) == len(leaf.shape), path
     assert all(isinstance(name, str) for name in spec), path
     stacked = 'layers' in jax.tree_util.keystr(path)
     assert (spec[0] == 'layers') == stacked, path
 
 
-@pytest.mark.parametrize('changes', [
-    {'remat': 'dots'}, {'unroll': 7}, {'remat': 'block_inputs', 'unroll': 2},
-    {'remat': 'block_inputs_and_attention'}, {'remat': 'nothing'}])
+@pytest.mark.parametrize(
+  'changes',
+  [
+    {'remat': 'dots'},
+    {'unroll': 7},
+    {'remat': 'block_inputs', 'unroll': 2},
+    {'remat': 'block_inputs_and_attention'},
+    {'remat': 'nothing'},
+  ],
+)
 def test_remat_and_unroll_change_neither_loss_nor_gradients(params, tokens, changes):
   # With dropout, whose masks must be the same in the recomputation.
   loss, gradients = _gradients(TINY, params, *tokens)
@@ -119,6 +141,7 @@ def test_remat_recomputes(params, tokens):
     sizes = dataclasses.replace(TINY, remat=policy)
     jaxpr = jax.make_jaxpr(functools.partial(_gradients, sizes))(params, *tokens)
     return sum(equation.primitive.name == 'dot_general' for equation in _equations(jaxpr.jaxpr))
+
   # From the outputs of the projections to nothing but every second block's input.
   counts = [products(policy) for policy in layer_stack.REMAT_POLICIES]
   assert counts == sorted(set(counts))
@@ -166,17 +189,20 @@ def test_an_image_token_never_changes_its_own_or_earlier_logits(params, tokens):
     changed = image.copy()
     changed[:, position] = (changed[:, position] + 1) % TINY.codebook_size
     difference = np.abs(apply(changed) - before).max(axis=(0, 2))
-    assert not difference[:position + 1].any()
+    assert not difference[: position + 1].any()
     if position + 1 < TINY.image_length:
-      assert (difference[position + 1:] > 1e-6).all()
+      assert (difference[position + 1 :] > 1e-6).all()
 
 
-@pytest.mark.parametrize('changes, words', [
+@pytest.mark.parametrize(
+  'changes, words',
+  [
     ({'heads': 3}, ['PartiConfig.heads=3', 'width=16']),
     ({'remat': 'all'}, ["PartiConfig.remat='all'", 'everything, dots, block_inputs']),
     ({'dtype': 'float17'}, ["PartiConfig.dtype='float17'", 'bfloat16']),
     ({'encoder_layers': 0}, ['PartiConfig.encoder_layers=0']),
-])
+  ],
+)
 def test_sizes_that_do_not_fit_are_named(changes, words):
   with pytest.raises(UserError) as caught:
     dataclasses.replace(TINY, **changes)

@@ -14,9 +14,10 @@ from parti_jax.models import super_resolution
 from parti_jax.models.nn import layers
 
 KINDS = {
-    'wdsr_a': dict(blocks=2, width=4, expansion=2),
-    'wdsr_b': dict(blocks=2, width=5, expansion=3, low_rank=0.8, dilations=(1, 3)),
-    'unshuffled': dict(blocks=1, width=6, expansion=2, low_rank=0.5, unshuffle=2, factor=4)}
+  'wdsr_a': dict(blocks=2, width=4, expansion=2),
+  'wdsr_b': dict(blocks=2, width=5, expansion=3, low_rank=0.8, dilations=(1, 3)),
+  'unshuffled': dict(blocks=1, width=6, expansion=2, low_rank=0.5, unshuffle=2, factor=4),
+}
 
 
 def make(name):
@@ -38,8 +39,10 @@ def test_as_many_parameters_as_the_papers(name, millions):
   config = super_resolution.SuperResolutionConfig()
   assert config.factor == int(name[1])
   boxed = jax.eval_shape(
-      super_resolution.SuperResolution(config).init, jax.random.key(0),
-      *super_resolution.example_inputs(config))
+    super_resolution.SuperResolution(config).init,
+    jax.random.key(0),
+    *super_resolution.example_inputs(config),
+  )
   assert layers.count_parameters(boxed) == pytest.approx(millions * 1e6, rel=0.06)
   # All that has to be multiplied is counted as FLOPs: a multiplication and an addition a pixel.
   kernels = layers.count_parameters(boxed, lambda path: path.endswith('direction'))
@@ -85,7 +88,8 @@ def test_a_kernels_length_is_its_gain():
   np.testing.assert_allclose(np.linalg.norm(responses, axis=0), 2.0, rtol=1e-5)
   longer = params | {'direction': 7.0 * params['direction']}
   np.testing.assert_allclose(
-      convolution.apply({'params': longer}, units)[:, 1, 1], responses, rtol=1e-4, atol=1e-6)
+    convolution.apply({'params': longer}, units)[:, 1, 1], responses, rtol=1e-4, atol=1e-6
+  )
 
 
 def test_recomputation_changes_no_gradient():
@@ -93,15 +97,23 @@ def test_recomputation_changes_no_gradient():
   params = with_gain(params)
   image = np.random.default_rng(0).uniform(size=(1, 6, 6, 3)).astype(np.float32)
   again = super_resolution.SuperResolution(
-      super_resolution.SuperResolutionConfig(
-          dtype='float32', remat='block_inputs', **KINDS['wdsr_b']))
-  gradients = [jax.jit(jax.grad(lambda params, module=module: jnp.sum(jnp.square(
-      module.apply({'params': params}, image)))))(params) for module in (module, again)]
+    super_resolution.SuperResolutionConfig(dtype='float32', remat='block_inputs', **KINDS['wdsr_b'])
+  )
+  gradients = [
+    jax.jit(
+      jax.grad(
+        lambda params, module=module: jnp.sum(jnp.square(module.apply({'params': params}, image)))
+      )
+    )(params)
+    for module in (module, again)
+  ]
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *gradients)
 
 
-@pytest.mark.parametrize('bad', [{'blocks': 0}, {'low_rank': 1.5}, {'dilations': ()},
-                                 {'dilations': (1, 0)}, {'dtype': 'int8'}])
+@pytest.mark.parametrize(
+  'bad',
+  [{'blocks': 0}, {'low_rank': 1.5}, {'dilations': ()}, {'dilations': (1, 0)}, {'dtype': 'int8'}],
+)
 def test_sizes_that_can_not_be_are_named(bad):
   with pytest.raises(UserError, match=f'SuperResolutionConfig.{next(iter(bad))}='):
     super_resolution.SuperResolutionConfig(**bad)

@@ -13,9 +13,20 @@ from parti_jax.models import quantizer
 from parti_jax.models import vit_vqgan
 
 TINY = vit_vqgan.ViTVQGANConfig(
-    image_size=8, patch_size=4, encoder_layers=2, encoder_width=16, encoder_mlp_width=32,
-    encoder_heads=2, decoder_layers=2, decoder_width=16, decoder_mlp_width=32, decoder_heads=2,
-    codebook_size=10, code_dim=4, dtype='float32')
+  image_size=8,
+  patch_size=4,
+  encoder_layers=2,
+  encoder_width=16,
+  encoder_mlp_width=32,
+  encoder_heads=2,
+  decoder_layers=2,
+  decoder_width=16,
+  decoder_mlp_width=32,
+  decoder_heads=2,
+  codebook_size=10,
+  code_dim=4,
+  dtype='float32',
+)
 
 
 @pytest.fixture(scope='module')
@@ -74,7 +85,8 @@ def test_gradients_go_straight_through_to_the_latents_and_by_the_loss_to_the_cod
   assert not to_table.any()
 
   by_loss = lambda commitment: jax.grad(
-      lambda table, z: _quantize(table, z, commitment)[2], (0, 1))(table, latents)
+    lambda table, z: _quantize(table, z, commitment)[2], (0, 1)
+  )(table, latents)
   to_table, to_latents = by_loss(0.25)
   used = np.unique(_quantize(table, latents)[1])
   assert set(np.flatnonzero(np.abs(to_table).sum(-1))) == set(used)
@@ -89,22 +101,21 @@ def test_tokenize_and_detokenize_are_the_two_halves(params, images):
   np.testing.assert_array_equal(tokens, out['tokens'])
   assert tokens.shape == (3, TINY.image_length)
   pixels = apply({'params': params}, tokens, method='detokenize')
-  np.testing.assert_allclose(
-      pixels, np.clip(vit_vqgan.to_pixels(out['mean']), 0, 1), atol=1e-5)
+  np.testing.assert_allclose(pixels, np.clip(vit_vqgan.to_pixels(out['mean']), 0, 1), atol=1e-5)
   assert 0 <= pixels.min() and pixels.max() <= 1
 
 
 def test_to_pixels_undoes_the_map_to_logits():
   x = np.linspace(0, 1, 11).astype(np.float32)
   squeezed = (1 - 2 * vit_vqgan.LOGIT_LAPLACE_EPSILON) * x + vit_vqgan.LOGIT_LAPLACE_EPSILON
-  np.testing.assert_allclose(
-      vit_vqgan.to_pixels(np.log(squeezed / (1 - squeezed))), x, atol=1e-6)
+  np.testing.assert_allclose(vit_vqgan.to_pixels(np.log(squeezed / (1 - squeezed))), x, atol=1e-6)
 
 
 def test_outputs_and_parameters_are_float32_when_projections_are_bfloat16(images):
   sizes = dataclasses.replace(TINY, dtype='bfloat16')
   out, variables = jax.eval_shape(
-      vit_vqgan.ViTVQGAN(sizes).init_with_output, jax.random.key(0), images)
+    vit_vqgan.ViTVQGAN(sizes).init_with_output, jax.random.key(0), images
+  )
   for name in ('mean', 'log_scale', 'latents', 'quantizer_loss'):
     assert out[name].dtype == jnp.float32
   assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype('float32')}
@@ -114,33 +125,41 @@ def test_every_parameter_of_the_tokenizer_has_an_axis_name_for_each_dimension(im
   boxed = jax.eval_shape(vit_vqgan.ViTVQGAN(TINY).init, jax.random.key(0), images)
   specs = nn.get_partition_spec(boxed)
   for (path, leaf), spec in zip(
-      jax.tree_util.tree_leaves_with_path(nn.meta.unbox(boxed)), jax.tree.leaves(specs)):
+    jax.tree_util.tree_leaves_with_path(nn.meta.unbox(boxed)), jax.tree.leaves(specs)
+  ):
     assert len(spec) == len(leaf.shape), path
     assert all(isinstance(name, str) for name in spec), path
 
 
 @pytest.mark.parametrize('changes', [{'remat': 'dots'}, {'remat': 'block_inputs', 'unroll': 2}])
 def test_remat_and_unroll_change_neither_the_tokenizers_loss_nor_its_gradients(
-    params, images, changes):
+  params, images, changes
+):
 
   def gradients(sizes):
     def loss(params):
       out = vit_vqgan.ViTVQGAN(sizes).apply({'params': params}, images)
       return out['quantizer_loss'] + jnp.mean(jnp.square(out['mean'] - out['log_scale'] - 1))
+
     return jax.jit(jax.value_and_grad(loss))(params)
 
-  for a, b in zip(jax.tree.leaves(gradients(TINY)),
-                  jax.tree.leaves(gradients(dataclasses.replace(TINY, **changes)))):
+  for a, b in zip(
+    jax.tree.leaves(gradients(TINY)),
+    jax.tree.leaves(gradients(dataclasses.replace(TINY, **changes))),
+  ):
     np.testing.assert_allclose(b, a, atol=1e-6 * np.abs(a).max())
 
 
-@pytest.mark.parametrize('changes, words', [
+@pytest.mark.parametrize(
+  'changes, words',
+  [
     ({'patch_size': 3}, ['ViTVQGANConfig.patch_size=3', 'image_size=8']),
     ({'decoder_heads': 3}, ['ViTVQGANConfig.decoder_heads=3', 'decoder_width=16']),
     ({'remat': 'all'}, ["ViTVQGANConfig.remat='all'", 'everything, dots, block_inputs']),
     ({'dtype': 'int32'}, ["ViTVQGANConfig.dtype='int32'", 'bfloat16']),
     ({'code_dim': -4}, ['ViTVQGANConfig.code_dim=-4']),
-])
+  ],
+)
 def test_sizes_of_a_tokenizer_that_do_not_fit_are_named(changes, words):
   with pytest.raises(UserError) as caught:
     dataclasses.replace(TINY, **changes)

@@ -30,7 +30,8 @@ def test_the_rows_are_those_of_the_processs_devices():
   sharding = _sharding(order, (4, 2), 'data')
   devices = jax.devices()
   rows = lambda *numbers: local_rows.local_rows(
-      _OneProcess(sharding, [devices[number] for number in numbers]), 12).tolist()
+    _OneProcess(sharding, [devices[number] for number in numbers]), 12
+  ).tolist()
   assert rows(0, 1) == [0, 1, 2, 3, 4, 5]
   assert rows(6, 1) == [0, 1, 2]
   assert rows(6, 3) == [0, 1, 2, 9, 10, 11]

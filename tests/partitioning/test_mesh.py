@@ -8,11 +8,16 @@ from parti_jax.core.errors import UserError
 from parti_jax.partitioning import mesh
 
 
-@pytest.mark.parametrize('sizes, shape', [
-    ({}, (1, 8, 1, 1)), ({'tensor': 4}, (1, 2, 1, 4)),
+@pytest.mark.parametrize(
+  'sizes, shape',
+  [
+    ({}, (1, 8, 1, 1)),
+    ({'tensor': 4}, (1, 2, 1, 4)),
     ({'data': 1, 'fsdp': -1, 'tensor': 2}, (1, 1, 4, 2)),
-    ({'data': 2, 'fsdp': 2, 'tensor': 2}, (1, 2, 2, 2)), ({'stage': 4}, (4, 2, 1, 1)),
-])
+    ({'data': 2, 'fsdp': 2, 'tensor': 2}, (1, 2, 2, 2)),
+    ({'stage': 4}, (4, 2, 1, 1)),
+  ],
+)
 def test_every_device_is_in_the_mesh_once(sizes, shape):
   made = mesh.make_mesh(**sizes)
   assert made.axis_names == ('stage', 'data', 'fsdp', 'tensor')
@@ -24,7 +29,9 @@ def test_devices_can_be_chosen():
   assert mesh.make_mesh(devices=jax.devices()[:2]).devices.shape == (1, 2, 1, 1)
 
 
-@pytest.mark.parametrize('sizes, words', [
+@pytest.mark.parametrize(
+  'sizes, words',
+  [
     ({'data': 3}, ['make_mesh.data=3', '8', 'devices']),
     ({'fsdp': 3}, ['make_mesh.fsdp=3', 'multiple of 3', '8']),
     ({'data': 2, 'fsdp': 2, 'tensor': 4}, ['make_mesh.tensor=4', '16', '8']),
@@ -32,7 +39,8 @@ def test_devices_can_be_chosen():
     ({'fsdp': -1}, ['make_mesh.data=-1', 'make_mesh.fsdp=-1', 'at most one']),
     ({'tensor': 0}, ['make_mesh.tensor=0', 'positive']),
     ({'tensor': -2}, ['make_mesh.tensor=-2', 'positive']),
-])
+  ],
+)
 def test_sizes_that_do_not_fit_the_devices_are_named(sizes, words):
   with pytest.raises(UserError) as caught:
     mesh.make_mesh(**sizes)

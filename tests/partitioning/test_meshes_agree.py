@@ -24,30 +24,55 @@ from parti_jax.training.objectives import tokenizer_objective
 BATCH = 8
 # Ways of data, fsdp, tensor and stage.
 MESHES = [(8, 1, 1, 1), (2, 2, 2, 1), (1, 2, 4, 1), (2, 1, 2, 2)]
-CASES = ([(stage, sizes) for stage in ('generator', 'tokenizer') for sizes in MESHES]
-         + [('ranker', (2, 2, 2, 1)), ('ranker', (2, 1, 2, 2))])
+CASES = [(stage, sizes) for stage in ('generator', 'tokenizer') for sizes in MESHES] + [
+  ('ranker', (2, 2, 2, 1)),
+  ('ranker', (2, 1, 2, 2)),
+]
 
 
 def _generator():
   sizes = parti_config.PartiConfig(
-      encoder_layers=2, decoder_layers=2, width=16, mlp_width=32, heads=4, text_vocabulary=16,
-      text_length=4, codebook_size=24, grid=(2, 2), dropout=0.3, dtype='float32',
-      attention_patterns=('row', 'column'))
+    encoder_layers=2,
+    decoder_layers=2,
+    width=16,
+    mlp_width=32,
+    heads=4,
+    text_vocabulary=16,
+    text_length=4,
+    codebook_size=24,
+    grid=(2, 2),
+    dropout=0.3,
+    dtype='float32',
+    attention_patterns=('row', 'column'),
+  )
   draw = np.random.default_rng(0)
   text = draw.integers(3, 16, (BATCH, 4)).astype(np.int32)
   text[:, 3] = 1
   text[0] = [1, 0, 0, 0]
-  batch = {'encoder_input_tokens': text,
-           'decoder_target_tokens': draw.integers(0, 24, (BATCH, 4)).astype(np.int32),
-           'decoder_loss_weights': np.ones((BATCH, 4), np.float32)}
+  batch = {
+    'encoder_input_tokens': text,
+    'decoder_target_tokens': draw.integers(0, 24, (BATCH, 4)).astype(np.int32),
+    'decoder_loss_weights': np.ones((BATCH, 4), np.float32),
+  }
   return generator_objective.GeneratorStage(sizes), batch, 30.0
 
 
 def _tokenizer():
   sizes = vit_vqgan.ViTVQGANConfig(
-      image_size=8, patch_size=4, encoder_layers=2, encoder_width=16, encoder_mlp_width=32,
-      encoder_heads=4, decoder_layers=2, decoder_width=16, decoder_mlp_width=32,
-      decoder_heads=4, codebook_size=16, code_dim=4, dtype='float32')
+    image_size=8,
+    patch_size=4,
+    encoder_layers=2,
+    encoder_width=16,
+    encoder_mlp_width=32,
+    encoder_heads=4,
+    decoder_layers=2,
+    decoder_width=16,
+    decoder_mlp_width=32,
+    decoder_heads=4,
+    codebook_size=16,
+    code_dim=4,
+    dtype='float32',
+  )
   # Codes are revived in the step, so that their random choice is compared too.
   stage = tokenizer_objective.TokenizerStage(sizes, revive_every=1, revive_until=5, dead_below=0.01)
   images = np.random.default_rng(1).integers(0, 256, (BATCH, 8, 8, 3)).astype(np.uint8)
@@ -56,24 +81,40 @@ def _tokenizer():
 
 def _ranker():
   sizes = coca.CoCaConfig(
-      image_size=8, patch_size=4, image_layers=2, unimodal_layers=2, multimodal_layers=2, width=16,
-      mlp_width=32, heads=4, caption_queries=4, feature_dim=8, text_vocabulary=16, text_length=4,
-      dropout=0.3, dtype='float32')
+    image_size=8,
+    patch_size=4,
+    image_layers=2,
+    unimodal_layers=2,
+    multimodal_layers=2,
+    width=16,
+    mlp_width=32,
+    heads=4,
+    caption_queries=4,
+    feature_dim=8,
+    text_vocabulary=16,
+    text_length=4,
+    dropout=0.3,
+    dtype='float32',
+  )
   draw = np.random.default_rng(2)
   texts = draw.integers(3, 16, (BATCH, 4)).astype(np.int32)
   texts[:, 3] = 1
   texts[5] = texts[0]
   images = draw.integers(0, 256, (BATCH, 8, 8, 3)).astype(np.uint8)
-  return (ranker_objective.RankerStage(sizes, shift=1, noise=0.2),
-          {'images': images, 'encoder_input_tokens': texts}, 1.0)
+  return (
+    ranker_objective.RankerStage(sizes, shift=1, noise=0.2),
+    {'images': images, 'encoder_input_tokens': texts},
+    1.0,
+  )
 
 
 @functools.cache
 def _trained(stage_name, sizes):
   """Loss, parameters before and after a step, on a mesh; numpy arrays."""
-  stage, batch, rate = {'generator': _generator, 'tokenizer': _tokenizer,
-                        'ranker': _ranker}[stage_name]()
-  devices = jax.devices()[:np.prod(sizes)]
+  stage, batch, rate = {'generator': _generator, 'tokenizer': _tokenizer, 'ranker': _ranker}[
+    stage_name
+  ]()
+  devices = jax.devices()[: np.prod(sizes)]
   mesh = mesh_lib.make_mesh(*sizes, devices=devices)
   trainer = trainer_lib.Trainer(stage, optax.sgd(rate), mesh, seed=5)
   state = trainer.create_state()
@@ -101,10 +142,16 @@ def test_a_step_gives_the_same_on_every_mesh(stage, sizes):
   jax.tree.map(np.testing.assert_array_equal, before_there, before)
   np.testing.assert_allclose(others['loss'], metrics['loss'], rtol=1e-5)
   np.testing.assert_allclose(others['gradient_norm'], metrics['gradient_norm'], rtol=1e-5)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, atol=1e-5 * np.abs(a).max()),
-               state.params, state_there.params)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-5),
-               state.statistics, state_there.statistics)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(b, a, atol=1e-5 * np.abs(a).max()),
+    state.params,
+    state_there.params,
+  )
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-5),
+    state.statistics,
+    state_there.statistics,
+  )
 
 
 def test_the_masks_of_dropout_do_not_depend_on_the_mesh():

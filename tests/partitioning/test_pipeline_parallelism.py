@@ -32,19 +32,34 @@ BATCH = 16
 
 def _stage(dropout, remat='block_inputs'):
   # Two kinds of layers take turns: a visit of one layer chooses as it runs, one of two need not.
-  return generator_objective.GeneratorStage(parti_config.PartiConfig(
-      encoder_layers=8, decoder_layers=8, width=16, mlp_width=32, heads=4, text_vocabulary=16,
-      text_length=4, codebook_size=24, grid=(2, 2), dropout=dropout, dtype='float32',
-      remat=remat, attention_patterns=('column', 'global')))
+  return generator_objective.GeneratorStage(
+    parti_config.PartiConfig(
+      encoder_layers=8,
+      decoder_layers=8,
+      width=16,
+      mlp_width=32,
+      heads=4,
+      text_vocabulary=16,
+      text_length=4,
+      codebook_size=24,
+      grid=(2, 2),
+      dropout=dropout,
+      dtype='float32',
+      remat=remat,
+      attention_patterns=('column', 'global'),
+    )
+  )
 
 
 def _batch():
   draw = np.random.default_rng(0)
   text = draw.integers(3, 16, (BATCH, 4)).astype(np.int32)
   text[0] = [1, 0, 0, 0]
-  return {'encoder_input_tokens': text,
-          'decoder_target_tokens': draw.integers(0, 24, (BATCH, 4)).astype(np.int32),
-          'decoder_loss_weights': draw.integers(0, 2, (BATCH, 4)).astype(np.float32)}
+  return {
+    'encoder_input_tokens': text,
+    'decoder_target_tokens': draw.integers(0, 24, (BATCH, 4)).astype(np.int32),
+    'decoder_loss_weights': draw.integers(0, 2, (BATCH, 4)).astype(np.float32),
+  }
 
 
 def _loss(stage, params, batch):
@@ -62,8 +77,9 @@ def _params():
 @functools.cache
 def _plain(dropout):
   stage = _stage(dropout)
-  return jax.device_get(jax.jit(jax.value_and_grad(functools.partial(_loss, stage)))(
-      _params(), _batch()))
+  return jax.device_get(
+    jax.jit(jax.value_and_grad(functools.partial(_loss, stage)))(_params(), _batch())
+  )
 
 
 def _on_mesh(stage, mesh):
@@ -73,21 +89,28 @@ def _on_mesh(stage, mesh):
   shardings = rules.parameter_shardings(boxed, mesh, table)
   batch_sharding = rules.batch_sharding(mesh, table)
   with rules.partitioned(mesh, table):
-    step = jax.jit(jax.value_and_grad(functools.partial(_loss, stage)),
-                   in_shardings=(shardings, batch_sharding), out_shardings=(None, shardings))
+    step = jax.jit(
+      jax.value_and_grad(functools.partial(_loss, stage)),
+      in_shardings=(shardings, batch_sharding),
+      out_shardings=(None, shardings),
+    )
     compiled = step.lower(_params(), _batch()).compile()
-    return jax.device_get(compiled(
-        jax.device_put(_params(), shardings), jax.device_put(_batch(), batch_sharding)))
+    return jax.device_get(
+      compiled(jax.device_put(_params(), shardings), jax.device_put(_batch(), batch_sharding))
+    )
 
 
-@pytest.mark.parametrize('sizes, settings, dropout', [
+@pytest.mark.parametrize(
+  'sizes, settings, dropout',
+  [
     ({'stage': 2, 'data': 2, 'tensor': 2}, {'groups': 2}, 0.3),
     ({'stage': 2, 'data': 1, 'fsdp': 2, 'tensor': 2}, {'layers_per_visit': 2}, 0.0),
     ({'stage': 4, 'data': 2}, {'groups': 2}, 0.3),
     ({'stage': 4, 'data': 1, 'tensor': 2}, {'groups': 4}, 0.0),
     ({'stage': 8, 'data': 1}, {'groups': 2}, 0.3),
     ({'stage': 8, 'data': 1}, {}, 0.0),
-])
+  ],
+)
 def test_the_pipeline_gives_the_loss_and_gradients_of_plain_layers(sizes, settings, dropout):
   _compare(sizes, settings, dropout)
 
@@ -106,8 +129,9 @@ def _compare(sizes, settings, dropout):
 def test_eight_stages_beside_data_and_tensor_parallelism():
   # On 32 devices, which only a process of its own can have.
   environment = os.environ | {'XLA_FLAGS': '--xla_force_host_platform_device_count=32'}
-  done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True,
-                        text=True, check=False)
+  done = subprocess.run(
+    [sys.executable, __file__], env=environment, capture_output=True, text=True, check=False
+  )
   assert done.returncode == 0, done.stderr
 
 
@@ -121,8 +145,14 @@ def test_the_pipeline_gives_the_same_with_every_remat_policy(remat):
     np.testing.assert_allclose(b, a, atol=1e-5 * np.abs(a).max())
 
 
-@pytest.mark.parametrize('plan', [
-    pipeline_parallelism.Schedule(2, 1, 1, 4), pipeline_parallelism.Schedule(4, 3, 2, 1), pipeline_parallelism.Schedule(8, 2, 3, 2)])
+@pytest.mark.parametrize(
+  'plan',
+  [
+    pipeline_parallelism.Schedule(2, 1, 1, 4),
+    pipeline_parallelism.Schedule(4, 3, 2, 1),
+    pipeline_parallelism.Schedule(8, 2, 3, 2),
+  ],
+)
 def test_every_microbatch_passes_all_layers_in_order_and_the_bubble_is_that_of_theory(plan):
   seen, idle = collections.defaultdict(list), 0
   for tick in range(plan.ticks):
@@ -161,7 +191,9 @@ def test_the_loop_turns_as_often_as_the_schedule_says():
 
   with rules.partitioned(mesh_lib.make_mesh(stage=4, data=2), rules.logical_axis_rules()):
     plan = pipeline_parallelism.schedule(8, BATCH, groups=2)
-    run = lambda stacked, x: pipeline_parallelism.run(layer, lambda visit: visit, stacked, x, (), plan)
+    run = lambda stacked, x: pipeline_parallelism.run(
+      layer, lambda visit: visit, stacked, x, (), plan
+    )
     count(jax.make_jaxpr(jax.jit(run))(jnp.ones((8, 1)), jnp.ones((BATCH, 1))).jaxpr)
   # Two groups of four microbatches, two visits each; three ticks of bubble.
   assert turns == [2 * 4 * 2 + 3]
@@ -181,7 +213,9 @@ def test_a_schedule_only_where_there_are_stages_and_examples_for_them():
     assert pipeline_parallelism.schedule(8, 16) is None
   with mesh_lib.use(mesh_lib.make_mesh(stage=4)):
     assert pipeline_parallelism.schedule(8, 16) == pipeline_parallelism.Schedule(4, 1, 2, 1)
-    assert pipeline_parallelism.schedule(8, 16, groups=4).groups == 2  # Of 16 examples 2 are left for each.
+    assert (
+      pipeline_parallelism.schedule(8, 16, groups=4).groups == 2
+    )  # Of 16 examples 2 are left for each.
     assert pipeline_parallelism.schedule(8, 3) is None
     with pytest.raises(UserError, match='6 layers do not divide among make_mesh.stage=4'):
       pipeline_parallelism.schedule(6, 16)
@@ -196,11 +230,20 @@ if __name__ == '__main__':
 
 def test_pictures_are_drawn_by_a_tokenizer_whose_layers_do_not_divide():
   sizes = vit_vqgan.ViTVQGANConfig(
-      image_size=8, patch_size=4, codebook_size=24, code_dim=4, dtype='float32',
-      **{f'{part}_{name}': value for part in ('encoder', 'decoder') for name, value in (
-          ('layers', 1), ('width', 8), ('mlp_width', 16), ('heads', 2))})
-  params = nn.meta.unbox(vit_vqgan.ViTVQGAN(sizes).init(
-      jax.random.key(0), *vit_vqgan.example_inputs(sizes))['params'])
+    image_size=8,
+    patch_size=4,
+    codebook_size=24,
+    code_dim=4,
+    dtype='float32',
+    **{
+      f'{part}_{name}': value
+      for part in ('encoder', 'decoder')
+      for name, value in (('layers', 1), ('width', 8), ('mlp_width', 16), ('heads', 2))
+    },
+  )
+  params = nn.meta.unbox(
+    vit_vqgan.ViTVQGAN(sizes).init(jax.random.key(0), *vit_vqgan.example_inputs(sizes))['params']
+  )
   frozen = frozen_tokenizer.FrozenTokenizer('run', sizes, params)
   stage = _stage(0.0)
   stage = dataclasses.replace(stage, tokenizer='run')

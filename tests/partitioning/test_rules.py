@@ -18,25 +18,36 @@ from parti_jax.training.objectives import generator_objective
 
 # Wide enough that Adafactor factors the MLPs' and the tables' second moments.
 SIZES = parti_config.PartiConfig(
-    encoder_layers=1, decoder_layers=2, width=128, mlp_width=256, heads=4, text_vocabulary=192,
-    text_length=4, codebook_size=160, grid=(2, 2), dtype='float32')
+  encoder_layers=1,
+  decoder_layers=2,
+  width=128,
+  mlp_width=256,
+  heads=4,
+  text_vocabulary=192,
+  text_length=4,
+  codebook_size=160,
+  grid=(2, 2),
+  dtype='float32',
+)
 STAGE = generator_objective.GeneratorStage(SIZES)
 DECODER = ('image_decoder', 'decoder', 'layers')
 
 # Path -> (shape, its part on a device of the mesh 1×2×4).
 PARTS = {
-    (*DECODER, 'attention', 'project_in', 'kernel'): ((2, 128, 3, 4, 32), (2, 64, 3, 1, 32)),
-    (*DECODER, 'attention', 'project_out', 'kernel'): ((2, 4, 32, 128), (2, 1, 32, 64)),
-    (*DECODER, 'cross_attention', 'project_memory', 'kernel'): (
-        (2, 128, 2, 4, 32), (2, 64, 2, 1, 32)),
-    (*DECODER, 'mlp', 'project_in', 'kernel'): ((2, 128, 256), (2, 64, 64)),
-    (*DECODER, 'mlp', 'project_out', 'kernel'): ((2, 256, 128), (2, 64, 64)),
-    (*DECODER, 'mlp_norm', 'scale'): ((2, 128), (2, 128)),
-    ('image_decoder', 'token_embedding', 'table'): ((160, 128), (40, 64)),
-    ('image_decoder', 'logits', 'kernel'): ((128, 160), (64, 40)),
-    ('image_decoder', 'begin'): ((128,), (128,)),
-    ('text_encoder', 'token_embedding', 'table'): ((192, 128), (48, 64)),
-    ('text_encoder', 'position_embedding', 'table'): ((4, 128), (4, 64)),
+  (*DECODER, 'attention', 'project_in', 'kernel'): ((2, 128, 3, 4, 32), (2, 64, 3, 1, 32)),
+  (*DECODER, 'attention', 'project_out', 'kernel'): ((2, 4, 32, 128), (2, 1, 32, 64)),
+  (*DECODER, 'cross_attention', 'project_memory', 'kernel'): (
+    (2, 128, 2, 4, 32),
+    (2, 64, 2, 1, 32),
+  ),
+  (*DECODER, 'mlp', 'project_in', 'kernel'): ((2, 128, 256), (2, 64, 64)),
+  (*DECODER, 'mlp', 'project_out', 'kernel'): ((2, 256, 128), (2, 64, 64)),
+  (*DECODER, 'mlp_norm', 'scale'): ((2, 128), (2, 128)),
+  ('image_decoder', 'token_embedding', 'table'): ((160, 128), (40, 64)),
+  ('image_decoder', 'logits', 'kernel'): ((128, 160), (64, 40)),
+  ('image_decoder', 'begin'): ((128,), (128,)),
+  ('text_encoder', 'token_embedding', 'table'): ((192, 128), (48, 64)),
+  ('text_encoder', 'position_embedding', 'table'): ((4, 128), (4, 64)),
 }
 
 
@@ -73,9 +84,14 @@ def test_parameters_lie_on_the_devices_as_the_rules_say(adafactor_state):
 
 def test_the_state_has_the_shapes_and_shardings_that_were_planned(adafactor_state):
   abstract, state = adafactor_state
-  jax.tree.map(lambda plan, leaf: np.testing.assert_equal(
+  jax.tree.map(
+    lambda plan, leaf: np.testing.assert_equal(
       (leaf.shape, leaf.dtype, leaf.sharding.is_equivalent_to(plan.sharding, leaf.ndim)),
-      (plan.shape, plan.dtype, True)), abstract, state)
+      (plan.shape, plan.dtype, True),
+    ),
+    abstract,
+    state,
+  )
 
 
 def test_adafactors_moments_lie_beside_their_parameters(adafactor_state):
@@ -88,17 +104,21 @@ def test_adafactors_moments_lie_beside_their_parameters(adafactor_state):
   path = (*DECODER, 'mlp', 'project_in', 'kernel')
   row, column = _at(factored.v_row, path), _at(factored.v_col, path)
   assert {row.shape: _part(row), column.shape: _part(column)} == {
-      (2, 128): (2, 64), (2, 256): (2, 64)}
+    (2, 128): (2, 64),
+    (2, 256): (2, 64),
+  }
   path = ('image_decoder', 'logits', 'kernel')
   row, column = _at(factored.v_row, path), _at(factored.v_col, path)
   assert {row.shape: _part(row), column.shape: _part(column)} == {(128,): (64,), (160,): (40,)}
   # Heads and head_dim are one axis, which is split as the heads are.
   for kernel, row_parts, column_parts in (
-      (('attention', 'project_in'), {(2, 128, 3): (2, 64, 3)}, {(2, 3, 128): (2, 3, 32)}),
-      (('attention', 'project_out'), {(2, 128): (2, 32)}, {(2, 128): (2, 64)}),
-      (('cross_attention', 'project_query'), {(2, 128): (2, 64)}, {(2, 128): (2, 32)})):
-    row, column = (_at(tree, (*DECODER, *kernel, 'kernel'))
-                   for tree in (factored.v_row, factored.v_col))
+    (('attention', 'project_in'), {(2, 128, 3): (2, 64, 3)}, {(2, 3, 128): (2, 3, 32)}),
+    (('attention', 'project_out'), {(2, 128): (2, 32)}, {(2, 128): (2, 64)}),
+    (('cross_attention', 'project_query'), {(2, 128): (2, 64)}, {(2, 128): (2, 32)}),
+  ):
+    row, column = (
+      _at(tree, (*DECODER, *kernel, 'kernel')) for tree in (factored.v_row, factored.v_col)
+    )
     assert {row.shape: _part(row)} == row_parts, kernel
     assert {column.shape: _part(column)} == column_parts, kernel
 
@@ -107,16 +127,19 @@ def test_factored_moments_are_the_same_on_a_mesh(adafactor_state):
   abstract, _ = adafactor_state
   draw = np.random.default_rng(0)
   gradients = jax.tree.map(
-      lambda leaf: draw.normal(size=leaf.shape).astype(np.float32), abstract.params)
+    lambda leaf: draw.normal(size=leaf.shape).astype(np.float32), abstract.params
+  )
   optimizer = optimizers.scale_by_factored_moment(0.9)
   step = lambda gradients: optimizer.update(gradients, optimizer.init(gradients), gradients)
   right, moment = jax.jit(step)(gradients)
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract.params)
   shapes = jax.eval_shape(optimizer.init, abstract.params)
-  placed = rules.optimizer_shardings(shapes, abstract.params, shardings,
-                                     jax.tree.leaves(shardings)[0].mesh)
+  placed = rules.optimizer_shardings(
+    shapes, abstract.params, shardings, jax.tree.leaves(shardings)[0].mesh
+  )
   found, moment_there = jax.jit(step, in_shardings=(shardings,), out_shardings=(shardings, placed))(
-      jax.device_put(gradients, shardings))
+    jax.device_put(gradients, shardings)
+  )
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, right)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), moment_there, moment)
 
@@ -125,18 +148,27 @@ def test_moments_that_are_not_factored_lie_as_their_parameters():
   optimizer = optimizers.scale_by_factored_moment(0.9)
   narrow = generator_objective.GeneratorStage(dataclasses.replace(SIZES, width=64))
   abstract = state_lib.abstract_state(
-      narrow, optimizer, mesh_lib.make_mesh(data=1, fsdp=2, tensor=4), rules.logical_axis_rules())
-  jax.tree.map(lambda moment, parameter: np.testing.assert_equal(
-      (moment.shape, moment.sharding), (parameter.shape, parameter.sharding)),
-               abstract.optimizer_state.v, abstract.params)
+    narrow, optimizer, mesh_lib.make_mesh(data=1, fsdp=2, tensor=4), rules.logical_axis_rules()
+  )
+  jax.tree.map(
+    lambda moment, parameter: np.testing.assert_equal(
+      (moment.shape, moment.sharding), (parameter.shape, parameter.sharding)
+    ),
+    abstract.optimizer_state.v,
+    abstract.params,
+  )
 
 
 def test_adams_moments_are_sharded_as_their_parameters():
   abstract = state_lib.abstract_state(
-      STAGE, optimizers.adamw(1e-3), mesh_lib.make_mesh(data=2, fsdp=2, tensor=2),
-      rules.logical_axis_rules())
+    STAGE,
+    optimizers.adamw(1e-3),
+    mesh_lib.make_mesh(data=2, fsdp=2, tensor=2),
+    rules.logical_axis_rules(),
+  )
   moments = jax.tree.leaves(
-      abstract.optimizer_state, is_leaf=lambda node: isinstance(node, optax.ScaleByAdamState))
+    abstract.optimizer_state, is_leaf=lambda node: isinstance(node, optax.ScaleByAdamState)
+  )
   adam = next(node for node in moments if isinstance(node, optax.ScaleByAdamState))
   split = 0
   for tree in (adam.mu, adam.nu):
@@ -149,18 +181,28 @@ def test_adams_moments_are_sharded_as_their_parameters():
 
 def _shardings(sizes, **mesh):
   return state_lib.abstract_state(
-      generator_objective.GeneratorStage(sizes), optax.sgd(1.0), mesh_lib.make_mesh(**mesh),
-      rules.logical_axis_rules())
+    generator_objective.GeneratorStage(sizes),
+    optax.sgd(1.0),
+    mesh_lib.make_mesh(**mesh),
+    rules.logical_axis_rules(),
+  )
 
 
-@pytest.mark.parametrize('changes, mesh, words', [
+@pytest.mark.parametrize(
+  'changes, mesh, words',
+  [
     ({'heads': 2}, {'data': 2, 'tensor': 4}, ['attention', 'tensor', 'size 4', 'dimension 2']),
-    ({'codebook_size': 161}, {'tensor': 2},
-     ['image_decoder/', 'tensor', 'size 2', 'dimension 161']),
+    (
+      {'codebook_size': 161},
+      {'tensor': 2},
+      ['image_decoder/', 'tensor', 'size 2', 'dimension 161'],
+    ),
     ({'width': 132, 'heads': 4}, {'fsdp': 8}, ['fsdp', 'size 8', 'dimension 132']),
-])
+  ],
+)
 def test_a_dimension_that_does_not_divide_is_named_with_its_parameter_and_axis(
-    changes, mesh, words):
+  changes, mesh, words
+):
   fields = {name: getattr(SIZES, name) for name in SIZES.__dataclass_fields__} | changes
   with pytest.raises(UserError) as caught:
     _shardings(parti_config.PartiConfig(**fields), **mesh)

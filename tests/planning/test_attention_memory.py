@@ -13,9 +13,18 @@ from parti_jax.training.objectives import generator_objective
 def test_no_array_of_all_pairs_of_positions_in_the_training_step(tpu_devices):
   # Lengths that are no other size of the network: 24 · 32 = 768 image tokens.
   sizes = parti_config.PartiConfig(
-      encoder_layers=1, decoder_layers=2, width=256, mlp_width=512, heads=4, text_vocabulary=512,
-      text_length=128, codebook_size=1024, grid=(24, 32), remat='block_inputs',
-      attention_patterns=('conv', 'column'))
+    encoder_layers=1,
+    decoder_layers=2,
+    width=256,
+    mlp_width=512,
+    heads=4,
+    text_vocabulary=512,
+    text_length=128,
+    codebook_size=1024,
+    grid=(24, 32),
+    remat='block_inputs',
+    attention_patterns=('conv', 'column'),
+  )
   mesh = mesh_lib.make_mesh(data=2, tensor=2, devices=tpu_devices)
   trainer = trainer_lib.Trainer(generator_objective.GeneratorStage(sizes), optax.sgd(1.0), mesh)
   text = trainer.lower(8).compile().as_text()

@@ -21,21 +21,61 @@ from parti_jax.planning import steps
 from parti_jax.training import train_loop
 
 RUN = 'gin_configs/runs/parti_350m.gin'
-SMALL = tuple(f'PartiConfig.{name}={value}' for name, value in {
-    'width': 64, 'heads': 4, 'mlp_width': 128, 'encoder_layers': 2, 'decoder_layers': 2,
-    'grid': (4, 4), 'text_length': 8, 'text_vocabulary': 64, 'codebook_size': 32,
-    'remat': "'dots'"}.items())
+SMALL = tuple(
+  f'PartiConfig.{name}={value}'
+  for name, value in {
+    'width': 64,
+    'heads': 4,
+    'mlp_width': 128,
+    'encoder_layers': 2,
+    'decoder_layers': 2,
+    'grid': (4, 4),
+    'text_length': 8,
+    'text_vocabulary': 64,
+    'codebook_size': 32,
+    'remat': "'dots'",
+  }.items()
+)
 # Every entry of a plan; readers may count on them.
 ENTRIES = {
-    'schema', 'what', 'topology', 'gin_files', 'gin_bindings', 'versions', 'chip', 'chips',
-    'devices', 'mesh', 'batch_size', 'settings', 'parameters', 'memory', 'exhausted', 'flops',
-    'bytes', 'collectives', 'kernels', 'seconds', 'mfu', 'notes', 'network_model', 'fits',
-    'compile_seconds', 'compile_cpu_seconds', 'compile_peak_bytes', 'remedies'}
+  'schema',
+  'what',
+  'topology',
+  'gin_files',
+  'gin_bindings',
+  'versions',
+  'chip',
+  'chips',
+  'devices',
+  'mesh',
+  'batch_size',
+  'settings',
+  'parameters',
+  'memory',
+  'exhausted',
+  'flops',
+  'bytes',
+  'collectives',
+  'kernels',
+  'seconds',
+  'mfu',
+  'notes',
+  'network_model',
+  'fits',
+  'compile_seconds',
+  'compile_cpu_seconds',
+  'compile_peak_bytes',
+  'remedies',
+}
 
 
 def flags(*others, bindings=()):
-  return ['plan', f'--gin_file={RUN}', *(f'--gin.{value}' for value in (*SMALL, *bindings)),
-          *others]
+  return [
+    'plan',
+    f'--gin_file={RUN}',
+    *(f'--gin.{value}' for value in (*SMALL, *bindings)),
+    *others,
+  ]
 
 
 @pytest.fixture(name='trained', scope='module')
@@ -45,10 +85,21 @@ def _trained(tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch:
     said = []
     patch.setattr('builtins.print', lambda *args, **_: said.append(args[0]))
-    status = main.main(flags(
-        '--topology=cpu:8', '--batch_size=32', f'--json={file}',
-        bindings=('make_mesh.data=2', 'make_mesh.fsdp=2', 'make_mesh.tensor=2',
-                  'train.microbatches=2', "folder.path='nowhere'", "token_cache.path='nowhere'")))
+    status = main.main(
+      flags(
+        '--topology=cpu:8',
+        '--batch_size=32',
+        f'--json={file}',
+        bindings=(
+          'make_mesh.data=2',
+          'make_mesh.fsdp=2',
+          'make_mesh.tensor=2',
+          'train.microbatches=2',
+          "folder.path='nowhere'",
+          "token_cache.path='nowhere'",
+        ),
+      )
+    )
   return status, said[-1], json.loads(file.read_text())
 
 
@@ -60,8 +111,11 @@ def test_the_training_step(trained):
   # Forwards, backwards, and what `dots` computes again: attention's scores.
   assert 1.0 < plan['flops']['ratio'] < 1.2
   found = {(entry['kind'], tuple(entry['axes'])) for entry in plan['collectives']}
-  assert {('all-gather', ('fsdp',)), ('all-reduce', ('tensor',)),
-          ('all-reduce', ('data',))} <= found
+  assert {
+    ('all-gather', ('fsdp',)),
+    ('all-reduce', ('tensor',)),
+    ('all-reduce', ('data',)),
+  } <= found
   memory = plan['memory']
   assert memory['total'] > memory['arguments'] > 10 * plan['parameters'] / 4
   assert '0.00B parameters, on cpu:8' in text and 'no roofline' in text
@@ -72,36 +126,67 @@ def test_the_plan_is_of_the_state_and_batch_of_training(trained):
   request = request_lib.Request('train', 'cpu:8', (RUN,), tuple(plan['gin_bindings']), 32)
   from parti_jax.core import gin_config
   from parti_jax.partitioning import mesh as mesh_lib
+
   gin_config.parse(request.gin_files, request.gin_bindings, data=False)
   values = train_loop.bound_arguments()
   from parti_jax.training import trainer as trainer_lib
+
   trainer = trainer_lib.Trainer(
-      values['stage'], values['optimizer'](values['schedule']),
-      mesh_lib.make_mesh(devices=jax.devices()[:8]), microbatches=2)
+    values['stage'],
+    values['optimizer'](values['schedule']),
+    mesh_lib.make_mesh(devices=jax.devices()[:8]),
+    microbatches=2,
+  )
   state = steps.device_parts(trainer.abstract)
   batch = (8 * 4 + 16 * 4 + 16 * 4) * 32 / 4  # Tokens and weights; four ways of data.
   assert plan['memory']['arguments'] == pytest.approx(state + batch, rel=0.01)
 
 
-@pytest.mark.parametrize('run, bindings', [
-    ('demo_ranker', ('CoCaConfig.image_layers=1', 'CoCaConfig.width=32', 'CoCaConfig.heads=2',
-                     'CoCaConfig.mlp_width=32', "RankerStage.tokenizer='nowhere'")),
-    ('demo_super_resolution', (
-        'SuperResolutionConfig.blocks=1', 'SuperResolutionConfig.width=16',
-        "SuperResolutionStage.tokenizer='nowhere'", 'SuperResolutionStage.perceptual_weight=0.1'))])
+@pytest.mark.parametrize(
+  'run, bindings',
+  [
+    (
+      'demo_ranker',
+      (
+        'CoCaConfig.image_layers=1',
+        'CoCaConfig.width=32',
+        'CoCaConfig.heads=2',
+        'CoCaConfig.mlp_width=32',
+        "RankerStage.tokenizer='nowhere'",
+      ),
+    ),
+    (
+      'demo_super_resolution',
+      (
+        'SuperResolutionConfig.blocks=1',
+        'SuperResolutionConfig.width=16',
+        "SuperResolutionStage.tokenizer='nowhere'",
+        'SuperResolutionStage.perceptual_weight=0.1',
+      ),
+    ),
+  ],
+)
 def test_the_tokenizer_of_a_step_need_not_be_trained(run, bindings):
   small = ('ViTVQGANConfig.encoder_layers=1', 'ViTVQGANConfig.decoder_layers=1')
-  plan = plan_lib.make(request_lib.Request(
-      'train', 'cpu:2', (f'gin_configs/runs/{run}.gin',),
-      (*small, *bindings, 'make_mesh.data=2'), 8))
+  plan = plan_lib.make(
+    request_lib.Request(
+      'train', 'cpu:2', (f'gin_configs/runs/{run}.gin',), (*small, *bindings, 'make_mesh.data=2'), 8
+    )
+  )
   assert plan['fits'] and plan['flops']['compiled'] > 0
-  assert ('nowhere holds no trained tokenizer yet; its sizes are those of ViTVQGANConfig in gin'
-          in plan['notes'])
+  assert (
+    'nowhere holds no trained tokenizer yet; its sizes are those of ViTVQGANConfig in gin'
+    in plan['notes']
+  )
 
 
 def test_the_sampling_step(capsys):
-  assert main.main(flags('--topology=cpu:4', '--what=sample', '--batch_size=8',
-                         bindings=('make_mesh.tensor=2',))) == 0
+  assert (
+    main.main(
+      flags('--topology=cpu:4', '--what=sample', '--batch_size=8', bindings=('make_mesh.tensor=2',))
+    )
+    == 0
+  )
   text = capsys.readouterr().out
   assert '8 images' in text and 'guided True, cache_length 16' in text
   assert 'tensor' in text and 'at least needed' in text
@@ -110,14 +195,22 @@ def test_the_sampling_step(capsys):
 def test_a_step_on_a_tpu(tpu_devices, capfd, tmp_path):
   del tpu_devices
   file = tmp_path / 'plan.json'
-  assert main.main(flags(
-      '--topology=v5e:2x2', '--batch_size=16', f'--json={file}',
-      bindings=('make_mesh.tensor=2', 'PartiConfig.grid=(16,16)'))) == 0
+  assert (
+    main.main(
+      flags(
+        '--topology=v5e:2x2',
+        '--batch_size=16',
+        f'--json={file}',
+        bindings=('make_mesh.tensor=2', 'PartiConfig.grid=(16,16)'),
+      )
+    )
+    == 0
+  )
   said = capfd.readouterr()
   assert said.err == 'compiling for v5e:2x2: minutes for a large model\n'
   plan = json.loads(file.read_text())
   assert set(plan) == ENTRIES and plan['fits']
-  assert plan['chip']['kind'] == 'v5e' and plan['memory']['capacity'] == 15.75 * 2 ** 30
+  assert plan['chip']['kind'] == 'v5e' and plan['memory']['capacity'] == 15.75 * 2**30
   # The kernel of the attention, forwards, and backwards.
   assert any('splash_mha_fwd' in name for name in plan['kernels'])
   assert plan['flops']['kernels'] > 0 and 0 < plan['mfu']['bound'] < 1
@@ -129,7 +222,8 @@ def test_a_step_on_a_tpu(tpu_devices, capfd, tmp_path):
 def test_several_slices_and_two_devices_on_a_chip(tpu_devices):
   del tpu_devices
   request = lambda topology, *bindings: request_lib.Request(
-      'train', topology, (RUN,), (*SMALL, 'train.microbatches=1', *bindings), 16)
+    'train', topology, (RUN,), (*SMALL, 'train.microbatches=1', *bindings), 16
+  )
   plan = plan_lib.make(request('2xv5e:1x2', 'make_mesh.data=2', 'make_mesh.fsdp=2'))
   between = [entry for entry in plan['collectives'] if entry['dcn']]
   assert {tuple(entry['axes']) for entry in between} == {('data',)}
@@ -138,14 +232,20 @@ def test_several_slices_and_two_devices_on_a_chip(tpu_devices):
   assert plan['parameters'] < sent < 4 * plan['parameters'] and not plan['notes']
   plan = plan_lib.make(request('tpu7x:1x2x1', 'make_mesh.fsdp=2', 'make_mesh.tensor=2'))
   assert plan['devices'] == 4 and plan['chips'] == 2 and plan['collectives']
-  assert plan['memory']['capacity'] == 94.75 * 2 ** 30
+  assert plan['memory']['capacity'] == 94.75 * 2**30
 
 
 def test_a_sampling_step_on_a_tpu_moves_parameters_and_cache_once(tpu_devices):
   del tpu_devices
-  sizes = ('PartiConfig.width=1024', 'PartiConfig.mlp_width=4096', 'PartiConfig.heads=16',
-           'PartiConfig.grid=(32,32)', "PartiConfig.attention_patterns=('global',)",
-           'make_mesh.tensor=4', 'make_mesh.fsdp=1')
+  sizes = (
+    'PartiConfig.width=1024',
+    'PartiConfig.mlp_width=4096',
+    'PartiConfig.heads=16',
+    'PartiConfig.grid=(32,32)',
+    "PartiConfig.attention_patterns=('global',)",
+    'make_mesh.tensor=4',
+    'make_mesh.fsdp=1',
+  )
   plan = plan_lib.make(request_lib.Request('sample', 'v5e:2x2', (RUN,), SMALL + sizes, 64))
   # Heads of 64 are not padded to 128, neither in memory nor on their way.
   cache = 2 * 2 * 128 * 16 * 1024 * 64 * 2 / 4
@@ -158,23 +258,47 @@ def test_a_sampling_step_on_a_tpu_moves_parameters_and_cache_once(tpu_devices):
 
 def test_a_step_that_is_too_large(tpu_devices, capsys):
   del tpu_devices
-  assert main.main([
-      'plan', f'--gin_file={RUN}', '--topology=v5e:2x2', '--what=sample', '--batch_size=10000',
-      '--gin.make_mesh.data=2', '--gin.make_mesh.tensor=2', '--gin.PartiConfig.decoder_layers=1',
-      '--gin.PartiConfig.encoder_layers=1',
-      "--gin.PartiConfig.attention_patterns=('global',)"]) == 1
+  assert (
+    main.main(
+      [
+        'plan',
+        f'--gin_file={RUN}',
+        '--topology=v5e:2x2',
+        '--what=sample',
+        '--batch_size=10000',
+        '--gin.make_mesh.data=2',
+        '--gin.make_mesh.tensor=2',
+        '--gin.PartiConfig.decoder_layers=1',
+        '--gin.PartiConfig.encoder_layers=1',
+        "--gin.PartiConfig.attention_patterns=('global',)",
+      ]
+    )
+    == 1
+  )
   text = capsys.readouterr().out
   assert re.search(r'it does not fit by +\d+\.\d\d GiB a device', text)
   assert '--batch_size=5000: half the cache' in text
   assert '--gin.make_mesh.data=1 --gin.make_mesh.tensor=4' in text
 
 
-@pytest.mark.parametrize('message, needed, available', [
-    ('RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries '
-     '(112.92G) exceeds available HBM (30.75G).', 112.92 * 2 ** 30, 30.75 * 2 ** 30),
-    ('RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.50G of 15.75G hbm. '
-     'Exceeded hbm capacity by 1.75G.\n\nTotal hbm usage', 17.5 * 2 ** 30, 15.75 * 2 ** 30),
-    ('RESOURCE_EXHAUSTED: something new', None, 7.0)])
+@pytest.mark.parametrize(
+  'message, needed, available',
+  [
+    (
+      'RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries '
+      '(112.92G) exceeds available HBM (30.75G).',
+      112.92 * 2**30,
+      30.75 * 2**30,
+    ),
+    (
+      'RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.50G of 15.75G hbm. '
+      'Exceeded hbm capacity by 1.75G.\n\nTotal hbm usage',
+      17.5 * 2**30,
+      15.75 * 2**30,
+    ),
+    ('RESOURCE_EXHAUSTED: something new', None, 7.0),
+  ],
+)
 def test_xlas_words_for_too_little_memory(message, needed, available):
   found = plan_lib.exhausted(message, 7.0)
   assert (found['needed'], found['available']) == (needed, available)
@@ -184,12 +308,13 @@ def test_xlas_words_for_too_little_memory(message, needed, available):
 def test_remedies_of_a_training_step(trained):
   plan = dict(trained[2], fits=False, batch_size=8192)
   lines = remedies.of(plan)
-  assert lines[0].startswith("--gin.PartiConfig.remat=\"'block_inputs_and_attention'\"")
+  assert lines[0].startswith('--gin.PartiConfig.remat="\'block_inputs_and_attention\'"')
   assert any(line.startswith('--gin.train.microbatches=4:') for line in lines)
   assert any(line.startswith('--gin.make_mesh.data=1 --gin.make_mesh.fsdp=4:') for line in lines)
   assert any('offload_optimizer=True' in line for line in lines)
-  text = report.text(plan | {'exhausted': {'needed': 40 * 2 ** 30, 'available': 32 * 2 ** 30,
-                                           'message': 'Used 40G'}})
+  text = report.text(
+    plan | {'exhausted': {'needed': 40 * 2**30, 'available': 32 * 2**30, 'message': 'Used 40G'}}
+  )
   assert 'it does not fit by 8.00 GiB a device: XLA says: Used 40G' in text
 
 
@@ -214,14 +339,18 @@ def test_a_file_that_is_no_plan(text, tmp_path):
     plan_command.read(str(file))
 
 
-@pytest.mark.parametrize('arguments, message', [
+@pytest.mark.parametrize(
+  'arguments, message',
+  [
     (['plan'], '--topology is needed'),
     (['plan', '--topology=cpu:8'], 'give the gin file of a run'),
     (flags('--topology=cpu:8', '--batch_size=0'), '--batch_size=0 must be at least 1'),
     (flags('--topology=cpu:8', '--batch_size=9'), 'train.batch_size=9 is not divisible'),
     (flags('--topology=cpu:8', '--what=sample', '--batch_size=9'), '--batch_size=9 images'),
     (flags('--topology=cpu:8', bindings=('PartiConfig.widht=3',)), 'did you mean'),
-    (flags('--topology=cpu:8', bindings=('make_mesh.tensor=3',)), 'make_mesh.tensor=3')])
+    (flags('--topology=cpu:8', bindings=('make_mesh.tensor=3',)), 'make_mesh.tensor=3'),
+  ],
+)
 def test_bad_input(arguments, message, capsys):
   assert main.main(arguments) == 2
   said = capsys.readouterr().err.splitlines()[-1]
@@ -229,9 +358,10 @@ def test_bad_input(arguments, message, capsys):
 
 
 def test_candidates_fit_the_models_shapes():
-  model = parti_config.PartiConfig(heads=4, width=64, mlp_width=128, encoder_layers=4,
-                                   decoder_layers=4)
-  found = candidates.of_training(model, 10 ** 6, 64, chips.CHIPS['v4'], 64)
+  model = parti_config.PartiConfig(
+    heads=4, width=64, mlp_width=128, encoder_layers=4, decoder_layers=4
+  )
+  found = candidates.of_training(model, 10**6, 64, chips.CHIPS['v4'], 64)
   assert found == sorted(found, key=lambda candidate: candidate.seconds)
   meshes = [dict(candidate.mesh) for candidate in found]
   assert {mesh['tensor'] for mesh in meshes} == {1, 2, 4}
@@ -247,13 +377,17 @@ def test_candidates_fit_the_models_shapes():
 
 
 def test_what_is_far_too_large_is_no_candidate():
-  model = parti_config.PartiConfig(heads=64, width=4096, mlp_width=16384, encoder_layers=16,
-                                   decoder_layers=64)
-  found = candidates.of_training(model, 20 * 10 ** 9, 256, chips.CHIPS['v5e'], 8)
+  model = parti_config.PartiConfig(
+    heads=64, width=4096, mlp_width=16384, encoder_layers=16, decoder_layers=64
+  )
+  found = candidates.of_training(model, 20 * 10**9, 256, chips.CHIPS['v5e'], 8)
   assert not found  # 200 GB of parameters, gradients and moments, in 128 GB.
-  found = candidates.of_training(model, 20 * 10 ** 9, 8192, chips.CHIPS['v4'], 512)
-  assert found and all(dict(candidate.mesh)['fsdp'] * dict(candidate.mesh)['tensor']
-                       * dict(candidate.mesh)['stage'] > 4 for candidate in found)
+  found = candidates.of_training(model, 20 * 10**9, 8192, chips.CHIPS['v4'], 512)
+  assert found and all(
+    dict(candidate.mesh)['fsdp'] * dict(candidate.mesh)['tensor'] * dict(candidate.mesh)['stage']
+    > 4
+    for candidate in found
+  )
 
 
 def test_search_prints_what_fits_and_goes_on_where_it_was(trained, tmp_path, capsys, monkeypatch):

@@ -15,8 +15,12 @@ WHOLE = 8e9
 
 def fake_mesh(dims, slices=1, cores=1):
   """Chips in C order of their coordinates, the last one fastest."""
-  devices = [types.SimpleNamespace(coords=place + (0,) * (3 - len(place)), slice_index=index)
-             for index in range(slices) for place in np.ndindex(*dims) for _ in range(cores)]
+  devices = [
+    types.SimpleNamespace(coords=place + (0,) * (3 - len(place)), slice_index=index)
+    for index in range(slices)
+    for place in np.ndindex(*dims)
+    for _ in range(cores)
+  ]
   return types.SimpleNamespace(devices=np.array(devices), shape={'all': len(devices)})
 
 
@@ -25,7 +29,9 @@ def seconds(kind, groups, mesh, chip):
   return roofline.Network(mesh, chip).seconds(collective)
 
 
-@pytest.mark.parametrize('kind, groups, expected', [
+@pytest.mark.parametrize(
+  'kind, groups, expected',
+  [
     # A ring of four: two links, three quarters of the whole over each pair of them.
     ('all-gather', [[0, 1, 2, 3]], WHOLE * 3 / 4 / (2 * 50e9)),
     ('reduce-scatter', [[0, 16, 32, 48]], WHOLE * 3 / 4 / (2 * 50e9)),
@@ -39,7 +45,9 @@ def seconds(kind, groups, mesh, chip):
     ('all-to-all', [[0, 1, 2, 3]], WHOLE * 4 / 8 / 50e9),
     ('collective-permute', [[0, 1], [1, 0]], WHOLE / 50e9),
     # Round the ring, the last is next to the first.
-    ('collective-permute', [[3, 0], [0, 1]], WHOLE / 50e9)])
+    ('collective-permute', [[3, 0], [0, 1]], WHOLE / 50e9),
+  ],
+)
 def test_collectives_on_a_torus(kind, groups, expected):
   found, dcn = seconds(kind, groups, fake_mesh((4, 4, 4)), V4)
   assert found == pytest.approx(expected) and not dcn
@@ -90,16 +98,20 @@ def test_pairs_of_a_permutation_all_count():
   near = [[place, place + 1] for place in range(0, 16, 2)]
   mesh = fake_mesh((4, 4, 4))
   network = roofline.Network(mesh, V4)
-  times = [network.seconds(hlo_cost.Collective(
-      'collective-permute', WHOLE, np.array(near + [last]), 1, 'x'))[0]
-           for last in ([16, 17], [16, 18])]
+  times = [
+    network.seconds(
+      hlo_cost.Collective('collective-permute', WHOLE, np.array(near + [last]), 1, 'x')
+    )[0]
+    for last in ([16, 17], [16, 18])
+  ]
   assert times == pytest.approx([WHOLE / 50e9, 2 * WHOLE / 50e9])
 
 
 def test_times_and_utilisation():
   costs = hlo_cost.Costs(product_flops=275e12, kernel_flops=27.5e12, hbm_bytes=600e9)
   costs.collectives.append(
-      hlo_cost.Collective('all-gather', WHOLE, np.array([[0, 1, 2, 3]]), 5, 'x'))
+    hlo_cost.Collective('all-gather', WHOLE, np.array([[0, 1, 2, 3]]), 5, 'x')
+  )
   sums = roofline.summarize(costs.collectives, fake_mesh((4, 4, 4)), V4)
   (entry,) = sums
   assert (entry.kind, entry.axes, entry.count) == ('all-gather', ('all',), 5)

@@ -11,22 +11,35 @@ from parti_jax.planning import chips
 from parti_jax.planning import topology
 
 
-@pytest.mark.parametrize('name, kind, dims, slices, count', [
-    ('v4:8x8x8', 'v4', (8, 8, 8), 1, 512), ('v5e:16x16', 'v5e', (16, 16), 1, 256),
-    ('2xv5p:4x4x8', 'v5p', (4, 4, 8), 2, 256), ('tpu7x:4x4x4', 'tpu7x', (4, 4, 4), 1, 64),
-    ('cpu:8', 'cpu', (8,), 1, 8)])
+@pytest.mark.parametrize(
+  'name, kind, dims, slices, count',
+  [
+    ('v4:8x8x8', 'v4', (8, 8, 8), 1, 512),
+    ('v5e:16x16', 'v5e', (16, 16), 1, 256),
+    ('2xv5p:4x4x8', 'v5p', (4, 4, 8), 2, 256),
+    ('tpu7x:4x4x4', 'tpu7x', (4, 4, 4), 1, 64),
+    ('cpu:8', 'cpu', (8,), 1, 8),
+  ],
+)
 def test_parse(name, kind, dims, slices, count):
   parsed = topology.parse(name)
-  assert (parsed.kind, parsed.dims, parsed.slices, parsed.chip_count) == (
-      kind, dims, slices, count)
+  assert (parsed.kind, parsed.dims, parsed.slices, parsed.chip_count) == (kind, dims, slices, count)
   assert (parsed.chip is None) == (kind == 'cpu')
 
 
-@pytest.mark.parametrize('name, message', [
-    ('v4', 'examples are v4:8x8x8'), ('v4:8x8', 'v4:AxBxC'), ('v5e:4x4x4', 'v5e:AxB'),
+@pytest.mark.parametrize(
+  'name, message',
+  [
+    ('v4', 'examples are v4:8x8x8'),
+    ('v4:8x8', 'v4:AxBxC'),
+    ('v5e:4x4x4', 'v5e:AxB'),
     ('v9:4x4', "no chip 'v9'; there are v4, v5e, v5p, v6e, tpu7x and cpu"),
-    ('v4:0x8x8', 'numbers from 1'), ('0xv4:4x4x4', 'numbers from 1'), ('2xcpu:8', 'no slices'),
-    ('cpu:9999', 'xla_force_host_platform_device_count=9999')])
+    ('v4:0x8x8', 'numbers from 1'),
+    ('0xv4:4x4x4', 'numbers from 1'),
+    ('2xcpu:8', 'no slices'),
+    ('cpu:9999', 'xla_force_host_platform_device_count=9999'),
+  ],
+)
 def test_bad_names(name, message):
   with pytest.raises(UserError, match='--topology=' + name) as raised:
     topology.parse(name).devices()
@@ -40,13 +53,15 @@ def test_emulated_devices():
 def test_without_libtpu_its_extra_is_named(monkeypatch):
   find = importlib.util.find_spec
   monkeypatch.setattr(
-      importlib.util, 'find_spec', lambda name: None if name == 'libtpu' else find(name))
+    importlib.util, 'find_spec', lambda name: None if name == 'libtpu' else find(name)
+  )
   with pytest.raises(UserError, match=r'pip install "parti_jax\[tpu\]"'):
     topology.parse('v5e:2x2').devices()
 
 
-@pytest.mark.parametrize('name', ['v4:2x2x1', 'v5e:1x1', 'v5p:2x2x2', 'v6e:4x4', 'tpu7x:2x2x1',
-                                  '2xv4:2x2x1'])
+@pytest.mark.parametrize(
+  'name', ['v4:2x2x1', 'v5e:1x1', 'v5p:2x2x2', 'v6e:4x4', 'tpu7x:2x2x1', '2xv4:2x2x1']
+)
 def test_every_kind_makes_a_mesh(name, tpu_devices):
   del tpu_devices  # Skips where libtpu is missing.
   parsed = topology.parse(name)

@@ -43,8 +43,11 @@ def write_tar(tmp_path):
     folder.mkdir(exist_ok=True)
     with tarfile.open(folder / name, 'w') as tar:
       for key, caption, picture, columns in samples:
-        for ending, content in (('jpg', picture), ('txt', caption.encode()),
-                                ('json', json.dumps(columns).encode())):
+        for ending, content in (
+          ('jpg', picture),
+          ('txt', caption.encode()),
+          ('json', json.dumps(columns).encode()),
+        ):
           member = tarfile.TarInfo(f'{key}.{ending}')
           member.size = len(content)
           tar.addfile(member, io.BytesIO(content))

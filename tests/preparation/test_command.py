@@ -17,7 +17,8 @@ from parti_jax.data.batches import Batches
 from parti_jax.data.sources import prepared
 
 pytest.importorskip(
-    'apache_beam', reason='apache-beam is not installed (extra "beam", in a venv of its own)')
+  'apache_beam', reason='apache-beam is not installed (extra "beam", in a venv of its own)'
+)
 
 GIN = '--gin_file=gin_configs/tasks/webdataset.gin'
 
@@ -44,14 +45,31 @@ def tars(draw, encode, write_tar):
   good = {'clip': 0.3}
   jpeg = lambda seed, size=(64, 48): encode(draw(seed, size), 'jpeg', quality=90)
   smaller = draw(3, (256, 192)).resize((60, 45), Image.Resampling.BICUBIC)
-  write_tar('0.tar', [('00', 'first', jpeg(0), good), ('01', 'second', jpeg(1), good),
-                      ('02', 'broken', jpeg(2)[:200], good)])
-  write_tar('1.tar', [('10', 'copy of the first', jpeg(0), good), ('11', '', jpeg(9), good),
-                      ('12', 'small', encode(smaller, 'jpeg', quality=90), good)])
-  folder = write_tar('2.tar', [
-      ('20', 'large', jpeg(3, (256, 192)), good), ('21', 'low', jpeg(4), {'clip': 0.1}),
+  write_tar(
+    '0.tar',
+    [
+      ('00', 'first', jpeg(0), good),
+      ('01', 'second', jpeg(1), good),
+      ('02', 'broken', jpeg(2)[:200], good),
+    ],
+  )
+  write_tar(
+    '1.tar',
+    [
+      ('10', 'copy of the first', jpeg(0), good),
+      ('11', '', jpeg(9), good),
+      ('12', 'small', encode(smaller, 'jpeg', quality=90), good),
+    ],
+  )
+  folder = write_tar(
+    '2.tar',
+    [
+      ('20', 'large', jpeg(3, (256, 192)), good),
+      ('21', 'low', jpeg(4), {'clip': 0.1}),
       ('22', 'white', encode(Image.new('RGB', (40, 40), 'white'), 'jpeg'), good),
-      ('23', 'black', encode(Image.new('RGB', (40, 40), 'black'), 'jpeg'), good)])
+      ('23', 'black', encode(Image.new('RGB', (40, 40), 'black'), 'jpeg'), good),
+    ],
+  )
   (folder / '3.tar').write_bytes((folder / '2.tar').read_bytes()[:5000])
   return folder
 
@@ -67,11 +85,21 @@ def test_from_tars_to_batches(tars, tmp_path, capsys):
   assert said.splitlines()[-1].startswith(f'{out}: train: 5 pictures in 4 shards')
   examples = list(prepared.PreparedSource(str(out)).examples('train'))
   assert [example['caption'] for example in examples] == [
-      b'first', b'second', b'large', b'white', b'black']
+    b'first',
+    b'second',
+    b'large',
+    b'white',
+    b'black',
+  ]
   report = _report(out)
   assert report['left_out'] == {
-      'damaged picture': 1, 'no caption': 1, 'column clip too low': 1, 'duplicate picture': 1,
-      'picture that looks like another': 1, 'rest of a damaged tar shard': 1}
+    'damaged picture': 1,
+    'no caption': 1,
+    'column clip too low': 1,
+    'duplicate picture': 1,
+    'picture that looks like another': 1,
+    'rest of a damaged tar shard': 1,
+  }
   assert report['read'] == 11 and report['written'] == 5
   assert report['damaged'] == [f'{tars}/3.tar: rest of a damaged tar shard']
   assert not [name for name in os.listdir(out) if name.startswith('.')]
@@ -85,8 +113,13 @@ def test_from_tars_to_batches(tars, tmp_path, capsys):
 def test_processes_and_repetitions_change_nothing(tars, tmp_path):
   """Runners divide the work as they like, and repeat a step that they think has failed."""
   found = []
-  for number, flags in enumerate((['--direct_num_workers=1'], ['--direct_num_workers=2'], [
-      '--direct_num_workers=1', '--direct_runner_bundle_repeat=2'])):
+  for number, flags in enumerate(
+    (
+      ['--direct_num_workers=1'],
+      ['--direct_num_workers=2'],
+      ['--direct_num_workers=1', '--direct_runner_bundle_repeat=2'],
+    )
+  ):
     out = tmp_path / f'out{number}'
     assert _prepare(*_source(tars), *FILTERS, f'--output_dir={out}', *flags) == 0
     found.append(_files(out))
@@ -96,12 +129,21 @@ def test_processes_and_repetitions_change_nothing(tars, tmp_path):
 
 def test_without_comparing_examples(tars, tmp_path):
   out = tmp_path / 'out'
-  assert _prepare(*_source(tars), f'--output_dir={out}', '--gin.prepare.duplicates=None',
-                  '--direct_num_workers=1') == 0
+  assert (
+    _prepare(
+      *_source(tars),
+      f'--output_dir={out}',
+      '--gin.prepare.duplicates=None',
+      '--direct_num_workers=1',
+    )
+    == 0
+  )
   assert _report(out)['written'] == 8
 
 
-@pytest.mark.parametrize('arguments, message', [
+@pytest.mark.parametrize(
+  'arguments, message',
+  [
     (['--direct_num_wokers=2'], '--direct_num_wokers: neither parti-jax prepare nor Beam knows'),
     (['--direct_num_workers=two'], "argument --direct_num_workers: invalid int value: 'two'"),
     (['two'], "'two' is not a flag"),
@@ -111,7 +153,8 @@ def test_without_comparing_examples(tars, tmp_path):
     (['--gin.prepare.quality=0'], 'prepare.quality=0'),
     (["--gin.prepare.columns={'nsfw': (0, 1)}"], "no column 'nsfw' in the first 3 examples"),
     (["--gin.webdataset.path='nowhere'"], 'no file matches'),
-])
+  ],
+)
 def test_bad_input_is_found_before_anything_is_written(tars, tmp_path, capsys, arguments, message):
   out = tmp_path / 'out'
   assert _prepare(*_source(tars), f'--output_dir={out}', *arguments) == 2
@@ -139,8 +182,12 @@ def test_prepared_pictures_are_prepared_again_elsewhere(tars, tmp_path, capsys):
   out = tmp_path / 'out'
   assert _prepare(*_source(tars), f'--output_dir={out}', '--direct_num_workers=1') == 0
   before = _files(out)
-  again = ['--gin_file=gin_configs/tasks/prepared.gin', f"--gin.prepared.path='{out}'",
-           "--gin.prepare.columns={'clip': (0.2, None)}", '--direct_num_workers=1']
+  again = [
+    '--gin_file=gin_configs/tasks/prepared.gin',
+    f"--gin.prepared.path='{out}'",
+    "--gin.prepare.columns={'clip': (0.2, None)}",
+    '--direct_num_workers=1',
+  ]
   assert _prepare(*again, f'--output_dir={out}/../out', '--overwrite') == 2
   assert 'is the folder that is read' in capsys.readouterr().err
   assert _files(out) == before
@@ -150,18 +197,24 @@ def test_prepared_pictures_are_prepared_again_elsewhere(tars, tmp_path, capsys):
 
 def test_nothing_left_is_an_error(tars, tmp_path, capsys):
   out = tmp_path / 'out'
-  assert _prepare(*_source(tars), f'--output_dir={out}', '--gin.prepare.min_side=5000',
-                  '--direct_num_workers=1') == 2
+  assert (
+    _prepare(
+      *_source(tars), f'--output_dir={out}', '--gin.prepare.min_side=5000', '--direct_num_workers=1'
+    )
+    == 2
+  )
   assert 'is left' in capsys.readouterr().err
   assert os.listdir(out) == ['report.json']
 
 
 @pytest.mark.parametrize('workers', [1, 2])
 def test_a_worker_that_cannot_write_ends_it_in_one_line(
-    tars, tmp_path, capsys, monkeypatch, workers):
+  tars, tmp_path, capsys, monkeypatch, workers
+):
   # A file lies where the folder of unfinished shards was.
   out = tmp_path / 'out'
   from parti_jax.preparation import output as output_lib
+
   claim = output_lib.Output.claim
 
   def claim_and_block(self, overwrite):
@@ -179,15 +232,19 @@ def test_a_worker_that_cannot_write_ends_it_in_one_line(
 def test_to_a_store(tars, tmp_path, s3_bucket):
   out, local = f'{s3_bucket}/prepared', tmp_path / 'out'
   for folder in (out, local):
-    assert _prepare(*_source(tars), *FILTERS, f'--output_dir={folder}',
-                    '--direct_num_workers=1') == 0
+    assert (
+      _prepare(*_source(tars), *FILTERS, f'--output_dir={folder}', '--direct_num_workers=1') == 0
+    )
   assert list(prepared.PreparedSource(out).examples('train')) == list(
-      prepared.PreparedSource(str(local)).examples('train'))
+    prepared.PreparedSource(str(local)).examples('train')
+  )
   assert prepared.read_info(out) == prepared.read_info(str(local))
 
 
 def test_workers_know_no_tensorflow():
-  code = ('import sys; from parti_jax.preparation import pipeline, work, shards; '
-          'from parti_jax.data import sources; print("tensorflow" in sys.modules)')
+  code = (
+    'import sys; from parti_jax.preparation import pipeline, work, shards; '
+    'from parti_jax.data import sources; print("tensorflow" in sys.modules)'
+  )
   found = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
   assert found.stdout.strip() == 'False'

@@ -18,8 +18,9 @@ def _differing(a, b):
 
 def test_digests_differ_with_the_bytes_and_the_caption():
   assert hashes.digest(b'a', 'b') == hashes.digest(b'a', 'b')
-  assert len({hashes.digest(*of) for of in ((b'a',), (b'b',), (b'a', 'b'), (b'ab',), (b'', 'ab'))
-              }) == 5
+  assert (
+    len({hashes.digest(*of) for of in ((b'a',), (b'b',), (b'a', 'b'), (b'ab',), (b'', 'ab'))}) == 5
+  )
 
 
 @pytest.mark.parametrize('change', ['smaller', 'larger', 'jpeg', 'grey'])
@@ -27,10 +28,10 @@ def test_changes_that_leave_the_look(draw, encode, change):
   for seed in range(10):
     image = draw(seed, (300, 200))
     changed = {
-        'smaller': lambda image: image.resize((150, 100), Image.Resampling.BICUBIC),
-        'larger': lambda image: image.resize((600, 400), Image.Resampling.BICUBIC),
-        'jpeg': lambda image: Image.open(io.BytesIO(encode(image, 'jpeg', quality=75))),
-        'grey': lambda image: image.convert('L').convert('RGB'),
+      'smaller': lambda image: image.resize((150, 100), Image.Resampling.BICUBIC),
+      'larger': lambda image: image.resize((600, 400), Image.Resampling.BICUBIC),
+      'jpeg': lambda image: Image.open(io.BytesIO(encode(image, 'jpeg', quality=75))),
+      'grey': lambda image: image.convert('L').convert('RGB'),
     }[change](image)
     assert _differing(hashes.perceptual(image), hashes.perceptual(changed)) <= 5
 
@@ -64,8 +65,12 @@ def test_hashes_that_are_near_share_a_piece(distance):
 
 
 def test_the_largest_stays_and_of_as_many_pixels_the_first():
-  rows = [Row(b'', 0, 10, 1, 0), Row(b'', 0, 30, 2, 5), Row(b'', 0, 30, 2, 4),
-          Row(b'', 0, 30, 3, 0)]
+  rows = [
+    Row(b'', 0, 10, 1, 0),
+    Row(b'', 0, 30, 2, 5),
+    Row(b'', 0, 30, 2, 4),
+    Row(b'', 0, 30, 3, 0),
+  ]
   for order in itertools.permutations(rows):
     found = list(duplicates.ranked(order))
     assert [row for row, best in found if best] == [rows[2]]
@@ -75,10 +80,17 @@ def test_the_largest_stays_and_of_as_many_pixels_the_first():
 
 def test_near_losers_have_a_better_one_that_looks_alike():
   rng = random.Random(0)
-  rows = [Row(b'', look, rng.choice((10, 20)), 0, index)
-          for index, look in enumerate(rng.sample(range(2**8), 60))]
-  expected = {row for row in rows if any(
+  rows = [
+    Row(b'', look, rng.choice((10, 20)), 0, index)
+    for index, look in enumerate(rng.sample(range(2**8), 60))
+  ]
+  expected = {
+    row
+    for row in rows
+    if any(
       _differing(row.look, other.look) <= 2 and duplicates.rank(other) < duplicates.rank(row)
-      for other in rows)}
+      for other in rows
+    )
+  }
   assert 0 < len(expected) < len(rows)
   assert set(duplicates.near_losers(rows, 2)) == expected

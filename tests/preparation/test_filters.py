@@ -21,7 +21,9 @@ def _reason(check, *args, **settings):
   return None
 
 
-@pytest.mark.parametrize('text, settings, reason', [
+@pytest.mark.parametrize(
+  'text, settings, reason',
+  [
     ('abcd', {}, None),
     ('abcd', {'caption_length': (4, 4)}, None),
     ('abcd', {'caption_length': (5, 9)}, 'caption too short'),
@@ -38,12 +40,15 @@ def _reason(check, *args, **settings):
     ('a dog собака', {'scripts': ('LATIN',), 'min_script_share': 0.4}, None),
     ('a dog собака', {'scripts': ('LATIN',), 'min_script_share': 0.41}, 'caption in other scripts'),
     ('犬がいます', {'scripts': ('CJK', 'HIRAGANA')}, None),
-])
+  ],
+)
 def test_captions(text, settings, reason):
   assert _reason(filters.check_caption, text, **settings) == reason
 
 
-@pytest.mark.parametrize('columns, wanted, reason', [
+@pytest.mark.parametrize(
+  'columns, wanted, reason',
+  [
     ({}, {}, None),
     ({'clip': 0.3}, {'clip': (0.3, None)}, None),
     ({'clip': 0.29}, {'clip': (0.3, None)}, 'column clip too low'),
@@ -55,23 +60,29 @@ def test_captions(text, settings, reason):
     ({'clip': True}, {'clip': (0.3, None)}, 'column clip is not a number'),
     ({'NSFW': 'UNSURE'}, {'NSFW': ('UNLIKELY', 'UNSURE')}, None),
     ({'NSFW': 'NSFW'}, {'NSFW': ('UNLIKELY', 'UNSURE')}, 'column NSFW is another text'),
-])
+  ],
+)
 def test_columns(columns, wanted, reason):
   assert _reason(filters.check_columns, columns, columns=wanted) == reason
 
 
-@pytest.mark.parametrize('sides, settings, reason', [
+@pytest.mark.parametrize(
+  'sides, settings, reason',
+  [
     ((100, 10), {}, None),
     ((100, 10), {'min_side': 10}, None),
     ((100, 10), {'min_side': 11}, 'picture too small'),
     ((10, 30), {'max_aspect_ratio': 3}, None),
     ((10, 31), {'max_aspect_ratio': 3}, 'picture too oblong'),
-])
+  ],
+)
 def test_sides(sides, settings, reason):
   assert _reason(filters.check_sides, *sides, **settings) == reason
 
 
-@pytest.mark.parametrize('settings, message', [
+@pytest.mark.parametrize(
+  'settings, message',
+  [
     ({'size': 1}, r'prepare\.size=1 must be a whole number from 2'),
     ({'quality': 101}, r'prepare\.quality=101'),
     ({'max_aspect_ratio': 0.5}, r'prepare\.max_aspect_ratio=0\.5'),
@@ -88,7 +99,8 @@ def test_sides(sides, settings, reason):
     ({'columns': {'clip': (None, None)}}, 'must be bounds'),
     ({'columns': {'clip': (float('nan'), None)}}, 'must be bounds'),
     ({'columns': ('clip',)}, 'must be of the form'),
-])
+  ],
+)
 def test_values_that_are_refused(settings, message):
   with pytest.raises(UserError, match=message):
     Settings(**settings)

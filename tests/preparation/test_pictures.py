@@ -27,7 +27,9 @@ def _opened(data):
   return Image.open(io.BytesIO(data))
 
 
-@pytest.mark.parametrize('size, settings, expected', [
+@pytest.mark.parametrize(
+  'size, settings, expected',
+  [
     ((100, 50), {}, (100, 50)),
     ((100, 50), {'size': 20}, (40, 20)),
     ((50, 100), {'size': 20}, (20, 40)),
@@ -35,7 +37,8 @@ def _opened(data):
     ((300, 300), {'size': 64}, (64, 64)),
     ((100, 50), {'size': 80}, (100, 50)),
     ((100, 50), {'size': 80, 'enlarge': True}, (160, 80)),
-])
+  ],
+)
 @pytest.mark.parametrize('image_format', ['jpeg', 'webp', 'png'])
 def test_the_shorter_side_is_resized(draw, encode, size, settings, expected, image_format):
   _, example = _prepared(encode(draw(0, size)), image_format=image_format, **settings)
@@ -53,9 +56,14 @@ def test_a_resized_picture_looks_like_the_original(draw, encode):
 
 def test_bytes_stay_where_nothing_has_to_change(draw, encode):
   data = encode(draw(0), 'jpeg', quality=70)
-  for settings, stays in (({}, True), ({'size': 48}, True), ({'size': 90}, True),
-                          ({'size': 47}, False), ({'pass_through': False}, False),
-                          ({'image_format': 'png'}, False)):
+  for settings, stays in (
+    ({}, True),
+    ({'size': 48}, True),
+    ({'size': 90}, True),
+    ({'size': 47}, False),
+    ({'pass_through': False}, False),
+    ({'image_format': 'png'}, False),
+  ):
     assert (_prepared(data, **settings)[1]['picture'] == data) == stays, settings
 
 
@@ -87,10 +95,13 @@ def test_transparent_parts_become_white(encode):
   assert _opened(example['picture']).getpixel((0, 0)) == (255, 255, 255)
 
 
-@pytest.mark.parametrize('picture, reason', [
+@pytest.mark.parametrize(
+  'picture, reason',
+  [
     (b'', 'no picture'),
     (b'<html></html>', 'unknown picture format'),
-])
+  ],
+)
 def test_pictures_that_cannot_be_decoded(picture, reason):
   with pytest.raises(Unusable, match=reason):
     _prepared(picture)
@@ -122,7 +133,7 @@ def test_what_is_written_of_an_example(draw, encode):
   assert found.pixels == 64 * 48
   assert found.notes == ['control characters taken out of the caption']
   size = len(found.record) - len(example['picture'])
-  described = json.loads(found.record[8 + len('a dog'):size])
+  described = json.loads(found.record[8 + len('a dog') : size])
   assert (described['width'], described['height']) == (64, 48)
   _, example = _prepared(encode(draw(0)), found_columns=columns, keep_columns=('clip', 'other'))
   assert example['columns'] == {'clip': 0.3}
@@ -130,9 +141,12 @@ def test_what_is_written_of_an_example(draw, encode):
 
 def test_filters_are_applied(draw, encode):
   data = encode(draw(0))
-  for settings, reason in (({'min_side': 49}, 'too small'), ({'caption_words': (3, 9)}, 'short'),
-                           ({'columns': {'clip': (0.3, None)}}, 'no column clip'),
-                           ({'max_aspect_ratio': 1.2}, 'oblong')):
+  for settings, reason in (
+    ({'min_side': 49}, 'too small'),
+    ({'caption_words': (3, 9)}, 'short'),
+    ({'columns': {'clip': (0.3, None)}}, 'no column clip'),
+    ({'max_aspect_ratio': 1.2}, 'oblong'),
+  ):
     with pytest.raises(Unusable, match=reason):
       _prepared(data, **settings)
   with pytest.raises(Unusable, match='no caption'):

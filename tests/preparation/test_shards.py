@@ -29,16 +29,26 @@ def _work(source, **settings):
 
 
 def _records(path):
-  return list(prepared.array_records.ShardStreams(
-      [str(path)], prepared.functools.partial(prepared.parsed, describe=True)).read(str(path)))
+  return list(
+    prepared.array_records.ShardStreams(
+      [str(path)], prepared.functools.partial(prepared.parsed, describe=True)
+    ).read(str(path))
+  )
 
 
 @pytest.fixture
 def tars(draw, encode, write_tar):
   """Three tars of two examples each."""
   for tar in range(3):
-    samples = [(f'{tar}{index}', f'picture {tar}{index}',
-                encode(draw(2 * tar + index), 'jpeg'), {'clip': tar / 10}) for index in range(2)]
+    samples = [
+      (
+        f'{tar}{index}',
+        f'picture {tar}{index}',
+        encode(draw(2 * tar + index), 'jpeg'),
+        {'clip': tar / 10},
+      )
+      for index in range(2)
+    ]
     path = write_tar(f'{tar}.tar', samples)
   return path
 
@@ -56,44 +66,54 @@ def test_files_are_divided_into_parts(tars):
 def test_an_index_is_divided_into_parts(tmp_path, draw, encode):
   for index in range(5):
     (tmp_path / f'{index}.png').write_bytes(encode(draw(index)))
-  (tmp_path / 'captions.jsonl').write_text(''.join(
-      json.dumps({'file': f'{index}.png', 'caption': f'{index}'}) + '\n' for index in range(5)))
+  (tmp_path / 'captions.jsonl').write_text(
+    ''.join(
+      json.dumps({'file': f'{index}.png', 'caption': f'{index}'}) + '\n' for index in range(5)
+    )
+  )
   source = folder.FolderSource(str(tmp_path), {'train': 'captions.jsonl'}, 'file', 'caption')
   work = pickle.loads(pickle.dumps(_work(source, examples_per_shard=2)))
   read = [pair for number in range(len(work)) for pair in work.read(number)]
   assert [len(list(work.read(number))) for number in range(len(work))] == [2, 2, 1]
   assert [(key, example['key'], example['caption']) for key, example in read] == [
-      (str(index), f'{index}.png', str(index).encode()) for index in range(5)]
+    (str(index), f'{index}.png', str(index).encode()) for index in range(5)
+  ]
 
 
 def test_columns_are_looked_for_beforehand(tars):
   _work(_tars(tars), columns={'clip': (0, 1)}, keep_columns=('clip',)).check_columns()
   for settings in ({'columns': {'watermark': (0, 1)}}, {'keep_columns': ('watermark',)}):
-    with pytest.raises(UserError, match="no column 'watermark' in the first 2 examples, which have "
-                                        'clip'):
+    with pytest.raises(
+      UserError, match="no column 'watermark' in the first 2 examples, which have clip"
+    ):
       _work(_tars(tars), **settings).check_columns()
 
 
 def test_a_shard_and_what_became_of_its_examples(tmp_path, draw, encode):
   examples = [
-      ('0', {'picture': encode(draw(0)), 'caption': b'first'}),
-      ('1', Damaged('rest of a damaged tar shard', file='x.tar')),
-      ('2', {'picture': encode(draw(1))[:-40], 'caption': b'broken'}),
-      ('3', {'picture': encode(draw(2)), 'caption': b''}),
-      ('4', {'picture': encode(draw(3)), 'caption': b'las\0t'}),
+    ('0', {'picture': encode(draw(0)), 'caption': b'first'}),
+    ('1', Damaged('rest of a damaged tar shard', file='x.tar')),
+    ('2', {'picture': encode(draw(1))[:-40], 'caption': b'broken'}),
+    ('3', {'picture': encode(draw(2)), 'caption': b''}),
+    ('4', {'picture': encode(draw(3)), 'caption': b'las\0t'}),
   ]
   path = str(tmp_path / 'a.array_record')
   outcome, rows = shards.write(path, 7, examples, Settings(near_duplicates=0))
   assert outcome.read == 5
   assert outcome.left_out == {
-      'rest of a damaged tar shard': 1, 'damaged picture': 1, 'no caption': 1}
+    'rest of a damaged tar shard': 1,
+    'damaged picture': 1,
+    'no caption': 1,
+  }
   assert outcome.notes == {'control characters taken out of the caption': 1}
   assert outcome.places == ['x.tar: rest of a damaged tar shard']
   assert outcome.shard['examples'] == 2 and outcome.shard['bytes'] == os.path.getsize(path)
   assert [(row.shard, row.index, row.pixels) for row in rows] == [(7, 0, 3072), (7, 1, 3072)]
   assert rows[0].digest != rows[1].digest and rows[0].look != rows[1].look
   assert [(example['key'], example['caption']) for example in _records(path)] == [
-      ('0', b'first'), ('4', b'las t')]
+    ('0', b'first'),
+    ('4', b'las t'),
+  ]
 
 
 def test_duplicates_are_taken_out_again_and_again(tmp_path, draw, encode):
@@ -122,12 +142,13 @@ def _finish(output, draw, encode, counts=(2, 0, 1)):
   """Writes shards with so many examples and publishes them."""
   outcomes = []
   for number, count in enumerate(counts):
-    examples = [(f'{number}:{index}', {'picture': encode(draw(index)), 'caption': b'a'})
-                for index in range(count)]
+    examples = [
+      (f'{number}:{index}', {'picture': encode(draw(index)), 'caption': b'a'})
+      for index in range(count)
+    ]
     outcome, _ = shards.write(output.staging_place(number), number, examples, Settings())
     outcomes.append(shards.finish(output.staging_place(number), output.place(number), outcome, {}))
-  output.publish([outcome.shard for outcome in outcomes],
-                 report.make(outcomes, 'here', Settings()))
+  output.publish([outcome.shard for outcome in outcomes], report.make(outcomes, 'here', Settings()))
   output.release(finished=any(counts))
 
 
@@ -138,15 +159,21 @@ def test_a_finished_split_is_a_source(tmp_path, draw, encode):
   with pytest.raises(UserError, match='is not finished'):
     prepared.read_info(where)
   _finish(output, draw, encode)
-  assert sorted(os.listdir(where)) == ['info.json', 'report.json', *(
-      f'train-0000{number}.array_record' for number in range(3))]
+  assert sorted(os.listdir(where)) == [
+    'info.json',
+    'report.json',
+    *(f'train-0000{number}.array_record' for number in range(3)),
+  ]
   source = prepared.PreparedSource(where)
   examples = list(source.examples('train'))
   assert [example['caption'] for example in examples] == [b'a'] * 3
   assert examples[0].keys() == {'picture', 'caption'}
   described = source.open_described('train')
   assert [example['key'] for example in described.read(range(len(described)))] == [
-      '0:0', '0:1', '2:0']
+    '0:0',
+    '0:1',
+    '2:0',
+  ]
   digest = source.open('train').digest()
   # A second split joins the first, and can be replaced.
   other = output_lib.Output(where, 'validation', True)
@@ -160,7 +187,9 @@ def test_a_finished_split_is_a_source(tmp_path, draw, encode):
   assert prepared.PreparedSource(where).open('validation').digest() not in (digest, None)
   assert not [name for name in os.listdir(where) if name.startswith('train')]
   assert set(json.loads(storage.read(f'{where}/report.json', 2**20))['splits']) == {
-      'train', 'validation'}
+    'train',
+    'validation',
+  }
 
 
 def test_one_run_at_a_time_has_the_folder(tmp_path):
@@ -168,8 +197,10 @@ def test_one_run_at_a_time_has_the_folder(tmp_path):
   output.claim(False)
   owner = tmp_path / 'out' / '.train.unfinished' / 'owner.json'
   assert json.loads(owner.read_text())['pid'] == os.getpid()
-  for other in ({'host': 'elsewhere', 'pid': 1, 'since': 'today'},
-                {'host': output_lib.socket.gethostname(), 'pid': 1, 'since': 'today'}):
+  for other in (
+    {'host': 'elsewhere', 'pid': 1, 'since': 'today'},
+    {'host': output_lib.socket.gethostname(), 'pid': 1, 'since': 'today'},
+  ):
     owner.write_text(json.dumps(other))
     with pytest.raises(UserError, match='process 1 on host .* since today; .*--overwrite'):
       output.claim(False)
@@ -208,7 +239,10 @@ def test_shards_of_others_are_not_touched(tmp_path):
     output.claim(False)
   output.claim(True)
   assert sorted(os.listdir(tmp_path)) == [
-      '.train.unfinished', 'train-00000.tfrecord', 'train-a.array_record']
+    '.train.unfinished',
+    'train-00000.tfrecord',
+    'train-a.array_record',
+  ]
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
@@ -233,10 +267,17 @@ def test_nothing_is_left(tmp_path, draw, encode):
 
 
 def test_a_report_adds_up():
-  outcomes = [shards.Outcome(number, 10, shards.collections.Counter(small=number),
-                             shards.collections.Counter(cut=1), [f'{number}.tar: damaged'],
-                             {'examples': 10 - number, 'bytes': 5, 'digest': 'x'})
-              for number in range(3)]
+  outcomes = [
+    shards.Outcome(
+      number,
+      10,
+      shards.collections.Counter(small=number),
+      shards.collections.Counter(cut=1),
+      [f'{number}.tar: damaged'],
+      {'examples': 10 - number, 'bytes': 5, 'digest': 'x'},
+    )
+    for number in range(3)
+  ]
   found = report.make(outcomes, 'tars', Settings(size=8))
   assert found['read'] == found['written'] + sum(found['left_out'].values()) == 30
   assert found['left_out'] == {'small': 3} and found['ignored_or_cut'] == {'cut': 3}
@@ -251,6 +292,7 @@ def test_prepared_pictures_by_gin(tmp_path, draw, encode):
   output.claim(False)
   _finish(output, draw, encode)
   import gin
+
   gin.parse_config(f"prepared.path = '{tmp_path}/out'")
   assert len(list(sources.configured('prepared').examples('train'))) == 3
   with pytest.raises(UserError, match="prepared.shuffle='none' is not one of global, window"):
@@ -280,8 +322,16 @@ def test_damaged_prepared_pictures(tmp_path, draw, encode, shuffle):
     prepared.PreparedSource(where, shuffle).open('test')
 
 
-@pytest.mark.parametrize('record', [b'', b'\0' * 7, b'\xff' * 20, prepared.serialized(b'', 'a', {}),
-                                    prepared.serialized(b'x', 'a', {})])
+@pytest.mark.parametrize(
+  'record',
+  [
+    b'',
+    b'\0' * 7,
+    b'\xff' * 20,
+    prepared.serialized(b'', 'a', {}),
+    prepared.serialized(b'x', 'a', {}),
+  ],
+)
 def test_records_of_something_else(record):
   assert isinstance(prepared.parsed(record, describe=True), Damaged)
 

@@ -15,8 +15,14 @@ from parti_jax.models import parti_config
 from parti_jax.models import super_resolution
 from parti_jax.models import vit_vqgan
 
-CAPTIONS = ('red apple', 'green apple', 'blue ball', 'waving hand: dark skin tone',
-            'woman firefighter: light skin tone', 'man cook: medium skin tone')
+CAPTIONS = (
+  'red apple',
+  'green apple',
+  'blue ball',
+  'waving hand: dark skin tone',
+  'woman firefighter: light skin tone',
+  'man cook: medium skin tone',
+)
 
 
 def random_params(model, inputs, seed):
@@ -30,21 +36,43 @@ def parts(tmp_path_factory):
   vocabulary_path = tmp_path_factory.mktemp('vocabulary') / 'vocabulary.model'
   size = vocabulary.train_vocabulary(CAPTIONS, 36, str(vocabulary_path)).size
   config = parti_config.PartiConfig(
-      encoder_layers=1, decoder_layers=2, width=16, mlp_width=32, heads=2, text_vocabulary=size,
-      text_length=24, codebook_size=12, grid=(2, 2), dtype='float32')
+    encoder_layers=1,
+    decoder_layers=2,
+    width=16,
+    mlp_width=32,
+    heads=2,
+    text_vocabulary=size,
+    text_length=24,
+    codebook_size=12,
+    grid=(2, 2),
+    dtype='float32',
+  )
   tokenizer_config = vit_vqgan.ViTVQGANConfig(
-      image_size=8, patch_size=4, encoder_layers=1, encoder_width=8, encoder_mlp_width=16,
-      encoder_heads=2, decoder_layers=1, decoder_width=8, decoder_mlp_width=16, decoder_heads=2,
-      codebook_size=12, code_dim=4, dtype='float32')
+    image_size=8,
+    patch_size=4,
+    encoder_layers=1,
+    encoder_width=8,
+    encoder_mlp_width=16,
+    encoder_heads=2,
+    decoder_layers=1,
+    decoder_width=8,
+    decoder_mlp_width=16,
+    decoder_heads=2,
+    codebook_size=12,
+    code_dim=4,
+    dtype='float32',
+  )
   return {
-      'parti_config': config,
-      'parti_params': random_params(parti.Parti(config), parti.example_inputs(config), 0),
-      'tokenizer_config': tokenizer_config,
-      'tokenizer_params': random_params(
-          vit_vqgan.ViTVQGAN(tokenizer_config), vit_vqgan.example_inputs(tokenizer_config), 1),
-      'vocabulary_path': vocabulary_path,
-      'sampling': sampling_settings.SamplingSettings(guidance_scale=2.0, top_p=0.99),
-      'provenance': {'data': 'none, random parameters'}}
+    'parti_config': config,
+    'parti_params': random_params(parti.Parti(config), parti.example_inputs(config), 0),
+    'tokenizer_config': tokenizer_config,
+    'tokenizer_params': random_params(
+      vit_vqgan.ViTVQGAN(tokenizer_config), vit_vqgan.example_inputs(tokenizer_config), 1
+    ),
+    'vocabulary_path': vocabulary_path,
+    'sampling': sampling_settings.SamplingSettings(guidance_scale=2.0, top_p=0.99),
+    'provenance': {'data': 'none, random parameters'},
+  }
 
 
 @pytest.fixture(scope='session')
@@ -56,8 +84,11 @@ def tiny_folder(parts, tmp_path_factory):
 def enlarger():
   """A super-resolution network with random parameters, as a part of a model."""
   config = super_resolution.SuperResolutionConfig(
-      factor=2, blocks=1, width=4, expansion=2, low_rank=0.5, unshuffle=2, dtype='float32')
+    factor=2, blocks=1, width=4, expansion=2, low_rank=0.5, unshuffle=2, dtype='float32'
+  )
   abstract = nn.meta.unbox(model_folder.abstract('super_resolution', config))
   draw = np.random.default_rng(2)
-  return model_folder.Part(config, jax.tree.map(
-      lambda leaf: 0.3 * draw.normal(size=leaf.shape).astype(np.float32), abstract))
+  return model_folder.Part(
+    config,
+    jax.tree.map(lambda leaf: 0.3 * draw.normal(size=leaf.shape).astype(np.float32), abstract),
+  )

@@ -19,9 +19,19 @@ from parti_jax.sampling import decoding
 from parti_jax.sampling import parameters
 
 CONFIG = parti_config.PartiConfig(
-    encoder_layers=1, decoder_layers=3, width=16, mlp_width=32, heads=2, text_vocabulary=20,
-    text_length=5, codebook_size=11, grid=(2, 3), dtype='float32',
-    attention_patterns=('conv', 'global', 'row'), conv_kernel=3)
+  encoder_layers=1,
+  decoder_layers=3,
+  width=16,
+  mlp_width=32,
+  heads=2,
+  text_vocabulary=20,
+  text_length=5,
+  codebook_size=11,
+  grid=(2, 3),
+  dtype='float32',
+  attention_patterns=('conv', 'global', 'row'),
+  conv_kernel=3,
+)
 TEXTS = np.array([[4, 7, 1, 0, 0], [3, 1, 0, 0, 0], [9, 9, 8, 5, 1], [2, 6, 1, 0, 0]], np.int32)
 SCALE = 2.0
 
@@ -35,8 +45,20 @@ def params():
 
 def _draw(params, exit_threshold, skip_threshold):
   return adaptive.sample_tokens(
-      CONFIG, parameters.cut(CONFIG, params), TEXTS, decoding.image_keys(0, jnp.arange(len(TEXTS))),
-      SCALE, 1.0, 0, 1.0, exit_threshold, skip_threshold, guided=True, greedy=True, filtered=False)
+    CONFIG,
+    parameters.cut(CONFIG, params),
+    TEXTS,
+    decoding.image_keys(0, jnp.arange(len(TEXTS))),
+    SCALE,
+    1.0,
+    0,
+    1.0,
+    exit_threshold,
+    skip_threshold,
+    guided=True,
+    greedy=True,
+    filtered=False,
+  )
 
 
 draw = jax.jit(_draw)
@@ -44,26 +66,42 @@ draw = jax.jit(_draw)
 
 MODEL = parti.Parti(CONFIG)
 BLOCK = transformer.DecoderBlock(
-    CONFIG.width, CONFIG.mlp_width, CONFIG.heads, dtype=jnp.float32, parent=None)
+  CONFIG.width, CONFIG.mlp_width, CONFIG.heads, dtype=jnp.float32, parent=None
+)
 start = jax.jit(functools.partial(MODEL.apply, method='start'))
 
 
 @jax.jit
 def _embed(params, previous, position):
-  return MODEL.apply({'params': params}, previous[None], position, method=lambda model, *inputs: (
-      model.image_decoder._embed_step(*inputs)))
+  return MODEL.apply(
+    {'params': params},
+    previous[None],
+    position,
+    method=lambda model, *inputs: model.image_decoder._embed_step(*inputs),
+  )
 
 
 @functools.partial(jax.jit, static_argnames='number')
 def _layer(params, x, cache, memory, mask, position, number):
-  return BLOCK.apply({'params': params}, x, cache, memory, mask, position,
-                     CONFIG.layer_pattern(number), method='step')
+  return BLOCK.apply(
+    {'params': params},
+    x,
+    cache,
+    memory,
+    mask,
+    position,
+    CONFIG.layer_pattern(number),
+    method='step',
+  )
 
 
 @jax.jit
 def _logits(params, x):
-  return MODEL.apply({'params': params}, x, method=lambda model, x: model.image_decoder.predict(
-      model.image_decoder.decoder.finish(x)))[0, 0]
+  return MODEL.apply(
+    {'params': params},
+    x,
+    method=lambda model, x: model.image_decoder.predict(model.image_decoder.decoder.finish(x)),
+  )[0, 0]
 
 
 class _Branch:
@@ -79,8 +117,14 @@ class _Branch:
   def layer(self, number, x, position):
     """A whole step, which writes the cache; its output is for the caller to take or leave."""
     out, self.caches[number] = _layer(
-        self.layers[number], x, self.caches[number], self.memories[number], self.mask,
-        np.int32(position), number)
+      self.layers[number],
+      x,
+      self.caches[number],
+      self.memories[number],
+      self.mask,
+      np.int32(position),
+      number,
+    )
     return out
 
   def logits(self, x):
@@ -123,9 +167,13 @@ def plain(params, text, exit_threshold, skip_threshold):
 
 
 def _check(params, exit_threshold, skip_threshold):
-  tokens, usage = jax.device_get(draw(
-      params, None if exit_threshold > 1 else exit_threshold,
-      None if skip_threshold > 1 else skip_threshold))
+  tokens, usage = jax.device_get(
+    draw(
+      params,
+      None if exit_threshold > 1 else exit_threshold,
+      None if skip_threshold > 1 else skip_threshold,
+    )
+  )
   expected = [plain(params, text, exit_threshold, skip_threshold) for text in TEXTS]
   for row, (own_tokens, passed, skipped) in enumerate(expected):
     assert tokens[row].tolist() == own_tokens
@@ -165,10 +213,9 @@ def test_nothing_is_computed_once_all_have_left(params):
 
 
 def test_thresholds_that_nothing_reaches_change_no_token(params):
-  expected = jax.jit(functools.partial(
-      decoding.sample_tokens, CONFIG, guided=True, greedy=True, filtered=False))(
-          parameters.cut(CONFIG, params), TEXTS,
-          decoding.image_keys(0, jnp.arange(len(TEXTS))), SCALE)
+  expected = jax.jit(
+    functools.partial(decoding.sample_tokens, CONFIG, guided=True, greedy=True, filtered=False)
+  )(parameters.cut(CONFIG, params), TEXTS, decoding.image_keys(0, jnp.arange(len(TEXTS))), SCALE)
   for thresholds in ((1.5, None), (1.5, 1.5)):
     tokens, usage = draw(params, *thresholds)
     np.testing.assert_array_equal(tokens, expected)

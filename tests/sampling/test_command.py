@@ -22,34 +22,69 @@ def test_writes_pictures_and_their_grid(tiny_folder, tmp_path, capsys):
   prompts = tmp_path / 'prompts.txt'
   prompts.write_text('blue ball\n\n  green apple\n')
   output = tmp_path / 'pictures'
-  assert generate('red apple', '--prompts_file', prompts, '--model', tiny_folder,
-                  '--output_dir', output, '--num_images', 2, '--seed', 3, '--top_k', 5) == 0
+  assert (
+    generate(
+      'red apple',
+      '--prompts_file',
+      prompts,
+      '--model',
+      tiny_folder,
+      '--output_dir',
+      output,
+      '--num_images',
+      2,
+      '--seed',
+      3,
+      '--top_k',
+      5,
+    )
+    == 0
+  )
   printed = capsys.readouterr().out.split()
-  assert printed == [str(output / name) for name in (
-      'red-apple_seed3_0.png', 'red-apple_seed3_1.png', 'blue-ball_seed3_0.png',
-      'blue-ball_seed3_1.png', 'green-apple_seed3_0.png', 'green-apple_seed3_1.png',
-      'red-apple-and-2-more_seed3_grid.png')]
+  assert printed == [
+    str(output / name)
+    for name in (
+      'red-apple_seed3_0.png',
+      'red-apple_seed3_1.png',
+      'blue-ball_seed3_0.png',
+      'blue-ball_seed3_1.png',
+      'green-apple_seed3_0.png',
+      'green-apple_seed3_1.png',
+      'red-apple-and-2-more_seed3_grid.png',
+    )
+  ]
   assert sorted(map(str, output.iterdir())) == sorted(printed)
   expected = parti_jax.load(tiny_folder).generate(
-      ['red apple', 'blue ball', 'green apple'], num_images=2, seed=3, top_k=5)
+    ['red apple', 'blue ball', 'green apple'], num_images=2, seed=3, top_k=5
+  )
   np.testing.assert_array_equal(np.asarray(Image.open(printed[3])), expected.images[1, 1])
   assert images.read_metadata(printed[3])['top_k'] == '5'
 
 
-@pytest.mark.parametrize('arguments, named', [
-    ([], 'no prompt'), ([' '], 'prompt 1 is empty'), (['a', '--num_images', 0], 'num_images=0'),
-    (['a', '--top_p', 1.5], 'top_p=1.5'), (['a', '--temperature', -1], 'temperature=-1'),
-    (['a', '--seed', -1], 'seed=-1'), (['a', '--batch_size', 0], 'batch_size=0'),
-    (['a', '--seed', 2**32], 'seed=4294967296'), (['a', '--num_images', 2**31], 'num_images='),
+@pytest.mark.parametrize(
+  'arguments, named',
+  [
+    ([], 'no prompt'),
+    ([' '], 'prompt 1 is empty'),
+    (['a', '--num_images', 0], 'num_images=0'),
+    (['a', '--top_p', 1.5], 'top_p=1.5'),
+    (['a', '--temperature', -1], 'temperature=-1'),
+    (['a', '--seed', -1], 'seed=-1'),
+    (['a', '--batch_size', 0], 'batch_size=0'),
+    (['a', '--seed', 2**32], 'seed=4294967296'),
+    (['a', '--num_images', 2**31], 'num_images='),
     (['a', '--guidance_scale', 1e39], 'guidance_scale=1e+39'),
     (['a', '--guidance_scale', 1e38], 'guidance_scale=1e+38'),
-    (['a', '--top_p', 'nan'], 'top_p=nan'), (['a', '--top_k', -1], 'top_k=-1'),
+    (['a', '--top_p', 'nan'], 'top_p=nan'),
+    (['a', '--top_k', -1], 'top_k=-1'),
     (['a', '--display_size', 2**40], 'display_size='),
     (['a', '--temperature', 'inf'], 'temperature=inf'),
     (['a', '--output_dir', f'{__file__}/out'], 'test_command.py is not a folder'),
-    (['a', '--model', 'nowhere'], 'nowhere'), (['--prompts_file', 'nowhere.txt'], 'nowhere.txt')])
-def test_bad_input_is_one_line_and_leaves_nothing(
-    arguments, named, tmp_path, capsys, monkeypatch):
+    (['a', '--model', 'nowhere'], 'nowhere'),
+    (['--prompts_file', 'nowhere.txt'], 'nowhere.txt'),
+  ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(arguments, named, tmp_path, capsys, monkeypatch):
   monkeypatch.chdir(tmp_path)
   assert generate(*arguments) == 2
   error = capsys.readouterr().err
@@ -65,7 +100,17 @@ def test_a_file_without_prompts(tmp_path, capsys):
 
 
 def test_a_long_prompt_is_cut_with_a_warning(tiny_folder, tmp_path, capsys):
-  assert generate('red apple ' * 20 + 'zebra', '--model', tiny_folder, '--output_dir', tmp_path,
-                  '--num_images', 1) == 0
+  assert (
+    generate(
+      'red apple ' * 20 + 'zebra',
+      '--model',
+      tiny_folder,
+      '--output_dir',
+      tmp_path,
+      '--num_images',
+      1,
+    )
+    == 0
+  )
   error = capsys.readouterr().err
   assert error.startswith('parti-jax: warning: prompt 1 is longer') and 'zebra' in error

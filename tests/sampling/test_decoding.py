@@ -18,8 +18,17 @@ from parti_jax.sampling import decoding
 from parti_jax.sampling import parameters
 
 CONFIG = parti_config.PartiConfig(
-    encoder_layers=1, decoder_layers=2, width=16, mlp_width=32, heads=2, text_vocabulary=20,
-    text_length=5, codebook_size=11, grid=(2, 3), dtype='float32')
+  encoder_layers=1,
+  decoder_layers=2,
+  width=16,
+  mlp_width=32,
+  heads=2,
+  text_vocabulary=20,
+  text_length=5,
+  codebook_size=11,
+  grid=(2, 3),
+  dtype='float32',
+)
 TEXTS = np.array([[4, 7, 1, 0, 0], [3, 1, 0, 0, 0], [9, 9, 8, 5, 1]], np.int32)
 
 
@@ -36,16 +45,28 @@ def draw_jitted(params, texts, image_index, seed, settings, segment, **statics):
   del segment  # Only there to compile again when the tests change it.
   keys = decoding.image_keys(seed, image_index)
   return decoding.sample_tokens(
-      CONFIG, parameters.cut(CONFIG, params), texts, keys, **settings, **statics)
+    CONFIG, parameters.cut(CONFIG, params), texts, keys, **settings, **statics
+  )
 
 
-def draw(params, texts, image_index, seed=0, guided=False, greedy=False, filtered=False,
-         **settings):
+def draw(
+  params, texts, image_index, seed=0, guided=False, greedy=False, filtered=False, **settings
+):
   """sample_tokens under jit, plain conditional sampling unless told otherwise."""
   settings = {'guidance_scale': 1.0, 'temperature': 1.0, 'top_k': 0, 'top_p': 1.0} | settings
-  return np.asarray(draw_jitted(
-      params, np.asarray(texts), np.asarray(image_index, np.int32), np.uint32(seed), settings,
-      decoding._MIN_SEGMENT, guided=guided, greedy=greedy, filtered=filtered))
+  return np.asarray(
+    draw_jitted(
+      params,
+      np.asarray(texts),
+      np.asarray(image_index, np.int32),
+      np.uint32(seed),
+      settings,
+      decoding._MIN_SEGMENT,
+      guided=guided,
+      greedy=greedy,
+      filtered=filtered,
+    )
+  )
 
 
 @functools.partial(jax.jit, static_argnames='config')
@@ -58,7 +79,8 @@ def cached_logits(params, texts, tokens, config=CONFIG):
   def body(carry, inputs):
     (previous, caches), (position, token) = carry, inputs
     logits, caches = model.apply(
-        {'params': params}, previous, caches, layers, memories, mask, position, method='step')
+      {'params': params}, previous, caches, layers, memories, mask, position, method='step'
+    )
     return (token, caches), logits
 
   inputs = jnp.arange(config.image_length), tokens.T
@@ -78,16 +100,24 @@ def tokens():
 
 # The first places of which a pattern hides an earlier one: of a square of 3 in the first row the
 # third, in the second row the first and the third; of a row the fifth; of a column the second.
-@pytest.mark.parametrize('patterns, same, different', [
-    (('global',), 6, []), (('conv',), 2, [2, 3, 5]), (('row',), 4, [4, 5]),
-    (('column',), 1, [1, 2, 3, 4, 5]), (('row', 'column'), 1, [1, 2])])
+@pytest.mark.parametrize(
+  'patterns, same, different',
+  [
+    (('global',), 6, []),
+    (('conv',), 2, [2, 3, 5]),
+    (('row',), 4, [4, 5]),
+    (('column',), 1, [1, 2, 3, 4, 5]),
+    (('row', 'column'), 1, [1, 2]),
+  ],
+)
 def test_cached_logits_are_those_of_the_whole_sequence(params, tokens, patterns, same, different):
   config = dataclasses.replace(CONFIG, attention_patterns=patterns, conv_kernel=3)
   expected = all_logits(params, TEXTS, tokens, config)
   assert np.std(expected) > 0.1
   # Logits up to 17, of which float32 keeps 2e-6.
   np.testing.assert_allclose(
-      cached_logits(params, TEXTS, tokens, config), expected, rtol=2e-6, atol=2e-5)
+    cached_logits(params, TEXTS, tokens, config), expected, rtol=2e-6, atol=2e-5
+  )
   differs = np.abs(expected - all_logits(params, TEXTS, tokens)).max(axis=(0, 2)) > 1e-3
   assert not differs[:same].any() and differs[different].all()
 
@@ -96,8 +126,12 @@ def test_cached_logits_are_those_of_the_whole_sequence(params, tokens, patterns,
 def tall():
   """A grid on which rings turn more than once, with a layer of each pattern."""
   config = dataclasses.replace(
-      CONFIG, grid=(7, 2), conv_kernel=3, decoder_layers=4,
-      attention_patterns=('conv', 'row', 'column', 'global'))
+    CONFIG,
+    grid=(7, 2),
+    conv_kernel=3,
+    decoder_layers=4,
+    attention_patterns=('conv', 'row', 'column', 'global'),
+  )
   init = functools.partial(parti.Parti(config).init, jax.random.key(1))
   params = nn.meta.unbox(jax.jit(init)(*parti.example_inputs(config)))['params']
   params = jax.tree.map(lambda leaf: leaf * 2.0, params)
@@ -111,7 +145,8 @@ def test_a_mixed_schedule_with_rings_that_turn(tall):
   expected = all_logits(params, texts, tokens, config)
   np.testing.assert_allclose(cached_logits(params, texts, tokens, config), expected, atol=5e-5)
   caches = parti.Parti(config).apply(
-      {'params': params}, texts, parameters.cut(config, params).layers, method='start')[2]
+    {'params': params}, texts, parameters.cut(config, params).layers, method='start'
+  )[2]
   assert [keys.shape for keys, _ in caches] == [(8, 2, slots, 8) for slots in (4, 3, 14, 14)]
 
 
@@ -120,7 +155,8 @@ def test_a_mixed_schedule_on_a_mesh(tall):
   expected = all_logits(params, texts, tokens, config)
   with rules.partitioned(mesh_lib.make_mesh(data=4, tensor=2), rules.logical_axis_rules()):
     found = jax.jit(functools.partial(cached_logits.__wrapped__, config=config))(
-        params, texts, tokens)
+      params, texts, tokens
+    )
   np.testing.assert_allclose(found, expected, atol=5e-5)
 
 
@@ -130,9 +166,9 @@ def test_a_later_token_changes_no_earlier_logit(params, tokens):
     changed = tokens.copy()
     changed[:, position] = (changed[:, position] + 1) % CONFIG.codebook_size
     after = np.asarray(all_logits(params, TEXTS, changed))
-    np.testing.assert_array_equal(after[:, :position + 1], before[:, :position + 1])
+    np.testing.assert_array_equal(after[:, : position + 1], before[:, : position + 1])
     if position + 1 < CONFIG.image_length:
-      assert np.any(after[:, position + 1:] != before[:, position + 1:])
+      assert np.any(after[:, position + 1 :] != before[:, position + 1 :])
 
 
 def test_greedy_sampling_follows_the_logits_of_the_whole_sequence(params):
@@ -144,8 +180,7 @@ def test_greedy_sampling_follows_the_logits_of_the_whole_sequence(params):
 def test_guidance_scale_one_is_conditional_sampling(params):
   texts, index = np.repeat(TEXTS, 4, axis=0), [0, 1, 2, 3] * 3
   plain = draw(params, texts, index)
-  np.testing.assert_array_equal(
-      draw(params, texts, index, guided=True, guidance_scale=1.0), plain)
+  np.testing.assert_array_equal(draw(params, texts, index, guided=True, guidance_scale=1.0), plain)
   assert np.any(draw(params, texts, index, guided=True, guidance_scale=4.0) != plain)
 
 
@@ -160,7 +195,8 @@ def test_guidance_leads_from_the_logits_without_text_to_those_with_it(params, to
     for position in range(CONFIG.image_length):
       expected = unconditional + scale * (conditional - unconditional)
       np.testing.assert_allclose(
-          decoding.guide(doubled[:, position], scale), expected[:, position], atol=1e-4)
+        decoding.guide(doubled[:, position], scale), expected[:, position], atol=1e-4
+      )
 
 
 def test_a_ramp_of_guidance_is_a_loop_with_a_scale_for_each_position(params):
@@ -170,15 +206,24 @@ def test_a_ramp_of_guidance_is_a_loop_with_a_scale_for_each_position(params):
   expected = np.zeros_like(drawn)
   for position, scale in enumerate(scales):
     conditional, unconditional = (
-        np.asarray(all_logits(params, texts, expected))[:, position] for texts in (TEXTS, empty))
+      np.asarray(all_logits(params, texts, expected))[:, position] for texts in (TEXTS, empty)
+    )
     guided = unconditional + scale * (conditional - unconditional)
     expected[:, position] = guided.argmax(axis=-1)
   np.testing.assert_array_equal(drawn, expected)
   constant = draw(params, TEXTS, [0, 0, 0], guided=True, greedy=True, guidance_scale=4.0)
   assert np.any(constant != drawn)
-  np.testing.assert_array_equal(constant, draw(
-      params, TEXTS, [0, 0, 0], guided=True, greedy=True,
-      guidance_scale=np.full(CONFIG.image_length, 4.0, np.float32)))
+  np.testing.assert_array_equal(
+    constant,
+    draw(
+      params,
+      TEXTS,
+      [0, 0, 0],
+      guided=True,
+      greedy=True,
+      guidance_scale=np.full(CONFIG.image_length, 4.0, np.float32),
+    ),
+  )
 
 
 def test_an_image_does_not_depend_on_the_others_of_its_batch(params):
@@ -202,10 +247,8 @@ def test_a_seed_and_an_index_choose_the_image(params):
 def test_one_token_left_is_the_likeliest(params):
   index = [0, 1, 2]
   greedy = draw(params, TEXTS, index, greedy=True)
-  np.testing.assert_array_equal(
-      draw(params, TEXTS, index, filtered=True, top_k=1), greedy)
-  np.testing.assert_array_equal(
-      draw(params, TEXTS, index, filtered=True, top_p=1e-6), greedy)
+  np.testing.assert_array_equal(draw(params, TEXTS, index, filtered=True, top_k=1), greedy)
+  np.testing.assert_array_equal(draw(params, TEXTS, index, filtered=True, top_p=1e-6), greedy)
   assert np.any(draw(params, TEXTS, index) != greedy)
 
 
@@ -228,8 +271,9 @@ def test_segments_cover_every_length():
 
 def kept(logits, top_k=0, top_p=1.0):
   """Which logits are left, as a list of indices per row."""
-  filtered = np.asarray(decoding.filter_logits(
-      jnp.asarray(logits, jnp.float32), jnp.int32(top_k), jnp.float32(top_p)))
+  filtered = np.asarray(
+    decoding.filter_logits(jnp.asarray(logits, jnp.float32), jnp.int32(top_k), jnp.float32(top_p))
+  )
   finite = np.isfinite(filtered)
   np.testing.assert_array_equal(filtered[finite], np.asarray(logits, np.float32)[finite])
   return [list(np.flatnonzero(row)) for row in finite]
@@ -263,7 +307,7 @@ def test_filters_agree_with_sorting():
   for top_k, top_p in ((7, 1.0), (0, 0.8), (20, 0.95)):
     expected = []
     for row in logits.astype(np.float32):
-      order = np.argsort(-row)[:top_k or None]
+      order = np.argsort(-row)[: top_k or None]
       mass = np.exp(row[order] - row.max())
       before = np.cumsum(mass) - mass
       expected.append(sorted(order[before < top_p * mass.sum()]))
@@ -278,12 +322,12 @@ def test_draws_have_the_softmax_of_the_logits():
 
   def shares(temperature, top_k, top_p):
     drawn = decoding.choose(
-        logits, keys, jnp.int32(3), temperature, jnp.int32(top_k), top_p,
-        greedy=False, filtered=True)
+      logits, keys, jnp.int32(3), temperature, jnp.int32(top_k), top_p, greedy=False, filtered=True
+    )
     return np.bincount(drawn, minlength=4) / count
 
   np.testing.assert_allclose(shares(1.0, 0, 1.0), probabilities, atol=0.03)
-  sharper = probabilities ** 2 / np.sum(probabilities ** 2)
+  sharper = probabilities**2 / np.sum(probabilities**2)
   np.testing.assert_allclose(shares(0.5, 0, 1.0), sharper, atol=0.03)
   np.testing.assert_allclose(shares(1.0, 2, 1.0), [0.625, 0.375, 0.0, 0.0], atol=0.03)
   np.testing.assert_allclose(shares(1.0, 0, 0.9), np.array([50, 30, 15, 0]) / 95, atol=0.03)

@@ -27,8 +27,17 @@ def _detokenize(tiny_folder, tmp_path):
   def run(lines, *arguments, name=NAME):
     text = '\n'.join(line if isinstance(line, str) else json.dumps(line) for line in lines)
     (tmp_path / name).write_text(text + '\n')
-    return main.main(['detokenize', str(tmp_path / name), '--output_dir', str(tmp_path / 'out'),
-                      '--model', str(tiny_folder), *arguments])
+    return main.main(
+      [
+        'detokenize',
+        str(tmp_path / name),
+        '--output_dir',
+        str(tmp_path / 'out'),
+        '--model',
+        str(tiny_folder),
+        *arguments,
+      ]
+    )
 
   return run
 
@@ -42,20 +51,36 @@ def test_pictures_with_their_captions_and_a_grid(detokenize, tmp_path, tiny_fold
   pipeline = parti_jax.load(tiny_folder)
   drawn = pipeline.generate(['red apple', 'green apple', 'red apple'], num_images=1, seed=1)
   tokens = drawn.tokens[:, 0].tolist()
-  assert detokenize([line(tokens[0], 'red apple'), '', line(tokens[1], aux={'scores': 1.5}),
-                     line(tokens[2], 'red apple')], '--num_columns=2') == 0
+  assert (
+    detokenize(
+      [
+        line(tokens[0], 'red apple'),
+        '',
+        line(tokens[1], aux={'scores': 1.5}),
+        line(tokens[2], 'red apple'),
+      ],
+      '--num_columns=2',
+    )
+    == 0
+  )
   paths = capsys.readouterr().out.split()
-  assert paths == [str(tmp_path / 'out' / name) for name in (
-      'red-apple_line1_0.png', 'picture_line3_0.png', 'red-apple_line4_0.png',
-      'openmoji-tokens-predict-jsonl-00000-of-00001_grid.png')]
+  assert paths == [
+    str(tmp_path / 'out' / name)
+    for name in (
+      'red-apple_line1_0.png',
+      'picture_line3_0.png',
+      'red-apple_line4_0.png',
+      'openmoji-tokens-predict-jsonl-00000-of-00001_grid.png',
+    )
+  ]
   assert sorted(map(str, (tmp_path / 'out').iterdir())) == sorted(paths)
   for path, image in zip(paths, drawn.images[:, 0]):
     # The pipeline detokenizes in the program that draws, which may round otherwise.
     assert np.abs(np.asarray(Image.open(path)).astype(int) - image).max() <= 1
   metadata = images.read_metadata(paths[0])
-  assert {name: metadata[name] for name in ('prompt', 'inferences', 'line', 'image_index', 'model')
-          } == {'prompt': 'red apple', 'inferences': NAME, 'line': '1', 'image_index': '0',
-                'model': 'tiny'}
+  assert {
+    name: metadata[name] for name in ('prompt', 'inferences', 'line', 'image_index', 'model')
+  } == {'prompt': 'red apple', 'inferences': NAME, 'line': '1', 'image_index': '0', 'model': 'tiny'}
   assert 'prompt' not in images.read_metadata(paths[1])
   assert images.read_metadata(paths[3])['prompt'] == 'red apple\nline 3\nred apple'
 
@@ -66,7 +91,11 @@ def test_several_pictures_of_a_line(detokenize, capsys):
   assert detokenize(lines, '--field=output', '--caption_field=text') == 0
   *paths, grid = capsys.readouterr().out.split()
   assert [path.rpartition('/')[2] for path in paths[:4]] == [
-      'ball-0_line01_0.png', 'ball-0_line01_1.png', 'ball-0_line01_2.png', 'ball-1_line02_0.png']
+    'ball-0_line01_0.png',
+    'ball-0_line01_1.png',
+    'ball-0_line01_2.png',
+    'ball-1_line02_0.png',
+  ]
   assert len(paths) == 30 and grid.endswith('_grid.png')
   pixels = [Image.open(path).tobytes() for path in paths]
   assert pixels == pixels[:3] * 10 and len(set(pixels)) > 1
@@ -84,17 +113,24 @@ def test_the_same_pictures_replace_themselves_and_no_others(detokenize, tmp_path
   assert len(list((tmp_path / 'out').iterdir())) == 4
 
 
-@pytest.mark.parametrize('bad, named', [
-    ('{"inputs": {}, "predic', 'is no JSON object'), ('[1, 2]', 'is no JSON object'),
+@pytest.mark.parametrize(
+  'bad, named',
+  [
+    ('{"inputs": {}, "predic', 'is no JSON object'),
+    ('[1, 2]', 'is no JSON object'),
     ('[' * 100_000, 'is no JSON object'),
     ({'inputs': {}, 'score': -3.5}, "there is no 'prediction', only 'inputs', 'score'"),
-    (line('red'), "'prediction' is 'red'"), (line([]), "'prediction' is '[]'"),
+    (line('red'), "'prediction' is 'red'"),
+    (line([]), "'prediction' is '[]'"),
     (line([1, [2, 3]]), 'mixes'),
     (line([1, 2, 3]), '3 tokens, but a picture of this tokenizer has 4'),
     (line([1, 2, 3, 12]), 'token 3 is 12, but the codebook of this tokenizer has 12 codes'),
-    (line([1, 2, -1, 3]), 'token 2 is -1'), (line([1, 2.5, 1, 3]), 'token 1 is 2.5 and no whole'),
+    (line([1, 2, -1, 3]), 'token 2 is -1'),
+    (line([1, 2.5, 1, 3]), 'token 1 is 2.5 and no whole'),
     (line([True, 2, 1, 3]), 'token 0 is True and no whole'),
-    (line([[1, 2, 3, 4]] * 2), '2 pictures, but line 1 has 1')])
+    (line([[1, 2, 3, 4]] * 2), '2 pictures, but line 1 has 1'),
+  ],
+)
 def test_a_bad_line_is_named_and_nothing_is_written(detokenize, tmp_path, capsys, bad, named):
   assert detokenize([line([0, 1, 2, 3], 'a'), '', bad]) == 2
   error = capsys.readouterr().err
@@ -126,5 +162,6 @@ def test_the_tokenizer_of_a_model_is_read_alone(tiny_folder, tmp_path):
   assert config == whole.tokenizer_config
   tokens = np.arange(12, dtype=np.int32).reshape(3, 4)
   np.testing.assert_array_equal(
-      detokenizing.Detokenizer(config, params)(tokens),
-      detokenizing.Detokenizer(config, whole.tokenizer_params)(tokens))
+    detokenizing.Detokenizer(config, params)(tokens),
+    detokenizing.Detokenizer(config, whole.tokenizer_params)(tokens),
+  )

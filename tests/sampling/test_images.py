@@ -43,11 +43,25 @@ def test_names_tell_prompt_seed_and_index(tmp_path):
   assert len(images.slug('long ' * 99)) <= 60
 
 
-@pytest.mark.parametrize('text, name', [
-    ('手を振る — naïve!', '手を振る-naïve'), ('Красное яблоко', 'красное-яблоко'),
-    ('Straße nach Łódź', 'strasse-nach-łódź'), ('हिन्दी', 'हिन्दी'), ('ＡＢＣ №5', 'abc-no5'),
-    ('が', 'が'), ('か\u3099', 'が'), ('e\u0301 手', 'é-手'), ('cafe\u0301', 'cafe'), ('..', None),
-    ('🍎', None), ('🍎 red apple', 'red-apple'), ('\u3164', None), ('\ud800', None)])
+@pytest.mark.parametrize(
+  'text, name',
+  [
+    ('手を振る — naïve!', '手を振る-naïve'),
+    ('Красное яблоко', 'красное-яблоко'),
+    ('Straße nach Łódź', 'strasse-nach-łódź'),
+    ('हिन्दी', 'हिन्दी'),
+    ('ＡＢＣ №5', 'abc-no5'),
+    ('が', 'が'),
+    ('か\u3099', 'が'),
+    ('e\u0301 手', 'é-手'),
+    ('cafe\u0301', 'cafe'),
+    ('..', None),
+    ('🍎', None),
+    ('🍎 red apple', 'red-apple'),
+    ('\u3164', None),
+    ('\ud800', None),
+  ],
+)
 def test_names_of_any_script(text, name):
   found = images.slug(text)
   if name is None:  # Nothing that can be read is left.
@@ -78,23 +92,79 @@ def test_names_of_plain_english_stay(text):
 
 
 TEXTS = st.one_of(
-    st.text(), st.text(st.characters(categories=('L', 'M', 'N')), max_size=200),
-    st.sampled_from(['CON', 'con', 'nul.txt', 'COM1', 'COM¹', 'LPT9', 'aux', '..', '.', '../x', 'a/b',
-                     'a\\b', 'a. ', 'Food & Drink', 'Food, Drink', 'Cat', 'cat', 'ı', 'I', 'i', 'İ',
-                     'ß', 'ẞ', 'ss', 'é', 'e\u0301', 'Å', 'Å', '手', '🍎', '🍏', '', ' ', '\0', 'a\nb',
-                     'ſ', 's', 'ς', 'σ', '𐐨' * 100, '手' * 100, 'picture', '\ud800', '\ufe0f手']))
+  st.text(),
+  st.text(st.characters(categories=('L', 'M', 'N')), max_size=200),
+  st.sampled_from(
+    [
+      'CON',
+      'con',
+      'nul.txt',
+      'COM1',
+      'COM¹',
+      'LPT9',
+      'aux',
+      '..',
+      '.',
+      '../x',
+      'a/b',
+      'a\\b',
+      'a. ',
+      'Food & Drink',
+      'Food, Drink',
+      'Cat',
+      'cat',
+      'ı',
+      'I',
+      'i',
+      'İ',
+      'ß',
+      'ẞ',
+      'ss',
+      'é',
+      'e\u0301',
+      'Å',
+      'Å',
+      '手',
+      '🍎',
+      '🍏',
+      '',
+      ' ',
+      '\0',
+      'a\nb',
+      'ſ',
+      's',
+      'ς',
+      'σ',
+      '𐐨' * 100,
+      '手' * 100,
+      'picture',
+      '\ud800',
+      '\ufe0f手',
+    ]
+  ),
+)
 
 
 def safe(name):
   """Whether every system takes a name, and none changes it."""
-  return (unicodedata.normalize('NFC', name) == name and name.casefold() == name
-          and name[0] not in '-.~ ' and name[-1] not in '. ' and len(name.encode()) <= 140
-          and not re.search(r'[\x00-\x20\x7f/\\<>:"|?*]', name)
-          and name.split('.')[0].upper() not in RESERVED)
+  return (
+    unicodedata.normalize('NFC', name) == name
+    and name.casefold() == name
+    and name[0] not in '-.~ '
+    and name[-1] not in '. '
+    and len(name.encode()) <= 140
+    and not re.search(r'[\x00-\x20\x7f/\\<>:"|?*]', name)
+    and name.split('.')[0].upper() not in RESERVED
+  )
 
 
-RESERVED = {'CON', 'PRN', 'AUX', 'NUL', *(f'{port}{number}' for port in ('COM', 'LPT')
-                                         for number in range(10))}
+RESERVED = {
+  'CON',
+  'PRN',
+  'AUX',
+  'NUL',
+  *(f'{port}{number}' for port in ('COM', 'LPT') for number in range(10)),
+}
 
 
 @SEARCHED
@@ -125,8 +195,9 @@ def test_texts_that_would_share_a_name_get_a_digest_and_others_do_not():
   assert images.distinct_names(['Food & Drink']) == {'Food & Drink': 'food-drink'}
 
 
-@pytest.mark.parametrize('prompt', [
-    '手' * 500, '𐐨' * 500, 'word ' * 500, '\0\x1b[0m', '\ud800', '🍎' * 99])
+@pytest.mark.parametrize(
+  'prompt', ['手' * 500, '𐐨' * 500, 'word ' * 500, '\0\x1b[0m', '\ud800', '🍎' * 99]
+)
 def test_pictures_of_any_prompt_are_written_once(tmp_path, prompt):
   asked = metadata(prompt=prompt, seed='4294967295', image_index='2147483647', upscaled='16')
   path = images.save_picture(tmp_path, picture(), asked)
@@ -143,9 +214,20 @@ def test_what_is_no_folder_is_named(folder):
   assert '\n' not in str(caught.value)
 
 
-@pytest.mark.parametrize('pictures', [
-    None, 5, 'x', [], [[1], [1, 2]], np.zeros((1, 8, 8, 3)), np.zeros((8, 8, 3), np.uint8),
-    np.zeros((1, 8, 9, 3), np.uint8), np.zeros((1, 8, 8, 4), np.uint8)])
+@pytest.mark.parametrize(
+  'pictures',
+  [
+    None,
+    5,
+    'x',
+    [],
+    [[1], [1, 2]],
+    np.zeros((1, 8, 8, 3)),
+    np.zeros((8, 8, 3), np.uint8),
+    np.zeros((1, 8, 9, 3), np.uint8),
+    np.zeros((1, 8, 8, 4), np.uint8),
+  ],
+)
 def test_what_are_no_pictures(pictures):
   with pytest.raises(UserError, match='^images') as caught:
     images.checked(pictures, 8)
@@ -184,17 +266,26 @@ def test_grid_shows_every_picture_under_its_label():
   sheet = np.asarray(images.grid(flat, ['a', 'b ' * 60], display_size=40))
   counts = [np.sum(np.all(sheet == colour, axis=-1)) for colour in colours.reshape(-1, 3)]
   assert counts == [40 * 40] * 4
-  rows = [np.flatnonzero(np.any(np.all(sheet == colours[row, 0], axis=-1), axis=1))[0]
-          for row in range(2)]
-  assert np.any(sheet[:rows[0]] < 100)  # The label above the first row.
+  rows = [
+    np.flatnonzero(np.any(np.all(sheet == colours[row, 0], axis=-1), axis=1))[0] for row in range(2)
+  ]
+  assert np.any(sheet[: rows[0]] < 100)  # The label above the first row.
   lines = (rows[1] - rows[0] - 40) / rows[0]
   assert lines > 3  # The second label is wrapped.
 
 
-@pytest.mark.parametrize('size, message', [
-    (0, '^display_size=0 must be'), (-1, '^display_size='), (1.5, '^display_size='),
-    ('8', '^display_size='), (True, '^display_size='), (10**6, 'sheet of .* pixels is too large'),
-    (2**64, '^display_size=')])
+@pytest.mark.parametrize(
+  'size, message',
+  [
+    (0, '^display_size=0 must be'),
+    (-1, '^display_size='),
+    (1.5, '^display_size='),
+    ('8', '^display_size='),
+    (True, '^display_size='),
+    (10**6, 'sheet of .* pixels is too large'),
+    (2**64, '^display_size='),
+  ],
+)
 def test_sizes_that_no_grid_can_have(size, message):
   with pytest.raises(UserError, match=message):
     images.grid(np.zeros((1, 1, 8, 8, 3), np.uint8), ['x'], display_size=size)

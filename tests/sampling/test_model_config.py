@@ -24,24 +24,45 @@ def nested(depth):
   return value
 
 
-WRONG = {'null': None, '-1': -1, '0': 0, '1.5': 1.5, 'text': 'x', 'list': [], 'object': {},
-         'true': True, '1e300': 1e300, '2**40': 2**40, 'nan': float('nan'), 'inf': float('inf'),
-         'two floats': [8.0, 8.0], 'lists': [[8], [8]], 'long text': 'x\n' * 10**5,
-         'digits': 10**400, 'nested': nested(500)}
+WRONG = {
+  'null': None,
+  '-1': -1,
+  '0': 0,
+  '1.5': 1.5,
+  'text': 'x',
+  'list': [],
+  'object': {},
+  'true': True,
+  '1e300': 1e300,
+  '2**40': 2**40,
+  'nan': float('nan'),
+  'inf': float('inf'),
+  'two floats': [8.0, 8.0],
+  'lists': [[8], [8]],
+  'long text': 'x\n' * 10**5,
+  'digits': 10**400,
+  'nested': nested(500),
+}
 # Entries that take some of these, and why.
 RATES = {'0'}  # Dropout is of training alone.
 WEIGHTS = {'0', '1.5'}  # As is the quantizer's loss.
 SETTINGS = {'0', '1.5'}
 ALLOWED = {
-    ('parti', 'dropout'): RATES, ('ranker', 'dropout'): RATES,
-    ('tokenizer', 'commitment'): WEIGHTS,
-    ('super_resolution', 'low_rank'): {'0'},  # Then other parameters are missing.
-    ('sampling', 'guidance_scale'): SETTINGS, ('sampling', 'guidance_start'): SETTINGS,
-    ('sampling', 'temperature'): SETTINGS | {'2**40'}, ('sampling', 'top_k'): {'0'},
-    ('sampling', 'exit_threshold'): {'0'}, ('sampling', 'guidance_skip_threshold'): {'0'},
-    ('sampling',): {'object'}, ('parameters',): {'object'}, ('provenance',): {'object'},
-    **{('parameters', name): {'0', '2**40', 'digits'} for name in model_folder.NETWORKS},
-    **{('provenance', name): set(WRONG) for name in CONFIG['provenance']},
+  ('parti', 'dropout'): RATES,
+  ('ranker', 'dropout'): RATES,
+  ('tokenizer', 'commitment'): WEIGHTS,
+  ('super_resolution', 'low_rank'): {'0'},  # Then other parameters are missing.
+  ('sampling', 'guidance_scale'): SETTINGS,
+  ('sampling', 'guidance_start'): SETTINGS,
+  ('sampling', 'temperature'): SETTINGS | {'2**40'},
+  ('sampling', 'top_k'): {'0'},
+  ('sampling', 'exit_threshold'): {'0'},
+  ('sampling', 'guidance_skip_threshold'): {'0'},
+  ('sampling',): {'object'},
+  ('parameters',): {'object'},
+  ('provenance',): {'object'},
+  **{('parameters', name): {'0', '2**40', 'digits'} for name in model_folder.NETWORKS},
+  **{('provenance', name): set(WRONG) for name in CONFIG['provenance']},
 }
 
 
@@ -74,7 +95,8 @@ def folder(tmp_path):
 
 def write(folder, config):
   (folder / model_folder.CONFIG_FILE).write_text(
-      config if isinstance(config, str) else json.dumps(config), encoding='utf-8')
+    config if isinstance(config, str) else json.dumps(config), encoding='utf-8'
+  )
 
 
 @pytest.mark.parametrize('path', list(entries(CONFIG)), ids=lambda path: '.'.join(map(str, path)))
@@ -116,14 +138,20 @@ def test_entries_that_are_missing_or_unknown(folder, path, monkeypatch):
   assert '\n' not in str(caught.value)
 
 
-@pytest.mark.parametrize('text, message', [
-    ('null', 'format_version is None'), ('5', 'format_version is None'),
+@pytest.mark.parametrize(
+  'text, message',
+  [
+    ('null', 'format_version is None'),
+    ('5', 'format_version is None'),
     ('{"format_version": 1.0}', 'format_version is 1.0'),
     ('{"format_version": true}', 'format_version is True'),
-    ('{"format_version": 1}', "'parti' is missing"), ('{"a": 1', 'damaged'),
+    ('{"format_version": 1}', "'parti' is missing"),
+    ('{"a": 1', 'damaged'),
     ('{"format_version": 1, "format_version": 1}', "the name 'format_version' is there twice"),
     (json.dumps(CONFIG).replace('"width": 192', '"width": 192, "width": 256'), "'width' is there"),
-    ('[' * 10**5, 'nested too deeply')])
+    ('[' * 10**5, 'nested too deeply'),
+  ],
+)
 def test_files_of_another_form(folder, text, message):
   write(folder, text)
   with pytest.raises(UserError, match=message) as caught:
@@ -171,6 +199,8 @@ def test_what_loads_draws(folder, tmp_path, capsys):
   write(folder, edited(('sampling', 'guidance_scale'), 1e300))
   out = pathlib.Path(tmp_path) / 'out'
   assert main.main(['generate', 'red apple', f'--model={folder}', f'--output_dir={out}']) == 2
-  assert re.search(r'error: .*config.json: sampling.guidance_scale=1e\+300 is not a finite number',
-                   capsys.readouterr().err)
+  assert re.search(
+    r'error: .*config.json: sampling.guidance_scale=1e\+300 is not a finite number',
+    capsys.readouterr().err,
+  )
   assert not out.exists()

@@ -32,8 +32,9 @@ def folder(parts, tmp_path):
   return model_folder.save(tmp_path / 'model', **parts)
 
 
-@pytest.mark.parametrize('dtype, tolerance', [('float32', 0.0), ('float16', 1e-3),
-                                              ('bfloat16', 1e-2)])
+@pytest.mark.parametrize(
+  'dtype, tolerance', [('float32', 0.0), ('float16', 1e-3), ('bfloat16', 1e-2)]
+)
 def test_round_trip(parts, tmp_path, dtype, tolerance):
   folder = model_folder.save(tmp_path / 'model', dtype=dtype, **parts)
   model = model_folder.load(folder)
@@ -79,7 +80,8 @@ def test_an_existing_folder_is_only_replaced_when_asked(parts, folder, tmp_path)
 def test_nothing_is_left_of_a_failed_save(parts, folder, tmp_path):
   with pytest.raises(UserError, match='nowhere.model cannot be read'):
     model_folder.save(
-        folder, overwrite=True, **parts | {'vocabulary_path': tmp_path / 'nowhere.model'})
+      folder, overwrite=True, **parts | {'vocabulary_path': tmp_path / 'nowhere.model'}
+    )
   assert os.listdir(tmp_path) == ['model']
   assert model_folder.load(folder).provenance == parts['provenance']
 
@@ -112,11 +114,12 @@ def test_missing_file(folder, name):
     model_folder.load(folder)
 
 
-@pytest.mark.parametrize('name', [
-    model_folder.CONFIG_FILE, 'parti.safetensors', 'tokenizer.safetensors'])
+@pytest.mark.parametrize(
+  'name', [model_folder.CONFIG_FILE, 'parti.safetensors', 'tokenizer.safetensors']
+)
 def test_half_a_file(folder, name):
   content = (folder / name).read_bytes()
-  (folder / name).write_bytes(content[:len(content) // 2])
+  (folder / name).write_bytes(content[: len(content) // 2])
   with pytest.raises(UserError, match=f'{name} is damaged or unfinished'):
     model_folder.load(folder)
 
@@ -150,13 +153,17 @@ def test_many_parameters_that_differ_are_counted(folder):
   assert str(error.value).count(';') == 4
 
 
-@pytest.mark.parametrize('edit, message', [
+@pytest.mark.parametrize(
+  'edit, message',
+  [
     (lambda config: config.pop('tokenizer'), "'tokenizer' is missing"),
     (lambda config: config['parti'].update(depth=3), 'other fields than PartiConfig: depth'),
     (lambda config: config['parti'].update(heads=3), 'heads=3'),
     (lambda config: config['parti'].update(codebook_size=13), 'another tokenizer'),
     (lambda config: config['sampling'].update(top_p=2), 'top_p=2'),
-    (lambda config: config['sampling'].update(speed=2), 'speed')])
+    (lambda config: config['sampling'].update(speed=2), 'speed'),
+  ],
+)
 def test_sizes_that_can_not_be(folder, edit, message):
   edit_config(folder, edit)
   with pytest.raises(UserError, match=message):
@@ -166,15 +173,17 @@ def test_sizes_that_can_not_be(folder, edit, message):
 @pytest.fixture
 def folder_with_part(parts, enlarger, tmp_path):
   return model_folder.save(
-      tmp_path / 'more', parts={'super_resolution': enlarger}, dtype='float32', **parts)
+    tmp_path / 'more', parts={'super_resolution': enlarger}, dtype='float32', **parts
+  )
 
 
 def test_an_optional_part_comes_back(folder_with_part, enlarger, parts, folder):
   model = model_folder.load(folder_with_part)
   assert list(model.parts) == ['super_resolution']
   assert model.parts['super_resolution'].config == enlarger.config
-  jax.tree.map(np.testing.assert_array_equal, model.parts['super_resolution'].params,
-               enlarger.params)
+  jax.tree.map(
+    np.testing.assert_array_equal, model.parts['super_resolution'].params, enlarger.params
+  )
   jax.tree.map(np.testing.assert_array_equal, model.parti_params, parts['parti_params'])
   assert model.stored_as == 'float32' and model_folder.load(folder).stored_as == 'float16'
   # A model that was saved without one has none, also where there was one before.
@@ -190,7 +199,7 @@ def test_an_optional_part_that_is_unfinished_is_named(folder_with_part):
   path.unlink()
   with pytest.raises(UserError, match='unfinished: super_resolution.safetensors missing'):
     model_folder.load(folder_with_part)
-  path.write_bytes(content[:len(content) // 2])
+  path.write_bytes(content[: len(content) // 2])
   with pytest.raises(UserError, match='super_resolution.safetensors is damaged or unfinished'):
     model_folder.load(folder_with_part)
   path.write_bytes(content)
@@ -202,23 +211,37 @@ def test_an_optional_part_that_is_unfinished_is_named(folder_with_part):
     model_folder.load(folder_with_part)
 
 
-@pytest.mark.parametrize('edit, message', [
-    (lambda config: config['parti'].update(decoder_layers=10**9), 'decoder_layers=1000000000 is mo'),
+@pytest.mark.parametrize(
+  'edit, message',
+  [
+    (
+      lambda config: config['parti'].update(decoder_layers=10**9),
+      'decoder_layers=1000000000 is mo',
+    ),
     (lambda config: config['parti'].update(text_length=2**40), 'text_length=1099511627776 is more'),
     (lambda config: config['parti'].update(width=-16), 'width=-16'),
     (lambda config: config['parti'].update(dropout=float('nan')), 'dropout=nan'),
     (lambda config: config['parti'].update(grid=[2**30, 2]), 'grid=1073741824 is more'),
     (lambda config: config['tokenizer'].update(image_size='64'), "image_size='64'"),
-    (lambda config: config['tokenizer'].update(image_size=2**20), 'image_size|sizes|tokenizer')])
+    (lambda config: config['tokenizer'].update(image_size=2**20), 'image_size|sizes|tokenizer'),
+  ],
+)
 def test_sizes_from_elsewhere_take_no_memory(folder, edit, message):
   edit_config(folder, edit)
   with pytest.raises(UserError, match=message):
     model_folder.load(folder)
 
 
-@pytest.mark.parametrize('content, message', [
-    ('[' * 100_000, 'nested too deeply'), ('{"format_version": 1, "parti": 3}', "'parti' is missing"),
-    ('[1]', 'format_version is None'), ('\xff', 'damaged'), ('', 'damaged')])
+@pytest.mark.parametrize(
+  'content, message',
+  [
+    ('[' * 100_000, 'nested too deeply'),
+    ('{"format_version": 1, "parti": 3}', "'parti' is missing"),
+    ('[1]', 'format_version is None'),
+    ('\xff', 'damaged'),
+    ('', 'damaged'),
+  ],
+)
 def test_a_config_from_elsewhere(folder, content, message):
   (folder / model_folder.CONFIG_FILE).write_text(content, encoding='latin-1')
   with pytest.raises(UserError, match=message):
@@ -238,20 +261,28 @@ def _header(**tensors):
   return len(text).to_bytes(8, 'little') + text + bytes(16)
 
 
-@pytest.mark.parametrize('content', [
+@pytest.mark.parametrize(
+  'content',
+  [
     # 100 GB that are not there, two tensors in the same place, a header longer than the file.
     _header(a={'dtype': 'F32', 'shape': [25 * 10**9], 'data_offsets': [0, 10**11]}),
-    _header(a={'dtype': 'F32', 'shape': [2], 'data_offsets': [0, 8]},
-            b={'dtype': 'F32', 'shape': [2], 'data_offsets': [4, 12]}),
+    _header(
+      a={'dtype': 'F32', 'shape': [2], 'data_offsets': [0, 8]},
+      b={'dtype': 'F32', 'shape': [2], 'data_offsets': [4, 12]},
+    ),
     _header(a={'dtype': 'F32', 'shape': [2**62, 2**62], 'data_offsets': [0, 16]}),
-    (2**62).to_bytes(8, 'little') + b'{}'])
+    (2**62).to_bytes(8, 'little') + b'{}',
+  ],
+)
 def test_parameters_from_elsewhere(folder, content):
   (folder / 'parti.safetensors').write_bytes(content)
   with pytest.raises(UserError, match='parti.safetensors is damaged'):
     model_folder.load(folder)
 
 
-@pytest.mark.parametrize('content', [b'', b'\x00' * 64, bytes(range(256)) * 40, b'\x0a\xff\xff\xff'])
+@pytest.mark.parametrize(
+  'content', [b'', b'\x00' * 64, bytes(range(256)) * 40, b'\x0a\xff\xff\xff']
+)
 def test_a_vocabulary_from_elsewhere(folder, content):
   (folder / model_folder.VOCABULARY_FILE).write_bytes(content)
   with pytest.raises(UserError, match='vocabulary'):

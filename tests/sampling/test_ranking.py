@@ -19,9 +19,20 @@ from parti_jax.sampling import text_to_image as pipeline_lib
 def fixture_part(parts):
   """A ranker with random parameters, as a part of a model folder."""
   config = coca.CoCaConfig(
-      image_size=8, patch_size=4, image_layers=1, unimodal_layers=1, multimodal_layers=1, width=16,
-      mlp_width=32, heads=2, caption_queries=2, feature_dim=8,
-      text_vocabulary=parts['parti_config'].text_vocabulary, text_length=24, dtype='float32')
+    image_size=8,
+    patch_size=4,
+    image_layers=1,
+    unimodal_layers=1,
+    multimodal_layers=1,
+    width=16,
+    mlp_width=32,
+    heads=2,
+    caption_queries=2,
+    feature_dim=8,
+    text_vocabulary=parts['parti_config'].text_vocabulary,
+    text_length=24,
+    dtype='float32',
+  )
   init = jax.jit(coca.CoCa(config).init)
   params = nn.meta.unbox(init(jax.random.key(2), *coca.example_inputs(config))['params'])
   return model_folder.Part(config, jax.tree.map(lambda leaf: 2.0 * leaf, params))
@@ -34,8 +45,9 @@ def fixture_ranker(part, parts):
 
 @pytest.fixture(scope='session', name='pipeline')
 def fixture_pipeline(part, parts, tmp_path_factory):
-  folder = model_folder.save(tmp_path_factory.mktemp('models') / 'ranked', dtype='float32',
-                             parts={'ranker': part}, **parts)
+  folder = model_folder.save(
+    tmp_path_factory.mktemp('models') / 'ranked', dtype='float32', parts={'ranker': part}, **parts
+  )
   return pipeline_lib.load(folder)
 
 
@@ -64,10 +76,15 @@ def test_scores_are_the_cosines_of_pairs(ranker):
     ranker.scores(texts, images[:2])
 
 
-@pytest.mark.parametrize('texts, images, message', [
+@pytest.mark.parametrize(
+  'texts, images, message',
+  [
     (None, np.zeros((1, 8, 8, 3), np.uint8), 'texts=None must be a text or a list of texts'),
     ([5], np.zeros((1, 8, 8, 3), np.uint8), 'text 1 is 5, which is not a text'),
-    (['red'], None, 'images are object'), (['red'], [[1], [1, 2]], 'images=')])
+    (['red'], None, 'images are object'),
+    (['red'], [[1], [1, 2]], 'images='),
+  ],
+)
 def test_what_can_not_be_judged(ranker, texts, images, message):
   with pytest.raises(UserError, match=f'^{message}'):
     ranker.scores(texts, images)
@@ -91,12 +108,11 @@ def test_generated_pictures_stand_best_first(pipeline, tmp_path):
   assert (np.diff(ranked.scores, axis=1) <= 0).all() and np.ptp(ranked.scores) > 0
   for row, prompt in enumerate(prompts):
     assert sorted(ranked.image_index[row]) == list(range(5))
-    np.testing.assert_array_equal(
-        ranked.images[row], plain.images[row][ranked.image_index[row]])
-    np.testing.assert_array_equal(
-        ranked.tokens[row], plain.tokens[row][ranked.image_index[row]])
+    np.testing.assert_array_equal(ranked.images[row], plain.images[row][ranked.image_index[row]])
+    np.testing.assert_array_equal(ranked.tokens[row], plain.tokens[row][ranked.image_index[row]])
     np.testing.assert_allclose(
-        ranked.scores[row], pipeline.ranker.scores([prompt] * 5, ranked.images[row]), atol=1e-5)
+      ranked.scores[row], pipeline.ranker.scores([prompt] * 5, ranked.images[row]), atol=1e-5
+    )
   files = ranked.save(tmp_path)
   assert files[:5] == sorted(files[:5]) and 'rank1' in files[0].name
   metadata = images_lib.read_metadata(files[1])
@@ -109,7 +125,8 @@ def test_a_mesh_gives_the_same_features(part, parts, ranker):
   place = pipeline_lib.placement.Placement(mesh_lib.make_mesh(2, 2, 2, 1))
   spread = ranking.Ranker(*part[:2], vocabulary.TextVocabulary(parts['vocabulary_path']), place)
   np.testing.assert_allclose(
-      spread.image_features(_images(5)), ranker.image_features(_images(5)), atol=1e-5)
+    spread.image_features(_images(5)), ranker.image_features(_images(5)), atol=1e-5
+  )
 
 
 def test_a_model_without_a_ranker_says_so(tiny_folder):

@@ -7,11 +7,24 @@ from parti_jax.core.errors import UserError
 from parti_jax.exported_model import sampling_settings as settings_lib
 
 
-@pytest.mark.parametrize('name, value', [
-    ('guidance_scale', -1.0), ('guidance_scale', 'strong'), ('temperature', -0.1),
-    ('temperature', float('nan')), ('top_k', -1), ('top_k', 2.5), ('top_p', 0.0), ('top_p', 1.1),
-    ('top_p', float('inf')), ('guidance_start', -1), ('guidance_ramp', 'steep'),
-    ('exit_threshold', 1.1), ('guidance_skip_threshold', -0.1)])
+@pytest.mark.parametrize(
+  'name, value',
+  [
+    ('guidance_scale', -1.0),
+    ('guidance_scale', 'strong'),
+    ('temperature', -0.1),
+    ('temperature', float('nan')),
+    ('top_k', -1),
+    ('top_k', 2.5),
+    ('top_p', 0.0),
+    ('top_p', 1.1),
+    ('top_p', float('inf')),
+    ('guidance_start', -1),
+    ('guidance_ramp', 'steep'),
+    ('exit_threshold', 1.1),
+    ('guidance_skip_threshold', -0.1),
+  ],
+)
 def test_bad_values_are_named(name, value):
   with pytest.raises(UserError, match=f'^{name}='):
     settings_lib.SamplingSettings(**{name: value})
@@ -56,21 +69,47 @@ def test_thresholds_of_one_skip_nothing():
   assert settings.replace(guidance_scale=2, exit_threshold=1).thresholds == (None, 0.25)
 
 
-@pytest.mark.parametrize('name, value', [
-    ('guidance_scale', 1e39), ('guidance_scale', 1e300), ('guidance_scale', 1e38),
-    ('guidance_start', 1e30), ('temperature', 1e39), ('temperature', '0.5'), ('top_p', True),
-    ('top_k', 2.0), ('top_k', 1e300), ('top_k', True), ('guidance_ramp', ['linear']),
-    ('guidance_ramp', None), ('exit_threshold', float('nan')), ('top_p', 10**400),
-    ('guidance_scale', np.array([2.0])), ('temperature', None)])
+@pytest.mark.parametrize(
+  'name, value',
+  [
+    ('guidance_scale', 1e39),
+    ('guidance_scale', 1e300),
+    ('guidance_scale', 1e38),
+    ('guidance_start', 1e30),
+    ('temperature', 1e39),
+    ('temperature', '0.5'),
+    ('top_p', True),
+    ('top_k', 2.0),
+    ('top_k', 1e300),
+    ('top_k', True),
+    ('guidance_ramp', ['linear']),
+    ('guidance_ramp', None),
+    ('exit_threshold', float('nan')),
+    ('top_p', 10**400),
+    ('guidance_scale', np.array([2.0])),
+    ('temperature', None),
+  ],
+)
 def test_values_that_no_device_can_compute_with(name, value):
   with pytest.raises(UserError, match=f'^{name}=') as caught:
     settings_lib.SamplingSettings(**{name: value})
   assert '\n' not in str(caught.value)
 
 
-@pytest.mark.parametrize('temperature, greedy', [
-    (0, True), (-0.0, True), (5e-324, True), (1e-46, True), (1e-39, True), (1e-37, True),
-    (1e-19, False), (0.01, False), (3e38, False)])
+@pytest.mark.parametrize(
+  'temperature, greedy',
+  [
+    (0, True),
+    (-0.0, True),
+    (5e-324, True),
+    (1e-46, True),
+    (1e-39, True),
+    (1e-37, True),
+    (1e-19, False),
+    (0.01, False),
+    (3e38, False),
+  ],
+)
 def test_temperatures_as_good_as_zero_are_greedy(temperature, greedy):
   settings = settings_lib.SamplingSettings(temperature=temperature, guidance_scale=1e6)
   assert settings.greedy == greedy

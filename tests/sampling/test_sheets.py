@@ -6,10 +6,13 @@ from parti_jax.sampling import sheets
 
 
 def test_every_picture_is_on_the_page_with_its_text():
-  shades = [[np.full((8, 8, 3), 20 * cell + 10 * side + 5, np.uint8) for side in range(2)]
-            for cell in range(5)]
-  page = np.asarray(sheets.sheet('A title', [f'text {cell}' for cell in range(5)], shades,
-                                 columns=3))
+  shades = [
+    [np.full((8, 8, 3), 20 * cell + 10 * side + 5, np.uint8) for side in range(2)]
+    for cell in range(5)
+  ]
+  page = np.asarray(
+    sheets.sheet('A title', [f'text {cell}' for cell in range(5)], shades, columns=3)
+  )
   for cell in shades:
     for picture in cell:
       assert (page == picture[0, 0]).all(axis=-1).sum() >= 128 * 128

@@ -57,12 +57,17 @@ def test_pictures_may_be_numbered_from_elsewhere(pipeline, drawn):
   later = pipeline.generate(PROMPTS, num_images=2, seed=7, first_index=[1, 0, 1])
   assert later.image_index.tolist() == [[1, 2], [0, 1], [1, 2]]
   for row, start in enumerate([1, 0, 1]):
-    np.testing.assert_array_equal(later.images[row], drawn.images[row, start:start + 2])
+    np.testing.assert_array_equal(later.images[row], drawn.images[row, start : start + 2])
 
 
 def test_seed_prompt_and_settings_matter(pipeline, drawn):
-  for change in ({'seed': 8}, {'guidance_scale': 9.0}, {'temperature': 5.0}, {'top_k': 1},
-                 {'guidance_ramp': 'linear'}):
+  for change in (
+    {'seed': 8},
+    {'guidance_scale': 9.0},
+    {'temperature': 5.0},
+    {'top_k': 1},
+    {'guidance_ramp': 'linear'},
+  ):
     other = pipeline.generate(PROMPTS, num_images=3, **{'seed': 7} | change)
     assert np.any(other.tokens != drawn.tokens), change
 
@@ -87,14 +92,22 @@ def test_greedy_pictures_of_a_prompt_are_alike(pipeline):
   np.testing.assert_array_equal(greedy.images, likeliest.images)
 
 
-@pytest.mark.parametrize('extreme, limit', [
-    ({'temperature': 1e-39}, {'temperature': 0}), ({'temperature': 1e-46}, {'temperature': 0}),
-    ({'temperature': 1e-19}, {'temperature': 0}), ({'top_p': 1e-46}, {'temperature': 0}),
-    ({'top_p': 1e-39}, {'temperature': 0}), ({'top_k': 3_000_000_000}, {'top_k': 0}),
-    ({'guidance_scale': 1 + 1e-9}, {'guidance_scale': 1})])
+@pytest.mark.parametrize(
+  'extreme, limit',
+  [
+    ({'temperature': 1e-39}, {'temperature': 0}),
+    ({'temperature': 1e-46}, {'temperature': 0}),
+    ({'temperature': 1e-19}, {'temperature': 0}),
+    ({'top_p': 1e-46}, {'temperature': 0}),
+    ({'top_p': 1e-39}, {'temperature': 0}),
+    ({'top_k': 3_000_000_000}, {'top_k': 0}),
+    ({'guidance_scale': 1 + 1e-9}, {'guidance_scale': 1}),
+  ],
+)
 def test_extreme_settings_draw_as_their_limits(pipeline, extreme, limit):
-  one, other = (pipeline.generate(PROMPTS, num_images=2, **settings).tokens
-                for settings in (extreme, limit))
+  one, other = (
+    pipeline.generate(PROMPTS, num_images=2, **settings).tokens for settings in (extreme, limit)
+  )
   np.testing.assert_array_equal(one, other)
   assert len(np.unique(one)) > 1
 
@@ -103,8 +116,10 @@ def test_extreme_settings_draw_as_their_limits(pipeline, extreme, limit):
 def test_extreme_settings_draw_as_their_limits_in_bfloat16(tiny_folder, monkeypatch, extreme):
   monkeypatch.setattr(model_folder, '_compute_dtype', lambda: 'bfloat16')
   in_bfloat16 = parti_jax.load(tiny_folder)
-  one, other = (in_bfloat16.generate(PROMPTS, num_images=2, **settings).tokens
-                for settings in (extreme, {'temperature': 0}))
+  one, other = (
+    in_bfloat16.generate(PROMPTS, num_images=2, **settings).tokens
+    for settings in (extreme, {'temperature': 0})
+  )
   np.testing.assert_array_equal(one, other)
 
 
@@ -117,7 +132,8 @@ def test_pictures_whose_settings_differ_a_little_are_kept_apart(pipeline, tmp_pa
 def test_pictures_are_the_decoded_tokens(parts, drawn):
   tokenizer = vit_vqgan.ViTVQGAN(parts['tokenizer_config'])
   pixels = tokenizer.apply(
-      {'params': parts['tokenizer_params']}, drawn.tokens.reshape(9, -1), method='detokenize')
+    {'params': parts['tokenizer_params']}, drawn.tokens.reshape(9, -1), method='detokenize'
+  )
   difference = np.asarray(pixels) * 255 - drawn.images.reshape(pixels.shape)
   assert np.abs(difference).max() < 0.51
 
@@ -126,7 +142,8 @@ def test_tokenize_and_reconstruct(parts, pipeline):
   pictures = np.random.default_rng(0).integers(0, 256, (67, 8, 8, 3)).astype(np.uint8)
   tokenizer = vit_vqgan.ViTVQGAN(parts['tokenizer_config'])
   tokens = tokenizer.apply(
-      {'params': parts['tokenizer_params']}, pictures / np.float32(255), method='tokenize')
+    {'params': parts['tokenizer_params']}, pictures / np.float32(255), method='tokenize'
+  )
   np.testing.assert_array_equal(pipeline.tokenize(pictures), tokens)
   pixels = tokenizer.apply({'params': parts['tokenizer_params']}, tokens, method='detokenize')
   back = pipeline.reconstruct(pictures)
@@ -151,25 +168,65 @@ def test_no_prompt(pipeline, prompts):
     pipeline.generate(prompts)
 
 
-@pytest.mark.parametrize('name, value', [
-    ('num_images', 0), ('num_images', -3), ('seed', -1), ('seed', 2**32), ('top_p', 0.0),
-    ('top_k', -1), ('temperature', -1.0), ('guidance_scale', -0.5), ('batch_size', 0),
-    ('guidance_ramp', 'steep')])
+@pytest.mark.parametrize(
+  'name, value',
+  [
+    ('num_images', 0),
+    ('num_images', -3),
+    ('seed', -1),
+    ('seed', 2**32),
+    ('top_p', 0.0),
+    ('top_k', -1),
+    ('temperature', -1.0),
+    ('guidance_scale', -0.5),
+    ('batch_size', 0),
+    ('guidance_ramp', 'steep'),
+  ],
+)
 def test_bad_arguments_are_named(pipeline, name, value):
   with pytest.raises(UserError, match=f'^{name}='):
     pipeline.generate('red apple', **{name: value})
 
 
-@pytest.mark.parametrize('name, value', [
-    ('num_images', 1.7), ('num_images', 4.0), ('num_images', 2**31), ('num_images', '1'),
-    ('num_images', None), ('num_images', [1]), ('seed', 2**64), ('seed', 1.0), ('seed', True),
-    ('seed', float('nan')), ('batch_size', 2.0), ('batch_size', 2**64), ('batch_size', '8'),
-    ('first_index', 1.7), ('first_index', 2**31), ('first_index', 2**32), ('first_index', -1),
-    ('first_index', '1'), ('first_index', None), ('first_index', float('nan')),
-    ('first_index', True), ('first_index', 2**31 - 1), ('first_index', np.array([2**32])),
-    ('first_index', [1.5]), ('first_index', [[1]]), ('first_index', np.zeros((1, 1), int)),
-    ('first_index', {0: 1}), ('first_index', ['1']), ('rank', 'no'), ('upscale', None),
-    ('progress', 'x'), ('top_k', 2.0), ('temperature', '1'), ('guidance_ramp', ['linear'])])
+@pytest.mark.parametrize(
+  'name, value',
+  [
+    ('num_images', 1.7),
+    ('num_images', 4.0),
+    ('num_images', 2**31),
+    ('num_images', '1'),
+    ('num_images', None),
+    ('num_images', [1]),
+    ('seed', 2**64),
+    ('seed', 1.0),
+    ('seed', True),
+    ('seed', float('nan')),
+    ('batch_size', 2.0),
+    ('batch_size', 2**64),
+    ('batch_size', '8'),
+    ('first_index', 1.7),
+    ('first_index', 2**31),
+    ('first_index', 2**32),
+    ('first_index', -1),
+    ('first_index', '1'),
+    ('first_index', None),
+    ('first_index', float('nan')),
+    ('first_index', True),
+    ('first_index', 2**31 - 1),
+    ('first_index', np.array([2**32])),
+    ('first_index', [1.5]),
+    ('first_index', [[1]]),
+    ('first_index', np.zeros((1, 1), int)),
+    ('first_index', {0: 1}),
+    ('first_index', ['1']),
+    ('rank', 'no'),
+    ('upscale', None),
+    ('progress', 'x'),
+    ('top_k', 2.0),
+    ('temperature', '1'),
+    ('guidance_ramp', ['linear']),
+  ],
+)
 def test_arguments_of_another_type_are_named_in_one_line(pipeline, name, value):
   with pytest.raises(UserError, match=rf'^{name}(\[0\])?=') as caught:
     pipeline.generate('red apple', **{'num_images': 2} | {name: value})
@@ -182,19 +239,28 @@ def test_first_indices_are_one_for_each_prompt(pipeline, first_index):
     pipeline.generate('red apple', num_images=1, first_index=first_index)
 
 
-@pytest.mark.parametrize('first_index', [2**31 - 2, np.int64(2**31 - 2), [2**31 - 2],
-                                         np.array([2**31 - 2], np.uint32)])
+@pytest.mark.parametrize(
+  'first_index', [2**31 - 2, np.int64(2**31 - 2), [2**31 - 2], np.array([2**31 - 2], np.uint32)]
+)
 def test_the_last_index_is_that_of_an_int32(pipeline, first_index):
   drawn = pipeline.generate('red apple', num_images=2, first_index=first_index)
   assert drawn.image_index.tolist() == [[2**31 - 2, 2**31 - 1]]
 
 
-@pytest.mark.parametrize('prompts, message', [
-    (None, 'prompts=None must be a text'), (5, 'prompts=5 must be a text'),
-    (b'red apple', "prompts=b'red apple' must be"), (np.array('red apple'), 'prompts=array'),
-    ({'red apple': 1}, 'prompts='), (['red apple', 5], 'prompt 2 is 5, which is not a text'),
-    ([['red apple']], r"prompt 1 is \['red apple'\]"), ([None], 'prompt 1 is None'),
-    ('\ud800 apple', 'prompt 1 has characters that are not Unicode')])
+@pytest.mark.parametrize(
+  'prompts, message',
+  [
+    (None, 'prompts=None must be a text'),
+    (5, 'prompts=5 must be a text'),
+    (b'red apple', "prompts=b'red apple' must be"),
+    (np.array('red apple'), 'prompts=array'),
+    ({'red apple': 1}, 'prompts='),
+    (['red apple', 5], 'prompt 2 is 5, which is not a text'),
+    ([['red apple']], r"prompt 1 is \['red apple'\]"),
+    ([None], 'prompt 1 is None'),
+    ('\ud800 apple', 'prompt 1 has characters that are not Unicode'),
+  ],
+)
 def test_what_are_no_prompts(pipeline, prompts, message):
   with pytest.raises(UserError, match=f'^{message}') as caught:
     pipeline.generate(prompts, num_images=1)
@@ -217,18 +283,29 @@ def test_settings_that_there_are_not_are_named(pipeline):
     pipeline.generate('red apple', guidance=3)
 
 
-@pytest.mark.parametrize('call', [
+@pytest.mark.parametrize(
+  'call',
+  [
     lambda pipeline, drawn: pipeline.tokenize(None),
     lambda pipeline, drawn: pipeline.tokenize([[1], [1, 2]]),
     lambda pipeline, drawn: pipeline.reconstruct(5),
-    lambda pipeline, drawn: drawn.grid(0), lambda pipeline, drawn: drawn.grid('8'),
-    lambda pipeline, drawn: drawn.grid(1.5), lambda pipeline, drawn: drawn.save(None),
-    lambda pipeline, drawn: drawn.save(5), lambda pipeline, drawn: drawn.save('gs://bucket/out'),
-    lambda pipeline, drawn: drawn.save_grid(5), lambda pipeline, drawn: drawn.save_grid('out', 0),
-    lambda pipeline, drawn: parti_jax.load(5), lambda pipeline, drawn: parti_jax.load(b'demo'),
-    lambda pipeline, drawn: parti_jax.load(''), lambda pipeline, drawn: parti_jax.load('a\0b'),
+    lambda pipeline, drawn: drawn.grid(0),
+    lambda pipeline, drawn: drawn.grid('8'),
+    lambda pipeline, drawn: drawn.grid(1.5),
+    lambda pipeline, drawn: drawn.save(None),
+    lambda pipeline, drawn: drawn.save(5),
+    lambda pipeline, drawn: drawn.save('gs://bucket/out'),
+    lambda pipeline, drawn: drawn.save_grid(5),
+    lambda pipeline, drawn: drawn.save_grid('out', 0),
+    lambda pipeline, drawn: parti_jax.load(5),
+    lambda pipeline, drawn: parti_jax.load(b'demo'),
+    lambda pipeline, drawn: parti_jax.load(''),
+    lambda pipeline, drawn: parti_jax.load('a\0b'),
     lambda pipeline, drawn: parti_jax.load(['demo']),
-    lambda pipeline, drawn: model_folder.load(5), lambda pipeline, drawn: model_folder.load(None)])
+    lambda pipeline, drawn: model_folder.load(5),
+    lambda pipeline, drawn: model_folder.load(None),
+  ],
+)
 def test_other_arguments_that_can_not_be(pipeline, drawn, call, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   with pytest.raises(UserError) as caught:
@@ -236,9 +313,14 @@ def test_other_arguments_that_can_not_be(pipeline, drawn, call, tmp_path, monkey
   assert '\n' not in str(caught.value) and not os.listdir(tmp_path)
 
 
-@pytest.mark.parametrize('pictures', [
-    np.zeros((2, 8, 8, 3), np.float32), np.zeros((8, 8, 3), np.uint8),
-    np.zeros((2, 9, 8, 3), np.uint8)])
+@pytest.mark.parametrize(
+  'pictures',
+  [
+    np.zeros((2, 8, 8, 3), np.float32),
+    np.zeros((8, 8, 3), np.uint8),
+    np.zeros((2, 9, 8, 3), np.uint8),
+  ],
+)
 def test_pictures_of_another_kind(pipeline, pictures):
   with pytest.raises(UserError, match='^images are'):
     pipeline.reconstruct(pictures)
@@ -263,9 +345,20 @@ def test_saved_pictures_tell_what_they_are(drawn, tmp_path):
     np.testing.assert_array_equal(np.asarray(Image.open(path)), drawn.images[row, column])
     np.testing.assert_array_equal(np.asarray(shown), drawn.images[row, column])
     assert images.read_metadata(path) == {
-        'prompt': PROMPTS[row], 'seed': '7', 'image_index': str(column), 'guidance_scale': '2',
-        'temperature': '1', 'top_k': '0', 'top_p': '0.99', 'guidance_ramp': 'constant',
-        'guidance_start': '1', 'exit_threshold': '1', 'guidance_skip_threshold': '1', 'model': 'tiny', 'software': images.SOFTWARE}
+      'prompt': PROMPTS[row],
+      'seed': '7',
+      'image_index': str(column),
+      'guidance_scale': '2',
+      'temperature': '1',
+      'top_k': '0',
+      'top_p': '0.99',
+      'guidance_ramp': 'constant',
+      'guidance_start': '1',
+      'exit_threshold': '1',
+      'guidance_skip_threshold': '1',
+      'model': 'tiny',
+      'software': images.SOFTWARE,
+    }
   assert drawn.save(tmp_path) == paths
   grid = drawn.save_grid(tmp_path, display_size=20)
   assert images.read_metadata(grid)['prompt'].splitlines() == PROMPTS
@@ -274,9 +367,10 @@ def test_saved_pictures_tell_what_they_are(drawn, tmp_path):
 
 def test_sampling_imports_no_tensorflow():
   script = (
-      'import sys\n'
-      'import parti_jax.cli.generate\n'
-      'import parti_jax.sampling.text_to_image\n'
-      "heavy = {'tensorflow', 'seqio', 'tensorflow_datasets', 'orbax', 't5'} & set(sys.modules)\n"
-      'assert not heavy, heavy\n')
+    'import sys\n'
+    'import parti_jax.cli.generate\n'
+    'import parti_jax.sampling.text_to_image\n'
+    "heavy = {'tensorflow', 'seqio', 'tensorflow_datasets', 'orbax', 't5'} & set(sys.modules)\n"
+    'assert not heavy, heavy\n'
+  )
   subprocess.run([sys.executable, '-c', script], check=True)

@@ -29,7 +29,8 @@ def test_it_is_the_network_of_the_model(enlarger, upscaler):
   images = pictures(3, 4, 6)
   config, params, _ = enlarger
   pixels = super_resolution.SuperResolution(config).apply(
-      {'params': params}, images / np.float32(255))
+    {'params': params}, images / np.float32(255)
+  )
   enlarged = upscaler(images)
   assert enlarged.shape == (3, 4 * upscaler.factor, 6 * upscaler.factor, 3)
   assert enlarged.dtype == np.uint8
@@ -61,8 +62,10 @@ def test_on_a_mesh_the_pictures_are_the_same(enlarger, upscaler):
   assert np.abs(sharded(images).astype(int) - upscaler(images)).max() <= 1
 
 
-@pytest.mark.parametrize('images', [
-    np.zeros((1, 4, 4, 3), np.float32), pictures(4, 4), pictures(0, 4, 4), pictures(1, 5, 4)])
+@pytest.mark.parametrize(
+  'images',
+  [np.zeros((1, 4, 4, 3), np.float32), pictures(4, 4), pictures(0, 4, 4), pictures(1, 5, 4)],
+)
 def test_what_can_not_be_enlarged(upscaler, images):
   with pytest.raises(UserError, match='images are'):
     upscaler(images)
@@ -70,15 +73,28 @@ def test_what_can_not_be_enlarged(upscaler, images):
 
 def test_a_pipeline_enlarges_what_it_draws(parts, enlarger, tmp_path):
   folder = model_folder.save(
-      tmp_path / 'model', parts={'super_resolution': enlarger}, dtype='float32', **parts)
+    tmp_path / 'model', parts={'super_resolution': enlarger}, dtype='float32', **parts
+  )
   pipeline = parti_jax.load(folder)
   result = pipeline.generate(['red apple', 'blue ball'], num_images=2, upscale=True)
   assert result.images.shape == (2, 2, 8, 8, 3) and result.upscaled.shape == (2, 2, 16, 16, 3)
   np.testing.assert_array_equal(
-      result.upscaled.reshape(4, 16, 16, 3), pipeline.upscale(result.images.reshape(4, 8, 8, 3)))
+    result.upscaled.reshape(4, 16, 16, 3), pipeline.upscale(result.images.reshape(4, 8, 8, 3))
+  )
   assert pipeline.generate('red apple', num_images=1).upscaled is None
-  assert main.main(['generate', 'red apple', '--num_images=2', f'--model={folder}', '--upscale',
-                    f'--output_dir={tmp_path}/pictures']) == 0
+  assert (
+    main.main(
+      [
+        'generate',
+        'red apple',
+        '--num_images=2',
+        f'--model={folder}',
+        '--upscale',
+        f'--output_dir={tmp_path}/pictures',
+      ]
+    )
+    == 0
+  )
   path = tmp_path / 'pictures' / 'red-apple_seed0_1_x2.png'
   np.testing.assert_array_equal(np.asarray(Image.open(path)), result.upscaled[0, 1])
   assert images_lib.read_metadata(path)['upscaled'] == '2'
@@ -90,7 +106,17 @@ def test_a_model_that_can_not_enlarge_says_so(tiny_folder, tmp_path, capsys):
   assert pipeline.upscaler is None
   with pytest.raises(UserError, match='the model tiny has no super-resolution.*export --base'):
     pipeline.upscale(pictures(1, 8, 8))
-  assert main.main(['generate', 'red apple', f'--model={tiny_folder}', '--upscale',
-                    f'--output_dir={tmp_path}/pictures']) == 2
+  assert (
+    main.main(
+      [
+        'generate',
+        'red apple',
+        f'--model={tiny_folder}',
+        '--upscale',
+        f'--output_dir={tmp_path}/pictures',
+      ]
+    )
+    == 2
+  )
   assert 'no super-resolution' in capsys.readouterr().err
   assert not (tmp_path / 'pictures').exists()

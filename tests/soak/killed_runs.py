@@ -24,9 +24,16 @@ import numpy as np
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 # What a child imports before it knows what it is to do.
-_PRELOADED = ['parti_jax.data.tasks', 'parti_jax.training.configurables',
-              'parti_jax.training.train_loop', 'parti_jax.cli.train', 'parti_jax.cli.main',
-              'orbax.checkpoint', 'clu.metric_writers', 'killed_runs']
+_PRELOADED = [
+  'parti_jax.data.tasks',
+  'parti_jax.training.configurables',
+  'parti_jax.training.train_loop',
+  'parti_jax.cli.train',
+  'parti_jax.cli.main',
+  'orbax.checkpoint',
+  'clu.metric_writers',
+  'killed_runs',
+]
 _PR_SET_PDEATHSIG = 1
 # Measures of time differ from run to run.
 TIMES = ('examples_per_second', 'model_flops_per_second', 'share_of_peak')
@@ -73,8 +80,9 @@ class Starter:
     self._context = multiprocessing.get_context('forkserver')
     self._context.set_forkserver_preload(_PRELOADED)
 
-  def run(self, name: str, arguments, devices: int = 1, moment: Moment | None = None,
-          cached: bool = True) -> int:
+  def run(
+    self, name: str, arguments, devices: int = 1, moment: Moment | None = None, cached: bool = True
+  ) -> int:
     """Runs `parti-jax` with these arguments in a process of its own.
 
     Args:
@@ -87,15 +95,22 @@ class Starter:
     Returns:
       Its exit status, -9 for one that was killed.
     """
-    task = _Task([str(each) for each in arguments], devices, moment, self.record_file(name),
-                 self.log_file(name), self.folder / 'compiled' if cached else None)
+    task = _Task(
+      [str(each) for each in arguments],
+      devices,
+      moment,
+      self.record_file(name),
+      self.log_file(name),
+      self.folder / 'compiled' if cached else None,
+    )
     process = self._context.Process(target=_child, args=(task,), daemon=True)
     process.start()
     process.join()
     return process.exitcode
 
-  def run_killed(self, name: str, arguments, model_dir, kills: int, draw: np.random.Generator,
-                 ahead: int = 2) -> int:
+  def run_killed(
+    self, name: str, arguments, model_dir, kills: int, draw: np.random.Generator, ahead: int = 2
+  ) -> int:
     """Runs a command to its end, killed at random moments and started again.
 
     Args:
@@ -207,8 +222,11 @@ class _Recorder:
       metrics(reporter, step, values)
 
     def recorded_save(run, *args, **kwargs):
-      self._kill_at('writing', run.step, lambda: any(
-          'checkpoint-tmp' in path.name for path in self._checkpoints.iterdir()))
+      self._kill_at(
+        'writing',
+        run.step,
+        lambda: any('checkpoint-tmp' in path.name for path in self._checkpoints.iterdir()),
+      )
       self._kill_at('written', run.step, (self._checkpoints / str(run.step)).is_dir)
       save(run, *args, **kwargs)
 
@@ -216,6 +234,7 @@ class _Recorder:
       def then(*args, **kwargs):
         self._kill_at(kind, self._run.step if kind == 'pictures' else 0)
         return function(*args, **kwargs)
+
       return then
 
     run_lib.Run.__init__, run_lib.Run.advance = recorded_init, recorded_advance
@@ -258,8 +277,14 @@ def random_moment(draw: np.random.Generator, step: int, ahead: int) -> Moment:
   """
   # Before the first checkpoint there is none to restore.
   kind = str(draw.choice([kind for kind in KINDS if step or kind != 'restore']))
-  longest = {'start': 3.0, 'restore': 0.3, 'step': 0.05, 'writing': 0.2, 'written': 0.02,
-             'pictures': 0.05}[kind]
+  longest = {
+    'start': 3.0,
+    'restore': 0.3,
+    'step': 0.05,
+    'writing': 0.2,
+    'written': 0.02,
+    'pictures': 0.05,
+  }[kind]
   return Moment(kind, step + int(draw.integers(ahead + 1)), longest * float(draw.random()) ** 2)
 
 
@@ -339,11 +364,17 @@ def differences(folder, other, record, other_record) -> list[str]:
   found = _different_checkpoints(folder, other)
   found += different_steps(records(record), records(other_record))
   here, there = scalars(folder), scalars(other)
-  found += [f'TensorBoard, {name}: {here.get(name)} and {there.get(name)}'
-            for name in sorted(here.keys() | there.keys()) if here.get(name) != there.get(name)]
+  found += [
+    f'TensorBoard, {name}: {here.get(name)} and {there.get(name)}'
+    for name in sorted(here.keys() | there.keys())
+    if here.get(name) != there.get(name)
+  ]
   here, there = _pictures(folder), _pictures(other)
-  return found + [f'pictures/{name} differs' for name in sorted(here.keys() | there.keys())
-                  if here.get(name) != there.get(name)]
+  return found + [
+    f'pictures/{name} differs'
+    for name in sorted(here.keys() | there.keys())
+    if here.get(name) != there.get(name)
+  ]
 
 
 def different_steps(lines: list[dict], other_lines: list[dict]) -> list[str]:
@@ -355,10 +386,14 @@ def different_steps(lines: list[dict], other_lines: list[dict]) -> list[str]:
   """
   here, there = by_step(lines), by_step(other_lines)
   final = lineages(other_lines)[-1] if other_lines else ()
-  led_to_it = {(step, name) for step, name, lineage in there
-               if lineage == tuple(part for part in final if part[0] < step)}
-  found = [f'{step}/{name} is missing' for step, name in
-           sorted({key[:2] for key in here} - led_to_it)]
+  led_to_it = {
+    (step, name)
+    for step, name, lineage in there
+    if lineage == tuple(part for part in final if part[0] < step)
+  }
+  found = [
+    f'{step}/{name} is missing' for step, name in sorted({key[:2] for key in here} - led_to_it)
+  ]
   for (step, name, lineage), others in sorted(there.items()):
     values = here.get((step, name, lineage), set())
     if values != others or len(values) != 1:
@@ -431,16 +466,19 @@ def scalars(folder) -> dict[str, list[tuple[int, str]]]:
   from tensorboard.util import tensor_util
 
   events = plugin_event_accumulator.EventAccumulator(
-      str(pathlib.Path(folder) / 'tensorboard'),
-      size_guidance={plugin_event_accumulator.TENSORS: 0}).Reload()
+    str(pathlib.Path(folder) / 'tensorboard'), size_guidance={plugin_event_accumulator.TENSORS: 0}
+  ).Reload()
   found = {}
   for tag in events.Tags()['tensors']:
     if tag in TIMES:
       continue
-    values = [(event.step, tensor_util.make_ndarray(event.tensor_proto))
-              for event in events.Tensors(tag)]
-    found[tag] = [(step, value.tobytes().hex() if not value.shape else _digest_of_list(value))
-                  for step, value in values]
+    values = [
+      (event.step, tensor_util.make_ndarray(event.tensor_proto)) for event in events.Tensors(tag)
+    ]
+    found[tag] = [
+      (step, value.tobytes().hex() if not value.shape else _digest_of_list(value))
+      for step, value in values
+    ]
   return found
 
 
@@ -449,5 +487,6 @@ def _digest_of_list(encoded: np.ndarray) -> str:
 
 
 def _pictures(folder) -> dict[str, bytes]:
-  return {path.name: path.read_bytes()
-          for path in sorted((pathlib.Path(folder) / 'pictures').glob('*'))}
+  return {
+    path.name: path.read_bytes() for path in sorted((pathlib.Path(folder) / 'pictures').glob('*'))
+  }

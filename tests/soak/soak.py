@@ -38,25 +38,40 @@ STEPS = 24  # Of a segment.
 TOKENIZER_SEGMENTS = 4
 # Devices and mesh of one segment after the other.
 MESHES = {
-    'tokenizer': [(4, ['data=4']), (1, []), (4, ['fsdp=2', 'tensor=2']), (2, ['tensor=2'])],
-    'generator': [(1, []), (4, ['fsdp=2', 'tensor=2']), (2, ['stage=2']), (4, ['data=4'])],
+  'tokenizer': [(4, ['data=4']), (1, []), (4, ['fsdp=2', 'tensor=2']), (2, ['tensor=2'])],
+  'generator': [(1, []), (4, ['fsdp=2', 'tensor=2']), (2, ['stage=2']), (4, ['data=4'])],
 }
-_SCHEDULE = ['train.log_every = 1', 'train.checkpoint_every = 4', 'train.pictures_every = 9', 'train.evaluate_every = 12',
-             "train.eval_split = 'validation'", 'train.seed = 7']
+_SCHEDULE = [
+  'train.log_every = 1',
+  'train.checkpoint_every = 4',
+  'train.pictures_every = 9',
+  'train.evaluate_every = 12',
+  "train.eval_split = 'validation'",
+  'train.seed = 7',
+]
 # The undisturbed run keeps every checkpoint that the other may be sent back to.
 _KEPT = {'whole': 12, 'disturbed': 3}
 _STAGE_BINDINGS = {
-    'tokenizer': ["train.task = 'openmoji_images'", 'TokenizerStage.revive_every = 5'],
-    'generator': ["train.task = 'openmoji_tokens'", 'drop_text.rate = 0.1'],
+  'tokenizer': ["train.task = 'openmoji_images'", 'TokenizerStage.revive_every = 5'],
+  'generator': ["train.task = 'openmoji_tokens'", 'drop_text.rate = 0.1'],
 }
 _GIN_FILES = {
-    'tokenizer': ['runs/tiny_adversarial_tokenizer.gin', 'tasks/openmoji.gin'],
-    'generator': ['runs/tiny_generator.gin', 'tasks/openmoji.gin'],
+  'tokenizer': ['runs/tiny_adversarial_tokenizer.gin', 'tasks/openmoji.gin'],
+  'generator': ['runs/tiny_generator.gin', 'tasks/openmoji.gin'],
 }
 _DAMAGE = ('cut', 'changed', 'removed')
 _DAMAGED_SHARE = 0.3  # Of the starts that are killed, those before which a file is damaged.
-_COUNTS = ('starts', 'SIGKILL', 'SIGTERM', 'damaged_checkpoints', 'segments', 'meshes',
-           'checkpoints_compared', 'bits_compared', 'bits_different')
+_COUNTS = (
+  'starts',
+  'SIGKILL',
+  'SIGTERM',
+  'damaged_checkpoints',
+  'segments',
+  'meshes',
+  'checkpoints_compared',
+  'bits_compared',
+  'bits_different',
+)
 
 
 class Soak:
@@ -73,8 +88,15 @@ class Soak:
     self.folder, self._seed, self._kills = folder.absolute(), seed, kills
     self._starter = killed_runs.Starter(self.folder)
     # `damaged` are steps whose checkpoints no start has found damaged yet.
-    self.state = {'seconds': 0.0, 'segment': 0, 'killed': 0, 'whole': 'to begin', 'damaged': [],
-                  'differences': [], **dict.fromkeys(_COUNTS, 0)}
+    self.state = {
+      'seconds': 0.0,
+      'segment': 0,
+      'killed': 0,
+      'whole': 'to begin',
+      'damaged': [],
+      'differences': [],
+      **dict.fromkeys(_COUNTS, 0),
+    }
     if self._state_file.exists():
       self.state |= json.loads(self._state_file.read_text(encoding='utf-8'))
 
@@ -92,9 +114,15 @@ class Soak:
     done_again, lost, most = self._lost()
     counts = {name: self.state[name] for name in _COUNTS}
     return {
-        'minutes': round(self.state['seconds'] / 60, 1), **counts, 'steps': self._steps_done(),
-        'steps_done_again': done_again, 'steps_lost': lost, 'most_steps_lost_at_once': most,
-        'losses_equal': not self.state['differences'], 'differences': self.state['differences']}
+      'minutes': round(self.state['seconds'] / 60, 1),
+      **counts,
+      'steps': self._steps_done(),
+      'steps_done_again': done_again,
+      'steps_lost': lost,
+      'most_steps_lost_at_once': most,
+      'losses_equal': not self.state['differences'],
+      'differences': self.state['differences'],
+    }
 
   def _segment(self):
     """Trains one segment undisturbed, then disturbed, and compares."""
@@ -128,8 +156,10 @@ class Soak:
     Its record keeps what it did before, which is what the disturbed run may have done before.
     """
     border = self._place()[1] * STEPS
-    records = [killed_runs.records(self._starter.record_file(f'{who}_{stage}'))
-               for who in ('whole', 'disturbed')]
+    records = [
+      killed_runs.records(self._starter.record_file(f'{who}_{stage}'))
+      for who in ('whole', 'disturbed')
+    ]
     known, wanted = (killed_runs.lineages(lines) for lines in records)
     # A run is sent back further and further, so the last lineage is the one that both end with.
     for lineage in dict.fromkeys(wanted):
@@ -187,8 +217,9 @@ class Soak:
     if begins:
       self.state['damaged'] = []
       if begins != [newest]:
-        self._differs(f'{stage}: began at step {begins[0]}, and not at {newest}, its newest whole '
-                      'checkpoint')
+        self._differs(
+          f'{stage}: began at step {begins[0]}, and not at {newest}, its newest whole checkpoint'
+        )
     if status == 0:
       return killed_runs.newest_step(model_dir) == (number + 1) * STEPS
     self._expect(status, (-signal.SIGKILL, *TOLD_TO_STOP), 'disturbed')
@@ -217,7 +248,7 @@ class Soak:
     if kind == 'removed':
       file.unlink()
     elif kind == 'cut':
-      file.write_bytes(data[:draw.integers(len(data))])
+      file.write_bytes(data[: draw.integers(len(data))])
     else:
       data[draw.integers(len(data))] ^= 1 << int(draw.integers(8))
       file.write_bytes(data)
@@ -228,10 +259,13 @@ class Soak:
     for who in ('whole', 'disturbed'):
       if (self.folder / who / 'tokens' / 'done').exists():
         continue
-      arguments = ['tokenize', '--gin_file=gin_configs/tasks/openmoji.gin',
-                   f"--gin.openmoji.data_dir='{self.folder}/openmoji'",
-                   f'--tokenizer={self.folder}/{who}/tokenizer',
-                   f'--output_dir={self.folder}/{who}/tokens']
+      arguments = [
+        'tokenize',
+        '--gin_file=gin_configs/tasks/openmoji.gin',
+        f"--gin.openmoji.data_dir='{self.folder}/openmoji'",
+        f'--tokenizer={self.folder}/{who}/tokenizer',
+        f'--output_dir={self.folder}/{who}/tokens',
+      ]
       status = -signal.SIGKILL
       if who == 'disturbed':
         moment = killed_runs.Moment('start', delay=2.0)
@@ -239,8 +273,10 @@ class Soak:
       if status != 0:
         self._expect(self._starter.run(f'{who}_tokens', arguments), (0,), f'{who}_tokens')
       (self.folder / who / 'tokens' / 'done').touch()
-    files = [{path.name: path.read_bytes() for path in (self.folder / who / 'tokens').iterdir()}
-             for who in ('whole', 'disturbed')]
+    files = [
+      {path.name: path.read_bytes() for path in (self.folder / who / 'tokens').iterdir()}
+      for who in ('whole', 'disturbed')
+    ]
     if files[0] != files[1]:
       self._differs('the image tokens differ')
 
@@ -248,23 +284,37 @@ class Soak:
     """Starts one of the runs; returns its status."""
     stage, number = self._place()
     devices, mesh = MESHES[stage][number % len(MESHES[stage])]
-    bindings = [f"openmoji.data_dir = '{self.folder}/openmoji'", *_SCHEDULE,
-                *_STAGE_BINDINGS[stage], f'train.steps = {(number + 1) * STEPS}',
-                f'train.keep_checkpoints = {_KEPT[who]}',
-                *(f'make_mesh.{way.replace("=", " = ")}' for way in mesh)]
+    bindings = [
+      f"openmoji.data_dir = '{self.folder}/openmoji'",
+      *_SCHEDULE,
+      *_STAGE_BINDINGS[stage],
+      f'train.steps = {(number + 1) * STEPS}',
+      f'train.keep_checkpoints = {_KEPT[who]}',
+      *(f'make_mesh.{way.replace("=", " = ")}' for way in mesh),
+    ]
     if stage == 'generator':
-      bindings += [f"token_cache.path = '{self.folder}/{who}/tokens'",
-                   f"GeneratorStage.tokenizer = '{self.folder}/{who}/tokenizer'"]
+      bindings += [
+        f"token_cache.path = '{self.folder}/{who}/tokens'",
+        f"GeneratorStage.tokenizer = '{self.folder}/{who}/tokenizer'",
+      ]
     model_dir = self.folder / who / stage
     self.state['starts'] += who == 'disturbed'
     status = self._starter.run(
-        f'{who}_{stage}',
-        ['train', *(f'--gin_file=gin_configs/{file}' for file in _GIN_FILES[stage]),
-         f'--model_dir={model_dir}', *(f'--gin.{binding}' for binding in bindings)],
-        devices, moment)
+      f'{who}_{stage}',
+      [
+        'train',
+        *(f'--gin_file=gin_configs/{file}' for file in _GIN_FILES[stage]),
+        f'--model_dir={model_dir}',
+        *(f'--gin.{binding}' for binding in bindings),
+      ],
+      devices,
+      moment,
+    )
     what = f', {moment.kind} {moment.step} + {moment.delay:.3f} s' if moment else ''
-    self._say(f'{who} {stage}, segment {number}{what}: status {status}, '
-              f'step {killed_runs.newest_step(model_dir)}')
+    self._say(
+      f'{who} {stage}, segment {number}{what}: status {status}, '
+      f'step {killed_runs.newest_step(model_dir)}'
+    )
     return status
 
   def _compare(self, stage: str):
@@ -276,8 +326,10 @@ class Soak:
     self.state['checkpoints_compared'] += 1
     self.state['bits_compared'] += sum(8 * leaf.nbytes for leaf in states[0].values())
     self.state['bits_different'] += sum(
-        killed_runs.different_bits(leaf, states[1][name])
-        for name, leaf in states[0].items() if name in states[1])
+      killed_runs.different_bits(leaf, states[1][name])
+      for name, leaf in states[0].items()
+      if name in states[1]
+    )
     self._say(f'compared: {len(found)} differences')
     self.state['differences'] += found
 
@@ -314,8 +366,9 @@ class Soak:
 
   def _expect(self, status: int, wanted, name: str):
     if status not in wanted:
-      log = self._starter.log_file(name if name.endswith('tokens')
-                                   else f'{name}_{self._place()[0]}')
+      log = self._starter.log_file(
+        name if name.endswith('tokens') else f'{name}_{self._place()[0]}'
+      )
       raise RuntimeError(f'status {status}; see {log}')
 
   def _differs(self, what: str):
@@ -347,13 +400,22 @@ class _Timed:
 
 def main() -> int:
   """Soaks; returns the exit status."""
-  parser = argparse.ArgumentParser(description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument('--minutes', type=float, default=15, help='how long (default: %(default)s)')
-  parser.add_argument('--work_dir', required=True, type=pathlib.Path,
-                      help='folder of both runs; an earlier soak in it goes on')
-  parser.add_argument('--kills', type=int, default=6,
-                      help='how often each segment is disturbed (default: %(default)s)')
+  parser.add_argument(
+    '--work_dir',
+    required=True,
+    type=pathlib.Path,
+    help='folder of both runs; an earlier soak in it goes on',
+  )
+  parser.add_argument(
+    '--kills',
+    type=int,
+    default=6,
+    help='how often each segment is disturbed (default: %(default)s)',
+  )
   parser.add_argument('--seed', type=int, default=0, help='of what is done to the disturbed run')
   args = parser.parse_args()
   soak = Soak(args.work_dir, args.seed, args.kills)

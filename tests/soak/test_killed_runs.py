@@ -32,14 +32,20 @@ def test_killed_at_random_moments_or_not_a_run_is_the_same(starter, data, stage)
 
   The other run is compiled anew, so that compiled programs from the cache are compared too.
   """
-  bindings = ['train.steps = 60', 'train.checkpoint_every = 2', 'train.pictures_every = 5',
-              'train.evaluate_every = 7']
+  bindings = [
+    'train.steps = 60',
+    'train.checkpoint_every = 2',
+    'train.pictures_every = 5',
+    'train.evaluate_every = 7',
+  ]
   whole, killed = (data / f'{name}_{stage}' for name in ('whole', 'killed'))
   arguments = [tiny_runs.arguments(stage, data, folder, *bindings) for folder in (whole, killed)]
   assert starter.run(whole.name, arguments[0], cached=False) == 0
   seed = tiny_runs.STAGES.index(stage)
-  assert starter.run_killed(
-      killed.name, arguments[1], killed, KILLS, np.random.default_rng(seed)) == KILLS
+  assert (
+    starter.run_killed(killed.name, arguments[1], killed, KILLS, np.random.default_rng(seed))
+    == KILLS
+  )
   records = [starter.record_file(folder.name) for folder in (whole, killed)]
   assert len(killed_runs.by_step(killed_runs.records(records[0]))) > 300
   assert killed_runs.differences(whole, killed, *records) == []

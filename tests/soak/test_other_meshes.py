@@ -16,14 +16,15 @@ from parti_jax.training import reporting
 
 DATA = ['make_mesh.data = 8']
 OTHERS = {
-    'fsdp and tensor': ['make_mesh.fsdp = 4', 'make_mesh.tensor = 2'],
-    'one device': [],
-    'pipeline': ['make_mesh.stage = 2', 'make_mesh.data = 2', 'make_mesh.tensor = 2'],
+  'fsdp and tensor': ['make_mesh.fsdp = 4', 'make_mesh.tensor = 2'],
+  'one device': [],
+  'pipeline': ['make_mesh.stage = 2', 'make_mesh.data = 2', 'make_mesh.tensor = 2'],
 }
 # For a pipeline: layers enough, and none of whose outputs are needed before the last.
 FOR_PIPELINE = {
-    'tokenizer': ['ViTVQGANConfig.encoder_layers = 2', 'ViTVQGANConfig.decoder_layers = 2'],
-    'generator': ['GeneratorStage.depth_loss_weights = None']}
+  'tokenizer': ['ViTVQGANConfig.encoder_layers = 2', 'ViTVQGANConfig.decoder_layers = 2'],
+  'generator': ['GeneratorStage.depth_loss_weights = None'],
+}
 WITHOUT_LAYERS = ('super_resolution',)
 
 
@@ -34,8 +35,10 @@ def _train(monkeypatch):
   def train(arguments):
     losses = {}
     monkeypatch.setattr(
-        reporting.Reporter, 'metrics',
-        lambda _, step, values: losses.update({step: values['loss']} if 'loss' in values else {}))
+      reporting.Reporter,
+      'metrics',
+      lambda _, step, values: losses.update({step: values['loss']} if 'loss' in values else {}),
+    )
     assert main.main(arguments) == 0
     return losses
 
@@ -58,9 +61,18 @@ def test_a_checkpoint_goes_on_on_other_meshes(tmp_path, train, monkeypatch, stag
     train(tiny_runs.tokenizer_arguments(tmp_path, *FOR_PIPELINE['tokenizer']))
 
   def losses(name, steps, mesh):
-    return train(tiny_runs.arguments(
-        stage, tmp_path, tmp_path / name, 'train.eval_split = None', 'train.pictures_every = 0',
-        f'train.steps = {steps}', *FOR_PIPELINE.get(stage, []), *mesh))
+    return train(
+      tiny_runs.arguments(
+        stage,
+        tmp_path,
+        tmp_path / name,
+        'train.eval_split = None',
+        'train.pictures_every = 0',
+        f'train.steps = {steps}',
+        *FOR_PIPELINE.get(stage, []),
+        *mesh,
+      )
+    )
 
   first = losses('data', 2, DATA)
   for name in OTHERS:

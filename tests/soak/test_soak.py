@@ -10,8 +10,12 @@ import pytest
 import soak
 
 # What a mesh adds to a step: its rounding.
-_ROUNDING = {'4 devices data=4': 1e-9, '1 devices': 2e-9, '4 devices fsdp=2 tensor=2': 3e-9,
-             '2 devices tensor=2': 4e-9}
+_ROUNDING = {
+  '4 devices data=4': 1e-9,
+  '1 devices': 2e-9,
+  '4 devices fsdp=2 tensor=2': 3e-9,
+  '2 devices tensor=2': 4e-9,
+}
 
 
 class _Player:
@@ -33,13 +37,19 @@ class _Player:
     return self._folder / f'{name}.log'
 
   def run(self, name, arguments, devices=1, moment=None):
-    flags = dict(each.removeprefix('--gin.').replace('--', '').split('=', 1) for each in arguments
-                 if '=' in each)
+    flags = dict(
+      each.removeprefix('--gin.').replace('--', '').split('=', 1)
+      for each in arguments
+      if '=' in each
+    )
     steps, every = int(flags['train.steps ']), int(flags['train.checkpoint_every '])
     folder = pathlib.Path(flags['model_dir']) / 'checkpoints'
     folder.mkdir(parents=True, exist_ok=True)
-    whole = [int(path.name) for path in folder.iterdir()
-             if json.loads((path / 'state').read_text()) is not None]
+    whole = [
+      int(path.name)
+      for path in folder.iterdir()
+      if json.loads((path / 'state').read_text()) is not None
+    ]
     step = max(whole, default=0)
     state = json.loads((folder / str(step) / 'state').read_text()) if step else 1.0
     for path in folder.iterdir():  # Those that are damaged.
@@ -106,8 +116,11 @@ def test_damage_at_the_border_of_two_meshes_is_no_difference(played):
   found = played(damage=(4, 5, 12))
   report = found.report()
   assert report['damaged_checkpoints'] == 3
-  begins = [line['begins'] for line in killed_runs.records(
-      found.folder / 'disturbed_tokenizer.jsonl') if 'begins' in line]
+  begins = [
+    line['begins']
+    for line in killed_runs.records(found.folder / 'disturbed_tokenizer.jsonl')
+    if 'begins' in line
+  ]
   assert begins[4] == 20 and begins[5] == 16 and begins[12] == 68, begins
   assert report['differences'] == [] and report['bits_different'] == 0
 
@@ -138,13 +151,17 @@ def test_steps_done_again_on_another_mesh_must_be_near():
     lines = _lines(('a', 0, [1.0, 2.0]), ('b', 2, [3.0]), ('b', 1, [loss, 3.0]))
     found = killed_runs.different_steps(lines, lines)
     assert [line.startswith('2/loss after 0 on a, after 1 on b') for line in found] == (
-        [True] if differs else [])
+      [True] if differs else []
+    )
 
 
 def test_a_step_that_is_missing_or_differs_from_itself_is_a_difference():
   whole = _lines(('a', 0, [1.0, 2.0]), ('b', 2, [3.0]))
   assert killed_runs.different_steps(whole, whole) == []
-  for other in (_lines(('a', 0, [1.0, 2.0])), _lines(('a', 0, [1.0]), ('b', 1, [2.0, 3.0])),
-                whole + _lines(('b', 2, [3.5]))):
+  for other in (
+    _lines(('a', 0, [1.0, 2.0])),
+    _lines(('a', 0, [1.0]), ('b', 1, [2.0, 3.0])),
+    whole + _lines(('b', 2, [3.5])),
+  ):
     assert killed_runs.different_steps(whole, other)
   assert killed_runs.different_steps(whole + _lines(('b', 2, [3.5])), whole)

@@ -10,23 +10,31 @@ from PIL import Image
 
 STAGES = ('tokenizer', 'text_encoder', 'generator', 'super_resolution', 'ranker')
 _GIN_FILES = {
-    'tokenizer': ['runs/tiny_adversarial_tokenizer.gin'],
-    'text_encoder': ['runs/tiny_text_encoder.gin'],
-    'generator': ['runs/tiny_generator.gin'],
-    'super_resolution': ['runs/super_resolution_x2.gin', 'tasks/folder.gin'],
-    'ranker': ['runs/tiny_ranker.gin'],
+  'tokenizer': ['runs/tiny_adversarial_tokenizer.gin'],
+  'text_encoder': ['runs/tiny_text_encoder.gin'],
+  'generator': ['runs/tiny_generator.gin'],
+  'super_resolution': ['runs/super_resolution_x2.gin', 'tasks/folder.gin'],
+  'ranker': ['runs/tiny_ranker.gin'],
 }
 # How a part of a stage comes into play within a few steps.
 _BINDINGS = {
-    'tokenizer': ['TokenizerStage.revive_every = 3', 'TokenizerStage.r1_every = 2'],
-    'generator': ["train.eval_split = 'validation'", 'drop_text.rate = 0.3',
-                  'GeneratorStage.depth_loss_weights = (1, 2)'],
-    'super_resolution': [
-        'train.batch_size = 8', 'SuperResolutionStage.image_size = 32',
-        'SuperResolutionStage.crop = 8', 'SuperResolutionStage.clean_share = 0.3',
-        'SuperResolutionConfig.blocks = 1', 'SuperResolutionConfig.width = 4',
-        "SuperResolutionConfig.dtype = 'float32'", 'ViTVQGANConfig.image_size = 16'],
-    'ranker': ['RankerStage.reconstruct_every = 2'],
+  'tokenizer': ['TokenizerStage.revive_every = 3', 'TokenizerStage.r1_every = 2'],
+  'generator': [
+    "train.eval_split = 'validation'",
+    'drop_text.rate = 0.3',
+    'GeneratorStage.depth_loss_weights = (1, 2)',
+  ],
+  'super_resolution': [
+    'train.batch_size = 8',
+    'SuperResolutionStage.image_size = 32',
+    'SuperResolutionStage.crop = 8',
+    'SuperResolutionStage.clean_share = 0.3',
+    'SuperResolutionConfig.blocks = 1',
+    'SuperResolutionConfig.width = 4',
+    "SuperResolutionConfig.dtype = 'float32'",
+    'ViTVQGANConfig.image_size = 16',
+  ],
+  'ranker': ['RankerStage.reconstruct_every = 2'],
 }
 # Stages that see, or draw, what a tokenizer makes of pictures.
 WITH_TOKENIZER = ('generator', 'super_resolution', 'ranker')
@@ -42,7 +50,7 @@ def write_pictures(folder, size: int = 16):
       pixels = np.empty((size, size, 3), np.uint8)
       pixels[:] = draw.integers(0, 256, 3)
       row, column = draw.integers(0, size // 2 + 1, 2)
-      pixels[row:row + size // 2, column:column + size // 2] = draw.integers(0, 256, 3)
+      pixels[row : row + size // 2, column : column + size // 2] = draw.integers(0, 256, 3)
       file = f'{split}_{index:02d}.png'
       Image.fromarray(pixels).save(folder / file)
       lines.append(json.dumps({'file': file, 'caption': f'square {row} {column}'}))
@@ -71,19 +79,37 @@ def arguments(stage: str, folder, model_dir, *bindings) -> list[str]:
     model_dir: the run's folder.
     *bindings: more gin bindings, which come last.
   """
-  given = [f"folder.path = '{folder}/pictures'", f"token_cache.path = '{folder}/tokens'",
-           "folder.splits = {'train': 'train.jsonl', 'validation': 'validation.jsonl'}",
-           "train.eval_split = 'validation'", 'train.log_every = 1', 'train.seed = 3',
-           *_BINDINGS.get(stage, [])]
+  given = [
+    f"folder.path = '{folder}/pictures'",
+    f"token_cache.path = '{folder}/tokens'",
+    "folder.splits = {'train': 'train.jsonl', 'validation': 'validation.jsonl'}",
+    "train.eval_split = 'validation'",
+    'train.log_every = 1',
+    'train.seed = 3',
+    *_BINDINGS.get(stage, []),
+  ]
   if stage in WITH_TOKENIZER:
-    name = {'generator': 'GeneratorStage', 'super_resolution': 'SuperResolutionStage',
-            'ranker': 'RankerStage'}[stage]
+    name = {
+      'generator': 'GeneratorStage',
+      'super_resolution': 'SuperResolutionStage',
+      'ranker': 'RankerStage',
+    }[stage]
     given.append(f"{name}.tokenizer = '{folder}/tokenizer'")
-  return ['train', *(f'--gin_file=gin_configs/{file}' for file in _GIN_FILES[stage]),
-          f'--model_dir={model_dir}', *(f'--gin.{binding}' for binding in (*given, *bindings))]
+  return [
+    'train',
+    *(f'--gin_file=gin_configs/{file}' for file in _GIN_FILES[stage]),
+    f'--model_dir={model_dir}',
+    *(f'--gin.{binding}' for binding in (*given, *bindings)),
+  ]
 
 
 def tokenizer_arguments(folder, *bindings) -> list[str]:
   """The command line that trains `tokenizer/` a little, for the stages that need one."""
-  return arguments('tokenizer', folder, f'{folder}/tokenizer', 'train.steps = 2',
-                   'train.evaluate_every = 0', *bindings)
+  return arguments(
+    'tokenizer',
+    folder,
+    f'{folder}/tokenizer',
+    'train.steps = 2',
+    'train.evaluate_every = 0',
+    *bindings,
+  )

@@ -30,16 +30,20 @@ def whole_and_factored(tree):
       columns = -1
     empty = np.zeros(1, np.float32)
     old |= {name: moment, f'{state}/v_row/{kernel}': empty, f'{state}/v_col/{kernel}': empty}
-    new |= {name: empty, f'{state}/v_row/{kernel}': matrix.mean(columns),
-            f'{state}/v_col/{kernel}': matrix.mean(rows)}
+    new |= {
+      name: empty,
+      f'{state}/v_row/{kernel}': matrix.mean(columns),
+      f'{state}/v_col/{kernel}': matrix.mean(rows),
+    }
   return tuple(flax.traverse_util.unflatten_dict(flat, sep='/') for flat in (old, new))
 
 
 def assert_same(found, right):
   """Compares state dicts, bit for bit but for the rounding of means."""
+
   def same(one, other):
     one, other = np.asarray(one), np.asarray(other)
     assert one.dtype == other.dtype and one.shape == other.shape
-    np.testing.assert_allclose(
-        one.astype(np.float32), other.astype(np.float32), rtol=1e-6)
+    np.testing.assert_allclose(one.astype(np.float32), other.astype(np.float32), rtol=1e-6)
+
   jax.tree.map(same, jax.device_get(found), right)

@@ -34,12 +34,32 @@ from parti_jax.training.objectives import tokenizer_objective
 
 # As gin_configs/runs/tiny_generator.gin.
 PARTI = parti_config.PartiConfig(
-    encoder_layers=2, decoder_layers=2, width=32, mlp_width=64, heads=4, text_vocabulary=2000,
-    text_length=32, codebook_size=64, grid=(4, 4), dtype='float32')
+  encoder_layers=2,
+  decoder_layers=2,
+  width=32,
+  mlp_width=64,
+  heads=4,
+  text_vocabulary=2000,
+  text_length=32,
+  codebook_size=64,
+  grid=(4, 4),
+  dtype='float32',
+)
 TOKENIZER = vit_vqgan.ViTVQGANConfig(
-    image_size=8, patch_size=4, encoder_layers=1, encoder_width=16, encoder_mlp_width=16,
-    encoder_heads=2, decoder_layers=1, decoder_width=16, decoder_mlp_width=16, decoder_heads=2,
-    codebook_size=6, code_dim=3, dtype='float32')
+  image_size=8,
+  patch_size=4,
+  encoder_layers=1,
+  encoder_width=16,
+  encoder_mlp_width=16,
+  encoder_heads=2,
+  decoder_layers=1,
+  decoder_width=16,
+  decoder_mlp_width=16,
+  decoder_heads=2,
+  codebook_size=6,
+  code_dim=3,
+  dtype='float32',
+)
 GIN = ['--gin_file=gin_configs/runs/tiny_generator.gin']
 
 
@@ -49,16 +69,19 @@ def _generator(**changes):
 
 def _adversarial_tokenizer():
   return tokenizer_objective.TokenizerStage(
-      TOKENIZER, adversarial_weight=0.1, ema=0.9,
-      discriminator=discriminator.DiscriminatorConfig(channels=64, max_channels=8),
-      discriminator_optimizer=optimizers.adamw(0.1))
+    TOKENIZER,
+    adversarial_weight=0.1,
+    ema=0.9,
+    discriminator=discriminator.DiscriminatorConfig(channels=64, max_channels=8),
+    discriminator_optimizer=optimizers.adamw(0.1),
+  )
 
 
 STATES = {
-    'adafactor': (_generator, optimizers.adafactor),
-    'adamw': (_generator, optimizers.adamw),
-    'tokenizer': (lambda: tokenizer_objective.TokenizerStage(TOKENIZER), optimizers.adafactor),
-    'adversarial': (_adversarial_tokenizer, optimizers.adamw),
+  'adafactor': (_generator, optimizers.adafactor),
+  'adamw': (_generator, optimizers.adamw),
+  'tokenizer': (lambda: tokenizer_objective.TokenizerStage(TOKENIZER), optimizers.adafactor),
+  'adversarial': (_adversarial_tokenizer, optimizers.adamw),
 }
 
 
@@ -71,7 +94,8 @@ def _trainer(name, *mesh):
   make_stage, optimizer = STATES[name]
   mesh = mesh or (1, 1, 1, 1, tuple(jax.devices()[:1]))
   return trainer_lib.Trainer(
-      make_stage(), optimizer(optimizers.parti_schedule()), mesh_lib.make_mesh(*mesh))
+    make_stage(), optimizer(optimizers.parti_schedule()), mesh_lib.make_mesh(*mesh)
+  )
 
 
 def _filled(trainer, step=7):
@@ -79,8 +103,11 @@ def _filled(trainer, step=7):
   draw = np.random.default_rng(0)
 
   def fill(plan):
-    values = draw.integers(1, 100, plan.shape) if jnp.issubdtype(plan.dtype, jnp.integer) else (
-        draw.uniform(0.01, 0.1, plan.shape))
+    values = (
+      draw.integers(1, 100, plan.shape)
+      if jnp.issubdtype(plan.dtype, jnp.integer)
+      else (draw.uniform(0.01, 0.1, plan.shape))
+    )
     return jax.device_put(np.asarray(values).astype(plan.dtype), plan.sharding)
 
   state = jax.tree.map(fill, trainer.abstract)
@@ -89,8 +116,9 @@ def _filled(trainer, step=7):
 
 def _save(folder, trainer, state):
   manager = run_checkpoints.Checkpoints(folder)
-  manager.save(int(state.step), state, {'epoch': 2, 'taken': 5},
-               run_checkpoints.describe(trainer.stage))
+  manager.save(
+    int(state.step), state, {'epoch': 2, 'taken': 5}, run_checkpoints.describe(trainer.stage)
+  )
   manager.close()
   return run_checkpoints.latest_checkpoint(folder)
 
@@ -100,6 +128,7 @@ def _assert_same_bits(a, b):
     one, other = np.asarray(one), np.asarray(other)
     assert one.dtype == other.dtype and one.shape == other.shape
     assert one.tobytes() == other.tobytes()
+
   jax.tree.map(same, jax.device_get(a), jax.device_get(b))
 
 
@@ -120,8 +149,10 @@ def test_the_names_are_those_of_flax(name):
   state = _trainer(name).abstract
   ours = flax.traverse_util.flatten_dict(t5x_checkpoints.state_dict(state), sep='/')
   plain = flax.serialization.to_state_dict(state)
-  theirs = {'target': plain['params'],
-            'state': {'step': plain['step'], 'param_states': plain['optimizer_state']}}
+  theirs = {
+    'target': plain['params'],
+    'state': {'step': plain['step'], 'param_states': plain['optimizer_state']},
+  }
   if plain['statistics']:
     theirs['flax_mutables'] = {'statistics': plain['statistics'] | {'step': plain['step']}}
   theirs = flax.traverse_util.flatten_dict(theirs, sep='/')  # Without what is empty, as t5x does.
@@ -137,7 +168,9 @@ def test_ours_to_t5x_to_ours_bit_for_bit(name, tmp_path):
   written = t5x_checkpoints.write(tmp_path / 't5x', t5x_checkpoints.read_run(path))
   assert written == epath.Path(tmp_path) / 't5x' / 'checkpoint_7'
   # By Orbax alone, as anybody would read it.
-  saved = run_checkpoints.by_path(t5x_checkpoints.ocp.PyTreeCheckpointer().restore(written / 'state'))
+  saved = run_checkpoints.by_path(
+    t5x_checkpoints.ocp.PyTreeCheckpointer().restore(written / 'state')
+  )
   _assert_same_bits(saved, run_checkpoints.by_path(t5x_checkpoints.state_dict(state)))
   dtypes = {str(leaf.dtype) for name, leaf in saved.items() if 'param_states' in name}
   assert ('bfloat16' in dtypes) == (STATES[name][1] is optimizers.adafactor)
@@ -146,8 +179,10 @@ def test_ours_to_t5x_to_ours_bit_for_bit(name, tmp_path):
   tree = t5x_checkpoints.read(written, t5x_checkpoints.state_dict(other))
   restored = t5x_checkpoints.train_state(tree, other)
   _assert_same_bits(restored, state)
-  assert all(leaf.sharding == plan.sharding for leaf, plan in zip(
-      jax.tree.leaves(restored), jax.tree.leaves(other)))
+  assert all(
+    leaf.sharding == plan.sharding
+    for leaf, plan in zip(jax.tree.leaves(restored), jax.tree.leaves(other))
+  )
 
 
 def test_a_run_of_a_checkpoint_of_t5x(run, tmp_path, capsys):
@@ -171,16 +206,20 @@ def test_a_run_of_a_checkpoint_of_t5x(run, tmp_path, capsys):
 
 def test_whole_second_moments_of_earlier_versions_are_factored_both_ways(tmp_path, caplog):
   trainer = trainer_lib.Trainer(
-      _generator(width=128), optimizers.adafactor(optimizers.parti_schedule()),
-      mesh_lib.make_mesh(1, 1, 1, 1, jax.devices()[:1]))
+    _generator(width=128),
+    optimizers.adafactor(optimizers.parti_schedule()),
+    mesh_lib.make_mesh(1, 1, 1, 1, jax.devices()[:1]),
+  )
   whole, right = old_moments.whole_and_factored(
-      t5x_checkpoints.state_dict(jax.device_get(_filled(trainer))))
+    t5x_checkpoints.state_dict(jax.device_get(_filled(trainer)))
+  )
   state = t5x_checkpoints.train_state(whole, trainer.abstract)
   _save(tmp_path / 'run', trainer, jax.tree.map(jnp.asarray, state))
   t5x_checkpoint.run_to_t5x(tmp_path / 'run', tmp_path / 't5x')
   assert 'second moments of 7 attention kernels' in caplog.text
   saved = t5x_checkpoints.ocp.PyTreeCheckpointer().restore(
-      tmp_path / 't5x' / 'checkpoint_7' / 'state')
+    tmp_path / 't5x' / 'checkpoint_7' / 'state'
+  )
   old_moments.assert_same(saved, right)
   written = t5x_checkpoints.write(tmp_path / 'old', whole)
   t5x_checkpoint.to_run(written, tmp_path / 'again', trainer)
@@ -196,20 +235,36 @@ def test_training_goes_on_from_a_checkpoint_of_t5x(run, tmp_path, capsys):
   """`parti-jax train` takes the folder that the command makes, and writes the next checkpoint."""
   draw = np.random.default_rng(0)
   token_cache.write_token_cache(
-      str(tmp_path / 'tokens'), [(f'number {i}', draw.integers(0, 64, 16)) for i in range(20)],
-      {'codebook_size': 64, 'image_tokens': 16, 'tokenizer': 'none'}, 'train')
+    str(tmp_path / 'tokens'),
+    [(f'number {i}', draw.integers(0, 64, 16)) for i in range(20)],
+    {'codebook_size': 64, 'image_tokens': 16, 'tokenizer': 'none'},
+    'train',
+  )
   where = [*GIN, f'--model_dir={tmp_path}/run']
   assert main.main(['t5x_checkpoint', f'--from_t5x={run[2]}', *where]) == 0
-  assert main.main(['train', *where, '--gin.train.steps=9',
-                    f"--gin.token_cache.path='{tmp_path}/tokens'"]) == 0
+  assert (
+    main.main(
+      ['train', *where, '--gin.train.steps=9', f"--gin.token_cache.path='{tmp_path}/tokens'"]
+    )
+    == 0
+  )
   assert 'resuming at step 7' in capsys.readouterr().err
   path = run_checkpoints.latest_checkpoint(tmp_path / 'run')
   assert path.name == '9' and run_checkpoints.read_place(path)['places'] == [[0, 16]]
 
 
 def test_an_exported_model_has_parameters_alone(tmp_path, capsys):
-  assert main.main(['t5x_checkpoint', f'--model={text_to_image.DEMO_FOLDER}',
-                    f'--output_dir={tmp_path}', '--network=tokenizer']) == 0
+  assert (
+    main.main(
+      [
+        't5x_checkpoint',
+        f'--model={text_to_image.DEMO_FOLDER}',
+        f'--output_dir={tmp_path}',
+        '--network=tokenizer',
+      ]
+    )
+    == 0
+  )
   assert '--gin.CHECKPOINT_PATH=' in capsys.readouterr().out
   params = model_folder.load(text_to_image.DEMO_FOLDER).tokenizer_params
   found = t5x_checkpoints.ocp.PyTreeCheckpointer().restore(tmp_path / 'checkpoint_0' / 'state')
@@ -236,13 +291,19 @@ def test_the_optimizer_may_begin_anew(run, tmp_path, capsys):
 
 
 def test_what_does_not_fit_is_named_with_both_shapes(run):
-  wanted = t5x_checkpoints.state_dict(trainer_lib.Trainer(
-      _generator(width=64), optimizers.adafactor(optimizers.parti_schedule()),
-      mesh_lib.make_mesh()).abstract)
+  wanted = t5x_checkpoints.state_dict(
+    trainer_lib.Trainer(
+      _generator(width=64), optimizers.adafactor(optimizers.parti_schedule()), mesh_lib.make_mesh()
+    ).abstract
+  )
   with pytest.raises(UserError, match='checkpoint_7: does not fit the gin files') as caught:
     t5x_checkpoints.read(run[2], {'target': wanted['target']}, within=('target/',))
-  for words in ('target/', 'is [32] there and [64] here', ' more; ',
-                'give the gin files of the model that it is of'):
+  for words in (
+    'target/',
+    'is [32] there and [64] here',
+    ' more; ',
+    'give the gin files of the model that it is of',
+  ):
     assert words in str(caught.value)
 
 
@@ -280,7 +341,7 @@ def test_a_damaged_checkpoint_of_t5x_is_named(run, tmp_path):
   shutil.copytree(run[2], copy)
   largest = max((copy / 'state').rglob('d/*'), key=lambda path: path.stat().st_size)
   content = bytearray(largest.read_bytes())
-  content[:] = content[:len(content) // 2]
+  content[:] = content[: len(content) // 2]
   largest.write_bytes(content)
   wanted = t5x_checkpoints.state_dict(_trainer('adafactor').abstract)
   with pytest.raises(UserError, match="checkpoint_7: can't be read .*; is it damaged"):
@@ -292,26 +353,31 @@ def test_nothing_is_left_of_a_checkpoint_that_could_not_be_written(tmp_path, mon
   (tmp_path / 'file').write_bytes(b'')
   with pytest.raises(UserError, match="file/t5x: can't be made .*give another --output_dir"):
     t5x_checkpoints.write(tmp_path / 'file' / 't5x', tree)
+
   def fail(*_, **__):
     assert list(tmp_path.glob('checkpoint_3*'))
     raise OSError(errno.ENOSPC, 'No space left on device', str(tmp_path))
+
   monkeypatch.setattr(t5x_checkpoints.ocp.PyTreeCheckpointHandler, 'finalize', fail)
   with pytest.raises(UserError, match='no space left on device'):
     t5x_checkpoints.write(tmp_path, tree)
   assert not list(tmp_path.glob('checkpoint_3*'))
 
 
-@pytest.mark.parametrize('flags, words', [
+@pytest.mark.parametrize(
+  'flags, words',
+  [
     ([], '--output_dir not given'),
     (['--output_dir=o'], 'give --model_dir=RUN or --model=FOLDER'),
     (['--output_dir=o', '--model_dir=r', '--model=m'], 'give --model_dir=RUN or --model=FOLDER'),
     (['--output_dir=o', '--model=m', '--step=3'], '--step does not go with --model'),
     (['--output_dir=o', '--model_dir=r', '--parameters_only'], '--parameters_only does not go'),
     (['--output_dir=o', '--model_dir=r', '--gin.a.b=1'], '--gin.NAME=VALUE does not go'),
-    (['--output_dir=s3://b/o', '--model=m'], 's3://b/o: t5x\'s checkpoints are in folders and at'),
+    (['--output_dir=s3://b/o', '--model=m'], "s3://b/o: t5x's checkpoints are in folders and at"),
     (['--from_t5x=c'], '--model_dir and --gin_file not given'),
     (['--from_t5x=c', '--model_dir=r', *GIN, '--step=2'], '--step does not go with --from_t5x'),
-])
+  ],
+)
 def test_bad_flags(flags, words, capsys):
   assert main.main(['t5x_checkpoint', *flags]) == 2
   assert words in capsys.readouterr().err
@@ -322,8 +388,9 @@ def test_bad_runs(run, tmp_path, capsys):
   command = ['t5x_checkpoint', f'--output_dir={tmp_path}']
   assert main.main([*command, f'--model_dir={folder}', '--step=6']) == 2
   assert 'no checkpoint of step 6; those there are of 7' in capsys.readouterr().err
-  assert main.main(['t5x_checkpoint', f'--output_dir={written.parent}',
-                    f'--model_dir={folder}']) == 2
+  assert (
+    main.main(['t5x_checkpoint', f'--output_dir={written.parent}', f'--model_dir={folder}']) == 2
+  )
   assert 'checkpoint_7 is there already' in capsys.readouterr().err
   manager = run_checkpoints.Checkpoints(tmp_path / 'ranker')
   manager.save(1, {'step': jnp.int32(1)}, {}, {'stage': 'ranker', 'config': {}})

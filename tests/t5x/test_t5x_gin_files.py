@@ -11,15 +11,28 @@ from parti_jax.core import gin_config
 from parti_jax.training import configurables  # noqa: F401
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
-FILES = sorted(path.relative_to(gin_config.folder()).as_posix()
-               for path in (gin_config.folder() / 't5x').rglob('*.gin'))
+FILES = sorted(
+  path.relative_to(gin_config.folder()).as_posix()
+  for path in (gin_config.folder() / 't5x').rglob('*.gin')
+)
 _INCLUDE = re.compile(r"^include '(.+)'$", re.MULTILINE)
 # What may be said for t5x alone: macros and bindings, with numbers that no run of ours has.
 _NUMBER = re.compile(r'^ *([\w./]+) = (-?[\d(].*)$', re.MULTILINE)
 _OF_T5X = {
-    'DROPOUT_RATE', 'Z_LOSS', 'LABEL_SMOOTHING', 'RANDOM_SEED', 'EVAL_STEPS', 'EVAL_PERIOD',
-    'FINETUNE_LEARNING_RATE', 'temperature', 'topk', 'topp', 'guidance_scale', 'num_decodes',
-    'partitioning.standard_logical_axis_rules.parameter_partitioning_dims'}
+  'DROPOUT_RATE',
+  'Z_LOSS',
+  'LABEL_SMOOTHING',
+  'RANDOM_SEED',
+  'EVAL_STEPS',
+  'EVAL_PERIOD',
+  'FINETUNE_LEARNING_RATE',
+  'temperature',
+  'topk',
+  'topp',
+  'guidance_scale',
+  'num_decodes',
+  'partitioning.standard_logical_axis_rules.parameter_partitioning_dims',
+}
 
 
 def _text(name):
@@ -27,11 +40,20 @@ def _text(name):
 
 
 def test_every_model_and_every_kind_of_run_is_there():
-  models = {'tiny', 'demo', '350m', '3b', '20b', 'vit_vqgan_tiny', 'vit_vqgan_demo',
-            'vit_vqgan_small', 'vit_vqgan_base'}
+  models = {
+    'tiny',
+    'demo',
+    '350m',
+    '3b',
+    '20b',
+    'vit_vqgan_tiny',
+    'vit_vqgan_demo',
+    'vit_vqgan_small',
+    'vit_vqgan_base',
+  }
   assert {f't5x/models/{model}.gin' for model in models} | {
-      f't5x/runs/{run}.gin' for run in ('pretrain', 'finetune', 'eval', 'infer')} | {
-          't5x/parti.gin', 't5x/vit_vqgan.gin'} == set(FILES)
+    f't5x/runs/{run}.gin' for run in ('pretrain', 'finetune', 'eval', 'infer')
+  } | {'t5x/parti.gin', 't5x/vit_vqgan.gin'} == set(FILES)
 
 
 @pytest.mark.parametrize('name', FILES)
@@ -44,24 +66,40 @@ def test_includes_are_there_and_numbers_are_not_repeated(name):
   assert {key for key, _ in _NUMBER.findall(text)} <= _OF_T5X
 
 
-@pytest.mark.parametrize('name, run', [
-    ('tiny', 'tiny_generator'), ('demo', 'demo_generator'), ('350m', 'parti_350m'),
-    ('3b', 'parti_3b'), ('20b', 'parti_20b'), ('vit_vqgan_tiny', 'tiny_tokenizer'),
-    ('vit_vqgan_demo', 'demo_tokenizer'), ('vit_vqgan_small', 'vit_vqgan_small'),
-    ('vit_vqgan_base', 'vit_vqgan_base')])
+@pytest.mark.parametrize(
+  'name, run',
+  [
+    ('tiny', 'tiny_generator'),
+    ('demo', 'demo_generator'),
+    ('350m', 'parti_350m'),
+    ('3b', 'parti_3b'),
+    ('20b', 'parti_20b'),
+    ('vit_vqgan_tiny', 'tiny_tokenizer'),
+    ('vit_vqgan_demo', 'demo_tokenizer'),
+    ('vit_vqgan_small', 'vit_vqgan_small'),
+    ('vit_vqgan_base', 'vit_vqgan_base'),
+  ],
+)
 def test_a_model_includes_what_our_run_of_it_includes(name, run):
-  shared = {path for path in _INCLUDE.findall(_text(f't5x/models/{name}.gin'))
-            if not path.startswith('gin_configs/t5x/')}
+  shared = {
+    path
+    for path in _INCLUDE.findall(_text(f't5x/models/{name}.gin'))
+    if not path.startswith('gin_configs/t5x/')
+  }
   found, unread = set(), [f'gin_configs/runs/{run}.gin']
   while unread:
     path = unread.pop()
     found.add(path)
     unread += _INCLUDE.findall(gin_config.find(path).read_text(encoding='utf-8'))
   assert len(shared) == 2 and shared <= found
-  optimizer = re.search(r'OptaxWrapper\.optimizer = @parti_optimizers\.(\w+)',
-                        _text(f't5x/models/{name}.gin') + _text('t5x/vit_vqgan.gin')).group(1)
-  schedule = re.search(r'SCHEDULE = @parti_optimizers\.(\w+)\(\)',
-                       _text(f't5x/models/{name}.gin') + _text('t5x/vit_vqgan.gin')).group(1)
+  optimizer = re.search(
+    r'OptaxWrapper\.optimizer = @parti_optimizers\.(\w+)',
+    _text(f't5x/models/{name}.gin') + _text('t5x/vit_vqgan.gin'),
+  ).group(1)
+  schedule = re.search(
+    r'SCHEDULE = @parti_optimizers\.(\w+)\(\)',
+    _text(f't5x/models/{name}.gin') + _text('t5x/vit_vqgan.gin'),
+  ).group(1)
   run_text = '\n'.join(gin_config.find(path).read_text(encoding='utf-8') for path in found)
   assert f'train.optimizer = @{optimizer}\n' in run_text
   assert f'train.schedule = @{schedule}()\n' in run_text
@@ -74,9 +112,13 @@ def test_dropout_is_the_models(name):
 
 
 def test_one_revision_of_t5x_is_named_everywhere():
-  pinned = dict(re.findall(r'^(\w+) @ git\+https://\S+@([0-9a-f]{40})$',
-                           (REPOSITORY / 'launch/t5x.txt').read_text(encoding='utf-8'),
-                           re.MULTILINE))
+  pinned = dict(
+    re.findall(
+      r'^(\w+) @ git\+https://\S+@([0-9a-f]{40})$',
+      (REPOSITORY / 'launch/t5x.txt').read_text(encoding='utf-8'),
+      re.MULTILINE,
+    )
+  )
   assert set(pinned) == {'t5x', 'airio', 'jestimator'}
   setup = configparser.ConfigParser()
   setup.read(REPOSITORY / 'setup.cfg')

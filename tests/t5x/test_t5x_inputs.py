@@ -27,8 +27,10 @@ def _caches(tmp_path_factory):
   folder = tmp_path_factory.mktemp('caches')
   for name in ('aaaa', 'bbbb'):
     token_cache.write_token_cache(
-        str(folder / name), [('apple', np.zeros(4, np.int32))],
-        {'codebook_size': 32, 'image_tokens': 4, 'tokenizer': name})
+      str(folder / name),
+      [('apple', np.zeros(4, np.int32))],
+      {'codebook_size': 32, 'image_tokens': 4, 'tokenizer': name},
+    )
   return folder
 
 
@@ -44,10 +46,15 @@ def test_a_run_keeps_what_it_is_trained_with_and_goes_on_with_nothing_else(cache
   run = f"MODEL_DIR = '{tmp_path}'"
   _settle(caches / 'aaaa', run)
   assert inputs.of_checkpoint(tmp_path / 'checkpoint_7') == {
-      'vocabulary': VOCABULARY, 'tokenizer': 'aaaa'}
+    'vocabulary': VOCABULARY,
+    'tokenizer': 'aaaa',
+  }
   _settle(caches / 'aaaa', run)
-  with pytest.raises(UserError, match=f'{tmp_path} was made with the tokenizer aaaa, but the token '
-                                      'cache .*/bbbb has bbbb; set token_cache.path'):
+  with pytest.raises(
+    UserError,
+    match=f'{tmp_path} was made with the tokenizer aaaa, but the token '
+    'cache .*/bbbb has bbbb; set token_cache.path',
+  ):
     _settle(caches / 'bbbb', run)
   assert inputs.of_checkpoint(tmp_path)['tokenizer'] == 'aaaa'
   assert _settle(caches / 'bbbb', run, 'check_inputs.allow_mismatch = True')

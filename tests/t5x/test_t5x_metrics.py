@@ -14,17 +14,29 @@ from parti_jax.sampling import detokenizing
 from parti_jax.t5x import metrics
 
 _CONFIG = vit_vqgan.ViTVQGANConfig(
-    image_size=8, patch_size=4, encoder_layers=1, encoder_width=8, encoder_mlp_width=16,
-    encoder_heads=2, decoder_layers=1, decoder_width=8, decoder_mlp_width=16, decoder_heads=2,
-    codebook_size=12, code_dim=4, dtype='bfloat16')
+  image_size=8,
+  patch_size=4,
+  encoder_layers=1,
+  encoder_width=8,
+  encoder_mlp_width=16,
+  encoder_heads=2,
+  decoder_layers=1,
+  decoder_width=8,
+  decoder_mlp_width=16,
+  decoder_heads=2,
+  codebook_size=12,
+  code_dim=4,
+  dtype='bfloat16',
+)
 # Image tokens of the real pictures: of each name in each tone.
 _TOKENS = {'cook: light': [0, 1, 2, 3], 'cook: dark': [4, 5, 6, 7], 'ball': [8, 9, 10, 11]}
 
 
 def _picture(caption):
   name, _, tone = caption.partition(': ')
-  return Picture(code=caption, name=name, tones=(tone,) if tone else (), caption=caption,
-                 split='train')
+  return Picture(
+    code=caption, name=name, tones=(tone,) if tone else (), caption=caption, split='train'
+  )
 
 
 @pytest.fixture(autouse=True)
@@ -36,8 +48,11 @@ def _small_world(monkeypatch):
   params = jax.tree.map(lambda leaf: 4.0 * leaf, params)
   detokenizer = detokenizing.Detokenizer(_CONFIG, params)
   render = lambda code, size: detokenizer(np.array([_TOKENS[code]], np.int32))[0]
-  monkeypatch.setattr(metrics.frozen_tokenizer, 'load', lambda folder, device:
-                      metrics.frozen_tokenizer.FrozenTokenizer(folder, _CONFIG, params))
+  monkeypatch.setattr(
+    metrics.frozen_tokenizer,
+    'load',
+    lambda folder, device: metrics.frozen_tokenizer.FrozenTokenizer(folder, _CONFIG, params),
+  )
   monkeypatch.setattr(openmoji, 'pictures', lambda: [_picture(caption) for caption in _TOKENS])
   monkeypatch.setattr(openmoji, 'render', render)
   caches = (metrics._tokenizer, metrics._detokenizer, metrics._judge, metrics._of_caption)
@@ -55,12 +70,17 @@ def _targets(*captions):
 def test_alignment_of_one_and_of_several_pictures():
   light, dark, ball = _TOKENS.values()
   result = metrics.openmoji_alignment(
-      _targets('cook: light', 'ball'), [[light, dark], [ball, ball]])
+    _targets('cook: light', 'ball'), [[light, dark], [ball, ball]]
+  )
   # Among the pictures in its tones each name is alone here; the tone tells them apart.
   assert result == {
-      'name_top1': 100.0, 'name_top5': 100.0, 'tone_right': 50.0,
-      'reconstruction_name_top1': 100.0, 'reconstruction_name_top5': 100.0,
-      'reconstruction_tone_right': 100.0}
+    'name_top1': 100.0,
+    'name_top5': 100.0,
+    'tone_right': 50.0,
+    'reconstruction_name_top1': 100.0,
+    'reconstruction_name_top5': 100.0,
+    'reconstruction_tone_right': 100.0,
+  }
   assert metrics.openmoji_alignment(_targets('cook: light'), [dark])['tone_right'] == 0.0
   assert 'tone_right' not in metrics.openmoji_alignment(_targets('ball'), [np.array(ball)])
 
@@ -81,9 +101,13 @@ def test_reconstructions_that_are_not_known_again_are_told(monkeypatch, caplog):
   assert 'was ' in caplog.text and 'the tokenizer that made them' in caplog.text
 
 
-@pytest.mark.parametrize('prediction, named', [
+@pytest.mark.parametrize(
+  'prediction, named',
+  [
     ([0, 1, 2], 'prediction of example 0: 3 tokens'),
-    ([0, 1, 2, 12], 'token 3 is 12, but the codebook of this tokenizer has 12 codes')])
+    ([0, 1, 2, 12], 'token 3 is 12, but the codebook of this tokenizer has 12 codes'),
+  ],
+)
 def test_tokens_of_another_tokenizer(prediction, named):
   with pytest.raises(UserError, match=named) as caught:
     metrics.openmoji_alignment(_targets('ball'), [prediction])
@@ -99,8 +123,10 @@ def test_the_tokenizer_is_chosen_by_gin(monkeypatch):
   asked = []
   load = metrics.frozen_tokenizer.load
   monkeypatch.setattr(
-      metrics.frozen_tokenizer, 'load',
-      lambda folder, device: asked.append((folder, device)) or load(folder, device))
+    metrics.frozen_tokenizer,
+    'load',
+    lambda folder, device: asked.append((folder, device)) or load(folder, device),
+  )
   metrics.openmoji_alignment(_targets('ball'), [_TOKENS['ball']])
   gin.parse_config("openmoji_alignment.tokenizer = 'runs/mine'")
   metrics.openmoji_alignment(_targets('ball'), [_TOKENS['ball']])
@@ -125,5 +151,7 @@ def test_log_likelihood():
 def test_postprocess():
   example = {'inputs_pretokenized': 'café'.encode()}
   assert metrics.postprocess([np.int32(3), 4], example, is_target=True) == {
-      'caption': 'café', 'tokens': [3, 4]}
+    'caption': 'café',
+    'tokens': [3, 4],
+  }
   assert metrics.postprocess([[np.int32(3)], [4]], example) == [[3], [4]]

@@ -34,12 +34,28 @@ from parti_jax.training.objectives import tokenizer_objective
 
 # Wide enough for Adafactor to factor the moment of the embeddings.
 CONFIG = parti_config.PartiConfig(
-    encoder_layers=1, decoder_layers=2, width=128, mlp_width=256, heads=4, text_vocabulary=160,
-    text_length=6, codebook_size=32, grid=(2, 3), dropout=0.1, dtype='float32')
-SHAPES = {'encoder_input_tokens': (4, 6), 'decoder_target_tokens': (4, 6),
-          'decoder_loss_weights': (4, 6)}
-TYPES = {'encoder_input_tokens': jnp.int32, 'decoder_target_tokens': jnp.int32,
-         'decoder_loss_weights': jnp.float32}
+  encoder_layers=1,
+  decoder_layers=2,
+  width=128,
+  mlp_width=256,
+  heads=4,
+  text_vocabulary=160,
+  text_length=6,
+  codebook_size=32,
+  grid=(2, 3),
+  dropout=0.1,
+  dtype='float32',
+)
+SHAPES = {
+  'encoder_input_tokens': (4, 6),
+  'decoder_target_tokens': (4, 6),
+  'decoder_loss_weights': (4, 6),
+}
+TYPES = {
+  'encoder_input_tokens': jnp.int32,
+  'decoder_target_tokens': jnp.int32,
+  'decoder_loss_weights': jnp.float32,
+}
 
 
 @pytest.fixture(scope='module')
@@ -47,19 +63,24 @@ def batch():
   rng = np.random.default_rng(0)
   texts = rng.integers(3, 160, (4, 6), np.int32)
   texts[:, 4:] = [1, 0]
-  return {'encoder_input_tokens': texts, 'decoder_target_tokens': rng.integers(0, 32, (4, 6)),
-          'decoder_loss_weights': np.ones((4, 6), np.float32)}
+  return {
+    'encoder_input_tokens': texts,
+    'decoder_target_tokens': rng.integers(0, 32, (4, 6)),
+    'decoder_loss_weights': np.ones((4, 6), np.float32),
+  }
 
 
 def make_model(**kwargs):
   return models.PartiModel(
-      parti.Parti(CONFIG), optimizers.OptaxWrapper(our_optimizers.adafactor), **kwargs)
+    parti.Parti(CONFIG), optimizers.OptaxWrapper(our_optimizers.adafactor), **kwargs
+  )
 
 
 @pytest.fixture(scope='module')
 def params():
   return jax.jit(make_model().get_initial_variables, static_argnums=1)(
-      jax.random.key(0), flax.core.freeze(SHAPES))['params']
+    jax.random.key(0), flax.core.freeze(SHAPES)
+  )['params']
 
 
 @pytest.fixture(scope='module')
@@ -70,7 +91,8 @@ def partitioner():
 
 def make_initializer(model, partitioner, shapes, types):
   return utils.TrainStateInitializer(
-      model.optimizer_def, model.get_initial_variables, shapes, partitioner, types)
+    model.optimizer_def, model.get_initial_variables, shapes, partitioner, types
+  )
 
 
 def test_partitions_on_emulated_devices(partitioner):
@@ -120,7 +142,9 @@ def test_activations_are_split_by_t5x_rules(partitioner, params, batch):
     return model.eval_fn(params, batch)[0]
 
   lowered = partitioner.partition(
-      of_batch, in_axis_resources=(None, partitioner.data_partition_spec), out_axis_resources=None,
+    of_batch,
+    in_axis_resources=(None, partitioner.data_partition_spec),
+    out_axis_resources=None,
   ).lower(params, batch)
   assert '[{"data"}, {}, {"model"}]' in lowered.as_text()  # Logits, from replicated parameters.
 
@@ -135,42 +159,50 @@ def test_loss_is_ours(params, batch):
     wanted, aux = jax.jit(stage.loss)(flax.core.unfreeze(params), batch, keys, 0)
     np.testing.assert_allclose(found, wanted, rtol=1e-6)
     np.testing.assert_allclose(
-        metrics['accuracy'].compute(), aux['metrics']['token_accuracy'], rtol=1e-6)
+      metrics['accuracy'].compute(), aux['metrics']['token_accuracy'], rtol=1e-6
+    )
     of_eval = jax.jit(model.eval_fn)(params, batch)[0]
     np.testing.assert_allclose(
-        of_eval, np.mean(jax.jit(stage.evaluate)(flax.core.unfreeze(params), batch)['loss']),
-        rtol=1e-6)
+      of_eval,
+      np.mean(jax.jit(stage.evaluate)(flax.core.unfreeze(params), batch)['loss']),
+      rtol=1e-6,
+    )
     assert abs(found - of_eval) > 1e-4  # Dropout is on in one of them.
 
 
 def test_microbatches_are_the_batch(params, batch):
   """t5x adds the losses and gradients of microbatches up, after it has told the batch's size."""
+
   def of_parts(microbatches, **kwargs):
     module = parti.Parti(dataclasses.replace(CONFIG, dropout=0.0))
-    model = models.PartiModel(
-        module, optimizers.OptaxWrapper(our_optimizers.adafactor), **kwargs)
+    model = models.PartiModel(module, optimizers.OptaxWrapper(our_optimizers.adafactor), **kwargs)
     jax.eval_shape(lambda: model.get_initial_variables(jax.random.key(0), SHAPES))
     state = types.SimpleNamespace(params=params, flax_mutables=None)
-    gradients, metrics, _ = jax.jit(lambda key: t5x_trainer.accumulate_grads_microbatched(
-        model, state, batch, key, microbatches))(jax.random.PRNGKey(0))
+    gradients, metrics, _ = jax.jit(
+      lambda key: t5x_trainer.accumulate_grads_microbatched(model, state, batch, key, microbatches)
+    )(jax.random.PRNGKey(0))
     return gradients, metrics['loss'].total
 
   whole, loss = of_parts(None)
   for kwargs in ({}, {'loss_normalizing_factor': batch['decoder_loss_weights'].size}):
     parts, loss_of_parts = of_parts(2, **kwargs)
     np.testing.assert_allclose(loss_of_parts, loss, rtol=1e-6)
-    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6),
-                 parts, whole)
+    jax.tree.map(
+      lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6), parts, whole
+    )
 
 
 def test_scores_are_log_likelihoods(params, batch):
   batch = {**batch, 'decoder_loss_weights': np.array([[1, 1, 1, 0, 0, 0]] * 4, np.float32)}
   scores, parts = jax.jit(make_model().score_batch, static_argnums=2)(params, batch, True)
   logits = parti.Parti(CONFIG).apply(
-      {'params': flax.core.unfreeze(params)}, batch['encoder_input_tokens'],
-      batch['decoder_target_tokens'])
+    {'params': flax.core.unfreeze(params)},
+    batch['encoder_input_tokens'],
+    batch['decoder_target_tokens'],
+  )
   of_tokens = np.take_along_axis(
-      np.asarray(jax.nn.log_softmax(logits)), batch['decoder_target_tokens'][..., None], 2)[..., 0]
+    np.asarray(jax.nn.log_softmax(logits)), batch['decoder_target_tokens'][..., None], 2
+  )[..., 0]
   np.testing.assert_allclose(scores, of_tokens[:, :3].sum(1), rtol=1e-5)
   np.testing.assert_allclose(parts['decoder']['token_scores'][0].sum(1), scores, rtol=1e-6)
 
@@ -178,20 +210,32 @@ def test_scores_are_log_likelihoods(params, batch):
 @pytest.mark.parametrize('guidance_scale', [1.0, 2.0])
 def test_greedy_tokens_are_ours(params, batch, guidance_scale):
   model = make_model(guidance_scale=guidance_scale)
-  drawn, aux = jax.jit(lambda params, batch: model.predict_batch_with_aux(
-      params, batch, decoder_params={'temperature': 0.0}))(params, batch)
+  drawn, aux = jax.jit(
+    lambda params, batch: model.predict_batch_with_aux(
+      params, batch, decoder_params={'temperature': 0.0}
+    )
+  )(params, batch)
   ours = our_decoding.sample_tokens(
-      CONFIG, parameters.cut(CONFIG, flax.core.unfreeze(params)), batch['encoder_input_tokens'],
-      our_decoding.image_keys(0, jnp.arange(4)), guidance_scale, guided=guidance_scale != 1.0,
-      greedy=True, filtered=False)
+    CONFIG,
+    parameters.cut(CONFIG, flax.core.unfreeze(params)),
+    batch['encoder_input_tokens'],
+    our_decoding.image_keys(0, jnp.arange(4)),
+    guidance_scale,
+    guided=guidance_scale != 1.0,
+    greedy=True,
+    filtered=False,
+  )
   np.testing.assert_array_equal(drawn, ours)
   assert aux['scores'].shape == (4,)
 
 
 def _likelihoods(params, texts, tokens, guidance_scale):
   """Log likelihoods of pictures' tokens, all given at once, float32 [batch, pictures]."""
-  apply = jax.jit(lambda texts, tokens: parti.Parti(CONFIG).apply(
-      {'params': flax.core.unfreeze(params)}, texts, tokens))
+  apply = jax.jit(
+    lambda texts, tokens: parti.Parti(CONFIG).apply(
+      {'params': flax.core.unfreeze(params)}, texts, tokens
+    )
+  )
   texts = np.repeat(texts, tokens.shape[1], axis=0)
   flat = np.reshape(tokens, (-1, tokens.shape[2]))
   logits, unconditional = apply(texts, flat), apply(our_decoding.empty_text(*texts.shape), flat)
@@ -206,13 +250,18 @@ def test_several_pictures_of_a_text(params, batch, decode_fn, guidance_scale):
   """Each has its own text's memory and its own cache: scores are those of the whole picture."""
   model = make_model(guidance_scale=guidance_scale, decode_fn=decode_fn)
   drawing = {'topk': 0} if decode_fn is decoding.temperature_sample else {}
-  draw = jax.jit(lambda params, batch, rng: model.predict_batch_with_aux(
-      params, batch, rng, drawing, return_all_decodes=True, num_decodes=3))
+  draw = jax.jit(
+    lambda params, batch, rng: model.predict_batch_with_aux(
+      params, batch, rng, drawing, return_all_decodes=True, num_decodes=3
+    )
+  )
   tokens, aux = draw(params, batch, jax.random.PRNGKey(1))
   assert tokens.shape == (4, 3, 6) and len({tuple(row) for row in np.asarray(tokens[0])}) == 3
   np.testing.assert_allclose(
-      aux['scores'],
-      _likelihoods(params, batch['encoder_input_tokens'], tokens, guidance_scale), rtol=1e-5)
+    aux['scores'],
+    _likelihoods(params, batch['encoder_input_tokens'], tokens, guidance_scale),
+    rtol=1e-5,
+  )
   assert np.all(np.diff(aux['scores']) >= 0)  # The likeliest is the last.
 
 
@@ -222,9 +271,16 @@ def test_steps_on_the_mesh_and_a_step_that_is_not_finite(partitioner, batch):
   initializer = make_initializer(model, partitioner, SHAPES, TYPES)
   state = initializer.from_scratch(jax.random.PRNGKey(0))
   trainer = t5x_trainer.Trainer(
-      model, state, partitioner, eval_names=[], summary_dir=None,
-      train_state_axes=initializer.train_state_axes, rng=jax.random.PRNGKey(0),
-      learning_rate_fn=lambda step: 1e-2, num_microbatches=None)
+    model,
+    state,
+    partitioner,
+    eval_names=[],
+    summary_dir=None,
+    train_state_axes=initializer.train_state_axes,
+    rng=jax.random.PRNGKey(0),
+    learning_rate_fn=lambda step: 1e-2,
+    num_microbatches=None,
+  )
   losses = [trainer.train(iter([batch]), 1).result()['loss'].value for _ in range(8)]
   assert losses[-1] < losses[0] - 0.5
   before = jax.device_get(trainer.train_state.state_dict())
@@ -243,7 +299,8 @@ def test_what_does_not_fit_is_named():
     make_model(depth_loss_weights=(1, 2, 3))
   with pytest.raises(errors.UserError, match=r"TASK_FEATURE_LENGTHS\['targets'\]=5 is not the 6"):
     make_model().get_initial_variables(
-        jax.random.key(0), SHAPES | {'decoder_target_tokens': (4, 5)})
+      jax.random.key(0), SHAPES | {'decoder_target_tokens': (4, 5)}
+    )
   for name, value in (('adversarial_weight', 0.1), ('revive_every', 5), ('ema', 0.9)):
     stage = tokenizer_objective.TokenizerStage(vit_vqgan.ViTVQGANConfig(), **{name: value})
     with pytest.raises(errors.UserError, match=f'TokenizerStage.{name}.*parti-jax train'):
@@ -251,47 +308,73 @@ def test_what_does_not_fit_is_named():
 
 
 TOKENIZER = vit_vqgan.ViTVQGANConfig(
-    image_size=8, patch_size=4, encoder_layers=1, encoder_width=16, encoder_mlp_width=32,
-    encoder_heads=2, decoder_layers=1, decoder_width=16, decoder_mlp_width=32, decoder_heads=2,
-    codebook_size=16, code_dim=4, dtype='float32')
+  image_size=8,
+  patch_size=4,
+  encoder_layers=1,
+  encoder_width=16,
+  encoder_mlp_width=32,
+  encoder_heads=2,
+  decoder_layers=1,
+  decoder_width=16,
+  decoder_mlp_width=32,
+  decoder_heads=2,
+  codebook_size=16,
+  code_dim=4,
+  dtype='float32',
+)
 IMAGES = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8)
 
 
 def make_tokenizer():
   return models.TokenizerModel(
-      tokenizer_objective.TokenizerStage(TOKENIZER, quantize_from=2),
-      optimizers.OptaxWrapper(our_optimizers.adamw))
+    tokenizer_objective.TokenizerStage(TOKENIZER, quantize_from=2),
+    optimizers.OptaxWrapper(our_optimizers.adamw),
+  )
 
 
 def test_microbatches_of_the_tokenizer_are_the_batch():
   model = make_tokenizer()
-  variables = flax.core.unfreeze(jax.jit(
-      lambda key: model.get_initial_variables(key, {'images': IMAGES.shape}))(jax.random.key(0)))
+  variables = flax.core.unfreeze(
+    jax.jit(lambda key: model.get_initial_variables(key, {'images': IMAGES.shape}))(
+      jax.random.key(0)
+    )
+  )
 
   def of_parts(step, microbatches):
     state = types.SimpleNamespace(
-        params=variables['params'],
-        flax_mutables=flax.core.freeze({'statistics': variables['statistics'] | {'step': step}}))
+      params=variables['params'],
+      flax_mutables=flax.core.freeze({'statistics': variables['statistics'] | {'step': step}}),
+    )
     gradients, metrics, _ = t5x_trainer.accumulate_grads_microbatched(
-        model, state, {'images': IMAGES}, jax.random.PRNGKey(0), microbatches)
+      model, state, {'images': IMAGES}, jax.random.PRNGKey(0), microbatches
+    )
     return gradients, metrics['loss'].total
 
   both = jax.jit(lambda step: (of_parts(step, None), of_parts(step, 2)))
   for step in (0, 2):  # Before latents are quantized, and after.
     whole, parts = both(step)
-    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-6),
-                 parts, whole)
+    jax.tree.map(
+      lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-6), parts, whole
+    )
 
 
 def test_tokenizer_trains_and_counts_its_codes(partitioner):
   model = make_tokenizer()
   initializer = make_initializer(
-      model, partitioner, {'images': IMAGES.shape}, {'images': jnp.uint8})
+    model, partitioner, {'images': IMAGES.shape}, {'images': jnp.uint8}
+  )
   state = initializer.from_scratch(jax.random.PRNGKey(0))
   trainer = t5x_trainer.Trainer(
-      model, state, partitioner, eval_names=['images'], summary_dir=None,
-      train_state_axes=initializer.train_state_axes, rng=jax.random.PRNGKey(0),
-      learning_rate_fn=lambda step: 3e-3, num_microbatches=None)
+    model,
+    state,
+    partitioner,
+    eval_names=['images'],
+    summary_dir=None,
+    train_state_axes=initializer.train_state_axes,
+    rng=jax.random.PRNGKey(0),
+    learning_rate_fn=lambda step: 3e-3,
+    num_microbatches=None,
+  )
   summaries = [trainer.train(iter([{'images': IMAGES}]), 1).result() for _ in range(6)]
   assert summaries[-1]['loss'].value < summaries[0]['loss'].value
   statistics = trainer.train_state.flax_mutables['statistics']
@@ -300,5 +383,6 @@ def test_tokenizer_trains_and_counts_its_codes(partitioner):
   tokens, aux = model.predict_batch_with_aux(trainer.train_state.params, {'images': IMAGES})
   assert tokens.shape == (4, 4) and aux['psnr'].shape == (4,)
   np.testing.assert_allclose(
-      model.score_batch(trainer.train_state.params, {'images': IMAGES}), -aux['l2'])
+    model.score_batch(trainer.train_state.params, {'images': IMAGES}), -aux['l2']
+  )
   trainer.close()

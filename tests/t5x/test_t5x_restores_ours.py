@@ -32,12 +32,32 @@ from parti_jax.training.objectives import tokenizer_objective
 
 # Wide enough for Adafactor to factor moments.
 PARTI = parti_config.PartiConfig(
-    encoder_layers=1, decoder_layers=1, width=128, mlp_width=256, heads=4, text_vocabulary=160,
-    text_length=6, codebook_size=32, grid=(2, 3), dtype='float32')
+  encoder_layers=1,
+  decoder_layers=1,
+  width=128,
+  mlp_width=256,
+  heads=4,
+  text_vocabulary=160,
+  text_length=6,
+  codebook_size=32,
+  grid=(2, 3),
+  dtype='float32',
+)
 TOKENIZER = vit_vqgan.ViTVQGANConfig(
-    image_size=8, patch_size=4, encoder_layers=1, encoder_width=16, encoder_mlp_width=16,
-    encoder_heads=2, decoder_layers=1, decoder_width=16, decoder_mlp_width=16, decoder_heads=2,
-    codebook_size=6, code_dim=4, dtype='float32')
+  image_size=8,
+  patch_size=4,
+  encoder_layers=1,
+  encoder_width=16,
+  encoder_mlp_width=16,
+  encoder_heads=2,
+  decoder_layers=1,
+  decoder_width=16,
+  decoder_mlp_width=16,
+  decoder_heads=2,
+  codebook_size=6,
+  code_dim=4,
+  dtype='float32',
+)
 OPTIMIZERS = {'adafactor': our_optimizers.adafactor, 'adamw': our_optimizers.adamw}
 STEP = 7
 
@@ -64,36 +84,47 @@ class Sides:
       model = models.TokenizerModel(stage, wrapped)
       shapes = {'images': (4, 8, 8, 3)}
     self.trainer, self.alone = (
-        trainer_lib.Trainer(stage, optimizer(our_optimizers.parti_schedule()), mesh)
-        for mesh in (mesh_lib.make_mesh(2, 2, 2), mesh_lib.make_mesh(devices=jax.devices()[:1])))
+      trainer_lib.Trainer(stage, optimizer(our_optimizers.parti_schedule()), mesh)
+      for mesh in (mesh_lib.make_mesh(2, 2, 2), mesh_lib.make_mesh(devices=jax.devices()[:1]))
+    )
     self.partitioner = partitioning.PjitPartitioner(num_partitions=2)
     self._model, self._shapes = model, shapes
     self.initializer = self._initializer(model.optimizer_def)
 
   def _initializer(self, optimizer_def):
     return utils.TrainStateInitializer(
-        optimizer_def, self._model.get_initial_variables, self._shapes, self.partitioner,
-        {name: jnp.int32 for name in self._shapes})
+      optimizer_def,
+      self._model.get_initial_variables,
+      self._shapes,
+      self.partitioner,
+      {name: jnp.int32 for name in self._shapes},
+    )
 
   def t5x_state(self, values):
     """A train state of t5x on its mesh, of a state dict of numpy arrays."""
     shardings = self._shardings(self.initializer).state_dict()
     return self.initializer.global_train_state_shape.restore_state(
-        jax.tree.map(jax.device_put, values, shardings))
+      jax.tree.map(jax.device_put, values, shardings)
+    )
 
   def _shardings(self, initializer):
     mesh = self.partitioner.mesh
     is_spec = lambda leaf: leaf is None or isinstance(leaf, jax.sharding.PartitionSpec)
     return jax.tree.map(
-        lambda spec: jax.sharding.NamedSharding(mesh, spec or jax.sharding.PartitionSpec()),
-        initializer.train_state_axes, is_leaf=is_spec)
+      lambda spec: jax.sharding.NamedSharding(mesh, spec or jax.sharding.PartitionSpec()),
+      initializer.train_state_axes,
+      is_leaf=is_spec,
+    )
 
   def save_by_t5x(self, state, folder):
     """What `t5x.train` does at a checkpoint; returns the checkpoint's folder."""
     folder.mkdir()
     manager = utils.create_orbax_checkpoint_manager(
-        save_cfg=utils.SaveCheckpointConfig(), partitioner=self.partitioner, model_dir=str(folder),
-        train_state=self.initializer.global_train_state_shape)
+      save_cfg=utils.SaveCheckpointConfig(),
+      partitioner=self.partitioner,
+      model_dir=str(folder),
+      train_state=self.initializer.global_train_state_shape,
+    )
     assert manager.save(state, ())
     manager.wait_until_finished()
     manager.close()
@@ -104,23 +135,33 @@ class Sides:
     initializer = self._initializer(None) if infer else self.initializer
     # The dtype of t5x's own finetune.gin, and of `t5x.train` whenever it goes on.
     restore = utils.RestoreCheckpointConfig(
-        path=str(path), mode='specific', dtype='float32', **config)
+      path=str(path), mode='specific', dtype='float32', **config
+    )
     state, manager = utils.create_checkpoint_manager_and_restore(
-        initializer, self.partitioner, restore, str(path), jax.random.PRNGKey(0),
-        model_dir=str(path.parent), use_orbax=True)
+      initializer,
+      self.partitioner,
+      restore,
+      str(path),
+      jax.random.PRNGKey(0),
+      model_dir=str(path.parent),
+      use_orbax=True,
+    )
     manager.close()
     return state
 
   def save_by_ours(self, state, folder):
     manager = run_checkpoints.Checkpoints(folder)
-    manager.save(STEP, state, {'epoch': 0, 'taken': 0}, run_checkpoints.describe(self.trainer.stage))
+    manager.save(
+      STEP, state, {'epoch': 0, 'taken': 0}, run_checkpoints.describe(self.trainer.stage)
+    )
     manager.close()
 
   def restore_by_ours(self, folder):
     """What `parti-jax train` does when it starts again."""
     manager = run_checkpoints.Checkpoints(folder)
-    state, _ = manager.restore(STEP, self.trainer.abstract,
-                               run_checkpoints.describe(self.trainer.stage))
+    state, _ = manager.restore(
+      STEP, self.trainer.abstract, run_checkpoints.describe(self.trainer.stage)
+    )
     manager.close()
     return state
 
@@ -142,11 +183,15 @@ def _assert_same_bits(a, b):
     one, other = np.asarray(one), np.asarray(other)
     assert one.dtype == other.dtype and one.shape == other.shape
     assert one.tobytes() == other.tobytes()
+
   jax.tree.map(same, a, b)
 
 
-@pytest.fixture(scope='module', params=[
-    ('generator', 'adafactor'), ('generator', 'adamw'), ('tokenizer', 'adamw')], ids='-'.join)
+@pytest.fixture(
+  scope='module',
+  params=[('generator', 'adafactor'), ('generator', 'adamw'), ('tokenizer', 'adamw')],
+  ids='-'.join,
+)
 def sides(request):
   return Sides(*request.param)
 
@@ -154,8 +199,9 @@ def sides(request):
 def test_t5x_to_ours_to_t5x(sides, tmp_path):
   values = _values(sides.initializer.global_train_state_shape.state_dict())
   state = sides.t5x_state(values)
-  split = [leaf for leaf in jax.tree.leaves(state.state_dict())
-           if not leaf.sharding.is_fully_replicated]
+  split = [
+    leaf for leaf in jax.tree.leaves(state.state_dict()) if not leaf.sharding.is_fully_replicated
+  ]
   assert len(split) > 5
   saved = sides.save_by_t5x(state, tmp_path / 't5x')
   t5x_checkpoint.to_run(saved, tmp_path / 'run', sides.alone)
@@ -183,7 +229,8 @@ def test_ours_to_t5x_to_ours(sides, tmp_path):
 def test_t5x_takes_whole_second_moments_of_earlier_versions(tmp_path):
   sides = Sides('generator', 'adafactor')
   whole, right = old_moments.whole_and_factored(
-      _values(sides.initializer.global_train_state_shape.state_dict()))
+    _values(sides.initializer.global_train_state_shape.state_dict())
+  )
   written = t5x_checkpoints.write(tmp_path, whole)
   restored = sides.restore_by_t5x(tmp_path / written.name)
   old_moments.assert_same(restored.state_dict(), right)
@@ -202,16 +249,19 @@ def test_inference_takes_the_parameters(sides, tmp_path):
 
 
 def test_finetuning_an_exported_model(tmp_path):
-  """Parameters alone do for inference; for training, as in finetune.gin, the optimiser begins anew.
-  """
+  """Parameters alone do for inference; for training, as in finetune.gin, the optimiser begins anew."""
   sides = Sides('generator', 'adafactor')
   params = _values(sides.trainer.abstract.params)
-  written = tmp_path / t5x_checkpoints.write(
-      tmp_path, {'target': params, 'state': {'step': np.int32(0)}}).name
+  written = (
+    tmp_path
+    / t5x_checkpoints.write(tmp_path, {'target': params, 'state': {'step': np.int32(0)}}).name
+  )
   _assert_same_bits(sides.restore_by_t5x(written, infer=True).state_dict()['target'], params)
   state = sides.restore_by_t5x(
-      written, fallback_to_scratch=True,
-      state_transformation_fns=[functools.partial(restoring.of_checkpoint, parameters_only=True)])
+    written,
+    fallback_to_scratch=True,
+    state_transformation_fns=[functools.partial(restoring.of_checkpoint, parameters_only=True)],
+  )
   _assert_same_bits(state.state_dict()['target'], params)
   assert int(state.step) == 0
   assert jax.tree.structure(state) == jax.tree.structure(sides.initializer.global_train_state_shape)

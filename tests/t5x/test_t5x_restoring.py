@@ -5,8 +5,10 @@ import pytest
 from parti_jax.core.errors import UserError
 from parti_jax.t5x import restoring
 
-WHOLE = {'target': {'a': {'kernel': 1}, 'b': 2},
-         'state': {'step': 3, 'param_states': {'0': {'mu': 4}}}}
+WHOLE = {
+  'target': {'a': {'kernel': 1}, 'b': 2},
+  'state': {'step': 3, 'param_states': {'0': {'mu': 4}}},
+}
 PARAMETERS = {'target': WHOLE['target'], 'state': {'step': 0}}
 
 

@@ -26,22 +26,36 @@ from parti_jax.training.objectives import generator_objective
 
 # Wide enough for Adafactor to factor the moments of the decoder's MLPs.
 CONFIG = parti_config.PartiConfig(
-    encoder_layers=1, decoder_layers=2, width=128, mlp_width=256, heads=4, text_vocabulary=160,
-    text_length=6, codebook_size=32, grid=(2, 3), dropout=0.1, dtype='float32')
+  encoder_layers=1,
+  decoder_layers=2,
+  width=128,
+  mlp_width=256,
+  heads=4,
+  text_vocabulary=160,
+  text_length=6,
+  codebook_size=32,
+  grid=(2, 3),
+  dropout=0.1,
+  dtype='float32',
+)
 STEPS, BATCH, SEED = 20, 8, 3
 OPTIMIZERS = {
-    'adafactor': (our_optimizers.adafactor, our_optimizers.parti_schedule(
-        peak=3e-3, warmup_steps=5, decay_start=10, decay_end=30)),
-    'adamw': (our_optimizers.adamw, our_optimizers.warmup_cosine(3e-3, 5, 30)),
+  'adafactor': (
+    our_optimizers.adafactor,
+    our_optimizers.parti_schedule(peak=3e-3, warmup_steps=5, decay_start=10, decay_end=30),
+  ),
+  'adamw': (our_optimizers.adamw, our_optimizers.warmup_cosine(3e-3, 5, 30)),
 }
 
 
 def _batches():
   """Texts and image tokens, STEPS batches of them; int32 [STEPS, BATCH, length] each."""
   draw = np.random.default_rng(0)
-  return {'encoder_input_tokens': draw.integers(1, 160, (STEPS, BATCH, 6)).astype(np.int32),
-          'decoder_target_tokens': draw.integers(0, 32, (STEPS, BATCH, 6)).astype(np.int32),
-          'decoder_loss_weights': np.ones((STEPS, BATCH, 6), np.float32)}
+  return {
+    'encoder_input_tokens': draw.integers(1, 160, (STEPS, BATCH, 6)).astype(np.int32),
+    'decoder_target_tokens': draw.integers(0, 32, (STEPS, BATCH, 6)).astype(np.int32),
+    'decoder_loss_weights': np.ones((STEPS, BATCH, 6), np.float32),
+  }
 
 
 class _Losses(t5x_trainer.BaseAction):
@@ -66,22 +80,38 @@ class _OurDropout(t5x_trainer.Trainer):
 def _train_with_t5x(optimizer, schedule, weights, folder):
   """Losses of t5x.train, and its last state; parameters are split two ways along 'model'."""
   model = models.PartiModel(
-      parti.Parti(CONFIG), optimizers.OptaxWrapper(optimizer), depth_loss_weights=weights)
+    parti.Parti(CONFIG), optimizers.OptaxWrapper(optimizer), depth_loss_weights=weights
+  )
   losses = _Losses()
   dataset = utils.DatasetConfig(
-      'same_batches', task_feature_lengths={'inputs': 6, 'targets': 6}, split='train',
-      batch_size=BATCH, shuffle=False, seed=0)
+    'same_batches',
+    task_feature_lengths={'inputs': 6, 'targets': 6},
+    split='train',
+    batch_size=BATCH,
+    shuffle=False,
+    seed=0,
+  )
   step, state = t5x_train.train(
-      model=model, train_dataset_cfg=dataset, train_eval_dataset_cfg=None,
-      infer_eval_dataset_cfg=None, checkpoint_cfg=utils.CheckpointConfig(save=None, restore=None),
-      partitioner=partitioning.PjitPartitioner(num_partitions=2),
-      trainer_cls=functools.partial(
-          _OurDropout, learning_rate_fn=schedule, num_microbatches=None),
-      model_dir=str(folder), total_steps=STEPS, eval_steps=0, eval_period=0, stats_period=1,
-      random_seed=SEED, summarize_config_fn=lambda *args: None,
-      inference_evaluator_cls=seqio.Evaluator, concurrent_metrics=False,
-      get_dataset_fn=lambda *args: tf.data.Dataset.from_tensor_slices(_batches()),
-      actions={'TRAIN': [losses]}, verify_matching_vocabs_fn=None)
+    model=model,
+    train_dataset_cfg=dataset,
+    train_eval_dataset_cfg=None,
+    infer_eval_dataset_cfg=None,
+    checkpoint_cfg=utils.CheckpointConfig(save=None, restore=None),
+    partitioner=partitioning.PjitPartitioner(num_partitions=2),
+    trainer_cls=functools.partial(_OurDropout, learning_rate_fn=schedule, num_microbatches=None),
+    model_dir=str(folder),
+    total_steps=STEPS,
+    eval_steps=0,
+    eval_period=0,
+    stats_period=1,
+    random_seed=SEED,
+    summarize_config_fn=lambda *args: None,
+    inference_evaluator_cls=seqio.Evaluator,
+    concurrent_metrics=False,
+    get_dataset_fn=lambda *args: tf.data.Dataset.from_tensor_slices(_batches()),
+    actions={'TRAIN': [losses]},
+    verify_matching_vocabs_fn=None,
+  )
   assert step == STEPS
   return losses.found, state
 
@@ -90,13 +120,16 @@ def _train_with_ours(optimizer, schedule, weights):
   """Losses of our trainer and its last state, from the parameters that t5x begins with."""
   mesh = mesh_lib.make_mesh(tensor=2)
   trainer = our_trainer.Trainer(
-      generator_objective.GeneratorStage(CONFIG, depth_loss_weights=weights),
-      optimizer(schedule=schedule), mesh, seed=SEED)
+    generator_objective.GeneratorStage(CONFIG, depth_loss_weights=weights),
+    optimizer(schedule=schedule),
+    mesh,
+    seed=SEED,
+  )
   key = jax.random.split(jax.random.PRNGKey(SEED))[0]
   params = parti.Parti(CONFIG).init(key, *parti.example_inputs(CONFIG))['params']
   params = jax.tree.map(
-      jax.device_put, jax.device_get(flax.linen.meta.unbox(params)),
-      trainer.shardings.params)
+    jax.device_put, jax.device_get(flax.linen.meta.unbox(params)), trainer.shardings.params
+  )
   state, losses = trainer.create_state().replace(params=params), []
   batches = _batches()
   for step in range(STEPS):
@@ -115,5 +148,7 @@ def test_first_losses_are_equal(name, weights, tmp_path):
   np.testing.assert_allclose(theirs, ours, rtol=1e-5)
   # What grows from rounding stays small in the parameters too.
   jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4),
-      flax.core.unfreeze(their_state.params), our_state.params)
+    lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4),
+    flax.core.unfreeze(their_state.params),
+    our_state.params,
+  )

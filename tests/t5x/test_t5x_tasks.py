@@ -42,8 +42,15 @@ def _read(count, split='train', **kwargs):
   """Returns examples of openmoji_tokens as t5x reads them, converted."""
   converter = PartiFeatureConverter(pack=False, use_custom_packing_ops=False)
   dataset = seqio.get_dataset(
-      'openmoji_tokens', LENGTHS, converter, dataset_split=split, seed=3, verbose=False,
-      shard_info=seqio.ShardInfo(0, 1), **kwargs)
+    'openmoji_tokens',
+    LENGTHS,
+    converter,
+    dataset_split=split,
+    seed=3,
+    verbose=False,
+    shard_info=seqio.ShardInfo(0, 1),
+    **kwargs,
+  )
   return list(dataset.take(count).as_numpy_iterator())
 
 
@@ -77,9 +84,19 @@ def test_a_task_is_settled_when_it_is_first_used(cache):
 
 
 def test_all_tasks_are_registered():
-  assert {'openmoji_tokens', 'cached_tokens', 'openmoji_images', 'folder_pairs', 'tfrecord_images',
-          'webdataset_pairs', 'text_texts', 'openmoji_texts', 'images', 'pairs', 'texts'
-          } <= set(seqio.TaskRegistry.names())
+  assert {
+    'openmoji_tokens',
+    'cached_tokens',
+    'openmoji_images',
+    'folder_pairs',
+    'tfrecord_images',
+    'webdataset_pairs',
+    'text_texts',
+    'openmoji_texts',
+    'images',
+    'pairs',
+    'texts',
+  } <= set(seqio.TaskRegistry.names())
 
 
 def test_training_drops_texts_and_shuffles_each_epoch_anew(cache):
@@ -118,7 +135,9 @@ def test_examples_keep_their_caption(cache):
   cache(2, captions=lambda i: f' café {i}\n')
   dataset = seqio.get_mixture_or_task('cached_tokens').get_dataset(LENGTHS, 'train', shuffle=False)
   assert [example['inputs_pretokenized'].decode() for example in dataset.as_numpy_iterator()] == [
-      'café 0', 'café 1']
+    'café 0',
+    'café 1',
+  ]
 
 
 def test_what_is_left_out_is_told(cache, caplog):
@@ -127,8 +146,10 @@ def test_what_is_left_out_is_told(cache, caplog):
   assert _numbers(_read(9, shuffle=False, num_epochs=1)) == [0, 2, 4, 6, 8]
   told = [record.getMessage() for record in caplog.records]
   # Whenever the count has doubled, and not for every example.
-  assert told == [f'openmoji_tokens, train: skipped, in all epochs so far: {count} no caption'
-                  for count in (1, 2, 4)]
+  assert told == [
+    f'openmoji_tokens, train: skipped, in all epochs so far: {count} no caption'
+    for count in (1, 2, 4)
+  ]
 
 
 def test_no_usable_example(cache):
@@ -137,9 +158,14 @@ def test_no_usable_example(cache):
     _read(1, num_epochs=None)
 
 
-@pytest.mark.parametrize('lengths, named', [
+@pytest.mark.parametrize(
+  'lengths, named',
+  [
     ({'inputs': 12, 'targets': 3}, r"4 tokens a picture, but feature_lengths\['targets'\] = 3"),
-    ({'inputs': 12}, 'feature_lengths gives inputs'), (None, 'feature_lengths gives none')])
+    ({'inputs': 12}, 'feature_lengths gives inputs'),
+    (None, 'feature_lengths gives none'),
+  ],
+)
 def test_lengths_that_do_not_fit(cache, lengths, named):
   cache(1)
   with pytest.raises(UserError, match=named):
@@ -164,8 +190,14 @@ def test_captioned_pictures_of_a_folder(tmp_path):
   (tmp_path / 'captions.jsonl').write_text('\n'.join(lines))
   gin.parse_config(f"folder.path = '{tmp_path}'\ndata.source = 'folder'")
   dataset = seqio.get_dataset(
-      'pairs', {'images': 8, 'inputs': 12}, PairFeatureConverter(pack=False),
-      dataset_split='train', shuffle=False, num_epochs=1, verbose=False)
+    'pairs',
+    {'images': 8, 'inputs': 12},
+    PairFeatureConverter(pack=False),
+    dataset_split='train',
+    shuffle=False,
+    num_epochs=1,
+    verbose=False,
+  )
   images = [example['images'] for example in dataset.as_numpy_iterator()]
   assert [(image.shape, image[0, 0, 0]) for image in images] == [((8, 8, 3), 0), ((8, 8, 3), 2)]
 
@@ -202,12 +234,21 @@ def test_a_mixture_of_token_caches(cache):
     gin.parse_config(f"token_cache_{name}/token_cache.path = '{folder}'")
   gin.parse_config("mixture.sources = {'token_cache_a': 2, 'token_cache_b': 6.0}")
   assert {task.name: mixture.get_rate(task) for task in mixture.tasks} == {
-      'token_cache_a_tokens': 0.25, 'token_cache_b_tokens': 0.75}
+    'token_cache_a_tokens': 0.25,
+    'token_cache_b_tokens': 0.75,
+  }
 
   def read(count, split='train', **kwargs):
     dataset = seqio.get_dataset(
-        'mixture_tokens', LENGTHS, PartiFeatureConverter(pack=False), dataset_split=split, seed=3,
-        verbose=False, shard_info=seqio.ShardInfo(0, 1), **kwargs)
+      'mixture_tokens',
+      LENGTHS,
+      PartiFeatureConverter(pack=False),
+      dataset_split=split,
+      seed=3,
+      verbose=False,
+      shard_info=seqio.ShardInfo(0, 1),
+      **kwargs,
+    )
     texts = [example['encoder_input_tokens'] for example in dataset.take(count)]
     decode = datasets.get_vocabulary().decode
     return [decode(text.numpy().tolist()) for text in texts]
@@ -216,19 +257,28 @@ def test_a_mixture_of_token_caches(cache):
   found = read(400, num_epochs=None)
   assert sum(text.startswith('woman') for text in found) == 100
   for start in range(0, 396):
-    assert 1 <= sum(text.startswith('fire') for text in found[start:start + 4]) <= 4
-  assert sorted({len(set(found[start:start + 36])) for start in range(0, 360, 36)}) == [14]
+    assert 1 <= sum(text.startswith('fire') for text in found[start : start + 4]) <= 4
+  assert sorted({len(set(found[start : start + 36])) for start in range(0, 360, 36)}) == [14]
   # Evaluation has every example, whatever the weights.
   assert sorted(read(9, 'validation', num_epochs=1)) == [
-      'firefighter 0', 'firefighter 1', 'woman 0', 'woman 1']
+    'firefighter 0',
+    'firefighter 1',
+    'woman 0',
+    'woman 1',
+  ]
   with pytest.raises(UserError, match="mixture.sources, token_cache_a: .*no finished split 'test'"):
     read(1, 'test')
   # Each task has the metrics of a token cache.
   evaluator = seqio.Evaluator(
-      'mixture_tokens', PartiFeatureConverter(pack=False), eval_split='validation',
-      sequence_length=LENGTHS)
+    'mixture_tokens',
+    PartiFeatureConverter(pack=False),
+    eval_split='validation',
+    sequence_length=LENGTHS,
+  )
   assert [task.name for task in evaluator.eval_tasks] == [
-      'token_cache_a_tokens', 'token_cache_b_tokens']
+    'token_cache_a_tokens',
+    'token_cache_b_tokens',
+  ]
 
 
 def test_a_mixture_of_tokens_of_two_tokenizers_is_refused(cache, monkeypatch):
@@ -254,19 +304,24 @@ def test_the_evaluator_gives_captions_and_tokens_to_the_metrics(cache, monkeypat
     seen.update(targets=targets, predictions=predictions)
     return {'right': 1.0}
 
-  monkeypatch.setitem(tasks._METRICS, 'openmoji_tokens',
-                      (metric, tasks.metrics.log_likelihood))
+  monkeypatch.setitem(tasks._METRICS, 'openmoji_tokens', (metric, tasks.metrics.log_likelihood))
   tasks.register()
   evaluator = seqio.Evaluator(
-      'openmoji_tokens', PartiFeatureConverter(pack=False), eval_split='validation',
-      sequence_length=LENGTHS)
+    'openmoji_tokens',
+    PartiFeatureConverter(pack=False),
+    eval_split='validation',
+    sequence_length=LENGTHS,
+  )
   decodes = np.arange(8).reshape(2, 4)
   metrics, _ = evaluator.evaluate(
-      compute_metrics=True,
-      predict_fn=lambda dataset: [(i, decodes + i) for i, _ in dataset.as_numpy_iterator()],
-      score_fn=lambda dataset: [(i, -4.0 * i) for i, _ in dataset.as_numpy_iterator()])
-  assert metrics.result() == {'openmoji_tokens': {
-      'right': 1.0, 'log_likelihood': -4.0, 'log_likelihood_per_token': -1.0}}
+    compute_metrics=True,
+    predict_fn=lambda dataset: [(i, decodes + i) for i, _ in dataset.as_numpy_iterator()],
+    score_fn=lambda dataset: [(i, -4.0 * i) for i, _ in dataset.as_numpy_iterator()],
+  )
+  assert metrics.result() == {
+    'openmoji_tokens': {'right': 1.0, 'log_likelihood': -4.0, 'log_likelihood_per_token': -1.0}
+  }
   assert seen['targets'] == [
-      {'caption': f'woman firefighter {i}', 'tokens': [i] * 4} for i in range(3)]
+    {'caption': f'woman firefighter {i}', 'tokens': [i] * 4} for i in range(3)
+  ]
   assert seen['predictions'] == [(decodes + i).tolist() for i in range(3)]

@@ -21,16 +21,29 @@ from parti_jax.training import optimizers as our_optimizers
 
 # The attention kernel takes sequences of multiples of 128.
 CONFIG = parti_config.PartiConfig(
-    encoder_layers=1, decoder_layers=1, width=256, mlp_width=512, heads=2, text_vocabulary=160,
-    text_length=8, codebook_size=64, grid=(16, 8), dropout=0.1)
+  encoder_layers=1,
+  decoder_layers=1,
+  width=256,
+  mlp_width=512,
+  heads=2,
+  text_vocabulary=160,
+  text_length=8,
+  codebook_size=64,
+  grid=(16, 8),
+  dropout=0.1,
+)
 
 
-@pytest.mark.parametrize('partitions, bounds, submesh', [
+@pytest.mark.parametrize(
+  'partitions, bounds, submesh',
+  [
     (1, (16, 16, 1, 1), (1, 1, 1, 1)),
     (4, (8, 8, 8, 1), (4, 1, 1, 1)),
     (8, (4, 4, 8, 1), (1, 1, 8, 1)),  # A ring before a line.
     (16, (8, 8, 8, 1), (8, 2, 1, 1)),
-    (4, (4, 4, 4, 2), (2, 1, 1, 2))])
+    (4, (4, 4, 4, 2), (2, 1, 1, 2)),
+  ],
+)
 def test_part_of_a_slice_that_the_model_is_split_over(partitions, bounds, submesh):
   assert workarounds.tpu_submesh(partitions, bounds) == submesh
 
@@ -49,28 +62,48 @@ def test_several_slices_need_their_shapes():
       partitioning.default_mesh(2)
 
 
-@pytest.mark.parametrize('name, shapes_of_slices, mesh, rows', [
+@pytest.mark.parametrize(
+  'name, shapes_of_slices, mesh, rows',
+  [
     ('v5e:2x2', {}, {'data': 2, 'model': 2}, 4),
-    ('2xv5e:2x2', {'ici_mesh_shape': (1, 2, 2), 'dcn_mesh_shape': (2, 1, 1)},
-     {'replica': 2, 'data': 2, 'model': 2}, 2)])
+    (
+      '2xv5e:2x2',
+      {'ici_mesh_shape': (1, 2, 2), 'dcn_mesh_shape': (2, 1, 1)},
+      {'replica': 2, 'data': 2, 'model': 2},
+      2,
+    ),
+  ],
+)
 def test_step_on_a_tpu_that_t5x_does_not_know(name, shapes_of_slices, mesh, rows):
   """Each device has its own examples, heads and codes, in the kernel too; nothing is computed."""
   pytest.importorskip('libtpu', reason='no TPU to lower for (pip install "parti_jax[tpu]")')
   devices = topology.parse(name).devices()
-  shapes = {'encoder_input_tokens': (8, 8), 'decoder_target_tokens': (8, 128),
-            'decoder_loss_weights': (8, 128)}
+  shapes = {
+    'encoder_input_tokens': (8, 8),
+    'decoder_target_tokens': (8, 128),
+    'decoder_loss_weights': (8, 128),
+  }
   types = dict(zip(shapes, (jnp.int32, jnp.int32, jnp.float32)))
-  model = models.PartiModel(
-      parti.Parti(CONFIG), optimizers.OptaxWrapper(our_optimizers.adafactor))
-  with mock.patch.object(jax, 'devices', lambda *_: devices), \
-       mock.patch.object(jax, 'local_devices', lambda *_: devices):
+  model = models.PartiModel(parti.Parti(CONFIG), optimizers.OptaxWrapper(our_optimizers.adafactor))
+  with (
+    mock.patch.object(jax, 'devices', lambda *_: devices),
+    mock.patch.object(jax, 'local_devices', lambda *_: devices),
+  ):
     partitioner = partitioning.PjitPartitioner(num_partitions=2, **shapes_of_slices)
     initializer = utils.TrainStateInitializer(
-        model.optimizer_def, model.get_initial_variables, shapes, partitioner, types)
+      model.optimizer_def, model.get_initial_variables, shapes, partitioner, types
+    )
     trainer = t5x_trainer.Trainer(
-        model, initializer.global_train_state_shape, partitioner, [], None,
-        initializer.train_state_axes, jax.random.PRNGKey(0), lambda step: 1e-3,
-        num_microbatches=None)
+      model,
+      initializer.global_train_state_shape,
+      partitioner,
+      [],
+      None,
+      initializer.train_state_axes,
+      jax.random.PRNGKey(0),
+      lambda step: 1e-3,
+      num_microbatches=None,
+    )
     batch = {name: jax.ShapeDtypeStruct(shapes[name], types[name]) for name in shapes}
     step = trainer._partitioned_train_step
     text = step.lower(trainer.train_state, batch).as_text()

@@ -28,7 +28,7 @@ def _write_pictures(folder, name, count, seed):
     pixels = np.empty((16, 16, 3), np.uint8)
     pixels[:] = draw.integers(0, 256, 3)
     row, column = draw.integers(0, 9, 2)
-    pixels[row:row + 8, column:column + 8] = draw.integers(0, 256, 3)
+    pixels[row : row + 8, column : column + 8] = draw.integers(0, 256, 3)
     file = f'{name}_{index:02d}.png'
     Image.fromarray(pixels).save(folder / file)
     lines.append(json.dumps({'file': file, 'caption': f'square {row} {column}'}))
@@ -60,9 +60,11 @@ def tokens_folder(tmp_path_factory):
 @pytest.fixture
 def tokenizer_bindings(pictures_folder):
   """Bindings that give gin_configs/runs/tiny_tokenizer.gin the pictures."""
-  return [f"folder.path = '{pictures_folder}'",
-          "folder.splits = {'train': 'train.jsonl', 'validation': 'validation.jsonl'}",
-          "train.eval_split = 'validation'"]
+  return [
+    f"folder.path = '{pictures_folder}'",
+    "folder.splits = {'train': 'train.jsonl', 'validation': 'validation.jsonl'}",
+    "train.eval_split = 'validation'",
+  ]
 
 
 @pytest.fixture

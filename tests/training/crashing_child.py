@@ -70,9 +70,15 @@ def _reader(lib):
   lib['sources'].storage.open_file = _after(20, lib['sources'].storage.open_file)
 
 
-_ERRORS = {'step': _step, 'step_with_full_buffers': _step_with_full_buffers,
-           'step_of_jax': _step_of_jax, 'evaluation': _evaluation, 'pictures': _pictures,
-           'data_thread': _data_thread, 'reader': _reader}
+_ERRORS = {
+  'step': _step,
+  'step_with_full_buffers': _step_with_full_buffers,
+  'step_of_jax': _step_of_jax,
+  'evaluation': _evaluation,
+  'pictures': _pictures,
+  'data_thread': _data_thread,
+  'reader': _reader,
+}
 
 
 def _patch(where):

@@ -24,7 +24,8 @@ def digest(run):
   import jax
 
   everywhere = jax.sharding.NamedSharding(
-      run.state.step.sharding.mesh, jax.sharding.PartitionSpec())
+    run.state.step.sharding.mesh, jax.sharding.PartitionSpec()
+  )
   whole = jax.jit(lambda state: state, out_shardings=everywhere)(run.state)
   leaves = jax.tree_util.tree_leaves_with_path(jax.tree.map(np.asarray, whole))
   parts = [jax.tree_util.keystr(path).encode() + leaf.tobytes() for path, leaf in leaves]

@@ -21,14 +21,32 @@ from parti_jax.training.objectives import frozen_tokenizer
 from parti_jax.training.objectives import tokenizer_objective
 
 SIZES = vit_vqgan.ViTVQGANConfig(
-    image_size=8, patch_size=4, encoder_layers=1, encoder_width=8, encoder_mlp_width=16,
-    encoder_heads=2, decoder_layers=1, decoder_width=8, decoder_mlp_width=16, decoder_heads=2,
-    codebook_size=16, code_dim=4, dtype='float32')
+  image_size=8,
+  patch_size=4,
+  encoder_layers=1,
+  encoder_width=8,
+  encoder_mlp_width=16,
+  encoder_heads=2,
+  decoder_layers=1,
+  decoder_width=8,
+  decoder_mlp_width=16,
+  decoder_heads=2,
+  codebook_size=16,
+  code_dim=4,
+  dtype='float32',
+)
 JUDGE = discriminator.DiscriminatorConfig(channels=32, max_channels=4, minibatch_group=1)
 STAGE = tokenizer_objective.TokenizerStage(
-    SIZES, adversarial_weight=0.5, discriminator=JUDGE, adversarial_from=2, r1_every=2, ema=0.9,
-    discriminator_optimizer=optimizers.adamw(1e-3, beta1=0.0, weight_decay=0.01),
-    revive_every=2, revive_until=10)
+  SIZES,
+  adversarial_weight=0.5,
+  discriminator=JUDGE,
+  adversarial_from=2,
+  r1_every=2,
+  ema=0.9,
+  discriminator_optimizer=optimizers.adamw(1e-3, beta1=0.0, weight_decay=0.01),
+  revive_every=2,
+  revive_until=10,
+)
 
 
 def _images(count=8, seed=0):
@@ -51,12 +69,15 @@ def test_both_losses_by_formula_and_each_moves_its_own_side(params):
     return losses(judge, drawn), each
 
   (of_drawn, of_judge, shown), each = gradients(judge, drawn)
-  logits = [np.asarray(discriminator.Discriminator(JUDGE).apply({'params': judge}, x), np.float64)
-            for x in (real, drawn)]
+  logits = [
+    np.asarray(discriminator.Discriminator(JUDGE).apply({'params': judge}, x), np.float64)
+    for x in (real, drawn)
+  ]
   softplus = lambda x: np.log1p(np.exp(x))
   np.testing.assert_allclose(of_drawn, softplus(-logits[1]).mean(), rtol=1e-5)
   np.testing.assert_allclose(
-      of_judge, softplus(logits[1]).mean() + softplus(-logits[0]).mean(), rtol=1e-5)
+    of_judge, softplus(logits[1]).mean() + softplus(-logits[0]).mean(), rtol=1e-5
+  )
   np.testing.assert_allclose(shown['logits_real'], logits[0].mean(), rtol=1e-5)
   moved = lambda tree: any(np.any(leaf) for leaf in jax.tree.leaves(tree))
   assert [[moved(side) for side in pair] for pair in each] == [[False, True], [True, False]]
@@ -67,8 +88,10 @@ def test_r1_is_the_squared_gradient_by_pixels(params):
   judge = {'params': params['discriminator']}
   logit = jax.jit(discriminator.Discriminator(JUDGE).apply)
   steps = 1e-2 * np.eye(192, dtype=np.float32).reshape(192, 8, 8, 3)
-  squares = [np.sum(((logit(judge, image + steps) - logit(judge, image - steps)) / 2e-2) ** 2)
-             for image in images]
+  squares = [
+    np.sum(((logit(judge, image + steps) - logit(judge, image - steps)) / 2e-2) ** 2)
+    for image in images
+  ]
   found = jax.jit(lambda judge: adversarial.r1_penalty(JUDGE, judge, images))(judge['params'])
   np.testing.assert_allclose(found, np.mean(squares), rtol=2e-2)
   assert found > 1e-6
@@ -84,9 +107,11 @@ def test_the_adaptive_weight_is_the_ratio_of_gradients_at_the_last_layer(params)
 
   def of_adversary(kernel):
     out = vit_vqgan.ViTVQGAN(SIZES).apply(
-        {'params': _with_last(params, kernel)}, images / np.float32(255))
-    return adversarial.losses(JUDGE, params['discriminator'], images / np.float32(255),
-                              vit_vqgan.to_pixels(out['mean']))[0]
+      {'params': _with_last(params, kernel)}, images / np.float32(255)
+    )
+    return adversarial.losses(
+      JUDGE, params['discriminator'], images / np.float32(255), vit_vqgan.to_pixels(out['mean'])
+    )[0]
 
   kernel = params['decoder']['project_patches']['kernel']
   rest, of_judge = jax.jit(lambda k: (jax.grad(of_rest)(k), jax.grad(of_adversary)(k)))(kernel)
@@ -125,23 +150,33 @@ def run(trainer):
 
 def test_the_discriminator_rests_until_it_begins(run):
   states, metrics = run
-  judges = [(state.params['discriminator'],
-             state.optimizer_state.inner_states['discriminator'].inner_state.inner_state)
-            for state in states]
+  judges = [
+    (
+      state.params['discriminator'],
+      state.optimizer_state.inner_states['discriminator'].inner_state.inner_state,
+    )
+    for state in states
+  ]
   same = lambda a, b: all(jax.tree.leaves(jax.tree.map(np.array_equal, a, b)))
   # Weight decay and Adam's counters rest too, so that the first step is a first step.
   assert same(judges[0], judges[2]) and not same(judges[2][0], judges[3][0])
   assert [values['adversarial'] != 0 for values in metrics] == [False, False, True, True]
   assert [values['discriminator_gradient_norm'] > 0 for values in metrics] == [
-      False, False, True, True]
+    False,
+    False,
+    True,
+    True,
+  ]
   # R1 at every second step, and its last value is shown in between.
   assert [values['r1'] > 0 for values in metrics] == [False, False, True, True]
   assert metrics[2]['r1'] == metrics[3]['r1']
   # What is shown as the loss is the tokenizer's.
   last = metrics[3]
   np.testing.assert_allclose(
-      last['loss'], last['quantizer_loss'] + last['l2'] + 0.1 * last['logit_laplace']
-      + 0.5 * last['adversarial'], rtol=1e-5)
+    last['loss'],
+    last['quantizer_loss'] + last['l2'] + 0.1 * last['logit_laplace'] + 0.5 * last['adversarial'],
+    rtol=1e-5,
+  )
 
 
 def test_the_average_follows_the_tokenizers_weights(run):
@@ -151,22 +186,34 @@ def test_the_average_follows_the_tokenizers_weights(run):
     params = {name: state.params[name] for name in tokenizer_objective.PARTS}
     decay = min(0.9, step / (step + 10))
     # From before the step's revival of codes, whose average begins anew.
-    wanted = params if wanted is None else jax.tree.map(
-        lambda old, new, decay=decay: decay * old + (1 - decay) * new, wanted, params)
+    wanted = (
+      params
+      if wanted is None
+      else jax.tree.map(
+        lambda old, new, decay=decay: decay * old + (1 - decay) * new, wanted, params
+      )
+    )
     found = state.statistics['average']
-    moved = np.any(state.params['quantizer']['codebook']['table']
-                   != found['quantizer']['codebook']['table'], axis=1)
+    moved = np.any(
+      state.params['quantizer']['codebook']['table'] != found['quantizer']['codebook']['table'],
+      axis=1,
+    )
     table = wanted['quantizer']['codebook']['table']
-    wanted['quantizer'] = {'codebook': {'table': np.where(
-        moved[:, None], table, state.params['quantizer']['codebook']['table'])}}
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
-                 found, wanted)
+    wanted['quantizer'] = {
+      'codebook': {
+        'table': np.where(moved[:, None], table, state.params['quantizer']['codebook']['table'])
+      }
+    }
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, wanted)
   averaged = state_lib.averaged(states[-1])
   assert averaged.keys() == states[-1].params.keys()
-  np.testing.assert_array_equal(averaged['decoder']['project_codes']['kernel'],
-                                found['decoder']['project_codes']['kernel'])
-  assert np.any(averaged['decoder']['project_codes']['kernel']
-                != states[-1].params['decoder']['project_codes']['kernel'])
+  np.testing.assert_array_equal(
+    averaged['decoder']['project_codes']['kernel'], found['decoder']['project_codes']['kernel']
+  )
+  assert np.any(
+    averaged['decoder']['project_codes']['kernel']
+    != states[-1].params['decoder']['project_codes']['kernel']
+  )
 
 
 def test_mesh_and_microbatches_change_nothing(run):
@@ -177,8 +224,11 @@ def test_mesh_and_microbatches_change_nothing(run):
     for name, value in theirs.items():
       np.testing.assert_allclose(ours[name], value, rtol=2e-3, atol=1e-5, err_msg=name)
   # Adam turns gradients near 0, which differ by rounding, into steps of the learning rate.
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3),
-               states[-1].statistics, run[0][-1].statistics)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3),
+    states[-1].statistics,
+    run[0][-1].statistics,
+  )
 
 
 def test_a_checkpoint_goes_on_bit_for_bit_and_draws_with_the_average(run, trainer, tmp_path):
@@ -208,11 +258,15 @@ def test_without_any_of_it_the_state_is_what_it_was():
   assert trainer.constants == {}
 
 
-@pytest.mark.parametrize('changes, words', [
+@pytest.mark.parametrize(
+  'changes, words',
+  [
     ({'perceptual_weight': 0.1}, 'LPIPS needs pictures of 16 pixels'),
     ({'r1_every': 0}, 'TokenizerStage.r1_every=0 must be at least 1'),
     ({'ema': 1.0}, 'TokenizerStage.ema=1.0 must be'),
-    ({'model': dataclasses.replace(SIZES, image_size=12)}, 'size of 12 is not a power of two')])
+    ({'model': dataclasses.replace(SIZES, image_size=12)}, 'size of 12 is not a power of two'),
+  ],
+)
 def test_settings_that_do_not_go_together_are_named(changes, words):
   with pytest.raises(UserError, match=words):
     dataclasses.replace(STAGE, **changes)

@@ -15,9 +15,16 @@ from parti_jax.training.objectives import frozen_tokenizer
 
 @pytest.mark.slow
 def test_a_killed_adversarial_run_goes_on_as_if_it_had_not_been(
-    tmp_path, monkeypatch, tokenizer_bindings):
-  bindings = [*tokenizer_bindings, 'train.steps = 5', 'train.checkpoint_every = 3',
-              'train.log_every = 1', 'train.evaluate_every = 5', 'train.pictures_every = 0']
+  tmp_path, monkeypatch, tokenizer_bindings
+):
+  bindings = [
+    *tokenizer_bindings,
+    'train.steps = 5',
+    'train.checkpoint_every = 3',
+    'train.log_every = 1',
+    'train.evaluate_every = 5',
+    'train.pictures_every = 0',
+  ]
   evaluated, dies_at = [], None
   advance, evaluate = run_lib.Run.advance, trainer_lib.Trainer.evaluate
 
@@ -42,19 +49,31 @@ def test_a_killed_adversarial_run_goes_on_as_if_it_had_not_been(
     train('killed')
   dies_at = None
   resumed = train('killed')
-  state, other = (ocp.StandardCheckpointer().restore(
-      (tmp_path / name / 'checkpoints' / '5' / 'state').absolute()) for name in ('whole', 'killed'))
+  state, other = (
+    ocp.StandardCheckpointer().restore((tmp_path / name / 'checkpoints' / '5' / 'state').absolute())
+    for name in ('whole', 'killed')
+  )
   assert {'discriminator', 'encoder'} < state['params'].keys()
   jax.tree.map(np.testing.assert_array_equal, state, other)
-  for name in ('loss', 'adversarial', 'adversarial_weight', 'discriminator', 'r1',
-               'validation/psnr', 'validation/code_perplexity'):
+  for name in (
+    'loss',
+    'adversarial',
+    'adversarial_weight',
+    'discriminator',
+    'r1',
+    'validation/psnr',
+    'validation/code_perplexity',
+  ):
     assert whole[name] == resumed[name] and np.isfinite(whole[name]), name
   assert whole['adversarial_weight'] > 0
   # What is evaluated, and what `tokenize` and `export` read, is the average.
   average = state['statistics']['average']
   params = frozen_tokenizer.load(tmp_path / 'whole').params
   jax.tree.map(np.testing.assert_array_equal, params, average)
-  jax.tree.map(np.testing.assert_array_equal,
-               {name: evaluated[0][name] for name in average}, average)
-  assert np.any(average['decoder']['project_patches']['kernel']
-                != state['params']['decoder']['project_patches']['kernel'])
+  jax.tree.map(
+    np.testing.assert_array_equal, {name: evaluated[0][name] for name in average}, average
+  )
+  assert np.any(
+    average['decoder']['project_patches']['kernel']
+    != state['params']['decoder']['project_patches']['kernel']
+  )

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 # A process of its own, since the settings hold for a whole process.
-_SCRIPT = '''
+_SCRIPT = """
 import ctypes, resource, threading
 from parti_jax.training import host_memory
 print(host_memory.keep_freed() if {keep} else None)
@@ -28,12 +28,13 @@ thread = threading.Thread(target=touch)
 thread.start()
 thread.join()
 print(faults[-1])
-'''
+"""
 
 
 def _run(keep):
-  out = subprocess.run([sys.executable, '-c', _SCRIPT.format(keep=keep)], check=True,
-                       capture_output=True, text=True).stdout.split()
+  out = subprocess.run(
+    [sys.executable, '-c', _SCRIPT.format(keep=keep)], check=True, capture_output=True, text=True
+  ).stdout.split()
   return out[0], int(out[1])
 
 

@@ -20,16 +20,28 @@ from parti_jax.training import trainer as trainer_lib
 from parti_jax.training.objectives import tokenizer_objective
 
 SIZES = vit_vqgan.ViTVQGANConfig(
-    image_size=8, patch_size=4, encoder_layers=1, encoder_width=16, encoder_mlp_width=16,
-    encoder_heads=2, decoder_layers=1, decoder_width=16, decoder_mlp_width=16, decoder_heads=2,
-    codebook_size=6, code_dim=3, dtype='float32')
+  image_size=8,
+  patch_size=4,
+  encoder_layers=1,
+  encoder_width=16,
+  encoder_mlp_width=16,
+  encoder_heads=2,
+  decoder_layers=1,
+  decoder_width=16,
+  decoder_mlp_width=16,
+  decoder_heads=2,
+  codebook_size=6,
+  code_dim=3,
+  dtype='float32',
+)
 PLACE = {'epoch': 2, 'taken': 5}
 
 
 def _trainer(optimizer=None, mesh=(8, 1, 1), **changes):
   stage = tokenizer_objective.TokenizerStage(dataclasses.replace(SIZES, **changes))
   return trainer_lib.Trainer(
-      stage, optimizer or optimizers.adafactor(0.1), mesh_lib.make_mesh(*mesh), seed=0)
+    stage, optimizer or optimizers.adafactor(0.1), mesh_lib.make_mesh(*mesh), seed=0
+  )
 
 
 @pytest.fixture(scope='module')
@@ -89,28 +101,38 @@ def test_parameters_alone(saved):
   sizes = vit_vqgan.ViTVQGANConfig(**run_checkpoints.read_config(path, 'tokenizer'))
   assert sizes == SIZES
   params = run_checkpoints.read_params(
-      path, vit_vqgan.ViTVQGAN(sizes), vit_vqgan.example_inputs(sizes))
+    path, vit_vqgan.ViTVQGAN(sizes), vit_vqgan.example_inputs(sizes)
+  )
   _assert_same(params, state.params)
   assert {device for leaf in jax.tree.leaves(params) for device in leaf.devices()} == {
-      jax.local_devices()[0]}
+    jax.local_devices()[0]
+  }
 
 
 def test_parameters_of_another_shape_are_named(saved):
   sizes = dataclasses.replace(SIZES, code_dim=4)
   with pytest.raises(UserError) as caught:
     run_checkpoints.read_params(
-        run_checkpoints.latest_checkpoint(saved[0]), vit_vqgan.ViTVQGAN(sizes),
-        vit_vqgan.example_inputs(sizes))
+      run_checkpoints.latest_checkpoint(saved[0]),
+      vit_vqgan.ViTVQGAN(sizes),
+      vit_vqgan.example_inputs(sizes),
+    )
   for word in ('params/quantizer/codebook/table', '(6, 3)', '(6, 4)'):
     assert word in str(caught.value)
   assert '\n' not in str(caught.value)
 
 
-@pytest.mark.parametrize('changes, words', [
-    ({'decoder_width': 32, 'codebook_size': 7},
-     ['decoder_width is 16 there and 32 here', 'codebook_size is 6 there and 7 here']),
+@pytest.mark.parametrize(
+  'changes, words',
+  [
+    (
+      {'decoder_width': 32, 'codebook_size': 7},
+      ['decoder_width is 16 there and 32 here', 'codebook_size is 6 there and 7 here'],
+    ),
     ({'patch_size': 2}, ['patch_size is 4 there and 2 here']),
-    ({'encoder_heads': 4}, ['encoder_heads is 2 there and 4 here'])])
+    ({'encoder_heads': 4}, ['encoder_heads is 2 there and 4 here']),
+  ],
+)
 def test_settings_that_differ_are_named(saved, changes, words):
   with pytest.raises(UserError, match='of another configuration') as caught:
     _restored(saved[0], _trainer(**changes))
@@ -187,9 +209,14 @@ def test_a_run_in_cloud_storage_is_not_taken_for_a_local_folder(tmp_path, monkey
 
 def test_a_checkpoint_from_before_attention_patterns_is_of_global_attention():
   sizes = dataclasses.asdict(parti_config.PartiConfig())
-  older = {'stage': 'generator', 'config': {
-      name: value for name, value in sizes.items()
-      if name not in ('attention_patterns', 'conv_kernel')}}
+  older = {
+    'stage': 'generator',
+    'config': {
+      name: value
+      for name, value in sizes.items()
+      if name not in ('attention_patterns', 'conv_kernel')
+    },
+  }
   run_checkpoints.check_same_model('run', older, {'stage': 'generator', 'config': sizes})
   conv = {'stage': 'generator', 'config': sizes | {'attention_patterns': ('conv',)}}
   message = r"attention_patterns is \('global',\) there and \('conv',\) here"
@@ -203,6 +230,7 @@ def test_a_checkpoint_from_before_attention_patterns_is_of_global_attention():
 def test_a_store_whose_package_is_missing_names_the_extra(monkeypatch):
   def fail(*_):
     raise ImportError('Please install gcsfs') from ModuleNotFoundError("No module named 'gcsfs'")
+
   monkeypatch.setattr('fsspec.get_filesystem_class', fail)
   with pytest.raises(UserError, match=r'gs://b/run: .*pip install "parti_jax\[gcs\]"'):
     run_checkpoints.folder('gs://b/run')

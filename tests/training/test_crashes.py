@@ -10,8 +10,15 @@ import pytest
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 CHILD = pathlib.Path(__file__).with_name('crashing_child.py')
-WHERE = ('step', 'step_with_full_buffers', 'step_of_jax', 'evaluation', 'pictures', 'data_thread',
-         'reader')
+WHERE = (
+  'step',
+  'step_with_full_buffers',
+  'step_of_jax',
+  'evaluation',
+  'pictures',
+  'data_thread',
+  'reader',
+)
 # An end that never comes; the end itself is a matter of a second.
 LONG = 300
 
@@ -21,25 +28,52 @@ def _command(tmp_path, tokenizer_bindings):
   """The command line of a run that fails in a place, in one process or one of several."""
 
   def command(where, *flags, process=0, folder='run'):
-    bindings = [*tokenizer_bindings, 'train.steps = 1000', 'train.evaluate_every = 3',
-                'train.pictures_every = 3', 'train.log_every = 1', 'train.batch_size = 8']
-    return [sys.executable, '-P', str(CHILD), where, str(process), 'train',
-            '--gin_file=gin_configs/runs/tiny_tokenizer.gin', f'--model_dir={tmp_path / folder}',
-            *(f'--gin.{binding}' for binding in bindings), *flags]
+    bindings = [
+      *tokenizer_bindings,
+      'train.steps = 1000',
+      'train.evaluate_every = 3',
+      'train.pictures_every = 3',
+      'train.log_every = 1',
+      'train.batch_size = 8',
+    ]
+    return [
+      sys.executable,
+      '-P',
+      str(CHILD),
+      where,
+      str(process),
+      'train',
+      '--gin_file=gin_configs/runs/tiny_tokenizer.gin',
+      f'--model_dir={tmp_path / folder}',
+      *(f'--gin.{binding}' for binding in bindings),
+      *flags,
+    ]
 
   return command
 
 
 def _environment(**more):
-  return os.environ | {
+  return (
+    os.environ
+    | {
       'PYTHONPATH': os.pathsep.join([str(REPOSITORY), os.environ.get('PYTHONPATH', '')]),
       'XLA_FLAGS': '--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0',
-  } | more
+    }
+    | more
+  )
 
 
 def _run(command, **environment):
-  return subprocess.run(command, cwd=REPOSITORY, env=_environment(**environment), text=True,
-                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=LONG, check=False)
+  return subprocess.run(
+    command,
+    cwd=REPOSITORY,
+    env=_environment(**environment),
+    text=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    timeout=LONG,
+    check=False,
+  )
 
 
 def _assert_crashed(done):
@@ -80,10 +114,21 @@ def test_a_crash_of_one_process_ends_both(tmp_path, command, where, process):
   try:
     for index, log in enumerate(logs):
       with open(log, 'w', encoding='utf-8') as file:
-        both.append(subprocess.Popen(
-            command(where, f'--coordinator=127.0.0.1:{port}', '--num_processes=2',
-                    f'--process_id={index}', process=process),
-            cwd=REPOSITORY, env=_environment(), stdout=file, stderr=file))
+        both.append(
+          subprocess.Popen(
+            command(
+              where,
+              f'--coordinator=127.0.0.1:{port}',
+              '--num_processes=2',
+              f'--process_id={index}',
+              process=process,
+            ),
+            cwd=REPOSITORY,
+            env=_environment(),
+            stdout=file,
+            stderr=file,
+          )
+        )
     statuses = [each.wait(LONG) for each in both]
   finally:
     for each in both:
@@ -92,5 +137,9 @@ def test_a_crash_of_one_process_ends_both(tmp_path, command, where, process):
   said = [log.read_text(encoding='utf-8') for log in logs]
   assert statuses == [1, 1], said
   assert 'RuntimeError: injected' in said[process] and 'injected' not in said[1 - process]
-  assert said[1 - process].strip().splitlines()[-1].startswith(
-      f'parti-jax: error: process {process} of this run'), said[1 - process]
+  assert (
+    said[1 - process]
+    .strip()
+    .splitlines()[-1]
+    .startswith(f'parti-jax: error: process {process} of this run')
+  ), said[1 - process]

@@ -21,7 +21,7 @@ MODEL = {'stage': 'tokenizer', 'config': {}}
 
 
 def _truncate(path):
-  path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 def _empty(path):
@@ -43,8 +43,10 @@ DAMAGES = [_truncate, _empty, _flip, _remove]
 
 def _state(step, size=8):
   draw = np.random.default_rng(step)
-  return {'step': jnp.asarray(step), 'params': {
-      name: jnp.asarray(draw.normal(size=(size, 4)), jnp.float32) for name in ('a', 'b')}}
+  return {
+    'step': jnp.asarray(step),
+    'params': {name: jnp.asarray(draw.normal(size=(size, 4)), jnp.float32) for name in ('a', 'b')},
+  }
 
 
 def _save(manager, step):
@@ -138,8 +140,9 @@ def test_a_run_goes_on_from_the_whole_one_and_writes_the_step_again(run):
   assert manager.latest_step() == manager.found.step == 300
   name = f'state/d/{data.name}'
   assert manager.found.lines() == [
-      f'checkpoint 400: {name} is truncated ({before // 2} of {before} bytes); going on from 300: '
-      '100 steps are done again']
+    f'checkpoint 400: {name} is truncated ({before // 2} of {before} bytes); going on from 300: '
+    '100 steps are done again'
+  ]
   assert _steps(run) == ['300', '400.damaged']
   _save(manager, 400)
   manager.close()
@@ -157,8 +160,10 @@ def test_without_any_whole_one_nothing_is_touched(run):
   for step in ('300', '400'):
     _empty(run / 'checkpoints' / step / 'state' / '_METADATA')
   before = [(path, path.read_bytes()) for path in _all_files(run)]
-  message = ('no checkpoint there is whole, and none was touched: checkpoint 400: state/_METADATA '
-             r'is truncated \(0 of .*; checkpoint 300: state/_METADATA')
+  message = (
+    'no checkpoint there is whole, and none was touched: checkpoint 400: state/_METADATA '
+    r'is truncated \(0 of .*; checkpoint 300: state/_METADATA'
+  )
   with pytest.raises(UserError, match=message):
     run_checkpoints.Checkpoints(run)
   with pytest.raises(UserError, match=message):
@@ -217,7 +222,8 @@ def test_while_a_newer_one_is_written_the_last_whole_one_stays(tmp_path, monkeyp
   seen = []
   write = manifest.write
   monkeypatch.setattr(
-      manifest, 'write', lambda folder: (seen.append(_steps(tmp_path)), write(folder)))
+    manifest, 'write', lambda folder: (seen.append(_steps(tmp_path)), write(folder))
+  )
   _write(tmp_path, (1, 2, 3), keep=1)
   unfinished = ocp.utils.TMP_DIR_SUFFIX
   assert seen == [[f'1{unfinished}'], ['1', f'2{unfinished}'], ['1', '2', f'3{unfinished}']]
@@ -268,9 +274,15 @@ def test_several_processes_note_their_own_files(run):
 @pytest.mark.slow
 def test_the_command_goes_on_from_the_whole_one(tmp_path, generator_bindings, capsys):
   """`train` passes over a damaged checkpoint, says so, and refuses when none is whole."""
-  argv = ['train', '--gin_file=gin_configs/runs/tiny_generator.gin', f'--model_dir={tmp_path}',
-          *(f'--gin.{line}' for line in generator_bindings), '--gin.train.eval_split=None',
-          '--gin.train.pictures_every=0', '--gin.train.checkpoint_every=1']
+  argv = [
+    'train',
+    '--gin_file=gin_configs/runs/tiny_generator.gin',
+    f'--model_dir={tmp_path}',
+    *(f'--gin.{line}' for line in generator_bindings),
+    '--gin.train.eval_split=None',
+    '--gin.train.pictures_every=0',
+    '--gin.train.checkpoint_every=1',
+  ]
   assert main.main([*argv, '--gin.train.steps=2']) == 0
   newest = tmp_path / 'checkpoints' / '2'
   path = max(_all_files(newest), key=lambda path: path.stat().st_size)
@@ -278,8 +290,10 @@ def test_the_command_goes_on_from_the_whole_one(tmp_path, generator_bindings, ca
   capsys.readouterr()
   assert main.main([*argv, '--gin.train.steps=2']) == 0
   shown = capsys.readouterr().err
-  assert (f'checkpoint 2: {path.relative_to(newest)} has other bytes than were written; going on '
-          'from 1: 1 steps are done again') in shown
+  assert (
+    f'checkpoint 2: {path.relative_to(newest)} has other bytes than were written; going on '
+    'from 1: 1 steps are done again'
+  ) in shown
   assert 'resuming at step 1' in shown
   assert _steps(tmp_path) == ['1', '2', '2.damaged']
   for step in ('1', '2'):

@@ -15,11 +15,23 @@ from parti_jax.partitioning import rules
 from parti_jax.training.objectives import generator_objective
 
 MODEL = parti_config.PartiConfig(
-    encoder_layers=1, decoder_layers=4, width=8, mlp_width=16, heads=2, text_vocabulary=8,
-    text_length=3, codebook_size=6, grid=(1, 2), dropout=0.0, dtype='float32')
-BATCH = {'encoder_input_tokens': np.array([[3, 4, 1], [5, 1, 0]], np.int32),
-         'decoder_target_tokens': np.array([[2, 0], [5, 5]], np.int32),
-         'decoder_loss_weights': np.array([[1, 1], [1, 0]], np.float32)}
+  encoder_layers=1,
+  decoder_layers=4,
+  width=8,
+  mlp_width=16,
+  heads=2,
+  text_vocabulary=8,
+  text_length=3,
+  codebook_size=6,
+  grid=(1, 2),
+  dropout=0.0,
+  dtype='float32',
+)
+BATCH = {
+  'encoder_input_tokens': np.array([[3, 4, 1], [5, 1, 0]], np.int32),
+  'decoder_target_tokens': np.array([[2, 0], [5, 5]], np.int32),
+  'decoder_loss_weights': np.array([[1, 1], [1, 0]], np.float32),
+}
 
 
 @pytest.fixture(scope='module')
@@ -33,14 +45,17 @@ def _first_layers(params, count):
   decoder = params['image_decoder']['decoder']
   layers = jax.tree.map(lambda leaf: leaf[:count], decoder['layers'])
   return params | {
-      'image_decoder': params['image_decoder'] | {'decoder': decoder | {'layers': layers}}}
+    'image_decoder': params['image_decoder'] | {'decoder': decoder | {'layers': layers}}
+  }
 
 
 def _value(params, weights, **sizes):
   stage = generator_objective.GeneratorStage(
-      dataclasses.replace(MODEL, **sizes), depth_loss_weights=weights)
-  (loss, aux), gradient = jax.jit(jax.value_and_grad(
-      lambda params: stage.loss(params, BATCH, None, 0), has_aux=True))(params)
+    dataclasses.replace(MODEL, **sizes), depth_loss_weights=weights
+  )
+  (loss, aux), gradient = jax.jit(
+    jax.value_and_grad(lambda params: stage.loss(params, BATCH, None, 0), has_aux=True)
+  )(params)
   return float(loss), aux['metrics'], gradient
 
 
@@ -63,8 +78,9 @@ def test_the_loss_is_the_weighted_mean_of_models_that_end_earlier(params, of_dep
   # Recomputed in the backward pass, and in two scans, it is the same.
   again, _, recomputed = _value(params, (1, 2, 3, 4), remat='nothing')
   assert again == pytest.approx(loss, rel=1e-6)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
-               gradient, recomputed)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradient, recomputed
+  )
 
 
 def test_a_layer_without_weight_does_not_predict(params, of_depth):
@@ -82,7 +98,8 @@ def test_a_layer_without_weight_does_not_predict(params, of_depth):
 
 def test_no_parameter_is_added():
   init = lambda weights: jax.eval_shape(
-      generator_objective.GeneratorStage(MODEL, depth_loss_weights=weights).init, jax.random.key(0))
+    generator_objective.GeneratorStage(MODEL, depth_loss_weights=weights).init, jax.random.key(0)
+  )
   assert jax.tree.structure(init(None)) == jax.tree.structure(init((1, 2, 3, 4)))
 
 

@@ -44,8 +44,12 @@ def _threads():
 
 def _save(manager, step, size=4000):
   draw = np.random.default_rng(step)
-  manager.save(step, {'step': jnp.asarray(step), 'params': {
-      'a': jnp.asarray(draw.normal(size=size), jnp.float32)}}, {'place': step}, MODEL)
+  manager.save(
+    step,
+    {'step': jnp.asarray(step), 'params': {'a': jnp.asarray(draw.normal(size=size), jnp.float32)}},
+    {'place': step},
+    MODEL,
+  )
   manager.close()
 
 
@@ -118,10 +122,14 @@ def test_whichever_write_finds_the_disk_full_the_last_one_is_whole(run, full, tm
     _assert_goes_on(folder, (1, 2))  # 2 where only the manifest was still to be sealed.
 
 
-@pytest.mark.parametrize('code, advice', [
+@pytest.mark.parametrize(
+  'code, advice',
+  [
     (errno.EACCES, 'permission denied: the run has stopped; make the folder writable'),
     (errno.EROFS, 'read-only file system: the run has stopped; make the folder writable'),
-    (errno.EIO, 'input/output error: the run has stopped; see to the disk')])
+    (errno.EIO, 'input/output error: the run has stopped; see to the disk'),
+  ],
+)
 def test_other_errors_of_writing_are_told(run, full, code, advice):
   manager = run_checkpoints.Checkpoints(run)
   full.update(count=0, fails=3, code=code)
@@ -145,8 +153,11 @@ def test_arrays_that_find_no_room_in_the_background_are_told(run, limit):
 
 
 def test_what_is_no_error_of_writing_there_stays_what_it_is(tmp_path):
-  for error in (FileNotFoundError(errno.ENOENT, 'gone', str(tmp_path / 'x')), ValueError('else'),
-                PermissionError(errno.EACCES, 'not allowed', '/elsewhere/picture.png')):
+  for error in (
+    FileNotFoundError(errno.ENOENT, 'gone', str(tmp_path / 'x')),
+    ValueError('else'),
+    PermissionError(errno.EACCES, 'not allowed', '/elsewhere/picture.png'),
+  ):
     with pytest.raises(type(error)):
       with disk_errors.told(tmp_path):
         raise error
@@ -157,15 +168,22 @@ def test_training_on_a_disk_that_fills_up(tmp_path, generator_bindings, capsys):
   """`train` in a file system of a few MB ends with one line and status 2, and goes on with room."""
   disk = tmp_path / 'disk'
   disk.mkdir()
-  mounted = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=12m', 'tmpfs', disk],
-                           capture_output=True, check=False)
+  mounted = subprocess.run(
+    ['mount', '-t', 'tmpfs', '-o', 'size=12m', 'tmpfs', disk], capture_output=True, check=False
+  )
   if mounted.returncode:
     pytest.skip('mounting a small file system is not allowed here')
   try:
-    argv = ['train', '--gin_file=gin_configs/runs/tiny_generator.gin',
-            f'--model_dir={disk / "run"}', *(f'--gin.{line}' for line in generator_bindings),
-            '--gin.train.eval_split=None', '--gin.train.pictures_every=0',
-            '--gin.train.checkpoint_every=1', '--gin.train.keep_checkpoints=100']
+    argv = [
+      'train',
+      '--gin_file=gin_configs/runs/tiny_generator.gin',
+      f'--model_dir={disk / "run"}',
+      *(f'--gin.{line}' for line in generator_bindings),
+      '--gin.train.eval_split=None',
+      '--gin.train.pictures_every=0',
+      '--gin.train.checkpoint_every=1',
+      '--gin.train.keep_checkpoints=100',
+    ]
     assert main.main([*argv, '--gin.train.steps=1000']) == 2
     told = [line for line in capsys.readouterr().err.splitlines() if 'error' in line]
     assert len(told) == 1 and 'no space left on device' in told[0], told

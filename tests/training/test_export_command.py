@@ -15,18 +15,23 @@ PARAMETERS = ['parti.safetensors', 'tokenizer.safetensors']
 
 def test_a_base_gives_what_is_not_told(tmp_path, capsys):
   demo = text_to_image.DEMO_FOLDER
-  assert main.main(['export', f'--base={demo}', f'--output_dir={tmp_path}/model',
-                    '--temperature=0.5']) == 0
+  assert (
+    main.main(['export', f'--base={demo}', f'--output_dir={tmp_path}/model', '--temperature=0.5'])
+    == 0
+  )
   assert f'{tmp_path}/model: ' in capsys.readouterr().out
   for name in PARAMETERS:
     # safetensors writes metadata in any order.
-    with (safetensors.safe_open(tmp_path / 'model' / name, 'np') as written,
-          safetensors.safe_open(demo / name, 'np') as given):
+    with (
+      safetensors.safe_open(tmp_path / 'model' / name, 'np') as written,
+      safetensors.safe_open(demo / name, 'np') as given,
+    ):
       assert written.metadata() == given.metadata() and written.keys() == given.keys()
       for key in given.keys():
         np.testing.assert_array_equal(written.get_tensor(key), given.get_tensor(key))
-  assert ((tmp_path / 'model' / 'vocabulary.model').read_bytes()
-          == (demo / 'vocabulary.model').read_bytes())
+  assert (tmp_path / 'model' / 'vocabulary.model').read_bytes() == (
+    demo / 'vocabulary.model'
+  ).read_bytes()
   base, model = model_folder.load(demo), model_folder.load(tmp_path / 'model')
   assert model.sampling == base.sampling.replace(temperature=0.5)
   assert model.provenance == base.provenance and model.parti_config == base.parti_config

@@ -24,12 +24,26 @@ from parti_jax.training.objectives import frozen_tokenizer
 from parti_jax.training.objectives import tokenizer_objective
 
 SIZES = vit_vqgan.ViTVQGANConfig(
-    image_size=16, patch_size=4, encoder_layers=1, encoder_width=8, encoder_mlp_width=16,
-    encoder_heads=2, decoder_layers=1, decoder_width=8, decoder_mlp_width=16, decoder_heads=2,
-    codebook_size=64, code_dim=4)
-GENERATOR = ['--gin_file=gin_configs/runs/tiny_generator.gin', '--gin.train.batch_size=8',
-             '--gin.train.eval_split=None', '--gin.PartiConfig.grid=(4,4)',
-             '--gin.PartiConfig.codebook_size=64']
+  image_size=16,
+  patch_size=4,
+  encoder_layers=1,
+  encoder_width=8,
+  encoder_mlp_width=16,
+  encoder_heads=2,
+  decoder_layers=1,
+  decoder_width=8,
+  decoder_mlp_width=16,
+  decoder_heads=2,
+  codebook_size=64,
+  code_dim=4,
+)
+GENERATOR = [
+  '--gin_file=gin_configs/runs/tiny_generator.gin',
+  '--gin.train.batch_size=8',
+  '--gin.train.eval_split=None',
+  '--gin.PartiConfig.grid=(4,4)',
+  '--gin.PartiConfig.codebook_size=64',
+]
 
 
 def _write_tokenizer(folder, seed, change=lambda params: params):
@@ -52,20 +66,38 @@ def parts(tmp_path_factory):
   """Tokenizers A, A2 (A after its second phase) and B, token caches of A and B, another vocabulary,
   and a generator that was trained on A's tokens."""
   folder = tmp_path_factory.mktemp('parts')
-  found = {'A': _write_tokenizer(folder / 'A', 0), 'B': _write_tokenizer(folder / 'B', 1),
-           'A2': _write_tokenizer(folder / 'A2', 0, _another_decoder)}
+  found = {
+    'A': _write_tokenizer(folder / 'A', 0),
+    'B': _write_tokenizer(folder / 'B', 1),
+    'A2': _write_tokenizer(folder / 'A2', 0, _another_decoder),
+  }
   rng = np.random.default_rng(0)
   for name in 'AB':
     found[f'tokens_{name}'] = str(folder / f'tokens_{name}')
     token_cache.write_token_cache(
-        found[f'tokens_{name}'], [(f'square {i}', rng.integers(0, 64, 16)) for i in range(16)],
-        {'codebook_size': 64, 'image_tokens': 16,
-         'tokenizer': frozen_tokenizer.load(found[name]).fingerprint})
+      found[f'tokens_{name}'],
+      [(f'square {i}', rng.integers(0, 64, 16)) for i in range(16)],
+      {
+        'codebook_size': 64,
+        'image_tokens': 16,
+        'tokenizer': frozen_tokenizer.load(found[name]).fingerprint,
+      },
+    )
   found['vocabulary'] = str(folder / 'other.model')
   vocabulary.train_vocabulary([f'a red square {i}' for i in range(200)], 40, found['vocabulary'])
   found['generator'] = str(folder / 'generator')
-  assert main.main(['train', *GENERATOR, f"--gin.token_cache.path='{found['tokens_A']}'",
-                    '--gin.train.steps=1', f'--model_dir={found["generator"]}']) == 0
+  assert (
+    main.main(
+      [
+        'train',
+        *GENERATOR,
+        f"--gin.token_cache.path='{found['tokens_A']}'",
+        '--gin.train.steps=1',
+        f'--model_dir={found["generator"]}',
+      ]
+    )
+    == 0
+  )
   return found
 
 
@@ -74,10 +106,19 @@ def _demo_vocabulary():
 
 
 def _export(parts, output, *flags, **changed):
-  given = {'tokenizer': parts['A'], 'generator': parts['generator'],
-           'vocabulary': _demo_vocabulary()} | changed
-  return main.main(['export', *(f'--{name}={value}' for name, value in given.items()),
-                    f'--output_dir={output}', *flags])
+  given = {
+    'tokenizer': parts['A'],
+    'generator': parts['generator'],
+    'vocabulary': _demo_vocabulary(),
+  } | changed
+  return main.main(
+    [
+      'export',
+      *(f'--{name}={value}' for name, value in given.items()),
+      f'--output_dir={output}',
+      *flags,
+    ]
+  )
 
 
 def _fingerprint(path):
@@ -89,8 +130,10 @@ def test_parts_that_fit_are_exported(parts, tmp_path, capsys, tokenizer):
   assert _export(parts, tmp_path / 'model', tokenizer=parts[tokenizer]) == 0
   assert 'warning' not in capsys.readouterr().err
   model = model_folder.load(tmp_path / 'model')
-  ours = {'vocabulary': vocabulary.TextVocabulary(_demo_vocabulary()).fingerprint,
-          'tokenizer': _fingerprint(parts['A'])}
+  ours = {
+    'vocabulary': vocabulary.TextVocabulary(_demo_vocabulary()).fingerprint,
+    'tokenizer': _fingerprint(parts['A']),
+  }
   assert model.made_with == {'parti': ours, 'tokenizer': {'tokenizer': ours['tokenizer']}}
   # Stored in float16, it is still known as the tokenizer of these tokens.
   assert _fingerprint(tmp_path / 'model') == _fingerprint(parts['A'])
@@ -99,9 +142,11 @@ def test_parts_that_fit_are_exported(parts, tmp_path, capsys, tokenizer):
 def test_a_generator_is_not_exported_with_another_tokenizer(parts, tmp_path, capsys):
   assert _export(parts, tmp_path / 'model', tokenizer=parts['B']) == 2
   error = capsys.readouterr().err
-  assert (f'the generator {parts["generator"]} was made with the tokenizer '
-          f'{_fingerprint(parts["A"])}, but the tokenizer {parts["B"]} has '
-          f'{_fingerprint(parts["B"])}; give the tokenizer') in error
+  assert (
+    f'the generator {parts["generator"]} was made with the tokenizer '
+    f'{_fingerprint(parts["A"])}, but the tokenizer {parts["B"]} has '
+    f'{_fingerprint(parts["B"])}; give the tokenizer'
+  ) in error
   assert not (tmp_path / 'model').exists()
 
 
@@ -117,8 +162,7 @@ def test_a_mismatch_that_is_meant_is_exported_and_warned_of(parts, tmp_path, cap
   folder = tmp_path / 'model'
   assert _export(parts, folder, '--allow_mismatch', tokenizer=parts['B']) == 0
   capsys.readouterr()
-  assert model_folder.load(folder).made_with['tokenizer'] == {
-      'tokenizer': _fingerprint(parts['B'])}
+  assert model_folder.load(folder).made_with['tokenizer'] == {'tokenizer': _fingerprint(parts['B'])}
   assert 'warning' in capsys.readouterr().err
 
 
@@ -151,9 +195,14 @@ def test_an_older_base_is_taken_for_what_it_was_exported_with(parts, tmp_path, c
   assert set(model_folder.load(other).made_with['parti']) == {'vocabulary', 'tokenizer'}
 
 
-@pytest.mark.parametrize('file, kind', [
-    ('tokenizer.safetensors', 'tokenizer'), ('parti.safetensors', 'tokenizer'),
-    ('vocabulary.model', 'vocabulary')])
+@pytest.mark.parametrize(
+  'file, kind',
+  [
+    ('tokenizer.safetensors', 'tokenizer'),
+    ('parti.safetensors', 'tokenizer'),
+    ('vocabulary.model', 'vocabulary'),
+  ],
+)
 def test_files_of_two_models_are_not_taken_for_one(parts, tmp_path, file, kind):
   folder = tmp_path / 'model'
   assert _export(parts, folder) == 0
@@ -167,8 +216,15 @@ def test_files_of_two_models_are_not_taken_for_one(parts, tmp_path, file, kind):
 
 
 def _train(parts, folder, *bindings, tokens='tokens_A'):
-  return main.main(['train', *GENERATOR, f"--gin.token_cache.path='{parts[tokens]}'",
-                    f'--model_dir={folder}', *(f'--gin.{binding}' for binding in bindings)])
+  return main.main(
+    [
+      'train',
+      *GENERATOR,
+      f"--gin.token_cache.path='{parts[tokens]}'",
+      f'--model_dir={folder}',
+      *(f'--gin.{binding}' for binding in bindings),
+    ]
+  )
 
 
 def test_a_run_does_not_go_on_with_tokens_of_another_tokenizer(parts, tmp_path, capsys):
@@ -176,11 +232,12 @@ def test_a_run_does_not_go_on_with_tokens_of_another_tokenizer(parts, tmp_path, 
   shutil.copytree(parts['generator'], folder)
   assert _train(parts, folder, 'train.steps=2', tokens='tokens_B') == 2
   error = capsys.readouterr().err
-  assert (f'the run {folder} was made with the tokenizer {_fingerprint(parts["A"])}, but the token '
-          f'cache {parts["tokens_B"]} has {_fingerprint(parts["B"])}; set token_cache.path') in error
+  assert (
+    f'the run {folder} was made with the tokenizer {_fingerprint(parts["A"])}, but the token '
+    f'cache {parts["tokens_B"]} has {_fingerprint(parts["B"])}; set token_cache.path'
+  ) in error
   assert run_checkpoints.latest_checkpoint(folder).name == '1'
-  assert _train(parts, folder, 'train.steps=2', 'train.allow_mismatch=True',
-                tokens='tokens_B') == 0
+  assert _train(parts, folder, 'train.steps=2', 'train.allow_mismatch=True', tokens='tokens_B') == 0
   assert 'warning: the run' in capsys.readouterr().err
 
 
@@ -202,11 +259,13 @@ def test_pictures_are_not_drawn_by_another_tokenizer(parts, tmp_path, capsys):
   assert not (tmp_path / 'run').exists()
   assert _train(parts, tmp_path / 'run', *drawing, f"GeneratorStage.tokenizer='{parts['A2']}'") == 0
   assert [file.name for file in (tmp_path / 'run' / 'pictures').iterdir()] == [
-      'samples_00000001.png']
+    'samples_00000001.png'
+  ]
 
 
 def test_a_tokenizer_that_pictures_need_is_looked_for_before_the_first_step(
-    parts, tmp_path, capsys):
+  parts, tmp_path, capsys
+):
   missing = "GeneratorStage.tokenizer='nowhere'"
   assert _train(parts, tmp_path / 'run', 'train.steps=1', missing) == 2
   error = capsys.readouterr().err
@@ -227,9 +286,14 @@ def test_a_run_starts_from_a_model_of_the_same_inputs_alone(parts, tmp_path, cap
 
 def test_what_is_trained_on_a_tokenizers_pictures_keeps_to_it(parts, tmp_path, pictures_folder):
   bindings = [
-      f"folder.path = '{pictures_folder}'", "folder.splits = {'train': 'train.jsonl'}",
-      'train.eval_split = None', 'train.batch_size = 8', 'train.steps = 1',
-      'CoCaConfig.image_size = 16', 'CoCaConfig.patch_size = 8']
+    f"folder.path = '{pictures_folder}'",
+    "folder.splits = {'train': 'train.jsonl'}",
+    'train.eval_split = None',
+    'train.batch_size = 8',
+    'train.steps = 1',
+    'CoCaConfig.image_size = 16',
+    'CoCaConfig.patch_size = 8',
+  ]
   tokenizer = lambda name: f"RankerStage.tokenizer = '{parts[name]}'"
 
   def train(*more):

@@ -33,17 +33,20 @@ def test_the_shipped_model_is_put_on_the_mesh_as_it_is():
   stage = generator_objective.GeneratorStage(model.parti_config)
   abstract = abstract_params(stage)
   params = run_checkpoints.read_model_folder(
-      text_to_image.DEMO_FOLDER, stage, abstract, inputs.Inputs(stage, {}, False))
+    text_to_image.DEMO_FOLDER, stage, abstract, inputs.Inputs(stage, {}, False)
+  )
   jax.tree.map(np.testing.assert_array_equal, params, model.parti_params)
-  assert jax.tree.all(jax.tree.map(lambda leaf, like: leaf.sharding == like.sharding,
-                                   params, abstract))
+  assert jax.tree.all(
+    jax.tree.map(lambda leaf, like: leaf.sharding == like.sharding, params, abstract)
+  )
 
 
 def test_a_model_of_other_sizes_is_refused():
   stage = generator_objective.GeneratorStage(parti_config.PartiConfig(width=64, heads=2))
   with pytest.raises(UserError, match='width is 192 there and 64 here'):
     run_checkpoints.read_model_folder(
-        text_to_image.DEMO_FOLDER, stage, None, inputs.Inputs(stage, {}, False))
+      text_to_image.DEMO_FOLDER, stage, None, inputs.Inputs(stage, {}, False)
+    )
 
 
 class _Borrower(generator_objective.GeneratorStage):
@@ -60,10 +63,20 @@ class _Borrower(generator_objective.GeneratorStage):
 
 def test_a_stage_may_take_parts_from_elsewhere(tmp_path):
   sizes = parti_config.PartiConfig(
-      encoder_layers=1, decoder_layers=1, width=8, mlp_width=16, heads=2, text_vocabulary=8,
-      text_length=3, codebook_size=6, grid=(1, 2), dtype='float32')
+    encoder_layers=1,
+    decoder_layers=1,
+    width=8,
+    mlp_width=16,
+    heads=2,
+    text_vocabulary=8,
+    text_length=3,
+    codebook_size=6,
+    grid=(1, 2),
+    dtype='float32',
+  )
   trainer = trainer_lib.Trainer(
-      _Borrower(sizes), optimizers.adamw(lambda step: 1e-3), mesh.make_mesh(data=4, tensor=2))
+    _Borrower(sizes), optimizers.adamw(lambda step: 1e-3), mesh.make_mesh(data=4, tensor=2)
+  )
   examples = mock.MagicMock(state=lambda: {})
   nothing = inputs.Inputs(trainer.stage, {}, False)
   parts = train_loop.initial_parts(trainer, tmp_path, nothing)

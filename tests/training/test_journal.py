@@ -30,11 +30,15 @@ def test_every_line_is_on_the_disk_at_once(tmp_path):
   assert second['text'] == f'odd, value nan, where {tmp_path}'
 
 
-@pytest.mark.parametrize('error, reason, text', [
+@pytest.mark.parametrize(
+  'error, reason, text',
+  [
     (None, 'finished', 'ended at step 7: nothing is left to train'),
     (SystemExit(75), 'told to stop', 'ended at step 7: told to stop, ends with status 75'),
     (KeyboardInterrupt(), 'interrupted', 'ended at step 7: interrupted from the keyboard'),
-    (ValueError('two\nlines'), 'error', 'ended at step 7: ValueError: two lines')])
+    (ValueError('two\nlines'), 'error', 'ended at step 7: ValueError: two lines'),
+  ],
+)
 def test_the_end_is_told(tmp_path, error, reason, text):
   def run():
     with journal_lib.Journal(tmp_path) as journal:
@@ -129,6 +133,15 @@ def test_surroundings_hold_nothing_secret(monkeypatch):
   assert found['environment']['JAX_TRACEBACK_FILTERING'] == 'off'
   assert 'hidden' not in json.dumps(found)
   assert found['command'] == "parti-jax 's3://***@host/a b'"
-  assert {'parti_jax', 'python', 'jax', 'jaxlib', 'flax', 'orbax-checkpoint', 'numpy',
-          'tensorflow', 'seqio'} <= set(found['versions'])
+  assert {
+    'parti_jax',
+    'python',
+    'jax',
+    'jaxlib',
+    'flax',
+    'orbax-checkpoint',
+    'numpy',
+    'tensorflow',
+    'seqio',
+  } <= set(found['versions'])
   assert found['devices'] == {'kind': 'cpu', 'count': 8, 'platform': 'cpu'}

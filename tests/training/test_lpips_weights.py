@@ -28,8 +28,7 @@ def _arrays():
       trunk[f'features.{index}.bias'] = draw.normal(size=width, scale=0.1).astype(np.float32)
       index, channels = index + 2, width
     index += 1
-    heads[f'lin{stage}.model.1.weight'] = draw.uniform(
-        size=(1, channels, 1, 1)).astype(np.float32)
+    heads[f'lin{stage}.model.1.weight'] = draw.uniform(size=(1, channels, 1, 1)).astype(np.float32)
   # What a classifier's file has besides.
   trunk['classifier.0.bias'] = np.zeros(5, np.float32)
   return trunk, heads
@@ -48,36 +47,51 @@ def test_weights_are_those_of_the_files_and_fit_the_network(files):
   folder, trunk, heads = files
   params = lpips_weights.read(folder / 'vgg16.safetensors', folder / 'heads.safetensors')
   wanted = jax.eval_shape(lpips.LPIPS().init, jax.random.key(0), *lpips.example_inputs())
-  wanted = {jax.tree_util.keystr(path[:-1]): leaf.shape
-            for path, leaf in jax.tree_util.tree_leaves_with_path(wanted['params'])}
-  assert {jax.tree_util.keystr(path): leaf.shape
-          for path, leaf in jax.tree_util.tree_leaves_with_path(params)} == wanted
+  wanted = {
+    jax.tree_util.keystr(path[:-1]): leaf.shape
+    for path, leaf in jax.tree_util.tree_leaves_with_path(wanted['params'])
+  }
+  assert {
+    jax.tree_util.keystr(path): leaf.shape
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+  } == wanted
   # The third convolution of the third stage, from [out, in, row, column].
-  np.testing.assert_array_equal(params['vgg16']['stage_2_2']['kernel'][0, 2, 5, 7],
-                                trunk['features.14.weight'][7, 5, 0, 2])
+  np.testing.assert_array_equal(
+    params['vgg16']['stage_2_2']['kernel'][0, 2, 5, 7], trunk['features.14.weight'][7, 5, 0, 2]
+  )
   np.testing.assert_array_equal(params['vgg16']['stage_4_2']['bias'], trunk['features.28.bias'])
   np.testing.assert_array_equal(params['head_3'], heads['lin3.model.1.weight'].ravel())
 
 
 def test_the_distance_is_the_lpips_packages(files, tmp_path):
   torch = pytest.importorskip(
-      'torch', reason='torch is not installed; docs/tokenizer.md says how to run this test')
+    'torch', reason='torch is not installed; docs/tokenizer.md says how to run this test'
+  )
   package = pytest.importorskip(
-      'lpips', reason='lpips is not installed; docs/tokenizer.md says how to run this test')
+    'lpips', reason='lpips is not installed; docs/tokenizer.md says how to run this test'
+  )
   _, trunk, heads = files
   tensors = lambda arrays: {name: torch.from_numpy(array) for name, array in arrays.items()}
   torch.save(tensors(trunk), tmp_path / 'vgg16.pth')
   torch.save(tensors(heads), tmp_path / 'vgg.pth')
-  theirs = package.LPIPS(pretrained=True, net='vgg', pnet_rand=True, verbose=False,
-                         model_path=str(tmp_path / 'vgg.pth'))
+  theirs = package.LPIPS(
+    pretrained=True, net='vgg', pnet_rand=True, verbose=False, model_path=str(tmp_path / 'vgg.pth')
+  )
   with torch.no_grad():
-    for name, layer in ((name, layer) for part in theirs.net.children()
-                        for name, layer in part.named_children() if hasattr(layer, 'weight')):
+    for name, layer in (
+      (name, layer)
+      for part in theirs.net.children()
+      for name, layer in part.named_children()
+      if hasattr(layer, 'weight')
+    ):
       layer.weight.copy_(torch.from_numpy(trunk[f'features.{name}.weight']))
       layer.bias.copy_(torch.from_numpy(trunk[f'features.{name}.bias']))
     images, others = np.random.default_rng(1).uniform(size=(2, 2, 32, 48, 3)).astype(np.float32)
-    wanted = theirs(*(torch.from_numpy(x.transpose(0, 3, 1, 2)) for x in (images, others)),
-                    normalize=True).numpy().ravel()
+    wanted = (
+      theirs(*(torch.from_numpy(x.transpose(0, 3, 1, 2)) for x in (images, others)), normalize=True)
+      .numpy()
+      .ravel()
+    )
   params = lpips_weights.read(tmp_path / 'vgg16.pth', tmp_path / 'vgg.pth')
   found = jax.jit(lpips.LPIPS().apply)({'params': params}, images, others)
   np.testing.assert_allclose(found, wanted, rtol=1e-4)
@@ -87,12 +101,26 @@ def test_the_distance_is_the_lpips_packages(files, tmp_path):
 def test_the_tokenizer_learns_by_it_and_does_not_keep_it(files):
   folder, _, _ = files
   sizes = vit_vqgan.ViTVQGANConfig(
-      image_size=16, patch_size=8, encoder_layers=1, encoder_width=8, encoder_mlp_width=16,
-      encoder_heads=2, decoder_layers=1, decoder_width=8, decoder_mlp_width=16, decoder_heads=2,
-      codebook_size=6, code_dim=3, dtype='float32')
+    image_size=16,
+    patch_size=8,
+    encoder_layers=1,
+    encoder_width=8,
+    encoder_mlp_width=16,
+    encoder_heads=2,
+    decoder_layers=1,
+    decoder_width=8,
+    decoder_mlp_width=16,
+    decoder_heads=2,
+    codebook_size=6,
+    code_dim=3,
+    dtype='float32',
+  )
   stage = tokenizer_objective.TokenizerStage(
-      sizes, perceptual_weight=0.5, vgg16_weights=str(folder / 'vgg16.safetensors'),
-      lpips_weights=str(folder / 'heads.safetensors'))
+    sizes,
+    perceptual_weight=0.5,
+    vgg16_weights=str(folder / 'vgg16.safetensors'),
+    lpips_weights=str(folder / 'heads.safetensors'),
+  )
   mesh = mesh_lib.make_mesh(data=2, devices=jax.devices()[:2])
   trainer = trainer_lib.Trainer(stage, optax.sgd(0.1), mesh)
   images = np.random.default_rng(2).integers(0, 256, (2, 16, 16, 3)).astype(np.uint8)
@@ -110,11 +138,17 @@ def test_the_tokenizer_learns_by_it_and_does_not_keep_it(files):
   distance = distances(params, jax.device_get(trainer.constants['perceptual']))
   np.testing.assert_allclose(metrics['perceptual'], np.mean(distance), rtol=1e-4)
   np.testing.assert_allclose(
-      metrics['loss'], metrics['l2'] + 0.1 * metrics['logit_laplace'] + metrics['quantizer_loss']
-      + 0.5 * metrics['perceptual'], rtol=1e-5)
+    metrics['loss'],
+    metrics['l2']
+    + 0.1 * metrics['logit_laplace']
+    + metrics['quantizer_loss']
+    + 0.5 * metrics['perceptual'],
+    rtol=1e-5,
+  )
   # A plan knows their shapes without the files.
   assert jax.tree.map(lambda leaf: leaf.shape, trainer.constants) == jax.tree.map(
-      lambda leaf: leaf.shape, stage.abstract_constants())
+    lambda leaf: leaf.shape, stage.abstract_constants()
+  )
 
 
 def test_missing_and_damaged_files_are_named(files, tmp_path):

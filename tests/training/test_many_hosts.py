@@ -50,19 +50,30 @@ def _start(tmp_path):
 
   def start(name, count, devices, bindings, dies=(-1, 'KILL', 0), flags=()):
     environment = os.environ | {
-        'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices} {QUICK_COMPILATION}',
-        'PYTHONPATH': os.pathsep.join([str(REPOSITORY), os.environ.get('PYTHONPATH', '')])}
+      'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices} {QUICK_COMPILATION}',
+      'PYTHONPATH': os.pathsep.join([str(REPOSITORY), os.environ.get('PYTHONPATH', '')]),
+    }
     child = pathlib.Path(__file__).with_name('many_hosts_child.py')
     port, started = _free_port(), []
     for index in range(count):
-      command = [sys.executable, str(child), str(tmp_path / f'{name}.{index}.jsonl'),
-                 *map(str, dies), 'train', f'--gin_file={GENERATOR}',
-                 f'--model_dir={tmp_path / "run"}', *(f'--gin.{binding}' for binding in bindings),
-                 f'--coordinator=127.0.0.1:{port}', f'--num_processes={count}',
-                 f'--process_id={index}', *flags]
+      command = [
+        sys.executable,
+        str(child),
+        str(tmp_path / f'{name}.{index}.jsonl'),
+        *map(str, dies),
+        'train',
+        f'--gin_file={GENERATOR}',
+        f'--model_dir={tmp_path / "run"}',
+        *(f'--gin.{binding}' for binding in bindings),
+        f'--coordinator=127.0.0.1:{port}',
+        f'--num_processes={count}',
+        f'--process_id={index}',
+        *flags,
+      ]
       with open(tmp_path / f'{name}.{index}.log', 'w', encoding='utf-8') as log:
-        started.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment,
-                                        cwd=REPOSITORY))
+        started.append(
+          subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=REPOSITORY)
+        )
     everyone.extend(started)
     return started
 
@@ -90,8 +101,9 @@ def _losses(records):
 def _alone(folder, bindings, monkeypatch):
   """Trains in this process on its 8 devices; returns the metrics by step."""
   shown = []
-  monkeypatch.setattr(reporting.Reporter, 'metrics',
-                      lambda _, step, values: shown.append({'step': step, **values}))
+  monkeypatch.setattr(
+    reporting.Reporter, 'metrics', lambda _, step, values: shown.append({'step': step, **values})
+  )
   gin_config.parse([GENERATOR], bindings)
   train_loop.train(str(folder))
   return shown
@@ -99,18 +111,37 @@ def _alone(folder, bindings, monkeypatch):
 
 @pytest.fixture(name='bindings')
 def _bindings(generator_bindings):
-  return [*generator_bindings, 'train.log_every = 1', 'train.data_shares = 4', 'train.seed = 3',
-          'drop_text.rate = 0.3', 'PartiConfig.encoder_layers = 1',
-          'PartiConfig.decoder_layers = 1']
+  return [
+    *generator_bindings,
+    'train.log_every = 1',
+    'train.data_shares = 4',
+    'train.seed = 3',
+    'drop_text.rate = 0.3',
+    'PartiConfig.encoder_layers = 1',
+    'PartiConfig.decoder_layers = 1',
+  ]
 
 
 @pytest.fixture(name='tokenizer_run')
 def _tokenizer_run(tmp_path):
   """A run of the tiny tokenizer, as it is before its first step."""
-  stage = tokenizer_objective.TokenizerStage(vit_vqgan.ViTVQGANConfig(
-      image_size=16, patch_size=4, encoder_layers=1, encoder_width=16, encoder_mlp_width=16,
-      encoder_heads=2, decoder_layers=1, decoder_width=16, decoder_mlp_width=16, decoder_heads=2,
-      codebook_size=64, code_dim=4, dtype='float32'))
+  stage = tokenizer_objective.TokenizerStage(
+    vit_vqgan.ViTVQGANConfig(
+      image_size=16,
+      patch_size=4,
+      encoder_layers=1,
+      encoder_width=16,
+      encoder_mlp_width=16,
+      encoder_heads=2,
+      decoder_layers=1,
+      decoder_width=16,
+      decoder_mlp_width=16,
+      decoder_heads=2,
+      codebook_size=64,
+      code_dim=4,
+      dtype='float32',
+    )
+  )
   untrained = trainer.Trainer(stage, optax.sgd(0.1), mesh_lib.make_mesh())
   saved = run_checkpoints.Checkpoints(tmp_path / 'tokenizer')
   saved.save(0, untrained.create_state(), {}, run_checkpoints.describe(stage))
@@ -138,12 +169,18 @@ while not done.exists():
 
 def test_one_process_of_two_may_read_a_tokenizer(tmp_path, tokenizer_run):
   # With Orbax' defaults it waits for the other one until it is killed.
-  environment = os.environ | {'XLA_FLAGS': '--xla_force_host_platform_device_count=2',
-                              'PYTHONPATH': str(REPOSITORY)}
+  environment = os.environ | {
+    'XLA_FLAGS': '--xla_force_host_platform_device_count=2',
+    'PYTHONPATH': str(REPOSITORY),
+  }
   port, done = str(_free_port()), tmp_path / 'done'
-  started = [subprocess.Popen(
+  started = [
+    subprocess.Popen(
       [sys.executable, '-c', _READS_ALONE, port, str(index), str(tokenizer_run), str(done)],
-      env=environment) for index in range(2)]
+      env=environment,
+    )
+    for index in range(2)
+  ]
   try:
     assert _ended(started, 120) == [0, 0]
   finally:
@@ -154,21 +191,36 @@ def test_one_process_of_two_may_read_a_tokenizer(tmp_path, tokenizer_run):
 
 
 def test_four_processes_then_two_train_as_one_does(
-    tmp_path, monkeypatch, start, bindings, tokenizer_run):
+  tmp_path, monkeypatch, start, bindings, tokenizer_run
+):
   # Four processes. Both of a pair hold the same rows, since `tensor` spans them.
-  four = start('four', 4, 2, dies=(2, 'KILL', 4), bindings=[
-      *bindings, 'train.steps = 1000', 'train.checkpoint_every = 3', 'train.eval_split = None',
-      'make_mesh.data = 2', 'make_mesh.tensor = 4'])
-  whole = _alone(tmp_path / 'alone', [
-      *bindings, 'train.steps = 6', 'train.checkpoint_every = 0', 'train.evaluate_every = 4'],
-                 monkeypatch)
+  four = start(
+    'four',
+    4,
+    2,
+    dies=(2, 'KILL', 4),
+    bindings=[
+      *bindings,
+      'train.steps = 1000',
+      'train.checkpoint_every = 3',
+      'train.eval_split = None',
+      'make_mesh.data = 2',
+      'make_mesh.tensor = 4',
+    ],
+  )
+  whole = _alone(
+    tmp_path / 'alone',
+    [*bindings, 'train.steps = 6', 'train.checkpoint_every = 0', 'train.evaluate_every = 4'],
+    monkeypatch,
+  )
   # Process 2 is killed after step 4: the others end, and say why.
   statuses = _ended(four)
   assert statuses == [1, 1, 137, 1]
   for index in (0, 1, 3):
     shown = (tmp_path / f'four.{index}.log').read_text(encoding='utf-8').strip()
     assert shown.splitlines()[-1].startswith(
-        "parti-jax: error: process 2 of this run died or can't be reached; start all"), shown
+      "parti-jax: error: process 2 of this run died or can't be reached; start all"
+    ), shown
   four_records = _records(tmp_path, 'four')
   expected, losses = _losses(whole), _losses(four_records)
   assert len(expected) == 6 and set(losses) >= {1, 2, 3, 4}
@@ -181,18 +233,37 @@ def test_four_processes_then_two_train_as_one_does(
   one_folder = tmp_path / 'one'
   shutil.copytree(tmp_path / 'run', one_folder)
   # Two processes go on from it, on a third mesh, until one of them is told to stop.
-  drawing = [f"GeneratorStage.tokenizer = '{tokenizer_run}'", 'train.pictures_every = 5',
-             'train.num_pictures = 3', 'train.evaluate_every = 4', 'train.allow_mismatch = True']
-  two = start('two', 2, 4, dies=(1, 'TERM', 5), bindings=[
-      *(binding for binding in bindings if 'data_shares' not in binding), *drawing,
-      'train.steps = 1000', 'train.checkpoint_every = 1000', 'make_mesh.fsdp = 2',
-      'make_mesh.tensor = 2'])
-  one = _alone(one_folder, [*bindings, *drawing, 'train.steps = 5', 'train.checkpoint_every = 0',
-                            'make_mesh.fsdp = 8'], monkeypatch)
-  assert _ended(two) == [preemption.STATUS] * 2, (tmp_path / 'two.0.log').read_text(encoding='utf-8')
+  drawing = [
+    f"GeneratorStage.tokenizer = '{tokenizer_run}'",
+    'train.pictures_every = 5',
+    'train.num_pictures = 3',
+    'train.evaluate_every = 4',
+    'train.allow_mismatch = True',
+  ]
+  two = start(
+    'two',
+    2,
+    4,
+    dies=(1, 'TERM', 5),
+    bindings=[
+      *(binding for binding in bindings if 'data_shares' not in binding),
+      *drawing,
+      'train.steps = 1000',
+      'train.checkpoint_every = 1000',
+      'make_mesh.fsdp = 2',
+      'make_mesh.tensor = 2',
+    ],
+  )
+  one = _alone(
+    one_folder,
+    [*bindings, *drawing, 'train.steps = 5', 'train.checkpoint_every = 0', 'make_mesh.fsdp = 8'],
+    monkeypatch,
+  )
+  assert _ended(two) == [preemption.STATUS] * 2, (tmp_path / 'two.0.log').read_text(
+    encoding='utf-8'
+  )
   two_records = _records(tmp_path, 'two')
-  assert two_records[0] == {
-      'begins': 3, 'digest': saved['digest'], 'places': saved['places']}
+  assert two_records[0] == {'begins': 3, 'digest': saved['digest'], 'places': saved['places']}
   for records in (one, two_records):
     losses = _losses(records)
     assert set(losses) >= {4, 5} and 3 not in losses
@@ -200,16 +271,18 @@ def test_four_processes_then_two_train_as_one_does(
       assert losses[step] == pytest.approx(expected[step], rel=1e-5), step
     measured = next(record['validation/loss'] for record in records if 'validation/loss' in record)
     assert measured == pytest.approx(
-        next(record['validation/loss'] for record in whole if 'validation/loss' in record),
-        rel=1e-5)
+      next(record['validation/loss'] for record in whole if 'validation/loss' in record), rel=1e-5
+    )
   last = [record for record in two_records if 'saves' in record][-1]
   checkpoint = epath.Path(tmp_path / 'run' / 'checkpoints' / str(last['saves']))
   assert manifest.fault(checkpoint) is None
   written = checkpoint / 'state' / 'ocdbt.process_1' / 'manifest.ocdbt'
   assert written.exists() and 'ocdbt.process_1' in (checkpoint / manifest.NAME).read_text()
   assert f'a checkpoint of step {last["saves"]} is written' in (tmp_path / 'two.0.log').read_text()
-  drawn = [np.asarray(Image.open(folder / 'pictures' / 'samples_00000005.png'), np.int32)
-           for folder in (tmp_path / 'run', one_folder)]
+  drawn = [
+    np.asarray(Image.open(folder / 'pictures' / 'samples_00000005.png'), np.int32)
+    for folder in (tmp_path / 'run', one_folder)
+  ]
   assert drawn[0].shape == drawn[1].shape and drawn[0].min() < 255
   # The real pictures, left in each pair, don't depend on what was sampled.
   np.testing.assert_allclose(drawn[0][:16, :16], drawn[1][:16, :16], atol=1)
@@ -218,27 +291,42 @@ def test_four_processes_then_two_train_as_one_does(
 def test_a_coordinator_that_is_not_there_is_named(tmp_path, start, bindings):
   port = _free_port()
   # The last flags win over those that `start` gives.
-  started = start('lost', 1, 1, bindings, flags=[
-      f'--coordinator=127.0.0.1:{port}', '--num_processes=2', '--process_id=1',
-      '--connect_timeout=3'])
+  started = start(
+    'lost',
+    1,
+    1,
+    bindings,
+    flags=[
+      f'--coordinator=127.0.0.1:{port}',
+      '--num_processes=2',
+      '--process_id=1',
+      '--connect_timeout=3',
+    ],
+  )
   assert _ended(started) == [1]
   shown = (tmp_path / 'lost.0.log').read_text(encoding='utf-8').strip()
   assert shown.startswith(
-      f'parti-jax: error: the coordinator 127.0.0.1:{port} did not answer within 3 s'), shown
+    f'parti-jax: error: the coordinator 127.0.0.1:{port} did not answer within 3 s'
+  ), shown
   assert '\n' not in shown and not (tmp_path / 'run').exists()
 
 
-@pytest.mark.parametrize('flags, words', [
+@pytest.mark.parametrize(
+  'flags, words',
+  [
     (['--num_processes=2'], ['--coordinator and --process_id not given']),
     (['--coordinator=a:1', '--num_processes=2'], ['--process_id not given']),
     (['--coordinator=a', '--num_processes=2', '--process_id=0'], ['--coordinator=a', 'HOST:PORT']),
     (['--coordinator=a:99999', '--num_processes=2', '--process_id=0'], ['a:99999', 'HOST:PORT']),
     (['--coordinator=a:1', '--num_processes=2', '--process_id=2'], ['--process_id=2', '0 to 1']),
     (['--coordinator=a:1', '--num_processes=0', '--process_id=0'], ['--num_processes=0']),
-    (['--coordinator=a:1', '--num_processes=1', '--process_id=0', '--multi_host'],
-     ['--multi_host', '--coordinator']),
+    (
+      ['--coordinator=a:1', '--num_processes=1', '--process_id=0', '--multi_host'],
+      ['--multi_host', '--coordinator'],
+    ),
     (['--connect_timeout=0'], ['--connect_timeout=0']),
-])
+  ],
+)
 def test_flags_that_do_not_fit(tmp_path, capsys, flags, words):
   run = f'--model_dir={tmp_path / "run"}'
   status = main.main(['train', f'--gin_file={GENERATOR}', run, *flags])
@@ -246,13 +334,16 @@ def test_flags_that_do_not_fit(tmp_path, capsys, flags, words):
   assert status == 2 and '\n' not in shown and all(word in shown for word in words), shown
 
 
-@pytest.mark.parametrize('environment, several', [
+@pytest.mark.parametrize(
+  'environment, several',
+  [
     ({}, False),
     ({'SLURM_STEP_NUM_TASKS': '1'}, False),
     ({'SLURM_STEP_NUM_TASKS': '8'}, True),
     ({'TPU_WORKER_HOSTNAMES': 'localhost'}, False),
     ({'TPU_WORKER_HOSTNAMES': 'a-0,a-1'}, True),
-])
+  ],
+)
 def test_the_surroundings_tell_of_other_processes(monkeypatch, environment, several):
   for name in ('SLURM_STEP_NUM_TASKS', 'TPU_WORKER_HOSTNAMES'):
     monkeypatch.delenv(name, raising=False)
@@ -265,15 +356,23 @@ def test_the_surroundings_tell_of_other_processes(monkeypatch, environment, seve
   assert distributed.processes(parser.parse_args(['--multi_host'])) is not None
 
 
-@pytest.mark.parametrize('connected, process, words, expected', [
+@pytest.mark.parametrize(
+  'connected, process, words, expected',
+  [
     (False, 1, 'absl::Status: ALREADY_EXISTS: Aborted', 'has the same --process_id=1'),
     (False, 1, 'absl::Status: INVALID_ARGUMENT: Unexpected task registered', 'fewer processes'),
     (False, 0, 'absl::Status: DEADLINE_EXCEEDED: Deadline', 'not all of the 4 processes came to'),
     (False, 1, 'absl::Status: UNKNOWN: no\nroute\n\nRPC: x', 'refused this process: UNKNOWN: no r'),
-    (True, 1, 'UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):\n2, 3\n'
-     'The tasks have crashed', "process 2, 3 of this run died or can't be reached; start all"),
+    (
+      True,
+      1,
+      'UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):\n2, 3\n'
+      'The tasks have crashed',
+      "process 2, 3 of this run died or can't be reached; start all",
+    ),
     (True, 1, 'Failed to send RPC to coordination service', 'process 0 of this run, the coord'),
-])
+  ],
+)
 def test_what_the_runtime_says_is_explained(connected, process, words, expected):
   watched = supervisor.WatchedProcess()
   if connected:

@@ -27,7 +27,8 @@ def test_adafactor_by_hand():
   draw = np.random.default_rng(0)
   kernel = draw.normal(size=(3, 4)).astype(np.float32)
   optimizer = optimizers.adafactor(
-      lambda step: 0.5 + step, beta1=0.9, beta2=0.96, weight_decay=0.1, max_gradient_norm=100.0)
+    lambda step: 0.5 + step, beta1=0.9, beta2=0.96, weight_decay=0.1, max_gradient_norm=100.0
+  )
   params = {'kernel': kernel}
   state = optimizer.init(params)
   second, first = 0.0, np.zeros((3, 4))
@@ -39,13 +40,14 @@ def test_adafactor_by_hand():
     average = 0.9 * first + 0.1 * gradient / np.sqrt(second)
     updates, state = optimizer.update({'kernel': gradient}, state, params)
     np.testing.assert_allclose(
-        updates['kernel'], -(0.5 + step) * (average + 0.1 * kernel), rtol=1e-5, atol=1e-6)
+      updates['kernel'], -(0.5 + step) * (average + 0.1 * kernel), rtol=1e-5, atol=1e-6
+    )
     np.testing.assert_allclose(_state_with(state, 'v').v['kernel'], second, rtol=1e-5)
     stored = _state_with(state, 'ema').ema['kernel']
     assert stored.dtype == jnp.bfloat16
     first = np.asarray(stored, np.float64)
     # Half a unit in the last of bfloat16's 8 bits.
-    np.testing.assert_allclose(first, average, rtol=2 ** -8)
+    np.testing.assert_allclose(first, average, rtol=2**-8)
 
 
 @pytest.mark.parametrize('beta1', [0.9, 0.99, 0.999])
@@ -55,7 +57,7 @@ def test_the_first_moment_is_multiplied_in_float32(beta1):
   stored = jnp.asarray([0.7, -1.3e-5, 2e4], jnp.bfloat16)
   update = jnp.asarray([0.3, 1e-6, -5.0])
   got, after = average.update({'a': update}, state._replace(ema={'a': stored}))
-  right = (beta1 * np.asarray(stored, np.float64) + (1 - beta1) * np.asarray(update, np.float64))
+  right = beta1 * np.asarray(stored, np.float64) + (1 - beta1) * np.asarray(update, np.float64)
   assert got['a'].dtype == jnp.float32
   np.testing.assert_allclose(got['a'], right, rtol=1e-6)
   np.testing.assert_array_equal(after.ema['a'], got['a'].astype(jnp.bfloat16))
@@ -65,7 +67,8 @@ def test_the_first_moment_is_multiplied_in_float32(beta1):
 @pytest.mark.parametrize('beta1', [0.9, 0.99, 0.999])
 def test_sums_of_updates_are_those_of_float64(beta1):
   optimizer = optimizers.adafactor(
-      lambda step: 1.0, beta1=beta1, weight_decay=0.0, max_gradient_norm=1e9)
+    lambda step: 1.0, beta1=beta1, weight_decay=0.0, max_gradient_norm=1e9
+  )
   draws = 0.3 + np.random.default_rng(1).standard_normal((1500, 64, 64)).astype(np.float32)
   params = {'kernel': jnp.zeros((64, 64))}
 
@@ -75,10 +78,11 @@ def test_sums_of_updates_are_those_of_float64(beta1):
     return (total + updates['kernel'], state), None
 
   (total, _), _ = jax.jit(lambda *carry: jax.lax.scan(step, carry, draws))(
-      jnp.zeros((64, 64)), optimizer.init(params))
+    jnp.zeros((64, 64)), optimizer.init(params)
+  )
   second = moment = right = 0.0
   for index, draw in enumerate(draws.astype(np.float64)):
-    second = draw ** 2 if index == 0 else 0.96 * second + 0.04 * draw ** 2
+    second = draw**2 if index == 0 else 0.96 * second + 0.04 * draw**2
     moment = beta1 * moment + (1 - beta1) * draw / np.sqrt(second)
     right -= moment
   np.testing.assert_allclose(np.asarray(total, np.float64).mean() / right.mean(), 1.0, atol=1e-3)
@@ -88,21 +92,24 @@ def test_a_beta1_that_is_too_close_to_1_for_bfloat16_is_told():
   with pytest.warns(UserWarning, match=r"adafactor\.beta1=0\.999 .*first_moment_dtype='float32'"):
     optimizers.adafactor(lambda step: 1.0, beta1=0.999)
   optimizer = optimizers.adafactor(
-      lambda step: 1e-3, beta1=0.999, weight_decay=0.0, first_moment_dtype='float32')
+    lambda step: 1e-3, beta1=0.999, weight_decay=0.0, first_moment_dtype='float32'
+  )
   params = {'kernel': jnp.zeros((2, 2))}
 
   def step(carry, gradient):
     params, state = carry
     updates, state = optimizer.update(
-        jax.tree.map(lambda leaf: jnp.full_like(leaf, gradient), params), state, params)
+      jax.tree.map(lambda leaf: jnp.full_like(leaf, gradient), params), state, params
+    )
     return (jax.tree.map(jnp.add, params, updates), state), None
 
   gradients = (np.arange(3000) < 100).astype(np.float32)
   (params, _), _ = jax.jit(lambda *carry: jax.lax.scan(step, carry, gradients))(
-      params, optimizer.init(params))
+    params, optimizer.init(params)
+  )
   second = moment = right = 0.0
   for index, gradient in enumerate(gradients.astype(np.float64)):
-    second = gradient ** 2 if index == 0 else 0.96 * second + 0.04 * gradient ** 2
+    second = gradient**2 if index == 0 else 0.96 * second + 0.04 * gradient**2
     moment = 0.999 * moment + 0.001 * gradient / np.sqrt(second + 1e-30)
     right -= 1e-3 * moment
   np.testing.assert_allclose(params['kernel'], right, rtol=1e-3)
@@ -126,17 +133,20 @@ def test_attention_is_factored_over_embed_and_heads_times_head_dim():
   scales = np.array([1.0, 1e-3, 20.0])  # Of queries, keys and values: each is its own matrix.
   layers = np.array([1.0, 7.0])
   gradient = {
-      'attention': {
-          'project_in': {'kernel': np.einsum('l,e,q,hd->leqhd', layers, rows, scales, columns)},
-          'project_out': {'kernel': np.einsum('l,hd,e->lhde', layers, columns, rows)}},
-      'cross_attention': {'project_query': {'kernel': np.einsum('e,hd->ehd', rows, columns)}}}
+    'attention': {
+      'project_in': {'kernel': np.einsum('l,e,q,hd->leqhd', layers, rows, scales, columns)},
+      'project_out': {'kernel': np.einsum('l,hd,e->lhde', layers, columns, rows)},
+    },
+    'cross_attention': {'project_query': {'kernel': np.einsum('e,hd->ehd', rows, columns)}},
+  }
   gradient = jax.tree.map(np.float32, gradient)
   optimizer = optimizers.adafactor(lambda step: 1.0, weight_decay=0.0, max_gradient_norm=1e9)
   params = jax.tree.map(jnp.zeros_like, gradient)
   updates, state = optimizer.update(gradient, optimizer.init(params), params)
   moment = _state_with(state, 'v_row')
   shapes = lambda *path: [
-      tree[path[0]][path[1]]['kernel'].shape for tree in (moment.v_row, moment.v_col, moment.v)]
+    tree[path[0]][path[1]]['kernel'].shape for tree in (moment.v_row, moment.v_col, moment.v)
+  ]
   assert shapes('attention', 'project_in') == [(2, 160, 3), (2, 3, 192), (1,)]
   assert shapes('attention', 'project_out') == [(2, 160), (2, 192), (1,)]
   assert shapes('cross_attention', 'project_query') == [(160,), (192,), (1,)]
@@ -148,41 +158,81 @@ def test_what_optax_factors_by_itself_stays_bit_for_bit():
   draw = np.random.default_rng(0)
   normal = lambda *shape: draw.normal(size=shape).astype(np.float32)
   params = {
-      'mlp': {'project_in': {'kernel': normal(2, 128, 256)}},
-      'convolution': {'kernel': normal(3, 3, 128, 160)},
-      'token_embedding': {'table': normal(130, 128)}, 'norm': {'scale': normal(256)},
-      # Heads that are factored one by one, and kernels that are too small with joined heads too.
-      'attention': {'project_in': {'kernel': normal(128, 3, 2, 128)},
-                    'project_out': {'kernel': normal(4, 16, 256)}}}
+    'mlp': {'project_in': {'kernel': normal(2, 128, 256)}},
+    'convolution': {'kernel': normal(3, 3, 128, 160)},
+    'token_embedding': {'table': normal(130, 128)},
+    'norm': {'scale': normal(256)},
+    # Heads that are factored one by one, and kernels that are too small with joined heads too.
+    'attention': {
+      'project_in': {'kernel': normal(128, 3, 2, 128)},
+      'project_out': {'kernel': normal(4, 16, 256)},
+    },
+  }
   ours = optimizers.scale_by_factored_moment(0.96)
   plain = optax.scale_by_factored_rms(
-      decay_rate=0.96, decay_rate_fn=lambda step, rate: jnp.where(step == 0, 0.0, rate))
+    decay_rate=0.96, decay_rate_fn=lambda step, rate: jnp.where(step == 0, 0.0, rate)
+  )
   states = [ours.init(params), plain.init(params)]
   for _ in range(2):
     gradient = jax.tree.map(lambda leaf: normal(*leaf.shape), params)
     (updates, states[0]), (right, states[1]) = (
-        jax.jit(optimizer.update)(gradient, state, params)
-        for optimizer, state in zip((ours, plain), states))
+      jax.jit(optimizer.update)(gradient, state, params)
+      for optimizer, state in zip((ours, plain), states)
+    )
     jax.tree.map(np.testing.assert_array_equal, updates, right)
     jax.tree.map(np.testing.assert_array_equal, *states)
 
 
 _SIZES = parti_config.PartiConfig(
-    encoder_layers=1, decoder_layers=2, width=256, mlp_width=256, heads=4, text_vocabulary=128,
-    text_length=2, codebook_size=128, grid=(2, 2), dtype='float32')
+  encoder_layers=1,
+  decoder_layers=2,
+  width=256,
+  mlp_width=256,
+  heads=4,
+  text_vocabulary=128,
+  text_length=2,
+  codebook_size=128,
+  grid=(2, 2),
+  dtype='float32',
+)
 _COCA = coca.CoCaConfig(
-    image_size=16, patch_size=8, image_layers=1, unimodal_layers=1, multimodal_layers=1, width=256,
-    mlp_width=256, heads=4, caption_queries=4, feature_dim=128, text_vocabulary=128, text_length=6)
+  image_size=16,
+  patch_size=8,
+  image_layers=1,
+  unimodal_layers=1,
+  multimodal_layers=1,
+  width=256,
+  mlp_width=256,
+  heads=4,
+  caption_queries=4,
+  feature_dim=128,
+  text_vocabulary=128,
+  text_length=6,
+)
 _TOKENIZER = vit_vqgan.ViTVQGANConfig(
-    image_size=16, patch_size=8, encoder_layers=1, encoder_width=256, encoder_mlp_width=256,
-    encoder_heads=4, decoder_layers=1, decoder_width=256, decoder_mlp_width=256, decoder_heads=4)
+  image_size=16,
+  patch_size=8,
+  encoder_layers=1,
+  encoder_width=256,
+  encoder_mlp_width=256,
+  encoder_heads=4,
+  decoder_layers=1,
+  decoder_width=256,
+  decoder_mlp_width=256,
+  decoder_heads=4,
+)
 
 
-@pytest.mark.parametrize('stage', [
-    generator_objective.GeneratorStage(_SIZES), ranker_objective.RankerStage(_COCA),
+@pytest.mark.parametrize(
+  'stage',
+  [
+    generator_objective.GeneratorStage(_SIZES),
+    ranker_objective.RankerStage(_COCA),
     tokenizer_objective.TokenizerStage(_TOKENIZER),
-    text_encoder_objective.TextEncoderStage(_SIZES, _COCA, contrastive_weight=1.0)],
-                         ids=lambda stage: stage.name)
+    text_encoder_objective.TextEncoderStage(_SIZES, _COCA, contrastive_weight=1.0),
+  ],
+  ids=lambda stage: stage.name,
+)
 def test_every_kernel_of_attention_is_factored_by_its_logical_axes(stage):
   boxed = jax.eval_shape(stage.init, jax.random.key(0))
   params = nn.meta.unbox(boxed)
@@ -190,8 +240,10 @@ def test_every_kernel_of_attention_is_factored_by_its_logical_axes(stage):
   whole = _state_with(state, 'v_row').v
   kernels = 0
   for (path, leaf), parameter, names in zip(
-      jax.tree_util.tree_leaves_with_path(whole), jax.tree.leaves(params),
-      jax.tree.leaves(nn.get_partition_spec(boxed))):
+    jax.tree_util.tree_leaves_with_path(whole),
+    jax.tree.leaves(params),
+    jax.tree.leaves(nn.get_partition_spec(boxed)),
+  ):
     path, axis = [key.key for key in path], None
     if 'heads' in names:
       axis = names.index('heads')
@@ -205,19 +257,25 @@ def test_every_kernel_of_attention_is_factored_by_its_logical_axes(stage):
 
 def test_the_second_moments_of_the_largest_model_take_next_to_nothing():
   sizes = parti_config.PartiConfig(
-      encoder_layers=16, decoder_layers=64, width=4096, mlp_width=16384, heads=64)
+    encoder_layers=16, decoder_layers=64, width=4096, mlp_width=16384, heads=64
+  )
   params = nn.meta.unbox(
-      jax.eval_shape(generator_objective.GeneratorStage(sizes).init, jax.random.key(0)))
+    jax.eval_shape(generator_objective.GeneratorStage(sizes).init, jax.random.key(0))
+  )
   moment = _state_with(jax.eval_shape(optimizers.adafactor(1.0).init, params), 'v_row')
-  size = sum(leaf.size * leaf.dtype.itemsize
-             for leaf in jax.tree.leaves((moment.v, moment.v_row, moment.v_col)))
+  size = sum(
+    leaf.size * leaf.dtype.itemsize
+    for leaf in jax.tree.leaves((moment.v, moment.v_row, moment.v_col))
+  )
   assert layers.count_parameters(params) > 20e9
-  assert size < 0.04 * 2 ** 30
+  assert size < 0.04 * 2**30
 
 
 def test_the_gradient_is_clipped_by_its_norm_over_all_parameters():
-  gradients = {'a': {'kernel': np.full((2, 8), 3.0, np.float32)},
-               'b': {'kernel': np.full((5,), 4.0, np.float32)}}
+  gradients = {
+    'a': {'kernel': np.full((2, 8), 3.0, np.float32)},
+    'b': {'kernel': np.full((5,), 4.0, np.float32)},
+  }
   norm = np.sqrt(16 * 9 + 5 * 16)
   optimizer = optimizers.adafactor(lambda step: 1.0, max_gradient_norm=4.0)
   _, state = optimizer.update(gradients, optimizer.init(gradients), gradients)
@@ -226,14 +284,17 @@ def test_the_gradient_is_clipped_by_its_norm_over_all_parameters():
   np.testing.assert_allclose(second['b']['kernel'], (4.0 * 4.0 / norm) ** 2, rtol=1e-5)
   small = jax.tree.map(lambda leaf: leaf / norm, gradients)
   _, state = optimizer.update(small, optimizer.init(gradients), gradients)
-  np.testing.assert_allclose(
-      _state_with(state, 'v').v['a']['kernel'], (3.0 / norm) ** 2, rtol=1e-5)
+  np.testing.assert_allclose(_state_with(state, 'v').v['a']['kernel'], (3.0 / norm) ** 2, rtol=1e-5)
 
 
 @pytest.mark.parametrize('make', [optimizers.adafactor, optimizers.adamw])
 def test_weight_decay_acts_on_kernels_alone(make):
-  params = {'mlp': {'kernel': jnp.ones((2, 3))}, 'norm': {'scale': jnp.ones(3)},
-            'codebook': {'table': jnp.ones((4, 3))}, 'begin': jnp.ones(3)}
+  params = {
+    'mlp': {'kernel': jnp.ones((2, 3))},
+    'norm': {'scale': jnp.ones(3)},
+    'codebook': {'table': jnp.ones((4, 3))},
+    'begin': jnp.ones(3),
+  }
   optimizer = make(lambda step: 0.5, weight_decay=0.1)
   zeros = jax.tree.map(jnp.zeros_like, params)
   updates, _ = optimizer.update(zeros, optimizer.init(params), params)
@@ -245,11 +306,18 @@ def test_weight_decay_acts_on_kernels_alone(make):
 
 def test_every_kernel_of_a_model_is_decayed_and_nothing_else():
   sizes = parti_config.PartiConfig(
-      encoder_layers=1, decoder_layers=1, width=8, mlp_width=8, heads=2, text_vocabulary=8,
-      text_length=2, codebook_size=8, grid=(2, 2))
+    encoder_layers=1,
+    decoder_layers=1,
+    width=8,
+    mlp_width=8,
+    heads=2,
+    text_vocabulary=8,
+    text_length=2,
+    codebook_size=8,
+    grid=(2, 2),
+  )
   boxed = jax.eval_shape(generator_objective.GeneratorStage(sizes).init, jax.random.key(0))
-  for path, decays in jax.tree_util.tree_leaves_with_path(
-      optimizers.decayed(nn.meta.unbox(boxed))):
+  for path, decays in jax.tree_util.tree_leaves_with_path(optimizers.decayed(nn.meta.unbox(boxed))):
     assert decays == ('kernel' in jax.tree_util.keystr(path)), path
 
 
@@ -257,24 +325,38 @@ def test_adamw_by_hand():
   params = {'kernel': np.array([2.0, -1.0], np.float32)}
   gradient = {'kernel': np.array([0.3, -0.4], np.float32)}  # Of norm 0.5.
   optimizer = optimizers.adamw(
-      lambda step: 0.1, beta1=0.9, beta2=0.99, weight_decay=0.2, max_gradient_norm=0.25)
+    lambda step: 0.1, beta1=0.9, beta2=0.99, weight_decay=0.2, max_gradient_norm=0.25
+  )
   updates, _ = optimizer.update(gradient, optimizer.init(params), params)
   # Debiased moments of the first step: the clipped gradient over its size.
   np.testing.assert_allclose(
-      updates['kernel'], [-0.1 * (1 + 0.2 * 2), -0.1 * (-1 - 0.2)], rtol=1e-5)
+    updates['kernel'], [-0.1 * (1 + 0.2 * 2), -0.1 * (-1 - 0.2)], rtol=1e-5
+  )
 
 
-@pytest.mark.parametrize('step, rate', [
-    (0, 0.0), (2500, 2.25e-5), (5000, 4.5e-5), (30000, 4.5e-5), (85000, 4.5e-5),
-    (267500, 4.5e-5 * 0.025 ** 0.5), (450000, 4.5e-5 * 0.025), (600000, 4.5e-5 * 0.025)])
+@pytest.mark.parametrize(
+  'step, rate',
+  [
+    (0, 0.0),
+    (2500, 2.25e-5),
+    (5000, 4.5e-5),
+    (30000, 4.5e-5),
+    (85000, 4.5e-5),
+    (267500, 4.5e-5 * 0.025**0.5),
+    (450000, 4.5e-5 * 0.025),
+    (600000, 4.5e-5 * 0.025),
+  ],
+)
 def test_the_papers_schedule_at_its_corners(step, rate):
   schedule = optimizers.parti_schedule()
   np.testing.assert_allclose(schedule(step), rate, rtol=1e-5)
   np.testing.assert_allclose(jax.jit(schedule)(jnp.int32(step)), rate, rtol=1e-5)
 
 
-@pytest.mark.parametrize('step, rate', [
-    (0, 0.0), (5000, 5e-5), (10000, 1e-4), (255000, 7.5e-5), (500000, 5e-5), (600000, 5e-5)])
+@pytest.mark.parametrize(
+  'step, rate',
+  [(0, 0.0), (5000, 5e-5), (10000, 1e-4), (255000, 7.5e-5), (500000, 5e-5), (600000, 5e-5)],
+)
 def test_the_tokenizers_schedule_at_its_corners(step, rate):
   schedule = optimizers.warmup_cosine(1e-4, 10000, 500000, 5e-5)
   np.testing.assert_allclose(schedule(step), rate, rtol=1e-4)

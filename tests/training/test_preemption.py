@@ -39,8 +39,9 @@ with preemption.listening():
 def _run(body):
   """Runs `body` while it listens; returns the exit status and what it says."""
   program = _BEGINNING + textwrap.indent(textwrap.dedent(body), '  ')
-  done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True,
-                        check=False, timeout=60)
+  done = subprocess.run(
+    [sys.executable, '-c', program], capture_output=True, text=True, check=False, timeout=60
+  )
   return done.returncode, done.stderr.splitlines()
 
 
@@ -50,10 +51,11 @@ def test_status_is_the_one_that_says_start_again():
 
 def test_during_the_start_it_ends_at_once():
   # As while TensorFlow is imported, whose notes are hidden.
-  status, said = _run("os.dup2(os.open(os.devnull, os.O_WRONLY), 2); term(); time.sleep(30)")
+  status, said = _run('os.dup2(os.open(os.devnull, os.O_WRONLY), 2); term(); time.sleep(30)')
   assert status == 75 and said == [
-      'parti-jax: told to stop before the first step was done; nothing of the run is changed; '
-      'start again to go on']
+    'parti-jax: told to stop before the first step was done; nothing of the run is changed; '
+    'start again to go on'
+  ]
 
 
 def test_while_it_trains_the_loop_is_told_and_ends_by_itself():
@@ -77,9 +79,10 @@ def test_when_the_grace_is_over_it_ends_whatever_the_main_thread_does():
       finally:
         print('never')""")
   assert status == 75 and said[-1] == (
-      'parti-jax: told to stop, but the step and its checkpoint took more than the 0.4 s of '
-      'train.grace_seconds; the last whole checkpoint stays the one of step 5; '
-      'start again to go on')
+    'parti-jax: told to stop, but the step and its checkpoint took more than the 0.4 s of '
+    'train.grace_seconds; the last whole checkpoint stays the one of step 5; '
+    'start again to go on'
+  )
   assert said[-2].startswith('journal: stop told to stop, but') and 'never' not in said
 
 
@@ -89,12 +92,17 @@ def test_a_second_signal_ends_at_once_even_if_the_disk_hangs():
       steps(60, lambda: time.sleep(60))
       term(); time.sleep(1); term(); time.sleep(30)""")
   assert status == 75 and said[-1] == (
-      'parti-jax: told to stop a second time: ended at once; the last whole checkpoint stays; '
-      'start again to go on')
+    'parti-jax: told to stop a second time: ended at once; the last whole checkpoint stays; '
+    'start again to go on'
+  )
 
 
 def test_without_the_command_line_the_signal_ends_a_process_as_usual():
-  done = subprocess.run([sys.executable, '-c', textwrap.dedent("""
+  done = subprocess.run(
+    [
+      sys.executable,
+      '-c',
+      textwrap.dedent("""
       import os, signal
       from parti_jax.training import preemption
       before = signal.getsignal(signal.SIGTERM)
@@ -102,22 +110,43 @@ def test_without_the_command_line_the_signal_ends_a_process_as_usual():
         pass
       assert signal.getsignal(signal.SIGTERM) == before
       preemption.end_process(2, 'not said')
-      os.kill(os.getpid(), signal.SIGTERM)""")], capture_output=True, check=False, timeout=60)
+      os.kill(os.getpid(), signal.SIGTERM)"""),
+    ],
+    capture_output=True,
+    check=False,
+    timeout=60,
+  )
   assert done.returncode == -signal.SIGTERM and not done.stderr
 
 
 def test_a_run_saves_at_sigterm_and_while_it_trains_no_other_may_begin(
-    tmp_path, capsys, generator_bindings):
+  tmp_path, capsys, generator_bindings
+):
   folder = tmp_path / 'run'
-  arguments = ['train', '--gin_file=gin_configs/runs/tiny_generator.gin', f'--model_dir={folder}',
-               *(f'--gin.{binding}' for binding in (
-                   *generator_bindings, 'train.steps = 100000', 'train.log_every = 1',
-                   'PartiConfig.encoder_layers = 1', 'PartiConfig.decoder_layers = 1'))]
+  arguments = [
+    'train',
+    '--gin_file=gin_configs/runs/tiny_generator.gin',
+    f'--model_dir={folder}',
+    *(
+      f'--gin.{binding}'
+      for binding in (
+        *generator_bindings,
+        'train.steps = 100000',
+        'train.log_every = 1',
+        'PartiConfig.encoder_layers = 1',
+        'PartiConfig.decoder_layers = 1',
+      )
+    ),
+  ]
   repository = pathlib.Path(preemption.__file__).parents[2]
   quick = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
   with subprocess.Popen(
-      [sys.executable, '-m', 'parti_jax.cli.main', *arguments], cwd=repository, text=True,
-      env=os.environ | {'XLA_FLAGS': quick}, stderr=subprocess.PIPE) as running:
+    [sys.executable, '-m', 'parti_jax.cli.main', *arguments],
+    cwd=repository,
+    text=True,
+    env=os.environ | {'XLA_FLAGS': quick},
+    stderr=subprocess.PIPE,
+  ) as running:
     for line in running.stderr:
       if line.startswith('step 2:'):
         break
@@ -127,12 +156,16 @@ def test_a_run_saves_at_sigterm_and_while_it_trains_no_other_may_begin(
     running.send_signal(signal.SIGTERM)
     said = [line for line in running.stderr if not line.startswith('step ')]
   assert running.returncode == preemption.STATUS, said
-  step = int(re.fullmatch(
-      r'told to stop: a checkpoint of step (\d+) is written; start again to go on\n', said[-1])[1])
+  step = int(
+    re.fullmatch(
+      r'told to stop: a checkpoint of step (\d+) is written; start again to go on\n', said[-1]
+    )[1]
+  )
   assert step >= 2 and run_checkpoints.latest_checkpoint(folder).name == str(step)
   assert not (folder / run_lock.FILE).exists()
   assert 'told to stop by SIGTERM, 25 s to save' in ''.join(
-      path.read_text(encoding='utf-8') for path in (folder / 'journal').iterdir())
+    path.read_text(encoding='utf-8') for path in (folder / 'journal').iterdir()
+  )
 
 
 @pytest.fixture(name='metadata_server')

@@ -17,13 +17,35 @@ from parti_jax.training.objectives import frozen_tokenizer
 from parti_jax.training.objectives import ranker_objective
 
 SIZES = coca.CoCaConfig(
-    image_size=8, patch_size=4, image_layers=1, unimodal_layers=1, multimodal_layers=1, width=8,
-    mlp_width=16, heads=2, caption_queries=2, feature_dim=4, text_vocabulary=10, text_length=4,
-    dtype='float32')
+  image_size=8,
+  patch_size=4,
+  image_layers=1,
+  unimodal_layers=1,
+  multimodal_layers=1,
+  width=8,
+  mlp_width=16,
+  heads=2,
+  caption_queries=2,
+  feature_dim=4,
+  text_vocabulary=10,
+  text_length=4,
+  dtype='float32',
+)
 TOKENIZER = vit_vqgan.ViTVQGANConfig(
-    image_size=8, patch_size=4, encoder_layers=1, encoder_width=8, encoder_mlp_width=16,
-    encoder_heads=2, decoder_layers=1, decoder_width=8, decoder_mlp_width=16, decoder_heads=2,
-    codebook_size=6, code_dim=3, dtype='float32')
+  image_size=8,
+  patch_size=4,
+  encoder_layers=1,
+  encoder_width=8,
+  encoder_mlp_width=16,
+  encoder_heads=2,
+  decoder_layers=1,
+  decoder_width=8,
+  decoder_mlp_width=16,
+  decoder_heads=2,
+  codebook_size=6,
+  code_dim=3,
+  dtype='float32',
+)
 
 
 def _batch():
@@ -41,14 +63,18 @@ def test_the_loss_is_the_weighted_sum_of_both():
   params, batch = nn.meta.unbox(jax.jit(stage.init)(jax.random.key(0))), _batch()
   loss, aux = jax.jit(stage.loss)(params, batch, _keys(), 0)
   out = jax.jit(coca.CoCa(SIZES).apply)(
-      {'params': params}, batch['images'] / np.float32(255), batch['encoder_input_tokens'])
+    {'params': params}, batch['images'] / np.float32(255), batch['encoder_input_tokens']
+  )
   same = np.zeros((4, 4), bool)
   same[0, 2] = same[2, 0] = True  # The same text twice.
   pairs, _ = contrastive.contrastive_losses(
-      out['image_features'], out['text_features'], out['logit_scale'], same)
+    out['image_features'], out['text_features'], out['logit_scale'], same
+  )
   chance = np.asarray(jax.nn.log_softmax(out['logits']))
-  captions = [-np.mean([chance[row, i, token] for i, token in enumerate(text) if token])
-              for row, text in enumerate(batch['encoder_input_tokens'])]
+  captions = [
+    -np.mean([chance[row, i, token] for i, token in enumerate(text) if token])
+    for row, text in enumerate(batch['encoder_input_tokens'])
+  ]
   np.testing.assert_allclose(loss, 0.5 * np.mean(pairs) + 3.0 * np.mean(captions), rtol=1e-5)
   np.testing.assert_allclose(aux['metrics']['caption_loss'], np.mean(captions), rtol=1e-5)
   each = jax.jit(stage.evaluate)(params, batch)
@@ -62,8 +88,12 @@ def test_pictures_move_by_at_most_so_many_pixels_and_repeat_their_edge():
   seen = set()
   for image, other in zip(images, moved):
     padded = np.pad(image, ((2, 2), (2, 2), (0, 0)), 'edge')
-    found = [(down, right) for down in range(5) for right in range(5)
-             if np.array_equal(padded[down:down + 6, right:right + 5], other)]
+    found = [
+      (down, right)
+      for down in range(5)
+      for right in range(5)
+      if np.array_equal(padded[down : down + 6, right : right + 5], other)
+    ]
     assert len(found) == 1
     seen.add(found[0])
   assert len(seen) > 15 and {0, 4} <= {down for down, _ in seen}
@@ -71,11 +101,15 @@ def test_pictures_move_by_at_most_so_many_pixels_and_repeat_their_edge():
 
 def test_noise_is_bounded_and_differs_by_picture():
   grey = np.full((50, 4, 4, 3), 0.5, np.float32)
-  noise = np.asarray(ranker_objective.noisy(grey, jax.random.split(jax.random.key(0), 50), 0.1)) - 0.5
+  noise = (
+    np.asarray(ranker_objective.noisy(grey, jax.random.split(jax.random.key(0), 50), 0.1)) - 0.5
+  )
   deviations = noise.std(axis=(1, 2, 3))
   assert deviations.max() < 0.14 and deviations.min() < 0.02
   assert np.mean(deviations) == pytest.approx(0.05, abs=0.01)
-  white = np.asarray(ranker_objective.noisy(grey + 0.5, jax.random.split(jax.random.key(0), 50), 0.1))
+  white = np.asarray(
+    ranker_objective.noisy(grey + 0.5, jax.random.split(jax.random.key(0), 50), 0.1)
+  )
   assert white.max() <= 1
 
 
@@ -83,11 +117,12 @@ def test_noise_is_bounded_and_differs_by_picture():
 def fixture_tokenizer(monkeypatch):
   """A tokenizer with random parameters in place of a trained one; its module and parameters."""
   module = vit_vqgan.ViTVQGAN(TOKENIZER)
-  params = nn.meta.unbox(jax.jit(module.init)(
-      jax.random.key(3), *vit_vqgan.example_inputs(TOKENIZER))['params'])
+  params = nn.meta.unbox(
+    jax.jit(module.init)(jax.random.key(3), *vit_vqgan.example_inputs(TOKENIZER))['params']
+  )
   monkeypatch.setattr(
-      frozen_tokenizer, 'load',
-      lambda path: frozen_tokenizer.FrozenTokenizer(path, TOKENIZER, params))
+    frozen_tokenizer, 'load', lambda path: frozen_tokenizer.FrozenTokenizer(path, TOKENIZER, params)
+  )
   return module, params
 
 
@@ -96,16 +131,19 @@ def test_one_picture_of_so_many_goes_through_the_tokenizer(tokenizer):
   stage = ranker_objective.RankerStage(SIZES, tokenizer='run', reconstruct_every=2)
   images = _batch()['images']
   constants = stage.constants()
-  varied = np.asarray(jax.jit(stage._varied)(
-      constants, images, _keys()))
+  varied = np.asarray(jax.jit(stage._varied)(constants, images, _keys()))
   plain = images / np.float32(255)
   tokens = module.apply({'params': params}, plain[::2], method='tokenize')
   again = module.apply({'params': params}, tokens, method='detokenize')
   np.testing.assert_allclose(varied[::2], again, atol=1e-5)
   np.testing.assert_allclose(varied[1::2], plain[1::2], atol=1e-7)
   with pytest.raises(UserError, match='reconstruct_every=3 .* 4 examples'):
-    jax.eval_shape(ranker_objective.RankerStage(SIZES, tokenizer='run', reconstruct_every=3)._varied,
-                   constants, images, _keys())
+    jax.eval_shape(
+      ranker_objective.RankerStage(SIZES, tokenizer='run', reconstruct_every=3)._varied,
+      constants,
+      images,
+      _keys(),
+    )
 
 
 def test_retrieval_counts_own_candidates_that_are_nearest():
@@ -120,11 +158,17 @@ def test_values_that_can_not_be():
 
 
 def test_a_run_learns_captions_and_pictures_of_a_folder(tmp_path, pictures_folder):
-  gin_config.parse(['gin_configs/runs/tiny_ranker.gin'], [
+  gin_config.parse(
+    ['gin_configs/runs/tiny_ranker.gin'],
+    [
       f"folder.path = '{pictures_folder}'",
       "folder.splits = {'train': 'train.jsonl', 'validation': 'validation.jsonl'}",
-      "train.eval_split = 'validation'", 'train.steps = 12', 'train.log_every = 12',
-      'warmup_cosine.warmup_steps = 2'])
+      "train.eval_split = 'validation'",
+      'train.steps = 12',
+      'train.log_every = 12',
+      'warmup_cosine.warmup_steps = 2',
+    ],
+  )
   measured = train_loop.train(str(tmp_path / 'run'))
   assert measured['validation/caption_loss'] < 6  # log(2000) = 7.6 of the vocabulary.
   assert {'validation/text_of_image_top1', 'validation/image_of_text_top1'} <= set(measured)

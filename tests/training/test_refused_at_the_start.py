@@ -13,14 +13,27 @@ GENERATOR = '--gin_file=gin_configs/runs/tiny_generator.gin'
 
 
 def _train(folder, bindings, *more):
-  return main.main(['train', GENERATOR, f'--model_dir={folder}',
-                    *(f'--gin.{binding}' for binding in [*bindings, *more])])
+  return main.main(
+    [
+      'train',
+      GENERATOR,
+      f'--model_dir={folder}',
+      *(f'--gin.{binding}' for binding in [*bindings, *more]),
+    ]
+  )
 
 
 def test_a_state_larger_than_the_memory(tmp_path, capsys, generator_bindings):
   # 4 · 10¹¹ bytes of a text table, and as much again of an optimizer's moments.
-  assert _train(tmp_path / 'run', generator_bindings, 'PartiConfig.width=1_048_576',
-                'PartiConfig.text_vocabulary=1_000_000') == 2
+  assert (
+    _train(
+      tmp_path / 'run',
+      generator_bindings,
+      'PartiConfig.width=1_048_576',
+      'PartiConfig.text_vocabulary=1_000_000',
+    )
+    == 2
+  )
   error = capsys.readouterr().err
   assert 'parameters and optimizer take ' in error and 'GiB, and this machine has ' in error
   assert not (tmp_path / 'run').exists()
@@ -46,7 +59,9 @@ def test_a_disk_without_room_for_one_checkpoint(tmp_path, monkeypatch, capsys, g
   assert not folder.exists()
 
 
-@pytest.mark.parametrize('binding, message', [
+@pytest.mark.parametrize(
+  'binding, message',
+  [
     ('train.stage=@GeneratorStage', 'must be a stage, such as @GeneratorStage()'),
     ('train.stage=3', 'train.stage=3 must be a stage'),
     ('train.optimizer=@adamw()', '@adamw() is called without'),
@@ -67,8 +82,9 @@ def test_a_disk_without_room_for_one_checkpoint(tmp_path, monkeypatch, capsys, g
     ('adafactor.beta1=1.0', 'adafactor.beta1=1.0 must be at least 0 and below 1'),
     ('adafactor.max_gradient_norm=0', 'adafactor.max_gradient_norm=0 must be above 0'),
     ('adafactor.weight_decay=-1', 'adafactor.weight_decay=-1 must be a number from 0'),
-    ("train.eval_split=3", 'train.eval_split=3 must be a text'),
-])
+    ('train.eval_split=3', 'train.eval_split=3 must be a text'),
+  ],
+)
 def test_values_that_make_no_run(tmp_path, capsys, generator_bindings, binding, message):
   assert _train(tmp_path / 'run', generator_bindings, binding) == 2
   error = capsys.readouterr().err

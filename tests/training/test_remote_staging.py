@@ -67,6 +67,7 @@ def test_a_failed_upload_is_told_and_older_checkpoints_stay(tmp_path, monkeypatc
 
   def fail(file, path):
     raise errors.UserError(f'{path}: the store failed')
+
   monkeypatch.setattr(storage, 'upload', fail)
   with pytest.raises(errors.UserError, match='/2/.*the store failed'):
     _save(run, 2)
@@ -102,8 +103,10 @@ def test_other_output_by_url_is_refused(capsys):
 
 
 def _train(run, steps, bindings):
-  gin_config.parse(['gin_configs/runs/tiny_generator.gin'],
-               [*bindings, f'train.steps={steps}', 'train.checkpoint_every=2', 'train.log_every=1'])
+  gin_config.parse(
+    ['gin_configs/runs/tiny_generator.gin'],
+    [*bindings, f'train.steps={steps}', 'train.checkpoint_every=2', 'train.log_every=1'],
+  )
   return train_loop.train(os.fspath(run))
 
 
@@ -128,9 +131,15 @@ def test_a_run_on_s3_goes_on_as_one_on_a_disk(s3_bucket, tmp_path, generator_bin
 
 def _arrays(path):
   import orbax.checkpoint as ocp
+
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
     tree = checkpointer.metadata(path / 'state').item_metadata.tree
-    restored = checkpointer.restore(path / 'state', args=ocp.args.PyTreeRestore(
-        restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)))
-  return {jax.tree_util.keystr(key): leaf
-          for key, leaf in jax.tree_util.tree_leaves_with_path(restored)}
+    restored = checkpointer.restore(
+      path / 'state',
+      args=ocp.args.PyTreeRestore(
+        restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+      ),
+    )
+  return {
+    jax.tree_util.keystr(key): leaf for key, leaf in jax.tree_util.tree_leaves_with_path(restored)
+  }

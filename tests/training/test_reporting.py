@@ -15,7 +15,6 @@ from parti_jax.training import train_loop
 
 
 class _Terminal(io.StringIO):
-
   def isatty(self):
     return True
 
@@ -33,8 +32,12 @@ def _shown(monkeypatch, tmp_path, stream):
 
 def test_plain_lines_without_a_terminal(monkeypatch, tmp_path):
   shown = _shown(monkeypatch, tmp_path, io.StringIO()).splitlines()
-  assert shown == ['starting', 'step 20: loss 1.235 psnr 20', 'step 20: validation/psnr 21.5',
-                   'examples skipped: 3 not a picture']
+  assert shown == [
+    'starting',
+    'step 20: loss 1.235 psnr 20',
+    'step 20: validation/psnr 21.5',
+    'examples skipped: 3 not a picture',
+  ]
 
 
 def test_a_progress_bar_on_a_terminal(monkeypatch, tmp_path):
@@ -70,8 +73,10 @@ def test_steps_that_are_done_again_are_shown_once(tmp_path):
   after.close({})
   # The reader of TensorBoard itself.
   events = plugin_event_accumulator.EventAccumulator(str(tmp_path / 'tensorboard')).Reload()
-  assert [(event.step, float(tensor_util.make_ndarray(event.tensor_proto)))
-          for event in events.Tensors('loss')] == [(1, 1.0), (2, 20.0), (3, 30.0)]
+  assert [
+    (event.step, float(tensor_util.make_ndarray(event.tensor_proto)))
+    for event in events.Tensors('loss')
+  ] == [(1, 1.0), (2, 20.0), (3, 30.0)]
 
 
 def test_tiles_are_in_reading_order_on_white():
@@ -92,9 +97,18 @@ def test_a_grid_is_a_png(tmp_path):
     np.testing.assert_array_equal(np.asarray(image), pictures[0])
 
 
-@pytest.mark.parametrize('kind, peak', [
-    ('TPU v4', 275e12), ('TPU v5 lite', 197e12), ('TPU v5', 459e12), ('TPU v5p', 459e12),
-    ('TPU v6 lite', 918e12), ('NVIDIA H100 80GB HBM3', 989e12), ('NVIDIA A100-SXM4-40GB', 312e12)])
+@pytest.mark.parametrize(
+  'kind, peak',
+  [
+    ('TPU v4', 275e12),
+    ('TPU v5 lite', 197e12),
+    ('TPU v5', 459e12),
+    ('TPU v5p', 459e12),
+    ('TPU v6 lite', 918e12),
+    ('NVIDIA H100 80GB HBM3', 989e12),
+    ('NVIDIA A100-SXM4-40GB', 312e12),
+  ],
+)
 def test_peaks_of_known_devices(kind, peak):
   assert device_peak.device_peak(types.SimpleNamespace(device_kind=kind)) == peak
 
@@ -106,8 +120,11 @@ def test_the_meter_leaves_out_compilation_and_pauses(monkeypatch):
   now[0] = 60.0
   assert meter.read(10) == {}  # Ten steps with their compilation.
   now[0] = 62.0
-  assert meter.read(20) == {'examples_per_second': 40.0, 'model_flops_per_second': 500.0,
-                            'share_of_peak': 0.5}
+  assert meter.read(20) == {
+    'examples_per_second': 40.0,
+    'model_flops_per_second': 500.0,
+    'share_of_peak': 0.5,
+  }
   meter.pause(20, False)
   now[0] = 63.0
   meter.pause(25, True)  # Something else took place until now.

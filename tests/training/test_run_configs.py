@@ -42,15 +42,26 @@ def _mesh(devices):
       sizes[axis] = -1 if axis == 'data' else 1
   known = abs(math.prod(sizes.values()))
   return jax.sharding.AbstractMesh(
-      tuple(devices // known if size == -1 else size for size in sizes.values()), mesh_lib.AXES)
+    tuple(devices // known if size == -1 else size for size in sizes.values()), mesh_lib.AXES
+  )
 
 
 def test_the_papers_runs_are_there():
-  assert {*PAPERS_PARTI, 'vit_vqgan_small.gin', 'vit_vqgan_base.gin',
-          'vit_vqgan_large_decoder.gin', 'tiny_tokenizer.gin', 'tiny_generator.gin',
-          'demo_tokenizer.gin', 'demo_generator.gin', 'tiny_text_encoder.gin',
-          'demo_text_encoder.gin', 'text_encoder_350m.gin',
-          'tiny_ranker.gin', 'demo_ranker.gin'} <= set(RUNS)
+  assert {
+    *PAPERS_PARTI,
+    'vit_vqgan_small.gin',
+    'vit_vqgan_base.gin',
+    'vit_vqgan_large_decoder.gin',
+    'tiny_tokenizer.gin',
+    'tiny_generator.gin',
+    'demo_tokenizer.gin',
+    'demo_generator.gin',
+    'tiny_text_encoder.gin',
+    'demo_text_encoder.gin',
+    'text_encoder_350m.gin',
+    'tiny_ranker.gin',
+    'demo_ranker.gin',
+  } <= set(RUNS)
 
 
 @pytest.mark.parametrize('name', RUNS)
@@ -66,8 +77,9 @@ def test_a_run_makes_its_state_abstractly(name):
   assert 0 < float(schedule(steps // 2)) <= 1
   assert float(schedule(steps)) < float(schedule(steps // 2))
   assert stage.step_flops(batch_size) > 0
-  kinds = tuple(f'{source}{kind}' for source in ('openmoji_', 'folder_', '')
-                for kind in ('images', 'pairs'))
+  kinds = tuple(
+    f'{source}{kind}' for source in ('openmoji_', 'folder_', '') for kind in ('images', 'pairs')
+  )
   assert gin.query_parameter('train.task') in (*datasets.TOKEN_TASKS, *kinds)
 
 
@@ -88,26 +100,42 @@ def test_parti_trains_as_in_the_paper(name):
   gin_config.parse([f'gin_configs/runs/{name}'], [])
   assert _value('steps') == 450000 and _value('batch_size') == 8192
   assert [float(_value('schedule')(step)) for step in (0, 5000, 85000, 450000)] == pytest.approx(
-      [0, 4.5e-5, 4.5e-5, 1.125e-6])
-  assert {name: gin.query_parameter(f'adafactor.{name}') for name in
-          ('beta1', 'beta2', 'weight_decay', 'max_gradient_norm')} == {
-              'beta1': 0.9, 'beta2': 0.96, 'weight_decay': 0.045, 'max_gradient_norm': 4.0}
+    [0, 4.5e-5, 4.5e-5, 1.125e-6]
+  )
+  assert {
+    name: gin.query_parameter(f'adafactor.{name}')
+    for name in ('beta1', 'beta2', 'weight_decay', 'max_gradient_norm')
+  } == {'beta1': 0.9, 'beta2': 0.96, 'weight_decay': 0.045, 'max_gradient_norm': 4.0}
 
 
-@pytest.mark.parametrize('name, millions', [
-    ('vit_vqgan_small.gin', (8 * 3.1 + 8 * 3.1, 0.1)), ('vit_vqgan_base.gin', (24 * 7.1, 0.1)),
-    ('vit_vqgan_large_decoder.gin', (8 * 3.1 + 600, 0.1))])
+@pytest.mark.parametrize(
+  'name, millions',
+  [
+    ('vit_vqgan_small.gin', (8 * 3.1 + 8 * 3.1, 0.1)),
+    ('vit_vqgan_base.gin', (24 * 7.1, 0.1)),
+    ('vit_vqgan_large_decoder.gin', (8 * 3.1 + 600, 0.1)),
+  ],
+)
 def test_tokenizers_train_as_in_the_paper(name, millions):
   gin_config.parse([f'gin_configs/runs/{name}'], [])
   stage = _value('stage')
-  weights = {loss: getattr(stage, f'{loss}_weight') for loss in (
-      'l2', 'logit_laplace', 'perceptual', 'adversarial', 'quantizer', 'coarse_l2')}
-  assert weights == {'l2': 1.0, 'logit_laplace': 0.1, 'perceptual': 0.1, 'adversarial': 0.1,
-                     'quantizer': 1.0, 'coarse_l2': 0.0}
+  weights = {
+    loss: getattr(stage, f'{loss}_weight')
+    for loss in ('l2', 'logit_laplace', 'perceptual', 'adversarial', 'quantizer', 'coarse_l2')
+  }
+  assert weights == {
+    'l2': 1.0,
+    'logit_laplace': 0.1,
+    'perceptual': 0.1,
+    'adversarial': 0.1,
+    'quantizer': 1.0,
+    'coarse_l2': 0.0,
+  }
   assert stage.ema == 0.999 and stage.r1_every == 16
   assert _value('steps') == 500000 and _value('batch_size') == 256
   assert [float(_value('schedule')(step)) for step in (0, 10000, 500000)] == pytest.approx(
-      [0, 1e-4, 5e-5])
+    [0, 1e-4, 5e-5]
+  )
   params = jax.eval_shape(stage.init, jax.random.key(0))
   assert layers.count_parameters(params.pop('discriminator')) == 28_864_129
   assert layers.count_parameters(params) / 1e6 == pytest.approx(millions[0], rel=millions[1])
@@ -118,23 +146,26 @@ def test_the_20b_model_fits_on_the_devices_of_its_mesh():
   # of the attention kernels would be 0.14 more.
   gin_config.parse(['gin_configs/runs/parti_20b.gin'], [])
   state = state_lib.abstract_state(
-      _value('stage'), _value('optimizer')(_value('schedule')), _mesh(256),
-      rules.logical_axis_rules())
+    _value('stage'), _value('optimizer')(_value('schedule')), _mesh(256), rules.logical_axis_rules()
+  )
   part = lambda tree: sum(
-      leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
-      for leaf in jax.tree.leaves(tree))
-  gigabytes = (part(state) + part(state.params)) / 2 ** 30
+    leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
+    for leaf in jax.tree.leaves(tree)
+  )
+  gigabytes = (part(state) + part(state.params)) / 2**30
   assert gigabytes < 0.8  # Of 32 on a TPU v4.
 
 
 def test_a_task_with_more_ids_than_the_model_has_room_for_is_named(tokens_folder):
-  gin_config.parse(['gin_configs/runs/tiny_generator.gin'],
-               [f"token_cache.path = '{tokens_folder}'", 'PartiConfig.text_vocabulary = 1999'])
-  with pytest.raises(UserError,
-                     match=r"PartiConfig\.text_vocabulary=1999.* 2000 ids in 'inputs'"):
+  gin_config.parse(
+    ['gin_configs/runs/tiny_generator.gin'],
+    [f"token_cache.path = '{tokens_folder}'", 'PartiConfig.text_vocabulary = 1999'],
+  )
+  with pytest.raises(UserError, match=r"PartiConfig\.text_vocabulary=1999.* 2000 ids in 'inputs'"):
     train_loop.check_vocabularies(_value('stage'), 'cached_tokens')
-  gin_config.parse(['gin_configs/runs/tiny_generator.gin'],
-               [f"token_cache.path = '{tokens_folder}'", 'PartiConfig.codebook_size = 128'])
-  with pytest.raises(UserError,
-                     match=r"PartiConfig\.codebook_size=128.* 64 ids in 'targets'"):
+  gin_config.parse(
+    ['gin_configs/runs/tiny_generator.gin'],
+    [f"token_cache.path = '{tokens_folder}'", 'PartiConfig.codebook_size = 128'],
+  )
+  with pytest.raises(UserError, match=r"PartiConfig\.codebook_size=128.* 64 ids in 'targets'"):
     train_loop.check_vocabularies(_value('stage'), 'cached_tokens')

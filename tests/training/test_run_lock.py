@@ -22,8 +22,16 @@ def _owner(folder):
 
 def _leave(folder, **facts):
   """Leaves the lock of another process, which no longer beats."""
-  owner = {'host': 'other', 'pid': 7, 'since': '2026-01-01 00:00:00 UTC', 'id': 'theirs', 'beat': 3,
-           'started': '5', 'boot': 'another', 'pid_namespace': 'pid:[1]'}
+  owner = {
+    'host': 'other',
+    'pid': 7,
+    'since': '2026-01-01 00:00:00 UTC',
+    'id': 'theirs',
+    'beat': 3,
+    'started': '5',
+    'boot': 'another',
+    'pid_namespace': 'pid:[1]',
+  }
   (folder / 'lock.json').write_text(json.dumps(owner | facts), encoding='utf-8')
 
 
@@ -85,14 +93,14 @@ def test_of_many_starts_at_the_same_instant_one_wins(tmp_path, monkeypatch, floc
   if not flock:
     _without_flock(monkeypatch)
   monkeypatch.setattr(run_lock, 'SETTLE', 1e6)
-  _leave(tmp_path, **_facts_of_this_machine(pid=2 ** 22 + 1))  # All find a dead owner's lock.
+  _leave(tmp_path, **_facts_of_this_machine(pid=2**22 + 1))  # All find a dead owner's lock.
   won, refused = _start_at_once(tmp_path)
   assert len(won) == 1 and len(refused) == 7
   assert 'process 4194305 on host' in won[0].replaced
   assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize('before', [None, {'pid': 2 ** 22 + 1, 'started': '5'}])
+@pytest.mark.parametrize('before', [None, {'pid': 2**22 + 1, 'started': '5'}])
 def test_in_an_object_store_one_of_many_wins_too(s3_bucket, monkeypatch, before):
   monkeypatch.setattr(run_lock, 'SETTLE', 1e6)
   folder = f'{s3_bucket}/{"dead" if before else "new"}'
@@ -128,7 +136,10 @@ def test_a_claim_counts_as_dead_as_a_lock_does(tmp_path, monkeypatch):
   _without_flock(monkeypatch)
   monkeypatch.setattr(run_lock, '_GUARD_TRIES', 1)
   claim = tmp_path / 'lock.json.claim'
-  for dead in (_facts_of_this_machine(pid=2 ** 22 + 1, started='5'), {'id': 'theirs', 'host': 'other'}):
+  for dead in (
+    _facts_of_this_machine(pid=2**22 + 1, started='5'),
+    {'id': 'theirs', 'host': 'other'},
+  ):
     claim.write_text(json.dumps(dead))
     with run_lock.RunLock(tmp_path):
       assert _owner(tmp_path)['pid'] == os.getpid() and not claim.exists()
@@ -141,13 +152,14 @@ def test_a_claim_counts_as_dead_as_a_lock_does(tmp_path, monkeypatch):
   assert json.loads(claim.read_text()) == alive
 
 
-@pytest.mark.parametrize('facts', [{'pid': 2 ** 22 + 1}, {'pid': 1, 'started': 'before'}])
+@pytest.mark.parametrize('facts', [{'pid': 2**22 + 1}, {'pid': 1, 'started': 'before'}])
 def test_a_dead_process_of_this_machine_is_replaced_at_once(tmp_path, monkeypatch, facts):
   monkeypatch.setattr(run_lock, 'PATIENCE', 1e6)
   _leave(tmp_path, **_facts_of_this_machine(**facts))
   with run_lock.RunLock(tmp_path) as lock:
-    assert lock.replaced == (f'process {facts["pid"]} on host {_owner(tmp_path)["host"]}, '
-                             'since 2026-01-01 00:00:00 UTC')
+    assert lock.replaced == (
+      f'process {facts["pid"]} on host {_owner(tmp_path)["host"]}, since 2026-01-01 00:00:00 UTC'
+    )
 
 
 def test_a_live_process_of_this_machine_is_not_replaced(tmp_path):
@@ -166,7 +178,8 @@ def test_a_broken_lock_is_replaced_after_a_while(tmp_path, capsys, content):
   with run_lock.RunLock(tmp_path):
     assert _owner(tmp_path)['pid'] == os.getpid()
   assert 'process ? on host ?, since ? has left its lock here; waiting up to 0.2 s' in (
-      capsys.readouterr().err)
+    capsys.readouterr().err
+  )
 
 
 def test_of_another_host_it_counts_whether_it_still_beats(tmp_path, monkeypatch, capsys):
@@ -174,7 +187,8 @@ def test_of_another_host_it_counts_whether_it_still_beats(tmp_path, monkeypatch,
   with run_lock.RunLock(tmp_path) as lock:
     assert lock.replaced.startswith('process 7 on host other')
   assert 'process 7 on host other, since 2026-01-01 00:00:00 UTC has left its lock' in (
-      capsys.readouterr().err)
+    capsys.readouterr().err
+  )
   _leave(tmp_path)
   monkeypatch.setattr(run_lock.time, 'sleep', lambda _: _leave(tmp_path, beat=4))
   with pytest.raises(errors.UserError, match='process 7 on host other'):

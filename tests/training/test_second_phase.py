@@ -20,9 +20,20 @@ from parti_jax.training.objectives import frozen_tokenizer
 from parti_jax.training.objectives import tokenizer_objective
 
 CONFIG = vit_vqgan.ViTVQGANConfig(
-    image_size=8, patch_size=4, encoder_layers=1, encoder_width=8, encoder_mlp_width=16,
-    encoder_heads=2, decoder_layers=1, decoder_width=8, decoder_mlp_width=16, decoder_heads=2,
-    codebook_size=16, code_dim=4, dtype='float32')
+  image_size=8,
+  patch_size=4,
+  encoder_layers=1,
+  encoder_width=8,
+  encoder_mlp_width=16,
+  encoder_heads=2,
+  decoder_layers=1,
+  decoder_width=8,
+  decoder_mlp_width=16,
+  decoder_heads=2,
+  codebook_size=16,
+  code_dim=4,
+  dtype='float32',
+)
 PICTURES = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), np.uint8)
 FROZEN = ('encoder', 'quantizer')
 
@@ -54,7 +65,8 @@ def first_phase(tmp_path_factory):
   """A run of a first phase, with an average of its weights: its folder, trainer and last state."""
   folder = tmp_path_factory.mktemp('first')
   trainer = _trainer(
-      tokenizer_objective.TokenizerStage(CONFIG, revive_every=2, revive_until=100, ema=0.9))
+    tokenizer_objective.TokenizerStage(CONFIG, revive_every=2, revive_until=100, ema=0.9)
+  )
   state = _trained(trainer, trainer.create_state())
   run = run_checkpoints.Checkpoints(folder)
   run.save(3, state, {}, run_checkpoints.describe(trainer.stage))
@@ -76,8 +88,11 @@ def test_frozen_parts_do_not_move_when_the_same_run_goes_on(first_phase):
 def test_a_larger_decoder_learns_the_tokens_of_a_first_phase(first_phase, tmp_path):
   folder, trainer, first = first_phase
   stage = tokenizer_objective.TokenizerStage(
-      dataclasses.replace(CONFIG, decoder_layers=2, decoder_width=16), frozen=FROZEN,
-      first_phase=str(folder), ema=0.9)
+    dataclasses.replace(CONFIG, decoder_layers=2, decoder_width=16),
+    frozen=FROZEN,
+    first_phase=str(folder),
+    ema=0.9,
+  )
   second = _trainer(stage)
   parts = train_loop.initial_parts(second, tmp_path, inputs.Inputs(second.stage, {}, False))
   # The average of the first phase, which is what `tokenize` used.

@@ -71,8 +71,7 @@ class _Stage(plain_objective.PlainStage):
 
   def after_step(self, params, statistics, aux, step, rng):
     del rng
-    average = state_lib.update_average(
-        statistics['average'], {'main': params['main']}, step, 0.9)
+    average = state_lib.update_average(statistics['average'], {'main': params['main']}, step, 0.9)
     return params, {'average': average, 'seen': statistics['seen'] + aux['seen']}, {}
 
   def evaluate(self, params, batch):
@@ -98,7 +97,8 @@ def _images(seed, poison=None):
 
 def _trainer(microbatches=1, mesh=None):
   optimizer = optax.chain(
-      optax.clip_by_global_norm(1.0), optax.adamw(lambda count: 0.1 / (1 + count)))
+    optax.clip_by_global_norm(1.0), optax.adamw(lambda count: 0.1 / (1 + count))
+  )
   return trainer_lib.Trainer(_Stage(), optimizer, mesh or mesh_lib.make_mesh(), 3, microbatches)
 
 
@@ -152,8 +152,10 @@ def test_an_average_is_whole_though_the_first_step_was_not_applied():
   state, metrics = trainer.step(state, trainer.put(_images(1)))
   assert metrics['finite']
   np.testing.assert_allclose(
-      state.statistics['average']['main']['kernel'],
-      first / 11 + jax.device_get(state.params['main']['kernel']) * 10 / 11, rtol=1e-5)
+    state.statistics['average']['main']['kernel'],
+    first / 11 + jax.device_get(state.params['main']['kernel']) * 10 / 11,
+    rtol=1e-5,
+  )
   # Parts that a run starts with are averaged from the beginning, each in buffers of its own.
   parts = {'main': jax.tree.map(lambda leaf: leaf + 1.0, state.params['main'])}
   begun = state_lib.with_parts(trainer.create_state(), parts)
@@ -183,38 +185,61 @@ class _Run:
   def train(self, steps, bad, **arguments):
     gin_config.parse([], self._task)
     self.bad = bad
-    arguments = {'batch_size': 8, 'log_every': 1, 'checkpoint_every': 2, 'pictures_every': 0,
-                 'eval_split': None, 'max_bad_steps': 3} | arguments
+    arguments = {
+      'batch_size': 8,
+      'log_every': 1,
+      'checkpoint_every': 2,
+      'pictures_every': 0,
+      'eval_split': None,
+      'max_bad_steps': 3,
+    } | arguments
     with journal_lib.Journal(self.folder) as journal:
       return train_loop.train_stage(
-          str(self.folder), journal, _Stage(), 'images', steps, optimizer=optax.adam,
-          schedule=lambda count: 0.1 / (1 + count), **arguments)
+        str(self.folder),
+        journal,
+        _Stage(),
+        'images',
+        steps,
+        optimizer=optax.adam,
+        schedule=lambda count: 0.1 / (1 + count),
+        **arguments,
+      )
 
   def checkpoints(self):
-    return sorted(int(path.name) for path in (self.folder / 'checkpoints').iterdir()
-                  if path.name.isdecimal())
+    return sorted(
+      int(path.name) for path in (self.folder / 'checkpoints').iterdir() if path.name.isdecimal()
+    )
 
   def counts(self, step):
     place = run_checkpoints.read_place(self.folder / 'checkpoints' / str(step))
     return place['skipped_steps'], place['skipped_in_a_row']
 
   def events(self, name):
-    lines = [line for file in sorted((self.folder / 'journal').iterdir())
-             for line in file.read_text().splitlines()]
+    lines = [
+      line
+      for file in sorted((self.folder / 'journal').iterdir())
+      for line in file.read_text().splitlines()
+    ]
     return [event for event in map(json.loads, lines) if event['event'] == name]
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, pictures_folder):
-  return _Run(tmp_path / 'run', monkeypatch, [
+  return _Run(
+    tmp_path / 'run',
+    monkeypatch,
+    [
       f"folder.path = '{pictures_folder}'",
-      "folder.splits = {'train': 'train.jsonl', 'validation': 'validation.jsonl'}"])
+      "folder.splits = {'train': 'train.jsonl', 'validation': 'validation.jsonl'}",
+    ],
+  )
 
 
 def test_a_run_counts_and_names_what_it_skipped_and_keeps_the_count(run, capsys, monkeypatch):
   read, reads = skipped_steps.SkippedSteps.read, []
   monkeypatch.setattr(
-      skipped_steps.SkippedSteps, 'read', lambda self: reads.append(run.step) or read(self))
+    skipped_steps.SkippedSteps, 'read', lambda self: reads.append(run.step) or read(self)
+  )
   metrics = run.train(6, bad=(2, 3), log_every=4, checkpoint_every=3)
   shown = capsys.readouterr().err
   # Only where numbers are read anyway; at the end there is nothing left to read.
@@ -232,7 +257,8 @@ def test_a_run_counts_and_names_what_it_skipped_and_keeps_the_count(run, capsys,
     (place,) = event['places']
     assert f'batch {place}' in lines[event['step'] - 2]
     found = shared_batches.read(
-        shared_batches.Place.parse(place), 'images', 'train', {'images': 16}, 0)
+      shared_batches.Place.parse(place), 'images', 'train', {'images': 16}, 0
+    )
     np.testing.assert_array_equal(found['images'], run.batches[event['step']])
   # Step 3 was a bad one, so that the checkpoint was written when a good one was known.
   assert run.checkpoints() == [4, 6]
@@ -260,8 +286,7 @@ def test_a_run_ends_after_too_many_and_names_the_checkpoint_from_before(run):
 
 @pytest.mark.slow
 def test_a_run_told_to_stop_among_them_writes_what_is_new_and_goes_on_counting(run, monkeypatch):
-  """A checkpoint of parameters from before, with the count of steps that were not applied in a row.
-  """
+  """A checkpoint of parameters from before, with the count of steps that were not applied in a row."""
   with monkeypatch.context() as patch:
     patch.setattr(run_lib.Run, 'told_to_stop', lambda run: run.step == 8)
     with pytest.raises(SystemExit):
@@ -302,8 +327,12 @@ def test_evaluation_says_what_is_not_finite():
 
 
 def test_the_command_shows_the_batch(tmp_path, capsys, generator_bindings):
-  flags = ['batch', '--gin_file=gin_configs/runs/tiny_generator.gin',
-           *(f'--gin.{binding}' for binding in generator_bindings), '--gin.drop_text.rate=0']
+  flags = [
+    'batch',
+    '--gin_file=gin_configs/runs/tiny_generator.gin',
+    *(f'--gin.{binding}' for binding in generator_bindings),
+    '--gin.drop_text.rate=0',
+  ]
   assert main.main([*flags, '--place', '1/2:0:5+3', f'--output_dir={tmp_path}']) == 0
   shown = capsys.readouterr().out
   assert shown.startswith('1/2:0:5+3 of cached_tokens, train\n')

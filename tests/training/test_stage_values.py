@@ -19,14 +19,21 @@ from parti_jax.training.objectives import text_encoder_objective
 from parti_jax.training.objectives import tokenizer_objective
 
 STAGES = {
-    generator_objective.GeneratorStage: {'model': parti_config.PartiConfig()},
-    tokenizer_objective.TokenizerStage: {'model': vit_vqgan.ViTVQGANConfig()},
-    ranker_objective.RankerStage: {'model': coca.CoCaConfig()},
-    text_encoder_objective.TextEncoderStage: {'model': parti_config.PartiConfig()},
-    super_resolution_objective.SuperResolutionStage: {
-        'model': super_resolution.SuperResolutionConfig(), 'image_size': 64}}
-FIELDS = [(stage, field.name) for stage in STAGES for field in dataclasses.fields(stage)
-          if field.name != 'discriminator_optimizer']
+  generator_objective.GeneratorStage: {'model': parti_config.PartiConfig()},
+  tokenizer_objective.TokenizerStage: {'model': vit_vqgan.ViTVQGANConfig()},
+  ranker_objective.RankerStage: {'model': coca.CoCaConfig()},
+  text_encoder_objective.TextEncoderStage: {'model': parti_config.PartiConfig()},
+  super_resolution_objective.SuperResolutionStage: {
+    'model': super_resolution.SuperResolutionConfig(),
+    'image_size': 64,
+  },
+}
+FIELDS = [
+  (stage, field.name)
+  for stage in STAGES
+  for field in dataclasses.fields(stage)
+  if field.name != 'discriminator_optimizer'
+]
 NEVER = [float('nan'), float('inf'), 10**40, {}, [[1], [1]], b'x', object(), optax.adam]
 
 
@@ -51,7 +58,8 @@ def test_what_is_given_is_what_is_kept():
       if field.name not in given:
         assert getattr(made, field.name) == field.default
   assert tokenizer_objective.TokenizerStage(
-      vit_vqgan.ViTVQGANConfig(), frozen=['encoder']).frozen == ('encoder',)
+    vit_vqgan.ViTVQGANConfig(), frozen=['encoder']
+  ).frozen == ('encoder',)
 
 
 def test_sizes_without_their_call_in_gin_are_named():

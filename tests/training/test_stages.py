@@ -17,12 +17,33 @@ from parti_jax.training.objectives import generator_objective
 from parti_jax.training.objectives import tokenizer_objective
 
 TOKENIZER = vit_vqgan.ViTVQGANConfig(
-    image_size=8, patch_size=4, encoder_layers=1, encoder_width=8, encoder_mlp_width=16,
-    encoder_heads=2, decoder_layers=1, decoder_width=8, decoder_mlp_width=16, decoder_heads=2,
-    codebook_size=6, code_dim=3, dtype='float32')
+  image_size=8,
+  patch_size=4,
+  encoder_layers=1,
+  encoder_width=8,
+  encoder_mlp_width=16,
+  encoder_heads=2,
+  decoder_layers=1,
+  decoder_width=8,
+  decoder_mlp_width=16,
+  decoder_heads=2,
+  codebook_size=6,
+  code_dim=3,
+  dtype='float32',
+)
 GENERATOR = parti_config.PartiConfig(
-    encoder_layers=1, decoder_layers=1, width=8, mlp_width=16, heads=2, text_vocabulary=8,
-    text_length=3, codebook_size=6, grid=(1, 2), dropout=0.5, dtype='float32')
+  encoder_layers=1,
+  decoder_layers=1,
+  width=8,
+  mlp_width=16,
+  heads=2,
+  text_vocabulary=8,
+  text_length=3,
+  codebook_size=6,
+  grid=(1, 2),
+  dropout=0.5,
+  dtype='float32',
+)
 
 
 def _one_pixel(value):
@@ -45,12 +66,14 @@ def test_logit_laplace_by_formula():
   x = 0.8 * pixel + 0.1
   density = np.exp(-abs(np.log(x / (1 - x)) - mean) / scale) / (2 * scale * x * (1 - x))
   loss = tokenizer_objective.logit_laplace_loss(
-      _one_pixel(pixel), _one_pixel(mean), _one_pixel(np.log(scale)))
+    _one_pixel(pixel), _one_pixel(mean), _one_pixel(np.log(scale))
+  )
   np.testing.assert_allclose(loss, [-np.log(density)], rtol=1e-5)
   # Pixels at both ends are finite, however small the scale gets.
   for pixel in (0.0, 1.0):
     loss = tokenizer_objective.logit_laplace_loss(
-        _one_pixel(pixel), _one_pixel(0.0), _one_pixel(-100.0))
+      _one_pixel(pixel), _one_pixel(0.0), _one_pixel(-100.0)
+    )
     assert np.isfinite(loss).all()
 
 
@@ -58,16 +81,24 @@ def test_psnr_in_decibels():
   images = np.zeros((2, 2, 2, 3), np.float32)
   images[1] = 0.5
   np.testing.assert_allclose(
-      tokenizer_objective.psnr(images, np.full_like(images, 0.1)), [20, -10 * np.log10(0.16)],
-      rtol=1e-5)
+    tokenizer_objective.psnr(images, np.full_like(images, 0.1)),
+    [20, -10 * np.log10(0.16)],
+    rtol=1e-5,
+  )
   assert np.isfinite(tokenizer_objective.psnr(images, images)).all()
 
 
 @pytest.fixture(scope='module')
 def tokenizer():
   stage = tokenizer_objective.TokenizerStage(
-      TOKENIZER, l2_weight=1.0, logit_laplace_weight=0.1, quantizer_weight=2.0, revive_every=10,
-      revive_until=30, dead_below=0.05)
+    TOKENIZER,
+    l2_weight=1.0,
+    logit_laplace_weight=0.1,
+    quantizer_weight=2.0,
+    revive_every=10,
+    revive_until=30,
+    dead_below=0.05,
+  )
   trainer = trainer_lib.Trainer(stage, optax.sgd(0.1), mesh_lib.make_mesh(), seed=0)
   return stage, trainer, trainer.create_state()
 
@@ -82,18 +113,22 @@ def test_the_tokenizers_loss_is_the_weighted_sum_of_its_parts(tokenizer):
   loss, aux = jax.jit(stage.loss)(params, {'images': images}, jax.random.key(0), 0)
   out = jax.jit(vit_vqgan.ViTVQGAN(TOKENIZER).apply)({'params': params}, images / np.float32(255))
   l2 = np.mean((vit_vqgan.to_pixels(out['mean']) - images / np.float32(255)) ** 2)
-  laplace = np.mean(tokenizer_objective.logit_laplace_loss(
-      images / np.float32(255), out['mean'], out['log_scale'], stage.least_log_scale))
-  np.testing.assert_allclose(
-      loss, 2.0 * out['quantizer_loss'] + l2 + 0.1 * laplace, rtol=1e-5)
+  laplace = np.mean(
+    tokenizer_objective.logit_laplace_loss(
+      images / np.float32(255), out['mean'], out['log_scale'], stage.least_log_scale
+    )
+  )
+  np.testing.assert_allclose(loss, 2.0 * out['quantizer_loss'] + l2 + 0.1 * laplace, rtol=1e-5)
   counts = np.bincount(out['tokens'].ravel(), minlength=6)
   np.testing.assert_array_equal(aux['code_use'], counts)
   _, _, metrics = jax.jit(stage.after_step)(
-      params, stage.initial_statistics(), aux, 0, jax.random.key(0))
+    params, stage.initial_statistics(), aux, 0, jax.random.key(0)
+  )
   np.testing.assert_allclose(metrics['codes_in_batch'], np.mean(counts > 0))
   share = counts[counts > 0] / counts.sum()
   np.testing.assert_allclose(
-      metrics['code_perplexity'], np.exp(-np.sum(share * np.log(share))), rtol=1e-5)
+    metrics['code_perplexity'], np.exp(-np.sum(share * np.log(share))), rtol=1e-5
+  )
 
 
 def test_the_decoder_sees_latents_until_codes_are_taken(tokenizer):
@@ -109,7 +144,8 @@ def test_the_decoder_sees_latents_until_codes_are_taken(tokenizer):
     assert np.any(gradients['decoder']['project_codes']['kernel'])
   # The codebook's first codes are latents of the batch at which they begin to count.
   stage = tokenizer_objective.TokenizerStage(
-      TOKENIZER, quantize_from=5, revive_every=10, revive_until=30, dead_below=0.05)
+    TOKENIZER, quantize_from=5, revive_every=10, revive_until=30, dead_below=0.05
+  )
   for step, changes in ((0, False), (4, False), (5, True), (10, False)):
     table = _after_step(stage, state, step, [1.0] * 6)[1]
     assert np.any(table != state.params['quantizer']['codebook']['table']) == changes, step
@@ -117,11 +153,17 @@ def test_the_decoder_sees_latents_until_codes_are_taken(tokenizer):
 
 def _after_step(stage, state, step, use):
   draw = np.random.default_rng(3)
-  aux = {'latents': draw.normal(size=(2, 4, 3)).astype(np.float32),
-         'code_use': np.zeros(6, np.float32)}
+  aux = {
+    'latents': draw.normal(size=(2, 4, 3)).astype(np.float32),
+    'code_use': np.zeros(6, np.float32),
+  }
   params, statistics, metrics = stage.after_step(
-      jax.device_get(state.params), {'code_use': np.asarray(use, np.float32)}, aux,
-      jnp.int32(step), jax.random.key(1))
+    jax.device_get(state.params),
+    {'code_use': np.asarray(use, np.float32)},
+    aux,
+    jnp.int32(step),
+    jax.random.key(1),
+  )
   return aux['latents'], params['quantizer']['codebook']['table'], statistics['code_use'], metrics
 
 
@@ -154,10 +196,8 @@ def test_evaluation_counts_every_example_once(tokenizer):
   # On 8 devices: a batch of 8, and 3 that have to be padded; then fewer than devices alone.
   stage, trainer, state = tokenizer
   images = _images(11, seed=1)
-  each = jax.device_get(
-      jax.jit(stage.evaluate)(jax.device_get(state.params), {'images': images}))
-  measured = trainer.evaluate(
-      state.params, iter([{'images': images[:8]}, {'images': images[8:]}]))
+  each = jax.device_get(jax.jit(stage.evaluate)(jax.device_get(state.params), {'images': images}))
+  measured = trainer.evaluate(state.params, iter([{'images': images[:8]}, {'images': images[8:]}]))
   assert measured['psnr'] == pytest.approx(np.mean(each['psnr']), rel=1e-5)
   assert measured['l2'] == pytest.approx(np.mean(each['l2']), rel=1e-5)
   assert measured['codes_used'] == len(np.unique(each['tokens'])) / 6
@@ -176,20 +216,24 @@ def test_the_tokenizers_pictures_are_pairs(tokenizer):
 def test_the_generators_loss_is_the_mean_cross_entropy_of_weighted_tokens():
   stage = generator_objective.GeneratorStage(GENERATOR)
   params = nn.meta.unbox(jax.jit(stage.init)(jax.random.key(0)))
-  batch = {'encoder_input_tokens': np.array([[3, 4, 1], [5, 1, 0]], np.int32),
-           'decoder_target_tokens': np.array([[2, 0], [5, 5]], np.int32),
-           'decoder_loss_weights': np.array([[1, 1], [1, 0]], np.float32)}
+  batch = {
+    'encoder_input_tokens': np.array([[3, 4, 1], [5, 1, 0]], np.int32),
+    'decoder_target_tokens': np.array([[2, 0], [5, 5]], np.int32),
+    'decoder_loss_weights': np.array([[1, 1], [1, 0]], np.float32),
+  }
   keys = layers.dropout_keys(jax.random.key(2), 2)
   loss, aux = jax.jit(stage.loss)(params, batch, keys, 0)
   logits = jax.jit(parti.Parti(GENERATOR).apply)(
-      {'params': params}, batch['encoder_input_tokens'], batch['decoder_target_tokens'], keys)
+    {'params': params}, batch['encoder_input_tokens'], batch['decoder_target_tokens'], keys
+  )
   logits = np.asarray(logits, np.float64)
   chance = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
   losses = -np.log([chance[0, 0, 2], chance[0, 1, 0], chance[1, 0, 5]])
   np.testing.assert_allclose(loss, losses.mean(), rtol=1e-5)
   hits = logits.argmax(-1) == batch['decoder_target_tokens']
   np.testing.assert_allclose(
-      aux['metrics']['token_accuracy'], (hits[0, 0] + hits[0, 1] + hits[1, 0]) / 3, rtol=1e-6)
+    aux['metrics']['token_accuracy'], (hits[0, 0] + hits[0, 1] + hits[1, 0]) / 3, rtol=1e-6
+  )
   # Dropout is off when it is evaluated.
   other, _ = jax.jit(stage.loss)(params, batch, layers.dropout_keys(jax.random.key(3), 2), 0)
   assert other != loss

@@ -29,10 +29,15 @@ PLACE, MODEL = {'epoch': 2}, {'stage': 'generator', 'config': {}}
 def _arrays(path):
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
     tree = checkpointer.metadata(path / 'state').item_metadata.tree
-    restored = checkpointer.restore(path / 'state', args=ocp.args.PyTreeRestore(
-        restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)))
-  return {jax.tree_util.keystr(key): leaf
-          for key, leaf in jax.tree_util.tree_leaves_with_path(restored)}
+    restored = checkpointer.restore(
+      path / 'state',
+      args=ocp.args.PyTreeRestore(
+        restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+      ),
+    )
+  return {
+    jax.tree_util.keystr(key): leaf for key, leaf in jax.tree_util.tree_leaves_with_path(restored)
+  }
 
 
 def test_checkpoints_come_back_from_a_bad_store(bad_store):
@@ -54,7 +59,8 @@ def test_a_dead_store_under_a_checkpoint_is_one_line(bad_store, monkeypatch):
   run = f'{bad_store.folder}/run'
   manager = run_checkpoints.Checkpoints(run, keep=1)
   bad_store.faults = lambda method, path, count: (
-      '503' if method in ('PUT', 'POST') and 'state' in path else None)
+    '503' if method in ('PUT', 'POST') and 'state' in path else None
+  )
   with pytest.raises(errors.UserError, match='run: .*the store failed: .*503|503.*'):
     manager.save(1, {'a': jnp.arange(4.0)}, PLACE, MODEL)
     manager.close()
@@ -97,11 +103,12 @@ def test_journal_and_metrics_are_whole_in_a_bad_store(bad_store, tmp_path):
   reporter = reporting.Reporter(run, 4, 0)
   reporter.metrics(2, {'loss': 1.5})
   reporter.close({})
-  events, = (start.records for start in history.read(run).starts)
+  (events,) = (start.records for start in history.read(run).starts)
   assert [event['event'] for event in events] == ['start', 'checkpoint', 'store retries', 'stop']
   assert sum(events[2]['counts'].values()) > 0
-  content = b''.join(storage.read(f'{run}/tensorboard/{name}', 2**20)
-                     for name in storage.names(f'{run}/tensorboard'))
+  content = b''.join(
+    storage.read(f'{run}/tensorboard/{name}', 2**20) for name in storage.names(f'{run}/tensorboard')
+  )
   assert b'loss' in content
 
 
@@ -110,30 +117,54 @@ def _train(run, tokens, logs, processes=1, env=None, seconds=900):
   with socket.socket() as unused:
     unused.bind(('127.0.0.1', 0))
     port = unused.getsockname()[1]
-  bindings = [f"token_cache.path = '{tokens}'", "token_cache.shuffle = 'window'",
-              "train.eval_split = 'validation'", 'train.steps = 6', 'train.checkpoint_every = 2',
-              'train.log_every = 1', 'train.pictures_every = 0', 'PartiConfig.encoder_layers = 1',
-              'PartiConfig.decoder_layers = 1']
+  bindings = [
+    f"token_cache.path = '{tokens}'",
+    "token_cache.shuffle = 'window'",
+    "train.eval_split = 'validation'",
+    'train.steps = 6',
+    'train.checkpoint_every = 2',
+    'train.log_every = 1',
+    'train.pictures_every = 0',
+    'PartiConfig.encoder_layers = 1',
+    'PartiConfig.decoder_layers = 1',
+  ]
   started = []
   for index in range(processes):
-    command = [sys.executable, '-m', 'parti_jax.cli.main', 'train',
-               '--gin_file=gin_configs/runs/tiny_generator.gin', f'--model_dir={run}',
-               *(f'--gin.{binding}' for binding in bindings)]
+    command = [
+      sys.executable,
+      '-m',
+      'parti_jax.cli.main',
+      'train',
+      '--gin_file=gin_configs/runs/tiny_generator.gin',
+      f'--model_dir={run}',
+      *(f'--gin.{binding}' for binding in bindings),
+    ]
     if processes > 1:
-      command += [f'--coordinator=127.0.0.1:{port}', f'--num_processes={processes}',
-                  f'--process_id={index}']
+      command += [
+        f'--coordinator=127.0.0.1:{port}',
+        f'--num_processes={processes}',
+        f'--process_id={index}',
+      ]
     devices = f'--xla_force_host_platform_device_count={2 // processes}'
     with open(logs / f'{index}.log', 'w', encoding='utf-8') as log:
-      started.append(subprocess.Popen(
-          command, cwd=REPOSITORY, stdout=log, stderr=log,
-          env=os.environ | {'PYTHONPATH': str(REPOSITORY), 'XLA_FLAGS': devices} | (env or {})))
+      started.append(
+        subprocess.Popen(
+          command,
+          cwd=REPOSITORY,
+          stdout=log,
+          stderr=log,
+          env=os.environ | {'PYTHONPATH': str(REPOSITORY), 'XLA_FLAGS': devices} | (env or {}),
+        )
+      )
   try:
     statuses = [process.wait(seconds) for process in started]
   finally:
     for process in started:
       process.terminate()
-  return [((logs / f'{index}.log').read_text(encoding='utf-8'), status)
-          for index, status in enumerate(statuses)]
+  return [
+    ((logs / f'{index}.log').read_text(encoding='utf-8'), status)
+    for index, status in enumerate(statuses)
+  ]
 
 
 def _uploaded(tokens, url):
@@ -143,8 +174,18 @@ def _uploaded(tokens, url):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('processes', [1, pytest.param(2, marks=pytest.mark.xfail(
-    strict=False, reason='TensorStore sometimes ends: Malformed StorageGeneration'))])
+@pytest.mark.parametrize(
+  'processes',
+  [
+    1,
+    pytest.param(
+      2,
+      marks=pytest.mark.xfail(
+        strict=False, reason='TensorStore sometimes ends: Malformed StorageGeneration'
+      ),
+    ),
+  ],
+)
 def test_a_run_at_a_bad_store_ends_as_on_a_disk(bad_store, tokens_folder, tmp_path, processes):
   if processes > 1 and bad_store.folder.startswith('s3'):
     pytest.skip('a run at s3:// has one process')
@@ -182,8 +223,9 @@ def test_a_store_that_dies_ends_the_run_in_one_line(bad_store, tokens_folder, tm
 
   dies.dead = False
   bad_store.faults = dies
-  (shown, status), = _train(
-      run, tokens, tmp_path, env={store_retries.SECONDS_VARIABLE: '3'}, seconds=240)
+  ((shown, status),) = _train(
+    run, tokens, tmp_path, env={store_retries.SECONDS_VARIABLE: '3'}, seconds=240
+  )
   told = [line for line in shown.splitlines() if 'parti-jax: error: ' in line]
   assert status == 2 and len(told) == 1 and 'store' in told[0], shown
   assert 'Traceback' not in shown, shown

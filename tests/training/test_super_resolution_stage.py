@@ -28,11 +28,23 @@ from parti_jax.training.objectives import lpips_weights
 from parti_jax.training.objectives import super_resolution_objective
 
 TOKENIZER = vit_vqgan.ViTVQGANConfig(
-    image_size=8, patch_size=4, encoder_layers=1, encoder_width=8, encoder_mlp_width=16,
-    encoder_heads=2, decoder_layers=1, decoder_width=8, decoder_mlp_width=16, decoder_heads=2,
-    codebook_size=6, code_dim=3, dtype='float32')
+  image_size=8,
+  patch_size=4,
+  encoder_layers=1,
+  encoder_width=8,
+  encoder_mlp_width=16,
+  encoder_heads=2,
+  decoder_layers=1,
+  decoder_width=8,
+  decoder_mlp_width=16,
+  decoder_heads=2,
+  codebook_size=6,
+  code_dim=3,
+  dtype='float32',
+)
 NETWORK = super_resolution.SuperResolutionConfig(
-    factor=2, blocks=1, width=4, expansion=2, dtype='float32')
+  factor=2, blocks=1, width=4, expansion=2, dtype='float32'
+)
 
 
 @pytest.fixture(scope='module')
@@ -44,10 +56,14 @@ def tokenizer_params():
 
 @pytest.fixture
 def make_stage(monkeypatch, tokenizer_params):
-  monkeypatch.setattr(frozen_tokenizer, 'load', lambda path:
-                      frozen_tokenizer.FrozenTokenizer(path, TOKENIZER, tokenizer_params))
+  monkeypatch.setattr(
+    frozen_tokenizer,
+    'load',
+    lambda path: frozen_tokenizer.FrozenTokenizer(path, TOKENIZER, tokenizer_params),
+  )
   return lambda **more: super_resolution_objective.SuperResolutionStage(
-      NETWORK, image_size=16, **more)
+    NETWORK, image_size=16, **more
+  )
 
 
 @pytest.fixture
@@ -96,23 +112,25 @@ def test_the_loss_is_that_of_enlarged_reconstructions(make_stage, params, tokeni
   inputs = reconstructed(tokenizer_params, averaged(pictures['images']))
   error = errors(params, inputs, pictures['images'])
   loss, aux = loss_of(stage, params, pictures)
-  assert loss == pytest.approx(2 * np.mean(error ** 2) + 0.5 * np.mean(np.abs(error)), rel=1e-4)
+  assert loss == pytest.approx(2 * np.mean(error**2) + 0.5 * np.mean(np.abs(error)), rel=1e-4)
   assert set(aux['metrics']) == {'l2', 'l1', 'psnr', 'loss'}
   clean, _ = loss_of(make_stage(l2_weight=2.0, l1_weight=0.5), params, pictures)
   error = errors(params, averaged(pictures['images']), pictures['images'])
-  assert clean == pytest.approx(2 * np.mean(error ** 2) + 0.5 * np.mean(np.abs(error)), rel=1e-4)
+  assert clean == pytest.approx(2 * np.mean(error**2) + 0.5 * np.mean(np.abs(error)), rel=1e-4)
 
 
 def test_a_share_of_the_inputs_is_clean(make_stage, params, tokenizer_params):
   pictures = batch(64)
   clean = averaged(pictures['images'])
-  squares = [np.mean(errors(params, inputs, pictures['images']) ** 2, axis=(1, 2, 3))
-             for inputs in (reconstructed(tokenizer_params, clean), clean)]
+  squares = [
+    np.mean(errors(params, inputs, pictures['images']) ** 2, axis=(1, 2, 3))
+    for inputs in (reconstructed(tokenizer_params, clean), clean)
+  ]
   stage = make_stage(tokenizer='runs/tokenizer', clean_share=0.25)
   loss = jax.jit(stage.loss)
   seen = []
   for row in range(12):  # What an example gets follows from its place in the whole batch.
-    one = {'images': pictures['images'][row:row + 1]}
+    one = {'images': pictures['images'][row : row + 1]}
     keys = layers.DropoutKeys(jax.random.key(1), jnp.array([row], jnp.uint32))
     value, _ = loss(stage_params(stage, params), one, keys, 0)
     seen.append(int(np.argmin([abs(value - square[row]) for square in squares])))
@@ -130,8 +148,8 @@ def test_crops_are_places_of_the_picture(make_stage, params):
   expected = set()
   for row in range(5):
     for column in range(5):
-      small = averaged(pictures['images'])[:, row:row + 4, column:column + 4]
-      large = pictures['images'][:, 2 * row:2 * row + 8, 2 * column:2 * column + 8]
+      small = averaged(pictures['images'])[:, row : row + 4, column : column + 4]
+      large = pictures['images'][:, 2 * row : 2 * row + 8, 2 * column : 2 * column + 8]
       expected.add(round(float(np.mean(errors(params, small, large) ** 2)), 5))
   loss = jax.jit(stage.loss)
   keys = (layers.dropout_keys(jax.random.key(key), 1) for key in range(12))
@@ -147,28 +165,39 @@ def test_evaluation_is_beside_bicubic_enlargement(make_stage, params, tokenizer_
   clean = averaged(pictures['images'])
   for name, inputs in (('', reconstructed(tokenizer_params, clean)), ('clean_', clean)):
     bytes_ = np.round(inputs * 255).astype(np.uint8)
-    enlarged = [Image.fromarray(image).resize((16, 16), Image.Resampling.BICUBIC)
-                for image in bytes_]
+    enlarged = [
+      Image.fromarray(image).resize((16, 16), Image.Resampling.BICUBIC) for image in bytes_
+    ]
     error = np.stack([np.asarray(image) for image in enlarged]) / 255 - pictures['images'] / 255
-    psnr = -10 * np.log10(np.mean(error ** 2, axis=(1, 2, 3)))
+    psnr = -10 * np.log10(np.mean(error**2, axis=(1, 2, 3)))
     np.testing.assert_allclose(measures[f'{name}bicubic_psnr'], psnr, atol=0.05)
     outputs = errors(params, inputs, pictures['images']) + pictures['images'] / 255
     error = np.clip(outputs, 0, 1) - pictures['images'] / 255
     np.testing.assert_allclose(
-        measures[f'{name}psnr'], -10 * np.log10(np.mean(error ** 2, axis=(1, 2, 3))), atol=1e-3)
+      measures[f'{name}psnr'], -10 * np.log10(np.mean(error**2, axis=(1, 2, 3))), atol=1e-3
+    )
   assert set(jax.eval_shape(make_stage().evaluate, params, pictures)) == {
-      'clean_psnr', 'clean_bicubic_psnr'}
+    'clean_psnr',
+    'clean_bicubic_psnr',
+  }
 
 
 def test_perceptual_and_adversarial_losses_are_added(make_stage, monkeypatch):
   discriminator = discriminator_lib.DiscriminatorConfig(channels=32, minibatch_group=1)
   plain = make_stage()
   stage = make_stage(
-      perceptual_weight=0.5, vgg16_weights='vgg16.pth', lpips_weights='vgg.pth',
-      adversarial_weight=0.3, adversarial_from=2, r1_every=2, r1_weight=4.0,
-      discriminator=discriminator)
-  weights = nn.meta.unbox(jax.jit(lambda: lpips.LPIPS().init(
-      jax.random.key(5), *lpips.example_inputs()))())['params']
+    perceptual_weight=0.5,
+    vgg16_weights='vgg16.pth',
+    lpips_weights='vgg.pth',
+    adversarial_weight=0.3,
+    adversarial_from=2,
+    r1_every=2,
+    r1_weight=4.0,
+    discriminator=discriminator,
+  )
+  weights = nn.meta.unbox(
+    jax.jit(lambda: lpips.LPIPS().init(jax.random.key(5), *lpips.example_inputs()))()
+  )['params']
   monkeypatch.setattr(lpips_weights, 'read', lambda vgg16, heads: weights)
   params = nn.meta.unbox(stage.init(jax.random.key(0)))
   pictures = batch(2)
@@ -184,7 +213,8 @@ def test_perceptual_and_adversarial_losses_are_added(make_stage, monkeypatch):
   assert early == pytest.approx(float(plain_loss + seen), rel=1e-4)
   assert aux['metrics']['loss'] == early
   of_network, of_discriminator, _ = adversarial.losses(
-      discriminator, params['discriminator'], large, drawn)
+    discriminator, params['discriminator'], large, drawn
+  )
   penalty = adversarial.r1_penalty(discriminator, params['discriminator'], large)
   for step, times in ((2, 1), (3, 0)):
     late, aux = loss(params | stage.constants(), pictures, keys, step)
@@ -195,10 +225,16 @@ def test_perceptual_and_adversarial_losses_are_added(make_stage, monkeypatch):
   assert set(stage.other_optimizers()) == {'discriminator'} and not plain.other_optimizers()
 
 
-@pytest.mark.parametrize('bad, message', [
+@pytest.mark.parametrize(
+  'bad, message',
+  [
     ({'image_size': 15}, 'image_size=15 is not divisible by 2'),
-    ({'clean_share': 2}, 'clean_share=2'), ({'crop': 9}, 'crop=9'), ({'r1_every': 0}, 'r1_every=0'),
-    ({'adversarial_weight': 0.1, 'crop': 5}, 'power of two.*SuperResolutionStage.crop')])
+    ({'clean_share': 2}, 'clean_share=2'),
+    ({'crop': 9}, 'crop=9'),
+    ({'r1_every': 0}, 'r1_every=0'),
+    ({'adversarial_weight': 0.1, 'crop': 5}, 'power of two.*SuperResolutionStage.crop'),
+  ],
+)
 def test_what_can_not_be_is_named(bad, message):
   with pytest.raises(UserError, match=message):
     super_resolution_objective.SuperResolutionStage(NETWORK, **{'image_size': 16} | bad)
@@ -215,8 +251,10 @@ def test_a_plan_needs_no_trained_tokenizer(make_stage, tokenizer_params, monkeyp
   shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
   assert shapes(stage.abstract_constants()) == shapes({'tokenizer': tokenizer_params})
   monkeypatch.undo()
-  gin_config.parse([], [f'ViTVQGANConfig.{name} = {value!r}'
-                    for name, value in dataclasses.asdict(TOKENIZER).items()])
+  gin_config.parse(
+    [],
+    [f'ViTVQGANConfig.{name} = {value!r}' for name, value in dataclasses.asdict(TOKENIZER).items()],
+  )
   untrained = dataclasses.replace(stage, tokenizer=str(tmp_path / 'nowhere'))
   assert shapes(untrained.abstract_constants()) == shapes({'tokenizer': tokenizer_params})
   with pytest.raises(UserError, match='nowhere: no training run there'):
@@ -225,7 +263,8 @@ def test_a_plan_needs_no_trained_tokenizer(make_stage, tokenizer_params, monkeyp
 
 def test_model_flops_count_what_judges_the_pictures():
   stage = lambda **more: super_resolution_objective.SuperResolutionStage(
-      NETWORK, image_size=64, crop=16, **more)
+    NETWORK, image_size=64, crop=16, **more
+  )
   judge = discriminator_lib.DiscriminatorConfig(channels=64, max_channels=8)
   plain = stage().step_flops(4)
   # Of 32×32 pixels, the crop enlarged; see tokenizer_stage for the passes.
@@ -236,25 +275,68 @@ def test_model_flops_count_what_judges_the_pictures():
 
 def test_from_a_tokenizer_to_an_exported_part(tokenizer_bindings, tmp_path, capsys):
   data = [f'--gin.{binding}' for binding in tokenizer_bindings]
-  assert main.main(['train', '--gin_file=gin_configs/runs/tiny_tokenizer.gin', *data,
-                    '--gin.train.steps=1', f'--model_dir={tmp_path}/tokenizer']) == 0
+  assert (
+    main.main(
+      [
+        'train',
+        '--gin_file=gin_configs/runs/tiny_tokenizer.gin',
+        *data,
+        '--gin.train.steps=1',
+        f'--model_dir={tmp_path}/tokenizer',
+      ]
+    )
+    == 0
+  )
   capsys.readouterr()
-  assert main.main([
-      'train', '--gin_file=gin_configs/runs/super_resolution_x2.gin',
-      '--gin_file=gin_configs/tasks/folder.gin', *data, '--gin.train.steps=2',
-      '--gin.train.batch_size=8', f"--gin.SuperResolutionStage.tokenizer='{tmp_path}/tokenizer'",
-      '--gin.SuperResolutionStage.image_size=32', '--gin.SuperResolutionStage.crop=8',
-      '--gin.SuperResolutionConfig.blocks=1', '--gin.SuperResolutionConfig.width=4',
-      f'--model_dir={tmp_path}/run']) == 0
+  assert (
+    main.main(
+      [
+        'train',
+        '--gin_file=gin_configs/runs/super_resolution_x2.gin',
+        '--gin_file=gin_configs/tasks/folder.gin',
+        *data,
+        '--gin.train.steps=2',
+        '--gin.train.batch_size=8',
+        f"--gin.SuperResolutionStage.tokenizer='{tmp_path}/tokenizer'",
+        '--gin.SuperResolutionStage.image_size=32',
+        '--gin.SuperResolutionStage.crop=8',
+        '--gin.SuperResolutionConfig.blocks=1',
+        '--gin.SuperResolutionConfig.width=4',
+        f'--model_dir={tmp_path}/run',
+      ]
+    )
+    == 0
+  )
   printed = capsys.readouterr()
   found = dict(re.findall(r'validation/(\w+) ([\d.]+)', printed.out + printed.err))
   assert set(found) == {'psnr', 'bicubic_psnr', 'clean_psnr', 'clean_bicubic_psnr'}
-  assert main.main(['export', f'--base={text_to_image.DEMO_FOLDER}', f'--output_dir={tmp_path}/model',
-                    f'--super_resolution={tmp_path}/run']) == 2
-  assert ('the super-resolution network ' in (error := capsys.readouterr().err)
-          and 'was made with the tokenizer' in error)
-  assert main.main(['export', f'--base={text_to_image.DEMO_FOLDER}', f'--output_dir={tmp_path}/model',
-                    f'--super_resolution={tmp_path}/run', '--allow_mismatch']) == 0
+  assert (
+    main.main(
+      [
+        'export',
+        f'--base={text_to_image.DEMO_FOLDER}',
+        f'--output_dir={tmp_path}/model',
+        f'--super_resolution={tmp_path}/run',
+      ]
+    )
+    == 2
+  )
+  assert (
+    'the super-resolution network ' in (error := capsys.readouterr().err)
+    and 'was made with the tokenizer' in error
+  )
+  assert (
+    main.main(
+      [
+        'export',
+        f'--base={text_to_image.DEMO_FOLDER}',
+        f'--output_dir={tmp_path}/model',
+        f'--super_resolution={tmp_path}/run',
+        '--allow_mismatch',
+      ]
+    )
+    == 0
+  )
   model = model_folder.load(tmp_path / 'model')
   assert model.parts['super_resolution'].config.blocks == 1
   assert model.provenance['super_resolution_steps'] == 2

@@ -36,12 +36,34 @@ from parti_jax.training.objectives import text_encoder_objective
 BATCH = 16
 RUN = 'gin_configs/runs/tiny_text_encoder.gin'
 MODEL = parti_config.PartiConfig(
-    encoder_layers=1, decoder_layers=1, width=16, mlp_width=32, heads=4, text_vocabulary=24,
-    text_length=8, codebook_size=6, grid=(1, 2), dropout=0.3, dtype='float32')
+  encoder_layers=1,
+  decoder_layers=1,
+  width=16,
+  mlp_width=32,
+  heads=4,
+  text_vocabulary=24,
+  text_length=8,
+  codebook_size=6,
+  grid=(1, 2),
+  dropout=0.3,
+  dtype='float32',
+)
 IMAGE = coca.CoCaConfig(
-    image_size=8, patch_size=4, image_layers=1, unimodal_layers=1, multimodal_layers=1, width=16,
-    mlp_width=32, heads=4, caption_queries=1, feature_dim=8, text_vocabulary=24, text_length=8,
-    dropout=0.3, dtype='float32')
+  image_size=8,
+  patch_size=4,
+  image_layers=1,
+  unimodal_layers=1,
+  multimodal_layers=1,
+  width=16,
+  mlp_width=32,
+  heads=4,
+  caption_queries=1,
+  feature_dim=8,
+  text_vocabulary=24,
+  text_length=8,
+  dropout=0.3,
+  dtype='float32',
+)
 MASKED = text_encoder_objective.TextEncoderStage(MODEL)
 BOTH = text_encoder_objective.TextEncoderStage(MODEL, IMAGE, 1.0, 0.5)
 
@@ -50,17 +72,22 @@ def _batch():
   draw = np.random.default_rng(0)
   texts = draw.integers(3, 24, (BATCH, 8)).astype(np.int32)
   for row, pieces in enumerate(draw.integers(0, 8, BATCH)):
-    texts[row, pieces], texts[row, pieces + 1:] = 1, 0
+    texts[row, pieces], texts[row, pieces + 1 :] = 1, 0
   texts[0, :4] = [4, 5, 1, 0]
-  return {'encoder_input_tokens': texts,
-          'images': draw.integers(0, 256, (BATCH, 8, 8, 3)).astype(np.uint8)}
+  return {
+    'encoder_input_tokens': texts,
+    'images': draw.integers(0, 256, (BATCH, 8, 8, 3)).astype(np.uint8),
+  }
 
 
 def _stepped(stage, sizes=(1, 1, 1, 1), microbatches=1):
   """State and metrics of a step of plain gradient descent, numpy arrays."""
-  batch = _batch() if stage.contrastive_weight else {
-      'encoder_input_tokens': _batch()['encoder_input_tokens']}
-  mesh = mesh_lib.make_mesh(*sizes, devices=jax.devices()[:np.prod(sizes)])
+  batch = (
+    _batch()
+    if stage.contrastive_weight
+    else {'encoder_input_tokens': _batch()['encoder_input_tokens']}
+  )
+  mesh = mesh_lib.make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)])
   trainer = trainer_lib.Trainer(stage, optax.sgd(2.0), mesh, 5, microbatches)
   state, metrics = trainer.step(trainer.create_state(), trainer.put(batch))
   return jax.device_get(state), jax.device_get(metrics)
@@ -71,8 +98,11 @@ def _assert_same(ours, theirs):
   assert metrics.keys() == others.keys()
   for name, value in metrics.items():
     np.testing.assert_allclose(others[name], value, rtol=1e-4, err_msg=name)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, atol=1e-4 * np.abs(a).max()),
-               state.params, other.params)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(b, a, atol=1e-4 * np.abs(a).max()),
+    state.params,
+    other.params,
+  )
 
 
 def test_both_losses_are_the_same_on_a_mesh_of_eight_devices():
@@ -80,13 +110,15 @@ def test_both_losses_are_the_same_on_a_mesh_of_eight_devices():
   params = nn.meta.unbox(jax.jit(BOTH.init)(jax.random.key(0)))
   found = []
   for sizes in ((1, 1, 1, 1), (4, 1, 2, 1)):
-    mesh = mesh_lib.make_mesh(*sizes, devices=jax.devices()[:np.prod(sizes)])
+    mesh = mesh_lib.make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)])
     trainer = trainer_lib.Trainer(BOTH, optax.sgd(1.0), mesh)
     with rules.partitioned(mesh, trainer.rules):
       loss = jax.jit(
-          lambda params, batch: BOTH.loss(
-              params, batch, layers.dropout_keys(jax.random.key(1), BATCH), 0)[1]['metrics'],
-          in_shardings=(trainer.shardings.params, trainer.batch_sharding))
+        lambda params, batch: BOTH.loss(
+          params, batch, layers.dropout_keys(jax.random.key(1), BATCH), 0
+        )[1]['metrics'],
+        in_shardings=(trainer.shardings.params, trainer.batch_sharding),
+      )
       found.append(jax.device_get(loss(jax.device_get(params), _batch())))
   assert found[0].keys() == found[1].keys() >= {'masked_loss', 'contrastive_loss'}
   for name, value in found[0].items():
@@ -103,17 +135,22 @@ def test_the_parts_of_the_loss_by_formula():
   loss, aux = jax.jit(BOTH.loss)(params, batch, keys, 0)
   metrics = aux['metrics']
   np.testing.assert_allclose(
-      loss, metrics['masked_loss'] + 0.5 * metrics['contrastive_loss'], rtol=1e-6)
+    loss, metrics['masked_loss'] + 0.5 * metrics['contrastive_loss'], rtol=1e-6
+  )
   texts = batch['encoder_input_tokens']
   module = text_pretraining.TextPretraining(MODEL, True, IMAGE)
   text = masked_language.mask_text(texts, layers.fold(keys, 0), 24)
-  piece_logits = jax.jit(lambda params, text, keys: module.apply(
-      {'params': params}, text, keys, method='piece_logits'))
+  piece_logits = jax.jit(
+    lambda params, text, keys: module.apply({'params': params}, text, keys, method='piece_logits')
+  )
   logits = np.asarray(piece_logits(params, text, layers.fold(keys, 1)), np.float64)
   chance = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-  losses = [-np.log(chance[row, k, texts[row, place]])
-            for row in range(BATCH) for k, place in enumerate(text.places[row])
-            if text.weights[row, k]]
+  losses = [
+    -np.log(chance[row, k, texts[row, place]])
+    for row in range(BATCH)
+    for k, place in enumerate(text.places[row])
+    if text.weights[row, k]
+  ]
   assert MASKED.weight(batch) == len(losses) and BOTH.weight(batch) == BATCH
   np.testing.assert_allclose(metrics['masked_loss'], np.mean(losses), rtol=1e-5)
   # The hidden pieces themselves are not looked at.
@@ -124,7 +161,8 @@ def test_the_parts_of_the_loss_by_formula():
 def test_evaluation_masks_a_text_the_same_in_every_batch():
   batch = {'encoder_input_tokens': _batch()['encoder_input_tokens']}
   trainer = trainer_lib.Trainer(
-      MASKED, optax.sgd(1.0), mesh_lib.make_mesh(devices=jax.devices()[:2]))
+    MASKED, optax.sgd(1.0), mesh_lib.make_mesh(devices=jax.devices()[:2])
+  )
   params = trainer.create_state().params
   half = lambda rows: {'encoder_input_tokens': batch['encoder_input_tokens'][rows]}
   whole = trainer.evaluate(params, iter([batch]))
@@ -139,8 +177,9 @@ def test_it_learns_a_tiny_text():
   texts = np.tile(np.arange(3, 19, dtype=np.int32)[:, None], (1, 8))
   texts[:, 7] = 1
   stage = dataclasses.replace(MASKED, model=dataclasses.replace(MODEL, dropout=0.0))
-  trainer = trainer_lib.Trainer(stage, optimizers.adamw(lambda step: 1e-2),
-                                mesh_lib.make_mesh(devices=jax.devices()[:1]))
+  trainer = trainer_lib.Trainer(
+    stage, optimizers.adamw(lambda step: 1e-2), mesh_lib.make_mesh(devices=jax.devices()[:1])
+  )
   state, batch = trainer.create_state(), {'encoder_input_tokens': texts}
   before = trainer.evaluate(state.params, iter([batch]))
   for _ in range(60):
@@ -154,29 +193,50 @@ def _captions_alone(folder):
   """A captions file of pictures that are not there, and the bindings of a run on it."""
   lines = [json.dumps({'file': f'{i}.png', 'caption': f'square {i} red'}) for i in range(16)]
   (folder / 'captions.jsonl').write_text('\n'.join(lines))
-  return [f"folder.path = '{folder}'", "train.task = 'texts'", 'train.steps = 2',
-          'TextEncoderStage.contrastive_weight = 0', 'PartiConfig.encoder_layers = 1']
+  return [
+    f"folder.path = '{folder}'",
+    "train.task = 'texts'",
+    'train.steps = 2',
+    'TextEncoderStage.contrastive_weight = 0',
+    'PartiConfig.encoder_layers = 1',
+  ]
 
 
-def test_parti_starts_with_exactly_the_encoder_of_a_run_that_needs_no_pictures(
-    tmp_path):
+def test_parti_starts_with_exactly_the_encoder_of_a_run_that_needs_no_pictures(tmp_path):
   gin_config.parse([RUN], _captions_alone(tmp_path))
   metrics = train_loop.train(str(tmp_path / 'encoder'))
   assert metrics['masked_loss'] > 0 and 'contrastive_loss' not in metrics
   trained = ocp.StandardCheckpointer().restore(
-      run_checkpoints.latest_checkpoint(tmp_path / 'encoder') / 'state')['params']
+    run_checkpoints.latest_checkpoint(tmp_path / 'encoder') / 'state'
+  )['params']
   assert set(trained) == {'text_encoder', 'masked_head'}
 
   model = parti_config.PartiConfig(
-      encoder_layers=1, decoder_layers=1, width=32, mlp_width=64, heads=4, text_vocabulary=2000,
-      text_length=32, codebook_size=8, grid=(1, 2), dtype='float32')
+    encoder_layers=1,
+    decoder_layers=1,
+    width=32,
+    mlp_width=64,
+    heads=4,
+    text_vocabulary=2000,
+    text_length=32,
+    codebook_size=8,
+    grid=(1, 2),
+    dtype='float32',
+  )
   stage = generator_objective.GeneratorStage(model, text_encoder=str(tmp_path / 'encoder'))
   trainer = trainer_lib.Trainer(stage, optax.sgd(1.0), mesh_lib.make_mesh(4, 1, 2, 1))
   inputs = inputs_lib.Inputs(stage, {}, False)
-  run = run_lib.Run(trainer, tmp_path / 'generator', 1, iter(()), inputs,
-                    train_loop.initial_parts(trainer, tmp_path / 'generator', inputs))
-  jax.tree.map(np.testing.assert_array_equal, run.state.params['text_encoder'],
-               trained['text_encoder'])
+  run = run_lib.Run(
+    trainer,
+    tmp_path / 'generator',
+    1,
+    iter(()),
+    inputs,
+    train_loop.initial_parts(trainer, tmp_path / 'generator', inputs),
+  )
+  jax.tree.map(
+    np.testing.assert_array_equal, run.state.params['text_encoder'], trained['text_encoder']
+  )
   shardings = lambda tree: jax.tree.map(lambda leaf: leaf.sharding, tree)
   assert shardings(run.state.params) == shardings(trainer.abstract.params)
 
@@ -186,27 +246,41 @@ def test_parti_starts_with_exactly_the_encoder_of_a_run_that_needs_no_pictures(
     initial_text_encoder.parts(str(tmp_path / 'encoder'), other, None, inputs, 'G.text_encoder')
   ours = {'vocabulary': fingerprints.Fingerprint('0123', "vocabulary.path='ours'")}
   theirs = datasets.get_vocabulary().fingerprint
-  with pytest.raises(UserError, match=f"G.text_encoder='.*' was made with the vocabulary {theirs}, "
-                                      "but vocabulary.path='ours' has 0123; set vocabulary.path"):
-    initial_text_encoder.parts(str(tmp_path / 'encoder'), model, None,
-                               inputs_lib.Inputs(stage, ours, False), 'G.text_encoder')
+  with pytest.raises(
+    UserError,
+    match=f"G.text_encoder='.*' was made with the vocabulary {theirs}, "
+    "but vocabulary.path='ours' has 0123; set vocabulary.path",
+  ):
+    initial_text_encoder.parts(
+      str(tmp_path / 'encoder'),
+      model,
+      None,
+      inputs_lib.Inputs(stage, ours, False),
+      'G.text_encoder',
+    )
   with pytest.raises(UserError, match='no training run there'):
     initial_text_encoder.parts(str(tmp_path / 'nothing'), model, None, inputs, 'G.text_encoder')
   assert initial_text_encoder.parts(None, model, None, inputs, 'G.text_encoder') == {}
 
 
-@pytest.mark.parametrize('values, message', [
+@pytest.mark.parametrize(
+  'values, message',
+  [
     ({'masked_weight': 0.0}, 'one must be above 0'),
     ({'masked_weight': -1.0}, 'none may be negative'),
-    ({'contrastive_weight': 1.0}, r'TextEncoderStage\.image = @CoCaConfig')])
+    ({'contrastive_weight': 1.0}, r'TextEncoderStage\.image = @CoCaConfig'),
+  ],
+)
 def test_weights_that_make_no_loss(values, message):
   with pytest.raises(UserError, match=message):
     text_encoder_objective.TextEncoderStage(MODEL, **values)
 
 
 def test_the_encoder_has_the_parameters_of_partis():
-  names = lambda tree: {jax.tree_util.keystr(path): leaf.shape
-                        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+  names = lambda tree: {
+    jax.tree_util.keystr(path): leaf.shape
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
   ours = jax.eval_shape(MASKED.init, jax.random.key(0))
   partis = jax.eval_shape(generator_objective.GeneratorStage(MODEL).init, jax.random.key(0))
   assert names(ours['text_encoder']) == names(partis['text_encoder'])

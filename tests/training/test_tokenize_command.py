@@ -19,9 +19,20 @@ from parti_jax.training import configurables  # noqa: F401
 from parti_jax.training.objectives import frozen_tokenizer
 
 TOKENIZER = vit_vqgan.ViTVQGANConfig(
-    image_size=8, patch_size=4, encoder_layers=1, encoder_width=8, encoder_mlp_width=16,
-    encoder_heads=2, decoder_layers=1, decoder_width=8, decoder_mlp_width=16, decoder_heads=2,
-    codebook_size=6, code_dim=3, dtype='float32')
+  image_size=8,
+  patch_size=4,
+  encoder_layers=1,
+  encoder_width=8,
+  encoder_mlp_width=16,
+  encoder_heads=2,
+  decoder_layers=1,
+  decoder_width=8,
+  decoder_mlp_width=16,
+  decoder_heads=2,
+  codebook_size=6,
+  code_dim=3,
+  dtype='float32',
+)
 SPLITS = {'test': 2, 'train': 3}
 
 
@@ -46,8 +57,13 @@ def _tfrecord(path):
   for split, count in SPLITS.items():
     with tf.io.TFRecordWriter(str(path / f'{split}.in')) as writer:
       for caption, picture in _pictures(count):
-        writer.write(tf.train.Example(features=tf.train.Features(feature={
-            'image': feature(picture), 'caption': feature(caption.encode())})).SerializeToString())
+        writer.write(
+          tf.train.Example(
+            features=tf.train.Features(
+              feature={'image': feature(picture), 'caption': feature(caption.encode())}
+            )
+          ).SerializeToString()
+        )
 
 
 def _webdataset(path):
@@ -73,18 +89,31 @@ def tokenizer_params():
 @pytest.fixture
 def tokenize(monkeypatch, tokenizer_params, tmp_path):
   """Tokenizes a source; returns the exit status and the number of examples of each split."""
-  monkeypatch.setattr(frozen_tokenizer, 'load', lambda run: frozen_tokenizer.FrozenTokenizer(
-      run, TOKENIZER, tokenizer_params))
+  monkeypatch.setattr(
+    frozen_tokenizer,
+    'load',
+    lambda run: frozen_tokenizer.FrozenTokenizer(run, TOKENIZER, tokenizer_params),
+  )
 
   def run(source, *arguments, splits=tuple(SPLITS)):
     path = tmp_path / source
     path.mkdir(exist_ok=True)
     if source in MAKERS:
       MAKERS[source](path)
-      arguments = (f"--gin.{source}.path='{path}'", '--gin.{}.splits={}'.format(
-          source, {split: f'{split}.in' for split in splits}), *arguments)
-    status = main.main(['tokenize', f'--gin_file=gin_configs/tasks/{source}.gin',
-                        '--tokenizer=run', f'--output_dir={tmp_path}/tokens', *arguments])
+      arguments = (
+        f"--gin.{source}.path='{path}'",
+        '--gin.{}.splits={}'.format(source, {split: f'{split}.in' for split in splits}),
+        *arguments,
+      )
+    status = main.main(
+      [
+        'tokenize',
+        f'--gin_file=gin_configs/tasks/{source}.gin',
+        '--tokenizer=run',
+        f'--output_dir={tmp_path}/tokens',
+        *arguments,
+      ]
+    )
     if not (tmp_path / 'tokens').exists():
       return status, {}
     info = token_cache_info.read_info(str(tmp_path / 'tokens'))
@@ -97,7 +126,8 @@ def tokenize(monkeypatch, tokenizer_params, tmp_path):
 def test_all_splits_of_the_source(source, tokenize, tmp_path, capsys):
   assert tokenize(source) == (0, SPLITS)
   assert capsys.readouterr().out.startswith(
-      f'{source} {tmp_path / source} has the splits test, train; --splits chooses some of them\n')
+    f'{source} {tmp_path / source} has the splits test, train; --splits chooses some of them\n'
+  )
 
 
 def test_all_splits_of_openmoji(tokenize, tmp_path, monkeypatch, capsys):
@@ -108,7 +138,8 @@ def test_all_splits_of_openmoji(tokenize, tmp_path, monkeypatch, capsys):
   assert status == 0 and sum(counts.values()) == len(some)
   assert set(counts) == set(openmoji.SPLITS)
   assert 'openmoji has the splits train, validation, unseen_combinations;' in (
-      capsys.readouterr().out)
+    capsys.readouterr().out
+  )
 
 
 def test_splits_chooses_some_each_once(tokenize, capsys):
@@ -149,12 +180,17 @@ def test_a_second_time_there_is_nothing_to_do(tokenize, tmp_path, capsys):
   assert _content(tmp_path / 'tokens') == before
 
 
-@pytest.mark.parametrize('flags, message', [
-    (['--views=2'], 'views 1, not 2'), (['--dtype=bfloat16'], 'dtype float32, not bfloat16'),
-    (["--gin.decode_images.to_srgb=False"], "'decode_images.to_srgb': False"),
-])
+@pytest.mark.parametrize(
+  'flags, message',
+  [
+    (['--views=2'], 'views 1, not 2'),
+    (['--dtype=bfloat16'], 'dtype float32, not bfloat16'),
+    (['--gin.decode_images.to_srgb=False'], "'decode_images.to_srgb': False"),
+  ],
+)
 def test_what_was_made_differently_is_replaced_by_overwrite_alone(
-    flags, message, tokenize, tmp_path, capsys):
+  flags, message, tokenize, tmp_path, capsys
+):
   assert tokenize('folder') == (0, SPLITS)
   before = _content(tmp_path / 'tokens')
   assert tokenize('folder', *flags) == (2, SPLITS)
@@ -166,14 +202,19 @@ def test_what_was_made_differently_is_replaced_by_overwrite_alone(
   assert _content(tmp_path / 'tokens') != before
 
 
-@pytest.mark.parametrize('flags, message', [
+@pytest.mark.parametrize(
+  'flags, message',
+  [
     (['--worker=3/3'], '--worker=3/3 is not I/N with I from 0 to N-1'),
-    (['--worker=1'], '--worker=1 is not I/N'), (['--worker=-1/2'], 'is not I/N'),
+    (['--worker=1'], '--worker=1 is not I/N'),
+    (['--worker=-1/2'], 'is not I/N'),
     (['--worker=0/2', '--multi_host'], 'leave away either it or --multi_host'),
     (['--worker=0/2', '--process_id=0'], 'leave away either it or --process_id'),
     (['--convert=old'], 'give --tokenizer=FOLDER or, to convert'),
-    (['--batch_size=0'], '--batch_size'), (['--views=3'], '--views'),
-])
+    (['--batch_size=0'], '--batch_size'),
+    (['--views=3'], '--views'),
+  ],
+)
 def test_bad_flags(flags, message, tokenize, capsys):
   assert tokenize('folder', *flags) == (2, {})
   assert message in capsys.readouterr().err
@@ -182,4 +223,5 @@ def test_bad_flags(flags, message, tokenize, capsys):
 def test_a_tokenizer_or_a_cache_must_be_given(capsys, tmp_path):
   assert main.main(['tokenize', f'--output_dir={tmp_path}/tokens']) == 2
   assert 'give --tokenizer=FOLDER or, to convert a token cache, --convert=FOLDER' in (
-      capsys.readouterr().err)
+    capsys.readouterr().err
+  )

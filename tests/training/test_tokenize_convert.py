@@ -19,10 +19,14 @@ SPLITS = {'train': (3, 2, 1), 'validation': (2,)}
 def _record(number, caption=None, tokens=None):
   caption = f'नंबर {number}' if caption is None else caption
   tokens = [number, 69_999, 0, 3] if tokens is None else tokens
-  return tf.train.Example(features=tf.train.Features(feature={
-      'caption': tf.train.Feature(bytes_list=tf.train.BytesList(value=[caption.encode()])),
-      'targets': tf.train.Feature(int64_list=tf.train.Int64List(value=tokens)),
-  })).SerializeToString()
+  return tf.train.Example(
+    features=tf.train.Features(
+      feature={
+        'caption': tf.train.Feature(bytes_list=tf.train.BytesList(value=[caption.encode()])),
+        'targets': tf.train.Feature(int64_list=tf.train.Int64List(value=tokens)),
+      }
+    )
+  ).SerializeToString()
 
 
 def _write_shard(path, records):
@@ -37,10 +41,17 @@ def _old(tmp_path):
   folder.mkdir()
   for split, counts in SPLITS.items():
     for shard, count in enumerate(counts):
-      _write_shard(folder / f'{split}-{shard:05d}.tfrecord',
-                   [_record(10 * shard + number) for number in range(count)])
-    entries[split] = {'examples': sum(counts), 'shards': len(counts), 'bytes': [
-        os.path.getsize(folder / f'{split}-{shard:05d}.tfrecord') for shard in range(len(counts))]}
+      _write_shard(
+        folder / f'{split}-{shard:05d}.tfrecord',
+        [_record(10 * shard + number) for number in range(count)],
+      )
+    entries[split] = {
+      'examples': sum(counts),
+      'shards': len(counts),
+      'bytes': [
+        os.path.getsize(folder / f'{split}-{shard:05d}.tfrecord') for shard in range(len(counts))
+      ],
+    }
   (folder / 'info.json').write_text(json.dumps({**INFO, 'splits': entries}))
   return folder
 
@@ -51,8 +62,10 @@ def _convert(old, new, *flags):
 
 def _read(folder, split):
   records = token_cache.TokenCacheSource(str(folder)).open(split)
-  return [(example['caption'].decode(), example['tokens'].tolist())
-          for example in records.read(range(len(records)))]
+  return [
+    (example['caption'].decode(), example['tokens'].tolist())
+    for example in records.read(range(len(records)))
+  ]
 
 
 def test_examples_and_their_order_stay(old, tmp_path, capsys):
@@ -62,7 +75,8 @@ def test_examples_and_their_order_stay(old, tmp_path, capsys):
   for split, counts in SPLITS.items():
     numbers = [10 * shard + number for shard, count in enumerate(counts) for number in range(count)]
     assert _read(tmp_path / 'new', split) == [
-        (f'नंबर {number}', [number, 69_999, 0, 3]) for number in numbers]
+      (f'नंबर {number}', [number, 69_999, 0, 3]) for number in numbers
+    ]
     assert [shard['examples'] for shard in info['splits'][split]['shards']] == list(counts)
   out = capsys.readouterr().out
   assert f'the token cache {old} has the splits train, validation; --splits chooses' in out
@@ -73,8 +87,10 @@ def test_by_several_workers(old, tmp_path):
   assert _convert(old, tmp_path / 'one') == 0
   for worker in (2, 0, 1):
     assert _convert(old, tmp_path / 'three', f'--worker={worker}/3') == 0
-  found = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
-           for name in ('one', 'three')]
+  found = [
+    {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+    for name in ('one', 'three')
+  ]
   assert found[0] == found[1]
 
 
@@ -83,14 +99,21 @@ def test_to_and_from_a_store(old, tmp_path, s3_bucket):
     storage.upload(path, f'{s3_bucket}/old/{path.name}')
   assert _convert(f'{s3_bucket}/old', f'{s3_bucket}/new', '--splits', 'train') == 0
   assert _convert(old, tmp_path / 'new', '--splits', 'train') == 0
-  assert storage.read(f'{s3_bucket}/new/info.json', 10**6) == (
-      tmp_path / 'new' / 'info.json').read_bytes()
+  assert (
+    storage.read(f'{s3_bucket}/new/info.json', 10**6)
+    == (tmp_path / 'new' / 'info.json').read_bytes()
+  )
   assert list(token_cache_info.read_info(f'{s3_bucket}/new')['splits']) == ['train']
 
 
 def test_damaged_records_are_counted(old, tmp_path, capsys):
-  bad = [_record(0), _record(1, tokens=[1, 2, 3]), _record(2, tokens=[0, 0, 0, 70_000]), b'none',
-         _record(3)]
+  bad = [
+    _record(0),
+    _record(1, tokens=[1, 2, 3]),
+    _record(2, tokens=[0, 0, 0, 70_000]),
+    b'none',
+    _record(3),
+  ]
   _write_shard(old / 'train-00001.tfrecord', bad)
   content = bytearray((old / 'train-00001.tfrecord').read_bytes())
   content[-5] ^= 1  # The last byte of the last record.
@@ -101,10 +124,14 @@ def test_damaged_records_are_counted(old, tmp_path, capsys):
   assert _convert(old, tmp_path / 'new') == 0
   assert [example[1][0] for example in _read(tmp_path / 'new', 'train')] == [0, 1, 2, 0, 20]
   split = token_cache_info.read_info(str(tmp_path / 'new'))['splits']['train']
-  assert split['skipped'] == {'record of another token cache': 2, 'record of something else': 1,
-                              'record with a wrong checksum': 1}
+  assert split['skipped'] == {
+    'record of another token cache': 2,
+    'record of something else': 1,
+    'record with a wrong checksum': 1,
+  }
   assert 'train: 5 pictures, 4 tokens each; skipped: 2 record of another' in (
-      capsys.readouterr().out)
+    capsys.readouterr().out
+  )
 
 
 def test_the_oldest_caches_have_no_sizes(old, tmp_path):
@@ -121,7 +148,9 @@ def _cut(old):
     file.truncate(50)
 
 
-@pytest.mark.parametrize('harm, message', [
+@pytest.mark.parametrize(
+  'harm, message',
+  [
     (_cut, 'train-00001.tfrecord is damaged: it has 50 bytes and had'),
     (lambda old: (old / 'train-00001.tfrecord').unlink(), 'train-00001.tfrecord is missing'),
     (lambda old: (old / 'info.json').unlink(), 'there is no token cache'),
@@ -129,7 +158,8 @@ def _cut(old):
     (lambda old: (old / 'info.json').write_text('[]'), 'info.json is damaged'),
     (lambda old: (old / 'info.json').write_text('{"splits": {}}'), 'info.json is damaged'),
     (lambda old: (old / 'info.json').write_text('{"version": 2}'), 'is of version 2 already'),
-])
+  ],
+)
 def test_what_cannot_be_converted(old, tmp_path, harm, message, capsys):
   harm(old)
   assert _convert(old, tmp_path / 'new') == 2

@@ -47,16 +47,31 @@ def _start(tmp_path):
 
   def start(folder, *flags, devices=1):
     environment = os.environ | {
-        'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
-        'PYTHONPATH': os.pathsep.join([str(REPOSITORY), os.environ.get('PYTHONPATH', '')])}
+      'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+      'PYTHONPATH': os.pathsep.join([str(REPOSITORY), os.environ.get('PYTHONPATH', '')]),
+    }
     with open(tmp_path / 'log', 'a', encoding='utf-8') as log:
-      started.append(subprocess.Popen(
-          [sys.executable, '-m', 'parti_jax.cli.main', 'tokenize',
-           '--gin_file=gin_configs/tasks/webdataset.gin',
-           f"--gin.webdataset.path='{tmp_path}/tars'",
-           "--gin.webdataset.splits={'train': '*.tar'}", '--gin.loader.num_threads=2',
-           f'--tokenizer={DEMO}', f'--output_dir={folder}', *flags],
-          stdout=log, stderr=log, env=environment, cwd=REPOSITORY))
+      started.append(
+        subprocess.Popen(
+          [
+            sys.executable,
+            '-m',
+            'parti_jax.cli.main',
+            'tokenize',
+            '--gin_file=gin_configs/tasks/webdataset.gin',
+            f"--gin.webdataset.path='{tmp_path}/tars'",
+            "--gin.webdataset.splits={'train': '*.tar'}",
+            '--gin.loader.num_threads=2',
+            f'--tokenizer={DEMO}',
+            f'--output_dir={folder}',
+            *flags,
+          ],
+          stdout=log,
+          stderr=log,
+          env=environment,
+          cwd=REPOSITORY,
+        )
+      )
     return started[-1]
 
   yield start
@@ -114,8 +129,9 @@ def test_processes_that_meet_write_the_same(start, tmp_path):
     taken.bind(('127.0.0.1', 0))
     port = taken.getsockname()[1]
   flags = [f'--coordinator=127.0.0.1:{port}', '--num_processes=2']
-  running = [start(tmp_path / 'two', *flags, f'--process_id={process}', devices=2)
-             for process in range(2)]
+  running = [
+    start(tmp_path / 'two', *flags, f'--process_id={process}', devices=2) for process in range(2)
+  ]
   assert [process.wait(600) for process in running] == [0, 0], _said(tmp_path)
   assert _content(tmp_path / 'two') == _content(tmp_path / 'whole')
 
@@ -131,8 +147,9 @@ def test_told_to_stop_it_ends_at_once_and_goes_on_later(start, tmp_path):
   first.send_signal(signal.SIGTERM)
   assert first.wait(60) == preemption.STATUS, _said(tmp_path)
   assert 'told to stop by SIGTERM; the parts that are finished stay; start' in _said(tmp_path)
-  finished = {path.name: path.stat().st_mtime_ns
-              for path in (tmp_path / 'tokens').glob('.train.parts/*.json')}
+  finished = {
+    path.name: path.stat().st_mtime_ns for path in (tmp_path / 'tokens').glob('.train.parts/*.json')
+  }
   assert len(finished) > 2  # Of two parts, and of what they are made with.
   assert not (tmp_path / 'tokens' / 'info.json').exists()
   assert start(tmp_path / 'tokens').wait(600) == 0, _said(tmp_path)

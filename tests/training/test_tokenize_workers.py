@@ -31,9 +31,20 @@ from parti_jax.tokenization import tokenizing_progress
 from parti_jax.training.objectives import frozen_tokenizer
 
 TOKENIZER = vit_vqgan.ViTVQGANConfig(
-    image_size=16, patch_size=4, encoder_layers=1, encoder_width=16, encoder_mlp_width=32,
-    encoder_heads=2, decoder_layers=1, decoder_width=8, decoder_mlp_width=16, decoder_heads=2,
-    codebook_size=64, code_dim=4, dtype='bfloat16')
+  image_size=16,
+  patch_size=4,
+  encoder_layers=1,
+  encoder_width=16,
+  encoder_mlp_width=32,
+  encoder_heads=2,
+  decoder_layers=1,
+  decoder_width=8,
+  decoder_mlp_width=16,
+  decoder_heads=2,
+  codebook_size=64,
+  code_dim=4,
+  dtype='bfloat16',
+)
 # Examples of each tar; those of the third are no pictures.
 TARS = (20, 3, 4, 1, 7)
 
@@ -72,10 +83,18 @@ def _tokenize(monkeypatch, tokenizer, tars):
   monkeypatch.setattr(frozen_tokenizer, 'load', lambda run: tokenizer)
 
   def run(folder, *flags):
-    return main.main(['tokenize', '--gin_file=gin_configs/tasks/webdataset.gin',
-                      f"--gin.webdataset.path='{tars}'",
-                      "--gin.webdataset.splits={'train': '*.tar'}", '--tokenizer=run',
-                      f'--output_dir={folder}', *flags])
+    return main.main(
+      [
+        'tokenize',
+        '--gin_file=gin_configs/tasks/webdataset.gin',
+        f"--gin.webdataset.path='{tars}'",
+        "--gin.webdataset.splits={'train': '*.tar'}",
+        '--tokenizer=run',
+        f'--output_dir={folder}',
+        *flags,
+      ]
+    )
+
   return run
 
 
@@ -92,16 +111,21 @@ def _whole(tokenize, tmp_path):
 
 def test_one_process(tokenize, tmp_path, capsys):
   assert tokenize(tmp_path / 'whole') == 0
-  assert ('train: 31 pictures, 16 tokens each; skipped: 4 unknown picture format\n'
-          in capsys.readouterr().out)
+  assert (
+    'train: 31 pictures, 16 tokens each; skipped: 4 unknown picture format\n'
+    in capsys.readouterr().out
+  )
   assert sorted(_content(tmp_path / 'whole')) == [
-      'info.json', *(f'train-0000{i}.array_record' for i in range(4))]
+    'info.json',
+    *(f'train-0000{i}.array_record' for i in range(4)),
+  ]
   split = token_cache_info.read_info(str(tmp_path / 'whole'))['splits']['train']
   assert [shard['examples'] for shard in split['shards']] == [20, 3, 1, 7]
   assert split['made_with']['dtype'] == 'float32'  # As there is no accelerator.
   records = token_cache.TokenCacheSource(str(tmp_path / 'whole')).open('train')
   assert [example['caption'].decode() for example in records.read(range(31))] == [
-      f'tar {tar}, {index}' for tar, count in enumerate(TARS) for index in range(count) if tar != 2]
+    f'tar {tar}, {index}' for tar, count in enumerate(TARS) for index in range(count) if tar != 2
+  ]
 
 
 @pytest.mark.parametrize('order', [(0, 1, 2), (2, 0, 1)])
@@ -128,10 +152,22 @@ def test_records_are_cut_by_their_numbers(monkeypatch, tokenizer, tmp_path):
   (tmp_path / 'captions.jsonl').write_text('\n'.join(lines))
   for folder, workers in (('one', 1), ('five', 5)):
     for worker in range(workers):
-      assert main.main(['tokenize', '--gin_file=gin_configs/tasks/folder.gin',
-                        f"--gin.folder.path='{tmp_path}'", '--tokenizer=run', '--splits', 'train',
-                        "--gin.folder.splits={'train': 'captions.jsonl'}",
-                        f'--output_dir={tmp_path / folder}', f'--worker={worker}/{workers}']) == 0
+      assert (
+        main.main(
+          [
+            'tokenize',
+            '--gin_file=gin_configs/tasks/folder.gin',
+            f"--gin.folder.path='{tmp_path}'",
+            '--tokenizer=run',
+            '--splits',
+            'train',
+            "--gin.folder.splits={'train': 'captions.jsonl'}",
+            f'--output_dir={tmp_path / folder}',
+            f'--worker={worker}/{workers}',
+          ]
+        )
+        == 0
+      )
   assert _content(tmp_path / 'one') == _content(tmp_path / 'five')
   split = token_cache_info.read_info(str(tmp_path / 'one'))['splits']['train']
   assert [shard['examples'] for shard in split['shards']] == [4, 3, 3]
@@ -151,8 +187,9 @@ def test_no_token_depends_on_the_number_of_devices(tokenizer, dtype):
   tokens = one(images)()
   assert tokens.shape == (150, 16) and tokens.dtype == np.int32
   np.testing.assert_array_equal(tokens, several(images)())
-  np.testing.assert_array_equal(tokens[7:60], np.concatenate(
-      [several(images[start:start + 1])() for start in range(7, 60)]))
+  np.testing.assert_array_equal(
+    tokens[7:60], np.concatenate([several(images[start : start + 1])() for start in range(7, 60)])
+  )
 
 
 def test_the_encoders_tokens_are_the_tokenizers(tokenizer):
@@ -165,8 +202,9 @@ def test_the_encoders_tokens_are_the_tokenizers(tokenizer):
   np.testing.assert_array_equal(found[None], found['float32'])
   with jax.default_matmul_precision('highest'):
     module = vit_vqgan.ViTVQGAN(TOKENIZER.__class__(**{**TOKENIZER.__dict__, 'dtype': 'float32'}))
-    expected = module.apply({'params': tokenizer.params}, images / np.float32(255),
-                            method='tokenize')
+    expected = module.apply(
+      {'params': tokenizer.params}, images / np.float32(255), method='tokenize'
+    )
   assert (found['float32'] == expected).mean() > 0.99
   assert 0.8 < (found['bfloat16'] == expected).mean() < 1
 
@@ -225,10 +263,12 @@ def test_a_source_that_changed_meanwhile_is_refused(tokenize, tmp_path, capsys):
   assert "holds parts of a split 'train' with files 5, not 4" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize('line', [
-    '{"file": "1.jpg", "caption": "other"}', '{"file": "2.jpg", "caption": "words"}'])
+@pytest.mark.parametrize(
+  'line', ['{"file": "1.jpg", "caption": "other"}', '{"file": "2.jpg", "caption": "words"}']
+)
 def test_a_captions_file_that_changed_meanwhile_is_refused(
-    line, monkeypatch, tokenizer, tmp_path, capsys):
+  line, monkeypatch, tokenizer, tmp_path, capsys
+):
   monkeypatch.setattr(frozen_tokenizer, 'load', lambda run: tokenizer)
   monkeypatch.setattr(token_cache, 'EXAMPLES_PER_SHARD', 1)
   for index in range(3):
@@ -237,10 +277,19 @@ def test_a_captions_file_that_changed_meanwhile_is_refused(
   statuses = []
   for worker, last in enumerate((lines[1], line)):
     (tmp_path / 'captions.jsonl').write_text(f'{lines[0]}\n{last}')
-    statuses.append(main.main([
-        'tokenize', '--gin_file=gin_configs/tasks/folder.gin', f"--gin.folder.path='{tmp_path}'",
-        "--gin.folder.splits={'train': 'captions.jsonl'}", '--tokenizer=run',
-        f'--output_dir={tmp_path}/tokens', f'--worker={worker}/2']))
+    statuses.append(
+      main.main(
+        [
+          'tokenize',
+          '--gin_file=gin_configs/tasks/folder.gin',
+          f"--gin.folder.path='{tmp_path}'",
+          "--gin.folder.splits={'train': 'captions.jsonl'}",
+          '--tokenizer=run',
+          f'--output_dir={tmp_path}/tokens',
+          f'--worker={worker}/2',
+        ]
+      )
+    )
   assert statuses == [0, 2]
   assert "holds parts of a split 'train' with digest " in capsys.readouterr().err
 
@@ -270,8 +319,13 @@ def test_killed_while_a_shard_is_written(whole, tokenize, tmp_path, monkeypatch,
       tokenize(tmp_path / 'tokens')
   with monkeypatch.context() as patch:  # What is finished is not made again.
     finished = {path.name for path in tmp_path.glob('tokens/.train.parts/*.array_record')}
-    patch.setattr(token_cache, 'write_shard', lambda path, records: (
-        pytest.fail(path) if os.path.basename(path) in finished else write(path, records)))
+    patch.setattr(
+      token_cache,
+      'write_shard',
+      lambda path, records: (
+        pytest.fail(path) if os.path.basename(path) in finished else write(path, records)
+      ),
+    )
     assert tokenize(tmp_path / 'tokens', '--worker=0/1') == 0
   assert _content(tmp_path / 'tokens') == whole
 
@@ -312,17 +366,28 @@ def _job(folder, examples=(2, 1, 3)):
 
   def write(indices, progress):
     for index in indices:
-      parts.write(index, (token_cache.serialized(f'{index}', np.full(4, index), info)
-                          for _ in range(examples[index])), {'skipped': {}, 'shortened': {}})
+      parts.write(
+        index,
+        (
+          token_cache.serialized(f'{index}', np.full(4, index), info)
+          for _ in range(examples[index])
+        ),
+        {'skipped': {}, 'shortened': {}},
+      )
       progress.end_part()
+
   return tokenize_jobs.Job(parts, lambda indices: None, write, 'pictures')
 
 
 def test_processes_that_work_together_wait_for_each_other(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(tokenize_jobs, '_LOOK', 0.02)
   monkeypatch.setattr(tokenize_jobs, '_SAY', 0.01)
-  threads = [threading.Thread(target=tokenize_jobs.run, args=(
-      [_job(tmp_path)], worker, 3, True, False), daemon=True) for worker in range(3)]
+  threads = [
+    threading.Thread(
+      target=tokenize_jobs.run, args=([_job(tmp_path)], worker, 3, True, False), daemon=True
+    )
+    for worker in range(3)
+  ]
   for thread in threads[:2]:
     thread.start()
   threads[0].join(1)
@@ -340,7 +405,7 @@ def test_processes_that_work_together_wait_for_each_other(tmp_path, monkeypatch,
 def test_the_process_that_merges_writes_damaged_parts_again(tmp_path):
   tokenize_jobs.run([_job(tmp_path / 'whole')], 0, 1, False, False)
   tokenize_jobs.run([_job(tmp_path / 'tokens')], 0, 2, False, False)
-  path, = (tmp_path / 'tokens').glob('.train.parts/*-00002.json')
+  (path,) = (tmp_path / 'tokens').glob('.train.parts/*-00002.json')
   path.write_text('{')
   tokenize_jobs.run([_job(tmp_path / 'tokens')], 1, 2, False, False)
   assert _content(tmp_path / 'tokens') == _content(tmp_path / 'whole')
@@ -352,8 +417,9 @@ def test_progress():
   progress.add(100, {'no caption': 20, 'damaged picture': 30})
   progress.end_part()
   assert progress.line(10.0) == (
-      'train: 100 examples, 15/s, about 57 s left; 1 of 4 parts; skipped 30 damaged picture, '
-      '20 no caption')
+    'train: 100 examples, 15/s, about 57 s left; 1 of 4 parts; skipped 30 damaged picture, '
+    '20 no caption'
+  )
   progress = tokenizing_progress.Progress('train', 4, None)
   progress.add(3000, {})
   progress.end_part()
@@ -372,13 +438,24 @@ def test_lines_come_now_and_then(monkeypatch, capsys):
 
 
 def test_sigterm_ends_it_at_once():
-  done = subprocess.run([sys.executable, '-c', """
+  done = subprocess.run(
+    [
+      sys.executable,
+      '-c',
+      """
 import os, signal, time
 from parti_jax.training import preemption
 with preemption.listening(at_once='the parts that are finished stay'):
   os.kill(os.getpid(), signal.SIGTERM)
   time.sleep(60)
-"""], capture_output=True, text=True, check=False, timeout=60)
+""",
+    ],
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=60,
+  )
   assert done.returncode == preemption.STATUS
-  assert done.stderr == ('parti-jax: told to stop by SIGTERM; the parts that are finished stay; '
-                         'start again to go on\n')
+  assert done.stderr == (
+    'parti-jax: told to stop by SIGTERM; the parts that are finished stay; start again to go on\n'
+  )

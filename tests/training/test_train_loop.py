@@ -37,7 +37,8 @@ def _events(folder):
   scalars, pictures = collections.defaultdict(dict), set()
   for file in sorted((folder / 'tensorboard').iterdir()):
     events = event_accumulator.EventAccumulator(
-        str(file), size_guidance={event_accumulator.TENSORS: 0}).Reload()
+      str(file), size_guidance={event_accumulator.TENSORS: 0}
+    ).Reload()
     for tag in events.Tags()['tensors']:
       for event in events.Tensors(tag):
         value = tensor_util.make_ndarray(event.tensor_proto)
@@ -50,7 +51,8 @@ def _events(folder):
 
 def _saved_state(folder, step):
   return ocp.StandardCheckpointer().restore(
-      (folder / 'checkpoints' / str(step) / 'state').absolute())
+    (folder / 'checkpoints' / str(step) / 'state').absolute()
+  )
 
 
 class _Watch:
@@ -75,9 +77,15 @@ class _Watch:
 
 def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch, generator_bindings):
   # Two and a half epochs of 20 pairs, with dropout and with texts dropped.
-  bindings = [*generator_bindings, 'train.steps = 6', 'train.log_every = 1',
-              'train.checkpoint_every = 2', 'train.evaluate_every = 3',
-              'drop_text.rate = 0.3', 'train.seed = 3']
+  bindings = [
+    *generator_bindings,
+    'train.steps = 6',
+    'train.log_every = 1',
+    'train.checkpoint_every = 2',
+    'train.evaluate_every = 3',
+    'drop_text.rate = 0.3',
+    'train.seed = 3',
+  ]
   watch = _Watch(monkeypatch)
   whole = _train(tmp_path / 'whole', GENERATOR, *bindings)
   batches, watch.batches, watch.dies_at = watch.batches, [], 5
@@ -96,21 +104,27 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch, gener
   speeds = {'examples_per_second', 'model_flops_per_second', 'share_of_peak'}
   assert speeds <= set(whole)
   assert {k: v for k, v in whole.items() if k not in speeds} == {
-      k: v for k, v in resumed.items() if k not in speeds}
+    k: v for k, v in resumed.items() if k not in speeds
+  }
   scalars = [_events(tmp_path / name)[0] for name in ('whole', 'killed')]
   for tag in ('loss', 'gradient_norm', 'token_accuracy', 'validation/loss'):
     assert scalars[0][tag] == scalars[1][tag], tag
   assert sorted(scalars[0]['loss']) == [1, 2, 3, 4, 5, 6]
   assert len(set(scalars[0]['loss'].values())) == 6
   # The journal tells of both starts.
-  events = [[json.loads(line) for line in file.read_text().splitlines()]
-            for file in sorted((tmp_path / 'killed' / 'journal').iterdir())]
+  events = [
+    [json.loads(line) for line in file.read_text().splitlines()]
+    for file in sorted((tmp_path / 'killed' / 'journal').iterdir())
+  ]
   assert [[event['event'] for event in start] for start in events] == [
-      ['start', 'progress', 'checkpoint', 'checkpoint', 'stop'],
-      ['start', 'progress', 'checkpoint', 'stop']]
+    ['start', 'progress', 'checkpoint', 'checkpoint', 'stop'],
+    ['start', 'progress', 'checkpoint', 'stop'],
+  ]
   assert [start[0]['step'] for start in events] == [0, 4]
   assert [(start[-1]['reason'], start[-1]['step']) for start in events] == [
-      ('interrupted', 5), ('finished', 6)]
+    ('interrupted', 5),
+    ('finished', 6),
+  ]
   assert events[0][0]['config'] == events[1][0]['config']
   assert events[0][0]['mesh'] == {'stage': 1, 'data': 8, 'fsdp': 1, 'tensor': 1}
   # There is nothing left to train.
@@ -120,8 +134,14 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch, gener
 
 
 def test_what_goes_wrong_after_a_step_does_not_cost_it(tmp_path, monkeypatch, tokenizer_bindings):
-  bindings = [*tokenizer_bindings, 'train.steps = 4', 'train.checkpoint_every = 2',
-              'train.evaluate_every = 2', 'train.pictures_every = 2', 'train.num_pictures = 2']
+  bindings = [
+    *tokenizer_bindings,
+    'train.steps = 4',
+    'train.checkpoint_every = 2',
+    'train.evaluate_every = 2',
+    'train.pictures_every = 2',
+    'train.num_pictures = 2',
+  ]
   with monkeypatch.context() as patch:
     patch.setattr(trainer_lib.Trainer, 'evaluate', mock.Mock(side_effect=RuntimeError('no memory')))
     with pytest.raises(RuntimeError, match='no memory'):
@@ -147,22 +167,34 @@ def test_what_goes_wrong_after_a_step_does_not_cost_it(tmp_path, monkeypatch, to
 
 @pytest.mark.parametrize('pictures_every', [0, 2])
 def test_a_validation_split_without_a_usable_picture_is_refused_at_once(
-    tmp_path, capsys, pictures_folder, pictures_every):
+  tmp_path, capsys, pictures_folder, pictures_every
+):
   (pictures_folder / 'broken.jsonl').write_text('{"file": "train_13.png", "caption": "broken"}')
-  status = main.main([
-      'train', f'--gin_file={TOKENIZER}', f'--model_dir={tmp_path / "run"}',
-      f"--gin.folder.path='{pictures_folder}'", "--gin.train.eval_split='validation'",
+  status = main.main(
+    [
+      'train',
+      f'--gin_file={TOKENIZER}',
+      f'--model_dir={tmp_path / "run"}',
+      f"--gin.folder.path='{pictures_folder}'",
+      "--gin.train.eval_split='validation'",
       "--gin.folder.splits={'train': 'train.jsonl', 'validation': 'broken.jsonl'}",
-      f'--gin.train.pictures_every={pictures_every}'])
+      f'--gin.train.pictures_every={pictures_every}',
+    ]
+  )
   assert status == 2
   assert 'folder_images, validation: there is no usable example' in capsys.readouterr().err
   assert not (tmp_path / 'run').exists()
 
 
-@pytest.mark.parametrize('bindings', [
-    ['train.checkpoint_every = 0'], ['train.checkpoint_every = 3'],
+@pytest.mark.parametrize(
+  'bindings',
+  [
+    ['train.checkpoint_every = 0'],
+    ['train.checkpoint_every = 3'],
     ['train.num_pictures = 0', 'train.pictures_every = 1'],
-    ['train.log_every = 0', 'train.evaluate_every = 0', 'train.pictures_every = 0']])
+    ['train.log_every = 0', 'train.evaluate_every = 0', 'train.pictures_every = 0'],
+  ],
+)
 def test_the_last_step_is_saved_whatever_else_is_off(tmp_path, tokenizer_bindings, bindings):
   _train(tmp_path, TOKENIZER, *tokenizer_bindings, 'train.steps = 4', *bindings)
   assert run_checkpoints.latest_checkpoint(tmp_path).name == '4'
@@ -171,10 +203,18 @@ def test_the_last_step_is_saved_whatever_else_is_off(tmp_path, tokenizer_binding
 
 
 def test_more_pictures_than_a_batch_or_fewer_than_asked_for(tmp_path, capsys, tokenizer_bindings):
-  _train(tmp_path, TOKENIZER, *tokenizer_bindings, 'train.steps = 1', 'train.batch_size = 8',
-         'train.num_pictures = 40')
-  assert ('pictures show 11 examples, all that validation has, and not train.num_pictures=40'
-          in capsys.readouterr().err)
+  _train(
+    tmp_path,
+    TOKENIZER,
+    *tokenizer_bindings,
+    'train.steps = 1',
+    'train.batch_size = 8',
+    'train.num_pictures = 40',
+  )
+  assert (
+    'pictures show 11 examples, all that validation has, and not train.num_pictures=40'
+    in capsys.readouterr().err
+  )
   with Image.open(tmp_path / 'pictures' / 'reconstructions_00000001.png') as image:
     assert image.size == (3 * 32, 4 * 16)
 
@@ -182,11 +222,16 @@ def test_more_pictures_than_a_batch_or_fewer_than_asked_for(tmp_path, capsys, to
 def test_a_run_on_a_mixture(tmp_path, capsys, pictures_folder, tokenizer_bindings):
   """Counts and measures of each source, also of a run that goes on."""
   bindings = [
-      *tokenizer_bindings, "train.task = 'mixture_images'",
-      "mixture.sources = {'folder_a': 3, 'folder_b': 1}", 'train.batch_size = 8',
-      'train.pictures_every = 0', 'train.log_every = 2', 'train.evaluate_every = 4',
-      f"folder_b/folder.path = '{pictures_folder}'", "folder_b/folder.splits = "
-      "{'train': 'validation.jsonl', 'validation': 'train.jsonl'}"]
+    *tokenizer_bindings,
+    "train.task = 'mixture_images'",
+    "mixture.sources = {'folder_a': 3, 'folder_b': 1}",
+    'train.batch_size = 8',
+    'train.pictures_every = 0',
+    'train.log_every = 2',
+    'train.evaluate_every = 4',
+    f"folder_b/folder.path = '{pictures_folder}'",
+    "folder_b/folder.splits = {'train': 'validation.jsonl', 'validation': 'train.jsonl'}",
+  ]
   for steps in (2, 4):
     _train(tmp_path, TOKENIZER, *bindings, f'train.steps = {steps}')
   scalars, _ = _events(tmp_path)
@@ -205,20 +250,39 @@ def test_a_run_on_a_mixture(tmp_path, capsys, pictures_folder, tokenizer_binding
 
 
 def test_a_run_shows_metrics_and_pictures(tmp_path, capsys, tokenizer_bindings):
-  metrics = _train(tmp_path, TOKENIZER, *tokenizer_bindings, 'train.steps = 6',
-                   'train.log_every = 2', 'train.evaluate_every = 6', 'train.num_pictures = 5',
-                   'train.pictures_every = 3')
+  metrics = _train(
+    tmp_path,
+    TOKENIZER,
+    *tokenizer_bindings,
+    'train.steps = 6',
+    'train.log_every = 2',
+    'train.evaluate_every = 6',
+    'train.num_pictures = 5',
+    'train.pictures_every = 3',
+  )
   scalars, pictures = _events(tmp_path)
-  for tag in ('loss', 'l2', 'logit_laplace', 'quantizer_loss', 'psnr', 'gradient_norm',
-              'learning_rate', 'codes_alive', 'codes_in_batch', 'code_perplexity'):
+  for tag in (
+    'loss',
+    'l2',
+    'logit_laplace',
+    'quantizer_loss',
+    'psnr',
+    'gradient_norm',
+    'learning_rate',
+    'codes_alive',
+    'codes_in_batch',
+    'code_perplexity',
+  ):
     assert sorted(scalars[tag]) == [2, 4, 6], tag
     assert np.isfinite(list(scalars[tag].values())).all(), tag
   # Speeds are known from the second reading on; the pictures at step 3 are left out of them.
   for tag in ('examples_per_second', 'model_flops_per_second', 'share_of_peak'):
     assert sorted(scalars[tag]) == [4, 6] and min(scalars[tag].values()) > 0, tag
   np.testing.assert_allclose(
-      scalars['model_flops_per_second'][6] / scalars['examples_per_second'][6],
-      3 * train_loop_flops(), rtol=1e-5)
+    scalars['model_flops_per_second'][6] / scalars['examples_per_second'][6],
+    3 * train_loop_flops(),
+    rtol=1e-5,
+  )
   for tag in ('validation/psnr', 'validation/l2', 'validation/codes_used'):
     assert list(scalars[tag]) == [6]
     assert scalars[tag][6] == pytest.approx(metrics[tag], rel=1e-5)
@@ -245,7 +309,9 @@ def train_loop_flops():
   return flops.tokenizer_forward(vit_vqgan.ViTVQGANConfig())
 
 
-@pytest.mark.parametrize('bindings, words', [
+@pytest.mark.parametrize(
+  'bindings, words',
+  [
     (['train.batch_size=12'], ['train.batch_size=12', '8 ways']),
     (['make_mesh.data=3'], ['make_mesh.data=3', '8']),
     (['make_mesh.data=1', 'make_mesh.tensor=8'], ['tensor', 'size 8', 'dimension 4']),
@@ -256,12 +322,15 @@ def train_loop_flops():
     (['PartiConfig.codebook_size=32'], ['PartiConfig.codebook_size=32', '64 ids']),
     (['PartiConfig.grid=(4, 5)'], ['16 tokens', '20']),
     (['train.step=5'], ["unknown gin name 'train.step'", 'train.steps']),
-])
+  ],
+)
 def test_what_does_not_fit_is_one_line_and_leaves_nothing(
-    tmp_path, capsys, generator_bindings, bindings, words):
+  tmp_path, capsys, generator_bindings, bindings, words
+):
   given = [f'--gin.{binding}' for binding in [*generator_bindings, *bindings]]
   status = main.main(
-      ['train', f'--gin_file={GENERATOR}', f'--model_dir={tmp_path / "run"}', *given])
+    ['train', f'--gin_file={GENERATOR}', f'--model_dir={tmp_path / "run"}', *given]
+  )
   error = capsys.readouterr().err.strip()
   assert status == 2
   assert error.startswith('parti-jax: error: ') and '\n' not in error
@@ -270,8 +339,12 @@ def test_what_does_not_fit_is_one_line_and_leaves_nothing(
 
 
 def test_the_module_explains_itself():
-  done = subprocess.run([sys.executable, '-m', 'parti_jax.train', '--help'],
-                        capture_output=True, text=True, check=False,
-                        cwd=pathlib.Path(train_loop.__file__).parents[2])
+  done = subprocess.run(
+    [sys.executable, '-m', 'parti_jax.train', '--help'],
+    capture_output=True,
+    text=True,
+    check=False,
+    cwd=pathlib.Path(train_loop.__file__).parents[2],
+  )
   assert done.returncode == 0
   assert '--gin_file' in done.stdout and '--model_dir' in done.stdout

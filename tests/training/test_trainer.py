@@ -35,54 +35,97 @@ BATCH = 8
 
 def _generator():
   sizes = parti_config.PartiConfig(
-      encoder_layers=1, decoder_layers=2, width=16, mlp_width=32, heads=4, text_vocabulary=16,
-      text_length=4, codebook_size=24, grid=(2, 2), dropout=0.3, dtype='float32')
+    encoder_layers=1,
+    decoder_layers=2,
+    width=16,
+    mlp_width=32,
+    heads=4,
+    text_vocabulary=16,
+    text_length=4,
+    codebook_size=24,
+    grid=(2, 2),
+    dropout=0.3,
+    dtype='float32',
+  )
   draw = np.random.default_rng(0)
-  batch = {'encoder_input_tokens': draw.integers(3, 16, (BATCH, 4)).astype(np.int32),
-           'decoder_target_tokens': draw.integers(0, 24, (BATCH, 4)).astype(np.int32),
-           # Microbatches of different weight.
-           'decoder_loss_weights': (np.arange(32).reshape(BATCH, 4) % 7 < 4).astype(np.float32)}
+  batch = {
+    'encoder_input_tokens': draw.integers(3, 16, (BATCH, 4)).astype(np.int32),
+    'decoder_target_tokens': draw.integers(0, 24, (BATCH, 4)).astype(np.int32),
+    # Microbatches of different weight.
+    'decoder_loss_weights': (np.arange(32).reshape(BATCH, 4) % 7 < 4).astype(np.float32),
+  }
   return generator_objective.GeneratorStage(sizes), batch
 
 
 def _tokenizer():
   sizes = vit_vqgan.ViTVQGANConfig(
-      image_size=8, patch_size=4, encoder_layers=1, encoder_width=16, encoder_mlp_width=32,
-      encoder_heads=4, decoder_layers=1, decoder_width=16, decoder_mlp_width=32,
-      decoder_heads=4, codebook_size=16, code_dim=4, dtype='float32')
+    image_size=8,
+    patch_size=4,
+    encoder_layers=1,
+    encoder_width=16,
+    encoder_mlp_width=32,
+    encoder_heads=4,
+    decoder_layers=1,
+    decoder_width=16,
+    decoder_mlp_width=32,
+    decoder_heads=4,
+    codebook_size=16,
+    code_dim=4,
+    dtype='float32',
+  )
   images = np.random.default_rng(1).integers(0, 256, (BATCH, 8, 8, 3)).astype(np.uint8)
   # Latents from all microbatches are candidates for codes that are revived.
   return tokenizer_objective.TokenizerStage(
-      sizes, revive_every=1, revive_until=5, dead_below=0.01), {'images': images}
+    sizes, revive_every=1, revive_until=5, dead_below=0.01
+  ), {'images': images}
 
 
 def _adversarial(group):
   stage, batch = _tokenizer()
   return dataclasses.replace(
-      stage, revive_every=0, adversarial_weight=0.1,
-      discriminator=discriminator.DiscriminatorConfig(
-          channels=64, max_channels=8, minibatch_group=group)), batch
+    stage,
+    revive_every=0,
+    adversarial_weight=0.1,
+    discriminator=discriminator.DiscriminatorConfig(
+      channels=64, max_channels=8, minibatch_group=group
+    ),
+  ), batch
 
 
 def _super_resolution():
   sizes = super_resolution.SuperResolutionConfig(
-      factor=2, blocks=1, width=8, expansion=2, dtype='float32')
+    factor=2, blocks=1, width=8, expansion=2, dtype='float32'
+  )
   images = np.random.default_rng(2).integers(0, 256, (BATCH, 16, 16, 3)).astype(np.uint8)
   return super_resolution_objective.SuperResolutionStage(sizes, 16, crop=4), {'images': images}
 
 
 COCA = coca.CoCaConfig(
-    image_size=8, patch_size=4, image_layers=1, unimodal_layers=1, multimodal_layers=1, width=16,
-    mlp_width=32, heads=4, caption_queries=4, feature_dim=8, text_vocabulary=16, text_length=8,
-    dropout=0.3, dtype='float32')
+  image_size=8,
+  patch_size=4,
+  image_layers=1,
+  unimodal_layers=1,
+  multimodal_layers=1,
+  width=16,
+  mlp_width=32,
+  heads=4,
+  caption_queries=4,
+  feature_dim=8,
+  text_vocabulary=16,
+  text_length=8,
+  dropout=0.3,
+  dtype='float32',
+)
 
 
 def _pairs():
   draw = np.random.default_rng(3)
   texts = draw.integers(3, 16, (BATCH, 8)).astype(np.int32)
   texts *= np.arange(8) < draw.integers(2, 9, BATCH)[:, None]  # Of different lengths.
-  return {'images': draw.integers(0, 256, (BATCH, 8, 8, 3)).astype(np.uint8),
-          'encoder_input_tokens': texts}
+  return {
+    'images': draw.integers(0, 256, (BATCH, 8, 8, 3)).astype(np.uint8),
+    'encoder_input_tokens': texts,
+  }
 
 
 def _ranker():
@@ -91,18 +134,32 @@ def _ranker():
 
 def _text_encoder(contrastive_weight):
   sizes = parti_config.PartiConfig(
-      encoder_layers=1, decoder_layers=1, width=16, mlp_width=32, heads=4, text_vocabulary=16,
-      text_length=8, codebook_size=24, grid=(2, 2), dropout=0.3, dtype='float32')
+    encoder_layers=1,
+    decoder_layers=1,
+    width=16,
+    mlp_width=32,
+    heads=4,
+    text_vocabulary=16,
+    text_length=8,
+    codebook_size=24,
+    grid=(2, 2),
+    dropout=0.3,
+    dtype='float32',
+  )
   return text_encoder_objective.TextEncoderStage(
-      sizes, COCA, contrastive_weight=contrastive_weight), _pairs()
+    sizes, COCA, contrastive_weight=contrastive_weight
+  ), _pairs()
 
 
 # Stages and whether their losses compare examples.
 LOSSES = {
-    'super_resolution': (_super_resolution, False), 'adversarial': (lambda: _adversarial(1), False),
-    'masked': (lambda: _text_encoder(0.0), False), 'ranker': (_ranker, True),
-    'contrastive': (lambda: _text_encoder(1.0), True),
-    'minibatch_deviation': (lambda: _adversarial(4), True)}
+  'super_resolution': (_super_resolution, False),
+  'adversarial': (lambda: _adversarial(1), False),
+  'masked': (lambda: _text_encoder(0.0), False),
+  'ranker': (_ranker, True),
+  'contrastive': (lambda: _text_encoder(1.0), True),
+  'minibatch_deviation': (lambda: _adversarial(4), True),
+}
 
 
 @functools.cache
@@ -121,8 +178,11 @@ def test_microbatches_give_the_step_of_the_whole_batch(stage):
   assert others.keys() == metrics.keys() >= {'loss', 'gradient_norm'}
   for name, value in metrics.items():
     np.testing.assert_allclose(others[name], value, rtol=2e-5, err_msg=name)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, atol=2e-5 * np.abs(a).max()),
-               (state.params, state.statistics), (other.params, other.statistics))
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(b, a, atol=2e-5 * np.abs(a).max()),
+    (state.params, state.statistics),
+    (other.params, other.statistics),
+  )
 
 
 @pytest.mark.parametrize('name', LOSSES)
@@ -154,9 +214,11 @@ def test_a_run_says_that_microbatches_change_its_losses(tmp_path):
   stage, _ = _ranker()
   for microbatches in (1, 2):
     trainer = trainer_lib.Trainer(
-        stage, optax.sgd(1.0), mesh_lib.make_mesh(devices=jax.devices()[:1]), 0, microbatches)
+      stage, optax.sgd(1.0), mesh_lib.make_mesh(devices=jax.devices()[:1]), 0, microbatches
+    )
     run = run_lib.Run(
-        trainer, tmp_path / str(microbatches), 1, [], inputs_lib.Inputs(stage, {}, False))
+      trainer, tmp_path / str(microbatches), 1, [], inputs_lib.Inputs(stage, {}, False)
+    )
     said = 'with train.microbatches=2 each microbatch has its own negatives in the contrastive loss'
     assert (said in run.beginning()) == (microbatches == 2)
     run.close()
@@ -186,12 +248,14 @@ def test_the_optimisers_state_may_lie_on_the_host():
   ended = []
   for offload in (False, True):
     trainer = trainer_lib.Trainer(
-        stage, optimizers.adamw(lambda step: 0.01), mesh, 5, offload_optimizer=offload)
+      stage, optimizers.adamw(lambda step: 0.01), mesh, 5, offload_optimizer=offload
+    )
     state = trainer.create_state()
     for _ in range(2):
       state, _ = trainer.step(state, trainer.put(batch))
-    kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.optimizer_state)
-             if leaf.shape}
+    kinds = {
+      leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.optimizer_state) if leaf.shape
+    }
     assert kinds == ({'pinned_host'} if offload else {'device'})
     assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.params)} == {'device'}
     ended.append(jax.device_get(state))
@@ -200,8 +264,18 @@ def test_the_optimisers_state_may_lie_on_the_host():
 
 def test_no_device_holds_logits_of_the_whole_codebook():
   sizes = parti_config.PartiConfig(
-      encoder_layers=1, decoder_layers=1, width=16, mlp_width=32, heads=4, text_vocabulary=16,
-      text_length=3, codebook_size=88, grid=(1, 5), dropout=0.0, dtype='float32')
+    encoder_layers=1,
+    decoder_layers=1,
+    width=16,
+    mlp_width=32,
+    heads=4,
+    text_vocabulary=16,
+    text_length=3,
+    codebook_size=88,
+    grid=(1, 5),
+    dropout=0.0,
+    dtype='float32',
+  )
   mesh = mesh_lib.make_mesh(data=2, tensor=4)
   trainer = trainer_lib.Trainer(generator_objective.GeneratorStage(sizes), optax.sgd(1.0), mesh)
   shapes = set(re.findall(r'[a-z0-9]+\[([\d,]+)\]', trainer.lower(14).compile().as_text()))

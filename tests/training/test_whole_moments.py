@@ -19,9 +19,20 @@ from parti_jax.training import run as run_lib
 from parti_jax.training import trainer as trainer_lib
 from parti_jax.training.objectives import generator_objective
 
-STAGE = generator_objective.GeneratorStage(parti_config.PartiConfig(
-    encoder_layers=1, decoder_layers=2, width=128, mlp_width=256, heads=4, text_vocabulary=192,
-    text_length=4, codebook_size=160, grid=(2, 2), dtype='float32'))
+STAGE = generator_objective.GeneratorStage(
+  parti_config.PartiConfig(
+    encoder_layers=1,
+    decoder_layers=2,
+    width=128,
+    mlp_width=256,
+    heads=4,
+    text_vocabulary=192,
+    text_length=4,
+    codebook_size=160,
+    grid=(2, 2),
+    dtype='float32',
+  )
+)
 # Of self-attention twice, of cross-attention three more.
 KERNELS = 7
 STEPS = 3
@@ -30,13 +41,19 @@ STEPS = 3
 def _adafactor(moment):
   """Parti's optimiser around a transformation that divides by the second moment."""
   return optax.chain(
-      optax.clip_by_global_norm(4.0), moment,
-      optax.ema(0.9, debias=False, accumulator_dtype=jnp.bfloat16),
-      optax.add_decayed_weights(4.5e-2, optimizers.decayed), optax.scale_by_learning_rate(1e-3))
+    optax.clip_by_global_norm(4.0),
+    moment,
+    optax.ema(0.9, debias=False, accumulator_dtype=jnp.bfloat16),
+    optax.add_decayed_weights(4.5e-2, optimizers.decayed),
+    optax.scale_by_learning_rate(1e-3),
+  )
 
 
-OLD = _adafactor(optax.scale_by_factored_rms(
-    decay_rate=0.96, decay_rate_fn=lambda step, rate: jnp.where(step == 0, 0.0, rate)))
+OLD = _adafactor(
+  optax.scale_by_factored_rms(
+    decay_rate=0.96, decay_rate_fn=lambda step, rate: jnp.where(step == 0, 0.0, rate)
+  )
+)
 NEW = optimizers.adafactor(1e-3)
 
 
@@ -48,8 +65,13 @@ def _trainer(optimizer, *sizes, **kwargs):
 def _gradients(params, seed):
   draw = np.random.default_rng(seed)
   return jax.tree.map(
-      lambda leaf: 0.1 * draw.normal(size=leaf.shape).astype(np.float32)
-      * draw.uniform(0.5, 2.0, leaf.shape[-1]).astype(np.float32), params)
+    lambda leaf: (
+      0.1
+      * draw.normal(size=leaf.shape).astype(np.float32)
+      * draw.uniform(0.5, 2.0, leaf.shape[-1]).astype(np.float32)
+    ),
+    params,
+  )
 
 
 @pytest.fixture(scope='module', name='states')
@@ -90,34 +112,44 @@ def _restored(folder, trainer):
 
 @pytest.mark.parametrize('sizes, offload', [((), False), ((1, 2, 4), False), ((2, 2, 2), True)])
 def test_an_old_checkpoint_is_that_of_a_run_that_has_always_factored(
-    states, folder, sizes, offload):
+  states, folder, sizes, offload
+):
   _, old, new = states
   trainer = _trainer(NEW, *sizes, offload_optimizer=offload)
   state = _restored(folder, trainer)
-  jax.tree.map(lambda leaf, plan: np.testing.assert_equal(
+  jax.tree.map(
+    lambda leaf, plan: np.testing.assert_equal(
       (leaf.shape, leaf.dtype, leaf.sharding.is_equivalent_to(plan.sharding, leaf.ndim)),
-      (plan.shape, plan.dtype, True)), state, trainer.abstract)
+      (plan.shape, plan.dtype, True),
+    ),
+    state,
+    trainer.abstract,
+  )
   state = jax.device_get(state)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5),
-               _moment(state), _moment(new))
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), _moment(state), _moment(new)
+  )
   # All but those moments is there bit for bit.
   found, saved = run_checkpoints.by_path(state), run_checkpoints.by_path(old)
-  changed = [name for name in found if np.asarray(found[name]).tobytes()
-             != np.asarray(saved[name]).tobytes()]
+  changed = [
+    name for name in found if np.asarray(found[name]).tobytes() != np.asarray(saved[name]).tobytes()
+  ]
   assert len(changed) == 3 * KERNELS
   assert all('attention/project' in name and '/v' in name for name in changed)
 
 
 class _Examples:
   """The data of a run, as far as `Run` asks for them: one batch again and again."""
+
   batch_size, skipped = 8, {}
 
   def __init__(self):
     draw = np.random.default_rng(0)
     self._batch = {
-        'encoder_input_tokens': draw.integers(3, 192, (8, 4)).astype(np.int32),
-        'decoder_target_tokens': draw.integers(0, 160, (8, 4)).astype(np.int32),
-        'decoder_loss_weights': np.ones((8, 4), np.float32)}
+      'encoder_input_tokens': draw.integers(3, 192, (8, 4)).astype(np.int32),
+      'decoder_target_tokens': draw.integers(0, 160, (8, 4)).astype(np.int32),
+      'decoder_loss_weights': np.ones((8, 4), np.float32),
+    }
 
   def restore(self, place):
     del place
@@ -132,19 +164,21 @@ class _Examples:
 
 def test_the_run_says_so_and_goes_on_as_if_it_had_always_factored(states, folder):
   trainer, old, new = states
-  run = run_lib.Run(
-      trainer, folder, 2, _Examples(), inputs_lib.Inputs(trainer.stage, {}, False))
+  run = run_lib.Run(trainer, folder, 2, _Examples(), inputs_lib.Inputs(trainer.stage, {}, False))
   assert f'resuming at step {STEPS}; {whole_moments.line(KERNELS)}' in run.beginning()
   metrics = run.advance()
   # The first moment was another, which earlier versions multiplied in bfloat16.
-  optimizer_state = tuple(_moment(new) if hasattr(part, 'v_row') else part
-                          for part in old.optimizer_state)
+  optimizer_state = tuple(
+    _moment(new) if hasattr(part, 'v_row') else part for part in old.optimizer_state
+  )
   right, right_metrics = trainer.step(
-      jax.tree.map(jnp.copy, old.replace(optimizer_state=optimizer_state)),
-      trainer.put(next(iter(_Examples()))))
+    jax.tree.map(jnp.copy, old.replace(optimizer_state=optimizer_state)),
+    trainer.put(next(iter(_Examples()))),
+  )
   assert float(metrics['loss']) == float(right_metrics['loss'])
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7),
-               run.state.params, right.params)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), run.state.params, right.params
+  )
   run.close()
 
 

@@ -42,7 +42,8 @@ class Reader:
 
     self._path, self._parse = path, parse
     self._reader = array_record_module.ArrayRecordReader(
-        path, options='readahead_buffer_size:0,max_parallelism:0')
+      path, options='readahead_buffer_size:0,max_parallelism:0'
+    )
 
   def count(self) -> int:
     """How many records there are."""
@@ -77,8 +78,9 @@ class ShardRecords(base.Records):
     digest: see `Records.digest`.
   """
 
-  def __init__(self, files: Sequence[str], counts: Sequence[int], parse: Parse,
-               digest: str | None = None):
+  def __init__(
+    self, files: Sequence[str], counts: Sequence[int], parse: Parse, digest: str | None = None
+  ):
     self._files, self._parse, self._digest = list(files), parse, digest
     self._ends = np.cumsum(counts)
     # Threads of grain's read at the same time.
@@ -159,14 +161,18 @@ def first_fits(file: str, count: int, parse: Parse) -> bool:
     reader = Reader(os.fspath(local), parse)
     try:
       return reader.count() == count and (
-          count == 0 or not isinstance(reader.read([0])[0], Damaged))
+        count == 0 or not isinstance(reader.read([0])[0], Damaged)
+      )
     finally:
       reader.close()
 
 
 def complete_files(
-    folder: str, names: Sequence[str], shards: Sequence[Mapping[str, Any]], what: str,
-    how_to_make: str
+  folder: str,
+  names: Sequence[str],
+  shards: Sequence[Mapping[str, Any]],
+  what: str,
+  how_to_make: str,
 ) -> list[str]:
   """Returns shards' paths, after comparing their sizes: a file that was cut opens as an empty one.
 
@@ -187,8 +193,10 @@ def complete_files(
     if name not in sizes:
       raise UserError(f'{file} is missing from {what}; {how_to_make} again')
     if sizes[name] != shard['bytes']:
-      raise UserError(f'{file} is damaged: it has {sizes[name]:,} bytes and had '
-                      f'{shard["bytes"]:,} when it was written; copy it again, or '
-                      f'{how_to_make} again')
+      raise UserError(
+        f'{file} is damaged: it has {sizes[name]:,} bytes and had '
+        f'{shard["bytes"]:,} when it was written; copy it again, or '
+        f'{how_to_make} again'
+      )
     files.append(file)
   return files

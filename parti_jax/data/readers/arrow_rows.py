@@ -56,8 +56,14 @@ class Columns:
     return [name for name in (self.picture, self.caption, self.status) if name is not None]
 
 
-def find(schema: pa.Schema, source: str, where: str, image_key: str | None,
-         caption_key: str | None, pictures: bool = True) -> Columns:
+def find(
+  schema: pa.Schema,
+  source: str,
+  where: str,
+  image_key: str | None,
+  caption_key: str | None,
+  pictures: bool = True,
+) -> Columns:
   """Finds the columns to read.
 
   Args:
@@ -74,16 +80,20 @@ def find(schema: pa.Schema, source: str, where: str, image_key: str | None,
   caption = _named(schema, source, where, 'caption_key', caption_key, CAPTION_KEYS)
   kind = schema.field(caption).type
   if not (_is_text(kind) or _is_list(kind) and _is_text(kind.value_type)):
-    raise UserError(f'{source}: the column {caption!r} of {where} holds {_shown(kind)} and no text '
-                    f'(gin: {source}.caption_key)')
+    raise UserError(
+      f'{source}: the column {caption!r} of {where} holds {_shown(kind)} and no text '
+      f'(gin: {source}.caption_key)'
+    )
   if not pictures:
     return Columns(caption)
   picture = _named(schema, source, where, 'image_key', image_key, PICTURE_KEYS)
   kind = schema.field(picture).type
   nested = pa.types.is_struct(kind) and kind.get_field_index('bytes') >= 0
   if not (_is_bytes(kind) or nested and _is_bytes(kind.field('bytes').type)):
-    raise UserError(f'{source}: the column {picture!r} of {where} holds {_shown(kind)} and no '
-                    f'encoded pictures (gin: {source}.image_key)')
+    raise UserError(
+      f'{source}: the column {picture!r} of {where} holds {_shown(kind)} and no '
+      f'encoded pictures (gin: {source}.image_key)'
+    )
   has_status = schema.get_field_index('status') >= 0 and _is_text(schema.field('status').type)
   return Columns(caption, picture, nested, 'status' if has_status else None)
 
@@ -97,8 +107,9 @@ def has_pictures(schema: pa.Schema) -> bool:
     return False
 
 
-def _named(schema: pa.Schema, source: str, where: str, parameter: str, key: str | None,
-           known: Sequence[str]) -> str:
+def _named(
+  schema: pa.Schema, source: str, where: str, parameter: str, key: str | None, known: Sequence[str]
+) -> str:
   """Returns the name of a column."""
   shown = ', '.join(schema.names[:_MOST_SHOWN]) or 'none'
   found = [key] if key is not None and key in schema.names else []
@@ -107,31 +118,47 @@ def _named(schema: pa.Schema, source: str, where: str, parameter: str, key: str 
     found = [names[name] for name in known if name in names]
   if not found:
     what = f'no column {key!r}' if key is not None else f'none of the columns {", ".join(known)}'
-    raise UserError(f'{source}: there is {what} in {where}, which has {shown} '
-                    f'(gin: {source}.{parameter})')
+    raise UserError(
+      f'{source}: there is {what} in {where}, which has {shown} (gin: {source}.{parameter})'
+    )
   if schema.names.count(found[0]) > 1:
     raise UserError(f'{source}: {where} has several columns {found[0]!r}; rename all but one')
   if len(found) > 1:
-    logging.log_first_n(logging.WARNING, '%s: of the columns %s the first is read (gin: %s.%s)', 1,
-                        where, ', '.join(found), source, parameter)
+    logging.log_first_n(
+      logging.WARNING,
+      '%s: of the columns %s the first is read (gin: %s.%s)',
+      1,
+      where,
+      ', '.join(found),
+      source,
+      parameter,
+    )
   return found[0]
 
 
 def _is_bytes(kind: pa.DataType) -> bool:
-  return (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-          or pa.types.is_binary_view(kind) or pa.types.is_fixed_size_binary(kind))
+  return (
+    pa.types.is_binary(kind)
+    or pa.types.is_large_binary(kind)
+    or pa.types.is_binary_view(kind)
+    or pa.types.is_fixed_size_binary(kind)
+  )
 
 
 def _is_text(kind: pa.DataType) -> bool:
   if pa.types.is_dictionary(kind):
     kind = kind.value_type
-  return (_is_bytes(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
-          or pa.types.is_string_view(kind) or pa.types.is_null(kind))
+  return (
+    _is_bytes(kind)
+    or pa.types.is_string(kind)
+    or pa.types.is_large_string(kind)
+    or pa.types.is_string_view(kind)
+    or pa.types.is_null(kind)
+  )
 
 
 def _is_list(kind: pa.DataType) -> bool:
-  return (pa.types.is_list(kind) or pa.types.is_large_list(kind)
-          or pa.types.is_fixed_size_list(kind))
+  return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
 def _shown(kind: pa.DataType) -> str:

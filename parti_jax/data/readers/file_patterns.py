@@ -52,8 +52,10 @@ def files(pattern: str) -> list[str]:
       missing.append(one)
   if missing:
     more = f' and {len(missing) - _NAMED:,} more' if len(missing) > _NAMED else ''
-    raise UserError(f'of the {len(patterns):,} files or patterns of {pattern!r} {len(missing):,} '
-                    f'match nothing: {", ".join(missing[:_NAMED])}{more}')
+    raise UserError(
+      f'of the {len(patterns):,} files or patterns of {pattern!r} {len(missing):,} '
+      f'match nothing: {", ".join(missing[:_NAMED])}{more}'
+    )
   return sorted(found)
 
 
@@ -64,14 +66,17 @@ def expanded(pattern: str) -> list[str]:
     UserError: there are too many.
   """
   for start, character in enumerate(pattern):
-    if character != '{' or pattern[start - 1:start + 2] == '[{]':
+    if character != '{' or pattern[start - 1 : start + 2] == '[{]':
       continue
     parts, end = _parts(pattern, start)
-    choices = [choice for part in parts for choice in expanded(part)] if len(parts) > 1 else (
-        _range(pattern[start + 1:end]))
+    choices = (
+      [choice for part in parts for choice in expanded(part)]
+      if len(parts) > 1
+      else (_range(pattern[start + 1 : end]))
+    )
     if not choices:
       continue
-    rests = expanded(pattern[end + 1:])
+    rests = expanded(pattern[end + 1 :])
     if len(choices) * len(rests) > _MOST:
       raise _too_many(pattern)
     return [pattern[:start] + choice + rest for choice in choices for rest in rests]
@@ -83,7 +88,7 @@ def _parts(pattern: str, start: int) -> tuple[Sequence[str], int]:
   parts, depth, begin = [], 0, start + 1
   for place in range(start, len(pattern)):
     character = pattern[place]
-    if pattern[place - 1:place + 2] in ('[{]', '[}]'):
+    if pattern[place - 1 : place + 2] in ('[{]', '[}]'):
       continue
     if character == '{':
       depth += 1
@@ -101,8 +106,10 @@ def _range(text: str) -> list[str]:
   """Returns what `1..3` stands for in braces, [] where a text is something else."""
   if found := _NUMBERS.fullmatch(text):
     first, last = int(found[1]), int(found[2])
-    padded = any(number.lstrip('-').startswith('0') and len(number.lstrip('-')) > 1
-                 for number in found.group(1, 2))
+    padded = any(
+      number.lstrip('-').startswith('0') and len(number.lstrip('-')) > 1
+      for number in found.group(1, 2)
+    )
     width = max(map(len, found.group(1, 2))) if padded else 0
     write = lambda number: f'{number:0{width}d}'
   elif found := _LETTERS.fullmatch(text):

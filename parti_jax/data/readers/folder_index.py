@@ -20,7 +20,7 @@ _MAX_COLUMNS = 100
 
 
 def read(
-    folder: str, captions_file: str, file_key: str, caption_key: str, pictures: bool = True
+  folder: str, captions_file: str, file_key: str, caption_key: str, pictures: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
   """Reads and checks a captions file.
 
@@ -61,8 +61,10 @@ def read(
   if not files:
     raise UserError(f'{path} lists no picture')
   if not captioned:
-    raise UserError(f'{path}: no line has a column {caption_key!r}; the columns are '
-                    f'{", ".join(sorted(columns)[:_MAX_COLUMNS])} (gin: folder.caption_key)')
+    raise UserError(
+      f'{path}: no line has a column {caption_key!r}; the columns are '
+      f'{", ".join(sorted(columns)[:_MAX_COLUMNS])} (gin: folder.caption_key)'
+    )
   # As objects: numpy's own strings would all be as long as the longest.
   return np.array(files, object), np.array(texts, object)
 
@@ -88,8 +90,10 @@ def read_beside(folder: str, pattern: str) -> tuple[np.ndarray, np.ndarray]:
   found = _pictures_of(texts)
   _warn(len(texts) - len(found), 'text file(s) without a picture', folder)
   if not found:
-    raise UserError(f'none of the {len(texts):,} files that match {pattern!r} in {folder} has a '
-                    f'picture beside it: the same name with one of .{", .".join(image_decoding.ENDINGS)}')
+    raise UserError(
+      f'none of the {len(texts):,} files that match {pattern!r} in {folder} has a '
+      f'picture beside it: the same name with one of .{", .".join(image_decoding.ENDINGS)}'
+    )
   texts_of = [_first_bytes(text) for text in found]
   return np.array(list(map(os.fsencode, found.values())), object), np.array(texts_of, object)
 
@@ -154,8 +158,10 @@ class _Places:
     else:
       real = os.path.join(self._real_folder(folder), name)
     if os.path.commonpath([self._root, real]) != self._root:
-      raise ValueError(f'picture {path} lies outside of {self._root}, in {real}; copy it there, or '
-                       'set folder.path to a folder that holds both')
+      raise ValueError(
+        f'picture {path} lies outside of {self._root}, in {real}; copy it there, or '
+        'set folder.path to a folder that holds both'
+      )
     if must_exist and not os.path.isfile(real):
       what = 'is no file' if os.path.exists(real) else 'does not exist'
       raise ValueError(f'picture {path} {what}')
@@ -171,8 +177,8 @@ def _lines(path: str):
         yield line
   except (OSError, UnicodeDecodeError) as error:
     raise UserError(
-        f'the captions file {path} cannot be read '
-        '(gin: folder.path, folder.splits); it holds JSON lines with file and caption, in UTF-8'
+      f'the captions file {path} cannot be read '
+      '(gin: folder.path, folder.splits); it holds JSON lines with file and caption, in UTF-8'
     ) from error
 
 
@@ -187,6 +193,8 @@ def _parse(line: str, file_key: str) -> dict:
   if not isinstance(row, dict):
     raise ValueError('no JSON object')
   if not isinstance(row.get(file_key), str):
-    raise ValueError(f'no text in column {file_key!r}; its columns are '
-                     f'{", ".join(row) or "none"} (gin: folder.file_key)')
+    raise ValueError(
+      f'no text in column {file_key!r}; its columns are '
+      f'{", ".join(row) or "none"} (gin: folder.file_key)'
+    )
   return row

@@ -116,7 +116,7 @@ class _Unpacked(io.RawIOBase):
         self._input = b''
     except (zlib.error, lzma.LZMAError, EOFError, ValueError) as error:
       raise DamagedPacking('a packed file is damaged') from error
-    buffer[:len(content)] = content
+    buffer[: len(content)] = content
     return len(content)
 
   def _begin_next(self) -> bool:
@@ -146,5 +146,5 @@ class _Zstd(io.RawIOBase):
 
   def readinto(self, buffer) -> int:
     content = self._stream.read(len(buffer))
-    buffer[:len(content)] = content
+    buffer[: len(content)] = content
     return len(content)

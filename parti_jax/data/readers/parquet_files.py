@@ -140,8 +140,7 @@ class _Group:
     """Yields those that are missing, so many at once."""
     skipped = self._rows - self.missing
     try:
-      for batch in file.iter_batches(
-          size, [self._number], self._columns.paths, use_threads=False):
+      for batch in file.iter_batches(size, [self._number], self._columns.paths, use_threads=False):
         found = batch.slice(skipped, self.missing)
         skipped -= batch.num_rows - found.num_rows
         if found.num_rows:
@@ -169,8 +168,9 @@ class WholeGroup:
     nbytes: bytes of memory.
   """
 
-  def __init__(self, path: str, metadata: pq.FileMetaData, number: int, rows: int,
-               columns: arrow_rows.Columns):
+  def __init__(
+    self, path: str, metadata: pq.FileMetaData, number: int, rows: int, columns: arrow_rows.Columns
+  ):
     group = _Group(path, number, rows, columns)
     with _opened(path, metadata) as file:
       self._batches = list(group.batches(file))
@@ -247,13 +247,17 @@ def _footer(path: str, file: pq.ParquetFile, find: Find) -> Footer:
   def numbers() -> tuple[list[int], list[int]]:
     metadata = file.metadata
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-    leaves = [leaf for leaf in range(metadata.num_columns)
-              if _is_read(metadata.schema.column(leaf).path, columns)]
+    leaves = [
+      leaf
+      for leaf in range(metadata.num_columns)
+      if _is_read(metadata.schema.column(leaf).path, columns)
+    ]
     rows = [group.num_rows for group in groups]
     if min(rows, default=0) < 0 or sum(rows) != metadata.num_rows:
       raise ValueError('impossible numbers of rows')
-    return rows, [sum(group.column(leaf).total_uncompressed_size for leaf in leaves)
-                  for group in groups]
+    return rows, [
+      sum(group.column(leaf).total_uncompressed_size for leaf in leaves) for group in groups
+    ]
 
   rows, sizes = _checked(path, numbers)
   return Footer(columns, np.array(rows, np.int64), np.array(sizes, np.int64))
@@ -278,8 +282,11 @@ def _opened(path: str, metadata: pq.FileMetaData | None = None) -> Iterator[pq.P
 
     def open_it() -> pq.ParquetFile:
       most = _ROWS_PER_BYTE * opened.seek(0, os.SEEK_END)
-      file = stack.enter_context(pq.ParquetFile(
-          opened, metadata=metadata, buffer_size=_BUFFER, page_checksum_verification=True))
+      file = stack.enter_context(
+        pq.ParquetFile(
+          opened, metadata=metadata, buffer_size=_BUFFER, page_checksum_verification=True
+        )
+      )
       if not 0 <= file.metadata.num_rows <= most:
         raise ValueError('impossible numbers of rows')
       return file
@@ -299,11 +306,16 @@ def _checked(path: str, read_it: Callable[[], Any]) -> Any:
     if _is_of_store(path, error):
       raise
     reason = ' '.join(str(error).split()) or type(error).__name__
-    raise Unreadable(f'parquet: {path} is damaged, cut or not a Parquet file: {reason}; copy or '
-                     'write it again, or leave it out (gin: parquet.splits)') from error
+    raise Unreadable(
+      f'parquet: {path} is damaged, cut or not a Parquet file: {reason}; copy or '
+      'write it again, or leave it out (gin: parquet.splits)'
+    ) from error
 
 
 def _is_of_store(path: str, error: Exception) -> bool:
   """Whether a store has failed; pyarrow's own errors are plain `OSError`s without a number."""
-  return storage.is_url(path) and isinstance(error, OSError) and (
-      type(error) is not OSError or error.errno is not None)
+  return (
+    storage.is_url(path)
+    and isinstance(error, OSError)
+    and (type(error) is not OSError or error.errno is not None)
+  )

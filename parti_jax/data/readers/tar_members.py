@@ -41,7 +41,7 @@ class Member:
 
 
 def members(
-    file: IO[bytes], endings: Collection[str], max_bytes: int
+  file: IO[bytes], endings: Collection[str], max_bytes: int
 ) -> Iterator[Member | Damaged]:
   """Yields the files in a tar, plain or packed as `packed` knows it.
 
@@ -146,7 +146,7 @@ def _said_by(kind: bytes, content: bytes) -> dict[str, str]:
     # '27 path=beach/000000012.jpg\n', where 27 counts its own digits too.
     digits, _, _ = content[:10].partition(b' ')
     length = int(digits) if digits.isdigit() else 0
-    key, equals, value = content[len(digits) + 1:length - 1].partition(b'=')
+    key, equals, value = content[len(digits) + 1 : length - 1].partition(b'=')
     if not equals or length <= len(digits):
       break
     said[key.decode('utf-8', 'replace')] = value.decode('utf-8', 'surrogateescape')

@@ -30,7 +30,7 @@ _MAX_DOTS = 30
 
 
 def samples(
-    path: str, caption_key: str | None, describe: bool = False
+  path: str, caption_key: str | None, describe: bool = False
 ) -> Iterator[Mapping[str, Any] | Damaged]:
   """Reads the shard at a path or URL; see `samples_in`."""
   with storage.open_file(path) as file:
@@ -38,7 +38,7 @@ def samples(
 
 
 def samples_in(
-    file: IO[bytes], caption_key: str | None, describe: bool = False
+  file: IO[bytes], caption_key: str | None, describe: bool = False
 ) -> Iterator[Mapping[str, Any] | Damaged]:
   """Reads a shard.
 
@@ -182,5 +182,6 @@ class _Others:
     """Whether a name is a sample's key with something behind a dot."""
     folder, slash, last = name.rpartition('/')
     parts = last.split('.', _MAX_DOTS)
-    return any(folder + slash + '.'.join(parts[:count]) in self._keys
-               for count in range(1, len(parts) + 1))
+    return any(
+      folder + slash + '.'.join(parts[:count]) in self._keys for count in range(1, len(parts) + 1)
+    )

@@ -29,8 +29,9 @@ def read(path: str | os.PathLike[str], what: str) -> str:
   except OSError as error:
     raise UserError(f'{what} cannot be read: {error.strerror or error}') from error
   except UnicodeDecodeError as error:
-    raise UserError(f'{what} cannot be read: it is not {error.encoding.upper()} text; save it as '
-                    'UTF-8') from error
+    raise UserError(
+      f'{what} cannot be read: it is not {error.encoding.upper()} text; save it as UTF-8'
+    ) from error
 
 
 def lines(text: str) -> list[str]:

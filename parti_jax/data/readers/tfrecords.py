@@ -47,7 +47,7 @@ def records(file: IO[bytes]) -> Iterator[bytes | Damaged]:
       if len(header) < 12 or _checksum(header[:8]) != header[8:]:
         yield _REST
         return
-      length, = struct.unpack('<Q', header[:8])
+      (length,) = struct.unpack('<Q', header[:8])
       if length > MAX_BYTES:
         if not _skip(file, length + 4):
           yield _REST
@@ -59,8 +59,7 @@ def records(file: IO[bytes]) -> Iterator[bytes | Damaged]:
         yield _REST
         return
       record = content[:-4]
-      yield record if _checksum(record) == content[-4:] else Damaged(
-          'record with a wrong checksum')
+      yield record if _checksum(record) == content[-4:] else Damaged('record with a wrong checksum')
   except OSError:
     yield _REST
 
@@ -85,7 +84,7 @@ def raw(path: str) -> Iterator[Mapping[str, bytes] | Damaged]:
 
 
 def examples(
-    path: str, keys: Mapping[str, str], describe: bool = False
+  path: str, keys: Mapping[str, str], describe: bool = False
 ) -> Iterator[Mapping[str, Any] | Damaged]:
   """Yields the tf.train.Examples of a file.
 
@@ -105,7 +104,7 @@ def examples(
 
 
 def parsed(
-    record: bytes, keys: Mapping[str, str], describe: bool = False
+  record: bytes, keys: Mapping[str, str], describe: bool = False
 ) -> Mapping[str, Any] | Damaged:
   """Returns features of a serialised tf.train.Example, as `examples` yields them."""
   features = features_of(record)
@@ -165,8 +164,11 @@ def check_keys(files: Sequence[str], keys: Mapping[str, str]) -> None:
       kinds = {key: value.WhichOneof('kind') for key, value in features.items()}
       present.update(key for key, kind in kinds.items() if kind)
       numbers.update(key for key, kind in kinds.items() if kind not in (None, 'bytes_list'))
-      missing = {parameter: key for parameter, key in missing.items()
-                 if kinds.get(key) != 'bytes_list' or not features[key].bytes_list.value}
+      missing = {
+        parameter: key
+        for parameter, key in missing.items()
+        if kinds.get(key) != 'bytes_list' or not features[key].bytes_list.value
+      }
       if not missing:
         return
     if present:
@@ -177,8 +179,10 @@ def check_keys(files: Sequence[str], keys: Mapping[str, str]) -> None:
     gin = f'(gin: tfrecord.{parameter})'
     if key in numbers:
       raise UserError(f'tfrecord: {key!r} in {file} holds numbers {gin}')
-    raise UserError(f'tfrecord: no {key!r} in the first records of {file}, which have '
-                    f'{", ".join(sorted(present)[:50])} {gin}')
+    raise UserError(
+      f'tfrecord: no {key!r} in the first records of {file}, which have '
+      f'{", ".join(sorted(present)[:50])} {gin}'
+    )
 
 
 def _first_features(file: str) -> Iterator[Mapping | None]:
@@ -203,13 +207,14 @@ def features_of(record: bytes) -> Mapping | None:
 def _example():
   # tensorflow-datasets has the message without TensorFlow.
   from tensorflow_datasets.proto import tf_example_generated_pb2
+
   return tf_example_generated_pb2.Example
 
 
 def _checksum(data: bytes) -> bytes:
   """Returns the masked CRC-32C of a TFRecord."""
   value = google_crc32c.value(data)
-  masked = ((value >> 15 | value << 17) + 0xa282ead8) & 0xffffffff
+  masked = ((value >> 15 | value << 17) + 0xA282EAD8) & 0xFFFFFFFF
   return masked.to_bytes(4, 'little')
 
 

@@ -26,14 +26,14 @@ from parti_jax.data.sources import tfrecord
 from parti_jax.data.sources import webdataset
 
 _SOURCES = {
-    'openmoji': openmoji.configured,
-    'folder': folder.configured,
-    'tfrecord': tfrecord.configured,
-    'webdataset': webdataset.configured,
-    'parquet': parquet.configured,
-    'hf_datasets': hf_datasets.configured,
-    'prepared': prepared.configured,
-    'text': text.configured,
+  'openmoji': openmoji.configured,
+  'folder': folder.configured,
+  'tfrecord': tfrecord.configured,
+  'webdataset': webdataset.configured,
+  'parquet': parquet.configured,
+  'hf_datasets': hf_datasets.configured,
+  'prepared': prepared.configured,
+  'text': text.configured,
 }
 NAMES = tuple(_SOURCES)
 

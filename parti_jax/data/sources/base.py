@@ -115,8 +115,10 @@ class Source(abc.ABC):
   def check_split(self, split: str) -> None:
     """Raises UserError unless the source has a split."""
     if split not in self.splits:
-      raise UserError(f'{self.name} has no split {split!r}; it has {", ".join(self.splits)}'
-                      f' (gin: {self.name}.splits)')
+      raise UserError(
+        f'{self.name} has no split {split!r}; it has {", ".join(self.splits)}'
+        f' (gin: {self.name}.splits)'
+      )
 
   def examples(self, split: str, pictures: bool = True) -> Iterator[Example | Damaged]:
     """Opens a split at once, see `open`, and yields its examples in order."""

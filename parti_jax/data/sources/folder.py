@@ -62,8 +62,9 @@ class _Pictures(base.Records):
     for values in (self._files if self._files is not None else (), self._captions):
       # Of a path its name alone: hosts may have the folder at different places.
       for value in values:
-        found.update(b'%d ' % len(value) + (value if values is self._captions
-                                            else os.path.basename(value)))
+        found.update(
+          b'%d ' % len(value) + (value if values is self._captions else os.path.basename(value))
+        )
     return found.hexdigest()
 
   def read(self, indices: Sequence[int]) -> list[base.Example | Damaged]:
@@ -76,7 +77,10 @@ class _Pictures(base.Records):
     try:
       with storage.open_file(path) as file:
         # One byte more tells the decoder that it is too much.
-        example = {'picture': file.read(image_decoding.MAX_BYTES + 1), 'caption': self._captions[index]}
+        example = {
+          'picture': file.read(image_decoding.MAX_BYTES + 1),
+          'caption': self._captions[index],
+        }
     except OSError:
       return Damaged('picture file that is gone or cannot be read', file=path)
     if self._folder is not None:
@@ -86,10 +90,10 @@ class _Pictures(base.Records):
 
 @gin.configurable('folder')
 def configured(
-    path: str | None = None,
-    splits: Mapping[str, str] = {'train': 'captions.jsonl'},
-    file_key: str = 'file',
-    caption_key: str = 'caption',
+  path: str | None = None,
+  splits: Mapping[str, str] = {'train': 'captions.jsonl'},
+  file_key: str = 'file',
+  caption_key: str = 'caption',
 ) -> FolderSource:
   """A folder of pictures with captions in JSON lines.
 

@@ -30,8 +30,13 @@ _LARGEST = 2**24
 class HfDatasetsSource(base.Source):
   """A saved dataset; the arguments are those of `configured`."""
 
-  def __init__(self, path: str, splits: Mapping[str, str] | None, image_key: str | None,
-               caption_key: str | None):
+  def __init__(
+    self,
+    path: str,
+    splits: Mapping[str, str] | None,
+    image_key: str | None,
+    caption_key: str | None,
+  ):
     storage.check_local(path)
     folders = _splits(path) if splits is None else splits
     super().__init__('hf_datasets', folders)
@@ -55,9 +60,11 @@ def _splits(path: str) -> dict[str, str]:
   if not storage.exists(file):
     if storage.exists(storage.join(path, _STATE)):
       return {'train': ''}
-    raise UserError(f'hf_datasets: {path} is not a folder that save_to_disk of the library '
-                    'datasets has written (gin: hf_datasets.path); Parquet files are read by '
-                    "data.source='parquet'")
+    raise UserError(
+      f'hf_datasets: {path} is not a folder that save_to_disk of the library '
+      'datasets has written (gin: hf_datasets.path); Parquet files are read by '
+      "data.source='parquet'"
+    )
   try:
     names = storage.read_json(file, _LARGEST)['splits']
     if not names or not all(isinstance(name, str) and '/' not in name for name in names):
@@ -84,16 +91,26 @@ class _Rows(base.Records):
 
     try:
       dataset = datasets.load_from_disk(self._folder, keep_in_memory=False)
-    except (pa.ArrowException, OSError, ValueError, LookupError, TypeError,
-            AttributeError) as error:
+    except (
+      pa.ArrowException,
+      OSError,
+      ValueError,
+      LookupError,
+      TypeError,
+      AttributeError,
+    ) as error:
       reason = ' '.join(str(error).split()) or type(error).__name__
-      raise UserError(f'hf_datasets: {self._folder} is damaged or not a saved dataset: {reason}; '
-                      'save it again') from error
+      raise UserError(
+        f'hf_datasets: {self._folder} is damaged or not a saved dataset: {reason}; save it again'
+      ) from error
     if not isinstance(dataset, datasets.Dataset):
-      raise UserError(f'hf_datasets: {self._folder} holds the splits {", ".join(dataset)}; set '
-                      "hf_datasets.splits={'train': 'FOLDER'}, or leave it out")
+      raise UserError(
+        f'hf_datasets: {self._folder} holds the splits {", ".join(dataset)}; set '
+        "hf_datasets.splits={'train': 'FOLDER'}, or leave it out"
+      )
     columns = arrow_rows.find(
-        dataset.data.schema, 'hf_datasets', self._folder, *self._keys, self._pictures)
+      dataset.data.schema, 'hf_datasets', self._folder, *self._keys, self._pictures
+    )
     return dataset.select_columns(columns.names).with_format('arrow'), columns
 
   def __getstate__(self) -> dict[str, Any]:
@@ -127,10 +144,10 @@ class _Rows(base.Records):
 
 @gin.configurable('hf_datasets')
 def configured(
-    path: str | None = None,
-    splits: Mapping[str, str] | None = None,
-    image_key: str | None = None,
-    caption_key: str | None = None,
+  path: str | None = None,
+  splits: Mapping[str, str] | None = None,
+  image_key: str | None = None,
+  caption_key: str | None = None,
 ) -> HfDatasetsSource:
   """A folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` has written.
 

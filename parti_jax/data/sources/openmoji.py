@@ -30,8 +30,9 @@ class OpenMojiSource(base.Source):
   def open(self, split: str, pictures: bool = True) -> base.Records:
     self.check_split(split)
     if not pictures and split in openmoji.SPLITS:  # They need not be drawn for this.
-      return _Captions([
-          picture.caption for picture in openmoji.pictures() if picture.split == split])
+      return _Captions(
+        [picture.caption for picture in openmoji.pictures() if picture.split == split]
+      )
     return _Drawn(self._size, self._data_dir, split)
 
   def check_split(self, split: str) -> None:
@@ -70,10 +71,12 @@ class _Drawn(base.Records):
     size, data_dir, split = self._arguments
     try:
       return openmoji_builder.prepared(size, data_dir).as_data_source(
-          split=split, decoders={'image': tfds.decode.SkipDecoding()})
+        split=split, decoders={'image': tfds.decode.SkipDecoding()}
+      )
     except (ValueError, AssertionError) as error:
-      raise UserError(f'openmoji has no split {split!r}: '
-                      f'{re.sub(chr(10), " ", str(error))}') from error
+      raise UserError(
+        f'openmoji has no split {split!r}: {re.sub(chr(10), " ", str(error))}'
+      ) from error
 
   def __getstate__(self) -> dict[str, Any]:
     return {'_arguments': self._arguments}
@@ -89,7 +92,8 @@ class _Drawn(base.Records):
 @gin.configurable('openmoji')
 @checks.bounded(size=(1, 8192))
 def configured(
-    size: int | None = None, data_dir: str | None = None, image_size: int = 64) -> OpenMojiSource:
+  size: int | None = None, data_dir: str | None = None, image_size: int = 64
+) -> OpenMojiSource:
   """OpenMoji.
 
   Args:

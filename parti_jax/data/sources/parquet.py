@@ -25,10 +25,17 @@ from parti_jax.data.sources import paths
 
 SHUFFLES = ('global', 'window')
 # How the files of a split are named, on the Hugging Face hub among others.
-_SPLITS = {'train': ('train',), 'validation': ('validation', 'valid', 'val', 'dev'),
-           'test': ('test', 'eval')}
-_PATTERNS = ('{}[-._0-9]*parquet', 'data/{}[-._0-9]*parquet', '{}/*.parquet',
-             'default/{}/*.parquet')
+_SPLITS = {
+  'train': ('train',),
+  'validation': ('validation', 'valid', 'val', 'dev'),
+  'test': ('test', 'eval'),
+}
+_PATTERNS = (
+  '{}[-._0-9]*parquet',
+  'data/{}[-._0-9]*parquet',
+  '{}/*.parquet',
+  'default/{}/*.parquet',
+)
 # Bytes up to which a row group is read for one row, and up to which where gin asks for it. A core
 # reads about 1 MB in a millisecond, and decodes a picture of 256 pixels in about 4.
 _SMALL, _LARGEST = 2**22, 2**28
@@ -44,8 +51,14 @@ _AT_ONCE = 16
 class ParquetSource(paths.FilesSource):
   """Parquet files; the arguments are those of `configured`."""
 
-  def __init__(self, path: str, splits: Mapping[str, str] | None, image_key: str | None,
-               caption_key: str | None, shuffle: str | None):
+  def __init__(
+    self,
+    path: str,
+    splits: Mapping[str, str] | None,
+    image_key: str | None,
+    caption_key: str | None,
+    shuffle: str | None,
+  ):
     super().__init__('parquet', path, found_splits(path) if splits is None else splits)
     self._keys, self._shuffle = (image_key, caption_key), shuffle
 
@@ -70,18 +83,25 @@ class ParquetSource(paths.FilesSource):
     largest = int(sizes.max(initial=0))
     size = f'row groups of up to {largest / 2**20:,.0f} MiB'
     if self._shuffle == 'global' and largest > _LARGEST:
-      raise UserError(f"parquet.shuffle='global' is not possible with {size}, each of which would "
-                      f"be read for one row; set parquet.shuffle='window', or write {self.place} "
-                      'with smaller ones')
+      raise UserError(
+        f"parquet.shuffle='global' is not possible with {size}, each of which would "
+        f"be read for one row; set parquet.shuffle='window', or write {self.place} "
+        'with smaller ones'
+      )
     if self._shuffle is None and largest > _SMALL and sizes.sum() > _KEPT:
-      logging.info("%s, %s: has %s, so it is shuffled within windows (parquet.shuffle='window')",
-                   self.place, split, size)
+      logging.info(
+        "%s, %s: has %s, so it is shuffled within windows (parquet.shuffle='window')",
+        self.place,
+        split,
+        size,
+      )
       return False
     return self._shuffle != 'window'
 
 
 def _find(schema, file: str, keys: tuple[str | None, str | None], pictures: bool):
   from parti_jax.data.readers import arrow_rows
+
   return arrow_rows.find(schema, 'parquet', file, *keys, pictures)
 
 
@@ -96,14 +116,17 @@ def found_splits(path: str) -> dict[str, str]:
     for split, names in _SPLITS.items():
       named = [pattern.format(name) for name in names]
       found[split] = next(
-          (one for one in named if storage.glob(file_patterns.join(path, one))), None)
+        (one for one in named if storage.glob(file_patterns.join(path, one))), None
+      )
     if found['train']:
       return {split: one for split, one in found.items() if one}
   others = '|'.join(name for names in _SPLITS.values() for name in names)
   for name in storage.names(path):
     if re.fullmatch(rf'({others})[-._0-9].*parquet', name):
-      raise UserError(f'parquet: {path} has {name} but no file of the split train; set '
-                      "parquet.splits, such as {'train': 'FILES', 'validation': 'FILES'}")
+      raise UserError(
+        f'parquet: {path} has {name} but no file of the split train; set '
+        "parquet.splits, such as {'train': 'FILES', 'validation': 'FILES'}"
+      )
   return {'train': '*.parquet'}
 
 
@@ -145,6 +168,7 @@ class _Parts(base.Shards):
 
   def read(self, file: str) -> Iterator[base.Example | Damaged]:
     from parti_jax.data.readers import parquet_files
+
     yield from parquet_files.read(*self._parts[file], self._find)
 
 
@@ -191,8 +215,9 @@ class _Rows(base.Records):
 
     def read_group():
       metadata = _kept().get((self._key, file), lambda: parquet_files.Metadata(path)).value
-      return parquet_files.WholeGroup(path, metadata, int(self._number_of[group]),
-                                      int(self._rows[group]), self._columns[file])
+      return parquet_files.WholeGroup(
+        path, metadata, int(self._number_of[group]), int(self._rows[group]), self._columns[file]
+      )
 
     try:
       return _kept().get((self._key, file, group), read_group).example(row)
@@ -203,16 +228,17 @@ class _Rows(base.Records):
 @functools.cache
 def _kept():
   from parti_jax.data.readers import parquet_files
+
   return parquet_files.Cache(_KEPT)
 
 
 @gin.configurable('parquet')
 def configured(
-    path: str | None = None,
-    splits: Mapping[str, str] | None = None,
-    image_key: str | None = None,
-    caption_key: str | None = None,
-    shuffle: str | None = None,
+  path: str | None = None,
+  splits: Mapping[str, str] | None = None,
+  image_key: str | None = None,
+  caption_key: str | None = None,
+  shuffle: str | None = None,
 ) -> ParquetSource:
   """Parquet files with a column of encoded pictures and one of captions.
 

@@ -20,7 +20,7 @@ def required(name: str, path: str | None) -> str:
   """Returns a path that gin must set, or raises UserError."""
   if path is None:
     scope = ''.join(f'{part}/' for part in gin.current_scope())
-    raise UserError(f"{scope}{name}.path is not set; give --gin.{scope}{name}.path=\"'FOLDER'\"")
+    raise UserError(f'{scope}{name}.path is not set; give --gin.{scope}{name}.path="\'FOLDER\'"')
   return path
 
 
@@ -36,8 +36,7 @@ class FilesSource(base.Source):
   def __init__(self, name: str, path: str, splits: Mapping[str, str]):
     super().__init__(name, splits)
     self.place = f'{name} {path}'
-    self._patterns = {
-        split: file_patterns.join(path, pattern) for split, pattern in splits.items()}
+    self._patterns = {split: file_patterns.join(path, pattern) for split, pattern in splits.items()}
 
   def files(self, split: str) -> list[str]:
     """Returns the files of a split.
@@ -49,11 +48,14 @@ class FilesSource(base.Source):
     try:
       files = file_patterns.files(self._patterns[split])
     except UserError as error:
-      raise UserError(f'{self.name}: {error} (gin: {self.name}.path, {self.name}.splits)'
-                      ) from error
+      raise UserError(
+        f'{self.name}: {error} (gin: {self.name}.path, {self.name}.splits)'
+      ) from error
     if not files:
-      raise UserError(f'{self.name}: no file matches {self._patterns[split]!r} '
-                      f'(gin: {self.name}.path, {self.name}.splits)')
+      raise UserError(
+        f'{self.name}: no file matches {self._patterns[split]!r} '
+        f'(gin: {self.name}.path, {self.name}.splits)'
+      )
     return files
 
 

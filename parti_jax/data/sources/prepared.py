@@ -58,10 +58,10 @@ def parsed(record: bytes, describe: bool = False) -> base.Example | Damaged:
   end = start + text + described
   if len(record) <= end:
     return _FOREIGN
-  example = {'picture': record[end:], 'caption': record[start:start + text]}
+  example = {'picture': record[end:], 'caption': record[start : start + text]}
   if describe:
     try:
-      description = json.loads(record[start + text:end])
+      description = json.loads(record[start + text : end])
       example |= {'key': description['key'], 'columns': description['columns']}
     except (ValueError, LookupError, TypeError, RecursionError):
       return _FOREIGN
@@ -77,15 +77,18 @@ def read_info(folder: str) -> dict[str, Any]:
   path = storage.join(folder, 'info.json')
   if not storage.exists(path):
     what = 'is not finished' if storage.exists(folder) else 'does not exist'
-    raise UserError(f'the folder of prepared pictures {folder} {what}; {_HOW_TO_MAKE} '
-                    '(gin: prepared.path)')
+    raise UserError(
+      f'the folder of prepared pictures {folder} {what}; {_HOW_TO_MAKE} (gin: prepared.path)'
+    )
   try:
     info = storage.read_json(path, _MAX_INFO)
   except (OSError, ValueError) as error:
     raise UserError(f'{path} is damaged; {_HOW_TO_MAKE} again') from error
   if not isinstance(info, dict) or info.get('kind') != KIND:
-    raise UserError(f'{folder} holds no prepared pictures, since its info.json is of something '
-                    'else (gin: prepared.path)')
+    raise UserError(
+      f'{folder} holds no prepared pictures, since its info.json is of something '
+      'else (gin: prepared.path)'
+    )
   if info.get('version') != VERSION:
     raise UserError(f'{folder} was written by another version of parti_jax; {_HOW_TO_MAKE} again')
   if not token_cache_info.are_splits(info.get('splits')):
@@ -113,8 +116,10 @@ class PreparedSource(base.Source):
 
   def check_split(self, split: str) -> None:
     if split not in self.splits:
-      raise UserError(f'{self.place}: there is no finished split {split!r}, but '
-                      f'{", ".join(self.splits) or "none"}; {_HOW_TO_MAKE}')
+      raise UserError(
+        f'{self.place}: there is no finished split {split!r}, but '
+        f'{", ".join(self.splits) or "none"}; {_HOW_TO_MAKE}'
+      )
 
   def open(self, split: str, pictures: bool = True) -> base.Records | base.Shards:
     del pictures  # A record is read whole in any case.
@@ -132,8 +137,11 @@ class PreparedSource(base.Source):
     shards = self._splits[split]['shards']
     digests = ''.join(str(shard.get('digest')) for shard in shards)
     return array_records.ShardRecords(
-        files, [shard['examples'] for shard in shards], parse,
-        xxhash.xxh3_64_hexdigest(digests.encode()))
+      files,
+      [shard['examples'] for shard in shards],
+      parse,
+      xxhash.xxh3_64_hexdigest(digests.encode()),
+    )
 
   def _files(self, split: str) -> list[str]:
     """The files of a split, each of the size that it was written with."""
@@ -147,8 +155,10 @@ class PreparedSource(base.Source):
     files = array_records.complete_files(self.path, names, shards, self.place, _HOW_TO_MAKE)
     first = next(number for number, shard in enumerate(shards) if shard['examples'])
     if not array_records.first_fits(files[first], shards[first]['examples'], parsed):
-      raise UserError(f'{files[first]} is damaged: its first record is not of a prepared picture; '
-                      f'{_HOW_TO_MAKE} again')
+      raise UserError(
+        f'{files[first]} is damaged: its first record is not of a prepared picture; '
+        f'{_HOW_TO_MAKE} again'
+      )
     return files
 
 
@@ -166,5 +176,6 @@ def configured(path: str | None = None, shuffle: str | None = None) -> PreparedS
   """
   if shuffle not in (None, *array_records.SHUFFLES):
     raise UserError(
-        f'prepared.shuffle={shuffle!r} is not one of {", ".join(array_records.SHUFFLES)}')
+      f'prepared.shuffle={shuffle!r} is not one of {", ".join(array_records.SHUFFLES)}'
+    )
   return PreparedSource(paths.required('prepared', path), shuffle)

@@ -22,14 +22,17 @@ class TextSource(paths.FilesSource):
 
   def open(self, split: str, pictures: bool = True) -> base.Shards:
     if pictures:
-      raise UserError("data.source='text' holds texts without pictures; only the task 'texts' "
-                      'reads it; for pictures choose another source')
+      raise UserError(
+        "data.source='text' holds texts without pictures; only the task 'texts' "
+        'reads it; for pictures choose another source'
+      )
     return paths.Files(self.files(split), text_lines.lines)
 
 
 @gin.configurable('text')
 def configured(
-    path: str | None = None, splits: Mapping[str, str] = {'train': '*.txt'}) -> TextSource:
+  path: str | None = None, splits: Mapping[str, str] = {'train': '*.txt'}
+) -> TextSource:
   """Files of text, one text a line, plain or packed.
 
   Args:

@@ -37,10 +37,10 @@ class TFRecordSource(paths.FilesSource):
 
 @gin.configurable('tfrecord')
 def configured(
-    path: str | None = None,
-    splits: Mapping[str, str] = {'train': 'train*.tfrecord*'},
-    image_key: str = 'image',
-    caption_key: str = 'caption',
+  path: str | None = None,
+  splits: Mapping[str, str] = {'train': 'train*.tfrecord*'},
+  image_key: str = 'image',
+  caption_key: str = 'caption',
 ) -> TFRecordSource:
   """TFRecords of tf.train.Example, plain or packed.
 

@@ -27,15 +27,17 @@ class WebDatasetSource(paths.FilesSource):
     return self._open(split, describe=True)
 
   def _open(self, split: str, describe: bool) -> base.Shards:
-    return paths.Files(self.files(split), functools.partial(
-        tar_shards.samples, caption_key=self._caption_key, describe=describe))
+    return paths.Files(
+      self.files(split),
+      functools.partial(tar_shards.samples, caption_key=self._caption_key, describe=describe),
+    )
 
 
 @gin.configurable('webdataset')
 def configured(
-    path: str | None = None,
-    splits: Mapping[str, str] = {'train': '*.tar'},
-    caption_key: str | None = None,
+  path: str | None = None,
+  splits: Mapping[str, str] = {'train': '*.tar'},
+  caption_key: str | None = None,
 ) -> WebDatasetSource:
   """Tar shards of pictures and captions, as img2dataset writes them, plain or packed.
 

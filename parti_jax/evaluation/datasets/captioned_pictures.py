@@ -63,6 +63,7 @@ class Captioned:
     available: how many captions there were to choose from.
     skipped: reason -> number of captions that could not be chosen.
   """
+
   name: str
   captions: Sequence[str]
   picture_of: np.ndarray
@@ -108,7 +109,8 @@ def read_json(path: str, what: str) -> Any:
     return storage.read_json(path, _MAX_ANNOTATIONS)
   except OSError as error:
     raise UserError(
-        f'--annotations {path} cannot be read ({error.strerror or error}); it is {what}') from error
+      f'--annotations {path} cannot be read ({error.strerror or error}); it is {what}'
+    ) from error
   except ValueError as error:
     raise UserError(f'--annotations {path} is no JSON ({error}); it is {what}') from error
 
@@ -131,8 +133,9 @@ class Captions:
     """Raises UserError if there is none."""
     if not self.found:
       reasons = ', '.join(f'{count:,} {reason}' for reason, count in self.skipped.most_common())
-      raise UserError(f'--annotations {path} has no caption that can be used '
-                      f'({reasons or "it is empty"})')
+      raise UserError(
+        f'--annotations {path} has no caption that can be used ({reasons or "it is empty"})'
+      )
 
 
 def identity(value: object) -> str | None:
@@ -161,8 +164,10 @@ def of_files(name: str, captions: Captions, folder: str, limit: int, seed: int) 
   captions, skipped = captions.found, captions.skipped
   kept = [(caption, path) for caption, path in captions if path is not None]
   if not kept:
-    raise UserError(f'--pictures {folder}: none of the {len(captions):,} captions of {name} has '
-                    'its picture there; name the folder that holds the picture files')
+    raise UserError(
+      f'--pictures {folder}: none of the {len(captions):,} captions of {name} has '
+      'its picture there; name the folder that holds the picture files'
+    )
   files = {path: index for index, path in enumerate(dict.fromkeys(path for _, path in kept))}
   chosen = choose([files[path] for _, path in kept], limit, seed)
   shown = [kept[index] for index in chosen]
@@ -170,8 +175,13 @@ def of_files(name: str, captions: Captions, folder: str, limit: int, seed: int) 
   place = {path: index for index, path in enumerate(paths)}
   missing = collections.Counter({'no picture file': len(captions) - len(kept)})
   return Captioned(
-      name, [caption for caption, _ in shown], np.array([place[path] for _, path in shown]),
-      PictureFiles(paths), len(captions), dict(+(skipped + missing)))
+    name,
+    [caption for caption, _ in shown],
+    np.array([place[path] for _, path in shown]),
+    PictureFiles(paths),
+    len(captions),
+    dict(+(skipped + missing)),
+  )
 
 
 def names_in(folder: str) -> set[str]:
@@ -179,5 +189,7 @@ def names_in(folder: str) -> set[str]:
   try:
     return {path.name for path in pathlib.Path(folder).iterdir()}
   except OSError as error:
-    raise UserError(f'--pictures {folder} cannot be read ({error.strerror}); it is the folder '
-                    'with the picture files') from error
+    raise UserError(
+      f'--pictures {folder} cannot be read ({error.strerror}); it is the folder '
+      'with the picture files'
+    ) from error

@@ -119,12 +119,16 @@ def _examples(builder, keys: tuple[str, ...]) -> Iterator[dict]:
   """Yields a split's examples in one fixed order, pictures encoded."""
   from parti_jax.data import streams
   from parti_jax.data.quiet_tensorflow import tfds
+
   features = builder.info.features
   dataset = builder.as_dataset(
-      split=_TFDS_SPLIT, shuffle_files=False,
-      decoders=tfds.decode.PartialDecoding(
-          {key: features[key] for key in keys},
-          decoders={'image': tfds.decode.SkipDecoding()} if 'image' in keys else None))
+    split=_TFDS_SPLIT,
+    shuffle_files=False,
+    decoders=tfds.decode.PartialDecoding(
+      {key: features[key] for key in keys},
+      decoders={'image': tfds.decode.SkipDecoding()} if 'image' in keys else None,
+    ),
+  )
   with streams.Stream(dataset) as examples:
     yield from examples
 
@@ -146,11 +150,13 @@ def read_tfds(data_dir: str | None, limit: int, seed: int) -> captioned_pictures
     UserError: the data set is not prepared there.
   """
   from parti_jax.data.quiet_tensorflow import tfds
+
   builder = tfds.builder('coco_captions', data_dir=data_dir)
   if not builder.info.splits:
     raise UserError(
-        f'coco_captions is not prepared in {builder.data_dir}: run `tfds build coco_captions` '
-        '(--tfds_dir names another folder), or give --annotations and --pictures')
+      f'coco_captions is not prepared in {builder.data_dir}: run `tfds build coco_captions` '
+      '(--tfds_dir names another folder), or give --annotations and --pictures'
+    )
   found = captioned_pictures.Captions()
   for place, example in enumerate(_examples(builder, ('captions',))):
     for text in example['captions']['text']:
@@ -161,6 +167,10 @@ def read_tfds(data_dir: str | None, limit: int, seed: int) -> captioned_pictures
   places = sorted({picture_of[index] for index in chosen})
   index_of = {place: index for index, place in enumerate(places)}
   return captioned_pictures.Captioned(
-      NAME, [captions[index] for index in chosen],
-      np.array([index_of[picture_of[index]] for index in chosen]),
-      _TfdsPictures(builder, places), len(captions), dict(found.skipped))
+    NAME,
+    [captions[index] for index in chosen],
+    np.array([index_of[picture_of[index]] for index in chosen]),
+    _TfdsPictures(builder, places),
+    len(captions),
+    dict(found.skipped),
+  )

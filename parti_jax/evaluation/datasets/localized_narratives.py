@@ -23,8 +23,7 @@ NAME = 'Localized Narratives'
 _MAX_LINE = 2**24
 
 
-def read(annotations: str, pictures: str, limit: int,
-         seed: int) -> captioned_pictures.Captioned:
+def read(annotations: str, pictures: str, limit: int, seed: int) -> captioned_pictures.Captioned:
   """Reads narratives and chooses among them.
 
   Args:
@@ -67,8 +66,10 @@ def _lines(path: str) -> Iterator[tuple[int, str]]:
           yield number, line
   except (OSError, UnicodeDecodeError) as error:
     reason = getattr(error, 'strerror', None) or 'it is not UTF-8 text'
-    raise UserError(f'--annotations {path} cannot be read ({reason}); it is the file '
-                    'coco_val_localized_narratives.jsonl') from error
+    raise UserError(
+      f'--annotations {path} cannot be read ({reason}); it is the file '
+      'coco_val_localized_narratives.jsonl'
+    ) from error
 
 
 def _parse(line: str, place: str) -> dict:
@@ -77,8 +78,9 @@ def _parse(line: str, place: str) -> dict:
     row = json.loads(line)
   except (ValueError, RecursionError) as error:
     reason = getattr(error, 'msg', 'it cannot be read')
-    raise UserError(f'{place}: no JSON ({reason}); a line is {{"image_id": …, "caption": …}}'
-                    ) from error
+    raise UserError(
+      f'{place}: no JSON ({reason}); a line is {{"image_id": …, "caption": …}}'
+    ) from error
   if not isinstance(row, dict):
     raise UserError(f'{place}: no JSON object; a line is {{"image_id": …, "caption": …}}')
   return row

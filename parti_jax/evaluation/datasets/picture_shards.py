@@ -50,18 +50,22 @@ class PictureShards:
       progress: show a bar on a terminal.
       **settings: of `pipeline.generate`.
     """
-    bar = tqdm.tqdm(total=len(self.captions), desc='drawing', unit='caption',
-                    disable=None if progress else True)
+    bar = tqdm.tqdm(
+      total=len(self.captions), desc='drawing', unit='caption', disable=None if progress else True
+    )
     with bar:
       for start in self._starts:
-        captions = self.captions[start:start + SHARD]
+        captions = self.captions[start : start + SHARD]
         if not self._path(start).exists():
           with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter('always', UserWarning)
             result = pipeline.generate(
-                captions, num_images=num_images, rank=num_images > 1,
-                first_index=[(start + row) * num_images for row in range(len(captions))],
-                **settings)
+              captions,
+              num_images=num_images,
+              rank=num_images > 1,
+              first_index=[(start + row) * num_images for row in range(len(captions))],
+              **settings,
+            )
           # A ranker that has a shorter text length warns too, in other words.
           cut = sum(str(warning.message).startswith('prompt ') for warning in caught)
           self._write(start, captions, result.images[:, 0], cut)
@@ -87,8 +91,9 @@ class PictureShards:
     path = self._path(start)
     temporary = path.with_name(f'.{path.name}.{os.getpid()}')
     try:
-      with tarfile.open(temporary, 'w', format=tarfile.PAX_FORMAT,
-                        pax_headers={_CUT: str(cut)}) as tar:
+      with tarfile.open(
+        temporary, 'w', format=tarfile.PAX_FORMAT, pax_headers={_CUT: str(cut)}
+      ) as tar:
         for index, (caption, image) in enumerate(zip(captions, images), start):
           png = io.BytesIO()
           Image.fromarray(image).save(png, 'PNG')
@@ -107,7 +112,7 @@ class PictureShards:
       return int(tar.pax_headers[_CUT])
 
   def _read(self, start: int) -> np.ndarray:
-    count = len(self.captions[start:start + SHARD])
+    count = len(self.captions[start : start + SHARD])
     with self._open(start) as tar:
       images = []
       for index in range(start, start + count):
@@ -122,5 +127,6 @@ class PictureShards:
       with tarfile.open(path) as tar:
         yield tar
     except (OSError, KeyError, ValueError, tarfile.TarError) as error:
-      raise UserError(f'{path} is damaged; delete it, and the run draws its pictures again'
-                      ) from error
+      raise UserError(
+        f'{path} is damaged; delete it, and the run draws its pictures again'
+      ) from error

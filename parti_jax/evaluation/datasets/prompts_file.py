@@ -25,6 +25,7 @@ class Prompt:
     challenge: what makes it hard.
     note: anything; may be empty.
   """
+
   number: int
   text: str
   category: str
@@ -47,8 +48,10 @@ def read(path: str) -> list[Prompt]:
   lines = text_files.lines(text_files.read(path, path))
   expected = ', '.join(COLUMNS)
   if tuple(_cells(lines[0])) != COLUMNS:
-    raise UserError(f'{path}, line 1: the columns {expected}, separated by tabs, are needed; '
-                    f'there is {lines[0][:80] or "nothing"!r}')
+    raise UserError(
+      f'{path}, line 1: the columns {expected}, separated by tabs, are needed; '
+      f'there is {lines[0][:80] or "nothing"!r}'
+    )
   prompts = []
   for number, line in enumerate(lines[1:], 2):
     if not line.strip():
@@ -57,8 +60,9 @@ def read(path: str) -> list[Prompt]:
     # A note that is empty may have lost its tab.
     cells += [''] * (len(cells) == len(COLUMNS) - 1)
     if len(cells) != len(COLUMNS):
-      raise UserError(f'{path}, line {number}: {len(cells)} cells, where {expected} are needed, '
-                      'separated by tabs')
+      raise UserError(
+        f'{path}, line {number}: {len(cells)} cells, where {expected} are needed, separated by tabs'
+      )
     for name, cell in zip(COLUMNS[:3], cells):
       if not cell:
         raise UserError(f'{path}, line {number}: its {name} is empty')

@@ -26,12 +26,12 @@ from parti_jax.evaluation.metrics import frechet
 from parti_jax.evaluation.metrics import precision_recall
 
 ROWS = {
-    'generated': 'generated',
-    'reconstruction': 'real pictures through the tokenizer',
-    'real': 'real pictures',
-    'other_captions': 'real pictures, captions of others',
-    'generated_half': 'generated for one half, against the other',
-    'real_half': 'real pictures of one half, against the other',
+  'generated': 'generated',
+  'reconstruction': 'real pictures through the tokenizer',
+  'real': 'real pictures',
+  'other_captions': 'real pictures, captions of others',
+  'generated_half': 'generated for one half, against the other',
+  'real_half': 'real pictures of one half, against the other',
 }
 
 # Parts of the pictures over which the inception score is taken, as Salimans et al. did. The score
@@ -47,6 +47,7 @@ FEW_PROMPTS = 30
 @dataclasses.dataclass(frozen=True)
 class Estimate:
   """A mean and its standard error (of the inception score: deviation over the splits)."""
+
   mean: float
   error: float | None
 
@@ -68,6 +69,7 @@ class Row:
     inception_score: over Inception's logits; None of fewer than 500 pictures.
     alignment: mean cosine of text and picture, with the standard error over captions.
   """
+
   pictures: int
   real: int | None = None
   frechet_distance: float | None = None
@@ -87,6 +89,7 @@ class Distribution:
     rows: key of ROWS -> row.
     remarks: what values are of too few pictures to rely on, and which are left out for that.
   """
+
   features: str
   dim: int
   rows: Mapping[str, Row]
@@ -105,6 +108,7 @@ class Sets:
     picture_of: int [captions], the real picture that has a caption.
     texts: float32 [captions, dim], the ranker's features of captions; None without a ranker.
   """
+
   real: features_lib.Features
   reconstruction: features_lib.Features
   generated: features_lib.Features
@@ -113,8 +117,15 @@ class Sets:
   texts: np.ndarray | None = None
 
 
-def of_pictures(extractor, captions: Sequence[str], picture_of: np.ndarray, real: np.ndarray,
-                reconstruction: np.ndarray, generated: np.ndarray, seed: int = 0) -> Distribution:
+def of_pictures(
+  extractor,
+  captions: Sequence[str],
+  picture_of: np.ndarray,
+  real: np.ndarray,
+  reconstruction: np.ndarray,
+  generated: np.ndarray,
+  seed: int = 0,
+) -> Distribution:
   """Measures pictures that are all in memory.
 
   Args:
@@ -130,11 +141,20 @@ def of_pictures(extractor, captions: Sequence[str], picture_of: np.ndarray, real
     The table.
   """
   count, num_images = generated.shape[:2]
-  sets = [features_lib.extract(extractor, [images]) for images in
-          (real, reconstruction, generated.reshape(-1, *generated.shape[2:]))]
-  return measure(extractor.name, Sets(
-      *sets, caption_of=np.arange(count).repeat(num_images), picture_of=picture_of,
-      texts=extractor.texts(captions)), seed)
+  sets = [
+    features_lib.extract(extractor, [images])
+    for images in (real, reconstruction, generated.reshape(-1, *generated.shape[2:]))
+  ]
+  return measure(
+    extractor.name,
+    Sets(
+      *sets,
+      caption_of=np.arange(count).repeat(num_images),
+      picture_of=picture_of,
+      texts=extractor.texts(captions),
+    ),
+    seed,
+  )
 
 
 def measure(name: str, sets: Sets, seed: int = 0) -> Distribution:
@@ -154,27 +174,32 @@ def measure(name: str, sets: Sets, seed: int = 0) -> Distribution:
   # The first picture drawn for each real one: both rows of halves have the same number.
   drawn_for = sets.picture_of[sets.caption_of].tolist()
   drawn = {picture: index for index, picture in reversed(list(enumerate(drawn_for)))}
-  drawn_half = np.array([drawn[picture] for picture in other_half.tolist() if picture in drawn],
-                        int)
+  drawn_half = np.array(
+    [drawn[picture] for picture in other_half.tolist() if picture in drawn], int
+  )
   every = np.arange(len(sets.picture_of))
   rows = {
-      'generated': _row(generated, real, _alignment(generated, sets.texts, sets.caption_of)),
-      'reconstruction': _row(sets.reconstruction, real, _alignment(
-          sets.reconstruction[sets.picture_of], sets.texts, every)),
-      'real': Row(len(real), inception_score=_inception_score(real),
-                  alignment=_alignment(real[sets.picture_of], sets.texts, every)),
+    'generated': _row(generated, real, _alignment(generated, sets.texts, sets.caption_of)),
+    'reconstruction': _row(
+      sets.reconstruction, real, _alignment(sets.reconstruction[sets.picture_of], sets.texts, every)
+    ),
+    'real': Row(
+      len(real),
+      inception_score=_inception_score(real),
+      alignment=_alignment(real[sets.picture_of], sets.texts, every),
+    ),
   }
   if sets.texts is not None and len(np.unique(sets.picture_of)) > 1:
     others = _pictures_of_others(sets.picture_of, rng)
-    rows['other_captions'] = Row(
-        len(real), alignment=_alignment(real[others], sets.texts, every))
+    rows['other_captions'] = Row(len(real), alignment=_alignment(real[others], sets.texts, every))
   if len(half) > precision_recall.NEIGHBOURS and len(drawn_half) > precision_recall.NEIGHBOURS:
     rows['generated_half'] = _row(generated[drawn_half], real[half])
     rows['real_half'] = _row(real[other_half], real[half])
   dim = real.values.shape[1]
   captions = len(np.unique(sets.caption_of)) if sets.texts is not None else None
-  return Distribution(name, dim, rows, _remarks(
-      rows, dim, captions, scored=generated.logits is not None))
+  return Distribution(
+    name, dim, rows, _remarks(rows, dim, captions, scored=generated.logits is not None)
+  )
 
 
 def _remarks(rows: Mapping[str, Row], dim: int, captions: int | None, scored: bool) -> list[str]:
@@ -197,37 +222,59 @@ def _remarks(rows: Mapping[str, Row], dim: int, captions: int | None, scored: bo
       counts = ', '.join(f'{ROWS[key]}: {count:,}' for key, count in few.items())
       found.append(f'{text} ({counts}).')
 
-  add({key: count for key, count in compared.items() if 2 <= count <= dim},
-      f'Fréchet distance: not more pictures than the {dim:,} features, so that covariances are '
-      'singular and the value is mostly the bias of few pictures')
-  add({key: count for key, count in compared.items()
-       if precision_recall.NEIGHBOURS < count < _FEW_PICTURES},
-      f'Precision, recall: fewer than {_FEW_PICTURES} pictures say little, since the balls around '
-      'them reach far')
-  add({key: count for key, count in compared.items() if count <= precision_recall.NEIGHBOURS},
-      'Left out for too few pictures: precision and recall, and of one also the Fréchet distance')
+  add(
+    {key: count for key, count in compared.items() if 2 <= count <= dim},
+    f'Fréchet distance: not more pictures than the {dim:,} features, so that covariances are '
+    'singular and the value is mostly the bias of few pictures',
+  )
+  add(
+    {
+      key: count
+      for key, count in compared.items()
+      if precision_recall.NEIGHBOURS < count < _FEW_PICTURES
+    },
+    f'Precision, recall: fewer than {_FEW_PICTURES} pictures say little, since the balls around '
+    'them reach far',
+  )
+  add(
+    {key: count for key, count in compared.items() if count <= precision_recall.NEIGHBOURS},
+    'Left out for too few pictures: precision and recall, and of one also the Fréchet distance',
+  )
   if scored:
-    add({key: row.pictures for key, row in rows.items()
-         if row.pictures < _SPLITS * _LEAST_OF_A_SPLIT and key != 'other_captions'},
-        f'Inception score: left out of fewer than {_SPLITS * _LEAST_OF_A_SPLIT} pictures')
+    add(
+      {
+        key: row.pictures
+        for key, row in rows.items()
+        if row.pictures < _SPLITS * _LEAST_OF_A_SPLIT and key != 'other_captions'
+      },
+      f'Inception score: left out of fewer than {_SPLITS * _LEAST_OF_A_SPLIT} pictures',
+    )
   if 'real_half' not in rows:
     found.append('Halves: left out, since there are too few pictures.')
   if captions is not None and captions < FEW_PROMPTS:
-    found.append(f'Alignment: over fewer than {FEW_PROMPTS} captions ({captions}) the standard '
-                 'error is rough, and of one caption there is none.')
+    found.append(
+      f'Alignment: over fewer than {FEW_PROMPTS} captions ({captions}) the standard '
+      'error is rough, and of one caption there is none.'
+    )
   return found
 
 
-def _row(pictures: features_lib.Features, real: features_lib.Features,
-         alignment: Estimate | None = None) -> Row:
+def _row(
+  pictures: features_lib.Features, real: features_lib.Features, alignment: Estimate | None = None
+) -> Row:
   """Compares two sets."""
   found = None
   if min(len(pictures), len(real)) > precision_recall.NEIGHBOURS:
     found = precision_recall.precision_recall(pictures.values, real.values)
   return Row(
-      pictures=len(pictures), real=len(real), frechet_distance=_distance(pictures, real),
-      precision=found and found.precision, recall=found and found.recall,
-      inception_score=_inception_score(pictures), alignment=alignment)
+    pictures=len(pictures),
+    real=len(real),
+    frechet_distance=_distance(pictures, real),
+    precision=found and found.precision,
+    recall=found and found.recall,
+    inception_score=_inception_score(pictures),
+    alignment=alignment,
+  )
 
 
 def _distance(pictures: features_lib.Features, real: features_lib.Features) -> float | None:
@@ -238,10 +285,12 @@ def _distance(pictures: features_lib.Features, real: features_lib.Features) -> f
     return frechet.frechet_distance(pictures.values, real.values)
   import torch
   from torch_fidelity import metric_fid
-  statistics = [metric_fid.fid_features_to_statistics(torch.from_numpy(part.values))
-                for part in (pictures, real)]
-  return metric_fid.fid_statistics_to_metric(*statistics, verbose=False)[
-      metric_fid.KEY_METRIC_FID]
+
+  statistics = [
+    metric_fid.fid_features_to_statistics(torch.from_numpy(part.values))
+    for part in (pictures, real)
+  ]
+  return metric_fid.fid_statistics_to_metric(*statistics, verbose=False)[metric_fid.KEY_METRIC_FID]
 
 
 def _inception_score(pictures: features_lib.Features) -> Estimate | None:
@@ -253,12 +302,14 @@ def _inception_score(pictures: features_lib.Features) -> Estimate | None:
     return None
   import torch
   from torch_fidelity import metric_isc
+
   score = metric_isc.isc_features_to_metric(torch.from_numpy(pictures.logits), splits=_SPLITS)
   return Estimate(score[metric_isc.KEY_METRIC_ISC_MEAN], score[metric_isc.KEY_METRIC_ISC_STD])
 
 
-def _alignment(pictures: features_lib.Features, texts: np.ndarray | None,
-               caption_of: np.ndarray) -> Estimate | None:
+def _alignment(
+  pictures: features_lib.Features, texts: np.ndarray | None, caption_of: np.ndarray
+) -> Estimate | None:
   """Returns the mean cosine of pictures and their captions, and its error over captions."""
   if texts is None:
     return None
@@ -267,7 +318,7 @@ def _alignment(pictures: features_lib.Features, texts: np.ndarray | None,
   cosines = np.einsum('pd,pd->p', pictures.values, own) / norms
   drawn = np.bincount(caption_of, minlength=len(texts))
   of_caption = (np.bincount(caption_of, cosines, len(texts)) / drawn.clip(min=1))[drawn > 0]
-  error = float(of_caption.std(ddof=1) / len(of_caption)**0.5) if len(of_caption) > 1 else None
+  error = float(of_caption.std(ddof=1) / len(of_caption) ** 0.5) if len(of_caption) > 1 else None
   return Estimate(float(cosines.mean()), error)
 
 

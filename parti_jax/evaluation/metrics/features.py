@@ -40,6 +40,7 @@ class Features:
     logits: float32 [pictures, classes], for the inception score; None of a network without
       classes.
   """
+
   values: np.ndarray
   logits: np.ndarray | None = None
 
@@ -57,6 +58,7 @@ class Extractor(Protocol):
     name: for reports.
     image_size: height and width of the pictures that it compares, in pixels.
   """
+
   name: str
   image_size: int
 
@@ -86,6 +88,7 @@ class Inception:
     """
     import torch
     from torch_fidelity import utils
+
     self._torch = torch
     self._device = 'cuda' if torch.cuda.is_available() else 'cpu'
     self.image_size = image_size
@@ -96,19 +99,32 @@ class Inception:
       # torch-fidelity unpickles whatever is in the file; this takes nothing but tensors.
       torch.load(weights, map_location='cpu', weights_only=True)
       self._network = utils.create_feature_extractor(
-          'inception-v3-compat', ['2048', 'logits_unbiased'], cuda=self._device == 'cuda',
-          feature_extractor_weights_path=weights, verbose=False)
-    except (OSError, RuntimeError, EOFError, TypeError, AttributeError, KeyError,
-            pickle.UnpicklingError) as error:
-      raise UserError(f'--inception_weights {weights} holds no weights of Inception v3 in '
-                      f'torch-fidelity\'s form; it is the file {INCEPTION_FILE}') from error
+        'inception-v3-compat',
+        ['2048', 'logits_unbiased'],
+        cuda=self._device == 'cuda',
+        feature_extractor_weights_path=weights,
+        verbose=False,
+      )
+    except (
+      OSError,
+      RuntimeError,
+      EOFError,
+      TypeError,
+      AttributeError,
+      KeyError,
+      pickle.UnpicklingError,
+    ) as error:
+      raise UserError(
+        f'--inception_weights {weights} holds no weights of Inception v3 in '
+        f"torch-fidelity's form; it is the file {INCEPTION_FILE}"
+      ) from error
 
   def __call__(self, images: np.ndarray) -> Features:
     torch = self._torch
     parts = []
     with torch.no_grad():
       for start in range(0, len(images), _BATCH):
-        batch = torch.from_numpy(images[start:start + _BATCH].transpose(0, 3, 1, 2).copy())
+        batch = torch.from_numpy(images[start : start + _BATCH].transpose(0, 3, 1, 2).copy())
         parts.append([part.cpu().numpy() for part in self._network(batch.to(self._device))])
     values, logits = (np.concatenate(part) for part in zip(*parts))
     return Features(values, logits)
@@ -149,9 +165,12 @@ def resized(images: np.ndarray, size: int) -> np.ndarray:
   """
   if images.shape[1:3] == (size, size):
     return images
-  return np.stack([
+  return np.stack(
+    [
       np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
-      for image in images])
+      for image in images
+    ]
+  )
 
 
 def extract(extractor: Extractor, batches: Iterable[np.ndarray]) -> Features:

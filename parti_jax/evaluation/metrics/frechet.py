@@ -25,6 +25,7 @@ class Gaussian:
     mean: float64 [dim].
     covariance: float64 [dim, dim], the unbiased estimate.
   """
+
   mean: np.ndarray
   covariance: np.ndarray
 

@@ -23,12 +23,14 @@ _ROUNDING = 1e-13
 @dataclasses.dataclass(frozen=True)
 class PrecisionRecall:
   """Both shares, in [0, 1]."""
+
   precision: float
   recall: float
 
 
-def precision_recall(generated: np.ndarray, real: np.ndarray,
-                     neighbours: int = NEIGHBOURS) -> PrecisionRecall:
+def precision_recall(
+  generated: np.ndarray, real: np.ndarray, neighbours: int = NEIGHBOURS
+) -> PrecisionRecall:
   """Measures precision and recall.
 
   The distances are computed in blocks of 128 MiB at most, whatever the number of pictures.
@@ -52,8 +54,9 @@ def precision_recall(generated: np.ndarray, real: np.ndarray,
   generated = generated.astype(np.float64) - origin
   real = real.astype(np.float64) - origin
   return PrecisionRecall(
-      precision=_share_inside(generated, real, _squared_radii(real, neighbours)),
-      recall=_share_inside(real, generated, _squared_radii(generated, neighbours)))
+    precision=_share_inside(generated, real, _squared_radii(real, neighbours)),
+    recall=_share_inside(real, generated, _squared_radii(generated, neighbours)),
+  )
 
 
 def _squared_radii(features: np.ndarray, neighbours: int) -> np.ndarray:
@@ -62,15 +65,17 @@ def _squared_radii(features: np.ndarray, neighbours: int) -> np.ndarray:
   for block, distances in _squared_distances(features, features):
     # A point is no neighbour of its own; others at its very place are.
     distances[np.arange(len(distances)), np.arange(block.start, block.start + len(distances))] = (
-        np.inf)
+      np.inf
+    )
     radii.append(np.partition(distances, neighbours - 1, axis=1)[:, neighbours - 1])
   return np.concatenate(radii)
 
 
 def _share_inside(points: np.ndarray, centres: np.ndarray, squared_radii: np.ndarray) -> float:
   """Returns the share of points that lie in any of the balls."""
-  inside = [(distances <= squared_radii).any(axis=1)
-            for _, distances in _squared_distances(points, centres)]
+  inside = [
+    (distances <= squared_radii).any(axis=1) for _, distances in _squared_distances(points, centres)
+  ]
   return float(np.concatenate(inside).mean())
 
 

@@ -35,8 +35,7 @@ class RankerAlignment:
 
   measures = (RANKER,)
 
-  def __init__(self, ranker, prompts: Sequence[str], max_prompts: int | None = None,
-               seed: int = 0):
+  def __init__(self, ranker, prompts: Sequence[str], max_prompts: int | None = None, seed: int = 0):
     """See OpenMojiAlignment; `ranker` is of `Pipeline.ranker`."""
     self._ranker = ranker
     self.prompts = [prompts[index] for index in _chosen(len(prompts), max_prompts, seed)]
@@ -63,9 +62,15 @@ class OpenMojiAlignment:
 
   measures = ('tone_right', 'name_top1')
 
-  def __init__(self, image_size: int, split: str, max_prompts: int | None = None, seed: int = 0,
-               pictures: Sequence | None = None,
-               render: Callable[[str, int], np.ndarray] | None = None):
+  def __init__(
+    self,
+    image_size: int,
+    split: str,
+    max_prompts: int | None = None,
+    seed: int = 0,
+    pictures: Sequence | None = None,
+    render: Callable[[str, int], np.ndarray] | None = None,
+  ):
     """Draws the real pictures once.
 
     Args:

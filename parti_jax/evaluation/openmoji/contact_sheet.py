@@ -22,8 +22,9 @@ _FRAME = '#cccccc'
 _SHOWN_SIZE = 128
 
 
-def contact_sheet(sample: openmoji_report.Sample, max_rows: int = 40,
-                  columns: int = 2) -> Image.Image:
+def contact_sheet(
+  sample: openmoji_report.Sample, max_rows: int = 40, columns: int = 2
+) -> Image.Image:
   """Draws a page: for each prompt its caption, the real picture and the generated ones.
 
   Below each generated picture stand the marks: whether its name is right (a tick), among the
@@ -46,14 +47,19 @@ def contact_sheet(sample: openmoji_report.Sample, max_rows: int = 40,
   rows = -(-len(shown) // columns)
   width = 2 * _MARGIN + columns * cell_width + (columns - 1) * 2 * _MARGIN
   title = _title(sample, len(shown))
-  page = Image.new('RGB', (max(width, _text_width(title) + 2 * _MARGIN),
-                           2 * _MARGIN + 2 * _LINE + rows * cell_height), 'white')
+  page = Image.new(
+    'RGB',
+    (max(width, _text_width(title) + 2 * _MARGIN), 2 * _MARGIN + 2 * _LINE + rows * cell_height),
+    'white',
+  )
   draw = ImageDraw.Draw(page)
   draw.multiline_text((_MARGIN, _MARGIN), title, fill=_TEXT, font=_font())
   for position, prompt in enumerate(shown):
     row, column = position % rows, position // rows
-    corner = (_MARGIN + column * (cell_width + 2 * _MARGIN),
-              _MARGIN + 2 * _LINE + row * cell_height)
+    corner = (
+      _MARGIN + column * (cell_width + 2 * _MARGIN),
+      _MARGIN + 2 * _LINE + row * cell_height,
+    )
     _draw_prompt(page, draw, corner, sample, prompt, scale)
   return page
 
@@ -81,9 +87,11 @@ def _cell_size(sample: openmoji_report.Sample) -> tuple[int, int]:
 def _title(sample: openmoji_report.Sample, shown: int) -> str:
   """Returns what the page shows, in two lines."""
   of = '' if shown == len(sample.asked) else f' of {len(sample.asked)} judged'
-  return (f'{sample.split}: {shown}{of} prompts. Left: the real picture. Right: generated.\n'
-          'name: nearest real picture in the asked tones (tick: right, 5: among five nearest). '
-          'tone: nearest of the name\'s tones.')
+  return (
+    f'{sample.split}: {shown}{of} prompts. Left: the real picture. Right: generated.\n'
+    'name: nearest real picture in the asked tones (tick: right, 5: among five nearest). '
+    "tone: nearest of the name's tones."
+  )
 
 
 def _draw_prompt(page, draw, corner, sample, prompt, scale):
@@ -91,8 +99,7 @@ def _draw_prompt(page, draw, corner, sample, prompt, scale):
   left, top = corner
   size = sample.real.shape[1] * scale
   width, _ = _cell_size(sample)
-  draw.text((left, top), _shortened(sample.asked[prompt].caption, width), fill=_TEXT,
-            font=_font())
+  draw.text((left, top), _shortened(sample.asked[prompt].caption, width), fill=_TEXT, font=_font())
   top += _LINE
   _paste(page, draw, sample.real[prompt], (left, top), scale)
   draw.text((left, top + size + 4), 'real', fill=_TEXT, font=_font())
@@ -100,8 +107,16 @@ def _draw_prompt(page, draw, corner, sample, prompt, scale):
   for index, image in enumerate(sample.generated[prompt]):
     x = left + 2 * _GAP + (index + 1) * size + index * _GAP
     _paste(page, draw, image, (x, top), scale)
-    marks = [('name', 'tick' if verdicts.name_top1[prompt, index] else
-              '5' if verdicts.name_top5[prompt, index] else 'cross')]
+    marks = [
+      (
+        'name',
+        'tick'
+        if verdicts.name_top1[prompt, index]
+        else '5'
+        if verdicts.name_top5[prompt, index]
+        else 'cross',
+      )
+    ]
     if verdicts.tone_judged[prompt]:
       marks.append(('tone', 'tick' if verdicts.tone_right[prompt, index] else 'cross'))
     _draw_marks(draw, (x, top + size + 4), marks)
@@ -121,8 +136,7 @@ def _paste(page, draw, image: np.ndarray, corner, scale: int):
   enlarged = Image.fromarray(image.repeat(scale, axis=0).repeat(scale, axis=1))
   page.paste(enlarged, corner)
   left, top = corner
-  draw.rectangle((left - 1, top - 1, left + enlarged.width, top + enlarged.height),
-                 outline=_FRAME)
+  draw.rectangle((left - 1, top - 1, left + enlarged.width, top + enlarged.height), outline=_FRAME)
 
 
 def _draw_marks(draw, corner, marks: Sequence[tuple[str, str]]):

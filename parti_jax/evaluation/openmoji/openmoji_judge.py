@@ -41,6 +41,7 @@ class Verdicts:
     name_top1: bool [prompts, num_images].
     name_top5: bool [prompts, num_images].
   """
+
   tone_judged: np.ndarray
   tone_right: np.ndarray
   name_top1: np.ndarray
@@ -56,6 +57,7 @@ class Duplicates:
     same_tone: pictures that another name has too, in the same tones.
     same_name: pictures that their own name has too, in other tones.
   """
+
   pictures: int
   same_tone: int
   same_name: int
@@ -75,7 +77,7 @@ def _merge_same(images: np.ndarray) -> np.ndarray:
   means = images.mean(axis=2, dtype=np.float32).reshape(len(images), -1)
   limit = 2 * _SAME * means.shape[1]  # Twice, for the rounding of float32.
   for start in range(0, len(images), _BLOCK):
-    near = _squared_distances(means[start:start + _BLOCK], means) <= limit
+    near = _squared_distances(means[start : start + _BLOCK], means) <= limit
     for offset, other in np.argwhere(near):
       index = start + offset
       if other < index:
@@ -115,8 +117,9 @@ class _Candidates:
     for start in range(0, len(images), _BLOCK):
       block = slice(start, start + _BLOCK)
       distances = _squared_distances(images[block], self._pixels)
-      own = np.array([row[self._rows_of_label[label]].min()
-                      for row, label in zip(distances, asked[block])])
+      own = np.array(
+        [row[self._rows_of_label[label]].min() for row, label in zip(distances, asked[block])]
+      )
       ranks.append((distances < own[:, None]).sum(axis=1))
     return np.concatenate(ranks) if ranks else np.zeros(0, int)
 
@@ -135,9 +138,10 @@ def _squared_distances(images: np.ndarray, candidates: np.ndarray) -> np.ndarray
   norms = np.einsum('iv,iv->i', images, images)
   distances = np.empty((len(images), len(candidates)), np.float32)
   for start in range(0, len(candidates), _BLOCK):
-    block = _ink(candidates[start:start + _BLOCK])
-    distances[:, start:start + _BLOCK] = (
-        norms[:, None] - 2 * images @ block.T + np.einsum('cv,cv->c', block, block))
+    block = _ink(candidates[start : start + _BLOCK])
+    distances[:, start : start + _BLOCK] = (
+      norms[:, None] - 2 * images @ block.T + np.einsum('cv,cv->c', block, block)
+    )
   return distances
 
 
@@ -155,8 +159,9 @@ class Judge:
     size: height and width in pixels.
   """
 
-  def __init__(self, pictures: Sequence, size: int,
-               render: Callable[[str, int], np.ndarray] | None = None):
+  def __init__(
+    self, pictures: Sequence, size: int, render: Callable[[str, int], np.ndarray] | None = None
+  ):
     """Draws every real picture once.
 
     Args:
@@ -210,8 +215,9 @@ class Judge:
     images = np.asarray(images)
     wanted = (len(asked), self.size, self.size, 3)
     if images.ndim != 5 or images.shape[:1] + images.shape[2:] != wanted:
-      raise ValueError(f'images are {images.shape}, not (prompts, num_images, height, width, 3) '
-                       f'with {wanted}')
+      raise ValueError(
+        f'images are {images.shape}, not (prompts, num_images, height, width, 3) with {wanted}'
+      )
     if images.dtype != np.uint8:
       raise ValueError(f'images are {images.dtype}, not uint8')
     for picture in asked:
@@ -220,15 +226,27 @@ class Judge:
     flat = images.reshape(*images.shape[:2], self._pixels.shape[1])
     names = [picture.name for picture in asked]
     tones = [picture.tones for picture in asked]
-    name_rank = self._ranks(flat, groups=tones, labels=names, members=self._of_tones,
-                            label_of=lambda picture: picture.name)
-    tone_rank = self._ranks(flat, groups=names, labels=tones, members=self._of_name,
-                            label_of=lambda picture: picture.tones)
+    name_rank = self._ranks(
+      flat,
+      groups=tones,
+      labels=names,
+      members=self._of_tones,
+      label_of=lambda picture: picture.name,
+    )
+    tone_rank = self._ranks(
+      flat,
+      groups=names,
+      labels=tones,
+      members=self._of_name,
+      label_of=lambda picture: picture.tones,
+    )
     tone_judged = np.array([self.has_tones(name) for name in names], bool)
-    return Verdicts(tone_judged=tone_judged,
-                    tone_right=(tone_rank == 0) & tone_judged[:, None],
-                    name_top1=name_rank == 0,
-                    name_top5=name_rank < 5)
+    return Verdicts(
+      tone_judged=tone_judged,
+      tone_right=(tone_rank == 0) & tone_judged[:, None],
+      name_top1=name_rank == 0,
+      name_top5=name_rank < 5,
+    )
 
   def _ranks(self, flat, groups, labels, members, label_of) -> np.ndarray:
     """Ranks the asked label of each image among the real pictures of its prompt's group.
@@ -250,8 +268,7 @@ class Judge:
     ranks = np.zeros(flat.shape[:2], int)
     for group, prompts in prompts_of.items():
       indices = members[group]
-      candidates = _Candidates(self._pixels[indices],
-                               [label_of(self.pictures[i]) for i in indices])
+      candidates = _Candidates(self._pixels[indices], [label_of(self.pictures[i]) for i in indices])
       asked = [labels[prompt] for prompt in prompts for _ in range(num_images)]
       images = flat[prompts].reshape(len(asked), -1)
       ranks[prompts] = candidates.rank(images, asked).reshape(len(prompts), num_images)
@@ -260,9 +277,10 @@ class Judge:
   def duplicates(self) -> Duplicates:
     """Counts the real pictures that stand for more than one name, or more than one tone."""
     return Duplicates(
-        pictures=len(self.pictures),
-        same_tone=self._shared(self._of_tones, lambda picture: picture.name),
-        same_name=self._shared(self._of_name, lambda picture: picture.tones))
+      pictures=len(self.pictures),
+      same_tone=self._shared(self._of_tones, lambda picture: picture.name),
+      same_name=self._shared(self._of_name, lambda picture: picture.tones),
+    )
 
   def _shared(self, members, label_of) -> int:
     """Counts pictures that have the pixels of one with another label in their group."""

@@ -44,6 +44,7 @@ class Sample:
     generated: uint8 [prompts, num_images, height, width, 3].
     verdicts: of the generated pictures.
   """
+
   split: str
   asked: Sequence
   real: np.ndarray
@@ -51,14 +52,21 @@ class Sample:
   verdicts: openmoji_judge.Verdicts
 
 
-def evaluate(pipeline, splits: Sequence[str] = openmoji.SPLITS, num_images: int = 4,
-             max_prompts: int | None = None, seed: int = 0, *, train_prompts: int = 200,
-             pictures: Sequence | None = None,
-             render: Callable[[str, int], np.ndarray] | None = None,
-             on_sample: Callable[[Sample], None] = lambda sample: None,
-             progress: bool = False,
-             extractors: Sequence = (),
-             **sampling) -> report_lib.Report:
+def evaluate(
+  pipeline,
+  splits: Sequence[str] = openmoji.SPLITS,
+  num_images: int = 4,
+  max_prompts: int | None = None,
+  seed: int = 0,
+  *,
+  train_prompts: int = 200,
+  pictures: Sequence | None = None,
+  render: Callable[[str, int], np.ndarray] | None = None,
+  on_sample: Callable[[Sample], None] = lambda sample: None,
+  progress: bool = False,
+  extractors: Sequence = (),
+  **sampling,
+) -> report_lib.Report:
   """Evaluates a pipeline on splits of OpenMoji.
 
   Args:
@@ -90,8 +98,7 @@ def evaluate(pipeline, splits: Sequence[str] = openmoji.SPLITS, num_images: int 
   if progress:
     _log(f'drawing {len(pictures)} real pictures')
   judge = openmoji_judge.Judge(pictures, pipeline.image_size, render)
-  evaluation = _Evaluation(
-      pipeline, judge, num_images, seed, sampling, progress, extractors)
+  evaluation = _Evaluation(pipeline, judge, num_images, seed, sampling, progress, extractors)
   limits = dict.fromkeys(splits, max_prompts)
   limits['train'] = min(train_prompts, max_prompts or train_prompts)
   reports = []
@@ -100,9 +107,13 @@ def evaluate(pipeline, splits: Sequence[str] = openmoji.SPLITS, num_images: int 
     on_sample(sample)
     reports.append(report)
   return report_lib.Report(
-      splits=reports, num_images=num_images, seed=seed, image_size=pipeline.image_size,
-      sampling={key: sampling[key] for key in _REPORTED if sampling.get(key) is not None},
-      duplicates=dataclasses.asdict(judge.duplicates()))
+    splits=reports,
+    num_images=num_images,
+    seed=seed,
+    image_size=pipeline.image_size,
+    sampling={key: sampling[key] for key in _REPORTED if sampling.get(key) is not None},
+    duplicates=dataclasses.asdict(judge.duplicates()),
+  )
 
 
 def _log(line: str):
@@ -126,6 +137,7 @@ def _check(splits: Sequence[str], **numbers: int | None):
 @dataclasses.dataclass
 class _Evaluation:
   """What is the same for every split."""
+
   pipeline: Any
   judge: openmoji_judge.Judge
   num_images: int
@@ -154,37 +166,61 @@ class _Evaluation:
     asked = [members[index] for index in chosen]
     self.log(f'{split}: generating {self.num_images} pictures for each of {count} prompts')
     generated = self.pipeline.generate(
-        [picture.caption for picture in asked], num_images=self.num_images, seed=self.seed,
-        progress=self.progress, **self.sampling).images
+      [picture.caption for picture in asked],
+      num_images=self.num_images,
+      seed=self.seed,
+      progress=self.progress,
+      **self.sampling,
+    ).images
     self.log(f'{split}: the tokenizer on {len(members)} pictures')
     reconstructed, tokenizer = measure_tokenizer(
-        self.pipeline, self.judge.real(members), self.progress)
+      self.pipeline, self.judge.real(members), self.progress
+    )
     self.log(f'{split}: judging')
     verdicts = self.judge.judge(asked, generated)
     real = self.judge.real(asked)
     rows = {
-        'generated': _metrics(verdicts),
-        **(_of_ranked(verdicts) if self.sampling.get('rank') else {}),
-        'reconstruction': _metrics(self.judge.judge(asked, reconstructed[chosen][:, None])),
-        'other_tone': _metrics(self.other_tones(asked, rng)),
-        'random': _metrics(self.random(asked, rng)),
-        'real': _metrics(self.judge.judge(asked, real[:, None])),
+      'generated': _metrics(verdicts),
+      **(_of_ranked(verdicts) if self.sampling.get('rank') else {}),
+      'reconstruction': _metrics(self.judge.judge(asked, reconstructed[chosen][:, None])),
+      'other_tone': _metrics(self.other_tones(asked, rng)),
+      'random': _metrics(self.random(asked, rng)),
+      'real': _metrics(self.judge.judge(asked, real[:, None])),
     }
     report = report_lib.SplitReport(
-        split=split, prompts=count, pictures=len(members), rows=rows, tokenizer=tokenizer,
-        of_prompt=_of_prompt(asked, verdicts),
-        distributions=self.distributions(split, asked, real, reconstructed[chosen], generated))
+      split=split,
+      prompts=count,
+      pictures=len(members),
+      rows=rows,
+      tokenizer=tokenizer,
+      of_prompt=_of_prompt(asked, verdicts),
+      distributions=self.distributions(split, asked, real, reconstructed[chosen], generated),
+    )
     return report, Sample(split, asked, real, generated, verdicts)
 
-  def distributions(self, split: str, asked: Sequence, real: np.ndarray,
-                    reconstructed: np.ndarray, generated: np.ndarray) -> list:
+  def distributions(
+    self,
+    split: str,
+    asked: Sequence,
+    real: np.ndarray,
+    reconstructed: np.ndarray,
+    generated: np.ndarray,
+  ) -> list:
     """Compares generated with real pictures as sets, over each kind of features."""
     tables = []
     for extractor in self.extractors:
       self.log(f'{split}: features of the {extractor.name}')
-      tables.append(distribution.of_pictures(
-          extractor, [picture.caption for picture in asked], np.arange(len(asked)), real,
-          reconstructed, generated, self.seed))
+      tables.append(
+        distribution.of_pictures(
+          extractor,
+          [picture.caption for picture in asked],
+          np.arange(len(asked)),
+          real,
+          reconstructed,
+          generated,
+          self.seed,
+        )
+      )
     return tables
 
   def other_tones(self, asked: Sequence, rng: np.random.Generator) -> openmoji_judge.Verdicts:
@@ -216,9 +252,9 @@ class _Evaluation:
 def _metrics(verdicts: openmoji_judge.Verdicts) -> Mapping[str, report_lib.Metric]:
   """Turns verdicts into a metric for each key of METRICS."""
   return {
-      'tone_right': report_lib.Metric.of(verdicts.tone_right[verdicts.tone_judged]),
-      'name_top1': report_lib.Metric.of(verdicts.name_top1),
-      'name_top5': report_lib.Metric.of(verdicts.name_top5),
+    'tone_right': report_lib.Metric.of(verdicts.tone_right[verdicts.tone_judged]),
+    'name_top1': report_lib.Metric.of(verdicts.name_top1),
+    'name_top5': report_lib.Metric.of(verdicts.name_top5),
   }
 
 
@@ -227,27 +263,37 @@ def _of_ranked(verdicts: openmoji_judge.Verdicts) -> Mapping[str, Mapping[str, r
 
   That choice is made for each metric alone: whether any picture of the prompt is right.
   """
-  def of(choose):
-    return _metrics(openmoji_judge.Verdicts(
-        verdicts.tone_judged, *(choose(right) for right in (
-            verdicts.tone_right, verdicts.name_top1, verdicts.name_top5))))
 
-  return {'ranked_first': of(lambda right: right[:, :1]),
-          'best': of(lambda right: right.any(axis=1, keepdims=True))}
+  def of(choose):
+    return _metrics(
+      openmoji_judge.Verdicts(
+        verdicts.tone_judged,
+        *(choose(right) for right in (verdicts.tone_right, verdicts.name_top1, verdicts.name_top5)),
+      )
+    )
+
+  return {
+    'ranked_first': of(lambda right: right[:, :1]),
+    'best': of(lambda right: right.any(axis=1, keepdims=True)),
+  }
 
 
 def _of_prompt(asked, verdicts: openmoji_judge.Verdicts) -> list[dict]:
   """Returns each prompt's caption and its share of right pictures, by key of METRICS."""
   return [
-      {'caption': picture.caption,
-       'tone_right': float(verdicts.tone_right[i].mean()) if verdicts.tone_judged[i] else None,
-       'name_top1': float(verdicts.name_top1[i].mean()),
-       'name_top5': float(verdicts.name_top5[i].mean())}
-      for i, picture in enumerate(asked)]
+    {
+      'caption': picture.caption,
+      'tone_right': float(verdicts.tone_right[i].mean()) if verdicts.tone_judged[i] else None,
+      'name_top1': float(verdicts.name_top1[i].mean()),
+      'name_top5': float(verdicts.name_top5[i].mean()),
+    }
+    for i, picture in enumerate(asked)
+  ]
 
 
-def measure_tokenizer(pipeline, images: np.ndarray,
-                      progress: bool = False) -> tuple[np.ndarray, report_lib.Tokenizer]:
+def measure_tokenizer(
+  pipeline, images: np.ndarray, progress: bool = False
+) -> tuple[np.ndarray, report_lib.Tokenizer]:
   """Sends real pictures through a pipeline's tokenizer.
 
   Args:
@@ -261,20 +307,24 @@ def measure_tokenizer(pipeline, images: np.ndarray,
   reconstructed = _in_batches(pipeline.reconstruct, images, 'reconstructing', progress)
   tokens = _in_batches(pipeline.tokenize, images, 'tokenizing', progress)
   return reconstructed, report_lib.Tokenizer(
-      pictures=len(images), psnr=float(psnr(images, reconstructed).mean()),
-      codes_used=len(np.unique(tokens)), codebook_size=int(pipeline.codebook_size))
+    pictures=len(images),
+    psnr=float(psnr(images, reconstructed).mean()),
+    codes_used=len(np.unique(tokens)),
+    codebook_size=int(pipeline.codebook_size),
+  )
 
 
-def _in_batches(function: Callable[[np.ndarray], np.ndarray], images: np.ndarray,
-                description: str, progress: bool) -> np.ndarray:
+def _in_batches(
+  function: Callable[[np.ndarray], np.ndarray], images: np.ndarray, description: str, progress: bool
+) -> np.ndarray:
   """Applies a function to batches of one shape, so that it is compiled once."""
   results = []
   starts = range(0, len(images), _TOKENIZER_BATCH)
   # disable=None: no bar where stderr isn't a terminal.
   for start in tqdm.tqdm(starts, description, leave=False, disable=None if progress else True):
-    batch = images[start:start + _TOKENIZER_BATCH]
+    batch = images[start : start + _TOKENIZER_BATCH]
     padding = np.repeat(batch[-1:], _TOKENIZER_BATCH - len(batch), axis=0)
-    results.append(np.asarray(function(np.concatenate([batch, padding])))[:len(batch)])
+    results.append(np.asarray(function(np.concatenate([batch, padding])))[: len(batch)])
   return np.concatenate(results)
 
 
@@ -290,4 +340,4 @@ def psnr(images: np.ndarray, others: np.ndarray) -> np.ndarray:
   """
   difference = images.astype(np.float32) - others.astype(np.float32)
   error = np.square(difference).mean(axis=(1, 2, 3), dtype=np.float64)
-  return 10 * np.log10(255.0**2 / np.maximum(error, 255.0**2 / 10**(_MAX_PSNR / 10)))
+  return 10 * np.log10(255.0**2 / np.maximum(error, 255.0**2 / 10 ** (_MAX_PSNR / 10)))

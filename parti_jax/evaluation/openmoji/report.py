@@ -17,20 +17,21 @@ METRICS = {'tone_right': 'tone right', 'name_top1': 'name top 1', 'name_top5': '
 # The order of rows, best first, and what a reader needs to know of each. The first is what is
 # judged; the next two are there if the pictures were ranked; the others are the yardsticks.
 ROWS = {
-    'generated': 'generated',
-    'ranked_first': 'of each prompt, the first by the ranker',
-    'best': 'of each prompt, the best by the judge (what a ranker could choose)',
-    'reconstruction': 'real picture through the tokenizer (ceiling)',
-    'other_tone': 'training picture, same name, another tone',
-    'random': 'random training picture (floor)',
-    'real': 'real picture (checks the judge)',
+  'generated': 'generated',
+  'ranked_first': 'of each prompt, the first by the ranker',
+  'best': 'of each prompt, the best by the judge (what a ranker could choose)',
+  'reconstruction': 'real picture through the tokenizer (ceiling)',
+  'other_tone': 'training picture, same name, another tone',
+  'random': 'random training picture (floor)',
+  'real': 'real picture (checks the judge)',
 }
 
 _HOW_JUDGED = (
-    'tone right: of the real pictures of the asked name, the nearest in pixels has the asked '
-    'tones (only names with tones). name top 1, top 5: of the real pictures of all names in '
-    'the asked tones, the nearest, or one of the five nearest, is of the asked name. '
-    'In %; ± is the standard error over prompts.')
+  'tone right: of the real pictures of the asked name, the nearest in pixels has the asked '
+  'tones (only names with tones). name top 1, top 5: of the real pictures of all names in '
+  'the asked tones, the nearest, or one of the five nearest, is of the asked name. '
+  'In %; ± is the standard error over prompts.'
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Metric:
     standard_error: of that mean over prompts; None with fewer than two prompts.
     prompts: number of prompts it is taken over.
   """
+
   mean: float | None
   standard_error: float | None
   prompts: int
@@ -74,6 +76,7 @@ class Tokenizer:
     codes_used: number of different codes in their tokens.
     codebook_size: number of codes there are.
   """
+
   pictures: int
   psnr: float
   codes_used: int
@@ -84,8 +87,10 @@ class Tokenizer:
     return self.codes_used / self.codebook_size
 
   def __str__(self):
-    return (f'PSNR {self.psnr:.1f} dB, {self.codes_used} of {self.codebook_size} codes used '
-            f'({100 * self.share_of_codes_used:.1f}%)')
+    return (
+      f'PSNR {self.psnr:.1f} dB, {self.codes_used} of {self.codebook_size} codes used '
+      f'({100 * self.share_of_codes_used:.1f}%)'
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +107,7 @@ class SplitReport:
       right, by key of METRICS (None where tone isn't judged).
     distributions: the generated pictures as a set, over each kind of features there is.
   """
+
   split: str
   prompts: int
   pictures: int
@@ -125,8 +131,14 @@ class SplitReport:
       metrics = self.rows[row]
       lines.append([label, str(metrics['name_top1'].prompts), *map(str, metrics.values())])
     shares = [self.of_ceiling(metric) for metric in METRICS]
-    lines.insert(2, ['generated / ceiling', '',
-                     *('-' if share is None else f'{100 * share:.1f}' for share in shares)])
+    lines.insert(
+      2,
+      [
+        'generated / ceiling',
+        '',
+        *('-' if share is None else f'{100 * share:.1f}' for share in shares),
+      ],
+    )
     return lines
 
   def remarks(self) -> list[str]:
@@ -139,8 +151,10 @@ class SplitReport:
         few.append(f'{label}: {fewest}')
     if not few:
       return []
-    return [f'Standard errors over fewer than {distribution_lib.FEW_PROMPTS} prompts are rough, '
-            f'and of one prompt there is none (fewest prompts of a row: {", ".join(few)}).']
+    return [
+      f'Standard errors over fewer than {distribution_lib.FEW_PROMPTS} prompts are rough, '
+      f'and of one prompt there is none (fewest prompts of a row: {", ".join(few)}).'
+    ]
 
   def title(self) -> str:
     return f'{self.split}: {self.prompts} of {self.pictures} prompts'
@@ -158,6 +172,7 @@ class Report:
     sampling: the settings passed to the pipeline (those left out are the model's own).
     duplicates: as `openmoji_judge.Duplicates`, by name.
   """
+
   splits: Sequence[SplitReport]
   num_images: int
   seed: int
@@ -170,21 +185,29 @@ class Report:
     duplicates = self.duplicates
     settings = ', '.join(f'{key} {value}' for key, value in self.sampling.items())
     return [
-        f'{self.num_images} pictures a prompt, {self.image_size}x{self.image_size} pixels, '
-        f'seed {self.seed}, sampling: {settings or "as the model is configured"}.',
-        _HOW_JUDGED,
-        f'Of {duplicates["pictures"]} real pictures, {duplicates["same_tone"]} are the same as '
-        f'one of another name in the same tones, and {duplicates["same_name"]} as one of their '
-        'own name in other tones: such a picture counts as right for both.',
-        *([distribution_report.NOTE] if any(split.distributions for split in self.splits) else [])]
+      f'{self.num_images} pictures a prompt, {self.image_size}x{self.image_size} pixels, '
+      f'seed {self.seed}, sampling: {settings or "as the model is configured"}.',
+      _HOW_JUDGED,
+      f'Of {duplicates["pictures"]} real pictures, {duplicates["same_tone"]} are the same as '
+      f'one of another name in the same tones, and {duplicates["same_name"]} as one of their '
+      'own name in other tones: such a picture counts as right for both.',
+      *([distribution_report.NOTE] if any(split.distributions for split in self.splits) else []),
+    ]
 
   def text(self) -> str:
     """Renders tables for a terminal."""
     blocks = []
     for split in self.splits:
-      blocks.append('\n'.join(
-          [split.title(), tables.text(split.table()), f'tokenizer: {split.tokenizer}',
-           *split.remarks()]))
+      blocks.append(
+        '\n'.join(
+          [
+            split.title(),
+            tables.text(split.table()),
+            f'tokenizer: {split.tokenizer}',
+            *split.remarks(),
+          ]
+        )
+      )
       blocks += map(distribution_report.text, split.distributions)
     return '\n\n'.join([*blocks, '\n'.join(self.notes())]) + '\n'
 

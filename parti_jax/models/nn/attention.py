@@ -55,8 +55,7 @@ def attend(query, key, value, mask=None):
   return jnp.einsum('bhqk,bkhd->bqhd', weights, value)
 
 
-def attend_blockwise(query, key, value, pattern: attention_patterns.AttentionPattern,
-                     block: int):
+def attend_blockwise(query, key, value, pattern: attention_patterns.AttentionPattern, block: int):
   """`attend` with the pattern's mask, for one block of queries after another.
 
   A block looks only at the keys from the first to the last that any of its queries sees; its
@@ -65,12 +64,17 @@ def attend_blockwise(query, key, value, pattern: attention_patterns.AttentionPat
   """
   blocks = []
   for start in range(0, pattern.length, block):
-    rows = pattern.mask[start:start + block]
+    rows = pattern.mask[start : start + block]
     seen = rows.any(axis=0).nonzero()[0]
     first, last = int(seen[0]), int(seen[-1]) + 1
-    blocks.append(jax.checkpoint(attend)(
-        query[:, start:start + block], key[:, first:last], value[:, first:last],
-        rows[:, first:last]))
+    blocks.append(
+      jax.checkpoint(attend)(
+        query[:, start : start + block],
+        key[:, first:last],
+        value[:, first:last],
+        rows[:, first:last],
+      )
+    )
   return jnp.concatenate(blocks, axis=1)
 
 
@@ -84,7 +88,7 @@ def attend_rows(query, key, value, pattern: attention_patterns.AttentionPattern)
   above = lambda part: jnp.pad(part[:, :-1], ((0, 0), (1, 0)) + ((0, 0),) * 3)
   with_above = lambda part: jnp.concatenate([above(part), part], axis=2)
   mask = np.pad(pattern.mask, ((0, 0), (columns, 0))).reshape(rows, columns, -1)
-  mask = np.stack([mask[row, :, row * columns:(row + 2) * columns] for row in range(rows)])
+  mask = np.stack([mask[row, :, row * columns : (row + 2) * columns] for row in range(rows)])
   query, key, value = cut(query), with_above(cut(key)), with_above(cut(value))
   out = jax.vmap(attend, in_axes=(1, 1, 1, 0), out_axes=1)(query, key, value, mask)
   return out.reshape(out.shape[:1] + (pattern.length,) + out.shape[3:])
@@ -96,15 +100,17 @@ def attend_columns(query, key, value, pattern: attention_patterns.AttentionPatte
   Arguments and result as `attend`; the length is that of the pattern.
   """
   columns = pattern.grid[1]
-  parts = [part.reshape(part.shape[:1] + pattern.grid + part.shape[2:])
-           for part in (query, key, value)]
+  parts = [
+    part.reshape(part.shape[:1] + pattern.grid + part.shape[2:]) for part in (query, key, value)
+  ]
   mask = pattern.mask[::columns, ::columns]
   out = jax.vmap(attend, in_axes=(2, 2, 2, None), out_axes=2)(*parts, mask)
   return out.reshape(query.shape)
 
 
-def attend_fused(query, key, value, pattern: attention_patterns.AttentionPattern,
-                 interpret: bool = False):
+def attend_fused(
+  query, key, value, pattern: attention_patterns.AttentionPattern, interpret: bool = False
+):
   """`attend` with the pattern's mask as one TPU kernel, splash attention, forward and backward.
 
   The kernel skips blocks of positions that the pattern rules out; it computes in the pattern's
@@ -123,11 +129,18 @@ def attend_fused(query, key, value, pattern: attention_patterns.AttentionPattern
   """
   # Imported here: it takes a second that runs on other platforms need not pay.
   from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
   side = min(_FUSED_BLOCK[pattern.name], pattern.length)
   side = side if pattern.length % side == 0 else _LANES
   sizes = splash.BlockSizes(
-      block_q=side, block_kv=side, block_kv_compute=side, block_q_dkv=side, block_kv_dkv=side,
-      block_kv_dkv_compute=side, use_fused_bwd_kernel=True)
+    block_q=side,
+    block_kv=side,
+    block_kv_compute=side,
+    block_q_dkv=side,
+    block_kv_dkv=side,
+    block_kv_dkv_compute=side,
+    use_fused_bwd_kernel=True,
+  )
 
   def by_columns(part, back=False):
     """From raster order to the pattern's `order`, or back: a transposed grid, for 'column'."""
@@ -141,7 +154,8 @@ def attend_fused(query, key, value, pattern: attention_patterns.AttentionPattern
     """Of one device; [batch, heads, length, head_dim] each."""
     mask = splash.MultiHeadMask([splash.NumpyMask(pattern.ordered_mask)] * query.shape[1])
     kernel = splash.make_splash_mha_single_device(
-        mask, block_sizes=sizes, residual_checkpoint_name=ATTENTION_OUTPUT, interpret=interpret)
+      mask, block_sizes=sizes, residual_checkpoint_name=ATTENTION_OUTPUT, interpret=interpret
+    )
     # By the scope's name a plan knows which pattern a kernel is of.
     with jax.named_scope(KERNEL_SCOPE + pattern.name):
       return by_columns(jax.vmap(kernel)(*map(by_columns, (query, key, value))), back=True)
@@ -149,8 +163,12 @@ def attend_fused(query, key, value, pattern: attention_patterns.AttentionPattern
   if mesh_lib.current() is not None:
     spec = rules_lib.spec('activation_batch', 'activation_heads', None, None)
     attend_local = jax.shard_map(
-        attend_local, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False,
-        axis_names=rules_lib.free_axes())
+      attend_local,
+      in_specs=(spec, spec, spec),
+      out_specs=spec,
+      check_vma=False,
+      axis_names=rules_lib.free_axes(),
+    )
   parts = [part.swapaxes(1, 2) for part in (query * query.shape[-1] ** -0.5, key, value)]
   return attend_local(*parts).swapaxes(1, 2)
 
@@ -217,9 +235,9 @@ def write_cache(cache, key, value, position, pattern: attention_patterns.Attenti
   """A cache with one more position, whose key and value are [batch, 1, heads, head_dim]."""
   slot = pattern.slot(position, cache[0].shape[2])
   return tuple(
-      jax.lax.dynamic_update_slice_in_dim(
-          old, new.swapaxes(1, 2).astype(old.dtype), slot, axis=2)
-      for old, new in zip(cache, (key, value)))
+    jax.lax.dynamic_update_slice_in_dim(old, new.swapaxes(1, 2).astype(old.dtype), slot, axis=2)
+    for old, new in zip(cache, (key, value))
+  )
 
 
 class SelfAttention(nn.Module):
@@ -238,9 +256,11 @@ class SelfAttention(nn.Module):
   def setup(self):
     head_dim = self.width // self.heads
     self.project_in = layers.Projection(
-        (3, self.heads, head_dim), 1, ('embed', 'qkv', 'heads', 'head_dim'), self.dtype)
+      (3, self.heads, head_dim), 1, ('embed', 'qkv', 'heads', 'head_dim'), self.dtype
+    )
     self.project_out = layers.Projection(
-        (self.width,), 2, ('heads', 'head_dim', 'embed'), self.dtype)
+      (self.width,), 2, ('heads', 'head_dim', 'embed'), self.dtype
+    )
 
   def _queries_keys_values(self, x):
     projected = self.project_in(x)
@@ -279,8 +299,11 @@ class SelfAttention(nn.Module):
     first, count, visible = pattern.read(position, slots)
     # Gathered, not sliced: XLA on a CPU fuses a slice with the writing of the newest position, and
     # then copies the whole cache at every step.
-    seen = cache if count == slots else tuple(
-        jnp.take(part, first + jnp.arange(count), axis=2, mode='clip') for part in cache)
+    seen = (
+      cache
+      if count == slots
+      else tuple(jnp.take(part, first + jnp.arange(count), axis=2, mode='clip') for part in cache)
+    )
     return self.project_out(attend_cached(query, *seen, visible))
 
 
@@ -294,11 +317,14 @@ class CrossAttention(nn.Module):
   def setup(self):
     head_dim = self.width // self.heads
     self.project_query = layers.Projection(
-        (self.heads, head_dim), 1, ('embed', 'heads', 'head_dim'), self.dtype)
+      (self.heads, head_dim), 1, ('embed', 'heads', 'head_dim'), self.dtype
+    )
     self.project_memory = layers.Projection(
-        (2, self.heads, head_dim), 1, ('embed', 'kv', 'heads', 'head_dim'), self.dtype)
+      (2, self.heads, head_dim), 1, ('embed', 'kv', 'heads', 'head_dim'), self.dtype
+    )
     self.project_out = layers.Projection(
-        (self.width,), 2, ('heads', 'head_dim', 'embed'), self.dtype)
+      (self.width,), 2, ('heads', 'head_dim', 'embed'), self.dtype
+    )
 
   def memory(self, encoded):
     """Keys and values of the text, computed once for all positions.

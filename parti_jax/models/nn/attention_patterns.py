@@ -76,7 +76,7 @@ class AttentionPattern:
   def keys(self) -> int:
     """Keys that a query counts to look at, with those of its neighbourhood that come after it."""
     rows, columns = self.grid
-    counts = {'conv': self.kernel ** 2, 'row': columns + 1, 'column': rows, 'global': self.length}
+    counts = {'conv': self.kernel**2, 'row': columns + 1, 'column': rows, 'global': self.length}
     return min(self.length, counts[self.name])
 
   @property
@@ -84,8 +84,11 @@ class AttentionPattern:
     """How many positions, the newest one among them, lie between a query and its farthest key."""
     (rows, columns), half = self.grid, self.kernel // 2
     farthest = {
-        'conv': min(half, rows - 1) * columns + min(half, columns - 1), 'row': columns,
-        'column': (rows - 1) * columns, 'global': self.length - 1}
+      'conv': min(half, rows - 1) * columns + min(half, columns - 1),
+      'row': columns,
+      'column': (rows - 1) * columns,
+      'global': self.length - 1,
+    }
     return min(self.length, farthest[self.name] + 1)
 
   # Caches of sampling. Position p lies in slot p modulo the number of slots: a ring, in which a

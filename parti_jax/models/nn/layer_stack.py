@@ -21,13 +21,15 @@ from parti_jax.partitioning import pipeline_parallelism
 
 # What the backward pass finds in memory instead of computing it again.
 REMAT_POLICIES = {
-    'everything': jax.checkpoint_policies.save_anything_except_these_names(
-        pipeline_parallelism.VISIT_PARAMETERS),
-    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    'block_inputs_and_attention': jax.checkpoint_policies.save_only_these_names(
-        attention.ATTENTION_OUTPUT),
-    'block_inputs': jax.checkpoint_policies.nothing_saveable,
-    'nothing': jax.checkpoint_policies.nothing_saveable,
+  'everything': jax.checkpoint_policies.save_anything_except_these_names(
+    pipeline_parallelism.VISIT_PARAMETERS
+  ),
+  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  'block_inputs_and_attention': jax.checkpoint_policies.save_only_these_names(
+    attention.ATTENTION_OUTPUT
+  ),
+  'block_inputs': jax.checkpoint_policies.nothing_saveable,
+  'nothing': jax.checkpoint_policies.nothing_saveable,
 }
 
 
@@ -70,8 +72,17 @@ def initializer(block: nn.Module, length: int, *inputs):
   return init
 
 
-def run(layer, stacked, x, beside, dropout_keys, policy: str, unroll: int = 1,
-        every: bool = False, period: int = 1):
+def run(
+  layer,
+  stacked,
+  x,
+  beside,
+  dropout_keys,
+  policy: str,
+  unroll: int = 1,
+  every: bool = False,
+  period: int = 1,
+):
   """Runs the layers one after the other; as a pipeline where the mesh has several stages.
 
   Args:
@@ -102,16 +113,19 @@ def run(layer, stacked, x, beside, dropout_keys, policy: str, unroll: int = 1,
   schedule = pipeline_parallelism.schedule(count, x.shape[0])
   if schedule is not None and every:
     raise errors.UserError(
-        f'make_mesh.stage={schedule.stages}: a pipeline does not hand out the outputs of all '
-        'layers, which GeneratorStage.depth_loss_weights asks for; train without stages, or '
-        'without that loss')
+      f'make_mesh.stage={schedule.stages}: a pipeline does not hand out the outputs of all '
+      'layers, which GeneratorStage.depth_loss_weights asks for; train without stages, or '
+      'without that loss'
+    )
   if schedule is not None:
+
     def in_visit(params, index, number, *others):
       whole = schedule.layers_per_visit % period == 0
       return one((number if whole else index) % period, params, index, *others)
 
     return pipeline_parallelism.run(
-        in_visit, lambda visit: remat(visit, policy), stacked, x, (beside, rows), schedule)
+      in_visit, lambda visit: remat(visit, policy), stacked, x, (beside, rows), schedule
+    )
 
   kinds = [functools.partial(one, place) for place in range(period)]
   if policy != 'everything':

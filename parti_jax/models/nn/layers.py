@@ -34,15 +34,16 @@ class Projection(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    contracted = x.shape[-self.contracted:]
+    contracted = x.shape[-self.contracted :]
     stddev = math.sqrt(self.scale / math.prod(contracted))
     kernel = self.param(
-        'kernel',
-        nn.with_logical_partitioning(nn.initializers.truncated_normal(stddev), self.axes),
-        contracted + self.features)
+      'kernel',
+      nn.with_logical_partitioning(nn.initializers.truncated_normal(stddev), self.axes),
+      contracted + self.features,
+    )
     # With one axis of rows the kernel's gradient is a product of two matrices as they lie; over
     # several, XLA on a CPU first writes a transposed copy, at up to the cost of the product.
-    rows = x.shape[:-self.contracted]
+    rows = x.shape[: -self.contracted]
     x = x.astype(self.dtype).reshape((-1,) + contracted)
     dimensions = tuple(range(1, x.ndim)), tuple(range(self.contracted))
     product = jax.lax.dot_general(x, kernel.astype(self.dtype), (dimensions, ((), ())))
@@ -91,7 +92,7 @@ class Dropout(nn.Module):
 
   def __call__(self, x, keys: DropoutKeys | None):
     """x: [batch, ..., features]. As x; off where `keys` is None."""
-    dropped = min(round(self.rate * 2 ** 16), 2 ** 16 - 1)
+    dropped = min(round(self.rate * 2**16), 2**16 - 1)
     if keys is None or not dropped:
       return x
     features = x.shape[-1]
@@ -101,11 +102,13 @@ class Dropout(nn.Module):
       place = place * size + jax.lax.broadcasted_iota(jnp.uint32, shape[1:], axis)
     rows = keys.rows.reshape((-1,) + (1,) * place.ndim)
     words = jax.extend.random.threefry2x32_p.bind(
-        *jax.random.key_data(keys.key)[:2],
-        jnp.broadcast_to(rows, shape), jnp.broadcast_to(place, shape))
-    quarters = [part for word in words for part in (word & 0xffff, word >> 16)]
+      *jax.random.key_data(keys.key)[:2],
+      jnp.broadcast_to(rows, shape),
+      jnp.broadcast_to(place, shape),
+    )
+    quarters = [part for word in words for part in (word & 0xFFFF, word >> 16)]
     values = jnp.concatenate(quarters, axis=-1)[..., :features]
-    return jnp.where(values >= dropped, x * (2 ** 16 / (2 ** 16 - dropped)), 0)
+    return jnp.where(values >= dropped, x * (2**16 / (2**16 - dropped)), 0)
 
 
 class LayerNorm(nn.Module):
@@ -120,7 +123,8 @@ class LayerNorm(nn.Module):
   @nn.compact
   def __call__(self, x):
     scale = self.param(
-        'scale', nn.with_logical_partitioning(nn.initializers.ones, ('norm',)), (x.shape[-1],))
+      'scale', nn.with_logical_partitioning(nn.initializers.ones, ('norm',)), (x.shape[-1],)
+    )
     x = x.astype(jnp.float32)
     mean = jnp.mean(x, axis=-1, keepdims=True)
     variance = jnp.mean(jnp.square(x), axis=-1, keepdims=True) - jnp.square(mean)
@@ -145,9 +149,11 @@ class MLP(nn.Module):
   def __call__(self, x):
     hidden = Projection((self.mlp_width,), 1, ('embed', 'mlp'), self.dtype, name='project_in')(x)
     hidden = nn.with_logical_constraint(
-        hidden, ('activation_batch', 'activation_length', 'activation_mlp'))
+      hidden, ('activation_batch', 'activation_length', 'activation_mlp')
+    )
     return Projection((self.width,), 1, ('mlp', 'embed'), self.dtype, name='project_out')(
-        nn.gelu(hidden))
+      nn.gelu(hidden)
+    )
 
 
 class Embedding(nn.Module):
@@ -168,7 +174,8 @@ class Embedding(nn.Module):
   def setup(self):
     initializer = nn.initializers.normal(self.stddev)
     self.table = self.param(
-        'table', nn.with_logical_partitioning(initializer, self.axes), (self.size, self.width))
+      'table', nn.with_logical_partitioning(initializer, self.axes), (self.size, self.width)
+    )
 
   def __call__(self, ids, dtype=jnp.float32):
     """ids: int32 [...]. Returns dtype [..., width]."""

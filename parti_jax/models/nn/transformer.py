@@ -85,8 +85,7 @@ class DecoderBlock(nn.Module):
     """
     x = nn.with_logical_constraint(x, layers.ACTIVATION)
     keys = [layers.fold(dropout_keys, site) for site in range(3)]
-    x = x + self.drop(
-        self.attention.in_schedule(self.attention_norm(x), patterns, place), keys[0])
+    x = x + self.drop(self.attention.in_schedule(self.attention_norm(x), patterns, place), keys[0])
     memory = self.cross_attention.memory(encoded)
     attended = self.cross_attention(self.cross_norm(x), memory, text_mask)
     x = x + self.drop(attended, keys[1])
@@ -147,7 +146,8 @@ class Encoder(nn.Module):
 
   def setup(self):
     self.block = EncoderBlock(
-        self.width, self.mlp_width, self.heads, self.dropout, self.dtype, parent=None)
+      self.width, self.mlp_width, self.heads, self.dropout, self.dtype, parent=None
+    )
     self.norm = layers.LayerNorm(self.dtype)
 
   @nn.compact
@@ -184,7 +184,8 @@ class Decoder(nn.Module):
 
   def setup(self):
     self.block = DecoderBlock(
-        self.width, self.mlp_width, self.heads, self.dropout, self.dtype, parent=None)
+      self.width, self.mlp_width, self.heads, self.dropout, self.dtype, parent=None
+    )
     self.norm = layers.LayerNorm(self.dtype)
 
   @nn.compact
@@ -195,16 +196,28 @@ class Decoder(nn.Module):
       [batch, length, embed]; or, with `every`, what each layer's output is after the last layer
       norm, [layers, batch, length, embed].
     """
-    stacked = self.param('layers', layer_stack.initializer(
-        self.block, self.num_layers, x[:1], encoded[:1], text_mask[:1], self.patterns))
+    stacked = self.param(
+      'layers',
+      layer_stack.initializer(
+        self.block, self.num_layers, x[:1], encoded[:1], text_mask[:1], self.patterns
+      ),
+    )
 
     def layer(params, place, x, beside, keys):
       return self.block.apply({'params': params}, x, *beside, self.patterns, place, keys)
 
     if not self.is_initializing():
       x = layer_stack.run(
-          layer, stacked, x, (encoded, text_mask), dropout_keys, self.remat, self.unroll,
-          every, len(self.patterns))
+        layer,
+        stacked,
+        x,
+        (encoded, text_mask),
+        dropout_keys,
+        self.remat,
+        self.unroll,
+        every,
+        len(self.patterns),
+      )
     return self.norm(x)
 
   def start(self, encoded, layers_apart):
@@ -218,8 +231,9 @@ class Decoder(nn.Module):
       A list with, for each layer, its memory: the text's keys and values,
       [batch, heads, text_length, head_dim] each.
     """
-    return [self.block.apply({'params': params}, encoded, method='memory')
-            for params in layers_apart]
+    return [
+      self.block.apply({'params': params}, encoded, method='memory') for params in layers_apart
+    ]
 
   def step(self, x, caches, layers_apart, memories, text_mask, position):
     """One position through all layers.
@@ -238,14 +252,24 @@ class Decoder(nn.Module):
     """
     written = []
     for layer, (cache, params, memory) in enumerate(
-        zip(caches, layers_apart, memories, strict=True)):
-      x, cache = self.block.apply({'params': params}, x, cache, memory, text_mask, position,
-                                  self._pattern(layer), method='step')
+      zip(caches, layers_apart, memories, strict=True)
+    ):
+      x, cache = self.block.apply(
+        {'params': params},
+        x,
+        cache,
+        memory,
+        text_mask,
+        position,
+        self._pattern(layer),
+        method='step',
+      )
       written.append(cache)
     return self.finish(x), written
 
-  def step_until(self, x, caches, layers_apart, memories, text_mask, position, leaves,
-                 copied=None, entries=None):
+  def step_until(
+    self, x, caches, layers_apart, memories, text_mask, position, leaves, copied=None, entries=None
+  ):
     """One position through as many layers as its rows need.
 
     A row that has left keeps its hidden state, and the keys and values of the layers that it skips
@@ -273,7 +297,8 @@ class Decoder(nn.Module):
     passed, computed = jnp.zeros(x.shape[:1], jnp.int32), jnp.int32(0)
     written, made = [], []
     for layer, (cache, params, memory) in enumerate(
-        zip(caches, layers_apart, memories, strict=True)):
+      zip(caches, layers_apart, memories, strict=True)
+    ):
       block, pattern = functools.partial(self.block.apply, {'params': params}), self._pattern(layer)
       left = leaves(layer, x, left)
       project = functools.partial(block, method='project')
@@ -282,9 +307,11 @@ class Decoder(nn.Module):
       else:
         given = entries[layer]
         query, *entry = jax.lax.cond(
-            jnp.all(copied), lambda x, given=given: (jnp.zeros_like(given[0]), *given), project, x)
-        entry = [jnp.where(copied[:, None, None, None], there, own)
-                 for there, own in zip(given, entry)]
+          jnp.all(copied), lambda x, given=given: (jnp.zeros_like(given[0]), *given), project, x
+        )
+        entry = [
+          jnp.where(copied[:, None, None, None], there, own) for there, own in zip(given, entry)
+        ]
       cache = attention.write_cache(cache, *entry, position, pattern)
 
       def rest(x, query, cache, memory, block=block, pattern=pattern):
@@ -293,7 +320,8 @@ class Decoder(nn.Module):
 
       # The cache is written outside: a branch that returned it would return a copy.
       after, ran = jax.lax.cond(
-          jnp.all(left), lambda x, *_: (x, jnp.int32(0)), rest, x, query, cache, memory)
+        jnp.all(left), lambda x, *_: (x, jnp.int32(0)), rest, x, query, cache, memory
+      )
       x = jnp.where(left[:, None, None], x, after)
       passed, computed = passed + ~left, computed + ran
       written.append(cache)

@@ -11,19 +11,50 @@ from parti_jax.planning.hlo import hlo_text
 
 # These move nothing: they name, regroup or wait.
 _FREE = {
-    'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all', 'partition-id',
-    'replica-id', 'add-dependency', 'opt-barrier', 'optimization-barrier', 'domain', 'while',
-    'conditional', 'call', 'get-dimension-size', 'rng-get-and-update-state'}
+  'parameter',
+  'constant',
+  'tuple',
+  'get-tuple-element',
+  'bitcast',
+  'after-all',
+  'partition-id',
+  'replica-id',
+  'add-dependency',
+  'opt-barrier',
+  'optimization-barrier',
+  'domain',
+  'while',
+  'conditional',
+  'call',
+  'get-dimension-size',
+  'rng-get-and-update-state',
+}
 # Custom calls of the TPU's compiler that move nothing either.
 _FREE_CALLS = {
-    'AllocateBuffer', 'ConcatBitcast', 'AsyncCollectiveStart', 'AsyncCollectiveDone',
-    'AssumeGatherIndicesInBound', 'GatherScatterIndicesBitpacked', 'Sharding',
-    'SPMDFullToShardShape', 'SPMDShardToFullShape', 'MoveToHost', 'MoveToDevice',
-    'annotate_device_placement'}
+  'AllocateBuffer',
+  'ConcatBitcast',
+  'AsyncCollectiveStart',
+  'AsyncCollectiveDone',
+  'AssumeGatherIndicesInBound',
+  'GatherScatterIndicesBitpacked',
+  'Sharding',
+  'SPMDFullToShardShape',
+  'SPMDShardToFullShape',
+  'MoveToHost',
+  'MoveToDevice',
+  'annotate_device_placement',
+}
 _SLICES = ('slice', 'dynamic-slice', 'gather')
 _UPDATES = {'dynamic-update-slice': 1, 'scatter': 2}  # opcode -> which operand is the update.
-COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute',
-               'collective-broadcast', 'ragged-all-to-all')
+COLLECTIVES = (
+  'all-gather',
+  'all-reduce',
+  'reduce-scatter',
+  'all-to-all',
+  'collective-permute',
+  'collective-broadcast',
+  'ragged-all-to-all',
+)
 
 
 def is_part_of_chain(instruction: hlo_text.Instruction) -> bool:
@@ -75,13 +106,17 @@ class Traffic:
     """A copy or a slice that runs beside other work: a tuple of operand, result and signals."""
     if instruction.opcode.removesuffix('-start') in COLLECTIVES:
       return sum(map(self._bytes, operands)) + self._bytes(_start_result(instruction))
-    arrays = [array for element in instruction.shape.elements for array in element.arrays()
-              if array.dims]
+    arrays = [
+      array for element in instruction.shape.elements for array in element.arrays() if array.dims
+    ]
     if instruction.opcode == 'copy-start':
       return self._bytes(arrays[0]) + self._bytes(operands[0])
     moved = min(arrays, key=lambda array: array.padded_bytes())
-    return self._bytes(arrays[-1]) if len(arrays) == 1 else (
-        self._bytes_as(moved, operands[0]) + self._bytes_as(moved, arrays[-1]))
+    return (
+      self._bytes(arrays[-1])
+      if len(arrays) == 1
+      else (self._bytes_as(moved, operands[0]) + self._bytes_as(moved, arrays[-1]))
+    )
 
   def _of_fusion(self, instruction, operands) -> float:
     fused = self._module[instruction.called('calls')]
@@ -133,8 +168,9 @@ class Traffic:
   def _looked_at_within(self, fused, fusion: hlo_text.Instruction, name: str) -> float | None:
     """Bytes of the value `name` that a fusion within a fusion looks at."""
     inner = self._module[fusion.called('calls')]
-    parts = [self._read(inner, place) for place, operand in enumerate(fusion.operands)
-             if operand == name]
+    parts = [
+      self._read(inner, place) for place, operand in enumerate(fusion.operands) if operand == name
+    ]
     source = inner.root
     while source.opcode == 'bitcast':
       source = inner[source.operands[0]]

@@ -22,9 +22,13 @@ from parti_jax.planning.hlo import replica_groups
 KernelFlops = Callable[[hlo_text.Instruction, list[hlo_text.Shape]], float | None]
 
 # What is sent between slices, and as which collective that counts.
-_BETWEEN_SLICES = {'ALL_REDUCE': 'all-reduce', 'ALL_GATHER': 'all-gather',
-                   'REDUCE_SCATTER': 'reduce-scatter', 'ALL_TO_ALL': 'all-to-all',
-                   'ONE_TO_ONE': 'collective-permute'}
+_BETWEEN_SLICES = {
+  'ALL_REDUCE': 'all-reduce',
+  'ALL_GATHER': 'all-gather',
+  'REDUCE_SCATTER': 'reduce-scatter',
+  'ALL_TO_ALL': 'all-to-all',
+  'ONE_TO_ONE': 'collective-permute',
+}
 _KERNEL_TARGETS = ('tpu_custom_call', '__gpu$xla.gpu.triton', 'mosaic_gpu')
 
 
@@ -90,15 +94,21 @@ class Costs:
     self.kernel_flops += times * other.kernel_flops
     self.hbm_bytes += times * other.hbm_bytes
     self.host_bytes += times * other.host_bytes
-    self.collectives += [dataclasses.replace(collective, count=times * collective.count)
-                         for collective in other.collectives]
+    self.collectives += [
+      dataclasses.replace(collective, count=times * collective.count)
+      for collective in other.collectives
+    ]
     for name, count in other.kernels.items():
       self.kernels[name] = self.kernels.get(name, 0) + times * count
     self.notes |= other.notes
 
 
-def costs(module: hlo_text.Module, device_count: int, kernel_flops: KernelFlops | None = None,
-          slice_groups: np.ndarray | None = None) -> Costs:
+def costs(
+  module: hlo_text.Module,
+  device_count: int,
+  kernel_flops: KernelFlops | None = None,
+  slice_groups: np.ndarray | None = None,
+) -> Costs:
   """Walks a program.
 
   Args:
@@ -148,8 +158,9 @@ class _Walk:
       total.add(self.costs(self._module[loop.called(part)], inside), trips)
 
   def _costliest_branch(self, instruction) -> Costs:
-    names = re.findall(r'(?:true_computation|false_computation)=%([\w.\-]+)',
-                       instruction.attributes)
+    names = re.findall(
+      r'(?:true_computation|false_computation)=%([\w.\-]+)', instruction.attributes
+    )
     listed = instruction.attribute(r'branch_computations=\{([^}]*)\}')
     names += re.findall(r'%([\w.\-]+)', listed or '')
     branches = [self.costs(self._module[name], {}) for name in names]
@@ -203,8 +214,11 @@ class _Walk:
           if kind == 'all-reduce' and _only_sliced(fused, instruction):
             kind = 'reduce-scatter'
           collective = self._collective(instruction, fused, kind)
-          chain = (instruction.attribute(r'(channel_id=\d+)')
-                   if hlo_bytes.is_part_of_chain(instruction) else None)
+          chain = (
+            instruction.attribute(r'(channel_id=\d+)')
+            if hlo_bytes.is_part_of_chain(instruction)
+            else None
+          )
           if collective:
             total.collectives.append((collective, chain))
         elif instruction.opcode == 'custom-call':

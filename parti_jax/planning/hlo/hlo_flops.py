@@ -56,8 +56,10 @@ def _convolution_flops(instruction, inputs: hlo_text.Shape, kernel: hlo_text.Sha
   pairs = 1
   for dimension, window in enumerate(_windows(instruction.attributes)):
     pairs *= _meetings(
-        inputs.dims[input_labels.index(str(dimension))],
-        instruction.shape.dims[output_labels.index(str(dimension))], window)
+      inputs.dims[input_labels.index(str(dimension))],
+      instruction.shape.dims[output_labels.index(str(dimension))],
+      window,
+    )
   return 2.0 * features * out_features * (batch // batch_groups) * pairs
 
 
@@ -70,11 +72,21 @@ def _windows(attributes: str) -> list[Window]:
   numbers = lambda name: [int(n) for n in fields[name].split('x')] if name in fields else None
   sizes = numbers('size') or []
   ones = [1] * len(sizes)
-  padding = [tuple(map(int, pad.split('_'))) for pad in fields['pad'].split('x')
-             ] if 'pad' in fields else [(0, 0)] * len(sizes)
-  return [Window(size, stride, low, high, base, dilation) for size, stride, (low, high), base,
-          dilation in zip(sizes, numbers('stride') or ones, padding,
-                          numbers('lhs_dilate') or ones, numbers('rhs_dilate') or ones)]
+  padding = (
+    [tuple(map(int, pad.split('_'))) for pad in fields['pad'].split('x')]
+    if 'pad' in fields
+    else [(0, 0)] * len(sizes)
+  )
+  return [
+    Window(size, stride, low, high, base, dilation)
+    for size, stride, (low, high), base, dilation in zip(
+      sizes,
+      numbers('stride') or ones,
+      padding,
+      numbers('lhs_dilate') or ones,
+      numbers('rhs_dilate') or ones,
+    )
+  ]
 
 
 @functools.cache

@@ -33,7 +33,10 @@ def constant(computation: hlo_text.Computation, name: str, known: Constants) -> 
 
 
 def loop_constants(
-    loop: hlo_text.Instruction, computation: hlo_text.Computation, module: hlo_text.Module, known: Constants
+  loop: hlo_text.Instruction,
+  computation: hlo_text.Computation,
+  module: hlo_text.Module,
+  known: Constants,
 ) -> Constants:
   """Elements of a loop's tuple that are constants before it and that its body leaves alone."""
   elements = _tuple_elements(computation, loop.operands[0])
@@ -48,7 +51,10 @@ def loop_constants(
 
 
 def trip_count(
-    loop: hlo_text.Instruction, computation: hlo_text.Computation, module: hlo_text.Module, known: Constants
+  loop: hlo_text.Instruction,
+  computation: hlo_text.Computation,
+  module: hlo_text.Module,
+  known: Constants,
 ) -> int | None:
   """How often a `while` turns; None if that can't be read.
 
@@ -82,8 +88,9 @@ def _comparison(condition, module) -> tuple[int, str, int] | None:
   if root.opcode == 'fusion':
     inner = module[root.called('calls')]
     names, root = dict(enumerate(root.operands)), inner.root
-    place = lambda name: (names.get(inner[name].number)
-                          if inner[name].opcode == 'parameter' else None)
+    place = lambda name: (
+      names.get(inner[name].number) if inner[name].opcode == 'parameter' else None
+    )
   else:
     place = lambda name: name
   direction = root.attribute(r'direction=(\w+)')
@@ -127,5 +134,8 @@ def _tuple_elements(computation, name) -> tuple[str, ...]:
 def _is_element(body, name: str, index: int) -> bool:
   """Whether an instruction is an element of the body's parameter, unchanged."""
   source = _source(body, name)
-  return (source.opcode == 'get-tuple-element' and source.number == index
-          and body[source.operands[0]].opcode == 'parameter')
+  return (
+    source.opcode == 'get-tuple-element'
+    and source.number == index
+    and body[source.operands[0]].opcode == 'parameter'
+  )

@@ -76,8 +76,9 @@ class Shape:
     Args:
       memory_space: count only arrays that lie there; None for all.
     """
-    return sum(array._array_bytes() for array in self.arrays()
-               if memory_space in (None, array.memory_space))
+    return sum(
+      array._array_bytes() for array in self.arrays() if memory_space in (None, array.memory_space)
+    )
 
   def _array_bytes(self) -> float:
     dims = list(self.dims)
@@ -189,7 +190,7 @@ def parse(text: str) -> Module:
       current = computations[header.group(2)] = Computation(header.group(2))
       entry = current if header.group(1) else entry
     elif match := _INSTRUCTION.match(line):
-      instruction = _instruction(match.group(2), _COMMENT.sub('', line[match.end():]))
+      instruction = _instruction(match.group(2), _COMMENT.sub('', line[match.end() :]))
       current.instructions[instruction.name] = instruction
       if match.group(1):
         current.root = instruction
@@ -220,12 +221,11 @@ def _instruction(name: str, text: str) -> Instruction:
   shape, end = _shape(text, 0)
   opcode = _OPCODE.match(text, end)
   if not opcode:
-    raise ValueError(f'HLO instruction {name}: no opcode in {text[end:end + 80]!r}')
+    raise ValueError(f'HLO instruction {name}: no opcode in {text[end : end + 80]!r}')
   close = _closing(text, opcode.end() - 1)
-  literal = text[opcode.end():close]
+  literal = text[opcode.end() : close]
   operands = () if opcode.group(1) in ('parameter', 'constant') else _NAME.findall(literal)
-  return Instruction(
-      name, opcode.group(1), shape, tuple(operands), literal, text[close + 1:])
+  return Instruction(name, opcode.group(1), shape, tuple(operands), literal, text[close + 1 :])
 
 
 def _closing(text: str, start: int) -> int:
@@ -239,7 +239,7 @@ def _closing(text: str, start: int) -> int:
       depth += 1 if mark == '(' else -1
       if depth == 0:
         return found.start()
-  raise ValueError(f'HLO: no closing bracket in {text[start:start + 80]!r}')
+  raise ValueError(f'HLO: no closing bracket in {text[start : start + 80]!r}')
 
 
 def _shape(text: str, start: int) -> tuple[Shape, int]:
@@ -259,7 +259,7 @@ def _shape(text: str, start: int) -> tuple[Shape, int]:
 def _array_shape(text: str, start: int) -> tuple[Shape, int]:
   found = _ARRAY.match(text, start)
   if not found:
-    raise ValueError(f'HLO: no shape in {text[start:start + 80]!r}')
+    raise ValueError(f'HLO: no shape in {text[start : start + 80]!r}')
   return _parsed_array(found.group()), found.end()
 
 
@@ -272,6 +272,9 @@ def _parsed_array(text: str) -> Shape:
   tile = re.match(r'T\(([\d,]+)\)', details)
   space = re.search(r'S\((\d+)\)', details)
   return Shape(
-      dtype, dims, minor_to_major or tuple(reversed(range(len(dims)))),
-      tuple(map(int, tile.group(1).split(','))) if tile else (),
-      int(space.group(1)) if space else MAIN_MEMORY)
+    dtype,
+    dims,
+    minor_to_major or tuple(reversed(range(len(dims)))),
+    tuple(map(int, tile.group(1).split(','))) if tile else (),
+    int(space.group(1)) if space else MAIN_MEMORY,
+  )

@@ -11,8 +11,10 @@ from parti_jax.planning.hlo import hlo_text
 
 _LISTS = re.compile(r'\{\{[\d,{} ]*\}\}')
 _IOTA = re.compile(r'\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?')
-_MESH = re.compile(r"mesh\[([^\]]*)\](?:, ?device_ids=\((?:\[([\d,]+)\]T\(([\d,]+)\)|([\d,]+))\))?"
-                   r' \{([^}]*)\}')
+_MESH = re.compile(
+  r'mesh\[([^\]]*)\](?:, ?device_ids=\((?:\[([\d,]+)\]T\(([\d,]+)\)|([\d,]+))\))?'
+  r' \{([^}]*)\}'
+)
 _AXIS = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
 
 
@@ -59,8 +61,9 @@ def axes(rows: np.ndarray, mesh_shape: dict[str, int]) -> tuple[str, ...]:
     Names, in the mesh's order.
   """
   coordinates = np.unravel_index(rows, tuple(mesh_shape.values()))
-  return tuple(name for name, along in zip(mesh_shape, coordinates)
-               if np.any(along != along[:, :1]))
+  return tuple(
+    name for name, along in zip(mesh_shape, coordinates) if np.any(along != along[:, :1])
+  )
 
 
 def _mesh_groups(axes_text, reshape, order, ids, group_axes) -> np.ndarray:
@@ -75,8 +78,9 @@ def _mesh_groups(axes_text, reshape, order, ids, group_axes) -> np.ndarray:
       places = places.reshape(_numbers(reshape)).transpose(_numbers(order))
   # Parts of axes, 'a':(m)k, are the k in the middle of an axis seen as [m, k, rest].
   split, chosen = [], []
-  wanted = {name: (int(before or 1), int(size or 0))
-            for name, before, size in _AXIS.findall(group_axes)}
+  wanted = {
+    name: (int(before or 1), int(size or 0)) for name, before, size in _AXIS.findall(group_axes)
+  }
   positions = {}
   for name, size in sizes.items():
     before, part = wanted.get(name, (1, size))

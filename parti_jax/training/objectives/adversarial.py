@@ -44,13 +44,17 @@ def losses(config: discriminator_lib.DiscriminatorConfig, params, images, drawn)
     Scalars to show: mean logits of both kinds.
   """
   judge = lambda params, images: discriminator_lib.Discriminator(config).apply(
-      {'params': params}, images)
+    {'params': params}, images
+  )
   stop = jax.lax.stop_gradient
   real, of_drawn = judge(params, images), judge(params, stop(drawn))
   discriminator = jnp.mean(jax.nn.softplus(of_drawn)) + jnp.mean(jax.nn.softplus(-real))
   generator = jnp.mean(jax.nn.softplus(-judge(stop(params), drawn)))
-  return generator, discriminator, {
-      'logits_real': jnp.mean(real), 'logits_drawn': jnp.mean(of_drawn)}
+  return (
+    generator,
+    discriminator,
+    {'logits_real': jnp.mean(real), 'logits_drawn': jnp.mean(of_drawn)},
+  )
 
 
 def r1_penalty(config: discriminator_lib.DiscriminatorConfig, params, images):
@@ -85,8 +89,7 @@ def adaptive_weight(hidden, rest, adversarial):
   """
 
   def norm(gradients):
-    product = jnp.einsum(
-        'bli,blo->io', hidden.astype(jnp.float32), gradients.astype(jnp.float32))
+    product = jnp.einsum('bli,blo->io', hidden.astype(jnp.float32), gradients.astype(jnp.float32))
     return jnp.sqrt(jnp.sum(jnp.square(product)))
 
   ratio = norm(rest) / (norm(adversarial) + 1e-6)

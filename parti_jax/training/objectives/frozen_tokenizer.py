@@ -50,8 +50,9 @@ class FrozenTokenizer:
 
 def is_trained(path) -> bool:
   """Whether a folder is an exported model, or a run that has written a checkpoint."""
-  return (storage.exists(storage.join(path, model_folder.CONFIG_FILE))
-          or run_checkpoints.has_checkpoint(path))
+  return storage.exists(
+    storage.join(path, model_folder.CONFIG_FILE)
+  ) or run_checkpoints.has_checkpoint(path)
 
 
 def sizes(path, of_trained: Callable[[], vit_vqgan.ViTVQGANConfig]):
@@ -101,7 +102,8 @@ def load(path, device: jax.Device | None = None) -> FrozenTokenizer:
   checkpoint = run_checkpoints.latest_checkpoint(path)
   config = vit_vqgan.ViTVQGANConfig(**run_checkpoints.read_config(checkpoint, 'tokenizer'))
   params = run_checkpoints.read_params(
-      checkpoint, vit_vqgan.ViTVQGAN(config), vit_vqgan.example_inputs(config), device)
+    checkpoint, vit_vqgan.ViTVQGAN(config), vit_vqgan.example_inputs(config), device
+  )
   return FrozenTokenizer(str(path), config, params)
 
 
@@ -143,8 +145,12 @@ class Encoder:
     platform: 'cpu', 'gpu' or 'tpu'.
   """
 
-  def __init__(self, tokenizer: FrozenTokenizer, dtype: str | None = None,
-               devices: Sequence[jax.Device] | None = None):
+  def __init__(
+    self,
+    tokenizer: FrozenTokenizer,
+    dtype: str | None = None,
+    devices: Sequence[jax.Device] | None = None,
+  ):
     devices = list(devices or jax.local_devices())
     self.platform = devices[0].platform
     self.dtype = dtype or ('float32' if self.platform == 'cpu' else 'bfloat16')
@@ -159,9 +165,15 @@ class Encoder:
     def encode(params, images):
       return module.apply({'params': params}, images.astype(np.float32) / 255.0, method='tokenize')
 
-    self._encode = jax.jit(jax.shard_map(
-        encode, mesh=mesh, in_specs=(everywhere.spec, self._split.spec),
-        out_specs=self._split.spec, check_vma=False))
+    self._encode = jax.jit(
+      jax.shard_map(
+        encode,
+        mesh=mesh,
+        in_specs=(everywhere.spec, self._split.spec),
+        out_specs=self._split.spec,
+        check_vma=False,
+      )
+    )
 
   def __call__(self, images: np.ndarray) -> Callable[[], np.ndarray]:
     """Begins to compute tokens.
@@ -175,9 +187,9 @@ class Encoder:
     found = []
     with numerics.fixed():
       for start in range(0, len(images), self._at_once):
-        group = images[start:start + self._at_once]
+        group = images[start : start + self._at_once]
         missing = self._at_once - len(group)
         if missing:
           group = np.concatenate([group, np.zeros((missing, *group.shape[1:]), group.dtype)])
         found.append(self._encode(self._params, jax.device_put(group, self._split)))
-    return lambda: np.concatenate([np.asarray(tokens) for tokens in found])[:len(images)]
+    return lambda: np.concatenate([np.asarray(tokens) for tokens in found])[: len(images)]

@@ -65,23 +65,28 @@ class GeneratorStage(plain_objective.PlainStage):
       return
     if len(weights) != self.model.decoder_layers or min(weights) < 0 or weights[-1] <= 0:
       raise errors.UserError(
-          f'GeneratorStage.depth_loss_weights={weights!r} must be {self.model.decoder_layers} '
-          'numbers, one for each of PartiConfig.decoder_layers, not negative and the last above 0')
+        f'GeneratorStage.depth_loss_weights={weights!r} must be {self.model.decoder_layers} '
+        'numbers, one for each of PartiConfig.decoder_layers, not negative and the last above 0'
+      )
 
   def feature_lengths(self) -> dict[str, int]:
     return {'inputs': self.model.text_length, 'targets': self.model.image_length}
 
   def vocabulary_sizes(self) -> dict[str, tuple[str, int]]:
     """Feature -> the gin key of the number of ids that the model knows, and that number."""
-    return {'inputs': ('PartiConfig.text_vocabulary', self.model.text_vocabulary),
-            'targets': ('PartiConfig.codebook_size', self.model.codebook_size)}
+    return {
+      'inputs': ('PartiConfig.text_vocabulary', self.model.text_vocabulary),
+      'targets': ('PartiConfig.codebook_size', self.model.codebook_size),
+    }
 
   def abstract_batch(self, batch_size: int):
     """Shapes and dtypes of a batch, as `loss` takes it."""
     text, image = ((batch_size, length) for length in self.feature_lengths().values())
-    return {'encoder_input_tokens': jax.ShapeDtypeStruct(text, jnp.int32),
-            'decoder_target_tokens': jax.ShapeDtypeStruct(image, jnp.int32),
-            'decoder_loss_weights': jax.ShapeDtypeStruct(image, jnp.float32)}
+    return {
+      'encoder_input_tokens': jax.ShapeDtypeStruct(text, jnp.int32),
+      'decoder_target_tokens': jax.ShapeDtypeStruct(image, jnp.int32),
+      'decoder_loss_weights': jax.ShapeDtypeStruct(image, jnp.float32),
+    }
 
   def init(self, rng):
     """Parameters with their logical axis names."""
@@ -90,7 +95,8 @@ class GeneratorStage(plain_objective.PlainStage):
   def initial_parts(self, abstract, inputs):
     """Parts that a new run starts with, see `train_loop.initial_parts`."""
     return initial_text_encoder.parts(
-        self.text_encoder, self.model, abstract, inputs, 'GeneratorStage.text_encoder')
+      self.text_encoder, self.model, abstract, inputs, 'GeneratorStage.text_encoder'
+    )
 
   def loss(self, params, batch, dropout_keys, step):
     """The mean cross entropy of image tokens, with dropout, over the layers that predict.
@@ -130,8 +136,9 @@ class GeneratorStage(plain_objective.PlainStage):
     losses, hits = self._losses(params, batch, None)
     losses, hits = jnp.mean(losses, axis=2), jnp.mean(hits, axis=2)
     measures = {'loss': losses[-1], 'token_accuracy': hits[-1]}
-    return measures | {f'loss_after_{layer + 1}': loss
-                       for layer, loss in zip(self._predicting()[:-1], losses)}
+    return measures | {
+      f'loss_after_{layer + 1}': loss for layer, loss in zip(self._predicting()[:-1], losses)
+    }
 
   def summarize(self, measures: dict[str, np.ndarray]) -> dict[str, float]:
     """Means over examples."""
@@ -155,11 +162,18 @@ class GeneratorStage(plain_objective.PlainStage):
     def draw(params, batch, tokenizer_params):
       texts = batch['encoder_input_tokens']
       drawn = decoding.sample_tokens(
-          self.model, parameters.cut(self.model, params), texts,
-          decoding.image_keys(0, jnp.arange(texts.shape[0])), self.guidance_scale,
-          guided=True, greedy=False, filtered=False)
+        self.model,
+        parameters.cut(self.model, params),
+        texts,
+        decoding.image_keys(0, jnp.arange(texts.shape[0])),
+        self.guidance_scale,
+        guided=True,
+        greedy=False,
+        filtered=False,
+      )
       decode = lambda tokens: vit_vqgan.ViTVQGAN(config).apply(
-          {'params': tokenizer_params}, tokens, method='detokenize')
+        {'params': tokenizer_params}, tokens, method='detokenize'
+      )
       with pipeline_parallelism.off():
         pairs = jnp.concatenate([decode(batch['decoder_target_tokens']), decode(drawn)], axis=2)
       return {'samples': jnp.round(pairs * 255.0).astype(jnp.uint8)}

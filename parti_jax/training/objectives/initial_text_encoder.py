@@ -34,13 +34,20 @@ def parts(model_dir: str | None, model: parti_config.PartiConfig, abstract, inpu
   path = run_checkpoints.latest_checkpoint(model_dir)
   saved = run_checkpoints.read_model(path)
   if saved['stage'] not in _STAGES:
-    raise errors.UserError(f'{key}={model_dir!r} is a run of the stage {saved["stage"]!r}, which '
-                           'has no text encoder; give one of TextEncoderStage or GeneratorStage')
-  differing = [f'{name} is {saved["config"][name]} there and {getattr(model, name)} here'
-               for name in _SIZES if saved['config'][name] != getattr(model, name)]
+    raise errors.UserError(
+      f'{key}={model_dir!r} is a run of the stage {saved["stage"]!r}, which '
+      'has no text encoder; give one of TextEncoderStage or GeneratorStage'
+    )
+  differing = [
+    f'{name} is {saved["config"][name]} there and {getattr(model, name)} here'
+    for name in _SIZES
+    if saved['config'][name] != getattr(model, name)
+  ]
   if differing:
-    raise errors.UserError(f'{key}={model_dir!r} has a text encoder of other sizes: '
-                           f'{"; ".join(differing)}; give another run, or set PartiConfig alike')
+    raise errors.UserError(
+      f'{key}={model_dir!r} has a text encoder of other sizes: '
+      f'{"; ".join(differing)}; give another run, or set PartiConfig alike'
+    )
   # The text encoder sees no image tokens.
   vocabulary = {'vocabulary': run_checkpoints.read_place(path).get('vocabulary')}
   inputs.check(f'{key}={model_dir!r}', vocabulary, f'or start without {key}')

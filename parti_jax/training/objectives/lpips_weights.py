@@ -36,7 +36,9 @@ def read(vgg16_path, lpips_path):
       kernel = _array(trunk, f'features.{index}.weight', (width, channels, 3, 3), vgg16_path)
       bias = _array(trunk, f'features.{index}.bias', (width,), vgg16_path)
       vgg16[f'stage_{stage}_{place}'] = {
-          'kernel': np.ascontiguousarray(kernel.transpose(2, 3, 1, 0)), 'bias': bias}
+        'kernel': np.ascontiguousarray(kernel.transpose(2, 3, 1, 0)),
+        'bias': bias,
+      }
       index, channels = index + 2, width  # Each convolution has its ReLU,
     index += 1  # and each stage ends with a pooling.
     head = _array(heads, f'lin{stage}.model.1.weight', (1, channels, 1, 1), lpips_path)
@@ -60,16 +62,18 @@ def of_stage(stage):
   for name in ('vgg16_weights', 'lpips_weights'):
     if getattr(stage, name) is None:
       raise errors.UserError(
-          f'{kind}.perceptual_weight={stage.perceptual_weight} needs the file {kind}.{name}, see '
-          f'docs/tokenizer.md; or set the weight to 0 with --gin.{kind}.perceptual_weight=0')
+        f'{kind}.perceptual_weight={stage.perceptual_weight} needs the file {kind}.{name}, see '
+        f'docs/tokenizer.md; or set the weight to 0 with --gin.{kind}.perceptual_weight=0'
+      )
   return read(stage.vgg16_weights, stage.lpips_weights)
 
 
 def _read_file(path) -> dict[str, np.ndarray]:
   path = pathlib.Path(path)
   if not path.is_file():
-    raise errors.UserError(f'{path}: there is no such file of weights; docs/tokenizer.md says '
-                           'where to get it')
+    raise errors.UserError(
+      f'{path}: there is no such file of weights; docs/tokenizer.md says where to get it'
+    )
   storage.check_size(path, storage.MAX_WEIGHTS)
   try:
     if path.suffix == '.safetensors':
@@ -80,8 +84,10 @@ def _read_file(path) -> dict[str, np.ndarray]:
   except Exception as error:
     # Of what kinds torch's reader raises depends on where a file is damaged.
     reason = str(error).split('\n', maxsplit=1)[0]
-    raise errors.UserError(f'{path}: not a file of weights that can be read ({reason}); get it '
-                           'again, see docs/tokenizer.md') from error
+    raise errors.UserError(
+      f'{path}: not a file of weights that can be read ({reason}); get it '
+      'again, see docs/tokenizer.md'
+    ) from error
 
 
 def _read_torch_file(path) -> dict[str, np.ndarray]:
@@ -95,6 +101,8 @@ def _read_torch_file(path) -> dict[str, np.ndarray]:
 def _array(arrays, name: str, shape: tuple[int, ...], path) -> np.ndarray:
   if name not in arrays or arrays[name].shape != shape:
     found = list(arrays[name].shape) if name in arrays else 'missing'
-    raise errors.UserError(f'{path}: {name} is {found} instead of {list(shape)}; is it the file of '
-                           'this network? See docs/tokenizer.md')
+    raise errors.UserError(
+      f'{path}: {name} is {found} instead of {list(shape)}; is it the file of '
+      'this network? See docs/tokenizer.md'
+    )
   return np.asarray(arrays[name], np.float32)

@@ -25,7 +25,8 @@ class PlainStage:
       UserError: if it can't be loaded.
     """
     return frozen_tokenizer_lib.load_for(
-        f'{type(self).__name__}.tokenizer', self.tokenizer, 'set it to None to do without')
+      f'{type(self).__name__}.tokenizer', self.tokenizer, 'set it to None to do without'
+    )
 
   @functools.cached_property
   def tokenizer_config(self):

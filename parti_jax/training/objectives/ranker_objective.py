@@ -86,7 +86,8 @@ class RankerStage(plain_objective.PlainStage):
   def __post_init__(self):
     not_negative = dict.fromkeys(('contrastive_weight', 'caption_weight', 'noise'), (0, None))
     config_checks.check_fields(
-        self, reconstruct_every=(1, None), shift=(0, config_checks.MAX_SIZE), **not_negative)
+      self, reconstruct_every=(1, None), shift=(0, config_checks.MAX_SIZE), **not_negative
+    )
 
   name = 'ranker'
   frozen = ()
@@ -109,9 +110,9 @@ class RankerStage(plain_objective.PlainStage):
     """Shapes and dtypes of a batch, as `loss` takes it."""
     size = self.model.image_size
     return {
-        'encoder_input_tokens': jax.ShapeDtypeStruct(
-            (batch_size, self.model.text_length), jnp.int32),
-        'images': jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.uint8)}
+      'encoder_input_tokens': jax.ShapeDtypeStruct((batch_size, self.model.text_length), jnp.int32),
+      'images': jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.uint8),
+    }
 
   def init(self, rng):
     """Parameters with their logical axis names."""
@@ -150,15 +151,21 @@ class RankerStage(plain_objective.PlainStage):
     texts = batch['encoder_input_tokens']
     images = self._varied(params, batch['images'], layers.fold(dropout_keys, 0))
     out = coca.CoCa(self.model).apply(
-        {'params': params}, images, texts, layers.fold(dropout_keys, 1))
+      {'params': params}, images, texts, layers.fold(dropout_keys, 1)
+    )
     losses, hits = contrastive.contrastive_losses(
-        out['image_features'], out['text_features'], out['logit_scale'],
-        contrastive.equal_rows(texts))
+      out['image_features'], out['text_features'], out['logit_scale'], contrastive.equal_rows(texts)
+    )
     contrastive_loss, caption_loss = jnp.mean(losses), jnp.mean(_caption_losses(out, texts))
     loss = self.contrastive_weight * contrastive_loss + self.caption_weight * caption_loss
-    return loss, {'metrics': {
-        'contrastive_loss': contrastive_loss, 'caption_loss': caption_loss,
-        'batch_top1': jnp.mean(hits), 'logit_scale': out['logit_scale']}}
+    return loss, {
+      'metrics': {
+        'contrastive_loss': contrastive_loss,
+        'caption_loss': caption_loss,
+        'batch_top1': jnp.mean(hits),
+        'logit_scale': out['logit_scale'],
+      }
+    }
 
   def weight(self, batch):
     """What a batch counts in a mean over several: its examples, float32 []."""
@@ -168,8 +175,11 @@ class RankerStage(plain_objective.PlainStage):
     """Of each example 'caption_loss' [batch] and both features [batch, feature_dim]."""
     texts = batch['encoder_input_tokens']
     out = coca.CoCa(self.model).apply({'params': params}, _to_unit(batch['images']), texts)
-    return {'caption_loss': _caption_losses(out, texts),
-            'image_features': out['image_features'], 'text_features': out['text_features']}
+    return {
+      'caption_loss': _caption_losses(out, texts),
+      'image_features': out['image_features'],
+      'text_features': out['text_features'],
+    }
 
   def summarize(self, measures: dict[str, np.ndarray]) -> dict[str, float]:
     """The captioning loss, and retrieval among all examples of the split.
@@ -178,9 +188,11 @@ class RankerStage(plain_objective.PlainStage):
     as the nearest, where several examples have the same text; `image_of_text_top1` likewise.
     """
     images, texts = measures['image_features'], measures['text_features']
-    return {'caption_loss': float(measures['caption_loss'].mean()),
-            'text_of_image_top1': retrieval(images, texts),
-            'image_of_text_top1': retrieval(texts, images)}
+    return {
+      'caption_loss': float(measures['caption_loss'].mean()),
+      'text_of_image_top1': retrieval(images, texts),
+      'image_of_text_top1': retrieval(texts, images),
+    }
 
   def painter(self):
     """A ranker draws no pictures."""
@@ -194,7 +206,8 @@ class RankerStage(plain_objective.PlainStage):
     """Pictures in [0, 1], moved, some of them through the tokenizer, with noise."""
     images = _to_unit(images)
     row_keys = lambda site: jax.vmap(
-        lambda row: jax.random.fold_in(layers.fold(keys, site).key, row))(keys.rows)
+      lambda row: jax.random.fold_in(layers.fold(keys, site).key, row)
+    )(keys.rows)
     if self.shift:
       images = shifted(images, row_keys(0), self.shift)
     if self.tokenizer is not None:
@@ -206,8 +219,9 @@ class RankerStage(plain_objective.PlainStage):
     every = self.reconstruct_every
     if len(images) % every:
       raise errors.UserError(
-          f'RankerStage.reconstruct_every={every} does not divide the {len(images)} examples of a '
-          'batch; set train.batch_size to a multiple')
+        f'RankerStage.reconstruct_every={every} does not divide the {len(images)} examples of a '
+        'batch; set train.batch_size to a multiple'
+      )
     # Of neighbours, so that each device finds its share among its own rows.
     groups = images.reshape((-1, every) + images.shape[1:])
     module = vit_vqgan.ViTVQGAN(self._checked_config())
@@ -221,8 +235,9 @@ class RankerStage(plain_objective.PlainStage):
     size = self.tokenizer_config.image_size
     if size != self.model.image_size:
       raise errors.UserError(
-          f'RankerStage.tokenizer={self.tokenizer!r} is of pictures of {size} pixels, but '
-          f'CoCaConfig.image_size={self.model.image_size}')
+        f'RankerStage.tokenizer={self.tokenizer!r} is of pictures of {size} pixels, but '
+        f'CoCaConfig.image_size={self.model.image_size}'
+      )
     return self.tokenizer_config
 
 

@@ -79,20 +79,32 @@ class SuperResolutionStage(plain_objective.PlainStage):
 
   def __post_init__(self):
     not_negative = dict.fromkeys(
-        ('l2_weight', 'l1_weight', 'perceptual_weight', 'adversarial_weight', 'adversarial_from',
-         'r1_weight'), (0, None))
+      (
+        'l2_weight',
+        'l1_weight',
+        'perceptual_weight',
+        'adversarial_weight',
+        'adversarial_from',
+        'r1_weight',
+      ),
+      (0, None),
+    )
     config_checks.check_fields(
-        self, image_size=(1, config_checks.MAX_SIZE), clean_share=(0, 1), **not_negative)
+      self, image_size=(1, config_checks.MAX_SIZE), clean_share=(0, 1), **not_negative
+    )
     unit = self.model.factor * self.model.unshuffle
     if self.image_size % unit:
       raise errors.UserError(
-          f'SuperResolutionStage.image_size={self.image_size} is not divisible by {unit}, which is '
-          'SuperResolutionConfig.factor · unshuffle')
-    if self.crop is not None and (self.crop % self.model.unshuffle
-                                  or not 0 < self.crop <= self.input_size):
+        f'SuperResolutionStage.image_size={self.image_size} is not divisible by {unit}, which is '
+        'SuperResolutionConfig.factor · unshuffle'
+      )
+    if self.crop is not None and (
+      self.crop % self.model.unshuffle or not 0 < self.crop <= self.input_size
+    ):
       raise errors.UserError(
-          f'SuperResolutionStage.crop={self.crop} must be a multiple of '
-          f'SuperResolutionConfig.unshuffle={self.model.unshuffle}, at most {self.input_size}')
+        f'SuperResolutionStage.crop={self.crop} must be a multiple of '
+        f'SuperResolutionConfig.unshuffle={self.model.unshuffle}, at most {self.input_size}'
+      )
 
     if self.r1_every < 1:
       raise errors.UserError(f'SuperResolutionStage.r1_every={self.r1_every} must be at least 1')
@@ -101,8 +113,9 @@ class SuperResolutionStage(plain_objective.PlainStage):
         self.discriminator.sizes(self._target_size)
       except errors.UserError as error:
         raise errors.UserError(
-            f'SuperResolutionStage.adversarial_weight={self.adversarial_weight}: {error}; or '
-            'choose another SuperResolutionStage.crop') from error
+          f'SuperResolutionStage.adversarial_weight={self.adversarial_weight}: {error}; or '
+          'choose another SuperResolutionStage.crop'
+        ) from error
 
   @property
   def input_size(self) -> int:
@@ -138,16 +151,18 @@ class SuperResolutionStage(plain_objective.PlainStage):
     if self.adversarial_weight:
       judge = discriminator_lib.Discriminator(self.discriminator)
       images = jnp.zeros((1, self._target_size, self._target_size, 3), jnp.float32)
-      params = params | {
-          'discriminator': judge.init(jax.random.fold_in(rng, 1), images)['params']}
+      params = params | {'discriminator': judge.init(jax.random.fold_in(rng, 1), images)['params']}
     return params
 
   def other_optimizers(self):
     """The discriminator's optimiser, which rests until there is something to train."""
     if not self.adversarial_weight:
       return {}
-    return {'discriminator': adversarial.resting_until(
-        self.adversarial_from, self.discriminator_optimizer)}
+    return {
+      'discriminator': adversarial.resting_until(
+        self.adversarial_from, self.discriminator_optimizer
+      )
+    }
 
   def constants(self):
     """The tokenizer's parameters, as 'tokenizer', and LPIPS', as 'perceptual', where there are any.
@@ -195,11 +210,14 @@ class SuperResolutionStage(plain_objective.PlainStage):
     if self.crop is not None:
       inputs, targets = jax.vmap(self._cropped)(keys, inputs, targets)
     outputs = self._enlarge(params, inputs)
-    metrics = {'l2': jnp.mean(jnp.square(outputs - targets)),
-               'l1': jnp.mean(jnp.abs(outputs - targets))}
+    metrics = {
+      'l2': jnp.mean(jnp.square(outputs - targets)),
+      'l1': jnp.mean(jnp.abs(outputs - targets)),
+    }
     if self.perceptual_weight:
-      metrics['perceptual'] = jnp.mean(lpips.LPIPS().apply(
-          {'params': params['perceptual']}, targets, outputs))
+      metrics['perceptual'] = jnp.mean(
+        lpips.LPIPS().apply({'params': params['perceptual']}, targets, outputs)
+      )
     loss = sum(getattr(self, f'{name}_weight') * value for name, value in metrics.items())
     metrics['psnr'] = jnp.mean(_psnr(targets, outputs))
     of_discriminator = 0.0
@@ -214,12 +232,17 @@ class SuperResolutionStage(plain_objective.PlainStage):
     begun = step >= self.adversarial_from
     of_network, of_discriminator, metrics = adversarial.losses(*judge, targets, outputs)
     penalty = jax.lax.cond(
-        begun & (step % self.r1_every == 0),
-        lambda: adversarial.r1_penalty(*judge, targets), lambda: jnp.float32(0.0))
+      begun & (step % self.r1_every == 0),
+      lambda: adversarial.r1_penalty(*judge, targets),
+      lambda: jnp.float32(0.0),
+    )
     metrics |= {'adversarial': of_network, 'discriminator': of_discriminator, 'r1': penalty}
     of_discriminator += 0.5 * self.r1_weight * self.r1_every * penalty
-    return (jnp.where(begun, self.adversarial_weight * of_network, 0.0),
-            jnp.where(begun, of_discriminator, 0.0), metrics)
+    return (
+      jnp.where(begun, self.adversarial_weight * of_network, 0.0),
+      jnp.where(begun, of_discriminator, 0.0),
+      metrics,
+    )
 
   def weight(self, batch):
     """What a batch counts in a mean over several: its pictures, float32 []."""
@@ -245,7 +268,8 @@ class SuperResolutionStage(plain_objective.PlainStage):
     for name, pictures in inputs.items():
       measures[f'{name}psnr'] = _psnr(targets, self._enlarge(params, pictures))
       measures[f'{name}bicubic_psnr'] = _psnr(
-          targets, super_resolution.enlarge(pictures, self.model.factor))
+        targets, super_resolution.enlarge(pictures, self.model.factor)
+      )
     return measures
 
   def summarize(self, measures: dict[str, np.ndarray]) -> dict[str, float]:
@@ -265,8 +289,11 @@ class SuperResolutionStage(plain_objective.PlainStage):
       inputs = self._clean(targets)
       if self.tokenizer is not None:
         inputs = self._reconstruct(constants, inputs)
-      row = [super_resolution.enlarge(inputs, self.model.factor), self._enlarge(params, inputs),
-             targets]
+      row = [
+        super_resolution.enlarge(inputs, self.model.factor),
+        self._enlarge(params, inputs),
+        targets,
+      ]
       pixels = jnp.clip(jnp.concatenate(row, axis=2), 0.0, 1.0)
       return {'enlarged': jnp.round(pixels * 255.0).astype(jnp.uint8)}
 
@@ -280,15 +307,15 @@ class SuperResolutionStage(plain_objective.PlainStage):
       total += tokenizer_objective.PERCEPTUAL_PASSES * flops.vgg16_forward(size)
     if self.adversarial_weight:
       total += tokenizer_objective.ADVERSARIAL_PASSES * flops.discriminator_forward(
-          self.discriminator, size)
+        self.discriminator, size
+      )
     return batch_size * total
 
   def _clean(self, targets):
     """[batch, factor · height, factor · width, 3] averaged over squares of factor × factor."""
     batch, height, width, channels = targets.shape
     factor = self.model.factor
-    squares = targets.reshape(
-        batch, height // factor, factor, width // factor, factor, channels)
+    squares = targets.reshape(batch, height // factor, factor, width // factor, factor, channels)
     return jnp.mean(squares, axis=(2, 4))
 
   def _checked_config(self) -> vit_vqgan.ViTVQGANConfig:
@@ -296,9 +323,10 @@ class SuperResolutionStage(plain_objective.PlainStage):
     size = self.tokenizer_config.image_size
     if size != self.input_size:
       raise errors.UserError(
-          f'SuperResolutionStage.image_size={self.image_size} is not '
-          f'SuperResolutionConfig.factor={self.model.factor} times the {size} pixels of the '
-          f'tokenizer in {self.tokenizer}')
+        f'SuperResolutionStage.image_size={self.image_size} is not '
+        f'SuperResolutionConfig.factor={self.model.factor} times the {size} pixels of the '
+        f'tokenizer in {self.tokenizer}'
+      )
     return self.tokenizer_config
 
   def _reconstruct(self, constants, images):
@@ -316,8 +344,8 @@ class SuperResolutionStage(plain_objective.PlainStage):
     places = (self.input_size - self.crop) // unit + 1
     corner = unit * jax.random.randint(jax.random.fold_in(key, 1), (2,), 0, places)
     cut = lambda pixels, times: jax.lax.dynamic_slice(
-        pixels, (times * corner[0], times * corner[1], 0),
-        (times * self.crop, times * self.crop, 3))
+      pixels, (times * corner[0], times * corner[1], 0), (times * self.crop, times * self.crop, 3)
+    )
     return cut(image, 1), cut(target, factor)
 
   def _enlarge(self, params, images):

@@ -55,15 +55,18 @@ class TextEncoderStage(plain_objective.PlainStage):
   def __post_init__(self):
     config_checks.check_fields(self)
     if min(self.masked_weight, self.contrastive_weight) < 0 or not (
-        self.masked_weight or self.contrastive_weight):
+      self.masked_weight or self.contrastive_weight
+    ):
       raise errors.UserError(
-          f'TextEncoderStage.masked_weight={self.masked_weight} and TextEncoderStage.'
-          f'contrastive_weight={self.contrastive_weight}: none may be negative, and one must be '
-          'above 0')
+        f'TextEncoderStage.masked_weight={self.masked_weight} and TextEncoderStage.'
+        f'contrastive_weight={self.contrastive_weight}: none may be negative, and one must be '
+        'above 0'
+      )
     if self.contrastive_weight and self.image is None:
       raise errors.UserError(
-          f'TextEncoderStage.contrastive_weight={self.contrastive_weight} needs an image encoder: '
-          'set TextEncoderStage.image = @CoCaConfig()')
+        f'TextEncoderStage.contrastive_weight={self.contrastive_weight} needs an image encoder: '
+        'set TextEncoderStage.image = @CoCaConfig()'
+      )
 
   @property
   def over_examples(self) -> tuple[str, ...]:
@@ -83,8 +86,9 @@ class TextEncoderStage(plain_objective.PlainStage):
 
   def abstract_batch(self, batch_size: int):
     """Shapes and dtypes of a batch, as `loss` takes it."""
-    batch = {'encoder_input_tokens': jax.ShapeDtypeStruct(
-        (batch_size, self.model.text_length), jnp.int32)}
+    batch = {
+      'encoder_input_tokens': jax.ShapeDtypeStruct((batch_size, self.model.text_length), jnp.int32)
+    }
     if self.contrastive_weight:
       shape = (batch_size, self.image.image_size, self.image.image_size, 3)
       batch['images'] = jax.ShapeDtypeStruct(shape, jnp.uint8)
@@ -98,7 +102,8 @@ class TextEncoderStage(plain_objective.PlainStage):
   def initial_parts(self, abstract, inputs):
     """Parts that a new run starts with, see `train_loop.initial_parts`."""
     return initial_text_encoder.parts(
-        self.text_encoder, self.model, abstract, inputs, 'TextEncoderStage.text_encoder')
+      self.text_encoder, self.model, abstract, inputs, 'TextEncoderStage.text_encoder'
+    )
 
   def loss(self, params, batch, dropout_keys, step):
     """The weighted sum of both losses, with dropout.
@@ -117,15 +122,19 @@ class TextEncoderStage(plain_objective.PlainStage):
     loss, metrics = jnp.zeros(()), {}
     if self.masked_weight:
       losses, hits, weights = self._masked(
-          params, batch, layers.fold(dropout_keys, 0), layers.fold(dropout_keys, 1))
+        params, batch, layers.fold(dropout_keys, 0), layers.fold(dropout_keys, 1)
+      )
       total = jnp.maximum(jnp.sum(weights), 1.0)
       metrics['masked_loss'] = jnp.sum(losses * weights) / total
       metrics['masked_accuracy'] = jnp.sum(hits * weights) / total
       loss += self.masked_weight * metrics['masked_loss']
     if self.contrastive_weight:
       losses, hits, scale = self._contrastive(params, batch, layers.fold(dropout_keys, 2))
-      metrics |= {'contrastive_loss': jnp.mean(losses), 'contrastive_accuracy': jnp.mean(hits),
-                  'logit_scale': scale}
+      metrics |= {
+        'contrastive_loss': jnp.mean(losses),
+        'contrastive_accuracy': jnp.mean(hits),
+        'logit_scale': scale,
+      }
       loss += self.contrastive_weight * metrics['contrastive_loss']
     return loss, {'metrics': metrics}
 
@@ -149,9 +158,11 @@ class TextEncoderStage(plain_objective.PlainStage):
     if self.masked_weight:
       keys = masked_language.keys_of_texts(batch['encoder_input_tokens'])
       losses, hits, weights = self._masked(params, batch, keys, None)
-      measures |= {'masked_loss': jnp.sum(losses * weights, axis=1),
-                   'masked_hits': jnp.sum(hits * weights, axis=1),
-                   'masked_count': jnp.sum(weights, axis=1)}
+      measures |= {
+        'masked_loss': jnp.sum(losses * weights, axis=1),
+        'masked_hits': jnp.sum(hits * weights, axis=1),
+        'masked_count': jnp.sum(weights, axis=1),
+      }
     if self.contrastive_weight:
       losses, hits, _ = self._contrastive(params, batch, None)
       measures |= {'contrastive_loss': losses, 'contrastive_accuracy': hits}
@@ -162,12 +173,15 @@ class TextEncoderStage(plain_objective.PlainStage):
     found = {'loss': 0.0}
     if self.masked_weight:
       count = max(float(measures['masked_count'].sum()), 1.0)
-      found |= {'masked_loss': float(measures['masked_loss'].sum()) / count,
-                'masked_accuracy': float(measures['masked_hits'].sum()) / count}
+      found |= {
+        'masked_loss': float(measures['masked_loss'].sum()) / count,
+        'masked_accuracy': float(measures['masked_hits'].sum()) / count,
+      }
       found['loss'] += self.masked_weight * found['masked_loss']
     if self.contrastive_weight:
-      found |= {name: float(measures[name].mean())
-                for name in ('contrastive_loss', 'contrastive_accuracy')}
+      found |= {
+        name: float(measures[name].mean()) for name in ('contrastive_loss', 'contrastive_accuracy')
+      }
       found['loss'] += self.contrastive_weight * found['contrastive_loss']
     return found
 
@@ -179,25 +193,29 @@ class TextEncoderStage(plain_objective.PlainStage):
     """Model FLOPs of a training step."""
     model, total = self.model, 0
     text = flops.encoder_forward(
-        model.encoder_layers, model.width, model.mlp_width, model.text_length)
+      model.encoder_layers, model.width, model.mlp_width, model.text_length
+    )
     if self.masked_weight:
       head = 2 * model.width * (model.width + model.text_vocabulary)
       total += text + masked_language.most_chosen(model.text_length) * head
     if self.contrastive_weight:
       image = self.image
       total += text + flops.encoder_forward(
-          image.image_layers, image.width, image.mlp_width, image.patches)
-      total += 2 * 3 * image.image_size ** 2 * image.width
+        image.image_layers, image.width, image.mlp_width, image.patches
+      )
+      total += 2 * 3 * image.image_size**2 * image.width
     return 3 * batch_size * total
 
   def _module(self):
     return text_pretraining.TextPretraining(
-        self.model, bool(self.masked_weight), self.image if self.contrastive_weight else None)
+      self.model, bool(self.masked_weight), self.image if self.contrastive_weight else None
+    )
 
   def _masked(self, params, batch, keys, dropout_keys):
     """Losses, hits and weights [batch, most] of the chosen pieces."""
     text = masked_language.mask_text(
-        batch['encoder_input_tokens'], keys, self.model.text_vocabulary)
+      batch['encoder_input_tokens'], keys, self.model.text_vocabulary
+    )
     logits = self._module().apply({'params': params}, text, dropout_keys, method='piece_logits')
     losses, hits = layers.cross_entropy(logits, text.targets)
     return losses, hits, text.weights
@@ -206,7 +224,11 @@ class TextEncoderStage(plain_objective.PlainStage):
     """Losses and hits [batch] of the pairs, and the scale of the logits."""
     texts = batch['encoder_input_tokens']
     of_images, of_texts, scale = self._module().apply(
-        {'params': params}, texts, batch['images'].astype(jnp.float32) / 255.0, dropout_keys,
-        method='features')
+      {'params': params},
+      texts,
+      batch['images'].astype(jnp.float32) / 255.0,
+      dropout_keys,
+      method='features',
+    )
     same = contrastive.equal_rows(texts)
     return *contrastive.contrastive_losses(of_images, of_texts, scale, same), scale

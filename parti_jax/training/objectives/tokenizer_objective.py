@@ -48,8 +48,11 @@ def logit_laplace_loss(images, mean, log_scale, least_log_scale: float = -7.0):
   epsilon = vit_vqgan.LOGIT_LAPLACE_EPSILON
   x = (1.0 - 2.0 * epsilon) * images + epsilon
   log_scale = jnp.maximum(log_scale, least_log_scale)
-  loss = (jnp.abs(jnp.log(x) - jnp.log1p(-x) - mean) * jnp.exp(-log_scale)
-          + jnp.log(2.0 * x * (1.0 - x)) + log_scale)
+  loss = (
+    jnp.abs(jnp.log(x) - jnp.log1p(-x) - mean) * jnp.exp(-log_scale)
+    + jnp.log(2.0 * x * (1.0 - x))
+    + log_scale
+  )
   return jnp.mean(loss, axis=(1, 2, 3))
 
 
@@ -78,7 +81,8 @@ def revive(table, use, dead, latents, rng):
   latents = quantizer.normalize(latents.reshape(-1, table.shape[1]))
   nearest = jnp.max(latents @ quantizer.normalize(table).T, axis=-1)
   chance = jnp.log(jnp.maximum(1.0 - nearest, 1e-6)) + jax.random.gumbel(
-      rng, nearest.shape, jnp.float32, mode='low')
+    rng, nearest.shape, jnp.float32, mode='low'
+  )
   count = min(table.shape[0], latents.shape[0])
   chosen = latents[jax.lax.top_k(chance, count)[1]]
   turn = jnp.cumsum(dead) - 1
@@ -152,14 +156,29 @@ class TokenizerStage:
 
   def __post_init__(self):
     not_negative = dict.fromkeys(
-        ('l2_weight', 'coarse_l2_weight', 'logit_laplace_weight', 'quantizer_weight',
-         'perceptual_weight', 'adversarial_weight', 'adversarial_from', 'r1_weight',
-         'quantize_from', 'revive_every', 'revive_until', 'dead_below'), (0, None))
+      (
+        'l2_weight',
+        'coarse_l2_weight',
+        'logit_laplace_weight',
+        'quantizer_weight',
+        'perceptual_weight',
+        'adversarial_weight',
+        'adversarial_from',
+        'r1_weight',
+        'quantize_from',
+        'revive_every',
+        'revive_until',
+        'dead_below',
+      ),
+      (0, None),
+    )
     config_checks.check_fields(self, **not_negative)
     unknown = set(self.frozen) - set(PARTS)
     if unknown:
-      raise errors.UserError(f'TokenizerStage.frozen: {sorted(unknown)} are no parts; there are '
-                             'encoder, quantizer and decoder')
+      raise errors.UserError(
+        f'TokenizerStage.frozen: {sorted(unknown)} are no parts; there are '
+        'encoder, quantizer and decoder'
+      )
     if self.adversarial_weight:
       self.discriminator.sizes(self.model.image_size)
     if self.r1_every < 1:
@@ -168,8 +187,9 @@ class TokenizerStage:
       raise errors.UserError(f'TokenizerStage.ema={self.ema} must be at least 0 and below 1')
     if self.perceptual_weight and self.model.image_size < lpips.LEAST_SIZE:
       raise errors.UserError(
-          f'TokenizerStage.perceptual_weight: LPIPS needs pictures of {lpips.LEAST_SIZE} pixels; '
-          f'set it to 0 with ViTVQGANConfig.image_size={self.model.image_size}')
+        f'TokenizerStage.perceptual_weight: LPIPS needs pictures of {lpips.LEAST_SIZE} pixels; '
+        f'set it to 0 with ViTVQGANConfig.image_size={self.model.image_size}'
+      )
 
   name = 'tokenizer'
   # It is one, and uses none.
@@ -222,20 +242,28 @@ class TokenizerStage:
     taken = PARTS
     if any(theirs[name] != ours[name] for name in of_decoder):
       taken = ('encoder', 'quantizer')
-    wanted = {'stage': self.name, 'config': {
-        name: value for name, value in ours.items() if name not in of_decoder}}
+    wanted = {
+      'stage': self.name,
+      'config': {name: value for name, value in ours.items() if name not in of_decoder},
+    }
     run_checkpoints.check_same_model(
-        f'TokenizerStage.first_phase={self.first_phase}', {'stage': self.name, 'config': theirs},
-        wanted)
-    return run_checkpoints.put_like({name: first.params[name] for name in taken},
-                                {name: abstract_params[name] for name in taken})
+      f'TokenizerStage.first_phase={self.first_phase}',
+      {'stage': self.name, 'config': theirs},
+      wanted,
+    )
+    return run_checkpoints.put_like(
+      {name: first.params[name] for name in taken}, {name: abstract_params[name] for name in taken}
+    )
 
   def other_optimizers(self):
     """The discriminator's optimiser, which rests until there is something to train."""
     if not self.adversarial_weight:
       return {}
-    return {'discriminator': adversarial.resting_until(
-        self.adversarial_from, self.discriminator_optimizer)}
+    return {
+      'discriminator': adversarial.resting_until(
+        self.adversarial_from, self.discriminator_optimizer
+      )
+    }
 
   def constants(self):
     """LPIPS' parameters, as 'perceptual'.
@@ -268,7 +296,8 @@ class TokenizerStage:
     if self.ema:
       params = nn.meta.unbox(jax.eval_shape(self.init, jax.random.key(0)))
       statistics['average'] = jax.tree.map(
-          lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), {name: params[name] for name in PARTS})
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), {name: params[name] for name in PARTS}
+      )
     return statistics
 
   def loss(self, params, batch, dropout_keys, step):
@@ -287,33 +316,38 @@ class TokenizerStage:
     del dropout_keys
     images = batch['images'].astype(jnp.float32) / 255.0
     out, sown = vit_vqgan.ViTVQGAN(self.model).apply(
-        {'params': params}, images, step >= self.quantize_from, mutable=['intermediates'])
+      {'params': params}, images, step >= self.quantize_from, mutable=['intermediates']
+    )
     quantizer_loss = jnp.where(step >= self.quantize_from, out['quantizer_loss'], 0.0)
     loss, metrics = self._reconstruction_loss(params, images, out['mean'], out['log_scale'])
     loss = loss + self.quantizer_weight * quantizer_loss
     metrics['quantizer_loss'] = out['quantizer_loss']
     of_discriminator = 0.0
     if self.adversarial_weight:
-      hidden, = sown['intermediates']['decoder']['last_hidden']
+      (hidden,) = sown['intermediates']['decoder']['last_hidden']
       of_tokenizer, of_discriminator, more = self._adversarial_losses(
-          params, images, out, hidden, step)
+        params, images, out, hidden, step
+      )
       loss = loss + of_tokenizer
       metrics |= more
     return loss + of_discriminator, {
-        'metrics': metrics | {'loss': loss}, 'latents': out['latents'],
-        'code_use': self._count(out['tokens'])}
+      'metrics': metrics | {'loss': loss},
+      'latents': out['latents'],
+      'code_use': self._count(out['tokens']),
+    }
 
   def _reconstruction_loss(self, params, images, mean, log_scale):
     """The weighted sum of what compares pictures with their reconstructions, and its parts."""
     reconstructions = vit_vqgan.to_pixels(mean)
     metrics = {
-        'l2': jnp.mean(jnp.square(reconstructions - images)),
-        'coarse_l2': jnp.mean(jnp.square(_coarse(reconstructions) - _coarse(images))),
-        'logit_laplace': jnp.mean(
-            logit_laplace_loss(images, mean, log_scale, self.least_log_scale))}
+      'l2': jnp.mean(jnp.square(reconstructions - images)),
+      'coarse_l2': jnp.mean(jnp.square(_coarse(reconstructions) - _coarse(images))),
+      'logit_laplace': jnp.mean(logit_laplace_loss(images, mean, log_scale, self.least_log_scale)),
+    }
     if self.perceptual_weight:
-      metrics['perceptual'] = jnp.mean(lpips.LPIPS().apply(
-          {'params': params['perceptual']}, images, reconstructions))
+      metrics['perceptual'] = jnp.mean(
+        lpips.LPIPS().apply({'params': params['perceptual']}, images, reconstructions)
+      )
     loss = sum(getattr(self, f'{name}_weight') * value for name, value in metrics.items())
     return loss, metrics | {'psnr': jnp.mean(psnr(images, jnp.clip(reconstructions, 0.0, 1.0)))}
 
@@ -322,36 +356,50 @@ class TokenizerStage:
 
     def losses():
       of_tokenizer, of_discriminator, metrics = adversarial.losses(
-          self.discriminator, params['discriminator'], images, vit_vqgan.to_pixels(out['mean']))
+        self.discriminator, params['discriminator'], images, vit_vqgan.to_pixels(out['mean'])
+      )
       weight = self.adversarial_weight * (
-          self._adaptive_weight(params, images, out, hidden) if self.adversarial_adaptive else 1.0)
+        self._adaptive_weight(params, images, out, hidden) if self.adversarial_adaptive else 1.0
+      )
       penalty = jax.lax.cond(
-          step % self.r1_every == 0,
-          lambda: adversarial.r1_penalty(self.discriminator, params['discriminator'], images),
-          lambda: jnp.float32(0.0))
-      metrics |= {'adversarial': of_tokenizer, 'adversarial_weight': jnp.float32(weight),
-                  'discriminator': of_discriminator, 'r1': penalty}
+        step % self.r1_every == 0,
+        lambda: adversarial.r1_penalty(self.discriminator, params['discriminator'], images),
+        lambda: jnp.float32(0.0),
+      )
+      metrics |= {
+        'adversarial': of_tokenizer,
+        'adversarial_weight': jnp.float32(weight),
+        'discriminator': of_discriminator,
+        'r1': penalty,
+      }
       of_discriminator = of_discriminator + 0.5 * self.r1_weight * self.r1_every * penalty
       return weight * of_tokenizer, of_discriminator, metrics
 
     if self.adversarial_from <= 0:
       return losses()
     zeros = lambda: jax.tree.map(
-        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(losses))
+      lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(losses)
+    )
     return jax.lax.cond(step >= self.adversarial_from, losses, zeros)
 
   def _adaptive_weight(self, params, images, out, hidden):
     """VQGAN's ratio of gradient norms at the decoder's last layer."""
     stop = jax.lax.stop_gradient
     params, mean, log_scale = stop((params, out['mean'], out['log_scale']))
-    rest = jax.grad(lambda *outputs: self._reconstruction_loss(params, images, *outputs)[0],
-                    argnums=(0, 1))(mean, log_scale)
-    of_mean = jax.grad(lambda mean: adversarial.losses(
-        self.discriminator, params['discriminator'], images, vit_vqgan.to_pixels(mean))[0])(mean)
+    rest = jax.grad(
+      lambda *outputs: self._reconstruction_loss(params, images, *outputs)[0], argnums=(0, 1)
+    )(mean, log_scale)
+    of_mean = jax.grad(
+      lambda mean: adversarial.losses(
+        self.discriminator, params['discriminator'], images, vit_vqgan.to_pixels(mean)
+      )[0]
+    )(mean)
     patches = lambda *parts: vit_vqgan.to_patches(
-        jnp.concatenate(parts, axis=-1), self.model.patch_size)
+      jnp.concatenate(parts, axis=-1), self.model.patch_size
+    )
     return adversarial.adaptive_weight(
-        stop(hidden), patches(*rest), patches(of_mean, jnp.zeros_like(of_mean)))
+      stop(hidden), patches(*rest), patches(of_mean, jnp.zeros_like(of_mean))
+    )
 
   def weight(self, batch):
     """What a batch counts in a mean over several: its pictures, float32 []."""
@@ -363,8 +411,10 @@ class TokenizerStage:
     Microbatch k of n holds the pictures k, k + n, k + 2 · n ...; here they are in their order.
     """
     latents = aux['latents'].swapaxes(0, 1)
-    return {'latents': latents.reshape((-1,) + latents.shape[2:]),
-            'code_use': jnp.sum(aux['code_use'], axis=0)}
+    return {
+      'latents': latents.reshape((-1,) + latents.shape[2:]),
+      'code_use': jnp.sum(aux['code_use'], axis=0),
+    }
 
   def after_step(self, params, statistics, aux, step, rng):
     """Revives dead codes and updates the use of codes and the average of weights.
@@ -382,15 +432,19 @@ class TokenizerStage:
     use = 0.98 * statistics['code_use'] + 0.02 * aux['code_use']
     use = jnp.where(step > self.quantize_from, use, 0.0)
     dead = use < self.dead_below
-    metrics = {'codes_alive': 1.0 - jnp.mean(dead), 'codes_in_batch': jnp.mean(aux['code_use'] > 0),
-               'code_perplexity': _perplexity(aux['code_use'])}
+    metrics = {
+      'codes_alive': 1.0 - jnp.mean(dead),
+      'codes_in_batch': jnp.mean(aux['code_use'] > 0),
+      'code_perplexity': _perplexity(aux['code_use']),
+    }
     revived = None
     if self.revive_every and 'quantizer' not in self.frozen:
       since = step - self.quantize_from
       now = (since >= 0) & (since % self.revive_every == 0) & (step < self.revive_until)
       table = params['quantizer']['codebook']['table']
       table, use = jax.lax.cond(
-          now, lambda: revive(table, use, dead, aux['latents'], rng), lambda: (table, use))
+        now, lambda: revive(table, use, dead, aux['latents'], rng), lambda: (table, use)
+      )
       revived = jnp.any(table != params['quantizer']['codebook']['table'], axis=1)
       params = params | {'quantizer': {'codebook': {'table': table}}}
     statistics = statistics | {'code_use': use}
@@ -400,7 +454,8 @@ class TokenizerStage:
       metrics['r1'] = statistics['r1']
     if self.ema:
       average = state_lib.update_average(
-          statistics['average'], {name: params[name] for name in PARTS}, step, self.ema)
+        statistics['average'], {name: params[name] for name in PARTS}, step, self.ema
+      )
       if revived is not None:  # A code that begins anew has no past to be averaged with.
         old = average['quantizer']['codebook']['table']
         table = jnp.where(revived[:, None], params['quantizer']['codebook']['table'], old)
@@ -418,9 +473,12 @@ class TokenizerStage:
   def summarize(self, measures: dict[str, np.ndarray]) -> dict[str, float]:
     """Means over examples, the share of codes that they use, and the perplexity of that use."""
     counts = np.bincount(measures['tokens'].ravel(), minlength=self.model.codebook_size)
-    return {'l2': float(measures['l2'].mean()), 'psnr': float(measures['psnr'].mean()),
-            'codes_used': float(np.mean(counts > 0)),
-            'code_perplexity': float(_perplexity(counts.astype(np.float32)))}
+    return {
+      'l2': float(measures['l2'].mean()),
+      'psnr': float(measures['psnr'].mean()),
+      'codes_used': float(np.mean(counts > 0)),
+      'code_perplexity': float(_perplexity(counts.astype(np.float32))),
+    }
 
   def painter(self):
     """What draws pictures beside their reconstructions.

@@ -13,9 +13,10 @@ from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.partitioning import rules
 
 # Grids of 256 positions, for the kernel's sake, and not square.
-PATTERNS = {f'{name}_{grid[0]}x{grid[1]}': attention_patterns.AttentionPattern(name, grid, 5)
-            for name, grid in (('global', (16, 16)), ('conv', (8, 32)), ('row', (8, 32)),
-                               ('column', (32, 8)))}
+PATTERNS = {
+  f'{name}_{grid[0]}x{grid[1]}': attention_patterns.AttentionPattern(name, grid, 5)
+  for name, grid in (('global', (16, 16)), ('conv', (8, 32)), ('row', (8, 32)), ('column', (32, 8)))
+}
 
 
 def _inputs(dtype=np.float32):
@@ -26,10 +27,12 @@ def _inputs(dtype=np.float32):
 @functools.partial(jax.jit, static_argnums=0)
 def _with_gradients(attend, *inputs):
   """The result, and gradients of a sum over it that differs from place to place."""
+
   def loss(*inputs):
     out = attend(*inputs)
     places = jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
     return jnp.sum(out.astype(jnp.float32) * places), out
+
   gradients, out = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(*inputs)
   return (out, *gradients)
 
@@ -43,11 +46,16 @@ def _expected(name):
   return jax.device_get(_with_gradients(functools.partial(_plain, PATTERNS[name]), *_inputs()))
 
 
-@pytest.mark.parametrize('form, names', [
+@pytest.mark.parametrize(
+  'form, names',
+  [
     (functools.partial(attention.attend_blockwise, block=96), ['global_16x16', 'conv_8x32']),
     (functools.partial(attention.attend_fused, interpret=True), PATTERNS),
-    (attention.attend_rows, ['row_8x32']), (attention.attend_columns, ['column_32x8']),
-], ids=['blockwise', 'fused', 'rows', 'columns'])
+    (attention.attend_rows, ['row_8x32']),
+    (attention.attend_columns, ['column_32x8']),
+  ],
+  ids=['blockwise', 'fused', 'rows', 'columns'],
+)
 def test_all_forms_agree(form, names):
   for name in names:
     found = _with_gradients(functools.partial(form, pattern=PATTERNS[name]), *_inputs())
@@ -58,8 +66,7 @@ def test_all_forms_agree(form, names):
 @pytest.mark.parametrize('name', ['conv_8x32', 'column_32x8'])
 def test_the_fused_form_agrees_on_a_mesh(name):
   fused = functools.partial(attention.attend_fused, pattern=PATTERNS[name], interpret=True)
-  with rules.partitioned(
-      mesh_lib.make_mesh(data=2, tensor=4), rules.logical_axis_rules()):
+  with rules.partitioned(mesh_lib.make_mesh(data=2, tensor=4), rules.logical_axis_rules()):
     found = jax.jit(fused)(*_inputs())
   np.testing.assert_allclose(found, _expected(name)[0], atol=2e-5)
   assert len({str(shard.index) for shard in found.addressable_shards}) == 8
@@ -67,8 +74,9 @@ def test_the_fused_form_agrees_on_a_mesh(name):
 
 def test_a_pattern_may_be_chosen_by_an_array():
   names = ['column_32x8', 'row_8x32']
-  chosen = jax.jit(functools.partial(
-      attention.attend_in_schedule, patterns=[PATTERNS[name] for name in names]))
+  chosen = jax.jit(
+    functools.partial(attention.attend_in_schedule, patterns=[PATTERNS[name] for name in names])
+  )
   for place, name in enumerate(names):
     found = chosen(*_inputs(), place=jnp.int32(place))
     np.testing.assert_allclose(found, _expected(name)[0], atol=2e-5)
@@ -80,8 +88,11 @@ def _arrays(function, *inputs):
 
   def look(jaxpr):
     for equation in jaxpr.eqns:
-      found.extend((equation.primitive.name, variable.aval.size) for variable in equation.outvars
-                   if hasattr(variable.aval, 'size'))
+      found.extend(
+        (equation.primitive.name, variable.aval.size)
+        for variable in equation.outvars
+        if hasattr(variable.aval, 'size')
+      )
       for value in equation.params.values():
         for inner in value if isinstance(value, (tuple, list)) else (value,):
           inner = getattr(inner, 'jaxpr', inner)
@@ -99,16 +110,22 @@ def _largest(function, *inputs):
 # Keys whose scores are computed for a query on average. 'global', in blocks of 256 queries: as many
 # blocks as there are before, and its own. 'conv': blocks of 4 rows and the 5 before them, fewer at
 # the top. 'row': two rows. 'column': one column.
-@pytest.mark.parametrize('name, scores', [
-    ('global', 1024 * 256 * (1 + 2 + 3 + 4) / 4), ('row', 1024 * 64), ('column', 1024 * 32),
-    ('conv', 128 * (128 + 256 + 6 * 288))])
+@pytest.mark.parametrize(
+  'name, scores',
+  [
+    ('global', 1024 * 256 * (1 + 2 + 3 + 4) / 4),
+    ('row', 1024 * 64),
+    ('column', 1024 * 32),
+    ('conv', 128 * (128 + 256 + 6 * 288)),
+  ],
+)
 def test_training_computes_only_the_scores_of_blocks_that_a_pattern_leaves(name, scores):
   pattern = attention_patterns.AttentionPattern(name, (32, 32), 11)
   attend = functools.partial(attention.attend_in_pattern, pattern=pattern)
   made = _arrays(attend, *[jnp.zeros((1, 1024, 2, 8))] * 3)
   # Each score is exponentiated once.
   assert sum(size for primitive, size in made if primitive == 'exp') == 2 * scores
-  assert scores < 0.63 * 1024 ** 2
+  assert scores < 0.63 * 1024**2
 
 
 def test_long_sequences_make_no_array_of_all_pairs_of_positions():

@@ -10,8 +10,12 @@ from parti_jax.models import parti_config
 from parti_jax.models.nn import attention_patterns
 
 GRIDS = [(3, 5), (4, 4), (5, 3), (7, 1)]
-CASES = [(name, grid, kernel) for name in attention_patterns.PATTERNS for grid in GRIDS
-         for kernel in ((1, 3, 5, 9) if name == 'conv' else (11,))]
+CASES = [
+  (name, grid, kernel)
+  for name in attention_patterns.PATTERNS
+  for grid in GRIDS
+  for kernel in ((1, 3, 5, 9) if name == 'conv' else (11,))
+]
 
 
 def _seen(name, grid, kernel, query):
@@ -23,10 +27,12 @@ def _seen(name, grid, kernel, query):
       if key > query:
         continue
       above = own_row - row
-      if {'global': True,
-          'conv': above <= kernel // 2 and abs(own_column - column) <= kernel // 2,
-          'row': above == 0 or (above == 1 and column >= own_column),
-          'column': column == own_column}[name]:
+      if {
+        'global': True,
+        'conv': above <= kernel // 2 and abs(own_column - column) <= kernel // 2,
+        'row': above == 0 or (above == 1 and column >= own_column),
+        'column': column == own_column,
+      }[name]:
         seen.append(key)
   return seen
 
@@ -36,12 +42,19 @@ def test_a_pattern_sees_what_its_definition_says(name, grid, kernel):
   pattern = attention_patterns.AttentionPattern(name, grid, kernel)
   for query in range(pattern.length):
     np.testing.assert_array_equal(
-        pattern.mask[query].nonzero()[0], _seen(name, grid, kernel, query))
+      pattern.mask[query].nonzero()[0], _seen(name, grid, kernel, query)
+    )
 
 
-@pytest.mark.parametrize('name, counts, farthest', [
-    ('conv', 5 * 11 + 6, 5 * 32 + 5), ('row', 33, 32), ('column', 17, 16 * 32),
-    ('global', 16 * 32 + 17, 16 * 32 + 16)])
+@pytest.mark.parametrize(
+  'name, counts, farthest',
+  [
+    ('conv', 5 * 11 + 6, 5 * 32 + 5),
+    ('row', 33, 32),
+    ('column', 17, 16 * 32),
+    ('global', 16 * 32 + 17, 16 * 32 + 16),
+  ],
+)
 def test_the_middle_of_the_papers_grid(name, counts, farthest):
   pattern, middle = attention_patterns.AttentionPattern(name, (32, 32), 11), 16 * 32 + 16
   assert pattern.mask[middle].sum() == counts
@@ -54,19 +67,27 @@ def test_a_cache_holds_what_is_still_seen_and_a_step_reads_it(name, grid, kernel
   # A cache of all positions, and one that serves only the first few.
   for positions in (pattern.length, 5):
     slots = pattern.slots(positions)
-    read = jax.jit(jax.vmap(lambda position, slots=slots: (
-        pattern.slot(position, slots), *pattern.read(position, slots)[::2])))
+    read = jax.jit(
+      jax.vmap(
+        lambda position, slots=slots: (
+          pattern.slot(position, slots),
+          *pattern.read(position, slots)[::2],
+        )
+      )
+    )
     places, firsts, visible = map(np.asarray, read(jnp.arange(positions)))
     count = pattern.read(0, slots)[1]
     held = np.full(slots, -1)
     for query in range(positions):
       held[places[query]] = query
-      seen = held[firsts[query]:firsts[query] + count][visible[query]]
+      seen = held[firsts[query] : firsts[query] + count][visible[query]]
       np.testing.assert_array_equal(np.sort(seen), _seen(name, grid, kernel, query))
 
 
-@pytest.mark.parametrize('name, slots, read', [
-    ('conv', 166, 166), ('row', 33, 33), ('column', 1024, 32), ('global', 1024, 1024)])
+@pytest.mark.parametrize(
+  'name, slots, read',
+  [('conv', 166, 166), ('row', 33, 33), ('column', 1024, 32), ('global', 1024, 1024)],
+)
 def test_slots_on_the_papers_grid(name, slots, read):
   pattern = attention_patterns.AttentionPattern(name, (32, 32), 11)
   assert pattern.slots(1024) == slots
@@ -88,7 +109,8 @@ def test_in_its_order_a_column_is_a_block(name):
 
 def test_a_schedule_is_repeated_over_the_layers():
   config = parti_config.PartiConfig(
-      decoder_layers=8, attention_patterns=('row', 'column', 'row', 'conv'), conv_kernel=5)
+    decoder_layers=8, attention_patterns=('row', 'column', 'row', 'conv'), conv_kernel=5
+  )
   names = [config.layer_pattern(layer).name for layer in range(8)]
   assert names == ['row', 'column', 'row', 'conv'] * 2
   assert {pattern.kernel for pattern in config.patterns} == {5}
@@ -97,10 +119,15 @@ def test_a_schedule_is_repeated_over_the_layers():
   assert twice.attention_patterns == ('row', 'conv')
 
 
-@pytest.mark.parametrize('patterns, message', [
+@pytest.mark.parametrize(
+  'patterns, message',
+  [
     (('conv',) * 5, 'a schedule of 5 does not divide PartiConfig.decoder_layers=12'),
     (('causal',), "'causal' is not one of conv, row, column, global"),
-    ('conv', "'conv' must be a tuple of patterns, such as"), ((), 'must be a tuple')])
+    ('conv', "'conv' must be a tuple of patterns, such as"),
+    ((), 'must be a tuple'),
+  ],
+)
 def test_a_schedule_that_is_none_is_named(patterns, message):
   with pytest.raises(UserError, match=f'PartiConfig.attention_patterns=.*{message}'):
     parti_config.PartiConfig(attention_patterns=patterns)
@@ -108,9 +135,15 @@ def test_a_schedule_that_is_none_is_named(patterns, message):
 
 def test_older_files_name_one_pattern_for_all_layers():
   assert parti_config.by_todays_names({'width': 8}) == {
-      'width': 8, 'attention_patterns': ('global',), 'conv_kernel': 11}
+    'width': 8,
+    'attention_patterns': ('global',),
+    'conv_kernel': 11,
+  }
   older = {'attention_pattern': 'causal', 'conv_kernel': 5}
   assert parti_config.by_todays_names(older) == {
-      'attention_patterns': ('global',), 'conv_kernel': 5}
+    'attention_patterns': ('global',),
+    'conv_kernel': 5,
+  }
   assert parti_config.by_todays_names({'attention_pattern': 'conv'})['attention_patterns'] == (
-      'conv',)
+    'conv',
+  )

@@ -12,8 +12,10 @@ def _normal(seed, *shape):
   return jnp.asarray(np.random.default_rng(seed).standard_normal(shape).astype(np.float32))
 
 
-@pytest.mark.parametrize('rows, inputs, features', [
-    ((2, 3), (8,), (5,)), ((2, 3), (4,), (3, 2, 5)), ((2, 3), (2, 4), (7,)), ((), (8,), (5,))])
+@pytest.mark.parametrize(
+  'rows, inputs, features',
+  [((2, 3), (8,), (5,)), ((2, 3), (4,), (3, 2, 5)), ((2, 3), (2, 4), (7,)), ((), (8,), (5,))],
+)
 def test_projection_sums_over_its_last_axes(rows, inputs, features):
   x, kernel = _normal(0, *rows, *inputs), _normal(1, *inputs, *features)
   axes = ('',) * (len(inputs) + len(features))
@@ -34,9 +36,9 @@ def test_dropout_drops_its_share_and_keeps_the_expectation(features):
   dropped, quarter = out == 0, -(-features // 4)
   for shift in (quarter, 2 * quarter, 3 * quarter):
     together = np.mean(dropped[..., :-shift] & dropped[..., shift:])
-    assert abs(together - rate ** 2) < 0.01
+    assert abs(together - rate**2) < 0.01
   for a, b in ((dropped[1:], dropped[:-1]), (dropped[:, 1:], dropped[:, :-1])):
-    assert abs(np.mean(a & b) - rate ** 2) < 0.01
+    assert abs(np.mean(a & b) - rate**2) < 0.01
 
 
 def test_a_mask_follows_from_the_key_and_the_examples_place_alone():

@@ -34,8 +34,10 @@ def dtype_of(mesh):
 
 def costs_of(function, mesh, *arguments, out=None):
   """Costs of a jitted function; arguments are pairs of a shape and a partition spec."""
-  abstract = [jax.ShapeDtypeStruct(shape, dtype_of(mesh), sharding=NamedSharding(mesh, spec))
-              for shape, spec in arguments]
+  abstract = [
+    jax.ShapeDtypeStruct(shape, dtype_of(mesh), sharding=NamedSharding(mesh, spec))
+    for shape, spec in arguments
+  ]
   options = {} if out is None else {'out_shardings': NamedSharding(mesh, out)}
   with native_notes.hidden():
     compiled = jax.jit(function, **options).lower(*abstract).compile()
@@ -55,33 +57,40 @@ def collectives_of(costs, mesh):
 
 def stacked(x, kernels):
   """As many products, one after the other, as there are kernels; two for each turn of a loop."""
+
   def body(x, kernel):
     return jnp.tanh(jax.lax.fori_loop(0, 2, lambda _, x: jnp.tanh(x @ kernel), x)), None
+
   return jax.lax.scan(body, x, kernels)[0]
 
 
 @pytest.mark.parametrize('devices', ['cpu_devices', 'tpu_devices'])
 def test_products_in_nested_loops(devices, request):
   mesh = mesh_of(request.getfixturevalue(devices))
-  costs = costs_of(stacked, mesh, ((ROWS, WIDTH), PartitionSpec('data')),
-                   ((TURNS, WIDTH, WIDTH), PartitionSpec()))
+  costs = costs_of(
+    stacked, mesh, ((ROWS, WIDTH), PartitionSpec('data')), ((TURNS, WIDTH, WIDTH), PartitionSpec())
+  )
   assert not costs.notes
   assert costs.product_flops == 2 * TURNS * 2 * (ROWS // 2) * WIDTH * WIDTH
 
 
 @pytest.mark.parametrize('devices', ['cpu_devices', 'tpu_devices'])
-@pytest.mark.parametrize('formula, left, right, flops', [
+@pytest.mark.parametrize(
+  'formula, left, right, flops',
+  [
     # Rows over one axis or several, batches, and the forms that gradients have.
     ('bld,dhk->blhk', (4, 64, 32), (32, 8, 16), 2 * 4 * 64 * 32 * 8 * 16),
     ('bqhd,bkhd->bhqk', (4, 64, 8, 16), (4, 32, 8, 16), 2 * 4 * 8 * 64 * 32 * 16),
     ('bhqk,bkhd->bqhd', (4, 8, 64, 32), (4, 32, 8, 16), 2 * 4 * 8 * 64 * 32 * 16),
     ('bld,blhk->dhk', (4, 64, 32), (4, 64, 8, 16), 2 * 4 * 64 * 32 * 8 * 16),
     ('blhk,hkd->bld', (4, 64, 8, 16), (8, 16, 32), 2 * 4 * 64 * 32 * 8 * 16),
-])
+  ],
+)
 def test_products_of_every_form(devices, request, formula, left, right, flops):
   mesh = mesh_of(request.getfixturevalue(devices))
-  costs = costs_of(functools.partial(jnp.einsum, formula), mesh, (left, PartitionSpec()),
-                   (right, PartitionSpec()))
+  costs = costs_of(
+    functools.partial(jnp.einsum, formula), mesh, (left, PartitionSpec()), (right, PartitionSpec())
+  )
   assert costs.product_flops == flops
 
 
@@ -92,13 +101,19 @@ def test_the_collectives_of_two_sharded_products(devices, request):
   # over data as well, which the batch is too, so that it is gathered there.
   product = lambda x, first, second: (x @ first) @ second
   costs = costs_of(
-      product, mesh, ((ROWS, WIDTH), PartitionSpec('data')),
-      ((WIDTH, 4 * WIDTH), PartitionSpec('data', 'tensor')),
-      ((4 * WIDTH, WIDTH), PartitionSpec('tensor', None)), out=PartitionSpec('data'))
+    product,
+    mesh,
+    ((ROWS, WIDTH), PartitionSpec('data')),
+    ((WIDTH, 4 * WIDTH), PartitionSpec('data', 'tensor')),
+    ((4 * WIDTH, WIDTH), PartitionSpec('tensor', None)),
+    out=PartitionSpec('data'),
+  )
   found = collectives_of(costs, mesh)
   item = dtype_of(mesh).itemsize
-  assert found == {('all-gather', ('data',)): (1, WIDTH * 2 * WIDTH * item),
-                   ('all-reduce', ('tensor',)): (1, ROWS // 2 * WIDTH * item)}
+  assert found == {
+    ('all-gather', ('data',)): (1, WIDTH * 2 * WIDTH * item),
+    ('all-reduce', ('tensor',)): (1, ROWS // 2 * WIDTH * item),
+  }
   assert costs.product_flops == 2 * 2 * (ROWS // 2) * WIDTH * 2 * WIDTH
 
 
@@ -110,9 +125,12 @@ def test_collectives_in_a_loop_count_for_each_turn(devices, request):
     kernel = jax.lax.with_sharding_constraint(kernel, NamedSharding(mesh, PartitionSpec()))
     return jnp.tanh(x @ kernel), None
 
-  costs = costs_of(lambda x, kernels: jax.lax.scan(body, x, kernels)[0], mesh,
-                   ((ROWS, WIDTH), PartitionSpec('data')),
-                   ((TURNS, WIDTH, WIDTH), PartitionSpec(None, 'tensor')))
+  costs = costs_of(
+    lambda x, kernels: jax.lax.scan(body, x, kernels)[0],
+    mesh,
+    ((ROWS, WIDTH), PartitionSpec('data')),
+    ((TURNS, WIDTH, WIDTH), PartitionSpec(None, 'tensor')),
+  )
   count, size = collectives_of(costs, mesh)[('all-gather', ('tensor',))]
   # XLA may gather all turns' kernels at once; the bytes are the same.
   assert count in (1, TURNS)
@@ -131,27 +149,38 @@ def test_explicit_collectives(cpu_devices):
     return jax.lax.psum(jnp.tanh(x), ('data', 'tensor'))
 
   spec = PartitionSpec(('data', 'tensor'))
-  function = jax.shard_map(each, mesh=mesh, in_specs=spec, out_specs=PartitionSpec(None),
-                           check_vma=False)
+  function = jax.shard_map(
+    each, mesh=mesh, in_specs=spec, out_specs=PartitionSpec(None), check_vma=False
+  )
   abstract = jax.ShapeDtypeStruct(
-      (4 * ROWS, WIDTH), jnp.float32, sharding=NamedSharding(mesh, spec))
+    (4 * ROWS, WIDTH), jnp.float32, sharding=NamedSharding(mesh, spec)
+  )
   text = jax.jit(function).lower(abstract).compile().as_text()
   costs = hlo_cost.costs(hlo_text.parse(text), 4)
   found = collectives_of(costs, mesh)
   assert found == {
-      ('reduce-scatter', ('data',)): (1, size), ('all-gather', ('data',)): (1, size),
-      ('collective-permute', ('tensor',)): (1, size), ('all-to-all', ('tensor',)): (1, size),
-      ('all-reduce', ('data', 'tensor')): (1, size)}
+    ('reduce-scatter', ('data',)): (1, size),
+    ('all-gather', ('data',)): (1, size),
+    ('collective-permute', ('tensor',)): (1, size),
+    ('all-to-all', ('tensor',)): (1, size),
+    ('all-reduce', ('data', 'tensor')): (1, size),
+  }
   # Along a ring of n a device sends (n - 1) / n of the whole, twice for an all-reduce.
   assert sorted(collective.sent for collective in costs.collectives) == [
-      size / 2, size / 2, size / 2, size, 2 * size * 3 / 4]
+    size / 2,
+    size / 2,
+    size / 2,
+    size,
+    2 * size * 3 / 4,
+  ]
 
 
 def test_bytes_of_a_product_on_a_tpu(tpu_devices):
   mesh = Mesh(np.array(tpu_devices[:1]), ('data',))
   side = 8192  # Too large for the chip's own memory.
-  costs = costs_of(jnp.matmul, mesh, ((side, side), PartitionSpec()),
-                   ((side, side), PartitionSpec()))
+  costs = costs_of(
+    jnp.matmul, mesh, ((side, side), PartitionSpec()), ((side, side), PartitionSpec())
+  )
   assert costs.hbm_bytes == pytest.approx(3 * 2 * side * side, rel=0.01)
 
 
@@ -159,8 +188,11 @@ def test_a_slice_of_a_stack_counts_as_the_slice(tpu_devices):
   mesh = Mesh(np.array(tpu_devices[:1]), ('data',))
   side, layers = 4096, 8
   costs = costs_of(
-      lambda x, kernels: jax.lax.scan(lambda x, k: (jnp.tanh(x @ k), None), x, kernels)[0], mesh,
-      ((128, side), PartitionSpec()), ((layers, side, side), PartitionSpec()))
+    lambda x, kernels: jax.lax.scan(lambda x, k: (jnp.tanh(x @ k), None), x, kernels)[0],
+    mesh,
+    ((128, side), PartitionSpec()),
+    ((layers, side, side), PartitionSpec()),
+  )
   # Each kernel is read once; the rest, 1 MiB each, is small beside it.
   assert costs.hbm_bytes == pytest.approx(2 * layers * side * side, rel=0.1)
   assert costs.product_flops == 2 * 128 * side * side * layers
@@ -169,8 +201,7 @@ def test_a_slice_of_a_stack_counts_as_the_slice(tpu_devices):
 def test_an_update_in_place_counts_as_the_update(tpu_devices):
   mesh = Mesh(np.array(tpu_devices[:1]), ('data',))
   shape = (64, 2048, 2048)
-  whole = jax.ShapeDtypeStruct(
-      shape, jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec()))
+  whole = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec()))
   part = jax.ShapeDtypeStruct((1, *shape[1:]), jnp.bfloat16, sharding=whole.sharding)
 
   def update(whole, part):
