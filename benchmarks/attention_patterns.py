@@ -107,16 +107,16 @@ def sampling(args, config):
 
 def training(args, config):
   """A function that computes loss and gradients of a batch."""
-  stage = generator_objective.GeneratorStage(config)
-  params = nn.meta.unbox(jax.jit(stage.init)(jax.random.key(0)))
+  objective = generator_objective.GeneratorObjective(config)
+  params = nn.meta.unbox(jax.jit(objective.init)(jax.random.key(0)))
   batch = jax.tree.map(
-    lambda leaf: jnp.ones(leaf.shape, leaf.dtype), stage.abstract_batch(args.train_batch_size)
+    lambda leaf: jnp.ones(leaf.shape, leaf.dtype), objective.abstract_batch(args.train_batch_size)
   )
 
   @jax.jit
   def gradients(params, batch):
     keys = layers.dropout_keys(jax.random.key(0), args.train_batch_size)
-    return jax.grad(lambda params: stage.loss(params, batch, keys, 0)[0])(params)
+    return jax.grad(lambda params: objective.loss(params, batch, keys, 0)[0])(params)
 
   return lambda: gradients(params, batch)
 

@@ -149,8 +149,8 @@ def plan(gin_files: list[str], gin_bindings: list[str], topology_name: str) -> d
   )
   with as_if_there(topology.devices()):
     model, trainer, batch = train_with_gin()
-    stage = generator_objective.GeneratorStage(model.module.config)
-    step = _step(gin_files, stage, trainer, batch)
+    objective = generator_objective.GeneratorObjective(model.module.config)
+    step = _step(gin_files, objective, trainer, batch)
     request = request_lib.Request('train', topology_name, (), tuple(gin_bindings))
     made = plan_lib.of_step(request, topology, step)
     return made | {
@@ -163,13 +163,13 @@ def plan(gin_files: list[str], gin_bindings: list[str], topology_name: str) -> d
     }
 
 
-def _step(gin_files, stage, trainer, batch):
+def _step(gin_files, objective, trainer, batch):
   """The trainer's step, ready to be lowered."""
   from parti_jax.models.nn import layers
   from parti_jax.planning import request as request_lib
   from parti_jax.planning.hlo import kernels
 
-  config, state = stage.model, trainer.train_state
+  config, state = objective.model, trainer.train_state
   batch_size = batch['encoder_input_tokens'].shape[0]
   settings = {
     'model': f't5x {pathlib.Path(gin_files[0]).stem}',
@@ -182,7 +182,7 @@ def _step(gin_files, stage, trainer, batch):
     lambda: trainer._partitioned_train_step.lower(state, batch),
     trainer._partitioner.mesh,
     batch_size,
-    stage.step_flops(batch_size),
+    objective.step_flops(batch_size),
     layers.count_parameters(state.params),
     settings,
     kernel_flops=kernels.splash_flops(config.patterns),

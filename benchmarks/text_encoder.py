@@ -20,8 +20,8 @@ GENERATOR = [
   '--gin.train.log_every=25',
   '--gin.train.pictures_every=0',
   '--gin.warmup_cosine.warmup_steps=50',
-  '--gin.GeneratorStage.tokenizer=None',
-  '--gin.GeneratorStage.depth_loss_weights=None',
+  '--gin.GeneratorObjective.tokenizer=None',
+  '--gin.GeneratorObjective.depth_loss_weights=None',
 ]
 ENCODER = [
   '--gin_file=gin_configs/runs/demo_text_encoder.gin',
@@ -32,10 +32,10 @@ ENCODER = [
 # without pictures a step is a fraction of the work.
 OBJECTIVES = {
   'masked': (
-    ['--gin.TextEncoderStage.contrastive_weight=0', "--gin.train.task='openmoji_texts'"],
+    ['--gin.TextEncoderObjective.contrastive_weight=0', "--gin.train.task='openmoji_texts'"],
     2,
   ),
-  'contrastive': (['--gin.TextEncoderStage.masked_weight=0'], 1),
+  'contrastive': (['--gin.TextEncoderObjective.masked_weight=0'], 1),
   'both': ([], 1),
 }
 
@@ -103,7 +103,7 @@ def main():
   curves = {'random': losses(train(args.dir, 'generator_random', args.steps, GENERATOR))}
   for name, (flags, share) in OBJECTIVES.items():
     train(args.dir, name, share * args.pretraining_steps, ENCODER + flags)
-    start = [f"--gin.GeneratorStage.text_encoder='{args.dir / name}'"]
+    start = [f"--gin.GeneratorObjective.text_encoder='{args.dir / name}'"]
     curves[name] = losses(train(args.dir, f'generator_{name}', args.steps, GENERATOR + start))
   steps = sorted(curves['random'])
   print('| start |', ' | '.join(map(str, steps)), '|')

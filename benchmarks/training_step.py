@@ -57,9 +57,9 @@ def main():
     dtype='float32',
     remat=args.remat,
   )
-  stage = generator_objective.GeneratorStage(config)
+  objective = generator_objective.GeneratorObjective(config)
   optimizer = optimizers.adamw(lambda step: 1e-3)
-  trainer = trainer_lib.Trainer(stage, optimizer, mesh.make_mesh(devices=jax.devices()[:1]))
+  trainer = trainer_lib.Trainer(objective, optimizer, mesh.make_mesh(devices=jax.devices()[:1]))
   state = trainer.create_state()
   rng = np.random.default_rng(0)
   batch = trainer.put(
@@ -83,7 +83,7 @@ def main():
   for _ in range(2):
     seconds(step), seconds(products)
   times = [(seconds(step), seconds(products)) for _ in range(args.rounds)]
-  step_rate = stage.step_flops(args.batch_size) / statistics.median(t for t, _ in times)
+  step_rate = objective.step_flops(args.batch_size) / statistics.median(t for t, _ in times)
   peak = 20 * 2 * 1024**3 / statistics.median(t for _, t in times)
   figures = {
     'parameters': layers.count_parameters(state.params),

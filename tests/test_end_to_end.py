@@ -16,7 +16,7 @@ include 'gin_configs/tasks/openmoji.gin'
 
 openmoji.data_dir = '{data_dir}'
 token_cache.path = '{folder}/tokens'
-train.stage = @{stage}()
+train.objective = @{objective}()
 train.task = '{task}'
 train.split = 'train[:8]'
 train.eval_split = None
@@ -25,7 +25,7 @@ train.batch_size = 8
 train.optimizer = @adamw
 train.schedule = @warmup_cosine()
 train.checkpoint_every = {steps}
-{stage}.model = @{config}()
+{objective}.model = @{config}()
 drop_text.rate = 0.0
 adamw.weight_decay = 0.0
 warmup_cosine.peak = 3e-3
@@ -74,7 +74,7 @@ def test_a_tiny_model_draws_back_the_eight_pairs_that_it_was_trained_on(pairs, t
     'tokenizer.gin',
     data_dir,
     model='vit_vqgan_tiny',
-    stage='TokenizerStage',
+    objective='TokenizerObjective',
     config='ViTVQGANConfig',
     task='openmoji_images',
     steps=1200,
@@ -84,7 +84,7 @@ def test_a_tiny_model_draws_back_the_eight_pairs_that_it_was_trained_on(pairs, t
     'generator.gin',
     data_dir,
     model='parti_tiny',
-    stage='GeneratorStage',
+    objective='GeneratorObjective',
     config='PartiConfig',
     task='openmoji_tokens',
     steps=300,
@@ -101,10 +101,10 @@ def test_a_tiny_model_draws_back_the_eight_pairs_that_it_was_trained_on(pairs, t
     'train',
     f'--gin_file={tokenizer_gin}',
     f'--model_dir={tmp_path}/tokenizer',
-    '--gin.TokenizerStage.revive_every=20',
-    '--gin.TokenizerStage.revive_until=800',
-    '--gin.TokenizerStage.quantize_from=200',
-    '--gin.TokenizerStage.least_log_scale=-2.0',
+    '--gin.TokenizerObjective.revive_every=20',
+    '--gin.TokenizerObjective.revive_until=800',
+    '--gin.TokenizerObjective.quantize_from=200',
+    '--gin.TokenizerObjective.least_log_scale=-2.0',
   )
   parti_jax(
     'tokenize',

@@ -94,7 +94,7 @@ def test_such_a_call_would_be_found(text):
 def _saved(tmp_path_factory):
   """A checkpoint's folder, and the trainer that it is of."""
   folder = tmp_path_factory.mktemp('run')
-  stage = tokenizer_objective.TokenizerStage(
+  objective = tokenizer_objective.TokenizerObjective(
     vit_vqgan.ViTVQGANConfig(
       image_size=8,
       patch_size=4,
@@ -111,9 +111,9 @@ def _saved(tmp_path_factory):
       dtype='float32',
     )
   )
-  trainer = trainer_lib.Trainer(stage, optax.sgd(0.1), mesh_lib.make_mesh())
+  trainer = trainer_lib.Trainer(objective, optax.sgd(0.1), mesh_lib.make_mesh())
   manager = run_checkpoints.Checkpoints(folder)
-  manager.save(0, trainer.create_state(), {}, run_checkpoints.describe(stage))
+  manager.save(0, trainer.create_state(), {}, run_checkpoints.describe(objective))
   manager.close()
   return folder, trainer
 
@@ -129,7 +129,7 @@ def _copy(saved, tmp_path):
 def _restore(path, trainer):
   path = run_checkpoints.folder(path.parents[1]) / path.name
   run_checkpoints.check_same_model(
-    path, run_checkpoints.read_model(path), run_checkpoints.describe(trainer.stage)
+    path, run_checkpoints.read_model(path), run_checkpoints.describe(trainer.objective)
   )
   run_checkpoints.check_same_shapes(path, trainer.abstract)
 

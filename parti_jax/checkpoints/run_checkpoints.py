@@ -233,9 +233,9 @@ class Checkpoints:
     self._barrier(key=key, timeout_ms=timeout_ms)
 
 
-def describe(stage) -> dict:
-  """A stage's name and its model's sizes, as they stand in a checkpoint."""
-  return {'stage': stage.name, 'config': dataclasses.asdict(stage.model)}
+def describe(objective) -> dict:
+  """An objective's name and its model's sizes, as they stand in a checkpoint."""
+  return {'stage': objective.name, 'config': dataclasses.asdict(objective.model)}
 
 
 def folder(model_dir) -> epath.Path:
@@ -350,23 +350,23 @@ def _json_alone() -> ocp.Checkpointer:
   return ocp.Checkpointer(ocp.JsonCheckpointHandler(), multiprocessing_options=verification.alone())
 
 
-def read_config(path: epath.Path, stage: str) -> dict:
+def read_config(path: epath.Path, objective: str) -> dict:
   """Sizes of a checkpoint's model, by the names of this version.
 
   Args:
     path: a checkpoint's folder, of `latest_checkpoint`.
-    stage: name of the stage that it must be of.
+    objective: name of the objective that it must be of.
 
   Raises:
-    UserError: if the checkpoint is unfinished or of another stage.
+    UserError: if the checkpoint is unfinished or of another objective.
   """
   model = read_model(path)
-  if model['stage'] != stage:
+  if model['stage'] != objective:
     raise errors.UserError(
-      f'{path}: a checkpoint of the stage {model["stage"]!r}; give a run of {stage!r}'
+      f'{path}: a checkpoint of the objective {model["stage"]!r}; give a run of {objective!r}'
     )
   sizes = model['config']
-  return parti_config.by_todays_names(sizes) if stage == 'generator' else sizes
+  return parti_config.by_todays_names(sizes) if objective == 'generator' else sizes
 
 
 @numerics.fixed()
@@ -438,12 +438,12 @@ def read_parts(path: epath.Path, params):
   return restored.get('params', {}) | restored.get('statistics', {}).get('average', {})
 
 
-def read_model_folder(path, stage, abstract, inputs):
+def read_model_folder(path, objective, abstract, inputs):
   """The parameters of an exported model, to start a run with.
 
   Args:
     path: a model folder, as `parti-jax export` writes it.
-    stage: what is trained; its model must be of the same sizes.
+    objective: what is trained; its model must be of the same sizes.
     abstract: the parameters' shapes and shardings.
     inputs: what the run is trained with, an `Inputs`.
 
@@ -457,17 +457,17 @@ def read_model_folder(path, stage, abstract, inputs):
   model = model_folder.load(path)
   networks = model.networks
   networks['generator'] = networks['parti']
-  if stage.name not in networks:
+  if objective.name not in networks:
     raise errors.UserError(
-      f'{path}: the model has no {stage.name}, so that none can start from '
+      f'{path}: the model has no {objective.name}, so that none can start from '
       'it; set train.initial_model to None or to another model'
     )
-  config, params, made_with = networks[stage.name]
+  config, params, made_with = networks[objective.name]
   inputs.check(
     f'train.initial_model={str(path)!r}', made_with, 'or start without train.initial_model'
   )
   check_same_model(
-    path, {'stage': stage.name, 'config': dataclasses.asdict(config)}, describe(stage)
+    path, {'stage': objective.name, 'config': dataclasses.asdict(config)}, describe(objective)
   )
   return put_like(params, {name: abstract[name] for name in params})
 
@@ -483,7 +483,7 @@ def check_same_model(path, saved: dict, wanted: dict):
   """Raises UserError that names the settings in which two models differ."""
   if saved['stage'] != wanted['stage']:
     raise errors.UserError(
-      f'{path}: a checkpoint of the stage {saved["stage"]!r}, not of '
+      f'{path}: a checkpoint of the objective {saved["stage"]!r}, not of '
       f'{wanted["stage"]!r}; choose another --model_dir'
     )
   free = ('dropout', 'dtype', 'remat', 'unroll', 'commitment')

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
   places = [shared_batches.Place.parse(place) for place in args.place]
   gin_config.parse(args.gin_file or [f'{args.model_dir}/config.gin'], args.gin_bindings)
   values = train_loop.bound_arguments()
-  lengths = values['stage'].feature_lengths()
+  lengths = values['objective'].feature_lengths()
   for place in places:
     batch = shared_batches.read(place, values['task'], values['split'], lengths, values['seed'])
     print(f'{place} of {values["task"]}, {values["split"]}')

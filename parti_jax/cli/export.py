@@ -24,14 +24,14 @@ _RUNS = {
 }
 # What a network is of no use without.
 _NEEDED = {'parti': ('vocabulary', 'tokenizer'), 'ranker': ('vocabulary',)}
-# Networks whose training stage has another name.
-_STAGES = {'parti': 'generator'}
+# Networks whose training objective has another name.
+_OBJECTIVES = {'parti': 'generator'}
 
 
 def add_arguments(parser: argparse.ArgumentParser):
   """Adds the flags of `parti-jax export`."""
   for name, text in _RUNS.items():
-    parser.add_argument(f'--{_stage(name)}', dest=name, metavar='RUN', help=text)
+    parser.add_argument(f'--{_objective(name)}', dest=name, metavar='RUN', help=text)
   parser.add_argument(
     '--vocabulary',
     metavar='FILE',
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
   for name in _RUNS:
     if getattr(args, name):
       parts[name], steps = _trained(name, getattr(args, name))
-      provenance[f'{_stage(name)}_steps'] = steps
+      provenance[f'{_objective(name)}_steps'] = steps
   made_with = {name: part.made_with for name, part in parts.items()}
   if base:
     made_with |= _made_with_base(base, [name for name in parts if not getattr(args, name)])
@@ -100,13 +100,13 @@ def run(args: argparse.Namespace) -> int:
   return 0
 
 
-def _stage(name: str) -> str:
-  return _STAGES.get(name, name)
+def _objective(name: str) -> str:
+  return _OBJECTIVES.get(name, name)
 
 
 def _check_flags(args: argparse.Namespace):
   """Raises UserError for flags that are missing, and for a vocabulary that is not there."""
-  flags = {_stage(name): getattr(args, name) for name in model_folder.REQUIRED}
+  flags = {_objective(name): getattr(args, name) for name in model_folder.REQUIRED}
   flags['vocabulary'] = args.vocabulary
   missing = [f'--{flag}' for flag, value in flags.items() if value is None]
   if missing and not args.base:
@@ -124,7 +124,7 @@ def _trained(name: str, model_dir) -> tuple[model_folder.Part, int]:
   """A network of a run's newest checkpoint, and the steps that it was trained."""
   network = model_folder.NETWORKS[name]
   path = run_checkpoints.latest_checkpoint(model_dir)
-  config = network.config(**run_checkpoints.read_config(path, _stage(name)))
+  config = network.config(**run_checkpoints.read_config(path, _objective(name)))
   params = run_checkpoints.read_params(path, network.module(config), network.example_inputs(config))
   return model_folder.Part(config, params, _made_with(name, model_dir, path)), int(path.name)
 
@@ -136,7 +136,7 @@ def _made_with(name: str, model_dir, path) -> dict[str, str]:
   for kind in _NEEDED.get(name, ()):
     if kind not in kept:
       print(
-        f'parti-jax: warning: --{_stage(name)}={model_dir}: the checkpoint does not say which '
+        f'parti-jax: warning: --{_objective(name)}={model_dir}: the checkpoint does not say which '
         f'{kind} it was trained with; make sure that it is the one given here',
         file=sys.stderr,
       )

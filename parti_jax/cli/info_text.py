@@ -24,7 +24,7 @@ _STATES = {
 
 def run(found: dict[str, Any]) -> list[str]:
   """Lines about a run, see `run_summary.summarize`."""
-  lines = [f'{found["folder"]}: a run of the stage {found["stage"] or "(unknown)"}', '']
+  lines = [f'{found["folder"]}: a run of the objective {found["stage"] or "(unknown)"}', '']
   lines += _facts(
     {
       'state': _state(found),

@@ -23,7 +23,7 @@ _WRITE_TO_URLS = ('export', 'prepare', 'vocabulary', 't5x_checkpoint', 'tokenize
 # command -> (module, one line of help)
 COMMANDS = {
   'generate': ('parti_jax.cli.generate', 'draw pictures for prompts'),
-  'train': ('parti_jax.cli.train', 'train a model: any stage, chosen by gin files'),
+  'train': ('parti_jax.cli.train', 'train a model: any objective, chosen by gin files'),
   'own_pictures': (
     'parti_jax.cli.own_pictures',
     'train all parts on a folder of captioned pictures, and draw with them',

@@ -194,7 +194,7 @@ class _Work:
       f'vocabulary.path = {self._vocabulary!r}',
       f'PartiConfig.text_vocabulary = {self._load_vocabulary().size}',
       f'PartiConfig.text_length = {self.plan.text_length}',
-      f'GeneratorStage.tokenizer = {self._tokenizer!r}',
+      f'GeneratorObjective.tokenizer = {self._tokenizer!r}',
     ]
     return self._train('generator', self._generator, bindings, seconds)
 

@@ -256,7 +256,7 @@ def schedule(part: str, steps: int) -> list[str]:
   }
   if part == 'tokenizer':
     bindings |= {
-      'TokenizerStage.quantize_from': min(300, steps // 8),
-      'TokenizerStage.revive_until': 3 * steps // 4,
+      'TokenizerObjective.quantize_from': min(300, steps // 8),
+      'TokenizerObjective.revive_until': 3 * steps // 4,
     }
   return [f'{name} = {value}' for name, value in bindings.items()]

@@ -18,7 +18,7 @@ from parti_jax.t5x import checkpoints as t5x_checkpoints
 from parti_jax.t5x import inputs
 from parti_jax.training import trainer as trainer_lib
 
-# The stages that are models of t5x too -> their networks in exported models.
+# The objectives that are models of t5x too -> their networks in exported models.
 _NETWORKS = {'generator': 'parti', 'tokenizer': 'tokenizer'}
 
 
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     '--from_t5x',
     metavar='CHECKPOINT',
     help='the folder checkpoint_<step> in the MODEL_DIR of t5x; the gin files say '
-    'stage and optimiser, as those of `train` do',
+    'objective and optimiser, as those of `train` do',
   )
   group.add_argument(
     '--parameters_only',
@@ -105,7 +105,7 @@ def run_to_t5x(model_dir, folder, step: int | None = None) -> str:
   """Writes a checkpoint of a run for t5x.
 
   Args:
-    model_dir: the run's folder, of GeneratorStage or TokenizerStage.
+    model_dir: the run's folder, of GeneratorObjective or TokenizerObjective.
     folder: where `checkpoint_<step>` is written.
     step: of the checkpoint; None for the newest one that is whole.
 
@@ -113,7 +113,7 @@ def run_to_t5x(model_dir, folder, step: int | None = None) -> str:
     A line that says what was written and how t5x takes it.
 
   Raises:
-    UserError: if there is no such checkpoint, it is damaged or of another stage; if it is written
+    UserError: if there is no such checkpoint, it is damaged or of another objective; if it is written
       already, or can't be.
   """
   path = (
@@ -121,10 +121,10 @@ def run_to_t5x(model_dir, folder, step: int | None = None) -> str:
     if step is None
     else run_checkpoints.checkpoint_of(model_dir, step)
   )
-  stage = run_checkpoints.read_model(path)['stage']
-  if stage not in _NETWORKS:
+  objective = run_checkpoints.read_model(path)['stage']
+  if objective not in _NETWORKS:
     raise errors.UserError(
-      f'{path}: a checkpoint of the stage {stage!r}, which is no model of '
+      f'{path}: a checkpoint of the objective {objective!r}, which is no model of '
       f't5x; give a run of {" or ".join(_NETWORKS)}'
     )
   t5x_checkpoints.target(folder, int(path.name))
@@ -174,7 +174,7 @@ def to_run(path, model_dir, trainer, parameters_only: bool = False) -> str:
   Args:
     path: the checkpoint, `.../checkpoint_<step>`.
     model_dir: the run's folder.
-    trainer: a Trainer of the stage and the optimiser, on any mesh of this process' devices.
+    trainer: a Trainer of the objective and the optimiser, on any mesh of this process' devices.
     parameters_only: whether the optimiser and the statistics begin anew.
 
   Returns:
@@ -182,12 +182,12 @@ def to_run(path, model_dir, trainer, parameters_only: bool = False) -> str:
 
   Raises:
     UserError: if the run has begun already; if the checkpoint is not there, damaged, or does not
-      fit the trainer; if its stage is no model of t5x; if the run's folder can't be written.
+      fit the trainer; if its objective is no model of t5x; if the run's folder can't be written.
   """
-  stage, abstract = trainer.stage, trainer.abstract
-  if stage.name not in _NETWORKS:
+  objective, abstract = trainer.objective, trainer.abstract
+  if objective.name not in _NETWORKS:
     raise errors.UserError(
-      f'train.stage is {stage.name!r}, which is no model of t5x; give the gin '
+      f'train.objective is {objective.name!r}, which is no model of t5x; give the gin '
       f'file of a run of {" or ".join(_NETWORKS)}'
     )
   _check_new(model_dir)
@@ -207,7 +207,7 @@ def to_run(path, model_dir, trainer, parameters_only: bool = False) -> str:
         step,
         state,
         {'from_t5x': str(path)} | inputs.of_checkpoint(path),
-        run_checkpoints.describe(stage),
+        run_checkpoints.describe(objective),
         t5x_checkpoints.CHUNK_BYTES,
       )
     finally:
@@ -215,7 +215,7 @@ def to_run(path, model_dir, trainer, parameters_only: bool = False) -> str:
   count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract.params))
   optimizer = 'begins anew' if parameters_only else 'goes on'
   return (
-    f'{model_dir}: a run of the stage {stage.name!r} at step {step}, {count / 1e6:.1f}M '
+    f'{model_dir}: a run of the objective {objective.name!r} at step {step}, {count / 1e6:.1f}M '
     f'parameters; in `parti-jax train` the optimiser {optimizer}, and the data start from '
     'their beginning'
   )
@@ -227,7 +227,7 @@ def _bound_trainer() -> trainer_lib.Trainer:
 
   values = train_loop.bound_arguments()
   mesh = mesh_lib.make_mesh(1, 1, 1, 1, [t5x_checkpoints.host_device()])
-  return trainer_lib.Trainer(values['stage'], values['optimizer'](values['schedule']), mesh)
+  return trainer_lib.Trainer(values['objective'], values['optimizer'](values['schedule']), mesh)
 
 
 def _check_new(model_dir):
@@ -243,7 +243,7 @@ def _parameters(path, trainer):
     path, {'target': wanted['target'], 'state': {'step': abstract.step}}, within=('target/',)
   )
   placed = t5x_checkpoints.train_state(tree, abstract.replace(optimizer_state={}, statistics={}))
-  statistics = trainer.stage.initial_statistics()
+  statistics = trainer.objective.initial_statistics()
   if 'average' in statistics:
     statistics = statistics | {
       'average': {

@@ -10,6 +10,7 @@ import inspect
 import io
 import pathlib
 import re
+import sys
 import tokenize
 import typing
 from collections.abc import Iterable
@@ -40,6 +41,21 @@ DATA_NAMES = (
   'webdataset',
 )
 _DATA_IMPORT = re.compile(r'^import parti_jax\.data\b.*$', re.MULTILINE)
+
+# Names of earlier versions, which still work -> those of today.
+RENAMED = {
+  'GeneratorStage': 'GeneratorObjective',
+  'RankerStage': 'RankerObjective',
+  'SuperResolutionStage': 'SuperResolutionObjective',
+  'TextEncoderStage': 'TextEncoderObjective',
+  'TokenizerStage': 'TokenizerObjective',
+  'train.stage': 'train.objective',
+}
+# Strings and comments are matched first, and left as they are.
+_RENAMED_NAME = re.compile(
+  r'("""|\'\'\')(?:.|\n)*?\1|"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])*\'|#[^\n]*|'
+  rf'(?<![\w.])(?P<name>{"|".join(map(re.escape, RENAMED))})\b'
+)
 
 _CALL_CHAIN = '\n  In call to configurable'
 _LOCATION = re.compile(r'\n  In file "(?P<file>[^\n]*)", line (?P<line>\d+)\n(?P<text>[^\n]*)')
@@ -106,15 +122,16 @@ def parse(gin_files: Sequence[str], bindings: Sequence[str], data: bool = True) 
 
   gin.clear_config()
   skipped = () if data else DATA_NAMES
+  old_names: dict[str, str] = {}
   try:
-    with _includes_found_as_files_are(gin, data):
+    with _includes_found_as_files_are(gin, data, old_names):
       for gin_file in gin_files:
         path = str(find(gin_file))
         with _translated_parse_errors(path):
           gin.parse_config_file(path, skipped)
       for binding in bindings:
         with _translated_parse_errors(f'--gin.{binding}', is_binding=True):
-          gin.parse_config(binding, skipped)
+          gin.parse_config(_with_new_names(binding, f'--gin.{binding}', old_names), skipped)
     _check_macros(gin, bindings)
     with _translated_parse_errors(', '.join(gin_files) or 'gin'):
       gin.finalize()
@@ -122,6 +139,26 @@ def parse(gin_files: Sequence[str], bindings: Sequence[str], data: bool = True) 
   except BaseException:
     gin.clear_config()
     raise
+  for old, source in old_names.items():
+    print(f'{source}: {old} is now named {RENAMED[old]}; the old name still works', file=sys.stderr)
+
+
+def with_new_names(text: str) -> str:
+  """Returns gin text with the names of today in place of those in `RENAMED`."""
+  return _with_new_names(text, '', {})
+
+
+def _with_new_names(text: str, source: str, old_names: dict[str, str]) -> str:
+  """`with_new_names`; adds the old names that it finds to `old_names`, each with its source."""
+
+  def replace(found):
+    name = found['name']
+    if name is None:
+      return found[0]
+    old_names.setdefault(name, source)
+    return RENAMED[name]
+
+  return _RENAMED_NAME.sub(replace, text)
 
 
 def operative() -> str:
@@ -193,15 +230,14 @@ def _nearest_by_name(gin_file: str, known: Sequence[str]) -> list[str]:
 
 
 @contextlib.contextmanager
-def _includes_found_as_files_are(gin, data: bool) -> Iterator[None]:
+def _includes_found_as_files_are(gin, data: bool, old_names: dict[str, str]) -> Iterator[None]:
   """Makes `include` in a gin file look where `find` looks."""
 
   def read(name):
     path = _find(name)
-    if data:
-      return open(path, encoding='utf-8-sig')
+    content = _with_new_names(path.read_text(encoding='utf-8-sig'), str(path), old_names)
     # An empty line in place of an import, so that the lines of errors are right.
-    text = io.StringIO(_DATA_IMPORT.sub('', path.read_text(encoding='utf-8-sig')))
+    text = io.StringIO(content if data else _DATA_IMPORT.sub('', content))
     text.name = str(path)  # For gin's errors.
     return text
 

@@ -88,12 +88,12 @@ def candidates(request: request_lib.Request) -> list[candidates_lib.Candidate]:
     sequences = images * (2 if request.guided else 1)
     return candidates_lib.of_sampling(model, sequences, images, topology.chip, devices)
   values = train_loop.bound_arguments()
-  model = values['stage'].model
+  model = values['objective'].model
   if not isinstance(model, parti_config.PartiConfig):
     raise errors.UserError(
       '--search knows the generator alone; plan the tokenizer with --gin.make_mesh... of your own'
     )
-  parameters = layers.count_parameters(jax.eval_shape(values['stage'].init, jax.random.key(0)))
+  parameters = layers.count_parameters(jax.eval_shape(values['objective'].init, jax.random.key(0)))
   return candidates_lib.of_training(
     model,
     parameters,

@@ -34,20 +34,20 @@ SAMPLING_BATCH = 32
 def training_step(request: request_lib.Request, mesh) -> request_lib.Step:
   """The step of `train`."""
   values = train_loop.bound_arguments()
-  stage = values['stage']
+  objective = values['objective']
   # Whatever else the trainer takes, `train` has arguments of the same names for.
   others = {
     name: values[name]
     for name in inspect.signature(trainer_lib.Trainer).parameters
-    if name in values and name not in ('stage', 'optimizer')
+    if name in values and name not in ('objective', 'optimizer')
   }
-  trainer = trainer_lib.Trainer(stage, values['optimizer'](values['schedule']), mesh, **others)
+  trainer = trainer_lib.Trainer(objective, values['optimizer'](values['schedule']), mesh, **others)
   batch_size = request.batch_size or values['batch_size']
   rules_lib.check_batch(batch_size, mesh, trainer.rules, trainer.microbatches)
   settings = {
-    'model': stage.name,
-    'config': type(stage.model).__name__,
-    'remat': stage.model.remat,
+    'model': objective.name,
+    'config': type(objective.model).__name__,
+    'remat': objective.model.remat,
     'microbatches': trainer.microbatches,
     'offload_optimizer': others['offload_optimizer'],
   }
@@ -55,24 +55,24 @@ def training_step(request: request_lib.Request, mesh) -> request_lib.Step:
     lambda: trainer.lower(batch_size),
     mesh,
     batch_size,
-    stage.step_flops(batch_size),
+    objective.step_flops(batch_size),
     layers.count_parameters(trainer.abstract.params),
     settings,
-    notes=_notes(stage),
-    kernel_flops=kernels.splash_flops(stage.model.patterns)
-    if isinstance(stage.model, parti_config.PartiConfig)
+    notes=_notes(objective),
+    kernel_flops=kernels.splash_flops(objective.model.patterns)
+    if isinstance(objective.model, parti_config.PartiConfig)
     else None,
   )
 
 
-def _notes(stage) -> tuple[str, ...]:
-  """What a plan says of a stage whose tokenizer is part of the step and not trained yet."""
-  if 'tokenizer' not in getattr(stage, 'abstract_constants', dict)() or (
-    frozen_tokenizer.is_trained(stage.tokenizer)
+def _notes(objective) -> tuple[str, ...]:
+  """What a plan says of an objective whose tokenizer is part of the step and not trained yet."""
+  if 'tokenizer' not in getattr(objective, 'abstract_constants', dict)() or (
+    frozen_tokenizer.is_trained(objective.tokenizer)
   ):
     return ()
   return (
-    f'{stage.tokenizer} holds no trained tokenizer yet; its sizes are those of '
+    f'{objective.tokenizer} holds no trained tokenizer yet; its sizes are those of '
     'ViTVQGANConfig in gin',
   )
 
@@ -89,7 +89,7 @@ def sampling_step(request: request_lib.Request, mesh) -> request_lib.Step:
   if images % ways or mesh.shape['stage'] > 1:
     raise errors.UserError(
       f'--batch_size={images} images on the mesh {dict(mesh.shape)}: sampling has no pipeline '
-      f'stages, and the batch is to be a multiple of the {ways} ways that it is split'
+      f'objectives, and the batch is to be a multiple of the {ways} ways that it is split'
     )
   sequences = images * (2 if request.guided else 1)
   params = _abstract_parameters(config, mesh, rules)
@@ -165,10 +165,10 @@ def _slots(pattern) -> tuple[int, int]:
 
 def sampled_config() -> parti_config.PartiConfig:
   """Sizes of the model of a run, or those that gin gives without a run."""
-  stage = gin.get_bindings(train_loop.train_stage).get('stage')
-  config = parti_config.PartiConfig() if stage is None else stage.model
+  objective = gin.get_bindings(train_loop.train_objective).get('objective')
+  config = parti_config.PartiConfig() if objective is None else objective.model
   if not isinstance(config, parti_config.PartiConfig):
-    raise errors.UserError(f'--what=sample: the run trains a {stage.name}, not the generator')
+    raise errors.UserError(f'--what=sample: the run trains a {objective.name}, not the generator')
   return config
 
 

@@ -11,6 +11,7 @@ import re
 from typing import Any
 
 from parti_jax.core import errors
+from parti_jax.core import gin_config
 from parti_jax.core import storage
 from parti_jax.runs import history as story_lib
 from parti_jax.runs import run_lock
@@ -31,7 +32,7 @@ def summarize(model_dir: str, verify: bool = False) -> dict[str, Any]:
   Returns:
     kind: 'run'.
     folder: `model_dir`.
-    stage, model, parameters: the stage's name, its model's sizes, how many parameters it has.
+    objective, model, parameters: the objective's name, its model's sizes, how many parameters it has.
     state: 'finished', 'stopped' (told to, or interrupted), 'failed', 'killed', 'running', 'running
       or killed' where only the host it was on can tell, or 'never started'.
     step, steps: how far the run is known to be, and where it ends.
@@ -150,7 +151,7 @@ def _written(path: str, sizes: dict[str, int]) -> str | None:
 
 
 def _model(model_dir: str, found: list[dict[str, Any]]) -> dict[str, Any]:
-  """Stage and sizes, as the newest readable checkpoint has them (see `checkpoints.describe`)."""
+  """Objective and sizes, as the newest readable checkpoint has them (see `checkpoints.describe`)."""
   for checkpoint in reversed(found):
     path = storage.join(model_dir, 'checkpoints', checkpoint['name'], 'model', 'metadata')
     try:
@@ -232,7 +233,9 @@ def _gin_changes(model_dir: str, before: str | None, now: str | None) -> list[st
     return []
   try:
     old, new = (
-      gin_values(storage.read(storage.join(model_dir, name), _LARGEST).decode())
+      gin_values(
+        gin_config.with_new_names(storage.read(storage.join(model_dir, name), _LARGEST).decode())
+      )
       for name in (before, now)
     )
   except (OSError, TypeError, UnicodeDecodeError):

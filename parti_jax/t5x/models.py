@@ -73,7 +73,7 @@ class PartiModel(t5x_models.BaseTransformerModel):
       or `beam_search` of t5x.decoding, or one's own.
     guidance_scale: of classifier-free guidance (Parti, section 2.4); whatever `decode_fn` is, it
       gets the guided logits. 1 for none, which takes half the time.
-    depth_loss_weights: as in GeneratorStage, for early exit.
+    depth_loss_weights: as in GeneratorObjective, for early exit.
     label_smoothing: as in t5x, as the next two.
     z_loss: see `label_smoothing`.
     loss_normalizing_factor: what the sum over tokens is divided by. The default gives the mean over
@@ -348,17 +348,17 @@ class TokenizerModel(t5x_models.BaseModel):
   `loss_fn` so far (with microbatches one for each).
 
   Args:
-    stage: the losses and what goes with them.
+    objective: the losses and what goes with them.
     optimizer_def: as PartiModel.
 
   Raises:
-    UserError: if the stage needs what t5x has no place for: a second optimiser (a discriminator),
+    UserError: if the objective needs what t5x has no place for: a second optimiser (a discriminator),
       parameters that something but the optimiser sets (revival of codes, frozen parts, an average
       of the weights), or other networks' weights (LPIPS, a first phase).
   """
 
   FEATURE_CONVERTER_CLS = feature_converter.PictureFeatureConverter
-  # Attributes of the stage that are off, and the values that turn them off.
+  # Attributes of the objective that are off, and the values that turn them off.
   _OFF = {
     'adversarial_weight': 0.0,
     'perceptual_weight': 0.0,
@@ -368,14 +368,14 @@ class TokenizerModel(t5x_models.BaseModel):
     'first_phase': None,
   }
 
-  def __init__(self, stage: tokenizer_objective.TokenizerStage, optimizer_def):
+  def __init__(self, objective: tokenizer_objective.TokenizerObjective, optimizer_def):
     for name, off in self._OFF.items():
-      if getattr(stage, name) != off:
+      if getattr(objective, name) != off:
         raise errors.UserError(
-          f'TokenizerStage.{name}={getattr(stage, name)!r}: t5x has no place for it; set it to '
+          f'TokenizerObjective.{name}={getattr(objective, name)!r}: t5x has no place for it; set it to '
           f'{off!r}, or train with parti-jax train'
         )
-    self.stage = stage
+    self.objective = objective
     self._rows: int | None = None  # As in PartiModel.
     super().__init__(optimizer_def)
 
@@ -386,7 +386,7 @@ class TokenizerModel(t5x_models.BaseModel):
       UserError: if the pictures are not of the network's size.
     """
     del input_types
-    size = self.stage.model.image_size
+    size = self.objective.model.image_size
     if input_shapes['images'][1] != size:
       raise errors.UserError(
         f"TASK_FEATURE_LENGTHS['images']={input_shapes['images'][1]} is not "
@@ -394,13 +394,13 @@ class TokenizerModel(t5x_models.BaseModel):
       )
     self._rows = input_shapes['images'][0]
     with logical_axes.bound():
-      boxed = self.stage.init(rng)
-      statistics = self.stage.initial_statistics() | {'step': jnp.zeros((), jnp.int32)}
+      boxed = self.objective.init(rng)
+      statistics = self.objective.initial_statistics() | {'step': jnp.zeros((), jnp.int32)}
       return logical_axes.variables(boxed, statistics=statistics)
 
   def _loss(self, params, batch, step):
     with logical_axes.bound():
-      return self.stage.loss(flax.core.unfreeze(params), batch, None, step)
+      return self.objective.loss(flax.core.unfreeze(params), batch, None, step)
 
   def _metrics(self, batch, values):
     count = len(batch['images'])
@@ -421,7 +421,7 @@ class TokenizerModel(t5x_models.BaseModel):
     loss, aux = self._loss(params, batch, step)
     aux = jax.lax.stop_gradient(aux)
     kept = {'code_use': before['code_use']}
-    _, after, more = self.stage.after_step(params, kept, aux, step, None)
+    _, after, more = self.objective.after_step(params, kept, aux, step, None)
     # What is not finite is not counted either; t5x computes the gradients after this.
     after = finite_lib.select(jnp.isfinite(loss), after, kept)
     mutables = flax.core.freeze({'statistics': after | {'step': step + 1}})
@@ -432,12 +432,12 @@ class TokenizerModel(t5x_models.BaseModel):
   def eval_fn(self, params, batch, flax_mutables):
     """The loss of quantized latents, and t5x's metrics; arguments as in t5x."""
     del flax_mutables
-    loss, aux = self._loss(params, batch, jnp.int32(self.stage.quantize_from))
+    loss, aux = self._loss(params, batch, jnp.int32(self.objective.quantize_from))
     return loss, self._metrics(batch, aux['metrics'])
 
   def _evaluate(self, params, batch):
     with logical_axes.bound():
-      return self.stage.evaluate(flax.core.unfreeze(params), batch)
+      return self.objective.evaluate(flax.core.unfreeze(params), batch)
 
   def predict_batch_with_aux(self, params, batch, rng=None):
     """Image tokens int32 [batch, image_length]; and 'l2', 'psnr' (dB) float32 [batch]."""

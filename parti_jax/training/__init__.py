@@ -1,1 +1,1 @@
-"""One training loop for every stage."""
+"""One training loop for every objective."""

@@ -27,7 +27,7 @@ class HeldOut:
   by its weights.
 
   Args:
-    trainer: the stage on its mesh.
+    trainer: the objective on its mesh.
     model_dir: the run's folder.
     task: the seqio task that gives the examples.
     split: the split to take them from.
@@ -41,7 +41,7 @@ class HeldOut:
     num_pictures: of how many examples, which are fewer than was asked for in a small split.
 
   Raises:
-    UserError: if the split is missing or has no usable example, or if the stage lacks something to
+    UserError: if the split is missing or has no usable example, or if the objective lacks something to
       draw with.
   """
 
@@ -70,7 +70,7 @@ class HeldOut:
       task or self._task,
       self._split,
       batch_size,
-      self._trainer.stage.feature_lengths(),
+      self._trainer.objective.feature_lengths(),
       seed=self._seed,
       shuffle=False,
       num_epochs=1,

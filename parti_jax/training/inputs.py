@@ -9,7 +9,7 @@ from parti_jax.core import fingerprints
 
 _REMEDIES = {
   'vocabulary': 'set vocabulary.path to the one that it was trained with',
-  'tokenizer': 'set token_cache.path, or {stage}.tokenizer, to the one that it was trained with',
+  'tokenizer': 'set token_cache.path, or {objective}.tokenizer, to the one that it was trained with',
 }
 
 
@@ -17,9 +17,9 @@ class Inputs:
   """The fingerprints of a run's vocabulary and tokenizer, and what they are compared with.
 
   Args:
-    stage: what is trained.
+    objective: what is trained.
     of_examples: {kind: fingerprint} of the training examples; None where one is not known.
-    uses_tokenizer: whether the run uses the tokenizer that the stage names, if it names one, to
+    uses_tokenizer: whether the run uses the tokenizer that the objective names, if it names one, to
       train or to draw.
     allow_mismatch: whether what differs is warned of and not refused.
 
@@ -27,29 +27,29 @@ class Inputs:
     warnings: a line on each mismatch that was allowed.
 
   Raises:
-    UserError: if the stage's tokenizer is not that of the examples' tokens, or can't be loaded.
+    UserError: if the objective's tokenizer is not that of the examples' tokens, or can't be loaded.
   """
 
   def __init__(
     self,
-    stage,
+    objective,
     of_examples: Mapping[str, fingerprints.Fingerprint | None],
     uses_tokenizer: bool,
     allow_mismatch: bool = False,
   ):
-    self._stage, self._allow_mismatch = type(stage).__name__, allow_mismatch
+    self._objective, self._allow_mismatch = type(objective).__name__, allow_mismatch
     self.warnings: list[str] = []
     self._known = {kind: found for kind, found in of_examples.items() if found}
-    if uses_tokenizer and stage.tokenizer is not None:
+    if uses_tokenizer and objective.tokenizer is not None:
       own = fingerprints.named(
-        f'{self._stage}.tokenizer={stage.tokenizer!r}',
-        {'tokenizer': stage.frozen_tokenizer.fingerprint},
+        f'{self._objective}.tokenizer={objective.tokenizer!r}',
+        {'tokenizer': objective.frozen_tokenizer.fingerprint},
       )
       self._compare(
         self._known,
         own,
         {
-          'tokenizer': f'set {self._stage}.tokenizer to the tokenizer of these tokens, or '
+          'tokenizer': f'set {self._objective}.tokenizer to the tokenizer of these tokens, or '
           '`parti-jax tokenize` the pictures with this one'
         },
       )
@@ -71,7 +71,8 @@ class Inputs:
       UserError: if it was trained with another vocabulary or tokenizer.
     """
     remedies = {
-      kind: f'{text.format(stage=self._stage)}, {way_out}' for kind, text in _REMEDIES.items()
+      kind: f'{text.format(objective=self._objective)}, {way_out}'
+      for kind, text in _REMEDIES.items()
     }
     self._compare(fingerprints.named(name, made_with), self._known, remedies)
 

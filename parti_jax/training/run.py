@@ -21,7 +21,7 @@ class Run:
   """A trainer's state and place in the data, in a folder.
 
   Args:
-    trainer: the stage on its mesh.
+    trainer: the objective on its mesh.
     model_dir: the run's folder.
     keep: how many checkpoints stay.
     examples: the training examples, `SharedBatches`.
@@ -50,7 +50,7 @@ class Run:
     self._inputs = inputs
     self._model_dir, self._skipped_steps = model_dir, skipped_steps.SkippedSteps(max_bad_steps)
     self._checkpoints = checkpoints_lib.Checkpoints(model_dir, keep)
-    self._model = checkpoints_lib.describe(trainer.stage)
+    self._model = checkpoints_lib.describe(trainer.objective)
     self._saved = self._checkpoints.latest_step()
     self.resumed = self._saved is not None
     if self.resumed:
@@ -83,7 +83,7 @@ class Run:
     lines = [f'{facts["stage"]}: {facts["parameters"] / 1e6:.1f}M parameters on {devices}, {where}']
     if self._checkpoints.factored:
       lines.append(whole_moments.line(self._checkpoints.factored))
-    own = getattr(self._trainer.stage, 'over_examples', ())
+    own = getattr(self._trainer.objective, 'over_examples', ())
     microbatches = self._trainer.microbatches
     if own and microbatches > 1:
       lines.append(
@@ -93,11 +93,11 @@ class Run:
     return '; '.join(lines)
 
   def facts(self) -> dict[str, Any]:
-    """What a journal says of a run: stage, number of parameters, mesh and step."""
+    """What a journal says of a run: objective, number of parameters, mesh and step."""
     count = sum(leaf.size for leaf in jax.tree.leaves(self._trainer.abstract.params))
     return {
       'step': self.step,
-      'stage': self._trainer.stage.name,
+      'stage': self._trainer.objective.name,
       'parameters': count,
       'mesh': dict(self._trainer.mesh.shape),
     }

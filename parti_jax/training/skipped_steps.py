@@ -1,7 +1,7 @@
 """Steps whose loss or gradients are not finite: not applied, counted, and after too many the end.
 
 optax.apply_if_finite does not do: it knows gradients alone, while an infinite loss, the statistics
-of a stage (average of weights, use of codes) and the other optimisers of one count too; it gives in
+of an objective (average of weights, use of codes) and the other optimisers of one count too; it gives in
 after a number of steps and applies the update; and its counters would change every checkpoint.
 """
 

@@ -27,7 +27,7 @@ class TrainState:
     step: int32 [], steps done.
     params: the model's parameters, float32.
     optimizer_state: of the optax transformation.
-    statistics: a dict of what a stage carries besides parameters, such as the use of codes. What it
+    statistics: a dict of what an objective carries besides parameters, such as the use of codes. What it
       has under 'average', {name of a part: that part's average over steps}, is what is evaluated,
       drawn with and exported.
   """
@@ -39,7 +39,7 @@ class TrainState:
 
 
 def averaged(state: TrainState):
-  """The parameters to evaluate and to draw with: averages, where the stage keeps some."""
+  """The parameters to evaluate and to draw with: averages, where the objective keeps some."""
   return state.params | state.statistics.get('average', {})
 
 
@@ -76,11 +76,11 @@ def update_average(average, params, step, decay: float):
   return jax.tree.map(lambda old, new: jnp.where(step == 0, new, moved(old, new)), average, params)
 
 
-def abstract_state(stage, optimizer, mesh, rules):
+def abstract_state(objective, optimizer, mesh, rules):
   """Shapes and shardings of a run's state, with nothing computed.
 
   Args:
-    stage: what is trained, see `stages`.
+    objective: what is trained, see `objectives`.
     optimizer: an optax transformation.
     mesh: the device mesh.
     rules: logical axis rules.
@@ -91,7 +91,7 @@ def abstract_state(stage, optimizer, mesh, rules):
   Raises:
     UserError: if the mesh does not divide a parameter.
   """
-  boxed = jax.eval_shape(stage.init, numerics.key(0))
+  boxed = jax.eval_shape(objective.init, numerics.key(0))
   shardings = partitioning_rules.parameter_shardings(boxed, mesh, rules)
   params = nn.meta.unbox(boxed)
   optimizer_state = jax.eval_shape(optimizer.init, params)
@@ -100,7 +100,7 @@ def abstract_state(stage, optimizer, mesh, rules):
     jax.ShapeDtypeStruct((), jnp.int32),
     params,
     optimizer_state,
-    jax.eval_shape(stage.initial_statistics),
+    jax.eval_shape(objective.initial_statistics),
   )
   state_shardings = TrainState(
     replicated,
@@ -120,11 +120,11 @@ def num_bytes(state) -> int:
   return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
-def create_state(stage, optimizer, seed: int, abstract, mesh, rules) -> TrainState:
+def create_state(objective, optimizer, seed: int, abstract, mesh, rules) -> TrainState:
   """The state before the first step; no device ever holds a whole parameter that is split.
 
   Args:
-    stage: what is trained.
+    objective: what is trained.
     optimizer: an optax transformation.
     seed: of the initial parameters.
     abstract: of `abstract_state`.
@@ -133,8 +133,8 @@ def create_state(stage, optimizer, seed: int, abstract, mesh, rules) -> TrainSta
   """
 
   def create():
-    params = nn.meta.unbox(stage.init(numerics.key(seed)))
-    statistics = stage.initial_statistics()
+    params = nn.meta.unbox(objective.init(numerics.key(seed)))
+    statistics = objective.initial_statistics()
     if 'average' in statistics:  # It is used where the first steps could not be applied.
       statistics = statistics | {'average': {name: params[name] for name in statistics['average']}}
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), statistics)

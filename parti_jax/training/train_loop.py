@@ -1,4 +1,4 @@
-"""The loop that trains every stage: steps, checkpoints, metrics, pictures."""
+"""The loop that trains every objective: steps, checkpoints, metrics, pictures."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ _MOST_UNSETTLED = 1000
 
 
 def train(model_dir: str) -> dict[str, float]:
-  """Trains as gin says, see `train_stage`, and writes a journal of it in the run's folder.
+  """Trains as gin says, see `train_objective`, and writes a journal of it in the run's folder.
 
   Args:
-    model_dir: the run's folder, see `train_stage`.
+    model_dir: the run's folder, see `train_objective`.
 
   Raises:
-    UserError: if another run owns the folder; see `train_stage` for more.
+    UserError: if another run owns the folder; see `train_objective` for more.
   """
   distributed.check_connected()
   store_retries.begin()
   with run_lock.RunLock(model_dir) as lock, journal_lib.Journal(model_dir) as journal:
     lock.tell(journal)
-    return train_stage(model_dir, journal)
+    return train_objective(model_dir, journal)
 
 
 @gin.configurable('train')
@@ -66,10 +66,10 @@ def train(model_dir: str) -> dict[str, float]:
   grace_seconds=(0, None),
   max_bad_steps=(1, None),
 )
-def train_stage(
+def train_objective(
   model_dir: str,
   journal: journal_lib.Journal,
-  stage=gin.REQUIRED,
+  objective=gin.REQUIRED,
   task: str = gin.REQUIRED,
   steps: int = gin.REQUIRED,
   batch_size: int = gin.REQUIRED,
@@ -93,12 +93,12 @@ def train_stage(
   allow_mismatch: bool = False,
   restart_data: bool = False,
 ):
-  """Trains a stage until `steps`, from the newest checkpoint in `model_dir` if there is one.
+  """Trains an objective until `steps`, from the newest checkpoint in `model_dir` if there is one.
 
   Args:
     model_dir: the run's folder: checkpoints, metrics, pictures, journal, config.gin.
     journal: of the run.
-    stage: what is trained.
+    objective: what is trained.
     task: the seqio task that gives the examples.
     steps: where training ends, counted from the run's beginning.
     batch_size: examples a step, over all devices.
@@ -145,20 +145,20 @@ def train_stage(
   from parti_jax.data import shared_batches
   from parti_jax.training import held_out as held_out_lib
 
-  _check_parts(stage, optimizer, schedule)
+  _check_parts(objective, optimizer, schedule)
   mesh = mesh_lib.make_mesh()
   trainer = trainer_lib.Trainer(
-    stage, optimizer(schedule), mesh, seed, microbatches, offload_optimizer
+    objective, optimizer(schedule), mesh, seed, microbatches, offload_optimizer
   )
   rules_lib.check_batch(batch_size, mesh, trainer.rules, microbatches)
   memory.check(trainer.abstract)
   disk_errors.check_room(model_dir, state_lib.num_bytes(trainer.abstract))
-  check_vocabularies(stage, task)
+  check_vocabularies(objective, task)
   training = shared_batches.SharedBatches(
     task,
     split,
     batch_size,
-    stage.feature_lengths(),
+    objective.feature_lengths(),
     data_shares,
     jax.process_count(),
     local_rows.local_rows(trainer.batch_sharding, batch_size),
@@ -177,7 +177,10 @@ def train_stage(
     num_pictures=num_pictures if pictures_every else 0,
   )
   inputs = inputs_lib.Inputs(
-    stage, training.fingerprints, held_out.draws or 'tokenizer' in trainer.constants, allow_mismatch
+    objective,
+    training.fingerprints,
+    held_out.draws or 'tokenizer' in trainer.constants,
+    allow_mismatch,
   )
   run = run_lib.Run(
     trainer,
@@ -193,7 +196,9 @@ def train_stage(
   journal.start(
     run.beginning(), gin_config.operative(), steps=steps, batch_size=batch_size, **run.facts()
   )
-  peak = device_peak.device_peak(jax.local_devices()[0], stage.compute_dtype) * jax.device_count()
+  peak = (
+    device_peak.device_peak(jax.local_devices()[0], objective.compute_dtype) * jax.device_count()
+  )
   for line in run.damaged():
     reporter.say(line)
     journal.write('damaged', line)
@@ -206,7 +211,7 @@ def train_stage(
     )
   reporter.say(run.beginning())
   preemption.begin(grace_seconds, journal, run.newest_step)
-  meter = _Meter(batch_size, stage.step_flops(batch_size), peak)
+  meter = _Meter(batch_size, objective.step_flops(batch_size), peak)
   metrics: dict[str, float] = {}
   whole = False
 
@@ -284,18 +289,19 @@ def train_stage(
 
 
 def bound_arguments() -> dict[str, Any]:
-  """The arguments of `train_stage` as gin binds them, with what they refer to made, or defaults.
+  """The arguments of `train_objective` as gin binds them, with what they refer to made, or defaults.
 
   Raises:
     UserError: if one that has no default is not bound.
   """
   values = {
-    name: parameter.default for name, parameter in inspect.signature(train_stage).parameters.items()
+    name: parameter.default
+    for name, parameter in inspect.signature(train_objective).parameters.items()
   }
-  values |= gin.get_bindings(train_stage)
+  values |= gin.get_bindings(train_objective)
   missing = [
     name
-    for name in ('stage', 'optimizer', 'schedule', 'batch_size')
+    for name in ('objective', 'optimizer', 'schedule', 'batch_size')
     if values[name] is gin.REQUIRED
   ]
   if missing:
@@ -303,15 +309,15 @@ def bound_arguments() -> dict[str, Any]:
       f'gin: no value for {", ".join(f"train.{name}" for name in missing)}; give the gin file '
       'of a run, such as --gin_file=gin_configs/runs/parti_20b.gin'
     )
-  _check_parts(values['stage'], values['optimizer'], values['schedule'])
+  _check_parts(values['objective'], values['optimizer'], values['schedule'])
   return values
 
 
-def _check_parts(stage, optimizer, schedule):
-  """Raises UserError unless these are what `train_stage` says."""
-  if isinstance(stage, type) or not callable(getattr(stage, 'loss', None)):
+def _check_parts(objective, optimizer, schedule):
+  """Raises UserError unless these are what `train_objective` says."""
+  if isinstance(objective, type) or not callable(getattr(objective, 'loss', None)):
     raise errors.UserError(
-      f'train.stage={checks.shown(stage)} must be a stage, such as @GeneratorStage()'
+      f'train.objective={checks.shown(objective)} must be an objective, such as @GeneratorObjective()'
     )
   if not callable(optimizer):
     raise errors.UserError(
@@ -335,12 +341,12 @@ def initial_parts(
 ):
   """Parameters that a new run starts with, from an exported model or from other runs.
 
-  The latter are what the stage says in a method `initial_parts`, which it need not have: of
+  The latter are what the objective says in a method `initial_parts`, which it need not have: of
   abstract parameters and `inputs` it returns {name of a part: that part on the mesh}, and it raises
   UserError if one does not fit. These come before those of `initial_model`.
 
   Args:
-    trainer: the stage on its mesh.
+    trainer: the objective on its mesh.
     model_dir: the run's folder.
     inputs: what the run is trained with.
     initial_model: a model folder, or None.
@@ -352,17 +358,17 @@ def initial_parts(
     return {}
   parts, abstract = {}, trainer.abstract.params
   if initial_model:
-    parts |= checkpoints_lib.read_model_folder(initial_model, trainer.stage, abstract, inputs)
-  if hasattr(trainer.stage, 'initial_parts'):
-    parts |= trainer.stage.initial_parts(abstract, inputs)
+    parts |= checkpoints_lib.read_model_folder(initial_model, trainer.objective, abstract, inputs)
+  if hasattr(trainer.objective, 'initial_parts'):
+    parts |= trainer.objective.initial_parts(abstract, inputs)
   return parts
 
 
-def check_vocabularies(stage, task: str):
+def check_vocabularies(objective, task: str):
   """Compares the ids in a task's features with what the model has room for.
 
   Args:
-    stage: what is trained.
+    objective: what is trained.
     task: name of a seqio task.
 
   Raises:
@@ -371,8 +377,8 @@ def check_vocabularies(stage, task: str):
   """
   from parti_jax.data import mixtures
 
-  sizes = mixtures.vocabulary_sizes(task, stage.feature_lengths().get('images', 64))
-  for feature, (key, size) in stage.vocabulary_sizes().items():
+  sizes = mixtures.vocabulary_sizes(task, objective.feature_lengths().get('images', 64))
+  for feature, (key, size) in objective.vocabulary_sizes().items():
     found = sizes.get(feature, size)
     if found > size or (feature == 'targets' and found != size):
       raise errors.UserError(

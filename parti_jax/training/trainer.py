@@ -1,4 +1,4 @@
-"""The jitted steps of a stage on a mesh; they know no data, so that planning can use them too."""
+"""The jitted steps of an objective on a mesh; they know no data, so that planning can use them too."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from parti_jax.training import skipped_steps as finite_lib
 from parti_jax.training import state as state_lib
 
 
-def make_train_step(stage, optimizer, seed: int, microbatches: int = 1) -> Callable[..., Any]:
-  """The step of a stage, as a function of state and batch, not yet jitted.
+def make_train_step(objective, optimizer, seed: int, microbatches: int = 1) -> Callable[..., Any]:
+  """The step of an objective, as a function of state and batch, not yet jitted.
 
   The keys of dropout and of whatever else is random follow from `seed` and the step alone, so
   that a resumed run draws what an uninterrupted one would.
@@ -30,12 +30,12 @@ def make_train_step(stage, optimizer, seed: int, microbatches: int = 1) -> Calla
   Where the loss or a gradient is not finite, all of the state but the step stays as it was, and the
   metric 'finite' is False. The optimisers' own counts, and with them the learning rate, stay too.
   """
-  apart = _other_optimizers(stage)
+  apart = _other_optimizers(objective)
 
   def step(state: state_lib.TrainState, batch, constants):
     rng, after_rng = jax.random.split(jax.random.fold_in(numerics.key(seed), state.step))
     value, aux, gradients = _gradients(
-      stage, state.params, constants, batch, rng, state.step, microbatches
+      objective, state.params, constants, batch, rng, state.step, microbatches
     )
     before = state.replace(
       step=state.step + 1, optimizer_state=state_lib.to_device(state.optimizer_state)
@@ -43,10 +43,10 @@ def make_train_step(stage, optimizer, seed: int, microbatches: int = 1) -> Calla
     updates, optimizer_state = optimizer.update(gradients, before.optimizer_state, state.params)
     # Momentum of earlier steps and weight decay must not move what is frozen either.
     params = {
-      name: part if name in stage.frozen else optax.apply_updates(part, updates[name])
+      name: part if name in objective.frozen else optax.apply_updates(part, updates[name])
       for name, part in state.params.items()
     }
-    params, statistics, metrics = stage.after_step(
+    params, statistics, metrics = objective.after_step(
       params, state.statistics, aux, state.step, after_rng
     )
     norms = {f'{name}_gradient_norm': optax.tree.norm(gradients.pop(name)) for name in apart}
@@ -59,22 +59,22 @@ def make_train_step(stage, optimizer, seed: int, microbatches: int = 1) -> Calla
   return step
 
 
-def _other_optimizers(stage):
-  return stage.other_optimizers() if hasattr(stage, 'other_optimizers') else {}
+def _other_optimizers(objective):
+  return objective.other_optimizers() if hasattr(objective, 'other_optimizers') else {}
 
 
-def with_other_optimizers(stage, optimizer):
+def with_other_optimizers(objective, optimizer):
   """An optimiser that leaves parts of the parameters to others.
 
   Args:
-    stage: what is trained; may have a method `other_optimizers`, which returns {name of a part: an
+    objective: what is trained; may have a method `other_optimizers`, which returns {name of a part: an
       optax transformation}.
     optimizer: of all other parts.
 
   Returns:
-    An optax transformation; `optimizer` itself if the stage has no others.
+    An optax transformation; `optimizer` itself if the objective has no others.
   """
-  others = _other_optimizers(stage)
+  others = _other_optimizers(objective)
   if not others:
     return optimizer
   return optax.partition(
@@ -83,24 +83,24 @@ def with_other_optimizers(stage, optimizer):
   )
 
 
-def _gradients(stage, params, constants, batch, rng, step, microbatches: int):
-  """The loss, what the stage says besides, and gradients, of one microbatch after another.
+def _gradients(objective, params, constants, batch, rng, step, microbatches: int):
+  """The loss, what the objective says besides, and gradients, of one microbatch after another.
 
   Microbatch k of n has the examples k, k + n, k + 2 · n ..., so that each device finds its part of
   every microbatch in its part of the batch. Gradients are summed in float32. All examples weigh
   what they would without microbatches; what a loss computes over several examples
-  (`stage.over_examples`) it computes over those of a microbatch.
+  (`objective.over_examples`) it computes over those of a microbatch.
   """
   size = len(next(iter(batch.values())))
-  whole = jnp.maximum(stage.weight(batch), 1.0)
+  whole = jnp.maximum(objective.weight(batch), 1.0)
 
   def loss(params, batch, keys):
     params = {
-      name: jax.lax.stop_gradient(part) if name in stage.frozen else part
+      name: jax.lax.stop_gradient(part) if name in objective.frozen else part
       for name, part in params.items()
     }
-    value, aux = stage.loss(params | constants, batch, keys, step)
-    share = stage.weight(batch) / whole
+    value, aux = objective.loss(params | constants, batch, keys, step)
+    share = objective.weight(batch) / whole
     metrics = {name: share * metric for name, metric in aux['metrics'].items()}
     return share * value, aux | {'metrics': metrics}
 
@@ -127,7 +127,7 @@ def _gradients(stage, params, constants, batch, rng, step, microbatches: int):
   shapes = jax.eval_shape(lambda: of_part(jax.tree.map(lambda part: part[0], parts)))[0]
   zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
   (value, metrics, gradients), others = jax.lax.scan(body, zeros, parts)
-  return value, stage.merge(others) | {'metrics': metrics}, gradients
+  return value, objective.merge(others) | {'metrics': metrics}, gradients
 
 
 def compiler_options(mesh) -> dict[str, int]:
@@ -136,15 +136,15 @@ def compiler_options(mesh) -> dict[str, int]:
 
 
 class Trainer:
-  """A stage on a mesh: its state's shardings, and its steps compiled for them.
+  """An objective on a mesh: its state's shardings, and its steps compiled for them.
 
-  A stage may have constants: arrays that its loss and evaluation find among the parameters, but
+  An objective may have constants: arrays that its loss and evaluation find among the parameters, but
   which are neither trained nor part of the state, such as the network of a perceptual loss. Then it
   has the methods `abstract_constants`, which returns {name: tree of jax.ShapeDtypeStruct}, and
   `constants`, which returns the arrays.
 
   Args:
-    stage: what is trained, such as TokenizerStage or GeneratorStage.
+    objective: what is trained, such as TokenizerObjective or GeneratorObjective.
     optimizer: an optax transformation, see `with_other_optimizers`.
     mesh: the device mesh.
     seed: of the initial parameters and of dropout.
@@ -159,32 +159,32 @@ class Trainer:
   @numerics.fixed()
   def __init__(
     self,
-    stage,
+    objective,
     optimizer,
     mesh,
     seed: int = 0,
     microbatches: int = 1,
     offload_optimizer: bool = False,
   ):
-    optimizer = with_other_optimizers(stage, optimizer)
-    self.stage, self.optimizer, self.mesh, self.seed = stage, optimizer, mesh, seed
+    optimizer = with_other_optimizers(objective, optimizer)
+    self.objective, self.optimizer, self.mesh, self.seed = objective, optimizer, mesh, seed
     self.microbatches = microbatches
     self.rules = rules_lib.logical_axis_rules()
-    self.abstract = state_lib.abstract_state(stage, optimizer, mesh, self.rules)
+    self.abstract = state_lib.abstract_state(objective, optimizer, mesh, self.rules)
     if offload_optimizer:
       self.abstract = state_lib.with_optimizer_on_host(self.abstract, mesh)
     self.shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
     self.batch_sharding = rules_lib.batch_sharding(mesh, self.rules)
     self._replicated = NamedSharding(mesh, PartitionSpec())
     self._step = jax.jit(
-      make_train_step(stage, optimizer, seed, microbatches),
+      make_train_step(objective, optimizer, seed, microbatches),
       donate_argnums=0,
       compiler_options=compiler_options(mesh),
       in_shardings=(self.shardings, self.batch_sharding, self._replicated),
       out_shardings=(self.shardings, None),
     )
     self._evaluate = jax.jit(
-      lambda params, constants, batch: stage.evaluate(params | constants, batch),
+      lambda params, constants, batch: objective.evaluate(params | constants, batch),
       in_shardings=(self.shardings.params, self._replicated, self.batch_sharding),
       out_shardings=self._replicated,
     )
@@ -192,19 +192,19 @@ class Trainer:
   @functools.cached_property
   @numerics.fixed()
   def constants(self):
-    """The stage's constants on the mesh; reads the files that they are in.
+    """The objective's constants on the mesh; reads the files that they are in.
 
     Raises:
       UserError: if a file of them is missing or damaged.
     """
-    found = self.stage.constants() if hasattr(self.stage, 'constants') else {}
+    found = self.objective.constants() if hasattr(self.objective, 'constants') else {}
     return jax.tree.map(lambda leaf: jax.device_put(leaf, self._replicated), found)
 
   @numerics.fixed()
   def create_state(self) -> state_lib.TrainState:
     """The state before the first step."""
     return state_lib.create_state(
-      self.stage, self.optimizer, self.seed, self.abstract, self.mesh, self.rules
+      self.objective, self.optimizer, self.seed, self.abstract, self.mesh, self.rules
     )
 
   @numerics.fixed()
@@ -229,10 +229,10 @@ class Trainer:
   def lower(self, batch_size: int):
     """The step that training runs, lowered for a batch of this size and not yet compiled."""
     constants = {}
-    if hasattr(self.stage, 'abstract_constants'):
-      constants = self.stage.abstract_constants()
+    if hasattr(self.objective, 'abstract_constants'):
+      constants = self.objective.abstract_constants()
     with rules_lib.partitioned(self.mesh, self.rules):
-      return self._step.lower(self.abstract, self.stage.abstract_batch(batch_size), constants)
+      return self._step.lower(self.abstract, self.objective.abstract_batch(batch_size), constants)
 
   @numerics.fixed()
   def evaluate(self, params, batches) -> dict[str, float]:
@@ -243,7 +243,7 @@ class Trainer:
       batches: the same ones in every process, since all of them must take part in each step.
 
     Returns:
-      What the stage makes of its measures; where some are not finite, also how many examples these
+      What the objective makes of its measures; where some are not finite, also how many examples these
       are of, 'not_finite_examples'.
     """
     measures: dict[str, list[np.ndarray]] = {}
@@ -256,13 +256,13 @@ class Trainer:
         for name, values in self._evaluate(params, self.constants, whole).items():
           measures.setdefault(name, []).append(np.asarray(values)[:count])
     whole = {name: np.concatenate(parts) for name, parts in measures.items()}
-    # The stage's summary may hide them: NaN loses every comparison in a ranking, say.
+    # The objective's summary may hide them: NaN loses every comparison in a ranking, say.
     bad = finite_lib.bad_examples(whole)
-    return self.stage.summarize(whole) | ({'not_finite_examples': float(bad)} if bad else {})
+    return self.objective.summarize(whole) | ({'not_finite_examples': float(bad)} if bad else {})
 
   @property
   def draws(self) -> bool:
-    """Whether the stage draws pictures; reads the files that it draws with.
+    """Whether the objective draws pictures; reads the files that it draws with.
 
     Raises:
       UserError: if a file of them is missing or damaged.
@@ -278,7 +278,7 @@ class Trainer:
       batch: a whole batch, the same one in every process.
 
     Returns:
-      Name -> uint8 [batch, height, width, 3]; nothing where the stage has nothing to draw with.
+      Name -> uint8 [batch, height, width, 3]; nothing where the objective has nothing to draw with.
     """
     if self._painter is None:
       return {}
@@ -290,8 +290,8 @@ class Trainer:
 
   @functools.cached_property
   def _painter(self):
-    """The stage's painter with its function jitted for the mesh, once for all pictures of a run."""
-    painter = self.stage.painter()
+    """The objective's painter with its function jitted for the mesh, once for all pictures of a run."""
+    painter = self.objective.painter()
     if painter is None:
       return None
     draw, inputs = painter

@@ -104,7 +104,7 @@ def test_other_errors_are_not_hidden(command):
 
 _CRASH = """
 import sys, threading, types
-from parti_jax import main
+from parti_jax.cli import main
 def crash(args):
   threading.Thread(target=threading.Event().wait).start()
   raise RuntimeError('boom')

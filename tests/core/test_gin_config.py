@@ -2,6 +2,7 @@
 
 import argparse
 import collections.abc
+import inspect
 
 import gin
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from parti_jax.core import checks
 from parti_jax.core import gin_config
 from parti_jax.core.errors import UserError
+from parti_jax.training import configurables  # noqa: F401
 
 
 @gin.configurable(module='config_test')
@@ -326,3 +328,28 @@ def test_a_call_where_a_function_is_wanted_is_named():
 @gin.configurable(module='config_test')
 def needs_more(schedule):
   return schedule
+
+
+def test_old_names_still_work_and_are_named_once(tmp_path, capsys):
+  file = tmp_path / 'old.gin'
+  file.write_text(
+    '# GeneratorStage of a comment\ntrain.stage = @GeneratorStage()\n'
+    'GeneratorStage.model = @PartiConfig()\nGeneratorStage.tokenizer = "train.stage"\n'
+  )
+  gin_config.parse([str(file)], ['GeneratorStage.guidance_scale = 3.0'])
+  assert gin.query_parameter('GeneratorObjective.guidance_scale') == 3.0
+  assert gin.query_parameter('GeneratorObjective.tokenizer') == 'train.stage'
+  assert 'GeneratorObjective' in str(gin.query_parameter('train.objective'))
+  shown = capsys.readouterr().err.splitlines()
+  assert shown == [
+    f'{file}: train.stage is now named train.objective; the old name still works',
+    f'{file}: GeneratorStage is now named GeneratorObjective; the old name still works',
+  ]
+
+
+def test_every_new_name_is_there():
+  for name in gin_config.RENAMED.values():
+    kind, _, parameter = name.partition('.')
+    configurable = gin.config._REGISTRY.get_match(kind)
+    assert configurable is not None, name
+    assert not parameter or parameter in inspect.signature(configurable.wrapped).parameters

@@ -91,8 +91,8 @@ def test_pictures_are_the_same(settings, config, drawn):
   assert _drawn() == drawn
 
 
-STAGES = {
-  'generator': generator_objective.GeneratorStage(
+OBJECTIVES = {
+  'generator': generator_objective.GeneratorObjective(
     parti_config.PartiConfig(
       encoder_layers=1,
       decoder_layers=1,
@@ -107,7 +107,7 @@ STAGES = {
       dtype='float32',
     )
   ),
-  'tokenizer': tokenizer_objective.TokenizerStage(
+  'tokenizer': tokenizer_objective.TokenizerObjective(
     vit_vqgan.ViTVQGANConfig(
       image_size=8,
       patch_size=4,
@@ -150,7 +150,7 @@ def _trained(name):
     'tokenizer': optimizers.warmup_cosine(1e-2, 1, 4),
   }[name]
   trainer = trainer_lib.Trainer(
-    STAGES[name], optimizer(schedule), mesh_lib.make_mesh(devices=jax.devices()[:1]), seed=5
+    OBJECTIVES[name], optimizer(schedule), mesh_lib.make_mesh(devices=jax.devices()[:1]), seed=5
   )
   state, batch = trainer.create_state(), _batch(name)
   first, losses = jax.device_get(state.params), []
@@ -163,7 +163,7 @@ def _trained(name):
 
 @pytest.fixture(scope='module', name='trained')
 def _trained_by_default():
-  return {name: _trained(name) for name in STAGES}
+  return {name: _trained(name) for name in OBJECTIVES}
 
 
 @pytest.mark.parametrize(
@@ -181,18 +181,18 @@ def test_initial_parameters_and_losses_are_the_same(name, settings, config, trai
 
 
 def test_cached_tokens_are_the_same_and_whoever_reads_them_keeps_their_settings(config):
-  stage = STAGES['tokenizer']
+  objective = OBJECTIVES['tokenizer']
   params = jax.device_get(
     jax.jit(
       lambda: jax.tree.map(
         lambda leaf: leaf.unbox(),
-        stage.init(numerics.key(0)),
+        objective.init(numerics.key(0)),
         is_leaf=lambda leaf: hasattr(leaf, 'unbox'),
       )
     )()
   )
-  tokenizer = frozen_tokenizer.FrozenTokenizer('folder', stage.model, params)
-  tokenizer = frozen_tokenizer.FrozenTokenizer('folder', stage.model, params)
+  tokenizer = frozen_tokenizer.FrozenTokenizer('folder', objective.model, params)
+  tokenizer = frozen_tokenizer.FrozenTokenizer('folder', objective.model, params)
   images = _batch('tokenizer')['images']
   right = frozen_tokenizer.Encoder(tokenizer)(images)()
   config(EVERYTHING)
@@ -212,4 +212,4 @@ def test_settings_are_back_after_an_error(config):
 def test_an_offset_of_all_seeds_is_refused(config):
   config({'jax_random_seed_offset': 7})
   with pytest.raises(UserError, match='JAX_RANDOM_SEED_OFFSET=7 .*unset it'):
-    trainer_lib.Trainer(STAGES['generator'], optax.sgd(1.0), mesh_lib.make_mesh())
+    trainer_lib.Trainer(OBJECTIVES['generator'], optax.sgd(1.0), mesh_lib.make_mesh())

@@ -54,7 +54,7 @@ def _generator():
     'decoder_target_tokens': draw.integers(0, 24, (BATCH, 4)).astype(np.int32),
     'decoder_loss_weights': np.ones((BATCH, 4), np.float32),
   }
-  return generator_objective.GeneratorStage(sizes), batch, 30.0
+  return generator_objective.GeneratorObjective(sizes), batch, 30.0
 
 
 def _tokenizer():
@@ -74,7 +74,9 @@ def _tokenizer():
     dtype='float32',
   )
   # Codes are revived in the step, so that their random choice is compared too.
-  stage = tokenizer_objective.TokenizerStage(sizes, revive_every=1, revive_until=5, dead_below=0.01)
+  stage = tokenizer_objective.TokenizerObjective(
+    sizes, revive_every=1, revive_until=5, dead_below=0.01
+  )
   images = np.random.default_rng(1).integers(0, 256, (BATCH, 8, 8, 3)).astype(np.uint8)
   return stage, {'images': images}, 20.0
 
@@ -102,7 +104,7 @@ def _ranker():
   texts[5] = texts[0]
   images = draw.integers(0, 256, (BATCH, 8, 8, 3)).astype(np.uint8)
   return (
-    ranker_objective.RankerStage(sizes, shift=1, noise=0.2),
+    ranker_objective.RankerObjective(sizes, shift=1, noise=0.2),
     {'images': images, 'encoder_input_tokens': texts},
     1.0,
   )

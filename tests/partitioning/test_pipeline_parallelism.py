@@ -32,7 +32,7 @@ BATCH = 16
 
 def _stage(dropout, remat='block_inputs'):
   # Two kinds of layers take turns: a visit of one layer chooses as it runs, one of two need not.
-  return generator_objective.GeneratorStage(
+  return generator_objective.GeneratorObjective(
     parti_config.PartiConfig(
       encoder_layers=8,
       decoder_layers=8,

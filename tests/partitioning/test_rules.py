@@ -29,7 +29,7 @@ SIZES = parti_config.PartiConfig(
   grid=(2, 2),
   dtype='float32',
 )
-STAGE = generator_objective.GeneratorStage(SIZES)
+OBJECTIVE = generator_objective.GeneratorObjective(SIZES)
 DECODER = ('image_decoder', 'decoder', 'layers')
 
 # Path -> (shape, its part on a device of the mesh 1×2×4).
@@ -53,8 +53,8 @@ PARTS = {
 
 def _state(optimizer, **sizes):
   mesh, table = mesh_lib.make_mesh(**sizes), rules.logical_axis_rules()
-  abstract = state_lib.abstract_state(STAGE, optimizer, mesh, table)
-  return abstract, state_lib.create_state(STAGE, optimizer, 0, abstract, mesh, table)
+  abstract = state_lib.abstract_state(OBJECTIVE, optimizer, mesh, table)
+  return abstract, state_lib.create_state(OBJECTIVE, optimizer, 0, abstract, mesh, table)
 
 
 def _at(tree, path):
@@ -146,7 +146,7 @@ def test_factored_moments_are_the_same_on_a_mesh(adafactor_state):
 
 def test_moments_that_are_not_factored_lie_as_their_parameters():
   optimizer = optimizers.scale_by_factored_moment(0.9)
-  narrow = generator_objective.GeneratorStage(dataclasses.replace(SIZES, width=64))
+  narrow = generator_objective.GeneratorObjective(dataclasses.replace(SIZES, width=64))
   abstract = state_lib.abstract_state(
     narrow, optimizer, mesh_lib.make_mesh(data=1, fsdp=2, tensor=4), rules.logical_axis_rules()
   )
@@ -161,7 +161,7 @@ def test_moments_that_are_not_factored_lie_as_their_parameters():
 
 def test_adams_moments_are_sharded_as_their_parameters():
   abstract = state_lib.abstract_state(
-    STAGE,
+    OBJECTIVE,
     optimizers.adamw(1e-3),
     mesh_lib.make_mesh(data=2, fsdp=2, tensor=2),
     rules.logical_axis_rules(),
@@ -181,7 +181,7 @@ def test_adams_moments_are_sharded_as_their_parameters():
 
 def _shardings(sizes, **mesh):
   return state_lib.abstract_state(
-    generator_objective.GeneratorStage(sizes),
+    generator_objective.GeneratorObjective(sizes),
     optax.sgd(1.0),
     mesh_lib.make_mesh(**mesh),
     rules.logical_axis_rules(),
@@ -235,10 +235,10 @@ def test_activations_are_constrained_at_block_boundaries_within_the_context_alon
   mesh, table = mesh_lib.make_mesh(data=2, fsdp=2, tensor=2), rules.logical_axis_rules()
   shapes = {'encoder_input_tokens': (8, 4), 'decoder_target_tokens': (8, 4)}
   batch = {name: jax.ShapeDtypeStruct(shape, np.int32) for name, shape in shapes.items()}
-  abstract = state_lib.abstract_state(STAGE, optax.sgd(1.0), mesh, table)
+  abstract = state_lib.abstract_state(OBJECTIVE, optax.sgd(1.0), mesh, table)
 
   def lowered():
-    return jax.jit(lambda *args: STAGE.evaluate(*args)).lower(abstract.params, batch).as_text()
+    return jax.jit(lambda *args: OBJECTIVE.evaluate(*args)).lower(abstract.params, batch).as_text()
 
   assert 'sharding_constraint' not in lowered()
   with rules.partitioned(mesh, table):

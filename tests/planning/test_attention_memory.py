@@ -26,7 +26,7 @@ def test_no_array_of_all_pairs_of_positions_in_the_training_step(tpu_devices):
     attention_patterns=('conv', 'column'),
   )
   mesh = mesh_lib.make_mesh(data=2, tensor=2, devices=tpu_devices)
-  trainer = trainer_lib.Trainer(generator_objective.GeneratorStage(sizes), optax.sgd(1.0), mesh)
+  trainer = trainer_lib.Trainer(generator_objective.GeneratorObjective(sizes), optax.sgd(1.0), mesh)
   text = trainer.lower(8).compile().as_text()
   assert 'tpu_custom_call' in text  # The fused kernel, forward and backward.
   shapes = {tuple(map(int, sizes.split(','))) for sizes in re.findall(r'\[([\d,]+)\]', text)}

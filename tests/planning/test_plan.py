@@ -132,7 +132,7 @@ def test_the_plan_is_of_the_state_and_batch_of_training(trained):
   from parti_jax.training import trainer as trainer_lib
 
   trainer = trainer_lib.Trainer(
-    values['stage'],
+    values['objective'],
     values['optimizer'](values['schedule']),
     mesh_lib.make_mesh(devices=jax.devices()[:8]),
     microbatches=2,
@@ -152,7 +152,7 @@ def test_the_plan_is_of_the_state_and_batch_of_training(trained):
         'CoCaConfig.width=32',
         'CoCaConfig.heads=2',
         'CoCaConfig.mlp_width=32',
-        "RankerStage.tokenizer='nowhere'",
+        "RankerObjective.tokenizer='nowhere'",
       ),
     ),
     (
@@ -160,8 +160,8 @@ def test_the_plan_is_of_the_state_and_batch_of_training(trained):
       (
         'SuperResolutionConfig.blocks=1',
         'SuperResolutionConfig.width=16',
-        "SuperResolutionStage.tokenizer='nowhere'",
-        'SuperResolutionStage.perceptual_weight=0.1',
+        "SuperResolutionObjective.tokenizer='nowhere'",
+        'SuperResolutionObjective.perceptual_weight=0.1',
       ),
     ),
   ],

@@ -51,8 +51,8 @@ _SCHEDULE = [
 ]
 # The undisturbed run keeps every checkpoint that the other may be sent back to.
 _KEPT = {'whole': 12, 'disturbed': 3}
-_STAGE_BINDINGS = {
-  'tokenizer': ["train.task = 'openmoji_images'", 'TokenizerStage.revive_every = 5'],
+_OBJECTIVE_BINDINGS = {
+  'tokenizer': ["train.task = 'openmoji_images'", 'TokenizerObjective.revive_every = 5'],
   'generator': ["train.task = 'openmoji_tokens'", 'drop_text.rate = 0.1'],
 }
 _GIN_FILES = {
@@ -126,11 +126,11 @@ class Soak:
 
   def _segment(self):
     """Trains one segment undisturbed, then disturbed, and compares."""
-    stage, number = self._place()
-    if stage == 'generator' and number == 0:
+    objective, number = self._place()
+    if objective == 'generator' and number == 0:
       self._tokenize()
     if self.state['whole'] == 'begun':
-      self._forget_whole(stage)
+      self._forget_whole(objective)
     if self.state['whole'] != 'done':
       with self._timed():
         self.state['whole'] = 'begun'
@@ -142,22 +142,22 @@ class Soak:
         if self._disturbed_start():
           break
     with self._timed():
-      self._follow_back(stage)
+      self._follow_back(objective)
     with self._timed():
-      self._compare(stage)
-      self._keep_whole(stage)
+      self._compare(objective)
+      self._keep_whole(objective)
       self.state |= {'segment': self.state['segment'] + 1, 'killed': 0, 'whole': 'to begin'}
       self.state['segments'] += 1
       self.state['meshes'] = min(self.state['segments'], sum(map(len, MESHES.values())))
 
-  def _follow_back(self, stage: str):
+  def _follow_back(self, objective: str):
     """Lets the undisturbed run go back over a change of mesh where the disturbed one had to.
 
     Its record keeps what it did before, which is what the disturbed run may have done before.
     """
     border = self._place()[1] * STEPS
     records = [
-      killed_runs.records(self._starter.record_file(f'{who}_{stage}'))
+      killed_runs.records(self._starter.record_file(f'{who}_{objective}'))
       for who in ('whole', 'disturbed')
     ]
     known, wanted = (killed_runs.lineages(lines) for lines in records)
@@ -165,9 +165,9 @@ class Soak:
     for lineage in dict.fromkeys(wanted):
       if not lineage or lineage in known or lineage[-1][0] >= border:
         continue
-      step, model_dir = lineage[-1][0], self.folder / 'whole' / stage
-      self._say(f'{stage}: the disturbed run was sent back to step {step}')
-      self._restore_whole(stage)
+      step, model_dir = lineage[-1][0], self.folder / 'whole' / objective
+      self._say(f'{objective}: the disturbed run was sent back to step {step}')
+      self._restore_whole(objective)
       checkpoints = model_dir / 'checkpoints'
       if not (checkpoints / str(step)).is_dir():
         raise RuntimeError(f'{checkpoints}: no checkpoint of step {step}')
@@ -176,33 +176,33 @@ class Soak:
           shutil.rmtree(path)
       self._expect(self._train('whole', None), (0,), 'whole')
 
-  def _keep_whole(self, stage: str):
+  def _keep_whole(self, objective: str):
     """Keeps a copy of the undisturbed run, for when it has to go back to a segment's beginning."""
-    copy, record = self.folder / 'copy' / stage, self._starter.record_file(f'whole_{stage}')
+    copy, record = self.folder / 'copy' / objective, self._starter.record_file(f'whole_{objective}')
     shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(self.folder / 'whole' / stage, copy)
+    shutil.copytree(self.folder / 'whole' / objective, copy)
     shutil.copy(record, copy.with_suffix('.jsonl'))
 
-  def _forget_whole(self, stage: str):
+  def _forget_whole(self, objective: str):
     """Puts the undisturbed run and its record back to where its last whole segment ended."""
-    self._restore_whole(stage)
-    record = self._starter.record_file(f'whole_{stage}')
+    self._restore_whole(objective)
+    record = self._starter.record_file(f'whole_{objective}')
     record.unlink(missing_ok=True)
-    kept = (self.folder / 'copy' / stage).with_suffix('.jsonl')
+    kept = (self.folder / 'copy' / objective).with_suffix('.jsonl')
     if kept.exists():
       shutil.copy(kept, record)
 
-  def _restore_whole(self, stage: str):
+  def _restore_whole(self, objective: str):
     """Puts the undisturbed run's folder back to where its last whole segment ended."""
-    copy, model_dir = (self.folder / name / stage for name in ('copy', 'whole'))
+    copy, model_dir = (self.folder / name / objective for name in ('copy', 'whole'))
     shutil.rmtree(model_dir, ignore_errors=True)
     if copy.exists():
       shutil.copytree(copy, model_dir)
 
   def _disturbed_start(self) -> bool:
     """One start of the disturbed run; whether it came to the segment's end."""
-    stage, number = self._place()
-    model_dir = self.folder / 'disturbed' / stage
+    objective, number = self._place()
+    model_dir = self.folder / 'disturbed' / objective
     draw = np.random.default_rng([self._seed, self.state['starts']])
     moment = None
     if self.state['killed'] < self._kills:
@@ -211,14 +211,14 @@ class Soak:
       moment = killed_runs.random_moment(draw, self._whole_steps(model_dir)[0], ahead=2)
       if draw.random() < 0.25:
         moment = dataclasses.replace(moment, signal='SIGTERM')
-    newest, before = self._whole_steps(model_dir)[0], len(self._begins(stage))
+    newest, before = self._whole_steps(model_dir)[0], len(self._begins(objective))
     status = self._train('disturbed', moment)
-    begins = self._begins(stage)[before:]
+    begins = self._begins(objective)[before:]
     if begins:
       self.state['damaged'] = []
       if begins != [newest]:
         self._differs(
-          f'{stage}: began at step {begins[0]}, and not at {newest}, its newest whole checkpoint'
+          f'{objective}: began at step {begins[0]}, and not at {newest}, its newest whole checkpoint'
         )
     if status == 0:
       return killed_runs.newest_step(model_dir) == (number + 1) * STEPS
@@ -282,28 +282,28 @@ class Soak:
 
   def _train(self, who: str, moment) -> int:
     """Starts one of the runs; returns its status."""
-    stage, number = self._place()
-    devices, mesh = MESHES[stage][number % len(MESHES[stage])]
+    objective, number = self._place()
+    devices, mesh = MESHES[objective][number % len(MESHES[objective])]
     bindings = [
       f"openmoji.data_dir = '{self.folder}/openmoji'",
       *_SCHEDULE,
-      *_STAGE_BINDINGS[stage],
+      *_OBJECTIVE_BINDINGS[objective],
       f'train.steps = {(number + 1) * STEPS}',
       f'train.keep_checkpoints = {_KEPT[who]}',
       *(f'make_mesh.{way.replace("=", " = ")}' for way in mesh),
     ]
-    if stage == 'generator':
+    if objective == 'generator':
       bindings += [
         f"token_cache.path = '{self.folder}/{who}/tokens'",
-        f"GeneratorStage.tokenizer = '{self.folder}/{who}/tokenizer'",
+        f"GeneratorObjective.tokenizer = '{self.folder}/{who}/tokenizer'",
       ]
-    model_dir = self.folder / who / stage
+    model_dir = self.folder / who / objective
     self.state['starts'] += who == 'disturbed'
     status = self._starter.run(
-      f'{who}_{stage}',
+      f'{who}_{objective}',
       [
         'train',
-        *(f'--gin_file=gin_configs/{file}' for file in _GIN_FILES[stage]),
+        *(f'--gin_file=gin_configs/{file}' for file in _GIN_FILES[objective]),
         f'--model_dir={model_dir}',
         *(f'--gin.{binding}' for binding in bindings),
       ],
@@ -312,15 +312,15 @@ class Soak:
     )
     what = f', {moment.kind} {moment.step} + {moment.delay:.3f} s' if moment else ''
     self._say(
-      f'{who} {stage}, segment {number}{what}: status {status}, '
+      f'{who} {objective}, segment {number}{what}: status {status}, '
       f'step {killed_runs.newest_step(model_dir)}'
     )
     return status
 
-  def _compare(self, stage: str):
+  def _compare(self, objective: str):
     """Compares both runs, and keeps what differs."""
-    runs = [self.folder / who / stage for who in ('whole', 'disturbed')]
-    records = [self._starter.record_file(f'{who}_{stage}') for who in ('whole', 'disturbed')]
+    runs = [self.folder / who / objective for who in ('whole', 'disturbed')]
+    records = [self._starter.record_file(f'{who}_{objective}') for who in ('whole', 'disturbed')]
     found = killed_runs.differences(*runs, *records)
     states = [killed_runs.read_checkpoint(run, killed_runs.newest_step(run))[0] for run in runs]
     self.state['checkpoints_compared'] += 1
@@ -334,23 +334,23 @@ class Soak:
     self.state['differences'] += found
 
   def _place(self) -> tuple[str, int]:
-    """The present stage, and the number of its segment."""
+    """The present objective, and the number of its segment."""
     number = self.state['segment']
     if number < TOKENIZER_SEGMENTS:
       return 'tokenizer', number
     return 'generator', number - TOKENIZER_SEGMENTS
 
-  def _begins(self, stage: str) -> list[int]:
+  def _begins(self, objective: str) -> list[int]:
     """The steps at which the starts of the disturbed run began to train."""
-    file = self._starter.record_file(f'disturbed_{stage}')
+    file = self._starter.record_file(f'disturbed_{objective}')
     lines = killed_runs.records(file) if file.exists() else []
     return [line['begins'] for line in lines if 'begins' in line]
 
   def _lost(self) -> tuple[int, int, int]:
     """Steps done again, and steps that starts began behind the furthest: their sum and the most."""
     done_again, losses = 0, [0]
-    for stage in MESHES:
-      file, done, furthest = self._starter.record_file(f'disturbed_{stage}'), [], 0
+    for objective in MESHES:
+      file, done, furthest = self._starter.record_file(f'disturbed_{objective}'), [], 0
       for line in killed_runs.records(file) if file.exists() else []:
         if 'begins' in line:
           losses.append(max(0, furthest - line['begins']))
@@ -362,7 +362,9 @@ class Soak:
     return done_again, sum(losses), max(losses)
 
   def _steps_done(self) -> int:
-    return sum(killed_runs.newest_step(self.folder / 'disturbed' / stage) for stage in MESHES)
+    return sum(
+      killed_runs.newest_step(self.folder / 'disturbed' / objective) for objective in MESHES
+    )
 
   def _expect(self, status: int, wanted, name: str):
     if status not in wanted:

@@ -1,6 +1,6 @@
 """A run that is killed at random moments is bit for bit the run that was not.
 
-Each stage takes some minutes: launch/test.sh -m slow tests/soak
+Each objective takes some minutes: launch/test.sh -m slow tests/soak
 """
 
 import killed_runs
@@ -26,8 +26,8 @@ def _data(starter):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('stage', tiny_runs.STAGES)
-def test_killed_at_random_moments_or_not_a_run_is_the_same(starter, data, stage):
+@pytest.mark.parametrize('objective', tiny_runs.OBJECTIVES)
+def test_killed_at_random_moments_or_not_a_run_is_the_same(starter, data, objective):
   """Twenty kills: while it starts, reads a checkpoint, writes one, has just written one, draws.
 
   The other run is compiled anew, so that compiled programs from the cache are compared too.
@@ -38,10 +38,12 @@ def test_killed_at_random_moments_or_not_a_run_is_the_same(starter, data, stage)
     'train.pictures_every = 5',
     'train.evaluate_every = 7',
   ]
-  whole, killed = (data / f'{name}_{stage}' for name in ('whole', 'killed'))
-  arguments = [tiny_runs.arguments(stage, data, folder, *bindings) for folder in (whole, killed)]
+  whole, killed = (data / f'{name}_{objective}' for name in ('whole', 'killed'))
+  arguments = [
+    tiny_runs.arguments(objective, data, folder, *bindings) for folder in (whole, killed)
+  ]
   assert starter.run(whole.name, arguments[0], cached=False) == 0
-  seed = tiny_runs.STAGES.index(stage)
+  seed = tiny_runs.OBJECTIVES.index(objective)
   assert (
     starter.run_killed(killed.name, arguments[1], killed, KILLS, np.random.default_rng(seed))
     == KILLS

@@ -1,4 +1,4 @@
-"""A checkpoint of one mesh goes on with the same losses on any other, for every stage.
+"""A checkpoint of one mesh goes on with the same losses on any other, for every objective.
 
 Takes some minutes: launch/test.sh -m slow tests/soak
 """
@@ -23,7 +23,7 @@ OTHERS = {
 # For a pipeline: layers enough, and none of whose outputs are needed before the last.
 FOR_PIPELINE = {
   'tokenizer': ['ViTVQGANConfig.encoder_layers = 2', 'ViTVQGANConfig.decoder_layers = 2'],
-  'generator': ['GeneratorStage.depth_loss_weights = None'],
+  'generator': ['GeneratorObjective.depth_loss_weights = None'],
 }
 WITHOUT_LAYERS = ('super_resolution',)
 
@@ -52,24 +52,24 @@ def _take_one_device(patch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('stage', tiny_runs.STAGES)
-def test_a_checkpoint_goes_on_on_other_meshes(tmp_path, train, monkeypatch, stage):
+@pytest.mark.parametrize('objective', tiny_runs.OBJECTIVES)
+def test_a_checkpoint_goes_on_on_other_meshes(tmp_path, train, monkeypatch, objective):
   """Two steps on 8 × data; two more there, on fsdp 4 × tensor 2, on a pipeline, on one device."""
   tiny_runs.write_pictures(tmp_path / 'pictures', 32)
   tiny_runs.write_tokens(tmp_path / 'tokens')
-  if stage in tiny_runs.WITH_TOKENIZER:
+  if objective in tiny_runs.WITH_TOKENIZER:
     train(tiny_runs.tokenizer_arguments(tmp_path, *FOR_PIPELINE['tokenizer']))
 
   def losses(name, steps, mesh):
     return train(
       tiny_runs.arguments(
-        stage,
+        objective,
         tmp_path,
         tmp_path / name,
         'train.eval_split = None',
         'train.pictures_every = 0',
         f'train.steps = {steps}',
-        *FOR_PIPELINE.get(stage, []),
+        *FOR_PIPELINE.get(objective, []),
         *mesh,
       )
     )
@@ -80,7 +80,7 @@ def test_a_checkpoint_goes_on_on_other_meshes(tmp_path, train, monkeypatch, stag
   expected = losses('data', 4, DATA)
   assert sorted(first) == [1, 2] and sorted(expected) == [3, 4]
   for name, mesh in OTHERS.items():
-    if name == 'pipeline' and stage in WITHOUT_LAYERS:
+    if name == 'pipeline' and objective in WITHOUT_LAYERS:
       continue
     with monkeypatch.context() as patch:
       if name == 'one device':

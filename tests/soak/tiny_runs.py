@@ -1,4 +1,4 @@
-"""A tiny run of each stage, for processes that are killed: its data and its bindings."""
+"""A tiny run of each objective, for processes that are killed: its data and its bindings."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pathlib
 import numpy as np
 from PIL import Image
 
-STAGES = ('tokenizer', 'text_encoder', 'generator', 'super_resolution', 'ranker')
+OBJECTIVES = ('tokenizer', 'text_encoder', 'generator', 'super_resolution', 'ranker')
 _GIN_FILES = {
   'tokenizer': ['runs/tiny_adversarial_tokenizer.gin'],
   'text_encoder': ['runs/tiny_text_encoder.gin'],
@@ -16,27 +16,27 @@ _GIN_FILES = {
   'super_resolution': ['runs/super_resolution_x2.gin', 'tasks/folder.gin'],
   'ranker': ['runs/tiny_ranker.gin'],
 }
-# How a part of a stage comes into play within a few steps.
+# How a part of an objective comes into play within a few steps.
 _BINDINGS = {
-  'tokenizer': ['TokenizerStage.revive_every = 3', 'TokenizerStage.r1_every = 2'],
+  'tokenizer': ['TokenizerObjective.revive_every = 3', 'TokenizerObjective.r1_every = 2'],
   'generator': [
     "train.eval_split = 'validation'",
     'drop_text.rate = 0.3',
-    'GeneratorStage.depth_loss_weights = (1, 2)',
+    'GeneratorObjective.depth_loss_weights = (1, 2)',
   ],
   'super_resolution': [
     'train.batch_size = 8',
-    'SuperResolutionStage.image_size = 32',
-    'SuperResolutionStage.crop = 8',
-    'SuperResolutionStage.clean_share = 0.3',
+    'SuperResolutionObjective.image_size = 32',
+    'SuperResolutionObjective.crop = 8',
+    'SuperResolutionObjective.clean_share = 0.3',
     'SuperResolutionConfig.blocks = 1',
     'SuperResolutionConfig.width = 4',
     "SuperResolutionConfig.dtype = 'float32'",
     'ViTVQGANConfig.image_size = 16',
   ],
-  'ranker': ['RankerStage.reconstruct_every = 2'],
+  'ranker': ['RankerObjective.reconstruct_every = 2'],
 }
-# Stages that see, or draw, what a tokenizer makes of pictures.
+# Objectives that see, or draw, what a tokenizer makes of pictures.
 WITH_TOKENIZER = ('generator', 'super_resolution', 'ranker')
 
 
@@ -70,11 +70,11 @@ def write_tokens(folder):
     token_cache.write_token_cache(str(folder), examples, info, split)
 
 
-def arguments(stage: str, folder, model_dir, *bindings) -> list[str]:
-  """The command line that trains a stage.
+def arguments(objective: str, folder, model_dir, *bindings) -> list[str]:
+  """The command line that trains an objective.
 
   Args:
-    stage: one of STAGES.
+    objective: one of OBJECTIVES.
     folder: with `pictures/`, `tokens/` and, for WITH_TOKENIZER, the run `tokenizer/`.
     model_dir: the run's folder.
     *bindings: more gin bindings, which come last.
@@ -86,25 +86,25 @@ def arguments(stage: str, folder, model_dir, *bindings) -> list[str]:
     "train.eval_split = 'validation'",
     'train.log_every = 1',
     'train.seed = 3',
-    *_BINDINGS.get(stage, []),
+    *_BINDINGS.get(objective, []),
   ]
-  if stage in WITH_TOKENIZER:
+  if objective in WITH_TOKENIZER:
     name = {
-      'generator': 'GeneratorStage',
-      'super_resolution': 'SuperResolutionStage',
-      'ranker': 'RankerStage',
-    }[stage]
+      'generator': 'GeneratorObjective',
+      'super_resolution': 'SuperResolutionObjective',
+      'ranker': 'RankerObjective',
+    }[objective]
     given.append(f"{name}.tokenizer = '{folder}/tokenizer'")
   return [
     'train',
-    *(f'--gin_file=gin_configs/{file}' for file in _GIN_FILES[stage]),
+    *(f'--gin_file=gin_configs/{file}' for file in _GIN_FILES[objective]),
     f'--model_dir={model_dir}',
     *(f'--gin.{binding}' for binding in (*given, *bindings)),
   ]
 
 
 def tokenizer_arguments(folder, *bindings) -> list[str]:
-  """The command line that trains `tokenizer/` a little, for the stages that need one."""
+  """The command line that trains `tokenizer/` a little, for the objectives that need one."""
   return arguments(
     'tokenizer',
     folder,

@@ -64,11 +64,11 @@ GIN = ['--gin_file=gin_configs/runs/tiny_generator.gin']
 
 
 def _generator(**changes):
-  return generator_objective.GeneratorStage(dataclasses.replace(PARTI, **changes))
+  return generator_objective.GeneratorObjective(dataclasses.replace(PARTI, **changes))
 
 
 def _adversarial_tokenizer():
-  return tokenizer_objective.TokenizerStage(
+  return tokenizer_objective.TokenizerObjective(
     TOKENIZER,
     adversarial_weight=0.1,
     ema=0.9,
@@ -80,7 +80,7 @@ def _adversarial_tokenizer():
 STATES = {
   'adafactor': (_generator, optimizers.adafactor),
   'adamw': (_generator, optimizers.adamw),
-  'tokenizer': (lambda: tokenizer_objective.TokenizerStage(TOKENIZER), optimizers.adafactor),
+  'tokenizer': (lambda: tokenizer_objective.TokenizerObjective(TOKENIZER), optimizers.adafactor),
   'adversarial': (_adversarial_tokenizer, optimizers.adamw),
 }
 
@@ -91,10 +91,10 @@ def _trainer(name, *mesh):
 
   On one device, where Orbax compiles nothing to save, unless axes of a mesh are given.
   """
-  make_stage, optimizer = STATES[name]
+  make_objective, optimizer = STATES[name]
   mesh = mesh or (1, 1, 1, 1, tuple(jax.devices()[:1]))
   return trainer_lib.Trainer(
-    make_stage(), optimizer(optimizers.parti_schedule()), mesh_lib.make_mesh(*mesh)
+    make_objective(), optimizer(optimizers.parti_schedule()), mesh_lib.make_mesh(*mesh)
   )
 
 
@@ -117,7 +117,7 @@ def _filled(trainer, step=7):
 def _save(folder, trainer, state):
   manager = run_checkpoints.Checkpoints(folder)
   manager.save(
-    int(state.step), state, {'epoch': 2, 'taken': 5}, run_checkpoints.describe(trainer.stage)
+    int(state.step), state, {'epoch': 2, 'taken': 5}, run_checkpoints.describe(trainer.objective)
   )
   manager.close()
   return run_checkpoints.latest_checkpoint(folder)
@@ -190,13 +190,15 @@ def test_a_run_of_a_checkpoint_of_t5x(run, tmp_path, capsys):
   again = ['t5x_checkpoint', f'--from_t5x={written}', *GIN, f'--model_dir={tmp_path}/again']
   assert main.main(again) == 0
   printed = capsys.readouterr().out
-  assert "stage 'generator' at step 7" in printed and 'data start from their beginning' in printed
+  assert (
+    "objective 'generator' at step 7" in printed and 'data start from their beginning' in printed
+  )
   path = run_checkpoints.latest_checkpoint(tmp_path / 'again')
   assert (path / 'manifest.json').exists() and not (tmp_path / 'again' / 'lock.json').exists()
   assert run_checkpoints.read_place(path) == {'from_t5x': str(written)}
   trainer = _trainer('adafactor')
   manager = run_checkpoints.Checkpoints(tmp_path / 'again')
-  restored, _ = manager.restore(7, trainer.abstract, run_checkpoints.describe(trainer.stage))
+  restored, _ = manager.restore(7, trainer.abstract, run_checkpoints.describe(trainer.objective))
   manager.close()
   _assert_same_bits(restored, state)
   # A run that has begun is not written over.
@@ -224,7 +226,7 @@ def test_whole_second_moments_of_earlier_versions_are_factored_both_ways(tmp_pat
   written = t5x_checkpoints.write(tmp_path / 'old', whole)
   t5x_checkpoint.to_run(written, tmp_path / 'again', trainer)
   manager = run_checkpoints.Checkpoints(tmp_path / 'again')
-  restored, _ = manager.restore(7, trainer.abstract, run_checkpoints.describe(trainer.stage))
+  restored, _ = manager.restore(7, trainer.abstract, run_checkpoints.describe(trainer.objective))
   manager.close()
   assert manager.factored == 0
   old_moments.assert_same(t5x_checkpoints.state_dict(restored), right)
@@ -283,7 +285,7 @@ def test_the_optimizer_may_begin_anew(run, tmp_path, capsys):
   assert 'the optimiser begins anew' in capsys.readouterr().out
   trainer = _trainer('adamw')
   manager = run_checkpoints.Checkpoints(tmp_path / 'run')
-  restored, _ = manager.restore(7, trainer.abstract, run_checkpoints.describe(trainer.stage))
+  restored, _ = manager.restore(7, trainer.abstract, run_checkpoints.describe(trainer.objective))
   manager.close()
   _assert_same_bits(restored.params, state.params)
   assert int(restored.step) == 7
@@ -396,5 +398,5 @@ def test_bad_runs(run, tmp_path, capsys):
   manager.save(1, {'step': jnp.int32(1)}, {}, {'stage': 'ranker', 'config': {}})
   manager.close()
   assert main.main([*command, f'--model_dir={tmp_path}/ranker']) == 2
-  assert "of the stage 'ranker', which is no model of t5x" in capsys.readouterr().err
+  assert "of the objective 'ranker', which is no model of t5x" in capsys.readouterr().err
   assert not [path for path in tmp_path.iterdir() if path.name.startswith('checkpoint')]

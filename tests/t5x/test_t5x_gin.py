@@ -114,7 +114,7 @@ def test_a_model_and_a_run_make_what_t5x_takes(parse, name, run):
   split_along_data = ('embed', 'data') in partitioner._logical_axis_rules
   assert split_along_data == (name in ('3b', '20b'))
   lengths = (
-    {'images': model.stage.model.image_size}
+    {'images': model.objective.model.image_size}
     if name.startswith('vit_')
     else {'inputs': model.module.config.text_length, 'targets': model.module.config.image_length}
   )

@@ -153,10 +153,10 @@ def test_loss_is_ours(params, batch):
   key = jax.random.PRNGKey(3)
   for weights in (None, (1.0, 2.0)):
     model = make_model(depth_loss_weights=weights)
-    stage = generator_objective.GeneratorStage(CONFIG, depth_loss_weights=weights)
+    objective = generator_objective.GeneratorObjective(CONFIG, depth_loss_weights=weights)
     found, metrics = jax.jit(model.loss_fn)(params, batch, key)
     keys = layers.dropout_keys(jax.random.wrap_key_data(key), 4)
-    wanted, aux = jax.jit(stage.loss)(flax.core.unfreeze(params), batch, keys, 0)
+    wanted, aux = jax.jit(objective.loss)(flax.core.unfreeze(params), batch, keys, 0)
     np.testing.assert_allclose(found, wanted, rtol=1e-6)
     np.testing.assert_allclose(
       metrics['accuracy'].compute(), aux['metrics']['token_accuracy'], rtol=1e-6
@@ -164,7 +164,7 @@ def test_loss_is_ours(params, batch):
     of_eval = jax.jit(model.eval_fn)(params, batch)[0]
     np.testing.assert_allclose(
       of_eval,
-      np.mean(jax.jit(stage.evaluate)(flax.core.unfreeze(params), batch)['loss']),
+      np.mean(jax.jit(objective.evaluate)(flax.core.unfreeze(params), batch)['loss']),
       rtol=1e-6,
     )
     assert abs(found - of_eval) > 1e-4  # Dropout is on in one of them.
@@ -302,9 +302,9 @@ def test_what_does_not_fit_is_named():
       jax.random.key(0), SHAPES | {'decoder_target_tokens': (4, 5)}
     )
   for name, value in (('adversarial_weight', 0.1), ('revive_every', 5), ('ema', 0.9)):
-    stage = tokenizer_objective.TokenizerStage(vit_vqgan.ViTVQGANConfig(), **{name: value})
-    with pytest.raises(errors.UserError, match=f'TokenizerStage.{name}.*parti-jax train'):
-      models.TokenizerModel(stage, None)
+    objective = tokenizer_objective.TokenizerObjective(vit_vqgan.ViTVQGANConfig(), **{name: value})
+    with pytest.raises(errors.UserError, match=f'TokenizerObjective.{name}.*parti-jax train'):
+      models.TokenizerModel(objective, None)
 
 
 TOKENIZER = vit_vqgan.ViTVQGANConfig(
@@ -327,7 +327,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8)
 
 def make_tokenizer():
   return models.TokenizerModel(
-    tokenizer_objective.TokenizerStage(TOKENIZER, quantize_from=2),
+    tokenizer_objective.TokenizerObjective(TOKENIZER, quantize_from=2),
     optimizers.OptaxWrapper(our_optimizers.adamw),
   )
 

@@ -72,19 +72,19 @@ class Sides:
     initializer: of t5x's train state.
   """
 
-  def __init__(self, stage_name: str, optimizer: str):
+  def __init__(self, objective_name: str, optimizer: str):
     optimizer = OPTIMIZERS[optimizer]
     wrapped = optimizers.OptaxWrapper(optimizer)
-    if stage_name == 'generator':
-      stage = generator_objective.GeneratorStage(PARTI)
+    if objective_name == 'generator':
+      objective = generator_objective.GeneratorObjective(PARTI)
       model = models.PartiModel(parti.Parti(PARTI), wrapped)
       shapes = {'encoder_input_tokens': (4, 6), 'decoder_target_tokens': (4, 6)}
     else:
-      stage = tokenizer_objective.TokenizerStage(TOKENIZER, revive_every=0)
-      model = models.TokenizerModel(stage, wrapped)
+      objective = tokenizer_objective.TokenizerObjective(TOKENIZER, revive_every=0)
+      model = models.TokenizerModel(objective, wrapped)
       shapes = {'images': (4, 8, 8, 3)}
     self.trainer, self.alone = (
-      trainer_lib.Trainer(stage, optimizer(our_optimizers.parti_schedule()), mesh)
+      trainer_lib.Trainer(objective, optimizer(our_optimizers.parti_schedule()), mesh)
       for mesh in (mesh_lib.make_mesh(2, 2, 2), mesh_lib.make_mesh(devices=jax.devices()[:1]))
     )
     self.partitioner = partitioning.PjitPartitioner(num_partitions=2)
@@ -152,7 +152,7 @@ class Sides:
   def save_by_ours(self, state, folder):
     manager = run_checkpoints.Checkpoints(folder)
     manager.save(
-      STEP, state, {'epoch': 0, 'taken': 0}, run_checkpoints.describe(self.trainer.stage)
+      STEP, state, {'epoch': 0, 'taken': 0}, run_checkpoints.describe(self.trainer.objective)
     )
     manager.close()
 
@@ -160,7 +160,7 @@ class Sides:
     """What `parti-jax train` does when it starts again."""
     manager = run_checkpoints.Checkpoints(folder)
     state, _ = manager.restore(
-      STEP, self.trainer.abstract, run_checkpoints.describe(self.trainer.stage)
+      STEP, self.trainer.abstract, run_checkpoints.describe(self.trainer.objective)
     )
     manager.close()
     return state

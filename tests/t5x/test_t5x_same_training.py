@@ -120,7 +120,7 @@ def _train_with_ours(optimizer, schedule, weights):
   """Losses of our trainer and its last state, from the parameters that t5x begins with."""
   mesh = mesh_lib.make_mesh(tensor=2)
   trainer = our_trainer.Trainer(
-    generator_objective.GeneratorStage(CONFIG, depth_loss_weights=weights),
+    generator_objective.GeneratorObjective(CONFIG, depth_loss_weights=weights),
     optimizer(schedule=schedule),
     mesh,
     seed=SEED,

@@ -36,7 +36,7 @@ SIZES = vit_vqgan.ViTVQGANConfig(
   dtype='float32',
 )
 JUDGE = discriminator.DiscriminatorConfig(channels=32, max_channels=4, minibatch_group=1)
-STAGE = tokenizer_objective.TokenizerStage(
+OBJECTIVE = tokenizer_objective.TokenizerObjective(
   SIZES,
   adversarial_weight=0.5,
   discriminator=JUDGE,
@@ -55,7 +55,7 @@ def _images(count=8, seed=0):
 
 @pytest.fixture(scope='module')
 def params():
-  return nn.meta.unbox(jax.jit(STAGE.init)(jax.random.key(0)))
+  return nn.meta.unbox(jax.jit(OBJECTIVE.init)(jax.random.key(0)))
 
 
 def test_both_losses_by_formula_and_each_moves_its_own_side(params):
@@ -99,8 +99,8 @@ def test_r1_is_the_squared_gradient_by_pixels(params):
 
 def test_the_adaptive_weight_is_the_ratio_of_gradients_at_the_last_layer(params):
   images = _images(4)
-  stage = dataclasses.replace(STAGE, adversarial_adaptive=True, adversarial_from=0)
-  keep = dataclasses.replace(STAGE, adversarial_weight=0.0, quantizer_weight=0.0)
+  objective = dataclasses.replace(OBJECTIVE, adversarial_adaptive=True, adversarial_from=0)
+  keep = dataclasses.replace(OBJECTIVE, adversarial_weight=0.0, quantizer_weight=0.0)
 
   def of_rest(kernel):
     return keep.loss(_with_last(params, kernel), {'images': images}, None, 1)[0]
@@ -116,7 +116,7 @@ def test_the_adaptive_weight_is_the_ratio_of_gradients_at_the_last_layer(params)
   kernel = params['decoder']['project_patches']['kernel']
   rest, of_judge = jax.jit(lambda k: (jax.grad(of_rest)(k), jax.grad(of_adversary)(k)))(kernel)
   wanted = np.linalg.norm(rest) / (np.linalg.norm(of_judge) + 1e-6)
-  _, aux = jax.jit(stage.loss)(params, {'images': images}, None, 1)
+  _, aux = jax.jit(objective.loss)(params, {'images': images}, None, 1)
   np.testing.assert_allclose(aux['metrics']['adversarial_weight'], 0.5 * wanted, rtol=1e-4)
 
 
@@ -125,7 +125,7 @@ def _with_last(params, kernel):
 
 
 def _trainer(microbatches, mesh):
-  return trainer_lib.Trainer(STAGE, optimizers.adamw(lambda step: 1e-2), mesh, 3, microbatches)
+  return trainer_lib.Trainer(OBJECTIVE, optimizers.adamw(lambda step: 1e-2), mesh, 3, microbatches)
 
 
 def _stepped(trainer, state, first=0, last=4):
@@ -234,7 +234,7 @@ def test_mesh_and_microbatches_change_nothing(run):
 def test_a_checkpoint_goes_on_bit_for_bit_and_draws_with_the_average(run, trainer, tmp_path):
   states, _ = run
   manager = run_checkpoints.Checkpoints(tmp_path)
-  model = run_checkpoints.describe(STAGE)
+  model = run_checkpoints.describe(OBJECTIVE)
   manager.save(3, jax.device_put(states[3], trainer.shardings), {}, model)
   manager.close()
   manager = run_checkpoints.Checkpoints(tmp_path)
@@ -250,8 +250,11 @@ def test_a_checkpoint_goes_on_bit_for_bit_and_draws_with_the_average(run, traine
 
 def test_without_any_of_it_the_state_is_what_it_was():
   """Runs from before there was a discriminator go on."""
-  stage, optimizer = tokenizer_objective.TokenizerStage(SIZES), optimizers.adamw(lambda step: 1e-2)
-  trainer = trainer_lib.Trainer(stage, optimizer, mesh_lib.make_mesh())
+  objective, optimizer = (
+    tokenizer_objective.TokenizerObjective(SIZES),
+    optimizers.adamw(lambda step: 1e-2),
+  )
+  trainer = trainer_lib.Trainer(objective, optimizer, mesh_lib.make_mesh())
   assert trainer.optimizer is optimizer
   assert trainer.abstract.params.keys() == set(tokenizer_objective.PARTS)
   assert trainer.abstract.statistics.keys() == {'code_use'}
@@ -262,20 +265,20 @@ def test_without_any_of_it_the_state_is_what_it_was():
   'changes, words',
   [
     ({'perceptual_weight': 0.1}, 'LPIPS needs pictures of 16 pixels'),
-    ({'r1_every': 0}, 'TokenizerStage.r1_every=0 must be at least 1'),
-    ({'ema': 1.0}, 'TokenizerStage.ema=1.0 must be'),
+    ({'r1_every': 0}, 'TokenizerObjective.r1_every=0 must be at least 1'),
+    ({'ema': 1.0}, 'TokenizerObjective.ema=1.0 must be'),
     ({'model': dataclasses.replace(SIZES, image_size=12)}, 'size of 12 is not a power of two'),
   ],
 )
 def test_settings_that_do_not_go_together_are_named(changes, words):
   with pytest.raises(UserError, match=words):
-    dataclasses.replace(STAGE, **changes)
+    dataclasses.replace(OBJECTIVE, **changes)
 
 
 def test_files_of_weights_are_asked_for_before_training_begins():
   larger = dataclasses.replace(SIZES, image_size=16)
-  stage = tokenizer_objective.TokenizerStage(larger, perceptual_weight=0.1)
-  with pytest.raises(UserError, match='needs the file TokenizerStage.vgg16_weights'):
-    stage.constants()
+  objective = tokenizer_objective.TokenizerObjective(larger, perceptual_weight=0.1)
+  with pytest.raises(UserError, match='needs the file TokenizerObjective.vgg16_weights'):
+    objective.constants()
   # A plan needs none.
-  assert jax.tree.leaves(stage.abstract_constants())[0].dtype == jnp.float32
+  assert jax.tree.leaves(objective.abstract_constants())[0].dtype == jnp.float32

@@ -8,8 +8,8 @@ import pytest
 # A process of its own, since the settings hold for a whole process.
 _SCRIPT = """
 import ctypes, resource, threading
-from parti_jax.training import host_memory
-print(host_memory.keep_freed() if {keep} else None)
+from parti_jax.runs import allocator
+print(allocator.keep_freed() if {keep} else None)
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
 libc.malloc.argtypes = [ctypes.c_size_t]

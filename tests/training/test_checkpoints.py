@@ -38,9 +38,9 @@ PLACE = {'epoch': 2, 'taken': 5}
 
 
 def _trainer(optimizer=None, mesh=(8, 1, 1), **changes):
-  stage = tokenizer_objective.TokenizerStage(dataclasses.replace(SIZES, **changes))
+  objective = tokenizer_objective.TokenizerObjective(dataclasses.replace(SIZES, **changes))
   return trainer_lib.Trainer(
-    stage, optimizer or optimizers.adafactor(0.1), mesh_lib.make_mesh(*mesh), seed=0
+    objective, optimizer or optimizers.adafactor(0.1), mesh_lib.make_mesh(*mesh), seed=0
   )
 
 
@@ -53,7 +53,7 @@ def saved(tmp_path_factory):
   manager = run_checkpoints.Checkpoints(folder, keep=2)
   for step in (1, 3, 7):
     state = state.replace(step=state.step * 0 + step)
-    manager.save(step, state, PLACE, run_checkpoints.describe(trainer.stage))
+    manager.save(step, state, PLACE, run_checkpoints.describe(trainer.objective))
   manager.close()
   return folder, trainer, state
 
@@ -61,7 +61,7 @@ def saved(tmp_path_factory):
 def _restored(folder, trainer, step=7):
   manager = run_checkpoints.Checkpoints(folder)
   try:
-    return manager.restore(step, trainer.abstract, run_checkpoints.describe(trainer.stage))
+    return manager.restore(step, trainer.abstract, run_checkpoints.describe(trainer.objective))
   finally:
     manager.close()
 
@@ -153,13 +153,13 @@ def test_the_state_of_another_optimizer_is_named(saved):
     _restored(saved[0], _trainer(optax.sgd(0.1)))
 
 
-def test_a_checkpoint_of_another_stage_is_named(saved):
+def test_a_checkpoint_of_another_objective_is_named(saved):
   folder, _, _ = saved
   path = run_checkpoints.latest_checkpoint(folder)
   model = run_checkpoints.read_model(path)
-  with pytest.raises(UserError, match="stage 'tokenizer', not of 'generator'"):
+  with pytest.raises(UserError, match="objective 'tokenizer', not of 'generator'"):
     run_checkpoints.check_same_model(path, model, {'stage': 'generator', 'config': {}})
-  with pytest.raises(UserError, match="stage 'tokenizer'; give a run of 'generator'"):
+  with pytest.raises(UserError, match="objective 'tokenizer'; give a run of 'generator'"):
     run_checkpoints.read_config(path, 'generator')
 
 

@@ -36,8 +36,8 @@ BATCH = {
 
 @pytest.fixture(scope='module')
 def params():
-  stage = generator_objective.GeneratorStage(MODEL)
-  return nn.meta.unbox(jax.jit(stage.init)(jax.random.key(0)))
+  objective = generator_objective.GeneratorObjective(MODEL)
+  return nn.meta.unbox(jax.jit(objective.init)(jax.random.key(0)))
 
 
 def _first_layers(params, count):
@@ -50,11 +50,11 @@ def _first_layers(params, count):
 
 
 def _value(params, weights, **sizes):
-  stage = generator_objective.GeneratorStage(
+  objective = generator_objective.GeneratorObjective(
     dataclasses.replace(MODEL, **sizes), depth_loss_weights=weights
   )
   (loss, aux), gradient = jax.jit(
-    jax.value_and_grad(lambda params: stage.loss(params, BATCH, None, 0), has_aux=True)
+    jax.value_and_grad(lambda params: objective.loss(params, BATCH, None, 0), has_aux=True)
   )(params)
   return float(loss), aux['metrics'], gradient
 
@@ -64,8 +64,10 @@ def of_depth(params):
   """The losses of models that end after 1, 2, 3 and 4 layers."""
   losses = []
   for count in (1, 2, 3, 4):
-    stage = generator_objective.GeneratorStage(dataclasses.replace(MODEL, decoder_layers=count))
-    loss, _ = jax.jit(stage.loss)(_first_layers(params, count), BATCH, None, 0)
+    objective = generator_objective.GeneratorObjective(
+      dataclasses.replace(MODEL, decoder_layers=count)
+    )
+    loss, _ = jax.jit(objective.loss)(_first_layers(params, count), BATCH, None, 0)
     losses.append(float(loss))
   return losses
 
@@ -84,21 +86,22 @@ def test_the_loss_is_the_weighted_mean_of_models_that_end_earlier(params, of_dep
 
 
 def test_a_layer_without_weight_does_not_predict(params, of_depth):
-  stage = generator_objective.GeneratorStage(MODEL, depth_loss_weights=(0, 1, 0, 3))
-  loss, _ = jax.jit(stage.loss)(params, BATCH, None, 0)
+  objective = generator_objective.GeneratorObjective(MODEL, depth_loss_weights=(0, 1, 0, 3))
+  loss, _ = jax.jit(objective.loss)(params, BATCH, None, 0)
   assert float(loss) == pytest.approx(0.25 * of_depth[1] + 0.75 * of_depth[3], rel=1e-5)
-  measures = jax.jit(stage.evaluate)(params, BATCH)
+  measures = jax.jit(objective.evaluate)(params, BATCH)
   assert set(measures) == {'loss', 'loss_after_2', 'token_accuracy'}
-  plain = generator_objective.GeneratorStage(MODEL)
+  plain = generator_objective.GeneratorObjective(MODEL)
   expected = jax.jit(plain.evaluate)(params, BATCH)
   np.testing.assert_allclose(measures['loss'], expected['loss'], rtol=1e-5)
   assert np.all(np.abs(measures['loss_after_2'] - measures['loss']) > 1e-4)
-  assert stage.step_flops(2) == plain.step_flops(2) + 6 * flops.logits_forward(MODEL)
+  assert objective.step_flops(2) == plain.step_flops(2) + 6 * flops.logits_forward(MODEL)
 
 
 def test_no_parameter_is_added():
   init = lambda weights: jax.eval_shape(
-    generator_objective.GeneratorStage(MODEL, depth_loss_weights=weights).init, jax.random.key(0)
+    generator_objective.GeneratorObjective(MODEL, depth_loss_weights=weights).init,
+    jax.random.key(0),
   )
   assert jax.tree.structure(init(None)) == jax.tree.structure(init((1, 2, 3, 4)))
 
@@ -106,14 +109,14 @@ def test_no_parameter_is_added():
 def test_stages_of_a_pipeline_are_an_error():
   mesh = mesh_lib.make_mesh(data=1, stage=2, devices=jax.devices()[:2])
   model = dataclasses.replace(MODEL, encoder_layers=2)
-  stage = generator_objective.GeneratorStage(model, depth_loss_weights=(1, 2, 3, 4))
-  params = jax.eval_shape(lambda: nn.meta.unbox(stage.init(jax.random.key(0))))
+  objective = generator_objective.GeneratorObjective(model, depth_loss_weights=(1, 2, 3, 4))
+  params = jax.eval_shape(lambda: nn.meta.unbox(objective.init(jax.random.key(0))))
   with rules.partitioned(mesh, rules.logical_axis_rules()):
     with pytest.raises(UserError, match='make_mesh.stage=2.*depth_loss_weights'):
-      jax.eval_shape(lambda params: stage.loss(params, BATCH, None, 0), params)
+      jax.eval_shape(lambda params: objective.loss(params, BATCH, None, 0), params)
 
 
 @pytest.mark.parametrize('weights', [(1, 2), (1, 2, 3, -4), (1, 2, 3, 0), ()])
 def test_weights_that_can_not_be_are_named(weights):
-  with pytest.raises(UserError, match='GeneratorStage.depth_loss_weights='):
-    generator_objective.GeneratorStage(MODEL, depth_loss_weights=weights)
+  with pytest.raises(UserError, match='GeneratorObjective.depth_loss_weights='):
+    generator_objective.GeneratorObjective(MODEL, depth_loss_weights=weights)

@@ -48,11 +48,11 @@ GENERATOR = [
 
 def _write_tokenizer(folder, seed, change=lambda params: params):
   """A run of a tokenizer that was not trained."""
-  stage = tokenizer_objective.TokenizerStage(SIZES)
-  trainer = trainer_lib.Trainer(stage, optax.sgd(0.1), mesh.make_mesh(8, 1, 1, 1), seed)
+  objective = tokenizer_objective.TokenizerObjective(SIZES)
+  trainer = trainer_lib.Trainer(objective, optax.sgd(0.1), mesh.make_mesh(8, 1, 1, 1), seed)
   state = trainer.create_state()
   run = run_checkpoints.Checkpoints(folder)
-  run.save(1, state.replace(params=change(state.params)), {}, run_checkpoints.describe(stage))
+  run.save(1, state.replace(params=change(state.params)), {}, run_checkpoints.describe(objective))
   run.close()
   return str(folder)
 
@@ -252,12 +252,16 @@ def test_a_run_does_not_go_on_with_another_vocabulary(parts, tmp_path, capsys):
 
 def test_pictures_are_not_drawn_by_another_tokenizer(parts, tmp_path, capsys):
   drawing = ('train.steps=1', 'train.pictures_every=1', 'train.num_pictures=2')
-  assert _train(parts, tmp_path / 'run', *drawing, f"GeneratorStage.tokenizer='{parts['B']}'") == 2
+  assert (
+    _train(parts, tmp_path / 'run', *drawing, f"GeneratorObjective.tokenizer='{parts['B']}'") == 2
+  )
   error = capsys.readouterr().err
   assert f'the token cache {parts["tokens_A"]} was made with the tokenizer ' in error
-  assert f"but GeneratorStage.tokenizer='{parts['B']}' has " in error
+  assert f"but GeneratorObjective.tokenizer='{parts['B']}' has " in error
   assert not (tmp_path / 'run').exists()
-  assert _train(parts, tmp_path / 'run', *drawing, f"GeneratorStage.tokenizer='{parts['A2']}'") == 0
+  assert (
+    _train(parts, tmp_path / 'run', *drawing, f"GeneratorObjective.tokenizer='{parts['A2']}'") == 0
+  )
   assert [file.name for file in (tmp_path / 'run' / 'pictures').iterdir()] == [
     'samples_00000001.png'
   ]
@@ -266,10 +270,10 @@ def test_pictures_are_not_drawn_by_another_tokenizer(parts, tmp_path, capsys):
 def test_a_tokenizer_that_pictures_need_is_looked_for_before_the_first_step(
   parts, tmp_path, capsys
 ):
-  missing = "GeneratorStage.tokenizer='nowhere'"
+  missing = "GeneratorObjective.tokenizer='nowhere'"
   assert _train(parts, tmp_path / 'run', 'train.steps=1', missing) == 2
   error = capsys.readouterr().err
-  assert "GeneratorStage.tokenizer='nowhere': nowhere: no training run there" in error
+  assert "GeneratorObjective.tokenizer='nowhere': nowhere: no training run there" in error
   assert 'set it to None' in error and not (tmp_path / 'run').exists()
   # Without pictures nobody needs it.
   assert _train(parts, tmp_path / 'run', 'train.steps=1', missing, 'train.pictures_every=0') == 0
@@ -294,7 +298,7 @@ def test_what_is_trained_on_a_tokenizers_pictures_keeps_to_it(parts, tmp_path, p
     'CoCaConfig.image_size = 16',
     'CoCaConfig.patch_size = 8',
   ]
-  tokenizer = lambda name: f"RankerStage.tokenizer = '{parts[name]}'"
+  tokenizer = lambda name: f"RankerObjective.tokenizer = '{parts[name]}'"
 
   def train(*more):
     gin_config.parse(['gin_configs/runs/tiny_ranker.gin'], [*bindings, *more])
@@ -302,5 +306,5 @@ def test_what_is_trained_on_a_tokenizers_pictures_keeps_to_it(parts, tmp_path, p
 
   train(tokenizer('A'))
   train(tokenizer('A2'), 'train.steps = 2')
-  with pytest.raises(UserError, match=f"RankerStage.tokenizer='{parts['B']}' has "):
+  with pytest.raises(UserError, match=f"RankerObjective.tokenizer='{parts['B']}' has "):
     train(tokenizer('B'), 'train.steps = 3')

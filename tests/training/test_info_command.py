@@ -115,7 +115,7 @@ def test_a_story_is_told(tmp_path, capsys):
   text = capsys.readouterr().out
   lines = [' '.join(line.split()) for line in text.splitlines()]
   for line in (
-    f'{tmp_path}: a run of the stage generator',
+    f'{tmp_path}: a run of the objective generator',
     'progress step 420 of 1,000 (42.0%), 5 steps/s',
     'loss 2 at step 420, 2026-01-02 08:01:05 UTC',
     'devices 4 × cpu, mesh data 4',
@@ -141,13 +141,13 @@ def test_gin_values_that_differ_between_two_starts_are_named(tmp_path, capsys):
   write(
     'a.gin',
     'import parti_jax.data.tasks\n\n# Macros:\n# ====\nSTEPS = 4\n\n'
-    '# Parameters for train:\n# ====\ntrain.seed = 3\ntrain.stage = @Stage()\n'
+    '# Parameters for train:\n# ====\ntrain.seed = 3\ntrain.objective = @Objective()\n'
     "train.steps = 4\nfolder.splits = \\\n    {'train': 'a.jsonl',\n     'test': 'b = c'}\n",
   )
   write(
     'b.gin',
     '# Macros:\n# ====\nSTEPS = 4\n\n# Parameters for train:\n# ====\n'
-    'train.data_shares = 2\ntrain.stage = @Stage()\ntrain.steps = 6\n'
+    'train.data_shares = 2\ntrain.objective = @Objective()\ntrain.steps = 6\n'
     "folder.splits = \\\n    {'train': 'a.jsonl',\n     'test': 'b = d'}\n",
   )
   # The first crashed before it wrote anything but its beginning.

@@ -22,18 +22,18 @@ from parti_jax.training import trainer as trainer_lib
 from parti_jax.training.objectives import generator_objective
 
 
-def abstract_params(stage):
+def abstract_params(objective):
   optimizer = optimizers.adamw(lambda step: 1e-3)
   two_by_four = mesh.make_mesh(data=4, tensor=2)
-  return state.abstract_state(stage, optimizer, two_by_four, rules.logical_axis_rules()).params
+  return state.abstract_state(objective, optimizer, two_by_four, rules.logical_axis_rules()).params
 
 
 def test_the_shipped_model_is_put_on_the_mesh_as_it_is():
   model = model_folder.load(text_to_image.DEMO_FOLDER)
-  stage = generator_objective.GeneratorStage(model.parti_config)
-  abstract = abstract_params(stage)
+  objective = generator_objective.GeneratorObjective(model.parti_config)
+  abstract = abstract_params(objective)
   params = run_checkpoints.read_model_folder(
-    text_to_image.DEMO_FOLDER, stage, abstract, inputs.Inputs(stage, {}, False)
+    text_to_image.DEMO_FOLDER, objective, abstract, inputs.Inputs(objective, {}, False)
   )
   jax.tree.map(np.testing.assert_array_equal, params, model.parti_params)
   assert jax.tree.all(
@@ -42,14 +42,14 @@ def test_the_shipped_model_is_put_on_the_mesh_as_it_is():
 
 
 def test_a_model_of_other_sizes_is_refused():
-  stage = generator_objective.GeneratorStage(parti_config.PartiConfig(width=64, heads=2))
+  objective = generator_objective.GeneratorObjective(parti_config.PartiConfig(width=64, heads=2))
   with pytest.raises(UserError, match='width is 192 there and 64 here'):
     run_checkpoints.read_model_folder(
-      text_to_image.DEMO_FOLDER, stage, None, inputs.Inputs(stage, {}, False)
+      text_to_image.DEMO_FOLDER, objective, None, inputs.Inputs(objective, {}, False)
     )
 
 
-class _Borrower(generator_objective.GeneratorStage):
+class _Borrower(generator_objective.GeneratorObjective):
   """Takes its text encoder from somewhere."""
 
   asked = 0
@@ -61,7 +61,7 @@ class _Borrower(generator_objective.GeneratorStage):
     return {'text_encoder': run_checkpoints.put_like(ones, abstract_params['text_encoder'])}
 
 
-def test_a_stage_may_take_parts_from_elsewhere(tmp_path):
+def test_an_objective_may_take_parts_from_elsewhere(tmp_path):
   sizes = parti_config.PartiConfig(
     encoder_layers=1,
     decoder_layers=1,
@@ -78,7 +78,7 @@ def test_a_stage_may_take_parts_from_elsewhere(tmp_path):
     _Borrower(sizes), optimizers.adamw(lambda step: 1e-3), mesh.make_mesh(data=4, tensor=2)
   )
   examples = mock.MagicMock(state=lambda: {})
-  nothing = inputs.Inputs(trainer.stage, {}, False)
+  nothing = inputs.Inputs(trainer.objective, {}, False)
   parts = train_loop.initial_parts(trainer, tmp_path, nothing)
   assert list(parts) == ['text_encoder']
   run = run_lib.Run(trainer, tmp_path, 1, examples, nothing, parts)

@@ -115,7 +115,7 @@ def test_the_tokenizer_learns_by_it_and_does_not_keep_it(files):
     code_dim=3,
     dtype='float32',
   )
-  stage = tokenizer_objective.TokenizerStage(
+  stage = tokenizer_objective.TokenizerObjective(
     sizes,
     perceptual_weight=0.5,
     vgg16_weights=str(folder / 'vgg16.safetensors'),

@@ -125,7 +125,7 @@ def _bindings(generator_bindings):
 @pytest.fixture(name='tokenizer_run')
 def _tokenizer_run(tmp_path):
   """A run of the tiny tokenizer, as it is before its first step."""
-  stage = tokenizer_objective.TokenizerStage(
+  objective = tokenizer_objective.TokenizerObjective(
     vit_vqgan.ViTVQGANConfig(
       image_size=16,
       patch_size=4,
@@ -142,9 +142,9 @@ def _tokenizer_run(tmp_path):
       dtype='float32',
     )
   )
-  untrained = trainer.Trainer(stage, optax.sgd(0.1), mesh_lib.make_mesh())
+  untrained = trainer.Trainer(objective, optax.sgd(0.1), mesh_lib.make_mesh())
   saved = run_checkpoints.Checkpoints(tmp_path / 'tokenizer')
-  saved.save(0, untrained.create_state(), {}, run_checkpoints.describe(stage))
+  saved.save(0, untrained.create_state(), {}, run_checkpoints.describe(objective))
   saved.close()
   return tmp_path / 'tokenizer'
 
@@ -152,7 +152,7 @@ def _tokenizer_run(tmp_path):
 _READS_ALONE = """
 import pathlib, sys, time
 import jax
-from parti_jax.training import frozen_tokenizer
+from parti_jax.training.objectives import frozen_tokenizer
 port, index, run, done = sys.argv[1:]
 jax.distributed.initialize('127.0.0.1:' + port, 2, int(index))
 assert jax.process_count() == 2
@@ -234,7 +234,7 @@ def test_four_processes_then_two_train_as_one_does(
   shutil.copytree(tmp_path / 'run', one_folder)
   # Two processes go on from it, on a third mesh, until one of them is told to stop.
   drawing = [
-    f"GeneratorStage.tokenizer = '{tokenizer_run}'",
+    f"GeneratorObjective.tokenizer = '{tokenizer_run}'",
     'train.pictures_every = 5',
     'train.num_pictures = 3',
     'train.evaluate_every = 4',

@@ -224,17 +224,17 @@ _TOKENIZER = vit_vqgan.ViTVQGANConfig(
 
 
 @pytest.mark.parametrize(
-  'stage',
+  'objective',
   [
-    generator_objective.GeneratorStage(_SIZES),
-    ranker_objective.RankerStage(_COCA),
-    tokenizer_objective.TokenizerStage(_TOKENIZER),
-    text_encoder_objective.TextEncoderStage(_SIZES, _COCA, contrastive_weight=1.0),
+    generator_objective.GeneratorObjective(_SIZES),
+    ranker_objective.RankerObjective(_COCA),
+    tokenizer_objective.TokenizerObjective(_TOKENIZER),
+    text_encoder_objective.TextEncoderObjective(_SIZES, _COCA, contrastive_weight=1.0),
   ],
-  ids=lambda stage: stage.name,
+  ids=lambda objective: objective.name,
 )
-def test_every_kernel_of_attention_is_factored_by_its_logical_axes(stage):
-  boxed = jax.eval_shape(stage.init, jax.random.key(0))
+def test_every_kernel_of_attention_is_factored_by_its_logical_axes(objective):
+  boxed = jax.eval_shape(objective.init, jax.random.key(0))
   params = nn.meta.unbox(boxed)
   state = jax.eval_shape(optimizers.adafactor(1.0).init, params)
   whole = _state_with(state, 'v_row').v
@@ -260,7 +260,7 @@ def test_the_second_moments_of_the_largest_model_take_next_to_nothing():
     encoder_layers=16, decoder_layers=64, width=4096, mlp_width=16384, heads=64
   )
   params = nn.meta.unbox(
-    jax.eval_shape(generator_objective.GeneratorStage(sizes).init, jax.random.key(0))
+    jax.eval_shape(generator_objective.GeneratorObjective(sizes).init, jax.random.key(0))
   )
   moment = _state_with(jax.eval_shape(optimizers.adafactor(1.0).init, params), 'v_row')
   size = sum(
@@ -316,7 +316,7 @@ def test_every_kernel_of_a_model_is_decayed_and_nothing_else():
     codebook_size=8,
     grid=(2, 2),
   )
-  boxed = jax.eval_shape(generator_objective.GeneratorStage(sizes).init, jax.random.key(0))
+  boxed = jax.eval_shape(generator_objective.GeneratorObjective(sizes).init, jax.random.key(0))
   for path, decays in jax.tree_util.tree_leaves_with_path(optimizers.decayed(nn.meta.unbox(boxed))):
     assert decays == ('kernel' in jax.tree_util.keystr(path)), path
 

@@ -22,7 +22,7 @@ from parti_jax.training import configurables  # noqa: F401
 # Stands in for a run: its journal and its newest checkpoint; the loop is in each test.
 _BEGINNING = """
 import os, signal, sys, time
-from parti_jax.training import preemption
+from parti_jax.runs import preemption
 preemption._TOGETHER = 0.5
 class Journal:
   def write(self, event, text='', **facts):
@@ -104,7 +104,7 @@ def test_without_the_command_line_the_signal_ends_a_process_as_usual():
       '-c',
       textwrap.dedent("""
       import os, signal
-      from parti_jax.training import preemption
+      from parti_jax.runs import preemption
       before = signal.getsignal(signal.SIGTERM)
       with preemption.listening():
         pass

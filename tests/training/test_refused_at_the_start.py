@@ -62,8 +62,8 @@ def test_a_disk_without_room_for_one_checkpoint(tmp_path, monkeypatch, capsys, g
 @pytest.mark.parametrize(
   'binding, message',
   [
-    ('train.stage=@GeneratorStage', 'must be a stage, such as @GeneratorStage()'),
-    ('train.stage=3', 'train.stage=3 must be a stage'),
+    ('train.objective=@GeneratorObjective', 'must be an objective, such as @GeneratorObjective()'),
+    ('train.objective=3', 'train.objective=3 must be an objective'),
     ('train.optimizer=@adamw()', '@adamw() is called without'),
     ("train.optimizer='adamw'", "train.optimizer='adamw' must be an optimizer"),
     ('train.schedule=@parti_schedule', 'must be a function of the step, such as @parti_schedule()'),

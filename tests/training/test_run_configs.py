@@ -1,4 +1,4 @@
-"""Every gin file of gin_configs/runs/ makes a stage, an optimiser, a schedule and a mesh."""
+"""Every gin file of gin_configs/runs/ makes an objective, an optimiser, a schedule and a mesh."""
 
 import contextlib
 import inspect
@@ -67,16 +67,16 @@ def test_the_papers_runs_are_there():
 @pytest.mark.parametrize('name', RUNS)
 def test_a_run_makes_its_state_abstractly(name):
   gin_config.parse([f'gin_configs/runs/{name}'], [])
-  stage, schedule, optimizer = _value('stage'), _value('schedule'), _value('optimizer')
+  objective, schedule, optimizer = _value('objective'), _value('schedule'), _value('optimizer')
   steps, batch_size = _value('steps'), _value('batch_size')
   mesh, table = _mesh(256), rules.logical_axis_rules()
-  state = state_lib.abstract_state(stage, optimizer(schedule), mesh, table)
+  state = state_lib.abstract_state(objective, optimizer(schedule), mesh, table)
   assert len(jax.tree.leaves(state.params)) > 10
   if pathlib.Path(name).stem.startswith(('parti', 'vit_vqgan', 'text_encoder')):
     rules.check_batch(batch_size, mesh, table)
   assert 0 < float(schedule(steps // 2)) <= 1
   assert float(schedule(steps)) < float(schedule(steps // 2))
-  assert stage.step_flops(batch_size) > 0
+  assert objective.step_flops(batch_size) > 0
   kinds = tuple(
     f'{source}{kind}' for source in ('openmoji_', 'folder_', '') for kind in ('images', 'pairs')
   )
@@ -118,9 +118,9 @@ def test_parti_trains_as_in_the_paper(name):
 )
 def test_tokenizers_train_as_in_the_paper(name, millions):
   gin_config.parse([f'gin_configs/runs/{name}'], [])
-  stage = _value('stage')
+  objective = _value('objective')
   weights = {
-    loss: getattr(stage, f'{loss}_weight')
+    loss: getattr(objective, f'{loss}_weight')
     for loss in ('l2', 'logit_laplace', 'perceptual', 'adversarial', 'quantizer', 'coarse_l2')
   }
   assert weights == {
@@ -131,12 +131,12 @@ def test_tokenizers_train_as_in_the_paper(name, millions):
     'quantizer': 1.0,
     'coarse_l2': 0.0,
   }
-  assert stage.ema == 0.999 and stage.r1_every == 16
+  assert objective.ema == 0.999 and objective.r1_every == 16
   assert _value('steps') == 500000 and _value('batch_size') == 256
   assert [float(_value('schedule')(step)) for step in (0, 10000, 500000)] == pytest.approx(
     [0, 1e-4, 5e-5]
   )
-  params = jax.eval_shape(stage.init, jax.random.key(0))
+  params = jax.eval_shape(objective.init, jax.random.key(0))
   assert layers.count_parameters(params.pop('discriminator')) == 28_864_129
   assert layers.count_parameters(params) / 1e6 == pytest.approx(millions[0], rel=millions[1])
 
@@ -146,7 +146,10 @@ def test_the_20b_model_fits_on_the_devices_of_its_mesh():
   # of the attention kernels would be 0.14 more.
   gin_config.parse(['gin_configs/runs/parti_20b.gin'], [])
   state = state_lib.abstract_state(
-    _value('stage'), _value('optimizer')(_value('schedule')), _mesh(256), rules.logical_axis_rules()
+    _value('objective'),
+    _value('optimizer')(_value('schedule')),
+    _mesh(256),
+    rules.logical_axis_rules(),
   )
   part = lambda tree: sum(
     leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
@@ -162,10 +165,10 @@ def test_a_task_with_more_ids_than_the_model_has_room_for_is_named(tokens_folder
     [f"token_cache.path = '{tokens_folder}'", 'PartiConfig.text_vocabulary = 1999'],
   )
   with pytest.raises(UserError, match=r"PartiConfig\.text_vocabulary=1999.* 2000 ids in 'inputs'"):
-    train_loop.check_vocabularies(_value('stage'), 'cached_tokens')
+    train_loop.check_vocabularies(_value('objective'), 'cached_tokens')
   gin_config.parse(
     ['gin_configs/runs/tiny_generator.gin'],
     [f"token_cache.path = '{tokens_folder}'", 'PartiConfig.codebook_size = 128'],
   )
   with pytest.raises(UserError, match=r"PartiConfig\.codebook_size=128.* 64 ids in 'targets'"):
-    train_loop.check_vocabularies(_value('stage'), 'cached_tokens')
+    train_loop.check_vocabularies(_value('objective'), 'cached_tokens')

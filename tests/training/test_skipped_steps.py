@@ -23,7 +23,7 @@ from parti_jax.training import skipped_steps
 from parti_jax.training import state as state_lib
 from parti_jax.training import train_loop
 from parti_jax.training import trainer as trainer_lib
-from parti_jax.training.objectives import plain_objective
+from parti_jax.training.objectives import base
 
 BATCH = 8
 
@@ -33,7 +33,7 @@ class _Sizes:
   width: int = 16
 
 
-class _Stage(plain_objective.PlainStage):
+class _Objective(base.Objective):
   """A regression and a judge, linear both, with an optimiser each and an average of the first."""
 
   name, frozen, compute_dtype, model = 'fake', (), jnp.float32, _Sizes()
@@ -99,7 +99,7 @@ def _trainer(microbatches=1, mesh=None):
   optimizer = optax.chain(
     optax.clip_by_global_norm(1.0), optax.adamw(lambda count: 0.1 / (1 + count))
   )
-  return trainer_lib.Trainer(_Stage(), optimizer, mesh or mesh_lib.make_mesh(), 3, microbatches)
+  return trainer_lib.Trainer(_Objective(), optimizer, mesh or mesh_lib.make_mesh(), 3, microbatches)
 
 
 def _same(one, other):
@@ -164,7 +164,7 @@ def test_an_average_is_whole_though_the_first_step_was_not_applied():
 
 
 class _Run:
-  """Trains the stage above, with batches that are poisoned at chosen steps, from 1."""
+  """Trains the objective above, with batches that are poisoned at chosen steps, from 1."""
 
   def __init__(self, folder, monkeypatch, pictures):
     self.folder, self.bad, self.batches, self._task = folder, (), {}, pictures
@@ -194,10 +194,10 @@ class _Run:
       'max_bad_steps': 3,
     } | arguments
     with journal_lib.Journal(self.folder) as journal:
-      return train_loop.train_stage(
+      return train_loop.train_objective(
         str(self.folder),
         journal,
-        _Stage(),
+        _Objective(),
         'images',
         steps,
         optimizer=optax.adam,

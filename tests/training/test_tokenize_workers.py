@@ -444,7 +444,7 @@ def test_sigterm_ends_it_at_once():
       '-c',
       """
 import os, signal, time
-from parti_jax.training import preemption
+from parti_jax.runs import preemption
 with preemption.listening(at_once='the parts that are finished stay'):
   os.kill(os.getpid(), signal.SIGTERM)
   time.sleep(60)

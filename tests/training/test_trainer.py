@@ -54,7 +54,7 @@ def _generator():
     # Microbatches of different weight.
     'decoder_loss_weights': (np.arange(32).reshape(BATCH, 4) % 7 < 4).astype(np.float32),
   }
-  return generator_objective.GeneratorStage(sizes), batch
+  return generator_objective.GeneratorObjective(sizes), batch
 
 
 def _tokenizer():
@@ -75,15 +75,15 @@ def _tokenizer():
   )
   images = np.random.default_rng(1).integers(0, 256, (BATCH, 8, 8, 3)).astype(np.uint8)
   # Latents from all microbatches are candidates for codes that are revived.
-  return tokenizer_objective.TokenizerStage(
+  return tokenizer_objective.TokenizerObjective(
     sizes, revive_every=1, revive_until=5, dead_below=0.01
   ), {'images': images}
 
 
 def _adversarial(group):
-  stage, batch = _tokenizer()
+  objective, batch = _tokenizer()
   return dataclasses.replace(
-    stage,
+    objective,
     revive_every=0,
     adversarial_weight=0.1,
     discriminator=discriminator.DiscriminatorConfig(
@@ -97,7 +97,7 @@ def _super_resolution():
     factor=2, blocks=1, width=8, expansion=2, dtype='float32'
   )
   images = np.random.default_rng(2).integers(0, 256, (BATCH, 16, 16, 3)).astype(np.uint8)
-  return super_resolution_objective.SuperResolutionStage(sizes, 16, crop=4), {'images': images}
+  return super_resolution_objective.SuperResolutionObjective(sizes, 16, crop=4), {'images': images}
 
 
 COCA = coca.CoCaConfig(
@@ -129,7 +129,7 @@ def _pairs():
 
 
 def _ranker():
-  return ranker_objective.RankerStage(COCA, shift=1, noise=0.2), _pairs()
+  return ranker_objective.RankerObjective(COCA, shift=1, noise=0.2), _pairs()
 
 
 def _text_encoder(contrastive_weight):
@@ -146,12 +146,12 @@ def _text_encoder(contrastive_weight):
     dropout=0.3,
     dtype='float32',
   )
-  return text_encoder_objective.TextEncoderStage(
+  return text_encoder_objective.TextEncoderObjective(
     sizes, COCA, contrastive_weight=contrastive_weight
   ), _pairs()
 
 
-# Stages and whether their losses compare examples.
+# Objectives and whether their losses compare examples.
 LOSSES = {
   'super_resolution': (_super_resolution, False),
   'adversarial': (lambda: _adversarial(1), False),
@@ -163,18 +163,18 @@ LOSSES = {
 
 
 @functools.cache
-def _stepped(stage_name, microbatches):
-  stage, batch = {'generator': _generator, 'tokenizer': _tokenizer}[stage_name]()
+def _stepped(objective_name, microbatches):
+  objective, batch = {'generator': _generator, 'tokenizer': _tokenizer}[objective_name]()
   mesh = mesh_lib.make_mesh(tensor=2, devices=jax.devices()[:4])
-  trainer = trainer_lib.Trainer(stage, optax.sgd(10.0), mesh, 5, microbatches)
+  trainer = trainer_lib.Trainer(objective, optax.sgd(10.0), mesh, 5, microbatches)
   state, metrics = trainer.step(trainer.create_state(), trainer.put(batch))
   return jax.device_get(state), jax.device_get(metrics)
 
 
-@pytest.mark.parametrize('stage', ['generator', 'tokenizer'])
-def test_microbatches_give_the_step_of_the_whole_batch(stage):
-  state, metrics = _stepped(stage, 1)
-  other, others = _stepped(stage, 4)
+@pytest.mark.parametrize('objective', ['generator', 'tokenizer'])
+def test_microbatches_give_the_step_of_the_whole_batch(objective):
+  state, metrics = _stepped(objective, 1)
+  other, others = _stepped(objective, 4)
   assert others.keys() == metrics.keys() >= {'loss', 'gradient_norm'}
   for name, value in metrics.items():
     np.testing.assert_allclose(others[name], value, rtol=2e-5, err_msg=name)
@@ -188,8 +188,8 @@ def test_microbatches_give_the_step_of_the_whole_batch(stage):
 @pytest.mark.parametrize('name', LOSSES)
 def test_losses_that_compare_examples_compare_those_of_a_microbatch(name):
   make, compares = LOSSES[name]
-  stage, batch = make()
-  assert bool(stage.over_examples) == compares
+  objective, batch = make()
+  assert bool(objective.over_examples) == compares
 
   def total(params, microbatches):
     """The loss as the step sums it."""
@@ -197,13 +197,15 @@ def test_losses_that_compare_examples_compare_those_of_a_microbatch(name):
     for first in range(microbatches):
       part = {name: value[first::microbatches] for name, value in batch.items()}
       rows = jnp.arange(first, BATCH, microbatches, dtype=jnp.uint32)
-      loss, _ = stage.loss(params, part, layers.DropoutKeys(jax.random.key(1), rows), jnp.int32(0))
-      losses.append(loss * stage.weight(part) / stage.weight(batch))
+      loss, _ = objective.loss(
+        params, part, layers.DropoutKeys(jax.random.key(1), rows), jnp.int32(0)
+      )
+      losses.append(loss * objective.weight(part) / objective.weight(batch))
     return sum(losses)
 
   @jax.jit
   def totals(key):
-    params = nn.meta.unbox(stage.init(key))
+    params = nn.meta.unbox(objective.init(key))
     return total(params, 1), total(params, 2)
 
   whole, of_parts = totals(jax.random.key(0))
@@ -211,13 +213,13 @@ def test_losses_that_compare_examples_compare_those_of_a_microbatch(name):
 
 
 def test_a_run_says_that_microbatches_change_its_losses(tmp_path):
-  stage, _ = _ranker()
+  objective, _ = _ranker()
   for microbatches in (1, 2):
     trainer = trainer_lib.Trainer(
-      stage, optax.sgd(1.0), mesh_lib.make_mesh(devices=jax.devices()[:1]), 0, microbatches
+      objective, optax.sgd(1.0), mesh_lib.make_mesh(devices=jax.devices()[:1]), 0, microbatches
     )
     run = run_lib.Run(
-      trainer, tmp_path / str(microbatches), 1, [], inputs_lib.Inputs(stage, {}, False)
+      trainer, tmp_path / str(microbatches), 1, [], inputs_lib.Inputs(objective, {}, False)
     )
     said = 'with train.microbatches=2 each microbatch has its own negatives in the contrastive loss'
     assert (said in run.beginning()) == (microbatches == 2)
@@ -225,11 +227,11 @@ def test_a_run_says_that_microbatches_change_its_losses(tmp_path):
 
 
 def test_microbatches_take_less_memory():
-  stage, _ = _generator()
+  objective, _ = _generator()
   mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
 
   def temporaries(microbatches):
-    trainer = trainer_lib.Trainer(stage, optax.sgd(1.0), mesh, 0, microbatches)
+    trainer = trainer_lib.Trainer(objective, optax.sgd(1.0), mesh, 0, microbatches)
     return trainer.lower(512).compile().memory_analysis().temp_size_in_bytes
 
   assert temporaries(8) < temporaries(1) / 3
@@ -243,12 +245,12 @@ def test_microbatches_and_devices_must_divide_the_batch():
 
 
 def test_the_optimisers_state_may_lie_on_the_host():
-  stage, batch = _generator()
+  objective, batch = _generator()
   mesh = mesh_lib.make_mesh(tensor=2, devices=jax.devices()[:4])
   ended = []
   for offload in (False, True):
     trainer = trainer_lib.Trainer(
-      stage, optimizers.adamw(lambda step: 0.01), mesh, 5, offload_optimizer=offload
+      objective, optimizers.adamw(lambda step: 0.01), mesh, 5, offload_optimizer=offload
     )
     state = trainer.create_state()
     for _ in range(2):
@@ -277,7 +279,7 @@ def test_no_device_holds_logits_of_the_whole_codebook():
     dtype='float32',
   )
   mesh = mesh_lib.make_mesh(data=2, tensor=4)
-  trainer = trainer_lib.Trainer(generator_objective.GeneratorStage(sizes), optax.sgd(1.0), mesh)
+  trainer = trainer_lib.Trainer(generator_objective.GeneratorObjective(sizes), optax.sgd(1.0), mesh)
   shapes = set(re.findall(r'[a-z0-9]+\[([\d,]+)\]', trainer.lower(14).compile().as_text()))
   values = {shape: np.prod([int(size) for size in shape.split(',')]) for shape in shapes}
   # A device's part is 7 examples, 5 places and 22 codes; all codes would be 88.

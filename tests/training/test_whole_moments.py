@@ -19,7 +19,7 @@ from parti_jax.training import run as run_lib
 from parti_jax.training import trainer as trainer_lib
 from parti_jax.training.objectives import generator_objective
 
-STAGE = generator_objective.GeneratorStage(
+OBJECTIVE = generator_objective.GeneratorObjective(
   parti_config.PartiConfig(
     encoder_layers=1,
     decoder_layers=2,
@@ -59,7 +59,7 @@ NEW = optimizers.adafactor(1e-3)
 
 def _trainer(optimizer, *sizes, **kwargs):
   sizes = sizes or (1, 1, 1, 1, tuple(jax.devices()[:1]))
-  return trainer_lib.Trainer(STAGE, optimizer, mesh_lib.make_mesh(*sizes), **kwargs)
+  return trainer_lib.Trainer(OBJECTIVE, optimizer, mesh_lib.make_mesh(*sizes), **kwargs)
 
 
 def _gradients(params, seed):
@@ -93,7 +93,7 @@ def _folder(states, tmp_path_factory):
   """A run's folder with a checkpoint of the old form."""
   folder = tmp_path_factory.mktemp('run')
   manager = run_checkpoints.Checkpoints(folder)
-  manager.save(STEPS, states[1], {}, run_checkpoints.describe(STAGE))
+  manager.save(STEPS, states[1], {}, run_checkpoints.describe(OBJECTIVE))
   manager.close()
   return folder
 
@@ -104,7 +104,7 @@ def _moment(state):
 
 def _restored(folder, trainer):
   manager = run_checkpoints.Checkpoints(folder)
-  state, _ = manager.restore(STEPS, trainer.abstract, run_checkpoints.describe(STAGE))
+  state, _ = manager.restore(STEPS, trainer.abstract, run_checkpoints.describe(OBJECTIVE))
   manager.close()
   assert manager.factored == KERNELS
   return state
@@ -164,7 +164,9 @@ class _Examples:
 
 def test_the_run_says_so_and_goes_on_as_if_it_had_always_factored(states, folder):
   trainer, old, new = states
-  run = run_lib.Run(trainer, folder, 2, _Examples(), inputs_lib.Inputs(trainer.stage, {}, False))
+  run = run_lib.Run(
+    trainer, folder, 2, _Examples(), inputs_lib.Inputs(trainer.objective, {}, False)
+  )
   assert f'resuming at step {STEPS}; {whole_moments.line(KERNELS)}' in run.beginning()
   metrics = run.advance()
   # The first moment was another, which earlier versions multiplied in bfloat16.
@@ -185,10 +187,10 @@ def test_the_run_says_so_and_goes_on_as_if_it_had_always_factored(states, folder
 def test_a_checkpoint_of_today_is_left_alone(states, tmp_path):
   trainer, _, new = states
   manager = run_checkpoints.Checkpoints(tmp_path)
-  manager.save(STEPS, new, {}, run_checkpoints.describe(STAGE))
+  manager.save(STEPS, new, {}, run_checkpoints.describe(OBJECTIVE))
   manager.close()
   manager = run_checkpoints.Checkpoints(tmp_path)
-  state, _ = manager.restore(STEPS, trainer.abstract, run_checkpoints.describe(STAGE))
+  state, _ = manager.restore(STEPS, trainer.abstract, run_checkpoints.describe(OBJECTIVE))
   manager.close()
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(new))
   assert manager.factored == 0
@@ -197,7 +199,7 @@ def test_a_checkpoint_of_today_is_left_alone(states, tmp_path):
 def test_an_optimizer_of_ones_own_may_keep_them_whole(states, folder):
   trainer = _trainer(OLD)
   manager = run_checkpoints.Checkpoints(folder)
-  state, _ = manager.restore(STEPS, trainer.abstract, run_checkpoints.describe(STAGE))
+  state, _ = manager.restore(STEPS, trainer.abstract, run_checkpoints.describe(OBJECTIVE))
   manager.close()
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(states[1]))
   assert manager.factored == 0

@@ -114,7 +114,7 @@ def run(
   if schedule is not None and every:
     raise errors.UserError(
       f'make_mesh.stage={schedule.stages}: a pipeline does not hand out the outputs of all '
-      'layers, which GeneratorStage.depth_loss_weights asks for; train without stages, or '
+      'layers, which GeneratorObjective.depth_loss_weights asks for; train without stages, or '
       'without that loss'
     )
   if schedule is not None:

@@ -22,7 +22,7 @@ def resting_until(begins: int, optimizer=None):
 
 
 def over_examples(config: discriminator_lib.DiscriminatorConfig) -> tuple[str, ...]:
-  """What these losses compute over several examples, see `PlainStage`."""
+  """What these losses compute over several examples, see `Objective`."""
   return ('minibatch standard deviation in the discriminator',) * (config.minibatch_group > 1)
 
 

@@ -93,7 +93,7 @@ def load(path, device: jax.Device | None = None) -> FrozenTokenizer:
     The tokenizer; that of a run is from the newest checkpoint.
 
   Raises:
-    UserError: if there is no finished checkpoint, or it is of another stage; or the model is
+    UserError: if there is no finished checkpoint, or it is of another objective; or the model is
       unfinished or damaged.
   """
   if storage.exists(storage.join(path, model_folder.CONFIG_FILE)):

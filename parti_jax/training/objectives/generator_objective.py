@@ -22,13 +22,13 @@ from parti_jax.models.nn import layers
 from parti_jax.partitioning import pipeline_parallelism
 from parti_jax.sampling import decoding
 from parti_jax.sampling import parameters
+from parti_jax.training.objectives import base
 from parti_jax.training.objectives import initial_text_encoder
-from parti_jax.training.objectives import plain_objective
 
 
 @config_checks.configurable
 @dataclasses.dataclass(frozen=True)
-class GeneratorStage(plain_objective.PlainStage):
+class GeneratorObjective(base.Objective):
   """Cross entropy of image tokens, and samples for fixed prompts.
 
   Attributes:
@@ -41,7 +41,7 @@ class GeneratorStage(plain_objective.PlainStage):
       layer norm and the same logits, and the loss is their mean with these weights, scaled to sum
       to 1. CALM's grow with depth, (1, 2, 3, 4) for four layers. None has the last layer alone.
     text_encoder: run (its --model_dir) whose text encoder a new run starts with, such as one of
-      TextEncoderStage (Parti, section 2.2); None for a random one.
+      TextEncoderObjective (Parti, section 2.2); None for a random one.
 
   Raises:
     UserError: if a value is of another type or out of its range; if the weights are not one for
@@ -65,7 +65,7 @@ class GeneratorStage(plain_objective.PlainStage):
       return
     if len(weights) != self.model.decoder_layers or min(weights) < 0 or weights[-1] <= 0:
       raise errors.UserError(
-        f'GeneratorStage.depth_loss_weights={weights!r} must be {self.model.decoder_layers} '
+        f'GeneratorObjective.depth_loss_weights={weights!r} must be {self.model.decoder_layers} '
         'numbers, one for each of PartiConfig.decoder_layers, not negative and the last above 0'
       )
 
@@ -95,7 +95,7 @@ class GeneratorStage(plain_objective.PlainStage):
   def initial_parts(self, abstract, inputs):
     """Parts that a new run starts with, see `train_loop.initial_parts`."""
     return initial_text_encoder.parts(
-      self.text_encoder, self.model, abstract, inputs, 'GeneratorStage.text_encoder'
+      self.text_encoder, self.model, abstract, inputs, 'GeneratorObjective.text_encoder'
     )
 
   def loss(self, params, batch, dropout_keys, step):
@@ -157,7 +157,7 @@ class GeneratorStage(plain_objective.PlainStage):
     if self.tokenizer is None:
       return None
     config = self.frozen_tokenizer.config
-    model_folder.check_sizes(self.model, config, f'GeneratorStage.tokenizer={self.tokenizer!r}')
+    model_folder.check_sizes(self.model, config, f'GeneratorObjective.tokenizer={self.tokenizer!r}')
 
     def draw(params, batch, tokenizer_params):
       texts = batch['encoder_input_tokens']

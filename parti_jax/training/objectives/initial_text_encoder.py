@@ -8,14 +8,14 @@ from parti_jax.models import parti_config
 
 # What of Parti's sizes makes the text encoder.
 _SIZES = ('encoder_layers', 'width', 'mlp_width', 'heads', 'text_vocabulary', 'text_length')
-_STAGES = ('text_encoder', 'generator')
+_OBJECTIVES = ('text_encoder', 'generator')
 
 
 def parts(model_dir: str | None, model: parti_config.PartiConfig, abstract, inputs, key: str):
   """Parameters of the text encoder of another run.
 
   Args:
-    model_dir: that run's folder: one of the stage TextEncoderStage or GeneratorStage; None for no
+    model_dir: that run's folder: one of the objective TextEncoderObjective or GeneratorObjective; None for no
       run.
     model: sizes of the model that is to start with them.
     abstract: shapes and shardings of that model's parameters.
@@ -26,17 +26,17 @@ def parts(model_dir: str | None, model: parti_config.PartiConfig, abstract, inpu
     {'text_encoder': the parameters, on the mesh}; nothing if `model_dir` is None.
 
   Raises:
-    UserError: if there is no finished checkpoint, or it is of another stage, of other sizes or of
+    UserError: if there is no finished checkpoint, or it is of another objective, of other sizes or of
       another text vocabulary.
   """
   if model_dir is None:
     return {}
   path = run_checkpoints.latest_checkpoint(model_dir)
   saved = run_checkpoints.read_model(path)
-  if saved['stage'] not in _STAGES:
+  if saved['stage'] not in _OBJECTIVES:
     raise errors.UserError(
-      f'{key}={model_dir!r} is a run of the stage {saved["stage"]!r}, which '
-      'has no text encoder; give one of TextEncoderStage or GeneratorStage'
+      f'{key}={model_dir!r} is a run of the objective {saved["stage"]!r}, which '
+      'has no text encoder; give one of TextEncoderObjective or GeneratorObjective'
     )
   differing = [
     f'{name} is {saved["config"][name]} there and {getattr(model, name)} here'

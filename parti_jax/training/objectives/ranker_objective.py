@@ -16,8 +16,8 @@ from parti_jax.models import flops
 from parti_jax.models import vit_vqgan
 from parti_jax.models.nn import layers
 from parti_jax.partitioning import pipeline_parallelism
+from parti_jax.training.objectives import base
 from parti_jax.training.objectives import frozen_tokenizer
-from parti_jax.training.objectives import plain_objective
 
 # Texts that are compared with all pictures at once, to bound the memory.
 _BLOCK = 1024
@@ -54,7 +54,7 @@ def noisy(images, keys, most: float):
 
 @config_checks.configurable
 @dataclasses.dataclass(frozen=True)
-class RankerStage(plain_objective.PlainStage):
+class RankerObjective(base.Objective):
   """The contrastive and the captioning loss, on pictures as a generator draws them.
 
   The ranker judges pictures that come out of an image tokenizer's decoder, which are never as
@@ -95,7 +95,7 @@ class RankerStage(plain_objective.PlainStage):
 
   @property
   def over_examples(self) -> tuple[str, ...]:
-    """What the losses compute over several examples, see `PlainStage`."""
+    """What the losses compute over several examples, see `Objective`."""
     reconstructed = ('pictures that go through the tokenizer',) if self.tokenizer else ()
     return ('negatives in the contrastive loss', *reconstructed)
 
@@ -219,7 +219,7 @@ class RankerStage(plain_objective.PlainStage):
     every = self.reconstruct_every
     if len(images) % every:
       raise errors.UserError(
-        f'RankerStage.reconstruct_every={every} does not divide the {len(images)} examples of a '
+        f'RankerObjective.reconstruct_every={every} does not divide the {len(images)} examples of a '
         'batch; set train.batch_size to a multiple'
       )
     # Of neighbours, so that each device finds its share among its own rows.
@@ -235,7 +235,7 @@ class RankerStage(plain_objective.PlainStage):
     size = self.tokenizer_config.image_size
     if size != self.model.image_size:
       raise errors.UserError(
-        f'RankerStage.tokenizer={self.tokenizer!r} is of pictures of {size} pixels, but '
+        f'RankerObjective.tokenizer={self.tokenizer!r} is of pictures of {size} pixels, but '
         f'CoCaConfig.image_size={self.model.image_size}'
       )
     return self.tokenizer_config

@@ -18,15 +18,15 @@ from parti_jax.models import super_resolution
 from parti_jax.models import vit_vqgan
 from parti_jax.partitioning import pipeline_parallelism
 from parti_jax.training.objectives import adversarial
+from parti_jax.training.objectives import base
 from parti_jax.training.objectives import frozen_tokenizer
 from parti_jax.training.objectives import lpips_weights
-from parti_jax.training.objectives import plain_objective
 from parti_jax.training.objectives import tokenizer_objective
 
 
 @config_checks.configurable
 @dataclasses.dataclass(frozen=True)
-class SuperResolutionStage(plain_objective.PlainStage):
+class SuperResolutionObjective(base.Objective):
   """Larger pictures from small ones: its inputs, losses and pictures.
 
   An input is a picture averaged over squares of factor × factor pixels, and then, but for a share
@@ -95,26 +95,28 @@ class SuperResolutionStage(plain_objective.PlainStage):
     unit = self.model.factor * self.model.unshuffle
     if self.image_size % unit:
       raise errors.UserError(
-        f'SuperResolutionStage.image_size={self.image_size} is not divisible by {unit}, which is '
+        f'SuperResolutionObjective.image_size={self.image_size} is not divisible by {unit}, which is '
         'SuperResolutionConfig.factor · unshuffle'
       )
     if self.crop is not None and (
       self.crop % self.model.unshuffle or not 0 < self.crop <= self.input_size
     ):
       raise errors.UserError(
-        f'SuperResolutionStage.crop={self.crop} must be a multiple of '
+        f'SuperResolutionObjective.crop={self.crop} must be a multiple of '
         f'SuperResolutionConfig.unshuffle={self.model.unshuffle}, at most {self.input_size}'
       )
 
     if self.r1_every < 1:
-      raise errors.UserError(f'SuperResolutionStage.r1_every={self.r1_every} must be at least 1')
+      raise errors.UserError(
+        f'SuperResolutionObjective.r1_every={self.r1_every} must be at least 1'
+      )
     if self.adversarial_weight:
       try:
         self.discriminator.sizes(self._target_size)
       except errors.UserError as error:
         raise errors.UserError(
-          f'SuperResolutionStage.adversarial_weight={self.adversarial_weight}: {error}; or '
-          'choose another SuperResolutionStage.crop'
+          f'SuperResolutionObjective.adversarial_weight={self.adversarial_weight}: {error}; or '
+          'choose another SuperResolutionObjective.crop'
         ) from error
 
   @property
@@ -129,7 +131,7 @@ class SuperResolutionStage(plain_objective.PlainStage):
 
   @property
   def over_examples(self) -> tuple[str, ...]:
-    """What the losses compute over several examples, see `PlainStage`."""
+    """What the losses compute over several examples, see `Objective`."""
     return adversarial.over_examples(self.discriminator) if self.adversarial_weight else ()
 
   def feature_lengths(self) -> dict[str, int]:
@@ -176,7 +178,7 @@ class SuperResolutionStage(plain_objective.PlainStage):
       self._checked_config()
       found['tokenizer'] = self.frozen_tokenizer.params
     if self.perceptual_weight:
-      found['perceptual'] = lpips_weights.of_stage(self)
+      found['perceptual'] = lpips_weights.of_objective(self)
     return found
 
   def abstract_constants(self):
@@ -323,7 +325,7 @@ class SuperResolutionStage(plain_objective.PlainStage):
     size = self.tokenizer_config.image_size
     if size != self.input_size:
       raise errors.UserError(
-        f'SuperResolutionStage.image_size={self.image_size} is not '
+        f'SuperResolutionObjective.image_size={self.image_size} is not '
         f'SuperResolutionConfig.factor={self.model.factor} times the {size} pixels of the '
         f'tokenizer in {self.tokenizer}'
       )

@@ -17,13 +17,13 @@ from parti_jax.models import masked_language
 from parti_jax.models import parti_config
 from parti_jax.models import text_pretraining
 from parti_jax.models.nn import layers
+from parti_jax.training.objectives import base
 from parti_jax.training.objectives import initial_text_encoder
-from parti_jax.training.objectives import plain_objective
 
 
 @config_checks.configurable
 @dataclasses.dataclass(frozen=True)
-class TextEncoderStage(plain_objective.PlainStage):
+class TextEncoderObjective(base.Objective):
   """Masked language modelling and the contrastive loss, each with a weight; 0 leaves it out.
 
   Both together take two passes through the text encoder, one of them without masks.
@@ -58,19 +58,19 @@ class TextEncoderStage(plain_objective.PlainStage):
       self.masked_weight or self.contrastive_weight
     ):
       raise errors.UserError(
-        f'TextEncoderStage.masked_weight={self.masked_weight} and TextEncoderStage.'
+        f'TextEncoderObjective.masked_weight={self.masked_weight} and TextEncoderObjective.'
         f'contrastive_weight={self.contrastive_weight}: none may be negative, and one must be '
         'above 0'
       )
     if self.contrastive_weight and self.image is None:
       raise errors.UserError(
-        f'TextEncoderStage.contrastive_weight={self.contrastive_weight} needs an image encoder: '
-        'set TextEncoderStage.image = @CoCaConfig()'
+        f'TextEncoderObjective.contrastive_weight={self.contrastive_weight} needs an image encoder: '
+        'set TextEncoderObjective.image = @CoCaConfig()'
       )
 
   @property
   def over_examples(self) -> tuple[str, ...]:
-    """What the losses compute over several examples, see `PlainStage`."""
+    """What the losses compute over several examples, see `Objective`."""
     if not self.contrastive_weight:
       return ()
     masked = ('mean over masked pieces',) if self.masked_weight else ()
@@ -102,7 +102,7 @@ class TextEncoderStage(plain_objective.PlainStage):
   def initial_parts(self, abstract, inputs):
     """Parts that a new run starts with, see `train_loop.initial_parts`."""
     return initial_text_encoder.parts(
-      self.text_encoder, self.model, abstract, inputs, 'TextEncoderStage.text_encoder'
+      self.text_encoder, self.model, abstract, inputs, 'TextEncoderObjective.text_encoder'
     )
 
   def loss(self, params, batch, dropout_keys, step):

@@ -93,7 +93,7 @@ def revive(table, use, dead, latents, rng):
 
 @config_checks.configurable
 @dataclasses.dataclass(frozen=True)
-class TokenizerStage:
+class TokenizerObjective:
   """The image tokenizer's losses, its code statistics and its pictures.
 
   Attributes:
@@ -176,18 +176,18 @@ class TokenizerStage:
     unknown = set(self.frozen) - set(PARTS)
     if unknown:
       raise errors.UserError(
-        f'TokenizerStage.frozen: {sorted(unknown)} are no parts; there are '
+        f'TokenizerObjective.frozen: {sorted(unknown)} are no parts; there are '
         'encoder, quantizer and decoder'
       )
     if self.adversarial_weight:
       self.discriminator.sizes(self.model.image_size)
     if self.r1_every < 1:
-      raise errors.UserError(f'TokenizerStage.r1_every={self.r1_every} must be at least 1')
+      raise errors.UserError(f'TokenizerObjective.r1_every={self.r1_every} must be at least 1')
     if not 0 <= self.ema < 1:
-      raise errors.UserError(f'TokenizerStage.ema={self.ema} must be at least 0 and below 1')
+      raise errors.UserError(f'TokenizerObjective.ema={self.ema} must be at least 0 and below 1')
     if self.perceptual_weight and self.model.image_size < lpips.LEAST_SIZE:
       raise errors.UserError(
-        f'TokenizerStage.perceptual_weight: LPIPS needs pictures of {lpips.LEAST_SIZE} pixels; '
+        f'TokenizerObjective.perceptual_weight: LPIPS needs pictures of {lpips.LEAST_SIZE} pixels; '
         f'set it to 0 with ViTVQGANConfig.image_size={self.model.image_size}'
       )
 
@@ -198,7 +198,7 @@ class TokenizerStage:
 
   @property
   def over_examples(self) -> tuple[str, ...]:
-    """What the losses compute over several examples, see `PlainStage`."""
+    """What the losses compute over several examples, see `Objective`."""
     if not self.adversarial_weight:
       return ()
     weight = ('adaptive weight of the adversarial loss',) if self.adversarial_adaptive else ()
@@ -247,7 +247,7 @@ class TokenizerStage:
       'config': {name: value for name, value in ours.items() if name not in of_decoder},
     }
     run_checkpoints.check_same_model(
-      f'TokenizerStage.first_phase={self.first_phase}',
+      f'TokenizerObjective.first_phase={self.first_phase}',
       {'stage': self.name, 'config': theirs},
       wanted,
     )
@@ -273,7 +273,7 @@ class TokenizerStage:
     """
     if not self.perceptual_weight:
       return {}
-    return {'perceptual': lpips_weights.of_stage(self)}
+    return {'perceptual': lpips_weights.of_objective(self)}
 
   def abstract_constants(self):
     """Shapes and dtypes of `constants`, without the files."""

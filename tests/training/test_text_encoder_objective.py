@@ -64,8 +64,8 @@ IMAGE = coca.CoCaConfig(
   dropout=0.3,
   dtype='float32',
 )
-MASKED = text_encoder_objective.TextEncoderStage(MODEL)
-BOTH = text_encoder_objective.TextEncoderStage(MODEL, IMAGE, 1.0, 0.5)
+MASKED = text_encoder_objective.TextEncoderObjective(MODEL)
+BOTH = text_encoder_objective.TextEncoderObjective(MODEL, IMAGE, 1.0, 0.5)
 
 
 def _batch():
@@ -80,15 +80,15 @@ def _batch():
   }
 
 
-def _stepped(stage, sizes=(1, 1, 1, 1), microbatches=1):
+def _stepped(objective, sizes=(1, 1, 1, 1), microbatches=1):
   """State and metrics of a step of plain gradient descent, numpy arrays."""
   batch = (
     _batch()
-    if stage.contrastive_weight
+    if objective.contrastive_weight
     else {'encoder_input_tokens': _batch()['encoder_input_tokens']}
   )
   mesh = mesh_lib.make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)])
-  trainer = trainer_lib.Trainer(stage, optax.sgd(2.0), mesh, 5, microbatches)
+  trainer = trainer_lib.Trainer(objective, optax.sgd(2.0), mesh, 5, microbatches)
   state, metrics = trainer.step(trainer.create_state(), trainer.put(batch))
   return jax.device_get(state), jax.device_get(metrics)
 
@@ -176,9 +176,9 @@ def test_it_learns_a_tiny_text():
   # Every text repeats its own piece, so that a hidden one follows from its neighbours.
   texts = np.tile(np.arange(3, 19, dtype=np.int32)[:, None], (1, 8))
   texts[:, 7] = 1
-  stage = dataclasses.replace(MASKED, model=dataclasses.replace(MODEL, dropout=0.0))
+  objective = dataclasses.replace(MASKED, model=dataclasses.replace(MODEL, dropout=0.0))
   trainer = trainer_lib.Trainer(
-    stage, optimizers.adamw(lambda step: 1e-2), mesh_lib.make_mesh(devices=jax.devices()[:1])
+    objective, optimizers.adamw(lambda step: 1e-2), mesh_lib.make_mesh(devices=jax.devices()[:1])
   )
   state, batch = trainer.create_state(), {'encoder_input_tokens': texts}
   before = trainer.evaluate(state.params, iter([batch]))
@@ -197,7 +197,7 @@ def _captions_alone(folder):
     f"folder.path = '{folder}'",
     "train.task = 'texts'",
     'train.steps = 2',
-    'TextEncoderStage.contrastive_weight = 0',
+    'TextEncoderObjective.contrastive_weight = 0',
     'PartiConfig.encoder_layers = 1',
   ]
 
@@ -223,9 +223,9 @@ def test_parti_starts_with_exactly_the_encoder_of_a_run_that_needs_no_pictures(t
     grid=(1, 2),
     dtype='float32',
   )
-  stage = generator_objective.GeneratorStage(model, text_encoder=str(tmp_path / 'encoder'))
-  trainer = trainer_lib.Trainer(stage, optax.sgd(1.0), mesh_lib.make_mesh(4, 1, 2, 1))
-  inputs = inputs_lib.Inputs(stage, {}, False)
+  objective = generator_objective.GeneratorObjective(model, text_encoder=str(tmp_path / 'encoder'))
+  trainer = trainer_lib.Trainer(objective, optax.sgd(1.0), mesh_lib.make_mesh(4, 1, 2, 1))
+  inputs = inputs_lib.Inputs(objective, {}, False)
   run = run_lib.Run(
     trainer,
     tmp_path / 'generator',
@@ -255,7 +255,7 @@ def test_parti_starts_with_exactly_the_encoder_of_a_run_that_needs_no_pictures(t
       str(tmp_path / 'encoder'),
       model,
       None,
-      inputs_lib.Inputs(stage, ours, False),
+      inputs_lib.Inputs(objective, ours, False),
       'G.text_encoder',
     )
   with pytest.raises(UserError, match='no training run there'):
@@ -268,12 +268,12 @@ def test_parti_starts_with_exactly_the_encoder_of_a_run_that_needs_no_pictures(t
   [
     ({'masked_weight': 0.0}, 'one must be above 0'),
     ({'masked_weight': -1.0}, 'none may be negative'),
-    ({'contrastive_weight': 1.0}, r'TextEncoderStage\.image = @CoCaConfig'),
+    ({'contrastive_weight': 1.0}, r'TextEncoderObjective\.image = @CoCaConfig'),
   ],
 )
 def test_weights_that_make_no_loss(values, message):
   with pytest.raises(UserError, match=message):
-    text_encoder_objective.TextEncoderStage(MODEL, **values)
+    text_encoder_objective.TextEncoderObjective(MODEL, **values)
 
 
 def test_the_encoder_has_the_parameters_of_partis():
@@ -282,6 +282,6 @@ def test_the_encoder_has_the_parameters_of_partis():
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
   }
   ours = jax.eval_shape(MASKED.init, jax.random.key(0))
-  partis = jax.eval_shape(generator_objective.GeneratorStage(MODEL).init, jax.random.key(0))
+  partis = jax.eval_shape(generator_objective.GeneratorObjective(MODEL).init, jax.random.key(0))
   assert names(ours['text_encoder']) == names(partis['text_encoder'])
   assert set(ours) == {'text_encoder', 'masked_head'}

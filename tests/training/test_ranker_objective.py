@@ -59,9 +59,9 @@ def _keys(batch=4):
 
 
 def test_the_loss_is_the_weighted_sum_of_both():
-  stage = ranker_objective.RankerStage(SIZES, contrastive_weight=0.5, caption_weight=3.0)
-  params, batch = nn.meta.unbox(jax.jit(stage.init)(jax.random.key(0))), _batch()
-  loss, aux = jax.jit(stage.loss)(params, batch, _keys(), 0)
+  objective = ranker_objective.RankerObjective(SIZES, contrastive_weight=0.5, caption_weight=3.0)
+  params, batch = nn.meta.unbox(jax.jit(objective.init)(jax.random.key(0))), _batch()
+  loss, aux = jax.jit(objective.loss)(params, batch, _keys(), 0)
   out = jax.jit(coca.CoCa(SIZES).apply)(
     {'params': params}, batch['images'] / np.float32(255), batch['encoder_input_tokens']
   )
@@ -77,7 +77,7 @@ def test_the_loss_is_the_weighted_sum_of_both():
   ]
   np.testing.assert_allclose(loss, 0.5 * np.mean(pairs) + 3.0 * np.mean(captions), rtol=1e-5)
   np.testing.assert_allclose(aux['metrics']['caption_loss'], np.mean(captions), rtol=1e-5)
-  each = jax.jit(stage.evaluate)(params, batch)
+  each = jax.jit(objective.evaluate)(params, batch)
   np.testing.assert_allclose(each['caption_loss'], captions, rtol=1e-5)
   np.testing.assert_allclose(each['image_features'], out['image_features'], atol=2e-6)
 
@@ -128,10 +128,10 @@ def fixture_tokenizer(monkeypatch):
 
 def test_one_picture_of_so_many_goes_through_the_tokenizer(tokenizer):
   module, params = tokenizer
-  stage = ranker_objective.RankerStage(SIZES, tokenizer='run', reconstruct_every=2)
+  objective = ranker_objective.RankerObjective(SIZES, tokenizer='run', reconstruct_every=2)
   images = _batch()['images']
-  constants = stage.constants()
-  varied = np.asarray(jax.jit(stage._varied)(constants, images, _keys()))
+  constants = objective.constants()
+  varied = np.asarray(jax.jit(objective._varied)(constants, images, _keys()))
   plain = images / np.float32(255)
   tokens = module.apply({'params': params}, plain[::2], method='tokenize')
   again = module.apply({'params': params}, tokens, method='detokenize')
@@ -139,7 +139,7 @@ def test_one_picture_of_so_many_goes_through_the_tokenizer(tokenizer):
   np.testing.assert_allclose(varied[1::2], plain[1::2], atol=1e-7)
   with pytest.raises(UserError, match='reconstruct_every=3 .* 4 examples'):
     jax.eval_shape(
-      ranker_objective.RankerStage(SIZES, tokenizer='run', reconstruct_every=3)._varied,
+      ranker_objective.RankerObjective(SIZES, tokenizer='run', reconstruct_every=3)._varied,
       constants,
       images,
       _keys(),
@@ -153,8 +153,8 @@ def test_retrieval_counts_own_candidates_that_are_nearest():
 
 
 def test_values_that_can_not_be():
-  with pytest.raises(UserError, match='RankerStage.shift=-1'):
-    ranker_objective.RankerStage(SIZES, shift=-1)
+  with pytest.raises(UserError, match='RankerObjective.shift=-1'):
+    ranker_objective.RankerObjective(SIZES, shift=-1)
 
 
 def test_a_run_learns_captions_and_pictures_of_a_folder(tmp_path, pictures_folder):

@@ -1,4 +1,4 @@
-"""What a stage says that carries nothing from step to step but parameters."""
+"""What an objective says that carries nothing from step to step but parameters."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import functools
 from parti_jax.training.objectives import frozen_tokenizer as frozen_tokenizer_lib
 
 
-class PlainStage:
-  """A stage without statistics, whose `loss` says nothing besides metrics.
+class Objective:
+  """An objective without statistics, whose `loss` says nothing besides metrics.
 
   Attributes:
-    tokenizer: run or exported model of a trained image tokenizer that the stage uses; None for
+    tokenizer: run or exported model of a trained image tokenizer that the objective uses; None for
       none.
   """
 

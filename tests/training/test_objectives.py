@@ -1,4 +1,4 @@
-"""The stages' losses against direct formulas, the revival of codes, evaluation of any number."""
+"""The objectives' losses against direct formulas, the revival of codes, evaluation of any number."""
 
 import flax.linen as nn
 import jax
@@ -90,7 +90,7 @@ def test_psnr_in_decibels():
 
 @pytest.fixture(scope='module')
 def tokenizer():
-  stage = tokenizer_objective.TokenizerStage(
+  objective = tokenizer_objective.TokenizerObjective(
     TOKENIZER,
     l2_weight=1.0,
     logit_laplace_weight=0.1,
@@ -99,8 +99,8 @@ def tokenizer():
     revive_until=30,
     dead_below=0.05,
   )
-  trainer = trainer_lib.Trainer(stage, optax.sgd(0.1), mesh_lib.make_mesh(), seed=0)
-  return stage, trainer, trainer.create_state()
+  trainer = trainer_lib.Trainer(objective, optax.sgd(0.1), mesh_lib.make_mesh(), seed=0)
+  return objective, trainer, trainer.create_state()
 
 
 def _images(count, seed=0):
@@ -108,21 +108,21 @@ def _images(count, seed=0):
 
 
 def test_the_tokenizers_loss_is_the_weighted_sum_of_its_parts(tokenizer):
-  stage, _, state = tokenizer
+  objective, _, state = tokenizer
   params, images = jax.device_get(state.params), _images(4)
-  loss, aux = jax.jit(stage.loss)(params, {'images': images}, jax.random.key(0), 0)
+  loss, aux = jax.jit(objective.loss)(params, {'images': images}, jax.random.key(0), 0)
   out = jax.jit(vit_vqgan.ViTVQGAN(TOKENIZER).apply)({'params': params}, images / np.float32(255))
   l2 = np.mean((vit_vqgan.to_pixels(out['mean']) - images / np.float32(255)) ** 2)
   laplace = np.mean(
     tokenizer_objective.logit_laplace_loss(
-      images / np.float32(255), out['mean'], out['log_scale'], stage.least_log_scale
+      images / np.float32(255), out['mean'], out['log_scale'], objective.least_log_scale
     )
   )
   np.testing.assert_allclose(loss, 2.0 * out['quantizer_loss'] + l2 + 0.1 * laplace, rtol=1e-5)
   counts = np.bincount(out['tokens'].ravel(), minlength=6)
   np.testing.assert_array_equal(aux['code_use'], counts)
-  _, _, metrics = jax.jit(stage.after_step)(
-    params, stage.initial_statistics(), aux, 0, jax.random.key(0)
+  _, _, metrics = jax.jit(objective.after_step)(
+    params, objective.initial_statistics(), aux, 0, jax.random.key(0)
   )
   np.testing.assert_allclose(metrics['codes_in_batch'], np.mean(counts > 0))
   share = counts[counts > 0] / counts.sum()
@@ -133,9 +133,9 @@ def test_the_tokenizers_loss_is_the_weighted_sum_of_its_parts(tokenizer):
 
 def test_the_decoder_sees_latents_until_codes_are_taken(tokenizer):
   _, _, state = tokenizer
-  stage = tokenizer_objective.TokenizerStage(TOKENIZER, quantize_from=5)
+  objective = tokenizer_objective.TokenizerObjective(TOKENIZER, quantize_from=5)
   batch, params = {'images': _images(4)}, jax.device_get(state.params)
-  loss = jax.jit(jax.grad(lambda params, step: stage.loss(params, batch, None, step)[0]))
+  loss = jax.jit(jax.grad(lambda params, step: objective.loss(params, batch, None, step)[0]))
   before, after = loss(params, 4), loss(params, 5)
   assert not np.any(before['quantizer']['codebook']['table'])
   assert np.any(after['quantizer']['codebook']['table'])
@@ -143,21 +143,21 @@ def test_the_decoder_sees_latents_until_codes_are_taken(tokenizer):
     assert np.any(gradients['encoder']['project_codes']['kernel'])
     assert np.any(gradients['decoder']['project_codes']['kernel'])
   # The codebook's first codes are latents of the batch at which they begin to count.
-  stage = tokenizer_objective.TokenizerStage(
+  objective = tokenizer_objective.TokenizerObjective(
     TOKENIZER, quantize_from=5, revive_every=10, revive_until=30, dead_below=0.05
   )
   for step, changes in ((0, False), (4, False), (5, True), (10, False)):
-    table = _after_step(stage, state, step, [1.0] * 6)[1]
+    table = _after_step(objective, state, step, [1.0] * 6)[1]
     assert np.any(table != state.params['quantizer']['codebook']['table']) == changes, step
 
 
-def _after_step(stage, state, step, use):
+def _after_step(objective, state, step, use):
   draw = np.random.default_rng(3)
   aux = {
     'latents': draw.normal(size=(2, 4, 3)).astype(np.float32),
     'code_use': np.zeros(6, np.float32),
   }
-  params, statistics, metrics = stage.after_step(
+  params, statistics, metrics = objective.after_step(
     jax.device_get(state.params),
     {'code_use': np.asarray(use, np.float32)},
     aux,
@@ -168,35 +168,37 @@ def _after_step(stage, state, step, use):
 
 
 def test_dead_codes_become_latents_of_the_batch(tokenizer):
-  stage, _, state = tokenizer
+  objective, _, state = tokenizer
   before = np.asarray(state.params['quantizer']['codebook']['table'])
   use = [1.0, 0.0, 0.5, 0.05, 0.0, 2.0]  # 0.98 of 0.05 lies below the limit as well.
   dead = np.array([False, True, False, True, True, False])
-  latents, table, use_after, metrics = _after_step(stage, state, 20, use)
+  latents, table, use_after, metrics = _after_step(objective, state, 20, use)
   unit = latents.reshape(-1, 3) / np.linalg.norm(latents.reshape(-1, 3), axis=1, keepdims=True)
   np.testing.assert_array_equal(table[~dead], before[~dead])
   for row in np.asarray(table)[dead]:
     assert np.abs(unit - row).max(axis=1).min() < 1e-5
   # No two of them take the same place, and each has time to be used.
   assert len(np.unique(np.round(table[dead], 5), axis=0)) == 3
-  assert (use_after[dead] > stage.dead_below).all()
+  assert (use_after[dead] > objective.dead_below).all()
   np.testing.assert_allclose(use_after[~dead], 0.98 * np.asarray(use)[~dead], rtol=1e-6)
   np.testing.assert_allclose(metrics['codes_alive'], 0.5)
 
 
 @pytest.mark.parametrize('step', [21, 30, 40])
 def test_no_code_is_revived_at_another_step_or_after_the_last_one(tokenizer, step):
-  stage, _, state = tokenizer
-  _, table, use_after, _ = _after_step(stage, state, step, [0.0] * 6)
+  objective, _, state = tokenizer
+  _, table, use_after, _ = _after_step(objective, state, step, [0.0] * 6)
   np.testing.assert_array_equal(table, state.params['quantizer']['codebook']['table'])
   assert not np.any(use_after)
 
 
 def test_evaluation_counts_every_example_once(tokenizer):
   # On 8 devices: a batch of 8, and 3 that have to be padded; then fewer than devices alone.
-  stage, trainer, state = tokenizer
+  objective, trainer, state = tokenizer
   images = _images(11, seed=1)
-  each = jax.device_get(jax.jit(stage.evaluate)(jax.device_get(state.params), {'images': images}))
+  each = jax.device_get(
+    jax.jit(objective.evaluate)(jax.device_get(state.params), {'images': images})
+  )
   measured = trainer.evaluate(state.params, iter([{'images': images[:8]}, {'images': images[8:]}]))
   assert measured['psnr'] == pytest.approx(np.mean(each['psnr']), rel=1e-5)
   assert measured['l2'] == pytest.approx(np.mean(each['l2']), rel=1e-5)
@@ -214,15 +216,15 @@ def test_the_tokenizers_pictures_are_pairs(tokenizer):
 
 
 def test_the_generators_loss_is_the_mean_cross_entropy_of_weighted_tokens():
-  stage = generator_objective.GeneratorStage(GENERATOR)
-  params = nn.meta.unbox(jax.jit(stage.init)(jax.random.key(0)))
+  objective = generator_objective.GeneratorObjective(GENERATOR)
+  params = nn.meta.unbox(jax.jit(objective.init)(jax.random.key(0)))
   batch = {
     'encoder_input_tokens': np.array([[3, 4, 1], [5, 1, 0]], np.int32),
     'decoder_target_tokens': np.array([[2, 0], [5, 5]], np.int32),
     'decoder_loss_weights': np.array([[1, 1], [1, 0]], np.float32),
   }
   keys = layers.dropout_keys(jax.random.key(2), 2)
-  loss, aux = jax.jit(stage.loss)(params, batch, keys, 0)
+  loss, aux = jax.jit(objective.loss)(params, batch, keys, 0)
   logits = jax.jit(parti.Parti(GENERATOR).apply)(
     {'params': params}, batch['encoder_input_tokens'], batch['decoder_target_tokens'], keys
   )
@@ -235,8 +237,8 @@ def test_the_generators_loss_is_the_mean_cross_entropy_of_weighted_tokens():
     aux['metrics']['token_accuracy'], (hits[0, 0] + hits[0, 1] + hits[1, 0]) / 3, rtol=1e-6
   )
   # Dropout is off when it is evaluated.
-  other, _ = jax.jit(stage.loss)(params, batch, layers.dropout_keys(jax.random.key(3), 2), 0)
+  other, _ = jax.jit(objective.loss)(params, batch, layers.dropout_keys(jax.random.key(3), 2), 0)
   assert other != loss
-  each = jax.jit(stage.evaluate)(params, batch)
+  each = jax.jit(objective.evaluate)(params, batch)
   assert each['loss'].shape == (2,)
-  np.testing.assert_array_equal(each['loss'], jax.jit(stage.evaluate)(params, batch)['loss'])
+  np.testing.assert_array_equal(each['loss'], jax.jit(objective.evaluate)(params, batch)['loss'])

@@ -1,4 +1,4 @@
-"""Super-resolution's stage: what its inputs are, its loss, and a run from tokenizer to export."""
+"""Super-resolution's objective: what its inputs are, its loss, and a run from tokenizer to export."""
 
 import dataclasses
 import re
@@ -55,13 +55,13 @@ def tokenizer_params():
 
 
 @pytest.fixture
-def make_stage(monkeypatch, tokenizer_params):
+def make_objective(monkeypatch, tokenizer_params):
   monkeypatch.setattr(
     frozen_tokenizer,
     'load',
     lambda path: frozen_tokenizer.FrozenTokenizer(path, TOKENIZER, tokenizer_params),
   )
-  return lambda **more: super_resolution_objective.SuperResolutionStage(
+  return lambda **more: super_resolution_objective.SuperResolutionObjective(
     NETWORK, image_size=16, **more
   )
 
@@ -69,8 +69,8 @@ def make_stage(monkeypatch, tokenizer_params):
 @pytest.fixture
 def params():
   """Parameters whose last convolution is no longer zero."""
-  stage = super_resolution_objective.SuperResolutionStage(NETWORK, image_size=16)
-  params = nn.meta.unbox(stage.init(jax.random.key(0)))
+  objective = super_resolution_objective.SuperResolutionObjective(NETWORK, image_size=16)
+  params = nn.meta.unbox(objective.init(jax.random.key(0)))
   tail = params['tail']
   return params | {'tail': tail | {'gain': jnp.full_like(tail['gain'], 0.3)}}
 
@@ -97,53 +97,53 @@ def errors(params, inputs, targets):
   return np.asarray(outputs) - targets / np.float32(255)
 
 
-def loss_of(stage, params, batch):
+def loss_of(objective, params, batch):
   keys = layers.dropout_keys(jax.random.key(1), len(batch['images']))
-  return jax.jit(stage.loss)(stage_params(stage, params), batch, keys, 0)
+  return jax.jit(objective.loss)(objective_params(objective, params), batch, keys, 0)
 
 
-def stage_params(stage, params):
-  return params | stage.constants()
+def objective_params(objective, params):
+  return params | objective.constants()
 
 
-def test_the_loss_is_that_of_enlarged_reconstructions(make_stage, params, tokenizer_params):
+def test_the_loss_is_that_of_enlarged_reconstructions(make_objective, params, tokenizer_params):
   pictures = batch(4)
-  stage = make_stage(tokenizer='runs/tokenizer', l2_weight=2.0, l1_weight=0.5)
+  objective = make_objective(tokenizer='runs/tokenizer', l2_weight=2.0, l1_weight=0.5)
   inputs = reconstructed(tokenizer_params, averaged(pictures['images']))
   error = errors(params, inputs, pictures['images'])
-  loss, aux = loss_of(stage, params, pictures)
+  loss, aux = loss_of(objective, params, pictures)
   assert loss == pytest.approx(2 * np.mean(error**2) + 0.5 * np.mean(np.abs(error)), rel=1e-4)
   assert set(aux['metrics']) == {'l2', 'l1', 'psnr', 'loss'}
-  clean, _ = loss_of(make_stage(l2_weight=2.0, l1_weight=0.5), params, pictures)
+  clean, _ = loss_of(make_objective(l2_weight=2.0, l1_weight=0.5), params, pictures)
   error = errors(params, averaged(pictures['images']), pictures['images'])
   assert clean == pytest.approx(2 * np.mean(error**2) + 0.5 * np.mean(np.abs(error)), rel=1e-4)
 
 
-def test_a_share_of_the_inputs_is_clean(make_stage, params, tokenizer_params):
+def test_a_share_of_the_inputs_is_clean(make_objective, params, tokenizer_params):
   pictures = batch(64)
   clean = averaged(pictures['images'])
   squares = [
     np.mean(errors(params, inputs, pictures['images']) ** 2, axis=(1, 2, 3))
     for inputs in (reconstructed(tokenizer_params, clean), clean)
   ]
-  stage = make_stage(tokenizer='runs/tokenizer', clean_share=0.25)
-  loss = jax.jit(stage.loss)
+  objective = make_objective(tokenizer='runs/tokenizer', clean_share=0.25)
+  loss = jax.jit(objective.loss)
   seen = []
   for row in range(12):  # What an example gets follows from its place in the whole batch.
     one = {'images': pictures['images'][row : row + 1]}
     keys = layers.DropoutKeys(jax.random.key(1), jnp.array([row], jnp.uint32))
-    value, _ = loss(stage_params(stage, params), one, keys, 0)
+    value, _ = loss(objective_params(objective, params), one, keys, 0)
     seen.append(int(np.argmin([abs(value - square[row]) for square in squares])))
     assert value == pytest.approx(squares[seen[-1]][row], rel=1e-4)
   assert set(seen) == {0, 1}
-  whole, _ = loss_of(stage, params, pictures)
+  whole, _ = loss_of(objective, params, pictures)
   # Of 64 about 16 are clean.
   share = (whole - squares[0].mean()) / (squares[1].mean() - squares[0].mean())
   assert 0.05 < share < 0.5
 
 
-def test_crops_are_places_of_the_picture(make_stage, params):
-  stage = make_stage(crop=4)
+def test_crops_are_places_of_the_picture(make_objective, params):
+  objective = make_objective(crop=4)
   pictures = batch(1)
   expected = set()
   for row in range(5):
@@ -151,17 +151,17 @@ def test_crops_are_places_of_the_picture(make_stage, params):
       small = averaged(pictures['images'])[:, row : row + 4, column : column + 4]
       large = pictures['images'][:, 2 * row : 2 * row + 8, 2 * column : 2 * column + 8]
       expected.add(round(float(np.mean(errors(params, small, large) ** 2)), 5))
-  loss = jax.jit(stage.loss)
+  loss = jax.jit(objective.loss)
   keys = (layers.dropout_keys(jax.random.key(key), 1) for key in range(12))
   found = {round(float(loss(params, pictures, key, 0)[0]), 5) for key in keys}
   assert len(found) > 4
   assert all(min(abs(loss - other) for other in expected) < 2e-5 for loss in found)
 
 
-def test_evaluation_is_beside_bicubic_enlargement(make_stage, params, tokenizer_params):
+def test_evaluation_is_beside_bicubic_enlargement(make_objective, params, tokenizer_params):
   pictures = batch(2)
-  stage = make_stage(tokenizer='runs/tokenizer')
-  measures = jax.jit(stage.evaluate)(stage_params(stage, params), pictures)
+  objective = make_objective(tokenizer='runs/tokenizer')
+  measures = jax.jit(objective.evaluate)(objective_params(objective, params), pictures)
   clean = averaged(pictures['images'])
   for name, inputs in (('', reconstructed(tokenizer_params, clean)), ('clean_', clean)):
     bytes_ = np.round(inputs * 255).astype(np.uint8)
@@ -176,16 +176,16 @@ def test_evaluation_is_beside_bicubic_enlargement(make_stage, params, tokenizer_
     np.testing.assert_allclose(
       measures[f'{name}psnr'], -10 * np.log10(np.mean(error**2, axis=(1, 2, 3))), atol=1e-3
     )
-  assert set(jax.eval_shape(make_stage().evaluate, params, pictures)) == {
+  assert set(jax.eval_shape(make_objective().evaluate, params, pictures)) == {
     'clean_psnr',
     'clean_bicubic_psnr',
   }
 
 
-def test_perceptual_and_adversarial_losses_are_added(make_stage, monkeypatch):
+def test_perceptual_and_adversarial_losses_are_added(make_objective, monkeypatch):
   discriminator = discriminator_lib.DiscriminatorConfig(channels=32, minibatch_group=1)
-  plain = make_stage()
-  stage = make_stage(
+  plain = make_objective()
+  objective = make_objective(
     perceptual_weight=0.5,
     vgg16_weights='vgg16.pth',
     lpips_weights='vgg.pth',
@@ -199,17 +199,17 @@ def test_perceptual_and_adversarial_losses_are_added(make_stage, monkeypatch):
     jax.jit(lambda: lpips.LPIPS().init(jax.random.key(5), *lpips.example_inputs()))()
   )['params']
   monkeypatch.setattr(lpips_weights, 'read', lambda vgg16, heads: weights)
-  params = nn.meta.unbox(stage.init(jax.random.key(0)))
+  params = nn.meta.unbox(objective.init(jax.random.key(0)))
   pictures = batch(2)
   keys = layers.dropout_keys(jax.random.key(1), 2)
-  loss = jax.jit(stage.loss)
+  loss = jax.jit(objective.loss)
   # Before training the network's pictures are bicubic enlargements.
   drawn = super_resolution.enlarge(averaged(pictures['images']), 2)
   large = pictures['images'] / np.float32(255)
   without = {name: part for name, part in params.items() if name != 'discriminator'}
   plain_loss, _ = jax.jit(plain.loss)(without, pictures, keys, 0)
   seen = 0.5 * np.mean(lpips.LPIPS().apply({'params': weights}, large, drawn))
-  early, aux = loss(params | stage.constants(), pictures, keys, 0)
+  early, aux = loss(params | objective.constants(), pictures, keys, 0)
   assert early == pytest.approx(float(plain_loss + seen), rel=1e-4)
   assert aux['metrics']['loss'] == early
   of_network, of_discriminator, _ = adversarial.losses(
@@ -217,12 +217,12 @@ def test_perceptual_and_adversarial_losses_are_added(make_stage, monkeypatch):
   )
   penalty = adversarial.r1_penalty(discriminator, params['discriminator'], large)
   for step, times in ((2, 1), (3, 0)):
-    late, aux = loss(params | stage.constants(), pictures, keys, step)
-    of_stage = float(early + 0.3 * of_network)
+    late, aux = loss(params | objective.constants(), pictures, keys, step)
+    of_objective = float(early + 0.3 * of_network)
     beside = float(of_discriminator + times * 0.5 * 4.0 * 2 * penalty)
-    assert aux['metrics']['loss'] == pytest.approx(of_stage, rel=1e-4)
-    assert late == pytest.approx(of_stage + beside, rel=1e-4)
-  assert set(stage.other_optimizers()) == {'discriminator'} and not plain.other_optimizers()
+    assert aux['metrics']['loss'] == pytest.approx(of_objective, rel=1e-4)
+    assert late == pytest.approx(of_objective + beside, rel=1e-4)
+  assert set(objective.other_optimizers()) == {'discriminator'} and not plain.other_optimizers()
 
 
 @pytest.mark.parametrize(
@@ -232,44 +232,44 @@ def test_perceptual_and_adversarial_losses_are_added(make_stage, monkeypatch):
     ({'clean_share': 2}, 'clean_share=2'),
     ({'crop': 9}, 'crop=9'),
     ({'r1_every': 0}, 'r1_every=0'),
-    ({'adversarial_weight': 0.1, 'crop': 5}, 'power of two.*SuperResolutionStage.crop'),
+    ({'adversarial_weight': 0.1, 'crop': 5}, 'power of two.*SuperResolutionObjective.crop'),
   ],
 )
 def test_what_can_not_be_is_named(bad, message):
   with pytest.raises(UserError, match=message):
-    super_resolution_objective.SuperResolutionStage(NETWORK, **{'image_size': 16} | bad)
+    super_resolution_objective.SuperResolutionObjective(NETWORK, **{'image_size': 16} | bad)
 
 
-def test_a_tokenizer_of_another_size_is_named(make_stage):
-  stage = dataclasses.replace(make_stage(tokenizer='runs/tokenizer'), image_size=32)
+def test_a_tokenizer_of_another_size_is_named(make_objective):
+  objective = dataclasses.replace(make_objective(tokenizer='runs/tokenizer'), image_size=32)
   with pytest.raises(UserError, match='image_size=32 is not .*factor=2 times the 8 pixels'):
-    stage.constants()
+    objective.constants()
 
 
-def test_a_plan_needs_no_trained_tokenizer(make_stage, tokenizer_params, monkeypatch, tmp_path):
-  stage = make_stage(tokenizer='runs/tokenizer')
+def test_a_plan_needs_no_trained_tokenizer(make_objective, tokenizer_params, monkeypatch, tmp_path):
+  objective = make_objective(tokenizer='runs/tokenizer')
   shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
-  assert shapes(stage.abstract_constants()) == shapes({'tokenizer': tokenizer_params})
+  assert shapes(objective.abstract_constants()) == shapes({'tokenizer': tokenizer_params})
   monkeypatch.undo()
   gin_config.parse(
     [],
     [f'ViTVQGANConfig.{name} = {value!r}' for name, value in dataclasses.asdict(TOKENIZER).items()],
   )
-  untrained = dataclasses.replace(stage, tokenizer=str(tmp_path / 'nowhere'))
+  untrained = dataclasses.replace(objective, tokenizer=str(tmp_path / 'nowhere'))
   assert shapes(untrained.abstract_constants()) == shapes({'tokenizer': tokenizer_params})
   with pytest.raises(UserError, match='nowhere: no training run there'):
     untrained.constants()
 
 
 def test_model_flops_count_what_judges_the_pictures():
-  stage = lambda **more: super_resolution_objective.SuperResolutionStage(
+  objective = lambda **more: super_resolution_objective.SuperResolutionObjective(
     NETWORK, image_size=64, crop=16, **more
   )
   judge = discriminator_lib.DiscriminatorConfig(channels=64, max_channels=8)
-  plain = stage().step_flops(4)
-  # Of 32×32 pixels, the crop enlarged; see tokenizer_stage for the passes.
-  assert stage(perceptual_weight=0.1).step_flops(4) - plain == 4 * 3 * flops.vgg16_forward(32)
-  adversarial = stage(adversarial_weight=0.1, discriminator=judge).step_flops(4)
+  plain = objective().step_flops(4)
+  # Of 32×32 pixels, the crop enlarged; see tokenizer_objective for the passes.
+  assert objective(perceptual_weight=0.1).step_flops(4) - plain == 4 * 3 * flops.vgg16_forward(32)
+  adversarial = objective(adversarial_weight=0.1, discriminator=judge).step_flops(4)
   assert adversarial - plain == 4 * 7 * flops.discriminator_forward(judge, 32)
 
 
@@ -297,9 +297,9 @@ def test_from_a_tokenizer_to_an_exported_part(tokenizer_bindings, tmp_path, caps
         *data,
         '--gin.train.steps=2',
         '--gin.train.batch_size=8',
-        f"--gin.SuperResolutionStage.tokenizer='{tmp_path}/tokenizer'",
-        '--gin.SuperResolutionStage.image_size=32',
-        '--gin.SuperResolutionStage.crop=8',
+        f"--gin.SuperResolutionObjective.tokenizer='{tmp_path}/tokenizer'",
+        '--gin.SuperResolutionObjective.image_size=32',
+        '--gin.SuperResolutionObjective.crop=8',
         '--gin.SuperResolutionConfig.blocks=1',
         '--gin.SuperResolutionConfig.width=4',
         f'--model_dir={tmp_path}/run',
