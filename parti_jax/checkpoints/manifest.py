@@ -13,10 +13,12 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import pathlib
+from collections.abc import Sequence
 
 import xxhash
 from etils import epath
 
+from parti_jax.core import errors
 from parti_jax.core import storage
 
 NAME = 'manifest.json'
@@ -44,7 +46,7 @@ def write_part(folder: epath.Path, process: int) -> None:
     for name, path in _files(folder)
     if _writer(name) == process
   }
-  _write(folder / _part_name(process), _entries(own))
+  _write(folder / part_name(process), _entries(own))
 
 
 def write(folder: epath.Path) -> None:
@@ -69,6 +71,35 @@ def write(folder: epath.Path) -> None:
   _write(folder / NAME, known | _entries(rest))
   for part in parts:
     part.unlink()
+
+
+def part_name(process: int) -> str:
+  """Name of the part of a manifest on what one of several processes has written."""
+  return f'{NAME}.{process}'
+
+
+def text_of(folder: epath.Path, names: Sequence[str], parts: Sequence[bytes] = ()) -> str:
+  """A manifest's text on some files of a folder, and on those of other processes.
+
+  Args:
+    folder: has a manifest.
+    names: of files that the manifest is of.
+    parts: of other processes, as this function gave them there.
+
+  Raises:
+    UserError: a part is damaged.
+  """
+  known = _read(folder / NAME)
+  entries = {name: known[name] for name in names if name in known}
+  entries |= _entries({name: folder / name for name in names if name not in known})
+  for part in parts:
+    try:
+      entries |= _entries_in(part.decode(), 'part')
+    except ValueError as error:
+      raise errors.UserError(
+        f'{folder.name}: the manifest of another process is damaged in the store; start again'
+      ) from error
+  return _text(entries)
 
 
 def seal(folder: epath.Path) -> None:
@@ -169,10 +200,6 @@ def _digest(path: epath.Path) -> str:
   return digest.hexdigest()
 
 
-def _part_name(process: int) -> str:
-  return f'{NAME}.{process}'
-
-
 def _write(path: epath.Path, entries: dict[str, list]) -> None:
   """Writes entries with a digest of their own, whole or not at all."""
   storage.write(path, _text(entries))
@@ -189,7 +216,11 @@ def _read(path: epath.Path) -> dict[str, list]:
   """Entries of a manifest; raises ValueError unless every byte is as it was written."""
   if path.stat().length > storage.MAX_JSON:
     raise ValueError(f'{path}: too large')
-  text = path.read_bytes().decode()
+  return _entries_in(path.read_bytes().decode(), path)
+
+
+def _entries_in(text: str, path) -> dict[str, list]:
+  """Entries in a manifest's text, as `_read`."""
   try:
     entries = json.loads(text)['files']
     unchanged = text == _text(entries) and all(map(_within, entries))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import secrets
 import sys
 from typing import Any
 
@@ -54,14 +55,14 @@ class Checkpoints:
   """
 
   def __init__(self, model_dir, keep: int = 2):
-    self._staging = (
-      remote_staging.Staging(model_dir, keep) if remote_staging.is_needed(model_dir) else None
-    )
+    self._staging = _staged(model_dir, keep) if remote_staging.is_needed(model_dir) else None
     self.directory = self._staging.directory if self._staging else folder(model_dir)
-    self.found = verification.newest_whole(self.directory, together=True)
-    if jax.process_index() == 0:
-      if self._staging:
-        self._staging.move_aside(self.found.damaged)
+    self.found = verification.newest_whole(
+      self.directory, together=True, copies=self._staging is not None
+    )
+    if self._staging and jax.process_index() == 0:
+      self._staging.move_aside(self.found.damaged)
+    if self._writes_metadata():
       verification.move_aside(self.directory, self.found.damaged)
     self.factored = 0
     self._writing: int | None = None
@@ -74,12 +75,14 @@ class Checkpoints:
       options=ocp.CheckpointManagerOptions(
         preservation_policy=verification.KeepWhole(keep, self._fault),
         cleanup_tmp_directories=True,
+        multiprocessing_options=_processes(self._staging),
         async_options=ocp.AsyncOptions(
           barrier_sync_fn=self._wait_for_others,
           post_finalization_callback=lambda: manifest.write(self._unfinished()),
         ),
       ),
       item_names=('state', 'data', 'model'),
+      item_handlers=_handlers(self._staging),
     )
 
   def latest_step(self) -> int | None:
@@ -120,6 +123,9 @@ class Checkpoints:
       UserError: if the disk is full or can't be written; `check` and `close` raise it too.
     """
     self.finish()  # What is written next may remove what is being uploaded.
+    # Orbax keeps the primary process of the newest handler for all of them, and whoever has read
+    # another checkpoint meanwhile may have made one.
+    ocp.PyTreeCheckpointHandler(multiprocessing_options=_processes(self._staging))
     self._writing = step
     self._bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     with disk_errors.told(self.directory.parent, self._bytes):
@@ -196,15 +202,21 @@ class Checkpoints:
       if self._failure:
         raise self._failure
       self._manager.wait_until_finished()
-      if jax.process_index() == 0:
+      if self._writes_metadata():
         manifest.seal(self.directory / str(self._writing))
     if self._staging:
       self._staging.upload(self._writing)
     self._writing = None
 
+  def _writes_metadata(self) -> bool:
+    """Whether this process renames and completes checkpoints in its folder."""
+    return jax.process_index() == 0 or self._staging is not None
+
   def _fault(self, step: int) -> str | None:
     """What became of a checkpoint since it was written."""
-    found = verification.fault(self.directory / str(step), together=True)
+    found = verification.fault(
+      self.directory / str(step), together=True, copies=self._staging is not None
+    )
     if found and jax.process_index() == 0:
       print(
         f'parti-jax: warning: checkpoint {step} has been damaged: {found}; older ones stay',
@@ -231,6 +243,35 @@ class Checkpoints:
     if 'async_write_complete' in key:
       manifest.write_part(self._unfinished(), jax.process_index())
     self._barrier(key=key, timeout_ms=timeout_ms)
+
+
+def _staged(model_dir, keep: int) -> remote_staging.Staging:
+  """The checkpoints in a store that Orbax can't reach, for all processes together."""
+  (start,) = verification.of_the_first([secrets.randbits(32)])
+  return remote_staging.Staging(model_dir, keep, jax.process_index(), jax.process_count(), start)
+
+
+def _processes(staged: remote_staging.Staging | None) -> ocp.options.MultiprocessingOptions:
+  """Orbax' options: process 0 alone completes a checkpoint, or all do in folders of their own."""
+  apart = staged and jax.process_count() > 1
+  return ocp.options.MultiprocessingOptions(primary_host=None if apart else 0)
+
+
+def _handlers(staged: remote_staging.Staging | None):
+  """What reads and writes the items; None for Orbax' own choice.
+
+  Several processes with folders of their own write each piece of an array as a file: the databases
+  that Orbax writes otherwise can be merged only where all of them are in one folder.
+  """
+  if not staged or jax.process_count() == 1:
+    return None
+  options = _processes(staged)
+  json_handler = lambda: ocp.JsonCheckpointHandler(multiprocessing_options=options)
+  return {
+    'state': ocp.StandardCheckpointHandler(multiprocessing_options=options, use_ocdbt=False),
+    'data': json_handler(),
+    'model': json_handler(),
+  }
 
 
 def describe(objective) -> dict:
@@ -335,7 +376,8 @@ def read_metadata(path: epath.Path):
   """
   try:
     # Not by a Checkpointer, which warns that a part of a checkpoint has no metadata as a whole.
-    return ocp.PyTreeCheckpointHandler().metadata(path).tree
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=verification.alone())
+    return handler.metadata(path).tree
   except (FileNotFoundError, ValueError, KeyError):
     return None
 

@@ -52,12 +52,13 @@ class Found:
     ]
 
 
-def newest_whole(directory: epath.Path, together: bool = False) -> Found:
+def newest_whole(directory: epath.Path, together: bool = False, copies: bool = False) -> Found:
   """Reads a run's checkpoints, from the newest to the first that is whole.
 
   Args:
     directory: the folder `checkpoints` of the run; nothing in it is changed.
     together: whether all processes of this run call it, divide the files and agree.
+    copies: whether each process has a folder of its own, of which it reads everything.
 
   Raises:
     UserError: if there are checkpoints and none is whole; names the files at fault.
@@ -65,7 +66,7 @@ def newest_whole(directory: epath.Path, together: bool = False) -> Found:
   while True:
     steps, damaged = _steps(directory, together), []
     for step in steps:
-      found = fault(directory / str(step), together)
+      found = fault(directory / str(step), together, copies)
       if found is None:
         return Found(step, tuple(damaged))
       damaged.append(Damaged(step, found))
@@ -81,19 +82,21 @@ def newest_whole(directory: epath.Path, together: bool = False) -> Found:
   return Found(None)
 
 
-def fault(path: epath.Path, together: bool = False) -> str | None:
+def fault(path: epath.Path, together: bool = False, copies: bool = False) -> str | None:
   """What is wrong with one checkpoint; None if it is whole.
 
   Args:
     path: its folder.
     together: whether all processes of this run call it, divide the files and agree.
+    copies: whether each process has a folder of its own, of which it reads everything.
   """
-  share, shares = (jax.process_index(), jax.process_count()) if together else (0, 1)
+  divided = together and not copies
+  share, shares = (jax.process_index(), jax.process_count()) if divided else (0, 1)
   try:
     found = manifest.fault(path, share, shares)
   except FileNotFoundError:
     found = _unreadable(path, share, shares)
-  return _agreed(found) if shares > 1 else found
+  return of_any(found) if together else found
 
 
 def move_aside(directory: epath.Path, damaged: Sequence[Damaged]) -> None:
@@ -164,14 +167,20 @@ class KeepWhole:
 def _steps(directory: epath.Path, together: bool) -> list[int]:
   """Steps of the committed checkpoints, the newest first."""
   steps = sorted(ocp.utils.checkpoint_steps(directory), reverse=True) if directory.is_dir() else []
-  if not together or jax.process_count() == 1:
+  return of_the_first(steps) if together else steps
+
+
+def of_the_first(steps: list[int]) -> list[int]:
+  """The steps that the first process gives; all of them call it."""
+  if jax.process_count() == 1:
     return steps
-  seen_by_first = multihost_utils.broadcast_one_to_all(_as_bytes(json.dumps(steps)))
-  return json.loads(_as_text(seen_by_first))
+  return json.loads(_as_text(multihost_utils.broadcast_one_to_all(_as_bytes(json.dumps(steps)))))
 
 
-def _agreed(found: str | None) -> str | None:
-  """The fault that the first process with one has found."""
+def of_any(found: str | None) -> str | None:
+  """The fault that the first process with one has found; all of them call it."""
+  if jax.process_count() == 1:
+    return found
   everyone = multihost_utils.process_allgather(_as_bytes(found or ''))
   return next((text for text in map(_as_text, everyone) if text), None)
 

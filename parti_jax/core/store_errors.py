@@ -22,6 +22,9 @@ _OF_TENSORSTORE = re.compile(
   re.DOTALL,
 )
 
+# TensorStore's words where an answer to a conditional request has no generation.
+_NO_GENERATIONS = 'Malformed StorageGeneration'
+
 
 @contextlib.contextmanager
 def translated(path, writing: bool = False) -> Iterator[store_retries.Operation]:
@@ -75,6 +78,11 @@ def failure(error: BaseException) -> str | None:
     None where the error is not of a store.
   """
   while error is not None:
+    if _NO_GENERATIONS in str(error):
+      return (
+        'the server of gs:// gives no generations of objects (x-goog-generation), or ignores '
+        'conditions on them; checkpoints need both, as Google Cloud Storage has them'
+      )
     # TensorStore's errors have no class of their own.
     if _from_store(error) or _OF_TENSORSTORE.search(str(error)):
       return _reason(error)

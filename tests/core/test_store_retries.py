@@ -163,8 +163,6 @@ def test_a_store_that_dies_in_the_middle_is_no_damaged_file(bad_store, tmp_path,
 
 def test_an_object_that_is_replaced_is_not_read_in_part(bad_store, monkeypatch):
   path = f'{bad_store.folder}/a'
-  if path.startswith('gs'):
-    pytest.skip('the emulator knows no generations')
   storage.write(path, bytes(2**17))
   monkeypatch.setattr(store_systems, 'PIECE', 2**16)
   with storage.open_file(path) as file:

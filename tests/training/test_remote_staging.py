@@ -1,12 +1,14 @@
 """Checkpoints in stores that Orbax does not write to: uploaded whole, verified, tidied up."""
 
 import os
+import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from parti_jax.checkpoints import manifest
 from parti_jax.checkpoints import remote_staging
 from parti_jax.checkpoints import run_checkpoints
 from parti_jax.cli import main
@@ -74,11 +76,81 @@ def test_a_failed_upload_is_told_and_older_checkpoints_stay(tmp_path, monkeypatc
   assert remote_staging.steps(run) == [1]
 
 
-def test_several_processes_are_refused(monkeypatch):
-  monkeypatch.setattr(jax, 'process_count', lambda: 2)
-  with pytest.raises(errors.UserError, match='s3://bucket/run: .* mountpoint-s3'):
-    remote_staging.Staging('s3://bucket/run')
+def test_is_needed():
+  assert remote_staging.is_needed('s3://bucket/run')
   assert not remote_staging.is_needed('gs://bucket/run') and not remote_staging.is_needed('/run')
+
+
+def _several(run, processes=2):
+  """What each process of several has: its pieces of the arrays, and metadata that all write."""
+  found = []
+  for process in range(processes):
+    staged = remote_staging.Staging(run, 1, process, processes, start=2)
+    folder = staged.directory / '1'
+    for name in (
+      '_CHECKPOINT_METADATA',
+      'data/metadata',
+      'state/_METADATA',
+      'state/a/.zarray',
+      'commit_success.txt',
+      f'state/a/{process}.0',
+      f'state/array_metadatas/process_{process}',
+    ):
+      (folder / name).parent.mkdir(parents=True, exist_ok=True)
+      (folder / name).write_text(f'{process} has {name}')
+    manifest.write(folder)
+    manifest.seal(folder)
+    found.append(staged)
+  return found
+
+
+def test_a_checkpoint_of_several_processes_counts_when_all_have_uploaded_theirs(
+  tmp_path, monkeypatch
+):
+  run = f'memory:///{tmp_path.name}'
+  monkeypatch.setattr(remote_staging, '_POLL', 0.01)
+  first, second = _several(run)
+  # Left by a start that was cut short, and there when the second process begins.
+  storage.write(f'{run}/checkpoints/1/{manifest.part_name(1)}', 'left')
+  uploaded, written = threading.Event(), storage.write
+  monkeypatch.setattr(
+    storage,
+    'write',
+    lambda path, content: (
+      written(path, content),
+      uploaded.set() if path.endswith(manifest.NAME) else None,
+    ),
+  )
+  storage.write(f'{run}/checkpoints/1/uploading.1', '')
+  second.upload(1)
+  assert not uploaded.wait(0.2)
+  assert 'state/a/1.0' not in storage.sizes(f'{run}/checkpoints/1')
+  first.upload(1)
+  first.wait()
+  second.wait()
+  assert remote_staging.steps(run) == [1]
+  names = storage.sizes(f'{run}/checkpoints/1')
+  assert {'state/a/0.0', 'state/a/1.0', 'state/array_metadatas/process_1'} <= set(names)
+  assert not [name for name in names if name.startswith((f'{manifest.NAME}.', 'uploading'))]
+  content = storage.read(f'{run}/checkpoints/1/state/a/.zarray', 99)
+  assert content == b'0 has state/a/.zarray'
+  copy = remote_staging.Staging(run)
+  assert manifest.fault(copy.directory / '1') is None
+  (copy.directory / '1/state/a/1.0').write_text('other')
+  assert 'state/a/1.0' in manifest.fault(copy.directory / '1')
+
+
+def test_a_process_that_fails_waits_for_no_other(tmp_path):
+  run = f'memory:///{tmp_path.name}'
+  # The second before the first has begun, the first before the second has uploaded anything.
+  for staged in reversed(_several(run)):
+    with pytest.raises(KeyError, match='of the run'):
+      try:
+        staged.upload(1)
+        raise KeyError('of the run')
+      finally:
+        staged.close()
+  assert remote_staging.steps(run) == []
 
 
 def test_models_by_url(s3_bucket, tmp_path, capsys):

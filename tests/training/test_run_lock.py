@@ -124,7 +124,12 @@ def test_the_condition_of_exclusive_creation_is_sent_to_gs(gs_bucket, monkeypatc
   monkeypatch.setattr(kind, '_call', recorded)
   storage.create(f'{gs_bucket}/claims/new', b'{}')
   assert sent == ['0']
-  # The emulator ignores it, as some servers do: then the lock is read again after a while.
+  with pytest.raises(FileExistsError):
+    storage.create(f'{gs_bucket}/claims/new', b'{"other": 1}')
+
+
+def test_a_store_that_ignores_the_condition_has_its_lock_read_again(gs_bucket, monkeypatch):
+  monkeypatch.setattr(storage, 'create', lambda path, content: storage.write(path, content))
   slept = []
   monkeypatch.setattr(run_lock.time, 'sleep', slept.append)
   with run_lock.RunLock(f'{gs_bucket}/run'):
