@@ -67,7 +67,7 @@ def training_step(request: request_lib.Request, mesh) -> request_lib.Step:
 
 def _notes(objective) -> tuple[str, ...]:
   """What a plan says of an objective whose tokenizer is part of the step and not trained yet."""
-  if 'tokenizer' not in getattr(objective, 'abstract_constants', dict)() or (
+  if 'tokenizer' not in objective.abstract_constants() or (
     frozen_tokenizer.is_trained(objective.tokenizer)
   ):
     return ()

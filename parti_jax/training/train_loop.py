@@ -29,6 +29,7 @@ from parti_jax.training import reporting
 from parti_jax.training import run as run_lib
 from parti_jax.training import state as state_lib
 from parti_jax.training import trainer as trainer_lib
+from parti_jax.training.objectives import base
 
 # Steps whose metrics may wait on the devices where nothing asks for any.
 _MOST_UNSETTLED = 1000
@@ -315,7 +316,7 @@ def bound_arguments() -> dict[str, Any]:
 
 def _check_parts(objective, optimizer, schedule):
   """Raises UserError unless these are what `train_objective` says."""
-  if isinstance(objective, type) or not callable(getattr(objective, 'loss', None)):
+  if not isinstance(objective, base.Objective):
     raise errors.UserError(
       f'train.objective={checks.shown(objective)} must be an objective, such as @GeneratorObjective()'
     )
@@ -341,9 +342,7 @@ def initial_parts(
 ):
   """Parameters that a new run starts with, from an exported model or from other runs.
 
-  The latter are what the objective says in a method `initial_parts`, which it need not have: of
-  abstract parameters and `inputs` it returns {name of a part: that part on the mesh}, and it raises
-  UserError if one does not fit. These come before those of `initial_model`.
+  The objective's `initial_parts` say the latter. They come before those of `initial_model`.
 
   Args:
     trainer: the objective on its mesh.
@@ -359,9 +358,7 @@ def initial_parts(
   parts, abstract = {}, trainer.abstract.params
   if initial_model:
     parts |= checkpoints_lib.read_model_folder(initial_model, trainer.objective, abstract, inputs)
-  if hasattr(trainer.objective, 'initial_parts'):
-    parts |= trainer.objective.initial_parts(abstract, inputs)
-  return parts
+  return parts | trainer.objective.initial_parts(abstract, inputs)
 
 
 def check_vocabularies(objective, task: str):

@@ -19,9 +19,15 @@ from parti_jax.partitioning import local_rows
 from parti_jax.partitioning import rules as rules_lib
 from parti_jax.training import skipped_steps as finite_lib
 from parti_jax.training import state as state_lib
+from parti_jax.training.objectives import base
 
 
-def make_train_step(objective, optimizer, seed: int, microbatches: int = 1) -> Callable[..., Any]:
+def make_train_step(
+  objective: base.Objective,
+  optimizer: optax.GradientTransformation,
+  seed: int,
+  microbatches: int = 1,
+) -> Callable[..., Any]:
   """The step of an objective, as a function of state and batch, not yet jitted.
 
   The keys of dropout and of whatever else is random follow from `seed` and the step alone, so
@@ -30,7 +36,7 @@ def make_train_step(objective, optimizer, seed: int, microbatches: int = 1) -> C
   Where the loss or a gradient is not finite, all of the state but the step stays as it was, and the
   metric 'finite' is False. The optimisers' own counts, and with them the learning rate, stay too.
   """
-  apart = _other_optimizers(objective)
+  apart = objective.other_optimizers()
 
   def step(state: state_lib.TrainState, batch, constants):
     rng, after_rng = jax.random.split(jax.random.fold_in(numerics.key(seed), state.step))
@@ -59,22 +65,17 @@ def make_train_step(objective, optimizer, seed: int, microbatches: int = 1) -> C
   return step
 
 
-def _other_optimizers(objective):
-  return objective.other_optimizers() if hasattr(objective, 'other_optimizers') else {}
-
-
-def with_other_optimizers(objective, optimizer):
-  """An optimiser that leaves parts of the parameters to others.
+def with_other_optimizers(objective: base.Objective, optimizer: optax.GradientTransformation):
+  """An optimiser that leaves parts of the parameters to the objective's `other_optimizers`.
 
   Args:
-    objective: what is trained; may have a method `other_optimizers`, which returns {name of a part: an
-      optax transformation}.
+    objective: what is trained.
     optimizer: of all other parts.
 
   Returns:
     An optax transformation; `optimizer` itself if the objective has no others.
   """
-  others = _other_optimizers(objective)
+  others = objective.other_optimizers()
   if not others:
     return optimizer
   return optax.partition(
@@ -83,7 +84,7 @@ def with_other_optimizers(objective, optimizer):
   )
 
 
-def _gradients(objective, params, constants, batch, rng, step, microbatches: int):
+def _gradients(objective: base.Objective, params, constants, batch, rng, step, microbatches: int):
   """The loss, what the objective says besides, and gradients, of one microbatch after another.
 
   Microbatch k of n has the examples k, k + n, k + 2 · n ..., so that each device finds its part of
@@ -138,11 +139,6 @@ def compiler_options(mesh) -> dict[str, int]:
 class Trainer:
   """An objective on a mesh: its state's shardings, and its steps compiled for them.
 
-  An objective may have constants: arrays that its loss and evaluation find among the parameters, but
-  which are neither trained nor part of the state, such as the network of a perceptual loss. Then it
-  has the methods `abstract_constants`, which returns {name: tree of jax.ShapeDtypeStruct}, and
-  `constants`, which returns the arrays.
-
   Args:
     objective: what is trained, such as TokenizerObjective or GeneratorObjective.
     optimizer: an optax transformation, see `with_other_optimizers`.
@@ -159,9 +155,9 @@ class Trainer:
   @numerics.fixed()
   def __init__(
     self,
-    objective,
-    optimizer,
-    mesh,
+    objective: base.Objective,
+    optimizer: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
     seed: int = 0,
     microbatches: int = 1,
     offload_optimizer: bool = False,
@@ -197,8 +193,9 @@ class Trainer:
     Raises:
       UserError: if a file of them is missing or damaged.
     """
-    found = self.objective.constants() if hasattr(self.objective, 'constants') else {}
-    return jax.tree.map(lambda leaf: jax.device_put(leaf, self._replicated), found)
+    return jax.tree.map(
+      lambda leaf: jax.device_put(leaf, self._replicated), self.objective.constants()
+    )
 
   @numerics.fixed()
   def create_state(self) -> state_lib.TrainState:
@@ -228,11 +225,12 @@ class Trainer:
   @numerics.fixed()
   def lower(self, batch_size: int):
     """The step that training runs, lowered for a batch of this size and not yet compiled."""
-    constants = {}
-    if hasattr(self.objective, 'abstract_constants'):
-      constants = self.objective.abstract_constants()
+    batch, constants = (
+      self.objective.abstract_batch(batch_size),
+      self.objective.abstract_constants(),
+    )
     with rules_lib.partitioned(self.mesh, self.rules):
-      return self._step.lower(self.abstract, self.objective.abstract_batch(batch_size), constants)
+      return self._step.lower(self.abstract, batch, constants)
 
   @numerics.fixed()
   def evaluate(self, params, batches) -> dict[str, float]:

@@ -36,13 +36,10 @@ class _Sizes:
 class _Objective(base.Objective):
   """A regression and a judge, linear both, with an optimiser each and an average of the first."""
 
-  name, frozen, compute_dtype, model = 'fake', (), jnp.float32, _Sizes()
+  name, compute_dtype, model = 'fake', jnp.float32, _Sizes()
 
   def feature_lengths(self):
     return {'images': self.model.width}
-
-  def vocabulary_sizes(self):
-    return {}
 
   def abstract_batch(self, batch_size):
     return {'images': jax.ShapeDtypeStruct((batch_size, 16, 16, 3), jnp.float32)}
@@ -79,9 +76,6 @@ class _Objective(base.Objective):
 
   def summarize(self, measures):
     return {'loss': float(measures['loss'].mean()), 'best': float(measures['loss'].max() > 1)}
-
-  def painter(self):
-    return None
 
   def step_flops(self, batch_size):
     return batch_size
