@@ -17,6 +17,7 @@ from parti_jax.core import numerics
 from parti_jax.models.nn import layers
 from parti_jax.partitioning import local_rows
 from parti_jax.partitioning import rules as rules_lib
+from parti_jax.training import config as config_lib
 from parti_jax.training import skipped_steps as finite_lib
 from parti_jax.training import state as state_lib
 from parti_jax.training.objectives import base
@@ -183,6 +184,18 @@ class Trainer:
       lambda params, constants, batch: objective.evaluate(params | constants, batch),
       in_shardings=(self.shardings.params, self._replicated, self.batch_sharding),
       out_shardings=self._replicated,
+    )
+
+  @classmethod
+  def of_config(cls, config: config_lib.TrainConfig, mesh: jax.sharding.Mesh) -> Trainer:
+    """The trainer of a run with these settings."""
+    return cls(
+      config.objective,
+      config.optimizer(config.schedule),
+      mesh,
+      config.seed,
+      config.microbatches,
+      config.offload_optimizer,
     )
 
   @functools.cached_property

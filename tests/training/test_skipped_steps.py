@@ -16,7 +16,7 @@ from parti_jax.core import gin_config
 from parti_jax.core.errors import UserError
 from parti_jax.data import shared_batches
 from parti_jax.partitioning import mesh as mesh_lib
-from parti_jax.runs import journal as journal_lib
+from parti_jax.training import config as config_lib
 from parti_jax.training import configurables  # noqa: F401
 from parti_jax.training import run as run_lib
 from parti_jax.training import skipped_steps
@@ -187,17 +187,15 @@ class _Run:
       'eval_split': None,
       'max_bad_steps': 3,
     } | arguments
-    with journal_lib.Journal(self.folder) as journal:
-      return train_loop.train_objective(
-        str(self.folder),
-        journal,
-        _Objective(),
-        'images',
-        steps,
-        optimizer=optax.adam,
-        schedule=lambda count: 0.1 / (1 + count),
-        **arguments,
-      )
+    config = config_lib.TrainConfig(
+      _Objective(),
+      'images',
+      steps,
+      optimizer=optax.adam,
+      schedule=lambda count: 0.1 / (1 + count),
+      **arguments,
+    )
+    return train_loop.train(str(self.folder), config)
 
   def checkpoints(self):
     return sorted(
