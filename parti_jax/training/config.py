@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from collections.abc import Sequence
 
 import gin
 import optax
 
 from parti_jax.core import checks
 from parti_jax.core import errors
+from parti_jax.training import writers as writers_lib
 from parti_jax.training.objectives import base
 
 
@@ -68,6 +70,8 @@ class TrainConfig:
       another vocabulary or another image tokenizer; then it warns.
     restart_data: whether a run that goes on begins a new pass over its data, as it must where its
       checkpoint has the place in another form or in other sources.
+    writers: make the writers of metrics and pictures, see `writers.Writer`; without any there are
+      the lines on the terminal alone.
 
   Raises:
     UserError: for a value of another type or out of its range.
@@ -96,6 +100,7 @@ class TrainConfig:
   max_bad_steps: int | None = 10
   allow_mismatch: bool = False
   restart_data: bool = False
+  writers: Sequence[Callable[[str, int], writers_lib.Writer]] = (writers_lib.TensorBoardWriter,)
 
   def __post_init__(self):
     if not isinstance(self.objective, base.Objective):
@@ -115,6 +120,11 @@ class TrainConfig:
         f'train.schedule={checks.shown(self.schedule)} must be a function of the step, such as '
         '@parti_schedule(), with parentheses'
       ) from error
+    if not isinstance(self.writers, (list, tuple)) or not all(map(callable, self.writers)):
+      raise errors.UserError(
+        f'train.writers={checks.shown(self.writers)} must be a list of writers, such as '
+        '[@TensorBoardWriter], without parentheses'
+      )
     checks.check_fields(self, 'train.', checks.bounds_of(type(self)))
 
 

@@ -174,7 +174,7 @@ def _prepare(
     journal,
     config.max_bad_steps,
   )
-  reporter = reporting.Reporter(model_dir, config.steps, run.step)
+  reporter = reporting.Reporter(model_dir, config.steps, run.step, config.writers)
   journal.start(
     run.beginning(),
     gin_config.operative(),
