@@ -30,6 +30,7 @@ from parti_jax.training.objectives import base
   microbatches=(1, None),
   grace_seconds=(0, None),
   max_bad_steps=(1, None),
+  profile_steps=(1, None),
 )
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
@@ -72,6 +73,8 @@ class TrainConfig:
       checkpoint has the place in another form or in other sources.
     writers: make the writers of metrics and pictures, see `writers.Writer`; without any there are
       the lines on the terminal alone.
+    profile_steps: the first and the last step of a trace by JAX's profiler, counted from 1; None
+      for no trace.
 
   Raises:
     UserError: for a value of another type or out of its range.
@@ -101,6 +104,7 @@ class TrainConfig:
   allow_mismatch: bool = False
   restart_data: bool = False
   writers: Sequence[Callable[[str, int], writers_lib.Writer]] = (writers_lib.TensorBoardWriter,)
+  profile_steps: tuple[int, int] | None = None
 
   def __post_init__(self):
     if not isinstance(self.objective, base.Objective):
@@ -126,6 +130,11 @@ class TrainConfig:
         '[@TensorBoardWriter], without parentheses'
       )
     checks.check_fields(self, 'train.', checks.bounds_of(type(self)))
+    if self.profile_steps and not self.profile_steps[0] <= self.profile_steps[1] <= self.steps:
+      raise errors.UserError(
+        f'train.profile_steps={self.profile_steps} must be the first and the last step of a trace, '
+        f'such as (1, {min(self.steps, 5)}), and the last at most train.steps={self.steps}'
+      )
 
 
 def configured(**others) -> TrainConfig:

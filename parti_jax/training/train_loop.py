@@ -27,6 +27,7 @@ from parti_jax.training import held_out as held_out_lib
 from parti_jax.training import hooks as hooks_lib
 from parti_jax.training import inputs as inputs_lib
 from parti_jax.training import memory
+from parti_jax.training import profiler as profiler_lib
 from parti_jax.training import reporting
 from parti_jax.training import run as run_lib
 from parti_jax.training import state as state_lib
@@ -75,6 +76,7 @@ class _Training:
   held_out: held_out_lib.HeldOut
   run: run_lib.Run
   reporter: reporting.Reporter
+  profiler: profiler_lib.Profiler
   journal: journal_lib.Journal
 
 
@@ -105,7 +107,8 @@ def _train(training: _Training, more_hooks: Sequence[hooks_lib.Hook]) -> dict[st
     if training.held_out.is_missing(run.step):
       call(of_held_out, {})
     while run.step < config.steps and not run.told_to_stop():
-      metrics = run.advance()
+      with training.profiler.step(run):
+        metrics = run.advance()
       reporter.advance(run.step)
       call(hooks, metrics)
     run.settle(reporter)
@@ -182,7 +185,8 @@ def _prepare(
     batch_size=config.batch_size,
     **run.facts(),
   )
-  training = _Training(config, trainer, examples, held_out, run, reporter, journal)
+  profiler = profiler_lib.Profiler(model_dir, config.profile_steps)
+  training = _Training(config, trainer, examples, held_out, run, reporter, profiler, journal)
   _announce(training, inputs.warnings)
   preemption.begin(config.grace_seconds, journal, run.newest_step)
   return training
@@ -213,6 +217,7 @@ def _meter(training: _Training) -> hooks_lib.Meter:
 def _close(training: _Training, whole: bool):
   """Ends what runs in the background; `whole` says whether training has ended as it should."""
   run, journal = training.run, training.journal
+  training.profiler.close()
   training.examples.close()
   # The other processes may be waiting for one that failed, so that one must not wait for them.
   if whole or jax.process_count() == 1:

@@ -21,8 +21,8 @@ class Writer(abc.ABC):
 
   The run's first process makes one of each of `train.writers`, with the run's folder and the step
   that the run starts at as positional arguments. Metrics of later steps may have been written
-  already by a start that was killed; those steps are trained again, and a writer has to replace
-  them.
+  already by a start that was killed; those steps are trained again, and a writer should show each
+  of them once.
   """
 
   @abc.abstractmethod

@@ -66,6 +66,10 @@ def test_what_gin_lacks_is_one_line():
     ({'steps': 0}, 'train.steps=0 must be a whole number from 1'),
     ({'batch_size': 4.0}, 'train.batch_size=4.0 must be a whole number'),
     ({'grace_seconds': -1}, 'train.grace_seconds=-1 must be a number from 0'),
+    ({'profile_steps': (2, 1)}, 'train.profile_steps=(2, 1) must be the first and the last step'),
+    ({'profile_steps': (2, 4)}, 'such as (1, 3), and the last at most train.steps=3'),
+    ({'profile_steps': (0, 2)}, 'train.profile_steps=(0, 2) must be a list of two whole numbers'),
+    ({'profile_steps': 2}, 'train.profile_steps=2 must be a list of two whole numbers'),
     ({'eval_split': 3}, 'train.eval_split=3 must be a text'),
   ],
 )

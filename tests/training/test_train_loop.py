@@ -192,7 +192,12 @@ def test_a_validation_split_without_a_usable_picture_is_refused_at_once(
     ['train.checkpoint_every = 0'],
     ['train.checkpoint_every = 3'],
     ['train.num_pictures = 0', 'train.pictures_every = 1'],
-    ['train.log_every = 0', 'train.evaluate_every = 0', 'train.pictures_every = 0'],
+    [
+      'train.log_every = 0',
+      'train.evaluate_every = 0',
+      'train.pictures_every = 0',
+      'train.profile_steps = (2, 3)',
+    ],
   ],
 )
 def test_the_last_step_is_saved_whatever_else_is_off(tmp_path, tokenizer_bindings, bindings):
@@ -200,6 +205,8 @@ def test_the_last_step_is_saved_whatever_else_is_off(tmp_path, tokenizer_binding
   assert run_checkpoints.latest_checkpoint(tmp_path).name == '4'
   drawn = 'train.num_pictures = 0' not in bindings and 'train.pictures_every = 0' not in bindings
   assert (tmp_path / 'pictures').exists() == drawn
+  traces = list((tmp_path / 'tensorboard').glob('plugins/profile/*/*.xplane.pb'))
+  assert len(traces) == ('train.profile_steps = (2, 3)' in bindings)
 
 
 def test_more_pictures_than_a_batch_or_fewer_than_asked_for(tmp_path, capsys, tokenizer_bindings):

@@ -1,8 +1,11 @@
 """Writers of metrics and pictures: TensorBoard's, and others that gin adds."""
 
 import io
+import pathlib
+import re
 import subprocess
 import sys
+import types
 
 import gin
 import numpy as np
@@ -126,6 +129,31 @@ def test_gin_adds_a_writer(tmp_path):
   ]
   assert [event.step for event in _read(tmp_path / 'tensorboard').Tensors('loss')] == [5]
   assert (tmp_path / 'pictures' / 'samples_00000005.png').exists()
+
+
+def test_the_example_in_the_docs_works(tmp_path, monkeypatch):
+  page = (pathlib.Path(writers.__file__).parents[2] / 'docs' / 'runs.md').read_text()
+  (code, settings) = re.search(
+    r'## Metrics elsewhere.*?```python\n(.*?)```.*?```python\n(.*?)```', page, re.DOTALL
+  ).groups()
+  calls = []
+  run = types.SimpleNamespace(
+    log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append('finish')
+  )
+  wandb = types.ModuleType('wandb')
+  wandb.init = lambda **arguments: calls.append(arguments) or run
+  monkeypatch.setitem(sys.modules, 'wandb', wandb)
+  monkeypatch.syspath_prepend(tmp_path)
+  (tmp_path / 'wandb_writer.py').write_text(code)
+  (tmp_path / 'mine.gin').write_text(settings)
+  gin_config.parse(['gin_configs/runs/tiny_tokenizer.gin', str(tmp_path / 'mine.gin')], [])
+  reporter = reporting.Reporter(tmp_path, 9, 0, config_lib.configured().writers)
+  reporter.metrics(5, {'loss': 2.0})
+  reporter.pictures(5, {'samples': np.zeros((1, 4, 4, 3), np.uint8)})
+  reporter.flush()
+  reporter.close({})
+  started = {'project': 'parti', 'id': 'demo_generator', 'resume': 'allow'}
+  assert calls == [started, (5, {'loss': 2.0}), 'finish']
 
 
 @pytest.mark.parametrize('value', ['@TensorBoardWriter', '[3]', "'tensorboard'"])
