@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ from jax.sharding import PartitionSpec
 from parti_jax.core import numerics
 from parti_jax.models.nn import layers
 from parti_jax.partitioning import local_rows
+from parti_jax.partitioning import pipeline_parallelism
 from parti_jax.partitioning import rules as rules_lib
 from parti_jax.training import config as config_lib
 from parti_jax.training import skipped_steps as finite_lib
@@ -167,6 +169,10 @@ class Trainer:
     self.objective, self.optimizer, self.mesh, self.seed = objective, optimizer, mesh, seed
     self.microbatches = microbatches
     self.rules = rules_lib.logical_axis_rules()
+    # Without stages gin's settings are not asked for, and not among those that a run keeps.
+    self._pipeline = pipeline_parallelism.Settings()
+    if mesh.shape.get('stage', 1) > 1:
+      self._pipeline = pipeline_parallelism.configured()
     self.abstract = state_lib.abstract_state(objective, optimizer, mesh, self.rules)
     if offload_optimizer:
       self.abstract = state_lib.with_optimizer_on_host(self.abstract, mesh)
@@ -213,9 +219,10 @@ class Trainer:
   @numerics.fixed()
   def create_state(self) -> state_lib.TrainState:
     """The state before the first step."""
-    return state_lib.create_state(
-      self.objective, self.optimizer, self.seed, self.abstract, self.mesh, self.rules
-    )
+    with pipeline_parallelism.use(self._pipeline):
+      return state_lib.create_state(
+        self.objective, self.optimizer, self.seed, self.abstract, self.mesh, self.rules
+      )
 
   @numerics.fixed()
   def put(self, batch: dict[str, np.ndarray], batch_size: int | None = None):
@@ -232,7 +239,7 @@ class Trainer:
   @numerics.fixed()
   def step(self, state, batch):
     """One update: the new state and scalar metrics; `state` is donated, `batch` of `put`."""
-    with rules_lib.partitioned(self.mesh, self.rules):
+    with self._partitioned():
       return self._step(state, batch, self.constants)
 
   @numerics.fixed()
@@ -242,7 +249,7 @@ class Trainer:
       self.objective.abstract_batch(batch_size),
       self.objective.abstract_constants(),
     )
-    with rules_lib.partitioned(self.mesh, self.rules):
+    with self._partitioned():
       return self._step.lower(self.abstract, batch, constants)
 
   @numerics.fixed()
@@ -259,7 +266,7 @@ class Trainer:
     """
     measures: dict[str, list[np.ndarray]] = {}
     size, ways = 0, rules_lib.batch_ways(self.mesh, self.rules)
-    with rules_lib.partitioned(self.mesh, self.rules):
+    with self._partitioned():
       for batch in batches:
         count = len(next(iter(batch.values())))
         size = max(size, -(-count // ways) * ways)
@@ -295,7 +302,7 @@ class Trainer:
       return {}
     draw, inputs = self._painter
     count, ways = len(next(iter(batch.values()))), rules_lib.batch_ways(self.mesh, self.rules)
-    with rules_lib.partitioned(self.mesh, self.rules):
+    with self._partitioned():
       drawn = draw(params, self._put_whole(batch, -(-count // ways) * ways), inputs)
     return {name: np.asarray(pictures)[:count] for name, pictures in drawn.items()}
 
@@ -308,6 +315,15 @@ class Trainer:
     draw, inputs = painter
     shardings = (self.shardings.params, self.batch_sharding, self._replicated)
     return jax.jit(draw, in_shardings=shardings, out_shardings=self._replicated), inputs
+
+  @contextlib.contextmanager
+  def _partitioned(self):
+    """A context in which the models are split over the mesh."""
+    with (
+      rules_lib.partitioned(self.mesh, self.rules),
+      pipeline_parallelism.use(self._pipeline),
+    ):
+      yield
 
   def _put_whole(self, batch, size: int):
     """A batch that every process has, as arrays of `size` rows; the added ones repeat others."""
