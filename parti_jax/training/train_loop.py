@@ -95,7 +95,7 @@ def _train(training: _Training, more_hooks: Sequence[hooks_lib.Hook]) -> dict[st
 
   def call(hooks, metrics):
     due = [hook for hook in hooks if hook.is_due(run.step, config.steps)]
-    if due or run.unsettled >= _MOST_UNSETTLED:
+    if run.unsettled and (due or run.unsettled >= _MOST_UNSETTLED):
       run.settle(reporter)
     for hook in due:
       hook.function(run, metrics)

@@ -18,7 +18,9 @@ from tensorboard.util import tensor_util
 from parti_jax.checkpoints import run_checkpoints
 from parti_jax.cli import main
 from parti_jax.core import gin_config
+from parti_jax.training import config as config_lib
 from parti_jax.training import configurables  # noqa: F401
+from parti_jax.training import hooks
 from parti_jax.training import run as run_lib
 from parti_jax.training import train_loop
 from parti_jax.training import trainer as trainer_lib
@@ -163,6 +165,22 @@ def test_what_goes_wrong_after_a_step_does_not_cost_it(tmp_path, monkeypatch, to
   monkeypatch.setattr(trainer_lib.Trainer, 'evaluate', evaluate)
   _train(tmp_path, TOKENIZER, *bindings)
   assert not evaluate.called
+
+
+def test_hooks_of_ones_own_come_after_the_loops(tmp_path, tokenizer_bindings):
+  gin_config.parse(
+    [TOKENIZER], [*tokenizer_bindings, 'train.steps = 5', 'train.checkpoint_every = 2']
+  )
+  found = []
+
+  def look(run, metrics):
+    run.finish_saving()
+    saved = run.newest_step()
+    found.append((run.step, int(run.state.step), float(metrics['loss']) > 0, saved))
+
+  config = config_lib.configured()
+  train_loop.train(str(tmp_path), config, [hooks.Hook(0, look), hooks.Hook(2, look)])
+  assert found == [(2, 2, True, 2), (4, 4, True, 4), (5, 5, True, 5)]
 
 
 @pytest.mark.parametrize('pictures_every', [0, 2])
