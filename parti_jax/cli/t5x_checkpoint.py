@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from parti_jax.checkpoints import run_checkpoints
+from parti_jax.core import checks
 from parti_jax.core import errors
 from parti_jax.core import gin_config
 from parti_jax.partitioning import mesh as mesh_lib
@@ -16,6 +17,7 @@ from parti_jax.runs import distributed
 from parti_jax.runs import run_lock
 from parti_jax.t5x import checkpoints as t5x_checkpoints
 from parti_jax.t5x import inputs
+from parti_jax.training import config as config_lib
 from parti_jax.training import trainer as trainer_lib
 
 # The objectives that are models of t5x too -> their networks in exported models.
@@ -223,11 +225,9 @@ def to_run(path, model_dir, trainer, parameters_only: bool = False) -> str:
 
 def _bound_trainer() -> trainer_lib.Trainer:
   """A trainer of what gin says, in the host's memory."""
-  from parti_jax.training import train_loop
-
-  values = train_loop.bound_arguments()
+  config = config_lib.configured(task='', steps=checks.LARGEST_INT32)
   mesh = mesh_lib.make_mesh(1, 1, 1, 1, [t5x_checkpoints.host_device()])
-  return trainer_lib.Trainer(values['objective'], values['optimizer'](values['schedule']), mesh)
+  return trainer_lib.Trainer(config.objective, config.optimizer(config.schedule), mesh)
 
 
 def _check_new(model_dir):

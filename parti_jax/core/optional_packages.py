@@ -5,7 +5,6 @@ import re
 # What each optional package (by the name it is imported with) is installed with.
 EXTRAS = {
   'apache_beam': 'beam',
-  'clu': 'data',
   'datasets': 'hf',
   'gcsfs': 'gcs',
   'google_crc32c': 'data',

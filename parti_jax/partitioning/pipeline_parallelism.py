@@ -32,6 +32,41 @@ _off = contextvars.ContextVar('pipeline_off', default=False)
 
 
 @dataclasses.dataclass(frozen=True)
+class Settings:
+  """What a pipeline may choose.
+
+  Attributes:
+    groups: groups of as many microbatches as there are stages; more of them make the bubble
+      smaller, and microbatches too. Where they do not divide the batch, the most that do.
+    layers_per_visit: layers that a microbatch passes before it moves to the next stage; fewer
+      make the bubble smaller, and cost more communication.
+  """
+
+  groups: int = 1
+  layers_per_visit: int = 1
+
+
+@gin.configurable('pipeline')
+@checks.bounded(groups=(1, None), layers_per_visit=(1, None))
+def configured(groups: int = 1, layers_per_visit: int = 1) -> Settings:
+  """The settings that gin has; see `Settings`."""
+  return Settings(groups, layers_per_visit)
+
+
+_settings = contextvars.ContextVar('pipeline_settings', default=None)
+
+
+@contextlib.contextmanager
+def use(settings: Settings) -> Iterator[None]:
+  """A context in which pipelines have these settings."""
+  token = _settings.set(settings)
+  try:
+    yield
+  finally:
+    _settings.reset(token)
+
+
+@dataclasses.dataclass(frozen=True)
 class Schedule:
   """Which stage computes what, and when.
 
@@ -83,18 +118,12 @@ def off() -> Iterator[None]:
     _off.reset(token)
 
 
-@gin.configurable('pipeline')
-@checks.bounded(groups=(1, None), layers_per_visit=(1, None))
-def schedule(layers: int, batch: int, groups: int = 1, layers_per_visit: int = 1):
-  """The schedule of a stack of layers on the mesh in use.
+def schedule(layers: int, batch: int) -> Schedule | None:
+  """The schedule of a stack of layers on the mesh in use, with the settings in use.
 
   Args:
     layers: number of layers.
     batch: examples in the batch.
-    groups: groups of as many microbatches as there are stages; more of them make the bubble
-      smaller, and microbatches too. Where they do not divide the batch, the most that do.
-    layers_per_visit: layers that a microbatch passes before it moves to the next stage; fewer
-      make the bubble smaller, and cost more communication.
 
   Returns:
     A Schedule; None without stages, inside `off`, and for a batch that does not divide among the
@@ -107,6 +136,8 @@ def schedule(layers: int, batch: int, groups: int = 1, layers_per_visit: int = 1
   stages = 1 if mesh is None else mesh.shape.get('stage', 1)
   if stages == 1 or _off.get():
     return None
+  settings = _settings.get() or Settings()
+  layers_per_visit = settings.layers_per_visit
   if layers % (stages * layers_per_visit):
     raise errors.UserError(
       f'{layers} layers do not divide among make_mesh.stage={stages} stages in units of '
@@ -115,7 +146,7 @@ def schedule(layers: int, batch: int, groups: int = 1, layers_per_visit: int = 1
   ways = math.prod(mesh.shape[axis] for axis in ('stage', 'data', 'fsdp'))
   if batch % ways:
     return None
-  groups = math.gcd(groups, batch // ways)
+  groups = math.gcd(settings.groups, batch // ways)
   return Schedule(stages, groups, layers // (stages * layers_per_visit), layers_per_visit)
 
 

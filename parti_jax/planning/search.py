@@ -23,7 +23,6 @@ from parti_jax.planning import report
 from parti_jax.planning import request as request_lib
 from parti_jax.planning import steps
 from parti_jax.planning import topology as topology_lib
-from parti_jax.training import train_loop
 
 # How much of a failed candidate's error is shown and kept.
 _ERROR_LENGTH = 300
@@ -87,17 +86,17 @@ def candidates(request: request_lib.Request) -> list[candidates_lib.Candidate]:
     model, images = steps.sampled_config(), request.batch_size or steps.SAMPLING_BATCH
     sequences = images * (2 if request.guided else 1)
     return candidates_lib.of_sampling(model, sequences, images, topology.chip, devices)
-  values = train_loop.bound_arguments()
-  model = values['objective'].model
+  config = steps.train_config()
+  model = config.objective.model
   if not isinstance(model, parti_config.PartiConfig):
     raise errors.UserError(
       '--search knows the generator alone; plan the tokenizer with --gin.make_mesh... of your own'
     )
-  parameters = layers.count_parameters(jax.eval_shape(values['objective'].init, jax.random.key(0)))
+  parameters = layers.count_parameters(jax.eval_shape(config.objective.init, jax.random.key(0)))
   return candidates_lib.of_training(
     model,
     parameters,
-    request.batch_size or values['batch_size'],
+    request.batch_size or config.batch_size,
     topology.chip,
     devices,
     topology.slices,

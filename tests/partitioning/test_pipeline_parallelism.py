@@ -189,8 +189,10 @@ def test_the_loop_turns_as_often_as_the_schedule_says():
         if hasattr(inner, 'eqns'):
           count(inner)
 
-  with rules.partitioned(mesh_lib.make_mesh(stage=4, data=2), rules.logical_axis_rules()):
-    plan = pipeline_parallelism.schedule(8, BATCH, groups=2)
+  two_groups = pipeline_parallelism.use(pipeline_parallelism.Settings(groups=2))
+  mesh = mesh_lib.make_mesh(stage=4, data=2)
+  with rules.partitioned(mesh, rules.logical_axis_rules()), two_groups:
+    plan = pipeline_parallelism.schedule(8, BATCH)
     run = lambda stacked, x: pipeline_parallelism.run(
       layer, lambda visit: visit, stacked, x, (), plan
     )
@@ -213,9 +215,9 @@ def test_a_schedule_only_where_there_are_stages_and_examples_for_them():
     assert pipeline_parallelism.schedule(8, 16) is None
   with mesh_lib.use(mesh_lib.make_mesh(stage=4)):
     assert pipeline_parallelism.schedule(8, 16) == pipeline_parallelism.Schedule(4, 1, 2, 1)
-    assert (
-      pipeline_parallelism.schedule(8, 16, groups=4).groups == 2
-    )  # Of 16 examples 2 are left for each.
+    with pipeline_parallelism.use(pipeline_parallelism.Settings(groups=4, layers_per_visit=2)):
+      # Of 16 examples 2 are left for each.
+      assert pipeline_parallelism.schedule(8, 16) == pipeline_parallelism.Schedule(4, 2, 1, 2)
     assert pipeline_parallelism.schedule(8, 3) is None
     with pytest.raises(UserError, match='6 layers do not divide among make_mesh.stage=4'):
       pipeline_parallelism.schedule(6, 16)

@@ -18,7 +18,6 @@ from parti_jax.planning import report
 from parti_jax.planning import request as request_lib
 from parti_jax.planning import search
 from parti_jax.planning import steps
-from parti_jax.training import train_loop
 
 RUN = 'gin_configs/runs/parti_350m.gin'
 SMALL = tuple(
@@ -128,15 +127,11 @@ def test_the_plan_is_of_the_state_and_batch_of_training(trained):
   from parti_jax.partitioning import mesh as mesh_lib
 
   gin_config.parse(request.gin_files, request.gin_bindings, data=False)
-  values = train_loop.bound_arguments()
+  config = steps.train_config()
   from parti_jax.training import trainer as trainer_lib
 
-  trainer = trainer_lib.Trainer(
-    values['objective'],
-    values['optimizer'](values['schedule']),
-    mesh_lib.make_mesh(devices=jax.devices()[:8]),
-    microbatches=2,
-  )
+  assert config.microbatches == 2
+  trainer = trainer_lib.Trainer.of_config(config, mesh_lib.make_mesh(devices=jax.devices()[:8]))
   state = steps.device_parts(trainer.abstract)
   batch = (8 * 4 + 16 * 4 + 16 * 4) * 32 / 4  # Tokens and weights; four ways of data.
   assert plan['memory']['arguments'] == pytest.approx(state + batch, rel=0.01)

@@ -31,7 +31,7 @@ _PRELOADED = [
   'parti_jax.cli.train',
   'parti_jax.cli.main',
   'orbax.checkpoint',
-  'clu.metric_writers',
+  'tensorboard.plugins.scalar.summary_v2',
   'killed_runs',
 ]
 _PR_SET_PDEATHSIG = 1
