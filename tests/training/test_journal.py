@@ -34,7 +34,7 @@ def test_every_line_is_on_the_disk_at_once(tmp_path):
   'error, reason, text',
   [
     (None, 'finished', 'ended at step 7: nothing is left to train'),
-    (SystemExit(75), 'told to stop', 'ended at step 7: told to stop, ends with status 75'),
+    (SystemExit(75), 'asked to stop', 'ended at step 7: asked to stop, ends with status 75'),
     (KeyboardInterrupt(), 'interrupted', 'ended at step 7: interrupted from the keyboard'),
     (ValueError('two\nlines'), 'error', 'ended at step 7: ValueError: two lines'),
   ],
@@ -72,7 +72,7 @@ def test_a_full_disk_ends_no_run(tmp_path, capsys):
   journal.write('start')
   journal.write('checkpoint')
   complaint = capsys.readouterr().err
-  assert complaint.count('can not be written') == 1 and journal.name in complaint
+  assert complaint.count("can't be written") == 1 and journal.name in complaint
   (tmp_path / 'journal').unlink()
   journal.write('stop')
   assert [record['event'] for record in _records(tmp_path)] == ['start', 'checkpoint', 'stop']

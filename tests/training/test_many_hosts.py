@@ -361,7 +361,12 @@ def test_the_surroundings_tell_of_other_processes(monkeypatch, environment, seve
   [
     (False, 1, 'absl::Status: ALREADY_EXISTS: Aborted', 'has the same --process_id=1'),
     (False, 1, 'absl::Status: INVALID_ARGUMENT: Unexpected task registered', 'fewer processes'),
-    (False, 0, 'absl::Status: DEADLINE_EXCEEDED: Deadline', 'not all of the 4 processes came to'),
+    (
+      False,
+      0,
+      'absl::Status: DEADLINE_EXCEEDED: Deadline',
+      'not all of the 4 processes connected to',
+    ),
     (False, 1, 'absl::Status: UNKNOWN: no\nroute\n\nRPC: x', 'refused this process: UNKNOWN: no r'),
     (
       True,

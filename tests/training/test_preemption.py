@@ -1,4 +1,4 @@
-"""Told to stop: what a listening process does, without a model."""
+"""Tests how a listening process reacts to SIGTERM and to notices, without a model."""
 
 import http.server
 import os
@@ -53,21 +53,21 @@ def test_during_the_start_it_ends_at_once():
   # As while TensorFlow is imported, whose notes are hidden.
   status, said = _run('os.dup2(os.open(os.devnull, os.O_WRONLY), 2); term(); time.sleep(30)')
   assert status == 75 and said == [
-    'parti-jax: told to stop before the first step was done; nothing of the run is changed; '
+    'parti-jax: asked to stop before the first step was done; nothing of the run is changed; '
     'start again to go on'
   ]
 
 
-def test_while_it_trains_the_loop_is_told_and_ends_by_itself():
+def test_while_it_trains_the_loop_is_asked_to_stop_and_ends_by_itself():
   status, said = _run("""
       steps(20, lambda: 5)
-      assert not preemption._listener.told
+      assert not preemption._listener.stopping
       term(); term()  # As a process group gets it: one that a parent passes on, too.
-      while not preemption._listener.told:
+      while not preemption._listener.stopping:
         time.sleep(0.01)
       time.sleep(0.3)
       sys.exit(preemption.STATUS)""")
-  assert status == 75 and said == ['journal: told to stop told to stop by SIGTERM, 20 s to save']
+  assert status == 75 and said == ['journal: asked to stop asked to stop by SIGTERM, 20 s to save']
 
 
 def test_when_the_grace_is_over_it_ends_whatever_the_main_thread_does():
@@ -79,11 +79,11 @@ def test_when_the_grace_is_over_it_ends_whatever_the_main_thread_does():
       finally:
         print('never')""")
   assert status == 75 and said[-1] == (
-    'parti-jax: told to stop, but the step and its checkpoint took more than the 0.4 s of '
+    'parti-jax: asked to stop, but the step and its checkpoint took more than the 0.4 s of '
     'train.grace_seconds; the last whole checkpoint stays the one of step 5; '
     'start again to go on'
   )
-  assert said[-2].startswith('journal: stop told to stop, but') and 'never' not in said
+  assert said[-2].startswith('journal: stop asked to stop, but') and 'never' not in said
 
 
 def test_a_second_signal_ends_at_once_even_if_the_disk_hangs():
@@ -92,7 +92,7 @@ def test_a_second_signal_ends_at_once_even_if_the_disk_hangs():
       steps(60, lambda: time.sleep(60))
       term(); time.sleep(1); term(); time.sleep(30)""")
   assert status == 75 and said[-1] == (
-    'parti-jax: told to stop a second time: ended at once; the last whole checkpoint stays; '
+    'parti-jax: asked to stop a second time: ended at once; the last whole checkpoint stays; '
     'start again to go on'
   )
 
@@ -163,7 +163,7 @@ def test_a_run_saves_at_sigterm_and_while_it_trains_no_other_may_begin(
   )
   assert step >= 2 and run_checkpoints.latest_checkpoint(folder).name == str(step)
   assert not (folder / run_lock.FILE).exists()
-  assert 'told to stop by SIGTERM, 25 s to save' in ''.join(
+  assert 'asked to stop by SIGTERM, 25 s to save' in ''.join(
     path.read_text(encoding='utf-8') for path in (folder / 'journal').iterdir()
   )
 

@@ -245,6 +245,6 @@ def test_a_folder_in_an_object_store(monkeypatch):
 
 def test_a_folder_that_can_not_be_written_is_one_line(tmp_path):
   (tmp_path / 'file').write_text('')
-  with pytest.raises(errors.UserError, match='run/lock.json: can not be written'):
+  with pytest.raises(errors.UserError, match="run/lock.json: can't be written"):
     with run_lock.RunLock(tmp_path / 'file' / 'run'):
       pass

@@ -137,7 +137,7 @@ def test_processes_that_meet_write_the_same(start, tmp_path):
 
 
 @pytest.mark.slow
-def test_told_to_stop_it_ends_at_once_and_goes_on_later(start, tmp_path):
+def test_asked_to_stop_it_ends_at_once_and_goes_on_later(start, tmp_path):
   _make_tars(tmp_path / 'tars', 8, 200)
   first = start(tmp_path / 'tokens')
   end = time.monotonic() + 300
@@ -146,7 +146,7 @@ def test_told_to_stop_it_ends_at_once_and_goes_on_later(start, tmp_path):
     time.sleep(0.05)
   first.send_signal(signal.SIGTERM)
   assert first.wait(60) == preemption.STATUS, _said(tmp_path)
-  assert 'told to stop by SIGTERM; the parts that are finished stay; start' in _said(tmp_path)
+  assert 'asked to stop by SIGTERM; the parts that are finished stay; start' in _said(tmp_path)
   finished = {
     path.name: path.stat().st_mtime_ns for path in (tmp_path / 'tokens').glob('.train.parts/*.json')
   }

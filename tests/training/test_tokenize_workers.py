@@ -457,5 +457,5 @@ with preemption.listening(at_once='the parts that are finished stay'):
   )
   assert done.returncode == preemption.STATUS
   assert done.stderr == (
-    'parti-jax: told to stop by SIGTERM; the parts that are finished stay; start again to go on\n'
+    'parti-jax: asked to stop by SIGTERM; the parts that are finished stay; start again to go on\n'
   )
