@@ -217,7 +217,7 @@ def test_a_schedule_only_where_there_are_stages_and_examples_for_them():
       pipeline_parallelism.schedule(8, 16, groups=4).groups == 2
     )  # Of 16 examples 2 are left for each.
     assert pipeline_parallelism.schedule(8, 3) is None
-    with pytest.raises(UserError, match='6 layers do not divide among make_mesh.stage=4'):
+    with pytest.raises(UserError, match="6 layers can't be divided among make_mesh.stage=4"):
       pipeline_parallelism.schedule(6, 16)
 
 

@@ -72,7 +72,7 @@ def test_an_existing_folder_is_only_replaced_when_asked(parts, folder, tmp_path)
   other = tmp_path / 'other'
   other.mkdir()
   (other / 'letter.txt').write_text('mine')
-  with pytest.raises(UserError, match='no model folder'):
+  with pytest.raises(UserError, match="isn't a model folder"):
     model_folder.save(other, overwrite=True, **parts)
   assert (other / 'letter.txt').read_text() == 'mine'
 
@@ -101,9 +101,9 @@ def test_another_dtype_is_refused(parts, tmp_path):
 
 
 def test_missing_folder(tmp_path):
-  with pytest.raises(UserError, match='there is no model folder .*nowhere'):
+  with pytest.raises(UserError, match='the model folder .*nowhere does not exist'):
     model_folder.load(tmp_path / 'nowhere')
-  with pytest.raises(UserError, match='is no model folder'):
+  with pytest.raises(UserError, match="isn't a model folder"):
     model_folder.load(tmp_path)
 
 
@@ -126,7 +126,7 @@ def test_half_a_file(folder, name):
 
 def test_another_format_version(folder):
   edit_config(folder, lambda config: config.update(format_version=99))
-  with pytest.raises(UserError, match='format_version is 99, this parti_jax reads 1'):
+  with pytest.raises(UserError, match='format_version is 99, but this parti_jax reads 1'):
     model_folder.load(folder)
 
 

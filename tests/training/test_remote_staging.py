@@ -87,13 +87,13 @@ def test_models_by_url(s3_bucket, tmp_path, capsys):
   assert main.main(['export', f'--base={demo}', f'--output_dir={url}', '--dtype=float32']) == 0
   vocabulary = storage.join(url, 'vocabulary.model')
   again = ['export', f'--base={url}', f'--vocabulary={vocabulary}', f'--output_dir={url}']
-  assert main.main(again) == 2 and 'exists; name another' in capsys.readouterr().err
+  assert main.main(again) == 2 and 'exists; choose another' in capsys.readouterr().err
   assert main.main([*again, '--overwrite']) == 0
   assert f'draw with: parti-jax generate PROMPT --model={url}' in capsys.readouterr().out
   model, base = model_folder.load(url), model_folder.load(demo)
   assert model.stored_as == 'float32' and model.vocabulary_path.is_file()
   jax.tree.map(np.testing.assert_array_equal, model.parti_params, base.parti_params)
-  with pytest.raises(errors.UserError, match='no-model is no model folder'):
+  with pytest.raises(errors.UserError, match="no-model isn't a model folder"):
     text_to_image.load(f'{s3_bucket}/no-model')
 
 
