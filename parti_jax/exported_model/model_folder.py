@@ -462,7 +462,7 @@ def _check_complete(folder: pathlib.Path, files=FILES):
     raise UserError(f"{folder} isn't a model folder: it has none of {', '.join(FILES)}")
   if missing:
     raise UserError(
-      f'the model folder {folder} is incomplete: {", ".join(missing)} missing; '
+      f'the model folder {folder} is unfinished: {", ".join(missing)} missing; '
       'export or download the model again'
     )
 

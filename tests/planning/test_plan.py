@@ -393,7 +393,7 @@ def test_what_is_far_too_large_is_no_candidate():
 def test_search_prints_what_fits_and_goes_on_where_it_was(trained, tmp_path, capsys, monkeypatch):
   plan, compiled = trained[2], []
 
-  def compile_apart(request, bindings):
+  def compile_in_process(request, bindings):
     del request
     compiled.append(bindings)
     if len(compiled) == 1:
@@ -401,7 +401,7 @@ def test_search_prints_what_fits_and_goes_on_where_it_was(trained, tmp_path, cap
     slow = {'compiled': 1000.0 - len(compiled), 'ratio': 1.0}
     return dict(plan, flops=slow, fits=len(compiled) != 2, topology=f'cpu:{len(compiled)}'), None
 
-  monkeypatch.setattr(search, 'compile_apart', compile_apart)
+  monkeypatch.setattr(search, 'compile_in_process', compile_in_process)
   file = tmp_path / 'search.jsonl'
   arguments = flags('--topology=cpu:8', '--batch_size=32', '--search', f'--json={file}')
   assert main.main([*arguments, '--search_limit=4']) == 0
@@ -420,7 +420,7 @@ def test_search_prints_what_fits_and_goes_on_where_it_was(trained, tmp_path, cap
 def test_a_candidate_is_compiled_by_another_process():
   request = request_lib.Request('train', 'cpu:2', (RUN,), SMALL, 8)
   bindings = ['make_mesh.tensor = 2', "PartiConfig.remat = 'dots'"]
-  plan, error = search.compile_apart(request, bindings)
+  plan, error = search.compile_in_process(request, bindings)
   assert error is None and plan['fits'] and plan['mesh']['tensor'] == 2
-  plan, error = search.compile_apart(request, ['make_mesh.tensor = 3'])
+  plan, error = search.compile_in_process(request, ['make_mesh.tensor = 3'])
   assert plan is None and error.startswith('exit status 2: parti-jax: error: make_mesh.')

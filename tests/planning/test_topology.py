@@ -33,9 +33,9 @@ def test_parse(name, kind, dims, slices, count):
     ('v4', 'examples are v4:8x8x8'),
     ('v4:8x8', 'v4:AxBxC'),
     ('v5e:4x4x4', 'v5e:AxB'),
-    ('v9:4x4', "no chip 'v9'; there are v4, v5e, v5p, v6e, tpu7x and cpu"),
-    ('v4:0x8x8', 'numbers from 1'),
-    ('0xv4:4x4x4', 'numbers from 1'),
+    ('v9:4x4', "unknown chip 'v9'; choose from v4, v5e, v5p, v6e, tpu7x and cpu"),
+    ('v4:0x8x8', 'sizes of at least 1'),
+    ('0xv4:4x4x4', 'sizes of at least 1'),
     ('2xcpu:8', 'no slices'),
     ('cpu:9999', 'xla_force_host_platform_device_count=9999'),
   ],
@@ -73,7 +73,9 @@ def test_every_kind_makes_a_mesh(name, tpu_devices):
 
 def test_libtpus_no_is_one_line_and_its_notes_stay_hidden(tpu_devices, capfd):
   del tpu_devices
-  with pytest.raises(UserError, match='--topology=v4:3x3x3: libtpu knows no such topology: .*3x3'):
+  with pytest.raises(
+    UserError, match="--topology=v4:3x3x3: libtpu doesn't know this topology: .*3x3"
+  ):
     topology.parse('v4:3x3x3').devices()
   captured = capfd.readouterr()
   assert not captured.err and not captured.out

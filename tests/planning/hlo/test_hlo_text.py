@@ -262,7 +262,7 @@ def test_turns_of_a_loop(arguments, turns):
 def test_a_loop_of_unknown_turns_is_said():
   costs = hlo_cost.costs(_loop('%i, %n), direction=LT', start='custom-call(), x=1'), 1)
   assert costs.product_flops == 2 * 8 * 128 * 128
-  assert costs.notes == {'turns of the loop a/while are not known; counted once'}
+  assert costs.notes == {'the trip count of the loop a/while is unknown; counted once'}
 
 
 def _kernel(name, results, sides=True):
@@ -303,7 +303,7 @@ def test_a_kernel_of_which_nothing_is_known_is_said():
   patterns = [attention_patterns.AttentionPattern('global', (16, 32))]
   costs = hlo_cost.costs(_kernel('other', 1), 1, kernels.splash_flops(patterns))
   assert costs.kernel_flops == 0
-  assert costs.notes == {'the kernel other says nothing about its FLOPs; not counted'}
+  assert costs.notes == {'the kernel other has no FLOPs estimate; not counted'}
 
 
 def test_memory_on_the_chip_and_in_the_host_is_not_the_devices():
