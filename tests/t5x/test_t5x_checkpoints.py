@@ -389,7 +389,7 @@ def test_bad_runs(run, tmp_path, capsys):
   folder, _, written = run
   command = ['t5x_checkpoint', f'--output_dir={tmp_path}']
   assert main.main([*command, f'--model_dir={folder}', '--step=6']) == 2
-  assert 'no checkpoint of step 6; those there are of 7' in capsys.readouterr().err
+  assert 'no checkpoint of step 6; there are 7' in capsys.readouterr().err
   assert (
     main.main(['t5x_checkpoint', f'--output_dir={written.parent}', f'--model_dir={folder}']) == 2
   )

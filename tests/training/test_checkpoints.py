@@ -134,7 +134,7 @@ def test_parameters_of_another_shape_are_named(saved):
   ],
 )
 def test_settings_that_differ_are_named(saved, changes, words):
-  with pytest.raises(UserError, match='of another configuration') as caught:
+  with pytest.raises(UserError, match='has another configuration') as caught:
     _restored(saved[0], _trainer(**changes))
   assert all(word in str(caught.value) for word in words)
 

@@ -127,7 +127,7 @@ def test_whichever_write_finds_the_disk_full_the_last_one_is_whole(run, full, tm
   [
     (errno.EACCES, 'permission denied: the run has stopped; make the folder writable'),
     (errno.EROFS, 'read-only file system: the run has stopped; make the folder writable'),
-    (errno.EIO, 'input/output error: the run has stopped; see to the disk'),
+    (errno.EIO, 'input/output error: the run has stopped; check the disk'),
   ],
 )
 def test_other_errors_of_writing_are_told(run, full, code, advice):
