@@ -220,9 +220,9 @@ def test_without_anything_to_compare_over(pipeline, flags, tmp_path):
   [
     (['--dataset=cocoa'], "unknown data set 'cocoa'; they are openmoji, coco"),
     (['--dataset=localized_narratives'], 'needs --annotations FILE and --pictures DIR'),
-    (['--dataset=coco', '--annotations=a'], '--annotations FILE goes with --pictures DIR'),
-    (['--dataset=coco', '--splits', 'train'], '--splits is of --dataset=openmoji, not of coco'),
-    (['--annotations=a'], '--annotations is of --dataset=coco and localized_narratives'),
+    (['--dataset=coco', '--annotations=a'], '--annotations FILE needs --pictures DIR'),
+    (['--dataset=coco', '--splits', 'train'], '--splits only applies to --dataset=openmoji, not to coco'),
+    (['--annotations=a'], '--annotations only applies to --dataset=coco and localized_narratives'),
     (['--num_captions=0', '--dataset=coco'], '--num_captions must be a positive number'),
     (['--image_size=0'], '--image_size must be a positive number'),
     (['--inception_weights=nothing.pth'], '--inception_weights nothing.pth is no file'),

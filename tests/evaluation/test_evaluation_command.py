@@ -66,7 +66,7 @@ def test_prints_the_table_and_writes_reports_and_sheets(pipeline, tmp_path, caps
 @pytest.mark.parametrize(
   'arguments, message',
   [
-    (['--splits', 'tset'], "unknown split 'tset'; the splits are train, validation"),
+    (['--splits', 'tset'], "unknown split 'tset'; choose from train, validation"),
     (['--num_images', '0'], '--num_images must be a positive number, not 0'),
     (['--max_prompts', '-3'], '--max_prompts'),
     (['--train_prompts', '0'], '--train_prompts'),

@@ -207,7 +207,7 @@ def test_a_step_on_a_tpu(tpu_devices, capfd, tmp_path):
     == 0
   )
   said = capfd.readouterr()
-  assert said.err == 'compiling for v5e:2x2: minutes for a large model\n'
+  assert said.err == 'compiling for v5e:2x2; this takes minutes for a large model\n'
   plan = json.loads(file.read_text())
   assert set(plan) == ENTRIES and plan['fits']
   assert plan['chip']['kind'] == 'v5e' and plan['memory']['capacity'] == 15.75 * 2**30

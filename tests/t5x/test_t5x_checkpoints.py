@@ -203,7 +203,7 @@ def test_a_run_of_a_checkpoint_of_t5x(run, tmp_path, capsys):
   _assert_same_bits(restored, state)
   # A run that has begun is not written over.
   assert main.main(again) == 2
-  assert 'again: has checkpoints already; give another --model_dir' in capsys.readouterr().err
+  assert 'again: has checkpoints already; choose another --model_dir' in capsys.readouterr().err
 
 
 def test_whole_second_moments_of_earlier_versions_are_factored_both_ways(tmp_path, caplog):

@@ -89,7 +89,7 @@ def test_models_by_url(s3_bucket, tmp_path, capsys):
   again = ['export', f'--base={url}', f'--vocabulary={vocabulary}', f'--output_dir={url}']
   assert main.main(again) == 2 and 'exists; choose another' in capsys.readouterr().err
   assert main.main([*again, '--overwrite']) == 0
-  assert f'draw with: parti-jax generate PROMPT --model={url}' in capsys.readouterr().out
+  assert f'try it: parti-jax generate PROMPT --model={url}' in capsys.readouterr().out
   model, base = model_folder.load(url), model_folder.load(demo)
   assert model.stored_as == 'float32' and model.vocabulary_path.is_file()
   jax.tree.map(np.testing.assert_array_equal, model.parti_params, base.parti_params)

@@ -126,7 +126,7 @@ def tokenize(monkeypatch, tokenizer_params, tmp_path):
 def test_all_splits_of_the_source(source, tokenize, tmp_path, capsys):
   assert tokenize(source) == (0, SPLITS)
   assert capsys.readouterr().out.startswith(
-    f'{source} {tmp_path / source} has the splits test, train; --splits chooses some of them\n'
+    f'{source} {tmp_path / source} has the splits test, train; use --splits to select some of them\n'
   )
 
 
@@ -205,11 +205,11 @@ def test_what_was_made_differently_is_replaced_by_overwrite_alone(
 @pytest.mark.parametrize(
   'flags, message',
   [
-    (['--worker=3/3'], '--worker=3/3 is not I/N with I from 0 to N-1'),
+    (['--worker=3/3'], '--worker=3/3 must be I/N with I from 0 to N-1'),
     (['--worker=1'], '--worker=1 is not I/N'),
     (['--worker=-1/2'], 'is not I/N'),
-    (['--worker=0/2', '--multi_host'], 'leave away either it or --multi_host'),
-    (['--worker=0/2', '--process_id=0'], 'leave away either it or --process_id'),
+    (['--worker=0/2', '--multi_host'], 'drop either it or --multi_host'),
+    (['--worker=0/2', '--process_id=0'], 'drop either it or --process_id'),
     (['--convert=old'], 'give --tokenizer=FOLDER or, to convert'),
     (['--batch_size=0'], '--batch_size'),
     (['--views=3'], '--views'),

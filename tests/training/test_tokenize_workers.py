@@ -135,7 +135,7 @@ def test_workers_in_any_order_write_the_same(whole, tokenize, tmp_path, order, c
     assert tokenize(tmp_path / 'tokens', f'--worker={worker}/3', f'--batch_size={3 + worker}') == 0
     out = capsys.readouterr().out
     if place < 2:
-      assert f'worker {worker} of 3 is done; ' in out and 'are left to the others' in out
+      assert f'worker {worker} of 3 is done; ' in out and 'are left for the others' in out
       with pytest.raises(UserError, match='is not finished'):
         token_cache_info.read_info(str(tmp_path / 'tokens'))
   assert 'train: 31 pictures' in out
