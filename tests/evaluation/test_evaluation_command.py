@@ -17,7 +17,7 @@ from parti_jax.evaluation import output_folder
 @pytest.fixture(name='pipeline')
 def fixture_pipeline(monkeypatch):
   pipeline = fakes.FakePipeline(lambda caption, index: fakes.render(caption))
-  # By its dictionary: setattr would first get the real one, and so import JAX.
+  # Set in its dictionary: setattr would first get the real one, and so import JAX.
   monkeypatch.setitem(vars(parti_jax), 'load', lambda path=None: pipeline)
   monkeypatch.setattr(openmoji, 'pictures', fakes.small_set)
   monkeypatch.setattr(openmoji, 'render', fakes.render)
