@@ -195,7 +195,7 @@ def test_gin_bindings_for_a_command_without_gin(command, capsys):
 
 def test_help_and_unknown_commands_import_neither_jax_nor_gin():
   code = (
-    'import sys\nfrom parti_jax import main\nmain.main(["--help"])\nmain.main(["no"])\n'
+    'import sys\nfrom parti_jax.cli import main\nmain.main(["--help"])\nmain.main(["no"])\n'
     'print(sorted({"jax", "gin", "numpy", "tensorflow"} & set(sys.modules)))'
   )
   done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)

@@ -286,7 +286,7 @@ def test_an_exported_model(tmp_path, capsys):
     ([], 'neither a run .* nor an exported model'),
     (['info.json', 'train-00000.array_record'], 'image tokens, for --gin.token_cache.path'),
     (['state/d', 'model/metadata'], 'one checkpoint; give the folder of its run'),
-    (['config.json'], 'config.json: damaged, or not of an exported model'),
+    (['config.json'], 'config.json: damaged, or not from an exported model'),
   ],
 )
 def test_other_folders_are_named(tmp_path, files, message):
@@ -295,7 +295,7 @@ def test_other_folders_are_named(tmp_path, files, message):
     (tmp_path / name).write_text('{}')
   with pytest.raises(errors.UserError, match=message):
     info.describe(str(tmp_path))
-  with pytest.raises(errors.UserError, match='nowhere: not there'):
+  with pytest.raises(errors.UserError, match='nowhere: does not exist'):
     info.describe(str(tmp_path / 'nowhere'))
 
 
