@@ -80,7 +80,7 @@ def test_reports_pictures_and_sheet(pipeline, flags, tmp_path, capsys):
   assert table['rows']['reconstruction']['precision'] == 1
   assert table['rows']['generated']['frechet_distance'] > 0.01
   printed = capsys.readouterr()
-  assert '12 captions, not 30,000' in printed.err
+  assert 'all 12 captions, which are fewer than --num_captions=30000' in printed.err
   assert 'Fréchet distance' in printed.out and 'MS-COCO' in printed.out
   assert Image.open(out / 'contact_sheet.png').width > 4 * 2 * 128
   with tarfile.open(out / 'generated' / '00001.tar') as tar:

@@ -71,7 +71,7 @@ def test_prints_the_table_and_writes_reports_and_sheets(pipeline, tmp_path, caps
     (['--max_prompts', '-3'], '--max_prompts'),
     (['--train_prompts', '0'], '--train_prompts'),
     (['--batch_size', '0'], '--batch_size'),
-    (['--seed', '-1'], '--seed must not be negative'),
+    (['--seed', '-1'], '--seed=-1 must not be negative'),
     (['--seed', '4294967296'], '--seed=4294967296 must be a whole number from 0 to 4294967295'),
     (['--image_size', '1000000'], '--image_size=1000000 must be a whole number from 1 to 4096'),
     (['--num_images', '3000000000'], '--num_images=3000000000 must be'),

@@ -282,7 +282,7 @@ def test_the_optimizer_may_begin_anew(run, tmp_path, capsys):
   assert 'state/param_states/' in error and '--parameters_only' in error
   assert not (tmp_path / 'run').exists()
   assert main.main([*command, '--parameters_only']) == 0
-  assert 'the optimiser begins anew' in capsys.readouterr().out
+  assert 'the optimiser starts again' in capsys.readouterr().out
   trainer = _trainer('adamw')
   manager = run_checkpoints.Checkpoints(tmp_path / 'run')
   restored, _ = manager.restore(7, trainer.abstract, run_checkpoints.describe(trainer.objective))
@@ -372,12 +372,18 @@ def test_nothing_is_left_of_a_checkpoint_that_could_not_be_written(tmp_path, mon
     ([], '--output_dir not given'),
     (['--output_dir=o'], 'give --model_dir=RUN or --model=FOLDER'),
     (['--output_dir=o', '--model_dir=r', '--model=m'], 'give --model_dir=RUN or --model=FOLDER'),
-    (['--output_dir=o', '--model=m', '--step=3'], '--step does not go with --model'),
-    (['--output_dir=o', '--model_dir=r', '--parameters_only'], '--parameters_only does not go'),
-    (['--output_dir=o', '--model_dir=r', '--gin.a.b=1'], '--gin.NAME=VALUE does not go'),
+    (['--output_dir=o', '--model=m', '--step=3'], "--step can't be combined with --model"),
+    (
+      ['--output_dir=o', '--model_dir=r', '--parameters_only'],
+      "--parameters_only can't be combined",
+    ),
+    (['--output_dir=o', '--model_dir=r', '--gin.a.b=1'], "--gin.NAME=VALUE can't be combined"),
     (['--output_dir=s3://b/o', '--model=m'], "s3://b/o: t5x's checkpoints are in folders and at"),
     (['--from_t5x=c'], '--model_dir and --gin_file not given'),
-    (['--from_t5x=c', '--model_dir=r', *GIN, '--step=2'], '--step does not go with --from_t5x'),
+    (
+      ['--from_t5x=c', '--model_dir=r', *GIN, '--step=2'],
+      "--step can't be combined with --from_t5x",
+    ),
   ],
 )
 def test_bad_flags(flags, words, capsys):

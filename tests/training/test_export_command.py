@@ -49,4 +49,4 @@ def test_a_folder_may_be_its_own_base(tmp_path):
 
 def test_without_a_base_all_parts_are_required(tmp_path, capsys):
   assert main.main(['export', f'--tokenizer={tmp_path}', f'--output_dir={tmp_path}/model']) == 2
-  assert '--generator, --vocabulary: needed' in capsys.readouterr().err
+  assert '--generator, --vocabulary: required' in capsys.readouterr().err
