@@ -1,8 +1,9 @@
-"""Checkpoints of runs in stores that Orbax can't write to, s3:// above all, through a local folder.
+"""Stages checkpoints in a local folder, for stores such as s3:// that Orbax can't write to.
 
 Orbax, with TensorStore, writes to disks and to gs://. For any other URL it gets a temporary folder
-on a disk (TMPDIR says where), from which each whole checkpoint is uploaded in the background. The
-manifest goes last: a checkpoint of the store counts only with it. Reading goes the other way.
+on a disk (set TMPDIR to choose where), from which each whole checkpoint is uploaded in the
+background. The manifest is uploaded last: a checkpoint in the store counts only with it. Reading
+downloads the checkpoint to such a folder.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ _OF_ALL = ('_METADATA', '_sharding', '.zarray', 'commit_success.txt')
 
 
 def is_needed(model_dir) -> bool:
-  """Whether Orbax can't reach a run's folder itself."""
+  """Returns whether Orbax can't access a run's folder itself."""
   return storage.is_url(model_dir) and not str(model_dir).startswith('gs://')
 
 
 class Staging:
-  """The checkpoints of a run in a store, the newest whole one of them in a local folder.
+  """The checkpoints of a run in a store, with a local copy of the newest whole one.
 
   Each of several processes has a folder of its own, with a copy of the newest checkpoint, and
   uploads what it wrote itself. They learn from the store how far the others are: each puts a part
@@ -42,7 +43,7 @@ class Staging:
 
   Attributes:
     directory: the local folder, removed by `close` or at the end of the process. It has the newest
-      checkpoint that is whole, and the damaged ones that are newer.
+      whole checkpoint and any newer, damaged ones.
 
   Args:
     model_dir: the run's folder, a URL.
@@ -76,34 +77,34 @@ class Staging:
         break
 
   def move_aside(self, damaged: Sequence) -> None:
-    """Renames damaged checkpoints in the store, as `verification.move_aside` does on a disk."""
-    there = storage.names(self._url)
+    """Renames damaged checkpoints in the store, like `verification.move_aside` on a disk."""
+    existing = storage.names(self._url)
     for bad in damaged:
-      target = verification.free_name(bad.step, there.__contains__)
+      target = verification.free_name(bad.step, existing.__contains__)
       storage.move_folder(self._step(bad.step), storage.join(self._url, target))
 
   def upload(self, step: int) -> None:
-    """Starts uploading a checkpoint that is whole; older ones in the store go then."""
+    """Starts uploading a whole checkpoint; afterwards older ones in the store are removed."""
     self.wait()
     self._uploading = self._thread.submit(self._upload, step)
 
   def check(self) -> None:
-    """Raises what went wrong with an upload, without waiting for it."""
+    """Raises the error of a failed upload, without waiting for one that still runs."""
     if self._uploading is not None and self._uploading.done():
       self.wait()
 
   def wait(self) -> None:
-    """Waits until what was started is in the store.
+    """Waits until the upload that was started is in the store.
 
     Raises:
-      UserError: if the store does not take it.
+      UserError: if the upload fails.
     """
     uploading, self._uploading = self._uploading, None
     if uploading is not None:
       uploading.result()
 
   def steps(self) -> list[int]:
-    """Steps of the checkpoints in the store."""
+    """Returns the steps of the checkpoints in the store."""
     return _steps(self._url)
 
   def close(self) -> None:
@@ -121,7 +122,7 @@ class Staging:
     return storage.join(self._url, str(step))
 
   def _download(self, step: int) -> str | None:
-    """Copies a checkpoint here; says what is wrong with it."""
+    """Downloads a checkpoint; returns its fault, or None if it is whole."""
     url, local = self._step(step), self.directory / str(step)
     names = storage.sizes(url)
     for name in names:
@@ -185,14 +186,14 @@ class Staging:
     kept = {*self.steps()[-self._keep :], *_numbers(storage.names(self.directory))}
     for old in _numbers(storage.names(self._url)):
       if old < step and old not in kept:
-        # Without its manifest it does not count, however far this comes.
+        # Without its manifest it no longer counts, even if the removal is interrupted.
         if storage.exists(manifest_of := storage.join(self._step(old), manifest.NAME)):
           storage.remove(manifest_of)
         storage.remove_folder(self._step(old))
 
 
 def steps(model_dir) -> list[int]:
-  """Steps of the checkpoints that are whole in a store, the newest last.
+  """Returns the steps of the whole checkpoints in a store, the newest last.
 
   Args:
     model_dir: the run's folder, a URL.

@@ -189,7 +189,7 @@ def test_prepared_pictures_are_prepared_again_elsewhere(tars, tmp_path, capsys):
     '--direct_num_workers=1',
   ]
   assert _prepare(*again, f'--output_dir={out}/../out', '--overwrite') == 2
-  assert 'is the folder that is read' in capsys.readouterr().err
+  assert 'is the input folder' in capsys.readouterr().err
   assert _files(out) == before
   assert _prepare(*again, f'--output_dir={tmp_path}/again') == 0
   assert _report(tmp_path / 'again')['left_out'] == {'column clip too low': 1}

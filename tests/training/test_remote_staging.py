@@ -1,4 +1,4 @@
-"""Checkpoints in stores that Orbax does not write to: uploaded whole, verified, tidied up."""
+"""Tests checkpoints in stores that Orbax can't write to: uploads, verification and removal."""
 
 import os
 import threading
@@ -45,7 +45,7 @@ def test_checkpoints_on_s3(s3_bucket, tmp_path, capsys):
     run_checkpoints.latest_checkpoint(run)
   assert _save(run, 1, 2, 3).step is None
   assert storage.names(folder) == ['2', '3'] and remote_staging.steps(run) == [2, 3]
-  # An upload that was cut short does not count, and its step is written anew.
+  # An interrupted upload doesn't count, and its step is written again.
   storage.write(f'{folder}/4/state/d/left', 'left')
   assert run_checkpoints.has_checkpoint(run) and remote_staging.steps(run) == [2, 3]
   _damage(run, 3)
@@ -63,7 +63,7 @@ def test_checkpoints_on_s3(s3_bucket, tmp_path, capsys):
     _save(run, 5)
 
 
-def test_a_failed_upload_is_told_and_older_checkpoints_stay(tmp_path, monkeypatch):
+def test_a_failed_upload_is_reported_and_older_checkpoints_stay(tmp_path, monkeypatch):
   run = f'memory:///{tmp_path.name}'
   _save(run, 1)
 
@@ -159,13 +159,13 @@ def test_models_by_url(s3_bucket, tmp_path, capsys):
   assert main.main(['export', f'--base={demo}', f'--output_dir={url}', '--dtype=float32']) == 0
   vocabulary = storage.join(url, 'vocabulary.model')
   again = ['export', f'--base={url}', f'--vocabulary={vocabulary}', f'--output_dir={url}']
-  assert main.main(again) == 2 and 'exists; name another' in capsys.readouterr().err
+  assert main.main(again) == 2 and 'exists; choose another' in capsys.readouterr().err
   assert main.main([*again, '--overwrite']) == 0
-  assert f'draw with: parti-jax generate PROMPT --model={url}' in capsys.readouterr().out
+  assert f'try it: parti-jax generate PROMPT --model={url}' in capsys.readouterr().out
   model, base = model_folder.load(url), model_folder.load(demo)
   assert model.stored_as == 'float32' and model.vocabulary_path.is_file()
   jax.tree.map(np.testing.assert_array_equal, model.parti_params, base.parti_params)
-  with pytest.raises(errors.UserError, match='no-model is no model folder'):
+  with pytest.raises(errors.UserError, match="no-model isn't a model folder"):
     text_to_image.load(f'{s3_bucket}/no-model')
 
 
@@ -183,8 +183,8 @@ def _train(run, steps, bindings):
 
 
 @pytest.mark.slow
-def test_a_run_on_s3_goes_on_as_one_on_a_disk(s3_bucket, tmp_path, generator_bindings):
-  """Stopped at step 4 and started again, a run on S3 ends as one on a disk that went through."""
+def test_a_run_on_s3_resumes_like_one_on_a_disk(s3_bucket, tmp_path, generator_bindings):
+  """Tests that a resumed run on S3 ends like an uninterrupted run on a disk."""
   run = f'{s3_bucket}/{tmp_path.name}'
   _train(run, 4, generator_bindings)
   _train(run, 6, generator_bindings)

@@ -1,4 +1,4 @@
-"""Runs whose data, checkpoints, lock, journal and metrics are in an object store that misbehaves."""
+"""Tests runs with data, checkpoints, lock, journal and metrics in a misbehaving object store."""
 
 import functools
 import os
@@ -41,7 +41,7 @@ def _arrays(path):
   }
 
 
-def test_checkpoints_come_back_from_a_bad_store(bad_store):
+def test_checkpoints_are_restored_from_a_bad_store(bad_store):
   run, state = f'{bad_store.folder}/run', {'a': jnp.arange(4.0), 'b': jnp.ones((200, 300))}
   bad_store.faults = misbehaving_store.every(8)
   manager = run_checkpoints.Checkpoints(run, keep=1)
@@ -55,7 +55,7 @@ def test_checkpoints_come_back_from_a_bad_store(bad_store):
   assert len(bad_store.sent) > 4
 
 
-def test_a_dead_store_under_a_checkpoint_is_one_line(bad_store, monkeypatch):
+def test_a_dead_store_under_a_checkpoint_is_reported_in_one_line(bad_store, monkeypatch):
   monkeypatch.setenv(store_retries.SECONDS_VARIABLE, '0.5')
   run = f'{bad_store.folder}/run'
   manager = run_checkpoints.Checkpoints(run, keep=1)
@@ -69,7 +69,7 @@ def test_a_dead_store_under_a_checkpoint_is_one_line(bad_store, monkeypatch):
   assert not run_checkpoints.has_checkpoint(run)
 
 
-def test_of_starts_at_a_bad_store_one_wins(bad_store, monkeypatch):
+def test_one_of_several_starts_at_a_bad_store_wins(bad_store, monkeypatch):
   folder = f'{bad_store.folder}/run'
   monkeypatch.setattr(run_lock, 'SETTLE', 0.01)
   for fault in ('lost', '503', 'cut'):
@@ -84,13 +84,13 @@ def test_of_starts_at_a_bad_store_one_wins(bad_store, monkeypatch):
     assert bad_store.sent[fault]
 
 
-def test_a_beat_does_not_wait_as_long_as_others_do_for_it(bad_store, monkeypatch):
+def test_a_lock_update_waits_less_than_the_patience_of_others(bad_store, monkeypatch):
   monkeypatch.setattr(run_lock, 'SETTLE', 0.01)
   monkeypatch.setattr(run_lock, 'BEAT', 0.2)
   with run_lock.RunLock(f'{bad_store.folder}/run') as lock:
     bad_store.faults = lambda *_: '503'
     with pytest.raises(errors.UserError, match='tried'):
-      lock.beat()  # And not after the two minutes that others take.
+      lock.beat()  # Not only after the two minutes of other requests.
     bad_store.faults = lambda *_: None
     lock.confirm()
 
@@ -114,7 +114,7 @@ def test_journal_and_metrics_are_whole_in_a_bad_store(bad_store, tmp_path):
 
 
 def _train(run, tokens, logs, processes=1, env=None, seconds=900):
-  """Trains the tiny generator in processes of its own; returns what they showed and statuses."""
+  """Trains the tiny generator in separate processes; returns their output and statuses."""
   with socket.socket() as unused:
     unused.bind(('127.0.0.1', 0))
     port = unused.getsockname()[1]
@@ -219,7 +219,7 @@ def test_a_store_that_dies_ends_the_run_in_one_line(bad_store, tokens_folder, tm
 
   def dies(method, path, count):
     del count
-    # Once the first checkpoint is on its way.
+    # Once the first checkpoint is being written.
     dies.dead |= method in ('PUT', 'POST') and 'checkpoints' in path and 'state' in path
     return fault if dies.dead else None
 

@@ -1,4 +1,4 @@
-"""`parti-jax tokenize --convert`: token caches of version 1, TFRecords, become ones of version 2."""
+"""Tests `parti-jax tokenize --convert`, from version 1 (TFRecords) to version 2."""
 
 import json
 import os
@@ -79,7 +79,7 @@ def test_examples_and_their_order_stay(old, tmp_path, capsys):
     ]
     assert [shard['examples'] for shard in info['splits'][split]['shards']] == list(counts)
   out = capsys.readouterr().out
-  assert f'the token cache {old} has the splits train, validation; --splits chooses' in out
+  assert f'the token cache {old} has the splits train, validation; use --splits' in out
   assert 'train: 6 pictures, 4 tokens each\n' in out
 
 
@@ -160,7 +160,7 @@ def _cut(old):
     (lambda old: (old / 'info.json').write_text('{"version": 2}'), 'is of version 2 already'),
   ],
 )
-def test_what_cannot_be_converted(old, tmp_path, harm, message, capsys):
+def test_invalid_caches(old, tmp_path, harm, message, capsys):
   harm(old)
   assert _convert(old, tmp_path / 'new') == 2
   error = capsys.readouterr().err
@@ -168,7 +168,7 @@ def test_what_cannot_be_converted(old, tmp_path, harm, message, capsys):
   assert not (tmp_path / 'new').exists()
 
 
-def test_a_split_that_is_not_there(old, tmp_path, capsys):
+def test_a_missing_split(old, tmp_path, capsys):
   assert _convert(old, tmp_path / 'new', '--splits', 'test') == 2
   assert "has no split 'test'; it has train, validation" in capsys.readouterr().err
 
@@ -177,7 +177,7 @@ def test_a_split_that_is_not_there(old, tmp_path, capsys):
 def test_flags_that_would_change_tokens(old, tmp_path, flag, capsys):
   assert _convert(old, tmp_path / 'new', flag) == 2
   name = '--gin' if flag.startswith('--gin') else flag.partition('=')[0]
-  assert f'--convert keeps the tokens as they are; leave away {name}\n' in capsys.readouterr().err
+  assert f'--convert keeps the tokens unchanged; omit {name}\n' in capsys.readouterr().err
 
 
 def test_into_the_folder_itself(old, capsys):
