@@ -15,8 +15,8 @@ from parti_jax.core.errors import UserError
 # Packages whose errors concern the store and not our code.
 _STORE_PACKAGES = ('aiobotocore', 'aiohttp', 'botocore', 'gcsfs', 'google', 'requests', 's3fs')
 # Errors that mean the same for objects as for local files.
-_OF_FILES = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
-_OF_TENSORSTORE = re.compile(
+_FILE_ERRORS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
+_TENSORSTORE_ERROR = re.compile(
   r'(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|INTERNAL|PERMISSION_DENIED|UNAUTHENTICATED): .*'
   r'(gs://|https?://)',
   re.DOTALL,
@@ -53,7 +53,7 @@ def _translated(error: Exception, path, writing: bool, operation) -> Exception:
     if writing:
       return UserError(f'{path}: the bucket of this URL does not exist; create it first')
     return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path))
-  if isinstance(error, _OF_FILES):
+  if isinstance(error, _FILE_ERRORS):
     return error
   if isinstance(error, ImportError):
     explained = optional_packages.missing_extra(error.__cause__ or error)
@@ -76,7 +76,7 @@ def failure(error: BaseException) -> str | None:
   """
   while error is not None:
     # TensorStore's errors don't have a class of their own.
-    if _from_store(error) or _OF_TENSORSTORE.search(str(error)):
+    if _from_store(error) or _TENSORSTORE_ERROR.search(str(error)):
       return _reason(error)
     error = error.__cause__ or error.__context__
   return None

@@ -65,10 +65,10 @@ def _transform(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform | None]:
     )
   except (ImageCms.PyCMSError, OSError, ValueError, KeyError):
     return '', None
-  return space, None if _changes_nothing(transform, space) else transform
+  return space, None if _is_identity(transform, space) else transform
 
 
-def _changes_nothing(transform: ImageCms.ImageCmsTransform, space: str) -> bool:
+def _is_identity(transform: ImageCms.ImageCmsTransform, space: str) -> bool:
   """Returns whether a transform of grey or RGB colours is the identity."""
   if space == 'CMYK':
     return False

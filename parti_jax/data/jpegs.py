@@ -93,7 +93,7 @@ def decode(data: bytes, mode: str, least: int) -> Image.Image:
     pixels = simplejpeg.decode_jpeg(data, **arguments)
   except ValueError as error:
     if 'Could not determine subsampling' in str(error):
-      return _of_unusual_sampling(data, least)
+      return _decode_unusual_sampling(data, least)
     pixels = _repaired_pixels(data, str(error), arguments)
   if mode == 'CMYK':
     # Adobe's programs, which write nearly all of these, invert the inks.
@@ -139,7 +139,7 @@ def _repaired_pixels(data: bytes, warning: str, arguments: Mapping) -> np.ndarra
   raise ValueError(warning)
 
 
-def _of_unusual_sampling(data: bytes, least: int) -> Image.Image:
+def _decode_unusual_sampling(data: bytes, least: int) -> Image.Image:
   """Decodes with Pillow what simplejpeg doesn't support, such as chroma finer than luma.
 
   To detect scans that are too short, it appends bytes to each scan, which then change the picture.
@@ -150,14 +150,14 @@ def _of_unusual_sampling(data: bytes, least: int) -> Image.Image:
       pieces += [data[position : marker.start], b'\x5a\xa5' * 32]
       position = marker.start
   image, other = (
-    _pillows(variant, least) for variant in (data, b''.join([*pieces, data[position:]]))
+    _decode_with_pillow(variant, least) for variant in (data, b''.join([*pieces, data[position:]]))
   )
   if ImageChops.difference(image, other).getbbox() is not None:
     raise ValueError('a scan breaks off')
   return image
 
 
-def _pillows(data: bytes, least: int) -> Image.Image:
+def _decode_with_pillow(data: bytes, least: int) -> Image.Image:
   with Image.open(io.BytesIO(data), formats=('JPEG', 'MPO')) as image:
     if least:
       image.draft(None, (least, least))
@@ -201,13 +201,13 @@ def _guesses(
     removed, each guess removes `count` more zeros before some markers within or after scans.
   """
   sequential = any(marker.kind in _SEQUENTIAL for marker in markers)
-  surely = {
+  certain = {
     marker.start: marker.zeros
     for marker in markers
     if marker.zeros and (not marker.in_scan or marker.zeros > _SHORT and not sequential)
   }
-  if surely.items() - cuts.items():
-    return [{**cuts, **surely}]
+  if certain.items() - cuts.items():
+    return [{**cuts, **certain}]
   zeros = {marker: marker.zeros - cuts.get(marker.start, 0) for marker in markers}
   padded = [
     marker

@@ -109,7 +109,7 @@ class SeqioExamples:
       except StopIteration:
         self._end_epoch()
       except tf.errors.OpError as error:
-        problem = _of_the_data(error)
+        problem = _data_problem(error)
         if problem is None:
           raise
         raise UserError(f'{self._task.name}, {self._split}: reading failed: {problem}') from error
@@ -142,7 +142,7 @@ class SeqioExamples:
       self._stream = self._open_epoch()
 
 
-def _of_the_data(error: tf.errors.OpError) -> str | None:
+def _data_problem(error: tf.errors.OpError) -> str | None:
   """Returns a problem with the data in one line; None for other errors in Python code."""
   if _IN_PYTHON not in error.message:
     return error.message.splitlines()[0]

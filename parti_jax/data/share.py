@@ -31,7 +31,7 @@ if TYPE_CHECKING:
   from parti_jax.data import datasets
 
 # If more of an epoch than this is unusable, something must be wrong with the source.
-_MUCH = 0.5
+_MAX_UNUSABLE = 0.5
 _TALLIES = ('skipped', 'shortened')
 # Examples read and prepared at once: with pictures, and without, which are prepared faster than
 # they could be handed between threads.
@@ -182,11 +182,11 @@ def stream_state(
     return {'epoch': epoch, 'skip': read}
   length = len(order_lib.Order(len(opened), 0, False, reading.share, reading.shares))
   if read > length:
-    raise _beyond(epoch, read, length)
+    raise _beyond_the_end(epoch, read, length)
   return {'position': epoch * length + read}
 
 
-def _beyond(epoch: int, read: int, length: int) -> UserError:
+def _beyond_the_end(epoch: int, read: int, length: int) -> UserError:
   return UserError(
     f'the place has {read} examples before it in epoch {epoch}, which has {length}; '
     'give a place in the same data'
@@ -378,7 +378,7 @@ class _ShardStream(Stream):
       try:
         next(self._raw)
       except StopIteration:
-        raise _beyond(self._epoch, state['skip'], skipped) from None
+        raise _beyond_the_end(self._epoch, state['skip'], skipped) from None
     self._state = {'epoch': self._epoch, 'reader': self._raw.get_state()}
 
   def __next__(self) -> Outcome:
@@ -447,7 +447,7 @@ class ShareExamples:
     # The current epoch: its index, and the examples taken and skipped in it.
     self._epoch = self._taken = self._lost = 0
     # Consecutive epochs without a usable example.
-    self._barren = 0
+    self._empty_epochs = 0
     self._stream = open_stream(self._opened, reading)
 
   @property
@@ -545,7 +545,7 @@ class ShareExamples:
         outcome = next(self._stream)
       except StopIteration:
         if self._reading.num_epochs is None:
-          raise self._nothing() from None
+          raise self._no_usable_example() from None
         self._end_epoch(last=True)
         return None
       if outcome.epoch != self._epoch:
@@ -559,7 +559,7 @@ class ShareExamples:
       self._counts['skipped'][outcome.reason] += 1
       tally.warn_once(outcome.reason, outcome.where)
 
-  def _nothing(self) -> UserError:
+  def _no_usable_example(self) -> UserError:
     """Returns the error of a share without usable examples."""
     skipped, shares = tally.told(self.counts('skipped')), self._reading.shares
     part = (
@@ -574,13 +574,13 @@ class ShareExamples:
     """Reports on the epoch that has ended."""
     where, place = f'{self._dataset.name}, {self._split}', self._dataset.source.place
     skipped, shortened = (tally.told(self.counts(name)) for name in _TALLIES)
-    self._barren = 0 if self._taken else self._barren + 1
+    self._empty_epochs = 0 if self._taken else self._empty_epochs + 1
     if (
       not self._taken
       and (self._lost or not self._epoch)
-      and self._barren >= patience(self._opened, self._reading)
+      and self._empty_epochs >= patience(self._opened, self._reading)
     ):
-      raise self._nothing()
+      raise self._no_usable_example()
     if (skipped or shortened) and (self._taken or self._lost):
       logging.warning(
         '%s: epoch %d ended after %d examples; so far skipped: %s; kept in part: %s',
@@ -590,7 +590,7 @@ class ShareExamples:
         skipped or 'none',
         shortened or 'none',
       )
-    if self._lost > _MUCH * (self._lost + self._taken):
+    if self._lost > _MAX_UNUSABLE * (self._lost + self._taken):
       logging.error(
         '%s: %d of %d examples of epoch %d of %s could not be used; check what was skipped and '
         'why before you continue',

@@ -126,9 +126,9 @@ def take_turns(
   exact = [fractions.Fraction(repr(float(rate))) for rate in rates]
 
   def turns() -> Iterator[np.ndarray]:
-    whose = mixing.Turns([rate / sum(exact) for rate in exact])
+    schedule = mixing.Turns([rate / sum(exact) for rate in exact])
     while True:
-      yield np.array([whose.next() for _ in range(_TURNS)], np.int64)
+      yield np.array([schedule.next() for _ in range(_TURNS)], np.int64)
 
   order = tf.data.Dataset.from_generator(
     turns, output_signature=tf.TensorSpec([_TURNS], tf.int64)

@@ -67,12 +67,12 @@ def read_info(folder: str) -> dict[str, Any]:
       f'the token cache {folder} has version 1; convert it to version '
       f'{VERSION} with: parti-jax tokenize --convert={folder} --output_dir=FOLDER'
     )
-  if not _makes_sense(info):
+  if not _is_valid(info):
     raise UserError(f'{path} is damaged; {HOW_TO_MAKE} again')
   return info
 
 
-def _makes_sense(info: Mapping[str, Any]) -> bool:
+def _is_valid(info: Mapping[str, Any]) -> bool:
   """Returns whether the entries that we read have the right types."""
   return (
     _whole(info['codebook_size'])

@@ -50,7 +50,7 @@ class OldCache:
       raise UserError(f'--convert={path}: info.json is damaged') from error
     if isinstance(info, dict) and info.get('version', 1) != 1:
       raise UserError(f'--convert={path}: this token cache already has version {info["version"]}')
-    if not _makes_sense(info):
+    if not _is_valid(info):
       raise UserError(f'--convert={path}: info.json is damaged, or not that of a token cache')
     self._splits = info.pop('splits')
     self.info, self.splits = info, tuple(self._splits)
@@ -105,7 +105,7 @@ class OldCache:
       return Damaged('record of another token cache')
 
 
-def _makes_sense(info: Any) -> bool:
+def _is_valid(info: Any) -> bool:
   whole = lambda value: type(value) is int and 1 <= value < 2**40  # Excludes bool.
   if not (
     isinstance(info, Mapping)

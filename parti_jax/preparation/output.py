@@ -80,7 +80,7 @@ class Output:
         f'--output_dir={self.folder} holds a finished split {self.split!r}; choose '
         'another folder or another --split, or replace it with --overwrite'
       )
-    left = self._free_from_the_dead(overwrite)
+    left = self._remove_leftovers(overwrite)
     if shards and not (left or overwrite):
       raise UserError(
         f'--output_dir={self.folder} holds {shards[0]}, which belongs to no finished '
@@ -154,7 +154,7 @@ class Output:
       _json({'kind': prepared.KIND, 'version': prepared.VERSION, 'splits': splits}),
     )
 
-  def _free_from_the_dead(self, overwrite: bool) -> bool:
+  def _remove_leftovers(self, overwrite: bool) -> bool:
     """Removes the leftovers of an earlier run; returns whether there were any.
 
     Raises:

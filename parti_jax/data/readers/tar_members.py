@@ -101,7 +101,7 @@ def _members(file, endings, max_bytes) -> Iterator[Member | Damaged]:
         special = None  # The next member's name is unknown.
         _skip(file, _padded(size))
       elif special is not None:
-        special |= _said_by(header.type, _content(file, size))
+        special |= _attributes_from(header.type, _content(file, size))
       else:
         _skip(file, _padded(size))
       continue
@@ -135,7 +135,7 @@ def _size(header: tarfile.TarInfo, special: dict[str, str]) -> int:
   return size
 
 
-def _said_by(kind: bytes, content: bytes) -> dict[str, str]:
+def _attributes_from(kind: bytes, content: bytes) -> dict[str, str]:
   """Returns the attributes that a special header sets for the next member."""
   if kind == tarfile.GNUTYPE_LONGNAME:
     return {'path': content.split(b'\0')[0].decode('utf-8', 'surrogateescape')}

@@ -214,19 +214,19 @@ class _Rows(base.Records):
     path = self._files[file]
 
     def read_group():
-      metadata = _kept().get((self._key, file), lambda: parquet_files.Metadata(path)).value
+      metadata = _cache().get((self._key, file), lambda: parquet_files.Metadata(path)).value
       return parquet_files.WholeGroup(
         path, metadata, int(self._number_of[group]), int(self._rows[group]), self._columns[file]
       )
 
     try:
-      return _kept().get((self._key, file, group), read_group).example(row)
+      return _cache().get((self._key, file, group), read_group).example(row)
     except parquet_files.Unreadable:
       return Damaged('file that is gone or cannot be read', file=path)
 
 
 @functools.cache
-def _kept():
+def _cache():
   from parti_jax.data.readers import parquet_files
 
   return parquet_files.Cache(_KEPT)
