@@ -34,7 +34,7 @@ def test_a_loss_at_the_tolerance_seldom_passes_and_a_smaller_one_does():
 
 
 def test_p_value_by_hand():
-  # Of two losses in [0, 1] at the tolerance 0.5: the first bet rests on the variance 0.25.
+  # For two losses in [0, 1] at the tolerance 0.5, the first bet uses the variance 0.25.
   first = min((2 * np.log(20) / (2 * 0.25)) ** 0.5, 0.75 / 0.5)
   variance = (0.25 + (0.0 - 0.25) ** 2) / 2
   second = min((2 * np.log(20) / (2 * variance)) ** 0.5, 0.75 / 0.5)

@@ -1,4 +1,4 @@
-"""Tests of `parti-jax evaluate --dataset=coco`, with a pipeline and small files that tests make."""
+"""Tests of `parti-jax evaluate --dataset=coco`, with a fake pipeline and small files."""
 
 import argparse
 import json
@@ -126,7 +126,7 @@ def test_pictures_of_another_run_are_not_mixed(pipeline, flags):
     run(*flags, '--num_captions=5')
 
 
-def test_damaged_pictures_are_counted_and_left_out_on_both_sides(pipeline, flags, tmp_path):
+def test_damaged_pictures_are_counted_and_skipped_on_both_sides(pipeline, flags, tmp_path):
   whole = (tmp_path / 'val2014' / '3.png').read_bytes()
   (tmp_path / 'val2014' / '3.png').write_bytes(whole[:60])
   (tmp_path / 'val2014' / '4.png').unlink()
@@ -136,7 +136,7 @@ def test_damaged_pictures_are_counted_and_left_out_on_both_sides(pipeline, flags
   assert report['captions'] == report['pictures'] == PICTURES - 2
   assert report['distributions'][0]['rows']['generated']['pictures'] == PICTURES - 2
   assert (
-    'Left out: 1 captions (no picture file), 1 captions (damaged picture).'
+    'Skipped: 1 captions (no picture file), 1 captions (damaged picture).'
     in (tmp_path / 'out' / 'report.md').read_text()
   )
 
@@ -167,7 +167,7 @@ def test_a_damaged_shard_is_named(pipeline, flags, tmp_path):
   assert len(pipeline.generated) == 3 + 1
 
 
-def test_inception_compares_at_the_size_that_is_asked(pipeline, flags, tmp_path, monkeypatch):
+def test_inception_compares_at_the_requested_size(pipeline, flags, tmp_path, monkeypatch):
   sizes = set()
 
   class FakeInception:
@@ -190,7 +190,7 @@ def test_inception_compares_at_the_size_that_is_asked(pipeline, flags, tmp_path,
   assert report['distributions'][0]['rows']['generated']['alignment'] is None
 
 
-def test_captions_that_were_cut_are_counted(pipeline, flags, tmp_path):
+def test_cut_captions_are_counted(pipeline, flags, tmp_path):
   generate = pipeline.generate
 
   def cut(prompts, **settings):
@@ -205,7 +205,7 @@ def test_captions_that_were_cut_are_counted(pipeline, flags, tmp_path):
   run(*flags)  # Also known for shards of an earlier run.
   assert len(pipeline.generated) == 3
   assert json.loads((tmp_path / 'out' / 'report.json').read_text())['captions_cut'] == 3
-  assert '3 captions were longer' in (tmp_path / 'out' / 'report.md').read_text()
+  assert '3 captions exceeded' in (tmp_path / 'out' / 'report.md').read_text()
 
 
 def test_without_features_to_compare(pipeline, flags, tmp_path):

@@ -1,4 +1,4 @@
-"""Tests of `parti-jax evaluate`, with a pipeline and emoji that the tests make."""
+"""Tests of `parti-jax evaluate`, with a fake pipeline and artificial emoji."""
 
 import argparse
 import json
@@ -78,7 +78,7 @@ def test_prints_the_table_and_writes_reports_and_sheets(pipeline, tmp_path, caps
     (['--top_p', '2'], 'top_p=2'),
   ],
 )
-def test_bad_flags_leave_nothing(pipeline, tmp_path, arguments, message):
+def test_bad_flags_leave_no_files(pipeline, tmp_path, arguments, message):
   folder = tmp_path / 'folder'
   with pytest.raises(UserError, match=message):
     run('--output_dir', str(folder), *arguments)

@@ -228,7 +228,7 @@ def test_text_that_the_model_did_not_read_is_shown(pipeline, flags, tmp_path):
     (HEADER + 'a\t \tc\td\n', 'line 2: its Category is empty'),
   ],
 )
-def test_files_of_another_form(pipeline, tmp_path, content, message):
+def test_files_of_another_format(pipeline, tmp_path, content, message):
   path = tmp_path / 'bad.tsv'
   path.write_text(content)
   with pytest.raises(UserError, match=f'bad.tsv.*{message}'):
@@ -240,7 +240,7 @@ def test_files_of_another_form(pipeline, tmp_path, content, message):
 def test_a_folder_whose_claim_is_damaged(pipeline, flags, tmp_path, content):
   (tmp_path / 'out').mkdir()
   (tmp_path / 'out' / 'run.json').write_text(content)
-  with pytest.raises(UserError, match='run.json is damaged; name another --output_dir'):
+  with pytest.raises(UserError, match='run.json is damaged; choose another --output_dir'):
     run(*flags)
 
 

@@ -147,7 +147,7 @@ def test_entries_that_are_missing_or_unknown(folder, path, monkeypatch):
     ('{"format_version": true}', 'format_version is True'),
     ('{"format_version": 1}', "'parti' is missing"),
     ('{"a": 1', 'damaged'),
-    ('{"format_version": 1, "format_version": 1}', "the name 'format_version' is there twice"),
+    ('{"format_version": 1, "format_version": 1}', "the name 'format_version' appears twice"),
     (json.dumps(CONFIG).replace('"width": 192', '"width": 192, "width": 256'), "'width' is there"),
     ('[' * 10**5, 'nested too deeply'),
   ],
@@ -170,7 +170,7 @@ def test_both_names_of_a_size_are_refused(folder):
   assert model_folder.load(folder).parti_config.attention_patterns == ('global',)
   older['parti']['attention_pattern'] = ['row']
   write(folder, older)
-  with pytest.raises(UserError, match=r"'parti': attention_pattern=\['row'\] must be a text"):
+  with pytest.raises(UserError, match=r"'parti': attention_pattern=\['row'\] must be a string"):
     model_folder.load(folder)
 
 

@@ -171,7 +171,7 @@ def test_models_by_url(s3_bucket, tmp_path, capsys):
 
 def test_other_output_by_url_is_refused(capsys):
   assert main.main(['generate', 'a heart', '--output_dir=s3://bucket/tokens']) == 2
-  assert 's3://bucket/tokens: only a local path' in capsys.readouterr().err
+  assert 's3://bucket/tokens: only local paths' in capsys.readouterr().err
 
 
 def _train(run, steps, bindings):

@@ -151,13 +151,13 @@ def _cut(old):
 @pytest.mark.parametrize(
   'harm, message',
   [
-    (_cut, 'train-00001.tfrecord is damaged: it has 50 bytes and had'),
+    (_cut, 'train-00001.tfrecord is damaged: it has 50 bytes, but was written with'),
     (lambda old: (old / 'train-00001.tfrecord').unlink(), 'train-00001.tfrecord is missing'),
-    (lambda old: (old / 'info.json').unlink(), 'there is no token cache'),
+    (lambda old: (old / 'info.json').unlink(), 'is not a token cache'),
     (lambda old: (old / 'info.json').write_text('{'), 'info.json is damaged'),
     (lambda old: (old / 'info.json').write_text('[]'), 'info.json is damaged'),
     (lambda old: (old / 'info.json').write_text('{"splits": {}}'), 'info.json is damaged'),
-    (lambda old: (old / 'info.json').write_text('{"version": 2}'), 'is of version 2 already'),
+    (lambda old: (old / 'info.json').write_text('{"version": 2}'), 'already has version 2'),
   ],
 )
 def test_invalid_caches(old, tmp_path, harm, message, capsys):
@@ -183,5 +183,5 @@ def test_flags_that_would_change_tokens(old, tmp_path, flag, capsys):
 def test_into_the_folder_itself(old, capsys):
   before = {path.name: path.read_bytes() for path in old.iterdir()}
   assert _convert(old, old) == 2
-  assert 'of version 1; turn it into one of version 2 with: ' in capsys.readouterr().err
+  assert 'has version 1; convert it to version 2 with: ' in capsys.readouterr().err
   assert {path.name: path.read_bytes() for path in old.iterdir()} == before
