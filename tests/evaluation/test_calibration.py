@@ -124,7 +124,7 @@ def test_too_few_prompts_cause_a_warning_before_sampling(pipeline, tmp_path, cap
   run('--split', 'train', '--max_prompts', '3', '--candidates', '0.9', '--num_images', '1', *output)
   assert 'warning: 3 prompts are too few for --tolerance=0.05' in capsys.readouterr().err
   pipeline.generated.clear()
-  with pytest.raises(UserError, match='tone_right: none of the 2 prompts can be judged'):
+  with pytest.raises(UserError, match='tone_right can judge none of the 2 prompts'):
     run('--split', 'validation', '--measure', 'tone_right', *output)
   assert not pipeline.generated
 

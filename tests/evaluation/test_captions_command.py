@@ -218,7 +218,7 @@ def test_without_features_to_compare(pipeline, flags, tmp_path):
 @pytest.mark.parametrize(
   'arguments, message',
   [
-    (['--dataset=cocoa'], "unknown data set 'cocoa'; they are openmoji, coco"),
+    (['--dataset=cocoa'], "unknown data set 'cocoa'; choose from openmoji, coco"),
     (['--dataset=localized_narratives'], 'needs --annotations FILE and --pictures DIR'),
     (['--dataset=coco', '--annotations=a'], '--annotations FILE needs --pictures DIR'),
     (
@@ -228,7 +228,7 @@ def test_without_features_to_compare(pipeline, flags, tmp_path):
     (['--annotations=a'], '--annotations only applies to --dataset=coco and localized_narratives'),
     (['--num_captions=0', '--dataset=coco'], '--num_captions must be a positive number'),
     (['--image_size=0'], '--image_size must be a positive number'),
-    (['--inception_weights=nothing.pth'], '--inception_weights nothing.pth is no file'),
+    (['--inception_weights=nothing.pth'], "--inception_weights nothing.pth isn't a file"),
   ],
 )
 def test_bad_flags(pipeline, tmp_path, arguments, message):

@@ -96,7 +96,7 @@ def test_a_file_without_prompts(tmp_path, capsys):
   empty = tmp_path / 'empty.txt'
   empty.write_text('\n\n')
   assert generate('--prompts_file', empty) == 2
-  assert 'has no prompt' in capsys.readouterr().err
+  assert 'contains no prompt' in capsys.readouterr().err
 
 
 def test_a_long_prompt_is_cut_with_a_warning(tiny_folder, tmp_path, capsys):

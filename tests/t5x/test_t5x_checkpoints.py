@@ -404,5 +404,5 @@ def test_bad_runs(run, tmp_path, capsys):
   manager.save(1, {'step': jnp.int32(1)}, {}, {'stage': 'ranker', 'config': {}})
   manager.close()
   assert main.main([*command, f'--model_dir={tmp_path}/ranker']) == 2
-  assert "of the objective 'ranker', which is no model of t5x" in capsys.readouterr().err
+  assert "of the objective 'ranker', which t5x has no model for" in capsys.readouterr().err
   assert not [path for path in tmp_path.iterdir() if path.name.startswith('checkpoint')]

@@ -206,8 +206,8 @@ def test_data_made_with_other_settings_is_replaced_only_by_overwrite(
   'flags, message',
   [
     (['--worker=3/3'], '--worker=3/3 must be I/N with I from 0 to N-1'),
-    (['--worker=1'], '--worker=1 is not I/N'),
-    (['--worker=-1/2'], 'is not I/N'),
+    (['--worker=1'], '--worker=1 must be I/N'),
+    (['--worker=-1/2'], 'must be I/N'),
     (['--worker=0/2', '--multi_host'], 'drop either it or --multi_host'),
     (['--worker=0/2', '--process_id=0'], 'drop either it or --process_id'),
     (['--convert=old'], 'give --tokenizer=FOLDER or, to convert'),
