@@ -196,7 +196,7 @@ def test_check_runs_every_check_and_names_those_that_fail(checkout):
   assert failed.returncode == 2
   assert failed.stderr == 'check.sh: error: these checks failed: codespell\n'
   called = failed.stdout.splitlines()
-  assert called[-1] == 'mkdocs <build> <--strict> <--quiet>'
+  assert called[-1] == 'mkdocs <build> <--strict>'
   assert 'ruff <check> <.>' in called and 'ruff <format> <--check> <.>' in called
 
 
