@@ -154,7 +154,9 @@ def test_a_checkpoints_metadata_is_bounded(copy, saved, monkeypatch):
   _restore(copy, saved[1])
   with open(copy / 'state' / '_METADATA', 'a', encoding='utf-8') as file:
     file.write(' ' * 100_000)
-  with pytest.raises(UserError, match='_METADATA: has 1.* bytes, and 100,000 are the most'):
+  with pytest.raises(
+    UserError, match='_METADATA: has 1.* bytes, but such a file may have at most 100,000;'
+  ):
     _restore(copy, saved[1])
 
 

@@ -273,7 +273,7 @@ def _usable(
     count += 1
     yield caption, picture
   if not count:
-    reasons = f'skipped {skipped}' if skipped.counts() else 'the split is empty'
+    reasons = f'skipped {skipped}' if skipped.counts() else 'it is empty'
     raise UserError(f'{source.name} has no usable example in split {split!r}; {reasons}')
   if skipped.counts() or shortened.counts():
     logging.warning(

@@ -69,7 +69,9 @@ def test_missing_and_too_large_files(folder):
   with pytest.raises(FileNotFoundError), storage.open_file(path):
     pass
   storage.write(path, b'12345')
-  with pytest.raises(errors.UserError, match=r'file: has 5 bytes, and 4 are the most'):
+  with pytest.raises(
+    errors.UserError, match=r'file: has 5 bytes, but such a file may have at most 4;'
+  ):
     storage.read(path, 4)
 
 

@@ -194,7 +194,7 @@ def test_a_dead_store_gives_one_line_in_bounded_time(bad_store, monkeypatch, fau
     lambda: storage.remove_folder(folder),
   ]
   for call in calls:
-    with pytest.raises(errors.UserError, match='the store (failed|does not answer|can not be)'):
+    with pytest.raises(errors.UserError, match='the store (failed|does not answer|cannot be)'):
       call()
   bad_store.faults = lambda *_: None
   assert storage.read(f'{folder}/a', 9) in (b'hello', bytes(2**22))

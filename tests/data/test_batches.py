@@ -303,7 +303,7 @@ def test_lengths_that_do_not_fit(numbered, lengths, message):
 
 def test_unknown_task_and_batch_size(numbered):
   numbered(1)
-  with pytest.raises(UserError, match="unknown task 'folder_picture'; there are openmoji_images"):
+  with pytest.raises(UserError, match="unknown task 'folder_picture'; choose from openmoji_images"):
     Batches('folder_picture', 'train', 1, IMAGES)
   with pytest.raises(UserError, match='batch size is 0'):
     Batches('folder_images', 'train', 0, IMAGES)

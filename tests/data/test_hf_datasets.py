@@ -115,7 +115,7 @@ def test_texts_only(tmp_path):
   hf.Dataset.from_dict({'text': ['one', 'two']}).save_to_disk(tmp_path)
   _configure(tmp_path)
   assert list(sources.configured('hf_datasets').captions('train')) == ['one', 'two']
-  with pytest.raises(UserError, match='none of the columns image, .*, which has text'):
+  with pytest.raises(UserError, match='none of the columns image, .*; its columns are text'):
     Batches('images', 'train', 1, IMAGES)
 
 

@@ -214,7 +214,7 @@ def test_a_batch_can_be_read_by_its_places(sources):
     place = shared_batches.Place.parse(place)
     found += _pairs(shared_batches.read(place, TASK, 'train', IMAGES, 3))
   assert sorted(found) == sorted(batch)
-  with pytest.raises(UserError, match='a place in a mixture ends in @TASK'):
+  with pytest.raises(UserError, match='a position in a mixture ends in @TASK'):
     shared_batches.read(shared_batches.Place(0, 2, 0, 0, 3), TASK, 'train', IMAGES, 3)
 
 
@@ -230,7 +230,9 @@ def test_other_sources_are_refused(sources):
       'run reads a mixture of folder_a_images.*train.restart_data=True',
     ):
       mixtures.check_state(TASK, state)
-  with pytest.raises(UserError, match='folder_b_images, but this run reads folder_a_images; set'):
+  with pytest.raises(
+    UserError, match='folder_b_images, but this run reads folder_a_images; restore'
+  ):
     alone.restore(state)
   with pytest.raises(UserError, match='in no mixture, but this run reads a mixture of'):
     mixtures.check_state(TASK, alone.state())

@@ -152,7 +152,7 @@ def test_render_shows_the_tone():
 
 
 def test_unknown_code():
-  with pytest.raises(UserError, match="no picture '0000'"):
+  with pytest.raises(UserError, match="unknown picture code '0000'"):
     openmoji.render('0000', 16)
 
 

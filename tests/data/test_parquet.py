@@ -204,16 +204,16 @@ def test_unusable_captions(write, encode):
     (
       {'a': ['x'], 'b': ['y']},
       [],
-      r'none of the columns caption, .* in .*00000.parquet, which has a, b \(gin: parquet.caption',
+      r'00000.parquet has none of the columns caption, .*; its columns are a, b \(gin: parquet.caption',
     ),
     (
       {'a': ['x'], 'b': ['y']},
       ["parquet.caption_key='c'"],
-      r"no column 'c' in .*00000.parquet, which has a, b",
+      r"00000.parquet has no column 'c'; its columns are a, b",
     ),
     ({'text': ['x'], 'b': [b'y']}, [], r'none of the columns image, .* \(gin: parquet.image_key\)'),
     ({'text': [1], 'image': [b'y']}, [], "column 'text' of .*00000.parquet holds int64, not te"),
-    ({'text': [['x']], 'image': [[1, 2]]}, [], "column 'image' of .* , not encoded pictures"),
+    ({'text': [['x']], 'image': [[1, 2]]}, [], "column 'image' of .*, not encoded pictures"),
     ({'text': ['x'], 'image': ['a.png']}, [], "column 'image' of .* holds string, not enc"),
   ],
 )
@@ -228,7 +228,7 @@ def test_columns_by_name_and_a_file_with_others(write, encode, tmp_path):
   write({'a': ['x y'], 'b': [encode(RED)], 'caption': ['z'], 'image': [b'']}, bindings=keys)
   assert _pairs()[0] == {'x y': RED}
   write({'a': ['x y'], 'c': [encode(RED)]}, '00001.parquet', bindings=keys)
-  with pytest.raises(UserError, match="no column 'b' in .*00001.parquet, which has a, c"):
+  with pytest.raises(UserError, match="00001.parquet has no column 'b'; its columns are a, c"):
     Batches('pairs', 'train', 1, PAIRS)
 
 
@@ -368,7 +368,7 @@ def test_parameters(write, encode):
   with pytest.raises(UserError, match=r'parquet: no file matches .*\*.pq'):
     Batches('parquet_images', 'train', 1, IMAGES)
   write({'image': pa.array([], pa.binary()), 'caption': pa.array([], pa.string())})
-  with pytest.raises(UserError, match='no usable example in parquet .*: there is none at all'):
+  with pytest.raises(UserError, match='no usable example in parquet .*; it is empty'):
     next(Batches('parquet_images', 'train', 1, IMAGES))
 
 

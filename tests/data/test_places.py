@@ -145,7 +145,7 @@ def test_a_share_without_anything_usable_ends(tmp_path):
   with gin.unlock_config():
     _texts(tmp_path, [b'', b'', b''])
   with Batches('text_texts', 'train', 2, {'inputs': 8}, share=0, shares=2) as batches:
-    with pytest.raises(UserError, match='there is no usable example in share 1 of 2'):
+    with pytest.raises(UserError, match='no usable example in share 1 of 2'):
       next(batches)
 
 

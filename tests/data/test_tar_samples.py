@@ -140,7 +140,7 @@ def test_a_warning_names_the_first_of_such_files(tmp_path, write_tar, encode, ca
   'files, reasons',
   [
     ([('a.tif', b'?')], f'1 {NEITHER}'),
-    ([], 'there is none at all'),
+    ([], 'it is empty'),
     ([('a.jpg', b'?'), ('a.txt', b'a')], '1 unknown picture format'),
     ([('a.txt', b'a')], '1 no picture'),
   ],
@@ -150,7 +150,7 @@ def test_the_error_says_why_nothing_is_usable(tmp_path, write_tar, files, reason
   gin_config.parse(['gin_configs/tasks/webdataset.gin'], [f"webdataset.path='{tmp_path}'"])
   with pytest.raises(UserError, match=f'no usable example.*{reasons}$'):
     next(datasets.pictures_and_captions('webdataset', 'train', 8))
-  with pytest.raises(UserError, match=f'there is no usable example.*{reasons}$'):
+  with pytest.raises(UserError, match=f'no usable example.*{reasons}$'):
     next(Batches('webdataset_pairs', 'train', 1, {'images': 8, 'inputs': 8}))
 
 

@@ -187,7 +187,7 @@ def test_missing_unfinished_or_damaged(cache, tmp_path):
     json.dumps({'splits': {}, **INFO, 'tokenizer': 'a'})[:-1].replace('"tokenizer"', '"other"')
     + '}'
   )
-  with pytest.raises(UserError, match='lacks tokenizer'):
+  with pytest.raises(UserError, match='has no tokenizer'):
     token_cache_info.read_info(str(tmp_path))
   (tmp_path / 'info.json').unlink()
   with pytest.raises(UserError, match='is not finished'):
@@ -287,7 +287,7 @@ def test_codes_and_views_of_any_number(tmp_path, codes, views):
 
 
 def test_tokens_of_several_views_need_a_view_axis(tmp_path):
-  with pytest.raises(ValueError, match=r'tokens have the shape \(4,\), not \(2, 4\)'):
+  with pytest.raises(ValueError, match=r'tokens have the shape \(4,\), expected \(2, 4\)'):
     token_cache.write_token_cache(str(tmp_path), _examples(1), {**INFO, 'views': 2})
 
 
@@ -361,7 +361,7 @@ def test_version_1_says_what_to_do(tmp_path):
 @pytest.mark.parametrize('content', [b'[1]', b'7', b'\xff{}', b'[' * 100_000])
 def test_info_that_is_not_an_object(tmp_path, content):
   (tmp_path / 'info.json').write_bytes(content)
-  with pytest.raises(UserError, match='info.json (is damaged|lacks)'):
+  with pytest.raises(UserError, match='info.json (is damaged|has no)'):
     token_cache_info.read_info(str(tmp_path))
 
 

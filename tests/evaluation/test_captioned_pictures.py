@@ -100,7 +100,7 @@ def test_missing_coco_pictures_are_counted(tmp_path):
       {'images': [{'id': 1.5, 'file_name': 'a'}]},
       "images, entry 1: it has no whole number .* 'id'",
     ),
-    ({'images': [{'id': 1}]}, "images, entry 1: no text 'file_name'"),
+    ({'images': [{'id': 1}]}, "images, entry 1: it has no string 'file_name'"),
     (
       {'images': [{'id': 1, 'file_name': 'a'}, {'id': '1', 'file_name': 'b'}]},
       "images, entry 2: the id 1 already belongs to 'a'",
@@ -177,10 +177,10 @@ def test_coco_files_that_cannot_be_read(tmp_path):
   with pytest.raises(UserError, match='--pictures .*nothing cannot be read'):
     coco.read(annotations, str(tmp_path / 'nothing'), 4, 0)
   (tmp_path / 'captions_val2014.json').write_text('{"images": [')
-  with pytest.raises(UserError, match='is no JSON'):
+  with pytest.raises(UserError, match='is not JSON'):
     coco.read(annotations, pictures, 4, 0)
   (tmp_path / 'captions_val2014.json').write_text('[' * 100_000)
-  with pytest.raises(UserError, match='is no JSON'):
+  with pytest.raises(UserError, match='is not JSON'):
     coco.read(annotations, pictures, 4, 0)
 
 

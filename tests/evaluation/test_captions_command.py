@@ -120,9 +120,9 @@ def test_a_stopped_run_resumes(pipeline, flags, tmp_path):
 
 def test_pictures_of_another_run_are_not_mixed(pipeline, flags):
   run(*flags)
-  with pytest.raises(UserError, match='pictures of another run, with seed 0 where .* has 1'):
+  with pytest.raises(UserError, match='pictures of another run, with seed 0, but .* has 1'):
     run(*flags, '--seed=1')
-  with pytest.raises(UserError, match='with num_captions 30000 where .* has 5'):
+  with pytest.raises(UserError, match='with num_captions 30000, but .* has 5'):
     run(*flags, '--num_captions=5')
 
 

@@ -212,7 +212,7 @@ def test_text_and_markdown_tables():
   assert block[8] == 'tokenizer: PSNR 100.0 dB, 2 of 16 codes used (12.5%)'
   assert '| generated | 4 | 0.0 ± 0.0 | 100.0 ± 0.0 | 100.0 ± 0.0 |' in report.markdown()
   assert '| generated | 2 | - | ' in report.markdown()
-  assert 'Of 44 real pictures, 0 are the same' in report.text()
+  assert 'Of 44 real pictures, 0 are identical' in report.text()
 
 
 @pytest.mark.parametrize(

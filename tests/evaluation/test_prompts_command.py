@@ -134,7 +134,7 @@ def test_a_stopped_run_resumes(pipeline, flags, tmp_path, monkeypatch):
   pipeline.generate = generate
   run(*flags)
   assert pipeline.generated == [['bond'], ['the word "A<B"'], ['a red apple'], ['bond']]
-  with pytest.raises(UserError, match='another run, with num_images 3 where .* has 2'):
+  with pytest.raises(UserError, match='another run, with num_images 3, but .* has 2'):
     run(*flags, '--num_images=2')
 
 
@@ -219,9 +219,9 @@ def test_text_that_the_model_did_not_read_is_shown(pipeline, flags, tmp_path):
 @pytest.mark.parametrize(
   'content, message',
   [
-    ('', 'line 1: the columns Prompt, Category, Challenge, Note, separated by tabs'),
-    ('Prompt,Category\n', "line 1: .*there is 'Prompt,Category'"),
-    (HEADER, 'has no prompt in it'),
+    ('', 'line 1: expected the columns Prompt, Category, Challenge, Note, separated by tabs'),
+    ('Prompt,Category\n', "line 1: .*got 'Prompt,Category'"),
+    (HEADER, 'has no prompts'),
     (HEADER + 'a\tb\tc\td\n\nonly this\n', 'line 4: 1 cells'),
     (HEADER + 'a\tb\tc\td\te\n', 'line 2: 5 cells'),
     (HEADER + '\tb\tc\td\n', 'line 2: its Prompt is empty'),

@@ -320,7 +320,7 @@ def test_damaged_prepared_pictures(tmp_path, draw, encode, shuffle):
   storage.write(first, bytes(os.path.getsize(first)))
   with pytest.raises(UserError, match='its first record is not a prepared picture'):
     prepared.PreparedSource(where, shuffle).open('train')
-  with pytest.raises(UserError, match="no finished split 'test', but train"):
+  with pytest.raises(UserError, match="no finished split 'test'; finished: train"):
     prepared.PreparedSource(where, shuffle).open('test')
 
 

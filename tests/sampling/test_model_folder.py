@@ -251,7 +251,7 @@ def test_a_config_from_elsewhere(folder, content, message):
 def test_a_config_of_too_many_bytes_is_not_read(folder, monkeypatch):
   monkeypatch.setattr(model_folder.storage.read_json, '__defaults__', (1000,))
   (folder / model_folder.CONFIG_FILE).write_text(' ' * 1001)
-  with pytest.raises(UserError, match='has 1,001 bytes, and 1,000 are the most'):
+  with pytest.raises(UserError, match='has 1,001 bytes, but such a file may have at most 1,000;'):
     model_folder.load(folder)
 
 

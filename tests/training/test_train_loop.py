@@ -200,7 +200,7 @@ def test_a_validation_split_without_a_usable_picture_is_refused_at_once(
     ]
   )
   assert status == 2
-  assert 'folder_images, validation: there is no usable example' in capsys.readouterr().err
+  assert 'folder_images, validation: no usable example' in capsys.readouterr().err
   assert not (tmp_path / 'run').exists()
 
 
