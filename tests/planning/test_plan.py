@@ -337,7 +337,7 @@ def test_a_file_that_is_not_a_plan(text, tmp_path):
 @pytest.mark.parametrize(
   'arguments, message',
   [
-    (['plan'], '--topology is needed'),
+    (['plan'], '--topology is required'),
     (['plan', '--topology=cpu:8'], 'give the gin file of a run'),
     (flags('--topology=cpu:8', '--batch_size=0'), '--batch_size=0 must be at least 1'),
     (flags('--topology=cpu:8', '--batch_size=9'), 'train.batch_size=9 is not divisible'),
