@@ -312,6 +312,7 @@ def _user_error(error: Exception) -> str:
   text = str(error)
   if not isinstance(error, UserError):
     # Other processes pass their errors on as text.
-    found = re.search(r'parti_jax\.errors\.UserError: ([^\n]+)', text)
+    name = f'{UserError.__module__}.{UserError.__qualname__}'
+    found = re.search(rf'{re.escape(name)}: ([^\n]+)', text)
     text = found[1] if found else ''
   return text.partition(' [while running')[0]

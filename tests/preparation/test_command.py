@@ -6,6 +6,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import traceback
 
 import gin
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 
 from parti_jax.cli import main
+from parti_jax.core.errors import UserError
 from parti_jax.data.batches import Batches
 from parti_jax.data.sources import prepared
 
@@ -248,3 +250,14 @@ def test_workers_do_not_import_tensorflow():
   )
   found = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
   assert found.stdout.strip() == 'False'
+
+
+def test_the_error_of_another_process_is_one_line():
+  from parti_jax.preparation import pipeline
+
+  try:
+    raise UserError('0.tar: cut off')
+  except UserError:
+    text = traceback.format_exc()
+  assert pipeline._user_error(RuntimeError(f"{text} [while running 'a step']")) == '0.tar: cut off'
+  assert pipeline._user_error(RuntimeError('ValueError: x')) == ''
