@@ -81,7 +81,7 @@ def test_every_form_of_captions_is_found(tmp_path, captions_in):
   'content, message',
   [
     ({}, 'no captions found; put them into captions.jsonl'),
-    ({'a.png': b'x'}, 'there are no captions'),
+    ({'a.png': b'x'}, 'no captions found'),
     ({'captions.jsonl': b'{"image_url": "x"}'}, 'line 1: expected an object with one of file, '),
     ({'captions.jsonl': b'[1]'}, 'line 1: expected an'),
     ({'captions.jsonl': b''}, 'line 1: expected'),
