@@ -22,7 +22,7 @@ class Parti(nn.Module):
 
   def setup(self):
     self.text_encoder = text_encoder.TextEncoder(self.config)
-    self.image_decoder = token_decoder.ImageDecoder(self.config)
+    self.image_decoder = token_decoder.TokenDecoder(self.config)
 
   def __call__(self, text_tokens, image_tokens, dropout_keys=None):
     """Logits of every image token, given the text and the tokens before it.
@@ -94,11 +94,11 @@ class Parti(nn.Module):
     return self.image_decoder.step(previous_token, caches, layers_apart, memories, mask, position)
 
   def step_until(self, *args, **kwargs):
-    """One position in which tokens leave early, as `token_decoder.ImageDecoder.step_until`."""
+    """One position in which tokens leave early, as `token_decoder.TokenDecoder.step_until`."""
     return self.image_decoder.step_until(*args, **kwargs)
 
   def step_beside(self, *args, **kwargs):
-    """Guidance's pass beside it, as `token_decoder.ImageDecoder.step_beside`."""
+    """Guidance's pass beside it, as `token_decoder.TokenDecoder.step_beside`."""
     return self.image_decoder.step_beside(*args, **kwargs)
 
 

@@ -11,7 +11,7 @@ from parti_jax.models.nn import layers
 from parti_jax.models.nn import transformer
 
 
-class ImageDecoder(nn.Module):
+class TokenDecoder(nn.Module):
   """A causal Transformer over image tokens in raster order, with cross-attention to the text.
 
   The input at a position is the token before it; at the first one it is a learned vector, so

@@ -137,7 +137,7 @@ class Result:
     return {'seed': str(self.seed), **settings, 'model': self.model}
 
 
-class Pipeline:
+class TextToImage:
   """A model that is ready to draw.
 
   Attributes:
@@ -432,7 +432,7 @@ class Pipeline:
     return self._place.divisible(even if even <= 4 else min(most, -(-even // 4) * 4))
 
 
-def load(path=None, mesh=None, rules=None) -> Pipeline:
+def load(path=None, mesh=None, rules=None) -> TextToImage:
   """Loads a model.
 
   Args:
@@ -441,14 +441,14 @@ def load(path=None, mesh=None, rules=None) -> Pipeline:
     rules: logical axis rules, with a mesh.
 
   Returns:
-    A Pipeline.
+    A TextToImage.
 
   Raises:
     UserError: if the folder is missing, unfinished, or no model folder; see `model_folder.load`.
   """
   path = None if path is None else checks.text('path', path)
   if path is not None and storage.is_url(path):
-    return Pipeline(model_folder.load(path), storage.name(path), mesh, rules)
+    return TextToImage(model_folder.load(path), storage.name(path), mesh, rules)
   folder = pathlib.Path(DEMO_FOLDER if path is None else path)
   if (folder / 'checkpoints').is_dir() and not (folder / model_folder.CONFIG_FILE).exists():
     raise UserError(
@@ -456,7 +456,7 @@ def load(path=None, mesh=None, rules=None) -> Pipeline:
       'folder with `parti-jax export` (see parti-jax export --help)'
     )
   name = 'demo' if path is None else os.path.basename(os.path.abspath(folder))
-  return Pipeline(model_folder.load(folder), name, mesh, rules)
+  return TextToImage(model_folder.load(folder), name, mesh, rules)
 
 
 def _memory() -> float:
