@@ -260,6 +260,7 @@ class TextToImage:
     num_images = checks.count('num_images', num_images)
     seed = checks.whole_number('seed', seed, 0, settings_lib.LARGEST_SEED)
     settings = self.sampling.replace(**sampling)
+    sampled = decoding.Sampling.of(settings, self._config.image_length)
     total = len(prompts) * num_images
     first = _first_indices(first_index, len(prompts), num_images)
     texts = self._encode(prompts)
@@ -268,7 +269,15 @@ class TextToImage:
     index = (first[:, None] + np.arange(num_images, dtype=np.int32)).reshape(-1)
     usages = []
     for start, chosen in placement.pieces(total, batch, progress):
-      *drawn, usage = self._draw(texts[chosen // num_images], index[chosen], seed, settings)
+      *drawn, usage = self._place.run(
+        _generate,
+        (self._parti_params, self._tokenizer_params),
+        (texts[chosen // num_images], index[chosen]),
+        np.uint32(seed),
+        sampled,
+        config=self._config,
+        tokenizer=self._tokenizer,
+      )
       stop = min(start + batch, total)
       tokens[start:stop], images[start:stop] = (part[: stop - start] for part in drawn)
       usages.append(jax.tree.map(lambda part, count=stop - start: part[:count], usage))
@@ -357,20 +366,6 @@ class TextToImage:
         'not be enlarged; `parti-jax export --base=FOLDER --super_resolution=RUN` '
         'adds it'
       )
-
-  def _draw(self, texts, image_index, seed: int, settings: settings_lib.SamplingSettings):
-    scalars = (np.uint32(seed), *settings.arrays(self._config.image_length), *settings.thresholds)
-    return self._place.run(
-      _generate,
-      (self._parti_params, self._tokenizer_params),
-      (texts, image_index),
-      *scalars,
-      config=self._config,
-      tokenizer=self._tokenizer,
-      guided=settings.guided,
-      greedy=settings.greedy,
-      filtered=settings.filtered,
-    )
 
   def _pictures(self, images) -> np.ndarray:
     return images_lib.checked(images, self.image_size)
@@ -487,39 +482,24 @@ def _first_indices(first_index, prompts: int, num_images: int) -> np.ndarray:
   return np.array(found, np.int32)
 
 
-@functools.partial(jax.jit, static_argnames=('config', 'tokenizer', 'guided', 'greedy', 'filtered'))
+@functools.partial(jax.jit, static_argnames=('config', 'tokenizer'))
 def _generate(
   parti_params,
   tokenizer_params,
   texts,
   image_index,
   seed,
-  guidance_scale,
-  temperature,
-  top_k,
-  top_p,
-  exit_threshold,
-  skip_threshold,
+  sampling: decoding.Sampling,
   *,
   config,
   tokenizer: nn.Module,
-  **how,
 ):
   """Text tokens to image tokens, pictures and, where something is skipped, an adaptive.Usage."""
-  arguments = (
-    config,
-    parti_params,
-    texts,
-    decoding.image_keys(seed, image_index),
-    guidance_scale,
-    temperature,
-    top_k,
-    top_p,
-  )
-  if exit_threshold is None and skip_threshold is None:
-    tokens, usage = decoding.sample_tokens(*arguments, **how), None
+  arguments = config, parti_params, texts, decoding.image_keys(seed, image_index), sampling
+  if sampling.exit_threshold is None and sampling.skip_threshold is None:
+    tokens, usage = decoding.sample_tokens(*arguments), None
   else:
-    tokens, usage = adaptive.sample_tokens(*arguments, exit_threshold, skip_threshold, **how)
+    tokens, usage = adaptive.sample_tokens(*arguments)
   pixels = tokenizer.apply({'params': tokenizer_params}, tokens, method='detokenize')
   return tokens, detokenizing.to_bytes(pixels), usage
 
