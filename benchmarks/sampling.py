@@ -215,7 +215,7 @@ def start_worker(name: str, args) -> subprocess.Popen:
     text=True,
   )
   if worker.stdout.readline() != 'ready\n':
-    sys.exit(f'{name}: could not be started; see benchmarks/README.md for what to install')
+    sys.exit(f'{name}: could not be started; see docs/benchmarks.md for what to install')
   return worker
 
 

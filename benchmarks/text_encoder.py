@@ -50,7 +50,6 @@ def train(folder, name, steps, flags) -> str:
       'parti_jax.train',
       f'--model_dir={folder / name}',
       f'--gin.train.steps={steps}',
-      f'--gin.warmup_cosine.decay_steps={steps}',
       *flags,
     ]
     print(*command, flush=True)

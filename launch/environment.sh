@@ -44,7 +44,7 @@ source_state() {
 # install REQUIREMENT: installs `.` or `.[extra]` from the repository into the environment, unless
 # the same files are installed there already.
 install() {
-  local requirement=$1 python state stamp
+  local requirement=$1 python state stamp other
   local installer=("$venv/bin/python" -m pip install --disable-pip-version-check --progress-bar off)
   stamp=$venv/parti_jax_installed_$(printf '%s' "$requirement" | tr -c '[:alnum:]' _)
   # pip is the last thing that venv puts there: without it, venv was interrupted.
@@ -61,7 +61,10 @@ install() {
   echo 'Installing parti_jax and the packages it needs (a minute or two)'
   # setuptools would put files into the package that an earlier build left here.
   rm -rf "$repository/build/lib"
-  rm -f "$venv"/parti_jax_installed_*
+  # An installation with other extras stays valid if it is of the same sources and versions.
+  for other in "$venv"/parti_jax_installed_*; do
+    [[ -f $other && $(<"$other") == "$state" ]] || rm -f "$other"
+  done
   (
     cd "$repository" || exit
     if [[ $versions == lowest ]]; then

@@ -34,7 +34,7 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.3')
 
 
-# Tests everywhere import misbehaving_store.
+# Tests everywhere import misbehaving_store and generations.
 sys.path.append(str(pathlib.Path(__file__).parent))
 
 
@@ -82,6 +82,9 @@ def gs_bucket():
   emulator = pytest.importorskip(
     'gcp_storage_emulator.server', reason='gcp-storage-emulator is not installed'
   )
+  import generations
+
+  generations.install()
   with socket.socket() as unused:
     unused.bind(('127.0.0.1', 0))
     port = unused.getsockname()[1]

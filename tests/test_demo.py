@@ -1,4 +1,4 @@
-"""The demo model in the package draws what the README says, within its spread."""
+"""The demo model in the package draws what docs/demo.md says, within its spread."""
 
 import numpy as np
 import pytest

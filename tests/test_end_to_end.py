@@ -30,7 +30,6 @@ drop_text.rate = 0.0
 adamw.weight_decay = 0.0
 warmup_cosine.peak = 3e-3
 warmup_cosine.warmup_steps = 20
-warmup_cosine.decay_steps = {steps}
 """
 
 

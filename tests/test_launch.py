@@ -158,6 +158,7 @@ def test_makes_the_environment(checkout, tmp_path):
 )
 def test_ci_gives_the_tests_status_and_closing_line(checkout, says, status, closing):
   shutil.copytree(REPOSITORY / '.ci', checkout / '.ci')
+  (checkout / 'launch' / 'check.sh').write_text('#!/bin/sh\n')
   (checkout / 'launch' / 'test.sh').write_text(
     f'#!/bin/sh\nmkdir "$PARTI_JAX_VENV"\necho "$PARTI_JAX_VENV"\necho "{says}"\n'
     f'echo later\nexit {status}\n'
@@ -167,3 +168,44 @@ def test_ci_gives_the_tests_status_and_closing_line(checkout, says, status, clos
   lines = done.stdout.splitlines()
   assert lines[-1] == f'tests: {closing}'
   assert not pathlib.Path(lines[0]).exists()  # Its environment is removed.
+
+
+def test_ci_fails_with_the_checks_and_still_runs_the_tests(checkout):
+  shutil.copytree(REPOSITORY / '.ci', checkout / '.ci')
+  (checkout / 'launch' / 'check.sh').write_text('#!/bin/sh\nexit 2\n')
+  (checkout / 'launch' / 'test.sh').write_text('#!/bin/sh\necho "3 passed in 1.20s"\n')
+  done = subprocess.run([checkout / '.ci' / 'run'], capture_output=True, text=True, check=False)
+  assert done.returncode == 2
+  assert done.stdout.splitlines()[-2:] == ['checks: failed', 'tests: 3 passed in 1.20s']
+
+
+def _write_tool(checkout, name, status=0):
+  tool = checkout / '.venv' / 'bin' / name
+  tool.write_text(f'#!/bin/sh\nprintf "%s" "{name}"\nprintf " <%s>" "$@"\necho\nexit {status}\n')
+  tool.chmod(0o755)
+
+
+def test_check_runs_every_check_and_names_those_that_fail(checkout):
+  for name in ('ruff', 'codespell', 'mkdocs'):
+    _write_tool(checkout, name)
+  passed = _run(checkout, 'check.sh')
+  assert passed.returncode == 0, passed.stderr
+  assert '<.[dev]>' in passed.stdout
+  _write_tool(checkout, 'codespell', status=65)
+  failed = _run(checkout, 'check.sh')
+  assert failed.returncode == 2
+  assert failed.stderr == 'check.sh: error: these checks failed: codespell\n'
+  called = failed.stdout.splitlines()
+  assert called[-1] == 'mkdocs <build> <--strict> <--quiet>'
+  assert 'ruff <check> <.>' in called and 'ruff <format> <--check> <.>' in called
+
+
+def test_installations_with_other_extras_stay_valid(checkout):
+  for name in ('ruff', 'codespell', 'mkdocs'):
+    _write_tool(checkout, name)
+  _run(checkout, 'check.sh')
+  assert 'Installing' in _run(checkout, 'quickstart.sh', 'x').stdout
+  assert 'Installing' not in _run(checkout, 'check.sh').stdout
+  (checkout / 'setup.cfg').write_text('2')
+  assert 'Installing' in _run(checkout, 'quickstart.sh', 'x').stdout
+  assert 'Installing' in _run(checkout, 'check.sh').stdout

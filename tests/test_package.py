@@ -72,7 +72,7 @@ _MAY_IMPORT = {
     'partitioning',
     'core',
   },
-  '__init__': {'sampling'},
+  '__init__': set(),  # Its public names are imported on first use.
   'train': {'cli'},
 }
 _TENSORFLOW = {'tensorflow', 'tensorflow_datasets', 'tensorflow_text', 'seqio', 'clu'}
@@ -116,6 +116,16 @@ def test_the_order_of_the_parts_has_no_circle():
   while ready := {part for part, others in _MAY_IMPORT.items() if others <= settled} - settled:
     settled |= ready
   assert settled == set(_MAY_IMPORT)
+
+
+def test_the_architecture_page_has_the_same_order():
+  page = (REPOSITORY / 'docs' / 'architecture.md').read_text(encoding='utf-8')
+  table = page.split('| package | may import |\n|---|---|\n')[1].split('\n\n')[0]
+  rows = [re.findall(r'`(\w+)`', line) for line in table.splitlines()]
+  modules = {'__init__', 'train'}  # These two are no packages.
+  assert {part: set(others) for part, *others in rows} == {
+    part: others for part, others in _MAY_IMPORT.items() if part not in modules
+  }
 
 
 def test_models_and_sampling_know_no_tensorflow():
@@ -240,13 +250,28 @@ def test_every_command_has_its_module(name):
   assert importlib.util.find_spec(main.COMMANDS[name][0]) is not None
 
 
-def test_load_is_the_pipelines():
-  from parti_jax.sampling import text_to_image
+@pytest.mark.parametrize('name', parti_jax.__all__)
+def test_every_public_name_is_there(name):
+  value = getattr(parti_jax, name)
+  assert value.__name__ == name
+  assert value.__module__.startswith('parti_jax.')
+  assert name in dir(parti_jax)
 
-  assert parti_jax.load is text_to_image.load
-  assert 'load' in dir(parti_jax)
+
+def test_public_names_load_no_tensorflow():
+  code = 'import sys; from parti_jax import *; print(*sys.modules)'
+  loaded = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+  assert not {name.split('.')[0] for name in loaded.stdout.split()} & _TENSORFLOW
+
+
+def test_other_names_are_refused():
   with pytest.raises(AttributeError, match='nothing'):
     _ = parti_jax.nothing
+
+
+def test_the_reference_names_every_public_name():
+  reference = (REPOSITORY / 'docs' / 'api' / 'index.md').read_text(encoding='utf-8')
+  assert set(re.findall(r'`(\w+)`\]\[parti_jax\.', reference)) == set(parti_jax.__all__)
 
 
 def test_every_folder_of_modules_is_a_package():

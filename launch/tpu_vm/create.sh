@@ -21,7 +21,7 @@ case $type in
   v5litepod-*) default=v2-alpha-tpuv5-lite ;;
   v5p-*) default=v2-alpha-tpuv5 ;;
   v6e-*) default=v2-alpha-tpuv6e ;;
-  tpu7x*) fail "--type=$type: these TPUs are let through GKE alone; see launch/gke.md" ;;
+  tpu7x*) fail "--type=$type: these TPUs are let through GKE alone; see docs/gke.md" ;;
   *)
     default=''
     [[ -n $version ]] || fail "--type=$type: not a v2, v3, v4, v5litepod, v5p or v6e; if it is\

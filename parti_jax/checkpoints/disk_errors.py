@@ -1,4 +1,4 @@
-"""What a run says when its folder can't be written: a full disk above all, or a store that fails."""
+"""Turns errors of writing a run's folder, such as a full disk, into one helpful line."""
 
 from __future__ import annotations
 
@@ -19,30 +19,31 @@ from parti_jax.core import storage
 from parti_jax.core import store_errors
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-# What to do about errors of writing, by their numbers.
+# Advice for errors of writing, by errno.
 _ADVICE = {
   errno.ENOSPC: 'make room there',
-  errno.EDQUOT: 'make room there, or have the quota raised',
-  errno.EFBIG: 'raise the limit of the size of files (ulimit -f)',
+  errno.EDQUOT: 'make room there, or ask for a larger quota',
+  errno.EFBIG: 'raise the file size limit (ulimit -f)',
   errno.EROFS: 'make the folder writable, or choose another --model_dir',
   errno.EACCES: 'make the folder writable, or choose another --model_dir',
   errno.EPERM: 'make the folder writable, or choose another --model_dir',
-  errno.EIO: 'see to the disk',
+  errno.EIO: 'check the disk',
 }
 
 
 @contextlib.contextmanager
 def told(model_dir, checkpoint_bytes: int | None = None) -> Iterator[None]:
-  """Turns errors of writing in here, in the background too, into one line that says what to do.
+  """Turns errors of writing in the body, or in the background, into one line that says what to do.
 
   Args:
     model_dir: the run's folder.
-    checkpoint_bytes: about what a checkpoint takes; None for what the newest one does.
+    checkpoint_bytes: approximate size of a checkpoint; None for the size of the newest one.
 
   Raises:
-    UserError: in place of such an error; names the folder, the room in it and where it goes on.
+    UserError: instead of such an error; names the folder, its free space and the step to resume
+      from.
   """
-  # Orbax logs what fails in the background with all of its call chain.
+  # Orbax logs failures in the background with the whole call chain.
   logger, quiet = logging.getLogger('absl'), _Quiet()
   logger.addFilter(quiet)
   try:
@@ -54,7 +55,7 @@ def told(model_dir, checkpoint_bytes: int | None = None) -> Iterator[None]:
     if storage.is_url(model_dir) and (failure := store_errors.failure(error)):
       raise errors.UserError(
         f'{model_dir}: {failure}; the run has stopped; start again when the '
-        'store answers: it goes on from its last whole checkpoint'
+        'store responds: it goes on from its last whole checkpoint'
       ) from error
     if code is None or not _is_of(error, model_dir, code):
       raise
@@ -64,11 +65,11 @@ def told(model_dir, checkpoint_bytes: int | None = None) -> Iterator[None]:
 
 
 def check_room(model_dir, checkpoint_bytes: int) -> None:
-  """Raises UserError if a run's disk has less room than one checkpoint takes.
+  """Raises UserError if a run's disk has too little free space for one checkpoint.
 
   Args:
-    model_dir: the run's folder, which need not be there yet; at URLs nothing is known.
-    checkpoint_bytes: about what a checkpoint takes.
+    model_dir: the run's folder, which need not exist yet; URLs aren't checked.
+    checkpoint_bytes: approximate size of a checkpoint.
   """
   if storage.is_url(model_dir):
     return
@@ -84,7 +85,7 @@ def check_room(model_dir, checkpoint_bytes: int) -> None:
 
 
 class _Quiet(logging.Filter):
-  """Keeps back the log's entries on errors that get one line in their place."""
+  """Drops log entries about errors that are reported in one line instead."""
 
   def filter(self, record: logging.LogRecord) -> bool:
     error = record.exc_info and record.exc_info[1]
@@ -105,7 +106,7 @@ def _line(model_dir, code: int, checkpoint_bytes: int | None) -> str:
     where = (
       f'it goes on from its last whole checkpoint, step {max(steps)}'
       if steps
-      else 'it begins anew, since it has no checkpoint yet'
+      else 'it starts from the beginning, since it has no checkpoint yet'
     )
     return (
       f'{model_dir}: {os.strerror(code).lower()}: the run has stopped{room}; '
@@ -115,7 +116,7 @@ def _line(model_dir, code: int, checkpoint_bytes: int | None) -> str:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-  """An error and those behind it; what is raised twice may stand behind itself."""
+  """Yields an error and its causes; an error that is raised twice may be its own cause."""
   seen = []
   while error is not None and error not in seen:
     seen.append(error)
@@ -124,11 +125,11 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _code(error: BaseException) -> int | None:
-  """The number of the error of writing that is behind an error; None if there is none."""
+  """Returns the errno of an error of writing among an error's causes; None without one."""
   for link in _chain(error):
     if isinstance(link, OSError):
       found = link.errno
-    # TensorStore gives the number, TensorFlow the words.
+    # TensorStore states the number, TensorFlow the text.
     elif stated := re.search(r"os_error_code='(\d+)'", str(link)):
       found = int(stated.group(1))
     else:
@@ -139,7 +140,7 @@ def _code(error: BaseException) -> int | None:
 
 
 def _is_of(error: BaseException, model_dir, code: int) -> bool:
-  """Whether an error is of a file in the run's folder; a full disk need not say which it is."""
+  """Returns whether an error is about a file in the run's folder, or a full disk without a name."""
   named = [
     str(link.filename)
     for link in _chain(error)

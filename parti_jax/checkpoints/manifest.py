@@ -1,11 +1,11 @@
-"""A checkpoint's manifest: the size and the digest of each of its files, to know damage by.
+"""Writes and checks a checkpoint's manifest: the size and digest of each file, to detect damage.
 
-Orbax commits a checkpoint by renaming its folder. The manifest is written just before, when all
-else is there, so that a committed checkpoint has one. The two files that Orbax writes while it
-commits are added right afterwards, by `seal`; until then they are known by their form.
+Orbax commits a checkpoint by renaming its folder. The manifest is written just before that, when
+all other files exist, so that a committed checkpoint always has one. `seal` adds the two files that
+Orbax writes while committing right afterwards; until then they are recognized by their form.
 
-With several processes each hashes what it has written itself, and the first merges these parts.
-Digests are XXH3's, which tell damage and not forgery, faster than any disk gives the bytes.
+With several processes, each hashes the files that it has written, and the first merges these parts.
+The digests are XXH3, which detects damage but not forgery, and is faster than any disk.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import pathlib
+from collections.abc import Sequence
 
 import xxhash
 from etils import epath
 
+from parti_jax.core import errors
 from parti_jax.core import storage
 
 NAME = 'manifest.json'
-# What a checkpoint's own metadata says of its manifest, so that one that is lost is missed.
+# Entry of a checkpoint's own metadata, so that a lost manifest is noticed.
 CUSTOM_METADATA = {'manifest': NAME}
 _METADATA, _COMMITTED = '_CHECKPOINT_METADATA', 'commit_success.txt'
 _LATE = (_METADATA, _COMMITTED)
@@ -29,14 +31,14 @@ _THREADS = 8
 
 
 def write_part(folder: epath.Path, process: int) -> None:
-  """Notes the files that one of several processes has written.
+  """Writes a part of the manifest, for the files that one of several processes has written.
 
   Args:
-    folder: the unfinished checkpoint's.
-    process: index of the process; its own files are all written.
+    folder: folder of the unfinished checkpoint.
+    process: index of the process, which has written all its files.
   """
-  # Each item still has a temporary name of its own, which it loses before the commit.
-  # Whoever only reads manifests needs no Orbax.
+  # Each item still has a temporary name, which it loses before the commit.
+  # Imported here because reading manifests doesn't need Orbax.
   import orbax.checkpoint as ocp
 
   own = {
@@ -44,14 +46,14 @@ def write_part(folder: epath.Path, process: int) -> None:
     for name, path in _files(folder)
     if _writer(name) == process
   }
-  _write(folder / _part_name(process), _entries(own))
+  _write(folder / part_name(process), _entries(own))
 
 
 def write(folder: epath.Path) -> None:
   """Writes the manifest of a checkpoint that is whole but not committed yet.
 
   Args:
-    folder: the checkpoint's. The parts that `write_part` left are taken over.
+    folder: folder of the checkpoint. The parts that `write_part` left there are merged.
 
   Raises:
     OSError: if a file can't be read or written.
@@ -71,8 +73,37 @@ def write(folder: epath.Path) -> None:
     part.unlink()
 
 
+def part_name(process: int) -> str:
+  """Name of the part of a manifest on what one of several processes has written."""
+  return f'{NAME}.{process}'
+
+
+def text_of(folder: epath.Path, names: Sequence[str], parts: Sequence[bytes] = ()) -> str:
+  """A manifest's text on some files of a folder, and on those of other processes.
+
+  Args:
+    folder: has a manifest.
+    names: of files that the manifest is of.
+    parts: of other processes, as this function gave them there.
+
+  Raises:
+    UserError: a part is damaged.
+  """
+  known = _read(folder / NAME)
+  entries = {name: known[name] for name in names if name in known}
+  entries |= _entries({name: folder / name for name in names if name not in known})
+  for part in parts:
+    try:
+      entries |= _entries_in(part.decode(), 'part')
+    except ValueError as error:
+      raise errors.UserError(
+        f'{folder.name}: the manifest of another process is damaged in the store; start again'
+      ) from error
+  return _text(entries)
+
+
 def seal(folder: epath.Path) -> None:
-  """Adds to the manifest of a committed checkpoint the files that Orbax wrote at the end."""
+  """Adds the files that Orbax wrote at the end to the manifest of a committed checkpoint."""
   late = {name: folder / name for name in _LATE if (folder / name).exists()}
   _write(folder / NAME, _read(folder / NAME) | _entries(late))
 
@@ -80,16 +111,16 @@ def seal(folder: epath.Path) -> None:
 def fault(
   folder: epath.Path, share: int = 0, shares: int = 1, sizes_alone: bool = False
 ) -> str | None:
-  """What is wrong with a checkpoint's files, by its manifest.
+  """Checks a checkpoint's files against its manifest.
 
   Args:
-    folder: a committed checkpoint's.
-    share: which part of the files is read, for several processes to divide the work.
-    shares: how many parts there are.
-    sizes_alone: whether files are not read and only their sizes compared.
+    folder: folder of a committed checkpoint.
+    share: index of the part of the files to read, for several processes to divide the work.
+    shares: number of parts.
+    sizes_alone: whether to compare only the sizes, without reading the files.
 
   Returns:
-    Nothing if all is as it was written; else the first file that is not, and how.
+    None if all files are as they were written; else a description of the first fault.
 
   Raises:
     FileNotFoundError: if the checkpoint was written without a manifest.
@@ -105,7 +136,7 @@ def fault(
   for name in _LATE:
     if name not in wanted and not _well_formed(folder / name):
       return f'{name} is missing or damaged'
-  # The largest first, dealt out in turn, gives all processes about as much to read.
+  # Distributing the files by size gives all processes about the same amount to read.
   order = sorted(wanted, key=lambda name: (-wanted[name][0], name))[share::shares]
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
     faults = pool.map(
@@ -118,17 +149,17 @@ def fault(
 
 
 def size(folder: epath.Path) -> int:
-  """Bytes of all files of a checkpoint."""
+  """Returns the bytes of all files of a checkpoint."""
   return sum(path.stat().length for _, path in _files(folder))
 
 
 def _fault(path: epath.Path, name: str, length: int, digest: str | None) -> str | None:
   try:
-    there = path.stat().length
-    if there < length:
-      return f'{name} is truncated ({there} of {length} bytes)'
-    if there > length:
-      return f'{name} has {there} bytes instead of {length}'
+    found = path.stat().length
+    if found < length:
+      return f'{name} is truncated ({found} of {length} bytes)'
+    if found > length:
+      return f'{name} has {found} bytes instead of {length}'
     unchanged = digest is None or _digest(path) == digest
     return None if unchanged else f'{name} has other bytes than were written'
   except FileNotFoundError:
@@ -138,7 +169,7 @@ def _fault(path: epath.Path, name: str, length: int, digest: str | None) -> str 
 
 
 def _files(folder: epath.Path, within: str = ''):
-  """(path relative to the checkpoint, path) of all its files."""
+  """Yields (path relative to the checkpoint, path) for all its files."""
   for path in folder.iterdir():
     if path.is_dir():
       yield from _files(path, f'{within}{path.name}/')
@@ -147,13 +178,13 @@ def _files(folder: epath.Path, within: str = ''):
 
 
 def _writer(name: str) -> int | None:
-  """The process whose own folder a file of several processes' checkpoint is in."""
+  """Returns the process whose folder a file is in, in a checkpoint of several processes, or None."""
   found = [part.rpartition('_')[2] for part in name.split('/') if part.startswith('ocdbt.process_')]
   return int(found[0]) if found and found[0].isdecimal() else None
 
 
 def _entries(files: dict[str, epath.Path]) -> dict[str, list]:
-  """{file: [bytes, digest]}."""
+  """Returns {file: [bytes, digest]}."""
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
     digests = pool.map(_digest, files.values())
     return {
@@ -169,12 +200,8 @@ def _digest(path: epath.Path) -> str:
   return digest.hexdigest()
 
 
-def _part_name(process: int) -> str:
-  return f'{NAME}.{process}'
-
-
 def _write(path: epath.Path, entries: dict[str, list]) -> None:
-  """Writes entries with a digest of their own, whole or not at all."""
+  """Writes entries with a digest over them, atomically."""
   storage.write(path, _text(entries))
 
 
@@ -186,10 +213,14 @@ def _text(entries: dict[str, list]) -> str:
 
 
 def _read(path: epath.Path) -> dict[str, list]:
-  """Entries of a manifest; raises ValueError unless every byte is as it was written."""
+  """Returns a manifest's entries; raises ValueError unless all bytes are as they were written."""
   if path.stat().length > storage.MAX_JSON:
     raise ValueError(f'{path}: too large')
-  text = path.read_bytes().decode()
+  return _entries_in(path.read_bytes().decode(), path)
+
+
+def _entries_in(text: str, path) -> dict[str, list]:
+  """Entries in a manifest's text, as `_read`."""
   try:
     entries = json.loads(text)['files']
     unchanged = text == _text(entries) and all(map(_within, entries))
@@ -201,13 +232,13 @@ def _read(path: epath.Path) -> dict[str, list]:
 
 
 def _within(name: str) -> bool:
-  """Whether a path stays in the checkpoint that names it."""
+  """Returns whether a relative path stays within the checkpoint."""
   path = pathlib.PurePosixPath(name)
   return not path.is_absolute() and '..' not in path.parts
 
 
 def _says_manifest(folder: epath.Path) -> bool:
-  """Whether a checkpoint's own metadata says that it was written with a manifest."""
+  """Returns whether a checkpoint's own metadata says that it has a manifest."""
   try:
     metadata = json.loads((folder / _METADATA).read_text())
     return metadata['custom_metadata'] == CUSTOM_METADATA
@@ -216,7 +247,7 @@ def _says_manifest(folder: epath.Path) -> bool:
 
 
 def _well_formed(path: epath.Path) -> bool:
-  """Whether a file that Orbax writes while it commits looks like one."""
+  """Returns whether a file that Orbax writes while committing has the right form."""
   try:
     text = path.read_text()
     if path.name == _COMMITTED:

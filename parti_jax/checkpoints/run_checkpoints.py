@@ -1,8 +1,9 @@
-"""Orbax checkpoints of a run: its state, its place in the data, and what model it is."""
+"""Reads and writes Orbax checkpoints of a run: its state, its position in the data, its model."""
 
 from __future__ import annotations
 
 import dataclasses
+import secrets
 import sys
 from typing import Any
 
@@ -23,7 +24,7 @@ from parti_jax.core import storage
 from parti_jax.exported_model import model_folder
 from parti_jax.models import parti_config
 
-# What Orbax reads as JSON of a checkpoint.
+# Files of a checkpoint that Orbax reads as JSON.
 _METADATA_FILES = (
   '_CHECKPOINT_METADATA',
   'model/metadata',
@@ -35,91 +36,96 @@ _METADATA_FILES = (
 
 
 class Checkpoints:
-  """The checkpoints in `model_dir/checkpoints`, written asynchronously, the last few kept.
+  """The checkpoints in `model_dir/checkpoints`, written asynchronously; the last few are kept.
 
-  Those that are there are verified first; damaged ones newer than the newest whole one are moved
-  aside. All processes of a run make one together.
+  The constructor verifies existing checkpoints and moves damaged ones aside that are newer than the
+  newest whole one. All processes of a run construct it together.
 
   Args:
     model_dir: the run's folder.
-    keep: how many checkpoints stay; beside one that is being written, a whole one always does.
+    keep: number of checkpoints to keep; while one is being written, a whole one always stays too.
 
   Attributes:
-    found: the checkpoint to go on from, and which ones were damaged.
-    factored: second moments of what was restored that were whole in the checkpoint, see
-      `whole_moments`.
+    found: the checkpoint to resume from, and the damaged ones.
+    factored: number of second moments that were whole in the restored checkpoint and that
+      `whole_moments` has factored.
 
   Raises:
-    UserError: if there are checkpoints and none is whole.
+    UserError: if there are checkpoints but none is whole.
   """
 
   def __init__(self, model_dir, keep: int = 2):
-    self._staging = (
-      remote_staging.Staging(model_dir, keep) if remote_staging.is_needed(model_dir) else None
-    )
+    self._staging = _staged(model_dir, keep) if remote_staging.is_needed(model_dir) else None
     self.directory = self._staging.directory if self._staging else folder(model_dir)
-    self.found = verification.newest_whole(self.directory, together=True)
-    if jax.process_index() == 0:
-      if self._staging:
-        self._staging.move_aside(self.found.damaged)
+    self.found = verification.newest_whole(
+      self.directory, together=True, copies=self._staging is not None
+    )
+    if self._staging and jax.process_index() == 0:
+      self._staging.move_aside(self.found.damaged)
+    if self._writes_metadata():
       verification.move_aside(self.directory, self.found.damaged)
     self.factored = 0
     self._writing: int | None = None
     self._bytes = 0
     self._failure: BaseException | None = None
     self._barrier = ocp.multihost.get_barrier_sync_fn()
-    # Its first barrier keeps the other processes from looking before the damaged are out of sight.
+    # Its first barrier keeps the other processes from looking before damaged ones are moved aside.
     self._manager = ocp.CheckpointManager(
       self.directory,
       options=ocp.CheckpointManagerOptions(
         preservation_policy=verification.KeepWhole(keep, self._fault),
         cleanup_tmp_directories=True,
+        multiprocessing_options=_processes(self._staging),
         async_options=ocp.AsyncOptions(
           barrier_sync_fn=self._wait_for_others,
           post_finalization_callback=lambda: manifest.write(self._unfinished()),
         ),
       ),
       item_names=('state', 'data', 'model'),
+      item_handlers=_handlers(self._staging),
     )
 
   def latest_step(self) -> int | None:
-    """The step to go on from; None for a new run."""
+    """Returns the step to resume from; None for a new run."""
     return self.found.step
 
   def newest_step(self) -> int | None:
-    """Step of the newest checkpoint that is whole on the disk; None without one."""
+    """Returns the step of the newest whole checkpoint on the disk; None without one."""
     steps = self._staging.steps() if self._staging else ocp.utils.checkpoint_steps(self.directory)
     return max(steps, default=None)
 
   def steps(self) -> list[int]:
-    """Steps of the whole checkpoints, once what was started is written."""
+    """Waits for pending writes and returns the steps of the whole checkpoints."""
     self.finish()
     if self._staging:
       return self._staging.steps()
     return sorted(self._manager.all_steps())
 
   def check(self):
-    """Raises what went wrong in the background; to be called now and then, such as each step."""
+    """Raises errors from the background; call it regularly, for instance at each step."""
     if self._failure or (self._writing is not None and not self._manager.is_saving_in_progress()):
       self._finish()
     if self._staging:
       self._staging.check()
 
   def save(self, step: int, state, data: dict, model: dict, chunk_bytes: int | None = None):
-    """Starts writing a checkpoint, once the one before is written; it counts when it is whole.
+    """Waits for the previous checkpoint, then starts writing one; it counts once it is whole.
 
     Args:
       step: steps done.
       state: a TrainState.
-      data: the place in the data, of `Batches.state()`.
-      model: of `describe`.
-      chunk_bytes: the most bytes of a piece that can be read alone; None for what a device has of
-        an array, which is small enough where arrays are split over many.
+      data: the position in the data, the result of `Batches.state()`.
+      model: the result of `describe`.
+      chunk_bytes: maximum bytes of a chunk that can be read separately; None for a device's part
+        of an array, which is small enough if arrays are split over many devices.
 
     Raises:
       UserError: if the disk is full or can't be written; `check` and `close` raise it too.
     """
     self.finish()  # What is written next may remove what is being uploaded.
+    # Orbax keeps the primary process of the newest handler for all of them, and whoever has read
+    # another checkpoint meanwhile may have made one.
+    ocp.PyTreeCheckpointHandler(multiprocessing_options=_processes(self._staging))
     self._writing = step
     self._bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     with disk_errors.told(self.directory.parent, self._bytes):
@@ -139,15 +145,15 @@ class Checkpoints:
     """Reads a checkpoint onto the mesh of `abstract`.
 
     Args:
-      step: which one.
+      step: the checkpoint's step.
       abstract: a TrainState of shapes and shardings.
-      model: what the checkpoint must be of, as `describe` gives it.
+      model: the model that the checkpoint must match, the result of `describe`.
 
     Returns:
-      The state and the place in the data.
+      The state and the position in the data.
 
     Raises:
-      UserError: if the checkpoint is of another configuration; names what differs.
+      UserError: if the checkpoint is of another configuration; names the differences.
     """
     path = self.directory / str(step)
     check_same_model(path, read_model(path), model)
@@ -170,17 +176,17 @@ class Checkpoints:
     return jax.tree.unflatten(structure, arrays.values()), restored['data']
 
   def read_place(self, step: int) -> dict:
-    """Reads the place in the data of a checkpoint, as the function of this name."""
+    """Reads the position in the data of the checkpoint of a step."""
     return read_place(self.directory / str(step))
 
   def finish(self):
-    """Waits until what was started is written, and where it is to be copied to, copied."""
+    """Waits until pending checkpoints are written and, with a store, uploaded."""
     self._finish()
     if self._staging:
       self._staging.wait()
 
   def close(self):
-    """Waits until what was started is written."""
+    """Waits until pending checkpoints are written."""
     try:
       self._finish()
       self._manager.close()
@@ -189,22 +195,28 @@ class Checkpoints:
         self._staging.close()
 
   def _finish(self):
-    """Waits for the checkpoint that is being written, and raises what went wrong with it."""
+    """Waits for the checkpoint that is being written, and raises its error if it failed."""
     if self._writing is None:
       return
     with disk_errors.told(self.directory.parent, self._bytes):
       if self._failure:
         raise self._failure
       self._manager.wait_until_finished()
-      if jax.process_index() == 0:
+      if self._writes_metadata():
         manifest.seal(self.directory / str(self._writing))
     if self._staging:
       self._staging.upload(self._writing)
     self._writing = None
 
+  def _writes_metadata(self) -> bool:
+    """Whether this process renames and completes checkpoints in its folder."""
+    return jax.process_index() == 0 or self._staging is not None
+
   def _fault(self, step: int) -> str | None:
     """What became of a checkpoint since it was written."""
-    found = verification.fault(self.directory / str(step), together=True)
+    found = verification.fault(
+      self.directory / str(step), together=True, copies=self._staging is not None
+    )
     if found and jax.process_index() == 0:
       print(
         f'parti-jax: warning: checkpoint {step} has been damaged: {found}; older ones stay',
@@ -213,19 +225,19 @@ class Checkpoints:
     return found
 
   def _unfinished(self) -> epath.Path:
-    """Folder of the checkpoint that is being written; some storage needs no temporary name."""
+    """Returns the folder of the checkpoint being written; some storage needs no temporary name."""
     final = self.directory / str(self._writing)
     temporary = final.with_name(final.name + ocp.utils.TMP_DIR_SUFFIX)
     return temporary if temporary.exists() else final
 
   def _wait_for_others(self, *, key: str, timeout_ms: int):
-    """Orbax' barrier in the background, which a process that failed does not wait at.
+    """Waits at Orbax's barrier in the background, unless this process has failed.
 
-    When a process comes to the one before the commit, what it writes itself is written.
+    When a process reaches the barrier before the commit, its own files are written.
     """
     failure = sys.exc_info()[1]
     if failure is not None:
-      # The others are not at this barrier but at the one that this process will never reach.
+      # The others wait at another barrier, which this process will never reach.
       self._failure = failure
       raise failure
     if 'async_write_complete' in key:
@@ -233,13 +245,42 @@ class Checkpoints:
     self._barrier(key=key, timeout_ms=timeout_ms)
 
 
+def _staged(model_dir, keep: int) -> remote_staging.Staging:
+  """The checkpoints in a store that Orbax can't reach, for all processes together."""
+  (start,) = verification.of_the_first([secrets.randbits(32)])
+  return remote_staging.Staging(model_dir, keep, jax.process_index(), jax.process_count(), start)
+
+
+def _processes(staged: remote_staging.Staging | None) -> ocp.options.MultiprocessingOptions:
+  """Orbax' options: process 0 alone completes a checkpoint, or all do in folders of their own."""
+  apart = staged and jax.process_count() > 1
+  return ocp.options.MultiprocessingOptions(primary_host=None if apart else 0)
+
+
+def _handlers(staged: remote_staging.Staging | None):
+  """What reads and writes the items; None for Orbax' own choice.
+
+  Several processes with folders of their own write each piece of an array as a file: the databases
+  that Orbax writes otherwise can be merged only where all of them are in one folder.
+  """
+  if not staged or jax.process_count() == 1:
+    return None
+  options = _processes(staged)
+  json_handler = lambda: ocp.JsonCheckpointHandler(multiprocessing_options=options)
+  return {
+    'state': ocp.StandardCheckpointHandler(multiprocessing_options=options, use_ocdbt=False),
+    'data': json_handler(),
+    'model': json_handler(),
+  }
+
+
 def describe(objective) -> dict:
-  """An objective's name and its model's sizes, as they stand in a checkpoint."""
+  """Returns an objective's name and its model's config, in the form that checkpoints store."""
   return {'stage': objective.name, 'config': dataclasses.asdict(objective.model)}
 
 
 def folder(model_dir) -> epath.Path:
-  """Where the checkpoints of a run are: absolute, as Orbax wants it; so is `gs://...` as it is."""
+  """Returns the folder of a run's checkpoints, as the absolute path or URL that Orbax needs."""
   path = storage.as_epath(model_dir)
   if storage.is_url(model_dir):
     store_arrays.configure()
@@ -247,7 +288,7 @@ def folder(model_dir) -> epath.Path:
 
 
 def has_checkpoint(model_dir) -> bool:
-  """Whether a run has begun and written a whole checkpoint."""
+  """Returns whether a run has written a whole checkpoint."""
   if remote_staging.is_needed(model_dir):
     return bool(remote_staging.steps(model_dir))
   directory = folder(model_dir)
@@ -255,20 +296,21 @@ def has_checkpoint(model_dir) -> bool:
 
 
 def latest_checkpoint(model_dir) -> epath.Path:
-  """Folder of a run's newest whole checkpoint; says so if it is not the newest one.
+  """Returns the folder of a run's newest whole checkpoint; warns if newer ones are damaged.
 
-  Every file is read for it. Nothing is changed, since the run may be going on. From a store that
-  Orbax can't read it is copied to a temporary folder that stays until the process ends.
+  It reads all files of the checkpoint, and changes nothing, since the run may still be training.
+  From a store that Orbax can't read, it copies the checkpoint to a temporary folder that stays
+  until the process ends.
 
   Raises:
     UserError: if the run's folder is missing or holds no whole checkpoint.
   """
   if remote_staging.is_needed(model_dir):
-    there, directory = storage.is_folder(model_dir), remote_staging.Staging(model_dir).directory
+    exists, directory = storage.is_folder(model_dir), remote_staging.Staging(model_dir).directory
   else:
     directory = folder(model_dir)
-    there = directory.is_dir()
-  if not there:
+    exists = directory.is_dir()
+  if not exists:
     raise errors.UserError(
       f'{model_dir}: no training run there (no folder {directory.name}); give the --model_dir '
       'of a run'
@@ -289,10 +331,10 @@ def latest_checkpoint(model_dir) -> epath.Path:
 
 
 def checkpoint_of(model_dir, step: int) -> epath.Path:
-  """Folder of a run's checkpoint of a step; every file is read for it.
+  """Returns the folder of a run's checkpoint of a step, after reading all its files.
 
   Raises:
-    UserError: if there is none of that step, or it is damaged, or in a store that Orbax can't read.
+    UserError: if it doesn't exist, is damaged, or is in a store that Orbax can't read.
   """
   if remote_staging.is_needed(model_dir):
     raise errors.UserError(
@@ -302,8 +344,8 @@ def checkpoint_of(model_dir, step: int) -> epath.Path:
   path = folder(model_dir) / str(step)
   if not path.is_dir():
     steps = sorted(ocp.utils.checkpoint_steps(path.parent)) if path.parent.is_dir() else []
-    there = f'those there are of {", ".join(map(str, steps))}' if steps else 'there is none at all'
-    raise errors.UserError(f'{model_dir}: no checkpoint of step {step}; {there}')
+    existing = f'there are {", ".join(map(str, steps))}' if steps else 'there are none'
+    raise errors.UserError(f'{model_dir}: no checkpoint of step {step}; {existing}')
   found = verification.fault(path)
   if found:
     raise errors.UserError(f'{model_dir}: checkpoint {step} is damaged: {found}; take another')
@@ -311,11 +353,11 @@ def checkpoint_of(model_dir, step: int) -> epath.Path:
 
 
 def read_model(path: epath.Path) -> dict:
-  """What model a checkpoint is of: the dict that `describe` gave.
+  """Returns the description of a checkpoint's model: the dict that `describe` returned.
 
   Raises:
-    UserError: if the checkpoint is unfinished, not one of this package, or has metadata larger than
-      any.
+    UserError: if the checkpoint is unfinished, isn't from this package, or has metadata of an
+      implausible size.
   """
   for file in _METADATA_FILES:
     if (path / file).exists():
@@ -328,20 +370,21 @@ def read_model(path: epath.Path) -> dict:
 
 
 def read_metadata(path: epath.Path):
-  """A tree that Orbax has written, of shapes and dtypes; None if that is not told there.
+  """Returns shapes and dtypes of a tree that Orbax wrote; None if the metadata is missing.
 
   Args:
     path: folder of the tree, such as `state` in a checkpoint.
   """
   try:
     # Not by a Checkpointer, which warns that a part of a checkpoint has no metadata as a whole.
-    return ocp.PyTreeCheckpointHandler().metadata(path).tree
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=verification.alone())
+    return handler.metadata(path).tree
   except (FileNotFoundError, ValueError, KeyError):
     return None
 
 
 def read_place(path: epath.Path) -> dict:
-  """The place in the data at which a checkpoint was written, see `SharedBatches.state`."""
+  """Returns a checkpoint's position in the data, a result of `SharedBatches.state`."""
   with _json_alone() as checkpointer:
     return checkpointer.restore(path / 'data')
 
@@ -351,11 +394,11 @@ def _json_alone() -> ocp.Checkpointer:
 
 
 def read_config(path: epath.Path, objective: str) -> dict:
-  """Sizes of a checkpoint's model, by the names of this version.
+  """Returns the config of a checkpoint's model, with the field names of this version.
 
   Args:
-    path: a checkpoint's folder, of `latest_checkpoint`.
-    objective: name of the objective that it must be of.
+    path: a checkpoint's folder, the result of `latest_checkpoint`.
+    objective: name of the objective that the checkpoint must have.
 
   Raises:
     UserError: if the checkpoint is unfinished or of another objective.
@@ -371,13 +414,13 @@ def read_config(path: epath.Path, objective: str) -> dict:
 
 @numerics.fixed()
 def read_params(path: epath.Path, module, inputs, device: jax.Device | None = None):
-  """A checkpoint's parameters of a module, as `read_parts`, on one device.
+  """Reads a checkpoint's parameters of a module onto one device, like `read_parts`.
 
   Args:
-    path: a checkpoint's folder, of `latest_checkpoint`.
-    module: the linen module whose parameters they are.
-    inputs: arrays that the module takes.
-    device: which one; None for the first of this process.
+    path: a checkpoint's folder, the result of `latest_checkpoint`.
+    module: the linen module of the parameters.
+    inputs: example inputs of the module, a sequence of arrays.
+    device: the device; None for the first one of this process.
   """
   boxed = jax.eval_shape(module.init, jax.random.key(0), *inputs)['params']
   sharding = jax.sharding.SingleDeviceSharding(device or jax.local_devices()[0])
@@ -391,14 +434,14 @@ def read_params(path: epath.Path, module, inputs, device: jax.Device | None = No
 
 
 def read_parts(path: epath.Path, params):
-  """Parts of a checkpoint's parameters, without the optimiser's state.
+  """Reads parts of a checkpoint's parameters, without the optimiser's state.
 
-  Where the run kept an average of the parameters, see `state.averaged`, it is the average. What was
-  trained beside these parts, such as a discriminator, is left out. Each process reads what is on
-  its own devices and waits for no other, so that one alone may read.
+  If the run kept an average of the parameters (`state.averaged`), this returns the average. Other
+  parts that were trained, such as a discriminator, are left out. Each process reads the shards of
+  its own devices without waiting for the others, so a single process may call it.
 
   Args:
-    path: a checkpoint's folder, of `latest_checkpoint`.
+    path: a checkpoint's folder, the result of `latest_checkpoint`.
     params: {name of a part: a tree of shapes and shardings}.
 
   Returns:
@@ -439,28 +482,28 @@ def read_parts(path: epath.Path, params):
 
 
 def read_model_folder(path, objective, abstract, inputs):
-  """The parameters of an exported model, to start a run with.
+  """Reads the parameters of an exported model, to start a run from.
 
   Args:
-    path: a model folder, as `parti-jax export` writes it.
-    objective: what is trained; its model must be of the same sizes.
+    path: a model folder written by `parti-jax export`.
+    objective: the run's objective; its model must have the same config.
     abstract: the parameters' shapes and shardings.
-    inputs: what the run is trained with, an `Inputs`.
+    inputs: the run's vocabulary and tokenizer, an `Inputs`.
 
   Returns:
     The parameters, on the mesh.
 
   Raises:
-    UserError: if there is no model folder, or its sizes, its vocabulary or its tokenizer differ;
-      names what differs.
+    UserError: if the model folder doesn't exist, or its config, vocabulary or tokenizer differs;
+      names the differences.
   """
   model = model_folder.load(path)
   networks = model.networks
   networks['generator'] = networks['parti']
   if objective.name not in networks:
     raise errors.UserError(
-      f'{path}: the model has no {objective.name}, so that none can start from '
-      'it; set train.initial_model to None or to another model'
+      f'{path}: the model has no {objective.name} to start from; set train.initial_model to None '
+      'or to another model'
     )
   config, params, made_with = networks[objective.name]
   inputs.check(
@@ -473,42 +516,42 @@ def read_model_folder(path, objective, abstract, inputs):
 
 
 def put_like(params, abstract):
-  """Parameters of any dtype and place with the dtypes and shardings of `abstract`."""
+  """Returns parameters with the dtypes and shardings of `abstract`."""
   return jax.tree.map(
     lambda leaf, like: jax.device_put(leaf.astype(like.dtype), like.sharding), params, abstract
   )
 
 
 def check_same_model(path, saved: dict, wanted: dict):
-  """Raises UserError that names the settings in which two models differ."""
+  """Raises UserError, naming the settings, if two models differ."""
   if saved['stage'] != wanted['stage']:
     raise errors.UserError(
       f'{path}: a checkpoint of the objective {saved["stage"]!r}, not of '
       f'{wanted["stage"]!r}; choose another --model_dir'
     )
   free = ('dropout', 'dtype', 'remat', 'unroll', 'commitment')
-  there = parti_config.by_todays_names(saved['config'])
+  saved_config = parti_config.by_todays_names(saved['config'])
   plain = lambda value: list(value) if isinstance(value, (tuple, list)) else value
   differing = [
-    f'{key} is {there.get(key)} there and {value} here'
+    f'{key} is {saved_config.get(key)} there and {value} here'
     for key, value in wanted['config'].items()
-    if key not in free and plain(there.get(key)) != plain(value)
+    if key not in free and plain(saved_config.get(key)) != plain(value)
   ]
   if differing:
     raise errors.UserError(
-      f'{path}: of another configuration: {"; ".join(differing)}; train in '
-      'another --model_dir, or set the model back'
+      f'{path}: has another configuration: {"; ".join(differing)}; train in '
+      'another --model_dir, or restore the model settings'
     )
 
 
 def check_same_shapes(path, abstract, within: str | tuple[str, ...] = ''):
-  """Compares a checkpoint's arrays with those that are wanted.
+  """Compares the shapes of a checkpoint's arrays with the expected ones.
 
   Args:
     path: the checkpoint's folder.
     abstract: a tree of shapes.
-    within: the part, or parts, of the state that `abstract` is, such as 'params/encoder/'; all of
-      it by default.
+    within: prefix, or prefixes, of the part of the state that `abstract` covers, such as
+      'params/encoder/'; all of the state by default.
 
   Raises:
     UserError: if the checkpoint is unfinished, or if arrays are missing, unknown or of another
@@ -530,14 +573,14 @@ def check_same_shapes(path, abstract, within: str | tuple[str, ...] = ''):
     raise errors.UserError(
       f'{path}: does not fit this configuration: '
       f'{"; ".join(differing[:5])}{more}; train in another --model_dir, or '
-      'set the model or the optimiser back'
+      'restore the settings of the model or the optimiser'
     )
 
 
 def by_path(tree) -> dict[str, Any]:
-  """{path: array} of a tree of whatever has a shape, by the names that checkpoints have them under.
+  """Returns {path: array} of a tree of arrays or abstract arrays, with the paths of checkpoints.
 
-  These are the names of dict keys, fields and positions with / between; what is empty has none.
+  A path joins the names of dict keys, fields and indices with '/'. Empty nodes have no path.
   """
   flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: hasattr(leaf, 'shape'))
   name = lambda key: str(getattr(key, 'key', getattr(key, 'name', getattr(key, 'idx', key))))
@@ -551,7 +594,7 @@ def _unfinished(path) -> errors.UserError:
 
 
 def _saved_shapes(path) -> dict[str, tuple[int, ...]]:
-  """Shapes of the arrays of a checkpoint's state, by their paths."""
+  """Returns the shapes of the arrays of a checkpoint's state, by their paths."""
   metadata = read_metadata(path / 'state')
   if metadata is None:
     raise _unfinished(path)

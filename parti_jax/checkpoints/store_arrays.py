@@ -1,4 +1,4 @@
-"""How long TensorStore repeats requests to gs://, where it reads and writes checkpoints' arrays."""
+"""Sets how long TensorStore retries requests to gs:// for checkpoints' arrays."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FIRST_DELAY, _LONGEST_DELAY = 1.0, 20.0
 
 
 def configure() -> None:
-  """Has Orbax give TensorStore the patience of `store_retries` in place of its quarter of an hour."""
+  """Gives Orbax's TensorStore the timeouts of `store_retries` instead of its 15 minutes."""
   connect, read = store_retries.timeouts()
   for variable, value in (
     ('CONNECT_TIMEOUT_SECONDS', connect),
@@ -28,7 +28,7 @@ def configure() -> None:
     'initial_delay': f'{_FIRST_DELAY}s',
     'max_delay': f'{_LONGEST_DELAY}s',
   }
-  # Orbax has no option for it.
+  # Orbax has no option for this.
   for context in (tensorstore_utils._BASE_TS_CONTEXT, tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT):
     context['gcs_request_retries'] = settings
   _quiet_threads()
@@ -36,7 +36,7 @@ def configure() -> None:
 
 @functools.cache
 def _quiet_threads() -> None:
-  """Keeps TensorStore's threads from printing that Orbax no longer waits for the others' requests."""
+  """Keeps TensorStore's threads from printing errors of requests that Orbax no longer awaits."""
   before = sys.excepthook
 
   def hook(kind, error, traceback):
@@ -48,7 +48,7 @@ def _quiet_threads() -> None:
 
 
 def _retries(seconds: float) -> int:
-  """How many retries take about so many seconds."""
+  """Returns the number of retries that take about `seconds`."""
   retries, waited, delay = 1, _FIRST_DELAY, 2 * _FIRST_DELAY
   while waited < seconds:
     retries, waited, delay = retries + 1, waited + delay, min(2 * delay, _LONGEST_DELAY)

@@ -1,7 +1,8 @@
-"""Checkpoints of earlier versions, which have whole second moments of attention kernels.
+"""Restores checkpoints of earlier versions, which have whole second moments of attention kernels.
 
-Adafactor's second moment of these kernels is factored today. A factored moment is the means of the
-rows and of the columns of the whole one, which is how it is restored: nothing is lost.
+Today Adafactor's second moment of these kernels is factored. A factored moment consists of the
+means of the rows and columns of the whole moment, so it can be computed from the whole one without
+loss.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from parti_jax.partitioning import factored
 def names(
   shapes: Mapping[str, tuple[int, ...]], parameters: str, wanted: Mapping[str, Any] | None = None
 ) -> list[str]:
-  """Which arrays of a checkpoint are whole moments of kernels that are factored today.
+  """Returns names of arrays in a checkpoint that are whole moments but are factored today.
 
   Args:
-    shapes: of all of the checkpoint's arrays, by the names that `checkpoints.by_path` gives them.
-    parameters: how the names of parameters begin, such as 'params/'.
-    wanted: the abstract arrays to restore, by name, of which only factored moments count; None
-      for whatever the checkpoint has.
+    shapes: shapes of all of the checkpoint's arrays, by their names in `run_checkpoints.by_path`.
+    parameters: prefix of the names of parameters, such as 'params/'.
+    wanted: the abstract arrays to restore, by name; only moments whose shape differs count. None
+      to return all whole moments of the checkpoint.
 
   Returns:
     Names such as 'optimizer_state/1/v/decoder/layers/attention/project_in/kernel'.
@@ -45,12 +46,12 @@ def names(
 
 
 def as_saved(wanted: Mapping[str, Any], whole: Iterable[str], parameters: str) -> dict[str, Any]:
-  """What to restore in place of what is wanted: whole moments, and no means of theirs.
+  """Returns the abstract arrays to restore, with whole moments in place of factored ones.
 
   Args:
     wanted: abstract arrays with shardings, by name, in today's form.
-    whole: of `names`.
-    parameters: as there.
+    whole: the result of `names`.
+    parameters: prefix of the names of parameters, such as 'params/'.
 
   Returns:
     `wanted`, in the same order, in the checkpoint's form.
@@ -62,7 +63,7 @@ def as_saved(wanted: Mapping[str, Any], whole: Iterable[str], parameters: str) -
       parameter.shape, wanted[name].dtype, sharding=parameter.sharding
     )
     for mean in _means_of(name):
-      found[mean] = wanted[name]  # The same placeholder stands for means and for whole moments.
+      found[mean] = wanted[name]  # Means and whole moments have the same placeholder.
   return found
 
 
@@ -71,12 +72,12 @@ def factor(
   whole: Iterable[str],
   shardings: Mapping[str, jax.sharding.Sharding],
 ) -> dict[str, jax.Array]:
-  """Puts the means of whole moments in their place.
+  """Replaces whole moments by their means.
 
   Args:
-    arrays: of a checkpoint, by name.
-    whole: of `names`.
-    shardings: of the moment and of its means, by name.
+    arrays: a checkpoint's arrays, by name.
+    whole: the result of `names`.
+    shardings: shardings of the moments and of their means, by name.
 
   Returns:
     `arrays`, in the same order, in today's form.
@@ -84,16 +85,16 @@ def factor(
   found = dict(arrays)
   for name in whole:
     shape = factored.matrix_shape(name.split('/'), arrays[name].shape)
-    places = (*_means_of(name), name)
+    targets = (*_means_of(name), name)
     parts = jax.jit(
-      _factored, static_argnums=1, out_shardings=tuple(shardings[place] for place in places)
+      _factored, static_argnums=1, out_shardings=tuple(shardings[target] for target in targets)
     )(arrays[name], shape)
-    found |= dict(zip(places, parts))
+    found |= dict(zip(targets, parts))
   return found
 
 
 def line(count: int) -> str:
-  """A sentence, without a full stop, about so many kernels."""
+  """Returns a sentence, without a full stop, about `count` factored kernels."""
   return (
     f'the whole second moments of {count} attention kernels, from a checkpoint of an earlier '
     'version, are factored now'
@@ -106,7 +107,7 @@ def _means_of(name: str) -> tuple[str, str]:
 
 
 def _factored(moment, shape: tuple[int, ...]):
-  """Means of rows, means of columns, and the placeholder of the whole moment."""
+  """Returns the means of rows, the means of columns, and the whole moment's placeholder."""
   matrix = moment.reshape(shape)
   column, row = factored.axes(shape)
   return jnp.mean(matrix, row), jnp.mean(matrix, column), jnp.zeros((1,), moment.dtype)

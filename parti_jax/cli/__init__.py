@@ -1,1 +1,1 @@
-"""Commands that go through several parts of the package."""
+"""The commands of `parti-jax`."""

@@ -38,17 +38,17 @@ def run(args: argparse.Namespace) -> int:
   if not args.gin_file and not args.model_dir:
     raise errors.UserError("--model_dir=RUN not given; or give the run's --gin_file")
   from parti_jax.data import shared_batches
+  from parti_jax.training import config as config_lib
   from parti_jax.training import configurables  # noqa: F401
-  from parti_jax.training import train_loop
 
   places = [shared_batches.Place.parse(place) for place in args.place]
   gin_config.parse(args.gin_file or [f'{args.model_dir}/config.gin'], args.gin_bindings)
-  values = train_loop.bound_arguments()
-  lengths = values['objective'].feature_lengths()
+  config = config_lib.configured()
+  lengths = config.objective.feature_lengths()
   for place in places:
-    batch = shared_batches.read(place, values['task'], values['split'], lengths, values['seed'])
-    print(f'{place} of {values["task"]}, {values["split"]}')
-    for line in describe(batch, values['task'], lengths):
+    batch = shared_batches.read(place, config.task, config.split, lengths, config.seed)
+    print(f'{place} of {config.task}, {config.split}')
+    for line in describe(batch, config.task, lengths):
       print(f'  {line}')
     if args.output_dir:
       print(f'  written: {", ".join(map(str, write(batch, place, args.output_dir)))}')

@@ -1,6 +1,6 @@
-"""`parti-jax calibrate`: the threshold that saves most while pictures stay as good.
+"""`parti-jax calibrate`: finds the threshold that saves most work and preserves image quality.
 
-See `calibration` for the test, and `alignment` for what is measured.
+`calibration` has the statistical test, and `alignment` the measures of quality.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from parti_jax.evaluation import calibration
 from parti_jax.evaluation.openmoji import alignment
 
 THRESHOLDS = ('exit_threshold', 'guidance_skip_threshold')
-# Dense where predictions are: most tokens' confidence is near 1.
+# Dense near 1, where the confidence of most tokens is.
 _CANDIDATES = (0.999, 0.99, 0.98, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)
 # The table's columns: key of a row -> its heading.
 _COLUMNS = {
@@ -47,19 +47,19 @@ def add_arguments(parser: argparse.ArgumentParser):
     '--calibrate',
     default=THRESHOLDS[0],
     choices=THRESHOLDS,
-    help='which threshold (default: %(default)s)',
+    help='the threshold to calibrate (default: %(default)s)',
   )
   parser.add_argument(
     '--tolerance',
     type=float,
     default=0.05,
-    help='how much of the alignment may be lost (default: %(default)s)',
+    help='acceptable loss of alignment (default: %(default)s)',
   )
   parser.add_argument(
     '--risk',
     type=float,
     default=0.05,
-    help='chance of losing more than that (default: %(default)s)',
+    help='acceptable probability of a larger loss (default: %(default)s)',
   )
   parser.add_argument(
     '--candidates',
@@ -67,28 +67,31 @@ def add_arguments(parser: argparse.ArgumentParser):
     nargs='+',
     default=list(_CANDIDATES),
     metavar='THRESHOLD',
-    help='tried from the highest down (default: 0.999, 0.99, ... 0)',
+    help='thresholds to try, from the highest down (default: 0.999, 0.99, ... 0)',
   )
   parser.add_argument(
     '--measure',
     default='name_top1',
     choices=(*alignment.OpenMojiAlignment.measures, alignment.RANKER),
-    help="alignment: of OpenMoji's judge, or the score of the model's ranker "
+    help="measure of alignment: one of OpenMoji's judge, or the score of the model's ranker "
     '(default: %(default)s)',
   )
   parser.add_argument(
     '--split',
     default='unseen_combinations',
     metavar='SPLIT',
-    help='OpenMoji prompts, of ' + ', '.join(openmoji.SPLITS) + ' (default: %(default)s)',
+    help='split of the OpenMoji prompts: ' + ', '.join(openmoji.SPLITS) + ' (default: %(default)s)',
   )
   parser.add_argument(
     '--prompts_file',
     metavar='FILE',
-    help='a text file with a prompt on each line instead; with --measure=ranker',
+    help='a text file with a prompt on each line, to use instead with --measure=ranker',
   )
   parser.add_argument(
-    '--max_prompts', type=int, metavar='N', help='prompts at most, drawn at random (default: all)'
+    '--max_prompts',
+    type=int,
+    metavar='N',
+    help='maximum number of prompts, chosen at random (default: all)',
   )
   parser.add_argument(
     '--num_images', type=int, default=4, help='pictures for each prompt (default: %(default)s)'
@@ -97,14 +100,14 @@ def add_arguments(parser: argparse.ArgumentParser):
     '--seed',
     type=int,
     default=0,
-    help='of the prompts drawn and the pictures (default: %(default)s)',
+    help='seed of the choice of prompts and of the pictures (default: %(default)s)',
   )
-  parser.add_argument('--batch_size', type=int, help='pictures drawn at once')
+  parser.add_argument('--batch_size', type=int, help='number of pictures to generate at once')
   parser.add_argument(
     '--output',
     default='calibration.json',
     metavar='FILE',
-    help='where the table goes; what is in it already is not measured again (default: %(default)s)',
+    help='file of the table; rows that it already has are not measured again (default: %(default)s)',
   )
   sampling_flags.add_arguments(parser)
 
@@ -113,10 +116,10 @@ def run(args: argparse.Namespace) -> int:
   """Measures thresholds until one fails, prints the table and writes it.
 
   Returns:
-    0 where a threshold was found, 1 where none keeps the alignment.
+    0 if a threshold was found, 1 if none keeps the alignment.
 
   Raises:
-    UserError: bad flags, a model without a ranker where it is asked for one, or an output file of
+    UserError: bad flags, a model without the ranker that the flags ask for, or an output file of
       another calibration.
   """
   _check_flags(args)
@@ -140,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class _Study:
-  """What has been measured, kept in a file."""
+  """The measurements so far, stored in a file."""
 
   def __init__(self, args, pipeline, judge):
     self._args, self._pipeline, self._judge = args, pipeline, judge
@@ -159,7 +162,7 @@ class _Study:
     self._printed = False
 
   def row(self, threshold: float) -> dict[str, Any]:
-    """A row of the table; measured where the file does not have it."""
+    """Returns a row of the table; measures it unless the file has it."""
     everything = self._measure(1.0)
     measured = self._measure(threshold)
     losses = np.array(everything['scores']) - np.array(measured['scores'])
@@ -181,7 +184,7 @@ class _Study:
     return row
 
   def write(self, **more):
-    """Writes the file, whole or not at all."""
+    """Writes the file atomically."""
     content = self._conditions | {
       'tolerance': self._args.tolerance,
       'risk': self._args.risk,
@@ -191,7 +194,7 @@ class _Study:
       storage.write(self._args.output, json.dumps(content | more, indent=1) + '\n')
     except OSError as error:
       raise UserError(
-        f'--output {self._args.output} cannot be written: {error.strerror}; name another file'
+        f'--output {self._args.output} cannot be written: {error.strerror}; choose another file'
       ) from error
 
   def _measure(self, threshold: float) -> dict[str, Any]:
@@ -226,18 +229,18 @@ class _Study:
       measured = content['measured']
     except (OSError, ValueError, KeyError, TypeError) as error:
       raise UserError(
-        f'--output {path} is there and is no calibration; name another file or remove it'
+        f"--output {path} exists and isn't a calibration; choose another file or remove it"
       ) from error
     if different:
       raise UserError(
-        f'--output {path} is of a calibration with another {different[0]}; name '
+        f'--output {path} is from a calibration with another {different[0]}; choose '
         'another file or remove it'
       )
     return measured
 
 
 def _used(result, decoder_layers: int) -> dict[str, float]:
-  """What the tokens of a result took, on average."""
+  """Returns the average work per token of a result."""
   if result.usage is None:
     return {'layers': decoder_layers, 'computed': decoder_layers, 'unguided': 0.0}
   return {
@@ -248,12 +251,12 @@ def _used(result, decoder_layers: int) -> dict[str, float]:
 
 
 def _line(row) -> str:
-  """A row of the table, in Markdown."""
+  """Returns a row of the table, in Markdown."""
   return '| ' + ' | '.join(f'{row[name]:.3g}' if name in row else '' for name in _COLUMNS) + ' |'
 
 
 def _judge(args, pipeline):
-  """What measures alignment."""
+  """Returns the object that measures alignment."""
   if args.measure != alignment.RANKER:
     return alignment.OpenMojiAlignment(pipeline.image_size, args.split, args.max_prompts, args.seed)
   if pipeline.ranker is None:
@@ -269,36 +272,36 @@ def _judge(args, pipeline):
 
 
 def _check_prompts(args: argparse.Namespace, judge):
-  """Says before anything is drawn where there are too few prompts to find a threshold.
+  """Warns, before generating pictures, if there are too few prompts to find a threshold.
 
   Raises:
-    UserError: if none of them can be judged.
+    UserError: if no prompt can be judged.
   """
   count, span = judge.judged(args.measure), alignment.SPANS[args.measure]
   if not count:
     raise UserError(
-      f'--measure={args.measure}: none of the {len(judge.prompts)} prompts can be '
-      'judged by it; choose another one, or more --max_prompts'
+      f'--measure={args.measure} can judge none of the {len(judge.prompts)} prompts; choose '
+      'another measure, or more --max_prompts'
     )
   least = calibration.p_value(np.zeros(count), args.tolerance, -span, span, args.risk)
   if least > args.risk:
     print(
       f'parti-jax: warning: {count} prompts are too few for --tolerance={args.tolerance:g}: '
-      f'where nothing at all is lost, the p-value is {least:.2g} and so above '
-      f'--risk={args.risk:g}; give more prompts or a larger tolerance',
+      f'even without any loss the p-value is {least:.2g}, above --risk={args.risk:g}; give more '
+      'prompts or a larger tolerance',
       file=sys.stderr,
     )
 
 
 def _check_flags(args: argparse.Namespace):
-  """Raises UserError for values that can't be, before a model is loaded."""
+  """Raises UserError for invalid values, before loading a model."""
   sampling_flags.check_numbers(args, 'num_images', 'max_prompts', 'batch_size')
   for name in ('tolerance', 'risk'):
     if not 0 < getattr(args, name) < 1:
-      raise UserError(f'--{name}={getattr(args, name):g} must lie between 0 and 1')
+      raise UserError(f'--{name}={getattr(args, name):g} must be between 0 and 1')
   if args.split not in openmoji.SPLITS:
     raise UserError(
-      f'--split: unknown split {args.split!r}; the splits are {", ".join(openmoji.SPLITS)}'
+      f'--split: unknown split {args.split!r}; choose from {", ".join(openmoji.SPLITS)}'
     )
   if args.prompts_file is not None and args.measure != alignment.RANKER:
     raise UserError(
@@ -306,5 +309,7 @@ def _check_flags(args: argparse.Namespace):
     )
   for candidate in args.candidates:
     if not 0 <= candidate < 1:
-      raise UserError(f'--candidates: {candidate:g} must be from 0 to below 1, which skips nothing')
+      raise UserError(
+        f'--candidates: {candidate:g} must be at least 0 and below 1, which skips nothing'
+      )
   sampling_flags.given(args)

@@ -1,4 +1,4 @@
-"""`parti-jax detokenize`: pictures of image tokens that were drawn elsewhere, as by t5x.infer."""
+"""`parti-jax detokenize`: decodes image tokens that another program, such as t5x.infer, sampled."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from parti_jax.sampling import text_to_image
 from parti_jax.t5x import inferences
 from parti_jax.training.objectives import frozen_tokenizer
 
-# Pictures between two looks at the bar.
+# Pictures to decode between two updates of the bar.
 _AT_ONCE = 64
-# Lines on the grid, which would not fit into any memory with all of a large file.
+# Maximum lines on the grid; all lines of a large file would not fit in memory.
 _SHOWN = 120
 
 
@@ -35,58 +35,58 @@ def add_arguments(parser: argparse.ArgumentParser):
     'files',
     nargs='+',
     metavar='FILE',
-    help='lines of JSON with image tokens, as t5x.infer writes them',
+    help='JSON lines with image tokens, written by t5x.infer',
   )
   which = parser.add_mutually_exclusive_group()
   which.add_argument(
     '--model',
     metavar='PATH',
-    help='the exported model whose tokens they are (default: the demo model)',
+    help='the exported model whose tokenizer made the tokens (default: the demo model)',
   )
-  which.add_argument('--tokenizer', metavar='RUN', help="the tokenizer's run whose tokens they are")
+  which.add_argument('--tokenizer', metavar='RUN', help='run of the tokenizer that made the tokens')
   parser.add_argument(
     '--output_dir',
     default=generate.DEFAULT_OUTPUT_DIR,
     metavar='DIR',
-    help='where the pictures go (default: ./%(default)s)',
+    help='output folder of the pictures (default: ./%(default)s)',
   )
   parser.add_argument(
     '--field',
     default=inferences.FIELD,
     metavar='NAME',
-    help='what of a line holds the tokens (default: %(default)s)',
+    help="a line's field with the tokens (default: %(default)s)",
   )
   parser.add_argument(
     '--caption_field',
     default=inferences.CAPTION_FIELD,
     metavar='NAME',
-    help="what of a line's inputs holds the caption (default: %(default)s)",
+    help="the field of a line's inputs with the caption (default: %(default)s)",
   )
   parser.add_argument(
     '--num_columns',
     type=int,
     default=6,
     metavar='N',
-    help='lines side by side on the grid (default: %(default)s)',
+    help='number of lines side by side on the grid (default: %(default)s)',
   )
 
 
 def run(args: argparse.Namespace) -> int:
-  """Writes the pictures of each file and a grid of them, and prints the files.
+  """Writes the pictures of each file and a grid of them, and prints the file names.
 
-  Nothing is written before all lines have been read and found good.
+  It writes nothing before it has read and checked all lines.
 
   Returns:
     0, the exit status.
 
   Raises:
-    UserError: bad flags, a file or a line that is no such file or line, tokens of another
-      tokenizer, no tokenizer, or a folder that can't be written.
+    UserError: bad flags, an invalid file or line, tokens of another tokenizer, no tokenizer, or a
+      folder that can't be written.
   """
   checks.count('--num_columns', args.num_columns)
   folder = pathlib.Path(args.output_dir)
   if folder.exists() and not folder.is_dir():
-    raise UserError(f'--output_dir {folder} is a file; name a folder')
+    raise UserError(f'--output_dir {folder} is a file; choose a folder')
   compilation_cache.enable()
   source = args.tokenizer or args.model or text_to_image.DEMO_FOLDER
   tokenizer = frozen_tokenizer.load(source)
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
   }
   with tqdm.tqdm(
     total=sum(len(lines) * len(lines[0].tokens) for lines in found.values()),
-    desc='drawing',
+    desc='decoding',
     unit='picture',
     disable=None,
   ) as bar:
@@ -115,16 +115,23 @@ class _Writer:
   def __init__(
     self, folder: pathlib.Path, file: str, tokenizer: str, lines: Sequence[inferences.Inference]
   ):
-    """Takes where to write, the names of the file and of the tokenizer, and the lines."""
+    """Creates a writer.
+
+    Args:
+      folder: output folder.
+      file: name of the file.
+      tokenizer: name of the tokenizer.
+      lines: the file's lines.
+    """
     self._folder, self._file, self._lines = folder, file, lines
     self._metadata = {'inferences': file, 'model': tokenizer}
-    # Of the first lines, each with its pictures.
+    # The pictures of each of the first lines.
     self._shown: list[list[np.ndarray]] = []
 
   def pictures(
     self, detokenizer: detokenizing.Detokenizer, bar: tqdm.tqdm
   ) -> Iterator[pathlib.Path]:
-    """Draws and writes the pictures, and yields their files in order."""
+    """Decodes and writes the pictures, and yields their paths in order."""
     count = len(self._lines[0].tokens)
     together = max(1, _AT_ONCE // count)
     for start in range(0, len(self._lines), together):
@@ -138,7 +145,7 @@ class _Writer:
       bar.update(len(lines) * count)
 
   def _save(self, line: inferences.Inference, index: int, image: np.ndarray) -> pathlib.Path:
-    digits = len(str(self._lines[-1].line))  # So that files stand in the order of the lines.
+    digits = len(str(self._lines[-1].line))  # Sorts the files in the order of the lines.
     name = f'{images_lib.slug(line.caption or "")}_line{line.line:0{digits}}_{index}'
     caption = {} if line.caption is None else {'prompt': line.caption}
     return images_lib.save(
@@ -155,7 +162,7 @@ class _Writer:
     )
 
   def grid(self, num_columns: int) -> pathlib.Path:
-    """Writes what `pictures` has drawn of the first lines on one sheet and returns its file."""
+    """Writes the first lines' pictures from `pictures` on one sheet and returns its path."""
     lines = self._lines[: len(self._shown)]
     texts = [f'line {line.line}' if line.caption is None else line.caption for line in lines]
     title = f'{self._file}: {len(lines):,} of {len(self._lines):,} lines'
@@ -174,5 +181,5 @@ class _Writer:
 
 
 def _digest(*tokens: np.ndarray) -> str:
-  """Hexadecimal digest of image tokens, by which a picture is known to be the same."""
+  """Returns a hexadecimal digest of image tokens, which identifies a picture."""
   return hashlib.sha256(b''.join(part.tobytes() for part in tokens)).hexdigest()[:16]

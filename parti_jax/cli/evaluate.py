@@ -1,4 +1,4 @@
-"""`parti-jax evaluate`: draws prompts of a data set with a model and judges the pictures."""
+"""`parti-jax evaluate`: generates pictures for a data set's prompts and judges them."""
 
 import argparse
 import pathlib
@@ -20,7 +20,7 @@ from parti_jax.sampling import sheets
 
 DATASETS = ('openmoji', 'coco', 'localized_narratives')
 
-# Flags that say something of some data sets only, with what they are if not given.
+# Flags that only apply to some data sets, with their defaults.
 _OF_DATASETS = {
   ('openmoji',): {
     'splits': list(openmoji.SPLITS),
@@ -40,43 +40,46 @@ def add_arguments(parser: argparse.ArgumentParser):
     '--model', metavar='PATH', help='an exported model (default: the demo model in the package)'
   )
   parser.add_argument(
-    '--dataset', default='openmoji', help=f'of {", ".join(DATASETS)} (default: %(default)s)'
+    '--dataset', default='openmoji', help=f'one of {", ".join(DATASETS)} (default: %(default)s)'
   )
   parser.add_argument(
     '--output_dir',
     default='evaluation',
     metavar='DIR',
-    help='where report.json, report.md, contact sheets and, of captions, the '
-    'drawn pictures go (default: %(default)s)',
+    help='output folder of report.json, report.md, contact sheets and, for captions, the '
+    'generated pictures (default: %(default)s)',
   )
   parser.add_argument(
     '--num_images',
     type=int,
-    help='pictures for each prompt (default: 4 of openmoji, else 1; with more of '
-    "captions, the best by the model's ranker is compared)",
+    help='number of pictures for each prompt (default: 4 for openmoji, else 1; with more, captions '
+    "use the one that the model's ranker prefers)",
   )
   parser.add_argument(
     '--seed',
     type=int,
     default=0,
-    help='of the prompts drawn and the pictures (default: %(default)s)',
+    help='seed of the choice of prompts and of the pictures (default: %(default)s)',
   )
   parser.add_argument(
     '--inception_weights',
     metavar='FILE',
     help="Inception's weights for the FID and the inception score, "
-    f"torch-fidelity's {features.INCEPTION_FILE} (default: none, and pictures "
-    "are compared over the features of the model's ranker)",
+    f"torch-fidelity's {features.INCEPTION_FILE} (default: none; then the features of the model's "
+    'ranker are used to compare pictures)',
   )
   parser.add_argument(
     '--image_size',
     type=int,
     default=256,
     metavar='PIXELS',
-    help='size at which Inception compares pictures; a ranker has its own (default: %(default)s)',
+    help='size at which Inception compares pictures; a ranker has a fixed one '
+    '(default: %(default)s)',
   )
   parser.add_argument(
-    '--batch_size', type=int, help='pictures drawn at once; changes the memory, not the pictures'
+    '--batch_size',
+    type=int,
+    help='number of pictures to generate at once; affects memory, not the pictures',
   )
   sampling_flags.add_arguments(parser)
   emoji = parser.add_argument_group('openmoji')
@@ -84,44 +87,44 @@ def add_arguments(parser: argparse.ArgumentParser):
     '--rank',
     action='store_true',
     default=None,
-    help="also judge the first of each prompt's pictures by the model's ranker",
+    help="also judge the picture of each prompt that the model's ranker prefers",
   )
   emoji.add_argument(
     '--splits',
     nargs='+',
     metavar='SPLIT',
-    help='of ' + ', '.join(openmoji.SPLITS) + ' (default: all)',
+    help='splits among ' + ', '.join(openmoji.SPLITS) + ' (default: all)',
   )
   emoji.add_argument(
     '--max_prompts',
     type=int,
     metavar='N',
-    help='prompts of a split at most, drawn at random (default: all)',
+    help='maximum number of prompts of a split, chosen at random (default: all)',
   )
   emoji.add_argument(
     '--train_prompts',
     type=int,
     metavar='N',
-    help='prompts of the train split, drawn at random (default: 200)',
+    help='number of prompts of the train split, chosen at random (default: 200)',
   )
   captions = parser.add_argument_group('coco, localized_narratives')
   captions.add_argument(
     '--annotations',
     metavar='FILE',
-    help='captions_val2014.json, or coco_val_localized_narratives.jsonl (coco '
-    'without it: coco_captions of tensorflow-datasets)',
+    help='captions_val2014.json, or coco_val_localized_narratives.jsonl (default for coco: '
+    'coco_captions of tensorflow-datasets)',
   )
   captions.add_argument('--pictures', metavar='DIR', help='folder with the picture files')
   captions.add_argument(
     '--tfds_dir',
     metavar='DIR',
-    help='where tensorflow-datasets has prepared coco_captions (default: its own folder)',
+    help='folder where tensorflow-datasets has prepared coco_captions (default: its own folder)',
   )
   captions.add_argument(
     '--num_captions',
     type=int,
     metavar='N',
-    help='captions at most, drawn at random (default: 30000)',
+    help='maximum number of captions, chosen at random (default: 30000)',
   )
 
 
@@ -178,20 +181,20 @@ def _openmoji(args: argparse.Namespace):
 
 
 def _captions(args: argparse.Namespace):
-  """Evaluates on captions of pictures; returns as `_openmoji`."""
+  """Evaluates on captions of pictures; returns the same values as `_openmoji`."""
   captioned = _read_captions(args)
   if len(captioned.captions) < args.num_captions:
     print(
-      f'{captioned.name}: {len(captioned.captions):,} captions, not {args.num_captions:,}: '
-      'there are no more',
+      f'{captioned.name}: using all {len(captioned.captions):,} captions, which are fewer than '
+      f'--num_captions={args.num_captions}',
       file=sys.stderr,
     )
   pipeline = parti_jax.load(args.model)
   extractors = features.of_flags(pipeline, args.inception_weights, args.image_size)
   if not extractors:
     raise UserError(
-      f'the model {pipeline.model_name} has no ranker, over whose features pictures '
-      'could be compared: give --inception_weights'
+      f'the model {pipeline.model_name} has no ranker whose features could be used to compare '
+      'pictures; give --inception_weights'
     )
   folder = output_folder.make(args.output_dir)
   sampling = {
@@ -223,7 +226,7 @@ def _captions(args: argparse.Namespace):
   pages = {}
   if shown.captions:
     pages['contact_sheet'] = sheets.sheet(
-      f'{captioned.name}: of each caption the real picture (left) and the generated one (right)',
+      f'{captioned.name}: for each caption the real picture (left) and the generated one (right)',
       shown.captions,
       list(zip(shown.real, shown.generated)),
       columns=4,
@@ -232,27 +235,31 @@ def _captions(args: argparse.Namespace):
 
 
 def _read_captions(args: argparse.Namespace):
-  """Reads the captions that the flags name."""
+  """Reads the captions that the flags select."""
   if args.annotations is None:
     if args.dataset == 'coco' and args.pictures is None:
       return coco.read_tfds(args.tfds_dir, args.num_captions, args.seed)
     raise UserError(f'--dataset={args.dataset} needs --annotations FILE and --pictures DIR')
   if args.pictures is None or args.tfds_dir is not None:
-    raise UserError('--annotations FILE goes with --pictures DIR, and without --tfds_dir')
+    raise UserError('--annotations FILE needs --pictures DIR and excludes --tfds_dir')
   reader = coco if args.dataset == 'coco' else localized_narratives
   return reader.read(args.annotations, args.pictures, args.num_captions, args.seed)
 
 
 def _check_flags(args: argparse.Namespace):
-  """Raises UserError for what can't be, before a model is loaded, and fills in defaults."""
+  """Raises UserError for invalid flags, before loading a model, and fills in defaults."""
   if args.dataset not in DATASETS:
-    raise UserError(f'--dataset: unknown data set {args.dataset!r}; they are {", ".join(DATASETS)}')
+    raise UserError(
+      f'--dataset: unknown data set {args.dataset!r}; choose from {", ".join(DATASETS)}'
+    )
   for datasets, defaults in _OF_DATASETS.items():
     for flag, default in defaults.items():
       if getattr(args, flag) is None:
         setattr(args, flag, default)
       elif args.dataset not in datasets:
-        raise UserError(f'--{flag} is of --dataset={" and ".join(datasets)}, not of {args.dataset}')
+        raise UserError(
+          f'--{flag} only applies to --dataset={" and ".join(datasets)}, not to {args.dataset}'
+        )
   if args.num_images is None:
     args.num_images = _NUM_IMAGES[args.dataset]
   counts = (
@@ -268,17 +275,17 @@ def _check_flags(args: argparse.Namespace):
     if value is not None and value < 1:
       raise UserError(f'--{flag} must be a positive number, not {value}')
   if args.seed < 0:
-    raise UserError(f'--seed must not be negative, but is {args.seed}')
+    raise UserError(f'--seed={args.seed} must not be negative')
   sampling_flags.check_numbers(args, *counts)
   checks.whole_number('--image_size', args.image_size, 1, features.LARGEST_SIZE)
   if args.inception_weights is not None and not pathlib.Path(args.inception_weights).is_file():
     raise UserError(
-      f'--inception_weights {args.inception_weights} is no file; it is '
-      f"torch-fidelity's {features.INCEPTION_FILE}"
+      f"--inception_weights {args.inception_weights} isn't a file; give torch-fidelity's "
+      f'{features.INCEPTION_FILE}'
     )
   sampling_flags.given(args)
   for split in args.splits:
     if split not in openmoji.SPLITS:
       raise UserError(
-        f'--splits: unknown split {split!r}; the splits are {", ".join(openmoji.SPLITS)}'
+        f'--splits: unknown split {split!r}; choose from {", ".join(openmoji.SPLITS)}'
       )

@@ -1,4 +1,4 @@
-"""`parti-jax evaluate_upscaling`: super-resolution against bicubic enlargement."""
+"""`parti-jax evaluate_upscaling`: compares super-resolution with bicubic enlargement."""
 
 from __future__ import annotations
 
@@ -27,23 +27,25 @@ def add_arguments(parser: argparse.ArgumentParser):
   parser.add_argument(
     '--source',
     metavar='NAME',
-    help='of the pictures: openmoji, folder, tfrecord or webdataset (default: '
-    'the one that the gin files choose, openmoji without any)',
+    help='source of the pictures: openmoji, folder, tfrecord or webdataset (default: '
+    'the one in the gin files, or openmoji without any)',
   )
-  parser.add_argument('--split', default='validation', help='of the source (default: %(default)s)')
   parser.add_argument(
-    '--max_pictures', type=int, metavar='N', help='the first N pictures alone (default: all)'
+    '--split', default='validation', help='split of the source (default: %(default)s)'
+  )
+  parser.add_argument(
+    '--max_pictures', type=int, metavar='N', help='use only the first N pictures (default: all)'
   )
   parser.add_argument(
     '--output_dir',
     default='evaluation_upscaling',
     metavar='DIR',
-    help='where report.json and sheet.png go (default: %(default)s)',
+    help='output folder of report.json and sheet.png (default: %(default)s)',
   )
 
 
 def run(args: argparse.Namespace) -> int:
-  """Measures, prints the table, and writes it with a sheet of pictures.
+  """Measures, prints the table, and writes it and a sheet of pictures.
 
   Returns:
     0, the exit status.
@@ -52,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     UserError: bad flags, a model without super-resolution, data that can't be read, or a folder
       that can't be written.
   """
-  # What gin may name must be there before its files are read.
+  # Registers everything that gin files may name.
   from parti_jax.data import datasets
   from parti_jax.sampling import text_to_image as pipeline_lib
 

@@ -1,4 +1,4 @@
-"""`parti-jax export`: the trained parts as one model folder, for drawing."""
+"""`parti-jax export`: writes the trained parts to one model folder, for sampling."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from parti_jax.exported_model import sampling_settings
 
 _RUNS = {
   'tokenizer': "the tokenizer's run, the --model_dir that it was trained in",
-  'parti': "the generator's run, likewise",
+  'parti': "the generator's run, its --model_dir",
   **{
-    name: f'a run of {name.replace("_", "-")}, likewise; may be left out'
+    name: f'the {name.replace("_", "-")} run, its --model_dir; optional'
     for name in model_folder.OPTIONAL
   },
 }
-# What a network is of no use without.
+# The vocabulary and tokenizer that a network depends on.
 _NEEDED = {'parti': ('vocabulary', 'tokenizer'), 'ranker': ('vocabulary',)}
 # Networks whose training objective has another name.
 _OBJECTIVES = {'parti': 'generator'}
@@ -40,25 +40,24 @@ def add_arguments(parser: argparse.ArgumentParser):
   parser.add_argument(
     '--base',
     metavar='FOLDER',
-    help='a model folder that gives whatever no other flag does, so that a part '
-    'can be added to it or replaced',
+    help='a model folder with all parts that no other flag gives, to add or replace a part',
   )
   parser.add_argument('--output_dir', required=True, help='the model folder to write')
-  parser.add_argument('--overwrite', action='store_true', help='replace a model folder there')
+  parser.add_argument(
+    '--overwrite', action='store_true', help='replace an existing model folder there'
+  )
   parser.add_argument(
     '--dtype',
     choices=sorted(model_folder.STORED_DTYPES),
-    help="what parameters are stored as (default: the base's, or float16)",
+    help="dtype of the stored parameters (default: the base's, or float16)",
   )
   parser.add_argument(
     '--allow_mismatch',
     action='store_true',
     help='export networks that were trained with another vocabulary or tokenizer '
-    'than the ones that are given',
+    'than the given ones',
   )
-  group = parser.add_argument_group(
-    'sampling', 'How the model is sampled where its user says nothing else.'
-  )
+  group = parser.add_argument_group('sampling', 'Default sampling settings of the model.')
   sampling_flags.add_arguments(group, "the base's, or plain sampling")
 
 
@@ -96,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     sources={name: getattr(args, name) or args.base for name in made_with},
   )
   size = sum(storage.sizes(folder).values())
-  print(f'{folder}: {size / 1e6:.1f} MB; draw with: parti-jax generate PROMPT --model={folder}')
+  print(f'{folder}: {size / 1e6:.1f} MB; try it: parti-jax generate PROMPT --model={folder}')
   return 0
 
 
@@ -105,23 +104,23 @@ def _objective(name: str) -> str:
 
 
 def _check_flags(args: argparse.Namespace):
-  """Raises UserError for flags that are missing, and for a vocabulary that is not there."""
+  """Raises UserError for missing flags, and if the vocabulary doesn't exist."""
   flags = {_objective(name): getattr(args, name) for name in model_folder.REQUIRED}
   flags['vocabulary'] = args.vocabulary
   missing = [f'--{flag}' for flag, value in flags.items() if value is None]
   if missing and not args.base:
     raise errors.UserError(
-      f'{", ".join(missing)}: needed for a new model folder; or give --base, '
+      f'{", ".join(missing)}: required for a new model folder; or give --base, '
       'a model folder that has the rest'
     )
   if args.vocabulary and not storage.exists(args.vocabulary):
     raise errors.UserError(
-      f'--vocabulary={args.vocabulary}: there is no such file; `parti-jax vocabulary` makes one'
+      f'--vocabulary={args.vocabulary}: file not found; `parti-jax vocabulary` makes one'
     )
 
 
 def _trained(name: str, model_dir) -> tuple[model_folder.Part, int]:
-  """A network of a run's newest checkpoint, and the steps that it was trained."""
+  """Reads a network from a run's newest checkpoint; returns it and its training steps."""
   network = model_folder.NETWORKS[name]
   path = run_checkpoints.latest_checkpoint(model_dir)
   config = network.config(**run_checkpoints.read_config(path, _objective(name)))
@@ -130,21 +129,21 @@ def _trained(name: str, model_dir) -> tuple[model_folder.Part, int]:
 
 
 def _made_with(name: str, model_dir, path) -> dict[str, str]:
-  """Fingerprints of what a network was trained with; warns of those that are not known."""
-  place = run_checkpoints.read_place(path)
-  kept = {kind: place[kind] for kind in fingerprints.KINDS if place.get(kind)}
+  """Returns fingerprints of a network's vocabulary and tokenizer; warns about unknown ones."""
+  position = run_checkpoints.read_place(path)
+  kept = {kind: position[kind] for kind in fingerprints.KINDS if position.get(kind)}
   for kind in _NEEDED.get(name, ()):
     if kind not in kept:
       print(
         f'parti-jax: warning: --{_objective(name)}={model_dir}: the checkpoint does not say which '
-        f'{kind} it was trained with; make sure that it is the one given here',
+        f'{kind} it was trained with; make sure that it is the same as the one given here',
         file=sys.stderr,
       )
   return kept
 
 
 def _made_with_base(base: model_folder.Model, names: list[str]) -> dict[str, dict[str, str]]:
-  """Fingerprints of these networks of a base, which an older one does not say of itself."""
+  """Returns fingerprints for networks of a base model; computes those that an older one lacks."""
   networks = base.networks
   ours = {
     'vocabulary': vocabulary.TextVocabulary(base.vocabulary_path).fingerprint,

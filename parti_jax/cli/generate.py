@@ -1,4 +1,4 @@
-"""`parti-jax generate`: draws pictures for prompts and writes them as PNG."""
+"""`parti-jax generate`: generates pictures for prompts and writes them as PNG files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     'prompts',
     nargs='*',
     metavar='PROMPT',
-    help='what a picture should show, such as "waving hand: dark skin tone"',
+    help='description of a picture, such as "waving hand: dark skin tone"',
   )
   parser.add_argument(
     '--prompts_file', metavar='FILE', help='a text file with more prompts, one on each line'
@@ -34,37 +34,41 @@ def add_arguments(parser: argparse.ArgumentParser):
     '--output_dir',
     default=DEFAULT_OUTPUT_DIR,
     metavar='DIR',
-    help='where the pictures go (default: ./%(default)s)',
+    help='output folder of the pictures (default: ./%(default)s)',
   )
   parser.add_argument(
-    '--num_images', type=int, default=4, help='pictures for each prompt (default: %(default)s)'
+    '--num_images',
+    type=int,
+    default=4,
+    help='number of pictures for each prompt (default: %(default)s)',
   )
   parser.add_argument(
     '--rank',
     action='store_true',
-    help="put the pictures of each prompt in order, best first, by the model's "
-    'ranker; the paper draws 16',
+    help="sort the pictures of each prompt with the model's ranker, best first; the paper ranks 16",
   )
   parser.add_argument(
-    '--upscale', action='store_true', help="enlarge the pictures by the model's super-resolution"
+    '--upscale', action='store_true', help="enlarge the pictures with the model's super-resolution"
   )
   parser.add_argument(
-    '--seed', type=int, default=0, help='another seed draws other pictures (default: %(default)s)'
+    '--seed', type=int, default=0, help='seed of the pictures (default: %(default)s)'
   )
   sampling_flags.add_arguments(parser)
   parser.add_argument(
-    '--batch_size', type=int, help='pictures drawn at once; changes the memory, not the pictures'
+    '--batch_size',
+    type=int,
+    help='number of pictures to generate at once; affects memory, not the pictures',
   )
   parser.add_argument(
     '--display_size',
     type=int,
     metavar='PIXELS',
-    help='height of each picture on the grid (default: enlarged if small)',
+    help='height of each picture on the grid (default: its own, enlarged if small)',
   )
 
 
 def run(args: argparse.Namespace) -> int:
-  """Draws, writes the pictures and their grid, and prints the files.
+  """Generates and writes the pictures and their grid, and prints the file names.
 
   Returns:
     0, the exit status.
@@ -74,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
   """
   prompts = _prompts(args)
   _check_flags(args)
-  # Imports JAX, which takes a moment: not before the flags are known to be right.
+  # Imports JAX, which takes a moment, so only after checking the flags.
   from parti_jax.sampling import text_to_image as pipeline_lib
 
   compilation_cache.enable()
@@ -105,7 +109,7 @@ def _print_warning(message, *unused_args, **unused_kwargs):
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
-  """Prompts of the command line, then those of the file; blank lines there are no prompts."""
+  """Returns the prompts of the command line, then the file's lines that aren't blank."""
   prompts = list(args.prompts)
   if args.prompts_file is not None:
     prompts += read_prompts(args.prompts_file)
@@ -120,25 +124,25 @@ def _prompts(args: argparse.Namespace) -> list[str]:
 
 
 def read_prompts(path: str) -> list[str]:
-  """The lines of a --prompts_file that are not blank.
+  """Returns the lines of a --prompts_file that aren't blank.
 
   Raises:
-    UserError: if it can't be read, or has none.
+    UserError: if the file can't be read, or has no such lines.
   """
   text = text_files.read(path, f'--prompts_file {path}')
   lines = [line.strip() for line in text_files.lines(text) if line.strip()]
   if not lines:
-    raise UserError(f'--prompts_file {path} has no prompt in it')
+    raise UserError(f'--prompts_file {path} contains no prompt')
   return lines
 
 
 def _check_flags(args: argparse.Namespace):
-  """Raises UserError for numbers that can't be, before anything slow happens."""
+  """Raises UserError for invalid flags, before anything slow happens."""
   sampling_flags.check_numbers(args, 'num_images', 'batch_size', 'display_size')
   sampling_flags.given(args)
   folder = pathlib.Path(args.output_dir)
-  there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-  if not there.is_dir():
-    raise UserError(f'--output_dir {there} is a file; name a folder')
-  if not os.access(there, os.W_OK | os.X_OK):
-    raise UserError(f'--output_dir {folder}: cannot write there; name another folder')
+  existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+  if not existing.is_dir():
+    raise UserError(f'--output_dir {existing} is a file; choose a folder')
+  if not os.access(existing, os.W_OK | os.X_OK):
+    raise UserError(f'--output_dir {folder}: cannot write there; choose another folder')

@@ -1,4 +1,4 @@
-"""`parti-jax info`: what a folder holds, a run with its story or an exported model."""
+"""`parti-jax info`: describes a folder, a run with its history or an exported model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from parti_jax.core.errors import UserError
 from parti_jax.runs import run_summary
 
 _LARGEST = 1 << 24
-# What a run's folder has of these, it has from its first minute on.
+# A run's folder has at least one of these from its first minute on.
 _OF_A_RUN = ('checkpoints', 'journal', 'config.gin')
 _MODEL_CONFIG = 'config.json'
 
@@ -28,14 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser):
   parser.add_argument(
     '--verify',
     action='store_true',
-    help='read all files of the checkpoints to know whether they are whole; '
-    'otherwise their sizes are compared',
+    help='read all files of the checkpoints to check that they are whole, instead of only '
+    'comparing their sizes',
   )
-  parser.add_argument('--json', action='store_true', help='print all of it as JSON')
+  parser.add_argument('--json', action='store_true', help='print everything as JSON')
 
 
 def run(args: argparse.Namespace) -> int:
-  """Prints what a folder holds; returns the exit status."""
+  """Prints a description of a folder; returns the exit status."""
   found = describe(args.folder, args.verify)
   if args.json:
     print(json.dumps(found, indent=2, ensure_ascii=False))
@@ -45,24 +45,24 @@ def run(args: argparse.Namespace) -> int:
 
 
 def describe(folder: str, verify: bool = False) -> dict[str, Any]:
-  """What a folder holds, all of it JSON.
+  """Returns a description of a folder as a JSON-compatible dict.
 
   Args:
     folder: a path or a URL.
-    verify: whether a run's checkpoints are read.
+    verify: whether to read a run's checkpoints.
 
   Returns:
-    For a run see `run_summary.summarize`. For a model: kind, 'model'; folder; parts, {name of a
-    network: {'parameters', 'bytes', 'sizes'}}; picture_size and upscaled_size in pixels, the latter
-    None without super-resolution; image_tokens of a picture; vocabulary, {'ids', 'bytes'};
-    stored_as, the parameters' dtype; sampling, the defaults of `generate`; provenance; missing,
-    the files that are not there.
+    For a run, the result of `run_summary.summarize`. For a model: kind, 'model'; folder; parts,
+    {name of a network: {'parameters', 'bytes', 'sizes'}}; picture_size and upscaled_size in pixels,
+    the latter None without super-resolution; image_tokens of a picture; vocabulary, {'ids',
+    'bytes'}; stored_as, the parameters' dtype; sampling, the defaults of `generate`; provenance;
+    missing, the missing files.
 
   Raises:
-    UserError: the folder is neither, or can't be read; says what it is instead where that is known.
+    UserError: if the folder can't be read, or is neither; says what it is instead, if known.
   """
   if not storage.is_folder(folder):
-    what = 'a file' if storage.exists(folder) else 'not there'
+    what = 'a file' if storage.exists(folder) else 'does not exist'
     raise UserError(f'{folder}: {what}; give the folder of a run or of an exported model')
   names = storage.names(folder)
   if any(name in names for name in _OF_A_RUN):
@@ -73,16 +73,16 @@ def describe(folder: str, verify: bool = False) -> dict[str, Any]:
 
 
 def _what_else(folder: str, names: list[str]) -> str:
-  """Says what a folder is that is neither a run nor a model, and what to give."""
+  """Returns a text that says what a folder is instead of a run or a model, and what to give."""
   if 'state' in names and 'model' in names:
     return 'one checkpoint; give the folder of its run, two above'
   if storage.name(folder) == 'checkpoints' and all(name[:1].isdigit() for name in names):
     return 'the checkpoints of a run; give the folder above'
   if 'info.json' in names and any(name.endswith(('.array_record', '.tfrecord')) for name in names):
-    return "image tokens, for --gin.token_cache.path, and no run; give a run's folder or a model's"
+    return "image tokens, for --gin.token_cache.path, not a run; give a run's folder or a model's"
   return (
     f'neither a run ({", ".join(_OF_A_RUN)}) nor an exported model ({_MODEL_CONFIG}); give '
-    'the --model_dir of `parti-jax train` or what `parti-jax export` wrote'
+    'the --model_dir of `parti-jax train` or the folder that `parti-jax export` wrote'
   )
 
 
@@ -123,9 +123,9 @@ def _model(folder: str, names: list[str]) -> dict[str, Any]:
 
 
 class _ModelConfig:
-  """config.json of a model as far as it is shown; reading all of it would take JAX.
+  """The shown entries of a model's config.json; reading all of it would need JAX.
 
-  Errors of all methods: UserError, where an entry is missing or is of another type.
+  All methods raise UserError if an entry is missing or has another type.
   """
 
   def __init__(self, path: str):
@@ -135,10 +135,10 @@ class _ModelConfig:
     except ValueError as error:
       raise self._damaged(f'({error})') from error
     if not isinstance(self._config, dict):
-      raise self._damaged('(no object)')
+      raise self._damaged('(not an object)')
 
   def entries(self, name: str, default: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Returns the object of a name."""
+    """Returns the object with a name."""
     if name not in self._config and default is not None:
       return default
     found = self._config.get(name)
@@ -147,13 +147,13 @@ class _ModelConfig:
     return found
 
   def number(self, name: str, key: str, least: int = 1) -> int:
-    """Returns a whole number in the object of a name."""
+    """Returns a whole number from the object with a name."""
     return checks.whole_number(
       f'{self._path}: {name}.{key}', self.entries(name).get(key), least, show=checks.shown_as_json
     )
 
   def _damaged(self, why: str) -> UserError:
     return UserError(
-      f'{self._path}: damaged, or not of an exported model {why}; give the folder '
+      f'{self._path}: damaged, or not from an exported model {why}; give the folder '
       'that `parti-jax export` wrote'
     )

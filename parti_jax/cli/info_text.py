@@ -1,4 +1,4 @@
-"""The text of `parti-jax info`."""
+"""Formats the text that `parti-jax info` prints."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Any
 from parti_jax.runs import run_summary
 
 _WIDTH = 100
-# Of events that come again and again only the last are shown.
+# Maximum events to show for each start; the last ones are shown.
 SHOWN = 20
 _STATES = {
   'finished': 'finished',
   'stopped': 'stopped; start again to go on',
-  'failed': 'ended by an error; the last start below says which',
+  'failed': 'ended by an error; see the last start below',
   'killed': 'killed; start again to go on',
   'running': 'running',
-  'running or killed': 'running, or killed: only its own host knows',
-  'never started': 'no journal: never started, or by an older version',
+  'running or killed': 'running, or killed: only its own host can tell',
+  'never started': 'no journal: never started, or started by an older version',
 }
 
 
 def run(found: dict[str, Any]) -> list[str]:
-  """Lines about a run, see `run_summary.summarize`."""
+  """Returns lines about a run from the result of `run_summary.summarize`."""
   lines = [f'{found["folder"]}: a run of the objective {found["stage"] or "(unknown)"}', '']
   lines += _facts(
     {
@@ -51,7 +51,7 @@ def run(found: dict[str, Any]) -> list[str]:
 
 
 def model(found: dict[str, Any]) -> list[str]:
-  """Lines about an exported model, see `info_command.describe`."""
+  """Returns lines about an exported model from the result of `info.describe`."""
   side, upscaled = found['picture_size'], found['upscaled_size']
   picture = f'{side}×{side} pixels of {found["image_tokens"]} image tokens'
   if upscaled:
@@ -153,7 +153,7 @@ def _starts(starts: list[dict[str, Any]], state: str) -> list[str]:
       ]
     )
   return _table(
-    ['start', 'host, process', 'from', 'to', 'again', 'last heard of', 'end'], rows, right=(2, 3, 4)
+    ['start', 'host, process', 'from', 'to', 'redone', 'last sign', 'end'], rows, right=(2, 3, 4)
   )
 
 
@@ -182,7 +182,7 @@ def _sizes(sizes: dict[str, Any]) -> str:
 
 
 def _facts(facts: dict[str, str | None]) -> list[str]:
-  """Lines 'name   value', the long ones over several lines, without those that are unknown."""
+  """Returns lines 'name   value', with long values wrapped and unknown ones left out."""
   lines = []
   for name, value in facts.items():
     if value:

@@ -1,8 +1,8 @@
-"""The command `parti-jax`: finds the module of the chosen command and runs it.
+"""Entry point of `parti-jax`: finds the module of a command and runs it.
 
-Every command is a module with `add_arguments(parser)` and `run(args) -> exit status`. One with
-`OTHER_FLAGS = True` gets the flags that it does not know as `args.other_flags`. Only the
-chosen command's module is imported, so that `--help` and errors in flags come at once.
+A command is a module with `add_arguments(parser)` and `run(args) -> exit status`. A module with
+`OTHER_FLAGS = True` gets unknown flags as `args.other_flags`. Only the module of the given command
+is imported, so that `--help` and errors in flags appear at once.
 """
 
 import argparse
@@ -22,19 +22,19 @@ from parti_jax.core.errors import UserError
 _WRITE_TO_URLS = ('export', 'prepare', 'vocabulary', 't5x_checkpoint', 'tokenize')
 # command -> (module, one line of help)
 COMMANDS = {
-  'generate': ('parti_jax.cli.generate', 'draw pictures for prompts'),
-  'train': ('parti_jax.cli.train', 'train a model: any objective, chosen by gin files'),
+  'generate': ('parti_jax.cli.generate', 'generate pictures for prompts'),
+  'train': ('parti_jax.cli.train', 'train a model with the objective that the gin files select'),
   'own_pictures': (
     'parti_jax.cli.own_pictures',
-    'train all parts on a folder of captioned pictures, and draw with them',
+    'train all parts on a folder of captioned pictures, and generate pictures with them',
   ),
   'info': (
     'parti_jax.cli.info',
-    'tell about a run (how far it is, its checkpoints, its story) or an exported model',
+    'show the progress, checkpoints and history of a run, or describe an exported model',
   ),
   'batch': (
     'parti_jax.cli.batch',
-    'show a batch of training, such as one whose step could not be applied',
+    'show a training batch, such as one whose step could not be applied',
   ),
   'prepare': (
     'parti_jax.cli.prepare',
@@ -46,43 +46,43 @@ COMMANDS = {
   ),
   'detokenize': (
     'parti_jax.cli.detokenize',
-    'turn image tokens that t5x.infer has written into pictures',
+    'turn image tokens written by t5x.infer into pictures',
   ),
-  'export': ('parti_jax.cli.export', 'turn checkpoints into one folder for sampling'),
+  'export': ('parti_jax.cli.export', 'export checkpoints to one model folder for sampling'),
   't5x_checkpoint': (
     'parti_jax.cli.t5x_checkpoint',
-    'turn a checkpoint of a run into one of t5x, and one of t5x into a run',
+    "convert a run's checkpoint to t5x, or a t5x checkpoint to a run",
   ),
   'vocabulary': ('parti_jax.cli.vocabulary', 'train a SentencePiece vocabulary'),
   'plan': (
     'parti_jax.cli.plan',
-    'compile a step for devices that are not there: does it fit, what bounds it',
+    'compile a step for other devices, to see whether it fits and what limits its speed',
   ),
   'calibrate': (
     'parti_jax.cli.calibrate',
-    'find the threshold of early exit that keeps pictures as good',
+    'find the early-exit threshold that preserves image quality',
   ),
   'evaluate_upscaling': (
     'parti_jax.cli.evaluate_upscaling',
-    'measure super-resolution, beside bicubic enlargement',
+    'compare super-resolution with bicubic enlargement',
   ),
-  'evaluate': ('parti_jax.cli.evaluate', 'measure a model, beside its yardsticks'),
+  'evaluate': ('parti_jax.cli.evaluate', 'measure a model and compare it with baselines'),
   'prompts': (
     'parti_jax.cli.prompts',
-    'draw every prompt of a file such as PartiPrompts.tsv, and show them on a page',
+    'generate pictures for all prompts of a file such as PartiPrompts.tsv, and show them on a page',
   ),
 }
 
 _GIN_FLAG = '--gin.'
-# How long a process may take to end after an exception, until it is ended with status 1.
+# Seconds that a process may take to end after an exception; then it is ended with status 1.
 _SECONDS_TO_END = 20.0
 
 
 def split_gin_bindings(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-  """Takes the `--gin.NAME=VALUE` and `--gin.NAME VALUE` out of a command line.
+  """Splits `--gin.NAME=VALUE` and `--gin.NAME VALUE` from the other arguments.
 
   Args:
-    argv: the arguments, without the program's name. Nothing after `--` is taken.
+    argv: the arguments, without the program's name. Arguments after `--` are left alone.
 
   Returns:
     The other arguments in their order, and the bindings as 'NAME=VALUE'.
@@ -113,16 +113,16 @@ def main(argv: Sequence[str] | None = None) -> int:
   """Runs `parti-jax` and returns its exit status.
 
   Args:
-    argv: the arguments, without the program's name; those of the process when None.
+    argv: the arguments, without the program's name; None for those of the process.
 
   Returns:
-    The command's own status (0 when all went well), 2 for bad input, 130 after Ctrl-C.
+    The command's status (0 for success), 2 for bad input, 130 after Ctrl-C.
   """
   try:
     return _run_or_complain(sys.argv[1:] if argv is None else argv)
   except Exception:
     if argv is None and sys.stderr is not None:
-      # A library's thread that never returns must not keep a crashed process, and its devices.
+      # A library's hanging thread must not keep a crashed process, and its devices, alive.
       faulthandler.dump_traceback_later(_SECONDS_TO_END, exit=True)
     raise
 
@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run_or_complain(argv: Sequence[str]) -> int:
   try:
     return _run(argv)
-  except SystemExit as exit_:  # How argparse ends after --help and after a bad flag.
+  except SystemExit as exit_:  # argparse exits after --help and after a bad flag.
     return exit_.code
   except UserError as error:
     return _complain(gin_config.without_call_chain(error))
@@ -172,7 +172,7 @@ def _run(argv: Sequence[str]) -> int:
 
 
 def _check_outputs(args: argparse.Namespace, urls: bool):
-  """Raises UserError if a file or folder that the command will write can't be written."""
+  """Raises UserError if an output file or folder of the command can't be written."""
   for flag in ('output_dir', 'output', 'json'):
     path = getattr(args, flag, None)
     if not isinstance(path, str):
@@ -191,7 +191,7 @@ def _main_parser() -> argparse.ArgumentParser:
     usage='parti-jax COMMAND [ARGUMENTS]',
     description=parti_jax.__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
-    epilog='\n'.join(['commands:', *table, '', 'parti-jax COMMAND --help explains one.']),
+    epilog='\n'.join(['commands:', *table, '', 'parti-jax COMMAND --help explains a command.']),
   )
   parser.add_argument('--version', action='version', version=f'parti_jax {parti_jax.__version__}')
   return parser

@@ -1,4 +1,4 @@
-"""What `parti-jax own_pictures` trains: where captions are, and sizes that fit pictures and device."""
+"""Plans `parti-jax own_pictures`: finds the captions, and chooses sizes for pictures and device."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from parti_jax.core import storage
 from parti_jax.core.errors import UserError
 
 FILE = 'plan.json'
-# Names of the columns of files and captions in a captions file, the first that is there counts.
+# Possible names of the file and caption columns in a captions file; the first match counts.
 _FILE_KEYS = ('file', 'file_name', 'filename', 'path', 'image')
 _CAPTION_KEYS = ('caption', 'text', 'description', 'prompt')
 _CAPTIONS_FILES = ('captions.jsonl', 'metadata.jsonl')
 _LARGEST = 1 << 24
-# Below so many pictures a smaller model learns as much, and sooner.
+# With fewer than _FEW pictures a smaller model learns as much, and sooner.
 _FEW, _MANY = 300, 1000
 _VOCABULARY = (100, 16_000)
 
 
 @dataclasses.dataclass
 class Plan:
-  """What is trained; kept in the output folder, so that the command goes on with the same.
+  """The plan of a training; stored in the output folder, so that the command can resume with it.
 
   Attributes:
-    folder: of the pictures, an absolute path or a URL.
+    folder: folder of the pictures, an absolute path or a URL.
     source: gin bindings of the data.
-    examples: captioned pictures.
-    image_size: height and width of the pictures that are drawn, in pixels.
-    sizes: gin bindings of the networks, without what follows from the vocabulary.
-    batch_size: examples a step.
-    vocabulary_size: ids at most.
-    minutes: what training may take.
+    examples: number of captioned pictures.
+    image_size: height and width of the generated pictures, in pixels.
+    sizes: gin bindings of the networks, except those that depend on the vocabulary.
+    batch_size: examples per step.
+    vocabulary_size: maximum number of ids.
+    minutes: minutes that training may take.
     text_length: tokens of a caption; 0 until the vocabulary is trained.
     steps: {'tokenizer' or 'generator': training steps}, once they are known.
   """
@@ -78,21 +78,21 @@ def load(output_dir: str) -> Plan | None:
 
 
 def find_source(folder: str) -> list[str]:
-  """Returns the gin bindings that read a folder, by what is in it.
+  """Returns the gin bindings that read a folder, chosen by its contents.
 
-  Parquet files without pictures don't count: img2dataset writes such files beside its tars.
+  Parquet files without pictures don't count: img2dataset writes such files next to its tars.
 
   Args:
     folder: a path or a URL.
 
   Raises:
-    UserError: if it is not there, or has captions in none of the known forms.
+    UserError: if the folder doesn't exist, or has no captions in a known form.
   """
   from parti_jax.data.sources import hf_datasets
   from parti_jax.data.sources import parquet
 
   if not storage.is_folder(folder):
-    raise UserError(f'{folder}: there is no such folder; give the folder of your pictures')
+    raise UserError(f'{folder}: folder not found; give the folder of your pictures')
   names = storage.names(folder)
   for name in _CAPTIONS_FILES:
     if name in names:
@@ -111,8 +111,8 @@ def find_source(folder: str) -> list[str]:
   if storage.glob(storage.join(folder, '**/*.txt')):
     return _folder(folder, '**/*.txt', 'file', 'caption')
   raise UserError(
-    f'{folder}: there are no captions; put them into {_CAPTIONS_FILES[0]} there, with lines of the '
-    'form {"file": "a/1.jpg", "caption": "..."}, or into a text file beside each picture, or give '
+    f'{folder}: no captions found; put them into {_CAPTIONS_FILES[0]} there, with lines of the '
+    'form {"file": "a/1.jpg", "caption": "..."}, or into a text file next to each picture, or give '
     'a folder of tar shards or of Parquet files with pictures'
   )
 
@@ -128,7 +128,7 @@ def _folder(folder: str, captions: str, file_key: str, caption_key: str) -> list
 
 
 def _columns(path: str) -> tuple[str, str]:
-  """The columns of files and captions of a captions file, by its first line."""
+  """Returns the names of a captions file's file and caption columns, from its first line."""
   with storage.open_file(path, 'rt') as file:
     line = file.readline(_LARGEST)
   try:
@@ -139,7 +139,7 @@ def _columns(path: str) -> tuple[str, str]:
     )
   except (ValueError, TypeError, StopIteration) as error:
     raise UserError(
-      f'{path}, line 1: needed is an object with one of {", ".join(_FILE_KEYS)} and '
+      f'{path}, line 1: expected an object with one of {", ".join(_FILE_KEYS)} and '
       f'one of {", ".join(_CAPTION_KEYS)}'
     ) from error
 
@@ -153,19 +153,19 @@ def make(
   devices: int,
   image_size: int | None = None,
 ) -> Plan:
-  """Chooses sizes.
+  """Makes a plan with sizes that fit the pictures and the device.
 
   Args:
-    folder: of the pictures.
-    source: of `find_source`.
-    captions: of all pictures.
-    minutes: what training may take.
-    platform: of the devices, such as 'cpu'.
-    devices: how many there are.
-    image_size: height and width of the pictures to draw; None for what fits the device.
+    folder: folder of the pictures.
+    source: the result of `find_source`.
+    captions: captions of all pictures.
+    minutes: minutes that training may take.
+    platform: platform of the devices, such as 'cpu'.
+    devices: number of devices.
+    image_size: height and width of the pictures to generate; None to choose by the device.
 
   Raises:
-    UserError: if there are no captions, or the size can't be.
+    UserError: if there are no captions, or the size is invalid.
   """
   words, characters, examples = set(), set(), 0
   for caption in captions:
@@ -173,12 +173,12 @@ def make(
     words.update(caption.lower().split())
     characters.update(caption.lower())
   if not examples:
-    raise UserError(f'{folder}: no picture has a caption that can be used')
+    raise UserError(f'{folder}: no picture has a usable caption')
   large = platform != 'cpu' and examples >= _MANY
   size = image_size or (64 if platform == 'cpu' else 128)
   if size % 16 or not 32 <= size <= 256:
     raise UserError(f'--image_size={size} must be a multiple of 16 from 32 to 256')
-  # Few captions can't carry more ids than they have words; the trainer takes less where it must.
+  # Few captions can't support more ids than they have words; the trainer uses fewer if it must.
   vocabulary = min(max(2 * len(words) + len(characters), _VOCABULARY[0]), _VOCABULARY[1])
   return Plan(
     folder,
@@ -193,7 +193,7 @@ def make(
 
 
 def _sizes(examples: int, image_size: int, large: bool) -> dict[str, list[str]]:
-  """Gin bindings of the tokenizer and of the generator, on top of the demo's sizes."""
+  """Returns gin bindings of the tokenizer and the generator, on top of the demo's sizes."""
   codes = 4096 if large else 1024 if examples >= _FEW else 256
   side = image_size // 8
   tokenizer = [
@@ -232,20 +232,20 @@ def _sizes(examples: int, image_size: int, large: bool) -> dict[str, list[str]]:
 
 
 def text_length(token_counts: list[int]) -> int:
-  """Tokens of a caption that hold 99 of 100 captions whole, 8 to 128."""
+  """Returns a caption length, from 8 to 128 tokens, that 99% of the captions fit into."""
   longest = int(np.ceil(np.percentile(token_counts, 99)))
   return min(max(8, -(-longest // 8) * 8), 128)
 
 
 def num_steps(seconds: float, seconds_per_step: float, plan: Plan) -> int:
-  """Steps that fit a time, but not more passes over the pictures than teach anything."""
+  """Returns the steps that fit into a time, but no more than are useful for the pictures."""
   passes = 400 if plan.examples < _FEW else 200
   most = max(2000, passes * plan.examples // plan.batch_size)
   return int(min(max(seconds / seconds_per_step, 40), most, 200_000))
 
 
 def schedule(part: str, steps: int) -> list[str]:
-  """Gin bindings of a training of so many steps."""
+  """Returns the gin bindings of a training of `steps` steps."""
   every = max(steps // 4, 20)
   bindings: dict[str, Any] = {
     'STEPS': steps,

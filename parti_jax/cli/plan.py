@@ -1,4 +1,4 @@
-"""`parti-jax plan`: compiles a step for devices that are not there and says what bounds it."""
+"""`parti-jax plan`: compiles a step for other devices and reports what limits its speed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     '--what',
     choices=('train', 'sample'),
     default='train',
-    help='the training step, or the step that draws one image token with a full '
+    help='the training step, or the step that samples one image token with a full '
     'cache (default: %(default)s)',
   )
   parser.add_argument(
@@ -38,13 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser):
   parser.add_argument(
     '--unguided',
     action='store_true',
-    help='sampling without classifier-free guidance, one sequence for each image and not two',
+    help='sample without classifier-free guidance, with one sequence per image instead of two',
   )
   parser.add_argument(
     '--json',
     metavar='FILE',
-    help='write the plan there as JSON; with --search, a line for each '
-    'candidate, and those that are there already are not tried again',
+    help='write the plan to this file as JSON; with --search, write a line for each '
+    'candidate, and skip candidates that the file already has',
   )
   parser.add_argument(
     '--search',
@@ -56,13 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser):
     type=int,
     default=12,
     metavar='N',
-    help='how many candidates are compiled (default: %(default)s)',
+    help='maximum number of candidates to compile (default: %(default)s)',
   )
   parser.add_argument(
     '--table',
     nargs='+',
     metavar='FILE',
-    help='print plans that --json wrote as one table; nothing is compiled',
+    help='print plans that --json wrote as one table, without compiling',
   )
 
 
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     print(report.table([read(file) for file in args.table]))
     return 0
   if not args.topology:
-    raise errors.UserError('--topology is needed, such as --topology=v4:8x8x8')
+    raise errors.UserError('--topology is required, such as --topology=v4:8x8x8')
   for name in ('batch_size', 'search_limit'):
     if getattr(args, name) is not None and getattr(args, name) < 1:
       raise errors.UserError(f'--{name}={getattr(args, name)} must be at least 1')
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
       pathlib.Path(args.json).parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
       raise errors.UserError(f'--json={args.json}: {error.strerror}') from error
-  print(f'compiling for {args.topology}: minutes for a large model', file=sys.stderr)
+  print(f'compiling for {args.topology}; this takes minutes for a large model', file=sys.stderr)
   plan = plan_lib.make(request)
   print(report.text(plan), flush=True)
   if args.json:
@@ -108,10 +108,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read(file: str) -> dict:
-  """A plan that `--json` wrote.
+  """Reads a plan that `--json` wrote.
 
   Raises:
-    UserError: if it can't be read as one.
+    UserError: if the file isn't such a plan.
   """
   from parti_jax.planning import plan as plan_lib
 
@@ -122,6 +122,6 @@ def read(file: str) -> dict:
     raise errors.UserError(f'{file}: not a plan: {error}') from error
   if not isinstance(plan, dict) or plan.get('schema') != plan_lib.SCHEMA:
     raise errors.UserError(
-      f'{file}: not a plan of schema {plan_lib.SCHEMA}; make it anew with parti-jax plan --json'
+      f'{file}: not a plan of schema {plan_lib.SCHEMA}; make it again with parti-jax plan --json'
     )
   return plan

@@ -11,9 +11,9 @@ import time
 from parti_jax.core import gin_config
 from parti_jax.core import storage
 
-# Flags that are not ours are Beam's.
+# Unknown flags go to Beam.
 OTHER_FLAGS = True
-# Seconds between two lines of progress: on this machine, and elsewhere.
+# Seconds between two lines of progress, for local and for remote runners.
 _LOCAL_SECONDS, _REMOTE_SECONDS = 5.0, 60.0
 
 
@@ -24,23 +24,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     '--output_dir',
     required=True,
     metavar='DIR',
-    help='folder of the prepared pictures, which gin_configs/tasks/prepared.gin '
-    'reads; may be a URL',
+    help='output folder of the prepared pictures, for gin_configs/tasks/prepared.gin; a path or a '
+    'URL',
   )
   parser.add_argument(
-    '--split', default='train', help="the source's split, and the output's (default: %(default)s)"
+    '--split',
+    default='train',
+    help='split of the source and of the output (default: %(default)s)',
   )
   parser.add_argument(
-    '--overwrite', action='store_true', help='replace the split in the output folder if it is there'
+    '--overwrite', action='store_true', help='replace the split in the output folder if it exists'
   )
   parser.epilog = (
     "All other flags are Apache Beam's: --direct_num_workers=8 for eight processes (default: "
-    'one for each core), --runner=DataflowRunner --project=... for another runner.'
+    'one per core), --runner=DataflowRunner --project=... for another runner.'
   )
 
 
 def run(args: argparse.Namespace) -> int:
-  """Prepares a split and prints what became of its examples; returns the exit status."""
+  """Prepares a split and prints statistics of its examples; returns the exit status."""
   from parti_jax.core.errors import UserError
   from parti_jax.data import image_decoding
   from parti_jax.data import sources
@@ -59,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     raise UserError(f'{source.place} has no pictures; choose another data.source')
   source.check_split(args.split)
   if isinstance(source, prepared.PreparedSource) and _same(source.path, args.output_dir):
-    raise UserError(f'--output_dir={args.output_dir} is the folder that is read; choose another')
+    raise UserError(f'--output_dir={args.output_dir} is the input folder; choose another')
   work = work_lib.Work(source, args.split, settings)
   parts = len(work)
   beam_pipeline, where = pipeline.make(args.other_flags, min(os.cpu_count() or 1, parts))
@@ -78,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
   try:
     pipeline.run(beam_pipeline, progress.show, _LOCAL_SECONDS if local else _REMOTE_SECONDS)
   except BaseException as error:
-    # Elsewhere the pipeline goes on without this process.
+    # A remote pipeline goes on without this process.
     if local or isinstance(error, Exception):
       output.release(finished=False)
     raise
@@ -89,8 +91,8 @@ def run(args: argparse.Namespace) -> int:
   print(report.table(found))
   if not found['written']:
     raise UserError(
-      f'no example of {source.place} is left, so that {args.output_dir} holds only '
-      f'{output_lib.REPORT}'
+      f'no example of {source.place} is left, so {args.output_dir} contains only '
+      f'{output_lib.REPORT}; it counts why the examples were dropped'
     )
   print(
     f'{args.output_dir}: {args.split}: {found["written"]:,} pictures in {found["shards"]:,} '
@@ -100,14 +102,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _same(path: str, other: str) -> bool:
-  """Whether two paths or URLs are of the same folder."""
+  """Returns whether two paths or URLs refer to the same folder."""
   if storage.is_url(path) or storage.is_url(other):
     return path.rstrip('/') == other.rstrip('/')
   return os.path.realpath(path) == os.path.realpath(other)
 
 
 class _Progress:
-  """A line that says how many shards are written: the same one on a terminal, else a new one."""
+  """Prints how many shards are written: on a terminal in one line, else in a new line each time."""
 
   def __init__(self, output, total: int):
     self._output, self._total = output, total
@@ -129,6 +131,6 @@ class _Progress:
     )
 
   def end(self) -> None:
-    """Leaves the line."""
+    """Ends the line on a terminal."""
     if self._shown >= 0 and sys.stderr.isatty():
       print(file=sys.stderr)

@@ -1,4 +1,4 @@
-"""`parti-jax prompts`: draws every prompt of a file such as PartiPrompts.tsv, and shows them."""
+"""`parti-jax prompts`: generates and shows pictures for a file such as PartiPrompts.tsv."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from parti_jax.evaluation.datasets import prompts_file
 from parti_jax.sampling import images as images_lib
 from parti_jax.sampling import sheets
 
-# Pictures drawn between two looks at what is done: what a run that is stopped loses at most.
+# Pictures to generate between two writes; a stopped run loses at most this many.
 _AT_ONCE = 64
 _RESULT_FILE = 'result.json'
-# Prompts on the contact sheet of a category.
+# Maximum prompts on the contact sheet of a category.
 _SHOWN = 120
 
 
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser):
   parser.add_argument(
     'file',
     metavar='FILE',
-    help='PartiPrompts.tsv or a file like it: columns Prompt, Category, '
+    help='PartiPrompts.tsv or a similar file, with the columns Prompt, Category, '
     'Challenge and Note, separated by tabs',
   )
   parser.add_argument(
@@ -49,29 +49,32 @@ def add_arguments(parser: argparse.ArgumentParser):
     '--output_dir',
     default='parti_prompts',
     metavar='DIR',
-    help='where index.html, prompts.json, the pictures and contact sheets go; a '
-    'run that was stopped goes on there (default: %(default)s)',
+    help='output folder of index.html, prompts.json, the pictures and contact sheets; give the '
+    'same folder to resume a stopped run (default: %(default)s)',
   )
   parser.add_argument(
     '--num_images',
     type=int,
     default=4,
-    help='pictures for each prompt, best first where the model has a ranker (default: %(default)s)',
+    help='number of pictures for each prompt, best first if the model has a ranker '
+    '(default: %(default)s)',
   )
   parser.add_argument(
-    '--max_prompts', type=int, metavar='N', help='draw only the first N prompts (default: all)'
+    '--max_prompts', type=int, metavar='N', help='use only the first N prompts (default: all)'
   )
   parser.add_argument(
-    '--seed', type=int, default=0, help='another seed draws other pictures (default: %(default)s)'
+    '--seed', type=int, default=0, help='seed of the pictures (default: %(default)s)'
   )
   sampling_flags.add_arguments(parser)
   parser.add_argument(
-    '--batch_size', type=int, help='pictures drawn at once; changes the memory, not the pictures'
+    '--batch_size',
+    type=int,
+    help='number of pictures to generate at once; affects memory, not the pictures',
   )
 
 
 def run(args: argparse.Namespace) -> int:
-  """Draws what is not drawn yet, writes the page, and prints the files.
+  """Generates the missing pictures, writes the page, and prints the file names.
 
   Returns:
     0, the exit status.
@@ -106,16 +109,16 @@ def run(args: argparse.Namespace) -> int:
   return 0
 
 
-def _place(folder: pathlib.Path, prompt: prompts_file.Prompt) -> pathlib.Path:
-  """The folder of a prompt's pictures; it is there once all of them are."""
-  # The text is part of the name, and so a file with other prompts finds none of its own.
+def _prompt_folder(folder: pathlib.Path, prompt: prompts_file.Prompt) -> pathlib.Path:
+  """Returns the folder of a prompt's pictures, which exists once all of them are written."""
+  # The name depends on the text, so a file with other prompts doesn't find these pictures.
   text = output_folder.fingerprint(prompt.text.encode())[:6]
   number, pictures = f'{prompt.number:04d}', folder / 'pictures'
-  place = pictures / f'{number}_{images_lib.slug(prompt.text)}_{text}'
-  if prompt.text.isascii() or place.is_dir():
-    return place
-  # Other versions, and file systems without the text's letters, have other words between the two.
-  return next(iter(sorted(pictures.glob(f'{number}_*_{text}'))), place)
+  found = pictures / f'{number}_{images_lib.slug(prompt.text)}_{text}'
+  if prompt.text.isascii() or found.is_dir():
+    return found
+  # Other versions, and file systems without the text's letters, have other words in the middle.
+  return next(iter(sorted(pictures.glob(f'{number}_*_{text}'))), found)
 
 
 def _draw(
@@ -125,13 +128,13 @@ def _draw(
   args: argparse.Namespace,
   sampling: dict,
 ):
-  """Draws the prompts that have no folder yet, some at once."""
-  missing = [prompt for prompt in prompts if not _place(folder, prompt).is_dir()]
+  """Generates pictures, in groups, for the prompts that have no folder yet."""
+  missing = [prompt for prompt in prompts if not _prompt_folder(folder, prompt).is_dir()]
   group = max(1, _AT_ONCE // args.num_images)
   with tqdm.tqdm(
     total=len(prompts),
     initial=len(prompts) - len(missing),
-    desc='drawing',
+    desc='generating',
     unit='prompt',
     disable=None,
     file=sys.stderr,
@@ -150,18 +153,18 @@ def _draw(
         )
       cut = _left_out([str(warning.message) for warning in caught])
       for row, prompt in enumerate(chosen):
-        _save(_place(folder, prompt), _of_one(drawn, row), cut.get(row, ''))
+        _save(_prompt_folder(folder, prompt), _of_one(drawn, row), cut.get(row, ''))
       bar.update(len(chosen))
 
 
 def _left_out(messages: Sequence[str]) -> dict[int, str]:
-  """Returns row -> what the pipeline's warning says of its prompt: how it was cut."""
+  """Returns row -> the pipeline's warning about its prompt, which says how it was cut."""
   found = [re.match(r'prompt (\d+) is (.*)', message, re.DOTALL) for message in messages]
   return {int(match[1]) - 1: match[2] for match in found if match}
 
 
 def _of_one(drawn, row: int):
-  """The part of a Result that is of one prompt."""
+  """Returns the part of a Result for one prompt."""
   arrays = {
     field.name: value[row : row + 1]
     for field in dataclasses.fields(drawn)
@@ -170,9 +173,9 @@ def _of_one(drawn, row: int):
   return dataclasses.replace(drawn, **arrays)
 
 
-def _save(place: pathlib.Path, drawn, cut: str):
-  """Writes a prompt's pictures and what is known of them, all or nothing."""
-  temporary = place.with_name(f'.{place.name}.{os.getpid()}')
+def _save(folder: pathlib.Path, drawn, cut: str):
+  """Writes a prompt's pictures and their scores atomically."""
+  temporary = folder.with_name(f'.{folder.name}.{os.getpid()}')
   shutil.rmtree(temporary, ignore_errors=True)
   try:
     files = drawn.save(temporary)
@@ -184,25 +187,25 @@ def _save(place: pathlib.Path, drawn, cut: str):
     ]
     content = json.dumps({'pictures': pictures, 'cut': cut}, ensure_ascii=False, indent=2)
     (temporary / _RESULT_FILE).write_text(content + '\n', encoding='utf-8')
-    os.replace(temporary, place)
+    os.replace(temporary, folder)
   except OSError as error:
-    raise UserError(f'{place} cannot be written ({error.strerror or error})') from error
+    raise UserError(f'{folder} cannot be written ({error.strerror or error})') from error
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _result(folder: pathlib.Path, prompt: prompts_file.Prompt) -> dict:
-  """Everything about a prompt, as in prompts.json."""
-  place = _place(folder, prompt)
+  """Returns a prompt's entry in prompts.json."""
+  found = _prompt_folder(folder, prompt)
   try:
-    content = json.loads((place / _RESULT_FILE).read_text(encoding='utf-8'))
+    content = json.loads((found / _RESULT_FILE).read_text(encoding='utf-8'))
     pictures = [
-      picture | {'file': str(pathlib.PurePosixPath('pictures', place.name, picture['file']))}
+      picture | {'file': str(pathlib.PurePosixPath('pictures', found.name, picture['file']))}
       for picture in content['pictures']
     ]
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise UserError(
-      f'{place} is damaged; delete it, and the run draws its pictures again'
+      f'{found} is damaged; delete it, and run again to generate its pictures'
     ) from error
   return {
     'number': prompt.number,
@@ -226,8 +229,8 @@ def _write_pages(
   """Writes the page, the JSON and the contact sheets; returns their files."""
   settings = ', '.join(f'{key} {value}' for key, value in sampling.items())
   about = (
-    f'Model {model_name}, {args.num_images} pictures a prompt, seed {args.seed}, sampling: '
-    f'{settings or "as the model is configured"}.'
+    f'Model {model_name}, {args.num_images} pictures per prompt, seed {args.seed}, sampling: '
+    f'{settings or "the model defaults"}.'
   )
   title = f'{pathlib.Path(args.file).stem}: {len(results):,} prompts'
   content = {
@@ -254,7 +257,7 @@ def _write_pages(
 def _sheet(
   folder: pathlib.Path, category: str, results: Sequence[dict], ranked: bool
 ) -> Image.Image:
-  """A category's prompts, each with its first picture."""
+  """Makes a sheet of a category's prompts, each with its first picture."""
   members = [result for result in results if result['category'] == category]
   shown = members[:_SHOWN]
   first = "the ranker's best" if ranked else 'the first'
@@ -263,7 +266,7 @@ def _sheet(
     with Image.open(folder / result['pictures'][0]['file']) as picture:
       images.append([np.asarray(picture.convert('RGB'))])
   return sheets.sheet(
-    f'{category}: {len(shown)} of {len(members)} prompts, of each {first} of '
+    f'{category}: {len(shown)} of {len(members)} prompts, each with {first} of '
     f'{len(shown[0]["pictures"])} pictures',
     [result['prompt'] for result in shown],
     images,

@@ -1,4 +1,4 @@
-"""The flags of SamplingSettings, the same for every command that draws."""
+"""The flags of SamplingSettings, shared by all commands that sample."""
 
 from __future__ import annotations
 
@@ -12,52 +12,54 @@ _DEFAULTS = settings_lib.SamplingSettings()
 
 
 def add_arguments(parser: argparse.ArgumentParser, default: str = "the model's"):
-  """Adds a flag for each field of SamplingSettings; None where it is not given.
+  """Adds a flag for each field of SamplingSettings; the default is None.
 
   Args:
-    parser: of a command.
-    default: what the help says of a flag that is left out.
+    parser: parser of a command.
+    default: description of the default, for the help.
   """
 
   def add(name, kind, text, **more):
     parser.add_argument(f'--{name}', type=kind, help=f'{text} (default: {default})', **more)
 
-  add('guidance_scale', float, 'how closely to follow the prompt; 1 is no guidance')
+  add('guidance_scale', float, 'how closely to follow the prompt; 1 disables guidance')
   add(
     'guidance_ramp',
     str,
-    'how the scale gets there from the first image token to the last: '
+    'how the scale changes from the first image token to the last: '
     + ', '.join(settings_lib.GUIDANCE_RAMPS),
     metavar='NAME',
   )
-  add('guidance_start', float, 'the scale at the first token, where there is a ramp')
+  add('guidance_start', float, 'the scale at the first token of a ramp')
   add(
     'exit_threshold',
     float,
-    'skip the decoder layers that follow one that is as sure of a token as this; 1 skips none',
+    'skip the remaining decoder layers at this confidence in a token; 1 skips none',
   )
   add(
     'guidance_skip_threshold',
     float,
-    'skip the pass without text where the one with it is as sure of a token as this; 1 never does',
+    "skip guidance's pass without text at this confidence in a token; 1 never skips it",
   )
   add(
     'temperature',
     float,
-    '1 draws as the model has learned, less is safer, 0 is always the likeliest',
+    '1 samples from the learned distribution, lower values are safer, 0 selects the likeliest',
   )
-  add('top_k', int, 'draw among this many of the likeliest tokens; 0 is no limit')
+  add('top_k', int, 'sample from this many of the likeliest tokens; 0 disables the limit')
   add(
-    'top_p', float, 'draw among the likeliest tokens with together this probability; 1 is no limit'
+    'top_p',
+    float,
+    'sample from the likeliest tokens that together have this probability; 1 disables the limit',
   )
 
 
 def check_numbers(args: argparse.Namespace, *counts: str):
-  """Checks the numbers of flags that commands have in common, before anything slow happens.
+  """Checks numeric flags that commands have in common, before anything slow happens.
 
   Args:
-    args: the flags. `seed` is checked where there is one.
-    *counts: names of flags that say how many of something; None where they are not given.
+    args: the flags. `seed` is checked if it exists.
+    *counts: names of flags with counts; their value is None if not given.
 
   Raises:
     UserError: if a value is invalid; the message names the flag.
@@ -70,10 +72,10 @@ def check_numbers(args: argparse.Namespace, *counts: str):
 
 
 def given(args: argparse.Namespace) -> dict:
-  """The fields of SamplingSettings by name, None where their flag was not given.
+  """Returns the fields of SamplingSettings by name, None if their flag was not given.
 
   Raises:
-    UserError: if a value can't be; the message names it.
+    UserError: if a value is invalid; the message names it.
   """
   values = {field.name: getattr(args, field.name) for field in dataclasses.fields(_DEFAULTS)}
   _DEFAULTS.replace(**values)

@@ -1,4 +1,4 @@
-"""`parti-jax t5x_checkpoint`: a run's checkpoint for t5x, or a run that goes on from one of t5x."""
+"""`parti-jax t5x_checkpoint`: converts a run's checkpoint to t5x, or a t5x checkpoint to a run."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from parti_jax.checkpoints import run_checkpoints
+from parti_jax.core import checks
 from parti_jax.core import errors
 from parti_jax.core import gin_config
 from parti_jax.partitioning import mesh as mesh_lib
@@ -16,9 +17,10 @@ from parti_jax.runs import distributed
 from parti_jax.runs import run_lock
 from parti_jax.t5x import checkpoints as t5x_checkpoints
 from parti_jax.t5x import inputs
+from parti_jax.training import config as config_lib
 from parti_jax.training import trainer as trainer_lib
 
-# The objectives that are models of t5x too -> their networks in exported models.
+# The objectives that t5x supports too -> their networks in exported models.
 _NETWORKS = {'generator': 'parti', 'tokenizer': 'tokenizer'}
 
 
@@ -27,45 +29,44 @@ def add_arguments(parser: argparse.ArgumentParser):
   parser.add_argument(
     '--model_dir',
     metavar='RUN',
-    help="a run's folder: its checkpoint is written for t5x or, with --from_t5x, "
-    'the folder of the run that is made',
+    help='folder of the run to convert to t5x or, with --from_t5x, of the new run',
   )
   group = parser.add_argument_group('for t5x')
   group.add_argument(
     '--output_dir',
     metavar='FOLDER',
-    help='where checkpoint_<step> is written, which may become the MODEL_DIR of '
+    help='output folder of checkpoint_<step>, which may become the MODEL_DIR of '
     't5x; a path or a gs:// URL',
   )
-  group.add_argument('--step', type=int, help="of the run's checkpoint (default: the newest)")
+  group.add_argument('--step', type=int, help="step of the run's checkpoint (default: the newest)")
   group.add_argument(
     '--model',
     metavar='FOLDER',
-    help='an exported model in place of a run: parameters alone, of step 0',
+    help='an exported model instead of a run: only parameters, at step 0',
   )
   group.add_argument(
     '--network',
     choices=list(_NETWORKS),
     default='generator',
-    help='which one of the exported model (default: %(default)s)',
+    help='the network of the exported model (default: %(default)s)',
   )
   group = parser.add_argument_group('from t5x')
   group.add_argument(
     '--from_t5x',
     metavar='CHECKPOINT',
-    help='the folder checkpoint_<step> in the MODEL_DIR of t5x; the gin files say '
-    'objective and optimiser, as those of `train` do',
+    help='the folder checkpoint_<step> in the MODEL_DIR of t5x; the gin files give '
+    'objective and optimiser, like those of `train`',
   )
   group.add_argument(
     '--parameters_only',
     action='store_true',
-    help='take step and parameters, and let the optimiser begin anew',
+    help='take only step and parameters, and reset the optimiser',
   )
   gin_config.add_gin_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-  """Writes a checkpoint of the one kind from one of the other; returns the exit status."""
+  """Converts a checkpoint; returns the exit status."""
   distributed.check_connected()
   if args.from_t5x:
     _check_flags(args, needed=('model_dir', 'gin_file'), others=('output_dir', 'step', 'model'))
@@ -77,8 +78,8 @@ def run(args: argparse.Namespace) -> int:
   _check_flags(args, needed=('output_dir',), others=('parameters_only', 'gin_file', 'gin_bindings'))
   if (args.model is None) == (args.model_dir is None):
     raise errors.UserError(
-      'give --model_dir=RUN or --model=FOLDER, what is to be written for t5x; '
-      'or --from_t5x=CHECKPOINT for the other way'
+      'give --model_dir=RUN or --model=FOLDER to convert to t5x, or --from_t5x=CHECKPOINT to '
+      'convert from t5x'
     )
   if args.model is not None:
     _check_flags(args, needed=(), others=('step',))
@@ -98,23 +99,23 @@ def _check_flags(args: argparse.Namespace, needed: tuple[str, ...], others: tupl
     if getattr(args, flag) not in (None, False, []):
       name = flag.replace('gin_bindings', 'gin.NAME=VALUE')
       which = '--from_t5x' if args.from_t5x else '--model' if args.model else 'a run'
-      raise errors.UserError(f'--{name} does not go with {which}; leave it away')
+      raise errors.UserError(f"--{name} can't be combined with {which}; omit it")
 
 
 def run_to_t5x(model_dir, folder, step: int | None = None) -> str:
   """Writes a checkpoint of a run for t5x.
 
   Args:
-    model_dir: the run's folder, of GeneratorObjective or TokenizerObjective.
-    folder: where `checkpoint_<step>` is written.
-    step: of the checkpoint; None for the newest one that is whole.
+    model_dir: folder of a run of GeneratorObjective or TokenizerObjective.
+    folder: output folder of `checkpoint_<step>`.
+    step: step of the checkpoint; None for the newest whole one.
 
   Returns:
-    A line that says what was written and how t5x takes it.
+    A line that says what was written and how to use it in t5x.
 
   Raises:
-    UserError: if there is no such checkpoint, it is damaged or of another objective; if it is written
-      already, or can't be.
+    UserError: if the checkpoint doesn't exist, is damaged or has another objective; if the output
+      exists already, or can't be written.
   """
   path = (
     run_checkpoints.latest_checkpoint(model_dir)
@@ -124,15 +125,15 @@ def run_to_t5x(model_dir, folder, step: int | None = None) -> str:
   objective = run_checkpoints.read_model(path)['stage']
   if objective not in _NETWORKS:
     raise errors.UserError(
-      f'{path}: a checkpoint of the objective {objective!r}, which is no model of '
-      f't5x; give a run of {" or ".join(_NETWORKS)}'
+      f'{path}: a checkpoint of the objective {objective!r}, which t5x has no model for; give a '
+      f'run of {" or ".join(_NETWORKS)}'
     )
   t5x_checkpoints.target(folder, int(path.name))
   inputs.write(folder, run_checkpoints.read_place(path))
   written = t5x_checkpoints.write(folder, t5x_checkpoints.read_run(path))
   return (
-    f'{written}: step {path.name} of {model_dir}, with the state of its optimiser; take it '
-    f'in t5x by --gin.INITIAL_CHECKPOINT_PATH="\'{written}\'", or go on in '
+    f'{written}: step {path.name} of {model_dir}, with the state of its optimiser; use it '
+    f'in t5x with --gin.INITIAL_CHECKPOINT_PATH="\'{written}\'", or continue with '
     f'--gin.MODEL_DIR="\'{folder}\'"'
   )
 
@@ -143,14 +144,14 @@ def model_to_t5x(model, network: str, folder) -> str:
   Args:
     model: the model folder.
     network: 'generator' or 'tokenizer'.
-    folder: where `checkpoint_0` is written.
+    folder: output folder of `checkpoint_0`.
 
   Returns:
-    A line that says what was written and how t5x takes it.
+    A line that says what was written and how to use it in t5x.
 
   Raises:
-    UserError: if there is no model folder or it is damaged; if the checkpoint is written already,
-      or can't be.
+    UserError: if the model folder doesn't exist or is damaged; if the output exists already, or
+      can't be written.
   """
   from parti_jax.exported_model import model_folder
 
@@ -159,35 +160,35 @@ def model_to_t5x(model, network: str, folder) -> str:
   if network == 'generator':
     inputs.write(folder, part.made_with)
   tree = {'target': part.params, 'state': {'step': jnp.zeros((), jnp.int32)}}
-  places = t5x_checkpoints.in_host_memory(tree)
-  written = t5x_checkpoints.write(folder, run_checkpoints.put_like(tree, places))
+  abstract = t5x_checkpoints.in_host_memory(tree)
+  written = t5x_checkpoints.write(folder, run_checkpoints.put_like(tree, abstract))
   return (
-    f'{written}: the {network} of {model}, without a state of an optimiser; evaluate and '
-    f'infer in t5x by --gin.CHECKPOINT_PATH="\'{written}\'", finetune by '
+    f'{written}: the {network} of {model}, without optimiser state; evaluate and '
+    f'infer in t5x with --gin.CHECKPOINT_PATH="\'{written}\'", finetune with '
     f'--gin.INITIAL_CHECKPOINT_PATH="\'{written}\'" --gin.PARAMETERS_ONLY=True'
   )
 
 
 def to_run(path, model_dir, trainer, parameters_only: bool = False) -> str:
-  """Makes the folder of a run that goes on from a checkpoint of t5x.
+  """Makes the folder of a run that continues from a t5x checkpoint.
 
   Args:
     path: the checkpoint, `.../checkpoint_<step>`.
     model_dir: the run's folder.
-    trainer: a Trainer of the objective and the optimiser, on any mesh of this process' devices.
-    parameters_only: whether the optimiser and the statistics begin anew.
+    trainer: a Trainer of the objective and the optimiser, on any mesh of this process's devices.
+    parameters_only: whether to reset the optimiser and the statistics.
 
   Returns:
     A line that says what was written.
 
   Raises:
-    UserError: if the run has begun already; if the checkpoint is not there, damaged, or does not
-      fit the trainer; if its objective is no model of t5x; if the run's folder can't be written.
+    UserError: if the run has begun already; if the checkpoint doesn't exist, is damaged, or doesn't
+      fit the trainer; if t5x has no model for the objective; if the run's folder can't be written.
   """
   objective, abstract = trainer.objective, trainer.abstract
   if objective.name not in _NETWORKS:
     raise errors.UserError(
-      f'train.objective is {objective.name!r}, which is no model of t5x; give the gin '
+      f'train.objective is {objective.name!r}, which t5x has no model for; give the gin '
       f'file of a run of {" or ".join(_NETWORKS)}'
     )
   _check_new(model_dir)
@@ -213,30 +214,28 @@ def to_run(path, model_dir, trainer, parameters_only: bool = False) -> str:
     finally:
       writer.close()
   count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract.params))
-  optimizer = 'begins anew' if parameters_only else 'goes on'
+  optimizer = 'starts again' if parameters_only else 'continues'
   return (
     f'{model_dir}: a run of the objective {objective.name!r} at step {step}, {count / 1e6:.1f}M '
     f'parameters; in `parti-jax train` the optimiser {optimizer}, and the data start from '
-    'their beginning'
+    'the beginning'
   )
 
 
 def _bound_trainer() -> trainer_lib.Trainer:
   """A trainer of what gin says, in the host's memory."""
-  from parti_jax.training import train_loop
-
-  values = train_loop.bound_arguments()
+  config = config_lib.configured(task='', steps=checks.LARGEST_INT32)
   mesh = mesh_lib.make_mesh(1, 1, 1, 1, [t5x_checkpoints.host_device()])
-  return trainer_lib.Trainer(values['objective'], values['optimizer'](values['schedule']), mesh)
+  return trainer_lib.Trainer(config.objective, config.optimizer(config.schedule), mesh)
 
 
 def _check_new(model_dir):
   if run_checkpoints.has_checkpoint(model_dir):
-    raise errors.UserError(f'{model_dir}: has checkpoints already; give another --model_dir')
+    raise errors.UserError(f'{model_dir}: has checkpoints already; choose another --model_dir')
 
 
 def _parameters(path, trainer):
-  """A state with step and parameters of a t5x checkpoint, and all else as a new run has it."""
+  """Returns the state of a new run with the step and parameters of a t5x checkpoint."""
   abstract = trainer.abstract
   wanted = t5x_checkpoints.state_dict(abstract)
   tree = t5x_checkpoints.read(

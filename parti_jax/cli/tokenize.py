@@ -1,4 +1,4 @@
-"""`parti-jax tokenize`: image tokens of a source's pictures, made once by a frozen tokenizer."""
+"""`parti-jax tokenize`: computes image tokens of a source's pictures with a frozen tokenizer."""
 
 from __future__ import annotations
 
@@ -23,47 +23,47 @@ def add_arguments(parser: argparse.ArgumentParser):
     help="the tokenizer's run, the --model_dir that it was trained in, or an exported model",
   )
   parser.add_argument(
-    '--output_dir', required=True, help='folder of the token cache, on a disk or at gs:// or s3://'
+    '--output_dir', required=True, help='folder of the token cache, a path or a gs:// or s3:// URL'
   )
   parser.add_argument(
-    '--splits', nargs='+', metavar='SPLIT', help='splits of the source (default: all that it has)'
+    '--splits', nargs='+', metavar='SPLIT', help='splits of the source (default: all)'
   )
   parser.add_argument(
     '--views',
     type=int,
     default=1,
     choices=(1, 2, 10),
-    help='token sequences of a picture, of which training takes one at random: '
-    "1 of its central square, 2 with the mirrored one, 10 with LlamaGen's "
+    help='token sequences per picture, of which training uses one at random: '
+    "1 of the central square, 2 with its mirror image, 10 with LlamaGen's "
     'corners too (default: 1)',
   )
   parser.add_argument(
     '--dtype',
     choices=('bfloat16', 'float32'),
-    help='what the encoder computes in (default: bfloat16 on TPUs and GPUs, float32 on CPUs)',
+    help='dtype of the encoder (default: bfloat16 on TPUs and GPUs, float32 on CPUs)',
   )
   parser.add_argument(
     '--batch_size',
     type=int,
     default=64,
-    help='pictures at once, which changes no token (default: 64)',
+    help='number of pictures at once, which does not affect the tokens (default: 64)',
   )
   parser.add_argument(
     '--overwrite',
     action='store_true',
-    help='replace splits, and parts of unfinished ones, that are in the folder '
-    'and were made with something else',
+    help='replace splits, and parts of unfinished ones, in the folder that were made with other '
+    'settings',
   )
   parser.add_argument(
     '--convert',
     metavar='FOLDER',
-    help='turn a token cache of version 1 into one of version 2, in place of tokenizing',
+    help='convert a token cache of version 1 to version 2, instead of tokenizing',
   )
   distributed.add_arguments(parser)
   parser.add_argument(
     '--worker',
     metavar='I/N',
-    help='do the share I, from 0, of N independent processes, in any order',
+    help='do the share with index I, from 0, of N independent processes, which may run in any order',
   )
 
 
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     if given
   ]
   if args.convert and unused:
-    raise UserError(f'--convert keeps the tokens as they are; leave away {unused[0]}')
+    raise UserError(f'--convert keeps the tokens unchanged; omit {unused[0]}')
   worker = _worker(args)
   found = None if worker else distributed.processes(args)
   if found is None:
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _worker(args: argparse.Namespace) -> tuple[int, int] | None:
-  """Which of how many independent processes this is, None where --worker is not given."""
+  """Returns (index, number) of independent processes; None if --worker is not given."""
   if args.worker is None:
     return None
   together = ('multi_host', 'coordinator', 'num_processes', 'process_id')
@@ -117,17 +117,18 @@ def _worker(args: argparse.Namespace) -> tuple[int, int] | None:
     if getattr(args, name) is not None and getattr(args, name) is not False
   ]
   if given:
-    raise UserError(f'--worker is for independent processes; leave away either it or --{given[0]}')
+    raise UserError(f'--worker is for independent processes; drop either it or --{given[0]}')
   match = re.fullmatch(r'(\d{1,9})/(\d{1,9})', args.worker)
   if not match or int(match[1]) >= int(match[2]):
-    raise UserError(f'--worker={args.worker} is not I/N with I from 0 to N-1, such as 0/4')
+    raise UserError(f'--worker={args.worker} must be I/N with I from 0 to N-1, such as 0/4')
   return int(match[1]), int(match[2])
 
 
 def _write(
   args: argparse.Namespace, connect: Callable[[], tuple[int, int]], together: bool
 ) -> None:
-  # Before what starts threads is imported, so that it blocks SIGTERM in them too.
+  # Enter this before importing libraries that start threads, so that they inherit the blocked
+  # SIGTERM.
   with preemption.listening(at_once='the parts that are finished stay'):
     from parti_jax.tokenization import tokenize_jobs
 

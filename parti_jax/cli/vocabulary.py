@@ -12,7 +12,7 @@ from parti_jax.core import gin_config
 from parti_jax.core.errors import UserError
 from parti_jax.data import vocabulary
 
-# Enough captions to measure the new vocabulary on.
+# Maximum captions to measure the new vocabulary on.
 _MEASURED_CAPTIONS = 100_000
 
 
@@ -24,12 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     '--size',
     type=int,
     default=16_000,
-    help='number of ids, the three special ones included (default: %(default)s, as in the paper)',
+    help='number of ids, including the three special ones (default: %(default)s, from the paper)',
   )
   parser.add_argument(
     '--at_most',
     action='store_true',
-    help="take fewer ids than --size where the captions can't carry as many",
+    help="use fewer ids than --size if the captions don't support as many",
   )
   parser.add_argument(
     '--split', default='train', help="the source's split to train on (default: %(default)s)"
@@ -38,13 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     '--model_type',
     choices=('unigram', 'bpe'),
     default='unigram',
-    help='bpe keeps more words whole where captions are few (default: %(default)s)',
+    help='bpe keeps more words whole with few captions (default: %(default)s)',
   )
   parser.add_argument(
     '--character_coverage',
     type=float,
     default=0.9995,
-    help='share of the characters in the captions that get an id; the rarest of the others '
+    help='fraction of the characters in the captions that get an id; the rarest others '
     'become unknown (default: %(default)s)',
   )
 
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
   """Trains and writes the vocabulary, and prints how it fits the captions."""
   if not 0.98 <= args.character_coverage <= 1:
-    raise UserError(f'--character_coverage={args.character_coverage} must lie in 0.98 to 1')
+    raise UserError(f'--character_coverage={args.character_coverage} must be from 0.98 to 1')
   checks.count('--size', args.size)
   from parti_jax.data import sources
 
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _with_text(source, split: str) -> Iterator[str]:
-  """Yields the captions that are not empty."""
+  """Yields the captions that aren't blank."""
   found = False
   for caption in source.captions(split):
     if caption.strip():
@@ -85,7 +85,7 @@ def _with_text(source, split: str) -> Iterator[str]:
 
 
 def _fit(model: vocabulary.TextVocabulary, captions: Iterable[str]) -> str:
-  """Says how many tokens captions take and how many of these are unknown."""
+  """Returns a line about the number of tokens in captions, and the share of known tokens."""
   count = tokens = unknown = 0
   longest, most = '', 0
   for caption in captions:
@@ -97,5 +97,5 @@ def _fit(model: vocabulary.TextVocabulary, captions: Iterable[str]) -> str:
       longest, most = caption, len(ids)
   return (
     f'{count:,} captions: {tokens / count:.1f} tokens on average, at most {most} ({longest!r}), '
-    f'the end included; {1 - unknown / tokens:.2%} of the tokens are known'
+    f'including the end; {1 - unknown / tokens:.2%} of the tokens are known'
   )

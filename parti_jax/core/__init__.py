@@ -1,1 +1,1 @@
-"""What every part builds on: errors, files and stores, checks of input, gin, fingerprints."""
+"""Shared foundations: errors, files and stores, input checks, gin, fingerprints."""

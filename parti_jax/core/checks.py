@@ -1,7 +1,7 @@
-"""Checks of values that a user gives: by flags, in gin, in a file or through Python.
+"""Checks values that a user gives by flags, in gin, in a file or through Python.
 
-Every function returns the value as the plain Python type that is asked for, or raises UserError
-with one line that begins with 'NAME=VALUE' and says what is needed.
+Each function returns the value as the plain Python type requested, or raises UserError with one
+line that begins with 'NAME=VALUE' and says what is expected.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from typing import Any
 
 from parti_jax.core.errors import UserError
 
-# The largest numbers of the dtypes that accelerators compute with.
+# Largest finite values of the dtypes that accelerators use.
 LARGEST_INT32 = 2**31 - 1
 LARGEST_FLOAT32 = 3.4028234663852886e38
 
-_SEVERAL = {int: 'whole numbers', float: 'numbers', str: 'texts'}
+_SEVERAL = {int: 'whole numbers', float: 'numbers', str: 'strings'}
 _IN_WORDS = {2: 'two', 3: 'three', 4: 'four'}
-# Up to here every whole number is a float64.
+# A float64 represents all integers up to this one.
 _EXACT = 2**53
-# NumPy's kinds of dtypes that are not real numbers.
+# NumPy's dtype kinds that aren't real numbers.
 _NOT_REAL = 'cbmMOSU'
 _LONGEST_SHOWN = 80
 
 
 class _Repr(reprlib.Repr):
-  """Short representations."""
+  """Shortens representations."""
 
   def __init__(self):
     super().__init__()
@@ -43,7 +43,7 @@ class _Repr(reprlib.Repr):
 
 
 class _JsonRepr(_Repr):
-  """The same with JSON's names."""
+  """Shortens representations and writes constants as JSON does."""
 
   def repr_NoneType(self, value, level):
     del value, level
@@ -58,7 +58,7 @@ _SHORT = _Repr()
 
 
 def shown(value: Any, how: reprlib.Repr = _SHORT) -> str:
-  """A value for a message: its `repr` in one line, cut where it is long."""
+  """Returns a value's `repr` for a message: one line, truncated if it is long."""
   try:
     line = ' '.join(how.repr(value).split())
   except Exception:
@@ -68,7 +68,7 @@ def shown(value: Any, how: reprlib.Repr = _SHORT) -> str:
 
 
 def shown_as_json(value: Any) -> str:
-  """As `shown`, by the names that JSON has for None, True and False."""
+  """Like `shown`, but writes None, True and False as JSON does."""
   return shown(value, _JsonRepr())
 
 
@@ -80,15 +80,15 @@ def whole_number(
   *,
   show: Callable[[Any], str] = shown,
 ) -> int:
-  """Checks a whole number.
+  """Checks an integer.
 
   Args:
-    name: of the argument, for the message.
-    value: what was given. NumPy's and JAX's integers are fine; booleans and floats are not, whole
-      ones included.
-    least: smallest number allowed, if there is one.
-    most: largest number allowed, if there is one.
-    show: turns the value into text for the message.
+    name: name of the argument, for the message.
+    value: the value given. NumPy and JAX integers are accepted; booleans and floats aren't, even
+      if they are whole.
+    least: smallest number allowed, if any.
+    most: largest number allowed, if any.
+    show: formats the value for the message.
 
   Returns:
     The number.
@@ -113,7 +113,7 @@ def whole_number(
 
 
 def count(name: str, value: Any) -> int:
-  """Checks a number of things that are made or read: from 1 to what an int32 can index."""
+  """Checks a number of things to make or read: from 1 to the largest int32."""
   return whole_number(name, value, 1, LARGEST_INT32)
 
 
@@ -128,11 +128,11 @@ def number(
   """Checks a real number that is finite as a float32.
 
   Args:
-    name: of the argument, for the message.
-    value: what was given. NumPy's and JAX's numbers are fine; booleans and texts are not.
-    least: smallest number allowed, if there is one.
-    most: largest number allowed, if there is one.
-    show: turns the value into text for the message.
+    name: name of the argument, for the message.
+    value: the value given. NumPy and JAX numbers are accepted; booleans and strings aren't.
+    least: smallest number allowed, if any.
+    most: largest number allowed, if any.
+    show: formats the value for the message.
 
   Returns:
     The number.
@@ -154,33 +154,33 @@ def number(
 
 
 def boolean(name: str, value: Any, *, show: Callable[[Any], str] = shown) -> bool:
-  """Checks a value that is True or False, or NumPy's."""
+  """Checks a boolean, Python's or NumPy's."""
   if not is_boolean(value):
     raise UserError(f'{name}={show(value)} must be true or false')
   return bool(value)
 
 
 def text(name: str, value: Any, *, show: Callable[[Any], str] = shown) -> str:
-  """Checks a text; a path is taken as one."""
+  """Checks a string; converts a path to one."""
   if isinstance(value, os.PathLike):
     value = os.fspath(value)
   if not isinstance(value, str):
-    raise UserError(f'{name}={show(value)} must be a text')
+    raise UserError(f'{name}={show(value)} must be a string')
   return str(value)
 
 
 def texts(name: str, value: Any) -> list[str]:
-  """Checks one text or several, such as prompts.
+  """Checks one string or several, such as prompts.
 
   Args:
-    name: of one of them, for the message: 'prompt'.
-    value: a text, or anything that can be iterated over and holds texts.
+    name: name of a single string, for the message, such as 'prompt'.
+    value: a string, or any iterable of strings.
 
   Returns:
-    The texts.
+    The strings.
 
   Raises:
-    UserError: if the value is something else, or one of the texts can't be written as UTF-8.
+    UserError: if the value is something else, or a string can't be encoded as UTF-8.
   """
   if isinstance(value, str):
     value = [value]
@@ -189,11 +189,11 @@ def texts(name: str, value: Any) -> list[str]:
     or not hasattr(value, '__iter__')
     or (getattr(value, 'shape', None) == ())
   ):
-    raise UserError(f'{name}s={shown(value)} must be a text or a list of texts')
+    raise UserError(f'{name}s={shown(value)} must be a string or a list of strings')
   found = []
   for position, item in enumerate(value, 1):
     if not isinstance(item, str):
-      raise UserError(f'{name} {position} is {shown(item)}, which is not a text')
+      raise UserError(f'{name} {position} is {shown(item)}, which is not a string')
     try:
       item.encode()
     except UnicodeEncodeError:
@@ -205,10 +205,10 @@ def texts(name: str, value: Any) -> list[str]:
 
 
 def bounded(**bounds: tuple[float | None, float | None]) -> Callable[[Any], Any]:
-  """Decorates a function with the bounds of its parameters, which `bounds_of` returns.
+  """Returns a decorator that attaches bounds to a function, for `bounds_of` to return.
 
   Args:
-    **bounds: parameter -> the least and the most that its numbers may be, None for no bound.
+    **bounds: parameter -> the smallest and largest value allowed, None for no bound.
   """
 
   def decorate(function):
@@ -219,7 +219,7 @@ def bounded(**bounds: tuple[float | None, float | None]) -> Callable[[Any], Any]
 
 
 def bounds_of(function: Any) -> dict[str, tuple[float | None, float | None]]:
-  """Returns the bounds that `bounded` has given to a function; none for others."""
+  """Returns the bounds that `bounded` attached to a function; {} for any other function."""
   return getattr(function, 'parameter_bounds', {})
 
 
@@ -232,19 +232,20 @@ def typed(
   *,
   show: Callable[[Any], str] = shown,
 ) -> Any:
-  """Checks a value against a type annotation, as of a dataclass field or of a parameter.
+  """Checks a value against the type annotation of a dataclass field or a parameter.
 
   Args:
-    name: of the value, for the message.
-    value: what was given.
-    kind: int, float, bool, str; tuple[...] of these, for which a list is fine too; Mapping[str, str];
-      a dataclass; or `kind | None`. Values of any other annotation are not checked.
-    least: smallest number allowed, within tuples too.
-    most: largest number allowed, within tuples too.
-    show: turns a value into text for the message.
+    name: name of the value, for the message.
+    value: the value given.
+    kind: int, float, bool, str; tuple[...] of these, for which lists are accepted too;
+      Mapping[str, str]; a dataclass; or `kind | None`. Values of any other annotation are not
+      checked.
+    least: smallest number allowed, also within tuples.
+    most: largest number allowed, also within tuples.
+    show: formats a value for the message.
 
   Returns:
-    The value, a list as a tuple and NumPy's numbers as Python's.
+    The value, with lists converted to tuples and NumPy numbers to Python numbers.
 
   Raises:
     UserError: if the value is of another type, not finite or out of bounds.
@@ -267,7 +268,7 @@ def typed(
     if not isinstance(value, Mapping) or not all(
       isinstance(word, str) for pair in value.items() for word in pair
     ):
-      raise UserError(f"{name}={show(value)} must be of the form {{'text': 'text'}}")
+      raise UserError(f"{name}={show(value)} must be of the form {{'string': 'string'}}")
     return value
   if kind is str:
     return text(name, value, show=show)
@@ -279,7 +280,7 @@ def typed(
 
 
 def _typed_tuple(name, value, arguments, least, most, show) -> tuple:
-  """Checks a tuple, or a list in its place; `arguments` are those of its annotation."""
+  """Checks a tuple, or a list instead; `arguments` are those of its annotation."""
   kind, length = arguments[0], None if arguments[-1] is Ellipsis else len(arguments)
   several = _SEVERAL.get(kind, 'values')
   if length is not None:
@@ -299,12 +300,12 @@ def check_fields(
   prefix: str = '',
   bounds: Mapping[str, tuple[float | None, float | None]] | None = None,
 ):
-  """Checks the fields of a dataclass, frozen or not, and sets what `typed` makes of them.
+  """Checks the fields of a dataclass, frozen or not, and sets them to the converted values.
 
   Args:
     config: the dataclass.
-    prefix: of the fields' names in messages.
-    bounds: field -> the least and the most that its numbers may be, if there are such.
+    prefix: prefix of the field names in messages.
+    bounds: field -> the smallest and largest value allowed.
 
   Raises:
     UserError: if a value is of another type than its field, not finite or out of bounds.
@@ -317,13 +318,13 @@ def check_fields(
 
 @functools.cache
 def field_types(kind: type) -> dict[str, Any]:
-  """Field -> the type that a dataclass annotates it with."""
+  """Returns {field: its annotated type} of a dataclass."""
   hints = typing.get_type_hints(kind)
   return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
 def number_text(value: float) -> str:
-  """A number for a name or for metadata: short, and another text for every other number."""
+  """Returns a short text for a number, unique to it, for a name or for metadata."""
   short = f'{value:g}'
   return short if float(short) == value else repr(value)
 
@@ -337,14 +338,14 @@ def bounds_text(least: float | None, most: float | None) -> str:
 
 
 def is_boolean(value: Any) -> bool:
-  """Whether a value is True or False, or NumPy's."""
+  """Returns whether a value is a boolean, Python's or NumPy's."""
   return isinstance(value, bool) or (
     getattr(value, 'dtype', None) == 'bool' and getattr(value, 'shape', None) == ()
   )
 
 
 def _as_float(value: Any) -> float | None:
-  """The value of a real number, infinite where a float64 overflows; None of anything else."""
+  """Returns a real number as a float, infinite if it overflows float64; None for other values."""
   if isinstance(value, (bool, complex, str, bytes, bytearray)):
     return None
   if getattr(value, 'shape', ()) != () or (

@@ -1,8 +1,9 @@
 """Keeps XLA's compiled programs between runs, in the user's cache folder.
 
-Programs for several CPU devices are not kept. XLA runs the collectives of such a program in one
-order on all devices, and loses that order for those within loops and outside of them when it reads
-the program from the cache (jaxlib 0.10.2): devices then wait for each other until XLA aborts.
+Programs for several CPU devices are not cached. XLA runs the collectives of such a program in one
+order on all devices. When it reads the program from the cache, it loses that order between
+collectives inside and outside of loops (jaxlib 0.10.2): devices wait for each other until XLA
+aborts.
 """
 
 import os
@@ -16,8 +17,8 @@ _OFF = ('', '0', 'off', 'none')
 def folder() -> pathlib.Path | None:
   """Returns the folder for compiled programs; None when the cache is switched off.
 
-  $PARTI_JAX_CACHE names the folder, or switches the cache off when it is empty, `0`, `off` or
-  `none`. Without it the folder is `parti_jax/xla` in $XDG_CACHE_HOME or ~/.cache.
+  $PARTI_JAX_CACHE names the folder, or switches the cache off if it is empty, `0`, `off` or
+  `none`. By default the folder is `parti_jax/xla` in $XDG_CACHE_HOME or ~/.cache.
   """
   chosen = os.environ.get('PARTI_JAX_CACHE')
   if chosen is not None:
@@ -27,14 +28,14 @@ def folder() -> pathlib.Path | None:
 
 
 def enable() -> pathlib.Path | None:
-  """Switches on JAX's persistent compilation cache, if its folder can be written to.
+  """Enables JAX's persistent compilation cache, if its folder is writable.
 
-  Call it before the first compilation, and after JAX has met other processes. A cache that JAX
-  itself was told to use ($JAX_COMPILATION_CACHE_DIR) is left as it is, but on several CPU devices
-  no cache is used.
+  Call it before the first compilation, and after JAX has connected to other processes. A cache
+  configured in JAX itself ($JAX_COMPILATION_CACHE_DIR) is kept. With several CPU devices no cache
+  is used.
 
   Returns:
-    The folder in use, or None: a run without a cache is slower to start and otherwise the same.
+    The folder in use, or None. Without a cache, a run only starts more slowly.
   """
   import jax
 
@@ -51,7 +52,7 @@ def enable() -> pathlib.Path | None:
     # os.access is not enough: a folder can look writable on a read-only or full file system.
     with tempfile.TemporaryFile(dir=path):
       pass
-  except (OSError, RuntimeError):  # RuntimeError: there is no home folder.
+  except (OSError, RuntimeError):  # RuntimeError: the home folder is unknown.
     return None
   jax.config.update('jax_compilation_cache_dir', str(path))
   # The defaults keep only programs that took a second to compile; a sampling run has many

@@ -1,17 +1,17 @@
-"""Fingerprints: which vocabulary and which image tokenizer something was made with.
+"""Fingerprints identify the vocabulary and image tokenizer that an artifact was made with.
 
-Token ids mean nothing without the vocabulary or the tokenizer that they come from. A model reads
-ids of another one without an error, and draws something else. So whatever is made with one of them
-keeps its fingerprint, and whoever puts two such things together compares:
+Token ids are meaningless without the vocabulary or tokenizer that produced them. A model given ids
+of another one raises no error, but samples something else. So each artifact stores the
+fingerprints of what it was made with, and code that combines two artifacts compares them:
 
-| kept in | vocabulary | tokenizer |
+| stored in | vocabulary | tokenizer |
 |---|---|---|
 | a token cache, `info.json` | | of the tokens |
-| a run's checkpoints, `data` | of the captions | of the tokens, or of the pictures it was trained on |
-| an exported model, `config.json` | of `vocabulary.model`, and per network | per network as well |
+| a run's checkpoints, `data` | of the captions | of the tokens or images that it reads |
+| an exported model, `config.json` | of `vocabulary.model`, and per network | per network |
 
-A vocabulary's fingerprint is a digest of its file. A tokenizer's is a digest of the encoder and the
-codebook: a decoder that was trained further draws the same tokens.
+A vocabulary's fingerprint is a digest of its file. A tokenizer's fingerprint is a digest of the
+encoder and the codebook: further training of the decoder alone doesn't change the tokens.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 KINDS = ('vocabulary', 'tokenizer')
-# What of a tokenizer's parameters decides which tokens a picture has.
+# The parameters of a tokenizer that determine an image's tokens.
 _MAKES_TOKENS = ('encoder', 'quantizer')
 
 
 def of_tokenizer(params: Mapping) -> str:
   """Returns the fingerprint of an image tokenizer's parameters, 16 hexadecimal digits."""
-  # Who reads captions alone needs no JAX.
+  # Imported here because reading captions needs no JAX.
   import jax
   import numpy as np
 
@@ -46,11 +46,11 @@ def of_vocabulary(model: bytes) -> str:
 
 
 class Fingerprint(NamedTuple):
-  """A fingerprint, and what has it.
+  """A fingerprint and the artifact that it belongs to.
 
   Attributes:
     value: 16 hexadecimal digits.
-    name: of the thing, for messages.
+    name: name of the artifact, for messages.
   """
 
   value: str
@@ -58,12 +58,12 @@ class Fingerprint(NamedTuple):
 
 
 def values(found: Mapping[str, Fingerprint | None]) -> dict[str, str | None]:
-  """Returns {kind: digits}, as a checkpoint keeps them."""
+  """Returns {kind: digits}, the form stored in a checkpoint."""
   return {kind: None if found.get(kind) is None else found[kind].value for kind in KINDS}
 
 
 def named(name: str, kept: Mapping[str, str | None]) -> dict[str, Fingerprint]:
-  """Returns {kind: fingerprint} of what is kept with the thing of this name."""
+  """Returns {kind: fingerprint} from the digits stored with the artifact of this name."""
   return {kind: Fingerprint(kept[kind], name) for kind in KINDS if kept.get(kind)}
 
 
@@ -72,15 +72,16 @@ def mismatches(
   given: Mapping[str, Fingerprint | None],
   remedies: Mapping[str, str],
 ) -> list[str]:
-  """Compares what something was made with and what it is put together with.
+  """Compares the fingerprints of two artifacts that are combined.
 
   Args:
-    made_with: {kind: fingerprint}; a kind that is missing or None is not known.
-    given: the same of the other side.
+    made_with: {kind: fingerprint} that the first artifact was made with; missing or None if
+      unknown.
+    given: {kind: fingerprint} of the second artifact.
     remedies: {kind: what the user can do}.
 
   Returns:
-    A sentence for each kind that differs, which names both.
+    A sentence for each kind that differs, naming both artifacts.
   """
   found = []
   for kind in KINDS:

@@ -1,6 +1,6 @@
-"""gin for the command line: where its files are found, and errors that say what to write instead.
+"""gin for the command line: finds gin files, and turns gin's errors into helpful messages.
 
-A configurable has to be imported before a gin file names it; commands do that.
+A configurable must be imported before a gin file can name it; the commands do that.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from parti_jax.core import checks
 from parti_jax.core import optional_packages
 from parti_jax.core.errors import UserError
 
-# What gin may name in parti_jax.data; tests/core/test_gin_config.py compares them with what is there.
+# gin names in parti_jax.data; tests/core/test_gin_config.py checks that the list is complete.
 DATA_NAMES = (
   'data',
   'decode_images',
@@ -42,7 +42,7 @@ DATA_NAMES = (
 )
 _DATA_IMPORT = re.compile(r'^import parti_jax\.data\b.*$', re.MULTILINE)
 
-# Names of earlier versions, which still work -> those of today.
+# Names of earlier versions, which still work -> current names.
 RENAMED = {
   'GeneratorStage': 'GeneratorObjective',
   'RankerStage': 'RankerObjective',
@@ -51,7 +51,7 @@ RENAMED = {
   'TokenizerStage': 'TokenizerObjective',
   'train.stage': 'train.objective',
 }
-# Strings and comments are matched first, and left as they are.
+# Strings and comments are matched first, and kept.
 _RENAMED_NAME = re.compile(
   r'("""|\'\'\')(?:.|\n)*?\1|"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])*\'|#[^\n]*|'
   rf'(?<![\w.])(?P<name>{"|".join(map(re.escape, RENAMED))})\b'
@@ -68,8 +68,8 @@ def add_gin_arguments(parser: argparse.ArgumentParser) -> None:
   """
   group = parser.add_argument_group(
     'gin',
-    'Any --gin.NAME=VALUE sets one value and wins over the files, for example '
-    '--gin.train.steps=100; a text keeps its quotes: --gin.NAME="\'text\'".',
+    'Any --gin.NAME=VALUE sets one value and overrides the files, for example '
+    '--gin.train.steps=100; quote strings: --gin.NAME="\'text\'".',
   )
   group.add_argument(
     '--gin_file',
@@ -89,13 +89,13 @@ def folder() -> pathlib.Path:
 
 
 def find(gin_file: str) -> pathlib.Path:
-  """Returns the path of a gin file: as it is given, else in the package's `gin_configs`.
+  """Returns the path of a gin file, which is the path given or one in the package's `gin_configs`.
 
   Args:
-    gin_file: a path, or a name in the package's folder with or without `gin_configs/` before it.
+    gin_file: a path, or a name in the package's folder, optionally prefixed with `gin_configs/`.
 
   Raises:
-    UserError: there is no such file; names the nearest ones.
+    UserError: the file doesn't exist; the message suggests similar names.
   """
   path = _find(gin_file)
   if path is None:
@@ -104,19 +104,18 @@ def find(gin_file: str) -> pathlib.Path:
 
 
 def parse(gin_files: Sequence[str], bindings: Sequence[str], data: bool = True) -> None:
-  """Reads gin files, then single bindings, in place of all that was read before.
+  """Reads gin files, then single bindings; discards any earlier configuration.
 
   Args:
-    gin_files: see `find`; files that these include are found the same way.
-    bindings: 'NAME=VALUE', each of them.
-    data: whether to read what is said about the data. Without it, the files' imports of
-      `parti_jax.data` and the values of its names are left out, which takes no TensorFlow.
+    gin_files: paths or names, resolved by `find`; their includes are resolved the same way.
+    bindings: strings 'NAME=VALUE'.
+    data: whether to read the data settings. If False, imports of `parti_jax.data` and values of
+      its names are skipped, so TensorFlow isn't needed.
 
   Raises:
-    UserError: a file is missing or can't be read as gin, a name is unknown (the message has the
-      nearest valid ones), a value is of another type than its parameter's annotation or out of its
-      bounds, a value is marked as required and not given, or a macro is undefined or, given as a binding, used
-      nowhere.
+    UserError: a file is missing or isn't valid gin, a name is unknown (the message suggests valid
+      ones), a value doesn't match its parameter's annotation or bounds, a required value isn't
+      set, a macro is undefined, or a macro given as a binding isn't used.
   """
   import gin
 
@@ -144,12 +143,12 @@ def parse(gin_files: Sequence[str], bindings: Sequence[str], data: bool = True) 
 
 
 def with_new_names(text: str) -> str:
-  """Returns gin text with the names of today in place of those in `RENAMED`."""
+  """Returns gin text with the old names in `RENAMED` replaced by the current ones."""
   return _with_new_names(text, '', {})
 
 
 def _with_new_names(text: str, source: str, old_names: dict[str, str]) -> str:
-  """`with_new_names`; adds the old names that it finds to `old_names`, each with its source."""
+  """Like `with_new_names`; also adds each old name found, with its source, to `old_names`."""
 
   def replace(found):
     name = found['name']
@@ -162,7 +161,7 @@ def _with_new_names(text: str, source: str, old_names: dict[str, str]) -> str:
 
 
 def operative() -> str:
-  """Returns the gin values in use by what has been called so far, defaults included."""
+  """Returns the gin values used by all calls so far, including defaults."""
   import gin
 
   return gin.operative_config_str()
@@ -170,7 +169,7 @@ def operative() -> str:
 
 @contextlib.contextmanager
 def translated_errors() -> Iterator[None]:
-  """Turns gin's error for a required value that nothing sets, or for a call too many, into one."""
+  """Turns gin's errors for an unset required value or a premature call into UserErrors."""
   try:
     yield
   except TypeError as error:
@@ -199,15 +198,15 @@ def translated_errors() -> Iterator[None]:
 
 
 def without_call_chain(error: Exception) -> str:
-  """Returns an error's message without the calls that gin adds to what it passes on."""
+  """Returns an error's message without the call chain that gin appends."""
   return str(error).split(_CALL_CHAIN, maxsplit=1)[0]
 
 
 def _find(gin_file: str) -> pathlib.Path | None:
   # The parent of the folder serves names that begin with gin_configs/.
-  for place in (pathlib.Path(), folder(), folder().parent):
-    if (place / gin_file).is_file():
-      return place / gin_file
+  for base in (pathlib.Path(), folder(), folder().parent):
+    if (base / gin_file).is_file():
+      return base / gin_file
   return None
 
 
@@ -218,7 +217,7 @@ def _known_files() -> list[str]:
 
 
 def _missing_file(gin_file: str) -> str:
-  message = f'gin file {gin_file!r} not found: neither there nor in {folder()}'
+  message = f'gin file {gin_file!r} not found: neither as given nor in {folder()}'
   known = _known_files()
   near = _nearest(gin_file, known) or _nearest_by_name(gin_file, known)
   return message + (f'; did you mean {_either(near)}?' if near else '')
@@ -231,18 +230,18 @@ def _nearest_by_name(gin_file: str, known: Sequence[str]) -> list[str]:
 
 @contextlib.contextmanager
 def _includes_found_as_files_are(gin, data: bool, old_names: dict[str, str]) -> Iterator[None]:
-  """Makes `include` in a gin file look where `find` looks."""
+  """Resolves `include` in gin files the way `find` does."""
 
   def read(name):
     path = _find(name)
     content = _with_new_names(path.read_text(encoding='utf-8-sig'), str(path), old_names)
-    # An empty line in place of an import, so that the lines of errors are right.
+    # An empty line replaces each import, which keeps the line numbers of errors right.
     text = io.StringIO(content if data else _DATA_IMPORT.sub('', content))
     text.name = str(path)  # For gin's errors.
     return text
 
-  # In place of gin's own readers: the one for packages logs errors while it searches, and fails
-  # on a folder without __init__.py that can be imported, as gin_configs in a checkout.
+  # Replaces gin's own readers: the one for packages logs errors while it searches, and fails
+  # on an importable folder without __init__.py, such as gin_configs in a checkout.
   readers = gin.config._FILE_READERS
   saved = list(readers)
   readers[:] = [(read, _find)]
@@ -270,18 +269,18 @@ def _translated_parse_errors(source: str, is_binding: bool = False) -> Iterator[
 def _syntax_message(error: Exception, source: str, is_binding: bool) -> str:
   if is_binding:
     return (
-      f'{source}: not a gin value; a text needs quotes that the shell leaves in place: '
+      f'{source}: not a gin value; a string needs quotes that survive the shell: '
       '--gin.NAME="\'text\'"'
     )
   if isinstance(error, tokenize.TokenError):
-    return f'{source}: {error.args[0]}; is there a bracket or a quote that nothing closes?'
-  place = f'{error.filename or source}:{error.lineno}'
+    return f'{source}: {error.args[0]}; check for an unclosed bracket or quote'
+  location = f'{error.filename or source}:{error.lineno}'
   text = (error.text or '').strip()
-  return f'{place}: {error.msg}' + (f' In: {text}' if text else '')
+  return f'{location}: {error.msg}' + (f' In: {text}' if text else '')
 
 
 def _located(message: str, source: str) -> tuple[str, str]:
-  """Returns 'place: what is wrong', and the gin text at that place."""
+  """Returns 'location: problem', and the gin text at that location."""
   what = message.strip('"').split('\n', maxsplit=1)[0]
   found = _LOCATION.search(message.replace('\\n', '\n'))
   if not found:
@@ -291,22 +290,22 @@ def _located(message: str, source: str) -> tuple[str, str]:
 
 def _parse_message(message: str, source: str) -> str:
   located, text = _located(message, source)
-  place = located.split(': ', maxsplit=1)[0]
+  location = located.split(': ', maxsplit=1)[0]
   if found := re.search(r'Unable to open file: (.+?)\. Searched config paths', message):
-    return f'{place}: {_missing_file(found.group(1))}'
+    return f'{location}: {_missing_file(found.group(1))}'
   if found := re.search(r"No configurable matching (reference )?'@?(.+?)(\(\))?'", message):
-    return f'{place}: {_unknown_name(found.group(2), text)}'
+    return f'{location}: {_unknown_name(found.group(2), text)}'
   if found := re.search(r"Configurable '(.+?)' doesn't have a parameter named '(.+?)'", message):
-    return f'{place}: {_unknown_parameter(*found.groups())}'
+    return f'{location}: {_unknown_parameter(*found.groups())}'
   if found := re.search(
     r"Configurable '(.+?)' (?:has denylisted|doesn't include) kwarg '(.+?)'", message
   ):
-    return f'{place}: {".".join(found.groups())} is not for gin to set'
+    return f'{location}: {".".join(found.groups())} cannot be set by gin'
   return located
 
 
 def _unknown_name(name: str, text: str) -> str:
-  """Says which configurables are nearest, with the parameter that the gin text sets."""
+  """Suggests the most similar configurables, with the parameter that the gin text sets."""
   known = _configurables()
   parameter = re.search(re.escape(name) + r'\.(\w+)\s*=', text)
   choices = list(known)
@@ -338,7 +337,7 @@ def _unknown_parameter(name: str, parameter: str) -> str:
 
 
 def _configurables() -> dict[str, object]:
-  """Returns gin's record of every configurable by the shortest name that is unambiguous."""
+  """Returns gin's record of each configurable by its shortest unambiguous name."""
   import gin
 
   registry = gin.config._REGISTRY
@@ -350,7 +349,7 @@ def _configurables() -> dict[str, object]:
 
 
 def _parameters(configurable) -> list[str]:
-  """Returns the parameters of a configurable that gin may set."""
+  """Returns the names of a configurable's parameters that gin may set."""
   named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
   try:
     signature = inspect.signature(configurable.wrapped)
@@ -366,8 +365,8 @@ def _parameters(configurable) -> list[str]:
 
 
 def _check_macros(gin, bindings: Iterable[str]) -> None:
-  """Raises UserError for a macro that is used and undefined, or set by a flag and used nowhere."""
-  # gin finds the first kind only when the value is needed, and the second never.
+  """Raises UserError for an undefined macro, or for one that a flag sets and no file uses."""
+  # gin reports the first only when the value is needed, and the second never.
   values = gin.config._CONFIG
   references = gin.config.iterate_references(values, to=gin.get_configurable(gin.config.macro))
   used = {reference.config_key for reference in references}
@@ -375,17 +374,17 @@ def _check_macros(gin, bindings: Iterable[str]) -> None:
   for scope, selector in sorted(used - set(values)):
     near = _nearest(scope, [name for name in names if (name, selector) in values])
     hint = f'did you mean %{near[0]}?' if near else f'set it with --gin.{scope}=VALUE'
-    raise UserError(f'gin: the macro %{scope} is used and has no value; {hint}')
+    raise UserError(f'gin: the macro %{scope} is used but has no value; {hint}')
   for binding in bindings:
     name = binding.split('=', maxsplit=1)[0].strip()
     if '.' not in name and (name, 'gin.macro') not in used:
       near = _nearest(name, [name for name, _ in used])
       hint = f'did you mean {_either(near)}?' if near else 'write --gin.NAME.PARAMETER=VALUE'
-      raise UserError(f'--gin.{binding}: no macro {name!r} is used in the gin files; {hint}')
+      raise UserError(f'--gin.{binding}: the gin files use no macro {name!r}; {hint}')
 
 
 def _check_types(gin) -> None:
-  """Raises UserError for a value of another type than its parameter's, or out of its bounds."""
+  """Raises UserError for a value that doesn't match its parameter's annotation or bounds."""
   registry = gin.config._REGISTRY
   for (scope, selector), values in gin.config._CONFIG.items():
     if selector == 'gin.macro' or selector not in registry:
@@ -405,7 +404,7 @@ _NO_LITERAL = object()
 
 
 def _literal(gin, value):
-  """A gin value, of a macro what it stands for; _NO_LITERAL if a call or a function is in it."""
+  """Returns a gin value with macros resolved; _NO_LITERAL if it contains a call or a function."""
   if isinstance(value, gin.config.ConfigurableReference):
     scope, selector = value.config_key
     if selector != 'gin.macro':
@@ -418,11 +417,11 @@ def _literal(gin, value):
 
 
 def _annotations(wrapped) -> dict[str, object]:
-  """Parameter -> its type, of a function or a class; without those that can't be resolved."""
+  """Returns {parameter: type} of a function or class; {} if annotations can't be resolved."""
   try:
     return typing.get_type_hints(wrapped.__init__ if inspect.isclass(wrapped) else wrapped)
   except Exception:
-    return {}  # Other people's configurables may be annotated with anything.
+    return {}  # Third-party configurables may have any annotations.
 
 
 def _nearest(name: str, choices: Iterable[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Keeps what native libraries write to the terminal out of it."""
+"""Hides the notes that native libraries write to the terminal."""
 
 import contextlib
 import os
@@ -11,8 +11,8 @@ from collections.abc import Iterator
 def hidden() -> Iterator[None]:
   """Hides what native code writes to stderr, unless an error follows.
 
-  Libraries such as TensorFlow and libtpu write notes on their build and on the machine before
-  their own log levels hold, so settings alone do not stop them.
+  Libraries such as TensorFlow and libtpu write notes about their build and the machine before
+  their log levels take effect, so log settings alone don't silence them.
   """
   sys.stderr.flush()
   terminal = os.dup(2)

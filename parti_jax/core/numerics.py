@@ -1,9 +1,9 @@
-"""JAX's settings of the process, which the results of this package do not depend on.
+"""Fixes JAX's global settings, so that results don't depend on them.
 
-JAX lets environment variables and `jax.config` change dtypes, random draws, promotion and the
-precision of products. `fixed` sets JAX's defaults for what is computed inside it. Whatever computes
-for users enters it: the methods of `Trainer`, `Placement` and `Detokenizer`, the tokenizing of
-caches, plans, and `parti-jax train`.
+Environment variables and `jax.config` can change dtypes, random draws, promotion and the precision
+of products. `fixed` restores JAX's defaults for the code inside it. All code that computes for
+users enters it: the methods of `Trainer`, `Placement` and `Detokenizer`, the tokenizing of caches,
+plans, and `parti-jax train`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from parti_jax.core import errors
 # The generator of all random draws.
 _PRNG = 'threefry2x32'
 
-# Context managers of the module `jax`, and the values that results are defined by.
+# Context managers in `jax`, and the values that define our results.
 _SETTINGS = {
   'enable_x64': False,
   'default_prng_impl': _PRNG,
@@ -27,7 +27,7 @@ _SETTINGS = {
   'default_matmul_precision': None,
   'softmax_custom_jvp': False,
   'disable_jit': False,
-  # These raise where a run would go on: steps that are not finite are skipped and reported.
+  # These would raise where training continues: non-finite steps are skipped and reported.
   'debug_nans': False,
   'debug_infs': False,
   'debug_key_reuse': False,
@@ -37,13 +37,13 @@ _SETTINGS = {
 
 @contextlib.contextmanager
 def fixed():
-  """A context, or a decorator of functions, with JAX's settings as results are defined by.
+  """Applies the JAX settings that define our results; a context manager or decorator.
 
-  The settings are those of the calling thread. A generator must leave the context before it
-  yields, since its caller would go on inside it.
+  The settings apply to the calling thread. A generator must leave the context before it yields;
+  otherwise its caller would run inside it.
 
   Raises:
-    UserError: if JAX adds an offset to all seeds, for which it has no such context.
+    UserError: if JAX adds an offset to all seeds; no context manager can undo that.
   """
   offset = getattr(jax.config, 'jax_random_seed_offset', 0)
   if offset:
@@ -53,11 +53,11 @@ def fixed():
     )
   with contextlib.ExitStack() as stack:
     for name, value in _SETTINGS.items():
-      if hasattr(jax, name):  # What a version of JAX has no setting for can't be changed.
+      if hasattr(jax, name):  # Not all versions of JAX have all settings.
         stack.enter_context(getattr(jax, name)(value))
     yield
 
 
 def key(seed) -> jax.Array:
-  """The key of a seed, whatever generator is JAX's default: a key array []."""
+  """Returns a seed's key, a key array [], independent of JAX's default generator."""
   return jax.random.key(seed, impl=_PRNG)

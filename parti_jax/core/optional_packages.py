@@ -1,11 +1,10 @@
-"""Names the extra to install when a package that only some people need is missing."""
+"""Names the extra to install when an optional package is missing."""
 
 import re
 
-# What each optional package (by the name it is imported with) is installed with.
+# Import name of each optional package -> the extra that installs it.
 EXTRAS = {
   'apache_beam': 'beam',
-  'clu': 'data',
   'datasets': 'hf',
   'gcsfs': 'gcs',
   'google_crc32c': 'data',
@@ -27,8 +26,8 @@ EXTRAS = {
 
 
 def missing_extra(error: ImportError) -> str | None:
-  """Says how to install the optional package whose absence is the error; None for any other."""
-  # gin wraps errors in a subclass that keeps an error's text and not its `name`.
+  """Returns how to install the optional package that the error misses; None for other errors."""
+  # gin wraps errors in a subclass that keeps an error's text but not its `name`.
   found = re.search(r"No module named '([\w.]+)'", str(error))
   package = found.group(1).split('.')[0] if found else None
   if package not in EXTRAS:

@@ -1,13 +1,13 @@
-"""Files by path or by URL: a local path, gs://, s3://, or any other that fsspec knows.
+"""Files by path or by URL: local paths, gs://, s3:// and the other schemes of fsspec.
 
-fsspec's file systems read and write gs:// (gcsfs) and s3:// (s3fs), with credentials and endpoints
-from the usual places: AWS_* and the files of `aws configure`, AWS_ENDPOINT_URL,
-GOOGLE_APPLICATION_CREDENTIALS and gcloud's defaults, STORAGE_EMULATOR_HOST. Orbax reaches the same
-file systems through etils.epath, which importing this module sees to.
+fsspec's file systems read and write gs:// (gcsfs) and s3:// (s3fs). They take credentials and
+endpoints from the usual sources: AWS_* and the files of `aws configure`, AWS_ENDPOINT_URL,
+GOOGLE_APPLICATION_CREDENTIALS and gcloud's defaults, STORAGE_EMULATOR_HOST. Importing this module
+makes Orbax use the same file systems through etils.epath.
 
-Errors of all functions: FileNotFoundError, FileExistsError and IsADirectoryError as for local
-files; UserError, which names the URL, for a store that can't be reached, is not there or lets one
-not in, and for a package that is missing. Local files raise OSError as usual.
+All functions raise FileNotFoundError, FileExistsError and IsADirectoryError as for local files.
+They raise UserError, which names the URL, if a store can't be reached, doesn't exist or denies
+access, and if a package is missing. Local files raise OSError as usual.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from typing import IO
 from parti_jax.core import store_errors
 from parti_jax.core.errors import UserError
 
-# epath would hand URLs to TensorFlow where that is installed, which knows no s3:// and no endpoint
-# other than Google's for gs://.
+# By default epath passes URLs to TensorFlow if it is installed. TensorFlow doesn't support s3://,
+# and for gs:// only Google's endpoint.
 os.environ.setdefault('EPATH_USE_TF', '0')
 
-# The most bytes of a file of trained weights for evaluation or a loss; VGG16's has 553 million.
+# Maximum bytes of a file of trained weights for evaluation or a loss; VGG16's has 553 million.
 MAX_WEIGHTS = 2**31
-# The most bytes of a JSON file: configs and metadata have thousands of them.
+# Maximum bytes of a JSON file; configs and metadata have thousands.
 MAX_JSON = 2**26
-# How often an object is read anew that was replaced meanwhile, and a folder removed anew.
-_READ_ANEW, _REMOVED_ANEW = 5, 5
-# What epath hands to fsspec.
+# How often to retry reading an object that was replaced meanwhile, and removing a folder.
+_READ_RETRIES, _REMOVE_ATTEMPTS = 5, 5
+# Schemes that epath passes to fsspec.
 _EPATH_SCHEMES = ('gs', 's3', 'az', 'hf')
-# Byte order marks; that of UTF-16 begins one of UTF-32.
+# Byte order marks; UTF-32 is first because its mark begins with that of UTF-16.
 _MARKS = (
   (codecs.BOM_UTF32_LE, 'utf-32'),
   (codecs.BOM_UTF32_BE, 'utf-32'),
@@ -55,21 +55,21 @@ _MARKS = (
 
 
 def is_url(path: str | os.PathLike[str]) -> bool:
-  """Whether a path is a URL, such as gs://bucket/folder; file:// counts as a local path."""
+  """Returns whether a path is a URL, such as gs://bucket/folder; file:// counts as local."""
   scheme, separator, _ = os.fspath(path).partition('://')
   return bool(separator) and scheme != 'file' and '/' not in scheme
 
 
 def check_local(path: str | os.PathLike[str]) -> None:
-  """Raises UserError for a URL where only local paths do; else a folder `s3:` would be made."""
+  """Raises UserError for a URL where only local paths work; it would create a folder `s3:`."""
   if is_url(path):
     raise UserError(
-      f'{path}: only a local path does here; copy the folder, or mount the bucket as a folder'
+      f'{path}: only local paths are supported here; copy the folder, or mount the bucket'
     )
 
 
 def join(path: str | os.PathLike[str], *names: str) -> str:
-  """Returns a path, or URL, within a folder."""
+  """Returns the path or URL of a name within a folder."""
   return os.path.join(os.fspath(path), *names)
 
 
@@ -80,11 +80,11 @@ def name(path: str | os.PathLike[str]) -> str:
 
 @contextlib.contextmanager
 def open_file(path: str | os.PathLike[str], mode: str = 'rb') -> Iterator[IO[bytes]]:
-  """Opens a file to read it from its beginning to its end; to be used in `with`.
+  """Opens a file for sequential reading; use it in a `with` statement.
 
   Args:
     path: a path or URL.
-    mode: 'rb', or 'rt' for text in UTF-8, or in UTF-16 or UTF-32 by its byte order mark.
+    mode: 'rb', or 'rt' for text in UTF-8, or in UTF-16 or UTF-32 with a byte order mark.
 
   Yields:
     The open file.
@@ -108,7 +108,7 @@ def _opened(path: str | os.PathLike[str]) -> io.BufferedReader:
 
 
 def encoding_of(data: bytes) -> str:
-  """Returns the encoding of a text by its byte order mark, which decoding takes off."""
+  """Returns the encoding of a text according to its byte order mark; decoding strips the mark."""
   return next((encoding for mark, encoding in _MARKS if data.startswith(mark)), 'utf-8-sig')
 
 
@@ -119,14 +119,14 @@ def _as_text(file: IO[bytes]) -> IO[str]:
 
 
 def exists(path: str | os.PathLike[str]) -> bool:
-  """Whether there is a file or folder; a folder of a store is there if an object is in it."""
+  """Returns whether a file or folder exists; in a store, a folder exists if it has an object."""
   if not is_url(path):
     return os.path.exists(_local(path))
   return _info(path) is not None
 
 
 def is_folder(path: str | os.PathLike[str]) -> bool:
-  """Whether there is a folder; one of a store is there if an object is in it."""
+  """Returns whether a folder exists; in a store, a folder exists if it has an object."""
   if not is_url(path):
     return os.path.isdir(_local(path))
   found = _info(path)
@@ -134,9 +134,9 @@ def is_folder(path: str | os.PathLike[str]) -> bool:
 
 
 def _info(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-  """fsspec's description of what is at a URL; None if nothing is.
+  """Returns fsspec's description of the object at a URL; None if there isn't one.
 
-  fsspec's own `exists` and `isdir` take any error of a store for an object that is missing.
+  fsspec's own `exists` and `isdir` treat any error of a store as a missing object.
   """
   with store_errors.translated(path), contextlib.suppress(FileNotFoundError):
     return _file_system(path).info(os.fspath(path))
@@ -144,7 +144,7 @@ def _info(path: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 
 def size(path: str | os.PathLike[str]) -> int:
-  """Returns the bytes of a file."""
+  """Returns the size of a file in bytes."""
   if not is_url(path):
     return os.path.getsize(_local(path))
   with store_errors.translated(path):
@@ -152,7 +152,7 @@ def size(path: str | os.PathLike[str]) -> int:
 
 
 def glob(pattern: str | os.PathLike[str]) -> list[str]:
-  """Returns the paths, or URLs, that fit a pattern with *, ?, [] and **, sorted."""
+  """Returns the paths or URLs that match a pattern with *, ?, [] and **, sorted."""
   if not is_url(pattern):
     return sorted(local_glob.glob(_local(pattern), recursive=True))
   with store_errors.translated(pattern):
@@ -161,7 +161,7 @@ def glob(pattern: str | os.PathLike[str]) -> list[str]:
 
 
 def names(folder: str | os.PathLike[str]) -> list[str]:
-  """Returns the names of the files and folders in a folder, sorted; none where there is none."""
+  """Returns the names of the files and folders in a folder, sorted; [] if it doesn't exist."""
   if not is_url(folder):
     try:
       return sorted(os.listdir(_local(folder)))
@@ -177,7 +177,7 @@ def names(folder: str | os.PathLike[str]) -> list[str]:
 
 
 def sizes(folder: str | os.PathLike[str]) -> dict[str, int]:
-  """Returns {path within the folder, with /: bytes} of all files in a folder and those within."""
+  """Returns {path within the folder, with /: bytes} of all files below a folder."""
   if not is_url(folder):
     top, found = pathlib.Path(_local(folder)), {}
     for path in top.rglob('*'):
@@ -195,7 +195,7 @@ def sizes(folder: str | os.PathLike[str]) -> dict[str, int]:
 
 
 def sizes_of(files: Sequence[str]) -> list[int]:
-  """Returns the bytes of each file, -1 for those that are not there; asks a store once a folder."""
+  """Returns the bytes of each file, -1 if it is missing; lists each folder of a store once."""
   found, folders = [], {}
   for file in files:
     if not is_url(file):
@@ -210,14 +210,14 @@ def sizes_of(files: Sequence[str]) -> list[int]:
 
 
 def read(path: str | os.PathLike[str], limit: int) -> bytes:
-  """Returns what is in a file.
+  """Returns the content of a file.
 
   Args:
     path: a path or URL.
-    limit: the most bytes that it may have, so that a file from elsewhere can't fill the memory.
+    limit: maximum size in bytes, so that an untrusted file can't fill the memory.
 
   Raises:
-    UserError: it is larger.
+    UserError: the file is larger.
   """
   if not is_url(path):
     with open(_local(path), 'rb') as file:
@@ -231,43 +231,42 @@ def read(path: str | os.PathLike[str], limit: int) -> bytes:
 
 
 def _read_url(path: str | os.PathLike[str], limit: int) -> bytes:
-  """Reads an object, again if it was replaced meanwhile, as a run's lock is again and again."""
+  """Reads an object; retries if it is replaced meanwhile, which happens to a run's lock."""
   from parti_jax.core import store_systems
 
-  for attempt in range(_READ_ANEW + 1):
+  for attempt in range(_READ_RETRIES + 1):
     try:
       with _opened(path) as file:
         return file.read(limit + 1)
     except store_systems.Changed:
-      if attempt == _READ_ANEW:
+      if attempt == _READ_RETRIES:
         raise
   raise AssertionError
 
 
 def check_size(path: str | os.PathLike[str], limit: int) -> None:
-  """Raises UserError if a file has more bytes than one of its kind may have."""
+  """Raises UserError if a file has more than `limit` bytes."""
   _check_bytes(path, size(path), limit)
 
 
 def _check_bytes(path, found: int, limit: int) -> None:
   if found > limit:
     raise UserError(
-      f'{path}: has {found:,} bytes, and {limit:,} are the most that a file of its '
-      'kind may have; is it the right file?'
+      f'{path}: has {found:,} bytes, but such a file may have at most {limit:,}; '
+      'is it the right file?'
     )
 
 
 def read_json(path: str | os.PathLike[str], limit: int = MAX_JSON) -> Any:
-  """Returns what is in a JSON file.
+  """Returns the content of a JSON file.
 
   Args:
     path: a path or URL.
-    limit: the most bytes that it may have.
+    limit: maximum size in bytes.
 
   Raises:
-    ValueError: it is no JSON, has a name twice in one object, or is nested deeper than anything
-      that is meant to be read.
-    UserError: it is larger.
+    ValueError: it isn't valid JSON, has a duplicate name in an object, or is nested too deeply.
+    UserError: the file is larger.
   """
   try:
     return json.loads(read(path, limit), object_pairs_hook=_object)
@@ -276,31 +275,31 @@ def read_json(path: str | os.PathLike[str], limit: int = MAX_JSON) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  """A JSON object; of a name that is there twice, nobody knows which value is meant."""
+  """Returns a JSON object; rejects duplicate names, whose value would be ambiguous."""
   found = dict(pairs)
   if len(found) < len(pairs):
     keys = [key for key, _ in pairs]
     twice = next(key for key in keys if keys.count(key) > 1)
-    raise ValueError(f'the name {twice[:80]!r} is there twice in one object')
+    raise ValueError(f'the name {twice[:80]!r} appears twice in one object')
   return found
 
 
 def write(path: str | os.PathLike[str], content: bytes | str) -> None:
-  """Writes a file whole or not at all, in place of one that is there; makes its folder.
+  """Writes a file atomically, replacing an existing one; creates its folder.
 
   Args:
     path: a path or URL.
-    content: bytes, or a text that is written as UTF-8.
+    content: bytes, or a string that is written as UTF-8.
   """
   content = content.encode() if isinstance(content, str) else content
   if is_url(path):
-    # Stores put an object in place when the last of its bytes has come.
+    # Stores publish an object when its last byte has arrived.
     with store_errors.translated(path, writing=True):
       _file_system(path).pipe_file(os.fspath(path), content)
     return
   path = pathlib.Path(_local(path))
   path.parent.mkdir(parents=True, exist_ok=True)
-  # Processes of other hosts, or of other containers, may have the same number.
+  # A process id isn't unique across hosts or containers.
   unfinished = path.with_name(f'.{path.name}.{secrets.token_hex(4)}.unfinished')
   try:
     with open(unfinished, 'wb') as file:
@@ -314,18 +313,18 @@ def write(path: str | os.PathLike[str], content: bytes | str) -> None:
 
 
 def create(path: str | os.PathLike[str], content: bytes) -> None:
-  """Writes a file that is not there yet; of several that do so at once, one succeeds.
+  """Creates a file that must not exist yet; of several concurrent calls, one succeeds.
 
-  Stores do this by a condition on the request: s3:// by If-None-Match, gs:// by ifGenerationMatch.
-  One that ignores the condition replaces the object.
+  Stores ensure this by a condition on the request: If-None-Match for s3://, ifGenerationMatch for
+  gs://. A store that ignores the condition replaces the object.
 
   Args:
     path: a path or URL.
-    content: what no other process writes, since an object at a URL that has it already counts as
-      created by this call: the answer to an attempt may be lost.
+    content: bytes that no other process writes. The response to an attempt may be lost, so an
+      existing object with the same content counts as created by this call.
 
   Raises:
-    FileExistsError: the file is there.
+    FileExistsError: the file exists.
   """
   if not is_url(path):
     with open(_local(path), 'xb') as file:
@@ -336,11 +335,13 @@ def create(path: str | os.PathLike[str], content: bytes) -> None:
       try:
         _file_system(path).pipe_file(os.fspath(path), content, mode='create')
       except OSError as error:
-        if 'ConditionalRequestConflict' not in str(error):  # Of S3, while another one creates it.
+        if 'ConditionalRequestConflict' not in str(
+          error
+        ):  # S3's error while another client creates it.
           raise
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(path)) from error
   except FileExistsError:
-    # It is this process' own if only the answer to an earlier attempt was lost.
+    # This process created it if only the response to an earlier attempt was lost.
     if _read_if_there(path, len(content)) != content:
       raise
 
@@ -353,11 +354,11 @@ def _read_if_there(path: str | os.PathLike[str], limit: int) -> bytes | None:
 
 
 def check_can_write(name: str, path: str | os.PathLike[str]) -> None:
-  """Raises UserError if a local file or folder can't be written; makes nothing.
+  """Raises UserError if a local file or folder can't be written; creates nothing.
 
   Args:
-    name: what the message begins with.
-    path: need not be there.
+    name: prefix of the message.
+    path: the path, which need not exist.
   """
   nearest = pathlib.Path(_local(path)).absolute()
   while not os.path.lexists(nearest):
@@ -365,19 +366,17 @@ def check_can_write(name: str, path: str | os.PathLike[str]) -> None:
   if nearest != pathlib.Path(_local(path)).absolute() and not nearest.is_dir():
     raise UserError(f'{name}: {nearest} is not a folder; choose another path')
   if not os.access(nearest, os.W_OK):
-    raise UserError(
-      f'{name}: {nearest} can not be written; make it writable, or choose another path'
-    )
+    raise UserError(f'{name}: {nearest} is not writable; make it writable, or choose another path')
 
 
 def make_folder(path: str | os.PathLike[str]) -> None:
-  """Makes a folder and those around it, unless they are there; stores need none."""
+  """Creates a folder and its parents if they don't exist; does nothing for a store."""
   if not is_url(path):
     os.makedirs(_local(path), exist_ok=True)
 
 
 def remove(path: str | os.PathLike[str]) -> None:
-  """Removes a file; at a URL one that is not there is no error, as S3 has it."""
+  """Removes a file; at a URL, a missing file isn't an error, as in S3."""
   if not is_url(path):
     os.remove(_local(path))
     return
@@ -386,22 +385,22 @@ def remove(path: str | os.PathLike[str]) -> None:
 
 
 def upload(file: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
-  """Copies a local file of any size to a URL, where it appears whole or not at all."""
+  """Copies a local file of any size to a URL atomically."""
   with store_errors.translated(path, writing=True):
     _file_system(path).put_file(os.fspath(file), os.fspath(path))
   wanted, found = os.path.getsize(file), size(path)
   if found != wanted:
-    raise UserError(f'{path}: the store has {found:,} bytes of it and {wanted:,} were written')
+    raise UserError(f'{path}: the store has {found:,} bytes of it, but {wanted:,} were written')
 
 
 def download(path: str | os.PathLike[str], file: str | os.PathLike[str]) -> None:
-  """Copies what is at a URL to a local file, whose folder must be there."""
+  """Copies the file at a URL to a local file, whose folder must exist."""
   with open_file(path) as source, open(file, 'wb') as copy:
     shutil.copyfileobj(source, copy, 2**20)
 
 
 def move(path: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
-  """Moves a file within its disk or store, in place of one that is there."""
+  """Moves a file within its disk or store, replacing an existing one."""
   if not is_url(path):
     os.replace(_local(path), _local(target))
     return
@@ -411,7 +410,7 @@ def move(path: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
 
 
 def move_folder(path: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
-  """Renames a folder of a store: all is copied within the store, then removed."""
+  """Renames a folder of a store by copying all its files, then removing it."""
   # fsspec's own `mv` also asks for an object with the folder's name, which s3:// does not have.
   with store_errors.translated(path):
     for file in sizes(path):
@@ -420,21 +419,21 @@ def move_folder(path: str | os.PathLike[str], target: str | os.PathLike[str]) ->
 
 
 def remove_folder(path: str | os.PathLike[str]) -> None:
-  """Removes a folder of a store with all that is in it; does nothing where there is none."""
-  # s3fs passes over objects that the store could not remove.
-  for _ in range(_REMOVED_ANEW):
+  """Removes a folder of a store with all its content; does nothing if it doesn't exist."""
+  # s3fs silently skips objects that the store could not remove.
+  for _ in range(_REMOVE_ATTEMPTS):
     with store_errors.translated(path), contextlib.suppress(FileNotFoundError):
       _file_system(path).rm(os.fspath(path), recursive=True)
     if not sizes(path):
       return
-  raise UserError(f'{path}: the store does not remove all of it')
+  raise UserError(f'{path}: the store did not remove all of it')
 
 
 def as_epath(path: str | os.PathLike[str]):
-  """Returns a path or URL as an etils.epath.Path, for libraries that take no other.
+  """Returns a path or URL as an etils.epath.Path, for libraries that require one.
 
   Raises:
-    UserError: the package that reads such URLs is not installed, or epath knows none.
+    UserError: the package for such URLs isn't installed, or epath doesn't support them.
   """
   from etils import epath
 
@@ -443,7 +442,8 @@ def as_epath(path: str | os.PathLike[str]):
 
     scheme = os.fspath(path).partition('://')[0]
     if scheme not in _EPATH_SCHEMES:
-      raise UserError(f'{path}: only paths and URLs of {", ".join(_EPATH_SCHEMES)} do here')
+      schemes = ', '.join(_EPATH_SCHEMES)
+      raise UserError(f'{path}: only paths and URLs of {schemes} are supported here')
     with store_errors.translated(path):
       _configure(scheme)
       fsspec.get_filesystem_class(scheme)
@@ -451,10 +451,10 @@ def as_epath(path: str | os.PathLike[str]):
 
 
 def local_folder(url: str, wanted: list[str]) -> str:
-  """Copies files of a folder, those of some names that are there, to a temporary local folder.
+  """Copies the wanted files of a folder that exist to a temporary local folder.
 
   Args:
-    url: of the folder.
+    url: URL of the folder.
     wanted: names of files.
 
   Returns:
@@ -469,7 +469,7 @@ def local_folder(url: str, wanted: list[str]) -> str:
 
 @contextlib.contextmanager
 def local_copy(path: str | os.PathLike[str]) -> Iterator[str]:
-  """Yields a local path of a file, for readers that take no other; within `with` alone."""
+  """Yields a local path of a file, for readers that require one; valid only within `with`."""
   if not is_url(path):
     yield _local(path)
     return
@@ -484,7 +484,7 @@ def _local(path: str | os.PathLike[str]) -> str:
 
 
 def _file_system(path: str | os.PathLike[str]):
-  """fsspec's file system of a URL; it keeps one for each kind."""
+  """Returns fsspec's file system for a URL; fsspec caches one per kind."""
   import fsspec
 
   _configure(os.fspath(path).partition('://')[0])
@@ -492,18 +492,18 @@ def _file_system(path: str | os.PathLike[str]):
 
 
 def _configure(protocol: str) -> None:
-  """Sets what fsspec's file systems need here and their user has not set."""
+  """Sets fsspec options that we need, unless the user has set them."""
   import fsspec
 
   for scheme in ('s3', 'gcs'):
-    # Other processes write too.
+    # Other processes write too, so cached listings may be stale.
     fsspec.config.conf.setdefault(scheme, {}).setdefault('use_listings_cache', False)
   if 'STORAGE_EMULATOR_HOST' in os.environ:
     os.environ.setdefault('TENSORSTORE_GCS_HTTP_URL', os.environ['STORAGE_EMULATOR_HOST'])
     fsspec.config.conf['gcs'].setdefault('token', 'anon')
-    # Else gcsfs asks over gRPC, which emulators do not speak, what kind each bucket is of.
+    # Otherwise gcsfs queries the type of each bucket over gRPC, which emulators don't support.
     os.environ.setdefault('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')
-  # It logs the errors that it raises, with all calls.
+  # gcsfs logs the errors that it raises, with their tracebacks.
   logging.getLogger('gcsfs').setLevel(logging.CRITICAL)
   from parti_jax.core import store_systems
 

@@ -1,4 +1,4 @@
-"""Errors of object stores and of the libraries that speak with them, in one line for a person."""
+"""Turns errors of object stores and their libraries into one readable line."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from parti_jax.core import optional_packages
 from parti_jax.core import store_retries
 from parti_jax.core.errors import UserError
 
-# Packages whose errors say something of the store and not of us.
+# Packages whose errors concern the store and not our code.
 _STORE_PACKAGES = ('aiobotocore', 'aiohttp', 'botocore', 'gcsfs', 'google', 'requests', 's3fs')
 # Errors that mean the same for objects as for local files.
-_OF_FILES = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
-_OF_TENSORSTORE = re.compile(
+_FILE_ERRORS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
+_TENSORSTORE_ERROR = re.compile(
   r'(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|INTERNAL|PERMISSION_DENIED|UNAUTHENTICATED): .*'
   r'(gs://|https?://)',
   re.DOTALL,
 )
+
+# TensorStore's words where an answer to a conditional request has no generation.
+_NO_GENERATIONS = 'Malformed StorageGeneration'
 
 
 @contextlib.contextmanager
@@ -29,7 +32,7 @@ def translated(path, writing: bool = False) -> Iterator[store_retries.Operation]
 
   Args:
     path: the URL.
-    writing: whether a missing object can only be a missing bucket.
+    writing: whether a missing object must mean a missing bucket.
   """
   with store_retries.operation() as operation:
     try:
@@ -41,19 +44,19 @@ def translated(path, writing: bool = False) -> Iterator[store_retries.Operation]
       if found is error:
         raise
       raise found from error
-    if operation.failure:  # Which a library has passed over.
+    if operation.failure:  # A library has swallowed it.
       raise UserError(f'{path}: the store failed: {operation.failure}')
 
 
 def _translated(error: Exception, path, writing: bool, operation) -> Exception:
-  """What an error of a file system is for the callers of `storage`."""
+  """Returns the error that callers of `storage` get for an error of a file system."""
   if operation.failure:
     return UserError(f'{path}: {_reason(error, operation.failure)}')
   if isinstance(error, FileNotFoundError):
     if writing:
-      return UserError(f'{path}: the bucket of this URL is not there; make it first')
+      return UserError(f'{path}: the bucket of this URL does not exist; create it first')
     return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path))
-  if isinstance(error, _OF_FILES):
+  if isinstance(error, _FILE_ERRORS):
     return error
   if isinstance(error, ImportError):
     explained = optional_packages.missing_extra(error.__cause__ or error)
@@ -69,21 +72,26 @@ def _from_store(error: BaseException) -> bool:
 
 
 def failure(error: BaseException) -> str | None:
-  """Says in one line what a store has refused, of an error of a library that reads URLs itself.
+  """Describes a store's failure in one line, given an error of a library that reads URLs itself.
 
   Returns:
-    None where the error is not of a store.
+    The description; None if the error doesn't come from a store.
   """
   while error is not None:
-    # TensorStore's errors have no class of their own.
-    if _from_store(error) or _OF_TENSORSTORE.search(str(error)):
+    if _NO_GENERATIONS in str(error):
+      return (
+        'the server of gs:// gives no generations of objects (x-goog-generation), or ignores '
+        'conditions on them; checkpoints need both, as Google Cloud Storage has them'
+      )
+    # TensorStore's errors don't have a class of their own.
+    if _from_store(error) or _TENSORSTORE_ERROR.search(str(error)):
       return _reason(error)
     error = error.__cause__ or error.__context__
   return None
 
 
 def _reason(error: Exception, text: str = '') -> str:
-  """Says in one line what a store, or the way to it, has refused."""
+  """Describes in one line why a request to a store failed."""
   names = {type(e).__name__ for e in (error, error.__cause__) if e is not None}
   text = text or ' '.join(str(error).split()) or type(error).__name__
   if names & {'NoCredentialsError', 'PartialCredentialsError', 'DefaultCredentialsError'}:
@@ -96,7 +104,7 @@ def _reason(error: Exception, text: str = '') -> str:
     return f'access denied ({text}); check the credentials and their rights to the bucket'
   if names & {'EndpointConnectionError', 'ClientConnectorError', 'ConnectTimeoutError'}:
     return (
-      f'the store can not be reached ({text}); check the network, AWS_ENDPOINT_URL and '
+      f'the store cannot be reached ({text}); check the network, AWS_ENDPOINT_URL and '
       'STORAGE_EMULATOR_HOST'
     )
   if names & {'FSTimeoutError', 'ReadTimeoutError', 'SocketTimeoutError', 'TimeoutError'}:

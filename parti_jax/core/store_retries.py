@@ -1,13 +1,13 @@
-"""When a request to an object store is tried again, for how long, and how often that happened.
+"""Decides whether and how long to retry requests to object stores, and counts the retries.
 
-A request is repeated after a failure that may pass: the statuses 408, 429, 500, 502, 503 and 504, a
-connection that can't be made or that breaks, a body that ends early, and an answer that does not
-come. Between two attempts lies an exponential backoff with jitter. A request that has failed for
-PARTI_JAX_STORE_SECONDS (120) fails for good. After that, and before the first answer of a store,
-whose address may be wrong, 10 s are enough.
+A request is retried after a failure that may be temporary: the statuses 408, 429, 500, 502, 503
+and 504, a connection that can't be made or that breaks, a truncated body, and a missing response.
+The delay between attempts is an exponential backoff with jitter. A request that keeps failing for
+PARTI_JAX_STORE_SECONDS (120) fails for good. The limit is 10 s after such a failure, and before a
+store's first response, since its address may be wrong.
 
-Repeating a request must not change its outcome, since the answer to one that had its effect may be
-lost. The requests of `storage` are idempotent; see `storage.create` and `storage.remove`.
+A retry must not change the outcome, since the response to a request that took effect may be lost.
+The requests of `storage` are idempotent. See `storage.create` and `storage.remove` for how.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from parti_jax.core.errors import UserError
 
 SECONDS_VARIABLE = 'PARTI_JAX_STORE_SECONDS'
 _SECONDS = 120.0
-# For a store that has not answered yet, or not since a request failed for good.
+# For a store that hasn't responded yet, or not since a request failed for good.
 _FIRST_SECONDS = 10.0
-# Until a connection is made, and without a byte of an answer.
+# Timeouts for a connection, and for the next byte of a response.
 _CONNECT_SECONDS, _READ_SECONDS = 10.0, 30.0
-# The slowest upload that counts as one that goes on.
+# Slower uploads count as stalled.
 _SLOWEST_BYTES_PER_SECOND = 50_000
 _FIRST_DELAY, _LONGEST_DELAY = 0.2, 10.0
-# How long failures go on before the user hears of them.
+# How long failures may last before the user is notified.
 _QUIET_SECONDS = 10.0
 
 STATUSES = frozenset((408, 429, 500, 502, 503, 504))
@@ -44,15 +44,15 @@ LOST, NO_ANSWER, NO_CONNECTION, SHORT = (
   'body that ended early',
 )
 
-# Of checkpoints at gs://, which TensorStore reads and writes with retries of its own.
+# TensorStore reads and writes the arrays of checkpoints at gs:// with its own retries.
 ARRAYS = 'failure with arrays of a checkpoint'
 _TENSORSTORE_RETRIES = '/tensorstore/kvstore/gcs/retries'
 
 _counts: collections.Counter[str] = collections.Counter()
-# What was counted when a run began.
+# The counts when the run began.
 _before: collections.Counter[str] = collections.Counter()
 _lock = threading.Lock()
-# Stores that have answered, and not failed since then.
+# Stores that have responded, and not failed since.
 _answered: set[str] = set()
 _asked: set[str] = set()
 
@@ -61,11 +61,11 @@ class Operation:
   """One call of `storage`, which may send several requests.
 
   Args:
-    seconds: how long each request may fail; None for what the environment says.
+    seconds: how long each request may keep failing; None for the environment's value.
 
   Attributes:
-    seconds: how long each request may fail.
-    failure: why a request has failed for good, whatever the library makes of that.
+    seconds: how long each request may keep failing.
+    failure: why a request has failed for good, even if the library hides the error.
   """
 
   def __init__(self, seconds: float | None = None):
@@ -73,7 +73,7 @@ class Operation:
     self.failure: str | None = None
 
 
-# Coroutines inherit it from the thread that started them.
+# Coroutines inherit it from the thread that starts them.
 _operation: contextvars.ContextVar[Operation | None] = contextvars.ContextVar(
   'store_operation', default=None
 )
@@ -82,7 +82,7 @@ _limit: contextvars.ContextVar[float | None] = contextvars.ContextVar('store_lim
 
 @contextlib.contextmanager
 def operation() -> Iterator[Operation]:
-  """Within it, requests belong to the operation that is yielded."""
+  """Yields an operation; requests within the context belong to it."""
   token = _operation.set(found := Operation(_limit.get()))
   try:
     yield found
@@ -92,7 +92,7 @@ def operation() -> Iterator[Operation]:
 
 @contextlib.contextmanager
 def at_most(seconds: float) -> Iterator[None]:
-  """Within it, requests fail for good after so many seconds, and so long may an attempt take."""
+  """Limits the seconds of each attempt, and the seconds until a request fails for good."""
   token = _limit.set(seconds)
   try:
     yield
@@ -101,10 +101,10 @@ def at_most(seconds: float) -> Iterator[None]:
 
 
 def patience() -> float:
-  """How many seconds a request may fail before it fails for good.
+  """Returns the seconds for which a request may keep failing before it fails for good.
 
   Raises:
-    UserError: the environment has no number of seconds.
+    UserError: the environment variable isn't a number of seconds.
   """
   text = os.environ.get(SECONDS_VARIABLE, '')
   try:
@@ -117,32 +117,32 @@ def patience() -> float:
 
 
 def timeouts() -> tuple[float, float]:
-  """Seconds until a connection must be made, and without a byte until an attempt is given up."""
+  """Returns the timeouts in seconds of connecting, and of waiting for the next byte."""
   seconds = max(patience(), 0.1)
   return min(_CONNECT_SECONDS, seconds), min(_READ_SECONDS, seconds)
 
 
 def attempt_seconds(size: int) -> float:
-  """Seconds that an attempt with a body of so many bytes may take."""
+  """Returns the seconds that an attempt with a body of `size` bytes may take."""
   limit = _limit.get()
   seconds = sum(timeouts()) + size / _SLOWEST_BYTES_PER_SECOND
   return seconds if limit is None else min(seconds, limit)
 
 
 def answered(store: str) -> None:
-  """Notes that a store has answered, with whatever status."""
+  """Records that a store has responded, with any status."""
   _answered.add(store)
 
 
 def begin() -> None:
-  """Notes that a run begins, so that what this process did before it does not count."""
+  """Records that a run begins, so that counts exclude what this process did before."""
   _before.clear()
   _before.update(counts())
   _asked.clear()
 
 
 def counts() -> dict[str, int]:
-  """Kind of failure -> requests that were repeated because of it since a run began."""
+  """Returns {kind of failure: requests retried because of it} since the run began."""
   with _lock:
     found = collections.Counter(_counts)
   if tensorstore := sys.modules.get('tensorstore'):
@@ -153,12 +153,12 @@ def counts() -> dict[str, int]:
 
 
 def told() -> str:
-  """The counts as a text; '' without any."""
+  """Returns the counts as text; '' if there are none."""
   return ', '.join(f'{count} after {kind}' for kind, count in counts().items())
 
 
 def used() -> bool:
-  """Whether this process has asked a store for anything since a run began."""
+  """Returns whether this process has sent requests to a store since the run began."""
   return bool(_asked)
 
 
@@ -167,21 +167,21 @@ class Attempts:
 
   Args:
     store: the kind of store, such as 's3'.
-    what: the request, for messages.
+    what: description of the request, for messages.
   """
 
   def __init__(self, store: str, what: str):
     self._store, self._what = store, what
     _asked.add(store)
     self._operation = _operation.get() or Operation()
-    self._began, self._failures, self._told = time.monotonic(), 0, False
+    self._began, self._failures, self._reported = time.monotonic(), 0, False
 
   def delay(self, kind: str, reason: str) -> float | None:
     """Counts a failure.
 
     Args:
-      kind: of the failure, for the counts.
-      reason: what the store or the library said.
+      kind: kind of the failure, for the counts.
+      reason: the error message of the store or the library.
 
     Returns:
       Seconds to wait before the next attempt; None if the request has failed for good.
@@ -197,10 +197,10 @@ class Attempts:
     self._failures += 1
     with _lock:
       _counts[kind] += 1
-    if elapsed >= _QUIET_SECONDS and not self._told:
-      self._told = True
+    if elapsed >= _QUIET_SECONDS and not self._reported:
+      self._reported = True
       print(
-        f'parti-jax: {self._what}: {reason}; trying again for {limit:g} s in all',
+        f'parti-jax: {self._what}: {reason}; retrying for {limit:g} s in total',
         file=sys.stderr,
         flush=True,
       )
@@ -209,5 +209,5 @@ class Attempts:
 
 
 def status_kind(status: int) -> str:
-  """The kind of failure of a status."""
+  """Returns the kind of failure for an HTTP status."""
   return f'status {status}'

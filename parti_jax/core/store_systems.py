@@ -1,7 +1,7 @@
-"""fsspec's file systems of s3:// and gs:// with the retries and timeouts of `store_retries`.
+"""fsspec's file systems for s3:// and gs://, with the retries and timeouts of `store_retries`.
 
-The libraries' own retries are switched off: they are not counted, some give up after a second, and
-others wait for minutes. `register` makes fsspec, and with it Orbax' paths, use these classes.
+The libraries' own retries are disabled: they aren't counted, some give up after a second, and
+others wait for minutes. `register` makes fsspec, and therefore Orbax's paths, use these classes.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import fsspec.asyn
 from parti_jax.core import store_retries
 from parti_jax.core.errors import UserError
 
-# Bytes that are read at once of an object, and memory that an open one takes.
+# Bytes of an object that are read at once; also the buffer size of an open object.
 PIECE = 2**22
 _SCHEMES = {'s3': 's3', 's3a': 's3', 'gs': 'gs', 'gcs': 'gs'}
-# Classes of errors that may pass, by name, since their packages need not be installed.
+# Temporary errors by class name, since their packages may not be installed.
 _KINDS = {
   store_retries.NO_CONNECTION: frozenset(
     (
@@ -57,7 +57,7 @@ _KINDS = {
     )
   ),
 }
-# Of S3; some come with a status that is not in `store_retries.STATUSES`.
+# S3 error codes; some come with a status that isn't in `store_retries.STATUSES`.
 _S3_CODES = frozenset(
   (
     'BadDigest',
@@ -76,14 +76,14 @@ _S3_CODES = frozenset(
 
 
 class Changed(UserError):
-  """An object was replaced or removed while it was read."""
+  """An object was replaced or removed during reading."""
 
 
 def register(scheme: str) -> None:
-  """Has fsspec use this module's class for a scheme, if there is one.
+  """Makes fsspec use this module's class for a scheme, if we have one.
 
   Raises:
-    ImportError: the scheme's package is missing.
+    ImportError: the package for the scheme is missing.
   """
   kind = _SCHEMES.get(scheme)
   if kind is None or issubclass(fsspec.get_filesystem_class(scheme), _Retrying):
@@ -95,7 +95,7 @@ def register(scheme: str) -> None:
 
 
 def kind_of(error: BaseException | None) -> str | None:
-  """The kind of a failure that may pass; None for any other error."""
+  """Returns the kind of a temporary failure; None for any other error."""
   if error is None:
     return None
   code = str(getattr(error, 'code', ''))
@@ -116,7 +116,7 @@ def _s3_class():
   from aiobotocore.session import AioSession
 
   class BoundedSession(AIOHTTPSession):
-    """Gives up an upload that does not go on, which aiohttp would wait for."""
+    """Gives up a stalled upload, which aiohttp would wait for."""
 
     async def _get_session(self, proxy_url):
       return _without_own_retry(await super()._get_session(proxy_url))
@@ -129,12 +129,12 @@ def _s3_class():
         raise ReadTimeoutError(endpoint_url=request.url, error=error) from error
 
   def begin(request_signer, params, context, model, **_):
-    """What botocore calls before the first attempt."""
+    """Botocore's hook before the first attempt."""
     del request_signer
     context['parti_jax_attempts'] = store_retries.Attempts('s3', f'{model.name} {params["url"]}')
 
   def needs_retry(response, caught_exception, request_dict, **_):
-    """What botocore asks after every attempt: seconds until the next one, or None."""
+    """Botocore's hook after each attempt; returns seconds until the next one, or None."""
     kind = kind_of(caught_exception)
     reason = ' '.join(str(caught_exception).split())
     if response is not None:
@@ -149,7 +149,7 @@ def _s3_class():
     return request_dict['context']['parti_jax_attempts'].delay(kind, reason)
 
   class RetryingS3(_Retrying, s3fs.S3FileSystem):
-    """S3."""
+    """S3 with our retries."""
 
     retries = 1
 
@@ -190,7 +190,7 @@ def _gs_class():
   attempt = gcsfs.core.GCSFileSystem._request.__wrapped__  # Without gcsfs' own retries.
 
   class RetryingGs(_Retrying, gcsfs.GCSFileSystem):
-    """Google Cloud Storage."""
+    """Google Cloud Storage with our retries."""
 
     def __init__(self, *args, **kwargs):
       super().__init__(*args, **kwargs)
@@ -212,7 +212,7 @@ def _gs_class():
             sent = asyncio.wait_for(sent, store_retries.attempt_seconds(_size(data)))
           found = await sent
           store_retries.answered('gs')
-          if repeated and path == self.batch_url_base:  # Of removals, as above.
+          if repeated and path == self.batch_url_base:  # Removals, as below.
             found = *found[:3], re.sub(rb'(HTTP/[0-9.]+) 404', rb'\1 204', found[3])
           return found
         except Exception as error:
@@ -232,10 +232,10 @@ def _gs_class():
           await asyncio.sleep(delay)
 
     async def _finished(self, path: str, data, headers):
-      """The answer to an upload that is over, since only the answer to its last part was lost.
+      """Returns the response to a finished upload whose last response was lost.
 
       Returns:
-        What `_request` does; None for any other request, or where the object is another one.
+        The same as `_request`; None for other requests, or if the object differs.
       """
       url = urllib.parse.urlsplit(path)
       name = urllib.parse.parse_qs(url.query).get('name', [''])[0]
@@ -259,20 +259,21 @@ def _gs_class():
 
 
 def _without_own_retry(session):
-  """aiohttp repeats some requests once, uncounted."""
+  """Disables aiohttp's own retry, which would not be counted."""
   session._retry_connection = False
   return session
 
 
 def _size(data) -> int:
-  """Bytes of a request's body."""
+  """Returns the bytes of a request's body."""
   return len(data) if hasattr(data, '__len__') else len(data.getbuffer())
 
 
 class Pieces(io.RawIOBase):
-  """An object of a store, read piece by piece; a piece that is cut off is read again.
+  """Reads an object of a store in pieces, with retries for each.
 
-  All pieces are of the version that was there when the object was opened, where the store can tell.
+  All pieces come from the version that existed when the object was opened, if the store has
+  versions.
 
   Args:
     system: fsspec's file system.
@@ -280,7 +281,7 @@ class Pieces(io.RawIOBase):
     errors: a context manager that turns the store's errors into UserErrors.
 
   Raises:
-    FileNotFoundError: there is no such object.
+    FileNotFoundError: the object doesn't exist.
   """
 
   def __init__(self, system, path: str, errors):
@@ -290,7 +291,7 @@ class Pieces(io.RawIOBase):
       self._details = system.info(path)
       if self._details.get('type') == 'directory':
         raise IsADirectoryError(path)
-    self._end, self._place = self._details['size'], 0
+    self._end, self._position = self._details['size'], 0
 
   def readable(self) -> bool:
     return True
@@ -299,38 +300,37 @@ class Pieces(io.RawIOBase):
     return True
 
   def tell(self) -> int:
-    return self._place
+    return self._position
 
   def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-    start = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._end}[whence]
-    self._place = max(0, start + offset)
-    return self._place
+    start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._end}[whence]
+    self._position = max(0, start + offset)
+    return self._position
 
   def readinto(self, buffer) -> int:
-    count = min(len(buffer), PIECE, self._end - self._place)
+    count = min(len(buffer), PIECE, self._end - self._position)
     if count <= 0:
       return 0
     with self._errors(self._path) as operation:
       buffer[:count] = self._read(count, operation)
-    self._place += count
+    self._position += count
     return count
 
   def _read(self, count: int, operation: store_retries.Operation) -> bytes:
-    """Returns the next bytes, exactly so many."""
+    """Returns exactly the next `count` bytes."""
     attempts = store_retries.Attempts(self._path.partition('://')[0], self._path)
     while True:
       try:
-        found = self._fetch(self._place, self._place + count)
+        found = self._fetch(self._position, self._position + count)
         if len(found) == count:
           return found
         kind = store_retries.SHORT
-        reason = f'{len(found):,} bytes came in place of {count:,}'
+        reason = f'{len(found):,} bytes received instead of {count:,}'
       except Exception as error:
         kind, reason = kind_of(error), ' '.join(str(error).split()) or type(error).__name__
         if kind is None and (isinstance(error, FileNotFoundError) or _status(error) == 412):
           raise Changed(
-            f'{self._path}: was replaced or removed while it was read; start again '
-            'when it is complete'
+            f'{self._path}: was replaced or removed during reading; start again when it is complete'
           ) from error
         if kind is None or operation.failure:
           raise
@@ -348,6 +348,6 @@ class Pieces(io.RawIOBase):
 
 
 def _status(error: BaseException) -> int | None:
-  """The status of an answer that S3's library has turned into an error."""
+  """Returns the HTTP status of an error of S3's library."""
   response = getattr(error.__cause__ or error, 'response', None)
   return response['ResponseMetadata']['HTTPStatusCode'] if isinstance(response, dict) else None

@@ -1,1 +1,1 @@
-"""Where captions and pictures come from: builders, sources, seqio tasks, vocabularies."""
+"""Sources of captions and pictures: builders, readers, seqio tasks, vocabularies."""

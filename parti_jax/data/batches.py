@@ -1,4 +1,4 @@
-"""Batches of a task for training and evaluation, which can be resumed anywhere at once."""
+"""Batches of a task for training and evaluation, with instant resuming at any position."""
 
 from __future__ import annotations
 
@@ -14,42 +14,43 @@ from parti_jax.data import datasets
 from parti_jax.data import mixtures
 from parti_jax.data import share as share_lib
 
-# The form of `Batches.state()`.
+# Format version of `Batches.state()`.
 STATE_VERSION = 2
 
 
 class Batches:
-  """An iterator of batches, dicts of numpy arrays with the model's features.
+  """An iterator of batches: dicts of numpy arrays with the model's features.
 
-  Each epoch is shuffled on its own, by the seed and the epoch's number. The short rest of an epoch
-  is completed with the first examples of the next one, so that every example is used equally often;
-  with `num_epochs`, the last batch may be short. The same arguments give the same batches, and
-  `restore(state())` goes on exactly where the state was taken, at once wherever that is.
+  Each epoch has its own shuffled order, given by the seed and the epoch's number. A batch that
+  reaches the end of an epoch is filled up from the next one, so all examples are used equally
+  often. With `num_epochs`, the last batch may be short. The same arguments give the same batches,
+  and `restore(state())` continues exactly where the state was taken, without reading up to there.
 
-  With `training`, the text of some examples is dropped for classifier-free guidance (see
-  `examples.drop_rate`), whatever the split is called. Without it, all texts are kept.
+  With `training`, the text of some examples is dropped for classifier-free guidance, at the rate
+  `examples.drop_rate`, regardless of the split's name. Otherwise all texts are kept.
 
-  Reading ahead takes threads and, where gin says so, processes, until `close` or until the end of a
-  `with` block; see `share.Settings`.
+  Prefetching uses threads and, if gin says so, processes, until `close` or the end of a `with`
+  block. `share.Settings` has the options.
+
 
   Args:
-    task: name of a task (see `datasets`), of a mixture that gin configures (see `mixtures`), or of
-      any task or mixture in seqio's registry.
+    task: name of a task of `datasets`, of a mixture that gin configures (`mixtures`), or of any
+      task or mixture in seqio's registry.
     split: the split, such as 'train'.
-    batch_size: examples a batch.
+    batch_size: examples per batch.
     feature_lengths: the length of each of the task's features, such as {'images': 64},
-      {'inputs': 32, 'images': 64} or {'inputs': 32, 'targets': 64}. For pictures it is their height
-      and width in pixels.
-    seed: decides the order of the examples and whose text is dropped.
-    shuffle: whether to shuffle; else the source's order is kept.
+      {'inputs': 32, 'images': 64} or {'inputs': 32, 'targets': 64}. The length of a picture is its
+      height and width in pixels.
+    seed: determines the order of the examples and which texts are dropped.
+    shuffle: whether to shuffle; otherwise the source's order is kept.
     num_epochs: epochs to read; None for no end.
-    share: which of the `shares` parts of the split to read; each has a state of its own.
-    shares: into how many parts the split is divided.
-    training: whether a model is trained on the batches, so that texts are dropped for guidance.
-    settings: what reading may use; None for what gin says.
+    share: index of the part of the split to read; each share has its own state.
+    shares: number of parts that the split is divided into.
+    training: whether the batches train a model, so that texts are dropped for guidance.
+    settings: resources for reading; None for gin's settings.
 
   Raises:
-    UserError: there is no such task, its data can't be read, or the lengths don't fit it.
+    UserError: the task doesn't exist, its data can't be read, or the lengths don't fit it.
   """
 
   def __init__(
@@ -83,54 +84,54 @@ class Batches:
 
   @property
   def fingerprints(self) -> dict[str, Fingerprint | None]:
-    """Those of the captions' vocabulary and of the tokens' tokenizer, as far as they are known."""
+    """Fingerprints of the captions' vocabulary and the tokens' tokenizer; None if unknown."""
     return self._examples.fingerprints
 
   @property
   def skipped(self) -> dict[str, int]:
-    """Reason -> number of examples left out so far, up to the next one."""
+    """Returns {reason: examples skipped so far}, up to the next example."""
     return self._examples.counts('skipped')
 
   @property
   def shortened(self) -> dict[str, int]:
-    """Reason -> number of examples that are used, but not whole."""
+    """Returns {reason: examples that are used only in part}."""
     return self._examples.counts('shortened')
 
   @property
   def place(self) -> tuple[int, int]:
-    """The epoch of the next example, and the examples read in it before."""
+    """The epoch of the next example, and the number of examples read before it in that epoch."""
     return self._examples.place
 
   def places(self) -> list[tuple]:
-    """(epoch, read, count), and in a mixture the task, of each part of the next batch."""
+    """Returns (epoch, read, count), and in a mixture the task, for each part of the next batch."""
     return self._examples.places(self._batch_size)
 
   def seek(self, epoch: int, read: int) -> None:
-    """Goes to the example before which so many were read in an epoch."""
+    """Moves to the example with `read` examples before it in an epoch."""
     self._examples.seek(epoch, read)
 
   def state(self) -> dict[str, Any]:
-    """Returns where the next batch starts, and what was left out before; JSON."""
+    """Returns the position of the next batch and the counts of skipped examples, as JSON."""
     return {'version': STATE_VERSION, **self._examples.state()}
 
   def restore(self, state: Mapping[str, Any]) -> None:
-    """Goes on where `state()` was taken, in this or another process with the same arguments.
+    """Continues where `state()` was taken, in any process with the same arguments.
 
     Raises:
-      UserError: the state is of an older version, from before examples could be found by index, or
-        of other sources.
+      UserError: the state comes from an older version, which had no index of examples, or from
+        other sources.
     """
     if state.get('version') != STATE_VERSION:
       raise UserError(
-        'the checkpoint has its place in the data in the form of an older version of parti_jax, '
-        'which read in another order; set train.restart_data=True to go on with a new pass over '
-        'the data, or go on with the older version'
+        'the checkpoint stores its data position in the format of an older version of parti_jax, '
+        'which read in another order; set train.restart_data=True to continue with a new pass '
+        'over the data, or continue with the older version'
       )
     mixtures.check_state(self._task, state)
     self._examples.restore(state)
 
   def close(self) -> None:
-    """Ends reading ahead; the state and the counts stay."""
+    """Stops prefetching; keeps the state and the counts."""
     self._examples.close()
 
   def __enter__(self) -> Batches:

@@ -1,4 +1,4 @@
-"""Captions as they come from files: which can be used, and what is taken out of the others."""
+"""Cleans captions from files and rejects unusable ones."""
 
 import codecs
 import re
@@ -7,15 +7,15 @@ import unicodedata
 from parti_jax.core import storage
 from parti_jax.data import damage
 
-# Far more than any text encoder reads; what lies beyond is never turned into tokens.
+# Far more than any text encoder reads; text beyond this is never tokenized.
 MAX_BYTES = 2**16
 
-# Tab, newline and carriage return are blanks to every vocabulary.
+# Tab, newline and carriage return are whitespace to all vocabularies.
 _CONTROL = re.compile('[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]')
-# Blanks, control characters, marks of direction and of zero width.
+# Spaces, control characters, direction marks and zero-width marks.
 _INVISIBLE = {'Zs', 'Zl', 'Zp', 'Cc', 'Cf'}
-# Stand-ins for captions that a source could not read, and the reasons that `clean` gives. No caption
-# that can be used looks like them.
+# Placeholders for captions that a source could not read, and the reasons that `clean` reports. No
+# usable caption looks like them.
 NOT_TEXT, SEVERAL, NUMBERS, NO_COLUMN, AMBIGUOUS = (b'\0\0%d' % i for i in range(5))
 _REASONS = {
   NOT_TEXT: 'caption that is not a text',
@@ -27,26 +27,25 @@ _REASONS = {
 
 
 class UnusableCaption(damage.Unusable):
-  """The bytes are no caption that can be used; the message is the reason in a few words."""
+  """A caption can't be used; the message is a short reason."""
 
 
 def clean(data: bytes) -> tuple[str, list[str]]:
-  """Reads a caption.
+  """Decodes and cleans a caption.
 
-  Marks of direction and of zero width stay where they are, since some scripts and emoji need them;
-  the vocabulary knows what to do with them.
+  Direction marks and zero-width marks stay, since some scripts and emoji need them and the
+  vocabulary handles them.
 
   Args:
-    data: the caption as it was found, in UTF-8 or, where it begins with their byte order mark, in
-      UTF-16 or UTF-32.
+    data: the raw caption in UTF-8, or in UTF-16 or UTF-32 with a byte order mark.
 
   Returns:
-    The text without blanks around it, and in a few words each thing that was taken out of it:
-    control characters, which become blanks, and what lies beyond `MAX_BYTES`.
+    The text without surrounding whitespace, and a short note for each change: control characters
+    replaced by spaces, and text cut after `MAX_BYTES`.
 
   Raises:
-    UnusableCaption: it is missing, empty, of invisible characters alone, not UTF-8 (as a lone
-      surrogate of JSON isn't), or more than a fifth of it are control characters.
+    UnusableCaption: the caption is missing, empty, has only invisible characters, isn't UTF-8 (a
+      lone surrogate in JSON isn't), or has more than a fifth control characters.
   """
   if data in _REASONS:
     raise UnusableCaption(_REASONS[data])
@@ -55,7 +54,7 @@ def clean(data: bytes) -> tuple[str, list[str]]:
     data = data.removeprefix(codecs.BOM_UTF8).strip()
   cut = len(data) > MAX_BYTES
   try:
-    # What is cut may end in a part of a character.
+    # The cut may split a character.
     text = codecs.getincrementaldecoder(encoding)().decode(data[:MAX_BYTES], final=not cut)
   except UnicodeDecodeError as error:
     raise UnusableCaption(
@@ -71,8 +70,8 @@ def clean(data: bytes) -> tuple[str, list[str]]:
 
 
 def from_json(value: object) -> bytes:
-  """Returns a caption that was found in JSON as `clean` takes it."""
+  """Returns a caption from JSON in the form that `clean` expects."""
   if value is None:
     return b''
-  # JSON can hold half of a pair of surrogates, which becomes bytes that are not UTF-8.
+  # JSON can hold half a surrogate pair, which encodes to bytes that aren't UTF-8.
   return value.encode('utf-8', 'surrogatepass') if isinstance(value, str) else NOT_TEXT

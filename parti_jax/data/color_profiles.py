@@ -1,4 +1,4 @@
-"""Converts pictures to sRGB by the colour profiles in their files, with LittleCMS."""
+"""Converts pictures to sRGB using the colour profiles in their files, with LittleCMS."""
 
 import functools
 import io
@@ -7,18 +7,18 @@ import numpy as np
 from PIL import Image
 from PIL import ImageCms
 
-# The largest profile that is used; those of printing processes have one or two million bytes.
+# The largest profile that is used; profiles for printing have one or two million bytes.
 MAX_BYTES = 2**22
-# Profiles of different bytes whose transforms are kept.
+# Number of distinct profiles whose transforms are cached.
 _KEPT = 32
-# The colour space of a profile -> Pillow's mode of the pictures that it describes.
+# Colour space of a profile -> Pillow's mode of the pictures that it describes.
 _MODES = {'GRAY': 'L', 'RGB': 'RGB', 'CMYK': 'CMYK'}
-# A profile whose colours differ from sRGB's by no more, of 255, is one of sRGB.
+# A profile counts as sRGB if its colours differ from sRGB's by at most this, of 255.
 _ROUNDING = 2
 
 
 class UnusableProfile(Exception):
-  """A profile is damaged, too large, or not of the picture's colour space."""
+  """A profile is damaged, too large, or for another colour space than the picture's."""
 
 
 def to_srgb(image: Image.Image, profile: bytes, space: str) -> Image.Image:
@@ -27,11 +27,11 @@ def to_srgb(image: Image.Image, profile: bytes, space: str) -> Image.Image:
   Args:
     image: in L, RGB, RGBA or CMYK.
     profile: the ICC profile in the picture's file.
-    space: 'GRAY', 'RGB' or 'CMYK', the colour space of the picture in its file. Greys may have been
-      turned to RGB.
+    space: 'GRAY', 'RGB' or 'CMYK', the picture's colour space in its file. Grey pictures may have
+      been converted to RGB.
 
   Returns:
-    The picture itself where the profile is one of sRGB. Otherwise it in RGB, or RGBA if it was.
+    The picture itself if the profile is sRGB; otherwise a picture in RGB, or RGBA if it was RGBA.
 
   Raises:
     UnusableProfile: the profile can't be used for this picture.
@@ -55,7 +55,7 @@ def to_srgb(image: Image.Image, profile: bytes, space: str) -> Image.Image:
 def _transform(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform | None]:
   """Returns a profile's colour space, and its transform to sRGB; '' and None if it is unusable.
 
-  The transform is None where it would change nothing. Several threads may use one at once.
+  The transform is None if it would change nothing. Threads may share a transform.
   """
   try:
     opened = ImageCms.getOpenProfile(io.BytesIO(profile))
@@ -65,11 +65,11 @@ def _transform(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform | None]:
     )
   except (ImageCms.PyCMSError, OSError, ValueError, KeyError):
     return '', None
-  return space, None if _changes_nothing(transform, space) else transform
+  return space, None if _is_identity(transform, space) else transform
 
 
-def _changes_nothing(transform: ImageCms.ImageCmsTransform, space: str) -> bool:
-  """Whether a transform of greys or RGB leaves all colours as they are."""
+def _is_identity(transform: ImageCms.ImageCmsTransform, space: str) -> bool:
+  """Returns whether a transform of grey or RGB colours is the identity."""
   if space == 'CMYK':
     return False
   levels = np.arange(256) if space == 'GRAY' else np.linspace(0, 255, 18).round()

@@ -1,4 +1,4 @@
-"""What can't be read or used of the data, and why."""
+"""Describes data that can't be read or used."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Damaged:
-  """Something that can't be read; it keeps its place among the examples until it is counted.
+  """An example that can't be read; it keeps its position until it is counted.
 
   Attributes:
-    reason: what it is, in a few words, for the count.
-    name: what it is called in its file, if it has a name.
-    file: the file that it is in, which a warning names; '' for no warning.
+    reason: a short description, for the count.
+    name: the example's name in its file, if it has one.
+    file: the file with the example, which a warning names; '' for no warning.
   """
 
   reason: str
@@ -21,9 +21,9 @@ class Damaged:
 
   @property
   def where(self) -> str:
-    """The file, and the name in it, for a warning."""
+    """The file, and the name within it, for a warning."""
     return f'{self.file}, {self.name!r}' if self.name and self.file else self.file
 
 
 class Unusable(Exception):
-  """An example can't be used; the message is the reason in a few words."""
+  """An example can't be used; the message is a short reason."""

@@ -1,4 +1,4 @@
-"""Captions and pictures of a source, ready for a model, by the names of our tasks.
+"""Captions and pictures of a source, prepared for a model; our tasks by name.
 
 | task | features | trains |
 |---|---|---|
@@ -7,15 +7,15 @@
 | `SOURCE_pairs` | inputs, images | text encoder, ranker, super-resolution |
 | `openmoji_tokens`, `cached_tokens` | inputs, targets | Parti, from the token cache |
 
-SOURCE is openmoji, folder, tfrecord, webdataset, parquet, hf_datasets, prepared or, for texts, text.
-`texts`, `images` and `pairs` alone mean the source that gin chooses by `data.source`, so that a run
-takes its data from another place when it includes another file of gin_configs/tasks/. Texts are read
-without their pictures. `token_cache_NAME_tokens` is the token cache that gin configures in the scope
-`token_cache_NAME`. gin files import this module for all names of the data.
+SOURCE is openmoji, folder, tfrecord, webdataset, parquet, hf_datasets, prepared or, for texts,
+text. `texts`, `images` and `pairs` without a source use the one that gin chooses by `data.source`,
+so a run changes its data by including another file of gin_configs/tasks/. Text tasks don't read the
+pictures. `token_cache_NAME_tokens` is the token cache that gin configures in the scope
+`token_cache_NAME`. gin files import this module to register all gin names of the data.
 
 Features: 'inputs' int32 [text_length], token ids of the caption; 'images' uint8 [size, size, 3];
-'targets' int32 [image_length], the codes of the image tokens in raster order. `tasks` has the same
-as tasks of seqio.
+'targets' int32 [image_length], the codes of the image tokens in raster order. `tasks` provides the
+same as seqio tasks.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ from parti_jax.data.sources import base
 from parti_jax.data.vocabulary import TextVocabulary
 
 TOKEN_TASKS = ('openmoji_tokens', 'cached_tokens')
-# Kind of a task -> its features. A kind alone is the task of the source that gin chooses.
+# Kind of a task -> its features. A kind by itself is the task of the source that gin chooses.
 _KINDS = {'images': ('images',), 'pairs': ('images', 'inputs'), 'texts': ('inputs',)}
 ALIASES = tuple(_KINDS)
 
 
 @gin.configurable('vocabulary')
 def get_vocabulary(path: str | None = None) -> TextVocabulary:
-  """Returns the text vocabulary of the run; None is the one that comes with the demo model."""
+  """Returns the run's text vocabulary; None selects the vocabulary of the demo model."""
   demo = os.path.join(os.path.dirname(parti_jax.__file__), 'demo', 'vocabulary.model')
   return _load_vocabulary(path or demo)
 
@@ -69,10 +69,10 @@ class Dataset:
   """A task's data.
 
   Attributes:
-    name: of the task, with its source.
+    name: name of the task, including its source.
     source: the examples.
     features: names of the features.
-    vocabulary: of the captions; None where there are none.
+    vocabulary: vocabulary of the captions; None without captions.
   """
 
   name: str
@@ -82,7 +82,7 @@ class Dataset:
 
   @property
   def sizes(self) -> dict[str, int]:
-    """Feature -> how many ids it has, of those that have ids."""
+    """Returns {feature: number of ids}, for the features that have ids."""
     found = {}
     if self.vocabulary:
       found['inputs'] = self.vocabulary.size
@@ -92,7 +92,7 @@ class Dataset:
 
   @property
   def fingerprints(self) -> dict[str, Fingerprint | None]:
-    """Those of the captions' vocabulary and of the tokens' tokenizer, as far as they are known."""
+    """Fingerprints of the captions' vocabulary and the tokens' tokenizer; None if unknown."""
     found = dict.fromkeys(('vocabulary', 'tokenizer'))
     if self.vocabulary:
       found['vocabulary'] = Fingerprint(
@@ -103,17 +103,17 @@ class Dataset:
     return found
 
   def open(self, split: str) -> base.Records | base.Shards:
-    """Opens a split for these features; see `Source.open`."""
+    """Opens a split with `Source.open`, reading only what the features need."""
     return self.source.open(split, pictures=self.features != ('inputs',))
 
   def preparation(self, lengths: Mapping[str, int], training: bool) -> examples.Preparation:
-    """What is done to an example.
+    """Returns the preparation of an example.
 
     Args:
-      lengths: the length of each feature, such as {'inputs': 32, 'images': 64}. For pictures it is
-        their height and width in pixels.
-      training: whether texts are dropped for guidance. Texts alone never are: an empty one teaches
-        an encoder nothing.
+      lengths: the length of each feature, such as {'inputs': 32, 'images': 64}. The length of a
+        picture is its height and width in pixels.
+      training: whether texts are dropped for guidance. Tasks of texts only never drop them, since
+        an encoder learns nothing from an empty text.
 
     Raises:
       UserError: the lengths don't fit the features.
@@ -124,7 +124,7 @@ class Dataset:
       tokens = self.source.info['image_tokens']
       if lengths['targets'] != tokens:
         raise UserError(
-          f'{self.source.name} has {tokens} tokens a picture, but '
+          f'{self.source.name} has {tokens} tokens per picture, but '
           f"feature_lengths['targets'] = {lengths['targets']}"
         )
     return examples.Preparation(
@@ -138,7 +138,7 @@ class Dataset:
 
 
 def check_lengths(name: str, features, lengths: Mapping[str, int]) -> None:
-  """Raises UserError unless there is a length for each feature of a task, and no other."""
+  """Raises UserError unless `lengths` has exactly the features of a task, each with a length."""
   if set(features) != set(lengths):
     raise UserError(
       f'{name} has the features {", ".join(sorted(features))}, but feature_lengths '
@@ -146,7 +146,7 @@ def check_lengths(name: str, features, lengths: Mapping[str, int]) -> None:
     )
   for feature, length in lengths.items():
     if not isinstance(length, int) or length < 1:
-      raise UserError(f'feature_lengths[{feature!r}] = {length!r} must be a whole number from 1')
+      raise UserError(f'feature_lengths[{feature!r}] = {length!r} must be a positive whole number')
 
 
 def names() -> list[str]:
@@ -163,7 +163,7 @@ def names() -> list[str]:
 
 
 def is_ours(name: str) -> bool:
-  """Whether a task is one of this module."""
+  """Returns whether a task belongs to this module."""
   return _is_tokens(name) or split_name(name) is not None
 
 
@@ -173,7 +173,7 @@ def _is_tokens(name: str) -> bool:
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-  """Splits 'folder_pairs' into source and kind; None for the names of other tasks."""
+  """Splits 'folder_pairs' into source and kind; returns None for names of other tasks."""
   source, _, kind = name.rpartition('_')
   if kind not in _KINDS or (source and sources.kind(source) is None):
     return None
@@ -186,14 +186,14 @@ def feature_names(name: str) -> tuple[str, ...]:
 
 
 def get(name: str, image_size: int = 64) -> Dataset:
-  """Returns the data of a task as gin configures it now.
+  """Returns the data of a task with gin's current configuration.
 
   Args:
-    name: of the task.
-    image_size: the run's picture size in pixels, at which OpenMoji is drawn.
+    name: name of the task.
+    image_size: the run's picture size in pixels, at which OpenMoji is rendered.
 
   Raises:
-    UserError: there is no such task, or its data can't be found.
+    UserError: the task doesn't exist, or its data can't be found.
   """
   if _is_tokens(name):
     scope = None if name in TOKEN_TASKS else name.rpartition('_')[0]
@@ -201,7 +201,7 @@ def get(name: str, image_size: int = 64) -> Dataset:
       return Dataset(name, token_cache.configured(), ('inputs', 'targets'), get_vocabulary())
   found = split_name(name)
   if found is None:
-    raise UserError(f'unknown task {name!r}; there are {", ".join(names())}')
+    raise UserError(f'unknown task {name!r}; choose from {", ".join(names())}')
   source, kind = found
   features = _KINDS[kind]
   return Dataset(
@@ -213,14 +213,16 @@ def get(name: str, image_size: int = 64) -> Dataset:
 
 
 def source_name(task_or_source: str | None = None) -> str:
-  """Returns the source behind a task's or source's name; None is the one that gin chooses."""
+  """Returns the source of a task or source name; None for the source that gin chooses."""
   if task_or_source is None:
     return sources.chosen()
   if sources.kind(task_or_source) and split_name(task_or_source) is None:
     return task_or_source
   if found := split_name(task_or_source):
     return found[0]
-  raise UserError(f'{task_or_source!r} is no source of pictures: {", ".join(sources.NAMES)}')
+  raise UserError(
+    f'{task_or_source!r} is not a source of pictures; choose from {", ".join(sources.NAMES)}'
+  )
 
 
 def pictures_and_captions(
@@ -228,8 +230,8 @@ def pictures_and_captions(
 ) -> Iterator[tuple[str, np.ndarray]]:
   """Opens a split and yields its captions and pictures in order, once.
 
-  Pictures that can't be decoded and examples without a caption are left out; a warning at the end
-  counts them.
+  Skips pictures that can't be decoded and examples without a caption; a warning at the end counts
+  them.
 
   Args:
     task_or_source: 'openmoji', 'folder_pairs', 'pairs' ...; None for the source that gin chooses.
@@ -240,7 +242,7 @@ def pictures_and_captions(
     (caption, picture uint8 [size, size, 3]).
 
   Raises:
-    UserError: the source can't be read, at once; or it has no usable example, at the end.
+    UserError: immediately if the source can't be read, or at the end if no example was usable.
   """
   name = source_name(task_or_source)
   source = sources.configured(name, size)
@@ -254,7 +256,7 @@ def _usable(
   size: int,
   decode: examples.Decode,
 ) -> Iterator[tuple[str, np.ndarray]]:
-  """Yields what can be used of a split; see `pictures_and_captions`."""
+  """Yields the usable examples of a split; implements `pictures_and_captions`."""
   skipped, shortened, count = tally.Tally(), tally.Tally(), 0
   for example in found:
     if isinstance(example, Damaged):
@@ -271,7 +273,7 @@ def _usable(
     count += 1
     yield caption, picture
   if not count:
-    reasons = f'skipped {skipped}' if skipped.counts() else 'there is none at all'
+    reasons = f'skipped {skipped}' if skipped.counts() else 'the split is empty'
     raise UserError(f'{source.name} has no usable example in split {split!r}; {reasons}')
   if skipped.counts() or shortened.counts():
     logging.warning(

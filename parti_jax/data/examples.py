@@ -1,7 +1,7 @@
-"""What is done to one example, a function for each step.
+"""The steps that prepare one example, one function each.
 
-Our own loop calls them through `Preparation`, and seqio's preprocessors call the same functions, so
-that a model sees the same examples under both.
+Our own loop calls them through `Preparation`, and the seqio preprocessors call the same functions,
+so a model sees the same examples either way.
 """
 
 from __future__ import annotations
@@ -29,13 +29,12 @@ def caption_ids(
   """Cleans and tokenises a caption.
 
   Args:
-    caption: as sources give it.
-    vocabulary: makes ids of texts.
-    length: ids to return.
+    caption: raw bytes from a source.
+    vocabulary: the text vocabulary.
+    length: number of ids to return.
 
   Returns:
-    The ids, int32 [length]; the cleaned text; and in a few words each thing that was taken out of it
-    or did not fit.
+    The ids, int32 [length]; the cleaned text; and a short note for each change or cut.
 
   Raises:
     captions.UnusableCaption: the caption can't be used.
@@ -43,27 +42,27 @@ def caption_ids(
   text, changes = captions.clean(caption)
   ids, cut = vocabulary.encode(text, length)
   if ids[0] == EOS_ID and not cut:
-    # Of what the vocabulary does not keep; it would look like the text that guidance drops.
+    # The vocabulary drops all its characters; it would look like a text that guidance drops.
     raise captions.UnusableCaption('no caption')
   return ids, text, changes + ([f'caption cut to {length} tokens'] if cut else [])
 
 
 def empty_text(vocabulary: TextVocabulary, length: int) -> np.ndarray:
-  """The ids of no text, int32 [length], which guidance puts in the place of a dropped one."""
+  """Returns the ids of an empty text, int32 [length], which guidance uses for dropped texts."""
   return vocabulary.encode('', length)[0]
 
 
 @gin.configurable('drop_text')
 def drop_rate(rate: float = 0.1) -> float:
-  """Share of the training examples that lose their text, for classifier-free guidance.
+  """Returns the share of training examples whose text is dropped for classifier-free guidance.
 
-  The paper drops it for 10% of them (section 3).
+  The paper drops 10% (section 3).
 
   Args:
-    rate: 0 to 1.
+    rate: from 0 to 1.
 
   Raises:
-    UserError: if the rate is no such number.
+    UserError: if the rate isn't a number from 0 to 1.
   """
   if type(rate) not in (int, float) or not 0 <= rate <= 1:
     raise UserError(f'drop_text.rate={rate!r} must be a number from 0 to 1')
@@ -71,25 +70,25 @@ def drop_rate(rate: float = 0.1) -> float:
 
 
 def draws(seed: int, position: int, count: int) -> np.ndarray:
-  """What is random about successive examples, uniform in [0, 1), float64 [count].
+  """Returns the random numbers of successive examples, uniform in [0, 1), float64 [count].
 
   Args:
-    seed: of the share.
-    position: of the first example.
-    count: how many.
+    seed: seed of the share.
+    position: position of the first example.
+    count: number of examples.
   """
   return np.random.Generator(np.random.PCG64(seed).advance(position)).random(count)
 
 
 @dataclasses.dataclass(frozen=True)
 class Preparation:
-  """Makes of an example what a model takes; picklable, for worker processes.
+  """Converts an example to a model's inputs; picklable, for worker processes.
 
   Attributes:
-    text_length: ids of a caption; None where there are no captions.
-    image_size: height and width of pictures in pixels; None where there are none.
-    image_tokens: of a picture; None where there are none.
-    vocabulary: of the captions; None without them.
+    text_length: ids per caption; None without captions.
+    image_size: height and width of pictures in pixels; None without pictures.
+    image_tokens: tokens per picture; None without tokens.
+    vocabulary: vocabulary of the captions; None without captions.
     decode: decodes pictures.
     drop_rate: share of the captions that are dropped.
   """
@@ -107,13 +106,13 @@ class Preparation:
     """Prepares an example.
 
     Args:
-      example: of a source.
-      draw: uniform in [0, 1); decides whether the text is dropped, and which view is taken.
+      example: an example of a source.
+      draw: uniform in [0, 1); determines whether the text is dropped, and the view.
 
     Returns:
-      'encoder_input_tokens' int32 [text_length], 'images' uint8 [image_size, image_size, 3],
-      'decoder_target_tokens' int32 [image_tokens] and 'decoder_loss_weights' float32
-      [image_tokens], those that are asked for; and in a few words each thing that was lost.
+      The requested features among 'encoder_input_tokens' int32 [text_length], 'images' uint8
+      [image_size, image_size, 3], 'decoder_target_tokens' int32 [image_tokens] and
+      'decoder_loss_weights' float32 [image_tokens]; and a short note for each loss.
 
     Raises:
       damage.Unusable: the example can't be used.
@@ -130,7 +129,7 @@ class Preparation:
       notes = notes + more
     if self.image_tokens is not None:
       tokens = example['tokens']
-      if tokens.ndim == 2:  # Of several views of the picture; digits that `drop_rate` hardly sees.
+      if tokens.ndim == 2:  # Views; picked by digits that `drop_rate` hardly uses.
         tokens = tokens[int(draw * 2**40) % len(tokens)]
       found['decoder_target_tokens'] = tokens
       found['decoder_loss_weights'] = np.ones([self.image_tokens], np.float32)

@@ -1,4 +1,4 @@
-"""seqio feature converters: from a task's features to a model's inputs."""
+"""seqio feature converters, which map a task's features to a model's inputs."""
 
 from collections.abc import Mapping
 
@@ -12,9 +12,9 @@ _TOKENS = _Spec(dtype=tf.int32)
 
 
 class _Converter(seqio.FeatureConverter):
-  """A converter that renames and adds features, but neither packs nor pads.
+  """Renames and adds features, but neither packs nor pads.
 
-  t5x makes one by `cls(pack=..., use_custom_packing_ops=...)`.
+  t5x constructs converters by `cls(pack=..., use_custom_packing_ops=...)`.
   """
 
   # Maps the model's feature to the task's feature that gives its values and its length.
@@ -25,23 +25,23 @@ class _Converter(seqio.FeatureConverter):
     """Makes a converter.
 
     Args:
-      pack: must be False; an argument of all of seqio's converters.
-      use_custom_packing_ops: of no effect; an argument of all of seqio's converters too.
+      pack: must be False; all seqio converters have this argument.
+      use_custom_packing_ops: ignored; all seqio converters have this argument.
 
     Raises:
-      UserError: it is to pack.
+      UserError: `pack` is True.
     """
     del use_custom_packing_ops
     if pack:
       raise UserError(
-        f'{type(self).__name__} packs nothing: all pictures have the same number of tokens, so '
-        'that there is no room to fill; set DatasetConfig.pack = False (in t5x '
+        f'{type(self).__name__} does not pack: all pictures have the same number of tokens, so '
+        'there is no padding to fill; set DatasetConfig.pack = False (in t5x '
         '--gin.train/utils.DatasetConfig.pack=False)'
       )
     super().__init__(pack=False)
 
   def _convert_features(self, ds, task_feature_lengths):
-    del task_feature_lengths  # The preprocessors made every example this long.
+    del task_feature_lengths  # The preprocessors have set the lengths.
     return ds.map(self._convert_example, num_parallel_calls=tf.data.AUTOTUNE)
 
   def _convert_example(self, example):
@@ -53,7 +53,7 @@ class _Converter(seqio.FeatureConverter):
 
 
 class PictureFeatureConverter(_Converter):
-  """Pictures alone, for the image tokenizer: 'images' uint8 [size, size, 3]."""
+  """Only pictures, for the image tokenizer: 'images' uint8 [size, size, 3]."""
 
   TASK_FEATURES = {'images': _IMAGES}
   MODEL_FEATURES = {'images': _IMAGES}
@@ -61,9 +61,9 @@ class PictureFeatureConverter(_Converter):
 
 
 class TextFeatureConverter(_Converter):
-  """Texts alone: 'encoder_input_tokens' int32 [text_length], padded with 0.
+  """Only texts: 'encoder_input_tokens' int32 [text_length], padded with 0.
 
-  Texts of tasks that others have registered with seqio come unpadded.
+  Texts of third-party tasks in seqio's registry arrive unpadded.
   """
 
   TASK_FEATURES = {'inputs': _TOKENS}
@@ -87,9 +87,9 @@ class PairFeatureConverter(_Converter):
 class PartiFeatureConverter(_Converter):
   """Captions and image tokens, for Parti (section 2.2).
 
-  Gives 'encoder_input_tokens' int32 [text_length], padded with 0; 'decoder_target_tokens' int32
-  [image_length], where 0 is a code like any other, since all pictures have the same number of
-  tokens; 'decoder_loss_weights' float32 [image_length], all 1.
+  Returns 'encoder_input_tokens' int32 [text_length], padded with 0; 'decoder_target_tokens' int32
+  [image_length], where 0 is an ordinary code, since all pictures have the same number of tokens;
+  'decoder_loss_weights' float32 [image_length], all 1.
   """
 
   TASK_FEATURES = {'inputs': _TOKENS, 'targets': _TOKENS}
@@ -111,7 +111,7 @@ class PartiFeatureConverter(_Converter):
 
 
 def converter_for(features) -> seqio.FeatureConverter:
-  """Returns the converter of the tasks with these features."""
+  """Returns the converter for tasks with these features."""
   for converter in (
     TextFeatureConverter,
     PictureFeatureConverter,

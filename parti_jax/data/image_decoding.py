@@ -1,4 +1,4 @@
-"""Encoded pictures (jpeg, png, webp, gif) to square RGB arrays on white."""
+"""Decodes pictures (jpeg, png, webp, gif) to square RGB arrays on white."""
 
 import contextlib
 import dataclasses
@@ -19,11 +19,11 @@ from parti_jax.data import jpegs
 from parti_jax.data import pngs
 from parti_jax.data.undecodable import UndecodablePicture
 
-# What Pillow may try. It knows many more, of which some start other programs.
+# Formats that Pillow may try. It supports many more, some of which start other programs.
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF')
-# The endings of their files' names.
+# File name extensions of these formats.
 ENDINGS = ('jpg', 'jpeg', 'jpe', 'jfif', 'png', 'webp', 'gif')
-# 8192 × 8192. Pillow itself only warns up to 179 million, and then takes 700 MB.
+# 8192 × 8192. Pillow only warns up to 179 million pixels, which take 700 MB.
 MAX_PIXELS = 2**26
 MAX_BYTES = 2**26
 _ORIENTATIONS = {
@@ -40,30 +40,30 @@ _ORIENTATIONS = {
 def decode(data: bytes, size: int, to_srgb: bool = True) -> np.ndarray:
   """Decodes a picture, crops its central square and resizes it with antialiasing.
 
-  Transparent parts become white; of an animation the first frame is taken; a photograph is turned
-  as its EXIF orientation says, where that can be read. Of 16 bits the upper 8 are taken.
+  Transparent areas become white. The first frame of an animation is used. A readable EXIF
+  orientation is applied. Of 16 bits the upper 8 are used.
 
   Args:
     data: the encoded picture.
     size: height and width of the result in pixels.
-    to_srgb: whether colours are converted to sRGB if the file has a colour profile; see
-      `color_profiles`. A profile that can't be used is ignored.
+    to_srgb: whether colours are converted to sRGB if the file has a colour profile, by
+      `color_profiles`. An unusable profile is ignored.
 
   Returns:
     uint8 [size, size, 3], RGB.
 
   Raises:
-    UndecodablePicture: there is no picture, it is one pixel high or wide, it is damaged, if only in
-      part, or it has more than `MAX_BYTES` bytes or `MAX_PIXELS` pixels.
+    UndecodablePicture: the data is empty, damaged (even in part), or of an unknown format; or the
+      picture is one pixel high or wide, or has more than `MAX_BYTES` bytes or `MAX_PIXELS` pixels.
   """
   return decode_and_note(data, size, to_srgb)[0]
 
 
 def decode_and_note(data: bytes, size: int, to_srgb: bool = True) -> tuple[np.ndarray, list[str]]:
-  """Decodes a picture as `decode` does.
+  """Decodes a picture like `decode`, and notes what it ignored.
 
   Returns:
-    The picture, and in a few words each thing in the file that was ignored.
+    The picture, and a short note for each thing in the file that was ignored.
   """
   with _undecodable(data):
     image, notes = _image(data, size, to_srgb, _central_square)
@@ -75,16 +75,16 @@ def decode_and_note(data: bytes, size: int, to_srgb: bool = True) -> tuple[np.nd
 def decode_whole(
   data: bytes, shorter_side: int | None = None, to_srgb: bool = True
 ) -> tuple[Image.Image, list[str]]:
-  """Decodes a picture as `decode` does, but neither crops nor resizes it.
+  """Decodes a picture like `decode`, but neither crops nor resizes it.
 
   Args:
     data: the encoded picture.
-    shorter_side: pixels of the shorter side that the caller will resize to. A JPEG of more than
-      twice as many may come at a fraction of its size, which is faster. None for the full size.
+    shorter_side: the shorter side in pixels that the caller will resize to. A JPEG more than twice
+      as large may be decoded at a fraction of its size, which is faster. None for the full size.
     to_srgb: as in `decode`.
 
   Returns:
-    The picture in RGB, and in a few words each thing in the file that was ignored.
+    The picture in RGB, and a short note for each thing in the file that was ignored.
   """
   with _undecodable(data):
     return _image(data, shorter_side or 0, to_srgb, lambda image: image)
@@ -92,14 +92,14 @@ def decode_whole(
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-  """What the header of an encoded picture says.
+  """The header of an encoded picture.
 
   Attributes:
-    width: in pixels, before the picture is turned upright.
-    height: likewise.
+    width: width in pixels, before the orientation is applied.
+    height: height in pixels, before the orientation is applied.
     format: 'JPEG', 'PNG', 'WEBP', 'GIF' or 'MPO'.
-    plain: whether decoding changes nothing but the mode: the picture is RGB or grey, upright, of
-      one frame, and has neither a colour profile nor transparent parts.
+    plain: whether decoding changes only the mode: the picture is RGB or grey, upright, has one
+      frame, and has neither a colour profile nor transparent areas.
   """
 
   width: int
@@ -112,7 +112,7 @@ def header(data: bytes) -> Header:
   """Reads a picture's header.
 
   Raises:
-    UndecodablePicture: as in `decode`, as far as the header tells.
+    UndecodablePicture: as in `decode`, as far as the header shows it.
   """
   with _undecodable(data):
     opened = _opened(data)
@@ -142,27 +142,27 @@ def _undecodable(data: bytes) -> Iterator[None]:
   except UnidentifiedImageError as error:
     raise UndecodablePicture('unknown picture format') from error
   except Exception as error:
-    # Damaged files make the decoders raise nearly anything.
+    # Damaged files make decoders raise almost any error.
     raise UndecodablePicture('damaged picture') from error
 
 
 def _image(
   data: bytes, size: int, to_srgb: bool, crop: Callable[[Image.Image], Image.Image]
 ) -> tuple[Image.Image, list[str]]:
-  """Returns a picture in RGB on white, and what was ignored.
+  """Returns a picture in RGB on white, and notes on what was ignored.
 
   Args:
     data: the encoded picture.
-    size: pixels of the shorter side that are enough; 0 for the full size.
+    size: sufficient shorter side in pixels; 0 for the full size.
     to_srgb: whether to convert colours to sRGB.
-    crop: is applied before the colours are converted.
+    crop: applied before the colours are converted.
   """
   opened = _opened(data)
   _check_size(opened)
   space, profile = _color_space(opened.mode), opened.info.get('icc_profile', b'')
   image = _plain(crop(_loaded(opened, data, size)))
   notes = []
-  # It is None where there is one that can't be unpacked.
+  # None means that there is a profile that can't be unpacked.
   if to_srgb and profile != b'':
     try:
       image = color_profiles.to_srgb(image, profile or b'', space)
@@ -173,13 +173,13 @@ def _image(
 
 @gin.configurable('decode_images')
 def configured(to_srgb: bool = True) -> Callable[[bytes, int], tuple[np.ndarray, list[str]]]:
-  """Returns `decode_and_note` as gin configures it.
+  """Returns `decode_and_note` with gin's configuration.
 
   Args:
     to_srgb: as in `decode`.
 
   Raises:
-    UserError: `to_srgb` is neither True nor False.
+    UserError: `to_srgb` isn't a boolean.
   """
   if not isinstance(to_srgb, bool):
     raise UserError(f'decode_images.to_srgb = {to_srgb!r} must be True or False')
@@ -199,7 +199,7 @@ def _opened(data: bytes) -> Image.Image:
 
 
 def _check_size(image: Image.Image) -> None:
-  """Looks at the size that the header says, before anything is decoded."""
+  """Checks the size in the header, before anything is decoded."""
   if image.width * image.height > MAX_PIXELS:
     raise UndecodablePicture('picture of too many pixels')
   if min(image.size) < 1:
@@ -215,8 +215,8 @@ def _loaded(opened: Image.Image, data: bytes, size: int) -> Image.Image:
     image = opened
   elif opened.format == 'PNG':
     image = pngs.decode(opened, data)
-  else:  # Of several JPEGs in one file the format is MPO.
-    # Of a side of a few pixels simplejpeg would keep all while it shortens the other one.
+  else:  # A file with several JPEGs has the format MPO.
+    # If a side has few pixels, simplejpeg would keep it and shrink only the other one.
     least = 2 * size if size and min(opened.size) > 2 * size else 0
     image = jpegs.decode(data, 'CMYK' if opened.mode == 'CMYK' else 'RGB', least)
   turn = _ORIENTATIONS.get(_orientation(opened))
@@ -224,7 +224,7 @@ def _loaded(opened: Image.Image, data: bytes, size: int) -> Image.Image:
 
 
 def _orientation(image: Image.Image):
-  """Returns the EXIF orientation, 1 where there is none that can be read."""
+  """Returns the EXIF orientation; 1 if it is missing or unreadable."""
   try:
     orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     return orientation if isinstance(orientation, int) else 1
@@ -233,7 +233,7 @@ def _orientation(image: Image.Image):
 
 
 def _color_space(mode: str) -> str:
-  """Returns the colour space of a picture in one of Pillow's modes, as a profile names it."""
+  """Returns the colour space of one of Pillow's modes, named as in a profile."""
   if mode == 'CMYK':
     return 'CMYK'
   return 'GRAY' if mode in ('1', 'L', 'LA', 'La') or mode.startswith('I') else 'RGB'
@@ -244,12 +244,12 @@ def _central_square(image: Image.Image) -> Image.Image:
   if image.size == (side, side):
     return image
   left, top = (image.width - side) // 2, (image.height - side) // 2
-  # `resize` has a crop of its own, but lets pixels outside of it bleed in.
+  # `resize` can crop too, but lets pixels outside of the crop bleed in.
   return image.crop((left, top, left + side, top + side))
 
 
 def _plain(image: Image.Image) -> Image.Image:
-  """Returns a picture of any mode in RGB, CMYK or, where parts may be transparent, RGBA."""
+  """Converts a picture of any mode to RGB, CMYK or, if it may be transparent, RGBA."""
   if image.mode in ('RGB', 'RGBA', 'CMYK') and 'transparency' not in image.info:
     return image
   if image.mode.startswith('I'):
@@ -259,7 +259,7 @@ def _plain(image: Image.Image) -> Image.Image:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-  """Returns a picture in RGB, its transparent parts white."""
+  """Returns a picture in RGB with transparent areas white."""
   if image.mode == 'RGBA':
     white = Image.new('RGBA', image.size, 'white')
     image = Image.alpha_composite(white, image)

@@ -1,7 +1,7 @@
-"""A split cut into parts that can be read one by one.
+"""Cuts a split into parts that can be read independently.
 
-The cut depends on the source alone: a part is one of its files or, of what has an index, a range of
-so many examples.
+The cut depends only on the source: a part is one of its files or, in a source with an index, a
+range of examples of fixed length.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class InputParts:
   """The parts of an opened split.
 
   Args:
-    opened: of `Source.open`.
-    size: examples of a range.
+    opened: an opened split, from `Source.open`.
+    size: examples per range.
   """
 
   def __init__(
@@ -37,23 +37,23 @@ class InputParts:
     return -(-len(self._opened) // self._size)
 
   def open(self, index: int) -> base.Records | base.Shards:
-    """Opens a part, as a split of its own."""
+    """Opens a part, as if it were a split."""
     if isinstance(self._opened, base.Shards):
       return _OneFile(self._opened, self._opened.files[index])
     start = index * self._size
     return _Range(self._opened, range(start, min(start + self._size, len(self._opened))))
 
   def examples(self, indices: Sequence[int]) -> int | None:
-    """How many examples some parts have; None for files, which have to be read to be counted."""
+    """Returns the number of examples in some parts; None for files, which have no count."""
     if isinstance(self._opened, base.Shards):
       return None
     return sum(len(self.open(index)) for index in indices)
 
   def description(self) -> dict[str, Any]:
-    """By which two processes see whether they read the same, JSON.
+    """Returns JSON that lets two processes check that they read the same data.
 
-    Files are told apart by their sizes and by their names below the folder that they have in common,
-    so that hosts may have the folder at different places.
+    Files are identified by their sizes and by their names below their common folder, so that hosts
+    may mount the folder at different paths.
     """
     if not isinstance(self._opened, base.Shards):
       return {
@@ -73,7 +73,7 @@ class InputParts:
 
 
 class _OneFile(base.Shards):
-  """One of the files of a split."""
+  """One file of a split."""
 
   def __init__(self, shards: base.Shards, file: str):
     self.files, self._shards = [file], shards
@@ -83,7 +83,7 @@ class _OneFile(base.Shards):
 
 
 class _Range(base.Records):
-  """Successive records of a split."""
+  """A range of records of a split."""
 
   def __init__(self, records: base.Records, indices: range):
     self._records, self._indices = records, indices

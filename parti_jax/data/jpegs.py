@@ -1,9 +1,9 @@
-"""Decodes JPEGs: what is damaged is refused, what is only unusual is read.
+"""Decodes JPEGs: rejects damaged files, but accepts merely unusual ones.
 
-Pillow ignores libjpeg's warnings, so it fills what is missing or unreadable with grey. simplejpeg
-raises the first warning of a file. Some warnings concern files whose pixels are all there: padding
-before a marker, or a header field that decoders ignore. Such a fault is taken out of the bytes and
-the file is decoded again, so that no later warning is missed.
+Pillow ignores libjpeg's warnings and fills missing or unreadable areas with grey. simplejpeg raises
+the first warning of a file. Some warnings concern files whose pixels are complete: padding before a
+marker, or a header field that decoders ignore. Such a fault is removed from the bytes and the file
+is decoded again, so that no later warning is missed.
 """
 
 import contextlib
@@ -21,18 +21,18 @@ from PIL import ImageChops
 
 from parti_jax.data.undecodable import UndecodablePicture
 
-# Each scan of a progressive JPEG goes over all pixels; encoders write about ten.
+# Each scan of a progressive JPEG covers all pixels; encoders write about ten.
 _MAX_SCANS = 100
-# How often one file is decoded, each time with another fault taken out: the pixels of all these
-# together, and the bounds of their number.
+# Limits on decoding one file repeatedly, each time with another fault removed: total pixels, and
+# bounds on the number of decodings.
 _DECODED_PIXELS, _LEAST_DECODINGS, _MOST_DECODINGS = 2**29, 8, 100
-# Markers of a file that is looked into: those that are kept, and all with those within scans, of
-# which there is at most one for each block of pixels.
+# Limits on the markers of a file: those that are recorded, and restarts within scans, of which
+# there is at most one per block of pixels.
 _MAX_MARKERS, _MAX_RESTARTS = 2**16, 2**20
-# Places that may hold the padding of one warning.
+# Candidate positions for the padding of one warning.
 _MOST_GUESSES = 8
-# Zeros at the end of a scan are data, padding or a hole. A hole is seldom short, and in a JPEG that
-# is not progressive seldom decodes to all that is missing with so few of its zeros.
+# Zeros at the end of a scan are data, padding or a hole. A hole is rarely short, and in a JPEG that
+# isn't progressive, so few of its zeros rarely decode to all missing pixels.
 _SHORT, _KEPT = 64, 11
 
 _MARKER = re.compile(rb'\xff[^\x00\xff]')
@@ -51,12 +51,12 @@ class _Marker:
 
   Attributes:
     kind: its second byte.
-    start: where it begins, fill bytes included.
-    content: where its content begins, behind the content's length.
-    end: where its content ends.
-    zeros: how many zeros lie directly before it, at the end of coded pixels or as all that lies
-      between it and the marker before.
-    in_scan: whether the coded pixels of a scan lie before it.
+    start: offset of the marker, including fill bytes.
+    content: offset of its content, after the content's length.
+    end: offset of the end of its content.
+    zeros: number of zeros directly before it, if they end coded pixels or fill the whole gap to
+      the previous marker.
+    in_scan: whether coded pixels of a scan precede it.
   """
 
   kind: int
@@ -71,18 +71,18 @@ def decode(data: bytes, mode: str, least: int) -> Image.Image:
   """Decodes a JPEG, at a fraction of its size if that is enough, which is several times faster.
 
   Args:
-    data: the file. What follows the end of its first picture is ignored.
-    mode: 'CMYK' or 'RGB', also for shades of grey.
-    least: height and width in pixels that are enough; 0 for all of the picture.
+    data: the file. Data after the end of its first picture is ignored.
+    mode: 'CMYK' or 'RGB', also for grey pictures.
+    least: sufficient height and width in pixels; 0 for the full size.
 
   Returns:
     The picture; in CMYK 255 is full ink.
 
   Raises:
-    UndecodablePicture: it has too many scans.
-    ValueError: it is damaged.
+    UndecodablePicture: the file has too many scans.
+    ValueError: the file is damaged.
   """
-  # This also counts what only looks like a scan, in a thumbnail or behind the end.
+  # This also counts bytes that only look like a scan, in a thumbnail or after the end.
   if data.count(b'\xff\xda') > _MAX_SCANS:
     markers = _markers(data)
     if sum(marker.kind == _SOS for marker in markers) > _MAX_SCANS:
@@ -93,30 +93,30 @@ def decode(data: bytes, mode: str, least: int) -> Image.Image:
     pixels = simplejpeg.decode_jpeg(data, **arguments)
   except ValueError as error:
     if 'Could not determine subsampling' in str(error):
-      return _of_unusual_sampling(data, least)
+      return _decode_unusual_sampling(data, least)
     pixels = _repaired_pixels(data, str(error), arguments)
   if mode == 'CMYK':
-    # Adobe's programs, from which nearly all of these come, write the inks inverted.
+    # Adobe's programs, which write nearly all of these, invert the inks.
     pixels = 255 - pixels
   return Image.frombytes(mode, pixels.shape[1::-1], np.ascontiguousarray(pixels))
 
 
 def _repaired_pixels(data: bytes, warning: str, arguments: Mapping) -> np.ndarray:
-  """Decodes with simplejpeg, without faults that do not touch the pixels.
+  """Decodes with simplejpeg after removing faults that don't affect the pixels.
 
   Args:
     data: the file.
-    warning: simplejpeg's for this file.
-    arguments: of `simplejpeg.decode_jpeg`.
+    warning: simplejpeg's warning for this file.
+    arguments: arguments of `simplejpeg.decode_jpeg`.
 
   Raises:
-    ValueError: there are other faults, or too many.
+    ValueError: the file has other faults, or too many.
   """
   markers = _markers(data)
   frame = next(marker for marker in markers if marker.kind in _FRAMES)
   height, width = struct.unpack_from('>HH', data, frame.content + 1)
   most = min(max(_DECODED_PIXELS // max(1, height * width), _LEAST_DECODINGS), _MOST_DECODINGS)
-  # Start of a marker -> zeros that are left out before it; what to try, the best guess last.
+  # Start of a marker -> zeros to remove before it; candidates to try, the best last.
   cuts, waiting = {}, []
   for _ in range(most):
     if found := _EXTRANEOUS.match(warning):
@@ -131,7 +131,7 @@ def _repaired_pixels(data: bytes, warning: str, arguments: Mapping) -> np.ndarra
       return simplejpeg.decode_jpeg(_cut(data, cuts), **arguments)
     except ValueError as error:
       warning = str(error)
-  # libjpeg sometimes names a place later than that of the padding.
+  # libjpeg sometimes reports a position after that of the padding.
   for kept in range(4 if cuts else 0):
     cuts = {marker.start: max(0, marker.zeros - kept * marker.in_scan) for marker in markers}
     with contextlib.suppress(ValueError):
@@ -139,10 +139,10 @@ def _repaired_pixels(data: bytes, warning: str, arguments: Mapping) -> np.ndarra
   raise ValueError(warning)
 
 
-def _of_unusual_sampling(data: bytes, least: int) -> Image.Image:
-  """Decodes with Pillow what simplejpeg does not know, such as colours finer than brightness.
+def _decode_unusual_sampling(data: bytes, least: int) -> Image.Image:
+  """Decodes with Pillow what simplejpeg doesn't support, such as chroma finer than luma.
 
-  Bytes added to each scan change the picture if the scan was too short.
+  To detect scans that are too short, it appends bytes to each scan, which then change the picture.
   """
   pieces, position = [], 0
   for marker in _markers(data):
@@ -150,14 +150,14 @@ def _of_unusual_sampling(data: bytes, least: int) -> Image.Image:
       pieces += [data[position : marker.start], b'\x5a\xa5' * 32]
       position = marker.start
   image, other = (
-    _pillows(variant, least) for variant in (data, b''.join([*pieces, data[position:]]))
+    _decode_with_pillow(variant, least) for variant in (data, b''.join([*pieces, data[position:]]))
   )
   if ImageChops.difference(image, other).getbbox() is not None:
     raise ValueError('a scan breaks off')
   return image
 
 
-def _pillows(data: bytes, least: int) -> Image.Image:
+def _decode_with_pillow(data: bytes, least: int) -> Image.Image:
   with Image.open(io.BytesIO(data), formats=('JPEG', 'MPO')) as image:
     if least:
       image.draft(None, (least, least))
@@ -167,16 +167,16 @@ def _pillows(data: bytes, least: int) -> Image.Image:
 def _with_usual_headers(
   data: bytes, markers: Sequence[_Marker], frame: _Marker, warning: str
 ) -> bytes:
-  """Returns the file with what decoders assume in place of the header field of a warning."""
+  """Returns the file with the header field that a warning names set to its default."""
   repaired = bytearray(data)
   for marker in markers:
     content = data[marker.content : marker.end]
     if warning.startswith('Invalid SOS parameters') and marker.kind == _SOS:
-      # The spectrum's start and end and the bits, which a sequential JPEG does not choose.
+      # The spectrum's start and end and the bits, which are fixed in a sequential JPEG.
       if frame.kind in _SEQUENTIAL:
         repaired[marker.end - 3 : marker.end] = b'\x00\x3f\x00'
     elif warning.startswith('Unknown Adobe color transform code') and marker.kind == _ADOBE:
-      # It is taken for YCbCr, or of four components for YCCK.
+      # Decoders assume YCbCr, or YCCK for four components.
       if content.startswith(b'Adobe') and len(content) >= 12:
         repaired[marker.content + 11] = 2 if data[frame.content + 5] == 4 else 1
     elif warning.startswith('Warning: unknown JFIF revision') and marker.kind == _JFIF:
@@ -188,26 +188,26 @@ def _with_usual_headers(
 def _guesses(
   markers: Sequence[_Marker], cuts: Mapping[int, int], count: int, kind: int
 ) -> list[Mapping[int, int]]:
-  """Guesses where the padding of a warning lies.
+  """Guesses the position of the padding that a warning reports.
 
   Args:
-    markers: of the file.
-    cuts: what was left out when the warning came, and still is.
-    count: the bytes of padding that libjpeg has found in one place.
-    kind: the marker before which they lie, or one that follows it.
+    markers: the file's markers.
+    cuts: zeros already removed when the warning was raised.
+    count: the bytes of padding that libjpeg has found at one position.
+    kind: kind of the marker after the padding, or of one that follows it.
 
   Returns:
-    What to leave out, the best guess first. The zeros between segments are padding. If they are
-    left out already, `count` zeros fewer before some of the markers in scans or at their ends.
+    What to remove, the best guess first. Zeros between segments are padding. If they are already
+    removed, each guess removes `count` more zeros before some markers within or after scans.
   """
   sequential = any(marker.kind in _SEQUENTIAL for marker in markers)
-  surely = {
+  certain = {
     marker.start: marker.zeros
     for marker in markers
     if marker.zeros and (not marker.in_scan or marker.zeros > _SHORT and not sequential)
   }
-  if surely.items() - cuts.items():
-    return [{**cuts, **surely}]
+  if certain.items() - cuts.items():
+    return [{**cuts, **certain}]
   zeros = {marker: marker.zeros - cuts.get(marker.start, 0) for marker in markers}
   padded = [
     marker
@@ -223,21 +223,21 @@ def _guesses(
 
 
 def _cut(data: bytes, cuts: Mapping[int, int]) -> bytes:
-  """Returns data without so many bytes before some places."""
+  """Returns data without the given numbers of bytes before some positions."""
   pieces, position = [], 0
-  for place in sorted(cuts):
-    pieces.append(data[position : place - cuts[place]])
-    position = place
+  for end in sorted(cuts):
+    pieces.append(data[position : end - cuts[end]])
+    position = end
   return b''.join([*pieces, data[position:]])
 
 
 def _markers(data: bytes) -> list[_Marker]:
-  """Returns the markers of a file, in order, up to its end of picture.
+  """Returns the markers of a file in order, up to the end of the picture.
 
-  Those within scans are left out where no zeros lie before them.
+  Omits restart markers within scans that have no zeros before them.
 
   Raises:
-    ValueError: there are too many.
+    ValueError: the file has too many markers.
   """
   found, position, in_scan, restarts = [], 2, False, 0
   while marker := _MARKER.search(data, position):
@@ -265,5 +265,5 @@ def _markers(data: bytes) -> list[_Marker]:
 
 
 def _is_short(markers: list[_Marker]) -> bool:
-  """Whether zeros behind the last marker may be the rest of Adobe's, which names the colours."""
+  """Returns whether zeros after the last marker may be the end of Adobe's colour segment."""
   return bool(markers) and markers[-1].kind == _ADOBE and markers[-1].end - markers[-1].content < 12

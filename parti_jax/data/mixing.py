@@ -1,4 +1,4 @@
-"""How the sources of a mixture follow one another: their weights, and whose turn it is."""
+"""Interleaves the sources of a mixture according to their weights."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ TOKEN_CACHE = 'token_cache'
 
 
 def is_token_cache(name: str) -> bool:
-  """Whether a name means a token cache: 'token_cache', or the same with an ending."""
+  """Returns whether a name means a token cache: 'token_cache', optionally with a suffix."""
   return re.fullmatch(rf'{TOKEN_CACHE}(_\w+)?', name) is not None
 
 
 @gin.configurable('mixture')
 def weights(sources: Mapping[str, float] | None = None) -> dict[str, fractions.Fraction]:
-  """The sources of a mixture and their weights.
+  """Returns the sources of a mixture and their normalized weights.
 
   Args:
-    sources: {name of a source or 'token_cache', perhaps with an ending: weight}; only ratios count.
+    sources: {name of a source or 'token_cache', optionally with a suffix: weight}; only ratios
+      matter.
 
   Returns:
-    {name: share of the examples} in the order of the names; the shares sum to 1.
+    {name: share of the examples}, sorted by name; the shares sum to 1.
 
   Raises:
-    UserError: there are none, one is unknown, or a weight is not above 0.
+    UserError: there are no sources, one is unknown, or a weight isn't positive.
   """
   if not isinstance(sources, Mapping) or not sources:
     raise UserError(
@@ -47,35 +48,35 @@ def weights(sources: Mapping[str, float] | None = None) -> dict[str, fractions.F
     )
     if not known:
       raise UserError(
-        f'mixture.sources: there is no source {name!r}; there are '
-        f'{", ".join(sources_lib.NAMES)} and {TOKEN_CACHE}, each perhaps with an ending '
-        'of letters, digits and _: folder_b'
+        f'mixture.sources: unknown source {name!r}; choose from '
+        f'{", ".join(sources_lib.NAMES)} and {TOKEN_CACHE}, optionally with a suffix '
+        'of letters, digits and _, such as folder_b'
       )
     if type(weight) not in (int, float) or not 0 < weight < float('inf'):
-      raise UserError(f'mixture.sources: the weight {weight!r} of {name} must be a number above 0')
-  # The decimal numbers that were written, so that 0.7 and 0.3 are 7 of 10 and 3 of 10.
+      raise UserError(f'mixture.sources: the weight {weight!r} of {name} must be a positive number')
+  # Exact decimals as written, so that 0.7 and 0.3 are 7/10 and 3/10.
   exact = {name: fractions.Fraction(repr(weight)) for name, weight in sorted(sources.items())}
   total = sum(exact.values())
   return {name: weight / total for name, weight in exact.items()}
 
 
 class Turns:
-  """Whose turn it is, so that each source has its share of the examples over any stretch.
+  """Schedules sources so that each has its share of the examples over any stretch.
 
-  After n examples, each of k sources with the share w has given between w·n - d and w·n + d of
-  them, where d = 1 - 1 / (2k - 2), or 0 for a single one. No order has a smaller bound for all
-  shares. So of any n successive examples it gives w·n to within 2d, which is less than two.
+  After n examples, each of k sources with share w has supplied between w·n - d and w·n + d of
+  them, where d = 1 - 1 / (2k - 2), or 0 for a single source. No order has a smaller bound for all
+  shares. So of any n successive examples it supplies w·n to within 2d, which is less than two.
 
-  It is the rule of R. Tijdeman, "The chairman assignment problem" (Discrete Mathematics, 1980): of
-  the sources that are behind by at least 1 - d, the one comes next that would first be behind by
+  This is the rule of R. Tijdeman, "The chairman assignment problem" (Discrete Mathematics, 1980):
+  among the sources that are behind by at least 1 - d, choose the one that would first be behind by
   more than d.
 
   Args:
-    shares: of the sources; they sum to 1.
-    taken: examples of each so far; None for none.
+    shares: shares of the sources; they sum to 1.
+    taken: examples of each source so far; None for none.
 
   Attributes:
-    taken: the same, up to now.
+    taken: examples of each source so far.
   """
 
   def __init__(self, shares: Sequence[fractions.Fraction], taken: Sequence[int] | None = None):
@@ -87,7 +88,7 @@ class Turns:
     self._bounds = [self._bound(source) for source in range(len(shares))]
 
   def copy(self) -> Turns:
-    """Returns the same, which goes on by itself."""
+    """Returns an independent copy."""
     other = object.__new__(Turns)
     other.__dict__.update(self.__dict__, taken=list(self.taken), _bounds=list(self._bounds))
     return other
@@ -105,7 +106,7 @@ class Turns:
     return source
 
   def _bound(self, source: int) -> tuple[int, int]:
-    """The first and the last turn that the source's next example may have."""
+    """Returns the first and the last turn allowed for the source's next example."""
     slack, part, taken = self._slack, self._parts[source], self.taken[source]
     if not slack:
       return 0, 0

@@ -1,13 +1,12 @@
-"""Mixtures of sources, which gin configures: as the paper mixes its sets of pictures.
+"""Mixtures of sources, configured in gin; the paper mixes its data sets in the same way.
 
   train.task = 'mixture_pairs'
   mixture.sources = {'webdataset_a': 0.7, 'folder_b': 0.3}
   webdataset_a/webdataset.path = 'gs://bucket/a'
   folder_b/folder.path = 'b'
 
-'mixture_texts', 'mixture_images' and 'mixture_pairs' are mixtures of tasks of that kind, each with
-a source of its own in gin's scope of its name. 'mixture_tokens' mixes token caches of one
-tokenizer:
+'mixture_texts', 'mixture_images' and 'mixture_pairs' mix tasks of that kind. Each source is
+configured in the gin scope of its name. 'mixture_tokens' mixes token caches of one tokenizer:
 
   mixture.sources = {'token_cache_a': 0.7, 'token_cache_b': 0.3}
   token_cache_a/token_cache.path = 'tokens_a'
@@ -38,7 +37,7 @@ NAMES = tuple(f'{_PREFIX}{kind}' for kind in (*datasets.ALIASES, _TOKENS))
 
 
 def is_one(task: str) -> bool:
-  """Whether a task is a mixture."""
+  """Returns whether a task is a mixture."""
   return task in NAMES
 
 
@@ -49,10 +48,10 @@ def feature_names(task: str) -> tuple[str, ...]:
 
 
 def tasks(task: str) -> dict[str, fractions.Fraction]:
-  """The tasks of a mixture and their shares of the examples.
+  """Returns the tasks of a mixture and their shares of the examples.
 
   Raises:
-    UserError: `mixture.sources` is not set, or a source is of another kind than the mixture.
+    UserError: `mixture.sources` isn't set, or a source doesn't fit the kind of mixture.
   """
   kind, found = task.removeprefix(_PREFIX), mixing.weights()
   for name in found:
@@ -65,18 +64,18 @@ def tasks(task: str) -> dict[str, fractions.Fraction]:
 
 
 def source_of(task: str) -> str:
-  """The source in the name of a part of a mixture: 'folder_b' of 'folder_b_pairs'."""
+  """Returns the source in the task name of a mixture's part: 'folder_b' of 'folder_b_pairs'."""
   return task.rpartition('_')[0]
 
 
 def part_seed(seed: int, task: str) -> int:
-  """The seed of a part, so that two sources are not shuffled alike."""
+  """Returns the seed of a part, so that two sources are shuffled differently."""
   return order_lib.mixed(seed, task)
 
 
 @contextlib.contextmanager
 def naming(task: str) -> Iterator[None]:
-  """Names the part of a mixture in the errors of what is done within."""
+  """Adds the name of a mixture's part to the UserErrors of its body."""
   try:
     yield
   except UserError as error:
@@ -84,7 +83,7 @@ def naming(task: str) -> Iterator[None]:
 
 
 def vocabulary_sizes(task: str, image_size: int = 64) -> dict[str, int]:
-  """Feature -> how many ids it has, of a task of `datasets`, a mixture or a task of seqio."""
+  """Returns {feature: number of ids} of a task of `datasets`, a mixture or a seqio task."""
   if datasets.is_ours(task) or is_one(task):
     return get(task, image_size)[0].sizes
   from parti_jax.data import tasks as seqio_tasks
@@ -94,10 +93,10 @@ def vocabulary_sizes(task: str, image_size: int = 64) -> dict[str, int]:
 
 
 def get(task: str, image_size: int = 64) -> list[datasets.Dataset]:
-  """The data of a task, or of all tasks of a mixture.
+  """Returns the data of a task, or of all tasks of a mixture.
 
   Raises:
-    UserError: there is none, or a mixture's tokens are of several tokenizers.
+    UserError: there is no data, or a mixture's tokens come from several tokenizers.
   """
   if not is_one(task):
     return [datasets.get(task, image_size)]
@@ -111,7 +110,7 @@ def get(task: str, image_size: int = 64) -> list[datasets.Dataset]:
 
 
 def _check_same(first: datasets.Dataset, other: datasets.Dataset) -> None:
-  """Raises UserError if ids of the one do not mean the same as those of the other."""
+  """Raises UserError if the ids of two data sets have different meanings."""
   different = fingerprints.mismatches(
     first.fingerprints,
     other.fingerprints,
@@ -138,17 +137,17 @@ def opened(
   """Opens a share of a task or of a mixture.
 
   Args:
-    task: its name.
-    split: the split; of a mixture, that of every source.
-    lengths: of the features.
-    reading: how it is read, without what is done to an example.
+    task: name of the task or mixture.
+    split: the split; for a mixture, the split of each source.
+    lengths: lengths of the features.
+    reading: how to read the share, without the preparation of examples.
     training: whether texts are dropped.
 
   Returns:
     A `share_lib.ShareExamples`, or a `Mixed` of several.
 
   Raises:
-    UserError: it can't be read, or a source of a mixture has no such split.
+    UserError: it can't be read, or a source of a mixture doesn't have the split.
   """
   found = get(task, lengths.get('images', 64))
   if not is_one(task):
@@ -176,17 +175,17 @@ def opened(
 
 
 def check_state(task: str, state: Mapping[str, Any]) -> None:
-  """Compares the sources of a run with those of a checkpoint's place in the data.
+  """Checks that a checkpoint's data position belongs to the sources of this run.
 
   Raises:
-    UserError: they differ.
+    UserError: the sources differ.
   """
   before, now = list(state.get('parts', ())), list(tasks(task)) if is_one(task) else []
   if before != now:
     raise UserError(
-      f'the checkpoint has its place in the data of {_mixture_of(before) or "no mixture"}, and '
-      f'this run reads {_mixture_of(now) or task}; set back train.task and mixture.sources, or '
-      'set train.restart_data=True to go on with a new pass over the data'
+      f'the checkpoint has a data position in {_mixture_of(before) or "no mixture"}, but '
+      f'this run reads {_mixture_of(now) or task}; restore train.task and mixture.sources, or '
+      'set train.restart_data=True to continue with a new pass over the data'
     )
 
 
@@ -195,16 +194,16 @@ def _mixture_of(names: list[str]) -> str:
 
 
 class Mixed:
-  """Examples of several shares, which take turns by their weights; see `mixing.Turns`.
+  """Interleaves the examples of several shares by their weights, with `mixing.Turns`.
 
-  A finite reading goes on with the other parts after the end of one, so that it has every example.
+  When a part of a finite reading ends, the others continue, so all examples are read.
 
   Args:
     shares: {name of a task: share of the examples}.
     parts: the examples of each.
 
   Attributes:
-    fingerprints: what all parts agree on.
+    fingerprints: the fingerprints that all parts share.
   """
 
   def __init__(self, shares: Mapping[str, fractions.Fraction], parts):
@@ -214,18 +213,18 @@ class Mixed:
     self._begin(list(shares))
 
   def _begin(self, names: list[str], taken: list[int] | None = None) -> None:
-    """Lets these parts take turns from now on."""
+    """Schedules these parts from now on."""
     total = sum(self._shares[name] for name in names)
     self._names = names
     self._turns = mixing.Turns([self._shares[name] / total for name in names], taken)
 
   @property
   def place(self) -> tuple[int, int]:
-    """0, since a mixture has no epochs, and the examples taken before the next."""
+    """0, since a mixture has no epochs, and the number of examples taken so far."""
     return 0, sum(self._seen.values())
 
   def places(self, count: int) -> list[tuple]:
-    """(epoch, read, count, task) of the next examples of each part."""
+    """Returns (epoch, read, count, task) for the next examples of each part."""
     turns = self._turns.copy()
     for _ in range(count if self._names else 0):
       turns.next()
@@ -236,11 +235,11 @@ class Mixed:
     ]
 
   def seek(self, epoch: int, read: int) -> None:
-    """A mixture has no place of its own."""
-    raise UserError('a place in a mixture ends in @TASK, the task of one of its sources')
+    """Raises UserError: a mixture doesn't have a single position."""
+    raise UserError('a position in a mixture ends in @TASK, the task of one of its sources')
 
   def counts(self, name: str) -> dict[str, int]:
-    """'SOURCE: reason' -> count; of 'skipped' or 'shortened'."""
+    """Returns {'SOURCE: reason': count} for 'skipped' or 'shortened'."""
     return {
       f'{source_of(task)}: {reason}': count
       for task, part in self._parts.items()
@@ -248,7 +247,7 @@ class Mixed:
     }
 
   def state(self) -> dict[str, Any]:
-    """Where the next example of each part is, what was seen of it, and whose turn it is."""
+    """Returns each part's position and counts, and the state of the schedule."""
     return {
       'weights': {name: str(share) for name, share in self._shares.items()},
       'taken': dict(zip(self._names, self._turns.taken)),
@@ -258,9 +257,9 @@ class Mixed:
     }
 
   def restore(self, state: Mapping[str, Any]) -> None:
-    """Goes on where `state` was taken; see `check_state`.
+    """Continues where `state` was taken; call `check_state` first.
 
-    With other weights than it was taken with, these hold from here on.
+    If the weights differ from those of the state, the new ones apply from here on.
     """
     for name, part in self._parts.items():
       part.restore(state['parts'][name])
@@ -268,7 +267,7 @@ class Mixed:
     shown = {name: str(share) for name, share in self._shares.items()}
     if state['weights'] != shown:
       logging.warning(
-        'mixture.sources: the weights were %s, and from here on are %s',
+        'mixture.sources: the weights were %s; from here on they are %s',
         *(
           ', '.join(
             f'{source_of(name)} {float(fractions.Fraction(share)):.4g}'
@@ -282,12 +281,12 @@ class Mixed:
       self._begin(list(state['taken']), list(state['taken'].values()))
 
   def close(self) -> None:
-    """Ends reading ahead."""
+    """Stops prefetching."""
     for part in self._parts.values():
       part.close()
 
   def take(self, count: int) -> dict[str, np.ndarray]:
-    """The next examples, stacked; fewer after the last epoch of all parts, and {} without any."""
+    """Returns the next examples, stacked; fewer when all parts have ended, {} at the end."""
     found = []
     while self._names and len(found) < count:
       name = self._names[self._turns.next()]

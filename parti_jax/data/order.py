@@ -1,4 +1,4 @@
-"""In which order the examples of a split are read, by index arithmetic."""
+"""Computes the order in which the examples of a split are read, by index arithmetic."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import numpy as np
 from parti_jax.core.errors import UserError
 from parti_jax.data.quiet_grain import grain
 
-# grain shuffles numbers of 32 bits.
+# grain shuffles 32-bit numbers.
 _MOST = 2**32
 _ROUNDS = 4
 
@@ -15,18 +15,18 @@ _ROUNDS = 4
 class Order:
   """The indices of a share of some records, epoch after epoch.
 
-  Each epoch is a permutation of all records, by the seed and the epoch; share v of V takes every
-  V-th of it, from the v-th on. Any place in it is found at once.
+  Each epoch is a permutation of all records, given by the seed and the epoch. Share v of V takes
+  each V-th record of it, starting with the v-th. Seeking to any position takes constant time.
 
   Args:
-    count: records of the split.
-    seed: decides the permutations.
-    shuffle: whether to permute; else the records' own order is kept.
-    share: which share.
-    shares: how many there are.
+    count: number of records in the split.
+    seed: determines the permutations.
+    shuffle: whether to permute; otherwise the original order is kept.
+    share: index of the share.
+    shares: number of shares.
 
   Raises:
-    UserError: there are more records than can be shuffled.
+    UserError: there are too many records to shuffle.
   """
 
   def __init__(self, count: int, seed: int, shuffle: bool = True, share: int = 0, shares: int = 1):
@@ -36,31 +36,31 @@ class Order:
     self._seed = mixed(seed, 'order')
 
   def __len__(self) -> int:
-    """The share's examples in an epoch."""
+    """The number of the share's examples in an epoch."""
     return len(range(self._share, self._count, self._shares))
 
   def index(self, position: int) -> int:
-    """The index of a record.
+    """Returns the index of a record.
 
     Args:
-      position: how many records of the share come before it, in all epochs.
+      position: number of the share's records before it, counted over all epochs.
     """
     epoch, number = divmod(position, len(self))
-    place = self._share + number * self._shares
+    record = self._share + number * self._shares
     if not self._shuffle or self._count == 1:
-      return place
+      return record
     return grain.experimental.index_shuffle(
-      place, max_index=self._count - 1, seed=(self._seed + epoch) % 2**32, rounds=_ROUNDS
+      record, max_index=self._count - 1, seed=(self._seed + epoch) % 2**32, rounds=_ROUNDS
     )
 
 
 def mixed(seed: int, what: str, *numbers: int) -> int:
-  """A seed of 32 bits that neighbouring seeds, and other uses of the same seed, don't give.
+  """Returns a 32-bit seed that differs for neighbouring seeds and for other uses of a seed.
 
   Args:
-    seed: of the run.
+    seed: seed of the run.
     what: names the use.
-    *numbers: tell its instances apart.
+    *numbers: distinguish several seeds of the same use.
   """
   words = [seed, int.from_bytes(what.encode()), *numbers]
   return int(np.random.SeedSequence(words).generate_state(1)[0])

@@ -1,4 +1,4 @@
-"""Decodes PNGs of which no part is missing or changed, which Pillow does not always notice."""
+"""Decodes PNGs and rejects incomplete or damaged ones, which Pillow doesn't always notice."""
 
 import contextlib
 import io
@@ -13,21 +13,21 @@ from parti_jax.data.undecodable import UndecodablePicture
 
 _GREY, _COLOR = 0, 2
 _SIGNATURE = b'\x89PNG\r\n\x1a\n'
-# Chunks that say how the pixels look; and the colour profile, which may be damaged.
+# Chunks that determine how the pixels look; and the colour profile, which may be damaged.
 _NEEDED = (b'IHDR', b'PLTE', b'tRNS', b'eXIf', b'IDAT', b'IEND')
 _PROFILE = b'iCCP'
 
 
 def open_leniently(data: bytes) -> Image.Image | None:
-  """Opens a PNG that Pillow can't open, without its metadata; None if that does not help.
+  """Opens a PNG that Pillow can't open, without its metadata; returns None if that fails too.
 
-  Where it has a damaged colour profile, that is None in the picture's `info`.
+  A damaged colour profile becomes None in the picture's `info`.
   """
   if not data.startswith(_SIGNATURE):
     return None
   for kinds in ((*_NEEDED, _PROFILE), _NEEDED):
     pieces = [data[start - 8 : end + 4] for kind, start, end in _chunks(data) if kind in kinds]
-    with contextlib.suppress(Exception):  # Damaged files make Pillow raise nearly anything.
+    with contextlib.suppress(Exception):  # Damaged files make Pillow raise almost any error.
       image = Image.open(io.BytesIO(_SIGNATURE + b''.join(pieces)), formats=('PNG',))
       if _PROFILE not in kinds:
         image.info['icc_profile'] = None
@@ -43,16 +43,16 @@ def decode(image: ImageFile.ImageFile, data: bytes) -> Image.Image:
     data: the file.
 
   Returns:
-    The picture in any of Pillow's modes. A colour that the file declares transparent is so in its
-    alpha channel; only transparency in a palette stays in `info`.
+    The picture in any of Pillow's modes. A colour that the file declares transparent is applied to
+    the alpha channel; only transparency in a palette stays in `info`.
 
   Raises:
-    UndecodablePicture: it is damaged. Pillow's decoder raises other errors.
+    UndecodablePicture: the file is damaged. Pillow's decoder raises other errors.
   """
   _check_checksums(data)
   interlaced = image.info.get('interlace')
   image.load()
-  # Rows that were not there stay black.
+  # Missing rows stay black.
   last = image.crop((0, image.height - 1, *image.size))
   if interlaced or last.getbbox(alpha_only=False) is None:
     _check_pixels(data)
@@ -62,9 +62,9 @@ def decode(image: ImageFile.ImageFile, data: bytes) -> Image.Image:
 
 
 def _with_alpha(image: Image.Image, data: bytes) -> Image.Image:
-  """Returns a grey or coloured picture in RGBA, without the pixels of its transparent colour.
+  """Returns a grey or coloured picture in RGBA, with the transparent colour applied.
 
-  Pillow compares that colour, which has the file's bits, with pixels of 8 bits.
+  Pillow compares that colour, which has the file's bit depth, with 8-bit pixels.
   """
   depth = data[24]
   transparent = np.bitwise_and(image.info['transparency'], 2**depth - 1)
@@ -84,14 +84,14 @@ def _with_alpha(image: Image.Image, data: bytes) -> Image.Image:
 
 
 def grey_of_16_bits(image: Image.Image) -> Image.Image:
-  """Returns the upper 8 bits of a picture of 16-bit greys, which Pillow would clip at 255."""
+  """Returns the upper 8 bits of a 16-bit grey picture; Pillow would clip values at 255."""
   return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
 
 
 def _lower_bytes(data: bytes) -> np.ndarray:
   """Returns the lower bytes of a PNG of 16-bit colours, uint8 [height, width, 3]."""
   image = Image.open(io.BytesIO(data), formats=('PNG',))
-  # Read with the bytes swapped, since Pillow keeps the upper ones alone.
+  # Pillow keeps only the upper bytes, so they are swapped for reading.
   image.tile = [image.tile[0]._replace(args='RGB;16L')]
   return np.asarray(image)
 
@@ -116,7 +116,7 @@ def _check_checksums(data: bytes) -> None:
 
 
 def _check_pixels(data: bytes) -> None:
-  """Compares the number of bytes of pixels with the header's size."""
+  """Checks that the pixel data is as long as the header's size requires."""
   width, height, depth, color, _, _, interlaced = struct.unpack_from('>IIBBBBB', data, 16)
   bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[color]
   # Adam7: first column and row of each pass, and the steps between its columns and rows.

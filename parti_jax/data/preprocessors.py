@@ -1,9 +1,9 @@
-"""seqio preprocessors: each calls the step of `examples` for one example.
+"""seqio preprocessors; each calls the step of `examples` for one example.
 
-They start from examples {'picture': encoded bytes, 'caption': text, 'problem': text} as
-`seqio_source` gives them. An example that can't be used is left out and counted (see `tally`).
+They start from the examples of `seqio_source`: {'picture': encoded bytes, 'caption': text,
+'problem': text}. Unusable examples are skipped and counted by `tally`.
 
-The first one numbers the examples, since what is random about an example follows from its number.
+The first preprocessor numbers the examples, because their random numbers depend on the position.
 """
 
 import numpy as np
@@ -26,15 +26,15 @@ def _with_seed(numbered, seed):
 
 
 def number(dataset: tf.data.Dataset) -> tf.data.Dataset:
-  """Adds 'number', int64 [], from 0 in the order of reading, and 'seed', int64 [2]."""
+  """Adds 'number', int64 [], counting from 0 in reading order, and 'seed', int64 [2]."""
   return _with_seed(dataset.enumerate())
 
 
 def leave_out(dataset: tf.data.Dataset) -> tf.data.Dataset:
-  """Leaves out and counts what a source could not read, and takes the feature 'problem' away.
+  """Skips and counts examples that a source could not read, and removes the feature 'problem'.
 
   Args:
-    dataset: of examples with 'problem', tf.string []: '' or as `seqio_source.described` has it.
+    dataset: examples with 'problem', tf.string []: '', or a problem from `seqio_source.described`.
 
   Returns:
     The dataset without 'problem'.
@@ -42,13 +42,13 @@ def leave_out(dataset: tf.data.Dataset) -> tf.data.Dataset:
   skipped = tally.current().skipped
 
   def count(problem: bytes):
-    reason, place = seqio_source.parts(problem)
-    skipped.add(reason, place)
+    reason, location = seqio_source.parts(problem)
+    skipped.add(reason, location)
     return False
 
   def usable(example):
     problem = example['problem']
-    # Python is asked about damaged examples alone.
+    # Calls Python only for damaged examples.
     return tf.cond(
       problem == '',
       lambda: True,
@@ -91,12 +91,12 @@ def tokenize_captions(
   Args:
     dataset: examples with 'caption'.
     sequence_length: seqio's feature lengths.
-    vocabulary: makes ids of texts.
-    keep: whether the cleaned text stays as 'inputs_pretokenized', tf.string [].
+    vocabulary: the text vocabulary.
+    keep: whether to keep the cleaned text as 'inputs_pretokenized', tf.string [].
 
   Returns:
-    The dataset without 'caption', and without the examples whose caption can't be used; see
-    `examples.caption_ids`.
+    The dataset without 'caption', and without the examples whose caption
+    `examples.caption_ids` rejects.
   """
   length = sequence_length['inputs']
   reading = tally.current()
@@ -125,14 +125,14 @@ def tokenize_captions(
 def drop_text(
   dataset: tf.data.Dataset, sequence_length, vocabulary: TextVocabulary
 ) -> tf.data.Dataset:
-  """Replaces the text of some examples by the empty text, see `examples.drop_rate`.
+  """Replaces the text of some examples by the empty text, at the rate `examples.drop_rate`.
 
-  Which ones follows from the seed of the dataset and from their numbers.
+  The choice depends on the seed of the dataset and the numbers of the examples.
 
   Args:
     dataset: examples with 'inputs', int32 [text_length], and 'number' and 'seed' of `number`.
     sequence_length: seqio's feature lengths.
-    vocabulary: tells what the empty text looks like.
+    vocabulary: encodes the empty text.
 
   Returns:
     The dataset with the same features.
@@ -166,6 +166,6 @@ def rename_tokens(dataset: tf.data.Dataset) -> tf.data.Dataset:
 
 
 def _map_and_filter(dataset: tf.data.Dataset, convert) -> tf.data.Dataset:
-  """Applies `convert`, which gives an example and whether it can be used, and keeps the usable."""
+  """Applies `convert`, which returns an example and whether it is usable, and keeps the usable."""
   converted = dataset.map(convert, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
   return converted.filter(lambda _, usable: usable).map(lambda example, _: example)

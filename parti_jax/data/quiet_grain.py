@@ -1,6 +1,6 @@
-"""grain, set so that an exception in it is the exception alone.
+"""Imports grain, configured so that its exceptions contain no extra text.
 
-Every module that reads through grain takes it from here.
+All modules that read through grain import it from here.
 """
 
 from absl import flags
@@ -16,7 +16,7 @@ except ImportError as error:
   raise UserError(optional_packages.missing_extra(error) or str(error)) from error
 
 if not flags.FLAGS.is_parsed():
-  # Worker processes ask for absl's flags, and nobody parses any here.
+  # Worker processes need absl's flags, and nothing parses them here.
   flags.FLAGS.mark_as_parsed()
-# Otherwise a paragraph on filtered tracebacks is added to every message.
+# Otherwise grain appends a paragraph on filtered tracebacks to each message.
 grain.config.update('py_traceback_filtering', 'off')

@@ -1,8 +1,8 @@
-"""TensorFlow, seqio and tensorflow-datasets, quiet and kept off the accelerator.
+"""Imports TensorFlow, seqio and tensorflow-datasets, quiet and kept off the accelerator.
 
-Every module that reads data takes them from here, so that the settings are made before
-TensorFlow starts: it would otherwise fill the terminal with notes on its build and take the GPU
-memory that JAX needs.
+All modules that read data with them import them from here, so that the settings are made before
+TensorFlow starts. Otherwise it fills the terminal with notes on its build and takes the GPU memory
+that JAX needs.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Examples of tasks and mixtures that others have registered with seqio."""
+"""Examples of third-party tasks and mixtures in seqio's registry."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from parti_jax.data.feature_converter import converter_for
 from parti_jax.data.quiet_tensorflow import seqio
 from parti_jax.data.quiet_tensorflow import tf
 
-# How TensorFlow's message for an exception in a Python function ends.
+# Marks TensorFlow's message of an exception in a Python function.
 _IN_PYTHON = '\nTraceback (most recent call last):'
 
 
 class SeqioExamples:
   """The examples of a task or mixture in seqio's registry, read by seqio.
 
-  Going on reads and prepares the examples of the epoch up to the place, since seqio has no index.
+  Seqio has no index, so restoring a position reads and prepares the epoch up to there.
 
   Args:
-    task: its name.
+    task: name of the task.
     split: the split.
-    feature_lengths: as in `Batches`; so the others.
-    seed: decides the order.
+    feature_lengths: as in `Batches`.
+    seed: determines the order.
     shuffle: whether to shuffle.
     num_epochs: epochs to read; None for no end.
-    share: which share.
-    shares: how many there are.
+    share: index of the share.
+    shares: number of shares.
 
   Attributes:
-    fingerprints: of the captions' vocabulary, if it is SentencePiece's.
+    fingerprints: fingerprint of the captions' vocabulary, if it is a SentencePiece vocabulary.
     place: the epoch of the next example, and the examples taken in it before.
 
   Raises:
-    UserError: there is no such task, its data can't be read, or the lengths don't fit it.
+    UserError: the task doesn't exist, its data can't be read, or the lengths don't fit it.
   """
 
   def __init__(
@@ -73,34 +73,34 @@ class SeqioExamples:
     return self._epoch, self._taken
 
   def places(self, count: int) -> list[tuple]:
-    """(epoch, taken, count) of the next examples."""
+    """Returns [(epoch, taken, count)] for the next examples."""
     return [(*self.place, count)]
 
   def seek(self, epoch: int, read: int) -> None:
-    """Goes to the example before which so many were taken in an epoch."""
+    """Moves to the example with `read` examples before it in an epoch."""
     self.restore({'epoch': epoch, 'taken': read})
 
   def counts(self, name: str) -> dict[str, int]:
-    """Nothing: what such a task leaves out, it does not tell."""
+    """Returns {}: such tasks don't report what they skip."""
     del name
     return {}
 
   def state(self) -> dict[str, Any]:
-    """Where the next example is."""
+    """Returns the position of the next example."""
     return {'epoch': self._epoch, 'taken': self._taken, 'skipped': {}, 'shortened': {}}
 
   def restore(self, state: Mapping[str, Any]) -> None:
-    """Goes on where `state` was taken."""
+    """Continues where `state` was taken."""
     self._stream.close()
     self._epoch, self._taken = state['epoch'], state['taken']
     self._stream = self._open_epoch()
 
   def close(self) -> None:
-    """Ends reading ahead."""
+    """Stops prefetching."""
     self._stream.close()
 
   def take(self, count: int) -> dict[str, np.ndarray]:
-    """The next examples, stacked; fewer after the last epoch, and {} without any."""
+    """Returns the next examples, stacked; fewer after the last epoch, {} at the end."""
     found = []
     while len(found) < count and (self._num_epochs is None or self._epoch < self._num_epochs):
       try:
@@ -109,7 +109,7 @@ class SeqioExamples:
       except StopIteration:
         self._end_epoch()
       except tf.errors.OpError as error:
-        problem = _of_the_data(error)
+        problem = _data_problem(error)
         if problem is None:
           raise
         raise UserError(f'{self._task.name}, {self._split}: reading failed: {problem}') from error
@@ -118,7 +118,7 @@ class SeqioExamples:
     )
 
   def _open_epoch(self) -> streams.Stream:
-    # One number for seqio, in the range of its int32 seeds, from the two that count.
+    # Combines seed and epoch into one of seqio's int32 seeds.
     seed = int(np.random.SeedSequence([self._seed, self._epoch]).generate_state(1)[0] >> 2)
     dataset = seqio.get_dataset(
       self._task,
@@ -135,15 +135,15 @@ class SeqioExamples:
 
   def _end_epoch(self) -> None:
     if not self._taken:
-      raise UserError(f'{self._task.name}, {self._split}: there is no usable example')
+      raise UserError(f'{self._task.name}, {self._split}: no usable example')
     self._stream.close()
     self._epoch, self._taken = self._epoch + 1, 0
     if self._num_epochs is None or self._epoch < self._num_epochs:
       self._stream = self._open_epoch()
 
 
-def _of_the_data(error: tf.errors.OpError) -> str | None:
-  """Returns what is wrong with the data in one line; None for any other error in Python code."""
+def _data_problem(error: tf.errors.OpError) -> str | None:
+  """Returns a problem with the data in one line; None for other errors in Python code."""
   if _IN_PYTHON not in error.message:
     return error.message.splitlines()[0]
   found = re.search(rf'\bUserError: (.*?){re.escape(_IN_PYTHON)}', error.message, re.DOTALL)

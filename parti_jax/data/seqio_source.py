@@ -1,4 +1,4 @@
-"""Our sources as data sources of seqio."""
+"""Exposes our sources as seqio data sources."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from parti_jax.data.quiet_tensorflow import seqio
 from parti_jax.data.quiet_tensorflow import tf
 from parti_jax.data.sources import base
 
-# Examples that go from Python to TensorFlow at once, which takes longer than to read one.
+# Examples passed from Python to TensorFlow at once; a call takes longer than reading an example.
 _CHUNK, _CHUNK_BYTES = 64, 2**20
 
 
 class SeqioSource(seqio.DataSource):
-  """A source as seqio and t5x read it.
+  """Reads a source for seqio and t5x.
 
   Its examples are {'caption': tf.string [], 'picture': tf.string [] or 'tokens': int32, 'problem':
-  tf.string []}; where there is no example, 'problem' says why, see `described`.
+  tf.string []}. For a damaged example, 'problem' is the result of `described`.
 
   Args:
     source: the source.
@@ -31,7 +31,7 @@ class SeqioSource(seqio.DataSource):
 
   Attributes:
     source: the source.
-    place: what is read, for messages.
+    place: description of the data, for messages.
   """
 
   supports_arbitrary_sharding = True
@@ -43,25 +43,25 @@ class SeqioSource(seqio.DataSource):
     self.source, self.place, self._pictures = source, source.place, pictures
 
   def list_shards(self, split: str) -> list[str]:
-    """Returns the names of the parts in which a split lies."""
+    """Returns the names of a split's parts."""
     opened = self.source.open(split, self._pictures)
     return list(opened.files) if isinstance(opened, base.Shards) else [split]
 
   def num_input_examples(self, split: str) -> int | None:
-    """Returns the number of examples in a split, None where it takes reading them all."""
+    """Returns the number of examples in a split; None if it is unknown without reading them."""
     opened = self.source.open(split, self._pictures)
     return None if isinstance(opened, base.Shards) else len(opened)
 
   def get_dataset(
     self, split='train', shuffle=True, seed=None, shard_info=None, **unused_seqio_arguments
   ) -> tf.data.Dataset:
-    """Reads a split, in another order each time that the dataset is gone through.
+    """Reads a split, in a different order on each iteration over the dataset.
 
     Args:
       split: one of the source's splits.
-      shuffle: whether to shuffle, still encoded.
+      shuffle: whether to shuffle the encoded examples.
       seed: makes the orders reproducible.
-      shard_info: the part of the split to read; None for all of it.
+      shard_info: the part of the split to read; None for the whole split.
 
     Raises:
       UserError: the data can't be found or read.
@@ -91,7 +91,7 @@ class SeqioSource(seqio.DataSource):
 
 
 def _epoch(opened, reading: share_lib.Reading, epoch: int) -> Iterator[base.Example | Damaged]:
-  """Yields the examples of a share in an epoch."""
+  """Yields the examples of a share in one epoch."""
   if isinstance(opened, base.Shards):
     for _, example in share_lib.raw_epoch(opened, reading, epoch):
       yield example
@@ -105,7 +105,7 @@ def _epoch(opened, reading: share_lib.Reading, epoch: int) -> Iterator[base.Exam
 
 
 def _chunks(examples: Iterator[base.Example | Damaged], names: Sequence[str], tokens: int):
-  """Yields columns of some examples at once; of several views of a picture the first."""
+  """Yields columns of several examples at once; uses the first of several views of a picture."""
   columns, size = {name: [] for name in names}, 0
   for example in examples:
     row = {'problem': described(example)} if isinstance(example, Damaged) else example
@@ -120,7 +120,7 @@ def _chunks(examples: Iterator[base.Example | Damaged], names: Sequence[str], to
 
 
 def _arrays(columns, tokens: int) -> dict[str, np.ndarray]:
-  # As objects, since numpy's strings lose zeros at their end.
+  # Object arrays, since numpy's strings lose trailing zeros.
   arrays = {name: np.array(values, object) for name, values in columns.items() if name != 'tokens'}
   if 'tokens' in columns:
     zeros = np.zeros([1, tokens], np.int32)
@@ -131,11 +131,11 @@ def _arrays(columns, tokens: int) -> dict[str, np.ndarray]:
 
 
 def described(damaged: Damaged) -> bytes:
-  """Returns the 'problem' of an example: the reason and the place to warn of, between them a tab."""
+  """Returns the 'problem' of an example: the reason and the location, separated by a tab."""
   return f'{damaged.reason}\t{damaged.where}'.encode('utf-8', 'surrogateescape')
 
 
 def parts(problem: bytes) -> tuple[str, str]:
-  """Returns the reason and the place of which `described` has made a problem."""
+  """Returns the reason and the location from a problem of `described`."""
   reason, _, path = problem.decode('utf-8', 'surrogateescape').partition('\t')
   return reason, path

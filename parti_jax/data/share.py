@@ -1,4 +1,4 @@
-"""A share of a split's examples, prepared, from any place on and in the same order every time."""
+"""Prepared examples of a share of a split, in a reproducible order from any position."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from parti_jax.data.sources import base
 if TYPE_CHECKING:
   from parti_jax.data import datasets
 
-# The share of an epoch that can't be used from which on something must be wrong with the source.
-_MUCH = 0.5
+# If more of an epoch than this is unusable, something must be wrong with the source.
+_MAX_UNUSABLE = 0.5
 _TALLIES = ('skipped', 'shortened')
-# Examples that are read and prepared at once: pictures, and what has none, which takes less time
-# than to hand it from thread to thread.
+# Examples read and prepared at once: with pictures, and without, which are prepared faster than
+# they could be handed between threads.
 _PICTURES_AT_ONCE, _OTHERS_AT_ONCE = 4, 256
 
 
@@ -42,12 +42,12 @@ _PICTURES_AT_ONCE, _OTHERS_AT_ONCE = 4, 256
 @checks.bounded(num_threads=(0, 1024), num_workers=(0, 1024), prefetch=(1, None))
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """What reading may use of a host; no value changes what is read.
+  """Resources of a host for reading; they don't change what is read.
 
   Attributes:
-    num_threads: threads that read and decode pictures; None for one a core.
-    num_workers: processes that do, each with so many threads less; 0 for none. Sources that are read
-      from their beginning, such as tars, are decoded in threads in any case.
+    num_threads: threads that read and decode pictures; None for one per core.
+    num_workers: processes that read and decode pictures, each with `num_threads` threads; 0 for
+      none. Sources that are read from their beginning, such as tars, are always decoded in threads.
     prefetch: examples that are prepared ahead of their use, over all shares.
   """
 
@@ -56,7 +56,7 @@ class Settings:
   prefetch: int = 256
 
   def divided(self, shares: int) -> Settings:
-    """What one of several shares may use, so that a host's use does not grow with them."""
+    """Returns the settings of one of several shares, so that a host's total stays the same."""
     threads = os.cpu_count() or 1 if self.num_threads is None else self.num_threads
     part = lambda count: max(1, count // shares) if count else 0
     return Settings(part(threads), part(self.num_workers), max(1, self.prefetch // shares))
@@ -65,23 +65,23 @@ class Settings:
 @gin.configurable('shuffle')
 @checks.bounded(buffer_size=(1, None))
 def window(buffer_size: int = 10_000) -> int:
-  """Encoded examples in the window in which files that have no index are shuffled, over all shares.
+  """Returns the size of the shuffling window for files without an index, over all shares.
 
   Args:
-    buffer_size: how many; each share has its part.
+    buffer_size: encoded examples in the window; each share gets a part.
   """
   return buffer_size
 
 
 @dataclasses.dataclass
 class Outcome:
-  """What became of an example.
+  """A prepared example, or the reason why it can't be used.
 
   Attributes:
-    epoch: in which pass over the split it was read.
-    features: what a model takes, None where it can't be used.
-    reason: why not, in a few words.
-    where: the file for a warning, or ''.
+    epoch: index of the pass over the split.
+    features: a model's inputs; None if the example can't be used.
+    reason: a short reason why not.
+    where: the file to name in a warning, or ''.
     notes: each thing that was lost of a used example.
   """
 
@@ -95,7 +95,7 @@ class Outcome:
 def prepared(
   prepare: examples_lib.Preparation, epoch: int, example: base.Example | Damaged, draw: float
 ) -> Outcome:
-  """Prepares an example, or says why it can't be used."""
+  """Prepares an example; returns the reason if it can't be used."""
   if isinstance(example, Damaged):
     return Outcome(epoch, None, example.reason, example.where)
   try:
@@ -106,19 +106,19 @@ def prepared(
 
 
 class Stream(abc.ABC):
-  """The outcomes of a share's examples in order; `state` says where the next one is."""
+  """The outcomes of a share's examples in order; `state` is the position of the next one."""
 
   @abc.abstractmethod
   def __next__(self) -> Outcome:
-    """The next outcome; StopIteration after the last epoch."""
+    """Returns the next outcome; raises StopIteration after the last epoch."""
 
   @abc.abstractmethod
   def state(self) -> dict[str, Any]:
-    """Where the next outcome is, JSON; `open_stream` goes on from it."""
+    """Returns the position of the next outcome as JSON; `open_stream` continues from it."""
 
   @abc.abstractmethod
   def close(self) -> None:
-    """Ends reading ahead."""
+    """Stops prefetching."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,13 +126,13 @@ class Reading:
   """How a share is read.
 
   Attributes:
-    prepare: what is done to an example.
-    seed: decides the order and what is dropped.
+    prepare: prepares an example.
+    seed: determines the order and which texts are dropped.
     shuffle: whether to shuffle.
-    share: which share.
-    shares: how many there are.
+    share: index of the share.
+    shares: number of shares.
     num_epochs: passes over the split; None for no end.
-    settings: what may be used.
+    settings: resources for reading.
   """
 
   prepare: examples_lib.Preparation
@@ -151,8 +151,8 @@ def open_stream(
 
   Args:
     opened: the split.
-    reading: how it is read.
-    state: where to begin, of `Stream.state`; None for the first example.
+    reading: how to read it.
+    state: where to begin, from `Stream.state`; None for the first example.
   """
   if isinstance(opened, base.Shards):
     return _ShardStream(opened, reading, state)
@@ -160,9 +160,9 @@ def open_stream(
 
 
 def patience(opened: base.Records | base.Shards, reading: Reading) -> int:
-  """After how many epochs in a row without a usable example a share is taken to have none.
+  """Returns after how many consecutive epochs without a usable example a share counts as empty.
 
-  A share that has other files in each epoch may have empty or damaged ones alone in some.
+  A share with different files in each epoch may get only empty or damaged ones in some epochs.
   """
   if (
     isinstance(opened, base.Shards)
@@ -177,19 +177,19 @@ def patience(opened: base.Records | base.Shards, reading: Reading) -> int:
 def stream_state(
   opened: base.Records | base.Shards, reading: Reading, epoch: int, read: int
 ) -> dict[str, Any]:
-  """The state of a stream before which so many examples were read in an epoch."""
+  """Returns the state of a stream with `read` examples before it in an epoch."""
   if isinstance(opened, base.Shards):
     return {'epoch': epoch, 'skip': read}
   length = len(order_lib.Order(len(opened), 0, False, reading.share, reading.shares))
   if read > length:
-    raise _beyond(epoch, read, length)
+    raise _beyond_the_end(epoch, read, length)
   return {'position': epoch * length + read}
 
 
-def _beyond(epoch: int, read: int, length: int) -> UserError:
+def _beyond_the_end(epoch: int, read: int, length: int) -> UserError:
   return UserError(
     f'the place has {read} examples before it in epoch {epoch}, which has {length}; '
-    'give a place of the same data'
+    'give a place in the same data'
   )
 
 
@@ -219,7 +219,7 @@ class _ReadChunk:
 
 
 class _RecordStream(Stream):
-  """A share of records, read by grain."""
+  """A share of records, read through grain."""
 
   def __init__(self, records: base.Records, reading: Reading, position: int):
     settings, length = (
@@ -262,7 +262,7 @@ class _RecordStream(Stream):
         if 'Worker process' not in str(error):
           raise
         raise UserError(
-          'a process of loader.num_workers ended, perhaps for want of memory; set '
+          'a process of loader.num_workers ended, perhaps out of memory; set '
           f'fewer, or a lower loader.prefetch ({error})'
         ) from error
       outcome = next(self._chunk, None)
@@ -280,10 +280,10 @@ class _RecordStream(Stream):
 
 
 class _ShardIterator(grain.DatasetIterator):
-  """The examples of a share of files, in an epoch.
+  """The examples of a share of files in one epoch.
 
-  With at least as many files as shares, a share has files of its own; otherwise every share reads
-  all files and keeps every so many-th example.
+  If there are at least as many files as shares, each share has its own files. Otherwise each share
+  reads all files and keeps one of each `shares` examples.
   """
 
   def __init__(self, shards: base.Shards, reading: Reading, epoch: int):
@@ -326,7 +326,7 @@ class _ShardIterator(grain.DatasetIterator):
 
 
 class _ShardDataset(grain.IterDataset):
-  """See `_ShardIterator`."""
+  """Iterates with `_ShardIterator`."""
 
   def __init__(self, shards: base.Shards, reading: Reading, epoch: int):
     super().__init__()
@@ -337,7 +337,7 @@ class _ShardDataset(grain.IterDataset):
 
 
 def raw_epoch(shards: base.Shards, reading: Reading, epoch: int) -> grain.DatasetIterator:
-  """The examples of a share of files in an epoch, shuffled within windows and not prepared.
+  """Iterates over a share of files in one epoch, shuffled within windows but not prepared.
 
   Yields:
     (number in the epoch, example).
@@ -355,7 +355,7 @@ def raw_epoch(shards: base.Shards, reading: Reading, epoch: int) -> grain.Datase
 class _ShardStream(Stream):
   """A share of files that are read from their beginning.
 
-  Examples are shuffled, still encoded, within windows, and decoded in threads.
+  Encoded examples are shuffled within windows, then decoded in threads.
   """
 
   def __init__(self, shards: base.Shards, reading: Reading, state: Mapping[str, Any] | None):
@@ -368,7 +368,7 @@ class _ShardStream(Stream):
       if threads
       else None
     )
-    # What is being prepared, each with the state after it.
+    # Examples in preparation, each with the state after it.
     self._ahead = collections.deque()
     self._epoch = state['epoch'] if state else 0
     self._raw = raw_epoch(self._shards, self._reading, self._epoch)
@@ -378,7 +378,7 @@ class _ShardStream(Stream):
       try:
         next(self._raw)
       except StopIteration:
-        raise _beyond(self._epoch, state['skip'], skipped) from None
+        raise _beyond_the_end(self._epoch, state['skip'], skipped) from None
     self._state = {'epoch': self._epoch, 'reader': self._raw.get_state()}
 
   def __next__(self) -> Outcome:
@@ -407,11 +407,11 @@ class _ShardStream(Stream):
           self._epoch > self._state['epoch'] + patience(self._shards, self._reading)
           and not self._ahead
         ):
-          break  # Epochs without any example.
+          break  # Epochs without examples.
     raise StopIteration
 
   def _prepare(self, epoch: int, number: int, example, reader: dict[str, Any]):
-    # Epochs are of any length, so that the draws of each begin far from those of the one before.
+    # Epochs may have any length, so their draws begin far apart.
     (draw,) = examples_lib.draws(self._draw_seed, epoch * 2**40 + number, 1)
     return prepared(self._reading.prepare, epoch, example, draw), {'epoch': epoch, 'reader': reader}
 
@@ -432,10 +432,10 @@ class ShareExamples:
   Args:
     dataset: the task's data.
     split: the split.
-    reading: how it is read.
+    reading: how to read it.
 
   Attributes:
-    fingerprints: of the dataset.
+    fingerprints: fingerprints of the dataset.
     place: the epoch of the next example, and the examples read in it before.
   """
 
@@ -444,10 +444,10 @@ class ShareExamples:
     self.fingerprints = dataset.fingerprints
     self._opened = dataset.open(split)
     self._counts = {name: collections.Counter() for name in _TALLIES}
-    # Of the epoch that is being read: its number, what was taken and what was skipped in it.
+    # The current epoch: its index, and the examples taken and skipped in it.
     self._epoch = self._taken = self._lost = 0
-    # Epochs in a row without a usable example.
-    self._barren = 0
+    # Consecutive epochs without a usable example.
+    self._empty_epochs = 0
     self._stream = open_stream(self._opened, reading)
 
   @property
@@ -455,11 +455,11 @@ class ShareExamples:
     return self._epoch, self._taken + self._lost
 
   def places(self, count: int) -> list[tuple]:
-    """(epoch, read, count) of the next examples."""
+    """Returns [(epoch, read, count)] for the next examples."""
     return [(*self.place, count)]
 
   def seek(self, epoch: int, read: int) -> None:
-    """Goes to the example before which so many were read in an epoch."""
+    """Moves to the example with `read` examples before it in an epoch."""
     self.restore(
       {
         'epoch': epoch,
@@ -473,7 +473,7 @@ class ShareExamples:
     )
 
   def _reads(self) -> dict[str, Any]:
-    """What a place in the data depends on, JSON."""
+    """Returns everything that a data position depends on, as JSON."""
     opened, reading = self._opened, self._reading
     if isinstance(opened, base.Shards):
       what = {'files': len(opened.files)}
@@ -484,11 +484,11 @@ class ShareExamples:
     return {'task': self._dataset.name, 'split': self._split, 'train.seed': reading.seed, **what}
 
   def counts(self, name: str) -> dict[str, int]:
-    """Reason -> count, the most frequent first; of 'skipped' or 'shortened'."""
+    """Returns {reason: count} for 'skipped' or 'shortened', the most frequent first."""
     return dict(self._counts[name].most_common())
 
   def state(self) -> dict[str, Any]:
-    """Where the next example is, and the counts up to there."""
+    """Returns the position of the next example, and the counts up to there."""
     return {
       'epoch': self._epoch,
       'taken': self._taken,
@@ -499,22 +499,22 @@ class ShareExamples:
     }
 
   def restore(self, state: Mapping[str, Any]) -> None:
-    """Goes on where `state` was taken.
+    """Continues where `state` was taken.
 
     Raises:
-      UserError: it was taken of other examples, or of the same in another order.
+      UserError: it was taken with other examples, or with another order.
     """
     there, here = state['reads'], self._reads()
     differing = [
-      f'{name} {there.get(name)} there and {here.get(name)} here'
+      f'{name} {there.get(name)} there but {here.get(name)} here'
       for name in sorted(there.keys() | here.keys())
       if there.get(name) != here.get(name)
     ]
     if differing:
       raise UserError(
-        f'{self._dataset.name}, {self._split}: the checkpoint has its place in other data, or in '
-        f'another order of them: {", ".join(differing)}; set them back, or set '
-        'train.restart_data=True to go on with a new pass over the data'
+        f'{self._dataset.name}, {self._split}: the checkpoint has its position in other data, or '
+        f'in another order: {", ".join(differing)}; restore these values, or set '
+        'train.restart_data=True to continue with a new pass over the data'
       )
     self._stream.close()
     self._epoch, self._taken, self._lost = state['epoch'], state['taken'], state['lost']
@@ -522,11 +522,11 @@ class ShareExamples:
     self._stream = open_stream(self._opened, self._reading, state['stream'])
 
   def close(self) -> None:
-    """Ends reading ahead."""
+    """Stops prefetching."""
     self._stream.close()
 
   def take(self, count: int) -> dict[str, np.ndarray]:
-    """The next examples, stacked; fewer after the last epoch, and {} without any."""
+    """Returns the next examples, stacked; fewer after the last epoch, {} at the end."""
     found = []
     while len(found) < count and (features := self.next()) is not None:
       found.append(features)
@@ -535,17 +535,17 @@ class ShareExamples:
     )
 
   def next(self) -> dict[str, np.ndarray] | None:
-    """The next usable example; None after the last epoch.
+    """Returns the next usable example; None after the last epoch.
 
     Raises:
-      UserError: a whole epoch has none.
+      UserError: a whole epoch has no usable example.
     """
     while True:
       try:
         outcome = next(self._stream)
       except StopIteration:
         if self._reading.num_epochs is None:
-          raise self._nothing() from None
+          raise self._no_usable_example() from None
         self._end_epoch(last=True)
         return None
       if outcome.epoch != self._epoch:
@@ -559,29 +559,28 @@ class ShareExamples:
       self._counts['skipped'][outcome.reason] += 1
       tally.warn_once(outcome.reason, outcome.where)
 
-  def _nothing(self) -> UserError:
-    """The error of a share without any usable example."""
+  def _no_usable_example(self) -> UserError:
+    """Returns the error of a share without usable examples."""
     skipped, shares = tally.told(self.counts('skipped')), self._reading.shares
     part = (
       f'share {self._reading.share + 1} of {shares} (train.data_shares) of ' if shares > 1 else ''
     )
     return UserError(
-      f'{self._dataset.name}, {self._split}: there is no usable example in {part}'
-      f'{self._dataset.source.place}'
-      + (f'; skipped {skipped}' if skipped else ': there is none at all')
+      f'{self._dataset.name}, {self._split}: no usable example in {part}'
+      f'{self._dataset.source.place}' + (f'; skipped {skipped}' if skipped else '; it is empty')
     )
 
   def _end_epoch(self, last: bool = False) -> None:
-    """Reports on an epoch that has ended."""
+    """Reports on the epoch that has ended."""
     where, place = f'{self._dataset.name}, {self._split}', self._dataset.source.place
     skipped, shortened = (tally.told(self.counts(name)) for name in _TALLIES)
-    self._barren = 0 if self._taken else self._barren + 1
+    self._empty_epochs = 0 if self._taken else self._empty_epochs + 1
     if (
       not self._taken
       and (self._lost or not self._epoch)
-      and self._barren >= patience(self._opened, self._reading)
+      and self._empty_epochs >= patience(self._opened, self._reading)
     ):
-      raise self._nothing()
+      raise self._no_usable_example()
     if (skipped or shortened) and (self._taken or self._lost):
       logging.warning(
         '%s: epoch %d ended after %d examples; so far skipped: %s; kept in part: %s',
@@ -591,10 +590,10 @@ class ShareExamples:
         skipped or 'none',
         shortened or 'none',
       )
-    if self._lost > _MUCH * (self._lost + self._taken):
+    if self._lost > _MAX_UNUSABLE * (self._lost + self._taken):
       logging.error(
-        '%s: %d of %d examples of epoch %d of %s could not be used; look at what was skipped and '
-        'why before you go on',
+        '%s: %d of %d examples of epoch %d of %s could not be used; check what was skipped and '
+        'why before you continue',
         where,
         self._lost,
         self._lost + self._taken,

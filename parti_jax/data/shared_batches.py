@@ -1,4 +1,4 @@
-"""Global batches whose examples do not depend on how many processes read them."""
+"""Global batches whose examples don't depend on the number of processes that read them."""
 
 from __future__ import annotations
 
@@ -22,24 +22,25 @@ from parti_jax.data import share as share_lib
 from parti_jax.data.batches import Batches
 from parti_jax.partitioning import local_rows
 
-# How long `ReadAhead.close` waits for a read that is under way.
+# How long `ReadAhead.close` waits for a read in progress.
 _SECONDS = 5.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-  """Where some successive examples of a share are, such as its part of a batch.
+  """The location of consecutive examples of a share, such as its part of a batch.
 
-  As a text it is 'SHARE/SHARES:EPOCH:READ+COUNT'; '0/2:3:120+8' has the first 8 usable examples from
-  number 120 on, counted from 0, of the first of two shares in epoch 3. '@TASK' follows in a mixture.
+  Its text form is 'SHARE/SHARES:EPOCH:READ+COUNT'. '0/2:3:120+8' means the first 8 usable examples
+  from number 120 on, counted from 0, of the first of two shares in epoch 3. '@TASK' follows in a
+  mixture.
 
   Attributes:
-    share: which share, from 0.
-    shares: into how many the examples are split.
-    epoch: from 0.
-    read: examples before them in this epoch, the unusable ones included.
-    count: how many; those that the epoch lacks are the first ones of the next.
-    task: which task of a mixture; '' where there is no mixture.
+    share: index of the share.
+    shares: number of shares that the examples are split into.
+    epoch: index of the epoch.
+    read: examples before them in this epoch, including unusable ones.
+    count: number of examples; if the epoch has fewer, the rest comes from the next one.
+    task: the task of a mixture; '' without a mixture.
   """
 
   share: int
@@ -55,10 +56,10 @@ class Place:
 
   @classmethod
   def parse(cls, text: str) -> Place:
-    """The place of a text.
+    """Parses the text form of a place.
 
     Raises:
-      UserError: it is not of that form.
+      UserError: the text doesn't have that form.
     """
     found = re.fullmatch(r'(\d+)/(\d+):(\d+):(\d+)\+(\d+)(?:@(\w+))?', text)
     place = cls(*map(int, found.groups()[:5]), found[6] or '') if found else None
@@ -73,32 +74,32 @@ class Place:
 class SharedBatches:
   """An iterator of the rows that a process needs of each global training batch.
 
-  The examples are split into a fixed number of shares, and share v of V gives the rows
-  [v·B/V, (v + 1)·B/V) of each batch of B rows. A process reads the shares that its rows are in.
-  The number of shares is a property of the run and not of the processes: it is kept in the
-  checkpoint, so that a run resumed by another number of processes goes on with the same batches.
+  The examples are split into a fixed number of shares. Share v of V supplies the rows
+  [v·B/V, (v + 1)·B/V) of each batch of B rows. A process reads the shares that contain its rows.
+  The number of shares belongs to the run, not to the processes. It is stored in the checkpoint, so
+  a run resumed with another number of processes continues with the same batches.
 
-  A thread assembles batches ahead of their use, until `close` or until the end of a `with` block.
+  A thread assembles batches ahead of their use, until `close` or the end of a `with` block.
 
   Args:
     task: name of a task or mixture, as in `Batches`.
     split: the split, 'train'.
     batch_size: rows of the global batch.
     feature_lengths: as in `Batches`.
-    shares: into how many shares the examples are split; None for as many as `processes`, or, after
-      `restore`, for as many as the checkpoint has.
-    processes: how many processes train.
+    shares: number of shares that the examples are split into; None for `processes`, or, after
+      `restore`, for the checkpoint's number.
+    processes: number of processes that train.
     rows: the rows that this process needs, ascending; None for all.
-    seed: decides the order of the examples and whose text is dropped.
-    restart: whether a state of an older version, or of other data, is passed over with a warning, so
-      that a new pass over the data begins; any other state is restored.
+    seed: determines the order of the examples and which texts are dropped.
+    restart: whether to ignore a state of an older version or of other data with a warning and
+      begin a new pass over the data; any other state is restored.
 
   Attributes:
     batch_size: rows of the global batch.
-    shares: into how many shares the examples are split.
+    shares: number of shares that the examples are split into.
 
   Raises:
-    UserError: the shares do not divide the batch, or as `Batches` does.
+    UserError: the number of shares doesn't divide the batch size, or `Batches` raises it.
   """
 
   def __init__(
@@ -119,14 +120,14 @@ class SharedBatches:
       'feature_lengths': feature_lengths,
       'seed': seed,
     }
-    self.batch_size, self._asked, self._restart = batch_size, shares, restart
+    self.batch_size, self._requested, self._restart = batch_size, shares, restart
     self._rows = np.arange(batch_size) if rows is None else np.asarray(rows)
     self._default = processes if shares is None else shares
     self._open(self._default)
 
   @property
   def skipped(self) -> dict[str, int]:
-    """Reason -> number of examples that this process left out, up to the next batch."""
+    """Returns {reason: examples that this process skipped} up to the next batch."""
     return dict(
       sum(
         (collections.Counter(state['skipped']) for state in self._states.values()),
@@ -136,11 +137,11 @@ class SharedBatches:
 
   @property
   def by_source(self) -> dict[str, int]:
-    """Of a mixture: examples of each source so far, and those of its examples that were left out.
+    """Counts a mixture's examples per source: used so far, and skipped.
 
     Returns:
-      'examples/SOURCE' of all shares, which take turns alike, and 'skipped_examples/SOURCE' of
-      those that this process reads; {} where there is no mixture.
+      'examples/SOURCE' of all shares, which all follow the same schedule, and
+      'skipped_examples/SOURCE' of the shares that this process reads; {} without a mixture.
     """
     found: collections.Counter = collections.Counter()
     for state in self._states.values():
@@ -152,11 +153,11 @@ class SharedBatches:
 
   @property
   def fingerprints(self) -> dict[str, Fingerprint | None]:
-    """As in `Batches`."""
+    """The fingerprints, as in `Batches`."""
     return next(iter(self._batches.values())).fingerprints
 
   def state(self) -> dict[str, Any]:
-    """Where the next batch starts in every share; all processes must call it together.
+    """Returns the position of the next batch in all shares; all processes must call it together.
 
     Returns:
       {'shares': [`Batches.state()` of each share]}.
@@ -167,7 +168,7 @@ class SharedBatches:
     return {'shares': [states[str(share)] for share in range(self.shares)]}
 
   def places(self) -> tuple[Place, ...]:
-    """The next batch, in the shares that this process reads; asks no other process."""
+    """Returns the places of the next batch in this process's shares, without communication."""
     return tuple(
       Place(share, self.shares, *place)
       for share, places in self._places.items()
@@ -175,14 +176,14 @@ class SharedBatches:
     )
 
   def restore(self, state: Mapping[str, Any]) -> None:
-    """Goes on where `state()` was taken, by however many processes.
+    """Continues where `state()` was taken, with any number of processes.
 
-    A state 'from_t5x', of a checkpoint that was one of t5x, has no place and changes nothing: the
-    examples begin with the first one.
+    A state 'from_t5x', of a checkpoint converted from t5x, has no position and changes nothing:
+    reading begins with the first example.
 
     Raises:
-      UserError: another number of shares was asked for than the state has, or it is of an older
-        version or of other sources.
+      UserError: the requested number of shares differs from the state's, or the state comes from
+        an older version or from other sources.
     """
     if 'from_t5x' in state:
       return
@@ -191,16 +192,16 @@ class SharedBatches:
     except UserError as error:
       if not self._restart:
         raise
-      logging.warning('train.restart_data: a new pass over the data begins, since %s', error)
+      logging.warning('train.restart_data: a new pass over the data begins, because %s', error)
       self._open(self._default)
 
   def _restore(self, state: Mapping[str, Any]) -> None:
-    # Version 1 had places alone, or one of the whole.
+    # Version 1 stored only positions, or a single one.
     states = state.get('shares') or [{}]
-    if self._asked not in (None, len(states)):
+    if self._requested not in (None, len(states)):
       raise UserError(
-        f'train.data_shares={self._asked}, but the checkpoint has the place in '
-        f'{len(states)} shares; leave it away or train in another --model_dir'
+        f'train.data_shares={self._requested}, but the checkpoint has its data position in '
+        f'{len(states)} shares; omit train.data_shares or train in another --model_dir'
       )
     if len(states) != self.shares:
       self._open(len(states))
@@ -210,7 +211,7 @@ class SharedBatches:
     self._read_ahead()
 
   def close(self) -> None:
-    """Ends reading ahead."""
+    """Stops prefetching."""
     self._ahead.close()
     for batches in self._batches.values():
       batches.close()
@@ -233,7 +234,7 @@ class SharedBatches:
       raise UserError(
         f'train.batch_size={self.batch_size} is not divisible by '
         f'train.data_shares={shares}, the shares that the data is split into (by '
-        'default one a process); set one of the two'
+        'default one per process); set one of the two'
       )
     if hasattr(self, '_ahead'):
       self.close()
@@ -253,7 +254,7 @@ class SharedBatches:
       for share in read
     }
     held = (read[:, None] * size + np.arange(size)).reshape(-1)
-    # A slice where all is needed, since it copies nothing.
+    # A slice copies nothing; it is used if all rows are needed.
     self._chosen = (
       slice(None) if len(held) == len(self._rows) else np.searchsorted(held, self._rows)
     )
@@ -273,7 +274,7 @@ class SharedBatches:
       yield batch, *self._next()
 
   def _next(self) -> tuple[dict[int, Any], dict[int, Any]]:
-    """State and places of the next batch in each share."""
+    """Returns the states and the places of the next batch, by share."""
     return (
       {share: batches.state() for share, batches in self._batches.items()},
       {share: batches.places() for share, batches in self._batches.items()},
@@ -281,17 +282,17 @@ class SharedBatches:
 
 
 class ReadAhead:
-  """An iterator that another thread keeps a few elements ahead.
+  """An iterator that prefetches elements in another thread.
 
   Args:
-    elements: are taken in that thread; an exception there is raised here, in its place.
-    count: how many to keep.
+    elements: iterated in that thread; an exception there is raised in the element's place.
+    count: number of elements to prefetch.
   """
 
   def __init__(self, elements: Iterator, count: int = 2):
     self._elements, self._ended = elements, threading.Event()
     self._queue: queue.Queue = queue.Queue(count)
-    # A daemon, since a process that ends must not wait for a read that takes long.
+    # A daemon thread, so that a process can end without waiting for a slow read.
     self._thread = threading.Thread(target=self._run, name='read_ahead', daemon=True)
     self._started = False
 
@@ -325,7 +326,7 @@ class ReadAhead:
     return element
 
   def close(self) -> None:
-    """Ends the thread, once it has read the element that it is at."""
+    """Ends the thread, after its current element."""
     self._ended.set()
     if self._started:
       self._thread.join(_SECONDS)
@@ -337,8 +338,8 @@ def read(
   """Reads the examples at a place.
 
   Args:
-    place: which ones. Of files that are read from their beginning, the epoch is read up to them.
-    task: as in `SharedBatches`, and as it was in the run that named the place; so the others.
+    place: the place. For files without an index, the epoch is read up to it.
+    task: as in `SharedBatches`; it and the following must equal those of the run.
     split: as in `SharedBatches`.
     feature_lengths: as in `SharedBatches`.
     seed: as in `SharedBatches`.

@@ -1,10 +1,10 @@
 """Iterators over tf.data datasets, closed before the interpreter shuts down.
 
-tf.data reads ahead in threads of its own, and these call Python. Deleting an iterator waits until
-their calls have returned. Once the interpreter has begun to shut down they never do, because no
-thread gets the GIL any more: a process that still has an iterator then hangs, or aborts. That
-includes an iterator that only the traceback of an uncaught exception refers to. So iterators are
-closed by whoever opened them, and at exit at the latest.
+tf.data prefetches in its own threads, which call Python. Deleting an iterator waits until their
+calls have returned. Once the interpreter has begun to shut down they never return, because threads
+no longer get the GIL: a process that still has an iterator then hangs or aborts. That includes an
+iterator that is only referenced by the traceback of an uncaught exception. So the code that opens
+an iterator closes it, and those left are closed at exit.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from absl import logging
 
 from parti_jax.data.quiet_tensorflow import tf
 
-# How long `close` waits for calls of Python that are under way, such as a read from a slow disk.
+# How long `close` waits for Python calls in progress, such as a read from a slow disk.
 _SECONDS = 5.0
 _open: weakref.WeakSet[Stream] = weakref.WeakSet()
 
@@ -35,10 +35,10 @@ class Stream:
 
   def __init__(self, dataset):
     options = tf.data.Options()
-    # TensorFlow's thread that tunes parallelism may miss that its iterator is deleted, which then
-    # waits for up to a minute. Without it, AUTOTUNE means a call for each core, at most 16.
+    # TensorFlow's autotuning thread may miss that its iterator is deleted, which then waits for up
+    # to a minute. Without that thread, AUTOTUNE means one call per core, at most 16.
     options.autotune.enabled = False
-    # The only reference to TensorFlow's iterator, which is deleted with it.
+    # The only reference to TensorFlow's iterator; clearing it deletes the iterator.
     self._held = [dataset.with_options(options).as_numpy_iterator()]
     _open.add(self)
 
@@ -55,7 +55,7 @@ class Stream:
       raise
 
   def close(self) -> None:
-    """Ends reading ahead, and waits for its threads for a few seconds at most."""
+    """Stops prefetching, and waits for the threads for a few seconds at most."""
     close([self])
 
   def __enter__(self) -> Stream:
@@ -66,7 +66,7 @@ class Stream:
 
 
 def close(streams: Iterable[Stream]) -> None:
-  """Closes several streams at once, as `Stream.close` does."""
+  """Closes several streams in parallel, like `Stream.close`."""
   threads = []
   for stream in streams:
     held, stream._held = stream._held, []
@@ -85,12 +85,12 @@ def close(streams: Iterable[Stream]) -> None:
     thread.join(max(0.0, end - time.monotonic()))
   if any(thread.is_alive() for thread in threads):
     logging.warning(
-      'a call that reads data has not returned after %g s; going on without it', _SECONDS
+      'a call that reads data has not returned after %g s; continuing without it', _SECONDS
     )
 
 
 def _clear_frames(error: BaseException | None) -> None:
-  """Drops the local variables of an exception's finished frames, and those of its causes."""
+  """Clears the local variables of an exception's finished frames, and of its causes' frames."""
   while error is not None:
     traceback.clear_frames(error.__traceback__)
     error = error.__cause__ or error.__context__
@@ -98,6 +98,6 @@ def _clear_frames(error: BaseException | None) -> None:
 
 @atexit.register
 def _close_all() -> None:
-  # Datasets that others iterate over, such as t5x, may be held by an uncaught exception alone.
+  # Third-party iterations, such as t5x's, may be referenced only by an uncaught exception.
   _clear_frames(getattr(sys, 'last_value', None))
   close(list(_open))

@@ -1,7 +1,7 @@
-"""Counts what reading leaves out, so that nothing is dropped silently.
+"""Counts skipped data, so that nothing is dropped silently.
 
-seqio's preprocessors run deep inside seqio and tf.data. The reader at the top opens a `reading`
-block; what is built inside it reports to that reader's tally.
+seqio's preprocessors run deep inside seqio and tf.data. The outermost reader opens a `reading`
+block; datasets built inside it report to that reader's tally.
 """
 
 from __future__ import annotations
@@ -16,42 +16,42 @@ from collections.abc import Mapping
 
 from absl import logging
 
-# Reasons and places that there were warnings of; each epoch finds them again.
+# Limit on the (reason, file) pairs that have caused a warning; each epoch finds them again.
 _MOST_WARNINGS = 1000
 _warned: set[tuple[str, str]] = set()
 _lock = threading.Lock()
 
 
 class Tally:
-  """Counts by reason; several threads may add at once."""
+  """Counts by reason; thread-safe."""
 
   def __init__(self):
     self._counts = collections.Counter()
     self._lock = threading.Lock()
 
   def add(self, reason: str, place: str = '') -> None:
-    """Counts one more.
+    """Counts an example.
 
     Args:
       reason: a few words.
-      place: the file where it was found, of which a warning is given once.
+      place: the file with the problem, for a single warning.
     """
     with self._lock:
       self._counts[reason] += 1
     warn_once(reason, place)
 
   def counts(self) -> dict[str, int]:
-    """Returns reason -> count, the most frequent first."""
+    """Returns {reason: count}, the most frequent first."""
     with self._lock:
       return dict(self._counts.most_common())
 
   def __str__(self) -> str:
-    """Returns '3 damaged picture, 1 no caption', or '' where nothing was counted."""
+    """Returns a text such as '3 damaged picture, 1 no caption'; '' if nothing was counted."""
     return told(self.counts())
 
 
 def warn_once(reason: str, place: str) -> None:
-  """Warns of what was found in a file, once; a place '' is none."""
+  """Warns of a problem in a file, once; a place '' causes no warning."""
   with _lock:
     new = place and (reason, place) not in _warned and len(_warned) < _MOST_WARNINGS
     if new:
@@ -61,17 +61,17 @@ def warn_once(reason: str, place: str) -> None:
 
 
 def told(counts: Mapping[str, int]) -> str:
-  """Returns '3 damaged picture, 1 no caption', or '' where nothing was counted."""
+  """Returns a text such as '3 damaged picture, 1 no caption'; '' if nothing was counted."""
   return ', '.join(f'{count:,} {reason}' for reason, count in counts.items())
 
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-  """What seqio's preprocessors know about who reads.
+  """The context of a reader for seqio's preprocessors.
 
   Attributes:
-    skipped: tally of examples that are left out.
-    shortened: tally of examples that are kept, but not whole (captions cut to the text's length).
+    skipped: tally of skipped examples.
+    shortened: tally of examples that are kept in part (captions cut to the text's length).
     drop_text: whether the reader trains, so that `preprocessors.drop_text` drops texts.
   """
 
@@ -84,13 +84,13 @@ _current = contextvars.ContextVar('reading')
 
 
 def current() -> Reading:
-  """Returns the reading of the enclosing block, or a new one where there is none."""
+  """Returns the reading of the enclosing block; a new one without a block."""
   return _current.get(None) or Reading()
 
 
 @contextlib.contextmanager
 def reading(by: Reading) -> Iterator[Reading]:
-  """Makes datasets that are built in this block report to `by`."""
+  """Makes datasets built in this block report to `by`."""
   token = _current.set(by)
   try:
     yield by

@@ -1,6 +1,6 @@
-"""The data of `datasets` and `mixtures` as tasks and mixtures of seqio, for t5x and other users.
+"""The data of `datasets` and `mixtures` as seqio tasks and mixtures, for t5x and other users.
 
-They have the same names and features, from the same sources by the same steps.
+Names, features, sources and steps are the same.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from parti_jax.data.seqio_source import SeqioSource
 from parti_jax.data.vocabulary import EOS_ID
 from parti_jax.data.vocabulary import TextVocabulary
 
-# Turns that go from Python to TensorFlow at once.
+# Turns passed from Python to TensorFlow at once.
 _TURNS = 256
 
 
 class Task(seqio.Task):
-  """A seqio task that is shuffled again in each epoch, however small its source is."""
+  """A seqio task that is reshuffled in each epoch, even if its source is small."""
 
   def get_dataset(
     self,
@@ -47,7 +47,7 @@ class Task(seqio.Task):
     trim_output_features: bool = True,
     try_in_mem_cache: bool = False,
   ) -> tf.data.Dataset:
-    """Reads a split; arguments as those of `seqio.Task.get_dataset`.
+    """Reads a split; the arguments are those of `seqio.Task.get_dataset`.
 
     `try_in_mem_cache` has no effect: seqio's cache would repeat the order of the first epoch.
     """
@@ -67,12 +67,12 @@ class Task(seqio.Task):
 
 
 class Mixture(seqio.Mixture):
-  """A mixture of seqio whose tasks take turns, as those of ours do; see `mixing.Turns`.
+  """A seqio mixture that interleaves its tasks like our own mixtures, by `mixing.Turns`.
 
-  Read a finite number of times, it has every example of each task.
+  With a finite number of epochs, it reads all examples of each task.
 
   Args:
-    name: of the mixture.
+    name: name of the mixture.
     tasks: pairs of a task of this module and its rate.
   """
 
@@ -82,10 +82,10 @@ class Mixture(seqio.Mixture):
   def get_dataset(
     self, sequence_length: Mapping[str, int] | None = None, split: str = 'train', *args, **kwargs
   ) -> tf.data.Dataset:
-    """Reads a split; see `seqio.Mixture.get_dataset`.
+    """Reads a split; the arguments are those of `seqio.Mixture.get_dataset`.
 
     Raises:
-      UserError: a source has no such split, or can't be read.
+      UserError: a source doesn't have the split, or can't be read.
     """
     for task in self.tasks:
       with mixtures.naming(task.name):
@@ -104,7 +104,7 @@ class Mixture(seqio.Mixture):
     *args,
     **kwargs,
   ) -> tf.data.Dataset:
-    """Reads a split of one of the tasks, each in an order of its own; see seqio's."""
+    """Reads a split of one task, with a separate seed; the arguments are those of seqio."""
     if seed is not None:
       seed = mixtures.part_seed(int(seed), task.name) >> 2  # In the range of seqio's int32 seeds.
     return super().get_task_dataset(
@@ -115,20 +115,20 @@ class Mixture(seqio.Mixture):
 def take_turns(
   parts: Sequence[tf.data.Dataset], rates: Sequence[float], seed: int | None
 ) -> tf.data.Dataset:
-  """Makes one dataset of several, each of which has its share of the examples over any stretch.
+  """Interleaves datasets so that each has its share of the examples over any stretch.
 
   Args:
     parts: the datasets.
-    rates: the share of each; only ratios count.
-    seed: has no effect.
+    rates: the share of each; only ratios matter.
+    seed: ignored.
   """
   del seed
   exact = [fractions.Fraction(repr(float(rate))) for rate in rates]
 
   def turns() -> Iterator[np.ndarray]:
-    whose = mixing.Turns([rate / sum(exact) for rate in exact])
+    schedule = mixing.Turns([rate / sum(exact) for rate in exact])
     while True:
-      yield np.array([whose.next() for _ in range(_TURNS)], np.int64)
+      yield np.array([schedule.next() for _ in range(_TURNS)], np.int64)
 
   order = tf.data.Dataset.from_generator(
     turns, output_signature=tf.TensorSpec([_TURNS], tf.int64)
@@ -137,7 +137,7 @@ def take_turns(
 
 
 def vocabulary_fingerprint(task: seqio.Task | seqio.Mixture) -> fingerprints.Fingerprint | None:
-  """Returns the fingerprint of a task's text vocabulary; None where there is none that is known."""
+  """Returns the fingerprint of a task's text vocabulary; None if it has no known one."""
   if 'inputs' not in task.output_features:
     return None
   found = task.output_features['inputs'].vocabulary
@@ -152,34 +152,34 @@ def vocabulary_fingerprint(task: seqio.Task | seqio.Mixture) -> fingerprints.Fin
 
 
 def tokenizer_fingerprint(task: seqio.Task | seqio.Mixture) -> fingerprints.Fingerprint | None:
-  """Returns the fingerprint of the tokenizer that made a task's tokens; None if it is not known."""
+  """Returns the fingerprint of the tokenizer that made a task's tokens; None if unknown."""
   source = getattr(getattr(task, 'source', None), 'source', None)
   value = getattr(source, 'info', {}).get('tokenizer')
   return value and fingerprints.Fingerprint(value, source.name)
 
 
 def caption_decoder(task: str) -> Callable[[Sequence[int]], str]:
-  """Returns what turns ids of the feature 'inputs' of a task into text."""
+  """Returns a function that decodes ids of a task's feature 'inputs' to text."""
   if datasets.is_ours(task) or mixtures.is_one(task):
     return get_vocabulary().decode
   return get_task(task).output_features['inputs'].vocabulary.decode
 
 
 def get_task(name: str, image_size: int = 64) -> seqio.Task | seqio.Mixture:
-  """Returns a task as gin configures it now, and registers it with seqio under its name.
+  """Returns a task with gin's current configuration, and registers it with seqio.
 
-  Those of `datasets` and `mixtures` are made again at each call, since the registry is older than
-  gin's files.
+  Tasks of `datasets` and `mixtures` are recreated at each call, since gin's configuration may have
+  changed since their registration.
 
   Args:
-    name: a task of `datasets`, one of `mixtures`, or any task or mixture in seqio's registry.
-    image_size: the run's picture size in pixels, at which OpenMoji is drawn.
+    name: a task of `datasets` or `mixtures`, or any task or mixture in seqio's registry.
+    image_size: the run's picture size in pixels, at which OpenMoji is rendered.
 
   Raises:
-    UserError: there is no such task, or its data can't be found.
+    UserError: the task doesn't exist, or its data can't be found.
   """
   if mixtures.is_one(name):
-    mixtures.get(name, image_size)  # For what is wrong with it as a whole.
+    mixtures.get(name, image_size)  # Checks the mixture as a whole.
     mixture = Mixture(
       name,
       [(make_task(part, image_size), float(share)) for part, share in mixtures.tasks(name).items()],
@@ -191,7 +191,7 @@ def get_task(name: str, image_size: int = 64) -> seqio.Task | seqio.Mixture:
     if name in seqio.TaskRegistry.names() or name in seqio.MixtureRegistry.names():
       return seqio.get_mixture_or_task(name)
     raise UserError(
-      f'unknown task {name!r}; there are {", ".join([*datasets.names(), *mixtures.NAMES])}'
+      f'unknown task {name!r}; choose from {", ".join([*datasets.names(), *mixtures.NAMES])}'
     )
   task = make_task(name, image_size)
   if task.name in seqio.TaskRegistry.names():
@@ -201,16 +201,16 @@ def get_task(name: str, image_size: int = 64) -> seqio.Task | seqio.Mixture:
 
 
 def make_task(name: str, image_size: int = 64, keep_captions: bool = False) -> Task:
-  """Returns a task of `datasets` as gin configures it now; the registry knows nothing of it.
+  """Returns a task of `datasets` with gin's current configuration, without registering it.
 
   Args:
-    name: of the task.
+    name: name of the task.
     image_size: as in `get_task`.
     keep_captions: whether examples keep the text of 'inputs' as 'inputs_pretokenized', tf.string
-      [], by which seqio's and t5x's outputs name an example.
+      [], which seqio and t5x use to name examples in their outputs.
 
   Raises:
-    UserError: its data can't be found.
+    UserError: the task's data can't be found.
   """
   dataset = datasets.get(name, image_size)
   features, steps = {}, [preprocessors.number, preprocessors.leave_out]
@@ -221,7 +221,7 @@ def make_task(name: str, image_size: int = 64, keep_captions: bool = False) -> T
         preprocessors.tokenize_captions, vocabulary=dataset.vocabulary, keep=keep_captions
       )
     )
-    if dataset.features != ('inputs',):  # An empty text teaches an encoder nothing.
+    if dataset.features != ('inputs',):  # An encoder learns nothing from an empty text.
       steps.append(functools.partial(preprocessors.drop_text, vocabulary=dataset.vocabulary))
   if 'images' in dataset.features:
     features['images'] = _feature(256, dtype=tf.uint8, rank=3)
@@ -239,29 +239,29 @@ def make_task(name: str, image_size: int = 64, keep_captions: bool = False) -> T
 
 
 def text_feature(vocabulary: TextVocabulary) -> seqio.Feature:
-  """Returns the feature 'inputs' of ids of a vocabulary."""
+  """Returns the feature 'inputs' for ids of a vocabulary."""
   return _feature(vocabulary.size, eos_id=EOS_ID)
 
 
 def _feature(size: int, eos_id: int | None = None, **kwargs) -> seqio.Feature:
-  # The preprocessors have made ids already; seqio only needs to know their range.
+  # The preprocessors already return ids; seqio only needs their range.
   vocabulary = seqio.PassThroughVocabulary(size, eos_id=eos_id)
   return seqio.Feature(vocabulary, add_eos=False, **kwargs)
 
 
 def place(task: seqio.Task | seqio.Mixture) -> str:
-  """Names the place that a task reads from."""
+  """Returns a description of the data that a task reads."""
   source = getattr(task, 'source', None)
   return getattr(source, 'place', task.name)
 
 
 def check_lengths(task: seqio.Task | seqio.Mixture, lengths: Mapping[str, int]) -> None:
-  """Raises UserError unless there is a length for each of a task's features, and of its tokens."""
+  """Raises UserError unless `lengths` fits a task's features and the tokens of its pictures."""
   datasets.check_lengths(task.name, task.output_features, lengths)
   source = getattr(getattr(task, 'source', None), 'source', None)
   tokens = getattr(source, 'info', {}).get('image_tokens')
   if tokens and lengths.get('targets') != tokens:
     raise UserError(
-      f'{source.name} has {tokens} tokens a picture, but '
+      f'{source.name} has {tokens} tokens per picture, but '
       f"feature_lengths['targets'] = {lengths['targets']}"
     )

@@ -1,4 +1,4 @@
-"""The token cache: captions with the image tokens that a frozen tokenizer gave their pictures.
+"""The token cache: captions with the image tokens that a frozen tokenizer assigned.
 
 A folder with ArrayRecord shards `SPLIT-00000.array_record` ... and `info.json`:
 
@@ -6,10 +6,10 @@ A folder with ArrayRecord shards `SPLIT-00000.array_record` ... and `info.json`:
    "splits": {"train": {"examples": 3588, "shards": [
        {"examples": 3588, "bytes": 7651234, "digest": "5d3c..."}]}}}
 
-A record is the tokens of each view of a picture, little-endian uint16, or uint32 for codebooks of
-more than 65,536 codes, and then the caption in UTF-8. A split is in `info.json` only when all its
-shards are in place. Sizes are compared when a split is opened, since a shard that was cut opens as
-an empty one; digests (XXH3) tell whether shards are still what was written, see `damaged_shards`.
+A record consists of the tokens of each view of a picture, in little-endian uint16, or uint32 for
+codebooks with more than 65,536 codes, and then the caption in UTF-8. A split appears in `info.json`
+only when all its shards are in place. Opening a split checks the shards' sizes, since a truncated
+shard would open as empty. `damaged_shards` checks the digests (XXH3) of their content.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SHUFFLES = array_records.SHUFFLES
 
 
 def dtype_of(info: Mapping[str, Any]) -> np.dtype:
-  """The dtype in which a cache keeps its tokens."""
+  """Returns the dtype in which a cache stores its tokens."""
   return np.dtype('<u2' if info['codebook_size'] <= 2**16 else '<u4')
 
 
@@ -45,34 +45,34 @@ def serialized(caption: str, tokens: np.ndarray, info: Mapping[str, Any]) -> byt
   """Returns the record of an example.
 
   Args:
-    caption: its text.
+    caption: the caption.
     tokens: int32 [image_tokens], or [views, image_tokens] with several views of the picture.
-    info: of the cache.
+    info: info of the cache.
 
   Raises:
-    ValueError: the tokens do not fit `info`.
+    ValueError: the tokens don't fit `info`.
   """
   views, count, codes = info.get('views', 1), info['image_tokens'], info['codebook_size']
   tokens = np.asarray(tokens)
   if tokens.shape not in ((count,), (views, count)) or (views > 1 and tokens.ndim == 1):
     wanted = (count,) if views == 1 else (views, count)
-    raise ValueError(f'tokens have the shape {tokens.shape}, not {wanted}')
+    raise ValueError(f'tokens have the shape {tokens.shape}, expected {wanted}')
   if tokens.min() < 0 or tokens.max() >= codes:
     raise ValueError(
-      f'tokens lie in {tokens.min()} to {tokens.max()}, not in a codebook of {codes}'
+      f'tokens range from {tokens.min()} to {tokens.max()}, beyond a codebook of {codes}'
     )
   return tokens.astype(dtype_of(info)).tobytes() + caption.encode()
 
 
 def write_shard(path: str, records: Iterable[bytes]) -> dict[str, Any]:
-  """Writes a shard, whole or not at all.
+  """Writes a shard atomically.
 
   Args:
-    path: of the shard, on a disk or a URL.
-    records: of `serialized`.
+    path: path of the shard, on a disk or a URL.
+    records: records from `serialized`.
 
   Returns:
-    'examples', 'bytes' and 'digest' of the shard, as `info.json` has them.
+    'examples', 'bytes' and 'digest' of the shard, for `info.json`.
   """
   from array_record.python import array_record_module
 
@@ -81,7 +81,7 @@ def write_shard(path: str, records: Iterable[bytes]) -> dict[str, Any]:
   handle, unfinished = tempfile.mkstemp('.unfinished', f'.{storage.name(path)}.', folder)
   os.close(handle)
   try:
-    # Records are read one by one, in any order.
+    # One record per group, since records are read one by one, in any order.
     writer = array_record_module.ArrayRecordWriter(unfinished, 'group_size:1')
     count = 0
     for record in records:
@@ -109,14 +109,14 @@ def write_shard(path: str, records: Iterable[bytes]) -> dict[str, Any]:
 def write_token_cache(
   folder: str, examples: Iterable[tuple[str, np.ndarray]], info: dict, split: str = 'train'
 ) -> int:
-  """Writes a split of a token cache; the split is there when all of it is.
+  """Writes a split of a token cache; the split appears when it is complete.
 
   Args:
-    folder: the cache's folder; made if need be. Other splits in it stay as they are.
-    examples: captions and their image tokens, int32 [image_tokens] (see `serialized`), each in
-      [0, codebook_size).
+    folder: the cache's folder; created if it doesn't exist. Its other splits stay unchanged.
+    examples: captions and their image tokens, int32 [image_tokens] (or with views, as in
+      `serialized`), each in [0, codebook_size).
     info: 'codebook_size' (int), 'image_tokens' (int) and 'tokenizer' (str, a fingerprint of the
-      tokenizer's weights); more entries are kept with them.
+      tokenizer's weights); additional entries are stored too.
     split: the split's name.
 
   Returns:
@@ -124,13 +124,13 @@ def write_token_cache(
 
   Raises:
     UserError: the folder holds tokens of another tokenizer, or can't be written; or the split's
-      name can't be part of a file's.
-    ValueError: tokens do not fit `info`, or an entry of `info` is missing.
+      name can't be part of a file name.
+    ValueError: tokens don't fit `info`, or an entry of `info` is missing.
   """
   token_cache_info.check_split_name(split)
   missing = [key for key in token_cache_info.KEYS if key not in info]
   if missing:
-    raise ValueError(f'info lacks {", ".join(missing)}')
+    raise ValueError(f'info has no {", ".join(missing)}')
   unfinished = storage.join(folder, f'.{token_cache_info.file_part(split)}.unfinished')
   try:
     token_cache_info.other_splits(folder, info, (split,))
@@ -155,12 +155,12 @@ def write_token_cache(
 
 
 def _write_shards(folder: str, examples, info) -> list[dict[str, Any]]:
-  """Writes examples to shards in `folder` and returns what each has."""
+  """Writes examples to shards in `folder` and returns the entry of each for `info.json`."""
   found: list[dict[str, Any]] = []
   examples = iter(examples)
   first = next(examples, None)
   if first is None:
-    raise UserError('there is no example to write to the token cache')
+    raise UserError('no examples to write to the token cache')
   while first is not None:
     count = iter(range(EXAMPLES_PER_SHARD - 1))
 
@@ -178,19 +178,19 @@ def _write_shards(folder: str, examples, info) -> list[dict[str, Any]]:
 class TokenCacheSource(base.Source):
   """The token cache as a source of {'caption': bytes, 'tokens': int32 [image_tokens]}.
 
-  A record that was damaged on the disk is left out like an example that can't be read anywhere
-  else; a shard that was cut is refused when a split is opened.
+  Records damaged on disk are skipped and counted like any unreadable example. Truncated shards
+  raise an error when a split is opened.
 
   Args:
-    path: its folder.
-    shuffle: 'global' for records that are read in any order; 'window' for shards that are read from
-      their beginning, each by one share; None for 'global' on disks and 'window' at URLs.
+    path: the cache's folder.
+    shuffle: 'global' to read records in any order; 'window' to read shards from their beginning,
+      each by one share; None for 'global' on disks and 'window' at URLs.
 
   Attributes:
-    info: of `token_cache_info.read_info`.
+    info: the result of `token_cache_info.read_info`.
 
   Raises:
-    UserError: see `token_cache_info.read_info`.
+    UserError: `token_cache_info.read_info` raises it.
   """
 
   def __init__(self, path: str, shuffle: str | None = None):
@@ -210,7 +210,7 @@ class TokenCacheSource(base.Source):
       )
 
   def open(self, split: str, pictures: bool = True) -> base.Records | base.Shards:
-    del pictures  # There are none.
+    del pictures  # A token cache has none.
     self.check_split(split)
     files = self._files(split)
     if self._shuffle == 'window':
@@ -219,7 +219,7 @@ class TokenCacheSource(base.Source):
     return array_records.ShardRecords(files, counts, self._parse)
 
   def _files(self, split: str) -> list[str]:
-    """The files of a split, each of the size that it was written with."""
+    """Returns the files of a split, after checking their sizes."""
     if split not in self._complete:
       self._complete[split] = self._complete_files(split)
     return self._complete[split]
@@ -239,14 +239,14 @@ class TokenCacheSource(base.Source):
     return files
 
   def damaged_shards(self, split: str) -> Iterator[str]:
-    """Yields the shards of a split whose bytes have changed; reads all of them."""
+    """Yields the shards of a split whose content has changed; reads all of them."""
     for file, shard in zip(self._files(split), self.info['splits'][split]['shards']):
       if shard.get('digest') not in (None, token_cache_info.digest(file)):
         yield file
 
 
 def _parsed(record: bytes, info: Mapping[str, Any]) -> base.Example | Damaged:
-  """Makes an example of a record of a cache with this `info`."""
+  """Parses a record of a cache with this `info` into an example."""
   dtype, shape = dtype_of(info), (info['views'], info['image_tokens'])
   size = dtype.itemsize * shape[0] * shape[1]
   if len(record) < size:
@@ -260,15 +260,15 @@ def _parsed(record: bytes, info: Mapping[str, Any]) -> base.Example | Damaged:
 
 @gin.configurable('token_cache')
 def configured(path: str | None = None, shuffle: str | None = None) -> TokenCacheSource:
-  """The token cache.
+  """Returns the token cache as a source.
 
   Args:
-    path: its folder.
+    path: the cache's folder.
     shuffle: 'global' to shuffle all examples, which are read in any order; 'window' to shuffle
       shards and, within a window, their examples; None for 'global' on disks and 'window' at URLs.
 
   Raises:
-    UserError: the path is not set, or there is no such cache or shuffle.
+    UserError: the path isn't set, the cache doesn't exist, or `shuffle` is unknown.
   """
   if path is None:
     scope = ''.join(f'{part}/' for part in gin.current_scope())

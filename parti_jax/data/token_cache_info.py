@@ -1,4 +1,4 @@
-"""`info.json` of a token cache, the names of its files, and how a split comes into it.
+"""`info.json` of a token cache, the names of its files, and the publishing of splits.
 
 `token_cache` describes the format.
 """
@@ -25,15 +25,16 @@ from parti_jax.core.errors import UserError
 
 VERSION = 2
 KEYS = ('codebook_size', 'image_tokens', 'tokenizer')
-HOW_TO_MAKE = '`parti-jax tokenize` makes it'
+HOW_TO_MAKE = 'run `parti-jax tokenize`'
 _MAX_INFO = 2**28
-# What some file system does not take in the middle of a name, but for colons, see `file_part`.
+# Characters that some file systems reject within a name, except for colons, which `file_part`
+# escapes.
 _REFUSED = r'\x00-\x1f\x7f/\\<>"|?*\ud800-\udfff'
 _SPLIT = re.compile(rf'[^{_REFUSED}\s.-][^{_REFUSED}]*')
 _LONGEST_SPLIT = 200
 _MOVES_AT_ONCE = 32
 _PIECE = 2**24
-# Seconds after which a process that holds the lock must have been killed, and between two looks.
+# Seconds until the holder of a lock is presumed dead, and between two checks.
 _LOCK_SECONDS, _LOCK_LOOK = 60, 0.2
 
 
@@ -44,10 +45,10 @@ def read_info(folder: str) -> dict[str, Any]:
     folder: the cache's folder.
 
   Returns:
-    Its entries, see `token_cache`, and what else the writer added.
+    Its entries as described in `token_cache`, and any others that the writer added.
 
   Raises:
-    UserError: the folder is missing, holds no finished cache, or one of an earlier version.
+    UserError: the folder is missing, holds no finished cache, or a cache of an earlier version.
   """
   path = storage.join(folder, 'info.json')
   if not storage.exists(path):
@@ -60,19 +61,19 @@ def read_info(folder: str) -> dict[str, Any]:
   present = info if isinstance(info, dict) else {}
   missing = [key for key in (*KEYS, 'splits') if key not in present]
   if missing:
-    raise UserError(f'{path} lacks {", ".join(missing)}; {HOW_TO_MAKE} again')
+    raise UserError(f'{path} has no {", ".join(missing)}; {HOW_TO_MAKE} again')
   if info.get('version', 1) == 1:
     raise UserError(
-      f'the token cache {folder} is of version 1; turn it into one of version '
+      f'the token cache {folder} has version 1; convert it to version '
       f'{VERSION} with: parti-jax tokenize --convert={folder} --output_dir=FOLDER'
     )
-  if not _makes_sense(info):
+  if not _is_valid(info):
     raise UserError(f'{path} is damaged; {HOW_TO_MAKE} again')
   return info
 
 
-def _makes_sense(info: Mapping[str, Any]) -> bool:
-  """Returns whether the entries that are read are of the right kinds."""
+def _is_valid(info: Mapping[str, Any]) -> bool:
+  """Returns whether the entries that we read have the right types."""
   return (
     _whole(info['codebook_size'])
     and _whole(info['image_tokens'])
@@ -84,7 +85,7 @@ def _makes_sense(info: Mapping[str, Any]) -> bool:
 
 
 def are_splits(splits: Any) -> bool:
-  """Whether the 'splits' of an `info.json` are of the right form."""
+  """Returns whether the 'splits' of an `info.json` have the right form."""
   if not isinstance(splits, dict):
     return False
   for split in splits.values():
@@ -106,11 +107,11 @@ def are_splits(splits: Any) -> bool:
 
 
 def _whole(value: Any, least: int = 1) -> bool:
-  return type(value) is int and least <= value < 2**40  # No bool.
+  return type(value) is int and least <= value < 2**40  # Excludes bool.
 
 
 def check_split_name(split: str) -> None:
-  """Raises UserError unless the name of a split can be part of a file's."""
+  """Raises UserError unless the name of a split can be part of a file name."""
   if not _SPLIT.fullmatch(split) or len(split.encode('utf-8', 'replace')) > _LONGEST_SPLIT:
     raise UserError(
       f'the split {split[:80]!r} cannot be part of a file name; rename it in the '
@@ -119,22 +120,22 @@ def check_split_name(split: str) -> None:
 
 
 def split_info(shards: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-  """What `info.json` has of a split, of what it has of its shards."""
+  """Returns the entry of a split in `info.json`, given those of its shards."""
   return {'examples': sum(shard['examples'] for shard in shards), 'shards': list(shards)}
 
 
 def shard_name(split: str, index: int) -> str:
-  """The file name of a shard."""
+  """Returns the file name of a shard."""
   return f'{file_part(split)}-{index:05d}.array_record'
 
 
 def file_part(split: str) -> str:
-  """What the names of a split's files begin with; slices such as 'train[:10%]' have colons."""
+  """Returns the prefix of a split's file names; escapes the colons of slices ('train[:10%]')."""
   return split.replace('%', '%25').replace(':', '%3A')
 
 
 def is_shard(name: str, split: str) -> bool:
-  """Whether a file name is of a shard of a split, of this version or of version 1."""
+  """Returns whether a file name belongs to a shard of a split, of this version or version 1."""
   stem, _, ending = name.rpartition('.')
   number = stem.removeprefix(f'{file_part(split)}-')
   return ending in ('array_record', 'tfrecord') and number != stem and number.isdecimal()
@@ -147,21 +148,21 @@ def write_info(folder: str, info: Mapping[str, Any]) -> None:
 
 
 def _same_name(split: str) -> str:
-  """What file systems that fold case and normal forms make of a split's name."""
+  """Returns a split's name as seen by file systems that fold case and normal forms."""
   return unicodedata.normalize('NFKC', split).casefold()
 
 
 def other_splits(folder: str, info: Mapping[str, Any], replaced: Sequence[str]) -> dict[str, Any]:
-  """Returns the finished splits that stay, after checking that they are of the same tokenizer.
+  """Returns the finished splits to keep, after checking that they use the same tokenizer.
 
   Args:
-    folder: of the cache.
-    info: of the cache that is being written.
-    replaced: the splits that are being written: the first does not stay, and the others do not if
-      they are of another tokenizer.
+    folder: folder of the cache.
+    info: info of the cache that is being written.
+    replaced: the splits that are being written: the first is never kept, the others only if they
+      use the same tokenizer.
 
   Raises:
-    UserError: the others are of another tokenizer, or have a name too similar to the first's.
+    UserError: the other splits use another tokenizer, or have a name too similar to the first's.
   """
   if not storage.exists(storage.join(folder, 'info.json')):
     return {}
@@ -186,7 +187,7 @@ def other_splits(folder: str, info: Mapping[str, Any], replaced: Sequence[str]) 
 
 
 def differing(present: Mapping[str, Any], info: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-  """What all splits of a cache share and two of them don't: key -> the values of both."""
+  """Returns the entries that two caches must share but don't: {key: (theirs, ours)}."""
   return {
     key: (theirs, ours)
     for key in (*KEYS, 'views')
@@ -195,7 +196,7 @@ def differing(present: Mapping[str, Any], info: Mapping[str, Any]) -> dict[str, 
 
 
 def digest(path: str) -> str:
-  """The XXH3 digest of a file, 32 hexadecimal digits."""
+  """Returns the XXH3 digest of a file, 32 hexadecimal digits."""
   found = xxhash.xxh3_128()
   with storage.open_file(path) as file:
     while piece := file.read(_PIECE):
@@ -204,7 +205,7 @@ def digest(path: str) -> str:
 
 
 class LostShard(Exception):
-  """A shard to put in place is gone or damaged; the argument is its number."""
+  """A shard to put in place is missing or damaged; the argument is its index."""
 
 
 def put_in_place(
@@ -215,21 +216,21 @@ def put_in_place(
   files: Sequence[str],
   replaced: Sequence[str] = (),
 ) -> None:
-  """Moves the finished shards of a split into a cache and enters them in `info.json`.
+  """Moves the finished shards of a split into a cache and adds them to `info.json`.
 
-  If it is killed, calling it again completes it. Several processes may call it with the same
-  arguments at once.
+  If the process is killed, calling it again completes the work. Several processes may call it with
+  the same arguments concurrently.
 
   Args:
-    folder: of the cache.
-    info: of the cache; see `token_cache.write_token_cache`.
+    folder: folder of the cache.
+    info: info of the cache, as in `token_cache.write_token_cache`.
     split: the split's name.
-    entry: of `split_info`.
-    files: the shards, on the disk or in the store of the cache.
-    replaced: other splits that go if they are of another tokenizer.
+    entry: the result of `split_info`.
+    files: the shards, on the same disk or store as the cache.
+    replaced: other splits to remove if they use another tokenizer.
 
   Raises:
-    LostShard: one is neither there nor in place already, or not of its size.
+    LostShard: a shard is neither staged nor in place, or has the wrong size.
   """
   with _locked(folder):
     others = other_splits(folder, info, (split, *replaced))
@@ -243,8 +244,8 @@ def put_in_place(
     try:
       storage.move(files[index], target)
     except FileNotFoundError as error:
-      # In place already, unless what is there is a shard of another split of this name; sizes are
-      # multiples of 64 KiB and say little.
+      # Already in place, unless the target is a shard of another split of this name. Sizes are
+      # multiples of 64 KiB, so they can't distinguish them.
       if not storage.exists(target) or digest(target) != entry['shards'][index]['digest']:
         raise LostShard(index) from error
 
@@ -265,7 +266,7 @@ def put_in_place(
 
 @contextlib.contextmanager
 def _locked(folder: str) -> Iterator[None]:
-  """Lets one process at a time read and write `info.json`, since each may add another split."""
+  """Locks `info.json` for one process at a time, since each may add another split."""
   storage.make_folder(folder)
   path, mine = storage.join(folder, '.info.lock'), secrets.token_hex(8).encode()
   holder, since = None, time.monotonic()
@@ -289,19 +290,19 @@ def _locked(folder: str) -> Iterator[None]:
 
 
 def _release(path: str, holder: bytes | None) -> None:
-  """Removes a lock, unless somebody else holds it by now."""
+  """Removes a lock, unless another process holds it by now."""
   with contextlib.suppress(FileNotFoundError):
     if storage.read(path, storage.MAX_JSON) == holder:
       storage.remove(path)
 
 
 def cannot_write(folder: str, error: OSError) -> UserError:
-  """The UserError of an OSError while a cache is written."""
+  """Returns the UserError for an OSError during writing of a cache."""
   return UserError(f'the token cache {folder} cannot be written: {error.strerror or error}')
 
 
 def remove_folder(folder: str) -> None:
-  """Removes a folder of a disk or a store, if it is there."""
+  """Removes a folder on a disk or in a store, if it exists."""
   if storage.is_url(folder):
     storage.remove_folder(folder)
   else:

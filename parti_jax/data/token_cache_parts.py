@@ -1,15 +1,15 @@
-"""A split of a token cache that any number of processes write, part by part.
+"""A split of a token cache, written in parts by any number of processes.
 
-A part becomes one shard. Until all parts are finished, they are in the folder `.SPLIT.parts` of the
-cache:
+Each part becomes one shard. Until all parts are finished, they are in the folder `.SPLIT.parts` of
+the cache:
 
-  made_with.json          what the tokens are made with and of; all processes must agree
+  made_with.json          the inputs of the tokens; all processes must agree on them
   KEY-00017.array_record  the shard of part 17; KEY is a digest of made_with.json
-  KEY-00017.json          written after the shard: what it holds, and what was skipped
+  KEY-00017.json          written after the shard: its entry, and the skipped examples
 
-A part is finished when its JSON file is there and its shard has the size that this file says.
-A process that finds all parts finished puts the shards in place and adds the split to `info.json`.
-Each step can be repeated, so that a process may be killed anywhere and several may merge at once.
+A part is finished when its JSON file exists and its shard has the size stated there. A process that
+finds all parts finished puts the shards in place and adds the split to `info.json`. Each step can
+be repeated, so a process may be killed at any time and several may merge concurrently.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ class SplitParts:
   """The parts of a split.
 
   Args:
-    folder: of the token cache.
+    folder: folder of the token cache.
     split: the split's name.
     info: 'codebook_size', 'image_tokens', 'tokenizer' and 'views' of the cache.
-    made_with: what else the tokens depend on, JSON.
-    count: how many parts there are.
-    replaced: other splits that the same command writes, which go if they are of another tokenizer.
+    made_with: further inputs that the tokens depend on, JSON.
+    count: number of parts.
+    replaced: other splits that the same command writes, to remove if they use another tokenizer.
 
   Attributes:
-    folder: as given.
-    split: as given.
-    count: as given.
+    folder: folder of the token cache.
+    split: the split's name.
+    count: number of parts.
   """
 
   def __init__(
@@ -67,23 +67,23 @@ class SplitParts:
     token_cache_info.check_split_name(split)
     self.folder, self.split, self.count = folder, split, count
     self._info, self._replaced = dict(info), replaced
-    # As they are read back, with lists for tuples.
+    # In the form in which JSON returns them, with lists instead of tuples.
     self._made_with = json.loads(json.dumps({**made_with, 'parts': count}))
     self._whole = {**json.loads(json.dumps(self._info)), **self._made_with}
     self._key = xxhash.xxh3_64_hexdigest(json.dumps(self._whole, sort_keys=True).encode())
     self._parts = storage.join(folder, f'.{token_cache_info.file_part(split)}.parts')
 
   def check(self, overwrite: bool) -> bool:
-    """Looks at what is in the cache, and changes nothing.
+    """Compares the cache's content with what this object would write; changes nothing.
 
     Args:
-      overwrite: whether what was made differently is to be replaced.
+      overwrite: whether to replace a split that was made differently.
 
     Returns:
-      Whether there is anything to do: False where the split is finished as it would be made.
+      Whether anything is left to do: False if the split is finished and up to date.
 
     Raises:
-      UserError: there is a split, or there are parts of one, that were made differently.
+      UserError: the split, or parts of it, exist but were made differently.
     """
     with self._reported():
       entry, present = self._entry()
@@ -99,7 +99,7 @@ class SplitParts:
       return True
 
   def begin(self) -> None:
-    """Makes this the way in which the split is being written; call `check` first."""
+    """Starts writing the split, and removes parts made differently; call `check` first."""
     with self._reported():
       if self.finished():
         return
@@ -111,18 +111,18 @@ class SplitParts:
             storage.remove(storage.join(self._parts, name))
 
   def clean(self) -> None:
-    """Removes the parts of a finished split, which a kill at the end of `merge` leaves."""
+    """Removes leftover parts of a finished split, in case `merge` was killed at its end."""
     with self._reported():
       if self._read(_MADE_WITH) in (None, self._whole):
         token_cache_info.remove_folder(self._parts)
 
   def unfinished(self, indices: Iterable[int]) -> list[int]:
-    """Which of these parts have to be written."""
+    """Returns which of these parts must be written."""
     with self._reported():
       if self.finished():
         return []
       sizes = storage.sizes(self._parts)
-      # With all of them written, shards may be on their way to their places.
+      # If all of them are written, a merge may be moving the shards.
       merging = len(self._unwritten(sizes)) == 0
       with concurrent.futures.ThreadPoolExecutor(_READS_AT_ONCE) as executor:
         indices = list(indices)
@@ -141,12 +141,12 @@ class SplitParts:
         ]
 
   def left(self) -> list[int]:
-    """The parts that no process has finished yet."""
+    """Returns the parts that no process has finished yet."""
     with self._reported():
       return [] if self.finished() else self._unwritten(set(storage.names(self._parts)))
 
   def is_written(self, index: int) -> bool:
-    """Whether a part, or the whole split, is finished by now."""
+    """Returns whether a part, or the whole split, is finished."""
     with self._reported():
       return storage.exists(storage.join(self._parts, self._json(index))) or self.finished()
 
@@ -156,9 +156,9 @@ class SplitParts:
     """Writes a part.
 
     Args:
-      index: of the part.
-      records: of `token_cache.serialized`.
-      tallies: of `TALLIES`, complete when the last record was taken: reason -> examples.
+      index: index of the part.
+      records: records from `token_cache.serialized`.
+      tallies: {reason: examples} for each of `TALLIES`, complete after the last record is taken.
 
     Raises:
       UserError: the cache can't be written, or another process writes other tokens here.
@@ -185,14 +185,14 @@ class SplitParts:
       storage.write(storage.join(self._parts, self._json(index)), json.dumps(facts))
 
   def merge(self) -> bool:
-    """Makes a split of all parts, or completes what another process has begun of this.
+    """Makes a split of all parts, or completes another process's merge.
 
     Returns:
-      Whether the split is finished; False where a part turned out to be damaged, which has to be
-      written again.
+      Whether the split is finished; False if a part turned out to be damaged and must be written
+      again.
 
     Raises:
-      UserError: no part has any example.
+      UserError: no part has any examples.
     """
     with self._reported():
       if not self.finished():
@@ -208,13 +208,13 @@ class SplitParts:
       return True
 
   def finished(self) -> bool:
-    """Whether the split is in the cache, whole and made as it would be made now."""
+    """Returns whether the cache has the split, complete and up to date."""
     with self._reported():
       entry, present = self._entry()
       return entry is not None and self._is_ours(entry, present) and self._is_whole(entry)
 
   def summary(self) -> dict[str, Any]:
-    """'examples', 'skipped' and 'shortened' of the finished split."""
+    """Returns 'examples', 'skipped' and 'shortened' of the finished split."""
     return {name: self._entry()[0][name] for name in ('examples', *TALLIES)}
 
   def _put_in_place(self, facts: Sequence[Mapping[str, Any]]) -> bool:
@@ -230,8 +230,8 @@ class SplitParts:
     if not used:
       reasons = ', '.join(f'{count:,} {reason}' for reason, count in totals['skipped'].items())
       raise UserError(
-        f'there is no usable example in split {self.split!r}'
-        + (f'; skipped {reasons}' if reasons else ': there is none at all')
+        f'no usable example in split {self.split!r}'
+        + (f'; skipped {reasons}' if reasons else '; it is empty')
       )
     entry = {
       **token_cache_info.split_info([found['shard'] for found in used]),
@@ -251,13 +251,13 @@ class SplitParts:
     return True
 
   def _forget(self, indices: Iterable[int]) -> None:
-    """Removes the JSON of parts, so that they are written again."""
+    """Removes the JSON files of parts, so that they are written again."""
     for index in indices:
       with contextlib.suppress(FileNotFoundError):
         storage.remove(storage.join(self._parts, self._json(index)))
 
   def _entry(self) -> tuple[Mapping[str, Any] | None, Mapping[str, Any]]:
-    """The entry of the split in `info.json`, None where there is none, and all that is there."""
+    """Returns the split's entry in `info.json`, None if it has none, and the whole info."""
     if not storage.exists(storage.join(self.folder, 'info.json')):
       return None, {}
     present = token_cache_info.read_info(self.folder)
@@ -269,7 +269,7 @@ class SplitParts:
     )
 
   def _is_whole(self, entry: Mapping[str, Any]) -> bool:
-    """Whether the shards of a split are in place; those of other sizes are not whole."""
+    """Returns whether all shards of a split are in place with the right sizes."""
     sizes = storage.sizes(self.folder)
     return all(
       sizes.get(token_cache_info.shard_name(self.split, index)) == shard['bytes']
@@ -292,9 +292,9 @@ class SplitParts:
     return [index for index in range(self.count) if self._json(index) not in names]
 
   def _facts(self, index: int) -> dict[str, Any] | None:
-    """What is in the JSON of a part, None where it is missing or damaged."""
+    """Returns the JSON of a part; None if it is missing or damaged."""
     found = self._read(self._json(index))
-    whole = lambda value, least: type(value) is int and value >= least  # No bool.
+    whole = lambda value, least: type(value) is int and value >= least  # Excludes bool.
     if not (
       isinstance(found, dict)
       and found.get('part') == index

@@ -1,11 +1,11 @@
-"""Reads token caches of version 1, TFRecords of tf.train.Example, to turn them into today's.
+"""Reads token caches of version 1, TFRecords of tf.train.Example, to convert them.
 
 A folder with shards `SPLIT-00000.tfrecord` ... and `info.json`:
 
   {"codebook_size": 8192, "image_tokens": 1024, "tokenizer": "9f8e...",
    "splits": {"train": {"examples": 3588, "shards": 1, "bytes": [3871234]}}}
 
-`bytes`, the size of each shard, is not in the oldest ones.
+`bytes`, the size of each shard, is missing from the oldest caches.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ class OldCache:
   """A token cache of version 1.
 
   Args:
-    path: its folder.
+    path: the cache's folder.
 
   Attributes:
-    place: what it is, for messages.
-    info: what its `info.json` has, without its splits.
-    splits: their names.
+    place: description of the cache, for messages.
+    info: the content of its `info.json`, without the splits.
+    splits: names of the splits.
 
   Raises:
-    UserError: there is no such cache.
+    UserError: the folder holds no such cache.
   """
 
   def __init__(self, path: str):
@@ -45,20 +45,18 @@ class OldCache:
     try:
       info = storage.read_json(storage.join(path, 'info.json'))
     except FileNotFoundError as error:
-      raise UserError(
-        f'--convert={path}: there is no token cache, since it has no info.json'
-      ) from error
+      raise UserError(f'--convert={path} is not a token cache: it has no info.json') from error
     except ValueError as error:
       raise UserError(f'--convert={path}: info.json is damaged') from error
     if isinstance(info, dict) and info.get('version', 1) != 1:
-      raise UserError(f'--convert={path}: this token cache is of version {info["version"]} already')
-    if not _makes_sense(info):
-      raise UserError(f'--convert={path}: info.json is damaged, or not of a token cache')
+      raise UserError(f'--convert={path}: this token cache already has version {info["version"]}')
+    if not _is_valid(info):
+      raise UserError(f'--convert={path}: info.json is damaged, or not that of a token cache')
     self._splits = info.pop('splits')
     self.info, self.splits = info, tuple(self._splits)
 
   def check_split(self, split: str) -> None:
-    """Raises UserError unless the cache has a split."""
+    """Raises UserError unless the cache has this split."""
     if split not in self._splits:
       raise UserError(f'{self.place} has no split {split!r}; it has {", ".join(self.splits)}')
 
@@ -66,7 +64,7 @@ class OldCache:
     """Returns the shards of a split.
 
     Raises:
-      UserError: a shard is missing or was cut.
+      UserError: a shard is missing or truncated.
     """
     entry, sizes, files = self._splits[split], storage.sizes(self._path), []
     for index in range(entry['shards']):
@@ -77,14 +75,14 @@ class OldCache:
       wanted = entry['bytes'][index] if entry.get('bytes') else sizes[name]
       if sizes[name] != wanted:
         raise UserError(
-          f'{file} is damaged: it has {sizes[name]:,} bytes and had {wanted:,} when '
-          'it was written; copy it again, or tokenize the pictures again'
+          f'{file} is damaged: it has {sizes[name]:,} bytes, but was written with {wanted:,}; '
+          'copy it again, or tokenize the pictures again'
         )
       files.append(file)
     return files
 
   def records(self, file: str, skipped: Counter[str]) -> Iterator[bytes]:
-    """Yields the examples of a shard as records of today's form, and counts damaged ones."""
+    """Yields the examples of a shard as records of the current format; counts damaged ones."""
     for record in tfrecords.raw(file):
       found = record if isinstance(record, Damaged) else self._converted(record['record'])
       if isinstance(found, Damaged):
@@ -107,8 +105,8 @@ class OldCache:
       return Damaged('record of another token cache')
 
 
-def _makes_sense(info: Any) -> bool:
-  whole = lambda value: type(value) is int and 1 <= value < 2**40  # No bool.
+def _is_valid(info: Any) -> bool:
+  whole = lambda value: type(value) is int and 1 <= value < 2**40  # Excludes bool.
   if not (
     isinstance(info, Mapping)
     and isinstance(info.get('splits'), dict)

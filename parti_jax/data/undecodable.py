@@ -4,4 +4,4 @@ from parti_jax.data import damage
 
 
 class UndecodablePicture(damage.Unusable):
-  """The bytes are not a picture that can be used; the message is the reason in a few words."""
+  """The bytes are not a usable picture; the message is a short reason."""

@@ -1,4 +1,4 @@
-"""Several views of a picture, for more than one sequence of image tokens of an example."""
+"""Views of a picture, so that an example can have several sequences of image tokens."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from parti_jax.data import captions
 from parti_jax.data import examples
 from parti_jax.data import image_decoding
 
-# 1: the central square. 2: mirrored too. 10: LlamaGen's corners of a larger picture as well
+# 1: the central square. 2: also mirrored. 10: also LlamaGen's corner crops of an enlarged picture
 # (arXiv 2406.06525), each of the five also mirrored.
 COUNTS = (1, 2, 10)
-# The side of the picture whose corners are cut, over that of a view.
+# Side of the enlarged picture, relative to that of a view.
 _LARGER = 1.1
 
 
@@ -25,7 +25,7 @@ class Preparation:
 
   Attributes:
     image_size: height and width of a view in pixels.
-    count: one of `COUNTS`; the views of a smaller count are the first ones of a larger.
+    count: one of `COUNTS`; the views of a smaller count are the first views of a larger one.
     decode: decodes pictures.
   """
 
@@ -34,15 +34,15 @@ class Preparation:
   decode: examples.Decode = image_decoding.decode_and_note
 
   def __call__(self, example: Mapping[str, Any], draw: float) -> tuple[dict[str, Any], list[str]]:
-    """Prepares an example, as `share.Reading.prepare` does.
+    """Prepares an example, for use as `share.Reading.prepare`.
 
     Args:
-      example: of a source of pictures.
-      draw: not used: nothing here is random.
+      example: an example from a source of pictures.
+      draw: ignored, since the views aren't random.
 
     Returns:
-      'caption', a str, and 'views', uint8 [count, image_size, image_size, 3]; and in a few words
-      each thing that was lost.
+      'caption', a str, and 'views', uint8 [count, image_size, image_size, 3]; and a short note for
+      each loss.
 
     Raises:
       damage.Unusable: the example can't be used.

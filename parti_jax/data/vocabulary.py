@@ -1,7 +1,7 @@
 """The text vocabulary: a SentencePiece model (arXiv 1808.06226), without TensorFlow.
 
-Parti uses a SentencePiece vocabulary of 16,000, trained on sampled captions (section 2.2). The
-same object serves training and sampling, so that both see the same tokens.
+Parti uses a SentencePiece vocabulary of size 16,000, trained on sampled captions (section 2.2).
+Training and sampling use the same class, so both see the same tokens.
 """
 
 import io
@@ -20,15 +20,15 @@ from parti_jax.core.errors import UserError
 PAD_ID = 0
 EOS_ID = 1
 UNK_ID = 2
-# Bytes of a vocabulary; one of 250,000 pieces has five million.
+# Maximum bytes of a vocabulary; one with 250,000 pieces has five million.
 LARGEST_MODEL = 64 * 2**20
 
-# SentencePiece's mark for a space in front of a word.
+# SentencePiece's marker for a space before a word.
 _WORD_START = '\u2581'
 
 
 class TextVocabulary:
-  """Turns texts into token ids of a fixed length and back.
+  """Converts texts to token ids of a fixed length and back.
 
   Ids: padding 0, end of text 1, unknown 2, then the pieces of the model.
   """
@@ -37,10 +37,10 @@ class TextVocabulary:
     """Loads a SentencePiece model.
 
     Args:
-      path: the model's file, as `parti-jax vocabulary` writes it; a path or URL.
+      path: the model's file, as written by `parti-jax vocabulary`; a path or URL.
 
     Raises:
-      UserError: the file is missing, is no SentencePiece model, or has other special ids.
+      UserError: the file is missing, isn't a SentencePiece model, or has other special ids.
     """
     self.path = os.fspath(path)
     try:
@@ -48,41 +48,41 @@ class TextVocabulary:
     except OSError as error:
       raise UserError(
         f'the vocabulary {self.path} cannot be read ({error.strerror or error}); '
-        '`parti-jax vocabulary` makes one'
+        'create one with `parti-jax vocabulary`'
       ) from error
     try:
       self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     except RuntimeError as error:
-      raise UserError(f'the vocabulary {self.path} is no SentencePiece model') from error
+      raise UserError(f'the vocabulary {self.path} is not a SentencePiece model') from error
     processor = self._processor
     special_ids = (processor.pad_id(), processor.eos_id(), processor.unk_id())
     if special_ids != (PAD_ID, EOS_ID, UNK_ID):
       raise UserError(
         f'the vocabulary {self.path} has the ids (pad, eos, unk) = {special_ids}, '
-        f'needed are {(PAD_ID, EOS_ID, UNK_ID)}; `parti-jax vocabulary` makes such a one'
+        f'expected {(PAD_ID, EOS_ID, UNK_ID)}; create one with `parti-jax vocabulary`'
       )
     self.fingerprint = fingerprints.of_vocabulary(model)
 
   @property
   def size(self) -> int:
-    """The number of ids, the special ones included."""
+    """The number of ids, including the special ones."""
     return self._processor.get_piece_size()
 
   def encode(self, text: str, length: int) -> tuple[np.ndarray, str]:
     """Encodes a text.
 
     Args:
-      text: any text. The empty one, which stands for "no text" in classifier-free guidance,
+      text: any text. The empty text, which stands for "no text" in classifier-free guidance,
         becomes [1, 0, 0, ...].
       length: the number of ids to return, at least 1.
 
     Returns:
-      The ids, int32 [length], ended by EOS and padded with 0, and the end of the text that did
-      not fit, as the vocabulary normalises it (in lower case); '' if all of the text fits.
+      The ids, int32 [length], terminated by EOS and padded with 0; and the end of the text that
+      did not fit, in the vocabulary's normalised form (lower case), '' if the whole text fits.
 
     Raises:
-      UserError: a character of the text is half of one (a lone surrogate), as Python makes of
-        arguments that are not UTF-8.
+      UserError: the text contains a lone surrogate, which Python creates for command line
+        arguments that aren't UTF-8.
     """
     try:
       text.encode()
@@ -102,11 +102,11 @@ class TextVocabulary:
     return padded, ''.join(pieces[len(kept) :]).replace(_WORD_START, ' ').strip()
 
   def encode_whole(self, text: str) -> list[int]:
-    """Encodes a text in as many ids as it takes, the EOS at the end included."""
+    """Encodes a text without a length limit, including the final EOS."""
     return [*self._processor.encode(text), EOS_ID]
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-    """Returns the text of ids, up to the first EOS; padding is left out."""
+    """Returns the text of ids, up to the first EOS; skips padding."""
     ids = [int(i) for i in ids]
     if EOS_ID in ids:
       ids = ids[: ids.index(EOS_ID)]
@@ -121,25 +121,25 @@ def train_vocabulary(
   character_coverage: float = 0.9995,
   at_most: bool = False,
 ) -> TextVocabulary:
-  """Trains a SentencePiece model and writes it in one go.
+  """Trains a SentencePiece model and writes it atomically.
 
-  Texts are normalised to NFKC and to lower case, so that a prompt's capitals don't matter.
+  Texts are normalised to NFKC and lower case, so the case of a prompt doesn't matter.
 
   Args:
     captions: the texts to train on.
-    size: the number of ids, the three special ones included.
-    output: the file to write; it is replaced only by a complete model.
-    model_type: 'unigram', or 'bpe', which keeps more words whole where captions are few.
-    character_coverage: share of the characters in the texts that get a piece of their own; the
-      rarest of the rest become unknown.
-    at_most: whether the vocabulary may be smaller where the texts can't carry `size` ids.
+    size: the number of ids, including the three special ones.
+    output: the file to write; only a complete model replaces it.
+    model_type: 'unigram', or 'bpe', which keeps more whole words if there are few captions.
+    character_coverage: share of the texts' characters that get their own piece; the rarest ones
+      beyond it become unknown.
+    at_most: whether the vocabulary may be smaller if the texts don't support `size` ids.
 
   Returns:
     The new vocabulary.
 
   Raises:
-    UserError: the texts can't carry so large a vocabulary, or have more characters than it has
-      pieces, or the file can't be written.
+    UserError: the texts don't support a vocabulary of this size, or have more characters than it
+      has pieces, or the file can't be written.
   """
   model = io.BytesIO()
   try:
@@ -155,7 +155,7 @@ def train_vocabulary(
       eos_id=EOS_ID,
       unk_id=UNK_ID,
       bos_id=-1,
-      # Above this a sample carries the statistics just as well, in bounded memory.
+      # A sample of this size has nearly the same statistics, in bounded memory.
       input_sentence_size=10_000_000,
       shuffle_input_sentence=True,
       minloglevel=2,
@@ -170,12 +170,11 @@ def train_vocabulary(
 
 
 def _training_error(error: RuntimeError, size: int) -> UserError:
-  """Says in our terms why SentencePiece could not train."""
+  """Translates SentencePiece's training error into our terms."""
   message = str(error)
   if largest := re.search(r'value <= (\d+)', message):
     return UserError(
-      f'--size={size} is more than these captions can carry; the largest is --size='
-      f'{largest.group(1)}'
+      f'--size={size} is more than these captions support; the largest is --size={largest.group(1)}'
     )
   if smallest := re.search(r'smaller than required_chars.*?vs (\d+)', message):
     return UserError(

@@ -1,1 +1,1 @@
-"""How good the pictures are."""
+"""Measures the quality of generated pictures."""

@@ -1,16 +1,16 @@
-"""Which threshold keeps a loss within a tolerance, with a bound on the chance of being wrong.
+"""Chooses a threshold that keeps a loss within a tolerance, and bounds the probability of an error.
 
-Calibration of early exit as in CALM (arXiv 2207.07061, section 4): Learn then Test (Angelopoulos et
-al., arXiv 2110.01052) with fixed-sequence testing. Candidate thresholds are tried from the most
-careful one down. For each the hypothesis "the expected loss is above the tolerance" is tested at
-level `risk`; the first one that can't be rejected ends the search, and the last rejected one is the
-result. The chance that its expected loss is above the tolerance is at most `risk`, however many
-thresholds were tried.
+This calibrates early exit as in CALM (arXiv 2207.07061, section 4), by Learn then Test
+(Angelopoulos et al., arXiv 2110.01052) with fixed-sequence testing. Candidate thresholds are tried
+in order, beginning with the most conservative. For each, the hypothesis "the expected loss is above
+the tolerance" is tested at level `risk`. The first one that can't be rejected ends the search, and
+the last rejected one is the result. The probability that its expected loss is above the tolerance
+is at most `risk`, regardless of the number of thresholds tried.
 
-CALM tests with the Hoeffding-Bentkus inequality, which for a hundred prompts leaves almost nothing
-to gain. Here the p-value is the betting one of Waudby-Smith and Ramdas (arXiv 2010.09686, section
-4.2), which is as valid for any number of prompts and much tighter where losses vary little, as they
-do when most pictures come out as they were.
+CALM tests with the Hoeffding-Bentkus inequality, which leaves almost no gain for a hundred prompts.
+This module uses the betting p-value of Waudby-Smith and Ramdas (arXiv 2010.09686, section 4.2). It
+is equally valid for any number of prompts, and much tighter if losses vary little, as they do when
+most pictures are unchanged.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from typing import Any
 
 import numpy as np
 
-# The most that is bet, as a share of what can't be lost; 1/2 or 3/4 are the authors' choices.
+# Largest bet, relative to the bet that could lose all capital; the authors use 1/2 or 3/4.
 _TRUNCATION = 0.75
 
 
 def p_value(
   losses: np.ndarray, tolerance: float, low: float = -1.0, high: float = 1.0, risk: float = 0.05
 ) -> float:
-  """Probability of losses as low as these, if their expectation were above the tolerance.
+  """Returns the probability of losses this low if their expectation were above the tolerance.
 
   Args:
-    losses: float [n], independent draws in [low, high], in an order that does not depend on them.
-    tolerance: the expectation of the hypothesis.
-    low: least value that a loss can have.
-    high: greatest value.
-    risk: level that the bets are tuned for; the p-value is valid for every level.
+    losses: float [n], independent draws in [low, high], in an order that doesn't depend on them.
+    tolerance: the expectation under the hypothesis.
+    low: smallest possible loss.
+    high: largest possible loss.
+    risk: level that the bets are tuned for; the p-value is valid at any level.
 
   Returns:
     A number in (0, 1].
 
   Raises:
-    ValueError: if a loss lies outside of its bounds.
+    ValueError: if a loss is out of bounds.
   """
   losses = np.asarray(losses, np.float64)
   if losses.size and (losses.min() < low or losses.max() > high):
@@ -51,7 +51,7 @@ def p_value(
     return 0.0
   if mean <= 0:
     return 1.0
-  # Of what came before each draw: the regularised mean and variance that the bet rests on.
+  # The regularised mean and variance of the draws before each draw determine its bet.
   counts = np.arange(1, len(values) + 1)
   means = (0.5 + np.cumsum(values)) / (counts + 1)
   variances = (0.25 + np.cumsum(np.square(values - means))) / (counts + 1)
@@ -65,15 +65,15 @@ def p_value(
 def fixed_sequence(
   thresholds: Iterable[float], measure: Callable[[float], dict[str, Any]], risk: float
 ) -> tuple[float | None, list[dict[str, Any]]]:
-  """Tries thresholds in the order given until one fails.
+  """Tries thresholds in the given order until one fails.
 
   Args:
-    thresholds: the most careful one first; fixed before any is measured.
-    measure: threshold -> a row of the table, with 'p_value' in it.
-    risk: level of each test, and of the whole.
+    thresholds: the most conservative first; must be fixed before any is measured.
+    measure: threshold -> a row of the table, which contains 'p_value'.
+    risk: level of each test, and of the whole procedure.
 
   Returns:
-    The last threshold whose test passed, None if the first one failed already, and the rows of all
+    The last threshold that passed its test, None if the first one failed, and the rows of all
     that were tried.
   """
   found, rows = None, []

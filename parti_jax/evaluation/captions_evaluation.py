@@ -1,8 +1,8 @@
 """Evaluates a model on captions of real pictures: MS-COCO, Localized Narratives.
 
-One picture is drawn for each caption (or several, and the ranker's best is kept, as Parti does with
-16); they are compared as sets with the real pictures of those captions, cropped to their central
-square. Nothing but features is held in memory for all pictures.
+It generates one picture for each caption (or several, of which the ranker keeps the best; Parti
+uses 16), and compares them as a set with the real pictures of those captions, cropped to their
+central square. Only features are held in memory for all pictures.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from parti_jax.evaluation.datasets import picture_shards
 from parti_jax.evaluation.metrics import distribution
 from parti_jax.evaluation.metrics import features as features_lib
 
-# Real pictures that are decoded and go through networks at once.
+# Real pictures decoded and processed by networks at once.
 _BATCH = 64
-# Captions on the contact sheet: the first ones, which are in the first shard.
+# Captions on the contact sheet: the first ones, all in the first shard.
 _SHOWN = 40
 _THREADS = 4
 
@@ -40,16 +40,16 @@ class Report:
   """The numbers of an evaluation on captions.
 
   Attributes:
-    dataset: its name.
-    captions: how many captions are compared.
-    captions_available: how many the data set has.
-    pictures: how many real pictures these captions have.
-    skipped: reason -> captions that were left out.
-    captions_cut: captions that were longer than the model's text length.
-    num_images: pictures drawn for each caption; of several the ranker's best is compared.
-    model_image_size: height and width of the drawn pictures, in pixels.
-    seed: of the choice of captions and of the pictures.
-    sampling: settings that were given in place of the model's own.
+    dataset: name of the data set.
+    captions: number of captions compared.
+    captions_available: number of captions in the data set.
+    pictures: number of real pictures with these captions.
+    skipped: reason -> captions skipped.
+    captions_cut: captions longer than the model's text length.
+    num_images: pictures generated for each caption; the ranker's best of them is compared.
+    model_image_size: height and width of the generated pictures, in pixels.
+    seed: seed of the choice of captions and of the pictures.
+    sampling: settings that override the model's own.
     distributions: a table for each kind of features.
   """
 
@@ -66,30 +66,30 @@ class Report:
   distributions: Sequence[distribution.Distribution]
 
   def notes(self) -> list[str]:
-    """Returns what a reader needs to know beside the tables."""
+    """Returns explanations of the tables."""
     settings = ', '.join(f'{key} {value}' for key, value in self.sampling.items())
     best = (
       f"the ranker's best of {self.num_images} pictures" if self.num_images > 1 else 'one picture'
     )
     lines = [
       f'{self.captions:,} of {self.captions_available:,} captions of {self.dataset}, of '
-      f'{self.pictures:,} pictures; {best} for each, drawn at '
+      f'{self.pictures:,} pictures; {best} for each, generated at '
       f'{self.model_image_size}x{self.model_image_size} pixels, seed {self.seed}, '
       f'sampling: {settings or "as the model is configured"}.'
     ]
     if self.num_images > 1:
       lines.append(
         'The alignment of generated pictures is measured by the ranker that chose them, '
-        'and so flatters them.'
+        'and is therefore optimistic.'
       )
     if self.skipped:
       lines.append(
-        'Left out: '
+        'Skipped: '
         + ', '.join(f'{count:,} captions ({reason})' for reason, count in self.skipped.items())
         + '.'
       )
     if self.captions_cut:
-      lines.append(f"{self.captions_cut:,} captions were longer than the model's text, and cut.")
+      lines.append(f"{self.captions_cut:,} captions exceeded the model's text length and were cut.")
     return [*lines, distribution_report.NOTE]
 
   def text(self) -> str:
@@ -113,7 +113,7 @@ class Report:
     )
 
   def json(self) -> str:
-    """Renders every number, unrounded, as JSON."""
+    """Renders all numbers, unrounded, as JSON."""
     return (
       json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False, allow_nan=False) + '\n'
     )
@@ -121,7 +121,7 @@ class Report:
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-  """What a contact sheet shows: uint8 [captions, height, width, 3] twice, of one size."""
+  """Pictures of a contact sheet: uint8 [captions, height, width, 3] twice, of one size."""
 
   captions: Sequence[str]
   real: np.ndarray
@@ -139,24 +139,25 @@ def evaluate(
   batch_size: int | None = None,
   **sampling,
 ) -> tuple[Report, Shown]:
-  """Draws what `folder` does not hold yet, and compares.
+  """Generates the pictures that `folder` doesn't have yet, and compares all of them.
 
   Args:
-    pipeline: as `parti_jax.load` gives it.
+    pipeline: the result of `parti_jax.load`.
     captioned: the captions and their pictures.
-    extractors: see `features.of_flags`; one at least.
-    folder: keeps the drawn pictures; another run may go on there.
+    extractors: at least one extractor from `features.of_flags`.
+    folder: stores the generated pictures; another run may continue there.
     num_images: pictures for each caption; with several, the model's ranker keeps the best.
-    seed: of the pictures.
-    progress: show bars on a terminal.
-    batch_size: pictures drawn at once.
+    seed: seed of the pictures.
+    progress: whether to show bars on a terminal.
+    batch_size: pictures generated at once.
     **sampling: fields of SamplingSettings.
 
   Returns:
-    The report, and some pictures to look at.
+    The report, and some pictures for a contact sheet.
 
   Raises:
-    UserError: no ranker where one is needed, no real picture can be decoded, or damaged shards.
+    UserError: a ranker is needed but missing, no real picture can be decoded, or a shard is
+      damaged.
   """
   sampling = {name: value for name, value in sampling.items() if value is not None}
   shards = picture_shards.PictureShards(folder / 'generated', captioned.captions)
@@ -168,8 +169,8 @@ def evaluate(
     reason for reason in (real.reasons[picture] for picture in captioned.picture_of) if reason
   )
   kept = np.array([not real.reasons[picture] for picture in captioned.picture_of])
-  place = np.cumsum([not reason for reason in real.reasons]) - 1
-  picture_of = place[captioned.picture_of[kept]]
+  index_of = np.cumsum([not reason for reason in real.reasons]) - 1
+  picture_of = index_of[captioned.picture_of[kept]]
   captions = [caption for caption, keep in zip(captioned.captions, kept) if keep]
   tables = []
   for extractor, (of_real, of_reconstruction) in zip(extractors, real.features):
@@ -194,7 +195,7 @@ def evaluate(
     dataset=captioned.name,
     captions=len(captions),
     captions_available=captioned.available,
-    pictures=int(place[-1]) + 1,
+    pictures=int(index_of[-1]) + 1,
     skipped={**captioned.skipped, **damaged},
     captions_cut=shards.captions_cut(),
     num_images=num_images,
@@ -207,12 +208,12 @@ def evaluate(
 
 
 class _RealPictures:
-  """What is kept of the real pictures: why some can't be used, and features of the others.
+  """Features of the usable real pictures, and why the others can't be used.
 
   Attributes:
-    reasons: for each picture why it can't be used, or ''.
-    features: for each extractor those of the pictures and of their reconstructions.
-    shown: index -> picture, uint8 [size, size, 3] with the size of the first extractor, of some.
+    reasons: for each picture the reason why it can't be used, or ''.
+    features: for each extractor, features of the pictures and of their reconstructions.
+    shown: index -> picture, uint8 [size, size, 3] of the first extractor's size, for some.
   """
 
   def __init__(
@@ -268,7 +269,7 @@ def _decoded(
 
 
 def _bar(items, description: str, progress: bool, pictures: int):
-  """An iterator over items (pictures, or arrays of pictures) that shows its progress."""
+  """Yields items (pictures, or arrays of pictures) and shows the progress."""
   with tqdm.tqdm(
     total=pictures,
     desc=description,
@@ -287,12 +288,12 @@ def _shown(
   shards: picture_shards.PictureShards,
   real: Mapping[int, np.ndarray],
 ) -> Shown:
-  """Returns the first captions with their pictures."""
+  """Returns the first captions and their pictures."""
   first = next(shards.batches())[:_SHOWN]
   chosen = np.flatnonzero(kept[: len(first)])
   pictures = [real[index] for index in captioned.picture_of[chosen].tolist()]
   generated = first[chosen]
-  if not pictures:  # All of the first ones are damaged.
+  if not pictures:  # The first ones are all damaged.
     return Shown([], generated, generated)
   return Shown(
     [captioned.captions[index] for index in chosen],

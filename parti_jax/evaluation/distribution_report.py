@@ -1,4 +1,4 @@
-"""Distributions as a table for a terminal and as Markdown."""
+"""Renders distributions as tables for a terminal and in Markdown."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from parti_jax.evaluation import tables
 from parti_jax.evaluation.metrics import distribution
 
 NOTE = (
-  'Fréchet distance: less is better; it grows where pictures are few, so that only rows with the '
-  'same numbers of pictures compare, and only over the same features. Precision, recall '
+  'Fréchet distance: lower is better; it grows as the number of pictures falls, so only rows with '
+  'the same numbers of pictures and the same features are comparable. Precision, recall '
   '(k = 3): shares of generated pictures on the manifold of the real ones, and the reverse, '
-  'in %; they too depend on the numbers of pictures. Inception score: more is better; the mean '
+  'in %; they too depend on the numbers of pictures. Inception score: higher is better; the mean '
   'over ten parts of the pictures, ± the deviation between them; it grows with the number of '
   'pictures. '
   "Alignment: mean cosine of the ranker's features of text and picture."
@@ -25,12 +25,12 @@ _COLUMNS = {
 
 
 def title(table: distribution.Distribution) -> str:
-  """Says which features a table is over."""
+  """Returns a title that names the table's features."""
   return f'Over {table.dim} features: {table.features}'
 
 
 def cells(table: distribution.Distribution) -> list[list[str]]:
-  """Returns a header and a line for each row; columns that no row has a value for are left out."""
+  """Returns a header and a line for each row, without columns that have no values."""
   shown = {
     key: column
     for key, column in _COLUMNS.items()

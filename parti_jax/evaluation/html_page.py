@@ -1,7 +1,7 @@
-"""One HTML page of prompts and their pictures, by category and challenge.
+"""Renders one HTML page of prompts and their pictures, by category and challenge.
 
-The page needs nothing but the pictures beside it: no script from elsewhere, no server. Without
-scripts it is whole and has its links to categories; with them it also filters.
+The page only needs the picture files: no external scripts, no server. Without scripts it shows
+everything and links to the categories; with scripts it also filters.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ def page(title: str, about: str, prompts: Sequence[Mapping], ranked: bool) -> st
   Args:
     title: its heading.
     about: a line about the model and its settings.
-    prompts: as prompts.json lists them: 'prompt', 'category', 'challenge', 'note', 'cut' (what the
-      model did not read of the prompt) and 'pictures', each with 'file' (relative to the page),
-      'score' (None where unranked) and 'image_index'.
+    prompts: the entries of prompts.json: 'prompt', 'category', 'challenge', 'note', 'cut' (the part
+      of the prompt that the model didn't read) and 'pictures', each with 'file' (relative to the
+      page), 'score' (None if unranked) and 'image_index'.
     ranked: whether each prompt's first picture is the best by a ranker.
 
   Returns:
@@ -106,7 +106,7 @@ def page(title: str, about: str, prompts: Sequence[Mapping], ranked: bool) -> st
 
 
 def _grouped(prompts: Sequence[Mapping], key: str) -> dict[str, list[Mapping]]:
-  """Returns value -> its prompts, values in alphabetical order."""
+  """Returns {value: its prompts}, in alphabetical order of the values."""
   groups = {}
   for prompt in prompts:
     groups.setdefault(prompt[key], []).append(prompt)
@@ -118,9 +118,9 @@ def _text(text: str) -> str:
 
 
 class _Anchors:
-  """The places on the page that links lead to, a different one for each category and challenge.
+  """The anchors of links, unique for each category and challenge.
 
-  No name has '--' in it or begins with '_', as the page's other ids do.
+  Anchors never contain '--' or begin with '_', unlike the page's other ids.
   """
 
   def __init__(self, categories: Iterable[str], challenges: Iterable[str]):

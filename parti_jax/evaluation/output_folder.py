@@ -18,10 +18,10 @@ RUN_FILE = 'run.json'
 
 
 def make(path: str) -> pathlib.Path:
-  """Makes the output folder before the long work, so that it can't fail after it.
+  """Creates the output folder before the long work, so that errors appear early.
 
   Raises:
-    UserError: nothing can be written there.
+    UserError: the folder isn't writable.
   """
   folder = pathlib.Path(path)
   try:
@@ -30,20 +30,20 @@ def make(path: str) -> pathlib.Path:
       pass
   except OSError as error:
     raise UserError(
-      f'--output_dir {path}: cannot write there ({error.strerror}); name another folder'
+      f'--output_dir {path}: cannot write there ({error.strerror}); choose another folder'
     ) from error
   return folder
 
 
 def claim(folder: pathlib.Path, run: Mapping[str, object]):
-  """Says in a folder what its pictures are drawn from, so that only the same run goes on there.
+  """Records in a folder what its pictures are made from, so that only the same run continues there.
 
   Args:
-    folder: of `make`.
-    run: everything that the pictures follow from, by the names that a user knows; for JSON.
+    folder: a folder from `make`.
+    run: everything that the pictures depend on, by names known to users; for JSON.
 
   Raises:
-    UserError: the folder holds pictures of another run; the message says what differs.
+    UserError: the folder holds pictures of another run; the message names the difference.
   """
   path = folder / RUN_FILE
   run = json.loads(json.dumps(run))
@@ -55,17 +55,17 @@ def claim(folder: pathlib.Path, run: Mapping[str, object]):
     if not isinstance(there, dict):
       raise ValueError
   except (OSError, ValueError, RecursionError) as error:
-    raise UserError(f'{path} is damaged; name another --output_dir') from error
+    raise UserError(f'{path} is damaged; choose another --output_dir') from error
   for key, value in run.items():
     if there.get(key) != value:
       raise UserError(
         f'--output_dir {folder} holds pictures of another run, with {key} '
-        f'{there.get(key)!r} where this one has {value!r}; name another folder'
+        f'{there.get(key)!r}, but this one has {value!r}; choose another folder'
       )
 
 
 def write(path: pathlib.Path, content: bytes):
-  """Writes a file under a temporary name, then renames it: never half a file."""
+  """Writes a file atomically, by renaming a temporary file."""
   temporary = path.with_name(f'.{path.name}.{os.getpid()}')
   try:
     temporary.write_bytes(content)
@@ -90,13 +90,13 @@ def fingerprint(*parts: bytes) -> str:
 
 
 def model_fingerprint(folder) -> str:
-  """Returns a hash of a model folder: of its small files, and of the ends of its large ones.
+  """Returns a hash of a model folder, over its small files and the ends of its large ones.
 
   Args:
-    folder: its path; None for the demo model.
+    folder: path of the folder; None for the demo model.
   """
   if folder is None:
-    # Imports JAX, which takes a moment.
+    # Imported here, since it imports JAX, which takes a moment.
     from parti_jax.sampling import text_to_image
 
     folder = text_to_image.DEMO_FOLDER

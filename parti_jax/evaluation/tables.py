@@ -1,10 +1,10 @@
-"""Tables of cells, as plain text and as Markdown. The first line is the header."""
+"""Renders tables of cells as plain text and as Markdown. The first line is the header."""
 
 from collections.abc import Sequence
 
 
 def text(lines: Sequence[Sequence[str]]) -> str:
-  """Renders for a terminal: the first column to the left, the others to the right."""
+  """Renders a table for a terminal; left-aligns the first column and right-aligns the others."""
   widths = [max(map(len, column)) for column in zip(*lines)]
   return '\n'.join(
     '  '.join(
@@ -15,7 +15,7 @@ def text(lines: Sequence[Sequence[str]]) -> str:
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
-  """Renders in Markdown."""
+  """Renders a table in Markdown."""
   header, *rest = lines
   rows = [header, ['---', *['---:'] * (len(header) - 1)], *rest]
   return '\n'.join('| ' + ' | '.join(row) + ' |' for row in rows)

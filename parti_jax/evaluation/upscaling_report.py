@@ -1,4 +1,4 @@
-"""How near a model's super-resolution comes to pictures, beside bicubic enlargement."""
+"""Compares a model's super-resolution with bicubic enlargement."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from PIL import Image
 
 from parti_jax.core.errors import UserError
 
-# What is enlarged, and what a reader needs to know of it.
+# Inputs of the enlargement -> their labels in the report.
 INPUTS = {
   'tokenizer': 'pictures through the tokenizer',
   'averaged': 'pictures averaged to that size',
 }
 _ENLARGED_BY = ('bicubic', 'super_resolution')
 _BATCH = 32
-# Of fewer pictures a standard error is rough.
+# With fewer pictures, a standard error is rough.
 _FEW_PICTURES = 30
 
 
@@ -31,7 +31,7 @@ class Report:
     psnr: float64 [pictures] in dB, by input (a key of INPUTS) and 'bicubic' or
       'super_resolution'.
     small_size: height and width of the inputs, in pixels.
-    large_size: of the pictures themselves.
+    large_size: height and width of the enlarged pictures, in pixels.
   """
 
   psnr: dict[str, dict[str, np.ndarray]]
@@ -39,7 +39,7 @@ class Report:
   large_size: int
 
   def text(self) -> str:
-    """A Markdown table of means in dB and of their differences with standard errors."""
+    """Renders a Markdown table of means in dB and of their differences with standard errors."""
     count = len(self.psnr['tokenizer']['bicubic'])
     lines = [
       f'| {count} pictures, {self.small_size} to {self.large_size} pixels: PSNR in dB | '
@@ -53,13 +53,13 @@ class Report:
       )
     if count < _FEW_PICTURES:
       lines.append(
-        f'Standard errors over fewer than {_FEW_PICTURES} pictures are rough, and of '
-        'one picture there is none.'
+        f'Standard errors over fewer than {_FEW_PICTURES} pictures are rough, and undefined '
+        'for one picture.'
       )
     return '\n'.join(lines)
 
   def json(self) -> dict[str, Any]:
-    """The same as plain values."""
+    """Returns the means as plain values."""
     return {
       'pictures': len(self.psnr['tokenizer']['bicubic']),
       'small_size': self.small_size,
@@ -73,13 +73,13 @@ class Report:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-  """Pictures to look at.
+  """Pictures for a contact sheet.
 
   Attributes:
-    inputs: uint8 [n, small_size, small_size, 3], through the tokenizer.
-    bicubic: uint8 [n, large_size, large_size, 3], the inputs enlarged.
-    super_resolution: likewise, by the model.
-    pictures: likewise, as they should be.
+    inputs: uint8 [n, small_size, small_size, 3], the tokenizer's reconstructions.
+    bicubic: uint8 [n, large_size, large_size, 3], the inputs enlarged by interpolation.
+    super_resolution: uint8 [n, large_size, large_size, 3], the inputs enlarged by the model.
+    pictures: uint8 [n, large_size, large_size, 3], the original pictures.
   """
 
   inputs: np.ndarray
@@ -94,13 +94,13 @@ def evaluate(pipeline, pictures: Iterator[np.ndarray], num_samples: int = 8):
   Args:
     pipeline: a TextToImage with an upscaler.
     pictures: uint8 [size, size, 3], with size = factor · the model's image size.
-    num_samples: pictures to keep, the first of each batch in turn until there are as many.
+    num_samples: pictures to keep, spread evenly over all.
 
   Returns:
     A Report and a Sample.
 
   Raises:
-    UserError: if there is no picture.
+    UserError: if there are no pictures.
   """
   psnr = {name: {how: [] for how in _ENLARGED_BY} for name in INPUTS}
   samples = []
@@ -119,7 +119,7 @@ def evaluate(pipeline, pictures: Iterator[np.ndarray], num_samples: int = 8):
       psnr[name][how].append(_psnr(enlarged[name][how], large))
     samples.append((inputs['tokenizer'], *enlarged['tokenizer'].values(), large))
   if not samples:
-    raise UserError('no picture to enlarge')
+    raise UserError('no pictures to enlarge')
   parts = [np.concatenate(part) for part in zip(*samples)]
   chosen = np.linspace(0, len(parts[0]) - 1, min(num_samples, len(parts[0]))).round().astype(int)
   report = Report(
@@ -134,7 +134,7 @@ def evaluate(pipeline, pictures: Iterator[np.ndarray], num_samples: int = 8):
 
 
 def sheet(sample: Sample, columns: int = 2) -> Image.Image:
-  """Side by side: the input as large pixels, bicubic, super-resolution, the picture itself."""
+  """Shows side by side: the input as large pixels, bicubic, super-resolution, the original."""
   factor = sample.pictures.shape[1] // sample.inputs.shape[1]
   columns = min(columns, len(sample.inputs))
   pixels = sample.inputs.repeat(factor, axis=1).repeat(factor, axis=2)
@@ -145,7 +145,7 @@ def sheet(sample: Sample, columns: int = 2) -> Image.Image:
 
 
 def _averaged(images: np.ndarray, factor: int) -> np.ndarray:
-  """uint8 [n, factor · size, factor · size, 3] averaged over squares of factor × factor pixels."""
+  """Averages uint8 [n, factor · size, factor · size, 3] over squares of factor × factor pixels."""
   count, side, _, channels = images.shape
   size = side // factor
   squares = images.reshape(count, size, factor, size, factor, channels)

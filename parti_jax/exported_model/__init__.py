@@ -1,1 +1,1 @@
-"""An exported model: one folder with sizes, parameters, vocabulary and sampling defaults."""
+"""Reads and writes exported models: folders with configs, parameters, vocabulary and defaults."""

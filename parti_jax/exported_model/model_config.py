@@ -1,6 +1,6 @@
-"""config.json of a model folder: sizes of the networks, sampling defaults and provenance, checked.
+"""Reads and checks a model folder's config.json: network configs, sampling defaults, provenance.
 
-People edit the file by hand, so its errors name the file and the entry, in JSON's words.
+People edit the file by hand, so errors name the file and the entry, and show values as JSON.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from parti_jax.models import parti_config
 
 FORMAT_VERSION = 1
 
-# What parameters may be stored as; they are computed with in the configs' dtype.
+# Dtypes in which parameters may be stored; the networks compute in the configs' dtype.
 STORED_DTYPES = {'float16': np.float16, 'bfloat16': ml_dtypes.bfloat16, 'float32': np.float32}
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:
-  """Reads the file.
+  """Reads config.json.
 
   Raises:
-    UserError: if it is not JSON or of another format version.
+    UserError: if the file isn't JSON or has another format version.
   """
   try:
     config = storage.read_json(path)
@@ -40,24 +40,24 @@ def read(path: pathlib.Path) -> dict[str, Any]:
   version = config.get('format_version') if isinstance(config, dict) else None
   if type(version) is not int or version != FORMAT_VERSION:
     raise UserError(
-      f'{path}: format_version is {checks.shown(version)}, this parti_jax reads '
+      f'{path}: format_version is {checks.shown(version)}, but this parti_jax reads '
       f'{FORMAT_VERSION}; install the version that wrote it, or export it again'
     )
   return config
 
 
 def sizes(kind: type, config: dict[str, Any], key: str, dtype: str, where) -> Any:
-  """Makes the sizes of a network.
+  """Returns the config of a network.
 
   Args:
-    kind: their dataclass.
-    config: of `read`.
-    key: of the network in the file.
-    dtype: name of the dtype to compute in, in place of the file's.
+    kind: dataclass of the network's config.
+    config: the result of `read`.
+    key: the network's key in the file.
+    dtype: name of the dtype to compute in, which replaces the file's.
     where: the file, for messages.
 
   Raises:
-    UserError: if they are missing or have other fields, or if a value is invalid.
+    UserError: if the entry is missing, has other fields, or has an invalid value.
   """
   values = dict(_object(config, key, where))
   if kind is parti_config.PartiConfig:
@@ -65,14 +65,14 @@ def sizes(kind: type, config: dict[str, Any], key: str, dtype: str, where) -> An
       values = parti_config.by_todays_names(values)
     except UserError as error:
       raise UserError(f'{where}: {key!r}: {error}') from error
-  kinds = checks.field_types(kind)
-  if values.keys() != kinds.keys():
-    different = ', '.join(map(_shown_name, sorted(values.keys() ^ kinds.keys())))
+  types = checks.field_types(kind)
+  if values.keys() != types.keys():
+    different = ', '.join(map(_shown_name, sorted(values.keys() ^ types.keys())))
     raise UserError(f'{where}: {key!r} has other fields than {kind.__name__}: {different}')
   bounds = config_checks.bounds(kind)
-  for name, annotation in kinds.items():
+  for name, annotation in types.items():
     least, most = bounds.get(name, (None, None))
-    # Of the most that a size may be, `_check_size` says why.
+    # `_check_size` checks the maximum of the other types and says why it exists.
     most = most if annotation is float else None
     values[name] = checks.typed(
       f'{where}: {key}.{name}', values[name], annotation, least, most, show=checks.shown_as_json
@@ -85,22 +85,22 @@ def sizes(kind: type, config: dict[str, Any], key: str, dtype: str, where) -> An
 
 
 def sampling(config: dict[str, Any], where) -> settings_lib.SamplingSettings:
-  """Returns the sampling defaults; what the file does not name is as in SamplingSettings.
+  """Returns the sampling defaults; entries missing in the file have SamplingSettings' defaults.
 
   Raises:
     UserError: if a name is unknown or a value is invalid.
   """
   values = _object(config, 'sampling', where, {})
-  kinds = checks.field_types(settings_lib.SamplingSettings)
-  if unknown := ', '.join(map(_shown_name, sorted(values.keys() - kinds.keys()))):
+  types = checks.field_types(settings_lib.SamplingSettings)
+  if unknown := ', '.join(map(_shown_name, sorted(values.keys() - types.keys()))):
     raise UserError(
-      f"{where}: 'sampling' has other fields than SamplingSettings: {unknown}; they "
-      f'are {", ".join(kinds)}'
+      f"{where}: 'sampling' has other fields than SamplingSettings: {unknown}; choose "
+      f'from {", ".join(types)}'
     )
   for name, value in values.items():
-    bounds = (0, checks.LARGEST_INT32) if kinds[name] is int else (None, None)
+    bounds = (0, checks.LARGEST_INT32) if types[name] is int else (None, None)
     checks.typed(
-      f'{where}: sampling.{name}', value, kinds[name], *bounds, show=checks.shown_as_json
+      f'{where}: sampling.{name}', value, types[name], *bounds, show=checks.shown_as_json
     )
   try:
     return settings_lib.SamplingSettings(**values)
@@ -109,10 +109,10 @@ def sampling(config: dict[str, Any], where) -> settings_lib.SamplingSettings:
 
 
 def stored_as(config: dict[str, Any], where) -> str:
-  """Returns the name of the dtype that the parameters were stored as, in STORED_DTYPES.
+  """Returns the name, in STORED_DTYPES, of the dtype of the stored parameters.
 
   Raises:
-    UserError: if what the file says of the parameters is invalid.
+    UserError: if the file's entry about the parameters is invalid.
   """
   values = dict(_object(config, 'parameters', where, {}))
   name = values.pop('stored_as', 'float16')
@@ -129,7 +129,7 @@ def stored_as(config: dict[str, Any], where) -> str:
 
 
 def mismatch_allowed(config: dict[str, Any], where) -> bool:
-  """Whether networks may have been trained with another vocabulary or tokenizer.
+  """Returns whether networks may have been trained with another vocabulary or tokenizer.
 
   Raises:
     UserError: if the entry is not a boolean.
@@ -140,12 +140,12 @@ def mismatch_allowed(config: dict[str, Any], where) -> bool:
 
 
 def provenance(config: dict[str, Any], where) -> dict[str, Any]:
-  """Returns what the file says of the model's training."""
+  """Returns the file's entry about the model's training."""
   return _object(config, 'provenance', where, {})
 
 
 def _object(config: dict[str, Any], key: str, where, default=None) -> dict[str, Any]:
-  """Returns an entry that is a JSON object, or the default where it is missing."""
+  """Returns an entry that must be a JSON object, or the default if it is missing."""
   values = config.get(key, default)
   if not isinstance(values, dict):
     if key not in config:
@@ -159,16 +159,16 @@ def _object(config: dict[str, Any], key: str, where, default=None) -> dict[str, 
 
 
 def _shown_name(name: str) -> str:
-  """A name that may be anything, for a message."""
+  """Returns an arbitrary name in a form that is safe to show in a message."""
   return checks.shown(name)[1:-1]
 
 
 def _check_size(name: str, value: Any, key: str, where):
-  """Raises UserError for a size that no model has, before anything is made of it."""
+  """Raises UserError for an implausibly large size, before anything is allocated from it."""
   most = config_checks.most(name)
   for number in value if isinstance(value, tuple) else [value]:
     if isinstance(number, (int, float)) and abs(number) > most:
       raise UserError(
-        f'{where}: {key!r}: {name}={checks.shown(number)} is more than {most:,}, the most that '
-        'is read; is the file damaged?'
+        f'{where}: {key!r}: {name}={checks.shown(number)} is more than the maximum of {most:,}; '
+        'is the file damaged?'
       )

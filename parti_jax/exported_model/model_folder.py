@@ -1,17 +1,18 @@
-"""A released model: one folder with its sizes, its parameters and its vocabulary.
+"""Reads and writes a model folder: the configs, parameters and vocabulary of a released model.
 
 ```
-config.json                   format version, sizes of the networks, sampling defaults, provenance
+config.json                   format version, network configs, sampling defaults, provenance
 parti.safetensors             parameters of the text encoder and the image-token decoder
 tokenizer.safetensors         parameters of the image tokenizer
 vocabulary.model              SentencePiece vocabulary of the prompts
-super_resolution.safetensors  parameters of the super-resolution network; may be absent
-ranker.safetensors            parameters of the ranker; may be absent
+super_resolution.safetensors  parameters of the super-resolution network; optional
+ranker.safetensors            parameters of the ranker; optional
 ```
 
-NETWORKS is the table of the networks that there may be; config.json has the sizes of each under its
-name. The metadata of a file of parameters says which vocabulary and which tokenizer its network was
-trained with, see `parti_jax.core.fingerprints`, so that files of two models are never taken for one.
+NETWORKS lists the networks that a folder may have; config.json has the config of each under its
+name. The metadata of a parameter file has fingerprints (`parti_jax.core.fingerprints`) of the
+vocabulary and the tokenizer that its network was trained with, so that files of two models are
+never mixed up.
 """
 
 from __future__ import annotations
@@ -60,9 +61,9 @@ class Network(NamedTuple):
   """A network that a model folder may hold.
 
   Attributes:
-    config: the dataclass of its sizes.
-    module: makes the linen module from them.
-    example_inputs: makes arrays that the module takes from them.
+    config: dataclass of the network's config.
+    module: makes the linen module from a config.
+    example_inputs: makes example inputs of the module from a config.
   """
 
   config: type
@@ -70,7 +71,7 @@ class Network(NamedTuple):
   example_inputs: Callable[[Any], tuple]
 
 
-# Every model has the required networks; of the optional ones, those that were exported with it.
+# A model has all required networks, and the optional ones that were exported with it.
 REQUIRED = {
   'parti': Network(parti_config.PartiConfig, parti_lib.Parti, parti_lib.example_inputs),
   'tokenizer': Network(vit_vqgan.ViTVQGANConfig, vit_vqgan.ViTVQGAN, vit_vqgan.example_inputs),
@@ -87,14 +88,14 @@ NETWORKS = REQUIRED | OPTIONAL
 
 
 def parameter_file(name: str) -> str:
-  """The file with the parameters of a network in NETWORKS."""
+  """Returns the name of the file with the parameters of a network in NETWORKS."""
   return f'{name}.safetensors'
 
 
 FILES = (CONFIG_FILE, *map(parameter_file, REQUIRED), VOCABULARY_FILE)
 STORED_DTYPES = model_config.STORED_DTYPES
 
-# Names of parameters that an error shows.
+# Maximum number of parameter names in an error message.
 _SHOWN = 5
 
 
@@ -102,10 +103,10 @@ class Part(NamedTuple):
   """A network of a model.
 
   Attributes:
-    config: its sizes.
-    params: its parameters, as those of `Model`.
-    made_with: {kind: fingerprint} of the vocabulary and the tokenizer that it was trained with, as
-      far as they are known; of a tokenizer its own.
+    config: its config.
+    params: its parameters, in the form of `Model`'s.
+    made_with: {kind: fingerprint} of the vocabulary and the tokenizer that it was trained with, if
+      known; a tokenizer has its own fingerprint here.
   """
 
   config: Any
@@ -118,16 +119,17 @@ class Model:
   """A model folder in memory.
 
   Attributes:
-    parti_config: sizes of Parti.
-    tokenizer_config: sizes of the image tokenizer.
-    parti_params: parameters of Parti, a tree of float32 numpy arrays.
-    tokenizer_params: parameters of the tokenizer, likewise.
-    vocabulary_path: of the SentencePiece vocabulary.
-    sampling: the settings that the model is meant to be sampled with.
-    provenance: what it was trained on and for how long; any JSON.
-    stored_as: name of the dtype that the parameters were stored as.
-    parts: the optional networks that the model has, by their names in OPTIONAL.
-    made_with: {name of a network: {kind: fingerprint}}, see `Part`, of all of them.
+    parti_config: config of Parti.
+    tokenizer_config: config of the image tokenizer.
+    parti_params: parameters of Parti, a tree of float32 NumPy arrays.
+    tokenizer_params: parameters of the tokenizer, a tree of float32 NumPy arrays.
+    vocabulary_path: path of the SentencePiece vocabulary.
+    sampling: default sampling settings.
+    provenance: JSON about the training, such as the data and the number of steps.
+    stored_as: name of the dtype of the stored parameters.
+    parts: the optional networks of the model, by their names in OPTIONAL.
+    made_with: {name of a network: {kind: fingerprint}} for all networks, with `Part.made_with` of
+      each.
   """
 
   parti_config: parti_config.PartiConfig
@@ -170,35 +172,34 @@ def save(
   sources: Mapping[str, str] | None = None,
   allow_mismatch: bool = False,
 ):
-  """Writes a model folder; it appears complete or not at all.
+  """Writes a model folder atomically: it appears complete or not at all.
 
   Args:
-    folder: to be made; a path or a URL, where config.json is uploaded last.
+    folder: the folder to create, a path or a URL. At a URL, config.json is uploaded last.
     parti_config: PartiConfig.
-    parti_params: of Parti, with or without axis names.
+    parti_params: parameters of Parti, with or without axis names.
     tokenizer_config: ViTVQGANConfig.
-    tokenizer_params: of ViTVQGAN, with or without axis names.
-    vocabulary_path: the SentencePiece vocabulary's file.
+    tokenizer_params: parameters of ViTVQGAN, with or without axis names.
+    vocabulary_path: path of the SentencePiece vocabulary.
     parts: optional networks by their names in OPTIONAL, with or without axis names.
-    sampling: defaults of `generate`.
-    provenance: JSON: data, training steps, and whatever else tells where the model is from.
-    dtype: what the parameters are stored as, a name in STORED_DTYPES.
-    overwrite: whether a model that is there already may be replaced; other files in its folder
-      are kept.
+    sampling: default settings of `generate`.
+    provenance: JSON about the model's origin, such as data and training steps.
+    dtype: dtype in which to store the parameters, a name in STORED_DTYPES.
+    overwrite: whether to replace an existing model; other files in its folder are kept.
     made_with: {name of a network: {kind: fingerprint}} of the vocabulary and the tokenizer that it
-      was trained with, where they are known; a tokenizer's own by default is that of its
+      was trained with, if known. A tokenizer's own fingerprint is by default computed from its
       parameters.
-    sources: {name of a network: where it is from}, for messages.
-    allow_mismatch: whether a network may have been trained with another vocabulary or tokenizer
-      than the model's; then it is noted in config.json, and `load` warns of it.
+    sources: {name of a network: its origin}, for messages.
+    allow_mismatch: whether to allow networks that were trained with another vocabulary or
+      tokenizer than the model's; config.json then records it, and `load` warns about it.
 
   Returns:
-    The folder, a pathlib.Path, or the URL as it is.
+    The folder, a pathlib.Path, or the unchanged URL.
 
   Raises:
-    UserError: if the folder exists and may not be replaced, the parameters or the vocabulary do
-      not fit the sizes, a network was trained with another vocabulary or tokenizer, a parameter is
-      too large for the dtype, or nothing can be written.
+    UserError: if the folder exists and may not be replaced, the parameters or the vocabulary don't
+      fit the configs, a network was trained with another vocabulary or tokenizer, a parameter is
+      too large for the dtype, or the folder can't be written.
   """
   folder = checks.text('folder', folder)
   folder = folder if storage.is_url(folder) else pathlib.Path(folder)
@@ -244,16 +245,18 @@ def save(
 def load(folder) -> Model:
   """Reads a model folder.
 
-  On a CPU the networks compute in float32, elsewhere in bfloat16, whatever they were trained in.
+  The networks compute in float32 on a CPU and in bfloat16 elsewhere, regardless of the dtype they
+  were trained in.
 
   Args:
-    folder: as `save` wrote it; a path, or a URL, whose files are copied to a temporary folder that
-      stays until the process ends.
+    folder: a folder that `save` wrote, a path or a URL. The files at a URL are copied to a
+      temporary folder that stays until the process ends.
 
   Raises:
-    UserError: if the folder or a file of it is missing, unfinished, or of another format version,
-      if a value in config.json can't be, if parameters are missing, unknown or of other shapes
-      than the sizes say, or if a network was trained with another vocabulary or tokenizer.
+    UserError: if the folder or one of its files is missing, unfinished, or has another format
+      version, if a value in config.json is invalid, if parameters are missing, unknown or have
+      other shapes than the configs imply, or if a network was trained with another vocabulary or
+      tokenizer.
   """
   folder = _local(folder, [*FILES, *map(parameter_file, OPTIONAL)])
   _check_complete(folder)
@@ -299,7 +302,7 @@ def load(folder) -> Model:
 
 
 def load_tokenizer(folder) -> Part:
-  """Reads the image tokenizer of a model folder and nothing else; see `load`."""
+  """Reads only the image tokenizer of a model folder, under the same conditions as `load`."""
   folder = _local(folder, [CONFIG_FILE, parameter_file('tokenizer')])
   _check_complete(folder, [CONFIG_FILE, parameter_file('tokenizer')])
   where = folder / CONFIG_FILE
@@ -311,11 +314,11 @@ def load_tokenizer(folder) -> Part:
 
 
 def _local(folder, names: list[str]) -> pathlib.Path:
-  """The folder, or a copy of these of its files where it is a URL."""
+  """Returns the folder; for a URL, a local copy with the files in `names`."""
   folder = checks.text('folder', folder)
   if storage.is_url(folder):
     if CONFIG_FILE not in storage.names(folder):
-      raise UserError(f'{folder} is no model folder: it has no {CONFIG_FILE}')
+      raise UserError(f"{folder} isn't a model folder: it has no {CONFIG_FILE}")
     folder = storage.local_folder(folder, names)
   return pathlib.Path(folder)
 
@@ -327,11 +330,11 @@ def _compute_dtype() -> str:
 @functools.cache
 @numerics.fixed()
 def abstract(name: str, config):
-  """Shapes of a network's parameters with their logical axis names; nothing is computed.
+  """Returns abstract parameters of a network with their logical axis names; computes nothing.
 
   Args:
-    name: of the network, in NETWORKS.
-    config: its sizes.
+    name: the network's name in NETWORKS.
+    config: the network's config.
   """
   network = NETWORKS[name]
   rng = jax.eval_shape(lambda: jax.random.key(0))
@@ -344,7 +347,7 @@ def _flat(tree) -> dict[str, Any]:
 
 
 def _stored(params, expected, dtype: str, file: str) -> dict[str, np.ndarray]:
-  """Checked parameters by their paths, as they are stored."""
+  """Checks parameters and returns {path: array in the stored dtype}."""
   params = {path: np.asarray(leaf) for path, leaf in _flat(params).items()}
   _check_shapes({path: leaf.shape for path, leaf in params.items()}, _flat(expected), file)
   stored = {}
@@ -354,13 +357,13 @@ def _stored(params, expected, dtype: str, file: str) -> dict[str, np.ndarray]:
     if not np.all(np.isfinite(stored[path].astype(np.float32))):
       raise UserError(
         f'{file}: the parameter {path} has values that are not finite as {dtype}; '
-        'store the model as float32, or look whether its training diverged'
+        'store the model as float32, or check whether its training diverged'
       )
   return stored
 
 
 def _check_shapes(shapes: dict[str, tuple[int, ...]], expected, file):
-  """Raises UserError unless parameters are there with the shapes that the sizes say."""
+  """Raises UserError unless all expected parameters exist and have the expected shapes."""
   problems = [f'{path} is missing' for path in expected if path not in shapes]
   problems += [f'{path} is not part of the network' for path in shapes if path not in expected]
   problems += [
@@ -376,7 +379,7 @@ def _check_shapes(shapes: dict[str, tuple[int, ...]], expected, file):
 
 
 def _read_parameters(path: pathlib.Path, expected):
-  """A tree of float32 arrays, checked against the shapes of the network."""
+  """Reads a tree of float32 arrays and checks it against the shapes of the network."""
   arrays = {}
   try:
     with safetensors.safe_open(path, framework='numpy') as file:
@@ -390,7 +393,7 @@ def _read_parameters(path: pathlib.Path, expected):
 
 
 def _known(networks: Mapping[str, Part], made_with: Mapping) -> dict[str, dict[str, str]]:
-  """The fingerprints that are known of each network, with that of the tokenizer."""
+  """Returns the known fingerprints of each network, including the tokenizer's own."""
   known = {
     name: {kind: value for kind, value in made_with.get(name, {}).items() if value}
     for name in networks
@@ -404,12 +407,12 @@ def _known(networks: Mapping[str, Part], made_with: Mapping) -> dict[str, dict[s
 def _mismatches(
   made_with: Mapping[str, Mapping[str, str]], vocabulary, sources: Mapping[str, str] = {}
 ) -> list[str]:
-  """A sentence for each network that was made with another vocabulary or tokenizer.
+  """Returns a sentence for each network that was trained with another vocabulary or tokenizer.
 
   Args:
     made_with: {name of a network: {kind: fingerprint}}.
     vocabulary: the model's SentencePiece file.
-    sources: as in `save`.
+    sources: {name of a network: its origin}.
   """
 
   def full_name(network: str) -> str:
@@ -428,7 +431,7 @@ def _mismatches(
   remedies = {
     'vocabulary': 'give the vocabulary that it was trained with',
     'tokenizer': 'give the tokenizer that it was trained with, or tokenize the pictures with this '
-    'one and train on these tokens',
+    'tokenizer and train on these tokens',
   }
   return [
     line
@@ -438,7 +441,7 @@ def _mismatches(
 
 
 def _read_made_with(path: pathlib.Path) -> dict[str, str]:
-  """The fingerprints in the metadata of a file of parameters; none in files of before."""
+  """Reads the fingerprints in a parameter file's metadata; files of older versions have none."""
   try:
     with safetensors.safe_open(path, framework='numpy') as file:
       metadata = file.metadata() or {}
@@ -453,10 +456,10 @@ def _damaged(path: pathlib.Path, error: Exception) -> UserError:
 
 def _check_complete(folder: pathlib.Path, files=FILES):
   if not folder.is_dir():
-    raise UserError(f'there is no model folder {folder}')
+    raise UserError(f'the model folder {folder} does not exist')
   missing = [name for name in files if not (folder / name).is_file()]
   if missing == list(FILES):
-    raise UserError(f'{folder} is no model folder: it has none of {", ".join(FILES)}')
+    raise UserError(f"{folder} isn't a model folder: it has none of {', '.join(FILES)}")
   if missing:
     raise UserError(
       f'the model folder {folder} is unfinished: {", ".join(missing)} missing; '
@@ -465,12 +468,12 @@ def _check_complete(folder: pathlib.Path, files=FILES):
 
 
 def check_sizes(parti, tokenizer, where: str):
-  """Raises UserError unless Parti's image tokens are those of the tokenizer."""
+  """Raises UserError unless Parti's codebook size and grid match the tokenizer's."""
   for name in ('codebook_size', 'grid'):
     ours, theirs = getattr(parti, name), getattr(tokenizer, name)
     if ours != theirs:
       raise UserError(
-        f'{where}: parti.{name} is {ours}, but that of the tokenizer is {theirs}; '
+        f"{where}: parti.{name} is {ours}, but the tokenizer's is {theirs}; "
         'the generator was trained on the tokens of another tokenizer'
       )
 
@@ -479,14 +482,14 @@ def _check_target(folder: pathlib.Path | str, overwrite: bool):
   if not (storage.exists(folder) or os.path.lexists(folder)):
     return
   if not storage.exists(storage.join(folder, CONFIG_FILE)):
-    raise UserError(f'{folder} exists and is no model folder; name another folder')
+    raise UserError(f"{folder} exists and isn't a model folder; choose another folder")
   if not overwrite:
-    raise UserError(f'the model folder {folder} exists; name another one, or allow to overwrite it')
+    raise UserError(f'the model folder {folder} exists; choose another one, or allow overwriting')
 
 
 @contextlib.contextmanager
 def _uploaded_folder(url: str):
-  """A temporary folder whose files go to a URL once it is filled; without config.json it's none."""
+  """Yields a temporary folder and uploads its files to a URL afterwards, config.json last."""
   with tempfile.TemporaryDirectory(prefix='parti_jax_model_') as temporary:
     yield pathlib.Path(temporary)
     ours = {*FILES, *map(parameter_file, OPTIONAL)} & set(storage.names(url))
@@ -498,7 +501,7 @@ def _uploaded_folder(url: str):
 
 @contextlib.contextmanager
 def _replaced_folder(folder: pathlib.Path):
-  """A temporary folder that takes the place of `folder` once it is filled."""
+  """Yields a temporary folder that replaces `folder` afterwards."""
   temporary = folder.with_name(f'.{folder.name}.{secrets.token_hex(4)}')
   try:
     temporary.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Settings of sampling, checked in one place."""
+"""Defines and checks the settings of sampling."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 from parti_jax.core import checks
 from parti_jax.core.errors import UserError
 
-# Name of a ramp -> share of the way from `guidance_start` to `guidance_scale`, of the positions
-# [length] as values from 0 (the first) to 1 (the last).
+# Name of a ramp -> function of the positions [length], from 0 (the first) to 1 (the last), that
+# returns the interpolation weights between `guidance_start` (0) and `guidance_scale` (1).
 GUIDANCE_RAMPS = {
   'constant': np.ones_like,
   'linear': lambda way: way,
@@ -18,40 +18,41 @@ GUIDANCE_RAMPS = {
 }
 
 LARGEST_SEED = 2**32 - 1
-# Within these bounds, guided logits of up to 1e12 stay finite in float32 when they are divided by
-# the temperature. A lower temperature draws the same as 0: the noise spans no more than 22.
+# Within these bounds, guided logits of up to 1e12 stay finite in float32 after division by the
+# temperature. A lower temperature samples the same tokens as 0: the noise spans at most 22.
 MOST_GUIDANCE = 1e6
 _LEAST_TEMPERATURE = 1e-20
-# Smaller numbers are 0 on devices that know no subnormal ones.
+# Smaller numbers are 0 on devices without subnormal numbers.
 _LEAST_FLOAT32 = float(np.finfo(np.float32).tiny)
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingSettings:
-  """How image tokens are drawn from logits.
+  """Settings for sampling image tokens from logits.
 
   Attributes:
     guidance_scale: weight of classifier-free guidance, logits = uncond + scale · (cond − uncond)
-      (Parti, section 2.4); 1 is plain conditional sampling and costs half. MOST_GUIDANCE at most.
-    temperature: logits are divided by it; 0, and what is as good as 0 in float32, takes the
-      likeliest token.
-    top_k: only this many of the likeliest tokens may be drawn; 0 is no limit. Numbers beyond an
-      int32 become its largest.
-    top_p: only the likeliest tokens that together have this probability may be drawn; 1 is no
-      limit. It counts among the tokens that `top_k` leaves.
-    guidance_ramp: how the scale gets to `guidance_scale` over the positions of an image, a name in
-      GUIDANCE_RAMPS: 'constant' has it from the first token on; 'linear' grows evenly from
+      (Parti, section 2.4). 1 is plain conditional sampling and costs half; the maximum is
+      MOST_GUIDANCE.
+    temperature: divides the logits. 0, or a value too small for float32, selects the likeliest
+      token.
+    top_k: sample only from this many of the likeliest tokens; 0 disables the limit. Values beyond
+      int32 are clipped to its maximum.
+    top_p: sample only from the likeliest tokens that together have this probability; 1 disables
+      the limit. It applies to the tokens that `top_k` leaves.
+    guidance_ramp: how the scale reaches `guidance_scale` over the positions of an image, a name in
+      GUIDANCE_RAMPS. 'constant' uses it from the first token on. 'linear' grows evenly from
       `guidance_start` at the first token to `guidance_scale` at the last, as Muse does over its
-      steps (arXiv 2301.00704, section 2.7: early tokens are drawn freely, later ones follow the
-      prompt); 'cosine' does so with a slow start and end.
-    guidance_start: the scale at the first token, where there is a ramp.
-    exit_threshold: how sure a decoder layer must be of a token for the others to be skipped, see
-      `adaptive.sample_tokens`; 1 never skips any.
-    guidance_skip_threshold: how sure the prediction with text must be for guidance's pass without
-      text to be skipped; 1 never skips it.
+      steps (arXiv 2301.00704, section 2.7: early tokens are sampled freely, later ones follow the
+      prompt). 'cosine' does so with a slow start and end.
+    guidance_start: the scale at the first token of a ramp.
+    exit_threshold: confidence of a decoder layer in a token above which the remaining layers are
+      skipped, as `adaptive.sample_tokens` describes; 1 never skips any.
+    guidance_skip_threshold: confidence of the prediction with text above which guidance's pass
+      without text is skipped; 1 never skips it.
 
   Raises:
-    UserError: if a value can't be; the message names it.
+    UserError: if a value is invalid; the message names it.
   """
 
   guidance_scale: float = 1.0
@@ -68,14 +69,15 @@ class SamplingSettings:
     for name in ('guidance_scale', 'guidance_start'):
       if getattr(self, name) < 0:
         raise UserError(
-          f'{name}={getattr(self, name):g} is negative; 1 is no guidance, and '
+          f'{name}={getattr(self, name):g} is negative; 1 disables guidance, and '
           'larger values follow the prompt more closely'
         )
       checks.number(name, getattr(self, name), 0, MOST_GUIDANCE)
     for name in ('exit_threshold', 'guidance_skip_threshold'):
       if not 0 <= getattr(self, name) <= 1:
         raise UserError(
-          f'{name}={getattr(self, name):g} is not from 0 to 1; 1 skips nothing, less skips more'
+          f'{name}={getattr(self, name):g} must be between 0 and 1; 1 skips nothing, lower values '
+          'skip more'
         )
     if self.guidance_ramp not in GUIDANCE_RAMPS:
       raise UserError(
@@ -84,13 +86,13 @@ class SamplingSettings:
       )
     if self.temperature < 0:
       raise UserError(
-        f'temperature={self.temperature:g} is negative; 0 takes the likeliest '
-        'token, 1 draws as the model has learned'
+        f'temperature={self.temperature:g} is negative; 0 selects the likeliest '
+        'token, 1 samples from the learned distribution'
       )
     checks.whole_number('top_k', self.top_k, 0)
     object.__setattr__(self, 'top_k', min(self.top_k, checks.LARGEST_INT32))
     if not 0 < self.top_p <= 1:
-      raise UserError(f'top_p={self.top_p:g} is not above 0 and at most 1; 1 is no limit')
+      raise UserError(f'top_p={self.top_p:g} must be above 0 and at most 1; 1 disables the limit')
 
   @property
   def guided(self) -> bool:
@@ -100,17 +102,17 @@ class SamplingSettings:
 
   @property
   def greedy(self) -> bool:
-    """Whether the likeliest token is taken, so that nothing is drawn."""
+    """Whether to select the likeliest token instead of sampling."""
     return self.temperature < _LEAST_TEMPERATURE
 
   @property
   def filtered(self) -> bool:
-    """Whether some tokens are ruled out."""
+    """Whether `top_k` or `top_p` excludes tokens."""
     return self.top_k > 0 or self.top_p < 1.0
 
   @property
   def thresholds(self) -> tuple[np.float32 | None, np.float32 | None]:
-    """Of early exit and of skipping guidance's pass; None where nothing is to be skipped."""
+    """The thresholds of early exit and of skipping guidance's pass; None if nothing is skipped."""
     skip = self.guidance_skip_threshold if self.guided else 1.0
     return tuple(
       None if np.float32(threshold) == 1 else np.float32(threshold)
@@ -118,13 +120,14 @@ class SamplingSettings:
     )
 
   def arrays(self, length: int) -> tuple:
-    """What the decoding loop takes of them.
+    """Returns the arrays that the decoding loop takes.
 
     Args:
-      length: image tokens of a picture.
+      length: number of image tokens of a picture.
 
     Returns:
-      `guidance_scales`, and temperature, top_k and top_p as numpy scalars, float32 and int32.
+      `guidance_scales(length)`, and temperature (float32), top_k (int32) and top_p (float32) as
+      NumPy scalars.
     """
     return (
       self.guidance_scales(length),
@@ -134,13 +137,13 @@ class SamplingSettings:
     )
 
   def guidance_scales(self, length: int) -> np.ndarray:
-    """The weight of guidance at each of `length` positions: float32 [length]."""
+    """Returns the guidance weight at each of `length` positions, float32 [length]."""
     share = GUIDANCE_RAMPS[self.guidance_ramp](np.linspace(0.0, 1.0, length))
     scales = (1 - share) * self.guidance_start + share * self.guidance_scale
     return scales.astype(np.float32)
 
   def replace(self, **values) -> SamplingSettings:
-    """These settings with the values that are not None in place of their own.
+    """Returns a copy of these settings with the given values that aren't None.
 
     Raises:
       UserError: if a name is unknown or a value is invalid; the message names it.

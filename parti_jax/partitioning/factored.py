@@ -1,12 +1,12 @@
-"""Which axes of a parameter Adafactor's second moment is factored over.
+"""Chooses the axes over which Adafactor factors a parameter's second moment.
 
-The second moment of a matrix is kept as the means of its rows and of its columns. optax factors an
-array over its two largest axes and keeps a separate pair of means for every index of the others:
-for each layer of a stack, and for each place of a convolution's kernel.
+Adafactor stores the second moment of a matrix as the means of its rows and of its columns. optax
+factors an array over its two largest axes and keeps a separate pair of means for each index of the
+other axes: for each layer of a stack, and for each position in a convolution's kernel.
 
-The kernels of attention split one side of their matrix into heads and head_dim. Neither is large,
-so these two axes are joined first, where only that makes the matrix factorable. Queries, keys and
-values that share a kernel remain separate matrices.
+Attention kernels split one side of their matrix into heads and head_dim. Neither axis is large, so
+the two are joined first if that makes the matrix factorable. Queries, keys and values that share a
+kernel remain separate matrices.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# Both axes must have at least this size; optax's own default.
+# Minimum size of both axes; the default of optax.
 LEAST_SIZE = 128
 
 # Modules whose kernels have the axes `heads` and `head_dim`, next to each other.
@@ -24,13 +24,13 @@ _ATTENTION = ('attention', 'cross_attention')
 
 
 def axes(shape: Sequence[int]) -> tuple[int, int] | None:
-  """The axes that optax factors an array over.
+  """Returns the axes over which optax factors an array.
 
   Args:
-    shape: of the array that optax sees.
+    shape: shape of the array that optax sees.
 
   Returns:
-    The axis that the column means leave out, and the one that the row means leave out. None if
+    The axis that the column means leave out, and the axis that the row means leave out. None if
     the array is not factored.
   """
   if len(shape) < 2:
@@ -40,15 +40,15 @@ def axes(shape: Sequence[int]) -> tuple[int, int] | None:
 
 
 def joined_axis(names: Sequence[str], shape: Sequence[int]) -> int | None:
-  """The axis `heads` of a kernel that is joined with `head_dim` before it is factored.
+  """Returns the axis `heads` of a kernel if it must be joined with `head_dim` for factoring.
 
   Args:
     names: the parameter's path, such as ('decoder', 'layers', 'attention', 'project_in', 'kernel').
-    shape: of the parameter.
+    shape: the parameter's shape.
 
   Returns:
-    The index of `heads`, which `head_dim` follows; None for all other parameters, and where the
-    kernel can be factored as it is, or not even with the axes joined.
+    The index of `heads`, which `head_dim` follows. None for all other parameters, for a kernel that
+    can be factored unchanged, and for one that can't be factored even with the axes joined.
   """
   if len(names) < 3 or names[-1] != 'kernel' or names[-3] not in _ATTENTION:
     return None
@@ -59,7 +59,7 @@ def joined_axis(names: Sequence[str], shape: Sequence[int]) -> int | None:
 
 
 def matrix_shape(names: Sequence[str], shape: Sequence[int]) -> tuple[int, ...]:
-  """The shape in which a parameter is factored: its own, or with heads and head_dim joined."""
+  """Returns the shape in which a parameter is factored, with heads and head_dim joined if needed."""
   axis = joined_axis(names, shape)
   return tuple(shape) if axis is None else _joined(shape, axis)
 

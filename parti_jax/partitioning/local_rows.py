@@ -1,8 +1,8 @@
-"""Which rows of a global batch a process holds, and global arrays made of them.
+"""Finds the rows of a global batch that a process holds, and makes global arrays from them.
 
 A process needs the rows that the batch's sharding puts on its devices. They need not be
-contiguous, and several processes may hold the same ones: where the mesh splits parameters or
-layers across processes, all of these work on the same examples.
+contiguous, and several processes may hold the same rows: if the mesh splits parameters or layers
+across processes, these processes all work on the same examples.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from jax.experimental import multihost_utils
 
 
 def local_rows(sharding, batch_size: int) -> np.ndarray:
-  """Rows of a global batch that this process must provide.
+  """Returns the rows of a global batch that this process must provide.
 
   Args:
-    sharding: of an array whose first axis is the batch; it must divide the batch.
-    batch_size: rows of the global batch.
+    sharding: sharding of an array whose first axis is the batch; it must divide the batch.
+    batch_size: number of rows of the global batch.
 
   Returns:
     int64 [local_batch], ascending, without repetitions.
@@ -30,12 +30,12 @@ def local_rows(sharding, batch_size: int) -> np.ndarray:
 
 
 def global_arrays(sharding, batch: dict[str, np.ndarray], batch_size: int) -> dict[str, jax.Array]:
-  """Global arrays from the rows that each process has.
+  """Makes global arrays from the rows that each process has.
 
   Args:
-    sharding: of all these arrays, over their first axis.
+    sharding: sharding of all these arrays, over their first axis.
     batch: arrays [local_batch, ...], the rows of `local_rows` in that order.
-    batch_size: rows of the global batch.
+    batch_size: number of rows of the global batch.
 
   Returns:
     Arrays [batch, ...] on the sharding's devices.
@@ -54,13 +54,13 @@ def global_arrays(sharding, batch: dict[str, np.ndarray], batch_size: int) -> di
 
 
 def gathered(value) -> list:
-  """What each process gives, in the order of processes; all processes must call it together.
+  """Gathers a value from each process, in the order of processes; all must call it together.
 
   Args:
-    value: anything that JSON can hold, of any size.
+    value: a JSON value of any size.
 
   Returns:
-    The values of all processes, as JSON gives them back.
+    The values of all processes, decoded from JSON.
   """
   text = np.frombuffer(json.dumps(value).encode(), np.uint8)
   sizes = np.ravel(multihost_utils.process_allgather(np.int32(text.size)))

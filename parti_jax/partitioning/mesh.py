@@ -13,8 +13,8 @@ from jax.experimental import mesh_utils
 from parti_jax.core import checks
 from parti_jax.core import errors
 
-# From the axis that communicates least to the one that communicates most: the last ones get the
-# closest neighbours.
+# Ordered from the axis that communicates least to the one that communicates most: the last axes
+# get the closest neighbours.
 AXES = ('stage', 'data', 'fsdp', 'tensor')
 
 _current = contextvars.ContextVar('mesh', default=None)
@@ -23,16 +23,16 @@ _current = contextvars.ContextVar('mesh', default=None)
 @gin.configurable
 @checks.bounded(data=(-1, None), fsdp=(-1, None), tensor=(-1, None), stage=(-1, None))
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, stage: int = 1, devices=None):
-  """A mesh over the devices, laid out along the platform's topology.
+  """Makes a mesh over the devices, laid out along the platform's topology.
 
-  Devices of several TPU slices, which only the data-centre network connects, are laid out so that
-  the slices are parts of the `data` axis and every other axis stays within a slice.
+  With several TPU slices, which only the data-centre network connects, the slices are laid out
+  along the `data` axis, and each other axis stays within a slice.
 
   Args:
-    data: ways of data parallelism, parameters replicated; -1 takes the devices left over.
+    data: ways of data parallelism with replicated parameters; -1 takes the remaining devices.
     fsdp: ways of data parallelism with parameters split along `embed`; may be -1 instead.
     tensor: ways of splitting heads, MLP and vocabulary; may be -1 instead.
-    stage: pipeline stages; may be -1 instead.
+    stage: number of pipeline stages; may be -1 instead.
     devices: the devices to use; all of them by default.
 
   Returns:
@@ -48,7 +48,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, stage: int = 1, de
   free = [axis for axis, size in sizes.items() if size == -1]
   known = math.prod(size for size in sizes.values() if size != -1)
   if len(free) > 1 or known < 1 or any(size < 1 and size != -1 for size in sizes.values()):
-    raise errors.UserError(f'{asked}: sizes are positive, and at most one may be -1')
+    raise errors.UserError(f'{asked}: sizes must be positive, and at most one may be -1')
   if free and len(devices) % known == 0:
     sizes[free[0]] = len(devices) // known
   if math.prod(sizes.values()) != len(devices):
@@ -60,15 +60,15 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, stage: int = 1, de
 
 
 def _layout(sizes: dict[str, int], devices):
-  """The devices as an array with the axes of `AXES`."""
-  # Elsewhere than on a TPU, XLA gives each host an index of its own.
+  """Returns the devices as an array with the axes of `AXES`."""
+  # On other platforms than TPU, XLA gives each host a different slice index.
   slices = (
     len({getattr(device, 'slice_index', 0) for device in devices if device.platform == 'tpu'}) or 1
   )
   if sizes['data'] % slices:
     raise errors.UserError(
-      f'make_mesh.data={sizes["data"]} is not divisible by the {slices} slices that the devices '
-      'are in: the network between slices carries data parallelism alone; set make_mesh.data to '
+      f'make_mesh.data={sizes["data"]} is not divisible by the {slices} slices of these devices: '
+      'the network between slices carries only data parallelism; set make_mesh.data to '
       f'a multiple of {slices}'
     )
   within = {**sizes, 'data': sizes['data'] // slices}
@@ -84,22 +84,22 @@ def _layout(sizes: dict[str, int], devices):
 
   try:
     return layout(False)
-  except NotImplementedError:  # An axis of the mesh is no product of whole axes of the torus.
+  except NotImplementedError:  # A mesh axis isn't a product of whole axes of the torus.
     return layout(True)
 
 
 @contextlib.contextmanager
 def use(mesh):
-  """A context in which `current()` is `mesh`, and JAX's own current mesh too."""
+  """Makes `mesh` the result of `current()`, and JAX's current mesh, while the body runs."""
   with _set_current(mesh), jax.set_mesh(mesh):
     yield
 
 
 @contextlib.contextmanager
 def of_jit():
-  """A context in which `current()` is the mesh of the enclosing jit, whoever has set it.
+  """Makes the abstract mesh of the enclosing jit the result of `current()` while the body runs.
 
-  It is an abstract one; and `current()` stays what it is where there is no such mesh.
+  Without such a mesh, `current()` is unchanged.
   """
   mesh = jax.sharding.get_abstract_mesh()
   with contextlib.nullcontext() if mesh.empty else _set_current(mesh):
@@ -108,7 +108,7 @@ def of_jit():
 
 @contextlib.contextmanager
 def unused():
-  """A context in which `current()` is None, for what is traced for its shapes alone."""
+  """Makes `current()` return None while the body runs, for tracing only shapes."""
   with _set_current(None):
     yield
 
@@ -123,12 +123,12 @@ def _set_current(mesh):
 
 
 def current():
-  """The mesh of the innermost `use` or `of_jit`, or None outside of one."""
+  """Returns the mesh of the innermost `use` or `of_jit`, or None outside of one."""
   return _current.get()
 
 
 def platform() -> str:
-  """The platform that programs are traced for now: that of `current()`, else JAX's default."""
+  """Returns the platform that programs are traced for: that of `current()`, else JAX's default."""
   mesh = current()
   device = None if mesh is None else mesh.abstract_mesh.abstract_device
   return jax.default_backend() if device is None else device.platform

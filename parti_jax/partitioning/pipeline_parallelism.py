@@ -1,10 +1,10 @@
-"""Pipeline parallelism: layers on stages of the mesh, microbatches that go round them.
+"""Pipeline parallelism: stages of the mesh hold the layers, and microbatches circulate over them.
 
-The circular schedule of Parti's 20B model (Parti, section 3; GSPMD, arXiv 2105.04663, section
-3.3): stage s holds the layers s, s + stages, s + 2 · stages ... (in units of `layers_per_visit`),
-and a microbatch goes round all stages as often as there are such units on each. As many
-microbatches as there are stages go round together, so that none ever waits; the next such group
-follows at once. The bubble, (stages - 1) of the ticks, is that of one round, not of all of them.
+This is the circular schedule of Parti's 20B model (Parti, section 3; GSPMD, arXiv 2105.04663,
+section 3.3). Stage s holds the layers s, s + stages, s + 2 · stages ... (in units of
+`layers_per_visit`), and a microbatch goes round all stages once for each unit that a stage holds.
+As many microbatches as there are stages go round together, so that none ever waits; the next such
+group follows at once. The bubble of stages - 1 ticks occurs once, not in each round.
 """
 
 from __future__ import annotations
@@ -26,20 +26,55 @@ from parti_jax.core import errors
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.partitioning import rules as rules_lib
 
-# Name of the parameters that a visit takes out of those of its stage, for remat policies.
+# Checkpoint name, for remat policies, of the parameters that a visit slices from its stage's.
 VISIT_PARAMETERS = 'visit_parameters'
 _off = contextvars.ContextVar('pipeline_off', default=False)
 
 
 @dataclasses.dataclass(frozen=True)
+class Settings:
+  """What a pipeline may choose.
+
+  Attributes:
+    groups: groups of as many microbatches as there are stages; more of them make the bubble
+      smaller, and microbatches too. Where they do not divide the batch, the most that do.
+    layers_per_visit: layers that a microbatch passes before it moves to the next stage; fewer
+      make the bubble smaller, and cost more communication.
+  """
+
+  groups: int = 1
+  layers_per_visit: int = 1
+
+
+@gin.configurable('pipeline')
+@checks.bounded(groups=(1, None), layers_per_visit=(1, None))
+def configured(groups: int = 1, layers_per_visit: int = 1) -> Settings:
+  """The settings that gin has; see `Settings`."""
+  return Settings(groups, layers_per_visit)
+
+
+_settings = contextvars.ContextVar('pipeline_settings', default=None)
+
+
+@contextlib.contextmanager
+def use(settings: Settings) -> Iterator[None]:
+  """A context in which pipelines have these settings."""
+  token = _settings.set(settings)
+  try:
+    yield
+  finally:
+    _settings.reset(token)
+
+
+@dataclasses.dataclass(frozen=True)
 class Schedule:
-  """Which stage computes what, and when.
+  """The schedule of a pipeline: what each stage computes at each tick.
 
   Attributes:
     stages: number of stages.
-    groups: groups of `stages` microbatches, one after the other.
+    groups: number of groups of `stages` microbatches, which follow each other.
     visits: how often a microbatch comes to each stage.
-    layers_per_visit: layers that it passes there each time.
+    layers_per_visit: number of layers that it passes at each visit.
   """
 
   stages: int
@@ -53,19 +88,19 @@ class Schedule:
 
   @property
   def ticks(self) -> int:
-    """Turns of the loop; in each, every stage computes one visit or waits."""
+    """Number of loop iterations; in each, a stage computes one visit or waits."""
     return self.microbatches * self.visits + self.stages - 1
 
   @property
   def bubble(self) -> float:
-    """Share of the ticks in which a stage has nothing to do."""
+    """Fraction of the ticks in which a stage is idle."""
     return (self.stages - 1) / self.ticks
 
   def work(self, stage, tick):
-    """What a stage computes at a tick; works on numbers and on arrays.
+    """Returns what a stage computes at a tick; works on numbers and on arrays.
 
     Returns:
-      Whether it computes anything, the microbatch's group, its place in the group, the visit.
+      Whether it computes anything, the microbatch's group, its index in the group, the visit.
     """
     since = tick - stage
     busy = (since >= 0) & (since < self.microbatches * self.visits)
@@ -75,7 +110,7 @@ class Schedule:
 
 @contextlib.contextmanager
 def off() -> Iterator[None]:
-  """Inside it every stage computes all layers, as of a frozen model, whose layers may not divide."""
+  """Makes each stage compute all layers in the body, as for a frozen model with any layer count."""
   token = _off.set(True)
   try:
     yield
@@ -83,57 +118,53 @@ def off() -> Iterator[None]:
     _off.reset(token)
 
 
-@gin.configurable('pipeline')
-@checks.bounded(groups=(1, None), layers_per_visit=(1, None))
-def schedule(layers: int, batch: int, groups: int = 1, layers_per_visit: int = 1):
-  """The schedule of a stack of layers on the mesh in use.
+def schedule(layers: int, batch: int) -> Schedule | None:
+  """The schedule of a stack of layers on the mesh in use, with the settings in use.
 
   Args:
     layers: number of layers.
     batch: examples in the batch.
-    groups: groups of as many microbatches as there are stages; more of them make the bubble
-      smaller, and microbatches too. Where they do not divide the batch, the most that do.
-    layers_per_visit: layers that a microbatch passes before it moves to the next stage; fewer
-      make the bubble smaller, and cost more communication.
 
   Returns:
-    A Schedule; None without stages, inside `off`, and for a batch that does not divide among the
-    devices, such as a few pictures: then every stage computes all layers.
+    A Schedule. None without stages, inside `off`, and for a batch that can't be divided among the
+    devices, such as a few pictures: then each stage computes all layers.
 
   Raises:
-    UserError: if the layers do not divide among the stages.
+    UserError: if the layers can't be divided evenly among the stages.
   """
   mesh = mesh_lib.current()
   stages = 1 if mesh is None else mesh.shape.get('stage', 1)
   if stages == 1 or _off.get():
     return None
+  settings = _settings.get() or Settings()
+  layers_per_visit = settings.layers_per_visit
   if layers % (stages * layers_per_visit):
     raise errors.UserError(
-      f'{layers} layers do not divide among make_mesh.stage={stages} stages in units of '
+      f"{layers} layers can't be divided among make_mesh.stage={stages} stages in units of "
       f'pipeline.layers_per_visit={layers_per_visit}; choose numbers whose product divides them'
     )
   ways = math.prod(mesh.shape[axis] for axis in ('stage', 'data', 'fsdp'))
   if batch % ways:
     return None
-  groups = math.gcd(groups, batch // ways)
+  groups = math.gcd(settings.groups, batch // ways)
   return Schedule(stages, groups, layers // (stages * layers_per_visit), layers_per_visit)
 
 
-def run(layer, remat, stacked, x, beside, plan: Schedule):
-  """Runs a stack of layers as a pipeline; same result as running them one after the other.
+def run(layer, remat, stacked, x, side_inputs, plan: Schedule):
+  """Runs a stack of layers as a pipeline; the result is the same as running them in sequence.
 
   Args:
-    layer: (params, index, number, x, *beside) -> x, of one layer: the index int32 [] among all,
-      the number among those of its visit.
-    remat: wraps the function of a visit so that its backward pass keeps what a policy says. It
-      must not keep what is named VISIT_PARAMETERS: that would copy parameters at every tick.
-    stacked: parameters with a leading axis of layers, in their order, split over the stages.
+    layer: (params, index, number, x, *side_inputs) -> x, computes one layer: index, int32 [], is
+      its index among all layers, number its index among the layers of the visit.
+    remat: wraps the function of a visit with a rematerialization policy. The policy must not save
+      values named VISIT_PARAMETERS, which would copy parameters at each tick.
+    stacked: parameters with a leading axis of layers, in order, split over the stages.
     x: [batch, length, embed].
-    beside: a tree of arrays [batch, ...] that goes with each microbatch.
-    plan: of `schedule`.
+    side_inputs: a tuple of trees of arrays [batch, ...] that accompany each microbatch.
+    plan: the result of `schedule`.
 
   Returns:
-    As x.
+    An array with the shape of x.
   """
 
   def split(array):
@@ -148,43 +179,45 @@ def run(layer, remat, stacked, x, beside, plan: Schedule):
     axis_names={'stage'},
     check_vma=False,
   )
-  out = pipelined(jnp.arange(plan.stages), stacked, split(x), jax.tree.map(split, beside))
+  out = pipelined(jnp.arange(plan.stages), stacked, split(x), jax.tree.map(split, side_inputs))
   return out.reshape(x.shape)
 
 
-def _stage(layer, remat, plan: Schedule, stage, stacked, x, beside):
-  """What one stage does; all arguments are its own parts, with a leading axis of size 1.
+def _stage(layer, remat, plan: Schedule, stage, stacked, x, side_inputs):
+  """Computes one stage; stage, stacked, x and side_inputs are its shards, with a leading axis of 1.
 
   `ring` holds one microbatch on each stage. While a group starts, stage 0 takes the microbatch
-  out of its place in the ring and puts there one of the group before, which has just come out of
-  the last stage; then the ring moves on by one place. After as many ticks as there are stages
-  every microbatch has come to stage 0 once, and is back where it was, finished.
+  out of its slot of the ring and replaces it with one of the previous group, which has just left
+  the last stage; then the ring moves on by one slot. After as many ticks as there are stages,
+  each microbatch has visited stage 0 once and has returned, finished, to its original slot.
   """
   stage = stage[0]
-  x, beside = jax.tree.map(lambda array: array[0], (x, beside))
+  x, side_inputs = jax.tree.map(lambda array: array[0], (x, side_inputs))
   units = circular_order(stacked, stage, plan)
   take = lambda tree, group: jax.tree.map(
     lambda array: jax.lax.dynamic_index_in_dim(array, group, 1, keepdims=False), tree
   )
-  onward = [(place, (place + 1) % plan.stages) for place in range(plan.stages)]
+  onward = [(slot, (slot + 1) % plan.stages) for slot in range(plan.stages)]
   back = [(end, start) for start, end in onward]
   move = lambda tree, way: jax.tree.map(lambda a: jax.lax.ppermute(a, 'stage', way), tree)
   period = plan.stages * plan.visits
 
   def exchange(ring, state):
-    """Stage 0 takes the ring's microbatch and gives it what has come out of the last stage."""
-    (ring_x, ring_beside), (state_x, state_beside) = ring, state
+    """Swaps, on stage 0, the ring's microbatch for the one that has left the last stage."""
+    (ring_x, ring_side), (state_x, state_side) = ring, state
     first = lambda a, b: jnp.where(stage == 0, a, b)
-    taken = first(ring_x, state_x), jax.tree.map(first, ring_beside, state_beside)
-    return move((first(state_x, ring_x), ring_beside), back), taken
+    taken = first(ring_x, state_x), jax.tree.map(first, ring_side, state_side)
+    return move((first(state_x, ring_x), ring_side), back), taken
 
   @remat
-  def visit(units, number, state_x, state_beside):
-    for place in range(plan.layers_per_visit):
-      params = jax.tree.map(lambda leaf, place=place: leaf[number, place], units)
+  def visit(units, number, state_x, state_side):
+    for layer_number in range(plan.layers_per_visit):
+      params = jax.tree.map(
+        lambda leaf, layer_number=layer_number: leaf[number, layer_number], units
+      )
       params = checkpoint_name(params, VISIT_PARAMETERS)
-      index = (number * plan.stages + stage) * plan.layers_per_visit + place
-      state_x = layer(params, index, place, state_x, *state_beside)
+      index = (number * plan.stages + stage) * plan.layers_per_visit + layer_number
+      state_x = layer(params, index, layer_number, state_x, *state_side)
     return state_x
 
   def tick(carry, time):
@@ -193,7 +226,7 @@ def _stage(layer, remat, plan: Schedule, stage, stacked, x, beside):
 
     def next_group(ring, out):
       done = jax.lax.dynamic_update_index_in_dim(out, ring[0], jnp.maximum(group - 2, 0), 1)
-      coming = take((x, beside), jnp.minimum(group, plan.groups - 1))
+      coming = take((x, side_inputs), jnp.minimum(group, plan.groups - 1))
       return coming, jnp.where(group >= 2, done, out)
 
     ring, out = jax.lax.cond(phase == 0, next_group, lambda *same: same, ring, out)
@@ -202,7 +235,7 @@ def _stage(layer, remat, plan: Schedule, stage, stacked, x, beside):
     state = visit(units, number, *state), state[1]
     return (ring, move(state, onward), out), None
 
-  empty = jax.tree.map(jnp.zeros_like, take((x, beside), 0))
+  empty = jax.tree.map(jnp.zeros_like, take((x, side_inputs), 0))
   with rules_lib.one_stage():
     (ring, state, out), _ = jax.lax.scan(
       tick, (empty, empty, jnp.zeros_like(x)), jnp.arange(plan.ticks)
@@ -213,23 +246,25 @@ def _stage(layer, remat, plan: Schedule, stage, stacked, x, beside):
 
 
 def circular_order(stacked, stage, plan: Schedule):
-  """Hands layers over between stages: from their order to that of the circular schedule.
+  """Exchanges layers between stages, from sequential order to that of the circular schedule.
 
-  A stage's part of the parameters are neighbouring layers; it needs every `stages`-th unit. One
-  unit a round goes from each stage to another, so that nobody holds more than its part twice.
+  A stage's shard of the parameters has neighbouring layers, but the stage needs every `stages`-th
+  unit. In each round each stage sends one unit to another stage, so that no stage ever holds more
+  than twice its shard.
 
   Args:
-    stacked: this stage's part of the parameters, [layers / stages, ...] each.
-    stage: int32 [], which stage this is.
-    plan: of `schedule`.
+    stacked: this stage's shard of the parameters, a tree of [layers / stages, ...].
+    stage: int32 [], index of this stage.
+    plan: the result of `schedule`.
 
   Returns:
-    The same parameters, [visits, layers_per_visit, ...] each: unit visit · stages + stage.
+    This stage's parameters, a tree of [visits, layers_per_visit, ...]; the entry of a visit has
+    the unit visit · stages + stage.
   """
   rounds = transfers(plan.stages, plan.visits)
-  # For each round and stage: the unit, by its place among the stage's own, that leaves it.
+  # For each round and stage: the unit that leaves the stage, as an index into the stage's units.
   leaving = jnp.array([[unit % plan.visits for unit in units] for units in rounds])
-  # For each stage and visit: the round in which its unit comes.
+  # For each stage and visit: the round in which its unit arrives.
   coming = [[0] * plan.visits for _ in range(plan.stages)]
   for number, units in enumerate(rounds):
     for unit in units:
@@ -248,35 +283,36 @@ def circular_order(stacked, stage, plan: Schedule):
 
 
 def transfers(stages: int, visits: int) -> list[list[int]]:
-  """Rounds in which every stage gives away one unit and gets one.
+  """Returns rounds in each of which each stage sends one unit and receives one.
 
   Args:
     stages: number of stages.
-    visits: units on each stage; stage s has the units s · visits ... s · visits + visits - 1, and
-      needs s, s + stages, s + 2 · stages ...
+    visits: number of units on each stage; stage s has the units s · visits ... s · visits +
+      visits - 1, and needs s, s + stages, s + 2 · stages ...
 
   Returns:
-    `visits` lists with, for each stage, the unit that it gives away in that round.
+    `visits` lists with, for each stage, the unit that it sends in that round.
   """
   left = [set(range(stage * visits, (stage + 1) * visits)) for stage in range(stages)]
   rounds = []
   for _ in range(visits):
-    giver: dict[int, int] = {}  # Stage that gets -> unit that it gets.
+    received: dict[int, int] = {}  # Receiving stage -> unit.
 
-    def place(stage, tried, giver=giver):
-      """Finds a unit for `stage` to give away, moving others' choices if need be."""
+    def assign(stage, tried, received=received):
+      """Finds a unit for `stage` to send, changing the other stages' choices if needed."""
       for unit in sorted(left[stage]):
         receiver = unit % stages
         if receiver not in tried:
           tried.add(receiver)
-          if receiver not in giver or place(giver[receiver] // visits, tried):
-            giver[receiver] = unit
+          if receiver not in received or assign(received[receiver] // visits, tried):
+            received[receiver] = unit
             return True
       return False
 
     for stage in range(stages):
-      assert place(stage, set())  # Every stage gives and gets equally many: there is a matching.
-    chosen = {unit // visits: unit for unit in giver.values()}
+      # A matching exists, because all stages send and receive equally many units.
+      assert assign(stage, set())
+    chosen = {unit // visits: unit for unit in received.values()}
     rounds.append([chosen[stage] for stage in range(stages)])
     for stage, unit in chosen.items():
       left[stage].remove(unit)

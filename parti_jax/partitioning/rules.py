@@ -1,4 +1,4 @@
-"""One table that binds logical axes to mesh axes, and the shardings that follow from it."""
+"""Binds logical axes to mesh axes, and derives shardings from these rules."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from parti_jax.core import errors
 from parti_jax.partitioning import factored
 from parti_jax.partitioning import mesh as mesh_lib
 
-# Logical axis -> mesh axis or axes; an axis that is not listed is not split.
+# Logical axis -> mesh axis or axes. Axes that aren't listed aren't split.
 LOGICAL_AXIS_RULES = (
   ('activation_batch', ('stage', 'data', 'fsdp')),
   ('activation_heads', 'tensor'),
@@ -31,13 +31,13 @@ LOGICAL_AXIS_RULES = (
 
 @gin.configurable
 def logical_axis_rules(rules=LOGICAL_AXIS_RULES):
-  """The table in use; gin may replace it (`logical_axis_rules.rules = (...)`).
+  """Returns the rules in use; gin may replace them (`logical_axis_rules.rules = (...)`).
 
   Args:
     rules: pairs of a logical axis and a mesh axis, several mesh axes, or None.
 
   Raises:
-    UserError: if there is no such mesh axis.
+    UserError: if a mesh axis is unknown.
   """
   table = tuple(
     (name, tuple(axes) if isinstance(axes, (list, tuple)) else axes) for name, axes in rules
@@ -47,21 +47,21 @@ def logical_axis_rules(rules=LOGICAL_AXIS_RULES):
       if axis not in mesh_lib.AXES:
         raise errors.UserError(
           f'logical_axis_rules.rules: {name!r} is bound to {axis!r}, which '
-          f'is no mesh axis; there are {", ".join(mesh_lib.AXES)}'
+          f"isn't a mesh axis; choose from {', '.join(mesh_lib.AXES)}"
         )
   return table
 
 
 @contextlib.contextmanager
 def partitioned(mesh, rules):
-  """A context in which the models' logical axis names are bound to `mesh` by `rules`."""
+  """Binds the models' logical axis names to `mesh` by `rules` while the body runs."""
   with mesh_lib.use(mesh), nn.logical_axis_rules(rules):
     yield
 
 
 @contextlib.contextmanager
 def one_stage():
-  """A context for what a single pipeline stage computes: no name is bound to the stages' axis."""
+  """Unbinds all names from the mesh axis `stage` in the body, which computes a single stage."""
 
   def without_stage(axes):
     return tuple(axis for axis in _as_tuple(axes) if axis != 'stage') or None
@@ -72,29 +72,29 @@ def one_stage():
 
 
 def spec(*names) -> PartitionSpec:
-  """The mesh axes of an array's logical axes, by the rules of the context."""
+  """Returns the mesh axes of an array's logical axes, by the current rules."""
   return nn.logical_to_mesh_axes(names)
 
 
 def free_axes() -> set[str]:
-  """Mesh axes that no enclosing `jax.shard_map` has taken."""
+  """Returns the mesh axes that aren't manual in an enclosing `jax.shard_map`."""
   mesh = jax.sharding.get_abstract_mesh()
   return set(mesh.axis_names) - set(mesh.manual_axes)
 
 
 def batch_sharding(mesh, rules) -> NamedSharding:
-  """The sharding of an array whose first axis is the batch."""
+  """Returns the sharding of an array whose first axis is the batch."""
   axes = dict(rules).get('activation_batch')
   return NamedSharding(mesh, PartitionSpec(axes))
 
 
 def batch_ways(mesh, rules) -> int:
-  """Into how many parts the mesh splits a batch."""
+  """Returns the number of parts into which the mesh splits a batch."""
   return _ways(mesh, dict(rules).get('activation_batch'))
 
 
 def check_batch(batch_size: int, mesh, rules, microbatches: int = 1):
-  """Raises UserError unless microbatches, and the devices that split one, divide the batch."""
+  """Raises UserError unless the microbatches times the ways of splitting one divide the batch."""
   ways = batch_ways(mesh, rules)
   if microbatches < 1 or batch_size % (ways * microbatches):
     raise errors.UserError(
@@ -105,12 +105,12 @@ def check_batch(batch_size: int, mesh, rules, microbatches: int = 1):
 
 
 def parameter_shardings(boxed, mesh, rules):
-  """Shardings of parameters from their logical axis names.
+  """Returns shardings of parameters from their logical axis names.
 
   Args:
-    boxed: abstract parameters as `jax.eval_shape(model.init, ...)` gives them.
+    boxed: abstract parameters with axis names, the result of `jax.eval_shape(model.init, ...)`.
     mesh: the device mesh.
-    rules: of `logical_axis_rules`.
+    rules: the result of `logical_axis_rules`.
 
   Returns:
     A tree of NamedSharding with the structure of the unboxed parameters.
@@ -129,12 +129,12 @@ def parameter_shardings(boxed, mesh, rules):
 
 
 def optimizer_shardings(optimizer_state, parameters, shardings, mesh):
-  """Shardings of an optimiser's state: each moment follows its parameter, see `optimizer_specs`.
+  """Returns shardings of an optimiser's state, from the specs of `optimizer_specs`.
 
   Args:
     optimizer_state: abstract state of an optax transformation.
     parameters: abstract parameters, unboxed.
-    shardings: of `parameter_shardings`.
+    shardings: the result of `parameter_shardings`.
     mesh: the device mesh.
 
   Returns:
@@ -151,20 +151,19 @@ def optimizer_shardings(optimizer_state, parameters, shardings, mesh):
 
 
 def optimizer_specs(optimizer_state, parameters, specs):
-  """How an optimiser's state is split: each moment as its parameter.
+  """Returns how an optimiser's state is split: each moment like its parameter.
 
   A factored second moment (Adafactor) lacks one axis of its parameter and is split along the
-  others; heads and head_dim, where they are joined, are split as the heads. Whatever else there
-  is, such as counters, is replicated.
+  others. If heads and head_dim are joined, they are split like the heads. All other leaves, such
+  as counters, are replicated.
 
   Args:
-    optimizer_state: state of an optax transformation, abstract or not.
-    parameters: likewise, unboxed.
-    specs: a PartitionSpec for each parameter, of mesh axes or of logical ones.
+    optimizer_state: state of an optax transformation, abstract or concrete.
+    parameters: parameters, abstract or concrete, unboxed.
+    specs: a PartitionSpec for each parameter, of mesh axes or of logical axes.
 
   Returns:
-    A tree with the structure of `optimizer_state`, of PartitionSpec, and None for what is
-    replicated.
+    A tree with the structure of `optimizer_state`, of PartitionSpec; None for replicated leaves.
   """
   known = {}
   for (path, leaf), spec in zip(
@@ -183,7 +182,7 @@ def optimizer_specs(optimizer_state, parameters, specs):
 
 
 def _spec_of_moment(fields, parameter, shape, parameter_shape, spec):
-  """The moment's PartitionSpec; None if it has not the axes of its parameter, or all but one."""
+  """Returns a moment's PartitionSpec; None if its axes aren't those of its parameter, or one less."""
   spec = tuple(spec) + (None,) * (len(parameter_shape) - len(spec))
   if shape == parameter_shape:
     return PartitionSpec(*spec)
@@ -192,9 +191,9 @@ def _spec_of_moment(fields, parameter, shape, parameter_shape, spec):
     parameter_shape = factored.matrix_shape(parameter, parameter_shape)
     spec = spec[: heads + 1] + spec[heads + 2 :]
   axes = factored.axes(parameter_shape)
-  for field, place in (('v_col', 0), ('v_row', 1)):
+  for field, number in (('v_col', 0), ('v_row', 1)):
     if field in fields and axes is not None:
-      lacking = axes[place]
+      lacking = axes[number]
       if shape == parameter_shape[:lacking] + parameter_shape[lacking + 1 :]:
         return PartitionSpec(*(spec[:lacking] + spec[lacking + 1 :]))
   return None

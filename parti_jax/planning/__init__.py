@@ -1,1 +1,1 @@
-"""What a step costs on devices that are not there: compiled by XLA, read from its program."""
+"""Predicts what a step costs on other devices, by compiling it and reading XLA's program."""

@@ -1,7 +1,7 @@
-"""Meshes, remat policies and microbatches that a search may try, the most promising first.
+"""Lists meshes, remat policies and microbatches for a search, the most promising first.
 
-A rough estimate by formulas decides which of them are worth minutes of compiling; what is reported
-is always what XLA compiled.
+A rough estimate by formulas decides which candidates are worth minutes of compiling. Reports only
+use what XLA compiled.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from parti_jax.models import flops
 from parti_jax.planning import chips
 from parti_jax.planning import remedies
 
-# Estimates err; what is over the memory by more than this is not tried.
+# Candidates whose estimate exceeds the memory by more than this factor are not tried.
 _SLACK = 1.25
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-  """Something to try.
+  """A candidate of a search.
 
   Attributes:
-    mesh: axis -> size.
-    remat: a policy; None where nothing is trained.
-    microbatches: of a training step; None likewise.
-    bytes: rough estimate of what a device needs.
-    seconds: rough estimate of a step.
+    mesh: pairs (axis, size).
+    remat: rematerialization policy; None for sampling.
+    microbatches: number of microbatches of a training step; None for sampling.
+    bytes: rough estimate of the memory that a device needs.
+    seconds: rough estimate of a step's time.
   """
 
   mesh: tuple[tuple[str, int], ...]
@@ -38,7 +38,7 @@ class Candidate:
   seconds: float = 0.0
 
   def bindings(self) -> list[str]:
-    """As gin bindings."""
+    """Returns the candidate as gin bindings."""
     found = [f'make_mesh.{axis} = {size}' for axis, size in self.mesh]
     if self.remat is not None:
       found += [f"PartiConfig.remat = '{self.remat}'", f'train.microbatches = {self.microbatches}']
@@ -48,15 +48,15 @@ class Candidate:
 def of_training(
   model, parameters: int, batch_size: int, chip: chips.Chip | None, devices: int, slices: int = 1
 ) -> list[Candidate]:
-  """Candidates for a training step, fastest first by the estimate.
+  """Returns candidates for a training step, in order of estimated time.
 
   Args:
     model: a PartiConfig.
-    parameters: how many there are.
-    batch_size: examples of a step.
-    chip: constants; None for emulated devices, all of which are taken to fit.
-    devices: how many.
-    slices: data parallelism between them at least.
+    parameters: number of parameters.
+    batch_size: examples per step.
+    chip: the chip's constants; None for emulated devices, where all candidates count as fitting.
+    devices: number of devices.
+    slices: number of slices, which must divide the ways of data parallelism.
   """
   found = []
   for mesh in meshes(model, devices, slices, stages=True):
@@ -74,7 +74,7 @@ def of_training(
 def of_sampling(
   model, sequences: int, images: int, chip: chips.Chip | None, devices: int
 ) -> list[Candidate]:
-  """Candidates for a sampling step, as `of_training`; a step is bound by what it reads."""
+  """Returns candidates for a sampling step like `of_training`; reading memory bounds a step."""
   found = []
   kernels = 2 * model.decoder_layers * (6 * model.width**2 + 2 * model.width * model.mlp_width)
   cache = (
@@ -87,7 +87,7 @@ def of_sampling(
     needed = kernels / mesh['tensor'] / mesh['fsdp'] + cache / devices
     seconds = 0.0
     if chip:
-      # Parameters that are split along fsdp travel at every step.
+      # Parameters that are split along fsdp are gathered at each step.
       travel = (0 if mesh['fsdp'] == 1 else kernels / mesh['tensor']) / (2 * chip.link_bandwidth)
       seconds = read * chip.devices / chip.hbm_bandwidth + travel
     if chip is None or needed <= _SLACK * chip.hbm_usable / chip.devices:
@@ -96,7 +96,7 @@ def of_sampling(
 
 
 def meshes(model, devices: int, slices: int, stages: bool) -> Iterator[dict[str, int]]:
-  """Meshes of so many devices that divide the model's dimensions."""
+  """Yields meshes of `devices` devices whose axes divide the model's dimensions."""
   heads = math.gcd(model.heads, model.mlp_width, model.codebook_size, model.text_vocabulary)
   depth = math.gcd(model.encoder_layers, model.decoder_layers) if stages else 1
   for tensor, fsdp, stage in itertools.product(
@@ -112,7 +112,7 @@ def _divisors(number: int) -> list[int]:
 
 
 def _training_bytes(model, parameters, batch_size, mesh, remat, microbatches) -> float:
-  """Parameters, gradients and first moments, what layers keep, one layer's work, the logits."""
+  """Estimates bytes of parameters, gradients, first moments, saved and working values, logits."""
   tensor = mesh['tensor']
   state = parameters * (4 + 4 + 2) / (tensor * mesh['fsdp'] * mesh['stage'])
   examples = batch_size / (mesh['stage'] * mesh['data'] * mesh['fsdp'] * microbatches)
@@ -131,7 +131,7 @@ def _training_bytes(model, parameters, batch_size, mesh, remat, microbatches) ->
 
 
 def _training_seconds(model, parameters, batch_size, mesh, remat, microbatches, chip) -> float:
-  """The longer of computing and sending, and a little of the other."""
+  """Estimates seconds: the longer of computing and communicating, plus a tenth of the other."""
   if chip is None:
     return 0.0
   devices = math.prod(mesh.values())

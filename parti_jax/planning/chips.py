@@ -1,8 +1,8 @@
-"""What a chip can do, as published, for the roofline.
+"""Published constants of TPU chips, for the roofline.
 
-Peak FLOP/s, memory and memory bandwidth are those of Google's documentation of each TPU. The
-bandwidth of a link in one direction is the documented bidirectional bandwidth of a chip over twice
-its number of links; for v4, whose documentation names none, it is that of the TPU v4 paper.
+Peak FLOP/s, memory and memory bandwidth come from Google's documentation of each TPU. The one-way
+bandwidth of a link is the documented bidirectional bandwidth of a chip over twice its number of
+links. The documentation of v4 doesn't give one, so it comes from the TPU v4 paper.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ class Chip:
   """A chip's constants.
 
   Attributes:
-    kind: how a topology names it.
-    devices: how many devices JAX sees on it.
+    kind: name of the chip in a topology.
+    devices: number of JAX devices per chip.
     peak_flops: dense bfloat16 FLOP/s.
-    hbm_bytes: main memory.
-    hbm_usable: what libtpu leaves a program of it, as it says of a program that is too large.
+    hbm_bytes: bytes of main memory.
+    hbm_usable: bytes of main memory that libtpu leaves to a program, from its message about a
+      program that is too large.
     hbm_bandwidth: bytes/s of the main memory.
-    torus_dimensions: of the network between chips; a chip has two links in each.
+    torus_dimensions: dimensions of the network between chips; a chip has two links in each.
     link_bandwidth: bytes/s of a link, one way.
-    closes_at: a dimension is a ring, not a line, if its size is a multiple of this; in three
-      dimensions, if all of them are.
+    closes_at: in two dimensions, a dimension is a ring instead of a line if its size is a multiple
+      of this; in three, all are rings if all sizes are multiples.
     dcn_bandwidth: bytes/s of a chip's share of the data-centre network, between slices.
-    source: where the numbers are from.
+    source: source of the numbers.
   """
 
   kind: str

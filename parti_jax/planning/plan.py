@@ -1,4 +1,4 @@
-"""Compiles the step that a run's gin files describe, for devices that need not be there."""
+"""Compiles the step that a run's gin files describe, for devices that need not exist here."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from parti_jax.planning.hlo import hlo_cost
 from parti_jax.planning.hlo import hlo_text
 from parti_jax.planning.hlo import kernels
 
-# Of the JSON that a plan is written as; it grows with every change that readers have to know of.
+# Version of a plan's JSON; increment it with each change that affects readers.
 SCHEMA = 1
 
 _UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
@@ -34,12 +34,13 @@ def make(request: request_lib.Request) -> dict[str, Any]:
   """Plans a step.
 
   Returns:
-    A dict that JSON can hold; `report.text` prints it.
+    A JSON-compatible dict; `report.text` formats it.
 
   Raises:
-    UserError: for a topology, gin file, mesh or batch that does not go together.
+    UserError: if the topology, gin files, mesh and batch don't fit together.
   """
-  # Imported here: it names our trainer's functions to gin, which `of_step` needs not.
+  # Imported here because it registers our trainer's functions with gin, which `of_step` doesn't
+  # need.
   from parti_jax.planning import steps
 
   jax.config.update('jax_platforms', 'cpu')  # Never takes the accelerator of this machine.
@@ -55,12 +56,12 @@ def make(request: request_lib.Request) -> dict[str, Any]:
 def of_step(
   request: request_lib.Request, topology: topology_lib.Topology, step: request_lib.Step
 ) -> dict[str, Any]:
-  """The plan of a step that is there already; as `make`, but without 'remedies'."""
+  """Plans an existing step; returns the dict of `make` without 'remedies'."""
   return _Plan(request, topology, step).made()
 
 
 class _Plan:
-  """Compiles a step and looks at the result."""
+  """Compiles a step and analyzes the result."""
 
   def __init__(
     self, request: request_lib.Request, topology: topology_lib.Topology, step: request_lib.Step
@@ -146,7 +147,7 @@ class _Plan:
       + list(step.notes),
     }
     if costs.host_bytes:
-      plan['notes'].append("the time of what goes to and from the hosts' memory is not counted")
+      plan['notes'].append("the time of transfers to and from the hosts' memory is not counted")
     if step.ideal_bytes:
       ideal = sum(step.ideal_bytes.values())
       plan['bytes'] |= {'ideal': step.ideal_bytes, 'ratio': costs.hbm_bytes / ideal}
@@ -159,10 +160,9 @@ class _Plan:
 
 
 def exhausted(message: str, capacity: float | None) -> dict[str, float | None]:
-  """What XLA's message about too little memory says: bytes 'needed' and 'available'.
+  """Returns the bytes 'needed' and 'available' from XLA's out-of-memory message.
 
-  The needed bytes may be those of the temporaries alone, where XLA gives up before it places the
-  rest.
+  The needed bytes may include only the temporaries, if XLA gives up before placing the rest.
   """
   for pattern in (
     r'Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?)',
@@ -179,10 +179,10 @@ def exhausted(message: str, capacity: float | None) -> dict[str, float | None]:
 
 
 def _memory(stats, resident: float, capacity: float | None) -> dict[str, float | None]:
-  """Bytes on a device while the step runs; `resident` of them lie beside it."""
+  """Returns bytes on a device while the step runs; `resident` bytes are used in addition to it."""
   held = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-  # What the TPU's compiler gives as the size of temporaries may count some that are in the chip's
-  # own memory; its peak does not, and is what it compares with the memory that is there.
+  # The TPU compiler's size of temporaries may include some in on-chip memory. Its peak doesn't, and
+  # it is what the compiler compares with the available memory.
   peak = stats.peak_memory_in_bytes
   temporaries = peak - held if capacity and peak > held else stats.temp_size_in_bytes
   parts = {

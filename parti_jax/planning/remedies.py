@@ -1,18 +1,18 @@
-"""What makes a step that is too large fit: gin lines to try, the cheapest first."""
+"""Suggests gin settings that may make a step fit in memory, the cheapest first."""
 
 from __future__ import annotations
 
 from typing import Any
 
-# Policies by how much they keep for the backward pass, the most first.
+# Policies in decreasing order of what they keep for the backward pass.
 REMAT_ORDER = ('everything', 'dots', 'block_inputs_and_attention', 'block_inputs', 'nothing')
 
 
 def of(plan: dict[str, Any]) -> list[str]:
-  """Lines such as '--gin.train.microbatches=8: half the activations at a time'.
+  """Returns lines such as '--gin.train.microbatches=8: half the activations at a time'.
 
   Args:
-    plan: of `plan.make`, of a step that does not fit.
+    plan: the result of `plan.make` for a step that doesn't fit.
   """
   return _of_sampling(plan) if plan['what'] == 'sample' else _of_training(plan)
 

@@ -1,4 +1,4 @@
-"""Plans as text: the report of one, the table of many."""
+"""Formats plans as text: a report of one, a table of many."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _GIB = 2**30
 
 
 def text(plan: dict[str, Any]) -> str:
-  """The report of a plan, of `plan.make`."""
+  """Returns the report of a plan that `plan.make` returned."""
   sections = [
     _head(plan),
     _memory(plan),
@@ -24,7 +24,7 @@ def text(plan: dict[str, Any]) -> str:
 
 
 def table(plans: list[dict[str, Any]]) -> str:
-  """Plans as a Markdown table, a line for each."""
+  """Returns plans as a Markdown table with a row for each."""
   head = (
     'step',
     'chips',
@@ -42,13 +42,13 @@ def table(plans: list[dict[str, Any]]) -> str:
 
 
 def name_of(plan: dict[str, Any]) -> str:
-  """The run's name, such as '20b': the stem of its gin file without what all share."""
+  """Returns the run's name, such as '20b': the stem of its gin file without 'parti_'."""
   last = plan['gin_files'][-1] if plan['gin_files'] else plan['settings']['model']
   return last.rsplit('/', maxsplit=1)[-1].removesuffix('.gin').removeprefix('parti_')
 
 
 def mesh_of(plan: dict[str, Any]) -> str:
-  """The mesh's axes that split something, such as 'data 4 × tensor 8'."""
+  """Returns the mesh axes with more than one device, such as 'data 4 × tensor 8'."""
   sizes = [f'{axis} {size}' for axis, size in plan['mesh'].items() if size > 1]
   return ' × '.join(sizes) or 'one device'
 
@@ -113,7 +113,7 @@ def _memory(plan) -> str:
     if value or name != 'resident':
       lines.append(f'  {name.replace("_", " "):22}{_gib(value)}')
   of = f' of {_gib(capacity).strip()} of HBM, {total / capacity:.0%}' if capacity else ''
-  lines.append(f'  {"in all":22}{_gib(total)}{of}')
+  lines.append(f'  {"total":22}{_gib(total)}{of}')
   if host:
     lines.append(f'  {"in the host":22}{_gib(host)}')
   return '\n'.join(lines)
@@ -148,7 +148,7 @@ def _bytes(plan) -> str:
     parts = ', '.join(f'{name} {value / 1e9:.4g}' for name, value in counted['ideal'].items())
     lines.append(
       f'  at least needed       {sum(counted["ideal"].values()) / 1e9:10.4g} GB '
-      f'({parts}): {counted["ratio"]:.3f} times that is moved'
+      f'({parts}): {counted["ratio"]:.3f} times as much is moved'
     )
   return '\n'.join(lines)
 
@@ -173,7 +173,7 @@ def _times(plan) -> str:
   seconds = plan['seconds']
   if not seconds:
     return ''
-  lines = ['least seconds of a step']
+  lines = ['minimum seconds of a step']
   for name in ('compute', 'hbm', 'interconnect'):
     bound = '  <- the bound' if seconds['bound'] == name else ''
     lines.append(f'  {name:22}{seconds[name]:10.4f}{bound}')
@@ -190,7 +190,7 @@ def _times(plan) -> str:
 def _constants(plan) -> str:
   chip = plan['chip']
   if not chip:
-    return 'no roofline: nothing is published of an emulated device'
+    return 'no roofline: an emulated device has no published constants'
   return '\n'.join(
     [
       f'constants of a {chip["kind"]} chip ({chip["source"]})',

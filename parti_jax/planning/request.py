@@ -1,4 +1,4 @@
-"""What a plan is asked for, and the step that is to be compiled for it."""
+"""Defines the request for a plan, and the step that is compiled for it."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from parti_jax.planning.hlo import hlo_cost
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """What to plan.
+  """The request for a plan.
 
   Attributes:
     what: 'train' or 'sample'.
-    topology: such as 'v4:8x8x8'.
-    gin_files: of the run.
-    gin_bindings: 'NAME=VALUE', after the files.
-    batch_size: examples of a training step, None for the run's own; images of a sampling step.
-    guided: whether sampling uses classifier-free guidance, two sequences for each image.
+    topology: topology, such as 'v4:8x8x8'.
+    gin_files: the run's gin files.
+    gin_bindings: bindings 'NAME=VALUE', applied after the files.
+    batch_size: examples of a training step, None for the run's setting; images of a sampling step.
+    guided: whether sampling uses classifier-free guidance, with two sequences for each image.
   """
 
   what: str
@@ -31,19 +31,19 @@ class Request:
 
 @dataclasses.dataclass
 class Step:
-  """A step, ready to be lowered.
+  """A step, ready to lower.
 
   Attributes:
     lower: returns the lowered step.
-    mesh: its devices.
-    batch_size: examples, or images, of a step.
-    model_flops: of a step, over all devices.
-    parameters: how many the model has.
-    settings: what else it depends on, for the report.
-    ideal_bytes: what a step must at least move on each device, where that is known.
-    resident_bytes: what else lies in each device's memory meanwhile.
-    notes: what the plan is to say besides.
-    kernel_flops: for `hlo_cost.costs`.
+    mesh: the mesh of its devices.
+    batch_size: examples or images per step.
+    model_flops: model FLOPs per step, over all devices.
+    parameters: number of the model's parameters.
+    settings: other settings of the step, for the report.
+    ideal_bytes: minimum bytes that a step must move on each device; None if unknown.
+    resident_bytes: bytes of other data in each device's memory during the step.
+    notes: additional notes for the plan.
+    kernel_flops: argument for `hlo_cost.costs`.
   """
 
   lower: Any

@@ -1,11 +1,11 @@
-"""The least time that a step can take, by what it computes, reads and writes, and sends.
+"""Estimates the minimum time of a step from its computation, memory traffic and communication.
 
-The model of the network: chips form a torus. A collective runs at once along every dimension of
-the torus that its devices extend over, in both directions where the dimension closes to a ring;
-devices that are not neighbours share their links with those between them. Between slices it runs
-over each chip's share of the data-centre network. A chip's devices share its links and its part of
-that network. Collectives take turns. Latency is left out, and
-so is all time that arithmetic outside of the matrix units takes.
+Model of the network: chips form a torus. A collective runs simultaneously along each torus
+dimension that its devices extend over, and in both directions if the dimension closes to a ring.
+Devices that aren't neighbours share their links with the devices between them. Between slices, a
+collective runs over each chip's share of the data-centre network. A chip's devices share its links
+and its part of that network. Collectives run one after another. The model ignores latency and the
+time of arithmetic outside the matrix units.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MODEL = (
   'network: each collective uses all torus dimensions that its devices extend over, both '
   'ways round where they close; collectives take turns; no latency'
 )
-_GROUPS_LOOKED_AT = 8
+_MAX_GROUPS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +30,11 @@ class CollectiveSum:
   """Collectives of one kind along the same mesh axes.
 
   Attributes:
-    kind: such as 'all-gather'.
-    axes: mesh axes that the devices of a group differ in.
-    count: how many a step runs.
-    bytes_sent: by a device in a step, along rings.
-    seconds: in a step; None where nothing is published of the network.
+    kind: kind of collective, such as 'all-gather'.
+    axes: mesh axes along which the devices of a group differ.
+    count: number of collectives per step.
+    bytes_sent: bytes that a device sends per step, along rings.
+    seconds: seconds per step; None without published constants of the network.
     dcn: whether the groups extend over several slices.
   """
 
@@ -48,12 +48,12 @@ class CollectiveSum:
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-  """Least seconds of a step; None where nothing is published of the chip.
+  """Minimum seconds of a step.
 
   Attributes:
-    compute: of the matrix units.
-    hbm: of the main memory.
-    interconnect: of the network within slices and between them.
+    compute: seconds of the matrix units.
+    hbm: seconds of the main memory.
+    interconnect: seconds of the network within and between slices.
   """
 
   compute: float
@@ -62,12 +62,12 @@ class Times:
 
   @property
   def bound(self) -> str:
-    """The name of the longest."""
+    """The name of the longest of the three."""
     return max(('compute', 'hbm', 'interconnect'), key=lambda name: getattr(self, name))
 
   @property
   def longest(self) -> float:
-    """Seconds if all three overlap wholly."""
+    """Seconds if all three overlap completely."""
     return max(self.compute, self.hbm, self.interconnect)
 
   @property
@@ -81,7 +81,7 @@ class Network:
 
   Args:
     mesh: a jax.sharding.Mesh over TPU devices.
-    chip: its chips' constants.
+    chip: constants of its chips.
   """
 
   def __init__(self, mesh, chip: chips.Chip):
@@ -96,12 +96,12 @@ class Network:
     self._known: dict[tuple, tuple[float, bool]] = {}
 
   def seconds(self, collective: hlo_cost.Collective) -> tuple[float, bool]:
-    """Seconds of one turn of a collective, and whether it crosses slices."""
+    """Returns the seconds of one execution of a collective, and whether it crosses slices."""
     key = (collective.kind, collective.whole, collective.groups.shape, collective.groups.tobytes())
     if key not in self._known:
       rows = collective.groups
       if collective.kind != 'collective-permute':
-        rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), _GROUPS_LOOKED_AT), dtype=int)]
+        rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), _MAX_GROUPS), dtype=int)]
       found = [self._group_seconds(collective, row) for row in rows]
       self._known[key] = max(found)
     return self._known[key]
@@ -114,7 +114,7 @@ class Network:
     dcn_bandwidth = self._chip.dcn_bandwidth / self._chip.devices
     if collective.kind == 'collective-permute':
       return collective.whole / dcn_bandwidth, True
-    # Within slices first, so that every chip sends only its part over the slower network.
+    # Within slices first, so that each chip sends only its part over the slower network.
     part = collective.whole / len(within)
     times = 2 if collective.kind == 'all-reduce' else 1
     across = times * part * (slices - 1) / slices / dcn_bandwidth
@@ -125,13 +125,13 @@ class Network:
     dimensions = self._dimensions(group)
     if not dimensions:
       return 0.0  # The devices are on one chip.
-    chips_in_group = len({tuple(place) for place in self._coordinates[group]})
-    # As many groups as this one leaves devices of its chips to use the same links.
+    chips_in_group = len({tuple(position) for position in self._coordinates[group]})
+    # Other groups use the same links for the devices of these chips that aren't in this group.
     whole = whole * self._chip.devices / (len(group) / chips_in_group)
     if collective.kind == 'collective-permute':
       return whole * max(distance for _, _, distance in dimensions) / self._chip.link_bandwidth
     if collective.kind in ('all-to-all', 'ragged-all-to-all'):
-      # What crosses the middle of the longest dimension.
+      # The traffic across the middle of the longest dimension.
       size, closed, distance = max(dimensions)
       return whole * size / (8 if closed else 4) * distance / self._chip.link_bandwidth
     ways = sum((2 if closed else 1) / distance for _, closed, distance in dimensions)
@@ -140,42 +140,42 @@ class Network:
     return times * part / (ways * self._chip.link_bandwidth)
 
   def _dimensions(self, group) -> list[tuple[int, bool, int]]:
-    """Dimensions a group extends over: places in it, whether they close, links between them."""
+    """Returns (positions, whether they close, links between) for each dimension of a group."""
     found = []
     for dimension, size in enumerate(self._sizes):
-      places = np.unique(self._coordinates[group][:, dimension])
-      if len(places) < 2:
+      positions = np.unique(self._coordinates[group][:, dimension])
+      if len(positions) < 2:
         continue
       ring = self._rings[dimension]
-      gaps = np.diff(places)
-      last = size - places[-1] + places[0]
-      if collective_closes := ring and (len(places) > 2) and last <= gaps.max():
+      gaps = np.diff(positions)
+      last = size - positions[-1] + positions[0]
+      if collective_closes := ring and (len(positions) > 2) and last <= gaps.max():
         gaps = np.append(gaps, last)
-      elif ring and len(places) == 2:
+      elif ring and len(positions) == 2:
         gaps = np.array([min(gaps[0], last)])
-      found.append((len(places), bool(collective_closes), int(gaps.max())))
+      found.append((len(positions), bool(collective_closes), int(gaps.max())))
     return found
 
 
 def slice_groups(mesh) -> np.ndarray:
-  """Places in a mesh of the devices that stand for each other: int [devices of a slice, slices]."""
-  places: dict[tuple, list[int]] = {}
-  for place, device in enumerate(mesh.devices.flat):
+  """Returns the mesh indices of corresponding devices in all slices: int [slice devices, slices]."""
+  indices: dict[tuple, list[int]] = {}
+  for index, device in enumerate(mesh.devices.flat):
     key = (*device.coords, getattr(device, 'core_on_chip', 0))
-    places.setdefault(key, []).append(place)
-  return np.array(list(places.values()))
+    indices.setdefault(key, []).append(index)
+  return np.array(list(indices.values()))
 
 
 def summarize(collectives, mesh, chip: chips.Chip | None) -> list[CollectiveSum]:
-  """Collectives by kind and mesh axes, those that take longest first."""
+  """Sums collectives by kind and mesh axes; those that take longest come first."""
   network = Network(mesh, chip) if chip else None
   sums: dict[tuple, list] = {}
   for collective in collectives:
     axes = replica_groups.axes(collective.groups, dict(mesh.shape))
     seconds, dcn = network.seconds(collective) if network else (0.0, False)
     entry = sums.setdefault((collective.kind, axes, dcn), [0.0, 0.0, 0.0])
-    for place, value in enumerate((1, collective.sent, seconds)):
-      entry[place] += collective.count * value
+    for index, value in enumerate((1, collective.sent, seconds)):
+      entry[index] += collective.count * value
   found = [
     CollectiveSum(kind, axes, count, sent, seconds if network else None, dcn)
     for (kind, axes, dcn), (count, sent, seconds) in sums.items()
@@ -184,7 +184,7 @@ def summarize(collectives, mesh, chip: chips.Chip | None) -> list[CollectiveSum]
 
 
 def times(costs: hlo_cost.Costs, sums: list[CollectiveSum], chip: chips.Chip) -> Times:
-  """The roofline of a step."""
+  """Returns the roofline of a step."""
   return Times(
     costs.flops * chip.devices / chip.peak_flops,
     costs.hbm_bytes * chip.devices / chip.hbm_bandwidth,
@@ -193,5 +193,5 @@ def times(costs: hlo_cost.Costs, sums: list[CollectiveSum], chip: chips.Chip) ->
 
 
 def mfu(model_flops: float, seconds: float, chip: chips.Chip, chip_count: int) -> float:
-  """Model FLOPs utilisation of a step of that many seconds (PaLM, appendix B)."""
+  """Returns the model FLOPs utilisation of a step of `seconds` (PaLM, appendix B)."""
   return model_flops / (seconds * chip.peak_flops * chip_count)

@@ -1,4 +1,4 @@
-"""Tries meshes, remat policies and microbatches, each in a process of its own."""
+"""Tries meshes, remat policies and microbatches, each in a separate process."""
 
 from __future__ import annotations
 
@@ -23,9 +23,8 @@ from parti_jax.planning import report
 from parti_jax.planning import request as request_lib
 from parti_jax.planning import steps
 from parti_jax.planning import topology as topology_lib
-from parti_jax.training import train_loop
 
-# How much of a failed candidate's error is shown and kept.
+# Maximum characters of a failed candidate's error.
 _ERROR_LENGTH = 300
 
 
@@ -34,10 +33,10 @@ def run(request: request_lib.Request, limit: int, file: str | None) -> int:
   """Compiles the most promising candidates and prints those that fit, the fastest bound first.
 
   Args:
-    request: what to plan; its bindings hold where a candidate says nothing.
-    limit: how many candidates are compiled.
-    file: JSON lines, one for each candidate that was tried, {'request', 'candidate', 'plan',
-      'error'}; those that are there are not tried again. None to keep nothing.
+    request: what to plan; a candidate's bindings override its bindings.
+    limit: maximum number of candidates to compile.
+    file: path of JSON lines, one for each tried candidate, {'request', 'candidate', 'plan',
+      'error'}. Candidates in it aren't tried again. None to store nothing.
 
   Returns:
     0 if a candidate fits, else 1.
@@ -45,8 +44,8 @@ def run(request: request_lib.Request, limit: int, file: str | None) -> int:
   tried = _read(file, request)
   found = candidates(request)
   print(
-    f'{len(found)} candidates may fit; the best {min(limit, len(found))} by a rough estimate '
-    'are compiled',
+    f'{len(found)} candidates may fit; compiling the best {min(limit, len(found))} by a rough '
+    'estimate',
     file=sys.stderr,
   )
   plans = []
@@ -54,7 +53,7 @@ def run(request: request_lib.Request, limit: int, file: str | None) -> int:
     bindings = candidate.bindings()
     key = json.dumps(bindings)
     if key not in tried:
-      plan, error = compile_apart(request, bindings)
+      plan, error = compile_in_process(request, bindings)
       tried[key] = {
         'request': _request(request),
         'candidate': bindings,
@@ -74,10 +73,10 @@ def run(request: request_lib.Request, limit: int, file: str | None) -> int:
 
 
 def candidates(request: request_lib.Request) -> list[candidates_lib.Candidate]:
-  """Candidates for a request, the most promising first.
+  """Returns candidates for a request, the most promising first.
 
   Raises:
-    UserError: if the run is not of the generator, whose shapes the search knows.
+    UserError: if the run doesn't train the generator, the only model that the search supports.
   """
   jax.config.update('jax_platforms', 'cpu')
   topology = topology_lib.parse(request.topology)
@@ -87,27 +86,28 @@ def candidates(request: request_lib.Request) -> list[candidates_lib.Candidate]:
     model, images = steps.sampled_config(), request.batch_size or steps.SAMPLING_BATCH
     sequences = images * (2 if request.guided else 1)
     return candidates_lib.of_sampling(model, sequences, images, topology.chip, devices)
-  values = train_loop.bound_arguments()
-  model = values['objective'].model
+  config = steps.train_config()
+  model = config.objective.model
   if not isinstance(model, parti_config.PartiConfig):
     raise errors.UserError(
-      '--search knows the generator alone; plan the tokenizer with --gin.make_mesh... of your own'
+      '--search supports only the generator; plan other models with your own --gin.make_mesh... '
+      'values'
     )
-  parameters = layers.count_parameters(jax.eval_shape(values['objective'].init, jax.random.key(0)))
+  parameters = layers.count_parameters(jax.eval_shape(config.objective.init, jax.random.key(0)))
   return candidates_lib.of_training(
     model,
     parameters,
-    request.batch_size or values['batch_size'],
+    request.batch_size or config.batch_size,
     topology.chip,
     devices,
     topology.slices,
   )
 
 
-def compile_apart(
+def compile_in_process(
   request: request_lib.Request, bindings: list[str]
 ) -> tuple[dict[str, Any] | None, str | None]:
-  """The plan of a candidate, made by another process, or the error that it ended with."""
+  """Plans a candidate in another process; returns its plan, or the error that it ended with."""
   with tempfile.TemporaryDirectory() as folder:
     output = pathlib.Path(folder) / 'plan.json'
     command = [
@@ -133,7 +133,7 @@ def compile_apart(
 
 
 def _slowness(plan) -> float:
-  """Seconds of the roofline; for emulated devices, the FLOPs."""
+  """Returns the seconds of the roofline; for emulated devices, the FLOPs."""
   seconds = plan['seconds']
   if seconds is None:
     return plan['flops']['compiled']
@@ -151,7 +151,7 @@ def _line(bindings: list[str], plan, error) -> str:
 
 
 def _read(file: str | None, request) -> dict[str, dict[str, Any]]:
-  """Candidates that a file holds, by their bindings; those of another request are an error."""
+  """Reads a file's candidates, by their bindings; raises UserError for those of another request."""
   if file is None or not pathlib.Path(file).exists():
     return {}
   found = {}
@@ -160,9 +160,11 @@ def _read(file: str | None, request) -> dict[str, dict[str, Any]]:
       entry = json.loads(line)
       same = entry['request'] == _request(request)
     except (ValueError, KeyError, TypeError) as error:
-      raise errors.UserError(f'{file}:{number}: no line of a search: {error}') from error
+      raise errors.UserError(
+        f'{file}:{number}: not a search result: {error}; remove the file or choose another --json'
+      ) from error
     if not same:
-      raise errors.UserError(f'{file} holds a search of another request; give --json another name')
+      raise errors.UserError(f'{file} holds a search of another request; choose another --json')
     found[json.dumps(entry['candidate'])] = entry
   return found
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 
 import flax.linen as nn
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import layout
 from jax.sharding import NamedSharding
 
+from parti_jax.core import checks
 from parti_jax.core import errors
 from parti_jax.exported_model import model_folder
 from parti_jax.models import flops
@@ -24,33 +24,32 @@ from parti_jax.planning import request as request_lib
 from parti_jax.planning.hlo import kernels
 from parti_jax.sampling import decoding
 from parti_jax.sampling import parameters
+from parti_jax.training import config as config_lib
 from parti_jax.training import configurables  # noqa: F401
-from parti_jax.training import train_loop
 from parti_jax.training import trainer as trainer_lib
 from parti_jax.training.objectives import frozen_tokenizer
 
 SAMPLING_BATCH = 32
 
 
+def train_config() -> config_lib.TrainConfig:
+  """The settings of `train`; a plan needs neither its data nor its end."""
+  return config_lib.configured(task='', steps=checks.LARGEST_INT32)
+
+
 def training_step(request: request_lib.Request, mesh) -> request_lib.Step:
   """The step of `train`."""
-  values = train_loop.bound_arguments()
-  objective = values['objective']
-  # Whatever else the trainer takes, `train` has arguments of the same names for.
-  others = {
-    name: values[name]
-    for name in inspect.signature(trainer_lib.Trainer).parameters
-    if name in values and name not in ('objective', 'optimizer')
-  }
-  trainer = trainer_lib.Trainer(objective, values['optimizer'](values['schedule']), mesh, **others)
-  batch_size = request.batch_size or values['batch_size']
+  config = train_config()
+  objective = config.objective
+  trainer = trainer_lib.Trainer.of_config(config, mesh)
+  batch_size = request.batch_size or config.batch_size
   rules_lib.check_batch(batch_size, mesh, trainer.rules, trainer.microbatches)
   settings = {
     'model': objective.name,
     'config': type(objective.model).__name__,
     'remat': objective.model.remat,
     'microbatches': trainer.microbatches,
-    'offload_optimizer': others['offload_optimizer'],
+    'offload_optimizer': config.offload_optimizer,
   }
   return request_lib.Step(
     lambda: trainer.lower(batch_size),
@@ -68,7 +67,7 @@ def training_step(request: request_lib.Request, mesh) -> request_lib.Step:
 
 def _notes(objective) -> tuple[str, ...]:
   """What a plan says of an objective whose tokenizer is part of the step and not trained yet."""
-  if 'tokenizer' not in getattr(objective, 'abstract_constants', dict)() or (
+  if 'tokenizer' not in objective.abstract_constants() or (
     frozen_tokenizer.is_trained(objective.tokenizer)
   ):
     return ()
@@ -160,7 +159,7 @@ def _slots(pattern) -> tuple[int, int]:
 
 def sampled_config() -> parti_config.PartiConfig:
   """Sizes of the model of a run, or those that gin gives without a run."""
-  objective = gin.get_bindings(train_loop.train_objective).get('objective')
+  objective = gin.get_bindings(config_lib.TrainConfig).get('objective')
   config = parti_config.PartiConfig() if objective is None else objective.model
   if not isinstance(config, parti_config.PartiConfig):
     raise errors.UserError(f'--what=sample: the run trains a {objective.name}, not the generator')

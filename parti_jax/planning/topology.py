@@ -1,4 +1,4 @@
-"""Devices of a topology that is not there, for compiling only."""
+"""Makes devices of a topology that this machine doesn't have, only for compiling."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from parti_jax.planning import chips
 _FORM = re.compile(r'(?:(\d+)x(?=[a-z]))?([a-z]+\d*[a-z]*):(\d+(?:x\d+)*)')
 _EXAMPLES = 'v4:8x8x8, v5e:16x16, v5p:8x8x8, v6e:16x16, tpu7x:4x4x4, 2xv5p:8x8x8 or cpu:8'
 
-# Both TensorCores of a chip make one device on these; on tpu7x they are two.
+# On these chips the two TensorCores form one device; on tpu7x they are two devices.
 _MEGACORE = ('v4', 'v5p')
 
-# libtpu looks for a metadata server, and for other processes that use the chips of this machine.
+# Keeps libtpu from looking for a metadata server and for other processes that use local chips.
 _NO_MACHINE = {
   'TPU_SKIP_MDS_QUERY': '1',
   'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
@@ -35,13 +35,13 @@ _NO_MACHINE = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-  """A topology as it is asked for.
+  """A requested topology.
 
   Attributes:
-    name: such as '2xv5p:8x8x8'.
-    kind: of the chips, a key of `chips.CHIPS`, or 'cpu'.
+    name: name of the topology, such as '2xv5p:8x8x8'.
+    kind: kind of chip, a key of `chips.CHIPS`, or 'cpu'.
     dims: chips along each dimension of a slice; the number of devices for 'cpu'.
-    slices: how many, joined by the data-centre network.
+    slices: number of slices, which the data-centre network connects.
   """
 
   name: str
@@ -51,7 +51,7 @@ class Topology:
 
   @property
   def chip(self) -> chips.Chip | None:
-    """The chip's constants; None for 'cpu', of which nothing is published."""
+    """The chip's constants; None for 'cpu', which has no published constants."""
     return chips.CHIPS.get(self.kind)
 
   @property
@@ -59,35 +59,35 @@ class Topology:
     return self.slices * math.prod(self.dims)
 
   def devices(self) -> list[jax.Device]:
-    """Devices to make a mesh of; nothing runs on them unless they are a CPU's.
+    """Returns devices for a mesh; only CPU devices can run programs.
 
     Raises:
-      UserError: if libtpu is missing, or knows no such topology.
+      UserError: if libtpu is missing, or doesn't know the topology.
     """
     return _cpu_devices(self) if self.kind == 'cpu' else _tpu_devices(self)
 
 
 def parse(name: str) -> Topology:
-  """A topology from its name: `KIND:SIZES`, with `Nx` before it for N slices.
+  """Parses a topology's name: `KIND:SIZES`, with the prefix `Nx` for N slices.
 
   Raises:
-    UserError: if there is no such form, kind or number of dimensions.
+    UserError: if the form, the kind or the number of dimensions is invalid.
   """
   match = _FORM.fullmatch(name)
   if not match:
-    raise errors.UserError(f'--topology={name}: no topology; examples are {_EXAMPLES}')
+    raise errors.UserError(f'--topology={name}: not a topology; examples are {_EXAMPLES}')
   slices, kind, sizes = match.groups()
   dims = tuple(map(int, sizes.split('x')))
   topology = Topology(name, kind, dims, int(slices or 1))
   if kind != 'cpu' and kind not in chips.CHIPS:
     raise errors.UserError(
-      f'--topology={name}: no chip {kind!r}; there are {", ".join(chips.CHIPS)} and cpu'
+      f'--topology={name}: unknown chip {kind!r}; choose from {", ".join(chips.CHIPS)} and cpu'
     )
   expected = 1 if kind == 'cpu' else chips.CHIPS[kind].torus_dimensions
   if len(dims) != expected or min(dims) < 1 or topology.slices < 1:
     form = 'x'.join('ABC'[:expected]) if kind != 'cpu' else 'N'
     raise errors.UserError(
-      f'--topology={name}: sizes of {kind} are {expected} numbers from 1, {kind}:{form}'
+      f'--topology={name}: {kind} needs {expected} sizes of at least 1, {kind}:{form}'
     )
   if kind == 'cpu' and topology.slices > 1:
     raise errors.UserError(f'--topology={name}: cpu has no slices')
@@ -97,12 +97,12 @@ def parse(name: str) -> Topology:
 def _cpu_devices(topology: Topology):
   count = topology.dims[0]
   if 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
-    with contextlib.suppress(RuntimeError):  # The backend has begun already.
+    with contextlib.suppress(RuntimeError):  # The backend is already initialized.
       jax.config.update('jax_num_cpu_devices', count)
   devices = jax.devices('cpu')
   if len(devices) < count:
     raise errors.UserError(
-      f'--topology={topology.name}: {len(devices)} CPU devices are there; '
+      f'--topology={topology.name}: only {len(devices)} CPU devices exist; '
       f'set XLA_FLAGS=--xla_force_host_platform_device_count={count}'
     )
   return devices[:count]
@@ -128,9 +128,9 @@ def _tpu_devices(topology: Topology):
           platform='tpu', topology_name=f'{topology.kind}:{sizes}', **keywords
         ).devices
       )
-    except Exception as error:  # Of several kinds; libtpu's message tells them apart.
+    except Exception as error:  # The types vary; libtpu's message says what is wrong.
       unknown = error
   said = str(unknown).split('\n', maxsplit=1)[0]
   raise errors.UserError(
-    f'--topology={topology.name}: libtpu knows no such topology: {said}'
+    f"--topology={topology.name}: libtpu doesn't know this topology: {said}"
   ) from unknown

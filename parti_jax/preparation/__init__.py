@@ -1,1 +1,1 @@
-"""Filters, deduplicates, resizes and encodes a source's pictures, as an Apache Beam pipeline."""
+"""Filters, deduplicates, resizes and encodes a source's pictures with an Apache Beam pipeline."""

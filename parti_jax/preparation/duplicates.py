@@ -1,7 +1,7 @@
-"""Which of several pictures that are the same, or look alike, stays.
+"""Decides which of several identical or similar pictures to keep.
 
-The better of two is the one with more pixels before resizing or, of as many, the one that comes
-first in the source. It depends on nothing else, so that any grouping gives the same result.
+The better of two pictures has more pixels before resizing, or, with equally many, comes first in
+the source. This order depends on nothing else, so any grouping gives the same result.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import numpy as np
 
 
 class Row(NamedTuple):
-  """What is compared of an example.
+  """The properties of an example that are compared.
 
   Attributes:
-    digest: of the picture's bytes, and of the caption where this counts.
+    digest: digest of the picture's bytes, and of the caption if it counts.
     look: the perceptual hash; -1 for none.
-    pixels: of the picture before resizing.
-    shard: number of the example's shard.
-    index: of the example in the shard.
+    pixels: pixels of the picture before resizing.
+    shard: index of the example's shard.
+    index: index of the example in the shard.
   """
 
   digest: bytes
@@ -32,7 +32,7 @@ class Row(NamedTuple):
 
 
 def rank(row: Row) -> tuple[int, int, int]:
-  """Orders rows, the best first."""
+  """Returns a sort key that puts the best row first."""
   return -row.pixels, row.shard, row.index
 
 
@@ -51,17 +51,17 @@ def ranked(rows: Iterable[Row]) -> Iterator[tuple[Row, bool]]:
 
 
 def near_losers(rows: Iterable[Row], distance: int) -> Iterator[Row]:
-  """Yields the rows of which a better one looks alike.
+  """Yields the rows that look like a better one.
 
-  That better one may have a still better one itself: of a chain of pictures, each like the next,
-  all may go but the best.
+  That better one may lose against a still better one: in a chain of pictures, each similar to the
+  next, all but the best may be dropped.
 
   Args:
-    rows: with hashes, each different.
-    distance: bits in which the hashes of pictures that look alike may differ.
+    rows: rows with distinct hashes.
+    distance: maximum number of bits in which the hashes of similar pictures differ.
   """
   rows = sorted(rows, key=rank)
   looks = np.array([row.look for row in rows], np.uint64)
-  for place in range(1, len(rows)):
-    if (np.bitwise_count(looks[:place] ^ looks[place]) <= distance).any():
-      yield rows[place]
+  for index in range(1, len(rows)):
+    if (np.bitwise_count(looks[:index] ^ looks[index]) <= distance).any():
+      yield rows[index]

@@ -1,4 +1,4 @@
-"""Prepares one example: filters it, decodes, resizes and encodes its picture."""
+"""Prepares one example: filters it, then decodes, resizes and encodes its picture."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from parti_jax.preparation.settings import Settings
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-  """An example that stays unless it is a duplicate.
+  """A prepared example, kept unless it is a duplicate.
 
   Attributes:
-    record: as `prepared.serialized` returns it.
-    digest: by which exact duplicates are found; b'' where they aren't looked for.
-    look: perceptual hash by which near duplicates are found; None for none.
-    pixels: of the picture before resizing.
-    notes: in a few words each thing that was ignored or cut.
+    record: the result of `prepared.serialized`.
+    digest: digest for finding exact duplicates; b'' if they aren't removed.
+    look: perceptual hash for finding near duplicates; None for none.
+    pixels: pixels of the picture before resizing.
+    notes: a short note for each thing that was ignored or cut.
   """
 
   record: bytes
@@ -39,16 +39,16 @@ def prepare(
 ) -> Prepared:
   """Prepares an example.
 
-  What costs least is looked at first, so that most of what is left out is never decoded.
+  The cheapest filters run first, so most rejected pictures are never decoded.
 
   Args:
-    example: of `Source.open_described`.
-    default_key: the key of an example that has none.
+    example: an example of `Source.open_described`.
+    default_key: the key for an example without one.
     settings: filters, size and format.
     to_srgb: whether colours are converted to sRGB if the file has a colour profile.
 
   Raises:
-    Unusable: the example is left out.
+    Unusable: a filter rejects the example.
   """
   columns, data = example.get('columns', {}), example['picture']
   filters.check_columns(columns, settings)

@@ -1,4 +1,4 @@
-"""Which examples are left out; each function looks at one and raises `Unusable` with the reason."""
+"""Filters for examples; each function checks one example and raises `Unusable` with the reason."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from parti_jax.preparation.settings import Settings
 
 
 def check_caption(text: str, settings: Settings) -> None:
-  """Looks at a caption's length, words and scripts.
+  """Checks a caption's length, words and scripts.
 
   Args:
     text: the caption, as `captions.clean` returns it.
@@ -38,10 +38,10 @@ def check_caption(text: str, settings: Settings) -> None:
 
 
 def check_columns(columns: Mapping[str, Any], settings: Settings) -> None:
-  """Looks at the columns that have bounds.
+  """Checks the columns that have bounds.
 
   Args:
-    columns: of the example.
+    columns: columns of the example.
     settings: the filters.
   """
   for name, wanted in settings.columns.items():
@@ -62,7 +62,7 @@ def check_columns(columns: Mapping[str, Any], settings: Settings) -> None:
 
 
 def check_sides(width: int, height: int, settings: Settings) -> None:
-  """Looks at a picture's sides in pixels."""
+  """Checks a picture's sides, in pixels."""
   shorter, longer = sorted((width, height))
   if settings.min_side is not None and shorter < settings.min_side:
     raise Unusable('picture too small')

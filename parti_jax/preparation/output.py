@@ -1,4 +1,4 @@
-"""The folder that prepared pictures go to: claimed by one run, and finished or not there at all."""
+"""The output folder of prepared pictures: claimed by one run, and published only when complete."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ _MAX_REPORT = 2**26
 class Output:
   """A split in an output folder; picklable.
 
-  While it is written, `.SPLIT.unfinished` holds `owner.json`, which names the run, and a folder of
-  the run's own, so that processes that outlive an earlier run write nowhere else.
+  During writing, `.SPLIT.unfinished` holds `owner.json`, which names the run, and a folder that
+  only this run uses, so leftover processes of an earlier run can't interfere.
 
   Args:
     folder: the folder, a path or a URL.
     split: the split.
-    staged: whether shards are written to the unfinished folder first.
+    staged: whether shards are first written to the unfinished folder.
 
   Raises:
-    UserError: the split's name can't be part of a file's.
+    UserError: the split's name can't be part of a file name.
   """
 
   def __init__(self, folder: str, split: str, staged: bool):
@@ -42,34 +42,34 @@ class Output:
     self.folder, self.split = folder, split
     self._unfinished = storage.join(folder, f'.{token_cache_info.file_part(split)}.unfinished')
     self._staging = storage.join(self._unfinished, uuid.uuid4().hex)
-    # A store shows an object when it is complete; on a disk a killed run would leave a part.
+    # A store shows only complete objects; on a disk, a killed run would leave a partial file.
     self.staged = staged or not storage.is_url(folder)
 
   def place(self, number: int) -> str:
-    """The path of a shard."""
+    """Returns the path of a shard."""
     return storage.join(self.folder, token_cache_info.shard_name(self.split, number))
 
   def staging_place(self, number: int) -> str:
-    """The path that a shard is written to first."""
+    """Returns the path that a shard is first written to."""
     if not self.staged:
       return self.place(number)
     return storage.join(self._staging, token_cache_info.shard_name('shard', number))
 
   def written(self) -> int:
-    """How many shards have been written, staged or in place."""
+    """Returns the number of shards written, staged or in place."""
     folders = (self.folder, self.split), (self._staging, 'shard')
     return sum(
       _is_shard(name, begin) for folder, begin in folders for name in storage.names(folder)
     )
 
   def claim(self, overwrite: bool) -> None:
-    """Takes the folder for this run.
+    """Claims the folder for this run.
 
     Args:
-      overwrite: whether to replace a finished split, or one that a run has left unfinished.
+      overwrite: whether to replace a finished split, or an unfinished one of another run.
 
     Raises:
-      UserError: the folder holds the split, is in use or holds something else, or can't be written.
+      UserError: the folder has the split, is in use, has other content, or isn't writable.
     """
     if storage.exists(self.folder) and not storage.is_folder(self.folder):
       raise UserError(f'--output_dir={self.folder} is a file; choose a folder')
@@ -80,10 +80,10 @@ class Output:
         f'--output_dir={self.folder} holds a finished split {self.split!r}; choose '
         'another folder or another --split, or replace it with --overwrite'
       )
-    left = self._free_from_the_dead(overwrite)
+    left = self._remove_leftovers(overwrite)
     if shards and not (left or overwrite):
       raise UserError(
-        f'--output_dir={self.folder} holds {shards[0]}, which is of no finished '
+        f'--output_dir={self.folder} holds {shards[0]}, which belongs to no finished '
         'split; choose another folder, or remove these shards with --overwrite'
       )
     try:
@@ -114,11 +114,11 @@ class Output:
         os.rmdir(self.folder)  # Only if nothing is in it.
 
   def publish(self, shards: Sequence[Mapping[str, Any]], report: Mapping[str, Any]) -> None:
-    """Writes the report and, where there are examples, names the split in `info.json`.
+    """Writes the report and, if there are examples, adds the split to `info.json`.
 
     Args:
       shards: 'examples', 'bytes' and 'digest' of each shard.
-      report: of the split, for JSON.
+      report: report of the split, for JSON.
     """
     reports = self._read(REPORT, _MAX_REPORT).get('splits', {})
     storage.write(
@@ -129,21 +129,21 @@ class Output:
       self._write_info({**self._finished(), self.split: info})
 
   def report(self) -> dict[str, Any]:
-    """The report of `publish`.
+    """Returns the report that `publish` wrote.
 
     Raises:
-      UserError: it is not there.
+      UserError: the report is missing.
     """
     try:
       return self._read(REPORT, _MAX_REPORT)['splits'][self.split]
     except LookupError as error:
       raise UserError(
-        f'{self.folder} has no {REPORT} of {self.split!r}; the workers must have '
-        'written elsewhere: give a URL or a folder on a shared disk'
+        f'{self.folder} has no {REPORT} for {self.split!r}; the workers must have '
+        'written elsewhere: use a URL or a folder on a shared disk'
       ) from error
 
   def _finished(self) -> dict[str, Any]:
-    """The finished splits of the folder."""
+    """Returns the finished splits of the folder."""
     if not storage.exists(storage.join(self.folder, 'info.json')):
       return {}
     return prepared.read_info(self.folder)['splits']
@@ -154,11 +154,11 @@ class Output:
       _json({'kind': prepared.KIND, 'version': prepared.VERSION, 'splits': splits}),
     )
 
-  def _free_from_the_dead(self, overwrite: bool) -> bool:
-    """Removes what an earlier run has left; whether there was something.
+  def _remove_leftovers(self, overwrite: bool) -> bool:
+    """Removes the leftovers of an earlier run; returns whether there were any.
 
     Raises:
-      UserError: that run may still be at work.
+      UserError: that run may still be active.
     """
     owner = self._read(storage.join(storage.name(self._unfinished), _OWNER), 2**16)
     if not owner:
@@ -173,7 +173,7 @@ class Output:
     return True
 
   def _read(self, name: str, limit: int) -> dict[str, Any]:
-    """What is in a JSON file of the folder; {} without one."""
+    """Returns the content of a JSON file in the folder; {} without one."""
     path = storage.join(self.folder, name)
     try:
       found = storage.read_json(path, limit)
@@ -198,7 +198,7 @@ def _this_process() -> dict[str, Any]:
 
 
 def _has_ended(owner: Mapping[str, Any]) -> bool:
-  """Whether a run was on this machine and its process is no longer there."""
+  """Returns whether a run's process was on this machine and has ended."""
   if owner.get('host') != socket.gethostname() or type(owner.get('pid')) is not int:
     return False
   try:
@@ -207,4 +207,4 @@ def _has_ended(owner: Mapping[str, Any]) -> bool:
     return True
   except (OSError, OverflowError):
     return False
-  return owner['pid'] == os.getpid()  # This process has written nothing yet.
+  return owner['pid'] == os.getpid()  # A stale file: this process has written nothing yet.

@@ -13,7 +13,7 @@ from parti_jax.preparation.settings import Settings
 
 
 def size_after(header: image_decoding.Header, settings: Settings) -> tuple[int, int]:
-  """Returns the shorter and the longer side in pixels that a picture has after resizing.
+  """Returns the shorter and the longer side of a picture after resizing, in pixels.
 
   Raises:
     Unusable: the result would have too many pixels.
@@ -35,12 +35,12 @@ def decode(
 
   Args:
     data: the encoded picture.
-    header: of the picture.
+    header: header of the picture.
     settings: the size.
     to_srgb: whether colours are converted to sRGB if the file has a colour profile.
 
   Returns:
-    The picture in RGB, and in a few words each thing in the file that was ignored.
+    The picture in RGB, and a short note for each thing in the file that was ignored.
 
   Raises:
     Unusable: the picture can't be decoded, or would have too many pixels.
@@ -59,9 +59,9 @@ def encode(
   """Encodes a picture.
 
   Args:
-    image: of `decode`.
-    data: the bytes that it was decoded from, which stay if nothing has to change.
-    header: of these bytes.
+    image: a picture from `decode`.
+    data: its original bytes, which are returned if nothing has to change.
+    header: header of these bytes.
     settings: the format.
 
   Raises:

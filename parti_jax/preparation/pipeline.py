@@ -1,9 +1,9 @@
-"""The Beam pipeline: prepares shards, finds duplicates among all examples, takes them out.
+"""The Beam pipeline: prepares shards, finds duplicates among all examples, and removes them.
 
-Each part of the source becomes a shard, so that pictures never travel between workers. Only rows of
-some dozen bytes do, one for each example. They are grouped by digest, by perceptual hash and by
-pieces of the hash, and what loses against a better example is taken out of its shard. Nothing
-depends on how a runner divides the work, and each step may be repeated.
+Each part of the source becomes a shard, so pictures never travel between workers. Only rows of a
+few dozen bytes do, one for each example. They are grouped by digest, by perceptual hash and by
+pieces of the hash, and examples that lose against a better one are removed from their shard. The
+result doesn't depend on how a runner divides the work, and each step may be repeated.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from parti_jax.preparation.work import Work
 
 @contextlib.contextmanager
 def _quietly(level: int = logging.WARNING) -> Iterator[None]:
-  """Without Beam's log up to a level, such as warnings of services that are not used here."""
+  """Suppresses Beam's log up to a level, such as warnings about services that we don't use."""
   before = logging.root.manager.disable
   logging.disable(level)
   try:
@@ -52,7 +52,7 @@ with _quietly():
   from apache_beam.transforms import environments
 
 _EXACT, _NEAR = 'duplicate picture', 'picture that looks like another'
-# Runners that work in processes of this machine.
+# Runners that work in processes on this machine.
 _LOCAL_RUNNERS = (
   None,
   'FnApiRunner',
@@ -61,7 +61,7 @@ _LOCAL_RUNNERS = (
   'BundleBasedDirectRunner',
   'PrismRunner',
 )
-# A row's digest or hash -> the rows that have it.
+# A row's digest or hash -> the rows with it.
 Group = tuple[Any, Iterable[tuple]]
 
 
@@ -81,7 +81,7 @@ class _Prepare(beam.DoFn):
 
 
 class _KeepBest(beam.DoFn):
-  """Yields the best row of a group; the others are dropped for a reason."""
+  """Yields the best row of a group; drops the others for a reason."""
 
   def __init__(self, reason: str):
     self._reason = reason
@@ -92,7 +92,7 @@ class _KeepBest(beam.DoFn):
 
 
 class _DropNear(beam.DoFn):
-  """Yields the drops of a group of rows with a piece of their hashes in common."""
+  """Yields the drops of a group of rows whose hashes have a piece in common."""
 
   def __init__(self, distance: int):
     self._distance = distance
@@ -103,7 +103,7 @@ class _DropNear(beam.DoFn):
 
 
 class _Finish(beam.DoFn):
-  """Puts a shard in its place without the examples that are dropped, and yields its outcome."""
+  """Moves a shard to its final path without the dropped examples, and yields its outcome."""
 
   def __init__(self, output: Output):
     self._output = output
@@ -141,7 +141,7 @@ def _bands(row: tuple, distance: int) -> Iterator[tuple[tuple[int, int], tuple]]
 
 
 def _drops(rows, settings: Settings):
-  """Returns which examples of which shards are dropped, and why."""
+  """Returns the dropped examples of each shard, and the reasons."""
   drops = []
   if settings.duplicates is not None:
     rows, lost = (
@@ -177,11 +177,11 @@ def add_steps(
 
   Args:
     root: the pipeline.
-    work: what is read.
-    settings: what is done to examples.
+    work: the work to read.
+    settings: the preparation of examples.
     to_srgb: whether colours are converted to sRGB.
-    output: where shards go.
-    source: what is read, for the report.
+    output: the output for shards.
+    source: description of the source, for the report.
   """
   rows, outcomes = (
     root
@@ -212,14 +212,14 @@ def make(flags: Sequence[str], workers: int) -> tuple[beam.Pipeline, str]:
   """Makes a pipeline without steps.
 
   Args:
-    flags: Beam's, of the command line. Without --runner Beam's local runner is taken.
-    workers: processes of a local runner, unless --direct_num_workers says so.
+    flags: Beam's flags from the command line. The default runner is Beam's local one.
+    workers: processes of a local runner, unless --direct_num_workers is set.
 
   Returns:
-    The pipeline, and where it will run, in words.
+    The pipeline, and a description of where it runs.
 
   Raises:
-    UserError: a flag is unknown to Beam, its value is wrong, or a runner lacks one.
+    UserError: a flag is unknown to Beam, a value is wrong, or a runner's flag is missing.
   """
   options = _options(flags)
   standard = options.view_as(pipeline_options.StandardOptions)
@@ -252,12 +252,12 @@ def make(flags: Sequence[str], workers: int) -> tuple[beam.Pipeline, str]:
 
 
 def is_local(options: pipeline_options.PipelineOptions) -> bool:
-  """Whether the runner works in processes of this machine."""
+  """Returns whether the runner works in processes on this machine."""
   return options.view_as(pipeline_options.StandardOptions).runner in _LOCAL_RUNNERS
 
 
 def _options(flags: Sequence[str]) -> pipeline_options.PipelineOptions:
-  """Reads Beam's flags."""
+  """Parses Beam's flags."""
   for before, flag in zip(('', *flags), flags):
     if not flag.startswith('--') and ('=' in before or not before.startswith('--')):
       raise UserError(f"{flag!r} is not a flag; Beam's flags begin with --")
@@ -276,24 +276,24 @@ def run(pipeline: beam.Pipeline, tick: Callable[[], None], seconds: float) -> No
   """Runs a pipeline to its end.
 
   Args:
-    pipeline: with its steps.
-    tick: is called again and again while the pipeline runs.
-    seconds: between two calls.
+    pipeline: a pipeline with its steps.
+    tick: called repeatedly while the pipeline runs.
+    seconds: interval between two calls.
 
   Raises:
-    UserError: a step has raised one, or the runner has given up.
+    UserError: a step has raised it, or the runner has given up.
   """
   ended = threading.Event()
 
   def ticking():
     while not ended.wait(seconds):
-      with contextlib.suppress(OSError, UserError):  # A store that fails now may answer next time.
+      with contextlib.suppress(OSError, UserError):  # A failing store may work next time.
         tick()
 
   thread = threading.Thread(target=ticking, name='progress', daemon=True)
   thread.start()
   try:
-    # Errors of local workers are raised here; what other runners log is all that is known of them.
+    # Errors of local workers are raised here; for other runners, their log is the only information.
     with _quietly(logging.ERROR) if is_local(pipeline.options) else contextlib.nullcontext():
       state = pipeline.run().wait_until_finish()
   except Exception as error:
@@ -304,14 +304,14 @@ def run(pipeline: beam.Pipeline, tick: Callable[[], None], seconds: float) -> No
     ended.set()
     thread.join()
   if state != 'DONE':
-    raise UserError(f'the pipeline ended in the state {state}; its runner says why')
+    raise UserError(f'the pipeline ended in the state {state}; see the log of its runner')
 
 
 def _user_error(error: Exception) -> str:
-  """The message of a UserError of a step, '' for other errors."""
+  """Returns the message of a step's UserError, '' for other errors."""
   text = str(error)
   if not isinstance(error, UserError):
-    # Other processes hand their errors on as text.
+    # Other processes pass their errors on as text.
     found = re.search(r'parti_jax\.errors\.UserError: ([^\n]+)', text)
     text = found[1] if found else ''
   return text.partition(' [while running')[0]

@@ -1,4 +1,4 @@
-"""What became of all examples, for `report.json` and as a table."""
+"""Reports what happened to all examples, for `report.json` and as a table."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _MOST_PLACES = 100
 
 
 def make(outcomes: Iterable[Outcome], source: str, settings: Settings) -> dict[str, Any]:
-  """Sums up what became of the parts of a split.
+  """Summarizes the outcomes of a split's parts.
 
   Args:
-    outcomes: in the order of the parts.
-    source: what was read.
-    settings: what was done.
+    outcomes: outcomes in the order of the parts.
+    source: description of the source.
+    settings: the preparation.
 
   Returns:
-    For JSON: 'read', which is 'written' and the sum of 'left_out'; 'bytes' of the shards; reasons
-    with their counts; damaged places; and the settings.
+    For JSON: 'read', the sum of 'written' and 'left_out'; 'bytes' of the shards; reasons with their
+    counts; damaged files; and the settings.
   """
   left_out, notes, places = collections.Counter(), collections.Counter(), []
   read = written = size = count = 0
@@ -50,7 +50,7 @@ def make(outcomes: Iterable[Outcome], source: str, settings: Settings) -> dict[s
 
 
 def table(report: Mapping[str, Any]) -> str:
-  """The counts of a report, a line for each."""
+  """Returns the counts of a report, one per line."""
   rows = [
     (report['read'], 'read'),
     *((-count, reason) for reason, count in report['left_out'].items()),
@@ -62,5 +62,5 @@ def table(report: Mapping[str, Any]) -> str:
 
 
 def _by_count(counts: Mapping[str, int]) -> dict[str, int]:
-  """The most frequent first; of as many in the order of their names."""
+  """Sorts counts, the most frequent first, then by name."""
   return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))

@@ -1,4 +1,4 @@
-"""What `parti-jax prepare` does to examples, as gin sets it."""
+"""The settings of `parti-jax prepare`, configured in gin."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ DUPLICATES = ('picture', 'picture_and_caption')
 )
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """The filters and the form of prepared pictures; None turns a filter or a step off.
+  """Filters and output format of prepared pictures; None disables a filter or a step.
 
   Attributes:
     size: pixels of the shorter side after resizing.
@@ -44,23 +44,23 @@ class Settings:
     quality: of JPEG and WebP, 1 to 100.
     pass_through: whether a picture that needs no change keeps its bytes: one in `image_format`, not
       larger than `size`, upright and without a colour profile.
-    min_side: pixels that the shorter side must have before resizing.
-    max_aspect_ratio: the most that the longer side may be of the shorter one.
-    caption_length: least and most characters of a caption.
-    caption_words: least and most words of a caption, separated by blanks.
-    scripts: scripts that letters of a caption may be of, as the first word of their Unicode names:
-      'LATIN', 'CYRILLIC', 'CJK', 'HIRAGANA', 'ARABIC' and so on.
-    min_script_share: share of a caption's letters that must be of these scripts.
+    min_side: minimum pixels of the shorter side before resizing.
+    max_aspect_ratio: maximum ratio of the longer side to the shorter one.
+    caption_length: minimum and maximum characters of a caption.
+    caption_words: minimum and maximum words of a caption, separated by whitespace.
+    scripts: scripts allowed for letters of a caption, given as the first word of their Unicode
+      names: 'LATIN', 'CYRILLIC', 'CJK', 'HIRAGANA', 'ARABIC' and so on.
+    min_script_share: minimum share of a caption's letters in these scripts.
     columns: bounds of columns, such as {'similarity': (0.3, None), 'pwatermark': (None, 0.5)}, or
-      the texts that one may be, such as {'NSFW': ('UNLIKELY', 'UNSURE')}. An example without the
-      column is left out.
-    keep_columns: columns that are written with an example; None for all.
-    duplicates: of pictures with the same bytes one stays, for 'picture'. For 'picture_and_caption'
-      only where the captions are the same too.
-    near_duplicates: of pictures whose perceptual hashes differ in at most so many of 63 bits the
-      largest stays. With 0, hashes have to be equal, which takes the least time.
-    examples_per_shard: examples that are read for one shard, from sources that have an index.
-    files_per_shard: files that are read for one shard, from sources of files such as tars.
+      allowed strings, such as {'NSFW': ('UNLIKELY', 'UNSURE')}. An example without the column is
+      dropped.
+    keep_columns: columns to write with an example; None for all.
+    duplicates: 'picture' keeps one of the pictures with the same bytes; 'picture_and_caption' does
+      so only if the captions are the same too.
+    near_duplicates: keeps the largest of the pictures whose perceptual hashes differ in at most
+      this many of 63 bits. With 0, hashes must be equal, which takes the least time.
+    examples_per_shard: examples read for one shard, from sources with an index.
+    files_per_shard: files read for one shard, from sources of files such as tars.
   """
 
   size: int | None = None
@@ -100,7 +100,7 @@ class Settings:
         )
     if self.scripts == ():
       raise UserError(
-        'prepare.scripts=() would leave out every caption with a letter; None allows all scripts'
+        'prepare.scripts=() would drop all captions with letters; None allows all scripts'
       )
     if not isinstance(self.columns, Mapping):
       raise UserError(
@@ -112,18 +112,18 @@ class Settings:
 
   @property
   def drops_duplicates(self) -> bool:
-    """Whether examples are compared with one another."""
+    """Whether duplicates are dropped, so examples are compared with one another."""
     return self.duplicates is not None or self.near_duplicates is not None
 
 
 def is_texts(wanted: tuple) -> bool:
-  """Whether a value of `Settings.columns` lists texts; otherwise it holds bounds."""
+  """Returns whether a value of `Settings.columns` lists strings; otherwise it holds bounds."""
   return all(isinstance(item, str) for item in wanted)
 
 
 @functools.cache
 def known_scripts() -> frozenset[str]:
-  """The first words of the Unicode names of all letters."""
+  """Returns the first words of the Unicode names of all letters."""
   return frozenset(
     script_of(character)
     for character in map(chr, range(sys.maxunicode + 1))
@@ -132,12 +132,12 @@ def known_scripts() -> frozenset[str]:
 
 
 def script_of(letter: str) -> str:
-  """The first word of a letter's Unicode name, '' if it has none."""
+  """Returns the first word of a letter's Unicode name; '' if it has none."""
   return unicodedata.name(letter, '').partition(' ')[0]
 
 
 def is_letter(character: str) -> bool:
-  """Whether a character is a letter; modifiers, which several scripts share, are not."""
+  """Returns whether a character is a letter; excludes modifiers, which several scripts share."""
   return unicodedata.category(character) in ('Lu', 'Ll', 'Lt', 'Lo')
 
 
@@ -160,5 +160,5 @@ def _check_column(name: Any, wanted: Any) -> None:
       return
   raise UserError(
     f'prepare.columns: {checks.shown(name)}: {checks.shown(wanted)} must be bounds '
-    "such as (0.3, None), the lower one first, or texts such as ('UNLIKELY',)"
+    "such as (0.3, None), the lower one first, or strings such as ('UNLIKELY',)"
   )

@@ -1,4 +1,4 @@
-"""Writes a shard of prepared examples, and takes the duplicates out of it."""
+"""Writes a shard of prepared examples, and removes duplicates from it."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from parti_jax.preparation import examples as examples_lib
 from parti_jax.preparation.duplicates import Row
 from parti_jax.preparation.settings import Settings
 
-# Damaged places that a shard names.
+# Maximum number of damaged files listed per shard.
 _MOST_PLACES = 10
 _AT_ONCE = 256
 
 
 @dataclasses.dataclass
 class Outcome:
-  """What became of a part's examples.
+  """What happened to a part's examples.
 
   Attributes:
-    number: of the part and its shard.
-    read: places of the source, damaged ones included.
-    left_out: reason -> examples that were left out.
-    notes: what was ignored or cut -> examples that were kept.
-    places: damaged files and what is damaged in them, the first ones.
-    shard: 'examples', 'bytes' and 'digest' of the shard, as `info.json` has them.
+    number: index of the part and its shard.
+    read: number of examples read, including damaged ones.
+    left_out: reason -> examples dropped.
+    notes: what was ignored or cut -> examples kept.
+    places: the first damaged files, with the damage.
+    shard: 'examples', 'bytes' and 'digest' of the shard, for `info.json`.
   """
 
   number: int
@@ -54,17 +54,17 @@ def write(
   settings: Settings,
   to_srgb: bool = True,
 ) -> tuple[Outcome, list[Row]]:
-  """Prepares examples and writes those that stay to a shard, whole or not at all.
+  """Prepares examples and writes those that pass to a shard, atomically.
 
   Args:
-    path: of the shard, on a disk or a URL.
-    number: of the shard.
-    examples: with a key for each that has none.
-    settings: what is done to them.
+    path: path of the shard, on a disk or a URL.
+    number: index of the shard.
+    examples: examples, each with a default key.
+    settings: the preparation.
     to_srgb: whether colours are converted to sRGB.
 
   Returns:
-    What became of the examples, and by what those in the shard are compared with others.
+    The outcome, and a row for each example in the shard, for comparing it with others.
 
   Raises:
     UserError: the shard can't be written.
@@ -80,7 +80,7 @@ def write(
 
 
 def _records(examples, settings, to_srgb, outcome: Outcome, rows: list[Row]) -> Iterator[bytes]:
-  """Yields the records of examples that stay, and counts the others."""
+  """Yields the records of examples that pass, and counts the others."""
   for key, example in examples:
     outcome.read += 1
     if isinstance(example, Damaged):
@@ -107,16 +107,16 @@ def _records(examples, settings, to_srgb, outcome: Outcome, rows: list[Row]) -> 
 
 
 def finish(staged: str, path: str, outcome: Outcome, drops: Mapping[int, str]) -> Outcome:
-  """Puts a shard in its place without some of its examples; may be called again after a failure.
+  """Moves a shard to its final path without the dropped examples; may be called again on failure.
 
   Args:
-    staged: where the shard was written.
-    path: its place.
-    outcome: of `write`.
-    drops: number of an example in the shard -> why it is left out.
+    staged: path that the shard was written to.
+    path: its final path.
+    outcome: the outcome of `write`.
+    drops: index of an example in the shard -> why it is dropped.
 
   Returns:
-    What became of the examples in the end.
+    The final outcome.
 
   Raises:
     UserError: the shard can't be read or written.
@@ -132,7 +132,7 @@ def finish(staged: str, path: str, outcome: Outcome, drops: Mapping[int, str]) -
         with storage.local_copy(staged) as local:
           shard = token_cache.write_shard(path, _others(os.fspath(local), drops))
         storage.remove(staged)
-      else:  # An earlier try came this far.
+      else:  # An earlier attempt has done this.
         shard = {
           'examples': shard['examples'] - len(drops),
           'bytes': storage.size(path),
@@ -144,14 +144,14 @@ def finish(staged: str, path: str, outcome: Outcome, drops: Mapping[int, str]) -
 
 
 def _others(path: str, drops: Mapping[int, str]) -> Iterator[bytes]:
-  """Yields the records of a shard that are not dropped."""
+  """Yields the records of a shard that aren't dropped."""
   reader = array_records.Reader(path, bytes)
   try:
     kept = [index for index in range(reader.count()) if index not in drops]
     for start in range(0, len(kept), _AT_ONCE):
       for record in reader.read(kept[start : start + _AT_ONCE]):
         if isinstance(record, Damaged):
-          raise UserError(f'{path} was damaged after it had been written')
+          raise UserError(f'{path} was damaged after it was written')
         yield record
   finally:
     reader.close()

@@ -1,4 +1,4 @@
-"""Which examples of a source a shard is made of."""
+"""Divides a source's examples into shards."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from parti_jax.data.damage import Damaged
 from parti_jax.data.sources import base
 from parti_jax.preparation.settings import Settings
 
-# Examples that are read at once from a source with an index.
+# Examples read at once from a source with an index.
 _AT_ONCE = 64
-# Examples in which a column must be found.
+# Number of examples that are searched for the columns.
 _LOOKED_AT = 100
 
 
 class Work:
-  """A split of a source, cut into the examples of which one shard each is made; picklable.
+  """A split of a source, divided into the examples of each shard; picklable.
 
-  It is opened when it is first read. A copy in another process lists the source's files itself,
-  since a pipeline can't hold the names of millions; then both are compared.
+  The split is opened at the first read. A copy in another process lists the source's files itself,
+  since a pipeline can't hold the names of millions of files; then both lists are compared.
 
   Args:
     source: the source.
     split: the split.
-    settings: how it is cut.
+    settings: the sizes of shards.
   """
 
   def __init__(self, source: base.Source, split: str, settings: Settings):
@@ -65,7 +65,7 @@ class Work:
     return self._settings.files_per_shard if isinstance(self._opened, base.Shards) else 1
 
   def read(self, number: int) -> Iterator[tuple[str, base.Example | Damaged]]:
-    """Yields the examples of a shard, each with a key for it if it has none.
+    """Yields the examples of a shard, each with a default key.
 
     Raises:
       UserError: the source can't be read, or has changed since this object was pickled.
@@ -75,14 +75,14 @@ class Work:
       opened = self._parts.open(index)
       if isinstance(opened, base.Shards):
         (file,) = opened.files
-        for place, example in enumerate(opened.read(file)):
-          yield f'{storage.name(file)}:{place}', example
+        for position, example in enumerate(opened.read(file)):
+          yield f'{storage.name(file)}:{position}', example
         continue
       first = index * self._settings.examples_per_shard
       for start in range(0, len(opened), _AT_ONCE):
         indices = range(start, min(start + _AT_ONCE, len(opened)))
-        for place, example in zip(indices, opened.read(indices)):
-          yield f'{first + place}', example
+        for position, example in zip(indices, opened.read(indices)):
+          yield f'{first + position}', example
 
   def check_columns(self) -> None:
     """Raises UserError if none of the first examples has a column that the settings name."""

@@ -1,6 +1,6 @@
-"""A worker process of the pipeline on this machine; Beam's own, but for its log.
+"""A worker process of the pipeline on this machine: Beam's own worker without its log.
 
-Beam logs some lines for each process even if all is well. The report names damaged files.
+Beam logs some lines for each process even without problems. The report names damaged files.
 """
 
 import logging

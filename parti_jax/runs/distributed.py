@@ -1,7 +1,7 @@
-"""Training by several processes: who they are, how they meet, and what ends them.
+"""Connects the processes of a multi-host run and explains why one of them ended.
 
-Each process runs the same command. On a TPU pod and under Slurm JAX finds the others by itself;
-anywhere else the flags say where process 0, the coordinator, listens.
+Each process runs the same command. On a TPU pod and under Slurm, JAX finds the others by itself.
+Anywhere else the flags give the address of process 0, the coordinator.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from parti_jax.core import checks
 from parti_jax.core import errors
 from parti_jax.runs import supervisor
 
-# Seconds without a sign of life until a process counts as dead, and until those that wait at the
-# end give up on the others.
+# Seconds without a heartbeat until a process counts as dead, and seconds that processes wait for
+# each other at the end.
 HEARTBEAT_TIMEOUT = 30
 _AGAIN = 'start all processes again to go on'
 
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-  """The processes of a run, as flags or the surroundings give them.
+  """The processes of a run, from flags or the environment.
 
   Attributes:
-    coordinator: HOST:PORT of process 0; None where JAX finds everything itself.
-    num_processes: how many there are; None as above.
-    process_id: which one this is, from 0; None as above.
-    timeout: seconds to wait for the others at the start.
+    coordinator: HOST:PORT of process 0; None if JAX finds the processes by itself.
+    num_processes: number of processes; None if JAX finds them by itself.
+    process_id: index of this process, from 0; None if JAX finds the processes by itself.
+    timeout: seconds to wait for the other processes at the start.
   """
 
   coordinator: str | None
@@ -43,9 +43,9 @@ class Processes:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """Adds the flags that say which processes train together."""
+  """Adds the flags that select the processes of a multi-host run."""
   group = parser.add_argument_group(
-    'many hosts',
+    'multiple hosts',
     'Every host runs the same command. Under srun with several tasks, and where '
     'TPU_WORKER_HOSTNAMES names several hosts, as on GKE, no flag is needed.',
   )
@@ -57,26 +57,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   group.add_argument(
     '--coordinator',
     metavar='HOST:PORT',
-    help='elsewhere: an address of process 0 that all can reach, a free port',
+    help='elsewhere: an address of process 0 that all hosts can reach, with a free port',
   )
-  group.add_argument('--num_processes', type=int, metavar='N', help='how many processes train')
+  group.add_argument('--num_processes', type=int, metavar='N', help='number of processes')
   group.add_argument(
-    '--process_id', type=int, metavar='I', help='which one this is, 0 to N-1; each has another'
+    '--process_id',
+    type=int,
+    metavar='I',
+    help='index of this process, 0 to N-1; must differ on every host',
   )
   group.add_argument(
     '--connect_timeout',
     type=int,
     default=300,
     metavar='SECONDS',
-    help='how long to wait for the others at the start (default: %(default)s)',
+    help='how long to wait for the other processes at the start (default: %(default)s)',
   )
 
 
 def processes(args: argparse.Namespace) -> Processes | None:
-  """The processes that train together; None for this one alone.
+  """Returns the processes of a multi-host run; None if this process trains alone.
 
   Args:
-    args: with the flags of `add_arguments`.
+    args: parsed flags of `add_arguments`.
 
   Raises:
     UserError: flags are missing, contradict each other or are out of range.
@@ -92,18 +95,18 @@ def processes(args: argparse.Namespace) -> Processes | None:
     return Processes(None, None, None, args.connect_timeout)
   if args.multi_host:
     raise errors.UserError(
-      '--multi_host finds the processes itself; leave away either it or '
+      '--multi_host finds the processes itself; drop either it or '
       '--coordinator, --num_processes and --process_id'
     )
   if missing:
     raise errors.UserError(
       f'{" and ".join(missing)} not given; --coordinator=HOST:PORT, '
-      '--num_processes=N and --process_id=I go together'
+      '--num_processes=N and --process_id=I must be given together'
     )
   host, _, port = args.coordinator.rpartition(':')
   if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
     raise errors.UserError(
-      f'--coordinator={args.coordinator} is no HOST:PORT, such as 10.0.0.1:8476'
+      f'--coordinator={args.coordinator} must be HOST:PORT, such as 10.0.0.1:8476'
     )
   if args.num_processes < 1:
     raise errors.UserError(f'--num_processes={args.num_processes} must be at least 1')
@@ -111,21 +114,22 @@ def processes(args: argparse.Namespace) -> Processes | None:
   if not 0 <= args.process_id < args.num_processes:
     raise errors.UserError(
       f'--process_id={args.process_id} must be 0 to '
-      f'{args.num_processes - 1}, since --num_processes={args.num_processes}'
+      f'{args.num_processes - 1} with --num_processes={args.num_processes}'
     )
   return Processes(**given, timeout=args.connect_timeout)
 
 
 def connect(found: Processes) -> None:
-  """Meets the other processes; call it before any device is touched.
+  """Connects to the other processes; call it before any device is used.
+
+  If the coordinator can't be reached, the runtime ends this process; `explanation` then says why.
 
   Args:
-    found: of `processes`.
+    found: the result of `processes`.
 
   Raises:
-    UserError: the surroundings tell nothing of other processes, the coordinator's port is taken,
-      or processes differ in their number. Where the runtime ends the process instead, such as
-      for a coordinator that can't be reached, see `explanation`.
+    UserError: the environment names no other processes, the coordinator's port is taken, or the
+      processes disagree about their number.
   """
   import jax
 
@@ -156,37 +160,37 @@ def connect(found: Processes) -> None:
   if found.num_processes not in (None, jax.process_count()):
     raise errors.UserError(
       f'--num_processes={found.num_processes}, but the coordinator '
-      f'{found.coordinator} has {jax.process_count()}; give all the same'
+      f'{found.coordinator} has {jax.process_count()}; give every process the same number'
     )
 
 
 def check_connected() -> None:
-  """Raises UserError if there are other processes that this one has not met by `connect`."""
+  """Raises UserError if there are other processes and `connect` hasn't been called."""
   import jax
 
   if jax.process_count() > 1 and not jax.distributed.is_initialized():
     raise errors.UserError(
-      f'the devices here are those of {jax.process_count()} processes; run '
+      f'the devices here belong to {jax.process_count()} processes; run '
       'the command on every host with --multi_host'
     )
 
 
 @contextlib.contextmanager
 def losses_told() -> Iterator[None]:
-  """After a failed collective, leaves the end to the runtime, which knows who is missing.
+  """After a failed collective, waits for the runtime, which knows which process is missing.
 
-  Without this the process would end at once with the text of a broken connection.
+  Without this the process would end at once with the message of a broken connection.
   """
   import jax
 
   try:
     yield
   except jax.errors.JaxRuntimeError as error:
-    # These are this process's own failures for certain.
+    # These two are always failures of this process itself.
     if not any(word in str(error) for word in ('RESOURCE_EXHAUSTED', 'INVALID_ARGUMENT')):
       print(
-        f'parti-jax: a step failed: {str(error).splitlines()[0]}; whether another process is '
-        f'lost, and which, shows within {HEARTBEAT_TIMEOUT} s',
+        f'parti-jax: a step failed: {str(error).splitlines()[0]}; waiting {HEARTBEAT_TIMEOUT} s '
+        'to see whether another process is lost, and which',
         file=sys.stderr,
       )
       time.sleep(HEARTBEAT_TIMEOUT + 15)
@@ -194,19 +198,20 @@ def losses_told() -> Iterator[None]:
 
 
 def explanation(found: Processes, watched: supervisor.WatchedProcess, words: str) -> str:
-  """Says why the runtime ended this process, and what to do.
+  """Returns a line that says why the runtime ended this process, and what to do.
 
   Args:
-    found: of `processes`.
-    watched: knows how far the process had come.
-    words: what the runtime wrote.
+    found: the result of `processes`.
+    watched: knows whether this process had connected to the others.
+    words: the runtime's last output.
   """
   if watched.connected:
     return f'{_who_is_missing(words)}; {_AGAIN}'
   where = f'the coordinator {found.coordinator}' if found.coordinator else 'the coordinator'
   if 'ALREADY_EXISTS' in words:
     return (
-      f'{where}: another process has the same --process_id={found.process_id}; each needs its own'
+      f'{where}: another process has the same --process_id={found.process_id}; it must differ for '
+      'each process'
     )
   if 'Unexpected task' in words:
     return (
@@ -217,24 +222,24 @@ def explanation(found: Processes, watched: supervisor.WatchedProcess, words: str
     return f'{where} refused this process: {_status(words)}'
   if found.process_id == 0:
     return (
-      f'not all of the {found.num_processes} processes came to {where} within '
+      f'not all of the {found.num_processes} processes connected to {where} within '
       f'{found.timeout} s (--connect_timeout); start the command once for each --process_id'
     )
   return (
     f'{where} did not answer within {found.timeout} s (--connect_timeout): check the '
-    'address, that process 0 and all others are started, and that the port is open'
+    'address, that process 0 and all others have started, and that the port is open'
   )
 
 
 def _several_found(environment) -> bool:
-  """Whether the surroundings are those of one process of several."""
+  """Returns whether the environment is that of one process of several."""
   tasks = environment.get('SLURM_STEP_NUM_TASKS', '1')
   hosts = environment.get('TPU_WORKER_HOSTNAMES', '').split(',')
   return (tasks.isdecimal() and int(tasks) > 1) or len(hosts) > 1
 
 
 def _who_is_missing(words: str) -> str:
-  # The runtime lists the numbers of the dead on a line of their own.
+  # The runtime lists the numbers of the dead processes on a separate line.
   found = re.search(r'unhealthy \(stopped sending heartbeats\):\s*\n([\d, \n]+)', words)
   if found:
     dead = ', '.join(re.findall(r'\d+', found.group(1)))
@@ -245,6 +250,6 @@ def _who_is_missing(words: str) -> str:
 
 
 def _status(words: str) -> str:
-  """The runtime's reason in one line."""
+  """Returns the runtime's reason in one line."""
   found = re.search(r'absl::Status: (.*?)(\n\n|\nRPC|\n\*\*\*|\Z)', words, re.DOTALL)
   return ' '.join(found.group(1).split())[:300] if found else 'no reason given'

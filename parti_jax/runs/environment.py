@@ -1,4 +1,4 @@
-"""Where a process runs: host, versions, devices, git revision, command line."""
+"""Describes where a process runs: host, versions, devices, git revision, command line."""
 
 from __future__ import annotations
 
@@ -27,18 +27,19 @@ _PACKAGES = (
   'tensorflow',
   'seqio',
 )
-# Whatever else is in the environment may be secret.
+# Any other variable may be secret.
 _VARIABLES = re.compile('XLA_FLAGS|LIBTPU_INIT_ARGS|JAX_.*')
 _PASSWORD = re.compile(r'(://)[^/@\s]+@')
 
 
 def describe() -> dict[str, Any]:
-  """What a journal says of this process, all of it JSON.
+  """Describes this process for a journal.
 
   Returns:
-    host; pid; processes, their number; devices, {'kind', 'count', 'platform'} of all of them;
-    versions, {package: version} of those installed; git, of `git_revision`; command, the command
-    line without passwords in its URLs; environment, the variables that JAX and XLA read.
+    A JSON-compatible dict: host; pid; processes, their number; devices, {'kind', 'count',
+    'platform'} of all of them; versions, {package: version} of those installed; git, the result
+    of `git_revision`; command, the command line without passwords in its URLs; environment, the
+    variables that JAX and XLA read.
   """
   import jax
 
@@ -62,7 +63,7 @@ def describe() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-  """Versions of this package, of Python and of the installed libraries that decide results."""
+  """Returns versions of this package, Python and the installed libraries that affect results."""
   found = {'parti_jax': parti_jax.__version__, 'python': platform.python_version()}
   for package in _PACKAGES:
     try:
@@ -73,11 +74,11 @@ def versions() -> dict[str, str]:
 
 
 def git_revision() -> dict[str, Any] | None:
-  """The commit that this package is run from.
+  """Returns the commit that this package runs from.
 
   Returns:
     {'revision': hash of the commit, 'uncommitted': whether tracked files differ from it}; None
-    if the package does not lie at the top of a checkout or git can't tell.
+    if the package isn't at the top of a checkout or git fails.
   """
   top = pathlib.Path(parti_jax.__file__).resolve().parents[1]
   if not (top / '.git').exists():
@@ -90,7 +91,7 @@ def git_revision() -> dict[str, Any] | None:
 
 
 def without_passwords(text: str) -> str:
-  """`text` without user names and passwords in its URLs."""
+  """Returns `text` without user names and passwords in its URLs."""
   return _PASSWORD.sub(r'\1***@', text)
 
 

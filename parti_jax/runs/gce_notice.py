@@ -1,7 +1,7 @@
-"""The notice that Google Compute Engine gives a virtual machine before it takes it away.
+"""Watches for Google Compute Engine's notice that it is about to preempt this virtual machine.
 
-The metadata server tells of it as soon as the 30 seconds begin, to TPU VMs as well; SIGTERM comes
-later in them, when the system's shutdown reaches the process.
+The metadata server reports it, to TPU VMs too, as soon as the 30 seconds of warning begin. SIGTERM
+comes later, when the system's shutdown reaches the process.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ _PRODUCT = pathlib.Path('/sys/class/dmi/id/product_name')
 _WAIT_SECONDS = 300
 
 
-def watch(tell: Callable[[str], None]) -> None:
-  """Starts a thread that calls `tell` with a source's name; none where there is no such server.
+def watch(notify: Callable[[str], None]) -> None:
+  """Starts a thread that calls `notify` with the notice's source; does nothing outside of GCE.
 
-  GCE_METADATA_HOST, as of Google's libraries, names another server than metadata.google.internal.
+  GCE_METADATA_HOST, which Google's libraries read too, replaces metadata.google.internal.
   """
   host = os.environ.get('GCE_METADATA_HOST')
   if host is None and not _on_gce():
     return
   threading.Thread(
-    target=_watch, args=(host or 'metadata.google.internal', tell), daemon=True, name='gce_notice'
+    target=_watch, args=(host or 'metadata.google.internal', notify), daemon=True, name='gce_notice'
   ).start()
 
 
@@ -38,7 +38,7 @@ def _on_gce() -> bool:
     return False
 
 
-def _watch(host: str, tell: Callable[[str], None]) -> None:
+def _watch(host: str, notify: Callable[[str], None]) -> None:
   wait = ''
   while True:
     try:
@@ -46,19 +46,19 @@ def _watch(host: str, tell: Callable[[str], None]) -> None:
     except (OSError, http.client.HTTPException):
       status, etag, text = 0, '', ''
     if status == 200 and text == 'TRUE':
-      tell('the notice of Google Compute Engine')
+      notify('the notice of Google Compute Engine')
       return
     if status == 404:
       return
     if status == 200:
-      # From now on the server answers when there is something else than this.
+      # From now on the server answers when the value changes.
       wait = f'?wait_for_change=true&timeout_sec={_WAIT_SECONDS}&last_etag={etag}'
     else:
       time.sleep(5)
 
 
 def _get(host: str, path: str) -> tuple[int, str, str]:
-  """Status, ETag and text of an answer; the metadata server is never behind a proxy."""
+  """Returns status, ETag and text of a response; the metadata server is never behind a proxy."""
   connection = http.client.HTTPConnection(host, timeout=_WAIT_SECONDS + 30)
   try:
     connection.request('GET', path, headers={'Metadata-Flavor': 'Google'})

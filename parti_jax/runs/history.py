@@ -1,6 +1,6 @@
-"""Reads a run's journal (see `journal`): its starts, how far each came and how it ended.
+"""Reads the journal of a run: its starts, how far each got and how it ended.
 
-Needs no JAX, so that a login node can tell about a run at once.
+`journal` writes it. Reading doesn't need JAX, so that a login node can report on a run at once.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ _NAME = re.compile(
   r'(?P<time>\d{8}T\d{6}\.\d{3})Z-(?P<host>.+)-(?P<pid>\d+)'
   r'(-process(?P<process>\d+))?\.jsonl'
 )
-# The most bytes of one start's file: years of training write less.
+# Maximum bytes of one start's file; years of training write less.
 _LARGEST = 1 << 28
-# Events that are part of every start; what else there is, is worth a line of its own.
+# Events that every start has; any other event gets its own line in a report.
 _USUAL = ('start', 'progress', 'checkpoint', 'skipped', 'stop')
-# Seconds from whose progress the rate is taken, and the fewest that give one.
+# The rate is measured over this many seconds, and over no fewer than the second number.
 _RATE_OVER, _RATE_FROM = 3600, 10
 
 
@@ -32,10 +32,10 @@ class Start:
   """One start of a run, from its journal.
 
   Attributes:
-    name: of the start, as in its file's name.
-    time: when it was, UTC.
-    host: where the first process was, as in the file's name.
-    pid: of the first process.
+    name: name of the start, from its file's name.
+    time: time of the start, UTC.
+    host: host of the first process, from the file's name.
+    pid: process id of the first process.
     records: the first process's events, in order, each with time, text, event and facts.
     others: events of the other processes, in order.
   """
@@ -52,33 +52,33 @@ class Start:
 
   @property
   def begun(self) -> dict[str, Any] | None:
-    """The event 'start'; None if it ended before training."""
+    """The event 'start'; None if this start ended before training."""
     return self._only('start')
 
   @property
   def stopped(self) -> dict[str, Any] | None:
-    """The event 'stop'; None if it was killed or still runs."""
+    """The event 'stop'; None if this start was killed or still runs."""
     return self._only('stop')
 
   @property
   def last_time(self) -> datetime.datetime:
-    """When the journal was written last, UTC."""
+    """Time of the last event, UTC."""
     return parse_time(self.records[-1]['time'])
 
   @property
   def first_step(self) -> int | None:
-    """Steps that were done before; None if training did not begin."""
+    """Steps done before this start; None if training did not begin."""
     return self.begun.get('step') if self.begun else None
 
   @property
   def last_step(self) -> int | None:
-    """Steps that were done in the end, as far as the journal knows."""
+    """Steps done at the end of this start, as far as the journal knows."""
     steps = [record['step'] for record in self.records if isinstance(record.get('step'), int)]
     return max(steps, default=None) if self.begun else None
 
   @property
   def skipped_examples(self) -> dict[str, int] | None:
-    """Examples that all processes skipped in this run, by reason; None if nothing was said."""
+    """Examples that all processes skipped in this run, by reason; None if none was reported."""
     newest = {
       record.get('process', 0): record['counts']
       for record in [*self.records, *self.others]
@@ -90,24 +90,24 @@ class Start:
 
   @property
   def errors(self) -> list[str]:
-    """Errors that processes ended with, the first process's first."""
+    """Errors that ended processes, the first process's error first."""
     return [record['error'] for record in [*self.records, *self.others] if 'error' in record]
 
   @property
   def unusual(self) -> list[dict[str, Any]]:
-    """Events that not every start has, such as damaged checkpoints."""
+    """Unusual events, such as damaged checkpoints."""
     return [record for record in [*self.records, *self.others] if record['event'] not in _USUAL]
 
   @property
   def newest_progress(self) -> dict[str, Any] | None:
-    """The newest event 'progress', with the loss that was logged last."""
+    """The newest event 'progress', with the last logged loss."""
     return next(
       (record for record in reversed(self.records) if record['event'] == 'progress'), None
     )
 
   @property
   def rate(self) -> float | None:
-    """Steps a second over the last hour of this start, pauses included; None if unknown."""
+    """Steps per second over the last hour of this start, pauses included; None if unknown."""
     points = [
       (parse_time(record['time']), record['step'])
       for record in self.records
@@ -124,12 +124,12 @@ class Start:
 
 
 @dataclasses.dataclass
-class Story:
-  """What a run's journal tells.
+class History:
+  """The contents of a run's journal.
 
   Attributes:
-    starts: the oldest first.
-    unreadable: lines that could not be read, such as one that a kill has cut short.
+    starts: the starts of the run, the oldest first.
+    unreadable: number of lines that could not be read, such as one that a kill cut short.
   """
 
   starts: list[Start]
@@ -137,7 +137,7 @@ class Story:
 
   @property
   def skipped_examples(self) -> dict[str, int]:
-    """Examples skipped in the run, by reason; a start goes on with the counts of the one before."""
+    """Examples skipped in the run, by reason; each start continues the counts of the previous."""
     return next(
       (
         start.skipped_examples
@@ -148,14 +148,14 @@ class Story:
     )
 
   def redone(self, index: int) -> int:
-    """Steps that a start did again, since those before it had done, but not kept, them."""
+    """Returns how many steps a start repeated because earlier starts had not saved them."""
     reached = max((start.last_step or 0 for start in self.starts[:index]), default=0)
     first = self.starts[index].first_step
     return max(reached - first, 0) if first is not None else 0
 
 
-def read(model_dir: str) -> Story:
-  """Reads the journal of a run; one without any, as of older versions, has no starts.
+def read(model_dir: str) -> History:
+  """Reads the journal of a run; a run without one, from an older version, has no starts.
 
   Args:
     model_dir: the run's folder, a path or a URL.
@@ -163,35 +163,35 @@ def read(model_dir: str) -> Story:
   Raises:
     UserError: the folder's store can't be reached, or a file is far too large.
   """
-  story, others = Story([]), []
+  history, others = History([]), []
   folder = storage.join(model_dir, journal.FOLDER)
   for name in storage.names(folder):
     found = _NAME.fullmatch(name)
     if not found:
       continue
     records, unreadable = _records(storage.read(storage.join(folder, name), _LARGEST))
-    story.unreadable += unreadable
+    history.unreadable += unreadable
     time = datetime.datetime.strptime(found['time'], '%Y%m%dT%H%M%S.%f')
     if records and found['process']:
       others.append((time, records))
     elif records:
-      story.starts.append(
+      history.starts.append(
         Start(name.removesuffix('.jsonl'), time, found['host'], int(found['pid']), records)
       )
   for time, records in others:
-    if story.starts:
-      # All processes of a start begin within seconds.
-      min(story.starts, key=lambda start: abs(start.time - time)).others.extend(records)
-  return story
+    if history.starts:
+      # All processes of a start begin within seconds of each other.
+      min(history.starts, key=lambda start: abs(start.time - time)).others.extend(records)
+  return history
 
 
 def parse_time(text: str) -> datetime.datetime:
-  """The time of an event, UTC."""
+  """Parses the time of an event, UTC."""
   return datetime.datetime.strptime(text, '%Y-%m-%d %H:%M:%S')
 
 
 def _records(content: bytes) -> tuple[list[dict[str, Any]], int]:
-  """Events of a file, and how many lines are no events."""
+  """Returns a file's events, and how many of its lines aren't events."""
   records, unreadable = [], 0
   for line in content.decode(errors='replace').split('\n'):
     if not line.strip():

@@ -1,11 +1,11 @@
-"""A run's journal: what happened to it, one file for each start, one line for each event.
+"""Writes a run's journal: one file for each start, one line for each event.
 
 The files are `journal/<time of the start, UTC>-<host>-<process id>.jsonl` in the run's folder. A
-line is JSON with the time, a sentence and the event's name first, so that a person can read it as
-well; `story` reads it for `parti-jax info`. A start whose file has no stop was killed.
+line is JSON with the time, a sentence and the event's name first, so that people can read it too.
+`history` reads it for `parti-jax info`. A start whose file has no 'stop' event was killed.
 
-Files of processes other than the first have only what the first can not know, and end in
-`-process<index>.jsonl`.
+Files of processes other than the first end in `-process<index>.jsonl` and have only the events
+that the first process can't know.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ _LARGEST = 1 << 24
 
 
 class Journal:
-  """Writes what happens to a run, as a context manager also how it ends.
+  """Writes what happens to a run and, as a context manager, also how it ends.
 
-  Nothing is written before the first event. A line is on the disk once `write` has returned, and
-  an end by SIGKILL loses none. On object stores, which can't append, the file is written anew for
-  each event. What can't be written is kept and tried again with the next event: a full disk must
-  not end a run because of its journal.
+  Nothing is written before the first event. A line is on the disk once `write` has returned, so
+  SIGKILL loses none. On object stores, which can't append, each event rewrites the file. Lines
+  that can't be written are kept and tried again with the next event: a full disk must not end a
+  run because of its journal.
 
   Attributes:
-    name: of this start, as in the names of its files.
-    step: steps done, for the event of the end; None before training.
+    name: name of this start, part of the names of its files.
+    step: steps done, for the 'stop' event; None before training.
 
   Args:
     model_dir: the run's folder, a path or a URL.
@@ -58,7 +58,7 @@ class Journal:
     )
     suffix = f'-process{self._process}' if self._process else ''
     self._path = storage.join(model_dir, FOLDER, f'{self.name}{suffix}.jsonl')
-    # On a disk: lines that are not written yet. On object stores: all lines.
+    # On a disk: the lines not written yet. On object stores: all lines.
     self._lines: list[str] = []
     self._begun = self._torn = self._complained = False
     self._skipped: dict[str, int] = {}
@@ -67,15 +67,15 @@ class Journal:
     self._started, self._progress_due = time.monotonic(), 0.0
 
   def write(self, event: str, text: str = '', every_process: bool = False, **facts: Any) -> None:
-    """Writes one event; never raises for a disk or a connection that fails, but says so once.
+    """Writes one event. If the disk or connection fails, prints a warning once and doesn't raise.
 
     May be called from any thread.
 
     Args:
       event: a short name, such as 'checkpoint'.
-      text: a sentence for people, without a full stop; made of the facts if it is left away.
-      every_process: whether processes other than the first write it too, in files of their own.
-      **facts: anything that JSON can hold; other things as text.
+      text: a sentence for people, without a full stop; made from the facts if omitted.
+      every_process: whether processes other than the first write it too, to their own files.
+      **facts: JSON values; other objects are written as text.
     """
     if self._process and not every_process:
       return
@@ -93,24 +93,24 @@ class Journal:
           self._append()
         self._begun = True
       except Exception as error:
-        # Object stores' libraries have errors of their own, and no journal is worth a run.
+        # Object stores' libraries raise their own errors, and a journal must not end a run.
         if not self._complained:
           self._complained = True
           print(
-            f'parti-jax: {self._path} can not be written ({error}); training goes on',
+            f"parti-jax: {self._path} can't be written ({error}); training goes on",
             file=sys.stderr,
           )
 
   def start(self, text: str, gin_config: str, **facts: Any) -> None:
-    """Writes that training begins here, in what surroundings and with which gin values.
+    """Writes that training begins, with its environment and gin values.
 
-    The values go to `config.gin` and stay in `configs/<name of the start>.gin`; a start with the
-    values of the one before has no file of its own, and the event names that one's.
+    The gin values go to `config.gin` and stay in `configs/<name of the start>.gin`. A start with
+    the same values as the previous one gets no new file; its event names the previous file.
 
     Args:
       text: a sentence for people.
       gin_config: the gin values in force.
-      **facts: as in `write`, such as step, the steps that were done before.
+      **facts: as for `write`, such as step, the steps done before.
 
     Raises:
       OSError: config.gin can't be written.
@@ -127,16 +127,16 @@ class Journal:
     self.write('start', text, config=f'configs/{kept}', **facts, **environment.describe())
 
   def checkpoint(self, step: int, skipped: dict[str, int]) -> None:
-    """Writes that a checkpoint is being written, and what `skipped` and `store_retries` do."""
+    """Writes that a checkpoint is being written; also calls `skipped` and `store_retries`."""
     self.write('checkpoint', f'writing a checkpoint of step {step}', step=step)
     self.skipped(skipped)
     self.store_retries()
 
   def skipped(self, counts: dict[str, int]) -> None:
-    """Writes how many examples could not be read, by reason, if that has changed.
+    """Writes how many examples could not be read, by reason, if the counts have changed.
 
     Args:
-      counts: those of this process in this run; every process writes its own.
+      counts: the counts of this process in this run; each process writes its own.
     """
     if counts != self._skipped:
       self._skipped = dict(counts)
@@ -144,7 +144,7 @@ class Journal:
       self.write('skipped', f'examples skipped so far: {what}', every_process=True, counts=counts)
 
   def store_retries(self) -> None:
-    """Writes how many requests to object stores this process has repeated, if that has changed."""
+    """Writes how often this process repeated requests to object stores, if that has changed."""
     counts = store_retries.counts()
     if counts != self._retries:
       self._retries = counts
@@ -160,7 +160,7 @@ class Journal:
 
     Args:
       step: steps done.
-      metrics: the last ones; 'loss' and 'examples_per_second' of them are written.
+      metrics: the latest metrics, of which 'loss' and 'examples_per_second' are written.
     """
     elapsed = time.monotonic() - self._started
     if elapsed >= self._progress_due:
@@ -176,14 +176,14 @@ class Journal:
     if error is None:
       reason, text = 'finished', 'nothing is left to train'
     elif isinstance(error, SystemExit):
-      reason, text = 'told to stop', f'told to stop, ends with status {error.code}'
+      reason, text = 'asked to stop', f'asked to stop, ends with status {error.code}'
     elif isinstance(error, KeyboardInterrupt):
       reason, text = 'interrupted', 'interrupted from the keyboard'
     else:
       words = gin_config_lib.without_call_chain(error).split()
       message = ' '.join([f'{kind.__name__}:', *words])[:1000]
       reason, text, facts = 'error', message, {'error': message}
-    # An error before anything was done is not yet part of a run.
+    # An error before anything was done isn't part of a run yet.
     if self._begun or self._is_a_run():
       where = f' at step {self.step}' if self.step is not None else ''
       self.write(
@@ -198,11 +198,11 @@ class Journal:
   def _is_a_run(self) -> bool:
     try:
       return storage.is_folder(storage.join(self._folder, 'checkpoints'))
-    except errors.UserError:  # The store fails; that is told already.
+    except errors.UserError:  # The store fails; that has been reported already.
       return False
 
   def _append(self) -> None:
-    # A line that a full disk has cut short must not swallow the next one.
+    # A line that a full disk cut short must not swallow the next one.
     storage.make_folder(storage.join(self._folder, FOLDER))
     text = ('\n' if self._torn else '') + ''.join(self._lines)
     self._torn = True
@@ -214,7 +214,7 @@ class Journal:
 
 
 def plain(value: Any) -> Any:
-  """A value as JSON has it: numpy's and JAX's scalars as Python's, what it can't hold as text."""
+  """Returns a JSON value: NumPy and JAX scalars as Python's, anything JSON can't hold as text."""
   if isinstance(value, dict):
     return {str(name): plain(inner) for name, inner in value.items()}
   if isinstance(value, (list, tuple)):

@@ -1,8 +1,8 @@
-"""Told to stop: by SIGTERM or the platform's notice. A checkpoint in the time that is left.
+"""Saves and stops a run on SIGTERM or the platform's preemption notice, in the time that is left.
 
-A thread of the command line waits for SIGTERM, which is blocked everywhere else, so that a step, a
+A thread of the command line waits for SIGTERM, which is blocked in all other threads. So a step, a
 compilation or a disk that takes too long can't keep it from ending the process in time. Several
-processes agree on the step at which all stop through JAX's preemption service, which learns of the
+processes agree on the step at which they all stop through JAX's preemption service, which gets the
 signal from that thread.
 """
 
@@ -19,12 +19,13 @@ from collections.abc import Iterator
 
 from parti_jax.runs import gce_notice
 
-# A run that was told to stop, saved and ended: start the same command again to go on (EX_TEMPFAIL).
+# Exit status of a run that was asked to stop and has saved: start the same command again to resume
+# it (EX_TEMPFAIL).
 STATUS = 75
-# The signals of so many seconds count as one: those who end a process group or a service send it to
-# a process and to its parent, which passes it on.
+# Signals within this many seconds count as one: whoever ends a process group or a service sends it
+# to a process and to its parent, which forwards it.
 _TOGETHER = 5.0
-# How long the last words may take, such as what step the last checkpoint is of.
+# Seconds that the last message may take, such as finding the step of the last checkpoint.
 _LAST_SECONDS = 2.0
 _AGAIN = 'start again to go on'
 
@@ -33,13 +34,15 @@ _listener: _Listener | None = None
 
 @contextlib.contextmanager
 def listening(at_once: str | None = None) -> Iterator[None]:
-  """Listens to SIGTERM and the platform's notice while the body runs.
+  """Listens for SIGTERM and the platform's notice while the body runs.
 
-  To be entered in the main thread before any library that starts threads is imported: these take
-  over that the signal is blocked. Without it, as in a notebook, SIGTERM ends the process as usual.
+  Enter it in the main thread before importing any library that starts threads, because these
+  inherit the blocked signal. Without it, for instance in a notebook, SIGTERM ends the process as
+  usual.
 
   Args:
-    at_once: for work with nothing to save, which ends at once: what stays of it, for the last line.
+    at_once: for work that has nothing to save and ends at once: says in the last line what remains
+      of it.
   """
   global _listener
   _listener = _Listener(at_once)
@@ -57,11 +60,11 @@ def listening(at_once: str | None = None) -> Iterator[None]:
 
 
 def begin(grace_seconds: float, journal, newest_step: Callable[[], int | None]) -> None:
-  """Says, before the first step, what ends a run that is told to stop and can't save in time.
+  """Sets, before the first step, how to end a run that can't save in time when asked to stop.
 
   Args:
-    grace_seconds: from SIGTERM or notice to the end, at most.
-    journal: the run's, with `write(event, **facts)`.
+    grace_seconds: maximum seconds from SIGTERM or the notice to the end.
+    journal: the run's journal, with `write(event, **facts)`.
     newest_step: returns the step of the newest whole checkpoint on the disk, None without one.
   """
   if _listener is not None:
@@ -69,7 +72,7 @@ def begin(grace_seconds: float, journal, newest_step: Callable[[], int | None]) 
 
 
 def told_to_stop(step: int) -> bool:
-  """Whether to save and stop at this step; to be asked before every step, by all processes alike.
+  """Returns whether to save and stop at this step; all processes call it before each step.
 
   Args:
     step: steps done.
@@ -81,19 +84,19 @@ def told_to_stop(step: int) -> bool:
     _listener.reach(step)
   if jax.distributed.is_initialized():
     return multihost.reached_preemption(step)
-  return _listener is not None and _listener.told
+  return _listener is not None and _listener.stopping
 
 
 def at_end(function: Callable[[], None]) -> None:
-  """Has a function called if this module ends the process."""
+  """Registers a function to call if this module ends the process."""
   if _listener is not None:
     _listener.at_end.append(function)
 
 
 def end_process(status: int, line: str) -> None:
-  """Ends a process of the command line from any thread, at once, with a line on stderr.
+  """Ends a command-line process from any thread, at once, with a line on stderr.
 
-  Without `listening` it does nothing: a process that is not the command line's is not ours to end.
+  Without `listening` it does nothing: only the command line may end its process.
   """
   if _listener is not None:
     _listener.write_line(line)
@@ -101,22 +104,22 @@ def end_process(status: int, line: str) -> None:
 
 
 class _Listener:
-  """The thread that waits for SIGTERM, and what it knows of the run.
+  """The thread that waits for SIGTERM, with its knowledge of the run.
 
   Attributes:
-    told: whether the run has been told to stop.
-    at_end: functions to call before the process is ended.
+    stopping: whether the run has been asked to stop.
+    at_end: functions to call before ending the process.
   """
 
   def __init__(self, at_once: str | None = None):
-    self.told, self.at_end = False, []
+    self.stopping, self.at_end = False, []
     self._at_once = at_once
     self._lock = threading.Lock()
     self._seconds, self._newest_step, self._journal = 25.0, None, None
     self._first_step, self._training = None, False
-    self._told_at = self._signalled_at = self._pending = None
+    self._asked_at = self._signalled_at = self._pending = None
     self._closed = False
-    # Of its own, since stderr's is elsewhere while TensorFlow is imported.
+    # A separate descriptor, since stderr is redirected while TensorFlow is imported.
     self._terminal = os.dup(2)
     self._thread = threading.Thread(target=self._listen, name='preemption', daemon=True)
 
@@ -132,21 +135,21 @@ class _Listener:
     self._seconds, self._journal, self._newest_step = seconds, journal, newest_step
 
   def reach(self, step: int) -> None:
-    """Notes how far the run is: before the end of its first step there is nothing to save."""
+    """Records how far the run is: before its first step ends there is nothing to save."""
     if self._first_step is None:
       self._first_step = step
     self._training = step > self._first_step
 
   def signalled(self) -> None:
-    """Of a SIGTERM that came to another thread all the same."""
+    """Handles a SIGTERM that reached another thread nevertheless."""
     self._pending = 'SIGTERM'
 
   def notice(self, source: str) -> None:
-    """Of a platform's notice; SIGTERM may follow, which then is the first."""
+    """Handles a platform's notice; a SIGTERM after it counts as the first signal."""
     self._pending = self._pending or source
 
   def write_line(self, line: str) -> None:
-    """Past Python's buffers, which another thread may hold."""
+    """Writes a line past Python's buffers, which another thread may hold."""
     before = '\n' if os.isatty(self._terminal) else ''  # A progress bar's line.
     os.write(self._terminal, f'{before}parti-jax: {line}\n'.encode())
 
@@ -158,39 +161,39 @@ class _Listener:
       now = time.monotonic()
       if source == 'SIGTERM':
         if self._signalled_at is not None and now - self._signalled_at > _TOGETHER:
-          self._end('told to stop a second time', again=True)
+          self._end('asked to stop a second time', again=True)
         self._signalled_at = self._signalled_at or now
-      if source and not self.told:
-        self._tell(source, now)
-      if self.told and time.monotonic() - self._told_at > self._seconds:
+      if source and not self.stopping:
+        self._stop(source, now)
+      if self.stopping and time.monotonic() - self._asked_at > self._seconds:
         self._end(
-          f'told to stop, but the step and its checkpoint took more than the '
+          f'asked to stop, but the step and its checkpoint took more than the '
           f'{self._seconds:g} s of train.grace_seconds'
         )
 
-  def _tell(self, source: str, now: float) -> None:
+  def _stop(self, source: str, now: float) -> None:
     if self._at_once:
-      self.write_line(f'told to stop by {source}; {self._at_once}; {_AGAIN}')
+      self.write_line(f'asked to stop by {source}; {self._at_once}; {_AGAIN}')
       os._exit(STATUS)
-    self._told_at, self.told = now, True
+    self._asked_at, self.stopping = now, True
     several = _meets_others()
     if not several and not self._training:
-      self._end('told to stop before the first step was done')
+      self._end('asked to stop before the first step was done')
     if self._journal is not None:
-      # In a thread of its own, since the disk may be what is slow.
+      # In another thread, since the disk may be slow.
       _in_background(
         lambda: self._journal.write(
-          'told to stop', f'told to stop by {source}, {self._seconds:g} s to save', source=source
+          'asked to stop', f'asked to stop by {source}, {self._seconds:g} s to save', source=source
         )
       )
     if several:
-      # JAX has a handler of its own for the signal, which tells the other processes.
+      # JAX's own handler for the signal notifies the other processes.
       signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
       signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
       signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
   def _end(self, why: str, again: bool = False) -> None:
-    """Ends the process, whatever the main thread does."""
+    """Ends the process, regardless of the main thread."""
     words: list[str] = []
     _in_background(lambda: self._last_words(why, words)).join(_LAST_SECONDS)
     what = words[0] if words else 'the last whole checkpoint stays'
@@ -213,7 +216,7 @@ class _Listener:
 
 
 def _meets_others() -> bool:
-  """Whether JAX's preemption service is there, without importing JAX for it."""
+  """Returns whether JAX's preemption service runs, without importing JAX."""
   jax = sys.modules.get('jax')
   distributed = getattr(jax, 'distributed', None)
   return bool(

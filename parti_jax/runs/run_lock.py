@@ -1,15 +1,14 @@
-"""Who owns a run's folder: one process, or the processes of one run, at a time.
+"""Locks a run's folder for one process, or for the processes of one run, at a time.
 
-`lock.json` in the folder names the owner and is written anew every few seconds. Where an earlier
-owner was on this machine, its process is looked up; where it was on another, this one waits until
-it is clear whether its file still changes. No clocks are compared.
+`lock.json` in the folder names the owner, which rewrites it every few seconds. If an earlier owner
+ran on this machine, a new run looks up its process. If it ran on another machine, the new run waits
+to see whether the file still changes. Clocks are never compared.
 
-Reading and replacing the lock is one act for those that start at the same time. On disks this is by
-flock of `lock.json.guard`, which the system releases whatever happens to the process. Object stores
-and disks without flock create `lock.json.claim`, which only one can do at a time; a claim that a
-process leaves when it is killed counts as dead as a lock does. Where a store ignores the condition
-"only if absent", as some servers that speak S3's interface do, a new owner looks after a while
-whether the lock is still its own.
+Reading and replacing the lock is atomic for runs that start at the same time. On disks, flock on
+`lock.json.guard` ensures this; the system releases it however the process ends. On object stores
+and disks without flock, a run creates `lock.json.claim`, which only one can do at a time. A claim
+that a killed process leaves behind expires as a lock does. Some servers with S3's interface ignore
+the condition "only if absent"; there a new owner checks after a while that it still has the lock.
 """
 
 from __future__ import annotations
@@ -34,35 +33,35 @@ from parti_jax.core import store_retries
 from parti_jax.runs import preemption
 
 FILE = 'lock.json'
-# Seconds between two writings, and for how long a lock must not change until its owner is dead. The
-# owner may lose that long to a busy disk or a long call; the next run loses it after a hard end.
+# Seconds between two writes, and seconds without a change until a lock's owner counts as dead. The
+# owner may lose that long to a busy disk or a long call; after a hard end the next run waits for it.
 BEAT = 10.0
 PATIENCE = 60.0
-# How long after writing a lock it is read again, in a store that does not know exclusive creation.
+# Seconds until a new lock is read again, in a store without exclusive creation.
 SETTLE = 3.0
 _LARGEST = 64 * 1024
-# Tenths of a second to wait for one that reads or replaces the lock.
+# Tenths of a second to wait for a process that reads or replaces the lock.
 _GUARD_TRIES = 50
-# Numbers the barriers of the processes of a run, which reach them in the same order.
+# Numbers the barriers, which all processes of a run reach in the same order.
 _barriers = itertools.count()
-# The locks that this process holds, by their ids, since its number alone does not tell them apart.
+# The locks that this process holds, by lock id; the process id alone doesn't distinguish them.
 _held: dict[str, RunLock] = {}
 
 
 def check() -> None:
-  """Raises UserError if a run of this process has lost its folder, as far as is known."""
+  """Raises UserError if a run of this process is known to have lost its folder."""
   for lock in list(_held.values()):
     lock.check()
 
 
 def confirm() -> None:
-  """The same, but looks into the folder; to be called before a checkpoint is written."""
+  """Like `check`, but reads the lock file; call it before writing a checkpoint."""
   for lock in list(_held.values()):
     lock.confirm()
 
 
 def lives(model_dir) -> bool | None:
-  """Whether a process trains in a folder; None if only the host that its lock names can tell."""
+  """Returns whether a process trains in a folder; None if only the lock's host can tell."""
   found = _read(storage.join(model_dir, FILE))
   if not found:
     return False
@@ -75,10 +74,10 @@ def lives(model_dir) -> bool | None:
 class RunLock:
   """The lock of a run's folder, held within `with`.
 
-  All processes of a run enter it together: process 0 holds it, and a refusal reaches all.
+  All processes of a run enter it together: process 0 holds it, and all raise if it is refused.
 
   Attributes:
-    replaced: who held it before and has died, as a person reads it; None for nobody.
+    replaced: describes the dead process that held the lock before; None if nobody did.
 
   Args:
     model_dir: the run's folder, a path or a URL.
@@ -92,7 +91,7 @@ class RunLock:
     self._path = storage.join(model_dir, FILE)
     self._me = _this_process()
     self._made_folder = False
-    self._exclusive = True  # Whether a guard has kept others from the lock.
+    self._exclusive = True  # Whether a guard kept others from the lock.
     self._lost: str | None = None
     self._ending = threading.Event()
     self._thread = threading.Thread(target=self._keep, name='run_lock', daemon=True)
@@ -110,10 +109,10 @@ class RunLock:
         refusal = str(error)
       except OSError as error:
         refusal = (
-          f'{self._path}: can not be written ({error.strerror}); make room or give '
-          'yourself the right to write there, or choose another --model_dir'
+          f"{self._path}: can't be written ({error.strerror}); make room or give "
+          'yourself write permission there, or choose another --model_dir'
         )
-    refusal = _told_by_the_first(refusal)
+    refusal = _from_process_0(refusal)
     if refusal:
       _held.pop(self._me['id'], None)
       raise errors.UserError(refusal)
@@ -126,30 +125,30 @@ class RunLock:
     self.release()
 
   def tell(self, journal) -> None:
-    """Writes a takeover to the run's journal, and says it."""
+    """Prints a takeover and writes it to the run's journal."""
     if self.replaced:
       text = f'took the folder over from {self.replaced}, which is dead'
       _say(f'{self._model_dir}: {text}')
       journal.write('lock taken over', text, owner=self.replaced)
 
   def check(self) -> None:
-    """Raises UserError if another has taken the folder over, as far as is known.
+    """Raises UserError if another run is known to have taken over the folder.
 
-    The command line's process ends at once: what else it would do would write there.
+    A command-line process ends at once instead, so that it writes nothing more to the folder.
     """
     if self._lost:
       preemption.end_process(2, f'error: {self._lost}')
       raise errors.UserError(self._lost)
 
   def confirm(self) -> None:
-    """As `check`, but looks into the folder."""
+    """Like `check`, but reads the lock file."""
     if not self._lost:
-      with contextlib.suppress(OSError):  # A disk that fails tells so when the checkpoint comes.
+      with contextlib.suppress(OSError):  # The next checkpoint will report a failing disk.
         self._look(_read(self._path))
     self.check()
 
   def release(self) -> None:
-    """Gives the folder free, if it is still ours; an error of the disk is not told."""
+    """Releases the folder if this run still owns it; disk errors are ignored."""
     if _held.pop(self._me['id'], None) is None:
       return
     self._ending.set()
@@ -158,7 +157,7 @@ class RunLock:
         storage.remove(self._path)
     if self._made_folder:
       with contextlib.suppress(OSError):
-        os.rmdir(self._model_dir)  # Only if the run has come to nothing.
+        os.rmdir(self._model_dir)  # Succeeds only if the run wrote nothing.
 
   def _take(self) -> None:
     if not storage.is_url(self._model_dir):
@@ -169,26 +168,26 @@ class RunLock:
       found = _read(self._path)
       if found is not None and not self._is_dead(found):
         raise errors.UserError(
-          f'{self._model_dir}: another run trains in this folder: {_words(found)}; wait for its '
-          'end or stop it, by SIGTERM to that process, or choose another --model_dir'
+          f'{self._model_dir}: another run trains in this folder: {_words(found)}; wait for it to '
+          'end, stop it by sending that process SIGTERM, or choose another --model_dir'
         )
       try:
         with self._guard(), self._claim():
-          # Otherwise another start was quicker; look at what it has written.
+          # Otherwise another start was quicker; read its lock.
           if _read(self._path) == found:
             self._write()
             taken = True
       except _Busy as error:
         raise errors.UserError(
           f'{self._model_dir}: another run is starting in this folder; wait '
-          'for its end, or choose another --model_dir'
+          'for it to end, or choose another --model_dir'
         ) from error
     if not self._exclusive:
       time.sleep(SETTLE)
       if _id(_read(self._path)) != self._me['id']:
         raise errors.UserError(
           f'{self._model_dir}: another run started in this folder at the same '
-          'time and has it now; choose another --model_dir'
+          'time and owns it now; choose another --model_dir'
         )
     self.replaced = _words(found) if found is not None else None
 
@@ -197,13 +196,13 @@ class RunLock:
     storage.write(self._path, json.dumps(self._me, indent=2) + '\n')
 
   def _is_dead(self, owner: dict, path: str | None = None) -> bool:
-    """Whether the owner has died; waits for its file to change where there is no other way."""
+    """Returns whether the owner has died; if it must, waits to see whether its file changes."""
     path = path or self._path
     if owner.get('id') in _held:
       return False
     here = all(owner.get(key) == self._me[key] for key in ('boot', 'pid_namespace'))
     if here and self._me['boot']:
-      # A lock of this process that it does not hold could not be removed when it ended.
+      # A lock of this process that isn't in `_held` could not be removed when its run ended.
       return owner.get('pid') == os.getpid() or _started(owner.get('pid')) != owner.get('started')
     _say(
       f'{self._model_dir}: {_words(owner)} has left its lock here; waiting up to '
@@ -218,18 +217,18 @@ class RunLock:
     return True
 
   def _keep(self) -> None:
-    """Writes the lock anew again and again, until the end or until it is lost."""
+    """Rewrites the lock at intervals until the run ends or loses the lock."""
     while not self._ending.wait(BEAT):
-      # A disk that fails now is no reason to end: it may come back before anybody takes over.
+      # Ignore a failing disk: it may recover before another run takes over.
       with contextlib.suppress(OSError, errors.UserError, _Busy):
         self.beat()
       if self._lost:
         preemption.end_process(2, f'error: {self._lost}')
-        return  # In a process that is not the command line's the loop finds it.
+        return  # Outside the command line the training loop's `check` raises it.
 
   def beat(self) -> None:
-    """Writes the lock anew if it is still ours."""
-    # A writing that a store takes much later would replace the lock of whoever took over.
+    """Rewrites the lock if this run still owns it."""
+    # A write that a store accepts much later would replace the lock of a run that took over.
     with self._guard(), store_retries.at_most(BEAT):
       self._look(_read(self._path))
       if not self._lost and not self._ending.is_set():
@@ -237,19 +236,19 @@ class RunLock:
 
   def _look(self, found: dict | None) -> None:
     if _id(found) != self._me['id']:
-      by = _words(found) if found else 'another run, which has ended, or whoever removed the file'
+      by = _words(found) if found else 'another run, which has ended, or someone removed the file'
       self._lost = (
-        f'{self._path} is no longer of this run: it did not show itself for '
+        f'{self._path} no longer belongs to this run: it could not update the lock for '
         f'{PATIENCE:g} s or more, and the folder was taken over by {by}; nothing more '
         'is written here'
       )
 
   @contextlib.contextmanager
   def _guard(self) -> Iterator[None]:
-    """Within it no other process of this machine, or of a disk with flock, replaces the lock.
+    """Keeps other processes of this machine, or of a disk with flock, from replacing the lock.
 
     Raises:
-      _Busy: another has the guard.
+      _Busy: another process holds the guard.
     """
     self._exclusive = not storage.is_url(self._path)
     if not self._exclusive:
@@ -277,10 +276,10 @@ class RunLock:
 
   @contextlib.contextmanager
   def _claim(self) -> Iterator[None]:
-    """Within it no other start replaces the lock where there is no guard.
+    """Where there is no guard, keeps other starts from replacing the lock.
 
     Raises:
-      _Busy: another has the claim.
+      _Busy: another process holds the claim.
     """
     if self._exclusive:
       yield
@@ -293,7 +292,7 @@ class RunLock:
       if _read(claim) == other:
         _remove(claim)
     try:
-      # Unless the store ignores the condition.
+      # A second creation succeeds only if the store ignores the condition.
       self._exclusive = not _created(claim, self._me | {'again': True})
       yield
     finally:
@@ -312,7 +311,7 @@ class _Busy(Exception):
 
 
 def _is_file(file, path: str) -> bool:
-  """Whether an open file is still the one at `path`, which its last holder may have removed."""
+  """Returns whether an open file is still the one at `path`; its last holder may have removed it."""
   try:
     return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
   except FileNotFoundError:
@@ -320,7 +319,7 @@ def _is_file(file, path: str) -> bool:
 
 
 def _created(path: str, owner: dict) -> bool:
-  """Creates a file that names an owner; whether it was not there."""
+  """Creates a file that names an owner; returns False if the file exists already."""
   try:
     storage.create(path, json.dumps(owner).encode())
   except FileExistsError:
@@ -348,7 +347,7 @@ def _this_process() -> dict:
 
 
 def _read(path: str) -> dict | None:
-  """The owner that a lock names; None without one, and {} for a file that is no lock."""
+  """Returns the owner that a lock names; None without a lock, {} for a file that isn't a lock."""
   try:
     found = storage.read_json(path, _LARGEST)
   except FileNotFoundError:
@@ -370,10 +369,10 @@ def _words(owner: dict) -> str:
 
 
 def _started(pid) -> str | None:
-  """When a process of this machine started, in its ticks since boot; None if it is dead."""
+  """Returns when a process of this machine started, in ticks since boot; None if it is dead."""
   text = _text(f'/proc/{pid}/stat')
   fields = text.rpartition(')')[2].split() if text else ['X']
-  # From the third of `man 5 proc`; a zombie has ended and only its parent does not know yet.
+  # The fields from the third of `man 5 proc` on. A zombie counts as dead.
   return None if fields[0] in 'ZX' else fields[19]
 
 
@@ -391,21 +390,21 @@ def _link(path: str) -> str | None:
     return None
 
 
-def _told_by_the_first(text: str) -> str:
-  """A text of process 0, for all processes of the run."""
+def _from_process_0(text: str) -> str:
+  """Returns process 0's text on all processes of the run."""
   import jax
   import numpy as np
   from orbax.checkpoint import multihost
 
   if jax.process_count() == 1:
     return text
-  # The others wait here, since a collective would not bear it.
+  # The others wait here, since a collective would time out.
   multihost.get_barrier_sync_fn()(
     key=f'parti_jax_run_lock_{next(_barriers)}', timeout_ms=int(1000 * (PATIENCE + 300))
   )
   padded = np.frombuffer(text.encode()[:2000].ljust(2000), np.uint8)
-  told = multihost.broadcast_one_to_all(padded)
-  return bytes(np.asarray(told, np.uint8)).decode(errors='ignore').strip()
+  received = multihost.broadcast_one_to_all(padded)
+  return bytes(np.asarray(received, np.uint8)).decode(errors='ignore').strip()
 
 
 def _say(line: str) -> None:

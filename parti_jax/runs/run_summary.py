@@ -1,7 +1,7 @@
-"""What a run's folder says about the run: how far it is, its checkpoints, its story.
+"""Summarizes a run from its folder: its progress, its checkpoints, its history.
 
-Needs no JAX, so that a login node can tell about a run at once; only to verify
-checkpoints of before there were manifests takes JAX.
+This doesn't need JAX, so that a login node can report on a run at once. Only verifying old
+checkpoints that have no manifest needs JAX.
 """
 
 from __future__ import annotations
@@ -13,53 +13,53 @@ from typing import Any
 from parti_jax.core import errors
 from parti_jax.core import gin_config
 from parti_jax.core import storage
-from parti_jax.runs import history as story_lib
+from parti_jax.runs import history as history_lib
 from parti_jax.runs import run_lock
 
-# The most bytes of a small JSON file of a checkpoint.
+# Maximum bytes of a small JSON file of a checkpoint.
 _LARGEST = 1 << 24
 _STEP = re.compile(r'\d+')
 _DAMAGED = re.compile(r'(\d+)\.damaged.*')
 
 
 def summarize(model_dir: str, verify: bool = False) -> dict[str, Any]:
-  """What is known about a run; all of it JSON, None for what is unknown.
+  """Returns a summary of a run as a JSON-compatible dict; None stands for unknown values.
 
   Args:
     model_dir: the run's folder, a path or a URL.
-    verify: whether the checkpoints' files are read, and not only their sizes compared.
+    verify: whether to read the checkpoints' files instead of only comparing their sizes.
 
   Returns:
     kind: 'run'.
     folder: `model_dir`.
     objective, model, parameters: the objective's name, its model's sizes, how many parameters it has.
-    state: 'finished', 'stopped' (told to, or interrupted), 'failed', 'killed', 'running', 'running
-      or killed' where only the host it was on can tell, or 'never started'.
-    step, steps: how far the run is known to be, and where it ends.
-    steps_per_second, seconds_left: over the last hour of the last start.
-    loss: {'value', 'step', 'time'}, the one in the journal last.
-    devices, mesh, processes: of the last start.
-    checkpoints: see `checkpoints`.
-    starts: a dict each: time, host, pid, from, to, redone, ended (None: killed, or still
-      running), last_sign, when the journal was written last, reason, errors, config, devices, mesh,
-      processes, git, changes (a line each on what is other than at the start before), events (text
-      and time of what was unusual).
+    state: 'finished', 'stopped' (on request, or interrupted), 'failed', 'killed', 'running',
+      'running or killed' if only the run's host can tell, or 'never started'.
+    step, steps: the last known step, and the step at which the run ends.
+    steps_per_second, seconds_left: from the last hour of the last start.
+    loss: {'value', 'step', 'time'}, the last loss in the journal.
+    devices, mesh, processes: those of the last start.
+    checkpoints: the result of `checkpoints`.
+    starts: a dict for each start: time, host, pid, from, to, redone, ended (None: killed, or still
+      running), last_sign (time of the last journal entry), reason, errors, config, devices, mesh,
+      processes, git, changes (a line for each difference from the previous start), events (text
+      and time of each unusual event).
     skipped_examples: {reason: count}, of all processes, since the run began.
-    versions, git, command: of the last start.
+    versions, git, command: those of the last start.
     unreadable: lines of the journal that can't be read.
 
   Raises:
     UserError: the folder's store can't be reached.
   """
-  story = story_lib.read(model_dir)
+  history = history_lib.read(model_dir)
   found = checkpoints(model_dir, verify)
   model = _model(model_dir, found)
-  begun = [start for start in story.starts if start.begun]
+  begun = [start for start in history.starts if start.begun]
   facts = begun[-1].begun if begun else {}
   saved = max((checkpoint['step'] for checkpoint in found if not checkpoint['fault']), default=None)
   step = begun[-1].last_step if begun else saved
   rate, steps = begun[-1].rate if begun else None, facts.get('steps')
-  state, left = _state(story, model_dir), None
+  state, left = _state(history, model_dir), None
   if rate and steps is not None and step is not None and 'running' in state:
     left = max(steps - step, 0) / rate
   return {
@@ -78,26 +78,26 @@ def summarize(model_dir: str, verify: bool = False) -> dict[str, Any]:
     'mesh': facts.get('mesh'),
     'processes': facts.get('processes'),
     'checkpoints': found,
-    'starts': [_start(model_dir, story, index) for index in range(len(story.starts))],
-    'skipped_examples': story.skipped_examples,
+    'starts': [_start(model_dir, history, index) for index in range(len(history.starts))],
+    'skipped_examples': history.skipped_examples,
     'versions': facts.get('versions'),
     'git': facts.get('git'),
     'command': facts.get('command'),
-    'unreadable': story.unreadable,
+    'unreadable': history.unreadable,
   }
 
 
 def checkpoints(model_dir: str, verify: bool = False) -> list[dict[str, Any]]:
-  """The checkpoints of a run, the oldest first.
+  """Returns the checkpoints of a run, the oldest first.
 
   Args:
     model_dir: the run's folder.
-    verify: whether their files are read, and not only their sizes compared.
+    verify: whether to read their files instead of only comparing their sizes.
 
   Returns:
-    A dict each: step; name of its folder; bytes; time when it was written, UTC, or None; checked,
-    how it was looked at: 'sizes', 'digests', 'reading' or None for not at all; fault, what is
-    wrong with it, or None.
+    A dict for each checkpoint: step; name of its folder; bytes; time of writing, UTC, or None;
+    checked, how it was verified: 'sizes', 'digests', 'reading' or None for not at all; fault,
+    a description of its damage, or None.
   """
   folder = storage.join(model_dir, 'checkpoints')
   found = []
@@ -122,23 +122,23 @@ def checkpoints(model_dir: str, verify: bool = False) -> list[dict[str, Any]]:
 
 
 def _check(path: str, verify: bool) -> tuple[str | None, str | None]:
-  """How a checkpoint was looked at, and what is wrong with it."""
+  """Returns how a checkpoint was verified, and its fault or None."""
   from parti_jax.checkpoints import manifest
 
   try:
     fault = manifest.fault(storage.as_epath(path), sizes_alone=not verify)
     return 'digests' if verify else 'sizes', fault
-  except FileNotFoundError:  # Of before there were manifests.
+  except FileNotFoundError:  # An old checkpoint without a manifest.
     if not verify:
       return None, None
-  # Only JAX and Orbax can tell.
+  # This needs JAX and Orbax.
   from parti_jax.checkpoints import verification
 
   return 'reading', verification.fault(storage.as_epath(path).absolute())
 
 
 def _written(path: str, sizes: dict[str, int]) -> str | None:
-  """When Orbax committed a checkpoint."""
+  """Returns when Orbax committed a checkpoint, UTC; None if unknown."""
   if '_CHECKPOINT_METADATA' not in sizes:
     return None
   try:
@@ -151,7 +151,7 @@ def _written(path: str, sizes: dict[str, int]) -> str | None:
 
 
 def _model(model_dir: str, found: list[dict[str, Any]]) -> dict[str, Any]:
-  """Objective and sizes, as the newest readable checkpoint has them (see `checkpoints.describe`)."""
+  """Returns the objective and model config from the newest readable checkpoint, {} without one."""
   for checkpoint in reversed(found):
     path = storage.join(model_dir, 'checkpoints', checkpoint['name'], 'model', 'metadata')
     try:
@@ -162,16 +162,16 @@ def _model(model_dir: str, found: list[dict[str, Any]]) -> dict[str, Any]:
   return {}
 
 
-def _state(story: story_lib.Story, model_dir: str) -> str:
-  if not any(start.begun for start in story.starts):
-    return 'failed' if story.starts else 'never started'
-  stopped = story.starts[-1].stopped
+def _state(history: history_lib.History, model_dir: str) -> str:
+  if not any(start.begun for start in history.starts):
+    return 'failed' if history.starts else 'never started'
+  stopped = history.starts[-1].stopped
   if stopped is None:
     return {True: 'running', False: 'killed', None: 'running or killed'}[run_lock.lives(model_dir)]
   return {'finished': 'finished', 'error': 'failed'}.get(stopped.get('reason'), 'stopped')
 
 
-def _loss(begun: list[story_lib.Start]) -> dict[str, Any] | None:
+def _loss(begun: list[history_lib.Start]) -> dict[str, Any] | None:
   progress = next(
     (start.newest_progress for start in reversed(begun) if start.newest_progress), None
   )
@@ -180,17 +180,17 @@ def _loss(begun: list[story_lib.Start]) -> dict[str, Any] | None:
   return {'value': progress['loss'], 'step': progress['step'], 'time': progress['time']}
 
 
-def _start(model_dir: str, story: story_lib.Story, index: int) -> dict[str, Any]:
-  start = story.starts[index]
+def _start(model_dir: str, history: history_lib.History, index: int) -> dict[str, Any]:
+  start = history.starts[index]
   facts, stopped = start.begun or {}, start.stopped or {}
-  before = next((other.begun for other in reversed(story.starts[:index]) if other.begun), None)
+  before = next((other.begun for other in reversed(history.starts[:index]) if other.begun), None)
   return {
     'time': f'{start.time:%Y-%m-%d %H:%M:%S}',
     'host': facts.get('host', start.host),
     'pid': start.pid,
     'from': start.first_step,
     'to': start.last_step,
-    'redone': story.redone(index),
+    'redone': history.redone(index),
     'ended': stopped.get('time'),
     'last_sign': f'{start.last_time:%Y-%m-%d %H:%M:%S}',
     'reason': stopped.get('reason'),
@@ -206,7 +206,7 @@ def _start(model_dir: str, story: story_lib.Story, index: int) -> dict[str, Any]
 
 
 def _changes(model_dir: str, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-  """What is other at a start than at the one before it, a line each."""
+  """Returns a line for each difference between a start and the previous one."""
   changes = []
   for what, shown in (
     ('devices', devices_in_words),
@@ -228,7 +228,7 @@ def _changes(model_dir: str, before: dict[str, Any], now: dict[str, Any]) -> lis
 
 
 def _gin_changes(model_dir: str, before: str | None, now: str | None) -> list[str]:
-  """The gin values that differ between two files of a run's folder, or the files if one is gone."""
+  """Returns the gin values that differ between two files, or the files' names if one is gone."""
   if before == now:
     return []
   try:
@@ -249,7 +249,7 @@ def _gin_changes(model_dir: str, before: str | None, now: str | None) -> list[st
 
 
 def gin_values(text: str) -> dict[str, str]:
-  """The values of a file that gin wrote: {'train.steps': '4'}, each in one line."""
+  """Returns the values in gin's output: {'train.steps': '4'}, each in one line."""
   values, key = {}, None
   for line in text.splitlines():
     if line[:1] in ('', '#'):
@@ -263,13 +263,13 @@ def gin_values(text: str) -> dict[str, str]:
 
 
 def mesh_in_words(mesh: dict[str, int] | None) -> str:
-  """The axes of a mesh that split something, such as 'data 4 × tensor 2'."""
+  """Returns the mesh axes with more than one device, such as 'data 4 × tensor 2'."""
   split = [f'{axis} {size}' for axis, size in (mesh or {}).items() if size != 1]
   return ' × '.join(split) or 'one device'
 
 
 def revision_in_words(git: dict[str, Any] | None) -> str:
-  """A commit in short."""
+  """Returns a commit's abbreviated hash, with a note of uncommitted changes."""
   if not git:
     return 'unknown'
   return git['revision'][:12] + (' with uncommitted changes' if git['uncommitted'] else '')

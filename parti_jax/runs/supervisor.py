@@ -1,8 +1,8 @@
-"""A process that goes on in a child of its own, so that its end can be explained.
+"""Runs the work in a child process, so that the parent can explain how it ended.
 
 JAX's distributed runtime ends a process from native code, by SIGABRT, when the coordinator can't
-be reached or another process has died. Nothing in that process can then say what to do about it;
-its parent can.
+be reached or another process has died. Nothing in that process can then say what to do about it,
+but its parent can.
 """
 
 from __future__ import annotations
@@ -22,17 +22,16 @@ from collections.abc import Iterator
 
 from parti_jax.core import errors
 
-# From the first line like this on, what native code writes is held back: it belongs to an end
-# that gets one line in its place.
+# From the first matching line on, native output is held back: one line replaces it at the end.
 _FATAL = re.compile(
   rb'[EF]\d{4} .*\b(coordination_service|coordination_service_agent|client)'
   rb'\.(cc|h):'
 )
-# A note of the CPU's collectives for each group of devices.
+# The CPU collectives print such a line for each group of devices.
 _NOISE = b'[Gloo] Rank '
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _PR_SET_PDEATHSIG = 1
-# How long a child may take to end after an error.
+# Seconds that a child may take to end after an error.
 _SECONDS_TO_END = 10
 
 
@@ -40,11 +39,11 @@ class WatchedProcess:
   """Forks once; the child does the work, the parent waits for it and explains its end.
 
   Attributes:
-    connected: whether the child has said so by `connect`; shared by parent and child.
+    connected: whether the child has called `connect`; shared by parent and child.
   """
 
   def __init__(self):
-    # Two bytes that both see: 1 once connected; the exit status of a failure that was reported.
+    # Two shared bytes: 1 once connected; the exit status of a failure that was reported.
     self._shared = mmap.mmap(-1, 2)
 
   @property
@@ -52,34 +51,35 @@ class WatchedProcess:
     return bool(self._shared[0])
 
   def connect(self) -> None:
-    """Notes in the child that it is connected to the other processes."""
+    """Records, in the child, that it is connected to the other processes."""
     self._shared[0] = 1
 
   @contextlib.contextmanager
   def failures(self) -> Iterator[None]:
-    """In the child: an error in here gets its own message, and then the parent ends the child.
+    """In the child: an error in the body prints its own message, then the parent ends the child.
 
-    Left to itself it may wait at its end for the other processes, which wait for it.
+    Without this, the child may wait at its end for the other processes, which wait for it.
     """
     try:
       yield
     except BaseException as error:
       self._shared[1] = _exit_status(error)
       if isinstance(error, Exception):
-        # JAX would enter a barrier at exit, and the others would be told of that barrier's failure
-        # and not of this process. What is registered last runs first, after the error is printed.
+        # JAX would enter a barrier at exit, and the other processes would report that barrier's
+        # failure, not this process. The function registered last runs first, after the error is
+        # printed.
         atexit.register(time.sleep, 2 * _SECONDS_TO_END)
       raise
 
   def fork(self, explain: Callable[[str], str]) -> int | None:
-    """Splits the process in two; call it before threads are started, JAX's above all.
+    """Forks the process; call it before any threads start, in particular JAX's.
 
     Args:
-      explain: takes the runtime's last words and returns a line on what happened.
+      explain: takes the runtime's last output and returns a line that says what happened.
 
     Returns:
-      None in the child, which goes on with the work; in the parent, once the child has ended, the
-      exit status: the child's own, 1 if the runtime ended it, 128 + the signal's number if
+      None in the child, which continues with the work. In the parent, once the child has ended,
+      the exit status: the child's own, 1 if the runtime ended it, or 128 + the signal's number if
       another signal did.
     """
     sys.stdout.flush()
@@ -102,7 +102,7 @@ class WatchedProcess:
     code = os.waitstatus_to_exitcode(self._wait(pid))
     held = relay.finish()
     if code < 0 and self._shared[1]:
-      return self._shared[1]  # Its error has been told already.
+      return self._shared[1]  # The child has already reported its error.
     if code == -signal.SIGABRT and 'JAX distributed service detected fatal errors' in held:
       _say(explain(held))
       return 1
@@ -115,7 +115,7 @@ class WatchedProcess:
     return 128 - code
 
   def _wait(self, pid: int) -> int:
-    """Waits for the child, and ends it if it is still there a while after an error."""
+    """Waits for the child, and kills it if it still runs a while after an error."""
     failed_since = None
     while True:
       ended, status = os.waitpid(pid, os.WNOHANG)
@@ -129,7 +129,7 @@ class WatchedProcess:
 
 
 class _Relay:
-  """Copies a pipe to stderr by lines, without noise, until a fatal line comes."""
+  """Copies a pipe to stderr line by line, without noise, until a fatal line comes."""
 
   def __init__(self, reading: int):
     self._held: list[bytes] = []
@@ -145,13 +145,13 @@ class _Relay:
           os.write(2, line)
 
   def finish(self) -> str:
-    """Waits for the end of the pipe and returns what was held back."""
-    self._thread.join(5)  # A process that the child started may hold the pipe open.
+    """Waits for the end of the pipe and returns the lines that were held back."""
+    self._thread.join(5)  # A process that the child started may keep the pipe open.
     return b''.join(self._held).decode(errors='replace')
 
 
 def _exit_status(error: BaseException) -> int:
-  """The status that the command line ends with after an error."""
+  """Returns the command line's exit status after an error."""
   if isinstance(error, SystemExit):
     return int(error.code or 0)
   if isinstance(error, KeyboardInterrupt):
@@ -160,7 +160,7 @@ def _exit_status(error: BaseException) -> int:
 
 
 def _end_with(parent: int) -> None:
-  """Lets this process end with its parent, and receive signals from it alone."""
+  """Makes this process end with its parent, and receive signals only from it."""
   os.setpgid(0, 0)
   if sys.platform.startswith('linux'):
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -169,7 +169,7 @@ def _end_with(parent: int) -> None:
 
 
 def _send_native_output(writing: int) -> None:
-  """Sends what native code writes through the parent; Python keeps the terminal."""
+  """Sends native code's output through the parent; Python keeps writing to the terminal."""
   sys.stdout = os.fdopen(os.dup(1), 'w', buffering=1)
   sys.stderr = os.fdopen(os.dup(2), 'w', buffering=1)
   os.dup2(writing, 1)

@@ -1,1 +1,1 @@
-"""Writes the image tokens of a source, made once by a trained tokenizer."""
+"""Writes a token cache: the image tokens of a source, computed once by a trained tokenizer."""

@@ -1,4 +1,4 @@
-"""What `parti-jax tokenize` writes: the splits of a source, or those of an older token cache."""
+"""Runs the jobs of `parti-jax tokenize`: the splits of a source or of an older token cache."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ from parti_jax.training import configurables  # noqa: F401
 from parti_jax.training.objectives import frozen_tokenizer
 
 Connect = Callable[[], tuple[int, int]]
-# Seconds between two looks for the parts of other processes, and between two lines about them.
+# Seconds between two checks for the parts of other processes, and between two messages about them.
 _LOOK, _SAY = 5, 60
-# What gin says of a source that two hosts may have different values of.
-_PLACES = ('path', 'data_dir', 'splits', 'size')
+# A source's gin parameters that may differ between hosts.
+_HOST_PARAMETERS = ('path', 'data_dir', 'splits', 'size')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +44,10 @@ class Job:
   """A split to write.
 
   Attributes:
-    parts: where it is written.
-    examples: returns how many examples some parts have, None where they have to be read first.
+    parts: the parts to write.
+    examples: returns the number of examples of some parts, None if only reading them tells.
     write: writes some parts and reports progress.
-    summary: what is printed of the finished split after its number of examples.
+    summary: text to print after the finished split's number of examples.
   """
 
   parts: token_cache_parts.SplitParts
@@ -57,17 +57,17 @@ class Job:
 
 
 def of_source(args: argparse.Namespace, connect: Connect) -> tuple[list[Job], int, int]:
-  """The splits of the source that gin chooses.
+  """Returns jobs for the splits of the source that gin selects.
 
   Args:
-    args: of the command.
-    connect: meets the other processes, before any device is touched.
+    args: the command's arguments.
+    connect: connects to the other processes, before any device is used.
 
   Returns:
-    The splits, which process this is and how many there are.
+    The jobs, the index of this process and the number of processes.
 
   Raises:
-    UserError: a split can't be read, or the tokenizer.
+    UserError: a split or the tokenizer can't be read.
   """
   gin_config.parse(args.gin_file, args.gin_bindings)
   name = sources.chosen()
@@ -79,7 +79,7 @@ def of_source(args: argparse.Namespace, connect: Connect) -> tuple[list[Job], in
   model = tokenizer.config
   encoder = frozen_tokenizer.Encoder(tokenizer, args.dtype)
   source = sources.configured(name, model.image_size)
-  # All are opened first: what can't be read is found before hours have gone into the first.
+  # Open all splits first, to find unreadable ones before hours have gone into the first.
   opened = {
     split: input_parts.InputParts(source.open(split), size=token_cache.EXAMPLES_PER_SHARD)
     for split in splits
@@ -118,7 +118,7 @@ def of_source(args: argparse.Namespace, connect: Connect) -> tuple[list[Job], in
 
 
 def of_old_cache(args: argparse.Namespace, connect: Connect) -> tuple[list[Job], int, int]:
-  """The splits of a token cache of version 1; see `of_source`."""
+  """Returns jobs that convert the splits of a token cache of version 1, like `of_source`."""
   cache = token_cache_v1.OldCache(args.convert)
   splits = _splits(args.splits, cache)
   files = {split: cache.files(split) for split in splits}
@@ -149,14 +149,14 @@ def of_old_cache(args: argparse.Namespace, connect: Connect) -> tuple[list[Job],
 
 
 def run(jobs: Sequence[Job], worker: int, workers: int, together: bool, overwrite: bool) -> None:
-  """Writes the parts of one process, and makes splits of what is finished.
+  """Writes the parts of one process, and merges finished parts into splits.
 
   Args:
     jobs: the splits.
-    worker: which process this is.
-    workers: how many there are.
-    together: whether all of them run now, so that they wait for each other.
-    overwrite: whether what was made differently is replaced.
+    worker: index of this process.
+    workers: number of processes.
+    together: whether all processes run at the same time and wait for each other.
+    overwrite: whether to replace data that was made with other settings.
   """
   todo = [job for job in jobs if job.parts.check(overwrite)]
   for job in jobs:
@@ -174,7 +174,7 @@ def run(jobs: Sequence[Job], worker: int, workers: int, together: bool, overwrit
       _wait_for(job)
       _merge(job)
     else:
-      _wait('process 0 puts the shards in place', job, job.parts.finished)
+      _wait('process 0 is moving the shards to their final names', job, job.parts.finished)
 
 
 def _write(job: Job, indices: Sequence[int]) -> None:
@@ -190,7 +190,7 @@ def _merge_if_complete(job: Job, worker: int, workers: int) -> None:
   if left:
     print(
       f'{job.parts.split}: worker {worker} of {workers} is done; {len(left):,} of '
-      f'{job.parts.count:,} parts are left to the others, such as part {left[0]} to '
+      f'{job.parts.count:,} parts are left for the others, such as part {left[0]} for '
       f'--worker={left[0] % workers}/{workers}'
     )
   else:
@@ -199,12 +199,12 @@ def _merge_if_complete(job: Job, worker: int, workers: int) -> None:
 
 def _merge(job: Job) -> None:
   while not job.parts.merge():
-    _write(job, job.parts.left())  # Parts that were damaged after they were written.
+    _write(job, job.parts.left())  # Rewrites parts that were damaged after writing.
   print(_line(job))
 
 
 def _line(job: Job) -> str:
-  """What is printed of a finished split."""
+  """Returns the line to print about a finished split."""
   found = job.parts.summary()
   line = f'{job.parts.folder}: {job.parts.split}: {found["examples"]} {job.summary}'
   for name, words in (('skipped', 'skipped'), ('shortened', 'kept in part')):
@@ -240,7 +240,7 @@ def _counted(records: Iterator[bytes], progress: tokenizing_progress.Progress) -
 
 
 def _settings(name: str) -> dict[str, Any]:
-  """What gin says of how a source and its pictures are read."""
+  """Returns the gin values that decide how a source and its pictures are read."""
   kind = sources.kind(name)
   with gin.config_scope(None if kind == name else name):
     found = {
@@ -249,17 +249,17 @@ def _settings(name: str) -> dict[str, Any]:
         f'{configurable}.{key}': value
         for configurable in (kind, 'decode_images')
         for key, value in sorted(gin.get_bindings(configurable).items())
-        if key not in _PLACES
+        if key not in _HOST_PARAMETERS
       },
     }
   return found
 
 
 def _splits(wanted: list[str] | None, source: Any) -> list[str]:
-  """Returns the splits to write: those that are wanted, or all that a source has."""
+  """Returns the splits to write: the wanted ones, by default all splits of the source."""
   if not wanted:
     wanted = list(source.splits)
-    print(f'{source.place} has the splits {", ".join(wanted)}; --splits chooses some of them')
+    print(f'{source.place} has the splits {", ".join(wanted)}; use --splits to select some of them')
   for split in wanted:
     source.check_split(split)
   return list(dict.fromkeys(wanted))

@@ -1,4 +1,4 @@
-"""Tokenises parts of a split; reading, computing and writing go on at the same time."""
+"""Tokenizes parts of a split; reading, computing and writing run in parallel."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from parti_jax.data import views
 from parti_jax.tokenization import tokenizing_progress
 from parti_jax.training.objectives import frozen_tokenizer
 
-# Batches that are read before they are needed, and whose tokens are computed at once.
+# Number of batches to read ahead, and number of batches to compute concurrently.
 _READ_AHEAD, _COMPUTED_AT_ONCE = 4, 2
 
 
 @dataclasses.dataclass
 class Batch:
-  """Successive examples of a part.
+  """Consecutive examples of a part.
 
   Attributes:
-    part: its number.
-    captions: of the examples.
+    part: index of the part.
+    captions: captions of the examples.
     pictures: uint8 [examples, views, height, width, 3].
-    tallies: of the examples since the batch before: those of `token_cache_parts.TALLIES`.
-    last: whether it is the part's last.
+    tallies: the counts in `token_cache_parts.TALLIES` since the previous batch.
+    last: whether this is the part's last batch.
   """
 
   part: int
@@ -58,16 +58,16 @@ def tokenize(
   batch_size: int,
   progress: tokenizing_progress.Progress,
 ) -> None:
-  """Writes parts of a split.
+  """Tokenizes and writes parts of a split.
 
   Args:
-    encoder: makes the tokens.
-    inputs: what is read.
-    indices: the parts.
+    encoder: computes the tokens.
+    inputs: the parts to read.
+    indices: indices of the parts.
     preparation: decodes pictures.
-    parts: where they are written.
-    info: of the token cache.
-    batch_size: examples that are read and computed at once.
+    parts: the parts to write.
+    info: the token cache's info.
+    batch_size: number of examples to read and compute at once.
     progress: counts examples and parts.
   """
   settings = dataclasses.replace(share.Settings(), num_workers=0).divided(1)
@@ -91,7 +91,7 @@ def _batches(
   settings: share.Settings,
   size: int,
 ) -> Iterator[Batch]:
-  """The examples of a part; the last batch may be empty."""
+  """Yields the examples of a part; the last batch may be empty."""
   reading = share.Reading(preparation, shuffle=False, num_epochs=1, settings=settings)
   side = preparation.image_size
   with contextlib.closing(share.open_stream(inputs.open(index), reading)) as stream:
@@ -117,7 +117,7 @@ def _batches(
 
 
 class _Ahead:
-  """Items that a thread takes from an iterator before they are asked for."""
+  """Prefetches items from an iterator in a thread."""
 
   def __init__(self, items: Iterator[Any], size: int):
     self._queue: queue.Queue = queue.Queue(size)
@@ -152,7 +152,7 @@ class _Ahead:
     self._put((None, error))
 
   def _put(self, value: tuple[Any, BaseException | None]) -> bool:
-    """Waits for room; returns whether the items are still wanted."""
+    """Waits for space in the queue; returns whether the items are still wanted."""
     while not self._closed.is_set():
       with contextlib.suppress(queue.Full):
         self._queue.put(value, timeout=0.1)
@@ -165,7 +165,7 @@ class _Aborted(Exception):
 
 
 class _Writing:
-  """Writes parts in threads: one may be on its way to the store while the next is computed."""
+  """Writes parts in threads: one may be uploading to a store while the next is computed."""
 
   def __init__(
     self,
@@ -176,16 +176,16 @@ class _Writing:
     self._parts, self._info, self._progress = parts, info, progress
     self._executor = concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix='write')
     self._futures: collections.deque[concurrent.futures.Future] = collections.deque()
-    # Of the part that is being computed: its records for the thread, and its tallies.
+    # The records for the thread, and the tallies, of the part that is being computed.
     self._records: queue.SimpleQueue | None = None
     self._tallies: dict[str, collections.Counter] = {}
 
   def add(self, batch: Batch, tokens) -> None:
-    """Adds examples, whose tokens a function returns: int32 [examples * views, image_length]."""
+    """Adds examples; `tokens()` returns their tokens, int32 [examples * views, image_length]."""
     if self._records is None:
       self._begin(batch.part)
     elif self._futures[-1].done():
-      self._futures[-1].result()  # It failed.
+      self._futures[-1].result()  # Raises its error.
     for name, counts in batch.tallies.items():
       self._tallies[name].update(counts)
     if batch.captions:

@@ -1,4 +1,4 @@
-"""How far tokenising is: a bar on a terminal, and lines now and then elsewhere."""
+"""Shows the progress of tokenizing: a bar on a terminal, and a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import tqdm
 
 from parti_jax.data import tally
 
-# Seconds until the first line, and between two others.
+# Seconds until the first line, and between later lines.
 _FIRST, _BETWEEN = 10, 60
 
 
@@ -19,9 +19,9 @@ class Progress:
   """Reports on the parts that one process writes.
 
   Args:
-    name: what is written, for the lines.
-    parts: how many parts.
-    examples: how many examples they have; None if unknown.
+    name: name of the split, for the lines.
+    parts: number of parts.
+    examples: number of their examples; None if unknown.
   """
 
   def __init__(self, name: str, parts: int, examples: int | None):
@@ -35,7 +35,7 @@ class Progress:
       self._bar = tqdm.tqdm(total=examples, desc=name, unit='example', dynamic_ncols=True)
 
   def add(self, written: int, skipped: Mapping[str, int]) -> None:
-    """Counts examples that were written, and others by the reason why they were skipped."""
+    """Counts written examples, and skipped ones by reason."""
     self._written += written
     self._skipped.update(skipped)
     read = written + sum(skipped.values())
@@ -48,7 +48,7 @@ class Progress:
       print(self.line(time.monotonic() - self._began), file=sys.stderr, flush=True)
 
   def end_part(self) -> None:
-    """Counts a part."""
+    """Counts a finished part."""
     self._done += 1
 
   def close(self) -> None:
@@ -57,10 +57,10 @@ class Progress:
       self._bar.close()
 
   def line(self, seconds: float) -> str:
-    """Returns a line.
+    """Returns a line about the progress.
 
     Args:
-      seconds: since the beginning.
+      seconds: seconds since the beginning.
     """
     rate = self._read / seconds
     line = f'{self._name}: {self._written:,} examples, {rate:,.0f}/s'
@@ -76,7 +76,7 @@ class Progress:
     return line
 
   def _seconds_left(self, seconds: float) -> float | None:
-    """The seconds that are left, by the examples or else by the parts; None at the beginning."""
+    """Estimates the seconds left from the examples or the parts; returns None at the beginning."""
     if self._examples is not None:
       done, whole = self._read, self._examples
     else:

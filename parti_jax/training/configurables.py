@@ -4,8 +4,8 @@ Names exist once their modules are imported; those of the data are in `parti_jax
 """
 
 from parti_jax.data import mixtures
+from parti_jax.training import config
 from parti_jax.training import optimizers
-from parti_jax.training import train_loop
 from parti_jax.training.objectives import generator_objective
 from parti_jax.training.objectives import ranker_objective
 from parti_jax.training.objectives import super_resolution_objective

@@ -11,6 +11,7 @@ from parti_jax.core import storage
 from parti_jax.data import batches
 from parti_jax.data import mixtures
 from parti_jax.training import state as state_lib
+from parti_jax.training import trainer as trainer_lib
 
 _FILE = 'evaluated.json'
 _LARGEST = 1 << 10
@@ -47,7 +48,7 @@ class HeldOut:
 
   def __init__(
     self,
-    trainer,
+    trainer: trainer_lib.Trainer,
     model_dir,
     task: str,
     split: str,

@@ -195,19 +195,61 @@ def parti_schedule(
 
 
 @gin.configurable
-@checks.bounded(peak=(0, None), warmup_steps=(0, None), decay_steps=(1, None), final=(0, None))
-def warmup_cosine(peak: float, warmup_steps: int, decay_steps: int, final: float = 0.0):
-  """Linear warm-up to `peak`, then a cosine down to `final` at `decay_steps`, kept after it.
+@checks.bounded(
+  peak=(0, None),
+  warmup_steps=(0, None),
+  decay_steps=(1, None),
+  final=(0, None),
+  train_steps=(1, None),
+)
+def warmup_cosine(
+  peak: float,
+  warmup_steps: int,
+  decay_steps: int | None = None,
+  final: float = 0.0,
+  train_steps: int | None = None,
+):
+  """Linear warm-up to `peak`, then a cosine down to `final`, which is kept after it.
+
+  Args:
+    peak: the highest learning rate.
+    warmup_steps: steps from 0 to `peak`.
+    decay_steps: the step at which `final` is reached, counted from the first step. None is
+      `train_steps`; a run that is shorter than the warm-up ends within it.
+    final: the last learning rate.
+    train_steps: the length of the run. gin sets it to `train.steps`.
+
+  Returns:
+    A function of the step.
 
   Raises:
-    UserError: if the warm-up is as long as all of it.
+    UserError: neither `decay_steps` nor `train_steps` is given, or `decay_steps` is not above
+      `warmup_steps`.
   """
+  if decay_steps is None:
+    if train_steps is None:
+      raise UserError('set warmup_cosine.decay_steps, the step at which the schedule ends')
+    decay_steps = max(train_steps, warmup_steps + 1)
   if warmup_steps >= decay_steps:
     raise UserError(
       f'warmup_cosine.warmup_steps={warmup_steps} must be less than '
       f'warmup_cosine.decay_steps={decay_steps}, which counts from the first step'
     )
   return optax.warmup_cosine_decay_schedule(0.0, peak, warmup_steps, decay_steps, final)
+
+
+@gin.config.register_finalize_hook
+def _schedules_follow_the_run(config):
+  """Binds `warmup_cosine.train_steps` to `train.steps`, wherever a gin file is read."""
+  found = [
+    values['steps']
+    for (scope, selector), values in config.items()
+    if not scope
+    and selector.endswith('.train')
+    and selector.startswith('parti_jax.')
+    and 'steps' in values
+  ]
+  return {'warmup_cosine.train_steps': found[0]} if found else {}
 
 
 def _check_moments(name: str, beta1: float, beta2: float, max_gradient_norm: float):

@@ -1,12 +1,11 @@
-"""What a run shows: a progress bar or plain lines, TensorBoard metrics, picture grids."""
+"""What a run shows: a progress bar or plain lines, metrics, picture grids."""
 
 from __future__ import annotations
 
 import io
-import os
 import sys
-import tempfile
-import time
+from collections.abc import Callable
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -14,28 +13,35 @@ import tqdm
 
 from parti_jax.core import storage
 from parti_jax.core import store_retries
+from parti_jax.training import writers as writers_lib
 
 
 class Reporter:
   """Metrics and pictures of a run, written by the first process alone.
 
   Args:
-    model_dir: the run's folder; events go to `tensorboard/`, pictures to `pictures/`.
+    model_dir: the run's folder; pictures go to `pictures/`.
     steps: where training ends.
     step: where it begins.
+    writers: make the writers of metrics and pictures, see `writers.Writer`.
   """
 
-  def __init__(self, model_dir, steps: int, step: int):
+  def __init__(
+    self,
+    model_dir,
+    steps: int,
+    step: int,
+    writers: Sequence[Callable[[str, int], writers_lib.Writer]] = (writers_lib.TensorBoardWriter,),
+  ):
     self._leads = jax.process_index() == 0
     self._directory = model_dir
-    self._bar = None
+    self._bar, self._writers = None, []
     if not self._leads:
       return
     for left in storage.glob(storage.join(model_dir, 'pictures', '.*.unfinished')):
       storage.remove(left)  # A kill came while it was written.
-    self._events = _Events(storage.join(model_dir, 'tensorboard'))
-    _begin_session(self._events.folder, step)
-    self._writer = _tensorboard_writer(self._events.folder)
+    for make in writers:
+      self._writers.append(make(model_dir, step))
     if sys.stderr.isatty():
       self._bar = tqdm.tqdm(total=steps, initial=step, unit='step', dynamic_ncols=True)
 
@@ -60,7 +66,8 @@ class Reporter:
     """Writes scalars and shows them."""
     if not self._leads:
       return
-    self._writer.write_scalars(step, values)
+    for writer in self._writers:
+      writer.write_scalars(step, values)
     shown = ' '.join(f'{name} {_short(value)}' for name, value in sorted(values.items()))
     if self._bar is not None:
       self._bar.set_postfix_str(f'loss {_short(values["loss"])}' if 'loss' in values else '')
@@ -69,14 +76,15 @@ class Reporter:
     self.say(f'step {step}: {shown}')
 
   def pictures(self, step: int, grids: dict[str, np.ndarray]):
-    """Writes pictures, uint8 [count, height, width, 3] each, as a grid to both places."""
+    """Writes pictures, uint8 [count, height, width, 3] each, as grids."""
     if not self._leads:
       return
     from PIL import Image
 
     for name, images in grids.items():
       grid = tile(np.asarray(images))
-      self._writer.write_images(step, {name: grid[None]})
+      for writer in self._writers:
+        writer.write_images(step, {name: grid})
       content = io.BytesIO()
       Image.fromarray(grid).save(content, 'PNG')
       storage.write(
@@ -88,9 +96,8 @@ class Reporter:
 
     The steps before a checkpoint are not done again, so what they showed would be lost for good.
     """
-    if self._leads:
-      self._writer.flush()
-      self._events.upload()
+    for writer in self._writers:
+      writer.flush()
 
   def close(self, skipped: dict[str, int]):
     """Says what data was skipped and which requests were repeated, and flushes the metrics."""
@@ -103,8 +110,8 @@ class Reporter:
       self.say(f'requests to stores repeated: {retries}')
     if self._bar is not None:
       self._bar.close()
-    self._writer.close()
-    self._events.upload()
+    for writer in self._writers:
+      writer.close()
 
 
 def tile(images: np.ndarray) -> np.ndarray:
@@ -116,63 +123,6 @@ def tile(images: np.ndarray) -> np.ndarray:
   filled[:count] = images
   grid = filled.reshape(rows, columns, height, width, channels).transpose(0, 2, 1, 3, 4)
   return grid.reshape(rows * height, columns * width, channels)
-
-
-class _Events:
-  """Where TensorBoard's events are written, which is on a disk in any case.
-
-  Its writers append and know few stores. The files of this start are copied to others, each whole.
-
-  Attributes:
-    folder: the local folder to write to.
-
-  Args:
-    target: where the events go, a path or URL.
-  """
-
-  def __init__(self, target: str):
-    self._target, self._temporary = target, None
-    self.folder = os.fspath(storage.as_epath(target))
-    self._uploaded: dict[str, int] = {}
-    if storage.is_url(target):
-      self._temporary = tempfile.TemporaryDirectory(prefix='parti_jax_events_')
-      self.folder = self._temporary.name
-
-  def upload(self):
-    """Copies the files that have grown, if they are not where they belong already."""
-    if self._temporary is None:
-      return
-    for name, size in storage.sizes(self.folder).items():
-      if self._uploaded.get(name) != size:
-        storage.upload(os.path.join(self.folder, name), storage.join(self._target, name))
-        self._uploaded[name] = size
-
-
-def _tensorboard_writer(folder: str):
-  from clu import metric_writers
-
-  return metric_writers.AsyncMultiWriter([metric_writers.SummaryWriter(folder)])
-
-
-def _begin_session(folder: str, step: int):
-  """Tells TensorBoard that what it has of steps after `step` is void, since they are done again.
-
-  A killed run has come further than its last checkpoint. What is done again has the same losses,
-  but not the same speeds, and without this curves would go back and forth. TensorBoard takes the
-  first session of a run for its beginning, so that a new run has one too.
-  """
-  from tensorboard.compat.proto import event_pb2
-  from tensorboard.summary.writer import event_file_writer
-
-  writer = event_file_writer.EventFileWriter(folder)
-  writer.add_event(
-    event_pb2.Event(
-      wall_time=time.time(),
-      step=step + 1,
-      session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START),
-    )
-  )
-  writer.close()
 
 
 def _short(value: float) -> str:

@@ -83,7 +83,7 @@ class Run:
     lines = [f'{facts["stage"]}: {facts["parameters"] / 1e6:.1f}M parameters on {devices}, {where}']
     if self._checkpoints.factored:
       lines.append(whole_moments.line(self._checkpoints.factored))
-    own = getattr(self._trainer.objective, 'over_examples', ())
+    own = self._trainer.objective.over_examples
     microbatches = self._trainer.microbatches
     if own and microbatches > 1:
       lines.append(

@@ -8,12 +8,14 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
 from parti_jax.core import errors
 from parti_jax.core import numerics
 from parti_jax.partitioning import rules as partitioning_rules
+from parti_jax.training.objectives import base
 
 # JAX's name of the hosts' memory that devices can read.
 _HOST = 'pinned_host'
@@ -76,11 +78,13 @@ def update_average(average, params, step, decay: float):
   return jax.tree.map(lambda old, new: jnp.where(step == 0, new, moved(old, new)), average, params)
 
 
-def abstract_state(objective, optimizer, mesh, rules):
+def abstract_state(
+  objective: base.Objective, optimizer: optax.GradientTransformation, mesh, rules
+) -> TrainState:
   """Shapes and shardings of a run's state, with nothing computed.
 
   Args:
-    objective: what is trained, see `objectives`.
+    objective: what is trained.
     optimizer: an optax transformation.
     mesh: the device mesh.
     rules: logical axis rules.
@@ -120,7 +124,14 @@ def num_bytes(state) -> int:
   return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
-def create_state(objective, optimizer, seed: int, abstract, mesh, rules) -> TrainState:
+def create_state(
+  objective: base.Objective,
+  optimizer: optax.GradientTransformation,
+  seed: int,
+  abstract: TrainState,
+  mesh,
+  rules,
+) -> TrainState:
   """The state before the first step; no device ever holds a whole parameter that is split.
 
   Args:

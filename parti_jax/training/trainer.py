@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -16,12 +17,20 @@ from jax.sharding import PartitionSpec
 from parti_jax.core import numerics
 from parti_jax.models.nn import layers
 from parti_jax.partitioning import local_rows
+from parti_jax.partitioning import pipeline_parallelism
 from parti_jax.partitioning import rules as rules_lib
+from parti_jax.training import config as config_lib
 from parti_jax.training import skipped_steps as finite_lib
 from parti_jax.training import state as state_lib
+from parti_jax.training.objectives import base
 
 
-def make_train_step(objective, optimizer, seed: int, microbatches: int = 1) -> Callable[..., Any]:
+def make_train_step(
+  objective: base.Objective,
+  optimizer: optax.GradientTransformation,
+  seed: int,
+  microbatches: int = 1,
+) -> Callable[..., Any]:
   """The step of an objective, as a function of state and batch, not yet jitted.
 
   The keys of dropout and of whatever else is random follow from `seed` and the step alone, so
@@ -30,7 +39,7 @@ def make_train_step(objective, optimizer, seed: int, microbatches: int = 1) -> C
   Where the loss or a gradient is not finite, all of the state but the step stays as it was, and the
   metric 'finite' is False. The optimisers' own counts, and with them the learning rate, stay too.
   """
-  apart = _other_optimizers(objective)
+  apart = objective.other_optimizers()
 
   def step(state: state_lib.TrainState, batch, constants):
     rng, after_rng = jax.random.split(jax.random.fold_in(numerics.key(seed), state.step))
@@ -59,22 +68,17 @@ def make_train_step(objective, optimizer, seed: int, microbatches: int = 1) -> C
   return step
 
 
-def _other_optimizers(objective):
-  return objective.other_optimizers() if hasattr(objective, 'other_optimizers') else {}
-
-
-def with_other_optimizers(objective, optimizer):
-  """An optimiser that leaves parts of the parameters to others.
+def with_other_optimizers(objective: base.Objective, optimizer: optax.GradientTransformation):
+  """An optimiser that leaves parts of the parameters to the objective's `other_optimizers`.
 
   Args:
-    objective: what is trained; may have a method `other_optimizers`, which returns {name of a part: an
-      optax transformation}.
+    objective: what is trained.
     optimizer: of all other parts.
 
   Returns:
     An optax transformation; `optimizer` itself if the objective has no others.
   """
-  others = _other_optimizers(objective)
+  others = objective.other_optimizers()
   if not others:
     return optimizer
   return optax.partition(
@@ -83,7 +87,7 @@ def with_other_optimizers(objective, optimizer):
   )
 
 
-def _gradients(objective, params, constants, batch, rng, step, microbatches: int):
+def _gradients(objective: base.Objective, params, constants, batch, rng, step, microbatches: int):
   """The loss, what the objective says besides, and gradients, of one microbatch after another.
 
   Microbatch k of n has the examples k, k + n, k + 2 · n ..., so that each device finds its part of
@@ -138,11 +142,6 @@ def compiler_options(mesh) -> dict[str, int]:
 class Trainer:
   """An objective on a mesh: its state's shardings, and its steps compiled for them.
 
-  An objective may have constants: arrays that its loss and evaluation find among the parameters, but
-  which are neither trained nor part of the state, such as the network of a perceptual loss. Then it
-  has the methods `abstract_constants`, which returns {name: tree of jax.ShapeDtypeStruct}, and
-  `constants`, which returns the arrays.
-
   Args:
     objective: what is trained, such as TokenizerObjective or GeneratorObjective.
     optimizer: an optax transformation, see `with_other_optimizers`.
@@ -159,9 +158,9 @@ class Trainer:
   @numerics.fixed()
   def __init__(
     self,
-    objective,
-    optimizer,
-    mesh,
+    objective: base.Objective,
+    optimizer: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
     seed: int = 0,
     microbatches: int = 1,
     offload_optimizer: bool = False,
@@ -170,6 +169,10 @@ class Trainer:
     self.objective, self.optimizer, self.mesh, self.seed = objective, optimizer, mesh, seed
     self.microbatches = microbatches
     self.rules = rules_lib.logical_axis_rules()
+    # Without stages gin's settings are not asked for, and not among those that a run keeps.
+    self._pipeline = pipeline_parallelism.Settings()
+    if mesh.shape.get('stage', 1) > 1:
+      self._pipeline = pipeline_parallelism.configured()
     self.abstract = state_lib.abstract_state(objective, optimizer, mesh, self.rules)
     if offload_optimizer:
       self.abstract = state_lib.with_optimizer_on_host(self.abstract, mesh)
@@ -189,6 +192,18 @@ class Trainer:
       out_shardings=self._replicated,
     )
 
+  @classmethod
+  def of_config(cls, config: config_lib.TrainConfig, mesh: jax.sharding.Mesh) -> Trainer:
+    """The trainer of a run with these settings."""
+    return cls(
+      config.objective,
+      config.optimizer(config.schedule),
+      mesh,
+      config.seed,
+      config.microbatches,
+      config.offload_optimizer,
+    )
+
   @functools.cached_property
   @numerics.fixed()
   def constants(self):
@@ -197,15 +212,17 @@ class Trainer:
     Raises:
       UserError: if a file of them is missing or damaged.
     """
-    found = self.objective.constants() if hasattr(self.objective, 'constants') else {}
-    return jax.tree.map(lambda leaf: jax.device_put(leaf, self._replicated), found)
+    return jax.tree.map(
+      lambda leaf: jax.device_put(leaf, self._replicated), self.objective.constants()
+    )
 
   @numerics.fixed()
   def create_state(self) -> state_lib.TrainState:
     """The state before the first step."""
-    return state_lib.create_state(
-      self.objective, self.optimizer, self.seed, self.abstract, self.mesh, self.rules
-    )
+    with pipeline_parallelism.use(self._pipeline):
+      return state_lib.create_state(
+        self.objective, self.optimizer, self.seed, self.abstract, self.mesh, self.rules
+      )
 
   @numerics.fixed()
   def put(self, batch: dict[str, np.ndarray], batch_size: int | None = None):
@@ -222,17 +239,18 @@ class Trainer:
   @numerics.fixed()
   def step(self, state, batch):
     """One update: the new state and scalar metrics; `state` is donated, `batch` of `put`."""
-    with rules_lib.partitioned(self.mesh, self.rules):
+    with self._partitioned():
       return self._step(state, batch, self.constants)
 
   @numerics.fixed()
   def lower(self, batch_size: int):
     """The step that training runs, lowered for a batch of this size and not yet compiled."""
-    constants = {}
-    if hasattr(self.objective, 'abstract_constants'):
-      constants = self.objective.abstract_constants()
-    with rules_lib.partitioned(self.mesh, self.rules):
-      return self._step.lower(self.abstract, self.objective.abstract_batch(batch_size), constants)
+    batch, constants = (
+      self.objective.abstract_batch(batch_size),
+      self.objective.abstract_constants(),
+    )
+    with self._partitioned():
+      return self._step.lower(self.abstract, batch, constants)
 
   @numerics.fixed()
   def evaluate(self, params, batches) -> dict[str, float]:
@@ -248,7 +266,7 @@ class Trainer:
     """
     measures: dict[str, list[np.ndarray]] = {}
     size, ways = 0, rules_lib.batch_ways(self.mesh, self.rules)
-    with rules_lib.partitioned(self.mesh, self.rules):
+    with self._partitioned():
       for batch in batches:
         count = len(next(iter(batch.values())))
         size = max(size, -(-count // ways) * ways)
@@ -284,7 +302,7 @@ class Trainer:
       return {}
     draw, inputs = self._painter
     count, ways = len(next(iter(batch.values()))), rules_lib.batch_ways(self.mesh, self.rules)
-    with rules_lib.partitioned(self.mesh, self.rules):
+    with self._partitioned():
       drawn = draw(params, self._put_whole(batch, -(-count // ways) * ways), inputs)
     return {name: np.asarray(pictures)[:count] for name, pictures in drawn.items()}
 
@@ -297,6 +315,15 @@ class Trainer:
     draw, inputs = painter
     shardings = (self.shardings.params, self.batch_sharding, self._replicated)
     return jax.jit(draw, in_shardings=shardings, out_shardings=self._replicated), inputs
+
+  @contextlib.contextmanager
+  def _partitioned(self):
+    """A context in which the models are split over the mesh."""
+    with (
+      rules_lib.partitioned(self.mesh, self.rules),
+      pipeline_parallelism.use(self._pipeline),
+    ):
+      yield
 
   def _put_whole(self, batch, size: int):
     """A batch that every process has, as arrays of `size` rows; the added ones repeat others."""

@@ -1,4 +1,4 @@
-"""The command line: its table, its errors and its exit statuses."""
+"""Tests the command line: its table, its errors and its exit statuses."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ from parti_jax.core.errors import UserError
 
 @pytest.fixture(name='command')
 def _command(monkeypatch):
-  """Puts the command `echo` into the table; its `run` does what `command.run` is set to."""
+  """Adds the command `echo` to the table; `command.run` sets its `run`."""
   module = types.ModuleType('echo_command')
   module.add_arguments = lambda parser: parser.add_argument('--number', type=int, default=3)
   module.run = lambda args: args.number
@@ -24,7 +24,7 @@ def _command(monkeypatch):
 
 
 def _with_gin(module):
-  """Gives a command the argument that stands for gin, and records what it got."""
+  """Gives a command the argument for gin, and records its arguments."""
   seen = []
   module.add_arguments = lambda parser: parser.add_argument('--gin_file', action='append')
   module.run = lambda args: seen.extend(args.gin_bindings) or 0
@@ -37,7 +37,7 @@ def test_status_is_the_commands(command):
   assert main.main(['echo']) == 3
 
 
-def test_help_lists_every_command(capsys):
+def test_help_lists_all_commands(capsys):
   assert main.main(['--help']) == 0
   printed = capsys.readouterr().out
   for name, (_, summary) in main.COMMANDS.items():
@@ -195,7 +195,7 @@ def test_gin_bindings_for_a_command_without_gin(command, capsys):
 
 def test_help_and_unknown_commands_import_neither_jax_nor_gin():
   code = (
-    'import sys\nfrom parti_jax import main\nmain.main(["--help"])\nmain.main(["no"])\n'
+    'import sys\nfrom parti_jax.cli import main\nmain.main(["--help"])\nmain.main(["no"])\n'
     'print(sorted({"jax", "gin", "numpy", "tensorflow"} & set(sys.modules)))'
   )
   done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
@@ -224,9 +224,7 @@ def test_train_as_a_module():
     ['plan', '--json'],
   ],
 )
-def test_outputs_that_can_not_be_written_are_refused_before_anything_is_read(
-  tmp_path, capsys, command
-):
+def test_outputs_that_cannot_be_written_are_refused_before_reading(tmp_path, capsys, command):
   (tmp_path / 'file').write_text('')
   *first, flag = command
   assert main.main([*first, f'{flag}={tmp_path}/file/below']) == 2

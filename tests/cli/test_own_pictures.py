@@ -80,12 +80,12 @@ def test_every_form_of_captions_is_found(tmp_path, captions_in):
 @pytest.mark.parametrize(
   'content, message',
   [
-    ({}, 'there are no captions; put them into captions.jsonl'),
+    ({}, 'no captions found; put them into captions.jsonl'),
     ({'a.png': b'x'}, 'there are no captions'),
-    ({'captions.jsonl': b'{"image_url": "x"}'}, 'line 1: needed is an object with one of file, '),
-    ({'captions.jsonl': b'[1]'}, 'line 1: needed is'),
-    ({'captions.jsonl': b''}, 'line 1: needed'),
-    ({'a.txt': b'a cat'}, 'none of the 1 files .* has a picture beside it'),
+    ({'captions.jsonl': b'{"image_url": "x"}'}, 'line 1: expected an object with one of file, '),
+    ({'captions.jsonl': b'[1]'}, 'line 1: expected an'),
+    ({'captions.jsonl': b''}, 'line 1: expected'),
+    ({'a.txt': b'a cat'}, 'none of the 1 files .* has a picture of the same name'),
   ],
 )
 def test_folders_without_captions_are_refused(tmp_path, capsys, content, message):

@@ -1,4 +1,4 @@
-"""Values that a user gives: what is taken, as which type, and the one line about the others."""
+"""User-supplied values: accepted values, resulting types, and one-line errors."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -60,7 +60,7 @@ def test_whole_numbers_become_ints(value):
 
 
 @pytest.mark.parametrize('value', NO_WHOLE_NUMBERS, ids=checks.shown)
-def test_anything_else_is_no_whole_number(value):
+def test_anything_else_is_not_a_whole_number(value):
   with pytest.raises(UserError, match='^n=.* must be a whole number from 0 to 9') as caught:
     checks.whole_number('n', value, 0, 9)
   assert '\n' not in str(caught.value) and len(str(caught.value)) < 200
@@ -74,7 +74,7 @@ def test_whole_numbers_out_of_bounds(value):
     checks.whole_number('n', value, 1, 9)
 
 
-def test_a_whole_float_is_answered_with_the_whole_number():
+def test_the_error_for_a_whole_float_suggests_the_integer():
   with pytest.raises(UserError, match='^n=8.0 must be a whole number from 1, such as 8$'):
     checks.whole_number('n', 8.0, 1)
 
@@ -101,7 +101,7 @@ def test_whole_numbers_are_numbers_and_small_ones_are_kept():
 
 
 @pytest.mark.parametrize('value', NO_NUMBERS, ids=checks.shown)
-def test_anything_else_is_no_number(value):
+def test_anything_else_is_not_a_number(value):
   with pytest.raises(UserError, match='^x=.* must be a number from 0 to 1$') as caught:
     checks.number('x', value, 0, 1)
   assert '\n' not in str(caught.value) and len(str(caught.value)) < 200
@@ -150,18 +150,18 @@ def test_annotations(kind, value, expected):
     (int | None, '3', "x='3' must be a whole number from 1 to 9"),
     (float, None, 'x=None must be a number from 1 to 9'),
     (bool, 1, 'x=1 must be true or false'),
-    (str, 5, 'x=5 must be a text'),
-    (str | None, 5, 'x=5 must be a text'),
+    (str, 5, 'x=5 must be a string'),
+    (str | None, 5, 'x=5 must be a string'),
     (tuple[int, int], 64, 'x=64 must be a list of two whole numbers from 1 to 9'),
     (tuple[int, int], [8, 8, 8], 'x=[8, 8, 8] must be a list of two whole numbers from 1 to 9'),
     (tuple[int, int], [[8], [8]], 'x=[[8], [8]] must be a list of two whole numbers from 1 to 9'),
     (tuple[int, int], [8, 10], 'x=[8, 10] must be a list of two whole numbers from 1 to 9'),
     (tuple[int, ...], {}, 'x={} must be a list of whole numbers from 1 to 9'),
-    (tuple[str, ...], 'row', "x='row' must be a list of texts"),
-    (tuple[str, ...], ['row', 1], "x=['row', 1] must be a list of texts"),
+    (tuple[str, ...], 'row', "x='row' must be a list of strings"),
+    (tuple[str, ...], ['row', 1], "x=['row', 1] must be a list of strings"),
   ],
 )
-def test_other_types_than_annotated(kind, value, message):
+def test_types_that_differ_from_the_annotation(kind, value, message):
   with pytest.raises(UserError) as caught:
     checks.typed('x', value, kind, 1, 9)
   assert str(caught.value) == message
@@ -182,7 +182,7 @@ def test_values_are_shown_in_one_short_line():
   ]
 
 
-def test_numbers_as_text_are_short_and_never_the_same_for_two():
+def test_number_texts_are_short_and_unique():
   assert [checks.number_text(value) for value in (0, 1.0, 0.1, 2**31 - 1, 1234567, 0.1234567)] == [
     '0',
     '1',
@@ -197,10 +197,10 @@ def test_numbers_as_text_are_short_and_never_the_same_for_two():
 @pytest.mark.parametrize(
   'value, message',
   [
-    (5, r'prompts=5 must be a text or a list of texts'),
+    (5, r'prompts=5 must be a string or a list of strings'),
     ({'a': 1}, 'prompts='),
     (b'a', 'prompts='),
-    (['a', None], 'prompt 2 is None, which is not a text'),
+    (['a', None], 'prompt 2 is None, which is not a string'),
     (['\ud800'], 'prompt 1 has characters'),
   ],
 )

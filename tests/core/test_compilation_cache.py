@@ -1,4 +1,4 @@
-"""The folder of compiled programs: where it is, and that it never fails a run."""
+"""The folder of compiled programs: its path, and that it never fails a run."""
 
 import pathlib
 
@@ -19,13 +19,13 @@ _OPTIONS = (
 
 @pytest.fixture(autouse=True)
 def _restored(monkeypatch):
-  """Starts without a cache and leaves JAX's settings as they were."""
+  """Starts without a cache and restores JAX's settings afterwards."""
   saved = {option: getattr(jax.config, option) for option in _OPTIONS}
   jax.config.update('jax_compilation_cache_dir', None)
   jax.config.update('jax_enable_compilation_cache', True)
   jax.experimental.compilation_cache.compilation_cache.reset_cache()
   monkeypatch.delenv('PARTI_JAX_CACHE', raising=False)
-  monkeypatch.setattr(jax, 'device_count', lambda: 1)  # Where the tests emulate several.
+  monkeypatch.setattr(jax, 'device_count', lambda: 1)  # The tests may emulate several.
   yield
   for option, value in saved.items():
     jax.config.update(option, value)
@@ -60,7 +60,7 @@ def test_programs_for_several_cpu_devices_are_not_kept(tmp_path, monkeypatch):
   monkeypatch.setenv('PARTI_JAX_CACHE', str(tmp_path / 'ours'))
   monkeypatch.setattr(jax, 'device_count', lambda: 8)
   assert compilation_cache.enable() is None
-  # Nor in a cache that JAX was told to use.
+  # A cache configured in JAX isn't used either.
   jax.config.update('jax_compilation_cache_dir', str(tmp_path / 'theirs'))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
   assert compilation_cache.enable() is None

@@ -1,4 +1,4 @@
-"""gin: where files are found, and what its errors say."""
+"""gin: how files are found, and the error messages."""
 
 import argparse
 import collections.abc
@@ -31,7 +31,7 @@ def failing_example():
 
 @pytest.fixture(autouse=True)
 def _fresh(tmp_path, monkeypatch):
-  """Works in an empty folder and with an installed folder of gin files, and no gin values."""
+  """Uses an empty working folder, an installed folder of gin files, and no gin values."""
   installed = tmp_path / 'package' / 'gin_configs'
   (installed / 'runs').mkdir(parents=True)
   (installed / 'models').mkdir()
@@ -79,7 +79,7 @@ def test_a_file_in_the_working_folder_comes_first(tmp_path):
   assert train_example(model_dir='')[0] == 99
 
 
-def test_later_files_and_bindings_win_and_nothing_stays_from_before():
+def test_later_files_and_bindings_win_and_earlier_configs_are_discarded():
   with open('mine.gin', 'w', encoding='utf-8') as file:
     file.write('train_example.steps = 8\nRATE = 3.0\ntrain_example.rate = %RATE\n')
   gin_config.parse(['runs/demo_run.gin', 'mine.gin'], [])
@@ -135,16 +135,16 @@ def test_missing_files_are_not_logged(caplog):
       'ExampleModel.zzz = 1',
       "mine.gin:1: unknown gin name 'ExampleModel.zzz'; its parameters are width",
     ),
-    ('ExampleModel.hidden = 1', 'mine.gin:1: ExampleModel.hidden is not for gin to set'),
+    ('ExampleModel.hidden = 1', 'mine.gin:1: ExampleModel.hidden cannot be set by gin'),
     ('import parti_jax.nothing', "mine.gin:1: No module named 'parti_jax.nothing'"),
     ('\ntrain_example.steps = 3 4', 'mine.gin:2: Expected newline. In: train_example.steps = 3 4'),
     (
       'train_example.rate = %RATE',
-      'gin: the macro %RATE is used and has no value; set it with --gin.RATE=VALUE',
+      'gin: the macro %RATE is used but has no value; set it with --gin.RATE=VALUE',
     ),
     (
       'RATES = 1\ntrain_example.rate = %RATE',
-      'gin: the macro %RATE is used and has no value; did you mean %RATES?',
+      'gin: the macro %RATE is used but has no value; did you mean %RATES?',
     ),
     ('train_example.steps = %gin.REQUIRED', 'mine.gin: train_example.steps set to'),
   ],
@@ -155,7 +155,7 @@ def test_errors_in_a_file(text, start):
 
 def test_open_bracket_names_the_file():
   message = _message('train_example.steps = (3')
-  assert message.startswith('mine.gin') and 'nothing closes' in message
+  assert message.startswith('mine.gin') and 'check for an unclosed bracket' in message
 
 
 @pytest.mark.parametrize(
@@ -166,8 +166,8 @@ def test_open_bracket_names_the_file():
       "unknown gin name 'train_example.setps'; did you mean train_example.steps?",
     ),
     ('trian_example.steps=3', 'did you mean train_example.steps'),
-    ('train_example.model_dir=x', 'a text needs quotes'),
-    ('RTAE=3', "no macro 'RTAE' is used in the gin files; did you mean RATE?"),
+    ('train_example.model_dir=x', 'a string needs quotes'),
+    ('RTAE=3', "the gin files use no macro 'RTAE'; did you mean RATE?"),
     ('train_example=3', 'write --gin.NAME.PARAMETER=VALUE'),
   ],
 )
@@ -189,7 +189,7 @@ def test_missing_optional_package_in_an_import_is_left_to_main(monkeypatch):
     gin_config.parse(['mine.gin'], [])
 
 
-def test_required_value_that_nothing_sets():
+def test_unset_required_value():
   gin_config.parse([], [])
   with pytest.raises(UserError, match=r'--gin\.train_example\.model_dir=VALUE'):
     with gin_config.translated_errors():
@@ -205,11 +205,11 @@ def test_other_errors_pass_through():
 def test_without_call_chain():
   with pytest.raises(UserError) as caught:
     failing_example()
-  assert '\n' in str(caught.value)  # What gin adds.
+  assert '\n' in str(caught.value)  # gin adds this.
   assert gin_config.without_call_chain(caught.value) == 'captions.jsonl: no such file'
 
 
-def test_operative_has_what_was_called():
+def test_operative_has_the_values_in_use():
   gin_config.parse([], ['train_example.steps=6'])
   assert 'steps' not in gin_config.operative()
   train_example(model_dir='x')
@@ -223,7 +223,7 @@ def test_arguments():
   assert parser.parse_args(['--gin_file=a', '--gin_file', 'b']).gin_file == ['a', 'b']
 
 
-def test_what_gin_says_about_data_can_be_left_out(tmp_path, monkeypatch):
+def test_data_settings_can_be_skipped(tmp_path, monkeypatch):
   run = tmp_path / 'run.gin'
   run.write_text('import parti_jax.data.tasks\ntrain_example.steps = 9\nfolder.path = "x"\n')
   imported = []
@@ -272,13 +272,13 @@ def typed_example(
     ('size=None', 'typed_example.size=None must be a whole number from 1 to 8'),
     ("rate='0.1'", "typed_example.rate='0.1' must be a number"),
     ('rate=1e39', 'typed_example.rate=1e+39 is not a finite number in float32'),
-    ('name=3', 'typed_example.name=3 must be a text'),
+    ('name=3', 'typed_example.name=3 must be a string'),
     ('on=1', 'typed_example.on=1 must be true or false'),
     ('pair=(1, 2, 3)', 'typed_example.pair=(1, 2, 3) must be a list of two whole numbers from 0'),
     ('pair=3', 'typed_example.pair=3 must be a list of two whole numbers from 0'),
     ('pair=(-1, 2)', 'typed_example.pair=(-1, 2) must be a list of two whole numbers from 0'),
-    ("files='a.jsonl'", "typed_example.files='a.jsonl' must be of the form {'text': 'text'}"),
-    ("files={'train': None}", "must be of the form {'text': 'text'}"),
+    ("files='a.jsonl'", "typed_example.files='a.jsonl' must be of the form {'string': 'string'}"),
+    ("files={'train': None}", "must be of the form {'string': 'string'}"),
   ],
 )
 def test_values_of_another_type_are_named_before_anything_is_called(binding, message):
@@ -288,7 +288,7 @@ def test_values_of_another_type_are_named_before_anything_is_called(binding, mes
   assert f'a/{message}' in _message(f'a/typed_example.{binding}') or message.startswith('must')
 
 
-def test_what_a_macro_stands_for_is_checked():
+def test_macro_values_are_checked():
   assert _message('SIZE = 9\ntyped_example.size = %SIZE').startswith('typed_example.size=9 must')
   assert _message('SIZE = 9\ntyped_example.pair = (1, %SIZE, 2)').startswith(
     'typed_example.pair=(1, 9, 2) must'
@@ -314,7 +314,7 @@ def test_values_that_fit_pass(binding):
   gin_config.parse([], [f'typed_example.{binding}'])
 
 
-def test_a_call_where_a_function_is_wanted_is_named():
+def test_a_call_in_place_of_a_function_is_named():
   gin_config.parse([], ['train_example.function = @needs_more()', "train_example.model_dir = 'x'"])
   with pytest.raises(
     UserError,
@@ -347,7 +347,7 @@ def test_old_names_still_work_and_are_named_once(tmp_path, capsys):
   ]
 
 
-def test_every_new_name_is_there():
+def test_all_new_names_exist():
   for name in gin_config.RENAMED.values():
     kind, _, parameter = name.partition('.')
     configurable = gin.config._REGISTRY.get_match(kind)

@@ -1,4 +1,4 @@
-"""Pictures, tokens, parameters and losses do not depend on JAX's settings of the process."""
+"""Pictures, tokens, parameters and losses don't depend on JAX's global settings."""
 
 import hashlib
 
@@ -44,7 +44,7 @@ EVERYTHING = {name: value for group in (DRAWS | OTHERS).values() for name, value
 
 @pytest.fixture(name='config')
 def _config():
-  """Changes JAX's settings as the environment of a process would, until the test ends."""
+  """Changes JAX's settings as environment variables would, until the test ends."""
   before = {name: getattr(jax.config, name) for name in (*EVERYTHING, 'jax_random_seed_offset')}
 
   def update(settings):
@@ -64,7 +64,7 @@ def _digest(*trees) -> str:
 
 
 def _drawn():
-  """What the demo model draws, ranks, tokenizes and enlarges, loaded anew."""
+  """The demo model's pictures, scores, tokens and enlargements, from a newly loaded model."""
   model = text_to_image.load()
   result = model.generate(['red apple'], num_images=2, seed=3, rank=True)
   images = result.images[0]
@@ -180,7 +180,7 @@ def test_initial_parameters_and_losses_are_the_same(name, settings, config, trai
   assert _trained(name) == trained[name]
 
 
-def test_cached_tokens_are_the_same_and_whoever_reads_them_keeps_their_settings(config):
+def test_cached_tokens_are_the_same_and_their_reader_keeps_its_settings(config):
   objective = OBJECTIVES['tokenizer']
   params = jax.device_get(
     jax.jit(
@@ -201,7 +201,7 @@ def test_cached_tokens_are_the_same_and_whoever_reads_them_keeps_their_settings(
   np.testing.assert_array_equal(tokens(), right)
 
 
-def test_settings_are_back_after_an_error(config):
+def test_settings_are_restored_after_an_error(config):
   config(EVERYTHING)
   with pytest.raises(ZeroDivisionError), numerics.fixed():
     assert not jax.config.jax_enable_x64 and jax.random.key(0).dtype == numerics.key(0).dtype

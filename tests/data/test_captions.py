@@ -1,4 +1,4 @@
-"""Captions of every kind: which are used, what is taken out of them, and what counts them."""
+"""Captions: usable and unusable ones, what is removed, and how they are counted."""
 
 import pytest
 
@@ -47,7 +47,7 @@ def test_kept(data, text):
   assert captions.clean(data) == (text, [])
 
 
-def test_control_characters_become_blanks():
+def test_control_characters_become_spaces():
   text, changes = captions.clean('a dog\0and\x92 a cat'.encode())
   assert text == 'a dog and  a cat'
   assert changes == ['control characters taken out of the caption']
@@ -101,8 +101,8 @@ def test_captions_in_a_run(folder, encode, caplog):
   assert '1 caption not UTF-8' in caplog.text
 
 
-def test_a_caption_that_the_vocabulary_drops_is_none(folder, encode):
-  # Not invisible to Unicode, but SentencePiece takes the replacement character for a blank.
+def test_a_caption_that_the_vocabulary_drops_is_unusable(folder, encode):
+  # Visible to Unicode, but SentencePiece treats the replacement character as whitespace.
   folder([('a dog', encode((1, 2, 3))), ('\ufffd', encode((1, 2, 3)))])
   batches = Batches('folder_texts', 'train', 8, LENGTHS, num_epochs=1)
   (batch,) = batches

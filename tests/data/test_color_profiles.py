@@ -1,4 +1,4 @@
-"""Colour profiles in pictures: converted to sRGB as their numbers say, or ignored and counted."""
+"""Colour profiles in pictures: converted to sRGB numerically correctly, or ignored and counted."""
 
 import concurrent.futures
 import io
@@ -20,7 +20,7 @@ from parti_jax.data.image_decoding import decode_and_note
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()
 D50 = (0.9642, 1.0, 0.8249)
-# Red, green and blue of colour spaces in XYZ, as seen in D50.
+# Primaries of colour spaces in XYZ, relative to D50.
 ADOBE_RGB = ((0.60974, 0.31111, 0.01947), (0.20528, 0.62567, 0.06087), (0.14919, 0.06322, 0.74457))
 DISPLAY_P3 = (
   (0.51512, 0.24120, -0.00105),
@@ -76,7 +76,7 @@ def _curve(gamma):
 
 
 def rgb_profile(colors, gamma):
-  """A profile of RGB with these primaries."""
+  """An RGB profile with these primaries."""
   tags = {}
   for name, color in zip(b'rgb', colors):
     tags[bytes([name]) + b'XYZ'] = _xyz(color)
@@ -89,7 +89,7 @@ def grey_profile(gamma):
 
 
 def cmyk_profile():
-  """Lightness is 100 without ink and 0 with all of any; each ink takes the same, and no hue."""
+  """Lightness is 100 without ink and 0 with all; each ink takes the same amount, without hue."""
   nodes = bytes(
     value
     for index in range(16)
@@ -113,13 +113,13 @@ def _encoded_srgb(linear):
 
 
 def _expected(pixels, colors, gamma):
-  """Returns what pixels of RGB with these primaries are in sRGB, 0 to 255."""
+  """Returns the sRGB values, 0 to 255, of RGB pixels with these primaries."""
   xyz = (pixels / 255) ** gamma @ np.array(colors)
   return 255 * _encoded_srgb(xyz @ np.linalg.inv(np.array(SRGB_COLORS)))
 
 
 def _pixels():
-  """All of a few levels; not near black, where curves are steep."""
+  """All combinations of a few levels; none near black, where curves are steep."""
   levels = np.array([40, 90, 128, 180, 215, 255])
   grid = np.stack(np.meshgrid(levels, levels, levels, indexing='ij'), -1).reshape(-1, 3)
   return np.concatenate([grid, grid[:9]]).reshape(15, 15, 3).astype(np.uint8)
@@ -142,7 +142,7 @@ def _encode(image, image_format='png', **arguments):
 @pytest.mark.parametrize(
   'colors, gamma', [(ADOBE_RGB, 2.2), (DISPLAY_P3, 2.2), (SRGB_COLORS, 1.0), (SRGB_COLORS, 1.8)]
 )
-def test_colors_are_those_of_the_profile(colors, gamma, image_format, arguments, within):
+def test_colors_follow_the_profile(colors, gamma, image_format, arguments, within):
   pixels = _pixels()
   data = _encode(
     Image.fromarray(pixels), image_format, icc_profile=rgb_profile(colors, gamma), **arguments
@@ -198,7 +198,7 @@ def test_cmyk():
   inks[4:, :, 3] = 100
   data = _encode(Image.fromarray(inks, 'CMYK'), 'jpeg', quality=100, icc_profile=cmyk_profile())
   found, notes = decode_and_note(data, 8)
-  # Each of the inks takes 100/255 of half of the lightness.
+  # Each ink takes 100/255 of half of the lightness.
   lightness = np.where(np.arange(8) < 4, 1 - 50 / 255, 1 - 100 / 255)[:, None, None]
   expected = 255 * _encoded_srgb(((100 * lightness + 16) / 116) ** 3)
   assert np.abs(found - expected).max() <= 3 and not notes
@@ -207,7 +207,7 @@ def test_cmyk():
   np.testing.assert_array_equal(decode(data, 8, to_srgb=False), without)
 
 
-def test_what_is_srgb_stays_bit_for_bit(monkeypatch):
+def test_srgb_pictures_stay_bit_for_bit(monkeypatch):
   pixels = np.random.default_rng(0).integers(0, 256, [9, 9, 3], np.uint8)
   for image_format, arguments in (
     ('png', {}),
@@ -219,7 +219,7 @@ def test_what_is_srgb_stays_bit_for_bit(monkeypatch):
     plain = decode(_encode(image, image_format, **arguments), 9)
     data = _encode(image, image_format, icc_profile=SRGB, **arguments)
     np.testing.assert_array_equal(decode(data, 9), plain)
-  # And once its profile is known, no transform is asked about its pixels.
+  # Once its profile is cached, no transform is applied to its pixels.
   monkeypatch.setattr(ImageCms, 'applyTransform', lambda *_: pytest.fail('converted'))
   np.testing.assert_array_equal(decode(data, 9), plain)
 
@@ -243,7 +243,7 @@ def _cut(profile):
   ],
   ids=['nonsense', 'zeros', 'cut', 'grey', 'CMYK', 'empty', 'Lab', 'link', 'huge'],
 )
-def test_profiles_that_cannot_be_used_are_ignored_and_said(profile):
+def test_unusable_profiles_are_ignored_and_noted(profile):
   image = Image.fromarray(_pixels())
   data = _encode(image, 'jpeg', icc_profile=profile)
   found, notes = decode_and_note(data, 15)
@@ -251,7 +251,7 @@ def test_profiles_that_cannot_be_used_are_ignored_and_said(profile):
   np.testing.assert_array_equal(found, decode(_encode(image, 'jpeg'), 15))
 
 
-def test_a_profile_of_colors_is_none_of_greys():
+def test_a_color_profile_does_not_fit_greys():
   image = Image.fromarray(_pixels()[..., 0])
   for image_format in ('png', 'jpeg'):
     data = _encode(image, image_format, icc_profile=rgb_profile(ADOBE_RGB, 1.0))
@@ -295,7 +295,7 @@ def test_in_a_run(folder):
   )
 
 
-def test_the_switch_is_true_or_false():
+def test_the_switch_must_be_a_boolean():
   gin.parse_config("decode_images.to_srgb = 'no'")
   with pytest.raises(UserError, match="decode_images.to_srgb = 'no' must be True or False"):
     image_decoding.configured()

@@ -1,4 +1,4 @@
-"""Files that are cut, flipped or lie: what can be read is read, and the rest is counted."""
+"""Truncated, corrupted and lying files: readable parts are read, and the rest is counted."""
 
 import gzip
 import io
@@ -69,7 +69,7 @@ def tfrecord(tmp_path):
   return write
 
 
-def test_our_frames_are_tensorflows(tfrecord):
+def test_our_frames_equal_tensorflows(tfrecord):
   records = [b'', b'abc', bytes(100_000)]
   path = tfrecord('train.tfrecord', records)
   assert path.read_bytes() == _framed(records)
@@ -78,7 +78,7 @@ def test_our_frames_are_tensorflows(tfrecord):
 
 
 def test_damaged_tfrecords(tfrecord, encode, caplog):
-  """A flipped record, a flipped length and a cut file, beside a whole one."""
+  """A corrupted record, a corrupted length and a truncated file, together with an intact one."""
   numbers = iter(range(20))
   record = lambda: _example(image=[encode((next(numbers), 0, 0))], caption=[b'a dog'])
   for name in 'abcd':
@@ -98,7 +98,7 @@ def test_damaged_tfrecords(tfrecord, encode, caplog):
   }
   for name in ('train-c.tfrecord: rest of', 'train-d.tfrecord: rest', 'train-b.tfrecord: record'):
     assert name in caplog.text
-  # With fewer shares than files, and with more: nothing is read or counted twice.
+  # With fewer shares than files, and with more, nothing is read or counted twice.
   for shares in (2, 5):
     parts = [
       Batches('tfrecord_images', 'train', 4, IMAGES, num_epochs=1, share=share, shares=shares)
@@ -108,7 +108,7 @@ def test_damaged_tfrecords(tfrecord, encode, caplog):
     assert sum(sum(part.skipped.values()) for part in parts) == 3
 
 
-def test_records_that_are_no_examples(tfrecord, encode):
+def test_records_that_are_not_examples(tfrecord, encode):
   picture = encode((9, 9, 9))
   numbers = tf.train.Feature(int64_list=tf.train.Int64List(value=[1, 2]))
   wrong = tf.train.Example(features=tf.train.Features(feature={'image': numbers}))
@@ -135,7 +135,7 @@ def test_records_that_are_no_examples(tfrecord, encode):
   }
 
 
-def test_a_record_that_says_that_it_is_huge(monkeypatch):
+def test_a_record_that_claims_to_be_huge(monkeypatch):
   monkeypatch.setattr(tfrecords, 'MAX_BYTES', 100)
   small, huge = b'small', bytes(3_000_000)
   assert list(tfrecords.records(io.BytesIO(_framed([small, huge, small])))) == [
@@ -170,13 +170,13 @@ def test_text_files(tmp_path, caplog):
   assert 500 < count < 2000
   assert batches.skipped == {'rest of a damaged text file': 2, 'caption not UTF-8': 1}
   assert batches.shortened['caption cut to 65,536 bytes'] == 1
-  # The vocabulary is made of the same texts.
+  # The vocabulary is trained on the same texts.
   source = sources.configured('text')
   assert len(list(vocabulary._with_text(source, 'train'))) == count
   assert 'c.txt.gz: rest of a damaged text file' in caplog.text
 
 
-def test_a_file_that_is_gone(tmp_path):
+def test_a_missing_file(tmp_path):
   path = str(tmp_path / 'none.txt')
   elements = list(paths.Files([path], text_lines.lines).read(path))
   assert elements == [Damaged('file that is gone or cannot be read', file=path)]
@@ -225,14 +225,14 @@ def test_whole_shards(tar, mode, tar_format):
 @pytest.mark.parametrize(
   'kept', [5 * 2048, 5 * 2048 + 100, 5 * 2048 + 700, 5 * 2048 + 1024, 5 * 2048 + 1100]
 )
-def test_a_shard_that_breaks_off(tar, kept):
+def test_a_truncated_shard(tar, kept):
   path = tar(_files(8))
   path.write_bytes(path.read_bytes()[:kept])
-  # Whether the last sample has all of its files is unknown where nothing marks an end.
+  # Without an end marker, the last sample may be incomplete.
   assert _samples(path) == [*_pairs(*range(4 if kept <= 5 * 2048 + 100 else 5)), REST_OF_TAR]
 
 
-def test_batches_of_a_shard_that_breaks_off(tar, encode, caplog):
+def test_batches_of_a_truncated_shard(tar, encode, caplog):
   path = tar([(f'{i}.png', encode((i, i, i))) for i in range(8)])
   path.write_bytes(path.read_bytes()[: 5 * 1024 + 700])
   batches = Batches('webdataset_images', 'train', 2, IMAGES, num_epochs=1)
@@ -242,8 +242,8 @@ def test_batches_of_a_shard_that_breaks_off(tar, encode, caplog):
 
 
 @pytest.mark.parametrize('place', [0, 4, 7])
-def test_behind_a_damaged_header_reading_goes_on(tar, place):
-  """`tarfile` ends there as if the shard did."""
+def test_reading_continues_after_a_damaged_header(tar, place):
+  """`tarfile` stops there as if the shard had ended."""
   path = tar(_files(4))
   data = bytearray(path.read_bytes())
   data[1024 * place + 3] ^= 1
@@ -282,7 +282,7 @@ def test_a_size_that_lies(tar, monkeypatch):
   assert 'part of a damaged tar shard' in _samples(path)
 
 
-def test_members_that_are_no_files(tar):
+def test_members_that_are_not_files(tar):
   members = []
   for kind, name in (
     (tarfile.SYMTYPE, '0.txt'),
@@ -298,7 +298,7 @@ def test_members_that_are_no_files(tar):
   assert found == ['link, device or sparse file in a tar shard'] * 4 + _pairs(0)
 
 
-def test_names_that_lead_elsewhere_lead_nowhere(tar, tmp_path):
+def test_names_outside_of_the_archive_are_harmless(tar, tmp_path):
   path = tar(
     [
       ('../../x.jpg', b'0'),
@@ -324,7 +324,7 @@ def test_sparse_files_and_huge_headers(tar):
   ]
 
 
-def test_shards_one_behind_the_other(tar):
+def test_concatenated_shards(tar):
   path = tar(_files(2))
   path.write_bytes(path.read_bytes() * 2)
   assert _samples(path) == _pairs(0, 1, 0, 1)
@@ -384,16 +384,16 @@ def test_pictures_that_vanish(folder, encode, caplog):
 @pytest.mark.parametrize(
   'file, message',
   [
-    ('/etc/passwd', 'no path within the folder'),
+    ('/etc/passwd', 'not a path within the folder'),
     ('../out.png', 'lies outside of'),
     ('sub/../../out.png', 'lies outside of'),
     ('link.png', 'lies outside of'),
     ('linked/out.png', 'lies outside of'),
-    ('s3://bucket/x.png', 'no path within the folder'),
+    ('s3://bucket/x.png', 'not a path within the folder'),
     ('sub', 'is no file'),
     ('', 'is no file'),
-    ('a\0b', 'no name of a file'),
-    ('\ud83d', 'no name of a file'),
+    ('a\0b', 'not a valid file name'),
+    ('\ud83d', 'not a valid file name'),
     ('x' * 5000, 'does not exist'),
   ],
 )
@@ -410,7 +410,7 @@ def test_paths_that_lead_out_of_the_folder(tmp_path, encode, file, message):
 
 
 def test_paths_within_the_folder(tmp_path, encode):
-  """Also by .. and by links, where a captions file lies in a folder of its own."""
+  """Also with .. and links, if a captions file lies in a subfolder."""
   real = tmp_path / 'real'
   (real / 'lists').mkdir(parents=True)
   (real / 'a.png').write_bytes(encode((7, 2, 3)))
@@ -422,12 +422,12 @@ def test_paths_within_the_folder(tmp_path, encode):
   assert [open(file, 'rb').read() for file in files] == [encode((7, 2, 3))] * 2
 
 
-def test_lines_of_captions_files_that_are_no_json(tmp_path):
+def test_lines_of_captions_files_that_are_not_json(tmp_path):
   for content, message in (
     (b'\xff{', 'cannot be read'),
     (b'\xff\xfe{', 'cannot be read'),
-    (b'[' * 100_000, 'line 1: no JSON that can be read'),
-    (b'{"file": ' + b'1' * 10_000 + b'}', 'line 1: no JSON that can be read'),
+    (b'[' * 100_000, 'line 1: not readable as JSON'),
+    (b'{"file": ' + b'1' * 10_000 + b'}', 'line 1: not readable as JSON'),
   ):
     (tmp_path / 'captions.jsonl').write_bytes(content)
     with pytest.raises(UserError, match=message):

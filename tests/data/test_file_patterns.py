@@ -1,4 +1,4 @@
-"""Patterns with braces: which files they stand for, here and at URLs, and which are missing."""
+"""Patterns with braces: their expansion, on disks and at URLs, and missing files."""
 
 import fsspec
 import gin
@@ -43,14 +43,14 @@ def test_expanded(pattern, expected):
 @pytest.mark.parametrize(
   'pattern', ['{0..9999999}', '{0..999}{0..999}{0..9}', '{0..9' + '9' * 15 + '}']
 )
-def test_too_much(pattern):
+def test_too_many_files(pattern):
   with pytest.raises(UserError, match='stands for more than 1,000,000 files'):
     file_patterns.expanded(pattern)
 
 
 @pytest.fixture(name='place', params=['path', 'url'])
 def _place(request, tmp_path):
-  """A folder with files, here or at a URL."""
+  """A folder with files, on a disk or at a URL."""
   names = [f'{folder}/{i:03d}.tar' for folder in ('a', 'b') for i in range(12)]
   if request.param == 'path':
     for name in names:
@@ -90,7 +90,7 @@ def test_files(place, pattern, count):
   assert len(found) == len(set(found)) == count and found == sorted(found)
 
 
-def test_a_file_that_is_missing_is_named(place):
+def test_a_missing_file_is_named(place):
   with pytest.raises(
     UserError,
     match=r"of the 14 files .* of '.*/a/\{000\.\.013\}\.tar' 2 match "
@@ -104,7 +104,7 @@ def test_a_file_that_is_missing_is_named(place):
 
 
 @pytest.mark.parametrize('name', ['photos [2020]', '{a,b}', 'a*', 'what?', '[{]'])
-def test_a_folders_name_is_no_pattern(tmp_path, name):
+def test_a_folders_name_is_not_a_pattern(tmp_path, name):
   (tmp_path / name).mkdir()
   for i in range(3):
     (tmp_path / name / f'{i}.tar').touch()
@@ -132,7 +132,7 @@ def test_sources_read_all_files_of_a_range(tmp_path, write_tar, encode):
 
 
 @pytest.mark.parametrize('name', ['tfrecord', 'text'])
-def test_other_sources_know_braces(tmp_path, name):
+def test_other_sources_support_braces(tmp_path, name):
   gin.parse_config(f"{name}.path = '{tmp_path}'\n{name}.splits = {{'train': '{{a,b}}.x'}}")
   (tmp_path / 'a.x').touch()
   with pytest.raises(UserError, match=f'{name}: .* 1 match nothing: .*/b.x'):

@@ -1,4 +1,4 @@
-"""Folders that the Hugging Face library `datasets` has saved, written by that library."""
+"""Folders saved by the Hugging Face library `datasets`, written by that library."""
 
 import gin
 import pytest
@@ -17,7 +17,7 @@ IMAGES, PAIRS = {'images': 8}, {'inputs': 16, 'images': 8}
 
 @pytest.fixture(name='dataset')
 def _dataset(encode):
-  """Makes a dataset of pictures whose red channel is their number."""
+  """Creates a dataset of pictures whose red channel is their number."""
 
   def make(numbers, image=None, **columns):
     features = {'image': image or hf.Image(), 'text': hf.Value('string')}
@@ -65,7 +65,7 @@ def test_a_dataset_is_the_split_train(dataset, tmp_path):
   assert len(halves[0]) == 10 and halves[0] | halves[1] == set(range(20))
 
 
-def test_a_dict_has_its_splits_and_what_was_selected_and_shuffled(dataset, tmp_path):
+def test_a_dict_has_its_splits_with_selections_and_shuffling(dataset, tmp_path):
   hf.DatasetDict(
     {
       'train': dataset(range(20)).shuffle(seed=1).select(range(5, 15)),
@@ -85,7 +85,7 @@ def test_a_dict_has_its_splits_and_what_was_selected_and_shuffled(dataset, tmp_p
     _read()
 
 
-def test_what_can_not_be_used_is_counted(encode, tmp_path):
+def test_unusable_rows_are_counted(encode, tmp_path):
   picture = {'bytes': encode((7, 100, 200)), 'path': None}
   missing = {'bytes': None, 'path': 'not/there.png'}
   hf.Dataset.from_dict(
@@ -111,7 +111,7 @@ def test_what_can_not_be_used_is_counted(encode, tmp_path):
   assert _read()[1].skipped == {'row with a path in place of a picture': 1}
 
 
-def test_texts_alone(tmp_path):
+def test_texts_only(tmp_path):
   hf.Dataset.from_dict({'text': ['one', 'two']}).save_to_disk(tmp_path)
   _configure(tmp_path)
   assert list(sources.configured('hf_datasets').captions('train')) == ['one', 'two']
@@ -139,7 +139,7 @@ def test_worker_processes_read_the_same(dataset, tmp_path):
     ('dataset_info.json', lambda data: b'[]'),
   ],
 )
-def test_what_is_damaged_is_named(dataset, tmp_path, file, change):
+def test_damaged_files_are_named(dataset, tmp_path, file, change):
   dataset(range(12)).save_to_disk(tmp_path)
   (tmp_path / file).write_bytes(change((tmp_path / file).read_bytes()))
   _configure(tmp_path)
@@ -147,12 +147,12 @@ def test_what_is_damaged_is_named(dataset, tmp_path, file, change):
     _read()
 
 
-def test_what_is_not_a_saved_dataset(dataset, tmp_path):
+def test_folders_that_are_not_saved_datasets(dataset, tmp_path):
   _configure(tmp_path)
-  with pytest.raises(UserError, match='not a folder that save_to_disk .* has written'):
+  with pytest.raises(UserError, match='was not written by save_to_disk'):
     _read()
   _configure('s3://bucket/saved')
-  with pytest.raises(UserError, match='only a local path does here'):
+  with pytest.raises(UserError, match='only local paths are supported here'):
     _read()
   (tmp_path / 'dataset_dict.json').write_text('{"splits": "train"')
   _configure(tmp_path)

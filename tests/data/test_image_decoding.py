@@ -26,7 +26,7 @@ def test_formats(encode, image_format):
   assert np.abs(image.astype(int) - (200, 30, 60)).max() <= 6
 
 
-def test_right_size_is_untouched():
+def test_the_right_size_is_unchanged():
   pixels = np.random.default_rng(0).integers(0, 256, [9, 9, 3], np.uint8)
   np.testing.assert_array_equal(decode(_encode(pixels), 9), pixels)
 

@@ -1,4 +1,4 @@
-"""JPEGs of every kind, by several encoders and by hand: undamaged ones are read as by Pillow."""
+"""JPEGs by several encoders and by hand: undamaged ones decode as with Pillow."""
 
 import contextlib
 import io
@@ -37,7 +37,7 @@ def _encode(image, **arguments):
 
 
 def _pillows(data):
-  """Returns the central square as Pillow decodes it."""
+  """Returns the central square as decoded by Pillow."""
   image = Image.open(io.BytesIO(data)).convert('RGB')
   side = min(image.size)
   left, top = (image.width - side) // 2, (image.height - side) // 2
@@ -92,7 +92,7 @@ def _segment(kind, content):
 
 
 def by_hand(factors, width=40, height=36, restart=0, adobe=None, ids=None, seed=0):
-  """A baseline JPEG of blocks of one colour each; `factors` are the components' samplings."""
+  """A baseline JPEG of uniform blocks; `factors` are the components' sampling factors."""
   rng = np.random.default_rng(seed)
   across, down = (max(factor[axis] for factor in factors) for axis in (0, 1))
   blocks = [(1, 1)] if len(factors) == 1 else factors
@@ -119,7 +119,7 @@ def by_hand(factors, width=40, height=36, restart=0, adobe=None, ids=None, seed=
         bits += f'{length:04b}'
         if length:
           bits += f'{change if change > 0 else change + 2**length - 1:0{length}b}'
-        bits += '0'  # No other coefficient.
+        bits += '0'  # No other coefficients.
   ids = ids or range(1, len(factors) + 1)
   return b''.join(
     [
@@ -145,8 +145,8 @@ def by_hand(factors, width=40, height=36, restart=0, adobe=None, ids=None, seed=
   )
 
 
-def test_samplings_of_every_kind():
-  """Also such as simplejpeg does not know."""
+def test_all_samplings():
+  """Including those that simplejpeg doesn't support."""
   one = [(across, down) for across in (1, 2, 3, 4) for down in (1, 2, 3, 4)]
   factors = [
     (luma, chroma, chroma)
@@ -160,11 +160,11 @@ def test_samplings_of_every_kind():
     data = by_hand(factor, restart=restart)
     try:
       _pillows(data)
-    except OSError:  # Fractions between samplings, which libjpeg does not know.
+    except OSError:  # Fractional ratios of samplings, which libjpeg doesn't support.
       continue
     _assert_as_pillow(data)
     read += 1
-    # A scan that breaks off is found out in all of them.
+    # Truncated scans are detected in all of them.
     scan = data.index(b'\xff\xda')
     with pytest.raises(UndecodablePicture, match='damaged'):
       decode(data[: scan + (len(data) - scan) // 2] + b'\xff\xd9', 36)
@@ -191,14 +191,14 @@ def test_color_transforms(components, adobe, ids):
 
 
 def _pictures():
-  """Encoded pictures of every build."""
+  """Encoded pictures of all types."""
   for image in (_noise(60, 52), _smooth(52, 60), _solid(64, 64), _smooth(52, 60, 'L')):
     for arguments in ({}, {'optimize': True}, {'progressive': True}, {'restart_marker_blocks': 2}):
       yield _encode(image, **arguments)
 
 
 def _places(data):
-  """Returns where the markers of a file are, without its beginning."""
+  """Returns the positions of a file's markers, except for its beginning."""
   places, position = [], 2
   while data[position - 1] != 0xD9:
     position = re.compile(rb'\xff[^\x00\xff]').search(data, position).start()
@@ -221,10 +221,10 @@ def _with_before_markers(data, added, places):
   [*(bytes(count) for count in (1, 3, 8, 50, 1000)), b'\xff', b'\xff' * 9, b'\0' * 5 + b'\xff' * 3],
 )
 def test_padding_before_markers(added):
-  """The pixels are all there."""
+  """All pixels are present."""
   for data in _pictures():
     if len(added) == 1000 and b'\xff\xc2' in data:
-      continue  # In the scans of a progressive JPEG nobody can tell so much of it from a hole.
+      continue  # In scans of a progressive JPEG, so much padding looks like a hole.
     expected, places = decode(data, 52), _places(data)[1:]
     for place in places:
       padded = _with_before_markers(data, added, [place])
@@ -252,7 +252,7 @@ def test_segments_between_others(added):
     )
 
 
-def test_what_follows_the_end_is_not_looked_at():
+def test_data_after_the_end_is_ignored():
   for data in _pictures():
     expected = decode(data, 52)
     for trailer in (
@@ -283,7 +283,7 @@ def test_only_scans_are_counted():
 
 
 def _assert_mostly_refused(changed, allowed):
-  """Asserts that of many files no more than a share is read; damage may look like a picture."""
+  """Asserts that at most a share of the files is accepted; damage may look like a picture."""
   read = 0
   for data in changed:
     try:
@@ -295,8 +295,8 @@ def _assert_mostly_refused(changed, allowed):
 
 
 @pytest.mark.parametrize('arguments', [{}, {'progressive': True}, {'restart_marker_rows': 1}])
-def test_holes_are_no_padding(arguments):
-  """Zeros in place of data, as a download leaves them that broke off."""
+def test_holes_are_not_padding(arguments):
+  """Zeros in place of data, as left by interrupted downloads."""
   data, rng = _encode(_smooth(128, 128), **arguments), np.random.default_rng(0)
   start = data.index(b'\xff\xda') + 20
   places = rng.integers(start, len(data) - 80, 100)
@@ -315,8 +315,8 @@ def test_other_bytes_before_a_marker_are_damage():
       decode(data[:place] + b'\x17\x2a' + data[place:], 52)
 
 
-def test_zeros_that_are_missing_from_adobes_segment_are_no_padding():
-  """Its length is wrong by a bit: the colours would be taken for others."""
+def test_zeros_missing_from_adobes_segment_are_not_padding():
+  """Its length is wrong by one bit, so the colours would be misinterpreted."""
   data = bytearray(by_hand([(1, 1)] * 3, adobe=0))
   assert data[4:6] == b'\0\x0e'
   data[5] = 0x0C
@@ -339,7 +339,7 @@ def test_a_harmless_fault_hides_no_damage(fault):
   middle = (data.index(b'\xff\xda') + len(data)) // 2
   with pytest.raises(UndecodablePicture, match='damaged'):
     decode(bytes(data[:middle]) + b'\xff\xd9', 52)
-  # As well where several harmless faults come together.
+  # Also if several harmless faults occur together.
   data[2:2] = _segment(0xEE, b'Adobe\0d\0\0\0\0\x09') + bytes(3)
   np.testing.assert_array_equal(decode(bytes(data[:-2]) + bytes(9) + b'\xff\xd9', 52), expected)
 
@@ -380,6 +380,6 @@ def test_pictures_are_decoded_at_a_fraction_of_their_size():
     ).max()
     < 12
   )
-  # Not where one side has hardly any pixels, which would stay as it is and the other be squeezed.
+  # Not if one side has very few pixels, which would keep its size while the other shrinks.
   thin = _encode(_noise(300, 4), quality=100, subsampling=0)
   np.testing.assert_array_equal(decode(thin, 4), _pillows(thin))

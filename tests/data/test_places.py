@@ -1,4 +1,4 @@
-"""Places in the data: of the same data alone, and in shares of which files are empty or damaged."""
+"""Positions in the data: valid for the same data only; shares with empty or damaged files."""
 
 import gzip
 import json
@@ -23,7 +23,7 @@ INFO = {'codebook_size': 32, 'image_tokens': 4, 'tokenizer': 'abc'}
 
 @pytest.fixture(name='cache')
 def _cache(tmp_path, monkeypatch):
-  """Writes a token cache of so many examples in shards of 5, each with its number."""
+  """Writes a token cache of `count` examples in shards of 5, each with its number."""
   monkeypatch.setattr(token_cache, 'EXAMPLES_PER_SHARD', 5)
 
   def write(count):
@@ -59,7 +59,7 @@ def _state_after(batches, count=3):
     (lambda cache: cache(30), 'files 4 there and 6 here'),
   ],
 )
-def test_a_place_in_other_data_or_another_order_is_refused(cache, change, named):
+def test_a_position_in_other_data_or_another_order_is_refused(cache, change, named):
   cache(20)
   gin.bind_parameter('token_cache.shuffle', 'window')
   state = _state_after(Batches('cached_tokens', 'train', 4, LENGTHS))
@@ -77,7 +77,7 @@ def test_another_seed_is_another_order(cache):
       batches.restore(state)
 
 
-def test_restart_data_passes_over_a_place_of_other_data_alone(cache, caplog):
+def test_restart_data_only_ignores_a_position_in_other_data(cache, caplog):
   cache(20)
   shared = lambda restart: shared_batches.SharedBatches(
     'cached_tokens', 'train', 4, LENGTHS, restart=restart
@@ -97,12 +97,12 @@ def test_restart_data_passes_over_a_place_of_other_data_alone(cache, caplog):
     batches.restore(state)
     assert batches.places()[0].read == 0
     assert next(batches)['decoder_target_tokens'].shape == (4, 4)
-  assert 'a new pass over the data begins, since' in caplog.text
+  assert 'a new pass over the data begins, because' in caplog.text
   assert len(fresh) == 4
 
 
 @pytest.mark.parametrize('shuffle', ['window', 'global'])
-def test_a_place_beyond_the_end_of_an_epoch_is_refused(cache, shuffle):
+def test_a_position_beyond_the_end_of_an_epoch_is_refused(cache, shuffle):
   cache(20)
   gin.bind_parameter('token_cache.shuffle', shuffle)
   place = shared_batches.Place.parse('0/1:0:999+2')
@@ -118,7 +118,7 @@ def _texts(folder, contents):
 
 
 @pytest.mark.parametrize('seed', range(6))
-def test_a_share_may_have_empty_files_alone_in_an_epoch(tmp_path, seed):
+def test_a_share_may_have_only_empty_files_in_an_epoch(tmp_path, seed):
   with gin.unlock_config():
     _texts(tmp_path, [b'a\nb\n', b'', b'', b'c\nd\n'])
   seen = set()

@@ -1,4 +1,4 @@
-"""Shares of global batches: the same examples whoever reads them, from wherever they resume."""
+"""Shares of global batches: the same examples for any readers and any resuming."""
 
 import json
 
@@ -26,7 +26,7 @@ def _numbers(batch):
   'rows',
   [
     [[0, 1, 6, 7], [2, 3, 4, 5]],  # Not contiguous on the mesh.
-    [[0, 1, 2], [3, 4], [4, 5, 6]],  # Shares that two processes read a part of, rows that both do.
+    [[0, 1, 2], [3, 4], [4, 5, 6]],  # Shares that two processes read in part, rows that both need.
   ],
 )
 def test_global_batches_do_not_depend_on_the_processes(numbered, rows):
@@ -38,7 +38,7 @@ def test_global_batches_do_not_depend_on_the_processes(numbered, rows):
       assert _numbers(next(batches)) == [whole[row] for row in held]
 
 
-def test_every_share_gives_its_own_rows(numbered):
+def test_each_share_supplies_its_own_rows(numbered):
   numbered(16)
   batches = _open()
   epoch = np.array([_numbers(next(batches)) for _ in range(2)])
@@ -70,7 +70,7 @@ def test_resumed_by_other_processes(numbered):
       for taken in (2, 2, 2, 3)
     ]
   }
-  # None: as many shares as the checkpoint has, whatever the number of processes is now.
+  # None: as many shares as the checkpoint has, regardless of the current number of processes.
   resumed = [_open(list(range(start, start + 4)), None, processes=2) for start in (0, 4)]
   for batches in resumed:
     next(batches)
@@ -79,7 +79,7 @@ def test_resumed_by_other_processes(numbered):
     assert _numbers(next(before)) == _numbers(next(resumed[0])) + _numbers(next(resumed[1]))
 
 
-def test_a_checkpoint_of_another_program_has_no_place(numbered):
+def test_a_checkpoint_of_another_program_has_no_position(numbered):
   numbered(8)
   fresh, restored = _open(shares=None, processes=2), _open(shares=None, processes=2)
   restored.restore({'from_t5x': 'checkpoint_7'})
@@ -90,7 +90,7 @@ def test_a_checkpoint_of_another_program_has_no_place(numbered):
 @pytest.mark.parametrize(
   'old', [{'epoch': 1, 'taken': 4}, {'places': [[0, 4]], 'shares': [{'read': 4, 'skipped': {}}]}]
 )
-def test_a_place_of_an_older_version_is_refused_or_passed_over(numbered, old):
+def test_a_position_of_an_older_version_is_refused_or_ignored(numbered, old):
   numbered(8)
   with pytest.raises(UserError, match='older version .*train.restart_data=True'):
     _open(shares=None).restore(old)
@@ -113,7 +113,7 @@ def test_shares_that_do_not_fit(numbered):
   numbered(8)
   with pytest.raises(UserError, match='train.batch_size=8 is not divisible by train.data_shares=3'):
     _open(shares=3)
-  with pytest.raises(UserError, match='train.batch_size=8 .*data_shares=3.*one a process'):
+  with pytest.raises(UserError, match='train.batch_size=8 .*data_shares=3.*one per process'):
     _open(shares=None, processes=3)
   with pytest.raises(UserError, match='train.data_shares=2, but the checkpoint has .* 4 shares'):
     _open(shares=2).restore({'shares': [{}] * 4})
@@ -139,5 +139,5 @@ def test_skipped_examples_of_all_shares_are_counted(folder, encode):
   batches = _open(shares=2, batch_size=4)
   for _ in range(2):
     next(batches)
-  # Each share has bad ones, and has been gone through at least once.
+  # Each share has bad ones, and has been read at least once.
   assert batches.skipped['unknown picture format'] >= 4

@@ -1,4 +1,4 @@
-"""One's own data: a folder, TFRecords and tar shards, end to end to batches."""
+"""User data: a folder, TFRecords and tar shards, end to end to batches."""
 
 import io
 import json
@@ -20,7 +20,7 @@ LENGTHS = {'inputs': 16, 'images': 8}
 
 
 def _pairs():
-  """Reads the pairs of the configured source once and returns caption -> picture."""
+  """Reads the pairs of the configured source once and returns {caption: picture}."""
   with gin.unlock_config():
     gin.parse_config('drop_text.rate = 0.0')
   batches = Batches('pairs', 'train', 4, LENGTHS, seed=3, num_epochs=1)
@@ -39,7 +39,7 @@ def _check_colors(read):
 
 
 def _examples(encode):
-  """Captions and pictures: three good ones, and every kind that is left out."""
+  """Captions and pictures: three good ones, and one for each reason to skip."""
   return [
     ('red circle', encode(RED)),
     ('broken', encode(BLUE, (50, 50))[:60]),
@@ -120,10 +120,13 @@ def test_folder_with_other_columns_and_splits(tmp_path, encode):
 @pytest.mark.parametrize(
   'line, message',
   [
-    ('{"caption": "a", "name": "b"}', "line 2: no text in column 'file'; its columns are caption"),
+    (
+      '{"caption": "a", "name": "b"}',
+      "line 2: no string in column 'file'; its columns are caption",
+    ),
     ('{"file": "none.png", "caption": "a"}', 'line 2: picture .*none.png does not exist'),
-    ('000.img a dog', 'line 2: no JSON'),
-    ('["000.img", "a dog"]', 'line 2: no JSON object'),
+    ('000.img a dog', 'line 2: not JSON'),
+    ('["000.img", "a dog"]', 'line 2: not a JSON object'),
   ],
 )
 @pytest.mark.parametrize('times', [1, 3])
@@ -178,10 +181,10 @@ def test_tfrecords_with_other_keys(tfrecords, encode):
   assert caption == 'red circle' and (image == RED).all()
 
 
-def test_what_holds_no_tfrecords(tmp_path):
+def test_files_without_tfrecords(tmp_path):
   gin_config.parse(['gin_configs/tasks/tfrecord.gin'], [f"tfrecord.path='{tmp_path}'"])
   (tmp_path / 'train-0.tfrecord').write_bytes(b'no records at all')
-  with pytest.raises(UserError, match='holds no TFRecords'):
+  with pytest.raises(UserError, match='does not hold TFRecords'):
     Batches('images', 'train', 2, {'images': 8})
 
 
@@ -238,7 +241,7 @@ def test_no_files(tmp_path, source):
 
 def test_unknown_source():
   gin.parse_config("data.source = 'foldr'")
-  with pytest.raises(UserError, match="'foldr' is unknown; there are openmoji, folder"):
+  with pytest.raises(UserError, match="'foldr' is unknown; choose from openmoji, folder"):
     Batches('images', 'train', 1, {'images': 8})
 
 

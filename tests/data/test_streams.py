@@ -1,4 +1,4 @@
-"""Iterators over datasets: closing them, and processes that end while they read ahead."""
+"""Iterators over datasets: closing them, and processes that end during prefetching."""
 
 import subprocess
 import sys
@@ -45,7 +45,7 @@ def test_elements_are_arrays():
   assert values == [0, 1, 2] and all(isinstance(value, np.integer) for value in values)
 
 
-def test_nothing_reads_ahead_once_closed():
+def test_nothing_is_prefetched_once_closed():
   dataset, calls = _calls()
   with streams.Stream(dataset) as stream:
     assert next(stream) == 0
@@ -55,7 +55,7 @@ def test_nothing_reads_ahead_once_closed():
     next(stream)
 
 
-def test_an_exception_that_is_kept_keeps_no_iterator():
+def test_a_stored_exception_keeps_no_iterator():
   dataset, calls = _calls()
   stream = streams.Stream(dataset)
   with pytest.raises(tf.errors.InvalidArgumentError, match='five') as kept:
@@ -65,7 +65,7 @@ def test_an_exception_that_is_kept_keeps_no_iterator():
   assert kept.tb is not None
 
 
-def test_a_call_that_does_not_return_is_not_waited_for(monkeypatch, caplog):
+def test_a_call_that_does_not_return_is_abandoned(monkeypatch, caplog):
   monkeypatch.setattr(streams, '_SECONDS', 0.1)
   begun, ended = threading.Event(), threading.Event()
 

@@ -1,4 +1,4 @@
-"""Which files of a tar make a sample: names, endings, keys that come again, captions' columns."""
+"""How files of a tar form samples: names, endings, repeated keys, caption columns."""
 
 import io
 import json
@@ -78,7 +78,7 @@ def test_names_end_at_their_last_dot(read, stem, ending):
   ) == [('1', 'one'), ('2', 'two'), ('3', 'three')]
 
 
-def test_blanks_behind_an_ending(read):
+def test_whitespace_after_an_ending(read):
   assert read([('a.jpg ', b'1'), ('a.txt ', b'one')]) == [('1', 'one')]
 
 
@@ -89,7 +89,7 @@ def test_names_of_other_samples_begin_alike(read):
     for ending, content in (('jpg', b'%d' % i), ('txt', b'text %d' % i))
   ]
   assert read(files) == [(f'{i}', f'text {i}') for i in range(3)]
-  # A caption of a.b is none of a, nor the other way round.
+  # A caption of a.b doesn't belong to a, and vice versa.
   assert read([('a.jpg', b'1'), ('a.b.jpg', b'2'), ('a.b.txt', b'two')]) == [
     ('1', '(no caption)'),
     ('2', 'two'),
@@ -119,7 +119,7 @@ def test_nothing_vanishes_uncounted(read, files, count):
   assert ('1', 'one') in found and found.count(NEITHER) == count == len(found) - 1
 
 
-def test_more_files_of_a_sample_are_no_loss(read):
+def test_additional_files_of_a_sample_are_not_counted(read):
   others = [('0.cls', b'?'), ('0.depth.npy', b'?'), ('0.meta.v1.bin', b'?')]
   sample = [('0.jpg', b'1'), ('0.txt', b'one')]
   for files in (others + sample, sample + others, sample[:1] + others + sample[1:]):
@@ -145,7 +145,7 @@ def test_a_warning_names_the_first_of_such_files(tmp_path, write_tar, encode, ca
     ([('a.txt', b'a')], '1 no picture'),
   ],
 )
-def test_where_nothing_is_usable_the_error_says_why(tmp_path, write_tar, files, reasons):
+def test_the_error_says_why_nothing_is_usable(tmp_path, write_tar, files, reasons):
   write_tar(tmp_path / '0.tar', files)
   gin_config.parse(['gin_configs/tasks/webdataset.gin'], [f"webdataset.path='{tmp_path}'"])
   with pytest.raises(UserError, match=f'no usable example.*{reasons}$'):
@@ -167,7 +167,7 @@ NONE, UNSURE = '(no caption)', f'({AMBIGUOUS})'
     ([R, TXT_R, TXT_G, G], [('r', 'red'), ('g', 'green')]),
     ([R, TXT_R, TXT_G], [('r', 'red'), ('', 'green')]),
     ([R, TXT_R] * 3, [('r', 'red')] * 3),
-    # Whose caption is it?
+    # An ambiguous caption.
     ([R, G, TXT_R], [('r', NONE), ('g', UNSURE)]),
     ([R, G, TXT_R, TXT_G], [('r', NONE), ('g', UNSURE), ('', UNSURE)]),
     ([TXT_R, TXT_G, R, G], [('', 'red'), ('r', UNSURE), ('g', NONE)]),
@@ -176,7 +176,7 @@ NONE, UNSURE = '(no caption)', f'({AMBIGUOUS})'
     ([R, ('0.jpeg', b'g'), TXT_R], [('r', NONE), ('g', UNSURE)]),
     ([R, ('0.JPG', b'g'), TXT_R], [('r', NONE), ('g', UNSURE)]),
     ([('0.png', b'g'), TXT_G, R, TXT_R], [('r', UNSURE), ('', UNSURE)]),
-    # Of two formats of one key, which may be the same picture, the first in a fixed order is read.
+    # Two formats of one key may be the same picture; the first in a fixed order is read.
     ([('0.png', b'g'), R, TXT_R], [('r', 'red')]),
     ([R, ('0.png', b'g'), TXT_R], [('r', 'red')]),
     # Between others.
@@ -190,12 +190,12 @@ NONE, UNSURE = '(no caption)', f'({AMBIGUOUS})'
     ),
   ],
 )
-def test_keys_that_come_again(read, files, samples):
-  """Samples of their own; never a caption beside another picture."""
+def test_repeated_keys(read, files, samples):
+  """They are separate samples; a caption never joins another picture."""
   assert read(files) == samples
 
 
-def test_keys_that_come_again_in_a_run(tmp_path, write_tar, encode):
+def test_repeated_keys_in_a_run(tmp_path, write_tar, encode):
   write_tar(
     tmp_path / '0.tar',
     [
@@ -251,7 +251,7 @@ def test_the_column_that_is_named_wins(read, key, caption):
     ([], 'no caption under .*'),
   ],
 )
-def test_a_column_that_is_missing_is_counted(tmp_path, write_tar, encode, files, caption):
+def test_a_missing_column_is_counted(tmp_path, write_tar, encode, files, caption):
   write_tar(tmp_path / '0.tar', [('0.png', encode((1, 2, 3))), *files])
   gin_config.parse(
     ['gin_configs/tasks/webdataset.gin'],
@@ -259,7 +259,7 @@ def test_a_column_that_is_missing_is_counted(tmp_path, write_tar, encode, files,
   )
   with pytest.raises(UserError, match=f'skipped 1 {caption}$'):
     next(datasets.pictures_and_captions('webdataset', 'train', 8))
-  # The picture can be used without it.
+  # The picture is usable without it.
   assert len(list(Batches('webdataset_images', 'train', 1, {'images': 8}, num_epochs=1))) == 1
 
 

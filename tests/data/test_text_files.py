@@ -1,4 +1,4 @@
-"""Text files from every kind of program: where lines end, byte order marks and encodings."""
+"""Text files of various programs: line ends, byte order marks and encodings."""
 
 import gzip
 import json
@@ -18,7 +18,7 @@ from parti_jax.data.readers import text_files
 from parti_jax.data.readers import text_lines
 from parti_jax.evaluation.datasets import prompts_file
 
-# What `str.splitlines` takes for the end of a line, and files of lines do not.
+# Characters at which `str.splitlines` splits, but files of lines don't.
 WITHIN = '\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e'
 ENCODINGS = ('utf-8', 'utf-8-sig', 'utf-16', 'utf-32')
 PROMPTS = ['red apple', f'waving{WITHIN}hand of a woman firefighter', 'ein Bär \U0001f43b']
@@ -37,7 +37,7 @@ PROMPTS = ['red apple', f'waving{WITHIN}hand of a woman firefighter', 'ein Bär 
     (f'a{WITHIN}b\nc', [f'a{WITHIN}b', 'c']),
   ],
 )
-def test_lines_end_at_newlines_alone(text, lines):
+def test_lines_end_only_at_newlines(text, lines):
   assert text_files.lines(text) == lines
 
 
@@ -66,7 +66,7 @@ def test_files_of_prompts(tmp_path, encoding, newline):
     (b'', 'no prompt in it|is needed|are needed'),
   ],
 )
-def test_files_that_are_no_text(tmp_path, read, content, message):
+def test_files_that_are_not_text(tmp_path, read, content, message):
   path = tmp_path / 'prompts.txt'
   if content is not None:
     path.write_bytes(content)
@@ -95,7 +95,7 @@ def test_the_text_source(tmp_path, encoding, newline, packed):
   data = newline.join(PROMPTS).encode(encoding)
   (tmp_path / 'a.txt').write_bytes(gzip.compress(data) if packed else data)
   gin.parse_config(f"text.path = '{tmp_path}'")
-  # Control characters become blanks in a caption.
+  # Control characters become spaces in a caption.
   expected = [
     ''.join(' ' if c in '\x85\x0b\x0c\x1c\x1d\x1e' else c for c in prompt) for prompt in PROMPTS
   ]

@@ -1,4 +1,4 @@
-"""Tasks of texts alone: from every source, without its pictures, and tasks of seqio's registry."""
+"""Text tasks: from all sources, without their pictures, and tasks of seqio's registry."""
 
 import gzip
 import json
@@ -94,13 +94,13 @@ def test_texts_of_tfrecords_need_no_pictures(tmp_path):
     _read()
 
 
-def test_texts_of_openmoji_are_read_without_drawing_it(monkeypatch):
+def test_texts_of_openmoji_are_read_without_rendering_it(monkeypatch):
   monkeypatch.setattr(openmoji_builder, 'at_size', lambda *_: pytest.fail('drawn'))
   read, _ = _read('openmoji_texts', 'validation')
   assert len(read) == 151 and len(set(read)) == 151
 
 
-def test_a_task_that_others_registered_is_padded():
+def test_a_third_party_task_is_padded():
   vocabulary = datasets.get_vocabulary()
   texts = tf.data.Dataset.from_tensor_slices({'inputs': TEXTS})
   seqio.TaskRegistry.remove('made_elsewhere')
@@ -116,7 +116,7 @@ def test_a_task_that_others_registered_is_padded():
   )
 
 
-def test_a_task_of_pairs_is_no_task_of_texts(tmp_path):
+def test_a_task_of_pairs_is_not_a_task_of_texts(tmp_path):
   (tmp_path / 'captions.jsonl').write_text('{"file": "a.png", "caption": "red circle"}')
   (tmp_path / 'a.png').write_bytes(b'')
   gin_config.parse(['gin_configs/tasks/folder.gin'], [f"folder.path = '{tmp_path}'"])

@@ -1,4 +1,4 @@
-"""The token cache: written whole or not at all, read as a seqio task."""
+"""The token cache: written atomically, read as a seqio task."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def test_batches(cache, task):
   assert not expected
 
 
-def test_every_pass_over_a_small_cache_has_an_order_of_its_own(cache):
+def test_each_pass_over_a_small_cache_has_its_own_order(cache):
   batches = Batches('cached_tokens', 'train', 10, LENGTHS, seed=2)
   orders = [tuple(next(batches)['decoder_target_tokens'][:, 0].tolist()) for _ in range(30)]
   assert all(sorted(order) == list(range(10)) for order in orders)
@@ -108,7 +108,7 @@ def test_writing_again_replaces_a_split(cache):
   ]
 
 
-def test_writing_again_leaves_splits_alone_whose_names_begin_the_same(cache):
+def test_writing_again_keeps_splits_with_the_same_prefix(cache):
   token_cache.write_token_cache(cache, _examples(6), INFO, split='train-more')
   token_cache.write_token_cache(cache, _examples(3), INFO, split='हिन्दी 訓練')
   token_cache.write_token_cache(cache, _examples(1), INFO)
@@ -130,7 +130,7 @@ def test_writing_again_leaves_splits_alone_whose_names_begin_the_same(cache):
 @pytest.mark.parametrize(
   'split', ['', '../train', 'a/b', 'a\\b', '.hidden', 'a\0', 'a\n', 'a*', '訓' * 70, '-a', '\ud800']
 )
-def test_splits_that_no_file_can_be_named_by(cache, split):
+def test_split_names_that_cannot_be_file_names(cache, split):
   before = sorted(os.listdir(cache))
   with pytest.raises(UserError, match='^the split .* cannot be part of a file name'):
     token_cache.write_token_cache(cache, _examples(1), INFO, split=split)
@@ -138,7 +138,7 @@ def test_splits_that_no_file_can_be_named_by(cache, split):
 
 
 @pytest.mark.parametrize('split', ['Train', 'ｔｒａｉｎ'])
-def test_splits_whose_files_would_be_anothers_on_some_file_systems(cache, split):
+def test_splits_whose_files_collide_on_some_file_systems(cache, split):
   with pytest.raises(UserError, match="holds a split 'train', whose files have the same names"):
     token_cache.write_token_cache(cache, _examples(1), INFO, split=split)
 
@@ -178,7 +178,7 @@ def test_missing_unfinished_or_damaged(cache, tmp_path):
   os.remove(os.path.join(cache, 'train-00001.array_record'))
   with pytest.raises(UserError, match='train-00001.array_record is missing'):
     Batches('cached_tokens', 'train', 1, LENGTHS)
-  with pytest.raises(UserError, match='does not exist; `parti-jax tokenize` makes it'):
+  with pytest.raises(UserError, match='does not exist; run `parti-jax tokenize`'):
     token_cache_info.read_info(str(tmp_path / 'none'))
   (tmp_path / 'info.json').write_text('{')
   with pytest.raises(UserError, match='info.json is damaged'):
@@ -194,14 +194,14 @@ def test_missing_unfinished_or_damaged(cache, tmp_path):
     token_cache_info.read_info(str(tmp_path))
 
 
-def test_a_shard_that_was_cut_is_refused_when_it_is_opened(cache):
+def test_a_truncated_shard_is_refused_when_it_is_opened(cache):
   path = os.path.join(cache, 'train-00001.array_record')
   with open(path, 'r+b') as file:
     file.truncate(os.path.getsize(path) - 1)
   with pytest.raises(
     UserError,
-    match='train-00001.array_record is damaged: it has .* when it was '
-    'written; copy it again, or `parti-jax tokenize`',
+    match='train-00001.array_record is damaged: it has .* but was '
+    'written with .*; copy it again, or run `parti-jax tokenize` again',
   ):
     Batches('cached_tokens', 'train', 1, LENGTHS)
 
@@ -216,7 +216,7 @@ def test_a_shard_of_something_else_is_refused_when_it_is_opened(cache, tmp_path)
 
 @pytest.mark.parametrize('tokens, codes', [(9, 32), (4, 8)])
 def test_a_shard_of_another_cache_is_refused_when_it_is_opened(cache, tmp_path, tokens, codes):
-  """Of the same size and number of records, but with other tokens than info.json says."""
+  """Of the same size and number of records, but with tokens that don't fit info.json."""
   info = token_cache_info.read_info(cache)
   name = 'train-00000.array_record'
   other = {**INFO, 'image_tokens': tokens, 'codebook_size': 2**16}
@@ -227,7 +227,7 @@ def test_a_shard_of_another_cache_is_refused_when_it_is_opened(cache, tmp_path, 
   if (tokens, codes) == (4, 8):
     with pytest.raises(UserError, match=f'{name} is damaged: its first record is not one of'):
       Batches('cached_tokens', 'train', 1, LENGTHS)
-  else:  # A caption begins where its tokens end, and these bytes are no text.
+  else:  # A caption begins after its tokens, and these bytes aren't text.
     batches = Batches('cached_tokens', 'train', 1, LENGTHS, num_epochs=1)
     list(batches)
     assert sum(batches.skipped.values()) == 4
@@ -239,12 +239,12 @@ def _damage_a_record(cache, name='train-00001.array_record', number=3):
   content = bytearray(path.read_bytes())
   record = token_cache.serialized(f'woman firefighter {4 + number}', np.full(4, 4 + number), INFO)
   place = content.find(record[-8:])
-  assert place > 0  # A record of so few bytes is not packed.
+  assert place > 0  # Such short records aren't compressed.
   content[place] ^= 1
   path.write_bytes(content)
 
 
-def test_a_damaged_record_is_left_out_by_whoever_has_its_share(cache, caplog):
+def test_a_damaged_record_is_skipped_in_its_share(cache, caplog):
   _damage_a_record(cache)
   read, skipped = [], []
   for share in range(3):
@@ -286,13 +286,13 @@ def test_codes_and_views_of_any_number(tmp_path, codes, views):
     assert set(map(tuple, rows[:, index].tolist())) == expected
 
 
-def test_views_must_be_given_where_there_are_several(tmp_path):
+def test_tokens_of_several_views_need_a_view_axis(tmp_path):
   with pytest.raises(ValueError, match=r'tokens have the shape \(4,\), not \(2, 4\)'):
     token_cache.write_token_cache(str(tmp_path), _examples(1), {**INFO, 'views': 2})
 
 
 @pytest.mark.parametrize('shuffle', ['global', 'window'])
-def test_both_ways_to_shuffle_read_all(cache, shuffle):
+def test_both_shuffles_read_all(cache, shuffle):
   gin.parse_config(f"token_cache.shuffle = '{shuffle}'\nshuffle.buffer_size = 6")
   for shares in (1, 2, 3, 4):
     read = []
@@ -302,7 +302,7 @@ def test_both_ways_to_shuffle_read_all(cache, shuffle):
       )
       read.append([int(codes[0]) for batch in batches for codes in batch['decoder_target_tokens']])
     assert sorted(sum(read, [])) == list(range(10))
-    if shares <= 3 and shuffle == 'window':  # Each has shards of its own.
+    if shares <= 3 and shuffle == 'window':  # Each has its own shards.
       assert all(
         {number // 4 for number in part}.isdisjoint({number // 4 for number in other})
         for part in read
@@ -311,7 +311,7 @@ def test_both_ways_to_shuffle_read_all(cache, shuffle):
       )
 
 
-def test_a_way_to_shuffle_that_is_not_there(cache):
+def test_an_unknown_shuffle(cache):
   gin.parse_config("token_cache.shuffle = 'all'")
   with pytest.raises(UserError, match="token_cache.shuffle='all' is not one of global, window"):
     Batches('cached_tokens', 'train', 1, LENGTHS)
@@ -339,10 +339,10 @@ SHARD = {'examples': 3, 'bytes': 10}
     ('splits', {'train': {'examples': 3, 'shards': [{**SHARD, 'bytes': '10'}]}}),
   ],
 )
-def test_info_that_makes_no_sense(tmp_path, entry, value):
+def test_invalid_info(tmp_path, entry, value):
   info = {**INFO, 'version': 2, 'views': 1, 'splits': {}, entry: value}
   (tmp_path / 'info.json').write_text(json.dumps(info))
-  with pytest.raises(UserError, match='info.json is damaged; `parti-jax tokenize` makes it again'):
+  with pytest.raises(UserError, match='info.json is damaged; run `parti-jax tokenize` again'):
     token_cache_info.read_info(str(tmp_path))
 
 
@@ -352,21 +352,21 @@ def test_version_1_says_what_to_do(tmp_path):
   )
   with pytest.raises(
     UserError,
-    match=f'{tmp_path} is of version 1; .* parti-jax tokenize '
+    match=f'{tmp_path} has version 1; .* parti-jax tokenize '
     f'--convert={tmp_path} --output_dir=FOLDER',
   ):
     token_cache_info.read_info(str(tmp_path))
 
 
 @pytest.mark.parametrize('content', [b'[1]', b'7', b'\xff{}', b'[' * 100_000])
-def test_info_that_is_no_object(tmp_path, content):
+def test_info_that_is_not_an_object(tmp_path, content):
   (tmp_path / 'info.json').write_bytes(content)
   with pytest.raises(UserError, match='info.json (is damaged|lacks)'):
     token_cache_info.read_info(str(tmp_path))
 
 
 def test_lengths_and_path(cache):
-  with pytest.raises(UserError, match='has 4 tokens a picture'):
+  with pytest.raises(UserError, match='has 4 tokens per picture'):
     Batches('cached_tokens', 'train', 1, {'inputs': 12, 'targets': 5})
   gin.clear_config()
   with pytest.raises(UserError, match='token_cache.path is not set'):

@@ -1,4 +1,4 @@
-"""A split that several processes write part by part, and that are killed anywhere."""
+"""A split that several processes write part by part, and that may be killed at any time."""
 
 import json
 import pathlib
@@ -44,7 +44,7 @@ def _begin(parts, overwrite=False):
 
 
 def _go_on(parts, add=0):
-  """What a process that is alone does."""
+  """Does the work of a single process."""
   if _begin(parts):
     _write(parts, parts.unfinished(range(len(EXAMPLES))), add)
     while not parts.merge():
@@ -52,7 +52,7 @@ def _go_on(parts, add=0):
 
 
 def _content(folder):
-  """Path within a folder, on a disk or in a store -> bytes; without unfinished files."""
+  """Returns {path within a folder: bytes}, on a disk or in a store, without unfinished files."""
   return {
     name: storage.read(storage.join(folder, name), 2**30)
     for name in storage.sizes(folder)
@@ -62,7 +62,7 @@ def _content(folder):
 
 @pytest.fixture(name='whole', scope='module')
 def _whole(tmp_path_factory):
-  """What one undisturbed process writes."""
+  """The result of one undisturbed process."""
   folder = tmp_path_factory.mktemp('whole')
   _go_on(_parts(folder))
   return _content(folder)
@@ -86,7 +86,7 @@ def test_the_split(whole, tmp_path):
 @pytest.mark.parametrize('order', [(3, 1, 2, 0), (0, 2, 1, 3)])
 def test_any_order_and_any_number_of_processes(whole, tmp_path, order):
   for index in order:
-    parts = _parts(tmp_path)  # A process of its own.
+    parts = _parts(tmp_path)  # Simulates a separate process.
     assert _begin(parts)
     assert parts.left() == [i for i in range(4) if i not in order[: order.index(index)]]
     _write(parts, parts.unfinished([index]))
@@ -100,7 +100,7 @@ class Killed(BaseException):
   pass
 
 
-# All that changes something on the disk or in the store.
+# Everything that changes the disk or the store.
 STEPS = [(storage, name) for name in ('create', 'write', 'move', 'remove', 'remove_folder')] + [
   (token_cache, 'write_shard'),
   (token_cache_info, 'remove_folder'),
@@ -108,7 +108,7 @@ STEPS = [(storage, name) for name in ('create', 'write', 'move', 'remove', 'remo
 
 
 def _at_step(monkeypatch, number, act, after):
-  """Has `act` called once, before or after the `number`-th step; returns the count of steps."""
+  """Calls `act` once, before or after the `number`-th step; returns the count of steps."""
   count = [0]
 
   def wrapped(function):
@@ -130,7 +130,7 @@ def _at_step(monkeypatch, number, act, after):
   # A lock whose holder was killed.
   monkeypatch.setattr(token_cache_info, '_LOCK_SECONDS', 0.05)
   monkeypatch.setattr(token_cache_info, '_LOCK_LOOK', 0.03)
-  # In the order of the shards, so that the steps have one.
+  # In the order of the shards, so that the steps are ordered.
   monkeypatch.setattr(token_cache_info, '_MOVES_AT_ONCE', 1)
   return count
 
@@ -174,7 +174,7 @@ def test_killed_at_any_step(whole, tmp_path, monkeypatch, after, replaces):
       if _begin(parts, overwrite=True):
         _write(parts, parts.unfinished(range(4)))
         assert parts.merge()
-    # The lock of one that was killed after its last change may stay; whoever comes next takes it.
+    # A process killed after its last change may leave its lock; the next one takes it.
     assert {
       name: content for name, content in _content(folder).items() if name != '.info.lock'
     } == whole, number
@@ -182,7 +182,7 @@ def test_killed_at_any_step(whole, tmp_path, monkeypatch, after, replaces):
 
 
 def test_several_merge_at_once(whole, tmp_path, monkeypatch):
-  """At every step of one process that merges, another one does all of it."""
+  """At each step of one merging process, another one does the complete merge."""
   number = steps = 0
   while number <= steps:
     number += 1
@@ -211,7 +211,7 @@ def test_two_commands_that_write_two_splits_at_once(whole, tmp_path, monkeypatch
 
     def begin_other(other=other):
       other.start()
-      other.join(0.3)  # Until it is done, or waits.
+      other.join(0.3)  # Until it is done or waits.
 
     with monkeypatch.context() as patch:
       count = _at_step(patch, number, begin_other, after=False)
@@ -257,7 +257,7 @@ def test_a_damaged_part_is_written_again(whole, tmp_path, damage, all_written):
   assert _content(tmp_path) == whole
 
 
-def test_a_shard_in_place_that_is_of_another_split_is_not_taken_for_a_part(whole, tmp_path):
+def test_a_shard_of_another_split_is_not_mistaken_for_a_part(whole, tmp_path):
   """All shards have the same size."""
   token_cache.write_token_cache(str(tmp_path), [('old', np.full(4, 99))], INFO)
   parts = _parts(tmp_path)
@@ -280,7 +280,7 @@ OTHERS = [
 
 @pytest.mark.parametrize('info, made_with, message', OTHERS)
 @pytest.mark.parametrize('finished', [False, True])
-def test_what_was_made_differently_is_refused(tmp_path, info, made_with, message, finished):
+def test_splits_made_differently_are_refused(tmp_path, info, made_with, message, finished):
   parts = _parts(tmp_path)
   _begin(parts)
   _write(parts, range(4 if finished else 2))
@@ -296,9 +296,9 @@ def test_what_was_made_differently_is_refused(tmp_path, info, made_with, message
 
 @pytest.mark.parametrize(
   'info, made_with', [other[:2] for other in OTHERS if other[0]['views'] == 1]
-)  # As the examples here have.
+)  # Like the examples here.
 @pytest.mark.parametrize('finished', [False, True])
-def test_overwrite_begins_again(tmp_path, info, made_with, finished):
+def test_overwrite_starts_over(tmp_path, info, made_with, finished):
   parts = _parts(tmp_path / 'a')
   _begin(parts)
   _write(parts, range(4 if finished else 2), add=50)
@@ -324,7 +324,7 @@ def test_processes_that_write_other_tokens_at_once_are_refused(tmp_path):
   assert second.left() == [0, 1, 2, 3]
 
 
-def test_other_splits_stay_unless_they_are_of_another_tokenizer(tmp_path):
+def test_other_splits_stay_unless_they_use_another_tokenizer(tmp_path):
   _go_on(_parts(tmp_path))
   _go_on(_parts(tmp_path, 'validation'))
   splits = token_cache_info.read_info(str(tmp_path))['splits']
@@ -404,7 +404,7 @@ def test_killed_while_shards_are_moved_in_a_store(whole, s3_bucket, monkeypatch)
   assert _content(folder) == whole
 
 
-def test_names_of_parts_are_of_what_they_are_made_with(tmp_path):
+def test_names_of_parts_depend_on_their_inputs(tmp_path):
   parts = _parts(tmp_path)
   _begin(parts)
   _write(parts, [0])

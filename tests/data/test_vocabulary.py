@@ -54,7 +54,7 @@ def test_empty_text_and_capitals(vocabulary):
   )
 
 
-def test_cut_says_what_did_not_fit(vocabulary):
+def test_the_cut_text_is_returned(vocabulary):
   text = 'a red dog on the beach'
   for length in range(1, len(vocabulary.encode_whole(text))):
     ids, cut = vocabulary.encode(text, length)
@@ -65,7 +65,7 @@ def test_cut_says_what_did_not_fit(vocabulary):
   assert vocabulary.encode(text, len(vocabulary.encode_whole(text)))[1] == ''
 
 
-def test_demo_vocabulary_knows_all_captions():
+def test_demo_vocabulary_covers_all_captions():
   from parti_jax.data import datasets
 
   demo = datasets.get_vocabulary()
@@ -77,7 +77,7 @@ def test_demo_vocabulary_knows_all_captions():
 
 
 @pytest.mark.parametrize('model_type', ['unigram', 'bpe'])
-def test_the_named_largest_size_works(tmp_path, model_type):
+def test_the_suggested_largest_size_works(tmp_path, model_type):
   output = str(tmp_path / 'new.model')
   with pytest.raises(UserError, match='the largest is --size=') as error:
     train_vocabulary(CAPTIONS, 5000, output, model_type)
@@ -96,7 +96,7 @@ def test_unusable_files(tmp_path):
   with pytest.raises(UserError, match='parti-jax vocabulary'):
     TextVocabulary(str(tmp_path / 'none.model'))
   (tmp_path / 'text.model').write_text('no model')
-  with pytest.raises(UserError, match='no SentencePiece model'):
+  with pytest.raises(UserError, match='is not a SentencePiece model'):
     TextVocabulary(str(tmp_path / 'text.model'))
   sentencepiece.SentencePieceTrainer.train(
     sentence_iterator=iter(CAPTIONS),

@@ -1,4 +1,4 @@
-"""Lets these tests import their fakes: pytest's importlib mode puts no folder on the path."""
+"""Lets these tests import their fakes: pytest's importlib mode doesn't add folders to the path."""
 
 import pathlib
 import sys

@@ -1,4 +1,4 @@
-"""A small made-up emoji set, and pipelines that draw it well or badly."""
+"""A small artificial emoji set, and pipelines that generate it well or badly."""
 
 import types
 
@@ -19,7 +19,7 @@ def picture(name, tones=(), split='train'):
 
 
 def small_set():
-  """Twelve names with three tones (four miss 'dark' in training), six without, two validation."""
+  """Twelve names with three tones (four lack 'dark' in training), six without, two validation."""
   pictures = []
   for index in range(12):
     for tones in TONES:
@@ -33,7 +33,7 @@ def small_set():
 
 
 def render(code, size=SIZE):
-  """Draws a name as a pattern of its own, with an eighth of the picture in the tone's shade."""
+  """Renders a unique pattern per name, with an eighth of the picture in the tone's shade."""
   name, _, tones = code.partition(': ')
   image = np.random.default_rng([*name.encode()]).integers(0, 2, (size, size, 3)) * 200
   image[:1] = _TONE_SHADE[(tones,) if tones else ()]
@@ -41,7 +41,7 @@ def render(code, size=SIZE):
 
 
 class FakeRanker:
-  """A ranker whose features of a picture are its pixels' means, and of a text those of `draw`."""
+  """A ranker whose picture features are the pixels' means, and text features those of `draw`."""
 
   config = types.SimpleNamespace(image_size=SIZE)
 
@@ -58,7 +58,7 @@ class FakeRanker:
 
 
 class FakePipeline:
-  """A pipeline that draws by `draw(caption, index of the image) -> uint8 [size, size, 3]`."""
+  """A pipeline that generates `draw(caption, index of the image) -> uint8 [size, size, 3]`."""
 
   image_size = SIZE
   codebook_size = 16
@@ -103,5 +103,5 @@ class FakePipeline:
     return images
 
   def tokenize(self, images):
-    """Gives code 1 to black values and code 3 to others: two codes of 16, in any picture."""
+    """Returns code 1 for black values and code 3 for others: two codes of 16, in any picture."""
     return np.where(images.reshape(len(images), -1) == 0, 1, 3).astype(np.int32)

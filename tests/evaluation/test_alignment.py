@@ -28,7 +28,7 @@ def test_right_pictures_by_prompt():
   assert (mean, error) == (0.5, pytest.approx(0.5))
 
 
-def test_prompts_are_drawn_by_the_seed():
+def test_the_seed_determines_the_prompts():
   prompts = lambda seed: (
     alignment.OpenMojiAlignment(
       fakes.SIZE, 'train', 5, seed, fakes.small_set(), fakes.render
@@ -50,7 +50,7 @@ def test_a_rankers_score_is_the_mean_of_a_prompts_pictures():
   assert texts == [measured.prompts[0]] * 2 + [measured.prompts[1]] * 2
 
 
-def test_distance_of_every_pair():
+def test_distance_of_all_pairs():
   shades = np.array([[0, 255, 0], [10, 10, 10]], np.uint8)
   images = np.broadcast_to(shades[:, :, None, None, None], (2, 3, 4, 4, 3))
   np.testing.assert_allclose(alignment.pairwise_distance(images), [2 / 3, 0])

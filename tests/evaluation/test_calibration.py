@@ -1,4 +1,4 @@
-"""Calibration of a threshold: its test, its order, the command that resumes."""
+"""Tests calibration of a threshold: its statistical test, its order, and resuming."""
 
 import argparse
 import json
@@ -18,7 +18,7 @@ from parti_jax.sampling import adaptive
 
 
 def _losses(rng, mean, count=120):
-  """Losses in {-0.5, 0, 0.5}, mostly 0, with an expectation."""
+  """Returns losses in {-0.5, 0, 0.5}, mostly 0, with an expectation."""
   return rng.choice([-0.5, 0.0, 0.5], count, p=[0.1 - mean, 0.8, 0.1 + mean])
 
 
@@ -34,7 +34,7 @@ def test_a_loss_at_the_tolerance_seldom_passes_and_a_smaller_one_does():
 
 
 def test_p_value_by_hand():
-  # Of two losses in [0, 1] at the tolerance 0.5: the first bet rests on the variance 0.25.
+  # For two losses in [0, 1] at the tolerance 0.5, the first bet uses the variance 0.25.
   first = min((2 * np.log(20) / (2 * 0.25)) ** 0.5, 0.75 / 0.5)
   variance = (0.25 + (0.0 - 0.25) ** 2) / 2
   second = min((2 * np.log(20) / (2 * variance)) ** 0.5, 0.75 / 0.5)
@@ -53,7 +53,7 @@ def test_the_first_failure_ends_the_sequence():
 
 
 class Pipeline(fakes.FakePipeline):
-  """Draws as asked, but something else for a share of prompts below the threshold 0.5."""
+  """A fake that generates other pictures for a share of prompts below the threshold 0.5."""
 
   sampling = sampling_settings.SamplingSettings(guidance_scale=2.0)
   decoder_layers = 4
@@ -110,7 +110,7 @@ def test_the_command_finds_the_threshold_and_resumes(pipeline, tmp_path, capsys)
   assert len(content['measured']['0.6']['scores']) == len(content['prompts'])
   printed = capsys.readouterr().out
   assert '--exit_threshold=0.6' in printed and printed.count('\n| ') == 4
-  # Again: nothing is drawn anew, and another tolerance may be asked for.
+  # A second run generates nothing, and may use another tolerance.
   pipeline.generated.clear()
   assert run(*arguments[:2], '--tolerance', '0.9', *arguments[4:]) == 0
   assert json.loads(output.read_text())['result']['threshold'] == 0.4
@@ -119,7 +119,7 @@ def test_the_command_finds_the_threshold_and_resumes(pipeline, tmp_path, capsys)
     run(*arguments, '--seed', '1')
 
 
-def test_too_few_prompts_are_said_before_anything_is_drawn(pipeline, tmp_path, capsys):
+def test_too_few_prompts_cause_a_warning_before_sampling(pipeline, tmp_path, capsys):
   output = ('--output', str(tmp_path / 'calibration.json'))
   run('--split', 'train', '--max_prompts', '3', '--candidates', '0.9', '--num_images', '1', *output)
   assert 'warning: 3 prompts are too few for --tolerance=0.05' in capsys.readouterr().err
@@ -129,7 +129,7 @@ def test_too_few_prompts_are_said_before_anything_is_drawn(pipeline, tmp_path, c
   assert not pipeline.generated
 
 
-def test_thresholds_that_look_alike_are_measured_apart(pipeline, tmp_path):
+def test_thresholds_that_look_alike_are_measured_separately(pipeline, tmp_path):
   output = tmp_path / 'calibration.json'
   run(
     '--split',

@@ -1,4 +1,4 @@
-"""Tests of the loaders of MS-COCO and Localized Narratives, on small files of their form."""
+"""Tests of the loaders of MS-COCO and Localized Narratives, on small files in their format."""
 
 import collections
 import io
@@ -37,14 +37,14 @@ def coco_files(folder, pictures=6, captions=2, **changes):
 
 
 def pairs(captioned):
-  """Each caption with the name of its picture's file."""
+  """Returns each caption with the name of its picture's file."""
   return {
     caption: captioned.pictures.paths[picture].name
     for caption, picture in zip(captioned.captions, captioned.picture_of)
   }
 
 
-def test_every_picture_gets_a_caption_before_any_gets_two():
+def test_all_pictures_get_a_caption_before_any_gets_two():
   picture_of = np.repeat(np.arange(50), 5)
   chosen = captioned_pictures.choose(picture_of, 50, seed=0)
   assert sorted(picture_of[chosen]) == list(range(50))
@@ -68,7 +68,7 @@ def test_coco_captions_with_their_pictures(tmp_path):
   assert again.captions == captioned.captions
 
 
-def test_coco_pictures_that_are_not_there_are_counted(tmp_path):
+def test_missing_coco_pictures_are_counted(tmp_path):
   annotations, pictures = coco_files(tmp_path)
   (tmp_path / 'val2014' / 'COCO_val2014_000000000102.jpg').unlink()
   captioned = coco.read(annotations, pictures, limit=100, seed=0)
@@ -84,31 +84,43 @@ def test_coco_pictures_that_are_not_there_are_counted(tmp_path):
   [
     ({'images': None}, "no list 'images'"),
     ({'annotations': []}, "its list 'annotations' is empty"),
-    ({'annotations': [{'image_id': 100}]}, r'no caption that can be used \(1 no caption\)'),
-    ({'annotations': [{'image_id': 100, 'caption': ' '}]}, 'no caption that can be used'),
+    ({'annotations': [{'image_id': 100}]}, r'no usable caption \(1 no caption\)'),
+    ({'annotations': [{'image_id': 100, 'caption': ' '}]}, 'no usable caption'),
     ({'annotations': [{'image_id': 7, 'caption': 'a'}]}, 'image_id 7 is not among its images'),
-    ({'annotations': [{'image_id': None, 'caption': 'a'}]}, "entry 1: no whole .* 'image_id'"),
-    ({'annotations': ['a']}, "annotations, entry 1: no whole number or text 'image_id'"),
-    ({'images': [{'id': True, 'file_name': 'a'}]}, "images, entry 1: no whole number .* 'id'"),
-    ({'images': [{'id': 1.5, 'file_name': 'a'}]}, "images, entry 1: no whole number .* 'id'"),
+    (
+      {'annotations': [{'image_id': None, 'caption': 'a'}]},
+      "entry 1: it has no whole .* 'image_id'",
+    ),
+    ({'annotations': ['a']}, "annotations, entry 1: it has no whole number or string 'image_id'"),
+    (
+      {'images': [{'id': True, 'file_name': 'a'}]},
+      "images, entry 1: it has no whole number .* 'id'",
+    ),
+    (
+      {'images': [{'id': 1.5, 'file_name': 'a'}]},
+      "images, entry 1: it has no whole number .* 'id'",
+    ),
     ({'images': [{'id': 1}]}, "images, entry 1: no text 'file_name'"),
     (
       {'images': [{'id': 1, 'file_name': 'a'}, {'id': '1', 'file_name': 'b'}]},
-      "images, entry 2: the id 1 is that of 'a' already",
+      "images, entry 2: the id 1 already belongs to 'a'",
     ),
-    ({'images': [{'id': 1, 'file_name': '../a.jpg'}]}, r"file_name '\.\./a.jpg' is no path within"),
-    ({'images': [{'id': 1, 'file_name': 'a/../../b'}]}, 'is no path within the folder'),
-    ({'images': [{'id': 1, 'file_name': '/etc/passwd'}]}, 'is no path within the folder'),
-    ({'images': [{'id': 1, 'file_name': 'a\0b'}]}, 'is no path within the folder'),
-    ({'images': [{'id': 1, 'file_name': '\ud83d'}]}, 'is no path within the folder'),
+    (
+      {'images': [{'id': 1, 'file_name': '../a.jpg'}]},
+      r"file_name '\.\./a.jpg' is not a path within",
+    ),
+    ({'images': [{'id': 1, 'file_name': 'a/../../b'}]}, 'is not a path within the folder'),
+    ({'images': [{'id': 1, 'file_name': '/etc/passwd'}]}, 'is not a path within the folder'),
+    ({'images': [{'id': 1, 'file_name': 'a\0b'}]}, 'is not a path within the folder'),
+    ({'images': [{'id': 1, 'file_name': '\ud83d'}]}, 'is not a path within the folder'),
   ],
 )
-def test_coco_files_of_another_form(tmp_path, changes, message):
+def test_coco_files_of_another_format(tmp_path, changes, message):
   with pytest.raises(UserError, match=message):
     coco.read(*coco_files(tmp_path, **changes), limit=4, seed=0)
 
 
-def test_coco_captions_that_are_none_are_left_out_and_counted(tmp_path):
+def test_unusable_coco_captions_are_skipped_and_counted(tmp_path):
   values = ['100, 0', ' ', '', None, ['100, 0'], {'raw': 'a'}, 7, 'half a pair \ud83d']
   annotations = [{'image_id': 100, 'caption': value} for value in values] + [{'image_id': 100}]
   captioned = coco.read(*coco_files(tmp_path, annotations=annotations), limit=9, seed=0)
@@ -121,7 +133,7 @@ def test_coco_captions_that_are_none_are_left_out_and_counted(tmp_path):
 
 
 def test_coco_ids_and_folders(tmp_path):
-  """Ids are numbers or texts; the name of a file may lead into folders."""
+  """Ids are numbers or strings; file names may contain folders."""
   (tmp_path / 'photos' / 'val' / 'a').mkdir(parents=True)
   for shade, name in ((10, 'val/a/1.jpg'), (20, 'val/1.jpg'), (30, '1.jpg')):
     write_picture(tmp_path / 'photos' / name, shade)
@@ -145,7 +157,7 @@ def test_coco_ids_and_folders(tmp_path):
     ],
   }
   path = tmp_path / 'annotations.json'
-  # As Windows' programs write it.
+  # As written by Windows programs.
   path.write_bytes(b'\xef\xbb\xbf' + json.dumps(content).encode())
   captioned = coco.read(str(path), str(tmp_path / 'photos'), 9, 0)
   assert captioned.skipped == {'no picture file': 2}
@@ -176,7 +188,7 @@ def test_coco_of_tensorflow_datasets(tmp_path):
   tfds = pytest.importorskip('tensorflow_datasets')
   with pytest.raises(UserError, match='coco_captions is not prepared .*tfds build coco_captions'):
     coco.read_tfds(str(tmp_path), 4, 0)
-  # What `tfds build coco_captions` writes, but for its number of pictures.
+  # The files of `tfds build coco_captions`, with fewer pictures.
   features = tfds.builder('coco_captions').info.features
   tfds.dataset_builders.store_as_tfds_dataset(
     name='coco_captions',
@@ -194,7 +206,7 @@ def test_coco_of_tensorflow_datasets(tmp_path):
   assert captioned.available == 12 and len(captioned.captions) == 9
   assert captioned.skipped == {'no caption': 6}
   encoded = list(captioned.pictures.encoded())
-  assert len(encoded) == len(captioned.pictures) == 6  # No picture of train.
+  assert len(encoded) == len(captioned.pictures) == 6  # No pictures of train.
   for caption, picture in zip(captioned.captions, captioned.picture_of):
     shade = np.asarray(Image.open(io.BytesIO(encoded[picture]))).mean()
     assert abs(shade - int(caption.split(',')[0])) < 2 and shade >= 10
@@ -270,15 +282,15 @@ def test_narratives_with_other_ids_endings_and_captions(tmp_path, encoding):
 @pytest.mark.parametrize(
   'lines, message',
   [
-    (['{"image_id": "1", "caption": "a"}', '{'], 'line 2: no JSON'),
-    (['[' * 100_000], 'line 1: no JSON'),
-    ([{'image_id': '1', 'caption': ''}], r'no caption that can be used \(1 no caption\)'),
-    ([{'image_id': 1.5, 'caption': 'a'}], "line 1: no whole number or text 'image_id'"),
-    ([{'caption': 'a'}], "line 1: no whole number or text 'image_id'"),
-    (['[]'], 'line 1: no JSON object'),
-    ([''], r'no caption that can be used \(it is empty\)'),
+    (['{"image_id": "1", "caption": "a"}', '{'], 'line 2: not JSON'),
+    (['[' * 100_000], 'line 1: not JSON'),
+    ([{'image_id': '1', 'caption': ''}], r'no usable caption \(1 no caption\)'),
+    ([{'image_id': 1.5, 'caption': 'a'}], "line 1: it has no whole number or string 'image_id'"),
+    ([{'caption': 'a'}], "line 1: it has no whole number or string 'image_id'"),
+    (['[]'], 'line 1: not a JSON object'),
+    ([''], r'no usable caption \(it is empty\)'),
   ],
 )
-def test_narratives_of_another_form(tmp_path, lines, message):
+def test_narratives_of_another_format(tmp_path, lines, message):
   with pytest.raises(UserError, match=message):
     localized_narratives.read(narratives(tmp_path, lines), str(tmp_path), 10, 0)

@@ -1,4 +1,4 @@
-"""Tests of `parti-jax evaluate --dataset=coco`, with a pipeline and small files that tests make."""
+"""Tests of `parti-jax evaluate --dataset=coco`, with a fake pipeline and small files."""
 
 import argparse
 import json
@@ -20,7 +20,7 @@ PICTURES = 12
 
 
 def draw(caption, index):
-  """A picture of its own for each caption and index."""
+  """Returns a different picture for each caption and index."""
   return np.random.default_rng([*caption.encode(), index]).integers(
     0, 256, (fakes.SIZE, fakes.SIZE, 3), dtype=np.uint8
   )
@@ -36,7 +36,7 @@ def fixture_pipeline(monkeypatch):
 
 @pytest.fixture(name='flags')
 def fixture_flags(tmp_path):
-  """Small files in MS-COCO's form, in which caption 'picture 3' has the picture drawn for it."""
+  """Small files in MS-COCO's form, where caption 'picture 3' has the picture generated for it."""
   place = tmp_path / 'val2014'
   place.mkdir()
   content = {'images': [], 'annotations': []}
@@ -80,14 +80,14 @@ def test_reports_pictures_and_sheet(pipeline, flags, tmp_path, capsys):
   assert table['rows']['reconstruction']['precision'] == 1
   assert table['rows']['generated']['frechet_distance'] > 0.01
   printed = capsys.readouterr()
-  assert '12 captions, not 30,000' in printed.err
+  assert 'all 12 captions, which are fewer than --num_captions=30000' in printed.err
   assert 'Fréchet distance' in printed.out and 'MS-COCO' in printed.out
   assert Image.open(out / 'contact_sheet.png').width > 4 * 2 * 128
   with tarfile.open(out / 'generated' / '00001.tar') as tar:
     assert tar.getnames()[:2] == ['000005.png', '000005.txt']
 
 
-def test_every_caption_has_noise_of_its_own_and_its_place(pipeline, flags, tmp_path):
+def test_each_caption_has_its_own_noise_and_position(pipeline, flags, tmp_path):
   run(*flags)
   captions = [caption for group in pipeline.generated for caption in group]
   shards = picture_shards.PictureShards(tmp_path / 'out' / 'generated', captions)
@@ -96,7 +96,7 @@ def test_every_caption_has_noise_of_its_own_and_its_place(pipeline, flags, tmp_p
     np.testing.assert_array_equal(drawn[index], draw(caption, index))
 
 
-def test_goes_on_where_it_was_stopped(pipeline, flags, tmp_path):
+def test_a_stopped_run_resumes(pipeline, flags, tmp_path):
   generate = pipeline.generate
 
   def stopped(prompts, **settings):
@@ -112,7 +112,7 @@ def test_goes_on_where_it_was_stopped(pipeline, flags, tmp_path):
   drawn = [caption for group in pipeline.generated for caption in group]
   assert sorted(drawn) == sorted(f'picture {identity}' for identity in range(PICTURES))
   resumed = (tmp_path / 'out' / 'report.json').read_text()
-  run(*flags)  # Draws nothing more.
+  run(*flags)  # Generates nothing more.
   assert len(pipeline.generated) == 3
   run(*flags[:-1], f'--output_dir={tmp_path}/whole')
   assert (tmp_path / 'whole' / 'report.json').read_text() == resumed
@@ -126,7 +126,7 @@ def test_pictures_of_another_run_are_not_mixed(pipeline, flags):
     run(*flags, '--num_captions=5')
 
 
-def test_damaged_pictures_are_counted_and_left_out_on_both_sides(pipeline, flags, tmp_path):
+def test_damaged_pictures_are_counted_and_skipped_on_both_sides(pipeline, flags, tmp_path):
   whole = (tmp_path / 'val2014' / '3.png').read_bytes()
   (tmp_path / 'val2014' / '3.png').write_bytes(whole[:60])
   (tmp_path / 'val2014' / '4.png').unlink()
@@ -136,7 +136,7 @@ def test_damaged_pictures_are_counted_and_left_out_on_both_sides(pipeline, flags
   assert report['captions'] == report['pictures'] == PICTURES - 2
   assert report['distributions'][0]['rows']['generated']['pictures'] == PICTURES - 2
   assert (
-    'Left out: 1 captions (no picture file), 1 captions (damaged picture).'
+    'Skipped: 1 captions (no picture file), 1 captions (damaged picture).'
     in (tmp_path / 'out' / 'report.md').read_text()
   )
 
@@ -167,7 +167,7 @@ def test_a_damaged_shard_is_named(pipeline, flags, tmp_path):
   assert len(pipeline.generated) == 3 + 1
 
 
-def test_inception_compares_at_the_size_that_is_asked(pipeline, flags, tmp_path, monkeypatch):
+def test_inception_compares_at_the_requested_size(pipeline, flags, tmp_path, monkeypatch):
   sizes = set()
 
   class FakeInception:
@@ -190,7 +190,7 @@ def test_inception_compares_at_the_size_that_is_asked(pipeline, flags, tmp_path,
   assert report['distributions'][0]['rows']['generated']['alignment'] is None
 
 
-def test_captions_that_were_cut_are_counted(pipeline, flags, tmp_path):
+def test_cut_captions_are_counted(pipeline, flags, tmp_path):
   generate = pipeline.generate
 
   def cut(prompts, **settings):
@@ -202,13 +202,13 @@ def test_captions_that_were_cut_are_counted(pipeline, flags, tmp_path):
   pipeline.generate = cut
   run(*flags)
   pipeline.generate = generate
-  run(*flags)  # Known of shards that were drawn before.
+  run(*flags)  # Also known for shards of an earlier run.
   assert len(pipeline.generated) == 3
   assert json.loads((tmp_path / 'out' / 'report.json').read_text())['captions_cut'] == 3
-  assert '3 captions were longer' in (tmp_path / 'out' / 'report.md').read_text()
+  assert '3 captions exceeded' in (tmp_path / 'out' / 'report.md').read_text()
 
 
-def test_without_anything_to_compare_over(pipeline, flags, tmp_path):
+def test_without_features_to_compare(pipeline, flags, tmp_path):
   pipeline.ranker = None
   with pytest.raises(UserError, match='model fake has no ranker.*give --inception_weights'):
     run(*flags)
@@ -220,9 +220,12 @@ def test_without_anything_to_compare_over(pipeline, flags, tmp_path):
   [
     (['--dataset=cocoa'], "unknown data set 'cocoa'; they are openmoji, coco"),
     (['--dataset=localized_narratives'], 'needs --annotations FILE and --pictures DIR'),
-    (['--dataset=coco', '--annotations=a'], '--annotations FILE goes with --pictures DIR'),
-    (['--dataset=coco', '--splits', 'train'], '--splits is of --dataset=openmoji, not of coco'),
-    (['--annotations=a'], '--annotations is of --dataset=coco and localized_narratives'),
+    (['--dataset=coco', '--annotations=a'], '--annotations FILE needs --pictures DIR'),
+    (
+      ['--dataset=coco', '--splits', 'train'],
+      '--splits only applies to --dataset=openmoji, not to coco',
+    ),
+    (['--annotations=a'], '--annotations only applies to --dataset=coco and localized_narratives'),
     (['--num_captions=0', '--dataset=coco'], '--num_captions must be a positive number'),
     (['--image_size=0'], '--image_size must be a positive number'),
     (['--inception_weights=nothing.pth'], '--inception_weights nothing.pth is no file'),

@@ -27,7 +27,7 @@ def has(page, color):
 
 
 def contains(page, image):
-  """Whether the page holds a picture, each of its pixels 16 x 16 large."""
+  """Returns whether the page contains a picture, with each pixel enlarged to 16 x 16."""
   page = np.asarray(page)
   image = image.repeat(16, axis=0).repeat(16, axis=1)
   size = len(image)
@@ -39,7 +39,7 @@ def contains(page, image):
   )
 
 
-def test_the_page_holds_the_real_and_the_generated_pictures():
+def test_the_page_shows_the_real_and_the_generated_pictures():
   shown = sample(prompts=2, right=False)
   page = contact_sheet.contact_sheet(shown)
   assert page.mode == 'RGB'
@@ -60,7 +60,7 @@ def test_the_page_grows_by_rows_and_is_limited():
 
 
 @pytest.mark.parametrize('right', [True, False])
-def test_marks_say_whether_pictures_are_right(right):
+def test_marks_show_whether_pictures_are_right(right):
   page = contact_sheet.contact_sheet(sample(right=right))
   assert has(page, contact_sheet._RIGHT) == right
   assert has(page, contact_sheet._WRONG) != right

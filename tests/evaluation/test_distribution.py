@@ -1,4 +1,4 @@
-"""Tests of the table of distances between sets of pictures, and of what it says."""
+"""Tests of the table of distances between sets of pictures, and of its remarks."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ def unit(values):
 
 @pytest.fixture(name='sets')
 def fixture_sets():
-  """40 captions of 20 pictures; two generated pictures a caption, shifted from the real ones."""
+  """40 captions of 20 pictures; two generated pictures per caption, shifted from the real ones."""
   rng = np.random.default_rng(0)
   real = rng.normal(size=(20, 4)).astype(np.float32)
   picture_of = np.arange(40) // 2
@@ -31,11 +31,11 @@ def fixture_sets():
   )
 
 
-def test_rows_are_held_against_the_real_pictures(sets):
+def test_rows_are_compared_with_the_real_pictures(sets):
   rows = distribution.measure('fake', sets).rows
   assert list(rows) == list(distribution.ROWS)
-  # A shift of all features is the distance of the means alone: 4 features, 1 and 3 away. (Each
-  # generated picture is there four times, which the unbiased covariance knows.)
+  # A shift of all features changes only the distance of the means: 4 features, 1 and 3 away. (Each
+  # generated picture occurs four times, which affects the unbiased covariance.)
   assert rows['reconstruction'].frechet_distance == pytest.approx(4 * 1**2, rel=1e-3)
   assert rows['generated'].frechet_distance == pytest.approx(4 * 3**2, rel=0.01)
   assert (rows['generated'].pictures, rows['generated'].real) == (80, 20)
@@ -47,7 +47,7 @@ def test_halves_have_the_same_numbers_and_no_picture_in_common(sets):
   rows = distribution.measure('fake', sets).rows
   for row in ('generated_half', 'real_half'):
     assert (rows[row].pictures, rows[row].real) == (10, 10)
-  # The generated half is the real one of the same captions, moved by 3.
+  # The generated half equals the real one of the same captions, shifted by 3.
   assert rows['generated_half'].frechet_distance > rows['real_half'].frechet_distance > 0.1
 
 
@@ -64,7 +64,7 @@ def test_alignment_is_the_mean_cosine(sets):
   assert rows['other_captions'].alignment.mean < 0.7
 
 
-def test_captions_of_others_are_of_other_pictures():
+def test_captions_of_others_belong_to_other_pictures():
   picture_of = np.array([0, 0, 1, 2, 2, 2, 3])
   for seed in range(20):
     others = distribution._pictures_of_others(picture_of, np.random.default_rng(seed))
@@ -83,7 +83,7 @@ def test_few_pictures_have_no_manifold():
 
 
 def random_sets(pictures, dim=4, logits=None, captions=True, seed=0):
-  """Sets of a caption and a generated picture for each of some real pictures."""
+  """Sets with a caption and a generated picture for each of some real pictures."""
   rng = np.random.default_rng(seed)
   drawn = lambda: features.Features(
     rng.normal(size=(pictures, dim)).astype(np.float32),
@@ -103,23 +103,23 @@ def test_enough_pictures_need_no_remark():
 @pytest.mark.parametrize(
   'pictures, dim, remarks',
   [
-    (1, 4, ['Left out for too few', 'Halves: left out', 'Alignment: over fewer than 30']),
-    (3, 2, ['Left out for too few', 'Halves: left out', 'Alignment: over fewer than 30']),
+    (1, 4, ['Omitted for too few', 'Halves: omitted', 'Alignment: over fewer than 30']),
+    (3, 2, ['Omitted for too few', 'Halves: omitted', 'Alignment: over fewer than 30']),
     (
       4,
       4,
       [
-        'Fréchet distance: not more pictures than the 4',
+        'Fréchet distance: no more pictures than the 4',
         'Precision, recall',
         'Halves',
         'Alignment',
       ],
     ),
-    (99, 2, ['Precision, recall: fewer than 100 pictures say little']),
-    (250, 130, ['Fréchet distance: not more pictures than the 130 features']),
+    (99, 2, ['Precision, recall: unreliable for fewer than 100 pictures']),
+    (250, 130, ['Fréchet distance: no more pictures than the 130 features']),
   ],
 )
-def test_what_is_of_too_few_pictures_is_said(pictures, dim, remarks):
+def test_too_few_pictures_cause_remarks(pictures, dim, remarks):
   table = distribution.measure('fake', random_sets(pictures, dim))
   text, markdown = distribution_report.text(table), distribution_report.markdown(table)
   for remark in remarks:
@@ -151,18 +151,18 @@ def test_few_pictures_have_no_inception_score(pictures, monkeypatch):
   table = distribution.measure('fake', random_sets(pictures, logits=10, captions=False))
   assert all(row.inception_score is None for row in table.rows.values())
   assert any(
-    remark.startswith('Inception score: left out of fewer than 500 pictures (generated: ')
+    remark.startswith('Inception score: omitted for fewer than 500 pictures (generated: ')
     for remark in table.remarks
   )
   assert 'inception score' not in distribution_report.text(table)
 
 
-def test_the_note_says_what_grows_with_the_number_of_pictures():
+def test_the_note_names_biased_values():
   note = distribution_report.NOTE.split('Inception score')[1]
   assert 'it grows with the number of pictures' in note
 
 
-def test_the_table_names_its_features_and_leaves_out_empty_columns(sets):
+def test_the_table_names_its_features_and_omits_empty_columns(sets):
   table = distribution.measure('the fake network', sets)
   text, markdown = distribution_report.text(table), distribution_report.markdown(table)
   assert text.startswith('Over 4 features: the fake network\n')
@@ -172,7 +172,7 @@ def test_the_table_names_its_features_and_leaves_out_empty_columns(sets):
 
 def test_logits_give_an_inception_score():
   pytest.importorskip('torch_fidelity.metric_isc')
-  # Ten pictures of each of ten classes, each sure of its class: the score is 10 at most.
+  # Ten pictures of each of ten classes, each with a confident class: the score is at most 10.
   logits = np.tile(20 * np.eye(10, dtype=np.float32), (50, 1))
   sure = features.Features(np.random.default_rng(0).normal(size=(500, 4)), logits)
   found = distribution._inception_score(sure)

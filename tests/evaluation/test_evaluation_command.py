@@ -1,4 +1,4 @@
-"""Tests of `parti-jax evaluate`, with a pipeline and emoji that the tests make."""
+"""Tests of `parti-jax evaluate`, with a fake pipeline and artificial emoji."""
 
 import argparse
 import json
@@ -17,7 +17,7 @@ from parti_jax.evaluation import output_folder
 @pytest.fixture(name='pipeline')
 def fixture_pipeline(monkeypatch):
   pipeline = fakes.FakePipeline(lambda caption, index: fakes.render(caption))
-  # By its dictionary: setattr would first get the real one, and so import JAX.
+  # Set in its dictionary: setattr would first get the real one, and so import JAX.
   monkeypatch.setitem(vars(parti_jax), 'load', lambda path=None: pipeline)
   monkeypatch.setattr(openmoji, 'pictures', fakes.small_set)
   monkeypatch.setattr(openmoji, 'render', fakes.render)
@@ -66,19 +66,19 @@ def test_prints_the_table_and_writes_reports_and_sheets(pipeline, tmp_path, caps
 @pytest.mark.parametrize(
   'arguments, message',
   [
-    (['--splits', 'tset'], "unknown split 'tset'; the splits are train, validation"),
+    (['--splits', 'tset'], "unknown split 'tset'; choose from train, validation"),
     (['--num_images', '0'], '--num_images must be a positive number, not 0'),
     (['--max_prompts', '-3'], '--max_prompts'),
     (['--train_prompts', '0'], '--train_prompts'),
     (['--batch_size', '0'], '--batch_size'),
-    (['--seed', '-1'], '--seed must not be negative'),
+    (['--seed', '-1'], '--seed=-1 must not be negative'),
     (['--seed', '4294967296'], '--seed=4294967296 must be a whole number from 0 to 4294967295'),
     (['--image_size', '1000000'], '--image_size=1000000 must be a whole number from 1 to 4096'),
     (['--num_images', '3000000000'], '--num_images=3000000000 must be'),
     (['--top_p', '2'], 'top_p=2'),
   ],
 )
-def test_bad_flags_leave_nothing(pipeline, tmp_path, arguments, message):
+def test_bad_flags_leave_no_files(pipeline, tmp_path, arguments, message):
   folder = tmp_path / 'folder'
   with pytest.raises(UserError, match=message):
     run('--output_dir', str(folder), *arguments)

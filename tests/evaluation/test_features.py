@@ -1,4 +1,4 @@
-"""Tests of the networks whose features are compared."""
+"""Tests of the networks that compute features."""
 
 import evaluation_fakes as fakes
 import numpy as np
@@ -26,7 +26,7 @@ def test_the_rankers_features_come_in_batches_of_any_size():
   assert 'ranker of the model demo' in extractor.name
 
 
-def test_what_there_is_is_used():
+def test_available_networks_are_used():
   pipeline = fakes.FakePipeline(fakes.render)
   assert features.of_flags(pipeline, None, 256) == []
   pipeline.ranker = fakes.FakeRanker(fakes.render)
@@ -36,7 +36,7 @@ def test_what_there_is_is_used():
 
 @pytest.fixture(name='weights', scope='module')
 def fixture_weights(tmp_path_factory):
-  """A file in the form of Inception's weights, at random."""
+  """A file in the format of Inception's weights, with random values."""
   torch = pytest.importorskip('torch')
   module = pytest.importorskip('torch_fidelity.feature_extractor_inceptionv3')
   torch.manual_seed(0)
@@ -68,5 +68,5 @@ def test_a_file_with_other_content(tmp_path, content):
     path.write_bytes(content)
   else:
     torch.save({key: torch.tensor(value) for key, value in content.items()}, path)
-  with pytest.raises(UserError, match='weights.pth holds no weights of Inception v3'):
+  with pytest.raises(UserError, match='weights.pth does not hold weights of Inception v3'):
     features.Inception(str(path))

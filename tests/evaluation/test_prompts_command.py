@@ -52,7 +52,7 @@ def run(*arguments):
 
 
 class Page(html.parser.HTMLParser):
-  """What a test wants to know of a page; every tag must be closed."""
+  """Parses a page for the tests; all tags must be closed."""
 
   def __init__(self, path):
     super().__init__()
@@ -79,7 +79,7 @@ class Page(html.parser.HTMLParser):
     self.texts.append(data.strip())
 
 
-def test_the_page_shows_every_prompt_best_first(pipeline, flags, tmp_path, capsys):
+def test_the_page_shows_all_prompts_best_first(pipeline, flags, tmp_path, capsys):
   assert run(*flags) == 0
   out = tmp_path / 'out'
   page = Page(out / 'index.html')
@@ -98,7 +98,7 @@ def test_the_page_shows_every_prompt_best_first(pipeline, flags, tmp_path, capsy
     'bond',
   ]
   first = content['prompts'][0]['pictures']
-  assert [picture['image_index'] for picture in first] == [2, 1, 0]  # By the fake ranker.
+  assert [picture['image_index'] for picture in first] == [2, 1, 0]  # In the fake ranker's order.
   assert [picture['score'] for picture in first] == [2, 1, 0]
   best = np.asarray(Image.open(out / first[0]['file']))
   np.testing.assert_array_equal(best, draw('bond', 2))
@@ -118,7 +118,7 @@ def test_a_model_without_a_ranker(pipeline, flags, tmp_path):
   assert 'not ranked' in (tmp_path / 'out' / 'index.html').read_text()
 
 
-def test_goes_on_where_it_was_stopped(pipeline, flags, tmp_path, monkeypatch):
+def test_a_stopped_run_resumes(pipeline, flags, tmp_path, monkeypatch):
   monkeypatch.setattr(prompts_lib, '_AT_ONCE', 3)
   generate = pipeline.generate
 
@@ -155,7 +155,7 @@ CATEGORIES = [
 ]
 
 
-def test_every_category_and_challenge_has_a_sheet_and_a_place_of_its_own(pipeline, tmp_path):
+def test_each_category_and_challenge_has_its_own_sheet_and_section(pipeline, tmp_path):
   path = tmp_path / 'prompts.tsv'
   rows = [
     f'prompt {number}\t{category}\t{challenge}\t\n'
@@ -177,7 +177,7 @@ def test_every_category_and_challenge_has_a_sheet_and_a_place_of_its_own(pipelin
   assert set(re.findall("getElementById\\('([^']*)'\\)", text)) <= set(ids)
 
 
-def test_a_run_goes_on_with_folders_that_have_other_words(pipeline, tmp_path):
+def test_a_run_resumes_with_folders_that_have_other_words(pipeline, tmp_path):
   path = tmp_path / 'prompts.tsv'
   path.write_text(
     HEADER + '赤いりんご\t食べ物\t基本\t\nbond\tAbstract\tBasic\t\n', encoding='utf-8'
@@ -195,12 +195,12 @@ def test_a_run_goes_on_with_folders_that_have_other_words(pipeline, tmp_path):
 def test_only_the_first_prompts(pipeline, flags, tmp_path):
   run(*flags, '--max_prompts=1')
   assert pipeline.generated == [['bond']]
-  run(*flags)  # And now the others.
+  run(*flags)  # Now the others.
   assert len(pipeline.generated[1]) == 3
   assert len(Page(tmp_path / 'out' / 'index.html').images) == 12
 
 
-def test_what_the_model_did_not_read_is_shown(pipeline, flags, tmp_path):
+def test_text_that_the_model_did_not_read_is_shown(pipeline, flags, tmp_path):
   generate = pipeline.generate
 
   def cut(prompts, **settings):
@@ -228,7 +228,7 @@ def test_what_the_model_did_not_read_is_shown(pipeline, flags, tmp_path):
     (HEADER + 'a\t \tc\td\n', 'line 2: its Category is empty'),
   ],
 )
-def test_files_of_another_form(pipeline, tmp_path, content, message):
+def test_files_of_another_format(pipeline, tmp_path, content, message):
   path = tmp_path / 'bad.tsv'
   path.write_text(content)
   with pytest.raises(UserError, match=f'bad.tsv.*{message}'):
@@ -240,11 +240,11 @@ def test_files_of_another_form(pipeline, tmp_path, content, message):
 def test_a_folder_whose_claim_is_damaged(pipeline, flags, tmp_path, content):
   (tmp_path / 'out').mkdir()
   (tmp_path / 'out' / 'run.json').write_text(content)
-  with pytest.raises(UserError, match='run.json is damaged; name another --output_dir'):
+  with pytest.raises(UserError, match='run.json is damaged; choose another --output_dir'):
     run(*flags)
 
 
-def test_a_file_that_is_not_there(pipeline):
+def test_a_missing_file(pipeline):
   with pytest.raises(UserError, match='nothing.tsv cannot be read'):
     run('nothing.tsv')
 

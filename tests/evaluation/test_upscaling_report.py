@@ -1,4 +1,4 @@
-"""Super-resolution's numbers against numpy, with networks whose results are known."""
+"""The numbers of super-resolution checked with numpy, for networks with known results."""
 
 import json
 import types
@@ -26,17 +26,17 @@ def blocks(images):
 
 
 def pictures(count):
-  """Pictures of squares of 2×2 equal pixels, so that averaging them loses nothing."""
+  """Pictures of squares of 2×2 equal pixels, which averaging preserves."""
   draw = np.random.default_rng(0)
   return list(blocks(draw.integers(40, 216, (count, 4, 4, 3)).astype(np.uint8)))
 
 
-def test_psnr_of_a_network_that_is_right_and_of_what_the_tokenizer_loses():
+def test_psnr_of_a_perfect_network_and_of_the_tokenizers_loss():
   images = pictures(35)
   report, sample = upscaling_report.evaluate(fake(blocks), iter(images), num_samples=5)
   assert (report.small_size, report.large_size) == (4, 8)
   assert all(len(values) == 35 for how in report.psnr.values() for values in how.values())
-  # Enlarged without any error: as many decibels as the formula allows.
+  # Enlarged without error: as many decibels as the formula allows.
   np.testing.assert_allclose(report.psnr['averaged']['super_resolution'], 108.13, atol=0.01)
   dark = np.stack(images) // 2
   expected = -10 * np.log10(np.mean(((np.stack(images) - dark) / 255) ** 2, axis=(1, 2, 3)))
@@ -62,7 +62,7 @@ def test_the_table_and_the_json_say_the_same():
 
 
 @pytest.mark.parametrize('count', [1, 2, 3])
-def test_a_few_pictures_are_said_to_be_few_and_shown(count):
+def test_few_pictures_cause_a_remark_and_are_shown(count):
   report, sample = upscaling_report.evaluate(fake(blocks), iter(pictures(count)))
   assert 'over fewer than 30 pictures are rough' in report.text()
   assert upscaling_report.sheet(sample).size == (min(2, count) * 4 * 8, 8)
@@ -70,7 +70,7 @@ def test_a_few_pictures_are_said_to_be_few_and_shown(count):
   assert 'Standard errors' not in report.text()
 
 
-def test_no_picture():
+def test_no_pictures():
   with pytest.raises(UserError, match='no picture'):
     upscaling_report.evaluate(fake(blocks), iter([]))
 

@@ -181,7 +181,7 @@ def test_environment_variables_are_defaults(cloud):
     ('logs.sh', [*SLICE, '--lines=x; y'], '--lines=x; y: not a number'),
     ('create.sh', SLICE, 'Give --type=TYPE'),
     ('create.sh', [*SLICE, '--type=h100-8'], '--type=h100-8: not a v2, v3, v4, v5litepod'),
-    ('create.sh', [*SLICE, '--type=tpu7x-8'], 'through GKE alone; see launch/gke.md'),
+    ('create.sh', [*SLICE, '--type=tpu7x-8'], 'through GKE alone; see docs/gke.md'),
     ('install.sh', [*SLICE, '--revision=nothing'], '--revision=nothing: '),
     ('install.sh', [*SLICE, '--url=u'], 'give --revision=COMMIT as well'),
     ('run.sh', [*SLICE, '--gin_file=a.gin'], 'Give --model_dir=gs://BUCKET/FOLDER'),

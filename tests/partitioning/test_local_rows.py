@@ -1,4 +1,4 @@
-"""Rows of a process: which ones they are, and where they lie on the mesh."""
+"""Tests the rows of a process and their positions on the mesh."""
 
 import jax
 import numpy as np
@@ -9,7 +9,7 @@ from parti_jax.partitioning import local_rows
 
 
 class _OneProcess:
-  """A sharding of which this process has some of the devices alone."""
+  """A sharding of which this process has only some devices."""
 
   def __init__(self, sharding, devices):
     self._sharding, self._devices = sharding, devices
@@ -25,7 +25,7 @@ def _sharding(order, shape, spec):
 
 
 def test_the_rows_are_those_of_the_processs_devices():
-  # A mesh whose order is not that of the devices; `tensor` spans pairs.
+  # The mesh's order differs from that of the devices; `tensor` spans pairs.
   order = [6, 1, 0, 7, 2, 5, 4, 3]
   sharding = _sharding(order, (4, 2), 'data')
   devices = jax.devices()
@@ -40,7 +40,7 @@ def test_the_rows_are_those_of_the_processs_devices():
   assert local_rows.local_rows(split_by_tensor, 12).tolist() == list(range(12))
 
 
-def test_every_row_lies_where_the_mesh_puts_it():
+def test_each_row_is_where_the_mesh_puts_it():
   sharding = _sharding([6, 1, 0, 7, 2, 5, 4, 3], (4, 2), 'data')
   batch = np.arange(8 * 3).reshape(8, 3)
   array = local_rows.global_arrays(sharding, {'x': batch}, 8)['x']

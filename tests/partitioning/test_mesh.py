@@ -1,4 +1,4 @@
-"""The mesh from gin: sizes that fit the devices, and errors for those that do not."""
+"""Tests the mesh from gin: sizes that fit the devices, and errors for others."""
 
 import jax
 import pytest
@@ -18,7 +18,7 @@ from parti_jax.partitioning import mesh
     ({'stage': 4}, (4, 2, 1, 1)),
   ],
 )
-def test_every_device_is_in_the_mesh_once(sizes, shape):
+def test_each_device_is_in_the_mesh_once(sizes, shape):
   made = mesh.make_mesh(**sizes)
   assert made.axis_names == ('stage', 'data', 'fsdp', 'tensor')
   assert made.devices.shape == shape
@@ -47,7 +47,7 @@ def test_sizes_that_do_not_fit_the_devices_are_named(sizes, words):
   assert all(word in str(caught.value) for word in words)
 
 
-def test_a_mesh_is_a_line_of_gin():
+def test_a_mesh_is_made_by_a_line_of_gin():
   gin_config.parse([], ['make_mesh.fsdp=2', 'make_mesh.tensor=4'])
   try:
     assert dict(mesh.make_mesh().shape) == {'stage': 1, 'data': 1, 'fsdp': 2, 'tensor': 4}
@@ -56,7 +56,7 @@ def test_a_mesh_is_a_line_of_gin():
 
 
 class _Device:
-  """One of eight devices on two hosts or slices, as far as the layout of a mesh looks at it."""
+  """A fake of one of eight devices on two hosts or slices, for the layout of a mesh."""
 
   def __init__(self, index, platform):
     self.id, self.process_index, self.slice_index = index, index // 4, index // 4
@@ -64,7 +64,7 @@ class _Device:
     self.coords, self.core_on_chip = (index % 4, 0, 0), 0
 
 
-def test_slices_are_parts_of_the_data_axis():
+def test_slices_are_laid_out_along_the_data_axis():
   devices = [_Device(index, 'tpu') for index in range(8)]
   slices = mesh._layout({'stage': 1, 'data': 4, 'fsdp': 1, 'tensor': 2}, devices)
   slice_of = [[device.slice_index for device in row.flat] for row in slices[0]]
@@ -73,13 +73,13 @@ def test_slices_are_parts_of_the_data_axis():
     mesh._layout({'stage': 1, 'data': 1, 'fsdp': 4, 'tensor': 2}, devices)
 
 
-def test_hosts_of_other_platforms_are_no_slices():
+def test_hosts_of_other_platforms_are_not_slices():
   devices = [_Device(index, 'gpu') for index in range(8)]
   laid_out = mesh._layout({'stage': 1, 'data': 1, 'fsdp': 8, 'tensor': 1}, devices)
   assert laid_out.shape == (1, 1, 8, 1)
 
 
-def test_the_mesh_in_use_says_the_platform():
+def test_the_current_mesh_determines_the_platform():
   assert mesh.current() is None
   assert mesh.platform() == 'cpu'
   made = mesh.make_mesh(tensor=2)

@@ -1,8 +1,8 @@
-"""One training step gives the same loss and parameters on every mesh of 8 emulated devices.
+"""Tests that a training step gives the same loss and parameters on all meshes of 8 devices.
 
-The step is plain gradient descent with a rate so large that a parameter after it consists mostly
-of its update. So a comparison of parameters compares gradients, and at their own scale: Adam or
-Adafactor would divide each gradient by its size and blow up the rounding of those close to 0.
+The step is plain gradient descent with such a large learning rate that the updated parameters
+consist mostly of the update. So comparing parameters compares gradients, at their own scale. Adam
+or Adafactor would divide each gradient by its size and amplify rounding errors of those near 0.
 """
 
 import functools
@@ -22,7 +22,7 @@ from parti_jax.training.objectives import ranker_objective
 from parti_jax.training.objectives import tokenizer_objective
 
 BATCH = 8
-# Ways of data, fsdp, tensor and stage.
+# Sizes of data, fsdp, tensor and stage.
 MESHES = [(8, 1, 1, 1), (2, 2, 2, 1), (1, 2, 4, 1), (2, 1, 2, 2)]
 CASES = [(stage, sizes) for stage in ('generator', 'tokenizer') for sizes in MESHES] + [
   ('ranker', (2, 2, 2, 1)),
@@ -73,7 +73,7 @@ def _tokenizer():
     code_dim=4,
     dtype='float32',
   )
-  # Codes are revived in the step, so that their random choice is compared too.
+  # The step revives codes, so that the random choice of codes is compared too.
   stage = tokenizer_objective.TokenizerObjective(
     sizes, revive_every=1, revive_until=5, dead_below=0.01
   )
@@ -112,7 +112,7 @@ def _ranker():
 
 @functools.cache
 def _trained(stage_name, sizes):
-  """Loss, parameters before and after a step, on a mesh; numpy arrays."""
+  """Returns the loss and the parameters before and after a step on a mesh, as NumPy arrays."""
   stage, batch, rate = {'generator': _generator, 'tokenizer': _tokenizer, 'ranker': _ranker}[
     stage_name
   ]()
@@ -138,7 +138,7 @@ def test_the_step_consists_mostly_of_its_update(stage):
 
 
 @pytest.mark.parametrize('stage, sizes', CASES)
-def test_a_step_gives_the_same_on_every_mesh(stage, sizes):
+def test_a_step_gives_the_same_on_all_meshes(stage, sizes):
   metrics, before, state = _trained(stage, (1, 1, 1, 1))
   others, before_there, state_there = _trained(stage, sizes)
   jax.tree.map(np.testing.assert_array_equal, before_there, before)
@@ -157,5 +157,5 @@ def test_a_step_gives_the_same_on_every_mesh(stage, sizes):
 
 
 def test_the_masks_of_dropout_do_not_depend_on_the_mesh():
-  # JAX's setting that the agreement of meshes rests on.
+  # Meshes agree because of this setting of JAX.
   assert jax.config.jax_threefry_partitionable

@@ -1,4 +1,4 @@
-"""The pipeline: the same loss and gradients as without it, and the bubble that theory gives."""
+"""Tests that the pipeline gives the same loss and gradients as plain layers, and its bubble."""
 
 import collections
 import dataclasses
@@ -31,7 +31,8 @@ BATCH = 16
 
 
 def _stage(dropout, remat='block_inputs'):
-  # Two kinds of layers take turns: a visit of one layer chooses as it runs, one of two need not.
+  # Two types of layers alternate: a visit of one layer selects the type at run time, a visit of
+  # two layers doesn't need to.
   return generator_objective.GeneratorObjective(
     parti_config.PartiConfig(
       encoder_layers=8,
@@ -68,7 +69,7 @@ def _loss(stage, params, batch):
 
 @functools.cache
 def _params():
-  """Parameters away from their initial values, so that all of them have gradients."""
+  """Returns parameters away from their initial values, so that all of them have gradients."""
   params = nn.meta.unbox(jax.jit(_stage(0.0).init)(jax.random.key(0)))
   draw = np.random.default_rng(1)
   return jax.tree.map(lambda x: np.asarray(x + 0.1 * draw.normal(size=x.shape), np.float32), params)
@@ -83,7 +84,7 @@ def _plain(dropout):
 
 
 def _on_mesh(stage, mesh):
-  """Loss and gradients with parameters and batch split over the mesh."""
+  """Returns loss and gradients with parameters and batch split over the mesh."""
   table = rules.logical_axis_rules()
   boxed = jax.eval_shape(stage.init, jax.random.key(0))
   shardings = rules.parameter_shardings(boxed, mesh, table)
@@ -126,8 +127,8 @@ def _compare(sizes, settings, dropout):
 
 
 @pytest.mark.slow
-def test_eight_stages_beside_data_and_tensor_parallelism():
-  # On 32 devices, which only a process of its own can have.
+def test_eight_stages_with_data_and_tensor_parallelism():
+  # Needs 32 devices, and so a separate process.
   environment = os.environ | {'XLA_FLAGS': '--xla_force_host_platform_device_count=32'}
   done = subprocess.run(
     [sys.executable, __file__], env=environment, capture_output=True, text=True, check=False
@@ -136,7 +137,7 @@ def test_eight_stages_beside_data_and_tensor_parallelism():
 
 
 @pytest.mark.parametrize('remat', ['everything', 'block_inputs_and_attention'])
-def test_the_pipeline_gives_the_same_with_every_remat_policy(remat):
+def test_the_pipeline_gives_the_same_with_all_remat_policies(remat):
   loss, gradients = _plain(0.3)
   mesh = mesh_lib.make_mesh(stage=4, data=1, devices=jax.devices()[:4])
   other, others = _on_mesh(_stage(0.3, remat), mesh)
@@ -153,7 +154,7 @@ def test_the_pipeline_gives_the_same_with_every_remat_policy(remat):
     pipeline_parallelism.Schedule(8, 2, 3, 2),
   ],
 )
-def test_every_microbatch_passes_all_layers_in_order_and_the_bubble_is_that_of_theory(plan):
+def test_all_microbatches_pass_all_layers_in_order_with_the_expected_bubble(plan):
   seen, idle = collections.defaultdict(list), 0
   for tick in range(plan.ticks):
     for stage in range(plan.stages):
@@ -166,14 +167,14 @@ def test_every_microbatch_passes_all_layers_in_order_and_the_bubble_is_that_of_t
   for visits in seen.values():
     ticks, units = zip(*visits)
     assert units == tuple(range(plan.stages * plan.visits))
-    # It is never kept waiting: the next stage takes it at the next tick.
+    # It never waits: the next stage takes it at the next tick.
     assert ticks == tuple(range(ticks[0], ticks[0] + len(units)))
-  # Arrival and departure of a single round: stages · (stages - 1) idle slots, whatever the visits.
+  # Filling and draining a single round: stages · (stages - 1) idle slots for any number of visits.
   assert idle == plan.stages * (plan.stages - 1)
   assert plan.bubble == idle / (plan.ticks * plan.stages)
 
 
-def test_the_loop_turns_as_often_as_the_schedule_says():
+def test_the_loop_has_as_many_ticks_as_the_schedule():
   turns = []
 
   def layer(params, index, number, x):
@@ -189,8 +190,10 @@ def test_the_loop_turns_as_often_as_the_schedule_says():
         if hasattr(inner, 'eqns'):
           count(inner)
 
-  with rules.partitioned(mesh_lib.make_mesh(stage=4, data=2), rules.logical_axis_rules()):
-    plan = pipeline_parallelism.schedule(8, BATCH, groups=2)
+  two_groups = pipeline_parallelism.use(pipeline_parallelism.Settings(groups=2))
+  mesh = mesh_lib.make_mesh(stage=4, data=2)
+  with rules.partitioned(mesh, rules.logical_axis_rules()), two_groups:
+    plan = pipeline_parallelism.schedule(8, BATCH)
     run = lambda stacked, x: pipeline_parallelism.run(
       layer, lambda visit: visit, stacked, x, (), plan
     )
@@ -200,7 +203,7 @@ def test_the_loop_turns_as_often_as_the_schedule_says():
 
 
 @pytest.mark.parametrize('stages, visits', [(2, 4), (4, 4), (4, 3), (8, 2), (16, 4), (3, 5)])
-def test_transfers_give_every_stage_one_unit_a_round(stages, visits):
+def test_transfers_give_each_stage_one_unit_per_round(stages, visits):
   rounds = pipeline_parallelism.transfers(stages, visits)
   assert sorted(unit for units in rounds for unit in units) == list(range(stages * visits))
   for units in rounds:
@@ -208,16 +211,16 @@ def test_transfers_give_every_stage_one_unit_a_round(stages, visits):
     assert sorted(unit % stages for unit in units) == list(range(stages))
 
 
-def test_a_schedule_only_where_there_are_stages_and_examples_for_them():
+def test_a_schedule_needs_stages_and_enough_examples():
   with mesh_lib.use(mesh_lib.make_mesh(data=8)):
     assert pipeline_parallelism.schedule(8, 16) is None
   with mesh_lib.use(mesh_lib.make_mesh(stage=4)):
     assert pipeline_parallelism.schedule(8, 16) == pipeline_parallelism.Schedule(4, 1, 2, 1)
-    assert (
-      pipeline_parallelism.schedule(8, 16, groups=4).groups == 2
-    )  # Of 16 examples 2 are left for each.
+    with pipeline_parallelism.use(pipeline_parallelism.Settings(groups=4, layers_per_visit=2)):
+      # Of 16 examples 2 are left for each.
+      assert pipeline_parallelism.schedule(8, 16) == pipeline_parallelism.Schedule(4, 2, 1, 2)
     assert pipeline_parallelism.schedule(8, 3) is None
-    with pytest.raises(UserError, match='6 layers do not divide among make_mesh.stage=4'):
+    with pytest.raises(UserError, match="6 layers can't be divided among make_mesh.stage=4"):
       pipeline_parallelism.schedule(6, 16)
 
 
@@ -228,7 +231,7 @@ if __name__ == '__main__':
     _compare({'stage': 4, 'data': 2, 'fsdp': 2, 'tensor': 2}, {}, rate)
 
 
-def test_pictures_are_drawn_by_a_tokenizer_whose_layers_do_not_divide():
+def test_pictures_work_with_a_tokenizer_whose_layers_do_not_divide():
   sizes = vit_vqgan.ViTVQGANConfig(
     image_size=8,
     patch_size=4,
@@ -254,5 +257,5 @@ def test_pictures_are_drawn_by_a_tokenizer_whose_layers_do_not_divide():
       trainer = trainer_lib.Trainer(stage, optimizers.adamw(lambda step: 0.1), mesh)
       return trainer.pictures(trainer.create_state().params, _batch())['samples']
 
-  # Images that are given, not those that are sampled, which rounding may change.
+  # Uses given images, since rounding may change sampled ones.
   np.testing.assert_array_equal(pictures(2)[:, :, :8], pictures(1)[:, :, :8])

@@ -1,4 +1,4 @@
-"""The rules: which part of each parameter and moment lies on a device, and what does not divide."""
+"""Tests the rules: the shards of parameters and moments, and errors for indivisible sizes."""
 
 import dataclasses
 
@@ -74,7 +74,7 @@ def adafactor_state():
   return _state(optimizers.adafactor(1e-3), data=1, fsdp=2, tensor=4)
 
 
-def test_parameters_lie_on_the_devices_as_the_rules_say(adafactor_state):
+def test_parameters_are_sharded_by_the_rules(adafactor_state):
   _, state = adafactor_state
   for path, (shape, part) in PARTS.items():
     array = _at(state.params, path)
@@ -94,7 +94,7 @@ def test_the_state_has_the_shapes_and_shardings_that_were_planned(adafactor_stat
   )
 
 
-def test_adafactors_moments_lie_beside_their_parameters(adafactor_state):
+def test_adafactors_moments_are_sharded_like_their_parameters(adafactor_state):
   _, state = adafactor_state
   factored = next(s for s in state.optimizer_state if hasattr(s, 'v_row'))
   first = next(s for s in state.optimizer_state if hasattr(s, 'ema')).ema
@@ -110,7 +110,7 @@ def test_adafactors_moments_lie_beside_their_parameters(adafactor_state):
   path = ('image_decoder', 'logits', 'kernel')
   row, column = _at(factored.v_row, path), _at(factored.v_col, path)
   assert {row.shape: _part(row), column.shape: _part(column)} == {(128,): (64,), (160,): (40,)}
-  # Heads and head_dim are one axis, which is split as the heads are.
+  # Heads and head_dim are one axis, which is split like the heads.
   for kernel, row_parts, column_parts in (
     (('attention', 'project_in'), {(2, 128, 3): (2, 64, 3)}, {(2, 3, 128): (2, 3, 32)}),
     (('attention', 'project_out'), {(2, 128): (2, 32)}, {(2, 128): (2, 64)}),
@@ -144,7 +144,7 @@ def test_factored_moments_are_the_same_on_a_mesh(adafactor_state):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), moment_there, moment)
 
 
-def test_moments_that_are_not_factored_lie_as_their_parameters():
+def test_moments_that_are_not_factored_are_sharded_like_their_parameters():
   optimizer = optimizers.scale_by_factored_moment(0.9)
   narrow = generator_objective.GeneratorObjective(dataclasses.replace(SIZES, width=64))
   abstract = state_lib.abstract_state(
@@ -159,7 +159,7 @@ def test_moments_that_are_not_factored_lie_as_their_parameters():
   )
 
 
-def test_adams_moments_are_sharded_as_their_parameters():
+def test_adams_moments_are_sharded_like_their_parameters():
   abstract = state_lib.abstract_state(
     OBJECTIVE,
     optimizers.adamw(1e-3),
@@ -231,7 +231,7 @@ def test_gin_replaces_the_table():
     gin_config.parse([], [])
 
 
-def test_activations_are_constrained_at_block_boundaries_within_the_context_alone():
+def test_activations_are_constrained_at_block_boundaries_only_within_the_context():
   mesh, table = mesh_lib.make_mesh(data=2, fsdp=2, tensor=2), rules.logical_axis_rules()
   shapes = {'encoder_input_tokens': (8, 4), 'decoder_target_tokens': (8, 4)}
   batch = {name: jax.ShapeDtypeStruct(shape, np.int32) for name, shape in shapes.items()}

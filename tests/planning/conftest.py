@@ -1,4 +1,4 @@
-"""A topology that libtpu can compile for, where it is installed."""
+"""A topology that libtpu can compile for, if it is installed."""
 
 import importlib.util
 
@@ -9,7 +9,7 @@ from parti_jax.planning import topology
 
 @pytest.fixture(scope='session')
 def tpu_devices():
-  """Devices of four v5e chips."""
+  """Returns the devices of four v5e chips."""
   if importlib.util.find_spec('libtpu') is None:
     pytest.skip('libtpu is not installed (pip install "parti_jax[tpu]"): no TPU to compile for')
   return topology.parse('v5e:2x2').devices()

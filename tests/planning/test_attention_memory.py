@@ -1,4 +1,4 @@
-"""The training step as TPU compiles it keeps no score for each pair of image tokens."""
+"""Tests that a training step compiled for TPU stores no array of all pairs of image tokens."""
 
 import re
 
@@ -11,7 +11,7 @@ from parti_jax.training.objectives import generator_objective
 
 
 def test_no_array_of_all_pairs_of_positions_in_the_training_step(tpu_devices):
-  # Lengths that are no other size of the network: 24 · 32 = 768 image tokens.
+  # 24 · 32 = 768 image tokens, a length that isn't another size of the network.
   sizes = parti_config.PartiConfig(
     encoder_layers=1,
     decoder_layers=2,
@@ -30,7 +30,7 @@ def test_no_array_of_all_pairs_of_positions_in_the_training_step(tpu_devices):
   text = trainer.lower(8).compile().as_text()
   assert 'tpu_custom_call' in text  # The fused kernel, forward and backward.
   shapes = {tuple(map(int, sizes.split(','))) for sizes in re.findall(r'\[([\d,]+)\]', text)}
-  # The network's activations are there, [batch / data, length, width].
+  # The network's activations exist, [batch / data, length, width].
   assert (4, 768, 256) in shapes
-  # With the mask itself, as the kernel reads it in blocks, no shape has both positions.
+  # Not even the mask has both positions in its shape, since the kernel reads it in blocks.
   assert not [shape for shape in shapes if shape.count(768) > 1]

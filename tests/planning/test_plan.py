@@ -1,4 +1,4 @@
-"""`parti-jax plan` whole: its JSON, its text, its exit status; search, table and remedies."""
+"""Tests `parti-jax plan`: its JSON, text and exit status; search, table and remedies."""
 
 import json
 import re
@@ -18,7 +18,6 @@ from parti_jax.planning import report
 from parti_jax.planning import request as request_lib
 from parti_jax.planning import search
 from parti_jax.planning import steps
-from parti_jax.training import train_loop
 
 RUN = 'gin_configs/runs/parti_350m.gin'
 SMALL = tuple(
@@ -36,7 +35,7 @@ SMALL = tuple(
     'remat': "'dots'",
   }.items()
 )
-# Every entry of a plan; readers may count on them.
+# All entries of a plan; readers may rely on them.
 ENTRIES = {
   'schema',
   'what',
@@ -80,7 +79,7 @@ def flags(*others, bindings=()):
 
 @pytest.fixture(name='trained', scope='module')
 def _trained(tmp_path_factory):
-  """Status, text and JSON of a training step on an emulated mesh of 8."""
+  """Returns status, text and JSON of a training step on 8 emulated devices."""
   file = tmp_path_factory.mktemp('plans') / 'plan.json'
   with pytest.MonkeyPatch.context() as patch:
     said = []
@@ -108,7 +107,7 @@ def test_the_training_step(trained):
   assert status == 0 and set(plan) == ENTRIES and plan['schema'] == plan_lib.SCHEMA
   assert plan['mesh'] == {'stage': 1, 'data': 2, 'fsdp': 2, 'tensor': 2}
   assert plan['settings']['microbatches'] == 2 and plan['batch_size'] == 32
-  # Forwards, backwards, and what `dots` computes again: attention's scores.
+  # Forward, backward, and the attention scores that `dots` recomputes.
   assert 1.0 < plan['flops']['ratio'] < 1.2
   found = {(entry['kind'], tuple(entry['axes'])) for entry in plan['collectives']}
   assert {
@@ -128,15 +127,11 @@ def test_the_plan_is_of_the_state_and_batch_of_training(trained):
   from parti_jax.partitioning import mesh as mesh_lib
 
   gin_config.parse(request.gin_files, request.gin_bindings, data=False)
-  values = train_loop.bound_arguments()
+  config = steps.train_config()
   from parti_jax.training import trainer as trainer_lib
 
-  trainer = trainer_lib.Trainer(
-    values['objective'],
-    values['optimizer'](values['schedule']),
-    mesh_lib.make_mesh(devices=jax.devices()[:8]),
-    microbatches=2,
-  )
+  assert config.microbatches == 2
+  trainer = trainer_lib.Trainer.of_config(config, mesh_lib.make_mesh(devices=jax.devices()[:8]))
   state = steps.device_parts(trainer.abstract)
   batch = (8 * 4 + 16 * 4 + 16 * 4) * 32 / 4  # Tokens and weights; four ways of data.
   assert plan['memory']['arguments'] == pytest.approx(state + batch, rel=0.01)
@@ -207,11 +202,11 @@ def test_a_step_on_a_tpu(tpu_devices, capfd, tmp_path):
     == 0
   )
   said = capfd.readouterr()
-  assert said.err == 'compiling for v5e:2x2: minutes for a large model\n'
+  assert said.err == 'compiling for v5e:2x2; this takes minutes for a large model\n'
   plan = json.loads(file.read_text())
   assert set(plan) == ENTRIES and plan['fits']
   assert plan['chip']['kind'] == 'v5e' and plan['memory']['capacity'] == 15.75 * 2**30
-  # The kernel of the attention, forwards, and backwards.
+  # The attention kernel, forward and backward.
   assert any('splash_mha_fwd' in name for name in plan['kernels'])
   assert plan['flops']['kernels'] > 0 and 0 < plan['mfu']['bound'] < 1
   assert plan['mfu']['without_overlap'] < plan['mfu']['bound']
@@ -252,7 +247,7 @@ def test_a_sampling_step_on_a_tpu_moves_parameters_and_cache_once(tpu_devices):
   assert plan['bytes']['ideal']['cache'] == pytest.approx(cache, rel=0.01)
   assert plan['memory']['outputs'] == pytest.approx(cache, rel=0.01)
   assert plan['memory']['aliased'] == pytest.approx(cache, rel=0.01)
-  # Besides, a position that is written takes a tile of 128; with padded heads it would be over 2.
+  # In addition, writing a position takes a tile of 128; with padded heads it would be over 2.
   assert 0.9 < plan['bytes']['ratio'] < 1.5
 
 
@@ -299,7 +294,7 @@ def test_a_step_that_is_too_large(tpu_devices, capsys):
     ('RESOURCE_EXHAUSTED: something new', None, 7.0),
   ],
 )
-def test_xlas_words_for_too_little_memory(message, needed, available):
+def test_xlas_messages_about_too_little_memory(message, needed, available):
   found = plan_lib.exhausted(message, 7.0)
   assert (found['needed'], found['available']) == (needed, available)
   assert '\n' not in found['message']
@@ -332,7 +327,7 @@ def test_a_table_of_plans(trained, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('text', ['{', '[]', '{"schema": 0}'])
-def test_a_file_that_is_no_plan(text, tmp_path):
+def test_a_file_that_is_not_a_plan(text, tmp_path):
   file = tmp_path / 'a.json'
   file.write_text(text)
   with pytest.raises(UserError, match=r'a\.json: not a plan'):
@@ -370,13 +365,13 @@ def test_candidates_fit_the_models_shapes():
     ways = mesh['stage'] * mesh['data'] * mesh['fsdp']
     assert ways * mesh['tensor'] == 64 and 64 % (ways * candidate.microbatches) == 0
   assert f"PartiConfig.remat = '{found[0].remat}'" in found[0].bindings()
-  # Sampling has no stages; with two slices, data parallelism is between them.
+  # Sampling has no stages; data parallelism spans two slices.
   sampled = candidates.of_sampling(model, 128, 64, chips.CHIPS['v5e'], 16)
   assert {dict(candidate.mesh)['stage'] for candidate in sampled} == {1}
   assert all(mesh['data'] % 2 == 0 for mesh in candidates.meshes(model, 64, 2, stages=True))
 
 
-def test_what_is_far_too_large_is_no_candidate():
+def test_a_mesh_that_is_far_too_small_is_not_a_candidate():
   model = parti_config.PartiConfig(
     heads=64, width=4096, mlp_width=16384, encoder_layers=16, decoder_layers=64
   )
@@ -390,10 +385,10 @@ def test_what_is_far_too_large_is_no_candidate():
   )
 
 
-def test_search_prints_what_fits_and_goes_on_where_it_was(trained, tmp_path, capsys, monkeypatch):
+def test_search_prints_what_fits_and_resumes(trained, tmp_path, capsys, monkeypatch):
   plan, compiled = trained[2], []
 
-  def compile_apart(request, bindings):
+  def compile_in_process(request, bindings):
     del request
     compiled.append(bindings)
     if len(compiled) == 1:
@@ -401,13 +396,13 @@ def test_search_prints_what_fits_and_goes_on_where_it_was(trained, tmp_path, cap
     slow = {'compiled': 1000.0 - len(compiled), 'ratio': 1.0}
     return dict(plan, flops=slow, fits=len(compiled) != 2, topology=f'cpu:{len(compiled)}'), None
 
-  monkeypatch.setattr(search, 'compile_apart', compile_apart)
+  monkeypatch.setattr(search, 'compile_in_process', compile_in_process)
   file = tmp_path / 'search.jsonl'
   arguments = flags('--topology=cpu:8', '--batch_size=32', '--search', f'--json={file}')
   assert main.main([*arguments, '--search_limit=4']) == 0
   said = capsys.readouterr()
   rows = said.out.splitlines()[2:]
-  assert [row.split(' | ')[1] for row in rows] == ['cpu:4', 'cpu:3']  # The fastest first.
+  assert [row.split(' | ')[1] for row in rows] == ['cpu:4', 'cpu:3']  # Fastest first.
   assert 'exit status -11' in said.err and 'too large' in said.err
   assert len(file.read_text().splitlines()) == 4 and len(compiled) == 4
   assert main.main([*arguments, '--search_limit=5']) == 0
@@ -420,7 +415,7 @@ def test_search_prints_what_fits_and_goes_on_where_it_was(trained, tmp_path, cap
 def test_a_candidate_is_compiled_by_another_process():
   request = request_lib.Request('train', 'cpu:2', (RUN,), SMALL, 8)
   bindings = ['make_mesh.tensor = 2', "PartiConfig.remat = 'dots'"]
-  plan, error = search.compile_apart(request, bindings)
+  plan, error = search.compile_in_process(request, bindings)
   assert error is None and plan['fits'] and plan['mesh']['tensor'] == 2
-  plan, error = search.compile_apart(request, ['make_mesh.tensor = 3'])
+  plan, error = search.compile_in_process(request, ['make_mesh.tensor = 3'])
   assert plan is None and error.startswith('exit status 2: parti-jax: error: make_mesh.')

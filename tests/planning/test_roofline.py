@@ -1,4 +1,4 @@
-"""The model of the network and the roofline, against times worked out by hand."""
+"""Tests the model of the network and the roofline against times computed by hand."""
 
 import types
 
@@ -14,7 +14,7 @@ WHOLE = 8e9
 
 
 def fake_mesh(dims, slices=1, cores=1):
-  """Chips in C order of their coordinates, the last one fastest."""
+  """Returns a mesh of fake chips in C order of their coordinates."""
   devices = [
     types.SimpleNamespace(coords=place + (0,) * (3 - len(place)), slice_index=index)
     for index in range(slices)
@@ -40,11 +40,11 @@ def seconds(kind, groups, mesh, chip):
     ('all-gather', [list(range(64))], WHOLE * 63 / 64 / (6 * 50e9)),
     # A part of a ring is a line.
     ('all-gather', [[0, 1]], WHOLE / 2 / 50e9),
-    # Chips with another between them share its links with their neighbours' groups.
+    # Chips with another chip between them share its links with the neighbouring groups.
     ('all-gather', [[0, 2]], WHOLE / 2 / (50e9 / 2)),
     ('all-to-all', [[0, 1, 2, 3]], WHOLE * 4 / 8 / 50e9),
     ('collective-permute', [[0, 1], [1, 0]], WHOLE / 50e9),
-    # Round the ring, the last is next to the first.
+    # In a ring, the last chip is next to the first.
     ('collective-permute', [[3, 0], [0, 1]], WHOLE / 50e9),
   ],
 )
@@ -60,7 +60,7 @@ def test_a_small_slice_of_v5e_has_no_rings():
   assert ring == pytest.approx(WHOLE * 15 / 16 / (2 * 50e9))
 
 
-def test_between_slices_each_chip_sends_its_part():
+def test_between_slices_each_chip_sends_its_share():
   mesh = fake_mesh((4, 4, 4), slices=2)
   found, dcn = seconds('all-reduce', [[0, 1, 2, 3, 64, 65, 66, 67]], mesh, V4)
   within = 2 * WHOLE * 3 / 4 / (2 * 50e9)
@@ -83,18 +83,18 @@ def test_groups_of_a_chips_devices_share_its_links():
   assert permuted == pytest.approx(2 * WHOLE / chip.link_bandwidth)
 
 
-def test_what_moves_to_another_slice_moves_whole():
+def test_a_permutation_to_another_slice_sends_whole_arrays():
   found, dcn = seconds('collective-permute', [[0, 64]], fake_mesh((4, 4, 4), slices=2), V4)
   assert dcn and found == pytest.approx(WHOLE / V4.dcn_bandwidth)
 
 
-def test_a_torus_of_three_dimensions_closes_only_as_whole_cubes():
+def test_a_three_dimensional_torus_closes_only_with_whole_cubes():
   line, _ = seconds('all-gather', [[0, 1, 2, 3]], fake_mesh((2, 2, 4)), V4)
   assert line == pytest.approx(WHOLE * 3 / 4 / 50e9)
 
 
 def test_pairs_of_a_permutation_all_count():
-  # The first eight are the same, the last of one goes further.
+  # The first eight pairs are the same; the last pair of the second permutation is further apart.
   near = [[place, place + 1] for place in range(0, 16, 2)]
   mesh = fake_mesh((4, 4, 4))
   network = roofline.Network(mesh, V4)

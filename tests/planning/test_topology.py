@@ -1,4 +1,4 @@
-"""Names of topologies, and the devices that they give."""
+"""Tests names of topologies and their devices."""
 
 import importlib.util
 
@@ -33,9 +33,9 @@ def test_parse(name, kind, dims, slices, count):
     ('v4', 'examples are v4:8x8x8'),
     ('v4:8x8', 'v4:AxBxC'),
     ('v5e:4x4x4', 'v5e:AxB'),
-    ('v9:4x4', "no chip 'v9'; there are v4, v5e, v5p, v6e, tpu7x and cpu"),
-    ('v4:0x8x8', 'numbers from 1'),
-    ('0xv4:4x4x4', 'numbers from 1'),
+    ('v9:4x4', "unknown chip 'v9'; choose from v4, v5e, v5p, v6e, tpu7x and cpu"),
+    ('v4:0x8x8', 'sizes of at least 1'),
+    ('0xv4:4x4x4', 'sizes of at least 1'),
     ('2xcpu:8', 'no slices'),
     ('cpu:9999', 'xla_force_host_platform_device_count=9999'),
   ],
@@ -62,8 +62,8 @@ def test_without_libtpu_its_extra_is_named(monkeypatch):
 @pytest.mark.parametrize(
   'name', ['v4:2x2x1', 'v5e:1x1', 'v5p:2x2x2', 'v6e:4x4', 'tpu7x:2x2x1', '2xv4:2x2x1']
 )
-def test_every_kind_makes_a_mesh(name, tpu_devices):
-  del tpu_devices  # Skips where libtpu is missing.
+def test_each_kind_makes_a_mesh(name, tpu_devices):
+  del tpu_devices  # Skips if libtpu is missing.
   parsed = topology.parse(name)
   devices = parsed.devices()
   assert len(devices) == parsed.chip_count * parsed.chip.devices
@@ -71,16 +71,18 @@ def test_every_kind_makes_a_mesh(name, tpu_devices):
   assert mesh.size == len(devices) and mesh.shape['data'] == parsed.slices
 
 
-def test_libtpus_no_is_one_line_and_its_notes_stay_hidden(tpu_devices, capfd):
+def test_an_error_of_libtpu_is_one_line_and_its_notes_stay_hidden(tpu_devices, capfd):
   del tpu_devices
-  with pytest.raises(UserError, match='--topology=v4:3x3x3: libtpu knows no such topology: .*3x3'):
+  with pytest.raises(
+    UserError, match="--topology=v4:3x3x3: libtpu doesn't know this topology: .*3x3"
+  ):
     topology.parse('v4:3x3x3').devices()
   captured = capfd.readouterr()
   assert not captured.err and not captured.out
 
 
-def test_constants_of_every_chip_have_a_source():
+def test_constants_of_each_chip_have_a_source():
   for kind, chip in chips.CHIPS.items():
     assert chip.kind == kind and f'/tpu/docs/{kind}' in chip.source
-    # No step can be faster than its memory allows at one FLOP a byte.
+    # A chip computes more FLOPs than it reads bytes, and reads more bytes than a link sends.
     assert chip.peak_flops > 100 * chip.hbm_bandwidth > 1000 * chip.link_bandwidth

@@ -1,4 +1,4 @@
-"""Pictures, and a source of tars, for the tests of preparing them."""
+"""Pictures, and a source of tars, for the tests of preparation."""
 
 import io
 import json
@@ -16,7 +16,7 @@ def draw(seed: int, size=(64, 48)) -> Image.Image:
 
 
 def encode(image: Image.Image, image_format='png', **options) -> bytes:
-  """Returns a picture, encoded."""
+  """Returns an encoded picture."""
   data = io.BytesIO()
   image.save(data, image_format, **options)
   return data.getvalue()

@@ -41,7 +41,7 @@ def _report(folder):
 
 @pytest.fixture
 def tars(draw, encode, write_tar):
-  """Tars with pictures that are the same, look alike, are damaged, or are filtered out."""
+  """Tars with identical, similar, damaged and filtered pictures."""
   good = {'clip': 0.3}
   jpeg = lambda seed, size=(64, 48): encode(draw(seed, size), 'jpeg', quality=90)
   smaller = draw(3, (256, 192)).resize((60, 45), Image.Resampling.BICUBIC)
@@ -110,8 +110,8 @@ def test_from_tars_to_batches(tars, tmp_path, capsys):
   assert np.concatenate(images).shape == (5, 16, 16, 3)
 
 
-def test_processes_and_repetitions_change_nothing(tars, tmp_path):
-  """Runners divide the work as they like, and repeat a step that they think has failed."""
+def test_processes_and_repetitions_do_not_change_the_result(tars, tmp_path):
+  """Runners may divide the work in any way, and repeat steps that they believe have failed."""
   found = []
   for number, flags in enumerate(
     (
@@ -163,7 +163,7 @@ def test_bad_input_is_found_before_anything_is_written(tars, tmp_path, capsys, a
   assert not out.exists()
 
 
-def test_folders_that_are_finished_or_of_a_file(tars, tmp_path, capsys):
+def test_finished_folders_and_files_are_refused(tars, tmp_path, capsys):
   out = tmp_path / 'out'
   arguments = [*_source(tars), '--direct_num_workers=1']
   assert _prepare(*arguments, f'--output_dir={out}') == 0
@@ -189,7 +189,7 @@ def test_prepared_pictures_are_prepared_again_elsewhere(tars, tmp_path, capsys):
     '--direct_num_workers=1',
   ]
   assert _prepare(*again, f'--output_dir={out}/../out', '--overwrite') == 2
-  assert 'is the folder that is read' in capsys.readouterr().err
+  assert 'is the input folder' in capsys.readouterr().err
   assert _files(out) == before
   assert _prepare(*again, f'--output_dir={tmp_path}/again') == 0
   assert _report(tmp_path / 'again')['left_out'] == {'column clip too low': 1}
@@ -211,7 +211,7 @@ def test_nothing_left_is_an_error(tars, tmp_path, capsys):
 def test_a_worker_that_cannot_write_ends_it_in_one_line(
   tars, tmp_path, capsys, monkeypatch, workers
 ):
-  # A file lies where the folder of unfinished shards was.
+  # A file lies at the path of the folder of unfinished shards.
   out = tmp_path / 'out'
   from parti_jax.preparation import output as output_lib
 
@@ -241,7 +241,7 @@ def test_to_a_store(tars, tmp_path, s3_bucket):
   assert prepared.read_info(out) == prepared.read_info(str(local))
 
 
-def test_workers_know_no_tensorflow():
+def test_workers_do_not_import_tensorflow():
   code = (
     'import sys; from parti_jax.preparation import pipeline, work, shards; '
     'from parti_jax.data import sources; print("tensorflow" in sys.modules)'

@@ -1,4 +1,4 @@
-"""Digests, perceptual hashes, and which of several pictures stays."""
+"""Digests, perceptual hashes, and the choice among several pictures."""
 
 import io
 import itertools
@@ -24,7 +24,7 @@ def test_digests_differ_with_the_bytes_and_the_caption():
 
 
 @pytest.mark.parametrize('change', ['smaller', 'larger', 'jpeg', 'grey'])
-def test_changes_that_leave_the_look(draw, encode, change):
+def test_changes_that_keep_the_look(draw, encode, change):
   for seed in range(10):
     image = draw(seed, (300, 200))
     changed = {

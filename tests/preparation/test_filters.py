@@ -1,4 +1,4 @@
-"""Which examples are left out, and which values of gin are refused."""
+"""Filtered examples, and invalid settings in gin."""
 
 import pickle
 
@@ -13,7 +13,7 @@ from parti_jax.preparation.settings import Settings
 
 
 def _reason(check, *args, **settings):
-  """Returns the reason for which a filter refuses something, None if it does not."""
+  """Returns the reason for which a filter rejects an example, None if it doesn't."""
   try:
     check(*args, Settings(**settings))
   except Unusable as error:

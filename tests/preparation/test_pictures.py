@@ -1,4 +1,4 @@
-"""Resizing and encoding of pictures, and what is written of an example."""
+"""Resizing and encoding of pictures, and the records of examples."""
 
 import io
 import json
@@ -17,7 +17,7 @@ from parti_jax.preparation.settings import Settings
 
 
 def _prepared(picture, caption='a dog', found_columns=None, **settings):
-  """Prepares one example, and returns it as the source of prepared pictures reads it."""
+  """Prepares one example, and returns it as read by the source of prepared pictures."""
   example = {'picture': picture, 'caption': caption.encode(), 'columns': found_columns or {}}
   found = examples.prepare(example, 'tar:7', Settings(**settings))
   return found, prepared.parsed(found.record, describe=True)
@@ -54,7 +54,7 @@ def test_a_resized_picture_looks_like_the_original(draw, encode):
   assert np.abs(np.asarray(_opened(example['picture']), int) - expected).mean() < 3
 
 
-def test_bytes_stay_where_nothing_has_to_change(draw, encode):
+def test_bytes_stay_if_nothing_has_to_change(draw, encode):
   data = encode(draw(0), 'jpeg', quality=70)
   for settings, stays in (
     ({}, True),
@@ -67,7 +67,7 @@ def test_bytes_stay_where_nothing_has_to_change(draw, encode):
     assert (_prepared(data, **settings)[1]['picture'] == data) == stays, settings
 
 
-def test_pictures_are_turned_upright(draw, encode):
+def test_pictures_are_rotated_upright(draw, encode):
   exif = Image.Exif()
   exif[0x0112] = 6
   image = draw(0)
@@ -78,7 +78,7 @@ def test_pictures_are_turned_upright(draw, encode):
 
 
 def test_colours_become_srgb(encode):
-  # One whose red is sRGB's green.
+  # A profile whose red is sRGB's green.
   profile = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()
   swapped = profile.replace(b'rXYZ', b'tmpX').replace(b'gXYZ', b'rXYZ').replace(b'tmpX', b'gXYZ')
   data = encode(Image.new('RGB', (8, 8), (255, 0, 0)), 'png', icc_profile=swapped)
@@ -89,7 +89,7 @@ def test_colours_become_srgb(encode):
     assert np.abs(np.subtract(pixel, expected)).max() < 30
 
 
-def test_transparent_parts_become_white(encode):
+def test_transparent_areas_become_white(encode):
   data = encode(Image.new('RGBA', (8, 8), (0, 0, 0, 0)))
   _, example = _prepared(data, image_format='png')
   assert _opened(example['picture']).getpixel((0, 0)) == (255, 255, 255)
@@ -107,7 +107,7 @@ def test_pictures_that_cannot_be_decoded(picture, reason):
     _prepared(picture)
 
 
-def test_a_picture_that_breaks_off(draw, encode):
+def test_a_truncated_picture(draw, encode):
   for image_format in ('png', 'jpeg'):
     with pytest.raises(Unusable, match='damaged picture'):
       _prepared(encode(draw(0), image_format)[:-40])
@@ -125,7 +125,7 @@ def test_a_picture_that_the_format_cannot_hold(encode):
     _prepared(data, image_format='webp')
 
 
-def test_what_is_written_of_an_example(draw, encode):
+def test_the_record_of_an_example(draw, encode):
   columns = {'key': '12', 'clip': 0.3, 'url': 'http://x/\ud800', 'n': None}
   found, example = _prepared(encode(draw(0)), ' a dog\0 ', columns, size=24)
   assert example['caption'] == b'a dog'

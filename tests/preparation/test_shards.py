@@ -80,7 +80,7 @@ def test_an_index_is_divided_into_parts(tmp_path, draw, encode):
   ]
 
 
-def test_columns_are_looked_for_beforehand(tars):
+def test_columns_are_checked_beforehand(tars):
   _work(_tars(tars), columns={'clip': (0, 1)}, keep_columns=('clip',)).check_columns()
   for settings in ({'columns': {'watermark': (0, 1)}}, {'keep_columns': ('watermark',)}):
     with pytest.raises(
@@ -89,7 +89,7 @@ def test_columns_are_looked_for_beforehand(tars):
       _work(_tars(tars), **settings).check_columns()
 
 
-def test_a_shard_and_what_became_of_its_examples(tmp_path, draw, encode):
+def test_a_shard_and_the_outcome_of_its_examples(tmp_path, draw, encode):
   examples = [
     ('0', {'picture': encode(draw(0)), 'caption': b'first'}),
     ('1', Damaged('rest of a damaged tar shard', file='x.tar')),
@@ -116,7 +116,7 @@ def test_a_shard_and_what_became_of_its_examples(tmp_path, draw, encode):
   ]
 
 
-def test_duplicates_are_taken_out_again_and_again(tmp_path, draw, encode):
+def test_duplicates_can_be_removed_repeatedly(tmp_path, draw, encode):
   examples = [(str(index), {'picture': encode(draw(index)), 'caption': b'a'}) for index in range(4)]
   staged, place = str(tmp_path / 'staged'), str(tmp_path / 'x.array_record')
   outcome, _ = shards.write(staged, 0, examples, Settings())
@@ -124,7 +124,7 @@ def test_duplicates_are_taken_out_again_and_again(tmp_path, draw, encode):
   found = shards.finish(staged, place, outcome, drops)
   assert found.left_out == {'duplicate picture': 2} and found.read == 4
   assert [example['key'] for example in _records(place)] == ['1', '3']
-  # A runner may do it again, since it did not hear of the end.
+  # A runner may repeat the step if it missed the result.
   assert shards.finish(staged, place, outcome, drops) == found
   assert not os.path.exists(staged) and found.shard['bytes'] == os.path.getsize(place)
 
@@ -139,7 +139,7 @@ def test_a_shard_without_duplicates_is_moved(tmp_path, draw, encode):
 
 
 def _finish(output, draw, encode, counts=(2, 0, 1)):
-  """Writes shards with so many examples and publishes them."""
+  """Writes shards with the given numbers of examples and publishes them."""
   outcomes = []
   for number, count in enumerate(counts):
     examples = [
@@ -192,7 +192,7 @@ def test_a_finished_split_is_a_source(tmp_path, draw, encode):
   }
 
 
-def test_one_run_at_a_time_has_the_folder(tmp_path):
+def test_one_run_at_a_time_uses_the_folder(tmp_path):
   output = output_lib.Output(str(tmp_path / 'out'), 'train', True)
   output.claim(False)
   owner = tmp_path / 'out' / '.train.unfinished' / 'owner.json'
@@ -212,7 +212,7 @@ def test_one_run_at_a_time_has_the_folder(tmp_path):
   assert not (tmp_path / 'out').exists()
 
 
-def test_what_a_killed_run_left_is_replaced(tmp_path, monkeypatch):
+def test_leftovers_of_a_killed_run_are_replaced(tmp_path, monkeypatch):
   output = output_lib.Output(str(tmp_path), 'train', True)
   output.claim(False)
   (tmp_path / '.train.unfinished' / 'shard-00000.array_record').write_bytes(b'x')
@@ -231,11 +231,13 @@ def test_runs_share_no_unfinished_shards(tmp_path):
   assert output.staging_place(0) == pickle.loads(pickle.dumps(output)).staging_place(0)
 
 
-def test_shards_of_others_are_not_touched(tmp_path):
+def test_shards_of_other_splits_are_not_touched(tmp_path):
   for name in ('train-00000.array_record', 'train-00000.tfrecord', 'train-a.array_record'):
     (tmp_path / name).write_bytes(b'x')
   output = output_lib.Output(str(tmp_path), 'train', True)
-  with pytest.raises(UserError, match='train-00000.array_record, which is of no finished split'):
+  with pytest.raises(
+    UserError, match='train-00000.array_record, which belongs to no finished split'
+  ):
     output.claim(False)
   output.claim(True)
   assert sorted(os.listdir(tmp_path)) == [
@@ -247,7 +249,7 @@ def test_shards_of_others_are_not_touched(tmp_path):
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
   (tmp_path / 'info.json').write_text('{"codebook_size": 5}')
-  with pytest.raises(UserError, match='holds no prepared pictures'):
+  with pytest.raises(UserError, match='does not hold prepared pictures'):
     output_lib.Output(str(tmp_path), 'train', True).claim(True)
   with pytest.raises(UserError, match='cannot be part of a file name'):
     output_lib.Output(str(tmp_path), 'a/b', True)
@@ -316,7 +318,7 @@ def test_damaged_prepared_pictures(tmp_path, draw, encode, shuffle):
   storage.write(path, content)
   first = output.place(0)
   storage.write(first, bytes(os.path.getsize(first)))
-  with pytest.raises(UserError, match='its first record is not of a prepared picture'):
+  with pytest.raises(UserError, match='its first record is not a prepared picture'):
     prepared.PreparedSource(where, shuffle).open('train')
   with pytest.raises(UserError, match="no finished split 'test', but train"):
     prepared.PreparedSource(where, shuffle).open('test')
@@ -336,7 +338,7 @@ def test_records_of_something_else(record):
   assert isinstance(prepared.parsed(record, describe=True), Damaged)
 
 
-def test_a_source_that_changes_meanwhile_is_refused(tars):
+def test_a_changing_source_is_refused(tars):
   work = _work(_tars(tars))
   assert len(work) == 3
   sent = pickle.dumps(work)

@@ -1,4 +1,4 @@
-"""`parti-jax generate`, from the command line to the files."""
+"""Tests `parti-jax generate` from the command line to the files."""
 
 import numpy as np
 import pytest

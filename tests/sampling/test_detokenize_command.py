@@ -1,4 +1,4 @@
-"""`parti-jax detokenize`, from a file of t5x.infer to the pictures."""
+"""Tests `parti-jax detokenize` from a file of t5x.infer to the pictures."""
 
 import json
 
@@ -22,7 +22,7 @@ def no_compilation_cache(monkeypatch):
 
 @pytest.fixture(name='detokenize')
 def _detokenize(tiny_folder, tmp_path):
-  """Writes lines to a file and gives it to the command; returns the status."""
+  """Writes lines to a file and runs the command on it; returns the status."""
 
   def run(lines, *arguments, name=NAME):
     text = '\n'.join(line if isinstance(line, str) else json.dumps(line) for line in lines)
@@ -75,7 +75,7 @@ def test_pictures_with_their_captions_and_a_grid(detokenize, tmp_path, tiny_fold
   ]
   assert sorted(map(str, (tmp_path / 'out').iterdir())) == sorted(paths)
   for path, image in zip(paths, drawn.images[:, 0]):
-    # The pipeline detokenizes in the program that draws, which may round otherwise.
+    # The pipeline detokenizes in the sampling program, which may round differently.
     assert np.abs(np.asarray(Image.open(path)).astype(int) - image).max() <= 1
   metadata = images.read_metadata(paths[0])
   assert {
@@ -106,7 +106,7 @@ def test_the_same_pictures_replace_themselves_and_no_others(detokenize, tmp_path
   first = capsys.readouterr().out
   assert detokenize([line([0, 1, 2, 3], 'a')]) == 0
   assert capsys.readouterr().out == first and len(list((tmp_path / 'out').iterdir())) == 2
-  # Of another checkpoint, say.
+  # For example from another checkpoint.
   assert detokenize([line([11, 1, 2, 3], 'a')]) == 0
   second = capsys.readouterr().out
   assert second.split()[0].endswith('a_line1_0_2.png') and second.split()[1].endswith('_2.png')
@@ -154,7 +154,7 @@ def test_bad_files_and_flags(detokenize, tmp_path, capsys):
   assert 'it is not UTF-8 text' in capsys.readouterr().err
 
 
-def test_the_tokenizer_of_a_model_is_read_alone(tiny_folder, tmp_path):
+def test_only_the_tokenizer_of_a_model_is_read(tiny_folder, tmp_path):
   for name in (model_folder.CONFIG_FILE, model_folder.parameter_file('tokenizer')):
     (tmp_path / name).write_bytes((tiny_folder / name).read_bytes())
   whole = model_folder.load(tiny_folder)

@@ -1,4 +1,4 @@
-"""config.json edited by hand: every invalid value is named in one line, in the file's words."""
+"""Tests a config.json edited by hand: one line names each invalid value as in the file."""
 
 import copy
 import json
@@ -43,15 +43,15 @@ WRONG = {
   'digits': 10**400,
   'nested': nested(500),
 }
-# Entries that take some of these, and why.
-RATES = {'0'}  # Dropout is of training alone.
-WEIGHTS = {'0', '1.5'}  # As is the quantizer's loss.
+# Entries that accept some of these values, and why.
+RATES = {'0'}  # Dropout is only for training.
+WEIGHTS = {'0', '1.5'}  # The quantizer's loss too.
 SETTINGS = {'0', '1.5'}
 ALLOWED = {
   ('parti', 'dropout'): RATES,
   ('ranker', 'dropout'): RATES,
   ('tokenizer', 'commitment'): WEIGHTS,
-  ('super_resolution', 'low_rank'): {'0'},  # Then other parameters are missing.
+  ('super_resolution', 'low_rank'): {'0'},  # With these values other parameters are missing.
   ('sampling', 'guidance_scale'): SETTINGS,
   ('sampling', 'guidance_start'): SETTINGS,
   ('sampling', 'temperature'): SETTINGS | {'2**40'},
@@ -67,7 +67,7 @@ ALLOWED = {
 
 
 def entries(value, path=()):
-  """Paths to all values of a JSON object, and to those in lists."""
+  """Yields paths to all values of a JSON object, including those in lists."""
   items = value.items() if isinstance(value, dict) else enumerate(value)
   for key, item in items:
     yield (*path, key)
@@ -86,7 +86,7 @@ def edited(path, value):
 
 @pytest.fixture
 def folder(tmp_path):
-  """The demo's folder, whose config.json a test writes."""
+  """Makes a copy of the demo's folder with the test's config.json."""
   for file in DEMO.iterdir():
     if file.is_file() and file.name != model_folder.CONFIG_FILE:
       (tmp_path / file.name).symlink_to(file)
@@ -100,8 +100,8 @@ def write(folder, config):
 
 
 @pytest.mark.parametrize('path', list(entries(CONFIG)), ids=lambda path: '.'.join(map(str, path)))
-def test_every_entry_with_wrong_values(folder, path, monkeypatch):
-  # Only the file is of interest, not what takes long.
+def test_wrong_values_of_each_entry(folder, path, monkeypatch):
+  # Skips the slow parts that don't concern the file.
   monkeypatch.setattr(model_folder, '_read_parameters', lambda path, expected: None)
   monkeypatch.setattr(model_folder, 'abstract', lambda name, config: None)
   for name, value in WRONG.items():
@@ -115,7 +115,7 @@ def test_every_entry_with_wrong_values(folder, path, monkeypatch):
     assert '\n' not in message and len(message) < 600, name
     rest = message.removeprefix(f'{folder / model_folder.CONFIG_FILE}: ')
     assert rest != message, message
-    # The entry, and no words of Python's.
+    # Names the entry without Python's terms.
     assert all(str(key) in rest for key in path if isinstance(key, str)), message
     assert not re.search(r'Config\.|object is|argument|mapping|hashable', rest)
     assert path == ('format_version',) or not re.search(r'\b(None|True)\b', rest)
@@ -129,7 +129,7 @@ def test_entries_that_are_missing_or_unknown(folder, path, monkeypatch):
   config = copy.deepcopy(CONFIG)
   config[part][f'{name}\n2'] = config[part].pop(name)
   write(folder, config)
-  # Any name may stand in the provenance and, for a number of parameters, in 'parameters'.
+  # The provenance may have any names, and so may the parameter counts in 'parameters'.
   if part == 'provenance' or (part == 'parameters' and name != 'stored_as'):
     model_folder.load(folder)
     return
@@ -147,7 +147,7 @@ def test_entries_that_are_missing_or_unknown(folder, path, monkeypatch):
     ('{"format_version": true}', 'format_version is True'),
     ('{"format_version": 1}', "'parti' is missing"),
     ('{"a": 1', 'damaged'),
-    ('{"format_version": 1, "format_version": 1}', "the name 'format_version' is there twice"),
+    ('{"format_version": 1, "format_version": 1}', "the name 'format_version' appears twice"),
     (json.dumps(CONFIG).replace('"width": 192', '"width": 192, "width": 256'), "'width' is there"),
     ('[' * 10**5, 'nested too deeply'),
   ],
@@ -170,7 +170,7 @@ def test_both_names_of_a_size_are_refused(folder):
   assert model_folder.load(folder).parti_config.attention_patterns == ('global',)
   older['parti']['attention_pattern'] = ['row']
   write(folder, older)
-  with pytest.raises(UserError, match=r"'parti': attention_pattern=\['row'\] must be a text"):
+  with pytest.raises(UserError, match=r"'parti': attention_pattern=\['row'\] must be a string"):
     model_folder.load(folder)
 
 
@@ -187,7 +187,7 @@ def test_the_name_of_another_networks_size_is_refused(folder):
     model_folder.load(folder)
 
 
-def test_what_loads_draws(folder, tmp_path, capsys):
+def test_a_config_that_loads_can_sample(folder, tmp_path, capsys):
   reference = parti_jax.load().generate('red apple', num_images=1, temperature=0)
   config = edited(('parti', 'dropout'), 0)
   config['sampling'] = {'temperature': 1e-39, 'guidance_scale': 1.5}

@@ -1,4 +1,4 @@
-"""Model folders: what is written is what is read, and what is wrong is named."""
+"""Tests model folders: round trips, and messages that name the fault."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def test_round_trip(parts, tmp_path, dtype, tolerance):
   assert sizes['parti'] == sum(leaf.size for leaf in stored.values())
 
 
-def test_settings_that_an_older_folder_does_not_name_are_off(folder):
+def test_settings_missing_in_an_older_folder_are_off(folder):
   edit_config(folder, lambda config: config.update(sampling={'guidance_scale': 2.5}))
   sampling = model_folder.load(folder).sampling
   assert sampling == sampling_settings.SamplingSettings(guidance_scale=2.5)
@@ -72,7 +72,7 @@ def test_an_existing_folder_is_only_replaced_when_asked(parts, folder, tmp_path)
   other = tmp_path / 'other'
   other.mkdir()
   (other / 'letter.txt').write_text('mine')
-  with pytest.raises(UserError, match='no model folder'):
+  with pytest.raises(UserError, match="isn't a model folder"):
     model_folder.save(other, overwrite=True, **parts)
   assert (other / 'letter.txt').read_text() == 'mine'
 
@@ -101,9 +101,9 @@ def test_another_dtype_is_refused(parts, tmp_path):
 
 
 def test_missing_folder(tmp_path):
-  with pytest.raises(UserError, match='there is no model folder .*nowhere'):
+  with pytest.raises(UserError, match='the model folder .*nowhere does not exist'):
     model_folder.load(tmp_path / 'nowhere')
-  with pytest.raises(UserError, match='is no model folder'):
+  with pytest.raises(UserError, match="isn't a model folder"):
     model_folder.load(tmp_path)
 
 
@@ -126,7 +126,7 @@ def test_half_a_file(folder, name):
 
 def test_another_format_version(folder):
   edit_config(folder, lambda config: config.update(format_version=99))
-  with pytest.raises(UserError, match='format_version is 99, this parti_jax reads 1'):
+  with pytest.raises(UserError, match='format_version is 99, but this parti_jax reads 1'):
     model_folder.load(folder)
 
 
@@ -164,7 +164,7 @@ def test_many_parameters_that_differ_are_counted(folder):
     (lambda config: config['sampling'].update(speed=2), 'speed'),
   ],
 )
-def test_sizes_that_can_not_be(folder, edit, message):
+def test_invalid_sizes(folder, edit, message):
   edit_config(folder, edit)
   with pytest.raises(UserError, match=message):
     model_folder.load(folder)
@@ -177,7 +177,7 @@ def folder_with_part(parts, enlarger, tmp_path):
   )
 
 
-def test_an_optional_part_comes_back(folder_with_part, enlarger, parts, folder):
+def test_an_optional_part_is_restored(folder_with_part, enlarger, parts, folder):
   model = model_folder.load(folder_with_part)
   assert list(model.parts) == ['super_resolution']
   assert model.parts['super_resolution'].config == enlarger.config
@@ -186,7 +186,7 @@ def test_an_optional_part_comes_back(folder_with_part, enlarger, parts, folder):
   )
   jax.tree.map(np.testing.assert_array_equal, model.parti_params, parts['parti_params'])
   assert model.stored_as == 'float32' and model_folder.load(folder).stored_as == 'float16'
-  # A model that was saved without one has none, also where there was one before.
+  # A model saved without the part has none, even if the folder had one before.
   assert not model_folder.load(folder).parts
   model_folder.save(folder_with_part, overwrite=True, **parts)
   assert not model_folder.load(folder_with_part).parts
@@ -256,7 +256,7 @@ def test_a_config_of_too_many_bytes_is_not_read(folder, monkeypatch):
 
 
 def _header(**tensors):
-  """A safetensors file with this header and 16 bytes."""
+  """Makes a safetensors file with this header and 16 bytes."""
   text = json.dumps(tensors).encode()
   return len(text).to_bytes(8, 'little') + text + bytes(16)
 
@@ -264,7 +264,7 @@ def _header(**tensors):
 @pytest.mark.parametrize(
   'content',
   [
-    # 100 GB that are not there, two tensors in the same place, a header longer than the file.
+    # 100 GB of missing data, two overlapping tensors, a header longer than the file.
     _header(a={'dtype': 'F32', 'shape': [25 * 10**9], 'data_offsets': [0, 10**11]}),
     _header(
       a={'dtype': 'F32', 'shape': [2], 'data_offsets': [0, 8]},

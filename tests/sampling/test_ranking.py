@@ -79,8 +79,8 @@ def test_scores_are_the_cosines_of_pairs(ranker):
 @pytest.mark.parametrize(
   'texts, images, message',
   [
-    (None, np.zeros((1, 8, 8, 3), np.uint8), 'texts=None must be a text or a list of texts'),
-    ([5], np.zeros((1, 8, 8, 3), np.uint8), 'text 1 is 5, which is not a text'),
+    (None, np.zeros((1, 8, 8, 3), np.uint8), 'texts=None must be a string or a list of strings'),
+    ([5], np.zeros((1, 8, 8, 3), np.uint8), 'text 1 is 5, which is not a string'),
     (['red'], None, 'images are object'),
     (['red'], [[1], [1, 2]], 'images='),
   ],

@@ -1,4 +1,4 @@
-"""Settings that can't be are named."""
+"""Tests that messages name invalid settings."""
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ def test_replace_keeps_what_is_none():
   assert changed == settings_lib.SamplingSettings(3.0, 0.0, 7, 0.5)
 
 
-def test_what_a_setting_needs():
+def test_which_passes_a_setting_needs():
   plain = settings_lib.SamplingSettings()
   assert not (plain.guided or plain.greedy or plain.filtered)
   assert plain.replace(guidance_scale=1.1).guided
@@ -110,7 +110,7 @@ def test_values_that_no_device_can_compute_with(name, value):
     (3e38, False),
   ],
 )
-def test_temperatures_as_good_as_zero_are_greedy(temperature, greedy):
+def test_tiny_temperatures_are_greedy(temperature, greedy):
   settings = settings_lib.SamplingSettings(temperature=temperature, guidance_scale=1e6)
   assert settings.greedy == greedy
   if not greedy:
@@ -128,7 +128,7 @@ def test_small_shares_of_the_probability_stay_above_zero():
 
 
 @pytest.mark.parametrize('top_k', [2**31 - 1, 2**31, 3_000_000_000, 2**40, 10**400])
-def test_large_top_k_is_no_limit(top_k):
+def test_a_large_top_k_does_not_limit(top_k):
   settings = settings_lib.SamplingSettings(top_k=top_k)
   assert settings.top_k == 2**31 - 1
   assert settings.arrays(1)[2] == 2**31 - 1 and settings.arrays(1)[2].dtype == np.int32

@@ -250,12 +250,12 @@ def test_the_last_index_is_that_of_an_int32(pipeline, first_index):
 @pytest.mark.parametrize(
   'prompts, message',
   [
-    (None, 'prompts=None must be a text'),
-    (5, 'prompts=5 must be a text'),
+    (None, 'prompts=None must be a string'),
+    (5, 'prompts=5 must be a string'),
     (b'red apple', "prompts=b'red apple' must be"),
     (np.array('red apple'), 'prompts=array'),
     ({'red apple': 1}, 'prompts='),
-    (['red apple', 5], 'prompt 2 is 5, which is not a text'),
+    (['red apple', 5], 'prompt 2 is 5, which is not a string'),
     ([['red apple']], r"prompt 1 is \['red apple'\]"),
     ([None], 'prompt 1 is None'),
     ('\ud800 apple', 'prompt 1 has characters that are not Unicode'),

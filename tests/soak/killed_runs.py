@@ -31,14 +31,14 @@ _PRELOADED = [
   'parti_jax.cli.train',
   'parti_jax.cli.main',
   'orbax.checkpoint',
-  'clu.metric_writers',
+  'tensorboard.plugins.scalar.summary_v2',
   'killed_runs',
 ]
 _PR_SET_PDEATHSIG = 1
 # Measures of time differ from run to run.
 TIMES = ('examples_per_second', 'model_flops_per_second', 'share_of_peak')
 # How far the loss of a step may be, relative to its value, from that of the same step on another
-# mesh, as the README promises.
+# mesh, as docs/training.md promises.
 BETWEEN_MESHES = 1e-5
 # The meshes that a state comes from: (the step after which a mesh was used, the mesh), ...
 Lineage = tuple[tuple[int, str], ...]

@@ -2,7 +2,7 @@
 
   python tests/soak/soak.py --minutes=15 --work_dir=runs/soak
 
-Trains the chain of the README on OpenMoji with the tiny models: an image tokenizer, the tokens of
+Trains the chain of docs/training.md on OpenMoji with the tiny models: an image tokenizer, the tokens of
 all pictures, a generator. There are two runs of each. Both train in segments, each with a mesh of
 its own. One is left alone. The other is killed at random moments (SIGKILL, or SIGTERM as before a
 preemption), and between two starts a file of its newest checkpoint may be cut, changed or removed,

@@ -4,5 +4,5 @@ import pytest
 import tried_t5x
 
 pytest.importorskip(
-  't5x.models', reason='t5x is not installed; README, "With t5x", says how. ' + tried_t5x.SENTENCE
+  't5x.models', reason='t5x is not installed; docs/t5x.md says how. ' + tried_t5x.SENTENCE
 )

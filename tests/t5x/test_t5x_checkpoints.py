@@ -203,7 +203,7 @@ def test_a_run_of_a_checkpoint_of_t5x(run, tmp_path, capsys):
   _assert_same_bits(restored, state)
   # A run that has begun is not written over.
   assert main.main(again) == 2
-  assert 'again: has checkpoints already; give another --model_dir' in capsys.readouterr().err
+  assert 'again: has checkpoints already; choose another --model_dir' in capsys.readouterr().err
 
 
 def test_whole_second_moments_of_earlier_versions_are_factored_both_ways(tmp_path, caplog):
@@ -282,7 +282,7 @@ def test_the_optimizer_may_begin_anew(run, tmp_path, capsys):
   assert 'state/param_states/' in error and '--parameters_only' in error
   assert not (tmp_path / 'run').exists()
   assert main.main([*command, '--parameters_only']) == 0
-  assert 'the optimiser begins anew' in capsys.readouterr().out
+  assert 'the optimiser starts again' in capsys.readouterr().out
   trainer = _trainer('adamw')
   manager = run_checkpoints.Checkpoints(tmp_path / 'run')
   restored, _ = manager.restore(7, trainer.abstract, run_checkpoints.describe(trainer.objective))
@@ -372,12 +372,18 @@ def test_nothing_is_left_of_a_checkpoint_that_could_not_be_written(tmp_path, mon
     ([], '--output_dir not given'),
     (['--output_dir=o'], 'give --model_dir=RUN or --model=FOLDER'),
     (['--output_dir=o', '--model_dir=r', '--model=m'], 'give --model_dir=RUN or --model=FOLDER'),
-    (['--output_dir=o', '--model=m', '--step=3'], '--step does not go with --model'),
-    (['--output_dir=o', '--model_dir=r', '--parameters_only'], '--parameters_only does not go'),
-    (['--output_dir=o', '--model_dir=r', '--gin.a.b=1'], '--gin.NAME=VALUE does not go'),
+    (['--output_dir=o', '--model=m', '--step=3'], "--step can't be combined with --model"),
+    (
+      ['--output_dir=o', '--model_dir=r', '--parameters_only'],
+      "--parameters_only can't be combined",
+    ),
+    (['--output_dir=o', '--model_dir=r', '--gin.a.b=1'], "--gin.NAME=VALUE can't be combined"),
     (['--output_dir=s3://b/o', '--model=m'], "s3://b/o: t5x's checkpoints are in folders and at"),
     (['--from_t5x=c'], '--model_dir and --gin_file not given'),
-    (['--from_t5x=c', '--model_dir=r', *GIN, '--step=2'], '--step does not go with --from_t5x'),
+    (
+      ['--from_t5x=c', '--model_dir=r', *GIN, '--step=2'],
+      "--step can't be combined with --from_t5x",
+    ),
   ],
 )
 def test_bad_flags(flags, words, capsys):
@@ -389,7 +395,7 @@ def test_bad_runs(run, tmp_path, capsys):
   folder, _, written = run
   command = ['t5x_checkpoint', f'--output_dir={tmp_path}']
   assert main.main([*command, f'--model_dir={folder}', '--step=6']) == 2
-  assert 'no checkpoint of step 6; those there are of 7' in capsys.readouterr().err
+  assert 'no checkpoint of step 6; there are 7' in capsys.readouterr().err
   assert (
     main.main(['t5x_checkpoint', f'--output_dir={written.parent}', f'--model_dir={folder}']) == 2
   )

@@ -125,5 +125,5 @@ def test_one_revision_of_t5x_is_named_everywhere():
   assert f't5x@{pinned["t5x"]}' in setup['options.extras_require']['t5x']
   for name, revision in pinned.items():
     assert f'{name} {revision[:12]}' in tried_t5x.SENTENCE
-  readme = ' '.join((REPOSITORY / 'README.md').read_text(encoding='utf-8').split())
-  assert tried_t5x.SENTENCE in readme.replace('`', '')
+  page = ' '.join((REPOSITORY / 'docs/t5x.md').read_text(encoding='utf-8').split())
+  assert tried_t5x.SENTENCE in page.replace('`', '')

@@ -242,7 +242,7 @@ def test_the_demo_model_draws_in_t5x(folder):
   )
   _t5x('eval', 'demo', 'eval', *task, f'EVAL_OUTPUT_DIR="{folder}/demo_eval"')
   metrics = _metrics(folder / 'demo_eval')
-  # README: 50.0 ± 5.0, 7.3 ± 1.7 and 25.7 ± 3.3 on this split, over seeds.
+  # docs/demo.md: 50.0 ± 5.0, 7.3 ± 1.7 and 25.7 ± 3.3 on this split, over seeds.
   assert metrics['tone_right'] > 35 and metrics['name_top1'] > 2 and metrics['name_top5'] > 15
   assert metrics['reconstruction_name_top1'] > 95
   log = _t5x(

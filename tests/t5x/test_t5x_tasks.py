@@ -161,7 +161,7 @@ def test_no_usable_example(cache):
 @pytest.mark.parametrize(
   'lengths, named',
   [
-    ({'inputs': 12, 'targets': 3}, r"4 tokens a picture, but feature_lengths\['targets'\] = 3"),
+    ({'inputs': 12, 'targets': 3}, r"4 tokens per picture, but feature_lengths\['targets'\] = 3"),
     ({'inputs': 12}, 'feature_lengths gives inputs'),
     (None, 'feature_lengths gives none'),
   ],

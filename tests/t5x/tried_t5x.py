@@ -1,4 +1,4 @@
-"""The README's sentence on what the tests of t5x were run with."""
+"""The sentence of docs/t5x.md on what the tests of t5x were run with."""
 
 SENTENCE = (
   'Tried: t5x cc342d419ec3, airio 69897df7d9a4 and jestimator 326824a477fe with Python 3.11, '

@@ -1,9 +1,9 @@
-"""`parti-jax train` with an error on purpose, for test_crashes.py.
+"""Runs `parti-jax train` with a deliberate error, for test_crashes.py.
 
 Usage: crashing_child.py WHERE PROCESS train ...
 
-WHERE is a key of `_ERRORS`; PROCESS is the number of the process that gets the error. Pictures are
-decoded slowly, so that the data threads are always at work, but for 'step_with_full_buffers'.
+WHERE is a key of `_ERRORS`; PROCESS is the number of the process that gets the error. Except
+for 'step_with_full_buffers', decoding is slow, so that the data threads are always busy.
 """
 
 import sys
@@ -17,7 +17,7 @@ def _raise(*_, **__):
 
 
 def _after(calls, function):
-  """`function` for so many calls, and then an error."""
+  """Wraps `function` to raise an error after some calls."""
   left = [calls]
 
   def called(*args, **kwargs):
@@ -42,7 +42,7 @@ def _step_with_full_buffers(lib):
 
 
 def _step_of_jax(lib):
-  """An error of JAX' own, from the compiled step."""
+  """Raises an error of JAX itself in the compiled step."""
   import jax
 
   step = lib['trainer'].Trainer.step
@@ -104,7 +104,7 @@ if __name__ == '__main__':
   train = train_lib._train_listening
 
   def patched_train(args, connect):
-    """Patches in the process that trains, not in the parent of one of several."""
+    """Patches the training process, not its parent."""
     if (args.process_id or 0) == int(process):
       _patch(where_)
     train(args, connect)

@@ -1,8 +1,8 @@
-"""`parti-jax train` as test_many_hosts.py runs it: recorded, and killed or told to stop on demand.
+"""Runs `parti-jax train` for test_many_hosts.py: records it, and kills or stops it on demand.
 
 Usage: many_hosts_child.py RECORD VICTIM SIGNAL STEP train ...
 
-Writes to RECORD, JSON lines, the metrics that are shown and digests of the state. The process
+Writes the printed metrics and digests of the state to RECORD, as JSON lines. The process
 VICTIM kills itself (SIGNAL KILL) or has its parent pass SIGTERM on (SIGNAL TERM) after STEP.
 """
 
@@ -20,7 +20,7 @@ from parti_jax.cli import main
 
 
 def digest(run):
-  """A hexadecimal digest of all arrays of a run's state, whoever holds them."""
+  """Returns a hexadecimal digest of all arrays of a run's state on all processes."""
   import jax
 
   everywhere = jax.sharding.NamedSharding(
@@ -33,7 +33,7 @@ def digest(run):
 
 
 def patch(record, is_victim, signal_name, at_step):
-  """Makes the loop record what it does, and the victim die."""
+  """Makes the loop record its work, and kills the victim."""
   from parti_jax.training import reporting
   from parti_jax.training import run as run_lib
 
@@ -60,7 +60,7 @@ def patch(record, is_victim, signal_name, at_step):
     if is_victim and run.step == at_step:
       if signal_name == 'KILL':
         while not any(path.name.isdecimal() for path in run.folder.iterdir()):
-          time.sleep(0.1)  # A checkpoint is on its way.
+          time.sleep(0.1)  # A checkpoint is being written.
         os.kill(os.getpid(), signal.SIGKILL)
       os.kill(os.getppid(), signal.SIGTERM)
     return advance(run)
@@ -77,7 +77,7 @@ if __name__ == '__main__':
   train = train_lib._train
 
   def patched_train(args, connect):
-    """Patches in the child alone, since the parent must not import JAX."""
+    """Patches only the child, since the parent must not import JAX."""
     patch(record_file, args.process_id == int(victim), signal_, int(step))
     train(args, connect)
 

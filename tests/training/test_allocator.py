@@ -1,11 +1,11 @@
-"""Memory that a thread frees is there for the next step, without page faults."""
+"""Tests that memory freed by a thread is reused by the next step without page faults."""
 
 import subprocess
 import sys
 
 import pytest
 
-# A process of its own, since the settings hold for a whole process.
+# Runs in a separate process, since the settings affect a whole process.
 _SCRIPT = """
 import ctypes, resource, threading
 from parti_jax.runs import allocator
@@ -38,14 +38,14 @@ def _run(keep):
   return out[0], int(out[1])
 
 
-def test_a_block_that_a_thread_frees_is_not_mapped_anew():
+def test_a_block_that_a_thread_frees_is_not_mapped_again():
   kept, faults = _run(True)
   if kept == 'False':
     pytest.skip('the C library is not glibc')
   assert faults < 100
 
 
-def test_without_it_the_block_is_mapped_anew():
+def test_without_it_the_block_is_mapped_again():
   if _run(True)[0] == 'False':
     pytest.skip('the C library is not glibc')
   assert _run(False)[1] > 100

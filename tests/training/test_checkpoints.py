@@ -1,4 +1,4 @@
-"""Checkpoints: round trips, what is missing or unfinished, and what is of another configuration."""
+"""Tests checkpoints: round trips, and missing, unfinished or incompatible ones."""
 
 import dataclasses
 import os
@@ -46,7 +46,7 @@ def _trainer(optimizer=None, mesh=(8, 1, 1), **changes):
 
 @pytest.fixture(scope='module')
 def saved(tmp_path_factory):
-  """A run's folder with checkpoints of the steps 3 and 7, its trainer and the last state."""
+  """Returns a run's folder with checkpoints of steps 3 and 7, its trainer and the last state."""
   folder = tmp_path_factory.mktemp('run')
   trainer = _trainer()
   state = trainer.create_state()
@@ -70,7 +70,7 @@ def _assert_same(a, b):
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
 
 
-def test_a_state_comes_back_bit_for_bit_with_its_place_in_the_data(saved):
+def test_a_state_is_restored_bit_for_bit_with_its_position_in_the_data(saved):
   folder, trainer, state = saved
   restored, place = _restored(folder, trainer)
   _assert_same(restored, state)
@@ -95,7 +95,7 @@ def test_the_last_few_are_kept(saved):
   assert run_checkpoints.latest_checkpoint(folder) == folder / 'checkpoints' / '7'
 
 
-def test_parameters_alone(saved):
+def test_parameters_are_read_without_the_rest(saved):
   folder, _, state = saved
   path = run_checkpoints.latest_checkpoint(folder)
   sizes = vit_vqgan.ViTVQGANConfig(**run_checkpoints.read_config(path, 'tokenizer'))
@@ -134,7 +134,7 @@ def test_parameters_of_another_shape_are_named(saved):
   ],
 )
 def test_settings_that_differ_are_named(saved, changes, words):
-  with pytest.raises(UserError, match='of another configuration') as caught:
+  with pytest.raises(UserError, match='has another configuration') as caught:
     _restored(saved[0], _trainer(**changes))
   assert all(word in str(caught.value) for word in words)
 
@@ -148,7 +148,7 @@ def test_settings_that_change_no_parameter_may_differ(saved):
 def test_the_state_of_another_optimizer_is_named(saved):
   with pytest.raises(UserError, match='does not fit this configuration.*optimizer_state'):
     _restored(saved[0], _trainer(optimizers.adamw(0.1)))
-  # One with less state than there is, too.
+  # Also an optimiser with less state than the checkpoint's.
   with pytest.raises(UserError, match='optimizer_state/.* is not in this configuration'):
     _restored(saved[0], _trainer(optax.sgd(0.1)))
 
@@ -163,7 +163,7 @@ def test_a_checkpoint_of_another_objective_is_named(saved):
     run_checkpoints.read_config(path, 'generator')
 
 
-def test_a_run_that_is_not_there_is_named(tmp_path):
+def test_a_missing_run_is_named(tmp_path):
   with pytest.raises(UserError, match='nowhere: no training run there.*--model_dir'):
     run_checkpoints.latest_checkpoint(tmp_path / 'nowhere')
   (tmp_path / 'begun' / 'checkpoints').mkdir(parents=True)
@@ -182,11 +182,11 @@ def test_a_checkpoint_that_was_being_written_does_not_count(saved, tmp_path):
   assert manager.latest_step() == 7
   manager.close()
   _assert_same(_restored(copy, trainer)[0], state)
-  assert not unfinished.exists()  # Cleared away by the run that goes on.
+  assert not unfinished.exists()  # The resumed run removes it.
 
 
 @pytest.mark.parametrize('lost', ['model', 'state'])
-def test_a_checkpoint_with_a_part_missing_is_not_taken(saved, tmp_path, lost):
+def test_a_checkpoint_with_a_missing_part_is_not_used(saved, tmp_path, lost):
   folder, trainer, _ = saved
   copy = tmp_path / 'run'
   shutil.copytree(folder, copy)
@@ -222,7 +222,7 @@ def test_a_checkpoint_from_before_attention_patterns_is_of_global_attention():
   message = r"attention_patterns is \('global',\) there and \('conv',\) here"
   with pytest.raises(UserError, match=message):
     run_checkpoints.check_same_model('run', older, conv)
-  # Patterns had another name once, and were the same in all layers.
+  # Patterns used to have another name and to be the same in all layers.
   older['config'] |= {'attention_pattern': 'conv', 'conv_kernel': 11}
   run_checkpoints.check_same_model('run', older, conv)
 

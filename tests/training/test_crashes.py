@@ -1,4 +1,4 @@
-"""A process whose training fails ends, with the error and its status, whatever its threads do."""
+"""Tests that a process whose training fails ends with the error and its status."""
 
 import os
 import pathlib
@@ -19,13 +19,13 @@ WHERE = (
   'data_thread',
   'reader',
 )
-# An end that never comes; the end itself is a matter of a second.
+# Only reached if the process never ends; it should take about a second.
 LONG = 300
 
 
 @pytest.fixture(name='command')
 def _command(tmp_path, tokenizer_bindings):
-  """The command line of a run that fails in a place, in one process or one of several."""
+  """Returns the command line of a run that fails in a place, in one process or one of several."""
 
   def command(where, *flags, process=0, folder='run'):
     bindings = [
@@ -89,7 +89,7 @@ def test_a_crash_ends(command, where):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('where', WHERE)
-def test_every_crash_ends(command, where):
+def test_each_crash_ends(command, where):
   for index in range(20):
     _assert_crashed(_run(command(where, folder=f'run_{index}')))
 

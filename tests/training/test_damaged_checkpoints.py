@@ -1,4 +1,4 @@
-"""Damage to checkpoints: it is recognised, whatever file it is in, and the last whole one stays."""
+"""Tests that damage to any file of a checkpoint is detected, and the last whole one stays."""
 
 import json
 import shutil
@@ -79,18 +79,18 @@ def _all_files(folder):
 
 @pytest.fixture(name='written', scope='module')
 def _written(tmp_path_factory):
-  """A run's folder with whole checkpoints of the steps 300 and 400."""
+  """Makes a run's folder with whole checkpoints of steps 300 and 400."""
   return _write(tmp_path_factory.mktemp('written'), (300, 400))
 
 
 @pytest.fixture(name='run')
 def _run(written, tmp_path):
-  """A copy of it."""
+  """Makes a copy of the run."""
   shutil.copytree(written, tmp_path / 'run')
   return tmp_path / 'run'
 
 
-def test_a_manifest_names_every_other_file(written):
+def test_a_manifest_names_all_other_files(written):
   folder = written / 'checkpoints' / '400'
   entries = json.loads((folder / manifest.NAME).read_text())['files']
   there = {str(path.relative_to(folder)) for path in _all_files(folder)} - {manifest.NAME}
@@ -101,7 +101,7 @@ def test_a_manifest_names_every_other_file(written):
 
 
 @pytest.mark.parametrize('damage', DAMAGES, ids=lambda damage: damage.__name__)
-def test_damage_to_any_file_is_recognised_and_the_older_one_taken(run, damage, capsys):
+def test_damage_to_any_file_is_detected_and_the_older_one_used(run, damage, capsys):
   folder = run / 'checkpoints' / '400'
   files = _all_files(folder)
   assert len(files) > 10
@@ -112,17 +112,17 @@ def test_damage_to_any_file_is_recognised_and_the_older_one_taken(run, damage, c
     assert found.step == 300, name
     (bad,) = found.damaged
     assert bad.step == 400 and bad.fault.startswith(f'{name} '), name
-    # Of several processes that divide the files, one at least finds it.
+    # At least one of several processes that divide the files finds it.
     assert any(_fault(folder, share, 3) for share in range(3)), name
     path.write_bytes(before)
   assert _newest(run / 'checkpoints') == verification.Found(400)
   _truncate(files[-1])
   assert run_checkpoints.latest_checkpoint(run).name == '300'
   assert 'checkpoint 400 is damaged: ' in capsys.readouterr().err
-  assert _steps(run) == ['300', '400']  # Who only reads changes nothing.
+  assert _steps(run) == ['300', '400']  # Reading changes nothing.
 
 
-def test_a_flipped_bit_anywhere_in_the_small_files_is_recognised(run):
+def test_a_flipped_bit_anywhere_in_the_small_files_is_detected(run):
   folder = run / 'checkpoints' / '400'
   for name in (manifest.NAME, '_CHECKPOINT_METADATA', 'commit_success.txt', 'model/metadata'):
     before = (folder / name).read_bytes()
@@ -148,7 +148,7 @@ def test_a_run_goes_on_from_the_whole_one_and_writes_the_step_again(run):
   manager.close()
   assert _steps(run) == ['300', '400', '400.damaged']
   assert _newest(run / 'checkpoints') == verification.Found(400)
-  # Damaged once more.
+  # Damage it again.
   _remove(run / 'checkpoints' / '400' / 'commit_success.txt')
   manager = run_checkpoints.Checkpoints(run)
   _save(manager, 350)
@@ -156,7 +156,7 @@ def test_a_run_goes_on_from_the_whole_one_and_writes_the_step_again(run):
   assert _steps(run) == ['300', '350', '400.damaged', '400.damaged-2']
 
 
-def test_without_any_whole_one_nothing_is_touched(run):
+def test_without_a_whole_one_nothing_is_touched(run):
   for step in ('300', '400'):
     _empty(run / 'checkpoints' / step / 'state' / '_METADATA')
   before = [(path, path.read_bytes()) for path in _all_files(run)]
@@ -172,7 +172,7 @@ def test_without_any_whole_one_nothing_is_touched(run):
 
 
 def _without_manifest(folder):
-  """Makes a checkpoint one of those from before manifests."""
+  """Turns a checkpoint into one from before manifests."""
   _remove(folder / manifest.NAME)
   metadata = json.loads((folder / '_CHECKPOINT_METADATA').read_text())
   metadata['custom_metadata'] = {}
@@ -253,9 +253,9 @@ def test_a_checkpoint_that_was_not_sealed_is_whole(run):
   assert _fault(folder) == 'commit_success.txt has other bytes than were written'
 
 
-def test_several_processes_note_their_own_files(run):
+def test_several_processes_hash_their_own_files(run):
   folder = run / 'checkpoints' / '400'
-  # As Orbax leaves it for process 0 to put together.
+  # Orbax leaves the files like this for process 0 to merge.
   _remove(folder / manifest.NAME)
   other = f'state{ocp.utils.TMP_DIR_SUFFIX}'
   (folder / 'state').rename(folder / other)
@@ -273,7 +273,7 @@ def test_several_processes_note_their_own_files(run):
 
 @pytest.mark.slow
 def test_the_command_goes_on_from_the_whole_one(tmp_path, generator_bindings, capsys):
-  """`train` passes over a damaged checkpoint, says so, and refuses when none is whole."""
+  """Tests that `train` skips a damaged checkpoint with a warning, and refuses if none is whole."""
   argv = [
     'train',
     '--gin_file=gin_configs/runs/tiny_generator.gin',

@@ -1,4 +1,4 @@
-"""A disk that fills up while a run writes: one line that says what to do, the last one whole."""
+"""Tests a disk that fills up while a run writes: one helpful line, and a whole last checkpoint."""
 
 import builtins
 import errno
@@ -24,7 +24,7 @@ from parti_jax.training import configurables  # noqa: F401
 from parti_jax.training import train_loop  # noqa: F401
 
 MODEL = {'stage': 'tokenizer', 'config': {}}
-# Those of other tests in this process, such as fsspec's, may never end.
+# Threads of other tests in this process, such as fsspec's, may never end.
 _threads_before = set()
 
 
@@ -56,20 +56,22 @@ def _save(manager, step, size=4000):
 def _wait_for(thread):
   for _ in range(600):
     try:
-      return threading.Thread.join(thread, 60)  # Its own would raise the failure again.
-    except RuntimeError:  # A thread that is being started is listed already.
+      return threading.Thread.join(
+        thread, 60
+      )  # The manager's own wait would raise the failure again.
+    except RuntimeError:  # The list includes threads that are still starting.
       time.sleep(0.1)
   raise AssertionError(f'{thread.name} never starts')
 
 
 def _assert_goes_on(folder, steps=(1,)):
-  """The last checkpoint is whole, nothing is left of what failed, and another can be written."""
-  # A process ends after such a failure; here Orbax's threads have to end, and TensorStore's.
+  """Asserts that the last checkpoint is whole, no failed one is left, and another can be written."""
+  # A process would end after such a failure; here the threads of Orbax and TensorStore must end.
   for thread in set(threading.enumerate()) - _threads_before:
     if type(thread).__name__ == '_SignalingThread' or thread.name.startswith('asyncio'):
       _wait_for(thread)
   before = None
-  while before != (before := sorted(os.walk(folder))):  # Which takes what vanishes meanwhile.
+  while before != (before := sorted(os.walk(folder))):  # os.walk tolerates vanishing files.
     time.sleep(0.1)
   assert verification.newest_whole(epath.Path(folder / 'checkpoints')).step in steps
   manager = run_checkpoints.Checkpoints(folder)
@@ -81,14 +83,14 @@ def _assert_goes_on(folder, steps=(1,)):
 
 @pytest.fixture(name='run')
 def _run(tmp_path):
-  """A run's folder with a checkpoint of step 1."""
+  """Makes a run's folder with a checkpoint of step 1."""
   _save(run_checkpoints.Checkpoints(tmp_path / 'run'), 1)
   return tmp_path / 'run'
 
 
 @pytest.fixture(name='full')
 def _full(monkeypatch):
-  """Makes the n-th file that Python opens for writing in `run_checkpoints` fail; counts them."""
+  """Makes the n-th file that Python opens for writing in `run_checkpoints` fail; counts files."""
   opened, wanted = builtins.open, {'count': 0, 'fails': None, 'code': errno.ENOSPC}
 
   def opens(file, mode='r', *args, **kwargs):
@@ -102,7 +104,7 @@ def _full(monkeypatch):
   return wanted
 
 
-def test_whichever_write_finds_the_disk_full_the_last_one_is_whole(run, full, tmp_path):
+def test_whichever_write_fills_the_disk_the_last_checkpoint_is_whole(run, full, tmp_path):
   shutil.copytree(run, tmp_path / 'counted')
   manager = run_checkpoints.Checkpoints(tmp_path / 'counted')
   full['count'] = 0
@@ -119,7 +121,7 @@ def test_whichever_write_finds_the_disk_full_the_last_one_is_whole(run, full, tm
     full['fails'] = None
     assert str(told.value).startswith(f'{folder}: ')
     assert 'are free and a checkpoint takes about' in str(told.value)
-    _assert_goes_on(folder, (1, 2))  # 2 where only the manifest was still to be sealed.
+    _assert_goes_on(folder, (1, 2))  # 2 if only sealing the manifest was left.
 
 
 @pytest.mark.parametrize(
@@ -127,10 +129,10 @@ def test_whichever_write_finds_the_disk_full_the_last_one_is_whole(run, full, tm
   [
     (errno.EACCES, 'permission denied: the run has stopped; make the folder writable'),
     (errno.EROFS, 'read-only file system: the run has stopped; make the folder writable'),
-    (errno.EIO, 'input/output error: the run has stopped; see to the disk'),
+    (errno.EIO, 'input/output error: the run has stopped; check the disk'),
   ],
 )
-def test_other_errors_of_writing_are_told(run, full, code, advice):
+def test_other_errors_of_writing_are_explained(run, full, code, advice):
   manager = run_checkpoints.Checkpoints(run)
   full.update(count=0, fails=3, code=code)
   with pytest.raises(UserError, match=f'{advice}.*from its last whole checkpoint, step 1'):
@@ -140,7 +142,7 @@ def test_other_errors_of_writing_are_told(run, full, code, advice):
 
 
 @pytest.mark.parametrize('limit', [100, 3000, 12000])
-def test_arrays_that_find_no_room_in_the_background_are_told(run, limit):
+def test_a_full_disk_in_the_background_is_explained(run, limit):
   manager = run_checkpoints.Checkpoints(run)
   before = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
@@ -152,7 +154,7 @@ def test_arrays_that_find_no_room_in_the_background_are_told(run, limit):
   _assert_goes_on(run)
 
 
-def test_what_is_no_error_of_writing_there_stays_what_it_is(tmp_path):
+def test_other_errors_are_unchanged(tmp_path):
   for error in (
     FileNotFoundError(errno.ENOENT, 'gone', str(tmp_path / 'x')),
     ValueError('else'),
@@ -165,7 +167,7 @@ def test_what_is_no_error_of_writing_there_stays_what_it_is(tmp_path):
 
 @pytest.mark.slow
 def test_training_on_a_disk_that_fills_up(tmp_path, generator_bindings, capsys):
-  """`train` in a file system of a few MB ends with one line and status 2, and goes on with room."""
+  """Tests that `train` on a full disk ends with one line and status 2, and resumes given space."""
   disk = tmp_path / 'disk'
   disk.mkdir()
   mounted = subprocess.run(

@@ -1,4 +1,4 @@
-"""`parti-jax export` from a model folder that gives what no run does."""
+"""Tests `parti-jax export` with a base model for the parts that no run gives."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from parti_jax.sampling import text_to_image
 PARAMETERS = ['parti.safetensors', 'tokenizer.safetensors']
 
 
-def test_a_base_gives_what_is_not_told(tmp_path, capsys):
+def test_a_base_gives_what_no_flag_gives(tmp_path, capsys):
   demo = text_to_image.DEMO_FOLDER
   assert (
     main.main(['export', f'--base={demo}', f'--output_dir={tmp_path}/model', '--temperature=0.5'])
@@ -41,12 +41,12 @@ def test_a_folder_may_be_its_own_base(tmp_path):
   folder = tmp_path / 'model'
   shutil.copytree(text_to_image.DEMO_FOLDER, folder)
   export = ['export', f'--base={folder}', f'--output_dir={folder}', '--top_k=7']
-  assert main.main(export) == 2  # Nothing is replaced that the user did not say.
+  assert main.main(export) == 2  # Replaces only what the user asked for.
   assert main.main([*export, '--overwrite']) == 0
   assert json.loads((folder / 'config.json').read_text())['sampling']['top_k'] == 7
   assert (folder / 'ATTRIBUTION.md').is_file()
 
 
-def test_without_a_base_everything_is_needed(tmp_path, capsys):
+def test_without_a_base_all_parts_are_required(tmp_path, capsys):
   assert main.main(['export', f'--tokenizer={tmp_path}', f'--output_dir={tmp_path}/model']) == 2
-  assert '--generator, --vocabulary: needed' in capsys.readouterr().err
+  assert '--generator, --vocabulary: required' in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`parti-jax info`: the story of runs whose journals are written here, models, other folders."""
+"""Tests `parti-jax info` on runs with handwritten journals, models and other folders."""
 
 import json
 import pathlib
@@ -50,8 +50,8 @@ def _begun(step, data=8, **facts):
   }
 
 
-def _a_run_with_a_story(folder):
-  """Killed at 130 or later, resumed at 100 on another mesh, refused once, then an error at 420."""
+def _a_run_with_a_history(folder):
+  """A run killed at 130 or later, resumed at 100 on another mesh, refused, then failed at 420."""
   _start(
     folder,
     '2026-01-01 10:00:00',
@@ -83,7 +83,7 @@ def _a_run_with_a_story(folder):
     host='b',
     pid=8,
   )
-  # The second process started, by its own clock, a little before the first.
+  # By its own clock, the second process started a little before the first.
   _start(
     folder,
     '2026-01-02 07:59:58',
@@ -109,8 +109,8 @@ def _a_run_with_a_story(folder):
   )
 
 
-def test_a_story_is_told(tmp_path, capsys):
-  _a_run_with_a_story(tmp_path)
+def test_the_history_is_shown(tmp_path, capsys):
+  _a_run_with_a_history(tmp_path)
   assert main.main(['info', str(tmp_path)]) == 0
   text = capsys.readouterr().out
   lines = [' '.join(line.split()) for line in text.splitlines()]
@@ -150,7 +150,7 @@ def test_gin_values_that_differ_between_two_starts_are_named(tmp_path, capsys):
     'train.data_shares = 2\ntrain.objective = @Objective()\ntrain.steps = 6\n'
     "folder.splits = \\\n    {'train': 'a.jsonl',\n     'test': 'b = d'}\n",
   )
-  # The first crashed before it wrote anything but its beginning.
+  # The first start crashed after writing only its 'start' event.
   for day, config in enumerate(['a', 'b', 'b', 'gone'], 1):
     time = f'2026-01-0{day} 10:00:00'
     _start(tmp_path, time, (time, 'start', '', _begun(0, config=f'configs/{config}.gin')))
@@ -171,8 +171,8 @@ def test_gin_values_that_differ_between_two_starts_are_named(tmp_path, capsys):
   assert '2026-01-02 10:00:00  new at this start: train.steps 4 → 6' in capsys.readouterr().out
 
 
-def test_the_same_as_json(tmp_path, capsys):
-  _a_run_with_a_story(tmp_path)
+def test_json_has_the_same_content(tmp_path, capsys):
+  _a_run_with_a_history(tmp_path)
   assert main.main(['info', str(tmp_path), '--json']) == 0
   found = json.loads(capsys.readouterr().out)
   assert (found['kind'], found['state'], found['step'], found['steps']) == (
@@ -187,7 +187,7 @@ def test_the_same_as_json(tmp_path, capsys):
   assert found['seconds_left'] is None  # It does not run.
 
 
-def test_what_is_left_at_the_last_rate(tmp_path):
+def test_the_time_left_follows_from_the_last_rate(tmp_path):
   _start(
     tmp_path,
     '2026-01-01 10:00:00',
@@ -199,7 +199,7 @@ def test_what_is_left_at_the_last_rate(tmp_path):
     ('2026-01-01 12:00:00', 'checkpoint', '', {'step': 900}),
   )
   found = info.describe(str(tmp_path))
-  # The last hour has the checkpoint alone, which gives no rate.
+  # The last hour has only the checkpoint, which gives no rate.
   assert found['steps_per_second'] is None and found['step'] == 900
   assert found['loss']['value'] == 'nan'
   (tmp_path / 'journal' / '20260101T100000.000Z-a-1-7.jsonl').write_text(
@@ -254,7 +254,7 @@ def test_a_run_of_this_host_is_known_to_run(tmp_path, capsys):
   assert 'state       finished' in capsys.readouterr().out
 
 
-def test_what_comes_often_is_shown_in_part(tmp_path, capsys):
+def test_frequent_events_are_shown_in_part(tmp_path, capsys):
   many = [('2026-01-01 10:00:00', 'odd', f'the event {i}.', {}) for i in range(info_text.SHOWN + 3)]
   _start(tmp_path, '2026-01-01 10:00:00', *many)
   main.main(['info', str(tmp_path)])
@@ -286,7 +286,7 @@ def test_an_exported_model(tmp_path, capsys):
     ([], 'neither a run .* nor an exported model'),
     (['info.json', 'train-00000.array_record'], 'image tokens, for --gin.token_cache.path'),
     (['state/d', 'model/metadata'], 'one checkpoint; give the folder of its run'),
-    (['config.json'], 'config.json: damaged, or not of an exported model'),
+    (['config.json'], 'config.json: damaged, or not from an exported model'),
   ],
 )
 def test_other_folders_are_named(tmp_path, files, message):
@@ -295,7 +295,7 @@ def test_other_folders_are_named(tmp_path, files, message):
     (tmp_path / name).write_text('{}')
   with pytest.raises(errors.UserError, match=message):
     info.describe(str(tmp_path))
-  with pytest.raises(errors.UserError, match='nowhere: not there'):
+  with pytest.raises(errors.UserError, match='nowhere: does not exist'):
     info.describe(str(tmp_path / 'nowhere'))
 
 

@@ -1,4 +1,4 @@
-"""A run's journal: what stands in it after errors, a full disk, a torn line."""
+"""Tests a run's journal, including its contents after errors, a full disk and a torn line."""
 
 import json
 import pathlib
@@ -18,7 +18,7 @@ def _records(folder):
   return [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
 
 
-def test_every_line_is_on_the_disk_at_once(tmp_path):
+def test_each_line_is_on_the_disk_at_once(tmp_path):
   journal = journal_lib.Journal(tmp_path)
   assert not list(tmp_path.iterdir())
   journal.write('lock', 'the lock of a process that is gone was taken over', host='a', pid=3)
@@ -34,12 +34,12 @@ def test_every_line_is_on_the_disk_at_once(tmp_path):
   'error, reason, text',
   [
     (None, 'finished', 'ended at step 7: nothing is left to train'),
-    (SystemExit(75), 'told to stop', 'ended at step 7: told to stop, ends with status 75'),
+    (SystemExit(75), 'asked to stop', 'ended at step 7: asked to stop, ends with status 75'),
     (KeyboardInterrupt(), 'interrupted', 'ended at step 7: interrupted from the keyboard'),
     (ValueError('two\nlines'), 'error', 'ended at step 7: ValueError: two lines'),
   ],
 )
-def test_the_end_is_told(tmp_path, error, reason, text):
+def test_the_end_of_a_run_is_written(tmp_path, error, reason, text):
   def run():
     with journal_lib.Journal(tmp_path) as journal:
       journal.write('start')
@@ -56,7 +56,7 @@ def test_the_end_is_told(tmp_path, error, reason, text):
   assert (last['event'], last['reason'], last['text'], last['step']) == ('stop', reason, text, 7)
 
 
-def test_an_error_before_there_is_a_run_leaves_nothing(tmp_path):
+def test_an_error_before_a_run_exists_leaves_nothing(tmp_path):
   with pytest.raises(ValueError), journal_lib.Journal(tmp_path):
     raise ValueError('a mesh that does not fit')
   assert not list(tmp_path.iterdir())
@@ -66,19 +66,19 @@ def test_an_error_before_there_is_a_run_leaves_nothing(tmp_path):
   assert 'a mesh that does not fit' in _records(tmp_path)[0]['text']
 
 
-def test_a_full_disk_ends_no_run(tmp_path, capsys):
-  (tmp_path / 'journal').write_text('')  # Nothing can be written in a file as in a folder.
+def test_a_full_disk_does_not_end_a_run(tmp_path, capsys):
+  (tmp_path / 'journal').write_text('')  # Writing fails because the folder is a file.
   journal = journal_lib.Journal(tmp_path)
   journal.write('start')
   journal.write('checkpoint')
   complaint = capsys.readouterr().err
-  assert complaint.count('can not be written') == 1 and journal.name in complaint
+  assert complaint.count("can't be written") == 1 and journal.name in complaint
   (tmp_path / 'journal').unlink()
   journal.write('stop')
   assert [record['event'] for record in _records(tmp_path)] == ['start', 'checkpoint', 'stop']
 
 
-def test_configs_are_kept_once_each(tmp_path):
+def test_each_config_is_kept_once(tmp_path):
   names = []
   for text in ('a = 1\n', 'a = 1\n', 'a = 2\n'):
     journal = journal_lib.Journal(tmp_path)
@@ -90,7 +90,7 @@ def test_configs_are_kept_once_each(tmp_path):
   assert (tmp_path / 'config.gin').read_text() == 'a = 2\n'
 
 
-def test_on_a_store_files_are_written_anew(tmp_path):
+def test_on_a_store_files_are_rewritten(tmp_path):
   folder = f'memory:///{tmp_path.name}'
   with journal_lib.Journal(folder) as journal:
     journal.start('starts', 'a = 1\n', step=3)
@@ -111,7 +111,7 @@ def test_the_commit_of_a_checkout():
     assert isinstance(found['uncommitted'], bool)
 
 
-def test_progress_is_written_now_and_then(tmp_path, monkeypatch):
+def test_progress_is_written_at_intervals(tmp_path, monkeypatch):
   clock = [100.0]
   monkeypatch.setattr(journal_lib.time, 'monotonic', lambda: clock[0])
   journal = journal_lib.Journal(tmp_path)
@@ -125,7 +125,7 @@ def test_progress_is_written_now_and_then(tmp_path, monkeypatch):
   assert len(records) < 250
 
 
-def test_surroundings_hold_nothing_secret(monkeypatch):
+def test_the_environment_has_no_secrets(monkeypatch):
   monkeypatch.setenv('JAX_TRACEBACK_FILTERING', 'off')
   monkeypatch.setenv('AWS_SECRET_ACCESS_KEY', 'hidden')
   monkeypatch.setattr(environment.sys, 'argv', ['parti-jax', 's3://me:hidden@host/a b'])

@@ -1,4 +1,4 @@
-"""Training by several processes, each with emulated devices, on this machine's loopback."""
+"""Tests training by several processes with emulated devices on this machine."""
 
 import argparse
 import json
@@ -32,7 +32,7 @@ from parti_jax.training import trainer
 from parti_jax.training.objectives import tokenizer_objective
 
 GENERATOR = 'gin_configs/runs/tiny_generator.gin'
-# Most of the time of these processes goes into compilation.
+# These processes spend most of their time compiling.
 QUICK_COMPILATION = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
 REPOSITORY = pathlib.Path(train_loop.__file__).parents[2]
 
@@ -45,7 +45,7 @@ def _free_port():
 
 @pytest.fixture(name='start')
 def _start(tmp_path):
-  """Starts `count` processes; their records are `name.I.jsonl`, what they show `name.I.log`."""
+  """Starts `count` processes, with records in `name.I.jsonl` and output in `name.I.log`."""
   everyone = []
 
   def start(name, count, devices, bindings, dies=(-1, 'KILL', 0), flags=()):
@@ -124,7 +124,7 @@ def _bindings(generator_bindings):
 
 @pytest.fixture(name='tokenizer_run')
 def _tokenizer_run(tmp_path):
-  """A run of the tiny tokenizer, as it is before its first step."""
+  """A run of the tiny tokenizer at step 0."""
   objective = tokenizer_objective.TokenizerObjective(
     vit_vqgan.ViTVQGANConfig(
       image_size=16,
@@ -168,7 +168,7 @@ while not done.exists():
 
 
 def test_one_process_of_two_may_read_a_tokenizer(tmp_path, tokenizer_run):
-  # With Orbax' defaults it waits for the other one until it is killed.
+  # With Orbax's defaults it would wait for the other process forever.
   environment = os.environ | {
     'XLA_FLAGS': '--xla_force_host_platform_device_count=2',
     'PYTHONPATH': str(REPOSITORY),
@@ -193,7 +193,7 @@ def test_one_process_of_two_may_read_a_tokenizer(tmp_path, tokenizer_run):
 def test_four_processes_then_two_train_as_one_does(
   tmp_path, monkeypatch, start, bindings, tokenizer_run
 ):
-  # Four processes. Both of a pair hold the same rows, since `tensor` spans them.
+  # Four processes. Both processes of a pair hold the same rows, since `tensor` spans them.
   four = start(
     'four',
     4,
@@ -213,7 +213,7 @@ def test_four_processes_then_two_train_as_one_does(
     [*bindings, 'train.steps = 6', 'train.checkpoint_every = 0', 'train.evaluate_every = 4'],
     monkeypatch,
   )
-  # Process 2 is killed after step 4: the others end, and say why.
+  # Process 2 is killed after step 4: the others end and say why.
   statuses = _ended(four)
   assert statuses == [1, 1, 137, 1]
   for index in (0, 1, 3):
@@ -229,10 +229,10 @@ def test_four_processes_then_two_train_as_one_does(
   saved = next(record for record in four_records if record.get('saves') == 3)
   assert saved['places'] == [[1, 1]] * 4  # Six of five in each.
 
-  # One process goes on from a copy of their checkpoint, on a mesh of its own.
+  # One process resumes from a copy of their checkpoint, on another mesh.
   one_folder = tmp_path / 'one'
   shutil.copytree(tmp_path / 'run', one_folder)
-  # Two processes go on from it, on a third mesh, until one of them is told to stop.
+  # Two processes resume from it, on a third mesh, until one of them gets SIGTERM.
   drawing = [
     f"GeneratorObjective.tokenizer = '{tokenizer_run}'",
     'train.pictures_every = 5',
@@ -284,13 +284,13 @@ def test_four_processes_then_two_train_as_one_does(
     for folder in (tmp_path / 'run', one_folder)
   ]
   assert drawn[0].shape == drawn[1].shape and drawn[0].min() < 255
-  # The real pictures, left in each pair, don't depend on what was sampled.
+  # The real pictures, left in each pair, don't depend on the samples.
   np.testing.assert_allclose(drawn[0][:16, :16], drawn[1][:16, :16], atol=1)
 
 
-def test_a_coordinator_that_is_not_there_is_named(tmp_path, start, bindings):
+def test_a_missing_coordinator_is_named(tmp_path, start, bindings):
   port = _free_port()
-  # The last flags win over those that `start` gives.
+  # The last flags override those of `start`.
   started = start(
     'lost',
     1,
@@ -327,7 +327,7 @@ def test_a_coordinator_that_is_not_there_is_named(tmp_path, start, bindings):
     (['--connect_timeout=0'], ['--connect_timeout=0']),
   ],
 )
-def test_flags_that_do_not_fit(tmp_path, capsys, flags, words):
+def test_invalid_flags(tmp_path, capsys, flags, words):
   run = f'--model_dir={tmp_path / "run"}'
   status = main.main(['train', f'--gin_file={GENERATOR}', run, *flags])
   shown = capsys.readouterr().err.strip()
@@ -344,7 +344,7 @@ def test_flags_that_do_not_fit(tmp_path, capsys, flags, words):
     ({'TPU_WORKER_HOSTNAMES': 'a-0,a-1'}, True),
   ],
 )
-def test_the_surroundings_tell_of_other_processes(monkeypatch, environment, several):
+def test_the_environment_names_other_processes(monkeypatch, environment, several):
   for name in ('SLURM_STEP_NUM_TASKS', 'TPU_WORKER_HOSTNAMES'):
     monkeypatch.delenv(name, raising=False)
   for name, value in environment.items():
@@ -361,7 +361,12 @@ def test_the_surroundings_tell_of_other_processes(monkeypatch, environment, seve
   [
     (False, 1, 'absl::Status: ALREADY_EXISTS: Aborted', 'has the same --process_id=1'),
     (False, 1, 'absl::Status: INVALID_ARGUMENT: Unexpected task registered', 'fewer processes'),
-    (False, 0, 'absl::Status: DEADLINE_EXCEEDED: Deadline', 'not all of the 4 processes came to'),
+    (
+      False,
+      0,
+      'absl::Status: DEADLINE_EXCEEDED: Deadline',
+      'not all of the 4 processes connected to',
+    ),
     (False, 1, 'absl::Status: UNKNOWN: no\nroute\n\nRPC: x', 'refused this process: UNKNOWN: no r'),
     (
       True,
@@ -373,7 +378,7 @@ def test_the_surroundings_tell_of_other_processes(monkeypatch, environment, seve
     (True, 1, 'Failed to send RPC to coordination service', 'process 0 of this run, the coord'),
   ],
 )
-def test_what_the_runtime_says_is_explained(connected, process, words, expected):
+def test_the_runtimes_messages_are_explained(connected, process, words, expected):
   watched = supervisor.WatchedProcess()
   if connected:
     watched.connect()
@@ -381,7 +386,7 @@ def test_what_the_runtime_says_is_explained(connected, process, words, expected)
   assert expected in line and '\n' not in line
 
 
-def test_shares_that_do_not_fit_are_one_line(tmp_path, capsys, generator_bindings):
+def test_shares_that_do_not_fit_are_reported_in_one_line(tmp_path, capsys, generator_bindings):
   given = [f'--gin.{binding}' for binding in [*generator_bindings, 'train.data_shares=3']]
   status = main.main(['train', f'--gin_file={GENERATOR}', f'--model_dir={tmp_path / "r"}', *given])
   shown = capsys.readouterr().err.strip()

@@ -1,17 +1,21 @@
 """Adafactor and AdamW step by step on small arrays, and schedules at their corners."""
 
 import flax.linen as nn
+import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from parti_jax.core import gin_config
+from parti_jax.core.errors import UserError
 from parti_jax.models import coca
 from parti_jax.models import parti_config
 from parti_jax.models import vit_vqgan
 from parti_jax.models.nn import layers
 from parti_jax.partitioning import factored
+from parti_jax.training import configurables  # noqa: F401
 from parti_jax.training import optimizers
 from parti_jax.training.objectives import generator_objective
 from parti_jax.training.objectives import ranker_objective
@@ -360,3 +364,21 @@ def test_the_papers_schedule_at_its_corners(step, rate):
 def test_the_tokenizers_schedule_at_its_corners(step, rate):
   schedule = optimizers.warmup_cosine(1e-4, 10000, 500000, 5e-5)
   np.testing.assert_allclose(schedule(step), rate, rtol=1e-4)
+
+
+@pytest.mark.parametrize('steps, ends', [(100, 100), (30, 30), (2, 2)])
+def test_a_schedule_follows_the_length_of_the_run(steps, ends):
+  file = 'gin_configs/runs/tiny_ranker.gin'  # Its warm-up takes 10 steps.
+  gin_config.parse([file], [f'train.steps = {steps}'])
+  schedule = gin.get_configurable(optimizers.warmup_cosine)()
+  assert float(schedule(steps)) == pytest.approx(2e-5 if steps > 10 else steps * 2e-4)
+  assert gin.query_parameter('warmup_cosine.train_steps') == ends
+
+
+def test_a_schedule_may_have_a_length_of_its_own():
+  gin_config.parse(['gin_configs/runs/tiny_ranker.gin'], ['warmup_cosine.decay_steps = 40'])
+  schedule = gin.get_configurable(optimizers.warmup_cosine)()
+  assert float(schedule(40)) == pytest.approx(2e-5) and float(schedule(39)) > 2.1e-5
+  gin.clear_config()
+  with pytest.raises(UserError, match='set warmup_cosine.decay_steps'):
+    optimizers.warmup_cosine(1e-3, 10)

@@ -1,4 +1,4 @@
-"""Told to stop: what a listening process does, without a model."""
+"""Tests how a listening process reacts to SIGTERM and to notices, without a model."""
 
 import http.server
 import os
@@ -19,7 +19,7 @@ from parti_jax.runs import preemption
 from parti_jax.runs import run_lock
 from parti_jax.training import configurables  # noqa: F401
 
-# Stands in for a run: its journal and its newest checkpoint; the loop is in each test.
+# Fakes a run's journal and its newest checkpoint; each test has its own loop.
 _BEGINNING = """
 import os, signal, sys, time
 from parti_jax.runs import preemption
@@ -37,7 +37,7 @@ with preemption.listening():
 
 
 def _run(body):
-  """Runs `body` while it listens; returns the exit status and what it says."""
+  """Runs `body` within `listening`; returns the exit status and the lines on stderr."""
   program = _BEGINNING + textwrap.indent(textwrap.dedent(body), '  ')
   done = subprocess.run(
     [sys.executable, '-c', program], capture_output=True, text=True, check=False, timeout=60
@@ -45,32 +45,32 @@ def _run(body):
   return done.returncode, done.stderr.splitlines()
 
 
-def test_status_is_the_one_that_says_start_again():
+def test_status_asks_for_another_start():
   assert preemption.STATUS == os.EX_TEMPFAIL == 75
 
 
 def test_during_the_start_it_ends_at_once():
-  # As while TensorFlow is imported, whose notes are hidden.
+  # stderr is redirected, as during the import of TensorFlow.
   status, said = _run('os.dup2(os.open(os.devnull, os.O_WRONLY), 2); term(); time.sleep(30)')
   assert status == 75 and said == [
-    'parti-jax: told to stop before the first step was done; nothing of the run is changed; '
+    'parti-jax: asked to stop before the first step was done; nothing of the run is changed; '
     'start again to go on'
   ]
 
 
-def test_while_it_trains_the_loop_is_told_and_ends_by_itself():
+def test_while_it_trains_the_loop_is_asked_to_stop_and_ends_by_itself():
   status, said = _run("""
       steps(20, lambda: 5)
-      assert not preemption._listener.told
-      term(); term()  # As a process group gets it: one that a parent passes on, too.
-      while not preemption._listener.told:
+      assert not preemption._listener.stopping
+      term(); term()  # A process group gets two signals: its own and the parent's.
+      while not preemption._listener.stopping:
         time.sleep(0.01)
       time.sleep(0.3)
       sys.exit(preemption.STATUS)""")
-  assert status == 75 and said == ['journal: told to stop told to stop by SIGTERM, 20 s to save']
+  assert status == 75 and said == ['journal: asked to stop asked to stop by SIGTERM, 20 s to save']
 
 
-def test_when_the_grace_is_over_it_ends_whatever_the_main_thread_does():
+def test_after_the_grace_period_it_ends_regardless_of_the_main_thread():
   status, said = _run("""
       steps(0.4, lambda: 5)
       term()
@@ -79,11 +79,11 @@ def test_when_the_grace_is_over_it_ends_whatever_the_main_thread_does():
       finally:
         print('never')""")
   assert status == 75 and said[-1] == (
-    'parti-jax: told to stop, but the step and its checkpoint took more than the 0.4 s of '
+    'parti-jax: asked to stop, but the step and its checkpoint took more than the 0.4 s of '
     'train.grace_seconds; the last whole checkpoint stays the one of step 5; '
     'start again to go on'
   )
-  assert said[-2].startswith('journal: stop told to stop, but') and 'never' not in said
+  assert said[-2].startswith('journal: stop asked to stop, but') and 'never' not in said
 
 
 def test_a_second_signal_ends_at_once_even_if_the_disk_hangs():
@@ -92,7 +92,7 @@ def test_a_second_signal_ends_at_once_even_if_the_disk_hangs():
       steps(60, lambda: time.sleep(60))
       term(); time.sleep(1); term(); time.sleep(30)""")
   assert status == 75 and said[-1] == (
-    'parti-jax: told to stop a second time: ended at once; the last whole checkpoint stays; '
+    'parti-jax: asked to stop a second time: ended at once; the last whole checkpoint stays; '
     'start again to go on'
   )
 
@@ -119,9 +119,7 @@ def test_without_the_command_line_the_signal_ends_a_process_as_usual():
   assert done.returncode == -signal.SIGTERM and not done.stderr
 
 
-def test_a_run_saves_at_sigterm_and_while_it_trains_no_other_may_begin(
-  tmp_path, capsys, generator_bindings
-):
+def test_a_run_saves_at_sigterm_and_refuses_a_second_run(tmp_path, capsys, generator_bindings):
   folder = tmp_path / 'run'
   arguments = [
     'train',
@@ -163,18 +161,18 @@ def test_a_run_saves_at_sigterm_and_while_it_trains_no_other_may_begin(
   )
   assert step >= 2 and run_checkpoints.latest_checkpoint(folder).name == str(step)
   assert not (folder / run_lock.FILE).exists()
-  assert 'told to stop by SIGTERM, 25 s to save' in ''.join(
+  assert 'asked to stop by SIGTERM, 25 s to save' in ''.join(
     path.read_text(encoding='utf-8') for path in (folder / 'journal').iterdir()
   )
 
 
 @pytest.fixture(name='metadata_server')
 def _metadata_server(monkeypatch):
-  """A server as Google's virtual machines have it; `change` takes the machine away."""
+  """A fake metadata server of Google Compute Engine; `change` preempts the machine."""
   changed, asked = threading.Event(), []
 
   class Handler(http.server.BaseHTTPRequestHandler):
-    """Answers FALSE, and to who waits for a change, TRUE after it."""
+    """Answers FALSE; answers requests that wait for a change with TRUE after it."""
 
     def do_GET(self):
       asked.append((self.path, self.headers['Metadata-Flavor']))
@@ -210,7 +208,7 @@ def test_the_notice_of_google_compute_engine(metadata_server):
   assert 'wait_for_change=true' in second[0] and second[0].endswith('last_etag=tag1')
 
 
-def test_elsewhere_no_notice_is_waited_for(monkeypatch, tmp_path):
+def test_outside_of_gce_it_does_not_wait_for_a_notice(monkeypatch, tmp_path):
   monkeypatch.delenv('GCE_METADATA_HOST', raising=False)
   monkeypatch.setattr(gce_notice, '_PRODUCT', tmp_path / 'product_name')
   before = threading.active_count()

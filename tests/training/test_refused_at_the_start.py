@@ -82,7 +82,7 @@ def test_a_disk_without_room_for_one_checkpoint(tmp_path, monkeypatch, capsys, g
     ('adafactor.beta1=1.0', 'adafactor.beta1=1.0 must be at least 0 and below 1'),
     ('adafactor.max_gradient_norm=0', 'adafactor.max_gradient_norm=0 must be above 0'),
     ('adafactor.weight_decay=-1', 'adafactor.weight_decay=-1 must be a number from 0'),
-    ('train.eval_split=3', 'train.eval_split=3 must be a text'),
+    ('train.eval_split=3', 'train.eval_split=3 must be a string'),
   ],
 )
 def test_values_that_make_no_run(tmp_path, capsys, generator_bindings, binding, message):

@@ -1,12 +1,14 @@
-"""Checkpoints in stores that Orbax does not write to: uploaded whole, verified, tidied up."""
+"""Tests checkpoints in stores that Orbax can't write to: uploads, verification and removal."""
 
 import os
+import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from parti_jax.checkpoints import manifest
 from parti_jax.checkpoints import remote_staging
 from parti_jax.checkpoints import run_checkpoints
 from parti_jax.cli import main
@@ -43,7 +45,7 @@ def test_checkpoints_on_s3(s3_bucket, tmp_path, capsys):
     run_checkpoints.latest_checkpoint(run)
   assert _save(run, 1, 2, 3).step is None
   assert storage.names(folder) == ['2', '3'] and remote_staging.steps(run) == [2, 3]
-  # An upload that was cut short does not count, and its step is written anew.
+  # An interrupted upload doesn't count, and its step is written again.
   storage.write(f'{folder}/4/state/d/left', 'left')
   assert run_checkpoints.has_checkpoint(run) and remote_staging.steps(run) == [2, 3]
   _damage(run, 3)
@@ -61,7 +63,7 @@ def test_checkpoints_on_s3(s3_bucket, tmp_path, capsys):
     _save(run, 5)
 
 
-def test_a_failed_upload_is_told_and_older_checkpoints_stay(tmp_path, monkeypatch):
+def test_a_failed_upload_is_reported_and_older_checkpoints_stay(tmp_path, monkeypatch):
   run = f'memory:///{tmp_path.name}'
   _save(run, 1)
 
@@ -74,11 +76,81 @@ def test_a_failed_upload_is_told_and_older_checkpoints_stay(tmp_path, monkeypatc
   assert remote_staging.steps(run) == [1]
 
 
-def test_several_processes_are_refused(monkeypatch):
-  monkeypatch.setattr(jax, 'process_count', lambda: 2)
-  with pytest.raises(errors.UserError, match='s3://bucket/run: .* mountpoint-s3'):
-    remote_staging.Staging('s3://bucket/run')
+def test_is_needed():
+  assert remote_staging.is_needed('s3://bucket/run')
   assert not remote_staging.is_needed('gs://bucket/run') and not remote_staging.is_needed('/run')
+
+
+def _several(run, processes=2):
+  """What each process of several has: its pieces of the arrays, and metadata that all write."""
+  found = []
+  for process in range(processes):
+    staged = remote_staging.Staging(run, 1, process, processes, start=2)
+    folder = staged.directory / '1'
+    for name in (
+      '_CHECKPOINT_METADATA',
+      'data/metadata',
+      'state/_METADATA',
+      'state/a/.zarray',
+      'commit_success.txt',
+      f'state/a/{process}.0',
+      f'state/array_metadatas/process_{process}',
+    ):
+      (folder / name).parent.mkdir(parents=True, exist_ok=True)
+      (folder / name).write_text(f'{process} has {name}')
+    manifest.write(folder)
+    manifest.seal(folder)
+    found.append(staged)
+  return found
+
+
+def test_a_checkpoint_of_several_processes_counts_when_all_have_uploaded_theirs(
+  tmp_path, monkeypatch
+):
+  run = f'memory:///{tmp_path.name}'
+  monkeypatch.setattr(remote_staging, '_POLL', 0.01)
+  first, second = _several(run)
+  # Left by a start that was cut short, and there when the second process begins.
+  storage.write(f'{run}/checkpoints/1/{manifest.part_name(1)}', 'left')
+  uploaded, written = threading.Event(), storage.write
+  monkeypatch.setattr(
+    storage,
+    'write',
+    lambda path, content: (
+      written(path, content),
+      uploaded.set() if path.endswith(manifest.NAME) else None,
+    ),
+  )
+  storage.write(f'{run}/checkpoints/1/uploading.1', '')
+  second.upload(1)
+  assert not uploaded.wait(0.2)
+  assert 'state/a/1.0' not in storage.sizes(f'{run}/checkpoints/1')
+  first.upload(1)
+  first.wait()
+  second.wait()
+  assert remote_staging.steps(run) == [1]
+  names = storage.sizes(f'{run}/checkpoints/1')
+  assert {'state/a/0.0', 'state/a/1.0', 'state/array_metadatas/process_1'} <= set(names)
+  assert not [name for name in names if name.startswith((f'{manifest.NAME}.', 'uploading'))]
+  content = storage.read(f'{run}/checkpoints/1/state/a/.zarray', 99)
+  assert content == b'0 has state/a/.zarray'
+  copy = remote_staging.Staging(run)
+  assert manifest.fault(copy.directory / '1') is None
+  (copy.directory / '1/state/a/1.0').write_text('other')
+  assert 'state/a/1.0' in manifest.fault(copy.directory / '1')
+
+
+def test_a_process_that_fails_waits_for_no_other(tmp_path):
+  run = f'memory:///{tmp_path.name}'
+  # The second before the first has begun, the first before the second has uploaded anything.
+  for staged in reversed(_several(run)):
+    with pytest.raises(KeyError, match='of the run'):
+      try:
+        staged.upload(1)
+        raise KeyError('of the run')
+      finally:
+        staged.close()
+  assert remote_staging.steps(run) == []
 
 
 def test_models_by_url(s3_bucket, tmp_path, capsys):
@@ -87,19 +159,19 @@ def test_models_by_url(s3_bucket, tmp_path, capsys):
   assert main.main(['export', f'--base={demo}', f'--output_dir={url}', '--dtype=float32']) == 0
   vocabulary = storage.join(url, 'vocabulary.model')
   again = ['export', f'--base={url}', f'--vocabulary={vocabulary}', f'--output_dir={url}']
-  assert main.main(again) == 2 and 'exists; name another' in capsys.readouterr().err
+  assert main.main(again) == 2 and 'exists; choose another' in capsys.readouterr().err
   assert main.main([*again, '--overwrite']) == 0
-  assert f'draw with: parti-jax generate PROMPT --model={url}' in capsys.readouterr().out
+  assert f'try it: parti-jax generate PROMPT --model={url}' in capsys.readouterr().out
   model, base = model_folder.load(url), model_folder.load(demo)
   assert model.stored_as == 'float32' and model.vocabulary_path.is_file()
   jax.tree.map(np.testing.assert_array_equal, model.parti_params, base.parti_params)
-  with pytest.raises(errors.UserError, match='no-model is no model folder'):
+  with pytest.raises(errors.UserError, match="no-model isn't a model folder"):
     text_to_image.load(f'{s3_bucket}/no-model')
 
 
 def test_other_output_by_url_is_refused(capsys):
   assert main.main(['generate', 'a heart', '--output_dir=s3://bucket/tokens']) == 2
-  assert 's3://bucket/tokens: only a local path' in capsys.readouterr().err
+  assert 's3://bucket/tokens: only local paths' in capsys.readouterr().err
 
 
 def _train(run, steps, bindings):
@@ -111,8 +183,8 @@ def _train(run, steps, bindings):
 
 
 @pytest.mark.slow
-def test_a_run_on_s3_goes_on_as_one_on_a_disk(s3_bucket, tmp_path, generator_bindings):
-  """Stopped at step 4 and started again, a run on S3 ends as one on a disk that went through."""
+def test_a_run_on_s3_resumes_like_one_on_a_disk(s3_bucket, tmp_path, generator_bindings):
+  """Tests that a resumed run on S3 ends like an uninterrupted run on a disk."""
   run = f'{s3_bucket}/{tmp_path.name}'
   _train(run, 4, generator_bindings)
   _train(run, 6, generator_bindings)

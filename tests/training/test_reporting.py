@@ -10,8 +10,8 @@ from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.util import tensor_util
 
 from parti_jax.training import device_peak
+from parti_jax.training import hooks
 from parti_jax.training import reporting
-from parti_jax.training import train_loop
 
 
 class _Terminal(io.StringIO):
@@ -115,8 +115,8 @@ def test_peaks_of_known_devices(kind, peak):
 
 def test_the_meter_leaves_out_compilation_and_pauses(monkeypatch):
   now = [0.0]
-  monkeypatch.setattr(train_loop.time, 'perf_counter', lambda: now[0])
-  meter = train_loop._Meter(batch_size=8, flops=100, peak=1000.0)
+  monkeypatch.setattr(hooks.time, 'perf_counter', lambda: now[0])
+  meter = hooks.Meter(batch_size=8, flops=100, peak=1000.0)
   now[0] = 60.0
   assert meter.read(10) == {}  # Ten steps with their compilation.
   now[0] = 62.0
@@ -125,8 +125,7 @@ def test_the_meter_leaves_out_compilation_and_pauses(monkeypatch):
     'model_flops_per_second': 500.0,
     'share_of_peak': 0.5,
   }
-  meter.pause(20, False)
   now[0] = 63.0
-  meter.pause(25, True)  # Something else took place until now.
+  meter.restart(25)  # Something else took place until now.
   now[0] = 64.0
   assert meter.read(30)['examples_per_second'] == 40.0

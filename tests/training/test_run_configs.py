@@ -20,8 +20,20 @@ from parti_jax.training import configurables  # noqa: F401
 from parti_jax.training import state as state_lib
 from parti_jax.training import train_loop
 
+# Files of runs that are given after one of a model.
+MODELS = {
+  'pretrain.gin': 'parti_350m.gin',
+  'text_encoder.gin': 'parti_350m.gin',
+  'super_resolution.gin': 'super_resolution_x2.gin',
+}
 RUNS = sorted(path.name for path in (gin_config.folder() / 'runs').glob('*.gin'))
 PAPERS_PARTI = ['parti_350m.gin', 'parti_750m.gin', 'parti_3b.gin', 'parti_20b.gin']
+
+
+def _parse(name):
+  models = [f'gin_configs/models/{MODELS[name]}'] if name in MODELS else []
+  bindings = ['SuperResolutionObjective.image_size = 512'] if name == 'super_resolution.gin' else []
+  gin_config.parse([*models, f'gin_configs/runs/{name}'], bindings)
 
 
 def _value(name):
@@ -66,7 +78,7 @@ def test_the_papers_runs_are_there():
 
 @pytest.mark.parametrize('name', RUNS)
 def test_a_run_makes_its_state_abstractly(name):
-  gin_config.parse([f'gin_configs/runs/{name}'], [])
+  _parse(name)
   objective, schedule, optimizer = _value('objective'), _value('schedule'), _value('optimizer')
   steps, batch_size = _value('steps'), _value('batch_size')
   mesh, table = _mesh(256), rules.logical_axis_rules()
@@ -86,7 +98,7 @@ def test_a_run_makes_its_state_abstractly(name):
 def test_every_generator_loses_a_tenth_of_its_texts():
   rates = {}
   for name in RUNS:
-    gin_config.parse([f'gin_configs/runs/{name}'], [])
+    _parse(name)
     if gin.query_parameter('train.task') in datasets.TOKEN_TASKS:
       with contextlib.suppress(ValueError):
         rates[name] = gin.query_parameter('drop_text.rate')
@@ -96,8 +108,16 @@ def test_every_generator_loses_a_tenth_of_its_texts():
 
 
 @pytest.mark.parametrize('name', PAPERS_PARTI)
+def test_a_size_is_its_model_with_the_run_of_all(name):
+  _parse(name)
+  together = gin.config_str()
+  gin_config.parse(['gin_configs/models/' + name, 'gin_configs/runs/pretrain.gin'], [])
+  assert gin.config_str() == together
+
+
+@pytest.mark.parametrize('name', PAPERS_PARTI)
 def test_parti_trains_as_in_the_paper(name):
-  gin_config.parse([f'gin_configs/runs/{name}'], [])
+  _parse(name)
   assert _value('steps') == 450000 and _value('batch_size') == 8192
   assert [float(_value('schedule')(step)) for step in (0, 5000, 85000, 450000)] == pytest.approx(
     [0, 4.5e-5, 4.5e-5, 1.125e-6]
@@ -117,7 +137,7 @@ def test_parti_trains_as_in_the_paper(name):
   ],
 )
 def test_tokenizers_train_as_in_the_paper(name, millions):
-  gin_config.parse([f'gin_configs/runs/{name}'], [])
+  _parse(name)
   objective = _value('objective')
   weights = {
     loss: getattr(objective, f'{loss}_weight')

@@ -1,4 +1,4 @@
-"""Who owns a run's folder."""
+"""Tests the lock of a run's folder."""
 
 import json
 import os
@@ -21,7 +21,7 @@ def _owner(folder):
 
 
 def _leave(folder, **facts):
-  """Leaves the lock of another process, which no longer beats."""
+  """Writes the lock of another process, which no longer updates it."""
   owner = {
     'host': 'other',
     'pid': 7,
@@ -53,7 +53,7 @@ def test_a_second_run_is_refused_and_the_lock_goes_with_the_first(tmp_path):
   assert [path.name for path in folder.iterdir()] == ['config.gin']
 
 
-def test_a_run_that_comes_to_nothing_leaves_no_folder(tmp_path):
+def test_a_run_that_writes_nothing_leaves_no_folder(tmp_path):
   with pytest.raises(ZeroDivisionError):
     with run_lock.RunLock(tmp_path / 'run'):
       raise ZeroDivisionError
@@ -61,7 +61,7 @@ def test_a_run_that_comes_to_nothing_leaves_no_folder(tmp_path):
 
 
 def _start_at_once(folder, count=8):
-  """Starts runs in a folder in threads; returns the locks that were taken and the refusals."""
+  """Starts runs in a folder in threads; returns the acquired locks and the refusals."""
   barrier, won, refused = threading.Barrier(count), [], []
 
   def start():
@@ -89,11 +89,13 @@ def _without_flock(monkeypatch):
 
 
 @pytest.mark.parametrize('flock', [True, False])
-def test_of_many_starts_at_the_same_instant_one_wins(tmp_path, monkeypatch, flock):
+def test_one_of_many_simultaneous_starts_wins(tmp_path, monkeypatch, flock):
   if not flock:
     _without_flock(monkeypatch)
   monkeypatch.setattr(run_lock, 'SETTLE', 1e6)
-  _leave(tmp_path, **_facts_of_this_machine(pid=2**22 + 1))  # All find a dead owner's lock.
+  _leave(
+    tmp_path, **_facts_of_this_machine(pid=2**22 + 1)
+  )  # All starts find the lock of a dead owner.
   won, refused = _start_at_once(tmp_path)
   assert len(won) == 1 and len(refused) == 7
   assert 'process 4194305 on host' in won[0].replaced
@@ -101,7 +103,7 @@ def test_of_many_starts_at_the_same_instant_one_wins(tmp_path, monkeypatch, floc
 
 
 @pytest.mark.parametrize('before', [None, {'pid': 2**22 + 1, 'started': '5'}])
-def test_in_an_object_store_one_of_many_wins_too(s3_bucket, monkeypatch, before):
+def test_one_of_many_wins_in_an_object_store_too(s3_bucket, monkeypatch, before):
   monkeypatch.setattr(run_lock, 'SETTLE', 1e6)
   folder = f'{s3_bucket}/{"dead" if before else "new"}'
   if before:
@@ -124,7 +126,12 @@ def test_the_condition_of_exclusive_creation_is_sent_to_gs(gs_bucket, monkeypatc
   monkeypatch.setattr(kind, '_call', recorded)
   storage.create(f'{gs_bucket}/claims/new', b'{}')
   assert sent == ['0']
-  # The emulator ignores it, as some servers do: then the lock is read again after a while.
+  with pytest.raises(FileExistsError):
+    storage.create(f'{gs_bucket}/claims/new', b'{"other": 1}')
+
+
+def test_a_store_that_ignores_the_condition_has_its_lock_read_again(gs_bucket, monkeypatch):
+  monkeypatch.setattr(storage, 'create', lambda path, content: storage.write(path, content))
   slept = []
   monkeypatch.setattr(run_lock.time, 'sleep', slept.append)
   with run_lock.RunLock(f'{gs_bucket}/run'):
@@ -132,7 +139,7 @@ def test_the_condition_of_exclusive_creation_is_sent_to_gs(gs_bucket, monkeypatc
   assert slept == [run_lock.SETTLE]
 
 
-def test_a_claim_counts_as_dead_as_a_lock_does(tmp_path, monkeypatch):
+def test_a_claim_expires_like_a_lock(tmp_path, monkeypatch):
   _without_flock(monkeypatch)
   monkeypatch.setattr(run_lock, '_GUARD_TRIES', 1)
   claim = tmp_path / 'lock.json.claim'
@@ -182,7 +189,7 @@ def test_a_broken_lock_is_replaced_after_a_while(tmp_path, capsys, content):
   )
 
 
-def test_of_another_host_it_counts_whether_it_still_beats(tmp_path, monkeypatch, capsys):
+def test_a_lock_of_another_host_expires_without_updates(tmp_path, monkeypatch, capsys):
   _leave(tmp_path)
   with run_lock.RunLock(tmp_path) as lock:
     assert lock.replaced.startswith('process 7 on host other')
@@ -215,7 +222,7 @@ def test_a_lost_lock_stops_the_run_and_stays_with_its_new_owner(tmp_path):
       lock.check()
 
 
-def test_where_nothing_is_exclusive_the_last_writer_wins(tmp_path, monkeypatch):
+def test_without_exclusive_creation_the_last_writer_wins(tmp_path, monkeypatch):
   _without_flock(monkeypatch)
   monkeypatch.setattr(storage, 'create', storage.write)
   # Another start writes its lock right after this one.
@@ -238,13 +245,13 @@ def test_a_folder_in_an_object_store(monkeypatch):
     storage.write(f'{folder}/{run_lock.FILE}', '{"id": "theirs", "pid": 7, "host": "other"}')
     with pytest.raises(errors.UserError, match='taken over by process 7 on host other'):
       lock.confirm()
-  with run_lock.RunLock(folder) as lock:  # That one never beats.
+  with run_lock.RunLock(folder) as lock:  # That owner never updates its lock.
     assert lock.replaced.startswith('process 7 on host other')
   assert not storage.exists(f'{folder}/{run_lock.FILE}')
 
 
-def test_a_folder_that_can_not_be_written_is_one_line(tmp_path):
+def test_a_folder_that_cannot_be_written_is_reported_in_one_line(tmp_path):
   (tmp_path / 'file').write_text('')
-  with pytest.raises(errors.UserError, match='run/lock.json: can not be written'):
+  with pytest.raises(errors.UserError, match="run/lock.json: can't be written"):
     with run_lock.RunLock(tmp_path / 'file' / 'run'):
       pass

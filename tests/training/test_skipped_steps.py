@@ -16,7 +16,7 @@ from parti_jax.core import gin_config
 from parti_jax.core.errors import UserError
 from parti_jax.data import shared_batches
 from parti_jax.partitioning import mesh as mesh_lib
-from parti_jax.runs import journal as journal_lib
+from parti_jax.training import config as config_lib
 from parti_jax.training import configurables  # noqa: F401
 from parti_jax.training import run as run_lib
 from parti_jax.training import skipped_steps
@@ -36,13 +36,10 @@ class _Sizes:
 class _Objective(base.Objective):
   """A regression and a judge, linear both, with an optimiser each and an average of the first."""
 
-  name, frozen, compute_dtype, model = 'fake', (), jnp.float32, _Sizes()
+  name, compute_dtype, model = 'fake', jnp.float32, _Sizes()
 
   def feature_lengths(self):
     return {'images': self.model.width}
-
-  def vocabulary_sizes(self):
-    return {}
 
   def abstract_batch(self, batch_size):
     return {'images': jax.ShapeDtypeStruct((batch_size, 16, 16, 3), jnp.float32)}
@@ -79,9 +76,6 @@ class _Objective(base.Objective):
 
   def summarize(self, measures):
     return {'loss': float(measures['loss'].mean()), 'best': float(measures['loss'].max() > 1)}
-
-  def painter(self):
-    return None
 
   def step_flops(self, batch_size):
     return batch_size
@@ -193,17 +187,15 @@ class _Run:
       'eval_split': None,
       'max_bad_steps': 3,
     } | arguments
-    with journal_lib.Journal(self.folder) as journal:
-      return train_loop.train_objective(
-        str(self.folder),
-        journal,
-        _Objective(),
-        'images',
-        steps,
-        optimizer=optax.adam,
-        schedule=lambda count: 0.1 / (1 + count),
-        **arguments,
-      )
+    config = config_lib.TrainConfig(
+      _Objective(),
+      'images',
+      steps,
+      optimizer=optax.adam,
+      schedule=lambda count: 0.1 / (1 + count),
+      **arguments,
+    )
+    return train_loop.train(str(self.folder), config)
 
   def checkpoints(self):
     return sorted(

@@ -1,4 +1,4 @@
-"""`parti-jax tokenize`: the splits that it writes, of every source of pictures, and its flags."""
+"""Tests `parti-jax tokenize`: its splits, for all sources of pictures, and its flags."""
 
 import io
 import json
@@ -126,7 +126,7 @@ def tokenize(monkeypatch, tokenizer_params, tmp_path):
 def test_all_splits_of_the_source(source, tokenize, tmp_path, capsys):
   assert tokenize(source) == (0, SPLITS)
   assert capsys.readouterr().out.startswith(
-    f'{source} {tmp_path / source} has the splits test, train; --splits chooses some of them\n'
+    f'{source} {tmp_path / source} has the splits test, train; use --splits to select some of them\n'
   )
 
 
@@ -142,16 +142,16 @@ def test_all_splits_of_openmoji(tokenize, tmp_path, monkeypatch, capsys):
   )
 
 
-def test_splits_chooses_some_each_once(tokenize, capsys):
+def test_splits_are_written_once_each(tokenize, capsys):
   assert tokenize('folder', '--splits', 'test', 'test') == (0, {'test': 2})
   assert '--splits' not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('source', [*sorted(MAKERS), 'openmoji'])
 @pytest.mark.parametrize('split', ['validation_', 'train[:1]', ''])
-def test_an_unknown_split_is_refused_with_those_that_there_are(source, split, tokenize, capsys):
+def test_an_unknown_split_is_refused_with_a_list_of_splits(source, split, tokenize, capsys):
   if source == 'openmoji' and split == 'train[:1]':
-    split = 'train_[:1]'  # It takes slices, of splits that it has.
+    split = 'train_[:1]'  # The source accepts slices of its splits.
   assert tokenize(source, '--splits', 'train', split) == (2, {})
   has = ', '.join(openmoji.SPLITS if source == 'openmoji' else SPLITS)
   assert f'{source} has no split {split!r}; it has {has}' in capsys.readouterr().err
@@ -188,7 +188,7 @@ def test_a_second_time_there_is_nothing_to_do(tokenize, tmp_path, capsys):
     (['--gin.decode_images.to_srgb=False'], "'decode_images.to_srgb': False"),
   ],
 )
-def test_what_was_made_differently_is_replaced_by_overwrite_alone(
+def test_data_made_with_other_settings_is_replaced_only_by_overwrite(
   flags, message, tokenize, tmp_path, capsys
 ):
   assert tokenize('folder') == (0, SPLITS)
@@ -205,11 +205,11 @@ def test_what_was_made_differently_is_replaced_by_overwrite_alone(
 @pytest.mark.parametrize(
   'flags, message',
   [
-    (['--worker=3/3'], '--worker=3/3 is not I/N with I from 0 to N-1'),
+    (['--worker=3/3'], '--worker=3/3 must be I/N with I from 0 to N-1'),
     (['--worker=1'], '--worker=1 is not I/N'),
     (['--worker=-1/2'], 'is not I/N'),
-    (['--worker=0/2', '--multi_host'], 'leave away either it or --multi_host'),
-    (['--worker=0/2', '--process_id=0'], 'leave away either it or --process_id'),
+    (['--worker=0/2', '--multi_host'], 'drop either it or --multi_host'),
+    (['--worker=0/2', '--process_id=0'], 'drop either it or --process_id'),
     (['--convert=old'], 'give --tokenizer=FOLDER or, to convert'),
     (['--batch_size=0'], '--batch_size'),
     (['--views=3'], '--views'),

@@ -1,4 +1,4 @@
-"""`parti-jax tokenize --convert`: token caches of version 1, TFRecords, become ones of version 2."""
+"""Tests `parti-jax tokenize --convert`, from version 1 (TFRecords) to version 2."""
 
 import json
 import os
@@ -79,7 +79,7 @@ def test_examples_and_their_order_stay(old, tmp_path, capsys):
     ]
     assert [shard['examples'] for shard in info['splits'][split]['shards']] == list(counts)
   out = capsys.readouterr().out
-  assert f'the token cache {old} has the splits train, validation; --splits chooses' in out
+  assert f'the token cache {old} has the splits train, validation; use --splits' in out
   assert 'train: 6 pictures, 4 tokens each\n' in out
 
 
@@ -151,16 +151,16 @@ def _cut(old):
 @pytest.mark.parametrize(
   'harm, message',
   [
-    (_cut, 'train-00001.tfrecord is damaged: it has 50 bytes and had'),
+    (_cut, 'train-00001.tfrecord is damaged: it has 50 bytes, but was written with'),
     (lambda old: (old / 'train-00001.tfrecord').unlink(), 'train-00001.tfrecord is missing'),
-    (lambda old: (old / 'info.json').unlink(), 'there is no token cache'),
+    (lambda old: (old / 'info.json').unlink(), 'is not a token cache'),
     (lambda old: (old / 'info.json').write_text('{'), 'info.json is damaged'),
     (lambda old: (old / 'info.json').write_text('[]'), 'info.json is damaged'),
     (lambda old: (old / 'info.json').write_text('{"splits": {}}'), 'info.json is damaged'),
-    (lambda old: (old / 'info.json').write_text('{"version": 2}'), 'is of version 2 already'),
+    (lambda old: (old / 'info.json').write_text('{"version": 2}'), 'already has version 2'),
   ],
 )
-def test_what_cannot_be_converted(old, tmp_path, harm, message, capsys):
+def test_invalid_caches(old, tmp_path, harm, message, capsys):
   harm(old)
   assert _convert(old, tmp_path / 'new') == 2
   error = capsys.readouterr().err
@@ -168,7 +168,7 @@ def test_what_cannot_be_converted(old, tmp_path, harm, message, capsys):
   assert not (tmp_path / 'new').exists()
 
 
-def test_a_split_that_is_not_there(old, tmp_path, capsys):
+def test_a_missing_split(old, tmp_path, capsys):
   assert _convert(old, tmp_path / 'new', '--splits', 'test') == 2
   assert "has no split 'test'; it has train, validation" in capsys.readouterr().err
 
@@ -177,11 +177,11 @@ def test_a_split_that_is_not_there(old, tmp_path, capsys):
 def test_flags_that_would_change_tokens(old, tmp_path, flag, capsys):
   assert _convert(old, tmp_path / 'new', flag) == 2
   name = '--gin' if flag.startswith('--gin') else flag.partition('=')[0]
-  assert f'--convert keeps the tokens as they are; leave away {name}\n' in capsys.readouterr().err
+  assert f'--convert keeps the tokens unchanged; omit {name}\n' in capsys.readouterr().err
 
 
 def test_into_the_folder_itself(old, capsys):
   before = {path.name: path.read_bytes() for path in old.iterdir()}
   assert _convert(old, old) == 2
-  assert 'of version 1; turn it into one of version 2 with: ' in capsys.readouterr().err
+  assert 'has version 1; convert it to version 2 with: ' in capsys.readouterr().err
   assert {path.name: path.read_bytes() for path in old.iterdir()} == before

@@ -1,4 +1,4 @@
-"""`parti-jax tokenize` by several processes at once, each of which is killed now and then."""
+"""Tests `parti-jax tokenize` in several processes that are killed at random."""
 
 import io
 import os
@@ -42,7 +42,7 @@ def _make_tars(folder, count, examples):
 
 @pytest.fixture(name='start')
 def _start(tmp_path):
-  """Starts the command on the tars; what it shows is added to the file `log`."""
+  """Starts the command on the tars; appends its output to the file `log`."""
   started = []
 
   def start(folder, *flags, devices=1):
@@ -96,7 +96,7 @@ def test_twenty_kills_change_no_byte(start, tmp_path):
   assert whole.wait(600) == 0, _said(tmp_path)
   expected, random_ = _content(tmp_path / 'whole'), random.Random(0)
   kills = rounds = 0
-  while kills < KILLS:  # More than one round where all is done before so many kills.
+  while kills < KILLS:  # Needs more than one round if everything is done before that many kills.
     rounds += 1
     folder = tmp_path / f'round{rounds}'
     flags = [f'--worker={worker}/{WORKERS}' for worker in range(WORKERS)]
@@ -120,8 +120,8 @@ def test_twenty_kills_change_no_byte(start, tmp_path):
 
 
 @pytest.mark.slow
-def test_processes_that_meet_write_the_same(start, tmp_path):
-  """As the hosts of a slice do, with more devices than the one process."""
+def test_connected_processes_write_the_same(start, tmp_path):
+  """Tests processes connected like a slice's hosts, with more devices than the single process."""
   _make_tars(tmp_path / 'tars', 5, 30)
   whole = start(tmp_path / 'whole')
   assert whole.wait(600) == 0, _said(tmp_path)
@@ -137,7 +137,7 @@ def test_processes_that_meet_write_the_same(start, tmp_path):
 
 
 @pytest.mark.slow
-def test_told_to_stop_it_ends_at_once_and_goes_on_later(start, tmp_path):
+def test_sigterm_ends_it_at_once_and_it_resumes_later(start, tmp_path):
   _make_tars(tmp_path / 'tars', 8, 200)
   first = start(tmp_path / 'tokens')
   end = time.monotonic() + 300
@@ -146,11 +146,11 @@ def test_told_to_stop_it_ends_at_once_and_goes_on_later(start, tmp_path):
     time.sleep(0.05)
   first.send_signal(signal.SIGTERM)
   assert first.wait(60) == preemption.STATUS, _said(tmp_path)
-  assert 'told to stop by SIGTERM; the parts that are finished stay; start' in _said(tmp_path)
+  assert 'asked to stop by SIGTERM; the parts that are finished stay; start' in _said(tmp_path)
   finished = {
     path.name: path.stat().st_mtime_ns for path in (tmp_path / 'tokens').glob('.train.parts/*.json')
   }
-  assert len(finished) > 2  # Of two parts, and of what they are made with.
+  assert len(finished) > 2  # Files of two parts, and the file with their settings.
   assert not (tmp_path / 'tokens' / 'info.json').exists()
   assert start(tmp_path / 'tokens').wait(600) == 0, _said(tmp_path)
   assert token_cache_info.read_info(str(tmp_path / 'tokens'))['splits']['train']['examples'] == 1599

@@ -1,4 +1,4 @@
-"""`parti-jax tokenize` by several processes, one after the other, and what they compute."""
+"""Tests `parti-jax tokenize` in several processes, one after the other, and their tokens."""
 
 import errno
 import io
@@ -45,7 +45,7 @@ TOKENIZER = vit_vqgan.ViTVQGANConfig(
   code_dim=4,
   dtype='bfloat16',
 )
-# Examples of each tar; those of the third are no pictures.
+# Examples of each tar; the third has no pictures.
 TARS = (20, 3, 4, 1, 7)
 
 
@@ -104,7 +104,7 @@ def _content(folder):
 
 @pytest.fixture(name='whole')
 def _whole(tokenize, tmp_path):
-  """What one process writes."""
+  """The output of a single process."""
   assert tokenize(tmp_path / 'whole') == 0
   return _content(tmp_path / 'whole')
 
@@ -121,7 +121,7 @@ def test_one_process(tokenize, tmp_path, capsys):
   ]
   split = token_cache_info.read_info(str(tmp_path / 'whole'))['splits']['train']
   assert [shard['examples'] for shard in split['shards']] == [20, 3, 1, 7]
-  assert split['made_with']['dtype'] == 'float32'  # As there is no accelerator.
+  assert split['made_with']['dtype'] == 'float32'  # The default without an accelerator.
   records = token_cache.TokenCacheSource(str(tmp_path / 'whole')).open('train')
   assert [example['caption'].decode() for example in records.read(range(31))] == [
     f'tar {tar}, {index}' for tar, count in enumerate(TARS) for index in range(count) if tar != 2
@@ -135,7 +135,7 @@ def test_workers_in_any_order_write_the_same(whole, tokenize, tmp_path, order, c
     assert tokenize(tmp_path / 'tokens', f'--worker={worker}/3', f'--batch_size={3 + worker}') == 0
     out = capsys.readouterr().out
     if place < 2:
-      assert f'worker {worker} of 3 is done; ' in out and 'are left to the others' in out
+      assert f'worker {worker} of 3 is done; ' in out and 'are left for the others' in out
       with pytest.raises(UserError, match='is not finished'):
         token_cache_info.read_info(str(tmp_path / 'tokens'))
   assert 'train: 31 pictures' in out
@@ -247,7 +247,7 @@ def test_to_a_store(whole, tokenize, s3_bucket):
 
 
 def test_from_a_store_with_the_same_files(whole, tokenize, tars, s3_bucket, tmp_path):
-  """Hosts may see the files at different places."""
+  """Tests hosts that see the files at different paths."""
   for path in tars.iterdir():
     storage.upload(path, f'{s3_bucket}/tars/{path.name}')
   url = f"--gin.webdataset.path='{s3_bucket}/tars'"
@@ -294,7 +294,7 @@ def test_a_captions_file_that_changed_meanwhile_is_refused(
   assert "holds parts of a split 'train' with digest " in capsys.readouterr().err
 
 
-def test_a_bucket_that_is_not_there(tokenize, s3_bucket, capsys):
+def test_a_missing_bucket(tokenize, s3_bucket, capsys):
   del s3_bucket
   assert tokenize('s3://nowhere/tokens') == 2
   assert 's3://nowhere/tokens/' in capsys.readouterr().err
@@ -317,7 +317,7 @@ def test_killed_while_a_shard_is_written(whole, tokenize, tmp_path, monkeypatch,
     patch.setattr(token_cache, 'write_shard', killed)
     with pytest.raises(Killed):
       tokenize(tmp_path / 'tokens')
-  with monkeypatch.context() as patch:  # What is finished is not made again.
+  with monkeypatch.context() as patch:  # Finished parts are not made again.
     finished = {path.name for path in tmp_path.glob('tokens/.train.parts/*.array_record')}
     patch.setattr(
       token_cache,
@@ -353,7 +353,7 @@ def test_an_error_of_the_source_ends_it(tokenize, tmp_path, monkeypatch, capsys)
   assert not list(tmp_path.glob('tokens/.train.parts/*-00001.*'))
 
 
-def test_reading_ahead_ends_when_nobody_takes_more():
+def test_reading_ahead_ends_when_the_consumer_stops():
   taken = []
   with tokenizing._Ahead(iter(taken.append(i) or i for i in itertools.count()), 2) as ahead:
     assert list(itertools.islice(ahead, 3)) == [0, 1, 2]
@@ -426,7 +426,7 @@ def test_progress():
   assert progress.line(3000.0) == 'train: 3,000 examples, 1/s, about 2 h 30 min left; 1 of 4 parts'
 
 
-def test_lines_come_now_and_then(monkeypatch, capsys):
+def test_lines_are_printed_at_intervals(monkeypatch, capsys):
   now = [0.0]
   monkeypatch.setattr(tokenizing_progress.time, 'monotonic', lambda: now[0])
   progress = tokenizing_progress.Progress('train', 1, None)
@@ -457,5 +457,5 @@ with preemption.listening(at_once='the parts that are finished stay'):
   )
   assert done.returncode == preemption.STATUS
   assert done.stderr == (
-    'parti-jax: told to stop by SIGTERM; the parts that are finished stay; start again to go on\n'
+    'parti-jax: asked to stop by SIGTERM; the parts that are finished stay; start again to go on\n'
   )

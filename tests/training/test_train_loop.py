@@ -18,7 +18,9 @@ from tensorboard.util import tensor_util
 from parti_jax.checkpoints import run_checkpoints
 from parti_jax.cli import main
 from parti_jax.core import gin_config
+from parti_jax.training import config as config_lib
 from parti_jax.training import configurables  # noqa: F401
+from parti_jax.training import hooks
 from parti_jax.training import run as run_lib
 from parti_jax.training import train_loop
 from parti_jax.training import trainer as trainer_lib
@@ -165,6 +167,22 @@ def test_what_goes_wrong_after_a_step_does_not_cost_it(tmp_path, monkeypatch, to
   assert not evaluate.called
 
 
+def test_hooks_of_ones_own_come_after_the_loops(tmp_path, tokenizer_bindings):
+  gin_config.parse(
+    [TOKENIZER], [*tokenizer_bindings, 'train.steps = 5', 'train.checkpoint_every = 2']
+  )
+  found = []
+
+  def look(run, metrics):
+    run.finish_saving()
+    saved = run.newest_step()
+    found.append((run.step, int(run.state.step), float(metrics['loss']) > 0, saved))
+
+  config = config_lib.configured()
+  train_loop.train(str(tmp_path), config, [hooks.Hook(0, look), hooks.Hook(2, look)])
+  assert found == [(2, 2, True, 2), (4, 4, True, 4), (5, 5, True, 5)]
+
+
 @pytest.mark.parametrize('pictures_every', [0, 2])
 def test_a_validation_split_without_a_usable_picture_is_refused_at_once(
   tmp_path, capsys, pictures_folder, pictures_every
@@ -192,7 +210,12 @@ def test_a_validation_split_without_a_usable_picture_is_refused_at_once(
     ['train.checkpoint_every = 0'],
     ['train.checkpoint_every = 3'],
     ['train.num_pictures = 0', 'train.pictures_every = 1'],
-    ['train.log_every = 0', 'train.evaluate_every = 0', 'train.pictures_every = 0'],
+    [
+      'train.log_every = 0',
+      'train.evaluate_every = 0',
+      'train.pictures_every = 0',
+      'train.profile_steps = (2, 3)',
+    ],
   ],
 )
 def test_the_last_step_is_saved_whatever_else_is_off(tmp_path, tokenizer_bindings, bindings):
@@ -200,6 +223,8 @@ def test_the_last_step_is_saved_whatever_else_is_off(tmp_path, tokenizer_binding
   assert run_checkpoints.latest_checkpoint(tmp_path).name == '4'
   drawn = 'train.num_pictures = 0' not in bindings and 'train.pictures_every = 0' not in bindings
   assert (tmp_path / 'pictures').exists() == drawn
+  traces = list((tmp_path / 'tensorboard').glob('plugins/profile/*/*.xplane.pb'))
+  assert len(traces) == ('train.profile_steps = (2, 3)' in bindings)
 
 
 def test_more_pictures_than_a_batch_or_fewer_than_asked_for(tmp_path, capsys, tokenizer_bindings):
@@ -293,7 +318,7 @@ def test_a_run_shows_metrics_and_pictures(tmp_path, capsys, tokenizer_bindings):
   with Image.open(tmp_path / 'pictures' / 'reconstructions_00000006.png') as image:
     assert image.size == (2 * 32, 3 * 16)  # Five pairs of pictures, two in a row.
   shown = capsys.readouterr().err
-  assert 'tokenizer: 0.0M parameters on 8 cpu devices (objective 1×data 8×fsdp 1×tensor 1)' in shown
+  assert 'tokenizer: 0.0M parameters on 8 cpu devices (stage 1×data 8×fsdp 1×tensor 1)' in shown
   assert 'starting at step 0' in shown and 'step 6: validation/code_perplexity' in shown
   assert 'examples skipped: ' in shown
   # What gin was, in a form that gin reads.

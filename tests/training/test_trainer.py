@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+from unittest import mock
 
 import flax.linen as nn
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 
+from parti_jax.core import gin_config
 from parti_jax.core.errors import UserError
 from parti_jax.models import coca
 from parti_jax.models import discriminator
@@ -19,6 +21,7 @@ from parti_jax.models import super_resolution
 from parti_jax.models import vit_vqgan
 from parti_jax.models.nn import layers
 from parti_jax.partitioning import mesh as mesh_lib
+from parti_jax.partitioning import pipeline_parallelism
 from parti_jax.partitioning import rules
 from parti_jax.training import inputs as inputs_lib
 from parti_jax.training import optimizers
@@ -285,3 +288,28 @@ def test_no_device_holds_logits_of_the_whole_codebook():
   # A device's part is 7 examples, 5 places and 22 codes; all codes would be 88.
   assert values['7,5,22'] == 7 * 5 * 22
   assert max(values.values()) < 7 * 5 * 88
+
+
+def test_a_pipelines_settings_are_taken_from_gin_when_the_trainer_is_made():
+  objective, _ = _generator()
+  objective = dataclasses.replace(
+    objective, model=dataclasses.replace(objective.model, encoder_layers=2)
+  )
+  gin_config.parse([], ['pipeline.groups = 2'])
+  make = lambda stage: trainer_lib.Trainer(
+    objective, optax.sgd(0.1), mesh_lib.make_mesh(stage=stage), microbatches=1
+  )
+  make(1)
+  assert 'pipeline.groups' not in gin_config.operative()
+  trainer = make(2)
+  # A run's config.gin is written before anything is traced.
+  assert 'pipeline.groups = 2' in gin_config.operative()
+  gin_config.parse([], [])
+  schedules, schedule = [], pipeline_parallelism.schedule
+  with mock.patch.object(
+    pipeline_parallelism,
+    'schedule',
+    lambda *args: schedules.append(schedule(*args)) or schedules[-1],
+  ):
+    trainer.lower(32)
+  assert {found.groups for found in schedules if found is not None} == {2}

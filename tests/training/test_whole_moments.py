@@ -1,6 +1,6 @@
-"""Checkpoints of earlier versions, whose second moments of attention kernels are whole.
+"""Tests checkpoints of earlier versions with whole second moments of attention kernels.
 
-Their optimiser is made here as those versions made it, of optax alone.
+The tests make those versions' optimiser from plain optax.
 """
 
 import jax
@@ -33,7 +33,7 @@ OBJECTIVE = generator_objective.GeneratorObjective(
     dtype='float32',
   )
 )
-# Of self-attention twice, of cross-attention three more.
+# Two of self-attention, three more of cross-attention.
 KERNELS = 7
 STEPS = 3
 
@@ -76,7 +76,7 @@ def _gradients(params, seed):
 
 @pytest.fixture(scope='module', name='states')
 def _states():
-  """Today's trainer, and a state after the same gradients by the optimiser of old and today's."""
+  """Returns today's trainer, and states after the same gradients of the old and today's optimiser."""
   trainer = _trainer(NEW)
   first = trainer.create_state()
   found = []
@@ -90,7 +90,7 @@ def _states():
 
 @pytest.fixture(scope='module', name='folder')
 def _folder(states, tmp_path_factory):
-  """A run's folder with a checkpoint of the old form."""
+  """Makes a run's folder with a checkpoint of the old form."""
   folder = tmp_path_factory.mktemp('run')
   manager = run_checkpoints.Checkpoints(folder)
   manager.save(STEPS, states[1], {}, run_checkpoints.describe(OBJECTIVE))
@@ -111,7 +111,7 @@ def _restored(folder, trainer):
 
 
 @pytest.mark.parametrize('sizes, offload', [((), False), ((1, 2, 4), False), ((2, 2, 2), True)])
-def test_an_old_checkpoint_is_that_of_a_run_that_has_always_factored(
+def test_an_old_checkpoint_is_restored_as_if_it_had_always_been_factored(
   states, folder, sizes, offload
 ):
   _, old, new = states
@@ -129,7 +129,7 @@ def test_an_old_checkpoint_is_that_of_a_run_that_has_always_factored(
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), _moment(state), _moment(new)
   )
-  # All but those moments is there bit for bit.
+  # Everything except those moments is bit for bit the same.
   found, saved = run_checkpoints.by_path(state), run_checkpoints.by_path(old)
   changed = [
     name for name in found if np.asarray(found[name]).tobytes() != np.asarray(saved[name]).tobytes()
@@ -139,7 +139,7 @@ def test_an_old_checkpoint_is_that_of_a_run_that_has_always_factored(
 
 
 class _Examples:
-  """The data of a run, as far as `Run` asks for them: one batch again and again."""
+  """Fake data of a run that repeats one batch."""
 
   batch_size, skipped = 8, {}
 
@@ -162,14 +162,14 @@ class _Examples:
       yield self._batch
 
 
-def test_the_run_says_so_and_goes_on_as_if_it_had_always_factored(states, folder):
+def test_the_run_reports_it_and_continues_as_if_it_had_always_factored(states, folder):
   trainer, old, new = states
   run = run_lib.Run(
     trainer, folder, 2, _Examples(), inputs_lib.Inputs(trainer.objective, {}, False)
   )
   assert f'resuming at step {STEPS}; {whole_moments.line(KERNELS)}' in run.beginning()
   metrics = run.advance()
-  # The first moment was another, which earlier versions multiplied in bfloat16.
+  # The first moment differed: earlier versions multiplied it in bfloat16.
   optimizer_state = tuple(
     _moment(new) if hasattr(part, 'v_row') else part for part in old.optimizer_state
   )
@@ -184,7 +184,7 @@ def test_the_run_says_so_and_goes_on_as_if_it_had_always_factored(states, folder
   run.close()
 
 
-def test_a_checkpoint_of_today_is_left_alone(states, tmp_path):
+def test_a_checkpoint_of_today_is_unchanged(states, tmp_path):
   trainer, _, new = states
   manager = run_checkpoints.Checkpoints(tmp_path)
   manager.save(STEPS, new, {}, run_checkpoints.describe(OBJECTIVE))
@@ -196,7 +196,7 @@ def test_a_checkpoint_of_today_is_left_alone(states, tmp_path):
   assert manager.factored == 0
 
 
-def test_an_optimizer_of_ones_own_may_keep_them_whole(states, folder):
+def test_a_custom_optimizer_may_keep_them_whole(states, folder):
   trainer = _trainer(OLD)
   manager = run_checkpoints.Checkpoints(folder)
   state, _ = manager.restore(STEPS, trainer.abstract, run_checkpoints.describe(OBJECTIVE))

@@ -1,4 +1,4 @@
-"""Reads the records of ArrayRecord shards, by their numbers or one after another."""
+"""Reads the records of ArrayRecord shards, by index or sequentially."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from parti_jax.core.errors import UserError
 from parti_jax.data.damage import Damaged
 from parti_jax.data.sources import base
 
-# Makes an example of a record; must be picklable.
+# Parses a record into an example; must be picklable.
 Parse = Callable[[bytes], base.Example | Damaged]
-# How examples may be shuffled: all of them, read in any order; or shards, and examples in a window.
+# Shuffling modes: all examples, read in any order; or shards, and examples within a window.
 SHUFFLES = ('global', 'window')
-# Readers of shards that a process keeps open.
+# Shard readers that a process keeps open.
 _MOST_OPEN = 256
-# Records that are read at once.
+# Records read at once.
 _AT_ONCE = 256
 
 
 class Reader:
-  """The records of a shard on a disk.
+  """Reads the records of a shard on a disk.
 
   Args:
-    path: of the shard.
-    parse: makes examples of records.
+    path: path of the shard.
+    parse: parses records into examples.
   """
 
   def __init__(self, path: str, parse: Parse):
@@ -46,11 +46,11 @@ class Reader:
     )
 
   def count(self) -> int:
-    """How many records there are."""
+    """Returns the number of records."""
     return self._reader.num_records()
 
   def read(self, numbers: Sequence[int]) -> list[base.Example | Damaged]:
-    """Reads records by their numbers in the shard."""
+    """Returns the examples of records with the given numbers in the shard."""
     try:
       return [self._parsed(record) for record in self._reader.read(list(numbers))]
     except (RuntimeError, IndexError, ValueError):
@@ -64,7 +64,7 @@ class Reader:
 
   def close(self) -> None:
     """Closes the file."""
-    with contextlib.suppress(RuntimeError):  # Closing reports once more what is damaged.
+    with contextlib.suppress(RuntimeError):  # Closing reports damage again.
       self._reader.close()
 
 
@@ -74,8 +74,8 @@ class ShardRecords(base.Records):
   Args:
     files: paths of the shards.
     counts: number of records of each.
-    parse: makes examples of records.
-    digest: see `Records.digest`.
+    parse: parses records into examples.
+    digest: returned by `digest`.
   """
 
   def __init__(
@@ -83,7 +83,7 @@ class ShardRecords(base.Records):
   ):
     self._files, self._parse, self._digest = list(files), parse, digest
     self._ends = np.cumsum(counts)
-    # Threads of grain's read at the same time.
+    # grain's threads read at the same time.
     self._lock = threading.Lock()
     self._readers: collections.OrderedDict[int, Reader] = collections.OrderedDict()
 
@@ -104,18 +104,18 @@ class ShardRecords(base.Records):
     shards = np.searchsorted(self._ends, indices, side='right')
     found: list[base.Example | Damaged] = [None] * len(indices)
     order = np.argsort(shards, kind='stable')
-    for places in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):
-      if len(places):
-        shard = int(shards[places[0]])
+    for positions in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):
+      if len(positions):
+        shard = int(shards[positions[0]])
         start = int(self._ends[shard - 1]) if shard else 0
-        read = self._reader(shard).read([int(indices[place]) - start for place in places])
-        for place, example in zip(places, read):
-          found[place] = example
+        read = self._reader(shard).read([int(indices[position]) - start for position in positions])
+        for position, example in zip(positions, read):
+          found[position] = example
     return found
 
   def _reader(self, shard: int) -> Reader:
-    # Readers that are left out of use are not closed here, since another thread may be reading: the
-    # file closes with the last reference.
+    # Evicted readers aren't closed here, since another thread may be reading: the file closes with
+    # the last reference.
     with self._lock:
       reader = self._readers.pop(shard, None) or Reader(self._files[shard], self._parse)
       self._readers[shard] = reader
@@ -129,11 +129,11 @@ class ShardRecords(base.Records):
 
 
 class ShardStreams(base.Shards):
-  """Shards that are read from their beginning; one at a URL is copied to the disk first.
+  """Reads shards from their beginning; copies shards at URLs to the disk first.
 
   Args:
     files: paths or URLs of the shards.
-    parse: makes examples of records.
+    parse: parses records into examples.
   """
 
   def __init__(self, files: Sequence[str], parse: Parse):
@@ -150,12 +150,12 @@ class ShardStreams(base.Shards):
 
 
 def first_fits(file: str, count: int, parse: Parse) -> bool:
-  """Whether a shard has so many records, and its first one is what it should be.
+  """Returns whether a shard has `count` records, and its first record can be parsed.
 
   Args:
-    file: a path or URL; at a URL it is copied to the disk.
-    count: the number of records.
-    parse: makes an example of a record.
+    file: a path or URL; a file at a URL is copied to the disk.
+    count: the expected number of records.
+    parse: parses a record into an example.
   """
   with storage.local_copy(file) as local:
     reader = Reader(os.fspath(local), parse)
@@ -174,17 +174,17 @@ def complete_files(
   what: str,
   how_to_make: str,
 ) -> list[str]:
-  """Returns shards' paths, after comparing their sizes: a file that was cut opens as an empty one.
+  """Returns the paths of shards after checking their sizes: a truncated file would open as empty.
 
   Args:
     folder: their folder, a path or URL.
-    names: of the files.
-    shards: 'bytes' of each, as `info.json` has them.
-    what: the folder, for messages.
+    names: names of the files.
+    shards: the entries of `info.json`, with 'bytes' of each.
+    what: description of the folder, for messages.
     how_to_make: the command that writes it, for messages.
 
   Raises:
-    UserError: a file is missing or of another size.
+    UserError: a file is missing or has another size.
   """
   sizes = storage.sizes(folder)
   files = []
@@ -194,8 +194,8 @@ def complete_files(
       raise UserError(f'{file} is missing from {what}; {how_to_make} again')
     if sizes[name] != shard['bytes']:
       raise UserError(
-        f'{file} is damaged: it has {sizes[name]:,} bytes and had '
-        f'{shard["bytes"]:,} when it was written; copy it again, or '
+        f'{file} is damaged: it has {sizes[name]:,} bytes, but was written with '
+        f'{shard["bytes"]:,}; copy it again, or '
         f'{how_to_make} again'
       )
     files.append(file)

@@ -1,7 +1,7 @@
-"""Captioned pictures in Arrow tables, as Parquet files and Hugging Face datasets hold them.
+"""Reads captioned pictures from the Arrow tables of Parquet files and Hugging Face datasets.
 
 A picture is an encoded file in a column of bytes, or of structs with a field 'bytes', as the
-Hugging Face hub writes them. A caption is a text, its bytes in UTF-8, or a list of one of these.
+Hugging Face hub writes them. A caption is a string, its bytes in UTF-8, or a list of one of these.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from parti_jax.core.errors import UserError
 from parti_jax.data import captions
 from parti_jax.data.damage import Damaged
 
-# Names of columns where gin names none, in any case; the first that is there counts.
+# Column names to try if gin sets none, in any case; the first match is used.
 PICTURE_KEYS = ('image', 'jpg', 'jpeg', 'png', 'webp', 'picture', 'img', 'photo', 'image_bytes')
 CAPTION_KEYS = ('caption', 'text', 'captions', 'description', 'prompt', 'txt', 'alt_text')
-# What img2dataset says of a picture that it does not have.
+# img2dataset's statuses of missing pictures.
 _STATUSES = ('failed_to_download', 'failed_to_resize')
 _NO_PICTURE = Damaged('row without a picture')
 _PATH = Damaged('row with a path in place of a picture')
@@ -30,13 +30,13 @@ _MOST_SHOWN = 50
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-  """The columns of a table that are read.
+  """The columns of a table to read.
 
   Attributes:
     caption: name of the captions' column.
-    picture: name of the pictures' column; None where they are not needed.
+    picture: name of the pictures' column; None if pictures aren't needed.
     nested: whether its values are structs.
-    status: name of img2dataset's column that says why a picture is missing; None without one.
+    status: name of img2dataset's column with the reason of a missing picture; None if it has none.
   """
 
   caption: str
@@ -46,7 +46,7 @@ class Columns:
 
   @property
   def paths(self) -> list[str]:
-    """What a reader of Parquet is asked for."""
+    """The column paths for a Parquet reader."""
     picture = f'{self.picture}.bytes' if self.nested else self.picture
     return [name for name in (picture, self.caption, self.status) if name is not None]
 
@@ -67,21 +67,21 @@ def find(
   """Finds the columns to read.
 
   Args:
-    schema: of the table.
-    source: name of the source, for the messages.
-    where: the file, for the messages.
-    image_key: the column of the pictures; None for one of `PICTURE_KEYS`.
-    caption_key: the column of the captions; None for one of `CAPTION_KEYS`.
+    schema: schema of the table.
+    source: name of the source, for messages.
+    where: the file, for messages.
+    image_key: column of the pictures; None for one of `PICTURE_KEYS`.
+    caption_key: column of the captions; None for one of `CAPTION_KEYS`.
     pictures: whether pictures are needed.
 
   Raises:
-    UserError: there is no such column, several have its name, or it holds something else.
+    UserError: a column doesn't exist, its name isn't unique, or it has the wrong type.
   """
   caption = _named(schema, source, where, 'caption_key', caption_key, CAPTION_KEYS)
   kind = schema.field(caption).type
   if not (_is_text(kind) or _is_list(kind) and _is_text(kind.value_type)):
     raise UserError(
-      f'{source}: the column {caption!r} of {where} holds {_shown(kind)} and no text '
+      f'{source}: the column {caption!r} of {where} holds {_shown(kind)}, not text '
       f'(gin: {source}.caption_key)'
     )
   if not pictures:
@@ -91,7 +91,7 @@ def find(
   nested = pa.types.is_struct(kind) and kind.get_field_index('bytes') >= 0
   if not (_is_bytes(kind) or nested and _is_bytes(kind.field('bytes').type)):
     raise UserError(
-      f'{source}: the column {picture!r} of {where} holds {_shown(kind)} and no '
+      f'{source}: the column {picture!r} of {where} holds {_shown(kind)}, not '
       f'encoded pictures (gin: {source}.image_key)'
     )
   has_status = schema.get_field_index('status') >= 0 and _is_text(schema.field('status').type)
@@ -99,7 +99,7 @@ def find(
 
 
 def has_pictures(schema: pa.Schema) -> bool:
-  """Whether there are columns of pictures and captions under the names that are known."""
+  """Returns whether a table has columns of pictures and captions with well-known names."""
   try:
     find(schema, '', '', None, None)
     return True
@@ -119,14 +119,14 @@ def _named(
   if not found:
     what = f'no column {key!r}' if key is not None else f'none of the columns {", ".join(known)}'
     raise UserError(
-      f'{source}: there is {what} in {where}, which has {shown} (gin: {source}.{parameter})'
+      f'{source}: {where} has {what}; its columns are {shown} (gin: {source}.{parameter})'
     )
   if schema.names.count(found[0]) > 1:
     raise UserError(f'{source}: {where} has several columns {found[0]!r}; rename all but one')
   if len(found) > 1:
     logging.log_first_n(
       logging.WARNING,
-      '%s: of the columns %s the first is read (gin: %s.%s)',
+      '%s: using the first of the columns %s (gin: %s.%s)',
       1,
       where,
       ', '.join(found),
@@ -167,11 +167,11 @@ def _shown(kind: pa.DataType) -> str:
 
 
 class Batch:
-  """Some successive rows of a table.
+  """Consecutive rows of a table.
 
   Args:
     batch: the rows, with the columns of `columns.names`.
-    columns: what to read of them.
+    columns: the columns to read.
 
   Attributes:
     nbytes: bytes of memory.
@@ -194,7 +194,7 @@ class Batch:
     return self._count
 
   def example(self, row: int) -> Mapping[str, bytes] | Damaged:
-    """Returns the example of a row, or why there is none."""
+    """Returns the example of a row, or the reason why it is missing."""
     found = {'caption': _caption(self._captions[row].as_py())}
     if self._pictures is None:
       return found
@@ -202,7 +202,7 @@ class Batch:
     return self._missing(row) if picture is None else {'picture': picture, **found}
 
   def _missing(self, row: int) -> Damaged:
-    """Says why a row has no picture."""
+    """Returns the reason why a row has no picture."""
     status = self._statuses[row].as_py() if self._statuses is not None else None
     for known in _STATUSES:
       if status == known.encode():
@@ -219,7 +219,7 @@ def _caption(value: bytes | list | None) -> bytes:
 
 
 def _as_bytes(values: pa.Array) -> pa.Array:
-  """Turns texts into bytes, since those of a damaged file need not be UTF-8."""
+  """Converts strings to bytes, since strings of a damaged file may not be UTF-8."""
   kind = values.type
   if pa.types.is_dictionary(kind):
     return _as_bytes(values.dictionary_decode())

@@ -1,7 +1,7 @@
-"""Patterns of files: `*`, `?`, `[ab]` and `**` as a shell knows them, and braces.
+"""Expands file patterns: `*`, `?`, `[ab]` and `**` as in a shell, and braces.
 
-`{000..127}.tar` stands for 128 files, all of which must exist, and `{a,b}/*.tar` for the files in two
-folders. Braces may be nested; `{0..10..5}` has a step.
+`{000..127}.tar` stands for 128 files, all of which must exist, and `{a,b}/*.tar` for the files in
+two folders. Braces may be nested; `{0..10..5}` has a step.
 """
 
 import glob
@@ -12,16 +12,16 @@ from collections.abc import Sequence
 from parti_jax.core import storage
 from parti_jax.core.errors import UserError
 
-# The most patterns that one with braces may stand for.
+# Maximum number of patterns that a pattern with braces may expand to.
 _MOST = 1_000_000
-# Missing files that a message names.
+# Missing files listed in a message.
 _NAMED = 3
 _NUMBERS = re.compile(r'(-?\d{1,18})\.\.(-?\d{1,18})(?:\.\.(-?\d{1,18}))?')
 _LETTERS = re.compile(r'([a-zA-Z])\.\.([a-zA-Z])(?:\.\.(-?\d{1,18}))?')
 
 
 def join(folder: str | os.PathLike[str], pattern: str) -> str:
-  """Returns a pattern within a folder. The name of an existing folder is not read as a pattern."""
+  """Returns a pattern within a folder; an existing folder's name isn't treated as a pattern."""
   folder = os.fspath(folder)
   if (glob.has_magic(folder) or '{' in folder) and storage.is_folder(folder):
     folder = re.sub(r'([*?[{}])', r'[\1]', folder)
@@ -29,10 +29,10 @@ def join(folder: str | os.PathLike[str], pattern: str) -> str:
 
 
 def files(pattern: str) -> list[str]:
-  """Returns the paths, or URLs, of the files that fit a pattern, sorted.
+  """Returns the paths or URLs of the files that match a pattern, sorted.
 
   Raises:
-    UserError: braces stand for something that is not there, or for too much.
+    UserError: part of an expansion matches nothing, or braces expand to too many patterns.
   """
   patterns = expanded(pattern)
   if len(patterns) == 1:
@@ -43,7 +43,7 @@ def files(pattern: str) -> list[str]:
     if glob.has_magic(one) or not folder:
       fitting = storage.glob(one)
     else:
-      # Stores list a folder faster than they look for each of its files.
+      # Listing a folder of a store is faster than looking up each file.
       if folder not in listed:
         listed[folder] = frozenset(storage.names(folder))
       fitting = [one] if storage.name(one) in listed[folder] else []
@@ -60,7 +60,7 @@ def files(pattern: str) -> list[str]:
 
 
 def expanded(pattern: str) -> list[str]:
-  """Returns the patterns without braces that a pattern stands for, in order.
+  """Expands the braces of a pattern and returns the resulting patterns, in order.
 
   Raises:
     UserError: there are too many.
@@ -84,26 +84,26 @@ def expanded(pattern: str) -> list[str]:
 
 
 def _parts(pattern: str, start: int) -> tuple[Sequence[str], int]:
-  """Returns what the commas of a brace separate, and where it is closed; () if it is not."""
+  """Returns the parts of a brace between commas, and its closing position; () if unclosed."""
   parts, depth, begin = [], 0, start + 1
-  for place in range(start, len(pattern)):
-    character = pattern[place]
-    if pattern[place - 1 : place + 2] in ('[{]', '[}]'):
+  for position in range(start, len(pattern)):
+    character = pattern[position]
+    if pattern[position - 1 : position + 2] in ('[{]', '[}]'):
       continue
     if character == '{':
       depth += 1
     elif depth == 1 and character in ',}':
-      parts.append(pattern[begin:place])
-      begin = place + 1
+      parts.append(pattern[begin:position])
+      begin = position + 1
     if character == '}':
       depth -= 1
       if not depth:
-        return parts, place
+        return parts, position
   return (), start
 
 
 def _range(text: str) -> list[str]:
-  """Returns what `1..3` stands for in braces, [] where a text is something else."""
+  """Expands a range such as `1..3` within braces; returns [] for any other text."""
   if found := _NUMBERS.fullmatch(text):
     first, last = int(found[1]), int(found[2])
     padded = any(

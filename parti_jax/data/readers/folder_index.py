@@ -1,4 +1,4 @@
-"""Which picture has which caption: by a file of JSON lines, or by a text file for each picture."""
+"""Maps pictures to captions: from a file of JSON lines, or from a text file per picture."""
 
 import functools
 import itertools
@@ -15,7 +15,7 @@ from parti_jax.data import image_decoding
 from parti_jax.data.readers import file_patterns
 
 _MAX_LINE = 2**24
-# Names of columns that are kept for messages.
+# Column names kept for messages.
 _MAX_COLUMNS = 100
 
 
@@ -25,24 +25,24 @@ def read(
   """Reads and checks a captions file.
 
   Args:
-    folder: the folder, a path or URL, that no picture may lie outside of.
-    captions_file: path of the captions file in the folder, in UTF-8, or in another encoding by its
+    folder: the folder, a path or URL; all pictures must be inside it.
+    captions_file: path of the captions file in the folder, in UTF-8, or in another encoding with a
       byte order mark. Blank lines are allowed.
-    file_key: the column of the picture's file, a path relative to the captions file's folder.
-    caption_key: the column of the caption.
-    pictures: whether the pictures are needed, so that each has to be there.
+    file_key: column of the picture's file, a path relative to the captions file's folder.
+    caption_key: column of the caption.
+    pictures: whether the pictures are needed and must exist.
 
   Returns:
-    The paths of the pictures and the captions (as `captions.clean` takes them), both arrays of
-    bytes objects [pictures].
+    The paths of the pictures and the raw captions for `captions.clean`, both arrays of bytes
+    objects [pictures].
 
   Raises:
-    UserError: the file is missing or empty, no line has the caption's column, a line is no JSON
-      object or lacks the file's column, or a picture does not exist, is no file or lies outside of
-      the folder. The message names the first such line and says how many more.
+    UserError: the file is missing or empty, no line has the caption's column, a line isn't a JSON
+      object or has no file column, or a picture doesn't exist, isn't a file or lies outside of the
+      folder. The message quotes the first such line and counts the others.
   """
   path = storage.join(folder, captions_file)
-  check = _Places(folder, os.path.dirname(path))
+  check = _PicturePaths(folder, os.path.dirname(path))
   files, texts, columns, first, problems, captioned = [], [], set(), '', 0, False
   for number, line in enumerate(_lines(path), start=1):
     if line.strip():
@@ -59,30 +59,30 @@ def read(
     more = f' (and {problems - 1:,} more such lines)' if problems > 1 else ''
     raise UserError(f'{path}, {first}{more}')
   if not files:
-    raise UserError(f'{path} lists no picture')
+    raise UserError(f'{path} lists no pictures')
   if not captioned:
     raise UserError(
       f'{path}: no line has a column {caption_key!r}; the columns are '
       f'{", ".join(sorted(columns)[:_MAX_COLUMNS])} (gin: folder.caption_key)'
     )
-  # As objects: numpy's own strings would all be as long as the longest.
+  # Object arrays, since all of numpy's own strings would be as long as the longest.
   return np.array(files, object), np.array(texts, object)
 
 
-def read_beside(folder: str, pattern: str) -> tuple[np.ndarray, np.ndarray]:
-  """Finds text files that have a picture of the same name beside them, such as 1.txt and 1.jpg.
+def read_text_files(folder: str, pattern: str) -> tuple[np.ndarray, np.ndarray]:
+  """Finds text files with a picture of the same name in their folder, such as 1.txt and 1.jpg.
 
-  Warns of text files without a picture, and of pictures in their folders without a text.
+  Warns about text files without a picture, and pictures in their folders without a text file.
 
   Args:
     folder: the folder, a path or URL.
-    pattern: of the text files within the folder, see `file_patterns`; it ends in .txt.
+    pattern: pattern of the text files within the folder, for `file_patterns`; it ends in .txt.
 
   Returns:
-    As `read`; a caption that can't be read is b''.
+    The same as `read`; a caption that can't be read is b''.
 
   Raises:
-    UserError: there is no such text file, or none that has a picture.
+    UserError: no text file matches, or none of them has a picture.
   """
   texts = file_patterns.files(file_patterns.join(folder, pattern))
   if not texts:
@@ -92,14 +92,14 @@ def read_beside(folder: str, pattern: str) -> tuple[np.ndarray, np.ndarray]:
   if not found:
     raise UserError(
       f'none of the {len(texts):,} files that match {pattern!r} in {folder} has a '
-      f'picture beside it: the same name with one of .{", .".join(image_decoding.ENDINGS)}'
+      f'picture of the same name with one of .{", .".join(image_decoding.ENDINGS)}'
     )
   texts_of = [_first_bytes(text) for text in found]
   return np.array(list(map(os.fsencode, found.values())), object), np.array(texts_of, object)
 
 
 def _pictures_of(texts: list[str]) -> dict[str, str]:
-  """Text file -> the picture beside it, of those that have one."""
+  """Returns {text file: its picture}, for the text files that have one."""
   found, bare = {}, 0
   for folder, group in itertools.groupby(texts, key=os.path.dirname):
     pictures = {}
@@ -116,7 +116,7 @@ def _pictures_of(texts: list[str]) -> dict[str, str]:
 
 def _warn(count: int, what: str, folder: str) -> None:
   if count:
-    logging.warning('%s: left out %d %s', folder, count, what)
+    logging.warning('%s: skipped %d %s', folder, count, what)
 
 
 def _first_bytes(path: str) -> bytes:
@@ -127,26 +127,26 @@ def _first_bytes(path: str) -> bytes:
     return b''
 
 
-class _Places:
-  """Says where a picture is, and raises ValueError where it must not be read."""
+class _PicturePaths:
+  """Resolves the paths of pictures; raises ValueError for those that must not be read."""
 
   def __init__(self, root: str, folder: str):
     self._folder = folder
     self._local = not storage.is_url(root)
     self._root = os.path.realpath(root) if self._local else root
-    # Most pictures lie in few folders.
+    # Most pictures share a few folders.
     self._real_folder = functools.lru_cache(maxsize=1024)(os.path.realpath)
 
   def __call__(self, file: str, must_exist: bool) -> str:
     if '\0' in file or any('\ud800' <= character <= '\udfff' for character in file):
-      raise ValueError(f'{file!r} is no name of a file')
+      raise ValueError(f'{file!r} is not a valid file name')
     if os.path.isabs(file) or storage.is_url(file):
-      raise ValueError(f'{file!r} is no path within the folder')
+      raise ValueError(f'{file!r} is not a path within the folder')
     path = storage.join(self._folder, file)
     if self._local:
       self._check_local(path, must_exist)
     elif '..' in file.split('/'):
-      raise ValueError(f'{file!r} leads with .. out of the folder')
+      raise ValueError(f'{file!r} leaves the folder with ..')
     elif must_exist and not storage.exists(path):
       raise ValueError(f'picture {path} does not exist')
     return path
@@ -163,12 +163,12 @@ class _Places:
         'set folder.path to a folder that holds both'
       )
     if must_exist and not os.path.isfile(real):
-      what = 'is no file' if os.path.exists(real) else 'does not exist'
+      what = 'is not a file' if os.path.exists(real) else 'does not exist'
       raise ValueError(f'picture {path} {what}')
 
 
 def _lines(path: str):
-  """Yields the lines of the file."""
+  """Yields the lines of a file."""
   try:
     with storage.open_file(path, 'rt') as file:
       while line := file.readline(_MAX_LINE + 1):
@@ -183,18 +183,18 @@ def _lines(path: str):
 
 
 def _parse(line: str, file_key: str) -> dict:
-  """Returns what is in a line, or raises ValueError."""
+  """Returns the object in a line; raises ValueError if it can't be used."""
   try:
     row = json.loads(line)
   except json.JSONDecodeError as error:
-    raise ValueError(f'no JSON ({error.msg})') from error
+    raise ValueError(f'not JSON ({error.msg})') from error
   except (ValueError, RecursionError) as error:
-    raise ValueError('no JSON that can be read') from error
+    raise ValueError('not readable as JSON') from error
   if not isinstance(row, dict):
-    raise ValueError('no JSON object')
+    raise ValueError('not a JSON object')
   if not isinstance(row.get(file_key), str):
     raise ValueError(
-      f'no text in column {file_key!r}; its columns are '
+      f'no string in column {file_key!r}; its columns are '
       f'{", ".join(row) or "none"} (gin: folder.file_key)'
     )
   return row

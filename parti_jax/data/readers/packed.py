@@ -1,6 +1,6 @@
-"""Files packed with gzip, zlib, bzip2, xz or zstd, read as streams of their content.
+"""Streams the content of files packed with gzip, zlib, bzip2, xz or zstd.
 
-Memory is bounded by the decoders' buffers, whatever a file says that it holds.
+The decoders' buffers bound the memory, regardless of the sizes that a file declares.
 """
 
 import bz2
@@ -15,30 +15,30 @@ from typing import IO
 from parti_jax.core import optional_packages
 from parti_jax.core.errors import UserError
 
-# Usual endings of the names of packed files.
+# Usual extensions of packed files.
 ENDINGS = ('.gz', '.tgz', '.bz2', '.tbz2', '.xz', '.txz', '.zst', '.tzst')
 _CHUNK = 2**16
-# The most memory that a decoder of xz may take; `xz -9` needs 65 MiB. zstd's own bound is 128 MiB.
+# Memory limit of an xz decoder; `xz -9` needs 65 MiB. zstd's own limit is 128 MiB.
 _MAX_XZ = 2**28
 _ZSTD = re.compile(rb'\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18')
 
 
 class DamagedPacking(OSError):
-  """A packed file is damaged or breaks off."""
+  """A packed file is damaged or truncated."""
 
 
 def unpacked(file: IO[bytes], path: str = '') -> io.BufferedReader:
-  """Returns a stream of what is in a file, packed or not.
+  """Returns a stream of a file's content, packed or not.
 
   Args:
-    file: open to read from its beginning; it is sought in at the beginning alone.
-    path: its name. If that has one of the `ENDINGS`, it must be packed.
+    file: a file open at its beginning; it is rewound once, after its first bytes.
+    path: its name. A file with one of the `ENDINGS` must be packed.
 
   Returns:
-    The stream. Reading it raises OSError where the file is damaged.
+    The stream. Reading it raises OSError if the file is damaged.
 
   Raises:
-    UserError: a package that unpacks it is missing.
+    UserError: a package for unpacking is missing.
   """
   head = file.read(16)
   file.seek(0)
@@ -52,15 +52,15 @@ def unpacked(file: IO[bytes], path: str = '') -> io.BufferedReader:
 
 
 def unpacked_zlib(file: IO[bytes]) -> io.BufferedReader:
-  """Returns a stream of what is in a file that is packed with zlib alone."""
+  """Returns a stream of the content of a file packed with bare zlib."""
   return io.BufferedReader(_Unpacked(file, functools.partial(_Zlib, zlib.MAX_WBITS)), _CHUNK)
 
 
 def _decoder(head: bytes) -> Callable | None:
-  """Returns what makes a decoder for a file that begins so; None if it is not packed."""
+  """Returns a factory of decoders for a file with this head; None if it isn't packed."""
   if head.startswith(b'\x1f\x8b\x08'):
     return functools.partial(_Zlib, zlib.MAX_WBITS | 16)
-  # Names, with which a tar begins, may start as bzip2 does. Its first block or its end follow.
+  # A tar begins with a name, which may look like bzip2's magic; its first block or its end follow.
   if re.match(rb'BZh[1-9](1AY&SY|\x17rE8P\x90)', head):
     return bz2.BZ2Decompressor
   if head.startswith(b'\xfd7zXZ\0'):
@@ -69,7 +69,7 @@ def _decoder(head: bytes) -> Callable | None:
 
 
 class _Zlib:
-  """A decoder of zlib or gzip with the interface of those of bzip2 and xz."""
+  """A decoder of zlib or gzip with the interface of the bzip2 and xz decoders."""
 
   def __init__(self, window: int):
     self._decoder = zlib.decompressobj(window)
@@ -77,23 +77,23 @@ class _Zlib:
 
   @property
   def eof(self) -> bool:
-    """Whether the end of the stream was read."""
+    """Whether the end of the stream has been reached."""
     return self._decoder.eof
 
   @property
   def unused_data(self) -> bytes:
-    """What was given beyond the end of the stream."""
+    """Data after the end of the stream."""
     return self._decoder.unused_data
 
   def decompress(self, data: bytes, max_length: int) -> bytes:
-    """Returns at most so many bytes of the content."""
+    """Returns at most `max_length` bytes of the content."""
     content = self._decoder.decompress(self._decoder.unconsumed_tail + data, max_length)
     self.needs_input = not self._decoder.unconsumed_tail and len(content) < max_length
     return content
 
 
 class _Unpacked(io.RawIOBase):
-  """The content of packed streams, one behind the other; between them there may be zeros."""
+  """The content of concatenated packed streams, optionally with zeros between them."""
 
   def __init__(self, file: IO[bytes], new_decoder: Callable):
     self._file, self._new_decoder = file, new_decoder
@@ -120,7 +120,7 @@ class _Unpacked(io.RawIOBase):
     return len(content)
 
   def _begin_next(self) -> bool:
-    """Goes on behind the end of a stream, and returns whether there is another one."""
+    """Moves past the end of a stream, and returns whether another one follows."""
     rest = self._decoder.unused_data.lstrip(b'\0')
     while not rest:
       chunk = self._file.read(_CHUNK)

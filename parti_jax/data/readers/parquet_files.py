@@ -1,8 +1,7 @@
 """Reads captioned pictures from Parquet files, row group by row group.
 
-A row group is what a Parquet file is read in: to read one row, the others of its group are read
-too, and decompressed. Where a page is damaged, the rows from there to the end of the group are left
-out.
+A Parquet file is read by row groups: to read one row, the others of its group are read and
+decompressed too. If a page is damaged, the rows from there to the end of the group are skipped.
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ from parti_jax.core.errors import UserError
 from parti_jax.data.damage import Damaged
 from parti_jax.data.readers import arrow_rows
 
-# Rows that are decoded at once, and then, from where that failed, one by one as far as it goes.
+# Rows decoded at once; after a failure, decoding continues row by row as far as possible.
 _ROWS = 64, 1
-# Bytes of a column that are read at once.
+# Read buffer per column, in bytes.
 _BUFFER = 2**22
-# Rows that a footer may tell of, for each byte of the file; a damaged one may say anything.
+# Maximum number of rows per byte of the file; a damaged footer may claim any number.
 _ROWS_PER_BYTE = 1000
-# What pyarrow raises for damage.
+# Errors that pyarrow raises for damaged files.
 _ERRORS = (pa.ArrowException, OSError, ValueError, IndexError, OverflowError, MemoryError)
 
 Example = Mapping[str, bytes]
@@ -43,17 +42,17 @@ Find = Callable[[pa.Schema, str], arrow_rows.Columns]
 
 
 class Unreadable(UserError):
-  """A file is gone, or no whole Parquet file."""
+  """A file is missing, or isn't a complete Parquet file."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Footer:
-  """What the footer of a file says.
+  """Information from a file's footer.
 
   Attributes:
     columns: the columns to read.
-    rows: of each row group, int64 [groups].
-    sizes: bytes of these columns in each row group, unpacked, int64 [groups].
+    rows: rows of each row group, int64 [groups].
+    sizes: uncompressed bytes of these columns in each row group, int64 [groups].
   """
 
   columns: arrow_rows.Columns
@@ -65,21 +64,21 @@ def read_schema(path: str) -> pa.Schema:
   """Returns the schema of a file.
 
   Raises:
-    Unreadable: it is no whole Parquet file.
+    Unreadable: it isn't a complete Parquet file.
   """
   with _opened(path) as file:
     return _checked(path, lambda: file.schema_arrow)
 
 
 def read_footer(path: str, find: Find) -> Footer:
-  """Reads the footer of a file, and none of its data.
+  """Reads the footer of a file without its data.
 
   Args:
     path: the file, a path or URL.
-    find: returns the columns to read, of a schema and the file's name; see `arrow_rows.find`.
+    find: returns the columns to read, given a schema and the file's name, like `arrow_rows.find`.
 
   Raises:
-    UserError: it is no whole Parquet file, or lacks the columns.
+    UserError: it isn't a complete Parquet file, or has no such columns.
   """
   with _opened(path) as file:
     return _footer(path, file, find)
@@ -90,12 +89,12 @@ def read(path: str, groups: range | None, find: Find) -> Iterator[Example | Dama
 
   Args:
     path: the file, a path or URL.
-    groups: which row groups; None for all.
+    groups: indices of the row groups; None for all.
     find: as in `read_footer`.
 
   Yields:
-    The rows, or what is in the place of each that can't be read; of a file without a footer, or
-    without the columns, one for all.
+    The rows, with `Damaged` in the place of each unreadable row; a single `Damaged` for a file
+    without a readable footer or without the columns.
   """
   with contextlib.ExitStack() as stack:
     try:
@@ -105,7 +104,7 @@ def read(path: str, groups: range | None, find: Find) -> Iterator[Example | Dama
       yield Damaged('file that is gone or cannot be read', file=path)
       return
     except UserError as error:
-      if not str(error).startswith('parquet: '):  # The store's.
+      if not str(error).startswith('parquet: '):  # Raised by the store.
         raise
       yield Damaged('Parquet file with other columns than the first', file=path)
       return
@@ -119,11 +118,11 @@ def read(path: str, groups: range | None, find: Find) -> Iterator[Example | Dama
 
 
 class _Group:
-  """A row group that is being read.
+  """A row group during reading.
 
   Attributes:
-    missing: how many of its rows are not read.
-    rest: what stands for each of them.
+    missing: number of its rows not read yet.
+    rest: the `Damaged` that replaces each of them.
   """
 
   def __init__(self, path: str, number: int, rows: int, columns: arrow_rows.Columns):
@@ -132,12 +131,12 @@ class _Group:
     self.rest = Damaged('unreadable row of a Parquet file', f'row group {number}', path)
 
   def batches(self, file: pq.ParquetFile) -> Iterator[arrow_rows.Batch]:
-    """Yields its rows, as far as they can be read."""
+    """Yields its rows, as far as they are readable."""
     for size in _ROWS:
       yield from self._batches(file, size)
 
   def _batches(self, file: pq.ParquetFile, size: int) -> Iterator[arrow_rows.Batch]:
-    """Yields those that are missing, so many at once."""
+    """Yields the missing rows, `size` at a time."""
     skipped = self._rows - self.missing
     try:
       for batch in file.iter_batches(size, [self._number], self._columns.paths, use_threads=False):
@@ -159,10 +158,10 @@ class WholeGroup:
 
   Args:
     path: the file.
-    metadata: of the file.
-    number: of the row group.
-    rows: in it.
-    columns: what to read.
+    metadata: metadata of the file.
+    number: index of the row group.
+    rows: rows in it.
+    columns: the columns to read.
 
   Attributes:
     nbytes: bytes of memory.
@@ -179,7 +178,7 @@ class WholeGroup:
     self.nbytes = sum(batch.nbytes for batch in self._batches)
 
   def example(self, row: int) -> Example | Damaged:
-    """Returns the example of a row, or why there is none."""
+    """Returns the example of a row, or the reason why it is missing."""
     batch = bisect.bisect_right(self._ends, row)
     if batch == len(self._batches):
       return self._rest
@@ -187,11 +186,11 @@ class WholeGroup:
 
 
 class Metadata:
-  """The metadata of a file; they tell how it is read without reading its footer again.
+  """The metadata of a file, with which it is opened without reading its footer again.
 
   Attributes:
-    value: pyarrow's.
-    nbytes: about how many bytes of memory it takes.
+    value: pyarrow's metadata.
+    nbytes: approximate bytes of memory.
   """
 
   def __init__(self, path: str):
@@ -201,10 +200,10 @@ class Metadata:
 
 
 class Cache:
-  """What was read last, for several threads; each thing is read by one of them.
+  """A thread-safe cache of recently used values; each value is made by one thread.
 
   Args:
-    limit: bytes to keep, over all; one thing is kept however large it is.
+    limit: total bytes to keep; one value is kept regardless of its size.
   """
 
   def __init__(self, limit: int):
@@ -212,7 +211,7 @@ class Cache:
     self._held: collections.OrderedDict[Any, concurrent.futures.Future] = collections.OrderedDict()
 
   def get(self, key: Any, make: Callable[[], Any]) -> Any:
-    """Returns what is kept under a key, or makes it; it has an attribute `nbytes`."""
+    """Returns the value of a key, or makes it; values have an attribute `nbytes`."""
     with self._lock:
       future = self._held.get(key)
       if makes := future is None:
@@ -272,7 +271,7 @@ def _opened(path: str, metadata: pq.FileMetaData | None = None) -> Iterator[pq.P
   """Opens a file.
 
   Raises:
-    Unreadable: it is no whole Parquet file.
+    Unreadable: it isn't a complete Parquet file.
   """
   with contextlib.ExitStack() as stack:
     try:
@@ -295,10 +294,10 @@ def _opened(path: str, metadata: pq.FileMetaData | None = None) -> Iterator[pq.P
 
 
 def _checked(path: str, read_it: Callable[[], Any]) -> Any:
-  """Calls what reads a footer.
+  """Calls a function that reads a footer.
 
   Raises:
-    Unreadable: it can't be read.
+    Unreadable: the footer can't be read.
   """
   try:
     return read_it()
@@ -307,13 +306,13 @@ def _checked(path: str, read_it: Callable[[], Any]) -> Any:
       raise
     reason = ' '.join(str(error).split()) or type(error).__name__
     raise Unreadable(
-      f'parquet: {path} is damaged, cut or not a Parquet file: {reason}; copy or '
+      f'parquet: {path} is damaged, truncated or not a Parquet file: {reason}; copy or '
       'write it again, or leave it out (gin: parquet.splits)'
     ) from error
 
 
 def _is_of_store(path: str, error: Exception) -> bool:
-  """Whether a store has failed; pyarrow's own errors are plain `OSError`s without a number."""
+  """Returns whether a store failed; pyarrow's own errors are plain `OSError`s without an errno."""
   return (
     storage.is_url(path)
     and isinstance(error, OSError)

@@ -1,8 +1,8 @@
-"""Reads the files in a tar as a stream, in bounded memory, on over what is damaged.
+"""Streams the files in a tar in bounded memory, and continues after damage.
 
-`tarfile` ends without a word at a damaged header as at the end of the archive, and takes as much
-memory as the header of a long name or a member says. Nothing is ever written to a disk here, so
-that names such as `../x` or `/x` lead nowhere.
+`tarfile` treats a damaged header as the end of the archive, and takes as much memory as the header
+of a long name or a member declares. Nothing is written to disk here, so names such as `../x` or
+`/x` are harmless.
 """
 
 import dataclasses
@@ -15,13 +15,13 @@ from parti_jax.data.damage import Damaged
 from parti_jax.data.readers import packed
 
 _BLOCK = tarfile.BLOCKSIZE
-# Long names and attributes; writers need a few hundred bytes.
+# Limit for long names and attributes; writers need a few hundred bytes.
 _MAX_HEADER = 2**16
 _LONG_NAMES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 _PAX_HEADERS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 _FILES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 
-# What follows can't be read, and a file may have been cut.
+# Nothing after this can be read, and the preceding sample may be incomplete.
 REST = Damaged('rest of a damaged tar shard')
 _PART = Damaged('part of a damaged tar shard')
 _SPECIAL = Damaged('link, device or sparse file in a tar shard')
@@ -32,8 +32,8 @@ class Member:
   """A file in a tar.
 
   Attributes:
-    name: its name as it stands there.
-    content: its bytes; None for a file that is not wanted.
+    name: its name in the archive.
+    content: its bytes; None for a file that isn't wanted.
   """
 
   name: str
@@ -43,16 +43,16 @@ class Member:
 def members(
   file: IO[bytes], endings: Collection[str], max_bytes: int
 ) -> Iterator[Member | Damaged]:
-  """Yields the files in a tar, plain or packed as `packed` knows it.
+  """Yields the files in a tar, plain or packed in a format of `packed`.
 
   Args:
-    file: open to read from its beginning; it is sought in at the beginning alone.
-    endings: of the names that are wanted, as `split` has them. The content of others is gone over.
-    max_bytes: the most that a wanted file may have.
+    file: a file open at its beginning; it is rewound once, after its first bytes.
+    endings: wanted name endings, as returned by `split`. The content of other files is skipped.
+    max_bytes: maximum size of a wanted file.
 
   Yields:
-    Each file, or what is in its place; links, devices and sparse files are `Damaged` too. Behind a
-    damaged header the next block that is a header is gone on with.
+    Each file, or `Damaged` in its place, also for links, devices and sparse files. After a damaged
+    header, reading continues at the next valid one.
   """
   try:
     yield from _members(packed.unpacked(file), endings, max_bytes)
@@ -64,7 +64,7 @@ def split(name: str) -> tuple[str, str]:
   """Splits a name at the last dot of its last part.
 
   Returns:
-    What lies before the dot, and the ending behind it, in lower case and without blanks.
+    The part before the dot, and the ending after it, in lower case without whitespace.
   """
   folder, slash, last = name.rpartition('/')
   stem, dot, behind = last.rpartition('.')
@@ -75,7 +75,7 @@ def split(name: str) -> tuple[str, str]:
 
 def _members(file, endings, max_bytes) -> Iterator[Member | Damaged]:
   ended = searching = False
-  # What headers before that of a member say of it.
+  # Attributes that special headers set for the next member.
   special: dict[str, str] | None = {}
   while True:
     try:
@@ -98,10 +98,10 @@ def _members(file, endings, max_bytes) -> Iterator[Member | Damaged]:
     if header.type in _LONG_NAMES + _PAX_HEADERS:
       if size > _MAX_HEADER:
         yield _PART
-        special = None  # Nobody knows how the next member is called.
+        special = None  # The next member's name is unknown.
         _skip(file, _padded(size))
       elif special is not None:
-        special |= _said_by(header.type, _content(file, size))
+        special |= _attributes_from(header.type, _content(file, size))
       else:
         _skip(file, _padded(size))
       continue
@@ -113,8 +113,8 @@ def _members(file, endings, max_bytes) -> Iterator[Member | Damaged]:
 
 
 def _member(file, header, size, special, endings, max_bytes) -> tuple[Member | Damaged | None, int]:
-  """Returns what a header stands for, and the bytes to go over until the next one."""
-  # Only these have content, whatever the header says.
+  """Returns the file of a header, and the bytes to skip until the next header."""
+  # Only these types have content, regardless of the size in the header.
   follows = _padded(size) if header.isreg() or header.type not in tarfile.SUPPORTED_TYPES else 0
   if special is None or header.isdir():
     return None, follows
@@ -135,15 +135,15 @@ def _size(header: tarfile.TarInfo, special: dict[str, str]) -> int:
   return size
 
 
-def _said_by(kind: bytes, content: bytes) -> dict[str, str]:
-  """Returns what a special header says of the member that follows it."""
+def _attributes_from(kind: bytes, content: bytes) -> dict[str, str]:
+  """Returns the attributes that a special header sets for the next member."""
   if kind == tarfile.GNUTYPE_LONGNAME:
     return {'path': content.split(b'\0')[0].decode('utf-8', 'surrogateescape')}
   if kind in (tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE):
     return {}
   said = {}
   while content:
-    # '27 path=beach/000000012.jpg\n', where 27 counts its own digits too.
+    # '27 path=beach/000000012.jpg\n', where 27 includes its own digits.
     digits, _, _ = content[:10].partition(b' ')
     length = int(digits) if digits.isdigit() else 0
     key, equals, value = content[len(digits) + 1 : length - 1].partition(b'=')
@@ -159,7 +159,7 @@ def _padded(size: int) -> int:
 
 
 def _content(file, size: int) -> bytes:
-  """Reads a file's content and what fills its last block."""
+  """Reads a file's content and the padding of its last block."""
   content = file.read(size)
   if len(content) < size:
     raise EOFError
@@ -168,7 +168,7 @@ def _content(file, size: int) -> bytes:
 
 
 def _skip(file, count: int) -> None:
-  """Reads on, in pieces, since a stream that is packed can't be sought in."""
+  """Skips bytes by reading, since packed streams aren't seekable."""
   while count:
     piece = len(file.read(min(count, 2**20)))
     if not piece:

@@ -1,7 +1,7 @@
-"""Reads tar shards of samples: files of the same name and different endings.
+"""Reads tar shards of samples: files of the same name with different endings.
 
 img2dataset writes 000000012.jpg, 000000012.txt and 000000012.json one after another. The ending is
-what follows the last dot of a file's name; what lies before it is the sample's key.
+the part of a file's name after the last dot; the part before it is the sample's key.
 """
 
 import json
@@ -16,23 +16,23 @@ from parti_jax.data import image_decoding
 from parti_jax.data.damage import Damaged
 from parti_jax.data.readers import tar_members
 
-# Endings that mean the same.
+# Equivalent endings.
 _SAME = {ending: 'jpg' for ending in ('jpeg', 'jpe', 'jfif')}
-# Of a sample's pictures the first of these is read.
+# The first of these among a sample's pictures is read.
 _PICTURES = tuple(ending for ending in image_decoding.ENDINGS if ending not in _SAME)
 _WANTED = frozenset((*image_decoding.ENDINGS, 'txt', 'json'))
-# Read whole, JSON takes many times its size.
+# Parsed JSON takes many times its size in memory.
 _MAX_JSON = 2**20
-# Names of other files, and keys of samples, that are kept to find out which belong together.
+# Number of other files' names, and of sample keys, kept to find out which belong together.
 _MAX_OTHERS = 1000
-# Dots in a name at which it may be split.
+# Maximum number of dots at which a name is split.
 _MAX_DOTS = 30
 
 
 def samples(
   path: str, caption_key: str | None, describe: bool = False
 ) -> Iterator[Mapping[str, Any] | Damaged]:
-  """Reads the shard at a path or URL; see `samples_in`."""
+  """Reads the shard at a path or URL with `samples_in`."""
   with storage.open_file(path) as file:
     yield from samples_in(file, caption_key, describe)
 
@@ -42,21 +42,21 @@ def samples_in(
 ) -> Iterator[Mapping[str, Any] | Damaged]:
   """Reads a shard.
 
-  The files of a sample follow one another. Where a key repeats an ending, another sample begins. If
-  the one before lacked its picture or caption, nobody knows whose caption comes next, and it is
+  The files of a sample are adjacent. A repeated ending of the same key begins another sample. If
+  the previous sample had no picture or no caption, the next caption may belong to either, so it is
   replaced by `captions.AMBIGUOUS`.
 
   Args:
-    file: the shard, plain or packed, open to read from its beginning.
-    caption_key: the key of the caption in a sample's .json file. None for the .txt file or, where a
-      sample has none, the key 'caption'.
-    describe: whether to add 'key', the sample's, and 'columns', the numbers and texts of its .json
-      file by name.
+    file: the shard, plain or packed, open for reading at its beginning.
+    caption_key: key of the caption in a sample's .json file. None for the .txt file or, if a sample
+      has none, the key 'caption'.
+    describe: whether to add 'key', the sample's key, and 'columns', the numbers and strings of its
+      .json file by name.
 
   Yields:
-    {'picture', 'caption'} of each sample, b'' for what it does not have, or what can't be read. Of
-    a shard that breaks off the last sample is left out, since it may lack files. Files of other
-    endings that belong to no sample are `Damaged`, those of one key once.
+    {'picture', 'caption'} of each sample, with b'' for missing parts; or `Damaged` for unreadable
+    data. The last sample of a truncated shard is skipped, since it may be incomplete. Files with
+    other endings that belong to no sample are `Damaged`, one per key.
   """
   sample, others = _Sample('', caption_key, describe), _Others()
   for member in tar_members.members(file, _WANTED, image_decoding.MAX_BYTES):
@@ -80,7 +80,7 @@ def samples_in(
 
 
 class _Sample:
-  """The files of one key that follow one another; more than one sample if endings repeat."""
+  """Adjacent files of one key; several samples if endings repeat."""
 
   def __init__(self, key: str, caption_key: str | None, describe: bool):
     self.key = key
@@ -89,7 +89,7 @@ class _Sample:
     self._ambiguous = False
 
   def add(self, ending: str, content: bytes) -> Iterator[Mapping[str, Any] | Damaged]:
-    """Adds a file, and yields the sample that ends before it, if one does."""
+    """Adds a file, and yields the sample that ends before it, if any."""
     if ending in self._files:
       pictures = sum(picture in self._files for picture in _PICTURES)
       self._ambiguous |= pictures > 1
@@ -116,7 +116,7 @@ class _Sample:
     yield example
 
   def _columns(self) -> dict[str, Any]:
-    """Returns the numbers and texts in the .json file; nothing if it can't be read."""
+    """Returns the numbers and strings in the .json file; {} if it can't be read."""
     content = self._files.get('json', b'')
     try:
       found = json.loads(content) if len(content) <= _MAX_JSON else None
@@ -127,7 +127,7 @@ class _Sample:
     return {name: value for name, value in found.items() if not isinstance(value, (dict, list))}
 
   def _json_caption(self) -> bytes:
-    """Returns the caption in the .json file, or what stands for one that is not there."""
+    """Returns the caption in the .json file, or the value for a missing one."""
     missing = b'' if self._caption_key is None else captions.NO_COLUMN
     try:
       row = json.loads(self._files['json'])
@@ -137,15 +137,15 @@ class _Sample:
 
 
 class _Others:
-  """Files that are neither pictures nor captions, until it is known whether a sample has them.
+  """Collects files that are neither pictures nor captions until their sample is known.
 
-  A sample x has x.cls and x.depth.npy, but not y.cls.
+  The sample x owns x.cls and x.depth.npy, but not y.cls.
   """
 
   def __init__(self):
     self._begin = ''
     self._names: list[str] = []
-    # In the order in which they came.
+    # Ordered by arrival.
     self._keys: dict[str, None] = {}
 
   def add(self, name: str) -> None:
@@ -160,7 +160,7 @@ class _Others:
       del self._keys[next(iter(self._keys))]
 
   def unclaimed_before(self, key: str) -> Iterator[Damaged]:
-    """Yields what no sample has, if what has this key can no longer belong to the same sample."""
+    """Yields files without a sample, once the given key rules out that their sample follows."""
     folder, slash, last = key.rpartition('/')
     begin = folder + slash + last.partition('.')[0]
     if begin != self._begin or len(self._names) > _MAX_OTHERS:
@@ -169,7 +169,7 @@ class _Others:
       self._begin, self._keys = begin, {}
 
   def unclaimed(self) -> Iterator[Damaged]:
-    """Yields what no sample has, and forgets it."""
+    """Yields files without a sample, and forgets them."""
     found = {}
     for name in self._names:
       if not self._is_claimed(name):
@@ -179,7 +179,7 @@ class _Others:
       yield Damaged('file that is neither picture nor caption in a tar shard', name)
 
   def _is_claimed(self, name: str) -> bool:
-    """Whether a name is a sample's key with something behind a dot."""
+    """Returns whether a name is a sample's key followed by a dot and an ending."""
     folder, slash, last = name.rpartition('/')
     parts = last.split('.', _MAX_DOTS)
     return any(

@@ -1,7 +1,7 @@
-"""Text files that are read whole: their encoding and their lines.
+"""Reads text files as a whole; detects their encoding and splits their lines.
 
-Lines end at newlines alone. `str.splitlines` ends them at U+2028, U+0085 and other characters as
-well, which may stand within a text.
+Only newlines end a line. `str.splitlines` also splits at U+2028, U+0085 and other characters that
+may occur within a text.
 """
 
 import os
@@ -9,7 +9,7 @@ import os
 from parti_jax.core import storage
 from parti_jax.core.errors import UserError
 
-# The most bytes of a text file that is read whole.
+# Maximum size in bytes of a text file that is read as a whole.
 MAX_BYTES = 2**26
 
 
@@ -18,10 +18,10 @@ def read(path: str | os.PathLike[str], what: str) -> str:
 
   Args:
     path: a path or URL.
-    what: the file, as messages begin.
+    what: description of the file, for the beginning of messages.
 
   Raises:
-    UserError: it can't be read, is too large or not text.
+    UserError: it can't be read, is too large or isn't text.
   """
   try:
     data = storage.read(path, MAX_BYTES)
@@ -35,9 +35,9 @@ def read(path: str | os.PathLike[str], what: str) -> str:
 
 
 def lines(text: str) -> list[str]:
-  r"""Returns the lines of a text, which end at \n or \r\n, or at \r where it has no \n.
+  r"""Returns the lines of a text, which end with \n or \r\n, or with \r if it has no \n.
 
-  Spreadsheet programs still write \r alone. In a text that has \n, \r alone is a blank in a line.
+  Some spreadsheet programs still write bare \r. In a text with \n, a bare \r is whitespace.
   """
   if '\n' not in text:
     return text.removesuffix('\r').split('\r')

@@ -1,4 +1,4 @@
-"""Reads files of text, one text a line."""
+"""Reads files with one text per line."""
 
 import io
 from collections.abc import Iterator
@@ -11,9 +11,9 @@ from parti_jax.data.readers import packed
 
 
 def lines(path: str) -> Iterator[Mapping[str, bytes] | Damaged]:
-  """Reads a text file, plain or packed: {'caption': line}.
+  """Yields {'caption': line} for the lines of a text file, plain or packed.
 
-  Lines end at newlines alone. A file in UTF-16 or UTF-32 begins with a byte order mark.
+  Only newlines end a line. A file in UTF-16 or UTF-32 must begin with a byte order mark.
   """
   with storage.open_file(path) as file:
     try:
@@ -30,9 +30,9 @@ def lines(path: str) -> Iterator[Mapping[str, bytes] | Damaged]:
 
 
 def _lines(file, newline) -> Iterator[Mapping[str, bytes | str]]:
-  """Yields the lines of a binary or text file, each cut where it is too long."""
+  """Yields the lines of a binary or text file, truncated if they are too long."""
   while line := file.readline(captions.MAX_BYTES + 1):
     yield {'caption': line}
-    # The rest of a line that is too long, which must not be kept in memory.
+    # Skips the rest of a long line without keeping it in memory.
     while line and not line.endswith(newline):
       line = file.readline(captions.MAX_BYTES)

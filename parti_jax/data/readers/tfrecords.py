@@ -1,4 +1,4 @@
-"""Reads TFRecords record by record: what is damaged is left out and the rest is read.
+"""Reads TFRecords record by record; skips damaged records and reads the rest.
 
 TensorFlow's own reader stops at the first damaged record.
 """
@@ -22,11 +22,11 @@ from parti_jax.data import image_decoding
 from parti_jax.data.damage import Damaged
 from parti_jax.data.readers import packed
 
-# A picture that can be used, and what comes with it.
+# A usable picture and the data that comes with it.
 MAX_BYTES = image_decoding.MAX_BYTES + 2**20
-# Bytes of a text that is read as a column.
+# Maximum bytes of a text that is read as a column.
 _MAX_COLUMN = 2**16
-# Where keys are looked for.
+# Limits of the search for keys.
 _FILES_LOOKED_AT, _RECORDS_LOOKED_AT = 8, 100
 
 _REST = Damaged('rest of a damaged TFRecord file')
@@ -36,11 +36,11 @@ def records(file: IO[bytes]) -> Iterator[bytes | Damaged]:
   """Yields the records of a file.
 
   Args:
-    file: open to read from its beginning.
+    file: a file open for reading at its beginning.
 
   Yields:
-    Each record, or what is in its place. After a record with a wrong checksum the next one is read;
-    where the length of one is damaged, the place of the next is unknown, and that was the last.
+    Each record, or `Damaged` in its place. After a record with a wrong checksum, reading continues
+    with the next. A damaged length ends the reading, since it hides where the next record begins.
   """
   try:
     while header := file.read(12):
@@ -65,11 +65,11 @@ def records(file: IO[bytes]) -> Iterator[bytes | Damaged]:
 
 
 def unpacked(file: IO[bytes]) -> IO[bytes]:
-  """Returns a stream of records from a file, plain or packed with zlib or as `packed` knows it."""
+  """Returns a stream of a file's records, plain or packed with zlib or a format of `packed`."""
   head = file.read(12)
   file.seek(0)
   if len(head) == 12 and _checksum(head[:8]) == head[8:]:
-    # The length of a first record may look like any packing.
+    # A valid header; the length of a first record could look like any packing.
     return file
   if head[:1] == b'\x78' and int.from_bytes(head[:2]) % 31 == 0:
     return packed.unpacked_zlib(file)
@@ -77,7 +77,7 @@ def unpacked(file: IO[bytes]) -> IO[bytes]:
 
 
 def raw(path: str) -> Iterator[Mapping[str, bytes] | Damaged]:
-  """Yields the records of a file as {'record': bytes}, or what is in a record's place."""
+  """Yields the records of a file as {'record': bytes}, or `Damaged` in their place."""
   with storage.open_file(path) as file:
     for record in records(unpacked(file)):
       yield record if isinstance(record, Damaged) else {'record': record}
@@ -90,13 +90,13 @@ def examples(
 
   Args:
     path: the file.
-    keys: name -> the feature that it is read from.
-    describe: whether to add 'columns', the features that are one number or one short text, and
-      'key', the text of the feature of this name.
+    keys: name -> the feature to read it from.
+    describe: whether to add 'columns', the features that are a single number or short string, and
+      'key', the string of the feature of this name.
 
   Yields:
-    {name: bytes}, b'' for a feature that is not there, or what is in the example's place. A caption
-    that is not one text is as `captions` marks it.
+    {name: bytes}, with b'' for a missing feature, or `Damaged` in the example's place. A caption
+    that isn't a single string becomes one of the placeholders of `captions`.
   """
   with storage.open_file(path) as file:
     for record in records(unpacked(file)):
@@ -106,13 +106,13 @@ def examples(
 def parsed(
   record: bytes, keys: Mapping[str, str], describe: bool = False
 ) -> Mapping[str, Any] | Damaged:
-  """Returns features of a serialised tf.train.Example, as `examples` yields them."""
+  """Returns features of a serialised tf.train.Example, in the form that `examples` yields."""
   features = features_of(record)
   if features is None:
     return Damaged('record that is no tf.train.Example')
   example = {}
   for name, key in keys.items():
-    # To look up what is not there would add it.
+    # Looking up a missing key would add it.
     feature = features[key] if key in features else None
     values = feature.bytes_list.value if feature is not None else []
     if feature is not None and feature.WhichOneof('kind') not in (None, 'bytes_list'):
@@ -132,7 +132,7 @@ def parsed(
 
 
 def _columns(features: Mapping[str, Any], others: Collection[str]) -> dict[str, float | str]:
-  """Returns the features that are one number or one short text, without some others."""
+  """Returns the features that are a single number or short string, except for some others."""
   found = {}
   for name, feature in features.items():
     kind = feature.WhichOneof('kind')
@@ -145,15 +145,15 @@ def _columns(features: Mapping[str, Any], others: Collection[str]) -> dict[str, 
 
 
 def check_keys(files: Sequence[str], keys: Mapping[str, str]) -> None:
-  """Compares keys with those of the first records, where a wrong one is easily seen.
+  """Checks that the first records have some keys, since a wrong key affects all of them.
 
   Args:
-    files: of a split.
-    keys: parameter of gin -> key.
+    files: files of a split.
+    keys: gin parameter -> key.
 
   Raises:
-    UserError: these are no TFRecords of tf.train.Example, or none of the first ones has bytes under
-      one of the keys.
+    UserError: the files aren't TFRecords of tf.train.Example, or none of the first records has
+      bytes under one of the keys.
   """
   missing, present, numbers, damaged = dict(keys), set(), set(), ''
   for file in files[:_FILES_LOOKED_AT]:
@@ -174,7 +174,7 @@ def check_keys(files: Sequence[str], keys: Mapping[str, str]) -> None:
     if present:
       break
   if damaged and not present:
-    raise UserError(f'tfrecord: {damaged} holds no TFRecords of tf.train.Example')
+    raise UserError(f'tfrecord: {damaged} does not hold TFRecords of tf.train.Example')
   for parameter, key in missing.items() if present else ():
     gin = f'(gin: tfrecord.{parameter})'
     if key in numbers:
@@ -186,7 +186,7 @@ def check_keys(files: Sequence[str], keys: Mapping[str, str]) -> None:
 
 
 def _first_features(file: str) -> Iterator[Mapping | None]:
-  """Yields the features of the first records, None for one that can't be read."""
+  """Yields the features of the first records; None for unreadable ones."""
   try:
     with storage.open_file(file) as opened:
       for record in itertools.islice(records(unpacked(opened)), _RECORDS_LOOKED_AT):
@@ -196,16 +196,16 @@ def _first_features(file: str) -> Iterator[Mapping | None]:
 
 
 def features_of(record: bytes) -> Mapping | None:
-  """Returns the features of a serialised tf.train.Example, None if it is not one."""
+  """Returns the features of a serialised tf.train.Example; None if it isn't one."""
   try:
     return _example().FromString(record).features.feature
-  except Exception:  # The protocol buffers' own, which differs among their implementations.
+  except Exception:  # protobuf's error class differs among its implementations.
     return None
 
 
 @functools.cache
 def _example():
-  # tensorflow-datasets has the message without TensorFlow.
+  # tensorflow-datasets provides the message without TensorFlow.
   from tensorflow_datasets.proto import tf_example_generated_pb2
 
   return tf_example_generated_pb2.Example
@@ -219,7 +219,7 @@ def _checksum(data: bytes) -> bytes:
 
 
 def _skip(file: IO[bytes], count: int) -> bool:
-  """Reads on, and returns whether so many bytes were there."""
+  """Skips bytes by reading, and returns whether `count` bytes were available."""
   while count:
     piece = len(file.read(min(count, 2**20)))
     if not piece:

@@ -1,13 +1,13 @@
-"""Where captioned pictures come from: OpenMoji, or one's own folder, TFRecords, tar shards ...
+"""Sources of captioned pictures: OpenMoji, the user's folders, TFRecords, tar shards and others.
 
-`configured(name)` returns a source as gin configures it:
+`configured(name)` returns a source with gin's current configuration:
 
   data.source = 'folder'
   folder.path = 'photos'
   folder.splits = {'train': 'train.jsonl', 'validation': 'validation.jsonl'}
 
-A name may have an ending, 'folder_b', to be read from gin's scope of this name, so that two folders
-have settings of their own: b's path is `folder_b/folder.path`. `base` says what a source is.
+A name with a suffix, such as 'folder_b', is configured in gin's scope of this name, so two folders
+can have separate settings: b's path is `folder_b/folder.path`. `base` defines the interface.
 """
 
 from __future__ import annotations
@@ -42,28 +42,28 @@ NAMES = tuple(_SOURCES)
 def chosen(source: str = 'openmoji') -> str:
   """Returns the name of the source that gin chooses by `data.source`."""
   if kind(source) is None:
-    raise UserError(f'data.source = {source!r} is unknown; there are {", ".join(_SOURCES)}')
+    raise UserError(f'data.source = {source!r} is unknown; choose from {", ".join(_SOURCES)}')
   return source
 
 
 def kind(name: str) -> str | None:
-  """Returns the kind of source that a name is of, 'folder' of 'folder_b'; None for other names."""
+  """Returns the kind of a source name, 'folder' for 'folder_b'; None for other names."""
   return next((known for known in _SOURCES if name == known or name.startswith(f'{known}_')), None)
 
 
 def configured(name: str, image_size: int = 64) -> base.Source:
-  """Returns the source of this name as gin configures it now.
+  """Returns the source of this name with gin's current configuration.
 
   Args:
-    name: one of `NAMES`, or one with an ending.
-    image_size: the size at which OpenMoji draws its pictures unless `openmoji.size` says another.
+    name: one of `NAMES`, optionally with a suffix.
+    image_size: the size at which OpenMoji renders its pictures unless `openmoji.size` is set.
 
   Raises:
-    UserError: there is no such source, or its path is not set.
+    UserError: the source is unknown, or its path isn't set.
   """
   found = kind(name)
   if found is None:
-    raise UserError(f'there is no source {name!r}; there are {", ".join(_SOURCES)}')
+    raise UserError(f'unknown source {name!r}; choose from {", ".join(_SOURCES)}')
   with gin.config_scope(None if name == found else name):
     if found == 'openmoji':
       return openmoji.configured(image_size=image_size)

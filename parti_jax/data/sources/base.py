@@ -1,17 +1,17 @@
-"""What a source of captioned pictures is, for whoever reads it or writes a new one.
+"""The interface of sources of captioned pictures.
 
-A source has splits. Opening one gives examples in one of two forms:
+A source has splits. An opened split has one of two forms:
 
-- `Records` have an index: any example can be read at once. They are shuffled as a whole.
+- `Records` have an index: any example can be read directly. They are shuffled as a whole.
 - `Shards` are files that are read from their beginning, such as tars. Their order is shuffled, and
-  the examples within a window.
+  their examples within a window.
 
-An example is a dict of 'picture', the encoded picture as bytes, and 'caption', UTF-8 bytes as
-`captions.clean` takes them; those of a token cache have 'tokens' in place of the picture. What can't
-be read is a `Damaged` in its place.
+An example is a dict of 'picture', the encoded picture as bytes, and 'caption', raw bytes for
+`captions.clean`; examples of a token cache have 'tokens' instead of the picture. An unreadable
+example is `Damaged`.
 
-Where a source knows more of an example, `open_described` adds 'key', a text that names it, and
-'columns', what else its files say of it by name, such as the scores that img2dataset leaves.
+If a source has more information, `open_described` adds 'key', a string that identifies the example,
+and 'columns', further values from its files by name, such as img2dataset's scores.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ Example = Mapping[str, Any]
 
 
 def digest_of(files: Sequence[str]) -> str:
-  """The XXH3 digest of the sizes of files, in their order."""
+  """Returns the XXH3 digest of the sizes of files, in their order."""
   sizes = ' '.join(map(str, storage.sizes_of(files)))
   return xxhash.xxh3_64_hexdigest(sizes.encode())
 
 
 class Records(abc.ABC):
-  """The examples of a split, which can be read in any order.
+  """The examples of a split with random access.
 
-  Instances are pickled into worker processes, so that they open their files when they first read.
+  Instances are pickled into worker processes, so they open their files at the first read.
   """
 
   @abc.abstractmethod
@@ -52,14 +52,14 @@ class Records(abc.ABC):
 
   @abc.abstractmethod
   def read(self, indices: Sequence[int]) -> list[Example | Damaged]:
-    """Reads the examples at these indices, in their order."""
+    """Returns the examples at these indices, in the given order."""
 
   def digest(self) -> str | None:
-    """What changes with the examples, as far as that is known without reading them; else None."""
+    """Returns a digest that changes with the examples; None if that would need reading them."""
     return None
 
   def close(self) -> None:  # noqa: B027
-    """Closes the files that are open; reading opens them again."""
+    """Closes the open files; reading opens them again."""
 
 
 class Shards(abc.ABC):
@@ -72,20 +72,20 @@ class Shards(abc.ABC):
   files: Sequence[str]
 
   def digest(self) -> str:
-    """What changes with the files, as far as that is known without reading them: their sizes."""
+    """Returns a digest of the files' sizes, to detect changes without reading them."""
     return digest_of(self.files)
 
   @abc.abstractmethod
   def read(self, file: str) -> Iterator[Example | Damaged]:
-    """Reads one of the files."""
+    """Yields the examples of one of the files."""
 
 
 class Source(abc.ABC):
-  """A named source of captioned pictures, or of captions alone.
+  """A named source of captioned pictures, or of captions only.
 
   Attributes:
-    name: in gin and in messages.
-    place: what is read, for messages.
+    name: its name in gin and in messages.
+    place: description of the data, for messages.
     splits: names of the splits.
     has_pictures: whether there are pictures; otherwise only captions.
   """
@@ -102,18 +102,18 @@ class Source(abc.ABC):
 
     Args:
       split: one of `splits`.
-      pictures: whether pictures are needed; without them examples may have captions alone.
+      pictures: whether pictures are needed; otherwise examples may have only captions.
 
     Raises:
       UserError: the split is missing, or its data can't be found or read.
     """
 
   def open_described(self, split: str) -> Records | Shards:
-    """Opens a split with pictures, and with keys and columns where the source has them."""
+    """Opens a split with pictures, and with keys and columns if the source has them."""
     return self.open(split)
 
   def check_split(self, split: str) -> None:
-    """Raises UserError unless the source has a split."""
+    """Raises UserError unless the source has this split."""
     if split not in self.splits:
       raise UserError(
         f'{self.name} has no split {split!r}; it has {", ".join(self.splits)}'
@@ -121,11 +121,11 @@ class Source(abc.ABC):
       )
 
   def examples(self, split: str, pictures: bool = True) -> Iterator[Example | Damaged]:
-    """Opens a split at once, see `open`, and yields its examples in order."""
+    """Opens a split immediately with `open`, and yields its examples in order."""
     return _in_order(self.open(split, pictures))
 
   def captions(self, split: str) -> Iterator[str]:
-    """Yields the captions of a split that can be used in order, without decoding pictures.
+    """Yields the usable captions of a split in order, without decoding pictures.
 
     A warning at the end counts the others.
     """

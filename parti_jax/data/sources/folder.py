@@ -1,4 +1,4 @@
-"""A folder of pictures with a captions file, or with a text file beside each picture."""
+"""A folder of pictures with a captions file, or with a text file for each picture."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from parti_jax.data.sources import paths
 
 
 class FolderSource(base.Source):
-  """A folder of pictures; the arguments are those of `configured`."""
+  """A folder of pictures; `configured` describes the arguments."""
 
   def __init__(self, path: str, splits: Mapping[str, str], file_key: str, caption_key: str):
     super().__init__('folder', splits)
@@ -36,19 +36,19 @@ class FolderSource(base.Source):
     self.check_split(split)
     file = self._captions_files[split]
     if file.endswith('.txt'):
-      files, captions = folder_index.read_beside(self._path, file)
+      files, captions = folder_index.read_text_files(self._path, file)
     else:
       files, captions = folder_index.read(self._path, file, *self._keys, pictures)
     return _Pictures(files if pictures else None, captions, folder)
 
 
 class _Pictures(base.Records):
-  """Pictures by their paths, and captions, both arrays of bytes objects [pictures].
+  """Pictures given by paths, and captions, both arrays of bytes objects [pictures].
 
   Args:
-    files: the paths; None for captions alone.
-    captions: of the pictures.
-    folder: where given, examples have as a key their path within it.
+    files: the paths; None for captions only.
+    captions: captions of the pictures.
+    folder: if given, examples get their path within it as a key.
   """
 
   def __init__(self, files: np.ndarray | None, captions: np.ndarray, folder: str | None = None):
@@ -60,7 +60,7 @@ class _Pictures(base.Records):
   def digest(self) -> str:
     found = xxhash.xxh3_64()
     for values in (self._files if self._files is not None else (), self._captions):
-      # Of a path its name alone: hosts may have the folder at different places.
+      # Only the name of a path, since hosts may mount the folder at different paths.
       for value in values:
         found.update(
           b'%d ' % len(value) + (value if values is self._captions else os.path.basename(value))
@@ -76,7 +76,7 @@ class _Pictures(base.Records):
     path = os.fsdecode(self._files[index])
     try:
       with storage.open_file(path) as file:
-        # One byte more tells the decoder that it is too much.
+        # One byte more lets the decoder detect files that are too large.
         example = {
           'picture': file.read(image_decoding.MAX_BYTES + 1),
           'caption': self._captions[index],
@@ -95,14 +95,14 @@ def configured(
   file_key: str = 'file',
   caption_key: str = 'caption',
 ) -> FolderSource:
-  """A folder of pictures with captions in JSON lines.
+  """Returns a source of a folder of pictures with captions in JSON lines.
 
   Args:
     path: the folder.
     splits: captions file of each split, relative to the folder. Each line is an object with the
       picture's file, relative to the captions file, and its caption. A pattern of text files such
-      as '**/*.txt' means that each has the caption of the picture of the same name beside it.
-    file_key: the column of the file.
-    caption_key: the column of the caption.
+      as '**/*.txt' means that each holds the caption of the picture with the same name.
+    file_key: column of the file.
+    caption_key: column of the caption.
   """
   return FolderSource(paths.required('folder', path), splits, file_key, caption_key)

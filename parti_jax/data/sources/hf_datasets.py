@@ -1,7 +1,8 @@
-"""Folders that the Hugging Face library `datasets` has written with `save_to_disk`.
+"""Folders written by `save_to_disk` of the Hugging Face library `datasets`.
 
-The library itself reads them: it knows the versions of its format, and finds a row in the memory
-map of its Arrow files at once. It takes pandas and some ten other packages, so that it is an extra.
+The library itself reads them: it supports all versions of its format, and looks up rows in the
+memory map of its Arrow files. It is an optional extra, since it needs pandas and some ten other
+packages.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from parti_jax.data.damage import Damaged
 from parti_jax.data.sources import base
 from parti_jax.data.sources import paths
 
-# What `DatasetDict.save_to_disk` and `Dataset.save_to_disk` leave in a folder.
+# Files that `DatasetDict.save_to_disk` and `Dataset.save_to_disk` write.
 _DICT, _STATE = 'dataset_dict.json', 'state.json'
 _LARGEST = 2**24
 
 
 class HfDatasetsSource(base.Source):
-  """A saved dataset; the arguments are those of `configured`."""
+  """A saved dataset; `configured` describes the arguments."""
 
   def __init__(
     self,
@@ -50,19 +51,19 @@ class HfDatasetsSource(base.Source):
 
 
 def is_saved(path: str) -> bool:
-  """Whether a folder is one that `save_to_disk` has written."""
+  """Returns whether a folder was written by `save_to_disk`."""
   return any(storage.exists(storage.join(path, name)) for name in (_DICT, _STATE))
 
 
 def _splits(path: str) -> dict[str, str]:
-  """Returns split -> its folder within a folder that was saved."""
+  """Returns {split: its folder} of a saved folder."""
   file = storage.join(path, _DICT)
   if not storage.exists(file):
     if storage.exists(storage.join(path, _STATE)):
       return {'train': ''}
     raise UserError(
-      f'hf_datasets: {path} is not a folder that save_to_disk of the library '
-      'datasets has written (gin: hf_datasets.path); Parquet files are read by '
+      f'hf_datasets: {path} was not written by save_to_disk of the library datasets '
+      '(gin: hf_datasets.path); Parquet files are read by '
       "data.source='parquet'"
     )
   try:
@@ -79,11 +80,11 @@ class _Rows(base.Records):
 
   def __init__(self, folder: str, keys: tuple[str | None, str | None], pictures: bool):
     self._folder, self._keys, self._pictures = folder, keys, pictures
-    _ = self._table  # Opened now, for what is wrong with it.
+    _ = self._table  # Opened now to report its errors early.
 
   @functools.cached_property
   def _table(self):
-    """The dataset, whose rows come as Arrow tables, and the columns to read."""
+    """The dataset with rows as Arrow tables, and the columns to read."""
     import datasets
     import pyarrow as pa
 
@@ -106,7 +107,7 @@ class _Rows(base.Records):
     if not isinstance(dataset, datasets.Dataset):
       raise UserError(
         f'hf_datasets: {self._folder} holds the splits {", ".join(dataset)}; set '
-        "hf_datasets.splits={'train': 'FOLDER'}, or leave it out"
+        "hf_datasets.splits={'train': 'FOLDER'}, or omit it"
       )
     columns = arrow_rows.find(
       dataset.data.schema, 'hf_datasets', self._folder, *self._keys, self._pictures
@@ -149,13 +150,13 @@ def configured(
   image_key: str | None = None,
   caption_key: str | None = None,
 ) -> HfDatasetsSource:
-  """A folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` has written.
+  """Returns a source of a folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`.
 
   Args:
-    path: the folder, on a disk.
-    splits: folder of each split, relative to it. None for the splits of the DatasetDict, or for
-      'train' alone of a Dataset.
-    image_key: the column of the pictures; None for one of `arrow_rows.PICTURE_KEYS`.
-    caption_key: the column of the captions; None for one of `arrow_rows.CAPTION_KEYS`.
+    path: the folder, on a local disk.
+    splits: folder of each split, relative to it. None for the splits of a DatasetDict, or for
+      a single split 'train' of a Dataset.
+    image_key: column of the pictures; None for one of `arrow_rows.PICTURE_KEYS`.
+    caption_key: column of the captions; None for one of `arrow_rows.CAPTION_KEYS`.
   """
   return HfDatasetsSource(paths.required('hf_datasets', path), splits, image_key, caption_key)

@@ -1,4 +1,4 @@
-"""OpenMoji through its tensorflow-datasets builder, which is run on first use."""
+"""OpenMoji from its tensorflow-datasets builder, which runs on first use."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from parti_jax.data.sources import base
 
 
 class OpenMojiSource(base.Source):
-  """OpenMoji's pictures, drawn at a size.
+  """OpenMoji's pictures, rendered at a size.
 
   Args:
     size: height and width in pixels.
-    data_dir: the folder to build in; None for that of tensorflow-datasets.
+    data_dir: the folder to build in; None for the default of tensorflow-datasets.
   """
 
   def __init__(self, size: int, data_dir: str | None = None):
@@ -29,20 +29,20 @@ class OpenMojiSource(base.Source):
 
   def open(self, split: str, pictures: bool = True) -> base.Records:
     self.check_split(split)
-    if not pictures and split in openmoji.SPLITS:  # They need not be drawn for this.
+    if not pictures and split in openmoji.SPLITS:  # Captions need no rendering.
       return _Captions(
         [picture.caption for picture in openmoji.pictures() if picture.split == split]
       )
-    return _Drawn(self._size, self._data_dir, split)
+    return _Rendered(self._size, self._data_dir, split)
 
   def check_split(self, split: str) -> None:
-    # Slices such as 'train[:10%]' too, as tensorflow-datasets takes them.
+    # Also accepts slices such as 'train[:10%]', which tensorflow-datasets supports.
     if split.split('[')[0] not in self.splits:
       raise UserError(f'openmoji has no split {split!r}; it has {", ".join(self.splits)}')
 
 
 class _Captions(base.Records):
-  """Captions alone."""
+  """Only captions."""
 
   def __init__(self, captions: list[str]):
     self._captions = captions
@@ -54,16 +54,16 @@ class _Captions(base.Records):
     return [{'caption': self._captions[index].encode()} for index in indices]
 
 
-class _Drawn(base.Records):
-  """Pictures as tensorflow-datasets keeps them."""
+class _Rendered(base.Records):
+  """Pictures stored by tensorflow-datasets."""
 
   def __init__(self, size: int, data_dir: str | None, split: str):
     self._arguments = size, data_dir, split
-    _ = self._source  # Draws the pictures now.
+    _ = self._source  # Renders the pictures now.
 
   @functools.cached_property
   def _source(self):
-    # Imported here for those who have data of their own and no package of pictures.
+    # Imported here, since users with their own data may not have the package of pictures.
     import tensorflow_datasets as tfds
 
     from parti_jax.data import openmoji_builder
@@ -94,12 +94,12 @@ class _Drawn(base.Records):
 def configured(
   size: int | None = None, data_dir: str | None = None, image_size: int = 64
 ) -> OpenMojiSource:
-  """OpenMoji.
+  """Returns OpenMoji as a source.
 
   Args:
-    size: height and width in pixels at which the pictures are drawn; None for that of the run,
-      so that nothing is resized.
-    data_dir: folder of the drawn pictures; None for that of tensorflow-datasets.
+    size: height and width in pixels at which the pictures are rendered; None for the run's size,
+      which avoids resizing.
+    data_dir: folder of the rendered pictures; None for the default of tensorflow-datasets.
     image_size: the run's picture size, given by the caller.
   """
   return OpenMojiSource(size or image_size, data_dir)

@@ -1,4 +1,4 @@
-"""Parquet files, as img2dataset and the Hugging Face hub write them."""
+"""Parquet files, as written by img2dataset and the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from parti_jax.data.sources import base
 from parti_jax.data.sources import paths
 
 SHUFFLES = ('global', 'window')
-# How the files of a split are named, on the Hugging Face hub among others.
+# Usual file names of splits, for example on the Hugging Face hub.
 _SPLITS = {
   'train': ('train',),
   'validation': ('validation', 'valid', 'val', 'dev'),
@@ -36,20 +36,20 @@ _PATTERNS = (
   '{}/*.parquet',
   'default/{}/*.parquet',
 )
-# Bytes up to which a row group is read for one row, and up to which where gin asks for it. A core
-# reads about 1 MB in a millisecond, and decodes a picture of 256 pixels in about 4.
+# Maximum bytes of a row group that is read for one row: by default, and if gin requests it. A core
+# reads about 1 MB per millisecond, and decodes a picture of 256 pixels in about 4.
 _SMALL, _LARGEST = 2**22, 2**28
-# Bytes of row groups that a process keeps, over all shares.
+# Bytes of row groups that a process caches, over all shares.
 _KEPT = 2**28
-# A part of a file that is read from its beginning: row groups of at least so many rows together, as
-# many as a shard of the token cache has examples.
+# Minimum rows of a part of a file: consecutive row groups that are read from their beginning. A
+# shard of the token cache has as many examples.
 _PART = 16_384
-# Footers that are read at once.
+# Footers read at once.
 _AT_ONCE = 16
 
 
 class ParquetSource(paths.FilesSource):
-  """Parquet files; the arguments are those of `configured`."""
+  """Parquet files; `configured` describes the arguments."""
 
   def __init__(
     self,
@@ -69,7 +69,7 @@ class ParquetSource(paths.FilesSource):
     find = functools.partial(_find, keys=self._keys, pictures=pictures)
     if storage.is_url(files[0]):
       if self._shuffle == 'global':
-        raise UserError(f"parquet.shuffle='global' needs files on a disk, and {files[0]} is a URL")
+        raise UserError(f"parquet.shuffle='global' needs files on a disk, but {files[0]} is a URL")
       parquet_files.read_footer(files[0], find)
       return _Parts({file: (file, None) for file in files}, find)
     with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as executor:
@@ -79,7 +79,7 @@ class ParquetSource(paths.FilesSource):
     return _Parts(_parts(files, footers), find)
 
   def _is_global(self, sizes: np.ndarray, split: str) -> bool:
-    """Whether rows are read in any order; `sizes` are those of all row groups, in bytes."""
+    """Returns whether rows are read in any order, given the bytes of all row groups."""
     largest = int(sizes.max(initial=0))
     size = f'row groups of up to {largest / 2**20:,.0f} MiB'
     if self._shuffle == 'global' and largest > _LARGEST:
@@ -106,10 +106,10 @@ def _find(schema, file: str, keys: tuple[str | None, str | None], pictures: bool
 
 
 def found_splits(path: str) -> dict[str, str]:
-  """Returns the splits of a folder by the names of its files: patterns within it.
+  """Returns the splits of a folder according to its file names, as patterns within the folder.
 
-  They are 'train', 'validation' and 'test' where files are named after these or in the usual short
-  forms, as on the Hugging Face hub, and otherwise 'train' alone, of all files in the folder.
+  The splits are 'train', 'validation' and 'test' if files have these names or their usual
+  abbreviations, as on the Hugging Face hub. Otherwise all files form the split 'train'.
   """
   for pattern in _PATTERNS:
     found = {}
@@ -131,7 +131,7 @@ def found_splits(path: str) -> dict[str, str]:
 
 
 def has_pictures(path: str) -> bool:
-  """Whether a folder has files of captioned pictures, by the first one of its split 'train'."""
+  """Returns whether a folder has captioned pictures, by the first file of its split 'train'."""
   from parti_jax.data.readers import arrow_rows
   from parti_jax.data.readers import parquet_files
 
@@ -140,7 +140,7 @@ def has_pictures(path: str) -> bool:
 
 
 def _parts(files: Sequence[str], footers) -> dict[str, tuple[str, range]]:
-  """Returns name -> file and row groups, of parts that are read from their beginning."""
+  """Returns {name: (file, row groups)} of the parts that are read from their beginning."""
   found = {}
   for file, footer in zip(files, footers):
     first, rows = 0, 0
@@ -153,11 +153,11 @@ def _parts(files: Sequence[str], footers) -> dict[str, tuple[str, range]]:
 
 
 class _Parts(base.Shards):
-  """Files, or runs of row groups of them, that are read from their beginning.
+  """Files, or ranges of their row groups, that are read from their beginning.
 
   Args:
-    parts: name -> file and row groups; None for all of the file.
-    find: finds the columns; see `parquet_files.read`.
+    parts: name -> file and row groups; None for the whole file.
+    find: finds the columns, as in `parquet_files.read`.
   """
 
   def __init__(self, parts: Mapping[str, tuple[str, range | None]], find):
@@ -182,7 +182,7 @@ class _Rows(base.Records):
     groups = [len(footer.rows) for footer in footers]
     self._rows = np.concatenate([footer.rows for footer in footers])
     self._ends = np.cumsum(self._rows)
-    # Of each row group: its file, and its number there.
+    # The file of each row group, and its index in the file.
     self._file_of = np.repeat(np.arange(len(files), dtype=np.int32), groups)
     self._number_of = np.concatenate([np.arange(count, dtype=np.int32) for count in groups])
     self._key = next(self._numbers)
@@ -203,8 +203,8 @@ class _Rows(base.Records):
     groups = np.searchsorted(self._ends, indices, side='right')
     rows = indices - (self._ends - self._rows)[groups]
     found: list[base.Example | Damaged] = [None] * len(indices)
-    for place in np.argsort(groups, kind='stable'):
-      found[place] = self._example(int(groups[place]), int(rows[place]))
+    for position in np.argsort(groups, kind='stable'):
+      found[position] = self._example(int(groups[position]), int(rows[position]))
     return found
 
   def _example(self, group: int, row: int) -> base.Example | Damaged:
@@ -214,19 +214,19 @@ class _Rows(base.Records):
     path = self._files[file]
 
     def read_group():
-      metadata = _kept().get((self._key, file), lambda: parquet_files.Metadata(path)).value
+      metadata = _cache().get((self._key, file), lambda: parquet_files.Metadata(path)).value
       return parquet_files.WholeGroup(
         path, metadata, int(self._number_of[group]), int(self._rows[group]), self._columns[file]
       )
 
     try:
-      return _kept().get((self._key, file, group), read_group).example(row)
+      return _cache().get((self._key, file, group), read_group).example(row)
     except parquet_files.Unreadable:
       return Damaged('file that is gone or cannot be read', file=path)
 
 
 @functools.cache
-def _kept():
+def _cache():
   from parti_jax.data.readers import parquet_files
 
   return parquet_files.Cache(_KEPT)
@@ -240,21 +240,21 @@ def configured(
   caption_key: str | None = None,
   shuffle: str | None = None,
 ) -> ParquetSource:
-  """Parquet files with a column of encoded pictures and one of captions.
+  """Returns a source of Parquet files with a column of encoded pictures and one of captions.
 
   Args:
     path: the folder of the files.
-    splits: file pattern of each split, relative to the folder; see `file_patterns`. None for what
-      `found_splits` finds.
-    image_key: the column of the pictures; None for one of `arrow_rows.PICTURE_KEYS`.
-    caption_key: the column of the captions; None for one of `arrow_rows.CAPTION_KEYS`.
+    splits: file pattern of each split, relative to the folder, in the syntax of `file_patterns`.
+      None for the result of `found_splits`.
+    image_key: column of the pictures; None for one of `arrow_rows.PICTURE_KEYS`.
+    caption_key: column of the captions; None for one of `arrow_rows.CAPTION_KEYS`.
     shuffle: 'global' to shuffle all rows, which are read in any order; 'window' to shuffle files,
       in parts of about 16,000 rows, and their rows within a window. A whole row group is read for
-      one row. So None is 'window' at URLs, and where a row group has more than 4 MiB and all rows
-      together more than 256 MiB; otherwise it is 'global'.
+      one row. So None means 'window' at URLs, and if a row group has more than 4 MiB and all rows
+      together have more than 256 MiB; otherwise it means 'global'.
 
   Raises:
-    UserError: the path is not set, or there is no such shuffle.
+    UserError: the path isn't set, or `shuffle` is unknown.
   """
   if shuffle not in (None, *SHUFFLES):
     raise UserError(f'parquet.shuffle={shuffle!r} is not one of {", ".join(SHUFFLES)}')

@@ -1,4 +1,4 @@
-"""Paths of sources as gin sets them, and the files of a split."""
+"""Paths of sources from gin, and the files of a split."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Reader = Callable[[str], Iterator[base.Example | Damaged]]
 
 
 def required(name: str, path: str | None) -> str:
-  """Returns a path that gin must set, or raises UserError."""
+  """Returns a path that gin must set; raises UserError if it doesn't."""
   if path is None:
     scope = ''.join(f'{part}/' for part in gin.current_scope())
     raise UserError(f'{scope}{name}.path is not set; give --gin.{scope}{name}.path="\'FOLDER\'"')
@@ -28,9 +28,9 @@ class FilesSource(base.Source):
   """A source whose splits are files of many examples.
 
   Args:
-    name: of the source.
+    name: name of the source.
     path: the folder of the files.
-    splits: file pattern of each split, relative to the folder; see `file_patterns`.
+    splits: file pattern of each split, relative to the folder, in the syntax of `file_patterns`.
   """
 
   def __init__(self, name: str, path: str, splits: Mapping[str, str]):
@@ -42,7 +42,7 @@ class FilesSource(base.Source):
     """Returns the files of a split.
 
     Raises:
-      UserError: there is no such split, or no such file.
+      UserError: the split doesn't exist, or no file matches.
     """
     self.check_split(split)
     try:
@@ -60,11 +60,11 @@ class FilesSource(base.Source):
 
 
 class Files(base.Shards):
-  """Files that one reader reads, which may be gone or unreadable by now.
+  """Files with a common reader; tolerates files that have become unreadable.
 
   Args:
     files: paths or URLs.
-    reader: yields the examples of one.
+    reader: yields the examples of a file.
   """
 
   def __init__(self, files: list[str], reader: Reader):
@@ -75,7 +75,7 @@ class Files(base.Shards):
     try:
       for example in self._reader(file):
         if isinstance(example, Damaged):
-          # Of several things with names in a file the first of a kind is enough to warn of.
+          # Warns only about the first named thing per file and reason.
           seen = bool(example.name) and example.reason in named
           named.add(example.reason)
           yield Damaged(example.reason, example.name, '' if seen else file)

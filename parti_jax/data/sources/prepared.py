@@ -1,4 +1,4 @@
-"""Prepared pictures: ArrayRecord shards that `parti-jax prepare` writes.
+"""Prepared pictures: ArrayRecord shards written by `parti-jax prepare`.
 
 A folder with shards `SPLIT-00000.array_record` ... and `info.json`:
 
@@ -6,10 +6,10 @@ A folder with shards `SPLIT-00000.array_record` ... and `info.json`:
    "splits": {"train": {"examples": 3588, "shards": [
        {"examples": 3588, "bytes": 7651234, "digest": "5d3c..."}]}}}
 
-A record is the lengths of the caption and of the description, each a little-endian uint32; then the
-caption in UTF-8, the description in JSON, and the encoded picture. The description holds 'key' and
-'columns' of the source and 'width' and 'height' of the picture before it was resized. A split is in
-`info.json` only when all its shards are in place.
+A record consists of the lengths of the caption and of the description, each a little-endian uint32;
+then the caption in UTF-8, the description in JSON, and the encoded picture. The description holds
+'key' and 'columns' of the source, and 'width' and 'height' of the picture before resizing. A split
+appears in `info.json` only when all its shards are in place.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from parti_jax.data.sources import paths
 KIND, VERSION = 'prepared pictures', 1
 _LENGTHS = struct.Struct('<II')
 _MAX_INFO = 2**28
-_HOW_TO_MAKE = '`parti-jax prepare` makes it'
+_HOW_TO_MAKE = 'run `parti-jax prepare`'
 _FOREIGN = Damaged('record that is not of a prepared picture')
 
 
@@ -45,10 +45,10 @@ def serialized(picture: bytes, caption: str, description: Mapping[str, Any]) -> 
 
 
 def parsed(record: bytes, describe: bool = False) -> base.Example | Damaged:
-  """Makes an example of a record.
+  """Parses a record into an example.
 
   Args:
-    record: of `serialized`.
+    record: a record from `serialized`.
     describe: whether to add 'key' and 'columns'.
   """
   start = _LENGTHS.size
@@ -72,7 +72,7 @@ def read_info(folder: str) -> dict[str, Any]:
   """Reads the `info.json` of a folder.
 
   Raises:
-    UserError: the folder is missing or holds no prepared pictures.
+    UserError: the folder is missing or doesn't hold prepared pictures.
   """
   path = storage.join(folder, 'info.json')
   if not storage.exists(path):
@@ -86,7 +86,7 @@ def read_info(folder: str) -> dict[str, Any]:
     raise UserError(f'{path} is damaged; {_HOW_TO_MAKE} again') from error
   if not isinstance(info, dict) or info.get('kind') != KIND:
     raise UserError(
-      f'{folder} holds no prepared pictures, since its info.json is of something '
+      f'{folder} does not hold prepared pictures: its info.json describes something '
       'else (gin: prepared.path)'
     )
   if info.get('version') != VERSION:
@@ -97,13 +97,13 @@ def read_info(folder: str) -> dict[str, Any]:
 
 
 class PreparedSource(base.Source):
-  """Prepared pictures; the arguments are those of `configured`.
+  """Prepared pictures; `configured` describes the arguments.
 
   Attributes:
     path: the folder.
 
   Raises:
-    UserError: see `read_info`.
+    UserError: `read_info` raises it.
   """
 
   def __init__(self, path: str, shuffle: str | None = None):
@@ -117,12 +117,12 @@ class PreparedSource(base.Source):
   def check_split(self, split: str) -> None:
     if split not in self.splits:
       raise UserError(
-        f'{self.place}: there is no finished split {split!r}, but '
+        f'{self.place}: no finished split {split!r}; finished: '
         f'{", ".join(self.splits) or "none"}; {_HOW_TO_MAKE}'
       )
 
   def open(self, split: str, pictures: bool = True) -> base.Records | base.Shards:
-    del pictures  # A record is read whole in any case.
+    del pictures  # Records are always read as a whole.
     return self._open(split, describe=False)
 
   def open_described(self, split: str) -> base.Records | base.Shards:
@@ -144,7 +144,7 @@ class PreparedSource(base.Source):
     )
 
   def _files(self, split: str) -> list[str]:
-    """The files of a split, each of the size that it was written with."""
+    """Returns the files of a split, after checking their sizes."""
     if split not in self._complete:
       self._complete[split] = self._complete_files(split)
     return self._complete[split]
@@ -156,7 +156,7 @@ class PreparedSource(base.Source):
     first = next(number for number, shard in enumerate(shards) if shard['examples'])
     if not array_records.first_fits(files[first], shards[first]['examples'], parsed):
       raise UserError(
-        f'{files[first]} is damaged: its first record is not of a prepared picture; '
+        f'{files[first]} is damaged: its first record is not a prepared picture; '
         f'{_HOW_TO_MAKE} again'
       )
     return files
@@ -164,7 +164,7 @@ class PreparedSource(base.Source):
 
 @gin.configurable('prepared')
 def configured(path: str | None = None, shuffle: str | None = None) -> PreparedSource:
-  """Pictures that `parti-jax prepare` has filtered, resized and encoded.
+  """Returns a source of pictures filtered, resized and encoded by `parti-jax prepare`.
 
   Args:
     path: the folder that it wrote.
@@ -172,7 +172,7 @@ def configured(path: str | None = None, shuffle: str | None = None) -> PreparedS
       shards and, within a window, their examples; None for 'global' on disks and 'window' at URLs.
 
   Raises:
-    UserError: the path is not set, or there are no such pictures or shuffle.
+    UserError: the path isn't set, the pictures don't exist, or `shuffle` is unknown.
   """
   if shuffle not in (None, *array_records.SHUFFLES):
     raise UserError(

@@ -1,4 +1,4 @@
-"""Files of text, one text a line; no pictures."""
+"""Text files with one text per line; no pictures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from parti_jax.data.sources import paths
 
 
 class TextSource(paths.FilesSource):
-  """Files of text; the arguments are those of `configured`."""
+  """Text files; `configured` describes the arguments."""
 
   has_pictures = False
 
@@ -33,10 +33,10 @@ class TextSource(paths.FilesSource):
 def configured(
   path: str | None = None, splits: Mapping[str, str] = {'train': '*.txt'}
 ) -> TextSource:
-  """Files of text, one text a line, plain or packed.
+  """Returns a source of text files with one text per line, plain or packed.
 
   Args:
     path: the folder of the files.
-    splits: file pattern of each split, relative to the folder; see `file_patterns`.
+    splits: file pattern of each split, relative to the folder, in the syntax of `file_patterns`.
   """
   return TextSource(paths.required('text', path), splits)

@@ -13,7 +13,7 @@ from parti_jax.data.sources import paths
 
 
 class TFRecordSource(paths.FilesSource):
-  """TFRecords; the arguments are those of `configured`."""
+  """TFRecords; `configured` describes the arguments."""
 
   def __init__(self, path: str, splits: Mapping[str, str], image_key: str, caption_key: str):
     super().__init__('tfrecord', path, splits)
@@ -42,12 +42,12 @@ def configured(
   image_key: str = 'image',
   caption_key: str = 'caption',
 ) -> TFRecordSource:
-  """TFRecords of tf.train.Example, plain or packed.
+  """Returns a source of TFRecords of tf.train.Example, plain or packed.
 
   Args:
     path: the folder of the files.
-    splits: file pattern of each split, relative to the folder; see `file_patterns`.
-    image_key: the feature that holds the encoded picture.
-    caption_key: the feature that holds the caption.
+    splits: file pattern of each split, relative to the folder, in the syntax of `file_patterns`.
+    image_key: the feature with the encoded picture.
+    caption_key: the feature with the caption.
   """
   return TFRecordSource(paths.required('tfrecord', path), splits, image_key, caption_key)

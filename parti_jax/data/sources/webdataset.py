@@ -1,4 +1,4 @@
-"""Tar shards as img2dataset and webdataset write them."""
+"""Tar shards as written by img2dataset and webdataset."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from parti_jax.data.sources import paths
 
 
 class WebDatasetSource(paths.FilesSource):
-  """Tar shards; the arguments are those of `configured`."""
+  """Tar shards; `configured` describes the arguments."""
 
   def __init__(self, path: str, splits: Mapping[str, str], caption_key: str | None):
     super().__init__('webdataset', path, splits)
     self._caption_key = caption_key
 
   def open(self, split: str, pictures: bool = True) -> base.Shards:
-    del pictures  # A tar is read from its beginning in any case.
+    del pictures  # Tars are always read from their beginning.
     return self._open(split, describe=False)
 
   def open_described(self, split: str) -> base.Shards:
@@ -39,12 +39,12 @@ def configured(
   splits: Mapping[str, str] = {'train': '*.tar'},
   caption_key: str | None = None,
 ) -> WebDatasetSource:
-  """Tar shards of pictures and captions, as img2dataset writes them, plain or packed.
+  """Returns a source of tar shards as img2dataset writes them, plain or packed.
 
   Args:
     path: the folder of the shards.
-    splits: file pattern of each split, relative to the folder; see `file_patterns`.
-    caption_key: the key of the caption in a sample's .json file, whether it has a .txt file or not.
-      None for the .txt file or, where a sample has none, the key 'caption'.
+    splits: file pattern of each split, relative to the folder, in the syntax of `file_patterns`.
+    caption_key: key of the caption in a sample's .json file, which takes precedence over a .txt
+      file. None for the .txt file or, if a sample has none, the key 'caption'.
   """
   return WebDatasetSource(paths.required('webdataset', path), splits, caption_key)

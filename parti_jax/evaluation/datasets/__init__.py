@@ -1,1 +1,1 @@
-"""Captions and real pictures to evaluate on."""
+"""Captions and real pictures for evaluation."""

@@ -1,4 +1,4 @@
-"""Captions and the real pictures they describe, chosen for an evaluation."""
+"""Captions and the real pictures that they describe, chosen for an evaluation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from parti_jax.core.errors import UserError
 from parti_jax.data import captions as captions_lib
 from parti_jax.data import image_decoding
 
-# The most bytes of an annotation file; MS-COCO's have 100 million, with boxes 500 million.
+# Maximum bytes of an annotation file; MS-COCO's have 100 million, or 500 million with boxes.
 _MAX_ANNOTATIONS = 2**31
 
 
@@ -26,14 +26,14 @@ class Pictures(Protocol):
   """Encoded pictures in a fixed order."""
 
   def __len__(self) -> int:
-    """Returns their number."""
+    """Returns the number of pictures."""
 
   def encoded(self) -> Iterator[bytes]:
-    """Yields each picture as it is in its file."""
+    """Yields the encoded bytes of each picture."""
 
 
 class PictureFiles:
-  """Pictures that are files."""
+  """Pictures in individual files."""
 
   def __init__(self, paths: Sequence[pathlib.Path]):
     self.paths = list(paths)
@@ -45,7 +45,7 @@ class PictureFiles:
     for path in self.paths:
       try:
         with path.open('rb') as file:
-          # One byte more tells the decoder that it is too much.
+          # One byte more lets the decoder detect files that are too large.
           yield file.read(image_decoding.MAX_BYTES + 1)
       except OSError as error:
         raise UserError(f'--pictures: {path} cannot be read ({error.strerror})') from error
@@ -53,15 +53,15 @@ class PictureFiles:
 
 @dataclasses.dataclass(frozen=True)
 class Captioned:
-  """What an evaluation draws, and what it compares with.
+  """The captions and the real pictures of an evaluation.
 
   Attributes:
-    name: of the data set.
-    captions: texts, in the order they are drawn.
+    name: name of the data set.
+    captions: texts, in the order of generation.
     picture_of: int [captions], the index in `pictures` of each caption's picture.
-    pictures: the pictures of these captions, each once.
-    available: how many captions there were to choose from.
-    skipped: reason -> number of captions that could not be chosen.
+    pictures: the pictures of these captions, without repetition.
+    available: number of captions to choose from.
+    skipped: reason -> number of unusable captions.
   """
 
   name: str
@@ -73,15 +73,15 @@ class Captioned:
 
 
 def choose(picture_of: Sequence[int], limit: int, seed: int) -> np.ndarray:
-  """Draws captions at random, a second one of a picture only once every picture has one.
+  """Chooses captions at random; repeats a picture only once all pictures have a caption.
 
-  So 30,000 captions of MS-COCO's validation pictures, of which there are more, are those of 30,000
+  So 30,000 captions of MS-COCO's validation pictures, of which there are more, belong to 30,000
   different pictures.
 
   Args:
-    picture_of: the picture of each caption, any whole numbers.
-    limit: how many captions at most.
-    seed: of the draw.
+    picture_of: the picture of each caption, as integers.
+    limit: maximum number of captions.
+    seed: seed of the choice.
 
   Returns:
     int [chosen], indices of captions in random order.
@@ -96,50 +96,48 @@ def choose(picture_of: Sequence[int], limit: int, seed: int) -> np.ndarray:
 
 
 def read_json(path: str, what: str) -> Any:
-  """Returns what is in a JSON file of annotations.
+  """Returns the content of a JSON file of annotations.
 
   Args:
-    path: of the file.
-    what: which file it should be, for the message.
+    path: path of the file.
+    what: the expected file, for the message.
 
   Raises:
-    UserError: it can't be read, or is no JSON.
+    UserError: it can't be read, or isn't JSON.
   """
   try:
     return storage.read_json(path, _MAX_ANNOTATIONS)
   except OSError as error:
     raise UserError(
-      f'--annotations {path} cannot be read ({error.strerror or error}); it is {what}'
+      f'--annotations {path} cannot be read ({error.strerror or error}); expected {what}'
     ) from error
   except ValueError as error:
-    raise UserError(f'--annotations {path} is no JSON ({error}); it is {what}') from error
+    raise UserError(f'--annotations {path} is not JSON ({error}); expected {what}') from error
 
 
 class Captions:
-  """Captions that can be used, each with something of its own, and a count of the others."""
+  """Usable captions, each with associated data, and counts of the others."""
 
   def __init__(self):
     self.found: list[tuple[str, Any]] = []
     self.skipped = collections.Counter()
 
   def add(self, value: object, of: Any) -> None:
-    """Adds a caption as it was found in JSON, or counts why it can't be used."""
+    """Adds a caption from JSON, or counts the reason why it can't be used."""
     try:
       self.found.append((captions_lib.clean(captions_lib.from_json(value))[0], of))
     except captions_lib.UnusableCaption as error:
       self.skipped[str(error)] += 1
 
   def check(self, path: str) -> None:
-    """Raises UserError if there is none."""
+    """Raises UserError if there are no usable captions."""
     if not self.found:
       reasons = ', '.join(f'{count:,} {reason}' for reason, count in self.skipped.most_common())
-      raise UserError(
-        f'--annotations {path} has no caption that can be used ({reasons or "it is empty"})'
-      )
+      raise UserError(f'--annotations {path} has no usable caption ({reasons or "it is empty"})')
 
 
 def identity(value: object) -> str | None:
-  """Returns a picture's id, a whole number or a text, as a text; None for anything else."""
+  """Returns a picture's id, an integer or a string, as a string; None for anything else."""
   if isinstance(value, bool) or not isinstance(value, (int, str)):
     return None
   return str(value).strip() or None
@@ -149,35 +147,35 @@ def of_files(name: str, captions: Captions, folder: str, limit: int, seed: int) 
   """Chooses among captions of picture files.
 
   Args:
-    name: of the data set.
-    captions: each with its picture's file; None where the file isn't there.
-    folder: where pictures were looked for, for the message.
-    limit: how many captions at most.
-    seed: of the choice.
+    name: name of the data set.
+    captions: captions with their picture's file, None if it is missing.
+    folder: the folder of the pictures, for the message.
+    limit: maximum number of captions.
+    seed: seed of the choice.
 
   Returns:
-    The chosen ones. Captions without a file are counted as skipped.
+    The chosen captions and pictures. Captions without a file are counted as skipped.
 
   Raises:
-    UserError: no caption has its picture there.
+    UserError: no caption has a picture file.
   """
   captions, skipped = captions.found, captions.skipped
   kept = [(caption, path) for caption, path in captions if path is not None]
   if not kept:
     raise UserError(
       f'--pictures {folder}: none of the {len(captions):,} captions of {name} has '
-      'its picture there; name the folder that holds the picture files'
+      'its picture there; give the folder that holds the picture files'
     )
   files = {path: index for index, path in enumerate(dict.fromkeys(path for _, path in kept))}
   chosen = choose([files[path] for _, path in kept], limit, seed)
   shown = [kept[index] for index in chosen]
   paths = sorted({path for _, path in shown}, key=files.get)
-  place = {path: index for index, path in enumerate(paths)}
+  index_of = {path: index for index, path in enumerate(paths)}
   missing = collections.Counter({'no picture file': len(captions) - len(kept)})
   return Captioned(
     name,
     [caption for caption, _ in shown],
-    np.array([place[path] for _, path in shown]),
+    np.array([index_of[path] for _, path in shown]),
     PictureFiles(paths),
     len(captions),
     dict(+(skipped + missing)),
@@ -185,11 +183,11 @@ def of_files(name: str, captions: Captions, folder: str, limit: int, seed: int) 
 
 
 def names_in(folder: str) -> set[str]:
-  """Returns the names of the files in a folder; a UserError if it can't be read."""
+  """Returns the names of the files in a folder; raises UserError if it can't be read."""
   try:
     return {path.name for path in pathlib.Path(folder).iterdir()}
   except OSError as error:
     raise UserError(
-      f'--pictures {folder} cannot be read ({error.strerror}); it is the folder '
+      f'--pictures {folder} cannot be read ({error.strerror}); give the folder '
       'with the picture files'
     ) from error

@@ -1,10 +1,9 @@
-"""MS-COCO's captions: the annotation file and a folder of pictures, or tensorflow-datasets.
+"""MS-COCO's captions, from its annotation file and a folder of pictures, or tensorflow-datasets.
 
-Lin et al. 2014, arXiv 1405.0312, and Chen et al. 2015, arXiv 1504.00325. The file is that of the
-"2014 Train/Val annotations", captions_val2014.json (or of 2017): {"images": [{"id", "file_name",
-…}], "annotations": [{"image_id", "caption", …}], …}. Ids may be numbers or texts, and a
-file's name may lead into folders. Parti's evaluation takes 30,000 captions of the validation
-pictures of 2014.
+Lin et al. 2014, arXiv 1405.0312, and Chen et al. 2015, arXiv 1504.00325. The file comes from the
+"2014 Train/Val annotations", captions_val2014.json (or from 2017): {"images": [{"id", "file_name",
+…}], "annotations": [{"image_id", "caption", …}], …}. Ids may be numbers or strings, and file names
+may contain folders. Parti's evaluation uses 30,000 captions of the validation pictures of 2014.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ NAME = 'MS-COCO'
 
 _FILE = 'the file captions_val2014.json of MS-COCO'
 
-# tensorflow-datasets has Karpathy's splits; these make up the validation pictures of 2014.
+# tensorflow-datasets has Karpathy's splits; together these are the validation pictures of 2014.
 _TFDS_SPLIT = 'val+test+restval'
 
 
@@ -31,25 +30,25 @@ def read(annotations: str, pictures: str, limit: int, seed: int) -> captioned_pi
   Args:
     annotations: path of the file.
     pictures: path of the folder with the picture files.
-    limit: how many captions at most.
-    seed: of the choice.
+    limit: maximum number of captions.
+    seed: seed of the choice.
 
   Returns:
     The captions and their pictures.
 
   Raises:
-    UserError: the file or the folder can't be read, an entry lacks what it must have, a file's name
-      leads out of the folder, no caption can be used, or no picture is there.
+    UserError: the file or the folder can't be read, an entry is incomplete, a file's name points
+      outside of the folder, no caption is usable, or no picture file exists.
   """
   content = _load(annotations)
   names = _file_names(content['images'], annotations)
   there = captioned_pictures.names_in(pictures)
   captions = captioned_pictures.Captions()
   for number, annotation in enumerate(content['annotations'], 1):
-    place = f'{annotations}, annotations, entry {number}'
-    identity = _identity(annotation, 'image_id', place)
+    location = f'{annotations}, annotations, entry {number}'
+    identity = _identity(annotation, 'image_id', location)
     if identity not in names:
-      raise UserError(f'{place}: image_id {identity} is not among its images')
+      raise UserError(f'{location}: image_id {identity} is not among its images')
     name = names[identity]
     path = pathlib.Path(pictures, name)
     found = path.is_file() if '/' in name else name in there
@@ -59,64 +58,66 @@ def read(annotations: str, pictures: str, limit: int, seed: int) -> captioned_pi
 
 
 def _load(path: str) -> dict:
-  """Reads the file and checks its outer form."""
+  """Reads the file and checks its top-level structure."""
   content = captioned_pictures.read_json(path, _FILE)
   for key in ('images', 'annotations'):
     if not isinstance(content, dict) or not isinstance(content.get(key), list):
-      raise UserError(f'--annotations {path} has no list {key!r}; it is {_FILE}')
+      raise UserError(f'--annotations {path} has no list {key!r}; expected {_FILE}')
     if not content[key]:
       raise UserError(f'--annotations {path}: its list {key!r} is empty')
   return content
 
 
 def _file_names(images: list, annotations: str) -> dict[str, str]:
-  """Returns id -> name of the file, a path within the folder of pictures."""
+  """Returns {id: file name}, where names are paths within the folder of pictures."""
   names = {}
   for number, image in enumerate(images, 1):
-    place = f'{annotations}, images, entry {number}'
-    identity, name = _identity(image, 'id', place), image.get('file_name')
+    location = f'{annotations}, images, entry {number}'
+    identity, name = _identity(image, 'id', location), image.get('file_name')
     if not isinstance(name, str) or not name:
-      raise UserError(f"{place}: no text 'file_name' in it")
+      raise UserError(f"{location}: it has no string 'file_name'")
     if not _lies_within(name):
-      raise UserError(f'{place}: the file_name {name!r} is no path within the folder of pictures')
+      raise UserError(
+        f'{location}: the file_name {name!r} is not a path within the folder of pictures'
+      )
     if names.setdefault(identity, name) != name:
-      raise UserError(f'{place}: the id {identity} is that of {names[identity]!r} already')
+      raise UserError(f'{location}: the id {identity} already belongs to {names[identity]!r}')
   return names
 
 
 def _lies_within(name: str) -> bool:
-  """Whether the name of a file can lead nowhere but into a folder."""
+  """Returns whether a file name can only refer to a file inside a folder."""
   valid = '\0' not in name and not any('\ud800' <= character <= '\udfff' for character in name)
   return valid and not name.startswith('/') and '..' not in name.split('/')
 
 
-def _identity(entry: object, key: str, place: str) -> str:
-  """Returns the id of a picture in an entry, or raises a UserError that names the entry."""
+def _identity(entry: object, key: str, location: str) -> str:
+  """Returns the picture id in an entry; raises UserError, which names the entry, without one."""
   value = captioned_pictures.identity(entry.get(key)) if isinstance(entry, dict) else None
   if value is None:
-    raise UserError(f'{place}: no whole number or text {key!r} in it')
+    raise UserError(f'{location}: it has no whole number or string {key!r}')
   return value
 
 
 class _TfdsPictures:
-  """Some pictures of a tensorflow-datasets split, by their places in it."""
+  """Some pictures of a tensorflow-datasets split, given by their positions in it."""
 
-  def __init__(self, builder, places: list[int]):
+  def __init__(self, builder, positions: list[int]):
     self._builder = builder
-    self._places = places
+    self._positions = positions
 
   def __len__(self):
-    return len(self._places)
+    return len(self._positions)
 
   def encoded(self) -> Iterator[bytes]:
-    wanted = set(self._places)
-    for place, example in enumerate(_examples(self._builder, ('image',))):
-      if place in wanted:
+    wanted = set(self._positions)
+    for position, example in enumerate(_examples(self._builder, ('image',))):
+      if position in wanted:
         yield example['image']
 
 
 def _examples(builder, keys: tuple[str, ...]) -> Iterator[dict]:
-  """Yields a split's examples in one fixed order, pictures encoded."""
+  """Yields a split's examples in a fixed order, with encoded pictures."""
   from parti_jax.data import streams
   from parti_jax.data.quiet_tensorflow import tfds
 
@@ -136,18 +137,18 @@ def _examples(builder, keys: tuple[str, ...]) -> Iterator[dict]:
 def read_tfds(data_dir: str | None, limit: int, seed: int) -> captioned_pictures.Captioned:
   """Reads captions from tensorflow-datasets' `coco_captions` and chooses among them.
 
-  Nothing is downloaded: the data set has been prepared, with `tfds build coco_captions`.
+  The data set must have been prepared with `tfds build coco_captions`; nothing is downloaded.
 
   Args:
-    data_dir: where tensorflow-datasets keeps it; None for its own folder.
-    limit: how many captions at most.
-    seed: of the choice.
+    data_dir: data folder of tensorflow-datasets; None for its default.
+    limit: maximum number of captions.
+    seed: seed of the choice.
 
   Returns:
     The captions and their pictures.
 
   Raises:
-    UserError: the data set is not prepared there.
+    UserError: the data set hasn't been prepared.
   """
   from parti_jax.data.quiet_tensorflow import tfds
 
@@ -158,19 +159,19 @@ def read_tfds(data_dir: str | None, limit: int, seed: int) -> captioned_pictures
       '(--tfds_dir names another folder), or give --annotations and --pictures'
     )
   found = captioned_pictures.Captions()
-  for place, example in enumerate(_examples(builder, ('captions',))):
+  for position, example in enumerate(_examples(builder, ('captions',))):
     for text in example['captions']['text']:
-      found.add(text.decode('utf-8', 'surrogateescape'), place)
+      found.add(text.decode('utf-8', 'surrogateescape'), position)
   found.check(str(builder.data_dir))
   captions, picture_of = zip(*found.found)
   chosen = captioned_pictures.choose(picture_of, limit, seed)
-  places = sorted({picture_of[index] for index in chosen})
-  index_of = {place: index for index, place in enumerate(places)}
+  positions = sorted({picture_of[index] for index in chosen})
+  index_of = {position: index for index, position in enumerate(positions)}
   return captioned_pictures.Captioned(
     NAME,
     [captions[index] for index in chosen],
     np.array([index_of[picture_of[index]] for index in chosen]),
-    _TfdsPictures(builder, places),
+    _TfdsPictures(builder, positions),
     len(captions),
     dict(found.skipped),
   )

@@ -1,9 +1,9 @@
-"""Localized Narratives: captions that people spoke while pointing at what they saw.
+"""Localized Narratives: captions that annotators spoke while pointing at image regions.
 
 Pont-Tuset et al. 2020, arXiv 1912.03098. A file holds JSON lines: {"dataset_id": "mscoco_val2017",
-"image_id": "137576", "caption": "…", and traces that are not needed here}. Parti's evaluation
-takes those of MS-COCO's pictures, coco_val_localized_narratives.jsonl; the pictures
-are MS-COCO's val2017.
+"image_id": "137576", "caption": "…", and traces, which we ignore}. Parti's evaluation uses the
+narratives of MS-COCO's pictures, coco_val_localized_narratives.jsonl; the pictures are MS-COCO's
+val2017.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from parti_jax.evaluation.datasets import captioned_pictures
 
 NAME = 'Localized Narratives'
 
-# In characters; the traces of a long narrative take a million.
+# In characters; the traces of a long narrative have a million.
 _MAX_LINE = 2**24
 
 
@@ -29,16 +29,17 @@ def read(annotations: str, pictures: str, limit: int, seed: int) -> captioned_pi
   Args:
     annotations: path of the file.
     pictures: path of the folder with the picture files; their names are those of MS-COCO 2017
-      (000000137576.jpg) or 2014 (COCO_val2014_000000137576.jpg), or the `image_id` with an ending.
-    limit: how many narratives at most.
-    seed: of the choice.
+      (000000137576.jpg) or 2014 (COCO_val2014_000000137576.jpg), or the `image_id` with an
+      extension.
+    limit: maximum number of narratives.
+    seed: seed of the choice.
 
   Returns:
     The narratives and their pictures.
 
   Raises:
-    UserError: the file or the folder can't be read, a line lacks what it must have, no caption can
-      be used, or no picture is there.
+    UserError: the file or the folder can't be read, a line is incomplete, no caption is usable, or
+      no picture file exists.
   """
   there = captioned_pictures.names_in(pictures)
   captions = captioned_pictures.Captions()
@@ -46,7 +47,7 @@ def read(annotations: str, pictures: str, limit: int, seed: int) -> captioned_pi
     row = _parse(line, f'{annotations}, line {number}')
     identity = captioned_pictures.identity(row.get('image_id'))
     if identity is None:
-      raise UserError(f"{annotations}, line {number}: no whole number or text 'image_id' in it")
+      raise UserError(f"{annotations}, line {number}: it has no whole number or string 'image_id'")
     name = next((name for name in _file_names(identity) if name in there), None)
     captions.add(row.get('caption'), name and pathlib.Path(pictures, name))
   captions.check(annotations)
@@ -54,7 +55,7 @@ def read(annotations: str, pictures: str, limit: int, seed: int) -> captioned_pi
 
 
 def _lines(path: str) -> Iterator[tuple[int, str]]:
-  """Yields the numbers, from 1, and texts of the lines that are not blank."""
+  """Yields the numbers, from 1, and texts of the nonblank lines."""
   try:
     with storage.open_file(path, 'rt') as file:
       number = 0
@@ -67,27 +68,27 @@ def _lines(path: str) -> Iterator[tuple[int, str]]:
   except (OSError, UnicodeDecodeError) as error:
     reason = getattr(error, 'strerror', None) or 'it is not UTF-8 text'
     raise UserError(
-      f'--annotations {path} cannot be read ({reason}); it is the file '
+      f'--annotations {path} cannot be read ({reason}); expected the file '
       'coco_val_localized_narratives.jsonl'
     ) from error
 
 
-def _parse(line: str, place: str) -> dict:
-  """Returns what is in a line."""
+def _parse(line: str, location: str) -> dict:
+  """Returns the object in a line."""
   try:
     row = json.loads(line)
   except (ValueError, RecursionError) as error:
     reason = getattr(error, 'msg', 'it cannot be read')
     raise UserError(
-      f'{place}: no JSON ({reason}); a line is {{"image_id": …, "caption": …}}'
+      f'{location}: not JSON ({reason}); expected {{"image_id": …, "caption": …}}'
     ) from error
   if not isinstance(row, dict):
-    raise UserError(f'{place}: no JSON object; a line is {{"image_id": …, "caption": …}}')
+    raise UserError(f'{location}: not a JSON object; expected {{"image_id": …, "caption": …}}')
   return row
 
 
 def _file_names(identity: str) -> Iterator[str]:
-  """Yields the names that a picture's file may have, the likeliest first."""
+  """Yields the possible file names of a picture, the most likely first."""
   stems = [identity]
   if identity.isdecimal():
     number = identity.zfill(12)

@@ -1,7 +1,7 @@
-"""Generated pictures in tar shards, drawn once: a run that was stopped goes on where it was.
+"""Generated pictures in tar shards, so that an interrupted run can continue.
 
-A shard holds what img2dataset writes for some captions, 000012.png with 000012.txt, so that it can
-be looked at with any tool, and read again as a data set with gin_configs/tasks/webdataset.gin.
+A shard has img2dataset's format, 000012.png with 000012.txt for each caption. Common tools can
+display it, and gin_configs/tasks/webdataset.gin reads it as a data set.
 """
 
 from __future__ import annotations
@@ -21,34 +21,34 @@ from PIL import Image
 
 from parti_jax.core.errors import UserError
 
-# Captions in a shard: what a run that is stopped loses at most.
+# Captions in a shard: the most that an interrupted run loses.
 SHARD = 64
 
-# The tar header that keeps how many captions of the shard were too long for the model.
+# The tar header with the number of the shard's captions that were too long for the model.
 _CUT = 'PARTI_JAX.captions_cut'
 
 
 class PictureShards:
-  """The pictures of some captions, one of each."""
+  """The pictures of some captions, one for each."""
 
   def __init__(self, folder: pathlib.Path, captions: Sequence[str]):
-    """Uses a folder, made if it isn't there."""
+    """Uses a folder; creates it if it doesn't exist."""
     self.folder = folder
     self.captions = list(captions)
     folder.mkdir(parents=True, exist_ok=True)
     self._starts = range(0, len(self.captions), SHARD)
 
   def draw(self, pipeline, num_images: int, progress: bool, **settings):
-    """Draws what is not there yet.
+    """Generates the missing pictures.
 
-    Every caption has noise of its own, though all are drawn with one seed: picture i of caption c
-    is drawn as picture c · num_images + i.
+    All pictures use one seed, but each caption has its own noise: picture i of caption c is
+    generated as picture c · num_images + i.
 
     Args:
-      pipeline: as `parti_jax.load` gives it.
-      num_images: pictures drawn for each caption; of several the ranker's best is kept.
-      progress: show a bar on a terminal.
-      **settings: of `pipeline.generate`.
+      pipeline: the result of `parti_jax.load`.
+      num_images: pictures generated for each caption; the ranker keeps the best.
+      progress: whether to show a bar on a terminal.
+      **settings: arguments of `pipeline.generate`.
     """
     bar = tqdm.tqdm(
       total=len(self.captions), desc='drawing', unit='caption', disable=None if progress else True
@@ -66,7 +66,7 @@ class PictureShards:
               first_index=[(start + row) * num_images for row in range(len(captions))],
               **settings,
             )
-          # A ranker that has a shorter text length warns too, in other words.
+          # A ranker with a shorter text length warns with another message.
           cut = sum(str(warning.message).startswith('prompt ') for warning in caught)
           self._write(start, captions, result.images[:, 0], cut)
         bar.update(len(captions))
@@ -81,7 +81,7 @@ class PictureShards:
       yield self._read(start)
 
   def captions_cut(self) -> int:
-    """Returns how many captions were longer than the model's text length."""
+    """Returns the number of captions longer than the model's text length."""
     return sum(self._cut(start) for start in self._starts)
 
   def _path(self, start: int) -> pathlib.Path:
@@ -128,5 +128,5 @@ class PictureShards:
         yield tar
     except (OSError, KeyError, ValueError, tarfile.TarError) as error:
       raise UserError(
-        f'{path} is damaged; delete it, and the run draws its pictures again'
+        f'{path} is damaged; delete it, and the run generates its pictures again'
       ) from error

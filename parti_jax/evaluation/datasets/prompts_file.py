@@ -1,4 +1,4 @@
-"""Prompts in the form of PartiPrompts, the benchmark that was published with Parti.
+"""Prompts in the format of PartiPrompts, the benchmark published with Parti.
 
 A tab-separated file with a header and the columns Prompt, Category, Challenge and Note;
 PartiPrompts itself has 1,632 prompts in 12 categories and 11 challenges.
@@ -16,14 +16,14 @@ COLUMNS = ('Prompt', 'Category', 'Challenge', 'Note')
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-  """A prompt and what its file says of it.
+  """A prompt and its annotations.
 
   Attributes:
-    number: from 1, its place in the file.
+    number: its number in the file, from 1.
     text: the prompt.
-    category: what it is about.
-    challenge: what makes it hard.
-    note: anything; may be empty.
+    category: its subject.
+    challenge: the difficulty that it tests.
+    note: any text; may be empty.
   """
 
   number: int
@@ -37,7 +37,7 @@ def read(path: str) -> list[Prompt]:
   """Reads a file of prompts.
 
   Args:
-    path: of the file. Quotes are part of a text; blank lines are left out.
+    path: path of the file. Quotes are part of a text; blank lines are skipped.
 
   Returns:
     The prompts, in the order of the file.
@@ -49,26 +49,26 @@ def read(path: str) -> list[Prompt]:
   expected = ', '.join(COLUMNS)
   if tuple(_cells(lines[0])) != COLUMNS:
     raise UserError(
-      f'{path}, line 1: the columns {expected}, separated by tabs, are needed; '
-      f'there is {lines[0][:80] or "nothing"!r}'
+      f'{path}, line 1: expected the columns {expected}, separated by tabs, '
+      f'got {lines[0][:80] or "nothing"!r}'
     )
   prompts = []
   for number, line in enumerate(lines[1:], 2):
     if not line.strip():
       continue
     cells = _cells(line)
-    # A note that is empty may have lost its tab.
+    # An empty note may have lost its tab.
     cells += [''] * (len(cells) == len(COLUMNS) - 1)
     if len(cells) != len(COLUMNS):
       raise UserError(
-        f'{path}, line {number}: {len(cells)} cells, where {expected} are needed, separated by tabs'
+        f'{path}, line {number}: {len(cells)} cells, expected {expected}, separated by tabs'
       )
     for name, cell in zip(COLUMNS[:3], cells):
       if not cell:
         raise UserError(f'{path}, line {number}: its {name} is empty')
     prompts.append(Prompt(len(prompts) + 1, *cells))
   if not prompts:
-    raise UserError(f'{path} has no prompt in it')
+    raise UserError(f'{path} has no prompts')
   return prompts
 
 

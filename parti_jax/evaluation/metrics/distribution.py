@@ -1,16 +1,17 @@
-"""Generated pictures as a set, beside real ones: Fréchet distance, precision, recall, alignment.
+"""Compares sets of generated and real pictures: Fréchet distance, precision, recall, alignment.
 
 Each row compares a set of pictures with a set of real ones:
 
-* generated, reconstruction: the drawn pictures, and the real ones through the tokenizer (what no
-  generator over its tokens can beat), with all real pictures;
-* generated_half, real_half: one drawn picture for each caption of one half of the real pictures,
-  and that half itself, with the other half. The Fréchet distance grows where pictures are few, so
-  real_half is what perfect pictures would get, and generated_half is to be held against it.
+* generated, reconstruction: the generated pictures, and the tokenizer's reconstructions of the real
+  ones (the ceiling for any generator over its tokens), against all real pictures;
+* generated_half, real_half: one generated picture for each caption of one half of the real
+  pictures, and that half itself, against the other half. The Fréchet distance grows as the number
+  of pictures falls, so real_half is what perfect pictures would get, and the reference for
+  generated_half.
 
-Alignment is the mean cosine of a ranker's features of text and picture (as CLIP's score, Hessel et
-al. 2021, arXiv 2104.08718, without its factor and its cut at 0), beside that of the real pictures
-and that of real pictures with the captions of others.
+Alignment is the mean cosine of a ranker's features of text and picture (like the CLIP score, Hessel
+et al. 2021, arXiv 2104.08718, without its factor and its clipping at 0). The table also has that of
+the real pictures, and that of real pictures with the captions of others.
 """
 
 from __future__ import annotations
@@ -34,19 +35,19 @@ ROWS = {
   'real_half': 'real pictures of one half, against the other',
 }
 
-# Parts of the pictures over which the inception score is taken, as Salimans et al. did. The score
-# of a part can't be above its number of pictures, so that of few it says nothing of what they show.
+# Parts of the pictures over which the inception score is averaged, as by Salimans et al. The score
+# of a part can't exceed its number of pictures, so it is meaningless for small parts.
 _SPLITS = 10
 _LEAST_OF_A_SPLIT = 50
-# With fewer pictures the balls of precision and recall, which reach the third neighbour, are large.
+# With fewer pictures, the balls of precision and recall, up to the third neighbour, are too large.
 _FEW_PICTURES = 100
-# Of fewer prompts or captions a standard error is rough.
+# With fewer prompts or captions, a standard error is rough.
 FEW_PROMPTS = 30
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-  """A mean and its standard error (of the inception score: deviation over the splits)."""
+  """A mean and its standard error (for the inception score: deviation over the splits)."""
 
   mean: float
   error: float | None
@@ -58,15 +59,15 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """A set of pictures against real ones; None where a value has no meaning.
+  """A set of pictures compared with real ones; None for values that are undefined.
 
   Attributes:
-    pictures: how many they are.
-    real: how many real ones they are compared with.
-    frechet_distance: see `frechet`.
-    precision: see `precision_recall`; None of sets of three pictures or fewer.
-    recall: as above.
-    inception_score: over Inception's logits; None of fewer than 500 pictures.
+    pictures: number of pictures.
+    real: number of real pictures that they are compared with.
+    frechet_distance: the distance of `frechet`.
+    precision: the precision of `precision_recall`; None for three pictures or fewer.
+    recall: the recall of `precision_recall`; None for three pictures or fewer.
+    inception_score: from Inception's logits; None for fewer than 500 pictures.
     alignment: mean cosine of text and picture, with the standard error over captions.
   """
 
@@ -84,10 +85,10 @@ class Distribution:
   """All rows over one kind of features.
 
   Attributes:
-    features: what they are, in words.
-    dim: their number.
+    features: description of the features.
+    dim: number of features.
     rows: key of ROWS -> row.
-    remarks: what values are of too few pictures to rely on, and which are left out for that.
+    remarks: values that are unreliable or omitted because there are too few pictures.
   """
 
   features: str
@@ -98,14 +99,14 @@ class Distribution:
 
 @dataclasses.dataclass(frozen=True)
 class Sets:
-  """The features that are compared.
+  """The features to compare.
 
   Attributes:
-    real: of [pictures].
-    reconstruction: of the same, through the tokenizer.
-    generated: of [generated].
-    caption_of: int [generated], the caption that a picture was drawn for.
-    picture_of: int [captions], the real picture that has a caption.
+    real: features of [pictures].
+    reconstruction: features of the same pictures' reconstructions by the tokenizer.
+    generated: features of [generated].
+    caption_of: int [generated], the caption of each generated picture.
+    picture_of: int [captions], the real picture of each caption.
     texts: float32 [captions, dim], the ranker's features of captions; None without a ranker.
   """
 
@@ -126,16 +127,16 @@ def of_pictures(
   generated: np.ndarray,
   seed: int = 0,
 ) -> Distribution:
-  """Measures pictures that are all in memory.
+  """Compares pictures that are all in memory.
 
   Args:
-    extractor: see `features.Extractor`.
+    extractor: a `features.Extractor`.
     captions: texts.
     picture_of: int [captions], the real picture of each.
     real: uint8 [pictures, height, width, 3].
     reconstruction: uint8, the same shape.
     generated: uint8 [captions, num_images, height, width, 3].
-    seed: see `measure`.
+    seed: as in `measure`.
 
   Returns:
     The table.
@@ -158,12 +159,12 @@ def of_pictures(
 
 
 def measure(name: str, sets: Sets, seed: int = 0) -> Distribution:
-  """Fills the table of one kind of features.
+  """Computes the table for one kind of features.
 
   Args:
-    name: of the features, for the report.
+    name: description of the features, for the report.
     sets: the features.
-    seed: of the halves and of the captions of others.
+    seed: seed of the halves and of the other pictures' captions.
 
   Returns:
     The table.
@@ -171,48 +172,52 @@ def measure(name: str, sets: Sets, seed: int = 0) -> Distribution:
   rng = np.random.default_rng([seed, len(sets.real)])
   real, generated = sets.real, sets.generated
   half, other_half = np.array_split(rng.permutation(len(real)), 2)
-  # The first picture drawn for each real one: both rows of halves have the same number.
-  drawn_for = sets.picture_of[sets.caption_of].tolist()
-  drawn = {picture: index for index, picture in reversed(list(enumerate(drawn_for)))}
-  drawn_half = np.array(
-    [drawn[picture] for picture in other_half.tolist() if picture in drawn], int
+  # The first picture generated for each real one, so that both rows of halves have the same number.
+  real_of = sets.picture_of[sets.caption_of].tolist()
+  first_of = {picture: index for index, picture in reversed(list(enumerate(real_of)))}
+  generated_half = np.array(
+    [first_of[picture] for picture in other_half.tolist() if picture in first_of], int
   )
-  every = np.arange(len(sets.picture_of))
+  captions = np.arange(len(sets.picture_of))
   rows = {
     'generated': _row(generated, real, _alignment(generated, sets.texts, sets.caption_of)),
     'reconstruction': _row(
-      sets.reconstruction, real, _alignment(sets.reconstruction[sets.picture_of], sets.texts, every)
+      sets.reconstruction,
+      real,
+      _alignment(sets.reconstruction[sets.picture_of], sets.texts, captions),
     ),
     'real': Row(
       len(real),
       inception_score=_inception_score(real),
-      alignment=_alignment(real[sets.picture_of], sets.texts, every),
+      alignment=_alignment(real[sets.picture_of], sets.texts, captions),
     ),
   }
   if sets.texts is not None and len(np.unique(sets.picture_of)) > 1:
     others = _pictures_of_others(sets.picture_of, rng)
-    rows['other_captions'] = Row(len(real), alignment=_alignment(real[others], sets.texts, every))
-  if len(half) > precision_recall.NEIGHBOURS and len(drawn_half) > precision_recall.NEIGHBOURS:
-    rows['generated_half'] = _row(generated[drawn_half], real[half])
+    rows['other_captions'] = Row(
+      len(real), alignment=_alignment(real[others], sets.texts, captions)
+    )
+  if len(half) > precision_recall.NEIGHBOURS and len(generated_half) > precision_recall.NEIGHBOURS:
+    rows['generated_half'] = _row(generated[generated_half], real[half])
     rows['real_half'] = _row(real[other_half], real[half])
   dim = real.values.shape[1]
-  captions = len(np.unique(sets.caption_of)) if sets.texts is not None else None
+  num_captions = len(np.unique(sets.caption_of)) if sets.texts is not None else None
   return Distribution(
-    name, dim, rows, _remarks(rows, dim, captions, scored=generated.logits is not None)
+    name, dim, rows, _remarks(rows, dim, num_captions, scored=generated.logits is not None)
   )
 
 
 def _remarks(rows: Mapping[str, Row], dim: int, captions: int | None, scored: bool) -> list[str]:
-  """Says what is of too few pictures.
+  """Reports values that are unreliable or missing because there are too few pictures.
 
   Args:
     rows: key of ROWS -> row.
     dim: number of features.
-    captions: how many captions the alignment is over; None without alignment.
+    captions: number of captions in the alignment; None without alignment.
     scored: whether the features have an inception score.
 
   Returns:
-    A sentence for each kind of value that is.
+    A sentence for each kind of such values.
   """
   compared = {key: min(row.pictures, row.real) for key, row in rows.items() if row.real is not None}
   found = []
@@ -224,8 +229,8 @@ def _remarks(rows: Mapping[str, Row], dim: int, captions: int | None, scored: bo
 
   add(
     {key: count for key, count in compared.items() if 2 <= count <= dim},
-    f'Fréchet distance: not more pictures than the {dim:,} features, so that covariances are '
-    'singular and the value is mostly the bias of few pictures',
+    f'Fréchet distance: no more pictures than the {dim:,} features, so covariances are '
+    'singular and the value is mostly small-sample bias',
   )
   add(
     {
@@ -233,12 +238,12 @@ def _remarks(rows: Mapping[str, Row], dim: int, captions: int | None, scored: bo
       for key, count in compared.items()
       if precision_recall.NEIGHBOURS < count < _FEW_PICTURES
     },
-    f'Precision, recall: fewer than {_FEW_PICTURES} pictures say little, since the balls around '
-    'them reach far',
+    f'Precision, recall: unreliable for fewer than {_FEW_PICTURES} pictures, since the balls '
+    'around them are large',
   )
   add(
     {key: count for key, count in compared.items() if count <= precision_recall.NEIGHBOURS},
-    'Left out for too few pictures: precision and recall, and of one also the Fréchet distance',
+    'Omitted for too few pictures: precision and recall, and for one also the Fréchet distance',
   )
   if scored:
     add(
@@ -247,14 +252,14 @@ def _remarks(rows: Mapping[str, Row], dim: int, captions: int | None, scored: bo
         for key, row in rows.items()
         if row.pictures < _SPLITS * _LEAST_OF_A_SPLIT and key != 'other_captions'
       },
-      f'Inception score: left out of fewer than {_SPLITS * _LEAST_OF_A_SPLIT} pictures',
+      f'Inception score: omitted for fewer than {_SPLITS * _LEAST_OF_A_SPLIT} pictures',
     )
   if 'real_half' not in rows:
-    found.append('Halves: left out, since there are too few pictures.')
+    found.append('Halves: omitted, since there are too few pictures.')
   if captions is not None and captions < FEW_PROMPTS:
     found.append(
       f'Alignment: over fewer than {FEW_PROMPTS} captions ({captions}) the standard '
-      'error is rough, and of one caption there is none.'
+      'error is rough, and for one caption it is undefined.'
     )
   return found
 
@@ -278,7 +283,7 @@ def _row(
 
 
 def _distance(pictures: features_lib.Features, real: features_lib.Features) -> float | None:
-  """Returns the Fréchet distance; over Inception's features as torch-fidelity computes it."""
+  """Returns the Fréchet distance; computed by torch-fidelity for Inception's features."""
   if min(len(pictures), len(real)) < 2:
     return None
   if pictures.logits is None:
@@ -316,8 +321,8 @@ def _alignment(
   own = texts[caption_of]
   norms = np.linalg.norm(pictures.values, axis=1) * np.linalg.norm(own, axis=1)
   cosines = np.einsum('pd,pd->p', pictures.values, own) / norms
-  drawn = np.bincount(caption_of, minlength=len(texts))
-  of_caption = (np.bincount(caption_of, cosines, len(texts)) / drawn.clip(min=1))[drawn > 0]
+  counts = np.bincount(caption_of, minlength=len(texts))
+  of_caption = (np.bincount(caption_of, cosines, len(texts)) / counts.clip(min=1))[counts > 0]
   error = float(of_caption.std(ddof=1) / len(of_caption) ** 0.5) if len(of_caption) > 1 else None
   return Estimate(float(cosines.mean()), error)
 
@@ -325,6 +330,6 @@ def _alignment(
 def _pictures_of_others(picture_of: np.ndarray, rng: np.random.Generator) -> np.ndarray:
   """Returns for each caption a random picture that isn't its own: int [captions]."""
   turned = rng.permutation(np.unique(picture_of)).tolist()
-  # In a ring each picture's neighbour is another one (but for a picture that is alone).
+  # Each picture's neighbour in a ring is a different one (unless there is only one picture).
   neighbour = dict(zip(turned, [*turned[1:], turned[0]]))
   return np.array([neighbour[picture] for picture in picture_of.tolist()])

@@ -1,8 +1,8 @@
-"""Pictures as features, over which sets of pictures are compared.
+"""Features of pictures, over which sets of pictures are compared.
 
-Two kinds: Inception v3 with the weights of the FID, computed by torch-fidelity, and the picture
-features of a ranker, which need no download. A report says which it is about; values over
-different features do not compare.
+There are two kinds: those of Inception v3 with the FID's weights, computed by torch-fidelity, and
+the picture features of a ranker, which need no download. Reports name the features, since values
+over different features aren't comparable.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from PIL import Image
 from parti_jax.core import storage
 from parti_jax.core.errors import UserError
 
-# The file's first name; torch-fidelity's releases hold the same as
+# The original file name; torch-fidelity's releases contain the same file as
 # weights-inception-2015-12-05-6726825d.pth.
 INCEPTION_FILE = 'pt_inception-2015-12-05-6726825d.pth'
 
-# Height and width of the pictures that Inception compares, at most.
+# Maximum height and width of the pictures that Inception compares.
 LARGEST_SIZE = 4096
-# Pictures that go through a network at once.
+# Pictures processed by a network at once.
 _BATCH = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-  """What a network says of pictures.
+  """A network's outputs for pictures.
 
   Attributes:
     values: float32 [pictures, dim].
-    logits: float32 [pictures, classes], for the inception score; None of a network without
+    logits: float32 [pictures, classes], for the inception score; None for a network without
       classes.
   """
 
@@ -52,34 +52,34 @@ class Features:
 
 
 class Extractor(Protocol):
-  """A network that turns pictures into features.
+  """A network that computes features of pictures.
 
   Attributes:
-    name: for reports.
-    image_size: height and width of the pictures that it compares, in pixels.
+    name: description for reports.
+    image_size: height and width of the pictures that it takes, in pixels.
   """
 
   name: str
   image_size: int
 
   def __call__(self, images: np.ndarray) -> Features:
-    """Takes uint8 [pictures, image_size, image_size, 3]."""
+    """Returns the features of uint8 [pictures, image_size, image_size, 3]."""
 
   def texts(self, captions: Sequence[str]) -> np.ndarray | None:
-    """Features of captions, float32 [captions, dim]; None of a network that knows no texts."""
+    """Returns features of captions, float32 [captions, dim]; None without a text encoder."""
 
 
 class Inception:
-  """Inception v3 as the FID is defined, through torch-fidelity: its pool of 2,048 features.
+  """Inception v3 as defined for the FID, from torch-fidelity: its pool of 2,048 features.
 
-  Of its own it resizes to 299 pixels as TensorFlow 1 did, which is part of that definition.
+  The network itself resizes to 299 pixels like TensorFlow 1, as the FID's definition requires.
   """
 
   def __init__(self, weights: str, image_size: int = 256):
-    """Reads the weights; a GPU that torch sees is used.
+    """Loads the weights; uses a GPU if torch finds one.
 
     Args:
-      weights: path of torch-fidelity's file, see INCEPTION_FILE.
+      weights: path of torch-fidelity's file, INCEPTION_FILE.
       image_size: height and width at which pictures are compared.
 
     Raises:
@@ -96,7 +96,7 @@ class Inception:
     if os.path.isfile(weights):
       storage.check_size(weights, storage.MAX_WEIGHTS)
     try:
-      # torch-fidelity unpickles whatever is in the file; this takes nothing but tensors.
+      # torch-fidelity unpickles anything in the file; this call accepts only tensors.
       torch.load(weights, map_location='cpu', weights_only=True)
       self._network = utils.create_feature_extractor(
         'inception-v3-compat',
@@ -115,8 +115,8 @@ class Inception:
       pickle.UnpicklingError,
     ) as error:
       raise UserError(
-        f'--inception_weights {weights} holds no weights of Inception v3 in '
-        f"torch-fidelity's form; it is the file {INCEPTION_FILE}"
+        f'--inception_weights {weights} does not hold weights of Inception v3 in '
+        f"torch-fidelity's format; expected the file {INCEPTION_FILE}"
       ) from error
 
   def __call__(self, images: np.ndarray) -> Features:
@@ -134,7 +134,7 @@ class Inception:
 
 
 class RankerFeatures:
-  """The picture features of a ranker: unit vectors, made to tell captions apart."""
+  """The picture features of a ranker: unit vectors, trained to distinguish captions."""
 
   def __init__(self, ranker, model_name: str):
     """Takes a `parti_jax.sampling.ranking.Ranker` and the name of its model."""
@@ -146,15 +146,15 @@ class RankerFeatures:
     return Features(self.ranker.image_features(images))
 
   def texts(self, captions: Sequence[str]) -> np.ndarray:
-    """Returns features of captions, float32 [captions, dim]; those that are long are cut."""
+    """Returns features of captions, float32 [captions, dim]; long captions are cut."""
     with warnings.catch_warnings():
-      # The pipeline has said so already when it drew for them.
+      # The pipeline has already warned when it generated the pictures.
       warnings.simplefilter('ignore', UserWarning)
       return self.ranker.text_features(captions)
 
 
 def resized(images: np.ndarray, size: int) -> np.ndarray:
-  """Resizes square pictures with antialiasing (bicubic), as real ones are.
+  """Resizes square pictures with antialiasing (bicubic), like the real pictures.
 
   Args:
     images: uint8 [pictures, height, width, 3].
@@ -174,7 +174,7 @@ def resized(images: np.ndarray, size: int) -> np.ndarray:
 
 
 def extract(extractor: Extractor, batches: Iterable[np.ndarray]) -> Features:
-  """Returns the features of pictures that come in batches, uint8 [batch, height, width, 3]."""
+  """Returns the features of batches of pictures, uint8 [batch, height, width, 3]."""
   return concatenated([extractor(resized(batch, extractor.image_size)) for batch in batches])
 
 
@@ -185,18 +185,18 @@ def concatenated(parts: Sequence[Features]) -> Features:
 
 
 def of_flags(pipeline, inception_weights: str | None, image_size: int) -> list:
-  """Returns the extractors that a user has: Inception by its weights, the ranker of the model.
+  """Returns the available extractors: Inception if its weights are given, and the model's ranker.
 
   Args:
-    pipeline: as `parti_jax.load` gives it.
+    pipeline: the result of `parti_jax.load`.
     inception_weights: path, or None.
-    image_size: of the pictures that Inception compares.
+    image_size: size of the pictures that Inception compares.
 
   Returns:
-    None, one or two of them.
+    At most two extractors.
 
   Raises:
-    UserError: as `Inception`.
+    UserError: `Inception` raises it.
   """
   extractors = []
   if inception_weights is not None:

@@ -1,13 +1,13 @@
 """The Fréchet distance between two sets of pictures, over given features.
 
-Both sets are summed up as a Gaussian over their features; the distance is the 2-Wasserstein
-distance of the two, squared (Heusel et al. 2017, arXiv 1706.08500, equation 6):
+Each set is summarized as a Gaussian over its features. The distance is the squared 2-Wasserstein
+distance of the Gaussians (Heusel et al. 2017, arXiv 1706.08500, equation 6):
 
   |μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2 (Σ₁ Σ₂)^½)
 
-Over Inception's 2,048 features it is the FID. Over other features it has another scale, and its
-values compare only with each other. It is biased: the fewer pictures, the larger it gets, so that
-only distances over the same numbers of pictures compare.
+Over Inception's 2,048 features it is the FID. Other features give another scale, whose values are
+comparable only with each other. The distance is biased: it grows as the number of pictures falls,
+so only distances over the same numbers of pictures are comparable.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Gaussian:
-  """What the Fréchet distance knows of a set of pictures.
+  """Mean and covariance of a set's features.
 
   Attributes:
     mean: float64 [dim].
@@ -31,9 +31,9 @@ class Gaussian:
 
   @classmethod
   def of(cls, features: np.ndarray) -> Gaussian:
-    """Takes features, float [pictures, dim], of two pictures at least."""
+    """Estimates the Gaussian of features, float [pictures, dim], of at least two pictures."""
     if features.ndim != 2 or len(features) < 2:
-      raise ValueError(f'features are {list(features.shape)}; two pictures at least are needed')
+      raise ValueError(f'features are {list(features.shape)}; at least two pictures are needed')
     features = features.astype(np.float64)
     return cls(features.mean(axis=0), np.atleast_2d(np.cov(features, rowvar=False)))
 
@@ -41,16 +41,16 @@ class Gaussian:
 def distance(one: Gaussian, other: Gaussian) -> float:
   """Returns the squared 2-Wasserstein distance of two Gaussians.
 
-  tr((Σ₁ Σ₂)^½) is the sum of the singular values of Σ₁^½ Σ₂^½. Taken so, covariances of fewer
-  pictures than features, which are singular, need no special care, as they do with a square root
-  of the product itself, which isn't symmetric.
+  tr((Σ₁ Σ₂)^½) is the sum of the singular values of Σ₁^½ Σ₂^½. This form also works for singular
+  covariances of fewer pictures than features. The square root of the product itself, which isn't
+  symmetric, would need special care there.
 
   Args:
     one: a Gaussian over [dim] features.
-    other: a Gaussian over the same.
+    other: a Gaussian over the same features.
 
   Returns:
-    The distance; not negative but for rounding.
+    The distance; nonnegative up to rounding.
   """
   product = _root(one.covariance) @ _root(other.covariance)
   between = np.sum(np.square(one.mean - other.mean))

@@ -1,9 +1,9 @@
 """Precision and recall of pictures, over given features (Kynkäänniemi et al. 2019).
 
 arXiv 1904.06991, section 3: the manifold of a set is the union of balls around its pictures'
-features, each with the distance to its k-th nearest neighbour in the set as its radius. Precision
-is the share of generated pictures that lie on the manifold of the real ones (are they good?),
-recall the share of real pictures on the manifold of the generated ones (are they all there?).
+features. The radius of each ball is the distance to the k-th nearest neighbour in the set.
+Precision is the share of generated pictures on the manifold of the real ones (are they good?).
+Recall is the share of real pictures on the manifold of the generated ones (are they all covered?).
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import numpy as np
 
 NEIGHBOURS = 3
 
-# Bytes of distances that are held at once.
+# Bytes of distances held at once.
 _BLOCK_BYTES = 1 << 27
-# Squared distances below this share of the largest squared norm are rounding, and mean 0.
+# Squared distances below this share of the largest squared norm are rounding errors, set to 0.
 _ROUNDING = 1e-13
 
 
@@ -33,23 +33,24 @@ def precision_recall(
 ) -> PrecisionRecall:
   """Measures precision and recall.
 
-  The distances are computed in blocks of 128 MiB at most, whatever the number of pictures.
+  The distances are computed in blocks of at most 128 MiB, regardless of the number of pictures.
 
   Args:
     generated: float [pictures, dim], features.
-    real: float [pictures, dim], their number may differ.
-    neighbours: k; the paper takes 3.
+    real: float [pictures, dim]; the number of pictures may differ.
+    neighbours: k; the paper uses 3.
 
   Returns:
     Precision and recall.
 
   Raises:
-    ValueError: a set has no more than k pictures, so that no ball can be drawn.
+    ValueError: a set has at most k pictures, so the balls are undefined.
   """
   for name, features in (('generated', generated), ('real', real)):
     if len(features) <= neighbours:
       raise ValueError(f'{len(features)} {name} pictures; more than {neighbours} are needed')
-  # Relative to one origin near both, float64 keeps the squares of distances exact enough.
+  # Relative to an origin near both sets, float64 represents the squared distances accurately
+  # enough.
   origin = real.mean(axis=0, dtype=np.float64)
   generated = generated.astype(np.float64) - origin
   real = real.astype(np.float64) - origin
@@ -60,10 +61,10 @@ def precision_recall(
 
 
 def _squared_radii(features: np.ndarray, neighbours: int) -> np.ndarray:
-  """Returns each point's squared distance to its k-th neighbour, itself not counted: [points]."""
+  """Returns each point's squared distance to its k-th neighbour, excluding itself: [points]."""
   radii = []
   for block, distances in _squared_distances(features, features):
-    # A point is no neighbour of its own; others at its very place are.
+    # A point isn't its own neighbour, but other points at the same position are.
     distances[np.arange(len(distances)), np.arange(block.start, block.start + len(distances))] = (
       np.inf
     )

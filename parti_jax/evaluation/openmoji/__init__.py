@@ -1,1 +1,1 @@
-"""Judges drawings of OpenMoji's prompts by their pixels."""
+"""Judges pictures of OpenMoji's prompts by their pixels."""

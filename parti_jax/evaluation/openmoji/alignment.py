@@ -1,6 +1,6 @@
-"""How well pictures fit their prompts, and how much the pictures of one prompt differ.
+"""Measures how well pictures fit their prompts, and how much the pictures of a prompt differ.
 
-What the benchmarks of guidance and of adaptive computation and `parti-jax calibrate` measure.
+The benchmarks of guidance and adaptive computation and `parti-jax calibrate` use these measures.
 """
 
 from __future__ import annotations
@@ -15,49 +15,49 @@ from parti_jax.data import openmoji
 from parti_jax.evaluation.openmoji import openmoji_judge
 
 RANKER = 'ranker'
-# How far apart two scores of a measure can be.
+# Largest possible difference between two scores of a measure.
 SPANS = {'tone_right': 1.0, 'name_top1': 1.0, RANKER: 2.0}
 
 
 def _chosen(total: int, most: int | None, seed: int) -> np.ndarray:
-  """Indices of at most `most` of `total` prompts, drawn at random, in their order."""
+  """Returns indices of at most `most` of `total` prompts, chosen at random, ascending."""
   count = min(most or total, total)
   return np.sort(np.random.default_rng(seed).choice(total, count, replace=False))
 
 
 class RankerAlignment:
-  """The model's own ranker: the cosine of a prompt's features and a picture's.
+  """Scores pictures by the model's own ranker: the cosine of a prompt's and a picture's features.
 
   Attributes:
     prompts: the texts.
-    measures: names of what `scores` gives.
+    measures: names of the scores.
   """
 
   measures = (RANKER,)
 
   def __init__(self, ranker, prompts: Sequence[str], max_prompts: int | None = None, seed: int = 0):
-    """See OpenMojiAlignment; `ranker` is of `TextToImage.ranker`."""
+    """Takes the `TextToImage.ranker`; the other arguments are those of OpenMojiAlignment."""
     self._ranker = ranker
     self.prompts = [prompts[index] for index in _chosen(len(prompts), max_prompts, seed)]
 
   def judged(self, measure: str) -> int:
-    """As OpenMojiAlignment.judged: all prompts are."""
+    """Returns the number of prompts, since the ranker judges all of them."""
     del measure
     return len(self.prompts)
 
   def scores(self, images: np.ndarray) -> dict[str, np.ndarray]:
-    """As OpenMojiAlignment.scores: the mean cosine of each prompt's pictures, from -1 to 1."""
+    """Returns the mean cosine of each prompt's pictures, from -1 to 1, float64 [prompts]."""
     texts = [prompt for prompt in self.prompts for _ in range(images.shape[1])]
     scores = np.asarray(self._ranker.scores(texts, images.reshape(-1, *images.shape[2:])))
     return {RANKER: scores.astype(np.float64).reshape(images.shape[:2]).mean(axis=1)}
 
 
 class OpenMojiAlignment:
-  """The judge of OpenMoji over prompts of one split.
+  """Scores pictures by OpenMoji's judge, over prompts of one split.
 
   Attributes:
     prompts: captions.
-    measures: names of what `scores` gives.
+    measures: names of the scores.
   """
 
   measures = ('tone_right', 'name_top1')
@@ -71,18 +71,18 @@ class OpenMojiAlignment:
     pictures: Sequence | None = None,
     render: Callable[[str, int], np.ndarray] | None = None,
   ):
-    """Draws the real pictures once.
+    """Renders the real pictures once.
 
     Args:
       image_size: height and width of the pictures to judge, in pixels.
-      split: of OpenMoji.
-      max_prompts: prompts at most, drawn at random; all if None.
-      seed: of that choice.
-      pictures: the real pictures of all splits; OpenMoji's if None.
-      render: see `openmoji_judge.Judge`.
+      split: a split of OpenMoji.
+      max_prompts: maximum number of prompts, chosen at random; None for all.
+      seed: seed of that choice.
+      pictures: the real pictures of all splits; None for OpenMoji's.
+      render: as in `openmoji_judge.Judge`.
 
     Raises:
-      UserError: if there is no such split, or it has no pictures.
+      UserError: if the split doesn't exist or has no pictures.
     """
     if split not in openmoji.SPLITS:
       raise UserError(f'unknown split {split!r}: the splits are {", ".join(openmoji.SPLITS)}')
@@ -90,15 +90,15 @@ class OpenMojiAlignment:
     members = [picture for picture in pictures if picture.split == split]
     if not members:
       raise UserError(f'the split {split} has no pictures')
-    self._asked = [members[index] for index in _chosen(len(members), max_prompts, seed)]
+    self._targets = [members[index] for index in _chosen(len(members), max_prompts, seed)]
     self._judge = openmoji_judge.Judge(pictures, image_size, render)
-    self.prompts = [picture.caption for picture in self._asked]
+    self.prompts = [picture.caption for picture in self._targets]
 
   def judged(self, measure: str) -> int:
-    """How many of the prompts one of `measures` judges: the tone only of names that have any."""
+    """Returns how many prompts a measure judges: the tone only for names that have tones."""
     if measure != 'tone_right':
-      return len(self._asked)
-    return sum(self._judge.has_tones(picture.name) for picture in self._asked)
+      return len(self._targets)
+    return sum(self._judge.has_tones(picture.name) for picture in self._targets)
 
   def scores(self, images: np.ndarray) -> dict[str, np.ndarray]:
     """Judges pictures.
@@ -108,30 +108,30 @@ class OpenMojiAlignment:
 
     Returns:
       For each of `measures` the share of each prompt's pictures that are right, float64
-      [prompts]; nan where it is not judged (the tone of a name that has none).
+      [prompts]; nan if it isn't judged (the tone of a name without tones).
     """
-    verdicts = self._judge.judge(self._asked, images)
+    verdicts = self._judge.judge(self._targets, images)
     tone = np.where(verdicts.tone_judged, verdicts.tone_right.mean(axis=1), np.nan)
     return {'tone_right': tone, 'name_top1': verdicts.name_top1.mean(axis=1)}
 
 
 def pairwise_distance(images: np.ndarray) -> np.ndarray:
-  """Mean distance between the pictures of each prompt, over all pairs of them.
+  """Returns the mean distance between the pictures of each prompt, over all pairs of them.
 
-  The distance of two pictures is the root of their mean squared difference of pixels in [0, 1].
+  The distance of two pictures is their root mean squared difference, with pixels in [0, 1].
 
   Args:
-    images: uint8 [prompts, num_images, height, width, 3], at least two for each prompt.
+    images: uint8 [prompts, num_images, height, width, 3], with at least two images per prompt.
 
   Returns:
     float64 [prompts].
 
   Raises:
-    ValueError: if there is only one picture of a prompt.
+    ValueError: if there is only one picture per prompt.
   """
   prompts, count = images.shape[:2]
   if count < 2:
-    raise ValueError('a distance takes two pictures')
+    raise ValueError('a distance needs at least two pictures')
   flat = images.reshape(prompts, count, -1).astype(np.float32) / 255.0
   total = np.zeros(prompts)
   for first in range(count):
@@ -141,15 +141,15 @@ def pairwise_distance(images: np.ndarray) -> np.ndarray:
 
 
 def mean_and_error(values: np.ndarray) -> tuple[float, float]:
-  """The mean over prompts and its standard error, without those that are nan.
+  """Returns the mean over prompts and its standard error, ignoring nan.
 
   The error of a single prompt is nan.
 
   Raises:
-    UserError: if there is none.
+    UserError: if all values are nan.
   """
   values = values[~np.isnan(values)]
   if not values.size:
-    raise UserError('none of the prompts can be judged, so that there is no mean; choose others')
+    raise UserError('none of the prompts can be judged, so the mean is undefined; choose others')
   error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
   return float(values.mean()), float(error)

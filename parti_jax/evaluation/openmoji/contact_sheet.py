@@ -1,4 +1,4 @@
-"""A page of generated pictures beside the real ones, with the judge's verdicts as marks."""
+"""A page of generated pictures next to the real ones, with the judge's verdicts as marks."""
 
 from collections.abc import Sequence
 
@@ -18,7 +18,7 @@ _RIGHT = '#1a7f37'
 _NEAR = '#b26a00'
 _WRONG = '#c62828'
 _FRAME = '#cccccc'
-# Pictures are shown at least this large, in whole multiples so that pixels stay pixels.
+# Minimum size of the pictures; they are enlarged by whole factors so that pixels stay sharp.
 _SHOWN_SIZE = 128
 
 
@@ -27,17 +27,16 @@ def contact_sheet(
 ) -> Image.Image:
   """Draws a page: for each prompt its caption, the real picture and the generated ones.
 
-  Below each generated picture stand the marks: whether its name is right (a tick), among the
-  nearest five (5) or wrong (a cross), and whether its tone is right (a tick or a cross, for
-  names with tones).
+  Marks below each generated picture show whether its name is right (a tick), among the nearest five
+  (5) or wrong (a cross), and whether its tone is right (a tick or a cross, for names with tones).
 
   Args:
     sample: the pictures of a split.
-    max_rows: prompts to show at most, spread evenly over the sample.
+    max_rows: maximum number of prompts, spread evenly over the sample.
     columns: prompts side by side.
 
   Returns:
-    An RGB picture. The pictures in it are enlarged by a whole factor, without smoothing.
+    An RGB picture. Its pictures are enlarged by a whole factor, without smoothing.
   """
   count = len(sample.asked)
   shown = np.unique(np.linspace(0, count - 1, min(count, max_rows)).round().astype(int))
@@ -73,19 +72,19 @@ def _text_width(text: str) -> int:
 
 
 def _scale(sample: openmoji_report.Sample) -> int:
-  """Returns the whole factor by which pictures are enlarged."""
+  """Returns the integer factor by which pictures are enlarged."""
   return max(1, -(-_SHOWN_SIZE // sample.real.shape[1]))
 
 
 def _cell_size(sample: openmoji_report.Sample) -> tuple[int, int]:
-  """Returns the width and height that a prompt takes, in pixels."""
+  """Returns the width and height of a prompt's cell, in pixels."""
   shown = sample.real.shape[1] * _scale(sample)
   pictures = 1 + sample.generated.shape[1]
   return pictures * shown + pictures * _GAP, shown + 2 * _LINE + 2 * _GAP
 
 
 def _title(sample: openmoji_report.Sample, shown: int) -> str:
-  """Returns what the page shows, in two lines."""
+  """Returns a description of the page, in two lines."""
   of = '' if shown == len(sample.asked) else f' of {len(sample.asked)} judged'
   return (
     f'{sample.split}: {shown}{of} prompts. Left: the real picture. Right: generated.\n'
@@ -123,7 +122,7 @@ def _draw_prompt(page, draw, corner, sample, prompt, scale):
 
 
 def _shortened(text: str, width: int) -> str:
-  """Cuts a caption that is wider than its cell, and shows that it does."""
+  """Shortens a caption that is wider than its cell, and appends dots."""
   if _text_width(text) <= width:
     return text
   while text and _text_width(text + '...') > width:
@@ -132,7 +131,7 @@ def _shortened(text: str, width: int) -> str:
 
 
 def _paste(page, draw, image: np.ndarray, corner, scale: int):
-  """Puts a picture, uint8 [height, width, 3], on the page in a thin frame."""
+  """Pastes a picture, uint8 [height, width, 3], on the page with a thin frame."""
   enlarged = Image.fromarray(image.repeat(scale, axis=0).repeat(scale, axis=1))
   page.paste(enlarged, corner)
   left, top = corner
@@ -140,7 +139,7 @@ def _paste(page, draw, image: np.ndarray, corner, scale: int):
 
 
 def _draw_marks(draw, corner, marks: Sequence[tuple[str, str]]):
-  """Draws words, each with its tick, cross or 5. Drawn, since fonts may lack the signs."""
+  """Draws words with a tick, cross or 5 each; as lines, since fonts may lack the characters."""
   x, y = corner
   for word, mark in marks:
     draw.text((x, y), word, fill=_TEXT, font=_font())

@@ -1,16 +1,16 @@
-"""Whether a picture shows the emoji that was asked for, judged by its pixels alone.
+"""Judges by its pixels alone whether a picture shows the requested emoji.
 
-The judge knows every real OpenMoji picture and compares by the mean squared difference of
-pixels. It asks two questions of a picture that was drawn for a name and tones:
+The judge compares a picture with all real OpenMoji pictures by the mean squared difference of
+pixels. It answers two questions about a picture generated for a name and tones:
 
-* tone right: among the real pictures of that name, in all its tones (the untoned yellow one
-  is a tone here), is the nearest one in the asked tones? Asked only of names that have tones.
-* name right: among the real pictures of all names in exactly those tones, is the nearest one
-  of the asked name (top 1), or one of the five nearest (top 5)?
+* tone right: among the real pictures of that name in all its tones (including the untoned yellow
+  one), does the nearest one have the requested tones? Judged only for names with tones.
+* name right: among the real pictures of all names in exactly those tones, does the nearest one have
+  the requested name (top 1), or one of the five nearest (top 5)?
 
 Several OpenMoji pictures are the same under two names ('artist', 'man artist'), or differ only in
-how their edges round. Such a picture counts as one candidate and as right for each of its names
-(and likewise for tones); `Judge.duplicates` says how many there are.
+the rounding of their edges. Such pictures count as one candidate that is right for each of its
+names (and each of its tones). `Judge.duplicates` counts them.
 """
 
 import collections
@@ -23,20 +23,19 @@ import numpy as np
 
 from parti_jax.data import openmoji
 
-# Pictures that are turned into float32 at once, to bound the memory.
+# Pictures converted to float32 at once, to bound the memory.
 _BLOCK = 256
-# Mean squared difference, of values in [0, 255], up to which two real pictures are the same. The
-# least difference that is drawn on purpose (a line of hair) makes 0.29 at 64 pixels; rounding
-# makes 0.01.
+# Two real pictures are the same up to this mean squared difference, of values in [0, 255]. The
+# smallest intended difference (a line of hair) is 0.29 at 64 pixels; rounding causes 0.01.
 _SAME = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdicts:
-  """What the judge says of pictures drawn for prompts.
+  """The judge's verdicts on pictures generated for prompts.
 
   Attributes:
-    tone_judged: bool [prompts], whether the asked name has tones.
+    tone_judged: bool [prompts], whether the requested name has tones.
     tone_right: bool [prompts, num_images]; False where tone_judged is False.
     name_top1: bool [prompts, num_images].
     name_top5: bool [prompts, num_images].
@@ -50,12 +49,12 @@ class Verdicts:
 
 @dataclasses.dataclass(frozen=True)
 class Duplicates:
-  """How many real pictures are the same as another one, at the judge's size.
+  """Counts of real pictures that are the same as another one, at the judge's size.
 
   Attributes:
     pictures: number of real pictures.
-    same_tone: pictures that another name has too, in the same tones.
-    same_name: pictures that their own name has too, in other tones.
+    same_tone: pictures identical to one of another name in the same tones.
+    same_name: pictures identical to one of the same name in other tones.
   """
 
   pictures: int
@@ -64,16 +63,16 @@ class Duplicates:
 
 
 def _merge_same(images: np.ndarray) -> np.ndarray:
-  """Gives pictures that are the same the pixels of the first of them.
+  """Replaces pictures that are the same by the first of them.
 
   Args:
     images: uint8 [pictures, height, width, 3].
 
   Returns:
-    uint8 [pictures, values], in which the same pictures are equal.
+    uint8 [pictures, values], in which pictures that are the same are equal.
   """
   merged = images.reshape(len(images), -1).copy()
-  # The means of rows differ by no more than the pixels do, and are quick to compare.
+  # Row means differ at most as much as the pixels, and are fast to compare.
   means = images.mean(axis=2, dtype=np.float32).reshape(len(images), -1)
   limit = 2 * _SAME * means.shape[1]  # Twice, for the rounding of float32.
   for start in range(0, len(images), _BLOCK):
@@ -88,7 +87,7 @@ def _merge_same(images: np.ndarray) -> np.ndarray:
 
 
 class _Candidates:
-  """Distinct pictures, each with the labels (names or tones) that it stands for."""
+  """Distinct pictures, each with the labels (names or tones) that it represents."""
 
   def __init__(self, pixels: np.ndarray, labels: Sequence[Hashable]):
     """Takes pixels, uint8 [pictures, values], and a label for each picture."""
@@ -103,22 +102,22 @@ class _Candidates:
       self._rows_of_label[label].append(row_of[key])
     self._pixels = pixels[kept]
 
-  def rank(self, images: np.ndarray, asked: Sequence[Hashable]) -> np.ndarray:
-    """Counts the candidates that are nearer to an image than those of its asked label.
+  def rank(self, images: np.ndarray, requested: Sequence[Hashable]) -> np.ndarray:
+    """Counts the candidates that are nearer to an image than those of its requested label.
 
     Args:
       images: uint8 [images, values].
-      asked: a label for each image.
+      requested: a label for each image.
 
     Returns:
-      int [images]; 0 where the nearest candidate stands for the asked label.
+      int [images]; 0 if the nearest candidate has the requested label.
     """
     ranks = []
     for start in range(0, len(images), _BLOCK):
       block = slice(start, start + _BLOCK)
       distances = _squared_distances(images[block], self._pixels)
       own = np.array(
-        [row[self._rows_of_label[label]].min() for row, label in zip(distances, asked[block])]
+        [row[self._rows_of_label[label]].min() for row, label in zip(distances, requested[block])]
       )
       ranks.append((distances < own[:, None]).sum(axis=1))
     return np.concatenate(ranks) if ranks else np.zeros(0, int)
@@ -146,7 +145,7 @@ def _squared_distances(images: np.ndarray, candidates: np.ndarray) -> np.ndarray
 
 
 def _ink(values: np.ndarray) -> np.ndarray:
-  """Turns white, of which the pictures are full, into 0: small norms keep float32 exact."""
+  """Maps white, which fills most of the pictures, to 0: small norms keep float32 accurate."""
   return 255 - values.astype(np.float32)
 
 
@@ -155,14 +154,14 @@ class Judge:
 
   Attributes:
     pictures: the real pictures, in the order given.
-    images: uint8 [pictures, size, size, 3], drawn on white.
+    images: uint8 [pictures, size, size, 3], rendered on white.
     size: height and width in pixels.
   """
 
   def __init__(
     self, pictures: Sequence, size: int, render: Callable[[str, int], np.ndarray] | None = None
   ):
-    """Draws every real picture once.
+    """Renders each real picture once.
 
     Args:
       pictures: objects with `code`, `name` and `tones` (`openmoji.Picture`).
@@ -170,7 +169,7 @@ class Judge:
       render: (code, size) -> uint8 [size, size, 3]; `openmoji.render` if None.
 
     Raises:
-      ValueError: there are no pictures, or one was drawn in another size.
+      ValueError: there are no pictures, or one was rendered at another size.
     """
     if not pictures:
       raise ValueError('a judge needs at least one real picture')
@@ -199,7 +198,7 @@ class Judge:
     return len({self.pictures[i].tones for i in self._of_name[name]}) > 1
 
   def judge(self, asked: Sequence, images: np.ndarray) -> Verdicts:
-    """Judges images that were drawn for the names and tones of real pictures.
+    """Judges images generated for the names and tones of real pictures.
 
     Args:
       asked: real pictures (`name` and `tones` are read), one for each prompt.
@@ -209,7 +208,7 @@ class Judge:
       Verdicts on each image.
 
     Raises:
-      ValueError: images has another shape or type, or no real picture has an asked name in
+      ValueError: `images` has another shape or type, or no real picture has a requested name in
         its tones.
     """
     images = np.asarray(images)
@@ -249,17 +248,17 @@ class Judge:
     )
 
   def _ranks(self, flat, groups, labels, members, label_of) -> np.ndarray:
-    """Ranks the asked label of each image among the real pictures of its prompt's group.
+    """Ranks the requested label of each image among the real pictures of its prompt's group.
 
     Args:
       flat: uint8 [prompts, num_images, values].
       groups: for each prompt, the key of its candidates in `members`.
-      labels: for each prompt, the label that is right.
+      labels: for each prompt, the right label.
       members: key of a group -> indices of its real pictures.
       label_of: real picture -> label.
 
     Returns:
-      int [prompts, num_images], 0 where the nearest real picture is right.
+      int [prompts, num_images], 0 if the nearest real picture is right.
     """
     prompts_of = collections.defaultdict(list)
     for prompt, group in enumerate(groups):
@@ -269,13 +268,13 @@ class Judge:
     for group, prompts in prompts_of.items():
       indices = members[group]
       candidates = _Candidates(self._pixels[indices], [label_of(self.pictures[i]) for i in indices])
-      asked = [labels[prompt] for prompt in prompts for _ in range(num_images)]
-      images = flat[prompts].reshape(len(asked), -1)
-      ranks[prompts] = candidates.rank(images, asked).reshape(len(prompts), num_images)
+      requested = [labels[prompt] for prompt in prompts for _ in range(num_images)]
+      images = flat[prompts].reshape(len(requested), -1)
+      ranks[prompts] = candidates.rank(images, requested).reshape(len(prompts), num_images)
     return ranks
 
   def duplicates(self) -> Duplicates:
-    """Counts the real pictures that stand for more than one name, or more than one tone."""
+    """Counts the real pictures that represent more than one name, or more than one tone."""
     return Duplicates(
       pictures=len(self.pictures),
       same_tone=self._shared(self._of_tones, lambda picture: picture.name),
@@ -283,7 +282,7 @@ class Judge:
     )
 
   def _shared(self, members, label_of) -> int:
-    """Counts pictures that have the pixels of one with another label in their group."""
+    """Counts pictures that are identical to one with another label in their group."""
     count = 0
     for indices in members.values():
       labels_of_pixels = collections.defaultdict(list)

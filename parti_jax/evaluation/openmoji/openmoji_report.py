@@ -1,9 +1,9 @@
-"""Evaluates a pipeline on OpenMoji: draws its prompts and judges the pictures by their pixels.
+"""Evaluates a pipeline on OpenMoji: generates pictures and judges them by their pixels.
 
-Beside the generated pictures stand four yardsticks, judged by the same code: the real picture
-through the tokenizer (the ceiling: no generator can do better), training pictures of the same
-name in another tone, random training pictures (the floor), and the real picture itself (it must
-be right always, or the judge is wrong).
+The report compares the generated pictures with four references, judged by the same code: the
+tokenizer's reconstructions of the real pictures (the ceiling: no generator can do better), training
+pictures of the same name in another tone, random training pictures (the floor), and the real
+pictures themselves (which must always be right, or the judge is wrong).
 """
 
 import collections
@@ -25,11 +25,11 @@ from parti_jax.evaluation.openmoji import openmoji_judge
 from parti_jax.evaluation.openmoji import report as report_lib
 from parti_jax.exported_model import sampling_settings
 
-# Settings of `pipeline.generate` that change its pictures, and so are reported.
+# Settings of `pipeline.generate` that change its pictures; the report lists them.
 _REPORTED = tuple(field.name for field in dataclasses.fields(sampling_settings.SamplingSettings))
-# Pictures that go through the tokenizer at once: enough to keep a CPU busy.
+# Pictures processed by the tokenizer at once: enough to keep a CPU busy.
 _TOKENIZER_BATCH = 64
-# The PSNR of a picture that came back unchanged, else infinite.
+# The PSNR of an unchanged picture, which would be infinite.
 _MAX_PSNR = 100.0
 
 
@@ -38,11 +38,11 @@ class Sample:
   """The pictures of a split, for a contact sheet.
 
   Attributes:
-    split: its name.
+    split: name of the split.
     asked: the real pictures whose captions were the prompts.
-    real: uint8 [prompts, height, width, 3], the pictures themselves.
+    real: uint8 [prompts, height, width, 3], these pictures.
     generated: uint8 [prompts, num_images, height, width, 3].
-    verdicts: of the generated pictures.
+    verdicts: verdicts on the generated pictures.
   """
 
   split: str
@@ -70,20 +70,20 @@ def evaluate(
   """Evaluates a pipeline on splits of OpenMoji.
 
   Args:
-    pipeline: as `parti_jax.load` gives it.
+    pipeline: the result of `parti_jax.load`.
     splits: names of splits.
-    num_images: pictures to draw for each prompt.
-    max_prompts: prompts of a split at most, drawn at random; all if None.
-    seed: of the choice of prompts, the generated pictures and the yardsticks.
-    train_prompts: as max_prompts, of the train split, which is large.
-    pictures: the real pictures of all splits; OpenMoji's if None.
-    render: (code, size) -> uint8 [size, size, 3]; OpenMoji's if None.
+    num_images: pictures to generate for each prompt.
+    max_prompts: maximum number of prompts per split, chosen at random; None for all.
+    seed: seed of the choice of prompts, the generated pictures and the references.
+    train_prompts: the same limit for the train split, which is large.
+    pictures: the real pictures of all splits; None for OpenMoji's.
+    render: (code, size) -> uint8 [size, size, 3]; None for OpenMoji's.
     on_sample: called with the pictures of each split once they are judged.
-    progress: say on stderr what is being done, with bars where that is a terminal.
-    extractors: networks over whose features generated and real pictures are compared as sets, see
+    progress: whether to report progress on stderr, with bars if it is a terminal.
+    extractors: networks over whose features generated and real pictures are compared as sets, from
       `features.of_flags`.
     **sampling: passed to `pipeline.generate` (guidance_scale, temperature, ...). With `rank`, the
-      report also has what the ranker and the judge would choose of each prompt's pictures.
+      report also shows the choices of the ranker and the judge among each prompt's pictures.
 
   Returns:
     The report.
@@ -96,7 +96,7 @@ def evaluate(
   if pictures is None:
     pictures = openmoji.pictures()
   if progress:
-    _log(f'drawing {len(pictures)} real pictures')
+    _log(f'rendering {len(pictures)} real pictures')
   judge = openmoji_judge.Judge(pictures, pipeline.image_size, render)
   evaluation = _Evaluation(pipeline, judge, num_images, seed, sampling, progress, extractors)
   limits = dict.fromkeys(splits, max_prompts)
@@ -136,7 +136,7 @@ def _check(splits: Sequence[str], **numbers: int | None):
 
 @dataclasses.dataclass
 class _Evaluation:
-  """What is the same for every split."""
+  """State shared by all splits."""
 
   pipeline: Any
   judge: openmoji_judge.Judge
@@ -151,14 +151,14 @@ class _Evaluation:
       _log(line)
 
   def members(self, split: str) -> list:
-    """Returns the real pictures of a split; a UserError if there are none."""
+    """Returns the real pictures of a split; raises UserError if it has none."""
     members = [picture for picture in self.judge.pictures if picture.split == split]
     if not members:
       raise UserError(f'the split {split} has no pictures')
     return members
 
   def of_split(self, split: str, limit: int | None) -> tuple[report_lib.SplitReport, Sample]:
-    """Evaluates a split on `limit` of its prompts at most."""
+    """Evaluates a split on at most `limit` of its prompts."""
     members = self.members(split)
     rng = np.random.default_rng([self.seed, *split.encode()])
     count = min(limit or len(members), len(members))
@@ -206,7 +206,7 @@ class _Evaluation:
     reconstructed: np.ndarray,
     generated: np.ndarray,
   ) -> list:
-    """Compares generated with real pictures as sets, over each kind of features."""
+    """Compares generated and real pictures as sets, over each kind of features."""
     tables = []
     for extractor in self.extractors:
       self.log(f'{split}: features of the {extractor.name}')
@@ -224,7 +224,7 @@ class _Evaluation:
     return tables
 
   def other_tones(self, asked: Sequence, rng: np.random.Generator) -> openmoji_judge.Verdicts:
-    """Judges training pictures of the asked names in other tones, for prompts that have any."""
+    """Judges training pictures of the prompts' names in other tones, for prompts that have any."""
     of_name = collections.defaultdict(list)
     for picture in self.members('train'):
       of_name[picture.name].append(picture)
@@ -250,7 +250,7 @@ class _Evaluation:
 
 
 def _metrics(verdicts: openmoji_judge.Verdicts) -> Mapping[str, report_lib.Metric]:
-  """Turns verdicts into a metric for each key of METRICS."""
+  """Converts verdicts to a metric for each key of METRICS."""
   return {
     'tone_right': report_lib.Metric.of(verdicts.tone_right[verdicts.tone_judged]),
     'name_top1': report_lib.Metric.of(verdicts.name_top1),
@@ -259,9 +259,9 @@ def _metrics(verdicts: openmoji_judge.Verdicts) -> Mapping[str, report_lib.Metri
 
 
 def _of_ranked(verdicts: openmoji_judge.Verdicts) -> Mapping[str, Mapping[str, report_lib.Metric]]:
-  """Returns the rows of pictures that stand best first: the first one, and the judge's choice.
+  """Returns the rows of ranked pictures, best first: the first one, and the judge's choice.
 
-  That choice is made for each metric alone: whether any picture of the prompt is right.
+  The judge chooses separately for each metric: whether any picture of the prompt is right.
   """
 
   def of(choose):
@@ -294,15 +294,15 @@ def _of_prompt(asked, verdicts: openmoji_judge.Verdicts) -> list[dict]:
 def measure_tokenizer(
   pipeline, images: np.ndarray, progress: bool = False
 ) -> tuple[np.ndarray, report_lib.Tokenizer]:
-  """Sends real pictures through a pipeline's tokenizer.
+  """Measures a pipeline's tokenizer on real pictures.
 
   Args:
-    pipeline: as `parti_jax.load` gives it.
+    pipeline: the result of `parti_jax.load`.
     images: uint8 [pictures, height, width, 3].
-    progress: show bars on a terminal.
+    progress: whether to show bars on a terminal.
 
   Returns:
-    The reconstructions, in the same shape and type, and what was measured.
+    The reconstructions, of the same shape and type, and the measurements.
   """
   reconstructed = _in_batches(pipeline.reconstruct, images, 'reconstructing', progress)
   tokens = _in_batches(pipeline.tokenize, images, 'tokenizing', progress)
@@ -317,10 +317,10 @@ def measure_tokenizer(
 def _in_batches(
   function: Callable[[np.ndarray], np.ndarray], images: np.ndarray, description: str, progress: bool
 ) -> np.ndarray:
-  """Applies a function to batches of one shape, so that it is compiled once."""
+  """Applies a function to batches of one shape, so that it compiles once."""
   results = []
   starts = range(0, len(images), _TOKENIZER_BATCH)
-  # disable=None: no bar where stderr isn't a terminal.
+  # disable=None: no bar unless stderr is a terminal.
   for start in tqdm.tqdm(starts, description, leave=False, disable=None if progress else True):
     batch = images[start : start + _TOKENIZER_BATCH]
     padding = np.repeat(batch[-1:], _TOKENIZER_BATCH - len(batch), axis=0)
@@ -336,7 +336,7 @@ def psnr(images: np.ndarray, others: np.ndarray) -> np.ndarray:
     others: uint8, the same shape.
 
   Returns:
-    float [pictures], in dB, at most 100 (pictures that are equal).
+    float [pictures], in dB, at most 100 (for equal pictures).
   """
   difference = images.astype(np.float32) - others.astype(np.float32)
   error = np.square(difference).mean(axis=(1, 2, 3), dtype=np.float64)

@@ -1,4 +1,4 @@
-"""An evaluation's numbers, and the same as a text table, Markdown and JSON."""
+"""The numbers of an evaluation, rendered as text tables, Markdown and JSON."""
 
 import dataclasses
 import json
@@ -14,8 +14,8 @@ from parti_jax.evaluation.metrics import distribution as distribution_lib
 
 METRICS = {'tone_right': 'tone right', 'name_top1': 'name top 1', 'name_top5': 'name top 5'}
 
-# The order of rows, best first, and what a reader needs to know of each. The first is what is
-# judged; the next two are there if the pictures were ranked; the others are the yardsticks.
+# The order of rows, and their labels. The first row is the result; the next two exist if the
+# pictures were ranked; the others are references.
 ROWS = {
   'generated': 'generated',
   'ranked_first': 'of each prompt, the first by the ranker',
@@ -27,9 +27,9 @@ ROWS = {
 }
 
 _HOW_JUDGED = (
-  'tone right: of the real pictures of the asked name, the nearest in pixels has the asked '
-  'tones (only names with tones). name top 1, top 5: of the real pictures of all names in '
-  'the asked tones, the nearest, or one of the five nearest, is of the asked name. '
+  'tone right: among the real pictures of the requested name, the nearest in pixels has the '
+  'requested tones (only names with tones). name top 1, top 5: among the real pictures of all '
+  'names in the requested tones, the nearest, or one of the five nearest, has the requested name. '
   'In %; ± is the standard error over prompts.'
 )
 
@@ -40,8 +40,8 @@ class Metric:
 
   Attributes:
     mean: over all (prompt, image) pairs, in [0, 1]; None if there are none.
-    standard_error: of that mean over prompts; None with fewer than two prompts.
-    prompts: number of prompts it is taken over.
+    standard_error: standard error of the mean over prompts; None with fewer than two prompts.
+    prompts: number of prompts.
   """
 
   mean: float | None
@@ -50,7 +50,7 @@ class Metric:
 
   @classmethod
   def of(cls, right: np.ndarray) -> 'Metric':
-    """Takes right, bool [prompts, num_images]."""
+    """Computes the metric of `right`, bool [prompts, num_images]."""
     prompts = right.shape[0]
     if not right.size:
       return cls(None, None, prompts)
@@ -68,13 +68,13 @@ class Metric:
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-  """What the tokenizer does with all real pictures of a split.
+  """Measurements of the tokenizer on all real pictures of a split.
 
   Attributes:
     pictures: number of pictures.
-    psnr: mean over pictures, in dB, of values in [0, 255].
-    codes_used: number of different codes in their tokens.
-    codebook_size: number of codes there are.
+    psnr: mean over pictures, in dB, for values in [0, 255].
+    codes_used: number of distinct codes in their tokens.
+    codebook_size: number of codes in the codebook.
   """
 
   pictures: int
@@ -95,17 +95,17 @@ class Tokenizer:
 
 @dataclasses.dataclass(frozen=True)
 class SplitReport:
-  """A split's numbers.
+  """The numbers of a split.
 
   Attributes:
-    split: its name.
+    split: name of the split.
     prompts: number of prompts judged.
-    pictures: number of real pictures (and so of prompts) that the split has.
+    pictures: number of real pictures (and so of prompts) in the split.
     rows: key of ROWS -> key of METRICS -> metric.
-    tokenizer: over the whole split.
+    tokenizer: measured over the whole split.
     of_prompt: for each prompt, its caption and the share of its generated pictures that are
-      right, by key of METRICS (None where tone isn't judged).
-    distributions: the generated pictures as a set, over each kind of features there is.
+      right, by key of METRICS (None if the tone isn't judged).
+    distributions: the generated pictures as a set, over each available kind of features.
   """
 
   split: str
@@ -117,13 +117,13 @@ class SplitReport:
   distributions: Sequence[distribution_lib.Distribution] = ()
 
   def of_ceiling(self, metric: str) -> float | None:
-    """Returns generated / reconstruction of a metric, None where that has no value."""
+    """Returns generated / reconstruction for a metric; None if it is undefined."""
     generated = self.rows['generated'][metric].mean
     ceiling = self.rows['reconstruction'][metric].mean
     return generated / ceiling if ceiling and generated is not None else None
 
   def table(self) -> list[list[str]]:
-    """Returns the cells, first a header, then a line for each row and the share of the ceiling."""
+    """Returns the cells: a header, a line for each row, and the share of the ceiling."""
     lines = [['', 'prompts', *METRICS.values()]]
     for row, label in ROWS.items():
       if row not in self.rows:
@@ -142,7 +142,7 @@ class SplitReport:
     return lines
 
   def remarks(self) -> list[str]:
-    """Says which metrics are over too few prompts for their standard errors."""
+    """Reports metrics with too few prompts for their standard errors."""
     few = []
     for metric, label in METRICS.items():
       prompts = [metrics[metric].prompts for metrics in self.rows.values()]
@@ -153,7 +153,7 @@ class SplitReport:
       return []
     return [
       f'Standard errors over fewer than {distribution_lib.FEW_PROMPTS} prompts are rough, '
-      f'and of one prompt there is none (fewest prompts of a row: {", ".join(few)}).'
+      f'and undefined for one prompt (fewest prompts of a row: {", ".join(few)}).'
     ]
 
   def title(self) -> str:
@@ -165,12 +165,12 @@ class Report:
   """The whole evaluation.
 
   Attributes:
-    splits: in the order asked.
-    num_images: pictures drawn for each prompt.
-    seed: of the sampled prompts, the generated pictures and the yardsticks.
+    splits: the splits, in the order requested.
+    num_images: pictures generated for each prompt.
+    seed: seed of the sampled prompts, the generated pictures and the references.
     image_size: height and width of the judged pictures, in pixels.
-    sampling: the settings passed to the pipeline (those left out are the model's own).
-    duplicates: as `openmoji_judge.Duplicates`, by name.
+    sampling: settings passed to the pipeline (the model's own apply to the others).
+    duplicates: the fields of `openmoji_judge.Duplicates`, by name.
   """
 
   splits: Sequence[SplitReport]
@@ -181,16 +181,16 @@ class Report:
   duplicates: Mapping[str, int]
 
   def notes(self) -> list[str]:
-    """Returns what a reader needs to know beside the tables."""
+    """Returns explanations of the tables."""
     duplicates = self.duplicates
     settings = ', '.join(f'{key} {value}' for key, value in self.sampling.items())
     return [
-      f'{self.num_images} pictures a prompt, {self.image_size}x{self.image_size} pixels, '
+      f'{self.num_images} pictures per prompt, {self.image_size}x{self.image_size} pixels, '
       f'seed {self.seed}, sampling: {settings or "as the model is configured"}.',
       _HOW_JUDGED,
-      f'Of {duplicates["pictures"]} real pictures, {duplicates["same_tone"]} are the same as '
-      f'one of another name in the same tones, and {duplicates["same_name"]} as one of their '
-      'own name in other tones: such a picture counts as right for both.',
+      f'Of {duplicates["pictures"]} real pictures, {duplicates["same_tone"]} are identical to '
+      f'one of another name in the same tones, and {duplicates["same_name"]} to one of the same '
+      'name in other tones: such a picture counts as right for both.',
       *([distribution_report.NOTE] if any(split.distributions for split in self.splits) else []),
     ]
 
@@ -223,7 +223,7 @@ class Report:
     return '\n\n'.join([*blocks, *self.notes()]) + '\n'
 
   def json(self) -> str:
-    """Renders every number, unrounded, as JSON."""
+    """Renders all numbers, unrounded, as JSON."""
     content = dataclasses.asdict(self)
     for split, rendered in zip(self.splits, content['splits']):
       rendered['tokenizer']['share_of_codes_used'] = split.tokenizer.share_of_codes_used

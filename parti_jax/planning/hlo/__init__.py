@@ -1,1 +1,1 @@
-"""Reads compiled HLO: what a step computes, moves and sends."""
+"""Reads compiled HLO, to find what a step computes, moves and sends."""

@@ -1,15 +1,15 @@
-"""Bytes that instructions of an HLO program move between a device and its main memory.
+"""Counts the bytes that HLO instructions move between a device and its main memory.
 
-An instruction reads its operands and writes its result. What lies in the chip's own memories does
-not count, nor what is only looked at in part: of an operand that is sliced or gathered from, the
-slices count; of a result that is written in place, the update counts.
+An instruction reads its operands and writes its result. Arrays in on-chip memory don't count. If
+an operand is sliced or gathered from, only the slices count; if a result is written in place, only
+the update counts.
 """
 
 from __future__ import annotations
 
 from parti_jax.planning.hlo import hlo_text
 
-# These move nothing: they name, regroup or wait.
+# Instructions that move nothing: they name, regroup or wait.
 _FREE = {
   'parameter',
   'constant',
@@ -29,7 +29,7 @@ _FREE = {
   'get-dimension-size',
   'rng-get-and-update-state',
 }
-# Custom calls of the TPU's compiler that move nothing either.
+# Custom calls of the TPU's compiler that move nothing.
 _FREE_CALLS = {
   'AllocateBuffer',
   'ConcatBitcast',
@@ -45,7 +45,7 @@ _FREE_CALLS = {
   'annotate_device_placement',
 }
 _SLICES = ('slice', 'dynamic-slice', 'gather')
-_UPDATES = {'dynamic-update-slice': 1, 'scatter': 2}  # opcode -> which operand is the update.
+_UPDATES = {'dynamic-update-slice': 1, 'scatter': 2}  # opcode -> index of the update's operand.
 COLLECTIVES = (
   'all-gather',
   'all-reduce',
@@ -58,7 +58,7 @@ COLLECTIVES = (
 
 
 def is_part_of_chain(instruction: hlo_text.Instruction) -> bool:
-  """Whether a collective stands in several fusions, a part of it done beside the work of each."""
+  """Returns whether a collective is split over several fusions, to overlap with their work."""
   return instruction.opcode in COLLECTIVES and 'chain_id' in instruction.attributes
 
 
@@ -67,7 +67,7 @@ class Traffic:
 
   Args:
     module: the program.
-    memory_space: such as `hlo_text.MAIN_MEMORY`.
+    memory_space: the memory space, such as `hlo_text.MAIN_MEMORY`.
   """
 
   def __init__(self, module: hlo_text.Module, memory_space: int = hlo_text.MAIN_MEMORY):
@@ -75,7 +75,7 @@ class Traffic:
     self._reads: dict[tuple[str, int], float | None] = {}
 
   def of(self, instruction: hlo_text.Instruction, computation: hlo_text.Computation) -> float:
-    """Bytes read and written by one turn of an instruction that stands outside of fusions."""
+    """Returns the bytes that one execution of an instruction outside of fusions moves."""
     opcode = instruction.opcode
     if opcode in _FREE or opcode.endswith(('-done', '-update')):
       return 0.0
@@ -99,11 +99,11 @@ class Traffic:
     return shape.padded_bytes(self._space)
 
   def _bytes_as(self, part: hlo_text.Shape, whole: hlo_text.Shape) -> float:
-    """Bytes of `part` in the memory that `whole` lies in."""
+    """Returns the bytes of `part`, or 0 if `whole` is in another memory space."""
     return part.padded_bytes() if whole.memory_space == self._space else 0.0
 
   def _of_start(self, instruction, operands) -> float:
-    """A copy or a slice that runs beside other work: a tuple of operand, result and signals."""
+    """Returns the bytes of an asynchronous copy or slice: a tuple of operand, result, signals."""
     if instruction.opcode.removesuffix('-start') in COLLECTIVES:
       return sum(map(self._bytes, operands)) + self._bytes(_start_result(instruction))
     arrays = [
@@ -121,7 +121,7 @@ class Traffic:
   def _of_fusion(self, instruction, operands) -> float:
     fused = self._module[instruction.called('calls')]
     if fused.root.opcode == 'custom-call' and _target(fused.root) == 'AsyncCollectiveDone':
-      return 0.0  # The start has counted operand and result.
+      return 0.0  # The start counts operand and result.
     if fused.root.opcode == 'custom-call' and _target(fused.root) == 'AsyncCollectiveStart':
       return self._bytes(instruction.shape)
     total = 0.0
@@ -138,14 +138,15 @@ class Traffic:
     return total + sum(self._written(fused, name, shape) for name, shape in zip(results, outer))
 
   def _read(self, fused: hlo_text.Computation, number: int) -> float | None:
-    """Bytes of a parameter that a fusion looks at; None for all of it."""
+    """Returns the bytes of a parameter that a fusion reads; None for all of them."""
     key = (fused.name, number)
     if key not in self._reads:
       parameter = fused.parameters.get(number)
-      self._reads[key] = self._looked_at(fused, parameter) if parameter else 0.0
+      self._reads[key] = self._used_bytes(fused, parameter) if parameter else 0.0
     return self._reads[key]
 
-  def _looked_at(self, fused, value: hlo_text.Instruction) -> float | None:
+  def _used_bytes(self, fused, value: hlo_text.Instruction) -> float | None:
+    """Returns the bytes of `value` that a fusion reads; None for all of them."""
     total = 0.0
     for user in fused.users.get(value.name, ()):
       if user.opcode in _SLICES and user.operands[0] == value.name:
@@ -153,11 +154,11 @@ class Traffic:
       elif user.opcode in _UPDATES and value.name not in user.operands[1:]:
         part = 0.0  # Written in place.
       elif user.opcode == 'tuple' or is_part_of_chain(user):
-        part = 0.0  # Handed on, or counted with the collective's start.
+        part = 0.0  # Passed on, or counted with the collective's start.
       elif user.opcode in ('bitcast', 'get-tuple-element'):
-        part = self._looked_at(fused, user)
+        part = self._used_bytes(fused, user)
       elif user.opcode == 'fusion':
-        part = self._looked_at_within(fused, user, value.name)
+        part = self._used_by_inner(fused, user, value.name)
       else:
         part = None
       if part is None:
@@ -165,22 +166,22 @@ class Traffic:
       total += part
     return total
 
-  def _looked_at_within(self, fused, fusion: hlo_text.Instruction, name: str) -> float | None:
-    """Bytes of the value `name` that a fusion within a fusion looks at."""
+  def _used_by_inner(self, fused, fusion: hlo_text.Instruction, name: str) -> float | None:
+    """Returns the bytes of the value `name` that a fusion within a fusion reads; None for all."""
     inner = self._module[fusion.called('calls')]
     parts = [
-      self._read(inner, place) for place, operand in enumerate(fusion.operands) if operand == name
+      self._read(inner, index) for index, operand in enumerate(fusion.operands) if operand == name
     ]
     source = inner.root
     while source.opcode == 'bitcast':
       source = inner[source.operands[0]]
     if source.opcode == 'parameter' and fusion.operands[source.number] == name:
-      # It hands the value on by another name.
-      parts.append(self._looked_at(fused, fusion))
+      # The inner fusion passes the value on under another name.
+      parts.append(self._used_bytes(fused, fusion))
     return None if None in parts else sum(parts)
 
   def _written(self, fused, name: str, outer: hlo_text.Shape) -> float:
-    """Bytes of a fusion's result, whose memory `outer` tells."""
+    """Returns the bytes that a fusion writes for a result with the shape and memory of `outer`."""
     if outer.dtype == 'tuple':
       return self._bytes(outer)
     result = fused[name]
@@ -197,7 +198,7 @@ class Traffic:
 
 
 def _start_result(instruction: hlo_text.Instruction) -> hlo_text.Shape:
-  """The result in the tuple of a collective's start: (operands, results, signals ...)."""
+  """Returns the result in the tuple of a collective's start: (operands, results, signals ...)."""
   elements = instruction.shape.elements
   return elements[1] if len(elements) > 1 else instruction.shape
 

@@ -1,7 +1,7 @@
-"""What one step of a compiled program costs a device: FLOPs, bytes, collectives.
+"""Computes what one step of a compiled program costs a device: FLOPs, bytes, collectives.
 
-XLA's own cost analysis counts the body of a loop once and knows no Pallas kernels. Here the
-program is walked from its entry, loops times the number of their turns.
+XLA's cost analysis counts the body of a loop once and ignores Pallas kernels. This module walks
+the program from its entry and multiplies loops by their trip counts.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from parti_jax.planning.hlo import hlo_loops
 from parti_jax.planning.hlo import hlo_text
 from parti_jax.planning.hlo import replica_groups
 
-# Takes a Pallas kernel's instruction and the shapes of its operands; FLOPs of one turn, or None.
+# Takes a Pallas kernel's instruction and its operands' shapes; returns FLOPs per execution or None.
 KernelFlops = Callable[[hlo_text.Instruction, list[hlo_text.Shape]], float | None]
 
-# What is sent between slices, and as which collective that counts.
+# Type of transfer between slices -> the collective that it counts as.
 _BETWEEN_SLICES = {
   'ALL_REDUCE': 'all-reduce',
   'ALL_GATHER': 'all-gather',
@@ -38,12 +38,12 @@ class Collective:
 
   Attributes:
     kind: 'all-gather', 'reduce-scatter', 'all-reduce', 'all-to-all' or 'collective-permute'.
-    whole: bytes of the whole array in a group: what an all-gather's result, a reduce-scatter's or
-      an all-reduce's operand, and one device's part of the others is.
-    groups: int [groups, size], places of the devices in the mesh; sources and targets, [pairs, 2],
-      of a collective-permute.
-    count: how often a step runs it.
-    op_name: where in the traced program it comes from.
+    whole: bytes of an all-gather's result, of a reduce-scatter's or an all-reduce's operand, or of
+      one device's part for the other kinds.
+    groups: int [groups, size], indices of the devices in the mesh; for a collective-permute,
+      sources and targets [pairs, 2].
+    count: number of executions per step.
+    op_name: its origin in the traced program.
   """
 
   kind: str
@@ -54,7 +54,7 @@ class Collective:
 
   @property
   def sent(self) -> float:
-    """Bytes that a device sends for one turn, along a ring."""
+    """Bytes that a device sends per execution, along a ring."""
     size = self.groups.shape[1]
     share = (size - 1) / size
     if self.kind == 'collective-permute':
@@ -67,13 +67,13 @@ class Costs:
   """Costs of one step on one device.
 
   Attributes:
-    product_flops: of dots and convolutions.
-    kernel_flops: of Pallas kernels.
-    hbm_bytes: read from and written to the device's main memory.
-    host_bytes: moved between the device and its host's memory.
-    collectives: each instruction, with its count.
-    kernels: name of a Pallas kernel -> how often it runs.
-    notes: what could not be read, one line each.
+    product_flops: FLOPs of dots and convolutions.
+    kernel_flops: FLOPs of Pallas kernels.
+    hbm_bytes: bytes read from and written to the device's main memory.
+    host_bytes: bytes moved between the device and its host's memory.
+    collectives: the collective instructions, with their counts.
+    kernels: name of a Pallas kernel -> number of executions.
+    notes: a line for each thing that could not be read from the program.
   """
 
   product_flops: float = 0.0
@@ -89,7 +89,7 @@ class Costs:
     return self.product_flops + self.kernel_flops
 
   def add(self, other: Costs, times: float = 1):
-    """Adds another part's costs, `times` over."""
+    """Adds another part's costs, multiplied by `times`."""
     self.product_flops += times * other.product_flops
     self.kernel_flops += times * other.kernel_flops
     self.hbm_bytes += times * other.hbm_bytes
@@ -109,14 +109,14 @@ def costs(
   kernel_flops: KernelFlops | None = None,
   slice_groups: np.ndarray | None = None,
 ) -> Costs:
-  """Walks a program.
+  """Returns the costs of a program.
 
   Args:
-    module: of `hlo_text.parse`.
-    device_count: of the program's mesh.
-    kernel_flops: for Pallas kernels that carry no estimate of their own.
-    slice_groups: int [groups, slices], places in the mesh of the devices that stand for each other
-      in several slices: the program names only the slices that it sends to.
+    module: the result of `hlo_text.parse`.
+    device_count: number of devices in the program's mesh.
+    kernel_flops: returns FLOPs of Pallas kernels that have no cost estimate.
+    slice_groups: int [groups, slices], mesh indices of corresponding devices in all slices. The
+      program itself only names the slices that it sends to.
   """
   return _Walk(module, device_count, kernel_flops, slice_groups).costs(module.entry, {})
 
@@ -132,7 +132,7 @@ class _Walk:
     self._fused: dict[str, Costs] = {}
 
   def costs(self, computation: hlo_text.Computation, known: hlo_loops.Constants) -> Costs:
-    """Costs of one turn of a computation that is no fusion."""
+    """Returns the costs of one execution of a computation that isn't a fusion."""
     total, chains = Costs(), set()
     for instruction in computation.instructions.values():
       if instruction.opcode == 'while':
@@ -151,7 +151,7 @@ class _Walk:
   def _add_loop(self, total, loop, computation, known):
     trips = hlo_loops.trip_count(loop, computation, self._module, known)
     if trips is None:
-      total.notes.add(f'turns of the loop {loop.op_name} are not known; counted once')
+      total.notes.add(f'the trip count of the loop {loop.op_name} is unknown; counted once')
       trips = 1
     inside = hlo_loops.loop_constants(loop, computation, self._module, known)
     for part in ('body', 'condition'):
@@ -167,7 +167,7 @@ class _Walk:
     return max(branches, key=lambda branch: (branch.flops, branch.hbm_bytes), default=Costs())
 
   def _add_work(self, total, instruction, computation, chains: set):
-    """Adds products, kernels and collectives of an instruction, those in fusions too."""
+    """Adds products, kernels and collectives of an instruction, including those in fusions."""
     opcode = instruction.opcode.removesuffix('-start')
     if opcode == 'fusion':
       fused = self._fusion_costs(self._module[instruction.called('calls')])
@@ -191,7 +191,7 @@ class _Walk:
   def _add_sent_between_slices(self, total, instruction):
     kind = instruction.attribute(r'_xla_megascale_transfer_type="(\w+)"')
     if kind not in _BETWEEN_SLICES or self._slice_groups is None:
-      total.notes.add(f'{instruction.name} sends to places that are not known; not counted')
+      total.notes.add(f'{instruction.name} sends to unknown devices; not counted')
       return
     kind, groups = _BETWEEN_SLICES[kind], self._slice_groups
     size = instruction.shape.elements[0].logical_bytes()
@@ -200,7 +200,7 @@ class _Walk:
     total.collectives.append(Collective(kind, size, groups, 1, instruction.op_name))
 
   def _fusion_costs(self, fused: hlo_text.Computation) -> Costs:
-    """Products in a fusion; its `collectives` are pairs of a collective and its chain or None."""
+    """Returns a fusion's costs, with `collectives` as pairs (collective, chain or None)."""
     if fused.name not in self._fused:
       total = Costs()
       for instruction in fused.instructions.values():
@@ -229,7 +229,7 @@ class _Walk:
     return self._fused[fused.name]
 
   def _collective(self, instruction, computation, kind: str) -> Collective | None:
-    """None if no two devices take part."""
+    """Returns a Collective; None if fewer than two devices take part."""
     operands = sum(computation[name].shape.logical_bytes() for name in instruction.operands)
     if kind == 'collective-permute':
       rows = replica_groups.pairs(instruction)
@@ -244,7 +244,7 @@ class _Walk:
   def _add_kernel(self, total, instruction, computation):
     if instruction.attribute(r'custom_call_target="([^"]*)"') not in _KERNEL_TARGETS:
       return
-    # The kernel's own name stands before `pallas_call`.
+    # The kernel's name precedes `pallas_call`.
     name = instruction.op_name.removesuffix('/pallas_call').rsplit('/', maxsplit=1)[-1]
     total.kernels[name] = total.kernels.get(name, 0) + 1
     estimate = instruction.attribute(r'"cost_estimate":\{"flops":"?(\d+)')
@@ -252,15 +252,15 @@ class _Walk:
       operands = [computation[operand].shape for operand in instruction.operands]
       estimate = self._kernel_flops(instruction, operands)
     if estimate is None:
-      total.notes.add(f'the kernel {name} says nothing about its FLOPs; not counted')
+      total.notes.add(f'the kernel {name} has no FLOPs estimate; not counted')
     total.kernel_flops += float(estimate or 0)
 
 
 def _only_sliced(fused: hlo_text.Computation, instruction: hlo_text.Instruction) -> bool:
-  """Whether every device keeps only a slice of the result, as after a reduce-scatter."""
+  """Returns whether each device keeps only a slice of the result, as after a reduce-scatter."""
   users = list(fused.users.get(instruction.name, ()))
   for user in users:
     if user.opcode in ('get-tuple-element', 'bitcast'):
       users += fused.users.get(user.name, ())
-  kinds = {user.opcode for user in users} - {'get-tuple-element', 'bitcast'}
-  return bool(users) and kinds == {'dynamic-slice'}
+  opcodes = {user.opcode for user in users} - {'get-tuple-element', 'bitcast'}
+  return bool(users) and opcodes == {'dynamic-slice'}

@@ -1,8 +1,8 @@
-"""FLOPs of matrix products and convolutions in HLO.
+"""Counts FLOPs of matrix products and convolutions in HLO.
 
-The TPU's compiler turns products into convolutions, batch dimensions into windows with dilated
-inputs. So what counts is where a window meets an element of the input, neither padding nor one of
-the holes that dilation leaves. Elementwise work is not counted; it runs beside the matrix units.
+The TPU's compiler turns products into convolutions, and batch dimensions into windows with dilated
+inputs. So only the positions count where a window meets an element of the input, not padding or
+the holes of dilation. Elementwise work isn't counted; it runs in parallel with the matrix units.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from parti_jax.planning.hlo import hlo_text
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-  """A convolution's window along one spatial dimension, as in XLA."""
+  """XLA's window of a convolution along one spatial dimension."""
 
   size: int
   stride: int = 1
@@ -27,11 +27,11 @@ class Window:
 
 
 def product_flops(instruction: hlo_text.Instruction, computation: hlo_text.Computation) -> float:
-  """FLOPs of a `dot` or a `convolution`; 0 for other instructions.
+  """Returns the FLOPs of a `dot` or a `convolution`; 0 for other instructions.
 
   Args:
-    instruction: one of `computation`.
-    computation: for the shapes of the operands.
+    instruction: an instruction of `computation`.
+    computation: the computation, for the shapes of the operands.
   """
   if instruction.opcode == 'dot':
     left = computation[instruction.operands[0]].shape
@@ -64,7 +64,7 @@ def _convolution_flops(instruction, inputs: hlo_text.Shape, kernel: hlo_text.Sha
 
 
 def _windows(attributes: str) -> list[Window]:
-  """The windows of all spatial dimensions."""
+  """Returns the windows of all spatial dimensions."""
   text = re.search(r'window=\{([^}]*)\}', attributes)
   if not text:
     return []
@@ -91,11 +91,11 @@ def _windows(attributes: str) -> list[Window]:
 
 @functools.cache
 def _meetings(length: int, out_length: int, window: Window) -> int:
-  """How often a place of the window, at some output, meets an element of the input."""
+  """Counts the pairs of a window element and an output that meet an element of the input."""
   dilated = (length - 1) * window.base_dilation + 1
   count = 0
-  for place in range(window.size):
+  for element in range(window.size):
     for out in range(out_length):
-      position = out * window.stride - window.low + place * window.dilation
+      position = out * window.stride - window.low + element * window.dilation
       count += 0 <= position < dilated and position % window.base_dilation == 0
   return count

@@ -1,27 +1,27 @@
-"""How often the loops of an HLO program turn.
+"""Finds the trip counts of loops in an HLO program.
 
-XLA writes `known_trip_count` where it has kept it. The TPU's compiler does not, so the count is
-read from the loop itself: a counter that begins at a constant, grows by a constant and is compared
-with a constant.
+XLA writes `known_trip_count` if it has kept it. The TPU's compiler doesn't, so this module derives
+the count from the loop itself: a counter that begins at a constant, grows by a constant and is
+compared with a constant.
 """
 
 from __future__ import annotations
 
 from parti_jax.planning.hlo import hlo_text
 
-# Constants that are known of a tuple: index -> value.
+# Known constants in a tuple: index -> value.
 Constants = dict[int, int]
 
 _SAME_VALUE = ('copy', 'convert', 'bitcast', 'reshape')
 
 
 def constant(computation: hlo_text.Computation, name: str, known: Constants) -> int | None:
-  """The value of an integer, if it is a constant.
+  """Returns the value of an integer if it is a constant, else None.
 
   Args:
-    computation: where the instruction `name` is.
-    name: of an instruction.
-    known: constants in the computation's parameter, if it is a loop's tuple.
+    computation: the computation of the instruction.
+    name: the instruction's name.
+    known: constants in the computation's parameter, if that is a loop's tuple.
   """
   instruction = _source(computation, name)
   if instruction.opcode == 'constant':
@@ -38,7 +38,7 @@ def loop_constants(
   module: hlo_text.Module,
   known: Constants,
 ) -> Constants:
-  """Elements of a loop's tuple that are constants before it and that its body leaves alone."""
+  """Returns the constants in a loop's tuple that its body doesn't change."""
   elements = _tuple_elements(computation, loop.operands[0])
   body = module[loop.called('body')]
   results = _tuple_elements(body, body.root.name)
@@ -56,11 +56,11 @@ def trip_count(
   module: hlo_text.Module,
   known: Constants,
 ) -> int | None:
-  """How often a `while` turns; None if that can't be read.
+  """Returns the trip count of a `while`; None if it can't be determined.
 
   Args:
     loop: the instruction.
-    computation: where it is.
+    computation: the computation of the instruction.
     module: the program.
     known: constants in the computation's parameter.
   """
@@ -83,20 +83,20 @@ def trip_count(
 
 
 def _comparison(condition, module) -> tuple[int, str, int] | None:
-  """Counter's index, name of the limit, and 1 if the limit is reached itself."""
+  """Returns the counter's index, the limit's name, and 1 if the limit is inclusive, else 0."""
   root, names = condition.root, None
   if root.opcode == 'fusion':
     inner = module[root.called('calls')]
     names, root = dict(enumerate(root.operands)), inner.root
-    place = lambda name: (
+    outer_name = lambda name: (
       names.get(inner[name].number) if inner[name].opcode == 'parameter' else None
     )
   else:
-    place = lambda name: name
+    outer_name = lambda name: name
   direction = root.attribute(r'direction=(\w+)')
   if root.opcode != 'compare' or direction not in ('LT', 'LE', 'GT', 'GE'):
     return None
-  left, right = (place(name) for name in root.operands)
+  left, right = (outer_name(name) for name in root.operands)
   if direction in ('GT', 'GE'):
     left, right = right, left
   if left is None or right is None:
@@ -132,7 +132,7 @@ def _tuple_elements(computation, name) -> tuple[str, ...]:
 
 
 def _is_element(body, name: str, index: int) -> bool:
-  """Whether an instruction is an element of the body's parameter, unchanged."""
+  """Returns whether an instruction is an unchanged element of the body's parameter."""
   source = _source(body, name)
   return (
     source.opcode == 'get-tuple-element'

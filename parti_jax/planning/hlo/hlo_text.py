@@ -1,7 +1,7 @@
-"""Reads the text of a compiled HLO module into instructions with shapes.
+"""Parses the text of a compiled HLO module into instructions with shapes.
 
-Only what costs are computed from is kept: names, shapes with their layouts, operands, and the
-text of the attributes. The grammar is that of XLA's HLO text format.
+It keeps only what the costs depend on: names, shapes with their layouts, operands, and the text of
+the attributes. The grammar is that of XLA's HLO text format.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import re
 from collections.abc import Iterator
 
 _ITEM_BITS = {'pred': 8, 'bf16': 16, 'c64': 64, 'c128': 128, 'token': 0, 'opaque': 0}
-# Memory spaces, S(n) in a layout: 0, the default, is the device's main memory, 5 the host's. The
-# others (VMEM, CMEM, SMEM and so on) are on the chip.
+# Memory spaces, S(n) in a layout: 0, the default, is the device's main memory and 5 the host's.
+# The others (VMEM, CMEM, SMEM and so on) are on the chip.
 MAIN_MEMORY, HOST_MEMORY = 0, 5
 
 _ARRAY = re.compile(r'([a-z][a-z0-9]*)\[([^\]]*)\](?:\{([^}]*)\})?')
@@ -28,7 +28,7 @@ _COMMENT = re.compile(r'/\*.*?\*/')
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-  """An array's or a tuple's shape.
+  """The shape of an array or a tuple.
 
   Attributes:
     dtype: name of the element type; 'tuple' for a tuple.
@@ -36,7 +36,7 @@ class Shape:
     minor_to_major: order of the dimensions in memory, the fastest one first.
     tile: the first tiling of the layout, over the fastest dimensions; empty for none.
     memory_space: n of S(n).
-    elements: of a tuple.
+    elements: shapes of a tuple's elements.
   """
 
   dtype: str
@@ -53,13 +53,13 @@ class Shape:
 
   @functools.cached_property
   def item_bytes(self) -> float:
-    """Bytes of an element; a fraction for types of less than a byte."""
+    """Bytes of an element; a fraction for types smaller than a byte."""
     if self.dtype not in _ITEM_BITS:
       return int(re.search(r'\d+', self.dtype).group()) / 8
     return _ITEM_BITS[self.dtype] / 8
 
   def arrays(self) -> Iterator[Shape]:
-    """The arrays in it, of nested tuples too."""
+    """Yields the arrays in the shape, including those of nested tuples."""
     if self.dtype == 'tuple':
       for element in self.elements:
         yield from element.arrays()
@@ -67,14 +67,14 @@ class Shape:
       yield self
 
   def logical_bytes(self) -> float:
-    """Bytes of all elements, without padding."""
+    """Returns the bytes of all elements, without padding."""
     return sum(array.size * array.item_bytes for array in self.arrays())
 
   def padded_bytes(self, memory_space: int | None = None) -> float:
-    """Bytes in memory, with what the tiles of the layout are padded by.
+    """Returns the bytes in memory, including the padding of the layout's tiles.
 
     Args:
-      memory_space: count only arrays that lie there; None for all.
+      memory_space: count only arrays in this memory space; None for all.
     """
     return sum(
       array._array_bytes() for array in self.arrays() if memory_space in (None, array.memory_space)
@@ -93,11 +93,11 @@ class Instruction:
   """An instruction of a computation.
 
   Attributes:
-    name: without %.
-    opcode: such as 'fusion'.
-    shape: of the result.
+    name: name without %.
+    opcode: opcode, such as 'fusion'.
+    shape: shape of the result.
     operands: names of the operands, in the same computation.
-    literal: what stands between the opcode's brackets, such as a parameter's number.
+    literal: the text between the opcode's brackets, such as a parameter's number.
     attributes: the text after the operands.
   """
 
@@ -109,12 +109,12 @@ class Instruction:
   attributes: str
 
   def called(self, attribute: str) -> str | None:
-    """The name of the computation that an attribute such as `calls` names."""
+    """Returns the name of the computation in an attribute such as `calls`."""
     found = re.search(rf'\b{attribute}=%([\w.\-]+)', self.attributes)
     return found and found.group(1)
 
   def attribute(self, pattern: str) -> str | None:
-    """The first group of a pattern in the attributes."""
+    """Returns the first group of a pattern in the attributes."""
     found = re.search(pattern, self.attributes)
     return found and found.group(1)
 
@@ -125,18 +125,18 @@ class Instruction:
 
   @property
   def op_name(self) -> str:
-    """Where in the traced program it comes from."""
+    """The instruction's origin in the traced program."""
     return self.attribute(r'op_name="([^"]*)"') or self.name
 
 
 @dataclasses.dataclass
 class Computation:
-  """Instructions by name, in their order; the last one's result need not be the computation's.
+  """A computation: a sequence of instructions.
 
   Attributes:
-    name: without %.
-    instructions: name -> Instruction.
-    root: the instruction whose result is the computation's.
+    name: name without %.
+    instructions: name -> Instruction, in their order.
+    root: the instruction with the computation's result; it need not be the last one.
   """
 
   name: str
@@ -166,8 +166,8 @@ class Module:
   """A compiled program.
 
   Attributes:
-    computations: by name.
-    entry: where it begins.
+    computations: the computations by name.
+    entry: the computation where the program begins.
   """
 
   computations: dict[str, Computation]
@@ -178,10 +178,10 @@ class Module:
 
 
 def parse(text: str) -> Module:
-  """Parses the text of a module, as `compiled.as_text()` gives it.
+  """Parses the text of a module, the result of `compiled.as_text()`.
 
   Raises:
-    ValueError: if there is no entry computation, or a line is not understood.
+    ValueError: if there is no entry computation, or a line can't be parsed.
   """
   computations: dict[str, Computation] = {}
   current, entry = None, None
@@ -200,7 +200,7 @@ def parse(text: str) -> Module:
 
 
 def _logical_lines(text: str) -> Iterator[str]:
-  """Headers and instructions, each as one line; a kernel's attributes may go on over several."""
+  """Yields headers and instructions as one line each; kernels' attributes may span several."""
   parts: list[str] = []
   inside = False
   for line in text.splitlines():
@@ -229,7 +229,7 @@ def _instruction(name: str, text: str) -> Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-  """Where the bracket that opens at `start` closes."""
+  """Returns the position where the bracket that opens at `start` closes."""
   depth, quoted = 0, False
   for found in re.compile(r'[()"]').finditer(text, start):
     mark = found.group()
@@ -243,7 +243,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def _shape(text: str, start: int) -> tuple[Shape, int]:
-  """The shape at `start`, and where it ends."""
+  """Returns the shape at `start`, and the position where it ends."""
   if text[start] != '(':
     return _array_shape(text, start)
   elements, position = [], start + 1

@@ -1,7 +1,7 @@
-"""FLOPs of the attention kernel, which its program does not say.
+"""Computes FLOPs of the attention kernel, which its program doesn't state.
 
-Splash attention computes whole blocks of queries and keys, and leaves out the blocks of which the
-pattern rules out everything. So its FLOPs follow from the pattern and the sizes of the blocks.
+Splash attention computes whole blocks of queries and keys, and skips blocks that the pattern masks
+completely. So its FLOPs follow from the pattern and the block sizes.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ SOURCE = 'FLOPs of attention kernels: computed from the blocks that the pattern 
 
 
 def splash_flops(patterns: tuple[attention_patterns.AttentionPattern, ...]) -> hlo_cost.KernelFlops:
-  """A function that `hlo_cost.costs` asks for the FLOPs of a kernel.
+  """Returns a function for `hlo_cost.costs` that returns the FLOPs of a kernel.
 
   Args:
-    patterns: of the decoder's layers; a kernel's scope says which one it is of.
+    patterns: patterns of the decoder's layers; a kernel's scope names its pattern.
   """
   masks = {attention.KERNEL_SCOPE + pattern.name: pattern.ordered_mask for pattern in patterns}
 
@@ -43,12 +43,12 @@ def splash_flops(patterns: tuple[attention_patterns.AttentionPattern, ...]) -> h
 
 
 def _products(name: str, instruction: hlo_text.Instruction) -> int:
-  """Matrix products for each block: scores and values forwards, the other ones backwards."""
+  """Returns the matrix products per block: scores and values forward, the gradients backward."""
   if 'splash_mha_fwd' in name:
     return 2
   if 'splash_mha_dq' in name:
     return 3
-  # One kernel may make all three gradients; then it computes scores and their gradient once.
+  # One kernel may compute all three gradients; then it computes scores and their gradient once.
   gradients = [shape for shape in instruction.shape.arrays() if len(shape.dims) >= 4]
   return 5 if len(gradients) == 3 else 4
 

@@ -1,4 +1,4 @@
-"""Which devices a collective joins, and which axes of the mesh that is along."""
+"""Finds the devices that take part in a collective, and the mesh axes along which they differ."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _AXIS = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
 
 
 def groups(instruction: hlo_text.Instruction, device_count: int) -> np.ndarray:
-  """The devices of each group, [groups, size], as places in the mesh's order.
+  """Returns the devices of each group, [groups, size], as indices in the mesh's order.
 
   Args:
-    instruction: a collective; without replica groups it joins all devices.
-    device_count: of the program.
+    instruction: a collective; without replica groups it includes all devices.
+    device_count: number of the program's devices.
 
   Raises:
-    ValueError: for a form that is not known.
+    ValueError: if the form of the groups is unknown.
   """
   _, found, text = instruction.attributes.partition('replica_groups=')
   if not found or text.startswith('{}'):
@@ -35,15 +35,15 @@ def groups(instruction: hlo_text.Instruction, device_count: int) -> np.ndarray:
     return np.array([_numbers(group) for group in re.findall(r'\{([\d,]+)\}', match.group())])
   if match := _IOTA.match(text):
     shape, dims, order = (_numbers(part) for part in match.groups())
-    places = np.arange(math.prod(dims)).reshape(dims)
-    return (places.transpose(order) if order else places).reshape(shape)
+    indices = np.arange(math.prod(dims)).reshape(dims)
+    return (indices.transpose(order) if order else indices).reshape(shape)
   if match := _MESH.match(text):
     return _mesh_groups(*match.groups())
   raise ValueError(f'{instruction.name}: unknown form of replica groups: {text[:100]}')
 
 
 def pairs(instruction: hlo_text.Instruction) -> np.ndarray:
-  """Sources and targets of a collective-permute, [pairs, 2]."""
+  """Returns sources and targets of a collective-permute, [pairs, 2]."""
   _, _, text = instruction.attributes.partition('source_target_pairs=')
   match = _LISTS.match(text)
   found = re.findall(r'\{([\d,]+)\}', match.group()) if match else []
@@ -51,14 +51,14 @@ def pairs(instruction: hlo_text.Instruction) -> np.ndarray:
 
 
 def axes(rows: np.ndarray, mesh_shape: dict[str, int]) -> tuple[str, ...]:
-  """The mesh axes along which the devices of a row differ.
+  """Returns the mesh axes along which the devices of a row differ.
 
   Args:
-    rows: of `groups` or `pairs`.
+    rows: the result of `groups` or `pairs`.
     mesh_shape: axis -> size, in the mesh's order.
 
   Returns:
-    Names, in the mesh's order.
+    Names of the axes, in the mesh's order.
   """
   coordinates = np.unravel_index(rows, tuple(mesh_shape.values()))
   return tuple(
@@ -67,16 +67,16 @@ def axes(rows: np.ndarray, mesh_shape: dict[str, int]) -> tuple[str, ...]:
 
 
 def _mesh_groups(axes_text, reshape, order, ids, group_axes) -> np.ndarray:
-  """Groups of the form `mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}`."""
+  """Returns groups of the form `mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}`."""
   sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes_text)}
   count = math.prod(sizes.values())
   if ids:
-    places = np.array(_numbers(ids))
+    indices = np.array(_numbers(ids))
   else:
-    places = np.arange(count)
+    indices = np.arange(count)
     if reshape:
-      places = places.reshape(_numbers(reshape)).transpose(_numbers(order))
-  # Parts of axes, 'a':(m)k, are the k in the middle of an axis seen as [m, k, rest].
+      indices = indices.reshape(_numbers(reshape)).transpose(_numbers(order))
+  # A part of an axis, 'a':(m)k, is the dimension k of the axis reshaped to [m, k, rest].
   split, chosen = [], []
   wanted = {
     name: (int(before or 1), int(size or 0)) for name, before, size in _AXIS.findall(group_axes)
@@ -89,8 +89,8 @@ def _mesh_groups(axes_text, reshape, order, ids, group_axes) -> np.ndarray:
     split += [before, part, size // before // part]
   chosen = [positions[name] for name in wanted]
   rest = [dimension for dimension in range(len(split)) if dimension not in chosen]
-  places = places.reshape(split).transpose(rest + chosen)
-  return places.reshape(-1, math.prod(split[dimension] for dimension in chosen))
+  indices = indices.reshape(split).transpose(rest + chosen)
+  return indices.reshape(-1, math.prod(split[dimension] for dimension in chosen))
 
 
 def _numbers(text: str | None) -> tuple[int, ...]:

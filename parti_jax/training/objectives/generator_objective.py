@@ -55,8 +55,6 @@ class GeneratorObjective(base.Objective):
   text_encoder: str | None = None
 
   name = 'generator'
-  frozen = ()
-  compute_dtype = property(lambda self: self.model.compute_dtype)
 
   def __post_init__(self):
     config_checks.check_fields(self, guidance_scale=(0, sampling_settings.MOST_GUIDANCE))
@@ -92,10 +90,10 @@ class GeneratorObjective(base.Objective):
     """Parameters with their logical axis names."""
     return parti.Parti(self.model).init(rng, *parti.example_inputs(self.model))['params']
 
-  def initial_parts(self, abstract, inputs):
-    """Parts that a new run starts with, see `train_loop.initial_parts`."""
+  def initial_parts(self, abstract_params, inputs):
+    """The text encoder of the run that `text_encoder` names."""
     return initial_text_encoder.parts(
-      self.text_encoder, self.model, abstract, inputs, 'GeneratorObjective.text_encoder'
+      self.text_encoder, self.model, abstract_params, inputs, 'GeneratorObjective.text_encoder'
     )
 
   def loss(self, params, batch, dropout_keys, step):
@@ -139,10 +137,6 @@ class GeneratorObjective(base.Objective):
     return measures | {
       f'loss_after_{layer + 1}': loss for layer, loss in zip(self._predicting()[:-1], losses)
     }
-
-  def summarize(self, measures: dict[str, np.ndarray]) -> dict[str, float]:
-    """Means over examples."""
-    return {name: float(values.mean()) for name, values in measures.items()}
 
   def painter(self):
     """What draws real pictures beside samples for the same texts; None without a tokenizer.

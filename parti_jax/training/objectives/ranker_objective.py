@@ -90,8 +90,6 @@ class RankerObjective(base.Objective):
     )
 
   name = 'ranker'
-  frozen = ()
-  compute_dtype = property(lambda self: self.model.compute_dtype)
 
   @property
   def over_examples(self) -> tuple[str, ...]:
@@ -193,10 +191,6 @@ class RankerObjective(base.Objective):
       'text_of_image_top1': retrieval(images, texts),
       'image_of_text_top1': retrieval(texts, images),
     }
-
-  def painter(self):
-    """A ranker draws no pictures."""
-    return None
 
   def step_flops(self, batch_size: int) -> int:
     """Model FLOPs of a training step, without those of the frozen tokenizer."""

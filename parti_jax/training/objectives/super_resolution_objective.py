@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from parti_jax.core import errors
 from parti_jax.models import config_checks
@@ -74,8 +73,6 @@ class SuperResolutionObjective(base.Objective):
   r1_every: int = 16
 
   name = 'super_resolution'
-  frozen = ()
-  compute_dtype = property(lambda self: self.model.compute_dtype)
 
   def __post_init__(self):
     not_negative = dict.fromkeys(
@@ -136,10 +133,6 @@ class SuperResolutionObjective(base.Objective):
 
   def feature_lengths(self) -> dict[str, int]:
     return {'images': self.image_size}
-
-  def vocabulary_sizes(self) -> dict[str, tuple[str, int]]:
-    """Pictures have no ids."""
-    return {}
 
   def abstract_batch(self, batch_size: int):
     """Shapes and dtypes of a batch, as `loss` takes it."""
@@ -273,10 +266,6 @@ class SuperResolutionObjective(base.Objective):
         targets, super_resolution.enlarge(pictures, self.model.factor)
       )
     return measures
-
-  def summarize(self, measures: dict[str, np.ndarray]) -> dict[str, float]:
-    """Means over examples."""
-    return {name: float(values.mean()) for name, values in measures.items()}
 
   def painter(self):
     """What draws bicubic enlargements, those of the network, and the pictures themselves.

@@ -49,8 +49,6 @@ class TextEncoderObjective(base.Objective):
   text_encoder: str | None = None
 
   name = 'text_encoder'
-  frozen = ()
-  compute_dtype = property(lambda self: self.model.compute_dtype)
 
   def __post_init__(self):
     config_checks.check_fields(self)
@@ -99,10 +97,10 @@ class TextEncoderObjective(base.Objective):
     module = self._module()
     return module.init(rng, *text_pretraining.example_inputs(self.model, module.image))['params']
 
-  def initial_parts(self, abstract, inputs):
-    """Parts that a new run starts with, see `train_loop.initial_parts`."""
+  def initial_parts(self, abstract_params, inputs):
+    """The text encoder of the run that `text_encoder` names."""
     return initial_text_encoder.parts(
-      self.text_encoder, self.model, abstract, inputs, 'TextEncoderObjective.text_encoder'
+      self.text_encoder, self.model, abstract_params, inputs, 'TextEncoderObjective.text_encoder'
     )
 
   def loss(self, params, batch, dropout_keys, step):
@@ -184,10 +182,6 @@ class TextEncoderObjective(base.Objective):
       }
       found['loss'] += self.contrastive_weight * found['contrastive_loss']
     return found
-
-  def painter(self):
-    """There is nothing to draw."""
-    return None
 
   def step_flops(self, batch_size: int) -> int:
     """Model FLOPs of a training step."""

@@ -20,6 +20,7 @@ from parti_jax.models import quantizer
 from parti_jax.models import vit_vqgan
 from parti_jax.training import state as state_lib
 from parti_jax.training.objectives import adversarial
+from parti_jax.training.objectives import base
 from parti_jax.training.objectives import frozen_tokenizer
 from parti_jax.training.objectives import lpips_weights
 
@@ -93,7 +94,7 @@ def revive(table, use, dead, latents, rng):
 
 @config_checks.configurable
 @dataclasses.dataclass(frozen=True)
-class TokenizerObjective:
+class TokenizerObjective(base.Objective):
   """The image tokenizer's losses, its code statistics and its pictures.
 
   Attributes:
@@ -192,9 +193,6 @@ class TokenizerObjective:
       )
 
   name = 'tokenizer'
-  # It is one, and uses none.
-  tokenizer = None
-  compute_dtype = property(lambda self: self.model.compute_dtype)
 
   @property
   def over_examples(self) -> tuple[str, ...]:
@@ -206,10 +204,6 @@ class TokenizerObjective:
 
   def feature_lengths(self) -> dict[str, int]:
     return {'images': self.model.image_size}
-
-  def vocabulary_sizes(self) -> dict[str, tuple[str, int]]:
-    """Pictures have no ids."""
-    return {}
 
   def abstract_batch(self, batch_size: int):
     """Shapes and dtypes of a batch, as `loss` takes it."""

@@ -1,4 +1,4 @@
-"""The walk through compiled programs, against costs that are known by hand."""
+"""Tests the costs of compiled programs against costs computed by hand."""
 
 import functools
 
@@ -28,12 +28,12 @@ def mesh_of(devices):
 
 
 def dtype_of(mesh):
-  """The dtype that the platform computes in without conversions."""
+  """Returns the dtype that the platform computes in without conversions."""
   return jnp.dtype('bfloat16' if mesh.devices.flat[0].platform == 'tpu' else 'float32')
 
 
 def costs_of(function, mesh, *arguments, out=None):
-  """Costs of a jitted function; arguments are pairs of a shape and a partition spec."""
+  """Returns the costs of a jitted function; arguments are pairs (shape, partition spec)."""
   abstract = [
     jax.ShapeDtypeStruct(shape, dtype_of(mesh), sharding=NamedSharding(mesh, spec))
     for shape, spec in arguments
@@ -45,7 +45,7 @@ def costs_of(function, mesh, *arguments, out=None):
 
 
 def collectives_of(costs, mesh):
-  """(kind, axes) -> count and bytes of the whole array; barriers and other scalars left out."""
+  """Returns (kind, axes) -> count and bytes of the whole array, without barriers and scalars."""
   found = {}
   for collective in costs.collectives:
     if collective.whole > 64:
@@ -56,7 +56,7 @@ def collectives_of(costs, mesh):
 
 
 def stacked(x, kernels):
-  """As many products, one after the other, as there are kernels; two for each turn of a loop."""
+  """Computes successive products with kernels; each iteration of a loop has two."""
 
   def body(x, kernel):
     return jnp.tanh(jax.lax.fori_loop(0, 2, lambda _, x: jnp.tanh(x @ kernel), x)), None
@@ -78,7 +78,7 @@ def test_products_in_nested_loops(devices, request):
 @pytest.mark.parametrize(
   'formula, left, right, flops',
   [
-    # Rows over one axis or several, batches, and the forms that gradients have.
+    # Rows over one axis or several, batches, and the forms of gradients.
     ('bld,dhk->blhk', (4, 64, 32), (32, 8, 16), 2 * 4 * 64 * 32 * 8 * 16),
     ('bqhd,bkhd->bhqk', (4, 64, 8, 16), (4, 32, 8, 16), 2 * 4 * 8 * 64 * 32 * 16),
     ('bhqk,bkhd->bqhd', (4, 8, 64, 32), (4, 32, 8, 16), 2 * 4 * 8 * 64 * 32 * 16),
@@ -86,7 +86,7 @@ def test_products_in_nested_loops(devices, request):
     ('blhk,hkd->bld', (4, 64, 8, 16), (8, 16, 32), 2 * 4 * 64 * 32 * 8 * 16),
   ],
 )
-def test_products_of_every_form(devices, request, formula, left, right, flops):
+def test_products_of_all_forms(devices, request, formula, left, right, flops):
   mesh = mesh_of(request.getfixturevalue(devices))
   costs = costs_of(
     functools.partial(jnp.einsum, formula), mesh, (left, PartitionSpec()), (right, PartitionSpec())
@@ -118,7 +118,7 @@ def test_the_collectives_of_two_sharded_products(devices, request):
 
 
 @pytest.mark.parametrize('devices', ['cpu_devices', 'tpu_devices'])
-def test_collectives_in_a_loop_count_for_each_turn(devices, request):
+def test_collectives_in_a_loop_count_for_each_iteration(devices, request):
   mesh = mesh_of(request.getfixturevalue(devices))
 
   def body(x, kernel):
@@ -132,7 +132,7 @@ def test_collectives_in_a_loop_count_for_each_turn(devices, request):
     ((TURNS, WIDTH, WIDTH), PartitionSpec(None, 'tensor')),
   )
   count, size = collectives_of(costs, mesh)[('all-gather', ('tensor',))]
-  # XLA may gather all turns' kernels at once; the bytes are the same.
+  # XLA may gather the kernels of all iterations at once; the bytes are the same.
   assert count in (1, TURNS)
   assert size == TURNS * WIDTH * WIDTH * dtype_of(mesh).itemsize
 
@@ -193,7 +193,7 @@ def test_a_slice_of_a_stack_counts_as_the_slice(tpu_devices):
     ((128, side), PartitionSpec()),
     ((layers, side, side), PartitionSpec()),
   )
-  # Each kernel is read once; the rest, 1 MiB each, is small beside it.
+  # Each kernel is read once; the other arrays, 1 MiB each, are small compared to it.
   assert costs.hbm_bytes == pytest.approx(2 * layers * side * side, rel=0.1)
   assert costs.product_flops == 2 * 128 * side * side * layers
 

@@ -1,4 +1,4 @@
-"""Forms of HLO text that no small program here compiles to, and what they cost."""
+"""Tests costs of HLO text in forms that no small program here compiles to."""
 
 import math
 
@@ -15,7 +15,7 @@ MESH = {'data': 2, 'fsdp': 4, 'tensor': 2}
 
 
 def program(*lines, parameters='p0: f32[8,128]', before=''):
-  """A module whose ENTRY has these lines."""
+  """Returns a module whose ENTRY has these lines."""
   return hlo_text.parse(
     '\n'.join(
       [
@@ -83,7 +83,7 @@ def test_an_unknown_form_of_groups_is_named():
     hlo_cost.costs(module, 16)
 
 
-def test_an_all_reduce_of_which_each_keeps_a_slice_is_a_reduce_scatter():
+def test_an_all_reduce_followed_by_slices_is_a_reduce_scatter():
   fused = '\n'.join(
     [
       '%fused (a: f32[8,128], i: s32[]) -> f32[4,128] {',
@@ -104,7 +104,7 @@ def test_an_all_reduce_of_which_each_keeps_a_slice_is_a_reduce_scatter():
   assert (collective.kind, collective.sent) == ('reduce-scatter', 8 * 128 * 4 / 2)
 
 
-def test_a_collective_that_runs_beside_several_fusions_counts_once():
+def test_a_collective_that_overlaps_with_several_fusions_counts_once():
   gather = (
     'all-gather({}), channel_id=7, replica_groups=[8,2]<=[16], dimensions={{0}}, '
     'frontend_attributes={{chain_id="1"}}'
@@ -161,7 +161,7 @@ def test_a_collective_that_runs_beside_several_fusions_counts_once():
   assert costs.hbm_bytes == 4 * (4 * 128 + 8 * 128 + 64 * 64 + 64 * 32 + 64 * 32)
 
 
-def test_what_is_sent_between_slices():
+def test_sends_between_slices():
   send = (
     '%s{0} = (f32[8,128], u32[], token[]) send(%p0, %t), channel_id={0}, '
     'is_host_transfer=true, frontend_attributes={{_xla_host_transfer_handler_name='
@@ -254,15 +254,15 @@ def _loop(condition, body_adds='%one', start='constant(0)'):
     ({'condition': '%i, %n), direction=LT', 'start': 'constant(5)'}, 7),
   ],
 )
-def test_turns_of_a_loop(arguments, turns):
+def test_trip_counts_of_loops(arguments, turns):
   costs = hlo_cost.costs(_loop(**arguments), 1)
   assert costs.product_flops == turns * 2 * 8 * 128 * 128 and not costs.notes
 
 
-def test_a_loop_of_unknown_turns_is_said():
+def test_a_loop_with_an_unknown_trip_count_is_noted():
   costs = hlo_cost.costs(_loop('%i, %n), direction=LT', start='custom-call(), x=1'), 1)
   assert costs.product_flops == 2 * 8 * 128 * 128
-  assert costs.notes == {'turns of the loop a/while are not known; counted once'}
+  assert costs.notes == {'the trip count of the loop a/while is unknown; counted once'}
 
 
 def _kernel(name, results, sides=True):
@@ -291,7 +291,7 @@ def _kernel(name, results, sides=True):
   ],
 )
 def test_flops_of_the_attention_kernel(name, results, products, blocks):
-  # Of 2 × 2 blocks a causal pattern leaves 3; of 4 × 2, where the rows are half as high, 6.
+  # A causal pattern leaves 3 of 2 × 2 blocks; with rows of half the height, 6 of 4 × 2.
   patterns = [attention_patterns.AttentionPattern(name, (16, 32)) for name in ('column', 'global')]
   kernel = _kernel(f'attention_pattern_global/{name}', results)
   costs = hlo_cost.costs(kernel, 1, kernels.splash_flops(patterns))
@@ -299,14 +299,14 @@ def test_flops_of_the_attention_kernel(name, results, products, blocks):
   assert costs.kernels == {name: 1} and not costs.notes
 
 
-def test_a_kernel_of_which_nothing_is_known_is_said():
+def test_an_unknown_kernel_is_noted():
   patterns = [attention_patterns.AttentionPattern('global', (16, 32))]
   costs = hlo_cost.costs(_kernel('other', 1), 1, kernels.splash_flops(patterns))
   assert costs.kernel_flops == 0
-  assert costs.notes == {'the kernel other says nothing about its FLOPs; not counted'}
+  assert costs.notes == {'the kernel other has no FLOPs estimate; not counted'}
 
 
-def test_memory_on_the_chip_and_in_the_host_is_not_the_devices():
+def test_on_chip_and_host_memory_do_not_count_as_main_memory():
   module = program(
     '%p0 = f32[1024,1024]{1,0:T(8,128)} parameter(0)',
     '%s = (f32[1024,1024]{1,0:T(8,128)S(1)}, f32[1024,1024]{1,0:T(8,128)}, u32[]{:S(2)}) '

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Checks formatting, lint, spelling and the documentation, and names every check that failed.
+#
+#   launch/check.sh
+#
+# Installs the package with its dev extra first. PARTI_JAX_VENV and PYTHON choose the environment's
+# folder and its Python: see environment.sh.
+set -euo pipefail
+
+# shellcheck source=environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+install '.[dev]'
+cd "$repository"
+failed=''
+check() {
+  local name=$1
+  shift
+  "$@" || failed="$failed${failed:+, }$name"
+}
+check 'ruff check' "$venv/bin/ruff" check .
+check 'ruff format' "$venv/bin/ruff" format --check .
+check codespell "$venv/bin/codespell"
+check mkdocs "$venv/bin/mkdocs" build --strict --quiet
+if [[ -n $failed ]]; then
+  fail "these checks failed: $failed"
+fi
+echo 'All checks passed'
