@@ -109,7 +109,6 @@ def sampling_step(request: request_lib.Request, mesh) -> request_lib.Step:
   keys = jax.eval_shape(lambda: decoding.image_keys(0, jnp.arange(images)))
   mask = place((sequences, 1, 1, config.text_length), jnp.bool_, batch)
   state = transformer.DecoderState(jax.ShapeDtypeStruct((), jnp.int32), None, texts, mask)
-  sampling = decoding.Sampling(guided=request.guided).at_each_position(config.image_length)
   arguments = (
     params,
     caches,
@@ -119,6 +118,7 @@ def sampling_step(request: request_lib.Request, mesh) -> request_lib.Step:
   )
 
   def step(params, caches, state, previous, keys):
+    sampling = decoding.Sampling(guided=request.guided).at_each_position(config.image_length)
     carry, position = (previous, state.replace(caches=caches)), state.position
     (token, state), _ = decoding.sample_step(config, params, keys, sampling, carry, position)
     return token, state.caches

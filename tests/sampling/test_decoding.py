@@ -159,7 +159,7 @@ def test_any_number_of_positions_at_once(tall):
     np.testing.assert_allclose(jnp.concatenate(found, axis=1), expected, atol=5e-5)
     states.append(state)
   for state in states[1:]:
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=5e-5), state, states[0])
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=5e-4), state, states[0])
 
 
 def test_a_mixed_schedule_on_a_mesh(tall):
