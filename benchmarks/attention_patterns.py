@@ -97,9 +97,7 @@ def sampling(args, config):
   @jax.jit
   def draw(params, texts, image_index):
     keys = decoding.image_keys(jnp.uint32(0), image_index)
-    return decoding.sample_tokens(
-      config, params, texts, keys, guided=False, greedy=False, filtered=False
-    )
+    return decoding.sample_tokens(config, params, texts, keys, decoding.Sampling())
 
   texts = jnp.full((args.batch_size, TEXT_LENGTH), 5)
   return lambda: draw(params, texts, jnp.arange(args.batch_size))

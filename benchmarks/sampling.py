@@ -64,13 +64,9 @@ def parti_jax_system(args, guided: bool):
       params,
       texts,
       keys,
-      GUIDANCE_SCALE,
-      1.0,
-      round(KEPT * VOCABULARY),
-      1.0,
-      guided=guided,
-      greedy=False,
-      filtered=guided,
+      decoding.Sampling(
+        GUIDANCE_SCALE, top_k=round(KEPT * VOCABULARY), guided=guided, filtered=guided
+      ),
     )
 
   texts = jnp.full((args.batch_size, TEXT_LENGTH), 5)

@@ -12,6 +12,7 @@ __version__ = '0.1.0'
 _MODULES = {
   # Sampling.
   'load': 'parti_jax.sampling.text_to_image',
+  'TextToImage': 'parti_jax.sampling.text_to_image',
   'Result': 'parti_jax.sampling.text_to_image',
   'SamplingSettings': 'parti_jax.exported_model.sampling_settings',
   # Networks.

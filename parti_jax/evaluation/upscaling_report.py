@@ -92,7 +92,7 @@ def evaluate(pipeline, pictures: Iterator[np.ndarray], num_samples: int = 8):
   """Measures a model's super-resolution.
 
   Args:
-    pipeline: a Pipeline with an upscaler.
+    pipeline: a TextToImage with an upscaler.
     pictures: uint8 [size, size, 3], with size = factor · the model's image size.
     num_samples: pictures to keep, spread evenly over all.
 

@@ -136,7 +136,7 @@ class AttentionalPooler(nn.Module):
     query = table(jnp.arange(self.queries), self.dtype)
     query = jnp.broadcast_to(query, (encoded.shape[0],) + query.shape)
     attend = attention.CrossAttention(self.width, self.heads, self.dtype, name='attention')
-    return layers.LayerNorm(self.dtype, name='norm')(attend(query, attend.memory(encoded)))
+    return layers.LayerNorm(self.dtype, name='norm')(attend(query, encoded))
 
 
 class MultimodalBlock(nn.Module):
@@ -161,8 +161,7 @@ class MultimodalBlock(nn.Module):
 
   def __call__(self, x, pooled, mask, dropout_keys=None):
     """x: [batch, length, embed]; pooled: [batch, queries, embed]; mask: of the text. As x."""
-    memory = self.cross_attention.memory(pooled)
-    attended = self.cross_attention(self.cross_norm(x), memory)
+    attended = self.cross_attention(self.cross_norm(x), pooled)
     x = x + self.drop(attended, layers.fold(dropout_keys, 0))
     return self.text_block(x, mask, layers.fold(dropout_keys, 1))
 

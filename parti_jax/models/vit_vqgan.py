@@ -102,7 +102,7 @@ def from_patches(patches, patch_size: int, grid: tuple[int, int]):
   return x.reshape(batch, rows * patch_size, columns * patch_size, -1)
 
 
-class ImageEncoder(nn.Module):
+class PixelEncoder(nn.Module):
   """Pixels to latents: patch projection, Transformer, feed-forward with tanh to code_dim."""
 
   config: ViTVQGANConfig
@@ -136,7 +136,7 @@ class ImageEncoder(nn.Module):
     )
 
 
-class ImageDecoder(nn.Module):
+class PixelDecoder(nn.Module):
   """Codes to pixels: feed-forward with tanh from code_dim, Transformer, patch projection."""
 
   config: ViTVQGANConfig
@@ -194,11 +194,11 @@ class ViTVQGAN(nn.Module):
 
   def setup(self):
     config = self.config
-    self.encoder = ImageEncoder(config)
+    self.encoder = PixelEncoder(config)
     self.quantizer = quantizer.VectorQuantizer(
       config.codebook_size, config.code_dim, config.commitment
     )
-    self.decoder = ImageDecoder(config)
+    self.decoder = PixelDecoder(config)
 
   def __call__(self, images, quantize=True):
     """Encodes, quantizes and decodes.
@@ -208,7 +208,7 @@ class ViTVQGAN(nn.Module):
       quantize: bool or bool [], whether the decoder gets codes or the latents themselves.
 
     Returns:
-      A dict: 'mean' and 'log_scale' (as ImageDecoder), 'tokens' int32 [batch, tokens],
+      A dict: 'mean' and 'log_scale' (as PixelDecoder), 'tokens' int32 [batch, tokens],
       'latents' float32 [batch, tokens, code_dim], 'quantizer_loss' float32 [].
     """
     latents = self.encoder(images)

@@ -18,6 +18,7 @@ from parti_jax.exported_model import model_folder
 from parti_jax.models import flops
 from parti_jax.models import parti_config
 from parti_jax.models.nn import layers
+from parti_jax.models.nn import transformer
 from parti_jax.partitioning import rules as rules_lib
 from parti_jax.planning import request as request_lib
 from parti_jax.planning.hlo import kernels
@@ -100,44 +101,38 @@ def sampling_step(request: request_lib.Request, mesh) -> request_lib.Step:
     for length in lengths
   ]
   patterns = [config.layer_pattern(layer) for layer in range(config.decoder_layers)]
-  memories = pairs([config.text_length] * config.decoder_layers)
+  texts = pairs([config.text_length] * config.decoder_layers)
   caches, read_slots = (pairs(lengths) for lengths in zip(*map(_slots, patterns)))
   if mesh.devices.flat[0].platform == 'tpu':
     caches = jax.tree.map(_in_cache_layout, caches)
   batch = ('activation_batch',)
   keys = jax.eval_shape(lambda: decoding.image_keys(0, jnp.arange(images)))
+  mask = place((sequences, 1, 1, config.text_length), jnp.bool_, batch)
+  state = transformer.DecoderState(jax.ShapeDtypeStruct((), jnp.int32), None, texts, mask)
   arguments = (
     params,
-    memories,
-    place((sequences, 1, 1, config.text_length), jnp.bool_, batch),
-    place((images,), jnp.int32, batch),
     caches,
+    state,
+    place((images,), jnp.int32, batch),
     place(keys.shape, keys.dtype, batch),
-    jax.ShapeDtypeStruct((), jnp.int32),
   )
 
-  def step(params, memories, mask, previous, caches, keys, position):
-    return decoding.sample_step(
-      config,
-      params,
-      memories,
-      mask,
-      previous,
-      caches,
-      keys,
-      position,
-      guided=request.guided,
-      greedy=False,
-      filtered=False,
-    )
+  def step(params, caches, state, previous, keys):
+    sampling = decoding.Sampling(guided=request.guided).at_each_position(config.image_length)
+    carry, position = (previous, state.replace(caches=caches)), state.position
+    (token, state), _ = decoding.sample_step(config, params, keys, sampling, carry, position)
+    return token, state.caches
 
   def lower():
     with rules_lib.partitioned(mesh, rules):
-      return jax.jit(step, donate_argnums=4).lower(*arguments)
+      return jax.jit(step, donate_argnums=1).lower(*arguments)
 
-  read = (_read_by_step(params.layers), params.shared['image_decoder']['logits'])
+  decoder = params['image_decoder']
+  layers_read = _read_by_step(decoder['decoder']['layers'])
+  read = (layers_read, decoder['logits'])
   # What the program does not take: the text encoder, and what makes keys and values of the text.
-  kept = (_read_by_step(params.layers), params.shared['image_decoder'])
+  others = decoder | {'decoder': decoder['decoder'] | {'layers': []}}
+  kept = (layers_read, others)
   return request_lib.Step(
     lower,
     mesh,
@@ -150,7 +145,7 @@ def sampling_step(request: request_lib.Request, mesh) -> request_lib.Step:
       'guided': request.guided,
       'cache_length': max(pattern.slots(config.image_length) for pattern in patterns),
     },
-    {'parameters': device_parts(read), 'cache': device_parts((read_slots, memories))},
+    {'parameters': device_parts(read), 'cache': device_parts((read_slots, texts))},
     device_parts(params) - device_parts(kept),
     ('the memory leaves out the image tokenizer, and the caches from before they grow',),
   )
@@ -171,7 +166,7 @@ def sampled_config() -> parti_config.PartiConfig:
   return config
 
 
-def _abstract_parameters(config, mesh, rules) -> parameters.Parameters:
+def _abstract_parameters(config, mesh, rules):
   """Parameters for sampling, as `cut` makes them."""
   boxed = model_folder.abstract('parti', config)
   placed = parameters.shardings(config, rules_lib.parameter_shardings(boxed, mesh, rules))

@@ -7,12 +7,19 @@ images are cut into batches.
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.experimental import layout
 
 from parti_jax.core import numerics
+from parti_jax.exported_model import sampling_settings
 from parti_jax.models import parti as parti_lib
+from parti_jax.models import token_decoder
+from parti_jax.models.nn import transformer
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.partitioning import rules as rules_lib
 
@@ -24,6 +31,50 @@ _MIN_SEGMENT = 64
 # Caches [batch, heads, length, head_dim] on a TPU: positions are fastest in memory. A head_dim of
 # 64 would be padded to the 128 lanes, and half of what a step reads would be padding.
 CACHE_LAYOUT = layout.Layout((0, 1, 3, 2))
+
+
+@flax.struct.dataclass
+class Sampling:
+  """How image tokens are drawn from logits: `SamplingSettings` as the decoding loop takes them.
+
+  Attributes:
+    guidance_scale: weight of guidance, float32 [image_length], of each position, or [], of all;
+      read if guided.
+    temperature: float32 [], positive; not read if greedy.
+    top_k: int32 [], how many tokens to keep, 0 for all; read if filtered.
+    top_p: float32 [], the probability to keep, 1 for all; read if filtered.
+    exit_threshold: float32 [], see `adaptive.sample_tokens`; None has all tokens pass all layers.
+    skip_threshold: float32 [], see `adaptive.sample_tokens`; None never leaves a pass out.
+    guided: whether the logits without text are computed too.
+    greedy: whether the likeliest token is taken instead of a draw.
+    filtered: whether top_k or top_p rule out tokens.
+  """
+
+  guidance_scale: Any = 1.0
+  temperature: Any = 1.0
+  top_k: Any = 0
+  top_p: Any = 1.0
+  exit_threshold: Any = None
+  skip_threshold: Any = None
+  guided: bool = flax.struct.field(pytree_node=False, default=False)
+  greedy: bool = flax.struct.field(pytree_node=False, default=False)
+  filtered: bool = flax.struct.field(pytree_node=False, default=False)
+
+  @classmethod
+  def of(cls, settings: sampling_settings.SamplingSettings, length: int) -> Sampling:
+    """Of checked settings, for pictures of `length` image tokens."""
+    return cls(
+      *settings.arrays(length),
+      *settings.thresholds,
+      guided=settings.guided,
+      greedy=settings.greedy,
+      filtered=settings.filtered,
+    )
+
+  def at_each_position(self, length: int) -> Sampling:
+    """With a guidance scale for each of `length` positions."""
+    scale = jnp.asarray(self.guidance_scale, jnp.float32)
+    return self.replace(guidance_scale=jnp.broadcast_to(scale, (length,)))
 
 
 def image_keys(seed, image_index):
@@ -123,27 +174,23 @@ def filter_logits(logits, top_k, top_p):
   return jnp.where(kept & (within | (top_p >= 1.0)), logits, -jnp.inf)
 
 
-def choose(logits, keys, position, temperature, top_k, top_p, *, greedy, filtered):
+def choose(logits, keys, position, sampling: Sampling):
   """Draws one token of every image.
 
   Args:
     logits: float32 [batch, codebook_size].
     keys: of `image_keys`.
     position: int32 [].
-    temperature: float32 [], positive unless greedy.
-    top_k: int32 [].
-    top_p: float32 [].
-    greedy: whether to take the likeliest token instead.
-    filtered: whether top_k and top_p are looked at.
+    sampling: how to draw.
 
   Returns:
     int32 [batch].
   """
-  if greedy:
+  if sampling.greedy:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-  logits = logits / temperature
-  if filtered:
-    logits = filter_logits(logits, top_k, top_p)
+  logits = logits / sampling.temperature
+  if sampling.filtered:
+    logits = filter_logits(logits, jnp.asarray(sampling.top_k), sampling.top_p)
   # Gumbel noise turns the likeliest token into a draw; each image's noise is its own.
   noise = jax.vmap(
     lambda key: jax.random.gumbel(
@@ -153,33 +200,35 @@ def choose(logits, keys, position, temperature, top_k, top_p, *, greedy, filtere
   return jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
 
 
-def in_cache_layout(cache):
-  """A cache in `CACHE_LAYOUT`."""
+def in_cache_layout(state: transformer.DecoderState) -> transformer.DecoderState:
+  """The state with its caches in `CACHE_LAYOUT`, on a TPU."""
+  if mesh_lib.platform() != 'tpu':
+    return state
 
   def constrain(part):
     return layout.with_layout_constraint(part, CACHE_LAYOUT)
 
-  if mesh_lib.current() is None:
-    return constrain(cache)
-  # XLA would gather the whole cache for the constraint; each device has one for its own part.
-  spec = rules_lib.spec('activation_batch', 'activation_heads', 'activation_length', None)
-  return jax.shard_map(
-    constrain, in_specs=spec, out_specs=spec, check_vma=False, axis_names=rules_lib.free_axes()
-  )(cache)
+  if mesh_lib.current() is not None:
+    # XLA would gather the whole cache for the constraint; each device has one for its own part.
+    spec = rules_lib.spec('activation_batch', 'activation_heads', 'activation_length', None)
+    constrain = jax.shard_map(
+      constrain, in_specs=spec, out_specs=spec, check_vma=False, axis_names=rules_lib.free_axes()
+    )
+  return state.replace(caches=jax.tree.map(constrain, state.caches))
 
 
-def _grow(config, caches, length: int):
-  """Caches that serve the first `length` positions, the new slots empty; or a tuple of such."""
-  if isinstance(caches, tuple):
-    return tuple(_grow(config, part, length) for part in caches)
+def _grow(config, state: transformer.DecoderState, length: int) -> transformer.DecoderState:
+  """The state with caches that serve the first `length` positions, the new slots empty."""
 
   def grow(cache, slots):
     return jnp.pad(cache, ((0, 0), (0, 0), (0, slots - cache.shape[2]), (0, 0)))
 
-  return [
-    tuple(grow(part, config.layer_pattern(layer).slots(length)) for part in cache)
-    for layer, cache in enumerate(caches)
-  ]
+  return state.replace(
+    caches=[
+      tuple(grow(part, config.layer_pattern(layer).slots(length)) for part in cache)
+      for layer, cache in enumerate(state.caches)
+    ]
+  )
 
 
 def _segment_ends(patterns) -> list[int]:
@@ -191,108 +240,66 @@ def _segment_ends(patterns) -> list[int]:
   return ends + [length]
 
 
-def first_cache_length(config) -> int:
-  """Positions that the caches serve with which `scan_positions` begins."""
-  return _segment_ends(config.patterns)[0]
+def start(config, params, text_tokens) -> transformer.DecoderState:
+  """The state of texts int32 [batch, text_length] from which `scan_positions` goes on."""
+  return parti_lib.Parti(config).apply(
+    {'params': params}, text_tokens, _segment_ends(config.patterns)[0], method='start'
+  )
 
 
-def scan_positions(config, body, token, caches):
+def scan_positions(config, step, batch: int, states):
   """Runs a step at all positions, with caches that grow where that is worth it.
 
   Args:
     config: PartiConfig.
-    body: ((token, caches), position int32 []) -> ((token, caches), outputs).
-    token: int32 [batch], carried from each position to the next.
-    caches: of the first `first_cache_length` positions, or a tuple of several.
+    step: ((previous int32 [batch], states), position int32 []) -> ((token, states), outputs).
+    batch: number of images.
+    states: of `start`, a DecoderState or a tuple of them.
 
   Returns:
     The outputs, with a leading axis of image_length.
   """
-  pieces, start = [], 0
+  is_state = lambda part: isinstance(part, transformer.DecoderState)
+  pieces, begin, previous = [], 0, jnp.zeros(batch, jnp.int32)
   for end in _segment_ends(config.patterns):
-    (token, caches), outputs = jax.lax.scan(
-      body, (token, _grow(config, caches, end)), jnp.arange(start, end)
+    states = jax.tree.map(
+      lambda state, end=end: _grow(config, state, end), states, is_leaf=is_state
     )
+    (previous, states), outputs = jax.lax.scan(step, (previous, states), jnp.arange(begin, end))
     pieces.append(outputs)
-    start = end
+    begin = end
   return jax.tree.map(lambda *parts: jnp.concatenate(parts), *pieces)
 
 
-def sample_step(
-  config,
-  params,
-  memories,
-  mask,
-  previous,
-  caches,
-  keys,
-  position,
-  guidance_scale=1.0,
-  temperature=1.0,
-  top_k=0,
-  top_p=1.0,
-  *,
-  guided: bool,
-  greedy: bool,
-  filtered: bool,
-):
+def sample_step(config, params, keys, sampling: Sampling, carry, position):
   """Draws one image token of each image of a batch, given those before it.
 
   Args:
     config: PartiConfig.
-    params: a `parameters.Parameters`.
-    memories: of `Parti.start`, as `mask` and, at first, `caches`. If guided they have two rows for
-      each image, with its text and without.
-    mask: see `memories`.
-    previous: int32 [batch], the tokens before; ignored at position 0.
-    caches: see `memories`; afterwards those of the step before.
+    params: of `parameters.cut`.
     keys: a key for each image, [batch], see `image_keys`.
+    sampling: how to draw, see `Sampling.at_each_position`.
+    carry: the tokens before, int32 [batch], not read at position 0; and the DecoderState of the
+      positions before. If guided it has two rows for each image, see `with_and_without`.
     position: int32 [].
-    guidance_scale: float32 [], see SamplingSettings, as the next ones; looked at if guided.
-    temperature: float32 [].
-    top_k: int32 [].
-    top_p: float32 [].
-    guided: whether the logits without text are computed too.
-    greedy: whether to take the likeliest token.
-    filtered: whether top_k or top_p rule out tokens.
 
   Returns:
-    int32 [batch] and the caches with this position written.
+    The next carry, and the tokens int32 [batch].
   """
-  logits, caches = parti_lib.Parti(config).apply(
-    {'params': params.shared},
-    jnp.repeat(previous, 2 if guided else 1),
-    caches,
-    params.layers,
-    memories,
-    mask,
-    position,
-    method='step',
+  previous, state = carry
+  if sampling.guided:
+    previous = jnp.repeat(previous, 2)
+  logits, state = token_decoder.TokenDecoder(config).apply(
+    {'params': params['image_decoder']}, previous[:, None], state=state
   )
-  if mesh_lib.platform() == 'tpu':
-    caches = jax.tree.map(in_cache_layout, caches)
-  if guided:
-    logits = guide(logits, guidance_scale)
-  token = choose(
-    logits, keys, position, temperature, jnp.asarray(top_k), top_p, greedy=greedy, filtered=filtered
-  )
-  return token, caches
+  logits = logits[:, 0]
+  if sampling.guided:
+    logits = guide(logits, sampling.guidance_scale[position])
+  token = choose(logits, keys, position, sampling)
+  return (token, in_cache_layout(state)), token
 
 
-def sample_tokens(
-  config,
-  params,
-  text_tokens,
-  keys,
-  guidance_scale=1.0,
-  temperature=1.0,
-  top_k=0,
-  top_p=1.0,
-  *,
-  guided: bool,
-  greedy: bool,
-  filtered: bool,
-):
+def sample_tokens(config, params, text_tokens, keys, sampling: Sampling):
   """Draws the image tokens of a batch; to be called inside a jit.
 
   Arrays may be sharded: the networks constrain them by their logical axis names wherever
@@ -300,50 +307,15 @@ def sample_tokens(
 
   Args:
     config: PartiConfig.
-    params: a `parameters.Parameters`.
+    params: of `parameters.cut`.
     text_tokens: int32 [batch, text_length], padded with 0.
     keys: a key for each image, [batch], see `image_keys`.
-    guidance_scale: float32 [image_length], of each position, or [], of all; see SamplingSettings;
-      looked at if guided.
-    temperature: float32 [].
-    top_k: int32 [].
-    top_p: float32 [].
-    guided: whether to compute the logits without text too.
-    greedy: whether to take the likeliest token.
-    filtered: whether top_k or top_p rule out tokens.
+    sampling: how to draw; its thresholds are those of `adaptive.sample_tokens` and not read.
 
   Returns:
     int32 [batch, image_length].
   """
-  batch = text_tokens.shape[0]
-  if guided:
-    text_tokens = with_and_without(text_tokens)
-  scales = jnp.broadcast_to(jnp.asarray(guidance_scale, jnp.float32), config.image_length)
-  memories, mask, caches = parti_lib.Parti(config).apply(
-    {'params': params.shared},
-    text_tokens,
-    params.layers,
-    first_cache_length(config),
-    method='start',
-  )
-
-  def body(carry, position):
-    token, caches = sample_step(
-      config,
-      params,
-      memories,
-      mask,
-      *carry,
-      keys,
-      position,
-      scales[position],
-      temperature,
-      top_k,
-      top_p,
-      guided=guided,
-      greedy=greedy,
-      filtered=filtered,
-    )
-    return (token, caches), token
-
-  return scan_positions(config, body, jnp.zeros(batch, jnp.int32), caches).T
+  sampling = sampling.at_each_position(config.image_length)
+  state = start(config, params, with_and_without(text_tokens) if sampling.guided else text_tokens)
+  step = functools.partial(sample_step, config, params, keys, sampling)
+  return scan_positions(config, step, len(keys), state).T

@@ -7,68 +7,52 @@ draws would hold the decoder twice.
 
 from __future__ import annotations
 
-from typing import Any
-
-import flax.struct
 import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
 from parti_jax.models import parti_config
+from parti_jax.models.nn import layer_stack
 
 
-@flax.struct.dataclass
-class Parameters:
-  """Parameters of Parti for sampling.
-
-  Attributes:
-    shared: all but those of the decoder's layers, a tree as of `Parti.init`.
-    layers: a tree for each layer of the decoder.
-  """
-
-  shared: Any
-  layers: list[Any]
-
-
-def cut(config: parti_config.PartiConfig, params) -> Parameters:
+def cut(config: parti_config.PartiConfig, params):
   """Cuts a tree of numpy or jax arrays, of Parti and without axis names.
 
   Kernels that are used in `config.dtype` become of that dtype; the others, as those of the logits
   and of norms, stay what they are.
+
+  Returns:
+    The tree with, in place of the decoder's stacked layers, a list of each layer's parameters.
   """
   params = jax.tree_util.tree_map_with_path(
     lambda path, leaf: leaf.astype(_dtype(config, path, leaf.dtype)), params
   )
-  shared, stacked = _without_layers(params)
-  return Parameters(
-    shared,
-    [
-      jax.tree.map(lambda leaf, layer=layer: leaf[layer], stacked)
-      for layer in range(config.decoder_layers)
-    ],
-  )
+  return _with_layers(params, lambda layers: layer_stack.unstacked(layers, config.decoder_layers))
 
 
-def shardings(config: parti_config.PartiConfig, stacked) -> Parameters:
+def shardings(config: parti_config.PartiConfig, stacked):
   """Shardings of what `cut` returns.
 
   Args:
     config: sizes of the network.
     stacked: shardings of the whole parameters, see `rules.parameter_shardings`.
   """
-  shared, layers = _without_layers(stacked)
-  of_layer = jax.tree.map(
-    lambda sharding: NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:])), layers
-  )
-  return Parameters(shared, [of_layer] * config.decoder_layers)
+
+  def of_each(layers):
+    of_layer = jax.tree.map(
+      lambda sharding: NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:])), layers
+    )
+    return [of_layer] * config.decoder_layers
+
+  return _with_layers(stacked, of_each)
 
 
-def _without_layers(params):
-  """Parameters without the decoder's layers, and these."""
+def _with_layers(params, change):
+  """The tree with the decoder's layers changed by a function."""
   image_decoder = params['image_decoder']
-  decoder = dict(image_decoder['decoder'])
-  layers = decoder.pop('layers')
-  return params | {'image_decoder': image_decoder | {'decoder': decoder}}, layers
+  decoder = image_decoder['decoder']
+  decoder = decoder | {'layers': change(decoder['layers'])}
+  return params | {'image_decoder': image_decoder | {'decoder': decoder}}
 
 
 def _dtype(config, path, dtype):

@@ -39,13 +39,13 @@ class Placement:
     return jax.device_put(params, cut(shardings))
 
   @numerics.fixed()
-  def run(self, function, params, arrays, *scalars, **statics):
+  def run(self, function, params, arrays, *others, **statics):
     """Calls a jitted function: arrays [batch, ...] are split over the mesh; numpy in and out."""
     if self._mesh is None:
-      return jax.device_get(function(*params, *arrays, *scalars, **statics))
+      return jax.device_get(function(*params, *arrays, *others, **statics))
     arrays = jax.device_put(arrays, rules_lib.batch_sharding(self._mesh, self._rules))
     with rules_lib.partitioned(self._mesh, self._rules):
-      return jax.device_get(function(*params, *arrays, *scalars, **statics))
+      return jax.device_get(function(*params, *arrays, *others, **statics))
 
   def divisible(self, batch: int) -> int:
     """A batch size, rounded up to what the mesh divides."""

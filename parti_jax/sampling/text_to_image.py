@@ -137,7 +137,7 @@ class Result:
     return {'seed': str(self.seed), **settings, 'model': self.model}
 
 
-class Pipeline:
+class TextToImage:
   """A model that is ready to draw.
 
   Attributes:
@@ -260,6 +260,7 @@ class Pipeline:
     num_images = checks.count('num_images', num_images)
     seed = checks.whole_number('seed', seed, 0, settings_lib.LARGEST_SEED)
     settings = self.sampling.replace(**sampling)
+    sampled = decoding.Sampling.of(settings, self._config.image_length)
     total = len(prompts) * num_images
     first = _first_indices(first_index, len(prompts), num_images)
     texts = self._encode(prompts)
@@ -268,7 +269,15 @@ class Pipeline:
     index = (first[:, None] + np.arange(num_images, dtype=np.int32)).reshape(-1)
     usages = []
     for start, chosen in placement.pieces(total, batch, progress):
-      *drawn, usage = self._draw(texts[chosen // num_images], index[chosen], seed, settings)
+      *drawn, usage = self._place.run(
+        _generate,
+        (self._parti_params, self._tokenizer_params),
+        (texts[chosen // num_images], index[chosen]),
+        np.uint32(seed),
+        sampled,
+        config=self._config,
+        tokenizer=self._tokenizer,
+      )
       stop = min(start + batch, total)
       tokens[start:stop], images[start:stop] = (part[: stop - start] for part in drawn)
       usages.append(jax.tree.map(lambda part, count=stop - start: part[:count], usage))
@@ -358,20 +367,6 @@ class Pipeline:
         'adds it'
       )
 
-  def _draw(self, texts, image_index, seed: int, settings: settings_lib.SamplingSettings):
-    scalars = (np.uint32(seed), *settings.arrays(self._config.image_length), *settings.thresholds)
-    return self._place.run(
-      _generate,
-      (self._parti_params, self._tokenizer_params),
-      (texts, image_index),
-      *scalars,
-      config=self._config,
-      tokenizer=self._tokenizer,
-      guided=settings.guided,
-      greedy=settings.greedy,
-      filtered=settings.filtered,
-    )
-
   def _pictures(self, images) -> np.ndarray:
     return images_lib.checked(images, self.image_size)
 
@@ -432,7 +427,7 @@ class Pipeline:
     return self._place.divisible(even if even <= 4 else min(most, -(-even // 4) * 4))
 
 
-def load(path=None, mesh=None, rules=None) -> Pipeline:
+def load(path=None, mesh=None, rules=None) -> TextToImage:
   """Loads a model.
 
   Args:
@@ -441,14 +436,14 @@ def load(path=None, mesh=None, rules=None) -> Pipeline:
     rules: logical axis rules, with a mesh.
 
   Returns:
-    A Pipeline.
+    A TextToImage.
 
   Raises:
     UserError: if the folder is missing, unfinished, or no model folder; see `model_folder.load`.
   """
   path = None if path is None else checks.text('path', path)
   if path is not None and storage.is_url(path):
-    return Pipeline(model_folder.load(path), storage.name(path), mesh, rules)
+    return TextToImage(model_folder.load(path), storage.name(path), mesh, rules)
   folder = pathlib.Path(DEMO_FOLDER if path is None else path)
   if (folder / 'checkpoints').is_dir() and not (folder / model_folder.CONFIG_FILE).exists():
     raise UserError(
@@ -456,7 +451,7 @@ def load(path=None, mesh=None, rules=None) -> Pipeline:
       'folder with `parti-jax export` (see parti-jax export --help)'
     )
   name = 'demo' if path is None else os.path.basename(os.path.abspath(folder))
-  return Pipeline(model_folder.load(folder), name, mesh, rules)
+  return TextToImage(model_folder.load(folder), name, mesh, rules)
 
 
 def _memory() -> float:
@@ -487,39 +482,24 @@ def _first_indices(first_index, prompts: int, num_images: int) -> np.ndarray:
   return np.array(found, np.int32)
 
 
-@functools.partial(jax.jit, static_argnames=('config', 'tokenizer', 'guided', 'greedy', 'filtered'))
+@functools.partial(jax.jit, static_argnames=('config', 'tokenizer'))
 def _generate(
   parti_params,
   tokenizer_params,
   texts,
   image_index,
   seed,
-  guidance_scale,
-  temperature,
-  top_k,
-  top_p,
-  exit_threshold,
-  skip_threshold,
+  sampling: decoding.Sampling,
   *,
   config,
   tokenizer: nn.Module,
-  **how,
 ):
   """Text tokens to image tokens, pictures and, where something is skipped, an adaptive.Usage."""
-  arguments = (
-    config,
-    parti_params,
-    texts,
-    decoding.image_keys(seed, image_index),
-    guidance_scale,
-    temperature,
-    top_k,
-    top_p,
-  )
-  if exit_threshold is None and skip_threshold is None:
-    tokens, usage = decoding.sample_tokens(*arguments, **how), None
+  arguments = config, parti_params, texts, decoding.image_keys(seed, image_index), sampling
+  if sampling.exit_threshold is None and sampling.skip_threshold is None:
+    tokens, usage = decoding.sample_tokens(*arguments), None
   else:
-    tokens, usage = adaptive.sample_tokens(*arguments, exit_threshold, skip_threshold, **how)
+    tokens, usage = adaptive.sample_tokens(*arguments)
   pixels = tokenizer.apply({'params': tokenizer_params}, tokens, method='detokenize')
   return tokens, detokenizing.to_bytes(pixels), usage
 

@@ -22,8 +22,10 @@ from parti_jax.data import feature_converter
 from parti_jax.data import vocabulary
 from parti_jax.exported_model import sampling_settings
 from parti_jax.models import parti
+from parti_jax.models import token_decoder
 from parti_jax.models.nn import layer_stack
 from parti_jax.models.nn import layers
+from parti_jax.models.nn import transformer
 from parti_jax.sampling import decoding as our_decoding
 from parti_jax.sampling import parameters
 from parti_jax.t5x import logical_axes
@@ -279,12 +281,12 @@ class PartiModel(t5x_models.BaseTransformerModel):
     if guided:
       texts = our_decoding.with_and_without(texts)
     cut = parameters.cut(config, flax.core.unfreeze(params))
-    memories, mask, caches = self._apply(cut.shared, texts, cut.layers, method='start')
+    start = self._apply(cut, texts, method='start')
     of_image = lambda array: array.reshape((-1, 2 if guided else 1) + array.shape[1:])
     of_text = lambda array: array.reshape((-1,) + array.shape[2:])
-    memories, mask = jax.tree.map(
+    texts, mask = jax.tree.map(
       lambda array: of_text(decoding.flat_batch_beam_expand(of_image(array), num_decodes)),
-      (memories, mask),
+      (start.texts, start.text_mask),
     )
 
     def tokens_to_logits(state: decoding.DecodingState):
@@ -292,24 +294,21 @@ class PartiModel(t5x_models.BaseTransformerModel):
         tuple(of_text(state.cache[f'layer_{layer}'][part]) for part in ('key', 'value'))
         for layer in range(config.decoder_layers)
       ]
-      logits, caches = self._apply(
-        cut.shared,
-        jnp.repeat(state.cur_token[:, 0], 2 if guided else 1),
-        caches,
-        cut.layers,
-        memories,
-        mask,
-        jnp.max(state.cur_index),
-        method='step',
-      )
+      with logical_axes.bound():
+        logits, after = token_decoder.TokenDecoder(config).apply(
+          {'params': cut['image_decoder']},
+          jnp.repeat(state.cur_token, 2 if guided else 1, axis=0),
+          state=transformer.DecoderState(jnp.max(state.cur_index), caches, texts, mask),
+        )
+      logits = logits[:, 0]
       if guided:
         logits = our_decoding.guide(logits, self.guidance_scale)
-      return logits, _named(jax.tree.map(of_image, caches))
+      return logits, _named(jax.tree.map(of_image, after.caches))
 
     arguments = {'eos_id': _NO_EOS, 'decode_rng': rng} | dict(decoder_params or {})
     decodes, scores = self._decode_fn(
       inputs=jnp.zeros((batch['encoder_input_tokens'].shape[0], config.image_length), jnp.int32),
-      cache=_named(jax.tree.map(of_image, caches)),
+      cache=_named(jax.tree.map(of_image, start.caches)),
       tokens_to_logits=tokens_to_logits,
       num_decodes=num_decodes,
       cache_offset=0,

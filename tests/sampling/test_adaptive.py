@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from parti_jax.models import early_exit
 from parti_jax.models import parti
 from parti_jax.models import parti_config
 from parti_jax.models.nn import transformer
@@ -49,15 +48,13 @@ def _draw(params, exit_threshold, skip_threshold):
     parameters.cut(CONFIG, params),
     TEXTS,
     decoding.image_keys(0, jnp.arange(len(TEXTS))),
-    SCALE,
-    1.0,
-    0,
-    1.0,
-    exit_threshold,
-    skip_threshold,
-    guided=True,
-    greedy=True,
-    filtered=False,
+    decoding.Sampling(
+      SCALE,
+      exit_threshold=exit_threshold,
+      skip_threshold=skip_threshold,
+      guided=True,
+      greedy=True,
+    ),
   )
 
 
@@ -75,24 +72,16 @@ start = jax.jit(functools.partial(MODEL.apply, method='start'))
 def _embed(params, previous, position):
   return MODEL.apply(
     {'params': params},
-    previous[None],
+    previous[None, None],
     position,
-    method=lambda model, *inputs: model.image_decoder._embed_step(*inputs),
+    method=lambda model, *inputs: model.image_decoder.embed(*inputs),
   )
 
 
 @functools.partial(jax.jit, static_argnames='number')
-def _layer(params, x, cache, memory, mask, position, number):
-  return BLOCK.apply(
-    {'params': params},
-    x,
-    cache,
-    memory,
-    mask,
-    position,
-    CONFIG.layer_pattern(number),
-    method='step',
-  )
+def _layer(params, x, cache, text, mask, position, number):
+  patterns = (CONFIG.layer_pattern(number),)
+  return BLOCK.apply({'params': params}, x, text, mask, patterns, cache=cache, position=position)
 
 
 @jax.jit
@@ -100,7 +89,7 @@ def _logits(params, x):
   return MODEL.apply(
     {'params': params},
     x,
-    method=lambda model, x: model.image_decoder.predict(model.image_decoder.decoder.finish(x)),
+    method=lambda model, x: model.image_decoder.predict(model.image_decoder.decoder.norm(x)),
   )[0, 0]
 
 
@@ -108,8 +97,10 @@ class _Branch:
   """One text's decoder, one layer and one position at a time."""
 
   def __init__(self, params, text):
-    self.params, self.layers = params, parameters.cut(CONFIG, params).layers
-    self.memories, self.mask, self.caches = start({'params': params}, text[None], self.layers)
+    self.params = params
+    self.layers = parameters.cut(CONFIG, params)['image_decoder']['decoder']['layers']
+    state = start({'params': params}, text[None])
+    self.texts, self.mask, self.caches = state.texts, state.text_mask, state.caches
 
   def embed(self, previous, position):
     return _embed(self.params, np.int32(previous), np.int32(position))
@@ -120,7 +111,7 @@ class _Branch:
       self.layers[number],
       x,
       self.caches[number],
-      self.memories[number],
+      self.texts[number],
       self.mask,
       np.int32(position),
       number,
@@ -213,9 +204,12 @@ def test_nothing_is_computed_once_all_have_left(params):
 
 
 def test_thresholds_that_nothing_reaches_change_no_token(params):
-  expected = jax.jit(
-    functools.partial(decoding.sample_tokens, CONFIG, guided=True, greedy=True, filtered=False)
-  )(parameters.cut(CONFIG, params), TEXTS, decoding.image_keys(0, jnp.arange(len(TEXTS))), SCALE)
+  expected = jax.jit(functools.partial(decoding.sample_tokens, CONFIG))(
+    parameters.cut(CONFIG, params),
+    TEXTS,
+    decoding.image_keys(0, jnp.arange(len(TEXTS))),
+    decoding.Sampling(SCALE, guided=True, greedy=True),
+  )
   for thresholds in ((1.5, None), (1.5, 1.5)):
     tokens, usage = draw(params, *thresholds)
     np.testing.assert_array_equal(tokens, expected)
@@ -232,4 +226,4 @@ def test_on_a_mesh_the_same_tokens_leave(params):
 
 def test_confidence_by_hand():
   logits = np.log([[0.5, 0.2, 0.3], [0.25, 0.5, 0.25], [0.4, 0.4, 0.2]]).astype(np.float32)
-  np.testing.assert_allclose(early_exit.confidence(logits), [0.2, 0.25, 0.0], atol=1e-6)
+  np.testing.assert_allclose(adaptive.confidence(logits), [0.2, 0.25, 0.0], atol=1e-6)

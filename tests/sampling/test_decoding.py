@@ -11,6 +11,7 @@ import pytest
 
 from parti_jax.models import parti
 from parti_jax.models import parti_config
+from parti_jax.models import token_decoder
 from parti_jax.models.nn import attention_patterns
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.partitioning import rules
@@ -40,31 +41,23 @@ def params():
   return jax.tree.map(lambda leaf: leaf * 3.0, params)
 
 
-@functools.partial(jax.jit, static_argnames=('guided', 'greedy', 'filtered', 'segment'))
-def draw_jitted(params, texts, image_index, seed, settings, segment, **statics):
+@functools.partial(jax.jit, static_argnames='segment')
+def draw_jitted(params, texts, image_index, seed, sampling, segment):
   del segment  # Only there to compile again when the tests change it.
   keys = decoding.image_keys(seed, image_index)
-  return decoding.sample_tokens(
-    CONFIG, parameters.cut(CONFIG, params), texts, keys, **settings, **statics
-  )
+  return decoding.sample_tokens(CONFIG, parameters.cut(CONFIG, params), texts, keys, sampling)
 
 
-def draw(
-  params, texts, image_index, seed=0, guided=False, greedy=False, filtered=False, **settings
-):
-  """sample_tokens under jit, plain conditional sampling unless told otherwise."""
-  settings = {'guidance_scale': 1.0, 'temperature': 1.0, 'top_k': 0, 'top_p': 1.0} | settings
+def draw(params, texts, image_index, seed=0, **sampling):
+  """sample_tokens under jit, plain conditional sampling by default."""
   return np.asarray(
     draw_jitted(
       params,
       np.asarray(texts),
       np.asarray(image_index, np.int32),
       np.uint32(seed),
-      settings,
+      decoding.Sampling(**sampling),
       decoding._MIN_SEGMENT,
-      guided=guided,
-      greedy=greedy,
-      filtered=filtered,
     )
   )
 
@@ -72,19 +65,20 @@ def draw(
 @functools.partial(jax.jit, static_argnames='config')
 def cached_logits(params, texts, tokens, config=CONFIG):
   """Logits of every position, computed one position after the other."""
-  model = parti.Parti(config)
-  layers = parameters.cut(config, params).layers
-  memories, mask, caches = model.apply({'params': params}, texts, layers, method='start')
+  params = parameters.cut(config, params)
+  state = parti.Parti(config).apply({'params': params}, texts, method='start')
 
-  def body(carry, inputs):
-    (previous, caches), (position, token) = carry, inputs
-    logits, caches = model.apply(
-      {'params': params}, previous, caches, layers, memories, mask, position, method='step'
-    )
-    return (token, caches), logits
+  def body(state, previous):
+    logits, state = decode(params, previous[:, None], state, config)
+    return state, logits[:, 0]
 
-  inputs = jnp.arange(config.image_length), tokens.T
-  return jax.lax.scan(body, (jnp.zeros_like(tokens[:, 0]), caches), inputs)[1].swapaxes(0, 1)
+  return jax.lax.scan(body, state, token_decoder.shifted(tokens).T)[1].swapaxes(0, 1)
+
+
+def decode(params, previous, state, config):
+  """Logits of the next positions, and the state with them."""
+  model = token_decoder.TokenDecoder(config)
+  return model.apply({'params': params['image_decoder']}, previous, state=state)
 
 
 @functools.partial(jax.jit, static_argnames='config')
@@ -144,10 +138,28 @@ def test_a_mixed_schedule_with_rings_that_turn(tall):
   config, params, texts, tokens = tall
   expected = all_logits(params, texts, tokens, config)
   np.testing.assert_allclose(cached_logits(params, texts, tokens, config), expected, atol=5e-5)
-  caches = parti.Parti(config).apply(
-    {'params': params}, texts, parameters.cut(config, params).layers, method='start'
-  )[2]
-  assert [keys.shape for keys, _ in caches] == [(8, 2, slots, 8) for slots in (4, 3, 14, 14)]
+  state = parti.Parti(config).apply({'params': params}, texts, method='start')
+  assert [keys.shape for keys, _ in state.caches] == [(8, 2, slots, 8) for slots in (4, 3, 14, 14)]
+
+
+def test_any_number_of_positions_at_once(tall):
+  """Chunks longer and shorter than the rings give the logits and the state of single steps."""
+  config, params, texts, tokens = tall
+  expected = all_logits(params, texts, tokens, config)
+  start = jax.jit(functools.partial(parti.Parti(config).apply, method='start'))
+  step = jax.jit(functools.partial(decode, config=config))
+  previous = token_decoder.shifted(tokens)
+  states = []
+  for chunks in ((1,) * 14, (14,), (3, 1, 4, 6)):
+    state, found = start({'params': params}, texts), []
+    for length, first in zip(chunks, np.cumsum((0,) + chunks)):
+      assert state.position == first
+      logits, state = step(params, previous[:, first : first + length], state)
+      found.append(logits)
+    np.testing.assert_allclose(jnp.concatenate(found, axis=1), expected, atol=5e-5)
+    states.append(state)
+  for state in states[1:]:
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=5e-4), state, states[0])
 
 
 def test_a_mixed_schedule_on_a_mesh(tall):
@@ -321,9 +333,8 @@ def test_draws_have_the_softmax_of_the_logits():
   keys = decoding.image_keys(jnp.uint32(0), jnp.arange(count))
 
   def shares(temperature, top_k, top_p):
-    drawn = decoding.choose(
-      logits, keys, jnp.int32(3), temperature, jnp.int32(top_k), top_p, greedy=False, filtered=True
-    )
+    sampling = decoding.Sampling(1.0, temperature, top_k, top_p, filtered=True)
+    drawn = decoding.choose(logits, keys, jnp.int32(3), sampling)
     return np.bincount(drawn, minlength=4) / count
 
   np.testing.assert_allclose(shares(1.0, 0, 1.0), probabilities, atol=0.03)

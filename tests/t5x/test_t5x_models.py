@@ -220,10 +220,7 @@ def test_greedy_tokens_are_ours(params, batch, guidance_scale):
     parameters.cut(CONFIG, flax.core.unfreeze(params)),
     batch['encoder_input_tokens'],
     our_decoding.image_keys(0, jnp.arange(4)),
-    guidance_scale,
-    guided=guidance_scale != 1.0,
-    greedy=True,
-    filtered=False,
+    our_decoding.Sampling(guidance_scale, guided=guidance_scale != 1.0, greedy=True),
   )
   np.testing.assert_array_equal(drawn, ours)
   assert aux['scores'].shape == (4,)

@@ -1,4 +1,4 @@
-"""Multi-head attention: over a whole sequence, over a memory, and over a cache.
+"""Multi-head attention: over a whole sequence, over another sequence, and over a cache.
 
 `attend_in_pattern` chooses among forms with the same result. `attend` computes a score for each
 pair of positions. The others leave out what the pattern rules out: `attend_blockwise` computes one
@@ -186,43 +186,43 @@ def attend_in_pattern(query, key, value, pattern: attention_patterns.AttentionPa
   return attend(query, key, value, pattern.mask)
 
 
-def attend_in_schedule(query, key, value, patterns, place):
+def attend_in_schedule(query, key, value, patterns, index):
   """`attend_in_pattern` with one of several patterns.
 
   Args:
-    query: as `attend`, as the next two.
-    key: see `query`.
-    value: see `query`.
+    query: [batch, length, heads, head_dim].
+    key: as `query`.
+    value: as `query`.
     patterns: AttentionPatterns.
-    place: which of them; where it is an int32 [] array, all are compiled and one is computed.
+    index: which of them; where it is an int32 [] array, all are compiled and one is computed.
 
   Returns:
     As `attend`, under the name ATTENTION_OUTPUT.
   """
-  if isinstance(place, int):
-    out = attend_in_pattern(query, key, value, patterns[place])
+  if isinstance(index, int):
+    out = attend_in_pattern(query, key, value, patterns[index])
   else:
     forms = [functools.partial(attend_in_pattern, pattern=pattern) for pattern in patterns]
-    out = jax.lax.switch(place, forms, query, key, value)
+    out = jax.lax.switch(index, forms, query, key, value)
   if mesh_lib.platform() == 'tpu' and patterns[0].length % _LANES == 0:
     return out  # The kernel has given the name itself, to the result and to what goes with it.
   return checkpoint_name(out, ATTENTION_OUTPUT)
 
 
 def attend_cached(query, keys, values, mask):
-  """`attend` for one query a sequence, over keys and values that lie heads first.
+  """`attend` over keys and values whose heads come before their positions.
 
-  Heads come before positions so that each head's matrix is whole in memory: a step then reads
-  the cache where it is, instead of a transposed copy of it.
+  Each head's matrix is then contiguous in memory: a step reads the cache where it is, instead of
+  a transposed copy of it.
 
   Args:
-    query: [batch, 1, heads, head_dim].
-    keys: [batch, heads, length, head_dim].
+    query: [batch, length, heads, head_dim].
+    keys: [batch, heads, key_length, head_dim].
     values: as `keys`.
-    mask: bool, broadcastable to [batch, heads, 1, length].
+    mask: bool, broadcastable to [batch, heads, length, key_length].
 
   Returns:
-    [batch, 1, heads, head_dim], of the query's dtype.
+    [batch, length, heads, head_dim], of the query's dtype.
   """
   scale = query.shape[-1] ** -0.5
   scores = jnp.einsum('bqhd,bhkd->bhqk', query * scale, keys, preferred_element_type=jnp.float32)
@@ -232,12 +232,79 @@ def attend_cached(query, keys, values, mask):
 
 
 def write_cache(cache, key, value, position, pattern: attention_patterns.AttentionPattern):
-  """A cache with one more position, whose key and value are [batch, 1, heads, head_dim]."""
-  slot = pattern.slot(position, cache[0].shape[2])
+  """Writes the next positions into a layer's cache.
+
+  Args:
+    cache: keys and values, [batch, heads, slots, head_dim] each; `AttentionPattern.slot` says
+      which position is in which slot.
+    key: [batch, length, heads, head_dim], of the positions from `position` on.
+    value: as `key`.
+    position: int32 [], the first of them.
+    pattern: of the layer.
+
+  Returns:
+    The cache. Of more positions than it has slots, it holds the last ones.
+  """
+  slots, length = cache[0].shape[2], key.shape[1]
+  new = [part.swapaxes(1, 2).astype(cache[0].dtype) for part in (key, value)]
+  if length == 1:  # A slice is written in place; a scatter is slower.
+    slot = pattern.slot(position, slots)
+    return tuple(
+      jax.lax.dynamic_update_slice_in_dim(old, part, slot, axis=2) for old, part in zip(cache, new)
+    )
+  kept = min(length, slots)
+  at = pattern.slot(position + jnp.arange(length - kept, length), slots)
   return tuple(
-    jax.lax.dynamic_update_slice_in_dim(old, new.swapaxes(1, 2).astype(old.dtype), slot, axis=2)
-    for old, new in zip(cache, (key, value))
+    old.at[:, :, at].set(part[:, :, length - kept :], unique_indices=True)
+    for old, part in zip(cache, new)
   )
+
+
+def read_cache(cache, position, pattern: attention_patterns.AttentionPattern):
+  """What one position sees of a cache that holds it already.
+
+  Args:
+    cache: of `write_cache`.
+    position: int32 [].
+    pattern: of the layer.
+
+  Returns:
+    Keys and values, [batch, heads, count, head_dim] each, and a mask, bool [count].
+  """
+  slots = cache[0].shape[2]
+  first, count, visible = pattern.read(position, slots)
+  if count < slots:
+    # Gathered, not sliced: XLA on a CPU fuses a slice with the writing of the newest position, and
+    # then copies the whole cache at every step.
+    at = first + jnp.arange(count)
+    cache = tuple(jnp.take(part, at, axis=2, mode='clip') for part in cache)
+  return *cache, visible
+
+
+def read_cache_and_chunk(cache, key, value, position, pattern):
+  """What several new positions see of each other and of a cache without them.
+
+  A cache that holds them will not do: of a ring, the later ones may have replaced what the
+  earlier ones see.
+
+  Args:
+    cache: of `write_cache`, before these positions are written.
+    key: [batch, length, heads, head_dim], of the positions from `position` on.
+    value: as `key`.
+    position: int32 [], the first of them.
+    pattern: of the layer.
+
+  Returns:
+    Keys and values, [batch, heads, slots + length, head_dim] each, and a mask, bool [length,
+    slots + length].
+  """
+  new = position + jnp.arange(key.shape[1])
+  seen = jnp.concatenate([pattern.held(position, cache[0].shape[2]), new])
+  keys, values = (
+    jnp.concatenate([old, part.swapaxes(1, 2).astype(old.dtype)], axis=2)
+    for old, part in zip(cache, (key, value))
+  )
+  return keys, values, (seen >= 0) & pattern.visible(new[:, None], seen)
 
 
 class SelfAttention(nn.Module):
@@ -262,7 +329,8 @@ class SelfAttention(nn.Module):
       (self.width,), 2, ('heads', 'head_dim', 'embed'), self.dtype
     )
 
-  def _queries_keys_values(self, x):
+  def project(self, x):
+    """Query, key and value of x [batch, length, embed]: [batch, length, heads, head_dim] each."""
     projected = self.project_in(x)
     names = ('activation_batch', 'activation_length', None, 'activation_heads', None)
     projected = nn.with_logical_constraint(projected, names)
@@ -270,45 +338,47 @@ class SelfAttention(nn.Module):
 
   def __call__(self, x, mask=None):
     """x: [batch, length, embed]; mask: bool [batch or 1, 1, length, length]. As x."""
-    query, key, value = self._queries_keys_values(x)
+    query, key, value = self.project(x)
     return self.project_out(attend(query, key, value, mask))
 
-  def in_schedule(self, x, patterns, place):
-    """Attention over image tokens: x [batch, length, embed]; others as `attend_in_schedule`."""
-    query, key, value = self._queries_keys_values(x)
-    return self.project_out(attend_in_schedule(query, key, value, patterns, place))
 
-  def project(self, x):
-    """Query, key and value of x [batch, 1, embed]: [batch, 1, heads, head_dim] each."""
-    return self._queries_keys_values(x)
+class PatternedSelfAttention(SelfAttention):
+  """Self-attention over image tokens, of a whole sequence or with a cache.
 
-  def attend_step(self, query, cache, position, pattern: attention_patterns.AttentionPattern):
-    """Attention of one new position over those before it that the pattern lets it see.
+  Attributes as SelfAttention.
+  """
+
+  def __call__(self, x, patterns, index=0, cache=None, position=None, query=None):
+    """Attends from any number of positions.
 
     Args:
-      query: [batch, 1, heads, head_dim], of the newest position.
-      cache: keys and values of the positions that may still be seen, the newest one among them,
-        [batch, heads, slots, head_dim] each; see `AttentionPattern.slot`.
-      position: int32 [], the newest one's place in the sequence.
-      pattern: which positions see which.
+      x: [batch, length, embed]: the whole sequence, or with a cache the positions after those
+        that it holds.
+      patterns: AttentionPatterns.
+      index: which of them, an int, or int32 [] without a cache; see `attend_in_schedule`.
+      cache: keys and values of earlier positions, see `write_cache`; None for a whole sequence.
+      position: int32 [], of the first position of x, with a cache.
+      query: of `project`, for a single position that the cache holds already; x is not read.
 
     Returns:
-      The output [batch, 1, embed].
+      [batch, length, embed], and the cache with the positions of x.
     """
-    slots = cache[0].shape[2]
-    first, count, visible = pattern.read(position, slots)
-    # Gathered, not sliced: XLA on a CPU fuses a slice with the writing of the newest position, and
-    # then copies the whole cache at every step.
-    seen = (
-      cache
-      if count == slots
-      else tuple(jnp.take(part, first + jnp.arange(count), axis=2, mode='clip') for part in cache)
-    )
-    return self.project_out(attend_cached(query, *seen, visible))
+    if cache is None:
+      attended = attend_in_schedule(*self.project(x), patterns, index)
+      return self.project_out(attended), None
+    pattern = patterns[index]
+    if query is None:
+      query, key, value = self.project(x)
+      before, cache = cache, write_cache(cache, key, value, position, pattern)
+    if query.shape[1] == 1:
+      seen = read_cache(cache, position, pattern)
+    else:
+      seen = read_cache_and_chunk(before, key, value, position, pattern)
+    return self.project_out(attend_cached(query, *seen)), cache
 
 
 class CrossAttention(nn.Module):
-  """Attention of a sequence over the text encoder's output. Attributes as SelfAttention."""
+  """Attention of a sequence over another. Attributes as SelfAttention."""
 
   width: int
   heads: int
@@ -326,25 +396,33 @@ class CrossAttention(nn.Module):
       (self.width,), 2, ('heads', 'head_dim', 'embed'), self.dtype
     )
 
-  def memory(self, encoded):
-    """Keys and values of the text, computed once for all positions.
+  def keys_values(self, encoded):
+    """Keys and values of the other sequence.
 
     Args:
-      encoded: [batch, text_length, embed].
+      encoded: [batch, length, embed].
 
     Returns:
-      Two arrays [batch, text_length, heads, head_dim].
+      Two arrays [batch, length, heads, head_dim].
     """
     projected = self.project_memory(encoded)
     names = ('activation_batch', 'activation_length', None, 'activation_heads', None)
     projected = nn.with_logical_constraint(projected, names)
     return projected[:, :, 0], projected[:, :, 1]
 
-  def __call__(self, x, memory, mask=None):
-    """x: [batch, length, embed]; memory: of `memory()`; mask: bool [batch, 1, 1, text_length]."""
-    key, value = memory
-    return self.project_out(attend(self.project_query(x), key, value, mask))
+  def __call__(self, x, other, mask=None):
+    """Attends from x.
 
-  def step(self, x, memory, mask):
-    """One position; x: [batch, 1, embed]; memory: heads first, as `attend_cached` takes it."""
-    return self.project_out(attend_cached(self.project_query(x), *memory, mask))
+    Args:
+      x: [batch, query_length, embed].
+      other: the other sequence, [batch, length, embed], or a tuple of its keys and values, heads
+        first, [batch, heads, length, head_dim] each.
+      mask: bool [batch, 1, 1, length], True where x may look.
+
+    Returns:
+      As x.
+    """
+    query = self.project_query(x)
+    if isinstance(other, tuple):
+      return self.project_out(attend_cached(query, *other, mask))
+    return self.project_out(attend(query, *self.keys_values(other), mask))

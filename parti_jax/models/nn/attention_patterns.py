@@ -107,6 +107,16 @@ class AttentionPattern:
       return position % columns * rows + position // columns
     return position % slots
 
+  def held(self, position, slots: int):
+    """int32 [slots]: which of the positions before int32 [] each slot holds; negative for none."""
+    slot = jnp.arange(slots)
+    if self.name == 'column':
+      rows, columns = self.grid
+      at = slot % rows * columns + slot // rows
+      return jnp.where(at < position, at, -1)
+    newest = position - 1
+    return newest - (newest - slot) % slots
+
   def read(self, position, slots: int):
     """What a step looks at.
 
@@ -121,8 +131,7 @@ class AttentionPattern:
     if self.name == 'column':
       rows, columns = self.grid
       return position % columns * rows, rows, jnp.arange(rows) <= position // columns
-    # The newest position that is not after this one, of those that share a slot.
-    held = position - (position - jnp.arange(slots)) % slots
+    held = self.held(position + 1, slots)
     return 0, slots, (held >= 0) & self.visible(position, held)
 
   @functools.cached_property

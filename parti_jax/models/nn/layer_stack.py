@@ -153,6 +153,16 @@ def run(
   return outputs.reshape((count,) + x.shape) if every else x
 
 
+def unstacked(stacked, count: int) -> list:
+  """Parameters of each layer, of a tree with the leading axis `layers`; a list of them as it is.
+
+  Sampling has a list: a step that sliced the layers out of one array would copy them all.
+  """
+  if isinstance(stacked, (list, tuple)):
+    return list(stacked)
+  return [jax.tree.map(lambda leaf, layer=layer: leaf[layer], stacked) for layer in range(count)]
+
+
 def _grouped(tree, size: int):
   """Arrays [layers, ...] as [layers / size, size, ...]."""
   return jax.tree.map(lambda leaf: leaf.reshape((-1, size) + leaf.shape[1:]), tree)

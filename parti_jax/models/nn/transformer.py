@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -50,6 +49,25 @@ class EncoderBlock(nn.Module):
     return nn.with_logical_constraint(x, layers.ACTIVATION)
 
 
+@flax.struct.dataclass
+class DecoderState:
+  """What a decoder keeps of a text and of the positions so far, between two calls.
+
+  Attributes:
+    position: int32 [], how many positions there are, which is the index of the next one.
+    caches: for each layer keys and values of its self-attention, [batch, heads, slots, head_dim]
+      each; the layer's AttentionPattern says how many slots, and which position is in which.
+    texts: for each layer keys and values of its cross-attention to the text,
+      [batch, heads, text_length, head_dim] each.
+    text_mask: bool [batch, 1, 1, text_length].
+  """
+
+  position: jax.Array
+  caches: list[tuple[jax.Array, jax.Array]]
+  texts: list[tuple[jax.Array, jax.Array]]
+  text_mask: jax.Array
+
+
 class DecoderBlock(nn.Module):
   """Causal self-attention, cross-attention to the text, MLP. Attributes as EncoderBlock."""
 
@@ -61,68 +79,59 @@ class DecoderBlock(nn.Module):
 
   def setup(self):
     self.attention_norm = layers.LayerNorm(self.dtype)
-    self.attention = attention.SelfAttention(self.width, self.heads, self.dtype)
+    self.attention = attention.PatternedSelfAttention(self.width, self.heads, self.dtype)
     self.cross_norm = layers.LayerNorm(self.dtype)
     self.cross_attention = attention.CrossAttention(self.width, self.heads, self.dtype)
     self.mlp_norm = layers.LayerNorm(self.dtype)
     self.mlp = layers.MLP(self.width, self.mlp_width, self.dtype)
     self.drop = layers.Dropout(self.dropout)
 
-  def _feed_forward(self, x, keys):
-    x = x + self.drop(self.mlp(self.mlp_norm(x)), keys)
-    return nn.with_logical_constraint(x, layers.ACTIVATION)
-
-  def __call__(self, x, encoded, text_mask, patterns, place=0, dropout_keys=None):
-    """All positions at once.
+  def __call__(
+    self,
+    x,
+    text,
+    text_mask,
+    patterns,
+    index=0,
+    dropout_keys=None,
+    *,
+    cache=None,
+    position=None,
+    query=None,
+  ):
+    """Any number of positions: a whole sequence, or with a cache the next ones.
 
     Args:
       x: [batch, length, embed].
-      encoded: [batch, text_length, embed].
+      text: the text encoder's output [batch, text_length, embed], or its `keys_values`.
       text_mask: bool [batch, 1, 1, text_length].
       patterns: AttentionPatterns of the image tokens.
-      place: which of them is this block's, an int or int32 [].
+      index: which of them is this block's, an int or, without a cache, int32 [].
       dropout_keys: as EncoderBlock.
+      cache: keys and values of the positions before x, see DecoderState; None for a whole sequence.
+      position: int32 [], of x's first position, with a cache.
+      query: of `project`, where the cache already holds x, a single position.
+
+    Returns:
+      [batch, length, embed], and the cache with the positions of x, or None without a cache.
     """
     x = nn.with_logical_constraint(x, layers.ACTIVATION)
     keys = [layers.fold(dropout_keys, site) for site in range(3)]
-    x = x + self.drop(self.attention.in_schedule(self.attention_norm(x), patterns, place), keys[0])
-    memory = self.cross_attention.memory(encoded)
-    attended = self.cross_attention(self.cross_norm(x), memory, text_mask)
-    x = x + self.drop(attended, keys[1])
-    return self._feed_forward(x, keys[2])
-
-  def memory(self, encoded):
-    """Keys and values of the text: two of [batch, heads, text_length, head_dim]."""
-    return tuple(part.swapaxes(1, 2) for part in self.cross_attention.memory(encoded))
+    attended, cache = self.attention(
+      self.attention_norm(x), patterns, index, cache, position, query
+    )
+    x = x + self.drop(attended, keys[0])
+    x = x + self.drop(self.cross_attention(self.cross_norm(x), text, text_mask), keys[1])
+    x = x + self.drop(self.mlp(self.mlp_norm(x)), keys[2])
+    return nn.with_logical_constraint(x, layers.ACTIVATION), cache
 
   def project(self, x):
-    """Self-attention's query, key and value of x [batch, 1, embed], the input of this block."""
+    """Query, key and value of self-attention, for x [batch, length, embed], this block's input."""
     return self.attention.project(self.attention_norm(x))
 
-  def finish(self, x, query, cache, memory, text_mask, position, pattern):
-    """The rest of a step, once the cache has the position's key and value.
-
-    Args:
-      x: [batch, 1, embed], this block's input.
-      query: of `project`.
-      cache: see `attention.SelfAttention.attend_step`, as `position` and `pattern`.
-      memory: the text's keys and values, of `memory`.
-      text_mask: bool [batch, 1, 1, text_length].
-      position: see `cache`.
-      pattern: see `cache`.
-
-    Returns:
-      The output [batch, 1, embed].
-    """
-    x = x + self.attention.attend_step(query, cache, position, pattern)
-    x = x + self.cross_attention.step(self.cross_norm(x), memory, text_mask)
-    return self._feed_forward(x, None)
-
-  def step(self, x, cache, memory, text_mask, position, pattern):
-    """One position; arguments as `finish`. Returns the output and the cache with it written."""
-    query, key, value = self.project(x)
-    cache = attention.write_cache(cache, key, value, position, pattern)
-    return self.finish(x, query, cache, memory, text_mask, position, pattern), cache
+  def keys_values(self, encoded):
+    """Keys and values of the text: two of [batch, heads, text_length, head_dim]."""
+    return tuple(part.swapaxes(1, 2) for part in self.cross_attention.keys_values(encoded))
 
 
 class Encoder(nn.Module):
@@ -155,8 +164,8 @@ class Encoder(nn.Module):
     """x: [batch, length, embed]; mask: bool [batch, 1, length or 1, length]. As x."""
     stacked = self.param('layers', layer_stack.initializer(self.block, self.num_layers, x[:1]))
 
-    def layer(params, place, x, mask, keys):
-      del place  # All layers are alike.
+    def layer(params, index, x, mask, keys):
+      del index  # All layers are alike.
       return self.block.apply({'params': params}, x, mask, keys)
 
     if not self.is_initializing():
@@ -189,13 +198,40 @@ class Decoder(nn.Module):
     self.norm = layers.LayerNorm(self.dtype)
 
   @nn.compact
-  def __call__(self, x, encoded, text_mask, dropout_keys=None, every=False):
-    """All positions at once; arguments as DecoderBlock.
+  def __call__(
+    self, x, encoded=None, text_mask=None, state=None, dropout_keys=None, all_layers=False
+  ):
+    """Any number of positions: a whole sequence, or with a state the next ones.
+
+    Args:
+      x: [batch, length, embed].
+      encoded: [batch, text_length, embed]; not read with a state, which has the text.
+      text_mask: bool [batch, 1, 1, text_length], as `encoded`.
+      state: DecoderState, of `start` or of the call before; None for a whole sequence.
+      dropout_keys: layers.DropoutKeys, or None where dropout is off; without a state.
+      all_layers: whether to return the outputs of all layers; without a state.
 
     Returns:
-      [batch, length, embed]; or, with `every`, what each layer's output is after the last layer
-      norm, [layers, batch, length, embed].
+      [batch, length, embed], or with `all_layers` each layer's output after the last layer norm,
+      [layers, batch, length, embed]; and the state with these positions, or None.
     """
+    if state is not None:
+      if dropout_keys is not None or all_layers:
+        raise ValueError('dropout_keys and all_layers are for whole sequences, without a state')
+      caches = []
+      for layer, params in enumerate(self._layers()):  # One by one: their caches differ in size.
+        x, cache = self.block.apply(
+          {'params': params},
+          x,
+          state.texts[layer],
+          state.text_mask,
+          self.patterns,
+          layer % len(self.patterns),
+          cache=state.caches[layer],
+          position=state.position,
+        )
+        caches.append(cache)
+      return self.norm(x), state.replace(position=state.position + x.shape[1], caches=caches)
     stacked = self.param(
       'layers',
       layer_stack.initializer(
@@ -203,8 +239,8 @@ class Decoder(nn.Module):
       ),
     )
 
-    def layer(params, place, x, beside, keys):
-      return self.block.apply({'params': params}, x, *beside, self.patterns, place, keys)
+    def layer(params, index, x, text, keys):
+      return self.block.apply({'params': params}, x, *text, self.patterns, index, keys)[0]
 
     if not self.is_initializing():
       x = layer_stack.run(
@@ -215,122 +251,34 @@ class Decoder(nn.Module):
         dropout_keys,
         self.remat,
         self.unroll,
-        every,
+        all_layers,
         len(self.patterns),
       )
-    return self.norm(x)
+    return self.norm(x), None
 
-  def start(self, encoded, layers_apart):
-    """What every step needs of the text, computed once for all positions.
+  def start(self, encoded, text_mask, length: int) -> DecoderState:
+    """The state before the first position.
 
     Args:
       encoded: [batch, text_length, embed].
-      layers_apart: parameters of each layer, cut out of the stack.
-
-    Returns:
-      A list with, for each layer, its memory: the text's keys and values,
-      [batch, heads, text_length, head_dim] each.
-    """
-    return [
-      self.block.apply({'params': params}, encoded, method='memory') for params in layers_apart
-    ]
-
-  def step(self, x, caches, layers_apart, memories, text_mask, position):
-    """One position through all layers.
-
-    Args:
-      x: [batch, 1, embed].
-      caches: a list with, for each layer, keys and values [batch, heads, slots, head_dim]; how
-        many slots and which position is in which is the layer's pattern's matter.
-      layers_apart: as `start`.
-      memories: of `start`.
       text_mask: bool [batch, 1, 1, text_length].
-      position: int32 [].
-
-    Returns:
-      The output [batch, 1, embed] and the caches with this position written.
+      length: the caches have slots for this many positions, those that a layer can still see.
     """
-    written = []
-    for layer, (cache, params, memory) in enumerate(
-      zip(caches, layers_apart, memories, strict=True)
-    ):
-      x, cache = self.block.apply(
-        {'params': params},
-        x,
-        cache,
-        memory,
-        text_mask,
-        position,
-        self._pattern(layer),
-        method='step',
+    texts = [
+      self.block.apply({'params': params}, encoded, method='keys_values')
+      for params in self._layers()
+    ]
+    caches = []
+    for layer in range(self.num_layers):
+      slots = self.patterns[layer % len(self.patterns)].slots(length)
+      shape = (encoded.shape[0], self.heads, slots, self.width // self.heads)
+      zeros = nn.with_logical_constraint(
+        jnp.zeros(shape, self.dtype),
+        ('activation_batch', 'activation_heads', 'activation_length', None),
       )
-      written.append(cache)
-    return self.finish(x), written
+      caches.append((zeros, zeros))
+    return DecoderState(jnp.int32(0), caches, texts, text_mask)
 
-  def step_until(
-    self, x, caches, layers_apart, memories, text_mask, position, leaves, copied=None, entries=None
-  ):
-    """One position through as many layers as its rows need.
-
-    A row that has left keeps its hidden state, and the keys and values of the layers that it skips
-    are made of that, so that later positions find the caches whole (CALM, arXiv 2207.07061, section
-    3). Once all rows have left, nothing else of a layer is computed.
-
-    Args:
-      x: as `step`, as the next ones up to `position`.
-      caches: see `x`.
-      layers_apart: see `x`.
-      memories: see `x`.
-      text_mask: see `x`.
-      position: see `x`.
-      leaves: (layers passed, x [batch, 1, embed], bool [batch] that have left) -> bool [batch] that
-        have left now.
-      copied: bool [batch], rows that have left before the first layer, and whose keys and values
-        are those of `entries`; None for none.
-      entries: for each layer a key and a value, [batch, 1, heads, head_dim] each.
-
-    Returns:
-      The output [batch, 1, embed]; the caches with this position written; int32 [batch], the layers
-      that each row passed; int32 [], the layers that were computed; this position's `entries`.
-    """
-    left = jnp.zeros(x.shape[:1], bool) if copied is None else copied
-    passed, computed = jnp.zeros(x.shape[:1], jnp.int32), jnp.int32(0)
-    written, made = [], []
-    for layer, (cache, params, memory) in enumerate(
-      zip(caches, layers_apart, memories, strict=True)
-    ):
-      block, pattern = functools.partial(self.block.apply, {'params': params}), self._pattern(layer)
-      left = leaves(layer, x, left)
-      project = functools.partial(block, method='project')
-      if copied is None:
-        query, *entry = project(x)
-      else:
-        given = entries[layer]
-        query, *entry = jax.lax.cond(
-          jnp.all(copied), lambda x, given=given: (jnp.zeros_like(given[0]), *given), project, x
-        )
-        entry = [
-          jnp.where(copied[:, None, None, None], there, own) for there, own in zip(given, entry)
-        ]
-      cache = attention.write_cache(cache, *entry, position, pattern)
-
-      def rest(x, query, cache, memory, block=block, pattern=pattern):
-        x = block(x, query, cache, memory, text_mask, position, pattern, method='finish')
-        return x, jnp.int32(1)
-
-      # The cache is written outside: a branch that returned it would return a copy.
-      after, ran = jax.lax.cond(
-        jnp.all(left), lambda x, *_: (x, jnp.int32(0)), rest, x, query, cache, memory
-      )
-      x = jnp.where(left[:, None, None], x, after)
-      passed, computed = passed + ~left, computed + ran
-      written.append(cache)
-      made.append(tuple(entry))
-    return self.finish(x), written, passed, computed, made
-
-  def finish(self, x):
-    """The last layer norm, after whichever layer was the last: [batch, length, embed]."""
-    return self.norm(x)
-
-  def _pattern(self, layer: int) -> attention_patterns.AttentionPattern:
-    return self.patterns[layer % len(self.patterns)]
+  def _layers(self) -> list:
+    """Parameters of each layer."""
+    return layer_stack.unstacked(self.get_variable('params', 'layers'), self.num_layers)

@@ -160,10 +160,7 @@ class GeneratorObjective(base.Objective):
         parameters.cut(self.model, params),
         texts,
         decoding.image_keys(0, jnp.arange(texts.shape[0])),
-        self.guidance_scale,
-        guided=True,
-        greedy=False,
-        filtered=False,
+        decoding.Sampling(self.guidance_scale, guided=True),
       )
       decode = lambda tokens: vit_vqgan.ViTVQGAN(config).apply(
         {'params': tokenizer_params}, tokens, method='detokenize'

@@ -72,13 +72,15 @@ def test_a_cache_holds_what_is_still_seen_and_a_step_reads_it(name, grid, kernel
         lambda position, slots=slots: (
           pattern.slot(position, slots),
           *pattern.read(position, slots)[::2],
+          pattern.held(position, slots),
         )
       )
     )
-    places, firsts, visible = map(np.asarray, read(jnp.arange(positions)))
+    places, firsts, visible, before = map(np.asarray, read(jnp.arange(positions)))
     count = pattern.read(0, slots)[1]
     held = np.full(slots, -1)
     for query in range(positions):
+      np.testing.assert_array_equal(np.maximum(before[query], -1), held)
       held[places[query]] = query
       seen = held[firsts[query] : firsts[query] + count][visible[query]]
       np.testing.assert_array_equal(np.sort(seen), _seen(name, grid, kernel, query))
