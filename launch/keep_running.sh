@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains on one machine, and starts the command again, which goes on from its last checkpoint, when
-# it was told to stop and has saved (status 75) and when it crashed or was killed, as the system does
+# it was asked to stop and has saved (status 75) and when it crashed or was killed, as the system does
 # when memory runs out. After several crashes without a new checkpoint between them it gives up, and
 # it does so at once after bad input (status 2) and Ctrl-C. SIGTERM to this script is handed on to
 # the command and ends both.
@@ -50,9 +50,9 @@ newest() {
 }
 
 # Hands a signal on to the command, after which it is not started again.
-told='' child=''
+stopping='' child=''
 tell() {
-  told=yes
+  stopping=yes
   [[ -z $child ]] || kill "-$1" "$child" 2>/dev/null || true
 }
 trap 'tell TERM' TERM
@@ -76,7 +76,7 @@ while true; do
   child=''
   case $status in
     0 | 2 | 126 | 127 | 130) exit "$status" ;;
-    75 | 143) why='was told to stop' ;;
+    75 | 143) why='was asked to stop' ;;
     *)
       why="ended with status $status"
       [[ $(newest) == "$was" ]] || crashes=0
@@ -86,9 +86,9 @@ while true; do
         exit "$status"
       fi ;;
   esac
-  [[ -z $told ]] || exit "$status"
+  [[ -z $stopping ]] || exit "$status"
   say "the command $why; it is started again from ${was:+the newest checkpoint in }$model_dir"
   sleep "${KEEP_RUNNING_SECONDS:-10}" &
   wait $! || true
-  [[ -z $told ]] || exit 75
+  [[ -z $stopping ]] || exit 75
 done

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Prints the state of a queued resource and, when it is ACTIVE, what each host does: none (nothing
-# was started), running, finished, stopped, failed STATUS, or gone (told to stop, or ended without
+# was started), running, finished, stopped, failed STATUS, or gone (asked to stop, or ended without
 # a word, as when the host is being taken away or was restarted).
 #
 #   launch/tpu_vm/status.sh

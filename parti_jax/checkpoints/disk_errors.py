@@ -32,7 +32,7 @@ _ADVICE = {
 
 
 @contextlib.contextmanager
-def told(model_dir, checkpoint_bytes: int | None = None) -> Iterator[None]:
+def reported(model_dir, checkpoint_bytes: int | None = None) -> Iterator[None]:
   """Turns errors of writing in the body, or in the background, into one line that says what to do.
 
   Args:

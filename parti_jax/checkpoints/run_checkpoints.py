@@ -128,7 +128,7 @@ class Checkpoints:
     ocp.PyTreeCheckpointHandler(multiprocessing_options=_processes(self._staging))
     self._writing = step
     self._bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    with disk_errors.told(self.directory.parent, self._bytes):
+    with disk_errors.reported(self.directory.parent, self._bytes):
       self._manager.save(
         step,
         args=ocp.args.Composite(
@@ -198,7 +198,7 @@ class Checkpoints:
     """Waits for the checkpoint that is being written, and raises its error if it failed."""
     if self._writing is None:
       return
-    with disk_errors.told(self.directory.parent, self._bytes):
+    with disk_errors.reported(self.directory.parent, self._bytes):
       if self._failure:
         raise self._failure
       self._manager.wait_until_finished()

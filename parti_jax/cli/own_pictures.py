@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
   """Trains what is missing, draws, and prints the commands and the files.
 
   Returns:
-    The exit status: 0, or that of the command that ended otherwise, such as 75 when it was told to
+    The exit status: 0, or that of the command that ended otherwise, such as 75 when it was asked to
     stop; then the same command goes on.
   """
   checks.number('--minutes', args.minutes, 0.1, 100_000)

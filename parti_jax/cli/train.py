@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     distributed.connect(found)
     watched.connect()
 
-  with watched.failures(), distributed.losses_told():
+  with watched.failures(), distributed.losses_reported():
     _train(args, connect)
   return 0
 
@@ -62,5 +62,5 @@ def _train_listening(args: argparse.Namespace, connect):
   gin_config.parse(args.gin_file, args.gin_bindings)
   connect()
   compilation_cache.enable()
-  with disk_errors.told(args.model_dir), numerics.fixed():
+  with disk_errors.reported(args.model_dir), numerics.fixed():
     train_loop.train(args.model_dir)

@@ -152,7 +152,7 @@ def counts() -> dict[str, int]:
   return {kind: count for kind, count in found.most_common() if count}
 
 
-def told() -> str:
+def summary() -> str:
   """Returns the counts as text; '' if there are none."""
   return ', '.join(f'{count} after {kind}' for kind, count in counts().items())
 

@@ -561,7 +561,7 @@ class ShareExamples:
 
   def _no_usable_example(self) -> UserError:
     """Returns the error of a share without usable examples."""
-    skipped, shares = tally.told(self.counts('skipped')), self._reading.shares
+    skipped, shares = tally.listed(self.counts('skipped')), self._reading.shares
     part = (
       f'share {self._reading.share + 1} of {shares} (train.data_shares) of ' if shares > 1 else ''
     )
@@ -573,7 +573,7 @@ class ShareExamples:
   def _end_epoch(self, last: bool = False) -> None:
     """Reports on the epoch that has ended."""
     where, place = f'{self._dataset.name}, {self._split}', self._dataset.source.place
-    skipped, shortened = (tally.told(self.counts(name)) for name in _TALLIES)
+    skipped, shortened = (tally.listed(self.counts(name)) for name in _TALLIES)
     self._empty_epochs = 0 if self._taken else self._empty_epochs + 1
     if (
       not self._taken

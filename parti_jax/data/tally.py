@@ -47,7 +47,7 @@ class Tally:
 
   def __str__(self) -> str:
     """Returns a text such as '3 damaged picture, 1 no caption'; '' if nothing was counted."""
-    return told(self.counts())
+    return listed(self.counts())
 
 
 def warn_once(reason: str, place: str) -> None:
@@ -60,7 +60,7 @@ def warn_once(reason: str, place: str) -> None:
     logging.warning('%s: %s', place, reason)
 
 
-def told(counts: Mapping[str, int]) -> str:
+def listed(counts: Mapping[str, int]) -> str:
   """Returns a text such as '3 damaged picture, 1 no caption'; '' if nothing was counted."""
   return ', '.join(f'{count:,} {reason}' for reason, count in counts.items())
 

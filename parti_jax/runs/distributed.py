@@ -176,7 +176,7 @@ def check_connected() -> None:
 
 
 @contextlib.contextmanager
-def losses_told() -> Iterator[None]:
+def losses_reported() -> Iterator[None]:
   """After a failed collective, waits for the runtime, which knows which process is missing.
 
   Without this the process would end at once with the message of a broken connection.

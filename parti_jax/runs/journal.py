@@ -150,7 +150,7 @@ class Journal:
       self._retries = counts
       self.write(
         'store retries',
-        f'requests to stores repeated so far: {store_retries.told()}',
+        f'requests to stores repeated so far: {store_retries.summary()}',
         every_process=True,
         counts=counts,
       )

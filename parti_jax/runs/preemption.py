@@ -71,7 +71,7 @@ def begin(grace_seconds: float, journal, newest_step: Callable[[], int | None]) 
     _listener.begin(grace_seconds, journal, newest_step)
 
 
-def told_to_stop(step: int) -> bool:
+def stop_requested(step: int) -> bool:
   """Returns whether to save and stop at this step; all processes call it before each step.
 
   Args:

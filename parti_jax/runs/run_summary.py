@@ -32,7 +32,7 @@ def summarize(model_dir: str, verify: bool = False) -> dict[str, Any]:
   Returns:
     kind: 'run'.
     folder: `model_dir`.
-    objective, model, parameters: the objective's name, its model's sizes, how many parameters it has.
+    stage, model, parameters: the objective's name, its model's sizes, how many parameters it has.
     state: 'finished', 'stopped' (on request, or interrupted), 'failed', 'killed', 'running',
       'running or killed' if only the run's host can tell, or 'never started'.
     step, steps: the last known step, and the step at which the run ends.

@@ -144,7 +144,7 @@ class TextToImage:
     model_name: for the pictures' metadata.
     image_size: height and width of its pictures, in pixels.
     codebook_size: number of image tokens to choose from.
-    sampling: its own SamplingSettings, used where `generate` is told nothing else.
+    sampling: its own SamplingSettings, used for what `generate` is not given.
     provenance: what its folder says about its training.
     ranker: judges pictures by a text, `ranking.Ranker`; None where the model has none.
     upscaler: enlarges pictures, `upscaling.Upscaler`; None where the model has no super-resolution.

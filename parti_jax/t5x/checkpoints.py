@@ -94,7 +94,7 @@ def host_device(what: str = 'checkpoints are converted') -> jax.Device:
     what: is done there, for the message.
 
   Raises:
-    UserError: if JAX was told to know no CPU.
+    UserError: if JAX has no CPU backend.
   """
   try:
     return jax.local_devices(backend='cpu')[0]
@@ -202,7 +202,7 @@ def write(folder, tree) -> epath.Path:
     ) from error
   try:
     with (
-      disk_errors.told(folder, size),
+      disk_errors.reported(folder, size),
       ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer,
     ):
       checkpointer.save(path, args=ocp.args.Composite(**{_ITEM: tree_args}))

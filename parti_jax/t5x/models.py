@@ -121,7 +121,7 @@ class PartiModel(t5x_models.BaseTransformerModel):
       'PartiModel.guidance_scale', guidance_scale, 0, sampling_settings.MOST_GUIDANCE
     )
     self._depth_weights = _check_depth_weights(depth_loss_weights, config)
-    self._rows: int | None = None  # Of the whole batch of training, once t5x has told it.
+    self._rows: int | None = None  # Of the whole batch of training, once t5x has given it.
     super().__init__(
       module,
       input_vocabulary,

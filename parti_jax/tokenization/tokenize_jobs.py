@@ -209,7 +209,7 @@ def _line(job: Job) -> str:
   line = f'{job.parts.folder}: {job.parts.split}: {found["examples"]} {job.summary}'
   for name, words in (('skipped', 'skipped'), ('shortened', 'kept in part')):
     if found[name]:
-      line += f'; {words}: {tally.told(found[name])}'
+      line += f'; {words}: {tally.listed(found[name])}'
   return line
 
 

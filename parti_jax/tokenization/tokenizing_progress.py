@@ -72,7 +72,7 @@ class Progress:
   def _parts_and_skipped(self) -> str:
     line = f'{self._done:,} of {self._parts:,} parts'
     if self._skipped:
-      line += f'; skipped {tally.told(dict(self._skipped.most_common()))}'
+      line += f'; skipped {tally.listed(dict(self._skipped.most_common()))}'
     return line
 
   def _seconds_left(self, seconds: float) -> float | None:

@@ -106,7 +106,7 @@ class Reporter:
     if skipped:
       counts = ', '.join(f'{count} {reason}' for reason, count in sorted(skipped.items()))
       self.say(f'examples skipped: {counts}')
-    if retries := store_retries.told():
+    if retries := store_retries.summary():
       self.say(f'requests to stores repeated: {retries}')
     if self._bar is not None:
       self._bar.close()

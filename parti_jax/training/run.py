@@ -138,11 +138,11 @@ class Run:
       reporter.flush()
       self.save()
 
-  def told_to_stop(self) -> bool:
-    """Whether the run was told to stop and all its processes are to stop at this step."""
+  def stop_requested(self) -> bool:
+    """Whether the run was asked to stop and all its processes are to stop at this step."""
     run_lock.check()
     self._checkpoints.check()
-    return preemption.told_to_stop(self.step)
+    return preemption.stop_requested(self.step)
 
   def save(self, last: bool = False):
     """Starts writing a checkpoint of this step.

@@ -163,7 +163,7 @@ class SkippedSteps:
     last = self._streak[-1].step
     first = last - self.in_a_row + 1
     kept = sorted(checkpoints())
-    # One of later than the first is of the same parameters; it is there if a run was told to stop.
+    # One of later than the first is of the same parameters; it is there if a run was asked to stop.
     before = [step for step in kept if step < first] or kept
     go_on = (
       f'go on from {model_dir}/checkpoints/{before[-1]}, the newest checkpoint with nothing '

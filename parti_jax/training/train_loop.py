@@ -56,7 +56,7 @@ def train(
   Raises:
     UserError: for a value out of its range; for a mesh, batch size, task, file or checkpoint that
       is missing or does not fit; after `max_bad_steps`; if another run owns the folder.
-    SystemExit: with `preemption.STATUS` if the run was told to stop and a checkpoint is written.
+    SystemExit: with `preemption.STATUS` if the run was asked to stop and a checkpoint is written.
   """
   distributed.check_connected()
   store_retries.begin()
@@ -106,7 +106,7 @@ def _train(training: _Training, more_hooks: Sequence[hooks_lib.Hook]) -> dict[st
   try:
     if training.held_out.is_missing(run.step):
       call(of_held_out, {})
-    while run.step < config.steps and not run.told_to_stop():
+    while run.step < config.steps and not run.stop_requested():
       with training.profiler.step(run):
         metrics = run.advance()
       reporter.advance(run.step)
@@ -123,7 +123,7 @@ def _train(training: _Training, more_hooks: Sequence[hooks_lib.Hook]) -> dict[st
     _close(training, whole)
   if run.step < config.steps:
     reporter.say(
-      f'told to stop: a checkpoint of step {run.newest_step()} is written; start again to go on'
+      f'asked to stop: a checkpoint of step {run.newest_step()} is written; start again to go on'
     )
     raise SystemExit(preemption.STATUS)
   return results

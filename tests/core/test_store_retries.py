@@ -52,9 +52,9 @@ def test_all_operations_work_if_each_request_fails_at_first(bad_store, tmp_path)
   storage.remove_folder(f'{folder}/moved')
   assert storage.names(folder) == []
   assert _counted(before) == sum(bad_store.sent.values()) > 20
-  assert store_retries.used() and store_retries.told()
+  assert store_retries.used() and store_retries.summary()
   store_retries.begin()
-  assert not store_retries.used() and not store_retries.told()
+  assert not store_retries.used() and not store_retries.summary()
 
 
 def test_an_object_is_created_once_if_the_response_is_lost(bad_store):

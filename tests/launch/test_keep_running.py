@@ -60,7 +60,7 @@ def test_it_starts_again_until_the_run_is_finished(tmp_path, start):
   stop = preemption.STATUS
   status, said = _ended(start([stop, stop, stop, stop, 143, 0]))
   assert status == 0 and _calls(tmp_path) == ['train --model_dir=run'] * 6
-  assert said.count('was told to stop; it is started again') == 5
+  assert said.count('was asked to stop; it is started again') == 5
 
 
 @pytest.mark.parametrize(

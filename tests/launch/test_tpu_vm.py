@@ -439,7 +439,7 @@ def test_resume_starts_what_was_started_last(cloud, first, second):
   for script in (first, second):
     cloud.must(f'{script}.sh', *arguments[script])
     assert _states(cloud) == ['host0 running', 'host1 running']
-    # As a process ends that is told to stop: to be started again.
+    # As a process ends that is asked to stop: to be started again.
     _end(cloud, preemption.STATUS)
     _wait_for(lambda: _states(cloud) == ['host0 gone', 'host1 gone'])
     for host in cloud.hosts():

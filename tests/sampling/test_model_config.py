@@ -148,7 +148,10 @@ def test_entries_that_are_missing_or_unknown(folder, path, monkeypatch):
     ('{"format_version": 1}', "'parti' is missing"),
     ('{"a": 1', 'damaged'),
     ('{"format_version": 1, "format_version": 1}', "the name 'format_version' appears twice"),
-    (json.dumps(CONFIG).replace('"width": 192', '"width": 192, "width": 256'), "'width' is there"),
+    (
+      json.dumps(CONFIG).replace('"width": 192', '"width": 192, "width": 256'),
+      "the name 'width' appears twice",
+    ),
     ('[' * 10**5, 'nested too deeply'),
   ],
 )

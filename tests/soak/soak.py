@@ -32,7 +32,7 @@ import time
 import killed_runs
 import numpy as np
 
-# The exit status of a run that was told to stop and has saved; SIGTERM before it listens.
+# The exit status of a run that was asked to stop and has saved; SIGTERM before it listens.
 TOLD_TO_STOP = (75, -signal.SIGTERM)
 STEPS = 24  # Of a segment.
 TOKENIZER_SEGMENTS = 4

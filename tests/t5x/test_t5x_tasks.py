@@ -1,4 +1,4 @@
-"""Our seqio tasks under t5x: settled when used, texts dropped in training alone, losses told."""
+"""Our seqio tasks under t5x: settled when used, texts dropped in training alone, losses reported."""
 
 import json
 import logging

@@ -161,7 +161,7 @@ def test_other_errors_are_unchanged(tmp_path):
     PermissionError(errno.EACCES, 'not allowed', '/elsewhere/picture.png'),
   ):
     with pytest.raises(type(error)):
-      with disk_errors.told(tmp_path):
+      with disk_errors.reported(tmp_path):
         raise error
 
 

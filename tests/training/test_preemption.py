@@ -156,7 +156,7 @@ def test_a_run_saves_at_sigterm_and_refuses_a_second_run(tmp_path, capsys, gener
   assert running.returncode == preemption.STATUS, said
   step = int(
     re.fullmatch(
-      r'told to stop: a checkpoint of step (\d+) is written; start again to go on\n', said[-1]
+      r'asked to stop: a checkpoint of step (\d+) is written; start again to go on\n', said[-1]
     )[1]
   )
   assert step >= 2 and run_checkpoints.latest_checkpoint(folder).name == str(step)

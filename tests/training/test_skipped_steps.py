@@ -280,7 +280,7 @@ def test_a_run_ends_after_too_many_and_names_the_checkpoint_from_before(run):
 def test_a_run_told_to_stop_among_them_writes_what_is_new_and_goes_on_counting(run, monkeypatch):
   """A checkpoint of parameters from before, with the count of steps that were not applied in a row."""
   with monkeypatch.context() as patch:
-    patch.setattr(run_lib.Run, 'told_to_stop', lambda run: run.step == 8)
+    patch.setattr(run_lib.Run, 'stop_requested', lambda run: run.step == 8)
     with pytest.raises(SystemExit):
       run.train(20, bad=(2, 8), checkpoint_every=5)
   assert run.checkpoints() == [5, 8] and run.counts(8) == (2, 1)
