@@ -291,8 +291,8 @@ def test_threads_and_processes_change_nothing(folder, encode, values):
   [
     ({'inputs': 8}, 'folder_images has the features images, but feature_lengths gives inputs'),
     ({}, 'feature_lengths gives none'),
-    ({'images': 0}, r"feature_lengths\['images'\] = 0 must be a whole number"),
-    ({'images': 8.0}, 'must be a whole number'),
+    ({'images': 0}, r"feature_lengths\['images'\] = 0 must be a positive whole number"),
+    ({'images': 8.0}, 'must be a positive whole number'),
   ],
 )
 def test_lengths_that_do_not_fit(numbered, lengths, message):

@@ -63,7 +63,7 @@ def test_files_of_prompts(tmp_path, encoding, newline):
     (b'caf\xe9', 'is not UTF-8 text; save it as UTF-8'),
     (b'\xff\xfea', 'is not UTF-16'),
     (None, 'No such file'),
-    (b'', 'no prompt in it|is needed|expected the columns'),
+    (b'', 'contains no prompt|is needed|expected the columns'),
   ],
 )
 def test_files_that_are_not_text(tmp_path, read, content, message):

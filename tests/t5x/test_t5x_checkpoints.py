@@ -191,7 +191,7 @@ def test_a_run_of_a_checkpoint_of_t5x(run, tmp_path, capsys):
   assert main.main(again) == 0
   printed = capsys.readouterr().out
   assert (
-    "objective 'generator' at step 7" in printed and 'data start from their beginning' in printed
+    "objective 'generator' at step 7" in printed and 'data start from the beginning' in printed
   )
   path = run_checkpoints.latest_checkpoint(tmp_path / 'again')
   assert (path / 'manifest.json').exists() and not (tmp_path / 'again' / 'lock.json').exists()
