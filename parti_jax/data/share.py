@@ -506,7 +506,7 @@ class ShareExamples:
     """
     there, here = state['reads'], self._reads()
     differing = [
-      f'{name} {there.get(name)} there but {here.get(name)} here'
+      f'{name} {there.get(name)} there and {here.get(name)} here'
       for name in sorted(there.keys() | here.keys())
       if there.get(name) != here.get(name)
     ]

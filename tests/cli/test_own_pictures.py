@@ -104,8 +104,8 @@ def test_pictures_without_texts_are_counted(tmp_path, caplog):
   (folder / 'a' / '4.PNG').unlink()
   gin_config.parse([], own_plan.find_source(str(folder)))
   assert len(list(datasets.pictures_and_captions(None, 'train', 32))) == 22
-  assert 'left out 1 text file(s) without a picture' in caplog.text
-  assert 'left out 1 picture(s) without a text file' in caplog.text
+  assert 'skipped 1 text file(s) without a picture' in caplog.text
+  assert 'skipped 1 picture(s) without a text file' in caplog.text
 
 
 @pytest.mark.parametrize(

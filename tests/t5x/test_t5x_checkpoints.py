@@ -190,9 +190,7 @@ def test_a_run_of_a_checkpoint_of_t5x(run, tmp_path, capsys):
   again = ['t5x_checkpoint', f'--from_t5x={written}', *GIN, f'--model_dir={tmp_path}/again']
   assert main.main(again) == 0
   printed = capsys.readouterr().out
-  assert (
-    "objective 'generator' at step 7" in printed and 'data start from the beginning' in printed
-  )
+  assert "objective 'generator' at step 7" in printed and 'data start from the beginning' in printed
   path = run_checkpoints.latest_checkpoint(tmp_path / 'again')
   assert (path / 'manifest.json').exists() and not (tmp_path / 'again' / 'lock.json').exists()
   assert run_checkpoints.read_place(path) == {'from_t5x': str(written)}

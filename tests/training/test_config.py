@@ -70,7 +70,7 @@ def test_what_gin_lacks_is_one_line():
     ({'profile_steps': (2, 4)}, 'such as (1, 3), and the last at most train.steps=3'),
     ({'profile_steps': (0, 2)}, 'train.profile_steps=(0, 2) must be a list of two whole numbers'),
     ({'profile_steps': 2}, 'train.profile_steps=2 must be a list of two whole numbers'),
-    ({'eval_split': 3}, 'train.eval_split=3 must be a text'),
+    ({'eval_split': 3}, 'train.eval_split=3 must be a string'),
   ],
 )
 def test_settings_from_python_are_checked_too(others, message):
