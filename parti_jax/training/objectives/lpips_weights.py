@@ -46,11 +46,11 @@ def read(vgg16_path, lpips_path):
   return {'vgg16': vgg16} | params
 
 
-def of_stage(stage):
-  """`read` of the files that a stage names.
+def of_objective(objective):
+  """`read` of the files that an objective names.
 
   Args:
-    stage: with the attributes `perceptual_weight`, `vgg16_weights` and `lpips_weights`.
+    objective: with the attributes `perceptual_weight`, `vgg16_weights` and `lpips_weights`.
 
   Returns:
     As `read`.
@@ -58,14 +58,14 @@ def of_stage(stage):
   Raises:
     UserError: if a file is not given, is missing or damaged.
   """
-  kind = type(stage).__name__
+  kind = type(objective).__name__
   for name in ('vgg16_weights', 'lpips_weights'):
-    if getattr(stage, name) is None:
+    if getattr(objective, name) is None:
       raise errors.UserError(
-        f'{kind}.perceptual_weight={stage.perceptual_weight} needs the file {kind}.{name}, see '
+        f'{kind}.perceptual_weight={objective.perceptual_weight} needs the file {kind}.{name}, see '
         f'docs/tokenizer.md; or set the weight to 0 with --gin.{kind}.perceptual_weight=0'
       )
-  return read(stage.vgg16_weights, stage.lpips_weights)
+  return read(objective.vgg16_weights, objective.lpips_weights)
 
 
 def _read_file(path) -> dict[str, np.ndarray]:

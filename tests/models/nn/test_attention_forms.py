@@ -77,8 +77,8 @@ def test_a_pattern_may_be_chosen_by_an_array():
   chosen = jax.jit(
     functools.partial(attention.attend_in_schedule, patterns=[PATTERNS[name] for name in names])
   )
-  for place, name in enumerate(names):
-    found = chosen(*_inputs(), place=jnp.int32(place))
+  for index, name in enumerate(names):
+    found = chosen(*_inputs(), index=jnp.int32(index))
     np.testing.assert_allclose(found, _expected(name)[0], atol=2e-5)
 
 
