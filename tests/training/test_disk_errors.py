@@ -56,9 +56,8 @@ def _save(manager, step, size=4000):
 def _wait_for(thread):
   for _ in range(600):
     try:
-      return threading.Thread.join(
-        thread, 60
-      )  # The manager's own wait would raise the failure again.
+      # The manager's own wait would raise the failure again.
+      return threading.Thread.join(thread, 60)
     except RuntimeError:  # The list includes threads that are still starting.
       time.sleep(0.1)
   raise AssertionError(f'{thread.name} never starts')
@@ -75,10 +74,11 @@ def _assert_goes_on(folder, steps=(1,)):
     time.sleep(0.1)
   assert verification.newest_whole(epath.Path(folder / 'checkpoints')).step in steps
   manager = run_checkpoints.Checkpoints(folder)
-  assert not manager.found.damaged
+  # Orbax may complete a checkpoint whose metadata failed at the same time; it is moved aside.
+  assert {damaged.step for damaged in manager.found.damaged} <= {2}
   _save(manager, 3)
   assert verification.newest_whole(epath.Path(folder / 'checkpoints')).step == 3
-  assert set(os.listdir(folder / 'checkpoints')) <= {'1', '2', '3'}
+  assert set(os.listdir(folder / 'checkpoints')) <= {'1', '2', '2.damaged', '3'}
 
 
 @pytest.fixture(name='run')

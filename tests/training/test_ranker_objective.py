@@ -167,6 +167,7 @@ def test_a_run_learns_captions_and_pictures_of_a_folder(tmp_path, pictures_folde
       'train.steps = 12',
       'train.log_every = 12',
       'warmup_cosine.warmup_steps = 2',
+      'warmup_cosine.decay_steps = 100',
     ],
   )
   measured = train_loop.train(str(tmp_path / 'run'))
