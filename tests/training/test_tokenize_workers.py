@@ -11,6 +11,7 @@ import threading
 
 import flax.linen as nn
 import jax
+import misbehaving_store
 import numpy as np
 import pytest
 from PIL import Image
@@ -171,6 +172,24 @@ def test_records_are_cut_by_their_numbers(monkeypatch, tokenizer, tmp_path):
   assert _content(tmp_path / 'one') == _content(tmp_path / 'five')
   split = token_cache_info.read_info(str(tmp_path / 'one'))['splits']['train']
   assert [shard['examples'] for shard in split['shards']] == [4, 3, 3]
+
+
+def test_the_output_at_a_bad_store_is_that_on_a_disk(whole, tokenize, bad_store):
+  bad_store.faults = misbehaving_store.seeded(3, 0.2)
+  assert tokenize(f'{bad_store.folder}/tokens') == 0
+  assert bad_store.sent
+  assert _content(f'{bad_store.folder}/tokens') == whole
+
+
+def test_a_source_at_a_bad_store_gives_the_same_bytes(tokenize, tars, bad_store, tmp_path):
+  for tar in tars.iterdir():
+    storage.upload(tar, f'{bad_store.folder}/{tar.name}')
+  source = f"--gin.webdataset.path='{bad_store.folder}'"
+  assert tokenize(tmp_path / 'good', source) == 0
+  bad_store.faults = misbehaving_store.seeded(3, 0.2)
+  assert tokenize(tmp_path / 'bad', source) == 0
+  assert bad_store.sent
+  assert _content(tmp_path / 'bad') == _content(tmp_path / 'good')
 
 
 @pytest.mark.parametrize('batch_size', [1, 5, 1000])
