@@ -1,10 +1,14 @@
-"""Generations for gcp-storage-emulator, which numbers objects but leaves the numbers out of downloads.
+"""Generations and exact uploads for gcp-storage-emulator.
+
+It numbers objects but leaves the numbers out of downloads, and reads uploads as mail, which costs
+content that ends with a carriage return this last byte.
 
 Google Cloud Storage gives the generation of an object with its content, and answers 304 or 412 where
 a condition on it does not hold. TensorStore relies on both: it commits a checkpoint's arrays to a
 manifest, which it reads and replaces on these conditions.
 """
 
+import email.parser
 from http import HTTPStatus
 
 from gcp_storage_emulator import exceptions
@@ -23,6 +27,22 @@ def install() -> None:
     )
     for path, handlers in server.HANDLERS
   )
+  server.BytesParser = _ExactParser
+
+
+class _ExactParser(email.parser.BytesParser):
+  """Reads the body of an upload, and takes its content as it is."""
+
+  def parsebytes(self, text, headersonly=False):
+    message = super().parsebytes(text, headersonly)
+    if message.get_content_subtype() == 'related':
+      boundary = b'--' + message.get_boundary().encode()
+      second = text.index(boundary, text.index(boundary) + len(boundary))
+      line_end = b'\r\n' if text[second + len(boundary) :].startswith(b'\r\n') else b'\n'
+      begin = text.index(line_end * 2, second) + 2 * len(line_end)
+      content = text[begin : text.rindex(line_end + boundary + b'--')]
+      message.get_payload()[1].get_payload = lambda decode: content
+    return message
 
 
 def _with_generations(handler):

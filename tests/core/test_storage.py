@@ -215,3 +215,10 @@ def test_refused_connection(s3_bucket, monkeypatch):
       pytest.raises(errors.UserError, match='file: the store cannot be reached .*AWS_ENDPOINT_URL'),
     ):
       storage.write(s3_bucket + '/file', 'a')
+
+
+@pytest.mark.parametrize('end', [b'\r', b'\n', b'\r\n', b'\0', b' '])
+def test_content_may_end_with_anything(gs_bucket, end):
+  content = b'--x\r\n\r\n' + end
+  storage.write(f'{gs_bucket}/ends/{end.hex()}', content)
+  assert storage.read(f'{gs_bucket}/ends/{end.hex()}', 100) == content
