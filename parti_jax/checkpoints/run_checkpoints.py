@@ -77,6 +77,9 @@ class Checkpoints:
         cleanup_tmp_directories=True,
         multiprocessing_options=_processes(self._staging),
         async_options=ocp.AsyncOptions(
+          # Orbax tells by a key that all processes share that the folders of a checkpoint are made,
+          # which says nothing of folders that each process has of its own.
+          create_directories_asynchronously=self._staging is None,
           barrier_sync_fn=self._wait_for_others,
           post_finalization_callback=lambda: manifest.write(self._unfinished()),
         ),
