@@ -118,9 +118,11 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch, gener
     [json.loads(line) for line in file.read_text().splitlines()]
     for file in sorted((tmp_path / 'killed' / 'journal').iterdir())
   ]
-  assert [[event['event'] for event in start] for start in events] == [
-    ['start', 'progress', 'checkpoint', 'checkpoint', 'stop'],
-    ['start', 'progress', 'checkpoint', 'stop'],
+  names = [[event['event'] for event in start] for start in events]
+  assert all('progress' in start for start in names)  # How many depends on the time.
+  assert [[name for name in start if name != 'progress'] for start in names] == [
+    ['start', 'checkpoint', 'checkpoint', 'stop'],
+    ['start', 'checkpoint', 'stop'],
   ]
   assert [start[0]['step'] for start in events] == [0, 4]
   assert [(start[-1]['reason'], start[-1]['step']) for start in events] == [

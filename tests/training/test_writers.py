@@ -132,7 +132,7 @@ def test_gin_adds_a_writer(tmp_path):
 
 
 def test_the_example_in_the_docs_works(tmp_path, monkeypatch):
-  page = (pathlib.Path(writers.__file__).parents[2] / 'docs' / 'runs.md').read_text()
+  page = (pathlib.Path(__file__).parents[2] / 'docs' / 'runs.md').read_text()
   (code, settings) = re.search(
     r'## Metrics elsewhere.*?```python\n(.*?)```.*?```python\n(.*?)```', page, re.DOTALL
   ).groups()
