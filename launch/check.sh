@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks formatting, lint, spelling and the documentation, and names every check that failed.
+# Checks formatting, lint, types, spelling and the documentation, and names every check that failed.
 #
 #   launch/check.sh
 #
@@ -20,6 +20,7 @@ check() {
 }
 check 'ruff check' "$venv/bin/ruff" check .
 check 'ruff format' "$venv/bin/ruff" format --check .
+check mypy "$venv/bin/mypy"
 check codespell "$venv/bin/codespell"
 # Material announces the end of MkDocs 1 on every build.
 check mkdocs env NO_MKDOCS_2_WARNING=1 "$venv/bin/mkdocs" build --strict

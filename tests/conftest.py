@@ -34,8 +34,12 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.3')
 
 
-# Tests everywhere import misbehaving_store and generations.
+# Tests everywhere import the modules of this folder.
 sys.path.append(str(pathlib.Path(__file__).parent))
+
+import runtime_types  # noqa: E402
+
+runtime_types.install()
 
 
 @pytest.fixture(autouse=True)

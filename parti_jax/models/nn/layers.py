@@ -10,6 +10,10 @@ import jax
 import jax.extend.random
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
+from jaxtyping import Float
+from jaxtyping import PRNGKeyArray
+from jaxtyping import UInt32
 
 # Names of the axes of an activation at a block's boundary.
 ACTIVATION = ('activation_batch', 'activation_length', 'activation_embed')
@@ -33,7 +37,7 @@ class Projection(nn.Module):
   scale: float = 1.0
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: Float[Array, '*rows_and_contracted']) -> Float[Array, '*rows_and_features']:
     contracted = x.shape[-self.contracted :]
     stddev = math.sqrt(self.scale / math.prod(contracted))
     kernel = self.param(
@@ -63,8 +67,8 @@ class DropoutKeys:
     rows: uint32 [batch], the place of each example in the batch of the whole step.
   """
 
-  key: jax.Array
-  rows: jax.Array
+  key: PRNGKeyArray
+  rows: UInt32[Array, 'batch']
 
 
 def dropout_keys(key, batch: int) -> DropoutKeys:
@@ -90,8 +94,10 @@ class Dropout(nn.Module):
 
   rate: float
 
-  def __call__(self, x, keys: DropoutKeys | None):
-    """x: [batch, ..., features]. As x; off where `keys` is None."""
+  def __call__(
+    self, x: Float[Array, 'batch *places features'], keys: DropoutKeys | None
+  ) -> Float[Array, 'batch *places features']:
+    """Drops values of `x`, unless `keys` is None."""
     dropped = min(round(self.rate * 2**16), 2**16 - 1)
     if keys is None or not dropped:
       return x

@@ -1,0 +1,38 @@
+"""Checks the shapes and types in annotations whenever a test calls what they annotate."""
+
+import re
+
+import beartype
+import jaxtyping
+
+_PACKAGES = [
+  f'parti_jax.{name}'
+  for name in ('exported_model', 'models', 'partitioning', 'sampling', 'training')
+]
+_KINDS = [
+  name
+  for name, kind in vars(jaxtyping).items()
+  if isinstance(kind, type) and issubclass(kind, jaxtyping.AbstractDtype)
+]
+_HAS_SHAPES = re.compile(rf'\b({"|".join(_KINDS)})\[')
+# An int is a float, as type checkers see it too.
+_checked = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
+
+
+def check(function):
+  """Has a function check its arguments and result if its annotations give the shape of an array.
+
+  Others are left alone: what users call checks its arguments itself, and tests pass it wrong ones.
+  So are the fields of dataclasses, because JAX puts anything into those that are pytrees.
+  """
+  if function.__name__ == '__init__':
+    return function
+  annotations = getattr(function, '__annotations__', {}).values()
+  if any(_HAS_SHAPES.search(str(annotation)) for annotation in annotations):
+    return _checked(function)
+  return function
+
+
+def install() -> None:
+  """Has the packages that give shapes checked, once they are imported."""
+  jaxtyping.install_import_hook(_PACKAGES, f'{__name__}.check')
