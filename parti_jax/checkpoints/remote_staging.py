@@ -70,10 +70,8 @@ class Staging:
     self._thread = concurrent.futures.ThreadPoolExecutor(1, 'upload')
     self._uploading: concurrent.futures.Future | None = None
     self._closing = threading.Event()
-    found = steps(model_dir)
-    for step in reversed(verification.of_the_first(found) if processes > 1 else found):
-      fault = self._download(step)
-      if (verification.of_any(fault) if processes > 1 else fault) is None:
+    for step in reversed(verification.of_the_first(steps(model_dir))):
+      if verification.of_any(self._download(step)) is None:
         break
 
   def move_aside(self, damaged: Sequence) -> None:

@@ -8,6 +8,7 @@ import gin
 
 from parti_jax.core import checks
 from parti_jax.core import errors
+from parti_jax.core import gin_config
 from parti_jax.models.nn import layer_stack
 
 DTYPES = ('float32', 'bfloat16', 'float16')
@@ -20,13 +21,17 @@ _LAYERS = ('layers', 'blocks', 'heads')
 _WHOLE_NUMBERS = (int, int | None, tuple[int, int], tuple[int, ...])
 
 
-def configurable(kind: type) -> type:
+def configurable(kind: type, name: str | None = None) -> type:
   """Lets gin set the fields of a dataclass, as `gin.configurable` does.
 
   gin adds the calls it went through to the message of an error. A UserError of the dataclass keeps
   its one line.
+
+  Args:
+    kind: the dataclass.
+    name: its name in gin; by default that of the class.
   """
-  kind = gin.configurable(kind)
+  kind = gin.configurable(name)(kind)
   init = kind.__init__
 
   @functools.wraps(init)
@@ -35,7 +40,7 @@ def configurable(kind: type) -> type:
     try:
       init(self, *args, **kwargs)
     except errors.UserError as error:
-      message = str(error).split('\n  In call to configurable', maxsplit=1)[0]
+      message = gin_config.without_call_chain(error)
     if message is not None:
       raise errors.UserError(message)
 

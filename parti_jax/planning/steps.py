@@ -89,7 +89,7 @@ def sampling_step(request: request_lib.Request, mesh) -> request_lib.Step:
   if images % ways or mesh.shape['stage'] > 1:
     raise errors.UserError(
       f'--batch_size={images} images on the mesh {dict(mesh.shape)}: sampling has no pipeline '
-      f'objectives, and the batch is to be a multiple of the {ways} ways that it is split'
+      f'stages, and the batch is to be a multiple of the {ways} ways that it is split'
     )
   sequences = images * (2 if request.guided else 1)
   params = _abstract_parameters(config, mesh, rules)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from collections.abc import Sequence
 
@@ -11,11 +12,12 @@ import optax
 
 from parti_jax.core import checks
 from parti_jax.core import errors
+from parti_jax.models import config_checks
 from parti_jax.training import writers as writers_lib
 from parti_jax.training.objectives import base
 
 
-@gin.configurable('train')
+@functools.partial(config_checks.configurable, name='train')
 @checks.bounded(
   steps=(1, None),
   batch_size=(1, None),

@@ -241,15 +241,8 @@ def warmup_cosine(
 @gin.config.register_finalize_hook
 def _schedules_follow_the_run(config):
   """Binds `warmup_cosine.train_steps` to `train.steps`, wherever a gin file is read."""
-  found = [
-    values['steps']
-    for (scope, selector), values in config.items()
-    if not scope
-    and selector.endswith('.train')
-    and selector.startswith('parti_jax.')
-    and 'steps' in values
-  ]
-  return {'warmup_cosine.train_steps': found[0]} if found else {}
+  values = config.get(('', 'parti_jax.training.config.train'), {})
+  return {'warmup_cosine.train_steps': values['steps']} if 'steps' in values else {}
 
 
 def _check_moments(name: str, beta1: float, beta2: float, max_gradient_norm: float):

@@ -11,6 +11,7 @@ from parti_jax.core import checks
 from parti_jax.core import gin_config
 from parti_jax.core.errors import UserError
 from parti_jax.training import configurables  # noqa: F401
+from parti_jax.training.objectives import tokenizer_objective
 
 
 @gin.configurable(module='config_test')
@@ -353,3 +354,13 @@ def test_all_new_names_exist():
     configurable = gin.config._REGISTRY.get_match(kind)
     assert configurable is not None, name
     assert not parameter or parameter in inspect.signature(configurable.wrapped).parameters
+
+
+def test_t5x_gin_files_of_earlier_versions_find_the_tokenizers_losses():
+  gin.parse_config("""
+from __gin__ import dynamic_registration
+from parti_jax.training import tokenizer_stage
+tokenizer_stage.TokenizerStage.l2_weight = 2.0
+""")
+  bound = gin.get_bindings(tokenizer_objective.TokenizerObjective)
+  assert bound['l2_weight'] == 2.0

@@ -1,11 +1,13 @@
 """A tiny model folder with random parameters."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+import tiny_configs
 
 from parti_jax.data import vocabulary
 from parti_jax.exported_model import model_folder
@@ -47,21 +49,7 @@ def parts(tmp_path_factory):
     grid=(2, 2),
     dtype='float32',
   )
-  tokenizer_config = vit_vqgan.ViTVQGANConfig(
-    image_size=8,
-    patch_size=4,
-    encoder_layers=1,
-    encoder_width=8,
-    encoder_mlp_width=16,
-    encoder_heads=2,
-    decoder_layers=1,
-    decoder_width=8,
-    decoder_mlp_width=16,
-    decoder_heads=2,
-    codebook_size=12,
-    code_dim=4,
-    dtype='float32',
-  )
+  tokenizer_config = dataclasses.replace(tiny_configs.TOKENIZER, codebook_size=12, code_dim=4)
   return {
     'parti_config': config,
     'parti_params': random_params(parti.Parti(config), parti.example_inputs(config), 0),

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import old_moments
 import pytest
+import tiny_configs
 from etils import epath
 
 from parti_jax.checkpoints import run_checkpoints
@@ -23,7 +24,6 @@ from parti_jax.data import token_cache
 from parti_jax.exported_model import model_folder
 from parti_jax.models import discriminator
 from parti_jax.models import parti_config
-from parti_jax.models import vit_vqgan
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.sampling import text_to_image
 from parti_jax.t5x import checkpoints as t5x_checkpoints
@@ -45,21 +45,7 @@ PARTI = parti_config.PartiConfig(
   grid=(4, 4),
   dtype='float32',
 )
-TOKENIZER = vit_vqgan.ViTVQGANConfig(
-  image_size=8,
-  patch_size=4,
-  encoder_layers=1,
-  encoder_width=16,
-  encoder_mlp_width=16,
-  encoder_heads=2,
-  decoder_layers=1,
-  decoder_width=16,
-  decoder_mlp_width=16,
-  decoder_heads=2,
-  codebook_size=6,
-  code_dim=3,
-  dtype='float32',
-)
+TOKENIZER = dataclasses.replace(tiny_configs.TOKENIZER, encoder_width=16, decoder_width=16)
 GIN = ['--gin_file=gin_configs/runs/tiny_generator.gin']
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_configs
 
 from parti_jax.checkpoints import run_checkpoints
 from parti_jax.core.errors import UserError
@@ -20,21 +21,7 @@ from parti_jax.training.objectives import adversarial
 from parti_jax.training.objectives import frozen_tokenizer
 from parti_jax.training.objectives import tokenizer_objective
 
-SIZES = vit_vqgan.ViTVQGANConfig(
-  image_size=8,
-  patch_size=4,
-  encoder_layers=1,
-  encoder_width=8,
-  encoder_mlp_width=16,
-  encoder_heads=2,
-  decoder_layers=1,
-  decoder_width=8,
-  decoder_mlp_width=16,
-  decoder_heads=2,
-  codebook_size=16,
-  code_dim=4,
-  dtype='float32',
-)
+SIZES = dataclasses.replace(tiny_configs.TOKENIZER, codebook_size=16, code_dim=4)
 JUDGE = discriminator.DiscriminatorConfig(channels=32, max_channels=4, minibatch_group=1)
 OBJECTIVE = tokenizer_objective.TokenizerObjective(
   SIZES,

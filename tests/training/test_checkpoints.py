@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+import tiny_configs
 from etils import epath
 
 from parti_jax.checkpoints import run_checkpoints
@@ -19,21 +20,7 @@ from parti_jax.training import optimizers
 from parti_jax.training import trainer as trainer_lib
 from parti_jax.training.objectives import tokenizer_objective
 
-SIZES = vit_vqgan.ViTVQGANConfig(
-  image_size=8,
-  patch_size=4,
-  encoder_layers=1,
-  encoder_width=16,
-  encoder_mlp_width=16,
-  encoder_heads=2,
-  decoder_layers=1,
-  decoder_width=16,
-  decoder_mlp_width=16,
-  decoder_heads=2,
-  codebook_size=6,
-  code_dim=3,
-  dtype='float32',
-)
+SIZES = dataclasses.replace(tiny_configs.TOKENIZER, encoder_width=16, decoder_width=16)
 PLACE = {'epoch': 2, 'taken': 5}
 
 

@@ -1,5 +1,6 @@
 """LPIPS' weight files: the distance of the `lpips` package from the same files, and bad files."""
 
+import dataclasses
 import pickle
 
 import jax
@@ -7,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 import safetensors.numpy
+import tiny_configs
 
 from parti_jax.core import optional_packages
 from parti_jax.core.errors import UserError
@@ -100,21 +102,7 @@ def test_the_distance_is_the_lpips_packages(files, tmp_path):
 
 def test_the_tokenizer_learns_by_it_and_does_not_keep_it(files):
   folder, _, _ = files
-  sizes = vit_vqgan.ViTVQGANConfig(
-    image_size=16,
-    patch_size=8,
-    encoder_layers=1,
-    encoder_width=8,
-    encoder_mlp_width=16,
-    encoder_heads=2,
-    decoder_layers=1,
-    decoder_width=8,
-    decoder_mlp_width=16,
-    decoder_heads=2,
-    codebook_size=6,
-    code_dim=3,
-    dtype='float32',
-  )
+  sizes = dataclasses.replace(tiny_configs.TOKENIZER, image_size=16, patch_size=8)
   stage = tokenizer_objective.TokenizerObjective(
     sizes,
     perceptual_weight=0.5,

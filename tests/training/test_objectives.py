@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny_configs
 
 from parti_jax.models import parti
 from parti_jax.models import parti_config
@@ -16,21 +17,7 @@ from parti_jax.training import trainer as trainer_lib
 from parti_jax.training.objectives import generator_objective
 from parti_jax.training.objectives import tokenizer_objective
 
-TOKENIZER = vit_vqgan.ViTVQGANConfig(
-  image_size=8,
-  patch_size=4,
-  encoder_layers=1,
-  encoder_width=8,
-  encoder_mlp_width=16,
-  encoder_heads=2,
-  decoder_layers=1,
-  decoder_width=8,
-  decoder_mlp_width=16,
-  decoder_heads=2,
-  codebook_size=6,
-  code_dim=3,
-  dtype='float32',
-)
+TOKENIZER = tiny_configs.TOKENIZER
 GENERATOR = parti_config.PartiConfig(
   encoder_layers=1,
   decoder_layers=1,

@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+import tiny_configs
 
 from parti_jax.core import gin_config
 from parti_jax.core.errors import UserError
@@ -31,21 +32,7 @@ SIZES = coca.CoCaConfig(
   text_length=4,
   dtype='float32',
 )
-TOKENIZER = vit_vqgan.ViTVQGANConfig(
-  image_size=8,
-  patch_size=4,
-  encoder_layers=1,
-  encoder_width=8,
-  encoder_mlp_width=16,
-  encoder_heads=2,
-  decoder_layers=1,
-  decoder_width=8,
-  decoder_mlp_width=16,
-  decoder_heads=2,
-  codebook_size=6,
-  code_dim=3,
-  dtype='float32',
-)
+TOKENIZER = tiny_configs.TOKENIZER
 
 
 def _batch():

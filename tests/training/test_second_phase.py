@@ -5,11 +5,11 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+import tiny_configs
 
 from parti_jax.checkpoints import run_checkpoints
 from parti_jax.core import fingerprints
 from parti_jax.core.errors import UserError
-from parti_jax.models import vit_vqgan
 from parti_jax.partitioning import mesh
 from parti_jax.training import inputs
 from parti_jax.training import optimizers
@@ -19,21 +19,7 @@ from parti_jax.training import trainer as trainer_lib
 from parti_jax.training.objectives import frozen_tokenizer
 from parti_jax.training.objectives import tokenizer_objective
 
-CONFIG = vit_vqgan.ViTVQGANConfig(
-  image_size=8,
-  patch_size=4,
-  encoder_layers=1,
-  encoder_width=8,
-  encoder_mlp_width=16,
-  encoder_heads=2,
-  decoder_layers=1,
-  decoder_width=8,
-  decoder_mlp_width=16,
-  decoder_heads=2,
-  codebook_size=16,
-  code_dim=4,
-  dtype='float32',
-)
+CONFIG = dataclasses.replace(tiny_configs.TOKENIZER, codebook_size=16, code_dim=4)
 PICTURES = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), np.uint8)
 FROZEN = ('encoder', 'quantizer')
 

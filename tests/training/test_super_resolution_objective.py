@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_configs
 from PIL import Image
 
 from parti_jax.cli import main
@@ -27,21 +28,7 @@ from parti_jax.training.objectives import frozen_tokenizer
 from parti_jax.training.objectives import lpips_weights
 from parti_jax.training.objectives import super_resolution_objective
 
-TOKENIZER = vit_vqgan.ViTVQGANConfig(
-  image_size=8,
-  patch_size=4,
-  encoder_layers=1,
-  encoder_width=8,
-  encoder_mlp_width=16,
-  encoder_heads=2,
-  decoder_layers=1,
-  decoder_width=8,
-  decoder_mlp_width=16,
-  decoder_heads=2,
-  codebook_size=6,
-  code_dim=3,
-  dtype='float32',
-)
+TOKENIZER = tiny_configs.TOKENIZER
 NETWORK = super_resolution.SuperResolutionConfig(
   factor=2, blocks=1, width=4, expansion=2, dtype='float32'
 )

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 import tensorflow as tf
+import tiny_configs
 from PIL import Image
 
 from parti_jax.cli import main
@@ -18,21 +19,7 @@ from parti_jax.models import vit_vqgan
 from parti_jax.training import configurables  # noqa: F401
 from parti_jax.training.objectives import frozen_tokenizer
 
-TOKENIZER = vit_vqgan.ViTVQGANConfig(
-  image_size=8,
-  patch_size=4,
-  encoder_layers=1,
-  encoder_width=8,
-  encoder_mlp_width=16,
-  encoder_heads=2,
-  decoder_layers=1,
-  decoder_width=8,
-  decoder_mlp_width=16,
-  decoder_heads=2,
-  codebook_size=6,
-  code_dim=3,
-  dtype='float32',
-)
+TOKENIZER = tiny_configs.TOKENIZER
 SPLITS = {'test': 2, 'train': 3}
 
 

@@ -21,6 +21,23 @@ def resting_until(begins: int, optimizer=None):
   return optax.conditionally_mask(optimizer, lambda step: step >= begins)
 
 
+def other_optimizers(objective):
+  """The discriminator's optimiser, which rests until there is something to train.
+
+  Args:
+    objective: with the attributes `adversarial_weight`, `adversarial_from` and
+      `discriminator_optimizer`.
+
+  Returns:
+    As `Objective.other_optimizers`.
+  """
+  if not objective.adversarial_weight:
+    return {}
+  return {
+    'discriminator': resting_until(objective.adversarial_from, objective.discriminator_optimizer)
+  }
+
+
 def over_examples(config: discriminator_lib.DiscriminatorConfig) -> tuple[str, ...]:
   """What these losses compute over several examples, see `Objective`."""
   return ('minibatch standard deviation in the discriminator',) * (config.minibatch_group > 1)

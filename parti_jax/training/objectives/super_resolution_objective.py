@@ -150,14 +150,7 @@ class SuperResolutionObjective(base.Objective):
     return params
 
   def other_optimizers(self):
-    """The discriminator's optimiser, which rests until there is something to train."""
-    if not self.adversarial_weight:
-      return {}
-    return {
-      'discriminator': adversarial.resting_until(
-        self.adversarial_from, self.discriminator_optimizer
-      )
-    }
+    return adversarial.other_optimizers(self)
 
   def constants(self):
     """The tokenizer's parameters, as 'tokenizer', and LPIPS', as 'perceptual', where there are any.

@@ -250,14 +250,7 @@ class TokenizerObjective(base.Objective):
     )
 
   def other_optimizers(self):
-    """The discriminator's optimiser, which rests until there is something to train."""
-    if not self.adversarial_weight:
-      return {}
-    return {
-      'discriminator': adversarial.resting_until(
-        self.adversarial_from, self.discriminator_optimizer
-      )
-    }
+    return adversarial.other_optimizers(self)
 
   def constants(self):
     """LPIPS' parameters, as 'perceptual'.
