@@ -186,7 +186,7 @@ def _write_tool(checkout, name, status=0):
 
 
 def test_check_runs_every_check_and_names_those_that_fail(checkout):
-  for name in ('ruff', 'codespell', 'mkdocs'):
+  for name in ('ruff', 'mypy', 'codespell', 'mkdocs'):
     _write_tool(checkout, name)
   passed = _run(checkout, 'check.sh')
   assert passed.returncode == 0, passed.stderr
@@ -201,7 +201,7 @@ def test_check_runs_every_check_and_names_those_that_fail(checkout):
 
 
 def test_installations_with_other_extras_stay_valid(checkout):
-  for name in ('ruff', 'codespell', 'mkdocs'):
+  for name in ('ruff', 'mypy', 'codespell', 'mkdocs'):
     _write_tool(checkout, name)
   _run(checkout, 'check.sh')
   assert 'Installing' in _run(checkout, 'quickstart.sh', 'x').stdout
