@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from collections.abc import Mapping
 from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,6 +14,9 @@ from parti_jax.core.fingerprints import Fingerprint
 from parti_jax.data import datasets
 from parti_jax.data import mixtures
 from parti_jax.data import share as share_lib
+
+if TYPE_CHECKING:
+  from parti_jax.data import seqio_batches
 
 # Format version of `Batches.state()`.
 STATE_VERSION = 2
@@ -70,15 +74,21 @@ class Batches:
     if batch_size < 1:
       raise UserError(f'the batch size is {batch_size}; it must be at least 1')
     self._batch_size, self._task = batch_size, task
+    self._examples: share_lib.ShareExamples | mixtures.Mixed | seqio_batches.SeqioExamples
     if not (datasets.is_ours(task) or mixtures.is_one(task)):
-      from parti_jax.data import seqio_batches
+      from parti_jax.data import seqio_batches  # Imports TensorFlow.
 
       self._examples = seqio_batches.SeqioExamples(
         task, split, feature_lengths, seed, shuffle, num_epochs, share, shares
       )
       return
     reading = share_lib.Reading(
-      None, seed, shuffle, share, shares, num_epochs, settings or share_lib.Settings().divided(1)
+      seed=seed,
+      shuffle=shuffle,
+      share=share,
+      shares=shares,
+      num_epochs=num_epochs,
+      settings=settings or share_lib.Settings().divided(1),
     )
     self._examples = mixtures.opened(task, split, feature_lengths, reading, training)
 

@@ -45,10 +45,11 @@ def to_srgb(image: Image.Image, profile: bytes, space: str) -> Image.Image:
     return image
   alpha = image.getchannel('A') if image.mode == 'RGBA' else None
   image = image.getchannel(0) if space == 'GRAY' else image.convert(_MODES[space])
-  image = ImageCms.applyTransform(image, transform)
+  converted = ImageCms.applyTransform(image, transform)
+  assert converted is not None  # It returns None only if it works in place.
   if alpha is not None:
-    image.putalpha(alpha)
-  return image
+    converted.putalpha(alpha)
+  return converted
 
 
 @functools.lru_cache(maxsize=_KEPT)

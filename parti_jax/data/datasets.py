@@ -23,12 +23,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
 
 import gin
 import numpy as np
 from absl import logging
+from jaxtyping import UInt8
 
 import parti_jax
 from parti_jax.core.errors import UserError
@@ -137,7 +139,7 @@ class Dataset:
     )
 
 
-def check_lengths(name: str, features, lengths: Mapping[str, int]) -> None:
+def check_lengths(name: str, features: Iterable[str], lengths: Mapping[str, int]) -> None:
   """Raises UserError unless `lengths` has exactly the features of a task, each with a length."""
   if set(features) != set(lengths):
     raise UserError(
@@ -227,7 +229,7 @@ def source_name(task_or_source: str | None = None) -> str:
 
 def pictures_and_captions(
   task_or_source: str | None, split: str, size: int
-) -> Iterator[tuple[str, np.ndarray]]:
+) -> Iterator[tuple[str, UInt8[np.ndarray, 'size size 3']]]:
   """Opens a split and yields its captions and pictures in order, once.
 
   Skips pictures that can't be decoded and examples without a caption; a warning at the end counts
@@ -239,7 +241,7 @@ def pictures_and_captions(
     size: height and width in pixels.
 
   Yields:
-    (caption, picture uint8 [size, size, 3]).
+    (caption, picture).
 
   Raises:
     UserError: immediately if the source can't be read, or at the end if no example was usable.
@@ -255,7 +257,7 @@ def _usable(
   found: Iterator[base.Example | Damaged],
   size: int,
   decode: examples.Decode,
-) -> Iterator[tuple[str, np.ndarray]]:
+) -> Iterator[tuple[str, UInt8[np.ndarray, 'size size 3']]]:
   """Yields the usable examples of a split; implements `pictures_and_captions`."""
   skipped, shortened, count = tally.Tally(), tally.Tally(), 0
   for example in found:

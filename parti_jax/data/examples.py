@@ -9,10 +9,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
+from typing import Protocol
 
 import gin
 import numpy as np
+from jaxtyping import Float64
+from jaxtyping import Int32
+from jaxtyping import UInt8
 
 from parti_jax.core.errors import UserError
 from parti_jax.data import captions
@@ -20,12 +25,24 @@ from parti_jax.data import image_decoding
 from parti_jax.data.vocabulary import EOS_ID
 from parti_jax.data.vocabulary import TextVocabulary
 
-Decode = Callable[[bytes, int], tuple[np.ndarray, list[str]]]
+Decode = Callable[[bytes, int], tuple[UInt8[np.ndarray, 'size size 3'], list[str]]]
+
+
+class Prepare(Protocol):
+  """Prepares an example; `Preparation` describes the call."""
+
+  @property
+  def image_size(self) -> int | None:
+    """Height and width of pictures in pixels; None without pictures."""
+
+  def __call__(
+    self, example: Mapping[str, Any], draw: float
+  ) -> tuple[dict[str, Any], list[str]]: ...
 
 
 def caption_ids(
   caption: bytes, vocabulary: TextVocabulary, length: int
-) -> tuple[np.ndarray, str, list[str]]:
+) -> tuple[Int32[np.ndarray, 'text_length'], str, list[str]]:
   """Cleans and tokenises a caption.
 
   Args:
@@ -34,7 +51,7 @@ def caption_ids(
     length: number of ids to return.
 
   Returns:
-    The ids, int32 [length]; the cleaned text; and a short note for each change or cut.
+    The ids; the cleaned text; and a short note for each change or cut.
 
   Raises:
     captions.UnusableCaption: the caption can't be used.
@@ -47,8 +64,8 @@ def caption_ids(
   return ids, text, changes + ([f'caption cut to {length} tokens'] if cut else [])
 
 
-def empty_text(vocabulary: TextVocabulary, length: int) -> np.ndarray:
-  """Returns the ids of an empty text, int32 [length], which guidance uses for dropped texts."""
+def empty_text(vocabulary: TextVocabulary, length: int) -> Int32[np.ndarray, 'text_length']:
+  """Returns the ids of an empty text, which guidance uses for dropped texts."""
   return vocabulary.encode('', length)[0]
 
 
@@ -69,8 +86,8 @@ def drop_rate(rate: float = 0.1) -> float:
   return rate
 
 
-def draws(seed: int, position: int, count: int) -> np.ndarray:
-  """Returns the random numbers of successive examples, uniform in [0, 1), float64 [count].
+def draws(seed: int, position: int, count: int) -> Float64[np.ndarray, 'count']:
+  """Returns the random numbers of successive examples, uniform in [0, 1).
 
   Args:
     seed: seed of the share.
@@ -78,6 +95,13 @@ def draws(seed: int, position: int, count: int) -> np.ndarray:
     count: number of examples.
   """
   return np.random.Generator(np.random.PCG64(seed).advance(position)).random(count)
+
+
+def stacked(found: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+  """Returns the features of several examples, each stacked; {} without examples."""
+  if not found:
+    return {}
+  return {name: np.stack([features[name] for features in found]) for name in found[0]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,8 +141,10 @@ class Preparation:
     Raises:
       damage.Unusable: the example can't be used.
     """
-    found, notes = {}, []
+    found: dict[str, np.ndarray] = {}
+    notes: list[str] = []
     if self.text_length is not None:
+      assert self.vocabulary is not None
       ids, _, notes = caption_ids(example['caption'], self.vocabulary, self.text_length)
       dropped = draw < self.drop_rate
       found['encoder_input_tokens'] = (

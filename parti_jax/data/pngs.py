@@ -4,8 +4,10 @@ import contextlib
 import io
 import struct
 import zlib
+from collections.abc import Iterator
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 from PIL import ImageFile
 
@@ -18,7 +20,7 @@ _NEEDED = (b'IHDR', b'PLTE', b'tRNS', b'eXIf', b'IDAT', b'IEND')
 _PROFILE = b'iCCP'
 
 
-def open_leniently(data: bytes) -> Image.Image | None:
+def open_leniently(data: bytes) -> ImageFile.ImageFile | None:
   """Opens a PNG that Pillow can't open, without its metadata; returns None if that fails too.
 
   A damaged colour profile becomes None in the picture's `info`.
@@ -88,15 +90,15 @@ def grey_of_16_bits(image: Image.Image) -> Image.Image:
   return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
 
 
-def _lower_bytes(data: bytes) -> np.ndarray:
-  """Returns the lower bytes of a PNG of 16-bit colours, uint8 [height, width, 3]."""
+def _lower_bytes(data: bytes) -> UInt8[np.ndarray, 'height width 3']:
+  """Returns the lower bytes of a PNG of 16-bit colours."""
   image = Image.open(io.BytesIO(data), formats=('PNG',))
   # Pillow keeps only the upper bytes, so they are swapped for reading.
   image.tile = [image.tile[0]._replace(args='RGB;16L')]
   return np.asarray(image)
 
 
-def _chunks(data: bytes):
+def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
   """Yields kind, start and end of each chunk's content in a PNG."""
   position = 8
   while position + 12 <= len(data):

@@ -11,6 +11,7 @@ import numpy as np
 from parti_jax.core.errors import UserError
 from parti_jax.core.fingerprints import Fingerprint
 from parti_jax.data import datasets
+from parti_jax.data import examples
 from parti_jax.data import streams
 from parti_jax.data import tasks
 from parti_jax.data.feature_converter import converter_for
@@ -101,7 +102,7 @@ class SeqioExamples:
 
   def take(self, count: int) -> dict[str, np.ndarray]:
     """Returns the next examples, stacked; fewer after the last epoch, {} at the end."""
-    found = []
+    found: list[dict[str, np.ndarray]] = []
     while len(found) < count and (self._num_epochs is None or self._epoch < self._num_epochs):
       try:
         found.append(next(self._stream))
@@ -113,9 +114,7 @@ class SeqioExamples:
         if problem is None:
           raise
         raise UserError(f'{self._task.name}, {self._split}: reading failed: {problem}') from error
-    return (
-      {name: np.stack([example[name] for example in found]) for name in found[0]} if found else {}
-    )
+    return examples.stacked(found)
 
   def _open_epoch(self) -> streams.Stream:
     # Combines seed and epoch into one of seqio's int32 seeds.

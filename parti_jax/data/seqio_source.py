@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Collection
 from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
 from parti_jax.data import order as order_lib
+from parti_jax.data import shard_epochs
 from parti_jax.data import share as share_lib
 from parti_jax.data.damage import Damaged
 from parti_jax.data.quiet_tensorflow import seqio
@@ -68,18 +70,17 @@ class SeqioSource(seqio.DataSource):
     """
     opened = self.source.open(split, self._pictures)
     reading = share_lib.Reading(
-      None,
-      np.random.default_rng().integers(2**31) if seed is None else int(seed),
-      shuffle,
-      shard_info.index if shard_info else 0,
-      shard_info.num_shards if shard_info else 1,
+      seed=int(np.random.default_rng().integers(2**31) if seed is None else seed),
+      shuffle=shuffle,
+      share=shard_info.index if shard_info else 0,
+      shares=shard_info.num_shards if shard_info else 1,
     )
     epochs = itertools.count()
     signature = {
       'caption': tf.TensorSpec([None], tf.string),
       'problem': tf.TensorSpec([None], tf.string),
     }
-    tokens = getattr(self.source, 'info', {}).get('image_tokens', 0)
+    tokens = self.source.info.get('image_tokens', 0)
     if tokens:
       signature['tokens'] = tf.TensorSpec([None, tokens], tf.int32)
     elif self._pictures:
@@ -90,10 +91,12 @@ class SeqioSource(seqio.DataSource):
     ).unbatch()
 
 
-def _epoch(opened, reading: share_lib.Reading, epoch: int) -> Iterator[base.Example | Damaged]:
+def _epoch(
+  opened: base.Records | base.Shards, reading: share_lib.Reading, epoch: int
+) -> Iterator[base.Example | Damaged]:
   """Yields the examples of a share in one epoch."""
   if isinstance(opened, base.Shards):
-    for _, example in share_lib.raw_epoch(opened, reading, epoch):
+    for _, example in shard_epochs.raw_epoch(opened, reading, epoch):
       yield example
     return
   order = order_lib.Order(len(opened), reading.seed, reading.shuffle, reading.share, reading.shares)
@@ -104,9 +107,12 @@ def _epoch(opened, reading: share_lib.Reading, epoch: int) -> Iterator[base.Exam
     )
 
 
-def _chunks(examples: Iterator[base.Example | Damaged], names: Sequence[str], tokens: int):
+def _chunks(
+  examples: Iterator[base.Example | Damaged], names: Collection[str], tokens: int
+) -> Iterator[dict[str, np.ndarray]]:
   """Yields columns of several examples at once; uses the first of several views of a picture."""
-  columns, size = {name: [] for name in names}, 0
+  columns: dict[str, list] = {name: [] for name in names}
+  size = 0
   for example in examples:
     row = {'problem': described(example)} if isinstance(example, Damaged) else example
     for name in names:
@@ -119,7 +125,7 @@ def _chunks(examples: Iterator[base.Example | Damaged], names: Sequence[str], to
     yield _arrays(columns, tokens)
 
 
-def _arrays(columns, tokens: int) -> dict[str, np.ndarray]:
+def _arrays(columns: Mapping[str, list], tokens: int) -> dict[str, np.ndarray]:
   # Object arrays, since numpy's strings lose trailing zeros.
   arrays = {name: np.array(values, object) for name, values in columns.items() if name != 'tokens'}
   if 'tokens' in columns:

@@ -21,6 +21,7 @@ from parti_jax.core import checks
 from parti_jax.core.errors import UserError
 from parti_jax.data import examples as examples_lib
 from parti_jax.data import order as order_lib
+from parti_jax.data import shard_epochs
 from parti_jax.data import tally
 from parti_jax.data.damage import Damaged
 from parti_jax.data.damage import Unusable
@@ -62,38 +63,27 @@ class Settings:
     return Settings(part(threads), part(self.num_workers), max(1, self.prefetch // shares))
 
 
-@gin.configurable('shuffle')
-@checks.bounded(buffer_size=(1, None))
-def window(buffer_size: int = 10_000) -> int:
-  """Returns the size of the shuffling window for files without an index, over all shares.
-
-  Args:
-    buffer_size: encoded examples in the window; each share gets a part.
-  """
-  return buffer_size
-
-
 @dataclasses.dataclass
 class Outcome:
   """A prepared example, or the reason why it can't be used.
 
   Attributes:
     epoch: index of the pass over the split.
-    features: a model's inputs; None if the example can't be used.
+    features: the prepared example, such as a model's inputs; None if it can't be used.
     reason: a short reason why not.
     where: the file to name in a warning, or ''.
     notes: each thing that was lost of a used example.
   """
 
   epoch: int
-  features: dict[str, np.ndarray] | None
+  features: dict[str, Any] | None
   reason: str = ''
   where: str = ''
   notes: Sequence[str] = ()
 
 
 def prepared(
-  prepare: examples_lib.Preparation, epoch: int, example: base.Example | Damaged, draw: float
+  prepare: examples_lib.Prepare, epoch: int, example: base.Example | Damaged, draw: float
 ) -> Outcome:
   """Prepares an example; returns the reason if it can't be used."""
   if isinstance(example, Damaged):
@@ -126,7 +116,7 @@ class Reading:
   """How a share is read.
 
   Attributes:
-    prepare: prepares an example.
+    prepare: prepares an example; the default gives no features.
     seed: determines the order and which texts are dropped.
     shuffle: whether to shuffle.
     share: index of the share.
@@ -135,7 +125,7 @@ class Reading:
     settings: resources for reading.
   """
 
-  prepare: examples_lib.Preparation
+  prepare: examples_lib.Prepare = examples_lib.Preparation()
   seed: int = 0
   shuffle: bool = True
   share: int = 0
@@ -229,7 +219,7 @@ class _RecordStream(Stream):
     end = None if reading.num_epochs is None else reading.num_epochs * length
     self._position, self._records = position, records
     self._chunk: Iterator[Outcome] = iter(())
-    self._chunks = None
+    self._chunks: Any = None
     if length == 0 or (end is not None and position >= end):
       return
     pictures = reading.prepare.image_size is not None
@@ -279,79 +269,6 @@ class _RecordStream(Stream):
     self._records.close()
 
 
-class _ShardIterator(grain.DatasetIterator):
-  """The examples of a share of files in one epoch.
-
-  If there are at least as many files as shares, each share has its own files. Otherwise each share
-  reads all files and keeps one of each `shares` examples.
-  """
-
-  def __init__(self, shards: base.Shards, reading: Reading, epoch: int):
-    super().__init__()
-    files = list(shards.files)
-    if reading.shuffle:
-      np.random.default_rng(order_lib.mixed(reading.seed, 'files', epoch)).shuffle(files)
-    self._own_files = len(files) >= reading.shares
-    self._files = files[reading.share :: reading.shares] if self._own_files else files
-    self._shards, self._reading = shards, reading
-    self.set_state({'file': 0, 'read': 0, 'number': 0})
-
-  def __next__(self) -> tuple[int, base.Example | Damaged]:
-    while True:
-      for example in self._examples:
-        self._read += 1
-        counted, self._seen = self._seen, self._seen + 1
-        if self._own_files or counted % self._reading.shares == self._reading.share:
-          self._number += 1
-          return self._number - 1, example
-      if self._file + 1 >= len(self._files):
-        raise StopIteration
-      self._file, self._read = self._file + 1, 0
-      self._examples = self._open()
-
-  def _open(self) -> Iterator[base.Example | Damaged]:
-    return iter(self._shards.read(self._files[self._file])) if self._files else iter(())
-
-  def get_state(self) -> dict[str, int]:
-    return {'file': self._file, 'read': self._read, 'number': self._number, 'seen': self._seen}
-
-  def set_state(self, state: Mapping[str, int]) -> None:
-    self._file, self._number = state['file'], state['number']
-    self._seen = state.get('seen', 0)
-    self._examples = self._open()
-    self._read = sum(1 for _ in zip(range(state['read']), self._examples))
-
-  def close(self) -> None:
-    self._examples = iter(())
-
-
-class _ShardDataset(grain.IterDataset):
-  """Iterates with `_ShardIterator`."""
-
-  def __init__(self, shards: base.Shards, reading: Reading, epoch: int):
-    super().__init__()
-    self._arguments = shards, reading, epoch
-
-  def __iter__(self) -> _ShardIterator:
-    return _ShardIterator(*self._arguments)
-
-
-def raw_epoch(shards: base.Shards, reading: Reading, epoch: int) -> grain.DatasetIterator:
-  """Iterates over a share of files in one epoch, shuffled within windows but not prepared.
-
-  Yields:
-    (number in the epoch, example).
-  """
-  dataset = _ShardDataset(shards, reading, epoch)
-  if reading.shuffle:
-    dataset = grain.experimental.WindowShuffleIterDataset(
-      dataset,
-      window_size=max(1, window() // reading.shares),
-      seed=order_lib.mixed(reading.seed, 'window', reading.share, epoch),
-    )
-  return iter(dataset)
-
-
 class _ShardStream(Stream):
   """A share of files that are read from their beginning.
 
@@ -369,16 +286,19 @@ class _ShardStream(Stream):
       else None
     )
     # Examples in preparation, each with the state after it.
-    self._ahead = collections.deque()
+    self._ahead: collections.deque[concurrent.futures.Future[tuple[Outcome, dict[str, Any]]]] = (
+      collections.deque()
+    )
     self._epoch = state['epoch'] if state else 0
-    self._raw = raw_epoch(self._shards, self._reading, self._epoch)
+    self._raw = shard_epochs.raw_epoch(self._shards, self._reading, self._epoch)
     if state and 'reader' in state:
       self._raw.set_state(state['reader'])
-    for skipped in range(state.get('skip', 0) if state else 0):
+    skip = state.get('skip', 0) if state else 0
+    for skipped in range(skip):
       try:
         next(self._raw)
       except StopIteration:
-        raise _beyond_the_end(self._epoch, state['skip'], skipped) from None
+        raise _beyond_the_end(self._epoch, skip, skipped) from None
     self._state = {'epoch': self._epoch, 'reader': self._raw.get_state()}
 
   def __next__(self) -> Outcome:
@@ -402,7 +322,7 @@ class _ShardStream(Stream):
         return self._epoch, number, example, self._raw.get_state()
       except StopIteration:
         self._epoch += 1
-        self._raw = raw_epoch(self._shards, self._reading, self._epoch)
+        self._raw = shard_epochs.raw_epoch(self._shards, self._reading, self._epoch)
         if (
           self._epoch > self._state['epoch'] + patience(self._shards, self._reading)
           and not self._ahead
@@ -410,7 +330,9 @@ class _ShardStream(Stream):
           break  # Epochs without examples.
     raise StopIteration
 
-  def _prepare(self, epoch: int, number: int, example, reader: dict[str, Any]):
+  def _prepare(
+    self, epoch: int, number: int, example: base.Example | Damaged, reader: dict[str, Any]
+  ) -> tuple[Outcome, dict[str, Any]]:
     # Epochs may have any length, so their draws begin far apart.
     (draw,) = examples_lib.draws(self._draw_seed, epoch * 2**40 + number, 1)
     return prepared(self._reading.prepare, epoch, example, draw), {'epoch': epoch, 'reader': reader}
@@ -443,7 +365,9 @@ class ShareExamples:
     self._dataset, self._split, self._reading = dataset, split, reading
     self.fingerprints = dataset.fingerprints
     self._opened = dataset.open(split)
-    self._counts = {name: collections.Counter() for name in _TALLIES}
+    self._counts: dict[str, collections.Counter[str]] = {
+      name: collections.Counter() for name in _TALLIES
+    }
     # The current epoch: its index, and the examples taken and skipped in it.
     self._epoch = self._taken = self._lost = 0
     # Consecutive epochs without a usable example.
@@ -478,7 +402,7 @@ class ShareExamples:
     if isinstance(opened, base.Shards):
       what = {'files': len(opened.files)}
       if reading.shuffle:
-        what['shuffle.buffer_size'] = window()
+        what['shuffle.buffer_size'] = shard_epochs.window()
     else:
       what = {'examples': len(opened)}
     return {'task': self._dataset.name, 'split': self._split, 'train.seed': reading.seed, **what}
@@ -527,12 +451,10 @@ class ShareExamples:
 
   def take(self, count: int) -> dict[str, np.ndarray]:
     """Returns the next examples, stacked; fewer after the last epoch, {} at the end."""
-    found = []
+    found: list[dict[str, np.ndarray]] = []
     while len(found) < count and (features := self.next()) is not None:
       found.append(features)
-    return (
-      {name: np.stack([features[name] for features in found]) for name in found[0]} if found else {}
-    )
+    return examples_lib.stacked(found)
 
   def next(self) -> dict[str, np.ndarray] | None:
     """Returns the next usable example; None after the last epoch.

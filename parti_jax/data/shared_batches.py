@@ -62,13 +62,14 @@ class Place:
       UserError: the text doesn't have that form.
     """
     found = re.fullmatch(r'(\d+)/(\d+):(\d+):(\d+)\+(\d+)(?:@(\w+))?', text)
-    place = cls(*map(int, found.groups()[:5]), found[6] or '') if found else None
-    if place is None or place.share >= place.shares or not place.count:
-      raise UserError(
-        f'{text!r} is not a place in the data; write SHARE/SHARES:EPOCH:READ+COUNT, '
-        'such as 0/1:3:120+8'
-      )
-    return place
+    if found:
+      share, shares, epoch, read, count = map(int, found.groups()[:5])
+      if share < shares and count:
+        return cls(share, shares, epoch, read, count, found[6] or '')
+    raise UserError(
+      f'{text!r} is not a place in the data; write SHARE/SHARES:EPOCH:READ+COUNT, '
+      'such as 0/1:3:120+8'
+    )
 
 
 class SharedBatches:
@@ -102,6 +103,8 @@ class SharedBatches:
     UserError: the number of shares doesn't divide the batch size, or `Batches` raises it.
   """
 
+  _ahead: ReadAhead
+
   def __init__(
     self,
     task: str,
@@ -114,7 +117,7 @@ class SharedBatches:
     seed: int = 0,
     restart: bool = False,
   ):
-    self._arguments = {
+    self._arguments: dict[str, Any] = {
       'task': task,
       'split': split,
       'feature_lengths': feature_lengths,
@@ -162,7 +165,7 @@ class SharedBatches:
     Returns:
       {'shares': [`Batches.state()` of each share]}.
     """
-    states = {}
+    states: dict[str, Any] = {}
     for those in local_rows.gathered(self._states):
       states |= those
     return {'shares': [states[str(share)] for share in range(self.shares)]}
@@ -297,7 +300,7 @@ class ReadAhead:
     self._started = False
 
   def _run(self) -> None:
-    element = None
+    element: tuple[Any, BaseException | None]
     while not self._ended.is_set():
       try:
         element = next(self._elements), None
@@ -315,7 +318,7 @@ class ReadAhead:
   def __iter__(self) -> ReadAhead:
     return self
 
-  def __next__(self):
+  def __next__(self) -> Any:
     if not self._started:
       self._started = True
       self._thread.start()

@@ -26,7 +26,7 @@ class Tally:
   """Counts by reason; thread-safe."""
 
   def __init__(self):
-    self._counts = collections.Counter()
+    self._counts: collections.Counter[str] = collections.Counter()
     self._lock = threading.Lock()
 
   def add(self, reason: str, place: str = '') -> None:
@@ -80,7 +80,7 @@ class Reading:
   drop_text: bool = False
 
 
-_current = contextvars.ContextVar('reading')
+_current: contextvars.ContextVar[Reading] = contextvars.ContextVar('reading')
 
 
 def current() -> Reading:

@@ -24,6 +24,7 @@ from parti_jax.data.datasets import get_vocabulary
 from parti_jax.data.quiet_tensorflow import seqio
 from parti_jax.data.quiet_tensorflow import tf
 from parti_jax.data.seqio_source import SeqioSource
+from parti_jax.data.sources import base
 from parti_jax.data.vocabulary import EOS_ID
 from parti_jax.data.vocabulary import TextVocabulary
 
@@ -153,9 +154,16 @@ def vocabulary_fingerprint(task: seqio.Task | seqio.Mixture) -> fingerprints.Fin
 
 def tokenizer_fingerprint(task: seqio.Task | seqio.Mixture) -> fingerprints.Fingerprint | None:
   """Returns the fingerprint of the tokenizer that made a task's tokens; None if unknown."""
-  source = getattr(getattr(task, 'source', None), 'source', None)
-  value = getattr(source, 'info', {}).get('tokenizer')
-  return value and fingerprints.Fingerprint(value, source.name)
+  source = _source(task)
+  if source is None or 'tokenizer' not in source.info:
+    return None
+  return fingerprints.Fingerprint(source.info['tokenizer'], source.name)
+
+
+def _source(task: seqio.Task | seqio.Mixture) -> base.Source | None:
+  """Returns the source of a task of this module; None for other tasks and for mixtures."""
+  opened = getattr(task, 'source', None)
+  return opened.source if isinstance(opened, SeqioSource) else None
 
 
 def caption_decoder(task: str) -> Callable[[Sequence[int]], str]:
@@ -213,16 +221,16 @@ def make_task(name: str, image_size: int = 64, keep_captions: bool = False) -> T
     UserError: the task's data can't be found.
   """
   dataset = datasets.get(name, image_size)
-  features, steps = {}, [preprocessors.number, preprocessors.leave_out]
-  if 'inputs' in dataset.features:
-    features['inputs'] = text_feature(dataset.vocabulary)
+  vocabulary = dataset.vocabulary
+  features: dict[str, seqio.Feature] = {}
+  steps: list[Callable] = [preprocessors.number, preprocessors.leave_out]
+  if vocabulary is not None:
+    features['inputs'] = text_feature(vocabulary)
     steps.append(
-      functools.partial(
-        preprocessors.tokenize_captions, vocabulary=dataset.vocabulary, keep=keep_captions
-      )
+      functools.partial(preprocessors.tokenize_captions, vocabulary=vocabulary, keep=keep_captions)
     )
     if dataset.features != ('inputs',):  # An encoder learns nothing from an empty text.
-      steps.append(functools.partial(preprocessors.drop_text, vocabulary=dataset.vocabulary))
+      steps.append(functools.partial(preprocessors.drop_text, vocabulary=vocabulary))
   if 'images' in dataset.features:
     features['images'] = _feature(256, dtype=tf.uint8, rank=3)
     steps.append(preprocessors.decode_images)
@@ -258,9 +266,9 @@ def place(task: seqio.Task | seqio.Mixture) -> str:
 def check_lengths(task: seqio.Task | seqio.Mixture, lengths: Mapping[str, int]) -> None:
   """Raises UserError unless `lengths` fits a task's features and the tokens of its pictures."""
   datasets.check_lengths(task.name, task.output_features, lengths)
-  source = getattr(getattr(task, 'source', None), 'source', None)
-  tokens = getattr(source, 'info', {}).get('image_tokens')
-  if tokens and lengths.get('targets') != tokens:
+  source = _source(task)
+  tokens = source.info.get('image_tokens') if source is not None else None
+  if source is not None and tokens and lengths.get('targets') != tokens:
     raise UserError(
       f'{source.name} has {tokens} tokens per picture, but '
       f"feature_lengths['targets'] = {lengths['targets']}"

@@ -15,6 +15,7 @@ shard would open as empty. `damaged_shards` checks the digests (XXH3) of their c
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import tempfile
 from collections.abc import Iterable
@@ -24,6 +25,7 @@ from typing import Any
 
 import gin
 import numpy as np
+from jaxtyping import Int
 
 from parti_jax.core import storage
 from parti_jax.core.errors import UserError
@@ -34,6 +36,8 @@ from parti_jax.data.sources import base
 
 EXAMPLES_PER_SHARD = 16_384
 SHUFFLES = array_records.SHUFFLES
+# The image tokens of a picture, or of several views of it.
+Tokens = Int[np.ndarray, 'image_tokens'] | Int[np.ndarray, 'views image_tokens']
 
 
 def dtype_of(info: Mapping[str, Any]) -> np.dtype:
@@ -41,12 +45,12 @@ def dtype_of(info: Mapping[str, Any]) -> np.dtype:
   return np.dtype('<u2' if info['codebook_size'] <= 2**16 else '<u4')
 
 
-def serialized(caption: str, tokens: np.ndarray, info: Mapping[str, Any]) -> bytes:
+def serialized(caption: str, tokens: Tokens, info: Mapping[str, Any]) -> bytes:
   """Returns the record of an example.
 
   Args:
     caption: the caption.
-    tokens: int32 [image_tokens], or [views, image_tokens] with several views of the picture.
+    tokens: the image tokens, with an axis of views if `info` has several.
     info: info of the cache.
 
   Raises:
@@ -107,14 +111,13 @@ def write_shard(path: str, records: Iterable[bytes]) -> dict[str, Any]:
 
 
 def write_token_cache(
-  folder: str, examples: Iterable[tuple[str, np.ndarray]], info: dict, split: str = 'train'
+  folder: str, examples: Iterable[tuple[str, Tokens]], info: dict, split: str = 'train'
 ) -> int:
   """Writes a split of a token cache; the split appears when it is complete.
 
   Args:
     folder: the cache's folder; created if it doesn't exist. Its other splits stay unchanged.
-    examples: captions and their image tokens, int32 [image_tokens] (or with views, as in
-      `serialized`), each in [0, codebook_size).
+    examples: captions and their image tokens, as in `serialized`, each in [0, codebook_size).
     info: 'codebook_size' (int), 'image_tokens' (int) and 'tokenizer' (str, a fingerprint of the
       tokenizer's weights); additional entries are stored too.
     split: the split's name.
@@ -154,7 +157,9 @@ def write_token_cache(
   return entry['examples']
 
 
-def _write_shards(folder: str, examples, info) -> list[dict[str, Any]]:
+def _write_shards(
+  folder: str, examples: Iterable[tuple[str, Tokens]], info: Mapping[str, Any]
+) -> list[dict[str, Any]]:
   """Writes examples to shards in `folder` and returns the entry of each for `info.json`."""
   found: list[dict[str, Any]] = []
   examples = iter(examples)
@@ -162,15 +167,10 @@ def _write_shards(folder: str, examples, info) -> list[dict[str, Any]]:
   if first is None:
     raise UserError('no examples to write to the token cache')
   while first is not None:
-    count = iter(range(EXAMPLES_PER_SHARD - 1))
-
-    def records(first=first, count=count):
-      yield serialized(*first, info)
-      for _, example in zip(count, examples):
-        yield serialized(*example, info)
-
+    shard = itertools.chain([first], itertools.islice(examples, EXAMPLES_PER_SHARD - 1))
+    records = (serialized(caption, tokens, info) for caption, tokens in shard)
     name = token_cache_info.shard_name('shard', len(found))
-    found.append(write_shard(storage.join(folder, name), records()))
+    found.append(write_shard(storage.join(folder, name), records))
     first = next(examples, None)
   return found
 

@@ -198,11 +198,12 @@ class SplitParts:
       if not self.finished():
         with concurrent.futures.ThreadPoolExecutor(_READS_AT_ONCE) as executor:
           facts = list(executor.map(self._facts, range(self.count)))
+        whole = [found for found in facts if found is not None]
         damaged = [index for index, found in enumerate(facts) if found is None]
         if damaged and not self.finished():
           self._forget(damaged)
           return False
-        if not damaged and not self._put_in_place(facts):
+        if not damaged and not self._put_in_place(whole):
           return False
       token_cache_info.remove_folder(self._parts)
       return True
@@ -215,16 +216,18 @@ class SplitParts:
 
   def summary(self) -> dict[str, Any]:
     """Returns 'examples', 'skipped' and 'shortened' of the finished split."""
-    return {name: self._entry()[0][name] for name in ('examples', *TALLIES)}
+    entry, _ = self._entry()
+    assert entry is not None
+    return {name: entry[name] for name in ('examples', *TALLIES)}
 
   def _put_in_place(self, facts: Sequence[Mapping[str, Any]]) -> bool:
+    counts: dict[str, collections.Counter[str]] = {name: collections.Counter() for name in TALLIES}
+    for found in facts:
+      for name in TALLIES:
+        counts[name].update(found[name])
     totals = {
-      name: sum((collections.Counter(found[name]) for found in facts), collections.Counter())
-      for name in TALLIES
-    }
-    totals = {
-      name: dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
-      for name, found in totals.items()
+      name: dict(sorted(counted.items(), key=lambda item: (-item[1], item[0])))
+      for name, counted in counts.items()
     }
     used = [found for found in facts if found['examples']]
     if not used:

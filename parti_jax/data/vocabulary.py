@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import sentencepiece
+from jaxtyping import Int32
 
 from parti_jax.core import fingerprints
 from parti_jax.core import storage
@@ -68,7 +69,7 @@ class TextVocabulary:
     """The number of ids, including the special ones."""
     return self._processor.get_piece_size()
 
-  def encode(self, text: str, length: int) -> tuple[np.ndarray, str]:
+  def encode(self, text: str, length: int) -> tuple[Int32[np.ndarray, 'text_length'], str]:
     """Encodes a text.
 
     Args:
@@ -77,7 +78,7 @@ class TextVocabulary:
       length: the number of ids to return, at least 1.
 
     Returns:
-      The ids, int32 [length], terminated by EOS and padded with 0; and the end of the text that
+      The ids, terminated by EOS and padded with 0; and the end of the text that
       did not fit, in the vocabulary's normalised form (lower case), '' if the whole text fits.
 
     Raises:

@@ -21,19 +21,19 @@ class Row(NamedTuple):
     look: the perceptual hash; -1 for none.
     pixels: pixels of the picture before resizing.
     shard: index of the example's shard.
-    index: index of the example in the shard.
+    position: index of the example in the shard.
   """
 
   digest: bytes
   look: int
   pixels: int
   shard: int
-  index: int
+  position: int
 
 
 def rank(row: Row) -> tuple[int, int, int]:
   """Returns a sort key that puts the best row first."""
-  return -row.pixels, row.shard, row.index
+  return -row.pixels, row.shard, row.position
 
 
 def ranked(rows: Iterable[Row]) -> Iterator[tuple[Row, bool]]:

@@ -132,7 +132,7 @@ class _Publish(beam.DoFn):
 
 
 def _drop(row: Row, reason: str) -> tuple[int, tuple[int, str]]:
-  return row.shard, (row.index, reason)
+  return row.shard, (row.position, reason)
 
 
 def _bands(row: tuple, distance: int) -> Iterator[tuple[tuple[int, int], tuple]]:
@@ -236,7 +236,7 @@ def make(flags: Sequence[str], workers: int) -> tuple[beam.Pipeline, str]:
     direct = options.view_as(pipeline_options.DirectOptions)
     if not any(flag.partition('=')[0] == '--direct_num_workers' for flag in flags):
       direct.direct_num_workers = workers
-    processes = direct.direct_num_workers or os.cpu_count()
+    processes = direct.direct_num_workers or os.cpu_count() or 1
     where = f'{processes} process{"es" if processes > 1 else ""} (--direct_num_workers)'
     if runner == 'FnApiRunner' and processes > 1:
       runner = fn_runner.FnApiRunner(

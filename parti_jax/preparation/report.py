@@ -26,7 +26,9 @@ def make(outcomes: Iterable[Outcome], source: str, settings: Settings) -> dict[s
     For JSON: 'read', the sum of 'written' and 'left_out'; 'bytes' of the shards; reasons with their
     counts; damaged files; and the settings.
   """
-  left_out, notes, places = collections.Counter(), collections.Counter(), []
+  left_out: collections.Counter[str] = collections.Counter()
+  notes: collections.Counter[str] = collections.Counter()
+  places: list[str] = []
   read = written = size = count = 0
   for outcome in outcomes:
     read += outcome.read

@@ -7,6 +7,7 @@ import functools
 import math
 import sys
 import unicodedata
+from collections.abc import Collection
 from collections.abc import Mapping
 from typing import Any
 
@@ -116,7 +117,7 @@ class Settings:
     return self.duplicates is not None or self.near_duplicates is not None
 
 
-def is_texts(wanted: tuple) -> bool:
+def is_texts(wanted: tuple | list) -> bool:
   """Returns whether a value of `Settings.columns` lists strings; otherwise it holds bounds."""
   return all(isinstance(item, str) for item in wanted)
 
@@ -141,7 +142,7 @@ def is_letter(character: str) -> bool:
   return unicodedata.category(character) in ('Lu', 'Ll', 'Lt', 'Lo')
 
 
-def _check_choice(name: str, value: str, choices) -> None:
+def _check_choice(name: str, value: str, choices: Collection[str]) -> None:
   if value not in choices:
     raise UserError(f'prepare.{name}={value!r} is not one of {", ".join(choices)}')
 

@@ -69,7 +69,8 @@ def write(
   Raises:
     UserError: the shard can't be written.
   """
-  outcome, rows = Outcome(number), []
+  outcome = Outcome(number)
+  rows: list[Row] = []
   try:
     outcome.shard = token_cache.write_shard(
       path, _records(examples, settings, to_srgb, outcome, rows)
@@ -79,7 +80,13 @@ def write(
   return outcome, rows
 
 
-def _records(examples, settings, to_srgb, outcome: Outcome, rows: list[Row]) -> Iterator[bytes]:
+def _records(
+  examples: Iterable[tuple[str, Mapping[str, Any] | Damaged]],
+  settings: Settings,
+  to_srgb: bool,
+  outcome: Outcome,
+  rows: list[Row],
+) -> Iterator[bytes]:
   """Yields the records of examples that pass, and counts the others."""
   for key, example in examples:
     outcome.read += 1
@@ -145,13 +152,13 @@ def finish(staged: str, path: str, outcome: Outcome, drops: Mapping[int, str]) -
 
 def _others(path: str, drops: Mapping[int, str]) -> Iterator[bytes]:
   """Yields the records of a shard that aren't dropped."""
-  reader = array_records.Reader(path, bytes)
+  reader = array_records.Reader(path, lambda record: {'record': record})
   try:
     kept = [index for index in range(reader.count()) if index not in drops]
     for start in range(0, len(kept), _AT_ONCE):
-      for record in reader.read(kept[start : start + _AT_ONCE]):
-        if isinstance(record, Damaged):
+      for found in reader.read(kept[start : start + _AT_ONCE]):
+        if isinstance(found, Damaged):
           raise UserError(f'{path} was damaged after it was written')
-        yield record
+        yield found['record']
   finally:
     reader.close()

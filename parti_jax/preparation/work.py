@@ -89,7 +89,8 @@ class Work:
     names = {*self._settings.columns, *(self._settings.keep_columns or ())}
     if not names:
       return
-    found, read = set(), 0
+    found: set[str] = set()
+    read = 0
     for _, example in itertools.islice(self.read(0), _LOOKED_AT):
       found |= example.get('columns', {}).keys() if not isinstance(example, Damaged) else set()
       read += 1

@@ -108,7 +108,7 @@ def test_a_shard_and_the_outcome_of_its_examples(tmp_path, draw, encode):
   assert outcome.notes == {'control characters taken out of the caption': 1}
   assert outcome.places == ['x.tar: rest of a damaged tar shard']
   assert outcome.shard['examples'] == 2 and outcome.shard['bytes'] == os.path.getsize(path)
-  assert [(row.shard, row.index, row.pixels) for row in rows] == [(7, 0, 3072), (7, 1, 3072)]
+  assert [(row.shard, row.position, row.pixels) for row in rows] == [(7, 0, 3072), (7, 1, 3072)]
   assert rows[0].digest != rows[1].digest and rows[0].look != rows[1].look
   assert [(example['key'], example['caption']) for example in _records(path)] == [
     ('0', b'first'),

@@ -100,18 +100,17 @@ class ShardRecords(base.Records):
     self.__dict__.update(state, _lock=threading.Lock())
 
   def read(self, indices: Sequence[int]) -> list[base.Example | Damaged]:
-    indices = np.asarray(indices)
-    shards = np.searchsorted(self._ends, indices, side='right')
-    found: list[base.Example | Damaged] = [None] * len(indices)
+    wanted = np.asarray(indices)
+    shards = np.searchsorted(self._ends, wanted, side='right')
+    found: dict[int, base.Example | Damaged] = {}
     order = np.argsort(shards, kind='stable')
     for positions in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):
       if len(positions):
         shard = int(shards[positions[0]])
         start = int(self._ends[shard - 1]) if shard else 0
-        read = self._reader(shard).read([int(indices[position]) - start for position in positions])
-        for position, example in zip(positions, read):
-          found[position] = example
-    return found
+        read = self._reader(shard).read([int(wanted[position]) - start for position in positions])
+        found.update(zip(positions.tolist(), read))
+    return [found[position] for position in range(len(wanted))]
 
   def _reader(self, shard: int) -> Reader:
     # Evicted readers aren't closed here, since another thread may be reading: the file closes with

@@ -7,6 +7,7 @@ import os
 
 import numpy as np
 from absl import logging
+from jaxtyping import Shaped
 
 from parti_jax.core import storage
 from parti_jax.core.errors import UserError
@@ -21,7 +22,7 @@ _MAX_COLUMNS = 100
 
 def read(
   folder: str, captions_file: str, file_key: str, caption_key: str, pictures: bool = True
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[Shaped[np.ndarray, 'pictures'], Shaped[np.ndarray, 'pictures']]:
   """Reads and checks a captions file.
 
   Args:
@@ -34,7 +35,7 @@ def read(
 
   Returns:
     The paths of the pictures and the raw captions for `captions.clean`, both arrays of bytes
-    objects [pictures].
+    objects.
 
   Raises:
     UserError: the file is missing or empty, no line has the caption's column, a line isn't a JSON
@@ -43,7 +44,8 @@ def read(
   """
   path = storage.join(folder, captions_file)
   check = _PicturePaths(folder, os.path.dirname(path))
-  files, texts, columns, first, problems, captioned = [], [], set(), '', 0, False
+  files, texts, first, problems, captioned = [], [], '', 0, False
+  columns: set[str] = set()
   for number, line in enumerate(_lines(path), start=1):
     if line.strip():
       try:
@@ -69,7 +71,9 @@ def read(
   return np.array(files, object), np.array(texts, object)
 
 
-def read_text_files(folder: str, pattern: str) -> tuple[np.ndarray, np.ndarray]:
+def read_text_files(
+  folder: str, pattern: str
+) -> tuple[Shaped[np.ndarray, 'pictures'], Shaped[np.ndarray, 'pictures']]:
   """Finds text files with a picture of the same name in their folder, such as 1.txt and 1.jpg.
 
   Warns about text files without a picture, and pictures in their folders without a text file.
@@ -100,9 +104,10 @@ def read_text_files(folder: str, pattern: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _pictures_of(texts: list[str]) -> dict[str, str]:
   """Returns {text file: its picture}, for the text files that have one."""
-  found, bare = {}, 0
+  found: dict[str, str] = {}
+  bare = 0
   for folder, group in itertools.groupby(texts, key=os.path.dirname):
-    pictures = {}
+    pictures: dict[str, str] = {}
     for name in storage.names(folder or '.'):
       stem, ending = os.path.splitext(name)
       if ending[1:].lower() in image_decoding.ENDINGS:

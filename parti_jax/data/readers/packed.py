@@ -48,7 +48,9 @@ def unpacked(file: IO[bytes], path: str = '') -> io.BufferedReader:
     return io.BufferedReader(_Unpacked(file, decoder), _CHUNK)
   if path.lower().endswith(ENDINGS):
     raise DamagedPacking(f'{path} is not packed')
-  return file if isinstance(file, io.BufferedReader) else io.BufferedReader(file)
+  if isinstance(file, io.BufferedReader):
+    return file
+  return io.BufferedReader(file)  # type: ignore[arg-type]  # typeshed's IO lacks readinto.
 
 
 def unpacked_zlib(file: IO[bytes]) -> io.BufferedReader:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from jaxtyping import Int64
 
 from parti_jax.core import storage
 from parti_jax.core.errors import UserError
@@ -51,13 +52,13 @@ class Footer:
 
   Attributes:
     columns: the columns to read.
-    rows: rows of each row group, int64 [groups].
-    sizes: uncompressed bytes of these columns in each row group, int64 [groups].
+    rows: rows of each row group.
+    sizes: uncompressed bytes of these columns in each row group.
   """
 
   columns: arrow_rows.Columns
-  rows: np.ndarray
-  sizes: np.ndarray
+  rows: Int64[np.ndarray, 'groups']
+  sizes: Int64[np.ndarray, 'groups']
 
 
 def read_schema(path: str) -> pa.Schema:

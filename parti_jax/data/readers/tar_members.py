@@ -9,6 +9,7 @@ import dataclasses
 import tarfile
 from collections.abc import Collection
 from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import IO
 
 from parti_jax.data.damage import Damaged
@@ -73,7 +74,9 @@ def split(name: str) -> tuple[str, str]:
   return f'{folder}{slash}{stem}', behind.strip().lower()
 
 
-def _members(file, endings, max_bytes) -> Iterator[Member | Damaged]:
+def _members(
+  file: IO[bytes], endings: Collection[str], max_bytes: int
+) -> Iterator[Member | Damaged]:
   ended = searching = False
   # Attributes that special headers set for the next member.
   special: dict[str, str] | None = {}
@@ -81,11 +84,14 @@ def _members(file, endings, max_bytes) -> Iterator[Member | Damaged]:
     try:
       header = tarfile.TarInfo.frombuf(file.read(_BLOCK), 'utf-8', 'surrogateescape')
       size = _size(header, special or {})
-    except tarfile.EOFHeaderError:
+    except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # Not in typeshed.
       # Zeros are an end, but another archive may have been appended.
       ended = True
       continue
-    except (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError):
+    except (
+      tarfile.EmptyHeaderError,  # type: ignore[attr-defined]
+      tarfile.TruncatedHeaderError,  # type: ignore[attr-defined]
+    ):
       if not ended:
         yield REST
       return
@@ -112,7 +118,14 @@ def _members(file, endings, max_bytes) -> Iterator[Member | Damaged]:
     special = {}
 
 
-def _member(file, header, size, special, endings, max_bytes) -> tuple[Member | Damaged | None, int]:
+def _member(
+  file: IO[bytes],
+  header: tarfile.TarInfo,
+  size: int,
+  special: Mapping[str, str] | None,
+  endings: Collection[str],
+  max_bytes: int,
+) -> tuple[Member | Damaged | None, int]:
   """Returns the file of a header, and the bytes to skip until the next header."""
   # Only these types have content, regardless of the size in the header.
   follows = _padded(size) if header.isreg() or header.type not in tarfile.SUPPORTED_TYPES else 0
@@ -128,7 +141,7 @@ def _member(file, header, size, special, endings, max_bytes) -> tuple[Member | D
   return Member(name, _content(file, size)), 0
 
 
-def _size(header: tarfile.TarInfo, special: dict[str, str]) -> int:
+def _size(header: tarfile.TarInfo, special: Mapping[str, str]) -> int:
   size = int(special.get('size', header.size))
   if size < 0:
     raise ValueError('a negative size')
@@ -158,7 +171,7 @@ def _padded(size: int) -> int:
   return -(-size // _BLOCK) * _BLOCK
 
 
-def _content(file, size: int) -> bytes:
+def _content(file: IO[bytes], size: int) -> bytes:
   """Reads a file's content and the padding of its last block."""
   content = file.read(size)
   if len(content) < size:
@@ -167,7 +180,7 @@ def _content(file, size: int) -> bytes:
   return content
 
 
-def _skip(file, count: int) -> None:
+def _skip(file: IO[bytes], count: int) -> None:
   """Skips bytes by reading, since packed streams aren't seekable."""
   while count:
     piece = len(file.read(min(count, 2**20)))

@@ -110,7 +110,7 @@ class _Sample:
     caption = self._files['txt'] if use_txt else self._json_caption()
     if self._ambiguous and caption:
       caption = captions.AMBIGUOUS
-    example = {'picture': picture, 'caption': caption}
+    example: dict[str, Any] = {'picture': picture, 'caption': caption}
     if self._describe:
       example |= {'key': self.key, 'columns': self._columns()}
     yield example
@@ -170,7 +170,7 @@ class _Others:
 
   def unclaimed(self) -> Iterator[Damaged]:
     """Yields files without a sample, and forgets them."""
-    found = {}
+    found: dict[str, str] = {}
     for name in self._names:
       if not self._is_claimed(name):
         found.setdefault(tar_members.split(name)[0], name)

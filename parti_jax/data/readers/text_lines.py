@@ -3,6 +3,8 @@
 import io
 from collections.abc import Iterator
 from collections.abc import Mapping
+from typing import AnyStr
+from typing import IO
 
 from parti_jax.core import storage
 from parti_jax.data import captions
@@ -20,19 +22,20 @@ def lines(path: str) -> Iterator[Mapping[str, bytes] | Damaged]:
       file = packed.unpacked(file, path)
       encoding = storage.encoding_of(file.peek(4)[:4])
       if encoding == 'utf-8-sig':
-        yield from _lines(file, b'\n')
+        for line in _lines(file, b'\n'):
+          yield {'caption': line}
       else:
         text = io.TextIOWrapper(file, encoding, newline='\n')
-        for line in _lines(text, '\n'):
-          yield {'caption': line['caption'].encode('utf-8', 'surrogatepass')}
+        for characters in _lines(text, '\n'):
+          yield {'caption': characters.encode('utf-8', 'surrogatepass')}
     except (OSError, UnicodeDecodeError):
       yield Damaged('rest of a damaged text file')
 
 
-def _lines(file, newline) -> Iterator[Mapping[str, bytes | str]]:
+def _lines(file: IO[AnyStr], newline: AnyStr) -> Iterator[AnyStr]:
   """Yields the lines of a binary or text file, truncated if they are too long."""
   while line := file.readline(captions.MAX_BYTES + 1):
-    yield {'caption': line}
+    yield line
     # Skips the rest of a long line without keeping it in memory.
     while line and not line.endswith(newline):
       line = file.readline(captions.MAX_BYTES)

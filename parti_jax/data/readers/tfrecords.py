@@ -110,7 +110,7 @@ def parsed(
   features = features_of(record)
   if features is None:
     return Damaged('record that is no tf.train.Example')
-  example = {}
+  example: dict[str, Any] = {}
   for name, key in keys.items():
     # Looking up a missing key would add it.
     feature = features[key] if key in features else None
@@ -133,10 +133,10 @@ def parsed(
 
 def _columns(features: Mapping[str, Any], others: Collection[str]) -> dict[str, float | str]:
   """Returns the features that are a single number or short string, except for some others."""
-  found = {}
+  found: dict[str, float | str] = {}
   for name, feature in features.items():
     kind = feature.WhichOneof('kind')
-    values = getattr(feature, kind).value if kind and name not in others else ()
+    values: Sequence[Any] = getattr(feature, kind).value if kind and name not in others else ()
     if len(values) == 1 and kind != 'bytes_list':
       found[name] = values[0]
     elif len(values) == 1 and len(values[0]) <= _MAX_COLUMN:
@@ -155,7 +155,9 @@ def check_keys(files: Sequence[str], keys: Mapping[str, str]) -> None:
     UserError: the files aren't TFRecords of tf.train.Example, or none of the first records has
       bytes under one of the keys.
   """
-  missing, present, numbers, damaged = dict(keys), set(), set(), ''
+  missing, damaged = dict(keys), ''
+  present: set[str] = set()
+  numbers: set[str] = set()
   for file in files[:_FILES_LOOKED_AT]:
     for features in _first_features(file):
       if features is None:

@@ -17,6 +17,7 @@ and 'columns', further values from its files by name, such as img2dataset's scor
 from __future__ import annotations
 
 import abc
+from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -51,7 +52,7 @@ class Records(abc.ABC):
     """The number of examples."""
 
   @abc.abstractmethod
-  def read(self, indices: Sequence[int]) -> list[Example | Damaged]:
+  def read(self, indices: Sequence[int]) -> Sequence[Example | Damaged]:
     """Returns the examples at these indices, in the given order."""
 
   def digest(self) -> str | None:
@@ -88,11 +89,13 @@ class Source(abc.ABC):
     place: description of the data, for messages.
     splits: names of the splits.
     has_pictures: whether there are pictures; otherwise only captions.
+    info: facts about the image tokens of a token cache; {} for other sources.
   """
 
   has_pictures = True
+  info: Mapping[str, Any] = {}
 
-  def __init__(self, name: str, splits: Sequence[str]):
+  def __init__(self, name: str, splits: Iterable[str]):
     self.name = self.place = name
     self.splits = tuple(splits)
 

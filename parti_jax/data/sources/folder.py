@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from collections.abc import Sequence
+from typing import Any
 
 import gin
 import numpy as np
 import xxhash
+from jaxtyping import Shaped
 
 from parti_jax.core import storage
 from parti_jax.data import image_decoding
@@ -43,7 +45,7 @@ class FolderSource(base.Source):
 
 
 class _Pictures(base.Records):
-  """Pictures given by paths, and captions, both arrays of bytes objects [pictures].
+  """Pictures given by paths, and captions, both arrays of bytes objects.
 
   Args:
     files: the paths; None for captions only.
@@ -51,7 +53,12 @@ class _Pictures(base.Records):
     folder: if given, examples get their path within it as a key.
   """
 
-  def __init__(self, files: np.ndarray | None, captions: np.ndarray, folder: str | None = None):
+  def __init__(
+    self,
+    files: Shaped[np.ndarray, 'pictures'] | None,
+    captions: Shaped[np.ndarray, 'pictures'],
+    folder: str | None = None,
+  ):
     self._files, self._captions, self._folder = files, captions, folder
 
   def __len__(self) -> int:
@@ -70,16 +77,15 @@ class _Pictures(base.Records):
   def read(self, indices: Sequence[int]) -> list[base.Example | Damaged]:
     if self._files is None:
       return [{'caption': self._captions[index]} for index in indices]
-    return [self._read(index) for index in indices]
+    return [self._read(os.fsdecode(self._files[index]), self._captions[index]) for index in indices]
 
-  def _read(self, index: int) -> base.Example | Damaged:
-    path = os.fsdecode(self._files[index])
+  def _read(self, path: str, caption: bytes) -> base.Example | Damaged:
     try:
       with storage.open_file(path) as file:
         # One byte more lets the decoder detect files that are too large.
-        example = {
+        example: dict[str, Any] = {
           'picture': file.read(image_decoding.MAX_BYTES + 1),
-          'caption': self._captions[index],
+          'caption': caption,
         }
     except OSError:
       return Damaged('picture file that is gone or cannot be read', file=path)

@@ -132,7 +132,7 @@ class _Rows(base.Records):
 
     dataset, columns = self._table
     try:
-      found = []
+      found: list[base.Example | Damaged] = []
       for batch in dataset[list(map(int, indices))].to_batches():
         rows = arrow_rows.Batch(batch, columns)
         found.extend(rows.example(row) for row in range(len(rows)))

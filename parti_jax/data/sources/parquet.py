@@ -10,11 +10,13 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
+from typing import TYPE_CHECKING
 
 import gin
 import numpy as np
 import xxhash
 from absl import logging
+from jaxtyping import Int64
 
 from parti_jax.core import storage
 from parti_jax.core.errors import UserError
@@ -22,6 +24,12 @@ from parti_jax.data.damage import Damaged
 from parti_jax.data.readers import file_patterns
 from parti_jax.data.sources import base
 from parti_jax.data.sources import paths
+
+if TYPE_CHECKING:
+  import pyarrow as pa
+
+  from parti_jax.data.readers import arrow_rows
+  from parti_jax.data.readers import parquet_files
 
 SHUFFLES = ('global', 'window')
 # Usual file names of splits, for example on the Hugging Face hub.
@@ -78,7 +86,7 @@ class ParquetSource(paths.FilesSource):
       return _Rows(files, footers)
     return _Parts(_parts(files, footers), find)
 
-  def _is_global(self, sizes: np.ndarray, split: str) -> bool:
+  def _is_global(self, sizes: Int64[np.ndarray, 'groups'], split: str) -> bool:
     """Returns whether rows are read in any order, given the bytes of all row groups."""
     largest = int(sizes.max(initial=0))
     size = f'row groups of up to {largest / 2**20:,.0f} MiB'
@@ -99,7 +107,9 @@ class ParquetSource(paths.FilesSource):
     return self._shuffle != 'window'
 
 
-def _find(schema, file: str, keys: tuple[str | None, str | None], pictures: bool):
+def _find(
+  schema: pa.Schema, file: str, keys: tuple[str | None, str | None], pictures: bool
+) -> arrow_rows.Columns:
   from parti_jax.data.readers import arrow_rows
 
   return arrow_rows.find(schema, 'parquet', file, *keys, pictures)
@@ -139,7 +149,9 @@ def has_pictures(path: str) -> bool:
   return bool(files) and arrow_rows.has_pictures(parquet_files.read_schema(files[0]))
 
 
-def _parts(files: Sequence[str], footers) -> dict[str, tuple[str, range]]:
+def _parts(
+  files: Sequence[str], footers: Sequence[parquet_files.Footer]
+) -> dict[str, tuple[str, range]]:
   """Returns {name: (file, row groups)} of the parts that are read from their beginning."""
   found = {}
   for file, footer in zip(files, footers):
@@ -160,7 +172,7 @@ class _Parts(base.Shards):
     find: finds the columns, as in `parquet_files.read`.
   """
 
-  def __init__(self, parts: Mapping[str, tuple[str, range | None]], find):
+  def __init__(self, parts: Mapping[str, tuple[str, range | None]], find: parquet_files.Find):
     self.files, self._parts, self._find = list(parts), dict(parts), find
 
   def digest(self) -> str:
@@ -177,7 +189,7 @@ class _Rows(base.Records):
 
   _numbers = itertools.count()
 
-  def __init__(self, files: Sequence[str], footers):
+  def __init__(self, files: Sequence[str], footers: Sequence[parquet_files.Footer]):
     self._files, self._columns = list(files), [footer.columns for footer in footers]
     groups = [len(footer.rows) for footer in footers]
     self._rows = np.concatenate([footer.rows for footer in footers])
@@ -199,13 +211,15 @@ class _Rows(base.Records):
     self._key = next(self._numbers)
 
   def read(self, indices: Sequence[int]) -> list[base.Example | Damaged]:
-    indices = np.asarray(indices)
-    groups = np.searchsorted(self._ends, indices, side='right')
-    rows = indices - (self._ends - self._rows)[groups]
-    found: list[base.Example | Damaged] = [None] * len(indices)
-    for position in np.argsort(groups, kind='stable'):
-      found[position] = self._example(int(groups[position]), int(rows[position]))
-    return found
+    wanted = np.asarray(indices)
+    groups = np.searchsorted(self._ends, wanted, side='right')
+    rows = wanted - (self._ends - self._rows)[groups]
+    # Group by group, so that each is read once.
+    found = {
+      position: self._example(int(groups[position]), int(rows[position]))
+      for position in np.argsort(groups, kind='stable').tolist()
+    }
+    return [found[position] for position in range(len(wanted))]
 
   def _example(self, group: int, row: int) -> base.Example | Damaged:
     from parti_jax.data.readers import parquet_files
@@ -213,7 +227,7 @@ class _Rows(base.Records):
     file = int(self._file_of[group])
     path = self._files[file]
 
-    def read_group():
+    def read_group() -> parquet_files.WholeGroup:
       metadata = _cache().get((self._key, file), lambda: parquet_files.Metadata(path)).value
       return parquet_files.WholeGroup(
         path, metadata, int(self._number_of[group]), int(self._rows[group]), self._columns[file]
@@ -226,7 +240,7 @@ class _Rows(base.Records):
 
 
 @functools.cache
-def _cache():
+def _cache() -> parquet_files.Cache:
   from parti_jax.data.readers import parquet_files
 
   return parquet_files.Cache(_KEPT)
