@@ -8,10 +8,9 @@ import struct
 import tarfile
 
 import gin
-import google_crc32c
 import numpy as np
 import pytest
-import tensorflow as tf
+import tfrecord_files
 
 from parti_jax.cli import vocabulary
 from parti_jax.core.errors import UserError
@@ -34,23 +33,6 @@ def _numbers(batches):
   return [int(i) for batch in batches for i in batch['images'][:, 0, 0, 0]]
 
 
-def _example(**values):
-  feature = {
-    key: tf.train.Feature(bytes_list=tf.train.BytesList(value=value))
-    for key, value in values.items()
-  }
-  return tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString()
-
-
-def _framed(records):
-  data = io.BytesIO()
-  for record in records:
-    for part in (struct.pack('<Q', len(record)), record):
-      crc = google_crc32c.value(part)
-      data.write(part + struct.pack('<I', ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF))
-  return data.getvalue()
-
-
 def _read(read, path):
   return [example.reason if isinstance(example, Damaged) else example for example in read(path)]
 
@@ -60,27 +42,17 @@ def tfrecord(tmp_path):
 
   def write(name, records):
     path = tmp_path / name
-    with tf.io.TFRecordWriter(str(path)) as writer:
-      for record in records:
-        writer.write(record)
+    path.write_bytes(tfrecord_files.framed(records))
     gin.parse_config(f"tfrecord.path = '{tmp_path}'")
     return path
 
   return write
 
 
-def test_our_frames_equal_tensorflows(tfrecord):
-  records = [b'', b'abc', bytes(100_000)]
-  path = tfrecord('train.tfrecord', records)
-  assert path.read_bytes() == _framed(records)
-  with open(path, 'rb') as file:
-    assert list(tfrecords.records(file)) == records
-
-
 def test_damaged_tfrecords(tfrecord, encode, caplog):
   """A corrupted record, a corrupted length and a truncated file, together with an intact one."""
   numbers = iter(range(20))
-  record = lambda: _example(image=[encode((next(numbers), 0, 0))], caption=[b'a dog'])
+  record = lambda: tfrecord_files.example(image=[encode((next(numbers), 0, 0))], caption=[b'a dog'])
   for name in 'abcd':
     path = tfrecord(f'train-{name}.tfrecord', [record() for _ in range(5)])
     data = bytearray(path.read_bytes())
@@ -110,18 +82,16 @@ def test_damaged_tfrecords(tfrecord, encode, caplog):
 
 def test_records_that_are_not_examples(tfrecord, encode):
   picture = encode((9, 9, 9))
-  numbers = tf.train.Feature(int64_list=tf.train.Int64List(value=[1, 2]))
-  wrong = tf.train.Example(features=tf.train.Features(feature={'image': numbers}))
   tfrecord(
     'train.tfrecord',
     [
-      _example(image=[picture], caption=[b'a dog']),
+      tfrecord_files.example(image=[picture], caption=[b'a dog']),
       b'\xff' * 20,
-      wrong.SerializeToString(),
-      _example(caption=[b'a dog']),
-      _example(image=[picture]),
+      tfrecord_files.example(image=[1, 2]),
+      tfrecord_files.example(caption=[b'a dog']),
+      tfrecord_files.example(image=[picture]),
       b'',
-      _example(image=[picture], caption=[b'a', b'b']),
+      tfrecord_files.example(image=[picture], caption=[b'a', b'b']),
     ],
   )
   batches = Batches('tfrecord_pairs', 'train', 8, {'inputs': 8, **IMAGES}, num_epochs=1)
@@ -138,15 +108,16 @@ def test_records_that_are_not_examples(tfrecord, encode):
 def test_a_record_that_claims_to_be_huge(monkeypatch):
   monkeypatch.setattr(tfrecords, 'MAX_BYTES', 100)
   small, huge = b'small', bytes(3_000_000)
-  assert list(tfrecords.records(io.BytesIO(_framed([small, huge, small])))) == [
+  assert list(tfrecords.records(io.BytesIO(tfrecord_files.framed([small, huge, small])))) == [
     small,
     Damaged('record of too many bytes'),
     small,
   ]
   lies = struct.pack('<Q', 2**62)
-  crc = google_crc32c.value(lies)
-  lies += struct.pack('<I', ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
-  assert list(tfrecords.records(io.BytesIO(_framed([small]) + lies + bytes(200)))) == [
+  lies += tfrecord_files.masked_checksum(lies)
+  assert list(
+    tfrecords.records(io.BytesIO(tfrecord_files.framed([small]) + lies + bytes(200)))
+  ) == [
     small,
     Damaged('rest of a damaged TFRecord file'),
   ]
@@ -451,7 +422,7 @@ def test_resuming_in_damaged_data(tfrecord, encode, taken):
     pictures = [encode((i, 0, 0)) if i % 3 else b'bad' for i in range(9)]
     path = tfrecord(
       f'train-{name}.tfrecord',
-      [_example(image=[picture], caption=[b'a dog']) for picture in pictures],
+      [tfrecord_files.example(image=[picture], caption=[b'a dog']) for picture in pictures],
     )
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1

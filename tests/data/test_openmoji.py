@@ -1,8 +1,6 @@
 """OpenMoji's names, captions, splits and rendering."""
 
 import collections
-import subprocess
-import sys
 
 import make_openmoji_list
 import numpy as np
@@ -164,18 +162,3 @@ def test_missing_package_names_the_extra(monkeypatch):
 
 def _fail_to_import(name):
   raise ModuleNotFoundError(f"No module named '{name}'", name=name)
-
-
-def test_needs_no_tensorflow():
-  code = (
-    'import sys; from parti_jax.data import openmoji, vocabulary;'
-    'print([m for m in sys.modules if m.split(".")[0] in ("tensorflow", "seqio")])'
-  )
-  result = subprocess.run(
-    [sys.executable, '-c', code],
-    capture_output=True,
-    text=True,
-    check=True,
-    env={'PYTHONPATH': ':'.join(sys.path)},
-  )
-  assert result.stdout.strip() == '[]'

@@ -7,7 +7,7 @@ import tarfile
 import gin
 import numpy as np
 import pytest
-import tensorflow as tf
+import tfrecord_files
 
 from parti_jax.core import gin_config
 from parti_jax.core.errors import UserError
@@ -57,15 +57,11 @@ SKIPPED = {'damaged picture': 1, 'unknown picture format': 1, 'no caption': 1}
 def tfrecords(tmp_path):
 
   def write(examples, image_key='image', caption_key='caption', path='train-0.tfrecord'):
-    with tf.io.TFRecordWriter(str(tmp_path / path)) as writer:
-      for caption, picture in examples:
-        values = {image_key: picture, caption_key: caption.encode()}
-        feature = {
-          key: tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
-          for key, value in values.items()
-        }
-        example = tf.train.Example(features=tf.train.Features(feature=feature))
-        writer.write(example.SerializeToString())
+    records = [
+      tfrecord_files.example(**{image_key: picture, caption_key: caption.encode()})
+      for caption, picture in examples
+    ]
+    (tmp_path / path).write_bytes(tfrecord_files.framed(records))
     gin_config.parse(['gin_configs/tasks/tfrecord.gin'], [f"tfrecord.path='{tmp_path}'"])
     return tmp_path
 
@@ -246,22 +242,18 @@ def test_unknown_source():
 
 
 def test_tfrecords_are_described_by_their_other_features(tmp_path):
-  feature = lambda **kinds: tf.train.Feature(**kinds)
-  text = lambda *values: feature(bytes_list=tf.train.BytesList(value=values))
-  number = lambda *values: feature(float_list=tf.train.FloatList(value=values))
-  features = {
-    'image': text(b'1'),
-    'caption': text(b'one'),
-    'key': text(b'12'),
-    'clip': number(0.5),
-    'width': feature(int64_list=tf.train.Int64List(value=[7])),
-    'several': number(1, 2),
-    'long': text(b'a' * (2**16 + 1)),
-    'none': tf.train.Feature(),
-    'bytes': text(b'\xff'),
-  }
-  with tf.io.TFRecordWriter(str(tmp_path / 'train-0.tfrecord')) as writer:
-    writer.write(tf.train.Example(features=tf.train.Features(feature=features)).SerializeToString())
+  record = tfrecord_files.example(
+    image=b'1',
+    caption=b'one',
+    key=b'12',
+    clip=[0.5],
+    width=[7],
+    several=[1.0, 2.0],
+    long=b'a' * (2**16 + 1),
+    none=[],
+    bytes=b'\xff',
+  )
+  (tmp_path / 'train-0.tfrecord').write_bytes(tfrecord_files.framed([record]))
   gin_config.parse(['gin_configs/tasks/tfrecord.gin'], [f"tfrecord.path='{tmp_path}'"])
   source = sources.configured('tfrecord')
   described = source.open_described('train')

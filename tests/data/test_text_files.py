@@ -11,7 +11,6 @@ from parti_jax.core import gin_config
 from parti_jax.core import storage
 from parti_jax.core.errors import UserError
 from parti_jax.data import sources
-from parti_jax.data import tasks  # noqa: F401
 from parti_jax.data.readers import folder_index
 from parti_jax.data.readers import tar_shards
 from parti_jax.data.readers import text_files
@@ -129,7 +128,7 @@ def test_members_of_tars(tmp_path, write_tar, encoding):
 
 def test_gin_files_with_a_byte_order_mark(tmp_path):
   included = tmp_path / 'included.gin'
-  included.write_bytes(b"\xef\xbb\xbfimport parti_jax.data.tasks\ntext.path = 'here'\n")
+  included.write_bytes(b"\xef\xbb\xbfimport parti_jax.data.datasets\ntext.path = 'here'\n")
   path = tmp_path / 'a.gin'
   path.write_bytes(f"\ufeffinclude '{included}'\n".encode())
   gin_config.parse([str(path)], [])

@@ -1,13 +1,11 @@
-"""Text tasks: from all sources, without their pictures, and tasks of seqio's registry."""
+"""Text tasks from all sources, without their pictures."""
 
 import gzip
 import json
 
 import gin
-import numpy as np
 import pytest
-import seqio
-import tensorflow as tf
+import tfrecord_files
 
 from parti_jax.cli import vocabulary as vocabulary_lib
 from parti_jax.core import gin_config
@@ -15,7 +13,6 @@ from parti_jax.core.errors import UserError
 from parti_jax.data import datasets
 from parti_jax.data import openmoji_builder
 from parti_jax.data import sources
-from parti_jax.data import tasks  # noqa: F401
 from parti_jax.data.batches import Batches
 
 TEXTS = ['red circle', 'green circle', 'woman firefighter']
@@ -76,11 +73,8 @@ def test_texts_of_a_folder_need_none_of_its_pictures(tmp_path):
 
 
 def test_texts_of_tfrecords_need_no_pictures(tmp_path):
-  with tf.io.TFRecordWriter(str(tmp_path / 'train.tfrecord')) as writer:
-    for text in TEXTS:
-      value = tf.train.Feature(bytes_list=tf.train.BytesList(value=[text.encode()]))
-      example = tf.train.Example(features=tf.train.Features(feature={'text': value}))
-      writer.write(example.SerializeToString())
+  records = [tfrecord_files.example(text=text.encode()) for text in TEXTS]
+  (tmp_path / 'train.tfrecord').write_bytes(tfrecord_files.framed(records))
   gin_config.parse(
     ['gin_configs/tasks/tfrecord.gin'],
     [f"tfrecord.path = '{tmp_path}'", "tfrecord.caption_key = 'text'"],
@@ -98,22 +92,6 @@ def test_texts_of_openmoji_are_read_without_rendering_it(monkeypatch):
   monkeypatch.setattr(openmoji_builder, 'at_size', lambda *_: pytest.fail('drawn'))
   read, _ = _read('openmoji_texts', 'validation')
   assert len(read) == 151 and len(set(read)) == 151
-
-
-def test_a_third_party_task_is_padded():
-  vocabulary = datasets.get_vocabulary()
-  texts = tf.data.Dataset.from_tensor_slices({'inputs': TEXTS})
-  seqio.TaskRegistry.remove('made_elsewhere')
-  seqio.TaskRegistry.add(
-    'made_elsewhere',
-    seqio.FunctionDataSource(lambda split, shuffle_files, seed=None: texts, splits=['train']),
-    preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim],
-    output_features={'inputs': seqio.Feature(seqio.SentencePieceVocabulary(vocabulary.path))},
-  )
-  batch = next(Batches('made_elsewhere', 'train', 3, LENGTHS, shuffle=False, num_epochs=1))
-  np.testing.assert_array_equal(
-    batch['encoder_input_tokens'], [vocabulary.encode(text, 12)[0] for text in TEXTS]
-  )
 
 
 def test_a_task_of_pairs_is_not_a_task_of_texts(tmp_path):
