@@ -2,6 +2,7 @@
 
 import collections
 import json
+import re
 
 import gin
 import numpy as np
@@ -148,7 +149,7 @@ def test_invalid_rates(numbered, rate):
   numbered(2)
   with gin.unlock_config():
     gin.bind_parameter('drop_text.rate', rate)
-  with pytest.raises(UserError, match=r'drop_text\.rate=.* must be a number from 0 to 1'):
+  with pytest.raises(UserError, match=re.escape(f'drop_text.rate={rate!r}')):
     Batches('folder_pairs', 'train', 2, PAIRS)
 
 
@@ -218,7 +219,7 @@ def test_a_state_of_an_older_version_is_refused_with_a_way_to_continue(numbered)
   numbered(5)
   batches = Batches('folder_images', 'train', 2, IMAGES)
   for old in ({'epoch': 0, 'taken': 4}, {'epoch': 0, 'taken': 4, 'read': 5, 'skipped': {}}):
-    with pytest.raises(UserError, match='older version of parti_jax.*set train.restart_data=True'):
+    with pytest.raises(UserError, match='train.restart_data=True'):
       batches.restore(old)
 
 
@@ -287,10 +288,10 @@ def test_threads_and_processes_change_nothing(folder, encode, values):
 @pytest.mark.parametrize(
   'lengths, message',
   [
-    ({'inputs': 8}, 'folder_images has the features images, but feature_lengths gives inputs'),
-    ({}, 'feature_lengths gives none'),
-    ({'images': 0}, r"feature_lengths\['images'\] = 0 must be a positive whole number"),
-    ({'images': 8.0}, 'must be a positive whole number'),
+    ({'inputs': 8}, 'folder_images .* images.* inputs'),
+    ({}, 'folder_images .* images'),
+    ({'images': 0}, r"feature_lengths\['images'\] = 0"),
+    ({'images': 8.0}, r"feature_lengths\['images'\] = 8\.0"),
   ],
 )
 def test_lengths_that_do_not_fit(numbered, lengths, message):
@@ -310,5 +311,5 @@ def test_a_mostly_damaged_source_is_reported_as_an_error(folder, encode, caplog,
   folder([('words', encode((i, 0, 0)) if i < good else b'bad') for i in range(good + 4)])
   with caplog.at_level('ERROR', logger='absl'):
     list(Batches('folder_images', 'train', 1, IMAGES, num_epochs=1))
-  loud = [line for line in caplog.messages if f'4 of {good + 4} examples of epoch 0' in line]
+  loud = [line for line in caplog.messages if re.search(rf'\b4 .*\b{good + 4}\b', line)]
   assert bool(loud) == told

@@ -68,8 +68,8 @@ def test_damaged_tfrecords(tfrecord, encode, caplog):
     'rest of a damaged TFRecord file': 2,
     'record with a wrong checksum': 1,
   }
-  for name in ('train-c.tfrecord: rest of', 'train-d.tfrecord: rest', 'train-b.tfrecord: record'):
-    assert name in caplog.text
+  warned = {name for name in 'abcd' if f'train-{name}.tfrecord: ' in caplog.text}
+  assert warned == set('bcd')
   # With fewer shares than files, and with more, nothing is read or counted twice.
   for shares in (2, 5):
     parts = [
@@ -144,7 +144,7 @@ def test_text_files(tmp_path, caplog):
   # The vocabulary is trained on the same texts.
   source = sources.configured('text')
   assert len(list(vocabulary._with_text(source, 'train'))) == count
-  assert 'c.txt.gz: rest of a damaged text file' in caplog.text
+  assert 'c.txt.gz: ' in caplog.text
 
 
 def test_a_missing_file(tmp_path):
@@ -349,23 +349,24 @@ def test_pictures_that_vanish(folder, encode, caplog):
   batches.seek(1, 0)
   assert sorted(_numbers(batches)) == [0, 1]
   assert batches.skipped == {'picture file that is gone or cannot be read': 2}
-  assert '002.img: picture file that is gone' in caplog.text
+  assert '002.img: ' in caplog.text
 
 
 @pytest.mark.parametrize(
   'file, message',
   [
-    ('/etc/passwd', 'not a path within the folder'),
-    ('../out.png', 'lies outside of'),
-    ('sub/../../out.png', 'lies outside of'),
-    ('link.png', 'lies outside of'),
-    ('linked/out.png', 'lies outside of'),
-    ('s3://bucket/x.png', 'not a path within the folder'),
-    ('sub', 'is not a file'),
-    ('', 'is not a file'),
-    ('a\0b', 'not a valid file name'),
-    ('\ud83d', 'not a valid file name'),
-    ('x' * 5000, 'does not exist'),
+    ('/etc/passwd', '/etc/passwd'),
+    # Where it leads, and the way out.
+    ('../out.png', '/folder/../out.png .*/out.png.*folder.path'),
+    ('sub/../../out.png', '/out.png.*folder.path'),
+    ('link.png', '/folder/link.png .*/out.png.*folder.path'),
+    ('linked/out.png', '/folder/linked/out.png .*/out.png.*folder.path'),
+    ('s3://bucket/x.png', 's3://bucket/x.png'),
+    ('sub', '/folder/sub '),
+    ('', '/folder'),
+    ('a\0b', r"'a\\x00b'"),
+    ('\ud83d', r"'\\ud83d'"),
+    ('x' * 5000, 'x' * 5000),
   ],
 )
 def test_paths_that_lead_out_of_the_folder(tmp_path, encode, file, message):
@@ -395,10 +396,10 @@ def test_paths_within_the_folder(tmp_path, encode):
 
 def test_lines_of_captions_files_that_are_not_json(tmp_path):
   for content, message in (
-    (b'\xff{', 'cannot be read'),
-    (b'\xff\xfe{', 'cannot be read'),
-    (b'[' * 100_000, 'line 1: not readable as JSON'),
-    (b'{"file": ' + b'1' * 10_000 + b'}', 'line 1: not readable as JSON'),
+    (b'\xff{', 'captions.jsonl .*UTF-8'),
+    (b'\xff\xfe{', 'captions.jsonl .*UTF-8'),
+    (b'[' * 100_000, 'captions.jsonl, line 1: .*JSON'),
+    (b'{"file": ' + b'1' * 10_000 + b'}', 'captions.jsonl, line 1: .*JSON'),
   ):
     (tmp_path / 'captions.jsonl').write_bytes(content)
     with pytest.raises(UserError, match=message):

@@ -44,7 +44,7 @@ def test_expanded(pattern, expected):
   'pattern', ['{0..9999999}', '{0..999}{0..999}{0..9}', '{0..9' + '9' * 15 + '}']
 )
 def test_too_many_files(pattern):
-  with pytest.raises(UserError, match='stands for more than 1,000,000 files'):
+  with pytest.raises(UserError, match='1,000,000'):
     file_patterns.expanded(pattern)
 
 
@@ -93,13 +93,12 @@ def test_files(place, pattern, count):
 def test_a_missing_file_is_named(place):
   with pytest.raises(
     UserError,
-    match=r"of the 14 files .* of '.*/a/\{000\.\.013\}\.tar' 2 match "
-    r'nothing: .*/a/012\.tar, .*/a/013\.tar$',
+    match=r"\b14\b.*'.*/a/\{000\.\.013\}\.tar' 2 .*: .*/a/012\.tar, .*/a/013\.tar$",
   ):
     _found(place, 'a/{000..013}.tar')
-  with pytest.raises(UserError, match=r'100 match nothing: .*/c/000.tar, .*002.tar and 97 more$'):
+  with pytest.raises(UserError, match=r' 100 .*: .*/c/000.tar, .*002.tar.*\b97\b'):
     _found(place, '{a,c}/{000..099}.tar'.replace('a,', '').replace('{c}', 'c'))
-  with pytest.raises(UserError, match=r'1 match nothing: .*/c/\*\.tar$'):
+  with pytest.raises(UserError, match=r' 1 .*: .*/c/\*\.tar$'):
     _found(place, '{a,c}/*.tar')
 
 
@@ -125,8 +124,7 @@ def test_sources_read_all_files_of_a_range(tmp_path, write_tar, encode):
   (tmp_path / '001.tar').unlink()
   with pytest.raises(
     UserError,
-    match=r'webdataset: .* 1 match nothing: .*/001.tar '
-    r'\(gin: webdataset.path, webdataset.splits\)',
+    match=r'webdataset: .* 1 .*/001.tar \(gin: webdataset.path, webdataset.splits\)',
   ):
     Batches('webdataset_images', 'train', 3, {'images': 8}, num_epochs=1)
 
@@ -135,7 +133,7 @@ def test_sources_read_all_files_of_a_range(tmp_path, write_tar, encode):
 def test_other_sources_support_braces(tmp_path, name):
   gin.parse_config(f"{name}.path = '{tmp_path}'\n{name}.splits = {{'train': '{{a,b}}.x'}}")
   (tmp_path / 'a.x').touch()
-  with pytest.raises(UserError, match=f'{name}: .* 1 match nothing: .*/b.x'):
+  with pytest.raises(UserError, match=f'{name}: .* 1 .*: .*/b.x'):
     sources.configured(name).files('train')
   (tmp_path / 'b.x').touch()
   assert len(sources.configured(name).files('train')) == 2

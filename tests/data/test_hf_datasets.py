@@ -1,6 +1,7 @@
 """Folders saved by the Hugging Face library `datasets`, written by that library."""
 
-import gin
+import pickle
+
 import pytest
 
 from parti_jax.cli import own_plan
@@ -76,12 +77,12 @@ def test_a_dict_has_its_splits_with_selections_and_shuffling(dataset, tmp_path):
   assert sources.configured('hf_datasets').splits == ('train', 'validation')
   assert _read('validation')[0] == _expected(range(30, 33))
   assert len(_read()[0]) == 10
-  with pytest.raises(UserError, match="hf_datasets has no split 'test'; it has train, validation"):
+  with pytest.raises(UserError, match="hf_datasets .*'test'.* train, validation"):
     _read('test')
   _configure(tmp_path, "hf_datasets.splits={'train': 'validation'}")
   assert _read()[0] == _expected(range(30, 33))
   _configure(tmp_path, "hf_datasets.splits={'train': ''}")
-  with pytest.raises(UserError, match='holds the splits train, validation; set hf_datasets.split'):
+  with pytest.raises(UserError, match='train, validation.*hf_datasets.splits='):
     _read()
 
 
@@ -115,19 +116,17 @@ def test_texts_only(tmp_path):
   hf.Dataset.from_dict({'text': ['one', 'two']}).save_to_disk(tmp_path)
   _configure(tmp_path)
   assert list(sources.configured('hf_datasets').captions('train')) == ['one', 'two']
-  with pytest.raises(UserError, match='none of the columns image, .*; its columns are text'):
+  with pytest.raises(UserError, match='image, .* text .*hf_datasets.image_key'):
     Batches('images', 'train', 1, IMAGES)
 
 
-def test_worker_processes_read_the_same(dataset, tmp_path):
+def test_worker_processes_get_their_own(dataset, tmp_path):
   dataset(range(12)).save_to_disk(tmp_path)
   _configure(tmp_path)
-  alone = [batch['images'] for batch in Batches('images', 'train', 4, IMAGES, num_epochs=1, seed=3)]
-  with gin.unlock_config():
-    gin.parse_config('loader.num_workers = 1')
-  with Batches('images', 'train', 4, IMAGES, num_epochs=1, seed=3) as batches:
-    read = [batch['images'] for batch in batches]
-  assert all((batch == other).all() for batch, other in zip(read, alone, strict=True))
+  opened = sources.configured('hf_datasets').open('train')
+  sent = pickle.dumps(opened)
+  assert len(sent) < 1000  # The table stays here.
+  assert pickle.loads(sent).read([7, 0, 11]) == opened.read([7, 0, 11])
 
 
 @pytest.mark.parametrize(
@@ -143,20 +142,20 @@ def test_damaged_files_are_named(dataset, tmp_path, file, change):
   dataset(range(12)).save_to_disk(tmp_path)
   (tmp_path / file).write_bytes(change((tmp_path / file).read_bytes()))
   _configure(tmp_path)
-  with pytest.raises(UserError, match=f'hf_datasets: {tmp_path}.* is damaged or not a saved data'):
+  with pytest.raises(UserError, match=f'hf_datasets: {tmp_path}'):
     _read()
 
 
 def test_folders_that_are_not_saved_datasets(dataset, tmp_path):
   _configure(tmp_path)
-  with pytest.raises(UserError, match='was not written by save_to_disk'):
+  with pytest.raises(UserError, match='save_to_disk.*hf_datasets.path'):
     _read()
   _configure('s3://bucket/saved')
-  with pytest.raises(UserError, match='only local paths are supported here'):
+  with pytest.raises(UserError, match='s3://bucket/saved'):
     _read()
   (tmp_path / 'dataset_dict.json').write_text('{"splits": "train"')
   _configure(tmp_path)
-  with pytest.raises(UserError, match='dataset_dict.json is damaged'):
+  with pytest.raises(UserError, match='dataset_dict.json'):
     _read()
 
 

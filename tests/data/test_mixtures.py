@@ -3,6 +3,7 @@
 import collections
 import fractions
 import json
+import re
 
 import gin
 import numpy as np
@@ -98,17 +99,17 @@ def test_turns_continue_from_any_position():
 @pytest.mark.parametrize(
   'value, message',
   [
-    ('{}', 'mixture.sources is not set'),
-    ('None', 'mixture.sources is not set'),
-    ("{'folder_a': 0}", 'the weight 0 of folder_a must be a positive number'),
-    ("{'folder_a': -1.0}", 'must be a positive number'),
-    ("{'folder_a': True}", 'must be a positive number'),
+    ('{}', '--gin.mixture.sources='),
+    ('None', '--gin.mixture.sources='),
+    ("{'folder_a': 0}", 'mixture.sources: .* 0 .*folder_a'),
+    ("{'folder_a': -1.0}", 'mixture.sources: .* -1.0 .*folder_a'),
+    ("{'folder_a': True}", 'mixture.sources: .* True .*folder_a'),
     ("{'folder_a': float}", None),
-    ("{'folder_a': '1'}", "the weight '1' of folder_a"),
-    ("{'folders': 1}", "unknown source 'folders'; choose from openmoji, .* and token_cache"),
-    ("{'folder_a b': 1}", "unknown source 'folder_a b'"),
-    ('{1: 1}', 'unknown source 1'),
-    ("{'token_cache': 1}", 'token_cache has no images; mixture_tokens mixes token caches'),
+    ("{'folder_a': '1'}", "mixture.sources: .* '1' .*folder_a"),
+    ("{'folders': 1}", "'folders'.*openmoji, .*token_cache"),
+    ("{'folder_a b': 1}", "mixture.sources: .*'folder_a b'"),
+    ('{1: 1}', 'mixture.sources: .* 1;'),
+    ("{'token_cache': 1}", 'token_cache .*images.*mixture_tokens'),
   ],
 )
 def test_wrong_sources(value, message):
@@ -213,7 +214,7 @@ def test_a_batch_can_be_read_by_its_places(sources):
     place = shared_batches.Place.parse(place)
     found += _pairs(shared_batches.read(place, TASK, 'train', IMAGES, 3))
   assert sorted(found) == sorted(batch)
-  with pytest.raises(UserError, match='a position in a mixture ends in @TASK'):
+  with pytest.raises(UserError, match='@TASK'):
     shared_batches.read(shared_batches.Place(0, 2, 0, 0, 3), TASK, 'train', IMAGES, 3)
 
 
@@ -225,15 +226,12 @@ def test_other_sources_are_refused(sources):
     gin.parse_config(f'mixture.sources = {other}')
     with pytest.raises(
       UserError,
-      match='a mixture of folder_a_images, folder_b_images, but this '
-      'run reads a mixture of folder_a_images.*train.restart_data=True',
+      match='folder_a_images, folder_b_images.*folder_a_images.*train.restart_data=True',
     ):
       mixtures.check_state(TASK, state)
-  with pytest.raises(
-    UserError, match='folder_b_images, but this run reads folder_a_images; restore'
-  ):
+  with pytest.raises(UserError, match='folder_b_images.* folder_a_images.*train.restart_data=True'):
     alone.restore(state)
-  with pytest.raises(UserError, match='in no mixture, but this run reads a mixture of'):
+  with pytest.raises(UserError, match='folder_a_images, folder_c_images'):
     mixtures.check_state(TASK, alone.state())
 
 
@@ -245,10 +243,7 @@ def test_other_weights_apply_from_there_on(sources, caplog):
   gin.parse_config("mixture.sources = {'folder_a': 1, 'folder_b': 1}")
   changed = Batches(TASK, 'train', 10, IMAGES)
   changed.restore(state)
-  assert (
-    'the weights were folder_a 0.9, folder_b 0.1; from here on they are folder_a 0.5, '
-    'folder_b 0.5' in caplog.text
-  )
+  assert re.search('folder_a 0.9, folder_b 0.1.*folder_a 0.5, folder_b 0.5', caplog.text)
   after = _pairs(next(changed))
   assert collections.Counter(source for source, _ in after) == {0: 5, 1: 5}
   # No example is repeated.
@@ -281,20 +276,19 @@ def test_a_source_without_the_split_or_the_path_is_named(sources, tmp_path):
   sources([3, 3], [1, 1], splits=('train', 'validation'))
   assert len(next(Batches(TASK, 'validation', 6, IMAGES))['images']) == 6
   gin.parse_config("folder_b/folder.splits = {'train': 'train.jsonl'}")
-  with pytest.raises(UserError, match="mixture.sources, folder_b: folder has no split 'validation"):
+  with pytest.raises(UserError, match="mixture.sources, folder_b: .*'validation'"):
     Batches(TASK, 'validation', 2, IMAGES)
   gin.parse_config("mixture.sources = {'folder_a': 1, 'folder_z': 1}")
   with pytest.raises(
     UserError,
-    match='mixture.sources, folder_z: folder_z/folder.path is not set; '
-    'give --gin.folder_z/folder.path=',
+    match='mixture.sources, folder_z: .*--gin.folder_z/folder.path=',
   ):
     Batches(TASK, 'train', 2, IMAGES)
   (tmp_path / 'a.txt').write_text('one text\n')
   gin.parse_config(f"text.path = '{tmp_path}'")
   gin.parse_config("mixture.sources = {'folder_a': 1, 'text': 1}")
   assert len(next(Batches('mixture_texts', 'train', 4, {'inputs': 8}))['encoder_input_tokens']) == 4
-  with pytest.raises(UserError, match="mixture.sources, text: data.source='text' holds texts with"):
+  with pytest.raises(UserError, match="mixture.sources, text: .*data.source='text'"):
     Batches('mixture_pairs', 'train', 2, PAIRS)
 
 
@@ -328,20 +322,20 @@ def test_token_caches(caches):
   gin.parse_config('token_cache_b/token_cache.path = None')
   with pytest.raises(
     UserError,
-    match='token_cache_b/token_cache.path is not set; give --gin.token_cache_b/token_cache.path=',
+    match='--gin.token_cache_b/token_cache.path=',
   ):
     Batches('mixture_tokens', 'train', 4, TOKENS)
   gin.parse_config("mixture.sources = {'token_cache_a': 1, 'folder_b': 1}")
-  with pytest.raises(UserError, match='folder_b has no tokens; mixture_tokens mixes token caches'):
+  with pytest.raises(UserError, match='folder_b .*tokens.*mixture_tokens'):
     Batches('mixture_tokens', 'train', 4, TOKENS)
 
 
 @pytest.mark.parametrize(
   'other, message',
   [
-    ({'tokenizer': 'e' * 16}, 'mixture.sources: .*the token cache .*/a0.*the token cache .*/b1'),
-    ({'codebook_size': 65}, '/a0 has codebook_size 64, and the token cache .*/b1 65; leave one'),
-    ({'image_tokens': 5}, '/a0 has image_tokens 4, and the token cache .*/b1 5; leave one out'),
+    ({'tokenizer': 'e' * 16}, 'mixture.sources: .*/a0.*/b1'),
+    ({'codebook_size': 65}, '/a0 .*codebook_size 64.*/b1 65'),
+    ({'image_tokens': 5}, '/a0 .*image_tokens 4.*/b1 5'),
   ],
 )
 def test_incompatible_token_caches(caches, other, message):

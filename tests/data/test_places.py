@@ -50,13 +50,13 @@ def _state_after(batches, count=3):
   [
     (
       lambda cache: gin.bind_parameter('token_cache.shuffle', 'global'),
-      'examples None there and 20 here, files 4 there and None here',
+      'examples None .* 20.*files 4 .* None',
     ),
     (
       lambda cache: gin.bind_parameter('shuffle.buffer_size', 3),
-      'shuffle.buffer_size 10000 there and 3 here',
+      'shuffle.buffer_size 10000 .* 3',
     ),
-    (lambda cache: cache(30), 'files 4 there and 6 here'),
+    (lambda cache: cache(30), 'files 4 .* 6'),
   ],
 )
 def test_a_position_in_other_data_or_another_order_is_refused(cache, change, named):
@@ -65,7 +65,7 @@ def test_a_position_in_other_data_or_another_order_is_refused(cache, change, nam
   state = _state_after(Batches('cached_tokens', 'train', 4, LENGTHS))
   change(cache)
   with Batches('cached_tokens', 'train', 4, LENGTHS) as batches:
-    with pytest.raises(UserError, match=f'{named}.*set train.restart_data=True'):
+    with pytest.raises(UserError, match=f'{named}.*train.restart_data=True'):
       batches.restore(state)
 
 
@@ -73,7 +73,7 @@ def test_another_seed_is_another_order(cache):
   cache(20)
   state = _state_after(Batches('cached_tokens', 'train', 4, LENGTHS, seed=1))
   with Batches('cached_tokens', 'train', 4, LENGTHS, seed=2) as batches:
-    with pytest.raises(UserError, match='train.seed 1 there and 2 here'):
+    with pytest.raises(UserError, match='train.seed 1 .* 2'):
       batches.restore(state)
 
 
@@ -97,7 +97,7 @@ def test_restart_data_only_ignores_a_position_in_other_data(cache, caplog):
     batches.restore(state)
     assert batches.places()[0].read == 0
     assert next(batches)['decoder_target_tokens'].shape == (4, 4)
-  assert 'a new pass over the data begins, because' in caplog.text
+  assert 'train.restart_data' in caplog.text
   assert len(fresh) == 4
 
 
@@ -106,7 +106,7 @@ def test_a_position_beyond_the_end_of_an_epoch_is_refused(cache, shuffle):
   cache(20)
   gin.bind_parameter('token_cache.shuffle', shuffle)
   place = shared_batches.Place.parse('0/1:0:999+2')
-  with pytest.raises(UserError, match='999 examples before it in epoch 0, which has 20'):
+  with pytest.raises(UserError, match=r'\b999 .*\b0\b.*\b20\b'):
     shared_batches.read(place, 'cached_tokens', 'train', LENGTHS, seed=0)
 
 
@@ -117,18 +117,17 @@ def _texts(folder, contents):
   gin.bind_parameter('text.splits', {'train': '*.txt*'})
 
 
-@pytest.mark.parametrize('seed', range(6))
-def test_a_share_may_have_only_empty_files_in_an_epoch(tmp_path, seed):
+@pytest.mark.parametrize('share', range(2))
+def test_a_share_may_have_only_empty_files_in_an_epoch(tmp_path, share):
+  """In each epoch, a share gets two of the files at random."""
   with gin.unlock_config():
     _texts(tmp_path, [b'a\nb\n', b'', b'', b'c\nd\n'])
-  seen = set()
-  for share in range(2):
-    with Batches(
-      'text_texts', 'train', 2, {'inputs': 8}, seed=seed, share=share, shares=2
-    ) as batches:
-      for _ in range(40):
-        seen |= {tuple(row) for row in next(batches)['encoder_input_tokens']}
-  assert len(seen) == 4
+  seen, epochs = set(), set()
+  with Batches('text_texts', 'train', 2, {'inputs': 8}, share=share, shares=2) as batches:
+    for _ in range(20):
+      seen |= {tuple(row) for row in next(batches)['encoder_input_tokens']}
+      epochs.add(batches.place[0])
+  assert len(seen) == 4 and epochs < set(range(max(epochs) + 1))
 
 
 def test_a_damaged_file_of_a_share_is_counted(tmp_path):
@@ -145,7 +144,7 @@ def test_a_share_without_anything_usable_ends(tmp_path):
   with gin.unlock_config():
     _texts(tmp_path, [b'', b'', b''])
   with Batches('text_texts', 'train', 2, {'inputs': 8}, share=0, shares=2) as batches:
-    with pytest.raises(UserError, match='no usable example in share 1 of 2'):
+    with pytest.raises(UserError, match='1 of 2 .*train.data_shares.*text'):
       next(batches)
 
 

@@ -92,7 +92,7 @@ def test_a_checkpoint_of_another_program_has_no_position(numbered):
 )
 def test_a_position_of_an_older_version_is_refused_or_ignored(numbered, old):
   numbered(8)
-  with pytest.raises(UserError, match='older version .*train.restart_data=True'):
+  with pytest.raises(UserError, match='train.restart_data=True'):
     _open(shares=None).restore(old)
   fresh, restarted = _open(shares=None), _open(shares=None, restart=True)
   restarted.restore(old)
@@ -111,11 +111,11 @@ def test_a_batch_may_have_grown_since(numbered):
 
 def test_shares_that_do_not_fit(numbered):
   numbered(8)
-  with pytest.raises(UserError, match='train.batch_size=8 is not divisible by train.data_shares=3'):
+  with pytest.raises(UserError, match='train.batch_size=8 .*train.data_shares=3'):
     _open(shares=3)
-  with pytest.raises(UserError, match='train.batch_size=8 .*data_shares=3.*one per process'):
+  with pytest.raises(UserError, match='train.batch_size=8 .*train.data_shares=3'):
     _open(shares=None, processes=3)
-  with pytest.raises(UserError, match='train.data_shares=2, but the checkpoint has .* 4 shares'):
+  with pytest.raises(UserError, match='train.data_shares=2.* 4 .*--model_dir'):
     _open(shares=2).restore({'shares': [{}] * 4})
 
 
@@ -130,7 +130,7 @@ def test_the_vocabulary_is_known_by_its_fingerprint(numbered):
 
 def test_a_share_without_examples_is_an_error(numbered):
   numbered(3)
-  with pytest.raises(UserError, match='no usable example in share 4 of 4 .train.data_shares'):
+  with pytest.raises(UserError, match='4 of 4 .*train.data_shares.*folder'):
     next(_open())
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import tarfile
 
 import gin
@@ -90,7 +91,7 @@ def test_folder(folder, encode, caplog):
   read, batches = _pairs()
   _check_colors(read)
   assert batches.skipped == SKIPPED
-  assert 'after 3 examples' in caplog.text and '1 damaged picture' in caplog.text
+  assert '1 damaged picture' in caplog.text and re.search(r'\b0\b.*\b3\b', caplog.text)
 
 
 def test_folder_with_other_columns_and_splits(tmp_path, encode):
@@ -109,7 +110,7 @@ def test_folder_with_other_columns_and_splits(tmp_path, encode):
   )
   ((caption, image),) = datasets.pictures_and_captions('pairs', 'test', 8)
   assert caption == 'red circle' and (image == RED).all()
-  with pytest.raises(UserError, match="folder has no split 'train'; it has test"):
+  with pytest.raises(UserError, match="folder .*'train'.* test .*folder.splits"):
     Batches('images', 'train', 1, {'images': 8})
 
 
@@ -118,11 +119,11 @@ def test_folder_with_other_columns_and_splits(tmp_path, encode):
   [
     (
       '{"caption": "a", "name": "b"}',
-      "line 2: no string in column 'file'; its columns are caption",
+      "line 2: .*'file'.* caption, name .*folder.file_key",
     ),
-    ('{"file": "none.png", "caption": "a"}', 'line 2: picture .*none.png does not exist'),
-    ('000.img a dog', 'line 2: not JSON'),
-    ('["000.img", "a dog"]', 'line 2: not a JSON object'),
+    ('{"file": "none.png", "caption": "a"}', 'line 2: .*none.png'),
+    ('000.img a dog', 'line 2: .*JSON'),
+    ('["000.img", "a dog"]', 'line 2: .*JSON'),
   ],
 )
 @pytest.mark.parametrize('times', [1, 3])
@@ -130,17 +131,17 @@ def test_folder_with_bad_lines(folder, encode, line, message, times):
   path = folder([('red circle', encode(RED))])
   with open(path / 'captions.jsonl', 'a', encoding='utf-8') as file:
     file.write(f'{line}\n' * times)
-  with pytest.raises(UserError, match='captions.jsonl, ' + message) as error:
+  with pytest.raises(UserError, match=f'captions.jsonl, {message}') as error:
     Batches('folder_images', 'train', 1, {'images': 8})
-  assert ('(and 2 more such lines)' in str(error.value)) == (times == 3)
+  assert bool(re.search(r' 2 [^2]*$', str(error.value))) == (times == 3)
 
 
 def test_folder_without_captions_file_or_rows(tmp_path):
   gin.parse_config(f"folder.path = '{tmp_path}'")
-  with pytest.raises(UserError, match='captions.jsonl cannot be read'):
+  with pytest.raises(UserError, match='captions.jsonl.*folder.path, folder.splits'):
     Batches('folder_images', 'train', 1, {'images': 8})
   (tmp_path / 'captions.jsonl').write_text('\n')
-  with pytest.raises(UserError, match='captions.jsonl lists no picture'):
+  with pytest.raises(UserError, match='captions.jsonl'):
     Batches('folder_images', 'train', 1, {'images': 8})
 
 
@@ -148,9 +149,9 @@ def test_folder_without_captions_file_or_rows(tmp_path):
 def test_folder_with_nothing_usable(folder, task):
   folder([('a dog', b'nothing'), ('a cat', b'at all')])
   lengths = {'images': 8} if task == 'folder_images' else LENGTHS
-  with pytest.raises(UserError, match='no usable example in folder .*; skipped 2 unknown picture'):
+  with pytest.raises(UserError, match=f'{task}, train: .*folder .*2 unknown picture'):
     next(Batches(task, 'train', 1, lengths))
-  with pytest.raises(UserError, match='folder has no usable example.*2 unknown picture'):
+  with pytest.raises(UserError, match="folder .*'train'.*2 unknown picture"):
     next(datasets.pictures_and_captions('folder', 'train', 8))
 
 
@@ -167,8 +168,7 @@ def test_tfrecords_with_other_keys(tfrecords, encode):
   tfrecords([('red circle', encode(RED))], 'image/encoded', 'text')
   with pytest.raises(
     UserError,
-    match=r"no 'image' in the first records of .*image/encoded, text "
-    r'\(gin: tfrecord.image_key\)',
+    match=r"'image' .*image/encoded, text \(gin: tfrecord.image_key\)",
   ):
     Batches('images', 'train', 1, {'images': 8})
   with gin.unlock_config():
@@ -180,7 +180,7 @@ def test_tfrecords_with_other_keys(tfrecords, encode):
 def test_files_without_tfrecords(tmp_path):
   gin_config.parse(['gin_configs/tasks/tfrecord.gin'], [f"tfrecord.path='{tmp_path}'"])
   (tmp_path / 'train-0.tfrecord').write_bytes(b'no records at all')
-  with pytest.raises(UserError, match='does not hold TFRecords'):
+  with pytest.raises(UserError, match='train-0.tfrecord.*tf.train.Example'):
     Batches('images', 'train', 2, {'images': 8})
 
 
@@ -228,16 +228,16 @@ def test_order_of_many_shards_is_decided_by_the_seed(tars, encode):
 
 @pytest.mark.parametrize('source', ['tfrecord', 'webdataset'])
 def test_no_files(tmp_path, source):
-  with pytest.raises(UserError, match=f'{source}.path is not set'):
+  with pytest.raises(UserError, match=f'--gin.{source}.path='):
     Batches(f'{source}_images', 'train', 1, {'images': 8})
   gin.parse_config(f"{source}.path = '{tmp_path}'")
-  with pytest.raises(UserError, match=f'{source}: no file matches'):
+  with pytest.raises(UserError, match=f'{source}: .*{source}.path, {source}.splits'):
     Batches(f'{source}_images', 'train', 1, {'images': 8})
 
 
 def test_unknown_source():
   gin.parse_config("data.source = 'foldr'")
-  with pytest.raises(UserError, match="'foldr' is unknown; choose from openmoji, folder"):
+  with pytest.raises(UserError, match="data.source = 'foldr'.* openmoji, folder"):
     Batches('images', 'train', 1, {'images': 8})
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 
 import gin
 import numpy as np
@@ -57,11 +58,11 @@ def test_batches(cache, task):
 
 def test_each_pass_over_a_small_cache_has_its_own_order(cache):
   batches = Batches('cached_tokens', 'train', 10, LENGTHS, seed=2)
-  orders = [tuple(next(batches)['decoder_target_tokens'][:, 0].tolist()) for _ in range(30)]
+  orders = [tuple(next(batches)['decoder_target_tokens'][:, 0].tolist()) for _ in range(15)]
   assert all(sorted(order) == list(range(10)) for order in orders)
-  assert len(set(orders)) == 30
+  assert len(set(orders)) == 15
   again = Batches('cached_tokens', 'train', 10, LENGTHS, seed=2)
-  assert orders == [tuple(next(again)['decoder_target_tokens'][:, 0].tolist()) for _ in range(30)]
+  assert orders == [tuple(next(again)['decoder_target_tokens'][:, 0].tolist()) for _ in range(15)]
 
 
 def test_info(cache):
@@ -132,14 +133,14 @@ def test_writing_again_keeps_splits_with_the_same_prefix(cache):
 )
 def test_split_names_that_cannot_be_file_names(cache, split):
   before = sorted(os.listdir(cache))
-  with pytest.raises(UserError, match='^the split .* cannot be part of a file name'):
+  with pytest.raises(UserError, match=re.escape(repr(split[:80]))):
     token_cache.write_token_cache(cache, _examples(1), INFO, split=split)
   assert sorted(os.listdir(cache)) == before
 
 
 @pytest.mark.parametrize('split', ['Train', 'ｔｒａｉｎ'])
 def test_splits_whose_files_collide_on_some_file_systems(cache, split):
-  with pytest.raises(UserError, match="holds a split 'train', whose files have the same names"):
+  with pytest.raises(UserError, match=f"'train'.*{split!r}"):
     token_cache.write_token_cache(cache, _examples(1), INFO, split=split)
 
 
@@ -156,7 +157,7 @@ def test_interrupted_writing_changes_nothing(cache):
 
 
 def test_tokens_of_another_tokenizer_do_not_mix(cache):
-  with pytest.raises(UserError, match='holds validation with tokenizer abc, not xyz'):
+  with pytest.raises(UserError, match='validation.*tokenizer abc.* xyz'):
     token_cache.write_token_cache(cache, _examples(1), {**INFO, 'tokenizer': 'xyz'})
 
 
@@ -168,29 +169,29 @@ def test_tokens_that_do_not_fit(tmp_path, tokens):
 
 
 def test_nothing_to_write(tmp_path):
-  with pytest.raises(UserError, match='no example'):
+  with pytest.raises(UserError, match='token cache'):
     token_cache.write_token_cache(str(tmp_path), [], INFO)
 
 
 def test_missing_unfinished_or_damaged(cache, tmp_path):
-  with pytest.raises(UserError, match='parti-jax tokenize'):
+  with pytest.raises(UserError, match="'test'.*train, validation.*parti-jax tokenize"):
     Batches('cached_tokens', 'test', 1, LENGTHS)
   os.remove(os.path.join(cache, 'train-00001.array_record'))
-  with pytest.raises(UserError, match='train-00001.array_record is missing'):
+  with pytest.raises(UserError, match='train-00001.array_record.*parti-jax tokenize'):
     Batches('cached_tokens', 'train', 1, LENGTHS)
-  with pytest.raises(UserError, match='does not exist; run `parti-jax tokenize`'):
+  with pytest.raises(UserError, match=f'{tmp_path}/none .*parti-jax tokenize.*token_cache.path'):
     token_cache_info.read_info(str(tmp_path / 'none'))
   (tmp_path / 'info.json').write_text('{')
-  with pytest.raises(UserError, match='info.json is damaged'):
+  with pytest.raises(UserError, match='info.json.*parti-jax tokenize'):
     token_cache_info.read_info(str(tmp_path))
   (tmp_path / 'info.json').write_text(
     json.dumps({'splits': {}, **INFO, 'tokenizer': 'a'})[:-1].replace('"tokenizer"', '"other"')
     + '}'
   )
-  with pytest.raises(UserError, match='has no tokenizer'):
+  with pytest.raises(UserError, match='info.json.* tokenizer;'):
     token_cache_info.read_info(str(tmp_path))
   (tmp_path / 'info.json').unlink()
-  with pytest.raises(UserError, match='is not finished'):
+  with pytest.raises(UserError, match=f'{tmp_path} .*parti-jax tokenize.*token_cache.path'):
     token_cache_info.read_info(str(tmp_path))
 
 
@@ -198,11 +199,8 @@ def test_a_truncated_shard_is_refused_when_it_is_opened(cache):
   path = os.path.join(cache, 'train-00001.array_record')
   with open(path, 'r+b') as file:
     file.truncate(os.path.getsize(path) - 1)
-  with pytest.raises(
-    UserError,
-    match='train-00001.array_record is damaged: it has .* but was '
-    'written with .*; copy it again, or run `parti-jax tokenize` again',
-  ):
+  size = f'{os.path.getsize(path):,}.*{os.path.getsize(path) + 1:,}'
+  with pytest.raises(UserError, match=f'train-00001.array_record.* {size}.*parti-jax tokenize'):
     Batches('cached_tokens', 'train', 1, LENGTHS)
 
 
@@ -210,7 +208,7 @@ def test_a_shard_of_something_else_is_refused_when_it_is_opened(cache, tmp_path)
   name = 'train-00000.array_record'
   size = os.path.getsize(os.path.join(cache, name))
   pathlib.Path(cache, name).write_bytes(bytes(size))
-  with pytest.raises(UserError, match=f'{name} is damaged: its first record is not one of'):
+  with pytest.raises(UserError, match=f'{name}.*the token cache {cache}.*parti-jax tokenize'):
     Batches('cached_tokens', 'train', 1, LENGTHS)
 
 
@@ -225,7 +223,7 @@ def test_a_shard_of_another_cache_is_refused_when_it_is_opened(cache, tmp_path, 
   info['splits']['train']['shards'][0] = shard
   token_cache_info.write_info(cache, {**info, 'codebook_size': codes})
   if (tokens, codes) == (4, 8):
-    with pytest.raises(UserError, match=f'{name} is damaged: its first record is not one of'):
+    with pytest.raises(UserError, match=f'{name}.*the token cache {cache}.*parti-jax tokenize'):
       Batches('cached_tokens', 'train', 1, LENGTHS)
   else:  # A caption begins after its tokens, and these bytes aren't text.
     batches = Batches('cached_tokens', 'train', 1, LENGTHS, num_epochs=1)
@@ -256,7 +254,7 @@ def test_a_damaged_record_is_skipped_in_its_share(cache, caplog):
   assert sorted(read) == [0, 1, 2, 3, 4, 5, 6, 8, 9]
   assert sorted(map(len, skipped)) == [0, 0, 1]
   assert {'damaged record': 1} in skipped
-  assert 'train-00001.array_record: damaged record' in caplog.text
+  assert 'train-00001.array_record' in caplog.text
   assert [
     os.path.basename(path) for path in token_cache.TokenCacheSource(cache).damaged_shards('train')
   ] == ['train-00001.array_record']
@@ -287,7 +285,7 @@ def test_codes_and_views_of_any_number(tmp_path, codes, views):
 
 
 def test_tokens_of_several_views_need_a_view_axis(tmp_path):
-  with pytest.raises(ValueError, match=r'tokens have the shape \(4,\), expected \(2, 4\)'):
+  with pytest.raises(ValueError, match=r'\(4,\).*\(2, 4\)'):
     token_cache.write_token_cache(str(tmp_path), _examples(1), {**INFO, 'views': 2})
 
 
@@ -313,7 +311,7 @@ def test_both_shuffles_read_all(cache, shuffle):
 
 def test_an_unknown_shuffle(cache):
   gin.parse_config("token_cache.shuffle = 'all'")
-  with pytest.raises(UserError, match="token_cache.shuffle='all' is not one of global, window"):
+  with pytest.raises(UserError, match="token_cache.shuffle='all'.* global, window"):
     Batches('cached_tokens', 'train', 1, LENGTHS)
 
 
@@ -342,7 +340,7 @@ SHARD = {'examples': 3, 'bytes': 10}
 def test_invalid_info(tmp_path, entry, value):
   info = {**INFO, 'version': 2, 'views': 1, 'splits': {}, entry: value}
   (tmp_path / 'info.json').write_text(json.dumps(info))
-  with pytest.raises(UserError, match='info.json is damaged; run `parti-jax tokenize` again'):
+  with pytest.raises(UserError, match='info.json.*parti-jax tokenize'):
     token_cache_info.read_info(str(tmp_path))
 
 
@@ -352,8 +350,7 @@ def test_version_1_says_what_to_do(tmp_path):
   )
   with pytest.raises(
     UserError,
-    match=f'{tmp_path} has version 1; .* parti-jax tokenize '
-    f'--convert={tmp_path} --output_dir=FOLDER',
+    match=f'{tmp_path} .*version 1.*parti-jax tokenize --convert={tmp_path} --output_dir=FOLDER',
   ):
     token_cache_info.read_info(str(tmp_path))
 
@@ -361,13 +358,13 @@ def test_version_1_says_what_to_do(tmp_path):
 @pytest.mark.parametrize('content', [b'[1]', b'7', b'\xff{}', b'[' * 100_000])
 def test_info_that_is_not_an_object(tmp_path, content):
   (tmp_path / 'info.json').write_bytes(content)
-  with pytest.raises(UserError, match='info.json (is damaged|has no)'):
+  with pytest.raises(UserError, match='info.json.*parti-jax tokenize'):
     token_cache_info.read_info(str(tmp_path))
 
 
 def test_lengths_and_path(cache):
-  with pytest.raises(UserError, match='has 4 tokens per picture'):
+  with pytest.raises(UserError, match=r" 4 .*feature_lengths\['targets'\] = 5"):
     Batches('cached_tokens', 'train', 1, {'inputs': 12, 'targets': 5})
   gin.clear_config()
-  with pytest.raises(UserError, match='token_cache.path is not set'):
+  with pytest.raises(UserError, match='--gin.token_cache.path='):
     Batches('cached_tokens', 'train', 1, LENGTHS)

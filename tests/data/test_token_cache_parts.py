@@ -271,10 +271,10 @@ def test_a_shard_of_another_split_is_not_mistaken_for_a_part(whole, tmp_path):
 
 
 OTHERS = [
-  ({**INFO, 'tokenizer': 'xyz'}, MADE_WITH, 'tokenizer abc, not xyz'),
-  ({**INFO, 'views': 2}, MADE_WITH, 'views 1, not 2'),
-  (INFO, {**MADE_WITH, 'dtype': 'bfloat16'}, 'dtype float32, not bfloat16'),
-  (INFO, {**MADE_WITH, 'files': ['a']}, r"files \['a', 'b'\], not \['a'\]"),
+  ({**INFO, 'tokenizer': 'xyz'}, MADE_WITH, 'tokenizer abc.* xyz'),
+  ({**INFO, 'views': 2}, MADE_WITH, 'views 1.* 2'),
+  (INFO, {**MADE_WITH, 'dtype': 'bfloat16'}, 'dtype float32.* bfloat16'),
+  (INFO, {**MADE_WITH, 'files': ['a']}, r"files \['a', 'b'\].*\['a'\]"),
 ]
 
 
@@ -288,8 +288,7 @@ def test_splits_made_differently_are_refused(tmp_path, info, made_with, message,
     parts.merge()
   before = _content(tmp_path)
   other = _parts(tmp_path, info=info, made_with=made_with)
-  what = 'a finished split' if finished else 'parts of a split'
-  with pytest.raises(UserError, match=f"holds {what} 'train' with {message}.*; --overwrite "):
+  with pytest.raises(UserError, match=f"{tmp_path} .*'train'.*{message}.*--overwrite"):
     other.check(False)
   assert _content(tmp_path) == before
 
@@ -319,7 +318,7 @@ def test_processes_that_write_other_tokens_at_once_are_refused(tmp_path):
   _write(first, [0])
   second = _parts(tmp_path, made_with={**MADE_WITH, 'dtype': 'bfloat16'})
   _begin(second, overwrite=True)
-  with pytest.raises(UserError, match="another process writes 'train' with dtype bfloat16, not"):
+  with pytest.raises(UserError, match="'train'.*dtype bfloat16.* float32"):
     _write(first, [1])
   assert second.left() == [0, 1, 2, 3]
 
@@ -331,7 +330,7 @@ def test_other_splits_stay_unless_they_use_another_tokenizer(tmp_path):
   assert list(splits) == ['train', 'validation']
   assert splits['train'] == splits['validation']
   other = {**INFO, 'tokenizer': 'xyz'}
-  with pytest.raises(UserError, match='holds validation with tokenizer abc, not xyz; choose'):
+  with pytest.raises(UserError, match='validation.*tokenizer abc.* xyz'):
     _begin(_parts(tmp_path, info=other), overwrite=True)
   both = [
     _parts(tmp_path, split, other, replaced=('train', 'validation'))
@@ -358,13 +357,13 @@ def test_no_example_in_any_part(tmp_path):
   _begin(parts)
   for index in range(4):
     parts.write(index, [], {'skipped': {'no caption': 2}, 'shortened': {}})
-  with pytest.raises(UserError, match="no usable example in split 'train'; skipped 8 no caption"):
+  with pytest.raises(UserError, match="'train'.*8 no caption"):
     parts.merge()
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
   (tmp_path / '.train.parts').write_text('')
-  with pytest.raises(UserError, match=f'the token cache {tmp_path} cannot be written: '):
+  with pytest.raises(UserError, match=f'{tmp_path} .*: '):
     _begin(_parts(tmp_path))
 
 

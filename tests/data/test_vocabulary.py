@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ def test_round_trip(vocabulary):
 
 def test_a_vocabulary_in_a_store(vocabulary, gs_bucket):
   url = f'{gs_bucket}/captions.model'
-  with pytest.raises(UserError, match=f'the vocabulary {url} cannot be read .*No such file'):
+  with pytest.raises(UserError, match=f'{url} .*No such file.*parti-jax vocabulary'):
     TextVocabulary(url)
   storage.write(url, pathlib.Path(vocabulary.path).read_bytes())
   assert TextVocabulary(url).fingerprint == vocabulary.fingerprint
@@ -79,7 +80,7 @@ def test_demo_vocabulary_covers_all_captions():
 @pytest.mark.parametrize('model_type', ['unigram', 'bpe'])
 def test_the_suggested_largest_size_works(tmp_path, model_type):
   output = str(tmp_path / 'new.model')
-  with pytest.raises(UserError, match='the largest is --size=') as error:
+  with pytest.raises(UserError, match='--size=5000.* --size=') as error:
     train_vocabulary(CAPTIONS, 5000, output, model_type)
   assert not list(tmp_path.iterdir())
   largest = int(str(error.value).rsplit('=', 1)[1])
@@ -87,7 +88,7 @@ def test_the_suggested_largest_size_works(tmp_path, model_type):
 
 
 def test_size_below_the_number_of_characters(tmp_path):
-  with pytest.raises(UserError, match='less than the 19 that the characters'):
+  with pytest.raises(UserError, match='--size=5 .*\\b19\\b.*--character_coverage'):
     train_vocabulary(CAPTIONS, 5, str(tmp_path / 'new.model'))
   assert not list(tmp_path.iterdir())
 
@@ -96,7 +97,7 @@ def test_unusable_files(tmp_path):
   with pytest.raises(UserError, match='parti-jax vocabulary'):
     TextVocabulary(str(tmp_path / 'none.model'))
   (tmp_path / 'text.model').write_text('no model')
-  with pytest.raises(UserError, match='is not a SentencePiece model'):
+  with pytest.raises(UserError, match='text.model .*SentencePiece'):
     TextVocabulary(str(tmp_path / 'text.model'))
   sentencepiece.SentencePieceTrainer.train(
     sentence_iterator=iter(CAPTIONS),
@@ -124,9 +125,9 @@ def test_command_on_a_folder(tmp_path, capsys):
   ]
   assert parti_jax.cli.main.main(arguments) == 0
   printed = capsys.readouterr().out
-  assert '60 ids' in printed and '18 captions' in printed
+  assert '60' in printed and '18' in printed
   assert [path.name for path in output.parent.iterdir()] == ['captions.model']
   assert TextVocabulary(str(output)).size == 60
 
   assert parti_jax.cli.main.main([*arguments, '--split=test']) == 2
-  assert "no split 'test'" in capsys.readouterr().err
+  assert re.search("folder .*'test'.* train", capsys.readouterr().err)

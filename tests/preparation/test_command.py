@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -83,8 +84,8 @@ def test_from_tars_to_batches(tars, tmp_path, capsys):
   out = tmp_path / 'out'
   assert _prepare(*_source(tars), *FILTERS, f'--output_dir={out}', '--direct_num_workers=1') == 0
   said = capsys.readouterr().out
-  assert 'on 1 process (--direct_num_workers)' in said
-  assert said.splitlines()[-1].startswith(f'{out}: train: 5 pictures in 4 shards')
+  assert '--direct_num_workers' in said
+  assert re.match(rf'{out}: train: 5 .*\b4 ', said.splitlines()[-1])
   examples = list(prepared.PreparedSource(str(out)).examples('train'))
   assert [example['caption'] for example in examples] == [
     b'first',
@@ -146,22 +147,22 @@ def test_without_comparing_examples(tars, tmp_path):
 @pytest.mark.parametrize(
   'arguments, message',
   [
-    (['--direct_num_wokers=2'], '--direct_num_wokers: neither parti-jax prepare nor Beam knows'),
-    (['--direct_num_workers=two'], "argument --direct_num_workers: invalid int value: 'two'"),
-    (['two'], "'two' is not a flag"),
-    (['--runner=NoRunner'], 'Unexpected pipeline runner: NoRunner'),
-    (['--runner=DataflowRunner'], 'Missing required option: project'),
-    (['--split=test'], "has no split 'test'"),
+    (['--direct_num_wokers=2'], '--direct_num_wokers: '),
+    (['--direct_num_workers=two'], "--direct_num_workers: .*'two'"),
+    (['two'], "'two'"),
+    (['--runner=NoRunner'], 'NoRunner'),
+    (['--runner=DataflowRunner'], 'project'),
+    (['--split=test'], "'test'.* train"),
     (['--gin.prepare.quality=0'], 'prepare.quality=0'),
-    (["--gin.prepare.columns={'nsfw': (0, 1)}"], "no column 'nsfw' in the first 3 examples"),
-    (["--gin.webdataset.path='nowhere'"], 'no file matches'),
+    (["--gin.prepare.columns={'nsfw': (0, 1)}"], r"'nsfw'.*\b3\b"),
+    (["--gin.webdataset.path='nowhere'"], 'nowhere.*webdataset.path'),
   ],
 )
 def test_bad_input_is_found_before_anything_is_written(tars, tmp_path, capsys, arguments, message):
   out = tmp_path / 'out'
   assert _prepare(*_source(tars), f'--output_dir={out}', *arguments) == 2
   said = capsys.readouterr().err
-  assert message in said and len(said.splitlines()) == 1
+  assert re.search(message, said) and len(said.splitlines()) == 1
   assert not out.exists()
 
 
@@ -171,12 +172,12 @@ def test_finished_folders_and_files_are_refused(tars, tmp_path, capsys):
   assert _prepare(*arguments, f'--output_dir={out}') == 0
   before = _files(out)
   assert _prepare(*arguments, f'--output_dir={out}') == 2
-  assert "holds a finished split 'train'" in capsys.readouterr().err
+  assert re.search("'train'.*--overwrite", capsys.readouterr().err)
   assert _files(out) == before
   assert _prepare(*arguments, f'--output_dir={out}', '--overwrite') == 0
   assert _files(out) == before
   assert _prepare(*arguments, f'--output_dir={out}/info.json') == 2
-  assert 'info.json is a file; choose a folder' in capsys.readouterr().err
+  assert f'--output_dir={out}/info.json' in capsys.readouterr().err
   assert _files(out) == before
 
 
@@ -191,7 +192,7 @@ def test_prepared_pictures_are_prepared_again_elsewhere(tars, tmp_path, capsys):
     '--direct_num_workers=1',
   ]
   assert _prepare(*again, f'--output_dir={out}/../out', '--overwrite') == 2
-  assert 'is the input folder' in capsys.readouterr().err
+  assert '--output_dir=' in capsys.readouterr().err
   assert _files(out) == before
   assert _prepare(*again, f'--output_dir={tmp_path}/again') == 0
   assert _report(tmp_path / 'again')['left_out'] == {'column clip too low': 1}
@@ -205,7 +206,7 @@ def test_nothing_left_is_an_error(tars, tmp_path, capsys):
     )
     == 2
   )
-  assert 'is left' in capsys.readouterr().err
+  assert 'report.json' in capsys.readouterr().err
   assert os.listdir(out) == ['report.json']
 
 
@@ -226,8 +227,9 @@ def test_a_worker_that_cannot_write_ends_it_in_one_line(
 
   monkeypatch.setattr(output_lib.Output, 'claim', claim_and_block)
   assert _prepare(*_source(tars), f'--output_dir={out}', f'--direct_num_workers={workers}') == 2
-  said = [line for line in capsys.readouterr().err.splitlines() if 'prepared 0' not in line]
-  assert len(said) == 1 and '.array_record cannot be written: ' in said[0]
+  lines = capsys.readouterr().err.splitlines()
+  said = [line for line in lines if not re.search(r'\b0\b.*\b4\b', line)]  # Not the progress.
+  assert len(said) == 1 and re.search(r'shard-0000\d\.array_record .*: ', said[0])
   assert 'running' not in said[0]
 
 

@@ -83,9 +83,7 @@ def test_an_index_is_divided_into_parts(tmp_path, draw, encode):
 def test_columns_are_checked_beforehand(tars):
   _work(_tars(tars), columns={'clip': (0, 1)}, keep_columns=('clip',)).check_columns()
   for settings in ({'columns': {'watermark': (0, 1)}}, {'keep_columns': ('watermark',)}):
-    with pytest.raises(
-      UserError, match="no column 'watermark' in the first 2 examples, which have clip"
-    ):
+    with pytest.raises(UserError, match="'watermark'.*\\b2\\b.* clip .*prepare.columns"):
       _work(_tars(tars), **settings).check_columns()
 
 
@@ -156,7 +154,7 @@ def test_a_finished_split_is_a_source(tmp_path, draw, encode):
   where = str(tmp_path / 'out')
   output = pickle.loads(pickle.dumps(output_lib.Output(where, 'train', True)))
   output.claim(False)
-  with pytest.raises(UserError, match='is not finished'):
+  with pytest.raises(UserError, match=f'{where} .*parti-jax prepare.*prepared.path'):
     prepared.read_info(where)
   _finish(output, draw, encode)
   assert sorted(os.listdir(where)) == [
@@ -180,7 +178,7 @@ def test_a_finished_split_is_a_source(tmp_path, draw, encode):
   other.claim(False)
   _finish(other, draw, encode, (1,))
   assert prepared.PreparedSource(where).splits == ('train', 'validation')
-  with pytest.raises(UserError, match="holds a finished split 'train'.*--overwrite"):
+  with pytest.raises(UserError, match="--output_dir=.*'train'.*--overwrite"):
     output.claim(False)
   output.claim(True)
   assert prepared.PreparedSource(where).splits == ('validation',)
@@ -202,7 +200,7 @@ def test_one_run_at_a_time_uses_the_folder(tmp_path):
     {'host': output_lib.socket.gethostname(), 'pid': 1, 'since': 'today'},
   ):
     owner.write_text(json.dumps(other))
-    with pytest.raises(UserError, match='process 1 on host .* since today; .*--overwrite'):
+    with pytest.raises(UserError, match=f'\\b1\\b.*{other["host"]}.*today.*--overwrite'):
       output.claim(False)
   owner.write_text('{')
   with pytest.raises(UserError, match='--overwrite'):
@@ -235,9 +233,7 @@ def test_shards_of_other_splits_are_not_touched(tmp_path):
   for name in ('train-00000.array_record', 'train-00000.tfrecord', 'train-a.array_record'):
     (tmp_path / name).write_bytes(b'x')
   output = output_lib.Output(str(tmp_path), 'train', True)
-  with pytest.raises(
-    UserError, match='train-00000.array_record, which belongs to no finished split'
-  ):
+  with pytest.raises(UserError, match='train-00000.array_record.*--overwrite'):
     output.claim(False)
   output.claim(True)
   assert sorted(os.listdir(tmp_path)) == [
@@ -249,14 +245,14 @@ def test_shards_of_other_splits_are_not_touched(tmp_path):
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
   (tmp_path / 'info.json').write_text('{"codebook_size": 5}')
-  with pytest.raises(UserError, match='does not hold prepared pictures'):
+  with pytest.raises(UserError, match='info.json.*prepared.path'):
     output_lib.Output(str(tmp_path), 'train', True).claim(True)
-  with pytest.raises(UserError, match='cannot be part of a file name'):
+  with pytest.raises(UserError, match="'a/b'"):
     output_lib.Output(str(tmp_path), 'a/b', True)
 
 
 def test_workers_that_wrote_elsewhere(tmp_path):
-  with pytest.raises(UserError, match='workers must have written elsewhere'):
+  with pytest.raises(UserError, match="report.json.*'train'"):
     output_lib.Output(str(tmp_path), 'train', True).report()
 
 
@@ -297,7 +293,7 @@ def test_prepared_pictures_by_gin(tmp_path, draw, encode):
 
   gin.parse_config(f"prepared.path = '{tmp_path}/out'")
   assert len(list(sources.configured('prepared').examples('train'))) == 3
-  with pytest.raises(UserError, match="prepared.shuffle='none' is not one of global, window"):
+  with pytest.raises(UserError, match="prepared.shuffle='none'.* global, window"):
     prepared.configured(shuffle='none')
 
 
@@ -310,17 +306,17 @@ def test_damaged_prepared_pictures(tmp_path, draw, encode, shuffle):
   path = output.place(2)
   content = storage.read(path, 2**30)
   storage.write(path, content[:-1])
-  with pytest.raises(UserError, match='train-00002.array_record is damaged: it has'):
+  with pytest.raises(UserError, match=f'train-00002.array_record.*{len(content):,}'):
     prepared.PreparedSource(where, shuffle).open('train')
   os.remove(path)
-  with pytest.raises(UserError, match='train-00002.array_record is missing'):
+  with pytest.raises(UserError, match='train-00002.array_record.*parti-jax prepare'):
     prepared.PreparedSource(where, shuffle).open('train')
   storage.write(path, content)
   first = output.place(0)
   storage.write(first, bytes(os.path.getsize(first)))
-  with pytest.raises(UserError, match='its first record is not a prepared picture'):
+  with pytest.raises(UserError, match='train-00000.array_record.*parti-jax prepare'):
     prepared.PreparedSource(where, shuffle).open('train')
-  with pytest.raises(UserError, match="no finished split 'test'; finished: train"):
+  with pytest.raises(UserError, match="'test'.* train;.*parti-jax prepare"):
     prepared.PreparedSource(where, shuffle).open('test')
 
 
@@ -344,5 +340,5 @@ def test_a_changing_source_is_refused(tars):
   sent = pickle.dumps(work)
   assert b'0.tar' not in sent and len(pickle.loads(sent)) == 3
   (tars / '3.tar').write_bytes((tars / '2.tar').read_bytes())
-  with pytest.raises(UserError, match='has changed since the command began'):
+  with pytest.raises(UserError, match=str(tars)):
     len(pickle.loads(sent))
