@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from parti_jax.checkpoints import checkpoint_manager
 from parti_jax.checkpoints import run_checkpoints as checkpoints_lib
 from parti_jax.checkpoints import whole_moments
 from parti_jax.runs import preemption
@@ -49,7 +50,7 @@ class Run:
     self._trainer, self._examples, self._journal = trainer, examples, journal
     self._inputs = inputs
     self._model_dir, self._skipped_steps = model_dir, skipped_steps.SkippedSteps(max_bad_steps)
-    self._checkpoints = checkpoints_lib.Checkpoints(model_dir, keep)
+    self._checkpoints = checkpoint_manager.Checkpoints(model_dir, keep)
     self._model = checkpoints_lib.describe(trainer.objective)
     self._saved = self._checkpoints.latest_step()
     self.resumed = self._saved is not None
