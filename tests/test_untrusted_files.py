@@ -11,6 +11,7 @@ import pytest
 import tiny_configs
 
 import parti_jax
+from parti_jax.checkpoints import checkpoint_manager
 from parti_jax.checkpoints import manifest
 from parti_jax.checkpoints import run_checkpoints
 from parti_jax.cli import main
@@ -99,7 +100,7 @@ def _saved(tmp_path_factory):
     dataclasses.replace(tiny_configs.TOKENIZER, encoder_width=16, decoder_width=16)
   )
   trainer = trainer_lib.Trainer(objective, optax.sgd(0.1), mesh_lib.make_mesh())
-  manager = run_checkpoints.Checkpoints(folder)
+  manager = checkpoint_manager.Checkpoints(folder)
   manager.save(0, trainer.create_state(), {}, run_checkpoints.describe(objective))
   manager.close()
   return folder, trainer

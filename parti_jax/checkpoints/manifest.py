@@ -60,7 +60,7 @@ def write(folder: epath.Path) -> None:
   """
   files = dict(_files(folder))
   parts = [path for name, path in files.items() if name.startswith(f'{NAME}.')]
-  known = {}
+  known: dict[str, list] = {}
   for part in parts:
     known |= _read(part)
   rest = {

@@ -45,6 +45,8 @@ class Found:
 
   def lines(self) -> list[str]:
     """Returns a line for each damaged checkpoint: the file at fault, and the steps lost."""
+    if self.step is None:
+      return []
     return [
       f'checkpoint {bad.step}: {bad.fault}; going on from {self.step}: '
       f'{bad.step - self.step} steps are done again'
@@ -64,7 +66,8 @@ def newest_whole(directory: epath.Path, together: bool = False, copies: bool = F
     UserError: if there are checkpoints but none is whole; names the files at fault.
   """
   while True:
-    steps, damaged = _steps(directory, together), []
+    steps = _steps(directory, together)
+    damaged: list[Damaged] = []
     for step in steps:
       found = fault(directory / str(step), together, copies)
       if found is None:
@@ -230,7 +233,8 @@ def _parts(tree, share: int, shares: int):
     chosen.append(index)
     size += math.prod(leaves[index].shape) * np.dtype(leaves[index].dtype).itemsize
     if size >= _BYTES_AT_ONCE or index == mine[-1]:
-      yield structure.unflatten(
-        leaf if number in chosen else ocp.PLACEHOLDER for number, leaf in enumerate(leaves)
+      yield jax.tree.unflatten(
+        structure,
+        [leaf if number in chosen else ocp.PLACEHOLDER for number, leaf in enumerate(leaves)],
       )
       chosen, size = [], 0

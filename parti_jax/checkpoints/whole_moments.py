@@ -109,5 +109,7 @@ def _means_of(name: str) -> tuple[str, str]:
 def _factored(moment, shape: tuple[int, ...]):
   """Returns the means of rows, the means of columns, and the whole moment's placeholder."""
   matrix = moment.reshape(shape)
-  column, row = factored.axes(shape)
+  axes = factored.axes(shape)
+  assert axes is not None
+  column, row = axes
   return jnp.mean(matrix, row), jnp.mean(matrix, column), jnp.zeros((1,), moment.dtype)

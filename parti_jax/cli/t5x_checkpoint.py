@@ -8,6 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from parti_jax.checkpoints import checkpoint_manager
 from parti_jax.checkpoints import run_checkpoints
 from parti_jax.core import checks
 from parti_jax.core import errors
@@ -202,7 +203,7 @@ def to_run(path, model_dir, trainer, parameters_only: bool = False) -> str:
   step = int(state.step)
   with run_lock.RunLock(model_dir):
     _check_new(model_dir)
-    writer = run_checkpoints.Checkpoints(model_dir)
+    writer = checkpoint_manager.Checkpoints(model_dir)
     try:
       writer.save(
         step,

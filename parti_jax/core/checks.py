@@ -75,8 +75,8 @@ def shown_as_json(value: Any) -> str:
 def whole_number(
   name: str,
   value: Any,
-  least: int | None = None,
-  most: int | None = None,
+  least: float | None = None,
+  most: float | None = None,
   *,
   show: Callable[[Any], str] = shown,
 ) -> int:
@@ -310,7 +310,8 @@ def check_fields(
   Raises:
     UserError: if a value is of another type than its field, not finite or out of bounds.
   """
-  for name, kind in field_types(type(config)).items():
+  owner: type = type(config)
+  for name, kind in field_types(owner).items():
     least, most = (bounds or {}).get(name, (None, None))
     value = typed(prefix + name, getattr(config, name), kind, least, most)
     object.__setattr__(config, name, value)

@@ -42,8 +42,9 @@ def enable() -> pathlib.Path | None:
   if jax.default_backend() == 'cpu' and jax.device_count() > 1:
     jax.config.update('jax_enable_compilation_cache', False)
     return None
-  if jax.config.jax_compilation_cache_dir:
-    return pathlib.Path(jax.config.jax_compilation_cache_dir)
+  known = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+  if known:
+    return pathlib.Path(known)
   try:
     path = folder()
     if path is None:

@@ -59,12 +59,14 @@ class Fingerprint(NamedTuple):
 
 def values(found: Mapping[str, Fingerprint | None]) -> dict[str, str | None]:
   """Returns {kind: digits}, the form stored in a checkpoint."""
-  return {kind: None if found.get(kind) is None else found[kind].value for kind in KINDS}
+  return {
+    kind: None if (fingerprint := found.get(kind)) is None else fingerprint.value for kind in KINDS
+  }
 
 
 def named(name: str, kept: Mapping[str, str | None]) -> dict[str, Fingerprint]:
   """Returns {kind: fingerprint} from the digits stored with the artifact of this name."""
-  return {kind: Fingerprint(kept[kind], name) for kind in KINDS if kept.get(kind)}
+  return {kind: Fingerprint(digits, name) for kind in KINDS if (digits := kept.get(kind))}
 
 
 def mismatches(

@@ -16,6 +16,7 @@ import typing
 from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sequence
+from typing import Any
 
 from parti_jax.core import checks
 from parti_jax.core import optional_packages
@@ -234,6 +235,7 @@ def _includes_found_as_files_are(gin, data: bool, old_names: dict[str, str]) -> 
 
   def read(name):
     path = _find(name)
+    assert path is not None  # gin has called `_find` before.
     content = _with_new_names(path.read_text(encoding='utf-8-sig'), str(path), old_names)
     # An empty line replaces each import, which keeps the line numbers of errors right.
     text = io.StringIO(content if data else _DATA_IMPORT.sub('', content))
@@ -266,7 +268,7 @@ def _translated_parse_errors(source: str, is_binding: bool = False) -> Iterator[
     raise UserError(_parse_message(str(error), source)) from error
 
 
-def _syntax_message(error: Exception, source: str, is_binding: bool) -> str:
+def _syntax_message(error: SyntaxError | tokenize.TokenError, source: str, is_binding: bool) -> str:
   if is_binding:
     return (
       f'{source}: not a gin value; a string needs quotes that survive the shell: '
@@ -336,7 +338,7 @@ def _unknown_parameter(name: str, parameter: str) -> str:
   return f'unknown gin name {f"{name}.{parameter}"!r}; {hint}'
 
 
-def _configurables() -> dict[str, object]:
+def _configurables() -> dict[str, Any]:
   """Returns gin's record of each configurable by its shortest unambiguous name."""
   import gin
 

@@ -25,7 +25,7 @@ EXTRAS = {
 }
 
 
-def missing_extra(error: ImportError) -> str | None:
+def missing_extra(error: BaseException) -> str | None:
   """Returns how to install the optional package that the error misses; None for other errors."""
   # gin wraps errors in a subclass that keeps an error's text but not its `name`.
   found = re.search(r"No module named '([\w.]+)'", str(error))

@@ -79,7 +79,7 @@ def name(path: str | os.PathLike[str]) -> str:
 
 
 @contextlib.contextmanager
-def open_file(path: str | os.PathLike[str], mode: str = 'rb') -> Iterator[IO[bytes]]:
+def open_file(path: str | os.PathLike[str], mode: str = 'rb') -> Iterator[IO[Any]]:
   """Opens a file for sequential reading; use it in a `with` statement.
 
   Args:

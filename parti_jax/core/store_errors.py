@@ -77,20 +77,21 @@ def failure(error: BaseException) -> str | None:
   Returns:
     The description; None if the error doesn't come from a store.
   """
-  while error is not None:
-    if _NO_GENERATIONS in str(error):
+  found: BaseException | None = error
+  while found is not None:
+    if _NO_GENERATIONS in str(found):
       return (
         'the server of gs:// gives no generations of objects (x-goog-generation), or ignores '
         'conditions on them; checkpoints need both, as Google Cloud Storage has them'
       )
     # TensorStore's errors don't have a class of their own.
-    if _from_store(error) or _TENSORSTORE_ERROR.search(str(error)):
-      return _reason(error)
-    error = error.__cause__ or error.__context__
+    if _from_store(found) or _TENSORSTORE_ERROR.search(str(found)):
+      return _reason(found)
+    found = found.__cause__ or found.__context__
   return None
 
 
-def _reason(error: Exception, text: str = '') -> str:
+def _reason(error: BaseException, text: str = '') -> str:
   """Describes in one line why a request to a store failed."""
   names = {type(e).__name__ for e in (error, error.__cause__) if e is not None}
   text = text or ' '.join(str(error).split()) or type(error).__name__

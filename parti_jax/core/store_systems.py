@@ -106,7 +106,13 @@ def kind_of(error: BaseException | None) -> str | None:
 
 
 class _Retrying:
-  """Marks the classes of this module."""
+  """Base of this module's classes."""
+
+  loop: Any
+
+  async def _fetch(self, path: str, details: dict[str, Any], start: int, end: int) -> bytes:
+    """Reads a range of the object that `details` describe."""
+    raise NotImplementedError
 
 
 def _s3_class():
@@ -152,6 +158,7 @@ def _s3_class():
     """S3 with our retries."""
 
     retries = 1
+    session: Any
 
     def _prepare_config_kwargs(self):
       connect, read = store_retries.timeouts()
@@ -324,7 +331,7 @@ class Pieces(io.RawIOBase):
         found = self._fetch(self._position, self._position + count)
         if len(found) == count:
           return found
-        kind = store_retries.SHORT
+        kind: str | None = store_retries.SHORT
         reason = f'{len(found):,} bytes received instead of {count:,}'
       except Exception as error:
         kind, reason = kind_of(error), ' '.join(str(error).split()) or type(error).__name__
@@ -334,6 +341,7 @@ class Pieces(io.RawIOBase):
           ) from error
         if kind is None or operation.failure:
           raise
+      assert kind is not None
       delay = attempts.delay(kind, reason)
       if delay is None:
         raise UserError(f'{self._path}: the store failed: {operation.failure}')

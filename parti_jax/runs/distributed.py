@@ -14,6 +14,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 from parti_jax.core import checks
 from parti_jax.core import errors
@@ -133,7 +134,7 @@ def connect(found: Processes) -> None:
   """
   import jax
 
-  timeouts = {
+  timeouts: dict[str, Any] = {
     'initialization_timeout': found.timeout,
     'heartbeat_timeout_seconds': HEARTBEAT_TIMEOUT,
     'shutdown_timeout_seconds': HEARTBEAT_TIMEOUT,

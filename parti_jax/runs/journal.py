@@ -165,7 +165,9 @@ class Journal:
     elapsed = time.monotonic() - self._started
     if elapsed >= self._progress_due:
       self._progress_due = elapsed + min(600.0, max(10.0, elapsed / 10))
-      kept = {name: metrics[name] for name in ('loss', 'examples_per_second') if name in metrics}
+      kept: dict[str, Any] = {
+        name: metrics[name] for name in ('loss', 'examples_per_second') if name in metrics
+      }
       self.write('progress', step=step, **kept)
 
   def __enter__(self) -> Journal:

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from collections.abc import Iterator
+from typing import Any
 
 from parti_jax.runs import gce_notice
 
@@ -46,7 +47,7 @@ def listening(at_once: str | None = None) -> Iterator[None]:
   """
   global _listener
   _listener = _Listener(at_once)
-  before = signal.signal(signal.SIGTERM, lambda *_: _listener and _listener.signalled())
+  before = signal.signal(signal.SIGTERM, _signalled)
   signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
   _listener.start()
   gce_notice.watch(_listener.notice)
@@ -103,6 +104,12 @@ def end_process(status: int, line: str) -> None:
     os._exit(status)
 
 
+def _signalled(*_) -> None:
+  """Python's handler of SIGTERM."""
+  if _listener is not None:
+    _listener.signalled()
+
+
 class _Listener:
   """The thread that waits for SIGTERM, with its knowledge of the run.
 
@@ -112,12 +119,18 @@ class _Listener:
   """
 
   def __init__(self, at_once: str | None = None):
-    self.stopping, self.at_end = False, []
+    self.stopping = False
+    self.at_end: list[Callable[[], None]] = []
     self._at_once = at_once
     self._lock = threading.Lock()
-    self._seconds, self._newest_step, self._journal = 25.0, None, None
-    self._first_step, self._training = None, False
-    self._asked_at = self._signalled_at = self._pending = None
+    self._seconds = 25.0
+    self._newest_step: Callable[[], int | None] | None = None
+    self._journal: Any = None
+    self._first_step: int | None = None
+    self._training = False
+    self._asked_at = 0.0  # Only valid if `stopping`.
+    self._signalled_at: float | None = None
+    self._pending: str | None = None
     self._closed = False
     # A separate descriptor, since stderr is redirected while TensorFlow is imported.
     self._terminal = os.dup(2)
@@ -217,7 +230,7 @@ class _Listener:
 
 def _meets_others() -> bool:
   """Returns whether JAX's preemption service runs, without importing JAX."""
-  jax = sys.modules.get('jax')
+  jax: Any = sys.modules.get('jax')
   distributed = getattr(jax, 'distributed', None)
   return bool(
     distributed and distributed.is_initialized() and jax.config.jax_enable_preemption_service

@@ -55,7 +55,7 @@ def summarize(model_dir: str, verify: bool = False) -> dict[str, Any]:
   found = checkpoints(model_dir, verify)
   model = _model(model_dir, found)
   begun = [start for start in history.starts if start.begun]
-  facts = begun[-1].begun if begun else {}
+  facts = (begun[-1].begun or {}) if begun else {}
   saved = max((checkpoint['step'] for checkpoint in found if not checkpoint['fault']), default=None)
   step = begun[-1].last_step if begun else saved
   rate, steps = begun[-1].rate if begun else None, facts.get('steps')
@@ -168,7 +168,8 @@ def _state(history: history_lib.History, model_dir: str) -> str:
   stopped = history.starts[-1].stopped
   if stopped is None:
     return {True: 'running', False: 'killed', None: 'running or killed'}[run_lock.lives(model_dir)]
-  return {'finished': 'finished', 'error': 'failed'}.get(stopped.get('reason'), 'stopped')
+  reason: Any = stopped.get('reason')
+  return {'finished': 'finished', 'error': 'failed'}.get(reason, 'stopped')
 
 
 def _loss(begun: list[history_lib.Start]) -> dict[str, Any] | None:
@@ -231,6 +232,8 @@ def _gin_changes(model_dir: str, before: str | None, now: str | None) -> list[st
   """Returns the gin values that differ between two files, or the files' names if one is gone."""
   if before == now:
     return []
+  if before is None or now is None:
+    return [f'config: {before} → {now}']
   try:
     old, new = (
       gin_values(

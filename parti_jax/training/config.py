@@ -1,4 +1,4 @@
-"""The settings of a training run, one dataclass that gin fills under the name `train`."""
+"""The settings of a training run: a dataclass that gin fills under the name `train`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from collections.abc import Sequence
+from typing import Any
 
 import gin
 import optax
@@ -36,50 +37,52 @@ from parti_jax.training.objectives import base
 )
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-  """What `parti-jax train` does: the objective, its data and optimizer, and when what happens.
+  """Settings of `parti-jax train`: the objective, its data and optimizer, and all intervals.
 
   Attributes:
-    objective: what is trained.
-    task: the seqio task that gives the examples.
-    steps: where training ends, counted from the run's beginning.
-    batch_size: examples a step, over all devices.
-    optimizer: takes the schedule, returns an optax transformation.
-    schedule: learning rate by step.
-    seed: of parameters, dropout and the order of the data.
-    split: of the task to train on.
-    eval_split: of the task to evaluate on; None for no evaluation.
+    objective: the objective to train.
+    task: name of the seqio task with the examples.
+    steps: total number of steps, including those before a resume.
+    batch_size: global batch size, over all devices.
+    optimizer: function that takes the schedule and returns an optax transformation.
+    schedule: learning rate as a function of the step.
+    seed: seed of the parameters, of dropout and of the order of the data.
+    split: split of the task to train on.
+    eval_split: split of the task to evaluate on; None for no evaluation.
     log_every: steps between metrics; 0 for none.
-    evaluate_every: steps between evaluations on `eval_split`; 0 for none. The last step is
-      evaluated too.
-    checkpoint_every: steps between checkpoints; the last step has one in any case, with 0 alone.
-    keep_checkpoints: how many stay.
-    pictures_every: steps between picture grids; 0 for none. The last step has one too.
-    num_pictures: examples in a grid, the first ones of `eval_split`, or of `split` without it; 0
-      for no grids.
-    initial_model: a model folder, as `parti-jax export` writes it, whose parameters a new run
-      starts with; None for random ones. The optimizer starts from its beginning.
-    data_shares: into how many shares the examples are split, see `SharedBatches`; None for as
-      many as the run has processes when it begins. They stay the same whoever resumes it.
-    microbatches: parts of a batch whose gradients are computed one after the other and summed,
-      for batches that do not fit the memory at once. Losses that compare examples, such as the
-      ranker's, compare those of a microbatch, and the run says so; no other result changes.
-    offload_optimizer: whether the optimizer's state lies in the hosts' memory between steps, on
-      platforms that have it.
-    grace_seconds: from SIGTERM, or the platform's notice, until the process ends, at most: what the
-      platform grants, less a few seconds.
-    max_bad_steps: how many steps in a row may have a loss or gradients that are not finite, and are
-      not applied; after them training ends. None for any number.
-    allow_mismatch: whether the run may go on, or start, with parameters that were trained with
-      another vocabulary or another image tokenizer; then it warns.
-    restart_data: whether a run that goes on begins a new pass over its data, as it must where its
-      checkpoint has the place in another form or in other sources.
-    writers: make the writers of metrics and pictures, see `writers.Writer`; without any there are
-      the lines on the terminal alone.
-    profile_steps: the first and the last step of a trace by JAX's profiler, counted from 1; None
-      for no trace.
+    evaluate_every: steps between evaluations on `eval_split`, which also follow the last step; 0
+      for none.
+    checkpoint_every: steps between checkpoints; 0 writes one after the last step only. The last
+      step always has one.
+    keep_checkpoints: number of checkpoints to keep.
+    pictures_every: steps between image grids, which also follow the last step; 0 for none.
+    num_pictures: number of examples in a grid: the first ones of `eval_split`, or of `split` if
+      `eval_split` is None. 0 for no grids.
+    initial_model: model folder written by `parti-jax export`, whose parameters a new run starts
+      from; None for random parameters. The optimizer's state isn't taken from it.
+    data_shares: number of shares that the examples are split into (`SharedBatches`); None for one
+      per process of the new run. It stays the same when another number of processes resumes it.
+    microbatches: number of parts of a batch whose gradients are computed one after the other and
+      summed, for batches that don't fit in memory. Losses that compare examples, such as the
+      ranker's, only compare those of a microbatch, and the run reports it. Other results don't
+      change.
+    offload_optimizer: whether to keep the optimizer's state in host memory between steps, on
+      platforms that support it.
+    grace_seconds: maximum time from SIGTERM, or from the platform's notice, until the process
+      ends: what the platform grants, less a few seconds.
+    max_bad_steps: number of consecutive steps with a loss or gradients that aren't finite after
+      which training ends; None for no limit. These steps aren't applied.
+    allow_mismatch: whether to warn, rather than fail, if the parameters to start or resume from
+      were trained with another vocabulary or image tokenizer.
+    restart_data: whether a resumed run begins a new pass over its data. It has to if its checkpoint
+      stores the position in another format or for other sources.
+    writers: functions that make the writers of metrics and images (`writers.Writer`). With none,
+      metrics only go to the terminal.
+    profile_steps: first and last step to trace with JAX's profiler, counted from 1; None for no
+      trace.
 
   Raises:
-    UserError: for a value of another type or out of its range.
+    UserError: if a value has the wrong type or is out of range.
   """
 
   objective: base.Objective = gin.REQUIRED
@@ -108,7 +111,7 @@ class TrainConfig:
   writers: Sequence[Callable[[str, int], writers_lib.Writer]] = (writers_lib.TensorBoardWriter,)
   profile_steps: tuple[int, int] | None = None
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if not isinstance(self.objective, base.Objective):
       raise errors.UserError(
         f'train.objective={checks.shown(self.objective)} must be an objective, such as '
@@ -139,15 +142,14 @@ class TrainConfig:
       )
 
 
-def configured(**others) -> TrainConfig:
-  """The settings that gin has.
+def configured(**others: Any) -> TrainConfig:
+  """Returns the settings that gin has.
 
   Args:
-    **others: values of required settings, for commands that can do without them; those that gin
-      has win.
+    **others: defaults for required settings, for commands that don't need them.
 
   Raises:
-    UserError: if gin has no value of a required one, or one is out of its range.
+    UserError: if gin has no value for a required setting, or a value is out of range.
   """
   bound = gin.get_bindings(TrainConfig, resolve_references=False)
   missing = [

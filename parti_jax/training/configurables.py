@@ -1,6 +1,6 @@
-"""Imports whatever of a run gin files may name, besides the data, and how they are read and mixed.
+"""Imports the modules that register the names of gin files, except those of the data.
 
-Names exist once their modules are imported; those of the data are in `parti_jax.data.datasets`.
+`parti_jax.data.datasets` registers the names of the data.
 """
 
 from parti_jax.data import mixtures

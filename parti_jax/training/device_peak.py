@@ -1,4 +1,4 @@
-"""The peak FLOP/s of a device, for the share of it that training reaches."""
+"""The peak FLOP/s of a device, to which training reports its own speed as a share."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import time
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-# Dense bfloat16 FLOP/s of one device as jax counts devices, from the vendors' data sheets.
+# Dense bfloat16 FLOP/s of one JAX device, from the vendors' data sheets.
 PEAKS = {
   'TPU v2': 22.5e12,
   'TPU v3': 61.5e12,
@@ -22,16 +23,17 @@ PEAKS = {
 }
 
 
-def device_peak(device, dtype=jnp.float32) -> float:
-  """Peak FLOP/s of one device.
+def device_peak(device: jax.Device, dtype: DTypeLike = jnp.float32) -> float:
+  """Returns the peak FLOP/s of one device.
 
   Args:
-    device: a jax device.
-    dtype: of the computation where the peak is measured.
+    device: the device.
+    dtype: dtype to measure the peak with.
 
   Returns:
-    The data sheet's bfloat16 figure where the device is known; else the best of five products
-    of 1024×1024 matrices of `dtype` on it, over the devices that share its host's processor.
+    The bfloat16 figure of the data sheet if the device is known. Otherwise the best of five
+    products of 1024×1024 matrices of `dtype`; on a CPU, divided by the number of devices that
+    share it.
   """
   for kind, peak in sorted(PEAKS.items(), key=lambda item: -len(item[0])):
     if device.device_kind.startswith(kind):

@@ -1,10 +1,14 @@
-"""What a run shows of examples that it is not trained on: measures, and pictures of fixed ones."""
+"""Evaluates a run on held-out examples, and draws images of some of them."""
 
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Mapping
 
 import jax
+import numpy as np
+from jaxtyping import UInt8
 
 from parti_jax.core import errors
 from parti_jax.core import storage
@@ -12,44 +16,46 @@ from parti_jax.data import batches
 from parti_jax.data import mixtures
 from parti_jax.training import state as state_lib
 from parti_jax.training import trainer as trainer_lib
+from parti_jax.training.objectives import base
 
 _FILE = 'evaluated.json'
 _LARGEST = 1 << 10
 
 
 class HeldOut:
-  """Evaluation and pictures.
+  """Evaluation and images of held-out examples.
 
-  A checkpoint that is due at the same step is written first, so that nothing that goes wrong here
-  costs steps. A run that was killed in between finds in its folder, in `evaluated.json`, that
-  evaluation and pictures are still missing.
+  If a checkpoint is due at the same step, the loop writes it first, so that a failure here doesn't
+  lose steps. `evaluated.json` in the run's folder has the last step that was evaluated. It tells a
+  run that was killed in between that evaluation and images are still missing.
 
-  Each source of a mixture is evaluated by itself, and the measures of the mixture are their means
-  by its weights.
+  Each source of a mixture is evaluated separately. The measures of the mixture are the means of
+  its sources, with the mixture's weights.
 
   Args:
     trainer: the objective on its mesh.
     model_dir: the run's folder.
-    task: the seqio task that gives the examples.
-    split: the split to take them from.
-    batch_size: examples at once in evaluation.
-    seed: of the run.
+    task: name of the seqio task with the examples.
+    split: split of the task.
+    batch_size: batch size of evaluation.
+    seed: the run's seed.
     evaluate: whether the run is evaluated.
-    num_pictures: examples that pictures are drawn of; 0 for no pictures.
+    num_pictures: number of examples to draw images of; 0 for no images.
 
   Attributes:
-    draws: whether pictures are drawn.
-    num_pictures: of how many examples, which are fewer than was asked for in a small split.
+    draws: whether images are drawn.
+    num_pictures: number of examples that images are drawn of; a small split may have fewer than
+      requested.
 
   Raises:
-    UserError: if the split is missing or has no usable example, or if the objective lacks something to
-      draw with.
+    UserError: if the split is missing or has no usable example, or if a file that the objective
+      draws with is missing or damaged.
   """
 
   def __init__(
     self,
     trainer: trainer_lib.Trainer,
-    model_dir,
+    model_dir: str | os.PathLike,
     task: str,
     split: str,
     batch_size: int,
@@ -61,12 +67,14 @@ class HeldOut:
     self._seed, self._batch_size = seed, batch_size
     self._file = storage.join(model_dir, _FILE)
     self.draws = bool(num_pictures and trainer.draws)
-    # What can't be read is reported now and not after hours.
-    self._shown = self._first(num_pictures if self.draws else 1) if evaluate or self.draws else {}
+    # Reading examples now reports a bad split at once and not after hours.
+    self._shown: Mapping[str, np.ndarray] = (
+      self._first(num_pictures if self.draws else 1) if evaluate or self.draws else {}
+    )
     self.num_pictures = len(next(iter(self._shown.values()))) if self.draws else 0
 
   def _open(self, batch_size: int, task: str | None = None) -> batches.Batches:
-    # Every process reads all of them, as `Trainer.evaluate` wants.
+    # `Trainer.evaluate` needs all examples in every process.
     return batches.Batches(
       task or self._task,
       self._split,
@@ -77,12 +85,16 @@ class HeldOut:
       num_epochs=1,
     )
 
-  def _first(self, count: int):
+  def _first(self, count: int) -> dict[str, np.ndarray]:
     with self._open(count) as examples:
       return next(examples)
 
-  def evaluate(self, state) -> dict[str, float]:
-    """Measures of all examples with the parameters that a run is drawn with."""
+  def evaluate(self, state: state_lib.TrainState) -> dict[str, float]:
+    """Evaluates all examples, with the averaged parameters if there are any.
+
+    Returns:
+      {'SPLIT/MEASURE': value}, for mixtures also {'SPLIT/SOURCE/MEASURE': value}.
+    """
     params = state_lib.averaged(state)
     if not mixtures.is_one(self._task):
       measured = self._evaluate(params, self._task)
@@ -92,23 +104,28 @@ class HeldOut:
       for name, value in self._evaluate(params, task).items():
         whole, source = f'{self._split}/{name}', mixtures.source_of(task)
         found[f'{self._split}/{source}/{name}'] = value
-        # All but this one are means over examples.
+        # This one is a count; the others are means over examples.
         weight = 1.0 if name == 'not_finite_examples' else float(share)
         found[whole] = found.get(whole, 0.0) + weight * value
     return found
 
-  def _evaluate(self, params, task: str) -> dict[str, float]:
+  def _evaluate(self, params: base.Params, task: str) -> dict[str, float]:
     with self._open(self._batch_size, task) as examples:
       return self._trainer.evaluate(params, examples)
 
-  def pictures(self, state):
-    """Pictures of the first `num_pictures` examples, see `Trainer.pictures`."""
+  def pictures(
+    self, state: state_lib.TrainState
+  ) -> dict[str, UInt8[np.ndarray, 'batch height width 3']]:
+    """Draws images of the first `num_pictures` examples, as `Trainer.pictures` does."""
     return self._trainer.pictures(state_lib.averaged(state), self._shown)
 
   def is_missing(self, step: int) -> bool:
-    """Whether a run that goes on at `step` was killed before `done` was called for it.
+    """Returns whether a run that resumes at `step` was killed before `done(step)`.
 
-    A folder that does not say, as a new run's, begins to.
+    In a folder without the file, such as a new run's, it writes the file and returns False.
+
+    Raises:
+      UserError: if the file is damaged.
     """
     try:
       done = int(storage.read_json(self._file, _LARGEST)['step'])
@@ -119,7 +136,7 @@ class HeldOut:
       raise errors.UserError(f'{self._file} is damaged; remove it') from error
     return done < step
 
-  def done(self, step: int):
-    """Notes that evaluation and pictures of a step are written."""
+  def done(self, step: int) -> None:
+    """Records that evaluation and images of a step are written."""
     if jax.process_index() == 0:
       storage.write(self._file, json.dumps({'step': step}).encode())

@@ -1,4 +1,4 @@
-"""What the training loop does between steps: metrics, checkpoints, evaluation, pictures."""
+"""What the training loop does between steps: metrics, checkpoints, evaluation, images."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from parti_jax.training import run as run_lib
 
 @dataclasses.dataclass(frozen=True)
 class Hook:
-  """A function that the loop calls after some of the steps, in every process.
+  """A function that the training loop calls after some of the steps, in every process.
 
   Attributes:
-    every: steps between two calls, or several such numbers; it is called at multiples of any of
-      them, and after the last step. 0 stands for never.
-    function: takes the run, whose `step` counts the steps done and whose `state` is valid until
-      the next step, and the metrics of the step, {name: array [] on the devices}.
-    pauses: whether its time is left out of the speeds that metrics show.
+    every: number of steps between two calls, or several such numbers. The hook is called at
+      multiples of any of them, and after the last step. 0 means never.
+    function: takes the run and the metrics of the step, {name: scalar on the devices}. The run's
+      `step` is the number of steps done; its `state` is valid until the next step.
+    pauses: whether to exclude the hook's time from the speeds in the metrics.
   """
 
   every: int | tuple[int, ...]
@@ -34,26 +34,27 @@ class Hook:
   pauses: bool = True
 
   def is_due(self, step: int, last: int) -> bool:
-    """Whether it is called after `step`, of a run whose last step is `last`."""
+    """Returns whether to call the hook after `step`, in a run whose last step is `last`."""
     several = self.every if isinstance(self.every, tuple) else (self.every,)
     return any(every and (step % every == 0 or step == last) for every in several)
 
 
 class Meter:
-  """Examples/s and model FLOP/s since the last reading, without pauses for other work.
+  """Measures examples/s and model FLOP/s between readings, without pauses for other work.
 
   Args:
-    batch_size: examples a step.
+    batch_size: examples per step.
     flops: model FLOPs of a step.
-    peak: FLOP/s of all devices at most.
+    peak: peak FLOP/s of all devices together.
   """
 
   def __init__(self, batch_size: int, flops: int, peak: float):
     self._batch_size, self._flops, self._peak = batch_size, flops, peak
-    self._start, self._step = time.perf_counter(), None
+    self._start = time.perf_counter()
+    self._step: int | None = None
 
   def read(self, step: int) -> dict[str, float]:
-    """The speeds of the steps since the last reading; none for the first, which compile."""
+    """Returns the speeds since the last reading; {} the first time, since those steps compile."""
     now = time.perf_counter()
     seconds, self._start = now - self._start, now
     before, self._step = self._step, step
@@ -66,8 +67,8 @@ class Meter:
       'share_of_peak': rate * self._flops / self._peak,
     }
 
-  def restart(self, step: int):
-    """Leaves out the time since the last reading, and its steps."""
+  def restart(self, step: int) -> None:
+    """Excludes the time and the steps since the last reading."""
     self._start, self._step = time.perf_counter(), step
 
 
@@ -79,12 +80,12 @@ def log(
   reporter: reporting.Reporter,
   journal: journal_lib.Journal,
 ) -> Hook:
-  """Shows the metrics of a step, and leaves them in `results`."""
+  """Returns the hook that reports the metrics of a step and stores them in `results`."""
 
-  def show(run, metrics):
+  def show(run: run_lib.Run, metrics: dict[str, jax.Array]) -> None:
     results.clear()
     results.update({name: float(value) for name, value in metrics.items()})
-    # The rate of the last step that was applied.
+    # The learning rate of the last step that was applied.
     results['learning_rate'] = float(config.schedule(max(run.updates - 1, 0)))
     results['skipped_steps'] = run.step - run.updates
     results['skipped_examples'] = sum(run.skipped().values())
@@ -98,9 +99,9 @@ def log(
 
 
 def save(config: config_lib.TrainConfig, reporter: reporting.Reporter) -> Hook:
-  """Starts to write a checkpoint; the last step has one in any case."""
+  """Returns the hook that starts writing a checkpoint; the last step always has one."""
 
-  def start(run, metrics):
+  def start(run: run_lib.Run, metrics: dict[str, jax.Array]) -> None:
     del metrics
     reporter.flush()
     run.save(last=run.step == config.steps)
@@ -114,27 +115,30 @@ def show_held_out(
   results: dict[str, float],
   reporter: reporting.Reporter,
 ) -> list[Hook]:
-  """Evaluation, whose measures are added to `results`; pictures; a note that both are done."""
+  """Returns the hooks that evaluate, draw images, and record that both are done.
+
+  The first one adds its measures to `results`.
+  """
   evaluate_every = config.evaluate_every if config.eval_split else 0
   pictures_every = config.pictures_every if held_out.draws else 0
 
-  def evaluate(run, metrics):
+  def evaluate(run: run_lib.Run, metrics: dict[str, jax.Array]) -> None:
     del metrics
-    run.finish_saving()  # Whatever goes wrong from here on must not cost steps.
+    run.finish_saving()  # A failure from here on must not lose steps.
     measured = held_out.evaluate(run.state)
     results.update(measured)
     reporter.metrics(run.step, measured)
     if f'{config.eval_split}/not_finite_examples' in measured:
       reporter.say(
-        f'step {run.step}: the numbers of evaluation on {config.eval_split} are not finite'
+        f'step {run.step}: evaluation on {config.eval_split} gave values that are not finite'
       )
 
-  def draw(run, metrics):
+  def draw(run: run_lib.Run, metrics: dict[str, jax.Array]) -> None:
     del metrics
     run.finish_saving()
     reporter.pictures(run.step, held_out.pictures(run.state))
 
-  def note(run, metrics):
+  def note(run: run_lib.Run, metrics: dict[str, jax.Array]) -> None:
     del metrics
     reporter.flush()
     held_out.done(run.step)

@@ -1,8 +1,9 @@
-"""What a run is trained with: the vocabulary of its texts and the tokenizer of its image tokens."""
+"""Checks that a run keeps its text vocabulary and image tokenizer."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from parti_jax.core import errors
 from parti_jax.core import fingerprints
@@ -14,25 +15,25 @@ _REMEDIES = {
 
 
 class Inputs:
-  """The fingerprints of a run's vocabulary and tokenizer, and what they are compared with.
+  """The fingerprints of a run's vocabulary and tokenizer.
 
   Args:
-    objective: what is trained.
-    of_examples: {kind: fingerprint} of the training examples; None where one is not known.
-    uses_tokenizer: whether the run uses the tokenizer that the objective names, if it names one, to
-      train or to draw.
-    allow_mismatch: whether what differs is warned of and not refused.
+    objective: the objective of the run (`base.Objective`).
+    of_examples: {kind: fingerprint} of the training examples; None for an unknown fingerprint.
+    uses_tokenizer: whether the run uses the objective's tokenizer, if it has one, to train or to
+      draw images.
+    allow_mismatch: whether to warn of a mismatch rather than raise an error.
 
   Attributes:
-    warnings: a line on each mismatch that was allowed.
+    warnings: one line for each mismatch that was allowed.
 
   Raises:
-    UserError: if the objective's tokenizer is not that of the examples' tokens, or can't be loaded.
+    UserError: if the objective's tokenizer can't be loaded or didn't make the examples' tokens.
   """
 
   def __init__(
     self,
-    objective,
+    objective: Any,
     of_examples: Mapping[str, fingerprints.Fingerprint | None],
     uses_tokenizer: bool,
     allow_mismatch: bool = False,
@@ -56,19 +57,20 @@ class Inputs:
       self._known = own | self._known
 
   def state(self) -> dict[str, str | None]:
-    """What a checkpoint keeps: {kind: digits}, None where it is not known."""
+    """Returns what a checkpoint stores: {kind: digits}, or None for an unknown fingerprint."""
     return fingerprints.values(self._known)
 
-  def check(self, name: str, made_with: Mapping, way_out: str):
-    """Compares what the run goes on with.
+  def check(self, name: str, made_with: Mapping[str, Any], way_out: str) -> None:
+    """Compares the run's fingerprints with those of parameters that it resumes or starts from.
 
     Args:
-      name: of what was trained before, for messages.
-      made_with: what it keeps, as of `state`; kinds that are missing or None are not known.
-      way_out: what else the user can do.
+      name: name of these parameters, for messages.
+      made_with: the fingerprints stored with them, a result of `state`. Kinds that are missing or
+        None are unknown.
+      way_out: what else the user can do, for messages.
 
     Raises:
-      UserError: if it was trained with another vocabulary or tokenizer.
+      UserError: if they were trained with another vocabulary or tokenizer.
     """
     remedies = {
       kind: f'{text.format(objective=self._objective)}, {way_out}'
@@ -76,8 +78,13 @@ class Inputs:
     }
     self._compare(fingerprints.named(name, made_with), self._known, remedies)
 
-  def _compare(self, made_with, given, remedies):
+  def _compare(
+    self,
+    made_with: Mapping[str, fingerprints.Fingerprint | None],
+    given: Mapping[str, fingerprints.Fingerprint | None],
+    remedies: Mapping[str, str],
+  ) -> None:
     for line in fingerprints.mismatches(made_with, given, remedies):
       if not self._allow_mismatch:
-        raise errors.UserError(f'{line}; if it is meant, set train.allow_mismatch=True')
+        raise errors.UserError(f'{line}; if this is intended, set train.allow_mismatch=True')
       self.warnings.append(line)

@@ -1,29 +1,30 @@
-"""Whether a run's state can be held at all: refused before anything is computed."""
+"""Checks before the first step that a run's state fits in memory."""
 
 from __future__ import annotations
 
 import math
 import os
 import pathlib
+from typing import Any
 
 import jax
 
 from parti_jax.core import errors
 
-# Where Linux says how much a container may have.
+# The file with the memory limit of a Linux container.
 _CONTAINER_LIMIT = pathlib.Path('/sys/fs/cgroup/memory.max')
 
 
-def check(state) -> None:
-  """Compares what parameters and optimizer take with what the devices have.
+def check(state: Any) -> None:
+  """Checks that the parameters and the optimizer's state fit in the devices' memory.
 
-  A step takes more, so that what passes may still not fit; `parti-jax plan` knows.
+  A step needs more memory than that, which only `parti-jax plan` computes.
 
   Args:
     state: a TrainState of shapes and shardings.
 
   Raises:
-    UserError: if they do not fit.
+    UserError: if they don't fit.
   """
   device = jax.local_devices()[0]
   leaves = jax.tree.leaves(state)
@@ -32,6 +33,7 @@ def check(state) -> None:
     for leaf in leaves
     if leaf.sharding.memory_kind in (None, device.default_memory().kind)
   )
+  limit: int | None
   if device.platform == 'cpu':
     needed *= jax.local_device_count()
     limit, whose = _host_memory(), 'this machine has'
@@ -41,14 +43,14 @@ def check(state) -> None:
     raise errors.UserError(
       f'parameters and optimizer take {needed / 2**30:.1f} GiB, and {whose} {limit / 2**30:.1f} '
       'GiB; split them over more devices (make_mesh.fsdp, make_mesh.tensor) or choose a smaller '
-      'model; `parti-jax plan` tells what fits'
+      'model; `parti-jax plan` shows what fits'
     )
 
 
 def _host_memory() -> int:
-  """Bytes of memory that this process may have."""
+  """Returns the bytes of memory that this process may use."""
   physical = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
   try:
     return min(physical, int(_CONTAINER_LIMIT.read_text()))
-  except (OSError, ValueError):  # There is no limit, or 'max'.
+  except (OSError, ValueError):  # No file, or 'max' for no limit.
     return physical

@@ -1,43 +1,52 @@
-"""Optimisers and learning rate schedules, bound by gin."""
+"""Optimizers and learning rate schedules for gin."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
+from typing import Any
 
 import gin
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
+from jax.typing import DTypeLike
+from jaxtyping import Array
+from jaxtyping import Float
+from jaxtyping import PyTree
 
 from parti_jax.core import checks
 from parti_jax.core.errors import UserError
 from parti_jax.partitioning import factored
 
 
-def decayed(parameters):
-  """Which parameters weight decay acts on: kernels, not norms, tables or the codebook."""
+def decayed(parameters: PyTree) -> PyTree[bool]:
+  """Returns which parameters weight decay acts on: kernels, not norms, tables or the codebook."""
   return jax.tree_util.tree_map_with_path(
     lambda path, _: str(getattr(path[-1], 'key', '')) == 'kernel', parameters
   )
 
 
-def stored_average(decay: float, dtype):
-  """A moving average of updates, computed in float32 and stored in a narrower dtype.
+def stored_average(decay: float, dtype: DTypeLike) -> optax.GradientTransformation:
+  """Averages updates over steps, in float32, and stores the average in a narrower dtype.
 
-  `optax.ema` with an `accumulator_dtype` multiplies in that dtype: in bfloat16 a decay of 0.9 is
-  0.898, and one of 0.999 is 1.
+  `optax.ema` with an `accumulator_dtype` multiplies in that dtype. In bfloat16, a decay of 0.9
+  rounds to 0.898 and one of 0.999 rounds to 1.
 
   Args:
-    decay: share of the average that stays at each step.
-    dtype: of the stored average.
+    decay: decay of the moving average.
+    dtype: dtype of the stored average.
 
   Returns:
-    An optax.GradientTransformation with the state of `optax.ema`. Its updates are the float32
-    averages, before they are rounded to `dtype`.
+    An optax transformation with the state of `optax.ema`. Its updates are the float32 averages,
+    before rounding to `dtype`.
   """
   average = optax.ema(decay, debias=False, accumulator_dtype=jnp.float32)
 
-  def update(updates, state, params=None):
+  def update(
+    updates: optax.Updates, state: optax.EmaState, params: optax.Params | None = None
+  ) -> tuple[optax.Updates, optax.EmaState]:
     wide = state._replace(ema=optax.tree.cast(state.ema, jnp.float32))
     updates, state = average.update(updates, wide, params)
     return updates, state._replace(ema=optax.tree.cast(state.ema, dtype))
@@ -47,17 +56,17 @@ def stored_average(decay: float, dtype):
   )
 
 
-def scale_by_factored_moment(decay: float):
+def scale_by_factored_moment(decay: float) -> optax.GradientTransformation:
   """Divides updates by the root of Adafactor's factored second moment, with a constant decay.
 
-  Kernels of attention are factored over embed × (heads · head_dim), see `partitioning.factored`.
+  Attention kernels are factored over embed × (heads · head_dim). `partitioning.factored` chooses
+  the axes.
 
   Args:
-    decay: share of the second moment that stays at each step; the first step's gradient replaces
-      it altogether.
+    decay: decay of the second moment. The first step uses 0.
 
   Returns:
-    An optax.GradientTransformation with an optax.FactoredState.
+    An optax transformation with an `optax.FactoredState`.
   """
   inner = optax.scale_by_factored_rms(
     decay_rate=decay,
@@ -65,7 +74,7 @@ def scale_by_factored_moment(decay: float):
     decay_rate_fn=lambda step, rate: jnp.where(step == 0, 0.0, rate),
   )
 
-  def matrices(tree):
+  def matrices(tree: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(
       lambda path, leaf: leaf.reshape(
         factored.matrix_shape([str(getattr(key, 'key', key)) for key in path], leaf.shape)
@@ -73,7 +82,7 @@ def scale_by_factored_moment(decay: float):
       tree,
     )
 
-  def update(updates, state, params):
+  def update(updates: PyTree, state: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
     scaled, state = inner.update(matrices(updates), state, matrices(params))
     return jax.tree.map(lambda new, old: new.reshape(old.shape), scaled, updates), state
 
@@ -83,35 +92,33 @@ def scale_by_factored_moment(decay: float):
 @gin.configurable
 @checks.bounded(weight_decay=(0, None), max_gradient_norm=(0, None))
 def adafactor(
-  schedule,
+  schedule: optax.ScalarOrSchedule,
   beta1: float = 0.9,
   beta2: float = 0.96,
   weight_decay: float = 4.5e-2,
   max_gradient_norm: float = 4.0,
   first_moment_dtype: str = 'bfloat16',
-):
-  """Adafactor as Parti trains with it (Parti, section 3).
+) -> optax.GradientTransformation:
+  """Adafactor with Parti's settings (Parti, section 3).
 
-  The second moment decays by the constant `beta2`. It is factored wherever a parameter has two
-  axes of at least 128, heads and head_dim of attention kernels counted as one, see
-  `partitioning.factored`; smaller parameters have a whole one. The first moment is computed in
-  float32 and stored in bfloat16. The weight decay is decoupled; the gradient's norm is clipped.
+  The second moment has the constant decay `beta2`. It is factored for parameters with two axes of
+  at least 128, where heads and head_dim of attention kernels count as one axis
+  (`partitioning.factored`). Other parameters have a full second moment. The first moment is
+  computed in float32 and stored in bfloat16. The weight decay is decoupled, and gradients are
+  clipped by their global norm.
 
   Args:
-    schedule: learning rate by step.
+    schedule: learning rate as a function of the step.
     beta1: decay of the first moment.
     beta2: decay of the second moment.
-    weight_decay: share of a kernel that is taken off at each step, times the learning rate.
-    max_gradient_norm: larger gradients are scaled down to it.
-    first_moment_dtype: of the stored first moment. bfloat16 is too coarse for a `beta1` above
-      0.996: where gradients vanish the moment stops decaying.
-
-  Returns:
-    An optax.GradientTransformation.
+    weight_decay: weight decay of kernels, multiplied by the learning rate.
+    max_gradient_norm: maximum global norm of the gradients.
+    first_moment_dtype: dtype of the stored first moment. bfloat16 is too coarse for a `beta1`
+      above 0.996: without gradients, the moment would stop decaying.
 
   Raises:
-    UserError: if a decay is not in [0, 1), the norm is 0, or the first moment can't be stored in
-      that dtype.
+    UserError: if a decay is not in [0, 1), the norm is 0, or the dtype is neither bfloat16 nor
+      float32.
   """
   _check_moments('adafactor', beta1, beta2, max_gradient_norm)
   if first_moment_dtype not in ('bfloat16', 'float32'):
@@ -121,7 +128,7 @@ def adafactor(
   if 1.0 - beta1 < jnp.finfo(first_moment_dtype).eps / 2:
     warnings.warn(
       f'adafactor.beta1={beta1} is too close to 1 for a first moment in {first_moment_dtype}, '
-      "which stops decaying where gradients vanish; set adafactor.first_moment_dtype='float32'",
+      "which would stop decaying without gradients; set adafactor.first_moment_dtype='float32'",
       stacklevel=2,
     )
   return optax.chain(
@@ -136,13 +143,13 @@ def adafactor(
 @gin.configurable
 @checks.bounded(weight_decay=(0, None), max_gradient_norm=(0, None))
 def adamw(
-  schedule,
+  schedule: optax.ScalarOrSchedule,
   beta1: float = 0.9,
   beta2: float = 0.99,
   weight_decay: float = 1e-4,
   max_gradient_norm: float = 1.0,
-):
-  """Adam with decoupled weight decay (ViT-VQGAN, section 4). Arguments as `adafactor`."""
+) -> optax.GradientTransformation:
+  """AdamW (ViT-VQGAN, section 4), with the same arguments as `adafactor`."""
   _check_moments('adamw', beta1, beta2, max_gradient_norm)
   return optax.chain(
     optax.clip_by_global_norm(max_gradient_norm),
@@ -164,18 +171,15 @@ def parti_schedule(
   decay_start: int = 85000,
   decay_end: int = 450000,
   final_ratio: float = 0.025,
-):
+) -> optax.Schedule:
   """Linear warm-up, constant, then exponential decay to peak · final_ratio (Parti, section 3).
 
   Args:
     peak: the constant learning rate.
-    warmup_steps: steps from 0 to `peak`.
+    warmup_steps: number of steps from 0 to `peak`.
     decay_start: the last step at `peak`.
-    decay_end: the step at which the final ratio is reached and kept.
-    final_ratio: last over peak learning rate.
-
-  Returns:
-    A function of the step.
+    decay_end: the step from which the learning rate is peak · final_ratio.
+    final_ratio: ratio of the final learning rate to the peak.
 
   Raises:
     UserError: if the decay ends before it starts.
@@ -185,7 +189,7 @@ def parti_schedule(
       f'parti_schedule.decay_end={decay_end} is less than parti_schedule.decay_start={decay_start}'
     )
 
-  def schedule(step):
+  def schedule(step: ArrayLike) -> Float[Array, '']:
     step = jnp.asarray(step, jnp.float32)
     warm = jnp.minimum(step / max(warmup_steps, 1), 1.0)
     decayed_share = jnp.clip((step - decay_start) / max(decay_end - decay_start, 1), 0.0, 1.0)
@@ -208,23 +212,21 @@ def warmup_cosine(
   decay_steps: int | None = None,
   final: float = 0.0,
   train_steps: int | None = None,
-):
-  """Linear warm-up to `peak`, then a cosine down to `final`, which is kept after it.
+) -> optax.Schedule:
+  """Linear warm-up to `peak`, then cosine decay to `final`, then constant.
 
   Args:
-    peak: the highest learning rate.
-    warmup_steps: steps from 0 to `peak`.
-    decay_steps: the step at which `final` is reached, counted from the first step. None is
-      `train_steps`; a run that is shorter than the warm-up ends within it.
-    final: the last learning rate.
-    train_steps: the length of the run. gin sets it to `train.steps`.
-
-  Returns:
-    A function of the step.
+    peak: the peak learning rate.
+    warmup_steps: number of steps from 0 to `peak`.
+    decay_steps: the step at which the schedule reaches `final`, counted from the first step, the
+      warm-up included. None for `train_steps`; a run that is shorter than the warm-up then ends
+      during it.
+    final: the final learning rate.
+    train_steps: number of steps of the run. gin sets it to `train.steps`.
 
   Raises:
-    UserError: neither `decay_steps` nor `train_steps` is given, or `decay_steps` is not above
-      `warmup_steps`.
+    UserError: if neither `decay_steps` nor `train_steps` is given, or if `decay_steps` is not
+      above `warmup_steps`.
   """
   if decay_steps is None:
     if train_steps is None:
@@ -239,14 +241,16 @@ def warmup_cosine(
 
 
 @gin.config.register_finalize_hook
-def _schedules_follow_the_run(config):
-  """Binds `warmup_cosine.train_steps` to `train.steps`, wherever a gin file is read."""
+def _schedules_follow_the_run(
+  config: Mapping[tuple[str, str], Mapping[str, Any]],
+) -> dict[str, Any]:
+  """Binds `warmup_cosine.train_steps` to `train.steps` whenever gin has read its files."""
   values = config.get(('', 'parti_jax.training.config.train'), {})
   return {'warmup_cosine.train_steps': values['steps']} if 'steps' in values else {}
 
 
-def _check_moments(name: str, beta1: float, beta2: float, max_gradient_norm: float):
-  """Raises UserError unless an optimizer can move anything with these."""
+def _check_moments(name: str, beta1: float, beta2: float, max_gradient_norm: float) -> None:
+  """Raises UserError if the optimizer couldn't update any parameter with these settings."""
   for parameter, value in (('beta1', beta1), ('beta2', beta2)):
     if not 0 <= value < 1:
       raise UserError(f'{name}.{parameter}={value} must be at least 0 and below 1')

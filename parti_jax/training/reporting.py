@@ -1,15 +1,17 @@
-"""What a run shows: a progress bar or plain lines, metrics, picture grids."""
+"""Reports a run's progress: a progress bar or plain lines, metrics, image grids."""
 
 from __future__ import annotations
 
 import io
 import sys
 from collections.abc import Callable
+from collections.abc import Mapping
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 import tqdm
+from jaxtyping import UInt8
 
 from parti_jax.core import storage
 from parti_jax.core import store_retries
@@ -17,53 +19,54 @@ from parti_jax.training import writers as writers_lib
 
 
 class Reporter:
-  """Metrics and pictures of a run, written by the first process alone.
+  """Writes and prints a run's metrics and images; only the first process does.
 
   Args:
-    model_dir: the run's folder; pictures go to `pictures/`.
-    steps: where training ends.
-    step: where it begins.
-    writers: make the writers of metrics and pictures, see `writers.Writer`.
+    model_dir: the run's folder; images go to its folder `pictures`.
+    steps: number of steps of the run.
+    step: steps done so far.
+    writers: functions that make the writers of metrics and images (`writers.Writer`).
   """
 
   def __init__(
     self,
-    model_dir,
+    model_dir: str,
     steps: int,
     step: int,
     writers: Sequence[Callable[[str, int], writers_lib.Writer]] = (writers_lib.TensorBoardWriter,),
   ):
     self._leads = jax.process_index() == 0
     self._directory = model_dir
-    self._bar, self._writers = None, []
+    self._bar: tqdm.tqdm | None = None
+    self._writers: list[writers_lib.Writer] = []
     if not self._leads:
       return
     for left in storage.glob(storage.join(model_dir, 'pictures', '.*.unfinished')):
-      storage.remove(left)  # A kill came while it was written.
+      storage.remove(left)  # The process was killed while it wrote this file.
     for make in writers:
       self._writers.append(make(model_dir, step))
     if sys.stderr.isatty():
       self._bar = tqdm.tqdm(total=steps, initial=step, unit='step', dynamic_ncols=True)
 
-  def say(self, line: str, by_all: bool = False):
-    """Prints a line beside the progress bar.
+  def say(self, line: str, by_all: bool = False) -> None:
+    """Prints a line above the progress bar.
 
     Args:
-      line: what to print.
-      by_all: whether all processes print it, since each has another, and not the first alone.
+      line: the line.
+      by_all: whether all processes print their line, rather than only the first process.
     """
     if self._leads:
       tqdm.tqdm.write(line, file=sys.stderr)
     elif by_all:
       print(f'process {jax.process_index()}: {line}', file=sys.stderr)
 
-  def advance(self, step: int):
+  def advance(self, step: int) -> None:
     """Moves the progress bar to `step`."""
     if self._bar is not None:
       self._bar.update(step - self._bar.n)
 
-  def metrics(self, step: int, values: dict[str, float]):
-    """Writes scalars and shows them."""
+  def metrics(self, step: int, values: Mapping[str, float]) -> None:
+    """Writes the metrics of a step and prints them."""
     if not self._leads:
       return
     for writer in self._writers:
@@ -75,8 +78,10 @@ class Reporter:
         return
     self.say(f'step {step}: {shown}')
 
-  def pictures(self, step: int, grids: dict[str, np.ndarray]):
-    """Writes pictures, uint8 [count, height, width, 3] each, as grids."""
+  def pictures(
+    self, step: int, grids: Mapping[str, UInt8[np.ndarray, 'count height width 3']]
+  ) -> None:
+    """Writes images, {name: the images of a grid}, as one grid per name."""
     if not self._leads:
       return
     from PIL import Image
@@ -91,16 +96,21 @@ class Reporter:
         storage.join(self._directory, 'pictures', f'{name}_{step:08d}.png'), content.getvalue()
       )
 
-  def flush(self):
-    """Waits until all metrics are in files: a checkpoint must not be older than they are.
+  def flush(self) -> None:
+    """Waits until all metrics are in files.
 
-    The steps before a checkpoint are not done again, so what they showed would be lost for good.
+    Call it before each checkpoint. A resumed run doesn't repeat the steps before the checkpoint,
+    so metrics lost then would be lost for good.
     """
     for writer in self._writers:
       writer.flush()
 
-  def close(self, skipped: dict[str, int]):
-    """Says what data was skipped and which requests were repeated, and flushes the metrics."""
+  def close(self, skipped: Mapping[str, int]) -> None:
+    """Closes the writers; prints how many examples were skipped and requests were repeated.
+
+    Args:
+      skipped: {reason: number of examples skipped}.
+    """
     if not self._leads:
       return
     if skipped:
@@ -114,8 +124,10 @@ class Reporter:
       writer.close()
 
 
-def tile(images: np.ndarray) -> np.ndarray:
-  """Pictures [count, height, width, 3] as a nearly square grid [rows·height, columns·width, 3]."""
+def tile(
+  images: UInt8[np.ndarray, 'count height width channels'],
+) -> UInt8[np.ndarray, 'grid_height grid_width channels']:
+  """Arranges images as a grid that is nearly square; white fills the places left over."""
   count, height, width, channels = images.shape
   columns = int(np.ceil(np.sqrt(count * height / width)))
   rows = -(-count // columns)

@@ -1,59 +1,74 @@
-"""A run: its state and its place in the data, one step after another, kept in a folder."""
+"""A run: its state, its position in the data and its checkpoints."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Any
 
 import jax
+from jaxtyping import Array
+from jaxtyping import Shaped
 
+from parti_jax.checkpoints import checkpoint_manager
 from parti_jax.checkpoints import run_checkpoints as checkpoints_lib
 from parti_jax.checkpoints import whole_moments
+from parti_jax.data import shared_batches
+from parti_jax.runs import journal as journal_lib
 from parti_jax.runs import preemption
 from parti_jax.runs import run_lock
 from parti_jax.training import inputs as inputs_lib
+from parti_jax.training import reporting
 from parti_jax.training import skipped_steps
 from parti_jax.training import state as state_lib
 from parti_jax.training import trainer as trainer_lib
+from parti_jax.training.objectives import base
 
 
 class Run:
-  """A trainer's state and place in the data, in a folder.
+  """A trainer's state and position in the data, with checkpoints in a folder.
+
+  The constructor restores the newest checkpoint, if there is one.
 
   Args:
     trainer: the objective on its mesh.
     model_dir: the run's folder.
-    keep: how many checkpoints stay.
-    examples: the training examples, `SharedBatches`.
-    inputs: what the run is trained with, an `Inputs`.
-    initial: parts of the parameters that a new run starts with, as of `initial_parts`.
-    journal: where checkpoints and skipped steps are noted, a `Journal`; None for nowhere.
-    max_bad_steps: as of `SkippedSteps`.
+    keep: number of checkpoints to keep.
+    examples: the training examples.
+    inputs: fingerprints of the run's vocabulary and tokenizer.
+    initial: parts of the parameters that a new run starts with, a result of `initial_parts`.
+    journal: the journal for checkpoints and skipped steps; None for no journal.
+    max_bad_steps: the limit of `SkippedSteps`.
+
+  Attributes:
+    state: the TrainState.
+    step: number of steps done.
+    resumed: whether the run was restored from a checkpoint.
 
   Raises:
-    UserError: if the checkpoints are of another configuration, vocabulary or tokenizer, or none of
+    UserError: if the checkpoints have another configuration, vocabulary or tokenizer, or none of
       them is whole.
   """
 
   def __init__(
     self,
     trainer: trainer_lib.Trainer,
-    model_dir,
+    model_dir: str | os.PathLike,
     keep: int,
-    examples,
+    examples: shared_batches.SharedBatches,
     inputs: inputs_lib.Inputs,
-    initial=None,
-    journal=None,
+    initial: base.Params | None = None,
+    journal: journal_lib.Journal | None = None,
     max_bad_steps: int | None = None,
   ):
     self._trainer, self._examples, self._journal = trainer, examples, journal
     self._inputs = inputs
     self._model_dir, self._skipped_steps = model_dir, skipped_steps.SkippedSteps(max_bad_steps)
-    self._checkpoints = checkpoints_lib.Checkpoints(model_dir, keep)
+    self._checkpoints = checkpoint_manager.Checkpoints(model_dir, keep)
     self._model = checkpoints_lib.describe(trainer.objective)
     self._saved = self._checkpoints.latest_step()
     self.resumed = self._saved is not None
-    if self.resumed:
+    if self._saved is not None:
       inputs.check(
         f'the run {model_dir}',
         self._checkpoints.read_place(self._saved),
@@ -66,15 +81,15 @@ class Run:
       self.state = state_lib.with_parts(trainer.create_state(), initial or {})
     self._iterator = iter(examples)
     self.step = int(self.state.step)
-    # Updates in the newest checkpoint, and whether one waits for the next good step.
+    # Updates in the newest checkpoint, and whether a checkpoint waits for the next good step.
     self._saved_updates, self._save_waits = self.updates, False
 
   def damaged(self) -> list[str]:
-    """A line on each checkpoint that was found damaged, and passed over, at the beginning."""
+    """Returns a line for each damaged checkpoint that was skipped when the run started."""
     return self._checkpoints.found.lines()
 
   def beginning(self) -> str:
-    """A line that says where training begins."""
+    """Returns a line that says what is trained, on which devices, and from which step."""
     facts = self.facts()
     mesh = '×'.join(f'{axis} {size}' for axis, size in facts['mesh'].items())
     where = f'resuming at step {self.step}' if self.resumed else 'starting at step 0'
@@ -88,12 +103,12 @@ class Run:
     if own and microbatches > 1:
       lines.append(
         f'with train.microbatches={microbatches} each microbatch has its own '
-        f'{" and ".join(own)}, so that results differ from those of the whole batch'
+        f'{" and ".join(own)}, so results differ from those of the whole batch'
       )
     return '; '.join(lines)
 
   def facts(self) -> dict[str, Any]:
-    """What a journal says of a run: objective, number of parameters, mesh and step."""
+    """Returns what the journal records: objective, number of parameters, mesh and step."""
     count = sum(leaf.size for leaf in jax.tree.leaves(self._trainer.abstract.params))
     return {
       'step': self.step,
@@ -104,11 +119,11 @@ class Run:
 
   @property
   def updates(self) -> int:
-    """Steps that were applied, as far as `settle` has looked; the learning rate follows them."""
+    """Number of steps that were applied, as of the last `settle`; it sets the learning rate."""
     return self.step - self._skipped_steps.total
 
-  def advance(self):
-    """One step; returns its metrics, still on the device."""
+  def advance(self) -> dict[str, Shaped[Array, '']]:
+    """Starts the next step and returns its metrics, without waiting for them."""
     places = self._examples.places()
     batch = self._trainer.put(next(self._iterator), self._examples.batch_size)
     self.state, metrics = self._trainer.step(self.state, batch)
@@ -118,14 +133,14 @@ class Run:
 
   @property
   def unsettled(self) -> int:
-    """Steps since the last `settle`."""
+    """Number of steps since the last `settle`."""
     return self._skipped_steps.unread
 
-  def settle(self, reporter):
-    """Waits for the steps so far, and says which were not applied; call it before `save`.
+  def settle(self, reporter: reporting.Reporter) -> None:
+    """Waits for the steps so far and reports those that were not applied; call it before `save`.
 
     Raises:
-      UserError: if too many in a row were not.
+      UserError: if too many consecutive steps were not applied.
     """
     for skipped in self._skipped_steps.read():
       reporter.say(str(skipped), by_all=True)
@@ -139,19 +154,20 @@ class Run:
       self.save()
 
   def stop_requested(self) -> bool:
-    """Whether the run was asked to stop and all its processes are to stop at this step."""
+    """Returns whether the run was asked to stop and its processes agreed on this step."""
     run_lock.check()
     self._checkpoints.check()
     return preemption.stop_requested(self.step)
 
-  def save(self, last: bool = False):
+  def save(self, last: bool = False) -> None:
     """Starts writing a checkpoint of this step.
 
-    While steps are not applied there is nothing new to write, and the checkpoint from before them
-    must stay, since it is the one to go on from: then the next good step's `settle` writes it.
+    After a step that was not applied, it writes nothing. The state is not new then, and another
+    checkpoint could remove the one from before the bad steps, which the user may need. The
+    `settle` of the next good step writes the checkpoint instead.
 
     Args:
-      last: whether the run ends here, so that what is new since the last one is written at once.
+      last: whether the run ends here. Then any update since the last checkpoint is written at once.
     """
     if self._saved == self.step:
       return
@@ -166,26 +182,26 @@ class Run:
     if self._journal is not None:
       self._journal.checkpoint(self.step, self.skipped())
 
-  def finish_saving(self):
+  def finish_saving(self) -> None:
     """Waits until the checkpoint that `save` started is written."""
     self._checkpoints.finish()
 
   def newest_step(self) -> int | None:
-    """Step of the newest whole checkpoint on the disk; None without one."""
+    """Returns the step of the newest whole checkpoint on the disk; None without one."""
     return self._checkpoints.newest_step()
 
   def interrupted(self) -> str:
-    """A line that says what an interruption from the keyboard costs."""
+    """Returns a line for an interruption from the keyboard: where the run will resume."""
     where = 'from its beginning' if self._saved is None else f'at step {self._saved}'
     return (
-      f'interrupted at step {self.step}, without a checkpoint of it; started again, the run '
-      f'goes on {where}'
+      f'interrupted at step {self.step}, which has no checkpoint; started again, the run resumes '
+      f'{where}'
     )
 
   def skipped(self) -> dict[str, int]:
-    """Examples that could not be read, by reason."""
+    """Returns {reason: number of examples that could not be read}."""
     return dict(self._examples.skipped)
 
-  def close(self):
+  def close(self) -> None:
     """Waits for checkpoints that are being written."""
     self._checkpoints.close()

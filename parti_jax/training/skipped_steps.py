@@ -1,53 +1,59 @@
-"""Steps whose loss or gradients are not finite: not applied, counted, and after too many the end.
+"""Skips and counts the steps whose loss or gradients aren't finite; too many end training.
 
-optax.apply_if_finite does not do: it knows gradients alone, while an infinite loss, the statistics
-of an objective (average of weights, use of codes) and the other optimisers of one count too; it gives in
-after a number of steps and applies the update; and its counters would change every checkpoint.
+`optax.apply_if_finite` doesn't suffice, for three reasons. It only looks at gradients, while the
+loss, an objective's statistics and its other optimizers matter too. It applies the update after a
+number of bad steps. And its counters would change the format of checkpoints.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import os
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
+from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
+from jaxtyping import Bool
+from jaxtyping import Float
+from jaxtyping import Shaped
 
 from parti_jax.core import errors
 
-# Places that the error names; the journal has all.
+# Number of places that the error lists; the journal has all of them.
 _NAMED = 12
 
+_Tree = TypeVar('_Tree')
 
-def all_finite(loss, norms: Iterable[jax.Array]):
-  """Whether a step may be applied, inside a jit.
+
+def all_finite(loss: Float[Array, ''], norms: Iterable[Float[Array, '']]) -> Bool[Array, '']:
+  """Returns whether to apply a step; works inside a jit.
 
   Args:
-    loss: float32 [], all of it.
-    norms: float32 [] each, norms of all gradients. One whose square overflows is infinite here
-      even where each gradient is finite, and rightly so: second moments would be infinite.
-
-  Returns:
-    bool [].
+    loss: the whole loss.
+    norms: norms of all gradients. A norm whose square overflows is infinite even if all gradients
+      are finite. That is intended, since second moments would be infinite too.
   """
   return jnp.all(jnp.isfinite(jnp.stack([loss, *norms])))
 
 
-def select(finite, updated, before):
-  """`updated` where `finite`, else `before`, bit for bit; inside a jit.
+def select(finite: Bool[Array, ''], updated: _Tree, before: _Tree) -> _Tree:
+  """Returns `updated` if `finite`, else `before`, bit for bit; works inside a jit.
 
-  An element of the result needs only the same element of both, so that XLA writes it into the
-  donated buffer of `before`. Nothing is asked of `updated` itself, which would have to be kept
-  beside `before` until the last of it is known.
+  Each element of the result depends only on the same element of both trees, so XLA can write it
+  into the donated buffer of `before`. A test of `updated` itself would keep both trees in memory
+  until all of `updated` is computed.
 
   Args:
-    finite: bool [].
+    finite: a result of `all_finite`.
     updated: a tree of arrays.
-    before: likewise.
+    before: a tree of the same structure and shapes.
   """
   return jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, before)
 
@@ -57,9 +63,10 @@ class SkippedStep:
   """A step that was not applied.
 
   Attributes:
-    step: its number, from 1.
-    places: its batch, of each share that this process reads, see `shared_batches.Place`.
-    values: what was not finite, by the metrics' names.
+    step: the step, counted from 1.
+    places: where its batch is in the data: a `shared_batches.Place` of each share that this
+      process reads.
+    values: {name: value} of the metrics that aren't finite.
   """
 
   step: int
@@ -69,65 +76,65 @@ class SkippedStep:
   def __str__(self) -> str:
     values = ', '.join(f'{name} {value}' for name, value in self.values.items())
     return (
-      f'step {self.step} was not applied, its numbers are not finite'
+      f'step {self.step} was not applied because its loss or gradients are not finite'
       f'{f" ({values})" if values else ""}; batch {" ".join(self.places)}'
     )
 
 
 class SkippedSteps:
-  """Counts the steps that were not applied, without waiting for any step until asked to.
+  """Counts the steps that were not applied; only `read` waits for the devices.
 
-  All processes find the same ones, since 'finite' is one scalar of the whole mesh.
+  All processes count the same steps, since 'finite' is a scalar of the whole mesh.
 
   Attributes:
-    total: how many there are, those of before a resume included.
-    in_a_row: how many of them were the last steps.
+    total: number of steps that were not applied, including those before a resume.
+    in_a_row: number of these steps since the last step that was applied.
   """
 
   def __init__(self, most: int | None):
-    """Begins with none.
+    """Initializes the counts with 0.
 
     Args:
-      most: in a row, after which training ends; None for never.
+      most: number of consecutive skipped steps that ends training; None for no limit.
 
     Raises:
-      UserError: if it is not positive.
+      UserError: if `most` is not positive.
     """
     if most is not None and most < 1:
       raise errors.UserError(f'train.max_bad_steps={most} must be at least 1, or None for no end')
     self.total, self.in_a_row = 0, 0
     self._most = most
     self._streak: list[SkippedStep] = []
-    self._pending = collections.deque()
+    self._pending: collections.deque[tuple[int, Iterable, Mapping[str, Any]]] = collections.deque()
 
   def state(self) -> dict[str, int]:
-    """What a checkpoint keeps."""
+    """Returns what a checkpoint stores."""
     return {'skipped_steps': self.total, 'skipped_in_a_row': self.in_a_row}
 
-  def restore(self, state: Mapping) -> None:
-    """Goes on with the counts of `state()`; checkpoints from before there was any have none."""
+  def restore(self, state: Mapping[str, Any]) -> None:
+    """Restores the counts from a result of `state`; they are 0 in older checkpoints."""
     self.total = int(state.get('skipped_steps', 0))
     self.in_a_row = int(state.get('skipped_in_a_row', 0))
 
-  def add(self, step: int, places: Iterable, metrics: Mapping):
-    """Notes a step that has been started.
+  def add(self, step: int, places: Iterable, metrics: Mapping[str, Any]) -> None:
+    """Adds a step that has been started.
 
     Args:
-      step: its number, from 1.
-      places: its batch, see SkippedStep.
-      metrics: of the step, on the device; 'finite' among them.
+      step: the step, counted from 1.
+      places: where its batch is in the data, as in SkippedStep.
+      metrics: metrics of the step on the device, including 'finite'.
     """
     self._pending.append((step, places, metrics))
 
   @property
   def unread(self) -> int:
-    """Steps since the last reading."""
+    """Number of steps that were added since the last `read`."""
     return len(self._pending)
 
   def read(self) -> list[SkippedStep]:
-    """Waits for the steps since the last reading; returns those that were not applied.
+    """Waits for the steps since the last `read` and returns those that were not applied.
 
-    It stops at the step with which there are too many in a row, see `check`.
+    It stops at the step after which `check` raises an error.
     """
     found = []
     finite = jax.device_get([metrics['finite'] for _, _, metrics in self._pending])
@@ -148,45 +155,46 @@ class SkippedSteps:
   def _too_many(self) -> bool:
     return self._most is not None and self.in_a_row >= self._most
 
-  def check(self, model_dir, checkpoints: Callable[[], Iterable[int]]):
-    """Ends training where too many steps in a row were not applied.
+  def check(self, model_dir: str | os.PathLike, checkpoints: Callable[[], Iterable[int]]) -> None:
+    """Checks that not too many consecutive steps were skipped.
 
     Args:
       model_dir: the run's folder.
-      checkpoints: returns the steps of the whole checkpoints in it.
+      checkpoints: returns the steps of the run's whole checkpoints.
 
     Raises:
-      UserError: names these steps, their batches, and the checkpoint to go on from.
+      UserError: if too many were; names these steps, their batches, and the checkpoint to resume
+        from.
     """
     if not self._too_many:
       return
     last = self._streak[-1].step
     first = last - self.in_a_row + 1
     kept = sorted(checkpoints())
-    # One of later than the first is of the same parameters; it is there if a run was asked to stop.
+    # A later checkpoint, written when the run was asked to stop, has the same parameters.
     before = [step for step in kept if step < first] or kept
-    go_on = (
-      f'go on from {model_dir}/checkpoints/{before[-1]}, the newest checkpoint with nothing '
-      'of them, as the same command does'
+    remedy = (
+      f'resume from {model_dir}/checkpoints/{before[-1]}, the newest checkpoint from before '
+      'them, with the same command'
       if before
-      else 'there is no checkpoint from before them, so start anew'
+      else 'there is no checkpoint from before them, so start a new run'
     )
     places = [place for skipped in self._streak for place in skipped.places]
     more = f' and {len(places) - _NAMED} more' if len(places) > _NAMED else ''
     raise errors.UserError(
       f'steps {first} to {last} were not applied, {self.in_a_row} in a row '
-      '(train.max_bad_steps), since their loss or gradients are not finite; '
-      f'{go_on}, with a lower learning rate (train.schedule) or after a look at their batches: '
+      '(train.max_bad_steps), because their loss or gradients are not finite; '
+      f'{remedy}, with a lower learning rate (train.schedule) or after a look at their batches: '
       f'parti-jax batch --model_dir={model_dir} --place {" ".join(places[:_NAMED])}{more}'
     )
 
 
-def bad_examples(measures: Mapping[str, np.ndarray]) -> int:
-  """How many examples have a measure that is not finite, of arrays [examples, ...]."""
+def bad_examples(measures: Mapping[str, Shaped[np.ndarray, 'examples ...']]) -> int:
+  """Returns the number of examples with a measure that isn't finite."""
   bad = [~np.isfinite(values).reshape(len(values), -1).all(axis=1) for values in measures.values()]
   return int(np.any(bad, axis=0).sum())
 
 
-def not_finite(metrics: Mapping) -> dict[str, float]:
-  """Those of some numbers, {name: a scalar}, that are NaN or infinite, as floats."""
+def not_finite(metrics: Mapping[str, Any]) -> dict[str, float]:
+  """Returns the metrics, {name: a scalar}, that are NaN or infinite."""
   return {name: float(value) for name, value in metrics.items() if not np.isfinite(value)}

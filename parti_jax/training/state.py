@@ -1,8 +1,9 @@
-"""What a run carries from step to step, created already sharded."""
+"""The state of a training run, created with its shardings."""
 
 from __future__ import annotations
 
 from typing import Any
+from typing import TypeVar
 
 import flax.linen as nn
 import flax.struct
@@ -11,80 +12,87 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
+from jaxtyping import Array
+from jaxtyping import Int
+from jaxtyping import PyTree
 
 from parti_jax.core import errors
 from parti_jax.core import numerics
 from parti_jax.partitioning import rules as partitioning_rules
 from parti_jax.training.objectives import base
 
-# JAX's name of the hosts' memory that devices can read.
+# JAX's name of host memory that devices can read.
 _HOST = 'pinned_host'
 
+_Tree = TypeVar('_Tree')
 
-@flax.struct.dataclass
-class TrainState:
+
+class TrainState(flax.struct.PyTreeNode):
   """State of a run.
 
   Attributes:
-    step: int32 [], steps done.
+    step: int32, number of steps done.
     params: the model's parameters, float32.
-    optimizer_state: of the optax transformation.
-    statistics: a dict of what an objective carries besides parameters, such as the use of codes. What it
-      has under 'average', {name of a part: that part's average over steps}, is what is evaluated,
-      drawn with and exported.
+    optimizer_state: state of the optax transformation.
+    statistics: other state of the objective, such as the use of codes. Under 'average' it may have
+      {name of a part: moving average of that part's parameters}. Evaluation, images and exported
+      models use the averages.
   """
 
-  step: jax.Array
-  params: Any
-  optimizer_state: Any
-  statistics: Any
+  step: Int[Array, '']
+  params: base.Params
+  optimizer_state: optax.OptState
+  statistics: base.Statistics
 
 
-def averaged(state: TrainState):
-  """The parameters to evaluate and to draw with: averages, where the objective keeps some."""
+def averaged(state: TrainState) -> base.Params:
+  """Returns the parameters for evaluation: moving averages where the objective keeps them."""
   return state.params | state.statistics.get('average', {})
 
 
-def with_parts(state: TrainState, parts) -> TrainState:
-  """A state before the first step, with parts of its parameters, and of their average, replaced.
+def with_parts(state: TrainState, parts: base.Params) -> TrainState:
+  """Replaces parts of a new state's parameters, and of their averages.
 
   Args:
-    state: of `create_state`.
+    state: the state before the first step, a result of `create_state`.
     parts: {name of a part: its parameters on the mesh}.
   """
   statistics, average = state.statistics, state.statistics.get('average', {})
-  # Copies, since a step takes the buffers of both.
+  # Copies, since a step donates the buffers of both.
   replaced = {name: jax.tree.map(jnp.copy, parts[name]) for name in average if name in parts}
   if replaced:
     statistics = statistics | {'average': average | replaced}
   return state.replace(params=state.params | parts, statistics=statistics)
 
 
-def update_average(average, params, step, decay: float):
-  """The exponential moving average of parameters after a step.
+def update_average(average: PyTree, params: PyTree, step: Int[Array, ''], decay: float) -> PyTree:
+  """Updates the exponential moving average of parameters after a step.
 
   Args:
-    average: before it.
-    params: after it, of the same structure.
-    step: int32 [], steps done before this one.
-    decay: share of the average that stays; less in the first steps, step / (step + 10), so that it
-      soon forgets the random beginning.
+    average: the average before the step.
+    params: the parameters after the step, a tree of the same structure.
+    step: number of steps done before this one.
+    decay: decay of the average. The first steps use at most step / (step + 10), so that the random
+      initial parameters don't stay in the average for long.
 
   Returns:
-    As `average`. What does not move stays in it bit for bit.
+    The new average. Parameters that don't change leave it unchanged bit for bit.
   """
-  decay = jnp.minimum(decay, step / (step + 10.0))
-  moved = lambda old, new: old + (1.0 - decay) * (new - old)
+  share = jnp.minimum(decay, step / (step + 10.0))
+  moved = lambda old, new: old + (1.0 - share) * (new - old)
   return jax.tree.map(lambda old, new: jnp.where(step == 0, new, moved(old, new)), average, params)
 
 
 def abstract_state(
-  objective: base.Objective, optimizer: optax.GradientTransformation, mesh, rules
+  objective: base.Objective,
+  optimizer: optax.GradientTransformation,
+  mesh: jax.sharding.Mesh,
+  rules: Any,
 ) -> TrainState:
-  """Shapes and shardings of a run's state, with nothing computed.
+  """Returns the shapes and shardings of a run's state without computing it.
 
   Args:
-    objective: what is trained.
+    objective: the objective to train.
     optimizer: an optax transformation.
     mesh: the device mesh.
     rules: logical axis rules.
@@ -93,24 +101,21 @@ def abstract_state(
     A TrainState of jax.ShapeDtypeStruct, each with its NamedSharding.
 
   Raises:
-    UserError: if the mesh does not divide a parameter.
+    UserError: if a parameter can't be split evenly over the mesh.
   """
   boxed = jax.eval_shape(objective.init, numerics.key(0))
   shardings = partitioning_rules.parameter_shardings(boxed, mesh, rules)
   params = nn.meta.unbox(boxed)
-  optimizer_state = jax.eval_shape(optimizer.init, params)
-  replicated = NamedSharding(mesh, PartitionSpec())
-  state = TrainState(
-    jax.ShapeDtypeStruct((), jnp.int32),
-    params,
-    optimizer_state,
-    jax.eval_shape(objective.initial_statistics),
+  state = jax.eval_shape(
+    lambda params: _first_state(params, optimizer, objective.initial_statistics()), params
   )
-  state_shardings = TrainState(
-    replicated,
-    shardings,
-    partitioning_rules.optimizer_shardings(optimizer_state, params, shardings, mesh),
-    partitioning_rules.optimizer_shardings(state.statistics, params, shardings, mesh),
+  state_shardings = state.replace(
+    step=NamedSharding(mesh, PartitionSpec()),
+    params=shardings,
+    optimizer_state=partitioning_rules.optimizer_shardings(
+      state.optimizer_state, params, shardings, mesh
+    ),
+    statistics=partitioning_rules.optimizer_shardings(state.statistics, params, shardings, mesh),
   )
   return jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -119,8 +124,8 @@ def abstract_state(
   )
 
 
-def num_bytes(state) -> int:
-  """Bytes of a state's arrays, over all devices."""
+def num_bytes(state: PyTree) -> int:
+  """Returns the bytes of a state's arrays, over all devices."""
   return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
@@ -129,46 +134,54 @@ def create_state(
   optimizer: optax.GradientTransformation,
   seed: int,
   abstract: TrainState,
-  mesh,
-  rules,
+  mesh: jax.sharding.Mesh,
+  rules: Any,
 ) -> TrainState:
-  """The state before the first step; no device ever holds a whole parameter that is split.
+  """Returns the state before the first step, created on its shardings.
+
+  No device ever holds the whole of a parameter that is split.
 
   Args:
-    objective: what is trained.
+    objective: the objective to train.
     optimizer: an optax transformation.
-    seed: of the initial parameters.
-    abstract: of `abstract_state`.
+    seed: seed of the initial parameters.
+    abstract: shapes and shardings of the state, a result of `abstract_state`.
     mesh: the device mesh.
     rules: logical axis rules.
   """
 
-  def create():
+  def create() -> TrainState:
     params = nn.meta.unbox(objective.init(numerics.key(seed)))
     statistics = objective.initial_statistics()
-    if 'average' in statistics:  # It is used where the first steps could not be applied.
+    if 'average' in statistics:  # It is used if the first steps aren't applied.
       statistics = statistics | {'average': {name: params[name] for name in statistics['average']}}
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), statistics)
+    return _first_state(params, optimizer, statistics)
 
   with partitioning_rules.partitioned(mesh, rules):
     return jax.jit(create, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))()
 
 
-def with_optimizer_on_host(abstract: TrainState, mesh) -> TrainState:
-  """`abstract` with the optimiser's arrays in the memory of the devices' hosts.
+def _first_state(
+  params: base.Params, optimizer: optax.GradientTransformation, statistics: base.Statistics
+) -> TrainState:
+  return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), statistics)
+
+
+def with_optimizer_on_host(abstract: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
+  """Returns `abstract` with the optimizer's arrays in host memory.
 
   Raises:
-    UserError: if the platform has no such memory.
+    UserError: if the platform doesn't support it.
   """
   device = mesh.devices.flat[0]
   if _HOST not in {memory.kind for memory in device.addressable_memories()}:
     raise errors.UserError(
-      f'train.offload_optimizer: a {device.device_kind} can not use its '
+      f"train.offload_optimizer: a {device.device_kind} can't use its "
       "host's memory; set it to False"
     )
 
   def on_host(leaf):
-    if not leaf.shape:  # Counters are used at once.
+    if not leaf.shape:  # The step counters, which the next step needs at once.
       return leaf
     return jax.ShapeDtypeStruct(
       leaf.shape, leaf.dtype, sharding=leaf.sharding.with_memory_kind(_HOST)
@@ -177,8 +190,8 @@ def with_optimizer_on_host(abstract: TrainState, mesh) -> TrainState:
   return abstract.replace(optimizer_state=jax.tree.map(on_host, abstract.optimizer_state))
 
 
-def to_device(tree):
-  """Inside a jit: arrays that lie in the hosts' memory, moved to that of the devices."""
+def to_device(tree: _Tree) -> _Tree:
+  """Moves arrays in host memory to device memory, inside a jit."""
 
   def move(leaf):
     if jax.typeof(leaf).memory_space == jax.memory.Space.Host:

@@ -1,4 +1,4 @@
-"""The name that t5x' gin files of earlier versions have for `objectives.tokenizer_objective`."""
+"""The old name of `objectives.tokenizer_objective`, for t5x gin files of earlier versions."""
 
 from parti_jax.training.objectives.tokenizer_objective import TokenizerObjective as TokenizerStage
 

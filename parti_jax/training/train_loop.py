@@ -1,8 +1,9 @@
-"""The loop that trains every objective: steps, and between them what hooks do."""
+"""The training loop of all objectives: steps, and hooks between them."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 
 import jax
@@ -34,7 +35,7 @@ from parti_jax.training import state as state_lib
 from parti_jax.training import trainer as trainer_lib
 from parti_jax.training.objectives import base
 
-# Steps whose metrics may wait on the devices where nothing asks for any.
+# Maximum number of steps whose metrics stay on the devices when no hook reads them.
 _MOST_UNSETTLED = 1000
 
 
@@ -43,19 +44,19 @@ def train(
   config: config_lib.TrainConfig | None = None,
   hooks: Sequence[hooks_lib.Hook] = (),
 ) -> dict[str, float]:
-  """Trains an objective to its last step, from the newest checkpoint in `model_dir` if there is one.
+  """Trains an objective to its last step, from the newest checkpoint in `model_dir` if any.
 
   Args:
-    model_dir: the run's folder: checkpoints, metrics, pictures, journal, config.gin.
+    model_dir: the run's folder: checkpoints, metrics, images, journal, config.gin.
     config: the settings; None for those of gin.
-    hooks: what to do after some of the steps besides the loop's own, and after them.
+    hooks: further hooks, called after the loop's own.
 
   Returns:
     The last metrics.
 
   Raises:
-    UserError: for a value out of its range; for a mesh, batch size, task, file or checkpoint that
-      is missing or does not fit; after `max_bad_steps`; if another run owns the folder.
+    UserError: if a value is out of range; if the mesh, batch size, task, a file or a checkpoint is
+      missing or doesn't fit; after `max_bad_steps`; or if another run owns the folder.
     SystemExit: with `preemption.STATUS` if the run was asked to stop and a checkpoint is written.
   """
   distributed.check_connected()
@@ -68,7 +69,7 @@ def train(
 
 @dataclasses.dataclass(frozen=True)
 class _Training:
-  """What a run consists of, ready for its first step."""
+  """The parts of a run, ready for its first step."""
 
   config: config_lib.TrainConfig
   trainer: trainer_lib.Trainer
@@ -81,19 +82,19 @@ class _Training:
 
 
 def _train(training: _Training, more_hooks: Sequence[hooks_lib.Hook]) -> dict[str, float]:
-  """The loop; see `train`."""
+  """Runs the loop of `train`."""
   config, run, reporter = training.config, training.run, training.reporter
   results: dict[str, float] = {}
   meter = _meter(training)
   of_held_out = hooks_lib.show_held_out(config, training.held_out, results, reporter)
   hooks = [
     hooks_lib.log(config, training.examples, meter, results, reporter, training.journal),
-    hooks_lib.save(config, reporter),  # Before what may go wrong.
+    hooks_lib.save(config, reporter),  # Before the hooks that may fail.
     *of_held_out,
     *more_hooks,
   ]
 
-  def call(hooks, metrics):
+  def call(hooks: Sequence[hooks_lib.Hook], metrics: dict[str, jax.Array]) -> None:
     due = [hook for hook in hooks if hook.is_due(run.step, config.steps)]
     if run.unsettled and (due or run.unsettled >= _MOST_UNSETTLED):
       run.settle(reporter)
@@ -132,7 +133,7 @@ def _train(training: _Training, more_hooks: Sequence[hooks_lib.Hook]) -> dict[st
 def _prepare(
   config: config_lib.TrainConfig, model_dir: str, journal: journal_lib.Journal
 ) -> _Training:
-  """Makes all that a run needs, so that whatever is missing is found before the first step."""
+  """Makes the parts of a run, so that anything missing is found before the first step."""
   objective, mesh = config.objective, mesh_lib.make_mesh()
   trainer = trainer_lib.Trainer.of_config(config, mesh)
   rules_lib.check_batch(config.batch_size, mesh, trainer.rules, config.microbatches)
@@ -146,7 +147,7 @@ def _prepare(
     objective.feature_lengths(),
     config.data_shares,
     jax.process_count(),
-    local_rows.local_rows(trainer.batch_sharding, config.batch_size),
+    local_rows.local_rows(trainer.batch_sharding, config.batch_size).tolist(),
     config.seed,
     config.restart_data,
   )
@@ -192,8 +193,8 @@ def _prepare(
   return training
 
 
-def _announce(training: _Training, warnings: Sequence[str]):
-  """Says where the run begins, and what differs from what it might be taken for."""
+def _announce(training: _Training, warnings: Sequence[str]) -> None:
+  """Prints where the run begins, its warnings, and settings that it can't follow exactly."""
   config, held_out, say = training.config, training.held_out, training.reporter.say
   for line in training.run.damaged():
     say(line)
@@ -214,12 +215,17 @@ def _meter(training: _Training) -> hooks_lib.Meter:
   return hooks_lib.Meter(batch_size, objective.step_flops(batch_size), peak * jax.device_count())
 
 
-def _close(training: _Training, whole: bool):
-  """Ends what runs in the background; `whole` says whether training has ended as it should."""
+def _close(training: _Training, whole: bool) -> None:
+  """Ends what runs in the background.
+
+  Args:
+    training: the parts of the run.
+    whole: whether training ended without an error.
+  """
   run, journal = training.run, training.journal
   training.profiler.close()
   training.examples.close()
-  # The other processes may be waiting for one that failed, so that one must not wait for them.
+  # A process that failed must not wait for the others, which may be waiting for it.
   if whole or jax.process_count() == 1:
     run.close()
   journal.step = run.step
@@ -230,41 +236,45 @@ def _close(training: _Training, whole: bool):
 
 def initial_parts(
   trainer: trainer_lib.Trainer,
-  model_dir,
+  model_dir: str | os.PathLike,
   inputs: inputs_lib.Inputs,
   initial_model: str | None = None,
-):
-  """Parameters that a new run starts with, from an exported model or from other runs.
+) -> base.Params:
+  """Reads the parameters that a new run starts with from an exported model and from other runs.
 
-  The objective's `initial_parts` say the latter. They come before those of `initial_model`.
+  The objective's `initial_parts` reads those of other runs, which take precedence.
 
   Args:
     trainer: the objective on its mesh.
     model_dir: the run's folder.
-    inputs: what the run is trained with.
+    inputs: fingerprints of the run's vocabulary and tokenizer.
     initial_model: a model folder, or None.
 
   Returns:
-    {name of a part: its parameters}; nothing for a run that has begun. Other parts are random.
+    {name of a part: its parameters}; {} for a run that already has a checkpoint. The other parts
+    start from random parameters.
   """
   if checkpoints_lib.has_checkpoint(model_dir):
     return {}
-  parts, abstract = {}, trainer.abstract.params
+  parts: base.Params = {}
+  abstract = trainer.abstract.params
   if initial_model:
     parts |= checkpoints_lib.read_model_folder(initial_model, trainer.objective, abstract, inputs)
   return parts | trainer.objective.initial_parts(abstract, inputs)
 
 
-def check_vocabularies(objective: base.Objective, task: str):
-  """Compares the ids in a task's features with what the model has room for.
+def check_vocabularies(objective: base.Objective, task: str) -> None:
+  """Compares the number of ids in a task's features with the model's vocabulary sizes.
+
+  A lookup outside of an embedding table would not fail but return its last row.
 
   Args:
-    objective: what is trained.
+    objective: the objective to train.
     task: name of a seqio task.
 
   Raises:
-    UserError: if there are more ids than the model's table has rows, or, among image tokens,
-      another number. A look-up outside a table would not fail but take its last row.
+    UserError: if a feature has more ids than the model's table has rows, or if the number of image
+      tokens differs.
   """
   sizes = mixtures.vocabulary_sizes(task, objective.feature_lengths().get('images', 64))
   for feature, (key, size) in objective.vocabulary_sizes().items():

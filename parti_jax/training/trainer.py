@@ -1,10 +1,16 @@
-"""The jitted steps of an objective on a mesh; they know no data, so that planning can use them too."""
+"""The jitted steps of an objective on a mesh.
+
+This module doesn't depend on the data pipeline, so that planning can use it too.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,6 +19,12 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
+from jaxtyping import Array
+from jaxtyping import Float
+from jaxtyping import Int
+from jaxtyping import PRNGKeyArray
+from jaxtyping import Shaped
+from jaxtyping import UInt8
 
 from parti_jax.core import numerics
 from parti_jax.models.nn import layers
@@ -30,18 +42,33 @@ def make_train_step(
   optimizer: optax.GradientTransformation,
   seed: int,
   microbatches: int = 1,
-) -> Callable[..., Any]:
-  """The step of an objective, as a function of state and batch, not yet jitted.
+) -> Callable[
+  [state_lib.TrainState, base.Batch, base.Params],
+  tuple[state_lib.TrainState, dict[str, Shaped[Array, '']]],
+]:
+  """Returns an objective's training step, not yet jitted.
 
-  The keys of dropout and of whatever else is random follow from `seed` and the step alone, so
-  that a resumed run draws what an uninterrupted one would.
+  The keys of dropout and of everything else that is random depend only on `seed` and the step, so
+  a resumed run draws the same values as an uninterrupted one.
 
-  Where the loss or a gradient is not finite, all of the state but the step stays as it was, and the
-  metric 'finite' is False. The optimisers' own counts, and with them the learning rate, stay too.
+  If the loss or a gradient isn't finite, the metric 'finite' is False and only the state's step
+  changes. The optimizers' own counts, and thus the learning rate, don't change then.
+
+  Args:
+    objective: the objective to train.
+    optimizer: the optimizer of all parameters, a result of `with_other_optimizers`.
+    seed: seed of dropout.
+    microbatches: number of parts of a batch to compute one after the other.
+
+  Returns:
+    A function of the state, a batch and the objective's constants, which returns the new state and
+    the metrics, floats except for 'finite'.
   """
   apart = objective.other_optimizers()
 
-  def step(state: state_lib.TrainState, batch, constants):
+  def step(
+    state: state_lib.TrainState, batch: base.Batch, constants: base.Params
+  ) -> tuple[state_lib.TrainState, dict[str, Shaped[Array, '']]]:
     rng, after_rng = jax.random.split(jax.random.fold_in(numerics.key(seed), state.step))
     value, aux, gradients = _gradients(
       objective, state.params, constants, batch, rng, state.step, microbatches
@@ -50,8 +77,8 @@ def make_train_step(
       step=state.step + 1, optimizer_state=state_lib.to_device(state.optimizer_state)
     )
     updates, optimizer_state = optimizer.update(gradients, before.optimizer_state, state.params)
-    # Momentum of earlier steps and weight decay must not move what is frozen either.
-    params = {
+    # Momentum and weight decay must not change frozen parts either.
+    params: base.Params = {
       name: part if name in objective.frozen else optax.apply_updates(part, updates[name])
       for name, part in state.params.items()
     }
@@ -68,15 +95,17 @@ def make_train_step(
   return step
 
 
-def with_other_optimizers(objective: base.Objective, optimizer: optax.GradientTransformation):
-  """An optimiser that leaves parts of the parameters to the objective's `other_optimizers`.
+def with_other_optimizers(
+  objective: base.Objective, optimizer: optax.GradientTransformation
+) -> optax.GradientTransformation:
+  """Combines the run's optimizer with the objective's `other_optimizers`.
 
   Args:
-    objective: what is trained.
-    optimizer: of all other parts.
+    objective: the objective to train.
+    optimizer: the optimizer of the parts that don't have one of their own.
 
   Returns:
-    An optax transformation; `optimizer` itself if the objective has no others.
+    An optax transformation; `optimizer` itself if the objective has no other optimizers.
   """
   others = objective.other_optimizers()
   if not others:
@@ -87,18 +116,28 @@ def with_other_optimizers(objective: base.Objective, optimizer: optax.GradientTr
   )
 
 
-def _gradients(objective: base.Objective, params, constants, batch, rng, step, microbatches: int):
-  """The loss, what the objective says besides, and gradients, of one microbatch after another.
+def _gradients(
+  objective: base.Objective,
+  params: base.Params,
+  constants: base.Params,
+  batch: base.Batch,
+  rng: PRNGKeyArray,
+  step: Int[Array, ''],
+  microbatches: int,
+) -> tuple[Float[Array, ''], dict[str, Any], base.Params]:
+  """Computes the loss, its auxiliary outputs and gradients, one microbatch after another.
 
-  Microbatch k of n has the examples k, k + n, k + 2 · n ..., so that each device finds its part of
-  every microbatch in its part of the batch. Gradients are summed in float32. All examples weigh
-  what they would without microbatches; what a loss computes over several examples
-  (`objective.over_examples`) it computes over those of a microbatch.
+  Microbatch k of n has the examples k, k + n, k + 2 · n ..., so each device already holds its part
+  of every microbatch. Gradients are summed in float32. All examples have the same weight as without
+  microbatches. What a loss computes over several examples (`objective.over_examples`), it computes
+  over those of a microbatch.
   """
   size = len(next(iter(batch.values())))
   whole = jnp.maximum(objective.weight(batch), 1.0)
 
-  def loss(params, batch, keys):
+  def loss(
+    params: base.Params, batch: base.Batch, keys: layers.DropoutKeys
+  ) -> tuple[Float[Array, ''], dict[str, Any]]:
     params = {
       name: jax.lax.stop_gradient(part) if name in objective.frozen else part
       for name, part in params.items()
@@ -114,13 +153,14 @@ def _gradients(objective: base.Objective, params, constants, batch, rng, step, m
     (value, aux), gradients = with_gradients(params, batch, keys)
     return value, aux, gradients
 
-  def split(array):
+  def split(array: jax.Array) -> jax.Array:
     array = array.reshape((size // microbatches, microbatches) + array.shape[1:])
     return array.swapaxes(0, 1)
 
   def of_part(part):
     batch, rows = part
-    (value, aux), gradients = with_gradients(params, batch, keys.replace(rows=rows))
+    keys_of_part = layers.DropoutKeys(keys.key, rows)
+    (value, aux), gradients = with_gradients(params, batch, keys_of_part)
     return (value, aux.pop('metrics'), gradients), aux
 
   def body(sums, part):
@@ -134,25 +174,31 @@ def _gradients(objective: base.Objective, params, constants, batch, rng, step, m
   return value, objective.merge(others) | {'metrics': metrics}, gradients
 
 
-def compiler_options(mesh) -> dict[str, int]:
-  """XLA's options for a step: on a CPU, vectors as wide as it has, where LLVM prefers 256 bits."""
+def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, bool | str | int]:
+  """Returns XLA's options for a step: on CPUs, 512-bit vectors rather than LLVM's default of 256."""
   return {'xla_cpu_prefer_vector_width': 512} if mesh.devices.flat[0].platform == 'cpu' else {}
 
 
 class Trainer:
-  """An objective on a mesh: its state's shardings, and its steps compiled for them.
+  """An objective on a mesh: the shardings of its state, and its compiled steps.
 
   Args:
-    objective: what is trained, such as TokenizerObjective or GeneratorObjective.
-    optimizer: an optax transformation, see `with_other_optimizers`.
+    objective: the objective to train, such as TokenizerObjective or GeneratorObjective.
+    optimizer: an optax transformation, for the parts without one of the objective's
+      `other_optimizers`.
     mesh: the device mesh.
-    seed: of the initial parameters and of dropout.
-    microbatches: parts of a batch whose gradients are computed one after the other and summed.
-    offload_optimizer: whether the optimiser's state lies in the hosts' memory between steps.
+    seed: seed of the initial parameters and of dropout.
+    microbatches: number of parts of a batch whose gradients are computed one after the other and
+      summed.
+    offload_optimizer: whether to keep the optimizer's state in host memory between steps.
+
+  Attributes:
+    abstract: shapes and shardings of the state, a TrainState.
+    shardings: shardings of the state, a TrainState.
+    batch_sharding: sharding of a batch's arrays.
 
   Raises:
-    UserError: if the mesh does not divide a parameter, or its devices can't use their hosts'
-      memory.
+    UserError: if a parameter can't be split evenly over the mesh, or the platform can't offload.
   """
 
   @numerics.fixed()
@@ -169,7 +215,7 @@ class Trainer:
     self.objective, self.optimizer, self.mesh, self.seed = objective, optimizer, mesh, seed
     self.microbatches = microbatches
     self.rules = rules_lib.logical_axis_rules()
-    # Without stages gin's settings are not asked for, and not among those that a run keeps.
+    # With one stage the settings aren't read from gin, so a run's config.gin doesn't list them.
     self._pipeline = pipeline_parallelism.Settings()
     if mesh.shape.get('stage', 1) > 1:
       self._pipeline = pipeline_parallelism.configured()
@@ -194,7 +240,7 @@ class Trainer:
 
   @classmethod
   def of_config(cls, config: config_lib.TrainConfig, mesh: jax.sharding.Mesh) -> Trainer:
-    """The trainer of a run with these settings."""
+    """Returns the trainer of a run with these settings."""
     return cls(
       config.objective,
       config.optimizer(config.schedule),
@@ -206,11 +252,11 @@ class Trainer:
 
   @functools.cached_property
   @numerics.fixed()
-  def constants(self):
-    """The objective's constants on the mesh; reads the files that they are in.
+  def constants(self) -> base.Params:
+    """The objective's constants on the mesh, read from their files.
 
     Raises:
-      UserError: if a file of them is missing or damaged.
+      UserError: if one of the files is missing or damaged.
     """
     return jax.tree.map(
       lambda leaf: jax.device_put(leaf, self._replicated), self.objective.constants()
@@ -218,33 +264,45 @@ class Trainer:
 
   @numerics.fixed()
   def create_state(self) -> state_lib.TrainState:
-    """The state before the first step."""
+    """Returns the state before the first step."""
     with pipeline_parallelism.use(self._pipeline):
       return state_lib.create_state(
         self.objective, self.optimizer, self.seed, self.abstract, self.mesh, self.rules
       )
 
   @numerics.fixed()
-  def put(self, batch: dict[str, np.ndarray], batch_size: int | None = None):
-    """A batch as global arrays on the mesh.
+  def put(
+    self, batch: dict[str, np.ndarray], batch_size: int | None = None
+  ) -> dict[str, jax.Array]:
+    """Makes global arrays on the mesh from a batch.
 
     Args:
-      batch: the rows that this process holds, see `local_rows`.
-      batch_size: rows of the global batch; None if `batch` is the whole of it.
+      batch: the rows that this process holds, as `local_rows` gives them.
+      batch_size: rows of the global batch; None if `batch` has all of them.
     """
     return local_rows.global_arrays(
       self.batch_sharding, batch, batch_size or len(next(iter(batch.values())))
     )
 
   @numerics.fixed()
-  def step(self, state, batch):
-    """One update: the new state and scalar metrics; `state` is donated, `batch` of `put`."""
+  def step(
+    self, state: state_lib.TrainState, batch: base.Batch
+  ) -> tuple[state_lib.TrainState, dict[str, Shaped[Array, '']]]:
+    """Trains on one batch.
+
+    Args:
+      state: the state, whose buffers are donated.
+      batch: a result of `put`.
+
+    Returns:
+      The new state, and the metrics.
+    """
     with self._partitioned():
       return self._step(state, batch, self.constants)
 
   @numerics.fixed()
-  def lower(self, batch_size: int):
-    """The step that training runs, lowered for a batch of this size and not yet compiled."""
+  def lower(self, batch_size: int) -> jax.stages.Lowered:
+    """Lowers the training step for a batch of this size, without compiling it."""
     batch, constants = (
       self.objective.abstract_batch(batch_size),
       self.objective.abstract_constants(),
@@ -253,16 +311,19 @@ class Trainer:
       return self._step.lower(self.abstract, batch, constants)
 
   @numerics.fixed()
-  def evaluate(self, params, batches) -> dict[str, float]:
-    """Means over all examples of `batches`; a short batch is padded, which does not count.
+  def evaluate(
+    self, params: base.Params, batches: Iterable[Mapping[str, np.ndarray]]
+  ) -> dict[str, float]:
+    """Evaluates all examples of `batches`.
 
     Args:
       params: the parameters.
-      batches: the same ones in every process, since all of them must take part in each step.
+      batches: whole batches, the same ones in every process, since all processes take part in each
+        evaluation step. Short batches are padded; the padding isn't counted.
 
     Returns:
-      What the objective makes of its measures; where some are not finite, also how many examples these
-      are of, 'not_finite_examples'.
+      The objective's summary of its measures. If some measures aren't finite, 'not_finite_examples'
+      is the number of their examples.
     """
     measures: dict[str, list[np.ndarray]] = {}
     size, ways = 0, rules_lib.batch_ways(self.mesh, self.rules)
@@ -273,30 +334,32 @@ class Trainer:
         whole = self._put_whole(batch, size)
         for name, values in self._evaluate(params, self.constants, whole).items():
           measures.setdefault(name, []).append(np.asarray(values)[:count])
-    whole = {name: np.concatenate(parts) for name, parts in measures.items()}
-    # The objective's summary may hide them: NaN loses every comparison in a ranking, say.
-    bad = finite_lib.bad_examples(whole)
-    return self.objective.summarize(whole) | ({'not_finite_examples': float(bad)} if bad else {})
+    of_all = {name: np.concatenate(parts) for name, parts in measures.items()}
+    # The summary may hide values that aren't finite. In a ranking, NaN loses all comparisons.
+    bad = finite_lib.bad_examples(of_all)
+    return self.objective.summarize(of_all) | ({'not_finite_examples': float(bad)} if bad else {})
 
   @property
   def draws(self) -> bool:
-    """Whether the objective draws pictures; reads the files that it draws with.
+    """Whether the objective draws images; reads the files that it needs for that.
 
     Raises:
-      UserError: if a file of them is missing or damaged.
+      UserError: if one of the files is missing or damaged.
     """
     return self._painter is not None
 
   @numerics.fixed()
-  def pictures(self, params, batch) -> dict[str, np.ndarray]:
-    """Pictures for a few examples, drawn on the mesh, where all processes take part.
+  def pictures(
+    self, params: base.Params, batch: Mapping[str, np.ndarray]
+  ) -> dict[str, UInt8[np.ndarray, 'batch height width 3']]:
+    """Draws images of a few examples on the mesh; all processes must call it.
 
     Args:
       params: the parameters.
       batch: a whole batch, the same one in every process.
 
     Returns:
-      Name -> uint8 [batch, height, width, 3]; nothing where the objective has nothing to draw with.
+      {name: images}; {} if the objective doesn't draw images.
     """
     if self._painter is None:
       return {}
@@ -307,8 +370,8 @@ class Trainer:
     return {name: np.asarray(pictures)[:count] for name, pictures in drawn.items()}
 
   @functools.cached_property
-  def _painter(self):
-    """The objective's painter with its function jitted for the mesh, once for all pictures of a run."""
+  def _painter(self) -> base.Painter | None:
+    """The objective's painter with its function jitted for the mesh."""
     painter = self.objective.painter()
     if painter is None:
       return None
@@ -317,16 +380,16 @@ class Trainer:
     return jax.jit(draw, in_shardings=shardings, out_shardings=self._replicated), inputs
 
   @contextlib.contextmanager
-  def _partitioned(self):
-    """A context in which the models are split over the mesh."""
+  def _partitioned(self) -> Iterator[None]:
+    """Splits the models over the mesh in the body."""
     with (
       rules_lib.partitioned(self.mesh, self.rules),
       pipeline_parallelism.use(self._pipeline),
     ):
       yield
 
-  def _put_whole(self, batch, size: int):
-    """A batch that every process has, as arrays of `size` rows; the added ones repeat others."""
+  def _put_whole(self, batch: Mapping[str, np.ndarray], size: int) -> dict[str, jax.Array]:
+    """Puts a batch that every process has on the mesh, padded to `size` rows by repetition."""
     padded = {name: np.resize(value, (size,) + value.shape[1:]) for name, value in batch.items()}
     rows = local_rows.local_rows(self.batch_sharding, size)
     held = {name: value[rows] for name, value in padded.items()}

@@ -1,4 +1,4 @@
-"""Where a run's metrics and pictures go: TensorBoard's event files, and what else gin names."""
+"""Writers of a run's metrics and images: TensorBoard's event files, and others named in gin."""
 
 from __future__ import annotations
 
@@ -9,44 +9,47 @@ import socket
 import tempfile
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import gin
 import numpy as np
+from jaxtyping import UInt8
 
 from parti_jax.core import storage
 
 
 class Writer(abc.ABC):
-  """A service or a file format for metrics and pictures.
+  """Writes metrics and images to a service or in a file format.
 
-  The run's first process makes one of each of `train.writers`, with the run's folder and the step
-  that the run starts at as positional arguments. Metrics of later steps may have been written
-  already by a start that was killed; those steps are trained again, and a writer should show each
-  of them once.
+  The run's first process calls each of `train.writers` with two positional arguments, the run's
+  folder and the number of steps done. If the process was killed before, metrics of later steps may
+  have been written already. These steps are repeated, and a writer should show each of them once.
   """
 
   @abc.abstractmethod
-  def write_scalars(self, step: int, values: Mapping[str, float]):
-    """Writes the metrics of a step, by name. A step may have several calls, of other names."""
+  def write_scalars(self, step: int, values: Mapping[str, float]) -> None:
+    """Writes {name: value} of a step. A step may have several calls with different names."""
 
-  def write_images(self, step: int, images: Mapping[str, np.ndarray]):
-    """Writes pictures of a step, by name: uint8 [height, width, 3]. Ignored by default."""
+  def write_images(
+    self, step: int, images: Mapping[str, UInt8[np.ndarray, 'height width 3']]
+  ) -> None:
+    """Writes {name: image} of a step. Ignored by default."""
     del step, images
 
-  def flush(self):  # noqa: B027
-    """Returns when all that was written is safe from the end of the process.
+  def flush(self) -> None:  # noqa: B027
+    """Blocks until everything written would survive the end of the process.
 
-    It is called before each checkpoint, since the steps before one are not trained again.
+    It is called before each checkpoint, since a resumed run doesn't repeat earlier steps.
     """
 
-  def close(self):  # noqa: B027
-    """Flushes, and releases what the writer holds. Called once, also after an error."""
+  def close(self) -> None:  # noqa: B027
+    """Flushes and closes the writer. Called once, also after an error."""
 
 
 class LocalFolder:
-  """A folder of the run for libraries that write to disks alone.
+  """A folder of the run for libraries that can only write to a local disk.
 
-  In a store, its files are written to a temporary folder and uploaded whole.
+  If the folder is in a store, files are written to a temporary folder and uploaded.
 
   Args:
     target: the folder, a path or URL.
@@ -56,7 +59,8 @@ class LocalFolder:
   """
 
   def __init__(self, target: str):
-    self._target, self._temporary = target, None
+    self._target = target
+    self._temporary: tempfile.TemporaryDirectory | None = None
     self.path = os.fspath(storage.as_epath(target))
     self._uploaded: dict[str, int] = {}
     if storage.is_url(target):
@@ -64,8 +68,8 @@ class LocalFolder:
       self.path = self._temporary.name
     os.makedirs(self.path, exist_ok=True)
 
-  def upload(self):
-    """Copies the files that have grown to the store, if the folder is in one."""
+  def upload(self) -> None:
+    """Uploads new and grown files, if the folder is in a store."""
     if self._temporary is None:
       return
     for name, size in storage.sizes(self.path).items():
@@ -76,13 +80,13 @@ class LocalFolder:
 
 @gin.configurable(denylist=['model_dir', 'step'])
 class TensorBoardWriter(Writer):
-  """Event files for TensorBoard, in the run's `tensorboard/`.
+  """Writes event files for TensorBoard to the run's folder `tensorboard`.
 
-  They are written with TensorBoard's own classes that do not import TensorFlow.
+  It uses those of TensorBoard's own classes that don't import TensorFlow.
 
   Args:
     model_dir: the run's folder.
-    step: where the run starts. TensorBoard drops what it has of later steps.
+    step: number of steps done. TensorBoard drops what it has of later steps.
   """
 
   def __init__(self, model_dir: str, step: int):
@@ -91,7 +95,7 @@ class TensorBoardWriter(Writer):
 
     self._event = event_pb2.Event
     self._folder = LocalFolder(storage.join(model_dir, 'tensorboard'))
-    # TensorBoard reads the files in the order of their names.
+    # TensorBoard reads files in the order of their names.
     name = f'events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}'
     self._records = record_writer.RecordWriter(open(os.path.join(self._folder.path, name), 'xb'))
     self._write(file_version='brain.Event:2')
@@ -99,14 +103,16 @@ class TensorBoardWriter(Writer):
     self._write(step=step + 1, session_log=start)
     self._records.flush()
 
-  def write_scalars(self, step: int, values: Mapping[str, float]):
+  def write_scalars(self, step: int, values: Mapping[str, float]) -> None:
     from tensorboard.plugins.scalar import summary_v2
 
     for name, value in values.items():
       self._write(step=step, summary=summary_v2.scalar_pb(name, value))
     self._records.flush()
 
-  def write_images(self, step: int, images: Mapping[str, np.ndarray]):
+  def write_images(
+    self, step: int, images: Mapping[str, UInt8[np.ndarray, 'height width 3']]
+  ) -> None:
     from PIL import Image
     from tensorboard.compat.proto import summary_pb2
     from tensorboard.plugins.image import metadata
@@ -126,13 +132,13 @@ class TensorBoardWriter(Writer):
       self._write(step=step, summary=summary_pb2.Summary(value=[value]))
     self._records.flush()
 
-  def flush(self):
+  def flush(self) -> None:
     self._records.flush()
     self._folder.upload()
 
-  def close(self):
+  def close(self) -> None:
     self._records.close()
     self._folder.upload()
 
-  def _write(self, **fields):
+  def _write(self, **fields: Any) -> None:
     self._records.write(self._event(wall_time=time.time(), **fields).SerializeToString())

@@ -64,7 +64,7 @@ def _batch():
 
 
 def _loss(stage, params, batch):
-  return stage.loss(params, batch, layers.dropout_keys(jax.random.key(7), BATCH), 0)[0]
+  return stage.loss(params, batch, layers.dropout_keys(jax.random.key(7), BATCH), jnp.int32(0))[0]
 
 
 @functools.cache

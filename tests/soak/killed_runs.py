@@ -193,7 +193,7 @@ class _Recorder:
 
   def install(self, on: str):
     """Puts the recorder into the loop's methods; `on` is the mesh."""
-    from parti_jax.checkpoints import run_checkpoints
+    from parti_jax.checkpoints import checkpoint_manager
     from parti_jax.training import reporting
     from parti_jax.training import run as run_lib
     from parti_jax.training import trainer as trainer_lib
@@ -201,7 +201,7 @@ class _Recorder:
     self.write(starts=os.getpid(), mesh=on)
     self._kill_at('start')
     init, advance, save = run_lib.Run.__init__, run_lib.Run.advance, run_lib.Run.save
-    put, restore = trainer_lib.Trainer.put, run_checkpoints.Checkpoints.restore
+    put, restore = trainer_lib.Trainer.put, checkpoint_manager.Checkpoints.restore
     metrics, pictures = reporting.Reporter.metrics, reporting.Reporter.pictures
 
     def recorded_init(run, trainer, model_dir, *args, **kwargs):
@@ -239,7 +239,7 @@ class _Recorder:
 
     run_lib.Run.__init__, run_lib.Run.advance = recorded_init, recorded_advance
     run_lib.Run.save, trainer_lib.Trainer.put = recorded_save, recorded_put
-    run_checkpoints.Checkpoints.restore = killed('restore', restore)
+    checkpoint_manager.Checkpoints.restore = killed('restore', restore)
     reporting.Reporter.metrics = recorded_metrics
     reporting.Reporter.pictures = killed('pictures', pictures)
 

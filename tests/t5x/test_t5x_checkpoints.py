@@ -15,6 +15,7 @@ import pytest
 import tiny_configs
 from etils import epath
 
+from parti_jax.checkpoints import checkpoint_manager
 from parti_jax.checkpoints import run_checkpoints
 from parti_jax.cli import main
 from parti_jax.cli import t5x_checkpoint
@@ -101,7 +102,7 @@ def _filled(trainer, step=7):
 
 
 def _save(folder, trainer, state):
-  manager = run_checkpoints.Checkpoints(folder)
+  manager = checkpoint_manager.Checkpoints(folder)
   manager.save(
     int(state.step), state, {'epoch': 2, 'taken': 5}, run_checkpoints.describe(trainer.objective)
   )
@@ -181,7 +182,7 @@ def test_a_run_of_a_checkpoint_of_t5x(run, tmp_path, capsys):
   assert (path / 'manifest.json').exists() and not (tmp_path / 'again' / 'lock.json').exists()
   assert run_checkpoints.read_place(path) == {'from_t5x': str(written)}
   trainer = _trainer('adafactor')
-  manager = run_checkpoints.Checkpoints(tmp_path / 'again')
+  manager = checkpoint_manager.Checkpoints(tmp_path / 'again')
   restored, _ = manager.restore(7, trainer.abstract, run_checkpoints.describe(trainer.objective))
   manager.close()
   _assert_same_bits(restored, state)
@@ -209,7 +210,7 @@ def test_whole_second_moments_of_earlier_versions_are_factored_both_ways(tmp_pat
   old_moments.assert_same(saved, right)
   written = t5x_checkpoints.write(tmp_path / 'old', whole)
   t5x_checkpoint.to_run(written, tmp_path / 'again', trainer)
-  manager = run_checkpoints.Checkpoints(tmp_path / 'again')
+  manager = checkpoint_manager.Checkpoints(tmp_path / 'again')
   restored, _ = manager.restore(7, trainer.abstract, run_checkpoints.describe(trainer.objective))
   manager.close()
   assert manager.factored == 0
@@ -268,7 +269,7 @@ def test_the_optimizer_may_begin_anew(run, tmp_path, capsys):
   assert main.main([*command, '--parameters_only']) == 0
   assert 'the optimiser starts again' in capsys.readouterr().out
   trainer = _trainer('adamw')
-  manager = run_checkpoints.Checkpoints(tmp_path / 'run')
+  manager = checkpoint_manager.Checkpoints(tmp_path / 'run')
   restored, _ = manager.restore(7, trainer.abstract, run_checkpoints.describe(trainer.objective))
   manager.close()
   _assert_same_bits(restored.params, state.params)
@@ -384,7 +385,7 @@ def test_bad_runs(run, tmp_path, capsys):
     main.main(['t5x_checkpoint', f'--output_dir={written.parent}', f'--model_dir={folder}']) == 2
   )
   assert 'checkpoint_7 is there already' in capsys.readouterr().err
-  manager = run_checkpoints.Checkpoints(tmp_path / 'ranker')
+  manager = checkpoint_manager.Checkpoints(tmp_path / 'ranker')
   manager.save(1, {'step': jnp.int32(1)}, {}, {'stage': 'ranker', 'config': {}})
   manager.close()
   assert main.main([*command, f'--model_dir={tmp_path}/ranker']) == 2

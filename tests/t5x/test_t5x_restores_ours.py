@@ -15,6 +15,7 @@ import require_t5x  # noqa: F401
 from t5x import partitioning
 from t5x import utils
 
+from parti_jax.checkpoints import checkpoint_manager
 from parti_jax.checkpoints import run_checkpoints
 from parti_jax.cli import t5x_checkpoint
 from parti_jax.models import parti
@@ -150,7 +151,7 @@ class Sides:
     return state
 
   def save_by_ours(self, state, folder):
-    manager = run_checkpoints.Checkpoints(folder)
+    manager = checkpoint_manager.Checkpoints(folder)
     manager.save(
       STEP, state, {'epoch': 0, 'taken': 0}, run_checkpoints.describe(self.trainer.objective)
     )
@@ -158,7 +159,7 @@ class Sides:
 
   def restore_by_ours(self, folder):
     """What `parti-jax train` does when it starts again."""
-    manager = run_checkpoints.Checkpoints(folder)
+    manager = checkpoint_manager.Checkpoints(folder)
     state, _ = manager.restore(
       STEP, self.trainer.abstract, run_checkpoints.describe(self.trainer.objective)
     )

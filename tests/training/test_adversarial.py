@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny_configs
 
+from parti_jax.checkpoints import checkpoint_manager
 from parti_jax.checkpoints import run_checkpoints
 from parti_jax.core.errors import UserError
 from parti_jax.models import discriminator
@@ -46,7 +47,7 @@ def params():
 
 
 def test_both_losses_by_formula_and_each_moves_its_own_side(params):
-  real, drawn = np.random.default_rng(0).uniform(size=(2, 4, 8, 8, 3)).astype(np.float32)
+  real, drawn = jnp.asarray(np.random.default_rng(0).uniform(size=(2, 4, 8, 8, 3)), jnp.float32)
   judge = params['discriminator']
 
   @jax.jit
@@ -79,25 +80,27 @@ def test_r1_is_the_squared_gradient_by_pixels(params):
     np.sum(((logit(judge, image + steps) - logit(judge, image - steps)) / 2e-2) ** 2)
     for image in images
   ]
-  found = jax.jit(lambda judge: adversarial.r1_penalty(JUDGE, judge, images))(judge['params'])
+  found = jax.jit(lambda judge: adversarial.r1_penalty(JUDGE, judge, jnp.asarray(images)))(
+    judge['params']
+  )
   np.testing.assert_allclose(found, np.mean(squares), rtol=2e-2)
   assert found > 1e-6
 
 
 def test_the_adaptive_weight_is_the_ratio_of_gradients_at_the_last_layer(params):
-  images = _images(4)
+  images = jnp.asarray(_images(4))
   objective = dataclasses.replace(OBJECTIVE, adversarial_adaptive=True, adversarial_from=0)
   keep = dataclasses.replace(OBJECTIVE, adversarial_weight=0.0, quantizer_weight=0.0)
 
   def of_rest(kernel):
-    return keep.loss(_with_last(params, kernel), {'images': images}, None, 1)[0]
+    return keep.loss(_with_last(params, kernel), {'images': images}, None, jnp.int32(1))[0]
 
   def of_adversary(kernel):
     out = vit_vqgan.ViTVQGAN(SIZES).apply(
-      {'params': _with_last(params, kernel)}, images / np.float32(255)
+      {'params': _with_last(params, kernel)}, images / jnp.float32(255)
     )
     return adversarial.losses(
-      JUDGE, params['discriminator'], images / np.float32(255), vit_vqgan.to_pixels(out['mean'])
+      JUDGE, params['discriminator'], images / jnp.float32(255), vit_vqgan.to_pixels(out['mean'])
     )[0]
 
   kernel = params['decoder']['project_patches']['kernel']
@@ -220,11 +223,11 @@ def test_mesh_and_microbatches_change_nothing(run):
 
 def test_a_checkpoint_goes_on_bit_for_bit_and_draws_with_the_average(run, trainer, tmp_path):
   states, _ = run
-  manager = run_checkpoints.Checkpoints(tmp_path)
+  manager = checkpoint_manager.Checkpoints(tmp_path)
   model = run_checkpoints.describe(OBJECTIVE)
   manager.save(3, jax.device_put(states[3], trainer.shardings), {}, model)
   manager.close()
-  manager = run_checkpoints.Checkpoints(tmp_path)
+  manager = checkpoint_manager.Checkpoints(tmp_path)
   state, _ = manager.restore(3, trainer.abstract, model)
   manager.close()
   resumed, _ = _stepped(trainer, state, 3)
@@ -251,7 +254,7 @@ def test_without_any_of_it_the_state_is_what_it_was():
 @pytest.mark.parametrize(
   'changes, words',
   [
-    ({'perceptual_weight': 0.1}, 'LPIPS needs pictures of 16 pixels'),
+    ({'perceptual_weight': 0.1}, 'perceptual_weight: LPIPS needs images of at least 16 pixels'),
     ({'r1_every': 0}, 'TokenizerObjective.r1_every=0 must be at least 1'),
     ({'ema': 1.0}, 'TokenizerObjective.ema=1.0 must be'),
     ({'model': dataclasses.replace(SIZES, image_size=12)}, 'size of 12 is not a power of two'),

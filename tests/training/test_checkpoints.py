@@ -11,6 +11,7 @@ import pytest
 import tiny_configs
 from etils import epath
 
+from parti_jax.checkpoints import checkpoint_manager
 from parti_jax.checkpoints import run_checkpoints
 from parti_jax.core.errors import UserError
 from parti_jax.models import parti_config
@@ -37,7 +38,7 @@ def saved(tmp_path_factory):
   folder = tmp_path_factory.mktemp('run')
   trainer = _trainer()
   state = trainer.create_state()
-  manager = run_checkpoints.Checkpoints(folder, keep=2)
+  manager = checkpoint_manager.Checkpoints(folder, keep=2)
   for step in (1, 3, 7):
     state = state.replace(step=state.step * 0 + step)
     manager.save(step, state, PLACE, run_checkpoints.describe(trainer.objective))
@@ -46,7 +47,7 @@ def saved(tmp_path_factory):
 
 
 def _restored(folder, trainer, step=7):
-  manager = run_checkpoints.Checkpoints(folder)
+  manager = checkpoint_manager.Checkpoints(folder)
   try:
     return manager.restore(step, trainer.abstract, run_checkpoints.describe(trainer.objective))
   finally:
@@ -165,7 +166,7 @@ def test_a_checkpoint_that_was_being_written_does_not_count(saved, tmp_path):
   unfinished = copy / 'checkpoints' / '9.orbax-checkpoint-tmp'
   shutil.copytree(copy / 'checkpoints' / '7', unfinished)
   assert run_checkpoints.latest_checkpoint(copy).name == '7'
-  manager = run_checkpoints.Checkpoints(copy)
+  manager = checkpoint_manager.Checkpoints(copy)
   assert manager.latest_step() == 7
   manager.close()
   _assert_same(_restored(copy, trainer)[0], state)
@@ -183,7 +184,7 @@ def test_a_checkpoint_with_a_missing_part_is_not_used(saved, tmp_path, lost):
     run_checkpoints.read_config(path, 'tokenizer')
     run_checkpoints.read_params(path, vit_vqgan.ViTVQGAN(SIZES), vit_vqgan.example_inputs(SIZES))
   assert run_checkpoints.latest_checkpoint(copy).name == '3'
-  manager = run_checkpoints.Checkpoints(copy)
+  manager = checkpoint_manager.Checkpoints(copy)
   manager.close()
   assert manager.latest_step() == 3 and manager.found.damaged[0].step == 7
 

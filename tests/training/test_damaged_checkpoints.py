@@ -9,6 +9,7 @@ import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 
+from parti_jax.checkpoints import checkpoint_manager
 from parti_jax.checkpoints import manifest
 from parti_jax.checkpoints import run_checkpoints
 from parti_jax.checkpoints import verification
@@ -54,7 +55,7 @@ def _save(manager, step):
 
 
 def _write(folder, steps, keep=2):
-  manager = run_checkpoints.Checkpoints(folder, keep)
+  manager = checkpoint_manager.Checkpoints(folder, keep)
   for step in steps:
     _save(manager, step)
   manager.close()
@@ -136,7 +137,7 @@ def test_a_run_goes_on_from_the_whole_one_and_writes_the_step_again(run):
   data = next((run / 'checkpoints' / '400' / 'state' / 'd').iterdir())
   before = data.stat().st_size
   _truncate(data)
-  manager = run_checkpoints.Checkpoints(run)
+  manager = checkpoint_manager.Checkpoints(run)
   assert manager.latest_step() == manager.found.step == 300
   name = f'state/d/{data.name}'
   assert manager.found.lines() == [
@@ -150,7 +151,7 @@ def test_a_run_goes_on_from_the_whole_one_and_writes_the_step_again(run):
   assert _newest(run / 'checkpoints') == verification.Found(400)
   # Damage it again.
   _remove(run / 'checkpoints' / '400' / 'commit_success.txt')
-  manager = run_checkpoints.Checkpoints(run)
+  manager = checkpoint_manager.Checkpoints(run)
   _save(manager, 350)
   manager.close()
   assert _steps(run) == ['300', '350', '400.damaged', '400.damaged-2']
@@ -165,7 +166,7 @@ def test_without_a_whole_one_nothing_is_touched(run):
     r'is truncated \(0 of .*; checkpoint 300: state/_METADATA'
   )
   with pytest.raises(UserError, match=message):
-    run_checkpoints.Checkpoints(run)
+    checkpoint_manager.Checkpoints(run)
   with pytest.raises(UserError, match=message):
     run_checkpoints.latest_checkpoint(run)
   assert [(path, path.read_bytes()) for path in _all_files(run)] == before
@@ -201,7 +202,7 @@ def test_a_checkpoint_from_before_manifests_is_read_whole(run, monkeypatch):
 
 @pytest.mark.parametrize('keep', [1, 2])
 def test_the_last_whole_one_stays_when_newer_ones_turn_out_damaged(tmp_path, keep):
-  manager = run_checkpoints.Checkpoints(tmp_path, keep)
+  manager = checkpoint_manager.Checkpoints(tmp_path, keep)
   for step in (1, 2, 3, 4):
     _save(manager, step)
     manager.check()
@@ -211,7 +212,7 @@ def test_the_last_whole_one_stays_when_newer_ones_turn_out_damaged(tmp_path, kee
       _flip(next((tmp_path / 'checkpoints' / str(step) / 'state' / 'd').iterdir()))
   manager.close()
   assert _newest(tmp_path / 'checkpoints').step == 1
-  manager = run_checkpoints.Checkpoints(tmp_path, keep)
+  manager = checkpoint_manager.Checkpoints(tmp_path, keep)
   for step in (2, 3, 4):
     _save(manager, step)
   manager.close()

@@ -4,6 +4,7 @@ import dataclasses
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -54,8 +55,10 @@ def _value(params, weights, **sizes):
     dataclasses.replace(MODEL, **sizes), depth_loss_weights=weights
   )
   (loss, aux), gradient = jax.jit(
-    jax.value_and_grad(lambda params: objective.loss(params, BATCH, None, 0), has_aux=True)
-  )(params)
+    jax.value_and_grad(
+      lambda params, batch: objective.loss(params, batch, None, jnp.int32(0)), has_aux=True
+    )
+  )(params, BATCH)
   return float(loss), aux['metrics'], gradient
 
 
@@ -113,7 +116,7 @@ def test_stages_of_a_pipeline_are_an_error():
   params = jax.eval_shape(lambda: nn.meta.unbox(objective.init(jax.random.key(0))))
   with rules.partitioned(mesh, rules.logical_axis_rules()):
     with pytest.raises(UserError, match='make_mesh.stage=2.*depth_loss_weights'):
-      jax.eval_shape(lambda params: objective.loss(params, BATCH, None, 0), params)
+      jax.eval_shape(objective.loss, params, BATCH, None, jnp.int32(0))
 
 
 @pytest.mark.parametrize('weights', [(1, 2), (1, 2, 3, -4), (1, 2, 3, 0), ()])

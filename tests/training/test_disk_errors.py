@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from etils import epath
 
+from parti_jax.checkpoints import checkpoint_manager
 from parti_jax.checkpoints import disk_errors
-from parti_jax.checkpoints import run_checkpoints
 from parti_jax.checkpoints import verification
 from parti_jax.cli import main
 from parti_jax.core.errors import UserError
@@ -73,7 +73,7 @@ def _assert_goes_on(folder, steps=(1,)):
   while before != (before := sorted(os.walk(folder))):  # os.walk tolerates vanishing files.
     time.sleep(0.1)
   assert verification.newest_whole(epath.Path(folder / 'checkpoints')).step in steps
-  manager = run_checkpoints.Checkpoints(folder)
+  manager = checkpoint_manager.Checkpoints(folder)
   # Orbax may complete a checkpoint whose metadata failed at the same time; it is moved aside.
   assert {damaged.step for damaged in manager.found.damaged} <= {2}
   _save(manager, 3)
@@ -84,13 +84,13 @@ def _assert_goes_on(folder, steps=(1,)):
 @pytest.fixture(name='run')
 def _run(tmp_path):
   """Makes a run's folder with a checkpoint of step 1."""
-  _save(run_checkpoints.Checkpoints(tmp_path / 'run'), 1)
+  _save(checkpoint_manager.Checkpoints(tmp_path / 'run'), 1)
   return tmp_path / 'run'
 
 
 @pytest.fixture(name='full')
 def _full(monkeypatch):
-  """Makes the n-th file that Python opens for writing in `run_checkpoints` fail; counts files."""
+  """Makes the n-th file that Python opens for writing in a folder `checkpoints` fail; counts files."""
   opened, wanted = builtins.open, {'count': 0, 'fails': None, 'code': errno.ENOSPC}
 
   def opens(file, mode='r', *args, **kwargs):
@@ -106,7 +106,7 @@ def _full(monkeypatch):
 
 def test_whichever_write_fills_the_disk_the_last_checkpoint_is_whole(run, full, tmp_path):
   shutil.copytree(run, tmp_path / 'counted')
-  manager = run_checkpoints.Checkpoints(tmp_path / 'counted')
+  manager = checkpoint_manager.Checkpoints(tmp_path / 'counted')
   full['count'] = 0
   _save(manager, 2)
   writes = full['count']
@@ -114,7 +114,7 @@ def test_whichever_write_fills_the_disk_the_last_checkpoint_is_whole(run, full, 
   for failing in {1, 2, writes // 2, writes - 1, writes}:
     folder = tmp_path / f'fails_{failing}'
     shutil.copytree(run, folder)
-    manager = run_checkpoints.Checkpoints(folder)
+    manager = checkpoint_manager.Checkpoints(folder)
     full.update(count=0, fails=failing)
     with pytest.raises(UserError, match='no space left on device.*start again: it goes on') as told:
       _save(manager, 2)
@@ -133,7 +133,7 @@ def test_whichever_write_fills_the_disk_the_last_checkpoint_is_whole(run, full, 
   ],
 )
 def test_other_errors_of_writing_are_explained(run, full, code, advice):
-  manager = run_checkpoints.Checkpoints(run)
+  manager = checkpoint_manager.Checkpoints(run)
   full.update(count=0, fails=3, code=code)
   with pytest.raises(UserError, match=f'{advice}.*from its last whole checkpoint, step 1'):
     _save(manager, 2)
@@ -143,7 +143,7 @@ def test_other_errors_of_writing_are_explained(run, full, code, advice):
 
 @pytest.mark.parametrize('limit', [100, 3000, 12000])
 def test_a_full_disk_in_the_background_is_explained(run, limit):
-  manager = run_checkpoints.Checkpoints(run)
+  manager = checkpoint_manager.Checkpoints(run)
   before = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
   try:

@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 
+from parti_jax.checkpoints import checkpoint_manager
 from parti_jax.checkpoints import run_checkpoints
 from parti_jax.cli import main
 from parti_jax.core import gin_config
@@ -51,7 +52,7 @@ def _write_tokenizer(folder, seed, change=lambda params: params):
   objective = tokenizer_objective.TokenizerObjective(SIZES)
   trainer = trainer_lib.Trainer(objective, optax.sgd(0.1), mesh.make_mesh(8, 1, 1, 1), seed)
   state = trainer.create_state()
-  run = run_checkpoints.Checkpoints(folder)
+  run = checkpoint_manager.Checkpoints(folder)
   run.save(1, state.replace(params=change(state.params)), {}, run_checkpoints.describe(objective))
   run.close()
   return str(folder)

@@ -141,7 +141,7 @@ def test_the_tokenizer_learns_by_it_and_does_not_keep_it(files):
 
 def test_missing_and_damaged_files_are_named(files, tmp_path):
   folder, trunk, heads = files
-  with pytest.raises(UserError, match='nowhere.pth: there is no such file.*docs/tokenizer.md'):
+  with pytest.raises(UserError, match='nowhere.pth: no such file.*docs/tokenizer.md'):
     lpips_weights.read(tmp_path / 'nowhere.pth', folder / 'heads.safetensors')
   (tmp_path / 'cut.safetensors').write_bytes((folder / 'heads.safetensors').read_bytes()[:500])
   with pytest.raises(UserError, match='cut.safetensors: not a file of weights'):

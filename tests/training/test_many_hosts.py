@@ -16,6 +16,7 @@ import pytest
 from etils import epath
 from PIL import Image
 
+from parti_jax.checkpoints import checkpoint_manager
 from parti_jax.checkpoints import manifest
 from parti_jax.checkpoints import run_checkpoints
 from parti_jax.cli import main
@@ -143,7 +144,7 @@ def _tokenizer_run(tmp_path):
     )
   )
   untrained = trainer.Trainer(objective, optax.sgd(0.1), mesh_lib.make_mesh())
-  saved = run_checkpoints.Checkpoints(tmp_path / 'tokenizer')
+  saved = checkpoint_manager.Checkpoints(tmp_path / 'tokenizer')
   saved.save(0, untrained.create_state(), {}, run_checkpoints.describe(objective))
   saved.close()
   return tmp_path / 'tokenizer'

@@ -43,7 +43,9 @@ def test_logit_laplace_is_a_density_of_the_squeezed_pixel(mean, log_scale):
   logits = np.linspace(-25, 25, 200_001)
   x = 1 / (1 + np.exp(-logits))
   pixels = jnp.asarray((x - 0.1) / 0.8, jnp.float32)[:, None, None, None]
-  loss = tokenizer_objective.logit_laplace_loss(pixels, mean, jnp.full_like(pixels, log_scale))
+  loss = tokenizer_objective.logit_laplace_loss(
+    pixels, jnp.full_like(pixels, mean), jnp.full_like(pixels, log_scale)
+  )
   inner = (x > 1e-4) & (x < 1 - 1e-4)  # Where float32 still tells x from 0 and 1.
   assert np.trapezoid(np.exp(-np.asarray(loss))[inner], x[inner]) == pytest.approx(1, abs=2e-3)
 
@@ -65,10 +67,9 @@ def test_logit_laplace_by_formula():
 
 
 def test_psnr_in_decibels():
-  images = np.zeros((2, 2, 2, 3), np.float32)
-  images[1] = 0.5
+  images = jnp.zeros((2, 2, 2, 3)).at[1].set(0.5)
   np.testing.assert_allclose(
-    tokenizer_objective.psnr(images, np.full_like(images, 0.1)),
+    tokenizer_objective.psnr(images, jnp.full_like(images, 0.1)),
     [20, -10 * np.log10(0.16)],
     rtol=1e-5,
   )
@@ -97,12 +98,15 @@ def _images(count, seed=0):
 def test_the_tokenizers_loss_is_the_weighted_sum_of_its_parts(tokenizer):
   objective, _, state = tokenizer
   params, images = jax.device_get(state.params), _images(4)
-  loss, aux = jax.jit(objective.loss)(params, {'images': images}, jax.random.key(0), 0)
+  loss, aux = jax.jit(objective.loss)(params, {'images': images}, None, 0)
   out = jax.jit(vit_vqgan.ViTVQGAN(TOKENIZER).apply)({'params': params}, images / np.float32(255))
   l2 = np.mean((vit_vqgan.to_pixels(out['mean']) - images / np.float32(255)) ** 2)
   laplace = np.mean(
     tokenizer_objective.logit_laplace_loss(
-      images / np.float32(255), out['mean'], out['log_scale'], objective.least_log_scale
+      jnp.asarray(images / np.float32(255)),
+      out['mean'],
+      out['log_scale'],
+      objective.least_log_scale,
     )
   )
   np.testing.assert_allclose(loss, 2.0 * out['quantizer_loss'] + l2 + 0.1 * laplace, rtol=1e-5)
@@ -121,7 +125,7 @@ def test_the_tokenizers_loss_is_the_weighted_sum_of_its_parts(tokenizer):
 def test_the_decoder_sees_latents_until_codes_are_taken(tokenizer):
   _, _, state = tokenizer
   objective = tokenizer_objective.TokenizerObjective(TOKENIZER, quantize_from=5)
-  batch, params = {'images': _images(4)}, jax.device_get(state.params)
+  batch, params = {'images': jnp.asarray(_images(4))}, jax.device_get(state.params)
   loss = jax.jit(jax.grad(lambda params, step: objective.loss(params, batch, None, step)[0]))
   before, after = loss(params, 4), loss(params, 5)
   assert not np.any(before['quantizer']['codebook']['table'])
@@ -141,17 +145,22 @@ def test_the_decoder_sees_latents_until_codes_are_taken(tokenizer):
 def _after_step(objective, state, step, use):
   draw = np.random.default_rng(3)
   aux = {
-    'latents': draw.normal(size=(2, 4, 3)).astype(np.float32),
-    'code_use': np.zeros(6, np.float32),
+    'latents': jnp.asarray(draw.normal(size=(2, 4, 3)), jnp.float32),
+    'code_use': jnp.zeros(6),
   }
   params, statistics, metrics = objective.after_step(
-    jax.device_get(state.params),
-    {'code_use': np.asarray(use, np.float32)},
+    state.params,
+    {'code_use': jnp.asarray(use, jnp.float32)},
     aux,
     jnp.int32(step),
     jax.random.key(1),
   )
-  return aux['latents'], params['quantizer']['codebook']['table'], statistics['code_use'], metrics
+  return (
+    np.asarray(aux['latents']),
+    params['quantizer']['codebook']['table'],
+    statistics['code_use'],
+    metrics,
+  )
 
 
 def test_dead_codes_become_latents_of_the_batch(tokenizer):

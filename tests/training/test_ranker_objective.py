@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_configs
@@ -55,7 +56,7 @@ def test_the_loss_is_the_weighted_sum_of_both():
   same = np.zeros((4, 4), bool)
   same[0, 2] = same[2, 0] = True  # The same text twice.
   pairs, _ = contrastive.contrastive_losses(
-    out['image_features'], out['text_features'], out['logit_scale'], same
+    out['image_features'], out['text_features'], out['logit_scale'], jnp.asarray(same)
   )
   chance = np.asarray(jax.nn.log_softmax(out['logits']))
   captions = [
@@ -70,7 +71,7 @@ def test_the_loss_is_the_weighted_sum_of_both():
 
 
 def test_pictures_move_by_at_most_so_many_pixels_and_repeat_their_edge():
-  images = np.random.default_rng(2).uniform(size=(40, 6, 5, 3)).astype(np.float32)
+  images = jnp.asarray(np.random.default_rng(2).uniform(size=(40, 6, 5, 3)), jnp.float32)
   moved = np.asarray(ranker_objective.shifted(images, jax.random.split(jax.random.key(0), 40), 2))
   seen = set()
   for image, other in zip(images, moved):
@@ -87,7 +88,7 @@ def test_pictures_move_by_at_most_so_many_pixels_and_repeat_their_edge():
 
 
 def test_noise_is_bounded_and_differs_by_picture():
-  grey = np.full((50, 4, 4, 3), 0.5, np.float32)
+  grey = jnp.full((50, 4, 4, 3), 0.5)
   noise = (
     np.asarray(ranker_objective.noisy(grey, jax.random.split(jax.random.key(0), 50), 0.1)) - 0.5
   )
@@ -120,7 +121,7 @@ def test_one_picture_of_so_many_goes_through_the_tokenizer(tokenizer):
   constants = objective.constants()
   varied = np.asarray(jax.jit(objective._varied)(constants, images, _keys()))
   plain = images / np.float32(255)
-  tokens = module.apply({'params': params}, plain[::2], method='tokenize')
+  tokens = module.apply({'params': params}, jnp.asarray(plain[::2]), method='tokenize')
   again = module.apply({'params': params}, tokens, method='detokenize')
   np.testing.assert_allclose(varied[::2], again, atol=1e-5)
   np.testing.assert_allclose(varied[1::2], plain[1::2], atol=1e-7)

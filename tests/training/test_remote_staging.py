@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from parti_jax.checkpoints import checkpoint_manager
 from parti_jax.checkpoints import manifest
 from parti_jax.checkpoints import remote_staging
 from parti_jax.checkpoints import run_checkpoints
@@ -24,7 +25,7 @@ PLACE, MODEL = {'epoch': 2}, {'stage': 'generator', 'config': {}}
 
 
 def _save(run, *steps):
-  manager = run_checkpoints.Checkpoints(run, keep=2)
+  manager = checkpoint_manager.Checkpoints(run, keep=2)
   for step in steps:
     manager.save(step, {'a': jnp.arange(4.0) + step}, PLACE, MODEL)
   manager.close()

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny_configs
 
+from parti_jax.checkpoints import checkpoint_manager
 from parti_jax.checkpoints import run_checkpoints
 from parti_jax.core import fingerprints
 from parti_jax.core.errors import UserError
@@ -54,7 +55,7 @@ def first_phase(tmp_path_factory):
     tokenizer_objective.TokenizerObjective(CONFIG, revive_every=2, revive_until=100, ema=0.9)
   )
   state = _trained(trainer, trainer.create_state())
-  run = run_checkpoints.Checkpoints(folder)
+  run = checkpoint_manager.Checkpoints(folder)
   run.save(3, state, {}, run_checkpoints.describe(trainer.objective))
   run.close()
   return folder, trainer, jax.device_get(state)
@@ -96,7 +97,7 @@ def test_a_larger_decoder_learns_the_tokens_of_a_first_phase(first_phase, tmp_pa
     assert fingerprints.of_tokenizer(params) == fingerprints.of_tokenizer(averaged)
 
   # What draws finds the average.
-  run = run_checkpoints.Checkpoints(tmp_path)
+  run = checkpoint_manager.Checkpoints(tmp_path)
   run.save(3, after, {}, run_checkpoints.describe(objective))
   run.close()
   found = frozen_tokenizer.load(tmp_path)

@@ -267,7 +267,7 @@ def test_a_run_ends_after_too_many_and_names_the_checkpoint_from_before(run):
   place, *more = re.findall(r'0/1:0:\d+\+8', words)
   assert words.startswith('steps 7 to 9 were not applied, 3 in a row (train.max_bad_steps)')
   assert place == '0/1:0:48+8' and len(more) == 2
-  assert f'go on from {run.folder}/checkpoints/6, the newest checkpoint' in words
+  assert f'{run.folder}/checkpoints/6, the newest checkpoint' in words
   assert 'lower learning rate' in words and f'parti-jax batch --model_dir={run.folder}' in words
   assert run.checkpoints() == [4, 6] and '\n' not in words
   # The same data and numbers, the same end.

@@ -14,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from parti_jax.checkpoints import checkpoint_manager
 from parti_jax.checkpoints import run_checkpoints
 from parti_jax.core import errors
 from parti_jax.core import storage
@@ -44,7 +45,7 @@ def _arrays(path):
 def test_checkpoints_are_restored_from_a_bad_store(bad_store):
   run, state = f'{bad_store.folder}/run', {'a': jnp.arange(4.0), 'b': jnp.ones((200, 300))}
   bad_store.faults = misbehaving_store.every(8)
-  manager = run_checkpoints.Checkpoints(run, keep=1)
+  manager = checkpoint_manager.Checkpoints(run, keep=1)
   manager.save(1, state, PLACE, MODEL)
   manager.close()
   path = run_checkpoints.latest_checkpoint(run)
@@ -58,7 +59,7 @@ def test_checkpoints_are_restored_from_a_bad_store(bad_store):
 def test_a_dead_store_under_a_checkpoint_is_reported_in_one_line(bad_store, monkeypatch):
   monkeypatch.setenv(store_retries.SECONDS_VARIABLE, '0.5')
   run = f'{bad_store.folder}/run'
-  manager = run_checkpoints.Checkpoints(run, keep=1)
+  manager = checkpoint_manager.Checkpoints(run, keep=1)
   bad_store.faults = lambda method, path, count: (
     '503' if method in ('PUT', 'POST') and 'state' in path else None
   )

@@ -73,14 +73,15 @@ def averaged(images):
 
 def reconstructed(tokenizer_params, images):
   module = vit_vqgan.ViTVQGAN(TOKENIZER)
-  tokens = module.apply({'params': tokenizer_params}, images, method='tokenize')
+  tokens = module.apply({'params': tokenizer_params}, jnp.asarray(images), method='tokenize')
   pixels = module.apply({'params': tokenizer_params}, tokens, method='detokenize')
   return np.round(np.asarray(pixels) * 255) / 255
 
 
 def errors(params, inputs, targets):
   """Differences of the network's pictures to what they should be."""
-  outputs = super_resolution.SuperResolution(NETWORK).apply({'params': params}, inputs)
+  network = super_resolution.SuperResolution(NETWORK)
+  outputs = network.apply({'params': params}, jnp.asarray(inputs))
   return np.asarray(outputs) - targets / np.float32(255)
 
 
@@ -191,8 +192,8 @@ def test_perceptual_and_adversarial_losses_are_added(make_objective, monkeypatch
   keys = layers.dropout_keys(jax.random.key(1), 2)
   loss = jax.jit(objective.loss)
   # Before training the network's pictures are bicubic enlargements.
-  drawn = super_resolution.enlarge(averaged(pictures['images']), 2)
-  large = pictures['images'] / np.float32(255)
+  drawn = super_resolution.enlarge(jnp.asarray(averaged(pictures['images'])), 2)
+  large = jnp.asarray(pictures['images'] / np.float32(255))
   without = {name: part for name, part in params.items() if name != 'discriminator'}
   plain_loss, _ = jax.jit(plain.loss)(without, pictures, keys, 0)
   seen = 0.5 * np.mean(lpips.LPIPS().apply({'params': weights}, large, drawn))

@@ -115,7 +115,7 @@ def test_both_losses_are_the_same_on_a_mesh_of_eight_devices():
     with rules.partitioned(mesh, trainer.rules):
       loss = jax.jit(
         lambda params, batch: BOTH.loss(
-          params, batch, layers.dropout_keys(jax.random.key(1), BATCH), 0
+          params, batch, layers.dropout_keys(jax.random.key(1), BATCH), jnp.int32(0)
         )[1]['metrics'],
         in_shardings=(trainer.shardings.params, trainer.batch_sharding),
       )
@@ -131,7 +131,8 @@ def test_masked_language_modelling_is_the_same_in_microbatches():
 
 def test_the_parts_of_the_loss_by_formula():
   params = nn.meta.unbox(jax.jit(BOTH.init)(jax.random.key(0)))
-  batch, keys = _batch(), layers.dropout_keys(jax.random.key(2), BATCH)
+  batch = {name: jnp.asarray(value) for name, value in _batch().items()}
+  keys = layers.dropout_keys(jax.random.key(2), BATCH)
   loss, aux = jax.jit(BOTH.loss)(params, batch, keys, 0)
   metrics = aux['metrics']
   np.testing.assert_allclose(
@@ -267,7 +268,7 @@ def test_parti_starts_with_exactly_the_encoder_of_a_run_that_needs_no_pictures(t
   'values, message',
   [
     ({'masked_weight': 0.0}, 'one must be above 0'),
-    ({'masked_weight': -1.0}, 'none may be negative'),
+    ({'masked_weight': -1.0}, 'masked_weight=-1.0 .* may be negative'),
     ({'contrastive_weight': 1.0}, r'TextEncoderObjective\.image = @CoCaConfig'),
   ],
 )

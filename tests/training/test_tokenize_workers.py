@@ -11,6 +11,7 @@ import threading
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import misbehaving_store
 import numpy as np
 import pytest
@@ -222,7 +223,7 @@ def test_the_encoders_tokens_are_the_tokenizers(tokenizer):
   with jax.default_matmul_precision('highest'):
     module = vit_vqgan.ViTVQGAN(TOKENIZER.__class__(**{**TOKENIZER.__dict__, 'dtype': 'float32'}))
     expected = module.apply(
-      {'params': tokenizer.params}, images / np.float32(255), method='tokenize'
+      {'params': tokenizer.params}, jnp.asarray(images / np.float32(255)), method='tokenize'
     )
   assert (found['float32'] == expected).mean() > 0.99
   assert 0.8 < (found['bfloat16'] == expected).mean() < 1

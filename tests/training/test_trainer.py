@@ -194,6 +194,8 @@ def test_losses_that_compare_examples_compare_those_of_a_microbatch(name):
   objective, batch = make()
   assert bool(objective.over_examples) == compares
 
+  batch = {name: jnp.asarray(value) for name, value in batch.items()}
+
   def total(params, microbatches):
     """The loss as the step sums it."""
     losses = []

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from parti_jax.checkpoints import checkpoint_manager
 from parti_jax.checkpoints import run_checkpoints
 from parti_jax.checkpoints import whole_moments
 from parti_jax.models import parti_config
@@ -92,7 +93,7 @@ def _states():
 def _folder(states, tmp_path_factory):
   """Makes a run's folder with a checkpoint of the old form."""
   folder = tmp_path_factory.mktemp('run')
-  manager = run_checkpoints.Checkpoints(folder)
+  manager = checkpoint_manager.Checkpoints(folder)
   manager.save(STEPS, states[1], {}, run_checkpoints.describe(OBJECTIVE))
   manager.close()
   return folder
@@ -103,7 +104,7 @@ def _moment(state):
 
 
 def _restored(folder, trainer):
-  manager = run_checkpoints.Checkpoints(folder)
+  manager = checkpoint_manager.Checkpoints(folder)
   state, _ = manager.restore(STEPS, trainer.abstract, run_checkpoints.describe(OBJECTIVE))
   manager.close()
   assert manager.factored == KERNELS
@@ -186,10 +187,10 @@ def test_the_run_reports_it_and_continues_as_if_it_had_always_factored(states, f
 
 def test_a_checkpoint_of_today_is_unchanged(states, tmp_path):
   trainer, _, new = states
-  manager = run_checkpoints.Checkpoints(tmp_path)
+  manager = checkpoint_manager.Checkpoints(tmp_path)
   manager.save(STEPS, new, {}, run_checkpoints.describe(OBJECTIVE))
   manager.close()
-  manager = run_checkpoints.Checkpoints(tmp_path)
+  manager = checkpoint_manager.Checkpoints(tmp_path)
   state, _ = manager.restore(STEPS, trainer.abstract, run_checkpoints.describe(OBJECTIVE))
   manager.close()
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(new))
@@ -198,7 +199,7 @@ def test_a_checkpoint_of_today_is_unchanged(states, tmp_path):
 
 def test_a_custom_optimizer_may_keep_them_whole(states, folder):
   trainer = _trainer(OLD)
-  manager = run_checkpoints.Checkpoints(folder)
+  manager = checkpoint_manager.Checkpoints(folder)
   state, _ = manager.restore(STEPS, trainer.abstract, run_checkpoints.describe(OBJECTIVE))
   manager.close()
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(states[1]))

@@ -1,72 +1,78 @@
-"""Losses of a discriminator and of what it judges."""
+"""Losses of a discriminator and of the network that it judges."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array
+from jaxtyping import Float
 
 from parti_jax.models import discriminator as discriminator_lib
 from parti_jax.training import optimizers
 
 
-def resting_until(begins: int, optimizer=None):
-  """A discriminator's optimiser that rests, state and all, until step `begins`.
+def resting_until(
+  begins: int, optimizer: optax.GradientTransformation | None = None
+) -> optax.GradientTransformation:
+  """Returns a discriminator's optimizer that skips all steps before `begins`.
 
   Args:
-    begins: the first step that it takes.
+    begins: the first step that it takes. Before it, its state doesn't change either.
     optimizer: an optax transformation; None for Adam with a learning rate of 1e-4.
   """
   optimizer = optimizer or optimizers.adamw(1e-4, beta1=0.0, weight_decay=0.0)
   return optax.conditionally_mask(optimizer, lambda step: step >= begins)
 
 
-def other_optimizers(objective):
-  """The discriminator's optimiser, which rests until there is something to train.
+def other_optimizers(
+  weight: float, begins: int, optimizer: optax.GradientTransformation | None
+) -> dict[str, optax.GradientTransformation]:
+  """Returns the `Objective.other_optimizers` of an objective with a discriminator.
 
   Args:
-    objective: with the attributes `adversarial_weight`, `adversarial_from` and
-      `discriminator_optimizer`.
-
-  Returns:
-    As `Objective.other_optimizers`.
+    weight: weight of the adversarial loss; 0 if there is no discriminator.
+    begins: the first step with an adversarial loss.
+    optimizer: the discriminator's optimizer; None for the default of `resting_until`.
   """
-  if not objective.adversarial_weight:
-    return {}
-  return {
-    'discriminator': resting_until(objective.adversarial_from, objective.discriminator_optimizer)
-  }
+  return {'discriminator': resting_until(begins, optimizer)} if weight else {}
 
 
 def over_examples(config: discriminator_lib.DiscriminatorConfig) -> tuple[str, ...]:
-  """What these losses compute over several examples, see `Objective`."""
+  """Returns the `Objective.over_examples` of these losses."""
   return ('minibatch standard deviation in the discriminator',) * (config.minibatch_group > 1)
 
 
-def losses(config: discriminator_lib.DiscriminatorConfig, params, images, drawn):
-  """The non-saturating logistic losses of both sides (arXiv 1406.2661; StyleGAN2, appendix B).
+def losses(
+  config: discriminator_lib.DiscriminatorConfig,
+  params: Mapping[str, Any],
+  images: Float[Array, 'batch height width 3'],
+  drawn: Float[Array, 'batch height width 3'],
+) -> tuple[Float[Array, ''], Float[Array, ''], dict[str, Float[Array, '']]]:
+  """The non-saturating logistic losses of both networks (arXiv 1406.2661; StyleGAN2, appendix B).
 
-  Each side's gradient reaches its own parameters alone, so that one backward pass of their sum is
-  a step of both.
+  Each loss only has gradients for its own network, so one backward pass of their sum trains both.
 
   Args:
-    config: sizes of the discriminator.
-    params: its parameters.
-    images: float32 [batch, size, size, 3], real pictures in [0, 1].
-    drawn: likewise, what is to be taken for real.
+    config: the discriminator's config.
+    params: the discriminator's parameters.
+    images: real images in [0, 1].
+    drawn: the generator's images.
 
   Returns:
-    float32 []: the loss of what has drawn, mean softplus(−D(drawn)).
-    float32 []: the loss of the discriminator, mean softplus(D(drawn)) + softplus(−D(images)).
-    Scalars to show: mean logits of both kinds.
+    generator_loss: mean softplus(−D(drawn)).
+    discriminator_loss: mean softplus(D(drawn)) + softplus(−D(images)).
+    metrics: the mean logits of real and of generated images.
   """
-  judge = lambda params, images: discriminator_lib.Discriminator(config).apply(
-    {'params': params}, images
-  )
+  logits: Callable[..., Any] = discriminator_lib.Discriminator(config).apply
   stop = jax.lax.stop_gradient
-  real, of_drawn = judge(params, images), judge(params, stop(drawn))
+  real, of_drawn = logits({'params': params}, images), logits({'params': params}, stop(drawn))
   discriminator = jnp.mean(jax.nn.softplus(of_drawn)) + jnp.mean(jax.nn.softplus(-real))
-  generator = jnp.mean(jax.nn.softplus(-judge(stop(params), drawn)))
+  generator = jnp.mean(jax.nn.softplus(-logits({'params': stop(params)}, drawn)))
   return (
     generator,
     discriminator,
@@ -74,38 +80,43 @@ def losses(config: discriminator_lib.DiscriminatorConfig, params, images, drawn)
   )
 
 
-def r1_penalty(config: discriminator_lib.DiscriminatorConfig, params, images):
-  """R1: the mean over real pictures of ‖∇D‖² by their pixels (arXiv 1801.04406, equation 9).
+def r1_penalty(
+  config: discriminator_lib.DiscriminatorConfig,
+  params: Mapping[str, Any],
+  images: Float[Array, 'batch height width 3'],
+) -> Float[Array, '']:
+  """R1: the mean of ‖∇D‖² with respect to real images (arXiv 1801.04406, equation 9).
 
   Args:
-    config: sizes of the discriminator.
-    params: its parameters.
-    images: float32 [batch, size, size, 3] in [0, 1].
-
-  Returns:
-    float32 [].
+    config: the discriminator's config.
+    params: the discriminator's parameters.
+    images: real images in [0, 1].
   """
-  module = discriminator_lib.Discriminator(config)
-  gradients = jax.grad(lambda images: jnp.sum(module.apply({'params': params}, images)))(images)
+  logits: Callable[..., Any] = discriminator_lib.Discriminator(config).apply
+  gradients = jax.grad(lambda images: jnp.sum(logits({'params': params}, images)))(images)
   return jnp.mean(jnp.sum(jnp.square(gradients), axis=(1, 2, 3)))
 
 
-def adaptive_weight(hidden, rest, adversarial):
+def adaptive_weight(
+  hidden: Float[Array, 'batch length embed'],
+  rest: Float[Array, 'batch length outputs'],
+  adversarial: Float[Array, 'batch length outputs'],
+) -> Float[Array, '']:
   """VQGAN's weight of the adversarial loss (arXiv 2012.09841, equations 6 and 7).
 
-  The ratio of gradient norms at the last layer's kernel. That layer is linear, so its gradient is
-  the product of its input and of the gradient of its output.
+  It is the ratio of gradient norms at the last layer's kernel. The layer is linear, so its gradient
+  is the product of its input and the gradient of its output.
 
   Args:
-    hidden: [batch, length, width], the layer's input.
-    rest: [batch, length, outputs], gradient of the other losses by the layer's output.
-    adversarial: likewise, of the adversarial loss.
+    hidden: the layer's input.
+    rest: gradient of the other losses with respect to the layer's output.
+    adversarial: gradient of the adversarial loss with respect to the layer's output.
 
   Returns:
-    float32 [] in [0, 10,000], without gradient: ‖∇rest‖ / (‖∇adversarial‖ + 1e-6).
+    ‖∇rest‖ / (‖∇adversarial‖ + 1e-6), float32 in [0, 10,000], without gradient.
   """
 
-  def norm(gradients):
+  def norm(gradients: Float[Array, 'batch length outputs']) -> Float[Array, '']:
     product = jnp.einsum('bli,blo->io', hidden.astype(jnp.float32), gradients.astype(jnp.float32))
     return jnp.sqrt(jnp.sum(jnp.square(product)))
 

@@ -1,4 +1,4 @@
-"""The interface between an objective, which knows a network and its losses, and the trainer."""
+"""The interface between the trainer and an objective, which is a network with its losses."""
 
 from __future__ import annotations
 
@@ -12,57 +12,65 @@ from typing import Protocol
 import jax
 import numpy as np
 import optax
+from jaxtyping import Array
+from jaxtyping import Float
+from jaxtyping import Int
+from jaxtyping import PRNGKeyArray
+from jaxtyping import Shaped
+from jaxtyping import UInt8
 
 from parti_jax.models import vit_vqgan
 from parti_jax.models.nn import layers
 from parti_jax.training import inputs as inputs_lib
 from parti_jax.training.objectives import frozen_tokenizer as frozen_tokenizer_lib
 
-# A tree of float32 arrays under the name of each part of the network, such as 'text_encoder'.
-Params = Mapping[str, Any]
-# Feature -> array [batch, ...].
-Batch = Mapping[str, jax.Array]
-# What is carried from step to step besides parameters: name -> array or tree of arrays.
-Statistics = Mapping[str, Any]
-# Draws pictures of a batch: (params, batch, the painter's own arrays) -> {name: uint8 [batch,
-# height, width, 3]}. It comes with those arrays.
-Painter = tuple[Callable[[Params, Batch, Any], dict[str, jax.Array]], Any]
+# {name of a part of the network, such as 'text_encoder': tree of float32 arrays}.
+Params = dict[str, Any]
+# {feature: array [batch, ...]}.
+Batch = Mapping[str, Shaped[Array, 'batch ...']]
+# State that is carried from step to step besides parameters: {name: array or tree of arrays}.
+Statistics = dict[str, Any]
+# A function that draws images of a batch, and arrays that it needs. The function takes the
+# parameters, the batch and these arrays, and returns {name: images}.
+Painter = tuple[
+  Callable[[Params, Batch, Any], dict[str, UInt8[Array, 'batch height width 3']]], Any
+]
 
 
 class ModelConfig(Protocol):
-  """What the trainer and `parti-jax plan` read of a network's sizes, a dataclass.
+  """The fields of a network's config that the trainer and `parti-jax plan` read.
+
+  A config is a dataclass.
 
   Attributes:
-    remat: name of the rematerialisation policy.
+    remat: name of the rematerialization policy.
     compute_dtype: dtype of activations.
   """
 
-  remat: str
+  @property
+  def remat(self) -> str: ...
 
   @property
   def compute_dtype(self) -> Any: ...
 
 
 class Objective(abc.ABC):
-  """What a run trains: a network, its losses, its measures and its pictures.
+  """What a run trains: a network, its losses, its evaluation and its images.
 
-  The trainer, the training loop and `parti-jax plan` know an objective by these members alone.
-  Members that are not abstract have defaults for objectives that do without. All methods that take
-  arrays are traced by JAX, but for `summarize`.
+  The trainer, the training loop and `parti-jax plan` only use these members of an objective. The
+  members that aren't abstract have defaults. JAX traces all methods that take arrays, except for
+  `summarize`.
 
   Attributes:
-    model: the network's sizes.
-    frozen: parts of the parameters that training leaves as they are.
+    model: the network's config.
+    frozen: parts of the parameters that training doesn't change.
     tokenizer: run or exported model of a trained image tokenizer that the objective uses; None for
       none.
-    over_examples: what the loss computes over several examples, in words. With microbatches it is
-      computed over those of one, and a run says so.
   """
 
   model: ModelConfig
   frozen: tuple[str, ...] = ()
   tokenizer: str | None = None
-  over_examples: tuple[str, ...] = ()
 
   @property
   @abc.abstractmethod
@@ -70,129 +78,142 @@ class Objective(abc.ABC):
     """The objective's name in checkpoints and journals, such as 'generator'."""
 
   @property
+  def over_examples(self) -> tuple[str, ...]:
+    """Descriptions of what the loss computes over several examples, such as batch statistics.
+
+    With microbatches it computes them over each microbatch, and a run reports them.
+    """
+    return ()
+
+  @property
   def compute_dtype(self) -> Any:
-    """The dtype that most of a step's FLOPs are of."""
+    """The dtype of most of a step's FLOPs."""
     return self.model.compute_dtype
 
   @functools.cached_property
   def frozen_tokenizer(self) -> frozen_tokenizer_lib.FrozenTokenizer:
-    """The image tokenizer that `tokenizer` names, with numpy arrays.
+    """The image tokenizer at the path `tokenizer`, with numpy arrays.
 
     Raises:
       UserError: if it can't be loaded.
     """
+    assert self.tokenizer is not None
     return frozen_tokenizer_lib.load_for(
       f'{type(self).__name__}.tokenizer', self.tokenizer, 'set it to None to do without'
     )
 
   @functools.cached_property
   def tokenizer_config(self) -> vit_vqgan.ViTVQGANConfig:
-    """The sizes of that tokenizer; those that gin gives as long as it is not trained, for plans."""
+    """The config of `frozen_tokenizer`; for plans, gin's config if it isn't trained yet."""
+    assert self.tokenizer is not None
     return frozen_tokenizer_lib.sizes(self.tokenizer, lambda: self.frozen_tokenizer.config)
 
   # The data.
 
   @abc.abstractmethod
   def feature_lengths(self) -> dict[str, int]:
-    """Lengths of the task's features that the objective reads.
+    """Returns the lengths of the task's features that the objective reads.
 
     Returns:
-      'inputs' and 'targets' -> tokens, 'images' -> height and width in pixels.
+      {feature: length}: the number of tokens of 'inputs' and 'targets', and the height and width of
+      'images' in pixels.
     """
 
   def vocabulary_sizes(self) -> dict[str, tuple[str, int]]:
-    """Feature -> the gin key of the number of ids that the network knows, and that number."""
+    """Returns {feature: (gin key of its vocabulary size, vocabulary size)}."""
     return {}
 
   @abc.abstractmethod
   def abstract_batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes [batch_size, ...] and dtypes of a batch, as `loss` takes it."""
+    """Returns the shapes and dtypes of a batch of `loss`."""
 
   # The parameters.
 
   @abc.abstractmethod
-  def init(self, rng: jax.Array) -> Params:
-    """Random parameters, boxed with their logical axis names.
-
-    Args:
-      rng: a key.
-    """
+  def init(self, rng: PRNGKeyArray) -> Params:
+    """Returns random parameters, boxed with their logical axis names."""
 
   def initial_parts(self, abstract_params: Params, inputs: inputs_lib.Inputs) -> dict[str, Any]:
-    """Parts of the parameters that a new run takes from other runs.
+    """Reads the parts of the parameters that a new run takes from other runs.
 
     Args:
       abstract_params: shapes, dtypes and shardings of the parameters.
-      inputs: what the run is trained with.
+      inputs: fingerprints of the run's vocabulary and tokenizer.
 
     Returns:
-      {name of a part: its parameters on the mesh}; the other parts are random.
+      {name of a part: its parameters on the mesh}; the other parts start from random parameters.
 
     Raises:
-      UserError: if a part is missing or does not fit.
+      UserError: if a part is missing or doesn't fit.
     """
     del abstract_params, inputs
     return {}
 
   def other_optimizers(self) -> dict[str, optax.GradientTransformation]:
-    """Optimizers of parts that the run's own does not train: {name of a part: its optimizer}."""
+    """Returns {name of a part: its optimizer} for parts that the run's own doesn't train."""
     return {}
 
   def constants(self) -> dict[str, Any]:
-    """Arrays that are not trained and not in checkpoints, such as LPIPS' network.
+    """Reads arrays that are neither trained nor in checkpoints, such as the network of LPIPS.
 
-    `loss` and `evaluate` find them among the parameters.
+    `loss` and `evaluate` get them among the parameters.
 
     Returns:
-      {name: tree of arrays}; no name may be that of a part of the parameters.
+      {name: tree of arrays}. The names must differ from those of the parts of the parameters.
 
     Raises:
-      UserError: if a file of them is missing or damaged.
+      UserError: if one of their files is missing or damaged.
     """
     return {}
 
   def abstract_constants(self) -> dict[str, Any]:
-    """Shapes and dtypes of `constants`, for plans: it must do without files that may be missing."""
+    """Returns shapes and dtypes of `constants`. Plans need it to work without their files."""
     return {}
 
   # A step.
 
   @abc.abstractmethod
   def loss(
-    self, params: Params, batch: Batch, dropout_keys: layers.DropoutKeys, step: jax.Array
-  ) -> tuple[jax.Array, dict[str, Any]]:
-    """The loss that is differentiated.
+    self,
+    params: Params,
+    batch: Batch,
+    dropout_keys: layers.DropoutKeys | None,
+    step: Int[Array, ''],
+  ) -> tuple[Float[Array, ''], dict[str, Any]]:
+    """Computes the loss to differentiate.
 
     Args:
-      params: of `init`, unboxed, with `constants`.
-      batch: see `abstract_batch`.
-      dropout_keys: a key for each example, for whatever is random.
-      step: int32 [], steps done before this one.
+      params: the unboxed parameters, and `constants`.
+      batch: arrays with the shapes and dtypes of `abstract_batch`.
+      dropout_keys: keys of the examples, for dropout and everything else that is random; None for
+        no dropout.
+      step: number of steps done before this one.
 
     Returns:
-      float32 [], and a dict with 'metrics', {name: float32 []}, and whatever `after_step` needs.
-      A metric 'loss' is shown in place of the value that is differentiated.
+      loss: the loss.
+      aux: a dict with 'metrics', {name: float32 scalar}, and whatever `after_step` needs. A metric
+        'loss' replaces `loss` in what a run reports.
     """
 
   @abc.abstractmethod
-  def weight(self, batch: Batch) -> jax.Array:
-    """How much a batch counts in a mean over microbatches, float32 []."""
+  def weight(self, batch: Batch) -> Float[Array, '']:
+    """Returns the weight of a batch in a mean over microbatches."""
 
   def merge(self, aux: dict[str, Any]) -> dict[str, Any]:
-    """Joins what `loss` returned besides metrics for the microbatches of a step.
+    """Combines the auxiliary outputs of `loss` for the microbatches of a step.
 
     Microbatch k of n has the examples k, k + n, k + 2 · n ...
 
     Args:
-      aux: that dict without 'metrics', each array [microbatches, ...].
+      aux: the outputs without 'metrics', each array [microbatches, ...].
 
     Returns:
-      The same for the whole batch.
+      The outputs for the whole batch.
     """
     return aux
 
   def initial_statistics(self) -> Statistics:
-    """Statistics before the first step. Under 'average' {name of a part: its running average}."""
+    """Returns the first statistics; 'average' has {name of a part: its moving average}, if any."""
     return {}
 
   def after_step(
@@ -200,50 +221,55 @@ class Objective(abc.ABC):
     params: Params,
     statistics: Statistics,
     aux: dict[str, Any],
-    step: jax.Array,
-    rng: jax.Array,
-  ) -> tuple[Params, Statistics, dict[str, jax.Array]]:
-    """What happens after the optimizer's update.
+    step: Int[Array, ''],
+    rng: PRNGKeyArray | None,
+  ) -> tuple[Params, Statistics, dict[str, Float[Array, '']]]:
+    """Updates the parameters and statistics after the optimizer's update.
 
     Args:
-      params: after the update.
-      statistics: of the step before.
-      aux: of `loss`, or of `merge` with 'metrics'.
-      step: int32 [], steps done before this one.
-      rng: a key.
+      params: the parameters after the update.
+      statistics: the statistics of the previous step.
+      aux: the auxiliary outputs of `loss` for the whole batch.
+      step: number of steps done before this one.
+      rng: a key; None if nothing is random.
 
     Returns:
-      Parameters, statistics and further metrics, {name: float32 []}.
+      The parameters, the statistics and further metrics.
     """
     del aux, step, rng
     return params, statistics, {}
 
   @abc.abstractmethod
   def step_flops(self, batch_size: int) -> int:
-    """Model FLOPs of a training step over a whole batch."""
+    """Returns the model FLOPs of a training step over a whole batch."""
 
-  # Evaluation and pictures.
+  # Evaluation and images.
 
   @abc.abstractmethod
-  def evaluate(self, params: Params, batch: Batch) -> dict[str, jax.Array]:
-    """Measures of each example, without dropout.
+  def evaluate(self, params: Params, batch: Batch) -> dict[str, Shaped[Array, 'batch ...']]:
+    """Evaluates each example, without dropout.
 
     Args:
-      params: as in `loss`.
-      batch: as in `loss`.
+      params: the unboxed parameters, and `constants`.
+      batch: arrays with the shapes and dtypes of `abstract_batch`.
 
     Returns:
-      {name: [batch, ...]}.
+      {name: one value or array per example}.
     """
 
-  def summarize(self, measures: dict[str, np.ndarray]) -> dict[str, float]:
-    """Turns the measures of all examples, [examples, ...] each, into numbers; means by default."""
+  def summarize(
+    self, measures: Mapping[str, Shaped[np.ndarray, 'examples ...']]
+  ) -> dict[str, float]:
+    """Summarizes the results of `evaluate` for all examples; by default returns their means."""
     return {name: float(values.mean()) for name, values in measures.items()}
 
   def painter(self) -> Painter | None:
-    """A function that draws pictures of examples, and arrays that it needs; None for no pictures.
+    """Returns a function that draws images of a batch, and arrays that it needs.
+
+    Returns:
+      The function and the arrays; None if the objective doesn't draw images.
 
     Raises:
-      UserError: if a file that it draws with is missing or damaged.
+      UserError: if a file that the function needs is missing or damaged.
     """
     return None

@@ -1,17 +1,23 @@
-"""An image tokenizer that is trained and stays as it is: how it is loaded, and its tokens."""
+"""Loads trained image tokenizers and tokenizes images with them."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
 import functools
+import os
 from collections.abc import Callable
+from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
+from jaxtyping import Array
+from jaxtyping import Int
+from jaxtyping import PyTree
+from jaxtyping import UInt8
 
 from parti_jax.checkpoints import run_checkpoints
 from parti_jax.core import errors
@@ -21,7 +27,7 @@ from parti_jax.core import storage
 from parti_jax.exported_model import model_folder
 from parti_jax.models import vit_vqgan
 
-# Pictures that a device computes at once.
+# Number of images that a device tokenizes at once.
 GROUP = 16
 
 
@@ -30,11 +36,11 @@ class FrozenTokenizer:
   """A trained image tokenizer.
 
   Attributes:
-    path: the folder that it is from.
-    config: its sizes.
+    path: the folder that it was loaded from.
+    config: its config.
     params: its parameters, a tree of arrays.
-    kept_fingerprint: the fingerprint that an exported model keeps, that of the run it is from;
-      None where it has to be computed.
+    kept_fingerprint: the fingerprint stored in an exported model, which is the one of the run that
+      it is from; None if it has to be computed.
   """
 
   path: str
@@ -44,26 +50,28 @@ class FrozenTokenizer:
 
   @functools.cached_property
   def fingerprint(self) -> str:
-    """By which token caches and models know the tokenizer, see `parti_jax.core.fingerprints`."""
+    """The fingerprint of `parti_jax.core.fingerprints`, which token caches and models store."""
     return self.kept_fingerprint or fingerprints.of_tokenizer(self.params)
 
 
-def is_trained(path) -> bool:
-  """Whether a folder is an exported model, or a run that has written a checkpoint."""
+def is_trained(path: str | os.PathLike) -> bool:
+  """Returns whether a folder is an exported model, or a run with a checkpoint."""
   return storage.exists(
     storage.join(path, model_folder.CONFIG_FILE)
   ) or run_checkpoints.has_checkpoint(path)
 
 
-def sizes(path, of_trained: Callable[[], vit_vqgan.ViTVQGANConfig]):
-  """Sizes of a tokenizer that may have to be trained first, as for a plan.
+def sizes(
+  path: str | os.PathLike, of_trained: Callable[[], vit_vqgan.ViTVQGANConfig]
+) -> vit_vqgan.ViTVQGANConfig:
+  """Returns the config of a tokenizer that may not be trained yet, for a plan.
 
   Args:
-    path: its run's folder, or that of an exported model.
-    of_trained: returns the sizes of the trained one.
+    path: folder of its run, or of an exported model.
+    of_trained: returns the config of the trained tokenizer.
 
   Returns:
-    A ViTVQGANConfig: that of the trained tokenizer or, as long as there is none, that of gin.
+    The config of the trained tokenizer, or of gin if it isn't trained yet.
 
   Raises:
     UserError: if there is a trained tokenizer that can't be read.
@@ -76,24 +84,21 @@ def sizes(path, of_trained: Callable[[], vit_vqgan.ViTVQGANConfig]):
     return vit_vqgan.ViTVQGANConfig()
 
 
-def planned_params(model: vit_vqgan.ViTVQGANConfig):
-  """Shapes and dtypes of a tokenizer's parameters, without any files."""
+def planned_params(model: vit_vqgan.ViTVQGANConfig) -> PyTree:
+  """Returns the shapes and dtypes of a tokenizer's parameters, without any files."""
   return nn.meta.unbox(model_folder.abstract('tokenizer', model))
 
 
-def load(path, device: jax.Device | None = None) -> FrozenTokenizer:
-  """Loads the image tokenizer of a run, or of an exported model.
+def load(path: str | os.PathLike, device: jax.Device | None = None) -> FrozenTokenizer:
+  """Loads the image tokenizer of a run's newest checkpoint, or of an exported model.
 
   Args:
-    path: the run's folder, or that of the model.
-    device: where the parameters of a run are put; None for the first of this process. Those of a
-      model are numpy arrays.
-
-  Returns:
-    The tokenizer; that of a run is from the newest checkpoint.
+    path: folder of the run or of the model.
+    device: the device for the parameters of a run; None for the first one of this process. The
+      parameters of a model are numpy arrays.
 
   Raises:
-    UserError: if there is no finished checkpoint, or it is of another objective; or the model is
+    UserError: if there is no finished checkpoint, if it is of another objective, or if the model is
       unfinished or damaged.
   """
   if storage.exists(storage.join(path, model_folder.CONFIG_FILE)):
@@ -108,17 +113,17 @@ def load(path, device: jax.Device | None = None) -> FrozenTokenizer:
 
 
 def load_for(key: str, path: str, remedy: str) -> FrozenTokenizer:
-  """Loads a tokenizer that a gin value names, with numpy arrays.
+  """Loads the tokenizer at a path from gin, with numpy arrays.
 
   Args:
     key: the gin key, for messages.
-    path: its value.
-    remedy: what else the user may do than name another one, for messages.
+    path: the value of the gin key.
+    remedy: an alternative to another path, for messages.
 
   Raises:
-    UserError: as `load`.
+    UserError: if `load` fails.
   """
-  # In a thread of its own, which knows no mesh: the caller may be within a step's.
+  # In its own thread, which doesn't inherit the mesh of a training step that may be calling.
   with concurrent.futures.ThreadPoolExecutor(1) as executor:
     try:
       found = executor.submit(load, path).result()
@@ -128,20 +133,19 @@ def load_for(key: str, path: str, remedy: str) -> FrozenTokenizer:
 
 
 class Encoder:
-  """Makes tokens of pictures on all devices of this process.
+  """Tokenizes images on all devices of this process.
 
-  The tokens of a picture depend on neither the number of devices nor how many pictures are given at
-  once: every device computes groups of `GROUP` pictures by one program, since XLA's sums differ in
-  their last bits with the size of what is computed.
+  The tokens of an image depend neither on the number of devices nor on the number of images per
+  call. XLA's sums depend on the batch size in their last bits, so each device computes groups of
+  exactly `GROUP` images.
 
   Args:
-    tokenizer: makes the tokens.
-    dtype: name of the dtype that projections compute in; None for bfloat16 on accelerators and
-      float32 on CPUs.
-    devices: of this process; None for all of them.
+    tokenizer: the tokenizer.
+    dtype: name of the dtype for projections; None for bfloat16 on accelerators and float32 on CPUs.
+    devices: the devices to use; None for all devices of this process.
 
   Attributes:
-    dtype: the name.
+    dtype: name of the dtype.
     platform: 'cpu', 'gpu' or 'tpu'.
   """
 
@@ -160,10 +164,13 @@ class Encoder:
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     used = {name: values for name, values in tokenizer.params.items() if name != 'decoder'}
     self._params = jax.device_put(jax.tree.map(np.asarray, used), everywhere)
-    module = vit_vqgan.ViTVQGAN(dataclasses.replace(tokenizer.config, dtype=self.dtype))
+    config = dataclasses.replace(tokenizer.config, dtype=self.dtype)
+    apply: Callable[..., Any] = vit_vqgan.ViTVQGAN(config).apply
 
-    def encode(params, images):
-      return module.apply({'params': params}, images.astype(np.float32) / 255.0, method='tokenize')
+    def encode(
+      params: Mapping[str, Any], images: UInt8[Array, 'batch height width 3']
+    ) -> Int[Array, 'batch tokens']:
+      return apply({'params': params}, images.astype(np.float32) / 255.0, method='tokenize')
 
     self._encode = jax.jit(
       jax.shard_map(
@@ -175,14 +182,13 @@ class Encoder:
       )
     )
 
-  def __call__(self, images: np.ndarray) -> Callable[[], np.ndarray]:
-    """Begins to compute tokens.
-
-    Args:
-      images: uint8 [pictures, height, width, 3].
+  def __call__(
+    self, images: UInt8[np.ndarray, 'batch height width 3']
+  ) -> Callable[[], Int[np.ndarray, 'batch tokens']]:
+    """Starts to compute the tokens of images.
 
     Returns:
-      A function that waits for the tokens, int32 [pictures, image_length].
+      A function that waits for the tokens, int32, and returns them.
     """
     found = []
     with numerics.fixed():

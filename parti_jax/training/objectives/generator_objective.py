@@ -1,13 +1,20 @@
-"""Training Parti: the next image token from text and earlier tokens (Parti, section 3)."""
+"""The objective of Parti: predict the next image token from text and earlier tokens (section 3)."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
+from jaxtyping import Float
+from jaxtyping import Int
+from jaxtyping import PRNGKeyArray
+from jaxtyping import UInt8
 
 from parti_jax.core import errors
 from parti_jax.exported_model import model_folder
@@ -22,6 +29,7 @@ from parti_jax.models.nn import layers
 from parti_jax.partitioning import pipeline_parallelism
 from parti_jax.sampling import decoding
 from parti_jax.sampling import parameters
+from parti_jax.training import inputs as inputs_lib
 from parti_jax.training.objectives import base
 from parti_jax.training.objectives import initial_text_encoder
 
@@ -32,20 +40,21 @@ class GeneratorObjective(base.Objective):
   """Cross entropy of image tokens, and samples for fixed prompts.
 
   Attributes:
-    model: sizes of the text encoder and the image-token decoder.
-    tokenizer: run of the image tokenizer (its --model_dir), to show samples as pictures; None
-      for no pictures.
-    guidance_scale: of the samples.
-    depth_loss_weights: how much each decoder layer's own prediction counts in the loss, for early
-      exit at sampling (CALM, arXiv 2207.07061, section 3): all layers predict through the last
-      layer norm and the same logits, and the loss is their mean with these weights, scaled to sum
-      to 1. CALM's grow with depth, (1, 2, 3, 4) for four layers. None has the last layer alone.
-    text_encoder: run (its --model_dir) whose text encoder a new run starts with, such as one of
-      TextEncoderObjective (Parti, section 2.2); None for a random one.
+    model: config of the text encoder and the image-token decoder.
+    tokenizer: model_dir of the image tokenizer's run, to draw samples as images; None for no
+      images.
+    guidance_scale: guidance scale of the samples.
+    depth_loss_weights: weight of each decoder layer's own prediction in the loss, for early exit
+      when sampling (CALM, arXiv 2207.07061, section 3). All layers predict through the final layer
+      norm and the same logits. The loss is the mean of theirs with these weights, normalized to sum
+      to 1. CALM's weights grow with depth: (1, 2, 3, 4) for four layers. None for the last layer
+      only.
+    text_encoder: model_dir of the run whose text encoder a new run starts with, such as a run of
+      TextEncoderObjective (Parti, section 2.2); None for a random text encoder.
 
   Raises:
-    UserError: if a value is of another type or out of its range; if the weights are not one for
-      each decoder layer, none of them negative and the last one positive.
+    UserError: if a value has the wrong type or is out of range. `depth_loss_weights` needs one
+      weight per decoder layer, none of them negative and the last one positive.
   """
 
   model: parti_config.PartiConfig
@@ -56,7 +65,7 @@ class GeneratorObjective(base.Objective):
 
   name = 'generator'
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     config_checks.check_fields(self, guidance_scale=(0, sampling_settings.MOST_GUIDANCE))
     weights = self.depth_loss_weights
     if weights is None:
@@ -71,14 +80,12 @@ class GeneratorObjective(base.Objective):
     return {'inputs': self.model.text_length, 'targets': self.model.image_length}
 
   def vocabulary_sizes(self) -> dict[str, tuple[str, int]]:
-    """Feature -> the gin key of the number of ids that the model knows, and that number."""
     return {
       'inputs': ('PartiConfig.text_vocabulary', self.model.text_vocabulary),
       'targets': ('PartiConfig.codebook_size', self.model.codebook_size),
     }
 
-  def abstract_batch(self, batch_size: int):
-    """Shapes and dtypes of a batch, as `loss` takes it."""
+  def abstract_batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
     text, image = ((batch_size, length) for length in self.feature_lengths().values())
     return {
       'encoder_input_tokens': jax.ShapeDtypeStruct(text, jnp.int32),
@@ -86,28 +93,36 @@ class GeneratorObjective(base.Objective):
       'decoder_loss_weights': jax.ShapeDtypeStruct(image, jnp.float32),
     }
 
-  def init(self, rng):
-    """Parameters with their logical axis names."""
+  def init(self, rng: PRNGKeyArray) -> base.Params:
     return parti.Parti(self.model).init(rng, *parti.example_inputs(self.model))['params']
 
-  def initial_parts(self, abstract_params, inputs):
-    """The text encoder of the run that `text_encoder` names."""
+  def initial_parts(
+    self, abstract_params: base.Params, inputs: inputs_lib.Inputs
+  ) -> dict[str, Any]:
+    """Reads the text encoder of the run `text_encoder`, if it is set."""
     return initial_text_encoder.parts(
       self.text_encoder, self.model, abstract_params, inputs, 'GeneratorObjective.text_encoder'
     )
 
-  def loss(self, params, batch, dropout_keys, step):
-    """The mean cross entropy of image tokens, with dropout, over the layers that predict.
+  def loss(
+    self,
+    params: base.Params,
+    batch: base.Batch,
+    dropout_keys: layers.DropoutKeys | None,
+    step: Int[Array, ''],
+  ) -> tuple[Float[Array, ''], dict[str, Any]]:
+    """The mean cross entropy of image tokens, averaged over the layers with a weight.
 
     Args:
-      params: of `init`.
+      params: the unboxed parameters.
       batch: 'encoder_input_tokens' int32 [batch, text_length], 'decoder_target_tokens' int32
-        [batch, image_length], 'decoder_loss_weights' float32 [batch, image_length].
-      dropout_keys: layers.DropoutKeys of the batch.
-      step: not used; the loss is the same at all steps.
+        [batch, tokens], 'decoder_loss_weights' float32 [batch, tokens].
+      dropout_keys: keys of the examples; None for no dropout.
+      step: not used.
 
     Returns:
-      float32 [] and a dict with 'metrics' (scalars).
+      loss: the loss.
+      aux: a dict with 'metrics'.
     """
     del step
     losses, hits = self._losses(params, batch, dropout_keys)
@@ -121,15 +136,16 @@ class GeneratorObjective(base.Objective):
     metrics['last_layer_loss'] = losses[-1]
     return jnp.sum(losses * (shares / shares.sum())), {'metrics': metrics}
 
-  def weight(self, batch):
-    """What a batch counts in a mean over several: the weights of its tokens, float32 []."""
+  def weight(self, batch: base.Batch) -> Float[Array, '']:
+    """Returns the sum of the weights of a batch's tokens."""
     return jnp.sum(batch['decoder_loss_weights'])
 
-  def evaluate(self, params, batch):
-    """Measures of each example without dropout, [batch] each.
+  def evaluate(self, params: base.Params, batch: base.Batch) -> dict[str, Float[Array, 'batch']]:
+    """Evaluates each example, without dropout.
 
-    'loss' and 'token_accuracy' are of the last layer; 'loss_after_1' and so on of the others that
-    predict.
+    Returns:
+      'loss' and 'token_accuracy' of the last layer, and 'loss_after_1' and so on of the other
+      layers with a weight.
     """
     losses, hits = self._losses(params, batch, None)
     losses, hits = jnp.mean(losses, axis=2), jnp.mean(hits, axis=2)
@@ -138,22 +154,25 @@ class GeneratorObjective(base.Objective):
       f'loss_after_{layer + 1}': loss for layer, loss in zip(self._predicting()[:-1], losses)
     }
 
-  def painter(self):
-    """What draws real pictures beside samples for the same texts; None without a tokenizer.
+  def painter(self) -> base.Painter | None:
+    """Returns a function that draws each example's image, and a sample for its text to the right.
 
     Returns:
-      A function of `params`, a batch as in `loss` and the tokenizer's parameters, which returns
-      {'samples': uint8 [batch, height, 2 · width, 3]}; and those parameters, numpy arrays.
+      A function of the parameters, a batch and the tokenizer's parameters, which returns
+      {'samples': images [batch, height, 2 · width, 3]}; and the tokenizer's parameters. None
+      without a tokenizer.
 
     Raises:
-      UserError: if the tokenizer can't be loaded, or its tokens are not the model's.
+      UserError: if the tokenizer can't be loaded or doesn't fit the model.
     """
     if self.tokenizer is None:
       return None
     config = self.frozen_tokenizer.config
     model_folder.check_sizes(self.model, config, f'GeneratorObjective.tokenizer={self.tokenizer!r}')
 
-    def draw(params, batch, tokenizer_params):
+    def draw(
+      params: base.Params, batch: base.Batch, tokenizer_params: Any
+    ) -> dict[str, UInt8[Array, 'batch height width 3']]:
       texts = batch['encoder_input_tokens']
       drawn = decoding.sample_tokens(
         self.model,
@@ -162,9 +181,8 @@ class GeneratorObjective(base.Objective):
         decoding.image_keys(0, jnp.arange(texts.shape[0])),
         decoding.Sampling(self.guidance_scale, guided=True),
       )
-      decode = lambda tokens: vit_vqgan.ViTVQGAN(config).apply(
-        {'params': tokenizer_params}, tokens, method='detokenize'
-      )
+      apply: Callable[..., Any] = vit_vqgan.ViTVQGAN(config).apply
+      decode = lambda tokens: apply({'params': tokenizer_params}, tokens, method='detokenize')
       with pipeline_parallelism.off():
         pairs = jnp.concatenate([decode(batch['decoder_target_tokens']), decode(drawn)], axis=2)
       return {'samples': jnp.round(pairs * 255.0).astype(jnp.uint8)}
@@ -172,31 +190,36 @@ class GeneratorObjective(base.Objective):
     return draw, self.frozen_tokenizer.params
 
   def step_flops(self, batch_size: int) -> int:
-    """Model FLOPs of a training step."""
     more = (len(self._predicting()) - 1) * flops.logits_forward(self.model)
     return 3 * batch_size * (flops.parti_forward(self.model) + more)
 
   def _predicting(self) -> list[int]:
-    """The decoder layers whose predictions count in the loss."""
+    """Returns the decoder layers with a weight in the loss."""
     if self.depth_loss_weights is None:
       return [self.model.decoder_layers - 1]
     return [layer for layer, weight in enumerate(self.depth_loss_weights) if weight > 0]
 
-  def _losses(self, params, batch, dropout_keys):
-    """Losses and hits of the layers that predict, [layers, batch, image_length]."""
+  def _losses(
+    self, params: base.Params, batch: base.Batch, dropout_keys: layers.DropoutKeys | None
+  ) -> tuple[Float[Array, 'layers batch tokens'], Float[Array, 'layers batch tokens']]:
+    """Returns losses and hits (1 for a correct prediction) of the layers with a weight."""
     model = parti.Parti(self.model)
-    apply = functools.partial(model.apply, {'params': params})
+    apply: Callable[..., Any] = functools.partial(model.apply, {'params': params})
     inputs = batch['encoder_input_tokens'], batch['decoder_target_tokens'], dropout_keys
     if self.depth_loss_weights is None:
       losses, hits = self._of_logits(apply(*inputs), batch)
       return losses[None], hits[None]
 
-    def of_layer(states):
+    def of_layer(
+      states: Float[Array, 'batch tokens embed'],
+    ) -> tuple[Float[Array, 'batch tokens'], Float[Array, 'batch tokens']]:
       return self._of_logits(apply(states, method='predict'), batch)
 
-    # One layer's logits after the other: those of all layers would not fit the memory.
+    # One layer after another: the logits of all layers would not fit in memory.
     states = apply(*inputs, method='states')[np.array(self._predicting())]
     return jax.lax.map(layer_stack.remat(of_layer, self.model.remat), states)
 
-  def _of_logits(self, logits, batch):
+  def _of_logits(
+    self, logits: Float[Array, 'batch tokens codebook'], batch: base.Batch
+  ) -> tuple[Float[Array, 'batch tokens'], Float[Array, 'batch tokens']]:
     return layers.cross_entropy(logits, batch['decoder_target_tokens'])

@@ -1,32 +1,41 @@
-"""A text encoder that another run trained, to start with (Parti, section 2.2)."""
+"""Initializes a text encoder from another run (Parti, section 2.2)."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 from parti_jax.checkpoints import run_checkpoints
 from parti_jax.core import errors
 from parti_jax.models import parti_config
+from parti_jax.training import inputs as inputs_lib
 
-# What of Parti's sizes makes the text encoder.
+# The fields of PartiConfig that determine the text encoder.
 _SIZES = ('encoder_layers', 'width', 'mlp_width', 'heads', 'text_vocabulary', 'text_length')
 _OBJECTIVES = ('text_encoder', 'generator')
 
 
-def parts(model_dir: str | None, model: parti_config.PartiConfig, abstract, inputs, key: str):
-  """Parameters of the text encoder of another run.
+def parts(
+  model_dir: str | None,
+  model: parti_config.PartiConfig,
+  abstract: Mapping[str, Any],
+  inputs: inputs_lib.Inputs,
+  key: str,
+) -> dict[str, Any]:
+  """Reads the text encoder's parameters from another run.
 
   Args:
-    model_dir: that run's folder: one of the objective TextEncoderObjective or GeneratorObjective; None for no
-      run.
-    model: sizes of the model that is to start with them.
-    abstract: shapes and shardings of that model's parameters.
-    inputs: what that model is trained with, an `Inputs`.
-    key: the gin key that names the run, for messages.
+    model_dir: folder of a run of TextEncoderObjective or GeneratorObjective; None for no run.
+    model: config of the new model.
+    abstract: shapes and shardings of the new model's parameters.
+    inputs: fingerprints of the new run's vocabulary and tokenizer.
+    key: the gin key with the value `model_dir`, for messages.
 
   Returns:
-    {'text_encoder': the parameters, on the mesh}; nothing if `model_dir` is None.
+    {'text_encoder': the parameters, on the mesh}; {} if `model_dir` is None.
 
   Raises:
-    UserError: if there is no finished checkpoint, or it is of another objective, of other sizes or of
+    UserError: if there is no finished checkpoint, or if it has another objective, another config or
       another text vocabulary.
   """
   if model_dir is None:
@@ -45,8 +54,8 @@ def parts(model_dir: str | None, model: parti_config.PartiConfig, abstract, inpu
   ]
   if differing:
     raise errors.UserError(
-      f'{key}={model_dir!r} has a text encoder of other sizes: '
-      f'{"; ".join(differing)}; give another run, or set PartiConfig alike'
+      f'{key}={model_dir!r} has a text encoder with another configuration: '
+      f'{"; ".join(differing)}; give another run, or change PartiConfig'
     )
   # The text encoder sees no image tokens.
   vocabulary = {'vocabulary': run_checkpoints.read_place(path).get('vocabulary')}

@@ -1,12 +1,21 @@
-"""Training the ranker: a contrastive captioner on captions and pictures (CoCa, section 3)."""
+"""The objective of the ranker, a contrastive captioner of images and texts (CoCa, section 3)."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
+from jaxtyping import Float
+from jaxtyping import Int
+from jaxtyping import Key
+from jaxtyping import PRNGKeyArray
+from jaxtyping import UInt8
 
 from parti_jax.core import errors
 from parti_jax.models import coca
@@ -19,20 +28,24 @@ from parti_jax.partitioning import pipeline_parallelism
 from parti_jax.training.objectives import base
 from parti_jax.training.objectives import frozen_tokenizer
 
-# Texts that are compared with all pictures at once, to bound the memory.
+# Number of queries to compare with all candidates at once, to bound the memory.
 _BLOCK = 1024
 
 
-def shifted(images, keys, most: int):
-  """Pictures moved by up to `most` pixels each way; what comes in repeats the edge.
+def shifted(
+  images: Float[Array, 'batch height width 3'], keys: Key[Array, 'batch'], most: int
+) -> Float[Array, 'batch height width 3']:
+  """Shifts images by random offsets, and repeats the pixels of the edge.
 
   Args:
-    images: [batch, height, width, 3].
-    keys: keys [batch].
-    most: pixels.
+    images: the images.
+    keys: a key for each image.
+    most: maximum offset along each axis, in pixels.
   """
 
-  def shift(image, key):
+  def shift(
+    image: Float[Array, 'height width 3'], key: Key[Array, '']
+  ) -> Float[Array, 'height width 3']:
     down, right = jax.random.randint(key, (2,), -most, most + 1)
     rows = jnp.clip(jnp.arange(image.shape[0]) - down, 0, image.shape[0] - 1)
     columns = jnp.clip(jnp.arange(image.shape[1]) - right, 0, image.shape[1] - 1)
@@ -41,10 +54,14 @@ def shifted(images, keys, most: int):
   return jax.vmap(shift)(images, keys)
 
 
-def noisy(images, keys, most: float):
-  """Pictures in [0, 1] with Gaussian noise, of a standard deviation drawn from [0, most]."""
+def noisy(
+  images: Float[Array, 'batch height width 3'], keys: Key[Array, 'batch'], most: float
+) -> Float[Array, 'batch height width 3']:
+  """Adds Gaussian noise to images in [0, 1], with standard deviations drawn from [0, most]."""
 
-  def add(image, key):
+  def add(
+    image: Float[Array, 'height width 3'], key: Key[Array, '']
+  ) -> Float[Array, 'height width 3']:
     strength, noise = jax.random.split(key)
     deviation = jax.random.uniform(strength, maxval=most)
     return image + deviation * jax.random.normal(noise, image.shape, image.dtype)
@@ -55,24 +72,23 @@ def noisy(images, keys, most: float):
 @config_checks.configurable
 @dataclasses.dataclass(frozen=True)
 class RankerObjective(base.Objective):
-  """The contrastive and the captioning loss, on pictures as a generator draws them.
+  """The contrastive and the captioning loss, on images that look like a generator's.
 
-  The ranker judges pictures that come out of an image tokenizer's decoder, which are never as
-  sharp as those of the data. So that it neither takes the difference for something that the text
-  says nor meets it for the first time when it ranks, it is trained on both.
+  The ranker scores images from an image tokenizer's decoder, which are less sharp than those of
+  the data. It is trained on both, so that it doesn't score the sharpness rather than the content.
 
   Attributes:
-    model: sizes of the contrastive captioner.
-    contrastive_weight: of the contrastive loss (1 in CoCa, section 4.1).
-    caption_weight: of the captioning loss (2 in CoCa).
-    tokenizer: run of an image tokenizer (its --model_dir) that some pictures go through; None
-      for none. Until it is trained, plans take its sizes from ViTVQGANConfig in gin.
-    reconstruct_every: one picture of so many goes through the tokenizer; must divide the batch.
-    shift: pixels that a picture is moved by at most.
-    noise: largest standard deviation of noise in pixels, which are in [0, 1].
+    model: config of the contrastive captioner.
+    contrastive_weight: weight of the contrastive loss (1 in CoCa, section 4.1).
+    caption_weight: weight of the captioning loss (2 in CoCa).
+    tokenizer: model_dir of an image tokenizer's run, to reconstruct some of the images with; None
+      for no reconstructions. Until it is trained, plans use gin's ViTVQGANConfig.
+    reconstruct_every: one of this many images is reconstructed; must divide the batch size.
+    shift: maximum random shift of an image, in pixels.
+    noise: maximum standard deviation of the noise in pixels, whose values are in [0, 1].
 
   Raises:
-    UserError: if a value is out of its range.
+    UserError: if a value has the wrong type or is out of range.
   """
 
   model: coca.CoCaConfig
@@ -83,7 +99,7 @@ class RankerObjective(base.Objective):
   shift: int = 0
   noise: float = 0.0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     not_negative = dict.fromkeys(('contrastive_weight', 'caption_weight', 'noise'), (0, None))
     config_checks.check_fields(
       self, reconstruct_every=(1, None), shift=(0, config_checks.MAX_SIZE), **not_negative
@@ -93,62 +109,65 @@ class RankerObjective(base.Objective):
 
   @property
   def over_examples(self) -> tuple[str, ...]:
-    """What the losses compute over several examples, see `Objective`."""
-    reconstructed = ('pictures that go through the tokenizer',) if self.tokenizer else ()
+    reconstructed = ('choice of images that go through the tokenizer',) if self.tokenizer else ()
     return ('negatives in the contrastive loss', *reconstructed)
 
   def feature_lengths(self) -> dict[str, int]:
     return {'inputs': self.model.text_length, 'images': self.model.image_size}
 
   def vocabulary_sizes(self) -> dict[str, tuple[str, int]]:
-    """Feature -> the gin key of the number of ids that the model knows, and that number."""
     return {'inputs': ('CoCaConfig.text_vocabulary', self.model.text_vocabulary)}
 
-  def abstract_batch(self, batch_size: int):
-    """Shapes and dtypes of a batch, as `loss` takes it."""
+  def abstract_batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
     size = self.model.image_size
     return {
       'encoder_input_tokens': jax.ShapeDtypeStruct((batch_size, self.model.text_length), jnp.int32),
       'images': jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.uint8),
     }
 
-  def init(self, rng):
-    """Parameters with their logical axis names."""
+  def init(self, rng: PRNGKeyArray) -> base.Params:
     return coca.CoCa(self.model).init(rng, *coca.example_inputs(self.model))['params']
 
-  def constants(self):
-    """The frozen tokenizer's parameters, which `loss` finds among its own."""
+  def constants(self) -> dict[str, Any]:
+    """Returns the frozen tokenizer's parameters as 'tokenizer'."""
     if self.tokenizer is None:
       return {}
     self._checked_config()
     return {'tokenizer': self.frozen_tokenizer.params}
 
-  def abstract_constants(self):
-    """Shapes and dtypes of `constants`; the tokenizer need not be trained yet."""
+  def abstract_constants(self) -> dict[str, Any]:
+    """Returns shapes and dtypes of `constants`, also for a tokenizer that isn't trained yet."""
     if self.tokenizer is None:
       return {}
     return {'tokenizer': frozen_tokenizer.planned_params(self._checked_config())}
 
-  def loss(self, params, batch, dropout_keys, step):
-    """The weighted sum of both losses (CoCa, eq. 4), means over examples.
+  def loss(
+    self,
+    params: base.Params,
+    batch: base.Batch,
+    dropout_keys: layers.DropoutKeys | None,
+    step: Int[Array, ''],
+  ) -> tuple[Float[Array, ''], dict[str, Any]]:
+    """The weighted sum of the means of both losses (CoCa, eq. 4).
 
-    An example's captioning loss is the mean over its tokens. Texts that are equal are no
-    negatives of one another. With microbatches, negatives are those of the microbatch.
+    An example's captioning loss is the mean over its tokens. Examples with the same text aren't
+    negatives of each other. With microbatches, negatives are those of the microbatch.
 
     Args:
-      params: of `init`, and `constants`.
+      params: the unboxed parameters, and `constants`.
       batch: 'encoder_input_tokens' int32 [batch, text_length], 'images' uint8 [batch, height,
         width, 3].
-      dropout_keys: layers.DropoutKeys of the batch, for the changes of pictures as well.
-      step: not used; the loss is the same at all steps.
+      dropout_keys: keys of the examples, for dropout, shifts and noise.
+      step: not used.
 
     Returns:
-      float32 [] and a dict with 'metrics' (scalars).
+      loss: the loss.
+      aux: a dict with 'metrics'.
     """
     del step
     texts = batch['encoder_input_tokens']
     images = self._varied(params, batch['images'], layers.fold(dropout_keys, 0))
-    out = coca.CoCa(self.model).apply(
+    out: Any = coca.CoCa(self.model).apply(
       {'params': params}, images, texts, layers.fold(dropout_keys, 1)
     )
     losses, hits = contrastive.contrastive_losses(
@@ -165,25 +184,35 @@ class RankerObjective(base.Objective):
       }
     }
 
-  def weight(self, batch):
-    """What a batch counts in a mean over several: its examples, float32 []."""
+  def weight(self, batch: base.Batch) -> Float[Array, '']:
+    """Returns the number of examples in a batch."""
     return jnp.float32(len(batch['images']))
 
-  def evaluate(self, params, batch):
-    """Of each example 'caption_loss' [batch] and both features [batch, feature_dim]."""
+  def evaluate(
+    self, params: base.Params, batch: base.Batch
+  ) -> dict[str, Float[Array, 'batch ...']]:
+    """Evaluates each example.
+
+    Returns:
+      'caption_loss' [batch], and 'image_features' and 'text_features' [batch, feature_dim].
+    """
     texts = batch['encoder_input_tokens']
-    out = coca.CoCa(self.model).apply({'params': params}, _to_unit(batch['images']), texts)
+    out: Any = coca.CoCa(self.model).apply({'params': params}, _to_unit(batch['images']), texts)
     return {
       'caption_loss': _caption_losses(out, texts),
       'image_features': out['image_features'],
       'text_features': out['text_features'],
     }
 
-  def summarize(self, measures: dict[str, np.ndarray]) -> dict[str, float]:
-    """The captioning loss, and retrieval among all examples of the split.
+  def summarize(
+    self, measures: Mapping[str, Float[np.ndarray, 'examples ...']]
+  ) -> dict[str, float]:
+    """Returns the captioning loss, and retrieval accuracy among all examples of the split.
 
-    `text_of_image_top1` is the share of pictures whose own text is the nearest of all, or as near
-    as the nearest, where several examples have the same text; `image_of_text_top1` likewise.
+    Returns:
+      'caption_loss'; 'text_of_image_top1', the share of images whose own text is the nearest of
+      all texts, or as near as the nearest if several examples have the same text;
+      'image_of_text_top1', the same for texts and their images.
     """
     images, texts = measures['image_features'], measures['text_features']
     return {
@@ -193,66 +222,82 @@ class RankerObjective(base.Objective):
     }
 
   def step_flops(self, batch_size: int) -> int:
-    """Model FLOPs of a training step, without those of the frozen tokenizer."""
+    """Returns the model FLOPs of a training step, without those of the frozen tokenizer."""
     return 3 * batch_size * flops.coca_forward(self.model)
 
-  def _varied(self, params, images, keys):
-    """Pictures in [0, 1], moved, some of them through the tokenizer, with noise."""
-    images = _to_unit(images)
-    row_keys = lambda site: jax.vmap(
-      lambda row: jax.random.fold_in(layers.fold(keys, site).key, row)
-    )(keys.rows)
-    if self.shift:
-      images = shifted(images, row_keys(0), self.shift)
-    if self.tokenizer is not None:
-      images = self._some_reconstructed(params['tokenizer'], images)
-    return noisy(images, row_keys(1), self.noise) if self.noise else images
+  def _varied(
+    self,
+    params: base.Params,
+    images: UInt8[Array, 'batch height width 3'],
+    keys: layers.DropoutKeys | None,
+  ) -> Float[Array, 'batch height width 3']:
+    """Converts images to [0, 1], shifts them, reconstructs some, and adds noise."""
 
-  def _some_reconstructed(self, params, images):
-    """The first of every `reconstruct_every` pictures as the frozen tokenizer gives it back."""
+    def row_keys(site: int) -> Key[Array, 'rows']:
+      assert keys is not None
+      site_key = jax.random.fold_in(keys.key, site)
+      return jax.vmap(lambda row: jax.random.fold_in(site_key, row))(keys.rows)
+
+    varied = _to_unit(images)
+    if self.shift:
+      varied = shifted(varied, row_keys(0), self.shift)
+    if self.tokenizer is not None:
+      varied = self._some_reconstructed(params['tokenizer'], varied)
+    return noisy(varied, row_keys(1), self.noise) if self.noise else varied
+
+  def _some_reconstructed(
+    self, params: Mapping[str, Any], images: Float[Array, 'batch height width 3']
+  ) -> Float[Array, 'batch height width 3']:
+    """Replaces the first of every `reconstruct_every` images by the tokenizer's reconstruction."""
     every = self.reconstruct_every
     if len(images) % every:
       raise errors.UserError(
         f'RankerObjective.reconstruct_every={every} does not divide the {len(images)} examples of a '
         'batch; set train.batch_size to a multiple'
       )
-    # Of neighbours, so that each device finds its share among its own rows.
+    # Groups of neighbors, so that each device only needs its own rows.
     groups = images.reshape((-1, every) + images.shape[1:])
-    module = vit_vqgan.ViTVQGAN(self._checked_config())
+    apply: Callable[..., Any] = vit_vqgan.ViTVQGAN(self._checked_config()).apply
     with pipeline_parallelism.off():
-      tokens = module.apply({'params': params}, groups[:, 0], method='tokenize')
-      again = module.apply({'params': params}, tokens, method='detokenize')
+      tokens = apply({'params': params}, groups[:, 0], method='tokenize')
+      again = apply({'params': params}, tokens, method='detokenize')
     return jnp.concatenate([again[:, None], groups[:, 1:]], axis=1).reshape(images.shape)
 
   def _checked_config(self) -> vit_vqgan.ViTVQGANConfig:
-    """Sizes of the frozen tokenizer, which is of pictures as large as the ranker's."""
+    """Returns the frozen tokenizer's config, after checking its image size."""
     size = self.tokenizer_config.image_size
     if size != self.model.image_size:
       raise errors.UserError(
-        f'RankerObjective.tokenizer={self.tokenizer!r} is of pictures of {size} pixels, but '
+        f'RankerObjective.tokenizer={self.tokenizer!r} has images of {size} pixels, but '
         f'CoCaConfig.image_size={self.model.image_size}'
       )
     return self.tokenizer_config
 
 
-def retrieval(queries: np.ndarray, candidates: np.ndarray) -> float:
-  """Share of queries whose own candidate is the nearest, both float [n, dim] of unit vectors."""
+def retrieval(
+  queries: Float[np.ndarray, 'examples dim'], candidates: Float[np.ndarray, 'examples dim']
+) -> float:
+  """Returns the share of queries whose own candidate is the nearest; both are unit vectors."""
   hits = 0
   for start in range(0, len(queries), _BLOCK):
     rows = slice(start, start + _BLOCK)
     own = np.sum(queries[rows] * candidates[rows], axis=1)
     nearest = np.max(queries[rows] @ candidates.T, axis=1)
-    # Equal candidates may differ in how their products are summed.
+    # Products with equal candidates may be summed in different orders.
     hits += int(np.sum(own >= nearest - 1e-5))
   return hits / len(queries)
 
 
-def _to_unit(images):
+def _to_unit(
+  images: UInt8[Array, 'batch height width 3'],
+) -> Float[Array, 'batch height width 3']:
   return images.astype(jnp.float32) / 255.0
 
 
-def _caption_losses(out, texts):
-  """Cross entropy of each text's tokens given the picture, a mean over tokens: float32 [batch]."""
+def _caption_losses(
+  out: Mapping[str, Array], texts: Int[Array, 'batch text_length']
+) -> Float[Array, 'batch']:
+  """Returns the cross entropy of each text given its image, a mean over tokens."""
   losses, _ = layers.cross_entropy(out['logits'], texts)
   is_text = (texts > 0).astype(jnp.float32)
   return jnp.sum(losses * is_text, axis=1) / jnp.maximum(jnp.sum(is_text, axis=1), 1.0)

@@ -1,12 +1,21 @@
-"""Training super-resolution on what the tokenizer makes of pictures (Parti, section 2.1)."""
+"""The objective of super-resolution of an image tokenizer's reconstructions (Parti, section 2.1)."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+from jaxtyping import Float
+from jaxtyping import Int
+from jaxtyping import Key
+from jaxtyping import PRNGKeyArray
+from jaxtyping import UInt8
 
 from parti_jax.core import errors
 from parti_jax.models import config_checks
@@ -15,6 +24,7 @@ from parti_jax.models import flops
 from parti_jax.models import lpips
 from parti_jax.models import super_resolution
 from parti_jax.models import vit_vqgan
+from parti_jax.models.nn import layers
 from parti_jax.partitioning import pipeline_parallelism
 from parti_jax.training.objectives import adversarial
 from parti_jax.training.objectives import base
@@ -26,33 +36,33 @@ from parti_jax.training.objectives import tokenizer_objective
 @config_checks.configurable
 @dataclasses.dataclass(frozen=True)
 class SuperResolutionObjective(base.Objective):
-  """Larger pictures from small ones: its inputs, losses and pictures.
+  """Super-resolution of images, with pixel, perceptual and adversarial losses.
 
-  An input is a picture averaged over squares of factor × factor pixels, and then, but for a share
-  of the examples, what a trained tokenizer makes of that. The target is the picture itself.
+  The target is an image. The input is the image, averaged over squares of factor × factor pixels
+  and then, except for a share of the examples, reconstructed by a trained tokenizer.
 
   Attributes:
-    model: sizes of the network.
+    model: config of the network.
     image_size: height and width of the targets, in pixels.
-    tokenizer: run of the image tokenizer (its --model_dir), whose pictures are as many times
-      smaller; None to enlarge averaged pictures alone. Until it is trained, plans take its sizes
-      from ViTVQGANConfig in gin.
-    clean_share: share of the examples that do not go through the tokenizer.
-    crop: side of the random squares that are cut out of inputs, in pixels; None for whole ones.
-    l2_weight: of the mean squared error (1.0 in ViT-VQGAN).
-    l1_weight: of the mean absolute error (1.0 in WDSR, which has no other loss).
-    perceptual_weight: of LPIPS (0.1 in ViT-VQGAN); 0 for none, which needs no files.
-    vgg16_weights: file of VGG16's weights for LPIPS, see `lpips_weights.read`.
-    lpips_weights: file of LPIPS' linear heads.
-    adversarial_weight: of the adversarial loss (0.1 in ViT-VQGAN); 0 for no discriminator.
-    adversarial_from: until this step there is neither the adversarial loss nor its discriminator's.
-    discriminator: sizes of the discriminator.
+    tokenizer: model_dir of the image tokenizer's run, for images of the inputs' size; None to train
+      on averaged images only. Until it is trained, plans use gin's ViTVQGANConfig.
+    clean_share: share of the examples that aren't reconstructed by the tokenizer.
+    crop: height and width of random crops of the inputs, in pixels; None for whole inputs.
+    l2_weight: weight of the mean squared error (1.0 in ViT-VQGAN).
+    l1_weight: weight of the mean absolute error (1.0 in WDSR, which has no other loss).
+    perceptual_weight: weight of LPIPS (0.1 in ViT-VQGAN); 0 to omit it, which needs no files.
+    vgg16_weights: file of VGG16's weights for LPIPS (`lpips_weights.read`).
+    lpips_weights: file of the linear layers of LPIPS.
+    adversarial_weight: weight of the adversarial loss (0.1 in ViT-VQGAN); 0 for no discriminator.
+    adversarial_from: the first step with an adversarial loss and training of the discriminator.
+    discriminator: config of the discriminator.
     discriminator_optimizer: an optax transformation; None for Adam with a learning rate of 1e-4.
     r1_weight: γ of the discriminator's penalty γ/2 · R1 (10 in StyleGAN2).
-    r1_every: steps between penalties, each of which counts as many times (StyleGAN2, section 3.1).
+    r1_every: steps between penalties; each penalty is multiplied by this number (lazy
+      regularization, StyleGAN2, section 3.1).
 
   Raises:
-    UserError: if a value is out of its range, or sizes do not fit each other.
+    UserError: if a value has the wrong type or is out of range, or if sizes don't match.
   """
 
   model: super_resolution.SuperResolutionConfig
@@ -74,7 +84,7 @@ class SuperResolutionObjective(base.Objective):
 
   name = 'super_resolution'
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     not_negative = dict.fromkeys(
       (
         'l2_weight',
@@ -123,24 +133,22 @@ class SuperResolutionObjective(base.Objective):
 
   @property
   def _target_size(self) -> int:
-    """Height and width of what losses compare, in pixels."""
+    """Height and width of the images that the losses compare, in pixels."""
     return self.model.factor * (self.crop or self.input_size)
 
   @property
   def over_examples(self) -> tuple[str, ...]:
-    """What the losses compute over several examples, see `Objective`."""
     return adversarial.over_examples(self.discriminator) if self.adversarial_weight else ()
 
   def feature_lengths(self) -> dict[str, int]:
     return {'images': self.image_size}
 
-  def abstract_batch(self, batch_size: int):
-    """Shapes and dtypes of a batch, as `loss` takes it."""
+  def abstract_batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
     shape = (batch_size, self.image_size, self.image_size, 3)
     return {'images': jax.ShapeDtypeStruct(shape, jnp.uint8)}
 
-  def init(self, rng):
-    """Parameters with their logical axis names; with a discriminator also 'discriminator'."""
+  def init(self, rng: PRNGKeyArray) -> base.Params:
+    """Returns random parameters; a discriminator's are the part 'discriminator'."""
     module = super_resolution.SuperResolution(self.model)
     params = module.init(rng, *super_resolution.example_inputs(self.model))['params']
     if self.adversarial_weight:
@@ -149,17 +157,19 @@ class SuperResolutionObjective(base.Objective):
       params = params | {'discriminator': judge.init(jax.random.fold_in(rng, 1), images)['params']}
     return params
 
-  def other_optimizers(self):
-    return adversarial.other_optimizers(self)
+  def other_optimizers(self) -> dict[str, optax.GradientTransformation]:
+    return adversarial.other_optimizers(
+      self.adversarial_weight, self.adversarial_from, self.discriminator_optimizer
+    )
 
-  def constants(self):
-    """The tokenizer's parameters, as 'tokenizer', and LPIPS', as 'perceptual', where there are any.
+  def constants(self) -> dict[str, Any]:
+    """Reads the parameters of the tokenizer, as 'tokenizer', and of LPIPS, as 'perceptual'.
 
     Raises:
-      UserError: if there is no run of a tokenizer, or it is of pictures of another size; if a file
-        of weights is not given, is missing or damaged.
+      UserError: if the tokenizer can't be loaded or has images of another size; if a file of
+        weights is not given, is missing or damaged.
     """
-    found = {}
+    found: dict[str, Any] = {}
     if self.tokenizer is not None:
       self._checked_config()
       found['tokenizer'] = self.frozen_tokenizer.params
@@ -167,34 +177,41 @@ class SuperResolutionObjective(base.Objective):
       found['perceptual'] = lpips_weights.of_objective(self)
     return found
 
-  def abstract_constants(self):
-    """Shapes and dtypes of `constants`, without any files; the tokenizer need not be trained."""
-    found = {}
+  def abstract_constants(self) -> dict[str, Any]:
+    """Returns shapes and dtypes of `constants`, also for a tokenizer that isn't trained yet."""
+    found: dict[str, Any] = {}
     if self.tokenizer is not None:
       found['tokenizer'] = frozen_tokenizer.planned_params(self._checked_config())
     if self.perceptual_weight:
       found['perceptual'] = lpips.abstract_params()
     return found
 
-  def loss(self, params, batch, dropout_keys, step):
-    """The training loss.
+  def loss(
+    self,
+    params: base.Params,
+    batch: base.Batch,
+    dropout_keys: layers.DropoutKeys | None,
+    step: Int[Array, ''],
+  ) -> tuple[Float[Array, ''], dict[str, Any]]:
+    """The sum of the network's loss and of the discriminator's.
 
     Args:
-      params: of `init`, with `constants`.
-      batch: {'images': uint8 [batch, image_size, image_size, 3]}.
-      dropout_keys: layers.DropoutKeys, from which follow crops and who is spared the tokenizer.
-      step: int32 [], steps done before this one.
+      params: the unboxed parameters, and `constants`.
+      batch: 'images' uint8 [batch, image_size, image_size, 3].
+      dropout_keys: keys of the examples, for crops and for the choice of clean inputs.
+      step: number of steps done before this one.
 
     Returns:
-      float32 [], the network's loss and the discriminator's, and a dict with 'metrics' (scalars;
-      'loss' is the network's).
+      loss: the loss.
+      aux: a dict with 'metrics', whose 'loss' is that of the network only.
     """
+    assert dropout_keys is not None
     targets = _pixels(batch['images'])
     keys = jax.vmap(jax.random.fold_in, (None, 0))(dropout_keys.key, dropout_keys.rows)
     inputs = self._clean(targets)
     if self.tokenizer is not None:
-      spared = jax.vmap(jax.random.uniform)(keys) < self.clean_share
-      inputs = jnp.where(spared[:, None, None, None], inputs, self._reconstruct(params, inputs))
+      clean = jax.vmap(jax.random.uniform)(keys) < self.clean_share
+      inputs = jnp.where(clean[:, None, None, None], inputs, self._reconstruct(params, inputs))
     if self.crop is not None:
       inputs, targets = jax.vmap(self._cropped)(keys, inputs, targets)
     outputs = self._enlarge(params, inputs)
@@ -203,19 +220,27 @@ class SuperResolutionObjective(base.Objective):
       'l1': jnp.mean(jnp.abs(outputs - targets)),
     }
     if self.perceptual_weight:
-      metrics['perceptual'] = jnp.mean(
-        lpips.LPIPS().apply({'params': params['perceptual']}, targets, outputs)
-      )
+      distances: Any = lpips.LPIPS().apply({'params': params['perceptual']}, targets, outputs)
+      metrics['perceptual'] = jnp.mean(distances)
     loss = sum(getattr(self, f'{name}_weight') * value for name, value in metrics.items())
     metrics['psnr'] = jnp.mean(_psnr(targets, outputs))
-    of_discriminator = 0.0
+    of_discriminator: Array | float = 0.0
     if self.adversarial_weight:
       of_network, of_discriminator, more = self._adversarial_losses(params, targets, outputs, step)
       loss, metrics = loss + of_network, metrics | more
     return loss + of_discriminator, {'metrics': metrics | {'loss': loss}}
 
-  def _adversarial_losses(self, params, targets, outputs, step):
-    """The weighted adversarial loss, the discriminator's loss and metrics; 0 until they begin."""
+  def _adversarial_losses(
+    self,
+    params: base.Params,
+    targets: Float[Array, 'batch height width 3'],
+    outputs: Float[Array, 'batch height width 3'],
+    step: Int[Array, ''],
+  ) -> tuple[Float[Array, ''], Float[Array, ''], dict[str, Float[Array, '']]]:
+    """Returns the weighted adversarial loss, the discriminator's loss, and metrics.
+
+    The losses are 0 before the step `adversarial_from`.
+    """
     judge = self.discriminator, params['discriminator']
     begun = step >= self.adversarial_from
     of_network, of_discriminator, metrics = adversarial.losses(*judge, targets, outputs)
@@ -232,20 +257,16 @@ class SuperResolutionObjective(base.Objective):
       metrics,
     )
 
-  def weight(self, batch):
-    """What a batch counts in a mean over several: its pictures, float32 []."""
+  def weight(self, batch: base.Batch) -> Float[Array, '']:
+    """Returns the number of images in a batch."""
     return jnp.float32(len(batch['images']))
 
-  def evaluate(self, params, batch):
-    """PSNR of each example in dB, float32 [batch], beside that of bicubic enlargement.
-
-    Args:
-      params: of `init`, with `constants`.
-      batch: as in `loss`.
+  def evaluate(self, params: base.Params, batch: base.Batch) -> dict[str, Float[Array, 'batch']]:
+    """Computes the PSNR of each example in dB, and that of bicubic interpolation.
 
     Returns:
-      'psnr' and 'bicubic_psnr' of what the tokenizer makes of the inputs, where there is one, and
-      'clean_psnr' and 'clean_bicubic_psnr' of the inputs themselves.
+      'clean_psnr' and 'clean_bicubic_psnr' for averaged images; with a tokenizer also 'psnr' and
+      'bicubic_psnr' for its reconstructions of them.
     """
     targets = _pixels(batch['images'])
     clean = self._clean(targets)
@@ -260,15 +281,17 @@ class SuperResolutionObjective(base.Objective):
       )
     return measures
 
-  def painter(self):
-    """What draws bicubic enlargements, those of the network, and the pictures themselves.
+  def painter(self) -> base.Painter | None:
+    """Returns a function that draws bicubic interpolations, the network's outputs, and the targets.
 
     Returns:
-      A function of `params`, a batch as in `loss` and `constants`, which returns
-      {'enlarged': uint8 [batch, image_size, 3 · image_size, 3]}; and those constants.
+      A function of the parameters, a batch and `constants`, which returns
+      {'enlarged': images [batch, image_size, 3 · image_size, 3]}; and `constants`.
     """
 
-    def draw(params, batch, constants):
+    def draw(
+      params: base.Params, batch: base.Batch, constants: Any
+    ) -> dict[str, UInt8[Array, 'batch height width 3']]:
       targets = _pixels(batch['images'])
       inputs = self._clean(targets)
       if self.tokenizer is not None:
@@ -284,7 +307,7 @@ class SuperResolutionObjective(base.Objective):
     return draw, self.constants()
 
   def step_flops(self, batch_size: int) -> int:
-    """Model FLOPs of a training step, without those of the tokenizer and of the R1 penalty."""
+    """Returns a step's model FLOPs, without those of the tokenizer and of the R1 penalty."""
     side, size = self.crop or self.input_size, self._target_size
     total = 3 * flops.super_resolution_forward(self.model, side, side)
     if self.perceptual_weight:
@@ -295,15 +318,17 @@ class SuperResolutionObjective(base.Objective):
       )
     return batch_size * total
 
-  def _clean(self, targets):
-    """[batch, factor · height, factor · width, 3] averaged over squares of factor × factor."""
+  def _clean(
+    self, targets: Float[Array, 'batch height width 3']
+  ) -> Float[Array, 'batch input_height input_width 3']:
+    """Averages images over squares of factor × factor pixels."""
     batch, height, width, channels = targets.shape
     factor = self.model.factor
     squares = targets.reshape(batch, height // factor, factor, width // factor, factor, channels)
     return jnp.mean(squares, axis=(2, 4))
 
   def _checked_config(self) -> vit_vqgan.ViTVQGANConfig:
-    """Sizes of the frozen tokenizer, which is of pictures as large as the inputs."""
+    """Returns the frozen tokenizer's config, after checking its image size."""
     size = self.tokenizer_config.image_size
     if size != self.input_size:
       raise errors.UserError(
@@ -313,34 +338,47 @@ class SuperResolutionObjective(base.Objective):
       )
     return self.tokenizer_config
 
-  def _reconstruct(self, constants, images):
-    """What the tokenizer makes of pictures, rounded as pictures are stored."""
-    module = vit_vqgan.ViTVQGAN(self._checked_config())
+  def _reconstruct(
+    self, constants: Mapping[str, Any], images: Float[Array, 'batch height width 3']
+  ) -> Float[Array, 'batch height width 3']:
+    """Returns the tokenizer's reconstructions of images, rounded to multiples of 1/255."""
+    apply: Callable[..., Any] = vit_vqgan.ViTVQGAN(self._checked_config()).apply
     params = constants['tokenizer']
     with pipeline_parallelism.off():
-      tokens = module.apply({'params': params}, images, method='tokenize')
-      pixels = module.apply({'params': params}, tokens, method='detokenize')
+      tokens = apply({'params': params}, images, method='tokenize')
+      pixels = apply({'params': params}, tokens, method='detokenize')
     return jax.lax.stop_gradient(jnp.round(pixels * 255.0) / 255.0)
 
-  def _cropped(self, key, image, target):
-    """The same random square of an input and of its target."""
-    unit, factor = self.model.unshuffle, self.model.factor
-    places = (self.input_size - self.crop) // unit + 1
+  def _cropped(
+    self,
+    key: Key[Array, ''],
+    image: Float[Array, 'height width 3'],
+    target: Float[Array, 'target_height target_width 3'],
+  ) -> tuple[Float[Array, 'crop crop 3'], Float[Array, 'target_crop target_crop 3']]:
+    """Cuts the same random square out of an input and of its target."""
+    assert self.crop is not None
+    unit, factor, crop = self.model.unshuffle, self.model.factor, self.crop
+    places = (self.input_size - crop) // unit + 1
     corner = unit * jax.random.randint(jax.random.fold_in(key, 1), (2,), 0, places)
     cut = lambda pixels, times: jax.lax.dynamic_slice(
-      pixels, (times * corner[0], times * corner[1], 0), (times * self.crop, times * self.crop, 3)
+      pixels, (times * corner[0], times * corner[1], 0), (times * crop, times * crop, 3)
     )
     return cut(image, 1), cut(target, factor)
 
-  def _enlarge(self, params, images):
-    beside = ('tokenizer', 'perceptual', 'discriminator')
-    params = {name: part for name, part in params.items() if name not in beside}
-    return super_resolution.SuperResolution(self.model).apply({'params': params}, images)
+  def _enlarge(
+    self, params: base.Params, images: Float[Array, 'batch height width 3']
+  ) -> Float[Array, 'batch target_height target_width 3']:
+    others = ('tokenizer', 'perceptual', 'discriminator')
+    own = {name: part for name, part in params.items() if name not in others}
+    outputs: Any = super_resolution.SuperResolution(self.model).apply({'params': own}, images)
+    return outputs
 
 
-def _pixels(images):
+def _pixels(images: UInt8[Array, 'batch height width 3']) -> Float[Array, 'batch height width 3']:
   return images.astype(jnp.float32) / 255.0
 
 
-def _psnr(targets, outputs):
+def _psnr(
+  targets: Float[Array, 'batch height width 3'], outputs: Float[Array, 'batch height width 3']
+) -> Float[Array, 'batch']:
   return tokenizer_objective.psnr(targets, jnp.clip(outputs, 0.0, 1.0))

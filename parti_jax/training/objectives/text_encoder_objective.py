@@ -1,12 +1,19 @@
-"""Training the text encoder before Parti: masked language modelling, contrast with pictures."""
+"""Pretraining of Parti's text encoder: masked language modeling and a contrastive loss."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
+from jaxtyping import Float
+from jaxtyping import Int
+from jaxtyping import PRNGKeyArray
 
 from parti_jax.core import errors
 from parti_jax.models import coca
@@ -17,6 +24,7 @@ from parti_jax.models import masked_language
 from parti_jax.models import parti_config
 from parti_jax.models import text_pretraining
 from parti_jax.models.nn import layers
+from parti_jax.training import inputs as inputs_lib
 from parti_jax.training.objectives import base
 from parti_jax.training.objectives import initial_text_encoder
 
@@ -24,22 +32,24 @@ from parti_jax.training.objectives import initial_text_encoder
 @config_checks.configurable
 @dataclasses.dataclass(frozen=True)
 class TextEncoderObjective(base.Objective):
-  """Masked language modelling and the contrastive loss, each with a weight; 0 leaves it out.
+  """Masked language modeling and the contrastive loss, each of them optional.
 
-  Both together take two passes through the text encoder, one of them without masks.
+  Both losses together need two passes through the text encoder, one with masks and one without.
 
   Attributes:
-    model: sizes of Parti, whose text encoder is trained. Those of its decoder do not count.
-    image: sizes of the contrastive objective's image encoder and vectors; None where it is off.
-    masked_weight: of masked language modelling (BERT, arXiv 1810.04805, section 3.1).
-    contrastive_weight: of the contrastive loss (CLIP, arXiv 2103.00020). Without it no pictures
-      are read. Negatives are the whole batch's over all devices, or a microbatch's.
-    text_encoder: run (its --model_dir) whose text encoder this one starts with; None for a random
-      one. So one run may follow another, on texts first and then on pairs.
+    model: config of Parti, whose text encoder is trained. Settings of its decoder have no effect.
+    image: config of the contrastive loss: its image encoder and features; None without this loss.
+    masked_weight: weight of masked language modeling (BERT, arXiv 1810.04805, section 3.1); 0 to
+      omit it.
+    contrastive_weight: weight of the contrastive loss (CLIP, arXiv 2103.00020); 0 to omit it, and
+      to read no images. Negatives are those of the whole batch over all devices, or of the
+      microbatch.
+    text_encoder: model_dir of the run whose text encoder a new run starts with; None for a random
+      text encoder. A run on texts can thus be continued on pairs of texts and images.
 
   Raises:
-    UserError: if a value is of another type, a weight is negative or both are 0, or the contrastive
-      loss has no image encoder.
+    UserError: if a value has the wrong type, a weight is negative, both weights are 0, or the
+      contrastive loss has no image encoder.
   """
 
   model: parti_config.PartiConfig
@@ -50,15 +60,15 @@ class TextEncoderObjective(base.Objective):
 
   name = 'text_encoder'
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     config_checks.check_fields(self)
     if min(self.masked_weight, self.contrastive_weight) < 0 or not (
       self.masked_weight or self.contrastive_weight
     ):
       raise errors.UserError(
         f'TextEncoderObjective.masked_weight={self.masked_weight} and TextEncoderObjective.'
-        f'contrastive_weight={self.contrastive_weight}: none may be negative, and one must be '
-        'above 0'
+        f'contrastive_weight={self.contrastive_weight}: neither may be negative, and at least one '
+        'must be above 0'
       )
     if self.contrastive_weight and self.image is None:
       raise errors.UserError(
@@ -68,7 +78,6 @@ class TextEncoderObjective(base.Objective):
 
   @property
   def over_examples(self) -> tuple[str, ...]:
-    """What the losses compute over several examples, see `Objective`."""
     if not self.contrastive_weight:
       return ()
     masked = ('mean over masked pieces',) if self.masked_weight else ()
@@ -76,48 +85,56 @@ class TextEncoderObjective(base.Objective):
 
   def feature_lengths(self) -> dict[str, int]:
     lengths = {'inputs': self.model.text_length}
-    return lengths | ({'images': self.image.image_size} if self.contrastive_weight else {})
+    return lengths | ({'images': self._image.image_size} if self.contrastive_weight else {})
 
   def vocabulary_sizes(self) -> dict[str, tuple[str, int]]:
-    """Feature -> the gin key of the number of ids that the model knows, and that number."""
     return {'inputs': ('PartiConfig.text_vocabulary', self.model.text_vocabulary)}
 
-  def abstract_batch(self, batch_size: int):
-    """Shapes and dtypes of a batch, as `loss` takes it."""
+  def abstract_batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
     batch = {
       'encoder_input_tokens': jax.ShapeDtypeStruct((batch_size, self.model.text_length), jnp.int32)
     }
     if self.contrastive_weight:
-      shape = (batch_size, self.image.image_size, self.image.image_size, 3)
+      shape = (batch_size, self._image.image_size, self._image.image_size, 3)
       batch['images'] = jax.ShapeDtypeStruct(shape, jnp.uint8)
     return batch
 
-  def init(self, rng):
-    """Parameters with their logical axis names; 'text_encoder' are Parti's of this name."""
+  def init(self, rng: PRNGKeyArray) -> base.Params:
+    """Returns random parameters; the part 'text_encoder' is the same as Parti's."""
     module = self._module()
     return module.init(rng, *text_pretraining.example_inputs(self.model, module.image))['params']
 
-  def initial_parts(self, abstract_params, inputs):
-    """The text encoder of the run that `text_encoder` names."""
+  def initial_parts(
+    self, abstract_params: base.Params, inputs: inputs_lib.Inputs
+  ) -> dict[str, Any]:
+    """Reads the text encoder of the run `text_encoder`, if it is set."""
     return initial_text_encoder.parts(
       self.text_encoder, self.model, abstract_params, inputs, 'TextEncoderObjective.text_encoder'
     )
 
-  def loss(self, params, batch, dropout_keys, step):
-    """The weighted sum of both losses, with dropout.
+  def loss(
+    self,
+    params: base.Params,
+    batch: base.Batch,
+    dropout_keys: layers.DropoutKeys | None,
+    step: Int[Array, ''],
+  ) -> tuple[Float[Array, ''], dict[str, Any]]:
+    """The weighted sum of both losses.
 
     Args:
-      params: of `init`.
+      params: the unboxed parameters.
       batch: 'encoder_input_tokens' int32 [batch, text_length] and, for the contrastive loss,
         'images' uint8 [batch, height, width, 3].
-      dropout_keys: layers.DropoutKeys of the batch; the masks follow from them as well.
-      step: not used; the loss is the same at all steps.
+      dropout_keys: keys of the examples, for dropout and for the masks.
+      step: not used.
 
     Returns:
-      float32 [] and a dict with 'metrics' (scalars).
+      loss: the loss.
+      aux: a dict with 'metrics'.
     """
     del step
-    loss, metrics = jnp.zeros(()), {}
+    loss = jnp.zeros(())
+    metrics: dict[str, Array] = {}
     if self.masked_weight:
       losses, hits, weights = self._masked(
         params, batch, layers.fold(dropout_keys, 0), layers.fold(dropout_keys, 1)
@@ -136,23 +153,21 @@ class TextEncoderObjective(base.Objective):
       loss += self.contrastive_weight * metrics['contrastive_loss']
     return loss, {'metrics': metrics}
 
-  def weight(self, batch):
-    """What a batch counts in a mean over several, float32 [].
-
-    Its chosen pieces, or with the contrastive loss its pairs.
-    """
+  def weight(self, batch: base.Batch) -> Float[Array, '']:
+    """Returns the number of masked pieces; with the contrastive loss, the number of pairs."""
     texts = batch['encoder_input_tokens']
     if self.contrastive_weight:
       return jnp.float32(len(texts))
     return jnp.sum(masked_language.count_chosen(texts)).astype(jnp.float32)
 
-  def evaluate(self, params, batch):
-    """Measures of each example without dropout, float32 [batch] each.
+  def evaluate(self, params: base.Params, batch: base.Batch) -> dict[str, Float[Array, 'batch']]:
+    """Evaluates each example, without dropout.
 
-    'masked_loss' and 'masked_hits' are sums over 'masked_count' pieces, chosen by the text alone.
-    'contrastive_loss' and 'contrastive_accuracy' are among the examples of this batch.
+    Returns:
+      'masked_loss' and 'masked_hits', sums over 'masked_count' pieces, whose choice only depends on
+      the text; 'contrastive_loss' and 'contrastive_accuracy' among the examples of this batch.
     """
-    measures = {}
+    measures: dict[str, Array] = {}
     if self.masked_weight:
       keys = masked_language.keys_of_texts(batch['encoder_input_tokens'])
       losses, hits, weights = self._masked(params, batch, keys, None)
@@ -166,8 +181,8 @@ class TextEncoderObjective(base.Objective):
       measures |= {'contrastive_loss': losses, 'contrastive_accuracy': hits}
     return measures
 
-  def summarize(self, measures: dict[str, np.ndarray]) -> dict[str, float]:
-    """Means over chosen pieces and over pairs, and the loss."""
+  def summarize(self, measures: Mapping[str, Float[np.ndarray, 'examples']]) -> dict[str, float]:
+    """Returns means over masked pieces and over pairs, and the weighted loss."""
     found = {'loss': 0.0}
     if self.masked_weight:
       count = max(float(measures['masked_count'].sum()), 1.0)
@@ -184,7 +199,6 @@ class TextEncoderObjective(base.Objective):
     return found
 
   def step_flops(self, batch_size: int) -> int:
-    """Model FLOPs of a training step."""
     model, total = self.model, 0
     text = flops.encoder_forward(
       model.encoder_layers, model.width, model.mlp_width, model.text_length
@@ -193,20 +207,33 @@ class TextEncoderObjective(base.Objective):
       head = 2 * model.width * (model.width + model.text_vocabulary)
       total += text + masked_language.most_chosen(model.text_length) * head
     if self.contrastive_weight:
-      image = self.image
+      image = self._image
       total += text + flops.encoder_forward(
         image.image_layers, image.width, image.mlp_width, image.patches
       )
       total += 2 * 3 * image.image_size**2 * image.width
     return 3 * batch_size * total
 
-  def _module(self):
+  @property
+  def _image(self) -> coca.CoCaConfig:
+    """The config of the contrastive loss, where it is in use."""
+    assert self.image is not None
+    return self.image
+
+  def _module(self) -> text_pretraining.TextPretraining:
     return text_pretraining.TextPretraining(
       self.model, bool(self.masked_weight), self.image if self.contrastive_weight else None
     )
 
-  def _masked(self, params, batch, keys, dropout_keys):
-    """Losses, hits and weights [batch, most] of the chosen pieces."""
+  def _masked(
+    self,
+    params: base.Params,
+    batch: base.Batch,
+    keys: layers.DropoutKeys | None,
+    dropout_keys: layers.DropoutKeys | None,
+  ) -> tuple[Float[Array, 'batch most'], Float[Array, 'batch most'], Float[Array, 'batch most']]:
+    """Returns losses, hits (1 for a correct prediction) and weights of the masked pieces."""
+    assert keys is not None
     text = masked_language.mask_text(
       batch['encoder_input_tokens'], keys, self.model.text_vocabulary
     )
@@ -214,10 +241,13 @@ class TextEncoderObjective(base.Objective):
     losses, hits = layers.cross_entropy(logits, text.targets)
     return losses, hits, text.weights
 
-  def _contrastive(self, params, batch, dropout_keys):
-    """Losses and hits [batch] of the pairs, and the scale of the logits."""
+  def _contrastive(
+    self, params: base.Params, batch: base.Batch, dropout_keys: layers.DropoutKeys | None
+  ) -> tuple[Float[Array, 'batch'], Float[Array, 'batch'], Float[Array, '']]:
+    """Returns losses and hits (1 for a correct match) of the pairs, and the scale of the logits."""
     texts = batch['encoder_input_tokens']
-    of_images, of_texts, scale = self._module().apply(
+    apply: Callable[..., Any] = self._module().apply
+    of_images, of_texts, scale = apply(
       {'params': params},
       texts,
       batch['images'].astype(jnp.float32) / 255.0,

@@ -1,14 +1,25 @@
-"""Training the image tokenizer (ViT-VQGAN, section 3; Parti, section 2.1)."""
+"""The objective of the image tokenizer (ViT-VQGAN, section 3; Parti, section 2.1)."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from jaxtyping import Array
+from jaxtyping import Bool
+from jaxtyping import Float
+from jaxtyping import Int
+from jaxtyping import Num
+from jaxtyping import PRNGKeyArray
+from jaxtyping import Shaped
+from jaxtyping import UInt8
 
 from parti_jax.checkpoints import run_checkpoints
 from parti_jax.core import errors
@@ -18,33 +29,40 @@ from parti_jax.models import flops
 from parti_jax.models import lpips
 from parti_jax.models import quantizer
 from parti_jax.models import vit_vqgan
+from parti_jax.models.nn import layers
+from parti_jax.training import inputs as inputs_lib
 from parti_jax.training import state as state_lib
 from parti_jax.training.objectives import adversarial
 from parti_jax.training.objectives import base
 from parti_jax.training.objectives import frozen_tokenizer
 from parti_jax.training.objectives import lpips_weights
 
-# What the tokenizer's parameters are made of; a discriminator is trained beside them.
+# The parts of the tokenizer's parameters; the objective may add a discriminator.
 PARTS = ('encoder', 'quantizer', 'decoder')
-# What a step costs in forward passes of one picture. Of VGG16: both pictures forward, what was
-# drawn backward to its pixels. Of the discriminator: both forward and backward, what was drawn to
-# its pixels too.
+# The cost of a step, in forward passes of one image. VGG16: both images forward, the reconstruction
+# also backward to its pixels. The discriminator: both images forward and backward, the
+# reconstruction also to its pixels.
 PERCEPTUAL_PASSES = 3
 ADVERSARIAL_PASSES = 7
 
 
-def logit_laplace_loss(images, mean, log_scale, least_log_scale: float = -7.0):
+def logit_laplace_loss(
+  images: Float[Array, 'batch height width channels'],
+  mean: Float[Array, 'batch height width channels'],
+  log_scale: Float[Array, 'batch height width channels'],
+  least_log_scale: float = -7.0,
+) -> Float[Array, 'batch']:
   """Negative log likelihood of pixels under a logit-laplace distribution.
 
   Args:
-    images: float32 [batch, height, width, 3] in [0, 1].
-    mean: of the logits, as `images`.
-    log_scale: logarithm of the distribution's scale b, as `images`.
-    least_log_scale: smaller ones count as this.
+    images: images in [0, 1].
+    mean: mean μ of the logits.
+    log_scale: logarithm of the distribution's scale b.
+    least_log_scale: minimum of `log_scale`; smaller values are replaced by it.
 
   Returns:
-    float32 [batch], the mean over pixels of |logit(x) − μ| / b + log(2·b·x·(1 − x)), with x
-    squeezed into [ε, 1 − ε] (DALL-E, arXiv 2102.12092, appendix A.3).
+    The mean over pixels of |logit(x) − μ| / b + log(2·b·x·(1 − x)), where x are the pixels mapped
+    to [ε, 1 − ε] (DALL-E, arXiv 2102.12092, appendix A.3).
   """
   epsilon = vit_vqgan.LOGIT_LAPLACE_EPSILON
   x = (1.0 - 2.0 * epsilon) * images + epsilon
@@ -57,27 +75,37 @@ def logit_laplace_loss(images, mean, log_scale, least_log_scale: float = -7.0):
   return jnp.mean(loss, axis=(1, 2, 3))
 
 
-def psnr(images, reconstructions):
-  """Peak signal-to-noise ratio in dB of pictures in [0, 1]: [batch, ...] to float32 [batch]."""
+def psnr(
+  images: Float[Array, 'batch height width channels'],
+  reconstructions: Float[Array, 'batch height width channels'],
+) -> Float[Array, 'batch']:
+  """Peak signal-to-noise ratio in dB of images in [0, 1]."""
   error = jnp.mean(jnp.square(images - reconstructions), axis=(1, 2, 3))
   return -10.0 * jnp.log10(jnp.maximum(error, 1e-10))
 
 
-def revive(table, use, dead, latents, rng):
-  """Sets dead codes to latents that have no code near them.
+def revive(
+  table: Float[Array, 'codebook code_dim'],
+  use: Float[Array, 'codebook'],
+  dead: Bool[Array, 'codebook'],
+  latents: Float[Array, 'batch tokens code_dim'],
+  rng: PRNGKeyArray,
+) -> tuple[Float[Array, 'codebook code_dim'], Float[Array, 'codebook']]:
+  """Sets dead codes to latents that are far from all codes.
 
-  The latents are drawn with a chance that grows with their distance to their code, as k-means++
-  draws its centres; drawn evenly, most would be of the blank patches that have codes enough.
+  The probability of a latent grows with its distance to the nearest code, as for the centers of
+  k-means++. With equal probabilities, most latents would be of blank patches, which already have
+  enough codes.
 
   Args:
-    table: float32 [codes, code_dim], the codebook.
-    use: float32 [codes], use of each code per batch.
-    dead: bool [codes].
-    latents: [batch, length, code_dim].
+    table: the codebook.
+    use: use of each code per batch.
+    dead: whether a code is dead.
+    latents: the latents of a batch.
     rng: a key.
 
   Returns:
-    The codebook, and the use with a start of 0.1 for each code that was set.
+    The new codebook, and the use, which is 0.1 for each code that was set.
   """
   latents = quantizer.normalize(latents.reshape(-1, table.shape[1]))
   nearest = jnp.max(latents @ quantizer.normalize(table).T, axis=-1)
@@ -95,40 +123,42 @@ def revive(table, use, dead, latents, rng):
 @config_checks.configurable
 @dataclasses.dataclass(frozen=True)
 class TokenizerObjective(base.Objective):
-  """The image tokenizer's losses, its code statistics and its pictures.
+  """The image tokenizer's losses, code statistics and images.
 
   Attributes:
-    model: sizes of the tokenizer.
-    l2_weight: of the mean squared error (1.0 in ViT-VQGAN).
-    coarse_l2_weight: of the mean squared error between pictures whose squares of 4×4 pixels are
-      averaged; not in the papers, it keeps flat colours true where outlines take most of the l2.
-    logit_laplace_weight: of the logit-laplace loss (0.1 in ViT-VQGAN).
-    least_log_scale: floor of the logit-laplace distribution's log scale. Where pictures are flat
-      areas of one colour, a low one spends the gradient on the areas' last digits.
-    quantizer_weight: of the quantizer's loss.
-    perceptual_weight: of LPIPS (0.1 in ViT-VQGAN); 0 for none, which needs no files.
-    vgg16_weights: file of VGG16's weights for LPIPS, see `lpips_weights.read`.
-    lpips_weights: file of LPIPS' linear heads.
-    adversarial_weight: of the adversarial loss (0.1 in ViT-VQGAN); 0 for no discriminator.
-    adversarial_adaptive: whether that weight is multiplied by VQGAN's ratio of gradient norms, see
-      `adversarial.adaptive_weight`; with microbatches the ratio is one microbatch's.
-    adversarial_from: until this step there is neither the adversarial loss nor its discriminator's.
-    discriminator: sizes of the discriminator.
+    model: config of the tokenizer.
+    l2_weight: weight of the mean squared error (1.0 in ViT-VQGAN).
+    coarse_l2_weight: weight of the mean squared error between images averaged over squares of 4×4
+      pixels. It isn't in the papers. It keeps the colors of flat areas right in images where
+      outlines dominate the l2 loss.
+    logit_laplace_weight: weight of the logit-laplace loss (0.1 in ViT-VQGAN).
+    least_log_scale: minimum of the logit-laplace distribution's log scale. If it is low and images
+      have flat areas of one color, tiny errors there dominate the gradient.
+    quantizer_weight: weight of the quantizer's loss.
+    perceptual_weight: weight of LPIPS (0.1 in ViT-VQGAN); 0 to omit it, which needs no files.
+    vgg16_weights: file of VGG16's weights for LPIPS (`lpips_weights.read`).
+    lpips_weights: file of the linear layers of LPIPS.
+    adversarial_weight: weight of the adversarial loss (0.1 in ViT-VQGAN); 0 for no discriminator.
+    adversarial_adaptive: whether to multiply that weight by VQGAN's ratio of gradient norms
+      (`adversarial.adaptive_weight`). Each microbatch has its own ratio.
+    adversarial_from: the first step with an adversarial loss and training of the discriminator.
+    discriminator: config of the discriminator.
     discriminator_optimizer: an optax transformation; None for Adam with a learning rate of 1e-4.
     r1_weight: γ of the discriminator's penalty γ/2 · R1 (10 in StyleGAN2).
-    r1_every: steps between penalties, each of which counts as many times (StyleGAN2, section 3.1).
-    ema: decay of the average of weights that is evaluated, drawn with and exported (0.999 in
-      ViT-VQGAN); 0 for no average. See `state.update_average`.
-    quantize_from: until this step the decoder sees the latents themselves, so that there is
-      something to quantize when the first codes are taken from them.
-    revive_every: steps between revivals of dead codes, see `revive`; 0 for never.
-    revive_until: no revival from this step on, so that the codes settle.
-    dead_below: a code is dead if its use per batch, averaged over about 50 steps, is below.
-    frozen: parts of the tokenizer that stay as they are; ('encoder', 'quantizer') is the second
-      phase, in which the decoder learns to draw the same tokens better (Parti, section 2.1).
-    first_phase: run of a tokenizer (its --model_dir) from whose parameters a new run starts: its
-      encoder and codebook, and its decoder where this one has the same sizes. A larger decoder
-      starts at random (Parti, section 2.1).
+    r1_every: steps between penalties; each penalty is multiplied by this number (lazy
+      regularization, StyleGAN2, section 3.1).
+    ema: decay of the moving average of parameters, which evaluation, images and exported models use
+      (0.999 in ViT-VQGAN); 0 for no average. `state.update_average` computes it.
+    quantize_from: the first step that quantizes. Before it, the decoder gets the latents, so that
+      they are useful when the first codes are taken from them.
+    revive_every: steps between revivals of dead codes (`revive`); 0 for never.
+    revive_until: no revivals from this step on, so that the codes converge.
+    dead_below: a code is dead if its use per batch, averaged over about 50 steps, is below this.
+    frozen: parts of the tokenizer that aren't trained. ('encoder', 'quantizer') is the second phase,
+      in which the decoder learns better images for the same tokens (Parti, section 2.1).
+    first_phase: model_dir of a tokenizer's run that a new run starts from, with its encoder and
+      codebook, and with its decoder if the configs are the same. A larger decoder starts from
+      random parameters (Parti, section 2.1).
   """
 
   model: vit_vqgan.ViTVQGANConfig
@@ -155,7 +185,7 @@ class TokenizerObjective(base.Objective):
   frozen: tuple[str, ...] = ()
   first_phase: str | None = None
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     not_negative = dict.fromkeys(
       (
         'l2_weight',
@@ -177,7 +207,7 @@ class TokenizerObjective(base.Objective):
     unknown = set(self.frozen) - set(PARTS)
     if unknown:
       raise errors.UserError(
-        f'TokenizerObjective.frozen: {sorted(unknown)} are no parts; there are '
+        f'TokenizerObjective.frozen: unknown parts {sorted(unknown)}; choose from '
         'encoder, quantizer and decoder'
       )
     if self.adversarial_weight:
@@ -188,7 +218,8 @@ class TokenizerObjective(base.Objective):
       raise errors.UserError(f'TokenizerObjective.ema={self.ema} must be at least 0 and below 1')
     if self.perceptual_weight and self.model.image_size < lpips.LEAST_SIZE:
       raise errors.UserError(
-        f'TokenizerObjective.perceptual_weight: LPIPS needs pictures of {lpips.LEAST_SIZE} pixels; '
+        f'TokenizerObjective.perceptual_weight: LPIPS needs images of at least '
+        f'{lpips.LEAST_SIZE} pixels; '
         f'set it to 0 with ViTVQGANConfig.image_size={self.model.image_size}'
       )
 
@@ -196,7 +227,6 @@ class TokenizerObjective(base.Objective):
 
   @property
   def over_examples(self) -> tuple[str, ...]:
-    """What the losses compute over several examples, see `Objective`."""
     if not self.adversarial_weight:
       return ()
     weight = ('adaptive weight of the adversarial loss',) if self.adversarial_adaptive else ()
@@ -205,13 +235,12 @@ class TokenizerObjective(base.Objective):
   def feature_lengths(self) -> dict[str, int]:
     return {'images': self.model.image_size}
 
-  def abstract_batch(self, batch_size: int):
-    """Shapes and dtypes of a batch, as `loss` takes it."""
+  def abstract_batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
     shape = (batch_size, self.model.image_size, self.model.image_size, 3)
     return {'images': jax.ShapeDtypeStruct(shape, jnp.uint8)}
 
-  def init(self, rng):
-    """Parameters with their logical axis names: PARTS, and the discriminator where there is one."""
+  def init(self, rng: PRNGKeyArray) -> base.Params:
+    """Returns random parameters: PARTS, and 'discriminator' if there is one."""
     module = vit_vqgan.ViTVQGAN(self.model)
     images = vit_vqgan.example_inputs(self.model)
     params = module.init(rng, *images)['params']
@@ -221,19 +250,24 @@ class TokenizerObjective(base.Objective):
       params = params | {'discriminator': judge.init(rng, *images)['params']}
     return params
 
-  def initial_parts(self, abstract_params, inputs):
-    """What a new run takes from `first_phase`: {name of a part: its parameters on the mesh}.
+  def initial_parts(
+    self, abstract_params: base.Params, inputs: inputs_lib.Inputs
+  ) -> dict[str, Any]:
+    """Reads the parts of the run `first_phase`, if it is set.
+
+    Returns:
+      {name of a part: its parameters on the mesh}.
 
     Raises:
-      UserError: if there is no finished checkpoint, or its encoder or codebook has other sizes.
+      UserError: if there is no finished checkpoint, or its encoder or codebook has another config.
     """
-    del inputs  # Pictures have no ids.
+    del inputs  # Images depend neither on a vocabulary nor on a tokenizer.
     if self.first_phase is None:
       return {}
     first = frozen_tokenizer.load(self.first_phase)
     theirs, ours = dataclasses.asdict(first.config), dataclasses.asdict(self.model)
     of_decoder = [name for name in ours if name.startswith('decoder_')]
-    taken = PARTS
+    taken: tuple[str, ...] = PARTS
     if any(theirs[name] != ours[name] for name in of_decoder):
       taken = ('encoder', 'quantizer')
     wanted = {
@@ -249,11 +283,13 @@ class TokenizerObjective(base.Objective):
       {name: first.params[name] for name in taken}, {name: abstract_params[name] for name in taken}
     )
 
-  def other_optimizers(self):
-    return adversarial.other_optimizers(self)
+  def other_optimizers(self) -> dict[str, optax.GradientTransformation]:
+    return adversarial.other_optimizers(
+      self.adversarial_weight, self.adversarial_from, self.discriminator_optimizer
+    )
 
-  def constants(self):
-    """LPIPS' parameters, as 'perceptual'.
+  def constants(self) -> dict[str, Any]:
+    """Reads the parameters of LPIPS, as 'perceptual'.
 
     Raises:
       UserError: if a file of weights is not given, is missing or damaged.
@@ -262,22 +298,22 @@ class TokenizerObjective(base.Objective):
       return {}
     return {'perceptual': lpips_weights.of_objective(self)}
 
-  def abstract_constants(self):
-    """Shapes and dtypes of `constants`, without the files."""
+  def abstract_constants(self) -> dict[str, Any]:
+    """Returns shapes and dtypes of `constants`, without the files."""
     if not self.perceptual_weight:
       return {}
     return {'perceptual': lpips.abstract_params()}
 
-  def initial_statistics(self):
-    """What is carried from step to step.
+  def initial_statistics(self) -> base.Statistics:
+    """Returns the state that is carried from step to step besides parameters.
 
     Returns:
-      'code_use' float32 [codebook_size], use of each code per batch, averaged over steps. It begins
-      at 0, so that with revival the first codes are latents of the first batch that is quantized.
-      With a discriminator 'r1' float32 [], the last penalty. With an average 'average', float32, as
-      the tokenizer's parameters.
+      'code_use', float32 [codebook]: use of each code per batch, averaged over steps. It begins at
+      0, so that with revival the first codes are latents of the first batch that is quantized.
+      With a discriminator, 'r1', float32 []: the last penalty. With `ema`, 'average', float32: the
+      moving average of the tokenizer's parameters.
     """
-    statistics = {'code_use': jnp.zeros((self.model.codebook_size,), jnp.float32)}
+    statistics: base.Statistics = {'code_use': jnp.zeros((self.model.codebook_size,), jnp.float32)}
     if self.adversarial_weight:
       statistics['r1'] = jnp.zeros((), jnp.float32)
     if self.ema:
@@ -287,18 +323,25 @@ class TokenizerObjective(base.Objective):
       )
     return statistics
 
-  def loss(self, params, batch, dropout_keys, step):
-    """The training loss.
+  def loss(
+    self,
+    params: base.Params,
+    batch: base.Batch,
+    dropout_keys: layers.DropoutKeys | None,
+    step: Int[Array, ''],
+  ) -> tuple[Float[Array, ''], dict[str, Any]]:
+    """The sum of the tokenizer's loss and of the discriminator's.
 
     Args:
-      params: of `init`, with `constants`.
-      batch: {'images': uint8 [batch, height, width, 3]}.
+      params: the unboxed parameters, and `constants`.
+      batch: 'images' uint8 [batch, height, width, 3].
       dropout_keys: not used; there is no dropout.
-      step: int32 [], steps done before this one.
+      step: number of steps done before this one.
 
     Returns:
-      float32 [], the tokenizer's loss and the discriminator's, and a dict with 'metrics' (scalars;
-      'loss' is the tokenizer's), 'latents' and 'code_use'.
+      loss: the loss.
+      aux: a dict with 'metrics', whose 'loss' is that of the tokenizer only, 'latents' [batch,
+        tokens, code_dim] and 'code_use' [codebook].
     """
     del dropout_keys
     images = batch['images'].astype(jnp.float32) / 255.0
@@ -309,7 +352,7 @@ class TokenizerObjective(base.Objective):
     loss, metrics = self._reconstruction_loss(params, images, out['mean'], out['log_scale'])
     loss = loss + self.quantizer_weight * quantizer_loss
     metrics['quantizer_loss'] = out['quantizer_loss']
-    of_discriminator = 0.0
+    of_discriminator: Array | float = 0.0
     if self.adversarial_weight:
       (hidden,) = sown['intermediates']['decoder']['last_hidden']
       of_tokenizer, of_discriminator, more = self._adversarial_losses(
@@ -323,8 +366,14 @@ class TokenizerObjective(base.Objective):
       'code_use': self._count(out['tokens']),
     }
 
-  def _reconstruction_loss(self, params, images, mean, log_scale):
-    """The weighted sum of what compares pictures with their reconstructions, and its parts."""
+  def _reconstruction_loss(
+    self,
+    params: base.Params,
+    images: Float[Array, 'batch height width 3'],
+    mean: Float[Array, 'batch height width 3'],
+    log_scale: Float[Array, 'batch height width 3'],
+  ) -> tuple[Float[Array, ''], dict[str, Float[Array, '']]]:
+    """Returns the weighted sum of the losses of reconstructions, and metrics."""
     reconstructions = vit_vqgan.to_pixels(mean)
     metrics = {
       'l2': jnp.mean(jnp.square(reconstructions - images)),
@@ -332,14 +381,25 @@ class TokenizerObjective(base.Objective):
       'logit_laplace': jnp.mean(logit_laplace_loss(images, mean, log_scale, self.least_log_scale)),
     }
     if self.perceptual_weight:
+      apply: Callable[..., Any] = lpips.LPIPS().apply
       metrics['perceptual'] = jnp.mean(
-        lpips.LPIPS().apply({'params': params['perceptual']}, images, reconstructions)
+        apply({'params': params['perceptual']}, images, reconstructions)
       )
     loss = sum(getattr(self, f'{name}_weight') * value for name, value in metrics.items())
     return loss, metrics | {'psnr': jnp.mean(psnr(images, jnp.clip(reconstructions, 0.0, 1.0)))}
 
-  def _adversarial_losses(self, params, images, out, hidden, step):
-    """The weighted adversarial loss, the discriminator's loss and metrics; 0 until they begin."""
+  def _adversarial_losses(
+    self,
+    params: base.Params,
+    images: Float[Array, 'batch height width 3'],
+    out: Mapping[str, Array],
+    hidden: Float[Array, 'batch tokens embed'],
+    step: Int[Array, ''],
+  ) -> tuple[Float[Array, ''], Float[Array, ''], dict[str, Float[Array, '']]]:
+    """Returns the weighted adversarial loss, the discriminator's loss, and metrics.
+
+    They are 0 before the step `adversarial_from`.
+    """
 
     def losses():
       of_tokenizer, of_discriminator, metrics = adversarial.losses(
@@ -369,8 +429,14 @@ class TokenizerObjective(base.Objective):
     )
     return jax.lax.cond(step >= self.adversarial_from, losses, zeros)
 
-  def _adaptive_weight(self, params, images, out, hidden):
-    """VQGAN's ratio of gradient norms at the decoder's last layer."""
+  def _adaptive_weight(
+    self,
+    params: base.Params,
+    images: Float[Array, 'batch height width 3'],
+    out: Mapping[str, Array],
+    hidden: Float[Array, 'batch tokens embed'],
+  ) -> Float[Array, '']:
+    """Returns VQGAN's ratio of gradient norms at the decoder's last layer."""
     stop = jax.lax.stop_gradient
     params, mean, log_scale = stop((params, out['mean'], out['log_scale']))
     rest = jax.grad(
@@ -388,34 +454,27 @@ class TokenizerObjective(base.Objective):
       stop(hidden), patches(*rest), patches(of_mean, jnp.zeros_like(of_mean))
     )
 
-  def weight(self, batch):
-    """What a batch counts in a mean over several: its pictures, float32 []."""
+  def weight(self, batch: base.Batch) -> Float[Array, '']:
+    """Returns the number of images in a batch."""
     return jnp.float32(len(batch['images']))
 
-  def merge(self, aux):
-    """What `loss` says besides metrics, of several microbatches: from [microbatches, ...].
-
-    Microbatch k of n holds the pictures k, k + n, k + 2 · n ...; here they are in their order.
-    """
+  def merge(self, aux: dict[str, Any]) -> dict[str, Any]:
+    # Microbatch k of n has the examples k, k + n, k + 2 · n ...; this restores their order.
     latents = aux['latents'].swapaxes(0, 1)
     return {
       'latents': latents.reshape((-1,) + latents.shape[2:]),
       'code_use': jnp.sum(aux['code_use'], axis=0),
     }
 
-  def after_step(self, params, statistics, aux, step, rng):
-    """Revives dead codes and updates the use of codes and the average of weights.
-
-    Args:
-      params: after the optimiser's update.
-      statistics: of the step before.
-      aux: of `loss`.
-      step: int32 [], steps done before this one.
-      rng: a key.
-
-    Returns:
-      params, statistics and further metrics.
-    """
+  def after_step(
+    self,
+    params: base.Params,
+    statistics: base.Statistics,
+    aux: dict[str, Any],
+    step: Int[Array, ''],
+    rng: PRNGKeyArray | None,
+  ) -> tuple[base.Params, base.Statistics, dict[str, Float[Array, '']]]:
+    """Revives dead codes, and updates the use of codes and the average of parameters."""
     use = 0.98 * statistics['code_use'] + 0.02 * aux['code_use']
     use = jnp.where(step > self.quantize_from, use, 0.0)
     dead = use < self.dead_below
@@ -426,6 +485,7 @@ class TokenizerObjective(base.Objective):
     }
     revived = None
     if self.revive_every and 'quantizer' not in self.frozen:
+      assert rng is not None
       since = step - self.quantize_from
       now = (since >= 0) & (since % self.revive_every == 0) & (step < self.revive_until)
       table = params['quantizer']['codebook']['table']
@@ -443,22 +503,30 @@ class TokenizerObjective(base.Objective):
       average = state_lib.update_average(
         statistics['average'], {name: params[name] for name in PARTS}, step, self.ema
       )
-      if revived is not None:  # A code that begins anew has no past to be averaged with.
+      if revived is not None:  # The averages of revived codes start again.
         old = average['quantizer']['codebook']['table']
         table = jnp.where(revived[:, None], params['quantizer']['codebook']['table'], old)
         average = average | {'quantizer': {'codebook': {'table': table}}}
       statistics['average'] = average
     return params, statistics, metrics
 
-  def evaluate(self, params, batch):
-    """Measures of each example: 'l2', 'psnr' [batch] and 'tokens' [batch, length]."""
+  def evaluate(
+    self, params: base.Params, batch: base.Batch
+  ) -> dict[str, Shaped[Array, 'batch ...']]:
+    """Evaluates each example.
+
+    Returns:
+      'l2' and 'psnr', float32 [batch], and 'tokens', int32 [batch, tokens].
+    """
     images = batch['images'].astype(jnp.float32) / 255.0
     tokens, reconstructions = self._reconstruct(params, images)
     error = jnp.mean(jnp.square(images - reconstructions), axis=(1, 2, 3))
     return {'l2': error, 'psnr': psnr(images, reconstructions), 'tokens': tokens}
 
-  def summarize(self, measures: dict[str, np.ndarray]) -> dict[str, float]:
-    """Means over examples, the share of codes that they use, and the perplexity of that use."""
+  def summarize(
+    self, measures: Mapping[str, Shaped[np.ndarray, 'examples ...']]
+  ) -> dict[str, float]:
+    """Returns means over examples, the share of codes that they use, and the codes' perplexity."""
     counts = np.bincount(measures['tokens'].ravel(), minlength=self.model.codebook_size)
     return {
       'l2': float(measures['l2'].mean()),
@@ -467,15 +535,17 @@ class TokenizerObjective(base.Objective):
       'code_perplexity': float(_perplexity(counts.astype(np.float32))),
     }
 
-  def painter(self):
-    """What draws pictures beside their reconstructions.
+  def painter(self) -> base.Painter | None:
+    """Returns a function that draws each image and its reconstruction to the right.
 
     Returns:
-      A function of `params`, a batch as in `loss` and nothing else, which returns
-      {'reconstructions': uint8 [batch, height, 2 · width, 3]}; and that nothing.
+      A function of the parameters, a batch and {}, which returns
+      {'reconstructions': images [batch, height, 2 · width, 3]}; and {}.
     """
 
-    def draw(params, batch, nothing):
+    def draw(
+      params: base.Params, batch: base.Batch, nothing: Any
+    ) -> dict[str, UInt8[Array, 'batch height width 3']]:
       del nothing
       images = batch['images'].astype(jnp.float32) / 255.0
       _, reconstructions = self._reconstruct(params, images)
@@ -485,7 +555,7 @@ class TokenizerObjective(base.Objective):
     return draw, {}
 
   def step_flops(self, batch_size: int) -> int:
-    """Model FLOPs of a training step, without those of the lazy R1 penalty."""
+    """Returns a step's model FLOPs, without those of the R1 penalty."""
     size, total = self.model.image_size, 3 * flops.tokenizer_forward(self.model)
     if self.perceptual_weight:
       total += PERCEPTUAL_PASSES * flops.vgg16_forward(size)
@@ -493,20 +563,24 @@ class TokenizerObjective(base.Objective):
       total += ADVERSARIAL_PASSES * flops.discriminator_forward(self.discriminator, size)
     return batch_size * total
 
-  def _reconstruct(self, params, images):
-    module = vit_vqgan.ViTVQGAN(self.model)
-    tokens = module.apply({'params': params}, images, method='tokenize')
-    return tokens, module.apply({'params': params}, tokens, method='detokenize')
+  def _reconstruct(
+    self, params: base.Params, images: Float[Array, 'batch height width 3']
+  ) -> tuple[Int[Array, 'batch tokens'], Float[Array, 'batch height width 3']]:
+    apply: Callable[..., Any] = vit_vqgan.ViTVQGAN(self.model).apply
+    tokens = apply({'params': params}, images, method='tokenize')
+    return tokens, apply({'params': params}, tokens, method='detokenize')
 
-  def _count(self, tokens):
+  def _count(self, tokens: Int[Array, 'batch tokens']) -> Float[Array, 'codebook']:
     return jnp.zeros((self.model.codebook_size,), jnp.float32).at[tokens.reshape(-1)].add(1.0)
 
 
-def _coarse(images):
-  """[batch, height, width, 3] averaged over squares of 4×4 pixels."""
+def _coarse(
+  images: Float[Array, 'batch height width 3'],
+) -> Float[Array, 'batch coarse_height coarse_width 3']:
+  """Averages images over squares of 4×4 pixels."""
   return nn.avg_pool(images, (4, 4), (4, 4))
 
 
-def _perplexity(use):
+def _perplexity(use: Num[Array | np.ndarray, 'codebook']) -> Float[Array, '']:
   share = use / jnp.sum(use)
   return jnp.exp(-jnp.sum(jnp.where(share > 0, share * jnp.log(jnp.maximum(share, 1e-12)), 0.0)))
