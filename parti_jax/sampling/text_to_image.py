@@ -185,7 +185,7 @@ class TextToImage:
     self.model_name = model_name
     self.sampling = model.sampling
     self.provenance = model.provenance
-    self._config = model.parti_config
+    self._config = model.generator_config
     self._tokenizer = vit_vqgan.ViTVQGAN(model.tokenizer_config)
     self._place = placement.Placement(mesh, rules)
     self._vocabulary = vocabulary_lib.TextVocabulary(str(model.vocabulary_path))
@@ -194,9 +194,9 @@ class TextToImage:
         f'{model.vocabulary_path} has {self._vocabulary.size} pieces, but the model knows '
         f'{self._config.text_vocabulary}; it belongs to another model'
       )
-    self._parti_params = self._place.put(
-      parameters.cut(self._config, model.parti_params),
-      model_folder.abstract('parti', self._config),
+    self._generator_params = self._place.put(
+      parameters.cut(self._config, model.generator_params),
+      model_folder.abstract('generator', self._config),
       lambda shardings: parameters.shardings(self._config, shardings),
     )
     self._tokenizer_params = self._place.put(
@@ -291,7 +291,7 @@ class TextToImage:
     for start, chosen in placement.pieces(total, batch, progress):
       *drawn, usage = self._place.run(
         _generate,
-        (self._parti_params, self._tokenizer_params),
+        (self._generator_params, self._tokenizer_params),
         (texts[chosen // num_images], index[chosen]),
         np.uint32(seed),
         sampled,
