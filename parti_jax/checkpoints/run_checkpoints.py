@@ -258,9 +258,7 @@ def read_model_folder(path, objective, abstract, inputs):
     UserError: if the model folder doesn't exist, or its config, vocabulary or tokenizer differs;
       names the differences.
   """
-  model = model_folder.load(path)
-  networks = model.networks
-  networks['generator'] = networks['parti']
+  networks = model_folder.load(path).networks
   if objective.name not in networks:
     raise errors.UserError(
       f'{path}: the model has no {objective.name} to start from; set train.initial_model to None '

@@ -16,22 +16,20 @@ from parti_jax.exported_model import sampling_settings
 
 _RUNS = {
   'tokenizer': "the tokenizer's run, the --model_dir that it was trained in",
-  'parti': "the generator's run, its --model_dir",
+  'generator': "the generator's run, its --model_dir",
   **{
     name: f'the {name.replace("_", "-")} run, its --model_dir; optional'
     for name in model_folder.OPTIONAL
   },
 }
 # The vocabulary and tokenizer that a network depends on.
-_NEEDED = {'parti': ('vocabulary', 'tokenizer'), 'ranker': ('vocabulary',)}
-# Networks whose training objective has another name.
-_OBJECTIVES = {'parti': 'generator'}
+_NEEDED = {'generator': ('vocabulary', 'tokenizer'), 'ranker': ('vocabulary',)}
 
 
 def add_arguments(parser: argparse.ArgumentParser):
   """Adds the flags of `parti-jax export`."""
   for name, text in _RUNS.items():
-    parser.add_argument(f'--{_objective(name)}', dest=name, metavar='RUN', help=text)
+    parser.add_argument(f'--{name}', metavar='RUN', help=text)
   parser.add_argument(
     '--vocabulary',
     metavar='FILE',
@@ -73,15 +71,15 @@ def run(args: argparse.Namespace) -> int:
   for name in _RUNS:
     if getattr(args, name):
       parts[name], steps = _trained(name, getattr(args, name))
-      provenance[f'{_objective(name)}_steps'] = steps
+      provenance[f'{name}_steps'] = steps
   made_with = {name: part.made_with for name, part in parts.items()}
   if base:
     made_with |= _made_with_base(base, [name for name in parts if not getattr(args, name)])
-  parti, tokenizer = (parts.pop(name) for name in model_folder.REQUIRED)
+  generator, tokenizer = (parts.pop(name) for name in model_folder.REQUIRED)
   folder = model_folder.save(
     args.output_dir,
-    parti_config=parti.config,
-    parti_params=parti.params,
+    generator_config=generator.config,
+    generator_params=generator.params,
     tokenizer_config=tokenizer.config,
     tokenizer_params=tokenizer.params,
     parts=parts,
@@ -99,13 +97,9 @@ def run(args: argparse.Namespace) -> int:
   return 0
 
 
-def _objective(name: str) -> str:
-  return _OBJECTIVES.get(name, name)
-
-
 def _check_flags(args: argparse.Namespace):
   """Raises UserError for missing flags, and if the vocabulary doesn't exist."""
-  flags = {_objective(name): getattr(args, name) for name in model_folder.REQUIRED}
+  flags = {name: getattr(args, name) for name in model_folder.REQUIRED}
   flags['vocabulary'] = args.vocabulary
   missing = [f'--{flag}' for flag, value in flags.items() if value is None]
   if missing and not args.base:
@@ -123,7 +117,7 @@ def _trained(name: str, model_dir) -> tuple[model_folder.Part, int]:
   """Reads a network from a run's newest checkpoint; returns it and its training steps."""
   network = model_folder.NETWORKS[name]
   path = run_checkpoints.latest_checkpoint(model_dir)
-  config = network.config(**run_checkpoints.read_config(path, _objective(name)))
+  config = network.config(**run_checkpoints.read_config(path, name))
   params = run_checkpoints.read_params(path, network.module(config), network.example_inputs(config))
   return model_folder.Part(config, params, _made_with(name, model_dir, path)), int(path.name)
 
@@ -135,7 +129,7 @@ def _made_with(name: str, model_dir, path) -> dict[str, str]:
   for kind in _NEEDED.get(name, ()):
     if kind not in kept:
       print(
-        f'parti-jax: warning: --{_objective(name)}={model_dir}: the checkpoint does not say which '
+        f'parti-jax: warning: --{name}={model_dir}: the checkpoint does not say which '
         f'{kind} it was trained with; make sure that it is the same as the one given here',
         file=sys.stderr,
       )

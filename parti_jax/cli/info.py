@@ -10,12 +10,12 @@ from parti_jax.cli import info_text
 from parti_jax.core import checks
 from parti_jax.core import storage
 from parti_jax.core.errors import UserError
+from parti_jax.exported_model import file_names
 from parti_jax.runs import run_summary
 
 _LARGEST = 1 << 24
 # A run's folder has at least one of these from its first minute on.
 _OF_A_RUN = ('checkpoints', 'journal', 'config.gin')
-_MODEL_CONFIG = 'config.json'
 
 
 def add_arguments(parser: argparse.ArgumentParser):
@@ -67,7 +67,7 @@ def describe(folder: str, verify: bool = False) -> dict[str, Any]:
   names = storage.names(folder)
   if any(name in names for name in _OF_A_RUN):
     return run_summary.summarize(folder, verify)
-  if _MODEL_CONFIG in names:
+  if file_names.CONFIG_FILE in names:
     return _model(folder, names)
   raise UserError(f'{folder}: {_what_else(folder, names)}')
 
@@ -81,13 +81,13 @@ def _what_else(folder: str, names: list[str]) -> str:
   if 'info.json' in names and any(name.endswith(('.array_record', '.tfrecord')) for name in names):
     return "image tokens, for --gin.token_cache.path, not a run; give a run's folder or a model's"
   return (
-    f'neither a run ({", ".join(_OF_A_RUN)}) nor an exported model ({_MODEL_CONFIG}); give '
+    f'neither a run ({", ".join(_OF_A_RUN)}) nor an exported model ({file_names.CONFIG_FILE}); give '
     'the --model_dir of `parti-jax train` or the folder that `parti-jax export` wrote'
   )
 
 
 def _model(folder: str, names: list[str]) -> dict[str, Any]:
-  path = storage.join(folder, _MODEL_CONFIG)
+  path = storage.join(folder, file_names.CONFIG_FILE)
   config = _ModelConfig(path)
   counts = dict(config.entries('parameters'))
   stored_as = counts.pop('stored_as', None)
@@ -95,7 +95,7 @@ def _model(folder: str, names: list[str]) -> dict[str, Any]:
   parts = {
     name: {
       'parameters': config.number('parameters', name, least=0),
-      'bytes': bytes_of.get(f'{name}.safetensors'),
+      'bytes': bytes_of.get(file_names.parameter_file(name)),
       'sizes': config.entries(name),
     }
     for name in counts
@@ -103,7 +103,7 @@ def _model(folder: str, names: list[str]) -> dict[str, Any]:
   side = config.number('tokenizer', 'image_size')
   factor = config.number('super_resolution', 'factor') if 'super_resolution' in parts else None
   tokens = (side // config.number('tokenizer', 'patch_size')) ** 2
-  files = [f'{name}.safetensors' for name in parts] + ['vocabulary.model']
+  files = [*map(file_names.parameter_file, parts), file_names.VOCABULARY_FILE]
   return {
     'kind': 'model',
     'folder': str(folder),
@@ -112,8 +112,8 @@ def _model(folder: str, names: list[str]) -> dict[str, Any]:
     'upscaled_size': side * factor if factor else None,
     'image_tokens': tokens,
     'vocabulary': {
-      'ids': config.number('parti', 'text_vocabulary'),
-      'bytes': bytes_of.get('vocabulary.model'),
+      'ids': config.number(config.stored_name('generator'), 'text_vocabulary'),
+      'bytes': bytes_of.get(file_names.VOCABULARY_FILE),
     },
     'stored_as': stored_as,
     'sampling': config.entries('sampling', {}),
@@ -136,6 +136,10 @@ class _ModelConfig:
       raise self._damaged(f'({error})') from error
     if not isinstance(self._config, dict):
       raise self._damaged('(not an object)')
+
+  def stored_name(self, name: str) -> str:
+    """Returns the name of a network in this file."""
+    return file_names.stored_name(name, self._config)
 
   def entries(self, name: str, default: dict[str, Any] | None = None) -> dict[str, Any]:
     """Returns the object with a name."""

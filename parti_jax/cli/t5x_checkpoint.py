@@ -21,8 +21,8 @@ from parti_jax.t5x import inputs
 from parti_jax.training import config as config_lib
 from parti_jax.training import trainer as trainer_lib
 
-# The objectives that t5x supports too -> their networks in exported models.
-_NETWORKS = {'generator': 'parti', 'tokenizer': 'tokenizer'}
+# The networks, and objectives, that t5x supports too.
+_NETWORKS = ('generator', 'tokenizer')
 
 
 def add_arguments(parser: argparse.ArgumentParser):
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser):
   )
   group.add_argument(
     '--network',
-    choices=list(_NETWORKS),
+    choices=_NETWORKS,
     default='generator',
     help='the network of the exported model (default: %(default)s)',
   )
@@ -157,7 +157,7 @@ def model_to_t5x(model, network: str, folder) -> str:
   from parti_jax.exported_model import model_folder
 
   t5x_checkpoints.target(folder, 0)
-  part = model_folder.load(model).networks[_NETWORKS[network]]
+  part = model_folder.load(model).networks[network]
   if network == 'generator':
     inputs.write(folder, part.made_with)
   tree = {'target': part.params, 'state': {'step': jnp.zeros((), jnp.int32)}}

@@ -20,18 +20,23 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 # Largest bet, relative to the bet that could lose all capital; the authors use 1/2 or 3/4.
 _TRUNCATION = 0.75
 
 
 def p_value(
-  losses: np.ndarray, tolerance: float, low: float = -1.0, high: float = 1.0, risk: float = 0.05
+  losses: Float[np.ndarray, 'losses'],
+  tolerance: float,
+  low: float = -1.0,
+  high: float = 1.0,
+  risk: float = 0.05,
 ) -> float:
   """Returns the probability of losses this low if their expectation were above the tolerance.
 
   Args:
-    losses: float [n], independent draws in [low, high], in an order that doesn't depend on them.
+    losses: independent draws in [low, high], in an order that doesn't depend on them.
     tolerance: the expectation under the hypothesis.
     low: smallest possible loss.
     high: largest possible loss.

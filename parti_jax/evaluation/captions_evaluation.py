@@ -19,6 +19,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import tqdm
+from jaxtyping import Bool
+from jaxtyping import UInt8
 
 from parti_jax.core.errors import UserError
 from parti_jax.data import image_decoding
@@ -121,17 +123,17 @@ class Report:
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-  """Pictures of a contact sheet: uint8 [captions, height, width, 3] twice, of one size."""
+  """Pictures of a contact sheet, all of one size."""
 
   captions: Sequence[str]
-  real: np.ndarray
-  generated: np.ndarray
+  real: UInt8[np.ndarray, 'captions height width 3']
+  generated: UInt8[np.ndarray, 'captions height width 3']
 
 
 def evaluate(
   pipeline,
   captioned: captioned_pictures.Captioned,
-  extractors: Sequence,
+  extractors: Sequence[features_lib.Extractor],
   folder: pathlib.Path,
   num_images: int = 1,
   seed: int = 0,
@@ -213,23 +215,25 @@ class _RealPictures:
   Attributes:
     reasons: for each picture the reason why it can't be used, or ''.
     features: for each extractor, features of the pictures and of their reconstructions.
-    shown: index -> picture, uint8 [size, size, 3] of the first extractor's size, for some.
+    shown: index -> picture, of the first extractor's size, for some.
   """
 
   def __init__(
     self,
     pipeline,
     pictures: captioned_pictures.Pictures,
-    extractors: Sequence,
+    extractors: Sequence[features_lib.Extractor],
     progress: bool,
     shown: Sequence[int],
   ):
     sizes = list(
       dict.fromkeys([*(extractor.image_size for extractor in extractors), pipeline.image_size])
     )
-    self.reasons = []
-    self.shown = {}
-    parts = [([], []) for _ in extractors]
+    self.reasons: list[str] = []
+    self.shown: dict[int, UInt8[np.ndarray, 'size size 3']] = {}
+    parts: list[tuple[list[features_lib.Features], list[features_lib.Features]]] = [
+      ([], []) for _ in extractors
+    ]
     for images in _decoded(pictures, sizes, self.reasons, progress):
       usable = [index for index, reason in enumerate(self.reasons) if not reason]
       for index, image in zip(usable[-len(images[sizes[0]]) :], images[sizes[0]]):
@@ -244,13 +248,16 @@ class _RealPictures:
         f'--pictures: none of {len(self.reasons):,} pictures can be used '
         f'(the first: {self.reasons[0]})'
       )
-    self.features = [tuple(map(features_lib.concatenated, part)) for part in parts]
+    self.features = [
+      (features_lib.concatenated(real), features_lib.concatenated(through))
+      for real, through in parts
+    ]
 
 
 def _decoded(
   pictures: captioned_pictures.Pictures, sizes: Sequence[int], reasons: list[str], progress: bool
-) -> Iterator[dict[int, np.ndarray]]:
-  """Yields batches of pictures, size -> uint8 [batch, size, size, 3]; appends to `reasons`."""
+) -> Iterator[dict[int, UInt8[np.ndarray, 'batch size size 3']]]:
+  """Yields batches of pictures in each size, {size: pictures}; appends to `reasons`."""
 
   def decode(data):
     try:
@@ -284,9 +291,9 @@ def _bar(items, description: str, progress: bool, pictures: int):
 
 def _shown(
   captioned: captioned_pictures.Captioned,
-  kept: np.ndarray,
+  kept: Bool[np.ndarray, 'captions'],
   shards: picture_shards.PictureShards,
-  real: Mapping[int, np.ndarray],
+  real: Mapping[int, UInt8[np.ndarray, 'size size 3']],
 ) -> Shown:
   """Returns the first captions and their pictures."""
   first = next(shards.batches())[:_SHOWN]
@@ -296,7 +303,7 @@ def _shown(
   if not pictures:  # The first ones are all damaged.
     return Shown([], generated, generated)
   return Shown(
-    [captioned.captions[index] for index in chosen],
+    [captioned.captions[index] for index in chosen.tolist()],
     np.stack(pictures),
     features_lib.resized(generated, pictures[0].shape[0]),
   )

@@ -107,7 +107,7 @@ def page(title: str, about: str, prompts: Sequence[Mapping], ranked: bool) -> st
 
 def _grouped(prompts: Sequence[Mapping], key: str) -> dict[str, list[Mapping]]:
   """Returns {value: its prompts}, in alphabetical order of the values."""
-  groups = {}
+  groups: dict[str, list[Mapping]] = {}
   for prompt in prompts:
     groups.setdefault(prompt[key], []).append(prompt)
   return dict(sorted(groups.items()))

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float64
+from jaxtyping import UInt8
 from PIL import Image
 
 from parti_jax.core.errors import UserError
@@ -28,13 +30,13 @@ class Report:
   """PSNR of enlarged pictures.
 
   Attributes:
-    psnr: float64 [pictures] in dB, by input (a key of INPUTS) and 'bicubic' or
+    psnr: the PSNR of each picture in dB, by input (a key of INPUTS) and 'bicubic' or
       'super_resolution'.
     small_size: height and width of the inputs, in pixels.
     large_size: height and width of the enlarged pictures, in pixels.
   """
 
-  psnr: dict[str, dict[str, np.ndarray]]
+  psnr: dict[str, dict[str, Float64[np.ndarray, 'pictures']]]
   small_size: int
   large_size: int
 
@@ -76,33 +78,34 @@ class Sample:
   """Pictures for a contact sheet.
 
   Attributes:
-    inputs: uint8 [n, small_size, small_size, 3], the tokenizer's reconstructions.
-    bicubic: uint8 [n, large_size, large_size, 3], the inputs enlarged by interpolation.
-    super_resolution: uint8 [n, large_size, large_size, 3], the inputs enlarged by the model.
-    pictures: uint8 [n, large_size, large_size, 3], the original pictures.
+    inputs: the tokenizer's reconstructions.
+    bicubic: the inputs enlarged by interpolation.
+    super_resolution: the inputs enlarged by the model.
+    pictures: the original pictures.
   """
 
-  inputs: np.ndarray
-  bicubic: np.ndarray
-  super_resolution: np.ndarray
-  pictures: np.ndarray
+  inputs: UInt8[np.ndarray, 'pictures small_size small_size 3']
+  bicubic: UInt8[np.ndarray, 'pictures large_size large_size 3']
+  super_resolution: UInt8[np.ndarray, 'pictures large_size large_size 3']
+  pictures: UInt8[np.ndarray, 'pictures large_size large_size 3']
 
 
-def evaluate(pipeline, pictures: Iterator[np.ndarray], num_samples: int = 8):
+def evaluate(
+  pipeline, pictures: Iterator[UInt8[np.ndarray, 'size size 3']], num_samples: int = 8
+) -> tuple[Report, Sample]:
   """Measures a model's super-resolution.
 
   Args:
     pipeline: a TextToImage with an upscaler.
-    pictures: uint8 [size, size, 3], with size = factor · the model's image size.
+    pictures: pictures whose height and width are those of the model, times the upscaler's factor.
     num_samples: pictures to keep, spread evenly over all.
-
-  Returns:
-    A Report and a Sample.
 
   Raises:
     UserError: if there are no pictures.
   """
-  psnr = {name: {how: [] for how in _ENLARGED_BY} for name in INPUTS}
+  psnr: dict[str, dict[str, list[np.ndarray]]] = {
+    name: {how: [] for how in _ENLARGED_BY} for name in INPUTS
+  }
   samples = []
   while batch := list(itertools.islice(pictures, _BATCH)):
     large = np.stack(batch)
@@ -144,15 +147,19 @@ def sheet(sample: Sample, columns: int = 2) -> Image.Image:
   return Image.fromarray(np.concatenate(np.concatenate(page, axis=1), axis=1))
 
 
-def _averaged(images: np.ndarray, factor: int) -> np.ndarray:
-  """Averages uint8 [n, factor · size, factor · size, 3] over squares of factor × factor pixels."""
+def _averaged(
+  images: UInt8[np.ndarray, 'pictures large large 3'], factor: int
+) -> UInt8[np.ndarray, 'pictures small small 3']:
+  """Averages pictures over squares of factor × factor pixels."""
   count, side, _, channels = images.shape
   size = side // factor
   squares = images.reshape(count, size, factor, size, factor, channels)
   return np.round(squares.mean(axis=(2, 4))).astype(np.uint8)
 
 
-def _bicubic(images: np.ndarray, size: int) -> np.ndarray:
+def _bicubic(
+  images: UInt8[np.ndarray, 'pictures height width 3'], size: int
+) -> UInt8[np.ndarray, 'pictures {size} {size} 3']:
   return np.stack(
     [
       np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
@@ -161,11 +168,14 @@ def _bicubic(images: np.ndarray, size: int) -> np.ndarray:
   )
 
 
-def _psnr(images: np.ndarray, originals: np.ndarray) -> np.ndarray:
+def _psnr(
+  images: UInt8[np.ndarray, 'pictures height width 3'],
+  originals: UInt8[np.ndarray, 'pictures height width 3'],
+) -> Float64[np.ndarray, 'pictures']:
   error = np.mean((images.astype(np.float64) - originals) ** 2, axis=(1, 2, 3))
   return 10.0 * np.log10(255.0**2 / np.maximum(error, 1e-6))
 
 
-def _with_error(values: np.ndarray) -> str:
+def _with_error(values: Float64[np.ndarray, 'pictures']) -> str:
   error = f' ± {values.std(ddof=1) / len(values) ** 0.5:.2f}' if len(values) > 1 else ''
   return f'{values.mean():+.2f}{error}'

@@ -19,7 +19,8 @@ from parti_jax.exported_model import sampling_settings as settings_lib
 from parti_jax.models import config_checks
 from parti_jax.models import parti_config
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_READABLE_VERSIONS = (1, FORMAT_VERSION)
 
 # Dtypes in which parameters may be stored; the networks compute in the configs' dtype.
 STORED_DTYPES = {'float16': np.float16, 'bfloat16': ml_dtypes.bfloat16, 'float32': np.float32}
@@ -38,10 +39,11 @@ def read(path: pathlib.Path) -> dict[str, Any]:
       f'{path} is damaged or unfinished ({error}); export or download the model again'
     ) from error
   version = config.get('format_version') if isinstance(config, dict) else None
-  if type(version) is not int or version != FORMAT_VERSION:
+  if type(version) is not int or version not in _READABLE_VERSIONS:
     raise UserError(
       f'{path}: format_version is {checks.shown(version)}, but this parti_jax reads '
-      f'{FORMAT_VERSION}; install the version that wrote it, or export it again'
+      f'{" and ".join(map(str, _READABLE_VERSIONS))}; install the version that wrote it, or export '
+      'it again'
     )
   return config
 

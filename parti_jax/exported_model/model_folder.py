@@ -2,7 +2,7 @@
 
 ```
 config.json                   format version, network configs, sampling defaults, provenance
-parti.safetensors             parameters of the text encoder and the image-token decoder
+generator.safetensors         parameters of the text encoder and the image-token decoder
 tokenizer.safetensors         parameters of the image tokenizer
 vocabulary.model              SentencePiece vocabulary of the prompts
 super_resolution.safetensors  parameters of the super-resolution network; optional
@@ -10,7 +10,7 @@ ranker.safetensors            parameters of the ranker; optional
 ```
 
 NETWORKS lists the networks that a folder may have; config.json has the config of each under its
-name. The metadata of a parameter file has fingerprints (`parti_jax.core.fingerprints`) of the
+name. Format version 1 called the generator 'parti'. The metadata of a parameter file has fingerprints (`parti_jax.core.fingerprints`) of the
 vocabulary and the tokenizer that its network was trained with, so that files of two models are
 never mixed up.
 """
@@ -28,6 +28,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Mapping
 from typing import Any
 from typing import NamedTuple
@@ -38,6 +39,7 @@ import jax
 import numpy as np
 import safetensors
 import safetensors.numpy
+from jaxtyping import PyTree
 
 from parti_jax.core import checks
 from parti_jax.core import fingerprints
@@ -45,6 +47,7 @@ from parti_jax.core import numerics
 from parti_jax.core import storage
 from parti_jax.core.errors import UserError
 from parti_jax.data import vocabulary as vocabulary_lib
+from parti_jax.exported_model import file_names
 from parti_jax.exported_model import model_config
 from parti_jax.exported_model import sampling_settings as settings_lib
 from parti_jax.models import coca
@@ -53,8 +56,9 @@ from parti_jax.models import parti_config
 from parti_jax.models import super_resolution
 from parti_jax.models import vit_vqgan
 
-CONFIG_FILE = 'config.json'
-VOCABULARY_FILE = 'vocabulary.model'
+CONFIG_FILE = file_names.CONFIG_FILE
+VOCABULARY_FILE = file_names.VOCABULARY_FILE
+parameter_file = file_names.parameter_file
 
 
 class Network(NamedTuple):
@@ -73,7 +77,7 @@ class Network(NamedTuple):
 
 # A model has all required networks, and the optional ones that were exported with it.
 REQUIRED = {
-  'parti': Network(parti_config.PartiConfig, parti_lib.Parti, parti_lib.example_inputs),
+  'generator': Network(parti_config.PartiConfig, parti_lib.Parti, parti_lib.example_inputs),
   'tokenizer': Network(vit_vqgan.ViTVQGANConfig, vit_vqgan.ViTVQGAN, vit_vqgan.example_inputs),
 }
 OPTIONAL = {
@@ -86,13 +90,9 @@ OPTIONAL = {
 }
 NETWORKS = REQUIRED | OPTIONAL
 
-
-def parameter_file(name: str) -> str:
-  """Returns the name of the file with the parameters of a network in NETWORKS."""
-  return f'{name}.safetensors'
-
-
 FILES = (CONFIG_FILE, *map(parameter_file, REQUIRED), VOCABULARY_FILE)
+# Includes the files of models of version 1 of the format.
+_ALL_FILES = (*FILES, *map(parameter_file, [*OPTIONAL, 'parti']))
 STORED_DTYPES = model_config.STORED_DTYPES
 
 # Maximum number of parameter names in an error message.
@@ -119,9 +119,9 @@ class Model:
   """A model folder in memory.
 
   Attributes:
-    parti_config: config of Parti.
+    generator_config: config of Parti.
     tokenizer_config: config of the image tokenizer.
-    parti_params: parameters of Parti, a tree of float32 NumPy arrays.
+    generator_params: parameters of Parti, a tree of float32 NumPy arrays.
     tokenizer_params: parameters of the tokenizer, a tree of float32 NumPy arrays.
     vocabulary_path: path of the SentencePiece vocabulary.
     sampling: default sampling settings.
@@ -132,10 +132,10 @@ class Model:
       each.
   """
 
-  parti_config: parti_config.PartiConfig
+  generator_config: parti_config.PartiConfig
   tokenizer_config: vit_vqgan.ViTVQGANConfig
-  parti_params: Any
-  tokenizer_params: Any
+  generator_params: dict[str, Any]
+  tokenizer_params: dict[str, Any]
   vocabulary_path: pathlib.Path
   sampling: settings_lib.SamplingSettings
   provenance: dict[str, Any]
@@ -147,7 +147,7 @@ class Model:
   def networks(self) -> dict[str, Part]:
     """All networks of the model by their names in NETWORKS."""
     required = {
-      'parti': (self.parti_config, self.parti_params),
+      'generator': (self.generator_config, self.generator_params),
       'tokenizer': (self.tokenizer_config, self.tokenizer_params),
     }
     return {
@@ -158,10 +158,10 @@ class Model:
 def save(
   folder,
   *,
-  parti_config,
-  parti_params,
-  tokenizer_config,
-  tokenizer_params,
+  generator_config: parti_config.PartiConfig,
+  generator_params: PyTree,
+  tokenizer_config: vit_vqgan.ViTVQGANConfig,
+  tokenizer_params: PyTree,
   vocabulary_path,
   parts: dict[str, Part] | None = None,
   sampling: settings_lib.SamplingSettings = settings_lib.SamplingSettings(),  # noqa: B008
@@ -176,9 +176,9 @@ def save(
 
   Args:
     folder: the folder to create, a path or a URL. At a URL, config.json is uploaded last.
-    parti_config: PartiConfig.
-    parti_params: parameters of Parti, with or without axis names.
-    tokenizer_config: ViTVQGANConfig.
+    generator_config: config of Parti.
+    generator_params: parameters of Parti, with or without axis names.
+    tokenizer_config: config of the image tokenizer.
     tokenizer_params: parameters of ViTVQGAN, with or without axis names.
     vocabulary_path: path of the SentencePiece vocabulary.
     parts: optional networks by their names in OPTIONAL, with or without axis names.
@@ -206,9 +206,9 @@ def save(
   _check_target(folder, overwrite)
   if dtype not in STORED_DTYPES:
     raise UserError(f'dtype={dtype!r} is not one of {", ".join(STORED_DTYPES)}')
-  check_sizes(parti_config, tokenizer_config, 'the model to save')
+  check_sizes(generator_config, tokenizer_config, 'the model to save')
   networks = {
-    'parti': Part(parti_config, parti_params),
+    'generator': Part(generator_config, generator_params),
     'tokenizer': Part(tokenizer_config, tokenizer_params),
   } | (parts or {})
   known = _known(networks, made_with or {})
@@ -258,24 +258,25 @@ def load(folder) -> Model:
       other shapes than the configs imply, or if a network was trained with another vocabulary or
       tokenizer.
   """
-  folder = _local(folder, [*FILES, *map(parameter_file, OPTIONAL)])
-  _check_complete(folder)
+  folder = _local(folder, list(_ALL_FILES))
+  _check_complete(folder, [CONFIG_FILE])
   where = folder / CONFIG_FILE
   config = model_config.read(where)
   optional = [
     name for name in OPTIONAL if name in config or (folder / parameter_file(name)).exists()
   ]
-  _check_complete(folder, [parameter_file(name) for name in optional])
+  stored = {name: file_names.stored_name(name, config) for name in [*REQUIRED, *optional]}
+  paths = {name: folder / parameter_file(own) for name, own in stored.items()}
+  _check_complete(folder, [*(path.name for path in paths.values()), VOCABULARY_FILE])
   sizes = {
-    name: model_config.sizes(NETWORKS[name].config, config, name, _compute_dtype(), where)
-    for name in [*REQUIRED, *optional]
+    name: model_config.sizes(NETWORKS[name].config, config, own, _compute_dtype(), where)
+    for name, own in stored.items()
   }
-  check_sizes(sizes['parti'], sizes['tokenizer'], str(where))
-  others = [
-    read(config, where)
-    for read in (model_config.sampling, model_config.provenance, model_config.stored_as)
-  ]
-  made_with = {name: _read_made_with(folder / parameter_file(name)) for name in sizes}
+  check_sizes(sizes['generator'], sizes['tokenizer'], str(where))
+  sampling = model_config.sampling(config, where)
+  provenance = model_config.provenance(config, where)
+  stored_as = model_config.stored_as(config, where)
+  made_with = {name: _read_made_with(path) for name, path in paths.items()}
   vocabulary = folder / VOCABULARY_FILE
   allowed = model_config.mismatch_allowed(config, where)
   for line in _mismatches(made_with, vocabulary):
@@ -283,19 +284,19 @@ def load(folder) -> Model:
       raise UserError(f'{folder}: {line}')
     print(f'parti-jax: warning: {folder}: {line}', file=sys.stderr)
   parts = {
-    name: Part(
-      own, _read_parameters(folder / parameter_file(name), abstract(name, own)), made_with[name]
-    )
+    name: Part(own, _read_parameters(paths[name], abstract(name, own)), made_with[name])
     for name, own in sizes.items()
   }
-  parti, tokenizer = (parts.pop(name) for name in REQUIRED)
+  generator, tokenizer = (parts.pop(name) for name in REQUIRED)
   return Model(
-    parti.config,
+    generator.config,
     tokenizer.config,
-    parti.params,
+    generator.params,
     tokenizer.params,
     vocabulary,
-    *others,
+    sampling,
+    provenance,
+    stored_as,
     parts,
     made_with,
   )
@@ -329,7 +330,7 @@ def _compute_dtype() -> str:
 
 @functools.cache
 @numerics.fixed()
-def abstract(name: str, config):
+def abstract(name: str, config: Any) -> PyTree:
   """Returns abstract parameters of a network with their logical axis names; computes nothing.
 
   Args:
@@ -416,8 +417,8 @@ def _mismatches(
   """
 
   def full_name(network: str) -> str:
-    names = {'parti': 'generator', 'super_resolution': 'super-resolution network'}
-    return f'the {names.get(network, network)} {sources.get(network, "")}'.strip()
+    name = 'super-resolution network' if network == 'super_resolution' else network
+    return f'the {name} {sources.get(network, "")}'.strip()
 
   try:
     content = storage.read(vocabulary, vocabulary_lib.LARGEST_MODEL)
@@ -454,12 +455,13 @@ def _damaged(path: pathlib.Path, error: Exception) -> UserError:
   return UserError(f'{path} is damaged or unfinished ({error}); export or download the model again')
 
 
-def _check_complete(folder: pathlib.Path, files=FILES):
+def _check_complete(folder: pathlib.Path, files: Iterable[str]):
+  """Raises UserError unless the folder and these files exist."""
   if not folder.is_dir():
     raise UserError(f'the model folder {folder} does not exist')
-  missing = [name for name in files if not (folder / name).is_file()]
-  if missing == list(FILES):
+  if not any((folder / name).is_file() for name in _ALL_FILES):
     raise UserError(f"{folder} isn't a model folder: it has none of {', '.join(FILES)}")
+  missing = [name for name in files if not (folder / name).is_file()]
   if missing:
     raise UserError(
       f'the model folder {folder} is unfinished: {", ".join(missing)} missing; '
@@ -467,13 +469,15 @@ def _check_complete(folder: pathlib.Path, files=FILES):
     )
 
 
-def check_sizes(parti, tokenizer, where: str):
-  """Raises UserError unless Parti's codebook size and grid match the tokenizer's."""
+def check_sizes(
+  generator: parti_config.PartiConfig, tokenizer: vit_vqgan.ViTVQGANConfig, where: str
+):
+  """Raises UserError unless the generator's codebook size and grid match the tokenizer's."""
   for name in ('codebook_size', 'grid'):
-    ours, theirs = getattr(parti, name), getattr(tokenizer, name)
+    ours, theirs = getattr(generator, name), getattr(tokenizer, name)
     if ours != theirs:
       raise UserError(
-        f"{where}: parti.{name} is {ours}, but the tokenizer's is {theirs}; "
+        f"{where}: the generator's {name} is {ours}, but the tokenizer's is {theirs}; "
         'the generator was trained on the tokens of another tokenizer'
       )
 
@@ -492,7 +496,7 @@ def _uploaded_folder(url: str):
   """Yields a temporary folder and uploads its files to a URL afterwards, config.json last."""
   with tempfile.TemporaryDirectory(prefix='parti_jax_model_') as temporary:
     yield pathlib.Path(temporary)
-    ours = {*FILES, *map(parameter_file, OPTIONAL)} & set(storage.names(url))
+    ours = set(_ALL_FILES) & set(storage.names(url))
     for name in sorted(ours, key=lambda name: name != CONFIG_FILE):
       storage.remove(storage.join(url, name))
     for name in sorted(os.listdir(temporary), key=lambda name: name == CONFIG_FILE):
@@ -508,8 +512,7 @@ def _replaced_folder(folder: pathlib.Path):
     yield temporary
     old = folder.with_name(f'{temporary.name}.old')
     if folder.exists():
-      ours = {*FILES, *map(parameter_file, OPTIONAL)}
-      for other in set(os.listdir(folder)) - ours:
+      for other in set(os.listdir(folder)) - set(_ALL_FILES):
         copy = shutil.copytree if (folder / other).is_dir() else shutil.copy2
         copy(folder / other, temporary / other)
       os.replace(folder, old)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
+from jaxtyping import Float32
 
 from parti_jax.core import checks
 from parti_jax.core.errors import UserError
 
 # Name of a ramp -> function of the positions [length], from 0 (the first) to 1 (the last), that
 # returns the interpolation weights between `guidance_start` (0) and `guidance_scale` (1).
-GUIDANCE_RAMPS = {
+GUIDANCE_RAMPS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
   'constant': np.ones_like,
   'linear': lambda way: way,
   'cosine': lambda way: (1 - np.cos(np.pi * way)) / 2,
@@ -114,20 +116,22 @@ class SamplingSettings:
   def thresholds(self) -> tuple[np.float32 | None, np.float32 | None]:
     """The thresholds of early exit and of skipping guidance's pass; None if nothing is skipped."""
     skip = self.guidance_skip_threshold if self.guided else 1.0
-    return tuple(
+    exit_threshold, skip_threshold = (
       None if np.float32(threshold) == 1 else np.float32(threshold)
       for threshold in (self.exit_threshold, skip)
     )
+    return exit_threshold, skip_threshold
 
-  def arrays(self, length: int) -> tuple:
+  def arrays(
+    self, length: int
+  ) -> tuple[Float32[np.ndarray, '{length}'], np.float32, np.int32, np.float32]:
     """Returns the arrays that the decoding loop takes.
 
     Args:
       length: number of image tokens of a picture.
 
     Returns:
-      `guidance_scales(length)`, and temperature (float32), top_k (int32) and top_p (float32) as
-      NumPy scalars.
+      `guidance_scales(length)`, temperature, top_k and top_p.
     """
     return (
       self.guidance_scales(length),
@@ -136,8 +140,8 @@ class SamplingSettings:
       np.float32(max(self.top_p, _LEAST_FLOAT32)),
     )
 
-  def guidance_scales(self, length: int) -> np.ndarray:
-    """Returns the guidance weight at each of `length` positions, float32 [length]."""
+  def guidance_scales(self, length: int) -> Float32[np.ndarray, '{length}']:
+    """Returns the guidance weight at each of `length` positions."""
     share = GUIDANCE_RAMPS[self.guidance_ramp](np.linspace(0.0, 1.0, length))
     scales = (1 - share) * self.guidance_start + share * self.guidance_scale
     return scales.astype(np.float32)

@@ -168,7 +168,7 @@ def sampled_config() -> parti_config.PartiConfig:
 
 def _abstract_parameters(config, mesh, rules):
   """Parameters for sampling, as `cut` makes them."""
-  boxed = model_folder.abstract('parti', config)
+  boxed = model_folder.abstract('generator', config)
   placed = parameters.shardings(config, rules_lib.parameter_shardings(boxed, mesh, rules))
   shapes = jax.eval_shape(functools.partial(parameters.cut, config), nn.meta.unbox(boxed))
   return jax.tree.map(

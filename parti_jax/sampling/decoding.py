@@ -1,68 +1,76 @@
-"""The decoding loop: image tokens one after the other, from text, with a cache.
+"""The decoding loop: samples image tokens from text, one after another, with a cache.
 
-One program draws all positions of a batch. Nothing in it depends on which other images are in
-the batch: every image has a key of its own, so that a seed means the same picture however the
-images are cut into batches.
+One program samples all positions of a batch. Each image has its own key, and nothing depends on the
+other images of the batch, so a seed gives the same picture however the images are batched.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.experimental import layout
+from jax.typing import ArrayLike
+from jaxtyping import Array
+from jaxtyping import Float32
+from jaxtyping import Int32
+from jaxtyping import Key
+from jaxtyping import UInt32
 
 from parti_jax.core import numerics
 from parti_jax.exported_model import sampling_settings
 from parti_jax.models import parti as parti_lib
+from parti_jax.models import parti_config
 from parti_jax.models import token_decoder
 from parti_jax.models.nn import transformer
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.partitioning import rules as rules_lib
 
-# Caches grow in at most this many steps: attention over places that are still empty costs time,
-# and every step is a loop of its own to compile.
+# Maximum number of sizes that the caches grow through. Attention over empty slots costs time, but
+# each size adds a loop to compile.
 _MAX_SEGMENTS = 4
 _MIN_SEGMENT = 64
 
-# Caches [batch, heads, length, head_dim] on a TPU: positions are fastest in memory. A head_dim of
-# 64 would be padded to the 128 lanes, and half of what a step reads would be padding.
+# Caches [batch, heads, length, head_dim] on a TPU have positions as their minor axis. A head_dim of
+# 64 would be padded to the 128 lanes, so half of the bytes that a step reads would be padding.
 CACHE_LAYOUT = layout.Layout((0, 1, 3, 2))
 
 
-@flax.struct.dataclass
-class Sampling:
-  """How image tokens are drawn from logits: `SamplingSettings` as the decoding loop takes them.
+class Sampling(flax.struct.PyTreeNode):
+  """How to sample image tokens from logits: `SamplingSettings` in the decoding loop's form.
 
   Attributes:
-    guidance_scale: weight of guidance, float32 [image_length], of each position, or [], of all;
-      read if guided.
-    temperature: float32 [], positive; not read if greedy.
-    top_k: int32 [], how many tokens to keep, 0 for all; read if filtered.
-    top_p: float32 [], the probability to keep, 1 for all; read if filtered.
-    exit_threshold: float32 [], see `adaptive.sample_tokens`; None has all tokens pass all layers.
-    skip_threshold: float32 [], see `adaptive.sample_tokens`; None never leaves a pass out.
-    guided: whether the logits without text are computed too.
-    greedy: whether the likeliest token is taken instead of a draw.
-    filtered: whether top_k or top_p rule out tokens.
+    guidance_scale: weight of guidance at each position, float32 [image_length], or at all, []; used
+      if `guided`.
+    temperature: float32 [], positive; used unless `greedy`.
+    top_k: int32 [], number of tokens to keep, 0 for all; used if `filtered`.
+    top_p: float32 [], probability to keep, 1 for all; used if `filtered`.
+    exit_threshold: float32 [], an argument of early exit, which `adaptive.sample_tokens` describes;
+      None disables it.
+    skip_threshold: float32 [], an argument of `adaptive.sample_tokens`; None always computes the
+      pass without text.
+    guided: whether to compute the logits without text too.
+    greedy: whether to take the likeliest token instead of sampling.
+    filtered: whether `top_k` or `top_p` excludes tokens.
   """
 
-  guidance_scale: Any = 1.0
-  temperature: Any = 1.0
-  top_k: Any = 0
-  top_p: Any = 1.0
-  exit_threshold: Any = None
-  skip_threshold: Any = None
+  guidance_scale: ArrayLike = 1.0
+  temperature: ArrayLike = 1.0
+  top_k: ArrayLike = 0
+  top_p: ArrayLike = 1.0
+  exit_threshold: ArrayLike | None = None
+  skip_threshold: ArrayLike | None = None
   guided: bool = flax.struct.field(pytree_node=False, default=False)
   greedy: bool = flax.struct.field(pytree_node=False, default=False)
   filtered: bool = flax.struct.field(pytree_node=False, default=False)
 
   @classmethod
   def of(cls, settings: sampling_settings.SamplingSettings, length: int) -> Sampling:
-    """Of checked settings, for pictures of `length` image tokens."""
+    """Converts checked settings, for pictures of `length` image tokens."""
     return cls(
       *settings.arrays(length),
       *settings.thresholds,
@@ -72,74 +80,75 @@ class Sampling:
     )
 
   def at_each_position(self, length: int) -> Sampling:
-    """With a guidance scale for each of `length` positions."""
+    """Returns a copy with a guidance scale for each of `length` positions."""
     scale = jnp.asarray(self.guidance_scale, jnp.float32)
     return self.replace(guidance_scale=jnp.broadcast_to(scale, (length,)))
 
 
-def image_keys(seed, image_index):
-  """Keys of images, the same for an image wherever it is in a batch.
+def image_keys(
+  seed: UInt32[Array, ''] | int, image_index: Int32[Array, 'batch']
+) -> Key[Array, 'batch']:
+  """Returns the keys of images, which don't depend on an image's place in the batch.
 
   Args:
-    seed: uint32 [].
-    image_index: int32 [batch], the index of each image among those of its prompt.
-
-  Returns:
-    A key array [batch].
+    seed: the seed of all images.
+    image_index: the index of each image among the images of its prompt.
   """
   return jax.vmap(lambda index: jax.random.fold_in(numerics.key(seed), index))(image_index)
 
 
-def empty_text(batch: int, text_length: int):
-  """The text of no words, which guidance leads away from: int32 [batch, text_length]."""
+def empty_text(batch: int, text_length: int) -> Int32[Array, '{batch} {text_length}']:
+  """Returns the tokens of the empty text, which guidance contrasts each prompt with."""
   return jnp.zeros((batch, text_length), jnp.int32).at[:, 0].set(1)
 
 
-def with_and_without(text_tokens):
-  """Two rows for each image: int32 [batch, text_length] to [2 * batch, text_length], see `guide`.
+def with_and_without(
+  text_tokens: Int32[Array, 'batch text_length'],
+) -> Int32[Array, '2*batch text_length']:
+  """Inserts a row with the empty text after each row, for `guide`.
 
-  Both texts of an image are neighbours, so that they stay on one device of a mesh.
+  The two texts of an image are adjacent, so they stay on one device of a mesh.
   """
   batch, length = text_tokens.shape
   texts = jnp.stack([text_tokens, empty_text(batch, length)], axis=1)
   return texts.reshape(2 * batch, length)
 
 
-def guide(logits, guidance_scale):
-  """Classifier-free guidance (Parti, section 2.4).
+def guide(
+  logits: Float32[Array, 'rows codebook'], guidance_scale: Float32[Array, ''] | float
+) -> Float32[Array, 'rows//2 codebook']:
+  """Applies classifier-free guidance (Parti, section 2.4).
 
   Args:
-    logits: float32 [2 * batch, codebook_size], with text at even rows and without at odd ones.
-    guidance_scale: float32 [].
-
-  Returns:
-    float32 [batch, codebook_size].
+    logits: logits with text in even rows, and without text in odd rows.
+    guidance_scale: weight of guidance.
   """
   logits = logits.reshape(-1, 2, logits.shape[-1])
   conditional, unconditional = logits[:, 0], logits[:, 1]
   return unconditional + guidance_scale * (conditional - unconditional)
 
 
-def _ordered_bits(x):
-  """uint32 that are ordered as the float32 they are made of."""
+def _ordered_bits(x: Float32[Array, '*places']) -> UInt32[Array, '*places']:
+  """Maps float32 numbers to integers in the same order."""
   bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
   sign = jnp.uint32(1 << 31)
   return jnp.where(bits & sign, ~bits, bits | sign)
 
 
-def _at_least_threshold(bits, weights, amount):
-  """The largest threshold that leaves an amount of weight at or above it.
+def _at_least_threshold(
+  bits: UInt32[Array, 'batch codebook'],
+  weights: Float32[Array, 'batch codebook'],
+  amount: Float32[Array, 'batch 1'],
+) -> UInt32[Array, 'batch 1']:
+  """Returns the largest threshold for which the weights at or above it sum to at least `amount`.
 
-  Finds it bit by bit, 32 sums in all: sorting a codebook at every position takes longer than
-  the network on a CPU.
+  Finds it bit by bit, with 32 sums: on a CPU, sorting the codebook at each position takes longer
+  than the network.
 
   Args:
-    bits: uint32 [batch, codebook_size].
-    weights: float32 [batch, codebook_size], not negative.
-    amount: float32 [batch, 1].
-
-  Returns:
-    uint32 [batch, 1].
+    bits: the numbers to compare with the threshold.
+    weights: nonnegative weights of these numbers.
+    amount: the sum required in each row.
   """
 
   def body(index, threshold):
@@ -150,18 +159,22 @@ def _at_least_threshold(bits, weights, amount):
   return jax.lax.fori_loop(0, 32, body, jnp.zeros_like(bits[:, :1]))
 
 
-def filter_logits(logits, top_k, top_p):
-  """Rules out unlikely tokens: first by `top_k`, then by `top_p` among those left.
+def filter_logits(
+  logits: Float32[Array, 'batch codebook'],
+  top_k: Int32[Array, ''],
+  top_p: Float32[Array, ''],
+) -> Float32[Array, 'batch codebook']:
+  """Excludes unlikely tokens: first by `top_k`, then by `top_p` among the rest.
 
   Tokens that are exactly as likely as the last one kept are kept too.
 
   Args:
-    logits: float32 [batch, codebook_size].
-    top_k: int32 [], how many tokens to keep; 0 keeps all.
-    top_p: float32 [], the probability to keep; 1 keeps all.
+    logits: the logits of each image.
+    top_k: number of tokens to keep; 0 keeps all.
+    top_p: probability to keep; 1 keeps all.
 
   Returns:
-    The logits, with -inf for the tokens that are ruled out.
+    The logits, with -inf for excluded tokens.
   """
   bits = _ordered_bits(logits)
   count = jnp.where(top_k > 0, jnp.minimum(top_k, logits.shape[-1]), logits.shape[-1])
@@ -170,28 +183,31 @@ def filter_logits(logits, top_k, top_p):
   mass = jnp.where(kept, jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True)), 0.0)
   amount = top_p * jnp.sum(mass, axis=-1, keepdims=True)
   within = bits >= _at_least_threshold(bits, mass, amount)
-  # With top_p = 1 rounding must not cost the least likely token its place.
+  # With top_p = 1, rounding must not exclude the least likely token.
   return jnp.where(kept & (within | (top_p >= 1.0)), logits, -jnp.inf)
 
 
-def choose(logits, keys, position, sampling: Sampling):
-  """Draws one token of every image.
+def choose(
+  logits: Float32[Array, 'batch codebook'],
+  keys: Key[Array, 'batch'],
+  position: Int32[Array, ''],
+  sampling: Sampling,
+) -> Int32[Array, 'batch']:
+  """Samples one token for each image.
 
   Args:
-    logits: float32 [batch, codebook_size].
-    keys: of `image_keys`.
-    position: int32 [].
-    sampling: how to draw.
-
-  Returns:
-    int32 [batch].
+    logits: the logits of each image.
+    keys: the result of `image_keys`.
+    position: the position of the tokens.
+    sampling: how to sample.
   """
   if sampling.greedy:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
   logits = logits / sampling.temperature
   if sampling.filtered:
-    logits = filter_logits(logits, jnp.asarray(sampling.top_k), sampling.top_p)
-  # Gumbel noise turns the likeliest token into a draw; each image's noise is its own.
+    top_k, top_p = jnp.asarray(sampling.top_k), jnp.asarray(sampling.top_p)
+    logits = filter_logits(logits, top_k, top_p)
+  # Gumbel noise, of each image's own key, turns the argmax into a sample.
   noise = jax.vmap(
     lambda key: jax.random.gumbel(
       jax.random.fold_in(key, position), logits.shape[-1:], jnp.float32, mode='low'
@@ -201,7 +217,7 @@ def choose(logits, keys, position, sampling: Sampling):
 
 
 def in_cache_layout(state: transformer.DecoderState) -> transformer.DecoderState:
-  """The state with its caches in `CACHE_LAYOUT`, on a TPU."""
+  """Lays out the caches of a state as CACHE_LAYOUT on a TPU."""
   if mesh_lib.platform() != 'tpu':
     return state
 
@@ -209,7 +225,7 @@ def in_cache_layout(state: transformer.DecoderState) -> transformer.DecoderState
     return layout.with_layout_constraint(part, CACHE_LAYOUT)
 
   if mesh_lib.current() is not None:
-    # XLA would gather the whole cache for the constraint; each device has one for its own part.
+    # Constraining the whole cache would make XLA gather it, so each device constrains its part.
     spec = rules_lib.spec('activation_batch', 'activation_heads', 'activation_length', None)
     constrain = jax.shard_map(
       constrain, in_specs=spec, out_specs=spec, check_vma=False, axis_names=rules_lib.free_axes()
@@ -217,8 +233,10 @@ def in_cache_layout(state: transformer.DecoderState) -> transformer.DecoderState
   return state.replace(caches=jax.tree.map(constrain, state.caches))
 
 
-def _grow(config, state: transformer.DecoderState, length: int) -> transformer.DecoderState:
-  """The state with caches that serve the first `length` positions, the new slots empty."""
+def _grow(
+  config: parti_config.PartiConfig, state: transformer.DecoderState, length: int
+) -> transformer.DecoderState:
+  """Enlarges the caches of a state, with empty slots, for the first `length` positions."""
 
   def grow(cache, slots):
     return jnp.pad(cache, ((0, 0), (0, 0), (0, slots - cache.shape[2]), (0, 0)))
@@ -232,7 +250,7 @@ def _grow(config, state: transformer.DecoderState, length: int) -> transformer.D
 
 
 def _segment_ends(patterns) -> list[int]:
-  """Where caches of layers with these patterns grow: positions up to which each loop runs."""
+  """Returns the position at which each loop ends, and the caches of these patterns grow."""
   length = patterns[0].length
   segment = max(_MIN_SEGMENT, -(-length // _MAX_SEGMENTS))
   slots = lambda end: [pattern.slots(end) for pattern in patterns]
@@ -240,21 +258,27 @@ def _segment_ends(patterns) -> list[int]:
   return ends + [length]
 
 
-def start(config, params, text_tokens) -> transformer.DecoderState:
-  """The state of texts int32 [batch, text_length] from which `scan_positions` goes on."""
-  return parti_lib.Parti(config).apply(
-    {'params': params}, text_tokens, _segment_ends(config.patterns)[0], method='start'
-  )
+def start(
+  config: parti_config.PartiConfig,
+  params: dict[str, Any],
+  text_tokens: Int32[Array, 'batch text_length'],
+) -> transformer.DecoderState:
+  """Encodes texts and returns the decoder's state before the first token, for `scan_positions`."""
+  apply: Callable[..., Any] = parti_lib.Parti(config).apply
+  return apply({'params': params}, text_tokens, _segment_ends(config.patterns)[0], method='start')
 
 
-def scan_positions(config, step, batch: int, states):
-  """Runs a step at all positions, with caches that grow where that is worth it.
+def scan_positions(
+  config: parti_config.PartiConfig, step: Callable[[Any, Any], Any], batch: int, states: Any
+) -> Any:
+  """Runs a step at all positions, with caches that grow where it saves time.
 
   Args:
-    config: PartiConfig.
-    step: ((previous int32 [batch], states), position int32 []) -> ((token, states), outputs).
+    config: sizes of the network.
+    step: maps (previous tokens, states) and a position to (tokens, states) and the outputs; tokens
+      are int32 [batch], a position is int32 [].
     batch: number of images.
-    states: of `start`, a DecoderState or a tuple of them.
+    states: the result of `start`, or a tuple of such states.
 
   Returns:
     The outputs, with a leading axis of image_length.
@@ -271,49 +295,59 @@ def scan_positions(config, step, batch: int, states):
   return jax.tree.map(lambda *parts: jnp.concatenate(parts), *pieces)
 
 
-def sample_step(config, params, keys, sampling: Sampling, carry, position):
-  """Draws one image token of each image of a batch, given those before it.
+def sample_step(
+  config: parti_config.PartiConfig,
+  params: dict[str, Any],
+  keys: Key[Array, 'batch'],
+  sampling: Sampling,
+  carry: tuple[Int32[Array, 'batch'], transformer.DecoderState],
+  position: Int32[Array, ''],
+) -> tuple[tuple[Int32[Array, 'batch'], transformer.DecoderState], Int32[Array, 'batch']]:
+  """Samples one image token for each image of a batch, given the previous tokens.
 
   Args:
-    config: PartiConfig.
-    params: of `parameters.cut`.
-    keys: a key for each image, [batch], see `image_keys`.
-    sampling: how to draw, see `Sampling.at_each_position`.
-    carry: the tokens before, int32 [batch], not read at position 0; and the DecoderState of the
-      positions before. If guided it has two rows for each image, see `with_and_without`.
-    position: int32 [].
+    config: sizes of the network.
+    params: the result of `parameters.cut`.
+    keys: the result of `image_keys`.
+    sampling: how to sample; the result of `Sampling.at_each_position`.
+    carry: the previous tokens, which are ignored at position 0, and the state after the previous
+      positions. If guided, the state has two rows for each image, as `with_and_without` makes them.
+    position: the position of the tokens.
 
   Returns:
-    The next carry, and the tokens int32 [batch].
+    The next carry, and the tokens.
   """
   previous, state = carry
   if sampling.guided:
     previous = jnp.repeat(previous, 2)
-  logits, state = token_decoder.TokenDecoder(config).apply(
-    {'params': params['image_decoder']}, previous[:, None], state=state
-  )
+  apply: Callable[..., Any] = token_decoder.TokenDecoder(config).apply
+  logits, state = apply({'params': params['image_decoder']}, previous[:, None], state=state)
   logits = logits[:, 0]
   if sampling.guided:
-    logits = guide(logits, sampling.guidance_scale[position])
+    logits = guide(logits, jnp.asarray(sampling.guidance_scale)[position])
   token = choose(logits, keys, position, sampling)
   return (token, in_cache_layout(state)), token
 
 
-def sample_tokens(config, params, text_tokens, keys, sampling: Sampling):
-  """Draws the image tokens of a batch; to be called inside a jit.
+def sample_tokens(
+  config: parti_config.PartiConfig,
+  params: dict[str, Any],
+  text_tokens: Int32[Array, 'batch text_length'],
+  keys: Key[Array, 'batch'],
+  sampling: Sampling,
+) -> Int32[Array, 'batch image_length']:
+  """Samples the image tokens of a batch; call it inside `jax.jit`.
 
-  Arrays may be sharded: the networks constrain them by their logical axis names wherever
-  `flax.linen.logical_axis_rules` is set.
+  Arrays may be sharded: within `flax.linen.logical_axis_rules`, the networks constrain them by
+  their logical axis names.
 
   Args:
-    config: PartiConfig.
-    params: of `parameters.cut`.
-    text_tokens: int32 [batch, text_length], padded with 0.
-    keys: a key for each image, [batch], see `image_keys`.
-    sampling: how to draw; its thresholds are those of `adaptive.sample_tokens` and not read.
-
-  Returns:
-    int32 [batch, image_length].
+    config: sizes of the network.
+    params: the result of `parameters.cut`.
+    text_tokens: tokens of the prompts, padded with 0.
+    keys: the result of `image_keys`.
+    sampling: how to sample; this function ignores the thresholds, which `adaptive.sample_tokens`
+      uses.
   """
   sampling = sampling.at_each_position(config.image_length)
   state = start(config, params, with_and_without(text_tokens) if sampling.guided else text_tokens)

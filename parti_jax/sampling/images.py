@@ -1,4 +1,4 @@
-"""Pictures as files: PNG with metadata, labelled grids, names that tell what they show."""
+"""Writes pictures as PNG files with metadata and descriptive names, and draws labelled grids."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 from PIL import ImageDraw
 from PIL import ImageFont
@@ -29,22 +30,22 @@ from parti_jax.core.errors import UserError
 
 SOFTWARE = f'parti_jax {parti_jax.__version__}'
 
-# Pictures on a grid are enlarged to at least this many pixels.
+# Pictures on a grid are enlarged to about this many pixels.
 _SMALLEST_ON_GRID = 192
 _FONT_SIZE = 16
 _GAP = 8
-# A sheet takes three bytes for each of its pixels.
+# A sheet takes three bytes per pixel.
 _MOST_PIXELS = 1 << 30
 _LONGEST_SLUG = 60
-# File systems take names of 255 bytes; seed, index and endings need room too.
+# File names may have 255 bytes, and the seed, index and suffixes need some of them.
 _LONGEST_SLUG_BYTES = 120
 _DIGITS = 12
 _NO_WORDS = 'picture'
-# Letters and marks that are not drawn, and that file systems may leave out of a comparison.
+# Invisible letters and marks, which file systems may ignore in comparisons.
 _INVISIBLE = re.compile(
   '[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]'
 )
-# Names of devices on Windows, whatever their ending.
+# Names of devices on Windows, with any suffix.
 _RESERVED = re.compile('con|prn|aux|nul|com[0-9]|lpt[0-9]')
 
 
@@ -52,40 +53,39 @@ def checked(images, size: int | None = None) -> np.ndarray:
   """Checks pictures.
 
   Args:
-    images: uint8 [n, height, width, 3], an array or what NumPy makes one of.
-    size: height and width that they must have; None for any.
+    images: uint8 [images, height, width, 3], as an array or what NumPy can convert to one.
+    size: required height and width; None for any.
 
   Returns:
     The array.
 
   Raises:
-    UserError: if they are of another shape or dtype.
+    UserError: if the shape or the dtype is wrong.
   """
   try:
     array = np.asarray(images)
   except ValueError:  # Lists of different lengths.
-    raise UserError(f'images={checks.shown(images)} are not of one size') from None
+    raise UserError(f'images={checks.shown(images)} have different sizes') from None
   sides = ('height', 'width') if size is None else (size, size)
   right = array.dtype == np.uint8 and array.ndim == 4 and array.shape[3] == 3
   if not right or (size is not None and array.shape[1:3] != sides):
     raise UserError(
-      f'images are {array.dtype} {list(array.shape)}, needed is uint8 '
-      f'[n, {sides[0]}, {sides[1]}, 3]'
+      f'images are {array.dtype} {list(array.shape)}, expected uint8 [n, {sides[0]}, {sides[1]}, 3]'
     )
   return array
 
 
-def to_pil(image: np.ndarray) -> Image.Image:
-  """uint8 [height, width, 3] to a PIL picture."""
+def to_pil(image: UInt8[np.ndarray, 'height width 3']) -> Image.Image:
+  """Converts a picture to a PIL image."""
   return Image.fromarray(image)
 
 
 def slug(text: str) -> str:
-  """A text as part of a file name: lower-case letters, digits and dashes; never empty.
+  """Converts a text to part of a file name: lower-case letters, digits and dashes; never empty.
 
-  Latin letters lose their accents; those of other scripts stay, in a normal form that is the same
-  on every file system, unless the one in use knows only other letters. The result has 120 bytes at
-  most.
+  Latin letters lose their accents. Letters of other scripts are kept, in a normal form that is the
+  same on every file system, unless this file system's encoding doesn't have them. The result has at
+  most 120 bytes.
   """
   decomposed = unicodedata.normalize('NFKD', text)
   plain = decomposed.encode('ascii', 'ignore').decode()
@@ -103,11 +103,11 @@ def slug(text: str) -> str:
 
 
 def _words(text: str) -> str:
-  """The letters and digits of a text, case folded, with a dash for what is between them."""
+  """Returns the letters and digits of a text, case folded, with dashes in place of the rest."""
   folded = text
-  for _ in range(2):  # Folding may undo the normal form, and the other way round.
+  for _ in range(2):  # Folding may undo the normal form, and vice versa.
     folded = unicodedata.normalize('NFKC', folded).casefold()
-  found = []
+  found: list[str] = []
   for letter in unicodedata.normalize('NFKC', folded):
     category = unicodedata.category(letter)[0]
     if category in 'LN' or (category == 'M' and found and found[-1] != '-'):
@@ -124,19 +124,19 @@ def _digest(text: str) -> str:
 
 
 def distinct_names(texts: Iterable[str]) -> dict[str, str]:
-  """File names of texts, without an ending: a `slug` each, all different on every file system.
+  """Returns a file name, without a suffix, for each text; all differ on every file system.
 
-  A text whose slug another text has too, or that Windows reserves for a device, gets a digest of
-  its text behind it, so that its name does not depend on the order of the texts.
+  The name is the text's `slug`. If another text has the same slug, or Windows reserves it for a
+  device, a digest of the text follows, so that names don't depend on the order of the texts.
 
   Args:
-    texts: any texts; each is counted once.
+    texts: any texts; duplicates count once.
 
   Returns:
-    text -> name.
+    {text: name}.
   """
   slugs = {text: slug(text) for text in texts}
-  # Upper case too, since some file systems compare that.
+  # Through upper case too, since some file systems compare names in upper case.
   keys = {text: name.upper().casefold() for text, name in slugs.items()}
   times = collections.Counter(keys.values())
   return {
@@ -147,23 +147,25 @@ def distinct_names(texts: Iterable[str]) -> dict[str, str]:
   }
 
 
-def save_picture(folder, image: np.ndarray, metadata: dict[str, str]) -> pathlib.Path:
-  """Writes a picture as PNG, under a name made of its prompt, seed and rank or index.
+def save_picture(
+  folder, image: UInt8[np.ndarray, 'height width 3'], metadata: dict[str, str]
+) -> pathlib.Path:
+  """Writes a picture as PNG. Its name consists of the prompt, the seed, and the rank or index.
 
-  A file that is there already is replaced only if its metadata says that it is the same picture;
-  otherwise the new one gets a number behind its name.
+  An existing file is replaced only if its metadata shows that it is the same picture. Otherwise the
+  new file's name ends in a number.
 
   Args:
-    folder: made if it is not there.
-    image: uint8 [height, width, 3].
-    metadata: text chunks of the file; 'prompt', 'seed' and 'image_index' among them, and 'rank'
-      if the picture was ranked, and 'upscaled', the factor, if it was enlarged.
+    folder: the output folder, created if it does not exist.
+    image: the picture.
+    metadata: text chunks of the file. They must include 'prompt', 'seed' and 'image_index'; 'rank'
+      if the picture was ranked; and 'upscaled', the factor, if it was enlarged.
 
   Returns:
-    The file.
+    The path of the file.
 
   Raises:
-    UserError: if it can't be written.
+    UserError: if the file can't be written.
   """
   number = f'rank{metadata["rank"]}' if 'rank' in metadata else metadata['image_index']
   name = f'{slug(metadata["prompt"])}_seed{metadata["seed"]}_{number}'
@@ -173,14 +175,14 @@ def save_picture(folder, image: np.ndarray, metadata: dict[str, str]) -> pathlib
 def save_grid(
   folder, picture: Image.Image, prompts: Sequence[str], metadata: dict[str, str]
 ) -> pathlib.Path:
-  """Writes a grid as `save_picture` does; its metadata also holds the prompts, one a line."""
+  """Writes a grid like `save_picture`; its metadata also has the prompts, one per line."""
   more = f'-and-{len(prompts) - 1}-more' if len(prompts) > 1 else ''
   name = f'{slug(prompts[0])}{more}_seed{metadata["seed"]}_grid'
   return save(folder, name, picture, metadata | {'prompt': '\n'.join(prompts)})
 
 
 def read_metadata(path) -> dict[str, str] | None:
-  """Text chunks of a PNG; None if there is no such picture."""
+  """Returns the text chunks of a PNG, or None if it is missing or damaged."""
   try:
     with warnings.catch_warnings():
       warnings.simplefilter('ignore', Image.DecompressionBombWarning)  # Grids may be large.
@@ -192,7 +194,7 @@ def read_metadata(path) -> dict[str, str] | None:
 
 
 def save(folder, name: str, picture: Image.Image, metadata: dict[str, str]) -> pathlib.Path:
-  """Writes a PIL picture as `save_picture` does, under a name without its ending."""
+  """Writes a PIL image like `save_picture`, under a name given without its suffix."""
   folder = local_folder(folder)
   metadata = {key: _storable(value) for key, value in (metadata | {'software': SOFTWARE}).items()}
   if 'upscaled' in metadata:
@@ -207,27 +209,25 @@ def save(folder, name: str, picture: Image.Image, metadata: dict[str, str]) -> p
     finally:
       temporary.unlink(missing_ok=True)
   except OSError as error:
-    raise UserError(
-      f'{folder}: pictures cannot be written there ({error.strerror or error})'
-    ) from error
+    raise UserError(f'{folder}: cannot write pictures there ({error.strerror or error})') from error
   return path
 
 
 def local_folder(folder) -> pathlib.Path:
-  """The path of a folder that pictures are written to.
+  """Returns the path of an output folder for pictures.
 
   Raises:
-    UserError: if it is a URL or is not a path.
+    UserError: if it is a URL or not a valid path.
   """
   folder = checks.text('folder', folder)
   storage.check_local(folder)
   if '\0' in folder:
-    raise UserError(f'folder={checks.shown(folder)} has a character that no path may have')
+    raise UserError(f'folder={checks.shown(folder)} has a NUL character, which paths may not have')
   return pathlib.Path(folder)
 
 
 def _storable(value: str) -> str:
-  """A text that a PNG can hold: without what is not Unicode, and without NUL."""
+  """Replaces what a PNG's text can't have: NUL, and characters that aren't Unicode."""
   return value.encode('utf-8', 'replace').decode().replace('\0', '\ufffd')
 
 
@@ -236,46 +236,48 @@ def _chunks(metadata: dict[str, str]) -> PngImagePlugin.PngInfo:
   for key, value in metadata.items():
     if value.isascii():
       info.add_text(key, value)
-    else:  # tEXt is Latin-1 only.
+    else:  # tEXt has only Latin-1.
       info.add_itxt(key, value)
   return info
 
 
 def _free_path(folder: pathlib.Path, name: str, metadata: dict[str, str]) -> pathlib.Path:
-  """The first name that is free, or whose file has this metadata (but for the software)."""
+  """Returns the first path that is free or whose file has this metadata, except the software."""
   identity = {key: value for key, value in metadata.items() if key != 'software'}
-  for number in itertools.count(1):
-    path = folder / (f'{name}.png' if number == 1 else f'{name}_{number}.png')
-    if not os.path.lexists(path):
-      return path
-    there = read_metadata(path)
-    if there is not None and {key: there.get(key) for key in identity} == identity:
-      return path
+  paths = (
+    folder / (f'{name}.png' if number == 1 else f'{name}_{number}.png')
+    for number in itertools.count(1)
+  )
+  return next(path for path in paths if not os.path.lexists(path) or _has_metadata(path, identity))
+
+
+def _has_metadata(path: pathlib.Path, expected: dict[str, str]) -> bool:
+  found = read_metadata(path)
+  return found is not None and {key: found.get(key) for key in expected} == expected
 
 
 def grid(
-  images: np.ndarray, prompts: Sequence[str], display_size: int | None = None
+  images: UInt8[np.ndarray, 'prompts num_images height width 3'],
+  prompts: Sequence[str],
+  display_size=None,
 ) -> Image.Image:
-  """All pictures on one white sheet, a row for each prompt under its label.
+  """Draws all pictures on a white sheet, with a labelled row for each prompt.
 
   Args:
-    images: uint8 [prompts, num_images, height, width, 3].
+    images: the pictures.
     prompts: labels of the rows; long ones are wrapped.
-    display_size: height of a picture on the sheet, in pixels; by default its own, or enlarged to
-      a whole multiple of about 192 pixels if it is smaller.
-
-  Returns:
-    A PIL picture.
+    display_size: height of a picture on the sheet, in pixels. The default is the multiple of its
+      height that is nearest to 192 pixels, and at least its height.
 
   Raises:
-    UserError: if the sheet would be too large for the memory, or the size is invalid.
+    UserError: if the sheet would be too large for memory, or the size is invalid.
   """
   rows, columns, height, width = images.shape[:4]
   if display_size is None:
     display_size = height * max(1, round(_SMALLEST_ON_GRID / height))
   display_size = checks.count('display_size', display_size)
   size = (max(1, round(display_size * width / height)), display_size)
-  font = ImageFont.load_default(size=_FONT_SIZE)
+  font = scaled_font(_FONT_SIZE)
   line_height = sum(font.getmetrics()) + 2
   sheet_width = columns * (size[0] + _GAP) + _GAP
   labels = [wrap(prompt, font, sheet_width - 2 * _GAP) for prompt in prompts]
@@ -294,14 +296,21 @@ def grid(
   return sheet
 
 
+def scaled_font(size: float) -> ImageFont.FreeTypeFont:
+  """Returns Pillow's default font in a size, in pixels."""
+  font = ImageFont.load_default(size)
+  assert isinstance(font, ImageFont.FreeTypeFont)  # Only the font without a size is another kind.
+  return font
+
+
 def blank(size: tuple[int, int]) -> Image.Image:
-  """A white sheet.
+  """Returns a white sheet.
 
   Args:
     size: width and height in pixels.
 
   Raises:
-    UserError: if it would be too large for the memory.
+    UserError: if it would be too large for memory.
   """
   if size[0] * size[1] > _MOST_PIXELS:
     raise UserError(
@@ -310,8 +319,8 @@ def blank(size: tuple[int, int]) -> Image.Image:
   return Image.new('RGB', size, 'white')
 
 
-def wrap(text: str, font, width: int) -> list[str]:
-  """A text as lines that are at most `width` pixels wide, unless one letter already is."""
+def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+  """Wraps a text to lines of at most `width` pixels, or of one letter if it is wider."""
   text = ' '.join(text.split())
   longest = len(text)
   while longest > 1:

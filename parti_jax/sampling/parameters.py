@@ -1,11 +1,14 @@
-"""Parameters as sampling takes them: decoder layers apart, kernels of the computation's dtype.
+"""Parameters in the form that sampling needs: one tree per decoder layer, kernels in the compute dtype.
 
-Training keeps the layers in one array. A step that sliced them out of it would copy them all at
-every position, which costs as much as the step itself; and to cut them apart in the program that
-draws would hold the decoder twice.
+Training stacks the layers in one array. Slicing them out of it would copy them at every position,
+which costs as much as the step itself. Slicing them within the compiled program would hold the
+decoder in memory twice.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.sharding import NamedSharding
@@ -15,14 +18,18 @@ from parti_jax.models import parti_config
 from parti_jax.models.nn import layer_stack
 
 
-def cut(config: parti_config.PartiConfig, params):
-  """Cuts a tree of numpy or jax arrays, of Parti and without axis names.
+def cut(config: parti_config.PartiConfig, params: dict[str, Any]) -> dict[str, Any]:
+  """Converts the parameters of `Parti` for sampling.
 
-  Kernels that are used in `config.dtype` become of that dtype; the others, as those of the logits
-  and of norms, stay what they are.
+  Kernels that the network uses in `config.dtype` become this dtype. Other parameters, such as those
+  of the logits and of norms, keep theirs.
+
+  Args:
+    config: sizes of the network.
+    params: a tree of NumPy or JAX arrays, without axis names.
 
   Returns:
-    The tree with, in place of the decoder's stacked layers, a list of each layer's parameters.
+    The tree, with a list of the parameters of each decoder layer in place of the stacked layers.
   """
   params = jax.tree_util.tree_map_with_path(
     lambda path, leaf: leaf.astype(_dtype(config, path, leaf.dtype)), params
@@ -30,12 +37,12 @@ def cut(config: parti_config.PartiConfig, params):
   return _with_layers(params, lambda layers: layer_stack.unstacked(layers, config.decoder_layers))
 
 
-def shardings(config: parti_config.PartiConfig, stacked):
-  """Shardings of what `cut` returns.
+def shardings(config: parti_config.PartiConfig, stacked: dict[str, Any]) -> dict[str, Any]:
+  """Returns the shardings of the result of `cut`.
 
   Args:
     config: sizes of the network.
-    stacked: shardings of the whole parameters, see `rules.parameter_shardings`.
+    stacked: shardings of the original parameters, the result of `rules.parameter_shardings`.
   """
 
   def of_each(layers):
@@ -47,8 +54,8 @@ def shardings(config: parti_config.PartiConfig, stacked):
   return _with_layers(stacked, of_each)
 
 
-def _with_layers(params, change):
-  """The tree with the decoder's layers changed by a function."""
+def _with_layers(params: dict[str, Any], change: Callable[[Any], list]) -> dict[str, Any]:
+  """Applies a function to the decoder's layers in a tree."""
   image_decoder = params['image_decoder']
   decoder = image_decoder['decoder']
   decoder = decoder | {'layers': change(decoder['layers'])}

@@ -1,9 +1,16 @@
-"""Where a loaded network computes: one device, or a mesh that its parameters are spread over."""
+"""Where a loaded network computes: on one device, or on a mesh over which parameters are sharded."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
+from typing import Any
+
 import jax
 import numpy as np
+from jaxtyping import Int
+from jaxtyping import PyTree
 
 from parti_jax.core import numerics
 from parti_jax.partitioning import rules as rules_lib
@@ -13,22 +20,27 @@ class Placement:
   """Puts parameters on devices and calls jitted functions there.
 
   Args:
-    mesh: devices to spread parameters and batches over; None for one device.
-    rules: logical axis rules, with a mesh; those of `parti_jax.partitioning` by default.
+    mesh: devices over which to shard parameters and batches; None for one device.
+    rules: logical axis rules for the mesh; by default those of `rules.logical_axis_rules`.
   """
 
-  def __init__(self, mesh=None, rules=None):
+  def __init__(self, mesh: jax.sharding.Mesh | None = None, rules=None):
     self._mesh = mesh
     self._rules = rules_lib.logical_axis_rules() if mesh is not None and rules is None else rules
 
   @numerics.fixed()
-  def put(self, params, boxed, cut=lambda shardings: shardings):
-    """Parameters on the devices.
+  def put(
+    self,
+    params: PyTree,
+    boxed: PyTree,
+    cut: Callable[[PyTree], PyTree] = lambda shardings: shardings,
+  ) -> PyTree:
+    """Puts parameters on the devices.
 
     Args:
-      params: a tree of arrays.
-      boxed: abstract parameters with their logical axis names, of `model_folder.abstract`.
-      cut: turns shardings of the whole parameters into those of `params`.
+      params: the parameters.
+      boxed: abstract parameters with logical axis names, the result of `model_folder.abstract`.
+      cut: converts the shardings of the abstract parameters to those of `params`.
 
     Raises:
       UserError: if the mesh does not divide a parameter.
@@ -39,23 +51,46 @@ class Placement:
     return jax.device_put(params, cut(shardings))
 
   @numerics.fixed()
-  def run(self, function, params, arrays, *others, **statics):
-    """Calls a jitted function: arrays [batch, ...] are split over the mesh; numpy in and out."""
+  def run(
+    self,
+    function: Callable[..., Any],
+    params: tuple[PyTree, ...],
+    arrays: tuple[np.ndarray, ...],
+    *others: Any,
+    **statics: Any,
+  ) -> Any:
+    """Calls a jitted function with NumPy arrays and returns its result as NumPy arrays.
+
+    Args:
+      function: the jitted function, called with all other arguments.
+      params: parameters, results of `put`.
+      arrays: arrays with a leading batch axis, which is sharded over the mesh.
+      *others: other arguments.
+      **statics: static arguments.
+    """
     if self._mesh is None:
       return jax.device_get(function(*params, *arrays, *others, **statics))
-    arrays = jax.device_put(arrays, rules_lib.batch_sharding(self._mesh, self._rules))
+    sharded = jax.device_put(arrays, rules_lib.batch_sharding(self._mesh, self._rules))
     with rules_lib.partitioned(self._mesh, self._rules):
-      return jax.device_get(function(*params, *arrays, *others, **statics))
+      return jax.device_get(function(*params, *sharded, *others, **statics))
 
   def divisible(self, batch: int) -> int:
-    """A batch size, rounded up to what the mesh divides."""
+    """Rounds a batch size up to a multiple of the number of shards of a batch."""
     ways = 1 if self._mesh is None else rules_lib.batch_ways(self._mesh, self._rules)
     return -(-batch // ways) * ways
 
 
-def pieces(total: int, batch: int, progress: bool = False):
-  """Yields where each piece starts and the indices in it, the last one filled up with repeats."""
-  starts = range(0, total, batch)
+def pieces(
+  total: int, batch: int, progress: bool = False
+) -> Iterator[tuple[int, Int[np.ndarray, '{batch}']]]:
+  """Yields the start and the indices of each batch; the last batch repeats its last index.
+
+  Args:
+    total: number of indices.
+    batch: number of indices in a batch.
+    progress: whether to show a progress bar.
+  """
+  starts: Iterable[int] = range(0, total, batch)
   if progress:
     import tqdm
 

@@ -1,10 +1,11 @@
-"""Contact sheets: many small pictures on one page, each with its text."""
+"""Draws contact sheets: many small pictures on one page, each with its text."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 from PIL import ImageDraw
 from PIL import ImageFont
@@ -15,27 +16,27 @@ _MARGIN = 16
 _GAP = 12
 _FONT_SIZE = 13
 _LINE = 17
-# Lines of text that a cell has room for; longer texts end with dots, which every font has.
+# Maximum number of lines in a cell; longer texts end with three dots, which all fonts have.
 _LINES = 3
 _PICTURE = 128
 
 
 def sheet(
-  title: str, texts: Sequence[str], images: Sequence[Sequence[np.ndarray]], columns: int = 6
+  title: str,
+  texts: Sequence[str],
+  images: Sequence[Sequence[UInt8[np.ndarray, '_ _ 3']]],
+  columns: int = 6,
 ) -> Image.Image:
   """Draws a page.
 
   Args:
-    title: above all.
-    texts: one for each cell.
-    images: for each cell its pictures, uint8 [height, width, 3], shown side by side and 128 pixels
-      high; the same number in every cell.
-    columns: cells side by side.
-
-  Returns:
-    An RGB picture.
+    title: the heading of the page.
+    texts: the text of each cell.
+    images: the pictures of each cell, the same number in each; they are drawn side by side, 128
+      pixels high.
+    columns: maximum number of cells in a row.
   """
-  font = ImageFont.load_default(_FONT_SIZE)
+  font = images_lib.scaled_font(_FONT_SIZE)
   width = len(images[0]) * (_PICTURE + 2) - 2
   columns = min(columns, len(texts))
   rows = -(-len(texts) // columns)
@@ -61,16 +62,16 @@ def sheet(
   return page
 
 
-def _shown(picture: np.ndarray) -> Image.Image:
-  """A picture at the sheet's size; small ones are enlarged without smoothing."""
+def _shown(picture: UInt8[np.ndarray, 'height width 3']) -> Image.Image:
+  """Resizes a picture for the sheet; enlarges small ones without smoothing."""
   enlarge = picture.shape[0] <= _PICTURE // 2
   return Image.fromarray(picture).resize(
     (_PICTURE, _PICTURE), Image.Resampling.NEAREST if enlarge else Image.Resampling.LANCZOS
   )
 
 
-def _label(text: str, font, width: int) -> list[str]:
-  """The lines of a cell's text."""
+def _label(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+  """Returns the lines of a cell's text."""
   lines = images_lib.wrap(text, font, width)
   if len(lines) > _LINES:
     last = lines[_LINES - 1]

@@ -1,4 +1,4 @@
-"""From prompts to pictures: a loaded model and what can be done with it."""
+"""A loaded model, which samples pictures for prompts."""
 
 from __future__ import annotations
 
@@ -7,12 +7,20 @@ import functools
 import os
 import pathlib
 import warnings
+from collections.abc import Callable
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
+from jaxtyping import Float32
+from jaxtyping import Int32
+from jaxtyping import UInt8
+from jaxtyping import UInt32
+from PIL import Image
 
 from parti_jax.core import checks
 from parti_jax.core import storage
@@ -20,6 +28,7 @@ from parti_jax.core.errors import UserError
 from parti_jax.data import vocabulary as vocabulary_lib
 from parti_jax.exported_model import model_folder
 from parti_jax.exported_model import sampling_settings as settings_lib
+from parti_jax.models import parti_config
 from parti_jax.models import vit_vqgan
 from parti_jax.sampling import adaptive
 from parti_jax.sampling import decoding
@@ -32,69 +41,76 @@ from parti_jax.sampling import upscaling
 
 DEMO_FOLDER = pathlib.Path(__file__).parent.parent / 'demo'
 
-# Images drawn at once: where more no longer makes a CPU faster, and twice that elsewhere.
+# Maximum number of images in a batch. More don't make a CPU faster.
 _MOST_AT_ONCE = {'cpu': 32}
 _MOST_AT_ONCE_ELSEWHERE = 64
-# Bytes that the caches of a batch may take; with large models this is the tighter bound.
+# Maximum size of the caches of a batch, in bytes; the tighter bound for large models.
 _MOST_CACHE_BYTES = 1 << 30
-# Pictures that go through the tokenizer at once.
+# Maximum number of pictures that the tokenizer encodes at once.
 _TOKENIZER_BATCH = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """Pictures, and what they were drawn from.
+  """Pictures, and what they were sampled from.
 
   Attributes:
-    images: uint8 [prompts, num_images, height, width, 3].
-    tokens: int32 [prompts, num_images, image_length], the image tokens they are made of.
-    prompts: one for each row.
-    seed: of the draws.
-    settings: SamplingSettings.
-    model: the model's name.
-    usage: what the tokens took, an `adaptive.Usage` of numpy arrays [prompts, num_images,
-      image_length, ...], where the settings skip something; else None.
-    scores: float32 [prompts, num_images], how well each picture fits its prompt by the model's
-      ranker, falling along each row; None where they were not ranked.
-    image_index: int [prompts, num_images], the index that each picture was drawn with: where it
-      stood before pictures were ranked, counted from `first_index`. None counts from 0.
-    upscaled: uint8 [prompts, num_images, f · height, f · width, 3], the pictures enlarged by the
-      model's super-resolution; None where that was not asked for. If there are any, these are the
-      pictures that are shown and saved.
+    images: the pictures.
+    tokens: their image tokens.
+    prompts: the prompt of each row.
+    seed: the seed.
+    settings: the sampling settings.
+    model: name of the model.
+    usage: what the tokens computed, with NumPy arrays; None if the settings skip nothing.
+    scores: the ranker's score of each picture for its prompt, in descending order in each row; None
+      if the pictures were not ranked.
+    image_index: the index that each picture was sampled with: its position before ranking, plus
+      `first_index`. None counts from 0.
+    upscaled: the pictures enlarged by the model's super-resolution, which are then shown and saved
+      in place of `images`; None if they were not enlarged.
   """
 
-  images: np.ndarray
-  tokens: np.ndarray
+  images: UInt8[np.ndarray, 'prompts num_images height width 3']
+  tokens: Int32[np.ndarray, 'prompts num_images image_length']
   prompts: list[str]
   seed: int
   settings: settings_lib.SamplingSettings
   model: str
   usage: adaptive.Usage | None = None
-  scores: np.ndarray | None = None
-  image_index: np.ndarray | None = None
-  upscaled: np.ndarray | None = None
+  scores: Float32[np.ndarray, 'prompts num_images'] | None = None
+  image_index: Int32[np.ndarray, 'prompts num_images'] | None = None
+  upscaled: UInt8[np.ndarray, 'prompts num_images _ _ 3'] | None = None
 
-  def pil(self):
-    """PIL pictures, a list of `num_images` for each prompt."""
+  def pil(self) -> list[list[Image.Image]]:
+    """Returns PIL images, a list of `num_images` for each prompt."""
     return [[images_lib.to_pil(image) for image in row] for row in self._shown]
 
-  def grid(self, display_size: int | None = None):
-    """All pictures on one sheet, a labelled row for each prompt; see `images.grid`."""
+  def grid(self, display_size: int | None = None) -> Image.Image:
+    """Draws all pictures on a white sheet, with a labelled row for each prompt.
+
+    Args:
+      display_size: height of a picture on the sheet, in pixels. The default is the multiple of its
+        height that is nearest to 192 pixels, and at least its height.
+
+    Raises:
+      UserError: if the sheet would be too large for memory, or the size is invalid.
+    """
     return images_lib.grid(self._shown, self.prompts, display_size)
 
   def save(self, folder) -> list[pathlib.Path]:
     """Writes a PNG for each picture, with its prompt, seed and settings as metadata.
 
-    Ranked pictures also carry their rank from 1 and their score, and are named by the rank.
+    Ranked pictures also have their score and their rank, which counts from 1, and the rank is part
+    of their name.
 
     Args:
-      folder: made if it is not there.
+      folder: the output folder, created if it does not exist.
 
     Returns:
-      The files, in the order of the prompts and of the pictures of each.
+      The paths of the files, in the order of the prompts and their pictures.
 
     Raises:
-      UserError: if nothing can be written there.
+      UserError: if the folder can't be written.
     """
     return [
       images_lib.save_picture(
@@ -105,22 +121,22 @@ class Result:
     ]
 
   def save_grid(self, folder, display_size: int | None = None) -> pathlib.Path:
-    """Writes `grid` as a PNG and returns the file; arguments and errors as `save`."""
+    """Writes the result of `grid` as a PNG to a folder and returns the path of the file."""
     metadata = self._metadata() | {'num_images': str(self.images.shape[1])}
     if self.scores is not None:
       metadata['order'] = 'ranked, best first'
     return images_lib.save_grid(folder, self.grid(display_size), self.prompts, metadata)
 
   @property
-  def _shown(self) -> np.ndarray:
+  def _shown(self) -> UInt8[np.ndarray, 'prompts num_images height width 3']:
     return self.images if self.upscaled is None else self.upscaled
 
   def _place_in(self, row: int, column: int) -> dict[str, str]:
-    """Metadata of one picture among those of its prompt."""
+    """Returns the metadata of a picture that tell it from the others of its prompt."""
     index = column if self.image_index is None else self.image_index[row, column]
     if self.scores is None:
       return {'image_index': str(index)}
-    digits = len(str(self.images.shape[1]))  # So that files stand in the order of their ranks.
+    digits = len(str(self.images.shape[1]))  # Sorts the files by rank.
     return {
       'image_index': str(index),
       'rank': f'{column + 1:0{digits}}',
@@ -138,26 +154,30 @@ class Result:
 
 
 class TextToImage:
-  """A model that is ready to draw.
+  """A model that samples pictures for prompts.
 
   Attributes:
-    model_name: for the pictures' metadata.
-    image_size: height and width of its pictures, in pixels.
-    codebook_size: number of image tokens to choose from.
-    sampling: its own SamplingSettings, used for what `generate` is not given.
-    provenance: what its folder says about its training.
-    ranker: judges pictures by a text, `ranking.Ranker`; None where the model has none.
-    upscaler: enlarges pictures, `upscaling.Upscaler`; None where the model has no super-resolution.
+    model_name: name of the model, for the pictures' metadata.
+    sampling: default settings of `generate`.
+    provenance: what the model folder says about the training.
+    ranker: scores pictures by a text; None if the model has no ranker.
+    upscaler: enlarges pictures; None if the model has no super-resolution.
   """
 
-  def __init__(self, model: model_folder.Model, model_name: str, mesh=None, rules=None):
+  def __init__(
+    self,
+    model: model_folder.Model,
+    model_name: str,
+    mesh: jax.sharding.Mesh | None = None,
+    rules=None,
+  ):
     """Puts a model on the devices.
 
     Args:
-      model: of `model_folder.load`.
-      model_name: any.
-      mesh: devices to spread parameters and batches over; one device by default.
-      rules: logical axis rules, with a mesh; those of `parti_jax.partitioning` by default.
+      model: the result of `model_folder.load`.
+      model_name: any name.
+      mesh: devices over which to shard parameters and batches; by default a single one.
+      rules: logical axis rules for the mesh; by default those of `rules.logical_axis_rules`.
 
     Raises:
       UserError: if the mesh does not divide a parameter, or the vocabulary can't be read.
@@ -165,41 +185,43 @@ class TextToImage:
     self.model_name = model_name
     self.sampling = model.sampling
     self.provenance = model.provenance
-    self._config = model.parti_config
+    self._config = model.generator_config
     self._tokenizer = vit_vqgan.ViTVQGAN(model.tokenizer_config)
     self._place = placement.Placement(mesh, rules)
-    self._vocabulary = vocabulary_lib.TextVocabulary(model.vocabulary_path)
+    self._vocabulary = vocabulary_lib.TextVocabulary(str(model.vocabulary_path))
     if self._vocabulary.size > self._config.text_vocabulary:
       raise UserError(
         f'{model.vocabulary_path} has {self._vocabulary.size} pieces, but the model knows '
-        f'{self._config.text_vocabulary}; it is the vocabulary of another model'
+        f'{self._config.text_vocabulary}; it belongs to another model'
       )
-    self._parti_params = self._place.put(
-      parameters.cut(self._config, model.parti_params),
-      model_folder.abstract('parti', self._config),
+    self._generator_params = self._place.put(
+      parameters.cut(self._config, model.generator_params),
+      model_folder.abstract('generator', self._config),
       lambda shardings: parameters.shardings(self._config, shardings),
     )
     self._tokenizer_params = self._place.put(
       model.tokenizer_params, model_folder.abstract('tokenizer', model.tokenizer_config)
     )
-    self.ranker = None
+    self.ranker: ranking.Ranker | None = None
     if part := model.parts.get('ranker'):
       self.ranker = ranking.Ranker(part.config, part.params, self._vocabulary, self._place)
-    self.upscaler = None
+    self.upscaler: upscaling.Upscaler | None = None
     if part := model.parts.get('super_resolution'):
       self.upscaler = upscaling.Upscaler(part.config, part.params, self._place)
 
   @property
   def image_size(self) -> int:
+    """Height and width of the pictures, in pixels."""
     return self._tokenizer.config.image_size
 
   @property
   def codebook_size(self) -> int:
+    """Number of codes in the codebook of image tokens."""
     return self._config.codebook_size
 
   @property
   def decoder_layers(self) -> int:
-    """Layers of the image-token decoder."""
+    """Number of layers of the image-token decoder."""
     return self._config.decoder_layers
 
   def generate(
@@ -214,36 +236,34 @@ class TextToImage:
     first_index: Sequence[int] | int = 0,
     **sampling,
   ) -> Result:
-    """Draws pictures (Parti, section 2).
+    """Samples pictures (Parti, section 2).
 
-    A picture follows from its prompt, the seed, its index among the pictures of its prompt, and
-    the settings; it is the same in any batch, and whatever JAX's settings of the process are.
-    (Batches of another size may round differently in the last bit, which can tip a draw once in a
-    great many.)
+    The prompt, the seed, the picture's index and the settings determine a picture; the rest of the
+    batch and JAX's global settings don't matter. (Batches of another size may round differently in
+    the last bit, which very rarely changes a token.)
 
     Args:
-      prompts: texts, or one text. Those longer than the model's text length are cut, with a
-        warning that says what was left out.
-      num_images: pictures for each prompt.
-      seed: whole number from 0 to 2³² − 1.
-      batch_size: pictures drawn at once, for the memory; chosen by default.
-      progress: whether to show a bar.
-      rank: whether to put the pictures of each prompt in order, best first, by the model's ranker.
-      upscale: whether to enlarge the pictures by the model's super-resolution.
-      first_index: index of a prompt's first picture, from 0, one for all prompts or for each its
-        own. The last picture's index is at most 2³¹ − 1.
-        Pictures of one index are drawn with the same noise, whatever their prompt; where many
-        prompts get one picture each, other indices make them independent.
-      **sampling: fields of SamplingSettings, `guidance_scale` and others, in place of the model's
-        own; None leaves those.
-
-    Returns:
-      A Result.
+      prompts: a text, or several. Texts longer than the model's text length are truncated, with a
+        warning that shows the rest.
+      num_images: number of pictures for each prompt.
+      seed: integer from 0 to 2³² − 1.
+      batch_size: number of pictures to sample at once, to limit memory; by default chosen
+        automatically.
+      progress: whether to show a progress bar.
+      rank: whether to sort the pictures of each prompt by the score of the model's ranker, best
+        first.
+      upscale: whether to enlarge the pictures with the model's super-resolution.
+      first_index: index of the first picture of a prompt, at least 0; one number for all prompts,
+        or one for each. The last picture's index is at most 2³¹ − 1. Pictures with the same index
+        are sampled with the same noise, even if their prompts differ. To sample one picture for
+        each of many prompts independently, use different indices.
+      **sampling: fields of SamplingSettings, such as `guidance_scale`, that replace the model's
+        defaults; None keeps the default.
 
     Raises:
-      UserError: if there is no prompt or a blank one, or a value can't be; the message names it.
-        If the pictures are to be ranked by a model without a ranker, or enlarged by one without
-        super-resolution.
+      UserError: if there is no prompt, a prompt is blank, or a value is invalid; the message names
+        it. Also if the model lacks the ranker or the super-resolution that `rank` or `upscale`
+        needs.
     """
     rank, upscale, progress = (
       checks.boolean(name, value)
@@ -251,11 +271,11 @@ class TextToImage:
     )
     if rank and self.ranker is None:
       raise UserError(
-        f'the model {self.model_name} has no ranker, so that pictures can not be '
-        'ranked; `parti-jax export --base=FOLDER --ranker=RUN` adds one'
+        f"the model {self.model_name} has no ranker, so it can't rank pictures; "
+        '`parti-jax export --base=FOLDER --ranker=RUN` adds one'
       )
     if upscale:
-      self._check_upscaler()
+      self._needed_upscaler()
     prompts = checks.texts('prompt', prompts)
     num_images = checks.count('num_images', num_images)
     seed = checks.whole_number('seed', seed, 0, settings_lib.LARGEST_SEED)
@@ -271,7 +291,7 @@ class TextToImage:
     for start, chosen in placement.pieces(total, batch, progress):
       *drawn, usage = self._place.run(
         _generate,
-        (self._parti_params, self._tokenizer_params),
+        (self._generator_params, self._tokenizer_params),
         (texts[chosen // num_images], index[chosen]),
         np.uint32(seed),
         sampled,
@@ -302,7 +322,8 @@ class TextToImage:
     return dataclasses.replace(result, upscaled=upscaled.reshape(*shape, *upscaled.shape[1:]))
 
   def _ranked(self, result: Result) -> Result:
-    """A result with the pictures of each prompt in the order of their scores."""
+    """Sorts the pictures of each prompt by their scores."""
+    assert self.ranker is not None and result.image_index is not None
     shape = result.images.shape
     texts = [prompt for prompt in result.prompts for _ in range(shape[1])]
     scores = self.ranker.scores(texts, result.images.reshape(-1, *shape[2:])).reshape(shape[:2])
@@ -317,70 +338,82 @@ class TextToImage:
       image_index=result.image_index[rows, order],
     )
 
-  def tokenize(self, images) -> np.ndarray:
-    """Image tokens of pictures.
+  def tokenize(self, images) -> Int32[np.ndarray, 'images image_length']:
+    """Encodes pictures to image tokens.
 
     Args:
-      images: uint8 [n, height, width, 3], of the model's image size.
-
-    Returns:
-      int32 [n, image_length].
+      images: uint8 [images, height, width, 3], of the model's image size.
 
     Raises:
-      UserError: if the pictures are of another shape or dtype.
+      UserError: if the shape or the dtype is wrong.
     """
     images = self._pictures(images)
     return self._through_tokenizer(
       images, _tokenize, np.empty([len(images), self._config.image_length], np.int32)
     )
 
-  def reconstruct(self, images) -> np.ndarray:
-    """Pictures through the tokenizer and back: the best that its tokens can say.
+  def reconstruct(self, images) -> UInt8[np.ndarray, 'images height width 3']:
+    """Encodes pictures to image tokens and decodes these.
 
-    Arguments and errors as `tokenize`; returns uint8 of the pictures' shape.
+    The result is the best that a generator of the tokens can reach.
+
+    Args:
+      images: uint8 [images, height, width, 3], of the model's image size.
+
+    Raises:
+      UserError: if the shape or the dtype is wrong.
     """
     images = self._pictures(images)
     return self._through_tokenizer(images, _reconstruct, np.empty_like(images))
 
-  def upscale(self, images) -> np.ndarray:
-    """Pictures enlarged by the model's super-resolution (Parti, section 2.1).
+  def upscale(self, images) -> UInt8[np.ndarray, 'images height width 3']:
+    """Enlarges pictures with the model's super-resolution (Parti, section 2.1).
 
     Args:
-      images: uint8 [n, height, width, 3], of any size; the network was trained on what the
-        tokenizer makes of pictures, of the model's own image size.
+      images: uint8 [images, height, width, 3], of any size. The network was trained on
+        reconstructions of the tokenizer, of the model's image size.
 
     Returns:
-      uint8 [n, f · height, f · width, 3].
+      The pictures, `upscaler.factor` times as high and wide.
 
     Raises:
-      UserError: if the model has no super-resolution, or the pictures are of another shape or
-        dtype.
+      UserError: if the model has no super-resolution, or the shape or the dtype is wrong.
     """
-    self._check_upscaler()
-    return self.upscaler(images)
+    return self._needed_upscaler()(images)
 
-  def _check_upscaler(self):
+  def _needed_upscaler(self) -> upscaling.Upscaler:
+    """Returns the upscaler; raises UserError if there is none."""
     if self.upscaler is None:
       raise UserError(
-        f'the model {self.model_name} has no super-resolution, so that pictures can '
-        'not be enlarged; `parti-jax export --base=FOLDER --super_resolution=RUN` '
-        'adds it'
+        f"the model {self.model_name} has no super-resolution, so it can't enlarge pictures; "
+        '`parti-jax export --base=FOLDER --super_resolution=RUN` adds it'
       )
+    return self.upscaler
 
-  def _pictures(self, images) -> np.ndarray:
+  def _pictures(self, images) -> UInt8[np.ndarray, 'images height width 3']:
     return images_lib.checked(images, self.image_size)
 
-  def _empty(self, total: int) -> tuple[np.ndarray, np.ndarray]:
-    """Arrays for the tokens and pixels of pictures."""
+  def _empty(
+    self, total: int
+  ) -> tuple[
+    Int32[np.ndarray, '{total} image_length'], UInt8[np.ndarray, '{total} height width 3']
+  ]:
+    """Returns uninitialised arrays for the tokens and pixels of pictures."""
     length, size = self._config.image_length, self.image_size
     if total * (4 * length + 3 * size**2) > _memory():
       raise UserError(
-        f'{total:,} pictures do not fit into the memory; choose fewer num_images, or '
-        'fewer prompts at once'
+        f'{total:,} pictures do not fit into memory; choose a smaller num_images, or fewer '
+        'prompts at once'
       )
     return np.empty([total, length], np.int32), np.empty([total, size, size, 3], np.uint8)
 
-  def _through_tokenizer(self, images: np.ndarray, function, results: np.ndarray) -> np.ndarray:
+  def _through_tokenizer(
+    self,
+    images: UInt8[np.ndarray, 'images height width 3'],
+    function: Callable[..., Any],
+    results: np.ndarray,
+  ) -> np.ndarray:
+    """Fills `results` with the results of a function of the tokenizer and pictures."""
     batch = self._place.divisible(min(_TOKENIZER_BATCH, max(len(images), 1)))
     for start, chosen in placement.pieces(len(images), batch, False):
       part = self._place.run(
@@ -389,8 +422,8 @@ class TextToImage:
       results[start : start + batch] = part[: len(results) - start]
     return results
 
-  def _encode(self, prompts: list[str]) -> np.ndarray:
-    """Text tokens of prompts: int32 [prompts, text_length]."""
+  def _encode(self, prompts: list[str]) -> Int32[np.ndarray, 'prompts text_length']:
+    """Encodes prompts to text tokens."""
     if not prompts:
       raise UserError('no prompt given')
     texts = np.empty([len(prompts), self._config.text_length], np.int32)
@@ -407,7 +440,7 @@ class TextToImage:
     return texts
 
   def _batch_size(self, total: int, asked: int | None, guided: bool) -> int:
-    """How many images are drawn at once."""
+    """Returns the number of images to sample at once."""
     if asked is not None:
       return self._place.divisible(min(checks.count('batch_size', asked), total))
     config = self._config
@@ -423,23 +456,20 @@ class TextToImage:
     most = max(1, min(most, _MOST_CACHE_BYTES // cache_bytes))
     pieces = -(-total // most)
     even = -(-total // pieces)
-    # Few different sizes, since each is compiled anew.
+    # Few different sizes, since each is compiled separately.
     return self._place.divisible(even if even <= 4 else min(most, -(-even // 4) * 4))
 
 
-def load(path=None, mesh=None, rules=None) -> TextToImage:
+def load(path=None, mesh: jax.sharding.Mesh | None = None, rules=None) -> TextToImage:
   """Loads a model.
 
   Args:
-    path: a model folder, a path or a URL; None for the demo model that comes with the package.
-    mesh: devices to spread the model over; one device by default.
-    rules: logical axis rules, with a mesh.
-
-  Returns:
-    A TextToImage.
+    path: a model folder, as a path or a URL; None for the demo model in this package.
+    mesh: devices over which to shard the model; by default a single one.
+    rules: logical axis rules for the mesh; by default those of `rules.logical_axis_rules`.
 
   Raises:
-    UserError: if the folder is missing, unfinished, or no model folder; see `model_folder.load`.
+    UserError: if the folder is missing, unfinished, damaged, or not a model folder.
   """
   path = None if path is None else checks.text('path', path)
   if path is not None and storage.is_url(path):
@@ -447,31 +477,31 @@ def load(path=None, mesh=None, rules=None) -> TextToImage:
   folder = pathlib.Path(DEMO_FOLDER if path is None else path)
   if (folder / 'checkpoints').is_dir() and not (folder / model_folder.CONFIG_FILE).exists():
     raise UserError(
-      f'{folder} holds the checkpoints of a training run; turn them into a model '
-      'folder with `parti-jax export` (see parti-jax export --help)'
+      f'{folder} holds the checkpoints of a training run; `parti-jax export` makes a model folder '
+      'from them'
     )
   name = 'demo' if path is None else os.path.basename(os.path.abspath(folder))
   return TextToImage(model_folder.load(folder), name, mesh, rules)
 
 
 def _memory() -> float:
-  """Bytes of the machine's memory; infinite where it is not known."""
+  """Returns the size of the machine's memory in bytes; infinity if it is unknown."""
   try:
     return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
   except (AttributeError, ValueError, OSError):
     return float('inf')
 
 
-def _first_indices(first_index, prompts: int, num_images: int) -> np.ndarray:
-  """The index of each prompt's first picture, so that all indices are int32: int32 [prompts]."""
+def _first_indices(first_index, prompts: int, num_images: int) -> Int32[np.ndarray, '{prompts}']:
+  """Returns the index of each prompt's first picture; makes sure that all indices fit into int32."""
   most = 2**31 - num_images
   if getattr(first_index, 'ndim', 0) or (
     isinstance(first_index, Sequence) and not isinstance(first_index, (str, bytes))
   ):
     if len(first_index) != prompts:
       raise UserError(
-        f'first_index has {len(first_index)} numbers for {prompts} prompts; give one '
-        'number for all, or one for each'
+        f'first_index has {len(first_index)} numbers for {prompts} prompts; give one number for '
+        'all, or one for each'
       )
     found = [
       checks.whole_number(f'first_index[{row}]', index, 0, most)
@@ -484,36 +514,48 @@ def _first_indices(first_index, prompts: int, num_images: int) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnames=('config', 'tokenizer'))
 def _generate(
-  parti_params,
-  tokenizer_params,
-  texts,
-  image_index,
-  seed,
+  generator_params: dict[str, Any],
+  tokenizer_params: dict[str, Any],
+  texts: Int32[Array, 'batch text_length'],
+  image_index: Int32[Array, 'batch'],
+  seed: UInt32[Array, ''],
   sampling: decoding.Sampling,
   *,
-  config,
+  config: parti_config.PartiConfig,
   tokenizer: nn.Module,
-):
-  """Text tokens to image tokens, pictures and, where something is skipped, an adaptive.Usage."""
-  arguments = config, parti_params, texts, decoding.image_keys(seed, image_index), sampling
+) -> tuple[
+  Int32[Array, 'batch image_length'],
+  UInt8[Array, 'batch height width 3'],
+  adaptive.Usage | None,
+]:
+  """Samples image tokens and decodes them; the Usage is None unless a threshold is set."""
+  keys = decoding.image_keys(seed, image_index)
+  usage = None
   if sampling.exit_threshold is None and sampling.skip_threshold is None:
-    tokens, usage = decoding.sample_tokens(*arguments), None
+    tokens = decoding.sample_tokens(config, generator_params, texts, keys, sampling)
   else:
-    tokens, usage = adaptive.sample_tokens(*arguments)
-  pixels = tokenizer.apply({'params': tokenizer_params}, tokens, method='detokenize')
+    tokens, usage = adaptive.sample_tokens(config, generator_params, texts, keys, sampling)
+  apply: Callable[..., Any] = tokenizer.apply
+  pixels = apply({'params': tokenizer_params}, tokens, method='detokenize')
   return tokens, detokenizing.to_bytes(pixels), usage
 
 
-def _from_bytes(images):
+def _from_bytes(images: UInt8[Array, '*places']) -> Float32[Array, '*places']:
   return images.astype(jnp.float32) / 255.0
 
 
 @functools.partial(jax.jit, static_argnames='tokenizer')
-def _tokenize(params, images, *, tokenizer: nn.Module):
-  return tokenizer.apply({'params': params}, _from_bytes(images), method='tokenize')
+def _tokenize(
+  params: dict[str, Any], images: UInt8[Array, 'batch height width 3'], *, tokenizer: nn.Module
+) -> Int32[Array, 'batch image_length']:
+  apply: Callable[..., Any] = tokenizer.apply
+  return apply({'params': params}, _from_bytes(images), method='tokenize')
 
 
 @functools.partial(jax.jit, static_argnames='tokenizer')
-def _reconstruct(params, images, *, tokenizer: nn.Module):
-  pixels = tokenizer.apply({'params': params}, _from_bytes(images))['mean']
+def _reconstruct(
+  params: dict[str, Any], images: UInt8[Array, 'batch height width 3'], *, tokenizer: nn.Module
+) -> UInt8[Array, 'batch height width 3']:
+  apply: Callable[..., Any] = tokenizer.apply
+  pixels = apply({'params': params}, _from_bytes(images))['mean']
   return detokenizing.to_bytes(jnp.clip(vit_vqgan.to_pixels(pixels), 0.0, 1.0))

@@ -1,14 +1,18 @@
-"""Larger pictures by a model's super-resolution network, within bounded memory."""
+"""Enlarges pictures with a model's super-resolution network, within bounded memory."""
 
 from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Callable
+from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
+from jaxtyping import PyTree
+from jaxtyping import UInt8
 
 from parti_jax.core.errors import UserError
 from parti_jax.exported_model import model_folder
@@ -16,49 +20,51 @@ from parti_jax.models import super_resolution
 from parti_jax.sampling import images as images_lib
 from parti_jax.sampling import placement
 
-# Larger pictures are cut into overlapping squares of about this side, in pixels.
+# Larger pictures are cut into overlapping windows of about this height and width, in pixels.
 _LARGEST_SIDE = 256
-# What the widest activations of a batch may take, and the most pictures in one.
+# Maximum size of the widest activations of a batch, and maximum number of windows in a batch.
 _MOST_BYTES = 1 << 28
 _MOST_AT_ONCE = 32
 
 
 class Upscaler:
-  """A super-resolution network that is ready to enlarge pictures.
+  """A super-resolution network that enlarges pictures.
 
   Attributes:
-    factor: how many times higher and wider pictures become.
+    factor: factor by which height and width grow.
   """
 
   def __init__(
-    self, config: super_resolution.SuperResolutionConfig, params, place: placement.Placement
+    self,
+    config: super_resolution.SuperResolutionConfig,
+    params: PyTree,
+    place: placement.Placement,
   ):
     """Puts the network on the devices.
 
     Args:
-      config: its sizes.
-      params: its parameters, a tree of numpy arrays.
-      place: where it computes.
+      config: sizes of the network.
+      params: its parameters.
+      place: the devices.
     """
     self._config, self._place = config, place
     self._params = place.put(params, model_folder.abstract('super_resolution', config))
     self.factor = config.factor
 
-  def __call__(self, images) -> np.ndarray:
+  def __call__(self, images) -> UInt8[np.ndarray, 'images height width 3']:
     """Enlarges pictures of any size.
 
-    A picture that is too large to be enlarged at once is cut into parts that overlap as far as the
-    network sees, so that no seam is left: the result is that of the whole picture, but for
-    rounding.
+    Large pictures are cut into windows that overlap by the network's receptive field, so that no
+    seam is visible: the result is that for the whole picture, up to rounding.
 
     Args:
-      images: uint8 [n, height, width, 3].
+      images: uint8 [images, height, width, 3].
 
     Returns:
-      uint8 [n, factor · height, factor · width, 3].
+      The pictures, `factor` times as high and wide.
 
     Raises:
-      UserError: if the pictures are of another shape or dtype.
+      UserError: if the shape or the dtype is wrong.
     """
     images = self._checked(images)
     count, height, width, _ = images.shape
@@ -82,14 +88,16 @@ class Upscaler:
           slice(factor * (low - first), factor * (high - first))
           for (low, high), first in zip(kept, (top, left))
         )
-        outside = tuple(slice(factor * low, factor * high) for low, high in kept)
-        results[(image, *outside)] = window[inside]
+        rows, columns = (slice(factor * low, factor * high) for low, high in kept)
+        results[image, rows, columns] = window[inside]
     return results
 
-  def _checked(self, images) -> np.ndarray:
+  def _checked(self, images) -> UInt8[np.ndarray, 'images height width 3']:
     images, unit = images_lib.checked(images), self._config.unshuffle
     if not images.size:
-      raise UserError(f'images are {images.dtype} {list(images.shape)}: no picture to enlarge')
+      raise UserError(
+        f'images are {images.dtype} {list(images.shape)}, so there is nothing to enlarge'
+      )
     if images.shape[1] % unit or images.shape[2] % unit:
       raise UserError(
         f'images are {images.shape[1]}×{images.shape[2]} pixels; this model enlarges '
@@ -99,27 +107,28 @@ class Upscaler:
 
   @property
   def _margin(self) -> int:
-    """Pixels at a cut that are not those of the whole picture; a multiple of the squares' side."""
+    """Width of a window's border whose pixels are wrong, rounded up to a multiple of `unshuffle`."""
     unit = self._config.unshuffle
     return -(-self._config.reach // unit) * unit
 
   def _window(self, length: int) -> int:
-    """Side of the parts that a side of `length` pixels is cut into."""
+    """Returns the length of the windows along an axis of `length` pixels."""
     unit = self._config.unshuffle
     return min(length, max(_LARGEST_SIDE // unit * unit, 4 * self._margin))
 
   def _starts(self, length: int, window: int) -> list[int]:
-    """Where the parts begin; the last one ends with the picture."""
+    """Returns the starts of the windows along an axis; the last window ends with the picture."""
     step = window - 2 * self._margin
     last = length - window
     return [*range(0, last, step), last] if last else [0]
 
   def _kept(self, start: int, window: int, length: int) -> tuple[int, int]:
-    """What a part gives to the result, from where to where in the picture."""
+    """Returns the start and end, in the picture, of the pixels that a window contributes."""
     end = start + window
     return (start + self._margin if start else 0, end - self._margin if end < length else length)
 
   def _batch_size(self, size: tuple[int, int], count: int) -> int:
+    """Returns the number of windows of this size to enlarge at once."""
     config, pixels = self._config, size[0] * size[1]
     wide = config.expansion * config.width // config.unshuffle**2
     most = pixels * 4 * max(wide, 3 * config.factor**2)
@@ -128,8 +137,12 @@ class Upscaler:
 
 
 @functools.partial(jax.jit, static_argnames='config')
-def _enlarge(params, images, *, config):
-  """uint8 [batch, height, width, 3] to uint8 [batch, factor · height, factor · width, 3]."""
-  module: nn.Module = super_resolution.SuperResolution(config)
-  pixels = module.apply({'params': params}, images.astype(jnp.float32) / 255.0)
+def _enlarge(
+  params: PyTree,
+  images: UInt8[Array, 'batch height width 3'],
+  *,
+  config: super_resolution.SuperResolutionConfig,
+) -> UInt8[Array, 'batch {config.factor}*height {config.factor}*width 3']:
+  apply: Callable[..., Any] = super_resolution.SuperResolution(config).apply
+  pixels = apply({'params': params}, images.astype(jnp.float32) / 255.0)
   return jnp.round(jnp.clip(pixels, 0.0, 1.0) * 255.0).astype(jnp.uint8)

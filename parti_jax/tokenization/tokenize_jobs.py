@@ -137,7 +137,7 @@ def of_old_cache(args: argparse.Namespace, connect: Connect) -> tuple[list[Job],
 
     def write(indices: Sequence[int], progress: tokenizing_progress.Progress) -> None:
       for index in indices:
-        skipped = collections.Counter()
+        skipped: collections.Counter[str] = collections.Counter()
         records = cache.records(files[split][index], skipped)
         parts.write(index, _counted(records, progress), {'skipped': skipped, 'shortened': {}})
         progress.add(0, skipped)

@@ -9,12 +9,15 @@ import dataclasses
 import itertools
 import queue
 import threading
+from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int32
+from jaxtyping import UInt8
 
 from parti_jax.data import input_parts
 from parti_jax.data import share
@@ -36,14 +39,14 @@ class Batch:
   Attributes:
     part: index of the part.
     captions: captions of the examples.
-    pictures: uint8 [examples, views, height, width, 3].
+    pictures: views of the examples' pictures.
     tallies: the counts in `token_cache_parts.TALLIES` since the previous batch.
     last: whether this is the part's last batch.
   """
 
   part: int
   captions: list[str]
-  pictures: np.ndarray
+  pictures: UInt8[np.ndarray, 'examples views height width 3']
   tallies: Mapping[str, collections.Counter[str]]
   last: bool
 
@@ -97,7 +100,8 @@ def _batches(
   with contextlib.closing(share.open_stream(inputs.open(index), reading)) as stream:
     last = False
     while not last:
-      found, tallies = [], {name: collections.Counter() for name in token_cache_parts.TALLIES}
+      found: list[dict[str, Any]] = []
+      tallies = _no_tallies()
       while len(found) < size and not last:
         outcome = next(stream, None)
         if outcome is None:
@@ -114,6 +118,10 @@ def _batches(
         else (np.zeros((0, preparation.count, side, side, 3), np.uint8))
       )
       yield Batch(index, [features['caption'] for features in found], pictures, tallies, last)
+
+
+def _no_tallies() -> dict[str, collections.Counter[str]]:
+  return {name: collections.Counter() for name in token_cache_parts.TALLIES}
 
 
 class _Ahead:
@@ -178,12 +186,14 @@ class _Writing:
     self._futures: collections.deque[concurrent.futures.Future] = collections.deque()
     # The records for the thread, and the tallies, of the part that is being computed.
     self._records: queue.SimpleQueue | None = None
-    self._tallies: dict[str, collections.Counter] = {}
+    self._tallies: dict[str, collections.Counter[str]] = {}
 
-  def add(self, batch: Batch, tokens) -> None:
-    """Adds examples; `tokens()` returns their tokens, int32 [examples * views, image_length]."""
+  def add(
+    self, batch: Batch, tokens: Callable[[], Int32[np.ndarray, 'examples*views image_length']]
+  ) -> None:
+    """Adds examples; `tokens` returns their tokens, once these are computed."""
     if self._records is None:
-      self._begin(batch.part)
+      self._records = self._begin(batch.part)
     elif self._futures[-1].done():
       self._futures[-1].result()  # Raises its error.
     for name, counts in batch.tallies.items():
@@ -198,14 +208,16 @@ class _Writing:
       self._records = None
       self._progress.end_part()
 
-  def _begin(self, part: int) -> None:
+  def _begin(self, part: int) -> queue.SimpleQueue:
+    """Starts to write a part; returns the queue for its records."""
     while len(self._futures) > 1:
       self._futures.popleft().result()
-    self._records = queue.SimpleQueue()
-    self._tallies = {name: collections.Counter() for name in token_cache_parts.TALLIES}
+    records: queue.SimpleQueue = queue.SimpleQueue()
+    self._tallies = _no_tallies()
     self._futures.append(
-      self._executor.submit(self._parts.write, part, _until_none(self._records), self._tallies)
+      self._executor.submit(self._parts.write, part, _until_none(records), self._tallies)
     )
+    return records
 
   def __enter__(self) -> _Writing:
     return self

@@ -27,7 +27,7 @@ class Progress:
   def __init__(self, name: str, parts: int, examples: int | None):
     self._name, self._parts, self._examples = name, parts, examples
     self._done = self._read = self._written = 0
-    self._skipped = collections.Counter()
+    self._skipped: collections.Counter[str] = collections.Counter()
     self._began = time.monotonic()
     self._next = self._began + _FIRST
     self._bar = None

@@ -172,7 +172,7 @@ def test_from_pictures_to_drawings_going_on_after_an_interruption(
   assert len(drawn) == 3 and all(path.parent == out / 'drawings' for path in drawn)
   with Image.open(drawn[0]) as image:
     assert np.asarray(image).shape == (32, 32, 3)
-  assert model_folder.load(out / 'model').parti_config.text_length == 8
+  assert model_folder.load(out / 'model').generator_config.text_length == 8
   # The same folder is not used for other pictures.
   other = _pictures(tmp_path / 'other', 'txt')
   assert main.main([*command[:1], str(other), *command[2:]]) == 2

@@ -51,8 +51,8 @@ def parts(tmp_path_factory):
   )
   tokenizer_config = dataclasses.replace(tiny_configs.TOKENIZER, codebook_size=12, code_dim=4)
   return {
-    'parti_config': config,
-    'parti_params': random_params(parti.Parti(config), parti.example_inputs(config), 0),
+    'generator_config': config,
+    'generator_params': random_params(parti.Parti(config), parti.example_inputs(config), 0),
     'tokenizer_config': tokenizer_config,
     'tokenizer_params': random_params(
       vit_vqgan.ViTVQGAN(tokenizer_config), vit_vqgan.example_inputs(tokenizer_config), 1

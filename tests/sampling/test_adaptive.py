@@ -46,7 +46,7 @@ def _draw(params, exit_threshold, skip_threshold):
   return adaptive.sample_tokens(
     CONFIG,
     parameters.cut(CONFIG, params),
-    TEXTS,
+    jnp.asarray(TEXTS),
     decoding.image_keys(0, jnp.arange(len(TEXTS))),
     decoding.Sampling(
       SCALE,
@@ -226,4 +226,4 @@ def test_on_a_mesh_the_same_tokens_leave(params):
 
 def test_confidence_by_hand():
   logits = np.log([[0.5, 0.2, 0.3], [0.25, 0.5, 0.25], [0.4, 0.4, 0.2]]).astype(np.float32)
-  np.testing.assert_allclose(adaptive.confidence(logits), [0.2, 0.25, 0.0], atol=1e-6)
+  np.testing.assert_allclose(adaptive.confidence(jnp.asarray(logits)), [0.2, 0.25, 0.0], atol=1e-6)

@@ -207,7 +207,7 @@ def test_guidance_leads_from_the_logits_without_text_to_those_with_it(params, to
     for position in range(CONFIG.image_length):
       expected = unconditional + scale * (conditional - unconditional)
       np.testing.assert_allclose(
-        decoding.guide(doubled[:, position], scale), expected[:, position], atol=1e-4
+        decoding.guide(jnp.asarray(doubled[:, position]), scale), expected[:, position], atol=1e-4
       )
 
 

@@ -61,7 +61,7 @@ ALLOWED = {
   ('sampling',): {'object'},
   ('parameters',): {'object'},
   ('provenance',): {'object'},
-  **{('parameters', name): {'0', '2**40', 'digits'} for name in model_folder.NETWORKS},
+  **{('parameters', name): {'0', '2**40', 'digits'} for name in ('parti', *model_folder.NETWORKS)},
   **{('provenance', name): set(WRONG) for name in CONFIG['provenance']},
 }
 
@@ -170,7 +170,7 @@ def test_both_names_of_a_size_are_refused(folder):
   del older['parti']['attention_patterns']
   older['parti']['attention_pattern'] = 'causal'
   write(folder, older)
-  assert model_folder.load(folder).parti_config.attention_patterns == ('global',)
+  assert model_folder.load(folder).generator_config.attention_patterns == ('global',)
   older['parti']['attention_pattern'] = ['row']
   write(folder, older)
   with pytest.raises(UserError, match=r"'parti': attention_pattern=\['row'\] must be a string"):

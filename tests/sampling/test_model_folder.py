@@ -21,7 +21,7 @@ def edit_config(folder, edit):
   path.write_text(json.dumps(config))
 
 
-def edit_parameters(folder, edit, name='parti.safetensors'):
+def edit_parameters(folder, edit, name='generator.safetensors'):
   arrays = safetensors.numpy.load_file(folder / name)
   edit(arrays)
   safetensors.numpy.save_file(arrays, folder / name)
@@ -38,21 +38,21 @@ def folder(parts, tmp_path):
 def test_round_trip(parts, tmp_path, dtype, tolerance):
   folder = model_folder.save(tmp_path / 'model', dtype=dtype, **parts)
   model = model_folder.load(folder)
-  for part in ('parti_config', 'tokenizer_config', 'sampling', 'provenance'):
+  for part in ('generator_config', 'tokenizer_config', 'sampling', 'provenance'):
     assert getattr(model, part) == parts[part]
   assert sorted(os.listdir(folder)) == sorted(model_folder.FILES)
   assert model.vocabulary_path.read_bytes() == parts['vocabulary_path'].read_bytes()
-  for part in ('parti_params', 'tokenizer_params'):
+  for part in ('generator_params', 'tokenizer_params'):
     loaded, saved = getattr(model, part), parts[part]
     assert jax.tree.structure(loaded) == jax.tree.structure(saved)
     for ours, theirs in zip(jax.tree.leaves(loaded), jax.tree.leaves(saved)):
       assert ours.dtype == np.float32
       np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance / 10)
-  stored = safetensors.numpy.load_file(folder / 'parti.safetensors')
+  stored = safetensors.numpy.load_file(folder / 'generator.safetensors')
   assert {str(leaf.dtype) for leaf in stored.values()} == {dtype}
   assert stored['image_decoder/decoder/layers/mlp/project_in/kernel'].shape == (2, 16, 32)
   sizes = json.loads((folder / model_folder.CONFIG_FILE).read_text())['parameters']
-  assert sizes['parti'] == sum(leaf.size for leaf in stored.values())
+  assert sizes['generator'] == sum(leaf.size for leaf in stored.values())
 
 
 def test_settings_missing_in_an_older_folder_are_off(folder):
@@ -87,12 +87,12 @@ def test_nothing_is_left_of_a_failed_save(parts, folder, tmp_path):
 
 
 def test_values_that_do_not_fit_the_dtype_are_refused(parts, tmp_path):
-  large = jax.tree.map(lambda leaf: np.array(leaf), parts['parti_params'])
+  large = jax.tree.map(lambda leaf: np.array(leaf), parts['generator_params'])
   large['image_decoder']['begin'][3] = 1e6
   with pytest.raises(UserError, match='image_decoder/begin.*float16'):
-    model_folder.save(tmp_path / 'model', **parts | {'parti_params': large})
+    model_folder.save(tmp_path / 'model', **parts | {'generator_params': large})
   assert not os.listdir(tmp_path)
-  model_folder.save(tmp_path / 'model', dtype='float32', **parts | {'parti_params': large})
+  model_folder.save(tmp_path / 'model', dtype='float32', **parts | {'generator_params': large})
 
 
 def test_another_dtype_is_refused(parts, tmp_path):
@@ -115,7 +115,7 @@ def test_missing_file(folder, name):
 
 
 @pytest.mark.parametrize(
-  'name', [model_folder.CONFIG_FILE, 'parti.safetensors', 'tokenizer.safetensors']
+  'name', [model_folder.CONFIG_FILE, 'generator.safetensors', 'tokenizer.safetensors']
 )
 def test_half_a_file(folder, name):
   content = (folder / name).read_bytes()
@@ -126,8 +126,27 @@ def test_half_a_file(folder, name):
 
 def test_another_format_version(folder):
   edit_config(folder, lambda config: config.update(format_version=99))
-  with pytest.raises(UserError, match='format_version is 99, but this parti_jax reads 1'):
+  with pytest.raises(UserError, match='format_version is 99, but this parti_jax reads 1 and 2'):
     model_folder.load(folder)
+
+
+def test_a_folder_of_version_1_has_another_name_for_the_generator(folder, parts):
+  def edit(config):
+    config['format_version'] = 1
+    config['parti'] = config.pop('generator')
+
+  before = model_folder.load(folder)
+  edit_config(folder, edit)
+  old = folder / 'parti.safetensors'
+  (folder / 'generator.safetensors').rename(old)
+  after = model_folder.load(folder)
+  assert after.generator_config == before.generator_config
+  jax.tree.map(np.testing.assert_array_equal, after.generator_params, before.generator_params)
+  edit_config(folder, lambda config: config['parti'].update(heads=3))
+  with pytest.raises(UserError, match='parti.heads=3'):
+    model_folder.load(folder)
+  model_folder.save(folder, overwrite=True, **parts)
+  assert not old.exists() and (folder / 'generator.safetensors').exists()
 
 
 def test_parameters_that_differ_are_named(folder):
@@ -147,7 +166,7 @@ def test_parameters_that_differ_are_named(folder):
 
 
 def test_many_parameters_that_differ_are_counted(folder):
-  edit_config(folder, lambda config: config['parti'].update(width=32))
+  edit_config(folder, lambda config: config['generator'].update(width=32))
   with pytest.raises(UserError, match=r'; [^;]* instead of [^;]*, and \d+ more$') as error:
     model_folder.load(folder)
   assert str(error.value).count(';') == 4
@@ -157,9 +176,9 @@ def test_many_parameters_that_differ_are_counted(folder):
   'edit, message',
   [
     (lambda config: config.pop('tokenizer'), "'tokenizer' is missing"),
-    (lambda config: config['parti'].update(depth=3), 'other fields than PartiConfig: depth'),
-    (lambda config: config['parti'].update(heads=3), 'heads=3'),
-    (lambda config: config['parti'].update(codebook_size=13), 'another tokenizer'),
+    (lambda config: config['generator'].update(depth=3), 'other fields than PartiConfig: depth'),
+    (lambda config: config['generator'].update(heads=3), 'heads=3'),
+    (lambda config: config['generator'].update(codebook_size=13), 'another tokenizer'),
     (lambda config: config['sampling'].update(top_p=2), 'top_p=2'),
     (lambda config: config['sampling'].update(speed=2), 'speed'),
   ],
@@ -184,7 +203,7 @@ def test_an_optional_part_is_restored(folder_with_part, enlarger, parts, folder)
   jax.tree.map(
     np.testing.assert_array_equal, model.parts['super_resolution'].params, enlarger.params
   )
-  jax.tree.map(np.testing.assert_array_equal, model.parti_params, parts['parti_params'])
+  jax.tree.map(np.testing.assert_array_equal, model.generator_params, parts['generator_params'])
   assert model.stored_as == 'float32' and model_folder.load(folder).stored_as == 'float16'
   # A model saved without the part has none, even if the folder had one before.
   assert not model_folder.load(folder).parts
@@ -215,13 +234,16 @@ def test_an_optional_part_that_is_unfinished_is_named(folder_with_part):
   'edit, message',
   [
     (
-      lambda config: config['parti'].update(decoder_layers=10**9),
+      lambda config: config['generator'].update(decoder_layers=10**9),
       'decoder_layers=1000000000 is mo',
     ),
-    (lambda config: config['parti'].update(text_length=2**40), 'text_length=1099511627776 is more'),
-    (lambda config: config['parti'].update(width=-16), 'width=-16'),
-    (lambda config: config['parti'].update(dropout=float('nan')), 'dropout=nan'),
-    (lambda config: config['parti'].update(grid=[2**30, 2]), 'grid=1073741824 is more'),
+    (
+      lambda config: config['generator'].update(text_length=2**40),
+      'text_length=1099511627776 is more',
+    ),
+    (lambda config: config['generator'].update(width=-16), 'width=-16'),
+    (lambda config: config['generator'].update(dropout=float('nan')), 'dropout=nan'),
+    (lambda config: config['generator'].update(grid=[2**30, 2]), 'grid=1073741824 is more'),
     (lambda config: config['tokenizer'].update(image_size='64'), "image_size='64'"),
     (lambda config: config['tokenizer'].update(image_size=2**20), 'image_size|sizes|tokenizer'),
   ],
@@ -236,7 +258,7 @@ def test_sizes_from_elsewhere_take_no_memory(folder, edit, message):
   'content, message',
   [
     ('[' * 100_000, 'nested too deeply'),
-    ('{"format_version": 1, "parti": 3}', "'parti' is missing"),
+    ('{"format_version": 2, "generator": 3}', "'generator' is missing"),
     ('[1]', 'format_version is None'),
     ('\xff', 'damaged'),
     ('', 'damaged'),
@@ -275,8 +297,8 @@ def _header(**tensors):
   ],
 )
 def test_parameters_from_elsewhere(folder, content):
-  (folder / 'parti.safetensors').write_bytes(content)
-  with pytest.raises(UserError, match='parti.safetensors is damaged'):
+  (folder / 'generator.safetensors').write_bytes(content)
+  with pytest.raises(UserError, match='generator.safetensors is damaged'):
     model_folder.load(folder)
 
 

@@ -29,7 +29,7 @@ def fixture_part(parts):
     heads=2,
     caption_queries=2,
     feature_dim=8,
-    text_vocabulary=parts['parti_config'].text_vocabulary,
+    text_vocabulary=parts['generator_config'].text_vocabulary,
     text_length=24,
     dtype='float32',
   )

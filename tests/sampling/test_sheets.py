@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from parti_jax.sampling import images as images_lib
 from parti_jax.sampling import sheets
 
 
@@ -21,7 +22,7 @@ def test_every_picture_is_on_the_page_with_its_text():
 
 
 def test_long_texts_are_cut_to_three_lines():
-  font = sheets.ImageFont.load_default(13)
+  font = images_lib.scaled_font(13)
   lines = sheets._label('a very long prompt ' * 30, font, 128)
   assert len(lines) == 3 and lines[-1].endswith('...')
   assert max(font.getlength(line) for line in lines) <= 128

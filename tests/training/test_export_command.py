@@ -10,7 +10,11 @@ from parti_jax.cli import main
 from parti_jax.exported_model import model_folder
 from parti_jax.sampling import text_to_image
 
-PARAMETERS = ['parti.safetensors', 'tokenizer.safetensors']
+# File in the demo's folder, of an older format version -> file in a new folder.
+PARAMETERS = {
+  'parti.safetensors': 'generator.safetensors',
+  'tokenizer.safetensors': 'tokenizer.safetensors',
+}
 
 
 def test_a_base_gives_what_no_flag_gives(tmp_path, capsys):
@@ -20,11 +24,11 @@ def test_a_base_gives_what_no_flag_gives(tmp_path, capsys):
     == 0
   )
   assert f'{tmp_path}/model: ' in capsys.readouterr().out
-  for name in PARAMETERS:
+  for old, new in PARAMETERS.items():
     # safetensors writes metadata in any order.
     with (
-      safetensors.safe_open(tmp_path / 'model' / name, 'np') as written,
-      safetensors.safe_open(demo / name, 'np') as given,
+      safetensors.safe_open(tmp_path / 'model' / new, 'np') as written,
+      safetensors.safe_open(demo / old, 'np') as given,
     ):
       assert written.metadata() == given.metadata() and written.keys() == given.keys()
       for key in given.keys():
@@ -34,7 +38,7 @@ def test_a_base_gives_what_no_flag_gives(tmp_path, capsys):
   ).read_bytes()
   base, model = model_folder.load(demo), model_folder.load(tmp_path / 'model')
   assert model.sampling == base.sampling.replace(temperature=0.5)
-  assert model.provenance == base.provenance and model.parti_config == base.parti_config
+  assert model.provenance == base.provenance and model.generator_config == base.generator_config
 
 
 def test_a_folder_may_be_its_own_base(tmp_path):
@@ -45,6 +49,7 @@ def test_a_folder_may_be_its_own_base(tmp_path):
   assert main.main([*export, '--overwrite']) == 0
   assert json.loads((folder / 'config.json').read_text())['sampling']['top_k'] == 7
   assert (folder / 'ATTRIBUTION.md').is_file()
+  assert not (folder / 'parti.safetensors').exists()
 
 
 def test_without_a_base_all_parts_are_required(tmp_path, capsys):

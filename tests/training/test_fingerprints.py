@@ -135,7 +135,7 @@ def test_parts_that_fit_are_exported(parts, tmp_path, capsys, tokenizer):
     'vocabulary': vocabulary.TextVocabulary(_demo_vocabulary()).fingerprint,
     'tokenizer': _fingerprint(parts['A']),
   }
-  assert model.made_with == {'parti': ours, 'tokenizer': {'tokenizer': ours['tokenizer']}}
+  assert model.made_with == {'generator': ours, 'tokenizer': {'tokenizer': ours['tokenizer']}}
   # Stored in float16, it is still known as the tokenizer of these tokens.
   assert _fingerprint(tmp_path / 'model') == _fingerprint(parts['A'])
 
@@ -184,23 +184,23 @@ def test_a_base_keeps_its_tokenizer_and_vocabulary(parts, tmp_path, capsys):
 def test_an_older_base_is_taken_for_what_it_was_exported_with(parts, tmp_path, capsys):
   base, other = tmp_path / 'base', tmp_path / 'other'
   assert _export(parts, base) == 0
-  for name in ('parti', 'tokenizer'):  # Files of before say nothing.
+  for name in ('generator', 'tokenizer'):  # Files of before say nothing.
     file = base / model_folder.parameter_file(name)
     arrays = model_folder.safetensors.numpy.load_file(file)
     model_folder.safetensors.numpy.save_file(arrays, file)
-  assert model_folder.load(base).made_with == {'parti': {}, 'tokenizer': {}}
+  assert model_folder.load(base).made_with == {'generator': {}, 'tokenizer': {}}
   export = ['export', f'--base={base}', f'--output_dir={other}']
   assert main.main([*export, f'--tokenizer={parts["B"]}']) == 2
   assert f'the generator {base} was made with the tokenizer' in capsys.readouterr().err
   assert main.main(export) == 0
-  assert set(model_folder.load(other).made_with['parti']) == {'vocabulary', 'tokenizer'}
+  assert set(model_folder.load(other).made_with['generator']) == {'vocabulary', 'tokenizer'}
 
 
 @pytest.mark.parametrize(
   'file, kind',
   [
     ('tokenizer.safetensors', 'tokenizer'),
-    ('parti.safetensors', 'tokenizer'),
+    ('generator.safetensors', 'tokenizer'),
     ('vocabulary.model', 'vocabulary'),
   ],
 )

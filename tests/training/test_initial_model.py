@@ -30,12 +30,12 @@ def abstract_params(objective):
 
 def test_the_shipped_model_is_put_on_the_mesh_as_it_is():
   model = model_folder.load(text_to_image.DEMO_FOLDER)
-  objective = generator_objective.GeneratorObjective(model.parti_config)
+  objective = generator_objective.GeneratorObjective(model.generator_config)
   abstract = abstract_params(objective)
   params = run_checkpoints.read_model_folder(
     text_to_image.DEMO_FOLDER, objective, abstract, inputs.Inputs(objective, {}, False)
   )
-  jax.tree.map(np.testing.assert_array_equal, params, model.parti_params)
+  jax.tree.map(np.testing.assert_array_equal, params, model.generator_params)
   assert jax.tree.all(
     jax.tree.map(lambda leaf, like: leaf.sharding == like.sharding, params, abstract)
   )

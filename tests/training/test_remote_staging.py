@@ -165,7 +165,7 @@ def test_models_by_url(s3_bucket, tmp_path, capsys):
   assert f'try it: parti-jax generate PROMPT --model={url}' in capsys.readouterr().out
   model, base = model_folder.load(url), model_folder.load(demo)
   assert model.stored_as == 'float32' and model.vocabulary_path.is_file()
-  jax.tree.map(np.testing.assert_array_equal, model.parti_params, base.parti_params)
+  jax.tree.map(np.testing.assert_array_equal, model.generator_params, base.generator_params)
   with pytest.raises(errors.UserError, match="no-model isn't a model folder"):
     text_to_image.load(f'{s3_bucket}/no-model')
 

@@ -12,6 +12,7 @@ from typing import Any
 from typing import Protocol
 
 import numpy as np
+from jaxtyping import Int
 
 from parti_jax.core import storage
 from parti_jax.core.errors import UserError
@@ -58,7 +59,7 @@ class Captioned:
   Attributes:
     name: name of the data set.
     captions: texts, in the order of generation.
-    picture_of: int [captions], the index in `pictures` of each caption's picture.
+    picture_of: the index in `pictures` of each caption's picture.
     pictures: the pictures of these captions, without repetition.
     available: number of captions to choose from.
     skipped: reason -> number of unusable captions.
@@ -66,13 +67,13 @@ class Captioned:
 
   name: str
   captions: Sequence[str]
-  picture_of: np.ndarray
+  picture_of: Int[np.ndarray, 'captions']
   pictures: Pictures
   available: int
   skipped: Mapping[str, int]
 
 
-def choose(picture_of: Sequence[int], limit: int, seed: int) -> np.ndarray:
+def choose(picture_of: Sequence[int], limit: int, seed: int) -> Int[np.ndarray, 'chosen']:
   """Chooses captions at random; repeats a picture only once all pictures have a caption.
 
   So 30,000 captions of MS-COCO's validation pictures, of which there are more, belong to 30,000
@@ -84,10 +85,10 @@ def choose(picture_of: Sequence[int], limit: int, seed: int) -> np.ndarray:
     seed: seed of the choice.
 
   Returns:
-    int [chosen], indices of captions in random order.
+    Indices of captions in random order.
   """
   order = np.random.default_rng(seed).permutation(len(picture_of))
-  seen = collections.Counter()
+  seen: collections.Counter[int] = collections.Counter()
   turn = np.empty(len(order), int)
   for position, caption in enumerate(order.tolist()):
     turn[position] = seen[picture_of[caption]]
@@ -120,7 +121,7 @@ class Captions:
 
   def __init__(self):
     self.found: list[tuple[str, Any]] = []
-    self.skipped = collections.Counter()
+    self.skipped: collections.Counter[str] = collections.Counter()
 
   def add(self, value: object, of: Any) -> None:
     """Adds a caption from JSON, or counts the reason why it can't be used."""
@@ -159,26 +160,26 @@ def of_files(name: str, captions: Captions, folder: str, limit: int, seed: int) 
   Raises:
     UserError: no caption has a picture file.
   """
-  captions, skipped = captions.found, captions.skipped
-  kept = [(caption, path) for caption, path in captions if path is not None]
+  available = len(captions.found)
+  kept = [(caption, path) for caption, path in captions.found if path is not None]
   if not kept:
     raise UserError(
-      f'--pictures {folder}: none of the {len(captions):,} captions of {name} has '
+      f'--pictures {folder}: none of the {available:,} captions of {name} has '
       'its picture there; give the folder that holds the picture files'
     )
   files = {path: index for index, path in enumerate(dict.fromkeys(path for _, path in kept))}
   chosen = choose([files[path] for _, path in kept], limit, seed)
   shown = [kept[index] for index in chosen]
-  paths = sorted({path for _, path in shown}, key=files.get)
+  paths = sorted({path for _, path in shown}, key=lambda path: files[path])
   index_of = {path: index for index, path in enumerate(paths)}
-  missing = collections.Counter({'no picture file': len(captions) - len(kept)})
+  missing = collections.Counter({'no picture file': available - len(kept)})
   return Captioned(
     name,
     [caption for caption, _ in shown],
     np.array([index_of[path] for _, path in shown]),
     PictureFiles(paths),
-    len(captions),
-    dict(+(skipped + missing)),
+    available,
+    dict(+(captions.skipped + missing)),
   )
 
 

@@ -70,7 +70,7 @@ def _load(path: str) -> dict:
 
 def _file_names(images: list, annotations: str) -> dict[str, str]:
   """Returns {id: file name}, where names are paths within the folder of pictures."""
-  names = {}
+  names: dict[str, str] = {}
   for number, image in enumerate(images, 1):
     location = f'{annotations}, images, entry {number}'
     identity, name = _identity(image, 'id', location), image.get('file_name')

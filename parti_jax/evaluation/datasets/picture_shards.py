@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import tqdm
+from jaxtyping import UInt8
 from PIL import Image
 
 from parti_jax.core.errors import UserError
@@ -71,8 +72,8 @@ class PictureShards:
           self._write(start, captions, result.images[:, 0], cut)
         bar.update(len(captions))
 
-  def batches(self) -> Iterator[np.ndarray]:
-    """Yields the pictures in order, shard by shard: uint8 [captions, height, width, 3].
+  def batches(self) -> Iterator[UInt8[np.ndarray, 'captions height width 3']]:
+    """Yields the pictures in order, shard by shard.
 
     Raises:
       UserError: a shard is damaged.
@@ -87,7 +88,13 @@ class PictureShards:
   def _path(self, start: int) -> pathlib.Path:
     return self.folder / f'{start // SHARD:05d}.tar'
 
-  def _write(self, start: int, captions: Sequence[str], images: np.ndarray, cut: int):
+  def _write(
+    self,
+    start: int,
+    captions: Sequence[str],
+    images: UInt8[np.ndarray, 'captions height width 3'],
+    cut: int,
+  ):
     path = self._path(start)
     temporary = path.with_name(f'.{path.name}.{os.getpid()}')
     try:
@@ -111,7 +118,7 @@ class PictureShards:
     with self._open(start) as tar:
       return int(tar.pax_headers[_CUT])
 
-  def _read(self, start: int) -> np.ndarray:
+  def _read(self, start: int) -> UInt8[np.ndarray, 'captions height width 3']:
     count = len(self.captions[start : start + SHARD])
     with self._open(start) as tar:
       images = []

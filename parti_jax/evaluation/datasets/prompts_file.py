@@ -52,7 +52,7 @@ def read(path: str) -> list[Prompt]:
       f'{path}, line 1: expected the columns {expected}, separated by tabs, '
       f'got {lines[0][:80] or "nothing"!r}'
     )
-  prompts = []
+  prompts: list[Prompt] = []
   for number, line in enumerate(lines[1:], 2):
     if not line.strip():
       continue

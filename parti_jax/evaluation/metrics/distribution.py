@@ -21,6 +21,9 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Float32
+from jaxtyping import Int
+from jaxtyping import UInt8
 
 from parti_jax.evaluation.metrics import features as features_lib
 from parti_jax.evaluation.metrics import frechet
@@ -102,54 +105,56 @@ class Sets:
   """The features to compare.
 
   Attributes:
-    real: features of [pictures].
+    real: features of the real pictures.
     reconstruction: features of the same pictures' reconstructions by the tokenizer.
-    generated: features of [generated].
-    caption_of: int [generated], the caption of each generated picture.
-    picture_of: int [captions], the real picture of each caption.
-    texts: float32 [captions, dim], the ranker's features of captions; None without a ranker.
+    generated: features of the generated pictures.
+    caption_of: index of the caption of each generated picture.
+    picture_of: index of the real picture of each caption.
+    texts: the ranker's features of the captions; None without a ranker.
   """
 
   real: features_lib.Features
   reconstruction: features_lib.Features
   generated: features_lib.Features
-  caption_of: np.ndarray
-  picture_of: np.ndarray
-  texts: np.ndarray | None = None
+  caption_of: Int[np.ndarray, 'generated']
+  picture_of: Int[np.ndarray, 'captions']
+  texts: Float32[np.ndarray, 'captions dim'] | None = None
 
 
 def of_pictures(
-  extractor,
+  extractor: features_lib.Extractor,
   captions: Sequence[str],
-  picture_of: np.ndarray,
-  real: np.ndarray,
-  reconstruction: np.ndarray,
-  generated: np.ndarray,
+  picture_of: Int[np.ndarray, 'captions'],
+  real: UInt8[np.ndarray, 'pictures height width 3'],
+  reconstruction: UInt8[np.ndarray, 'pictures height width 3'],
+  generated: UInt8[np.ndarray, 'captions num_images height width 3'],
   seed: int = 0,
 ) -> Distribution:
   """Compares pictures that are all in memory.
 
   Args:
-    extractor: a `features.Extractor`.
+    extractor: computes the features.
     captions: texts.
-    picture_of: int [captions], the real picture of each.
-    real: uint8 [pictures, height, width, 3].
-    reconstruction: uint8, the same shape.
-    generated: uint8 [captions, num_images, height, width, 3].
+    picture_of: index of the real picture of each caption.
+    real: the real pictures.
+    reconstruction: the tokenizer's reconstructions of these.
+    generated: the pictures generated for each caption.
     seed: as in `measure`.
 
   Returns:
     The table.
   """
   count, num_images = generated.shape[:2]
-  sets = [
+  of_real, of_reconstruction, of_generated = (
     features_lib.extract(extractor, [images])
     for images in (real, reconstruction, generated.reshape(-1, *generated.shape[2:]))
-  ]
+  )
   return measure(
     extractor.name,
     Sets(
-      *sets,
+      of_real,
+      of_reconstruction,
+      of_generated,
       caption_of=np.arange(count).repeat(num_images),
       picture_of=picture_of,
       texts=extractor.texts(captions),
@@ -275,8 +280,8 @@ def _row(
     pictures=len(pictures),
     real=len(real),
     frechet_distance=_distance(pictures, real),
-    precision=found and found.precision,
-    recall=found and found.recall,
+    precision=None if found is None else found.precision,
+    recall=None if found is None else found.recall,
     inception_score=_inception_score(pictures),
     alignment=alignment,
   )
@@ -313,7 +318,9 @@ def _inception_score(pictures: features_lib.Features) -> Estimate | None:
 
 
 def _alignment(
-  pictures: features_lib.Features, texts: np.ndarray | None, caption_of: np.ndarray
+  pictures: features_lib.Features,
+  texts: Float32[np.ndarray, 'captions dim'] | None,
+  caption_of: Int[np.ndarray, 'pictures'],
 ) -> Estimate | None:
   """Returns the mean cosine of pictures and their captions, and its error over captions."""
   if texts is None:
@@ -327,8 +334,10 @@ def _alignment(
   return Estimate(float(cosines.mean()), error)
 
 
-def _pictures_of_others(picture_of: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-  """Returns for each caption a random picture that isn't its own: int [captions]."""
+def _pictures_of_others(
+  picture_of: Int[np.ndarray, 'captions'], rng: np.random.Generator
+) -> Int[np.ndarray, 'captions']:
+  """Returns for each caption the index of a random picture that isn't its own."""
   turned = rng.permutation(np.unique(picture_of)).tolist()
   # Each picture's neighbour in a ring is a different one (unless there is only one picture).
   neighbour = dict(zip(turned, [*turned[1:], turned[0]]))

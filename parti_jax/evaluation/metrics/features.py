@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
+from jaxtyping import Float32
+from jaxtyping import UInt8
 from PIL import Image
 
 from parti_jax.core import storage
@@ -36,13 +38,12 @@ class Features:
   """A network's outputs for pictures.
 
   Attributes:
-    values: float32 [pictures, dim].
-    logits: float32 [pictures, classes], for the inception score; None for a network without
-      classes.
+    values: the features.
+    logits: logits of classes, for the inception score; None for a network without classes.
   """
 
-  values: np.ndarray
-  logits: np.ndarray | None = None
+  values: Float32[np.ndarray, 'pictures dim']
+  logits: Float32[np.ndarray, 'pictures classes'] | None = None
 
   def __len__(self):
     return len(self.values)
@@ -62,11 +63,11 @@ class Extractor(Protocol):
   name: str
   image_size: int
 
-  def __call__(self, images: np.ndarray) -> Features:
-    """Returns the features of uint8 [pictures, image_size, image_size, 3]."""
+  def __call__(self, images: UInt8[np.ndarray, 'pictures size size 3']) -> Features:
+    """Returns the features of pictures of `image_size`."""
 
-  def texts(self, captions: Sequence[str]) -> np.ndarray | None:
-    """Returns features of captions, float32 [captions, dim]; None without a text encoder."""
+  def texts(self, captions: Sequence[str]) -> Float32[np.ndarray, 'captions dim'] | None:
+    """Returns the features of captions; None without a text encoder."""
 
 
 class Inception:
@@ -119,7 +120,7 @@ class Inception:
         f"torch-fidelity's format; expected the file {INCEPTION_FILE}"
       ) from error
 
-  def __call__(self, images: np.ndarray) -> Features:
+  def __call__(self, images: UInt8[np.ndarray, 'pictures size size 3']) -> Features:
     torch = self._torch
     parts = []
     with torch.no_grad():
@@ -142,26 +143,25 @@ class RankerFeatures:
     self.image_size = ranker.config.image_size
     self.name = f'ranker of the model {model_name}, pictures of {self.image_size} pixels'
 
-  def __call__(self, images: np.ndarray) -> Features:
+  def __call__(self, images: UInt8[np.ndarray, 'pictures size size 3']) -> Features:
     return Features(self.ranker.image_features(images))
 
-  def texts(self, captions: Sequence[str]) -> np.ndarray:
-    """Returns features of captions, float32 [captions, dim]; long captions are cut."""
+  def texts(self, captions: Sequence[str]) -> Float32[np.ndarray, 'captions dim']:
+    """Returns the features of captions; long captions are truncated."""
     with warnings.catch_warnings():
       # The pipeline has already warned when it generated the pictures.
       warnings.simplefilter('ignore', UserWarning)
       return self.ranker.text_features(captions)
 
 
-def resized(images: np.ndarray, size: int) -> np.ndarray:
+def resized(
+  images: UInt8[np.ndarray, 'pictures height width 3'], size: int
+) -> UInt8[np.ndarray, 'pictures {size} {size} 3']:
   """Resizes square pictures with antialiasing (bicubic), like the real pictures.
 
   Args:
-    images: uint8 [pictures, height, width, 3].
+    images: the pictures.
     size: height and width of the result.
-
-  Returns:
-    uint8 [pictures, size, size, 3].
   """
   if images.shape[1:3] == (size, size):
     return images
@@ -173,8 +173,10 @@ def resized(images: np.ndarray, size: int) -> np.ndarray:
   )
 
 
-def extract(extractor: Extractor, batches: Iterable[np.ndarray]) -> Features:
-  """Returns the features of batches of pictures, uint8 [batch, height, width, 3]."""
+def extract(
+  extractor: Extractor, batches: Iterable[UInt8[np.ndarray, 'batch height width 3']]
+) -> Features:
+  """Returns the features of batches of pictures."""
   return concatenated([extractor(resized(batch, extractor.image_size)) for batch in batches])
 
 
@@ -184,7 +186,7 @@ def concatenated(parts: Sequence[Features]) -> Features:
   return Features(np.concatenate([part.values for part in parts]), logits)
 
 
-def of_flags(pipeline, inception_weights: str | None, image_size: int) -> list:
+def of_flags(pipeline, inception_weights: str | None, image_size: int) -> list[Extractor]:
   """Returns the available extractors: Inception if its weights are given, and the model's ranker.
 
   Args:
@@ -198,7 +200,7 @@ def of_flags(pipeline, inception_weights: str | None, image_size: int) -> list:
   Raises:
     UserError: `Inception` raises it.
   """
-  extractors = []
+  extractors: list[Extractor] = []
   if inception_weights is not None:
     extractors.append(Inception(inception_weights, image_size))
   if pipeline.ranker is not None:

@@ -15,6 +15,8 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+from jaxtyping import Float
+from jaxtyping import Float64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,16 +24,16 @@ class Gaussian:
   """Mean and covariance of a set's features.
 
   Attributes:
-    mean: float64 [dim].
-    covariance: float64 [dim, dim], the unbiased estimate.
+    mean: the mean.
+    covariance: the unbiased estimate of the covariance.
   """
 
-  mean: np.ndarray
-  covariance: np.ndarray
+  mean: Float64[np.ndarray, 'dim']
+  covariance: Float64[np.ndarray, 'dim dim']
 
   @classmethod
-  def of(cls, features: np.ndarray) -> Gaussian:
-    """Estimates the Gaussian of features, float [pictures, dim], of at least two pictures."""
+  def of(cls, features: Float[np.ndarray, 'pictures dim']) -> Gaussian:
+    """Estimates the Gaussian of the features of at least two pictures."""
     if features.ndim != 2 or len(features) < 2:
       raise ValueError(f'features are {list(features.shape)}; at least two pictures are needed')
     features = features.astype(np.float64)
@@ -46,7 +48,7 @@ def distance(one: Gaussian, other: Gaussian) -> float:
   symmetric, would need special care there.
 
   Args:
-    one: a Gaussian over [dim] features.
+    one: a Gaussian.
     other: a Gaussian over the same features.
 
   Returns:
@@ -58,12 +60,14 @@ def distance(one: Gaussian, other: Gaussian) -> float:
   return float(between + within - 2 * np.linalg.svd(product, compute_uv=False).sum())
 
 
-def _root(covariance: np.ndarray) -> np.ndarray:
-  """Returns the symmetric square root of a covariance, [dim, dim]."""
+def _root(covariance: Float64[np.ndarray, 'dim dim']) -> Float64[np.ndarray, 'dim dim']:
+  """Returns the symmetric square root of a covariance."""
   values, vectors = np.linalg.eigh(covariance)
   return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
 
 
-def frechet_distance(features: np.ndarray, others: np.ndarray) -> float:
-  """Returns the Fréchet distance of two sets of features, float [pictures, dim] each."""
+def frechet_distance(
+  features: Float[np.ndarray, 'pictures dim'], others: Float[np.ndarray, 'others dim']
+) -> float:
+  """Returns the Fréchet distance of two sets of features."""
   return distance(Gaussian.of(features), Gaussian.of(others))

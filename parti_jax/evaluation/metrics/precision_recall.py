@@ -9,8 +9,11 @@ Recall is the share of real pictures on the manifold of the generated ones (are 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
+from jaxtyping import Float
+from jaxtyping import Float64
 
 NEIGHBOURS = 3
 
@@ -29,15 +32,17 @@ class PrecisionRecall:
 
 
 def precision_recall(
-  generated: np.ndarray, real: np.ndarray, neighbours: int = NEIGHBOURS
+  generated: Float[np.ndarray, 'generated dim'],
+  real: Float[np.ndarray, 'real dim'],
+  neighbours: int = NEIGHBOURS,
 ) -> PrecisionRecall:
   """Measures precision and recall.
 
   The distances are computed in blocks of at most 128 MiB, regardless of the number of pictures.
 
   Args:
-    generated: float [pictures, dim], features.
-    real: float [pictures, dim]; the number of pictures may differ.
+    generated: features of generated pictures.
+    real: features of real pictures.
     neighbours: k; the paper uses 3.
 
   Returns:
@@ -60,8 +65,10 @@ def precision_recall(
   )
 
 
-def _squared_radii(features: np.ndarray, neighbours: int) -> np.ndarray:
-  """Returns each point's squared distance to its k-th neighbour, excluding itself: [points]."""
+def _squared_radii(
+  features: Float64[np.ndarray, 'points dim'], neighbours: int
+) -> Float64[np.ndarray, 'points']:
+  """Returns each point's squared distance to its k-th neighbour, excluding itself."""
   radii = []
   for block, distances in _squared_distances(features, features):
     # A point isn't its own neighbour, but other points at the same position are.
@@ -72,7 +79,11 @@ def _squared_radii(features: np.ndarray, neighbours: int) -> np.ndarray:
   return np.concatenate(radii)
 
 
-def _share_inside(points: np.ndarray, centres: np.ndarray, squared_radii: np.ndarray) -> float:
+def _share_inside(
+  points: Float64[np.ndarray, 'points dim'],
+  centres: Float64[np.ndarray, 'balls dim'],
+  squared_radii: Float64[np.ndarray, 'balls'],
+) -> float:
   """Returns the share of points that lie in any of the balls."""
   inside = [
     (distances <= squared_radii).any(axis=1) for _, distances in _squared_distances(points, centres)
@@ -80,8 +91,10 @@ def _share_inside(points: np.ndarray, centres: np.ndarray, squared_radii: np.nda
   return float(np.concatenate(inside).mean())
 
 
-def _squared_distances(points: np.ndarray, others: np.ndarray):
-  """Yields blocks of points, as slices, and their squared distances: [block, others]."""
+def _squared_distances(
+  points: Float64[np.ndarray, 'points dim'], others: Float64[np.ndarray, 'others dim']
+) -> Iterator[tuple[slice, Float64[np.ndarray, 'block others']]]:
+  """Yields blocks of points, as slices, and their squared distances to all others."""
   rows = max(1, _BLOCK_BYTES // (8 * len(others)))
   norms = np.einsum('pd,pd->p', others, others)
   for start in range(0, len(points), rows):

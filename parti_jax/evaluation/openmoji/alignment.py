@@ -9,6 +9,10 @@ from collections.abc import Callable
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Float
+from jaxtyping import Float64
+from jaxtyping import Int
+from jaxtyping import UInt8
 
 from parti_jax.core.errors import UserError
 from parti_jax.data import openmoji
@@ -19,7 +23,7 @@ RANKER = 'ranker'
 SPANS = {'tone_right': 1.0, 'name_top1': 1.0, RANKER: 2.0}
 
 
-def _chosen(total: int, most: int | None, seed: int) -> np.ndarray:
+def _chosen(total: int, most: int | None, seed: int) -> Int[np.ndarray, 'chosen']:
   """Returns indices of at most `most` of `total` prompts, chosen at random, ascending."""
   count = min(most or total, total)
   return np.sort(np.random.default_rng(seed).choice(total, count, replace=False))
@@ -45,8 +49,10 @@ class RankerAlignment:
     del measure
     return len(self.prompts)
 
-  def scores(self, images: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns the mean cosine of each prompt's pictures, from -1 to 1, float64 [prompts]."""
+  def scores(
+    self, images: UInt8[np.ndarray, 'prompts num_images height width 3']
+  ) -> dict[str, Float64[np.ndarray, 'prompts']]:
+    """Returns the mean cosine of each prompt's pictures, from -1 to 1."""
     texts = [prompt for prompt in self.prompts for _ in range(images.shape[1])]
     scores = np.asarray(self._ranker.scores(texts, images.reshape(-1, *images.shape[2:])))
     return {RANKER: scores.astype(np.float64).reshape(images.shape[:2]).mean(axis=1)}
@@ -69,7 +75,7 @@ class OpenMojiAlignment:
     max_prompts: int | None = None,
     seed: int = 0,
     pictures: Sequence | None = None,
-    render: Callable[[str, int], np.ndarray] | None = None,
+    render: Callable[[str, int], UInt8[np.ndarray, 'size size 3']] | None = None,
   ):
     """Renders the real pictures once.
 
@@ -100,31 +106,32 @@ class OpenMojiAlignment:
       return len(self._targets)
     return sum(self._judge.has_tones(picture.name) for picture in self._targets)
 
-  def scores(self, images: np.ndarray) -> dict[str, np.ndarray]:
+  def scores(
+    self, images: UInt8[np.ndarray, 'prompts num_images height width 3']
+  ) -> dict[str, Float64[np.ndarray, 'prompts']]:
     """Judges pictures.
 
     Args:
-      images: uint8 [prompts, num_images, height, width, 3].
+      images: the pictures of each prompt.
 
     Returns:
-      For each of `measures` the share of each prompt's pictures that are right, float64
-      [prompts]; nan if it isn't judged (the tone of a name without tones).
+      For each of `measures` the share of each prompt's pictures that are right; nan if it isn't
+      judged (the tone of a name without tones).
     """
     verdicts = self._judge.judge(self._targets, images)
     tone = np.where(verdicts.tone_judged, verdicts.tone_right.mean(axis=1), np.nan)
     return {'tone_right': tone, 'name_top1': verdicts.name_top1.mean(axis=1)}
 
 
-def pairwise_distance(images: np.ndarray) -> np.ndarray:
+def pairwise_distance(
+  images: UInt8[np.ndarray, 'prompts num_images height width 3'],
+) -> Float64[np.ndarray, 'prompts']:
   """Returns the mean distance between the pictures of each prompt, over all pairs of them.
 
   The distance of two pictures is their root mean squared difference, with pixels in [0, 1].
 
   Args:
-    images: uint8 [prompts, num_images, height, width, 3], with at least two images per prompt.
-
-  Returns:
-    float64 [prompts].
+    images: the pictures of each prompt, at least two.
 
   Raises:
     ValueError: if there is only one picture per prompt.
@@ -140,7 +147,7 @@ def pairwise_distance(images: np.ndarray) -> np.ndarray:
   return total / (count * (count - 1) / 2)
 
 
-def mean_and_error(values: np.ndarray) -> tuple[float, float]:
+def mean_and_error(values: Float[np.ndarray, 'prompts']) -> tuple[float, float]:
   """Returns the mean over prompts and its standard error, ignoring nan.
 
   The error of a single prompt is nan.

@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 from PIL import ImageDraw
 from PIL import ImageFont
 
 from parti_jax.evaluation.openmoji import openmoji_report
+from parti_jax.sampling import images as images_lib
 
 _MARGIN = 16
 _GAP = 8
@@ -63,8 +65,8 @@ def contact_sheet(
   return page
 
 
-def _font() -> ImageFont.ImageFont:
-  return ImageFont.load_default(_FONT_SIZE)
+def _font() -> ImageFont.FreeTypeFont:
+  return images_lib.scaled_font(_FONT_SIZE)
 
 
 def _text_width(text: str) -> int:
@@ -130,8 +132,8 @@ def _shortened(text: str, width: int) -> str:
   return text + '...'
 
 
-def _paste(page, draw, image: np.ndarray, corner, scale: int):
-  """Pastes a picture, uint8 [height, width, 3], on the page with a thin frame."""
+def _paste(page, draw, image: UInt8[np.ndarray, 'height width 3'], corner, scale: int):
+  """Pastes a picture on the page with a thin frame."""
   enlarged = Image.fromarray(image.repeat(scale, axis=0).repeat(scale, axis=1))
   page.paste(enlarged, corner)
   left, top = corner

@@ -17,9 +17,16 @@ import collections
 import dataclasses
 from collections.abc import Callable
 from collections.abc import Hashable
+from collections.abc import Mapping
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from jaxtyping import Bool
+from jaxtyping import Float32
+from jaxtyping import Int
+from jaxtyping import Shaped
+from jaxtyping import UInt8
 
 from parti_jax.data import openmoji
 
@@ -35,16 +42,16 @@ class Verdicts:
   """The judge's verdicts on pictures generated for prompts.
 
   Attributes:
-    tone_judged: bool [prompts], whether the requested name has tones.
-    tone_right: bool [prompts, num_images]; False where tone_judged is False.
-    name_top1: bool [prompts, num_images].
-    name_top5: bool [prompts, num_images].
+    tone_judged: whether the requested name has tones.
+    tone_right: whether the tones are right; False where tone_judged is False.
+    name_top1: whether the nearest picture has the requested name.
+    name_top5: whether one of the five nearest has it.
   """
 
-  tone_judged: np.ndarray
-  tone_right: np.ndarray
-  name_top1: np.ndarray
-  name_top5: np.ndarray
+  tone_judged: Bool[np.ndarray, 'prompts']
+  tone_right: Bool[np.ndarray, 'prompts num_images']
+  name_top1: Bool[np.ndarray, 'prompts num_images']
+  name_top5: Bool[np.ndarray, 'prompts num_images']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,15 +69,10 @@ class Duplicates:
   same_name: int
 
 
-def _merge_same(images: np.ndarray) -> np.ndarray:
-  """Replaces pictures that are the same by the first of them.
-
-  Args:
-    images: uint8 [pictures, height, width, 3].
-
-  Returns:
-    uint8 [pictures, values], in which pictures that are the same are equal.
-  """
+def _merge_same(
+  images: UInt8[np.ndarray, 'pictures height width 3'],
+) -> UInt8[np.ndarray, 'pictures values']:
+  """Replaces pictures that are the same by the first of them, so that they are equal."""
   merged = images.reshape(len(images), -1).copy()
   # Row means differ at most as much as the pixels, and are fast to compare.
   means = images.mean(axis=2, dtype=np.float32).reshape(len(images), -1)
@@ -89,11 +91,11 @@ def _merge_same(images: np.ndarray) -> np.ndarray:
 class _Candidates:
   """Distinct pictures, each with the labels (names or tones) that it represents."""
 
-  def __init__(self, pixels: np.ndarray, labels: Sequence[Hashable]):
-    """Takes pixels, uint8 [pictures, values], and a label for each picture."""
-    row_of = {}
-    self._rows_of_label = collections.defaultdict(list)
-    kept = []
+  def __init__(self, pixels: UInt8[np.ndarray, 'pictures values'], labels: Sequence[Hashable]):
+    """Takes pictures and a label for each."""
+    row_of: dict[bytes, int] = {}
+    self._rows_of_label: dict[Hashable, list[int]] = collections.defaultdict(list)
+    kept: list[int] = []
     for index, label in enumerate(labels):
       key = pixels[index].tobytes()
       if key not in row_of:
@@ -102,15 +104,17 @@ class _Candidates:
       self._rows_of_label[label].append(row_of[key])
     self._pixels = pixels[kept]
 
-  def rank(self, images: np.ndarray, requested: Sequence[Hashable]) -> np.ndarray:
+  def rank(
+    self, images: UInt8[np.ndarray, 'images values'], requested: Sequence[Hashable]
+  ) -> Int[np.ndarray, 'images']:
     """Counts the candidates that are nearer to an image than those of its requested label.
 
     Args:
-      images: uint8 [images, values].
+      images: the images.
       requested: a label for each image.
 
     Returns:
-      int [images]; 0 if the nearest candidate has the requested label.
+      The counts; 0 if the nearest candidate has the requested label.
     """
     ranks = []
     for start in range(0, len(images), _BLOCK):
@@ -123,28 +127,25 @@ class _Candidates:
     return np.concatenate(ranks) if ranks else np.zeros(0, int)
 
 
-def _squared_distances(images: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+def _squared_distances(
+  images: Shaped[np.ndarray, 'images values'], candidates: Shaped[np.ndarray, 'candidates values']
+) -> Float32[np.ndarray, 'images candidates']:
   """Returns the summed squared differences of rows of values in [0, 255].
 
-  Args:
-    images: [images, values].
-    candidates: [candidates, values].
-
-  Returns:
-    float32 [images, candidates], exact to about a millionth of the pictures' squared norms.
+  They are exact to about a millionth of the pictures' squared norms.
   """
-  images = _ink(images)
-  norms = np.einsum('iv,iv->i', images, images)
+  ink = _ink(images)
+  norms = np.einsum('iv,iv->i', ink, ink)
   distances = np.empty((len(images), len(candidates)), np.float32)
   for start in range(0, len(candidates), _BLOCK):
     block = _ink(candidates[start : start + _BLOCK])
     distances[:, start : start + _BLOCK] = (
-      norms[:, None] - 2 * images @ block.T + np.einsum('cv,cv->c', block, block)
+      norms[:, None] - 2 * ink @ block.T + np.einsum('cv,cv->c', block, block)
     )
   return distances
 
 
-def _ink(values: np.ndarray) -> np.ndarray:
+def _ink(values: Shaped[np.ndarray, '*shape']) -> Float32[np.ndarray, '*shape']:
   """Maps white, which fills most of the pictures, to 0: small norms keep float32 accurate."""
   return 255 - values.astype(np.float32)
 
@@ -154,19 +155,22 @@ class Judge:
 
   Attributes:
     pictures: the real pictures, in the order given.
-    images: uint8 [pictures, size, size, 3], rendered on white.
+    images: the same pictures, rendered on white.
     size: height and width in pixels.
   """
 
   def __init__(
-    self, pictures: Sequence, size: int, render: Callable[[str, int], np.ndarray] | None = None
+    self,
+    pictures: Sequence,
+    size: int,
+    render: Callable[[str, int], UInt8[np.ndarray, 'size size 3']] | None = None,
   ):
     """Renders each real picture once.
 
     Args:
       pictures: objects with `code`, `name` and `tones` (`openmoji.Picture`).
       size: height and width in pixels.
-      render: (code, size) -> uint8 [size, size, 3]; `openmoji.render` if None.
+      render: renders a code at a size; `openmoji.render` if None.
 
     Raises:
       ValueError: there are no pictures, or one was rendered at another size.
@@ -188,8 +192,8 @@ class Judge:
       self._of_name[picture.name].append(index)
       self._index_of_code[picture.code] = index
 
-  def real(self, pictures: Sequence) -> np.ndarray:
-    """Returns the real images of some of the judge's pictures, uint8 [pictures, size, size, 3]."""
+  def real(self, pictures: Sequence) -> UInt8[np.ndarray, 'pictures size size 3']:
+    """Returns the real images of some of the judge's pictures."""
     indices = [self._index_of_code[picture.code] for picture in pictures]
     return self.images[np.array(indices, int)]
 
@@ -197,12 +201,14 @@ class Judge:
     """Returns whether real pictures of a name come in more than one set of tones."""
     return len({self.pictures[i].tones for i in self._of_name[name]}) > 1
 
-  def judge(self, asked: Sequence, images: np.ndarray) -> Verdicts:
+  def judge(
+    self, asked: Sequence, images: UInt8[np.ndarray, 'prompts num_images size size 3']
+  ) -> Verdicts:
     """Judges images generated for the names and tones of real pictures.
 
     Args:
       asked: real pictures (`name` and `tones` are read), one for each prompt.
-      images: uint8 [prompts, num_images, size, size, 3].
+      images: the images generated for each prompt.
 
     Returns:
       Verdicts on each image.
@@ -247,18 +253,25 @@ class Judge:
       name_top5=name_rank < 5,
     )
 
-  def _ranks(self, flat, groups, labels, members, label_of) -> np.ndarray:
+  def _ranks(
+    self,
+    flat: UInt8[np.ndarray, 'prompts num_images values'],
+    groups: Sequence[Hashable],
+    labels: Sequence[Hashable],
+    members: Mapping[Any, Sequence[int]],
+    label_of: Callable[[Any], Hashable],
+  ) -> Int[np.ndarray, 'prompts num_images']:
     """Ranks the requested label of each image among the real pictures of its prompt's group.
 
     Args:
-      flat: uint8 [prompts, num_images, values].
+      flat: the images of each prompt.
       groups: for each prompt, the key of its candidates in `members`.
       labels: for each prompt, the right label.
       members: key of a group -> indices of its real pictures.
       label_of: real picture -> label.
 
     Returns:
-      int [prompts, num_images], 0 if the nearest real picture is right.
+      The ranks; 0 if the nearest real picture is right.
     """
     prompts_of = collections.defaultdict(list)
     for prompt, group in enumerate(groups):

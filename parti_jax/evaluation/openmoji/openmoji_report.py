@@ -16,11 +16,15 @@ from typing import Any
 
 import numpy as np
 import tqdm
+from jaxtyping import Float64
+from jaxtyping import Shaped
+from jaxtyping import UInt8
 
 from parti_jax.core import checks
 from parti_jax.core.errors import UserError
 from parti_jax.data import openmoji
 from parti_jax.evaluation.metrics import distribution
+from parti_jax.evaluation.metrics import features as features_lib
 from parti_jax.evaluation.openmoji import openmoji_judge
 from parti_jax.evaluation.openmoji import report as report_lib
 from parti_jax.exported_model import sampling_settings
@@ -40,15 +44,15 @@ class Sample:
   Attributes:
     split: name of the split.
     asked: the real pictures whose captions were the prompts.
-    real: uint8 [prompts, height, width, 3], these pictures.
-    generated: uint8 [prompts, num_images, height, width, 3].
+    real: these pictures.
+    generated: the pictures generated for each prompt.
     verdicts: verdicts on the generated pictures.
   """
 
   split: str
   asked: Sequence
-  real: np.ndarray
-  generated: np.ndarray
+  real: UInt8[np.ndarray, 'prompts height width 3']
+  generated: UInt8[np.ndarray, 'prompts num_images height width 3']
   verdicts: openmoji_judge.Verdicts
 
 
@@ -61,10 +65,10 @@ def evaluate(
   *,
   train_prompts: int = 200,
   pictures: Sequence | None = None,
-  render: Callable[[str, int], np.ndarray] | None = None,
+  render: Callable[[str, int], UInt8[np.ndarray, 'size size 3']] | None = None,
   on_sample: Callable[[Sample], None] = lambda sample: None,
   progress: bool = False,
-  extractors: Sequence = (),
+  extractors: Sequence[features_lib.Extractor] = (),
   **sampling,
 ) -> report_lib.Report:
   """Evaluates a pipeline on splits of OpenMoji.
@@ -77,7 +81,7 @@ def evaluate(
     seed: seed of the choice of prompts, the generated pictures and the references.
     train_prompts: the same limit for the train split, which is large.
     pictures: the real pictures of all splits; None for OpenMoji's.
-    render: (code, size) -> uint8 [size, size, 3]; None for OpenMoji's.
+    render: renders a code at a size; None for OpenMoji's.
     on_sample: called with the pictures of each split once they are judged.
     progress: whether to report progress on stderr, with bars if it is a terminal.
     extractors: networks over whose features generated and real pictures are compared as sets, from
@@ -144,7 +148,7 @@ class _Evaluation:
   seed: int
   sampling: Mapping[str, Any]
   progress: bool
-  extractors: Sequence
+  extractors: Sequence[features_lib.Extractor]
 
   def log(self, line: str):
     if self.progress:
@@ -202,10 +206,10 @@ class _Evaluation:
     self,
     split: str,
     asked: Sequence,
-    real: np.ndarray,
-    reconstructed: np.ndarray,
-    generated: np.ndarray,
-  ) -> list:
+    real: UInt8[np.ndarray, 'prompts height width 3'],
+    reconstructed: UInt8[np.ndarray, 'prompts height width 3'],
+    generated: UInt8[np.ndarray, 'prompts num_images height width 3'],
+  ) -> list[distribution.Distribution]:
     """Compares generated and real pictures as sets, over each kind of features."""
     tables = []
     for extractor in self.extractors:
@@ -228,7 +232,8 @@ class _Evaluation:
     of_name = collections.defaultdict(list)
     for picture in self.members('train'):
       of_name[picture.name].append(picture)
-    prompts, drawn = [], []
+    prompts: list = []
+    drawn: list = []
     for picture in asked:
       others = [other for other in of_name[picture.name] if other.tones != picture.tones]
       if others:
@@ -292,17 +297,17 @@ def _of_prompt(asked, verdicts: openmoji_judge.Verdicts) -> list[dict]:
 
 
 def measure_tokenizer(
-  pipeline, images: np.ndarray, progress: bool = False
-) -> tuple[np.ndarray, report_lib.Tokenizer]:
+  pipeline, images: UInt8[np.ndarray, 'pictures height width 3'], progress: bool = False
+) -> tuple[UInt8[np.ndarray, 'pictures height width 3'], report_lib.Tokenizer]:
   """Measures a pipeline's tokenizer on real pictures.
 
   Args:
     pipeline: the result of `parti_jax.load`.
-    images: uint8 [pictures, height, width, 3].
+    images: the pictures.
     progress: whether to show bars on a terminal.
 
   Returns:
-    The reconstructions, of the same shape and type, and the measurements.
+    The reconstructions and the measurements.
   """
   reconstructed = _in_batches(pipeline.reconstruct, images, 'reconstructing', progress)
   tokens = _in_batches(pipeline.tokenize, images, 'tokenizing', progress)
@@ -315,8 +320,11 @@ def measure_tokenizer(
 
 
 def _in_batches(
-  function: Callable[[np.ndarray], np.ndarray], images: np.ndarray, description: str, progress: bool
-) -> np.ndarray:
+  function: Callable[[np.ndarray], np.ndarray],
+  images: UInt8[np.ndarray, 'pictures height width 3'],
+  description: str,
+  progress: bool,
+) -> Shaped[np.ndarray, 'pictures *values']:
   """Applies a function to batches of one shape, so that it compiles once."""
   results = []
   starts = range(0, len(images), _TOKENIZER_BATCH)
@@ -328,16 +336,11 @@ def _in_batches(
   return np.concatenate(results)
 
 
-def psnr(images: np.ndarray, others: np.ndarray) -> np.ndarray:
-  """Returns the peak signal-to-noise ratio of each picture.
-
-  Args:
-    images: uint8 [pictures, height, width, 3].
-    others: uint8, the same shape.
-
-  Returns:
-    float [pictures], in dB, at most 100 (for equal pictures).
-  """
+def psnr(
+  images: UInt8[np.ndarray, 'pictures height width 3'],
+  others: UInt8[np.ndarray, 'pictures height width 3'],
+) -> Float64[np.ndarray, 'pictures']:
+  """Returns the peak signal-to-noise ratio of each picture, in dB, at most 100 (if equal)."""
   difference = images.astype(np.float32) - others.astype(np.float32)
   error = np.square(difference).mean(axis=(1, 2, 3), dtype=np.float64)
   return 10 * np.log10(255.0**2 / np.maximum(error, 255.0**2 / 10 ** (_MAX_PSNR / 10)))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool
 
 from parti_jax.evaluation import distribution_report
 from parti_jax.evaluation import tables
@@ -49,8 +50,8 @@ class Metric:
   prompts: int
 
   @classmethod
-  def of(cls, right: np.ndarray) -> 'Metric':
-    """Computes the metric of `right`, bool [prompts, num_images]."""
+  def of(cls, right: Bool[np.ndarray, 'prompts num_images']) -> 'Metric':
+    """Computes the metric of `right`."""
     prompts = right.shape[0]
     if not right.size:
       return cls(None, None, prompts)
