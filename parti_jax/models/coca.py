@@ -1,9 +1,10 @@
-"""The contrastive captioner, which ranks pictures for a text (CoCa, arXiv 2205.01917; Parti,
-section 2: 16 pictures a prompt, ranked by CoCa).
+"""The contrastive captioner, which ranks pictures for a text.
 
-An image encoder and a text decoder whose first half sees no picture: its class token makes the
-text's contrastive vector. The second half looks at the picture as well and predicts the caption.
-Two attentional poolers make of the image encoder's output what each half needs (CoCa, section 3.2
+CoCa (arXiv 2205.01917) ranks the 16 pictures that Parti samples for each prompt (Parti, section 2).
+It consists of an image encoder and a text decoder in two halves. The first half processes the text
+alone; its class token gives the contrastive vector of the text. The second half also attends to the
+picture and predicts the caption. Two attentional poolers turn the output of the image encoder into
+the contrastive vector of the picture and into what the second half attends to (CoCa, section 3.2
 and figure 2).
 """
 
@@ -13,6 +14,11 @@ import dataclasses
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jaxtyping import Array
+from jaxtyping import Bool
+from jaxtyping import Float
+from jaxtyping import Int
+from jaxtyping import PyTree
 
 from parti_jax.models import config_checks
 from parti_jax.models import contrastive
@@ -27,29 +33,29 @@ from parti_jax.models.nn import transformer
 @config_checks.configurable
 @dataclasses.dataclass(frozen=True)
 class CoCaConfig:
-  """Sizes of a contrastive captioner; the defaults are CoCa-Base (CoCa, table 1).
+  """Sizes of a contrastive captioner; the defaults are those of CoCa-Base (CoCa, table 1).
 
   Attributes:
     image_size: height and width of the pictures, in pixels.
-    patch_size: height and width of a patch; must divide `image_size`.
-    image_layers: blocks of the image encoder.
-    unimodal_layers: blocks of the text decoder's first half.
-    multimodal_layers: blocks of its second half.
+    patch_size: height and width of a patch, in pixels; must divide `image_size`.
+    image_layers: number of blocks of the image encoder.
+    unimodal_layers: number of blocks in the first half of the text decoder.
+    multimodal_layers: number of blocks in its second half.
     width: model dimension of all three, `embed`.
     mlp_width: hidden dimension of their MLPs.
-    heads: their attention heads; must divide `width`.
-    caption_queries: vectors that the second half sees of a picture.
+    heads: number of their attention heads; must divide `width`.
+    caption_queries: number of vectors of a picture that the second half attends to.
     feature_dim: length of the contrastive vectors.
-    text_vocabulary: SentencePiece pieces.
-    text_length: most text tokens.
-    dropout: rate of dropout in training.
-    dtype: name of the dtype that projections compute in; norms, logits and features are float32.
-    remat: what the backward pass keeps, a name in `layer_stack.REMAT_POLICIES`.
-    unroll: layers laid out in one turn of the scan.
+    text_vocabulary: number of SentencePiece pieces.
+    text_length: maximum number of text tokens.
+    dropout: dropout rate in training.
+    dtype: name of the dtype of projections; norms, logits and features are float32.
+    remat: what to save for the backward pass: a name in `layer_stack.REMAT_POLICIES`.
+    unroll: number of layers that each iteration of the scan computes.
 
   Raises:
-    UserError: if `patch_size` does not divide `image_size`, or `heads` the width, or a value is
-      out of its range.
+    UserError: if `patch_size` does not divide `image_size`, if `heads` does not divide `width`, or
+      if a value is out of range.
   """
 
   image_size: int = 288
@@ -69,7 +75,7 @@ class CoCaConfig:
   remat: str = 'everything'
   unroll: int = 1
 
-  BOUNDS = {'dropout': (0, 1)}  # Below 1, see `config_checks.check_dropout`.
+  BOUNDS = {'dropout': (0, 1)}  # 1 is excluded by `config_checks.check_dropout`.
 
   def __post_init__(self):
     config_checks.check(self)
@@ -82,23 +88,31 @@ class CoCaConfig:
     return (self.image_size // self.patch_size) ** 2
 
   @property
-  def compute_dtype(self):
+  def compute_dtype(self) -> jnp.dtype:
     return jnp.dtype(self.dtype)
 
   @property
-  def sizes(self):
-    """What all blocks have in common, in the order that `transformer.Encoder` takes it."""
+  def sizes(self) -> tuple[int, int, int, float, jnp.dtype]:
+    """The sizes that all blocks share, in the order of the arguments of `EncoderBlock`."""
     return self.width, self.mlp_width, self.heads, self.dropout, self.compute_dtype
 
 
 class ImageEncoder(nn.Module):
-  """A Transformer over patches (ViT, arXiv 2010.11929)."""
+  """A Transformer over patches (ViT, arXiv 2010.11929).
+
+  Attributes:
+    config: sizes.
+  """
 
   config: CoCaConfig
 
   @nn.compact
-  def __call__(self, images, dropout_keys=None):
-    """images: float32 [batch, height, width, 3] in [0, 1]. Returns [batch, patches, embed]."""
+  def __call__(
+    self,
+    images: Float[Array, 'batch height width 3'],
+    dropout_keys: layers.DropoutKeys | None = None,
+  ) -> Float[Array, 'batch patches embed']:
+    """Encodes pictures with values in [0, 1]."""
     config = self.config
     patches = vit_vqgan.to_patches(images * 2.0 - 1.0, config.patch_size)
     x = layers.Projection(
@@ -115,13 +129,13 @@ class ImageEncoder(nn.Module):
 
 
 class AttentionalPooler(nn.Module):
-  """Learned queries that attend to a picture's patches, and a layer norm (CoCa, section 3.2).
+  """Learned queries that attend to the patches of a picture, and a layer norm (CoCa, section 3.2).
 
   Attributes:
-    queries: how many vectors to make.
+    queries: number of vectors of the output.
     width: model dimension.
-    heads: attention heads.
-    dtype: of the computation.
+    heads: number of attention heads.
+    dtype: dtype of the computation.
   """
 
   queries: int
@@ -130,8 +144,10 @@ class AttentionalPooler(nn.Module):
   dtype: jnp.dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, encoded):
-    """[batch, patches, embed] to [batch, queries, embed]."""
+  def __call__(
+    self, encoded: Float[Array, 'batch patches embed']
+  ) -> Float[Array, 'batch queries embed']:
+    """Pools the output of the image encoder."""
     table = layers.Embedding(self.queries, self.width, ('query', 'embed'), name='queries')
     query = table(jnp.arange(self.queries), self.dtype)
     query = jnp.broadcast_to(query, (encoded.shape[0],) + query.shape)
@@ -140,9 +156,9 @@ class AttentionalPooler(nn.Module):
 
 
 class MultimodalBlock(nn.Module):
-  """Causal self-attention over the text, cross-attention to the picture, MLP.
+  """Cross-attention to the picture, causal self-attention over the text, and MLP.
 
-  Attributes: as transformer.EncoderBlock.
+  The attributes are those of transformer.EncoderBlock.
   """
 
   width: int
@@ -159,15 +175,32 @@ class MultimodalBlock(nn.Module):
     self.cross_attention = attention.CrossAttention(self.width, self.heads, self.dtype)
     self.drop = layers.Dropout(self.dropout)
 
-  def __call__(self, x, pooled, mask, dropout_keys=None):
-    """x: [batch, length, embed]; pooled: [batch, queries, embed]; mask: of the text. As x."""
+  def __call__(
+    self,
+    x: Float[Array, 'batch length embed'],
+    pooled: Float[Array, 'batch queries embed'],
+    mask: Bool[Array, 'batch 1 length length'],
+    dropout_keys: layers.DropoutKeys | None = None,
+  ) -> Float[Array, 'batch length embed']:
+    """Computes the block.
+
+    Args:
+      x: input of the block.
+      pooled: the pooled picture.
+      mask: True where a text position may attend to another one.
+      dropout_keys: keys of this block; None if dropout is off.
+    """
     attended = self.cross_attention(self.cross_norm(x), pooled)
     x = x + self.drop(attended, layers.fold(dropout_keys, 0))
     return self.text_block(x, mask, layers.fold(dropout_keys, 1))
 
 
 class MultimodalDecoder(nn.Module):
-  """The text decoder's second half and a last layer norm."""
+  """The second half of the text decoder, and a final layer norm.
+
+  Attributes:
+    config: sizes.
+  """
 
   config: CoCaConfig
 
@@ -176,34 +209,41 @@ class MultimodalDecoder(nn.Module):
     self.norm = layers.LayerNorm(self.config.compute_dtype)
 
   @nn.compact
-  def __call__(self, x, pooled, mask, dropout_keys=None):
-    """Arguments and result as MultimodalBlock; mask: bool [batch, 1, length, length]."""
+  def __call__(
+    self,
+    x: Float[Array, 'batch length embed'],
+    pooled: Float[Array, 'batch queries embed'],
+    mask: Bool[Array, 'batch 1 length length'],
+    dropout_keys: layers.DropoutKeys | None = None,
+  ) -> Float[Array, 'batch length embed']:
+    """Decodes; the arguments are those of MultimodalBlock, with keys of the whole stack."""
     config = self.config
-    stacked = self.param(
+    stacked: PyTree = self.param(
       'layers',
       layer_stack.initializer(self.block, config.multimodal_layers, x[:1], pooled[:1], mask[:1]),
     )
 
-    def layer(params, place, x, beside, keys):
+    def layer(params, place, x, side_inputs, keys):
       del place  # All layers are alike.
-      return self.block.apply({'params': params}, x, *beside, keys)
+      return self.block.apply({'params': params}, x, *side_inputs, keys)
 
     if not self.is_initializing():
-      x = layer_stack.run(
-        layer, stacked, x, (pooled, mask), dropout_keys, config.remat, config.unroll
-      )
+      stack = layer_stack.LayerStack(layer, config.remat, config.unroll)
+      x = stack.run(stacked, x, (pooled, mask), dropout_keys)
     return self.norm(x)
 
 
-def text_mask(text_tokens):
-  """What each input of the text decoder sees: earlier ones, and of those only text.
+def text_mask(
+  text_tokens: Int[Array, 'batch text_length'],
+) -> Bool[Array, 'batch 1 text_length+1 text_length+1']:
+  """Returns which inputs of the text decoder each input attends to: itself and earlier text.
 
   Args:
-    text_tokens: int32 [batch, text_length], padded with 0.
+    text_tokens: text tokens, padded with 0.
 
   Returns:
-    bool [batch, 1, text_length + 1, text_length + 1]. Input 0 is the beginning, input i the text
-    token i - 1, the last one the class token, which sees all inputs that are no padding.
+    The mask. Input 0 is the beginning, input i the text token i - 1, and the last input the class
+    token, which attends to all inputs except padding.
   """
   batch, length = text_tokens.shape
   causal = jnp.tril(jnp.ones((length + 1, length + 1), bool))
@@ -213,25 +253,33 @@ def text_mask(text_tokens):
 
 
 class UnimodalDecoder(nn.Module):
-  """The text decoder's first half: causal, without a picture, a class token at the end.
+  """The first half of the text decoder: causal, without the picture, with a class token at the end.
 
-  Its layer norm stands before both the class token and the second half (CoCa norms the former).
+  Its final layer norm applies to the class token and to the input of the second half. CoCa applies
+  it to the class token only.
+
+  Attributes:
+    config: sizes.
   """
 
   config: CoCaConfig
 
   @nn.compact
-  def __call__(self, text_tokens, dropout_keys=None):
+  def __call__(
+    self,
+    text_tokens: Int[Array, 'batch text_length'],
+    dropout_keys: layers.DropoutKeys | None = None,
+  ) -> Float[Array, 'batch text_length+1 embed']:
     """Encodes texts.
 
     Args:
-      text_tokens: int32 [batch, text_length], padded with 0. Its last token is only predicted and
-        not looked at.
-      dropout_keys: layers.DropoutKeys, or None where dropout is off.
+      text_tokens: text tokens, padded with 0. The last one is not an input, since it is only
+        predicted.
+      dropout_keys: keys of this network; None if dropout is off.
 
     Returns:
-      [batch, text_length + 1, embed]: output i < text_length has seen the tokens before i, the
-      last one is the class token's.
+      The output i < text_length depends on the tokens before i. The last output is that of the
+      class token.
     """
     config = self.config
     batch, length = text_tokens.shape
@@ -239,12 +287,10 @@ class UnimodalDecoder(nn.Module):
     positions = layers.Embedding(
       length + 1, config.width, ('position', 'embed'), name='position_embedding'
     )
-    class_token = self.param(
-      'class_token',
-      nn.with_logical_partitioning(nn.initializers.normal(0.02), ('norm',)),
-      (config.width,),
+    class_token = layers.parameter(
+      self, 'class_token', nn.initializers.normal(0.02), ('norm',), (config.width,)
     )
-    # Padding's id 0 has no other use as an input: it stands for the beginning.
+    # The id 0 of padding is not needed as an input, so it represents the beginning.
     inputs = jnp.pad(text_tokens[:, :-1], ((0, 0), (1, 0)))
     class_tokens = jnp.broadcast_to(class_token, (batch, 1, config.width))
     x = jnp.concatenate([tokens(inputs), class_tokens], axis=1) + positions(jnp.arange(length + 1))
@@ -279,18 +325,23 @@ class CoCa(nn.Module):
     self.logits = layers.Projection((config.text_vocabulary,), 1, ('embed', 'vocab'))
     self.logit_scale = contrastive.LogitScale()
 
-  def __call__(self, images, text_tokens, dropout_keys=None):
-    """What both losses need.
+  def __call__(
+    self,
+    images: Float[Array, 'batch height width 3'],
+    text_tokens: Int[Array, 'batch text_length'],
+    dropout_keys: layers.DropoutKeys | None = None,
+  ) -> dict[str, Array]:
+    """Computes the inputs of both losses.
 
     Args:
-      images: float32 [batch, height, width, 3] in [0, 1].
-      text_tokens: int32 [batch, text_length], padded with 0.
-      dropout_keys: layers.DropoutKeys of this batch, or None where dropout is off.
+      images: pictures with values in [0, 1].
+      text_tokens: text tokens, padded with 0.
+      dropout_keys: keys of this batch; None if dropout is off.
 
     Returns:
-      A dict: 'image_features' and 'text_features' float32 [batch, feature_dim], unit vectors;
-      'logit_scale' float32 [], of their products; 'logits' float32 [batch, text_length,
-      text_vocabulary], of which entry i predicts text_tokens[:, i].
+      A dict of float32 arrays: unit vectors 'image_features' and 'text_features', both [batch,
+      feature_dim]; 'logit_scale' [], the factor of their dot products; and 'logits' [batch,
+      text_length, text_vocabulary], where entry i predicts text_tokens[:, i].
     """
     encoded = self.image_encoder(images, layers.fold(dropout_keys, 0))
     texts = self.unimodal(text_tokens, layers.fold(dropout_keys, 1))
@@ -309,23 +360,33 @@ class CoCa(nn.Module):
       'logits': logits,
     }
 
-  def image_features(self, images):
-    """float32 [batch, height, width, 3] in [0, 1] to unit vectors float32 [batch, feature_dim]."""
+  def image_features(
+    self, images: Float[Array, 'batch height width 3']
+  ) -> Float[Array, 'batch feature_dim']:
+    """Returns the contrastive unit vectors of pictures with values in [0, 1]."""
     return self._image_features(self.image_encoder(images))
 
-  def text_features(self, text_tokens):
-    """int32 [batch, text_length] to unit vectors float32 [batch, feature_dim]."""
+  def text_features(
+    self, text_tokens: Int[Array, 'batch text_length']
+  ) -> Float[Array, 'batch feature_dim']:
+    """Returns the contrastive unit vectors of texts."""
     return self._text_features(self.unimodal(text_tokens))
 
-  def _image_features(self, encoded):
+  def _image_features(
+    self, encoded: Float[Array, 'batch patches embed']
+  ) -> Float[Array, 'batch feature_dim']:
     return quantizer.normalize(self.image_feature(self.contrastive_pooler(encoded)[:, 0]))
 
-  def _text_features(self, texts):
+  def _text_features(
+    self, texts: Float[Array, 'batch inputs embed']
+  ) -> Float[Array, 'batch feature_dim']:
     return quantizer.normalize(self.text_feature(texts[:, -1]))
 
 
-def example_inputs(config: CoCaConfig, batch: int = 1):
-  """Arrays of the shapes and dtypes that `CoCa.__call__` takes, for initialisation."""
+def example_inputs(
+  config: CoCaConfig, batch: int = 1
+) -> tuple[Float[Array, 'batch height width 3'], Int[Array, 'batch text_length']]:
+  """Returns arrays with the shapes and dtypes of the arguments of `CoCa`, for initialization."""
   return (
     jnp.zeros((batch, config.image_size, config.image_size, 3), jnp.float32),
     jnp.ones((batch, config.text_length), jnp.int32),

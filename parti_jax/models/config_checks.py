@@ -1,8 +1,10 @@
-"""Checks that the sizes in gin make a network, before anything is built from them."""
+"""Checks the sizes of networks before anything is built from them."""
 
 from __future__ import annotations
 
 import functools
+from typing import Any
+from typing import TypeVar
 
 import gin
 
@@ -13,26 +15,28 @@ from parti_jax.models.nn import layer_stack
 
 DTYPES = ('float32', 'bfloat16', 'float16')
 
-# The most that a network may have; the 20B model has 64 layers and a width of 4096. More is a slip,
-# or a damaged file, and would only fail in the middle of a compilation.
+# Upper limits; the 20B model has 64 layers and a width of 4096. Larger values are typing errors or
+# come from a damaged file, and would only fail in the middle of a compilation.
 MAX_LAYERS = 1024
 MAX_SIZE = 2**20
 _LAYERS = ('layers', 'blocks', 'heads')
 _WHOLE_NUMBERS = (int, int | None, tuple[int, int], tuple[int, ...])
 
+_Kind = TypeVar('_Kind', bound=type)
 
-def configurable(kind: type, name: str | None = None) -> type:
-  """Lets gin set the fields of a dataclass, as `gin.configurable` does.
 
-  gin adds the calls it went through to the message of an error. A UserError of the dataclass keeps
-  its one line.
+def configurable(kind: _Kind, name: str | None = None) -> _Kind:
+  """Makes a dataclass configurable with gin, like `gin.configurable`.
+
+  gin appends its chain of calls to the message of an error. Here, a UserError of the dataclass
+  keeps its single line.
 
   Args:
     kind: the dataclass.
-    name: its name in gin; by default that of the class.
+    name: its name in gin; the name of the class by default.
   """
-  kind = gin.configurable(name)(kind)
-  init = kind.__init__
+  wrapped: Any = gin.configurable(name)(kind)
+  init = wrapped.__init__
 
   @functools.wraps(init)
   def with_own_errors(self, *args, **kwargs):
@@ -44,21 +48,21 @@ def configurable(kind: type, name: str | None = None) -> type:
     if message is not None:
       raise errors.UserError(message)
 
-  kind.__init__ = with_own_errors
-  return kind
+  wrapped.__init__ = with_own_errors
+  return wrapped
 
 
-def check(config):
-  """Checks the sizes of a network against the annotations of their fields and their `bounds`.
+def check(config: Any) -> None:
+  """Checks the sizes of a network against the types of their fields and against `bounds`.
 
-  Lists become tuples, and NumPy's numbers Python's.
+  Converts lists to tuples, and NumPy scalars to Python numbers.
 
   Args:
-    config: a dataclass of sizes, most with `dtype` and `remat`.
+    config: a dataclass of sizes; most have the fields `dtype` and `remat`.
 
   Raises:
-    UserError: if a value is of another type than its field, or out of bounds, or if there is no
-      such dtype or remat policy.
+    UserError: if a value has the wrong type or is out of bounds, or if the dtype or the remat
+      policy is unknown.
   """
   check_fields(config, **bounds(type(config)))
   choices = {'dtype': DTYPES, 'remat': tuple(layer_stack.REMAT_POLICIES)}
@@ -71,9 +75,9 @@ def check(config):
 
 
 def bounds(kind: type) -> dict[str, tuple[float, float | None]]:
-  """Field -> the least and the most that its numbers may be, of a dataclass of sizes.
+  """Returns the minimum and maximum of each numeric field of a dataclass of sizes.
 
-  Whole numbers are from 1 to `most`; for others the dataclass has BOUNDS.
+  Integers lie between 1 and `most`. The dataclass defines the limits of other fields in BOUNDS.
   """
   return {
     name: (1, most(name))
@@ -83,23 +87,22 @@ def bounds(kind: type) -> dict[str, tuple[float, float | None]]:
 
 
 def most(name: str) -> int:
-  """The most that a size of this name may be."""
+  """Returns the maximum of a size with this name."""
   return MAX_LAYERS if name.endswith(_LAYERS) else MAX_SIZE
 
 
-def check_fields(config, **limits: tuple[float | None, float | None]):
-  """Checks the fields of any dataclass that gin fills, see `check`.
+def check_fields(config: Any, **limits: tuple[float | None, float | None]) -> None:
+  """Checks and converts the fields of any dataclass that gin fills, like `check`.
 
   Args:
-    config: the dataclass. Fields whose annotation says no type that `checks.typed` knows are left
-      as they are.
-    **limits: field -> the least and the most that its numbers may be; None for those of an int32,
-      or of a float32.
+    config: the dataclass. Fields with a type that `checks.typed` doesn't support are not checked.
+    **limits: minimum and maximum of a field; None for those of int32 or float32.
 
   Raises:
-    UserError: if a value is of another type than its field, or out of bounds.
+    UserError: if a value has the wrong type or is out of bounds.
   """
-  for name, kind in checks.field_types(type(config)).items():
+  of: type = type(config)
+  for name, kind in checks.field_types(of).items():
     if kind in _WHOLE_NUMBERS:
       low, high = limits.get(name, (None, None))
       limits[name] = (
@@ -109,27 +112,27 @@ def check_fields(config, **limits: tuple[float | None, float | None]):
   checks.check_fields(config, _key(config, ''), limits)
 
 
-def check_dropout(config):
-  """Raises UserError unless `dropout` is a rate."""
+def check_dropout(config: Any) -> None:
+  """Raises UserError unless `dropout` lies in [0, 1)."""
   if not 0 <= config.dropout < 1:
     raise errors.UserError(f'{_key(config, "dropout")}={config.dropout} must lie in [0, 1)')
 
 
-def check_image_length(config, name: str):
-  """Raises UserError if the value of `name` gives more image tokens than there can be."""
+def check_image_length(config: Any, name: str) -> None:
+  """Raises UserError if the field `name` leads to too many image tokens."""
   if config.image_length > MAX_SIZE:
     raise errors.UserError(
-      f'{_key(config, name)}={getattr(config, name)} gives {config.image_length:,} image tokens, '
-      f'and {MAX_SIZE:,} are the most'
+      f'{_key(config, name)}={getattr(config, name)} gives {config.image_length:,} image tokens; '
+      f'the maximum is {MAX_SIZE:,}'
     )
 
 
-def check_divides(config, name: str, whole: str):
-  """Raises UserError unless the value of `name` divides that of `whole`."""
+def check_divides(config: Any, name: str, whole: str) -> None:
+  """Raises UserError unless the field `name` divides the field `whole`."""
   part, value = getattr(config, name), getattr(config, whole)
   if value % part:
     raise errors.UserError(f'{_key(config, name)}={part} does not divide {whole}={value}')
 
 
-def _key(config, name: str) -> str:
+def _key(config: Any, name: str) -> str:
   return f'{type(config).__name__}.{name}'

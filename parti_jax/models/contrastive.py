@@ -1,9 +1,8 @@
-"""The symmetric contrastive loss of pictures and texts (CLIP, CoCa), over the whole mesh's batch.
+"""The symmetric contrastive loss of pictures and texts (CLIP, CoCa) over the global batch.
 
-The loss is written for the global batch: each device holds the rows of the logits that belong to
-its own pictures, [batch / devices, batch], so every text of the batch is a negative of every
-picture, wherever either lies. What moves between devices are the texts' features, gathered once,
-and two numbers a text for the softmax over pictures.
+Each device holds the logits of its own pictures, [batch / devices, batch], so every other text of
+the batch is a negative for every picture, on whichever device it lies. The devices exchange the
+features of the texts once, and two numbers per text for the softmax over pictures.
 """
 
 from __future__ import annotations
@@ -13,59 +12,70 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
+from jaxtyping import Bool
+from jaxtyping import Float
+from jaxtyping import Int
 
-# CLIP, section 2.5: the temperature begins at 0.07, and no logit is scaled by more than 100.
+from parti_jax.models.nn import layers
+
+# CLIP, section 2.5: the temperature starts at 0.07, and the scale of logits is at most 100.
 _FIRST_TEMPERATURE = 0.07
 _LARGEST_SCALE = 100.0
-# Logical axes of the logits: pictures by texts, split along the pictures alone.
+# Logical axes of the logits [pictures, texts], which are split along the pictures only.
 _LOGITS = ('activation_batch', None)
 
 
 class LogitScale(nn.Module):
-  """The learned inverse temperature of a contrastive loss, float32 [].
+  """The learned inverse temperature of a contrastive loss.
 
-  It is stored as its logarithm, begins at 1 / 0.07, and stays at most 100 (CLIP, arXiv 2103.00020,
-  section 2.5). At that bound its gradient is 0 until weight decay or another loss moves it back.
+  The parameter is its logarithm. The scale starts at 1 / 0.07 and is clipped to 100 (CLIP, arXiv
+  2103.00020, section 2.5). When clipped, its gradient is 0, and only weight decay or another loss
+  can decrease it.
   """
 
   @nn.compact
-  def __call__(self):
+  def __call__(self) -> Float[Array, '']:
     first = nn.initializers.constant(-math.log(_FIRST_TEMPERATURE))
-    log_scale = self.param('log_scale', nn.with_logical_partitioning(first, ()), ())
+    log_scale = layers.parameter(self, 'log_scale', first, (), ())
     return jnp.exp(jnp.minimum(log_scale, math.log(_LARGEST_SCALE)))
 
 
-def equal_rows(tokens):
-  """Which texts of a batch are the same: int32 [batch, text_length] to bool [batch, batch]."""
+def equal_rows(tokens: Int[Array, 'batch text_length']) -> Bool[Array, 'batch batch']:
+  """Returns which pairs of texts of a batch are equal."""
 
   def compare(equal, column):
     equal &= column[:, None] == column[None, :]
     return nn.with_logical_constraint(equal, _LOGITS), None
 
   everything = jnp.ones((tokens.shape[0],) * 2, bool)
-  # One token after another: [batch, batch, text_length] would not fit the memory.
+  # One token at a time, because [batch, batch, text_length] would not fit in memory.
   return jax.lax.scan(compare, everything, tokens.T)[0]
 
 
-def contrastive_losses(image_features, text_features, scale, same=None):
+def contrastive_losses(
+  image_features: Float[Array, 'batch feature_dim'],
+  text_features: Float[Array, 'batch feature_dim'],
+  scale: Float[Array, ''],
+  same: Bool[Array, 'batch batch'] | None = None,
+) -> tuple[Float[Array, 'batch'], Float[Array, 'batch']]:
   """Cross entropy of each picture's text among all texts, and of each text's picture.
 
-  Negatives are all other pairs of the arrays given: under jit on a mesh that is the global batch.
-  A batch that the trainer cuts into microbatches has the negatives of its own microbatch only,
-  since a microbatch's features are gone before the next one's are computed; choose fewer
-  microbatches, or a remat policy that keeps less, where many negatives matter.
+  The negatives are all other pairs of the arguments: under jit on a mesh, those of the global
+  batch. If the trainer splits a batch into microbatches, only pairs of the same microbatch are
+  negatives. If many negatives matter, use fewer microbatches or a remat policy that saves less.
 
   Args:
-    image_features: [batch, dim], unit vectors.
-    text_features: [batch, dim], unit vectors; pair i is row i of both.
-    scale: float32 [], the inverse temperature, of `LogitScale`.
-    same: bool [batch, batch], symmetric: pairs whose texts say the same, such as of `equal_rows`;
-      they are no negatives of one another. None where all texts differ.
+    image_features: unit vectors of the pictures.
+    text_features: unit vectors of their texts; row i belongs to picture i.
+    scale: the inverse temperature, the result of `LogitScale`.
+    same: symmetric; True for pairs with the same text, such as the result of `equal_rows`, which
+      are not negatives. None if all texts differ.
 
   Returns:
-    losses: float32 [batch], the sum of both directions (CoCa, arXiv 2205.01917, eq. 2; CLIP takes
-      half of it); its mean over the batch is the loss.
-    hits: float32 [batch], 1 where the picture's own text is the nearest of all negatives and it.
+    losses: the sum of both directions (CoCa, arXiv 2205.01917, eq. 2; CLIP takes half of it). The
+      loss is the mean over the batch.
+    hits: 1 where a picture is at least as close to its own text as to all negatives, else 0.
   """
   images = nn.with_logical_constraint(
     image_features.astype(jnp.float32), ('activation_batch', None)
@@ -75,7 +85,7 @@ def contrastive_losses(image_features, text_features, scale, same=None):
   own = jnp.eye(logits.shape[0], dtype=bool)
   if same is not None:
     logits = jnp.where(same & ~own, jnp.finfo(jnp.float32).min, logits)
-  # By a sum, as the diagonal of a matrix that is split by rows would be gathered.
+  # A masked sum, because taking the diagonal of a matrix that is split by rows would gather it.
   of_pair = jnp.sum(jnp.where(own, logits, 0.0), axis=1)
   texts_of_image = jax.nn.logsumexp(logits, axis=1)
   images_of_text = jax.nn.logsumexp(logits, axis=0)

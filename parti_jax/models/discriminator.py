@@ -1,4 +1,4 @@
-"""The discriminator of StyleGAN2, which tells pictures from reconstructions (arXiv 1912.04958)."""
+"""The StyleGAN2 discriminator, which classifies pictures as real or not (arXiv 1912.04958)."""
 
 from __future__ import annotations
 
@@ -8,30 +8,32 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
+from jaxtyping import Float
 
 from parti_jax.core import errors
 from parti_jax.models import config_checks
 
-# What the residual blocks end at: feature maps of 4×4 positions.
+# Height and width of the feature maps after the last residual block.
 _LAST_SIZE = 4
 
 
 @config_checks.configurable
 @dataclasses.dataclass(frozen=True)
 class DiscriminatorConfig:
-  """Sizes of a discriminator; the pictures' size follows from its input.
+  """Sizes of a discriminator. The size of the pictures follows from the input.
 
   Attributes:
-    channels: feature maps times height; a block at height h has channels / h of them (32,768 in
-      StyleGAN2's configuration F: 64 at 512 pixels, 128 at 256).
-    max_channels: no block has more feature maps than this.
-    minibatch_group: pictures over which the standard deviation that the last block sees is taken;
-      1 for none. Where it does not divide the pictures that are there, their greatest common
-      divisor counts.
-    dtype: name of the dtype that convolutions compute in.
+    channels: feature maps times height: a block at height h has channels / h feature maps (32,768
+      in configuration F of StyleGAN2: 64 at 512 pixels, 128 at 256).
+    max_channels: maximum number of feature maps of a block.
+    minibatch_group: number of pictures in a group for the standard deviation that the last block
+      sees; 1 for no standard deviation. If it does not divide the batch, the greatest common
+      divisor of both is used.
+    dtype: name of the dtype of convolutions.
 
   Raises:
-    UserError: if a value is out of its range.
+    UserError: if a value is out of range.
   """
 
   channels: int = 32768
@@ -43,14 +45,14 @@ class DiscriminatorConfig:
     config_checks.check(self)
 
   def width(self, size: int) -> int:
-    """Feature maps of a block that takes pictures of this height."""
+    """Returns the number of feature maps of a block with an input of this height."""
     return max(1, min(self.channels // size, self.max_channels))
 
   def sizes(self, image_size: int) -> list[int]:
-    """Heights that the blocks take, the largest first.
+    """Returns the heights of the blocks' inputs, the largest first.
 
     Raises:
-      UserError: if the pictures' size is not a power of two from 8.
+      UserError: if the size of the pictures is not a power of two, or less than 8.
     """
     if image_size < 2 * _LAST_SIZE or image_size & (image_size - 1):
       raise errors.UserError(
@@ -62,17 +64,18 @@ class DiscriminatorConfig:
 
 
 class Convolution(nn.Module):
-  """A convolution with an equalised learning rate, and leaky ReLU with a gain of √2.
+  """A convolution with an equalized learning rate, and leaky ReLU with a gain of √2.
 
-  Kernels are drawn with a standard deviation of 1 and scaled by 1/√fan-in where they are used, so
-  that Adam's steps are as large, in proportion, in every layer (arXiv 1710.10196, section 4.1).
+  Kernels are initialized with a standard deviation of 1 and multiplied by 1/√fan-in in the forward
+  pass, which makes the relative size of Adam's updates equal in all layers (arXiv 1710.10196,
+  section 4.1).
 
   Attributes:
-    features: of the output.
+    features: number of output channels.
     size: height and width of the kernel.
-    downsample: whether the output has half the height and width: blurred, then every second place.
-    activate: whether there are a bias and the activation.
-    dtype: of the computation.
+    downsample: whether to blur the input and to use a stride of 2.
+    activate: whether to add a bias and to apply the activation.
+    dtype: dtype of the computation.
   """
 
   features: int
@@ -82,13 +85,14 @@ class Convolution(nn.Module):
   dtype: jnp.dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x):
-    """x: [batch, height, width, channels]. Returns dtype [batch, height', width', features]."""
-    # The bias stands after the scaled kernel, so that scaling the input scales the kernel alone.
+  def __call__(
+    self, x: Float[Array, 'batch height width channels']
+  ) -> Float[Array, 'batch out_height out_width features']:
+    # Scaling the input is the same as scaling the kernel. The bias is not scaled.
     x = x.astype(self.dtype) * (self.size**2 * x.shape[-1]) ** -0.5
     padding, strides = self.size // 2, 1
     if self.downsample:
-      # One more on each side where the kernel then takes its own margin from.
+      # The blur pads for the convolution too.
       x, padding, strides = blur(x, 1 + padding), 0, 2
     axes = (None, None, 'channels', 'embed')
     x = nn.Conv(
@@ -106,30 +110,31 @@ class Convolution(nn.Module):
 
 
 class Block(nn.Module):
-  """Two convolutions, the second downsampling, beside a downsampling skip (StyleGAN2, figure 7).
+  """Two convolutions and a skip connection that halve height and width (StyleGAN2, figure 7).
 
   Attributes:
-    features: of the output.
-    dtype: of the computation.
+    features: number of output channels.
+    dtype: dtype of the computation.
   """
 
   features: int
   dtype: jnp.dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x):
-    """[batch, height, width, channels] to [batch, height / 2, width / 2, features]."""
+  def __call__(
+    self, x: Float[Array, 'batch height width channels']
+  ) -> Float[Array, 'batch height//2 width//2 features']:
     skip = Convolution(
       self.features, 1, downsample=True, activate=False, dtype=self.dtype, name='skip'
     )(x)
     x = Convolution(x.shape[-1], dtype=self.dtype, name='first')(x)
     x = Convolution(self.features, downsample=True, dtype=self.dtype, name='second')(x)
-    x = (x + skip) * math.sqrt(0.5)  # Keeps the variance.
+    x = (x + skip) * math.sqrt(0.5)  # Preserves the variance.
     return nn.with_logical_constraint(x, ('activation_batch', None, None, None))
 
 
 class Discriminator(nn.Module):
-  """Pictures to logits: high where a picture looks real (StyleGAN2, residual discriminator).
+  """Predicts a logit for each picture; a high logit means that it looks real.
 
   Attributes:
     config: sizes.
@@ -138,15 +143,8 @@ class Discriminator(nn.Module):
   config: DiscriminatorConfig
 
   @nn.compact
-  def __call__(self, images):
-    """Logits of pictures.
-
-    Args:
-      images: float32 [batch, size, size, 3] in [0, 1], `size` a power of two from 8.
-
-    Returns:
-      float32 [batch].
-    """
+  def __call__(self, images: Float[Array, 'batch size size 3']) -> Float[Array, 'batch']:
+    """Returns float32 logits of pictures with values in [0, 1]; `size` is a power of two >= 8."""
     config, dtype = self.config, jnp.dtype(self.config.dtype)
     sizes = config.sizes(images.shape[1])
     x = Convolution(config.width(sizes[0]), 1, dtype=dtype, name='from_pixels')(images * 2.0 - 1.0)
@@ -157,7 +155,7 @@ class Discriminator(nn.Module):
     x = Convolution(config.width(_LAST_SIZE), dtype=dtype, name='last')(x)
     x = x.reshape(x.shape[0], 1, 1, -1)
     x = Convolution(config.width(_LAST_SIZE), 1, dtype=dtype, name='dense')(x)
-    # A logit has no activation, and one number can not be split along `embed`.
+    # Not a Convolution: there is no activation, and one output can't be split along `embed`.
     x = x.astype(jnp.float32).reshape(x.shape[0], -1)
     logits = nn.Dense(
       1,
@@ -168,21 +166,22 @@ class Discriminator(nn.Module):
     return logits[:, 0]
 
 
-def leaky_relu(x):
-  """Leaky ReLU of slope 0.2 with a gain of √2, which keeps the second moment about as it was."""
+def leaky_relu(x: Float[Array, '*shape']) -> Float[Array, '*shape']:
+  """Leaky ReLU with slope 0.2 and a gain of √2, which roughly preserves the second moment."""
   return nn.leaky_relu(x, 0.2) * math.sqrt(2.0)
 
 
-def blur(x, padding: int):
-  """Convolves with [1, 3, 3, 1] / 8 along height and width, after padding both with zeros.
+def blur(
+  x: Float[Array, 'batch height width channels'], padding: int
+) -> Float[Array, 'batch height+2*{padding}-3 width+2*{padding}-3 channels']:
+  """Convolves with [1, 3, 3, 1] / 8 along height and width, after padding with zeros.
+
+  It is computed as a sum of shifted copies, which compilers fuse and whose second derivative is a
+  sum too. A depthwise convolution is slow on a CPU.
 
   Args:
-    x: [batch, height, width, channels].
-    padding: zeros on each side; the output's sides are longer by 2 · padding − 3.
-
-  Returns:
-    [batch, height', width', channels]. As sums of shifted copies, which compilers fuse and whose
-    second derivatives are sums as well; a convolution of each channel alone is slow on a CPU.
+    x: feature maps.
+    padding: number of zeros on each side.
   """
   for axis in (1, 2):
     widths = [(padding, padding) if i == axis else (0, 0) for i in range(x.ndim)]
@@ -193,19 +192,18 @@ def blur(x, padding: int):
   return x
 
 
-def minibatch_deviation(x, group: int):
-  """Adds a feature map that holds how much the pictures of a group differ.
+def minibatch_deviation(
+  x: Float[Array, 'batch height width channels'], group: int
+) -> Float[Array, 'batch height width channels+1']:
+  """Appends a feature map that measures how much the pictures of each group differ.
 
-  The standard deviation over the group of each value, averaged over values (arXiv 1710.10196,
-  section 3). A group is of pictures that follow each other, so that devices with whole groups need
-  nothing of others.
+  It is the standard deviation of each value over the group, averaged over all values (arXiv
+  1710.10196, section 3). A group consists of consecutive pictures, so a device that holds whole
+  groups needs no data from other devices.
 
   Args:
-    x: [batch, height, width, channels].
-    group: pictures of a group; their greatest common divisor with `batch` counts.
-
-  Returns:
-    [batch, height, width, channels + 1].
+    x: feature maps.
+    group: number of pictures in a group; its greatest common divisor with the batch is used.
   """
   batch, height, width, channels = x.shape
   group = math.gcd(batch, group)

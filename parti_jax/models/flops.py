@@ -1,8 +1,8 @@
-"""Model FLOPs: what the networks' matrix products cost, without recomputation.
+"""Model FLOPs: the cost of the networks' matrix products, without recomputation.
 
-A product of [m, k] and [k, n] counts 2·m·k·n; attention counts the whole square of positions
-(as PaLM, appendix B), or as many keys a query as the neighbourhood of a sparse pattern has; norms,
-softmax and embeddings look-ups do not count. A training step costs three forward passes.
+A product of [m, k] and [k, n] counts as 2·m·k·n. Attention counts all pairs of positions (as in
+PaLM, appendix B); a sparse pattern counts the keys in its neighbourhood for each query. Norms,
+softmax and embedding lookups are not counted. A training step costs three forward passes.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ def parti_forward(config: parti_config.PartiConfig) -> int:
 
 
 def logits_forward(config: parti_config.PartiConfig) -> int:
-  """FLOPs of the logits of all image tokens of one sequence, of one layer's output."""
+  """FLOPs of the logits of all image tokens of one sequence, from the output of one layer."""
   return 2 * config.image_length * config.width * config.codebook_size
 
 
 def _keys(config: parti_config.PartiConfig) -> int:
-  """Image tokens that a query counts to look at in all layers, with those that come after it."""
+  """Number of image tokens that a query counts in all layers, including those that follow it."""
   repeated = config.decoder_layers // len(config.patterns)
   return repeated * sum(pattern.keys for pattern in config.patterns)
 
 
 def parti_sampling_step(config: parti_config.PartiConfig) -> int:
-  """FLOPs of the last image token of one sequence, with a cache of those before it."""
+  """FLOPs of sampling the last image token of one sequence, with a cache of the previous ones."""
   width = config.width
   projections = 2 * (6 * width**2 + 2 * width * config.mlp_width)
   attention = 4 * (_keys(config) + config.decoder_layers * config.text_length) * width
@@ -95,7 +95,7 @@ def vgg16_forward(image_size: int) -> int:
 
 
 def _convolution(size: int, kernel: int, channels: int, features: int) -> int:
-  """FLOPs of a convolution whose output has `size` rows and columns."""
+  """FLOPs of a convolution with `size` rows and columns in its output."""
   return 2 * size**2 * kernel**2 * channels * features
 
 

@@ -1,9 +1,13 @@
-"""Parti: the text encoder and the image-token decoder together (Parti, section 2.2)."""
+"""Parti: a text encoder and an image-token decoder (Parti, section 2.2)."""
 
 from __future__ import annotations
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jaxtyping import Array
+from jaxtyping import Bool
+from jaxtyping import Float
+from jaxtyping import Int
 
 from parti_jax.models import parti_config
 from parti_jax.models import text_encoder
@@ -13,10 +17,10 @@ from parti_jax.models.nn import transformer
 
 
 class Parti(nn.Module):
-  """Image-token logits from text and earlier image tokens.
+  """Predicts image tokens from text and earlier image tokens.
 
   Attributes:
-    config: widths and depths.
+    config: sizes.
   """
 
   config: parti_config.PartiConfig
@@ -25,48 +29,72 @@ class Parti(nn.Module):
     self.text_encoder = text_encoder.TextEncoder(self.config)
     self.image_decoder = token_decoder.TokenDecoder(self.config)
 
-  def __call__(self, text_tokens, image_tokens, dropout_keys=None):
-    """Logits of every image token, given the text and the tokens before it.
+  def __call__(
+    self,
+    text_tokens: Int[Array, 'batch text_length'],
+    image_tokens: Int[Array, 'batch image_length'],
+    dropout_keys: layers.DropoutKeys | None = None,
+  ) -> Float[Array, 'batch image_length codebook']:
+    """Returns the float32 logits of every image token, given the text and the earlier tokens.
 
     Args:
-      text_tokens: int32 [batch, text_length], padded with 0.
-      image_tokens: int32 [batch, image_length], each in [0, codebook_size); the last one is not
-        read.
-      dropout_keys: layers.DropoutKeys of this batch, or None where dropout is off.
+      text_tokens: text tokens, padded with 0.
+      image_tokens: image tokens in [0, codebook_size). The last one is not an input.
+      dropout_keys: keys of this batch; None if dropout is off.
 
     Returns:
-      float32 [batch, image_length, codebook_size]; entry i predicts image_tokens[:, i].
+      Logits; entry i predicts image_tokens[:, i].
     """
     inputs, keys = self._decoder_inputs(text_tokens, image_tokens, dropout_keys)
     return self.image_decoder(*inputs, dropout_keys=keys)[0]
 
-  def states(self, text_tokens, image_tokens, dropout_keys=None):
-    """What each decoder layer predicts from, for losses over depth; arguments as `__call__`.
+  def states(
+    self,
+    text_tokens: Int[Array, 'batch text_length'],
+    image_tokens: Int[Array, 'batch image_length'],
+    dropout_keys: layers.DropoutKeys | None = None,
+  ) -> Float[Array, 'layers batch image_length embed']:
+    """Returns the outputs of all decoder layers, for losses over depth.
 
-    Returns:
-      [layers, batch, image_length, embed]; `predict` of the last is the result of `__call__`.
+    The arguments are those of `__call__`. `predict` of the last layer's output gives its result.
     """
     inputs, keys = self._decoder_inputs(text_tokens, image_tokens, dropout_keys)
     return self.image_decoder.states(*inputs, dropout_keys=keys)
 
-  def _decoder_inputs(self, text_tokens, image_tokens, dropout_keys):
+  def _decoder_inputs(
+    self,
+    text_tokens: Int[Array, 'batch text_length'],
+    image_tokens: Int[Array, 'batch image_length'],
+    dropout_keys: layers.DropoutKeys | None,
+  ) -> tuple[
+    tuple[
+      Int[Array, 'batch image_length'],
+      Float[Array, 'batch text_length embed'],
+      Bool[Array, 'batch 1 1 text_length'],
+    ],
+    layers.DropoutKeys | None,
+  ]:
     encoded = self.text_encoder(text_tokens, layers.fold(dropout_keys, 0))
     inputs = token_decoder.shifted(image_tokens), encoded, text_encoder.text_mask(text_tokens)
     return inputs, layers.fold(dropout_keys, 1)
 
-  def predict(self, states):
-    """Logits of one layer of `states`: float32 [batch, image_length, codebook_size]."""
+  def predict(
+    self, states: Float[Array, 'batch image_length embed']
+  ) -> Float[Array, 'batch image_length codebook']:
+    """Returns the logits for the output of one layer of `states`."""
     return self.image_decoder.predict(states)
 
-  def start(self, text_tokens, length: int | None = None) -> transformer.DecoderState:
-    """Encodes texts for sampling, which goes on with `token_decoder.TokenDecoder` alone.
+  def start(
+    self, text_tokens: Int[Array, 'batch text_length'], length: int | None = None
+  ) -> transformer.DecoderState:
+    """Encodes texts for sampling, which continues with `token_decoder.TokenDecoder` alone.
 
     Args:
-      text_tokens: int32 [batch, text_length], padded with 0.
-      length: the caches have room for this many positions; by default for all.
+      text_tokens: text tokens, padded with 0.
+      length: number of positions that the caches can hold; all positions by default.
 
     Returns:
-      The decoder's state before the first image token.
+      The state of the decoder before the first image token.
     """
     return self.image_decoder.decoder.start(
       self.text_encoder(text_tokens),
@@ -75,8 +103,10 @@ class Parti(nn.Module):
     )
 
 
-def example_inputs(config: parti_config.PartiConfig, batch: int = 1):
-  """Arrays of the shapes and dtypes that `Parti.__call__` takes, for initialisation."""
+def example_inputs(
+  config: parti_config.PartiConfig, batch: int = 1
+) -> tuple[Int[Array, 'batch text_length'], Int[Array, 'batch image_length']]:
+  """Returns arrays with the shapes and dtypes of the arguments of `Parti`, for initialization."""
   return (
     jnp.ones((batch, config.text_length), jnp.int32),
     jnp.zeros((batch, config.image_length), jnp.int32),

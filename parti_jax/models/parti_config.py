@@ -1,4 +1,4 @@
-"""Sizes of a Parti model (Parti, table 1), bound by gin."""
+"""Sizes of a Parti model (Parti, table 1), configured with gin."""
 
 from __future__ import annotations
 
@@ -10,24 +10,23 @@ import jax.numpy as jnp
 from parti_jax.core import checks
 from parti_jax.core import errors
 from parti_jax.models import config_checks
-from parti_jax.models.nn import attention_patterns
+from parti_jax.models.nn import attention_patterns as patterns_lib
 
-# What models did before it became a setting, for files that do not name it.
+# The behaviour of older versions, for configuration files that lack these fields.
 BEFORE_IT_WAS_A_SETTING = {'attention_patterns': ('global',), 'conv_kernel': 11}
 
 
 def by_todays_names(sizes: dict[str, Any]) -> dict[str, Any]:
-  """Sizes of a model as a file of an older version has them, by the names of this version.
+  """Converts the sizes in a file of an older version to the fields of this version.
 
   Raises:
-    UserError: if a size is there by both names, or that of an older version is of another type.
+    UserError: if the file has both the old and the new field, or the old field has the wrong type.
   """
   sizes = dict(sizes)
   if 'attention_pattern' in sizes:  # One pattern for all layers, and 'causal' was 'global'.
     if 'attention_patterns' in sizes:
       raise errors.UserError(
-        "it has other fields than PartiConfig: 'attention_pattern' is the "
-        "older name of 'attention_patterns', which is there too; remove one"
+        "it has both 'attention_patterns' and its older name 'attention_pattern'; remove one"
       )
     older = checks.text('attention_pattern', sizes.pop('attention_pattern'))
     sizes['attention_patterns'] = ('global' if older == 'causal' else older,)
@@ -40,27 +39,27 @@ class PartiConfig:
   """Sizes of the text encoder and of the image-token decoder.
 
   Attributes:
-    encoder_layers: blocks of the text encoder.
-    decoder_layers: blocks of the image-token decoder.
+    encoder_layers: number of blocks of the text encoder.
+    decoder_layers: number of blocks of the image-token decoder.
     width: model dimension, `embed`.
     mlp_width: hidden dimension of the MLPs, `mlp`.
-    heads: attention heads; must divide `width`.
-    text_vocabulary: SentencePiece pieces, ids 0 (padding), 1 (end), 2 (unknown) among them.
-    text_length: most text tokens.
-    codebook_size: image tokens to choose from.
+    heads: number of attention heads; must divide `width`.
+    text_vocabulary: number of SentencePiece pieces, including the ids 0 (padding), 1 (end) and 2
+      (unknown).
+    text_length: maximum number of text tokens.
+    codebook_size: number of different image tokens.
     grid: rows and columns of image tokens; their product is `image_length`.
-    dropout: rate of dropout in training.
-    dtype: name of the dtype that projections compute in; norms and logits are float32.
-    attention_patterns: which earlier image tokens the self-attention of the decoder's layers
-      sees: a schedule that is repeated over the layers, of 'conv' (those within a square around
-      the position), 'row', 'column' and 'global' (all), see `attention_patterns`. Kept as the
-      shortest tuple that gives the same.
-    conv_kernel: side of the square of 'conv', odd.
-    remat: what the backward pass keeps, a name in `layer_stack.REMAT_POLICIES`.
-    unroll: layers laid out in one turn of the scan; changes speed, not results.
+    dropout: dropout rate in training.
+    dtype: name of the dtype of projections; norms and logits are float32.
+    attention_patterns: the patterns of self-attention in the decoder, a schedule that the layers
+      repeat; each is a name in `nn.attention_patterns.PATTERNS`. A schedule that consists of
+      repetitions is shortened to a single one.
+    conv_kernel: side of the square of the pattern 'conv'; odd.
+    remat: what to save for the backward pass: a name in `layer_stack.REMAT_POLICIES`.
+    unroll: number of layers that each iteration of the scan computes; doesn't change results.
 
   Raises:
-    UserError: if `heads` does not divide `width`, or a value is out of its range.
+    UserError: if `heads` does not divide `width`, or a value is out of range.
   """
 
   encoder_layers: int = 12
@@ -79,7 +78,7 @@ class PartiConfig:
   remat: str = 'everything'
   unroll: int = 1
 
-  BOUNDS = {'dropout': (0, 1)}  # Below 1, see `config_checks.check_dropout`.
+  BOUNDS = {'dropout': (0, 1)}  # 1 is excluded by `config_checks.check_dropout`.
 
   def __post_init__(self):
     patterns = self.attention_patterns
@@ -93,20 +92,20 @@ class PartiConfig:
     config_checks.check_image_length(self, 'grid')
     self._check_patterns()
     object.__setattr__(
-      self, 'attention_patterns', attention_patterns.shortest_period(self.attention_patterns)
+      self, 'attention_patterns', patterns_lib.shortest_period(self.attention_patterns)
     )
     if self.conv_kernel % 2 == 0:
       raise errors.UserError(f'PartiConfig.conv_kernel={self.conv_kernel} must be odd')
     config_checks.check_dropout(self)
 
-  def _check_patterns(self):
-    """Raises UserError unless all patterns are known, and their schedule fits the layers."""
+  def _check_patterns(self) -> None:
+    """Raises UserError unless all patterns are known and the schedule divides the layers."""
     names = self.attention_patterns
     key = f'PartiConfig.attention_patterns={checks.shown(names)}'
     for name in names:
-      if name not in attention_patterns.PATTERNS:
+      if name not in patterns_lib.PATTERNS:
         raise errors.UserError(
-          f'{key}: {checks.shown(name)} is not one of {", ".join(attention_patterns.PATTERNS)}'
+          f'{key}: {checks.shown(name)} is not one of {", ".join(patterns_lib.PATTERNS)}'
         )
     if self.decoder_layers % len(names):
       raise errors.UserError(
@@ -115,15 +114,15 @@ class PartiConfig:
       )
 
   @property
-  def patterns(self) -> tuple[attention_patterns.AttentionPattern, ...]:
-    """What self-attention sees in the decoder's first layers; the others repeat it."""
+  def patterns(self) -> tuple[patterns_lib.AttentionPattern, ...]:
+    """The attention patterns of the first decoder layers; the other layers repeat them."""
     return tuple(
-      attention_patterns.AttentionPattern(name, self.grid, self.conv_kernel)
+      patterns_lib.AttentionPattern(name, self.grid, self.conv_kernel)
       for name in self.attention_patterns
     )
 
-  def layer_pattern(self, layer: int) -> attention_patterns.AttentionPattern:
-    """What self-attention sees in one of the decoder's layers."""
+  def layer_pattern(self, layer: int) -> patterns_lib.AttentionPattern:
+    """Returns the attention pattern of a decoder layer."""
     return self.patterns[layer % len(self.attention_patterns)]
 
   @property
@@ -131,5 +130,5 @@ class PartiConfig:
     return self.grid[0] * self.grid[1]
 
   @property
-  def compute_dtype(self):
+  def compute_dtype(self) -> jnp.dtype:
     return jnp.dtype(self.dtype)

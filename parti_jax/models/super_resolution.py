@@ -1,10 +1,10 @@
-"""Super-resolution of the tokenizer's pictures (Parti, section 2.1), a network as WDSR.
+"""Super-resolution of the tokenizer's pictures (Parti, section 2.1), with a network like WDSR.
 
 WDSR (Yu et al., "Wide Activation for Efficient and Accurate Image Super-Resolution", arXiv
-1808.08718): residual blocks whose features are wide before the ReLU and narrow between blocks,
-weight normalisation, no batch norm, and all work at the small resolution, up to one pixel shuffle
-at the end. Where WDSR adds a convolution of the input to its result, here the input enlarged by
-bicubic interpolation is added, so that what is learned is the difference to that.
+1808.08718) has residual blocks with many features before the ReLU and few features between blocks.
+It uses weight normalization, no batch norm, and computes at the low resolution up to a pixel
+shuffle at the end. WDSR adds a convolution of the input to its output. Here the bicubic enlargement
+of the input is added, so the network learns the difference to it.
 """
 
 from __future__ import annotations
@@ -14,13 +14,16 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
+from jaxtyping import Float
 
 from parti_jax.core import errors
 from parti_jax.models import config_checks
 from parti_jax.models import vit_vqgan
 from parti_jax.models.nn import layer_stack
+from parti_jax.models.nn import layers
 
-# How far bicubic interpolation looks, in pixels.
+# Distance of the farthest pixel that bicubic interpolation uses.
 _BICUBIC_REACH = 2
 
 
@@ -30,21 +33,21 @@ class SuperResolutionConfig:
   """Sizes of a super-resolution network.
 
   Attributes:
-    factor: how many times higher and wider pictures become.
-    blocks: residual blocks.
-    width: features between blocks, `embed`.
-    expansion: how many times more features there are before a block's ReLU, `mlp`.
-    low_rank: 0 for blocks of two 3×3 convolutions (WDSR-A); otherwise those of WDSR-B, a 1×1
-      convolution before the ReLU, and after it a 1×1 to low_rank · width features and a 3×3.
-    unshuffle: side in pixels of the squares that are one position to the blocks (pixel
-      unshuffle); larger ones see farther and cost less. Must divide a picture's height and width.
-    dilations: distances of neighbours in the blocks' 3×3 convolutions, from block to block, and
-      after the last one the first again.
-    dtype: name of the dtype that convolutions compute in.
-    remat: what the backward pass keeps, a name in `layer_stack.REMAT_POLICIES`.
+    factor: factor by which height and width increase.
+    blocks: number of residual blocks.
+    width: number of features between blocks, `embed`.
+    expansion: number of features before the ReLU of a block, `mlp`, as a multiple of `width`.
+    low_rank: 0 for blocks with two 3×3 convolutions (WDSR-A). Otherwise blocks are those of WDSR-B:
+      a 1×1 convolution before the ReLU, and after it a 1×1 convolution to low_rank · width features
+      and a 3×3 convolution.
+    unshuffle: side, in pixels, of the squares that the blocks treat as one position (pixel
+      unshuffle). Larger squares see farther and cost less. Must divide height and width.
+    dilations: dilations of the 3×3 convolutions in successive blocks; the blocks repeat them.
+    dtype: name of the dtype of convolutions.
+    remat: what to save for the backward pass: a name in `layer_stack.REMAT_POLICIES`.
 
   Raises:
-    UserError: if a value is out of its range.
+    UserError: if a value is out of range.
   """
 
   factor: int = 2
@@ -63,35 +66,34 @@ class SuperResolutionConfig:
     config_checks.check(self)
     if not self.dilations:
       raise errors.UserError(
-        'SuperResolutionConfig.dilations=() must be a list of whole numbers '
-        'from 1, with one of them at least'
+        'SuperResolutionConfig.dilations=() must contain at least one positive integer'
       )
 
   @property
-  def compute_dtype(self):
+  def compute_dtype(self) -> jnp.dtype:
     return jnp.dtype(self.dtype)
 
   @property
   def reach(self) -> int:
-    """How far from a pixel the result there depends on others, in pixels of the input."""
+    """Radius of the receptive field, in pixels of the input."""
     convolutions = 1 if self.low_rank else 2
     blocks = convolutions * sum(
       self.dilations[block % len(self.dilations)] for block in range(self.blocks)
     )
-    # The 3×3 convolutions at both ends, and a pixel's place within its square.
+    # The blocks, the 3×3 convolutions at both ends, and the place of a pixel within its square.
     return max(_BICUBIC_REACH, self.unshuffle * (1 + blocks + 1) + self.unshuffle - 1)
 
 
 class Convolution(nn.Module):
-  """A convolution with bias and weight normalisation: kernel = gain · v / ‖v‖ for each feature.
+  """A convolution with bias and weight normalization: kernel = gain · v / ‖v‖ for each feature.
 
   Attributes:
-    features: of the output.
+    features: number of output channels.
     side: height and width of the kernel.
-    axes: logical names of the kernel's last two axes, input and output.
-    dtype: of the computation; parameters are float32.
-    gain: initial one; 1 keeps the variance of inputs with mean 0.
-    dilation: distance of neighbours.
+    axes: logical names of the kernel's input and output channels.
+    dtype: dtype of the computation; parameters are float32.
+    gain: initial gain; 1 preserves the variance of inputs with mean 0.
+    dilation: dilation of the kernel.
   """
 
   features: int
@@ -102,19 +104,20 @@ class Convolution(nn.Module):
   dilation: int = 1
 
   @nn.compact
-  def __call__(self, x):
-    """x: [batch, height, width, channels]. Returns dtype [batch, height, width, features]."""
-    boxed = nn.with_logical_partitioning
-    axes = ('kernel_rows', 'kernel_columns') + self.axes
-    direction = self.param(
+  def __call__(
+    self, x: Float[Array, 'batch height width channels']
+  ) -> Float[Array, 'batch height width features']:
+    direction = layers.parameter(
+      self,
       'direction',
-      boxed(nn.initializers.normal(1.0), axes),
+      nn.initializers.normal(1.0),
+      ('kernel_rows', 'kernel_columns') + self.axes,
       (self.side, self.side, x.shape[-1], self.features),
     )
-    gain = self.param(
-      'gain', boxed(nn.initializers.constant(self.gain), self.axes[1:]), (self.features,)
+    gain = layers.parameter(
+      self, 'gain', nn.initializers.constant(self.gain), self.axes[1:], (self.features,)
     )
-    bias = self.param('bias', boxed(nn.initializers.zeros, self.axes[1:]), (self.features,))
+    bias = layers.parameter(self, 'bias', nn.initializers.zeros, self.axes[1:], (self.features,))
     norm = jnp.sqrt(jnp.sum(jnp.square(direction), axis=(0, 1, 2)))
     kernel = (direction * (gain / jnp.maximum(norm, 1e-12))).astype(self.dtype)
     y = jax.lax.conv_general_dilated(
@@ -129,16 +132,22 @@ class Convolution(nn.Module):
 
 
 class Block(nn.Module):
-  """A residual block with wide activation (WDSR, section 3; figure 2)."""
+  """A residual block with wide activation (WDSR, section 3; figure 2).
+
+  Attributes:
+    config: sizes of the network.
+    dilation: dilation of the 3×3 convolutions.
+  """
 
   config: SuperResolutionConfig
   dilation: int
 
   @nn.compact
-  def __call__(self, x):
-    """x: [batch, rows, columns, embed]. Returns the same shape."""
+  def __call__(
+    self, x: Float[Array, 'batch rows columns embed']
+  ) -> Float[Array, 'batch rows columns embed']:
     config = self.config
-    # Each of n blocks adds 1/n of the variance; the ReLU has taken half of it before.
+    # Each of n blocks adds 1/n of the variance. The factor 2 compensates for the ReLU.
     gain = (2.0 / config.blocks) ** 0.5
     convolve = lambda features, side, axes, name, gain=1.0: Convolution(
       features, side, axes, config.compute_dtype, gain, self.dilation if side > 1 else 1, name=name
@@ -160,7 +169,7 @@ class Block(nn.Module):
 
 
 class SuperResolution(nn.Module):
-  """Pictures to larger ones.
+  """Enlarges pictures.
 
   Attributes:
     config: sizes.
@@ -169,15 +178,17 @@ class SuperResolution(nn.Module):
   config: SuperResolutionConfig
 
   @nn.compact
-  def __call__(self, images):
-    """Enlarges pictures.
+  def __call__(
+    self, images: Float[Array, 'batch height width 3']
+  ) -> Float[Array, 'batch large_height large_width 3']:
+    """Enlarges pictures by `factor`.
 
     Args:
-      images: float32 [batch, height, width, 3] in [0, 1].
+      images: pictures with values in [0, 1].
 
     Returns:
-      float32 [batch, factor · height, factor · width, 3]; not clipped to [0, 1]. Before training
-      it is the bicubic enlargement, since the last convolution's gain begins at 0.
+      Float32 pictures that are not clipped to [0, 1]. Before training they are the bicubic
+      enlargement, because the initial gain of the last convolution is 0.
     """
     config = self.config
     batch, height, width, channels = images.shape
@@ -201,13 +212,17 @@ class SuperResolution(nn.Module):
     return enlarge(images, config.factor) + x.astype(jnp.float32)
 
 
-def enlarge(images, factor: int):
-  """Bicubic enlargement: float32 [batch, height, width, 3] to [batch, f · height, f · width, 3]."""
+def enlarge(
+  images: Float[Array, 'batch height width channels'], factor: int
+) -> Float[Array, 'batch {factor}*height {factor}*width channels']:
+  """Enlarges pictures by bicubic interpolation."""
   batch, height, width, channels = images.shape
   return jax.image.resize(images, (batch, factor * height, factor * width, channels), 'cubic')
 
 
-def example_inputs(config: SuperResolutionConfig, batch: int = 1):
-  """Pictures of a shape that `SuperResolution.__call__` takes, for initialisation."""
+def example_inputs(
+  config: SuperResolutionConfig, batch: int = 1
+) -> tuple[Float[Array, 'batch height width 3']]:
+  """Returns pictures of a size that `SuperResolution` takes, for initialization."""
   side = 4 * config.unshuffle
   return (jnp.zeros((batch, side, side, 3), jnp.float32),)

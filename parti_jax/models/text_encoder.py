@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jaxtyping import Array
+from jaxtyping import Bool
+from jaxtyping import Float
+from jaxtyping import Int
 
 from parti_jax.models import parti_config
 from parti_jax.models.nn import layers
 from parti_jax.models.nn import transformer
 
 
-def text_mask(text_tokens):
-  """Which text tokens are not padding (id 0).
-
-  Args:
-    text_tokens: int32 [batch, text_length].
-
-  Returns:
-    bool [batch, 1, 1, text_length], True where a token may be looked at.
-  """
+def text_mask(text_tokens: Int[Array, 'batch text_length']) -> Bool[Array, 'batch 1 1 text_length']:
+  """Returns an attention mask that hides padding (id 0)."""
   return (text_tokens > 0)[:, None, None, :]
 
 
@@ -26,7 +23,7 @@ class TextEncoder(nn.Module):
   """A bidirectional Transformer over SentencePiece tokens.
 
   Attributes:
-    config: widths and depths.
+    config: sizes.
   """
 
   config: parti_config.PartiConfig
@@ -49,17 +46,19 @@ class TextEncoder(nn.Module):
     )
     self.drop = layers.Dropout(config.dropout)
 
-  def __call__(self, text_tokens, dropout_keys=None, masked=None):
-    """Encodes text.
+  def __call__(
+    self,
+    text_tokens: Int[Array, 'batch text_length'],
+    dropout_keys: layers.DropoutKeys | None = None,
+    masked: tuple[Bool[Array, 'batch text_length'], Float[Array, 'embed']] | None = None,
+  ) -> Float[Array, 'batch text_length embed']:
+    """Encodes texts.
 
     Args:
-      text_tokens: int32 [batch, text_length], padded with 0.
-      dropout_keys: layers.DropoutKeys of the encoder, or None where dropout is off.
-      masked: for masked language modelling, where pieces are hidden, bool [batch, text_length],
-        and the vector that stands for them, float32 [embed]; None for nowhere.
-
-    Returns:
-      config.compute_dtype [batch, text_length, embed].
+      text_tokens: text tokens, padded with 0.
+      dropout_keys: keys of the encoder; None if dropout is off.
+      masked: for masked language modelling: True for each piece to replace, and the mask vector
+        that replaces its embedding.
     """
     pieces = self.token_embedding(text_tokens)
     if masked is not None:
@@ -69,6 +68,8 @@ class TextEncoder(nn.Module):
     x = self.drop(x.astype(self.config.compute_dtype), layers.fold(dropout_keys, 0))
     return self.encoder(x, text_mask(text_tokens), layers.fold(dropout_keys, 1))
 
-  def piece_logits(self, x):
-    """Products with the table of pieces: [..., embed] to float32 [..., text_vocabulary]."""
+  def piece_logits(
+    self, x: Float[Array, 'batch places embed']
+  ) -> Float[Array, 'batch places text_vocabulary']:
+    """Returns the dot products of x with the embeddings of all pieces, in float32."""
     return self.token_embedding.attend(x)

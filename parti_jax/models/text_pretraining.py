@@ -1,13 +1,17 @@
-"""The text encoder with what trains it before Parti: masked language modelling, a contrastive loss.
+"""Pretraining of the text encoder: masked language modelling, and a contrastive loss.
 
-Parti warms its text encoder up with BERT's objective and with a contrastive one between texts and
-pictures, and then trains encoder and decoder together (Parti, section 2.2 in the arXiv version).
+Parti first trains its text encoder with BERT's objective and with a contrastive loss between texts
+and pictures, and then trains encoder and decoder together (Parti, section 2.2 of the arXiv
+version).
 """
 
 from __future__ import annotations
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jaxtyping import Array
+from jaxtyping import Float
+from jaxtyping import Int
 
 from parti_jax.models import coca
 from parti_jax.models import contrastive
@@ -19,13 +23,13 @@ from parti_jax.models.nn import layers
 
 
 class ContrastiveHead(nn.Module):
-  """An image encoder, and what makes one vector of a picture and of a text.
+  """An image encoder, and the contrastive vectors of pictures and texts.
 
-  A text's vector is a projection of the mean over its pieces of the encoder's output: the
-  generator looks at all of them, so all of them are to learn.
+  The vector of a text is a projection of the mean of the text encoder's outputs. All of them
+  receive a gradient in this way, as the generator attends to all of them.
 
   Attributes:
-    image: sizes of the image encoder and of the vectors; those of its texts are not used.
+    image: sizes of the image encoder and of the vectors; its sizes of texts are not used.
   """
 
   image: coca.CoCaConfig
@@ -39,18 +43,22 @@ class ContrastiveHead(nn.Module):
     self.text_feature = feature()
     self.logit_scale = contrastive.LogitScale()
 
-  def __call__(self, images, encoded, text_tokens, dropout_keys=None):
-    """Vectors of pictures and texts.
+  def __call__(
+    self,
+    images: Float[Array, 'batch height width 3'],
+    encoded: Float[Array, 'batch text_length embed'],
+    text_tokens: Int[Array, 'batch text_length'],
+    dropout_keys: layers.DropoutKeys | None = None,
+  ) -> tuple[
+    Float[Array, 'batch feature_dim'], Float[Array, 'batch feature_dim'], Float[Array, '']
+  ]:
+    """Returns float32 unit vectors of the pictures and of the texts, and the scale of their products.
 
     Args:
-      images: float32 [batch, height, width, 3] in [0, 1].
-      encoded: [batch, text_length, embed], of the text encoder.
-      text_tokens: int32 [batch, text_length], padded with 0.
-      dropout_keys: of the image encoder.
-
-    Returns:
-      Unit vectors float32 [batch, feature_dim] of the pictures and of the texts, and float32 [],
-      the scale of their products.
+      images: pictures with values in [0, 1].
+      encoded: the output of the text encoder.
+      text_tokens: text tokens, padded with 0.
+      dropout_keys: keys of the image encoder; None if dropout is off.
     """
     pictures = self.image_pooler(self.image_encoder(images, dropout_keys))[:, 0]
     is_text = (text_tokens > 0).astype(jnp.float32)[..., None]
@@ -63,11 +71,11 @@ class ContrastiveHead(nn.Module):
 
 
 class TextPretraining(nn.Module):
-  """The text encoder, under the name that it has in Parti, and the heads of both objectives.
+  """The text encoder, with the same name as in Parti, and the heads of both losses.
 
   Attributes:
-    config: sizes; of Parti those of the text encoder alone count.
-    masked: whether there is a head of masked language modelling.
+    config: sizes of Parti, of which only those of the text encoder are used.
+    masked: whether to have a head of masked language modelling.
     image: sizes of the image encoder; None for no contrastive head.
   """
 
@@ -82,23 +90,27 @@ class TextPretraining(nn.Module):
     if self.image:
       self.contrastive_head = ContrastiveHead(self.image)
 
-  def __call__(self, text_tokens, images=None):
-    """All that there is, for initialisation; arguments as the methods below."""
+  def __call__(
+    self,
+    text_tokens: Int[Array, 'batch text_length'],
+    images: Float[Array, 'batch height width 3'] | None = None,
+  ) -> None:
+    """Runs all parts, for initialization; the arguments are those of the methods below."""
     if self.masked:
       keys = masked_language.keys_of_texts(text_tokens)
       self.piece_logits(masked_language.mask_text(text_tokens, keys, self.config.text_vocabulary))
     if self.image:
+      assert images is not None
       self.features(text_tokens, images)
 
-  def piece_logits(self, text: masked_language.MaskedText, dropout_keys=None):
-    """Logits of the chosen pieces.
+  def piece_logits(
+    self, text: masked_language.MaskedText, dropout_keys: layers.DropoutKeys | None = None
+  ) -> Float[Array, 'batch most text_vocabulary']:
+    """Returns float32 logits of the chosen pieces.
 
     Args:
-      text: of `mask_text`.
-      dropout_keys: layers.DropoutKeys, or None where dropout is off.
-
-    Returns:
-      float32 [batch, most, text_vocabulary].
+      text: the result of `mask_text`.
+      dropout_keys: keys of this batch; None if dropout is off.
     """
     head = self.masked_head
     encoded = self.text_encoder(text.tokens, dropout_keys, (text.masked, head.mask))
@@ -107,13 +119,20 @@ class TextPretraining(nn.Module):
       logits, ('activation_batch', 'activation_length', 'activation_vocab')
     )
 
-  def features(self, text_tokens, images, dropout_keys=None):
-    """Vectors of texts and pictures, see `ContrastiveHead`.
+  def features(
+    self,
+    text_tokens: Int[Array, 'batch text_length'],
+    images: Float[Array, 'batch height width 3'],
+    dropout_keys: layers.DropoutKeys | None = None,
+  ) -> tuple[
+    Float[Array, 'batch feature_dim'], Float[Array, 'batch feature_dim'], Float[Array, '']
+  ]:
+    """Returns the result of `ContrastiveHead`.
 
     Args:
-      text_tokens: int32 [batch, text_length], padded with 0.
-      images: float32 [batch, height, width, 3] in [0, 1].
-      dropout_keys: layers.DropoutKeys, or None where dropout is off.
+      text_tokens: text tokens, padded with 0.
+      images: pictures with values in [0, 1].
+      dropout_keys: keys of this batch; None if dropout is off.
     """
     encoded = self.text_encoder(text_tokens, layers.fold(dropout_keys, 0))
     return self.contrastive_head(images, encoded, text_tokens, layers.fold(dropout_keys, 1))
@@ -121,8 +140,11 @@ class TextPretraining(nn.Module):
 
 def example_inputs(
   config: parti_config.PartiConfig, image: coca.CoCaConfig | None = None, batch: int = 1
+) -> (
+  tuple[Int[Array, 'batch text_length']]
+  | tuple[Int[Array, 'batch text_length'], Float[Array, 'batch height width 3']]
 ):
-  """Arrays of the shapes and dtypes that `TextPretraining.__call__` takes, for initialisation."""
+  """Returns arrays with the shapes and dtypes of the arguments of `TextPretraining`."""
   texts = jnp.ones((batch, config.text_length), jnp.int32)
   if image is None:
     return (texts,)

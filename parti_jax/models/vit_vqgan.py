@@ -6,13 +6,17 @@ import dataclasses
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jaxtyping import Array
+from jaxtyping import Bool
+from jaxtyping import Float
+from jaxtyping import Int
 
 from parti_jax.models import config_checks
 from parti_jax.models import quantizer
 from parti_jax.models.nn import layers
 from parti_jax.models.nn import transformer
 
-# Keeps pixels away from 0 and 1, where the logit is infinite (DALL-E, appendix A.3).
+# Maps pixels to [ε, 1 − ε], because the logits of 0 and 1 are infinite (DALL-E, appendix A.3).
 LOGIT_LAPLACE_EPSILON = 0.1
 
 
@@ -23,25 +27,25 @@ class ViTVQGANConfig:
 
   Attributes:
     image_size: height and width of the pictures, in pixels.
-    patch_size: height and width of a patch; must divide `image_size`.
-    encoder_layers: blocks of the encoder.
+    patch_size: height and width of a patch, in pixels; must divide `image_size`.
+    encoder_layers: number of blocks of the encoder.
     encoder_width: model dimension of the encoder.
     encoder_mlp_width: hidden dimension of the encoder's MLPs.
-    encoder_heads: attention heads of the encoder.
-    decoder_layers: blocks of the decoder.
+    encoder_heads: number of attention heads of the encoder; must divide `encoder_width`.
+    decoder_layers: number of blocks of the decoder.
     decoder_width: model dimension of the decoder.
     decoder_mlp_width: hidden dimension of the decoder's MLPs.
-    decoder_heads: attention heads of the decoder.
+    decoder_heads: number of attention heads of the decoder; must divide `decoder_width`.
     codebook_size: number of codes.
     code_dim: length of a code.
-    commitment: weight β in the quantizer's loss.
-    dtype: name of the dtype that projections compute in.
-    remat: what the backward pass keeps, a name in `layer_stack.REMAT_POLICIES`.
-    unroll: layers laid out in one turn of the scan.
+    commitment: weight β in the loss of the quantizer.
+    dtype: name of the dtype of projections.
+    remat: what to save for the backward pass: a name in `layer_stack.REMAT_POLICIES`.
+    unroll: number of layers that each iteration of the scan computes.
 
   Raises:
-    UserError: if `patch_size` does not divide `image_size`, or heads a width, or a value is out
-      of its range.
+    UserError: if `patch_size` does not divide `image_size`, if heads do not divide a width, or if
+      a value is out of range.
   """
 
   image_size: int = 256
@@ -80,12 +84,14 @@ class ViTVQGANConfig:
     return self.grid[0] * self.grid[1]
 
   @property
-  def compute_dtype(self):
+  def compute_dtype(self) -> jnp.dtype:
     return jnp.dtype(self.dtype)
 
 
-def to_patches(images, patch_size: int):
-  """[batch, height, width, channels] to [batch, rows * columns, patch_size² * channels]."""
+def to_patches(
+  images: Float[Array, 'batch height width channels'], patch_size: int
+) -> Float[Array, 'batch patches {patch_size}**2*channels']:
+  """Cuts pictures into patches, row by row, and flattens each patch."""
   batch, height, width, channels = images.shape
   rows, columns = height // patch_size, width // patch_size
   x = images.reshape(batch, rows, patch_size, columns, patch_size, channels)
@@ -93,8 +99,10 @@ def to_patches(images, patch_size: int):
   return x.reshape(batch, rows * columns, patch_size * patch_size * channels)
 
 
-def from_patches(patches, patch_size: int, grid: tuple[int, int]):
-  """The inverse of `to_patches`; grid: (rows, columns)."""
+def from_patches(
+  patches: Float[Array, 'batch patches values'], patch_size: int, grid: tuple[int, int]
+) -> Float[Array, 'batch {patch_size*grid[0]} {patch_size*grid[1]} channels']:
+  """The inverse of `to_patches`; `grid` is the number of rows and columns of patches."""
   batch = patches.shape[0]
   rows, columns = grid
   x = patches.reshape(batch, rows, columns, patch_size, patch_size, -1)
@@ -103,13 +111,19 @@ def from_patches(patches, patch_size: int, grid: tuple[int, int]):
 
 
 class PixelEncoder(nn.Module):
-  """Pixels to latents: patch projection, Transformer, feed-forward with tanh to code_dim."""
+  """Encodes pixels: patch projection, Transformer, MLP with tanh to code_dim.
+
+  Attributes:
+    config: sizes.
+  """
 
   config: ViTVQGANConfig
 
   @nn.compact
-  def __call__(self, images):
-    """images: float32 [batch, height, width, 3] in [0, 1]. Returns [batch, tokens, code_dim]."""
+  def __call__(
+    self, images: Float[Array, 'batch height width 3']
+  ) -> Float[Array, 'batch tokens code_dim']:
+    """Returns latents of pictures with values in [0, 1]."""
     config = self.config
     dtype, width = config.compute_dtype, config.encoder_width
     patches = to_patches(images * 2.0 - 1.0, config.patch_size)
@@ -137,19 +151,25 @@ class PixelEncoder(nn.Module):
 
 
 class PixelDecoder(nn.Module):
-  """Codes to pixels: feed-forward with tanh from code_dim, Transformer, patch projection."""
+  """Decodes codes to pixels: MLP with tanh from code_dim, Transformer, patch projection.
+
+  Attributes:
+    config: sizes.
+  """
 
   config: ViTVQGANConfig
 
   @nn.compact
-  def __call__(self, codes):
-    """Parameters of each pixel's logit-laplace distribution.
+  def __call__(
+    self, codes: Float[Array, 'batch tokens code_dim']
+  ) -> tuple[Float[Array, 'batch height width 3'], Float[Array, 'batch height width 3']]:
+    """Returns the parameters of each pixel's logit-laplace distribution.
 
     Args:
-      codes: float32 [batch, tokens, code_dim], unit vectors.
+      codes: float32 unit vectors.
 
     Returns:
-      mean and log scale, float32 [batch, height, width, 3] each, over logits of pixels.
+      Float32 mean and log scale of the distribution over logits of pixels.
     """
     config = self.config
     dtype, width = config.compute_dtype, config.decoder_width
@@ -177,14 +197,14 @@ class PixelDecoder(nn.Module):
       name='transformer',
     )(x)
     channels = config.patch_size**2 * 6
-    self.sow('intermediates', 'last_hidden', x)  # The adaptive adversarial weight asks for it.
+    self.sow('intermediates', 'last_hidden', x)  # For the adaptive adversarial weight.
     x = layers.Projection((channels,), 1, ('embed', 'patch'), name='project_patches')(x)
     pixels = from_patches(x.astype(jnp.float32), config.patch_size, config.grid)
     return pixels[..., :3], pixels[..., 3:]
 
 
 class ViTVQGAN(nn.Module):
-  """The image tokenizer: encoder, quantizer and decoder.
+  """An image tokenizer: encoder, quantizer and decoder.
 
   Attributes:
     config: sizes.
@@ -200,15 +220,17 @@ class ViTVQGAN(nn.Module):
     )
     self.decoder = PixelDecoder(config)
 
-  def __call__(self, images, quantize=True):
-    """Encodes, quantizes and decodes.
+  def __call__(
+    self, images: Float[Array, 'batch height width 3'], quantize: bool | Bool[Array, ''] = True
+  ) -> dict[str, Array]:
+    """Encodes, quantizes and decodes pictures.
 
     Args:
-      images: float32 [batch, height, width, 3] in [0, 1].
-      quantize: bool or bool [], whether the decoder gets codes or the latents themselves.
+      images: pictures with values in [0, 1].
+      quantize: whether the decoder gets the codes, or else the normalized latents.
 
     Returns:
-      A dict: 'mean' and 'log_scale' (as PixelDecoder), 'tokens' int32 [batch, tokens],
+      A dict: 'mean' and 'log_scale' (the results of PixelDecoder), 'tokens' int32 [batch, tokens],
       'latents' float32 [batch, tokens, code_dim], 'quantizer_loss' float32 [].
     """
     latents = self.encoder(images)
@@ -223,21 +245,26 @@ class ViTVQGAN(nn.Module):
       'quantizer_loss': loss,
     }
 
-  def tokenize(self, images):
-    """float32 [batch, height, width, 3] in [0, 1] to int32 [batch, tokens]."""
+  def tokenize(self, images: Float[Array, 'batch height width 3']) -> Int[Array, 'batch tokens']:
+    """Returns the tokens of pictures with values in [0, 1]."""
     return self.quantizer.nearest(self.encoder(images))
 
-  def detokenize(self, tokens):
-    """int32 [batch, tokens] to float32 [batch, height, width, 3] in [0, 1]."""
+  def detokenize(self, tokens: Int[Array, 'batch tokens']) -> Float[Array, 'batch height width 3']:
+    """Returns the pictures that tokens represent, float32 with values in [0, 1]."""
     mean, _ = self.decoder(self.quantizer.lookup(tokens))
     return jnp.clip(to_pixels(mean), 0.0, 1.0)
 
 
-def to_pixels(mean):
-  """Pixels at the centre of a logit-laplace distribution; may leave [0, 1] by ε/(1 − 2ε)."""
+def to_pixels(mean: Float[Array, '*shape']) -> Float[Array, '*shape']:
+  """Returns the pixels at the median of logit-laplace distributions.
+
+  They may lie outside of [0, 1] by up to ε / (1 − 2ε).
+  """
   return (nn.sigmoid(mean) - LOGIT_LAPLACE_EPSILON) / (1.0 - 2.0 * LOGIT_LAPLACE_EPSILON)
 
 
-def example_inputs(config: ViTVQGANConfig, batch: int = 1):
-  """Pictures of the shape that `ViTVQGAN.__call__` takes, for initialisation."""
+def example_inputs(
+  config: ViTVQGANConfig, batch: int = 1
+) -> tuple[Float[Array, 'batch height width 3']]:
+  """Returns pictures of the size that `ViTVQGAN` takes, for initialization."""
   return (jnp.zeros((batch, config.image_size, config.image_size, 3), jnp.float32),)

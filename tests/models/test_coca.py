@@ -54,9 +54,9 @@ def test_features_are_unit_vectors_of_their_own_side(network):
   assert np.abs(other['image_features'] - out['image_features']).max() > 1e-3
   assert np.abs(other['logits'] - out['logits']).max() > 1e-4  # The caption is of the picture.
   module = coca.CoCa(SIZES)
-  alone = module.apply({'params': params}, _images(), method='image_features')
+  alone = module.apply({'params': params}, jnp.asarray(_images()), method='image_features')
   np.testing.assert_allclose(alone, out['image_features'], atol=1e-5)
-  alone = module.apply({'params': params}, TEXTS, method='text_features')
+  alone = module.apply({'params': params}, jnp.asarray(TEXTS), method='text_features')
   np.testing.assert_allclose(alone, out['text_features'], atol=1e-5)
 
 
@@ -76,7 +76,7 @@ def test_a_token_is_predicted_from_those_before_it(network, changed):
 
 
 def test_the_mask_by_its_definition():
-  mask = np.asarray(coca.text_mask(TEXTS))[:, 0]
+  mask = np.asarray(coca.text_mask(jnp.asarray(TEXTS)))[:, 0]
   for text, seen in zip(TEXTS, mask):
     is_text = [True, *(text[:-1] > 0), True]  # The beginning, the tokens, the class token.
     for query in range(6):

@@ -15,7 +15,7 @@ BATCH, DIM = 16, 6
 
 def _features(seed):
   draw = np.random.default_rng(seed).normal(size=(BATCH, DIM))
-  return (draw / np.linalg.norm(draw, axis=1, keepdims=True)).astype(np.float32)
+  return jnp.asarray(draw / np.linalg.norm(draw, axis=1, keepdims=True), jnp.float32)
 
 
 def _loss(images, texts, log_scale, tokens):
@@ -39,32 +39,32 @@ def _loss_and_gradients(arguments, tokens, sizes=None):
 
 @pytest.fixture(name='arguments')
 def fixture_arguments():
-  return _features(0), _features(1), np.float32(1.5)
+  return _features(0), _features(1), jnp.float32(1.5)
 
 
 def _tokens():
   tokens = np.arange(BATCH * 3, dtype=np.int32).reshape(BATCH, 3)
   tokens[5] = tokens[2]
   tokens[11, :2] = tokens[10, :2]  # Two of three tokens are no equal text.
-  return tokens
+  return jnp.asarray(tokens)
 
 
 def test_it_is_the_cross_entropy_in_both_directions(arguments):
   images, texts, log_scale = arguments
-  logits = np.exp(log_scale) * images.astype(np.float64) @ texts.T
+  logits = np.exp(log_scale) * np.asarray(images, np.float64) @ np.asarray(texts).T
   chance = lambda axis: np.diag(np.exp(logits) / np.exp(logits).sum(axis, keepdims=True))
-  losses, hits = contrastive.contrastive_losses(images, texts, np.exp(log_scale))
+  losses, hits = contrastive.contrastive_losses(images, texts, jnp.exp(log_scale))
   np.testing.assert_allclose(losses, -np.log(chance(0)) - np.log(chance(1)), rtol=1e-5)
   np.testing.assert_array_equal(hits, logits.argmax(1) == np.arange(BATCH))
 
 
 def test_equal_texts_are_no_negatives_of_one_another(arguments):
   images, texts, log_scale = arguments
-  same = np.asarray(contrastive.equal_rows(_tokens()))
+  same = contrastive.equal_rows(_tokens())
   assert same[2, 5] and same[5, 2] and same.sum() == BATCH + 2
-  losses, _ = contrastive.contrastive_losses(images, texts, np.exp(log_scale), same)
-  without = [row for row in range(BATCH) if row != 5]
-  alone, _ = contrastive.contrastive_losses(images[without], texts[without], np.exp(log_scale))
+  losses, _ = contrastive.contrastive_losses(images, texts, jnp.exp(log_scale), same)
+  without = jnp.array([row for row in range(BATCH) if row != 5])
+  alone, _ = contrastive.contrastive_losses(images[without], texts[without], jnp.exp(log_scale))
   np.testing.assert_allclose(losses[2], alone[2], rtol=1e-5)
   assert not np.isclose(losses[3], alone[3], rtol=1e-3)  # Its negatives are all others, 5 too.
 
@@ -79,7 +79,9 @@ def test_negatives_come_from_the_whole_mesh(arguments, sizes):
   # A loss of each device's own pairs is another one.
   parts = [
     _loss(images, texts, arguments[2], tokens)
-    for images, texts, tokens in zip(*(np.split(array, 8) for array in (*arguments[:2], _tokens())))
+    for images, texts, tokens in zip(
+      *(jnp.split(array, 8) for array in (*arguments[:2], _tokens()))
+    )
   ]
   assert abs(np.mean(parts) - value) > 0.5
 

@@ -13,7 +13,7 @@ CONFIG = discriminator.DiscriminatorConfig(channels=64, max_channels=6, minibatc
 
 
 def _draw(*shape):
-  return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+  return jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
 
 
 def _convolved(x, kernel, stride):
@@ -61,13 +61,13 @@ def test_a_convolution_has_a_bias_and_a_leaky_relu_that_keeps_the_second_moment(
 
 def test_minibatch_deviation_is_that_of_each_group():
   x = _draw(8, 4, 4, 3)
-  y = np.asarray(discriminator.minibatch_deviation(jnp.asarray(x), 4))
+  y = np.asarray(discriminator.minibatch_deviation(x, 4))
   assert y.shape == (8, 4, 4, 4)
   np.testing.assert_array_equal(y[..., :3], x)
   for group in (slice(0, 4), slice(4, 8)):
     np.testing.assert_allclose(y[group, ..., 3], x[group].std(axis=0).mean(), rtol=1e-5)
   # Six pictures are three groups of two.
-  six = np.asarray(discriminator.minibatch_deviation(jnp.asarray(x[:6]), 4))
+  six = np.asarray(discriminator.minibatch_deviation(x[:6], 4))
   np.testing.assert_allclose(six[2:4, ..., 3], x[2:4].std(axis=0).mean(), rtol=1e-5)
 
 
@@ -78,8 +78,7 @@ def test_pictures_become_logits_that_know_their_group():
   logits = apply(params, images)
   assert logits.shape == (8,) and logits.dtype == jnp.float32
   assert len(np.unique(logits)) == 8
-  changed = images.copy()
-  changed[7] += 1.0
+  changed = images.at[7].add(1.0)
   moved = np.asarray(logits) != np.asarray(apply(params, changed))
   np.testing.assert_array_equal(moved, [False] * 4 + [True] * 4)
 

@@ -43,7 +43,7 @@ def test_fifteen_percent_are_chosen_and_of_these_80_10_10():
   # As many as BERT's data has: 15% rounded, at least one, exactly.
   wanted = [max(1, int(0.15 * count + 0.5)) if count else 0 for count in pieces.sum(1)]
   np.testing.assert_array_equal(chosen.sum(1), wanted)
-  np.testing.assert_array_equal(masked_language.count_chosen(texts), wanted)
+  np.testing.assert_array_equal(masked_language.count_chosen(jnp.asarray(texts)), wanted)
   assert text.places.shape == (2000, masked_language.most_chosen(64))
   assert not chosen[~pieces].any()
   np.testing.assert_array_equal(np.take_along_axis(texts, text.places, axis=1), text.targets)
@@ -86,7 +86,7 @@ def test_masks_follow_from_the_key_and_the_place_in_the_whole_batch():
 
 def test_in_evaluation_they_follow_from_the_text_alone():
   texts = _texts(32, 12)
-  keys = masked_language.keys_of_texts(texts)
-  again = masked_language.keys_of_texts(texts[::-1])
+  keys = masked_language.keys_of_texts(jnp.asarray(texts))
+  again = masked_language.keys_of_texts(jnp.asarray(texts[::-1]))
   np.testing.assert_array_equal(keys.rows[::-1], again.rows)
   assert len(np.unique(keys.rows)) == len(np.unique(texts, axis=0))

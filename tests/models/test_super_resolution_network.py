@@ -80,10 +80,10 @@ def test_a_pixel_reaches_as_far_as_it_says(name):
 
 def test_a_kernels_length_is_its_gain():
   convolution = super_resolution.Convolution(3, 3, ('embed', 'mlp'), jnp.float32, gain=2.0)
-  image = np.zeros((1, 3, 3, 2), np.float32)
+  image = jnp.zeros((1, 3, 3, 2), jnp.float32)
   params = nn.meta.unbox(convolution.init(jax.random.key(0), image))['params']
   # Of each feature the responses to all unit inputs are its kernel.
-  units = np.eye(18, dtype=np.float32).reshape(18, 3, 3, 2)
+  units = jnp.eye(18, dtype=jnp.float32).reshape(18, 3, 3, 2)
   responses = convolution.apply({'params': params}, units)[:, 1, 1]
   np.testing.assert_allclose(np.linalg.norm(responses, axis=0), 2.0, rtol=1e-5)
   longer = params | {'direction': 7.0 * params['direction']}
@@ -95,7 +95,7 @@ def test_a_kernels_length_is_its_gain():
 def test_recomputation_changes_no_gradient():
   config, module, params = make('wdsr_b')
   params = with_gain(params)
-  image = np.random.default_rng(0).uniform(size=(1, 6, 6, 3)).astype(np.float32)
+  image = jnp.asarray(np.random.default_rng(0).uniform(size=(1, 6, 6, 3)), jnp.float32)
   again = super_resolution.SuperResolution(
     super_resolution.SuperResolutionConfig(dtype='float32', remat='block_inputs', **KINDS['wdsr_b'])
   )

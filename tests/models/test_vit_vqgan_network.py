@@ -31,7 +31,7 @@ TINY = vit_vqgan.ViTVQGANConfig(
 
 @pytest.fixture(scope='module')
 def images():
-  return np.random.default_rng(0).random((3, 8, 8, 3)).astype(np.float32)
+  return jnp.asarray(np.random.default_rng(0).random((3, 8, 8, 3)), jnp.float32)
 
 
 @pytest.fixture(scope='module')
@@ -40,7 +40,7 @@ def params(images):
 
 
 def test_patches_are_the_picture_cut_in_raster_order():
-  images = np.arange(2 * 4 * 6 * 3).reshape(2, 4, 6, 3)
+  images = jnp.arange(2.0 * 4 * 6 * 3).reshape(2, 4, 6, 3)
   patches = vit_vqgan.to_patches(images, 2)
   assert patches.shape == (2, 6, 12)
   np.testing.assert_array_equal(patches[1, 4].reshape(2, 2, 3), images[1, 2:4, 2:4])
@@ -49,7 +49,7 @@ def test_patches_are_the_picture_cut_in_raster_order():
 
 def _quantize(table, latents, commitment=0.25):
   module = quantizer.VectorQuantizer(*table.shape, commitment)
-  return module.apply({'params': {'codebook': {'table': table}}}, latents)
+  return module.apply({'params': {'codebook': {'table': jnp.asarray(table)}}}, jnp.asarray(latents))
 
 
 def test_quantizer_takes_the_code_of_the_nearest_direction():
@@ -76,7 +76,7 @@ def test_quantizer_loss_by_hand():
 def test_gradients_go_straight_through_to_the_latents_and_by_the_loss_to_the_codes():
   draw = np.random.default_rng(2)
   table = draw.normal(size=(5, 3)).astype(np.float32)
-  latents = draw.normal(size=(1, 4, 3)).astype(np.float32)
+  latents = jnp.asarray(draw.normal(size=(1, 4, 3)), jnp.float32)
   weights = draw.normal(size=(1, 4, 3)).astype(np.float32)
   through = lambda table, z: jnp.sum(_quantize(table, z)[0] * weights)
   to_table, to_latents = jax.grad(through, (0, 1))(table, latents)
@@ -106,9 +106,9 @@ def test_tokenize_and_detokenize_are_the_two_halves(params, images):
 
 
 def test_to_pixels_undoes_the_map_to_logits():
-  x = np.linspace(0, 1, 11).astype(np.float32)
+  x = jnp.linspace(0, 1, 11)
   squeezed = (1 - 2 * vit_vqgan.LOGIT_LAPLACE_EPSILON) * x + vit_vqgan.LOGIT_LAPLACE_EPSILON
-  np.testing.assert_allclose(vit_vqgan.to_pixels(np.log(squeezed / (1 - squeezed))), x, atol=1e-6)
+  np.testing.assert_allclose(vit_vqgan.to_pixels(jnp.log(squeezed / (1 - squeezed))), x, atol=1e-6)
 
 
 def test_outputs_and_parameters_are_float32_when_projections_are_bfloat16(images):

@@ -165,7 +165,7 @@ def test_files_of_another_form(folder, text, message):
 def test_both_names_of_a_size_are_refused(folder):
   older = edited(('parti', 'attention_pattern'), 'row')
   write(folder, older)
-  with pytest.raises(UserError, match="fields than PartiConfig: 'attention_pattern' is the old"):
+  with pytest.raises(UserError, match="'attention_patterns' and its older name 'att"):
     model_folder.load(folder)
   del older['parti']['attention_patterns']
   older['parti']['attention_pattern'] = 'causal'

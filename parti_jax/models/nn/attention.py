@@ -1,51 +1,68 @@
-"""Multi-head attention: over a whole sequence, over another sequence, and over a cache.
+"""Multi-head attention: self-attention, cross-attention, and attention over a cache.
 
-`attend_in_pattern` chooses among forms with the same result. `attend` computes a score for each
-pair of positions. The others leave out what the pattern rules out: `attend_blockwise` computes one
-block of queries after another, `attend_rows` and `attend_columns` cut the grid into rows and
-columns, and `attend_fused`, on TPU, keeps no scores in memory at all.
+`attend` computes scores for all pairs of positions. The other forms give the same result without
+computing everything that the pattern masks: `attend_blockwise` processes one block of queries at a
+time, `attend_rows` and `attend_columns` cut the grid into rows and columns, and `attend_fused` is a
+TPU kernel that never stores the scores. `attend_in_pattern` chooses among them.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array
+from jaxtyping import Bool
+from jaxtyping import Float
+from jaxtyping import Int
 
 from parti_jax.models.nn import attention_patterns
 from parti_jax.models.nn import layers
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.partitioning import rules as rules_lib
 
-# Name by which a remat policy may keep the result of self-attention.
+# Checkpoint name, for remat policies, of the result of self-attention.
 ATTENTION_OUTPUT = 'attention_output'
-# Name of the scope of a fused kernel, before the pattern's own.
+# Prefix of the scope of a fused kernel; the name of its pattern follows.
 KERNEL_SCOPE = 'attention_pattern_'
-# Sequences from this length on are attended to in blocks of queries.
+# Sequences of at least this length are attended to in blocks of queries.
 _BLOCKWISE_FROM = 512
 _BLOCK = {'global': 256, 'conv': 128}
-# Side of the fused kernel's blocks. A smaller one leaves out more of what a pattern rules out, and
-# costs more steps; the lanes of a TPU are the least.
+# Side of the fused kernel's blocks. Smaller blocks skip more of what the pattern masks, but take
+# more steps. The minimum is the number of lanes of a TPU.
 _FUSED_BLOCK = {'global': 512, 'conv': 256, 'row': 128, 'column': 128}
 _LANES = 128
 
+# Keys and values of one layer's cache, with heads before positions. Each head's matrix is then
+# contiguous in memory, and a sampling step reads the cache without transposing a copy of it.
+KeysValues = tuple[
+  Float[Array, 'batch heads slots head_dim'], Float[Array, 'batch heads slots head_dim']
+]
 
-def attend(query, key, value, mask=None):
+
+def attend(
+  query: Float[Array, 'batch query_length heads head_dim'],
+  key: Float[Array, 'batch key_length heads head_dim'],
+  value: Float[Array, 'batch key_length heads head_dim'],
+  mask: Bool[Array | np.ndarray, 'query_length key_length']
+  | Bool[Array, '#batch 1 #query_length key_length']
+  | None = None,
+) -> Float[Array, 'batch query_length heads head_dim']:
   """Scaled dot-product attention with the softmax in float32.
 
   Args:
-    query: [batch, query_length, heads, head_dim].
-    key: [batch, key_length, heads, head_dim].
-    value: as `key`.
-    mask: bool, broadcastable to [batch, heads, query_length, key_length]; True where a
-      query may look.
+    query: queries.
+    key: keys.
+    value: values.
+    mask: True where a query may attend to a key; None if it may attend to all.
 
   Returns:
-    [batch, query_length, heads, head_dim], of the query's dtype.
+    The attended values, in the dtype of the query.
   """
   scale = query.shape[-1] ** -0.5
   scores = jnp.einsum('bqhd,bkhd->bhqk', query * scale, key, preferred_element_type=jnp.float32)
@@ -55,17 +72,22 @@ def attend(query, key, value, mask=None):
   return jnp.einsum('bhqk,bkhd->bqhd', weights, value)
 
 
-def attend_blockwise(query, key, value, pattern: attention_patterns.AttentionPattern, block: int):
-  """`attend` with the pattern's mask, for one block of queries after another.
+def attend_blockwise(
+  query: Float[Array, 'batch length heads head_dim'],
+  key: Float[Array, 'batch length heads head_dim'],
+  value: Float[Array, 'batch length heads head_dim'],
+  pattern: attention_patterns.AttentionPattern,
+  block: int,
+) -> Float[Array, 'batch length heads head_dim']:
+  """`attend` with the pattern's mask, computed for one block of queries at a time.
 
-  A block looks only at the keys from the first to the last that any of its queries sees; its
-  scores are computed again in the backward pass. Arguments and result as `attend`; the length is
-  that of the pattern.
+  Each block of `block` queries uses only the keys from the first to the last that any of them
+  attends to. The backward pass recomputes the scores.
   """
   blocks = []
   for start in range(0, pattern.length, block):
     rows = pattern.mask[start : start + block]
-    seen = rows.any(axis=0).nonzero()[0]
+    seen = np.flatnonzero(rows.any(axis=0))
     first, last = int(seen[0]), int(seen[-1]) + 1
     blocks.append(
       jax.checkpoint(attend)(
@@ -78,56 +100,73 @@ def attend_blockwise(query, key, value, pattern: attention_patterns.AttentionPat
   return jnp.concatenate(blocks, axis=1)
 
 
-def attend_rows(query, key, value, pattern: attention_patterns.AttentionPattern):
-  """`attend` with the mask of 'row': each row of the grid looks at itself and the row above it.
-
-  Arguments and result as `attend`; the length is that of the pattern.
-  """
-  rows, columns = pattern.grid
-  cut = lambda part: part.reshape(part.shape[:1] + pattern.grid + part.shape[2:])
-  above = lambda part: jnp.pad(part[:, :-1], ((0, 0), (1, 0)) + ((0, 0),) * 3)
-  with_above = lambda part: jnp.concatenate([above(part), part], axis=2)
-  mask = np.pad(pattern.mask, ((0, 0), (columns, 0))).reshape(rows, columns, -1)
-  mask = np.stack([mask[row, :, row * columns : (row + 2) * columns] for row in range(rows)])
-  query, key, value = cut(query), with_above(cut(key)), with_above(cut(value))
-  out = jax.vmap(attend, in_axes=(1, 1, 1, 0), out_axes=1)(query, key, value, mask)
-  return out.reshape(out.shape[:1] + (pattern.length,) + out.shape[3:])
+def _cut(
+  part: Float[Array, 'batch length heads head_dim'], grid: tuple[int, int]
+) -> Float[Array, 'batch rows columns heads head_dim']:
+  return part.reshape(part.shape[:1] + grid + part.shape[2:])
 
 
-def attend_columns(query, key, value, pattern: attention_patterns.AttentionPattern):
-  """`attend` with the mask of 'column': each column of the grid looks at itself.
+def attend_rows(
+  query: Float[Array, 'batch length heads head_dim'],
+  key: Float[Array, 'batch length heads head_dim'],
+  value: Float[Array, 'batch length heads head_dim'],
+  pattern: attention_patterns.AttentionPattern,
+) -> Float[Array, 'batch length heads head_dim']:
+  """`attend` with the mask of 'row': each row of the grid attends to itself and the row above."""
+  grid = rows, columns = pattern.grid
 
-  Arguments and result as `attend`; the length is that of the pattern.
-  """
-  columns = pattern.grid[1]
-  parts = [
-    part.reshape(part.shape[:1] + pattern.grid + part.shape[2:]) for part in (query, key, value)
-  ]
-  mask = pattern.mask[::columns, ::columns]
-  out = jax.vmap(attend, in_axes=(2, 2, 2, None), out_axes=2)(*parts, mask)
+  def with_row_above(
+    part: Float[Array, 'batch rows columns heads head_dim'],
+  ) -> Float[Array, 'batch rows 2*columns heads head_dim']:
+    # The first row has zeros above it, which the mask hides.
+    above = jnp.pad(part[:, :-1], ((0, 0), (1, 0)) + ((0, 0),) * 3)
+    return jnp.concatenate([above, part], axis=2)
+
+  # The same for the mask: [rows, columns, columns + length], and of its last axis, for each row,
+  # the 2 * columns keys of the row above and of the row itself.
+  padded = np.pad(pattern.mask, ((0, 0), (columns, 0))).reshape(rows, columns, -1)
+  mask = np.stack([padded[row, :, row * columns : (row + 2) * columns] for row in range(rows)])
+  out = jax.vmap(attend, in_axes=(1, 1, 1, 0), out_axes=1)(
+    _cut(query, grid), with_row_above(_cut(key, grid)), with_row_above(_cut(value, grid)), mask
+  )  # [batch, rows, columns, heads, head_dim]
+  return out.reshape(query.shape)
+
+
+def attend_columns(
+  query: Float[Array, 'batch length heads head_dim'],
+  key: Float[Array, 'batch length heads head_dim'],
+  value: Float[Array, 'batch length heads head_dim'],
+  pattern: attention_patterns.AttentionPattern,
+) -> Float[Array, 'batch length heads head_dim']:
+  """`attend` with the mask of 'column': each column of the grid attends to itself."""
+  grid = pattern.grid
+  mask = pattern.mask[:: grid[1], :: grid[1]]  # [rows, rows], the same for every column.
+  out = jax.vmap(attend, in_axes=(2, 2, 2, None), out_axes=2)(
+    _cut(query, grid), _cut(key, grid), _cut(value, grid), mask
+  )  # [batch, rows, columns, heads, head_dim]
   return out.reshape(query.shape)
 
 
 def attend_fused(
-  query, key, value, pattern: attention_patterns.AttentionPattern, interpret: bool = False
-):
-  """`attend` with the pattern's mask as one TPU kernel, splash attention, forward and backward.
+  query: Float[Array, 'batch length heads head_dim'],
+  key: Float[Array, 'batch length heads head_dim'],
+  value: Float[Array, 'batch length heads head_dim'],
+  pattern: attention_patterns.AttentionPattern,
+  interpret: bool = False,
+) -> Float[Array, 'batch length heads head_dim']:
+  """`attend` with the pattern's mask as one TPU kernel: splash attention, forward and backward.
 
-  The kernel skips blocks of positions that the pattern rules out; it computes in the pattern's
-  `order`. On a mesh each device computes its own batch and heads.
+  The kernel works on positions in the pattern's `order` and skips blocks that the pattern masks
+  completely. On a mesh, each device computes its own examples and heads.
 
   Args:
-    query: [batch, length, heads, head_dim]; the length is that of the pattern and a multiple of
-      128.
-    key: as `query`.
-    value: as `query`.
-    pattern: which positions see which.
-    interpret: whether to run the kernel's Python form, on any platform.
-
-  Returns:
-    As `query`.
+    query: queries; the length is that of the pattern, and a multiple of 128.
+    key: keys.
+    value: values.
+    pattern: which positions attend to which.
+    interpret: whether to run the kernel in Pallas' interpreter, on any platform.
   """
-  # Imported here: it takes a second that runs on other platforms need not pay.
+  # Imported here because it takes a second, which other platforms need not spend.
   from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
   side = min(_FUSED_BLOCK[pattern.name], pattern.length)
@@ -142,21 +181,27 @@ def attend_fused(
     use_fused_bwd_kernel=True,
   )
 
-  def by_columns(part, back=False):
-    """From raster order to the pattern's `order`, or back: a transposed grid, for 'column'."""
+  def by_columns(
+    part: Float[Array, 'batch heads length head_dim'], back: bool = False
+  ) -> Float[Array, 'batch heads length head_dim']:
+    """From raster order to the pattern's `order`, or back; for 'column' it transposes the grid."""
     if pattern.name != 'column':
       return part
     grid = pattern.grid[::-1] if back else pattern.grid
     cut = part.reshape(part.shape[:2] + grid + part.shape[3:])
     return cut.swapaxes(2, 3).reshape(part.shape)
 
-  def attend_local(query, key, value):
-    """Of one device; [batch, heads, length, head_dim] each."""
+  def attend_local(
+    query: Float[Array, 'batch heads length head_dim'],
+    key: Float[Array, 'batch heads length head_dim'],
+    value: Float[Array, 'batch heads length head_dim'],
+  ) -> Float[Array, 'batch heads length head_dim']:
+    """Attention on one device."""
     mask = splash.MultiHeadMask([splash.NumpyMask(pattern.ordered_mask)] * query.shape[1])
     kernel = splash.make_splash_mha_single_device(
       mask, block_sizes=sizes, residual_checkpoint_name=ATTENTION_OUTPUT, interpret=interpret
     )
-    # By the scope's name a plan knows which pattern a kernel is of.
+    # The scope tells `planning` which pattern a kernel computes.
     with jax.named_scope(KERNEL_SCOPE + pattern.name):
       return by_columns(jax.vmap(kernel)(*map(by_columns, (query, key, value))), back=True)
 
@@ -169,12 +214,19 @@ def attend_fused(
       check_vma=False,
       axis_names=rules_lib.free_axes(),
     )
-  parts = [part.swapaxes(1, 2) for part in (query * query.shape[-1] ** -0.5, key, value)]
-  return attend_local(*parts).swapaxes(1, 2)
+  query, key, value = (
+    part.swapaxes(1, 2) for part in (query * query.shape[-1] ** -0.5, key, value)
+  )
+  return attend_local(query, key, value).swapaxes(1, 2)
 
 
-def attend_in_pattern(query, key, value, pattern: attention_patterns.AttentionPattern):
-  """Self-attention in the form that fits pattern, platform and length; as `attend_blockwise`."""
+def attend_in_pattern(
+  query: Float[Array, 'batch length heads head_dim'],
+  key: Float[Array, 'batch length heads head_dim'],
+  value: Float[Array, 'batch length heads head_dim'],
+  pattern: attention_patterns.AttentionPattern,
+) -> Float[Array, 'batch length heads head_dim']:
+  """Self-attention in the form that suits the pattern, the platform and the length."""
   if mesh_lib.platform() == 'tpu' and pattern.length % _LANES == 0:
     return attend_fused(query, key, value, pattern)
   if pattern.name == 'row':
@@ -186,18 +238,24 @@ def attend_in_pattern(query, key, value, pattern: attention_patterns.AttentionPa
   return attend(query, key, value, pattern.mask)
 
 
-def attend_in_schedule(query, key, value, patterns, index):
+def attend_in_schedule(
+  query: Float[Array, 'batch length heads head_dim'],
+  key: Float[Array, 'batch length heads head_dim'],
+  value: Float[Array, 'batch length heads head_dim'],
+  patterns: Sequence[attention_patterns.AttentionPattern],
+  index: int | Int[Array, ''],
+) -> Float[Array, 'batch length heads head_dim']:
   """`attend_in_pattern` with one of several patterns.
 
   Args:
-    query: [batch, length, heads, head_dim].
-    key: as `query`.
-    value: as `query`.
-    patterns: AttentionPatterns.
-    index: which of them; where it is an int32 [] array, all are compiled and one is computed.
+    query: queries.
+    key: keys.
+    value: values.
+    patterns: the patterns to choose from.
+    index: which pattern to use. If it is an array, all of them are compiled and one is computed.
 
   Returns:
-    As `attend`, under the name ATTENTION_OUTPUT.
+    The attended values, with the checkpoint name ATTENTION_OUTPUT.
   """
   if isinstance(index, int):
     out = attend_in_pattern(query, key, value, patterns[index])
@@ -205,25 +263,19 @@ def attend_in_schedule(query, key, value, patterns, index):
     forms = [functools.partial(attend_in_pattern, pattern=pattern) for pattern in patterns]
     out = jax.lax.switch(index, forms, query, key, value)
   if mesh_lib.platform() == 'tpu' and patterns[0].length % _LANES == 0:
-    return out  # The kernel has given the name itself, to the result and to what goes with it.
+    return out  # The kernel has already named its result and its residuals.
   return checkpoint_name(out, ATTENTION_OUTPUT)
 
 
-def attend_cached(query, keys, values, mask):
-  """`attend` over keys and values whose heads come before their positions.
-
-  Each head's matrix is then contiguous in memory: a step reads the cache where it is, instead of
-  a transposed copy of it.
-
-  Args:
-    query: [batch, length, heads, head_dim].
-    keys: [batch, heads, key_length, head_dim].
-    values: as `keys`.
-    mask: bool, broadcastable to [batch, heads, length, key_length].
-
-  Returns:
-    [batch, length, heads, head_dim], of the query's dtype.
-  """
+def attend_cached(
+  query: Float[Array, 'batch length heads head_dim'],
+  keys: Float[Array, 'batch heads key_length head_dim'],
+  values: Float[Array, 'batch heads key_length head_dim'],
+  mask: Bool[Array, 'key_length']
+  | Bool[Array, 'length key_length']
+  | Bool[Array, '#batch 1 1 key_length'],
+) -> Float[Array, 'batch length heads head_dim']:
+  """`attend` over keys and values in the layout of `KeysValues`."""
   scale = query.shape[-1] ** -0.5
   scores = jnp.einsum('bqhd,bhkd->bhqk', query * scale, keys, preferred_element_type=jnp.float32)
   scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
@@ -231,72 +283,90 @@ def attend_cached(query, keys, values, mask):
   return jnp.einsum('bhqk,bhkd->bqhd', weights, values)
 
 
-def write_cache(cache, key, value, position, pattern: attention_patterns.AttentionPattern):
-  """Writes the next positions into a layer's cache.
+def write_cache(
+  cache: KeysValues,
+  key: Float[Array, 'batch length heads head_dim'],
+  value: Float[Array, 'batch length heads head_dim'],
+  position: Int[Array, ''],
+  pattern: attention_patterns.AttentionPattern,
+) -> KeysValues:
+  """Writes the next positions into the cache of a layer.
 
   Args:
-    cache: keys and values, [batch, heads, slots, head_dim] each; `AttentionPattern.slot` says
-      which position is in which slot.
-    key: [batch, length, heads, head_dim], of the positions from `position` on.
-    value: as `key`.
-    position: int32 [], the first of them.
-    pattern: of the layer.
+    cache: keys and values; `AttentionPattern.slot` maps positions to slots.
+    key: keys of the positions from `position` on.
+    value: values of the same positions.
+    position: the first of them.
+    pattern: the pattern of the layer.
 
   Returns:
-    The cache. Of more positions than it has slots, it holds the last ones.
+    The updated cache. If there are more positions than slots, it holds the last ones.
   """
   slots, length = cache[0].shape[2], key.shape[1]
-  new = [part.swapaxes(1, 2).astype(cache[0].dtype) for part in (key, value)]
+  new_key, new_value = (part.swapaxes(1, 2).astype(cache[0].dtype) for part in (key, value))
   if length == 1:  # A slice is written in place; a scatter is slower.
     slot = pattern.slot(position, slots)
-    return tuple(
-      jax.lax.dynamic_update_slice_in_dim(old, part, slot, axis=2) for old, part in zip(cache, new)
-    )
-  kept = min(length, slots)
-  at = pattern.slot(position + jnp.arange(length - kept, length), slots)
-  return tuple(
-    old.at[:, :, at].set(part[:, :, length - kept :], unique_indices=True)
-    for old, part in zip(cache, new)
-  )
+    write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, slot, axis=2)
+  else:
+    kept = min(length, slots)
+    at = pattern.slot(position + jnp.arange(length - kept, length), slots)
+    write = lambda old, new: old.at[:, :, at].set(new[:, :, length - kept :], unique_indices=True)
+  return write(cache[0], new_key), write(cache[1], new_value)
 
 
-def read_cache(cache, position, pattern: attention_patterns.AttentionPattern):
-  """What one position sees of a cache that holds it already.
+def read_cache(
+  cache: KeysValues, position: Int[Array, ''], pattern: attention_patterns.AttentionPattern
+) -> tuple[
+  Float[Array, 'batch heads count head_dim'],
+  Float[Array, 'batch heads count head_dim'],
+  Bool[Array, 'count'],
+]:
+  """Reads what one position attends to from a cache that already holds this position.
 
   Args:
-    cache: of `write_cache`.
-    position: int32 [].
-    pattern: of the layer.
+    cache: the result of `write_cache`.
+    position: the position that attends.
+    pattern: the pattern of the layer.
 
   Returns:
-    Keys and values, [batch, heads, count, head_dim] each, and a mask, bool [count].
+    Keys, values, and a mask of those that the position attends to.
   """
-  slots = cache[0].shape[2]
+  keys, values = cache
+  slots = keys.shape[2]
   first, count, visible = pattern.read(position, slots)
   if count < slots:
-    # Gathered, not sliced: XLA on a CPU fuses a slice with the writing of the newest position, and
-    # then copies the whole cache at every step.
+    # A gather, because XLA on a CPU fuses a slice with the write of the newest position and then
+    # copies the whole cache at every step.
     at = first + jnp.arange(count)
-    cache = tuple(jnp.take(part, at, axis=2, mode='clip') for part in cache)
-  return *cache, visible
+    keys, values = (jnp.take(part, at, axis=2, mode='clip') for part in (keys, values))
+  return keys, values, visible
 
 
-def read_cache_and_chunk(cache, key, value, position, pattern):
-  """What several new positions see of each other and of a cache without them.
+def read_cache_and_chunk(
+  cache: KeysValues,
+  key: Float[Array, 'batch length heads head_dim'],
+  value: Float[Array, 'batch length heads head_dim'],
+  position: Int[Array, ''],
+  pattern: attention_patterns.AttentionPattern,
+) -> tuple[
+  Float[Array, 'batch heads slots+length head_dim'],
+  Float[Array, 'batch heads slots+length head_dim'],
+  Bool[Array, 'length slots+length'],
+]:
+  """Joins a cache with several new positions that it doesn't hold yet.
 
-  A cache that holds them will not do: of a ring, the later ones may have replaced what the
-  earlier ones see.
+  The new positions can't be read back from the cache: in a ring buffer the later ones may have
+  overwritten what the earlier ones attend to.
 
   Args:
-    cache: of `write_cache`, before these positions are written.
-    key: [batch, length, heads, head_dim], of the positions from `position` on.
-    value: as `key`.
-    position: int32 [], the first of them.
-    pattern: of the layer.
+    cache: the cache before `write_cache` of these positions.
+    key: keys of the positions from `position` on.
+    value: values of the same positions.
+    position: the first of them.
+    pattern: the pattern of the layer.
 
   Returns:
-    Keys and values, [batch, heads, slots + length, head_dim] each, and a mask, bool [length,
-    slots + length].
+    Keys, values, and a mask of what each new position attends to.
   """
   new = position + jnp.arange(key.shape[1])
   seen = jnp.concatenate([pattern.held(position, cache[0].shape[2]), new])
@@ -304,16 +374,16 @@ def read_cache_and_chunk(cache, key, value, position, pattern):
     jnp.concatenate([old, part.swapaxes(1, 2).astype(old.dtype)], axis=2)
     for old, part in zip(cache, (key, value))
   )
-  return keys, values, (seen >= 0) & pattern.visible(new[:, None], seen)
+  return keys, values, jnp.asarray((seen >= 0) & pattern.visible(new[:, None], seen))
 
 
-class SelfAttention(nn.Module):
-  """Attention of a sequence over itself; queries, keys and values are one projection.
+class _SelfProjections(nn.Module):
+  """Projections of self-attention; queries, keys and values share one kernel.
 
   Attributes:
     width: model dimension `embed`.
     heads: number of heads; must divide `width`.
-    dtype: of the computation; parameters are float32.
+    dtype: dtype of the computation; parameters are float32.
   """
 
   width: int
@@ -329,56 +399,83 @@ class SelfAttention(nn.Module):
       (self.width,), 2, ('heads', 'head_dim', 'embed'), self.dtype
     )
 
-  def project(self, x):
-    """Query, key and value of x [batch, length, embed]: [batch, length, heads, head_dim] each."""
+  def project(
+    self, x: Float[Array, 'batch length embed']
+  ) -> tuple[
+    Float[Array, 'batch length heads head_dim'],
+    Float[Array, 'batch length heads head_dim'],
+    Float[Array, 'batch length heads head_dim'],
+  ]:
+    """Returns queries, keys and values."""
     projected = self.project_in(x)
     names = ('activation_batch', 'activation_length', None, 'activation_heads', None)
     projected = nn.with_logical_constraint(projected, names)
     return projected[:, :, 0], projected[:, :, 1], projected[:, :, 2]
 
-  def __call__(self, x, mask=None):
-    """x: [batch, length, embed]; mask: bool [batch or 1, 1, length, length]. As x."""
+
+class SelfAttention(_SelfProjections):
+  """Self-attention of a whole sequence with a given mask."""
+
+  def __call__(
+    self,
+    x: Float[Array, 'batch length embed'],
+    mask: Bool[Array, '#batch 1 #length length'] | None = None,
+  ) -> Float[Array, 'batch length embed']:
+    """Attends from each position to those where `mask` is True."""
     query, key, value = self.project(x)
     return self.project_out(attend(query, key, value, mask))
 
 
-class PatternedSelfAttention(SelfAttention):
-  """Self-attention over image tokens, of a whole sequence or with a cache.
+class PatternedSelfAttention(_SelfProjections):
+  """Causal self-attention over image tokens, of a whole sequence or with a cache."""
 
-  Attributes as SelfAttention.
-  """
-
-  def __call__(self, x, patterns, index=0, cache=None, position=None, query=None):
-    """Attends from any number of positions.
+  def __call__(
+    self,
+    x: Float[Array, 'batch length embed'],
+    patterns: Sequence[attention_patterns.AttentionPattern],
+    index: int | Int[Array, ''] = 0,
+    cache: KeysValues | None = None,
+    position: Int[Array, ''] | None = None,
+    query: Float[Array, 'batch 1 heads head_dim'] | None = None,
+  ) -> tuple[Float[Array, 'batch length embed'], KeysValues | None]:
+    """Attends from each position of x.
 
     Args:
-      x: [batch, length, embed]: the whole sequence, or with a cache the positions after those
-        that it holds.
-      patterns: AttentionPatterns.
-      index: which of them, an int, or int32 [] without a cache; see `attend_in_schedule`.
-      cache: keys and values of earlier positions, see `write_cache`; None for a whole sequence.
-      position: int32 [], of the first position of x, with a cache.
-      query: of `project`, for a single position that the cache holds already; x is not read.
+      x: the whole sequence, or with a cache the positions that follow those of the cache.
+      patterns: the patterns to choose from.
+      index: which pattern to use; an int if there is a cache. See `attend_in_schedule`.
+      cache: keys and values of the earlier positions, from `write_cache`; None for a whole sequence.
+      position: the first position of x; with a cache only.
+      query: the query of `project`, for a single position that the cache already holds. x is then
+        used for nothing but its shape.
 
     Returns:
-      [batch, length, embed], and the cache with the positions of x.
+      The output of attention, and the cache with the positions of x.
     """
     if cache is None:
-      attended = attend_in_schedule(*self.project(x), patterns, index)
-      return self.project_out(attended), None
+      queries, key, value = self.project(x)
+      return self.project_out(attend_in_schedule(queries, key, value, patterns, index)), None
+    assert isinstance(index, int) and position is not None
     pattern = patterns[index]
-    if query is None:
-      query, key, value = self.project(x)
-      before, cache = cache, write_cache(cache, key, value, position, pattern)
-    if query.shape[1] == 1:
-      seen = read_cache(cache, position, pattern)
+    if query is not None:
+      return self.project_out(attend_cached(query, *read_cache(cache, position, pattern))), cache
+    query, key, value = self.project(x)
+    updated = write_cache(cache, key, value, position, pattern)
+    if x.shape[1] == 1:
+      keys, values, mask = read_cache(updated, position, pattern)
     else:
-      seen = read_cache_and_chunk(before, key, value, position, pattern)
-    return self.project_out(attend_cached(query, *seen)), cache
+      keys, values, mask = read_cache_and_chunk(cache, key, value, position, pattern)
+    return self.project_out(attend_cached(query, keys, values, mask)), updated
 
 
 class CrossAttention(nn.Module):
-  """Attention of a sequence over another. Attributes as SelfAttention."""
+  """Attention of a sequence over another one.
+
+  Attributes:
+    width: model dimension `embed`.
+    heads: number of heads; must divide `width`.
+    dtype: dtype of the computation; parameters are float32.
+  """
 
   width: int
   heads: int
@@ -396,33 +493,32 @@ class CrossAttention(nn.Module):
       (self.width,), 2, ('heads', 'head_dim', 'embed'), self.dtype
     )
 
-  def keys_values(self, encoded):
-    """Keys and values of the other sequence.
-
-    Args:
-      encoded: [batch, length, embed].
-
-    Returns:
-      Two arrays [batch, length, heads, head_dim].
-    """
+  def keys_values(
+    self, encoded: Float[Array, 'batch length embed']
+  ) -> tuple[
+    Float[Array, 'batch length heads head_dim'], Float[Array, 'batch length heads head_dim']
+  ]:
+    """Returns keys and values of the sequence to attend to."""
     projected = self.project_memory(encoded)
     names = ('activation_batch', 'activation_length', None, 'activation_heads', None)
     projected = nn.with_logical_constraint(projected, names)
     return projected[:, :, 0], projected[:, :, 1]
 
-  def __call__(self, x, other, mask=None):
-    """Attends from x.
+  def __call__(
+    self,
+    x: Float[Array, 'batch query_length embed'],
+    other: Float[Array, 'batch length embed'] | KeysValues,
+    mask: Bool[Array, '#batch 1 1 length'] | None = None,
+  ) -> Float[Array, 'batch query_length embed']:
+    """Attends from x to another sequence.
 
     Args:
-      x: [batch, query_length, embed].
-      other: the other sequence, [batch, length, embed], or a tuple of its keys and values, heads
-        first, [batch, heads, length, head_dim] each.
-      mask: bool [batch, 1, 1, length], True where x may look.
-
-    Returns:
-      As x.
+      x: the sequence that attends.
+      other: the other sequence, or its keys and values with heads before positions.
+      mask: True where x may attend; required with keys and values.
     """
     query = self.project_query(x)
     if isinstance(other, tuple):
+      assert mask is not None
       return self.project_out(attend_cached(query, *other, mask))
     return self.project_out(attend(query, *self.keys_values(other), mask))

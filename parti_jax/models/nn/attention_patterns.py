@@ -1,8 +1,8 @@
-"""Which image tokens a decoder position may look at: one definition for training and sampling.
+"""Sparse attention patterns: which image tokens each decoder position may attend to.
 
-The decoder's layers follow a schedule of patterns. Parti's own decoder is conv-shaped in all its
-layers (Parti, section 2.2); DALL-E (arXiv 2102.12092, appendix B.1, figure 11) mixes row, column
-and conv-shaped attention.
+Training and sampling share this definition. The layers of the decoder follow a schedule of
+patterns. Parti's decoder uses conv-shaped attention in every layer (Parti, section 2.2); DALL-E
+(arXiv 2102.12092, appendix B.1, figure 11) mixes row, column and conv-shaped attention.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ import functools
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
+from jaxtyping import Bool
+from jaxtyping import Int
 
 PATTERNS = ('conv', 'row', 'column', 'global')
 
@@ -20,21 +23,21 @@ PATTERNS = ('conv', 'row', 'column', 'global')
 class AttentionPattern:
   """A causal pattern over a grid of image tokens in raster order.
 
-  A position always sees itself. Besides it sees:
+  Every position attends to itself, and also to:
 
   - 'global': all earlier positions.
-  - 'conv': the earlier ones within a square of kernel × kernel around it. Unlike in DALL-E the
-    square does not wrap around the grid's left and right edges.
-  - 'row': the `columns` positions before it, so that the farthest is the one above it: DALL-E's
-    row attention, and the first half of the Sparse Transformer's strided one (arXiv 1904.10509,
-    section 4.3). Were it to end at the row's beginning, layers of row and column attention would
-    never see what lies above and to the right.
-  - 'column': those above it, in its own column.
+  - 'conv': the earlier positions within a square of kernel × kernel around it. Unlike in DALL-E,
+    the square does not wrap around the left and right edges of the grid.
+  - 'row': the previous `columns` positions, back to the one directly above. This is DALL-E's row
+    attention, and the first half of the Sparse Transformer's strided attention (arXiv 1904.10509,
+    section 4.3). If it stopped at the beginning of the row, layers of row and column attention
+    would never see what lies above and to the right.
+  - 'column': the earlier positions of its column.
 
   Attributes:
     name: one of PATTERNS.
     grid: rows and columns of image tokens.
-    kernel: side of the square of 'conv', odd.
+    kernel: side of the square of 'conv'; odd.
   """
 
   name: str
@@ -45,16 +48,10 @@ class AttentionPattern:
   def length(self) -> int:
     return self.grid[0] * self.grid[1]
 
-  def visible(self, query, key):
-    """Whether position `query` sees position `key`.
-
-    Args:
-      query: int32 array of positions.
-      key: int32 array that broadcasts with it.
-
-    Returns:
-      bool, of the broadcast shape.
-    """
+  def visible(
+    self, query: Int[Array | np.ndarray, '*#places'], key: Int[Array | np.ndarray, '*#places']
+  ) -> Bool[Array | np.ndarray, '*places']:
+    """Returns whether position `query` attends to position `key`."""
     columns, half = self.grid[1], self.kernel // 2
     seen = key <= query
     if self.name == 'conv':
@@ -67,21 +64,24 @@ class AttentionPattern:
     return seen
 
   @functools.cached_property
-  def mask(self) -> np.ndarray:
-    """bool [length, length]: may a query (first axis) look at a key."""
+  def mask(self) -> Bool[np.ndarray, 'length length']:
+    """Whether each query (first axis) attends to each key (second axis)."""
     positions = np.arange(self.length)
-    return self.visible(positions[:, None], positions[None])
+    return np.asarray(self.visible(positions[:, None], positions[None]))
 
   @property
   def keys(self) -> int:
-    """Keys that a query counts to look at, with those of its neighbourhood that come after it."""
+    """Number of keys in a query's neighbourhood, for counting FLOPs.
+
+    Keys of the neighbourhood that come after the query count too.
+    """
     rows, columns = self.grid
     counts = {'conv': self.kernel**2, 'row': columns + 1, 'column': rows, 'global': self.length}
     return min(self.length, counts[self.name])
 
   @property
   def reach(self) -> int:
-    """How many positions, the newest one among them, lie between a query and its farthest key."""
+    """Number of positions from a query's farthest key to the query, both included."""
     (rows, columns), half = self.grid, self.kernel // 2
     farthest = {
       'conv': min(half, rows - 1) * columns + min(half, columns - 1),
@@ -91,24 +91,24 @@ class AttentionPattern:
     }
     return min(self.length, farthest[self.name] + 1)
 
-  # Caches of sampling. Position p lies in slot p modulo the number of slots: a ring, in which a
-  # new position takes the place of one that nothing sees any more. Of 'column' every position is
-  # seen again in the last row, so that all are kept, column after column: a step reads only the
-  # `rows` slots of its own column.
+  # Layout of the sampling caches. Position p is stored in slot p modulo the number of slots: a ring
+  # buffer, in which a new position overwrites one that no later position attends to. 'column' is
+  # different: the last row attends to every position once more, so the cache keeps all of them,
+  # column by column, and a step reads only the `rows` slots of its own column.
 
   def slots(self, positions: int) -> int:
-    """Slots of a cache that serves the first `positions` positions."""
+    """Returns the number of cache slots needed to sample the first `positions` positions."""
     return self.length if self.name == 'column' else min(positions, self.reach)
 
-  def slot(self, position, slots: int):
-    """int32 []: where in a cache of `slots` the position int32 [] lies."""
+  def slot(self, position: Int[Array, '*places'], slots: int) -> Int[Array, '*places']:
+    """Returns the slot of each position, in a cache of `slots` slots."""
     if self.name == 'column':
       rows, columns = self.grid
       return position % columns * rows + position // columns
     return position % slots
 
-  def held(self, position, slots: int):
-    """int32 [slots]: which of the positions before int32 [] each slot holds; negative for none."""
+  def held(self, position: Int[Array, ''], slots: int) -> Int[Array, 'slots']:
+    """Returns which of the positions before `position` each slot holds; negative for empty slots."""
     slot = jnp.arange(slots)
     if self.name == 'column':
       rows, columns = self.grid
@@ -117,16 +117,18 @@ class AttentionPattern:
     newest = position - 1
     return newest - (newest - slot) % slots
 
-  def read(self, position, slots: int):
-    """What a step looks at.
+  def read(
+    self, position: Int[Array, ''], slots: int
+  ) -> tuple[int | Int[Array, ''], int, Bool[Array, 'count']]:
+    """Returns which slots a sampling step reads.
 
     Args:
-      position: int32 [], the step's own, which is written already.
-      slots: size of the cache.
+      position: the position of the step, which the cache already holds.
+      slots: number of slots of the cache.
 
     Returns:
-      The first slot to read, int32 [] or the number 0; how many; and which of them the position
-      sees, bool [that many].
+      The first slot to read, the number of slots to read, and for each of these slots whether
+      `position` attends to it.
     """
     if self.name == 'column':
       rows, columns = self.grid
@@ -135,23 +137,23 @@ class AttentionPattern:
     return 0, slots, (held >= 0) & self.visible(position, held)
 
   @functools.cached_property
-  def order(self) -> np.ndarray:
-    """int [length]: the positions in the order in which those that see each other are neighbours.
+  def order(self) -> Int[np.ndarray, 'length']:
+    """The positions in an order that makes those that attend to each other neighbours.
 
-    Raster order but for 'column', whose columns then are blocks that a kernel can skip (DALL-E,
-    figure 11).
+    For 'column' this is column by column, which gives a kernel whole blocks to skip (DALL-E,
+    figure 11). For the other patterns it is raster order.
     """
     positions = np.arange(self.length)
     return positions.reshape(self.grid).T.reshape(-1) if self.name == 'column' else positions
 
   @functools.cached_property
-  def ordered_mask(self) -> np.ndarray:
+  def ordered_mask(self) -> Bool[np.ndarray, 'length length']:
     """`mask` with both axes in `order`."""
     return self.mask[np.ix_(self.order, self.order)]
 
 
 def shortest_period(patterns: tuple[str, ...]) -> tuple[str, ...]:
-  """The shortest tuple that, repeated, gives `patterns`."""
+  """Returns the shortest tuple that gives `patterns` when repeated."""
   for length in range(1, len(patterns) + 1):
     if patterns[:length] * (len(patterns) // length) == patterns:
       return patterns[:length]

@@ -1,17 +1,24 @@
 """A stack of equal layers: parameters with a leading axis `layers`, run by a scan or a pipeline.
 
-The layout of the parameters is the same on every mesh and with every remat policy, so that a
-checkpoint fits all of them.
+The parameters have the same layout on every mesh and with every remat policy, so a checkpoint fits
+all of them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
+from collections.abc import Callable
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
+from jaxtyping import Float
+from jaxtyping import PyTree
+from jaxtyping import Shaped
 
 from parti_jax.core import errors
 from parti_jax.models.nn import attention
@@ -19,7 +26,7 @@ from parti_jax.models.nn import layers
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.partitioning import pipeline_parallelism
 
-# What the backward pass finds in memory instead of computing it again.
+# What the forward pass saves for the backward pass, by the name of the remat policy.
 REMAT_POLICIES = {
   'everything': jax.checkpoint_policies.save_anything_except_these_names(
     pipeline_parallelism.VISIT_PARAMETERS
@@ -33,150 +40,187 @@ REMAT_POLICIES = {
 }
 
 
-def remat(layer, policy: str):
-  """Wraps a layer so that its backward pass keeps what `policy` says.
+def remat(layer: Callable, policy: str) -> Callable:
+  """Wraps a layer so that its backward pass recomputes what the policy doesn't save.
 
   Args:
     layer: function of arrays.
-    policy: 'everything' (no recomputation), 'dots' (outputs of the projections),
-      'block_inputs_and_attention' (each layer's input and the output of its self-attention),
-      'block_inputs', or 'nothing' (of the inputs of about √layers layers each only the first;
-      each layer is computed three times in all; in a pipeline the same as 'block_inputs').
+    policy: what to save. 'everything' recomputes nothing. 'dots' saves the outputs of projections,
+      'block_inputs_and_attention' the input of each layer and the output of its self-attention,
+      'block_inputs' the input of each layer. 'nothing' saves one input for about √layers layers, so
+      each layer is computed three times; in a pipeline it is the same as 'block_inputs'.
 
   Raises:
-    ValueError: if there is no such policy.
+    ValueError: if the policy is unknown.
   """
   if policy not in REMAT_POLICIES:
     raise ValueError(f'unknown remat policy {policy!r}; known: {", ".join(REMAT_POLICIES)}')
   return jax.checkpoint(layer, policy=REMAT_POLICIES[policy], prevent_cse=False)
 
 
-def initializer(block: nn.Module, length: int, *inputs):
-  """An initializer of the parameters of `length` blocks, stacked along a new axis `layers`.
+def initializer(block: nn.Module, length: int, *inputs) -> Callable[[Array], PyTree]:
+  """Makes an initializer of the parameters of `length` blocks, stacked along a new axis `layers`.
 
   Args:
-    block: a module without parent.
+    block: a module without a parent.
     length: number of layers.
-    *inputs: what the block takes; only shapes count.
+    *inputs: inputs of the block; only their shapes matter.
 
   Returns:
-    A function of a key that returns boxed parameters, as `nn.Module.param` takes it.
+    A function from a key to boxed parameters, for `nn.Module.param`.
   """
 
   def init(key):
     one = lambda key: block.init(key, *inputs)['params']
-    with mesh_lib.unused():  # One example does not divide among the devices.
+    with mesh_lib.unused():  # The batch of one example can't be divided among the devices.
       stacked = jax.vmap(one)(jax.random.split(key, length))
     return nn.meta.add_axis(stacked, 0, {nn.PARTITION_NAME: 'layers'})
 
   return init
 
 
-def run(
-  layer,
-  stacked,
-  x,
-  beside,
-  dropout_keys,
-  policy: str,
-  unroll: int = 1,
-  every: bool = False,
-  period: int = 1,
-):
-  """Runs the layers one after the other; as a pipeline where the mesh has several stages.
+@dataclasses.dataclass(frozen=True)
+class LayerStack:
+  """Runs equal layers in sequence, or as a pipeline if the mesh has several stages.
 
-  Args:
-    layer: (params, place, x, beside, keys) -> x, of one layer. `place` is the layer's in the
-      period: a Python number, or int32 [] in a pipeline whose visits do not hold whole periods.
-    stacked: parameters with the leading axis `layers`.
-    x: [batch, length, embed].
-    beside: a tree of arrays [batch, ...] that every layer sees, such as the text.
-    dropout_keys: layers.DropoutKeys, or None where dropout is off.
-    policy: name in REMAT_POLICIES.
-    unroll: layers laid out in one turn of the scan, at least the period.
-    every: whether to return the outputs of all layers.
-    period: after how many layers the same kind of layer comes again; divides their number.
-
-  Returns:
-    The output of the last layer, as x; or, with `every`, of all, [layers, batch, length, embed].
-
-  Raises:
-    UserError: with `every` in a pipeline, whose stages hand on only their last layer's output.
+  Attributes:
+    layer: computes one layer: (params, place, x, side_inputs, dropout_keys) -> x. `place` is the
+      index of the layer within its period: an int, or an int32 scalar in a pipeline whose visits
+      don't hold whole periods.
+    remat: name in REMAT_POLICIES.
+    unroll: number of layers that each iteration of the scan computes; at least one period.
+    period: number of layers after which the kinds of layers repeat; it divides the number of layers.
   """
-  count = jax.tree.leaves(stacked)[0].shape[0]
-  rows = None if dropout_keys is None else dropout_keys.rows
-  keys_of = lambda rows: None if rows is None else layers.DropoutKeys(dropout_keys.key, rows)
 
-  def one(place, params, index, x, beside, rows):
-    return layer(params, place, x, beside, layers.fold(keys_of(rows), index))
+  layer: Callable[..., Array]
+  remat: str = 'everything'
+  unroll: int = 1
+  period: int = 1
 
-  schedule = pipeline_parallelism.schedule(count, x.shape[0])
-  if schedule is not None and every:
-    raise errors.UserError(
-      f'make_mesh.stage={schedule.stages}: a pipeline does not hand out the outputs of all '
-      'layers, which GeneratorObjective.depth_loss_weights asks for; train without stages, or '
-      'without that loss'
-    )
-  if schedule is not None:
+  def run(
+    self,
+    stacked: PyTree[Float[Array, 'layers ...']],
+    x: Float[Array, 'batch length embed'],
+    side_inputs: PyTree[Shaped[Array, 'batch ...']] = None,
+    dropout_keys: layers.DropoutKeys | None = None,
+    all_layers: bool = False,
+  ) -> Float[Array, '*layers batch length embed']:
+    """Runs all layers.
+
+    Args:
+      stacked: the parameters of all layers.
+      x: input of the first layer.
+      side_inputs: arrays that every layer sees, such as the text.
+      dropout_keys: keys of the stack; None if dropout is off.
+      all_layers: whether to return the outputs of all layers.
+
+    Returns:
+      The output of the last layer, with the shape of x. With `all_layers` the outputs of all
+      layers, with a leading axis of layers.
+
+    Raises:
+      UserError: with `all_layers` in a pipeline, whose stages return only their last output.
+    """
+    count = jax.tree.leaves(stacked)[0].shape[0]
+    schedule = pipeline_parallelism.schedule(count, x.shape[0])
+    if schedule is None:
+      return self._scan(stacked, x, side_inputs, dropout_keys, all_layers)
+    if all_layers:
+      raise errors.UserError(
+        f"make_mesh.stage={schedule.stages}: a pipeline can't return the outputs of all layers, "
+        'which GeneratorObjective.depth_loss_weights needs; train without stages, or without '
+        'that loss'
+      )
+    return self._pipeline(stacked, x, side_inputs, dropout_keys, schedule)
+
+  def _one(self, dropout_keys: layers.DropoutKeys | None) -> Callable[..., Array]:
+    """Returns `layer` as (place, params, index, x, side_inputs, rows) -> x.
+
+    The rows of the dropout keys are an argument, because a pipeline splits them like the batch.
+    """
+
+    def one(place, params, index, x, side_inputs, rows):
+      keys = None if dropout_keys is None else layers.DropoutKeys(dropout_keys.key, rows)
+      return self.layer(params, place, x, side_inputs, layers.fold(keys, index))
+
+    return one
+
+  def _pipeline(self, stacked, x, side_inputs, dropout_keys, schedule):
+    one, rows = self._one(dropout_keys), _rows(dropout_keys)
 
     def in_visit(params, index, number, *others):
-      whole = schedule.layers_per_visit % period == 0
-      return one((number if whole else index) % period, params, index, *others)
+      whole = schedule.layers_per_visit % self.period == 0
+      return one((number if whole else index) % self.period, params, index, *others)
 
     return pipeline_parallelism.run(
-      in_visit, lambda visit: remat(visit, policy), stacked, x, (beside, rows), schedule
+      in_visit, lambda visit: remat(visit, self.remat), stacked, x, (side_inputs, rows), schedule
     )
 
-  kinds = [functools.partial(one, place) for place in range(period)]
-  if policy != 'everything':
-    kinds = [remat(kind, policy) for kind in kinds]
+  def _scan(self, stacked, x, side_inputs, dropout_keys, all_layers):
+    one, rows = self._one(dropout_keys), _rows(dropout_keys)
+    kinds: list[Callable] = [functools.partial(one, place) for place in range(self.period)]
+    if self.remat != 'everything':
+      kinds = [remat(kind, self.remat) for kind in kinds]
 
-  def scan(x, stacked, indices):
-    def body(x, inputs):
-      outputs = []
-      for kind, part in zip(kinds, _apart(inputs)):
-        x = kind(*part, x, beside, rows)
-        outputs.append(x)
-      return x, jnp.stack(outputs) if every else None
+    def scan(x, stacked, indices):
+      """Runs some of the layers. Returns x, and the outputs [turns, period, ...] or None."""
 
-    periods = _grouped((stacked, indices), period)
-    turns = len(indices) // period
-    return jax.lax.scan(body, x, periods, unroll=min(max(1, unroll // period), turns))
+      def body(x, inputs):
+        outputs = []
+        for kind, (params, index) in zip(kinds, _apart(inputs)):
+          x = kind(params, index, x, side_inputs, rows)
+          outputs.append(x)
+        return x, jnp.stack(outputs) if all_layers else None
 
-  indices = jnp.arange(count)
-  if policy != 'nothing':
-    x, outputs = scan(x, stacked, indices)
-  else:
-    groups = _grouped((stacked, indices), _near_root(count, period))
-    group = functools.partial(jax.checkpoint, prevent_cse=False)(scan)
-    x, outputs = jax.lax.scan(lambda x, part: group(x, *part), x, groups)
-  return outputs.reshape((count,) + x.shape) if every else x
+      periods = _grouped((stacked, indices), self.period)  # [turns, period, ...]
+      turns = len(indices) // self.period
+      unroll = min(max(1, self.unroll // self.period), turns)
+      return jax.lax.scan(body, x, periods, unroll=unroll)
+
+    count = jax.tree.leaves(stacked)[0].shape[0]
+    indices = jnp.arange(count)
+    if self.remat != 'nothing':
+      x, outputs = scan(x, stacked, indices)
+    else:
+      groups = _grouped((stacked, indices), _near_root(count, self.period))
+      group = functools.partial(jax.checkpoint, prevent_cse=False)(scan)
+      x, outputs = jax.lax.scan(lambda x, part: group(x, *part), x, groups)
+    return outputs.reshape((count,) + x.shape) if all_layers else x
 
 
-def unstacked(stacked, count: int) -> list:
-  """Parameters of each layer, of a tree with the leading axis `layers`; a list of them as it is.
+def unstacked(stacked: PyTree | Sequence[PyTree], count: int) -> list[PyTree]:
+  """Returns the parameters of each layer.
 
-  Sampling has a list: a step that sliced the layers out of one array would copy them all.
+  Args:
+    stacked: parameters with the leading axis `layers`, or already a list of those of each layer.
+      Sampling uses a list, because slicing the layers out of one array would copy them at each step.
+    count: number of layers.
   """
   if isinstance(stacked, (list, tuple)):
     return list(stacked)
   return [jax.tree.map(lambda leaf, layer=layer: leaf[layer], stacked) for layer in range(count)]
 
 
-def _grouped(tree, size: int):
-  """Arrays [layers, ...] as [layers / size, size, ...]."""
+def _rows(dropout_keys: layers.DropoutKeys | None) -> Array | None:
+  return None if dropout_keys is None else dropout_keys.rows
+
+
+def _grouped(tree: PyTree, size: int) -> PyTree:
+  """Reshapes arrays [layers, ...] to [layers / size, size, ...]."""
   return jax.tree.map(lambda leaf: leaf.reshape((-1, size) + leaf.shape[1:]), tree)
 
 
-def _apart(tree) -> list:
-  """The trees of arrays [...] that a tree of arrays [number, ...] holds."""
+def _apart(tree: PyTree) -> list[PyTree]:
+  """Splits a tree of arrays [number, ...] into a list of `number` trees of arrays [...]."""
   leaves, structure = jax.tree.flatten(tree)
-  # Split, not indexed: the gradient of that is one concatenation.
+  # A split instead of indexing, because its gradient is a single concatenation.
   cut = [jax.lax.split(leaf, (1,) * leaf.shape[0]) for leaf in leaves]
-  return [structure.unflatten([jnp.squeeze(part, 0) for part in parts]) for parts in zip(*cut)]
+  return [
+    jax.tree.unflatten(structure, [jnp.squeeze(part, 0) for part in parts]) for parts in zip(*cut)
+  ]
 
 
 def _near_root(count: int, multiple: int) -> int:
-  """Of the divisors of `count` that are multiples of a number, the one nearest to its root."""
+  """Returns the divisor of `count` nearest to its root among the multiples of `multiple`."""
   divisors = [size for size in range(multiple, count + 1, multiple) if count % size == 0]
   return min(divisors, key=lambda size: abs(math.log(size * size / count)))

@@ -1,8 +1,9 @@
-"""The small layers that every network is made of, with logical axis names."""
+"""Basic layers with logical axis names: projections, dropout, layer norm, MLP, embeddings."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import flax.linen as nn
 import flax.struct
@@ -10,24 +11,50 @@ import jax
 import jax.extend.random
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array
 from jaxtyping import Float
+from jaxtyping import Int
 from jaxtyping import PRNGKeyArray
+from jaxtyping import PyTree
 from jaxtyping import UInt32
 
-# Names of the axes of an activation at a block's boundary.
+# Logical axes of the activations between blocks.
 ACTIVATION = ('activation_batch', 'activation_length', 'activation_embed')
 
 
+def parameter(
+  module: nn.Module,
+  name: str,
+  initializer: Callable[..., Array],
+  axes: tuple[str, ...],
+  shape: tuple[int, ...],
+) -> Array:
+  """Declares a float32 parameter of a module with logical axis names.
+
+  Args:
+    module: the module, in its `setup` or in its `nn.compact` method.
+    name: name of the parameter.
+    initializer: (key, shape) -> initial values.
+    axes: a logical axis name for each dimension.
+    shape: shape of the parameter.
+
+  Returns:
+    The value of the parameter, without the box that holds its axis names.
+  """
+  boxed: Callable = nn.with_logical_partitioning(initializer, axes)
+  return module.param(name, boxed, shape)
+
+
 class Projection(nn.Module):
-  """A linear map without bias over the last `contracted` axes.
+  """A linear layer without bias over the last `contracted` axes.
 
   Attributes:
-    features: the axes that replace the contracted ones.
-    contracted: how many trailing axes of the input are summed over.
-    axes: logical names of the kernel's axes, the contracted ones first.
-    dtype: of the computation; the kernel is float32.
-    scale: the kernel's standard deviation is sqrt(scale / fan-in).
+    features: sizes of the axes that replace the contracted ones.
+    contracted: number of trailing axes of the input to sum over.
+    axes: logical axis names of the kernel; the contracted axes come first.
+    dtype: dtype of the computation; the kernel is float32.
+    scale: the initial standard deviation of the kernel is sqrt(scale / fan-in).
   """
 
   features: tuple[int, ...]
@@ -40,13 +67,15 @@ class Projection(nn.Module):
   def __call__(self, x: Float[Array, '*rows_and_contracted']) -> Float[Array, '*rows_and_features']:
     contracted = x.shape[-self.contracted :]
     stddev = math.sqrt(self.scale / math.prod(contracted))
-    kernel = self.param(
+    kernel = parameter(
+      self,
       'kernel',
-      nn.with_logical_partitioning(nn.initializers.truncated_normal(stddev), self.axes),
+      nn.initializers.truncated_normal(stddev),
+      self.axes,
       contracted + self.features,
     )
-    # With one axis of rows the kernel's gradient is a product of two matrices as they lie; over
-    # several, XLA on a CPU first writes a transposed copy, at up to the cost of the product.
+    # Rows become one axis, so that the gradient of the kernel is a plain matrix product. With
+    # several axes, XLA on a CPU first makes a transposed copy, which can cost as much again.
     rows = x.shape[: -self.contracted]
     x = x.astype(self.dtype).reshape((-1,) + contracted)
     dimensions = tuple(range(1, x.ndim)), tuple(range(self.contracted))
@@ -54,42 +83,38 @@ class Projection(nn.Module):
     return product.reshape(rows + self.features)
 
 
-@flax.struct.dataclass
-class DropoutKeys:
-  """What dropout masks follow from: a key, and the places of examples in the whole batch.
+class DropoutKeys(flax.struct.PyTreeNode):
+  """A key, and the indices of the examples in the whole batch; dropout masks depend on these alone.
 
-  A mask depends on nothing else: not on the mesh, on how a batch is cut into microbatches, nor on
-  the pipeline stage that computes it. So a recomputed mask is the one that was used, as the
-  deterministic masks of Parti's 20B model (Parti, section 3).
+  They don't depend on the mesh, on the split into microbatches, or on the pipeline stage. A
+  recomputed mask therefore equals the first one, like the deterministic masks of Parti's 20B model
+  (Parti, section 3).
 
   Attributes:
-    key: a key [].
-    rows: uint32 [batch], the place of each example in the batch of the whole step.
+    key: a random key.
+    rows: index of each example in the batch of the whole step.
   """
 
   key: PRNGKeyArray
   rows: UInt32[Array, 'batch']
 
 
-def dropout_keys(key, batch: int) -> DropoutKeys:
-  """Keys for all examples of a batch."""
+def dropout_keys(key: PRNGKeyArray, batch: int) -> DropoutKeys:
+  """Returns keys for all examples of a batch."""
   return DropoutKeys(key, jnp.arange(batch, dtype=jnp.uint32))
 
 
-def fold(keys: DropoutKeys | None, number) -> DropoutKeys | None:
-  """Keys of a part of the network, such as a layer: `number` is its int32 [] place.
-
-  None, where dropout is off, stays None.
-  """
+def fold(keys: DropoutKeys | None, number: int | Int[Array, '']) -> DropoutKeys | None:
+  """Returns the keys of part `number` of the network, such as a layer; None if dropout is off."""
   return None if keys is None else keys.replace(key=jax.random.fold_in(keys.key, number))
 
 
 class Dropout(nn.Module):
-  """Dropout that draws 16 random bits a value, four values from each pair of words of threefry.
+  """Dropout that draws 16 random bits per value: four values from each threefry pair of words.
 
   Attributes:
-    rate: share of values that become 0, rounded to a multiple of 1/65536. The others are divided
-      by one minus the rounded rate, so that the expectation is exact.
+    rate: fraction of values set to 0, rounded to a multiple of 1/65536. The other values are
+      divided by one minus the rounded rate, so the expectation is exact.
   """
 
   rate: float
@@ -97,7 +122,7 @@ class Dropout(nn.Module):
   def __call__(
     self, x: Float[Array, 'batch *places features'], keys: DropoutKeys | None
   ) -> Float[Array, 'batch *places features']:
-    """Drops values of `x`, unless `keys` is None."""
+    """Drops values of `x`; returns it unchanged if `keys` is None."""
     dropped = min(round(self.rate * 2**16), 2**16 - 1)
     if keys is None or not dropped:
       return x
@@ -118,19 +143,17 @@ class Dropout(nn.Module):
 
 
 class LayerNorm(nn.Module):
-  """Layer norm in float32, with a scale and without a bias (Parti, section 3).
+  """Layer norm in float32 with a scale and no bias (Parti, section 3).
 
   Attributes:
-    dtype: of the output; the statistics are always float32.
+    dtype: dtype of the output; statistics are always float32.
   """
 
   dtype: jnp.dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x):
-    scale = self.param(
-      'scale', nn.with_logical_partitioning(nn.initializers.ones, ('norm',)), (x.shape[-1],)
-    )
+  def __call__(self, x: Float[Array, '*places features']) -> Float[Array, '*places features']:
+    scale = parameter(self, 'scale', nn.initializers.ones, ('norm',), (x.shape[-1],))
     x = x.astype(jnp.float32)
     mean = jnp.mean(x, axis=-1, keepdims=True)
     variance = jnp.mean(jnp.square(x), axis=-1, keepdims=True) - jnp.square(mean)
@@ -139,12 +162,12 @@ class LayerNorm(nn.Module):
 
 
 class MLP(nn.Module):
-  """Two projections with a GELU between them.
+  """Two projections with a GELU in between.
 
   Attributes:
     width: model dimension `embed`.
     mlp_width: dimension `mlp` between the projections.
-    dtype: of the computation.
+    dtype: dtype of the computation.
   """
 
   width: int
@@ -152,7 +175,7 @@ class MLP(nn.Module):
   dtype: jnp.dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: Float[Array, 'batch length embed']) -> Float[Array, 'batch length embed']:
     hidden = Projection((self.mlp_width,), 1, ('embed', 'mlp'), self.dtype, name='project_in')(x)
     hidden = nn.with_logical_constraint(
       hidden, ('activation_batch', 'activation_length', 'activation_mlp')
@@ -166,9 +189,9 @@ class Embedding(nn.Module):
   """A table of vectors.
 
   Attributes:
-    size: number of rows.
-    width: length of a row.
-    axes: logical names of both.
+    size: number of vectors.
+    width: length of a vector.
+    axes: logical names of both axes.
     stddev: standard deviation of the initial values.
   """
 
@@ -178,33 +201,36 @@ class Embedding(nn.Module):
   stddev: float = 0.02
 
   def setup(self):
-    initializer = nn.initializers.normal(self.stddev)
-    self.table = self.param(
-      'table', nn.with_logical_partitioning(initializer, self.axes), (self.size, self.width)
+    self.table = parameter(
+      self, 'table', nn.initializers.normal(self.stddev), self.axes, (self.size, self.width)
     )
 
-  def __call__(self, ids, dtype=jnp.float32):
-    """ids: int32 [...]. Returns dtype [..., width]."""
+  def __call__(
+    self, ids: Int[Array, '*places'], dtype: DTypeLike = jnp.float32
+  ) -> Float[Array, '*places features']:
+    """Looks up vectors, and converts them to `dtype`."""
     return jnp.take(self.table, ids, axis=0).astype(dtype)
 
-  def attend(self, x):
-    """Products of vectors with every row: [..., width] to float32 [..., size]."""
+  def attend(self, x: Float[Array, '*places features']) -> Float[Array, '*places ids']:
+    """Returns the dot products of x with every vector of the table, in float32."""
     rows = x.astype(jnp.float32).reshape(-1, self.width)
     return (rows @ self.table.T).reshape(x.shape[:-1] + (self.size,))
 
 
-def cross_entropy(logits, targets):
-  """Cross entropy of ids, where the ids' axis may be split over devices.
+def cross_entropy(
+  logits: Float[Array, '*places ids'], targets: Int[Array, '*places']
+) -> tuple[Float[Array, '*places'], Float[Array, '*places']]:
+  """Cross entropy that supports logits whose last axis is split over devices.
 
   Args:
-    logits: float32 [..., ids].
-    targets: int32 [...], each in [0, ids).
+    logits: a float32 logit for each id.
+    targets: ids in [0, ids).
 
   Returns:
-    losses float32 [...], and hits float32 [...], 1 where the target has the largest logit.
+    losses: the loss at each place, in nats.
+    hits: 1 where the target has the largest logit, 0 elsewhere.
   """
-  # Picked by a sum: an index into the last axis would gather logits that are split along it, and no
-  # device is to hold all of them.
+  # A masked sum instead of indexing, which would gather the logits of all devices on each of them.
   ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
   at_target = jnp.sum(jnp.where(ids == targets[..., None], logits, 0.0), axis=-1)
   losses = jax.nn.logsumexp(logits, axis=-1) - at_target
@@ -212,12 +238,12 @@ def cross_entropy(logits, targets):
   return losses, hits.astype(jnp.float32)
 
 
-def count_parameters(variables, where=lambda path: True) -> int:
-  """Number of parameters in a tree of arrays or of abstract shapes.
+def count_parameters(variables: PyTree, where: Callable[[str], bool] = lambda path: True) -> int:
+  """Counts the parameters in a tree of arrays or of abstract shapes.
 
   Args:
-    variables: a tree, as of `jax.eval_shape(model.init, ...)`.
-    where: takes a parameter's path such as 'decoder/logits/kernel'; counts it where true.
+    variables: a tree such as the result of `jax.eval_shape(model.init, ...)`.
+    where: whether to count a parameter, given its path, such as 'decoder/logits/kernel'.
   """
   total = 0
   for path, leaf in jax.tree_util.tree_leaves_with_path(nn.meta.unbox(variables)):

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import flax.linen as nn
 import flax.struct
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array
+from jaxtyping import Bool
+from jaxtyping import Float
+from jaxtyping import Int
+from jaxtyping import PyTree
 
 from parti_jax.models.nn import attention
 from parti_jax.models.nn import attention_patterns
@@ -14,14 +21,14 @@ from parti_jax.models.nn import layers
 
 
 class EncoderBlock(nn.Module):
-  """Self-attention and MLP, each behind a layer norm and beside a residual path.
+  """Self-attention and MLP, each with a layer norm before it and a residual connection.
 
   Attributes:
     width: model dimension `embed`.
     mlp_width: hidden dimension `mlp`.
-    heads: attention heads.
-    dropout: rate at the output of both halves.
-    dtype: of the computation.
+    heads: number of attention heads.
+    dropout: dropout rate at the outputs of attention and MLP.
+    dtype: dtype of the computation.
   """
 
   width: int
@@ -37,10 +44,18 @@ class EncoderBlock(nn.Module):
     self.mlp = layers.MLP(self.width, self.mlp_width, self.dtype)
     self.drop = layers.Dropout(self.dropout)
 
-  def __call__(self, x, mask=None, dropout_keys=None):
-    """x: [batch, length, embed]; mask: bool [batch, 1, length or 1, length].
+  def __call__(
+    self,
+    x: Float[Array, 'batch length embed'],
+    mask: Bool[Array, '#batch 1 #length length'] | None = None,
+    dropout_keys: layers.DropoutKeys | None = None,
+  ) -> Float[Array, 'batch length embed']:
+    """Computes the block.
 
-    `dropout_keys` are `layers.DropoutKeys` of this block, or None where dropout is off.
+    Args:
+      x: input of the block.
+      mask: True where a position may attend to another one; None if it may attend to all.
+      dropout_keys: keys of this block; None if dropout is off.
     """
     x = nn.with_logical_constraint(x, layers.ACTIVATION)
     keys = [layers.fold(dropout_keys, site) for site in range(2)]
@@ -49,27 +64,28 @@ class EncoderBlock(nn.Module):
     return nn.with_logical_constraint(x, layers.ACTIVATION)
 
 
-@flax.struct.dataclass
-class DecoderState:
-  """What a decoder keeps of a text and of the positions so far, between two calls.
+class DecoderState(flax.struct.PyTreeNode):
+  """What a decoder keeps between two calls: a text, and the keys and values of earlier positions.
 
   Attributes:
-    position: int32 [], how many positions there are, which is the index of the next one.
-    caches: for each layer keys and values of its self-attention, [batch, heads, slots, head_dim]
-      each; the layer's AttentionPattern says how many slots, and which position is in which.
-    texts: for each layer keys and values of its cross-attention to the text,
-      [batch, heads, text_length, head_dim] each.
-    text_mask: bool [batch, 1, 1, text_length].
+    position: number of positions so far, which is the index of the next one.
+    caches: for each layer, keys and values of its self-attention. The layer's AttentionPattern
+      defines the number of slots, and which slot holds which position.
+    texts: for each layer, keys and values of its cross-attention to the text.
+    text_mask: True where a text token may be attended to.
   """
 
-  position: jax.Array
-  caches: list[tuple[jax.Array, jax.Array]]
-  texts: list[tuple[jax.Array, jax.Array]]
-  text_mask: jax.Array
+  position: Int[Array, '']
+  caches: list[attention.KeysValues]
+  texts: list[attention.KeysValues]
+  text_mask: Bool[Array, 'batch 1 1 text_length']
 
 
 class DecoderBlock(nn.Module):
-  """Causal self-attention, cross-attention to the text, MLP. Attributes as EncoderBlock."""
+  """Causal self-attention, cross-attention to the text, and MLP.
+
+  The attributes are those of EncoderBlock.
+  """
 
   width: int
   mlp_width: int
@@ -88,32 +104,32 @@ class DecoderBlock(nn.Module):
 
   def __call__(
     self,
-    x,
-    text,
-    text_mask,
-    patterns,
-    index=0,
-    dropout_keys=None,
+    x: Float[Array, 'batch length embed'],
+    text: Float[Array, 'batch text_length embed'] | attention.KeysValues,
+    text_mask: Bool[Array, 'batch 1 1 text_length'],
+    patterns: Sequence[attention_patterns.AttentionPattern],
+    index: int | Int[Array, ''] = 0,
+    dropout_keys: layers.DropoutKeys | None = None,
     *,
-    cache=None,
-    position=None,
-    query=None,
-  ):
-    """Any number of positions: a whole sequence, or with a cache the next ones.
+    cache: attention.KeysValues | None = None,
+    position: Int[Array, ''] | None = None,
+    query: Float[Array, 'batch 1 heads head_dim'] | None = None,
+  ) -> tuple[Float[Array, 'batch length embed'], attention.KeysValues | None]:
+    """Computes a whole sequence, or with a cache the next positions.
 
     Args:
-      x: [batch, length, embed].
-      text: the text encoder's output [batch, text_length, embed], or its `keys_values`.
-      text_mask: bool [batch, 1, 1, text_length].
-      patterns: AttentionPatterns of the image tokens.
-      index: which of them is this block's, an int or, without a cache, int32 [].
-      dropout_keys: as EncoderBlock.
-      cache: keys and values of the positions before x, see DecoderState; None for a whole sequence.
-      position: int32 [], of x's first position, with a cache.
-      query: of `project`, where the cache already holds x, a single position.
+      x: input of the block.
+      text: the output of the text encoder, or the result of `keys_values`.
+      text_mask: True where a text token may be attended to.
+      patterns: attention patterns of the image tokens.
+      index: which pattern this block uses; an int if there is a cache.
+      dropout_keys: keys of this block; None if dropout is off.
+      cache: keys and values of the positions before x; None for a whole sequence.
+      position: the first position of x; with a cache only.
+      query: the query of `project`, for a single position that the cache already holds.
 
     Returns:
-      [batch, length, embed], and the cache with the positions of x, or None without a cache.
+      The output, and the cache with the positions of x, or None without a cache.
     """
     x = nn.with_logical_constraint(x, layers.ACTIVATION)
     keys = [layers.fold(dropout_keys, site) for site in range(3)]
@@ -125,23 +141,34 @@ class DecoderBlock(nn.Module):
     x = x + self.drop(self.mlp(self.mlp_norm(x)), keys[2])
     return nn.with_logical_constraint(x, layers.ACTIVATION), cache
 
-  def project(self, x):
-    """Query, key and value of self-attention, for x [batch, length, embed], this block's input."""
+  def project(
+    self, x: Float[Array, 'batch length embed']
+  ) -> tuple[
+    Float[Array, 'batch length heads head_dim'],
+    Float[Array, 'batch length heads head_dim'],
+    Float[Array, 'batch length heads head_dim'],
+  ]:
+    """Returns query, key and value of self-attention for the block's input x."""
     return self.attention.project(self.attention_norm(x))
 
-  def keys_values(self, encoded):
-    """Keys and values of the text: two of [batch, heads, text_length, head_dim]."""
-    return tuple(part.swapaxes(1, 2) for part in self.cross_attention.keys_values(encoded))
+  def keys_values(self, encoded: Float[Array, 'batch text_length embed']) -> attention.KeysValues:
+    """Returns keys and values of cross-attention to the text."""
+    key, value = self.cross_attention.keys_values(encoded)
+    return key.swapaxes(1, 2), value.swapaxes(1, 2)
 
 
 class Encoder(nn.Module):
-  """Encoder blocks and a last layer norm.
+  """Encoder blocks and a final layer norm.
 
   Attributes:
     num_layers: number of blocks.
+    width: model dimension `embed`.
+    mlp_width: hidden dimension `mlp`.
+    heads: number of attention heads.
+    dropout: dropout rate at the outputs of attention and MLP.
+    dtype: dtype of the computation.
     remat: name in layer_stack.REMAT_POLICIES.
-    unroll: how many layers are laid out in one turn of the scan.
-    Others as EncoderBlock.
+    unroll: number of layers that each iteration of the scan computes.
   """
 
   num_layers: int
@@ -160,25 +187,40 @@ class Encoder(nn.Module):
     self.norm = layers.LayerNorm(self.dtype)
 
   @nn.compact
-  def __call__(self, x, mask=None, dropout_keys=None):
-    """x: [batch, length, embed]; mask: bool [batch, 1, length or 1, length]. As x."""
-    stacked = self.param('layers', layer_stack.initializer(self.block, self.num_layers, x[:1]))
+  def __call__(
+    self,
+    x: Float[Array, 'batch length embed'],
+    mask: Bool[Array, 'batch 1 #length length'] | None = None,
+    dropout_keys: layers.DropoutKeys | None = None,
+  ) -> Float[Array, 'batch length embed']:
+    """Encodes sequences; the arguments are those of EncoderBlock, with keys of the whole stack."""
+    stacked: PyTree = self.param(
+      'layers', layer_stack.initializer(self.block, self.num_layers, x[:1])
+    )
 
-    def layer(params, index, x, mask, keys):
-      del index  # All layers are alike.
-      return self.block.apply({'params': params}, x, mask, keys)
+    def layer(params, place, x, mask, keys):
+      del place  # All layers are alike.
+      return _apply(self.block, params, x, mask, keys)
 
     if not self.is_initializing():
-      x = layer_stack.run(layer, stacked, x, mask, dropout_keys, self.remat, self.unroll)
+      stack = layer_stack.LayerStack(layer, self.remat, self.unroll)
+      x = stack.run(stacked, x, mask, dropout_keys)
     return self.norm(x)
 
 
 class Decoder(nn.Module):
-  """Decoder blocks and a last layer norm.
+  """Decoder blocks and a final layer norm.
 
   Attributes:
-    patterns: which image tokens each position sees, in the first layers; the others repeat it.
-    Others as Encoder.
+    num_layers: number of blocks.
+    width: model dimension `embed`.
+    mlp_width: hidden dimension `mlp`.
+    heads: number of attention heads.
+    patterns: attention patterns of the first layers; the other layers repeat them.
+    dropout: dropout rate at the outputs of attention and MLP.
+    dtype: dtype of the computation.
+    remat: name in layer_stack.REMAT_POLICIES.
+    unroll: number of layers that each iteration of the scan computes.
   """
 
   num_layers: int
@@ -199,78 +241,81 @@ class Decoder(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x, encoded=None, text_mask=None, state=None, dropout_keys=None, all_layers=False
-  ):
-    """Any number of positions: a whole sequence, or with a state the next ones.
+    self,
+    x: Float[Array, 'batch length embed'],
+    encoded: Float[Array, 'batch text_length embed'] | None = None,
+    text_mask: Bool[Array, 'batch 1 1 text_length'] | None = None,
+    state: DecoderState | None = None,
+    dropout_keys: layers.DropoutKeys | None = None,
+    all_layers: bool = False,
+  ) -> tuple[Float[Array, '*layers batch length embed'], DecoderState | None]:
+    """Decodes a whole sequence, or with a state the next positions.
 
     Args:
-      x: [batch, length, embed].
-      encoded: [batch, text_length, embed]; not read with a state, which has the text.
-      text_mask: bool [batch, 1, 1, text_length], as `encoded`.
-      state: DecoderState, of `start` or of the call before; None for a whole sequence.
-      dropout_keys: layers.DropoutKeys, or None where dropout is off; without a state.
+      x: input of the first layer.
+      encoded: the output of the text encoder; not used with a state, which holds the text.
+      text_mask: True where a text token may be attended to; not used with a state.
+      state: the result of `start` or of the previous call; None for a whole sequence.
+      dropout_keys: keys of the decoder, or None if dropout is off; without a state.
       all_layers: whether to return the outputs of all layers; without a state.
 
     Returns:
-      [batch, length, embed], or with `all_layers` each layer's output after the last layer norm,
-      [layers, batch, length, embed]; and the state with these positions, or None.
+      The output of the last layer. With `all_layers` the outputs of all layers, with a leading
+      axis of layers. The final layer norm is applied to each.
+      The state with these positions, or None for a whole sequence.
     """
     if state is not None:
       if dropout_keys is not None or all_layers:
         raise ValueError('dropout_keys and all_layers are for whole sequences, without a state')
       caches = []
-      for layer, params in enumerate(self._layers()):  # One by one: their caches differ in size.
-        x, cache = self.block.apply(
-          {'params': params},
+      for number, params in enumerate(self._layers()):  # No scan: the caches differ in size.
+        x, cache = _apply(
+          self.block,
+          params,
           x,
-          state.texts[layer],
+          state.texts[number],
           state.text_mask,
           self.patterns,
-          layer % len(self.patterns),
-          cache=state.caches[layer],
+          number % len(self.patterns),
+          cache=state.caches[number],
           position=state.position,
         )
         caches.append(cache)
       return self.norm(x), state.replace(position=state.position + x.shape[1], caches=caches)
-    stacked = self.param(
+    assert encoded is not None and text_mask is not None
+    stacked: PyTree = self.param(
       'layers',
       layer_stack.initializer(
         self.block, self.num_layers, x[:1], encoded[:1], text_mask[:1], self.patterns
       ),
     )
 
-    def layer(params, index, x, text, keys):
-      return self.block.apply({'params': params}, x, *text, self.patterns, index, keys)[0]
+    def layer(params, place, x, text, keys):
+      return _apply(self.block, params, x, *text, self.patterns, place, keys)[0]
 
     if not self.is_initializing():
-      x = layer_stack.run(
-        layer,
-        stacked,
-        x,
-        (encoded, text_mask),
-        dropout_keys,
-        self.remat,
-        self.unroll,
-        all_layers,
-        len(self.patterns),
-      )
+      stack = layer_stack.LayerStack(layer, self.remat, self.unroll, len(self.patterns))
+      x = stack.run(stacked, x, (encoded, text_mask), dropout_keys, all_layers)
     return self.norm(x), None
 
-  def start(self, encoded, text_mask, length: int) -> DecoderState:
-    """The state before the first position.
+  def start(
+    self,
+    encoded: Float[Array, 'batch text_length embed'],
+    text_mask: Bool[Array, 'batch 1 1 text_length'],
+    length: int,
+  ) -> DecoderState:
+    """Returns the state before the first position.
 
     Args:
-      encoded: [batch, text_length, embed].
-      text_mask: bool [batch, 1, 1, text_length].
-      length: the caches have slots for this many positions, those that a layer can still see.
+      encoded: the output of the text encoder.
+      text_mask: True where a text token may be attended to.
+      length: number of positions to decode. The cache of a layer has slots for those that later
+        positions attend to.
     """
-    texts = [
-      self.block.apply({'params': params}, encoded, method='keys_values')
-      for params in self._layers()
-    ]
+    texts = [_apply(self.block, params, encoded, method='keys_values') for params in self._layers()]
     caches = []
-    for layer in range(self.num_layers):
-      slots = self.patterns[layer % len(self.patterns)].slots(length)
+    for number in range(self.num_layers):
+      slots = self.patterns[number % len(self.patterns)].slots(length)
       shape = (encoded.shape[0], self.heads, slots, self.width // self.heads)
       zeros = nn.with_logical_constraint(
         jnp.zeros(shape, self.dtype),
@@ -279,6 +324,11 @@ class Decoder(nn.Module):
       caches.append((zeros, zeros))
     return DecoderState(jnp.int32(0), caches, texts, text_mask)
 
-  def _layers(self) -> list:
-    """Parameters of each layer."""
+  def _layers(self) -> list[PyTree]:
+    """Returns the parameters of each layer."""
     return layer_stack.unstacked(self.get_variable('params', 'layers'), self.num_layers)
+
+
+def _apply(block: nn.Module, params: PyTree, *args, **kwargs) -> Any:
+  """Applies a block with the parameters of one layer."""
+  return block.apply({'params': params}, *args, **kwargs)
