@@ -7,7 +7,8 @@ import beartype
 import jaxtyping
 
 _PACKAGES = [
-  f'parti_jax.{name}' for name in ('exported_model', 'models', 'partitioning', 'sampling', 'training')
+  f'parti_jax.{name}'
+  for name in ('exported_model', 'models', 'partitioning', 'sampling', 'training')
 ]
 _KINDS = [
   name

@@ -192,7 +192,6 @@ def test_cached_tokens_are_the_same_and_their_reader_keeps_its_settings(config):
     )()
   )
   tokenizer = frozen_tokenizer.FrozenTokenizer('folder', objective.model, params)
-  tokenizer = frozen_tokenizer.FrozenTokenizer('folder', objective.model, params)
   images = _batch('tokenizer')['images']
   right = frozen_tokenizer.Encoder(tokenizer)(images)()
   config(EVERYTHING)
