@@ -62,7 +62,7 @@ def test_files_of_prompts(tmp_path, encoding, newline):
     (b'caf\xe9', 'UTF-8.*UTF-8'),
     (b'\xff\xfea', 'UTF-16.*UTF-8'),
     (None, 'No such file'),
-    (b'', ''),
+    (b'', 'prompts.txt'),
   ],
 )
 def test_files_that_are_not_text(tmp_path, read, content, message):
