@@ -1,5 +1,6 @@
 """Settings that must stand before JAX and TensorFlow are imported, and a clean gin."""
 
+import dataclasses
 import importlib.util
 import os
 import pathlib
@@ -56,6 +57,24 @@ def no_store_retries():
   from parti_jax.core import store_retries
 
   store_retries.begin()
+
+
+@pytest.fixture(autouse=True)
+def few_ahead(monkeypatch):
+  """Prepares at most 8 examples ahead of their use, or at once; by default that is 256.
+
+  Tests use a few examples of tiny splits, where finding the next one of the order takes longest.
+  """
+  # Most other modules of tests don't import it.
+  if share := sys.modules.get('parti_jax.data.share'):
+    divided = share.Settings.divided
+
+    def less(self, shares):
+      found = divided(self, shares)
+      return dataclasses.replace(found, prefetch=min(found.prefetch, 8))
+
+    monkeypatch.setattr(share.Settings, 'divided', less)
+    monkeypatch.setattr(share, '_OTHERS_AT_ONCE', 8)
 
 
 @pytest.fixture(scope='session')

@@ -201,48 +201,47 @@ def test_optional_packages_are_the_extras():
   assert _requirements(optional_packages.EXTRAS['torch_fidelity']) == {'torch', 'torch-fidelity'}
 
 
+_WITHOUT_JAX = (
+  'parti_jax',
+  'parti_jax.cli.main',
+  'parti_jax.core.gin_config',
+  'parti_jax.core.storage',
+  'parti_jax.cli.info',
+  'parti_jax.checkpoints.manifest',
+)
+_WITHOUT_TENSORFLOW = (
+  'parti_jax.sampling.text_to_image',
+  'parti_jax.cli.generate',
+  'parti_jax.data',
+  'parti_jax.data.vocabulary',
+  'parti_jax.data.openmoji',
+  'parti_jax.models.parti',
+  'parti_jax.training.configurables',
+  'parti_jax.planning.plan',
+  'parti_jax.cli.plan',
+  'parti_jax.cli.t5x_checkpoint',
+)
+_IMPORT_ONE_AFTER_ANOTHER = """
+import importlib, sys
+unwanted = set(sys.argv[1].split(','))
+for name in sys.argv[2:]:
+  importlib.import_module(name)
+  found = unwanted & {loaded.split('.')[0] for loaded in sys.modules}
+  assert not found, f'{name} imports {found}'
+"""
+
+
 @pytest.mark.parametrize(
-  'name',
+  'names, unwanted',
   [
-    'parti_jax',
-    'parti_jax.cli.main',
-    'parti_jax.core.gin_config',
-    'parti_jax.core.storage',
-    'parti_jax.cli.info',
-    'parti_jax.checkpoints.manifest',
+    (_WITHOUT_JAX, {'jax', 'flax', 'gin', 'tensorflow'}),
+    (_WITHOUT_TENSORFLOW, _TENSORFLOW),
   ],
 )
-def test_these_import_no_jax(name):
-  assert not _loaded_by(name) & {'jax', 'flax', 'gin', 'tensorflow'}
-
-
-@pytest.mark.parametrize(
-  'name',
-  [
-    'parti_jax.sampling.text_to_image',
-    'parti_jax.cli.generate',
-    'parti_jax.data',
-    'parti_jax.data.vocabulary',
-    'parti_jax.data.openmoji',
-    'parti_jax.models.parti',
-    'parti_jax.training.configurables',
-    'parti_jax.planning.plan',
-    'parti_jax.cli.plan',
-    'parti_jax.cli.t5x_checkpoint',
-  ],
-)
-def test_these_import_no_tensorflow(name):
-  assert not _loaded_by(name) & _TENSORFLOW
-
-
-def _loaded_by(name):
-  """Returns the top-level packages in a fresh process that has imported a module."""
-  code = f'import sys, {name}; print(*{{name.split(".")[0] for name in sys.modules}})'
-  return set(
-    subprocess.run(
-      [sys.executable, '-c', code], capture_output=True, text=True, check=True
-    ).stdout.split()
-  )
+def test_these_do_without(names, unwanted):
+  command = [sys.executable, '-c', _IMPORT_ONE_AFTER_ANOTHER, ','.join(unwanted), *names]
+  done = subprocess.run(command, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize('name', sorted(main.COMMANDS))

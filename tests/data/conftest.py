@@ -1,6 +1,5 @@
 """Pictures and sources for the tests of data."""
 
-import dataclasses
 import io
 import json
 import pathlib
@@ -13,24 +12,6 @@ from PIL import Image
 
 # For make_openmoji_list and tfrecord_files: pytest's importlib mode doesn't add folders to the path.
 sys.path.append(str(pathlib.Path(__file__).parent))
-
-
-@pytest.fixture(autouse=True)
-def few_ahead(monkeypatch):
-  """Prepares at most 8 examples ahead of their use, or at once; by default that is 256.
-
-  Tests use a few examples of tiny splits, where finding the next one of the order takes longest.
-  """
-  # Most other modules of tests don't import it.
-  if share := sys.modules.get('parti_jax.data.share'):
-    divided = share.Settings.divided
-
-    def less(self, shares):
-      found = divided(self, shares)
-      return dataclasses.replace(found, prefetch=min(found.prefetch, 8))
-
-    monkeypatch.setattr(share.Settings, 'divided', less)
-    monkeypatch.setattr(share, '_OTHERS_AT_ONCE', 8)
 
 
 def encoded(color, size=(8, 8), image_format='png', **kwargs) -> bytes:
