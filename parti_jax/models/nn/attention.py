@@ -43,6 +43,10 @@ _LANES = 128
 KeysValues = tuple[
   Float[Array, 'batch heads slots head_dim'], Float[Array, 'batch heads slots head_dim']
 ]
+# The same of a text, for cross-attention.
+TextKeysValues = tuple[
+  Float[Array, 'batch heads text_length head_dim'], Float[Array, 'batch heads text_length head_dim']
+]
 
 
 def attend(
@@ -507,7 +511,7 @@ class CrossAttention(nn.Module):
   def __call__(
     self,
     x: Float[Array, 'batch query_length embed'],
-    other: Float[Array, 'batch length embed'] | KeysValues,
+    other: Float[Array, 'batch length embed'] | TextKeysValues,
     mask: Bool[Array, '#batch 1 1 length'] | None = None,
   ) -> Float[Array, 'batch query_length embed']:
     """Attends from x to another sequence.
