@@ -11,15 +11,13 @@ import tempfile
 import gin
 import pytest
 
-_DEVICES = '--xla_force_host_platform_device_count=8'
+# Tests everywhere import the modules of this folder.
+sys.path.append(str(pathlib.Path(__file__).parent))
+
+import xla_flags  # noqa: E402
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
-# Most of the time of tiny models goes into compilation, most of which is LLVM's.
-_QUICK_COMPILATION = (
-  '--xla_backend_optimization_level=0',
-  '--xla_llvm_disable_expensive_passes=true',
-)
-for _flag in (_DEVICES, *_QUICK_COMPILATION):
+for _flag in xla_flags.of(devices=8):
   if _flag.split('=')[0] not in os.environ.get('XLA_FLAGS', ''):
     os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_flag}'.strip()
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
@@ -33,10 +31,6 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
   _compiled = tempfile.TemporaryDirectory(prefix='parti_jax_tests_')
   os.environ['JAX_COMPILATION_CACHE_DIR'] = _compiled.name
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.3')
-
-
-# Tests everywhere import the modules of this folder.
-sys.path.append(str(pathlib.Path(__file__).parent))
 
 import runtime_types  # noqa: E402
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import xla_flags
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 CHILD = pathlib.Path(__file__).with_name('crashing_child.py')
@@ -57,7 +58,7 @@ def _environment(**more):
     os.environ
     | {
       'PYTHONPATH': os.pathsep.join([str(REPOSITORY), os.environ.get('PYTHONPATH', '')]),
-      'XLA_FLAGS': '--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0',
+      'XLA_FLAGS': ' '.join(xla_flags.of(devices=1)),
     }
     | more
   )

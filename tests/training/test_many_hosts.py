@@ -13,6 +13,7 @@ import time
 import numpy as np
 import optax
 import pytest
+import xla_flags
 from etils import epath
 from PIL import Image
 
@@ -34,7 +35,6 @@ from parti_jax.training.objectives import tokenizer_objective
 
 GENERATOR = 'gin_configs/runs/tiny_generator.gin'
 # These processes spend most of their time compiling.
-QUICK_COMPILATION = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
 REPOSITORY = pathlib.Path(train_loop.__file__).parents[2]
 
 
@@ -51,7 +51,7 @@ def _start(tmp_path):
 
   def start(name, count, devices, bindings, dies=(-1, 'KILL', 0), flags=()):
     environment = os.environ | {
-      'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices} {QUICK_COMPILATION}',
+      'XLA_FLAGS': ' '.join(xla_flags.of(devices)),
       'PYTHONPATH': os.pathsep.join([str(REPOSITORY), os.environ.get('PYTHONPATH', '')]),
     }
     child = pathlib.Path(__file__).with_name('many_hosts_child.py')

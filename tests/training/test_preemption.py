@@ -11,6 +11,7 @@ import textwrap
 import threading
 
 import pytest
+import xla_flags
 
 from parti_jax.checkpoints import run_checkpoints as run_checkpoints
 from parti_jax.cli import main
@@ -137,12 +138,11 @@ def test_a_run_saves_at_sigterm_and_refuses_a_second_run(tmp_path, capsys, gener
     ),
   ]
   repository = pathlib.Path(preemption.__file__).parents[2]
-  quick = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
   with subprocess.Popen(
     [sys.executable, '-m', 'parti_jax.cli.main', *arguments],
     cwd=repository,
     text=True,
-    env=os.environ | {'XLA_FLAGS': quick},
+    env=os.environ | {'XLA_FLAGS': ' '.join(xla_flags.of(devices=1))},
     stderr=subprocess.PIPE,
   ) as running:
     for line in running.stderr:
