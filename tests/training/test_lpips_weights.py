@@ -4,6 +4,7 @@ import dataclasses
 import pickle
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -116,7 +117,7 @@ def test_the_tokenizer_learns_by_it_and_does_not_keep_it(files):
   params = jax.device_get(state.params)
   state, metrics = trainer.step(state, trainer.put({'images': images}))
   assert set(state.params) == set(tokenizer_objective.PARTS)
-  real = images / np.float32(255)
+  real = jnp.asarray(images / np.float32(255))
 
   @jax.jit
   def distances(params, perceptual):
@@ -144,7 +145,7 @@ def test_missing_and_damaged_files_are_named(files, tmp_path):
   with pytest.raises(UserError, match='nowhere.pth: no such file.*docs/tokenizer.md'):
     lpips_weights.read(tmp_path / 'nowhere.pth', folder / 'heads.safetensors')
   (tmp_path / 'cut.safetensors').write_bytes((folder / 'heads.safetensors').read_bytes()[:500])
-  with pytest.raises(UserError, match='cut.safetensors: not a file of weights'):
+  with pytest.raises(UserError, match='cut.safetensors: not a readable file of weights'):
     lpips_weights.read(folder / 'vgg16.safetensors', tmp_path / 'cut.safetensors')
   with pytest.raises(UserError, match=r'lin0.model.1.weight is missing instead of \[1, 64, 1, 1\]'):
     lpips_weights.read(folder / 'vgg16.safetensors', folder / 'vgg16.safetensors')
@@ -166,7 +167,7 @@ def test_a_file_that_would_run_code_is_refused(files, tmp_path, monkeypatch):
   pytest.importorskip('torch', reason='torch is not installed, which reads such files')
   monkeypatch.chdir(tmp_path)
   (tmp_path / 'harmful.pth').write_bytes(pickle.dumps({'features.0.weight': _Harmful()}))
-  with pytest.raises(UserError, match='harmful.pth: not a file of weights'):
+  with pytest.raises(UserError, match='harmful.pth: not a readable file of weights'):
     lpips_weights.read(tmp_path / 'harmful.pth', files[0] / 'heads.safetensors')
   assert not (tmp_path / 'ran').exists()
 

@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import optax
 import pytest
@@ -14,6 +15,7 @@ from parti_jax.models import vit_vqgan
 from parti_jax.models.nn import layers
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.training import trainer as trainer_lib
+from parti_jax.training.objectives import adversarial
 from parti_jax.training.objectives import generator_objective
 from parti_jax.training.objectives import tokenizer_objective
 
@@ -74,6 +76,17 @@ def test_psnr_in_decibels():
     rtol=1e-5,
   )
   assert np.isfinite(tokenizer_objective.psnr(images, images)).all()
+
+
+def test_arrays_that_would_broadcast_are_not_compared():
+  one, two = jnp.zeros((1, 4, 4, 3)), jnp.zeros((2, 4, 4, 3))
+  for compare in (
+    lambda: tokenizer_objective.psnr(one, two),
+    lambda: tokenizer_objective.logit_laplace_loss(two, one, two),
+    lambda: adversarial.adaptive_weight(two[..., 0], two[..., 0], one[..., 0]),
+  ):
+    with pytest.raises(jaxtyping.TypeCheckError):
+      compare()
 
 
 @pytest.fixture(scope='module')
