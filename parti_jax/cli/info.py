@@ -81,8 +81,8 @@ def _what_else(folder: str, names: list[str]) -> str:
   if 'info.json' in names and any(name.endswith(('.array_record', '.tfrecord')) for name in names):
     return "image tokens, for --gin.token_cache.path, not a run; give a run's folder or a model's"
   return (
-    f'neither a run ({", ".join(_OF_A_RUN)}) nor an exported model ({file_names.CONFIG_FILE}); give '
-    'the --model_dir of `parti-jax train` or the folder that `parti-jax export` wrote'
+    f'neither a run ({", ".join(_OF_A_RUN)}) nor an exported model ({file_names.CONFIG_FILE}); '
+    'give the --model_dir of `parti-jax train` or the folder that `parti-jax export` wrote'
   )
 
 

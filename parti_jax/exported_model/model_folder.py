@@ -10,9 +10,9 @@ ranker.safetensors            parameters of the ranker; optional
 ```
 
 NETWORKS lists the networks that a folder may have; config.json has the config of each under its
-name. Format version 1 called the generator 'parti'. The metadata of a parameter file has fingerprints (`parti_jax.core.fingerprints`) of the
-vocabulary and the tokenizer that its network was trained with, so that files of two models are
-never mixed up.
+name. Version 1 of the format called the generator 'parti'. The metadata of a parameter file has
+fingerprints (`parti_jax.core.fingerprints`) of the vocabulary and the tokenizer that its network was
+trained with, so that files of two models are never mixed up.
 """
 
 from __future__ import annotations

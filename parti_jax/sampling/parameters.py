@@ -1,4 +1,4 @@
-"""Parameters in the form that sampling needs: one tree per decoder layer, kernels in the compute dtype.
+"""Converts parameters for sampling: a tree per decoder layer, and kernels in the compute dtype.
 
 Training stacks the layers in one array. Slicing them out of it would copy them at every position,
 which costs as much as the step itself. Slicing them within the compiled program would hold the

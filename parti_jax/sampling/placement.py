@@ -1,4 +1,4 @@
-"""Where a loaded network computes: on one device, or on a mesh over which parameters are sharded."""
+"""Runs a loaded network on one device, or on a mesh over which its parameters are sharded."""
 
 from __future__ import annotations
 

@@ -493,7 +493,7 @@ def _memory() -> float:
 
 
 def _first_indices(first_index, prompts: int, num_images: int) -> Int32[np.ndarray, '{prompts}']:
-  """Returns the index of each prompt's first picture; makes sure that all indices fit into int32."""
+  """Returns the index of each prompt's first picture; checks that all indices fit into int32."""
   most = 2**31 - num_images
   if getattr(first_index, 'ndim', 0) or (
     isinstance(first_index, Sequence) and not isinstance(first_index, (str, bytes))

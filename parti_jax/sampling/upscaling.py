@@ -107,7 +107,7 @@ class Upscaler:
 
   @property
   def _margin(self) -> int:
-    """Width of a window's border whose pixels are wrong, rounded up to a multiple of `unshuffle`."""
+    """Width of a window's wrong pixels at a cut, rounded up to a multiple of `unshuffle`."""
     unit = self._config.unshuffle
     return -(-self._config.reach // unit) * unit
 

@@ -1,5 +1,5 @@
-"""Parti as a model and its data as tasks of t5x (google-research/t5x), for its own commands.
+"""Parti's models and tasks for t5x (google-research/t5x) and its commands.
 
-`t5x.train`, `t5x.eval` and `t5x.infer` find everything by gin files of `gin_configs/t5x/`. This
-package is the only one that imports t5x, and nothing but the table of commands names it.
+The gin files in `gin_configs/t5x/` configure `t5x.train`, `t5x.eval` and `t5x.infer`. Only this
+package imports t5x, and only the table of commands imports this package.
 """

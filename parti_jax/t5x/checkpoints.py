@@ -1,19 +1,19 @@
-"""t5x's checkpoints and those of our runs: the same arrays by other names.
+"""Converts between t5x's checkpoints and ours, which name the same arrays differently.
 
-A state of ours and t5x's state dict of the same model and optimiser:
+The names in our TrainState and in t5x's state dict, for the same model and optimiser:
 
 | ours | t5x |
 |---|---|
 | `step` | `state/step` |
 | `params/...` | `target/...` |
 | `optimizer_state/...` | `state/param_states/...` |
-| `statistics/...` | `flax_mutables/statistics/...`, which has the step as well |
+| `statistics/...` | `flax_mutables/statistics/...`, which also has the step |
 
-Behind these beginnings the names are the same: t5x's `OptaxWrapper` takes keys, fields and
-positions of the optax state as Orbax does, and leaves away what is empty. t5x writes such a state
-dict with Orbax to `checkpoint_<step>/state` in its MODEL_DIR.
+The rest of each name is equal: like Orbax, t5x's `OptaxWrapper` joins keys, fields and positions of
+the optax state, and omits empty nodes. t5x writes its state dict with Orbax to
+`checkpoint_<step>/state` in its MODEL_DIR.
 
-All of this takes place in the memory of one host, which holds the state once.
+A single host converts a checkpoint, and holds its state in memory once.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from parti_jax.checkpoints import whole_moments
 from parti_jax.core import errors
 from parti_jax.core import storage
 
-# How names begin, ours and t5x's.
+# Prefixes of our names -> t5x's prefixes.
 _NAMES = {
   'step': 'state/step',
   'params': 'target',
@@ -44,22 +44,23 @@ _NAMES = {
   'statistics': 'flax_mutables/statistics',
 }
 _PARAMETERS = 'target/'
-# What of a checkpoint has the state dict; a run's checkpoint has its state by the same name.
+# The item of a checkpoint with the state dict; our checkpoints have the state under the same name.
 _ITEM = 'state'
-# The most that who wants a part of an array reads at once; t5x's own number.
+# Maximum size of a chunk of an array, in bytes; the same as in t5x.
 CHUNK_BYTES = 64 << 20
-# Names of arrays that an error shows.
+# Maximum number of arrays in an error message.
 _SHOWN = 5
 
 
 def state_dict(state) -> dict[str, Any]:
-  """A state of ours as t5x's state dict.
+  """Converts our state to t5x's state dict.
 
   Args:
-    state: a TrainState, or a tree with its names; of arrays or of whatever has a shape.
+    state: a TrainState, or a tree with its names, of arrays or abstract arrays.
 
   Returns:
-    'target', 'state' and, if there are statistics, 'flax_mutables', dicts of the same leaves.
+    A dict with 'target', 'state' and, if there are statistics, 'flax_mutables', with the same
+    leaves.
   """
   found = {_t5x_name(path): leaf for path, leaf in run_checkpoints.by_path(state).items()}
   if any(name.startswith('flax_mutables/') for name in found):
@@ -68,14 +69,14 @@ def state_dict(state) -> dict[str, Any]:
 
 
 def train_state(tree, like):
-  """A state of ours from t5x's state dict.
+  """Converts t5x's state dict to our state.
 
   Args:
-    tree: of the shape of `state_dict(like)`; what else it has is left out.
-    like: a TrainState, whose leaves don't matter.
+    tree: a state dict with at least the names of `state_dict(like)`.
+    like: a TrainState; its leaves are ignored.
 
   Returns:
-    A TrainState of the leaves of `tree`.
+    A TrainState with the leaves of `tree`.
   """
   found = run_checkpoints.by_path(tree)
   leaves = [found[_t5x_name(path)] for path in run_checkpoints.by_path(like)]
@@ -83,15 +84,15 @@ def train_state(tree, like):
 
 
 def _t5x_name(path: str) -> str:
-  beginning, slash, rest = path.partition('/')
-  return _NAMES[beginning] + slash + rest
+  prefix, slash, rest = path.partition('/')
+  return _NAMES[prefix] + slash + rest
 
 
-def host_device(what: str = 'checkpoints are converted') -> jax.Device:
-  """The device whose memory is the host's.
+def host_device(what: str = 'this command converts checkpoints') -> jax.Device:
+  """Returns JAX's CPU device.
 
   Args:
-    what: is done there, for the message.
+    what: what the device is for, for the message.
 
   Raises:
     UserError: if JAX has no CPU backend.
@@ -100,7 +101,7 @@ def host_device(what: str = 'checkpoints are converted') -> jax.Device:
     return jax.local_devices(backend='cpu')[0]
   except RuntimeError as error:
     raise errors.UserError(
-      f"{what} in the host's memory, but JAX_PLATFORMS leaves the CPU out; add `,cpu` to it"
+      f'{what} on the CPU, but JAX_PLATFORMS excludes it; add `,cpu` to JAX_PLATFORMS'
     ) from error
 
 
@@ -109,7 +110,7 @@ def _in_host() -> jax.sharding.Sharding:
 
 
 def in_host_memory(tree):
-  """Shapes and dtypes of a tree's leaves, on `host_device`."""
+  """Returns abstract arrays on `host_device` with the shapes and dtypes of a tree's leaves."""
   sharding = _in_host()
   return jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -119,12 +120,12 @@ def in_host_memory(tree):
 
 
 def read_run(path: epath.Path) -> dict[str, Any]:
-  """A checkpoint of a run as t5x's state dict, in the host's memory, whatever its optimiser is.
+  """Reads a checkpoint of a run, with any optimiser, as t5x's state dict on `host_device`.
 
-  Second moments are in today's form, see `whole_moments`.
+  Second moments of earlier versions are converted, as `whole_moments` describes.
 
   Args:
-    path: the checkpoint's folder, of `run_checkpoints.latest_checkpoint`.
+    path: the checkpoint's folder, the result of `run_checkpoints.latest_checkpoint`.
   """
   tree = in_host_memory(run_checkpoints.read_metadata(path / _ITEM))
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
@@ -133,14 +134,14 @@ def read_run(path: epath.Path) -> dict[str, Any]:
 
 
 def with_factored_moments(tree, shardings: Mapping[str, jax.sharding.Sharding]) -> dict[str, Any]:
-  """A state dict whose second moments are in today's form, see `whole_moments`.
+  """Factors the second moments of a state dict of an earlier version, as `whole_moments` describes.
 
   Args:
     tree: t5x's state dict of arrays, of this version or an earlier one.
-    shardings: of second moments, by name.
+    shardings: shardings of the factored second moments by name.
 
   Returns:
-    As `tree`.
+    The state dict of this version.
   """
   arrays = run_checkpoints.by_path(tree)
   whole = _whole_moments(arrays)
@@ -151,14 +152,15 @@ def with_factored_moments(tree, shardings: Mapping[str, jax.sharding.Sharding]) 
 
 
 def saved_form(path, wanted) -> dict[str, Any] | None:
-  """What to restore of a checkpoint of an earlier version, see `whole_moments.as_saved`.
+  """Returns the state dict to restore from a checkpoint whose second moments are not factored.
 
   Args:
-    path: the checkpoint's folder, of this version, an earlier one or another kind.
-    wanted: t5x's state dict of abstract arrays.
+    path: folder of any checkpoint.
+    wanted: t5x's state dict of abstract arrays, of this version.
 
   Returns:
-    As `wanted`; None if the checkpoint has no whole moments.
+    The state dict with the arrays of `whole_moments.as_saved`; None if the checkpoint has no such
+    moments.
   """
   saved = run_checkpoints.by_path(run_checkpoints.read_metadata(epath.Path(path) / _ITEM))
   places = run_checkpoints.by_path(wanted)
@@ -177,17 +179,18 @@ def _whole_moments(arrays: dict[str, Any], wanted=None) -> list[str]:
 
 
 def write(folder, tree) -> epath.Path:
-  """Writes a t5x checkpoint, whole or not at all.
+  """Writes a t5x checkpoint atomically.
 
   Args:
-    folder: where it becomes `checkpoint_<step>`; a path or a gs:// URL. Made if it is not there.
-    tree: t5x's state dict, of jax.Arrays or numpy arrays.
+    folder: the parent folder of `checkpoint_<step>`, a path or a gs:// URL; created if it does not
+      exist.
+    tree: t5x's state dict of JAX or NumPy arrays.
 
   Returns:
     The checkpoint's folder.
 
   Raises:
-    UserError: if it is there already, or the folder can't be written.
+    UserError: if the checkpoint exists already, or the folder can't be written.
   """
   path = target(folder, int(tree['state']['step']))
   size = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
@@ -198,7 +201,7 @@ def write(folder, tree) -> epath.Path:
     path.parent.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise errors.UserError(
-      f"{folder}: can't be made ({error.strerror}); give another --output_dir"
+      f'{folder}: cannot be created ({error.strerror}); choose another --output_dir'
     ) from error
   try:
     with (
@@ -214,19 +217,23 @@ def write(folder, tree) -> epath.Path:
 
 
 def target(folder, step: int) -> epath.Path:
-  """The folder of the checkpoint of a step that is to be written.
+  """Returns the folder for a new checkpoint.
+
+  Args:
+    folder: its parent folder, a path or a gs:// URL.
+    step: its step.
 
   Raises:
-    UserError: if it is there already, or is in a store that t5x does not know.
+    UserError: if it exists already, or t5x doesn't support the store.
   """
   if remote_staging.is_needed(folder):
     raise errors.UserError(
-      f"{folder}: t5x's checkpoints are in folders and at gs:// URLs; give one of these"
+      f'{folder}: t5x reads checkpoints only from local folders and gs:// URLs; give one of these'
     )
   path = storage.as_epath(folder)
   path = (path if storage.is_url(folder) else path.absolute()) / f'checkpoint_{step}'
   if path.exists():
-    raise errors.UserError(f'{path} is there already; remove it or give another --output_dir')
+    raise errors.UserError(f'{path} exists already; remove it or choose another --output_dir')
   return path
 
 
@@ -234,17 +241,17 @@ def read(path, wanted, within: tuple[str, ...] = ('target/', 'state/', 'flax_mut
   """Reads a t5x checkpoint.
 
   Args:
-    path: its folder, `.../checkpoint_<step>`; a path or a gs:// URL.
-    wanted: t5x's state dict, or the parts of it that are read, of shapes, dtypes and shardings.
-    within: of which parts `wanted` must have all that the checkpoint has.
+    path: its folder, `.../checkpoint_<step>`, a path or a gs:// URL.
+    wanted: t5x's state dict, or the parts of it to read, with shapes, dtypes and shardings.
+    within: prefixes of the names that must be in `wanted` if they are in the checkpoint.
 
   Returns:
-    As `wanted`, of jax.Arrays, bit for bit as they are saved but where a wider dtype is wanted, and
-    but for second moments that an earlier version saved whole, see `whole_moments`.
+    The arrays of `wanted`. They equal the saved ones, except where `wanted` has a wider dtype, or
+    an earlier version saved second moments that are not factored.
 
   Raises:
-    UserError: if there is no such checkpoint, it is damaged, or it does not fit: names the arrays,
-      both shapes, and the way out.
+    UserError: if the checkpoint doesn't exist, is damaged, or doesn't match; names the arrays and
+      both shapes.
   """
   path = storage.as_epath(path)
   path = path if storage.is_url(path) else path.absolute()
@@ -255,10 +262,10 @@ def read(path, wanted, within: tuple[str, ...] = ('target/', 'state/', 'flax_mut
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
       found = checkpointer.restore(path / _ITEM, args=_restore_args(form, partial_restore=True))
   except Exception as error:
-    # Whatever Orbax and TensorStore stumble over.
+    # Orbax and TensorStore raise many kinds of errors.
     raise errors.UserError(
-      f"{path}: can't be read ({' '.join(str(error).split())[:200]}); is it "
-      'damaged? Take another checkpoint'
+      f'{path}: cannot be read ({" ".join(str(error).split())[:200]}); it may be damaged, so '
+      'choose another checkpoint'
     ) from error
   return (
     found
@@ -276,51 +283,50 @@ def _restore_args(tree, **kwargs) -> ocp.args.PyTreeRestore:
 
 
 def _saved(path: epath.Path) -> dict[str, Any]:
-  """{path: shape and dtype} of what a t5x checkpoint has."""
+  """Returns {name: metadata with shape and dtype} for the arrays of a t5x checkpoint."""
   if (path / 'checkpoint').exists():
     raise errors.UserError(
-      f"{path}: of t5x's older format; have t5x write it with "
-      'use_orbax=True, the default of t5x.train'
+      f"{path}: a checkpoint of t5x's older format; write it with use_orbax=True, the default of "
+      't5x.train'
     )
   if not (path / _ITEM).is_dir():
     within = sorted(found.name for found in path.glob('checkpoint_*')) if path.is_dir() else []
     hint = f', such as {path / within[-1]}' if within else ''
     raise errors.UserError(
-      f'{path}: no checkpoint of t5x; give the folder checkpoint_<step> of its MODEL_DIR{hint}'
+      f'{path}: not a checkpoint of t5x; give the folder checkpoint_<step> of its MODEL_DIR{hint}'
     )
   metadata = run_checkpoints.read_metadata(path / _ITEM)
   if metadata is None:
     raise errors.UserError(
-      f'{path}: has no metadata of Orbax, so that it is damaged, or not '
-      'written whole; give another checkpoint'
+      f'{path}: its metadata is missing, so it is damaged or unfinished; choose another checkpoint'
     )
   return run_checkpoints.by_path(metadata)
 
 
 def _check_fits(path, saved: dict[str, Any], wanted, within: tuple[str, ...]):
-  """Raises UserError unless a checkpoint has what is wanted, and nothing else in these parts."""
+  """Raises UserError unless a checkpoint has the wanted arrays, and no others in `within`."""
   wanted = run_checkpoints.by_path(wanted)
   problems = []
   for name, leaf in wanted.items():
     if name not in saved:
-      problems.append(f'{name} {list(leaf.shape)} is missing there')
+      problems.append(f'{name} {list(leaf.shape)} is missing')
     elif tuple(saved[name].shape) != tuple(leaf.shape):
-      problems.append(f'{name} is {list(saved[name].shape)} there and {list(leaf.shape)} here')
+      problems.append(f'{name} is {list(saved[name].shape)} instead of {list(leaf.shape)}')
     elif not np.can_cast(saved[name].dtype, leaf.dtype):
-      problems.append(f'{name} is {saved[name].dtype} there and {leaf.dtype} here')
+      problems.append(f'{name} is {saved[name].dtype} instead of {leaf.dtype}')
   problems += [
-    f'{name} {list(saved[name].shape)} is only there'
+    f'{name} {list(saved[name].shape)} is not in the model or the optimiser'
     for name in saved
     if name.startswith(within) and name not in wanted
   ]
   if problems:
     more = f' and {len(problems) - _SHOWN} more' if len(problems) > _SHOWN else ''
-    way_out = (
-      'give the gin files of the model that it is of'
+    remedy = (
+      'give the gin files of the model that it was trained with'
       if any(name.startswith('target/') for name in problems)
-      else 'give the optimiser (train.optimizer) that it is of, or --parameters_only, so that '
-      'the optimiser begins anew'
+      else 'set train.optimizer to the optimiser that it was trained with, or give '
+      '--parameters_only to reset the optimiser'
     )
     raise errors.UserError(
-      f'{path}: does not fit the gin files: {"; ".join(problems[:_SHOWN])}{more}; {way_out}'
+      f'{path}: does not match the gin files: {"; ".join(problems[:_SHOWN])}{more}; {remedy}'
     )

@@ -1,4 +1,4 @@
-"""`TASK_FEATURE_LENGTHS` from a model's sizes, so that these are written once."""
+"""Computes t5x's `TASK_FEATURE_LENGTHS` from the sizes of a model."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from parti_jax.models import vit_vqgan
 
 
 def of_parti(config: parti_config.PartiConfig) -> dict[str, int]:
-  """The lengths of the text tokens, 'inputs', and of the image tokens, 'targets'."""
+  """Returns the numbers of text tokens, 'inputs', and of image tokens, 'targets'."""
   return {'inputs': config.text_length, 'targets': config.image_length}
 
 
 def of_tokenizer(config: vit_vqgan.ViTVQGANConfig) -> dict[str, int]:
-  """The side of the pictures in pixels, 'images'."""
+  """Returns the height and width of the pictures in pixels, 'images'."""
   return {'images': config.image_size}

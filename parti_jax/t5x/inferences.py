@@ -1,9 +1,9 @@
-"""Image tokens as t5x.infer writes them: a line of JSON for each example.
+"""Reads the image tokens that t5x.infer writes: a line of JSON for each example.
 
   {"inputs": {"inputs_pretokenized": "red apple"}, "prediction": [17, 4, ...]}
 
-'prediction' is a list of such lists where several pictures were drawn for an example. What seqio's
-evaluator logs has 'input' in place of 'inputs'.
+'prediction' is a list of such lists if several pictures were sampled for an example. The logs of
+seqio's evaluator have 'input' instead of 'inputs'.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int32
 
 from parti_jax.core import storage
 from parti_jax.core.errors import UserError
@@ -28,14 +29,14 @@ class Inference:
   """A line of the file.
 
   Attributes:
-    line: its number, from 1.
-    caption: of the example; None where the line has none.
-    tokens: int32 [num_images, image_length].
+    line: number of the line, from 1.
+    caption: caption of the example; None if the line has none.
+    tokens: image tokens of the example's pictures.
   """
 
   line: int
   caption: str | None
-  tokens: np.ndarray
+  tokens: Int32[np.ndarray, 'num_images image_length']
 
 
 def read(
@@ -44,22 +45,20 @@ def read(
   field: str = FIELD,
   caption_field: str = CAPTION_FIELD,
 ) -> list[Inference]:
-  """Reads a file of image tokens; blank lines are left out.
+  """Reads a file of image tokens; skips blank lines.
 
   Args:
-    path: the file; a path or URL.
-    detokenizer: knows which tokens there are.
-    field: of a line, with its tokens.
-    caption_field: of the line's inputs, with the caption.
-
-  Returns:
-    A record for each line.
+    path: a path or URL of the file.
+    detokenizer: checks the tokens.
+    field: the field of a line with the tokens.
+    caption_field: the field of a line's inputs with the caption.
 
   Raises:
-    UserError: the file can't be read or has no line, or a line is no JSON, has no such field,
-      tokens that are not the detokenizer's, or another number of pictures than the first one.
+    UserError: the file can't be read or is empty, or a line is not JSON, lacks the field, has
+      tokens that the detokenizer's codebook doesn't have, or has another number of pictures than
+      the first line.
   """
-  found = []
+  found: list[Inference] = []
   for number, line in _lines(path):
     try:
       content = _object(line)
@@ -78,7 +77,7 @@ def read(
 
 
 def _lines(path: str) -> Iterator[tuple[int, str]]:
-  """Yields the numbers, from 1, and texts of the lines that are not blank."""
+  """Yields the number, from 1, and the text of each line that is not blank."""
   try:
     with storage.open_file(path, 'rt') as file:
       for number, line in enumerate(file, 1):
@@ -95,7 +94,7 @@ def _object(line: str) -> dict[str, Any]:
   except (ValueError, RecursionError):
     content = None
   if not isinstance(content, dict):
-    raise UserError('it is no JSON object, such as t5x.infer writes; is the file whole?')
+    raise UserError('not a JSON object, which t5x.infer writes; the file may be truncated')
   return content
 
 
@@ -103,16 +102,17 @@ def _decodes(content: dict[str, Any], field: str) -> list[list]:
   """Returns a list of tokens for each picture of a line."""
   if field not in content:
     raise UserError(
-      f'there is no {field!r}, only {", ".join(map(repr, content)) or "nothing"}; --field names '
-      'what holds the tokens, which t5x.infer writes with mode predict or predict_with_aux'
+      f'the field {field!r} is missing; the fields are {", ".join(map(repr, content)) or "none"}; '
+      'give the field with the tokens, which t5x.infer writes in the modes predict and '
+      'predict_with_aux, by --field'
     )
   value = content[field]
   if not isinstance(value, list) or not value:
-    raise UserError(f'{field!r} is {str(value)[:60]!r} and no list of image tokens')
+    raise UserError(f'{field!r} is {str(value)[:60]!r}, which is not a list of image tokens')
   if not any(isinstance(entry, list) for entry in value):
     return [value]
   if not all(isinstance(entry, list) for entry in value):
-    raise UserError(f'{field!r} mixes image tokens with lists of them')
+    raise UserError(f'{field!r} contains both image tokens and lists of them')
   return value
 
 

@@ -1,8 +1,8 @@
-"""What t5x's checkpoints were trained with: a file beside them, which t5x knows nothing of.
+"""Records the vocabulary and the tokenizer that t5x's checkpoints were trained with.
 
-`inputs.json` in t5x's MODEL_DIR has the fingerprints of the vocabulary and of the tokenizer. It is
-written when training begins, or by `parti-jax t5x_checkpoint`, and compared whenever a checkpoint
-and a task come together. See `parti_jax.core.fingerprints`.
+t5x itself ignores the file, `inputs.json` in its MODEL_DIR, which has the fingerprints of both
+(`parti_jax.core.fingerprints`). It is written when training begins, or by `parti-jax
+t5x_checkpoint`, and compared when a task is used with a checkpoint.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from parti_jax.core.errors import UserError
 
 FILE = 'inputs.json'
 _LARGEST = 1 << 16
-# Macros of t5x's gin files that name a checkpoint, `.../checkpoint_<step>` or a folder of them.
+# Macros of t5x's gin files whose value is a checkpoint, `.../checkpoint_<step>`, or a MODEL_DIR.
 _CHECKPOINTS = ('INITIAL_CHECKPOINT_PATH', 'CHECKPOINT_PATH')
 _REMEDIES = {
   'vocabulary': 'set vocabulary.path to the one that it was trained with',
   'tokenizer': 'set token_cache.path to tokens of the one that it was trained with',
 }
-_ALLOW = 'if it is meant, set check_inputs.allow_mismatch=True'
+_ALLOW = 'or set check_inputs.allow_mismatch=True to use it anyway'
 
 
 def of_checkpoint(path) -> dict[str, str | None]:
-  """Returns {kind: digits} of a checkpoint of t5x; nothing if it does not say.
+  """Returns the fingerprints, {kind: digits}, of a t5x checkpoint; {} if they are unknown.
 
   Args:
-    path: the checkpoint's folder or its MODEL_DIR, a path or a URL.
+    path: the checkpoint's folder or its MODEL_DIR, as a path or a URL.
 
   Raises:
-    UserError: if the file that says it is damaged.
+    UserError: if the file with the fingerprints is damaged.
   """
   path = str(path).rstrip('/')
   for folder in (path, path.rpartition('/')[0] or '.'):
@@ -46,10 +46,14 @@ def of_checkpoint(path) -> dict[str, str | None]:
 
 
 def write(model_dir, values: Mapping[str, str | None]) -> None:
-  """Writes what the checkpoints in a folder are trained with, if any of it is known.
+  """Writes the known fingerprints of the checkpoints in a folder, if there are any.
+
+  Args:
+    model_dir: the folder, a path or a URL.
+    values: {kind: digits}; None for unknown ones.
 
   Raises:
-    UserError: if the folder has checkpoints that were trained with something else.
+    UserError: if the folder has checkpoints with other fingerprints.
   """
   known = {kind: values[kind] for kind in fingerprints.KINDS if values.get(kind)}
   file = storage.join(model_dir, FILE)
@@ -66,11 +70,11 @@ def write(model_dir, values: Mapping[str, str | None]) -> None:
 
 
 def check(given: Mapping[str, fingerprints.Fingerprint | None], allow_mismatch: bool) -> list[str]:
-  """Compares a task with the checkpoints that t5x's gin values name, and keeps it for a new run.
+  """Compares a task with the checkpoints in t5x's gin values; records it for a new run.
 
   Args:
-    given: {kind: fingerprint} of the task; None where it is not known.
-    allow_mismatch: whether what differs is returned and not refused.
+    given: {kind: fingerprint} of the task; None for unknown ones.
+    allow_mismatch: whether to return mismatches instead of raising an error.
 
   Returns:
     A sentence for each mismatch.
@@ -92,7 +96,7 @@ def check(given: Mapping[str, fingerprints.Fingerprint | None], allow_mismatch: 
 
 
 def _macro(name: str) -> str | None:
-  """The value of a gin macro; None if there is no such text."""
+  """Returns the value of a gin macro; None unless it is a string."""
   try:
     value = gin.query_parameter(f'%{name}')
   except ValueError:
@@ -101,6 +105,7 @@ def _macro(name: str) -> str | None:
 
 
 def _read(file: str) -> dict[str, str | None]:
+  """Reads fingerprints, {kind: digits}."""
   try:
     found = storage.read_json(file, _LARGEST)
     return {kind: found.get(kind) for kind in fingerprints.KINDS}

@@ -1,9 +1,9 @@
-"""Logical axes between our modules and t5x's partitioner.
+"""Passes the logical axes of our modules to t5x's partitioner.
 
-Our modules box each parameter with the names of its axes; t5x reads the names from a collection of
-their own, `params_axes`. Parameters have t5x's own names ('embed', 'heads', 'mlp', 'vocab',
-'layers'), so that its rules bind them. Activations have names of their own here, which follow the
-rules of the parameters' names.
+Our modules box each parameter with the names of its axes; t5x reads these names from a separate
+collection, `params_axes`. The axes of parameters have the same names as in t5x ('embed', 'heads',
+'mlp', 'vocab', 'layers'), so its rules apply. The axes of activations have other names, which this
+module binds by the rules of the corresponding parameters.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from flax.linen import partitioning as flax_partitioning
 
 from parti_jax.partitioning import mesh as mesh_lib
 
-# Axes of activations that are split as t5x splits the axis of the name without this prefix.
+# Without this prefix, an activation's axis has the name of the axis whose rules it follows.
 _PREFIX = 'activation_'
 _FOLLOWED = ('batch', 'embed', 'heads', 'mlp', 'vocab')
 
 
 def variables(boxed, **others) -> flax.core.FrozenDict:
-  """What t5x expects of `get_initial_variables`.
+  """Returns variables as t5x's `get_initial_variables` has to return them.
 
   Args:
-    boxed: parameters as a module's `init` gives them, in flax's boxes of logical axis names.
-    **others: further collections, dicts of arrays that are not split.
+    boxed: parameters that a module's `init` returned, with flax's boxes of logical axis names.
+    **others: other collections, dicts of arrays that are not sharded.
 
   Returns:
-    'params' without boxes, and 'params_axes', where the leaf NAME_axes is the AxisMetadata of NAME;
-    and the others, with such a collection for each.
+    The unboxed parameters in 'params', and their axes in 'params_axes', where the leaf NAME_axes is
+    the AxisMetadata of NAME. The other collections have the same form.
   """
   found = {'params': nn.meta.unbox(boxed), 'params_axes': _axes(boxed)}
   for name, collection in others.items():
@@ -54,10 +54,10 @@ def _axes(tree):
 
 @contextlib.contextmanager
 def bound():
-  """A context in which modules split activations by the mesh and rules of t5x's partitioner.
+  """Shards the activations of modules by the mesh and the rules of t5x's partitioner.
 
-  To be entered wherever a module is applied. Rules for the activations' own names, which t5x's
-  `additional_rules` may give, come first.
+  Modules must be applied within this context. Rules for the names of activations, which t5x's
+  `additional_rules` may contain, take precedence.
   """
   rules = tuple(nn.get_logical_axis_rules())
   rules += tuple((_PREFIX + name, axes) for name, axes in rules if name in _FOLLOWED)

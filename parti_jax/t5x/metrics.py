@@ -1,7 +1,7 @@
-"""Metrics of our tasks for seqio's evaluator, in t5x's `infer_eval` and `t5x.eval`.
+"""Metrics of our tasks for seqio's evaluator, used by t5x's `infer_eval` and `t5x.eval`.
 
-t5x has them computed by its first process alone, in a thread beside the training. So the tokenizer
-stays on the CPU, and it is read without the other processes.
+t5x computes them only in its first process, in a thread that runs during training. So the tokenizer
+stays on the CPU, and reading it doesn't wait for other processes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import gin
 import jax
 import numpy as np
 from absl import logging
+from jaxtyping import UInt8
 
 from parti_jax.core import fingerprints
 from parti_jax.core.errors import UserError
@@ -26,21 +27,22 @@ from parti_jax.sampling import text_to_image
 from parti_jax.t5x import checkpoints
 from parti_jax.training.objectives import frozen_tokenizer
 
-# Share of the real pictures that should be known again from their tokens; the demo's are 98%.
+# Minimum share of the real pictures that the judge should recognise after detokenizing; 98% for the
+# demo.
 _LEAST_CEILING = 0.5
 
 
 def postprocess(tokens: Sequence, example: Mapping[str, Any], is_target: bool = False):
-  """Turns what seqio has decoded into what the metrics of this module take.
+  """Converts the tokens that seqio decoded for the metrics of this module.
 
   Args:
-    tokens: image tokens [length], or [num_decodes, length] where several were drawn.
-    example: of the task, with its caption as 'inputs_pretokenized'.
-    is_target: whether the tokens are the example's own.
+    tokens: image tokens [length], or [num_decodes, length] if several pictures were sampled.
+    example: an example of the task, with its caption as 'inputs_pretokenized'.
+    is_target: whether the tokens are the example's target.
 
   Returns:
-    {'caption': text, 'tokens': tokens} of a target, and the tokens of a prediction; as lists,
-    since seqio's loggers write arrays in part.
+    {'caption': text, 'tokens': tokens} for a target, and the tokens for a prediction; as lists,
+    since seqio's loggers abbreviate arrays.
   """
   tokens = np.asarray(tokens).tolist()
   if not is_target:
@@ -52,25 +54,26 @@ def postprocess(tokens: Sequence, example: Mapping[str, Any], is_target: bool = 
 def openmoji_alignment(
   targets: Sequence[Mapping[str, Any]], predictions: Sequence, tokenizer: str | None = None
 ) -> dict[str, float]:
-  """Whether drawn pictures show what was asked for, judged by their pixels.
+  """Measures by their pixels whether sampled pictures show what their captions request.
 
-  What the judge asks is in `evaluation.openmoji_judge`; `parti-jax evaluate` asks the same. The
-  real pictures, through the tokenizer, are judged too: no generator can do better.
+  `evaluation.openmoji.openmoji_judge` describes the measures, which `parti-jax evaluate` computes
+  too. They are also computed for the tokenizer's reconstructions of the real pictures, the ceiling
+  for any generator.
 
   Args:
-    targets: of `postprocess`; captions of OpenMoji, and the image tokens of its pictures.
-    predictions: of each example image tokens [length], or [num_decodes, length].
-    tokenizer: folder of the run or of the exported model whose tokens they are; None for the demo
-      model.
+    targets: results of `postprocess`, with captions of OpenMoji and the tokens of its pictures.
+    predictions: image tokens of each example, [length] or [num_decodes, length].
+    tokenizer: folder of the run or the exported model with the tokenizer of these tokens; None for
+      the demo model.
 
   Returns:
-    'name_top1', 'name_top5' and 'tone_right', in %, means over all pictures (of 'tone_right' those
-    whose name has tones; left out where none has), and the same of the real pictures through the
-    tokenizer behind 'reconstruction_'.
+    'name_top1', 'name_top5' and 'tone_right', in %, as means over all pictures. 'tone_right'
+    includes only pictures whose name has tones, and is omitted if there are none. The same for the
+    reconstructions, with the prefix 'reconstruction_'.
 
   Raises:
-    UserError: the tokenizer can't be read, or is not the one of the token cache; JAX knows no CPU,
-      tokens are not its, or captions are not OpenMoji's.
+    UserError: the tokenizer can't be read, differs from the token cache's, or doesn't have one of
+      the tokens; JAX has no CPU backend; or a caption is not OpenMoji's.
   """
   folder = str(tokenizer or text_to_image.DEMO_FOLDER)
   _check_tokenizer(folder)
@@ -83,8 +86,8 @@ def openmoji_alignment(
   reconstructed = judge.judge(asked, _pictures(detokenizer, real, 'target'))
   if reconstructed.name_top1.mean() < _LEAST_CEILING:
     logging.warning(
-      'openmoji_alignment: the real pictures are hardly known again from their image tokens; was '
-      '%s the tokenizer that made them? (gin: openmoji_alignment.tokenizer)',
+      'openmoji_alignment: few reconstructions of the real pictures are recognised; make sure that '
+      'their tokens come from the tokenizer in %s (gin: openmoji_alignment.tokenizer)',
       folder,
     )
   return {**_in_percent(generated), **_in_percent(reconstructed, 'reconstruction_')}
@@ -92,26 +95,28 @@ def openmoji_alignment(
 
 @gin.configurable(module='parti_jax.t5x')
 def log_likelihood(targets: Sequence[Mapping[str, Any]], scores: Sequence) -> dict[str, float]:
-  """How likely the model finds the real image tokens, given their captions.
+  """Averages the log likelihoods of the real image tokens, given their captions.
 
   Args:
-    targets: of `postprocess`.
-    scores: of each example the log likelihood, in nats, of all its image tokens, as t5x's
-      `score_batch` gives it.
+    targets: results of `postprocess`.
+    scores: the log likelihood, in nats, of all image tokens of each example, as t5x's
+      `score_batch` returns it.
 
   Returns:
     'log_likelihood', the mean over examples, and 'log_likelihood_per_token'.
   """
-  scores = np.asarray(scores, np.float64)
+  likelihoods = np.asarray(scores, np.float64)
   tokens = sum(len(target['tokens']) for target in targets)
   return {
-    'log_likelihood': float(scores.mean()),
-    'log_likelihood_per_token': float(scores.sum() / tokens),
+    'log_likelihood': float(likelihoods.mean()),
+    'log_likelihood_per_token': float(likelihoods.sum() / tokens),
   }
 
 
-def _pictures(detokenizer: detokenizing.Detokenizer, tokens: list, what: str) -> np.ndarray:
-  """Pictures, uint8 [examples, num_images, height, width, 3], of tokens of each example."""
+def _pictures(
+  detokenizer: detokenizing.Detokenizer, tokens: list, what: str
+) -> UInt8[np.ndarray, 'examples num_images height width 3']:
+  """Decodes the pictures of each example; `what` names the tokens in messages."""
   flat = []
   for number, of_example in enumerate(tokens):
     for ids in of_example:
@@ -133,7 +138,7 @@ def _in_percent(verdicts: openmoji_judge.Verdicts, prefix: str = '') -> dict[str
 
 
 def _check_tokenizer(folder: str) -> None:
-  """Raises UserError if the token cache is known and of another tokenizer than the folder's."""
+  """Raises UserError if the configured token cache is another tokenizer's than the folder's."""
   if gin.get_bindings(token_cache.configured).get('path') is None:
     return
   cache = token_cache.configured()
@@ -158,7 +163,7 @@ def _detokenizer(folder: str) -> detokenizing.Detokenizer:
 
 
 def _cpu() -> jax.Device:
-  return checkpoints.host_device('openmoji_alignment turns tokens into pictures')
+  return checkpoints.host_device('openmoji_alignment decodes image tokens')
 
 
 @functools.cache
@@ -176,6 +181,6 @@ def _asked(caption: str) -> openmoji.Picture:
     return _of_caption()[caption]
   except KeyError:
     raise UserError(
-      f'{caption!r} is no caption of OpenMoji, whose pictures are judged here; for '
-      'others use the task cached_tokens'
+      f'the caption {caption!r} is not from OpenMoji, which openmoji_alignment requires; use the '
+      'task cached_tokens for other captions'
     ) from None

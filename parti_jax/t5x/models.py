@@ -1,7 +1,8 @@
-"""Parti and its image tokenizer as models of t5x, around the very modules that we train."""
+"""Parti and its image tokenizer as t5x models, which apply the same modules as our own training."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import seqio
+from jaxtyping import Array
+from jaxtyping import Float32
+from jaxtyping import Shaped
 from t5x import decoding
 from t5x import losses
 from t5x import metrics as t5x_metrics
@@ -35,12 +39,12 @@ from parti_jax.training.objectives import tokenizer_objective
 
 workarounds.apply()
 
-# No image token ends a picture, so that decoding functions look for one that there is not.
+# An id that isn't an image token, since pictures have no end token.
 _NO_EOS = -1
 
 
 def _keys(rng, batch: int) -> layers.DropoutKeys | None:
-  """Keys of dropout from t5x's key, which may be one of JAX's older, untyped ones."""
+  """Makes dropout keys from t5x's key, which may be one of JAX's untyped keys."""
   if rng is None:
     return None
   if not jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
@@ -48,12 +52,12 @@ def _keys(rng, batch: int) -> layers.DropoutKeys | None:
   return layers.dropout_keys(rng, batch)
 
 
-def _microbatch_share(rows: int | None, array) -> float:
-  """The part that a microbatch of t5x's, which sums over them, has in a mean over the batch.
+def _microbatch_share(rows: int | None, array: Shaped[Array, 'batch ...']) -> float:
+  """Returns the share of a microbatch in the batch, since t5x sums the losses of microbatches.
 
   Args:
-    rows: of the whole batch, for which t5x initialises a model; None if it did not.
-    array: of the microbatch, [batch, ...]. Where `rows` is no multiple it is no microbatch.
+    rows: size of the batch for which t5x initialised the model; None if it didn't.
+    array: an array of the microbatch, or of a batch whose size does not divide `rows`.
   """
   return len(array) / rows if rows and rows % len(array) == 0 else 1.0
 
@@ -61,29 +65,30 @@ def _microbatch_share(rows: int | None, array) -> float:
 class PartiModel(t5x_models.BaseTransformerModel):
   """Text to image tokens (Parti, section 2.2).
 
-  A batch has 'encoder_input_tokens' int32 [batch, text_length], padded with 0,
-  'decoder_target_tokens' int32 [batch, image_length], each in [0, codebook_size), where 0 is a code
-  like any other, and 'decoder_loss_weights' float32 [batch, image_length].
+  A batch has 'encoder_input_tokens', int32 [batch, text_length], padded with 0;
+  'decoder_target_tokens', int32 [batch, image_length], in [0, codebook_size), where 0 is a code like
+  any other; and 'decoder_loss_weights', float32 [batch, image_length].
 
   Args:
     module: the network.
-    optimizer_def: of `parti_jax.t5x.optimizers`, or any of t5x's.
-    input_vocabulary: of the tasks' feature 'inputs'; None is that of a vocabulary of exactly
+    optimizer_def: an optimiser of `parti_jax.t5x.optimizers` or of t5x.
+    input_vocabulary: vocabulary of the tasks' feature 'inputs'; None for one with exactly
       `PartiConfig.text_vocabulary` pieces.
-    output_vocabulary: of the tasks' feature 'targets'; None is the codebook's.
-    decode_fn: how image tokens are chosen from their logits, as t5x calls it: `temperature_sample`
-      or `beam_search` of t5x.decoding, or one's own.
-    guidance_scale: of classifier-free guidance (Parti, section 2.4); whatever `decode_fn` is, it
-      gets the guided logits. 1 for none, which takes half the time.
-    depth_loss_weights: as in GeneratorObjective, for early exit.
-    label_smoothing: as in t5x, as the next two.
-    z_loss: see `label_smoothing`.
-    loss_normalizing_factor: what the sum over tokens is divided by. The default gives the mean over
-      the batch's image tokens, with `Trainer.num_microbatches` too, though t5x adds the gradients
-      of the microbatches' losses up.
+    output_vocabulary: vocabulary of the tasks' feature 'targets'; None for the codebook.
+    decode_fn: samples image tokens from logits with t5x's interface: `temperature_sample` or
+      `beam_search` of t5x.decoding, or another function. It gets guided logits.
+    guidance_scale: weight of classifier-free guidance (Parti, section 2.4). 1 disables it, which
+      takes half the time.
+    depth_loss_weights: weights of the losses of the layers, as in GeneratorObjective, for early
+      exit.
+    label_smoothing: label smoothing of t5x's loss.
+    z_loss: weight of t5x's z-loss.
+    loss_normalizing_factor: divides the sum of the loss over tokens. The default gives the mean
+      over the batch's image tokens. This also holds with `Trainer.num_microbatches`, although t5x
+      sums the gradients of microbatches.
 
   Raises:
-    UserError: if a vocabulary or the weights do not fit the network.
+    UserError: if a vocabulary or the weights do not match the network.
   """
 
   FEATURE_CONVERTER_CLS = feature_converter.PartiFeatureConverter
@@ -114,14 +119,14 @@ class PartiModel(t5x_models.BaseTransformerModel):
     ):
       if found.vocab_size > getattr(config, key):
         raise errors.UserError(
-          f'PartiModel.{name}_vocabulary has {found.vocab_size} ids, and the network knows '
-          f'PartiConfig.{key}={getattr(config, key)}; raise that, or choose another task'
+          f'PartiModel.{name}_vocabulary has {found.vocab_size} ids, but the network has '
+          f'PartiConfig.{key}={getattr(config, key)}; increase it or choose another task'
         )
     self.guidance_scale = checks.number(
       'PartiModel.guidance_scale', guidance_scale, 0, sampling_settings.MOST_GUIDANCE
     )
     self._depth_weights = _check_depth_weights(depth_loss_weights, config)
-    self._rows: int | None = None  # Of the whole batch of training, once t5x has given it.
+    self._rows: int | None = None  # Size of the training batch, once t5x has passed it.
     super().__init__(
       module,
       input_vocabulary,
@@ -134,10 +139,10 @@ class PartiModel(t5x_models.BaseTransformerModel):
     )
 
   def get_initial_variables(self, rng, input_shapes, input_types=None):
-    """Parameters and the logical names of their axes; arguments as in t5x.
+    """Initialises the parameters and their logical axes, with t5x's arguments.
 
     Raises:
-      UserError: if the features' lengths are not those of the network.
+      UserError: if the lengths of the features differ from the network's.
     """
     del input_types
     config = self.module.config
@@ -165,24 +170,32 @@ class PartiModel(t5x_models.BaseTransformerModel):
     return tokens, batch['decoder_target_tokens'], _keys(dropout_rng, tokens.shape[0])
 
   def _compute_logits(self, params, batch, dropout_rng=None):
-    """float32 [batch, image_length, codebook_size]."""
+    """Returns the logits, float32 [batch, image_length, codebook]."""
     return self._apply(params, *self._inputs(batch, dropout_rng))
 
   def loss_fn(self, params, batch, dropout_rng):
-    """The mean cross entropy of image tokens, and t5x's metrics; arguments as in t5x.
+    """Computes the mean cross entropy of image tokens and t5x's metrics, with t5x's arguments.
 
-    Of a batch with fewer rows than the one that t5x initialised the model for, which is what its
-    microbatches are, it is the share in the mean over the whole batch.
+    For a microbatch, which is smaller than the batch for which t5x initialised the model, the loss
+    is its share of the mean over the batch.
     """
     share = _microbatch_share(self._rows, batch['encoder_input_tokens'])
     return self._loss(params, batch, dropout_rng, self._depth_weights, share)
 
   def eval_fn(self, params, batch):
-    """The last layer's loss without dropout, and t5x's metrics; arguments as in t5x."""
+    """Computes the last layer's loss without dropout and t5x's metrics, with t5x's arguments."""
     return self._loss(params, batch, None, None, 1.0)
 
   def _loss(self, params, batch, dropout_rng, depth_weights, share: float):
-    """The loss of the last layer, or the mean over all with weights; a mean counts `share`."""
+    """Computes the loss and metrics.
+
+    Args:
+      params: the parameters.
+      batch: as the class describes.
+      dropout_rng: a key; None disables dropout.
+      depth_weights: weights of the losses of all layers; None for only the last layer's loss.
+      share: the result of `_microbatch_share`, which scales a mean.
+    """
     targets = batch['decoder_target_tokens']
     factor, weights = losses.get_loss_normalizing_factor_and_weights(
       self._loss_normalizing_factor, batch
@@ -206,7 +219,7 @@ class PartiModel(t5x_models.BaseTransformerModel):
       logits = self._apply(params, states[-1], method='predict')
       of_last = of_logits(logits)
       total, before = depth_weights[-1] * of_last, np.flatnonzero(depth_weights[:-1])
-      if before.size:  # One layer's logits after the other: those of all would not fit the memory.
+      if before.size:  # One layer at a time, since the logits of all would not fit into memory.
         of_others = jax.lax.map(
           layer_stack.remat(of_layer, self.module.config.remat), states[before]
         )
@@ -227,16 +240,17 @@ class PartiModel(t5x_models.BaseTransformerModel):
     return total[0], metrics
 
   def score_batch(self, params, batch, return_intermediates: bool = False):
-    """Log likelihood of the image tokens given the text.
+    """Computes the log likelihoods of image tokens given the text.
 
     Args:
       params: the parameters.
-      batch: see the class.
-      return_intermediates: whether to return what it is made of too.
+      batch: as the class describes.
+      return_intermediates: whether to return the summands too.
 
     Returns:
-      float32 [batch]; and with `return_intermediates` {'decoder': {'token_scores',
-      'target_tokens', 'loss_weights'}}, each a tuple of one array [batch, image_length].
+      The log likelihoods, float32 [batch]. With `return_intermediates` also {'decoder':
+      {'token_scores', 'target_tokens', 'loss_weights'}}, where each is a tuple of one array
+      [batch, image_length].
     """
     targets, weights = batch['decoder_target_tokens'], batch['decoder_loss_weights']
     of_tokens, _ = layers.cross_entropy(self._compute_logits(params, batch), targets)
@@ -261,20 +275,20 @@ class PartiModel(t5x_models.BaseTransformerModel):
     return_all_decodes: bool = False,
     num_decodes: int = 1,
   ):
-    """Draws image tokens for texts, with a cache.
+    """Samples image tokens for texts, with a cache.
 
     Args:
       params: the parameters.
-      batch: 'encoder_input_tokens', see the class; the rest is not looked at.
+      batch: a dict with 'encoder_input_tokens', as the class describes; the rest is ignored.
       rng: a key for `decode_fn`.
-      decoder_params: further arguments of `decode_fn`.
+      decoder_params: more arguments of `decode_fn`.
       return_all_decodes: whether to return all pictures of a text instead of the likeliest.
-      num_decodes: pictures to draw for each text.
+      num_decodes: number of pictures to sample for each text.
 
     Returns:
-      int32 [batch, image_length] and {'scores': float32 [batch]}, log likelihoods of what was
-      drawn as `decode_fn` counts them; with `return_all_decodes` [batch, num_decodes,
-      image_length] and [batch, num_decodes], the likeliest last.
+      The tokens, int32 [batch, image_length], and {'scores': float32 [batch]}, their log
+      likelihoods from `decode_fn`. With `return_all_decodes` they are [batch, num_decodes,
+      image_length] and [batch, num_decodes], in ascending order of the scores.
     """
     config, guided = self.module.config, self.guidance_scale != 1.0
     texts = batch['encoder_input_tokens']
@@ -294,8 +308,9 @@ class PartiModel(t5x_models.BaseTransformerModel):
         tuple(of_text(state.cache[f'layer_{layer}'][part]) for part in ('key', 'value'))
         for layer in range(config.decoder_layers)
       ]
+      apply: Callable[..., Any] = token_decoder.TokenDecoder(config).apply
       with logical_axes.bound():
-        logits, after = token_decoder.TokenDecoder(config).apply(
+        logits, after = apply(
           {'params': cut['image_decoder']},
           jnp.repeat(state.cur_token, 2 if guided else 1, axis=0),
           state=transformer.DecoderState(jnp.max(state.cur_index), caches, texts, mask),
@@ -320,44 +335,44 @@ class PartiModel(t5x_models.BaseTransformerModel):
 
 
 def _named(caches):
-  """Caches of layers as a tree of dicts, which is what t5x maps over."""
+  """Converts the caches of layers to the nested dict that t5x requires."""
   return {
     f'layer_{layer}': dict(zip(('key', 'value'), parts)) for layer, parts in enumerate(caches)
   }
 
 
-def _check_depth_weights(weights, config) -> np.ndarray | None:
-  """The weights scaled to sum to 1, float32 [decoder_layers]."""
+def _check_depth_weights(weights, config) -> Float32[np.ndarray, 'layers'] | None:
+  """Checks the weights and scales them to sum to 1."""
   if weights is None:
     return None
   if len(weights) != config.decoder_layers or min(weights) < 0 or weights[-1] <= 0:
     raise errors.UserError(
-      f'PartiModel.depth_loss_weights={tuple(weights)!r} must be {config.decoder_layers} '
-      'numbers, one for each of PartiConfig.decoder_layers, not negative and the last above 0'
+      f'PartiModel.depth_loss_weights={tuple(weights)!r} must be {config.decoder_layers} numbers, '
+      'one for each of PartiConfig.decoder_layers, not negative, and the last one positive'
     )
   weights = np.array(weights, np.float32)
   return weights / weights.sum()
 
 
 class TokenizerModel(t5x_models.BaseModel):
-  """The image tokenizer (ViT-VQGAN, section 3), as far as t5x's contract allows.
+  """The image tokenizer (ViT-VQGAN, section 3), with the losses that t5x's interface supports.
 
-  A batch has 'images' uint8 [batch, height, width, 3]. The use of codes is carried in the state's
-  mutables: 'statistics' with 'code_use' float32 [codebook_size] and 'step' int32 [], calls of
-  `loss_fn` so far (with microbatches one for each).
+  A batch has 'images', uint8 [batch, height, width, 3]. The state's mutables hold the use of codes:
+  'statistics' with 'code_use', float32 [codebook], and 'step', int32 [], the number of calls of
+  `loss_fn`, which t5x calls for each microbatch.
 
   Args:
-    objective: the losses and what goes with them.
-    optimizer_def: as PartiModel.
+    objective: the training objective.
+    optimizer_def: an optimiser of `parti_jax.t5x.optimizers` or of t5x.
 
   Raises:
-    UserError: if the objective needs what t5x has no place for: a second optimiser (a discriminator),
-      parameters that something but the optimiser sets (revival of codes, frozen parts, an average
-      of the weights), or other networks' weights (LPIPS, a first phase).
+    UserError: if the objective needs what t5x doesn't support: a second optimiser (discriminator),
+      parameters that the optimiser doesn't set (revived codes, frozen parts, averaged weights), or
+      weights of other networks (LPIPS, a first phase).
   """
 
   FEATURE_CONVERTER_CLS = feature_converter.PictureFeatureConverter
-  # Attributes of the objective that are off, and the values that turn them off.
+  # Attributes of the objective that must be disabled -> the values that disable them.
   _OFF = {
     'adversarial_weight': 0.0,
     'perceptual_weight': 0.0,
@@ -371,18 +386,18 @@ class TokenizerModel(t5x_models.BaseModel):
     for name, off in self._OFF.items():
       if getattr(objective, name) != off:
         raise errors.UserError(
-          f'TokenizerObjective.{name}={getattr(objective, name)!r}: t5x has no place for it; set it to '
-          f'{off!r}, or train with parti-jax train'
+          f"TokenizerObjective.{name}={getattr(objective, name)!r}: t5x doesn't support it; set it "
+          f'to {off!r}, or train with parti-jax train'
         )
     self.objective = objective
-    self._rows: int | None = None  # As in PartiModel.
+    self._rows: int | None = None  # Size of the training batch, once t5x has passed it.
     super().__init__(optimizer_def)
 
   def get_initial_variables(self, rng, input_shapes, input_types=None):
-    """Parameters, the logical names of their axes, and mutables; arguments as in t5x.
+    """Initialises the parameters, their logical axes and the mutables, with t5x's arguments.
 
     Raises:
-      UserError: if the pictures are not of the network's size.
+      UserError: if the size of the pictures differs from the network's.
     """
     del input_types
     size = self.objective.model.image_size
@@ -409,19 +424,19 @@ class TokenizerModel(t5x_models.BaseModel):
     }
 
   def loss_fn(self, params, batch, dropout_rng, flax_mutables):
-    """The training loss; arguments as in t5x.
+    """Computes the training loss, with t5x's arguments.
 
     Returns:
-      float32 [], and t5x's metrics with the mutables of the next step.
+      The loss, float32 [], and t5x's metrics with the mutables of the next step.
     """
-    del dropout_rng  # There is no dropout.
+    del dropout_rng  # The tokenizer has no dropout.
     before = flax.core.unfreeze(flax_mutables)['statistics']
     step = before['step']
     loss, aux = self._loss(params, batch, step)
     aux = jax.lax.stop_gradient(aux)
     kept = {'code_use': before['code_use']}
     _, after, more = self.objective.after_step(params, kept, aux, step, None)
-    # What is not finite is not counted either; t5x computes the gradients after this.
+    # Codes of a step without a finite loss don't count; t5x computes the gradients later.
     after = finite_lib.select(jnp.isfinite(loss), after, kept)
     mutables = flax.core.freeze({'statistics': after | {'step': step + 1}})
     share = _microbatch_share(self._rows, batch['images'])
@@ -429,7 +444,7 @@ class TokenizerModel(t5x_models.BaseModel):
     return share * loss, (self._metrics(batch, values), mutables)
 
   def eval_fn(self, params, batch, flax_mutables):
-    """The loss of quantized latents, and t5x's metrics; arguments as in t5x."""
+    """Computes the loss with quantized latents and t5x's metrics, with t5x's arguments."""
     del flax_mutables
     loss, aux = self._loss(params, batch, jnp.int32(self.objective.quantize_from))
     return loss, self._metrics(batch, aux['metrics'])
@@ -439,16 +454,19 @@ class TokenizerModel(t5x_models.BaseModel):
       return self.objective.evaluate(flax.core.unfreeze(params), batch)
 
   def predict_batch_with_aux(self, params, batch, rng=None):
-    """Image tokens int32 [batch, image_length]; and 'l2', 'psnr' (dB) float32 [batch]."""
+    """Returns the image tokens, int32 [batch, image_length], and measures, float32 [batch] each.
+
+    The measures are 'l2' and, in dB, 'psnr'.
+    """
     del rng
     measures = self._evaluate(params, batch)
     return measures.pop('tokens'), measures
 
   def score_batch(self, params, batch, return_intermediates: bool = False):
-    """Minus the mean squared error of the reconstructions, float32 [batch].
+    """Returns the negative mean squared errors of the reconstructions, float32 [batch].
 
     Raises:
-      UserError: if intermediates are asked for; there are none.
+      UserError: if `return_intermediates` is True, since there are none.
     """
     if return_intermediates:
       raise errors.UserError('TokenizerModel.score_batch has no intermediates')

@@ -1,4 +1,4 @@
-"""Our optimisers as t5x takes them."""
+"""Wraps our optimisers for t5x."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from parti_jax.training import skipped_steps as finite_lib
 
 
 class OptaxWrapper(t5x_optimizers.OptaxWrapper):
-  """An optax optimiser whose learning rate is t5x's, such as those of `training.optimizers`.
+  """An optax optimiser, such as those of `training.optimizers`, with t5x's learning rate.
 
-  t5x's wrapper leaves the learning rate to optax; here it is that of `Trainer.learning_rate_fn`, as
-  with t5x's own optimisers, so that the rate that t5x reports is the one in force. The state is
-  that of the same optimiser in `parti_jax.training`, so that checkpoints can go both ways.
+  t5x's wrapper leaves the learning rate to optax. This one applies `Trainer.learning_rate_fn`, like
+  t5x's own optimisers, so that the rate that t5x reports is the rate in use. The state is that of
+  the same optimiser in `parti_jax.training`, so that checkpoints can be converted both ways.
 
-  As there, a step whose gradients are not finite changes nothing but the number of steps. The
-  learning rate of t5x goes by that number, and so goes on; ours goes by the steps applied.
+  As in `parti_jax.training`, a step whose gradients are not finite changes only the step count.
+  t5x's learning rate depends on this count, whereas our schedules count only the applied steps.
 
   Args:
-    optimizer: takes `schedule`, a function of the step to the learning rate, and returns an
-      optax.GradientTransformation whose updates are proportional to it; in gin a reference without
-      brackets, `OptaxWrapper.optimizer = @adafactor`.
+    optimizer: maps `schedule`, which maps a step to a learning rate, to an
+      optax.GradientTransformation whose updates are proportional to the rate. In gin it is a
+      reference without parentheses, `OptaxWrapper.optimizer = @adafactor`.
   """
 
   def __init__(self, optimizer: Callable[..., optax.GradientTransformation]):
     super().__init__(optimizer(schedule=lambda step: jnp.ones((), jnp.float32)))
 
   def apply_gradient(self, hyper_params, params, state, grads):
-    """New parameters and state; arguments as in t5x.
+    """Returns the new parameters and state; the arguments are t5x's.
 
     Raises:
-      UserError: if the trainer gives no learning rate.
+      UserError: if the trainer has no learning rate.
     """
     if hyper_params.learning_rate is None:
       raise errors.UserError('no learning rate; bind trainer.Trainer.learning_rate_fn')
@@ -52,14 +52,14 @@ class OptaxWrapper(t5x_optimizers.OptaxWrapper):
     return params, t5x_optimizers.OptimizerState(state.step + 1, param_states)
 
   def derive_logical_axes(self, optimizer, param_logical_axes):
-    """Logical axes of a t5x Optimizer, by our rules, which know Adafactor's factored moments.
+    """Returns the logical axes of a t5x Optimizer, including Adafactor's factored moments.
 
     Args:
-      optimizer: a t5x Optimizer, abstract or not.
+      optimizer: a t5x Optimizer with arrays or abstract arrays.
       param_logical_axes: a PartitionSpec of logical axes for each parameter.
 
     Returns:
-      An Optimizer with these in place of arrays, and None where there are none.
+      An Optimizer with a PartitionSpec, or None for no axes, in place of each array.
     """
     of_state = rules.optimizer_specs(
       optimizer.state.param_states, optimizer.target, param_logical_axes

@@ -1,4 +1,4 @@
-"""What finetuning in t5x takes of a checkpoint: all of it, or the parameters alone."""
+"""Selects what t5x restores of a checkpoint for finetuning: all of it, or only the parameters."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ def of_checkpoint(
   parameters_only: bool = False,
   is_resuming: bool = False,
 ) -> Mapping[str, Any]:
-  """What to restore, for `RestoreCheckpointConfig.state_transformation_fns`.
+  """Returns what to restore, for `RestoreCheckpointConfig.state_transformation_fns`.
 
   Args:
-    found: the checkpoint's state dict with 'target' and 'state', leaves of any kind.
+    found: the checkpoint's state dict with 'target' and 'state', and leaves of any kind.
     wanted: the state dict of the model.
-    parameters_only: whether the optimiser begins anew; `fallback_to_scratch` has to be the same, by
-      which t5x makes what is left away here.
-    is_resuming: whether a run of t5x goes on, where everything is taken; t5x sets it.
+    parameters_only: whether to reset the optimiser. `fallback_to_scratch` must have the same value,
+      so that t5x initialises what this function removes.
+    is_resuming: whether t5x resumes a run, which restores everything; t5x sets it.
 
   Returns:
-    `found`, with `parameters_only` without the state of the optimiser.
+    `found`; with `parameters_only`, without the optimiser's state.
 
   Raises:
-    UserError: if the model has parameters that are not in the checkpoint, which t5x would begin at
-      random; or if the optimiser's state is not there and was not to begin anew.
+    UserError: if the checkpoint lacks parameters of the model, which t5x would initialise randomly,
+      or if it lacks the optimiser's state and `parameters_only` is False.
   """
   if is_resuming:
     return found
@@ -44,7 +44,7 @@ def of_checkpoint(
     shown = ', '.join(missing[:_SHOWN]) + (' ...' if len(missing) > _SHOWN else '')
     raise errors.UserError(
       f'INITIAL_CHECKPOINT_PATH: the checkpoint lacks {len(missing)} of the arrays of the model '
-      f'({shown}); give the gin file of the model that it is of'
+      f'({shown}); give the gin file of the model that it was trained with'
     )
   state = 'state/param_states'
   if parameters_only:
@@ -52,7 +52,7 @@ def of_checkpoint(
     return flax.traverse_util.unflatten_dict(flat, sep='/')
   if not any(name.startswith(f'{state}/') for name in flat):
     raise errors.UserError(
-      'INITIAL_CHECKPOINT_PATH: the checkpoint has no state of an optimiser; '
-      'with --gin.PARAMETERS_ONLY=True the optimiser begins anew'
+      'INITIAL_CHECKPOINT_PATH: the checkpoint has no state of an optimiser; use '
+      '--gin.PARAMETERS_ONLY=True to reset the optimiser'
     )
   return found

@@ -1,15 +1,16 @@
-"""Our seqio tasks as t5x takes them: importing this module registers them.
+"""Registers our seqio tasks and mixtures for t5x when it is imported.
 
-`import parti_jax.t5x.tasks` in a gin file, or MIXTURE_OR_TASK_MODULE = 'parti_jax.t5x.tasks'; then
-MIXTURE_OR_TASK_NAME may be any task of `parti_jax.data.datasets`, such as 'openmoji_tokens', or a
-mixture of `parti_jax.data.mixtures`, such as 'mixture_tokens'. It needs seqio and no t5x.
+Import it by `import parti_jax.t5x.tasks` in a gin file, or by MIXTURE_OR_TASK_MODULE =
+'parti_jax.t5x.tasks'. Then MIXTURE_OR_TASK_NAME may be any task of `parti_jax.data.datasets`, such
+as 'openmoji_tokens', or a mixture of `parti_jax.data.mixtures`, such as 'mixture_tokens'. This
+module needs seqio, but not t5x.
 
-A task is registered while gin's files are still being read. So it settles its source, its
-vocabulary and its features when they are first asked for, as gin configures them then
-(`token_cache.path`, `vocabulary.path` ...), and a mixture its tasks (`mixture.sources`).
+t5x imports it before gin has parsed all files. So tasks are lazy: a task creates its source,
+vocabulary and features when they are first used, from gin's values at that time, such as
+`token_cache.path`. A mixture creates its tasks from `mixture.sources` in the same way.
 
-t5x reads a split without end to train, and a finite number of times to evaluate and to
-infer. So texts are dropped for classifier-free guidance in endless readings alone.
+t5x repeats a split indefinitely for training, and reads it a finite number of times for evaluation
+and inference. So texts are dropped for classifier-free guidance only in indefinite readings.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from parti_jax.data.quiet_tensorflow import tf
 from parti_jax.t5x import inputs
 from parti_jax.t5x import metrics
 
-# Tasks with metrics for seqio's evaluator; without any it passes a task over.
+# Tasks with metrics for seqio's evaluator, which skips tasks without metrics.
 _METRICS = {
   'openmoji_tokens': (metrics.openmoji_alignment, metrics.log_likelihood),
   'cached_tokens': (metrics.log_likelihood,),
@@ -47,17 +48,18 @@ def _metrics(name: str):
 
 
 class LazyTask(seqio.Task):
-  """A task of `parti_jax.data.datasets` that is made when it is first used.
+  """A task of `parti_jax.data.datasets` that is created when it is first used.
 
-  Examples carry their caption as 'inputs_pretokenized', by which t5x's `infer` and seqio's loggers
-  name them.
+  Examples have their caption as 'inputs_pretokenized', which t5x's `infer` and seqio's loggers
+  write.
   """
 
   def __init__(self, name: str):
-    """Makes a task that stands for one of `parti_jax.data.datasets`, of which nothing is read yet.
+    """Makes a placeholder for a task, without reading anything.
 
     Args:
-      name: of the task there; 'images', 'pairs' and 'texts' mean the source that gin chooses.
+      name: name of the task in `parti_jax.data.datasets`; 'images', 'pairs' and 'texts' stand for
+        the source that gin selects.
     """
     super().__init__(
       name,
@@ -68,21 +70,21 @@ class LazyTask(seqio.Task):
       metric_fns=_metrics(name),
     )
     self._feature_names = datasets.feature_names(name)
-    self._settled: dict[int, _Task] = {}
+    self._resolved: dict[int, _Task] = {}
 
-  def settled(self, image_size: int = _DEFAULT_IMAGE_SIZE) -> _Task:
-    """Returns the task as gin configured it when it was first asked for.
+  def resolved(self, image_size: int = _DEFAULT_IMAGE_SIZE) -> _Task:
+    """Returns the task, created from gin's values at the first call.
 
     Args:
-      image_size: height and width at which OpenMoji draws its pictures, in pixels.
+      image_size: height and width at which OpenMoji renders its pictures, in pixels.
 
     Raises:
       UserError: its data can't be found, or a checkpoint that t5x's gin values name was trained
         with another vocabulary or tokenizer.
     """
-    if image_size not in self._settled:
+    if image_size not in self._resolved:
       made = tasks.make_task(self.name, image_size, keep_captions='inputs' in self._feature_names)
-      self._settled[image_size] = _Task(
+      self._resolved[image_size] = _Task(
         self.name,
         made.source,
         made.output_features,
@@ -92,11 +94,11 @@ class LazyTask(seqio.Task):
         shuffle_buffer_size=made.shuffle_buffer_size,
       )
       check_inputs(made)
-    return self._settled[image_size]
+    return self._resolved[image_size]
 
   @property
   def source(self) -> seqio.DataSource:
-    return self.settled().source
+    return self.resolved().source
 
   @property
   def output_features(self) -> Mapping[str, seqio.Feature]:
@@ -104,27 +106,27 @@ class LazyTask(seqio.Task):
 
   @property
   def preprocessors(self) -> Sequence:
-    return self.settled().preprocessors
+    return self.resolved().preprocessors
 
   def replace(self, **kwargs) -> _Task:
-    """Returns a variant of the settled task; see `seqio.Task.replace`."""
-    return self.settled().replace(**kwargs)
+    """Returns a variant of the task, with the arguments of `seqio.Task.replace`."""
+    return self.resolved().replace(**kwargs)
 
   def get_dataset(
     self, sequence_length: Mapping[str, int] | None = None, *args, **kwargs
   ) -> tf.data.Dataset:
-    """Reads a split of the task that is settled for these lengths; see there."""
+    """Reads a split of the task, with the arguments of `_Task.get_dataset`."""
     size = (sequence_length or {}).get('images', _DEFAULT_IMAGE_SIZE)
-    return self.settled(size).get_dataset(sequence_length, *args, **kwargs)
+    return self.resolved(size).get_dataset(sequence_length, *args, **kwargs)
 
 
 class _Task(tasks.Task):
-  """A settled task: its data is as gin said, and reading it obeys the rules of this module."""
+  """A task created from gin's values, with this module's rules for reading it."""
 
   def replace(self, **kwargs) -> _Task:
-    """Returns a variant, which is read by the same rules; see `seqio.Task.replace`."""
-    made = super().replace(**kwargs)  # Of seqio's own class.
-    # Behind those that were given there is one for each of `metric_fns`.
+    """Returns a variant with the same rules, with the arguments of `seqio.Task.replace`."""
+    made = super().replace(**kwargs)  # An instance of seqio's own class.
+    # The objects that were given are followed by one for each of `metric_fns`.
     given = made.metric_objs[: len(made.metric_objs) - len(made.metric_fns)]
     return _Task(
       made.name,
@@ -150,13 +152,13 @@ class _Task(tasks.Task):
     trim_output_features: bool = True,
     try_in_mem_cache: bool = False,
   ) -> tf.data.Dataset:
-    """Reads a split; arguments as those of `seqio.Task.get_dataset`.
+    """Reads a split, with the arguments of `seqio.Task.get_dataset`.
 
-    With num_epochs=None, as t5x trains, texts are dropped (`preprocessors.drop_text`). Each epoch
-    is shuffled on its own. What is left out is counted, and said in warnings.
+    With num_epochs=None, as in t5x's training, texts are dropped (`preprocessors.drop_text`). Each
+    epoch is shuffled separately. Skipped and shortened examples are counted in warnings.
 
     Raises:
-      UserError: the data can't be read, the lengths don't fit, or no example is usable.
+      UserError: the data can't be read, the lengths don't match, or no example is usable.
     """
     del try_in_mem_cache
     lengths = sequence_length or {}
@@ -164,8 +166,8 @@ class _Task(tasks.Task):
     self._check_usable(lengths, split, shard_info)
     where = f'{self.name}, {split}'
     reading = tally.Reading(
-      skipped=_Told(f'{where}: skipped'),
-      shortened=_Told(f'{where}: kept in part'),
+      skipped=_LoggedTally(f'{where}: skipped'),
+      shortened=_LoggedTally(f'{where}: kept in part'),
       drop_text=num_epochs is None,
     )
     with tally.reading(reading):
@@ -182,7 +184,7 @@ class _Task(tasks.Task):
       )
 
   def _check_usable(self, lengths, split: str, shard_info) -> None:
-    """Raises UserError if no example is usable, since reading without end would look for ever."""
+    """Raises UserError if no example is usable, since an indefinite reading would never return."""
     reading = tally.Reading()
     with tally.reading(reading):
       dataset = super().get_dataset(lengths, split, shuffle=False, shard_info=shard_info)
@@ -194,26 +196,26 @@ class _Task(tasks.Task):
       )
       skipped = str(reading.skipped)
       raise UserError(
-        f'{self.name}, {split}: there is no usable example in {share}'
+        f'{self.name}, {split}: no usable example in {share}'
         f'{tasks.place(self)}' + (f'; skipped {skipped}' if skipped else '')
       )
 
 
 class LazyMixture(tasks.Mixture):
-  """A mixture of `parti_jax.data.mixtures` that settles its tasks when it is first used.
+  """A mixture of `parti_jax.data.mixtures` that creates its tasks when it is first used.
 
   Args:
-    name: of the mixture.
+    name: name of the mixture.
   """
 
   def __init__(self, name: str):
     self._name, self._source_info, self._sub_mixtures = name, None, ()
     self._sample_fn = tasks.take_turns
 
-  # What seqio's own class keeps under these names.
+  # These properties have the names of attributes of seqio's own class.
   @functools.cached_property
   def _task_map(self) -> dict[str, LazyTask]:
-    mixtures.get(self._name)  # For what is wrong with it as a whole.
+    mixtures.get(self._name)  # Raises errors about the whole mixture.
     return {name: LazyTask(name) for name in mixtures.tasks(self._name)}
 
   @property
@@ -226,9 +228,9 @@ class LazyMixture(tasks.Mixture):
 
 
 class _Features(Mapping):
-  """Features of a lazy task: their names are known, what they are is asked of the settled task.
+  """The features of a lazy task. Only access to a feature, not to the names, creates the task.
 
-  A mixture looks at the names when it is made, while gin's files are still being read.
+  A mixture reads the names when it is made, before gin has parsed all files.
   """
 
   def __init__(self, task: LazyTask, names: tuple[str, ...]):
@@ -237,8 +239,8 @@ class _Features(Mapping):
   def __getitem__(self, name: str) -> seqio.Feature:
     if name not in self._names:
       raise KeyError(name)
-    # Not `output_features` of the lazy task, which is this mapping.
-    return self._task.settled().output_features[name]
+    # The lazy task's own `output_features` is this mapping.
+    return self._task.resolved().output_features[name]
 
   def __iter__(self) -> Iterator[str]:
     return iter(self._names)
@@ -247,45 +249,45 @@ class _Features(Mapping):
     return len(self._names)
 
 
-class _Told(tally.Tally):
-  """A tally that tells its counts whenever they have doubled, and at the end of the process.
+class _LoggedTally(tally.Tally):
+  """A tally that logs its counts whenever they have doubled, and when the process ends.
 
-  t5x has no place where an epoch ends, and a warning for each example would fill a log.
+  t5x offers no hook at the end of an epoch, and a warning for each example would flood the log.
   """
 
   def __init__(self, what: str):
-    """`what` stands before the counts."""
+    """Makes an empty tally; `what` precedes the counts in the log."""
     super().__init__()
-    self._what, self._total, self._told = what, 0, 0
-    self._telling = threading.Lock()
+    self._what, self._total, self._logged = what, 0, 0
+    self._logging = threading.Lock()
 
   def add(self, reason: str, place: str = '') -> None:
-    """Counts one more for this reason; see `tally.Tally.add`."""
-    with self._telling:
+    """Counts an example, with the arguments of `tally.Tally.add`."""
+    with self._logging:
       super().add(reason, place)
       self._total += 1
       if self._total == 1:
         atexit.register(self._at_exit)
-      if self._total >= 2 * self._told:
-        self._tell()
+      if self._total >= 2 * self._logged:
+        self._log()
 
   def _at_exit(self) -> None:
-    with self._telling:
-      if self._told != self._total:
-        self._tell()
+    with self._logging:
+      if self._logged != self._total:
+        self._log()
 
-  def _tell(self) -> None:
-    self._told = self._total
+  def _log(self) -> None:
+    self._logged = self._total
     logging.warning('%s, in all epochs so far: %s', self._what, str(self))
 
 
 @gin.configurable(module='parti_jax.t5x')
 def check_inputs(task: seqio.Task, allow_mismatch: bool = False) -> None:
-  """Compares a task's vocabulary and tokenizer with the checkpoints that t5x's gin values name.
+  """Compares a task's vocabulary and tokenizer with those of the checkpoints in t5x's gin values.
 
   Args:
-    task: of `parti_jax.data.datasets`.
-    allow_mismatch: whether to warn of what differs and go on.
+    task: a task of `parti_jax.data.datasets`.
+    allow_mismatch: whether to log a mismatch as a warning instead of raising an error.
 
   Raises:
     UserError: if a checkpoint was trained with another vocabulary or tokenizer.
@@ -300,12 +302,12 @@ def check_inputs(task: seqio.Task, allow_mismatch: bool = False) -> None:
 
 @gin.configurable(module='parti_jax.t5x')
 def text_vocabulary() -> seqio.Vocabulary:
-  """Returns the vocabulary of our tasks' feature 'inputs', as `vocabulary.path` says."""
+  """Returns the vocabulary of our tasks' feature 'inputs', which `vocabulary.path` selects."""
   return tasks.text_feature(tasks.get_vocabulary()).vocabulary
 
 
 def register() -> None:
-  """Registers all tasks and mixtures with seqio, in place of those of the same names, unsettled."""
+  """Registers lazy tasks and mixtures with seqio, replacing those of the same names."""
   for name in (*datasets.names(), *datasets.ALIASES):
     seqio.TaskRegistry.remove(name)
     seqio.TaskRegistry.add_provider(name, LazyTask(name))

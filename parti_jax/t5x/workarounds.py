@@ -1,6 +1,6 @@
-"""What of t5x is worked around, each with its reason; `apply` does it.
+"""Works around problems of t5x; each function says why.
 
-Nothing here changes what t5x computes where it already works.
+None of this changes what t5x computes where it works already.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _KINDS_THAT_T5X_KNOWS = ('TPU v2', 'TPU v3', 'TPU v4', 'TPU v4 lite')
 
 
 def _default_mesh_where_t5x_has_none(num_partitions, model_parallel_submesh=None, *args, **kwargs):
-  """`partitioning.default_mesh` that heeds `PjitPartitioner.num_partitions` on more devices.
+  """`partitioning.default_mesh`, with `PjitPartitioner.num_partitions` on more kinds of devices.
 
-  t5x's mesh of CPU devices has all of a process' devices along 'model', whatever was asked for, so
-  that a mesh of a pod could not be emulated. Of TPUs t5x knows those up to v4 alone: on others not
-  even one partition works. A submesh says the same as a number of partitions, and is heeded.
+  On CPUs, t5x ignores the number and puts all devices of a process along 'model', so that the mesh
+  of a pod can't be emulated. It supports TPUs only up to v4; on others not even one partition
+  works. On both it does support a submesh, from which the number of partitions follows.
   """
   backend = args[0] if args else kwargs.get('backend')
   shaped = any(args[1:]) or kwargs.get('ici_mesh_shape') or kwargs.get('dcn_mesh_shape')
@@ -50,23 +50,23 @@ def _default_mesh_where_t5x_has_none(num_partitions, model_parallel_submesh=None
 
 
 def _check_one_slice(devices):
-  """Raises ValueError for several TPU slices, of which t5x's mesh would hold one, and say nothing.
+  """Raises ValueError for several TPU slices, of which t5x would silently use only one.
 
-  Chips of all slices have the same coordinates, by which that mesh places them.
+  t5x places chips in the mesh by their coordinates, which are the same in all slices.
   """
   slices = {getattr(device, 'slice_index', 0) for device in devices}
   if len(slices) > 1:
     raise ValueError(
-      f'the devices are in {len(slices)} slices: give PjitPartitioner.ici_mesh_shape and '
-      'PjitPartitioner.dcn_mesh_shape, (replica, data, model) each, beside num_partitions'
+      f'the devices are in {len(slices)} slices: in addition to num_partitions, set '
+      'PjitPartitioner.ici_mesh_shape and PjitPartitioner.dcn_mesh_shape to (replica, data, model)'
     )
 
 
 def _cpu_submesh(num_partitions: int, backend) -> tuple[int, int]:
-  """Processes, and devices in each, that the model is split over on emulated devices.
+  """Returns the numbers of processes and of their emulated devices that share a model.
 
   Raises:
-    ValueError: if so many partitions do not divide them.
+    ValueError: if the number of partitions does not divide the devices.
   """
   local = jax.local_device_count(backend)
   within = min(num_partitions, local)
@@ -84,18 +84,20 @@ def _cpu_submesh(num_partitions: int, backend) -> tuple[int, int]:
 
 
 def tpu_submesh(num_partitions: int, bounds: tuple[int, int, int, int]) -> tuple[int, ...]:
-  """The devices of a slice that the model is split over, much as t5x chooses them on TPU v4.
+  """Returns the part of a TPU slice that shares a model, chosen much like t5x does on TPU v4.
+
+  It prefers all devices of a chip, then a line of chips to a rectangle, then a ring around the
+  torus.
 
   Args:
-    num_partitions: how many.
-    bounds: x, y, z of the slice's chips, and devices of a chip.
+    num_partitions: number of devices of the part.
+    bounds: the slice's chips along x, y and z, and the devices of a chip.
 
   Returns:
-    How many along each: all devices of a chip, and of chips a line before a rectangle, and one
-    that goes all the way round the torus before others.
+    The devices of the part along each of these axes.
 
   Raises:
-    ValueError: if there is none.
+    ValueError: if no part has this number of devices.
   """
 
   def divisors(number):
@@ -108,8 +110,8 @@ def tpu_submesh(num_partitions: int, bounds: tuple[int, int, int, int]) -> tuple
   ]
   if not found:
     raise ValueError(
-      f'PjitPartitioner.num_partitions={num_partitions}: no part of a slice of {bounds} has so '
-      'many devices; choose another number'
+      f'PjitPartitioner.num_partitions={num_partitions}: no part of a slice of {bounds} has this '
+      'number of devices; choose another number'
     )
   dimensions = lambda shape: sum(size > 1 for size in shape[:3])
   rings = lambda shape: sum(1 < size == all_of_it for size, all_of_it in zip(shape[:3], bounds))
@@ -117,7 +119,7 @@ def tpu_submesh(num_partitions: int, bounds: tuple[int, int, int, int]) -> tuple
 
 
 def _absolute(path):
-  """A path as Orbax takes it today, which refuses relative ones; URLs stay as they are."""
+  """Makes a path absolute, since Orbax rejects relative ones; returns URLs unchanged."""
   return path if path is None or '://' in os.fspath(path) else os.path.abspath(path)
 
 
@@ -128,9 +130,9 @@ def _init_with_absolute_path(self, directory, *args, **kwargs):
 
 @functools.wraps(_manager_restore)
 def _restore_with_factored_moments(self, step=None, path=None, *args, **kwargs):
-  """Restores from an absolute path; second moments of an earlier version become today's.
+  """Restores from an absolute path, and factors second moments that an earlier version saved.
 
-  t5x would take them as they are in the checkpoint, without a look at their shapes.
+  t5x doesn't compare shapes, and would use the saved moments unchanged.
   """
   path, wanted = _absolute(path), self._train_state
   found = path or os.path.join(self.directory, f'checkpoint_{step}')
@@ -154,11 +156,10 @@ def _restore_with_factored_moments(self, step=None, path=None, *args, **kwargs):
 
 @functools.wraps(_maybe_make_sharded_array)
 def _sharded_array_with_whole_numbers(arr, mesh, axes=None, restore_dtype=None, *args, **kwargs):
-  """Keeps the step and the optimiser's counts integers in every restored state.
+  """Keeps the integer dtype of the step and of the optimiser's counts in restored states.
 
-  `RestoreCheckpointConfig.dtype`, which t5x.train sets whenever it goes on, is meant for the
-  parameters, but t5x casts all that is not partitioned to it as well: the counts would come back
-  as float32.
+  `RestoreCheckpointConfig.dtype`, which t5x.train sets when it resumes, is meant for parameters.
+  But t5x also casts all arrays that are not partitioned, so the counts would become float32.
   """
   if hasattr(arr, 'dtype') and jnp.issubdtype(arr.dtype, jnp.integer):
     restore_dtype = None
@@ -166,7 +167,7 @@ def _sharded_array_with_whole_numbers(arr, mesh, axes=None, restore_dtype=None, 
 
 
 def apply():
-  """Does all of it; again, nothing more."""
+  """Applies all workarounds; repeated calls change nothing."""
   checkpoints._maybe_make_sharded_array = _sharded_array_with_whole_numbers
   partitioning.default_mesh = _default_mesh_where_t5x_has_none
   _Manager.__init__, _Manager.restore = _init_with_absolute_path, _restore_with_factored_moments

@@ -116,13 +116,13 @@ def test_the_same_pictures_replace_themselves_and_no_others(detokenize, tmp_path
 @pytest.mark.parametrize(
   'bad, named',
   [
-    ('{"inputs": {}, "predic', 'is no JSON object'),
-    ('[1, 2]', 'is no JSON object'),
-    ('[' * 100_000, 'is no JSON object'),
-    ({'inputs': {}, 'score': -3.5}, "there is no 'prediction', only 'inputs', 'score'"),
+    ('{"inputs": {}, "predic', 'not a JSON object'),
+    ('[1, 2]', 'not a JSON object'),
+    ('[' * 100_000, 'not a JSON object'),
+    ({'inputs': {}, 'score': -3.5}, "'prediction' is missing; the fields are 'inputs', 'score'"),
     (line('red'), "'prediction' is 'red'"),
     (line([]), "'prediction' is '[]'"),
-    (line([1, [2, 3]]), 'mixes'),
+    (line([1, [2, 3]]), 'both image tokens and lists'),
     (line([1, 2, 3]), '3 tokens, but a picture of this tokenizer has 4'),
     (line([1, 2, 3, 12]), 'token 3 is 12, but the codebook of this tokenizer has 12 codes'),
     (line([1, 2, -1, 3]), 'token 2 is -1'),

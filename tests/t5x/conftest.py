@@ -1,4 +1,4 @@
-"""Lets these tests import `require_t5x`, and gives each of them tasks that no other has settled."""
+"""Lets these tests import `require_t5x`, and gives each of them tasks that are not created yet."""
 
 import pathlib
 import sys
@@ -10,7 +10,7 @@ sys.path.append(str(pathlib.Path(__file__).parent))
 
 
 @pytest.fixture(autouse=True)
-def unsettled_tasks():
+def lazy_tasks():
   """Registers our tasks again: seqio's registry would keep those of the test before, with their data."""
   from parti_jax.t5x import tasks
 

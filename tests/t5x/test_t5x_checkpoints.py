@@ -283,13 +283,13 @@ def test_what_does_not_fit_is_named_with_both_shapes(run):
       _generator(width=64), optimizers.adafactor(optimizers.parti_schedule()), mesh_lib.make_mesh()
     ).abstract
   )
-  with pytest.raises(UserError, match='checkpoint_7: does not fit the gin files') as caught:
+  with pytest.raises(UserError, match='checkpoint_7: does not match the gin files') as caught:
     t5x_checkpoints.read(run[2], {'target': wanted['target']}, within=('target/',))
   for words in (
     'target/',
-    'is [32] there and [64] here',
+    'is [32] instead of [64]',
     ' more; ',
-    'give the gin files of the model that it is of',
+    'give the gin files of the model',
   ):
     assert words in str(caught.value)
 
@@ -302,24 +302,24 @@ def test_a_narrower_dtype_is_refused_and_a_wider_one_is_exact(tmp_path):
   found = t5x_checkpoints.read(written, t5x_checkpoints.in_host_memory(wider))
   _assert_same_bits(found, wider)
   narrower = tree | {'target': {'a': value.astype(jnp.float8_e5m2)}}
-  with pytest.raises(UserError, match='target/a is bfloat16 there and float8_e5m2 here'):
+  with pytest.raises(UserError, match='target/a is bfloat16 instead of float8_e5m2'):
     t5x_checkpoints.read(written, t5x_checkpoints.in_host_memory(narrower))
-  with pytest.raises(UserError, match=r'target/b \[7\] is missing there; target/a \[7\] is only'):
+  with pytest.raises(UserError, match=r'target/b \[7\] is missing; target/a \[7\] is not in'):
     t5x_checkpoints.read(written, t5x_checkpoints.in_host_memory(tree | {'target': {'b': value}}))
 
 
 def test_what_is_no_checkpoint_of_t5x_is_named(run, tmp_path):
   wanted = {'state': {'step': jax.ShapeDtypeStruct((), jnp.int32)}}
-  with pytest.raises(UserError, match='t5x: no checkpoint of t5x.*such as .*t5x/checkpoint_7'):
+  with pytest.raises(UserError, match='t5x: not a checkpoint of t5x.*such as .*t5x/checkpoint_7'):
     t5x_checkpoints.read(run[2].parent, wanted)
-  with pytest.raises(UserError, match='nowhere: no checkpoint of t5x'):
+  with pytest.raises(UserError, match='nowhere: not a checkpoint of t5x'):
     t5x_checkpoints.read(tmp_path / 'nowhere', wanted)
   (tmp_path / 'old').mkdir()
   (tmp_path / 'old' / 'checkpoint').write_bytes(b'')
-  with pytest.raises(UserError, match="old: of t5x's older format.*use_orbax=True"):
+  with pytest.raises(UserError, match="old: .* t5x's older format.*use_orbax=True"):
     t5x_checkpoints.read(tmp_path / 'old', wanted)
   (tmp_path / 'torn' / 'state').mkdir(parents=True)
-  with pytest.raises(UserError, match='torn: has no metadata of Orbax'):
+  with pytest.raises(UserError, match='torn: its metadata is missing'):
     t5x_checkpoints.read(tmp_path / 'torn', wanted)
 
 
@@ -331,14 +331,14 @@ def test_a_damaged_checkpoint_of_t5x_is_named(run, tmp_path):
   content[:] = content[: len(content) // 2]
   largest.write_bytes(content)
   wanted = t5x_checkpoints.state_dict(_trainer('adafactor').abstract)
-  with pytest.raises(UserError, match="checkpoint_7: can't be read .*; is it damaged"):
+  with pytest.raises(UserError, match='checkpoint_7: cannot be read .*damaged'):
     t5x_checkpoints.read(copy, wanted)
 
 
 def test_nothing_is_left_of_a_checkpoint_that_could_not_be_written(tmp_path, monkeypatch):
   tree = {'target': {'a': jnp.ones(3)}, 'state': {'step': jnp.int32(3)}}
   (tmp_path / 'file').write_bytes(b'')
-  with pytest.raises(UserError, match="file/t5x: can't be made .*give another --output_dir"):
+  with pytest.raises(UserError, match='file/t5x: cannot be created .*--output_dir'):
     t5x_checkpoints.write(tmp_path / 'file' / 't5x', tree)
 
   def fail(*_, **__):
@@ -363,7 +363,7 @@ def test_nothing_is_left_of_a_checkpoint_that_could_not_be_written(tmp_path, mon
       "--parameters_only can't be combined",
     ),
     (['--output_dir=o', '--model_dir=r', '--gin.a.b=1'], "--gin.NAME=VALUE can't be combined"),
-    (['--output_dir=s3://b/o', '--model=m'], "s3://b/o: t5x's checkpoints are in folders and at"),
+    (['--output_dir=s3://b/o', '--model=m'], 's3://b/o: t5x reads checkpoints only from'),
     (['--from_t5x=c'], '--model_dir and --gin_file not given'),
     (
       ['--from_t5x=c', '--model_dir=r', *GIN, '--step=2'],
@@ -384,7 +384,7 @@ def test_bad_runs(run, tmp_path, capsys):
   assert (
     main.main(['t5x_checkpoint', f'--output_dir={written.parent}', f'--model_dir={folder}']) == 2
   )
-  assert 'checkpoint_7 is there already' in capsys.readouterr().err
+  assert 'checkpoint_7 exists already' in capsys.readouterr().err
   manager = checkpoint_manager.Checkpoints(tmp_path / 'ranker')
   manager.save(1, {'step': jnp.int32(1)}, {}, {'stage': 'ranker', 'config': {}})
   manager.close()

@@ -14,7 +14,7 @@ VOCABULARY = data_tasks.get_vocabulary().fingerprint
 
 
 @pytest.fixture(autouse=True)
-def _unsettled():
+def _lazy_tasks():
   tasks.register()
   yield
   gin.clear_config()

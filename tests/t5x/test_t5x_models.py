@@ -218,7 +218,7 @@ def test_greedy_tokens_are_ours(params, batch, guidance_scale):
   ours = our_decoding.sample_tokens(
     CONFIG,
     parameters.cut(CONFIG, flax.core.unfreeze(params)),
-    batch['encoder_input_tokens'],
+    jnp.asarray(batch['encoder_input_tokens']),
     our_decoding.image_keys(0, jnp.arange(4)),
     our_decoding.Sampling(guidance_scale, guided=guidance_scale != 1.0, greedy=True),
   )
@@ -343,7 +343,7 @@ def test_microbatches_of_the_tokenizer_are_the_batch():
       flax_mutables=flax.core.freeze({'statistics': variables['statistics'] | {'step': step}}),
     )
     gradients, metrics, _ = t5x_trainer.accumulate_grads_microbatched(
-      model, state, {'images': IMAGES}, jax.random.PRNGKey(0), microbatches
+      model, state, {'images': jnp.asarray(IMAGES)}, jax.random.PRNGKey(0), microbatches
     )
     return gradients, metrics['loss'].total
 
@@ -377,9 +377,8 @@ def test_tokenizer_trains_and_counts_its_codes(partitioner):
   statistics = trainer.train_state.flax_mutables['statistics']
   assert int(statistics['step']) == 6 and 0 < np.sum(statistics['code_use']) < 16
   assert trainer.eval({'images': iter([{'images': IMAGES}])})['images']['l2'].value > 0
-  tokens, aux = model.predict_batch_with_aux(trainer.train_state.params, {'images': IMAGES})
+  batch = {'images': jnp.asarray(IMAGES)}
+  tokens, aux = model.predict_batch_with_aux(trainer.train_state.params, batch)
   assert tokens.shape == (4, 4) and aux['psnr'].shape == (4,)
-  np.testing.assert_allclose(
-    model.score_batch(trainer.train_state.params, {'images': IMAGES}), -aux['l2']
-  )
+  np.testing.assert_allclose(model.score_batch(trainer.train_state.params, batch), -aux['l2'])
   trainer.close()

@@ -62,7 +62,7 @@ def _dropped(examples):
   return [example['encoder_input_tokens'][0] == EOS_ID for example in examples]
 
 
-def test_a_task_is_settled_when_it_is_first_used(cache):
+def test_a_task_is_created_when_it_is_first_used(cache):
   task = seqio.get_mixture_or_task('openmoji_tokens')
   assert isinstance(task, seqio.Task) and list(task.output_features) == ['inputs', 'targets']
   # A mixture may be made before gin has been read.
@@ -176,9 +176,9 @@ def test_pictures_are_drawn_at_the_size_that_is_asked_for(tmp_path):
   gin.parse_config(f"openmoji.data_dir = '{os.path.join(tmp_path, 'none')}'")
   task = seqio.get_mixture_or_task('pairs')
   assert task.name == 'pairs' and set(task.output_features) == {'images', 'inputs'}
-  assert task.settled(32).source is not task.settled(64).source
-  assert task.settled(32) is task.settled(32)
-  assert task.settled(32).source.place == task.source.place
+  assert task.resolved(32).source is not task.resolved(64).source
+  assert task.resolved(32) is task.resolved(32)
+  assert task.resolved(32).source.place == task.source.place
 
 
 def test_captioned_pictures_of_a_folder(tmp_path):
