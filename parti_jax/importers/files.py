@@ -6,6 +6,7 @@
 | torch | `.pt`, `.pth`, `.bin`, `.ckpt` (`parti_jax.importers.torch_files`) |
 | Flax msgpack | `.msgpack`, or no ending (`parti_jax.importers.flax_files`) |
 | numpy | `.npz` |
+| t5x | a folder `checkpoint_<step>` (`parti_jax.importers.t5x_files`) |
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from parti_jax.core import storage
 from parti_jax.core.errors import UserError
 from parti_jax.importers import flax_files
 from parti_jax.importers import key_map
+from parti_jax.importers import t5x_files
 from parti_jax.importers import torch_files
 
 _TORCH = ('.pt', '.pth', '.bin', '.ckpt')
@@ -38,7 +40,7 @@ class Weights:
   """The arrays of one or several files.
 
   Attributes:
-    files: that were opened.
+    files: that were opened; the folder of a t5x checkpoint.
     arrays: {name: array}.
   """
 
@@ -48,7 +50,7 @@ class Weights:
   def digest(self) -> str:
     """SHA-256 of the files' contents, in their order: 64 hexadecimal digits."""
     found = hashlib.sha256()
-    for file in self.files:
+    for file in (part for given in self.files for part in _contents(given)):
       with open(file, 'rb') as content:
         while block := content.read(2**20):
           found.update(block)
@@ -60,7 +62,8 @@ def open_weights(paths: Sequence[str]) -> Weights:
 
   Args:
     paths: files of one format, or one folder. Of a folder, the files of one format are taken:
-      safetensors if it has any, as that is the safest and fastest one to read.
+      safetensors if it has any, as that is the safest and fastest one to read. A t5x checkpoint
+      is one folder.
 
   Raises:
     UserError: if a file is missing, damaged or of another format, or two of them have an array of
@@ -95,7 +98,11 @@ def _files(path: pathlib.Path) -> list[pathlib.Path]:
         )
       if found:
         return found
-    raise UserError(f'{path} has no file of weights ({", ".join(_ENDINGS)})')
+    if t5x_files.is_checkpoint(path):
+      return [path]
+    steps = sorted(folder.name for folder in path.glob('checkpoint_*'))
+    hint = f'; give one of its checkpoints, such as {path / steps[-1]}' if steps else ''
+    raise UserError(f'{path} has no file of weights ({", ".join(_ENDINGS)}){hint}')
   if not path.is_file():
     raise UserError(f'{path} does not exist')
   return [path]
@@ -116,7 +123,14 @@ def _shards(index: pathlib.Path) -> list[pathlib.Path]:
   return [index.parent / name for name in sorted(names)]
 
 
+def _contents(file: pathlib.Path) -> list[pathlib.Path]:
+  """The files in a folder in a fixed order, or the file itself."""
+  return sorted(part for part in file.rglob('*') if part.is_file()) if file.is_dir() else [file]
+
+
 def _open(file: pathlib.Path) -> Mapping[str, key_map.StoredArray]:
+  if file.is_dir():
+    return t5x_files.open_checkpoint(file)
   match file.suffix:
     case '.safetensors':
       return dict(_safetensors(file))

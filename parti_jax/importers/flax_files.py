@@ -54,7 +54,7 @@ def open_flax_file(file: pathlib.Path) -> dict[str, _MsgpackArray]:
     name: leaf for name, leaf in read_leaves(file).items() if isinstance(leaf, _MsgpackArray)
   }
   if not arrays:
-    raise UserError(f'{file} holds no arrays')
+    raise UserError(f'{file} holds no arrays; of a t5x checkpoint, give the folder')
   return arrays
 
 
