@@ -12,6 +12,7 @@ from parti_jax.models import discriminator
 from parti_jax.models import lpips
 from parti_jax.models import parti_config
 from parti_jax.models import super_resolution
+from parti_jax.models import t5_encoder
 from parti_jax.models import vit_vqgan
 
 
@@ -125,3 +126,11 @@ def super_resolution_forward(
   ends = 9 * 3 * config.unshuffle**2 * config.width * (1 + config.factor**2)
   positions = height * width // config.unshuffle**2
   return 2 * positions * (config.blocks * block + ends)
+
+
+def t5_encoder_forward(config: t5_encoder.T5EncoderConfig) -> int:
+  """FLOPs of one text of the greatest length through a T5 encoder."""
+  length, joined = config.text_length, config.heads * config.head_dim
+  mlp = (3 if config.gated else 2) * config.width * config.mlp_width
+  projections = 2 * length * (4 * config.width * joined + mlp)
+  return config.layers * (projections + 4 * length**2 * joined)

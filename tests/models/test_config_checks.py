@@ -12,6 +12,7 @@ from parti_jax.models import coca
 from parti_jax.models import discriminator
 from parti_jax.models import parti_config
 from parti_jax.models import super_resolution
+from parti_jax.models import t5_encoder
 from parti_jax.models import vit_vqgan
 
 KINDS = [
@@ -20,6 +21,7 @@ KINDS = [
   coca.CoCaConfig,
   super_resolution.SuperResolutionConfig,
   discriminator.DiscriminatorConfig,
+  t5_encoder.T5EncoderConfig,
 ]
 FIELDS = [(kind, field.name) for kind in KINDS for field in dataclasses.fields(kind)]
 # No field of any of them takes one of these.

@@ -7,6 +7,7 @@ from parti_jax.models import discriminator
 from parti_jax.models import flops
 from parti_jax.models import parti
 from parti_jax.models import parti_config
+from parti_jax.models import t5_encoder
 from parti_jax.models import vit_vqgan
 
 BATCH = 2
@@ -85,3 +86,21 @@ def test_the_discriminators_forward_agrees_with_xla():
 def test_vgg16_costs_what_is_published():
   # 15.3 billion products and sums at 224 pixels, the three dense layers left out.
   assert flops.vgg16_forward(224) == pytest.approx(2 * 15.35e9, rel=0.01)
+
+
+@pytest.mark.parametrize('activation', ['relu', 'gated_gelu'])
+def test_t5_forward_agrees_with_xla(activation):
+  sizes = t5_encoder.T5EncoderConfig(
+    layers=2,
+    width=128,
+    mlp_width=192,
+    heads=3,
+    head_dim=48,
+    text_vocabulary=64,
+    text_length=64,
+    activation=activation,
+    dtype='float32',
+    unroll=2,
+  )
+  counted = _counted_by_xla(t5_encoder.T5Encoder(sizes), t5_encoder.example_inputs(sizes, BATCH))
+  assert BATCH * flops.t5_encoder_forward(sizes) == pytest.approx(counted, rel=0.05)
