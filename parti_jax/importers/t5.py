@@ -268,7 +268,7 @@ def _of_settings(settings: Mapping[str, Any], gated: bool) -> dict[str, Any]:
   """The fields of our config that a config.json says, and the arrays' shapes do not."""
   default = 'gated-gelu' if settings.get('model_type') == 'mt5' else 'relu'
   name = settings.get('feed_forward_proj', default)
-  activation, function = _ACTIVATIONS.get(name, ('', ''))
+  activation, function = _ACTIVATIONS.get(name if isinstance(name, str) else '', ('', ''))
   if not activation or settings.get('dense_act_fn', function) != function:
     raise UserError(
       f'config.json: feed_forward_proj {checks.shown(name)} with dense_act_fn '
