@@ -28,12 +28,14 @@ MAP = {
   'blocks/dense/kernel': key_map.layers('block.{}.weight', 2, key_map.linear),
   'blocks/dense/heads': key_map.layers('block.{}.qkv', 2, lambda a: a.reshape(2, 3, -1)[0]),
   'scale': key_map.one('norm.weight'),
+  'temperature': key_map.one('logit_scale', lambda a: a.reshape(())),
 }
 EXPECTED = {
   'conv/kernel': (3, 3, 2, 5),
   'blocks/dense/kernel': (2, 4, 7),
   'blocks/dense/heads': (2, 3, 4),
   'scale': (6,),
+  'temperature': (),
 }
 SHAPES = {
   'conv.weight': (5, 2, 3, 3),
@@ -42,6 +44,7 @@ SHAPES = {
   'block.0.qkv': (6, 4),
   'block.1.qkv': (6, 4),
   'norm.weight': (6,),
+  'logit_scale': (1,),
 }
 
 
