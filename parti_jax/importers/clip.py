@@ -408,10 +408,11 @@ def _said_by_transformers(config: Mapping[str, Any]) -> _Said:
   image = clip_names.section(config, 'vision_config')
   text = config if kind == 'clip_text_model' else clip_names.section(config, 'text_config')
   parts = [text] if kind == 'clip_text_model' else [text, image]
-  activations = {part.get('hidden_act', 'quick_gelu') for part in parts}
+  activations = [part.get('hidden_act', 'quick_gelu') for part in parts]
   for part in parts:
     clip_names.check_epsilon(part, _EPSILON)
-  if len(activations) > 1 or not activations <= set(_ACTIVATIONS):
+  activation = activations[0]
+  if activations.count(activation) < len(parts) or activation not in tuple(_ACTIVATIONS):
     raise UserError(f'hidden_act={checks.shown(activations)} in its config is not supported')
   end_id = clip_names.whole(text, 'eos_token_id', 49407)
   return _Said(
@@ -420,7 +421,7 @@ def _said_by_transformers(config: Mapping[str, Any]) -> _Said:
     text_heads=clip_names.whole(text, 'num_attention_heads', 8),
     # Older configs have 2, which means the largest id.
     end_id=None if end_id == 2 else end_id,
-    activation=_ACTIVATIONS[activations.pop()],
+    activation=_ACTIVATIONS[activation],
   )
 
 

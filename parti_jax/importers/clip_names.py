@@ -289,7 +289,7 @@ def _transformers_way(config, default: preprocessing.Preprocessing) -> preproces
   if factor is not None and (not isinstance(factor, float) or abs(factor * 255 - 1) > 1e-6):
     raise UserError(f'rescale_factor={checks.shown_as_json(factor)} is not 1 / 255')
   code = config.get('resample')
-  if code is not None and code not in _RESAMPLING:
+  if code is not None and code not in tuple(_RESAMPLING):
     raise UserError(f'resample={checks.shown_as_json(code)} is not one of {_RESAMPLING}')
   fit = default.fit
   if config.get('do_center_crop') is not None:
@@ -308,7 +308,7 @@ def _open_clip_way(config) -> preprocessing.Preprocessing:
   _require(config, 'fill_color', 0)
   fits = {'shortest': 'crop', 'squash': 'stretch'}
   mode, resampling = config.get('resize_mode', 'shortest'), config.get('interpolation', 'bicubic')
-  if mode not in fits:
+  if mode not in tuple(fits):
     raise UserError(f'resize_mode={checks.shown_as_json(mode)} is not one of {", ".join(fits)}')
   resampling = 'bicubic' if resampling == 'random' else resampling
   return preprocessing.Preprocessing(fits[mode], resampling, 'even')

@@ -251,7 +251,7 @@ class SigLIP(nn.Module):
 
   def logit_bias(self) -> Float[Array, '']:
     """What is added to the scaled cosines."""
-    return self.bias
+    return jnp.asarray(self.bias)
 
 
 def example_inputs(config: SigLIPConfig, batch: int = 1) -> tuple[Any, ...]:

@@ -95,7 +95,7 @@ def test_names_that_a_pattern_covers_may_be_left_over():
 
 
 def test_many_names_are_cut():
-  with pytest.raises(UserError, match='and 1 more'):
+  with pytest.raises(UserError, match='and 2 more'):
     key_map.check(MAP, {}, EXPECTED, 'a file')
 
 

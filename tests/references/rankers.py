@@ -46,12 +46,12 @@ def pictures(count, size, seed=0):
   return np.random.default_rng(seed).uniform(size=(count, size, size, 3)).astype(np.float32)
 
 
-def texts(count, length, end_id, pad=0, seed=0):
-  """Token ids: a first one, others, the end, and padding; the longest without padding."""
+def texts(count, length, end_id, pad=0, largest=None, seed=0):
+  """Token ids up to the largest, the end, and padding; the first text has no padding."""
   draw = np.random.default_rng(seed)
   tokens = np.full((count, length), pad, np.int32)
   for row in range(count):
     used = length if not row else int(draw.integers(2, length))
-    tokens[row, : used - 1] = draw.integers(1, end_id, used - 1)
+    tokens[row, : used - 1] = draw.integers(2, largest or end_id, used - 1)
     tokens[row, used - 1] = end_id
   return tokens
