@@ -83,7 +83,7 @@ def grid(patches: int, where: str) -> int:
   """
   side = math.isqrt(patches)
   if side * side != patches or not side:
-    raise UserError(f'{where} has positions of {patches} patches, which are no square')
+    raise UserError(f'{where} has positions of {patches} patches, which is not a square number')
   return side
 
 

@@ -69,6 +69,7 @@ class CLIPTextConfig:
     config_checks.check(self)
     config_checks.check_divides(self, 'heads', 'width')
     clip_layers.check_activation(self)
+    clip_layers.check_end(self)
 
   @property
   def compute_dtype(self) -> jnp.dtype:
@@ -134,6 +135,7 @@ class CLIPConfig:
     config_checks.check_divides(self, 'image_heads', 'image_width')
     config_checks.check_divides(self, 'text_heads', 'text_width')
     clip_layers.check_activation(self)
+    clip_layers.check_end(self)
     clip_layers.check_patches(self)
 
   @property

@@ -36,6 +36,15 @@ def check_activation(config) -> None:
     )
 
 
+def check_end(config) -> None:
+  """Raises UserError if no token of the vocabulary is the end of a text."""
+  if config.end_id >= config.text_vocabulary:
+    raise UserError(
+      f'{type(config).__name__}.end_id={config.end_id} is not below '
+      f'text_vocabulary={config.text_vocabulary}'
+    )
+
+
 def check_patches(config) -> None:
   """Raises UserError if a patch is larger than the picture, or there are too many patches."""
   if config.patch_size > config.image_size:

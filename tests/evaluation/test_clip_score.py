@@ -18,5 +18,5 @@ def test_hps_v2():
 
 
 def test_no_pairs():
-  with pytest.raises(ValueError, match='no pairs'):
+  with pytest.raises(ValueError, match="aren't pairs"):
     clip_score.clip_score(ONE, OTHER[:1])

@@ -68,7 +68,7 @@ def _small(**changes):
     (
       'vision_model.embeddings.position_embedding.weight',
       (52, 768),
-      'positions of 51 patches, which are no square',
+      'positions of 51 patches, which is not a square number',
     ),
     (
       'vision_model.embeddings.position_embedding.weight',

@@ -216,7 +216,7 @@ def test_other_networks_are_refused():
   with pytest.raises(UserError, match="aren't the arrays of a SigLIP"):
     reader.config_of({'x': published.Listed((1,))})
   clip_settings, clip_arrays = published.read('clip_vit_base_patch32')
-  with pytest.raises(UserError, match='positions of 50 patches, which are no square'):
+  with pytest.raises(UserError, match='positions of 50 patches, which is not a square number'):
     reader.config_of(clip_arrays, clip_settings)
   found = reader.key_map(reader.config_of(arrays), clip_arrays)
   with pytest.raises(UserError, match='missing: logit_bias.*not part of this network'):

@@ -187,6 +187,8 @@ def test_inputs_that_are_refused(network):
     (clip.CLIPConfig, {'patch_size': 225}, 'patch_size=225 is larger than image_size=224'),
     (clip.CLIPConfig, {'activation': 'relu'}, "activation='relu' is not one of quick_gelu, gelu"),
     (clip.CLIPConfig, {'image_size': 10**5, 'patch_size': 1}, 'gives 10,000,000,000 patches'),
+    (clip.CLIPTextConfig, {'end_id': 49408}, 'end_id=49408 is not below text_vocabulary=49408'),
+    (clip.CLIPConfig, {'text_vocabulary': 100}, 'end_id=49407 is not below'),
     (clip.CLIPTextConfig, {'heads': 7}, 'heads=7 does not divide width=512'),
     (siglip.SigLIPConfig, {'image_heads': 7}, 'image_heads=7 does not divide image_width=768'),
     (siglip.SigLIPConfig, {'patch_size': 257}, 'patch_size=257 is larger than image_size=256'),

@@ -230,7 +230,7 @@ def test_a_config_of_old_sections(tmp_path):
   for part in ('text', 'vision'):
     settings[f'{part}_config_dict'] = {
       key: settings[f'{part}_config'][key]
-      for key in ('hidden_size', 'num_attention_heads', 'image_size')
+      for key in ('hidden_size', 'num_attention_heads', 'image_size', 'eos_token_id')
       if key in settings[f'{part}_config']
     }
   theirs = transformers.CLIPConfig(**settings)

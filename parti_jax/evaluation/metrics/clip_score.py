@@ -42,6 +42,6 @@ def hps_v2(image_features: np.ndarray, text_features: np.ndarray) -> np.ndarray:
 
 def _cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
   if one.shape != other.shape or one.ndim != 2:
-    raise ValueError(f'vectors {one.shape} of pictures and {other.shape} of texts are no pairs')
+    raise ValueError(f"vectors {one.shape} of pictures and {other.shape} of texts aren't pairs")
   lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
   return (np.sum(one * other, axis=1) / lengths).astype(np.float32)
