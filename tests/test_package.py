@@ -167,7 +167,7 @@ def _requirements(extra):
 # Part -> the extras that it may import, besides what everybody installs.
 _EXTRAS = {
   'core': ('gcs', 's3'),
-  'data': ('data', 'hf'),
+  'data': ('data', 'hf', 'tokenizers'),
   'preparation': ('data', 'beam'),
   'training': ('data', 'lpips'),
   'tokenization': ('data',),

@@ -192,7 +192,7 @@ class _NpzArray:
   def read(self) -> np.ndarray:
     try:
       with np.load(self.file, allow_pickle=False) as opened:
-        return opened[self.name]
+        return opened[self.name].view(self.dtype)
     except (OSError, ValueError, zipfile.BadZipFile, KeyError) as error:
       raise UserError(f'{self.file} is damaged at {self.name}: {error}') from error
 
@@ -210,6 +210,8 @@ def _npz(file: pathlib.Path) -> Iterator[tuple[str, _NpzArray]]:
           shape, _, dtype = readers[np.lib.format.read_magic(content)](content)
         if dtype.hasobject:
           raise UserError(f'{file}: {name} holds Python objects, which are not read')
+        # numpy has no name for bfloat16, and stores it as two bytes without a meaning.
+        dtype = np.dtype(jnp.bfloat16) if dtype == np.dtype('V2') else dtype
         yield name, _NpzArray(file, name, shape, dtype)
   except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
     raise UserError(f"{file} isn't a file of numpy.savez, or is damaged: {error!r}") from error

@@ -161,7 +161,7 @@ def convert(key_map: KeyMap, stored: Mapping[str, StoredArray]) -> Iterator[tupl
   for path, source in key_map.items():
     changed = (source.change(np.asarray(stored[name].read())) for name in source.names)
     if source.stacked:
-      yield path, np.stack([np.ascontiguousarray(array, np.float32) for array in changed])
+      yield path, np.stack([np.asarray(array, np.float32, order='C') for array in changed])
     else:
       (array,) = changed
-      yield path, np.ascontiguousarray(array, np.float32)
+      yield path, np.asarray(array, np.float32, order='C')

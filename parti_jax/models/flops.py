@@ -7,10 +7,12 @@ softmax and embeddings look-ups do not count. A training step costs three forwar
 
 from __future__ import annotations
 
+from parti_jax.models import clip
 from parti_jax.models import coca
 from parti_jax.models import discriminator
 from parti_jax.models import lpips
 from parti_jax.models import parti_config
+from parti_jax.models import siglip
 from parti_jax.models import super_resolution
 from parti_jax.models import t5_encoder
 from parti_jax.models import vit_vqgan
@@ -134,3 +136,31 @@ def t5_encoder_forward(config: t5_encoder.T5EncoderConfig) -> int:
   mlp = (3 if config.gated else 2) * config.width * config.mlp_width
   projections = 2 * length * (4 * config.width * joined + mlp)
   return config.layers * (projections + 4 * length**2 * joined)
+
+
+def clip_text_forward(config: clip.CLIPTextConfig) -> int:
+  """FLOPs of one text through CLIP's text encoder, without the projection of its vector."""
+  return encoder_forward(config.layers, config.width, config.mlp_width, config.text_length)
+
+
+def clip_forward(config: clip.CLIPConfig) -> int:
+  """FLOPs of one picture and one text through CLIP."""
+  width, patches = config.image_width, config.patches
+  total = 2 * patches * 3 * config.patch_size**2 * width
+  total += encoder_forward(config.image_layers, width, config.image_mlp_width, patches + 1)
+  return (
+    total + clip_text_forward(config.text) + 2 * (width + config.text_width) * config.feature_dim
+  )
+
+
+def siglip_forward(config: siglip.SigLIPConfig) -> int:
+  """FLOPs of one picture and one text through SigLIP."""
+  width, mlp_width, patches = config.image_width, config.image_mlp_width, config.patches
+  total = 2 * patches * 3 * config.patch_size**2 * width
+  total += encoder_forward(config.image_layers, width, mlp_width, patches)
+  # The MAP head: keys and values of all patches, all else of one query.
+  total += 4 * (patches + 1) * width**2 + 4 * patches * width + 4 * width * mlp_width
+  total += encoder_forward(
+    config.text_layers, config.text_width, config.text_mlp_width, config.text_length
+  )
+  return total + 2 * config.text_width * width

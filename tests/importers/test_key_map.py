@@ -28,12 +28,14 @@ MAP = {
   'blocks/dense/kernel': key_map.layers('block.{}.weight', 2, key_map.linear),
   'blocks/dense/heads': key_map.layers('block.{}.qkv', 2, lambda a: a.reshape(2, 3, -1)[0]),
   'scale': key_map.one('norm.weight'),
+  'temperature': key_map.one('logit_scale', lambda a: a.reshape(())),
 }
 EXPECTED = {
   'conv/kernel': (3, 3, 2, 5),
   'blocks/dense/kernel': (2, 4, 7),
   'blocks/dense/heads': (2, 3, 4),
   'scale': (6,),
+  'temperature': (),
 }
 SHAPES = {
   'conv.weight': (5, 2, 3, 3),
@@ -42,6 +44,7 @@ SHAPES = {
   'block.0.qkv': (6, 4),
   'block.1.qkv': (6, 4),
   'norm.weight': (6,),
+  'logit_scale': (1,),
 }
 
 
@@ -92,7 +95,7 @@ def test_names_that_a_pattern_covers_may_be_left_over():
 
 
 def test_many_names_are_cut():
-  with pytest.raises(UserError, match='and 1 more'):
+  with pytest.raises(UserError, match='and 2 more'):
     key_map.check(MAP, {}, EXPECTED, 'a file')
 
 
