@@ -7,12 +7,15 @@ softmax and embeddings look-ups do not count. A training step costs three forwar
 
 from __future__ import annotations
 
+import math
+
 from parti_jax.models import coca
 from parti_jax.models import discriminator
 from parti_jax.models import lpips
 from parti_jax.models import parti_config
 from parti_jax.models import super_resolution
 from parti_jax.models import vit_vqgan
+from parti_jax.models import vqgan
 
 
 def encoder_forward(layers: int, width: int, mlp_width: int, length: int) -> int:
@@ -125,3 +128,37 @@ def super_resolution_forward(
   ends = 9 * 3 * config.unshuffle**2 * config.width * (1 + config.factor**2)
   positions = height * width // config.unshuffle**2
   return 2 * positions * (config.blocks * block + ends)
+
+
+def vqgan_forward(config: vqgan.VQGANConfig, height: int, width: int) -> int:
+  """FLOPs of one picture through the encoder, the quantizer and the decoder of a VQGAN."""
+  widths = [config.channels * multiplier for multiplier in config.multipliers]
+  squares = [height * width >> 2 * level for level in range(len(widths))]
+  tokens, z_channels = squares[-1], config.z_channels or config.code_dim
+  product = lambda positions, size, *channels: 2 * positions * size**2 * math.prod(channels)
+  total = product(squares[0], 3, widths[0], 3 + (3 if config.output == 'pixels' else 6))
+  total += product(tokens, 3 if config.z_channels else 1, widths[-1], z_channels)
+  total += product(tokens, 3, widths[-1], z_channels)
+  total += 2 * product(tokens, 1, z_channels, config.code_dim) if config.z_channels else 0
+  if config.quantizer not in ('fsq', 'lfq'):
+    total += product(tokens, 1, config.codebook_size, config.code_dim)
+  middle = (config.middle_blocks, config.middle_attention * (config.middle_blocks - 1))
+  total += 2 * _vqgan_blocks(tokens, widths[-1], widths[-1], *middle)
+  for blocks, entries in (
+    (config.res_blocks, [widths[0], *widths[:-1]]),
+    (config.decoder_res_blocks, [*widths[1:], widths[-1]]),
+  ):
+    attentions = [0] * (len(widths) - 1) + [config.attention * blocks]
+    for sizes in zip(squares, entries, widths, [blocks] * len(widths), attentions):
+      total += _vqgan_blocks(*sizes)
+  for level in range(len(widths) - 1):
+    if config.downsampling == 'convolution':
+      total += product(squares[level + 1], 3, widths[level], widths[level])
+    total += product(squares[level], 3, widths[level + 1], widths[level + 1])
+  return total
+
+
+def _vqgan_blocks(positions: int, entry: int, width: int, blocks: int, attentions: int) -> int:
+  """FLOPs of residual blocks and self-attention of one resolution."""
+  convolutions = 9 * width * (entry + (2 * blocks - 1) * width) + (entry != width) * entry * width
+  return 2 * positions * (convolutions + attentions * (4 * width**2 + 2 * positions * width))
