@@ -14,6 +14,7 @@ gives the format; it can't be inferred from a file.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from collections.abc import Mapping
@@ -252,6 +253,7 @@ def ignored(arrays: Arrays, file_format: str) -> tuple[str, ...]:
   return (*beside, *(f'{start}{pattern}' for pattern in found.ignored))
 
 
+@functools.lru_cache(maxsize=4)
 def expected(config: vqgan.VQGANConfig) -> Shapes:
   """{path: shape} of the parameters of `vqgan.VQGAN(config)`."""
   inputs = vqgan.example_inputs(config)

@@ -7,8 +7,6 @@ softmax and embeddings look-ups do not count. A training step costs three forwar
 
 from __future__ import annotations
 
-import math
-
 from parti_jax.models import coca
 from parti_jax.models import discriminator
 from parti_jax.models import lpips
@@ -131,34 +129,40 @@ def super_resolution_forward(
 
 
 def vqgan_forward(config: vqgan.VQGANConfig, height: int, width: int) -> int:
-  """FLOPs of one picture through the encoder, the quantizer and the decoder of a VQGAN."""
+  """FLOPs of one picture of height × width pixels through a VQGAN."""
   widths = [config.channels * multiplier for multiplier in config.multipliers]
-  squares = [height * width >> 2 * level for level in range(len(widths))]
-  tokens, z_channels = squares[-1], config.z_channels or config.code_dim
-  product = lambda positions, size, *channels: 2 * positions * size**2 * math.prod(channels)
-  total = product(squares[0], 3, widths[0], 3 + (3 if config.output == 'pixels' else 6))
-  total += product(tokens, 3 if config.z_channels else 1, widths[-1], z_channels)
-  total += product(tokens, 3, widths[-1], z_channels)
-  total += 2 * product(tokens, 1, z_channels, config.code_dim) if config.z_channels else 0
+  positions = [height * width >> 2 * level for level in range(len(widths))]
+  last, codes = len(widths) - 1, config.code_dim
+  products = lambda level, side, inputs, outputs: 2 * positions[level] * side**2 * inputs * outputs
+  total = products(0, 3, 3, widths[0]) + products(
+    0, 3, widths[0], 3 if config.output == 'pixels' else 6
+  )
+  if config.z_channels is None:
+    total += products(last, 1, widths[last], codes) + products(last, 3, codes, widths[last])
+  else:
+    total += 2 * products(last, 3, widths[last], config.z_channels)
+    total += 2 * products(last, 1, config.z_channels, codes)
   if config.quantizer not in ('fsq', 'lfq'):
-    total += product(tokens, 1, config.codebook_size, config.code_dim)
-  middle = (config.middle_blocks, config.middle_attention * (config.middle_blocks - 1))
-  total += 2 * _vqgan_blocks(tokens, widths[-1], widths[-1], *middle)
-  for blocks, entries in (
-    (config.res_blocks, [widths[0], *widths[:-1]]),
-    (config.decoder_res_blocks, [*widths[1:], widths[-1]]),
-  ):
-    attentions = [0] * (len(widths) - 1) + [config.attention * blocks]
-    for sizes in zip(squares, entries, widths, [blocks] * len(widths), attentions):
-      total += _vqgan_blocks(*sizes)
-  for level in range(len(widths) - 1):
-    if config.downsampling == 'convolution':
-      total += product(squares[level + 1], 3, widths[level], widths[level])
-    total += product(squares[level], 3, widths[level + 1], widths[level + 1])
+    total += products(last, 1, codes, config.codebook_size)
+  attentions = config.middle_attention * (config.middle_blocks - 1)
+  total += 2 * _vqgan_blocks(
+    positions[last], widths[last], widths[last], config.middle_blocks, attentions
+  )
+  for level, features in enumerate(widths):
+    before, after = widths[max(level - 1, 0)], widths[min(level + 1, last)]
+    for inputs, blocks in ((before, config.res_blocks), (after, config.decoder_res_blocks)):
+      attentions = config.attention * blocks if level == last else 0
+      total += _vqgan_blocks(positions[level], inputs, features, blocks, attentions)
+    if level < last:
+      total += products(level, 3, after, after)
+      if config.downsampling == 'convolution':
+        total += products(level + 1, 3, features, features)
   return total
 
 
-def _vqgan_blocks(positions: int, entry: int, width: int, blocks: int, attentions: int) -> int:
-  """FLOPs of residual blocks and self-attention of one resolution."""
-  convolutions = 9 * width * (entry + (2 * blocks - 1) * width) + (entry != width) * entry * width
-  return 2 * positions * (convolutions + attentions * (4 * width**2 + 2 * positions * width))
+def _vqgan_blocks(positions: int, inputs: int, features: int, blocks: int, attentions: int) -> int:
+  """FLOPs of residual blocks of one resolution, and of self-attention after some of them."""
+  convolutions = 9 * features * (inputs + (2 * blocks - 1) * features)
+  shortcut = inputs * features if inputs != features else 0
+  attention = 4 * features**2 + 2 * positions * features
+  return 2 * positions * (convolutions + shortcut + attentions * attention)

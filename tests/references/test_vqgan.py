@@ -6,6 +6,7 @@ import re
 
 import flax.serialization
 import flax.traverse_util
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -89,12 +90,13 @@ def _imported(path, file_format):
 
 
 def _compare(module, params, images, latents, tokens, pixels):
-  out = module.apply(params, images)
+  apply = jax.jit(module.apply, static_argnames=('method', 'grid'))
+  out = apply(params, images)
   np.testing.assert_allclose(out['latents'], latents.reshape(out['latents'].shape), atol=1e-4)
   np.testing.assert_array_equal(out['tokens'], tokens.reshape(out['tokens'].shape))
   assert len(np.unique(tokens)) > 10
   grid = module.config.grid_for(*images.shape[1:3])
-  found = module.apply(params, out['tokens'], grid, method='detokenize')
+  found = apply(params, out['tokens'], grid=grid, method='detokenize')
   np.testing.assert_allclose(found, pixels, atol=1e-4)
   assert np.std(pixels) > 0.05
 
@@ -203,5 +205,7 @@ def test_llamagens_tokenizer_gives_the_same_tokens_and_pixels(tmp_path, multipli
   square = tokens[:, :4, :4].reshape(2, 16)
   with torch.no_grad():
     pixels = _rows(theirs.decode(square))
-  found = module.apply(params, jnp.asarray(square.numpy(), jnp.int32), (4, 4), method='detokenize')
+  found = jax.jit(lambda tokens: module.apply(params, tokens, (4, 4), method='detokenize'))(
+    jnp.asarray(square.numpy(), jnp.int32)
+  )
   np.testing.assert_allclose(found, np.clip((pixels + 1) / 2, 0, 1), atol=1e-4)
