@@ -505,6 +505,8 @@ def _logits(pixels):
   return jnp.log(squeezed) - jnp.log1p(-squeezed)
 
 
-def example_inputs(config: VQGANConfig, batch: int = 1) -> tuple[Float[Array, 'batch height width 3']]:
+def example_inputs(
+  config: VQGANConfig, batch: int = 1
+) -> tuple[Float[Array, 'batch height width 3']]:
   """Images of a shape that `VQGAN.__call__` takes, for initialisation."""
   return (jnp.zeros((batch, config.image_size, config.image_size, 3), jnp.float32),)
