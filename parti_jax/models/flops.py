@@ -16,6 +16,7 @@ from parti_jax.models import siglip
 from parti_jax.models import super_resolution
 from parti_jax.models import t5_encoder
 from parti_jax.models import vit_vqgan
+from parti_jax.models import vqgan
 
 
 def encoder_forward(layers: int, width: int, mlp_width: int, length: int) -> int:
@@ -164,3 +165,43 @@ def siglip_forward(config: siglip.SigLIPConfig) -> int:
     config.text_layers, config.text_width, config.text_mlp_width, config.text_length
   )
   return total + 2 * config.text_width * width
+
+
+def vqgan_forward(config: vqgan.VQGANConfig, height: int, width: int) -> int:
+  """FLOPs of one picture of height × width pixels through a VQGAN."""
+  widths = [config.channels * multiplier for multiplier in config.multipliers]
+  positions = [height * width >> 2 * level for level in range(len(widths))]
+  last, codes = len(widths) - 1, config.code_dim
+  products = lambda level, side, inputs, outputs: 2 * positions[level] * side**2 * inputs * outputs
+  total = products(0, 3, 3, widths[0]) + products(
+    0, 3, widths[0], 3 if config.output == 'pixels' else 6
+  )
+  if config.z_channels is None:
+    total += products(last, 1, widths[last], codes) + products(last, 3, codes, widths[last])
+  else:
+    total += 2 * products(last, 3, widths[last], config.z_channels)
+    total += 2 * products(last, 1, config.z_channels, codes)
+  if config.quantizer not in ('fsq', 'lfq'):
+    total += products(last, 1, codes, config.codebook_size)
+  attentions = config.middle_attention * (config.middle_blocks - 1)
+  total += 2 * _vqgan_blocks(
+    positions[last], widths[last], widths[last], config.middle_blocks, attentions
+  )
+  for level, features in enumerate(widths):
+    before, after = widths[max(level - 1, 0)], widths[min(level + 1, last)]
+    for inputs, blocks in ((before, config.res_blocks), (after, config.decoder_res_blocks)):
+      attentions = config.attention * blocks if level == last else 0
+      total += _vqgan_blocks(positions[level], inputs, features, blocks, attentions)
+    if level < last:
+      total += products(level, 3, after, after)
+      if config.downsampling == 'convolution':
+        total += products(level + 1, 3, features, features)
+  return total
+
+
+def _vqgan_blocks(positions: int, inputs: int, features: int, blocks: int, attentions: int) -> int:
+  """FLOPs of residual blocks of one resolution, and of self-attention after some of them."""
+  convolutions = 9 * features * (inputs + (2 * blocks - 1) * features)
+  shortcut = inputs * features if inputs != features else 0
+  attention = 4 * features**2 + 2 * positions * features
+  return 2 * positions * (convolutions + shortcut + attentions * attention)

@@ -9,6 +9,7 @@ from parti_jax.models import parti
 from parti_jax.models import parti_config
 from parti_jax.models import t5_encoder
 from parti_jax.models import vit_vqgan
+from parti_jax.models import vqgan
 
 BATCH = 2
 
@@ -64,6 +65,30 @@ def test_tokenizer_forward_agrees_with_xla():
   )
   counted = _counted_by_xla(vit_vqgan.ViTVQGAN(sizes), vit_vqgan.example_inputs(sizes, BATCH))
   assert BATCH * flops.tokenizer_forward(sizes) == pytest.approx(counted, rel=0.05)
+
+
+@pytest.mark.parametrize(
+  'changes',
+  [
+    {},
+    {'z_channels': None, 'attention': False, 'middle_attention': False, 'bias': False}
+    | {'downsampling': 'average', 'shortcut': 'output', 'output': 'pixels', 'middle_blocks': 3},
+  ],
+)
+def test_vqgan_forward_agrees_with_xla(changes):
+  sizes = vqgan.VQGANConfig(
+    image_size=64,
+    channels=64,
+    multipliers=(1, 2, 2),
+    code_dim=16,
+    codebook_size=256,
+    dtype='float32',
+    **({'z_channels': 24} | changes),
+  )
+  inputs = (jax.ShapeDtypeStruct((BATCH, 64, 96, 3), jax.numpy.float32),)
+  counted = _counted_by_xla(vqgan.VQGAN(sizes), inputs)
+  # XLA leaves out products with a convolution's margin.
+  assert BATCH * flops.vqgan_forward(sizes, 64, 96) == pytest.approx(counted, rel=0.05)
 
 
 def test_a_training_step_of_the_20b_model_costs_six_flops_a_weight_and_token():
