@@ -21,7 +21,7 @@ REPOSITORY = pathlib.Path(__file__).parents[1]
 
 # What each part of the package may import of the package, besides itself. Each part is allowed
 # what those before it are: cli -> t5x, planning, tokenization -> training -> runs, evaluation ->
-# sampling, checkpoints -> exported_model -> data, models -> partitioning -> core.
+# sampling, checkpoints, importers -> exported_model -> data, models -> partitioning -> core.
 _MAY_IMPORT = {
   'core': set(),
   'partitioning': {'core'},
@@ -30,6 +30,7 @@ _MAY_IMPORT = {
   'preparation': {'data', 'core'},
   'exported_model': {'models', 'data', 'core'},
   'checkpoints': {'exported_model', 'models', 'partitioning', 'core'},
+  'importers': {'exported_model', 'models', 'data', 'core'},
   'sampling': {'exported_model', 'models', 'data', 'partitioning', 'core'},
   'evaluation': {'sampling', 'exported_model', 'models', 'data', 'partitioning', 'core'},
   'runs': {'checkpoints', 'core'},
@@ -67,6 +68,7 @@ _MAY_IMPORT = {
     'checkpoints',
     'exported_model',
     'models',
+    'importers',
     'preparation',
     'data',
     'partitioning',
@@ -165,7 +167,7 @@ def _requirements(extra):
 # Part -> the extras that it may import, besides what everybody installs.
 _EXTRAS = {
   'core': ('gcs', 's3'),
-  'data': ('data', 'hf'),
+  'data': ('data', 'hf', 'tokenizers'),
   'preparation': ('data', 'beam'),
   'training': ('data', 'lpips'),
   'tokenization': ('data',),

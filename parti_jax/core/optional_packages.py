@@ -20,6 +20,7 @@ EXTRAS = {
   'tensorflow_datasets': 'data',
   'tensorflow_text': 'data',
   't5x': 't5x',
+  'tokenizers': 'tokenizers',
   'torch': 'lpips',
   'torch_fidelity': 'fidelity',
 }

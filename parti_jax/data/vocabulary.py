@@ -17,50 +17,44 @@ from jaxtyping import Int32
 from parti_jax.core import fingerprints
 from parti_jax.core import storage
 from parti_jax.core.errors import UserError
+from parti_jax.data import text_tokenizer
 
 PAD_ID = 0
 EOS_ID = 1
 UNK_ID = 2
-# Maximum bytes of a vocabulary; one with 250,000 pieces has five million.
-LARGEST_MODEL = 64 * 2**20
-
-# SentencePiece's marker for a space before a word.
-_WORD_START = '\u2581'
 
 
 class TextVocabulary:
   """Converts texts to token ids of a fixed length and back.
 
-  Ids: padding 0, end of text 1, unknown 2, then the pieces of the model.
+  Ids: padding 0, end of text 1, then the pieces of the model, of which one stands for unknown
+  ones: 2 in the models that `train_vocabulary` writes, and 3 in Gemma's, which SigLIP 2 uses.
   """
 
-  def __init__(self, path: str):
+  def __init__(self, path: str, lower_case: bool = False):
     """Loads a SentencePiece model.
 
     Args:
       path: the model's file, as written by `parti-jax vocabulary`; a path or URL.
+      lower_case: whether `encode` makes texts lower case first, for a model that doesn't do so
+        itself. SigLIP 2's texts are lower case, and Gemma's model keeps capitals.
 
     Raises:
       UserError: the file is missing, isn't a SentencePiece model, or has other special ids.
     """
     self.path = os.fspath(path)
-    try:
-      model = storage.read(self.path, LARGEST_MODEL)
-    except OSError as error:
-      raise UserError(
-        f'the vocabulary {self.path} cannot be read ({error.strerror or error}); '
-        'create one with `parti-jax vocabulary`'
-      ) from error
+    model = text_tokenizer.read_file(path, '; create one with `parti-jax vocabulary`')
+    self._lower_case = lower_case
     try:
       self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     except RuntimeError as error:
       raise UserError(f'the vocabulary {self.path} is not a SentencePiece model') from error
     processor = self._processor
-    special_ids = (processor.pad_id(), processor.eos_id(), processor.unk_id())
-    if special_ids != (PAD_ID, EOS_ID, UNK_ID):
+    special_ids = (processor.pad_id(), processor.eos_id())
+    if special_ids != (PAD_ID, EOS_ID):
       raise UserError(
-        f'the vocabulary {self.path} has the ids (pad, eos, unk) = {special_ids}, '
-        f'expected {(PAD_ID, EOS_ID, UNK_ID)}; create one with `parti-jax vocabulary`'
+        f'the vocabulary {self.path} has the ids (pad, eos) = {special_ids}, '
+        f'expected {(PAD_ID, EOS_ID)}; create one with `parti-jax vocabulary`'
       )
     self.fingerprint = fingerprints.of_vocabulary(model)
 
@@ -85,13 +79,8 @@ class TextVocabulary:
       UserError: the text contains a lone surrogate, which Python creates for command line
         arguments that aren't UTF-8.
     """
-    try:
-      text.encode()
-    except UnicodeEncodeError as error:
-      raise UserError(
-        f'the text {text[:80]!r} is not UTF-8: character {error.start + 1} of it is '
-        'half a character; write it in UTF-8'
-      ) from error
+    text_tokenizer.check_text(text)
+    text = self._cased(text)
     ids = self._processor.encode(text)
     kept = ids[: length - 1]
     padded = np.full([length], PAD_ID, np.int32)
@@ -100,11 +89,15 @@ class TextVocabulary:
     if len(kept) == len(ids):
       return padded, ''
     pieces = self._processor.encode(text, out_type=str)
-    return padded, ''.join(pieces[len(kept) :]).replace(_WORD_START, ' ').strip()
+    return padded, self._processor.decode(pieces[len(kept) :]).strip()
 
   def encode_whole(self, text: str) -> list[int]:
     """Encodes a text without a length limit, including the final EOS."""
-    return [*self._processor.encode(text), EOS_ID]
+    return [*self._processor.encode(self._cased(text)), EOS_ID]
+
+  def _cased(self, text: str) -> str:
+    # One character after another, as the tokenizers library does: no final sigma.
+    return ''.join(map(str.lower, text)) if self._lower_case else text
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
     """Returns the text of ids, up to the first EOS; skips padding."""

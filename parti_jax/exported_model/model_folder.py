@@ -46,7 +46,7 @@ from parti_jax.core import fingerprints
 from parti_jax.core import numerics
 from parti_jax.core import storage
 from parti_jax.core.errors import UserError
-from parti_jax.data import vocabulary as vocabulary_lib
+from parti_jax.data import text_tokenizer
 from parti_jax.exported_model import file_names
 from parti_jax.exported_model import model_config
 from parti_jax.exported_model import sampling_settings as settings_lib
@@ -421,7 +421,7 @@ def _mismatches(
     return f'the {name} {sources.get(network, "")}'.strip()
 
   try:
-    content = storage.read(vocabulary, vocabulary_lib.LARGEST_MODEL)
+    content = storage.read(vocabulary, text_tokenizer.LARGEST_FILE)
   except OSError as error:
     raise UserError(
       f'the vocabulary {vocabulary} cannot be read ({error.strerror or error})'

@@ -7,12 +7,16 @@ softmax and embedding lookups are not counted. A training step costs three forwa
 
 from __future__ import annotations
 
+from parti_jax.models import clip
 from parti_jax.models import coca
 from parti_jax.models import discriminator
 from parti_jax.models import lpips
 from parti_jax.models import parti_config
+from parti_jax.models import siglip
 from parti_jax.models import super_resolution
+from parti_jax.models import t5_encoder
 from parti_jax.models import vit_vqgan
+from parti_jax.models import vqgan
 
 
 def encoder_forward(layers: int, width: int, mlp_width: int, length: int) -> int:
@@ -125,3 +129,79 @@ def super_resolution_forward(
   ends = 9 * 3 * config.unshuffle**2 * config.width * (1 + config.factor**2)
   positions = height * width // config.unshuffle**2
   return 2 * positions * (config.blocks * block + ends)
+
+
+def t5_encoder_forward(config: t5_encoder.T5EncoderConfig) -> int:
+  """FLOPs of one text of the greatest length through a T5 encoder."""
+  length, joined = config.text_length, config.heads * config.head_dim
+  mlp = (3 if config.gated else 2) * config.width * config.mlp_width
+  projections = 2 * length * (4 * config.width * joined + mlp)
+  return config.layers * (projections + 4 * length**2 * joined)
+
+
+def clip_text_forward(config: clip.CLIPTextConfig) -> int:
+  """FLOPs of one text through CLIP's text encoder, without the projection of its vector."""
+  return encoder_forward(config.layers, config.width, config.mlp_width, config.text_length)
+
+
+def clip_forward(config: clip.CLIPConfig) -> int:
+  """FLOPs of one picture and one text through CLIP."""
+  width, patches = config.image_width, config.patches
+  total = 2 * patches * 3 * config.patch_size**2 * width
+  total += encoder_forward(config.image_layers, width, config.image_mlp_width, patches + 1)
+  return (
+    total + clip_text_forward(config.text) + 2 * (width + config.text_width) * config.feature_dim
+  )
+
+
+def siglip_forward(config: siglip.SigLIPConfig) -> int:
+  """FLOPs of one picture and one text through SigLIP."""
+  width, mlp_width, patches = config.image_width, config.image_mlp_width, config.patches
+  total = 2 * patches * 3 * config.patch_size**2 * width
+  total += encoder_forward(config.image_layers, width, mlp_width, patches)
+  # The MAP head: keys and values of all patches, all else of one query.
+  total += 4 * (patches + 1) * width**2 + 4 * patches * width + 4 * width * mlp_width
+  total += encoder_forward(
+    config.text_layers, config.text_width, config.text_mlp_width, config.text_length
+  )
+  return total + 2 * config.text_width * width
+
+
+def vqgan_forward(config: vqgan.VQGANConfig, height: int, width: int) -> int:
+  """FLOPs of one picture of height × width pixels through a VQGAN."""
+  widths = [config.channels * multiplier for multiplier in config.multipliers]
+  positions = [height * width >> 2 * level for level in range(len(widths))]
+  last, codes = len(widths) - 1, config.code_dim
+  products = lambda level, side, inputs, outputs: 2 * positions[level] * side**2 * inputs * outputs
+  total = products(0, 3, 3, widths[0]) + products(
+    0, 3, widths[0], 3 if config.output == 'pixels' else 6
+  )
+  if config.z_channels is None:
+    total += products(last, 1, widths[last], codes) + products(last, 3, codes, widths[last])
+  else:
+    total += 2 * products(last, 3, widths[last], config.z_channels)
+    total += 2 * products(last, 1, config.z_channels, codes)
+  if config.quantizer not in ('fsq', 'lfq'):
+    total += products(last, 1, codes, config.codebook_size)
+  attentions = config.middle_attention * (config.middle_blocks - 1)
+  total += 2 * _vqgan_blocks(
+    positions[last], widths[last], widths[last], config.middle_blocks, attentions
+  )
+  for level, features in enumerate(widths):
+    before, after = widths[max(level - 1, 0)], widths[min(level + 1, last)]
+    for inputs, blocks in ((before, config.res_blocks), (after, config.decoder_res_blocks)):
+      attentions = config.attention * blocks if level == last else 0
+      total += _vqgan_blocks(positions[level], inputs, features, blocks, attentions)
+    if level < last:
+      total += products(level, 3, after, after)
+      if config.downsampling == 'convolution':
+        total += products(level + 1, 3, features, features)
+  return total
+
+
+def _vqgan_blocks(positions: int, inputs: int, features: int, blocks: int, attentions: int) -> int:
+  """FLOPs of residual blocks of one resolution, and of self-attention after some of them."""
+  convolutions = 9 * features * (inputs + (2 * blocks - 1) * features)
+  shortcut = inputs * features if inputs != features else 0
+  attention = 4 * features**2 + 2 * positions * features
+  return 2 * positions * (convolutions + shortcut + attentions * attention)

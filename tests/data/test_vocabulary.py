@@ -12,6 +12,7 @@ import parti_jax.cli.main
 from parti_jax.core import storage
 from parti_jax.core.errors import UserError
 from parti_jax.data import openmoji
+from parti_jax.data import text_tokenizer
 from parti_jax.data.vocabulary import TextVocabulary
 from parti_jax.data.vocabulary import train_vocabulary
 
@@ -106,8 +107,45 @@ def test_unusable_files(tmp_path):
     model_type='bpe',
     minloglevel=2,
   )
-  with pytest.raises(UserError, match=r'\(pad, eos, unk\) = \(-1, 2, 0\)'):
+  with pytest.raises(UserError, match=r'\(pad, eos\) = \(-1, 2\)'):
     TextVocabulary(str(tmp_path / 'other.model'))
+
+
+def _gemmas_kind(tmp_path):
+  """A SentencePiece model with Gemma's special ids, bytes for unknown characters, and capitals."""
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(['a cat', 'a dog', 'A Cat', 'the dog']),
+    model_prefix=str(tmp_path / 'gemma'),
+    model_type='bpe',
+    vocab_size=290,
+    hard_vocab_limit=False,
+    normalization_rule_name='identity',
+    add_dummy_prefix=False,
+    remove_extra_whitespaces=False,
+    byte_fallback=True,
+    pad_id=0,
+    eos_id=1,
+    bos_id=2,
+    unk_id=3,
+    minloglevel=2,
+  )
+  return str(tmp_path / 'gemma.model')
+
+
+def test_a_sentencepiece_model_of_gemmas_kind(tmp_path):
+  path = _gemmas_kind(tmp_path)
+  lower, plain = (text_tokenizer.open_tokenizer(path, flag) for flag in (True, False))
+  processor = sentencepiece.SentencePieceProcessor(model_file=path)
+  text = 'A Cat, ΣΊΣ  日本!'
+  for tokenizer, expected in ((lower, 'a cat, σίσ  日本!'), (plain, text)):
+    ids, cut = tokenizer.encode(text, 64)
+    expected = [*processor.encode(expected), 1]
+    assert ids[: len(expected)].tolist() == expected and not ids[len(expected) :].any() and not cut
+    assert ids[:-1].tolist().count(2) == 0  # No beginning.
+  assert lower.encode(text, 64)[0].tolist() != plain.encode(text, 64)[0].tolist()
+  # Bytes come back as characters.
+  length = len(processor.encode('a dog ')) + 1
+  assert lower.encode('a dog 日本', length)[1] == '日本'
 
 
 def test_command_on_a_folder(tmp_path, capsys):

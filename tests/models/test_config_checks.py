@@ -8,18 +8,25 @@ import pytest
 from parti_jax.core import checks
 from parti_jax.core import gin_config
 from parti_jax.core.errors import UserError
+from parti_jax.models import clip
 from parti_jax.models import coca
 from parti_jax.models import discriminator
 from parti_jax.models import parti_config
+from parti_jax.models import siglip
 from parti_jax.models import super_resolution
+from parti_jax.models import t5_encoder
 from parti_jax.models import vit_vqgan
 
 KINDS = [
   parti_config.PartiConfig,
   vit_vqgan.ViTVQGANConfig,
   coca.CoCaConfig,
+  clip.CLIPConfig,
+  clip.CLIPTextConfig,
+  siglip.SigLIPConfig,
   super_resolution.SuperResolutionConfig,
   discriminator.DiscriminatorConfig,
+  t5_encoder.T5EncoderConfig,
 ]
 FIELDS = [(kind, field.name) for kind in KINDS for field in dataclasses.fields(kind)]
 # No field of any of them takes one of these.

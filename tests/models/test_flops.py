@@ -7,7 +7,9 @@ from parti_jax.models import discriminator
 from parti_jax.models import flops
 from parti_jax.models import parti
 from parti_jax.models import parti_config
+from parti_jax.models import t5_encoder
 from parti_jax.models import vit_vqgan
+from parti_jax.models import vqgan
 
 BATCH = 2
 
@@ -65,6 +67,30 @@ def test_tokenizer_forward_agrees_with_xla():
   assert BATCH * flops.tokenizer_forward(sizes) == pytest.approx(counted, rel=0.05)
 
 
+@pytest.mark.parametrize(
+  'changes',
+  [
+    {},
+    {'z_channels': None, 'attention': False, 'middle_attention': False, 'bias': False}
+    | {'downsampling': 'average', 'shortcut': 'output', 'output': 'pixels', 'middle_blocks': 3},
+  ],
+)
+def test_vqgan_forward_agrees_with_xla(changes):
+  sizes = vqgan.VQGANConfig(
+    image_size=64,
+    channels=64,
+    multipliers=(1, 2, 2),
+    code_dim=16,
+    codebook_size=256,
+    dtype='float32',
+    **({'z_channels': 24} | changes),
+  )
+  inputs = (jax.ShapeDtypeStruct((BATCH, 64, 96, 3), jax.numpy.float32),)
+  counted = _counted_by_xla(vqgan.VQGAN(sizes), inputs)
+  # XLA leaves out products with a convolution's margin.
+  assert BATCH * flops.vqgan_forward(sizes, 64, 96) == pytest.approx(counted, rel=0.05)
+
+
 def test_a_training_step_of_the_20b_model_costs_six_flops_a_weight_and_token():
   # The rule of thumb, with attention and logits beside it.
   sizes = parti_config.PartiConfig(
@@ -85,3 +111,21 @@ def test_the_discriminators_forward_agrees_with_xla():
 def test_vgg16_costs_what_is_published():
   # 15.3 billion products and sums at 224 pixels, the three dense layers left out.
   assert flops.vgg16_forward(224) == pytest.approx(2 * 15.35e9, rel=0.01)
+
+
+@pytest.mark.parametrize('activation', ['relu', 'gated_gelu'])
+def test_t5_forward_agrees_with_xla(activation):
+  sizes = t5_encoder.T5EncoderConfig(
+    layers=2,
+    width=128,
+    mlp_width=192,
+    heads=3,
+    head_dim=48,
+    text_vocabulary=64,
+    text_length=64,
+    activation=activation,
+    dtype='float32',
+    unroll=2,
+  )
+  counted = _counted_by_xla(t5_encoder.T5Encoder(sizes), t5_encoder.example_inputs(sizes, BATCH))
+  assert BATCH * flops.t5_encoder_forward(sizes) == pytest.approx(counted, rel=0.05)

@@ -1,0 +1,69 @@
+"""Tokenizers of Hugging Face's `tokenizers` library, from a tokenizer.json."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+
+from parti_jax.core import fingerprints
+from parti_jax.core.errors import UserError
+from parti_jax.data import text_tokenizer
+
+
+class JsonTokenizer:
+  """Converts texts to token ids as a tokenizer.json says.
+
+  The special ids around a text are those of its post-processor. Its own settings of truncation
+  and padding are not used: `encode` says the length, and padding is 0.
+  """
+
+  def __init__(self, path: str | os.PathLike[str]):
+    """Reads a tokenizer.json.
+
+    Args:
+      path: a path or URL.
+
+    Raises:
+      UserError: the file is missing or isn't a tokenizer.json.
+    """
+    # An optional package.
+    import tokenizers
+
+    self.path = os.fspath(path)
+    content = text_tokenizer.read_file(path)
+    try:
+      self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
+    except Exception as error:  # The library raises plain exceptions.
+      raise UserError(f'{self.path} is not a tokenizer.json: {error}') from error
+    self._tokenizer.no_truncation()
+    self._tokenizer.no_padding()
+    self.fingerprint = fingerprints.of_vocabulary(content)
+
+  @property
+  def size(self) -> int:
+    """The number of ids, including the special ones."""
+    return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+  def encode(self, text: str, length: int) -> tuple[np.ndarray, str]:
+    """Encodes a text, see `text_tokenizer.TextTokenizer.encode`.
+
+    Raises:
+      UserError: the text isn't UTF-8, or `length` leaves no place for the special ids.
+    """
+    text_tokenizer.check_text(text)
+    special = self._tokenizer.num_special_tokens_to_add(is_pair=False)
+    if length < max(special, 1):
+      raise UserError(f'{length} text tokens leave no place for the {special} special ones')
+    whole = self._tokenizer.encode(text, add_special_tokens=False)
+    kept = min(len(whole.ids), length - special)
+    cut = text[whole.offsets[kept][0] :] if kept < len(whole.ids) else ''
+    whole.truncate(kept)
+    ids = self._with_special(whole).ids
+    padded = np.zeros([length], np.int32)
+    padded[: len(ids)] = ids
+    return padded, cut.strip()
+
+  def _with_special(self, encoding: Any) -> Any:
+    return self._tokenizer.post_process(encoding, None, add_special_tokens=True)

@@ -1,0 +1,1 @@
+"""Reads parts that others have trained: their files, their names of parameters, their configs."""

@@ -1,0 +1,167 @@
+"""Which arrays of a foreign file make which parameters of ours, checked before any is read.
+
+A reader of a foreign format gives a key map: for each of our parameters the names of the arrays
+that it is made of, and how. `check` compares names and shapes and reads nothing. `convert` then
+reads one parameter after another, so that memory stays near the largest of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from typing import NamedTuple
+from typing import Protocol
+
+import numpy as np
+
+from parti_jax.core.errors import UserError
+
+# Maximum number of names of one kind in an error message.
+_SHOWN = 5
+
+
+class StoredArray(Protocol):
+  """An array in a file."""
+
+  @property
+  def shape(self) -> tuple[int, ...]: ...
+
+  @property
+  def dtype(self) -> np.dtype: ...
+
+  def read(self) -> np.ndarray:
+    """Reads the array from the file."""
+
+
+def _unchanged(array: np.ndarray) -> np.ndarray:
+  return array
+
+
+class Source(NamedTuple):
+  """What one of our parameters is made of.
+
+  Attributes:
+    names: of the foreign arrays. Several are stacked along a new first axis, after `change`, as the
+      parameters of scanned layers are.
+    change: makes one foreign array ours, such as a transpose. It may only permute, split, merge or
+      cut axes, because `check` calls it with an array that takes no memory.
+    stacked: whether the first axis is a stack of the arrays, if only of one.
+  """
+
+  names: tuple[str, ...]
+  change: Callable[[np.ndarray], np.ndarray] = _unchanged
+  stacked: bool = False
+
+
+KeyMap = Mapping[str, Source]
+
+
+def one(name: str, change: Callable[[np.ndarray], np.ndarray] = _unchanged) -> Source:
+  """A parameter made of one array."""
+  return Source((name,), change)
+
+
+def layers(
+  template: str, count: int, change: Callable[[np.ndarray], np.ndarray] = _unchanged
+) -> Source:
+  """A parameter of scanned layers, made of an array of each; `template` has {} for the layer."""
+  return Source(tuple(template.format(layer) for layer in range(count)), change, stacked=True)
+
+
+def linear(array: np.ndarray) -> np.ndarray:
+  """The kernel [in, out] of a torch Linear's weight [out, in]."""
+  return array.T
+
+
+def convolution(array: np.ndarray) -> np.ndarray:
+  """The kernel [height, width, in, out] of a torch Conv2d's weight [out, in, height, width]."""
+  return array.transpose(2, 3, 1, 0)
+
+
+def check(
+  key_map: KeyMap,
+  stored: Mapping[str, StoredArray],
+  expected: Mapping[str, tuple[int, ...]],
+  where: str,
+  ignored: Iterable[str] = (),
+) -> None:
+  """Checks that a file has all arrays, of the right shapes, and no others; reads none.
+
+  Args:
+    key_map: {path of our parameter: its source}.
+    stored: {name: array in the file}.
+    expected: {path of our parameter: its shape}.
+    where: the file or folder, for messages.
+    ignored: regular expressions of names that the network does not need, such as those of a loss.
+
+  Raises:
+    UserError: naming what is missing, left over or of another shape.
+  """
+  if set(key_map) != set(expected):
+    raise AssertionError(f'the key map is not that of the network: {set(key_map) ^ set(expected)}')
+  used = {name for source in key_map.values() for name in source.names}
+  patterns = [re.compile(pattern) for pattern in ignored]
+  problems = [
+    _listed('missing', sorted(used - set(stored))),
+    _listed(
+      'not part of this network',
+      sorted(
+        name
+        for name in set(stored) - used
+        if not any(pattern.fullmatch(name) for pattern in patterns)
+      ),
+    ),
+    _listed('of another shape', _other_shapes(key_map, stored, expected)),
+  ]
+  if any(problems):
+    raise UserError(
+      f'{where} does not hold the parameters of this network: {"; ".join(filter(None, problems))}'
+    )
+
+
+def _listed(words: str, names: list[str]) -> str:
+  if not names:
+    return ''
+  more = f', and {len(names) - _SHOWN} more' if len(names) > _SHOWN else ''
+  return f'{words}: {", ".join(names[:_SHOWN])}{more}'
+
+
+def _other_shapes(key_map: KeyMap, stored, expected) -> list[str]:
+  found = []
+  for path, source in key_map.items():
+    wanted = tuple(expected[path])
+    if source.stacked and wanted[0] != len(source.names):
+      raise AssertionError(f'{path}: {len(source.names)} sources for {wanted}')
+    for name in source.names:
+      if name not in stored:
+        continue
+      shape = tuple(stored[name].shape)
+      try:
+        changed = source.change(np.broadcast_to(np.float32(0), shape)).shape
+      except ValueError:  # It does not have the axes that would be permuted.
+        changed = None
+      if changed != (wanted[1:] if source.stacked else wanted):
+        found.append(f'{name} {list(shape)}, which would be {path} {list(wanted)}')
+  return found
+
+
+def convert(key_map: KeyMap, stored: Mapping[str, StoredArray]) -> Iterator[tuple[str, np.ndarray]]:
+  """Reads our parameters one after another.
+
+  Args:
+    key_map: {path of our parameter: its source}, which `check` has accepted.
+    stored: {name: array in the file}.
+
+  Yields:
+    The path of each parameter, and the parameter as a float32 array.
+  """
+  for path, source in key_map.items():
+    changed = (source.change(np.asarray(stored[name].read())) for name in source.names)
+    if source.stacked:
+      yield path, np.stack([np.asarray(array, np.float32, order='C') for array in changed])
+    else:
+      (array,) = changed
+      yield path, np.asarray(array, np.float32, order='C')

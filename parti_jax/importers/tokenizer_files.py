@@ -1,0 +1,190 @@
+"""Makes one tokenizer.json of the files that CLIP's and SigLIP 2's tokenizers are published as.
+
+`parti_jax.data.json_tokenizer.JsonTokenizer` reads it. It holds all that belongs to the tokenizer,
+such as lower-casing and the ids at both ends of a text, some of which the published files leave to
+the code that reads them.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from parti_jax.core.errors import UserError
+from parti_jax.data import text_tokenizer
+
+_CLIP_START = '<|startoftext|>'
+_CLIP_END = '<|endoftext|>'
+# Words as CLIP cuts them: its special tokens, endings, letters, one digit, and anything else.
+_CLIP_WORDS = (
+  r'<\|startoftext\|>|<\|endoftext\|>'
+  r"|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+)
+
+
+def of_clip(folder: str) -> bytes:
+  """The tokenizer.json of CLIP's byte pairs, as transformers reads them.
+
+  OpenAI's own code and open_clip's first mend garbled text and unescape HTML; this, as
+  transformers, does not.
+
+  Args:
+    folder: with `vocab.json` and `merges.txt`, or with `tokenizer.json`.
+
+  Raises:
+    UserError: if files are missing or damaged, or are not CLIP's.
+  """
+  path = pathlib.Path(folder)
+  if (path / 'vocab.json').is_file() and (path / 'merges.txt').is_file():
+    vocabulary = _json(path / 'vocab.json')
+    lines = _text(path / 'merges.txt').splitlines()
+    merges = [line.split() for line in lines if line.strip() and not line.startswith('#version')]
+    where = path / 'vocab.json'
+  elif (path / 'tokenizer.json').is_file():
+    where = path / 'tokenizer.json'
+    model = _part(_json(where), 'model', where)
+    vocabulary, merges = _part(model, 'vocab', where), model.get('merges', [])
+  else:
+    raise UserError(f'{folder} has neither vocab.json and merges.txt, nor tokenizer.json')
+  ends = [vocabulary.get(token) for token in (_CLIP_START, _CLIP_END)]
+  if not all(type(end) is int for end in ends):
+    raise UserError(f"{where} isn't CLIP's vocabulary: it has no {_CLIP_START} and {_CLIP_END}")
+  return _dumps(
+    {
+      'version': '1.0',
+      'truncation': None,
+      'padding': None,
+      'added_tokens': [
+        {
+          'id': number,
+          'content': token,
+          'single_word': False,
+          'lstrip': False,
+          'rstrip': False,
+          'normalized': False,
+          'special': True,
+        }
+        for token, number in zip((_CLIP_START, _CLIP_END), ends)
+      ],
+      'normalizer': {
+        'type': 'Sequence',
+        'normalizers': [
+          {'type': 'NFC'},
+          {'type': 'Replace', 'pattern': {'Regex': r'\s+'}, 'content': ' '},
+          {'type': 'Lowercase'},
+        ],
+      },
+      'pre_tokenizer': {
+        'type': 'Sequence',
+        'pretokenizers': [
+          {
+            'type': 'Split',
+            'pattern': {'Regex': _CLIP_WORDS},
+            'behavior': 'Removed',
+            'invert': True,
+          },
+          {
+            'type': 'ByteLevel',
+            'add_prefix_space': False,
+            'trim_offsets': True,
+            'use_regex': True,
+          },
+        ],
+      },
+      'post_processor': {
+        'type': 'RobertaProcessing',
+        'sep': [_CLIP_END, ends[1]],
+        'cls': [_CLIP_START, ends[0]],
+        'trim_offsets': False,
+        'add_prefix_space': False,
+      },
+      'decoder': {
+        'type': 'ByteLevel',
+        'add_prefix_space': True,
+        'trim_offsets': True,
+        'use_regex': True,
+      },
+      'model': {
+        'type': 'BPE',
+        'dropout': None,
+        'unk_token': _CLIP_END,
+        'continuing_subword_prefix': '',
+        'end_of_word_suffix': '</w>',
+        'fuse_unk': False,
+        'byte_fallback': False,
+        'ignore_merges': False,
+        'vocab': vocabulary,
+        'merges': merges,
+      },
+    }
+  )
+
+
+def of_siglip_2(path: str) -> bytes:
+  """The tokenizer.json of SigLIP 2, which makes texts lower case and ends them with `<eos>`.
+
+  Args:
+    path: the published `tokenizer.json`, Gemma's with or without these steps, or its folder. Gemma's
+      SentencePiece model is read by `TextVocabulary` with `lower_case=True`.
+
+  Raises:
+    UserError: if the file is missing or damaged, or isn't Gemma's.
+  """
+  file = pathlib.Path(path)
+  file = file / 'tokenizer.json' if file.is_dir() else file
+  found = dict(_json(file))
+  vocabulary = _part(_part(found, 'model', file), 'vocab', file)
+  if (vocabulary.get('<pad>'), vocabulary.get('<eos>')) != (0, 1):
+    raise UserError(f"{file} isn't Gemma's tokenizer: the ids of <pad> and <eos> are not 0 and 1")
+  lower = {'type': 'Lowercase'}
+  normalizer = found.get('normalizer')
+  steps = [] if normalizer is None else [normalizer]
+  if isinstance(normalizer, Mapping) and normalizer.get('type') == 'Sequence':
+    steps = normalizer.get('normalizers', [])
+  steps = steps if lower in steps else [lower, *steps]
+  end = {'SpecialToken': {'id': '<eos>', 'type_id': 0}}
+  text = {'Sequence': {'id': 'A', 'type_id': 0}}
+  return _dumps(
+    found
+    | {
+      'truncation': None,
+      'padding': None,
+      'normalizer': {'type': 'Sequence', 'normalizers': steps},
+      'post_processor': {
+        'type': 'TemplateProcessing',
+        'single': [text, end],
+        'pair': [text, end, {'Sequence': {'id': 'B', 'type_id': 0}}, end],
+        'special_tokens': {'<eos>': {'id': '<eos>', 'ids': [1], 'tokens': ['<eos>']}},
+      },
+    }
+  )
+
+
+def _text(path: pathlib.Path) -> str:
+  try:
+    return text_tokenizer.read_file(path).decode()
+  except UnicodeDecodeError as error:
+    raise UserError(f'{path} is not UTF-8: {error}') from error
+
+
+def _json(path: pathlib.Path) -> Mapping[str, Any]:
+  try:
+    found = json.loads(_text(path))
+  except (ValueError, RecursionError) as error:
+    raise UserError(f'{path} is not JSON: {error}') from error
+  if not isinstance(found, Mapping):
+    raise UserError(f'{path} is not a JSON object')
+  return found
+
+
+def _part(found: Mapping[str, Any], name: str, path: pathlib.Path) -> Mapping[str, Any]:
+  part = found.get(name)
+  if not isinstance(part, Mapping):
+    raise UserError(f'{path}: {name!r} is not an object')
+  return part
+
+
+def _dumps(content: Mapping[str, Any]) -> bytes:
+  return json.dumps(content, ensure_ascii=False).encode()

@@ -1,0 +1,359 @@
+"""Reads torch's files of weights without torch, and without running any code that they name.
+
+`torch.save` writes a zip of a pickle and of the raw storages of its tensors. A pickle is a program
+for a small stack machine that can call any function of Python. `_Machine` interprets the few
+instructions that a tree of tensors needs, and knows the few names that tensors are made with.
+Anything else is refused by name.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import pathlib
+import pickletools
+import zipfile
+from collections.abc import Iterator
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from parti_jax.core.errors import UserError
+
+# The pickle lists the tensors: 10,000 of them take about 2 MB.
+MAX_PICKLE = 2**26
+_MAX_DEPTH = 100
+# Values and containers; one container may be named in many places.
+_MAX_ITEMS = 1_000_000
+
+_DTYPES = {
+  'DoubleStorage': np.float64,
+  'FloatStorage': np.float32,
+  'HalfStorage': np.float16,
+  'BFloat16Storage': ml_dtypes.bfloat16,
+  'LongStorage': np.int64,
+  'IntStorage': np.int32,
+  'ShortStorage': np.int16,
+  'CharStorage': np.int8,
+  'ByteStorage': np.uint8,
+  'BoolStorage': np.bool_,
+}
+_MARK = object()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Storage:
+  """A run of values in the zip."""
+
+  member: str
+  dtype: np.dtype
+  size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TorchArray:
+  """A tensor in a torch file.
+
+  Attributes:
+    file: the file.
+    storage: the member of the zip that holds the values.
+    offset: of the first value, in values.
+    shape: the tensor's.
+    strides: in values.
+  """
+
+  file: pathlib.Path
+  storage: _Storage
+  offset: int
+  shape: tuple[int, ...]
+  strides: tuple[int, ...]
+
+  @property
+  def dtype(self) -> np.dtype:
+    return self.storage.dtype
+
+  def read(self) -> np.ndarray:
+    """Reads the values from the file.
+
+    Raises:
+      UserError: if the file is damaged there.
+    """
+    size = self.storage.dtype.itemsize
+    spanned = _spanned(self.shape, self.strides)
+    try:
+      with zipfile.ZipFile(self.file) as archive, archive.open(self.storage.member) as member:
+        member.seek(self.offset * size)
+        content = member.read(spanned * size)
+    except (OSError, zipfile.BadZipFile, EOFError) as error:
+      raise UserError(f'{self.file} is damaged at {self.storage.member}: {error}') from error
+    if len(content) != spanned * size:
+      raise UserError(f'{self.file} is damaged at {self.storage.member}: it ends too early')
+    values = np.frombuffer(content, self.storage.dtype)
+    return np.lib.stride_tricks.as_strided(
+      values, self.shape, [stride * size for stride in self.strides], writeable=False
+    )
+
+
+def _spanned(shape, strides) -> int:
+  """How many values lie between the first and the last of a tensor."""
+  if 0 in shape:
+    return 0
+  return 1 + sum((axis - 1) * stride for axis, stride in zip(shape, strides))
+
+
+def open_torch_file(path) -> dict[str, TorchArray]:
+  """Lists the tensors in a file of `torch.save`, without reading their values.
+
+  Args:
+    path: the file, of torch 1.6 or later.
+
+  Returns:
+    {name: tensor}; the keys of nested dicts and the places in lists are joined by dots. Other values,
+    such as a step's number, are left out.
+
+  Raises:
+    UserError: if the file is damaged, of an older format, or holds anything but tensors, numbers,
+      texts and containers of these.
+  """
+  path = pathlib.Path(path)
+  try:
+    with zipfile.ZipFile(path) as archive:
+      members = {info.filename: info for info in archive.infolist()}
+      pickles = [name for name in members if name.endswith('/data.pkl') or name == 'data.pkl']
+      if len(pickles) != 1:
+        raise UserError(f"{path} isn't a file of torch.save: it has no data.pkl")
+      if members[pickles[0]].file_size > MAX_PICKLE:
+        raise UserError(f'{path}: its list of tensors is larger than {MAX_PICKLE} bytes')
+      program = archive.read(pickles[0])
+      folder = pickles[0].removesuffix('data.pkl')
+      order = f'{folder}byteorder'
+      if order in members and archive.read(order) != b'little':
+        raise UserError(f'{path}: its numbers are not stored as little-endian ones')
+  except FileNotFoundError as error:
+    raise UserError(f'{path} does not exist') from error
+  except (OSError, zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+    raise UserError(
+      f"{path} isn't a zip of torch.save ({error}). Files from before torch 1.6 are not read; load "
+      'and save them with torch once, or convert them to safetensors'
+    ) from error
+  found = _Machine(path, folder, members).run(program)
+  tensors: dict[str, TorchArray] = {}
+  for number, (name, value) in enumerate(_items(found, '', path)):
+    if number > _MAX_ITEMS:
+      raise UserError(f'{path} lists more than {_MAX_ITEMS} values')
+    if isinstance(value, TorchArray):
+      if name in tensors:
+        raise UserError(f'{path}: two tensors are named {name}')
+      tensors[name] = value
+  if not tensors:
+    raise UserError(f'{path} holds no tensors')
+  return tensors
+
+
+def _items(value, name: str, path, depth: int = 0) -> Iterator[tuple[str, Any]]:
+  """Yields all values in nested containers, containers too, with their names."""
+  if depth > _MAX_DEPTH:
+    raise UserError(f'{path}: its containers are nested too deeply')
+  yield name, value
+  if isinstance(value, list | tuple):
+    value = dict(enumerate(value))
+  if isinstance(value, Mapping):
+    for key, item in value.items():
+      yield from _items(item, f'{name}.{key}'.removeprefix('.'), path, depth + 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Name:
+  """A name that the pickle looks up; what it stands for is never imported."""
+
+  module: str
+  name: str
+
+  def __str__(self):
+    return f'{self.module}.{self.name}'
+
+
+class _Machine:
+  """Interprets the instructions of a pickle that make trees of tensors."""
+
+  def __init__(self, path: pathlib.Path, folder: str, members: Mapping[str, zipfile.ZipInfo]):
+    self._path = path
+    self._folder = folder
+    self._members = members
+    self._stack: list[Any] = []
+    self._memo: dict[int, Any] = {}
+
+  def run(self, program: bytes):
+    """Returns what the pickle makes.
+
+    Raises:
+      UserError: at the first instruction or name that weights do not need.
+    """
+    try:
+      for opcode, argument, _ in pickletools.genops(program):
+        if opcode.name == 'STOP':
+          return self._pop()
+        self._step(opcode.name, argument)
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
+      raise UserError(f'{self._path} is damaged: its list of tensors ends in {error!r}') from error
+    raise UserError(f'{self._path} is damaged: its list of tensors does not end')
+
+  def _refuse(self, what: str) -> UserError:
+    return UserError(
+      f'{self._path} holds more than weights: it {what}, which could run code. Where you trust it, '
+      'load it with torch and save its state_dict alone'
+    )
+
+  def _step(self, name: str, argument):
+    match name:
+      case 'PROTO' | 'FRAME':
+        pass
+      case 'MARK':
+        self._stack.append(_MARK)
+      case 'NONE':
+        self._stack.append(None)
+      case 'NEWTRUE' | 'NEWFALSE':
+        self._stack.append(name == 'NEWTRUE')
+      case (
+        'BININT' | 'BININT1' | 'BININT2' | 'LONG1' | 'BINFLOAT' | 'BINUNICODE' | 'SHORT_BINUNICODE'
+        | 'BINSTRING' | 'SHORT_BINSTRING'
+      ):  # fmt: skip
+        self._stack.append(argument)
+      case 'EMPTY_DICT':
+        self._stack.append({})
+      case 'EMPTY_LIST':
+        self._stack.append([])
+      case 'EMPTY_TUPLE':
+        self._stack.append(())
+      case 'TUPLE':
+        self._stack.append(tuple(self._marked()))
+      case 'TUPLE1' | 'TUPLE2' | 'TUPLE3':
+        items = [self._pop() for _ in range(int(name[-1]))]
+        self._stack.append(tuple(reversed(items)))
+      case 'LIST':
+        self._stack.append(self._marked())
+      case 'DICT':
+        items = self._marked()
+        self._stack.append(dict(zip(items[::2], items[1::2], strict=True)))
+      case 'APPEND':
+        item = self._pop()
+        self._container(list).append(item)
+      case 'APPENDS':
+        items = self._marked()
+        self._container(list).extend(items)
+      case 'SETITEM':
+        value, key = self._pop(), self._pop()
+        self._container(dict)[_key(key)] = value
+      case 'SETITEMS':
+        items = self._marked()
+        for key, value in zip(items[::2], items[1::2], strict=True):
+          self._container(dict)[_key(key)] = value
+      case 'BINPUT' | 'LONG_BINPUT':
+        self._memo[argument] = self._stack[-1]
+      case 'MEMOIZE':
+        self._memo[len(self._memo)] = self._stack[-1]
+      case 'BINGET' | 'LONG_BINGET':
+        self._stack.append(self._memo[argument])
+      case 'GLOBAL':
+        self._stack.append(self._known(*argument.split(' ', 1)))
+      case 'STACK_GLOBAL':
+        name, module = self._pop(), self._pop()
+        self._stack.append(self._known(str(module), str(name)))
+      case 'BINPERSID':
+        self._stack.append(self._storage(self._pop()))
+      case 'REDUCE':
+        arguments, function = self._pop(), self._pop()
+        self._stack.append(self._called(function, arguments))
+      case 'BUILD':
+        # A state_dict has the versions of its modules as an attribute.
+        self._pop()
+        self._container(dict)
+      case _:
+        raise self._refuse(f'has the instruction {name}')
+
+  def _pop(self):
+    item = self._stack.pop()
+    if item is _MARK:
+      raise ValueError('a mark')
+    return item
+
+  def _marked(self) -> list[Any]:
+    """Takes the items above the last mark, and the mark."""
+    place = len(self._stack) - 1
+    while self._stack[place] is not _MARK:
+      place -= 1
+      if place < 0:
+        raise IndexError('no mark')
+    items = self._stack[place + 1 :]
+    del self._stack[place:]
+    return items
+
+  def _container(self, kind: type):
+    """The dict or list on top of the stack."""
+    if not isinstance(self._stack[-1], kind):
+      raise TypeError(f'{type(self._stack[-1]).__name__} is not a {kind.__name__}')
+    return self._stack[-1]
+
+  def _known(self, module: str, name: str) -> _Name:
+    known = {
+      'collections': ('OrderedDict',),
+      'torch._utils': ('_rebuild_tensor_v2', '_rebuild_parameter'),
+      'torch': tuple(_DTYPES),
+    }
+    if name not in known.get(module, ()):
+      raise self._refuse(f'asks for {module}.{name}')
+    return _Name(module, name)
+
+  def _storage(self, identity) -> _Storage:
+    """A storage of the zip, from ('storage', its type, its key, its device, its size)."""
+    tag, kind, key, _, size = identity
+    if tag != 'storage' or not isinstance(kind, _Name) or kind.module != 'torch':
+      raise TypeError('not a storage')
+    if not isinstance(key, str) or not isinstance(size, int) or size < 0:
+      raise TypeError('not a storage')
+    dtype = np.dtype(_DTYPES[kind.name])
+    name = f'{self._folder}data/{key}'
+    member = self._members.get(name)
+    if member is None:
+      raise UserError(f'{self._path} is damaged: the tensor data {name} is missing')
+    if member.compress_type != zipfile.ZIP_STORED or member.file_size != size * dtype.itemsize:
+      raise UserError(
+        f'{self._path} is damaged: {name} has {member.file_size} bytes instead of '
+        f'{size * dtype.itemsize}'
+      )
+    return _Storage(name, dtype, size)
+
+  def _called(self, function, arguments):
+    """What a call of one of the known names makes."""
+    if not isinstance(function, _Name) or not isinstance(arguments, tuple):
+      raise self._refuse('calls something')
+    if function.name == 'OrderedDict':
+      if arguments:
+        raise self._refuse('fills an OrderedDict by a call')
+      return collections.OrderedDict()
+    if function.name == '_rebuild_parameter':
+      if not isinstance(arguments[0], TorchArray):
+        raise TypeError('a parameter that is not a tensor')
+      return arguments[0]
+    if function.name != '_rebuild_tensor_v2':
+      raise self._refuse(f'calls {function}')
+    storage, offset, shape, strides = arguments[:4]
+    numbers = [offset, *shape, *strides]
+    if not isinstance(storage, _Storage) or len(shape) != len(strides):
+      raise TypeError('not a tensor')
+    if not all(type(number) is int and number >= 0 for number in numbers):
+      raise TypeError('not a tensor')
+    if offset + _spanned(shape, strides) > storage.size or math.prod(shape) > storage.size:
+      raise UserError(
+        f'{self._path} is damaged: a tensor {list(shape)} lies beyond the end of its data'
+      )
+    return TorchArray(self._path, storage, offset, tuple(shape), tuple(strides))
+
+
+def _key(key):
+  if not isinstance(key, str | int):
+    raise TypeError(f'{type(key).__name__} as a key')
+  return key

@@ -1,0 +1,341 @@
+"""The text encoder of T5 (arXiv 1910.10683), and of T5 v1.1, Flan-T5, mT5 and UL2."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+from jaxtyping import Bool
+from jaxtyping import Float
+from jaxtyping import Int
+from jaxtyping import PyTree
+
+from parti_jax.core import checks
+from parti_jax.core import errors
+from parti_jax.models import config_checks
+from parti_jax.models import text_encoder
+from parti_jax.models.nn import layer_stack
+from parti_jax.models.nn import layers
+
+# Activation of the MLP; a gated one multiplies its result with a second projection.
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+  'relu': nn.relu,
+  'gated_gelu': functools.partial(nn.gelu, approximate=True),
+  'gated_silu': nn.silu,
+}
+# In float16 the activations of the published models overflow.
+_DTYPES = ('float32', 'bfloat16')
+# Added to the mean square in norms.
+EPSILON = 1e-6
+# Place of a dropout in the network -> the number that its keys are folded with.
+_IN_EMBEDDING, _IN_LAYERS, _IN_OUTPUT = range(3)
+
+
+@config_checks.configurable
+@dataclasses.dataclass(frozen=True)
+class T5EncoderConfig:
+  """Sizes of a T5 encoder; the defaults are those of T5 v1.1 Large and Flan-T5 Large.
+
+  Attributes:
+    layers: blocks.
+    width: model dimension, `embed`.
+    mlp_width: hidden dimension of the MLPs, `mlp`.
+    heads: attention heads.
+    head_dim: dimension of a head; `heads * head_dim` may differ from `width`.
+    text_vocabulary: rows of the table of pieces. The published tables have more rows than their
+      vocabularies have pieces.
+    text_length: most text tokens. The network itself takes texts of any length.
+    activation: 'relu' (T5), 'gated_gelu' (T5 v1.1, Flan-T5, mT5) or 'gated_silu' (UL2).
+    relative_buckets: relative positions that the attention tells apart, a multiple of 4.
+    relative_distance: distance from which on all positions share a bucket.
+    dropout: rate of dropout in training.
+    dtype: name of the dtype of the computation, 'float32' or 'bfloat16'. Norms and attention
+      scores are float32.
+    remat: what the backward pass keeps, a name in `layer_stack.REMAT_POLICIES`.
+    unroll: layers laid out in one turn of the scan; changes speed, not results.
+
+  Raises:
+    UserError: if a value is out of its range.
+  """
+
+  layers: int = 24
+  width: int = 1024
+  mlp_width: int = 2816
+  heads: int = 16
+  head_dim: int = 64
+  text_vocabulary: int = 32128
+  text_length: int = 128
+  activation: str = 'gated_gelu'
+  relative_buckets: int = 32
+  relative_distance: int = 128
+  dropout: float = 0.1
+  dtype: str = 'bfloat16'
+  remat: str = 'everything'
+  unroll: int = 1
+
+  BOUNDS = {'dropout': (0, 1)}  # Below 1, see `config_checks.check_dropout`.
+
+  def __post_init__(self):
+    config_checks.check(self)
+    config_checks.check_dropout(self)
+    for name, known in (('activation', tuple(ACTIVATIONS)), ('dtype', _DTYPES)):
+      value = getattr(self, name)
+      if value not in known:
+        raise errors.UserError(
+          f'T5EncoderConfig.{name}={checks.shown(value)} is not one of {", ".join(known)}'
+        )
+    if self.relative_buckets % 4:
+      raise errors.UserError(
+        f'T5EncoderConfig.relative_buckets={self.relative_buckets} must be a multiple of 4'
+      )
+    if self.relative_distance <= self.relative_buckets // 4:
+      raise errors.UserError(
+        f'T5EncoderConfig.relative_distance={self.relative_distance} must be more than a quarter '
+        f'of relative_buckets={self.relative_buckets}'
+      )
+
+  @property
+  def compute_dtype(self):
+    return jnp.dtype(self.dtype)
+
+  @property
+  def gated(self) -> bool:
+    """Whether the MLP multiplies its activation with a second projection."""
+    return self.activation.startswith('gated_')
+
+
+class RMSNorm(nn.Module):
+  """Division by the root mean square in float32, with a scale and without a bias.
+
+  Attributes:
+    dtype: of the output.
+  """
+
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Float[Array, '*places embed']) -> Float[Array, '*places embed']:
+    scale: Any = self.param(
+      'scale', nn.with_logical_partitioning(nn.initializers.ones, ('norm',)), (x.shape[-1],)
+    )
+    x = x.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+    return (x * jax.lax.rsqrt(mean_square + EPSILON) * scale).astype(self.dtype)
+
+
+def relative_buckets(length: int, buckets: int, distance: int) -> Int[np.ndarray, 'length length']:
+  """Buckets of the positions of keys relative to queries.
+
+  One half of the buckets is for keys before the query and at it, the other for keys after it. Of
+  each half, one half has a bucket for each distance, and the other is spaced logarithmically up to
+  `distance`.
+
+  Returns:
+    int32, [query, key].
+  """
+  relative = np.arange(length)[None, :] - np.arange(length)[:, None]
+  each, apart = buckets // 2, np.abs(relative)
+  exact = each // 2
+  # The float32 rounding of the original, which decides at distances on the border of two buckets.
+  ratio = np.log(np.maximum(apart, 1).astype(np.float32) / np.float32(exact))
+  far = ratio / np.float32(np.log(distance / exact)) * np.float32(each - exact)
+  bucket = np.where(apart < exact, apart, np.minimum(exact + far.astype(np.int32), each - 1))
+  return (bucket + each * (relative > 0)).astype(np.int32)
+
+
+class Attention(nn.Module):
+  """Self-attention with a bias of the scores, which are not divided by the root of head_dim."""
+
+  config: T5EncoderConfig
+
+  def setup(self):
+    config = self.config
+    projection = functools.partial(
+      layers.Projection,
+      (config.heads, config.head_dim),
+      1,
+      ('embed', 'heads', 'head_dim'),
+      config.compute_dtype,
+    )
+    # The initial queries are smaller instead.
+    self.project_query = projection(scale=1 / config.head_dim)
+    self.project_key = projection()
+    self.project_value = projection()
+    self.project_out = layers.Projection(
+      (config.width,), 2, ('heads', 'head_dim', 'embed'), config.compute_dtype
+    )
+    self.drop = layers.Dropout(config.dropout)
+
+  def __call__(
+    self,
+    x: Float[Array, 'batch length embed'],
+    mask: Bool[Array, 'batch 1 1 length'],
+    bias: Float[Array, 'heads length length'],
+    dropout_keys: layers.DropoutKeys | None = None,
+  ) -> Float[Array, 'batch length embed']:
+    names = ('activation_batch', 'activation_length', 'activation_heads', None)
+    query, key, value = (
+      nn.with_logical_constraint(projection(x), names)
+      for projection in (self.project_query, self.project_key, self.project_value)
+    )
+    scores = jnp.einsum('bqhd,bkhd->bhqk', query, key, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask, scores + bias, jnp.finfo(jnp.float32).min)
+    weights = self.drop(jax.nn.softmax(scores, axis=-1), dropout_keys)
+    return self.project_out(jnp.einsum('bhqk,bkhd->bqhd', weights.astype(value.dtype), value))
+
+
+class MLP(nn.Module):
+  """Two projections with an activation between them, or three with a gated one."""
+
+  config: T5EncoderConfig
+
+  def setup(self):
+    config = self.config
+    inwards = functools.partial(
+      layers.Projection, (config.mlp_width,), 1, ('embed', 'mlp'), config.compute_dtype
+    )
+    self.project_in = inwards()
+    if config.gated:
+      self.project_gate = inwards()
+    self.project_out = layers.Projection((config.width,), 1, ('mlp', 'embed'), config.compute_dtype)
+    self.drop = layers.Dropout(config.dropout)
+
+  def __call__(
+    self, x: Float[Array, 'batch length embed'], dropout_keys: layers.DropoutKeys | None = None
+  ) -> Float[Array, 'batch length embed']:
+    activation = ACTIVATIONS[self.config.activation]
+    if self.config.gated:
+      hidden = activation(self.project_gate(x)) * self.project_in(x)
+    else:
+      hidden = activation(self.project_in(x))
+    names = ('activation_batch', 'activation_length', 'activation_mlp')
+    hidden = self.drop(nn.with_logical_constraint(hidden, names), dropout_keys)
+    return self.project_out(hidden)
+
+
+class Block(nn.Module):
+  """Self-attention and MLP, each behind a norm and beside a residual path."""
+
+  config: T5EncoderConfig
+
+  def setup(self):
+    self.attention_norm = RMSNorm(self.config.compute_dtype)
+    self.attention = Attention(self.config)
+    self.mlp_norm = RMSNorm(self.config.compute_dtype)
+    self.mlp = MLP(self.config)
+    self.drop = layers.Dropout(self.config.dropout)
+
+  def __call__(
+    self,
+    x: Float[Array, 'batch length embed'],
+    mask: Bool[Array, 'batch 1 1 length'],
+    bias: Float[Array, 'heads length length'],
+    dropout_keys: layers.DropoutKeys | None = None,
+  ) -> Float[Array, 'batch length embed']:
+    x = nn.with_logical_constraint(x, layers.ACTIVATION)
+    keys = [layers.fold(dropout_keys, site) for site in range(4)]
+    x = x + self.drop(self.attention(self.attention_norm(x), mask, bias, keys[0]), keys[1])
+    x = x + self.drop(self.mlp(self.mlp_norm(x), keys[2]), keys[3])
+    return nn.with_logical_constraint(x, layers.ACTIVATION)
+
+
+class Encoder(nn.Module):
+  """Blocks that share the biases of relative positions, and a last norm."""
+
+  config: T5EncoderConfig
+
+  def setup(self):
+    self.block = Block(self.config, parent=None)
+    # What attention scores gain by the relative position of query and key.
+    self.relative_bias = layers.Embedding(
+      self.config.relative_buckets,
+      self.config.heads,
+      ('relative_bucket', 'heads'),
+      stddev=self.config.width**-0.5,
+    )
+    self.norm = RMSNorm(self.config.compute_dtype)
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, 'batch length embed'],
+    mask: Bool[Array, 'batch 1 1 length'],
+    dropout_keys: layers.DropoutKeys | None = None,
+  ) -> Float[Array, 'batch length embed']:
+    config = self.config
+    buckets = relative_buckets(x.shape[1], config.relative_buckets, config.relative_distance)
+    bias_of = lambda table: jnp.moveaxis(jnp.take(table, buckets, axis=0), -1, 0)
+    table: Any = self.relative_bias.table
+    stacked: PyTree = self.param(
+      'layers',
+      layer_stack.initializer(self.block, config.layers, x[:1], mask[:1], bias_of(table)),
+    )
+
+    def layer(params, index, x, mask, keys):
+      del index  # All layers are alike.
+      params, table = params
+      return self.block.apply({'params': params}, x, mask, bias_of(table), keys)
+
+    if not self.is_initializing():
+      # A layer in a pipeline gets only what has an axis of layers or of examples. The table is small
+      # enough to give each layer a copy; the biases are not.
+      tables = jnp.broadcast_to(table, (config.layers, *table.shape))
+      x = layer_stack.run(
+        layer, (stacked, tables), x, mask, dropout_keys, config.remat, config.unroll
+      )
+    return self.norm(x)
+
+
+class T5Encoder(nn.Module):
+  """A bidirectional Transformer over SentencePiece tokens, with relative positions.
+
+  Attributes:
+    config: widths and depths.
+  """
+
+  config: T5EncoderConfig
+
+  def setup(self):
+    config = self.config
+    self.token_embedding = layers.Embedding(config.text_vocabulary, config.width, stddev=1.0)
+    self.encoder = Encoder(config)
+    self.drop = layers.Dropout(config.dropout)
+
+  def __call__(
+    self,
+    text_tokens: Int[Array, 'batch text_length'],
+    dropout_keys: layers.DropoutKeys | None = None,
+    masked: tuple[Bool[Array, 'batch text_length'], Float[Array, 'embed']] | None = None,
+  ) -> Float[Array, 'batch text_length embed']:
+    """Encodes text.
+
+    Args:
+      text_tokens: padded with 0, which no position attends to.
+      dropout_keys: of the encoder, or None where dropout is off.
+      masked: for masked language modelling, where pieces are hidden and the vector that stands for
+        them; None for nowhere.
+
+    Returns:
+      An array of config.compute_dtype.
+    """
+    pieces = self.token_embedding(text_tokens)
+    if masked is not None:
+      hidden, vector = masked
+      pieces = jnp.where(hidden[..., None], vector, pieces)
+    x = pieces.astype(self.config.compute_dtype)
+    x = self.drop(x, layers.fold(dropout_keys, _IN_EMBEDDING))
+    keys = layers.fold(dropout_keys, _IN_LAYERS)
+    x = self.encoder(x, text_encoder.text_mask(text_tokens), keys)
+    return self.drop(x, layers.fold(dropout_keys, _IN_OUTPUT))
+
+
+def example_inputs(config: T5EncoderConfig, batch: int = 1):
+  """Arrays of the shapes and dtypes that `T5Encoder.__call__` takes, for initialisation."""
+  return (jnp.ones((batch, config.text_length), jnp.int32),)

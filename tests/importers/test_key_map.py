@@ -1,0 +1,111 @@
+"""Tests of parti_jax.importers.key_map."""
+
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+
+from parti_jax.core.errors import UserError
+from parti_jax.importers import key_map
+
+
+@dataclasses.dataclass
+class _Stored:
+  array: np.ndarray
+  reads: int = 0
+
+  shape = property(lambda self: self.array.shape)
+  dtype = property(lambda self: self.array.dtype)
+
+  def read(self):
+    self.reads += 1
+    return self.array
+
+
+MAP = {
+  'conv/kernel': key_map.one('conv.weight', key_map.convolution),
+  'blocks/dense/kernel': key_map.layers('block.{}.weight', 2, key_map.linear),
+  'blocks/dense/heads': key_map.layers('block.{}.qkv', 2, lambda a: a.reshape(2, 3, -1)[0]),
+  'scale': key_map.one('norm.weight'),
+  'temperature': key_map.one('logit_scale', lambda a: a.reshape(())),
+}
+EXPECTED = {
+  'conv/kernel': (3, 3, 2, 5),
+  'blocks/dense/kernel': (2, 4, 7),
+  'blocks/dense/heads': (2, 3, 4),
+  'scale': (6,),
+  'temperature': (),
+}
+SHAPES = {
+  'conv.weight': (5, 2, 3, 3),
+  'block.0.weight': (7, 4),
+  'block.1.weight': (7, 4),
+  'block.0.qkv': (6, 4),
+  'block.1.qkv': (6, 4),
+  'norm.weight': (6,),
+  'logit_scale': (1,),
+}
+
+
+def _stored(**changes):
+  draw = np.random.default_rng(0)
+  shapes = SHAPES | {name.replace('__', '.'): shape for name, shape in changes.items()}
+  return {
+    name: _Stored(draw.normal(size=shape).astype(np.float16))
+    for name, shape in shapes.items()
+    if shape is not None
+  }
+
+
+def test_parameters_are_made_of_the_arrays_that_the_map_names():
+  stored = _stored()
+  key_map.check(MAP, stored, EXPECTED, 'a file')
+  assert not any(array.reads for array in stored.values())
+  ours = dict(key_map.convert(MAP, stored))
+  assert {path: array.shape for path, array in ours.items()} == EXPECTED
+  assert all(array.dtype == np.float32 and array.flags.c_contiguous for array in ours.values())
+  assert all(array.reads == 1 for array in stored.values())
+  assert ours['conv/kernel'][1, 2, 0, 4] == stored['conv.weight'].array[4, 0, 1, 2]
+  assert ours['blocks/dense/kernel'][1, 3, 5] == stored['block.1.weight'].array[5, 3]
+  assert ours['blocks/dense/heads'][1, 2, 3] == stored['block.1.qkv'].array[2, 3]
+
+
+@pytest.mark.parametrize(
+  'changes, named',
+  [
+    ({'norm__weight': None}, 'missing: norm.weight'),
+    ({'loss__weight': (1,)}, 'not part of this network: loss.weight'),
+    ({'block__1__weight': (4, 7)}, 'block.1.weight [4, 7], which would be blocks/dense/kernel'),
+    ({'conv__weight': (5, 2)}, 'conv.weight [5, 2], which would be conv/kernel [3, 3, 2, 5]'),
+    ({'block__0__qkv': (7, 4)}, 'block.0.qkv [7, 4]'),
+  ],
+)
+def test_what_does_not_fit_is_named(changes, named):
+  with pytest.raises(UserError, match=re.escape(named)) as raised:
+    key_map.check(MAP, _stored(**changes), EXPECTED, 'weights.pt')
+  assert str(raised.value).startswith('weights.pt ')
+
+
+def test_names_that_a_pattern_covers_may_be_left_over():
+  stored = _stored(loss__a__weight=(1,), loss__b=(1,))
+  key_map.check(MAP, stored, EXPECTED, 'a file', [r'loss\..*'])
+  with pytest.raises(UserError, match='loss.b'):
+    key_map.check(MAP, stored, EXPECTED, 'a file', [r'loss\.a\..*'])
+
+
+def test_many_names_are_cut():
+  with pytest.raises(UserError, match='and 2 more'):
+    key_map.check(MAP, {}, EXPECTED, 'a file')
+
+
+def test_published_sizes_are_checked_without_their_memory():
+  size = 2**20  # 4 TiB, were it allocated.
+
+  class Huge:
+    shape = (size, size)
+    dtype = np.dtype(np.float32)
+
+  key_map.check(
+    {'kernel': key_map.one('w', key_map.linear)}, {'w': Huge()}, {'kernel': (size, size)}, 'f'
+  )
