@@ -1,4 +1,4 @@
-"""`parti-jax batch`: shows a batch that a run has named, such as that of a step not applied."""
+"""`parti-jax batch`: shows a batch that a run's log names, such as that of a skipped step."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ def add_arguments(parser: argparse.ArgumentParser):
   parser.add_argument(
     '--model_dir',
     metavar='RUN',
-    help="the run's folder; its gin values are taken if no --gin_file is given",
+    help="the run's folder; its gin values are used unless --gin_file is given",
   )
   parser.add_argument(
     '--place',
     required=True,
     nargs='+',
     metavar='PLACE',
-    help='the batches, SHARE/SHARES:EPOCH:TAKEN+COUNT, as the run names them',
+    help='the batches, in the form SHARE/SHARES:EPOCH:TAKEN+COUNT of the log',
   )
   parser.add_argument(
     '--output_dir',
     metavar='FOLDER',
-    help='where each is written as PLACE.npz, and its pictures as PLACE.png',
+    help='folder to write each batch to as PLACE.npz, and its pictures as PLACE.png',
   )
 
 
 def run(args: argparse.Namespace) -> int:
   """Prints the captions and arrays of batches, and writes them; returns the exit status."""
   if not args.gin_file and not args.model_dir:
-    raise errors.UserError("--model_dir=RUN not given; or give the run's --gin_file")
+    raise errors.UserError("give --model_dir=RUN or the run's --gin_file")
   from parti_jax.data import shared_batches
   from parti_jax.training import config as config_lib
   from parti_jax.training import configurables  # noqa: F401
@@ -56,12 +56,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def describe(batch: dict[str, np.ndarray], task: str, lengths: dict[str, int]) -> list[str]:
-  """Lines on a batch: its arrays, and its captions where it has some.
+  """Returns lines about a batch's arrays and captions.
 
   Args:
-    batch: arrays [examples, ...], of `shared_batches.read`.
+    batch: the result of `shared_batches.read`.
     task: name of its seqio task.
-    lengths: of the task's features, see `Batches`.
+    lengths: lengths of the task's features.
   """
   from parti_jax.data import datasets
   from parti_jax.data import mixtures
@@ -85,18 +85,18 @@ def describe(batch: dict[str, np.ndarray], task: str, lengths: dict[str, int]) -
 
 
 def write(batch: dict[str, np.ndarray], place, folder) -> list[pathlib.Path]:
-  """Writes a batch's arrays, and its pictures as a grid where it has some.
+  """Writes a batch's arrays and, if it has pictures, a grid of them.
 
   Args:
-    batch: of `shared_batches.read`.
-    place: its Place, which gives the files' names.
-    folder: made if it is not there.
+    batch: the result of `shared_batches.read`.
+    place: the batch's Place, for the names of the files.
+    folder: the output folder, created if it does not exist.
 
   Returns:
-    The files.
+    The paths of the files.
 
   Raises:
-    UserError: if they can't be written.
+    UserError: if the folder can't be written.
   """
   from PIL import Image
 
@@ -106,12 +106,12 @@ def write(batch: dict[str, np.ndarray], place, folder) -> list[pathlib.Path]:
   file = pathlib.Path(folder) / f'{name}.npz'
   try:
     file.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(file, **batch)
+    np.savez_compressed(file, **batch)  # type: ignore[arg-type]  # None is named allow_pickle.
     if 'images' not in batch:
       return [file]
     Image.fromarray(reporting.tile(batch['images'])).save(file.with_suffix('.png'))
   except OSError as error:
     raise errors.UserError(
-      f'--output_dir {folder}: cannot be written ({error.strerror or error}); name another folder'
+      f'--output_dir {folder}: cannot be written ({error.strerror or error}); choose another folder'
     ) from error
   return [file, file.with_suffix('.png')]

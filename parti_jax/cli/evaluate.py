@@ -3,6 +3,7 @@
 import argparse
 import pathlib
 import sys
+from typing import Any
 
 import parti_jax
 from parti_jax.cli import sampling_flags
@@ -21,7 +22,7 @@ from parti_jax.sampling import sheets
 DATASETS = ('openmoji', 'coco', 'localized_narratives')
 
 # Flags that only apply to some data sets, with their defaults.
-_OF_DATASETS = {
+_OF_DATASETS: dict[tuple[str, ...], dict[str, Any]] = {
   ('openmoji',): {
     'splits': list(openmoji.SPLITS),
     'max_prompts': None,

@@ -8,6 +8,7 @@ import itertools
 import json
 import pathlib
 import sys
+from typing import Any
 
 import tqdm
 
@@ -69,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
       '`parti-jax export --base=FOLDER --super_resolution=RUN` adds it'
     )
   size = pipeline.upscaler.factor * pipeline.image_size
-  with contextlib.closing(datasets.pictures_and_captions(source, args.split, size)) as examples:
+  examples: Any = datasets.pictures_and_captions(source, args.split, size)
+  with contextlib.closing(examples):
     pictures = itertools.islice((picture for _, picture in examples), args.max_pictures)
     bar = tqdm.tqdm(pictures, desc=args.split, unit='picture', disable=not sys.stderr.isatty())
     report, sample = upscaling_report.evaluate(pipeline, iter(bar))

@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     tokenizer_config=tokenizer.config,
     tokenizer_params=tokenizer.params,
     parts=parts,
-    vocabulary_path=args.vocabulary or base.vocabulary_path,
+    vocabulary_path=base.vocabulary_path if base and not args.vocabulary else args.vocabulary,
     sampling=sampling,
     dtype=args.dtype or (base.stored_as if base else 'float16'),
     overwrite=args.overwrite,
@@ -140,7 +140,7 @@ def _made_with_base(base: model_folder.Model, names: list[str]) -> dict[str, dic
   """Returns fingerprints for networks of a base model; computes those that an older one lacks."""
   networks = base.networks
   ours = {
-    'vocabulary': vocabulary.TextVocabulary(base.vocabulary_path).fingerprint,
+    'vocabulary': vocabulary.TextVocabulary(str(base.vocabulary_path)).fingerprint,
     'tokenizer': fingerprints.of_tokenizer(networks['tokenizer'].params),
   }
   needed = _NEEDED | {'tokenizer': ('tokenizer',)}

@@ -131,6 +131,8 @@ def _run_or_complain(argv: Sequence[str]) -> int:
   try:
     return _run(argv)
   except SystemExit as exit_:  # argparse exits after --help and after a bad flag.
+    if not isinstance(exit_.code, int):
+      raise
     return exit_.code
   except UserError as error:
     return _complain(gin_config.without_call_chain(error))
@@ -160,7 +162,8 @@ def _run(argv: Sequence[str]) -> int:
   )
   module.add_arguments(parser)
   if getattr(module, 'OTHER_FLAGS', False):
-    args, args.other_flags = parser.parse_known_args(arguments)
+    args, other_flags = parser.parse_known_args(arguments)
+    args.other_flags = other_flags
   else:
     args = parser.parse_args(arguments)
   if bindings and not hasattr(args, 'gin_file'):

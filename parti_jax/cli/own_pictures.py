@@ -1,4 +1,4 @@
-"""`parti-jax own_pictures`: from a folder of captioned pictures to drawings, in one command."""
+"""`parti-jax own_pictures`: trains a model on captioned pictures and samples pictures from it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from parti_jax.core import gin_config
 from parti_jax.core import storage
 from parti_jax.core.errors import UserError
 
-# Steps that are timed, and how many of these are between two readings.
+# Number of steps to time, and number of steps between two readings of the clock.
 _TIMED_STEPS, _TIMED_EVERY = 30, 10
-# The tokenizer's share of the time.
+# The tokenizer's share of the training time.
 _SHARE = 0.4
 _MOST_MEASURED = 100_000
 
@@ -27,22 +27,22 @@ def add_arguments(parser: argparse.ArgumentParser):
   parser.add_argument(
     'folder',
     metavar='FOLDER',
-    help='pictures with captions.jsonl (or metadata.jsonl), or with a .txt beside '
-    'each, or tar shards',
+    help='folder of pictures with captions.jsonl (or metadata.jsonl), of pictures with a .txt file '
+    'each, or of tar shards',
   )
-  parser.add_argument('prompts', nargs='+', metavar='PROMPT', help='what to draw in the end')
+  parser.add_argument('prompts', nargs='+', metavar='PROMPT', help='what to draw after training')
   parser.add_argument(
     '--output_dir',
     default='runs/own_pictures',
     metavar='DIR',
-    help='where everything goes; started again with the same one, the command '
-    'goes on (default: %(default)s)',
+    help='output folder; a command with the folder of an earlier one resumes it (default: '
+    '%(default)s)',
   )
   parser.add_argument(
     '--minutes',
     type=float,
     default=60,
-    help='about how long training may take (default: %(default)s)',
+    help='approximate training time (default: %(default)s)',
   )
   parser.add_argument(
     '--image_size',
@@ -51,21 +51,24 @@ def add_arguments(parser: argparse.ArgumentParser):
     help='height and width of the pictures (default: 64 on a CPU, else 128)',
   )
   parser.add_argument(
-    '--num_images', type=int, default=4, help='pictures for each prompt (default: %(default)s)'
+    '--num_images',
+    type=int,
+    default=4,
+    help='number of pictures for each prompt (default: %(default)s)',
   )
 
 
 def run(args: argparse.Namespace) -> int:
-  """Trains what is missing, draws, and prints the commands and the files.
+  """Trains what is missing and samples pictures; prints the commands and the files.
 
   Returns:
-    The exit status: 0, or that of the command that ended otherwise, such as 75 when it was asked to
-    stop; then the same command goes on.
+    The exit status: 0, or that of a command that failed or was interrupted. The status is 75 after
+    an interruption, and the same command then resumes.
   """
   checks.number('--minutes', args.minutes, 0.1, 100_000)
   checks.count('--num_images', args.num_images)
   checks.texts('prompt', args.prompts)
-  # gin takes no more names once values are read.
+  # gin can't register names after it has parsed values.
   from parti_jax.data import datasets  # noqa: F401
   from parti_jax.training import configurables  # noqa: F401
 
@@ -82,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> own_plan.Plan:
-  """The plan of an earlier start, or a new one."""
+  """Returns the plan in the output folder, or makes a new one."""
   import jax
 
   from parti_jax.data import sources
@@ -92,11 +95,11 @@ def _plan(args: argparse.Namespace) -> own_plan.Plan:
   if plan is not None:
     if plan.folder != folder or args.image_size not in (None, plan.image_size):
       raise UserError(
-        f'{args.output_dir} is of the pictures in {plan.folder} at '
-        f'{plan.image_size} pixels; choose another --output_dir'
+        f'{args.output_dir} belongs to the pictures in {plan.folder} at {plan.image_size} pixels; '
+        'choose another --output_dir'
       )
     if plan.minutes != args.minutes:
-      print(f'going on with --minutes={plan.minutes:g}, as it began')
+      print(f'resuming with --minutes={plan.minutes:g}, the value at the start')
     return plan
   source = own_plan.find_source(folder)
   gin_config.parse([], source)
@@ -117,18 +120,18 @@ def _plan(args: argparse.Namespace) -> own_plan.Plan:
   )
   if plan.examples < 100:
     print(
-      'So few pictures are learnt by heart; a prompt that differs from all captions draws a '
+      'The model will memorise so few pictures; a prompt that differs from all captions gives a '
       'mixture of them.'
     )
   return plan
 
 
 class _Work:
-  """The steps on the way, each of which does only what is missing in the output folder.
+  """The steps of the command; each does only what the output folder lacks.
 
   Args:
     output_dir: the folder.
-    plan: what to train.
+    plan: the plan.
   """
 
   def __init__(self, output_dir: str, plan: own_plan.Plan):
@@ -139,7 +142,7 @@ class _Work:
     )
 
   def vocabulary(self) -> int:
-    """Trains the vocabulary, and measures how long captions are with it."""
+    """Trains the vocabulary, and measures the number of tokens of the captions."""
     if not os.path.exists(self._vocabulary):
       status = self._command(
         'vocabulary',
@@ -163,14 +166,14 @@ class _Work:
     return self._train('tokenizer', self._tokenizer, bindings, 60 * _SHARE * self.plan.minutes)
 
   def tokens(self) -> int:
-    """Turns the pictures into image tokens, if those that are there are not of this tokenizer."""
+    """Tokenizes the pictures, unless the folder has their tokens from this tokenizer."""
     from parti_jax.data import token_cache_info
     from parti_jax.training.objectives import frozen_tokenizer
 
     if os.path.exists(os.path.join(self._tokens, 'info.json')):
       try:
         info = token_cache_info.read_info(self._tokens)
-      except UserError:  # It is damaged, or of an earlier version.
+      except UserError:  # Damaged, or of an earlier version.
         info = {'splits': {}}
       if 'train' in info['splits'] and (
         info['tokenizer'] == frozen_tokenizer.load(self._tokenizer).fingerprint
@@ -188,7 +191,7 @@ class _Work:
     )
 
   def generator(self, seconds: float) -> int:
-    """Trains the generator for about so long, if it has not begun yet."""
+    """Trains the generator; `seconds` is the training time if the training has not begun."""
     bindings = self.plan.sizes['generator'] + [
       f'token_cache.path = {self._tokens!r}',
       f'vocabulary.path = {self._vocabulary!r}',
@@ -199,7 +202,7 @@ class _Work:
     return self._train('generator', self._generator, bindings, seconds)
 
   def export(self) -> int:
-    """Puts the trained parts into a model folder."""
+    """Writes the trained parts to a model folder."""
     return self._command(
       'export',
       f'--tokenizer={self._tokenizer}',
@@ -211,7 +214,7 @@ class _Work:
     )
 
   def draw(self, prompts: list[str], num_images: int) -> int:
-    """Draws the prompts."""
+    """Samples pictures for the prompts."""
     return self._command(
       'generate',
       *prompts,
@@ -237,7 +240,7 @@ class _Work:
     )
 
   def _seconds_per_step(self, part: str, file: str) -> float:
-    """Trains a few steps and forgets them."""
+    """Measures the time of a training step, in a temporary run."""
     from parti_jax.core import compilation_cache
     from parti_jax.training import train_loop
 
@@ -282,13 +285,13 @@ class _Work:
     return self._gin_file('data', ['import parti_jax.data.datasets', *self.plan.source])
 
   def _gin_file(self, name: str, lines: list[str]) -> str:
-    """Writes a gin file into the output folder, and returns its path."""
+    """Writes a gin file to the output folder and returns its path."""
     path = os.path.abspath(os.path.join(self._folder, f'{name}.gin'))
     storage.write(path, '\n'.join(lines) + '\n')
     return path
 
   def _command(self, *arguments: str) -> int:
-    """Prints and runs a command of this package, in this process, which holds the device."""
+    """Prints a command and runs it in this process, which already uses the device."""
     from parti_jax.cli import main
 
     print(f'$ parti-jax {shlex.join(arguments)}', flush=True)

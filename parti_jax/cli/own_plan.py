@@ -167,7 +167,9 @@ def make(
   Raises:
     UserError: if there are no captions, or the size is invalid.
   """
-  words, characters, examples = set(), set(), 0
+  words: set[str] = set()
+  characters: set[str] = set()
+  examples = 0
   for caption in captions:
     examples += 1
     words.update(caption.lower().split())

@@ -11,11 +11,13 @@ from parti_jax.exported_model import sampling_settings as settings_lib
 _DEFAULTS = settings_lib.SamplingSettings()
 
 
-def add_arguments(parser: argparse.ArgumentParser, default: str = "the model's"):
+def add_arguments(
+  parser: argparse.ArgumentParser | argparse._ArgumentGroup, default: str = "the model's"
+):
   """Adds a flag for each field of SamplingSettings; the default is None.
 
   Args:
-    parser: parser of a command.
+    parser: parser of a command, or a group of its arguments.
     default: description of the default, for the help.
   """
 

@@ -335,4 +335,4 @@ def test_the_command_shows_the_batch(tmp_path, capsys, generator_bindings):
   assert main.main([*flags, '--place', '2/2:0:5+3']) == 2
   assert "'2/2:0:5+3' is not a place in the data" in capsys.readouterr().err
   assert main.main(['batch', '--place', '0/1:0:0+1']) == 2
-  assert '--model_dir=RUN not given' in capsys.readouterr().err
+  assert '--model_dir=RUN' in capsys.readouterr().err
