@@ -218,7 +218,7 @@ class Transformer(nn.Module):
 
     if self.is_initializing():
       return x
-    return layer_stack.run(layer, stacked, x, None, None, self.remat, self.unroll)
+    return layer_stack.LayerStack(layer, self.remat, self.unroll).run(stacked, x)
 
 
 def whole_patches(

@@ -287,9 +287,8 @@ class Encoder(nn.Module):
       # A layer in a pipeline gets only what has an axis of layers or of examples. The table is small
       # enough to give each layer a copy; the biases are not.
       tables = jnp.broadcast_to(table, (config.layers, *table.shape))
-      x = layer_stack.run(
-        layer, (stacked, tables), x, mask, dropout_keys, config.remat, config.unroll
-      )
+      stack = layer_stack.LayerStack(layer, config.remat, config.unroll)
+      x = stack.run((stacked, tables), x, mask, dropout_keys)
     return self.norm(x)
 
 
