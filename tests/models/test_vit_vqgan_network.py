@@ -147,7 +147,7 @@ def test_remat_and_unroll_change_neither_the_tokenizers_loss_nor_its_gradients(
     jax.tree.leaves(gradients(TINY)),
     jax.tree.leaves(gradients(dataclasses.replace(TINY, **changes))),
   ):
-    np.testing.assert_allclose(b, a, atol=1e-6 * np.abs(a).max())
+    np.testing.assert_allclose(b, a, atol=4e-6 * np.abs(a).max())
 
 
 @pytest.mark.parametrize(

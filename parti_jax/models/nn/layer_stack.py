@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 from jaxtyping import Float
 from jaxtyping import PyTree
@@ -99,7 +100,7 @@ class LayerStack:
 
   def run(
     self,
-    stacked: PyTree[Float[Array, 'layers ...']],
+    stacked: PyTree[Float[Array | np.ndarray, 'layers ...']],
     x: Float[Array, 'batch length embed'],
     side_inputs: PyTree[Shaped[Array, 'batch ...']] = None,
     dropout_keys: layers.DropoutKeys | None = None,
