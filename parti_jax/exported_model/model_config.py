@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import ml_dtypes
@@ -48,11 +49,17 @@ def read(path: pathlib.Path) -> dict[str, Any]:
   return config
 
 
-def sizes(kind: type, config: dict[str, Any], key: str, dtype: str, where) -> Any:
+def entry(kinds: Mapping[str, type], config) -> dict[str, Any]:
+  """Returns what config.json has of a network: its config and, if it has several, its kind."""
+  name = next(name for name, kind in kinds.items() if type(config) is kind)
+  return ({'kind': name} if len(kinds) > 1 else {}) | dataclasses.asdict(config)
+
+
+def sizes(kinds: Mapping[str, type], config: dict[str, Any], key: str, dtype: str, where) -> Any:
   """Returns the config of a network.
 
   Args:
-    kind: dataclass of the network's config.
+    kinds: the dataclasses of the network's configs by the names of their kinds.
     config: the result of `read`.
     key: the network's key in the file.
     dtype: name of the dtype to compute in, which replaces the file's.
@@ -62,6 +69,7 @@ def sizes(kind: type, config: dict[str, Any], key: str, dtype: str, where) -> An
     UserError: if the entry is missing, has other fields, or has an invalid value.
   """
   values = dict(_object(config, key, where))
+  kind = _kind(kinds, values, key, where)
   if kind is parti_config.PartiConfig:
     try:
       values = parti_config.by_todays_names(values)
@@ -84,6 +92,16 @@ def sizes(kind: type, config: dict[str, Any], key: str, dtype: str, where) -> An
     return dataclasses.replace(kind(**values), dtype=dtype)
   except UserError as error:
     raise UserError(f'{where}: {str(error).replace(f"{kind.__name__}.", f"{key}.")}') from error
+
+
+def _kind(kinds: Mapping[str, type], values: dict[str, Any], key: str, where) -> type:
+  """Takes the kind out of the entry of a network that has several, and returns its dataclass."""
+  name = values.pop('kind', next(iter(kinds))) if len(kinds) > 1 else next(iter(kinds))
+  if not isinstance(name, str) or name not in kinds:
+    raise UserError(
+      f'{where}: {key}.kind={checks.shown_as_json(name)} is not one of {", ".join(kinds)}'
+    )
+  return kinds[name]
 
 
 def sampling(config: dict[str, Any], where) -> settings_lib.SamplingSettings:

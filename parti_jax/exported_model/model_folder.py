@@ -51,10 +51,10 @@ from parti_jax.exported_model import file_names
 from parti_jax.exported_model import model_config
 from parti_jax.exported_model import sampling_settings as settings_lib
 from parti_jax.models import coca
+from parti_jax.models import image_tokenizers
 from parti_jax.models import parti as parti_lib
 from parti_jax.models import parti_config
 from parti_jax.models import super_resolution
-from parti_jax.models import vit_vqgan
 
 CONFIG_FILE = file_names.CONFIG_FILE
 VOCABULARY_FILE = file_names.VOCABULARY_FILE
@@ -65,28 +65,35 @@ class Network(NamedTuple):
   """A network that a model folder may hold.
 
   Attributes:
-    config: dataclass of the network's config.
+    kinds: the dataclasses of the network's configs by the names of their kinds in config.json.
+      Without a name there, the first one is meant.
     module: makes the linen module from a config.
     example_inputs: makes example inputs of the module from a config.
   """
 
-  config: type
+  kinds: Mapping[str, type]
   module: Callable[[Any], nn.Module]
   example_inputs: Callable[[Any], tuple]
 
 
 # A model has all required networks, and the optional ones that were exported with it.
 REQUIRED = {
-  'generator': Network(parti_config.PartiConfig, parti_lib.Parti, parti_lib.example_inputs),
-  'tokenizer': Network(vit_vqgan.ViTVQGANConfig, vit_vqgan.ViTVQGAN, vit_vqgan.example_inputs),
+  'generator': Network(
+    {'parti': parti_config.PartiConfig}, parti_lib.Parti, parti_lib.example_inputs
+  ),
+  'tokenizer': Network(
+    {name: kind.config for name, kind in image_tokenizers.KINDS.items()},
+    image_tokenizers.module,
+    image_tokenizers.example_inputs,
+  ),
 }
 OPTIONAL = {
   'super_resolution': Network(
-    super_resolution.SuperResolutionConfig,
+    {'super_resolution': super_resolution.SuperResolutionConfig},
     super_resolution.SuperResolution,
     super_resolution.example_inputs,
   ),
-  'ranker': Network(coca.CoCaConfig, coca.CoCa, coca.example_inputs),
+  'ranker': Network({'coca': coca.CoCaConfig}, coca.CoCa, coca.example_inputs),
 }
 NETWORKS = REQUIRED | OPTIONAL
 
@@ -133,7 +140,7 @@ class Model:
   """
 
   generator_config: parti_config.PartiConfig
-  tokenizer_config: vit_vqgan.ViTVQGANConfig
+  tokenizer_config: image_tokenizers.Config
   generator_params: dict[str, Any]
   tokenizer_params: dict[str, Any]
   vocabulary_path: pathlib.Path
@@ -160,7 +167,7 @@ def save(
   *,
   generator_config: parti_config.PartiConfig,
   generator_params: PyTree,
-  tokenizer_config: vit_vqgan.ViTVQGANConfig,
+  tokenizer_config: image_tokenizers.Config,
   tokenizer_params: PyTree,
   vocabulary_path,
   parts: dict[str, Part] | None = None,
@@ -179,7 +186,7 @@ def save(
     generator_config: config of Parti.
     generator_params: parameters of Parti, with or without axis names.
     tokenizer_config: config of the image tokenizer.
-    tokenizer_params: parameters of ViTVQGAN, with or without axis names.
+    tokenizer_params: parameters of the tokenizer, with or without axis names.
     vocabulary_path: path of the SentencePiece vocabulary.
     parts: optional networks by their names in OPTIONAL, with or without axis names.
     sampling: default settings of `generate`.
@@ -221,7 +228,9 @@ def save(
   }
   config = {
     'format_version': model_config.FORMAT_VERSION,
-    **{name: dataclasses.asdict(part.config) for name, part in networks.items()},
+    **{
+      name: model_config.entry(NETWORKS[name].kinds, part.config) for name, part in networks.items()
+    },
     'sampling': dataclasses.asdict(sampling),
     'parameters': {
       'stored_as': dtype,
@@ -269,7 +278,7 @@ def load(folder) -> Model:
   paths = {name: folder / parameter_file(own) for name, own in stored.items()}
   _check_complete(folder, [*(path.name for path in paths.values()), VOCABULARY_FILE])
   sizes = {
-    name: model_config.sizes(NETWORKS[name].config, config, own, _compute_dtype(), where)
+    name: model_config.sizes(NETWORKS[name].kinds, config, own, _compute_dtype(), where)
     for name, own in stored.items()
   }
   check_sizes(sizes['generator'], sizes['tokenizer'], str(where))
@@ -308,7 +317,7 @@ def load_tokenizer(folder) -> Part:
   _check_complete(folder, [CONFIG_FILE, parameter_file('tokenizer')])
   where = folder / CONFIG_FILE
   sizes = model_config.sizes(
-    vit_vqgan.ViTVQGANConfig, model_config.read(where), 'tokenizer', _compute_dtype(), where
+    NETWORKS['tokenizer'].kinds, model_config.read(where), 'tokenizer', _compute_dtype(), where
   )
   file = folder / parameter_file('tokenizer')
   return Part(sizes, _read_parameters(file, abstract('tokenizer', sizes)), _read_made_with(file))
@@ -470,7 +479,7 @@ def _check_complete(folder: pathlib.Path, files: Iterable[str]):
 
 
 def check_sizes(
-  generator: parti_config.PartiConfig, tokenizer: vit_vqgan.ViTVQGANConfig, where: str
+  generator: parti_config.PartiConfig, tokenizer: image_tokenizers.Config, where: str
 ):
   """Raises UserError unless the generator's codebook size and grid match the tokenizer's."""
   for name in ('codebook_size', 'grid'):

@@ -20,7 +20,7 @@ from jaxtyping import UInt8
 
 from parti_jax.core import numerics
 from parti_jax.core.errors import UserError
-from parti_jax.models import vit_vqgan
+from parti_jax.models import image_tokenizers
 from parti_jax.sampling import placement
 
 # Maximum number of pictures to decode at once.
@@ -35,7 +35,7 @@ class Detokenizer:
   """
 
   def __init__(
-    self, config: vit_vqgan.ViTVQGANConfig, params: PyTree, device: jax.Device | None = None
+    self, config: image_tokenizers.Config, params: PyTree, device: jax.Device | None = None
   ):
     """Puts a tokenizer on a device.
 
@@ -45,7 +45,7 @@ class Detokenizer:
       device: the device to compute on; None for JAX's default.
     """
     self.config = dataclasses.replace(config, dtype='float32')
-    self._module = vit_vqgan.ViTVQGAN(self.config)
+    self._module = image_tokenizers.module(self.config)
     self._device = device
     self._params = jax.device_put(params, device)
 

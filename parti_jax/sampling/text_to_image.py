@@ -28,6 +28,7 @@ from parti_jax.core.errors import UserError
 from parti_jax.data import vocabulary as vocabulary_lib
 from parti_jax.exported_model import model_folder
 from parti_jax.exported_model import sampling_settings as settings_lib
+from parti_jax.models import image_tokenizers
 from parti_jax.models import parti_config
 from parti_jax.models import vit_vqgan
 from parti_jax.sampling import adaptive
@@ -186,7 +187,7 @@ class TextToImage:
     self.sampling = model.sampling
     self.provenance = model.provenance
     self._config = model.generator_config
-    self._tokenizer = vit_vqgan.ViTVQGAN(model.tokenizer_config)
+    self._tokenizer = image_tokenizers.module(model.tokenizer_config)
     self._place = placement.Placement(mesh, rules)
     self._vocabulary = vocabulary_lib.TextVocabulary(str(model.vocabulary_path))
     if self._vocabulary.size > self._config.text_vocabulary:

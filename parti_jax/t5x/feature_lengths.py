@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from parti_jax.models import image_tokenizers
 from parti_jax.models import parti_config
-from parti_jax.models import vit_vqgan
 
 
 def of_parti(config: parti_config.PartiConfig) -> dict[str, int]:
@@ -11,6 +11,6 @@ def of_parti(config: parti_config.PartiConfig) -> dict[str, int]:
   return {'inputs': config.text_length, 'targets': config.image_length}
 
 
-def of_tokenizer(config: vit_vqgan.ViTVQGANConfig) -> dict[str, int]:
+def of_tokenizer(config: image_tokenizers.Config) -> dict[str, int]:
   """Returns the height and width of the pictures in pixels, 'images'."""
   return {'images': config.image_size}

@@ -19,7 +19,7 @@ from jaxtyping import PRNGKeyArray
 from jaxtyping import Shaped
 from jaxtyping import UInt8
 
-from parti_jax.models import vit_vqgan
+from parti_jax.models import image_tokenizers
 from parti_jax.models.nn import layers
 from parti_jax.training import inputs as inputs_lib
 from parti_jax.training.objectives import frozen_tokenizer as frozen_tokenizer_lib
@@ -103,7 +103,7 @@ class Objective(abc.ABC):
     )
 
   @functools.cached_property
-  def tokenizer_config(self) -> vit_vqgan.ViTVQGANConfig:
+  def tokenizer_config(self) -> image_tokenizers.Config:
     """The config of `frozen_tokenizer`; for plans, gin's config if it isn't trained yet."""
     assert self.tokenizer is not None
     return frozen_tokenizer_lib.sizes(self.tokenizer, lambda: self.frozen_tokenizer.config)

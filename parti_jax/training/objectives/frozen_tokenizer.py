@@ -25,6 +25,7 @@ from parti_jax.core import fingerprints
 from parti_jax.core import numerics
 from parti_jax.core import storage
 from parti_jax.exported_model import model_folder
+from parti_jax.models import image_tokenizers
 from parti_jax.models import vit_vqgan
 
 # Number of images that a device tokenizes at once.
@@ -44,7 +45,7 @@ class FrozenTokenizer:
   """
 
   path: str
-  config: vit_vqgan.ViTVQGANConfig
+  config: image_tokenizers.Config
   params: Any
   kept_fingerprint: str | None = None
 
@@ -62,8 +63,8 @@ def is_trained(path: str | os.PathLike) -> bool:
 
 
 def sizes(
-  path: str | os.PathLike, of_trained: Callable[[], vit_vqgan.ViTVQGANConfig]
-) -> vit_vqgan.ViTVQGANConfig:
+  path: str | os.PathLike, of_trained: Callable[[], image_tokenizers.Config]
+) -> image_tokenizers.Config:
   """Returns the config of a tokenizer that may not be trained yet, for a plan.
 
   Args:
@@ -84,7 +85,7 @@ def sizes(
     return vit_vqgan.ViTVQGANConfig()
 
 
-def planned_params(model: vit_vqgan.ViTVQGANConfig) -> PyTree:
+def planned_params(model: image_tokenizers.Config) -> PyTree:
   """Returns the shapes and dtypes of a tokenizer's parameters, without any files."""
   return nn.meta.unbox(model_folder.abstract('tokenizer', model))
 
@@ -165,7 +166,7 @@ class Encoder:
     used = {name: values for name, values in tokenizer.params.items() if name != 'decoder'}
     self._params = jax.device_put(jax.tree.map(np.asarray, used), everywhere)
     config = dataclasses.replace(tokenizer.config, dtype=self.dtype)
-    apply: Callable[..., Any] = vit_vqgan.ViTVQGAN(config).apply
+    apply: Callable[..., Any] = image_tokenizers.module(config).apply
 
     def encode(
       params: Mapping[str, Any], images: UInt8[Array, 'batch height width 3']

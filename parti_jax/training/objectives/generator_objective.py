@@ -21,9 +21,9 @@ from parti_jax.exported_model import model_folder
 from parti_jax.exported_model import sampling_settings
 from parti_jax.models import config_checks
 from parti_jax.models import flops
+from parti_jax.models import image_tokenizers
 from parti_jax.models import parti
 from parti_jax.models import parti_config
-from parti_jax.models import vit_vqgan
 from parti_jax.models.nn import layer_stack
 from parti_jax.models.nn import layers
 from parti_jax.partitioning import pipeline_parallelism
@@ -181,7 +181,7 @@ class GeneratorObjective(base.Objective):
         decoding.image_keys(0, jnp.arange(texts.shape[0])),
         decoding.Sampling(self.guidance_scale, guided=True),
       )
-      apply: Callable[..., Any] = vit_vqgan.ViTVQGAN(config).apply
+      apply: Callable[..., Any] = image_tokenizers.module(config).apply
       decode = lambda tokens: apply({'params': tokenizer_params}, tokens, method='detokenize')
       with pipeline_parallelism.off():
         pairs = jnp.concatenate([decode(batch['decoder_target_tokens']), decode(drawn)], axis=2)

@@ -22,7 +22,7 @@ from parti_jax.models import coca
 from parti_jax.models import config_checks
 from parti_jax.models import contrastive
 from parti_jax.models import flops
-from parti_jax.models import vit_vqgan
+from parti_jax.models import image_tokenizers
 from parti_jax.models.nn import layers
 from parti_jax.partitioning import pipeline_parallelism
 from parti_jax.training.objectives import base
@@ -257,13 +257,13 @@ class RankerObjective(base.Objective):
       )
     # Groups of neighbors, so that each device only needs its own rows.
     groups = images.reshape((-1, every) + images.shape[1:])
-    apply: Callable[..., Any] = vit_vqgan.ViTVQGAN(self._checked_config()).apply
+    apply: Callable[..., Any] = image_tokenizers.module(self._checked_config()).apply
     with pipeline_parallelism.off():
       tokens = apply({'params': params}, groups[:, 0], method='tokenize')
       again = apply({'params': params}, tokens, method='detokenize')
     return jnp.concatenate([again[:, None], groups[:, 1:]], axis=1).reshape(images.shape)
 
-  def _checked_config(self) -> vit_vqgan.ViTVQGANConfig:
+  def _checked_config(self) -> image_tokenizers.Config:
     """Returns the frozen tokenizer's config, after checking its image size."""
     size = self.tokenizer_config.image_size
     if size != self.model.image_size:

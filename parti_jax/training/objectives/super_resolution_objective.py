@@ -21,9 +21,9 @@ from parti_jax.core import errors
 from parti_jax.models import config_checks
 from parti_jax.models import discriminator as discriminator_lib
 from parti_jax.models import flops
+from parti_jax.models import image_tokenizers
 from parti_jax.models import lpips
 from parti_jax.models import super_resolution
-from parti_jax.models import vit_vqgan
 from parti_jax.models.nn import layers
 from parti_jax.partitioning import pipeline_parallelism
 from parti_jax.training.objectives import adversarial
@@ -327,7 +327,7 @@ class SuperResolutionObjective(base.Objective):
     squares = targets.reshape(batch, height // factor, factor, width // factor, factor, channels)
     return jnp.mean(squares, axis=(2, 4))
 
-  def _checked_config(self) -> vit_vqgan.ViTVQGANConfig:
+  def _checked_config(self) -> image_tokenizers.Config:
     """Returns the frozen tokenizer's config, after checking its image size."""
     size = self.tokenizer_config.image_size
     if size != self.input_size:
@@ -342,7 +342,7 @@ class SuperResolutionObjective(base.Objective):
     self, constants: Mapping[str, Any], images: Float[Array, 'batch height width 3']
   ) -> Float[Array, 'batch height width 3']:
     """Returns the tokenizer's reconstructions of images, rounded to multiples of 1/255."""
-    apply: Callable[..., Any] = vit_vqgan.ViTVQGAN(self._checked_config()).apply
+    apply: Callable[..., Any] = image_tokenizers.module(self._checked_config()).apply
     params = constants['tokenizer']
     with pipeline_parallelism.off():
       tokens = apply({'params': params}, images, method='tokenize')
