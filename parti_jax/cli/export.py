@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 from parti_jax.checkpoints import run_checkpoints
 from parti_jax.cli import sampling_flags
@@ -15,7 +16,8 @@ from parti_jax.exported_model import model_folder
 from parti_jax.exported_model import sampling_settings
 
 _RUNS = {
-  'tokenizer': "the tokenizer's run, the --model_dir that it was trained in",
+  'tokenizer': "the tokenizer's run, the --model_dir that it was trained in, or the folder that "
+  '`parti-jax import` wrote',
   'generator': "the generator's run, its --model_dir",
   **{
     name: f'the {name.replace("_", "-")} run, its --model_dir; optional'
@@ -70,8 +72,7 @@ def run(args: argparse.Namespace) -> int:
   provenance = dict(base.provenance) if base else {}
   for name in _RUNS:
     if getattr(args, name):
-      parts[name], steps = _trained(name, getattr(args, name))
-      provenance[f'{name}_steps'] = steps
+      parts[name] = _part(name, getattr(args, name), provenance)
   made_with = {name: part.made_with for name, part in parts.items()}
   if base:
     made_with |= _made_with_base(base, [name for name in parts if not getattr(args, name)])
@@ -111,6 +112,15 @@ def _check_flags(args: argparse.Namespace):
     raise errors.UserError(
       f'--vocabulary={args.vocabulary}: file not found; `parti-jax vocabulary` makes one'
     )
+
+
+def _part(name: str, folder, provenance: dict[str, Any]) -> model_folder.Part:
+  """Reads a network of a run or, of a tokenizer, of a model folder; notes where it is from."""
+  if name == 'tokenizer' and storage.exists(storage.join(folder, model_folder.CONFIG_FILE)):
+    provenance |= model_folder.tokenizer_provenance(folder)
+    return model_folder.load_tokenizer(folder)
+  part, provenance[f'{name}_steps'] = _trained(name, folder)
+  return part
 
 
 def _trained(name: str, model_dir) -> tuple[model_folder.Part, int]:

@@ -102,8 +102,16 @@ def _model(folder: str, names: list[str]) -> dict[str, Any]:
   }
   side = config.number('tokenizer', 'image_size')
   factor = config.number('super_resolution', 'factor') if 'super_resolution' in parts else None
-  tokens = (side // config.number('tokenizer', 'patch_size')) ** 2
+  tokens = (side // config.pixels_of_a_token()) ** 2
   files = [*map(file_names.parameter_file, parts), file_names.VOCABULARY_FILE]
+  if list(parts) == ['tokenizer']:
+    vocabulary = None
+    files.pop()
+  else:
+    vocabulary = {
+      'ids': config.number(config.stored_name('generator'), 'text_vocabulary'),
+      'bytes': bytes_of.get(file_names.VOCABULARY_FILE),
+    }
   return {
     'kind': 'model',
     'folder': str(folder),
@@ -111,10 +119,7 @@ def _model(folder: str, names: list[str]) -> dict[str, Any]:
     'picture_size': side,
     'upscaled_size': side * factor if factor else None,
     'image_tokens': tokens,
-    'vocabulary': {
-      'ids': config.number(config.stored_name('generator'), 'text_vocabulary'),
-      'bytes': bytes_of.get(file_names.VOCABULARY_FILE),
-    },
+    'vocabulary': vocabulary,
     'stored_as': stored_as,
     'sampling': config.entries('sampling', {}),
     'provenance': config.entries('provenance', {}),
@@ -136,6 +141,15 @@ class _ModelConfig:
       raise self._damaged(f'({error})') from error
     if not isinstance(self._config, dict):
       raise self._damaged('(not an object)')
+
+  def pixels_of_a_token(self) -> int:
+    """Returns the height and width of the square that an image token stands for."""
+    sizes = self.entries('tokenizer')
+    if sizes.get('kind') != 'vqgan':
+      return self.number('tokenizer', 'patch_size')
+    if not isinstance(levels := sizes.get('multipliers'), list):
+      raise self._damaged("(no list 'multipliers' in 'tokenizer')")
+    return 2 ** (len(levels) - 1)
 
   def stored_name(self, name: str) -> str:
     """Returns the name of a network in this file."""

@@ -58,12 +58,14 @@ def model(found: dict[str, Any]) -> list[str]:
     picture += f', {upscaled}×{upscaled} with --upscale'
   total = sum(part['parameters'] for part in found['parts'].values())
   plain = lambda values: ', '.join(f'{name} {value}' for name, value in values.items())
-  lines = [f'{found["folder"]}: an exported model', '']
+  vocabulary = found['vocabulary']
+  what = 'an exported model' if vocabulary else 'an image tokenizer'
+  lines = [f'{found["folder"]}: {what}', '']
   lines += _facts(
     {
       'pictures': picture,
       'parameters': f'{total:,}, stored as {found["stored_as"]}',
-      'vocabulary': f'{found["vocabulary"]["ids"]:,} ids, {_bytes(found["vocabulary"]["bytes"])}',
+      'vocabulary': vocabulary and f'{vocabulary["ids"]:,} ids, {_bytes(vocabulary["bytes"])}',
       'sampling': plain(found['sampling']),
       'provenance': plain(found['provenance']),
       'missing': ', '.join(found['missing'])

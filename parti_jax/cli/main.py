@@ -19,7 +19,7 @@ from parti_jax.core import storage
 from parti_jax.core.errors import UserError
 
 # Commands whose --output_dir, or --output, may be a URL.
-_WRITE_TO_URLS = ('export', 'prepare', 'vocabulary', 't5x_checkpoint', 'tokenize')
+_WRITE_TO_URLS = ('export', 'import', 'prepare', 'vocabulary', 't5x_checkpoint', 'tokenize')
 # command -> (module, one line of help)
 COMMANDS = {
   'generate': ('parti_jax.cli.generate', 'generate pictures for prompts'),
@@ -47,6 +47,10 @@ COMMANDS = {
   'detokenize': (
     'parti_jax.cli.detokenize',
     'turn image tokens written by t5x.infer into pictures',
+  ),
+  'import': (
+    'parti_jax.cli.import_part',
+    'turn public weights of a part, such as an image tokenizer, into a folder for all commands',
   ),
   'export': ('parti_jax.cli.export', 'export checkpoints to one model folder for sampling'),
   't5x_checkpoint': (

@@ -210,7 +210,7 @@ def save(
   """
   folder = checks.text('folder', folder)
   folder = folder if storage.is_url(folder) else pathlib.Path(folder)
-  _check_target(folder, overwrite)
+  check_target(folder, overwrite)
   if dtype not in STORED_DTYPES:
     raise UserError(f'dtype={dtype!r} is not one of {", ".join(STORED_DTYPES)}')
   check_sizes(generator_config, tokenizer_config, 'the model to save')
@@ -226,17 +226,8 @@ def save(
     name: _stored(part.params, abstract(name, part.config), dtype, parameter_file(name))
     for name, part in networks.items()
   }
-  config = {
-    'format_version': model_config.FORMAT_VERSION,
-    **{
-      name: model_config.entry(NETWORKS[name].kinds, part.config) for name, part in networks.items()
-    },
-    'sampling': dataclasses.asdict(sampling),
-    'parameters': {
-      'stored_as': dtype,
-      **{name: sum(leaf.size for leaf in arrays.values()) for name, arrays in stored.items()},
-    },
-    'provenance': provenance or {},
+  config = _config_file(networks, stored, dtype, provenance) | {
+    'sampling': dataclasses.asdict(sampling)
   }
   if mismatches:
     config['mismatch_allowed'] = True
@@ -249,6 +240,54 @@ def save(
     text = json.dumps(config, indent=2, ensure_ascii=False) + '\n'
     (temporary / CONFIG_FILE).write_text(text, encoding='utf-8')
   return folder
+
+
+def save_tokenizer(
+  folder,
+  config: image_tokenizers.Config,
+  params: PyTree,
+  provenance: dict[str, Any],
+  *,
+  dtype: str = 'float32',
+  overwrite: bool = False,
+) -> pathlib.Path | str:
+  """Writes a folder with an image tokenizer alone, for `load_tokenizer`; arguments as `save`.
+
+  Raises:
+    UserError: as `save`.
+  """
+  folder = checks.text('folder', folder)
+  folder = folder if storage.is_url(folder) else pathlib.Path(folder)
+  check_target(folder, overwrite)
+  networks = {'tokenizer': Part(config, params)}
+  file = parameter_file('tokenizer')
+  stored = {'tokenizer': _stored(params, abstract('tokenizer', config), dtype, file)}
+  found = _config_file(networks, stored, dtype, provenance)
+  filled = _uploaded_folder if storage.is_url(folder) else _replaced_folder
+  with filled(folder) as temporary:
+    safetensors.numpy.save_file(
+      stored['tokenizer'], temporary / file, _known(networks, {})['tokenizer']
+    )
+    text = json.dumps(found, indent=2, ensure_ascii=False) + '\n'
+    (temporary / CONFIG_FILE).write_text(text, encoding='utf-8')
+  return folder
+
+
+def _config_file(
+  networks: Mapping[str, Part], stored: Mapping, dtype: str, provenance: dict[str, Any] | None
+) -> dict[str, Any]:
+  """Returns config.json without the sampling settings."""
+  return {
+    'format_version': model_config.FORMAT_VERSION,
+    **{
+      name: model_config.entry(NETWORKS[name].kinds, part.config) for name, part in networks.items()
+    },
+    'parameters': {
+      'stored_as': dtype,
+      **{name: sum(leaf.size for leaf in arrays.values()) for name, arrays in stored.items()},
+    },
+    'provenance': provenance or {},
+  }
 
 
 def load(folder) -> Model:
@@ -321,6 +360,13 @@ def load_tokenizer(folder) -> Part:
   )
   file = folder / parameter_file('tokenizer')
   return Part(sizes, _read_parameters(file, abstract('tokenizer', sizes)), _read_made_with(file))
+
+
+def tokenizer_provenance(folder) -> dict[str, Any]:
+  """Returns what config.json says about the origin of a folder's tokenizer."""
+  where = _local(folder, [CONFIG_FILE]) / CONFIG_FILE
+  found = model_config.provenance(model_config.read(where), where)
+  return {name: value for name, value in found.items() if name.startswith('tokenizer')}
 
 
 def _local(folder, names: list[str]) -> pathlib.Path:
@@ -491,7 +537,8 @@ def check_sizes(
       )
 
 
-def _check_target(folder: pathlib.Path | str, overwrite: bool):
+def check_target(folder: pathlib.Path | str, overwrite: bool):
+  """Raises UserError if a folder exists and may not be replaced."""
   if not (storage.exists(folder) or os.path.lexists(folder)):
     return
   if not storage.exists(storage.join(folder, CONFIG_FILE)):
