@@ -280,6 +280,17 @@ def test_an_exported_model(tmp_path, capsys):
   ]
 
 
+def test_an_exported_model_of_version_2(tmp_path):
+  config = json.loads((DEMO / 'config.json').read_text()) | {'format_version': 2}
+  for entries in (config, config['parameters']):
+    entries['generator'] = entries.pop('parti')
+  (tmp_path / 'config.json').write_text(json.dumps(config))
+  (tmp_path / 'generator.safetensors').write_bytes(b'')
+  found = info.describe(str(tmp_path))
+  assert found['vocabulary']['ids'] == 2000 and found['parts']['generator']['bytes'] == 0
+  assert 'generator.safetensors' not in found['missing'] and len(found['missing']) == 4
+
+
 @pytest.mark.parametrize(
   'files, message',
   [
