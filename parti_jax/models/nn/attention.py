@@ -507,7 +507,10 @@ class CrossAttention(nn.Module):
   def __call__(
     self,
     x: Float[Array, 'batch query_length embed'],
-    other: Float[Array, 'batch length embed'] | KeysValues,
+    other: Float[Array, 'batch length embed']
+    | tuple[
+      Float[Array, 'batch heads length head_dim'], Float[Array, 'batch heads length head_dim']
+    ],
     mask: Bool[Array, '#batch 1 1 length'] | None = None,
   ) -> Float[Array, 'batch query_length embed']:
     """Attends from x to another sequence.
