@@ -64,5 +64,5 @@ def matrix_shape(names: Sequence[str], shape: Sequence[int]) -> tuple[int, ...]:
   return tuple(shape) if axis is None else _joined(shape, axis)
 
 
-def _joined(shape, axis: int) -> tuple[int, ...]:
+def _joined(shape: Sequence[int], axis: int) -> tuple[int, ...]:
   return (*shape[:axis], math.prod(shape[axis : axis + 2]), *shape[axis + 2 :])

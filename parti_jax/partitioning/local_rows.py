@@ -8,13 +8,18 @@ across processes, these processes all work on the same examples.
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Sharding
+from jaxtyping import Array
+from jaxtyping import Int
+from jaxtyping import Shaped
 
 
-def local_rows(sharding, batch_size: int) -> np.ndarray:
+def local_rows(sharding: Sharding, batch_size: int) -> Int[np.ndarray, 'local_batch']:
   """Returns the rows of a global batch that this process must provide.
 
   Args:
@@ -22,28 +27,30 @@ def local_rows(sharding, batch_size: int) -> np.ndarray:
     batch_size: number of rows of the global batch.
 
   Returns:
-    int64 [local_batch], ascending, without repetitions.
+    The rows in ascending order, without repetitions.
   """
   indices = sharding.addressable_devices_indices_map((batch_size,)).values()
   rows = np.arange(batch_size)
   return np.unique(np.concatenate([rows[index] for index in indices]))
 
 
-def global_arrays(sharding, batch: dict[str, np.ndarray], batch_size: int) -> dict[str, jax.Array]:
+def global_arrays(
+  sharding: Sharding, batch: dict[str, Shaped[np.ndarray, 'local_batch ...']], batch_size: int
+) -> dict[str, Shaped[Array, '{batch_size} ...']]:
   """Makes global arrays from the rows that each process has.
 
   Args:
     sharding: sharding of all these arrays, over their first axis.
-    batch: arrays [local_batch, ...], the rows of `local_rows` in that order.
+    batch: arrays with the rows of `local_rows`, in that order.
     batch_size: number of rows of the global batch.
 
   Returns:
-    Arrays [batch, ...] on the sharding's devices.
+    Arrays on the sharding's devices.
   """
   rows = local_rows(sharding, batch_size)
 
-  def put(value: np.ndarray) -> jax.Array:
-    def part(index):
+  def put(value: Shaped[np.ndarray, 'local_batch ...']) -> Shaped[Array, 'batch ...']:
+    def part(index: Any) -> np.ndarray:
       first, stop, _ = index[0].indices(batch_size)
       start = np.searchsorted(rows, first)
       return value[(slice(start, start + stop - first), *index[1:])]
@@ -53,7 +60,7 @@ def global_arrays(sharding, batch: dict[str, np.ndarray], batch_size: int) -> di
   return {name: put(value) for name, value in batch.items()}
 
 
-def gathered(value) -> list:
+def gathered(value: Any) -> list[Any]:
   """Gathers a value from each process, in the order of processes; all must call it together.
 
   Args:

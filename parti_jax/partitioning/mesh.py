@@ -5,10 +5,15 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import math
+from collections.abc import Iterator
+from collections.abc import Sequence
 
 import gin
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh
+from jax.sharding import Mesh
 
 from parti_jax.core import checks
 from parti_jax.core import errors
@@ -17,12 +22,20 @@ from parti_jax.core import errors
 # get the closest neighbours.
 AXES = ('stage', 'data', 'fsdp', 'tensor')
 
-_current = contextvars.ContextVar('mesh', default=None)
+_current: contextvars.ContextVar[Mesh | AbstractMesh | None] = contextvars.ContextVar(
+  'mesh', default=None
+)
 
 
 @gin.configurable
 @checks.bounded(data=(-1, None), fsdp=(-1, None), tensor=(-1, None), stage=(-1, None))
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, stage: int = 1, devices=None):
+def make_mesh(
+  data: int = -1,
+  fsdp: int = 1,
+  tensor: int = 1,
+  stage: int = 1,
+  devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
   """Makes a mesh over the devices, laid out along the platform's topology.
 
   With several TPU slices, which only the data-centre network connects, the slices are laid out
@@ -36,7 +49,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, stage: int = 1, de
     devices: the devices to use; all of them by default.
 
   Returns:
-    A jax.sharding.Mesh with the axes of `AXES`.
+    A mesh with the axes of `AXES`.
 
   Raises:
     UserError: if the sizes do not multiply to the number of devices, or several slices do not
@@ -56,10 +69,10 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, stage: int = 1, de
       f'{asked} needs a multiple of {known} devices, but there are {len(devices)}; '
       'choose sizes whose product is the number of devices'
     )
-  return jax.sharding.Mesh(_layout(sizes, devices), AXES)
+  return Mesh(_layout(sizes, devices), AXES)
 
 
-def _layout(sizes: dict[str, int], devices):
+def _layout(sizes: dict[str, int], devices: Sequence[jax.Device]) -> np.ndarray:
   """Returns the devices as an array with the axes of `AXES`."""
   # On other platforms than TPU, XLA gives each host a different slice index.
   slices = (
@@ -75,7 +88,7 @@ def _layout(sizes: dict[str, int], devices):
   across = [slices if axis == 'data' else 1 for axis in AXES]
   shape = [within[axis] for axis in AXES]
 
-  def layout(split_axes: bool):
+  def layout(split_axes: bool) -> np.ndarray:
     if slices > 1:
       return mesh_utils.create_hybrid_device_mesh(
         shape, across, devices, allow_split_physical_axes=split_axes
@@ -89,14 +102,14 @@ def _layout(sizes: dict[str, int], devices):
 
 
 @contextlib.contextmanager
-def use(mesh):
+def use(mesh: Mesh) -> Iterator[None]:
   """Makes `mesh` the result of `current()`, and JAX's current mesh, while the body runs."""
   with _set_current(mesh), jax.set_mesh(mesh):
     yield
 
 
 @contextlib.contextmanager
-def of_jit():
+def of_jit() -> Iterator[None]:
   """Makes the abstract mesh of the enclosing jit the result of `current()` while the body runs.
 
   Without such a mesh, `current()` is unchanged.
@@ -107,14 +120,14 @@ def of_jit():
 
 
 @contextlib.contextmanager
-def unused():
+def unused() -> Iterator[None]:
   """Makes `current()` return None while the body runs, for tracing only shapes."""
   with _set_current(None):
     yield
 
 
 @contextlib.contextmanager
-def _set_current(mesh):
+def _set_current(mesh: Mesh | AbstractMesh | None) -> Iterator[None]:
   token = _current.set(mesh)
   try:
     yield
@@ -122,7 +135,7 @@ def _set_current(mesh):
     _current.reset(token)
 
 
-def current():
+def current() -> Mesh | AbstractMesh | None:
   """Returns the mesh of the innermost `use` or `of_jit`, or None outside of one."""
   return _current.get()
 

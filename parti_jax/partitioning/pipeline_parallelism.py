@@ -2,9 +2,9 @@
 
 This is the circular schedule of Parti's 20B model (Parti, section 3; GSPMD, arXiv 2105.04663,
 section 3.3). Stage s holds the layers s, s + stages, s + 2 · stages ... (in units of
-`layers_per_visit`), and a microbatch goes round all stages once for each unit that a stage holds.
-As many microbatches as there are stages go round together, so that none ever waits; the next such
-group follows at once. The bubble of stages - 1 ticks occurs once, not in each round.
+`layers_per_visit`), and a microbatch visits all stages once for each unit that a stage holds. A
+group of as many microbatches as there are stages circulates together, so that none ever waits, and
+the next group follows immediately. The bubble of stages - 1 ticks occurs only once.
 """
 
 from __future__ import annotations
@@ -13,13 +13,20 @@ import contextlib
 import contextvars
 import dataclasses
 import math
+from collections.abc import Callable
 from collections.abc import Iterator
+from typing import Any
 
 import gin
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
+from jaxtyping import Array
+from jaxtyping import Float
+from jaxtyping import Int
+from jaxtyping import PyTree
+from jaxtyping import Shaped
 
 from parti_jax.core import checks
 from parti_jax.core import errors
@@ -33,13 +40,14 @@ _off = contextvars.ContextVar('pipeline_off', default=False)
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """What a pipeline may choose.
+  """The settings of a pipeline that don't change results.
 
   Attributes:
-    groups: groups of as many microbatches as there are stages; more of them make the bubble
-      smaller, and microbatches too. Where they do not divide the batch, the most that do.
-    layers_per_visit: layers that a microbatch passes before it moves to the next stage; fewer
-      make the bubble smaller, and cost more communication.
+    groups: number of groups of as many microbatches as there are stages. More groups make both the
+      bubble and the microbatches smaller. If they don't divide the batch, the greatest common
+      divisor is used.
+    layers_per_visit: number of layers that a microbatch passes before it moves to the next stage.
+      Fewer layers make the bubble smaller and cost more communication.
   """
 
   groups: int = 1
@@ -49,16 +57,18 @@ class Settings:
 @gin.configurable('pipeline')
 @checks.bounded(groups=(1, None), layers_per_visit=(1, None))
 def configured(groups: int = 1, layers_per_visit: int = 1) -> Settings:
-  """The settings that gin has; see `Settings`."""
+  """Returns the settings configured with gin."""
   return Settings(groups, layers_per_visit)
 
 
-_settings = contextvars.ContextVar('pipeline_settings', default=None)
+_settings: contextvars.ContextVar[Settings | None] = contextvars.ContextVar(
+  'pipeline_settings', default=None
+)
 
 
 @contextlib.contextmanager
 def use(settings: Settings) -> Iterator[None]:
-  """A context in which pipelines have these settings."""
+  """Makes pipelines use these settings while the body runs."""
   token = _settings.set(settings)
   try:
     yield
@@ -96,11 +106,16 @@ class Schedule:
     """Fraction of the ticks in which a stage is idle."""
     return (self.stages - 1) / self.ticks
 
-  def work(self, stage, tick):
-    """Returns what a stage computes at a tick; works on numbers and on arrays.
+  def work(self, stage: Any, tick: Any) -> tuple[Any, Any, Any, Any]:
+    """Returns what a stage computes at a tick.
+
+    Args:
+      stage: index of the stage, an int or an int32 array.
+      tick: the tick, an int or an int32 array.
 
     Returns:
-      Whether it computes anything, the microbatch's group, its index in the group, the visit.
+      Whether the stage computes anything, the group of its microbatch, the index of the microbatch
+      in the group, and the number of the visit.
     """
     since = tick - stage
     busy = (since >= 0) & (since < self.microbatches * self.visits)
@@ -133,8 +148,10 @@ def schedule(layers: int, batch: int) -> Schedule | None:
     UserError: if the layers can't be divided evenly among the stages.
   """
   mesh = mesh_lib.current()
-  stages = 1 if mesh is None else mesh.shape.get('stage', 1)
-  if stages == 1 or _off.get():
+  if mesh is None or _off.get():
+    return None
+  stages = mesh.shape.get('stage', 1)
+  if stages == 1:
     return None
   settings = _settings.get() or Settings()
   layers_per_visit = settings.layers_per_visit
@@ -150,25 +167,31 @@ def schedule(layers: int, batch: int) -> Schedule | None:
   return Schedule(stages, groups, layers // (stages * layers_per_visit), layers_per_visit)
 
 
-def run(layer, remat, stacked, x, side_inputs, plan: Schedule):
+def run(
+  layer: Callable[..., Array],
+  remat: Callable[[Callable], Callable],
+  stacked: PyTree[Float[Array, 'layers ...']],
+  x: Float[Array, 'batch length embed'],
+  side_inputs: PyTree[Shaped[Array, 'batch ...']],
+  plan: Schedule,
+) -> Float[Array, 'batch length embed']:
   """Runs a stack of layers as a pipeline; the result is the same as running them in sequence.
 
   Args:
-    layer: (params, index, number, x, *side_inputs) -> x, computes one layer: index, int32 [], is
-      its index among all layers, number its index among the layers of the visit.
+    layer: (params, index, number, x, *side_inputs) -> x, computes one layer: index, an int32
+      scalar, is its index among all layers, number its index among the layers of the visit.
     remat: wraps the function of a visit with a rematerialization policy. The policy must not save
       values named VISIT_PARAMETERS, which would copy parameters at each tick.
-    stacked: parameters with a leading axis of layers, in order, split over the stages.
-    x: [batch, length, embed].
-    side_inputs: a tuple of trees of arrays [batch, ...] that accompany each microbatch.
+    stacked: parameters of all layers, in order, split over the stages.
+    x: input of the first layer.
+    side_inputs: a tuple of trees of arrays that accompany each microbatch.
     plan: the result of `schedule`.
-
-  Returns:
-    An array with the shape of x.
   """
 
-  def split(array):
-    """[batch, ...] -> [stages, microbatch, groups, ...]; no example leaves its device."""
+  def split(
+    array: Shaped[Array, 'batch *places'],
+  ) -> Shaped[Array, 'stages microbatch groups *places']:
+    # In this order no example leaves its device.
     return array.reshape((plan.stages, -1, plan.groups) + array.shape[1:])
 
   stage_spec = PartitionSpec('stage')
@@ -183,24 +206,41 @@ def run(layer, remat, stacked, x, side_inputs, plan: Schedule):
   return out.reshape(x.shape)
 
 
-def _stage(layer, remat, plan: Schedule, stage, stacked, x, side_inputs):
-  """Computes one stage; stage, stacked, x and side_inputs are its shards, with a leading axis of 1.
+def _stage(
+  layer: Callable[..., Array],
+  remat: Callable[[Callable], Callable],
+  plan: Schedule,
+  stages: Int[Array, '1'],
+  stacked: PyTree[Float[Array, 'layers ...']],
+  inputs: Float[Array, '1 microbatch groups length embed'],
+  side_inputs: PyTree[Shaped[Array, '1 microbatch groups ...']],
+) -> Float[Array, '1 microbatch groups length embed']:
+  """Computes one stage; the arrays are its shards.
 
   `ring` holds one microbatch on each stage. While a group starts, stage 0 takes the microbatch
   out of its slot of the ring and replaces it with one of the previous group, which has just left
   the last stage; then the ring moves on by one slot. After as many ticks as there are stages,
   each microbatch has visited stage 0 once and has returned, finished, to its original slot.
+
+  `ring` and `state` are pairs of x [microbatch, length, embed] and side inputs [microbatch, ...]:
+  `state` is what this stage computes next. `out` collects results, [microbatch, groups, length,
+  embed].
   """
-  stage = stage[0]
-  x, side_inputs = jax.tree.map(lambda array: array[0], (x, side_inputs))
-  units = circular_order(stacked, stage, plan)
-  take = lambda tree, group: jax.tree.map(
-    lambda array: jax.lax.dynamic_index_in_dim(array, group, 1, keepdims=False), tree
-  )
+  stage = stages[0]
+  x, side = jax.tree.map(lambda array: array[0], (inputs, side_inputs))
+  units = circular_order(stacked, stage, plan)  # [visits, layers_per_visit, ...]
   onward = [(slot, (slot + 1) % plan.stages) for slot in range(plan.stages)]
   back = [(end, start) for start, end in onward]
-  move = lambda tree, way: jax.tree.map(lambda a: jax.lax.ppermute(a, 'stage', way), tree)
   period = plan.stages * plan.visits
+
+  def microbatch(group):
+    """Returns this stage's microbatch of a group, a pair like `ring`."""
+    take = lambda array: jax.lax.dynamic_index_in_dim(array, group, 1, keepdims=False)
+    return jax.tree.map(take, (x, side))
+
+  def move(tree, way):
+    """Sends arrays to other stages, given pairs of senders and receivers."""
+    return jax.tree.map(lambda array: jax.lax.ppermute(array, 'stage', way), tree)
 
   def exchange(ring, state):
     """Swaps, on stage 0, the ring's microbatch for the one that has left the last stage."""
@@ -225,8 +265,9 @@ def _stage(layer, remat, plan: Schedule, stage, stacked, x, side_inputs):
     group, phase = time // period, time % period
 
     def next_group(ring, out):
+      """Stores the finished group of the ring, and fills the ring with the coming group."""
       done = jax.lax.dynamic_update_index_in_dim(out, ring[0], jnp.maximum(group - 2, 0), 1)
-      coming = take((x, side_inputs), jnp.minimum(group, plan.groups - 1))
+      coming = microbatch(jnp.minimum(group, plan.groups - 1))
       return coming, jnp.where(group >= 2, done, out)
 
     ring, out = jax.lax.cond(phase == 0, next_group, lambda *same: same, ring, out)
@@ -235,7 +276,7 @@ def _stage(layer, remat, plan: Schedule, stage, stacked, x, side_inputs):
     state = visit(units, number, *state), state[1]
     return (ring, move(state, onward), out), None
 
-  empty = jax.tree.map(jnp.zeros_like, take((x, side_inputs), 0))
+  empty = jax.tree.map(jnp.zeros_like, microbatch(0))
   with rules_lib.one_stage():
     (ring, state, out), _ = jax.lax.scan(
       tick, (empty, empty, jnp.zeros_like(x)), jnp.arange(plan.ticks)
@@ -245,7 +286,9 @@ def _stage(layer, remat, plan: Schedule, stage, stacked, x, side_inputs):
   return out.at[:, -1].set(ring[0])[None]
 
 
-def circular_order(stacked, stage, plan: Schedule):
+def circular_order(
+  stacked: PyTree[Float[Array, 'layers ...']], stage: Int[Array, ''], plan: Schedule
+) -> PyTree[Float[Array, 'visits layers_per_visit ...']]:
   """Exchanges layers between stages, from sequential order to that of the circular schedule.
 
   A stage's shard of the parameters has neighbouring layers, but the stage needs every `stages`-th
@@ -253,23 +296,22 @@ def circular_order(stacked, stage, plan: Schedule):
   than twice its shard.
 
   Args:
-    stacked: this stage's shard of the parameters, a tree of [layers / stages, ...].
-    stage: int32 [], index of this stage.
+    stacked: this stage's shard of the parameters.
+    stage: index of this stage.
     plan: the result of `schedule`.
 
   Returns:
-    This stage's parameters, a tree of [visits, layers_per_visit, ...]; the entry of a visit has
-    the unit visit · stages + stage.
+    The parameters that this stage needs; the entry of a visit is the unit visit · stages + stage.
   """
   rounds = transfers(plan.stages, plan.visits)
   # For each round and stage: the unit that leaves the stage, as an index into the stage's units.
   leaving = jnp.array([[unit % plan.visits for unit in units] for units in rounds])
   # For each stage and visit: the round in which its unit arrives.
-  coming = [[0] * plan.visits for _ in range(plan.stages)]
+  arrivals = [[0] * plan.visits for _ in range(plan.stages)]
   for number, units in enumerate(rounds):
     for unit in units:
-      coming[unit % plan.stages][unit // plan.stages] = number
-  coming = jnp.array(coming)
+      arrivals[unit % plan.stages][unit // plan.stages] = number
+  coming = jnp.array(arrivals)
 
   def reorder(leaf):
     leaf = leaf.reshape((plan.visits, plan.layers_per_visit) + leaf.shape[1:])

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Iterator
+from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import gin
 import jax
+from jax.sharding import AbstractMesh
+from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
+from jaxtyping import PyTree
 
 from parti_jax.core import errors
 from parti_jax.partitioning import factored
 from parti_jax.partitioning import mesh as mesh_lib
 
+# Mesh axes that split a logical axis.
+MeshAxes = str | tuple[str, ...] | None
+Rules = Sequence[tuple[str, MeshAxes]]
+
 # Logical axis -> mesh axis or axes. Axes that aren't listed aren't split.
-LOGICAL_AXIS_RULES = (
+LOGICAL_AXIS_RULES: Rules = (
   ('activation_batch', ('stage', 'data', 'fsdp')),
   ('activation_heads', 'tensor'),
   ('activation_mlp', 'tensor'),
@@ -30,7 +40,7 @@ LOGICAL_AXIS_RULES = (
 
 
 @gin.configurable
-def logical_axis_rules(rules=LOGICAL_AXIS_RULES):
+def logical_axis_rules(rules: Rules = LOGICAL_AXIS_RULES) -> Rules:
   """Returns the rules in use; gin may replace them (`logical_axis_rules.rules = (...)`).
 
   Args:
@@ -53,17 +63,17 @@ def logical_axis_rules(rules=LOGICAL_AXIS_RULES):
 
 
 @contextlib.contextmanager
-def partitioned(mesh, rules):
+def partitioned(mesh: Mesh, rules: Rules) -> Iterator[None]:
   """Binds the models' logical axis names to `mesh` by `rules` while the body runs."""
   with mesh_lib.use(mesh), nn.logical_axis_rules(rules):
     yield
 
 
 @contextlib.contextmanager
-def one_stage():
+def one_stage() -> Iterator[None]:
   """Unbinds all names from the mesh axis `stage` in the body, which computes a single stage."""
 
-  def without_stage(axes):
+  def without_stage(axes: MeshAxes) -> MeshAxes:
     return tuple(axis for axis in _as_tuple(axes) if axis != 'stage') or None
 
   table = tuple((name, without_stage(axes)) for name, axes in nn.get_logical_axis_rules())
@@ -71,9 +81,11 @@ def one_stage():
     yield
 
 
-def spec(*names) -> PartitionSpec:
+def spec(*names: str | None) -> PartitionSpec:
   """Returns the mesh axes of an array's logical axes, by the current rules."""
-  return nn.logical_to_mesh_axes(names)
+  axes = nn.logical_to_mesh_axes(names)
+  assert axes is not None
+  return axes
 
 
 def free_axes() -> set[str]:
@@ -82,18 +94,20 @@ def free_axes() -> set[str]:
   return set(mesh.axis_names) - set(mesh.manual_axes)
 
 
-def batch_sharding(mesh, rules) -> NamedSharding:
+def batch_sharding(mesh: Mesh, rules: Rules) -> NamedSharding:
   """Returns the sharding of an array whose first axis is the batch."""
   axes = dict(rules).get('activation_batch')
   return NamedSharding(mesh, PartitionSpec(axes))
 
 
-def batch_ways(mesh, rules) -> int:
+def batch_ways(mesh: Mesh | AbstractMesh, rules: Rules) -> int:
   """Returns the number of parts into which the mesh splits a batch."""
   return _ways(mesh, dict(rules).get('activation_batch'))
 
 
-def check_batch(batch_size: int, mesh, rules, microbatches: int = 1):
+def check_batch(
+  batch_size: int, mesh: Mesh | AbstractMesh, rules: Rules, microbatches: int = 1
+) -> None:
   """Raises UserError unless the microbatches times the ways of splitting one divide the batch."""
   ways = batch_ways(mesh, rules)
   if microbatches < 1 or batch_size % (ways * microbatches):
@@ -104,7 +118,7 @@ def check_batch(batch_size: int, mesh, rules, microbatches: int = 1):
     )
 
 
-def parameter_shardings(boxed, mesh, rules):
+def parameter_shardings(boxed: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
   """Returns shardings of parameters from their logical axis names.
 
   Args:
@@ -128,7 +142,9 @@ def parameter_shardings(boxed, mesh, rules):
   return jax.tree_util.tree_map_with_path(sharding, shapes, specs)
 
 
-def optimizer_shardings(optimizer_state, parameters, shardings, mesh):
+def optimizer_shardings(
+  optimizer_state: PyTree, parameters: PyTree, shardings: PyTree, mesh: Mesh
+) -> PyTree:
   """Returns shardings of an optimiser's state, from the specs of `optimizer_specs`.
 
   Args:
@@ -150,7 +166,7 @@ def optimizer_shardings(optimizer_state, parameters, shardings, mesh):
   )
 
 
-def optimizer_specs(optimizer_state, parameters, specs):
+def optimizer_specs(optimizer_state: PyTree, parameters: PyTree, specs: PyTree) -> PyTree:
   """Returns how an optimiser's state is split: each moment like its parameter.
 
   A factored second moment (Adafactor) lacks one axis of its parameter and is split along the
@@ -181,39 +197,47 @@ def optimizer_specs(optimizer_state, parameters, specs):
   return jax.tree_util.tree_map_with_path(spec_of, optimizer_state)
 
 
-def _spec_of_moment(fields, parameter, shape, parameter_shape, spec):
+def _spec_of_moment(
+  fields: tuple[str, ...],
+  parameter: tuple[str, ...],
+  shape: tuple[int, ...],
+  parameter_shape: tuple[int, ...],
+  spec: PartitionSpec,
+) -> PartitionSpec | None:
   """Returns a moment's PartitionSpec; None if its axes aren't those of its parameter, or one less."""
-  spec = tuple(spec) + (None,) * (len(parameter_shape) - len(spec))
+  of_axes = tuple(spec) + (None,) * (len(parameter_shape) - len(spec))
   if shape == parameter_shape:
-    return PartitionSpec(*spec)
+    return PartitionSpec(*of_axes)
   heads = factored.joined_axis(parameter, parameter_shape)
   if heads is not None:
     parameter_shape = factored.matrix_shape(parameter, parameter_shape)
-    spec = spec[: heads + 1] + spec[heads + 2 :]
+    of_axes = of_axes[: heads + 1] + of_axes[heads + 2 :]
   axes = factored.axes(parameter_shape)
   for field, number in (('v_col', 0), ('v_row', 1)):
     if field in fields and axes is not None:
       lacking = axes[number]
       if shape == parameter_shape[:lacking] + parameter_shape[lacking + 1 :]:
-        return PartitionSpec(*(spec[:lacking] + spec[lacking + 1 :]))
+        return PartitionSpec(*of_axes[:lacking], *of_axes[lacking + 1 :])
   return None
 
 
-def _names(path):
+def _names(path: Sequence[Any]) -> tuple[str, ...]:
   return tuple(
     str(getattr(key, 'key', getattr(key, 'name', getattr(key, 'idx', key)))) for key in path
   )
 
 
-def _ways(mesh, axes) -> int:
+def _ways(mesh: Mesh | AbstractMesh, axes: MeshAxes) -> int:
   return math.prod(mesh.shape[axis] for axis in _as_tuple(axes))
 
 
-def _as_tuple(axes) -> tuple[str, ...]:
+def _as_tuple(axes: MeshAxes) -> tuple[str, ...]:
   return (axes,) if isinstance(axes, str) else tuple(axes or ())
 
 
-def _check_divisible(path, shape, spec, mesh):
+def _check_divisible(
+  path: Sequence[Any], shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh
+) -> None:
   for dimension, axes in zip(shape, spec):
     ways = _ways(mesh, axes)
     if dimension % ways:

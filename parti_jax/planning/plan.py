@@ -116,21 +116,23 @@ class _Plan:
     }
 
   def _capacity(self) -> float | None:
-    return self._chip and self._chip.hbm_usable / self._chip.devices
+    return None if self._chip is None else self._chip.hbm_usable / self._chip.devices
 
-  def _measured(self, compiled) -> dict[str, Any]:
-    step, chip = self._step, self._chip
-    memory = _memory(compiled.memory_analysis(), step.resident_bytes, self._capacity())
+  def _measured(self, compiled: jax.stages.Compiled) -> dict[str, Any]:
+    step, chip, capacity = self._step, self._chip, self._capacity()
+    memory = _memory(compiled.memory_analysis(), step.resident_bytes, capacity)
+    text = compiled.as_text()
+    assert text is not None
     costs = hlo_cost.costs(
-      hlo_text.parse(compiled.as_text()),
+      hlo_text.parse(text),
       step.mesh.size,
       step.kernel_flops,
       roofline.slice_groups(step.mesh) if self._topology.slices > 1 else None,
     )
     sums = roofline.summarize(costs.collectives, step.mesh, chip)
     model_flops = step.model_flops / step.mesh.size
-    plan = {
-      'fits': memory['capacity'] is None or memory['total'] <= memory['capacity'],
+    plan: dict[str, Any] = {
+      'fits': capacity is None or memory['total'] <= capacity,
       'memory': memory,
       'flops': {
         'model': model_flops,
@@ -159,7 +161,7 @@ class _Plan:
     return plan
 
 
-def exhausted(message: str, capacity: float | None) -> dict[str, float | None]:
+def exhausted(message: str, capacity: float | None) -> dict[str, Any]:
   """Returns the bytes 'needed' and 'available' from XLA's out-of-memory message.
 
   The needed bytes may include only the temporaries, if XLA gives up before placing the rest.
@@ -178,7 +180,7 @@ def exhausted(message: str, capacity: float | None) -> dict[str, float | None]:
   return {'needed': None, 'available': capacity, 'message': message.split('\n', maxsplit=1)[0]}
 
 
-def _memory(stats, resident: float, capacity: float | None) -> dict[str, float | None]:
+def _memory(stats: Any, resident: float, capacity: float | None) -> dict[str, Any]:
   """Returns bytes on a device while the step runs; `resident` bytes are used in addition to it."""
   held = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
   # The TPU compiler's size of temporaries may include some in on-chip memory. Its peak doesn't, and

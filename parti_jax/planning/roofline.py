@@ -188,7 +188,7 @@ def times(costs: hlo_cost.Costs, sums: list[CollectiveSum], chip: chips.Chip) ->
   return Times(
     costs.flops * chip.devices / chip.peak_flops,
     costs.hbm_bytes * chip.devices / chip.hbm_bandwidth,
-    sum(entry.seconds for entry in sums),
+    sum(entry.seconds or 0.0 for entry in sums),
   )
 
 

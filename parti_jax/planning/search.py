@@ -83,9 +83,11 @@ def candidates(request: request_lib.Request) -> list[candidates_lib.Candidate]:
   devices = len(topology.devices())
   gin_config.parse(request.gin_files, request.gin_bindings, data=False)
   if request.what == 'sample':
-    model, images = steps.sampled_config(), request.batch_size or steps.SAMPLING_BATCH
+    images = request.batch_size or steps.SAMPLING_BATCH
     sequences = images * (2 if request.guided else 1)
-    return candidates_lib.of_sampling(model, sequences, images, topology.chip, devices)
+    return candidates_lib.of_sampling(
+      steps.sampled_config(), sequences, images, topology.chip, devices
+    )
   config = steps.train_config()
   model = config.objective.model
   if not isinstance(model, parti_config.PartiConfig):

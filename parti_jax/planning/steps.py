@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import gin
@@ -108,7 +110,9 @@ def sampling_step(request: request_lib.Request, mesh) -> request_lib.Step:
   batch = ('activation_batch',)
   keys = jax.eval_shape(lambda: decoding.image_keys(0, jnp.arange(images)))
   mask = place((sequences, 1, 1, config.text_length), jnp.bool_, batch)
-  state = transformer.DecoderState(jax.ShapeDtypeStruct((), jnp.int32), None, texts, mask)
+  position = jax.ShapeDtypeStruct((), jnp.int32)
+  parts: Sequence[Any] = position, None, texts, mask  # Abstract; `step` sets the caches.
+  state = transformer.DecoderState(*parts)
   arguments = (
     params,
     caches,
@@ -195,7 +199,9 @@ def _read_by_step(layers_apart):
 
 def _placed(shape, dtype, names, mesh, rules) -> jax.ShapeDtypeStruct:
   names = names + (None,) * (len(shape) - len(names))
-  sharding = NamedSharding(mesh, nn.logical_to_mesh_axes(names, rules))
+  axes = nn.logical_to_mesh_axes(names, rules)
+  assert axes is not None
+  sharding = NamedSharding(mesh, axes)
   return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 

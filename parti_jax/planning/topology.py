@@ -8,6 +8,7 @@ import importlib.util
 import math
 import os
 import re
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -94,7 +95,7 @@ def parse(name: str) -> Topology:
   return topology
 
 
-def _cpu_devices(topology: Topology):
+def _cpu_devices(topology: Topology) -> list[jax.Device]:
   count = topology.dims[0]
   if 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
     with contextlib.suppress(RuntimeError):  # The backend is already initialized.
@@ -108,14 +109,14 @@ def _cpu_devices(topology: Topology):
   return devices[:count]
 
 
-def _tpu_devices(topology: Topology):
+def _tpu_devices(topology: Topology) -> list[jax.Device]:
   if importlib.util.find_spec('libtpu') is None:
     missing = optional_packages.missing_extra(ImportError("No module named 'libtpu'"))
     raise errors.UserError(f'--topology={topology.name}: {missing}')
   for name, value in _NO_MACHINE.items():
     os.environ.setdefault(name, value)
   dims = topology.dims + (1,) * (3 - len(topology.dims))
-  keywords = {'chips_per_host_bounds': (min(2, dims[0]), min(2, dims[1]), 1)}
+  keywords: dict[str, Any] = {'chips_per_host_bounds': (min(2, dims[0]), min(2, dims[1]), 1)}
   if topology.kind in _MEGACORE:
     keywords['chip_config_name'] = 'megacore'
   if topology.slices > 1:

@@ -1,5 +1,7 @@
 """Tests the rows of a process and their positions on the mesh."""
 
+from unittest import mock
+
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
@@ -8,15 +10,14 @@ from jax.sharding import PartitionSpec
 from parti_jax.partitioning import local_rows
 
 
-class _OneProcess:
+def _on_one_process(sharding, devices):
   """A sharding of which this process has only some devices."""
 
-  def __init__(self, sharding, devices):
-    self._sharding, self._devices = sharding, devices
+  def indices_map(shape):
+    indices = sharding.devices_indices_map(shape)
+    return {device: indices[device] for device in devices}
 
-  def addressable_devices_indices_map(self, shape):
-    indices = self._sharding.devices_indices_map(shape)
-    return {device: indices[device] for device in self._devices}
+  return mock.Mock(spec=NamedSharding, addressable_devices_indices_map=indices_map)
 
 
 def _sharding(order, shape, spec):
@@ -30,13 +31,13 @@ def test_the_rows_are_those_of_the_processs_devices():
   sharding = _sharding(order, (4, 2), 'data')
   devices = jax.devices()
   rows = lambda *numbers: local_rows.local_rows(
-    _OneProcess(sharding, [devices[number] for number in numbers]), 12
+    _on_one_process(sharding, [devices[number] for number in numbers]), 12
   ).tolist()
   assert rows(0, 1) == [0, 1, 2, 3, 4, 5]
   assert rows(6, 1) == [0, 1, 2]
   assert rows(6, 3) == [0, 1, 2, 9, 10, 11]
   assert rows(*range(8)) == list(range(12))
-  split_by_tensor = _OneProcess(_sharding(order, (4, 2), 'tensor'), devices[:2])
+  split_by_tensor = _on_one_process(_sharding(order, (4, 2), 'tensor'), devices[:2])
   assert local_rows.local_rows(split_by_tensor, 12).tolist() == list(range(12))
 
 

@@ -197,7 +197,7 @@ def test_the_loop_has_as_many_ticks_as_the_schedule():
     run = lambda stacked, x: pipeline_parallelism.run(
       layer, lambda visit: visit, stacked, x, (), plan
     )
-    count(jax.make_jaxpr(jax.jit(run))(jnp.ones((8, 1)), jnp.ones((BATCH, 1))).jaxpr)
+    count(jax.make_jaxpr(jax.jit(run))(jnp.ones((8, 1)), jnp.ones((BATCH, 1, 1))).jaxpr)
   # Two groups of four microbatches, two visits each; three ticks of bubble.
   assert turns == [2 * 4 * 2 + 3]
 

@@ -129,8 +129,8 @@ def tall():
   init = functools.partial(parti.Parti(config).init, jax.random.key(1))
   params = nn.meta.unbox(jax.jit(init)(*parti.example_inputs(config)))['params']
   params = jax.tree.map(lambda leaf: leaf * 2.0, params)
-  texts = np.resize(TEXTS, (8, CONFIG.text_length))
-  tokens = np.random.default_rng(1).integers(0, 11, (8, 14)).astype(np.int32)
+  texts = jnp.asarray(np.resize(TEXTS, (8, CONFIG.text_length)))
+  tokens = jnp.asarray(np.random.default_rng(1).integers(0, 11, (8, 14)), jnp.int32)
   return config, params, texts, tokens
 
 

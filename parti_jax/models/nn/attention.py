@@ -43,10 +43,6 @@ _LANES = 128
 KeysValues = tuple[
   Float[Array, 'batch heads slots head_dim'], Float[Array, 'batch heads slots head_dim']
 ]
-# The same of a text, for cross-attention.
-TextKeysValues = tuple[
-  Float[Array, 'batch heads text_length head_dim'], Float[Array, 'batch heads text_length head_dim']
-]
 
 
 def attend(
@@ -511,7 +507,10 @@ class CrossAttention(nn.Module):
   def __call__(
     self,
     x: Float[Array, 'batch query_length embed'],
-    other: Float[Array, 'batch length embed'] | TextKeysValues,
+    other: Float[Array, 'batch length embed']
+    | tuple[
+      Float[Array, 'batch heads length head_dim'], Float[Array, 'batch heads length head_dim']
+    ],
     mask: Bool[Array, '#batch 1 1 length'] | None = None,
   ) -> Float[Array, 'batch query_length embed']:
     """Attends from x to another sequence.

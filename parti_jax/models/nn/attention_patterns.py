@@ -49,7 +49,9 @@ class AttentionPattern:
     return self.grid[0] * self.grid[1]
 
   def visible(
-    self, query: Int[Array | np.ndarray, '*#places'], key: Int[Array | np.ndarray, '*#places']
+    self,
+    query: int | Int[Array | np.ndarray, '*#places'],
+    key: Int[Array | np.ndarray, '*#places'],
   ) -> Bool[Array | np.ndarray, '*places']:
     """Returns whether position `query` attends to position `key`."""
     columns, half = self.grid[1], self.kernel // 2
@@ -107,7 +109,7 @@ class AttentionPattern:
       return position % columns * rows + position // columns
     return position % slots
 
-  def held(self, position: Int[Array, ''], slots: int) -> Int[Array, 'slots']:
+  def held(self, position: int | Int[Array, ''], slots: int) -> Int[Array, 'slots']:
     """Returns which of the positions before `position` each slot holds; negative for empty slots."""
     slot = jnp.arange(slots)
     if self.name == 'column':
@@ -118,7 +120,7 @@ class AttentionPattern:
     return newest - (newest - slot) % slots
 
   def read(
-    self, position: Int[Array, ''], slots: int
+    self, position: int | Int[Array, ''], slots: int
   ) -> tuple[int | Int[Array, ''], int, Bool[Array, 'count']]:
     """Returns which slots a sampling step reads.
 

@@ -19,6 +19,11 @@ from parti_jax.models.nn import attention_patterns
 from parti_jax.models.nn import layer_stack
 from parti_jax.models.nn import layers
 
+# Keys and values of one layer's cross-attention to the text, with heads before positions.
+TextKeysValues = tuple[
+  Float[Array, 'batch heads text_length head_dim'], Float[Array, 'batch heads text_length head_dim']
+]
+
 
 class EncoderBlock(nn.Module):
   """Self-attention and MLP, each with a layer norm before it and a residual connection.
@@ -77,7 +82,7 @@ class DecoderState(flax.struct.PyTreeNode):
 
   position: Int[Array, '']
   caches: list[attention.KeysValues]
-  texts: list[attention.TextKeysValues]
+  texts: list[TextKeysValues]
   text_mask: Bool[Array, 'batch 1 1 text_length']
 
 
@@ -105,7 +110,7 @@ class DecoderBlock(nn.Module):
   def __call__(
     self,
     x: Float[Array, 'batch length embed'],
-    text: Float[Array, 'batch text_length embed'] | attention.TextKeysValues,
+    text: Float[Array, 'batch text_length embed'] | TextKeysValues,
     text_mask: Bool[Array, 'batch 1 1 text_length'],
     patterns: Sequence[attention_patterns.AttentionPattern],
     index: int | Int[Array, ''] = 0,
@@ -151,9 +156,7 @@ class DecoderBlock(nn.Module):
     """Returns query, key and value of self-attention for the block's input x."""
     return self.attention.project(self.attention_norm(x))
 
-  def keys_values(
-    self, encoded: Float[Array, 'batch text_length embed']
-  ) -> attention.TextKeysValues:
+  def keys_values(self, encoded: Float[Array, 'batch text_length embed']) -> TextKeysValues:
     """Returns keys and values of cross-attention to the text."""
     key, value = self.cross_attention.keys_values(encoded)
     return key.swapaxes(1, 2), value.swapaxes(1, 2)

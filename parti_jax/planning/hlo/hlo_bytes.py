@@ -7,6 +7,8 @@ the update counts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from parti_jax.planning.hlo import hlo_text
 
 # Instructions that move nothing: they name, regroup or wait.
@@ -102,7 +104,7 @@ class Traffic:
     """Returns the bytes of `part`, or 0 if `whole` is in another memory space."""
     return part.padded_bytes() if whole.memory_space == self._space else 0.0
 
-  def _of_start(self, instruction, operands) -> float:
+  def _of_start(self, instruction: hlo_text.Instruction, operands: list[hlo_text.Shape]) -> float:
     """Returns the bytes of an asynchronous copy or slice: a tuple of operand, result, signals."""
     if instruction.opcode.removesuffix('-start') in COLLECTIVES:
       return sum(map(self._bytes, operands)) + self._bytes(_start_result(instruction))
@@ -118,8 +120,8 @@ class Traffic:
       else (self._bytes_as(moved, operands[0]) + self._bytes_as(moved, arrays[-1]))
     )
 
-  def _of_fusion(self, instruction, operands) -> float:
-    fused = self._module[instruction.called('calls')]
+  def _of_fusion(self, instruction: hlo_text.Instruction, operands: list[hlo_text.Shape]) -> float:
+    fused = self._module.called(instruction, 'calls')
     if fused.root.opcode == 'custom-call' and _target(fused.root) == 'AsyncCollectiveDone':
       return 0.0  # The start counts operand and result.
     if fused.root.opcode == 'custom-call' and _target(fused.root) == 'AsyncCollectiveStart':
@@ -131,8 +133,8 @@ class Traffic:
         if array.memory_space == self._space:
           full = array.padded_bytes()
           total += full if read is None else min(read, full)
-    outer = [instruction.shape]
-    results = [fused.root.name]
+    outer: Sequence[hlo_text.Shape] = [instruction.shape]
+    results: Sequence[str] = [fused.root_name]
     if fused.root.opcode == 'tuple':
       outer, results = instruction.shape.elements, fused.root.operands
     return total + sum(self._written(fused, name, shape) for name, shape in zip(results, outer))
@@ -145,9 +147,10 @@ class Traffic:
       self._reads[key] = self._used_bytes(fused, parameter) if parameter else 0.0
     return self._reads[key]
 
-  def _used_bytes(self, fused, value: hlo_text.Instruction) -> float | None:
+  def _used_bytes(self, fused: hlo_text.Computation, value: hlo_text.Instruction) -> float | None:
     """Returns the bytes of `value` that a fusion reads; None for all of them."""
     total = 0.0
+    part: float | None
     for user in fused.users.get(value.name, ()):
       if user.opcode in _SLICES and user.operands[0] == value.name:
         part = user.shape.padded_bytes()
@@ -166,9 +169,11 @@ class Traffic:
       total += part
     return total
 
-  def _used_by_inner(self, fused, fusion: hlo_text.Instruction, name: str) -> float | None:
+  def _used_by_inner(
+    self, fused: hlo_text.Computation, fusion: hlo_text.Instruction, name: str
+  ) -> float | None:
     """Returns the bytes of the value `name` that a fusion within a fusion reads; None for all."""
-    inner = self._module[fusion.called('calls')]
+    inner = self._module.called(fusion, 'calls')
     parts = [
       self._read(inner, index) for index, operand in enumerate(fusion.operands) if operand == name
     ]
@@ -178,9 +183,10 @@ class Traffic:
     if source.opcode == 'parameter' and fusion.operands[source.number] == name:
       # The inner fusion passes the value on under another name.
       parts.append(self._used_bytes(fused, fusion))
-    return None if None in parts else sum(parts)
+    known = [part for part in parts if part is not None]
+    return sum(known) if len(known) == len(parts) else None
 
-  def _written(self, fused, name: str, outer: hlo_text.Shape) -> float:
+  def _written(self, fused: hlo_text.Computation, name: str, outer: hlo_text.Shape) -> float:
     """Returns the bytes that a fusion writes for a result with the shape and memory of `outer`."""
     if outer.dtype == 'tuple':
       return self._bytes(outer)
@@ -190,8 +196,8 @@ class Traffic:
     if result.opcode in _UPDATES:
       return self._bytes_as(fused[result.operands[_UPDATES[result.opcode]]].shape, outer)
     if result.opcode == 'fusion':
-      inner = self._module[result.called('calls')]
-      return self._written(inner, inner.root.name, outer)
+      inner = self._module.called(result, 'calls')
+      return self._written(inner, inner.root_name, outer)
     if result.opcode == 'parameter' or is_part_of_chain(result):
       return 0.0
     return self._bytes(outer)

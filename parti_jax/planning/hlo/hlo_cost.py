@@ -124,40 +124,53 @@ def costs(
 class _Walk:
   """A walk through a program's computations."""
 
-  def __init__(self, module, device_count, kernel_flops, slice_groups):
+  def __init__(
+    self,
+    module: hlo_text.Module,
+    device_count: int,
+    kernel_flops: KernelFlops | None,
+    slice_groups: np.ndarray | None,
+  ):
     self._module, self._device_count, self._kernel_flops = module, device_count, kernel_flops
     self._slice_groups = slice_groups
     self._main = hlo_bytes.Traffic(module)
     self._host = hlo_bytes.Traffic(module, hlo_text.HOST_MEMORY)
-    self._fused: dict[str, Costs] = {}
+    # Costs of each fusion without collectives, and its collectives with their chains or None.
+    self._fused: dict[str, tuple[Costs, list[tuple[Collective, str | None]]]] = {}
 
   def costs(self, computation: hlo_text.Computation, known: hlo_loops.Constants) -> Costs:
     """Returns the costs of one execution of a computation that isn't a fusion."""
-    total, chains = Costs(), set()
+    total = Costs()
+    chains: set[str | None] = set()
     for instruction in computation.instructions.values():
       if instruction.opcode == 'while':
         self._add_loop(total, instruction, computation, known)
       elif instruction.opcode == 'conditional':
         total.add(self._costliest_branch(instruction))
       elif instruction.opcode in ('call', 'call-start', 'async-start'):
-        called = instruction.called('to_apply') or instruction.called('calls')
-        total.add(self.costs(self._module[called], {}))
+        total.add(self.costs(self._module.called(instruction, 'to_apply', 'calls'), {}))
       else:
         total.hbm_bytes += self._main.of(instruction, computation)
         total.host_bytes += self._host.of(instruction, computation)
         self._add_work(total, instruction, computation, chains)
     return total
 
-  def _add_loop(self, total, loop, computation, known):
+  def _add_loop(
+    self,
+    total: Costs,
+    loop: hlo_text.Instruction,
+    computation: hlo_text.Computation,
+    known: hlo_loops.Constants,
+  ) -> None:
     trips = hlo_loops.trip_count(loop, computation, self._module, known)
     if trips is None:
       total.notes.add(f'the trip count of the loop {loop.op_name} is unknown; counted once')
       trips = 1
     inside = hlo_loops.loop_constants(loop, computation, self._module, known)
     for part in ('body', 'condition'):
-      total.add(self.costs(self._module[loop.called(part)], inside), trips)
+      total.add(self.costs(self._module.called(loop, part), inside), trips)
 
-  def _costliest_branch(self, instruction) -> Costs:
+  def _costliest_branch(self, instruction: hlo_text.Instruction) -> Costs:
     names = re.findall(
       r'(?:true_computation|false_computation)=%([\w.\-]+)', instruction.attributes
     )
@@ -166,21 +179,26 @@ class _Walk:
     branches = [self.costs(self._module[name], {}) for name in names]
     return max(branches, key=lambda branch: (branch.flops, branch.hbm_bytes), default=Costs())
 
-  def _add_work(self, total, instruction, computation, chains: set):
+  def _add_work(
+    self,
+    total: Costs,
+    instruction: hlo_text.Instruction,
+    computation: hlo_text.Computation,
+    chains: set[str | None],
+  ) -> None:
     """Adds products, kernels and collectives of an instruction, including those in fusions."""
     opcode = instruction.opcode.removesuffix('-start')
     if opcode == 'fusion':
-      fused = self._fusion_costs(self._module[instruction.called('calls')])
-      collectives, fused = fused.collectives, dataclasses.replace(fused, collectives=[])
+      fused, collectives = self._fusion_costs(self._module.called(instruction, 'calls'))
       total.add(fused)
       for collective, chain in collectives:
         if chain is None or chain not in chains:
           total.collectives.append(collective)
         chains.add(chain)
     elif opcode in hlo_bytes.COLLECTIVES:
-      collective = self._collective(instruction, computation, opcode)
-      if collective:
-        total.collectives.append(collective)
+      found = self._collective(instruction, computation, opcode)
+      if found:
+        total.collectives.append(found)
     elif opcode == 'custom-call':
       self._add_kernel(total, instruction, computation)
     elif opcode == 'send':
@@ -188,7 +206,7 @@ class _Walk:
     else:
       total.product_flops += hlo_flops.product_flops(instruction, computation)
 
-  def _add_sent_between_slices(self, total, instruction):
+  def _add_sent_between_slices(self, total: Costs, instruction: hlo_text.Instruction) -> None:
     kind = instruction.attribute(r'_xla_megascale_transfer_type="(\w+)"')
     if kind not in _BETWEEN_SLICES or self._slice_groups is None:
       total.notes.add(f'{instruction.name} sends to unknown devices; not counted')
@@ -199,16 +217,19 @@ class _Walk:
       size *= groups.shape[1]
     total.collectives.append(Collective(kind, size, groups, 1, instruction.op_name))
 
-  def _fusion_costs(self, fused: hlo_text.Computation) -> Costs:
-    """Returns a fusion's costs, with `collectives` as pairs (collective, chain or None)."""
+  def _fusion_costs(
+    self, fused: hlo_text.Computation
+  ) -> tuple[Costs, list[tuple[Collective, str | None]]]:
+    """Returns a fusion's costs without collectives, and its collectives with their chains."""
     if fused.name not in self._fused:
       total = Costs()
+      collectives: list[tuple[Collective, str | None]] = []
       for instruction in fused.instructions.values():
         if instruction.opcode == 'fusion':
-          inner = self._fusion_costs(self._module[instruction.called('calls')])
+          inner, of_inner = self._fusion_costs(self._module.called(instruction, 'calls'))
           total.product_flops += inner.product_flops
           total.kernel_flops += inner.kernel_flops
-          total.collectives += inner.collectives
+          collectives += of_inner
         elif instruction.opcode in hlo_bytes.COLLECTIVES:
           kind = instruction.opcode
           if kind == 'all-reduce' and _only_sliced(fused, instruction):
@@ -220,15 +241,17 @@ class _Walk:
             else None
           )
           if collective:
-            total.collectives.append((collective, chain))
+            collectives.append((collective, chain))
         elif instruction.opcode == 'custom-call':
           self._add_kernel(total, instruction, fused)
         else:
           total.product_flops += hlo_flops.product_flops(instruction, fused)
-      self._fused[fused.name] = total
+      self._fused[fused.name] = total, collectives
     return self._fused[fused.name]
 
-  def _collective(self, instruction, computation, kind: str) -> Collective | None:
+  def _collective(
+    self, instruction: hlo_text.Instruction, computation: hlo_text.Computation, kind: str
+  ) -> Collective | None:
     """Returns a Collective; None if fewer than two devices take part."""
     operands = sum(computation[name].shape.logical_bytes() for name in instruction.operands)
     if kind == 'collective-permute':
@@ -241,19 +264,22 @@ class _Walk:
     whole = operands * (rows.shape[1] if kind == 'all-gather' else 1)
     return Collective(kind, whole, rows, 1, instruction.op_name)
 
-  def _add_kernel(self, total, instruction, computation):
+  def _add_kernel(
+    self, total: Costs, instruction: hlo_text.Instruction, computation: hlo_text.Computation
+  ) -> None:
     if instruction.attribute(r'custom_call_target="([^"]*)"') not in _KERNEL_TARGETS:
       return
     # The kernel's name precedes `pallas_call`.
     name = instruction.op_name.removesuffix('/pallas_call').rsplit('/', maxsplit=1)[-1]
     total.kernels[name] = total.kernels.get(name, 0) + 1
-    estimate = instruction.attribute(r'"cost_estimate":\{"flops":"?(\d+)')
+    stated = instruction.attribute(r'"cost_estimate":\{"flops":"?(\d+)')
+    estimate = None if stated is None else float(stated)
     if estimate is None and self._kernel_flops:
       operands = [computation[operand].shape for operand in instruction.operands]
       estimate = self._kernel_flops(instruction, operands)
     if estimate is None:
       total.notes.add(f'the kernel {name} has no FLOPs estimate; not counted')
-    total.kernel_flops += float(estimate or 0)
+    total.kernel_flops += estimate or 0.0
 
 
 def _only_sliced(fused: hlo_text.Computation, instruction: hlo_text.Instruction) -> bool:

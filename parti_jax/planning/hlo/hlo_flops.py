@@ -46,8 +46,12 @@ def product_flops(instruction: hlo_text.Instruction, computation: hlo_text.Compu
   return 0.0
 
 
-def _convolution_flops(instruction, inputs: hlo_text.Shape, kernel: hlo_text.Shape) -> float:
-  labels = re.search(r'dim_labels=([^,\s]+)', instruction.attributes).group(1)
+def _convolution_flops(
+  instruction: hlo_text.Instruction, inputs: hlo_text.Shape, kernel: hlo_text.Shape
+) -> float:
+  labels = instruction.attribute(r'dim_labels=([^,\s]+)')
+  if labels is None:
+    raise ValueError(f'HLO instruction {instruction.name} has no dim_labels')
   input_labels, kernel_labels, output_labels = re.split(r'_|->', labels)
   batch = inputs.dims[input_labels.index('b')]
   features = kernel.dims[kernel_labels.index('i')]  # Those of one feature group.

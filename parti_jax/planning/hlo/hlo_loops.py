@@ -40,8 +40,8 @@ def loop_constants(
 ) -> Constants:
   """Returns the constants in a loop's tuple that its body doesn't change."""
   elements = _tuple_elements(computation, loop.operands[0])
-  body = module[loop.called('body')]
-  results = _tuple_elements(body, body.root.name)
+  body = module.called(loop, 'body')
+  results = _tuple_elements(body, body.root_name)
   found = {}
   for index, name in enumerate(elements):
     value = constant(computation, name, known)
@@ -67,7 +67,7 @@ def trip_count(
   stated = loop.attribute(r'"known_trip_count":\{"n":"(\d+)"')
   if stated is not None:
     return int(stated)
-  condition, body = module[loop.called('condition')], module[loop.called('body')]
+  condition, body = module.called(loop, 'condition'), module.called(loop, 'body')
   compared = _comparison(condition, module)
   elements = _tuple_elements(computation, loop.operands[0])
   if compared is None or not elements:
@@ -77,26 +77,28 @@ def trip_count(
   stop = constant(condition, limit, inside)
   start = constant(computation, elements[counter], known)
   step = _increment(body, counter)
-  if None in (stop, start, step) or step <= 0:
+  if stop is None or start is None or step is None or step <= 0:
     return None
   return max(0, -(-(stop + inclusive - start) // step))
 
 
-def _comparison(condition, module) -> tuple[int, str, int] | None:
+def _comparison(
+  condition: hlo_text.Computation, module: hlo_text.Module
+) -> tuple[int, str, int] | None:
   """Returns the counter's index, the limit's name, and 1 if the limit is inclusive, else 0."""
-  root, names = condition.root, None
+  root = condition.root
+  compared: list[str | None] = list(root.operands)
   if root.opcode == 'fusion':
-    inner = module[root.called('calls')]
-    names, root = dict(enumerate(root.operands)), inner.root
-    outer_name = lambda name: (
-      names.get(inner[name].number) if inner[name].opcode == 'parameter' else None
-    )
-  else:
-    outer_name = lambda name: name
+    inner, outer_names = module.called(root, 'calls'), root.operands
+    root = inner.root
+    operands = [inner[name] for name in root.operands]
+    compared = [
+      outer_names[operand.number] if operand.opcode == 'parameter' else None for operand in operands
+    ]
   direction = root.attribute(r'direction=(\w+)')
   if root.opcode != 'compare' or direction not in ('LT', 'LE', 'GT', 'GE'):
     return None
-  left, right = (outer_name(name) for name in root.operands)
+  left, right = compared
   if direction in ('GT', 'GE'):
     left, right = right, left
   if left is None or right is None:
@@ -107,8 +109,8 @@ def _comparison(condition, module) -> tuple[int, str, int] | None:
   return counter.number, right, int(direction in ('LE', 'GE'))
 
 
-def _increment(body, counter: int) -> int | None:
-  results = _tuple_elements(body, body.root.name)
+def _increment(body: hlo_text.Computation, counter: int) -> int | None:
+  results = _tuple_elements(body, body.root_name)
   added = _source(body, results[counter]) if counter < len(results) else None
   if added is None or added.opcode != 'add':
     return None
@@ -119,19 +121,19 @@ def _increment(body, counter: int) -> int | None:
   return next(step for step in steps if step is not None)
 
 
-def _source(computation, name) -> hlo_text.Instruction:
+def _source(computation: hlo_text.Computation, name: str) -> hlo_text.Instruction:
   instruction = computation[name]
   while instruction.opcode in _SAME_VALUE:
     instruction = computation[instruction.operands[0]]
   return instruction
 
 
-def _tuple_elements(computation, name) -> tuple[str, ...]:
+def _tuple_elements(computation: hlo_text.Computation, name: str) -> tuple[str, ...]:
   instruction = computation[name]
   return instruction.operands if instruction.opcode == 'tuple' else ()
 
 
-def _is_element(body, name: str, index: int) -> bool:
+def _is_element(body: hlo_text.Computation, name: str, index: int) -> bool:
   """Returns whether an instruction is an unchanged element of the body's parameter."""
   source = _source(body, name)
   return (

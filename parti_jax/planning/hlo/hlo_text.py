@@ -54,9 +54,12 @@ class Shape:
   @functools.cached_property
   def item_bytes(self) -> float:
     """Bytes of an element; a fraction for types smaller than a byte."""
-    if self.dtype not in _ITEM_BITS:
-      return int(re.search(r'\d+', self.dtype).group()) / 8
-    return _ITEM_BITS[self.dtype] / 8
+    if self.dtype in _ITEM_BITS:
+      return _ITEM_BITS[self.dtype] / 8
+    bits = re.search(r'\d+', self.dtype)
+    if bits is None:
+      raise ValueError(f'HLO: unknown element type {self.dtype!r}')
+    return int(bits.group()) / 8
 
   def arrays(self) -> Iterator[Shape]:
     """Yields the arrays in the shape, including those of nested tuples."""
@@ -108,11 +111,6 @@ class Instruction:
   literal: str
   attributes: str
 
-  def called(self, attribute: str) -> str | None:
-    """Returns the name of the computation in an attribute such as `calls`."""
-    found = re.search(rf'\b{attribute}=%([\w.\-]+)', self.attributes)
-    return found and found.group(1)
-
   def attribute(self, pattern: str) -> str | None:
     """Returns the first group of a pattern in the attributes."""
     found = re.search(pattern, self.attributes)
@@ -121,7 +119,10 @@ class Instruction:
   @functools.cached_property
   def number(self) -> int:
     """A parameter's number, or the index of a get-tuple-element."""
-    return int(self.literal if self.opcode == 'parameter' else self.attribute(r'index=(\d+)'))
+    text = self.literal if self.opcode == 'parameter' else self.attribute(r'index=(\d+)')
+    if text is None:
+      raise ValueError(f'HLO instruction {self.name} has no index')
+    return int(text)
 
   @property
   def op_name(self) -> str:
@@ -136,15 +137,20 @@ class Computation:
   Attributes:
     name: name without %.
     instructions: name -> Instruction, in their order.
-    root: the instruction with the computation's result; it need not be the last one.
+    root_name: name of the instruction with the computation's result; it need not be the last one.
   """
 
   name: str
   instructions: dict[str, Instruction] = dataclasses.field(default_factory=dict)
-  root: Instruction | None = None
+  root_name: str = ''
 
   def __getitem__(self, name: str) -> Instruction:
     return self.instructions[name]
+
+  @property
+  def root(self) -> Instruction:
+    """The instruction with the computation's result."""
+    return self.instructions[self.root_name]
 
   @functools.cached_property
   def parameters(self) -> dict[int, Instruction]:
@@ -176,6 +182,22 @@ class Module:
   def __getitem__(self, name: str) -> Computation:
     return self.computations[name]
 
+  def called(self, instruction: Instruction, *attributes: str) -> Computation:
+    """Returns the computation that an instruction calls.
+
+    Args:
+      instruction: the instruction.
+      *attributes: attributes that may hold the name of the computation, such as 'calls'.
+
+    Raises:
+      ValueError: if the instruction has none of these attributes.
+    """
+    for attribute in attributes:
+      name = instruction.attribute(rf'\b{attribute}=%([\w.\-]+)')
+      if name is not None:
+        return self[name]
+    raise ValueError(f'HLO instruction {instruction.name} has no attribute {attributes[0]}')
+
 
 def parse(text: str) -> Module:
   """Parses the text of a module, the result of `compiled.as_text()`.
@@ -184,16 +206,18 @@ def parse(text: str) -> Module:
     ValueError: if there is no entry computation, or a line can't be parsed.
   """
   computations: dict[str, Computation] = {}
-  current, entry = None, None
+  current: Computation | None = None
+  entry: Computation | None = None
   for line in _logical_lines(text):
     if header := _COMPUTATION.match(line):
       current = computations[header.group(2)] = Computation(header.group(2))
       entry = current if header.group(1) else entry
     elif match := _INSTRUCTION.match(line):
+      assert current is not None  # `_logical_lines` begins with a header.
       instruction = _instruction(match.group(2), _COMMENT.sub('', line[match.end() :]))
       current.instructions[instruction.name] = instruction
       if match.group(1):
-        current.root = instruction
+        current.root_name = instruction.name
   if entry is None:
     raise ValueError('the HLO text has no ENTRY computation')
   return Module(computations, entry)
@@ -260,12 +284,11 @@ def _array_shape(text: str, start: int) -> tuple[Shape, int]:
   found = _ARRAY.match(text, start)
   if not found:
     raise ValueError(f'HLO: no shape in {text[start : start + 80]!r}')
-  return _parsed_array(found.group()), found.end()
+  return _parsed_array(*found.groups()), found.end()
 
 
 @functools.cache
-def _parsed_array(text: str) -> Shape:
-  dtype, sizes, layout = _ARRAY.match(text).groups()
+def _parsed_array(dtype: str, sizes: str, layout: str | None) -> Shape:
   dims = tuple(int(size.removeprefix('<=')) for size in sizes.split(',') if size)
   order, _, details = (layout or '').partition(':')
   minor_to_major = tuple(map(int, filter(None, order.split(','))))

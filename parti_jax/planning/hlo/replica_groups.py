@@ -66,7 +66,9 @@ def axes(rows: np.ndarray, mesh_shape: dict[str, int]) -> tuple[str, ...]:
   )
 
 
-def _mesh_groups(axes_text, reshape, order, ids, group_axes) -> np.ndarray:
+def _mesh_groups(
+  axes_text: str, reshape: str | None, order: str | None, ids: str | None, group_axes: str
+) -> np.ndarray:
   """Returns groups of the form `mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}`."""
   sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes_text)}
   count = math.prod(sizes.values())
@@ -77,7 +79,7 @@ def _mesh_groups(axes_text, reshape, order, ids, group_axes) -> np.ndarray:
     if reshape:
       indices = indices.reshape(_numbers(reshape)).transpose(_numbers(order))
   # A part of an axis, 'a':(m)k, is the dimension k of the axis reshaped to [m, k, rest].
-  split, chosen = [], []
+  split: list[int] = []
   wanted = {
     name: (int(before or 1), int(size or 0)) for name, before, size in _AXIS.findall(group_axes)
   }

@@ -77,7 +77,7 @@ def test_a_cache_holds_what_is_still_seen_and_a_step_reads_it(name, grid, kernel
       )
     )
     places, firsts, visible, before = map(np.asarray, read(jnp.arange(positions)))
-    count = pattern.read(jnp.int32(0), slots)[1]
+    count = pattern.read(0, slots)[1]
     held = np.full(slots, -1)
     for query in range(positions):
       np.testing.assert_array_equal(np.maximum(before[query], -1), held)
@@ -93,7 +93,7 @@ def test_a_cache_holds_what_is_still_seen_and_a_step_reads_it(name, grid, kernel
 def test_slots_on_the_papers_grid(name, slots, read):
   pattern = attention_patterns.AttentionPattern(name, (32, 32), 11)
   assert pattern.slots(1024) == slots
-  assert pattern.read(jnp.int32(0), slots)[1] == read
+  assert pattern.read(0, slots)[1] == read
   # No slot is one too many: some position sees the oldest one that is kept.
   assert (np.arange(1024) - pattern.mask.argmax(axis=1)).max() == pattern.reach - 1
 
