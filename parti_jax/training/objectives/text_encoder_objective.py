@@ -237,7 +237,8 @@ class TextEncoderObjective(base.Objective):
     text = masked_language.mask_text(
       batch['encoder_input_tokens'], keys, self.model.text_vocabulary
     )
-    logits = self._module().apply({'params': params}, text, dropout_keys, method='piece_logits')
+    apply: Callable[..., Any] = self._module().apply
+    logits = apply({'params': params}, text, dropout_keys, method='piece_logits')
     losses, hits = layers.cross_entropy(logits, text.targets)
     return losses, hits, text.weights
 
