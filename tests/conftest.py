@@ -1,6 +1,7 @@
 """Settings that must stand before JAX and TensorFlow are imported, and a clean gin."""
 
 import dataclasses
+import gc
 import importlib.util
 import os
 import pathlib
@@ -43,6 +44,15 @@ def clean_gin():
   gin.clear_config()
   yield
   gin.clear_config()
+
+
+@pytest.fixture(autouse=True, scope='module')
+def few_programs():
+  """Frees what a file's tests have compiled: together that would be several gigabytes."""
+  yield
+  if jax := sys.modules.get('jax'):
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(autouse=True)

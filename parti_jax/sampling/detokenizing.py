@@ -62,7 +62,7 @@ class Detokenizer:
       images[start : start + _BATCH] = decoded[: len(tokens) - start]
     return images
 
-  def checked(self, ids: Sequence[int]) -> Int32[np.ndarray, 'image_length']:
+  def checked(self, ids: Sequence[Any]) -> Int32[np.ndarray, 'image_length']:
     """Returns the tokens of one picture as an array.
 
     Raises:

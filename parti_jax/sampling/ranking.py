@@ -83,7 +83,7 @@ class Ranker:
     """
     return self._features(_image_features, images_lib.checked(images))
 
-  def text_features(self, texts: Sequence[str]) -> Float32[np.ndarray, 'texts feature_dim']:
+  def text_features(self, texts: Sequence[str]) -> np.ndarray:
     """Embeds texts.
 
     Args:
@@ -91,7 +91,7 @@ class Ranker:
         that shows the rest.
 
     Returns:
-      Unit vectors.
+      float32 [texts, feature_dim], unit vectors.
 
     Raises:
       UserError: if one is not a string.
@@ -108,7 +108,7 @@ class Ranker:
         )
     return self._features(_text_features, tokens)
 
-  def scores(self, texts: Sequence[str], images) -> Float32[np.ndarray, 'images']:
+  def scores(self, texts: Sequence[str], images) -> np.ndarray:
     """Scores how well each picture matches its text.
 
     Args:
@@ -116,7 +116,7 @@ class Ranker:
       images: uint8 [images, height, width, 3].
 
     Returns:
-      The cosine similarities of their features; higher is better. They compare pictures of one
+      float32 [images], the cosine similarities of their features; higher is better. They compare pictures of one
       text, since different texts have different scales.
 
     Raises:

@@ -133,7 +133,7 @@ def test_remat_and_unroll_change_neither_loss_nor_gradients(params, tokens, chan
   other, others = _gradients(dataclasses.replace(TINY, **changes), params, *tokens)
   np.testing.assert_allclose(other, loss, rtol=1e-6)
   for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(others)):
-    np.testing.assert_allclose(b, a, atol=1e-6 * np.abs(a).max())
+    np.testing.assert_allclose(b, a, atol=4e-6 * np.abs(a).max())
 
 
 def test_remat_recomputes(params, tokens):

@@ -133,7 +133,9 @@ def test_pictures_whose_settings_differ_a_little_are_kept_apart(pipeline, tmp_pa
 def test_pictures_are_the_decoded_tokens(parts, drawn):
   tokenizer = vit_vqgan.ViTVQGAN(parts['tokenizer_config'])
   pixels = tokenizer.apply(
-    {'params': parts['tokenizer_params']}, drawn.tokens.reshape(9, -1), method='detokenize'
+    {'params': parts['tokenizer_params']},
+    jnp.asarray(drawn.tokens.reshape(9, -1)),
+    method='detokenize',
   )
   difference = np.asarray(pixels) * 255 - drawn.images.reshape(pixels.shape)
   assert np.abs(difference).max() < 0.51

@@ -1,6 +1,7 @@
 """Enlarging pictures: in parts as in whole, and what can't be enlarged is named."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -29,7 +30,7 @@ def test_it_is_the_network_of_the_model(enlarger, upscaler):
   images = pictures(3, 4, 6)
   config, params, _ = enlarger
   pixels = super_resolution.SuperResolution(config).apply(
-    {'params': params}, images / np.float32(255)
+    {'params': params}, jnp.asarray(images / np.float32(255))
   )
   enlarged = upscaler(images)
   assert enlarged.shape == (3, 4 * upscaler.factor, 6 * upscaler.factor, 3)
