@@ -137,7 +137,9 @@ def test_a_broken_stream_continues_at_its_position(bad_store, tmp_path, monkeypa
   before = store_retries.counts()
   bad_store.faults = misbehaving_store.every(3, ('503', 'cut', *FAILURES))
   assert list(read(url)) == wanted
-  assert bad_store.sent['cut'] and _counted(before) == sum(bad_store.sent.values())
+  # aiohttp itself repeats a request once if a connection that it used before was cut.
+  faults, cuts = sum(bad_store.sent.values()), bad_store.sent['cut']
+  assert cuts and max(1, faults - cuts) <= _counted(before) <= faults
   # Truncated bodies that claim to be complete are detected too, since sizes are known.
   bad_store.faults = misbehaving_store.every(2, ('short',))
   assert list(read(url)) == wanted
