@@ -135,11 +135,15 @@ def test_a_broken_stream_continues_at_its_position(bad_store, tmp_path, monkeypa
   assert len(wanted) == 30 and all(isinstance(example, dict) for example in wanted)
   monkeypatch.setattr(store_systems, 'PIECE', 2**16)
   before = store_retries.counts()
-  bad_store.faults = misbehaving_store.every(3, ('503', 'cut', *FAILURES))
+  faults = misbehaving_store.every(3, ('503', 'cut', *FAILURES))
+  # gcsfs asks for an object's details twice at once and cancels the request that it doesn't need,
+  # which is then never repeated.
+  of_content = lambda path: not path.startswith('/storage/')
+  bad_store.faults = lambda method, path, count: (
+    faults(method, path, count) if of_content(path) else None
+  )
   assert list(read(url)) == wanted
-  # aiohttp itself repeats a request once if a connection that it used before was cut.
-  faults, cuts = sum(bad_store.sent.values()), bad_store.sent['cut']
-  assert cuts and max(1, faults - cuts) <= _counted(before) <= faults
+  assert bad_store.sent['cut'] and _counted(before) == sum(bad_store.sent.values())
   # Truncated bodies that claim to be complete are detected too, since sizes are known.
   bad_store.faults = misbehaving_store.every(2, ('short',))
   assert list(read(url)) == wanted
