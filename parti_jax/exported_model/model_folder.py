@@ -208,11 +208,7 @@ def save(
       fit the configs, a network was trained with another vocabulary or tokenizer, a parameter is
       too large for the dtype, or the folder can't be written.
   """
-  folder = checks.text('folder', folder)
-  folder = folder if storage.is_url(folder) else pathlib.Path(folder)
-  check_target(folder, overwrite)
-  if dtype not in STORED_DTYPES:
-    raise UserError(f'dtype={dtype!r} is not one of {", ".join(STORED_DTYPES)}')
+  folder = _checked(folder, overwrite, dtype)
   check_sizes(generator_config, tokenizer_config, 'the model to save')
   networks = {
     'generator': Part(generator_config, generator_params),
@@ -222,24 +218,13 @@ def save(
   mismatches = _mismatches(known, vocabulary_path, sources or {})
   if mismatches and not allow_mismatch:
     raise UserError(mismatches[0])
-  stored = {
-    name: _stored(part.params, abstract(name, part.config), dtype, parameter_file(name))
-    for name, part in networks.items()
-  }
-  config = _config_file(networks, stored, dtype, provenance) | {
-    'sampling': dataclasses.asdict(sampling)
+  entries: dict[str, Any] = {
+    'sampling': dataclasses.asdict(sampling),
+    'provenance': provenance or {},
   }
   if mismatches:
-    config['mismatch_allowed'] = True
-  filled = _uploaded_folder if storage.is_url(folder) else _replaced_folder
-  with filled(folder) as temporary:
-    for name, arrays in stored.items():
-      safetensors.numpy.save_file(arrays, temporary / parameter_file(name), known[name] or None)
-    with storage.local_copy(vocabulary_path) as vocabulary:
-      shutil.copyfile(vocabulary, temporary / VOCABULARY_FILE)
-    text = json.dumps(config, indent=2, ensure_ascii=False) + '\n'
-    (temporary / CONFIG_FILE).write_text(text, encoding='utf-8')
-  return folder
+    entries['mismatch_allowed'] = True
+  return _write(folder, networks, known, entries, dtype, vocabulary_path)
 
 
 def save_tokenizer(
@@ -256,28 +241,35 @@ def save_tokenizer(
   Raises:
     UserError: as `save`.
   """
+  folder = _checked(folder, overwrite, dtype)
+  networks = {'tokenizer': Part(config, params)}
+  return _write(folder, networks, _known(networks, {}), {'provenance': provenance}, dtype)
+
+
+def _checked(folder, overwrite: bool, dtype: str) -> pathlib.Path | str:
+  """Returns the folder to write, a URL or a path, once it and the dtype are checked."""
   folder = checks.text('folder', folder)
   folder = folder if storage.is_url(folder) else pathlib.Path(folder)
   check_target(folder, overwrite)
-  networks = {'tokenizer': Part(config, params)}
-  file = parameter_file('tokenizer')
-  stored = {'tokenizer': _stored(params, abstract('tokenizer', config), dtype, file)}
-  found = _config_file(networks, stored, dtype, provenance)
-  filled = _uploaded_folder if storage.is_url(folder) else _replaced_folder
-  with filled(folder) as temporary:
-    safetensors.numpy.save_file(
-      stored['tokenizer'], temporary / file, _known(networks, {})['tokenizer']
-    )
-    text = json.dumps(found, indent=2, ensure_ascii=False) + '\n'
-    (temporary / CONFIG_FILE).write_text(text, encoding='utf-8')
+  if dtype not in STORED_DTYPES:
+    raise UserError(f'dtype={dtype!r} is not one of {", ".join(STORED_DTYPES)}')
   return folder
 
 
-def _config_file(
-  networks: Mapping[str, Part], stored: Mapping, dtype: str, provenance: dict[str, Any] | None
-) -> dict[str, Any]:
-  """Returns config.json without the sampling settings."""
-  return {
+def _write(
+  folder: pathlib.Path | str,
+  networks: Mapping[str, Part],
+  known: Mapping[str, dict[str, str]],
+  entries: Mapping[str, Any],
+  dtype: str,
+  vocabulary_path=None,
+) -> pathlib.Path | str:
+  """Writes a folder with networks, their fingerprints, and further entries of config.json."""
+  stored = {
+    name: _stored(part.params, abstract(name, part.config), dtype, parameter_file(name))
+    for name, part in networks.items()
+  }
+  config = {
     'format_version': model_config.FORMAT_VERSION,
     **{
       name: model_config.entry(NETWORKS[name].kinds, part.config) for name, part in networks.items()
@@ -286,8 +278,20 @@ def _config_file(
       'stored_as': dtype,
       **{name: sum(leaf.size for leaf in arrays.values()) for name, arrays in stored.items()},
     },
-    'provenance': provenance or {},
+    **entries,
   }
+  filled = (
+    _replaced_folder(folder) if isinstance(folder, pathlib.Path) else _uploaded_folder(folder)
+  )
+  with filled as temporary:
+    for name, arrays in stored.items():
+      safetensors.numpy.save_file(arrays, temporary / parameter_file(name), known[name] or None)
+    if vocabulary_path is not None:
+      with storage.local_copy(vocabulary_path) as vocabulary:
+        shutil.copyfile(vocabulary, temporary / VOCABULARY_FILE)
+    text = json.dumps(config, indent=2, ensure_ascii=False) + '\n'
+    (temporary / CONFIG_FILE).write_text(text, encoding='utf-8')
+  return folder
 
 
 def load(folder) -> Model:

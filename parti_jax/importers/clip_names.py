@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from collections.abc import Mapping
 from typing import Any
@@ -37,11 +36,7 @@ def prefix(arrays: Arrays, marker: str) -> str | None:
   Raises:
     UserError: if there are several, such as of weights and of their averages.
   """
-  found = [
-    name.removesuffix(marker)
-    for name in arrays
-    if re.fullmatch(rf'(.*[./])?{re.escape(marker)}', name)
-  ]
+  found = key_map.prefixes(arrays, marker)
   if len(found) > 1:
     raise UserError(f'the file has {marker} more than once: after {", ".join(map(repr, found))}')
   return found[0] if found else None

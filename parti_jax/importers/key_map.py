@@ -36,7 +36,8 @@ class StoredArray(Protocol):
     """Reads the array from the file."""
 
 
-def _unchanged(array: np.ndarray) -> np.ndarray:
+def unchanged(array: np.ndarray) -> np.ndarray:
+  """The array as it is."""
   return array
 
 
@@ -52,20 +53,20 @@ class Source(NamedTuple):
   """
 
   names: tuple[str, ...]
-  change: Callable[[np.ndarray], np.ndarray] = _unchanged
+  change: Callable[[np.ndarray], np.ndarray] = unchanged
   stacked: bool = False
 
 
 KeyMap = Mapping[str, Source]
 
 
-def one(name: str, change: Callable[[np.ndarray], np.ndarray] = _unchanged) -> Source:
+def one(name: str, change: Callable[[np.ndarray], np.ndarray] = unchanged) -> Source:
   """A parameter made of one array."""
   return Source((name,), change)
 
 
 def layers(
-  template: str, count: int, change: Callable[[np.ndarray], np.ndarray] = _unchanged
+  template: str, count: int, change: Callable[[np.ndarray], np.ndarray] = unchanged
 ) -> Source:
   """A parameter of scanned layers, made of an array of each; `template` has {} for the layer."""
   return Source(tuple(template.format(layer) for layer in range(count)), change, stacked=True)
@@ -79,6 +80,17 @@ def linear(array: np.ndarray) -> np.ndarray:
 def convolution(array: np.ndarray) -> np.ndarray:
   """The kernel [height, width, in, out] of a torch Conv2d's weight [out, in, height, width]."""
   return array.transpose(2, 3, 1, 0)
+
+
+def prefixes(names: Iterable[str], marker: str) -> list[str]:
+  """What stands before a name in files that hold a network within others, such as 'state_dict.'.
+
+  Args:
+    names: of the arrays.
+    marker: a name that the network always has.
+  """
+  found = [name.removesuffix(marker) for name in names if name.endswith(marker)]
+  return [prefix for prefix in found if prefix == '' or prefix[-1] in './']
 
 
 def check(

@@ -46,10 +46,6 @@ _ACTIVATIONS = {
 }
 
 
-def _unchanged(array: np.ndarray) -> np.ndarray:
-  return array
-
-
 class _Names(NamedTuple):
   """Names of arrays in a format; {} stands for the layer.
 
@@ -79,7 +75,7 @@ class _Names(NamedTuple):
 _HUGGING_FACE = _Names(
   embeddings=('shared.weight', 'encoder.embed_tokens.weight'),
   relative='encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight',
-  relative_change=_unchanged,
+  relative_change=key_map_lib.unchanged,
   norm='encoder.final_layer_norm.weight',
   layer={
     'attention_norm/scale': 'encoder.block.{}.layer.0.layer_norm.weight',
@@ -187,11 +183,11 @@ def _layer_change(
   path: str, config: t5_encoder.T5EncoderConfig, transposed: bool
 ) -> Callable[[np.ndarray], np.ndarray]:
   """What makes a foreign array of one layer our parameter."""
-  kernel = key_map_lib.linear if transposed else _unchanged
+  kernel = key_map_lib.linear if transposed else key_map_lib.unchanged
   features = (config.heads, config.head_dim)
   match path.split('/'):
     case [_, 'scale']:
-      return _unchanged
+      return key_map_lib.unchanged
     case ['attention', 'project_out', _]:
       return lambda array: kernel(array).reshape(*features, config.width)
     case ['attention', *_]:

@@ -14,7 +14,6 @@ gives the format; it can't be inferred from a file.
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable
 from collections.abc import Mapping
@@ -23,9 +22,9 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import flax.traverse_util
-import jax
 
 from parti_jax.core.errors import UserError
+from parti_jax.exported_model import model_folder
 from parti_jax.importers import key_map as key_maps
 from parti_jax.models import vqgan
 
@@ -255,12 +254,10 @@ def ignored(arrays: Arrays, file_format: str) -> tuple[str, ...]:
   return (*beside, *(f'{start}{pattern}' for pattern in found.ignored))
 
 
-@functools.lru_cache(maxsize=4)
 def expected(config: vqgan.VQGANConfig) -> Shapes:
   """{path: shape} of the parameters of `vqgan.VQGAN(config)`."""
-  inputs = vqgan.example_inputs(config)
-  boxed = jax.eval_shape(vqgan.VQGAN(config).init, jax.random.key(0), *inputs)
-  leaves = flax.traverse_util.flatten_dict(nn.meta.unbox(boxed['params']), sep='/')
+  params = nn.meta.unbox(model_folder.abstract('tokenizer', config))
+  leaves = flax.traverse_util.flatten_dict(params, sep='/')
   return {path: tuple(leaf.shape) for path, leaf in leaves.items()}
 
 
@@ -269,7 +266,7 @@ def _located(arrays: Arrays, file_format: str) -> tuple[str, _Format]:
   if file_format not in _FORMATS:
     raise UserError(f'format={file_format!r} is not one of {", ".join(FORMATS)}')
   for found in _FORMATS[file_format]:
-    prefixes = _prefixes(arrays, found)
+    prefixes = key_maps.prefixes(arrays, found.anchor)
     preferred = [prefix for prefix in _PREFERRED if prefix in prefixes]
     if preferred or len(prefixes) == 1:
       return (preferred or prefixes)[0], found
@@ -279,19 +276,15 @@ def _located(arrays: Arrays, file_format: str) -> tuple[str, _Format]:
         f'{", ".join(map(repr, sorted(prefixes)))}; save the one to read alone'
       )
   others = [
-    name for name, formats in _FORMATS.items() if any(_prefixes(arrays, found) for found in formats)
+    name
+    for name, formats in _FORMATS.items()
+    if any(key_maps.prefixes(arrays, found.anchor) for found in formats)
   ]
   hint = f'; they may be of {" or ".join(others)}' if others else ''
   raise UserError(
     f'the weights are not of the format {file_format}: there is no '
     f'{_FORMATS[file_format][-1].anchor}{hint}'
   )
-
-
-def _prefixes(arrays: Arrays, found: _Format) -> list[str]:
-  """What stands before the format's names in a file."""
-  before = [name.removesuffix(found.anchor) for name in arrays if name.endswith(found.anchor)]
-  return [prefix for prefix in before if prefix == '' or prefix[-1] in './']
 
 
 def _within(arrays: Arrays, prefix: str) -> Arrays:

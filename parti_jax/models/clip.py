@@ -199,11 +199,8 @@ class ImageEncoder(nn.Module):
     images = (images - jnp.array(config.pixel_mean)) / jnp.array(config.pixel_std)
     patches = clip_layers.whole_patches(images, config.image_size, config.patch_size)
     x = layers.Projection((width,), 1, ('patch', 'embed'), dtype, name='patch_embedding')(patches)
-    class_embedding: Any = self.param(
-      'class_embedding',
-      nn.with_logical_partitioning(nn.initializers.normal(width**-0.5), ('norm',)),
-      (width,),
-    )
+    initial = nn.initializers.normal(width**-0.5)
+    class_embedding = layers.parameter(self, 'class_embedding', initial, ('norm',), (width,))
     class_tokens = jnp.broadcast_to(class_embedding.astype(dtype), (x.shape[0], 1, width))
     positions = layers.Embedding(
       config.patches + 1, width, ('position', 'embed'), name='position_embedding'
@@ -304,7 +301,7 @@ class CLIP(nn.Module):
     self.text_encoder = CLIPTextEncoder(self.config.text)
     self.text_projection = feature()
     first = nn.initializers.constant(_FIRST_LOG_SCALE)
-    self.log_scale: Any = self.param('log_scale', nn.with_logical_partitioning(first, ()), ())
+    self.log_scale = layers.parameter(self, 'log_scale', first, (), ())
 
   def __call__(
     self,

@@ -65,11 +65,8 @@ class Linear(layers.Projection):
   @nn.compact
   def __call__(self, x: Float[Array, '*rows_and_contracted']) -> Float[Array, '*rows_and_features']:
     x = super().__call__(x)
-    bias: Any = self.param(
-      'bias',
-      nn.with_logical_partitioning(nn.initializers.zeros, self.axes[self.contracted :]),
-      self.features,
-    )
+    axes = self.axes[self.contracted :]
+    bias = layers.parameter(self, 'bias', nn.initializers.zeros, axes, self.features)
     return x + bias.astype(self.dtype)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from parti_jax.models import clip
 from parti_jax.models import coca
 from parti_jax.models import discriminator
-from parti_jax.models import image_tokenizers
 from parti_jax.models import lpips
 from parti_jax.models import parti_config
 from parti_jax.models import siglip
@@ -56,15 +55,8 @@ def parti_sampling_step(config: parti_config.PartiConfig) -> int:
   return config.decoder_layers * projections + attention + 2 * width * config.codebook_size
 
 
-def tokenizer_forward(config: image_tokenizers.Config) -> int:
-  """FLOPs of one picture through the encoder, the quantizer and the decoder of a tokenizer."""
-  if isinstance(config, vqgan.VQGANConfig):
-    return vqgan_forward(config, config.image_size, config.image_size)
-  assert isinstance(config, vit_vqgan.ViTVQGANConfig)
-  return _vit_vqgan_forward(config)
-
-
-def _vit_vqgan_forward(config: vit_vqgan.ViTVQGANConfig) -> int:
+def tokenizer_forward(config: vit_vqgan.ViTVQGANConfig) -> int:
+  """FLOPs of one picture through the encoder, the quantizer and the decoder of ViT-VQGAN."""
   length, patch = config.image_length, config.patch_size**2
   total = 2 * length * config.codebook_size * config.code_dim
   for channels, side in ((3, 'encoder'), (6, 'decoder')):

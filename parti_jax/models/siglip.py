@@ -104,11 +104,8 @@ class AttentionPooling(nn.Module):
   def __call__(self, x: Float[Array, 'batch patches embed']) -> Float[Array, 'batch embed']:
     config = self.config
     width, dtype = config.image_width, config.compute_dtype
-    probe: Any = self.param(
-      'probe',
-      nn.with_logical_partitioning(nn.initializers.normal(width**-0.5), ('norm',)),
-      (width,),
-    )
+    initial = nn.initializers.normal(width**-0.5)
+    probe = layers.parameter(self, 'probe', initial, ('norm',), (width,))
     query = jnp.broadcast_to(probe.astype(dtype), (x.shape[0], 1, width))
     pooled = clip_layers.Attention(width, config.image_heads, dtype, name='attention')(query, x)
     normed = clip_layers.layer_norm(_EPSILON, dtype, 'norm')(pooled)
@@ -201,9 +198,9 @@ class SigLIP(nn.Module):
     self.image_encoder = ImageEncoder(self.config)
     self.text_encoder = TextEncoder(self.config)
     self.text_projection = clip_layers.Linear((self.config.feature_dim,), 1, ('embed', 'feature'))
-    scalar = lambda first: nn.with_logical_partitioning(nn.initializers.constant(first), ())
-    self.log_scale: Any = self.param('log_scale', scalar(_FIRST_LOG_SCALE), ())
-    self.bias: Any = self.param('bias', scalar(_FIRST_BIAS), ())
+    first = nn.initializers.constant
+    self.log_scale = layers.parameter(self, 'log_scale', first(_FIRST_LOG_SCALE), (), ())
+    self.bias = layers.parameter(self, 'bias', first(_FIRST_BIAS), (), ())
 
   def __call__(
     self,

@@ -122,9 +122,7 @@ class RMSNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, '*places embed']) -> Float[Array, '*places embed']:
-    scale: Any = self.param(
-      'scale', nn.with_logical_partitioning(nn.initializers.ones, ('norm',)), (x.shape[-1],)
-    )
+    scale = layers.parameter(self, 'scale', nn.initializers.ones, ('norm',), (x.shape[-1],))
     x = x.astype(jnp.float32)
     mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
     return (x * jax.lax.rsqrt(mean_square + EPSILON) * scale).astype(self.dtype)

@@ -1,10 +1,13 @@
 """Metrics for seqio's evaluator, on a handful of made-up pictures and a tiny tokenizer."""
 
+import dataclasses
+
 import flax.linen as nn
 import gin
 import jax
 import numpy as np
 import pytest
+import tiny_configs
 
 from parti_jax.core.errors import UserError
 from parti_jax.data import openmoji
@@ -13,20 +16,8 @@ from parti_jax.models import vit_vqgan
 from parti_jax.sampling import detokenizing
 from parti_jax.t5x import metrics
 
-_CONFIG = vit_vqgan.ViTVQGANConfig(
-  image_size=8,
-  patch_size=4,
-  encoder_layers=1,
-  encoder_width=8,
-  encoder_mlp_width=16,
-  encoder_heads=2,
-  decoder_layers=1,
-  decoder_width=8,
-  decoder_mlp_width=16,
-  decoder_heads=2,
-  codebook_size=12,
-  code_dim=4,
-  dtype='bfloat16',
+_CONFIG = dataclasses.replace(
+  tiny_configs.TOKENIZER, codebook_size=12, code_dim=4, dtype='bfloat16'
 )
 # Image tokens of the real pictures: of each name in each tone.
 _TOKENS = {'cook: light': [0, 1, 2, 3], 'cook: dark': [4, 5, 6, 7], 'ball': [8, 9, 10, 11]}

@@ -1,11 +1,13 @@
 """Parts of different vocabularies or tokenizers are never put together without a word."""
 
+import dataclasses
 import shutil
 
 import jax
 import numpy as np
 import optax
 import pytest
+import tiny_configs
 
 from parti_jax.checkpoints import checkpoint_manager
 from parti_jax.checkpoints import run_checkpoints
@@ -15,7 +17,6 @@ from parti_jax.core.errors import UserError
 from parti_jax.data import token_cache
 from parti_jax.data import vocabulary
 from parti_jax.exported_model import model_folder
-from parti_jax.models import vit_vqgan
 from parti_jax.partitioning import mesh
 from parti_jax.sampling import text_to_image
 from parti_jax.training import configurables  # noqa: F401
@@ -24,19 +25,8 @@ from parti_jax.training import trainer as trainer_lib
 from parti_jax.training.objectives import frozen_tokenizer
 from parti_jax.training.objectives import tokenizer_objective
 
-SIZES = vit_vqgan.ViTVQGANConfig(
-  image_size=16,
-  patch_size=4,
-  encoder_layers=1,
-  encoder_width=8,
-  encoder_mlp_width=16,
-  encoder_heads=2,
-  decoder_layers=1,
-  decoder_width=8,
-  decoder_mlp_width=16,
-  decoder_heads=2,
-  codebook_size=64,
-  code_dim=4,
+SIZES = dataclasses.replace(
+  tiny_configs.TOKENIZER, image_size=16, codebook_size=64, code_dim=4, dtype='bfloat16'
 )
 GENERATOR = [
   '--gin_file=gin_configs/runs/tiny_generator.gin',
