@@ -223,7 +223,7 @@ def test_a_store_that_never_responded_is_given_up_sooner(monkeypatch):
     while (delay := attempts.delay(store_retries.NO_CONNECTION, 'refused')) is not None:
       assert 0 < delay <= 10
       now[0] += delay
-    assert now[0] == pytest.approx(end)
+    assert end - 1e-6 <= now[0] <= end + 0.011  # The last delay is at least 10 ms.
     now[0] = 0.0
 
 
