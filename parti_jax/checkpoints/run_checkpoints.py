@@ -6,8 +6,8 @@ A checkpoint has the items `state`, `data` (the position in the data) and `model
 
 from __future__ import annotations
 
-import dataclasses
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -37,7 +37,7 @@ _METADATA_FILES = (
 
 def describe(objective) -> dict:
   """Returns an objective's name and its model's config, in the form that checkpoints store."""
-  return {'stage': objective.name, 'config': dataclasses.asdict(objective.model)}
+  return {'stage': objective.name, 'config': parti_config.as_dict(objective.model)}
 
 
 def folder(model_dir) -> epath.Path:
@@ -269,7 +269,7 @@ def read_model_folder(path, objective, abstract, inputs):
     f'train.initial_model={str(path)!r}', made_with, 'or start without train.initial_model'
   )
   check_same_model(
-    path, {'stage': objective.name, 'config': dataclasses.asdict(config)}, describe(objective)
+    path, {'stage': objective.name, 'config': parti_config.as_dict(config)}, describe(objective)
   )
   return put_like(params, {name: abstract[name] for name in params})
 
@@ -290,7 +290,12 @@ def check_same_model(path, saved: dict, wanted: dict):
     )
   free = ('dropout', 'dtype', 'remat', 'unroll', 'commitment')
   saved_config = parti_config.by_todays_names(saved['config'])
-  plain = lambda value: list(value) if isinstance(value, (tuple, list)) else value
+
+  def plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+      return {key: plain(part) for key, part in value.items() if key not in free}
+    return list(value) if isinstance(value, (tuple, list)) else value
+
   differing = [
     f'{key} is {saved_config.get(key)} there and {value} here'
     for key, value in wanted['config'].items()

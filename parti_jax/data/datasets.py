@@ -33,6 +33,7 @@ from absl import logging
 from jaxtyping import UInt8
 
 import parti_jax
+from parti_jax.core import storage
 from parti_jax.core.errors import UserError
 from parti_jax.core.fingerprints import Fingerprint
 from parti_jax.data import captions
@@ -42,11 +43,11 @@ from parti_jax.data import mixing
 from parti_jax.data import share  # For its names in gin.  # noqa: F401
 from parti_jax.data import sources
 from parti_jax.data import tally
+from parti_jax.data import text_tokenizer
 from parti_jax.data import token_cache
 from parti_jax.data.damage import Damaged
 from parti_jax.data.damage import Unusable
 from parti_jax.data.sources import base
-from parti_jax.data.vocabulary import TextVocabulary
 
 TOKEN_TASKS = ('openmoji_tokens', 'cached_tokens')
 # Kind of a task -> its features. A kind by itself is the task of the source that gin chooses.
@@ -55,15 +56,21 @@ ALIASES = tuple(_KINDS)
 
 
 @gin.configurable('vocabulary')
-def get_vocabulary(path: str | None = None) -> TextVocabulary:
-  """Returns the run's text vocabulary; None selects the vocabulary of the demo model."""
-  demo = os.path.join(os.path.dirname(parti_jax.__file__), 'demo', 'vocabulary.model')
+def get_vocabulary(path: str | None = None) -> text_tokenizer.TextTokenizer:
+  """Returns the run's text vocabulary.
+
+  Args:
+    path: a SentencePiece model, a tokenizer.json, or a folder with the file `vocabulary.model`,
+      such as an exported model; a path or URL. None selects the vocabulary of the demo model.
+  """
+  demo = os.path.join(os.path.dirname(parti_jax.__file__), 'demo')
   return _load_vocabulary(path or demo)
 
 
 @functools.cache
-def _load_vocabulary(path: str) -> TextVocabulary:
-  return TextVocabulary(path)
+def _load_vocabulary(path: str) -> text_tokenizer.TextTokenizer:
+  in_folder = storage.join(path, text_tokenizer.FILE_NAME)
+  return text_tokenizer.open_tokenizer(in_folder if storage.exists(in_folder) else path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +87,7 @@ class Dataset:
   name: str
   source: base.Source
   features: tuple[str, ...]
-  vocabulary: TextVocabulary | None
+  vocabulary: text_tokenizer.TextTokenizer | None
 
   @property
   def sizes(self) -> dict[str, int]:

@@ -22,8 +22,7 @@ from jaxtyping import UInt8
 from parti_jax.core.errors import UserError
 from parti_jax.data import captions
 from parti_jax.data import image_decoding
-from parti_jax.data.vocabulary import EOS_ID
-from parti_jax.data.vocabulary import TextVocabulary
+from parti_jax.data import text_tokenizer
 
 Decode = Callable[[bytes, int], tuple[UInt8[np.ndarray, 'size size 3'], list[str]]]
 
@@ -41,7 +40,7 @@ class Prepare(Protocol):
 
 
 def caption_ids(
-  caption: bytes, vocabulary: TextVocabulary, length: int
+  caption: bytes, vocabulary: text_tokenizer.TextTokenizer, length: int
 ) -> tuple[Int32[np.ndarray, 'text_length'], str, list[str]]:
   """Cleans and tokenises a caption.
 
@@ -58,13 +57,15 @@ def caption_ids(
   """
   text, changes = captions.clean(caption)
   ids, cut = vocabulary.encode(text, length)
-  if ids[0] == EOS_ID and not cut:
+  if vocabulary.is_empty(ids) and not cut:
     # The vocabulary drops all its characters; it would look like a text that guidance drops.
     raise captions.UnusableCaption('no caption')
   return ids, text, changes + ([f'caption cut to {length} tokens'] if cut else [])
 
 
-def empty_text(vocabulary: TextVocabulary, length: int) -> Int32[np.ndarray, 'text_length']:
+def empty_text(
+  vocabulary: text_tokenizer.TextTokenizer, length: int
+) -> Int32[np.ndarray, 'text_length']:
   """Returns the ids of an empty text, which guidance uses for dropped texts."""
   return vocabulary.encode('', length)[0]
 
@@ -120,7 +121,7 @@ class Preparation:
   text_length: int | None = None
   image_size: int | None = None
   image_tokens: int | None = None
-  vocabulary: TextVocabulary | None = None
+  vocabulary: text_tokenizer.TextTokenizer | None = None
   decode: Decode = image_decoding.decode_and_note
   drop_rate: float = 0.0
 

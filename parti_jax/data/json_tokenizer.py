@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,9 @@ class JsonTokenizer:
       raise UserError(f'{self.path} is not a tokenizer.json: {error}') from error
     self._tokenizer.no_truncation()
     self._tokenizer.no_padding()
+    special = self._with_special(self._tokenizer.encode('', add_special_tokens=False)).ids
+    # The id at the end of each text; None if texts have none.
+    self._last = special[-1] if special else None
     self.fingerprint = fingerprints.of_vocabulary(content)
 
   @property
@@ -64,6 +68,20 @@ class JsonTokenizer:
     padded = np.zeros([length], np.int32)
     padded[: len(ids)] = ids
     return padded, cut.strip()
+
+  def is_empty(self, ids: Sequence[int] | np.ndarray) -> bool:
+    """Returns whether a result of `encode` has nothing between the special ids."""
+    return np.array_equal(ids, self.encode('', len(ids))[0])
+
+  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+    """Returns the text of ids, without special ids and padding."""
+    ids = [int(i) for i in ids]
+    if self._last in ids:
+      ids = ids[: ids.index(self._last)]
+    else:
+      while ids and ids[-1] == 0:
+        ids.pop()
+    return self._tokenizer.decode(ids, skip_special_tokens=True)
 
   def _with_special(self, encoding: Any) -> Any:
     return self._tokenizer.post_process(encoding, None, add_special_tokens=True)

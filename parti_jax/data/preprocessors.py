@@ -14,9 +14,9 @@ from parti_jax.data import image_decoding
 from parti_jax.data import order
 from parti_jax.data import seqio_source
 from parti_jax.data import tally
+from parti_jax.data import text_tokenizer
 from parti_jax.data.quiet_tensorflow import seqio
 from parti_jax.data.quiet_tensorflow import tf
-from parti_jax.data.vocabulary import TextVocabulary
 
 
 @seqio.map_over_dataset(num_seeds=1)
@@ -84,7 +84,10 @@ def decode_images(dataset: tf.data.Dataset, sequence_length) -> tf.data.Dataset:
 
 
 def tokenize_captions(
-  dataset: tf.data.Dataset, sequence_length, vocabulary: TextVocabulary, keep: bool = False
+  dataset: tf.data.Dataset,
+  sequence_length,
+  vocabulary: text_tokenizer.TextTokenizer,
+  keep: bool = False,
 ) -> tf.data.Dataset:
   """Replaces 'caption' by 'inputs', int32 [text_length] with length sequence_length['inputs'].
 
@@ -123,7 +126,7 @@ def tokenize_captions(
 
 
 def drop_text(
-  dataset: tf.data.Dataset, sequence_length, vocabulary: TextVocabulary
+  dataset: tf.data.Dataset, sequence_length, vocabulary: text_tokenizer.TextTokenizer
 ) -> tf.data.Dataset:
   """Replaces the text of some examples by the empty text, at the rate `examples.drop_rate`.
 

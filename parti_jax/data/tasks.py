@@ -20,13 +20,13 @@ from parti_jax.data import datasets
 from parti_jax.data import mixing
 from parti_jax.data import mixtures
 from parti_jax.data import preprocessors
+from parti_jax.data import text_tokenizer
+from parti_jax.data import vocabulary as vocabulary_lib
 from parti_jax.data.datasets import get_vocabulary
 from parti_jax.data.quiet_tensorflow import seqio
 from parti_jax.data.quiet_tensorflow import tf
 from parti_jax.data.seqio_source import SeqioSource
 from parti_jax.data.sources import base
-from parti_jax.data.vocabulary import EOS_ID
-from parti_jax.data.vocabulary import TextVocabulary
 
 # Turns passed from Python to TensorFlow at once.
 _TURNS = 256
@@ -246,9 +246,10 @@ def make_task(name: str, image_size: int = 64, keep_captions: bool = False) -> T
   )
 
 
-def text_feature(vocabulary: TextVocabulary) -> seqio.Feature:
+def text_feature(vocabulary: text_tokenizer.TextTokenizer) -> seqio.Feature:
   """Returns the feature 'inputs' for ids of a vocabulary."""
-  return _feature(vocabulary.size, eos_id=EOS_ID)
+  is_ours = isinstance(vocabulary, vocabulary_lib.TextVocabulary)
+  return _feature(vocabulary.size, eos_id=vocabulary_lib.EOS_ID if is_ours else None)
 
 
 def _feature(size: int, eos_id: int | None = None, **kwargs) -> seqio.Feature:

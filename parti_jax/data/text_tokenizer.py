@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -16,6 +17,8 @@ import numpy as np
 from parti_jax.core import storage
 from parti_jax.core.errors import UserError
 
+# Name of its file in a model folder, whatever its kind.
+FILE_NAME = 'vocabulary.model'
 # Maximum bytes of a tokenizer's file; one of 250,000 pieces has five million as a SentencePiece
 # model, and 35 million as a tokenizer.json.
 LARGEST_FILE = 64 * 2**20
@@ -51,6 +54,12 @@ class TextTokenizer(Protocol):
     Raises:
       UserError: the text isn't UTF-8, or `length` leaves no place for the special ids.
     """
+
+  def is_empty(self, ids: Sequence[int] | np.ndarray) -> bool:
+    """Returns whether a result of `encode` has nothing between the special ids."""
+
+  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+    """Returns the text of ids, without special ids and padding."""
 
 
 def read_file(path: str | os.PathLike[str], hint: str = '') -> bytes:

@@ -91,6 +91,10 @@ class TextVocabulary:
     pieces = self._processor.encode(text, out_type=str)
     return padded, self._processor.decode(pieces[len(kept) :]).strip()
 
+  def is_empty(self, ids: Sequence[int] | np.ndarray) -> bool:
+    """Returns whether a result of `encode` has no text before EOS."""
+    return ids[0] == EOS_ID
+
   def encode_whole(self, text: str) -> list[int]:
     """Encodes a text without a length limit, including the final EOS."""
     return [*self._processor.encode(self._cased(text)), EOS_ID]

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from parti_jax.data import text_tokenizer
+
 CONFIG_FILE = 'config.json'
-VOCABULARY_FILE = 'vocabulary.model'
+VOCABULARY_FILE = text_tokenizer.FILE_NAME
 
 
 def parameter_file(name: str) -> str:

@@ -52,7 +52,7 @@ def read(path: pathlib.Path) -> dict[str, Any]:
 def entry(kinds: Mapping[str, type], config) -> dict[str, Any]:
   """Returns what config.json has of a network: its config and, if it has several, its kind."""
   name = next(name for name, kind in kinds.items() if type(config) is kind)
-  return ({'kind': name} if len(kinds) > 1 else {}) | dataclasses.asdict(config)
+  return ({'kind': name} if len(kinds) > 1 else {}) | parti_config.as_dict(config)
 
 
 def sizes(kinds: Mapping[str, type], config: dict[str, Any], key: str, dtype: str, where) -> Any:

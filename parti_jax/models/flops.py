@@ -25,15 +25,18 @@ def encoder_forward(layers: int, width: int, mlp_width: int, length: int) -> int
   return layers * (projections + 4 * length**2 * width)
 
 
-def parti_forward(config: parti_config.PartiConfig) -> int:
-  """FLOPs of one text and its image tokens through Parti."""
+def text_encoder_forward(config: parti_config.PartiConfig) -> int:
+  """FLOPs of one text through Parti's own text encoder."""
+  return encoder_forward(config.encoder_layers, config.width, config.mlp_width, config.text_length)
+
+
+def token_decoder_forward(config: parti_config.PartiConfig) -> int:
+  """FLOPs of one text's features and its image tokens through the image-token decoder."""
   width, text, image = config.width, config.text_length, config.image_length
   projections = 2 * image * (6 * width**2 + 2 * width * config.mlp_width)
-  memory = 2 * text * 2 * width**2
+  memory = 2 * text * 2 * width * config.text_width
   attention = 4 * image * (_keys(config) + config.decoder_layers * text) * width
-  decoder = config.decoder_layers * (projections + memory) + attention
-  encoder = encoder_forward(config.encoder_layers, width, config.mlp_width, text)
-  return encoder + decoder + logits_forward(config)
+  return config.decoder_layers * (projections + memory) + attention + logits_forward(config)
 
 
 def logits_forward(config: parti_config.PartiConfig) -> int:

@@ -9,8 +9,9 @@ from jaxtyping import Bool
 from jaxtyping import Float
 from jaxtyping import Int
 
+from parti_jax.models import flops
 from parti_jax.models import parti_config
-from parti_jax.models import text_encoder
+from parti_jax.models import text_encoders
 from parti_jax.models import token_decoder
 from parti_jax.models.nn import layers
 from parti_jax.models.nn import transformer
@@ -26,7 +27,7 @@ class Parti(nn.Module):
   config: parti_config.PartiConfig
 
   def setup(self):
-    self.text_encoder = text_encoder.TextEncoder(self.config)
+    self.text_encoder = text_encoders.module(self.config)
     self.image_decoder = token_decoder.TokenDecoder(self.config)
 
   def __call__(
@@ -69,13 +70,14 @@ class Parti(nn.Module):
   ) -> tuple[
     tuple[
       Int[Array, 'batch image_length'],
-      Float[Array, 'batch text_length embed'],
+      Float[Array, 'batch text_length features'],
       Bool[Array, 'batch 1 1 text_length'],
     ],
     layers.DropoutKeys | None,
   ]:
     encoded = self.text_encoder(text_tokens, layers.fold(dropout_keys, 0))
-    inputs = token_decoder.shifted(image_tokens), encoded, text_encoder.text_mask(text_tokens)
+    mask = text_encoders.text_mask(self.config, text_tokens)
+    inputs = token_decoder.shifted(image_tokens), encoded, mask
     return inputs, layers.fold(dropout_keys, 1)
 
   def predict(
@@ -98,7 +100,7 @@ class Parti(nn.Module):
     """
     return self.image_decoder.decoder.start(
       self.text_encoder(text_tokens),
-      text_encoder.text_mask(text_tokens),
+      text_encoders.text_mask(self.config, text_tokens),
       self.config.image_length if length is None else length,
     )
 
@@ -111,3 +113,8 @@ def example_inputs(
     jnp.ones((batch, config.text_length), jnp.int32),
     jnp.zeros((batch, config.image_length), jnp.int32),
   )
+
+
+def forward_flops(config: parti_config.PartiConfig) -> int:
+  """Returns the FLOPs of one text and its image tokens through Parti."""
+  return text_encoders.forward_flops(config) + flops.token_decoder_forward(config)

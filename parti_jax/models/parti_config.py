@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 
 from parti_jax.core import checks
 from parti_jax.core import errors
+from parti_jax.models import clip
 from parti_jax.models import config_checks
+from parti_jax.models import t5_encoder
 from parti_jax.models.nn import attention_patterns as patterns_lib
 
 # The behaviour of older versions, for configuration files that lack these fields.
-BEFORE_IT_WAS_A_SETTING = {'attention_patterns': ('global',), 'conv_kernel': 11}
+BEFORE_IT_WAS_A_SETTING = {
+  'attention_patterns': ('global',),
+  'conv_kernel': 11,
+  'text_encoder': None,
+}
+TextEncoderConfig = t5_encoder.T5EncoderConfig | clip.CLIPTextConfig
+# Configs of text encoders from elsewhere, by the names of their kinds in config.json.
+TEXT_ENCODERS: Mapping[str, type] = {
+  't5': t5_encoder.T5EncoderConfig,
+  'clip': clip.CLIPTextConfig,
+}
+# Fields of a text encoder that follow those of the generator.
+_SHARED = ('dtype', 'remat', 'unroll')
 
 
 def by_todays_names(sizes: dict[str, Any]) -> dict[str, Any]:
@@ -31,6 +46,42 @@ def by_todays_names(sizes: dict[str, Any]) -> dict[str, Any]:
     older = checks.text('attention_pattern', sizes.pop('attention_pattern'))
     sizes['attention_patterns'] = ('global' if older == 'causal' else older,)
   return BEFORE_IT_WAS_A_SETTING | sizes
+
+
+def text_encoder_kind(config: TextEncoderConfig) -> str:
+  """Returns the name, in TEXT_ENCODERS, of the kind of a text encoder."""
+  return next(name for name, kind in TEXT_ENCODERS.items() if type(config) is kind)
+
+
+def text_encoder_config(values: Mapping[str, Any]) -> TextEncoderConfig:
+  """Returns the config of a text encoder from its fields and its 'kind'; the inverse of `as_dict`.
+
+  Raises:
+    UserError: if the kind or a field is unknown or missing, or a value is invalid.
+  """
+  name = values.get('kind')
+  if not isinstance(name, str) or name not in TEXT_ENCODERS:
+    raise errors.UserError(
+      f'PartiConfig.text_encoder.kind={checks.shown(name)} is not one of {", ".join(TEXT_ENCODERS)}'
+    )
+  fields = {field: value for field, value in values.items() if field != 'kind'}
+  kind = TEXT_ENCODERS[name]
+  if different := fields.keys() ^ checks.field_types(kind).keys():
+    raise errors.UserError(
+      f'PartiConfig.text_encoder has other fields than {kind.__name__}: '
+      f'{", ".join(map(checks.shown, sorted(different)))}'
+    )
+  return kind(**fields)
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+  """Returns the fields of a network's config, of any class; a text encoder's with its 'kind'."""
+  values = dataclasses.asdict(config)
+  if isinstance(config, PartiConfig) and config.text_encoder is not None:
+    values['text_encoder'] = {'kind': text_encoder_kind(config.text_encoder)} | values[
+      'text_encoder'
+    ]
+  return values
 
 
 @config_checks.configurable
@@ -57,6 +108,9 @@ class PartiConfig:
     conv_kernel: side of the square of the pattern 'conv'; odd.
     remat: what to save for the backward pass: a name in `layer_stack.REMAT_POLICIES`.
     unroll: number of layers that each iteration of the scan computes; doesn't change results.
+    text_encoder: the config of a text encoder from elsewhere, a class in TEXT_ENCODERS; None for
+      Parti's own. It replaces `text_vocabulary`, `text_length` and `encoder_layers`, and takes over
+      `dtype`, `remat` and `unroll`. A dict with the class' fields and its 'kind' works too.
 
   Raises:
     UserError: if `heads` does not divide `width`, or a value is out of range.
@@ -77,6 +131,7 @@ class PartiConfig:
   conv_kernel: int = 11
   remat: str = 'everything'
   unroll: int = 1
+  text_encoder: TextEncoderConfig | None = None
 
   BOUNDS = {'dropout': (0, 1)}  # 1 is excluded by `config_checks.check_dropout`.
 
@@ -88,6 +143,7 @@ class PartiConfig:
         "such as ('conv', 'global')"
       )
     config_checks.check(self)
+    self._set_text_encoder()
     config_checks.check_divides(self, 'heads', 'width')
     config_checks.check_image_length(self, 'grid')
     self._check_patterns()
@@ -97,6 +153,28 @@ class PartiConfig:
     if self.conv_kernel % 2 == 0:
       raise errors.UserError(f'PartiConfig.conv_kernel={self.conv_kernel} must be odd')
     config_checks.check_dropout(self)
+
+  def _set_text_encoder(self) -> None:
+    """Makes a config of the text encoder's dict, and unites the fields that it shares with this one.
+
+    Raises:
+      UserError: if it is neither a config nor such a dict.
+    """
+    found: Any = self.text_encoder
+    if found is None:
+      return
+    if isinstance(found, Mapping):
+      found = text_encoder_config(found)
+    elif type(found) not in TEXT_ENCODERS.values():
+      known = ' or '.join(f'@{kind.__name__}()' for kind in TEXT_ENCODERS.values())
+      raise errors.UserError(
+        f'PartiConfig.text_encoder={checks.shown(found)} must be None, or in gin {known}'
+      )
+    found = dataclasses.replace(found, **{name: getattr(self, name) for name in _SHARED})
+    object.__setattr__(self, 'text_encoder', found)
+    object.__setattr__(self, 'encoder_layers', found.layers)
+    object.__setattr__(self, 'text_vocabulary', found.text_vocabulary)
+    object.__setattr__(self, 'text_length', found.text_length)
 
   def _check_patterns(self) -> None:
     """Raises UserError unless all patterns are known and the schedule divides the layers."""
@@ -124,6 +202,11 @@ class PartiConfig:
   def layer_pattern(self, layer: int) -> patterns_lib.AttentionPattern:
     """Returns the attention pattern of a decoder layer."""
     return self.patterns[layer % len(self.attention_patterns)]
+
+  @property
+  def text_width(self) -> int:
+    """Number of features of an encoded text token."""
+    return self.width if self.text_encoder is None else self.text_encoder.width
 
   @property
   def image_length(self) -> int:

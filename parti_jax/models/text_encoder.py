@@ -10,13 +10,9 @@ from jaxtyping import Float
 from jaxtyping import Int
 
 from parti_jax.models import parti_config
+from parti_jax.models.nn import attention
 from parti_jax.models.nn import layers
 from parti_jax.models.nn import transformer
-
-
-def text_mask(text_tokens: Int[Array, 'batch text_length']) -> Bool[Array, 'batch 1 1 text_length']:
-  """Returns an attention mask that hides padding (id 0)."""
-  return (text_tokens > 0)[:, None, None, :]
 
 
 class TextEncoder(nn.Module):
@@ -66,10 +62,17 @@ class TextEncoder(nn.Module):
       pieces = jnp.where(hidden[..., None], vector, pieces)
     x = pieces + self.position_embedding(jnp.arange(text_tokens.shape[1]))
     x = self.drop(x.astype(self.config.compute_dtype), layers.fold(dropout_keys, 0))
-    return self.encoder(x, text_mask(text_tokens), layers.fold(dropout_keys, 1))
+    return self.encoder(x, attention.text_mask(text_tokens), layers.fold(dropout_keys, 1))
 
   def piece_logits(
     self, x: Float[Array, 'batch places embed']
   ) -> Float[Array, 'batch places text_vocabulary']:
     """Returns the dot products of x with the embeddings of all pieces, in float32."""
     return self.token_embedding.attend(x)
+
+
+def example_inputs(
+  config: parti_config.PartiConfig, batch: int = 1
+) -> tuple[Int[Array, 'batch text_length']]:
+  """Returns an array of the shape and dtype of the argument of `TextEncoder`, for initialization."""
+  return (jnp.ones((batch, config.text_length), jnp.int32),)

@@ -52,7 +52,7 @@ class TokenDecoder(nn.Module):
   def __call__(
     self,
     previous: Int[Array, 'batch length'],
-    encoded: Float[Array, 'batch text_length embed'] | None = None,
+    encoded: Float[Array, 'batch text_length features'] | None = None,
     text_mask: Bool[Array, 'batch 1 1 text_length'] | None = None,
     state: transformer.DecoderState | None = None,
     dropout_keys: layers.DropoutKeys | None = None,
@@ -78,7 +78,7 @@ class TokenDecoder(nn.Module):
   def states(
     self,
     previous: Int[Array, 'batch length'],
-    encoded: Float[Array, 'batch text_length embed'],
+    encoded: Float[Array, 'batch text_length features'],
     text_mask: Bool[Array, 'batch 1 1 text_length'],
     dropout_keys: layers.DropoutKeys | None = None,
   ) -> Float[Array, 'layers batch length embed']:

@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Iterator
 
-from parti_jax.models import flops
+from parti_jax.models import parti
 from parti_jax.planning import chips
 from parti_jax.planning import remedies
 
@@ -136,7 +136,7 @@ def _training_seconds(model, parameters, batch_size, mesh, remat, microbatches, 
     return 0.0
   devices = math.prod(mesh.values())
   again = {'everything': 0.0, 'dots': 0.1, 'block_inputs_and_attention': 0.9, 'block_inputs': 1.0}
-  work = (3 + again[remat]) * batch_size * flops.parti_forward(model)
+  work = (3 + again[remat]) * batch_size * parti.forward_flops(model)
   bubble = 1 + (mesh['stage'] - 1) / max(microbatches, 2 * mesh['stage'])
   compute = bubble * work * chip.devices / (devices * chip.peak_flops)
   gathered = 0 if mesh['fsdp'] == 1 else 3 * microbatches

@@ -30,6 +30,7 @@ from jaxtyping import Int32
 from jaxtyping import Key
 
 from parti_jax.models import parti_config
+from parti_jax.models import text_encoders
 from parti_jax.models import token_decoder
 from parti_jax.models.nn import attention
 from parti_jax.models.nn import transformer
@@ -310,10 +311,12 @@ def sample_tokens(
   states: Any
   if sampling.guided and sampling.skip_threshold is not None:
     step_logits = _step_apart
-    states = start(text_tokens), start(decoding.empty_text(*text_tokens.shape))
+    states = start(text_tokens), start(text_encoders.empty_text(config, text_tokens))
   else:
     step_logits = _step_together
-    states = start(decoding.with_and_without(text_tokens) if sampling.guided else text_tokens)
+    states = start(
+      decoding.with_and_without(config, text_tokens) if sampling.guided else text_tokens
+    )
 
   def step(carry, position):
     previous, states = carry

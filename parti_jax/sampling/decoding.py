@@ -25,6 +25,7 @@ from parti_jax.core import numerics
 from parti_jax.exported_model import sampling_settings
 from parti_jax.models import parti as parti_lib
 from parti_jax.models import parti_config
+from parti_jax.models import text_encoders
 from parti_jax.models import token_decoder
 from parti_jax.models.nn import transformer
 from parti_jax.partitioning import mesh as mesh_lib
@@ -97,20 +98,15 @@ def image_keys(
   return jax.vmap(lambda index: jax.random.fold_in(numerics.key(seed), index))(image_index)
 
 
-def empty_text(batch: int, text_length: int) -> Int32[Array, '{batch} {text_length}']:
-  """Returns the tokens of the empty text, which guidance contrasts each prompt with."""
-  return jnp.zeros((batch, text_length), jnp.int32).at[:, 0].set(1)
-
-
 def with_and_without(
-  text_tokens: Int32[Array, 'batch text_length'],
+  config: parti_config.PartiConfig, text_tokens: Int32[Array, 'batch text_length']
 ) -> Int32[Array, '2*batch text_length']:
   """Inserts a row with the empty text after each row, for `guide`.
 
   The two texts of an image are adjacent, so they stay on one device of a mesh.
   """
   batch, length = text_tokens.shape
-  texts = jnp.stack([text_tokens, empty_text(batch, length)], axis=1)
+  texts = jnp.stack([text_tokens, text_encoders.empty_text(config, text_tokens)], axis=1)
   return texts.reshape(2 * batch, length)
 
 
@@ -350,6 +346,8 @@ def sample_tokens(
       uses.
   """
   sampling = sampling.at_each_position(config.image_length)
-  state = start(config, params, with_and_without(text_tokens) if sampling.guided else text_tokens)
+  state = start(
+    config, params, with_and_without(config, text_tokens) if sampling.guided else text_tokens
+  )
   step = functools.partial(sample_step, config, params, keys, sampling)
   return scan_positions(config, step, len(keys), state).T

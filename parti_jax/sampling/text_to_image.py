@@ -25,7 +25,7 @@ from PIL import Image
 from parti_jax.core import checks
 from parti_jax.core import storage
 from parti_jax.core.errors import UserError
-from parti_jax.data import vocabulary as vocabulary_lib
+from parti_jax.data import text_tokenizer
 from parti_jax.exported_model import model_folder
 from parti_jax.exported_model import sampling_settings as settings_lib
 from parti_jax.models import image_tokenizers
@@ -189,7 +189,7 @@ class TextToImage:
     self._config = model.generator_config
     self._tokenizer = image_tokenizers.module(model.tokenizer_config)
     self._place = placement.Placement(mesh, rules)
-    self._vocabulary = vocabulary_lib.TextVocabulary(str(model.vocabulary_path))
+    self._vocabulary = text_tokenizer.open_tokenizer(model.vocabulary_path)
     if self._vocabulary.size > self._config.text_vocabulary:
       raise UserError(
         f'{model.vocabulary_path} has {self._vocabulary.size} pieces, but the model knows '
@@ -430,7 +430,7 @@ class TextToImage:
     texts = np.empty([len(prompts), self._config.text_length], np.int32)
     for row, prompt in enumerate(prompts):
       texts[row], cut = self._vocabulary.encode(prompt, self._config.text_length)
-      if texts[row, 0] == vocabulary_lib.EOS_ID:
+      if self._vocabulary.is_empty(texts[row]):
         raise UserError(f'prompt {row + 1} is empty; say what the picture should show')
       if cut:
         warnings.warn(

@@ -293,7 +293,7 @@ class PartiModel(t5x_models.BaseTransformerModel):
     config, guided = self.module.config, self.guidance_scale != 1.0
     texts = batch['encoder_input_tokens']
     if guided:
-      texts = our_decoding.with_and_without(texts)
+      texts = our_decoding.with_and_without(config, texts)
     cut = parameters.cut(config, flax.core.unfreeze(params))
     start = self._apply(cut, texts, method='start')
     of_image = lambda array: array.reshape((-1, 2 if guided else 1) + array.shape[1:])

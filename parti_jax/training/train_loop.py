@@ -260,7 +260,14 @@ def initial_parts(
   abstract = trainer.abstract.params
   if initial_model:
     parts |= checkpoints_lib.read_model_folder(initial_model, trainer.objective, abstract, inputs)
-  return parts | trainer.objective.initial_parts(abstract, inputs)
+  parts |= trainer.objective.initial_parts(abstract, inputs)
+  if untrained := [name for name in trainer.objective.frozen if name not in parts]:
+    raise errors.UserError(
+      f'{type(trainer.objective).__name__}.frozen={trainer.objective.frozen!r}: nothing gives '
+      f'parameters for {", ".join(untrained)}, which would stay random; '
+      'set train.initial_model, or what the objective takes them from'
+    )
+  return parts
 
 
 def check_vocabularies(objective: base.Objective, task: str) -> None:

@@ -85,7 +85,11 @@ def make_train_step(
     params, statistics, metrics = objective.after_step(
       params, state.statistics, aux, state.step, after_rng
     )
-    norms = {f'{name}_gradient_norm': optax.tree.norm(gradients.pop(name)) for name in apart}
+    norms = {
+      f'{name}_gradient_norm': optax.tree.norm(gradients.pop(name))
+      for name in apart
+      if name not in objective.frozen
+    }
     norms['gradient_norm'] = optax.tree.norm(gradients)
     finite = finite_lib.all_finite(value, norms.values())
     updated = state_lib.TrainState(before.step, params, optimizer_state, statistics)

@@ -36,14 +36,14 @@ def test_parti_forward_agrees_with_xla():
     unroll=3,
   )
   counted = _counted_by_xla(parti.Parti(sizes), parti.example_inputs(sizes, BATCH))
-  assert BATCH * flops.parti_forward(sizes) == pytest.approx(counted, rel=0.05)
+  assert BATCH * parti.forward_flops(sizes) == pytest.approx(counted, rel=0.05)
 
 
 def test_patterns_count_the_keys_of_their_neighbourhood():
   sizes = parti_config.PartiConfig(attention_patterns=('conv', 'row', 'column', 'global'))
   other = parti_config.PartiConfig()
   fewer = 3 * (4 * 1024 - 121 - 33 - 32 - 1024)  # Keys of a query, in three rounds of four layers.
-  assert flops.parti_forward(other) - flops.parti_forward(sizes) == 4 * 1024 * 1024 * fewer
+  assert parti.forward_flops(other) - parti.forward_flops(sizes) == 4 * 1024 * 1024 * fewer
 
 
 def test_tokenizer_forward_agrees_with_xla():
@@ -97,7 +97,7 @@ def test_a_training_step_of_the_20b_model_costs_six_flops_a_weight_and_token():
     encoder_layers=16, decoder_layers=64, width=4096, mlp_width=16384, heads=64
   )
   weights = 64 * (8 * 4096**2 + 2 * 4096 * 16384)
-  assert 3 * flops.parti_forward(sizes) == pytest.approx(6 * weights * 1024, rel=0.15)
+  assert 3 * parti.forward_flops(sizes) == pytest.approx(6 * weights * 1024, rel=0.15)
 
 
 def test_the_discriminators_forward_agrees_with_xla():

@@ -10,6 +10,7 @@ import pytest
 
 from parti_jax.models import parti
 from parti_jax.models import parti_config
+from parti_jax.models import text_encoders
 from parti_jax.models.nn import transformer
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.partitioning import rules
@@ -129,7 +130,7 @@ def _confidence(logits):
 
 def plain(params, text, exit_threshold, skip_threshold):
   """One image: its tokens, the layers of each, which of them were drawn without guidance."""
-  empty = np.asarray(decoding.empty_text(1, CONFIG.text_length))[0]
+  empty = np.asarray(text_encoders.empty_text(CONFIG, jnp.asarray(text)[None]))[0]
   with_text, without = _Branch(params, text), _Branch(params, empty)
   tokens, passed, skipped = [0], [], []
   for position in range(CONFIG.image_length):

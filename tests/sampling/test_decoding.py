@@ -11,6 +11,7 @@ import pytest
 
 from parti_jax.models import parti
 from parti_jax.models import parti_config
+from parti_jax.models import text_encoders
 from parti_jax.models import token_decoder
 from parti_jax.models.nn import attention_patterns
 from parti_jax.partitioning import mesh as mesh_lib
@@ -197,7 +198,7 @@ def test_guidance_scale_one_is_conditional_sampling(params):
 
 
 def test_guidance_leads_from_the_logits_without_text_to_those_with_it(params, tokens):
-  empty = decoding.empty_text(len(TEXTS), CONFIG.text_length)
+  empty = text_encoders.empty_text(CONFIG, jnp.asarray(TEXTS))
   np.testing.assert_array_equal(empty[0], [1, 0, 0, 0, 0])
   both = np.stack([TEXTS, empty], axis=1).reshape(-1, CONFIG.text_length)
   doubled = np.asarray(cached_logits(params, both, np.repeat(tokens, 2, axis=0)))
@@ -214,7 +215,7 @@ def test_guidance_leads_from_the_logits_without_text_to_those_with_it(params, to
 def test_a_ramp_of_guidance_is_a_loop_with_a_scale_for_each_position(params):
   scales = np.linspace(1.0, 4.0, CONFIG.image_length, dtype=np.float32)
   drawn = draw(params, TEXTS, [0, 0, 0], guided=True, greedy=True, guidance_scale=scales)
-  empty = np.asarray(decoding.empty_text(len(TEXTS), CONFIG.text_length))
+  empty = np.asarray(text_encoders.empty_text(CONFIG, jnp.asarray(TEXTS)))
   expected = np.zeros_like(drawn)
   for position, scale in enumerate(scales):
     conditional, unconditional = (

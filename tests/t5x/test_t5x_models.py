@@ -20,6 +20,7 @@ from t5x import utils
 from parti_jax.core import errors
 from parti_jax.models import parti
 from parti_jax.models import parti_config
+from parti_jax.models import text_encoders
 from parti_jax.models import vit_vqgan
 from parti_jax.models.nn import layers
 from parti_jax.partitioning import mesh as mesh_lib
@@ -235,7 +236,10 @@ def _likelihoods(params, texts, tokens, guidance_scale):
   )
   texts = np.repeat(texts, tokens.shape[1], axis=0)
   flat = np.reshape(tokens, (-1, tokens.shape[2]))
-  logits, unconditional = apply(texts, flat), apply(our_decoding.empty_text(*texts.shape), flat)
+  logits, unconditional = (
+    apply(texts, flat),
+    apply(text_encoders.empty_text(CONFIG, jnp.asarray(texts)), flat),
+  )
   logits = unconditional + guidance_scale * (logits - unconditional)
   of_tokens = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), flat[..., None], 2)
   return of_tokens.sum((1, 2)).reshape(tokens.shape[:2])

@@ -468,6 +468,11 @@ class PatternedSelfAttention(_SelfProjections):
     return self.project_out(attend_cached(query, keys, values, mask)), updated
 
 
+def text_mask(text_tokens: Int[Array, 'batch text_length']) -> Bool[Array, 'batch 1 1 text_length']:
+  """Returns an attention mask that hides padding (id 0)."""
+  return (text_tokens > 0)[:, None, None, :]
+
+
 class CrossAttention(nn.Module):
   """Attention of a sequence over another one.
 
@@ -494,7 +499,7 @@ class CrossAttention(nn.Module):
     )
 
   def keys_values(
-    self, encoded: Float[Array, 'batch length embed']
+    self, encoded: Float[Array, 'batch length features']
   ) -> tuple[
     Float[Array, 'batch length heads head_dim'], Float[Array, 'batch length heads head_dim']
   ]:
@@ -507,7 +512,7 @@ class CrossAttention(nn.Module):
   def __call__(
     self,
     x: Float[Array, 'batch query_length embed'],
-    other: Float[Array, 'batch length embed']
+    other: Float[Array, 'batch length features']
     | tuple[
       Float[Array, 'batch heads length head_dim'], Float[Array, 'batch heads length head_dim']
     ],

@@ -110,7 +110,7 @@ class DecoderBlock(nn.Module):
   def __call__(
     self,
     x: Float[Array, 'batch length embed'],
-    text: Float[Array, 'batch text_length embed'] | TextKeysValues,
+    text: Float[Array, 'batch text_length features'] | TextKeysValues,
     text_mask: Bool[Array, 'batch 1 1 text_length'],
     patterns: Sequence[attention_patterns.AttentionPattern],
     index: int | Int[Array, ''] = 0,
@@ -156,7 +156,7 @@ class DecoderBlock(nn.Module):
     """Returns query, key and value of self-attention for the block's input x."""
     return self.attention.project(self.attention_norm(x))
 
-  def keys_values(self, encoded: Float[Array, 'batch text_length embed']) -> TextKeysValues:
+  def keys_values(self, encoded: Float[Array, 'batch text_length features']) -> TextKeysValues:
     """Returns keys and values of cross-attention to the text."""
     key, value = self.cross_attention.keys_values(encoded)
     return key.swapaxes(1, 2), value.swapaxes(1, 2)
@@ -248,7 +248,7 @@ class Decoder(nn.Module):
   def __call__(
     self,
     x: Float[Array, 'batch length embed'],
-    encoded: Float[Array, 'batch text_length embed'] | None = None,
+    encoded: Float[Array, 'batch text_length features'] | None = None,
     text_mask: Bool[Array, 'batch 1 1 text_length'] | None = None,
     state: DecoderState | None = None,
     dropout_keys: layers.DropoutKeys | None = None,
@@ -305,7 +305,7 @@ class Decoder(nn.Module):
 
   def start(
     self,
-    encoded: Float[Array, 'batch text_length embed'],
+    encoded: Float[Array, 'batch text_length features'],
     text_mask: Bool[Array, 'batch 1 1 text_length'],
     length: int,
   ) -> DecoderState:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array
 from jaxtyping import Float
 from jaxtyping import Int
@@ -24,6 +25,7 @@ from parti_jax.models import flops
 from parti_jax.models import image_tokenizers
 from parti_jax.models import parti
 from parti_jax.models import parti_config
+from parti_jax.models import text_encoders
 from parti_jax.models.nn import layer_stack
 from parti_jax.models.nn import layers
 from parti_jax.partitioning import pipeline_parallelism
@@ -32,6 +34,8 @@ from parti_jax.sampling import parameters
 from parti_jax.training import inputs as inputs_lib
 from parti_jax.training.objectives import base
 from parti_jax.training.objectives import initial_text_encoder
+
+PARTS = ('text_encoder', 'image_decoder')
 
 
 @config_checks.configurable
@@ -49,8 +53,10 @@ class GeneratorObjective(base.Objective):
       norm and the same logits. The loss is the mean of theirs with these weights, normalized to sum
       to 1. CALM's weights grow with depth: (1, 2, 3, 4) for four layers. None for the last layer
       only.
-    text_encoder: model_dir of the run whose text encoder a new run starts with, such as a run of
-      TextEncoderObjective (Parti, section 2.2); None for a random text encoder.
+    text_encoder: where the text encoder of a new run comes from: the model_dir of a run of
+      TextEncoderObjective (Parti, section 2.2) or of a generator, or a folder that `parti-jax import
+      text_encoder` wrote. None for a random text encoder.
+    frozen: parts that training doesn't change, such as ('text_encoder',).
 
   Raises:
     UserError: if a value has the wrong type or is out of range. `depth_loss_weights` needs one
@@ -62,11 +68,17 @@ class GeneratorObjective(base.Objective):
   guidance_scale: float = 2.0
   depth_loss_weights: tuple[float, ...] | None = None
   text_encoder: str | None = None
+  frozen: tuple[str, ...] = ()
 
   name = 'generator'
 
   def __post_init__(self) -> None:
     config_checks.check_fields(self, guidance_scale=(0, sampling_settings.MOST_GUIDANCE))
+    if unknown := set(self.frozen) - set(PARTS):
+      raise errors.UserError(
+        f'GeneratorObjective.frozen: unknown parts {sorted(unknown)}; choose from '
+        f'{", ".join(PARTS)}'
+      )
     weights = self.depth_loss_weights
     if weights is None:
       return
@@ -80,8 +92,10 @@ class GeneratorObjective(base.Objective):
     return {'inputs': self.model.text_length, 'targets': self.model.image_length}
 
   def vocabulary_sizes(self) -> dict[str, tuple[str, int]]:
+    encoder = self.model.text_encoder
+    owner = 'PartiConfig' if encoder is None else type(encoder).__name__
     return {
-      'inputs': ('PartiConfig.text_vocabulary', self.model.text_vocabulary),
+      'inputs': (f'{owner}.text_vocabulary', self.model.text_vocabulary),
       'targets': ('PartiConfig.codebook_size', self.model.codebook_size),
     }
 
@@ -103,6 +117,10 @@ class GeneratorObjective(base.Objective):
     return initial_text_encoder.parts(
       self.text_encoder, self.model, abstract_params, inputs, 'GeneratorObjective.text_encoder'
     )
+
+  def other_optimizers(self) -> dict[str, optax.GradientTransformation]:
+    """Returns optimizers without moments, which change nothing, for the frozen parts."""
+    return {part: optax.set_to_zero() for part in self.frozen}
 
   def loss(
     self,
@@ -191,7 +209,10 @@ class GeneratorObjective(base.Objective):
 
   def step_flops(self, batch_size: int) -> int:
     more = (len(self._predicting()) - 1) * flops.logits_forward(self.model)
-    return 3 * batch_size * (flops.parti_forward(self.model) + more)
+    encoder = text_encoders.forward_flops(self.model)
+    decoder = flops.token_decoder_forward(self.model) + more
+    # The backward pass costs twice the forward pass, and ends at the decoder if the encoder is frozen.
+    return batch_size * ((1 if 'text_encoder' in self.frozen else 3) * encoder + 3 * decoder)
 
   def _predicting(self) -> list[int]:
     """Returns the decoder layers with a weight in the loss."""

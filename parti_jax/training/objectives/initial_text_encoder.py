@@ -1,63 +1,139 @@
-"""Initializes a text encoder from another run (Parti, section 2.2)."""
+"""Takes a text encoder from another run (Parti, section 2.2) or from elsewhere."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import gin
+
 from parti_jax.checkpoints import run_checkpoints
+from parti_jax.core import checks
 from parti_jax.core import errors
+from parti_jax.core import storage
+from parti_jax.exported_model import model_folder
 from parti_jax.models import parti_config
 from parti_jax.training import inputs as inputs_lib
 
 # The fields of PartiConfig that determine the text encoder.
-_SIZES = ('encoder_layers', 'width', 'mlp_width', 'heads', 'text_vocabulary', 'text_length')
+_SIZES = (
+  'encoder_layers',
+  'width',
+  'mlp_width',
+  'heads',
+  'text_vocabulary',
+  'text_length',
+  'text_encoder',
+)
 _OBJECTIVES = ('text_encoder', 'generator')
 
 
+@gin.configurable
+def imported_text_encoder(
+  folder: str = gin.REQUIRED, text_length: int | None = None, dropout: float = 0.0
+) -> parti_config.TextEncoderConfig:
+  """Returns the config of an imported text encoder, for `PartiConfig.text_encoder`.
+
+  Args:
+    folder: a folder that `parti-jax import text_encoder` wrote.
+    text_length: maximum number of text tokens; None for the folder's. CLIP can't be given more.
+    dropout: dropout rate in training, of kinds that have dropout.
+
+  Raises:
+    UserError: if the folder has no text encoder, or a value is invalid.
+  """
+  folder = checks.text('imported_text_encoder.folder', folder)
+  config = model_folder.part_config('text_encoder', folder)
+  given = {'text_length': text_length, 'dropout': dropout}
+  fields = checks.field_types(type(config))
+  return dataclasses.replace(
+    config,
+    **{name: value for name, value in given.items() if value is not None and name in fields},
+  )
+
+
 def parts(
-  model_dir: str | None,
+  source: str | None,
   model: parti_config.PartiConfig,
   abstract: Mapping[str, Any],
   inputs: inputs_lib.Inputs,
   key: str,
 ) -> dict[str, Any]:
-  """Reads the text encoder's parameters from another run.
+  """Reads the text encoder's parameters.
 
   Args:
-    model_dir: folder of a run of TextEncoderObjective or GeneratorObjective; None for no run.
+    source: folder of a run of TextEncoderObjective or GeneratorObjective, or of an imported text
+      encoder; None for neither.
     model: config of the new model.
     abstract: shapes and shardings of the new model's parameters.
     inputs: fingerprints of the new run's vocabulary and tokenizer.
-    key: the gin key with the value `model_dir`, for messages.
+    key: the gin key with the value `source`, for messages.
 
   Returns:
-    {'text_encoder': the parameters, on the mesh}; {} if `model_dir` is None.
+    {'text_encoder': the parameters, on the mesh}; {} if `source` is None.
 
   Raises:
     UserError: if there is no finished checkpoint, or if it has another objective, another config or
       another text vocabulary.
   """
-  if model_dir is None:
+  if source is None:
     return {}
-  path = run_checkpoints.latest_checkpoint(model_dir)
+  shape = abstract['text_encoder']
+  if storage.exists(storage.join(source, model_folder.CONFIG_FILE)):
+    part = model_folder.load_part('text_encoder', source)
+    _check_same(part.config, model, f'{key}={source!r}')
+    inputs.check(f'{key}={source!r}', part.made_with, f'or start without {key}')
+    return run_checkpoints.put_like({'text_encoder': part.params}, {'text_encoder': shape})
+  path = run_checkpoints.latest_checkpoint(source)
   saved = run_checkpoints.read_model(path)
   if saved['stage'] not in _OBJECTIVES:
     raise errors.UserError(
-      f'{key}={model_dir!r} is a run of the objective {saved["stage"]!r}, which '
+      f'{key}={source!r} is a run of the objective {saved["stage"]!r}, which '
       'has no text encoder; give one of TextEncoderObjective or GeneratorObjective'
     )
+  theirs = parti_config.PartiConfig(**parti_config.by_todays_names(saved['config']))
+  _refuse_differing(
+    f'{key}={source!r}', {name: (getattr(theirs, name), getattr(model, name)) for name in _SIZES}
+  )
+  # The text encoder sees no image tokens.
+  vocabulary = {'vocabulary': run_checkpoints.read_place(path).get('vocabulary')}
+  inputs.check(f'{key}={source!r}', vocabulary, f'or start without {key}')
+  return run_checkpoints.read_parts(path, {'text_encoder': shape})
+
+
+def _check_same(
+  theirs: parti_config.TextEncoderConfig, model: parti_config.PartiConfig, where: str
+) -> None:
+  """Raises UserError unless an imported text encoder is the one of PartiConfig.text_encoder."""
+  ours = model.text_encoder
+  if type(ours) is not type(theirs):
+    shown = "Parti's own" if ours is None else f'a {type(ours).__name__}'
+    raise errors.UserError(
+      f'{where} is a {type(theirs).__name__}, but the text encoder of PartiConfig is {shown}; '
+      'include gin_configs/models/imported_text_encoder.gin'
+    )
+  # A relative bias has no length; CLIP's table of positions is compared by its shape.
+  free = ('text_length', 'dropout', 'dtype', 'remat', 'unroll')
+  _refuse_differing(
+    where,
+    {
+      field.name: (getattr(theirs, field.name), getattr(ours, field.name))
+      for field in dataclasses.fields(theirs)
+      if field.name not in free
+    },
+  )
+
+
+def _refuse_differing(where: str, values: Mapping[str, tuple[Any, Any]]) -> None:
+  """Raises UserError, naming the fields, unless both values of each field are the same."""
   differing = [
-    f'{name} is {saved["config"][name]} there and {getattr(model, name)} here'
-    for name in _SIZES
-    if saved['config'][name] != getattr(model, name)
+    f'{name} is {theirs} there and {ours} here'
+    for name, (theirs, ours) in values.items()
+    if theirs != ours
   ]
   if differing:
     raise errors.UserError(
-      f'{key}={model_dir!r} has a text encoder with another configuration: '
-      f'{"; ".join(differing)}; give another run, or change PartiConfig'
+      f'{where} has a text encoder with another configuration: '
+      f'{"; ".join(differing)}; give another one, or change PartiConfig'
     )
-  # The text encoder sees no image tokens.
-  vocabulary = {'vocabulary': run_checkpoints.read_place(path).get('vocabulary')}
-  inputs.check(f'{key}={model_dir!r}', vocabulary, f'or start without {key}')
-  return run_checkpoints.read_parts(path, {'text_encoder': abstract['text_encoder']})

@@ -48,8 +48,8 @@ class TextEncoderObjective(base.Objective):
       text encoder. A run on texts can thus be continued on pairs of texts and images.
 
   Raises:
-    UserError: if a value has the wrong type, a weight is negative, both weights are 0, or the
-      contrastive loss has no image encoder.
+    UserError: if a value has the wrong type, a weight is negative, both weights are 0, the
+      contrastive loss has no image encoder, or the model's text encoder is not Parti's own.
   """
 
   model: parti_config.PartiConfig
@@ -69,6 +69,10 @@ class TextEncoderObjective(base.Objective):
         f'TextEncoderObjective.masked_weight={self.masked_weight} and TextEncoderObjective.'
         f'contrastive_weight={self.contrastive_weight}: neither may be negative, and at least one '
         'must be above 0'
+      )
+    if self.model.text_encoder is not None:
+      raise errors.UserError(
+        "TextEncoderObjective trains Parti's own text encoder; set PartiConfig.text_encoder to None"
       )
     if self.contrastive_weight and self.image is None:
       raise errors.UserError(

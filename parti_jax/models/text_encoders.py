@@ -1,0 +1,131 @@
+"""The kinds of text encoder that a generator can have.
+
+| `PartiConfig.text_encoder` | text encoder |
+|---|---|
+| None | Parti's own, `parti_jax.models.text_encoder.TextEncoder` |
+| `T5EncoderConfig` | of T5, Flan-T5, mT5 or UL2, `parti_jax.models.t5_encoder.T5Encoder` |
+| `CLIPTextConfig` | of CLIP, `parti_jax.models.clip.CLIPTextEncoder` |
+
+They differ in their networks and in their text tokens. The functions here hide these differences from
+the generator. A new kind is one entry of `KINDS`, and one of `parti_config.TEXT_ENCODERS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Any
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array
+from jaxtyping import Bool
+from jaxtyping import Int
+
+from parti_jax.models import clip
+from parti_jax.models import flops
+from parti_jax.models import parti_config
+from parti_jax.models import t5_encoder
+from parti_jax.models import text_encoder
+from parti_jax.models.nn import attention
+
+Tokens = Int[Array, 'batch text_length']
+Mask = Bool[Array, 'batch 1 1 text_length']
+
+
+class Kind(NamedTuple):
+  """A kind of text encoder.
+
+  Attributes:
+    module: makes the linen module from a config. Its arguments are text tokens and dropout keys,
+      its result is an array [batch, text_length, features].
+    text_mask: makes the attention mask that hides padding, from a config and text tokens.
+    empty_text: makes the tokens of the empty text, from a config and any text tokens.
+    example_inputs: makes text tokens from a config, for initialization.
+    forward_flops: returns the FLOPs of one text.
+  """
+
+  module: Callable[[Any], nn.Module]
+  text_mask: Callable[[Any, Tokens], Mask]
+  empty_text: Callable[[Any, Tokens], Tokens]
+  example_inputs: Callable[[Any], tuple]
+  forward_flops: Callable[[Any], int]
+
+
+def _mask(config: Any, text_tokens: Tokens) -> Mask:
+  del config
+  return attention.text_mask(text_tokens)
+
+
+def _only_end(config: Any, text_tokens: Tokens) -> Tokens:
+  """The empty text is the end of text, id 1, before padding."""
+  del config
+  return jnp.zeros_like(text_tokens).at[:, 0].set(1)
+
+
+def _only_first_and_end(config: clip.CLIPTextConfig, text_tokens: Tokens) -> Tokens:
+  """The empty text is the first token, the same in all texts, and the end of text."""
+  return jnp.zeros_like(text_tokens).at[:, 0].set(text_tokens[:, 0]).at[:, 1].set(config.end_id)
+
+
+_OWN = Kind(
+  text_encoder.TextEncoder,
+  _mask,
+  _only_end,
+  text_encoder.example_inputs,
+  flops.text_encoder_forward,
+)
+# By their names in config.json and in checkpoints.
+KINDS: Mapping[str, Kind] = {
+  't5': Kind(
+    t5_encoder.T5Encoder, _mask, _only_end, t5_encoder.example_inputs, flops.t5_encoder_forward
+  ),
+  'clip': Kind(
+    clip.CLIPTextEncoder,
+    lambda config, text_tokens: clip.text_mask(text_tokens, config.end_id),
+    _only_first_and_end,
+    clip.example_text,
+    flops.clip_text_forward,
+  ),
+}
+
+
+def _of(config: parti_config.PartiConfig) -> tuple[Kind, Any]:
+  """Returns the kind of a generator's text encoder, and the config that its functions take."""
+  if config.text_encoder is None:
+    return _OWN, config
+  return KINDS[parti_config.text_encoder_kind(config.text_encoder)], config.text_encoder
+
+
+def module(config: parti_config.PartiConfig) -> nn.Module:
+  """Returns the linen module of a generator's text encoder."""
+  kind, own = _of(config)
+  return kind.module(own)
+
+
+def text_mask(
+  config: parti_config.PartiConfig, text_tokens: Int[Array, 'batch text_length']
+) -> Bool[Array, 'batch 1 1 text_length']:
+  """Returns an attention mask that hides padding."""
+  kind, own = _of(config)
+  return kind.text_mask(own, text_tokens)
+
+
+def empty_text(
+  config: parti_config.PartiConfig, text_tokens: Int[Array, 'batch text_length']
+) -> Int[Array, 'batch text_length']:
+  """Returns the empty text in each row, the condition of classifier-free guidance without text.
+
+  Args:
+    config: sizes of the generator.
+    text_tokens: any texts, of which the shape is taken and, with CLIP, the first token.
+  """
+  kind, own = _of(config)
+  return kind.empty_text(own, text_tokens)
+
+
+def forward_flops(config: parti_config.PartiConfig) -> int:
+  """Returns the FLOPs of one text through a generator's text encoder."""
+  kind, own = _of(config)
+  return kind.forward_flops(own)
