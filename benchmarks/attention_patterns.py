@@ -90,7 +90,7 @@ def scores(config) -> int:
 def sampling(args, config):
   """A function that draws a batch."""
   init = functools.partial(parti.Parti(config).init, jax.random.key(0))
-  params = parameters.cut(
+  params = parameters.for_sampling(
     config, nn.meta.unbox(jax.jit(init)(*parti.example_inputs(config))['params'])
   )
 

@@ -25,10 +25,10 @@ import flax.traverse_util
 
 from parti_jax.core.errors import UserError
 from parti_jax.exported_model import model_folder
-from parti_jax.importers import key_map as key_maps
+from parti_jax.importers import key_map as key_map_lib
 from parti_jax.models import vqgan
 
-Arrays = Mapping[str, key_maps.StoredArray]
+Arrays = Mapping[str, key_map_lib.StoredArray]
 Shapes = Mapping[str, tuple[int, ...]]
 
 # Files of a training run hold the network several times; averaged weights are preferred.
@@ -219,7 +219,7 @@ def config_of(
   )
 
 
-def key_map(config: vqgan.VQGANConfig, arrays: Arrays, file_format: str) -> key_maps.KeyMap:
+def key_map(config: vqgan.VQGANConfig, arrays: Arrays, file_format: str) -> key_map_lib.KeyMap:
   """Which arrays make which parameters of `vqgan.VQGAN(config)`.
 
   Args:
@@ -232,11 +232,11 @@ def key_map(config: vqgan.VQGANConfig, arrays: Arrays, file_format: str) -> key_
   """
   prefix, found = _located(arrays, file_format)
 
-  def source(path: str) -> key_maps.Source:
+  def source(path: str) -> key_map_lib.Source:
     name = prefix + found.name(path, config)
     if path.endswith('/kernel') and not found.flax:
-      return key_maps.one(name, key_maps.convolution)
-    return key_maps.one(name)
+      return key_map_lib.one(name, key_map_lib.convolution)
+    return key_map_lib.one(name)
 
   return {path: source(path) for path in expected(config)}
 
@@ -266,7 +266,7 @@ def _located(arrays: Arrays, file_format: str) -> tuple[str, _Format]:
   if file_format not in _FORMATS:
     raise UserError(f'format={file_format!r} is not one of {", ".join(FORMATS)}')
   for found in _FORMATS[file_format]:
-    prefixes = key_maps.prefixes(arrays, found.anchor)
+    prefixes = key_map_lib.prefixes(arrays, found.anchor)
     preferred = [prefix for prefix in _PREFERRED if prefix in prefixes]
     if preferred or len(prefixes) == 1:
       return (preferred or prefixes)[0], found
@@ -278,7 +278,7 @@ def _located(arrays: Arrays, file_format: str) -> tuple[str, _Format]:
   others = [
     name
     for name, formats in _FORMATS.items()
-    if any(key_maps.prefixes(arrays, found.anchor) for found in formats)
+    if any(key_map_lib.prefixes(arrays, found.anchor) for found in formats)
   ]
   hint = f'; they may be of {" or ".join(others)}' if others else ''
   raise UserError(

@@ -171,10 +171,10 @@ def sampled_config() -> parti_config.PartiConfig:
 
 
 def _abstract_parameters(config, mesh, rules):
-  """Parameters for sampling, as `cut` makes them."""
+  """Returns the shapes of the parameters for sampling: the result of `parameters.for_sampling`."""
   boxed = model_folder.abstract('generator', config)
   placed = parameters.shardings(config, rules_lib.parameter_shardings(boxed, mesh, rules))
-  shapes = jax.eval_shape(functools.partial(parameters.cut, config), nn.meta.unbox(boxed))
+  shapes = jax.eval_shape(functools.partial(parameters.for_sampling, config), nn.meta.unbox(boxed))
   return jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
     shapes,

@@ -102,7 +102,7 @@ class AdaptiveDecoder:
 
   Args:
     config: sizes of the network.
-    params: the result of `parameters.cut`.
+    params: the result of `parameters.for_sampling`.
   """
 
   def __init__(self, config: parti_config.PartiConfig, params: dict[str, Any]):
@@ -296,7 +296,7 @@ def sample_tokens(
 
   Args:
     config: sizes of the network.
-    params: the result of `parameters.cut`.
+    params: the result of `parameters.for_sampling`.
     text_tokens: tokens of the prompts, padded with 0.
     keys: the result of `decoding.image_keys`.
     sampling: how to sample.

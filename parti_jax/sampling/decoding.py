@@ -303,7 +303,7 @@ def sample_step(
 
   Args:
     config: sizes of the network.
-    params: the result of `parameters.cut`.
+    params: the result of `parameters.for_sampling`.
     keys: the result of `image_keys`.
     sampling: how to sample; the result of `Sampling.at_each_position`.
     carry: the previous tokens, which are ignored at position 0, and the state after the previous
@@ -339,7 +339,7 @@ def sample_tokens(
 
   Args:
     config: sizes of the network.
-    params: the result of `parameters.cut`.
+    params: the result of `parameters.for_sampling`.
     text_tokens: tokens of the prompts, padded with 0.
     keys: the result of `image_keys`.
     sampling: how to sample; this function ignores the thresholds, which `adaptive.sample_tokens`

@@ -33,14 +33,14 @@ class Placement:
     self,
     params: PyTree,
     boxed: PyTree,
-    cut: Callable[[PyTree], PyTree] = lambda shardings: shardings,
+    convert_shardings: Callable[[PyTree], PyTree] = lambda shardings: shardings,
   ) -> PyTree:
     """Puts parameters on the devices.
 
     Args:
       params: the parameters.
       boxed: abstract parameters with logical axis names, the result of `model_folder.abstract`.
-      cut: converts the shardings of the abstract parameters to those of `params`.
+      convert_shardings: converts the shardings of the abstract parameters to those of `params`.
 
     Raises:
       UserError: if the mesh does not divide a parameter.
@@ -48,7 +48,7 @@ class Placement:
     if self._mesh is None:
       return jax.device_put(params)
     shardings = rules_lib.parameter_shardings(boxed, self._mesh, self._rules)
-    return jax.device_put(params, cut(shardings))
+    return jax.device_put(params, convert_shardings(shardings))
 
   @numerics.fixed()
   def run(

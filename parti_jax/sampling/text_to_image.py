@@ -196,7 +196,7 @@ class TextToImage:
         f'{self._config.text_vocabulary}; it belongs to another model'
       )
     self._generator_params = self._place.put(
-      parameters.cut(self._config, model.generator_params),
+      parameters.for_sampling(self._config, model.generator_params),
       model_folder.abstract('generator', self._config),
       lambda shardings: parameters.shardings(self._config, shardings),
     )

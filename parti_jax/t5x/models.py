@@ -34,7 +34,7 @@ from parti_jax.sampling import decoding as our_decoding
 from parti_jax.sampling import parameters
 from parti_jax.t5x import logical_axes
 from parti_jax.t5x import workarounds
-from parti_jax.training import skipped_steps as finite_lib
+from parti_jax.training import skipped_steps
 from parti_jax.training.objectives import tokenizer_objective
 
 workarounds.apply()
@@ -294,8 +294,8 @@ class PartiModel(t5x_models.BaseTransformerModel):
     texts = batch['encoder_input_tokens']
     if guided:
       texts = our_decoding.with_and_without(config, texts)
-    cut = parameters.cut(config, flax.core.unfreeze(params))
-    start = self._apply(cut, texts, method='start')
+    sampling_params = parameters.for_sampling(config, flax.core.unfreeze(params))
+    start = self._apply(sampling_params, texts, method='start')
     of_image = lambda array: array.reshape((-1, 2 if guided else 1) + array.shape[1:])
     of_text = lambda array: array.reshape((-1,) + array.shape[2:])
     texts, mask = jax.tree.map(
@@ -311,7 +311,7 @@ class PartiModel(t5x_models.BaseTransformerModel):
       apply: Callable[..., Any] = token_decoder.TokenDecoder(config).apply
       with logical_axes.bound():
         logits, after = apply(
-          {'params': cut['image_decoder']},
+          {'params': sampling_params['image_decoder']},
           jnp.repeat(state.cur_token, 2 if guided else 1, axis=0),
           state=transformer.DecoderState(jnp.max(state.cur_index), caches, texts, mask),
         )
@@ -437,7 +437,7 @@ class TokenizerModel(t5x_models.BaseModel):
     kept = {'code_use': before['code_use']}
     _, after, more = self.objective.after_step(params, kept, aux, step, None)
     # Codes of a step without a finite loss don't count; t5x computes the gradients later.
-    after = finite_lib.select(jnp.isfinite(loss), after, kept)
+    after = skipped_steps.select(jnp.isfinite(loss), after, kept)
     mutables = flax.core.freeze({'statistics': after | {'step': step + 1}})
     share = _microbatch_share(self._rows, batch['images'])
     values = {name: share * value for name, value in (aux['metrics'] | more).items()}

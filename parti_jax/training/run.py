@@ -11,7 +11,7 @@ from jaxtyping import Array
 from jaxtyping import Shaped
 
 from parti_jax.checkpoints import checkpoint_manager
-from parti_jax.checkpoints import run_checkpoints as checkpoints_lib
+from parti_jax.checkpoints import run_checkpoints
 from parti_jax.checkpoints import whole_moments
 from parti_jax.data import shared_batches
 from parti_jax.runs import journal as journal_lib
@@ -65,7 +65,7 @@ class Run:
     self._inputs = inputs
     self._model_dir, self._skipped_steps = model_dir, skipped_steps.SkippedSteps(max_bad_steps)
     self._checkpoints = checkpoint_manager.Checkpoints(model_dir, keep)
-    self._model = checkpoints_lib.describe(trainer.objective)
+    self._model = run_checkpoints.describe(trainer.objective)
     self._saved = self._checkpoints.latest_step()
     self.resumed = self._saved is not None
     if self._saved is not None:

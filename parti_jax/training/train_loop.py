@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import jax
 
 from parti_jax.checkpoints import disk_errors
-from parti_jax.checkpoints import run_checkpoints as checkpoints_lib
+from parti_jax.checkpoints import run_checkpoints
 from parti_jax.core import errors
 from parti_jax.core import gin_config
 from parti_jax.core import store_retries
@@ -254,12 +254,12 @@ def initial_parts(
     {name of a part: its parameters}; {} for a run that already has a checkpoint. The other parts
     start from random parameters.
   """
-  if checkpoints_lib.has_checkpoint(model_dir):
+  if run_checkpoints.has_checkpoint(model_dir):
     return {}
   parts: base.Params = {}
   abstract = trainer.abstract.params
   if initial_model:
-    parts |= checkpoints_lib.read_model_folder(initial_model, trainer.objective, abstract, inputs)
+    parts |= run_checkpoints.read_model_folder(initial_model, trainer.objective, abstract, inputs)
   parts |= trainer.objective.initial_parts(abstract, inputs)
   if untrained := [name for name in trainer.objective.frozen if name not in parts]:
     raise errors.UserError(

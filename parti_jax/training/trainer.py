@@ -32,7 +32,7 @@ from parti_jax.partitioning import local_rows
 from parti_jax.partitioning import pipeline_parallelism
 from parti_jax.partitioning import rules as rules_lib
 from parti_jax.training import config as config_lib
-from parti_jax.training import skipped_steps as finite_lib
+from parti_jax.training import skipped_steps
 from parti_jax.training import state as state_lib
 from parti_jax.training.objectives import base
 
@@ -91,10 +91,10 @@ def make_train_step(
       if name not in objective.frozen
     }
     norms['gradient_norm'] = optax.tree.norm(gradients)
-    finite = finite_lib.all_finite(value, norms.values())
+    finite = skipped_steps.all_finite(value, norms.values())
     updated = state_lib.TrainState(before.step, params, optimizer_state, statistics)
     metrics = {'loss': value} | aux['metrics'] | metrics | norms | {'finite': finite}
-    return finite_lib.select(finite, updated, before), metrics
+    return skipped_steps.select(finite, updated, before), metrics
 
   return step
 
@@ -340,7 +340,7 @@ class Trainer:
           measures.setdefault(name, []).append(np.asarray(values)[:count])
     of_all = {name: np.concatenate(parts) for name, parts in measures.items()}
     # The summary may hide values that aren't finite. In a ranking, NaN loses all comparisons.
-    bad = finite_lib.bad_examples(of_all)
+    bad = skipped_steps.bad_examples(of_all)
     return self.objective.summarize(of_all) | ({'not_finite_examples': float(bad)} if bad else {})
 
   @property

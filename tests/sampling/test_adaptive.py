@@ -46,7 +46,7 @@ def params():
 def _draw(params, exit_threshold, skip_threshold):
   return adaptive.sample_tokens(
     CONFIG,
-    parameters.cut(CONFIG, params),
+    parameters.for_sampling(CONFIG, params),
     jnp.asarray(TEXTS),
     decoding.image_keys(0, jnp.arange(len(TEXTS))),
     decoding.Sampling(
@@ -99,7 +99,7 @@ class _Branch:
 
   def __init__(self, params, text):
     self.params = params
-    self.layers = parameters.cut(CONFIG, params)['image_decoder']['decoder']['layers']
+    self.layers = parameters.for_sampling(CONFIG, params)['image_decoder']['decoder']['layers']
     state = start({'params': params}, text[None])
     self.texts, self.mask, self.caches = state.texts, state.text_mask, state.caches
 
@@ -206,7 +206,7 @@ def test_nothing_is_computed_once_all_have_left(params):
 
 def test_thresholds_that_nothing_reaches_change_no_token(params):
   expected = jax.jit(functools.partial(decoding.sample_tokens, CONFIG))(
-    parameters.cut(CONFIG, params),
+    parameters.for_sampling(CONFIG, params),
     TEXTS,
     decoding.image_keys(0, jnp.arange(len(TEXTS))),
     decoding.Sampling(SCALE, guided=True, greedy=True),

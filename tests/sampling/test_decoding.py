@@ -46,7 +46,9 @@ def params():
 def draw_jitted(params, texts, image_index, seed, sampling, segment):
   del segment  # Only there to compile again when the tests change it.
   keys = decoding.image_keys(seed, image_index)
-  return decoding.sample_tokens(CONFIG, parameters.cut(CONFIG, params), texts, keys, sampling)
+  return decoding.sample_tokens(
+    CONFIG, parameters.for_sampling(CONFIG, params), texts, keys, sampling
+  )
 
 
 def draw(params, texts, image_index, seed=0, **sampling):
@@ -66,7 +68,7 @@ def draw(params, texts, image_index, seed=0, **sampling):
 @functools.partial(jax.jit, static_argnames='config')
 def cached_logits(params, texts, tokens, config=CONFIG):
   """Logits of every position, computed one position after the other."""
-  params = parameters.cut(config, params)
+  params = parameters.for_sampling(config, params)
   state = parti.Parti(config).apply({'params': params}, texts, method='start')
 
   def body(state, previous):

@@ -194,7 +194,7 @@ class GeneratorObjective(base.Objective):
       texts = batch['encoder_input_tokens']
       drawn = decoding.sample_tokens(
         self.model,
-        parameters.cut(self.model, params),
+        parameters.for_sampling(self.model, params),
         texts,
         decoding.image_keys(0, jnp.arange(texts.shape[0])),
         decoding.Sampling(self.guidance_scale, guided=True),
