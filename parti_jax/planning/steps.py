@@ -147,7 +147,7 @@ def sampling_step(request: request_lib.Request, mesh) -> request_lib.Step:
       'model': 'generator',
       'config': 'PartiConfig',
       'guided': request.guided,
-      'cache_length': max(pattern.slots(config.image_length) for pattern in patterns),
+      'cache_length': max(pattern.num_slots(config.image_length) for pattern in patterns),
     },
     {'parameters': device_parts(read), 'cache': device_parts((read_slots, texts))},
     device_parts(params) - device_parts(kept),
@@ -157,7 +157,7 @@ def sampling_step(request: request_lib.Request, mesh) -> request_lib.Step:
 
 def _slots(pattern) -> tuple[int, int]:
   """Slots of a layer's whole cache, and those that a step reads."""
-  slots = pattern.slots(pattern.length)
+  slots = pattern.num_slots(pattern.length)
   return slots, pattern.read(0, slots)[1]
 
 

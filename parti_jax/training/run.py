@@ -98,12 +98,12 @@ class Run:
     lines = [f'{facts["stage"]}: {facts["parameters"] / 1e6:.1f}M parameters on {devices}, {where}']
     if self._checkpoints.factored:
       lines.append(whole_moments.line(self._checkpoints.factored))
-    own = self._trainer.objective.over_examples
+    terms = self._trainer.objective.batch_dependent_terms
     microbatches = self._trainer.microbatches
-    if own and microbatches > 1:
+    if terms and microbatches > 1:
       lines.append(
         f'with train.microbatches={microbatches} each microbatch has its own '
-        f'{" and ".join(own)}, so results differ from those of the whole batch'
+        f'{" and ".join(terms)}, so results differ from those of the whole batch'
       )
     return '; '.join(lines)
 

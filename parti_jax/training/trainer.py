@@ -133,8 +133,7 @@ def _gradients(
 
   Microbatch k of n has the examples k, k + n, k + 2 · n ..., so each device already holds its part
   of every microbatch. Gradients are summed in float32. All examples have the same weight as without
-  microbatches. What a loss computes over several examples (`objective.over_examples`), it computes
-  over those of a microbatch.
+  microbatches. The `batch_dependent_terms` of the objective's loss are those of a microbatch.
   """
   size = len(next(iter(batch.values())))
   whole = jnp.maximum(objective.weight(batch), 1.0)

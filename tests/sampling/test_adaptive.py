@@ -66,7 +66,7 @@ MODEL = parti.Parti(CONFIG)
 BLOCK = transformer.DecoderBlock(
   CONFIG.width, CONFIG.mlp_width, CONFIG.heads, dtype=jnp.float32, parent=None
 )
-start = jax.jit(functools.partial(MODEL.apply, method='start'))
+encode_text = jax.jit(functools.partial(MODEL.apply, method='encode_text'))
 
 
 @jax.jit
@@ -81,8 +81,8 @@ def _embed(params, previous, position):
 
 @functools.partial(jax.jit, static_argnames='number')
 def _layer(params, x, cache, text, mask, position, number):
-  patterns = (CONFIG.layer_pattern(number),)
-  return BLOCK.apply({'params': params}, x, text, mask, patterns, cache=cache, position=position)
+  pattern = CONFIG.layer_pattern(number)
+  return BLOCK.apply({'params': params}, x, text, mask, cache, position, pattern, method='decode')
 
 
 @jax.jit
@@ -90,7 +90,7 @@ def _logits(params, x):
   return MODEL.apply(
     {'params': params},
     x,
-    method=lambda model, x: model.image_decoder.predict(model.image_decoder.decoder.norm(x)),
+    method=lambda model, x: model.image_decoder.logits_from(model.image_decoder.decoder.norm(x)),
   )[0, 0]
 
 
@@ -100,7 +100,7 @@ class _Branch:
   def __init__(self, params, text):
     self.params = params
     self.layers = parameters.for_sampling(CONFIG, params)['image_decoder']['decoder']['layers']
-    state = start({'params': params}, text[None])
+    state = encode_text({'params': params}, text[None])
     self.texts, self.mask, self.caches = state.texts, state.text_mask, state.caches
 
   def embed(self, previous, position):

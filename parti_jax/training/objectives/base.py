@@ -78,16 +78,16 @@ class Objective(abc.ABC):
     """The objective's name in checkpoints and journals, such as 'generator'."""
 
   @property
-  def over_examples(self) -> tuple[str, ...]:
-    """Descriptions of what the loss computes over several examples, such as batch statistics.
+  def batch_dependent_terms(self) -> tuple[str, ...]:
+    """Descriptions of the terms of the loss that depend on several examples, such as statistics.
 
-    With microbatches it computes them over each microbatch, and a run reports them.
+    With microbatches they are computed over each microbatch, which a run reports.
     """
     return ()
 
   @property
   def compute_dtype(self) -> Any:
-    """The dtype of most of a step's FLOPs."""
+    """Dtype of the matrix products; selects the peak FLOP/s for the utilization."""
     return self.model.compute_dtype
 
   @functools.cached_property

@@ -232,13 +232,13 @@ class GeneratorObjective(base.Objective):
       return losses[None], hits[None]
 
     def of_layer(
-      states: Float[Array, 'batch tokens embed'],
+      outputs: Float[Array, 'batch tokens embed'],
     ) -> tuple[Float[Array, 'batch tokens'], Float[Array, 'batch tokens']]:
-      return self._of_logits(apply(states, method='predict'), batch)
+      return self._of_logits(apply(outputs, method='logits_from'), batch)
 
     # One layer after another: the logits of all layers would not fit in memory.
-    states = apply(*inputs, method='states')[np.array(self._predicting())]
-    return jax.lax.map(layer_stack.remat(of_layer, self.model.remat), states)
+    outputs = apply(*inputs, method='all_layer_outputs')[np.array(self._predicting())]
+    return jax.lax.map(layer_stack.remat(of_layer, self.model.remat), outputs)
 
   def _of_logits(
     self, logits: Float[Array, 'batch tokens codebook'], batch: base.Batch

@@ -108,7 +108,7 @@ class RankerObjective(base.Objective):
   name = 'ranker'
 
   @property
-  def over_examples(self) -> tuple[str, ...]:
+  def batch_dependent_terms(self) -> tuple[str, ...]:
     reconstructed = ('choice of images that go through the tokenizer',) if self.tokenizer else ()
     return ('negatives in the contrastive loss', *reconstructed)
 

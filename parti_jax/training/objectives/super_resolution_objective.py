@@ -137,8 +137,8 @@ class SuperResolutionObjective(base.Objective):
     return self.model.factor * (self.crop or self.input_size)
 
   @property
-  def over_examples(self) -> tuple[str, ...]:
-    return adversarial.over_examples(self.discriminator) if self.adversarial_weight else ()
+  def batch_dependent_terms(self) -> tuple[str, ...]:
+    return adversarial.batch_dependent_terms(self.discriminator) if self.adversarial_weight else ()
 
   def feature_lengths(self) -> dict[str, int]:
     return {'images': self.image_size}

@@ -81,7 +81,7 @@ class TextEncoderObjective(base.Objective):
       )
 
   @property
-  def over_examples(self) -> tuple[str, ...]:
+  def batch_dependent_terms(self) -> tuple[str, ...]:
     if not self.contrastive_weight:
       return ()
     masked = ('mean over masked pieces',) if self.masked_weight else ()

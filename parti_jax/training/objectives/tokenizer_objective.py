@@ -226,11 +226,11 @@ class TokenizerObjective(base.Objective):
   name = 'tokenizer'
 
   @property
-  def over_examples(self) -> tuple[str, ...]:
+  def batch_dependent_terms(self) -> tuple[str, ...]:
     if not self.adversarial_weight:
       return ()
     weight = ('adaptive weight of the adversarial loss',) if self.adversarial_adaptive else ()
-    return (*adversarial.over_examples(self.discriminator), *weight)
+    return (*adversarial.batch_dependent_terms(self.discriminator), *weight)
 
   def feature_lengths(self) -> dict[str, int]:
     return {'images': self.model.image_size}
