@@ -33,6 +33,9 @@ _METADATA_FILES = (
   'state/_sharding',
   'state/array_metadatas/process_0',
 )
+# Settings of a network that a run may change between two starts, since its parameters keep their
+# shapes and their meaning.
+_FREE_SETTINGS = ('dropout', 'dtype', 'remat', 'unroll', 'commitment')
 
 
 def describe(objective) -> dict:
@@ -170,7 +173,7 @@ def read_config(path: epath.Path, objective: str) -> dict:
       f'{path}: a checkpoint of the objective {model["stage"]!r}; give a run of {objective!r}'
     )
   sizes = model['config']
-  return parti_config.by_todays_names(sizes) if objective == 'generator' else sizes
+  return parti_config.upgrade_config(sizes) if objective == 'generator' else sizes
 
 
 @numerics.fixed()
@@ -288,18 +291,17 @@ def check_same_model(path, saved: dict, wanted: dict):
       f'{path}: a checkpoint of the objective {saved["stage"]!r}, not of '
       f'{wanted["stage"]!r}; choose another --model_dir'
     )
-  free = ('dropout', 'dtype', 'remat', 'unroll', 'commitment')
-  saved_config = parti_config.by_todays_names(saved['config'])
+  saved_config = parti_config.upgrade_config(saved['config'])
 
   def plain(value: Any) -> Any:
     if isinstance(value, Mapping):
-      return {key: plain(part) for key, part in value.items() if key not in free}
+      return {key: plain(part) for key, part in value.items() if key not in _FREE_SETTINGS}
     return list(value) if isinstance(value, (tuple, list)) else value
 
   differing = [
     f'{key} is {saved_config.get(key)} there and {value} here'
     for key, value in wanted['config'].items()
-    if key not in free and plain(saved_config.get(key)) != plain(value)
+    if key not in _FREE_SETTINGS and plain(saved_config.get(key)) != plain(value)
   ]
   if differing:
     raise errors.UserError(
@@ -347,8 +349,7 @@ def by_path(tree) -> dict[str, Any]:
   A path joins the names of dict keys, fields and indices with '/'. Empty nodes have no path.
   """
   flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: hasattr(leaf, 'shape'))
-  name = lambda key: str(getattr(key, 'key', getattr(key, 'name', getattr(key, 'idx', key))))
-  return {'/'.join(name(key) for key in path): leaf for path, leaf in flat}
+  return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in flat}
 
 
 def saved_shapes(path) -> dict[str, tuple[int, ...]]:

@@ -72,7 +72,7 @@ def sizes(kinds: Mapping[str, type], config: dict[str, Any], key: str, dtype: st
   kind = _kind(kinds, values, key, where)
   if kind is parti_config.PartiConfig:
     try:
-      values = parti_config.by_todays_names(values)
+      values = parti_config.upgrade_config(values)
     except UserError as error:
       raise UserError(f'{where}: {key!r}: {error}') from error
   types = checks.field_types(kind)

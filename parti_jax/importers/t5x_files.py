@@ -177,9 +177,10 @@ def _orbax(root: pathlib.Path) -> Iterator[tuple[str, _OrbaxArray]]:
   except Exception as error:  # Whatever Orbax and TensorStore raise.
     raise _damaged(root, error) from error
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    keys = tuple(str(getattr(key, 'key', getattr(key, 'idx', key))) for key in path)
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
     if hasattr(leaf, 'shape') and getattr(leaf, 'dtype', None) is not None:
-      yield '/'.join(keys), _OrbaxArray(root, keys, tuple(leaf.shape), np.dtype(leaf.dtype))
+      keys = tuple(name.split('/'))
+      yield name, _OrbaxArray(root, keys, tuple(leaf.shape), np.dtype(leaf.dtype))
 
 
 def _orbax_handler():

@@ -16,7 +16,7 @@ from parti_jax.models import t5_encoder
 from parti_jax.models.nn import attention_patterns as attention_patterns_lib
 
 # The behaviour of older versions, for configuration files that lack these fields.
-BEFORE_IT_WAS_A_SETTING = {
+LEGACY_DEFAULTS = {
   'attention_patterns': ('global',),
   'conv_kernel': 11,
   'text_encoder': None,
@@ -31,7 +31,7 @@ TEXT_ENCODERS: Mapping[str, type] = {
 _SHARED = ('dtype', 'remat', 'unroll')
 
 
-def by_todays_names(sizes: dict[str, Any]) -> dict[str, Any]:
+def upgrade_config(sizes: dict[str, Any]) -> dict[str, Any]:
   """Converts the sizes in a file of an older version to the fields of this version.
 
   Raises:
@@ -45,7 +45,7 @@ def by_todays_names(sizes: dict[str, Any]) -> dict[str, Any]:
       )
     older = checks.text('attention_pattern', sizes.pop('attention_pattern'))
     sizes['attention_patterns'] = ('global' if older == 'causal' else older,)
-  return BEFORE_IT_WAS_A_SETTING | sizes
+  return LEGACY_DEFAULTS | sizes
 
 
 def text_encoder_kind(config: TextEncoderConfig) -> str:

@@ -72,9 +72,15 @@ class Sampling(flax.struct.PyTreeNode):
   @classmethod
   def of(cls, settings: sampling_settings.SamplingSettings, length: int) -> Sampling:
     """Converts checked settings, for pictures of `length` image tokens."""
+    guidance_scale, temperature, top_k, top_p = settings.arrays(length)
+    exit_threshold, skip_threshold = settings.thresholds
     return cls(
-      *settings.arrays(length),
-      *settings.thresholds,
+      guidance_scale=guidance_scale,
+      temperature=temperature,
+      top_k=top_k,
+      top_p=top_p,
+      exit_threshold=exit_threshold,
+      skip_threshold=skip_threshold,
       guided=settings.guided,
       greedy=settings.greedy,
       filtered=settings.filtered,

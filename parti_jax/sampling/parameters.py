@@ -63,5 +63,5 @@ def _with_layers(params: dict[str, Any], change: Callable[[Any], list]) -> dict[
 
 
 def _dtype(config, path, dtype):
-  names = [str(getattr(key, 'key', key)) for key in path]
+  names = jax.tree_util.keystr(path, simple=True, separator='/').split('/')
   return config.compute_dtype if names[-1] == 'kernel' and 'logits' not in names else dtype

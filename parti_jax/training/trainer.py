@@ -342,9 +342,8 @@ class Trainer:
     bad = skipped_steps.bad_examples(of_all)
     return self.objective.summarize(of_all) | ({'not_finite_examples': float(bad)} if bad else {})
 
-  @property
-  def draws(self) -> bool:
-    """Whether the objective draws images; reads the files that it needs for that.
+  def can_draw(self) -> bool:
+    """Returns whether the objective draws images, after reading the files that it draws with.
 
     Raises:
       UserError: if one of the files is missing or damaged.

@@ -136,16 +136,10 @@ def test_a_schedule_that_is_none_is_named(patterns, message):
 
 
 def test_older_files_name_one_pattern_for_all_layers():
-  assert parti_config.by_todays_names({'width': 8}) == {
-    'width': 8,
-    'attention_patterns': ('global',),
-    'conv_kernel': 11,
-  }
+  legacy = parti_config.LEGACY_DEFAULTS
+  assert legacy['attention_patterns'] == ('global',)
+  assert parti_config.upgrade_config({'width': 8}) == legacy | {'width': 8}
   older = {'attention_pattern': 'causal', 'conv_kernel': 5}
-  assert parti_config.by_todays_names(older) == {
-    'attention_patterns': ('global',),
-    'conv_kernel': 5,
-  }
-  assert parti_config.by_todays_names({'attention_pattern': 'conv'})['attention_patterns'] == (
-    'conv',
-  )
+  assert parti_config.upgrade_config(older) == legacy | {'conv_kernel': 5}
+  upgraded = parti_config.upgrade_config({'attention_pattern': 'conv'})
+  assert upgraded == legacy | {'attention_patterns': ('conv',)}
