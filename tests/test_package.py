@@ -233,6 +233,7 @@ for name in sys.argv[2:]:
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
   'names, unwanted',
   [
@@ -259,6 +260,7 @@ def test_every_public_name_is_there(name):
   assert name in dir(parti_jax)
 
 
+@pytest.mark.process
 def test_public_names_load_no_tensorflow():
   code = 'import sys; from parti_jax import *; print(*sys.modules)'
   loaded = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)

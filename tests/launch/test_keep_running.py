@@ -10,6 +10,8 @@ import pytest
 
 from parti_jax.runs import preemption
 
+pytestmark = pytest.mark.process
+
 SCRIPT = pathlib.Path(__file__).parents[2] / 'launch' / 'keep_running.sh'
 
 # Ends with the first status of the file `statuses`, which it takes away; `+` before it stands for a

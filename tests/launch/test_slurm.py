@@ -10,6 +10,8 @@ import pytest
 
 from parti_jax.runs import preemption
 
+pytestmark = pytest.mark.process
+
 SCRIPT = pathlib.Path(__file__).parents[2] / 'launch' / 'slurm' / 'train.sbatch'
 
 # One task, which ends with the status in `end`, or, when scancel sends it TERM, with 75. srun

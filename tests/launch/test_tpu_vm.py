@@ -12,6 +12,8 @@ import pytest
 
 from parti_jax.runs import preemption
 
+pytestmark = pytest.mark.process
+
 SLICE = ('--name=parti', '--zone=us-central2-b', '--project=pictures')
 WHERE = '--zone=us-central2-b --project=pictures'
 ON_HOST = 'parti_jax/source/launch/tpu_vm/on_host.sh'

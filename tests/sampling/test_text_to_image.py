@@ -368,6 +368,7 @@ def test_saved_pictures_tell_what_they_are(drawn, tmp_path):
   assert Image.open(grid).size == drawn.grid(display_size=20).size
 
 
+@pytest.mark.process
 def test_sampling_imports_no_tensorflow():
   script = (
     'import sys\n'

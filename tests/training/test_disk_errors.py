@@ -165,6 +165,7 @@ def test_other_errors_are_unchanged(tmp_path):
         raise error
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_training_on_a_disk_that_fills_up(tmp_path, generator_bindings, capsys):
   """Tests that `train` on a full disk ends with one line and status 2, and resumes given space."""

@@ -50,6 +50,7 @@ def test_status_asks_for_another_start():
   assert preemption.STATUS == os.EX_TEMPFAIL == 75
 
 
+@pytest.mark.process
 def test_during_the_start_it_ends_at_once():
   # stderr is redirected, as during the import of TensorFlow.
   status, said = _run('os.dup2(os.open(os.devnull, os.O_WRONLY), 2); term(); time.sleep(30)')
@@ -59,6 +60,7 @@ def test_during_the_start_it_ends_at_once():
   ]
 
 
+@pytest.mark.process
 def test_while_it_trains_the_loop_is_asked_to_stop_and_ends_by_itself():
   status, said = _run("""
       steps(20, lambda: 5)
@@ -71,6 +73,7 @@ def test_while_it_trains_the_loop_is_asked_to_stop_and_ends_by_itself():
   assert status == 75 and said == ['journal: asked to stop asked to stop by SIGTERM, 20 s to save']
 
 
+@pytest.mark.process
 def test_after_the_grace_period_it_ends_regardless_of_the_main_thread():
   status, said = _run("""
       steps(0.4, lambda: 5)
@@ -87,6 +90,7 @@ def test_after_the_grace_period_it_ends_regardless_of_the_main_thread():
   assert said[-2].startswith('journal: stop asked to stop, but') and 'never' not in said
 
 
+@pytest.mark.process
 def test_a_second_signal_ends_at_once_even_if_the_disk_hangs():
   status, said = _run("""
       preemption._LAST_SECONDS = 0.2
@@ -98,6 +102,7 @@ def test_a_second_signal_ends_at_once_even_if_the_disk_hangs():
   )
 
 
+@pytest.mark.process
 def test_without_the_command_line_the_signal_ends_a_process_as_usual():
   done = subprocess.run(
     [
@@ -120,6 +125,7 @@ def test_without_the_command_line_the_signal_ends_a_process_as_usual():
   assert done.returncode == -signal.SIGTERM and not done.stderr
 
 
+@pytest.mark.process
 def test_a_run_saves_at_sigterm_and_refuses_a_second_run(tmp_path, capsys, generator_bindings):
   folder = tmp_path / 'run'
   arguments = [

@@ -19,6 +19,8 @@ import parti_jax
 from parti_jax.data import token_cache_info
 from parti_jax.runs import preemption
 
+pytestmark = pytest.mark.process
+
 REPOSITORY = pathlib.Path(parti_jax.__file__).parents[1]
 DEMO = REPOSITORY / 'parti_jax' / 'demo'
 WORKERS, KILLS = 4, 20

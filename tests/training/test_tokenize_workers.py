@@ -457,6 +457,7 @@ def test_lines_are_printed_at_intervals(monkeypatch, capsys):
   assert [line.split(',')[0] for line in lines] == ['train: 11 examples', 'train: 72 examples']
 
 
+@pytest.mark.process
 def test_sigterm_ends_it_at_once():
   done = subprocess.run(
     [

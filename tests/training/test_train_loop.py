@@ -365,6 +365,7 @@ def test_what_does_not_fit_is_one_line_and_leaves_nothing(
   assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.process
 def test_the_module_explains_itself():
   done = subprocess.run(
     [sys.executable, '-m', 'parti_jax.train', '--help'],
