@@ -14,6 +14,16 @@ def parameter_file(name: str) -> str:
   return f'{name}.safetensors'
 
 
+def vocabulary_file(name: str) -> str:
+  """Returns the name of the file with the text tokenizer that only this network uses."""
+  return f'{name}_vocabulary.model'
+
+
+def inputs_entry(name: str) -> str:
+  """Returns the name of config.json's entry on how the inputs of a network are made."""
+  return f'{name}_inputs'
+
+
 def stored_name(name: str, config: Mapping[str, Any]) -> str:
   """Returns a network's name in config.json and in the name of its parameter file.
 
