@@ -264,14 +264,16 @@ def read_model_folder(path, objective, abstract, inputs):
       f'{path}: the model has no {objective.name} to start from; set train.initial_model to None '
       'or to another model'
     )
-  config, params, made_with = networks[objective.name]
+  part = networks[objective.name]
   inputs.check(
-    f'train.initial_model={str(path)!r}', made_with, 'or start without train.initial_model'
+    f'train.initial_model={str(path)!r}', part.made_with, 'or start without train.initial_model'
   )
   check_same_model(
-    path, {'stage': objective.name, 'config': parti_config.as_dict(config)}, describe(objective)
+    path,
+    {'stage': objective.name, 'config': parti_config.as_dict(part.config)},
+    describe(objective),
   )
-  return put_like(params, {name: abstract[name] for name in params})
+  return put_like(part.params, {name: abstract[name] for name in part.params})
 
 
 def put_like(params, abstract):

@@ -103,8 +103,8 @@ def load(path: str | os.PathLike, device: jax.Device | None = None) -> FrozenTok
       unfinished or damaged.
   """
   if storage.exists(storage.join(path, model_folder.CONFIG_FILE)):
-    config, params, made_with = model_folder.load_tokenizer(path)
-    return FrozenTokenizer(str(path), config, params, made_with.get('tokenizer'))
+    part = model_folder.load_part('tokenizer', path)
+    return FrozenTokenizer(str(path), part.config, part.params, part.made_with.get('tokenizer'))
   checkpoint = run_checkpoints.latest_checkpoint(path)
   config = vit_vqgan.ViTVQGANConfig(**run_checkpoints.read_config(checkpoint, 'tokenizer'))
   params = run_checkpoints.read_params(
