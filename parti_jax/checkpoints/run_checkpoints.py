@@ -23,6 +23,7 @@ from parti_jax.core import numerics
 from parti_jax.core import storage
 from parti_jax.exported_model import model_folder
 from parti_jax.models import parti_config
+from parti_jax.partitioning import placing
 
 # Files of a checkpoint that Orbax reads as JSON.
 _METADATA_FILES = (
@@ -279,7 +280,7 @@ def read_model_folder(path, objective, abstract, inputs):
 def put_like(params, abstract):
   """Returns parameters with the dtypes and shardings of `abstract`."""
   return jax.tree.map(
-    lambda leaf, like: jax.device_put(leaf.astype(like.dtype), like.sharding), params, abstract
+    lambda leaf, like: placing.put(leaf.astype(like.dtype), like.sharding), params, abstract
   )
 
 

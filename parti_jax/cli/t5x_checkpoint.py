@@ -7,6 +7,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from parti_jax.checkpoints import checkpoint_manager
 from parti_jax.checkpoints import run_checkpoints
@@ -160,7 +161,10 @@ def model_to_t5x(model, network: str, folder) -> str:
   part = model_folder.load(model).networks[network]
   if network == 'generator':
     inputs.write(folder, part.made_with)
-  tree = {'target': part.params, 'state': {'step': jnp.zeros((), jnp.int32)}}
+  tree = {
+    'target': jax.tree.map(np.asarray, part.params),
+    'state': {'step': jnp.zeros((), jnp.int32)},
+  }
   abstract = t5x_checkpoints.in_host_memory(tree)
   written = t5x_checkpoints.write(folder, run_checkpoints.put_like(tree, abstract))
   return (

@@ -21,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 import shutil
 import sys
@@ -32,6 +33,7 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax
+import numpy as np
 from jaxtyping import PyTree
 
 from parti_jax.core import checks
@@ -161,8 +163,9 @@ class Model:
   Attributes:
     generator_config: config of Parti.
     tokenizer_config: config of the image tokenizer.
-    generator_params: parameters of Parti, a tree of float32 NumPy arrays.
-    tokenizer_params: parameters of the tokenizer, a tree of float32 NumPy arrays.
+    generator_params: parameters of Parti, a tree of `parameter_files.StoredArray`, which are read
+      when they are used.
+    tokenizer_params: parameters of the tokenizer, a tree of StoredArray.
     vocabulary_path: path of the SentencePiece vocabulary.
     sampling: default sampling settings.
     provenance: JSON about the training, such as the data and the number of steps.
@@ -307,12 +310,8 @@ def _write(
   vocabulary_path=None,
 ) -> pathlib.Path | str:
   """Writes a folder with networks, their fingerprints, and further entries of config.json."""
-  stored = {
-    name: parameter_files.stored(
-      part.params, abstract(name, part.config), dtype, parameter_file(name)
-    )
-    for name, part in networks.items()
-  }
+  for name, part in networks.items():
+    parameter_files.check(part.params, abstract(name, part.config), parameter_file(name))
   config = {
     'format_version': model_config.FORMAT_VERSION,
     **{
@@ -326,21 +325,27 @@ def _write(
     },
     'parameters': {
       'stored_as': dtype,
-      **{name: sum(leaf.size for leaf in arrays.values()) for name, arrays in stored.items()},
+      **{name: _count(part) for name, part in networks.items()},
     },
     **entries,
   }
   vocabularies = {} if vocabulary_path is None else {VOCABULARY_FILE: vocabulary_path}
   vocabularies |= {vocabulary_file(name): own for name, own in _own_vocabularies(networks).items()}
   with target_folder.filled(folder, _ALL_FILES) as temporary:
-    for name, arrays in stored.items():
-      parameter_files.write(temporary / parameter_file(name), arrays, known[name])
+    for name, part in networks.items():
+      path = temporary / parameter_file(name)
+      parameter_files.write(path, part.params, dtype, known[name])
     for name, path in vocabularies.items():
       with storage.local_copy(path) as vocabulary:
         shutil.copyfile(vocabulary, temporary / name)
     text = json.dumps(config, indent=2, ensure_ascii=False) + '\n'
     (temporary / CONFIG_FILE).write_text(text, encoding='utf-8')
   return folder
+
+
+def _count(part: Part) -> int:
+  """Returns the number of parameters of a network."""
+  return sum(math.prod(np.shape(leaf)) for leaf in jax.tree.leaves(nn.meta.unbox(part.params)))
 
 
 def load(folder) -> Model:

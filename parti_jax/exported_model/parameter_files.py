@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +12,6 @@ import flax.linen as nn
 import flax.traverse_util
 import numpy as np
 import safetensors
-import safetensors.numpy
 from jaxtyping import PyTree
 
 from parti_jax.core import fingerprints
@@ -20,61 +21,144 @@ from parti_jax.exported_model import model_config
 
 # Maximum number of parameter names in an error message.
 _SHOWN = 5
+# Names of dtypes in a file of safetensors.
+_NAMES = {'float16': 'F16', 'bfloat16': 'BF16', 'float32': 'F32'}
 
 
-def stored(params: PyTree, expected: PyTree, dtype: str, file: str) -> dict[str, np.ndarray]:
-  """Checks the parameters of a network and converts them to the stored form.
+class StoredArray:
+  """An array in a parameter file, of which only what is used is read.
+
+  `np.asarray` reads all of it. Indexing with a tuple of slices reads a part. Indexing with an
+  integer, and `astype`, read nothing yet.
+
+  Attributes:
+    shape: its shape.
+    dtype: the dtype that it is converted to when it is read.
+  """
+
+  def __init__(
+    self,
+    file: Any,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    leading: tuple[int, ...] = (),
+  ):
+    """Refers to an array.
+
+    Args:
+      file: the result of `safetensors.safe_open`.
+      name: name of the array in the file.
+      shape: its shape.
+      dtype: the dtype to convert it to.
+      leading: indices of the leading axes of the array in the file, of which this is a part.
+    """
+    self._file, self._name, self._leading = file, name, leading
+    self.shape, self.dtype = shape, np.dtype(dtype)
+
+  @property
+  def ndim(self) -> int:
+    return len(self.shape)
+
+  @property
+  def size(self) -> int:
+    return math.prod(self.shape)
+
+  def astype(self, dtype: Any) -> StoredArray:
+    """Returns the same array, to be converted to another dtype."""
+    # Rounds once, as the stored values are float32 at most.
+    return StoredArray(self._file, self._name, self.shape, np.dtype(dtype), self._leading)
+
+  def __getitem__(self, index: int | tuple[slice, ...]) -> StoredArray | np.ndarray:
+    if isinstance(index, int):
+      leading = (*self._leading, range(self.shape[0])[index])
+      return StoredArray(self._file, self._name, self.shape[1:], self.dtype, leading)
+    found = self._file.get_slice(self._name)[(*self._leading, *index) or ...]
+    return found.astype(self.dtype)
+
+  def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    del copy  # It is always one.
+    found = self[(slice(None),) * self.ndim]
+    assert isinstance(found, np.ndarray)
+    return found if dtype is None else found.astype(dtype)
+
+
+def check(params: PyTree, expected: PyTree, file: str) -> None:
+  """Checks the names and shapes of a network's parameters.
 
   Args:
     params: the parameters, with or without axis names.
     expected: abstract parameters of the network.
-    dtype: a name in `model_config.STORED_DTYPES`.
     file: name of the file to be written, for messages.
 
-  Returns:
-    {path of a parameter: array of the dtype}.
+  Raises:
+    UserError: if parameters are missing, unknown or of another shape.
+  """
+  shapes = {path: tuple(np.shape(leaf)) for path, leaf in _flat(params).items()}
+  _check_shapes(shapes, _flat(expected), file)
+
+
+def write(path: pathlib.Path, params: PyTree, dtype: str, made_with: Mapping[str, str]) -> None:
+  """Writes the parameters of a network, one array after another.
+
+  Args:
+    path: the file.
+    params: the parameters, with or without axis names. An array is converted with `np.asarray` when
+      it is written, so that lazily read ones are never held together.
+    dtype: a name in `model_config.STORED_DTYPES`.
+    made_with: fingerprints for the file's metadata.
 
   Raises:
-    UserError: if parameters are missing, unknown, of another shape, or not finite in the dtype.
+    UserError: if a value is not finite in the dtype.
   """
-  arrays = {path: np.asarray(leaf) for path, leaf in _flat(params).items()}
-  _check_shapes({path: leaf.shape for path, leaf in arrays.items()}, _flat(expected), file)
-  converted = {}
-  for path, leaf in arrays.items():
-    with np.errstate(over='ignore'):
-      converted[path] = leaf.astype(model_config.STORED_DTYPES[dtype], order='C')
-    if not np.all(np.isfinite(converted[path].astype(np.float32))):
-      raise UserError(
-        f'{file}: the parameter {path} has values that are not finite as {dtype}; '
-        'store the model as float32, or check whether its training diverged'
-      )
-  return converted
-
-
-def write(path: pathlib.Path, arrays: Mapping[str, np.ndarray], made_with: Mapping[str, str]):
-  """Writes the arrays of `stored`, with fingerprints in the file's metadata."""
-  safetensors.numpy.save_file(dict(arrays), path, dict(made_with) or None)
+  arrays = dict(sorted(_flat(params).items()))
+  stored = np.dtype(model_config.STORED_DTYPES[dtype])
+  header: dict[str, Any] = {'__metadata__': dict(sorted(made_with.items()))} if made_with else {}
+  start = 0
+  for name, leaf in arrays.items():
+    end = start + math.prod(np.shape(leaf)) * stored.itemsize
+    header[name] = {
+      'dtype': _NAMES[dtype],
+      'shape': list(np.shape(leaf)),
+      'data_offsets': [start, end],
+    }
+    start = end
+  text = json.dumps(header, separators=(',', ':'), ensure_ascii=False).encode()
+  text += b' ' * (-len(text) % 8)
+  with path.open('wb') as file:
+    file.write(len(text).to_bytes(8, 'little') + text)
+    for name, leaf in arrays.items():
+      with np.errstate(over='ignore'):
+        converted = np.asarray(leaf).astype(stored, order='C')
+      if not np.all(np.isfinite(converted.astype(np.float32))):
+        raise UserError(
+          f'{path.name}: the parameter {name} has values that are not finite as {dtype}; '
+          'store the model as float32, or check whether its training diverged'
+        )
+      file.write(converted.tobytes())
 
 
 def read(path: pathlib.Path, expected: PyTree) -> dict[str, Any]:
-  """Reads a tree of float32 arrays.
+  """Opens a tree of float32 arrays.
 
   Args:
     path: the file.
     expected: abstract parameters of the network.
 
+  Returns:
+    A tree of StoredArray.
+
   Raises:
     UserError: if the file is damaged, or parameters are missing, unknown or of another shape.
   """
-  arrays = {}
   try:
-    with safetensors.safe_open(path, framework='numpy') as file:
-      shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-      _check_shapes(shapes, _flat(expected), path)
-      for name in shapes:
-        arrays[name] = file.get_tensor(name).astype(np.float32)
+    file = safetensors.safe_open(path, framework='numpy')
+    shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
   except (safetensors.SafetensorError, OSError) as error:
     raise _damaged(path, error) from error
+  _check_shapes(shapes, _flat(expected), path)
+  float32 = np.dtype(np.float32)
+  arrays = {name: StoredArray(file, name, shape, float32) for name, shape in shapes.items()}
   return flax.traverse_util.unflatten_dict(arrays, sep='/')
 
 
