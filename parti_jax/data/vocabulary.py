@@ -63,6 +63,11 @@ class TextVocabulary:
     """The number of ids, including the special ones."""
     return self._processor.get_piece_size()
 
+  @property
+  def unknown_id(self) -> int:
+    """The id of the piece that stands for unknown ones."""
+    return self._processor.unk_id()
+
   def encode(self, text: str, length: int) -> tuple[Int32[np.ndarray, 'text_length'], str]:
     """Encodes a text.
 

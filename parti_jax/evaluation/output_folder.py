@@ -89,6 +89,11 @@ def fingerprint(*parts: bytes) -> str:
   return digest.hexdigest()[:16]
 
 
+def ranker_fingerprint(folder) -> str | None:
+  """Returns a hash of the folder of a ranker, as `model_fingerprint`; None for the model's own."""
+  return None if folder is None else model_fingerprint(folder)
+
+
 def model_fingerprint(folder) -> str:
   """Returns a hash of a model folder, over its small files and the ends of its large ones.
 

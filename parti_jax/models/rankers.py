@@ -88,7 +88,12 @@ KINDS: Mapping[str, Kind] = {
   'clip': Kind(
     clip.CLIPConfig, clip.CLIP, clip.example_inputs, marks=lambda config: (config.end_id,)
   ),
-  'siglip': Kind(siglip.SigLIPConfig, siglip.SigLIP, siglip.example_inputs),
+  'siglip': Kind(
+    siglip.SigLIPConfig,
+    siglip.SigLIP,
+    siglip.example_inputs,
+    marks=lambda config: (siglip.END_ID,),
+  ),
 }
 
 
