@@ -38,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser):
     choices=importable_parts.FORMATS,
     help='the family of the weights, see docs/import.md; files do not tell it: '
     + '; '.join(
-      f'of a {name} {", ".join(part.formats)}' for name, part in importable_parts.PARTS.items()
+      f'of a {name.replace("_", " ")} {", ".join(part.formats)}'
+      for name, part in importable_parts.PARTS.items()
     ),
   )
   parser.add_argument('--output_dir', required=True, metavar='FOLDER', help='the folder to write')
@@ -71,12 +72,12 @@ def add_arguments(parser: argparse.ArgumentParser):
     metavar=('BLACK', 'WHITE'),
     help="what black and white are to the network (default: the format's)",
   )
-  ranker = parser.add_argument_group('ranker')
+  ranker = parser.add_argument_group('ranker and text encoder')
   ranker.add_argument(
     '--vocabulary',
     metavar='FILE',
     help="the network's text tokenizer: CLIP's tokenizer.json or a folder with its vocab.json and "
-    "merges.txt; for siglip2 its tokenizer.json or Gemma's tokenizer.model",
+    "merges.txt; for siglip2 its tokenizer.json or Gemma's tokenizer.model; for t5 its spiece.model",
   )
   ranker.add_argument(
     '--config',
@@ -95,6 +96,12 @@ def add_arguments(parser: argparse.ArgumentParser):
     help="the activation of a CLIP whose config isn't there: quick_gelu of OpenAI, DFN and MetaCLIP, "
     'gelu of most others',
   )
+  ranker.add_argument(
+    '--text_length',
+    type=int,
+    metavar='TOKENS',
+    help='maximum number of text tokens of a T5 (default: 128)',
+  )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -107,9 +114,16 @@ def run(args: argparse.Namespace) -> int:
   sources = found.key_map(given, config)
   expected = _expected(args.part, config)
   key_map.check(sources, given.arrays, expected, ', '.join(args.files), tuple(found.ignored(given)))
-  with _text_tokenizer(found, config, args.vocabulary) as (path, lower_case):
-    converted = key_map.convert(sources, given.arrays)
-    params = dict(tqdm.tqdm(converted, 'reading', len(sources), unit='array', disable=None))
+  with contextlib.ExitStack() as stack:
+    path, lower_case = stack.enter_context(_text_tokenizer(found, config, args.vocabulary))
+    bar = stack.enter_context(
+      tqdm.tqdm(desc='converting', total=len(sources), unit='array', disable=None)
+    )
+    # Each is read when it is written, so that memory holds one at a time.
+    params = {
+      parameter: key_map.ConvertedArray(expected[parameter], source, given.arrays, bar.update)
+      for parameter, source in sources.items()
+    }
     tree = flax.traverse_util.unflatten_dict(params, sep='/')
     folder = model_folder.save_part(
       args.output_dir,

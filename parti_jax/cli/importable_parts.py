@@ -26,14 +26,25 @@ from parti_jax.importers import clip
 from parti_jax.importers import files
 from parti_jax.importers import key_map
 from parti_jax.importers import siglip
+from parti_jax.importers import t5
 from parti_jax.importers import tokenizer_files
 from parti_jax.importers import vqgan
 from parti_jax.sampling import ranking
 
 # Flags that only some formats take.
-FLAGS = ('image_size', 'pixel_range', 'vocabulary', 'config', 'preprocessor', 'activation')
+FLAGS = (
+  'image_size',
+  'pixel_range',
+  'vocabulary',
+  'config',
+  'preprocessor',
+  'activation',
+  'text_length',
+)
 # Id of the unknown piece in Gemma's SentencePiece model; in other models it is 2.
 _GEMMA_UNKNOWN = 3
+# Rows of T5's tables of pieces beyond their vocabularies.
+_T5_SPARE_ROWS = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,10 +139,10 @@ def find(args: argparse.Namespace) -> Format:
   Raises:
     UserError: if the format is of another part, or a flag doesn't apply to it.
   """
-  formats = PARTS[args.part].formats
+  formats, name = PARTS[args.part].formats, args.part.replace('_', ' ')
   if args.format not in formats:
     raise UserError(
-      f'--format={args.format} is not a format of a {args.part}: choose from {", ".join(formats)}'
+      f'--format={args.format} is not a format of a {name}: choose from {", ".join(formats)}'
     )
   found = formats[args.format]
   for flag in FLAGS:
@@ -139,8 +150,7 @@ def find(args: argparse.Namespace) -> Format:
       raise UserError(f'--{flag} does not apply to --format={args.format}')
   if found.tokenizer and args.vocabulary is None:
     raise UserError(
-      f"--vocabulary is required: the file of the {args.part}'s text tokenizer, "
-      f'{found.tokenizer.files}'
+      f"--vocabulary is required: the file of the {name}'s text tokenizer, {found.tokenizer.files}"
     )
   return found
 
@@ -240,6 +250,38 @@ def _described_ranker(config, count: int) -> str:
   )
 
 
+def _t5_config(given: Given):
+  config = t5.config_of(given.arrays, given.config)
+  length = given.flags['text_length']
+  return config if length is None else dataclasses.replace(config, text_length=length)
+
+
+def _check_t5_tokenizer(tokenizer: text_tokenizer.TextTokenizer, config) -> None:
+  # Tables have more rows than their vocabularies have pieces, by 128 at most.
+  if not config.text_vocabulary - _T5_SPARE_ROWS <= tokenizer.size <= config.text_vocabulary:
+    raise UserError(
+      f'{tokenizer.path} has {tokenizer.size} pieces, but the weights are of '
+      f'{config.text_vocabulary}; it belongs to another network'
+    )
+
+
+def _check_clip_text_tokenizer(tokenizer: text_tokenizer.TextTokenizer, config) -> None:
+  ids, _ = tokenizer.encode('a', config.text_length)
+  if tokenizer.size != config.text_vocabulary or config.end_id not in ids:
+    raise UserError(
+      f'{tokenizer.path} has {tokenizer.size} pieces, and "a" becomes {ids[:4].tolist()}; the '
+      f'weights are of {config.text_vocabulary} pieces with {config.end_id} at the end of a text; '
+      'it belongs to another network'
+    )
+
+
+def _described_text_encoder(config, count: int) -> str:
+  return (
+    f'a text encoder of {count:,} parameters, {config.layers} layers of width {config.width}, '
+    f'{config.text_length} text tokens'
+  )
+
+
 _CLIP_TOKENIZER = Tokenizer(
   "OpenAI CLIP's tokenizer.json, or a folder with its vocab.json and merges.txt",
   lambda path: TokenizerFile(tokenizer_files.of_clip(path)),
@@ -307,5 +349,33 @@ PARTS: Mapping[str, Part] = {
     _described_ranker,
     '--ranker={} of `parti-jax generate`, `prompts`, `evaluate` and `export`',
   ),
+  'text_encoder': Part(
+    {
+      't5': Format(
+        _t5_config,
+        lambda given, config: t5.key_map(config, given.arrays),
+        lambda given: t5.IGNORED,
+        flags=('vocabulary', 'config', 'text_length'),
+        tokenizer=Tokenizer(
+          "its spiece.model or tokenizer.json; of t5x's checkpoints T5's sentencepiece.model",
+          lambda path: TokenizerFile(text_tokenizer.read_file(path)),
+          _check_t5_tokenizer,
+        ),
+        config_file='config.json',
+      ),
+      'clip': Format(
+        lambda given: clip.text_config_of(given.arrays, given.config, given.flags['activation']),
+        lambda given, config: clip.text_key_map(config, given.arrays),
+        lambda given: clip.IGNORED_BY_TEXT,
+        flags=('vocabulary', 'config', 'activation'),
+        tokenizer=Tokenizer(
+          _CLIP_TOKENIZER.files, _CLIP_TOKENIZER.read, _check_clip_text_tokenizer
+        ),
+        config_file='config.json',
+      ),
+    },
+    _described_text_encoder,
+    '--gin_file=models/imported_text_encoder.gin --gin.TEXT_ENCODER="\'{}\'" of `parti-jax train`',
+  ),
 }
-FORMATS = tuple(name for part in PARTS.values() for name in part.formats)
+FORMATS = tuple(dict.fromkeys(name for part in PARTS.values() for name in part.formats))
