@@ -253,12 +253,15 @@ def check_tokenizer(tokenizer: text_tokenizer.TextTokenizer, config: rankers.Con
       f'{tokenizer.path} has {tokenizer.size} pieces, but the ranker knows '
       f'{config.text_vocabulary}; it belongs to another model'
     )
-  if marks := rankers.marks(config):
+  end_id = rankers.end_id(config)
+  if end_id is not None:
     tokens, _ = tokenizer.encode('a', config.text_length)
-    if missing := set(marks) - set(tokens.tolist()):
+    # The first one counts as the end; what follows must be padding.
+    text = tokens[: np.argmax(tokens == end_id)]
+    if not text.size or tokens[text.size + 1 :].any():
       raise UserError(
-        f'{tokenizer.path} does not end a text with the token {min(missing)}, which the ranker '
-        'looks for; it belongs to another model'
+        f'{tokenizer.path} does not end a text with the token {end_id}, as the ranker needs; it '
+        'belongs to another model'
       )
 
 
@@ -267,7 +270,7 @@ def _features_of_bytes(
   params: PyTree, images: UInt8[Array, 'batch height width 3'], *, module: nn.Module
 ) -> Float32[Array, 'batch feature_dim']:
   """Embeds pictures that are stretched to the ranker's size."""
-  size = module.config.image_size  # type: ignore[attr-defined]
+  size = module.config.image_size
   pixels = images.astype(jnp.float32) / 255.0
   if pixels.shape[1:3] != (size, size):
     pixels = jax.image.resize(pixels, (len(pixels), size, size, 3), 'linear')
