@@ -142,16 +142,42 @@ class Ranker:
     Raises:
       UserError: if one is not a string.
     """
-    texts = checks.texts('text', texts)
-    tokens = np.empty([len(texts), self.config.text_length], np.int32)
-    for row, text in enumerate(texts):
-      tokens[row], cut = self._vocabulary.encode(text, self.config.text_length)
+    tokens, left_out = self.encode(texts)
+    for row, cut in enumerate(left_out):
       if cut:
         warnings.warn(
           f'text {row + 1} is longer than the {self.config.text_length} text tokens of the '
           f'ranker; left out: {cut!r}',
           stacklevel=2,
         )
+    return self.features_of_tokens(tokens)
+
+  def encode(
+    self, texts: Sequence[str]
+  ) -> tuple[Int32[np.ndarray, 'texts text_length'], list[str]]:
+    """Encodes texts to text tokens.
+
+    Args:
+      texts: any texts.
+
+    Returns:
+      The tokens, for `features_of_tokens`; and of each text the end that did not fit.
+
+    Raises:
+      UserError: if one is not a string.
+    """
+    texts = checks.texts('text', texts)
+    tokens = np.empty([len(texts), self.config.text_length], np.int32)
+    left_out = []
+    for row, text in enumerate(texts):
+      tokens[row], cut = self._vocabulary.encode(text, self.config.text_length)
+      left_out.append(cut)
+    return tokens, left_out
+
+  def features_of_tokens(
+    self, tokens: Int32[np.ndarray, 'texts text_length']
+  ) -> Float32[np.ndarray, 'texts feature_dim']:
+    """Embeds the tokens of `encode`. Returns unit vectors."""
     return self._features(_text_features, tokens)
 
   def scores(self, texts: Sequence[str], images) -> np.ndarray:
