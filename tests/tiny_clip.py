@@ -9,7 +9,7 @@ from parti_jax.importers import tokenizer_files
 
 START, END = '<|startoftext|>', '<|endoftext|>'
 MERGES = ['r e', 're d</w>', 'a p', 'b l', 'bl u', 'blu e</w>']
-SIZE, PATCH, LENGTH = 10, 5, 12
+SIZE, PATCH, LENGTH = 10, 5, 24
 IMAGE, TEXT = 8, 8  # Widths.
 
 
@@ -65,6 +65,39 @@ def clip_arrays(vocabulary, seed=0):
   return _random(shapes, seed)
 
 
+def open_clip_arrays(vocabulary, width=64, seed=0):
+  """Random arrays of a CLIP, by the names of open_clip; wide enough that heads follow from it."""
+  shapes = {
+    'logit_scale': (),
+    'text_projection': (width, 6),
+    'positional_embedding': (LENGTH, width),
+    'token_embedding.weight': (vocabulary, width),
+    'ln_final.weight': (width,),
+    'ln_final.bias': (width,),
+    'visual.class_embedding': (width,),
+    'visual.positional_embedding': ((SIZE // PATCH) ** 2 + 1, width),
+    'visual.proj': (width, 6),
+    'visual.conv1.weight': (width, 3, PATCH, PATCH),
+  }
+  for name in ('visual.ln_pre', 'visual.ln_post'):
+    shapes |= {f'{name}.weight': (width,), f'{name}.bias': (width,)}
+  for tower in ('', 'visual.'):
+    block = f'{tower}transformer.resblocks.0'
+    shapes |= {
+      f'{block}.attn.in_proj_weight': (3 * width, width),
+      f'{block}.attn.in_proj_bias': (3 * width,),
+    }
+    for name, rows, columns in (
+      ('attn.out_proj', width, width),
+      ('mlp.c_fc', 2 * width, width),
+      ('mlp.c_proj', width, 2 * width),
+    ):
+      shapes |= {f'{block}.{name}.weight': (rows, columns), f'{block}.{name}.bias': (rows,)}
+    for name in ('ln_1', 'ln_2'):
+      shapes |= {f'{block}.{name}.weight': (width,), f'{block}.{name}.bias': (width,)}
+  return _random(shapes, seed)
+
+
 def siglip_arrays(vocabulary, seed=0):
   """Random arrays of a SigLIP, by the names of transformers."""
   vision, text, head = 'vision_model', 'text_model', 'vision_model.head'
@@ -99,8 +132,8 @@ def _random(shapes, seed):
   arrays = {}
   for name, shape in shapes.items():
     noise = draw.normal(size=shape).astype(np.float32)
-    is_scale = 'norm' in name and name.endswith('weight')
-    arrays[name] = np.asarray(is_scale + noise * (0.2 if is_scale else 0.6), np.float32)
+    is_scale = name.endswith('weight') and ('norm' in name or 'ln_' in name)
+    arrays[name] = np.asarray(is_scale + noise * (0.2 if is_scale else _spread(shape)), np.float32)
   return arrays
 
 
@@ -116,3 +149,7 @@ def write(folder, arrays, image_size=SIZE, model_type='clip', **text):
   (folder / 'config.json').write_text(json.dumps(config))
   safetensors.numpy.save_file(arrays, folder / 'model.safetensors')
   return folder / 'model.safetensors'
+
+
+def _spread(shape):
+  return 0.6 if len(shape) < 2 else 1.7 / np.sqrt(shape[-1])

@@ -235,12 +235,12 @@ def _siglip_tokenizer(path: str) -> TokenizerFile:
 
 
 def _check_ranker_tokenizer(tokenizer: text_tokenizer.TextTokenizer, config) -> None:
-  ranking.check_tokenizer(tokenizer, config)
-  if tokenizer.size != config.text_vocabulary:
+  if tokenizer.size < config.text_vocabulary:
     raise UserError(
       f'{tokenizer.path} has {tokenizer.size} pieces, but the weights are of '
       f'{config.text_vocabulary}; it belongs to another network'
     )
+  ranking.check_tokenizer(tokenizer, config)
 
 
 def _described_ranker(config, count: int) -> str:
@@ -290,7 +290,7 @@ _CLIP_TOKENIZER = Tokenizer(
 
 
 def _clip_format(config_of: Callable[[Given], Any], **others: Any) -> Format:
-  settings = {
+  settings: dict[str, Any] = {
     'flags': ('vocabulary', 'config', 'activation'),
     'preprocessing': _clip_preprocessing,
   } | others

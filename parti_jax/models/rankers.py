@@ -73,26 +73,26 @@ class Kind(NamedTuple):
     config: its config class.
     module: makes the linen module from a config.
     example_inputs: makes images and texts from a config, for initialisation.
-    marks: makes the token ids that the network looks for in a text, from a config.
+    end_id: makes the token id that a text must end with, from a config; None for any.
   """
 
   config: type
   module: Callable[[Any], nn.Module]
   example_inputs: Callable[[Any], tuple]
-  marks: Callable[[Any], tuple[int, ...]] = lambda config: ()
+  end_id: Callable[[Any], int | None] = lambda config: None
 
 
 # By their names in config.json. Files that name no kind are of the first one.
 KINDS: Mapping[str, Kind] = {
   'coca': Kind(coca.CoCaConfig, coca.CoCa, coca.example_inputs),
   'clip': Kind(
-    clip.CLIPConfig, clip.CLIP, clip.example_inputs, marks=lambda config: (config.end_id,)
+    clip.CLIPConfig, clip.CLIP, clip.example_inputs, end_id=lambda config: config.end_id
   ),
   'siglip': Kind(
     siglip.SigLIPConfig,
     siglip.SigLIP,
     siglip.example_inputs,
-    marks=lambda config: (siglip.END_ID,),
+    end_id=lambda config: siglip.END_ID,
   ),
 }
 
@@ -112,6 +112,6 @@ def example_inputs(config: Config) -> tuple:
   return KINDS[kind(config)].example_inputs(config)
 
 
-def marks(config: Config) -> tuple[int, ...]:
-  """Returns the token ids that every text of the ranker's tokenizer must have."""
-  return KINDS[kind(config)].marks(config)
+def end_id(config: Config) -> int | None:
+  """Returns the token id that every text must end with, before padding; None for any."""
+  return KINDS[kind(config)].end_id(config)

@@ -142,16 +142,42 @@ class Ranker:
     Raises:
       UserError: if one is not a string.
     """
-    texts = checks.texts('text', texts)
-    tokens = np.empty([len(texts), self.config.text_length], np.int32)
-    for row, text in enumerate(texts):
-      tokens[row], cut = self._vocabulary.encode(text, self.config.text_length)
+    tokens, left_out = self.encode(texts)
+    for row, cut in enumerate(left_out):
       if cut:
         warnings.warn(
           f'text {row + 1} is longer than the {self.config.text_length} text tokens of the '
           f'ranker; left out: {cut!r}',
           stacklevel=2,
         )
+    return self.features_of_tokens(tokens)
+
+  def encode(
+    self, texts: Sequence[str]
+  ) -> tuple[Int32[np.ndarray, 'texts text_length'], list[str]]:
+    """Encodes texts to text tokens.
+
+    Args:
+      texts: any texts.
+
+    Returns:
+      The tokens, for `features_of_tokens`; and of each text the end that did not fit.
+
+    Raises:
+      UserError: if one is not a string.
+    """
+    texts = checks.texts('text', texts)
+    tokens = np.empty([len(texts), self.config.text_length], np.int32)
+    left_out = []
+    for row, text in enumerate(texts):
+      tokens[row], cut = self._vocabulary.encode(text, self.config.text_length)
+      left_out.append(cut)
+    return tokens, left_out
+
+  def features_of_tokens(
+    self, tokens: Int32[np.ndarray, 'texts text_length']
+  ) -> Float32[np.ndarray, 'texts feature_dim']:
+    """Embeds the tokens of `encode`. Returns unit vectors."""
     return self._features(_text_features, tokens)
 
   def scores(self, texts: Sequence[str], images) -> np.ndarray:
@@ -253,12 +279,15 @@ def check_tokenizer(tokenizer: text_tokenizer.TextTokenizer, config: rankers.Con
       f'{tokenizer.path} has {tokenizer.size} pieces, but the ranker knows '
       f'{config.text_vocabulary}; it belongs to another model'
     )
-  if marks := rankers.marks(config):
+  end_id = rankers.end_id(config)
+  if end_id is not None:
     tokens, _ = tokenizer.encode('a', config.text_length)
-    if missing := set(marks) - set(tokens.tolist()):
+    # The first one counts as the end; what follows must be padding.
+    text = tokens[: np.argmax(tokens == end_id)]
+    if not text.size or tokens[text.size + 1 :].any():
       raise UserError(
-        f'{tokenizer.path} does not end a text with the token {min(missing)}, which the ranker '
-        'looks for; it belongs to another model'
+        f'{tokenizer.path} does not end a text with the token {end_id}, as the ranker needs; it '
+        'belongs to another model'
       )
 
 
@@ -267,7 +296,7 @@ def _features_of_bytes(
   params: PyTree, images: UInt8[Array, 'batch height width 3'], *, module: nn.Module
 ) -> Float32[Array, 'batch feature_dim']:
   """Embeds pictures that are stretched to the ranker's size."""
-  size = module.config.image_size  # type: ignore[attr-defined]
+  size = module.config.image_size
   pixels = images.astype(jnp.float32) / 255.0
   if pixels.shape[1:3] != (size, size):
     pixels = jax.image.resize(pixels, (len(pixels), size, size, 3), 'linear')

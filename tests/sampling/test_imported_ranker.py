@@ -1,5 +1,6 @@
 """Rankers that others have trained: `parti-jax import ranker`, and what all commands do with them."""
 
+import io
 import json
 import re
 
@@ -7,14 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+import sentencepiece
 import tiny_clip
 from PIL import Image
 
 import parti_jax
 from parti_jax.cli import main
 from parti_jax.core.errors import UserError
+from parti_jax.evaluation.metrics import features
 from parti_jax.exported_model import model_folder
 from parti_jax.models import clip
+from parti_jax.models import siglip
 from parti_jax.sampling import images as images_lib
 from parti_jax.sampling import ranking
 
@@ -161,7 +165,7 @@ def test_pictures_of_any_shape_are_prepared_as_the_folder_says(imported, tmp_pat
   picture = np.zeros((10, 30, 3), np.uint8)
   picture[:, 10:20] = 200
   config = json.loads((imported / 'config.json').read_text())
-  features = {}
+  found = {}
   for fit in ('crop', 'pad'):
     folder = tmp_path / fit
     folder.mkdir()
@@ -170,10 +174,110 @@ def test_pictures_of_any_shape_are_prepared_as_the_folder_says(imported, tmp_pat
     config['ranker_inputs']['fit'] = fit
     (folder / 'config.json').write_text(json.dumps(config))
     ranker = ranking.load(folder)
-    features[fit] = ranker.image_features(picture[None])
+    found[fit] = ranker.image_features(picture[None])
     middle = ranker.image_features(picture[None, :, 10:20])
-  np.testing.assert_allclose(features['crop'], middle, atol=1e-5)
-  assert np.abs(features['pad'] - middle).max() > 1e-3
+  np.testing.assert_allclose(found['crop'], middle, atol=1e-5)
+  assert np.abs(found['pad'] - middle).max() > 1e-3
+
+
+def test_clip_scores_of_pictures(imported, varied):
+  pipeline = parti_jax.load(varied, ranker=imported)
+  (extractor,) = features.of_flags(pipeline, None, 256)
+  assert extractor.name == f'ranker clip, pictures of {tiny_clip.SIZE} pixels'
+  pictures = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3)).astype(np.uint8)
+  captions = ['red apple', 'blue ball', 'blue']
+  (published,) = extractor.published(captions)
+  found = published.score.of(features.extract(extractor, [pictures]).values, published.texts)
+  part = model_folder.load_part('ranker', imported)
+  cosines = np.array(
+    [
+      _cosines(part, f'A photo depicts {caption}', picture[None])[0]
+      for caption, picture in zip(captions, pictures)
+    ]
+  )
+  assert published.score.name == 'CLIPScore' and np.ptp(cosines) > 1e-3
+  np.testing.assert_allclose(found, 2.5 * np.maximum(cosines, 0), atol=1e-4)
+
+
+def test_hpsv2s_weights(tmp_path):
+  vocabulary = tiny_clip.write_tokenizer(tmp_path)
+  tiny_clip.write(tmp_path, tiny_clip.open_clip_arrays(vocabulary))
+  assert _import(tmp_path, tmp_path / 'hps', file_format='hpsv2') == 0
+  ranker = ranking.load(tmp_path / 'hps')
+  assert ranker.preprocessing.fit == 'pad' and ranker.config.activation == 'gelu'
+  published = features.RankerFeatures(ranker, 'x').published(['red apple'])
+  assert [score.name for score, _ in published] == ['CLIPScore', 'HPSv2']
+  np.testing.assert_allclose(published[1].texts, ranker.text_features(['red apple']), atol=1e-6)
+  # The same weights as open_clip's need to be told their activation, and are cropped.
+  assert _import(tmp_path, tmp_path / 'plain', file_format='open_clip') == 2
+  flags = ['--activation=quick_gelu']
+  assert _import(tmp_path, tmp_path / 'plain', *flags, file_format='open_clip') == 0
+  ranker = ranking.load(tmp_path / 'plain')
+  assert ranker.config.activation == 'quick_gelu'
+  assert (ranker.preprocessing.fit, ranker.preprocessing.crop_rounding) == ('crop', 'even')
+
+
+def _write_siglip(folder, vocabulary):
+  tiny_clip.write(folder, tiny_clip.siglip_arrays(vocabulary), model_type='siglip')
+
+
+def _siglip_text(part, tokens):
+  padded = np.zeros((1, tiny_clip.LENGTH), np.int32)
+  padded[0, : len(tokens)] = tokens
+  module = siglip.SigLIP(part.config)
+  variables = {'params': part.params}
+  return module.apply(variables, jnp.asarray(padded), method='text_features')
+
+
+def test_siglip_2_and_its_tokenizer(tmp_path):
+  words = ['<pad>', '<eos>', '<bos>', '<unk>', 'red', 'apple']
+  tokenizer = tokenizers.Tokenizer(
+    tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token='<unk>')
+  )
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+  tokenizer.add_special_tokens(words[:4])
+  tokenizer.save(str(tmp_path / 'tokenizer.json'))
+  _write_siglip(tmp_path, len(words))
+  assert _import(tmp_path, tmp_path / 'siglip', file_format='siglip2') == 0
+  part = model_folder.load_part('ranker', tmp_path / 'siglip')
+  assert (part.preprocessing.fit, part.preprocessing.resampling) == ('stretch', 'bilinear')
+  ranker = ranking.load(tmp_path / 'siglip')
+  expected = _siglip_text(part, [4, 5, 1])
+  np.testing.assert_allclose(ranker.text_features(['RED apple']), expected, atol=1e-5)
+  assert np.abs(_siglip_text(part, [5, 4, 1]) - expected).max() > 1e-3
+  pictures = np.random.default_rng(0).integers(0, 256, (2, 9, 15, 3)).astype(np.uint8)
+  size = (tiny_clip.SIZE, tiny_clip.SIZE)
+  squares = [Image.fromarray(one).resize(size, Image.Resampling.BILINEAR) for one in pictures]
+  expected = siglip.SigLIP(part.config).apply(
+    {'params': part.params},
+    jnp.asarray(np.stack(squares), jnp.float32) / 255,
+    method='image_features',
+  )
+  np.testing.assert_allclose(ranker.image_features(pictures), expected, atol=1e-5)
+
+
+def _train_sentencepiece(path, **ids):
+  model = io.BytesIO()
+  texts = ['red apple', 'blue ball', 'Red', 'apple pie'] * 3
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(texts), model_writer=model, vocab_size=17, minloglevel=2, **ids
+  )
+  path.write_bytes(model.getvalue())
+
+
+def test_gemmas_sentencepiece_model(tmp_path, capsys):
+  _train_sentencepiece(tmp_path / 'gemma.model', pad_id=0, eos_id=1, bos_id=2, unk_id=3)
+  _write_siglip(tmp_path, 17)
+  flags = {'file_format': 'siglip2', 'vocabulary': 'gemma.model'}
+  assert _import(tmp_path, tmp_path / 'siglip', **flags) == 0
+  part = model_folder.load_part('ranker', tmp_path / 'siglip')
+  processor = sentencepiece.SentencePieceProcessor(str(tmp_path / 'gemma.model'))
+  tokens = [*processor.encode('red apple'), 1]
+  found = ranking.load(tmp_path / 'siglip').text_features(['RED Apple'])
+  np.testing.assert_allclose(found, _siglip_text(part, tokens), atol=1e-5)
+  # The first SigLIP's vocabulary is of another kind.
+  _train_sentencepiece(tmp_path / 'gemma.model', pad_id=0, eos_id=1, bos_id=-1, unk_id=2)
+  _refused(tmp_path, tmp_path, capsys, "isn't Gemma's SentencePiece model", **flags)
 
 
 def _edited(imported, folder, edit):
@@ -251,7 +355,6 @@ def _cut(name):
       lambda arrays: arrays.update(other=np.zeros(1, np.float32)),
       'not part of this network: other',
     ),
-    (_cut('text_model.embeddings.token_embedding.weight'), 'pieces, but the ranker knows'),
     (_drop('vision_model.embeddings.patch_embedding.weight'), "aren't the arrays of a CLIP"),
   ],
 )
@@ -264,6 +367,15 @@ def test_weights_that_do_not_fit(public, tmp_path, capsys, edit, message):
   _refused(files, tmp_path, capsys, message)
 
 
+@pytest.mark.parametrize('rows, message', [(-1, 'the ranker knows'), (1, 'the weights are of')])
+def test_a_tokenizer_of_another_size_is_refused(tmp_path, capsys, rows, message):
+  files = tmp_path / 'files'
+  vocabulary = tiny_clip.write_tokenizer(files)
+  arrays = tiny_clip.clip_arrays(vocabulary + rows)
+  tiny_clip.write(files, arrays, eos_token_id=vocabulary - 2)
+  _refused(files, tmp_path, capsys, f'tokenizer.json has {vocabulary} pieces, but {message}')
+
+
 def test_a_tokenizer_of_another_end_is_refused(tmp_path, capsys):
   files = tmp_path / 'files'
   vocabulary = tiny_clip.write_tokenizer(files)
@@ -273,7 +385,7 @@ def test_a_tokenizer_of_another_end_is_refused(tmp_path, capsys):
 
 def test_names_of_another_library_are_refused(public, tmp_path, capsys):
   _refused(public, tmp_path, capsys, '--format=clip', file_format='open_clip')
-  _refused(public, tmp_path, capsys, "aren't the arrays of a SigLIP", file_format='siglip2')
+  _refused(public, tmp_path, capsys, "isn't SigLIP", file_format='siglip2')
 
 
 def test_formats_of_other_parts_are_refused(public, tmp_path, capsys):
