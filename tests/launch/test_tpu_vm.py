@@ -188,7 +188,7 @@ def test_environment_variables_are_defaults(cloud):
     ('run.sh', [*SLICE, '--model_dir', 'runs/x'], '--model_dir=runs/x: the hosts of a slice share'),
     ('tokenize.sh', [*SLICE, '--tokenizer=gs://a/b'], 'Give --output_dir=gs://BUCKET/FOLDER'),
     ('tokenize.sh', [*SLICE, '--output_dir=tokens'], '--output_dir=tokens: the hosts of a slice'),
-    ('resume.sh', SLICE, 'nothing is known here of parti in us-central2-b that create.sh'),
+    ('resume.sh', SLICE, 'create.sh was not called for parti in us-central2-b'),
   ],
 )
 def test_bad_input_is_named(cloud, script, arguments, message):
@@ -268,9 +268,9 @@ def test_a_run_from_its_start_to_its_end(started):
   cloud = started.cloud
   assert _states(cloud) == ['host0 running', 'host1 running']
   again = cloud.run('run.sh', *SLICE, *started.arguments)
-  assert again.returncode == 2 and 'host1: error: a run goes on here already' in again.stderr
+  assert again.returncode == 2 and 'host1: error: a run is active here already' in again.stderr
   install = cloud.run('install.sh', *SLICE)
-  assert install.returncode != 0 and 'host0: error: a run goes on here; end it' in install.stderr
+  assert install.returncode != 0 and 'host0: error: a run is active here; end it' in install.stderr
   assert _states(cloud) == ['host0 running', 'host1 running']
   _end(cloud, 0)
   logs = cloud.must('logs.sh', '--worker=all')  # It returns when the run has ended.
