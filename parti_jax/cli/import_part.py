@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     '--format',
     required=True,
     choices=vqgan.FORMATS,
-    help='the family of the weights, see docs/import.md; files do not tell it',
+    help='the family of the weights, see docs/import.md; the files do not record it',
   )
   parser.add_argument('--output_dir', required=True, metavar='FOLDER', help='the folder to write')
   parser.add_argument(

@@ -71,7 +71,7 @@ class PartiModel(t5x_models.BaseTransformerModel):
 
   Args:
     module: the network.
-    optimizer_def: an optimiser of `parti_jax.t5x.optimizers` or of t5x.
+    optimizer_def: an optimizer of `parti_jax.t5x.optimizers` or of t5x.
     input_vocabulary: vocabulary of the tasks' feature 'inputs'; None for one with exactly
       `PartiConfig.text_vocabulary` pieces.
     output_vocabulary: vocabulary of the tasks' feature 'targets'; None for the codebook.
@@ -363,11 +363,11 @@ class TokenizerModel(t5x_models.BaseModel):
 
   Args:
     objective: the training objective.
-    optimizer_def: an optimiser of `parti_jax.t5x.optimizers` or of t5x.
+    optimizer_def: an optimizer of `parti_jax.t5x.optimizers` or of t5x.
 
   Raises:
-    UserError: if the objective needs what t5x doesn't support: a second optimiser (discriminator),
-      parameters that the optimiser doesn't set (revived codes, frozen parts, averaged weights), or
+    UserError: if the objective needs what t5x doesn't support: a second optimizer (discriminator),
+      parameters that the optimizer doesn't set (revived codes, frozen parts, averaged weights), or
       weights of other networks (LPIPS, a first phase).
   """
 

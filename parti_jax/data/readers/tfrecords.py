@@ -109,7 +109,7 @@ def parsed(
   """Returns features of a serialised tf.train.Example, in the form that `examples` yields."""
   features = features_of(record)
   if features is None:
-    return Damaged('record that is no tf.train.Example')
+    return Damaged('record that is not a tf.train.Example')
   example: dict[str, Any] = {}
   for name, key in keys.items():
     # Looking up a missing key would add it.

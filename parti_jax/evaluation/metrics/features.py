@@ -57,7 +57,7 @@ class Extractor(Protocol):
 
   Attributes:
     name: description for reports.
-    image_size: height and width of the pictures that it takes, in pixels.
+    image_size: height and width of its input pictures, in pixels.
   """
 
   name: str
@@ -138,7 +138,7 @@ class RankerFeatures:
   """The picture features of a ranker: unit vectors, trained to distinguish captions."""
 
   def __init__(self, ranker, model_name: str):
-    """Takes a `parti_jax.sampling.ranking.Ranker` and the name of its model."""
+    """Wraps a `parti_jax.sampling.ranking.Ranker`; `model_name` is used in reports."""
     self.ranker = ranker
     self.image_size = ranker.config.image_size
     self.name = f'ranker of the model {model_name}, pictures of {self.image_size} pixels'
