@@ -15,7 +15,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 type=${TPU_TYPE:-} version='' spot=''
 read_flags 'type version' spot "$@"
 
-[[ -n $type ]] || fail 'which slice? Give --type=TYPE, such as --type=v4-1024'
+[[ -n $type ]] || fail 'no --type given; use --type=TYPE, such as --type=v4-1024'
 case $type in
   v[234]-*) default=tpu-ubuntu2204-base ;;
   v5litepod-*) default=v2-alpha-tpuv5-lite ;;

@@ -60,9 +60,9 @@ read_flags() {
 }
 
 check_slice() {
-  [[ -n $name ]] || fail 'which slice? Give --name=NAME, or export TPU_NAME=NAME'
-  [[ -n $zone ]] || fail 'in which zone? Give --zone=ZONE, or export ZONE=ZONE'
-  [[ -n $project ]] || fail 'of which project? Give --project=PROJECT, or export PROJECT=PROJECT'
+  [[ -n $name ]] || fail 'no slice given; use --name=NAME, or export TPU_NAME=NAME'
+  [[ -n $zone ]] || fail 'no zone given; use --zone=ZONE, or export ZONE=ZONE'
+  [[ -n $project ]] || fail 'no project given; use --project=PROJECT, or export PROJECT=PROJECT'
   local value
   for value in "$name" "$zone" "$project"; do
     [[ $value =~ ^[a-z][a-z0-9.:-]*$ ]] \
