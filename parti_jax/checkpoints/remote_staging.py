@@ -37,7 +37,7 @@ def is_needed(model_dir) -> bool:
 class Staging:
   """The checkpoints of a run in a store, with a local copy of the newest whole one.
 
-  With several processes, each has its own folder with a copy of the newest checkpoint, and
+  With several processes, each has a separate folder with a copy of the newest checkpoint, and
   uploads what it wrote itself. They learn from the store how far the others are: each puts a part
   of the manifest there once its files are, and the first makes one manifest of all parts.
 

@@ -60,7 +60,7 @@ def newest_whole(directory: epath.Path, together: bool = False, copies: bool = F
   Args:
     directory: the folder `checkpoints` of the run, which stays unchanged.
     together: whether all processes of this run call it, divide the files and agree.
-    copies: whether each process has a folder of its own, of which it reads everything.
+    copies: whether each process has a separate folder and reads all of it.
 
   Raises:
     UserError: if there are checkpoints but none is whole; names the files at fault.
@@ -91,7 +91,7 @@ def fault(path: epath.Path, together: bool = False, copies: bool = False) -> str
   Args:
     path: folder of the checkpoint.
     together: whether all processes of this run call it, divide the files and agree.
-    copies: whether each process has a folder of its own, of which it reads everything.
+    copies: whether each process has a separate folder and reads all of it.
   """
   divided = together and not copies
   share, shares = (jax.process_index(), jax.process_count()) if divided else (0, 1)

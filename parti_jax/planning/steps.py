@@ -190,7 +190,7 @@ def _in_cache_layout(leaf) -> jax.ShapeDtypeStruct:
 
 
 def _read_by_step(layers_apart):
-  """Parameters of layers but those that make the text's keys and values, once for all steps."""
+  """Parameters of layers except those that compute the text's keys and values once for all steps."""
   return [
     leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(layers_apart)

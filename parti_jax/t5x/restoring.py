@@ -25,14 +25,14 @@ def of_checkpoint(
     found: the checkpoint's state dict with 'target' and 'state', and leaves of any kind.
     wanted: the state dict of the model.
     parameters_only: whether to reset the optimizer. `fallback_to_scratch` must have the same value,
-      so that t5x initialises what this function removes.
+      so that t5x initializes what this function removes.
     is_resuming: whether t5x resumes a run, which restores everything; t5x sets it.
 
   Returns:
     `found`; with `parameters_only`, without the optimizer's state.
 
   Raises:
-    UserError: if the checkpoint lacks parameters of the model, which t5x would initialise randomly,
+    UserError: if the checkpoint lacks parameters of the model, which t5x would initialize randomly,
       or if it lacks the optimizer's state and `parameters_only` is False.
   """
   if is_resuming:

@@ -1,6 +1,6 @@
 """Works around problems of t5x; each function says why.
 
-None of this changes what t5x computes where it works already.
+They don't change what t5x computes in cases that already work.
 """
 
 from __future__ import annotations

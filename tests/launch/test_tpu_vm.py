@@ -175,7 +175,11 @@ def test_environment_variables_are_defaults(cloud):
     ('create.sh', [*SLICE[1:], '--type=v4-8'], 'no slice given; use --name=NAME'),
     ('stop.sh', [SLICE[0], SLICE[2]], 'no zone given; use --zone=ZONE'),
     ('logs.sh', SLICE[:2], 'no project given; use --project=PROJECT'),
-    ('delete.sh', [*SLICE[1:], '--name=../x'], '../x: names, zones and projects consist of lower-case'),
+    (
+      'delete.sh',
+      [*SLICE[1:], '--name=../x'],
+      '../x: names, zones and projects consist of lower-case',
+    ),
     ('delete.sh', [*SLICE, '--name'], '--name: no value'),
     ('delete.sh', [*SLICE, '--all'], 'unknown argument --all'),
     ('logs.sh', [*SLICE, '--lines=x; y'], '--lines=x; y: not a number'),
