@@ -196,7 +196,7 @@ def read_params(path: epath.Path, module, inputs, device: jax.Device | None = No
 
 
 def read_parts(path: epath.Path, params):
-  """Reads parts of a checkpoint's parameters, without the optimiser's state.
+  """Reads parts of a checkpoint's parameters, without the optimizer's state.
 
   If the run kept an average of the parameters (`state.averaged`), this returns the average. Other
   parts that were trained, such as a discriminator, are left out. Each process reads the shards of
@@ -340,7 +340,7 @@ def check_same_shapes(path, abstract, within: str | tuple[str, ...] = ''):
     raise errors.UserError(
       f'{path}: does not fit this configuration: '
       f'{"; ".join(differing[:5])}{more}; train in another --model_dir, or '
-      'restore the settings of the model or the optimiser'
+      'restore the settings of the model or the optimizer'
     )
 
 

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     '--format',
     required=True,
     choices=importable_parts.FORMATS,
-    help='the family of the weights, see docs/import.md; files do not tell it: '
+    help='the family of the weights, see docs/import.md; the files do not record it: '
     + '; '.join(
       f'of a {name.replace("_", " ")} {", ".join(part.formats)}'
       for name, part in importable_parts.PARTS.items()

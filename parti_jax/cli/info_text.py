@@ -15,11 +15,11 @@ SHOWN = 20
 _ALONE = {'tokenizer': 'an image tokenizer', 'text_encoder': 'a text encoder'}
 _STATES = {
   'finished': 'finished',
-  'stopped': 'stopped; start again to go on',
+  'stopped': 'stopped; start again to resume',
   'failed': 'ended by an error; see the last start below',
-  'killed': 'killed; start again to go on',
+  'killed': 'killed; start again to resume',
   'running': 'running',
-  'running or killed': 'running, or killed: only its own host can tell',
+  'running or killed': 'running, or killed: run this command on its host to find out',
   'never started': 'no journal: never started, or started by an older version',
 }
 

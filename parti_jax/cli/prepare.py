@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
   try:
     pipeline.run(beam_pipeline, progress.show, _LOCAL_SECONDS if local else _REMOTE_SECONDS)
   except BaseException as error:
-    # A remote pipeline goes on without this process.
+    # A remote pipeline continues without this process.
     if local or isinstance(error, Exception):
       output.release(finished=False)
     raise

@@ -2,7 +2,7 @@
 
 | task | features | trains |
 |---|---|---|
-| `SOURCE_texts` | inputs | the text encoder, by masked language modelling |
+| `SOURCE_texts` | inputs | the text encoder, by masked language modeling |
 | `SOURCE_images` | images | the image tokenizer |
 | `SOURCE_pairs` | inputs, images | text encoder, ranker, super-resolution |
 | `openmoji_tokens`, `cached_tokens` | inputs, targets | Parti, from the token cache |

@@ -1,4 +1,4 @@
-"""What turns texts into token ids: a SentencePiece model, or a tokenizer.json of Hugging Face's.
+"""Turns texts into token ids with a SentencePiece model or a tokenizer.json of Hugging Face's.
 
 | file | class |
 |---|---|

@@ -30,7 +30,7 @@ _AT_ONCE = 256
 
 @dataclasses.dataclass
 class Outcome:
-  """What happened to a part's examples.
+  """The outcome for a part's examples.
 
   Attributes:
     number: index of the part and its shard.

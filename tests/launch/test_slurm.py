@@ -135,7 +135,7 @@ def test_what_was_told_to_stop_is_queued_again_unless_slurm_ends_the_job(job, st
 @pytest.mark.parametrize(
   'arguments, variables, message',
   [
-    ([], {}, 'Give --model_dir=FOLDER'),
+    ([], {}, 'use --model_dir=FOLDER'),
     (['--model_dir=x'], {'SLURM_JOB_ID': ''}, 'submit it: sbatch'),
     (['--model_dir=x'], {'PARTI_JAX_VENV': '/nowhere'}, 'no parti-jax in /nowhere'),
   ],

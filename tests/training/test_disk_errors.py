@@ -116,7 +116,7 @@ def test_whichever_write_fills_the_disk_the_last_checkpoint_is_whole(run, full, 
     shutil.copytree(run, folder)
     manager = checkpoint_manager.Checkpoints(folder)
     full.update(count=0, fails=failing)
-    with pytest.raises(UserError, match='no space left on device.*start again: it goes on') as told:
+    with pytest.raises(UserError, match='no space left on device.*start again: it resumes') as told:
       _save(manager, 2)
     full['fails'] = None
     assert str(told.value).startswith(f'{folder}: ')

@@ -1,4 +1,4 @@
-"""Every gin file of gin_configs/runs/ makes an objective, an optimiser, a schedule and a mesh."""
+"""Every gin file of gin_configs/runs/ makes an objective, an optimizer, a schedule and a mesh."""
 
 import contextlib
 import inspect

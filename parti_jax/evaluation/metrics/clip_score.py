@@ -1,4 +1,4 @@
-"""Scores of pictures for texts from a ranker's vectors, scaled as they are published.
+"""Scores of pictures for texts from a ranker's vectors, scaled as in publications.
 
 | score | network | scale |
 |---|---|---|
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-# What CLIPScore puts before each text (section 3).
+# The prefix that CLIPScore adds to each text (section 3).
 CLIP_SCORE_PREFIX = 'A photo depicts '
 
 

@@ -71,7 +71,7 @@ class Extractor(Protocol):
 
   Attributes:
     name: description for reports.
-    image_size: height and width at which it sees pictures, in pixels.
+    image_size: height and width of its input pictures, in pixels.
     resizes: whether it resizes pictures itself; otherwise it takes only those of `image_size`.
   """
 
@@ -163,7 +163,7 @@ class RankerFeatures:
   """The picture features of a ranker: unit vectors, trained to distinguish captions."""
 
   def __init__(self, ranker, model_name: str):
-    """Takes a `parti_jax.sampling.ranking.Ranker` and the name of the model that it is used with."""
+    """Wraps a `parti_jax.sampling.ranking.Ranker`; `model_name` is used in reports."""
     self.ranker = ranker
     self.image_size = ranker.config.image_size
     self.resizes = ranker.preprocessing is not None

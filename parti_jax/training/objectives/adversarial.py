@@ -22,7 +22,7 @@ def resting_until(
   """Returns a discriminator's optimizer that skips all steps before `begins`.
 
   Args:
-    begins: the first step that it takes. Before it, its state doesn't change either.
+    begins: its first step. Before it, the optimizer's state doesn't change either.
     optimizer: an optax transformation; None for Adam with a learning rate of 1e-4.
   """
   optimizer = optimizer or optimizers.adamw(1e-4, beta1=0.0, weight_decay=0.0)

@@ -305,10 +305,10 @@ class TokenizerObjective(base.Objective):
     return {'perceptual': lpips.abstract_params()}
 
   def initial_statistics(self) -> base.Statistics:
-    """Returns the state that is carried from step to step besides parameters.
+    """Returns the state, other than parameters, that is carried from step to step.
 
     Returns:
-      'code_use', float32 [codebook]: use of each code per batch, averaged over steps. It begins at
+      'code_use', float32 [codebook]: use of each code per batch, averaged over steps. It starts at
       0, so that with revival the first codes are latents of the first batch that is quantized.
       With a discriminator, 'r1', float32 []: the last penalty. With `ema`, 'average', float32: the
       moving average of the tokenizer's parameters.
