@@ -390,3 +390,11 @@ def test_names_of_another_library_are_refused(public, tmp_path, capsys):
 
 def test_formats_of_other_parts_are_refused(public, tmp_path, capsys):
   _refused(public, tmp_path, capsys, 'choose from clip', file_format='llamagen', vocabulary=None)
+
+
+def test_an_imported_ranker_computes_in_float32_everywhere(exported, imported, monkeypatch):
+  monkeypatch.setattr(model_folder.jax, 'default_backend', lambda: 'tpu')
+  model = model_folder.load(exported)
+  assert model.generator_config.dtype == 'bfloat16'
+  assert model.parts['ranker'].config.dtype == 'float32'
+  assert model_folder.load_part('ranker', imported).config.dtype == 'float32'
