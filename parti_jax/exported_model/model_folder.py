@@ -422,9 +422,12 @@ def load_part(name: str, folder) -> Part:
   """
   vocabulary = vocabulary_file(name)
   folder = _local(folder, [CONFIG_FILE, parameter_file(name), vocabulary])
-  _check_complete(folder, [CONFIG_FILE, parameter_file(name)])
+  _check_complete(folder, [CONFIG_FILE])
   where = folder / CONFIG_FILE
   config = model_config.read(where)
+  if name not in config and not (folder / parameter_file(name)).exists():
+    raise UserError(f'the folder {folder} has no {name}; give one that has')
+  _check_complete(folder, [parameter_file(name)])
   inputs = model_config.inputs(config, name, where)
   dtype = _compute_dtype(inputs)
   sizes = model_config.sizes(NETWORKS[name].kinds, config, name, dtype, where)
