@@ -201,7 +201,7 @@ def _captions(args: argparse.Namespace):
   if not extractors:
     raise UserError(
       f'the model {pipeline.model_name} has no ranker whose features could be used to compare '
-      'pictures; give --inception_weights'
+      'pictures; give --inception_weights or --ranker'
     )
   folder = output_folder.make(args.output_dir)
   sampling = {

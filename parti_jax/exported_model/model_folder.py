@@ -352,7 +352,7 @@ def load(folder) -> Model:
   """Reads a model folder.
 
   The networks compute in float32 on a CPU and in bfloat16 elsewhere, regardless of the dtype they
-  were trained in.
+  were trained in. Those with a preprocessing of their own compute in float32 everywhere.
 
   Args:
     folder: a folder that `save` wrote, a path or a URL. The files at a URL are copied to a
@@ -380,7 +380,9 @@ def load(folder) -> Model:
   files = [*paths.values(), folder / VOCABULARY_FILE, *own_vocabularies.values()]
   _check_complete(folder, [path.name for path in files])
   sizes = {
-    name: model_config.sizes(NETWORKS[name].kinds, config, own, _compute_dtype(), where)
+    name: model_config.sizes(
+      NETWORKS[name].kinds, config, own, _compute_dtype(inputs.get(name)), where
+    )
     for name, own in stored.items()
   }
   check_sizes(sizes['generator'], sizes['tokenizer'], str(where))
@@ -432,11 +434,15 @@ def load_part(name: str, folder) -> Part:
   """
   vocabulary = vocabulary_file(name)
   folder = _local(folder, [CONFIG_FILE, parameter_file(name), vocabulary])
-  _check_complete(folder, [CONFIG_FILE, parameter_file(name)])
+  _check_complete(folder, [CONFIG_FILE])
   where = folder / CONFIG_FILE
   config = model_config.read(where)
+  if name not in config and not (folder / parameter_file(name)).exists():
+    raise UserError(f'the folder {folder} has no {name}; give one that has')
+  _check_complete(folder, [parameter_file(name)])
   inputs = model_config.inputs(config, name, where)
-  sizes = model_config.sizes(NETWORKS[name].kinds, config, name, _compute_dtype(), where)
+  dtype = _compute_dtype(inputs)
+  sizes = model_config.sizes(NETWORKS[name].kinds, config, name, dtype, where)
   file = folder / parameter_file(name)
   made_with = parameter_files.read_made_with(file)
   path = folder / vocabulary if inputs.own_tokenizer else None
@@ -496,8 +502,10 @@ def _local(folder, names: list[str]) -> pathlib.Path:
   return pathlib.Path(folder)
 
 
-def _compute_dtype() -> str:
-  return 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+def _compute_dtype(inputs: model_config.Inputs | None = None) -> str:
+  """Returns the dtype to compute in; published scores are compared to their last digits."""
+  exact = inputs is not None and inputs.preprocessing is not None
+  return 'float32' if exact or jax.default_backend() == 'cpu' else 'bfloat16'
 
 
 @functools.cache

@@ -283,7 +283,7 @@ class TextToImage:
     if rank and self.ranker is None:
       raise UserError(
         f"the model {self.model_name} has no ranker, so it can't rank pictures; "
-        '`parti-jax export --base=FOLDER --ranker=RUN` adds one'
+        '`parti-jax export --base=FOLDER --ranker=RUN` adds one, and --ranker=FOLDER uses another'
       )
     if upscale:
       self._needed_upscaler()

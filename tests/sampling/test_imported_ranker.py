@@ -160,6 +160,12 @@ def test_exporting_again_keeps_and_replaces_a_ranker(exported, imported, varied,
   assert 'ranker' not in model_folder.load(again).provenance
 
 
+def test_a_folder_without_a_ranker_is_refused(varied, tmp_path, capsys):
+  command = ['generate', 'red apple', f'--model={varied}', f'--ranker={varied}']
+  assert main.main([*command, f'--output_dir={tmp_path}/pictures']) == 2
+  assert capsys.readouterr().err.strip().endswith('has no ranker; give one that has')
+
+
 def test_pictures_of_any_shape_are_prepared_as_the_folder_says(imported, tmp_path):
   """Two halves of a picture: cropping keeps the middle, padding all of it."""
   picture = np.zeros((10, 30, 3), np.uint8)
@@ -390,3 +396,11 @@ def test_names_of_another_library_are_refused(public, tmp_path, capsys):
 
 def test_formats_of_other_parts_are_refused(public, tmp_path, capsys):
   _refused(public, tmp_path, capsys, 'choose from clip', file_format='llamagen', vocabulary=None)
+
+
+def test_an_imported_ranker_computes_in_float32_everywhere(exported, imported, monkeypatch):
+  monkeypatch.setattr(model_folder.jax, 'default_backend', lambda: 'tpu')
+  model = model_folder.load(exported)
+  assert model.generator_config.dtype == 'bfloat16'
+  assert model.parts['ranker'].config.dtype == 'float32'
+  assert model_folder.load_part('ranker', imported).config.dtype == 'float32'

@@ -115,7 +115,7 @@ def test_extreme_settings_draw_as_their_limits(pipeline, extreme, limit):
 
 @pytest.mark.parametrize('extreme', [{'temperature': 1e-39}, {'top_p': 1e-46}])
 def test_extreme_settings_draw_as_their_limits_in_bfloat16(tiny_folder, monkeypatch, extreme):
-  monkeypatch.setattr(model_folder, '_compute_dtype', lambda: 'bfloat16')
+  monkeypatch.setattr(model_folder, '_compute_dtype', lambda *_: 'bfloat16')
   in_bfloat16 = parti_jax.load(tiny_folder)
   one, other = (
     in_bfloat16.generate(PROMPTS, num_images=2, **settings).tokens
