@@ -46,7 +46,7 @@ def test_patterns_count_the_keys_of_their_neighbourhood():
   assert flops.parti_forward(other) - flops.parti_forward(sizes) == 4 * 1024 * 1024 * fewer
 
 
-def test_tokenizer_forward_agrees_with_xla():
+def test_vit_vqgan_forward_agrees_with_xla():
   sizes = vit_vqgan.ViTVQGANConfig(
     image_size=48,
     patch_size=8,
@@ -64,7 +64,7 @@ def test_tokenizer_forward_agrees_with_xla():
     unroll=3,
   )
   counted = _counted_by_xla(vit_vqgan.ViTVQGAN(sizes), vit_vqgan.example_inputs(sizes, BATCH))
-  assert BATCH * flops.tokenizer_forward(sizes) == pytest.approx(counted, rel=0.05)
+  assert BATCH * flops.vit_vqgan_forward(sizes) == pytest.approx(counted, rel=0.05)
 
 
 @pytest.mark.parametrize(
