@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny_configs
 
 from parti_jax.core.errors import UserError
 from parti_jax.models import vit_vqgan
@@ -25,13 +26,6 @@ TINY = vqgan.VQGANConfig(
   norm_groups=4,
   dtype='float32',
 )
-QUANTIZERS = {
-  'cosine': {},
-  'euclidean': {},
-  'dot': {},
-  'fsq': {'fsq_levels': (4, 2, 2), 'code_dim': 3},
-  'lfq': {},
-}
 MASKGIT = {
   'z_channels': None,
   'attention': False,
@@ -104,10 +98,10 @@ def test_images_that_the_factor_does_not_divide_are_refused(method):
     )
 
 
-@pytest.mark.parametrize('name', QUANTIZERS)
+@pytest.mark.parametrize('name', tiny_configs.QUANTIZERS)
 def test_training_with_each_quantizer_lowers_the_error(name):
   config = dataclasses.replace(
-    TINY, quantizer=name, middle_blocks=1, attention=False, **QUANTIZERS[name]
+    TINY, quantizer=name, middle_blocks=1, attention=False, **tiny_configs.QUANTIZERS[name]
   )
   module, images = vqgan.VQGAN(config), _images(4, 2, 2, 3).repeat(4, 1).repeat(4, 2)
   params, optimizer = _init(config), optax.adam(3e-3)
