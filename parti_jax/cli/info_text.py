@@ -53,7 +53,9 @@ def run(found: dict[str, Any]) -> list[str]:
 def model(found: dict[str, Any]) -> list[str]:
   """Returns lines about an exported model from the result of `info.describe`."""
   side, upscaled = found['picture_size'], found['upscaled_size']
-  picture = f'{side}×{side} pixels of {found["image_tokens"]} image tokens'
+  picture = f'{side}×{side} pixels'
+  if found['image_tokens'] is not None:
+    picture += f' of {found["image_tokens"]} image tokens'
   if upscaled:
     picture += f', {upscaled}×{upscaled} with --upscale'
   total = sum(part['parameters'] for part in found['parts'].values())

@@ -146,7 +146,8 @@ def test_the_step_consists_mostly_of_its_update(stage):
   _, before, state = _trained(stage, (1, 1, 1, 1))
   moved = jax.tree.map(lambda a, b: np.abs(a - b).max() / np.abs(b).max(), before, state.params)
   assert np.median(jax.tree.leaves(moved)) > 0.3
-  if stage in ('generator', 'tokenizer'):  # The ranker's poolers attend evenly at first, so their queries hardly move.
+  # The ranker's poolers attend evenly at first, so their queries hardly move.
+  if stage in ('generator', 'tokenizer'):
     assert min(jax.tree.leaves(moved)) > 0.01
 
 
