@@ -148,7 +148,7 @@ def _trained(name: str, model_dir) -> tuple[model_folder.Part, int]:
   """Reads a network from a run's newest checkpoint; returns it and its training steps."""
   network = model_folder.NETWORKS[name]
   path = run_checkpoints.latest_checkpoint(model_dir)
-  config = next(iter(network.kinds.values()))(**run_checkpoints.read_config(path, name))
+  config = run_checkpoints.read_config(path, name)
   params = run_checkpoints.read_params(path, network.module(config), network.example_inputs(config))
   return model_folder.Part(config, params, _made_with(name, model_dir, path)), int(path.name)
 

@@ -55,7 +55,8 @@ def describe(folder: str, verify: bool = False) -> dict[str, Any]:
     For a run, the result of `run_summary.summarize`. For a model: kind, 'model'; folder; parts,
     {name of a network: {'parameters', 'bytes', 'sizes'}}; alone, the name of the network of a
     folder that `parti-jax import` wrote, else None; picture_size and upscaled_size in pixels, the
-    latter None without super-resolution; image_tokens of a picture; vocabulary, {'ids', 'bytes'};
+    latter None without super-resolution; image_tokens of a picture, None if
+    unknown; vocabulary, {'ids', 'bytes'};
     stored_as, the parameters' dtype; sampling, the defaults of `generate`; provenance; missing, the
     missing files. What a network alone doesn't have is None.
 
@@ -109,7 +110,7 @@ def _model(folder: str, names: list[str]) -> dict[str, Any]:
   if pictured and 'image_size' in config.entries(pictured):
     side = config.number(pictured, 'image_size')
   if side and 'tokenizer' in parts:
-    tokens = (side // config.pixels_of_a_token()) ** 2
+    tokens = config.image_tokens()
   if 'super_resolution' in parts:
     factor = config.number('super_resolution', 'factor')
   reader = alone or config.stored_name('generator')
@@ -150,14 +151,19 @@ class _ModelConfig:
     if not isinstance(self._config, dict):
       raise self._damaged('(not an object)')
 
-  def pixels_of_a_token(self) -> int:
-    """Returns the height and width of the square that an image token stands for."""
+  def image_tokens(self) -> int | None:
+    """Returns the number of tokens of a picture; None if the kind of tokenizer is unknown here."""
     sizes = self.entries('tokenizer')
-    if sizes.get('kind') != 'vqgan':
-      return self.number('tokenizer', 'patch_size')
-    if not isinstance(levels := sizes.get('multipliers'), list):
-      raise self._damaged("(no list 'multipliers' in 'tokenizer')")
-    return 2 ** (len(levels) - 1)
+    kind = sizes.get('kind', 'vit_vqgan')
+    if kind == 'vit_vqgan':
+      side = self.number('tokenizer', 'patch_size')
+    elif kind == 'vqgan':
+      if not isinstance(levels := sizes.get('multipliers'), list):
+        raise self._damaged("(no list 'multipliers' in 'tokenizer')")
+      side = 2 ** (len(levels) - 1)
+    else:
+      return None
+    return (self.number('tokenizer', 'image_size') // side) ** 2
 
   def own_tokenizer(self, name: str) -> bool:
     """Returns whether a network has a text tokenizer of its own."""

@@ -21,6 +21,7 @@ from parti_jax.exported_model import file_names
 from parti_jax.exported_model import preprocessing
 from parti_jax.exported_model import sampling_settings as settings_lib
 from parti_jax.models import config_checks
+from parti_jax.models import image_tokenizers
 from parti_jax.models import parti_config
 
 FORMAT_VERSION = 2
@@ -166,8 +167,9 @@ def _kind(kinds: Mapping[str, type], values: dict[str, Any], key: str, where) ->
   """Takes the kind out of the entry of a network that has several, and returns its dataclass."""
   name = values.pop('kind', next(iter(kinds))) if len(kinds) > 1 else next(iter(kinds))
   if not isinstance(name, str) or name not in kinds:
+    remedy = f'; {image_tokenizers.REMEDY}' if key == 'tokenizer' else ''
     raise UserError(
-      f'{where}: {key}.kind={checks.shown_as_json(name)} is not one of {", ".join(kinds)}'
+      f'{where}: {key}.kind={checks.shown_as_json(name)} is not one of {", ".join(kinds)}{remedy}'
     )
   return kinds[name]
 

@@ -86,7 +86,7 @@ REQUIRED = {
     {'parti': parti_config.PartiConfig}, parti_lib.Parti, parti_lib.example_inputs
   ),
   'tokenizer': Network(
-    {name: kind.config for name, kind in image_tokenizers.KINDS.items()},
+    image_tokenizers.CONFIGS,
     image_tokenizers.module,
     image_tokenizers.example_inputs,
   ),

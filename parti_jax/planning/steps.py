@@ -75,7 +75,7 @@ def _notes(objective) -> tuple[str, ...]:
     return ()
   return (
     f'{objective.tokenizer} holds no trained tokenizer yet; its sizes are those of '
-    'ViTVQGANConfig in gin',
+    f'{type(frozen_tokenizer.planned_config()).__name__} in gin',
   )
 
 

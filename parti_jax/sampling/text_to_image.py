@@ -570,5 +570,10 @@ def _reconstruct(
   params: dict[str, Any], images: UInt8[Array, 'batch height width 3'], *, tokenizer: nn.Module
 ) -> UInt8[Array, 'batch height width 3']:
   apply: Callable[..., Any] = tokenizer.apply
-  pixels = apply({'params': params}, _from_bytes(images))['mean']
-  return detokenizing.to_bytes(jnp.clip(vit_vqgan.to_pixels(pixels), 0.0, 1.0))
+  pixels = _from_bytes(images)
+  if isinstance(tokenizer, vit_vqgan.ViTVQGAN):
+    # The last bits differ from those of `detokenize`, and so would bytes of earlier versions.
+    mean = apply({'params': params}, pixels)['mean']
+    return detokenizing.to_bytes(jnp.clip(vit_vqgan.to_pixels(mean), 0.0, 1.0))
+  tokens = apply({'params': params}, pixels, method='tokenize')
+  return detokenizing.to_bytes(apply({'params': params}, tokens, method='detokenize'))

@@ -355,7 +355,7 @@ def _check_depth_weights(weights, config) -> Float32[np.ndarray, 'layers'] | Non
 
 
 class TokenizerModel(t5x_models.BaseModel):
-  """The image tokenizer (ViT-VQGAN, section 3), with the losses that t5x's interface supports.
+  """An image tokenizer (ViT-VQGAN, section 3), with the losses that t5x's interface supports.
 
   A batch has 'images', uint8 [batch, height, width, 3]. The state's mutables hold the use of codes:
   'statistics' with 'code_use', float32 [codebook], and 'step', int32 [], the number of calls of
@@ -404,7 +404,7 @@ class TokenizerModel(t5x_models.BaseModel):
     if input_shapes['images'][1] != size:
       raise errors.UserError(
         f"TASK_FEATURE_LENGTHS['images']={input_shapes['images'][1]} is not "
-        f'ViTVQGANConfig.image_size={size}; make them the same'
+        f'{type(self.objective.model).__name__}.image_size={size}; make them the same'
       )
     self._rows = input_shapes['images'][0]
     with logical_axes.bound():

@@ -86,7 +86,7 @@ def test_the_last_few_are_kept(saved):
 def test_parameters_are_read_without_the_rest(saved):
   folder, _, state = saved
   path = run_checkpoints.latest_checkpoint(folder)
-  sizes = vit_vqgan.ViTVQGANConfig(**run_checkpoints.read_config(path, 'tokenizer'))
+  sizes = run_checkpoints.read_config(path, 'tokenizer')
   assert sizes == SIZES
   params = run_checkpoints.read_params(
     path, vit_vqgan.ViTVQGAN(sizes), vit_vqgan.example_inputs(sizes)

@@ -333,7 +333,7 @@ def train_loop_flops():
   from parti_jax.models import flops
   from parti_jax.models import vit_vqgan
 
-  return flops.tokenizer_forward(vit_vqgan.ViTVQGANConfig())
+  return flops.vit_vqgan_forward(vit_vqgan.ViTVQGANConfig())
 
 
 @pytest.mark.parametrize(
