@@ -59,7 +59,7 @@ install() {
     return
   fi
   echo 'Installing parti_jax and the packages it needs (a minute or two)'
-  # setuptools would put files into the package that an earlier build left here.
+  # setuptools would include files that an earlier build left here.
   rm -rf "$repository/build/lib"
   # An installation with other extras stays valid if it is of the same sources and versions.
   for other in "$venv"/parti_jax_installed_*; do
@@ -78,7 +78,7 @@ install() {
   printf '%s\n' "$state" >"$stamp"
 }
 
-# Keeps of pip's many lines those that show how far it is.
+# Keeps only the lines of pip's output that show its progress.
 show_progress() {
   local line
   while IFS= read -r line; do

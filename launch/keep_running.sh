@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Trains on one machine, and starts the command again, which goes on from its last checkpoint, when
-# it was asked to stop and has saved (status 75) and when it crashed or was killed, as the system does
-# when memory runs out. After several crashes without a new checkpoint between them it gives up, and
-# it does so at once after bad input (status 2) and Ctrl-C. SIGTERM to this script is handed on to
-# the command and ends both.
+# Trains on one machine and restarts the command, which resumes from its last checkpoint, when it was
+# asked to stop and has saved (status 75), and when it crashed or was killed, for example because
+# memory ran out. It gives up after several crashes without a new checkpoint between them, and
+# immediately after bad input (status 2) or Ctrl-C. SIGTERM to this script is passed on to the command
+# and ends both.
 #
 #   launch/keep_running.sh [--tries=N] parti-jax train --model_dir=FOLDER [ARGUMENTS ...]
 #
-#   --tries=N  crashes without a new checkpoint between them until it gives up (default: 3)
+#   --tries=N  number of crashes without a new checkpoint after which it gives up (default: 3)
 #
-# KEEP_RUNNING_SECONDS  seconds between an end and the next start (default: 10)
+# KEEP_RUNNING_SECONDS  seconds to wait before a restart (default: 10)
 set -euo pipefail
 
 fail() {
@@ -27,7 +27,7 @@ if [[ ${1:-} == --tries=* ]]; then
   shift
 fi
 [[ $tries =~ ^[1-9][0-9]*$ ]] || fail "--tries=$tries: not a number from 1"
-(($#)) || fail 'what is to run? Give a command: parti-jax train --model_dir=FOLDER ...'
+(($#)) || fail 'no command given; for example: parti-jax train --model_dir=FOLDER ...'
 
 model_dir='' before=''
 for argument in "$@"; do
@@ -37,9 +37,9 @@ for argument in "$@"; do
   esac
   before=$argument
 done
-[[ -n $model_dir ]] || fail 'the command has no --model_dir=FOLDER, which shows how far the run is'
+[[ -n $model_dir ]] || fail 'the command needs --model_dir=FOLDER, where this script looks for checkpoints'
 
-# Prints the step of the newest checkpoint; nothing without one, or where only a store knows.
+# Prints the step of the newest checkpoint; prints nothing without one, or if the run is at a URL.
 newest() {
   local folder step most=''
   for folder in "$model_dir"/checkpoints/*/; do
@@ -49,15 +49,15 @@ newest() {
   printf %s "$most"
 }
 
-# Hands a signal on to the command, after which it is not started again.
+# Passes a signal on to the command, which is then not restarted.
 stopping='' child=''
-tell() {
+forward() {
   stopping=yes
   [[ -z $child ]] || kill "-$1" "$child" 2>/dev/null || true
 }
-trap 'tell TERM' TERM
-trap 'tell INT' INT
-trap 'tell HUP' HUP
+trap 'forward TERM' TERM
+trap 'forward INT' INT
+trap 'forward HUP' HUP
 # Without job control Bash would have commands in the background ignore Ctrl-C.
 set -m
 

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# From your own pictures to your own drawings: trains a vocabulary, an image tokenizer and a generator
-# on a folder of captioned pictures, and draws a prompt. The first time it makes a virtual environment
-# and installs the package there. Started again, it goes on where it was.
+# Trains a vocabulary, an image tokenizer and a generator on a folder of captioned pictures, and draws a
+# prompt. The first run creates a virtual environment and installs the package in it. If it is
+# interrupted, run it again and it resumes where it stopped.
 #
 #   launch/own_pictures.sh FOLDER "PROMPT" [--minutes=N] [ARGUMENTS OF parti-jax own_pictures]
 #
 # FOLDER has pictures and captions.jsonl with lines {"file": "a/1.jpg", "caption": "..."}, or pictures
-# with a .txt of the same name beside each, or tar shards of such files.
+# each with a .txt file of the same name, or tar shards of such files.
 #
 # PARTI_JAX_VENV and PYTHON choose the environment's folder and its Python: see environment.sh.
-# EXTRAS  what to install besides, such as gpu or tpu
+# EXTRAS  additional extras to install, such as gpu or tpu
 set -euo pipefail
 
 # shellcheck source=environment.sh

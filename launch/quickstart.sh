@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Draws four pictures with the demo model; the first time it makes a virtual environment and
-# installs the package there.
+# Draws four pictures with the demo model. The first run creates a virtual environment and installs
+# the package in it.
 #
 #   launch/quickstart.sh "woman firefighter: dark skin tone" [ARGUMENTS OF parti-jax generate]
 #

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+pytestmark = pytest.mark.process
+
 SIZE = 16
 SPLIT = 'train[:8]'
 GIN = """

@@ -9,6 +9,8 @@ import sysconfig
 
 import pytest
 
+pytestmark = pytest.mark.process
+
 REPOSITORY = pathlib.Path(__file__).parents[1]
 SCRIPTS = sorted(
   path

@@ -1,6 +1,7 @@
 """The sizes of networks that several files of tests train, on pictures of 8×8."""
 
 from parti_jax.models import vit_vqgan
+from parti_jax.models import vqgan
 
 TOKENIZER = vit_vqgan.ViTVQGANConfig(
   image_size=8,
@@ -17,3 +18,27 @@ TOKENIZER = vit_vqgan.ViTVQGANConfig(
   code_dim=3,
   dtype='float32',
 )
+
+VQGAN = vqgan.VQGANConfig(
+  image_size=8,
+  channels=8,
+  multipliers=(1, 2),
+  res_blocks=1,
+  decoder_res_blocks=1,
+  middle_blocks=1,
+  attention=False,
+  z_channels=6,
+  code_dim=4,
+  codebook_size=16,
+  norm_groups=4,
+  output='pixels',
+  dtype='float32',
+)
+# Quantizers of VQGAN -> what else they need.
+QUANTIZERS = {
+  'cosine': {},
+  'euclidean': {},
+  'dot': {},
+  'fsq': {'fsq_levels': (4, 2, 2), 'code_dim': 3},
+  'lfq': {},
+}

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Asks for a slice of TPU VMs with a queued resource, and waits until it is there. Ctrl-C ends the
-# waiting alone; the same slice is waited for again with resume.sh.
+# Requests a slice of TPU VMs with a queued resource and waits until it is ready. Ctrl-C only ends the
+# waiting; resume.sh waits for the same slice again.
 #
 #   launch/tpu_vm/create.sh --type=v4-1024 [--spot] [FLAGS OF gcloud ... queued-resources create]
 #
 #   --type=TYPE        accelerator type: v4-512, v5litepod-256, v5p-1024, v6e-256 ... (TPU_TYPE)
-#   --version=VERSION  runtime version (default: the one that Google names for jax on that type)
+#   --version=VERSION  runtime version (default: the one that Google recommends for JAX on that type)
 #   --spot             a cheaper slice that may be taken away; see resume.sh --watch
 set -euo pipefail
 
@@ -15,13 +15,13 @@ source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 type=${TPU_TYPE:-} version='' spot=''
 read_flags 'type version' spot "$@"
 
-[[ -n $type ]] || fail 'which slice? Give --type=TYPE, such as --type=v4-1024'
+[[ -n $type ]] || fail 'no --type given; use --type=TYPE, such as --type=v4-1024'
 case $type in
   v[234]-*) default=tpu-ubuntu2204-base ;;
   v5litepod-*) default=v2-alpha-tpuv5-lite ;;
   v5p-*) default=v2-alpha-tpuv5 ;;
   v6e-*) default=v2-alpha-tpuv6e ;;
-  tpu7x*) fail "--type=$type: these TPUs are let through GKE alone; see docs/gke.md" ;;
+  tpu7x*) fail "--type=$type: these TPUs are only available through GKE; see docs/gke.md" ;;
   *)
     default=''
     [[ -n $version ]] || fail "--type=$type: not a v2, v3, v4, v5litepod, v5p or v6e; if it is\

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Deletes a queued resource with its slice, whatever runs there, and forgets what resume.sh would
-# need. What the run wrote to Cloud Storage stays. gcloud asks first.
+# Deletes a queued resource and its slice, even if a run is active, and removes what resume.sh would
+# need. What the run wrote to Cloud Storage is kept. gcloud asks for confirmation.
 #
 #   launch/tpu_vm/delete.sh [--yes]
 #
-#   --yes  without being asked
+#   --yes  don't ask for confirmation
 set -euo pipefail
 
 # shellcheck source=settings.sh

@@ -4,8 +4,8 @@
 #
 #   launch/tpu_vm/install.sh [--revision=COMMIT] [--url=URL]
 #
-#   --revision=COMMIT  default: HEAD. It is sent from this checkout (11 MB to each host)
-#   --url=URL          the hosts clone the repository from there instead; needs --revision
+#   --revision=COMMIT  the commit to send from this checkout, 11 MB to each host (default: HEAD)
+#   --url=URL          clone the repository from there instead; needs --revision
 set -euo pipefail
 
 # shellcheck source=settings.sh

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Follows the log of a run until it ends or Ctrl-C is pressed; the run does not mind.
+# Follows the log of a run until the run ends or you press Ctrl-C, which doesn't affect the run.
 #
 #   launch/tpu_vm/logs.sh [--worker=all]
 #
 #   --worker=WORKER  which host: a number, or `all` (default: 0, the one that reports losses)
-#   --lines=LINES    how many of its last lines come first (default: 100)
+#   --lines=LINES    number of earlier lines to show first (default: 100)
 set -euo pipefail
 
 # shellcheck source=settings.sh

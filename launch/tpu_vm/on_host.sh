@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Called on every host of a slice by the other scripts of this folder. Everything is in
-# ~/parti_jax: source/ (the commit), venv/, log, and of the last run its pid and, once it has
-# ended, its status.
+# ~/parti_jax: source/ (the commit), venv/, log, and the pid of the last run and, once it has ended,
+# its status.
 #
 #   on_host.sh install          installs what is in ~/parti_jax/new
 #   on_host.sh start ARGUMENTS  starts parti-jax ARGUMENTS
@@ -21,13 +21,13 @@ running() {
 }
 
 install_new() {
-  ! running || fail 'a run goes on here; end it with stop.sh before you install'
+  ! running || fail 'a run is active here; end it with stop.sh before you install'
   rm -rf "$home/source"
   mv "$home/new" "$home/source"
   export PARTI_JAX_VENV=$home/venv PYTHON
   # shellcheck source=../environment.sh
   source "$home/source/launch/environment.sh"
-  # Ubuntu 22.04 has Python 3.10 alone.
+  # Ubuntu 22.04 only has Python 3.10.
   if [[ ! -x $venv/bin/pip ]] && ! PYTHON=$(find_python 2>/dev/null); then
     python3 -m pip install --quiet --upgrade --target "$home/uv" uv
     "$home/uv/bin/uv" python install 3.12
@@ -39,7 +39,7 @@ install_new() {
 start() {
   [[ -x $home/venv/bin/parti-jax ]] || fail 'parti_jax is not installed here; call install.sh'
   exec 9>"$home/lock"
-  flock --nonblock 9 || fail 'a run goes on here already; see status.sh, or end it with stop.sh'
+  flock --nonblock 9 || fail 'a run is active here already; see status.sh, or end it with stop.sh'
   rm -f "$home/status"
   cd "$home/source"
   printf '%s: parti-jax %s\n' "$(date)" "$*" >>"$home/log"
@@ -60,8 +60,8 @@ status() {
     state=$(<"$home/status")
     case $state in
       0) state=finished ;;
-      # Told to stop, but not by stop: the host is being taken away. With 143 that was while Python
-      # itself was starting.
+      # Asked to stop, but not by stop.sh: the host is being taken away. 143 means that Python itself
+      # was still starting.
       75 | 143) state=gone ;;
       [1-9]*) state="failed $state" ;;
     esac
@@ -76,12 +76,12 @@ logs() {
   tail -n "$1" -F --pid="$(<"$home/pid")" "$home/log" | sed -u "s/^/$(hostname): /"
 }
 
-# stop STATUS: what is to be said of the run from now on.
+# stop STATUS: ends the run; STATUS is what `status` reports from then on.
 stop() {
   if running; then
     kill -TERM -- "-$(<"$home/pid")"
     flock --timeout 300 "$home/lock" true || kill -KILL -- "-$(<"$home/pid")"
-    flock --timeout 30 "$home/lock" true || fail 'processes of the run are left'
+    flock --timeout 30 "$home/lock" true || fail 'processes of the run are still alive'
     rm -f "$home/status"
   fi
   [[ ! -f $home/pid || -f $home/status ]] || echo "$1" >"$home/status"

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Brings a run back that create.sh, install.sh and then run.sh or tokenize.sh started from this
-# computer: asks again for a slice that was preempted or failed, waits for it, installs the same
-# commit and starts the same command, which goes on from its last checkpoint or its finished parts.
-# A run that goes on is left alone.
+# Restores a run that create.sh, install.sh and then run.sh or tokenize.sh started from this computer:
+# requests a slice that was preempted or failed again, waits for it, installs the same commit and
+# starts the same command, which resumes from its last checkpoint or its finished parts.
+# A run that is still active is left alone.
 #
 #   launch/tpu_vm/resume.sh [--watch]
 #
-#   --watch    does so each time it is needed, until the run is finished, is stopped or fails itself
-#   --dry_run  prints what follows a preemption
+#   --watch    repeat this whenever needed, until the run finishes, is stopped or fails by itself
+#   --dry_run  print the commands that follow a preemption
 set -euo pipefail
 
 # shellcheck source=settings.sh
@@ -18,16 +18,16 @@ read_flags '' watch "$@"
 no_rest
 slice=(--name="$name" --zone="$zone" --project="$project" ${dry_run:+--dry_run})
 
-# again SCRIPT: calls a script of this folder with what it was given before.
+# again SCRIPT: calls a script of this folder with its previous arguments.
 again() {
   local words=()
-  recall "$1" || fail "nothing is known here of $name in $zone that $1.sh has done;\
- call $here/$1.sh itself, or resume.sh on the computer and account that did"
+  recall "$1" || fail "$1.sh was not called for $name in $zone from this computer and account;\
+ call $here/$1.sh, or call resume.sh where it was"
   "$here/$1.sh" "${slice[@]}" "${words[@]}"
 }
 
-# Prints one word for all hosts: running, finished, stopped, failed, or broken (on some there is no
-# run any more: to be started again).
+# Prints one word for all hosts: running, finished, stopped, failed, or broken (some hosts no longer
+# have a run, so it has to be restarted).
 run_state() {
   local states
   states=$(host_states) || return
@@ -70,7 +70,7 @@ resume() {
 watch() {
   local hosts=broken failures=0
   while true; do
-    # A process of its own, so that an error ends it and not the watch.
+    # In a subprocess, so that an error doesn't end the watch.
     if [[ $hosts == broken ]]; then
       "$here/resume.sh" "${slice[@]}" || echo "$name: not resumed; trying again" >&2
     fi

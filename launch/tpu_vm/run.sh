@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Starts parti-jax train on every host of a slice, with all arguments that are not this script's.
-# The run goes on when this script has ended. A second run beside a first is refused.
+# Starts parti-jax train on every host of a slice and passes on all arguments except its own flags.
+# The run continues after this script has ended. A second run at the same time is refused.
 #
 #   launch/tpu_vm/run.sh --gin_file=gin_configs/runs/parti_20b.gin --model_dir=gs://BUCKET/FOLDER \
 #     --gin.token_cache.path="'gs://BUCKET/TOKENS'" [--gin.NAME=VALUE ...]

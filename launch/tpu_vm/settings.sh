@@ -4,17 +4,17 @@
 #   --name=NAME        the slice, and the queued resource that asks for it (TPU_NAME)
 #   --zone=ZONE        such as us-central2-b (ZONE)
 #   --project=PROJECT  of Google Cloud (PROJECT)
-#   --dry_run          prints the commands in place of running them
+#   --dry_run          print the commands instead of running them
 #   --help
 #
 # TPU_SSH_FLAGS     more flags for every gcloud ssh and scp, such as --internal-ip
-# TPU_POLL_SECONDS  seconds between two questions for a state (default: 30)
+# TPU_POLL_SECONDS  seconds between polls of a state (default: 30)
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 name=${TPU_NAME:-} zone=${ZONE:-} project=${PROJECT:-} dry_run=
 poll_seconds=${TPU_POLL_SECONDS:-30}
 read -r -a ssh_flags <<<"${TPU_SSH_FLAGS:-}"
-# Where install.sh puts this folder on every host.
+# The path of this folder on every host after install.sh.
 on_host=parti_jax/source/launch/tpu_vm/on_host.sh
 
 fail() {
@@ -60,15 +60,15 @@ read_flags() {
 }
 
 check_slice() {
-  [[ -n $name ]] || fail 'which slice? Give --name=NAME, or export TPU_NAME=NAME'
-  [[ -n $zone ]] || fail 'in which zone? Give --zone=ZONE, or export ZONE=ZONE'
-  [[ -n $project ]] || fail 'of which project? Give --project=PROJECT, or export PROJECT=PROJECT'
+  [[ -n $name ]] || fail 'no slice given; use --name=NAME, or export TPU_NAME=NAME'
+  [[ -n $zone ]] || fail 'no zone given; use --zone=ZONE, or export ZONE=ZONE'
+  [[ -n $project ]] || fail 'no project given; use --project=PROJECT, or export PROJECT=PROJECT'
   local value
   for value in "$name" "$zone" "$project"; do
     [[ $value =~ ^[a-z][a-z0-9.:-]*$ ]] \
-      || fail "$value: names, zones and projects have lower-case letters, digits and hyphens alone"
+      || fail "$value: names, zones and projects consist of lower-case letters, digits and hyphens"
   done
-  # What was asked for, so that resume.sh can ask again.
+  # Keeps the request, so that resume.sh can repeat it.
   kept=${XDG_STATE_HOME:-$HOME/.local/state}/parti_jax/$project/$zone/$name
   [[ -n $dry_run ]] && return
   command -v gcloud >/dev/null \
@@ -82,7 +82,7 @@ no_rest() {
   ((${#rest[@]} == 0)) || fail "unknown argument ${rest[0]}; see $0 --help"
 }
 
-# Prints words so that a shell reads them as they are.
+# Prints words, quoted for a shell.
 quoted() {
   local word separator=
   for word in "$@"; do
@@ -133,7 +133,7 @@ recall() {
   eval "words=($(<"$kept/$1"))"
 }
 
-# Prints the state of the queued resource, or NONE where there is no such resource.
+# Prints the state of the queued resource, or NONE if it doesn't exist.
 queued_state() {
   local answer
   if answer=$(tpus queued-resources describe "$name" --format='value(state.state)' \
@@ -154,14 +154,14 @@ wait_until_active() {
     return
   fi
   while true; do
-    # A question that fails is no reason to give up a place in the queue.
+    # Don't give up a place in the queue because one request failed.
     state=$(queued_state) || state=unknown
     [[ $state == "$before" ]] || echo "$name: $state"
     before=$state
     case $state in
       ACTIVE) return ;;
       FAILED | SUSPENDING | SUSPENDED | DELETING | NONE)
-        fail "the queued resource $name is $state; ask for it again with $here/resume.sh,\
+        fail "the queued resource $name is $state; request it again with $here/resume.sh,\
  or end it with $here/delete.sh" ;;
     esac
     sleep "$poll_seconds"

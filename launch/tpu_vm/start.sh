@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Starts a command of parti-jax on every host of a slice; what run.sh and tokenize.sh share.
+# Shared by run.sh and tokenize.sh: starts a command of parti-jax on every host of a slice.
 
 # shellcheck source=settings.sh
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
@@ -32,15 +32,15 @@ start_on_hosts() {
   local script=$1 command=$2 flag=$3 what=$4 shared_disk='' folder
   read_flags '' shared_disk "${@:5}"
   folder=$(value_of "$flag")
-  [[ -n $folder ]] || fail "where to? Give --$flag=gs://BUCKET/FOLDER"
+  [[ -n $folder ]] || fail "no --$flag given; use --$flag=gs://BUCKET/FOLDER"
   if [[ $folder != gs://* && -z $shared_disk ]] && ! one_host; then
-    fail "--$flag=$folder: the hosts of a slice share no disk, and each would write there a\
- part of $what; give a folder in Cloud Storage, gs://BUCKET/FOLDER (or, when all hosts\
+    fail "--$flag=$folder: the hosts of a slice don't share a disk, and each would write its own\
+ part of $what; give a folder in Cloud Storage, gs://BUCKET/FOLDER (or, if all hosts\
  mount that folder, --shared_disk)"
   fi
 
   on_hosts all "bash $on_host start $command --multi_host $(quoted "${rest[@]}")" \
-    || fail "the run did not start on every host, as said above; $here/stop.sh ends it on the\
+    || fail "the run did not start on every host, see above; $here/stop.sh ends it on the\
  others"
   [[ -n $dry_run ]] || rm -f "$kept/run" "$kept/tokenize"
   keep "$script" ${shared_disk:+--shared_disk} -- "${rest[@]}"

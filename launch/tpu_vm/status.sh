@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Prints the state of a queued resource and, when it is ACTIVE, what each host does: none (nothing
-# was started), running, finished, stopped, failed STATUS, or gone (asked to stop, or ended without
-# a word, as when the host is being taken away or was restarted).
+# Prints the state of a queued resource and, when it is ACTIVE, the state of each host: none (nothing
+# was started), running, finished, stopped, failed STATUS, or gone (asked to stop, or ended without a
+# status because the host is being taken away or was restarted).
 #
 #   launch/tpu_vm/status.sh
 set -euo pipefail

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Starts parti-jax tokenize on every host of a slice, with all arguments that are not this script's.
-# Each host tokenizes its part of the pictures. As with run.sh, it goes on when this script has
+# Starts parti-jax tokenize on every host of a slice and passes on all arguments except its own flags.
+# Each host tokenizes its part of the pictures. As with run.sh, it continues after this script has
 # ended; logs.sh, status.sh, stop.sh and resume.sh work for it; and a second run is refused.
 #
 #   launch/tpu_vm/tokenize.sh --gin_file=gin_configs/tasks/webdataset.gin \

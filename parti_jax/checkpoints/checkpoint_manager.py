@@ -59,8 +59,8 @@ class Checkpoints:
         cleanup_tmp_directories=True,
         multiprocessing_options=_processes(self._staging),
         async_options=ocp.AsyncOptions(
-          # Orbax tells by a key that all processes share that the folders of a checkpoint are made,
-          # which says nothing of folders that each process has of its own.
+          # Orbax announces that a checkpoint's folders exist by one key for all processes, which
+          # can't describe a separate folder for each process.
           create_directories_asynchronously=self._staging is None,
           barrier_sync_fn=self._wait_for_others,
           post_finalization_callback=lambda: manifest.write(self._unfinished()),
@@ -107,7 +107,7 @@ class Checkpoints:
     Raises:
       UserError: if the disk is full or can't be written; `check` and `close` raise it too.
     """
-    self.finish()  # What is written next may remove what is being uploaded.
+    self.finish()  # The next checkpoint may remove one that is being uploaded.
     # Orbax keeps the primary process of the newest handler for all of them, and whoever has read
     # another checkpoint meanwhile may have made one.
     ocp.PyTreeCheckpointHandler(multiprocessing_options=_processes(self._staging))
@@ -200,13 +200,13 @@ class Checkpoints:
     return jax.process_index() == 0 or self._staging is not None
 
   def _fault(self, step: int) -> str | None:
-    """What became of a checkpoint since it was written."""
+    """Returns the damage to a checkpoint since it was written."""
     found = verification.fault(
       self.directory / str(step), together=True, copies=self._staging is not None
     )
     if found and jax.process_index() == 0:
       print(
-        f'parti-jax: warning: checkpoint {step} has been damaged: {found}; older ones stay',
+        f'parti-jax: warning: checkpoint {step} has been damaged: {found}; older ones are kept',
         file=sys.stderr,
       )
     return found
@@ -239,16 +239,16 @@ def _staged(model_dir, keep: int) -> remote_staging.Staging:
 
 
 def _processes(staged: remote_staging.Staging | None) -> ocp.options.MultiprocessingOptions:
-  """Orbax' options: process 0 alone completes a checkpoint, or all do in folders of their own."""
+  """Orbax' options: process 0 completes a checkpoint, or each process does in its own folder."""
   apart = staged and jax.process_count() > 1
   return ocp.options.MultiprocessingOptions(primary_host=None if apart else 0)
 
 
 def _handlers(staged: remote_staging.Staging | None):
-  """What reads and writes the items; None for Orbax' own choice.
+  """Returns the handlers that read and write the items; None for Orbax' defaults.
 
-  Several processes with folders of their own write each piece of an array as a file: the databases
-  that Orbax writes otherwise can be merged only where all of them are in one folder.
+  Several processes with separate folders write each piece of an array as a file, since the databases
+  that Orbax writes by default can only be merged within one folder.
   """
   if not staged or jax.process_count() == 1:
     return None

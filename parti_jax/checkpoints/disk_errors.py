@@ -55,7 +55,7 @@ def reported(model_dir, checkpoint_bytes: int | None = None) -> Iterator[None]:
     if storage.is_url(model_dir) and (failure := store_errors.failure(error)):
       raise errors.UserError(
         f'{model_dir}: {failure}; the run has stopped; start again when the '
-        'store responds: it goes on from its last whole checkpoint'
+        'store responds: it resumes from its last whole checkpoint'
       ) from error
     if code is None or not _is_of(error, model_dir, code):
       raise
@@ -104,7 +104,7 @@ def _line(model_dir, code: int, checkpoint_bytes: int | None) -> str:
       if checkpoint_bytes:
         room += f' and a checkpoint takes about {_megabytes(checkpoint_bytes)}'
     where = (
-      f'it goes on from its last whole checkpoint, step {max(steps)}'
+      f'it resumes from its last whole checkpoint, step {max(steps)}'
       if steps
       else 'it starts from the beginning, since it has no checkpoint yet'
     )

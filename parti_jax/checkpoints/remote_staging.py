@@ -25,19 +25,19 @@ from parti_jax.core import storage
 _THREADS = 8
 # Seconds between two looks at what the other processes have uploaded.
 _POLL = 1.0
-# What each of several processes writes of a checkpoint's arrays, with the same content.
+# Files of a checkpoint's arrays that every process writes with the same content.
 _OF_ALL = ('_METADATA', '_sharding', '.zarray', 'commit_success.txt')
 
 
 def is_needed(model_dir) -> bool:
-  """Returns whether Orbax can't access a run's folder itself."""
+  """Returns whether a run's folder is in a store that Orbax can't access."""
   return storage.is_url(model_dir) and not str(model_dir).startswith('gs://')
 
 
 class Staging:
   """The checkpoints of a run in a store, with a local copy of the newest whole one.
 
-  Each of several processes has a folder of its own, with a copy of the newest checkpoint, and
+  With several processes, each has a separate folder with a copy of the newest checkpoint, and
   uploads what it wrote itself. They learn from the store how far the others are: each puts a part
   of the manifest there once its files are, and the first makes one manifest of all parts.
 
@@ -146,7 +146,7 @@ class Staging:
     """Waits until the folder in the store is empty; False if the run fails before."""
     if self._process:
       return self._wait_for(url, [self._begun])
-    # What an upload that was cut short, or a checkpoint without a manifest, has left.
+    # Left by an interrupted upload, or by a checkpoint without a manifest.
     storage.remove_folder(url)
     if self._processes > 1:
       storage.write(f'{url}/{self._begun}', '')

@@ -18,11 +18,14 @@ from etils import epath
 from parti_jax.checkpoints import remote_staging
 from parti_jax.checkpoints import store_arrays
 from parti_jax.checkpoints import verification
+from parti_jax.core import checks
 from parti_jax.core import errors
 from parti_jax.core import numerics
 from parti_jax.core import storage
 from parti_jax.exported_model import model_folder
+from parti_jax.models import image_tokenizers
 from parti_jax.models import parti_config
+from parti_jax.partitioning import placing
 
 # Files of a checkpoint that Orbax reads as JSON.
 _METADATA_FILES = (
@@ -35,12 +38,33 @@ _METADATA_FILES = (
 )
 # Settings of a network that a run may change between two starts, since its parameters keep their
 # shapes and their meaning.
-_FREE_SETTINGS = ('dropout', 'dtype', 'remat', 'unroll', 'commitment')
+_FREE_SETTINGS = ('dropout', 'dtype', 'remat', 'unroll', 'commitment', 'entropy_weight')
 
 
 def describe(objective) -> dict:
   """Returns an objective's name and its model's config, in the form that checkpoints store."""
-  return {'stage': objective.name, 'config': parti_config.as_dict(objective.model)}
+  return description(objective.name, objective.model)
+
+
+def description(name: str, config) -> dict:
+  """Returns the name of an objective and the config of its model, in that form.
+
+  The kind of the model is named unless it is the first, which it is in checkpoints of older
+  versions.
+  """
+  kind = next((kind for kind, of in _kinds(name).items() if type(config) is of), None)
+  named = {} if kind in (None, _first_kind(name)) else {'kind': kind}
+  return {'stage': name, **named, 'config': parti_config.as_dict(config)}
+
+
+def _kinds(name: str) -> Mapping[str, type]:
+  """Returns the configs of the kinds of a network; {} if models don't have this network."""
+  network = model_folder.NETWORKS.get(name)
+  return network.kinds if network else {}
+
+
+def _first_kind(name: str) -> str | None:
+  return next(iter(_kinds(name)), None)
 
 
 def folder(model_dir) -> epath.Path:
@@ -157,23 +181,37 @@ def _json_alone() -> ocp.Checkpointer:
   return ocp.Checkpointer(ocp.JsonCheckpointHandler(), multiprocessing_options=verification.alone())
 
 
-def read_config(path: epath.Path, objective: str) -> dict:
-  """Returns the config of a checkpoint's model, with the field names of this version.
+def read_config(path: epath.Path, objective: str) -> Any:
+  """Returns the config of a checkpoint's model, which is one of `model_folder.NETWORKS`.
 
   Args:
     path: a checkpoint's folder, the result of `latest_checkpoint`.
     objective: name of the objective that the checkpoint must have.
 
   Raises:
-    UserError: if the checkpoint is unfinished or of another objective.
+    UserError: if the checkpoint is unfinished or of another objective, if its kind of model is
+      unknown, or if its config has other fields.
   """
   model = read_model(path)
   if model['stage'] != objective:
     raise errors.UserError(
       f'{path}: a checkpoint of the objective {model["stage"]!r}; give a run of {objective!r}'
     )
-  sizes = model['config']
-  return parti_config.upgrade_config(sizes) if objective == 'generator' else sizes
+  kinds, sizes = _kinds(objective), model['config']
+  kind = str(model.get('kind', _first_kind(objective)))
+  if kind not in kinds:
+    remedy = f'; {image_tokenizers.REMEDY}' if objective == 'tokenizer' else ''
+    raise errors.UserError(
+      f'{path}: the {objective} is of the kind {checks.shown(kind)}, which is not one of '
+      f'{", ".join(kinds)}{remedy}'
+    )
+  if objective == 'generator':
+    sizes = parti_config.upgrade_config(sizes)
+  if unknown := ', '.join(sorted(sizes.keys() - checks.field_types(kinds[kind]).keys())):
+    raise errors.UserError(
+      f'{path}: its config has fields that {kinds[kind].__name__} does not have: {unknown}'
+    )
+  return kinds[kind](**sizes)
 
 
 @numerics.fixed()
@@ -198,7 +236,7 @@ def read_params(path: epath.Path, module, inputs, device: jax.Device | None = No
 
 
 def read_parts(path: epath.Path, params):
-  """Reads parts of a checkpoint's parameters, without the optimiser's state.
+  """Reads parts of a checkpoint's parameters, without the optimizer's state.
 
   If the run kept an average of the parameters (`state.averaged`), this returns the average. Other
   parts that were trained, such as a discriminator, are left out. Each process reads the shards of
@@ -267,20 +305,18 @@ def read_model_folder(path, objective, abstract, inputs):
       f'{path}: the model has no {objective.name} to start from; set train.initial_model to None '
       'or to another model'
     )
-  config, params, made_with = networks[objective.name]
+  part = networks[objective.name]
   inputs.check(
-    f'train.initial_model={str(path)!r}', made_with, 'or start without train.initial_model'
+    f'train.initial_model={str(path)!r}', part.made_with, 'or start without train.initial_model'
   )
-  check_same_model(
-    path, {'stage': objective.name, 'config': parti_config.as_dict(config)}, describe(objective)
-  )
-  return put_like(params, {name: abstract[name] for name in params})
+  check_same_model(path, description(objective.name, part.config), describe(objective))
+  return put_like(part.params, {name: abstract[name] for name in part.params})
 
 
 def put_like(params, abstract):
   """Returns parameters with the dtypes and shardings of `abstract`."""
   return jax.tree.map(
-    lambda leaf, like: jax.device_put(leaf.astype(like.dtype), like.sharding), params, abstract
+    lambda leaf, like: placing.put(leaf.astype(like.dtype), like.sharding), params, abstract
   )
 
 
@@ -290,6 +326,12 @@ def check_same_model(path, saved: dict, wanted: dict):
     raise errors.UserError(
       f'{path}: a checkpoint of the objective {saved["stage"]!r}, not of '
       f'{wanted["stage"]!r}; choose another --model_dir'
+    )
+  kinds = [model.get('kind', _first_kind(model['stage'])) for model in (saved, wanted)]
+  if kinds[0] != kinds[1]:
+    raise errors.UserError(
+      f'{path}: a {saved["stage"]} of the kind {kinds[0]}, not of {kinds[1]}; train in another '
+      '--model_dir, or restore the model settings'
     )
   saved_config = parti_config.upgrade_config(saved['config'])
 
@@ -339,7 +381,7 @@ def check_same_shapes(path, abstract, within: str | tuple[str, ...] = ''):
     raise errors.UserError(
       f'{path}: does not fit this configuration: '
       f'{"; ".join(differing[:5])}{more}; train in another --model_dir, or '
-      'restore the settings of the model or the optimiser'
+      'restore the settings of the model or the optimizer'
     )
 
 

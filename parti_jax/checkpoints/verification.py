@@ -1,4 +1,4 @@
-"""Finds which of a run's checkpoints are whole, and moves damaged ones aside."""
+"""Finds the whole checkpoints of a run and moves damaged ones aside."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Found:
     if self.step is None:
       return []
     return [
-      f'checkpoint {bad.step}: {bad.fault}; going on from {self.step}: '
+      f'checkpoint {bad.step}: {bad.fault}; resuming from {self.step}: '
       f'{bad.step - self.step} steps are done again'
       for bad in self.damaged
     ]
@@ -60,7 +60,7 @@ def newest_whole(directory: epath.Path, together: bool = False, copies: bool = F
   Args:
     directory: the folder `checkpoints` of the run, which stays unchanged.
     together: whether all processes of this run call it, divide the files and agree.
-    copies: whether each process has a folder of its own, of which it reads everything.
+    copies: whether each process has a separate folder and reads all of it.
 
   Raises:
     UserError: if there are checkpoints but none is whole; names the files at fault.
@@ -79,19 +79,19 @@ def newest_whole(directory: epath.Path, together: bool = False, copies: bool = F
   if damaged:
     faults = '; '.join(f'checkpoint {bad.step}: {bad.fault}' for bad in damaged)
     raise errors.UserError(
-      f'{directory}: no checkpoint there is whole, and none was touched: {faults}; put a copy of '
+      f'{directory}: no checkpoint there is whole, and none was changed: {faults}; put a copy of '
       'a whole one there, or start again in another --model_dir'
     )
   return Found(None)
 
 
 def fault(path: epath.Path, together: bool = False, copies: bool = False) -> str | None:
-  """What is wrong with one checkpoint; None if it is whole.
+  """Returns the first fault of a checkpoint; None if it is whole.
 
   Args:
     path: folder of the checkpoint.
     together: whether all processes of this run call it, divide the files and agree.
-    copies: whether each process has a folder of its own, of which it reads everything.
+    copies: whether each process has a separate folder and reads all of it.
   """
   divided = together and not copies
   share, shares = (jax.process_index(), jax.process_count()) if divided else (0, 1)

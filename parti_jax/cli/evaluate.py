@@ -41,6 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser):
     '--model', metavar='PATH', help='an exported model (default: the demo model in the package)'
   )
   parser.add_argument(
+    '--ranker',
+    metavar='PATH',
+    help="folder of a ranker to use instead of the model's, such as a CLIP that `parti-jax import` "
+    'wrote',
+  )
+  parser.add_argument(
     '--dataset', default='openmoji', help=f'one of {", ".join(DATASETS)} (default: %(default)s)'
   )
   parser.add_argument(
@@ -157,7 +163,7 @@ def run(args: argparse.Namespace) -> int:
 def _openmoji(args: argparse.Namespace):
   """Evaluates on OpenMoji; returns the report, its contact sheets by name, and their folder."""
   folder = output_folder.make(args.output_dir)
-  pipeline = parti_jax.load(args.model)
+  pipeline = parti_jax.load(args.model, ranker=args.ranker)
   extractors = features.of_flags(pipeline, args.inception_weights, args.image_size)
   pages = {}
 
@@ -190,12 +196,12 @@ def _captions(args: argparse.Namespace):
       f'--num_captions={args.num_captions}',
       file=sys.stderr,
     )
-  pipeline = parti_jax.load(args.model)
+  pipeline = parti_jax.load(args.model, ranker=args.ranker)
   extractors = features.of_flags(pipeline, args.inception_weights, args.image_size)
   if not extractors:
     raise UserError(
       f'the model {pipeline.model_name} has no ranker whose features could be used to compare '
-      'pictures; give --inception_weights'
+      'pictures; give --inception_weights or --ranker'
     )
   folder = output_folder.make(args.output_dir)
   sampling = {
@@ -211,6 +217,8 @@ def _captions(args: argparse.Namespace):
       'sampling': sampling,
       'captions': output_folder.fingerprint(*(text.encode() for text in captioned.captions)),
       'model': output_folder.model_fingerprint(args.model),
+      # Of one picture for each caption the ranker has nothing to choose.
+      'ranker': output_folder.ranker_fingerprint(args.ranker if args.num_images > 1 else None),
     },
   )
   report, shown = captions_evaluation.evaluate(

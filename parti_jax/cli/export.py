@@ -23,7 +23,11 @@ _RUNS = {
     name: f'the {name.replace("_", "-")} run, its --model_dir; optional'
     for name in model_folder.OPTIONAL
   },
+  'ranker': "the ranker's run, its --model_dir, or the folder that `parti-jax import` wrote; "
+  'optional',
 }
+# Networks that may be from the folder that `parti-jax import` wrote, or from another model.
+_IMPORTED = ('tokenizer', 'ranker')
 # The vocabulary and tokenizer that a network depends on.
 _NEEDED = {'generator': ('vocabulary', 'tokenizer'), 'ranker': ('vocabulary',)}
 
@@ -115,19 +119,36 @@ def _check_flags(args: argparse.Namespace):
 
 
 def _part(name: str, folder, provenance: dict[str, Any]) -> model_folder.Part:
-  """Reads a network of a run or, of a tokenizer, of a model folder; notes where it is from."""
-  if name == 'tokenizer' and storage.exists(storage.join(folder, model_folder.CONFIG_FILE)):
-    provenance |= model_folder.tokenizer_provenance(folder)
-    return model_folder.load_tokenizer(folder)
-  part, provenance[f'{name}_steps'] = _trained(name, folder)
+  """Reads a network of a run or, if imported, of a folder; notes where it is from."""
+  if name in _IMPORTED and storage.exists(storage.join(folder, model_folder.CONFIG_FILE)):
+    part, origin = _of_folder(name, folder), model_folder.part_provenance(name, folder)
+  else:
+    part, steps = _trained(name, folder)
+    origin = {f'{name}_steps': steps}
+  for key in (name, f'{name}_steps'):  # Of the base's network, which this one replaces.
+    if key not in origin:
+      provenance.pop(key, None)
+  provenance |= origin
   return part
+
+
+def _of_folder(name: str, folder) -> model_folder.Part:
+  """Reads a network of a folder, with the fingerprint of the vocabulary that it needs."""
+  part = model_folder.load_part(name, folder)
+  shared = storage.join(folder, model_folder.VOCABULARY_FILE)
+  if (
+    part.vocabulary_path or 'vocabulary' not in _NEEDED.get(name, ()) or not storage.exists(shared)
+  ):
+    return part
+  kept = {'vocabulary': vocabulary.TextVocabulary(shared).fingerprint}
+  return part._replace(made_with=kept | part.made_with)
 
 
 def _trained(name: str, model_dir) -> tuple[model_folder.Part, int]:
   """Reads a network from a run's newest checkpoint; returns it and its training steps."""
   network = model_folder.NETWORKS[name]
   path = run_checkpoints.latest_checkpoint(model_dir)
-  config = next(iter(network.kinds.values()))(**run_checkpoints.read_config(path, name))
+  config = run_checkpoints.read_config(path, name)
   params = run_checkpoints.read_params(path, network.module(config), network.example_inputs(config))
   return model_folder.Part(config, params, _made_with(name, model_dir, path)), int(path.name)
 
@@ -154,7 +175,13 @@ def _made_with_base(base: model_folder.Model, names: list[str]) -> dict[str, dic
     'tokenizer': fingerprints.of_tokenizer(networks['tokenizer'].params),
   }
   needed = _NEEDED | {'tokenizer': ('tokenizer',)}
+  # A network with a text tokenizer of its own doesn't depend on the model's.
   return {
-    name: {kind: ours[kind] for kind in needed.get(name, ())} | networks[name].made_with
+    name: {
+      kind: ours[kind]
+      for kind in needed.get(name, ())
+      if kind != 'vocabulary' or networks[name].vocabulary_path is None
+    }
+    | networks[name].made_with
     for name in names
   }

@@ -48,6 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser):
     help="sort the pictures of each prompt with the model's ranker, best first; the paper ranks 16",
   )
   parser.add_argument(
+    '--ranker',
+    metavar='PATH',
+    help="sort them with the ranker in this folder instead of the model's, such as a CLIP that "
+    '`parti-jax import` wrote',
+  )
+  parser.add_argument(
     '--upscale', action='store_true', help="enlarge the pictures with the model's super-resolution"
   )
   parser.add_argument(
@@ -82,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
   from parti_jax.sampling import text_to_image as pipeline_lib
 
   compilation_cache.enable()
-  pipeline = pipeline_lib.load(args.model)
+  pipeline = pipeline_lib.load(args.model, ranker=args.ranker)
   with warnings.catch_warnings():
     warnings.simplefilter('always', UserWarning)
     warnings.showwarning = _print_warning
@@ -92,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
       seed=args.seed,
       batch_size=args.batch_size,
       progress=True,
-      rank=args.rank,
+      rank=args.rank or args.ranker is not None,
       upscale=args.upscale,
       **sampling_flags.given(args),
     )

@@ -53,10 +53,12 @@ def describe(folder: str, verify: bool = False) -> dict[str, Any]:
 
   Returns:
     For a run, the result of `run_summary.summarize`. For a model: kind, 'model'; folder; parts,
-    {name of a network: {'parameters', 'bytes', 'sizes'}}; picture_size and upscaled_size in pixels,
-    the latter None without super-resolution; image_tokens of a picture; vocabulary, {'ids',
-    'bytes'}; stored_as, the parameters' dtype; sampling, the defaults of `generate`; provenance;
-    missing, the missing files.
+    {name of a network: {'parameters', 'bytes', 'sizes'}}; alone, the name of the network of a
+    folder that `parti-jax import` wrote, else None; picture_size and upscaled_size in pixels, the
+    latter None without super-resolution; image_tokens of a picture, None if
+    unknown; vocabulary, {'ids', 'bytes'};
+    stored_as, the parameters' dtype; sampling, the defaults of `generate`; provenance; missing, the
+    missing files. What a network alone doesn't have is None.
 
   Raises:
     UserError: if the folder can't be read, or is neither; says what it is instead, if known.
@@ -100,30 +102,37 @@ def _model(folder: str, names: list[str]) -> dict[str, Any]:
     }
     for name in counts
   }
-  side = config.number('tokenizer', 'image_size')
-  factor = config.number('super_resolution', 'factor') if 'super_resolution' in parts else None
-  tokens = (side // config.pixels_of_a_token()) ** 2
-  files = [*map(file_names.parameter_file, parts), file_names.VOCABULARY_FILE]
-  if list(parts) == ['tokenizer']:
-    vocabulary = None
-    files.pop()
-  else:
-    vocabulary = {
-      'ids': config.number(config.stored_name('generator'), 'text_vocabulary'),
-      'bytes': bytes_of.get(file_names.VOCABULARY_FILE),
-    }
+  alone = next(iter(parts)) if len(parts) == 1 else None
+  files = {name: file_names.parameter_file(name) for name in parts}
+  own = {name: file_names.vocabulary_file(name) for name in parts if config.own_tokenizer(name)}
+  pictured = 'tokenizer' if 'tokenizer' in parts else alone
+  side = factor = tokens = None
+  if pictured and 'image_size' in config.entries(pictured):
+    side = config.number(pictured, 'image_size')
+  if side and 'tokenizer' in parts:
+    tokens = config.image_tokens()
+  if 'super_resolution' in parts:
+    factor = config.number('super_resolution', 'factor')
+  reader = alone or config.stored_name('generator')
+  text_file = own.get(alone) if alone else file_names.VOCABULARY_FILE
+  vocabulary = text_file and {
+    'ids': config.number(reader, 'text_vocabulary'),
+    'bytes': bytes_of.get(text_file),
+  }
+  needed = dict.fromkeys([*files.values(), *([text_file] if text_file else []), *own.values()])
   return {
     'kind': 'model',
     'folder': str(folder),
     'parts': parts,
+    'alone': alone,
     'picture_size': side,
-    'upscaled_size': side * factor if factor else None,
+    'upscaled_size': side * factor if side and factor else None,
     'image_tokens': tokens,
     'vocabulary': vocabulary,
     'stored_as': stored_as,
     'sampling': config.entries('sampling', {}),
     'provenance': config.entries('provenance', {}),
-    'missing': [name for name in files if name not in names],
+    'missing': [name for name in needed if name not in names],
   }
 
 
@@ -142,14 +151,23 @@ class _ModelConfig:
     if not isinstance(self._config, dict):
       raise self._damaged('(not an object)')
 
-  def pixels_of_a_token(self) -> int:
-    """Returns the height and width of the square that an image token stands for."""
+  def image_tokens(self) -> int | None:
+    """Returns the number of tokens of a picture; None if the kind of tokenizer is unknown here."""
     sizes = self.entries('tokenizer')
-    if sizes.get('kind') != 'vqgan':
-      return self.number('tokenizer', 'patch_size')
-    if not isinstance(levels := sizes.get('multipliers'), list):
-      raise self._damaged("(no list 'multipliers' in 'tokenizer')")
-    return 2 ** (len(levels) - 1)
+    kind = sizes.get('kind', 'vit_vqgan')
+    if kind == 'vit_vqgan':
+      side = self.number('tokenizer', 'patch_size')
+    elif kind == 'vqgan':
+      if not isinstance(levels := sizes.get('multipliers'), list):
+        raise self._damaged("(no list 'multipliers' in 'tokenizer')")
+      side = 2 ** (len(levels) - 1)
+    else:
+      return None
+    return (self.number('tokenizer', 'image_size') // side) ** 2
+
+  def own_tokenizer(self, name: str) -> bool:
+    """Returns whether a network has a text tokenizer of its own."""
+    return 'lower_case' in self.entries(file_names.inputs_entry(name), {})
 
   def stored_name(self, name: str) -> str:
     """Returns the name of a network in this file."""

@@ -11,13 +11,15 @@ from parti_jax.runs import run_summary
 _WIDTH = 100
 # Maximum events to show for each start; the last ones are shown.
 SHOWN = 20
+# Name of a network that is alone in its folder -> what the folder is.
+_ALONE = {'tokenizer': 'an image tokenizer', 'text_encoder': 'a text encoder'}
 _STATES = {
   'finished': 'finished',
-  'stopped': 'stopped; start again to go on',
+  'stopped': 'stopped; start again to resume',
   'failed': 'ended by an error; see the last start below',
-  'killed': 'killed; start again to go on',
+  'killed': 'killed; start again to resume',
   'running': 'running',
-  'running or killed': 'running, or killed: only its own host can tell',
+  'running or killed': 'running, or killed: run this command on its host to find out',
   'never started': 'no journal: never started, or started by an older version',
 }
 
@@ -53,13 +55,16 @@ def run(found: dict[str, Any]) -> list[str]:
 def model(found: dict[str, Any]) -> list[str]:
   """Returns lines about an exported model from the result of `info.describe`."""
   side, upscaled = found['picture_size'], found['upscaled_size']
-  picture = f'{side}×{side} pixels of {found["image_tokens"]} image tokens'
+  picture = f'{side}×{side} pixels' if side else None
+  if found['image_tokens']:
+    picture = f'{picture} of {found["image_tokens"]} image tokens'
   if upscaled:
-    picture += f', {upscaled}×{upscaled} with --upscale'
+    picture = f'{picture}, {upscaled}×{upscaled} with --upscale'
   total = sum(part['parameters'] for part in found['parts'].values())
   plain = lambda values: ', '.join(f'{name} {value}' for name, value in values.items())
   vocabulary = found['vocabulary']
-  what = 'an exported model' if vocabulary else 'an image tokenizer'
+  alone = found['alone']
+  what = _ALONE.get(alone, f'a {alone}') if alone else 'an exported model'
   lines = [f'{found["folder"]}: {what}', '']
   lines += _facts(
     {

@@ -78,6 +78,7 @@ COMMANDS = {
 }
 
 _GIN_FLAG = '--gin.'
+_IMPORT_FLAG = '--import'
 # Seconds that a process may take to end after an exception; then it is ended with status 1.
 _SECONDS_TO_END = 20.0
 
@@ -111,6 +112,36 @@ def split_gin_bindings(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         )
       bindings.append(f'{name}={value}')
   return rest, bindings
+
+
+def split_imports(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+  """Splits `--import=MODULE` and `--import MODULE` from the other arguments.
+
+  Args:
+    argv: the arguments, without the program's name. Arguments after `--` are left alone.
+
+  Returns:
+    The other arguments in their order, and the names of the modules.
+
+  Raises:
+    UserError: a name is missing or isn't that of a module.
+  """
+  rest, modules = [], []
+  arguments = iter(argv)
+  for argument in arguments:
+    flag, equals, module = argument.partition('=')
+    if argument == '--':
+      rest += [argument, *arguments]
+    elif flag != _IMPORT_FLAG:
+      rest.append(argument)
+    else:
+      module = module if equals else next(arguments, '')
+      if not all(name.isidentifier() for name in module.split('.')):
+        raise UserError(
+          f'{_IMPORT_FLAG}={module}: must be the name of a module, such as mine.kinds'
+        )
+      modules.append(module)
+  return rest, modules
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -152,6 +183,7 @@ def _run_or_complain(argv: Sequence[str]) -> int:
 
 def _run(argv: Sequence[str]) -> int:
   argv, bindings = split_gin_bindings(argv)
+  argv, modules = split_imports(argv)
   if not argv or argv[0].startswith('-'):
     parser = _main_parser()
     parser.parse_args(argv)
@@ -172,10 +204,29 @@ def _run(argv: Sequence[str]) -> int:
     args = parser.parse_args(arguments)
   if bindings and not hasattr(args, 'gin_file'):
     raise UserError(f'{_GIN_FLAG}{bindings[0]}: the command {name!r} takes no gin values')
-  args.gin_bindings = bindings
   _check_outputs(args, urls=name in _WRITE_TO_URLS)
+  if hasattr(args, 'gin_file'):
+    # gin imports them: later, since some commands fork first, and registering gin names is allowed.
+    bindings = [f'import {module}' for module in modules] + bindings
+  else:
+    _import(modules)
+  args.gin_bindings = bindings
   with gin_config.translated_errors():
     return module.run(args)
+
+
+def _import(modules: Sequence[str]):
+  """Imports modules that a user names; raises UserError if one doesn't exist."""
+  for name in modules:
+    try:
+      importlib.import_module(name)
+    except ModuleNotFoundError as error:
+      if error.name is None or not f'{name}.'.startswith(f'{error.name}.'):
+        raise
+      raise UserError(
+        f'{_IMPORT_FLAG}={name}: there is no module {error.name}; install it, or put its folder in '
+        'PYTHONPATH'
+      ) from error
 
 
 def _check_outputs(args: argparse.Namespace, urls: bool):
@@ -198,7 +249,15 @@ def _main_parser() -> argparse.ArgumentParser:
     usage='parti-jax COMMAND [ARGUMENTS]',
     description=parti_jax.__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
-    epilog='\n'.join(['commands:', *table, '', 'parti-jax COMMAND --help explains a command.']),
+    epilog='\n'.join(
+      [
+        'commands:',
+        *table,
+        '',
+        'parti-jax COMMAND --help explains a command.',
+        'Any command takes --import=MODULE, which imports a module of your own first.',
+      ]
+    ),
   )
   parser.add_argument('--version', action='version', version=f'parti_jax {parti_jax.__version__}')
   return parser

@@ -120,7 +120,7 @@ def _plan(args: argparse.Namespace) -> own_plan.Plan:
   )
   if plan.examples < 100:
     print(
-      'The model will memorise so few pictures; a prompt that differs from all captions gives a '
+      'The model will memorize so few pictures; a prompt that differs from all captions gives a '
       'mixture of them.'
     )
   return plan

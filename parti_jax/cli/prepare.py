@@ -51,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
   from parti_jax.preparation import pipeline
   from parti_jax.preparation import report
   from parti_jax.preparation import settings as settings_lib
+  from parti_jax.preparation import similarity
   from parti_jax.preparation import work as work_lib
 
   gin_config.parse(args.gin_file, args.gin_bindings)
@@ -66,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
   parts = len(work)
   beam_pipeline, where = pipeline.make(args.other_flags, min(os.cpu_count() or 1, parts))
   work.check_columns()
+  similarity.check(settings)
   output = output_lib.Output(args.output_dir, args.split, settings.drops_duplicates)
   pipeline.add_steps(beam_pipeline, work, settings, to_srgb, output, source.place)
 
@@ -80,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
   try:
     pipeline.run(beam_pipeline, progress.show, _LOCAL_SECONDS if local else _REMOTE_SECONDS)
   except BaseException as error:
-    # A remote pipeline goes on without this process.
+    # A remote pipeline continues without this process.
     if local or isinstance(error, Exception):
       output.release(finished=False)
     raise

@@ -46,6 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser):
     '--model', metavar='PATH', help='an exported model (default: the demo model in the package)'
   )
   parser.add_argument(
+    '--ranker',
+    metavar='PATH',
+    help="folder of a ranker to use instead of the model's, such as a CLIP that `parti-jax import` "
+    'wrote',
+  )
+  parser.add_argument(
     '--output_dir',
     default='parti_prompts',
     metavar='DIR',
@@ -89,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
   }
   prompts = prompts_file.read(args.file)[: args.max_prompts]
   compilation_cache.enable()
-  pipeline = parti_jax.load(args.model)
+  pipeline = parti_jax.load(args.model, ranker=args.ranker)
   folder = output_folder.make(args.output_dir)
   output_folder.claim(
     folder,
@@ -98,6 +104,7 @@ def run(args: argparse.Namespace) -> int:
       'seed': args.seed,
       'sampling': sampling,
       'model': output_folder.model_fingerprint(args.model),
+      'ranker': output_folder.ranker_fingerprint(args.ranker),
     },
   )
   (folder / 'pictures').mkdir(exist_ok=True)

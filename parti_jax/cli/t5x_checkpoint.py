@@ -7,6 +7,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from parti_jax.checkpoints import checkpoint_manager
 from parti_jax.checkpoints import run_checkpoints
@@ -56,12 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser):
     '--from_t5x',
     metavar='CHECKPOINT',
     help='the folder checkpoint_<step> in the MODEL_DIR of t5x; the gin files give '
-    'objective and optimiser, like those of `train`',
+    'objective and optimizer, like those of `train`',
   )
   group.add_argument(
     '--parameters_only',
     action='store_true',
-    help='take only step and parameters, and reset the optimiser',
+    help='convert only the step and the parameters, and reset the optimizer',
   )
   gin_config.add_gin_arguments(parser)
 
@@ -133,7 +134,7 @@ def run_to_t5x(model_dir, folder, step: int | None = None) -> str:
   inputs.write(folder, run_checkpoints.read_place(path))
   written = t5x_checkpoints.write(folder, t5x_checkpoints.read_run(path))
   return (
-    f'{written}: step {path.name} of {model_dir}, with the state of its optimiser; use it '
+    f'{written}: step {path.name} of {model_dir}, with the state of its optimizer; use it '
     f'in t5x with --gin.INITIAL_CHECKPOINT_PATH="\'{written}\'", or continue with '
     f'--gin.MODEL_DIR="\'{folder}\'"'
   )
@@ -160,11 +161,14 @@ def model_to_t5x(model, network: str, folder) -> str:
   part = model_folder.load(model).networks[network]
   if network == 'generator':
     inputs.write(folder, part.made_with)
-  tree = {'target': part.params, 'state': {'step': jnp.zeros((), jnp.int32)}}
+  tree = {
+    'target': jax.tree.map(np.asarray, part.params),
+    'state': {'step': jnp.zeros((), jnp.int32)},
+  }
   abstract = t5x_checkpoints.in_host_memory(tree)
   written = t5x_checkpoints.write(folder, run_checkpoints.put_like(tree, abstract))
   return (
-    f'{written}: the {network} of {model}, without optimiser state; evaluate and '
+    f'{written}: the {network} of {model}, without optimizer state; evaluate and '
     f'infer in t5x with --gin.CHECKPOINT_PATH="\'{written}\'", finetune with '
     f'--gin.INITIAL_CHECKPOINT_PATH="\'{written}\'" --gin.PARAMETERS_ONLY=True'
   )
@@ -176,8 +180,8 @@ def to_run(path, model_dir, trainer, parameters_only: bool = False) -> str:
   Args:
     path: the checkpoint, `.../checkpoint_<step>`.
     model_dir: the run's folder.
-    trainer: a Trainer of the objective and the optimiser, on any mesh of this process's devices.
-    parameters_only: whether to reset the optimiser and the statistics.
+    trainer: a Trainer of the objective and the optimizer, on any mesh of this process's devices.
+    parameters_only: whether to reset the optimizer and the statistics.
 
   Returns:
     A line that says what was written.
@@ -218,7 +222,7 @@ def to_run(path, model_dir, trainer, parameters_only: bool = False) -> str:
   optimizer = 'starts again' if parameters_only else 'continues'
   return (
     f'{model_dir}: a run of the objective {objective.name!r} at step {step}, {count / 1e6:.1f}M '
-    f'parameters; in `parti-jax train` the optimiser {optimizer}, and the data start from '
+    f'parameters; in `parti-jax train` the optimizer {optimizer}, and the data start from '
     'the beginning'
   )
 

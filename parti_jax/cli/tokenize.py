@@ -129,7 +129,7 @@ def _write(
 ) -> None:
   # Enter this before importing libraries that start threads, so that they inherit the blocked
   # SIGTERM.
-  with preemption.listening(at_once='the parts that are finished stay'):
+  with preemption.listening(at_once='finished parts are kept'):
     from parti_jax.tokenization import tokenize_jobs
 
     make = tokenize_jobs.of_old_cache if args.convert else tokenize_jobs.of_source

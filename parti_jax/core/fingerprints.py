@@ -33,7 +33,7 @@ def of_tokenizer(params: Mapping) -> str:
 
   digest = hashlib.sha256()
   for path, leaf in jax.tree_util.tree_leaves_with_path(
-    {name: params[name] for name in _MAKES_TOKENS}
+    {name: params[name] for name in _MAKES_TOKENS if name in params}
   ):
     digest.update(jax.tree_util.keystr(path).encode())
     digest.update(np.asarray(leaf).tobytes())

@@ -109,7 +109,7 @@ def parse(gin_files: Sequence[str], bindings: Sequence[str], data: bool = True) 
 
   Args:
     gin_files: paths or names, resolved by `find`; their includes are resolved the same way.
-    bindings: strings 'NAME=VALUE'.
+    bindings: strings 'NAME=VALUE', or 'import MODULE', which comes before the files.
     data: whether to read the data settings. If False, imports of `parti_jax.data` and values of
       its names are skipped, so TensorFlow isn't needed.
 
@@ -122,8 +122,13 @@ def parse(gin_files: Sequence[str], bindings: Sequence[str], data: bool = True) 
 
   gin.clear_config()
   skipped = () if data else DATA_NAMES
+  imports = [binding for binding in bindings if binding.startswith('import ')]
+  bindings = [binding for binding in bindings if not binding.startswith('import ')]
   old_names: dict[str, str] = {}
   try:
+    for text in imports:
+      with _translated_parse_errors(f'--{text.replace(" ", "=")}'):
+        gin.parse_config(text)
     with _includes_found_as_files_are(gin, data, old_names):
       for gin_file in gin_files:
         path = str(find(gin_file))

@@ -84,7 +84,7 @@ def failure(error: BaseException) -> str | None:
         'the server of gs:// gives no generations of objects (x-goog-generation), or ignores '
         'conditions on them; checkpoints need both, as Google Cloud Storage has them'
       )
-    # TensorStore's errors don't have a class of their own.
+    # TensorStore doesn't define error classes.
     if _from_store(found) or _TENSORSTORE_ERROR.search(str(found)):
       return _reason(found)
     found = found.__cause__ or found.__context__

@@ -2,7 +2,7 @@
 
 | task | features | trains |
 |---|---|---|
-| `SOURCE_texts` | inputs | the text encoder, by masked language modelling |
+| `SOURCE_texts` | inputs | the text encoder, by masked language modeling |
 | `SOURCE_images` | images | the image tokenizer |
 | `SOURCE_pairs` | inputs, images | text encoder, ranker, super-resolution |
 | `openmoji_tokens`, `cached_tokens` | inputs, targets | Parti, from the token cache |
@@ -53,6 +53,8 @@ TOKEN_TASKS = ('openmoji_tokens', 'cached_tokens')
 # Kind of a task -> its features. A kind by itself is the task of the source that gin chooses.
 _KINDS = {'images': ('images',), 'pairs': ('images', 'inputs'), 'texts': ('inputs',)}
 ALIASES = tuple(_KINDS)
+# Names of the vocabulary in an exported model and in an imported text encoder.
+_IN_FOLDER = ('vocabulary.model', 'text_encoder_vocabulary.model')
 
 
 @gin.configurable('vocabulary')
@@ -60,8 +62,8 @@ def get_vocabulary(path: str | None = None) -> text_tokenizer.TextTokenizer:
   """Returns the run's text vocabulary.
 
   Args:
-    path: a SentencePiece model, a tokenizer.json, or a folder with the file `vocabulary.model`,
-      such as an exported model; a path or URL. None selects the vocabulary of the demo model.
+    path: a SentencePiece model, a tokenizer.json, or the folder of an exported model or of an
+      imported text encoder; a path or URL. None selects the vocabulary of the demo model.
   """
   demo = os.path.join(os.path.dirname(parti_jax.__file__), 'demo')
   return _load_vocabulary(path or demo)
@@ -69,8 +71,10 @@ def get_vocabulary(path: str | None = None) -> text_tokenizer.TextTokenizer:
 
 @functools.cache
 def _load_vocabulary(path: str) -> text_tokenizer.TextTokenizer:
-  in_folder = storage.join(path, text_tokenizer.FILE_NAME)
-  return text_tokenizer.open_tokenizer(in_folder if storage.exists(in_folder) else path)
+  for name in _IN_FOLDER:
+    if storage.exists(file := storage.join(path, name)):
+      return text_tokenizer.open_tokenizer(file)
+  return text_tokenizer.open_tokenizer(path)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,7 +42,7 @@ class Prepare(Protocol):
 def caption_ids(
   caption: bytes, vocabulary: text_tokenizer.TextTokenizer, length: int
 ) -> tuple[Int32[np.ndarray, 'text_length'], str, list[str]]:
-  """Cleans and tokenises a caption.
+  """Cleans and tokenizes a caption.
 
   Args:
     caption: raw bytes from a source.

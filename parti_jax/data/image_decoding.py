@@ -43,7 +43,7 @@ def decode(data: bytes, size: int, to_srgb: bool = True) -> UInt8[np.ndarray, 's
   """Decodes a picture, crops its central square and resizes it with antialiasing.
 
   Transparent areas become white. The first frame of an animation is used. A readable EXIF
-  orientation is applied. Of 16 bits the upper 8 are used.
+  orientation is applied. Only the upper 8 of 16 bits are used.
 
   Args:
     data: the encoded picture.

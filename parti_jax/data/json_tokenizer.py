@@ -14,10 +14,10 @@ from parti_jax.data import text_tokenizer
 
 
 class JsonTokenizer:
-  """Converts texts to token ids as a tokenizer.json says.
+  """Converts texts to token ids as a tokenizer.json defines.
 
   The special ids around a text are those of its post-processor. Its own settings of truncation
-  and padding are not used: `encode` says the length, and padding is 0.
+  and padding are not used: `encode` gets the length, and padding is 0.
   """
 
   def __init__(self, path: str | os.PathLike[str]):

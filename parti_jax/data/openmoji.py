@@ -2,7 +2,7 @@
 
 OpenMoji (https://openmoji.org, CC BY-SA 4.0) consists of SVG drawings and is compositional: most
 people and hands come in six skin tones, in three genders and many professions. That makes it small
-enough to train on, yet hard enough to test whether a model has learnt to compose: it has seen a
+enough to train on, yet hard enough to test whether a model has learned to compose: it has seen a
 name and a tone, but never the two together.
 
 openmoji.tsv lists the pictures, their English names and their splits, which makes the splits
@@ -87,7 +87,7 @@ def pictures() -> list[Picture]:
 
   Each name belongs to one of these groups, by a hash of the name:
   - 5% of the names are `validation`, with all their tones.
-  - Of the other names that come in all five single tones, a third have two of these five pictures
+  - A third of the other names that come in all five single tones have two of these five pictures
     held out as `unseen_combinations`. Training has the name with its other tones and the tone with
     other names, but never the two together. All tones are held out about equally often. Pictures
     with two tones (of couples and of hands that touch) stay in `train`.

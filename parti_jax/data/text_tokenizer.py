@@ -1,4 +1,4 @@
-"""What turns texts into token ids: a SentencePiece model, or a tokenizer.json of Hugging Face's.
+"""Turns texts into token ids with a SentencePiece model or a tokenizer.json of Hugging Face's.
 
 | file | class |
 |---|---|
@@ -17,8 +17,6 @@ import numpy as np
 from parti_jax.core import storage
 from parti_jax.core.errors import UserError
 
-# Name of its file in a model folder, whatever its kind.
-FILE_NAME = 'vocabulary.model'
 # Maximum bytes of a tokenizer's file; one of 250,000 pieces has five million as a SentencePiece
 # model, and 35 million as a tokenizer.json.
 LARGEST_FILE = 64 * 2**20

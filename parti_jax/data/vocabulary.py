@@ -64,6 +64,11 @@ class TextVocabulary:
     """The number of ids, including the special ones."""
     return self._processor.get_piece_size()
 
+  @property
+  def unknown_id(self) -> int:
+    """The id of the piece that stands for unknown ones."""
+    return self._processor.unk_id()
+
   def encode(self, text: str, length: int) -> tuple[Int32[np.ndarray, 'text_length'], str]:
     """Encodes a text.
 
@@ -74,7 +79,7 @@ class TextVocabulary:
 
     Returns:
       The ids, terminated by EOS and padded with 0; and the end of the text that
-      did not fit, in the vocabulary's normalised form (lower case), '' if the whole text fits.
+      did not fit, in the vocabulary's normalized form (lower case), '' if the whole text fits.
 
     Raises:
       UserError: the text contains a lone surrogate, which Python creates for command line
@@ -122,7 +127,7 @@ def train_vocabulary(
 ) -> TextVocabulary:
   """Trains a SentencePiece model and writes it atomically.
 
-  Texts are normalised to NFKC and lower case, so the case of a prompt doesn't matter.
+  Texts are normalized to NFKC and lower case, so the case of a prompt doesn't matter.
 
   Args:
     captions: the texts to train on.

@@ -56,7 +56,7 @@ def p_value(
     return 0.0
   if mean <= 0:
     return 1.0
-  # The regularised mean and variance of the draws before each draw determine its bet.
+  # The regularized mean and variance of the draws before each draw determine its bet.
   counts = np.arange(1, len(values) + 1)
   means = (0.5 + np.cumsum(values)) / (counts + 1)
   variances = (0.25 + np.cumsum(np.square(values - means))) / (counts + 1)

@@ -92,7 +92,7 @@ class Report:
       )
     if self.captions_cut:
       lines.append(f"{self.captions_cut:,} captions exceeded the model's text length and were cut.")
-    return [*lines, distribution_report.NOTE]
+    return [*lines, *distribution_report.notes(self.distributions)]
 
   def text(self) -> str:
     """Renders tables for a terminal."""
@@ -189,6 +189,7 @@ def evaluate(
           caption_of=np.arange(len(captions)),
           picture_of=picture_of,
           texts=extractor.texts(captions),
+          published=extractor.published(captions),
         ),
         seed,
       )

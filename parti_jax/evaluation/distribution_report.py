@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+from collections.abc import Callable
+from collections.abc import Iterable
+from typing import Any
+
 from parti_jax.evaluation import tables
 from parti_jax.evaluation.metrics import distribution
 
@@ -15,6 +21,11 @@ NOTE = (
   "Alignment: mean cosine of the ranker's features of text and picture."
 )
 
+_SCORES_NOTE = (
+  "CLIPScore: 2.5 · max(cosine, 0) with the text 'A photo depicts ...'; published values are mostly of "
+  "OpenAI's ViT-B/32, and those of other networks differ. HPSv2: 100 · cosine."
+)
+
 _COLUMNS = {
   'frechet_distance': ('Fréchet distance', '{:.4g}'.format),
   'precision': ('precision', lambda share: f'{100 * share:.1f}'),
@@ -24,6 +35,13 @@ _COLUMNS = {
 }
 
 
+def notes(distributions: Iterable[distribution.Distribution]) -> list[str]:
+  """Returns explanations of tables; none if there are none."""
+  found = list(distributions)
+  scored = any(row.scores for table in found for row in table.rows.values())
+  return [NOTE, *([_SCORES_NOTE] if scored else [])] if found else []
+
+
 def title(table: distribution.Distribution) -> str:
   """Returns a title that names the table's features."""
   return f'Over {table.dim} features: {table.features}'
@@ -31,16 +49,19 @@ def title(table: distribution.Distribution) -> str:
 
 def cells(table: distribution.Distribution) -> list[list[str]]:
   """Returns a header and a line for each row, without columns that have no values."""
-  shown = {
-    key: column
-    for key, column in _COLUMNS.items()
-    if any(getattr(row, key) is not None for row in table.rows.values())
-  }
-  lines = [['', 'pictures', 'against', *(name for name, _ in shown.values())]]
+  columns: list[tuple[str, Callable[[distribution.Row], Any], Callable[[Any], str]]] = [
+    (name, operator.attrgetter(key), render) for key, (name, render) in _COLUMNS.items()
+  ]
+  for score in dict.fromkeys(name for row in table.rows.values() for name in row.scores):
+    columns.append((score, functools.partial(_score_of, score), _score_text))
+  shown = [
+    column for column in columns if any(column[1](row) is not None for row in table.rows.values())
+  ]
+  lines = [['', 'pictures', 'against', *(name for name, _, _ in shown)]]
   for key, label in distribution.ROWS.items():
     if key in table.rows:
       row = table.rows[key]
-      values = [(getattr(row, column), render) for column, (_, render) in shown.items()]
+      values = [(value_of(row), render) for _, value_of, render in shown]
       lines.append(
         [
           label,
@@ -50,6 +71,14 @@ def cells(table: distribution.Distribution) -> list[list[str]]:
         ]
       )
   return lines
+
+
+def _score_of(name: str, row: distribution.Row) -> distribution.Estimate | None:
+  return row.scores.get(name)
+
+
+def _score_text(score: distribution.Estimate) -> str:
+  return score.text(3)
 
 
 def text(table: distribution.Distribution) -> str:

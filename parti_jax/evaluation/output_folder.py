@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 from PIL import Image
 
+from parti_jax.core import storage
 from parti_jax.core.errors import UserError
 
 RUN_FILE = 'run.json'
@@ -89,17 +90,24 @@ def fingerprint(*parts: bytes) -> str:
   return digest.hexdigest()[:16]
 
 
+def ranker_fingerprint(folder) -> str | None:
+  """Returns a hash of the folder of a ranker, as `model_fingerprint`; None for the model's own."""
+  return None if folder is None else model_fingerprint(folder)
+
+
 def model_fingerprint(folder) -> str:
   """Returns a hash of a model folder, over its small files and the ends of its large ones.
 
   Args:
-    folder: path of the folder; None for the demo model.
+    folder: path or URL of the folder; None for the demo model.
   """
   if folder is None:
     # Imported here, since it imports JAX, which takes a moment.
     from parti_jax.sampling import text_to_image
 
     folder = text_to_image.DEMO_FOLDER
+  elif storage.is_url(folder):
+    folder = storage.local_folder(folder, storage.names(folder))
   parts = []
   for path in sorted(pathlib.Path(folder).iterdir()):
     if path.suffix in ('.json', '.safetensors', '.model'):

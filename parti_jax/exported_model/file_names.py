@@ -5,15 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from parti_jax.data import text_tokenizer
-
 CONFIG_FILE = 'config.json'
-VOCABULARY_FILE = text_tokenizer.FILE_NAME
+VOCABULARY_FILE = 'vocabulary.model'
 
 
 def parameter_file(name: str) -> str:
   """Returns the name of the file with the parameters of a network."""
   return f'{name}.safetensors'
+
+
+def vocabulary_file(name: str) -> str:
+  """Returns the name of the file with the text tokenizer that only this network uses."""
+  return f'{name}_vocabulary.model'
+
+
+def inputs_entry(name: str) -> str:
+  """Returns the name of config.json's entry on how the inputs of a network are made."""
+  return f'{name}_inputs'
 
 
 def stored_name(name: str, config: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ import dataclasses
 import pathlib
 from collections.abc import Mapping
 from typing import Any
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -16,8 +17,11 @@ import numpy as np
 from parti_jax.core import checks
 from parti_jax.core import storage
 from parti_jax.core.errors import UserError
+from parti_jax.exported_model import file_names
+from parti_jax.exported_model import preprocessing
 from parti_jax.exported_model import sampling_settings as settings_lib
 from parti_jax.models import config_checks
+from parti_jax.models import image_tokenizers
 from parti_jax.models import parti_config
 
 FORMAT_VERSION = 2
@@ -25,6 +29,23 @@ _READABLE_VERSIONS = (1, FORMAT_VERSION)
 
 # Dtypes in which parameters may be stored; the networks compute in the configs' dtype.
 STORED_DTYPES = {'float16': np.float16, 'bfloat16': ml_dtypes.bfloat16, 'float32': np.float32}
+
+
+_LOWER_CASE = 'lower_case'
+
+
+class Inputs(NamedTuple):
+  """How the inputs of a network are made, where that is its own way.
+
+  Attributes:
+    preprocessing: how pictures become its input; None for the way of the code that uses it.
+    own_tokenizer: whether it has a text tokenizer of its own; otherwise it uses the model's.
+    lower_case: whether texts become lower case before its own tokenizer sees them.
+  """
+
+  preprocessing: preprocessing.Preprocessing | None = None
+  own_tokenizer: bool = False
+  lower_case: bool = False
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:
@@ -49,10 +70,58 @@ def read(path: pathlib.Path) -> dict[str, Any]:
   return config
 
 
-def entry(kinds: Mapping[str, type], config) -> dict[str, Any]:
-  """Returns what config.json has of a network: its config and, if it has several, its kind."""
+def entry(kinds: Mapping[str, type], config, unnamed: str | None = None) -> dict[str, Any]:
+  """Returns what config.json has of a network: its config and, if it has several, its kind.
+
+  Args:
+    kinds: the dataclasses of the network's configs by the names of their kinds.
+    config: the config.
+    unnamed: the kind whose name is left out.
+  """
   name = next(name for name, kind in kinds.items() if type(config) is kind)
-  return ({'kind': name} if len(kinds) > 1 else {}) | parti_config.as_dict(config)
+  named = len(kinds) > 1 and name != unnamed
+  values = parti_config.as_dict(config)
+  if isinstance(config, parti_config.PartiConfig) and config.text_encoder is None:
+    del values['text_encoder']  # Earlier versions read such models.
+  return ({'kind': name} if named else {}) | values
+
+
+def inputs_entry(inputs: Inputs) -> dict[str, Any]:
+  """Returns what config.json has of a network's inputs; empty if nothing is its own."""
+  how = {} if inputs.preprocessing is None else dataclasses.asdict(inputs.preprocessing)
+  return how | ({_LOWER_CASE: inputs.lower_case} if inputs.own_tokenizer else {})
+
+
+def inputs(config: dict[str, Any], name: str, where) -> Inputs:
+  """Returns how the inputs of a network are made.
+
+  Args:
+    config: the result of `read`.
+    name: name of the network.
+    where: the file, for messages.
+
+  Raises:
+    UserError: if the entry has other fields, or an invalid value.
+  """
+  key = file_names.inputs_entry(name)
+  values = dict(_object(config, key, where, {}))
+  own_tokenizer = _LOWER_CASE in values
+  lower_case = checks.boolean(
+    f'{where}: {key}.{_LOWER_CASE}', values.pop(_LOWER_CASE, False), show=checks.shown_as_json
+  )
+  if not values:
+    return Inputs(None, own_tokenizer, lower_case)
+  types = checks.field_types(preprocessing.Preprocessing)
+  if values.keys() != types.keys():
+    different = ', '.join(map(_shown_name, sorted(values.keys() ^ types.keys())))
+    raise UserError(f'{where}: {key!r} has other fields than Preprocessing: {different}')
+  for field, value in values.items():
+    checks.typed(f'{where}: {key}.{field}', value, types[field], show=checks.shown_as_json)
+  try:
+    how = preprocessing.Preprocessing(**values)
+  except UserError as error:
+    raise UserError(f'{where}: {str(error).replace("Preprocessing.", f"{key}.")}') from error
+  return Inputs(how, own_tokenizer, lower_case)
 
 
 def sizes(kinds: Mapping[str, type], config: dict[str, Any], key: str, dtype: str, where) -> Any:
@@ -98,8 +167,9 @@ def _kind(kinds: Mapping[str, type], values: dict[str, Any], key: str, where) ->
   """Takes the kind out of the entry of a network that has several, and returns its dataclass."""
   name = values.pop('kind', next(iter(kinds))) if len(kinds) > 1 else next(iter(kinds))
   if not isinstance(name, str) or name not in kinds:
+    remedy = f'; {image_tokenizers.REMEDY}' if key == 'tokenizer' else ''
     raise UserError(
-      f'{where}: {key}.kind={checks.shown_as_json(name)} is not one of {", ".join(kinds)}'
+      f'{where}: {key}.kind={checks.shown_as_json(name)} is not one of {", ".join(kinds)}{remedy}'
     )
   return kinds[name]
 

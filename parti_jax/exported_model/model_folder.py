@@ -7,26 +7,24 @@ tokenizer.safetensors         parameters of the image tokenizer
 vocabulary.model              SentencePiece vocabulary of the prompts
 super_resolution.safetensors  parameters of the super-resolution network; optional
 ranker.safetensors            parameters of the ranker; optional
+ranker_vocabulary.model       text tokenizer of a ranker that has its own
 ```
 
 NETWORKS lists the networks that a folder may have; config.json has the config of each under its
-name. Version 1 of the format called the generator 'parti'. The metadata of a parameter file has
+name. A folder may also hold one network alone (`save_part`). Version 1 of the format called the generator 'parti'. The metadata of a parameter file has
 fingerprints (`parti_jax.core.fingerprints`) of the vocabulary and the tokenizer that its network was
 trained with, so that files of two models are never mixed up.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import json
-import os
+import math
 import pathlib
-import secrets
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
@@ -34,11 +32,8 @@ from typing import Any
 from typing import NamedTuple
 
 import flax.linen as nn
-import flax.traverse_util
 import jax
 import numpy as np
-import safetensors
-import safetensors.numpy
 from jaxtyping import PyTree
 
 from parti_jax.core import checks
@@ -49,16 +44,22 @@ from parti_jax.core.errors import UserError
 from parti_jax.data import text_tokenizer
 from parti_jax.exported_model import file_names
 from parti_jax.exported_model import model_config
+from parti_jax.exported_model import parameter_files
+from parti_jax.exported_model import preprocessing as preprocessing_lib
 from parti_jax.exported_model import sampling_settings as settings_lib
-from parti_jax.models import coca
+from parti_jax.exported_model import target_folder
 from parti_jax.models import image_tokenizers
 from parti_jax.models import parti as parti_lib
 from parti_jax.models import parti_config
+from parti_jax.models import rankers
 from parti_jax.models import super_resolution
+from parti_jax.models import text_encoders
 
 CONFIG_FILE = file_names.CONFIG_FILE
 VOCABULARY_FILE = file_names.VOCABULARY_FILE
 parameter_file = file_names.parameter_file
+vocabulary_file = file_names.vocabulary_file
+check_target = target_folder.check
 
 
 class Network(NamedTuple):
@@ -69,11 +70,14 @@ class Network(NamedTuple):
       Without a name there, the first one is meant.
     module: makes the linen module from a config.
     example_inputs: makes example inputs of the module from a config.
+    unnamed: the kind that config.json doesn't name, so that earlier versions read it; None if all
+      are named.
   """
 
   kinds: Mapping[str, type]
   module: Callable[[Any], nn.Module]
   example_inputs: Callable[[Any], tuple]
+  unnamed: str | None = None
 
 
 # A model has all required networks, and the optional ones that were exported with it.
@@ -82,7 +86,7 @@ REQUIRED = {
     {'parti': parti_config.PartiConfig}, parti_lib.Parti, parti_lib.example_inputs
   ),
   'tokenizer': Network(
-    {name: kind.config for name, kind in image_tokenizers.KINDS.items()},
+    image_tokenizers.CONFIGS,
     image_tokenizers.module,
     image_tokenizers.example_inputs,
   ),
@@ -93,17 +97,35 @@ OPTIONAL = {
     super_resolution.SuperResolution,
     super_resolution.example_inputs,
   ),
-  'ranker': Network({'coca': coca.CoCaConfig}, coca.CoCa, coca.example_inputs),
+  'ranker': Network(
+    {name: kind.config for name, kind in rankers.KINDS.items()},
+    rankers.module,
+    rankers.example_inputs,
+    unnamed='coca',
+  ),
 }
-NETWORKS = REQUIRED | OPTIONAL
+# A network that a model has within its generator, and a folder of `save_part` has by itself.
+ALONE = {
+  'text_encoder': Network(
+    parti_config.TEXT_ENCODERS, text_encoders.module_of, text_encoders.example_inputs_of
+  ),
+}
+NETWORKS = REQUIRED | OPTIONAL | ALONE
 
 FILES = (CONFIG_FILE, *map(parameter_file, REQUIRED), VOCABULARY_FILE)
 # Includes the files of models of version 1 of the format.
-_ALL_FILES = (*FILES, *map(parameter_file, [*OPTIONAL, 'parti']))
+_ALL_FILES = (
+  *FILES,
+  *map(parameter_file, [*NETWORKS, 'parti']),
+  *map(vocabulary_file, NETWORKS),
+)
 STORED_DTYPES = model_config.STORED_DTYPES
 
-# Maximum number of parameter names in an error message.
-_SHOWN = 5
+_REMEDIES = {
+  'vocabulary': 'give the vocabulary that it was trained with',
+  'tokenizer': 'give the tokenizer that it was trained with, or tokenize the pictures with this '
+  'tokenizer and train on these tokens',
+}
 
 
 class Part(NamedTuple):
@@ -114,11 +136,24 @@ class Part(NamedTuple):
     params: its parameters, in the form of `Model`'s.
     made_with: {kind: fingerprint} of the vocabulary and the tokenizer that it was trained with, if
       known; a tokenizer has its own fingerprint here.
+    vocabulary_path: file of its own text tokenizer, for `text_tokenizer.open_tokenizer`; None if it
+      uses the model's vocabulary.
+    preprocessing: how pictures become its input; None for the way of the code that uses it.
+    lower_case: whether texts become lower case before its own text tokenizer sees them.
   """
 
   config: Any
   params: Any
   made_with: dict[str, str] = {}
+  vocabulary_path: pathlib.Path | None = None
+  preprocessing: preprocessing_lib.Preprocessing | None = None
+  lower_case: bool = False
+
+  @property
+  def inputs(self) -> model_config.Inputs:
+    """How its inputs are made."""
+    own = self.vocabulary_path is not None
+    return model_config.Inputs(self.preprocessing, own, own and self.lower_case)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,8 +163,9 @@ class Model:
   Attributes:
     generator_config: config of Parti.
     tokenizer_config: config of the image tokenizer.
-    generator_params: parameters of Parti, a tree of float32 NumPy arrays.
-    tokenizer_params: parameters of the tokenizer, a tree of float32 NumPy arrays.
+    generator_params: parameters of Parti, a tree of `parameter_files.StoredArray`, which are read
+      when they are used.
+    tokenizer_params: parameters of the tokenizer, a tree of StoredArray.
     vocabulary_path: path of the SentencePiece vocabulary.
     sampling: default sampling settings.
     provenance: JSON about the training, such as the data and the number of steps.
@@ -215,7 +251,7 @@ def save(
     'tokenizer': Part(tokenizer_config, tokenizer_params),
   } | (parts or {})
   known = _known(networks, made_with or {})
-  mismatches = _mismatches(known, vocabulary_path, sources or {})
+  mismatches = _mismatches(known, vocabulary_path, _own_vocabularies(networks), sources or {})
   if mismatches and not allow_mismatch:
     raise UserError(mismatches[0])
   entries: dict[str, Any] = {
@@ -227,23 +263,32 @@ def save(
   return _write(folder, networks, known, entries, dtype, vocabulary_path)
 
 
-def save_tokenizer(
+def save_part(
   folder,
-  config: image_tokenizers.Config,
-  params: PyTree,
+  name: str,
+  part: Part,
   provenance: dict[str, Any],
   *,
   dtype: str = 'float32',
   overwrite: bool = False,
 ) -> pathlib.Path | str:
-  """Writes a folder with an image tokenizer alone, for `load_tokenizer`; arguments as `save`.
+  """Writes a folder with one network alone, for `load_part`.
+
+  Args:
+    folder: as `save`.
+    name: the network's name in NETWORKS.
+    part: the network, with or without axis names.
+    provenance: JSON about its origin, under keys that `part_provenance` returns.
+    dtype: as `save`.
+    overwrite: as `save`.
 
   Raises:
     UserError: as `save`.
   """
   folder = _checked(folder, overwrite, dtype)
-  networks = {'tokenizer': Part(config, params)}
-  return _write(folder, networks, _known(networks, {}), {'provenance': provenance}, dtype)
+  networks = {name: part}
+  known = _known(networks, {name: part.made_with})
+  return _write(folder, networks, known, {'provenance': provenance}, dtype)
 
 
 def _checked(folder, overwrite: bool, dtype: str) -> pathlib.Path | str:
@@ -265,40 +310,49 @@ def _write(
   vocabulary_path=None,
 ) -> pathlib.Path | str:
   """Writes a folder with networks, their fingerprints, and further entries of config.json."""
-  stored = {
-    name: _stored(part.params, abstract(name, part.config), dtype, parameter_file(name))
-    for name, part in networks.items()
-  }
+  for name, part in networks.items():
+    parameter_files.check(part.params, abstract(name, part.config), parameter_file(name))
   config = {
     'format_version': model_config.FORMAT_VERSION,
     **{
-      name: model_config.entry(NETWORKS[name].kinds, part.config) for name, part in networks.items()
+      name: model_config.entry(NETWORKS[name].kinds, part.config, NETWORKS[name].unnamed)
+      for name, part in networks.items()
+    },
+    **{
+      file_names.inputs_entry(name): entry
+      for name, part in networks.items()
+      if (entry := model_config.inputs_entry(part.inputs))
     },
     'parameters': {
       'stored_as': dtype,
-      **{name: sum(leaf.size for leaf in arrays.values()) for name, arrays in stored.items()},
+      **{name: _count(part) for name, part in networks.items()},
     },
     **entries,
   }
-  filled = (
-    _replaced_folder(folder) if isinstance(folder, pathlib.Path) else _uploaded_folder(folder)
-  )
-  with filled as temporary:
-    for name, arrays in stored.items():
-      safetensors.numpy.save_file(arrays, temporary / parameter_file(name), known[name] or None)
-    if vocabulary_path is not None:
-      with storage.local_copy(vocabulary_path) as vocabulary:
-        shutil.copyfile(vocabulary, temporary / VOCABULARY_FILE)
+  vocabularies = {} if vocabulary_path is None else {VOCABULARY_FILE: vocabulary_path}
+  vocabularies |= {vocabulary_file(name): own for name, own in _own_vocabularies(networks).items()}
+  with target_folder.filled(folder, _ALL_FILES) as temporary:
+    for name, part in networks.items():
+      path = temporary / parameter_file(name)
+      parameter_files.write(path, part.params, dtype, known[name])
+    for name, path in vocabularies.items():
+      with storage.local_copy(path) as vocabulary:
+        shutil.copyfile(vocabulary, temporary / name)
     text = json.dumps(config, indent=2, ensure_ascii=False) + '\n'
     (temporary / CONFIG_FILE).write_text(text, encoding='utf-8')
   return folder
+
+
+def _count(part: Part) -> int:
+  """Returns the number of parameters of a network."""
+  return sum(math.prod(np.shape(leaf)) for leaf in jax.tree.leaves(nn.meta.unbox(part.params)))
 
 
 def load(folder) -> Model:
   """Reads a model folder.
 
   The networks compute in float32 on a CPU and in bfloat16 elsewhere, regardless of the dtype they
-  were trained in.
+  were trained in. Those with a preprocessing of their own compute in float32 everywhere.
 
   Args:
     folder: a folder that `save` wrote, a path or a URL. The files at a URL are copied to a
@@ -319,24 +373,38 @@ def load(folder) -> Model:
   ]
   stored = {name: file_names.stored_name(name, config) for name in [*REQUIRED, *optional]}
   paths = {name: folder / parameter_file(own) for name, own in stored.items()}
-  _check_complete(folder, [*(path.name for path in paths.values()), VOCABULARY_FILE])
+  inputs = {name: model_config.inputs(config, name, where) for name in optional}
+  own_vocabularies = {
+    name: folder / vocabulary_file(name) for name, own in inputs.items() if own.own_tokenizer
+  }
+  files = [*paths.values(), folder / VOCABULARY_FILE, *own_vocabularies.values()]
+  _check_complete(folder, [path.name for path in files])
   sizes = {
-    name: model_config.sizes(NETWORKS[name].kinds, config, own, _compute_dtype(), where)
+    name: model_config.sizes(
+      NETWORKS[name].kinds, config, own, _compute_dtype(inputs.get(name)), where
+    )
     for name, own in stored.items()
   }
   check_sizes(sizes['generator'], sizes['tokenizer'], str(where))
   sampling = model_config.sampling(config, where)
   provenance = model_config.provenance(config, where)
   stored_as = model_config.stored_as(config, where)
-  made_with = {name: _read_made_with(path) for name, path in paths.items()}
+  made_with = {name: parameter_files.read_made_with(path) for name, path in paths.items()}
   vocabulary = folder / VOCABULARY_FILE
   allowed = model_config.mismatch_allowed(config, where)
-  for line in _mismatches(made_with, vocabulary):
+  for line in _mismatches(made_with, vocabulary, own_vocabularies):
     if not allowed:
       raise UserError(f'{folder}: {line}')
     print(f'parti-jax: warning: {folder}: {line}', file=sys.stderr)
   parts = {
-    name: Part(own, _read_parameters(paths[name], abstract(name, own)), made_with[name])
+    name: Part(
+      own,
+      parameter_files.read(paths[name], abstract(name, own)),
+      made_with[name],
+      own_vocabularies.get(name),
+      inputs[name].preprocessing if name in inputs else None,
+      name in inputs and inputs[name].lower_case,
+    )
     for name, own in sizes.items()
   }
   generator, tokenizer = (parts.pop(name) for name in REQUIRED)
@@ -354,23 +422,74 @@ def load(folder) -> Model:
   )
 
 
-def load_tokenizer(folder) -> Part:
-  """Reads only the image tokenizer of a model folder, under the same conditions as `load`."""
-  folder = _local(folder, [CONFIG_FILE, parameter_file('tokenizer')])
-  _check_complete(folder, [CONFIG_FILE, parameter_file('tokenizer')])
+def load_part(name: str, folder) -> Part:
+  """Reads only one network of a model folder, or of a folder that `save_part` wrote.
+
+  Args:
+    name: the network's name in NETWORKS.
+    folder: a path or a URL, as `load`.
+
+  Raises:
+    UserError: as `load`, and if the folder doesn't have the network.
+  """
+  vocabulary = vocabulary_file(name)
+  folder = _local(folder, [CONFIG_FILE, parameter_file(name), vocabulary])
+  _check_complete(folder, [CONFIG_FILE])
   where = folder / CONFIG_FILE
-  sizes = model_config.sizes(
-    NETWORKS['tokenizer'].kinds, model_config.read(where), 'tokenizer', _compute_dtype(), where
-  )
-  file = folder / parameter_file('tokenizer')
-  return Part(sizes, _read_parameters(file, abstract('tokenizer', sizes)), _read_made_with(file))
+  config = model_config.read(where)
+  if name not in config and not (folder / parameter_file(name)).exists():
+    raise UserError(f'the folder {folder} has no {name}; give one that has')
+  _check_complete(folder, [parameter_file(name)])
+  inputs = model_config.inputs(config, name, where)
+  dtype = _compute_dtype(inputs)
+  sizes = model_config.sizes(NETWORKS[name].kinds, config, name, dtype, where)
+  file = folder / parameter_file(name)
+  made_with = parameter_files.read_made_with(file)
+  path = folder / vocabulary if inputs.own_tokenizer else None
+  if path is not None:
+    _check_complete(folder, [vocabulary])
+    for line in _other_vocabulary(f'the {name} {folder}', made_with, path):
+      raise UserError(line)
+  params = parameter_files.read(file, abstract(name, sizes))
+  return Part(sizes, params, made_with, path, inputs.preprocessing, inputs.lower_case)
 
 
-def tokenizer_provenance(folder) -> dict[str, Any]:
-  """Returns what config.json says about the origin of a folder's tokenizer."""
+def part_config(name: str, folder) -> Any:
+  """Returns the config of one network of a folder; arguments and errors are those of `load_part`."""
+  where = _local(folder, [CONFIG_FILE]) / CONFIG_FILE
+  config = model_config.read(where)
+  return model_config.sizes(NETWORKS[name].kinds, config, name, _compute_dtype(), where)
+
+
+def load_ranker(folder) -> Part:
+  """Reads a ranker to use without the model that it is in, so that it needs a text tokenizer.
+
+  Args:
+    folder: a path or a URL: a folder that `parti-jax import ranker` wrote, or a model folder.
+
+  Returns:
+    The ranker. Its text tokenizer is its own or the model's.
+
+  Raises:
+    UserError: as `load_part`, and if there is no text tokenizer.
+  """
+  wanted = [CONFIG_FILE, parameter_file('ranker'), vocabulary_file('ranker'), VOCABULARY_FILE]
+  folder = _local(folder, wanted)
+  part = load_part('ranker', folder)
+  if part.vocabulary_path is not None:
+    return part
+  _check_complete(folder, [VOCABULARY_FILE])
+  shared = folder / VOCABULARY_FILE
+  for line in _other_vocabulary(f'the ranker {folder}', part.made_with, shared):
+    raise UserError(line)
+  return part._replace(vocabulary_path=shared)
+
+
+def part_provenance(name: str, folder) -> dict[str, Any]:
+  """Returns what config.json says about the origin of a network in a folder."""
   where = _local(folder, [CONFIG_FILE]) / CONFIG_FILE
   found = model_config.provenance(model_config.read(where), where)
-  return {name: value for name, value in found.items() if name.startswith('tokenizer')}
+  return {key: value for key, value in found.items() if key == name or key.startswith(f'{name}_')}
 
 
 def _local(folder, names: list[str]) -> pathlib.Path:
@@ -383,8 +502,10 @@ def _local(folder, names: list[str]) -> pathlib.Path:
   return pathlib.Path(folder)
 
 
-def _compute_dtype() -> str:
-  return 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+def _compute_dtype(inputs: model_config.Inputs | None = None) -> str:
+  """Returns the dtype to compute in; published scores are compared to their last digits."""
+  exact = inputs is not None and inputs.preprocessing is not None
+  return 'float32' if exact or jax.default_backend() == 'cpu' else 'bfloat16'
 
 
 @functools.cache
@@ -402,76 +523,33 @@ def abstract(name: str, config: Any) -> PyTree:
   return jax.eval_shape(network.module(config).init, rng, *inputs)['params']
 
 
-def _flat(tree) -> dict[str, Any]:
-  return flax.traverse_util.flatten_dict(nn.meta.unbox(tree), sep='/')
-
-
-def _stored(params, expected, dtype: str, file: str) -> dict[str, np.ndarray]:
-  """Checks parameters and returns {path: array in the stored dtype}."""
-  params = {path: np.asarray(leaf) for path, leaf in _flat(params).items()}
-  _check_shapes({path: leaf.shape for path, leaf in params.items()}, _flat(expected), file)
-  stored = {}
-  for path, leaf in params.items():
-    with np.errstate(over='ignore'):
-      stored[path] = leaf.astype(STORED_DTYPES[dtype], order='C')
-    if not np.all(np.isfinite(stored[path].astype(np.float32))):
-      raise UserError(
-        f'{file}: the parameter {path} has values that are not finite as {dtype}; '
-        'store the model as float32, or check whether its training diverged'
-      )
-  return stored
-
-
-def _check_shapes(shapes: dict[str, tuple[int, ...]], expected, file):
-  """Raises UserError unless all expected parameters exist and have the expected shapes."""
-  problems = [f'{path} is missing' for path in expected if path not in shapes]
-  problems += [f'{path} is not part of the network' for path in shapes if path not in expected]
-  problems += [
-    f'{path} is {list(shapes[path])} instead of {list(leaf.shape)}'
-    for path, leaf in expected.items()
-    if path in shapes and tuple(shapes[path]) != tuple(leaf.shape)
-  ]
-  if problems:
-    more = f', and {len(problems) - _SHOWN} more' if len(problems) > _SHOWN else ''
-    raise UserError(
-      f'{file} does not fit the sizes in {CONFIG_FILE}: {"; ".join(problems[:_SHOWN])}{more}'
-    )
-
-
-def _read_parameters(path: pathlib.Path, expected):
-  """Reads a tree of float32 arrays and checks it against the shapes of the network."""
-  arrays = {}
-  try:
-    with safetensors.safe_open(path, framework='numpy') as file:
-      shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-      _check_shapes(shapes, _flat(expected), path)
-      for name in shapes:
-        arrays[name] = file.get_tensor(name).astype(np.float32)
-  except (safetensors.SafetensorError, OSError) as error:
-    raise _damaged(path, error) from error
-  return flax.traverse_util.unflatten_dict(arrays, sep='/')
-
-
 def _known(networks: Mapping[str, Part], made_with: Mapping) -> dict[str, dict[str, str]]:
-  """Returns the known fingerprints of each network, including the tokenizer's own."""
+  """Returns the known fingerprints of each network, including that of its own tokenizer."""
   known = {
     name: {kind: value for kind, value in made_with.get(name, {}).items() if value}
     for name in networks
   }
-  if 'tokenizer' not in known['tokenizer']:
+  for name, path in _own_vocabularies(networks).items():
+    known[name].setdefault('vocabulary', _vocabulary_fingerprint(path).value)
+  if 'tokenizer' in known and 'tokenizer' not in known['tokenizer']:
     params = nn.meta.unbox(networks['tokenizer'].params)
     known['tokenizer'] = {'tokenizer': fingerprints.of_tokenizer(params)}
   return known
 
 
 def _mismatches(
-  made_with: Mapping[str, Mapping[str, str]], vocabulary, sources: Mapping[str, str] = {}
+  made_with: Mapping[str, Mapping[str, str]],
+  vocabulary,
+  own_vocabularies: Mapping[str, Any],
+  sources: Mapping[str, str] = {},
 ) -> list[str]:
   """Returns a sentence for each network that was trained with another vocabulary or tokenizer.
 
   Args:
     made_with: {name of a network: {kind: fingerprint}}.
     vocabulary: the model's SentencePiece file.
+    own_vocabularies: {name of a network: file of its own text tokenizer}; the model's vocabulary
+      doesn't matter to these.
     sources: {name of a network: its origin}.
   """
 
@@ -479,39 +557,38 @@ def _mismatches(
     name = 'super-resolution network' if network == 'super_resolution' else network
     return f'the {name} {sources.get(network, "")}'.strip()
 
-  try:
-    content = storage.read(vocabulary, text_tokenizer.LARGEST_FILE)
-  except OSError as error:
-    raise UserError(
-      f'the vocabulary {vocabulary} cannot be read ({error.strerror or error})'
-    ) from error
-  given = fingerprints.named(full_name('tokenizer'), made_with['tokenizer']) | fingerprints.named(
-    f'the vocabulary {vocabulary}', {'vocabulary': fingerprints.of_vocabulary(content)}
-  )
-  remedies = {
-    'vocabulary': 'give the vocabulary that it was trained with',
-    'tokenizer': 'give the tokenizer that it was trained with, or tokenize the pictures with this '
-    'tokenizer and train on these tokens',
-  }
+  given = fingerprints.named(full_name('tokenizer'), made_with['tokenizer'])
+  given['vocabulary'] = _vocabulary_fingerprint(vocabulary)
   return [
     line
     for name, kept in made_with.items()
-    for line in fingerprints.mismatches(fingerprints.named(full_name(name), kept), given, remedies)
+    for line in (
+      _other_vocabulary(full_name(name), kept, own_vocabularies[name])
+      if name in own_vocabularies
+      else fingerprints.mismatches(fingerprints.named(full_name(name), kept), given, _REMEDIES)
+    )
   ]
 
 
-def _read_made_with(path: pathlib.Path) -> dict[str, str]:
-  """Reads the fingerprints in a parameter file's metadata; files of older versions have none."""
-  try:
-    with safetensors.safe_open(path, framework='numpy') as file:
-      metadata = file.metadata() or {}
-  except (safetensors.SafetensorError, OSError) as error:
-    raise _damaged(path, error) from error
-  return {kind: metadata[kind] for kind in fingerprints.KINDS if kind in metadata}
+def _other_vocabulary(name: str, made_with: Mapping[str, str], vocabulary) -> list[str]:
+  """Returns a sentence if a network was trained with another vocabulary than this file."""
+  given = {'vocabulary': _vocabulary_fingerprint(vocabulary)}
+  return fingerprints.mismatches(fingerprints.named(name, made_with), given, _REMEDIES)
 
 
-def _damaged(path: pathlib.Path, error: Exception) -> UserError:
-  return UserError(f'{path} is damaged or unfinished ({error}); export or download the model again')
+def _own_vocabularies(networks: Mapping[str, Part]) -> dict[str, Any]:
+  """Returns {name of a network: file of its own text tokenizer}."""
+  return {
+    name: part.vocabulary_path
+    for name, part in networks.items()
+    if part.vocabulary_path is not None
+  }
+
+
+def _vocabulary_fingerprint(path) -> fingerprints.Fingerprint:
+  """Returns the fingerprint of a vocabulary's file."""
+  content = text_tokenizer.read_file(path)
+  return fingerprints.Fingerprint(fingerprints.of_vocabulary(content), f'the vocabulary {path}')
 
 
 def _check_complete(folder: pathlib.Path, files: Iterable[str]):
@@ -539,51 +616,3 @@ def check_sizes(
         f"{where}: the generator's {name} is {ours}, but the tokenizer's is {theirs}; "
         'the generator was trained on the tokens of another tokenizer'
       )
-
-
-def check_target(folder: pathlib.Path | str, overwrite: bool):
-  """Raises UserError if a folder exists and may not be replaced."""
-  if not (storage.exists(folder) or os.path.lexists(folder)):
-    return
-  if not storage.exists(storage.join(folder, CONFIG_FILE)):
-    raise UserError(f"{folder} exists and isn't a model folder; choose another folder")
-  if not overwrite:
-    raise UserError(f'the model folder {folder} exists; choose another one, or allow overwriting')
-
-
-@contextlib.contextmanager
-def _uploaded_folder(url: str):
-  """Yields a temporary folder and uploads its files to a URL afterwards, config.json last."""
-  with tempfile.TemporaryDirectory(prefix='parti_jax_model_') as temporary:
-    yield pathlib.Path(temporary)
-    ours = set(_ALL_FILES) & set(storage.names(url))
-    for name in sorted(ours, key=lambda name: name != CONFIG_FILE):
-      storage.remove(storage.join(url, name))
-    for name in sorted(os.listdir(temporary), key=lambda name: name == CONFIG_FILE):
-      storage.upload(os.path.join(temporary, name), storage.join(url, name))
-
-
-@contextlib.contextmanager
-def _replaced_folder(folder: pathlib.Path):
-  """Yields a temporary folder that replaces `folder` afterwards."""
-  temporary = folder.with_name(f'.{folder.name}.{secrets.token_hex(4)}')
-  try:
-    temporary.mkdir(parents=True)
-    yield temporary
-    old = folder.with_name(f'{temporary.name}.old')
-    if folder.exists():
-      for other in set(os.listdir(folder)) - set(_ALL_FILES):
-        copy = shutil.copytree if (folder / other).is_dir() else shutil.copy2
-        copy(folder / other, temporary / other)
-      os.replace(folder, old)
-    try:
-      os.replace(temporary, folder)
-    except OSError:
-      if old.exists():
-        os.replace(old, folder)
-      raise
-    shutil.rmtree(old, ignore_errors=True)
-  except OSError as error:
-    raise UserError(f'the model folder {folder} cannot be written: {error}') from error
-  finally:
-    shutil.rmtree(temporary, ignore_errors=True)

@@ -217,6 +217,15 @@ def preprocessing_of(
   return clip_names.read_processor(found, sizes.image_size, _DEFAULT).how
 
 
+def layout(arrays: clip_names.Arrays) -> str:
+  """Whose names a file has: 'transformers' or 'open_clip'.
+
+  Raises:
+    UserError: if they are not CLIP's.
+  """
+  return 'transformers' if _names(arrays).layout is _TRANSFORMERS else 'open_clip'
+
+
 def key_map(config: clip.CLIPConfig, arrays: clip_names.Arrays) -> key_map_lib.KeyMap:
   """Returns the arrays that make up the parameters of `clip.CLIP`.
 

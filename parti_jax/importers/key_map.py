@@ -12,6 +12,7 @@ from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
+from typing import Any
 from typing import NamedTuple
 from typing import Protocol
 
@@ -171,9 +172,49 @@ def convert(key_map: KeyMap, stored: Mapping[str, StoredArray]) -> Iterator[tupl
     The path of each parameter, and the parameter as a float32 array.
   """
   for path, source in key_map.items():
-    changed = (source.change(np.asarray(stored[name].read())) for name in source.names)
-    if source.stacked:
-      yield path, np.stack([np.asarray(array, np.float32, order='C') for array in changed])
-    else:
-      (array,) = changed
-      yield path, np.asarray(array, np.float32, order='C')
+    yield path, _read(source, stored)
+
+
+class ConvertedArray:
+  """One of our parameters, which is read and converted when it is used.
+
+  Attributes:
+    shape: its shape.
+  """
+
+  def __init__(
+    self,
+    shape: tuple[int, ...],
+    source: Source,
+    stored: Mapping[str, StoredArray],
+    progress: Callable[[], object] = lambda: None,
+  ):
+    """Refers to a parameter.
+
+    Args:
+      shape: its shape.
+      source: which arrays make it.
+      stored: {name: array in the file}.
+      progress: is called when it has been read.
+    """
+    self.shape = shape
+    self._source, self._stored, self._progress = source, stored, progress
+
+  def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    del copy  # It is always one.
+    found = _read(self._source, self._stored)
+    self._progress()
+    return found if dtype is None else found.astype(dtype)
+
+
+def _read(source: Source, stored: Mapping[str, StoredArray]) -> np.ndarray:
+  """Reads one of our parameters, float32, with at most one more array of the file in memory."""
+  first, *others = source.names
+  array = np.asarray(source.change(np.asarray(stored[first].read())), np.float32, order='C')
+  if not source.stacked:
+    return array
+  stack = np.empty((len(source.names), *array.shape), np.float32)
+  stack[0] = array
+  for place, name in enumerate(others, 1):
+    stack[place] = source.change(np.asarray(stored[name].read()))
+  return stack

@@ -24,29 +24,31 @@ _CLIP_WORDS = (
 )
 
 
-def of_clip(folder: str) -> bytes:
+def of_clip(given: str) -> bytes:
   """Returns the tokenizer.json of CLIP's byte pairs, with the behaviour of transformers.
 
   Unlike OpenAI's own code and open_clip, it doesn't repair garbled text or unescape HTML.
 
   Args:
-    folder: folder with `vocab.json` and `merges.txt`, or with `tokenizer.json`.
+    given: a tokenizer.json, or a folder with it or with `vocab.json` and `merges.txt`.
 
   Raises:
     UserError: if files are missing or damaged, or are not CLIP's.
   """
-  path = pathlib.Path(folder)
+  path = pathlib.Path(given)
+  whole = path / 'tokenizer.json' if path.is_dir() else path
   if (path / 'vocab.json').is_file() and (path / 'merges.txt').is_file():
     vocabulary = _json(path / 'vocab.json')
     lines = _text(path / 'merges.txt').splitlines()
     merges = [line.split() for line in lines if line.strip() and not line.startswith('#version')]
     where = path / 'vocab.json'
-  elif (path / 'tokenizer.json').is_file():
-    where = path / 'tokenizer.json'
+  elif whole.is_file():
+    where = whole
     model = _part(_json(where), 'model', where)
     vocabulary, merges = _part(model, 'vocab', where), model.get('merges', [])
   else:
-    raise UserError(f'{folder} has neither vocab.json and merges.txt, nor tokenizer.json')
+    wanted = 'has neither vocab.json and merges.txt, nor tokenizer.json'
+    raise UserError(f'{given} {wanted if path.is_dir() else "does not exist"}')
   ends = [vocabulary.get(token) for token in (_CLIP_START, _CLIP_END)]
   if not all(type(end) is int for end in ends):
     raise UserError(f"{where} isn't CLIP's vocabulary: it has no {_CLIP_START} and {_CLIP_END}")

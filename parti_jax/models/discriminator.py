@@ -58,7 +58,7 @@ class DiscriminatorConfig:
       raise errors.UserError(
         f'a discriminator halves its pictures down to {_LAST_SIZE}×{_LAST_SIZE}: their size of '
         f'{image_size} is not a power of two from {2 * _LAST_SIZE}; choose another '
-        'ViTVQGANConfig.image_size, or set TokenizerObjective.adversarial_weight to 0'
+        'image_size, or set adversarial_weight to 0'
       )
     return [image_size >> i for i in range(int(math.log2(image_size // _LAST_SIZE)))]
 

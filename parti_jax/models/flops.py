@@ -58,7 +58,7 @@ def parti_sampling_step(config: parti_config.PartiConfig) -> int:
   return config.decoder_layers * projections + attention + 2 * width * config.codebook_size
 
 
-def tokenizer_forward(config: vit_vqgan.ViTVQGANConfig) -> int:
+def vit_vqgan_forward(config: vit_vqgan.ViTVQGANConfig) -> int:
   """FLOPs of one picture through the encoder, the quantizer and the decoder of ViT-VQGAN."""
   length, patch = config.image_length, config.patch_size**2
   total = 2 * length * config.codebook_size * config.code_dim

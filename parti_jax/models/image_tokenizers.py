@@ -1,12 +1,14 @@
 """The kinds of image tokenizer that the system can use, and what they have in common.
 
-A kind is a config and a linen module. `Config` and `Tokenizer` are what all other code relies on, so
-that a new kind is one entry of `KINDS`.
+A kind is a config and a linen module. `Config` and `Tokenizer` are what all other code relies on.
+A new kind is one entry of `KINDS`, or a call of `register` in a module of your own. Training one
+with `TokenizerObjective` takes the members of `TrainableConfig` and a `Training` as well.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import types
 from collections.abc import Callable
 from collections.abc import Mapping
 from typing import Any
@@ -19,6 +21,8 @@ from jaxtyping import Array
 from jaxtyping import Float
 from jaxtyping import Int
 
+from parti_jax.core import errors
+from parti_jax.models import flops
 from parti_jax.models import vit_vqgan
 from parti_jax.models import vqgan
 
@@ -51,10 +55,40 @@ class Config(Protocol):
     """Name of the dtype to compute in."""
 
 
+class TrainableConfig(Config, Protocol):
+  """The config of an image tokenizer that `TokenizerObjective` can train."""
+
+  @property
+  def remat(self) -> str:
+    """Name of the rematerialization policy."""
+
+  @property
+  def compute_dtype(self) -> Any:
+    """Dtype of activations."""
+
+  @property
+  def predicts_scale(self) -> bool:
+    """Whether the network predicts distributions of pixels, rather than pixels themselves."""
+
+  @property
+  def code_distance(self) -> str | None:
+    """Distance by which a table of codes is searched: 'cosine', 'euclidean' or None.
+
+    With a distance, dead codes can be revived, and the table is
+    params['quantizer']['codebook']['table'].
+    """
+
+  @property
+  def batch_dependent_terms(self) -> tuple[str, ...]:
+    """Descriptions of what the quantizer's loss computes over several examples."""
+
+
 class Tokenizer(Protocol):
   """The methods of an image tokenizer's linen module, for `nn.Module.apply`.
 
-  Its parameters are {'encoder', 'quantizer', 'decoder'}: `tokenize` needs the first two.
+  Its parameters are {'encoder', 'quantizer', 'decoder'}, of which some may be missing. `tokenize`
+  only needs the first two. Their parameters identify the tokenizer (`fingerprints.of_tokenizer`),
+  so everything that determines tokens has to be among them.
   """
 
   def tokenize(self, images: Float[Array, 'batch height width 3']) -> Int[Array, 'batch tokens']:
@@ -64,6 +98,26 @@ class Tokenizer(Protocol):
     """Returns images in [0, 1]."""
 
 
+class Training(NamedTuple):
+  """What training a kind takes.
+
+  The module's `__call__(images, quantize)` returns a dict: 'tokens', 'latents', 'quantizer_loss',
+  and either 'mean' and 'log_scale' of logit-laplace distributions or 'pixels'.
+
+  Attributes:
+    forward_flops: FLOPs of one image through the network, from a config.
+    decoder_fields: names of the config's fields that concern the decoder alone. A second phase may
+      change them.
+    last_kernel_gradient: the gradient of the decoder's last kernel, from a config, the input of
+      that layer and the gradients of the reconstruction. The decoder sows the input as
+      'last_hidden'. None if the adversarial loss can't have an adaptive weight.
+  """
+
+  forward_flops: Callable[[Any], int]
+  decoder_fields: tuple[str, ...] = ()
+  last_kernel_gradient: Callable[[Any, Array, dict[str, Array]], Array] | None = None
+
+
 class Kind(NamedTuple):
   """A kind of image tokenizer.
 
@@ -71,29 +125,111 @@ class Kind(NamedTuple):
     config: its config class.
     module: makes the linen module from a config.
     example_inputs: makes images from a config, for initialisation.
+    training: what training it takes; None if `TokenizerObjective` can't train it.
   """
 
   config: type
   module: Callable[[Any], nn.Module]
   example_inputs: Callable[[Any], tuple]
+  training: Training | None = None
 
 
-# By their names in config.json. Files that name no kind are of the first one.
-KINDS: Mapping[str, Kind] = {
-  'vit_vqgan': Kind(vit_vqgan.ViTVQGANConfig, vit_vqgan.ViTVQGAN, vit_vqgan.example_inputs),
-  'vqgan': Kind(vqgan.VQGANConfig, vqgan.VQGAN, vqgan.example_inputs),
+_kinds: dict[str, Kind] = {
+  'vit_vqgan': Kind(
+    vit_vqgan.ViTVQGANConfig,
+    vit_vqgan.ViTVQGAN,
+    vit_vqgan.example_inputs,
+    Training(
+      flops.vit_vqgan_forward,
+      ('decoder_layers', 'decoder_width', 'decoder_mlp_width', 'decoder_heads'),
+      vit_vqgan.last_kernel_gradient,
+    ),
+  ),
+  'vqgan': Kind(
+    vqgan.VQGANConfig,
+    vqgan.VQGAN,
+    vqgan.example_inputs,
+    Training(
+      lambda config: flops.vqgan_forward(config, config.image_size, config.image_size),
+      ('decoder_res_blocks', 'output'),
+      vqgan.last_kernel_gradient,
+    ),
+  ),
 }
+_configs: dict[str, type] = {name: kind.config for name, kind in _kinds.items()}
+
+# By their names in config.json and in checkpoints. Files that name no kind are of the first one.
+KINDS: Mapping[str, Kind] = types.MappingProxyType(_kinds)
+# Their config classes.
+CONFIGS: Mapping[str, type] = types.MappingProxyType(_configs)
+# What to do about an unknown kind, for messages.
+REMEDY = (
+  'a kind of your own is known once the module that registers it is imported: by a line '
+  '`import MODULE` in a gin file, by --import=MODULE on the command line, or in Python'
+)
 
 
-def _of(config: Config) -> Kind:
-  return next(kind for kind in KINDS.values() if type(config) is kind.config)
+def register(name: str, kind: Kind) -> None:
+  """Makes a kind known, for all code that reads or writes tokenizers.
+
+  Args:
+    name: its name in config.json and in checkpoints.
+    kind: the kind. A class of the same module and name replaces an earlier one, as when a notebook
+      runs a cell again.
+
+  Raises:
+    UserError: if the name is taken, or the config isn't a frozen dataclass.
+  """
+  known = _kinds.get(name)
+  origin = lambda config: (config.__module__, config.__qualname__)
+  if known and origin(known.config) != origin(kind.config):
+    raise errors.UserError(
+      f'image_tokenizers.register: the kind {name!r} is {known.config.__module__}.'
+      f'{known.config.__qualname__}; choose another name'
+    )
+  parameters = getattr(kind.config, '__dataclass_params__', None)
+  if parameters is None or not parameters.frozen:
+    raise errors.UserError(
+      f'image_tokenizers.register: {kind.config.__qualname__} must be a frozen dataclass'
+    )
+  _kinds[name], _configs[name] = kind, kind.config
+
+
+def of(config: Config) -> Kind:
+  """Returns the kind that a config is of.
+
+  Raises:
+    UserError: if it is of none.
+  """
+  for kind in KINDS.values():
+    if type(config) is kind.config:
+      return kind
+  raise errors.UserError(
+    f'{type(config).__name__} is not the config of an image tokenizer; the kinds are '
+    f'{", ".join(f"{name} ({kind.config.__name__})" for name, kind in KINDS.items())}; {REMEDY}'
+  )
 
 
 def module(config: Config) -> nn.Module:
   """Returns the linen module of a tokenizer, with the methods of `Tokenizer`."""
-  return _of(config).module(config)
+  return of(config).module(config)
 
 
 def example_inputs(config: Config) -> tuple:
   """Returns images of the shape that the module takes, for initialisation."""
-  return _of(config).example_inputs(config)
+  return of(config).example_inputs(config)
+
+
+def training(config: Config) -> Training:
+  """Returns what training a tokenizer takes.
+
+  Raises:
+    UserError: if its kind can't be trained.
+  """
+  found = of(config).training
+  if found is None:
+    trainable = ', '.join(kind.config.__name__ for kind in KINDS.values() if kind.training)
+    raise errors.UserError(
+      f'{type(config).__name__} is of a kind that cannot be trained; choose from {trainable}'
+    )
+  return found

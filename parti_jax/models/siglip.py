@@ -24,6 +24,8 @@ from parti_jax.models import quantizer
 from parti_jax.models.nn import layers
 
 ACTIVATION = 'gelu_tanh'
+# The token at the end of a text.
+END_ID = 1
 _EPSILON = 1e-6
 # The paper's first temperature, log 10, and bias (section 3.1).
 _FIRST_LOG_SCALE = 2.302585

@@ -99,6 +99,16 @@ def _of(config: parti_config.PartiConfig) -> tuple[Kind, Any]:
   return KINDS[parti_config.text_encoder_kind(config.text_encoder)], config.text_encoder
 
 
+def module_of(config: parti_config.TextEncoderConfig) -> nn.Module:
+  """Returns the linen module of a text encoder from elsewhere."""
+  return KINDS[parti_config.text_encoder_kind(config)].module(config)
+
+
+def example_inputs_of(config: parti_config.TextEncoderConfig) -> tuple:
+  """Returns text tokens of the shape that `module_of` takes, for initialization."""
+  return KINDS[parti_config.text_encoder_kind(config)].example_inputs(config)
+
+
 def module(config: parti_config.PartiConfig) -> nn.Module:
   """Returns the linen module of a generator's text encoder."""
   kind, own = _of(config)

@@ -87,6 +87,18 @@ class ViTVQGANConfig:
   def compute_dtype(self) -> jnp.dtype:
     return jnp.dtype(self.dtype)
 
+  @property
+  def predicts_scale(self) -> bool:
+    return True
+
+  @property
+  def code_distance(self) -> str | None:
+    return 'cosine'
+
+  @property
+  def batch_dependent_terms(self) -> tuple[str, ...]:
+    return ()
+
 
 def to_patches(
   images: Float[Array, 'batch height width channels'], patch_size: int
@@ -261,6 +273,23 @@ def to_pixels(mean: Float[Array, '*shape']) -> Float[Array, '*shape']:
   They may lie outside of [0, 1] by up to ε / (1 − 2ε).
   """
   return (nn.sigmoid(mean) - LOGIT_LAPLACE_EPSILON) / (1.0 - 2.0 * LOGIT_LAPLACE_EPSILON)
+
+
+def last_kernel_gradient(
+  config: ViTVQGANConfig,
+  hidden: Float[Array, 'batch tokens embed'],
+  gradients: dict[str, Array],
+) -> Float[Array, 'embed outputs']:
+  """Returns the gradient of the decoder's last kernel; that layer is linear.
+
+  Args:
+    config: sizes.
+    hidden: the layer's input, which the decoder sows as 'last_hidden'.
+    gradients: {'mean', 'log_scale'}: gradients of these results of `ViTVQGAN.__call__`.
+  """
+  of_pixels = jnp.concatenate([gradients['mean'], gradients['log_scale']], axis=-1)
+  of_patches = to_patches(of_pixels, config.patch_size)
+  return jnp.einsum('bli,blo->io', hidden.astype(jnp.float32), of_patches.astype(jnp.float32))
 
 
 def example_inputs(

@@ -33,8 +33,8 @@ _CHOICES = {
   'output': ('pixels', 'logit_laplace'),
 }
 _ACTIVATION = ('activation_batch', 'activation_rows', 'activation_columns', 'activation_embed')
-# Smallest distance of squeezed pixels from 0 and 1, so that their logits are finite.
-_LEAST_SQUEEZED = 1e-3
+# Quantizers that find the nearest vector of a table -> their distance.
+_DISTANCES = {'cosine': 'cosine', 'euclidean': 'euclidean'}
 
 
 @config_checks.configurable
@@ -162,6 +162,20 @@ class VQGANConfig:
   @property
   def compute_dtype(self):
     return jnp.dtype(self.dtype)
+
+  @property
+  def predicts_scale(self) -> bool:
+    return self.output == 'logit_laplace'
+
+  @property
+  def code_distance(self) -> str | None:
+    return _DISTANCES.get(self.quantizer)
+
+  @property
+  def batch_dependent_terms(self) -> tuple[str, ...]:
+    if self.quantizer in ('dot', 'lfq') and self.entropy_weight:
+      return ("entropy of the codes' use",)
+    return ()
 
   def grid_for(self, height: int, width: int) -> tuple[int, int]:
     """Returns the rows and columns of the tokens of an image of this size.
@@ -420,10 +434,10 @@ class VQGAN(nn.Module):
       quantize: whether the decoder gets codes instead of the latents themselves.
 
     Returns:
-      'mean' and 'log_scale', float32 [batch, height, width, 3]: each pixel's logit-laplace
-      distribution. With the output 'pixels' the mean is the logit of the pixel, which is clipped to
-      stay finite, and the log scale is 0. 'tokens' int32 [batch, tokens], 'latents'
-      float32 [batch, tokens, code_dim], 'quantizer_loss' float32 [].
+      A dict: 'tokens' int32 [batch, tokens], 'latents' float32 [batch, tokens, code_dim] and
+      'quantizer_loss' float32 []. With the output 'logit_laplace', 'mean' and 'log_scale', float32
+      [batch, height, width, 3]: each pixel's distribution. With the output 'pixels', 'pixels',
+      float32 [batch, height, width, 3], which may lie outside of [0, 1].
 
     Raises:
       UserError: if the downsampling factor does not divide the height and width.
@@ -434,17 +448,10 @@ class VQGAN(nn.Module):
     codes = jnp.where(quantize, codes, self.quantizer.continuous(latents))
     out = self.decoder(codes, grid)
     if self.config.output == 'pixels':
-      mean = _logits(self._unit_pixels(out))
-      log_scale = jnp.zeros_like(mean)
+      outputs = {'pixels': self._unit_pixels(out)}
     else:
-      mean, log_scale = out[..., :3], out[..., 3:]
-    return {
-      'mean': mean,
-      'log_scale': log_scale,
-      'tokens': tokens,
-      'latents': latents,
-      'quantizer_loss': loss,
-    }
+      outputs = {'mean': out[..., :3], 'log_scale': out[..., 3:]}
+    return outputs | {'tokens': tokens, 'latents': latents, 'quantizer_loss': loss}
 
   def tokenize(self, images: Float[Array, 'batch height width 3']) -> Int[Array, 'batch tokens']:
     """Returns the tokens of images with pixels in [0, 1], row by row.
@@ -497,12 +504,36 @@ def _quantizer(config: VQGANConfig):
   return kinds[config.quantizer](*sizes)
 
 
-def _logits(pixels):
-  """Returns the inverse of `vit_vqgan.to_pixels`; pixels far outside [0, 1] are clipped."""
-  epsilon = vit_vqgan.LOGIT_LAPLACE_EPSILON
-  squeezed = pixels * (1.0 - 2.0 * epsilon) + epsilon
-  squeezed = jnp.clip(squeezed, _LEAST_SQUEEZED, 1.0 - _LEAST_SQUEEZED)
-  return jnp.log(squeezed) - jnp.log1p(-squeezed)
+def last_kernel_gradient(
+  config: VQGANConfig,
+  hidden: Float[Array, 'batch height width embed'],
+  gradients: dict[str, Array],
+) -> Float[Array, 'rows columns embed outputs']:
+  """Returns the gradient of the kernel of the decoder's last convolution.
+
+  Args:
+    config: sizes.
+    hidden: the convolution's input, which the decoder sows as 'last_hidden'.
+    gradients: gradients of the results of `VQGAN.__call__`: {'pixels'} or {'mean', 'log_scale'}.
+  """
+  if config.output == 'pixels':
+    low, high = config.pixel_range
+    of_output = gradients['pixels'] / (high - low)
+  else:
+    of_output = jnp.concatenate([gradients['mean'], gradients['log_scale']], axis=-1)
+
+  def convolve(kernel: Array) -> Array:
+    return jax.lax.conv_general_dilated(
+      hidden.astype(jnp.float32),
+      kernel,
+      (1, 1),
+      ((1, 1), (1, 1)),
+      dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    )
+
+  kernel = jax.ShapeDtypeStruct((3, 3, hidden.shape[-1], of_output.shape[-1]), jnp.float32)
+  (gradient,) = jax.linear_transpose(convolve, kernel)(of_output.astype(jnp.float32))
+  return gradient
 
 
 def example_inputs(

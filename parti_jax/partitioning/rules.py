@@ -144,7 +144,7 @@ def parameter_shardings(boxed: PyTree, mesh: Mesh, rules: Rules) -> PyTree:
 def optimizer_shardings(
   optimizer_state: PyTree, parameters: PyTree, shardings: PyTree, mesh: Mesh
 ) -> PyTree:
-  """Returns shardings of an optimiser's state, from the specs of `optimizer_specs`.
+  """Returns shardings of an optimizer's state, from the specs of `optimizer_specs`.
 
   Args:
     optimizer_state: abstract state of an optax transformation.
@@ -166,7 +166,7 @@ def optimizer_shardings(
 
 
 def optimizer_specs(optimizer_state: PyTree, parameters: PyTree, specs: PyTree) -> PyTree:
-  """Returns how an optimiser's state is split: each moment like its parameter.
+  """Returns how an optimizer's state is split: each moment like its parameter.
 
   A factored second moment (Adafactor) lacks one axis of its parameter and is split along the
   others. If heads and head_dim are joined, they are split like the heads. All other leaves, such

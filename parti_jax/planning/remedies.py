@@ -37,10 +37,10 @@ def _of_training(plan) -> list[str]:
   if mesh['data'] > 1 and mesh['data'] % 2 == 0:
     lines.append(
       f'--gin.make_mesh.data={mesh["data"] // 2} --gin.make_mesh.fsdp='
-      f'{mesh["fsdp"] * 2}: parameters and optimiser in twice as many parts'
+      f'{mesh["fsdp"] * 2}: parameters and optimizer in twice as many parts'
     )
   if not settings['offload_optimizer']:
-    lines.append("--gin.train.offload_optimizer=True: the optimiser's state in the hosts' memory")
+    lines.append("--gin.train.offload_optimizer=True: the optimizer's state in the hosts' memory")
   return lines + ['--topology=...: a larger slice, or chips with more memory']
 
 

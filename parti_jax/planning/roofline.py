@@ -193,5 +193,5 @@ def times(costs: hlo_cost.Costs, sums: list[CollectiveSum], chip: chips.Chip) ->
 
 
 def mfu(model_flops: float, seconds: float, chip: chips.Chip, chip_count: int) -> float:
-  """Returns the model FLOPs utilisation of a step of `seconds` (PaLM, appendix B)."""
+  """Returns the model FLOPs utilization of a step of `seconds` (PaLM, appendix B)."""
   return model_flops / (seconds * chip.peak_flops * chip_count)

@@ -35,7 +35,7 @@ SAMPLING_BATCH = 32
 
 
 def train_config() -> config_lib.TrainConfig:
-  """The settings of `train`; a plan needs neither its data nor its end."""
+  """The settings of `train`, without data and without an end."""
   return config_lib.configured(task='', steps=checks.LARGEST_INT32)
 
 
@@ -68,14 +68,14 @@ def training_step(request: request_lib.Request, mesh) -> request_lib.Step:
 
 
 def _notes(objective) -> tuple[str, ...]:
-  """What a plan says of an objective whose tokenizer is part of the step and not trained yet."""
+  """A plan's note on an objective whose tokenizer is part of the step and not trained yet."""
   if 'tokenizer' not in objective.abstract_constants() or (
     frozen_tokenizer.is_trained(objective.tokenizer)
   ):
     return ()
   return (
     f'{objective.tokenizer} holds no trained tokenizer yet; its sizes are those of '
-    'ViTVQGANConfig in gin',
+    f'{type(frozen_tokenizer.planned_config()).__name__} in gin',
   )
 
 
@@ -91,7 +91,7 @@ def sampling_step(request: request_lib.Request, mesh) -> request_lib.Step:
   if images % ways or mesh.shape['stage'] > 1:
     raise errors.UserError(
       f'--batch_size={images} images on the mesh {dict(mesh.shape)}: sampling has no pipeline '
-      f'stages, and the batch is to be a multiple of the {ways} ways that it is split'
+      f'stages, and the batch must be a multiple of the {ways} ways in which it is split'
     )
   sequences = images * (2 if request.guided else 1)
   params = _abstract_parameters(config, mesh, rules)
@@ -134,7 +134,8 @@ def sampling_step(request: request_lib.Request, mesh) -> request_lib.Step:
   decoder = params['image_decoder']
   layers_read = _read_by_step(decoder['decoder']['layers'])
   read = (layers_read, decoder['logits'])
-  # What the program does not take: the text encoder, and what makes keys and values of the text.
+  # Parameters that the program doesn't use: the text encoder, and the text's projections to keys and
+  # values.
   others = decoder | {'decoder': decoder['decoder'] | {'layers': []}}
   kept = (layers_read, others)
   return request_lib.Step(
@@ -189,7 +190,7 @@ def _in_cache_layout(leaf) -> jax.ShapeDtypeStruct:
 
 
 def _read_by_step(layers_apart):
-  """Parameters of layers but those that make the text's keys and values, once for all steps."""
+  """Parameters of layers except those that compute the text's keys and values once for all steps."""
   return [
     leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(layers_apart)

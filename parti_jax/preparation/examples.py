@@ -12,6 +12,7 @@ from parti_jax.data.sources import prepared
 from parti_jax.preparation import filters
 from parti_jax.preparation import hashes
 from parti_jax.preparation import pictures
+from parti_jax.preparation import similarity
 from parti_jax.preparation.settings import Settings
 
 
@@ -25,6 +26,7 @@ class Prepared:
     look: perceptual hash for finding near duplicates; None for none.
     pixels: pixels of the picture before resizing.
     notes: a short note for each thing that was ignored or cut.
+    pair: what the similarity of picture and caption is computed from; None if it isn't.
   """
 
   record: bytes
@@ -32,6 +34,7 @@ class Prepared:
   look: int | None
   pixels: int
   notes: list[str]
+  pair: similarity.Pair | None = None
 
 
 def prepare(
@@ -76,4 +79,5 @@ def prepare(
     look,
     header.width * header.height,
     notes + more,
+    similarity.pair(image, caption, settings),
   )

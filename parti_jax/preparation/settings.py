@@ -31,6 +31,7 @@ DUPLICATES = ('picture', 'picture_and_caption')
   caption_words=(1, None),
   min_script_share=(0, 1),
   near_duplicates=(0, 15),
+  min_similarity=(-1, 1),
   examples_per_shard=(1, 2**20),
   files_per_shard=(1, 2**20),
 )
@@ -55,6 +56,9 @@ class Settings:
     columns: bounds of columns, such as {'similarity': (0.3, None), 'pwatermark': (None, 0.5)}, or
       allowed strings, such as {'NSFW': ('UNLIKELY', 'UNSURE')}. An example without the column is
       dropped.
+    ranker: folder of a CLIP or SigLIP 2 that `parti-jax import ranker` wrote; a path or a URL.
+    min_similarity: minimum cosine of the ranker's vectors of the picture, as it is written, and of
+      the caption.
     keep_columns: columns to write with an example; None for all.
     duplicates: 'picture' keeps one of the pictures with the same bytes; 'picture_and_caption' does
       so only if the captions are the same too.
@@ -76,6 +80,8 @@ class Settings:
   scripts: tuple[str, ...] | None = None
   min_script_share: float = 1.0
   columns: Mapping = dataclasses.field(default_factory=dict)
+  ranker: str | None = None
+  min_similarity: float | None = None
   keep_columns: tuple[str, ...] | None = None
   duplicates: str | None = 'picture'
   near_duplicates: int | None = None
@@ -91,6 +97,11 @@ class Settings:
       value = getattr(self, name)
       if value is not None and value[0] > value[1]:
         raise UserError(f'prepare.{name}={value} must be (least, most)')
+    if (self.ranker is None) != (self.min_similarity is None):
+      raise UserError(
+        f'prepare.ranker={self.ranker!r} and prepare.min_similarity={self.min_similarity} belong '
+        'together; set both, or none'
+      )
     if self.enlarge and self.size is None:
       raise UserError('prepare.enlarge=True needs prepare.size')
     for script in self.scripts or ():

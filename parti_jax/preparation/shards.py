@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import os
 from collections.abc import Iterable
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from parti_jax.data.damage import Damaged
 from parti_jax.data.damage import Unusable
 from parti_jax.data.readers import array_records
 from parti_jax.preparation import examples as examples_lib
+from parti_jax.preparation import similarity
 from parti_jax.preparation.duplicates import Row
 from parti_jax.preparation.settings import Settings
 
@@ -28,7 +30,7 @@ _AT_ONCE = 256
 
 @dataclasses.dataclass
 class Outcome:
-  """What happened to a part's examples.
+  """The outcome for a part's examples.
 
   Attributes:
     number: index of the part and its shard.
@@ -88,6 +90,27 @@ def _records(
   rows: list[Row],
 ) -> Iterator[bytes]:
   """Yields the records of examples that pass, and counts the others."""
+  for prepared in _similar(_prepared(examples, settings, to_srgb, outcome), settings, outcome):
+    outcome.notes.update(prepared.notes)
+    rows.append(
+      Row(
+        prepared.digest,
+        -1 if prepared.look is None else prepared.look,
+        prepared.pixels,
+        outcome.number,
+        len(rows),
+      )
+    )
+    yield prepared.record
+
+
+def _prepared(
+  examples: Iterable[tuple[str, Mapping[str, Any] | Damaged]],
+  settings: Settings,
+  to_srgb: bool,
+  outcome: Outcome,
+) -> Iterator[examples_lib.Prepared]:
+  """Yields the examples that pass the filters of single examples, and counts the others."""
   for key, example in examples:
     outcome.read += 1
     if isinstance(example, Damaged):
@@ -100,17 +123,25 @@ def _records(
     except Unusable as error:
       outcome.left_out[str(error)] += 1
       continue
-    outcome.notes.update(prepared.notes)
-    rows.append(
-      Row(
-        prepared.digest,
-        -1 if prepared.look is None else prepared.look,
-        prepared.pixels,
-        outcome.number,
-        len(rows),
-      )
-    )
-    yield prepared.record
+    yield prepared
+
+
+def _similar(
+  examples: Iterator[examples_lib.Prepared], settings: Settings, outcome: Outcome
+) -> Iterator[examples_lib.Prepared]:
+  """Yields the examples whose pictures fit their captions, and counts the others."""
+  if settings.min_similarity is None:
+    yield from examples
+    return
+  while batch := list(itertools.islice(examples, similarity.BATCH)):
+    verdicts = similarity.judge([one.pair for one in batch if one.pair], settings)
+    for example, verdict in zip(batch, verdicts, strict=True):
+      if not verdict.cosine >= settings.min_similarity:
+        outcome.left_out[similarity.TOO_LOW] += 1
+        continue
+      if verdict.cut:
+        example.notes.append(similarity.CUT)
+      yield example
 
 
 def finish(staged: str, path: str, outcome: Outcome, drops: Mapping[int, str]) -> Outcome:

@@ -1,1 +1,1 @@
-"""What keeps a run alive: its lock, its journal, its processes, and preemption."""
+"""Infrastructure of a run: its lock, its journal, its processes, and preemption."""

@@ -23,7 +23,7 @@ from parti_jax.runs import supervisor
 # Seconds without a heartbeat until a process counts as dead, and seconds that processes wait for
 # each other at the end.
 HEARTBEAT_TIMEOUT = 30
-_AGAIN = 'start all processes again to go on'
+_AGAIN = 'start all processes again to resume'
 
 
 @dataclasses.dataclass(frozen=True)

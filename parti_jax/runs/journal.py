@@ -97,7 +97,7 @@ class Journal:
         if not self._complained:
           self._complained = True
           print(
-            f"parti-jax: {self._path} can't be written ({error}); training goes on",
+            f"parti-jax: {self._path} can't be written ({error}); training continues",
             file=sys.stderr,
           )
 

@@ -28,7 +28,7 @@ STATUS = 75
 _TOGETHER = 5.0
 # Seconds that the last message may take, such as finding the step of the last checkpoint.
 _LAST_SECONDS = 2.0
-_AGAIN = 'start again to go on'
+_AGAIN = 'start again to resume'
 
 _listener: _Listener | None = None
 
@@ -209,19 +209,19 @@ class _Listener:
     """Ends the process, regardless of the main thread."""
     words: list[str] = []
     _in_background(lambda: self._last_words(why, words)).join(_LAST_SECONDS)
-    what = words[0] if words else 'the last whole checkpoint stays'
+    what = words[0] if words else 'the last whole checkpoint is kept'
     self.write_line(f'{why}{": ended at once" if again else ""}; {what}; {_AGAIN}')
     os._exit(STATUS)
 
   def _last_words(self, why: str, words: list[str]) -> None:
     if self._newest_step is None:
-      words.append('nothing of the run is changed')
+      words.append('the run is unchanged')
     else:
       step = self._newest_step()
       words.append(
         'there is no checkpoint yet'
         if step is None
-        else f'the last whole checkpoint stays the one of step {step}'
+        else f'the last whole checkpoint is the one of step {step}'
       )
       self._journal.write('stop', f'{why}; {words[0]}', reason='no time to save', step=step)
     for function in self.at_end:

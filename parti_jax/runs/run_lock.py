@@ -61,7 +61,7 @@ def confirm() -> None:
 
 
 def lives(model_dir) -> bool | None:
-  """Returns whether a process trains in a folder; None if only the lock's host can tell."""
+  """Returns whether a process trains in a folder; None if only the lock's host can know."""
   found = _read(storage.join(model_dir, FILE))
   if not found:
     return False
@@ -124,7 +124,7 @@ class RunLock:
   def __exit__(self, *_) -> None:
     self.release()
 
-  def tell(self, journal) -> None:
+  def report(self, journal) -> None:
     """Prints a takeover and writes it to the run's journal."""
     if self.replaced:
       text = f'took the folder over from {self.replaced}, which is dead'
@@ -276,7 +276,7 @@ class RunLock:
 
   @contextlib.contextmanager
   def _claim(self) -> Iterator[None]:
-    """Where there is no guard, keeps other starts from replacing the lock.
+    """Keeps other starts from replacing the lock if there is no guard.
 
     Raises:
       _Busy: another process holds the claim.

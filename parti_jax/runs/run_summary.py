@@ -34,7 +34,7 @@ def summarize(model_dir: str, verify: bool = False) -> dict[str, Any]:
     folder: `model_dir`.
     stage, model, parameters: the objective's name, its model's sizes, how many parameters it has.
     state: 'finished', 'stopped' (on request, or interrupted), 'failed', 'killed', 'running',
-      'running or killed' if only the run's host can tell, or 'never started'.
+      'running or killed' if only the run's host can know, or 'never started'.
     step, steps: the last known step, and the step at which the run ends.
     steps_per_second, seconds_left: from the last hour of the last start.
     loss: {'value', 'step', 'time'}, the last loss in the journal.

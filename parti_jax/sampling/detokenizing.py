@@ -46,7 +46,7 @@ class Detokenizer:
     self.config = dataclasses.replace(config, dtype='float32')
     self._module = image_tokenizers.module(self.config)
     self._device = device
-    self._params = jax.device_put(params, device)
+    self._params = jax.device_put(jax.tree.map(np.asarray, params), device)
 
   @numerics.fixed()
   def __call__(

@@ -13,6 +13,7 @@ from jaxtyping import Int
 from jaxtyping import PyTree
 
 from parti_jax.core import numerics
+from parti_jax.partitioning import placing
 from parti_jax.partitioning import rules as rules_lib
 
 
@@ -46,9 +47,10 @@ class Placement:
       UserError: if the mesh does not divide a parameter.
     """
     if self._mesh is None:
-      return jax.device_put(params)
+      device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+      return jax.tree.map(lambda leaf: placing.put(leaf, device), params)
     shardings = rules_lib.parameter_shardings(boxed, self._mesh, self._rules)
-    return jax.device_put(params, convert_shardings(shardings))
+    return jax.tree.map(placing.put, params, convert_shardings(shardings))
 
   @numerics.fixed()
   def run(

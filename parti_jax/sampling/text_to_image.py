@@ -161,7 +161,7 @@ class TextToImage:
     model_name: name of the model, for the pictures' metadata.
     sampling: default settings of `generate`.
     provenance: what the model folder says about the training.
-    ranker: scores pictures by a text; None if the model has no ranker.
+    ranker: scores pictures by a text; None if there is no ranker.
     upscaler: enlarges pictures; None if the model has no super-resolution.
   """
 
@@ -171,6 +171,7 @@ class TextToImage:
     model_name: str,
     mesh: jax.sharding.Mesh | None = None,
     rules=None,
+    ranker: str | os.PathLike[str] | None = None,
   ):
     """Puts a model on the devices.
 
@@ -179,9 +180,11 @@ class TextToImage:
       model_name: any name.
       mesh: devices over which to shard parameters and batches; by default a single one.
       rules: logical axis rules for the mesh; by default those of `rules.logical_axis_rules`.
+      ranker: folder of a ranker to use instead of the model's own.
 
     Raises:
-      UserError: if the mesh does not divide a parameter, or the vocabulary can't be read.
+      UserError: if the mesh does not divide a parameter, or the vocabulary or the ranker can't be
+        read.
     """
     self.model_name = model_name
     self.sampling = model.sampling
@@ -203,12 +206,19 @@ class TextToImage:
     self._tokenizer_params = self._place.put(
       model.tokenizer_params, model_folder.abstract('tokenizer', model.tokenizer_config)
     )
-    self.ranker: ranking.Ranker | None = None
-    if part := model.parts.get('ranker'):
-      self.ranker = ranking.Ranker(part.config, part.params, self._vocabulary, self._place)
+    self.ranker = self._ranker(model, ranker)
     self.upscaler: upscaling.Upscaler | None = None
     if part := model.parts.get('super_resolution'):
       self.upscaler = upscaling.Upscaler(part.config, part.params, self._place)
+
+  def _ranker(
+    self, model: model_folder.Model, folder: str | os.PathLike[str] | None
+  ) -> ranking.Ranker | None:
+    """Returns the ranker in a folder, or the model's, if it has one."""
+    if folder is not None:
+      return ranking.load(folder, self._place)
+    part = model.parts.get('ranker')
+    return part and ranking.of_part(part, model.provenance, self._vocabulary, self._place)
 
   @property
   def image_size(self) -> int:
@@ -273,7 +283,7 @@ class TextToImage:
     if rank and self.ranker is None:
       raise UserError(
         f"the model {self.model_name} has no ranker, so it can't rank pictures; "
-        '`parti-jax export --base=FOLDER --ranker=RUN` adds one'
+        '`parti-jax export --base=FOLDER --ranker=RUN` adds one, and --ranker=FOLDER uses another'
       )
     if upscale:
       self._needed_upscaler()
@@ -483,20 +493,22 @@ class TextToImage:
     return self._place.divisible(even if even <= 4 else min(most, -(-even // 4) * 4))
 
 
-def load(path=None, mesh: jax.sharding.Mesh | None = None, rules=None) -> TextToImage:
+def load(path=None, mesh: jax.sharding.Mesh | None = None, rules=None, ranker=None) -> TextToImage:
   """Loads a model.
 
   Args:
     path: a model folder, as a path or a URL; None for the demo model in this package.
     mesh: devices over which to shard the model; by default a single one.
     rules: logical axis rules for the mesh; by default those of `rules.logical_axis_rules`.
+    ranker: folder of a ranker to use instead of the model's own, as a path or a URL: a folder that
+      `parti-jax import ranker` wrote, or a model folder.
 
   Raises:
-    UserError: if the folder is missing, unfinished, damaged, or not a model folder.
+    UserError: if a folder is missing, unfinished, damaged, or not a model folder.
   """
   path = None if path is None else checks.text('path', path)
   if path is not None and storage.is_url(path):
-    return TextToImage(model_folder.load(path), storage.name(path), mesh, rules)
+    return TextToImage(model_folder.load(path), storage.name(path), mesh, rules, ranker)
   folder = pathlib.Path(DEMO_FOLDER if path is None else path)
   if (folder / 'checkpoints').is_dir() and not (folder / model_folder.CONFIG_FILE).exists():
     raise UserError(
@@ -504,7 +516,7 @@ def load(path=None, mesh: jax.sharding.Mesh | None = None, rules=None) -> TextTo
       'from them'
     )
   name = 'demo' if path is None else os.path.basename(os.path.abspath(folder))
-  return TextToImage(model_folder.load(folder), name, mesh, rules)
+  return TextToImage(model_folder.load(folder), name, mesh, rules, ranker)
 
 
 def _memory() -> float:
@@ -576,5 +588,10 @@ def _reconstruct(
   params: dict[str, Any], images: UInt8[Array, 'batch height width 3'], *, tokenizer: nn.Module
 ) -> UInt8[Array, 'batch height width 3']:
   apply: Callable[..., Any] = tokenizer.apply
-  mean = apply({'params': params}, pixels.from_bytes(images))['mean']
-  return pixels.to_bytes(jnp.clip(vit_vqgan.to_pixels(mean), 0.0, 1.0))
+  originals = pixels.from_bytes(images)
+  if isinstance(tokenizer, vit_vqgan.ViTVQGAN):
+    # The last bits differ from those of `detokenize`, and so would bytes of earlier versions.
+    mean = apply({'params': params}, originals)['mean']
+    return pixels.to_bytes(jnp.clip(vit_vqgan.to_pixels(mean), 0.0, 1.0))
+  tokens = apply({'params': params}, originals, method='tokenize')
+  return pixels.to_bytes(apply({'params': params}, tokens, method='detokenize'))

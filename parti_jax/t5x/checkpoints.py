@@ -1,6 +1,6 @@
 """Converts between t5x's checkpoints and ours, which name the same arrays differently.
 
-The names in our TrainState and in t5x's state dict, for the same model and optimiser:
+The names in our TrainState and in t5x's state dict, for the same model and optimizer:
 
 | ours | t5x |
 |---|---|
@@ -120,7 +120,7 @@ def in_host_memory(tree):
 
 
 def read_run(path: epath.Path) -> dict[str, Any]:
-  """Reads a checkpoint of a run, with any optimiser, as t5x's state dict on `host_device`.
+  """Reads a checkpoint of a run, with any optimizer, as t5x's state dict on `host_device`.
 
   Second moments of earlier versions are converted, as `whole_moments` describes.
 
@@ -315,7 +315,7 @@ def _check_fits(path, saved: dict[str, Any], wanted, within: tuple[str, ...]):
     elif not np.can_cast(saved[name].dtype, leaf.dtype):
       problems.append(f'{name} is {saved[name].dtype} instead of {leaf.dtype}')
   problems += [
-    f'{name} {list(saved[name].shape)} is not in the model or the optimiser'
+    f'{name} {list(saved[name].shape)} is not in the model or the optimizer'
     for name in saved
     if name.startswith(within) and name not in wanted
   ]
@@ -324,8 +324,8 @@ def _check_fits(path, saved: dict[str, Any], wanted, within: tuple[str, ...]):
     remedy = (
       'give the gin files of the model that it was trained with'
       if any(name.startswith('target/') for name in problems)
-      else 'set train.optimizer to the optimiser that it was trained with, or give '
-      '--parameters_only to reset the optimiser'
+      else 'set train.optimizer to the optimizer that it was trained with, or give '
+      '--parameters_only to reset the optimizer'
     )
     raise errors.UserError(
       f'{path}: does not match the gin files: {"; ".join(problems[:_SHOWN])}{more}; {remedy}'

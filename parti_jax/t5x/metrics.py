@@ -27,7 +27,7 @@ from parti_jax.sampling import text_to_image
 from parti_jax.t5x import checkpoints
 from parti_jax.training.objectives import frozen_tokenizer
 
-# Minimum share of the real pictures that the judge should recognise after detokenizing; 98% for the
+# Minimum share of the real pictures that the judge should recognize after detokenizing; 98% for the
 # demo.
 _LEAST_CEILING = 0.5
 
@@ -86,7 +86,7 @@ def openmoji_alignment(
   reconstructed = judge.judge(asked, _pictures(detokenizer, real, 'target'))
   if reconstructed.name_top1.mean() < _LEAST_CEILING:
     logging.warning(
-      'openmoji_alignment: few reconstructions of the real pictures are recognised; make sure that '
+      'openmoji_alignment: few reconstructions of the real pictures are recognized; make sure that '
       'their tokens come from the tokenizer in %s (gin: openmoji_alignment.tokenizer)',
       folder,
     )

@@ -56,7 +56,7 @@ def _microbatch_share(rows: int | None, array: Shaped[Array, 'batch ...']) -> fl
   """Returns the share of a microbatch in the batch, since t5x sums the losses of microbatches.
 
   Args:
-    rows: size of the batch for which t5x initialised the model; None if it didn't.
+    rows: size of the batch for which t5x initialized the model; None if it didn't.
     array: an array of the microbatch, or of a batch whose size does not divide `rows`.
   """
   return len(array) / rows if rows and rows % len(array) == 0 else 1.0
@@ -71,7 +71,7 @@ class PartiModel(t5x_models.BaseTransformerModel):
 
   Args:
     module: the network.
-    optimizer_def: an optimiser of `parti_jax.t5x.optimizers` or of t5x.
+    optimizer_def: an optimizer of `parti_jax.t5x.optimizers` or of t5x.
     input_vocabulary: vocabulary of the tasks' feature 'inputs'; None for one with exactly
       `PartiConfig.text_vocabulary` pieces.
     output_vocabulary: vocabulary of the tasks' feature 'targets'; None for the codebook.
@@ -139,7 +139,7 @@ class PartiModel(t5x_models.BaseTransformerModel):
     )
 
   def get_initial_variables(self, rng, input_shapes, input_types=None):
-    """Initialises the parameters and their logical axes, with t5x's arguments.
+    """Initializes the parameters and their logical axes, with t5x's arguments.
 
     Raises:
       UserError: if the lengths of the features differ from the network's.
@@ -176,7 +176,7 @@ class PartiModel(t5x_models.BaseTransformerModel):
   def loss_fn(self, params, batch, dropout_rng):
     """Computes the mean cross entropy of image tokens and t5x's metrics, with t5x's arguments.
 
-    For a microbatch, which is smaller than the batch for which t5x initialised the model, the loss
+    For a microbatch, which is smaller than the batch for which t5x initialized the model, the loss
     is its share of the mean over the batch.
     """
     share = _microbatch_share(self._rows, batch['encoder_input_tokens'])
@@ -355,7 +355,7 @@ def _check_depth_weights(weights, config) -> Float32[np.ndarray, 'layers'] | Non
 
 
 class TokenizerModel(t5x_models.BaseModel):
-  """The image tokenizer (ViT-VQGAN, section 3), with the losses that t5x's interface supports.
+  """An image tokenizer (ViT-VQGAN, section 3), with the losses that t5x's interface supports.
 
   A batch has 'images', uint8 [batch, height, width, 3]. The state's mutables hold the use of codes:
   'statistics' with 'code_use', float32 [codebook], and 'step', int32 [], the number of calls of
@@ -363,11 +363,11 @@ class TokenizerModel(t5x_models.BaseModel):
 
   Args:
     objective: the training objective.
-    optimizer_def: an optimiser of `parti_jax.t5x.optimizers` or of t5x.
+    optimizer_def: an optimizer of `parti_jax.t5x.optimizers` or of t5x.
 
   Raises:
-    UserError: if the objective needs what t5x doesn't support: a second optimiser (discriminator),
-      parameters that the optimiser doesn't set (revived codes, frozen parts, averaged weights), or
+    UserError: if the objective needs what t5x doesn't support: a second optimizer (discriminator),
+      parameters that the optimizer doesn't set (revived codes, frozen parts, averaged weights), or
       weights of other networks (LPIPS, a first phase).
   """
 
@@ -394,7 +394,7 @@ class TokenizerModel(t5x_models.BaseModel):
     super().__init__(optimizer_def)
 
   def get_initial_variables(self, rng, input_shapes, input_types=None):
-    """Initialises the parameters, their logical axes and the mutables, with t5x's arguments.
+    """Initializes the parameters, their logical axes and the mutables, with t5x's arguments.
 
     Raises:
       UserError: if the size of the pictures differs from the network's.
@@ -404,7 +404,7 @@ class TokenizerModel(t5x_models.BaseModel):
     if input_shapes['images'][1] != size:
       raise errors.UserError(
         f"TASK_FEATURE_LENGTHS['images']={input_shapes['images'][1]} is not "
-        f'ViTVQGANConfig.image_size={size}; make them the same'
+        f'{type(self.objective.model).__name__}.image_size={size}; make them the same'
       )
     self._rows = input_shapes['images'][0]
     with logical_axes.bound():

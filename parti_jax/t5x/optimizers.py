@@ -1,4 +1,4 @@
-"""Wraps our optimisers for t5x."""
+"""Wraps our optimizers for t5x."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from parti_jax.training import skipped_steps
 
 
 class OptaxWrapper(t5x_optimizers.OptaxWrapper):
-  """An optax optimiser, such as those of `training.optimizers`, with t5x's learning rate.
+  """An optax optimizer, such as those of `training.optimizers`, with t5x's learning rate.
 
   t5x's wrapper leaves the learning rate to optax. This one applies `Trainer.learning_rate_fn`, like
-  t5x's own optimisers, so that the rate that t5x reports is the rate in use. The state is that of
-  the same optimiser in `parti_jax.training`, so that checkpoints can be converted both ways.
+  t5x's own optimizers, so that the rate that t5x reports is the rate in use. The state is that of
+  the same optimizer in `parti_jax.training`, so that checkpoints can be converted both ways.
 
   As in `parti_jax.training`, a step whose gradients are not finite changes only the step count.
   t5x's learning rate depends on this count, whereas our schedules count only the applied steps.

@@ -24,16 +24,16 @@ def of_checkpoint(
   Args:
     found: the checkpoint's state dict with 'target' and 'state', and leaves of any kind.
     wanted: the state dict of the model.
-    parameters_only: whether to reset the optimiser. `fallback_to_scratch` must have the same value,
-      so that t5x initialises what this function removes.
+    parameters_only: whether to reset the optimizer. `fallback_to_scratch` must have the same value,
+      so that t5x initializes what this function removes.
     is_resuming: whether t5x resumes a run, which restores everything; t5x sets it.
 
   Returns:
-    `found`; with `parameters_only`, without the optimiser's state.
+    `found`; with `parameters_only`, without the optimizer's state.
 
   Raises:
-    UserError: if the checkpoint lacks parameters of the model, which t5x would initialise randomly,
-      or if it lacks the optimiser's state and `parameters_only` is False.
+    UserError: if the checkpoint lacks parameters of the model, which t5x would initialize randomly,
+      or if it lacks the optimizer's state and `parameters_only` is False.
   """
   if is_resuming:
     return found
@@ -52,7 +52,7 @@ def of_checkpoint(
     return flax.traverse_util.unflatten_dict(flat, sep='/')
   if not any(name.startswith(f'{state}/') for name in flat):
     raise errors.UserError(
-      'INITIAL_CHECKPOINT_PATH: the checkpoint has no state of an optimiser; use '
-      '--gin.PARAMETERS_ONLY=True to reset the optimiser'
+      'INITIAL_CHECKPOINT_PATH: the checkpoint has no state of an optimizer; use '
+      '--gin.PARAMETERS_ONLY=True to reset the optimizer'
     )
   return found

@@ -1,6 +1,6 @@
 """Works around problems of t5x; each function says why.
 
-None of this changes what t5x computes where it works already.
+They don't change what t5x computes in cases that already work.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def _restore_with_factored_moments(self, step=None, path=None, *args, **kwargs):
 
 @functools.wraps(_maybe_make_sharded_array)
 def _sharded_array_with_whole_numbers(arr, mesh, axes=None, restore_dtype=None, *args, **kwargs):
-  """Keeps the integer dtype of the step and of the optimiser's counts in restored states.
+  """Keeps the integer dtype of the step and of the optimizer's counts in restored states.
 
   `RestoreCheckpointConfig.dtype`, which t5x.train sets when it resumes, is meant for parameters.
   But t5x also casts all arrays that are not partitioned, so the counts would become float32.

@@ -45,7 +45,7 @@ class Job:
 
   Attributes:
     parts: the parts to write.
-    examples: returns the number of examples of some parts, None if only reading them tells.
+    examples: returns the number of examples of some parts; None if they must be read to count them.
     write: writes some parts and reports progress.
     summary: text to print after the finished split's number of examples.
   """

@@ -26,8 +26,8 @@ class HeldOut:
   """Evaluation and images of held-out examples.
 
   If a checkpoint is due at the same step, the loop writes it first, so that a failure here doesn't
-  lose steps. `evaluated.json` in the run's folder has the last step that was evaluated. It tells a
-  run that was killed in between that evaluation and images are still missing.
+  lose steps. `evaluated.json` in the run's folder has the last step that was evaluated, so a run that
+  was killed in between catches up on evaluation and images.
 
   Each source of a mixture is evaluated separately. The measures of the mixture are the means of
   its sources, with the mixture's weights.

@@ -1,4 +1,4 @@
-"""What the training loop does between steps: metrics, checkpoints, evaluation, images."""
+"""Work of the training loop between steps: metrics, checkpoints, evaluation, images."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def train(
   store_retries.begin()
   config = config or config_lib.configured()
   with run_lock.RunLock(model_dir) as lock, journal_lib.Journal(model_dir) as journal:
-    lock.tell(journal)
+    lock.report(journal)
     return _run_steps(_prepare(config, model_dir, journal), hooks)
 
 
@@ -124,7 +124,7 @@ def _run_steps(training: _Training, hooks: Sequence[hooks_lib.Hook]) -> dict[str
     _close(training, succeeded)
   if run.step < config.steps:
     reporter.say(
-      f'asked to stop: a checkpoint of step {run.newest_step()} is written; start again to go on'
+      f'asked to stop: a checkpoint of step {run.newest_step()} is written; start again to resume'
     )
     raise SystemExit(preemption.STATUS)
   return results

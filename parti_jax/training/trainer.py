@@ -106,7 +106,7 @@ def with_other_optimizers(
 
   Args:
     objective: the objective to train.
-    optimizer: the optimizer of the parts that don't have one of their own.
+    optimizer: the optimizer of all parts without a separate one.
 
   Returns:
     An optax transformation; `optimizer` itself if the objective has no other optimizers.

@@ -62,7 +62,7 @@ def imported(weights, tmp_path_factory):
 
 
 def test_parameters_config_and_origin_are_in_the_folder(imported, parameters, capsys):
-  part = model_folder.load_tokenizer(imported)
+  part = model_folder.load_part('tokenizer', imported)
   assert part.config == CONFIG
   read = flax.traverse_util.flatten_dict(part.params, sep='/')
   assert set(read) == set(parameters)
@@ -151,5 +151,5 @@ def test_an_unknown_kind_is_named(imported, tmp_path, capsys):
   )
   command = ['export', f'--tokenizer={tmp_path}', '--base=demo', f'--output_dir={tmp_path}/model']
   with pytest.raises(errors.UserError, match='tokenizer.kind=.other. is not one of vit_vqgan'):
-    model_folder.load_tokenizer(tmp_path)
+    model_folder.load_part('tokenizer', tmp_path)
   assert main.main(command) == 2

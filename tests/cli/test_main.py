@@ -117,6 +117,7 @@ main.main()
 """
 
 
+@pytest.mark.process
 def test_a_crash_ends_although_a_thread_does_not():
   done = subprocess.run(
     [sys.executable, '-c', _CRASH], capture_output=True, text=True, timeout=120, check=False
@@ -193,6 +194,7 @@ def test_gin_bindings_for_a_command_without_gin(command, capsys):
   assert "the command 'echo' takes no gin values" in capsys.readouterr().err
 
 
+@pytest.mark.process
 def test_help_and_unknown_commands_import_neither_jax_nor_gin():
   code = (
     'import sys\nfrom parti_jax.cli import main\nmain.main(["--help"])\nmain.main(["no"])\n'
@@ -202,6 +204,7 @@ def test_help_and_unknown_commands_import_neither_jax_nor_gin():
   assert done.stdout.splitlines()[-1] == '[]'
 
 
+@pytest.mark.process
 def test_train_as_a_module():
   done = subprocess.run(
     [sys.executable, '-m', 'parti_jax.train', '--gin.steps'],

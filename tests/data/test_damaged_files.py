@@ -97,7 +97,7 @@ def test_records_that_are_not_examples(tfrecord, encode):
   batches = Batches('tfrecord_pairs', 'train', 8, {'inputs': 8, **IMAGES}, num_epochs=1)
   assert len(_numbers(batches)) == 1
   assert batches.skipped == {
-    'record that is no tf.train.Example': 1,
+    'record that is not a tf.train.Example': 1,
     'record with numbers in place of a picture': 1,
     'no picture': 1,
     'no caption': 2,

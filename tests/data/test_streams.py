@@ -122,6 +122,7 @@ fail()
 """
 
 
+@pytest.mark.process
 def test_a_script_that_closes_nothing_ends():
   done = subprocess.run(
     [sys.executable, '-c', _SCRIPT], capture_output=True, text=True, timeout=_LONG, check=False

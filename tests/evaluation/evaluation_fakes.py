@@ -44,6 +44,8 @@ class FakeRanker:
   """A ranker whose picture features are the pixels' means, and text features those of `draw`."""
 
   config = types.SimpleNamespace(image_size=SIZE)
+  preprocessing = name = file_format = None
+  kind = 'coca'
 
   def __init__(self, draw):
     self.draw = draw

@@ -171,6 +171,8 @@ def test_inception_compares_at_the_requested_size(pipeline, flags, tmp_path, mon
   sizes = set()
 
   class FakeInception:
+    resizes = False
+
     def __init__(self, weights, image_size):
       self.name, self.image_size = weights, image_size
 
@@ -180,6 +182,9 @@ def test_inception_compares_at_the_requested_size(pipeline, flags, tmp_path, mon
 
     def texts(self, captions):
       return None
+
+    def published(self, captions):
+      return []
 
   monkeypatch.setattr(features, 'Inception', FakeInception)
   (tmp_path / 'weights.pth').write_bytes(b'')

@@ -17,6 +17,13 @@ def test_hps_v2():
   np.testing.assert_allclose(clip_score.hps_v2(ONE, OTHER), [100, -100, 96, 0], rtol=1e-6)
 
 
+def test_scores_are_those_that_a_network_is_published_for():
+  names = lambda *ranker: [score.name for score in clip_score.scores_of(*ranker)]
+  assert names('coca', None) == names('siglip', 'siglip2') == []
+  assert names('clip', 'clip') == names('clip', 'open_clip') == ['CLIPScore']
+  assert names('clip', 'hpsv2') == ['CLIPScore', 'HPSv2']
+
+
 def test_no_pairs():
   with pytest.raises(ValueError, match="aren't pairs"):
     clip_score.clip_score(ONE, OTHER[:1])

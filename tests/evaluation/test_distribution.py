@@ -1,9 +1,12 @@
 """Tests of the table of distances between sets of pictures, and of its remarks."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from parti_jax.evaluation import distribution_report
+from parti_jax.evaluation.metrics import clip_score
 from parti_jax.evaluation.metrics import distribution
 from parti_jax.evaluation.metrics import features
 from parti_jax.evaluation.metrics import frechet
@@ -62,6 +65,28 @@ def test_alignment_is_the_mean_cosine(sets):
   )
   assert rows['real'].alignment.mean == pytest.approx(1)
   assert rows['other_captions'].alignment.mean < 0.7
+
+
+def test_published_scores_are_columns(sets):
+  prefixed = np.roll(sets.texts, 1, axis=0)
+  scores = [
+    features.Published(clip_score.Score('first', 'A ', clip_score.clip_score), prefixed),
+    features.Published(clip_score.Score('second', '', clip_score.hps_v2), sets.texts),
+  ]
+  table = distribution.measure('fake', dataclasses.replace(sets, published=scores))
+  rows = table.rows
+  generated = unit(sets.generated.values)
+  for name, scale, texts in (('first', 2.5, prefixed), ('second', 100, sets.texts)):
+    cosines = (generated * unit(texts[sets.caption_of])).sum(axis=1)
+    cosines = np.maximum(cosines, 0) if name == 'first' else cosines
+    assert rows['generated'].scores[name].mean == pytest.approx(scale * cosines.mean(), rel=1e-4)
+  assert rows['real'].scores['second'].mean == pytest.approx(100, rel=1e-5)
+  header, *lines = distribution_report.cells(table)
+  assert header[-3:] == ['alignment', 'first', 'second']
+  assert lines[2][0] == 'real pictures' and lines[2][-1].startswith('100.000')
+  assert lines[-1][-1] == '-'
+  assert any('CLIPScore' in note for note in distribution_report.notes([table]))
+  assert len(distribution_report.notes([distribution.measure('fake', sets)])) == 1
 
 
 def test_captions_of_others_belong_to_other_pictures():

@@ -10,6 +10,8 @@ import pytest
 
 from parti_jax.runs import preemption
 
+pytestmark = pytest.mark.process
+
 SCRIPT = pathlib.Path(__file__).parents[2] / 'launch' / 'keep_running.sh'
 
 # Ends with the first status of the file `statuses`, which it takes away; `+` before it stands for a
@@ -98,7 +100,7 @@ def test_a_signal_is_handed_on_and_ends_both(tmp_path, start, number, status):
   'flags, command, message',
   [
     (['--tries=0'], ['--model_dir=run'], '--tries=0: not a number from 1'),
-    ([], [], 'the command has no --model_dir=FOLDER'),
+    ([], [], 'the command needs --model_dir=FOLDER'),
   ],
 )
 def test_bad_input_is_named(start, flags, command, message):

@@ -10,6 +10,8 @@ import pytest
 
 from parti_jax.runs import preemption
 
+pytestmark = pytest.mark.process
+
 SCRIPT = pathlib.Path(__file__).parents[2] / 'launch' / 'slurm' / 'train.sbatch'
 
 # One task, which ends with the status in `end`, or, when scancel sends it TERM, with 75. srun
@@ -133,7 +135,7 @@ def test_what_was_told_to_stop_is_queued_again_unless_slurm_ends_the_job(job, st
 @pytest.mark.parametrize(
   'arguments, variables, message',
   [
-    ([], {}, 'Give --model_dir=FOLDER'),
+    ([], {}, 'use --model_dir=FOLDER'),
     (['--model_dir=x'], {'SLURM_JOB_ID': ''}, 'submit it: sbatch'),
     (['--model_dir=x'], {'PARTI_JAX_VENV': '/nowhere'}, 'no parti-jax in /nowhere'),
   ],

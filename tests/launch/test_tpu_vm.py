@@ -12,6 +12,8 @@ import pytest
 
 from parti_jax.runs import preemption
 
+pytestmark = pytest.mark.process
+
 SLICE = ('--name=parti', '--zone=us-central2-b', '--project=pictures')
 WHERE = '--zone=us-central2-b --project=pictures'
 ON_HOST = 'parti_jax/source/launch/tpu_vm/on_host.sh'
@@ -172,23 +174,27 @@ def test_environment_variables_are_defaults(cloud):
 @pytest.mark.parametrize(
   'script, arguments, message',
   [
-    ('create.sh', [*SLICE[1:], '--type=v4-8'], 'which slice? Give --name=NAME'),
-    ('stop.sh', [SLICE[0], SLICE[2]], 'in which zone? Give --zone=ZONE'),
-    ('logs.sh', SLICE[:2], 'of which project? Give --project=PROJECT'),
-    ('delete.sh', [*SLICE[1:], '--name=../x'], '../x: names, zones and projects have lower-case'),
+    ('create.sh', [*SLICE[1:], '--type=v4-8'], 'no slice given; use --name=NAME'),
+    ('stop.sh', [SLICE[0], SLICE[2]], 'no zone given; use --zone=ZONE'),
+    ('logs.sh', SLICE[:2], 'no project given; use --project=PROJECT'),
+    (
+      'delete.sh',
+      [*SLICE[1:], '--name=../x'],
+      '../x: names, zones and projects consist of lower-case',
+    ),
     ('delete.sh', [*SLICE, '--name'], '--name: no value'),
     ('delete.sh', [*SLICE, '--all'], 'unknown argument --all'),
     ('logs.sh', [*SLICE, '--lines=x; y'], '--lines=x; y: not a number'),
-    ('create.sh', SLICE, 'Give --type=TYPE'),
+    ('create.sh', SLICE, 'use --type=TYPE'),
     ('create.sh', [*SLICE, '--type=h100-8'], '--type=h100-8: not a v2, v3, v4, v5litepod'),
-    ('create.sh', [*SLICE, '--type=tpu7x-8'], 'through GKE alone; see docs/gke.md'),
+    ('create.sh', [*SLICE, '--type=tpu7x-8'], 'only available through GKE; see docs/gke.md'),
     ('install.sh', [*SLICE, '--revision=nothing'], '--revision=nothing: '),
     ('install.sh', [*SLICE, '--url=u'], 'give --revision=COMMIT as well'),
-    ('run.sh', [*SLICE, '--gin_file=a.gin'], 'Give --model_dir=gs://BUCKET/FOLDER'),
-    ('run.sh', [*SLICE, '--model_dir', 'runs/x'], '--model_dir=runs/x: the hosts of a slice share'),
-    ('tokenize.sh', [*SLICE, '--tokenizer=gs://a/b'], 'Give --output_dir=gs://BUCKET/FOLDER'),
+    ('run.sh', [*SLICE, '--gin_file=a.gin'], 'use --model_dir=gs://BUCKET/FOLDER'),
+    ('run.sh', [*SLICE, '--model_dir', 'runs/x'], '--model_dir=runs/x: the hosts of a slice'),
+    ('tokenize.sh', [*SLICE, '--tokenizer=gs://a/b'], 'use --output_dir=gs://BUCKET/FOLDER'),
     ('tokenize.sh', [*SLICE, '--output_dir=tokens'], '--output_dir=tokens: the hosts of a slice'),
-    ('resume.sh', SLICE, 'nothing is known here of parti in us-central2-b that create.sh'),
+    ('resume.sh', SLICE, 'create.sh was not called for parti in us-central2-b'),
   ],
 )
 def test_bad_input_is_named(cloud, script, arguments, message):
@@ -268,9 +274,9 @@ def test_a_run_from_its_start_to_its_end(started):
   cloud = started.cloud
   assert _states(cloud) == ['host0 running', 'host1 running']
   again = cloud.run('run.sh', *SLICE, *started.arguments)
-  assert again.returncode == 2 and 'host1: error: a run goes on here already' in again.stderr
+  assert again.returncode == 2 and 'host1: error: a run is active here already' in again.stderr
   install = cloud.run('install.sh', *SLICE)
-  assert install.returncode != 0 and 'host0: error: a run goes on here; end it' in install.stderr
+  assert install.returncode != 0 and 'host0: error: a run is active here; end it' in install.stderr
   assert _states(cloud) == ['host0 running', 'host1 running']
   _end(cloud, 0)
   logs = cloud.must('logs.sh', '--worker=all')  # It returns when the run has ended.

@@ -5,6 +5,7 @@ import pytest
 
 from parti_jax.models import discriminator
 from parti_jax.models import flops
+from parti_jax.models import image_tokenizers
 from parti_jax.models import parti
 from parti_jax.models import parti_config
 from parti_jax.models import t5_encoder
@@ -46,7 +47,7 @@ def test_patterns_count_the_keys_of_their_neighbourhood():
   assert parti.forward_flops(other) - parti.forward_flops(sizes) == 4 * 1024 * 1024 * fewer
 
 
-def test_tokenizer_forward_agrees_with_xla():
+def test_vit_vqgan_forward_agrees_with_xla():
   sizes = vit_vqgan.ViTVQGANConfig(
     image_size=48,
     patch_size=8,
@@ -64,7 +65,7 @@ def test_tokenizer_forward_agrees_with_xla():
     unroll=3,
   )
   counted = _counted_by_xla(vit_vqgan.ViTVQGAN(sizes), vit_vqgan.example_inputs(sizes, BATCH))
-  assert BATCH * flops.tokenizer_forward(sizes) == pytest.approx(counted, rel=0.05)
+  assert BATCH * flops.vit_vqgan_forward(sizes) == pytest.approx(counted, rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -89,6 +90,30 @@ def test_vqgan_forward_agrees_with_xla(changes):
   counted = _counted_by_xla(vqgan.VQGAN(sizes), inputs)
   # XLA leaves out products with a convolution's margin.
   assert BATCH * flops.vqgan_forward(sizes, 64, 96) == pytest.approx(counted, rel=0.05)
+
+
+@pytest.mark.parametrize('changes', [{}, {'quantizer': 'lfq', 'code_dim': 8}])
+def test_the_forward_flops_of_a_kind_are_those_of_images_of_its_size(changes):
+  sizes = vqgan.VQGANConfig(
+    **{
+      'image_size': 128,
+      'channels': 32,
+      'multipliers': (1, 2, 2),
+      'norm_groups': 8,
+      'code_dim': 16,
+      'codebook_size': 256,
+      'attention': False,
+      'middle_attention': False,
+      'dtype': 'float32',
+    }
+    | changes
+  )
+  # Before compilation, which takes much longer here.
+  module, inputs = vqgan.VQGAN(sizes), jax.eval_shape(lambda: vqgan.example_inputs(sizes, BATCH))
+  variables = jax.eval_shape(module.init, jax.random.key(0), *inputs)
+  counted = jax.jit(module.apply).lower(variables, *inputs).cost_analysis()['flops']
+  found = image_tokenizers.training(sizes).forward_flops(sizes)
+  assert BATCH * found == pytest.approx(counted, rel=0.02)
 
 
 def test_a_training_step_of_the_20b_model_costs_six_flops_a_weight_and_token():

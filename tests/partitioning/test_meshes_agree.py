@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+import tiny_configs
 
 from parti_jax.models import coca
 from parti_jax.models import parti_config
@@ -27,6 +28,7 @@ MESHES = [(8, 1, 1, 1), (2, 2, 2, 1), (1, 2, 4, 1), (2, 1, 2, 2)]
 CASES = [(stage, sizes) for stage in ('generator', 'tokenizer') for sizes in MESHES] + [
   ('ranker', (2, 2, 2, 1)),
   ('ranker', (2, 1, 2, 2)),
+  ('vqgan', (2, 2, 2, 1)),
 ]
 
 
@@ -81,6 +83,14 @@ def _tokenizer():
   return stage, {'images': images}, 20.0
 
 
+def _vqgan():
+  stage = tokenizer_objective.TokenizerObjective(
+    tiny_configs.VQGAN, logit_laplace_weight=0.0, revive_every=1, revive_until=5, dead_below=0.01
+  )
+  images = np.random.default_rng(1).integers(0, 256, (BATCH, 8, 8, 3)).astype(np.uint8)
+  return stage, {'images': images}, 20.0
+
+
 def _ranker():
   sizes = coca.CoCaConfig(
     image_size=8,
@@ -113,9 +123,12 @@ def _ranker():
 @functools.cache
 def _trained(stage_name, sizes):
   """Returns the loss and the parameters before and after a step on a mesh, as NumPy arrays."""
-  stage, batch, rate = {'generator': _generator, 'tokenizer': _tokenizer, 'ranker': _ranker}[
-    stage_name
-  ]()
+  stage, batch, rate = {
+    'generator': _generator,
+    'tokenizer': _tokenizer,
+    'vqgan': _vqgan,
+    'ranker': _ranker,
+  }[stage_name]()
   devices = jax.devices()[: np.prod(sizes)]
   mesh = mesh_lib.make_mesh(*sizes, devices=devices)
   trainer = trainer_lib.Trainer(stage, optax.sgd(rate), mesh, seed=5)
@@ -128,12 +141,13 @@ def _trained(stage_name, sizes):
   return jax.device_get(metrics), before, jax.device_get(state)
 
 
-@pytest.mark.parametrize('stage', ['generator', 'tokenizer', 'ranker'])
+@pytest.mark.parametrize('stage', ['generator', 'tokenizer', 'vqgan', 'ranker'])
 def test_the_step_consists_mostly_of_its_update(stage):
   _, before, state = _trained(stage, (1, 1, 1, 1))
   moved = jax.tree.map(lambda a, b: np.abs(a - b).max() / np.abs(b).max(), before, state.params)
   assert np.median(jax.tree.leaves(moved)) > 0.3
-  if stage != 'ranker':  # Its poolers attend evenly at first, so their queries hardly move.
+  # The ranker's poolers attend evenly at first, so their queries hardly move.
+  if stage in ('generator', 'tokenizer'):
     assert min(jax.tree.leaves(moved)) > 0.01
 
 

@@ -126,6 +126,7 @@ def _compare(sizes, settings, dropout):
     np.testing.assert_allclose(b, a, atol=1e-5 * np.abs(a).max(), err_msg=str(path))
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_eight_stages_with_data_and_tensor_parallelism():
   # Needs 32 devices, and so a separate process.

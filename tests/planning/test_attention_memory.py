@@ -3,6 +3,7 @@
 import re
 
 import optax
+import pytest
 
 from parti_jax.models import parti_config
 from parti_jax.partitioning import mesh as mesh_lib
@@ -10,6 +11,7 @@ from parti_jax.training import trainer as trainer_lib
 from parti_jax.training.objectives import generator_objective
 
 
+@pytest.mark.tpu_compile
 def test_no_array_of_all_pairs_of_positions_in_the_training_step(tpu_devices):
   # 24 · 32 = 768 image tokens, a length that isn't another size of the network.
   sizes = parti_config.PartiConfig(

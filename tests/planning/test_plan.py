@@ -187,6 +187,7 @@ def test_the_sampling_step(capsys):
   assert 'tensor' in text and 'at least needed' in text
 
 
+@pytest.mark.tpu_compile
 def test_a_step_on_a_tpu(tpu_devices, capfd, tmp_path):
   del tpu_devices
   file = tmp_path / 'plan.json'
@@ -214,6 +215,7 @@ def test_a_step_on_a_tpu(tpu_devices, capfd, tmp_path):
     assert words in said.out
 
 
+@pytest.mark.tpu_compile
 def test_several_slices_and_two_devices_on_a_chip(tpu_devices):
   del tpu_devices
   request = lambda topology, *bindings: request_lib.Request(
@@ -230,6 +232,7 @@ def test_several_slices_and_two_devices_on_a_chip(tpu_devices):
   assert plan['memory']['capacity'] == 94.75 * 2**30
 
 
+@pytest.mark.tpu_compile
 def test_a_sampling_step_on_a_tpu_moves_parameters_and_cache_once(tpu_devices):
   del tpu_devices
   sizes = (
@@ -251,6 +254,7 @@ def test_a_sampling_step_on_a_tpu_moves_parameters_and_cache_once(tpu_devices):
   assert 0.9 < plan['bytes']['ratio'] < 1.5
 
 
+@pytest.mark.tpu_compile
 def test_a_step_that_is_too_large(tpu_devices, capsys):
   del tpu_devices
   assert (

@@ -59,6 +59,7 @@ def test_without_libtpu_its_extra_is_named(monkeypatch):
     topology.parse('v5e:2x2').devices()
 
 
+@pytest.mark.tpu_compile
 @pytest.mark.parametrize(
   'name', ['v4:2x2x1', 'v5e:1x1', 'v5p:2x2x2', 'v6e:4x4', 'tpu7x:2x2x1', '2xv4:2x2x1']
 )
@@ -71,6 +72,7 @@ def test_each_kind_makes_a_mesh(name, tpu_devices):
   assert mesh.size == len(devices) and mesh.shape['data'] == parsed.slices
 
 
+@pytest.mark.tpu_compile
 def test_an_error_of_libtpu_is_one_line_and_its_notes_stay_hidden(tpu_devices, capfd):
   del tpu_devices
   with pytest.raises(

@@ -245,6 +245,7 @@ def test_to_a_store(tars, tmp_path, s3_bucket):
   assert prepared.read_info(out) == prepared.read_info(str(local))
 
 
+@pytest.mark.process
 def test_workers_do_not_import_tensorflow():
   code = (
     'import sys; from parti_jax.preparation import pipeline, work, shards; '

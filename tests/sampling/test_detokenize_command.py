@@ -158,7 +158,7 @@ def test_only_the_tokenizer_of_a_model_is_read(tiny_folder, tmp_path):
   for name in (model_folder.CONFIG_FILE, model_folder.parameter_file('tokenizer')):
     (tmp_path / name).write_bytes((tiny_folder / name).read_bytes())
   whole = model_folder.load(tiny_folder)
-  config, params, _ = model_folder.load_tokenizer(tmp_path)
+  config, params, *_ = model_folder.load_part('tokenizer', tmp_path)
   assert config == whole.tokenizer_config
   tokens = np.arange(12, dtype=np.int32).reshape(3, 4)
   np.testing.assert_array_equal(

@@ -11,6 +11,7 @@ import parti_jax
 from parti_jax.cli import main
 from parti_jax.core.errors import UserError
 from parti_jax.exported_model import model_folder
+from parti_jax.exported_model import parameter_files
 from parti_jax.sampling import text_to_image as pipeline_lib
 
 DEMO = pipeline_lib.DEMO_FOLDER
@@ -102,7 +103,7 @@ def write(folder, config):
 @pytest.mark.parametrize('path', list(entries(CONFIG)), ids=lambda path: '.'.join(map(str, path)))
 def test_wrong_values_of_each_entry(folder, path, monkeypatch):
   # Skips the slow parts that don't concern the file.
-  monkeypatch.setattr(model_folder, '_read_parameters', lambda path, expected: None)
+  monkeypatch.setattr(parameter_files, 'read', lambda path, expected: None)
   monkeypatch.setattr(model_folder, 'abstract', lambda name, config: None)
   for name, value in WRONG.items():
     write(folder, edited(path, value))
@@ -123,7 +124,7 @@ def test_wrong_values_of_each_entry(folder, path, monkeypatch):
 
 @pytest.mark.parametrize('path', [path for path in entries(CONFIG) if len(path) == 2])
 def test_entries_that_are_missing_or_unknown(folder, path, monkeypatch):
-  monkeypatch.setattr(model_folder, '_read_parameters', lambda path, expected: None)
+  monkeypatch.setattr(parameter_files, 'read', lambda path, expected: None)
   monkeypatch.setattr(model_folder, 'abstract', lambda name, config: None)
   part, name = path
   config = copy.deepcopy(CONFIG)

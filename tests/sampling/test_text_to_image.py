@@ -115,7 +115,7 @@ def test_extreme_settings_draw_as_their_limits(pipeline, extreme, limit):
 
 @pytest.mark.parametrize('extreme', [{'temperature': 1e-39}, {'top_p': 1e-46}])
 def test_extreme_settings_draw_as_their_limits_in_bfloat16(tiny_folder, monkeypatch, extreme):
-  monkeypatch.setattr(model_folder, '_compute_dtype', lambda: 'bfloat16')
+  monkeypatch.setattr(model_folder, '_compute_dtype', lambda *_: 'bfloat16')
   in_bfloat16 = parti_jax.load(tiny_folder)
   one, other = (
     in_bfloat16.generate(PROMPTS, num_images=2, **settings).tokens
@@ -368,6 +368,7 @@ def test_saved_pictures_tell_what_they_are(drawn, tmp_path):
   assert Image.open(grid).size == drawn.grid(display_size=20).size
 
 
+@pytest.mark.process
 def test_sampling_imports_no_tensorflow():
   script = (
     'import sys\n'

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import tiny_runs
 
+pytestmark = pytest.mark.process
+
 KILLS = 20
 
 

@@ -74,7 +74,7 @@ STATES = {
 
 @functools.cache
 def _trainer(name, *mesh):
-  """A trainer with a learning rate schedule, so that the optimiser's state counts steps.
+  """A trainer with a learning rate schedule, so that the optimizer's state counts steps.
 
   On one device, where Orbax compiles nothing to save, unless axes of a mesh are given.
   """
@@ -267,7 +267,7 @@ def test_the_optimizer_may_begin_anew(run, tmp_path, capsys):
   assert 'state/param_states/' in error and '--parameters_only' in error
   assert not (tmp_path / 'run').exists()
   assert main.main([*command, '--parameters_only']) == 0
-  assert 'the optimiser starts again' in capsys.readouterr().out
+  assert 'the optimizer starts again' in capsys.readouterr().out
   trainer = _trainer('adamw')
   manager = checkpoint_manager.Checkpoints(tmp_path / 'run')
   restored, _ = manager.restore(7, trainer.abstract, run_checkpoints.describe(trainer.objective))

@@ -250,7 +250,7 @@ def test_inference_takes_the_parameters(sides, tmp_path):
 
 
 def test_finetuning_an_exported_model(tmp_path):
-  """Parameters alone do for inference; for training, as in finetune.gin, the optimiser begins anew."""
+  """Parameters alone do for inference; for training, as in finetune.gin, the optimizer begins anew."""
   sides = Sides('generator', 'adafactor')
   params = _values(sides.trainer.abstract.params)
   written = (

@@ -17,7 +17,7 @@ def test_all_of_a_whole_checkpoint_is_taken():
 
 
 @pytest.mark.parametrize('found', [WHOLE, PARAMETERS])
-def test_the_optimiser_may_begin_anew(found):
+def test_the_optimizer_may_begin_anew(found):
   taken = restoring.of_checkpoint(found, WHOLE, parameters_only=True)
   assert taken == {'target': WHOLE['target'], 'state': {'step': found['state']['step']}}
 
@@ -26,8 +26,8 @@ def test_a_run_that_goes_on_takes_everything():
   assert restoring.of_checkpoint(WHOLE, WHOLE, parameters_only=True, is_resuming=True) == WHOLE
 
 
-def test_without_a_state_of_the_optimiser_the_way_out_is_named():
-  with pytest.raises(UserError, match=r'no state of an optimiser.*--gin\.PARAMETERS_ONLY=True'):
+def test_without_a_state_of_the_optimizer_the_way_out_is_named():
+  with pytest.raises(UserError, match=r'no state of an optimizer.*--gin\.PARAMETERS_ONLY=True'):
     restoring.of_checkpoint(PARAMETERS, WHOLE)
 
 

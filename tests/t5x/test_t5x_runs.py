@@ -21,7 +21,7 @@ from tensorboard.util import tensor_util
 from parti_jax.cli import main
 from parti_jax.data import token_cache
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.process]
 REPOSITORY = pathlib.Path(__file__).parents[2]
 STEPS = 200
 IMAGE_TOKENS, CODES = 16, 64

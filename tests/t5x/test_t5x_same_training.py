@@ -141,7 +141,7 @@ def _train_with_ours(optimizer, schedule, weights):
 
 @pytest.mark.parametrize('name, weights', [('adafactor', None), ('adamw', (1, 2))])
 def test_first_losses_are_equal(name, weights, tmp_path):
-  """The same parameters, batches, dropout and optimiser; both on data × 2-way model meshes."""
+  """The same parameters, batches, dropout and optimizer; both on data × 2-way model meshes."""
   theirs, their_state = _train_with_t5x(*OPTIMIZERS[name], weights, tmp_path)
   ours, our_state = _train_with_ours(*OPTIMIZERS[name], weights)
   assert len(theirs) == len(ours) == STEPS and ours[-1] < ours[0] - 0.1

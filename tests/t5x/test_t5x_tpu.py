@@ -53,6 +53,7 @@ def test_number_of_partitions_that_a_slice_does_not_have():
     workarounds.tpu_submesh(3, (4, 4, 4, 1))
 
 
+@pytest.mark.tpu_compile
 def test_several_slices_need_their_shapes():
   """By the coordinates of their chips t5x would take one of them."""
   pytest.importorskip('libtpu', reason='no TPU to lower for (pip install "parti_jax[tpu]")')
@@ -62,6 +63,7 @@ def test_several_slices_need_their_shapes():
       partitioning.default_mesh(2)
 
 
+@pytest.mark.tpu_compile
 @pytest.mark.parametrize(
   'name, shapes_of_slices, mesh, rows',
   [

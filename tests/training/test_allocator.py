@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.process
+
 # Runs in a separate process, since the settings affect a whole process.
 _SCRIPT = """
 import ctypes, resource, threading

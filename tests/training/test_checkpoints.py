@@ -86,7 +86,7 @@ def test_the_last_few_are_kept(saved):
 def test_parameters_are_read_without_the_rest(saved):
   folder, _, state = saved
   path = run_checkpoints.latest_checkpoint(folder)
-  sizes = vit_vqgan.ViTVQGANConfig(**run_checkpoints.read_config(path, 'tokenizer'))
+  sizes = run_checkpoints.read_config(path, 'tokenizer')
   assert sizes == SIZES
   params = run_checkpoints.read_params(
     path, vit_vqgan.ViTVQGAN(sizes), vit_vqgan.example_inputs(sizes)
@@ -136,7 +136,7 @@ def test_settings_that_change_no_parameter_may_differ(saved):
 def test_the_state_of_another_optimizer_is_named(saved):
   with pytest.raises(UserError, match='does not fit this configuration.*optimizer_state'):
     _restored(saved[0], _trainer(optimizers.adamw(0.1)))
-  # Also an optimiser with less state than the checkpoint's.
+  # Also an optimizer with less state than the checkpoint's.
   with pytest.raises(UserError, match='optimizer_state/.* is not in this configuration'):
     _restored(saved[0], _trainer(optax.sgd(0.1)))
 

@@ -9,6 +9,8 @@ import sys
 import pytest
 import xla_flags
 
+pytestmark = pytest.mark.process
+
 REPOSITORY = pathlib.Path(__file__).parents[2]
 CHILD = pathlib.Path(__file__).with_name('crashing_child.py')
 WHERE = (

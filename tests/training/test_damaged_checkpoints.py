@@ -141,7 +141,7 @@ def test_a_run_goes_on_from_the_whole_one_and_writes_the_step_again(run):
   assert manager.latest_step() == manager.found.step == 300
   name = f'state/d/{data.name}'
   assert manager.found.lines() == [
-    f'checkpoint 400: {name} is truncated ({before // 2} of {before} bytes); going on from 300: '
+    f'checkpoint 400: {name} is truncated ({before // 2} of {before} bytes); resuming from 300: '
     '100 steps are done again'
   ]
   assert _steps(run) == ['300', '400.damaged']
@@ -162,7 +162,7 @@ def test_without_a_whole_one_nothing_is_touched(run):
     _empty(run / 'checkpoints' / step / 'state' / '_METADATA')
   before = [(path, path.read_bytes()) for path in _all_files(run)]
   message = (
-    'no checkpoint there is whole, and none was touched: checkpoint 400: state/_METADATA '
+    'no checkpoint there is whole, and none was changed: checkpoint 400: state/_METADATA '
     r'is truncated \(0 of .*; checkpoint 300: state/_METADATA'
   )
   with pytest.raises(UserError, match=message):
@@ -292,7 +292,7 @@ def test_the_command_goes_on_from_the_whole_one(tmp_path, generator_bindings, ca
   assert main.main([*argv, '--gin.train.steps=2']) == 0
   shown = capsys.readouterr().err
   assert (
-    f'checkpoint 2: {path.relative_to(newest)} has other bytes than were written; going on '
+    f'checkpoint 2: {path.relative_to(newest)} has other bytes than were written; resuming '
     'from 1: 1 steps are done again'
   ) in shown
   assert 'resuming at step 1' in shown
@@ -301,5 +301,5 @@ def test_the_command_goes_on_from_the_whole_one(tmp_path, generator_bindings, ca
     _remove(tmp_path / 'checkpoints' / step / 'commit_success.txt')
   assert main.main([*argv, '--gin.train.steps=3']) == 2
   shown = capsys.readouterr().err.splitlines()[-1]
-  assert 'no checkpoint there is whole, and none was touched: checkpoint 2: commit_s' in shown
+  assert 'no checkpoint there is whole, and none was changed: checkpoint 2: commit_s' in shown
   assert _steps(tmp_path) == ['1', '2', '2.damaged']

@@ -116,7 +116,7 @@ def test_whichever_write_fills_the_disk_the_last_checkpoint_is_whole(run, full, 
     shutil.copytree(run, folder)
     manager = checkpoint_manager.Checkpoints(folder)
     full.update(count=0, fails=failing)
-    with pytest.raises(UserError, match='no space left on device.*start again: it goes on') as told:
+    with pytest.raises(UserError, match='no space left on device.*start again: it resumes') as told:
       _save(manager, 2)
     full['fails'] = None
     assert str(told.value).startswith(f'{folder}: ')
@@ -165,6 +165,7 @@ def test_other_errors_are_unchanged(tmp_path):
         raise error
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_training_on_a_disk_that_fills_up(tmp_path, generator_bindings, capsys):
   """Tests that `train` on a full disk ends with one line and status 2, and resumes given space."""

@@ -33,6 +33,8 @@ from parti_jax.training import train_loop
 from parti_jax.training import trainer
 from parti_jax.training.objectives import tokenizer_objective
 
+pytestmark = pytest.mark.process
+
 GENERATOR = 'gin_configs/runs/tiny_generator.gin'
 # These processes spend most of their time compiling.
 REPOSITORY = pathlib.Path(train_loop.__file__).parents[2]

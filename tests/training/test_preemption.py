@@ -50,15 +50,17 @@ def test_status_asks_for_another_start():
   assert preemption.STATUS == os.EX_TEMPFAIL == 75
 
 
+@pytest.mark.process
 def test_during_the_start_it_ends_at_once():
   # stderr is redirected, as during the import of TensorFlow.
   status, said = _run('os.dup2(os.open(os.devnull, os.O_WRONLY), 2); term(); time.sleep(30)')
   assert status == 75 and said == [
-    'parti-jax: asked to stop before the first step was done; nothing of the run is changed; '
-    'start again to go on'
+    'parti-jax: asked to stop before the first step was done; the run is unchanged; '
+    'start again to resume'
   ]
 
 
+@pytest.mark.process
 def test_while_it_trains_the_loop_is_asked_to_stop_and_ends_by_itself():
   status, said = _run("""
       steps(20, lambda: 5)
@@ -71,6 +73,7 @@ def test_while_it_trains_the_loop_is_asked_to_stop_and_ends_by_itself():
   assert status == 75 and said == ['journal: asked to stop asked to stop by SIGTERM, 20 s to save']
 
 
+@pytest.mark.process
 def test_after_the_grace_period_it_ends_regardless_of_the_main_thread():
   status, said = _run("""
       steps(0.4, lambda: 5)
@@ -81,23 +84,25 @@ def test_after_the_grace_period_it_ends_regardless_of_the_main_thread():
         print('never')""")
   assert status == 75 and said[-1] == (
     'parti-jax: asked to stop, but the step and its checkpoint took more than the 0.4 s of '
-    'train.grace_seconds; the last whole checkpoint stays the one of step 5; '
-    'start again to go on'
+    'train.grace_seconds; the last whole checkpoint is the one of step 5; '
+    'start again to resume'
   )
   assert said[-2].startswith('journal: stop asked to stop, but') and 'never' not in said
 
 
+@pytest.mark.process
 def test_a_second_signal_ends_at_once_even_if_the_disk_hangs():
   status, said = _run("""
       preemption._LAST_SECONDS = 0.2
       steps(60, lambda: time.sleep(60))
       term(); time.sleep(1); term(); time.sleep(30)""")
   assert status == 75 and said[-1] == (
-    'parti-jax: asked to stop a second time: ended at once; the last whole checkpoint stays; '
-    'start again to go on'
+    'parti-jax: asked to stop a second time: ended at once; the last whole checkpoint is kept; '
+    'start again to resume'
   )
 
 
+@pytest.mark.process
 def test_without_the_command_line_the_signal_ends_a_process_as_usual():
   done = subprocess.run(
     [
@@ -120,6 +125,7 @@ def test_without_the_command_line_the_signal_ends_a_process_as_usual():
   assert done.returncode == -signal.SIGTERM and not done.stderr
 
 
+@pytest.mark.process
 def test_a_run_saves_at_sigterm_and_refuses_a_second_run(tmp_path, capsys, generator_bindings):
   folder = tmp_path / 'run'
   arguments = [
@@ -156,7 +162,7 @@ def test_a_run_saves_at_sigterm_and_refuses_a_second_run(tmp_path, capsys, gener
   assert running.returncode == preemption.STATUS, said
   step = int(
     re.fullmatch(
-      r'asked to stop: a checkpoint of step (\d+) is written; start again to go on\n', said[-1]
+      r'asked to stop: a checkpoint of step (\d+) is written; start again to resume\n', said[-1]
     )[1]
   )
   assert step >= 2 and run_checkpoints.latest_checkpoint(folder).name == str(step)

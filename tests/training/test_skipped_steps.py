@@ -34,7 +34,7 @@ class _Sizes:
 
 
 class _Objective(base.Objective):
-  """A regression and a judge, linear both, with an optimiser each and an average of the first."""
+  """A regression and a judge, linear both, with an optimizer each and an average of the first."""
 
   name, compute_dtype, model = 'fake', jnp.float32, _Sizes()
 

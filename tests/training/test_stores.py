@@ -189,6 +189,7 @@ def run_on_a_disk(tokens_folder, tmp_path_factory):
   return train
 
 
+@pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.parametrize('processes', [1, 2])
 def test_a_run_at_a_bad_store_ends_as_on_a_disk(
@@ -212,6 +213,7 @@ def test_a_run_at_a_bad_store_ends_as_on_a_disk(
   assert 'lock.json' not in storage.names(run)
 
 
+@pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.parametrize('fault', ['refused', 'hang'])
 def test_a_store_that_dies_ends_the_run_in_one_line(bad_store, tokens_folder, tmp_path, fault):

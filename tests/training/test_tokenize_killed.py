@@ -19,6 +19,8 @@ import parti_jax
 from parti_jax.data import token_cache_info
 from parti_jax.runs import preemption
 
+pytestmark = pytest.mark.process
+
 REPOSITORY = pathlib.Path(parti_jax.__file__).parents[1]
 DEMO = REPOSITORY / 'parti_jax' / 'demo'
 WORKERS, KILLS = 4, 20
@@ -146,7 +148,7 @@ def test_sigterm_ends_it_at_once_and_it_resumes_later(start, tmp_path):
     time.sleep(0.05)
   first.send_signal(signal.SIGTERM)
   assert first.wait(60) == preemption.STATUS, _said(tmp_path)
-  assert 'asked to stop by SIGTERM; the parts that are finished stay; start' in _said(tmp_path)
+  assert 'asked to stop by SIGTERM; finished parts are kept; start' in _said(tmp_path)
   finished = {
     path.name: path.stat().st_mtime_ns for path in (tmp_path / 'tokens').glob('.train.parts/*.json')
   }

@@ -457,6 +457,7 @@ def test_lines_are_printed_at_intervals(monkeypatch, capsys):
   assert [line.split(',')[0] for line in lines] == ['train: 11 examples', 'train: 72 examples']
 
 
+@pytest.mark.process
 def test_sigterm_ends_it_at_once():
   done = subprocess.run(
     [
@@ -465,7 +466,7 @@ def test_sigterm_ends_it_at_once():
       """
 import os, signal, time
 from parti_jax.runs import preemption
-with preemption.listening(at_once='the parts that are finished stay'):
+with preemption.listening(at_once='finished parts are kept'):
   os.kill(os.getpid(), signal.SIGTERM)
   time.sleep(60)
 """,
@@ -477,5 +478,5 @@ with preemption.listening(at_once='the parts that are finished stay'):
   )
   assert done.returncode == preemption.STATUS
   assert done.stderr == (
-    'parti-jax: asked to stop by SIGTERM; the parts that are finished stay; start again to go on\n'
+    'parti-jax: asked to stop by SIGTERM; finished parts are kept; start again to resume\n'
   )

@@ -333,7 +333,7 @@ def train_loop_flops():
   from parti_jax.models import flops
   from parti_jax.models import vit_vqgan
 
-  return flops.tokenizer_forward(vit_vqgan.ViTVQGANConfig())
+  return flops.vit_vqgan_forward(vit_vqgan.ViTVQGANConfig())
 
 
 @pytest.mark.parametrize(
@@ -365,6 +365,7 @@ def test_what_does_not_fit_is_one_line_and_leaves_nothing(
   assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.process
 def test_the_module_explains_itself():
   done = subprocess.run(
     [sys.executable, '-m', 'parti_jax.train', '--help'],

@@ -1,4 +1,4 @@
-"""The step: microbatches and an optimiser on the host change nothing, and do what they are for."""
+"""The step: microbatches and an optimizer on the host change nothing, and do what they are for."""
 
 import dataclasses
 import functools
@@ -250,7 +250,7 @@ def test_microbatches_and_devices_must_divide_the_batch():
     rules.check_batch(16, mesh, table, 3)
 
 
-def test_the_optimisers_state_may_lie_on_the_host():
+def test_the_optimizers_state_may_lie_on_the_host():
   objective, batch = _generator()
   mesh = mesh_lib.make_mesh(tensor=2, devices=jax.devices()[:4])
   ended = []

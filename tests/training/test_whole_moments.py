@@ -1,6 +1,6 @@
 """Tests checkpoints of earlier versions with whole second moments of attention kernels.
 
-The tests make those versions' optimiser from plain optax.
+The tests make those versions' optimizer from plain optax.
 """
 
 import jax
@@ -40,7 +40,7 @@ STEPS = 3
 
 
 def _adafactor(moment):
-  """Parti's optimiser around a transformation that divides by the second moment."""
+  """Parti's optimizer around a transformation that divides by the second moment."""
   return optax.chain(
     optax.clip_by_global_norm(4.0),
     moment,
@@ -77,7 +77,7 @@ def _gradients(params, seed):
 
 @pytest.fixture(scope='module', name='states')
 def _states():
-  """Returns today's trainer, and states after the same gradients of the old and today's optimiser."""
+  """Returns today's trainer, and states after the same gradients of the old and today's optimizer."""
   trainer = _trainer(NEW)
   first = trainer.create_state()
   found = []

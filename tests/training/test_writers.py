@@ -95,6 +95,7 @@ def test_events_in_a_store_are_uploaded_at_each_flush(s3_bucket):
   assert len(sizes[1]) == 1 and sum(sizes[0].values()) < sum(sizes[1].values())
 
 
+@pytest.mark.process
 def test_no_tensorflow_is_imported(tmp_path):
   code = f"""
 import sys

@@ -106,10 +106,10 @@ def examples(
 def parsed(
   record: bytes, keys: Mapping[str, str], describe: bool = False
 ) -> Mapping[str, Any] | Damaged:
-  """Returns features of a serialised tf.train.Example, in the form that `examples` yields."""
+  """Returns features of a serialized tf.train.Example, in the form that `examples` yields."""
   features = features_of(record)
   if features is None:
-    return Damaged('record that is no tf.train.Example')
+    return Damaged('record that is not a tf.train.Example')
   example: dict[str, Any] = {}
   for name, key in keys.items():
     # Looking up a missing key would add it.
@@ -198,7 +198,7 @@ def _first_features(file: str) -> Iterator[Mapping | None]:
 
 
 def features_of(record: bytes) -> Mapping | None:
-  """Returns the features of a serialised tf.train.Example; None if it isn't one."""
+  """Returns the features of a serialized tf.train.Example; None if it isn't one."""
   try:
     return _example().FromString(record).features.feature
   except Exception:  # protobuf's error class differs among its implementations.

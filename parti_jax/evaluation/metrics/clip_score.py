@@ -1,4 +1,4 @@
-"""Scores of pictures for texts from a ranker's vectors, scaled as they are published.
+"""Scores of pictures for texts from a ranker's vectors, scaled as in publications.
 
 | score | network | scale |
 |---|---|---|
@@ -8,10 +8,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import numpy as np
 
-# What CLIPScore puts before each text (section 3).
+# The prefix that CLIPScore adds to each text (section 3).
 CLIP_SCORE_PREFIX = 'A photo depicts '
+
+
+class Score(NamedTuple):
+  """A published score.
+
+  Attributes:
+    name: its name.
+    prefix: what stands before each text.
+    of: computes the scores of pairs from `image_features` and `text_features` of the prefixed texts.
+  """
+
+  name: str
+  prefix: str
+  of: Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def scores_of(kind: str, file_format: str | None) -> tuple[Score, ...]:
+  """Returns the published scores that a ranker's vectors give.
+
+  Args:
+    kind: the ranker's kind, a name in `parti_jax.models.rankers.KINDS`.
+    file_format: the format of `parti-jax import` that it is from; None if it was trained here.
+  """
+  if kind != 'clip':
+    return ()
+  found = (Score('CLIPScore', CLIP_SCORE_PREFIX, clip_score),)
+  return (*found, Score('HPSv2', '', hps_v2)) if file_format == 'hpsv2' else found
 
 
 def clip_score(image_features: np.ndarray, text_features: np.ndarray) -> np.ndarray:

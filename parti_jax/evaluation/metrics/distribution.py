@@ -11,7 +11,8 @@ Each row compares a set of pictures with a set of real ones:
 
 Alignment is the mean cosine of a ranker's features of text and picture (like the CLIP score, Hessel
 et al. 2021, arXiv 2104.08718, without its factor and its clipping at 0). The table also has that of
-the real pictures, and that of real pictures with the captions of others.
+the real pictures, and that of real pictures with the captions of others. A CLIP's features also give
+published scores (`clip_score`).
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 from jaxtyping import Float32
 from jaxtyping import Int
 from jaxtyping import UInt8
@@ -72,6 +75,7 @@ class Row:
     recall: the recall of `precision_recall`; None for three pictures or fewer.
     inception_score: from Inception's logits; None for fewer than 500 pictures.
     alignment: mean cosine of text and picture, with the standard error over captions.
+    scores: name of a published score -> its mean, with the standard error over captions.
   """
 
   pictures: int
@@ -81,6 +85,7 @@ class Row:
   recall: float | None = None
   inception_score: Estimate | None = None
   alignment: Estimate | None = None
+  scores: Mapping[str, Estimate] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +116,7 @@ class Sets:
     caption_of: index of the caption of each generated picture.
     picture_of: index of the real picture of each caption.
     texts: the ranker's features of the captions; None without a ranker.
+    published: the published scores of these features.
   """
 
   real: features_lib.Features
@@ -119,6 +125,7 @@ class Sets:
   caption_of: Int[np.ndarray, 'generated']
   picture_of: Int[np.ndarray, 'captions']
   texts: Float32[np.ndarray, 'captions dim'] | None = None
+  published: Sequence[features_lib.Published] = ()
 
 
 def of_pictures(
@@ -158,6 +165,7 @@ def of_pictures(
       caption_of=np.arange(count).repeat(num_images),
       picture_of=picture_of,
       texts=extractor.texts(captions),
+      published=extractor.published(captions),
     ),
     seed,
   )
@@ -185,23 +193,21 @@ def measure(name: str, sets: Sets, seed: int = 0) -> Distribution:
   )
   captions = np.arange(len(sets.picture_of))
   rows = {
-    'generated': _row(generated, real, _alignment(generated, sets.texts, sets.caption_of)),
+    'generated': _row(generated, real, _fit(sets, generated, sets.caption_of)),
     'reconstruction': _row(
       sets.reconstruction,
       real,
-      _alignment(sets.reconstruction[sets.picture_of], sets.texts, captions),
+      _fit(sets, sets.reconstruction[sets.picture_of], captions),
     ),
     'real': Row(
       len(real),
       inception_score=_inception_score(real),
-      alignment=_alignment(real[sets.picture_of], sets.texts, captions),
+      **_fit(sets, real[sets.picture_of], captions),
     ),
   }
   if sets.texts is not None and len(np.unique(sets.picture_of)) > 1:
     others = _pictures_of_others(sets.picture_of, rng)
-    rows['other_captions'] = Row(
-      len(real), alignment=_alignment(real[others], sets.texts, captions)
-    )
+    rows['other_captions'] = Row(len(real), **_fit(sets, real[others], captions))
   if len(half) > precision_recall.NEIGHBOURS and len(generated_half) > precision_recall.NEIGHBOURS:
     rows['generated_half'] = _row(generated[generated_half], real[half])
     rows['real_half'] = _row(real[other_half], real[half])
@@ -270,9 +276,9 @@ def _remarks(rows: Mapping[str, Row], dim: int, captions: int | None, scored: bo
 
 
 def _row(
-  pictures: features_lib.Features, real: features_lib.Features, alignment: Estimate | None = None
+  pictures: features_lib.Features, real: features_lib.Features, fit: Mapping[str, Any] = {}
 ) -> Row:
-  """Compares two sets."""
+  """Compares two sets; `fit` is the result of `_fit`."""
   found = None
   if min(len(pictures), len(real)) > precision_recall.NEIGHBOURS:
     found = precision_recall.precision_recall(pictures.values, real.values)
@@ -283,7 +289,7 @@ def _row(
     precision=None if found is None else found.precision,
     recall=None if found is None else found.recall,
     inception_score=_inception_score(pictures),
-    alignment=alignment,
+    **fit,
   )
 
 
@@ -317,6 +323,18 @@ def _inception_score(pictures: features_lib.Features) -> Estimate | None:
   return Estimate(score[metric_isc.KEY_METRIC_ISC_MEAN], score[metric_isc.KEY_METRIC_ISC_STD])
 
 
+def _fit(
+  sets: Sets, pictures: features_lib.Features, caption_of: Int[np.ndarray, 'pictures']
+) -> dict[str, Any]:
+  """Returns the fields of Row that say how well pictures fit their captions."""
+  count = len(sets.picture_of)
+  scores = {
+    score.name: _over_captions(score.of(pictures.values, texts[caption_of]), caption_of, count)
+    for score, texts in sets.published
+  }
+  return {'alignment': _alignment(pictures, sets.texts, caption_of), 'scores': scores}
+
+
 def _alignment(
   pictures: features_lib.Features,
   texts: Float32[np.ndarray, 'captions dim'] | None,
@@ -328,10 +346,17 @@ def _alignment(
   own = texts[caption_of]
   norms = np.linalg.norm(pictures.values, axis=1) * np.linalg.norm(own, axis=1)
   cosines = np.einsum('pd,pd->p', pictures.values, own) / norms
-  counts = np.bincount(caption_of, minlength=len(texts))
-  of_caption = (np.bincount(caption_of, cosines, len(texts)) / counts.clip(min=1))[counts > 0]
+  return _over_captions(cosines, caption_of, len(texts))
+
+
+def _over_captions(
+  values: Float[np.ndarray, 'pictures'], caption_of: Int[np.ndarray, 'pictures'], captions: int
+) -> Estimate:
+  """Returns the mean of pictures' values, and its error over captions."""
+  counts = np.bincount(caption_of, minlength=captions)
+  of_caption = (np.bincount(caption_of, values, captions) / counts.clip(min=1))[counts > 0]
   error = float(of_caption.std(ddof=1) / len(of_caption) ** 0.5) if len(of_caption) > 1 else None
-  return Estimate(float(cosines.mean()), error)
+  return Estimate(float(values.mean()), error)
 
 
 def _pictures_of_others(

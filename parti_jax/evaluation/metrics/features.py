@@ -13,6 +13,7 @@ import pickle
 import warnings
 from collections.abc import Iterable
 from collections.abc import Sequence
+from typing import NamedTuple
 from typing import Protocol
 
 import numpy as np
@@ -22,6 +23,7 @@ from PIL import Image
 
 from parti_jax.core import storage
 from parti_jax.core.errors import UserError
+from parti_jax.evaluation.metrics import clip_score
 
 # The original file name; torch-fidelity's releases contain the same file as
 # weights-inception-2015-12-05-6726825d.pth.
@@ -52,22 +54,39 @@ class Features:
     return Features(self.values[chosen], None if self.logits is None else self.logits[chosen])
 
 
+class Published(NamedTuple):
+  """A published score, and the features of the captions that it needs.
+
+  Attributes:
+    score: the score.
+    texts: features of the captions with the score's prefix.
+  """
+
+  score: clip_score.Score
+  texts: Float32[np.ndarray, 'captions dim']
+
+
 class Extractor(Protocol):
   """A network that computes features of pictures.
 
   Attributes:
     name: description for reports.
-    image_size: height and width of the pictures that it takes, in pixels.
+    image_size: height and width of its input pictures, in pixels.
+    resizes: whether it resizes pictures itself; otherwise it takes only those of `image_size`.
   """
 
   name: str
   image_size: int
+  resizes: bool
 
   def __call__(self, images: UInt8[np.ndarray, 'pictures size size 3']) -> Features:
-    """Returns the features of pictures of `image_size`."""
+    """Returns the features of square pictures."""
 
   def texts(self, captions: Sequence[str]) -> Float32[np.ndarray, 'captions dim'] | None:
     """Returns the features of captions; None without a text encoder."""
+
+  def published(self, captions: Sequence[str]) -> list[Published]:
+    """Returns the published scores that the features give."""
 
 
 class Inception:
@@ -75,6 +94,8 @@ class Inception:
 
   The network itself resizes to 299 pixels like TensorFlow 1, as the FID's definition requires.
   """
+
+  resizes = False
 
   def __init__(self, weights: str, image_size: int = 256):
     """Loads the weights; uses a GPU if torch finds one.
@@ -133,15 +154,21 @@ class Inception:
   def texts(self, captions: Sequence[str]) -> None:
     del captions
 
+  def published(self, captions: Sequence[str]) -> list[Published]:
+    del captions
+    return []
+
 
 class RankerFeatures:
   """The picture features of a ranker: unit vectors, trained to distinguish captions."""
 
   def __init__(self, ranker, model_name: str):
-    """Takes a `parti_jax.sampling.ranking.Ranker` and the name of its model."""
+    """Wraps a `parti_jax.sampling.ranking.Ranker`; `model_name` is used in reports."""
     self.ranker = ranker
     self.image_size = ranker.config.image_size
-    self.name = f'ranker of the model {model_name}, pictures of {self.image_size} pixels'
+    self.resizes = ranker.preprocessing is not None
+    whose = f'ranker {ranker.name}' if ranker.name else f'ranker of the model {model_name}'
+    self.name = f'{whose}, pictures of {self.image_size} pixels'
 
   def __call__(self, images: UInt8[np.ndarray, 'pictures size size 3']) -> Features:
     return Features(self.ranker.image_features(images))
@@ -152,6 +179,13 @@ class RankerFeatures:
       # The pipeline has already warned when it generated the pictures.
       warnings.simplefilter('ignore', UserWarning)
       return self.ranker.text_features(captions)
+
+  def published(self, captions: Sequence[str]) -> list[Published]:
+    """Returns the published scores of a CLIP."""
+    return [
+      Published(score, self.texts([score.prefix + caption for caption in captions]))
+      for score in clip_score.scores_of(self.ranker.kind, self.ranker.file_format)
+    ]
 
 
 def resized(
@@ -176,8 +210,11 @@ def resized(
 def extract(
   extractor: Extractor, batches: Iterable[UInt8[np.ndarray, 'batch height width 3']]
 ) -> Features:
-  """Returns the features of batches of pictures."""
-  return concatenated([extractor(resized(batch, extractor.image_size)) for batch in batches])
+  """Returns the features of batches of square pictures."""
+  size = extractor.image_size
+  return concatenated(
+    [extractor(batch if extractor.resizes else resized(batch, size)) for batch in batches]
+  )
 
 
 def concatenated(parts: Sequence[Features]) -> Features:

@@ -40,7 +40,7 @@ class RankerAlignment:
   measures = (RANKER,)
 
   def __init__(self, ranker, prompts: Sequence[str], max_prompts: int | None = None, seed: int = 0):
-    """Takes the `TextToImage.ranker`; the other arguments are those of OpenMojiAlignment."""
+    """Wraps the `TextToImage.ranker`; the other arguments are those of OpenMojiAlignment."""
     self._ranker = ranker
     self.prompts = [prompts[index] for index in _chosen(len(prompts), max_prompts, seed)]
 

@@ -92,7 +92,7 @@ class _Candidates:
   """Distinct pictures, each with the labels (names or tones) that it represents."""
 
   def __init__(self, pixels: UInt8[np.ndarray, 'pictures values'], labels: Sequence[Hashable]):
-    """Takes pictures and a label for each."""
+    """Stores the distinct pictures; `labels` has a label for each picture."""
     row_of: dict[bytes, int] = {}
     self._rows_of_label: dict[Hashable, list[int]] = collections.defaultdict(list)
     kept: list[int] = []

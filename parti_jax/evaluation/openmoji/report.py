@@ -192,7 +192,7 @@ class Report:
       f'Of {duplicates["pictures"]} real pictures, {duplicates["same_tone"]} are identical to '
       f'one of another name in the same tones, and {duplicates["same_name"]} to one of the same '
       'name in other tones: such a picture counts as right for both.',
-      *([distribution_report.NOTE] if any(split.distributions for split in self.splits) else []),
+      *distribution_report.notes(table for split in self.splits for table in split.distributions),
     ]
 
   def text(self) -> str:

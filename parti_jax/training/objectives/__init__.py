@@ -1,1 +1,1 @@
-"""What each network is trained for: batches in, losses out."""
+"""The training objective of each network: batches in, losses out."""

@@ -22,7 +22,7 @@ def resting_until(
   """Returns a discriminator's optimizer that skips all steps before `begins`.
 
   Args:
-    begins: the first step that it takes. Before it, its state doesn't change either.
+    begins: its first step. Before it, the optimizer's state doesn't change either.
     optimizer: an optax transformation; None for Adam with a learning rate of 1e-4.
   """
   optimizer = optimizer or optimizers.adamw(1e-4, beta1=0.0, weight_decay=0.0)
@@ -100,27 +100,17 @@ def r1_penalty(
 
 
 def adaptive_weight(
-  hidden: Float[Array, 'batch length embed'],
-  rest: Float[Array, 'batch length outputs'],
-  adversarial: Float[Array, 'batch length outputs'],
+  rest: Float[Array, '*kernel'], adversarial: Float[Array, '*kernel']
 ) -> Float[Array, '']:
   """VQGAN's weight of the adversarial loss (arXiv 2012.09841, equations 6 and 7).
 
-  It is the ratio of gradient norms at the last layer's kernel. The layer is linear, so its gradient
-  is the product of its input and the gradient of its output.
-
   Args:
-    hidden: the layer's input.
-    rest: gradient of the other losses with respect to the layer's output.
-    adversarial: gradient of the adversarial loss with respect to the layer's output.
+    rest: gradient of the other losses with respect to the kernel of the decoder's last layer.
+    adversarial: gradient of the adversarial loss with respect to it.
 
   Returns:
     ‖∇rest‖ / (‖∇adversarial‖ + 1e-6), float32 in [0, 10,000], without gradient.
   """
-
-  def norm(gradients: Float[Array, 'batch length outputs']) -> Float[Array, '']:
-    product = jnp.einsum('bli,blo->io', hidden.astype(jnp.float32), gradients.astype(jnp.float32))
-    return jnp.sqrt(jnp.sum(jnp.square(product)))
-
+  norm = lambda gradient: jnp.sqrt(jnp.sum(jnp.square(gradient)))
   ratio = norm(rest) / (norm(adversarial) + 1e-6)
   return jax.lax.stop_gradient(jnp.clip(ratio, 0.0, 1e4))

@@ -28,7 +28,7 @@ from parti_jax.training.objectives import frozen_tokenizer as frozen_tokenizer_l
 Params = dict[str, Any]
 # {feature: array [batch, ...]}.
 Batch = Mapping[str, Shaped[Array, 'batch ...']]
-# State that is carried from step to step besides parameters: {name: array or tree of arrays}.
+# State, other than parameters, that is carried between steps: {name: array or tree of arrays}.
 Statistics = dict[str, Any]
 # A function that draws images of a batch, and arrays that it needs. The function takes the
 # parameters, the batch and these arrays, and returns {name: images}.
@@ -55,7 +55,7 @@ class ModelConfig(Protocol):
 
 
 class Objective(abc.ABC):
-  """What a run trains: a network, its losses, its evaluation and its images.
+  """Defines what a run trains: a network, its losses, its evaluation and its images.
 
   The trainer, the training loop and `parti-jax plan` only use these members of an objective. The
   members that aren't abstract have defaults. JAX traces all methods that take arrays, except for

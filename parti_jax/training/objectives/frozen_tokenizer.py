@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
+import gin
 import jax
 import numpy as np
 from jaxtyping import Array
@@ -73,7 +74,7 @@ def sizes(
     of_trained: returns the config of the trained tokenizer.
 
   Returns:
-    The config of the trained tokenizer, or of gin if it isn't trained yet.
+    The config of the trained tokenizer, or of gin (`planned_config`) if it isn't trained yet.
 
   Raises:
     UserError: if there is a trained tokenizer that can't be read.
@@ -83,7 +84,16 @@ def sizes(
   except errors.UserError:
     if is_trained(path):
       raise
+    return planned_config()
+
+
+def planned_config() -> image_tokenizers.Config:
+  """Returns gin's TokenizerObjective.model; without one, a ViTVQGANConfig with gin's values."""
+  try:
+    reference = gin.query_parameter('TokenizerObjective.model')
+  except ValueError:
     return vit_vqgan.ViTVQGANConfig()
+  return reference.scoped_configurable_fn()
 
 
 def planned_params(model: image_tokenizers.Config) -> PyTree:
@@ -104,12 +114,15 @@ def load(path: str | os.PathLike, device: jax.Device | None = None) -> FrozenTok
       unfinished or damaged.
   """
   if storage.exists(storage.join(path, model_folder.CONFIG_FILE)):
-    config, params, made_with = model_folder.load_tokenizer(path)
-    return FrozenTokenizer(str(path), config, params, made_with.get('tokenizer'))
+    part = model_folder.load_part('tokenizer', path)
+    return FrozenTokenizer(str(path), part.config, part.params, part.made_with.get('tokenizer'))
   checkpoint = run_checkpoints.latest_checkpoint(path)
-  config = vit_vqgan.ViTVQGANConfig(**run_checkpoints.read_config(checkpoint, 'tokenizer'))
+  config = run_checkpoints.read_config(checkpoint, 'tokenizer')
   params = run_checkpoints.read_params(
-    checkpoint, vit_vqgan.ViTVQGAN(config), vit_vqgan.example_inputs(config), device
+    checkpoint,
+    image_tokenizers.module(config),
+    image_tokenizers.example_inputs(config),
+    device,
   )
   return FrozenTokenizer(str(path), config, params)
 

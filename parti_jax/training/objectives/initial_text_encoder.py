@@ -46,7 +46,7 @@ def imported_text_encoder(
   folder = checks.text('imported_text_encoder.folder', folder)
   config = model_folder.part_config('text_encoder', folder)
   given = {'text_length': text_length, 'dropout': dropout}
-  fields = checks.field_types(type(config))
+  fields = {field.name for field in dataclasses.fields(config)}
   return dataclasses.replace(
     config,
     **{name: value for name, value in given.items() if value is not None and name in fields},

@@ -92,7 +92,7 @@ def _read_file(path: str | os.PathLike) -> dict[str, np.ndarray]:
     # Which errors torch raises depends on where a file is damaged.
     reason = str(error).split('\n', maxsplit=1)[0]
     raise errors.UserError(
-      f'{path}: not a readable file of weights ({reason}); get it again as docs/tokenizer.md says'
+      f'{path}: not a readable file of weights ({reason}); download it again as docs/tokenizer.md describes'
     ) from error
 
 

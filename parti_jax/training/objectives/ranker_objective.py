@@ -83,7 +83,8 @@ class RankerObjective(base.Objective):
     contrastive_weight: weight of the contrastive loss (1 in CoCa, section 4.1).
     caption_weight: weight of the captioning loss (2 in CoCa).
     tokenizer: model_dir of an image tokenizer's run, to reconstruct some of the images with; None
-      for no reconstructions. Until it is trained, plans use gin's ViTVQGANConfig.
+      for no reconstructions. Until it is trained, plans use gin's
+      TokenizerObjective.model.
     reconstruct_every: one of this many images is reconstructed; must divide the batch size.
     shift: maximum random shift of an image, in pixels.
     noise: maximum standard deviation of the noise in pixels, whose values are in [0, 1].

@@ -46,7 +46,8 @@ class SuperResolutionObjective(base.Objective):
     model: config of the network.
     image_size: height and width of the targets, in pixels.
     tokenizer: model_dir of the image tokenizer's run, for images of the inputs' size; None to train
-      on averaged images only. Until it is trained, plans use gin's ViTVQGANConfig.
+      on averaged images only. Until it is trained, plans use gin's
+      TokenizerObjective.model.
     clean_share: share of the examples that aren't reconstructed by the tokenizer.
     crop: height and width of random crops of the inputs, in pixels; None for whole inputs.
     l2_weight: weight of the mean squared error (1.0 in ViT-VQGAN).

@@ -1,4 +1,4 @@
-"""The objective of the image tokenizer (ViT-VQGAN, section 3; Parti, section 2.1)."""
+"""The objective of image tokenizers (ViT-VQGAN, section 3; Parti, section 2.1)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array
-from jaxtyping import Bool
 from jaxtyping import Float
 from jaxtyping import Int
 from jaxtyping import Num
@@ -26,8 +25,8 @@ from parti_jax.core import errors
 from parti_jax.models import config_checks
 from parti_jax.models import discriminator as discriminator_lib
 from parti_jax.models import flops
+from parti_jax.models import image_tokenizers
 from parti_jax.models import lpips
-from parti_jax.models import quantizer
 from parti_jax.models import vit_vqgan
 from parti_jax.models.nn import layers
 from parti_jax.training import inputs as inputs_lib
@@ -36,8 +35,10 @@ from parti_jax.training.objectives import adversarial
 from parti_jax.training.objectives import base
 from parti_jax.training.objectives import frozen_tokenizer
 from parti_jax.training.objectives import lpips_weights
+from parti_jax.training.objectives import revival
 
-# The parts of the tokenizer's parameters; the objective may add a discriminator.
+# The parts of the tokenizer's parameters; the objective may add a discriminator. Some quantizers have
+# no parameters.
 PARTS = ('encoder', 'quantizer', 'decoder')
 # The cost of a step, in forward passes of one image. VGG16: both images forward, the reconstruction
 # also backward to its pixels. The discriminator: both images forward and backward, the
@@ -84,54 +85,19 @@ def psnr(
   return -10.0 * jnp.log10(jnp.maximum(error, 1e-10))
 
 
-def revive(
-  table: Float[Array, 'codebook code_dim'],
-  use: Float[Array, 'codebook'],
-  dead: Bool[Array, 'codebook'],
-  latents: Float[Array, 'batch tokens code_dim'],
-  rng: PRNGKeyArray,
-) -> tuple[Float[Array, 'codebook code_dim'], Float[Array, 'codebook']]:
-  """Sets dead codes to latents that are far from all codes.
-
-  The probability of a latent grows with its distance to the nearest code, as for the centers of
-  k-means++. With equal probabilities, most latents would be of blank patches, which already have
-  enough codes.
-
-  Args:
-    table: the codebook.
-    use: use of each code per batch.
-    dead: whether a code is dead.
-    latents: the latents of a batch.
-    rng: a key.
-
-  Returns:
-    The new codebook, and the use, which is 0.1 for each code that was set.
-  """
-  latents = quantizer.normalize(latents.reshape(-1, table.shape[1]))
-  nearest = jnp.max(latents @ quantizer.normalize(table).T, axis=-1)
-  chance = jnp.log(jnp.maximum(1.0 - nearest, 1e-6)) + jax.random.gumbel(
-    rng, nearest.shape, jnp.float32, mode='low'
-  )
-  count = min(table.shape[0], latents.shape[0])
-  chosen = latents[jax.lax.top_k(chance, count)[1]]
-  turn = jnp.cumsum(dead) - 1
-  revived = dead & (turn < count)
-  table = jnp.where(revived[:, None], chosen[jnp.clip(turn, 0, count - 1)], table)
-  return table, jnp.where(revived, 0.1, use)
-
-
 @config_checks.configurable
 @dataclasses.dataclass(frozen=True)
 class TokenizerObjective(base.Objective):
   """The image tokenizer's losses, code statistics and images.
 
   Attributes:
-    model: config of the tokenizer.
+    model: config of the tokenizer, of a kind in `image_tokenizers.KINDS`.
     l2_weight: weight of the mean squared error (1.0 in ViT-VQGAN).
     coarse_l2_weight: weight of the mean squared error between images averaged over squares of 4×4
       pixels. It isn't in the papers. It keeps the colors of flat areas right in images where
       outlines dominate the l2 loss.
-    logit_laplace_weight: weight of the logit-laplace loss (0.1 in ViT-VQGAN).
+    logit_laplace_weight: weight of the logit-laplace loss (0.1 in ViT-VQGAN). It must be 0 if the
+      network predicts pixels without a scale.
     least_log_scale: minimum of the logit-laplace distribution's log scale. If it is low and images
       have flat areas of one color, tiny errors there dominate the gradient.
     quantizer_weight: weight of the quantizer's loss.
@@ -151,7 +117,8 @@ class TokenizerObjective(base.Objective):
       (0.999 in ViT-VQGAN); 0 for no average. `state.update_average` computes it.
     quantize_from: the first step that quantizes. Before it, the decoder gets the latents, so that
       they are useful when the first codes are taken from them.
-    revive_every: steps between revivals of dead codes (`revive`); 0 for never.
+    revive_every: steps between revivals of dead codes (`revival.revive`); 0 for never. It must be 0 if the
+      quantizer doesn't search a table for the nearest code.
     revive_until: no revivals from this step on, so that the codes converge.
     dead_below: a code is dead if its use per batch, averaged over about 50 steps, is below this.
     frozen: parts of the tokenizer that aren't trained. ('encoder', 'quantizer') is the second phase,
@@ -161,7 +128,7 @@ class TokenizerObjective(base.Objective):
       random parameters (Parti, section 2.1).
   """
 
-  model: vit_vqgan.ViTVQGANConfig
+  model: image_tokenizers.TrainableConfig
   l2_weight: float = 1.0
   coarse_l2_weight: float = 0.0
   logit_laplace_weight: float = 0.1
@@ -204,6 +171,7 @@ class TokenizerObjective(base.Objective):
       (0, None),
     )
     config_checks.check_fields(self, **not_negative)
+    self._check_model()
     unknown = set(self.frozen) - set(PARTS)
     if unknown:
       raise errors.UserError(
@@ -220,17 +188,41 @@ class TokenizerObjective(base.Objective):
       raise errors.UserError(
         f'TokenizerObjective.perceptual_weight: LPIPS needs images of at least '
         f'{lpips.LEAST_SIZE} pixels; '
-        f'set it to 0 with ViTVQGANConfig.image_size={self.model.image_size}'
+        f'set it to 0 with {type(self.model).__name__}.image_size={self.model.image_size}'
+      )
+
+  def _check_model(self) -> None:
+    """Raises UserError unless the model's kind can be trained with these settings."""
+    try:
+      training = image_tokenizers.training(self.model)
+    except errors.UserError as error:
+      raise errors.UserError(f'TokenizerObjective.model: {error}') from error
+    kind = type(self.model).__name__
+    if self.logit_laplace_weight and not self.model.predicts_scale:
+      raise errors.UserError(
+        f'TokenizerObjective.logit_laplace_weight={self.logit_laplace_weight}: this {kind} predicts '
+        "pixels without a scale; set it to 0, or VQGANConfig.output to 'logit_laplace'"
+      )
+    if self.revive_every and self.model.code_distance is None:
+      raise errors.UserError(
+        f'TokenizerObjective.revive_every={self.revive_every}: the quantizer of this {kind} does '
+        'not search a table for the nearest code, so no codes can be revived; set it to 0'
+      )
+    adaptive = self.adversarial_weight and self.adversarial_adaptive
+    if adaptive and training.last_kernel_gradient is None:
+      raise errors.UserError(
+        f'TokenizerObjective.adversarial_adaptive: not supported for {kind}; set it to False'
       )
 
   name = 'tokenizer'
 
   @property
   def batch_dependent_terms(self) -> tuple[str, ...]:
+    own = self.model.batch_dependent_terms if self.quantizer_weight else ()
     if not self.adversarial_weight:
-      return ()
+      return own
     weight = ('adaptive weight of the adversarial loss',) if self.adversarial_adaptive else ()
-    return (*adversarial.batch_dependent_terms(self.discriminator), *weight)
+    return (*own, *adversarial.batch_dependent_terms(self.discriminator), *weight)
 
   def feature_lengths(self) -> dict[str, int]:
     return {'images': self.model.image_size}
@@ -241,8 +233,8 @@ class TokenizerObjective(base.Objective):
 
   def init(self, rng: PRNGKeyArray) -> base.Params:
     """Returns random parameters: PARTS, and 'discriminator' if there is one."""
-    module = vit_vqgan.ViTVQGAN(self.model)
-    images = vit_vqgan.example_inputs(self.model)
+    module = image_tokenizers.module(self.model)
+    images = image_tokenizers.example_inputs(self.model)
     params = module.init(rng, *images)['params']
     if self.adversarial_weight:
       judge = discriminator_lib.Discriminator(self.discriminator)
@@ -265,20 +257,15 @@ class TokenizerObjective(base.Objective):
     if self.first_phase is None:
       return {}
     first = frozen_tokenizer.load(self.first_phase)
-    theirs, ours = dataclasses.asdict(first.config), dataclasses.asdict(self.model)
-    of_decoder = [name for name in ours if name.startswith('decoder_')]
-    taken: tuple[str, ...] = PARTS
-    if any(theirs[name] != ours[name] for name in of_decoder):
-      taken = ('encoder', 'quantizer')
-    wanted = {
-      'stage': self.name,
-      'config': {name: value for name, value in ours.items() if name not in of_decoder},
-    }
+    theirs = run_checkpoints.description(self.name, first.config)
+    ours = run_checkpoints.description(self.name, self.model)
+    of_decoder = image_tokenizers.training(self.model).decoder_fields
+    encoders = {name: value for name, value in ours['config'].items() if name not in of_decoder}
     run_checkpoints.check_same_model(
-      f'TokenizerObjective.first_phase={self.first_phase}',
-      {'stage': self.name, 'config': theirs},
-      wanted,
+      f'TokenizerObjective.first_phase={self.first_phase}', theirs, ours | {'config': encoders}
     )
+    same = all(theirs['config'][name] == ours['config'][name] for name in of_decoder)
+    taken = [name for name in first.params if same or name != 'decoder']
     return run_checkpoints.put_like(
       {name: first.params[name] for name in taken}, {name: abstract_params[name] for name in taken}
     )
@@ -305,10 +292,10 @@ class TokenizerObjective(base.Objective):
     return {'perceptual': lpips.abstract_params()}
 
   def initial_statistics(self) -> base.Statistics:
-    """Returns the state that is carried from step to step besides parameters.
+    """Returns the state, other than parameters, that is carried from step to step.
 
     Returns:
-      'code_use', float32 [codebook]: use of each code per batch, averaged over steps. It begins at
+      'code_use', float32 [codebook]: use of each code per batch, averaged over steps. It starts at
       0, so that with revival the first codes are latents of the first batch that is quantized.
       With a discriminator, 'r1', float32 []: the last penalty. With `ema`, 'average', float32: the
       moving average of the tokenizer's parameters.
@@ -319,7 +306,8 @@ class TokenizerObjective(base.Objective):
     if self.ema:
       params = nn.meta.unbox(jax.eval_shape(self.init, jax.random.key(0)))
       statistics['average'] = jax.tree.map(
-        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), {name: params[name] for name in PARTS}
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+        {name: params[name] for name in PARTS if name in params},
       )
     return statistics
 
@@ -345,18 +333,22 @@ class TokenizerObjective(base.Objective):
     """
     del dropout_keys
     images = batch['images'].astype(jnp.float32) / 255.0
-    out, sown = vit_vqgan.ViTVQGAN(self.model).apply(
+    apply: Callable[..., Any] = image_tokenizers.module(self.model).apply
+    out, sown = apply(
       {'params': params}, images, step >= self.quantize_from, mutable=['intermediates']
     )
+    drawn = {name: out[name] for name in ('mean', 'log_scale', 'pixels') if name in out}
     quantizer_loss = jnp.where(step >= self.quantize_from, out['quantizer_loss'], 0.0)
-    loss, metrics = self._reconstruction_loss(params, images, out['mean'], out['log_scale'])
+    loss, metrics = self._reconstruction_loss(params, images, drawn)
     loss = loss + self.quantizer_weight * quantizer_loss
     metrics['quantizer_loss'] = out['quantizer_loss']
     of_discriminator: Array | float = 0.0
     if self.adversarial_weight:
-      (hidden,) = sown['intermediates']['decoder']['last_hidden']
+      hidden = None
+      if self.adversarial_adaptive:
+        (hidden,) = sown['intermediates']['decoder']['last_hidden']
       of_tokenizer, of_discriminator, more = self._adversarial_losses(
-        params, images, out, hidden, step
+        params, images, drawn, hidden, step
       )
       loss = loss + of_tokenizer
       metrics |= more
@@ -370,16 +362,18 @@ class TokenizerObjective(base.Objective):
     self,
     params: base.Params,
     images: Float[Array, 'batch height width 3'],
-    mean: Float[Array, 'batch height width 3'],
-    log_scale: Float[Array, 'batch height width 3'],
+    drawn: Mapping[str, Float[Array, 'batch height width 3']],
   ) -> tuple[Float[Array, ''], dict[str, Float[Array, '']]]:
     """Returns the weighted sum of the losses of reconstructions, and metrics."""
-    reconstructions = vit_vqgan.to_pixels(mean)
+    reconstructions = _pixels(drawn)
     metrics = {
       'l2': jnp.mean(jnp.square(reconstructions - images)),
       'coarse_l2': jnp.mean(jnp.square(_coarse(reconstructions) - _coarse(images))),
-      'logit_laplace': jnp.mean(logit_laplace_loss(images, mean, log_scale, self.least_log_scale)),
     }
+    if 'log_scale' in drawn:
+      metrics['logit_laplace'] = jnp.mean(
+        logit_laplace_loss(images, drawn['mean'], drawn['log_scale'], self.least_log_scale)
+      )
     if self.perceptual_weight:
       apply: Callable[..., Any] = lpips.LPIPS().apply
       metrics['perceptual'] = jnp.mean(
@@ -392,8 +386,8 @@ class TokenizerObjective(base.Objective):
     self,
     params: base.Params,
     images: Float[Array, 'batch height width 3'],
-    out: Mapping[str, Array],
-    hidden: Float[Array, 'batch tokens embed'],
+    drawn: Mapping[str, Float[Array, 'batch height width 3']],
+    hidden: Float[Array, 'batch *places embed'] | None,
     step: Int[Array, ''],
   ) -> tuple[Float[Array, ''], Float[Array, ''], dict[str, Float[Array, '']]]:
     """Returns the weighted adversarial loss, the discriminator's loss, and metrics.
@@ -403,10 +397,10 @@ class TokenizerObjective(base.Objective):
 
     def losses():
       of_tokenizer, of_discriminator, metrics = adversarial.losses(
-        self.discriminator, params['discriminator'], images, vit_vqgan.to_pixels(out['mean'])
+        self.discriminator, params['discriminator'], images, _pixels(drawn)
       )
       weight = self.adversarial_weight * (
-        self._adaptive_weight(params, images, out, hidden) if self.adversarial_adaptive else 1.0
+        1.0 if hidden is None else self._adaptive_weight(params, images, drawn, hidden)
       )
       penalty = jax.lax.cond(
         step % self.r1_every == 0,
@@ -433,25 +427,21 @@ class TokenizerObjective(base.Objective):
     self,
     params: base.Params,
     images: Float[Array, 'batch height width 3'],
-    out: Mapping[str, Array],
-    hidden: Float[Array, 'batch tokens embed'],
+    drawn: Mapping[str, Float[Array, 'batch height width 3']],
+    hidden: Float[Array, 'batch *places embed'],
   ) -> Float[Array, '']:
     """Returns VQGAN's ratio of gradient norms at the decoder's last layer."""
-    stop = jax.lax.stop_gradient
-    params, mean, log_scale = stop((params, out['mean'], out['log_scale']))
-    rest = jax.grad(
-      lambda *outputs: self._reconstruction_loss(params, images, *outputs)[0], argnums=(0, 1)
-    )(mean, log_scale)
-    of_mean = jax.grad(
-      lambda mean: adversarial.losses(
-        self.discriminator, params['discriminator'], images, vit_vqgan.to_pixels(mean)
+    params, drawn, hidden = jax.lax.stop_gradient((params, drawn, hidden))
+    rest = jax.grad(lambda drawn: self._reconstruction_loss(params, images, drawn)[0])(drawn)
+    of_adversary = jax.grad(
+      lambda drawn: adversarial.losses(
+        self.discriminator, params['discriminator'], images, _pixels(drawn)
       )[0]
-    )(mean)
-    patches = lambda *parts: vit_vqgan.to_patches(
-      jnp.concatenate(parts, axis=-1), self.model.patch_size
-    )
+    )(drawn)
+    of_kernel = image_tokenizers.training(self.model).last_kernel_gradient
+    assert of_kernel is not None  # `_check_model` made sure of it.
     return adversarial.adaptive_weight(
-      stop(hidden), patches(*rest), patches(of_mean, jnp.zeros_like(of_mean))
+      of_kernel(self.model, hidden, rest), of_kernel(self.model, hidden, of_adversary)
     )
 
   def weight(self, batch: base.Batch) -> Float[Array, '']:
@@ -489,8 +479,12 @@ class TokenizerObjective(base.Objective):
       since = step - self.quantize_from
       now = (since >= 0) & (since % self.revive_every == 0) & (step < self.revive_until)
       table = params['quantizer']['codebook']['table']
+      distance = self.model.code_distance
+      assert distance is not None  # `_check_model` made sure of it.
       table, use = jax.lax.cond(
-        now, lambda: revive(table, use, dead, aux['latents'], rng), lambda: (table, use)
+        now,
+        lambda: revival.revive(table, use, dead, aux['latents'], rng, distance),
+        lambda: (table, use),
       )
       revived = jnp.any(table != params['quantizer']['codebook']['table'], axis=1)
       params = params | {'quantizer': {'codebook': {'table': table}}}
@@ -501,7 +495,10 @@ class TokenizerObjective(base.Objective):
       metrics['r1'] = statistics['r1']
     if self.ema:
       average = state_lib.update_average(
-        statistics['average'], {name: params[name] for name in PARTS}, step, self.ema
+        statistics['average'],
+        {name: params[name] for name in statistics['average']},
+        step,
+        self.ema,
       )
       if revived is not None:  # The averages of revived codes start again.
         old = average['quantizer']['codebook']['table']
@@ -556,7 +553,8 @@ class TokenizerObjective(base.Objective):
 
   def step_flops(self, batch_size: int) -> int:
     """Returns a step's model FLOPs, without those of the R1 penalty."""
-    size, total = self.model.image_size, 3 * flops.tokenizer_forward(self.model)
+    size = self.model.image_size
+    total = 3 * image_tokenizers.training(self.model).forward_flops(self.model)
     if self.perceptual_weight:
       total += PERCEPTUAL_PASSES * flops.vgg16_forward(size)
     if self.adversarial_weight:
@@ -566,12 +564,19 @@ class TokenizerObjective(base.Objective):
   def _reconstruct(
     self, params: base.Params, images: Float[Array, 'batch height width 3']
   ) -> tuple[Int[Array, 'batch tokens'], Float[Array, 'batch height width 3']]:
-    apply: Callable[..., Any] = vit_vqgan.ViTVQGAN(self.model).apply
+    apply: Callable[..., Any] = image_tokenizers.module(self.model).apply
     tokens = apply({'params': params}, images, method='tokenize')
     return tokens, apply({'params': params}, tokens, method='detokenize')
 
   def _count(self, tokens: Int[Array, 'batch tokens']) -> Float[Array, 'codebook']:
     return jnp.zeros((self.model.codebook_size,), jnp.float32).at[tokens.reshape(-1)].add(1.0)
+
+
+def _pixels(
+  drawn: Mapping[str, Float[Array, 'batch height width 3']],
+) -> Float[Array, 'batch height width 3']:
+  """Returns the reconstructions that a tokenizer's results describe, not clipped to [0, 1]."""
+  return drawn['pixels'] if 'pixels' in drawn else vit_vqgan.to_pixels(drawn['mean'])
 
 
 def _coarse(

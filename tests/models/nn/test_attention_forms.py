@@ -50,7 +50,11 @@ def _expected(name):
   'form, names',
   [
     (functools.partial(attention.attend_blockwise, block=96), ['global_16x16', 'conv_8x32']),
-    (functools.partial(attention.attend_fused, interpret=True), PATTERNS),
+    pytest.param(
+      functools.partial(attention.attend_fused, interpret=True),
+      PATTERNS,
+      marks=pytest.mark.interpret,
+    ),
     (attention.attend_rows, ['row_8x32']),
     (attention.attend_columns, ['column_32x8']),
   ],
@@ -63,6 +67,7 @@ def test_all_forms_agree(form, names):
       np.testing.assert_allclose(b, a, atol=2e-5 * np.abs(a).max(), err_msg=name)
 
 
+@pytest.mark.interpret
 @pytest.mark.parametrize('name', ['conv_8x32', 'column_32x8'])
 def test_the_fused_form_agrees_on_a_mesh(name):
   fused = functools.partial(attention.attend_fused, pattern=PATTERNS[name], interpret=True)

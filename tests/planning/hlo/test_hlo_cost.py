@@ -64,6 +64,7 @@ def stacked(x, kernels):
   return jax.lax.scan(body, x, kernels)[0]
 
 
+@pytest.mark.tpu_compile
 @pytest.mark.parametrize('devices', ['cpu_devices', 'tpu_devices'])
 def test_products_in_nested_loops(devices, request):
   mesh = mesh_of(request.getfixturevalue(devices))
@@ -74,6 +75,7 @@ def test_products_in_nested_loops(devices, request):
   assert costs.product_flops == 2 * TURNS * 2 * (ROWS // 2) * WIDTH * WIDTH
 
 
+@pytest.mark.tpu_compile
 @pytest.mark.parametrize('devices', ['cpu_devices', 'tpu_devices'])
 @pytest.mark.parametrize(
   'formula, left, right, flops',
@@ -94,6 +96,7 @@ def test_products_of_all_forms(devices, request, formula, left, right, flops):
   assert costs.product_flops == flops
 
 
+@pytest.mark.tpu_compile
 @pytest.mark.parametrize('devices', ['cpu_devices', 'tpu_devices'])
 def test_the_collectives_of_two_sharded_products(devices, request):
   mesh = mesh_of(request.getfixturevalue(devices))
@@ -117,6 +120,7 @@ def test_the_collectives_of_two_sharded_products(devices, request):
   assert costs.product_flops == 2 * 2 * (ROWS // 2) * WIDTH * 2 * WIDTH
 
 
+@pytest.mark.tpu_compile
 @pytest.mark.parametrize('devices', ['cpu_devices', 'tpu_devices'])
 def test_collectives_in_a_loop_count_for_each_iteration(devices, request):
   mesh = mesh_of(request.getfixturevalue(devices))
@@ -175,6 +179,7 @@ def test_explicit_collectives(cpu_devices):
   ]
 
 
+@pytest.mark.tpu_compile
 def test_bytes_of_a_product_on_a_tpu(tpu_devices):
   mesh = Mesh(np.array(tpu_devices[:1]), ('data',))
   side = 8192  # Too large for the chip's own memory.
@@ -184,6 +189,7 @@ def test_bytes_of_a_product_on_a_tpu(tpu_devices):
   assert costs.hbm_bytes == pytest.approx(3 * 2 * side * side, rel=0.01)
 
 
+@pytest.mark.tpu_compile
 def test_a_slice_of_a_stack_counts_as_the_slice(tpu_devices):
   mesh = Mesh(np.array(tpu_devices[:1]), ('data',))
   side, layers = 4096, 8
@@ -198,6 +204,7 @@ def test_a_slice_of_a_stack_counts_as_the_slice(tpu_devices):
   assert costs.product_flops == 2 * 128 * side * side * layers
 
 
+@pytest.mark.tpu_compile
 def test_an_update_in_place_counts_as_the_update(tpu_devices):
   mesh = Mesh(np.array(tpu_devices[:1]), ('data',))
   shape = (64, 2048, 2048)

@@ -1,0 +1,381 @@
+"""The parts whose public weights `parti-jax import` reads, and how files of each format are read.
+
+PARTS is the table of them. A new part or format is one entry.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import os
+import sys
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Mapping
+from typing import Any
+from typing import NamedTuple
+
+from parti_jax.core import checks
+from parti_jax.core import storage
+from parti_jax.core.errors import UserError
+from parti_jax.data import text_tokenizer
+from parti_jax.data import vocabulary
+from parti_jax.exported_model import preprocessing
+from parti_jax.importers import clip
+from parti_jax.importers import files
+from parti_jax.importers import key_map
+from parti_jax.importers import siglip
+from parti_jax.importers import t5
+from parti_jax.importers import tokenizer_files
+from parti_jax.importers import vqgan
+from parti_jax.sampling import ranking
+
+# Flags that only some formats take.
+FLAGS = (
+  'image_size',
+  'pixel_range',
+  'vocabulary',
+  'config',
+  'preprocessor',
+  'activation',
+  'text_length',
+)
+# Id of the unknown piece in Gemma's SentencePiece model; in other models it is 2.
+_GEMMA_UNKNOWN = 3
+# Rows of T5's tables of pieces beyond their vocabularies.
+_T5_SPARE_ROWS = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+  """What the user gives.
+
+  Attributes:
+    weights: the files of weights.
+    file_format: the name of the format.
+    flags: {name in FLAGS: its value, or None}.
+    config: content of the weights' config file; None if there is none.
+    preprocessor: content of their preprocessor_config.json; None if there is none.
+  """
+
+  weights: files.Weights
+  file_format: str
+  flags: Mapping[str, Any]
+  config: Mapping[str, Any] | None = None
+  preprocessor: Mapping[str, Any] | None = None
+
+  @property
+  def arrays(self) -> Mapping[str, key_map.StoredArray]:
+    """{name: array in the files}."""
+    return self.weights.arrays
+
+
+class TokenizerFile(NamedTuple):
+  """A text tokenizer for a folder.
+
+  Attributes:
+    content: of its file.
+    lower_case: whether texts become lower case before it sees them.
+  """
+
+  content: bytes
+  lower_case: bool = False
+
+
+class Tokenizer(NamedTuple):
+  """The text tokenizer that belongs to the weights of a format.
+
+  Attributes:
+    files: the public files that may be given, for messages.
+    read: makes a TokenizerFile from the path that is given.
+    check: raises UserError unless an opened tokenizer fits a config.
+  """
+
+  files: str
+  read: Callable[[str], TokenizerFile]
+  check: Callable[[text_tokenizer.TextTokenizer, Any], None]
+
+
+class Format(NamedTuple):
+  """How files of a format are read.
+
+  Attributes:
+    config_of: makes the network's config.
+    key_map: says which arrays make which parameters, from the config.
+    ignored: regular expressions of names that the network does not need.
+    flags: names in FLAGS of the flags that the format takes.
+    tokenizer: the network's text tokenizer; None if it has none.
+    preprocessing: says how pictures become the network's input, from the config.
+    config_file: name of the file that is read for `Given.config`, if it lies next to the weights.
+  """
+
+  config_of: Callable[[Given], Any]
+  key_map: Callable[[Given, Any], key_map.KeyMap]
+  ignored: Callable[[Given], Iterable[str]]
+  flags: tuple[str, ...] = ()
+  tokenizer: Tokenizer | None = None
+  preprocessing: Callable[[Given, Any], preprocessing.Preprocessing | None] = lambda *_: None
+  config_file: str | None = None
+
+
+class Part(NamedTuple):
+  """A part, named as in `model_folder.NETWORKS`.
+
+  Attributes:
+    formats: its formats by their names.
+    described: describes a network for the user, from its config and its number of parameters.
+    use: how the folder is used; {} stands for the folder.
+  """
+
+  formats: Mapping[str, Format]
+  described: Callable[[Any, int], str]
+  use: str
+
+
+def find(args: argparse.Namespace) -> Format:
+  """Returns the format that the flags name.
+
+  Raises:
+    UserError: if the format is of another part, or a flag doesn't apply to it.
+  """
+  formats, name = PARTS[args.part].formats, args.part.replace('_', ' ')
+  if args.format not in formats:
+    raise UserError(
+      f'--format={args.format} is not a format of a {name}: choose from {", ".join(formats)}'
+    )
+  found = formats[args.format]
+  for flag in FLAGS:
+    if getattr(args, flag) is not None and flag not in found.flags:
+      raise UserError(f'--{flag} does not apply to --format={args.format}')
+  if found.tokenizer and args.vocabulary is None:
+    raise UserError(
+      f"--vocabulary is required: the file of the {name}'s text tokenizer, {found.tokenizer.files}"
+    )
+  return found
+
+
+def open_files(args: argparse.Namespace, found: Format) -> Given:
+  """Opens the files that the flags name.
+
+  Raises:
+    UserError: if a file is missing, damaged or of another format.
+  """
+  weights = files.open_weights(args.files)
+  config = _json_file(args.config, found.config_file, weights)
+  name = 'preprocessor_config.json' if 'preprocessor' in found.flags else None
+  preprocessor = _json_file(args.preprocessor, name, weights)
+  flags = {flag: getattr(args, flag) for flag in FLAGS}
+  return Given(weights, args.format, flags, config, preprocessor)
+
+
+def _json_file(
+  path: str | None, name: str | None, weights: files.Weights
+) -> Mapping[str, Any] | None:
+  """Reads a JSON file: the given one, or the one of this name next to the weights."""
+  if path is None and name is not None:
+    path = os.path.join(os.path.dirname(weights.files[0]), name)
+    if not os.path.isfile(path):
+      return None
+    print(f'parti-jax: using {path}', file=sys.stderr)
+  if path is None:
+    return None
+  try:
+    found = storage.read_json(path)
+  except (OSError, ValueError) as error:
+    raise UserError(f'{path} cannot be read ({error})') from error
+  if not isinstance(found, dict):
+    raise UserError(f'{path} is {checks.shown_as_json(found)} instead of a JSON object')
+  return found
+
+
+def _vqgan_config(given: Given):
+  size, pixel_range = given.flags['image_size'], given.flags['pixel_range']
+  return vqgan.config_of(
+    given.arrays,
+    given.file_format,
+    256 if size is None else size,
+    None if pixel_range is None else tuple(pixel_range),
+  )
+
+
+def _described_tokenizer(config, count: int) -> str:
+  rows, columns = config.grid
+  return (
+    f'an image tokenizer of {count:,} parameters, {config.codebook_size:,} codes, '
+    f'{rows}×{columns} tokens for images of {config.image_size}×{config.image_size} pixels'
+  )
+
+
+def _clip_config(given: Given, layout: str, activation: str | None = None):
+  found = clip.layout(given.arrays)
+  if found != layout:
+    hint = '; give --format=open_clip' if found == 'open_clip' else '; give --format=clip'
+    raise UserError(f'the weights have the names of {found}, not those of {layout}{hint}')
+  activation = activation or given.flags['activation']
+  return clip.config_of(given.arrays, given.config, given.preprocessor, activation)
+
+
+def _clip_preprocessing(given: Given, config) -> preprocessing.Preprocessing:
+  return clip.preprocessing_of(given.arrays, config, given.config, given.preprocessor)
+
+
+def _siglip_tokenizer(path: str) -> TokenizerFile:
+  """Reads Gemma's tokenizer.json, its folder, or Gemma's SentencePiece model."""
+  if os.path.isdir(path) or text_tokenizer.read_file(path).lstrip()[:1] == b'{':
+    return TokenizerFile(tokenizer_files.of_siglip_2(path))
+  found = vocabulary.TextVocabulary(path)
+  if found.unknown_id != _GEMMA_UNKNOWN:
+    raise UserError(
+      f"{path} isn't Gemma's SentencePiece model, which SigLIP 2 uses: its unknown piece has the "
+      f'id {found.unknown_id} instead of {_GEMMA_UNKNOWN}. SigLIP of 2023 has another vocabulary '
+      'and is not read'
+    )
+  return TokenizerFile(text_tokenizer.read_file(path), lower_case=True)
+
+
+def _check_ranker_tokenizer(tokenizer: text_tokenizer.TextTokenizer, config) -> None:
+  if tokenizer.size < config.text_vocabulary:
+    raise UserError(
+      f'{tokenizer.path} has {tokenizer.size} pieces, but the weights are of '
+      f'{config.text_vocabulary}; it belongs to another network'
+    )
+  ranking.check_tokenizer(tokenizer, config)
+
+
+def _described_ranker(config, count: int) -> str:
+  return (
+    f'a ranker of {count:,} parameters, vectors of {config.feature_dim}, images of '
+    f'{config.image_size}×{config.image_size} pixels, {config.text_length} text tokens'
+  )
+
+
+def _t5_config(given: Given):
+  config = t5.config_of(given.arrays, given.config)
+  length = given.flags['text_length']
+  return config if length is None else dataclasses.replace(config, text_length=length)
+
+
+def _check_t5_tokenizer(tokenizer: text_tokenizer.TextTokenizer, config) -> None:
+  # Tables have more rows than their vocabularies have pieces, by 128 at most.
+  if not config.text_vocabulary - _T5_SPARE_ROWS <= tokenizer.size <= config.text_vocabulary:
+    raise UserError(
+      f'{tokenizer.path} has {tokenizer.size} pieces, but the weights are of '
+      f'{config.text_vocabulary}; it belongs to another network'
+    )
+
+
+def _check_clip_text_tokenizer(tokenizer: text_tokenizer.TextTokenizer, config) -> None:
+  ids, _ = tokenizer.encode('a', config.text_length)
+  if tokenizer.size != config.text_vocabulary or config.end_id not in ids:
+    raise UserError(
+      f'{tokenizer.path} has {tokenizer.size} pieces, and "a" becomes {ids[:4].tolist()}; the '
+      f'weights are of {config.text_vocabulary} pieces with {config.end_id} at the end of a text; '
+      'it belongs to another network'
+    )
+
+
+def _described_text_encoder(config, count: int) -> str:
+  return (
+    f'a text encoder of {count:,} parameters, {config.layers} layers of width {config.width}, '
+    f'{config.text_length} text tokens'
+  )
+
+
+_CLIP_TOKENIZER = Tokenizer(
+  "OpenAI CLIP's tokenizer.json, or a folder with its vocab.json and merges.txt",
+  lambda path: TokenizerFile(tokenizer_files.of_clip(path)),
+  _check_ranker_tokenizer,
+)
+
+
+def _clip_format(config_of: Callable[[Given], Any], **others: Any) -> Format:
+  settings: dict[str, Any] = {
+    'flags': ('vocabulary', 'config', 'activation'),
+    'preprocessing': _clip_preprocessing,
+  } | others
+  return Format(
+    config_of,
+    lambda given, config: clip.key_map(config, given.arrays),
+    lambda given: clip.IGNORED,
+    tokenizer=_CLIP_TOKENIZER,
+    **settings,
+  )
+
+
+PARTS: Mapping[str, Part] = {
+  'tokenizer': Part(
+    {
+      name: Format(
+        _vqgan_config,
+        lambda given, config: vqgan.key_map(config, given.arrays, given.file_format),
+        lambda given: vqgan.ignored(given.arrays, given.file_format),
+        flags=('image_size', 'pixel_range'),
+      )
+      for name in vqgan.FORMATS
+    },
+    _described_tokenizer,
+    '--tokenizer={} of `parti-jax tokenize` and `parti-jax export`',
+  ),
+  'ranker': Part(
+    {
+      'clip': _clip_format(
+        functools.partial(_clip_config, layout='transformers'),
+        flags=('vocabulary', 'config', 'preprocessor', 'activation'),
+        config_file='config.json',
+      ),
+      'open_clip': _clip_format(
+        functools.partial(_clip_config, layout='open_clip'), config_file='open_clip_config.json'
+      ),
+      'hpsv2': _clip_format(
+        functools.partial(_clip_config, layout='open_clip', activation='gelu'),
+        flags=('vocabulary',),
+        preprocessing=lambda *_: preprocessing.Preprocessing(fit='pad'),
+      ),
+      'siglip2': Format(
+        lambda given: siglip.config_of(given.arrays, given.config, given.preprocessor),
+        lambda given, config: siglip.key_map(config, given.arrays),
+        lambda given: siglip.IGNORED,
+        flags=('vocabulary', 'config', 'preprocessor'),
+        tokenizer=Tokenizer(
+          "SigLIP 2's tokenizer.json, or Gemma's tokenizer.model",
+          _siglip_tokenizer,
+          _check_ranker_tokenizer,
+        ),
+        preprocessing=lambda given, config: siglip.preprocessing_of(given.preprocessor, config),
+        config_file='config.json',
+      ),
+    },
+    _described_ranker,
+    '--ranker={} of `parti-jax generate`, `prompts`, `evaluate` and `export`',
+  ),
+  'text_encoder': Part(
+    {
+      't5': Format(
+        _t5_config,
+        lambda given, config: t5.key_map(config, given.arrays),
+        lambda given: t5.IGNORED,
+        flags=('vocabulary', 'config', 'text_length'),
+        tokenizer=Tokenizer(
+          "its spiece.model or tokenizer.json; of t5x's checkpoints T5's sentencepiece.model",
+          lambda path: TokenizerFile(text_tokenizer.read_file(path)),
+          _check_t5_tokenizer,
+        ),
+        config_file='config.json',
+      ),
+      'clip': Format(
+        lambda given: clip.text_config_of(given.arrays, given.config, given.flags['activation']),
+        lambda given, config: clip.text_key_map(config, given.arrays),
+        lambda given: clip.IGNORED_BY_TEXT,
+        flags=('vocabulary', 'config', 'activation'),
+        tokenizer=Tokenizer(
+          _CLIP_TOKENIZER.files, _CLIP_TOKENIZER.read, _check_clip_text_tokenizer
+        ),
+        config_file='config.json',
+      ),
+    },
+    _described_text_encoder,
+    '--gin_file=models/imported_text_encoder.gin --gin.TEXT_ENCODER="\'{}\'" of `parti-jax train`',
+  ),
+}
+FORMATS = tuple(dict.fromkeys(name for part in PARTS.values() for name in part.formats))

@@ -1,0 +1,171 @@
+"""The page on new parts: its tokenizer goes through all commands, as the page says."""
+
+import importlib
+import json
+import pathlib
+import re
+import shlex
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from parti_jax.checkpoints import checkpoint_manager
+from parti_jax.checkpoints import run_checkpoints
+from parti_jax.cli import main
+from parti_jax.core import gin_config
+from parti_jax.core.errors import UserError
+from parti_jax.data import datasets  # noqa: F401
+from parti_jax.exported_model import model_folder
+from parti_jax.models import coca
+from parti_jax.models import image_tokenizers
+from parti_jax.partitioning import mesh as mesh_lib
+from parti_jax.training import configurables  # noqa: F401
+from parti_jax.training import optimizers
+from parti_jax.training import trainer as trainer_lib
+from parti_jax.training.objectives import frozen_tokenizer
+from parti_jax.training.objectives import ranker_objective
+
+PAGE = pathlib.Path(__file__).parents[1] / 'docs' / 'new_part.md'
+COUNT = 12
+# Command -> flags that make it quick.
+QUICK = {
+  'train': ['--gin.train.steps=2', '--gin.train.pictures_every=0'],
+  'generate': ['--num_images=1'],
+}
+
+
+def _blocks(language):
+  text = PAGE.read_text(encoding='utf-8')
+  return re.findall(rf'^```{language}\n(.*?)^```', text, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def palette(tmp_path, monkeypatch):
+  """The page's module, not imported yet, in the working folder."""
+  (code,) = _blocks('python')
+  (tmp_path / 'palette.py').write_text(code)
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.syspath_prepend(tmp_path)
+  yield tmp_path
+  sys.modules.pop('palette', None)
+  image_tokenizers._kinds.pop('palette', None)
+  image_tokenizers._configs.pop('palette', None)
+  gin_config.parse([], [])
+
+
+def _write_pictures(folder):
+  """Pictures of one color each, with captions as `tokenize` reads them and in MS-COCO's form."""
+  folder.mkdir()
+  lines, coco = [], {'images': [], 'annotations': []}
+  for index in range(COUNT):
+    color = np.random.default_rng(index).integers(0, 256, 3).astype(np.uint8)
+    file, caption = f'{index}.png', f'square number {index}'
+    Image.fromarray(np.full((16, 16, 3), color)).save(folder / file)
+    lines.append(json.dumps({'file': file, 'caption': caption}))
+    coco['images'].append({'id': index, 'file_name': file})
+    coco['annotations'].append({'image_id': index, 'caption': caption})
+  (folder / 'captions.jsonl').write_text('\n'.join(lines))
+  (folder / 'coco.json').write_text(json.dumps(coco))
+
+
+def _save_ranker(folder):
+  """Writes the checkpoint of a ranker that is not trained."""
+  gin_config.parse(['gin_configs/models/coca_tiny.gin'], [])
+  objective = ranker_objective.RankerObjective(coca.CoCaConfig())
+  mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
+  state = trainer_lib.Trainer(objective, optimizers.adamw(1e-3), mesh).create_state()
+  run = checkpoint_manager.Checkpoints(folder)
+  run.save(0, state, {}, run_checkpoints.describe(objective))
+  run.close()
+
+
+def _run(*arguments):
+  assert main.main([str(argument) for argument in arguments]) == 0
+
+
+def test_the_pages_tokenizer_goes_through_all_commands(palette, capsys):
+  _write_pictures(palette / 'pictures')
+  (commands,) = _blocks('sh')
+  for line in commands.replace('\\\n', ' ').splitlines():
+    name, *arguments = shlex.split(line)
+    if name == 'parti-jax':
+      _run(*arguments, *QUICK.get(arguments[0], []))
+    elif name == 'python':
+      exec(arguments[1], {})
+  (drawn,) = (palette / 'runs' / 'drawn').glob('*_0.png')
+  pixels = np.asarray(Image.open(drawn))
+  # Each square has one color of the palette.
+  assert pixels.shape == (16, 16, 3) and set(np.unique(pixels)) <= {0, 85, 170, 255}
+  np.testing.assert_array_equal(pixels[::4].repeat(4, 0)[:, ::4].repeat(4, 1), pixels)
+
+  # The tokens are those of the module.
+  tokenizer = frozen_tokenizer.load(palette / 'runs' / 'palette')
+  images = np.stack(
+    [np.asarray(Image.open(palette / 'pictures' / f'{index}.png')) for index in range(COUNT)]
+  )
+  tokens = frozen_tokenizer.Encoder(tokenizer)(images)()
+  digits = np.round(images[:, 0, 0] / 255 * 3).astype(int)
+  colors = np.asarray(tokenizer.params['quantizer']['colors'])
+  np.testing.assert_allclose(colors[tokens[:, 0]], digits / 3, atol=1e-6)
+  assert np.all(tokens == tokens[:, :1])
+
+  _save_ranker(palette / 'runs' / 'ranker')
+  _run('export', '--import=palette', '--base=runs/model', '--ranker=runs/ranker',
+       '--output_dir=runs/ranked')  # fmt: skip
+  pictures = ['--annotations=pictures/coco.json', '--pictures=pictures', '--output_dir=runs/report']
+  _run('evaluate', '--import=palette', '--model=runs/ranked', '--dataset=coco', *pictures)
+  report = json.loads((palette / 'runs' / 'report' / 'report.json').read_text())
+  assert report['captions'] == COUNT and report['skipped'] == {}
+  capsys.readouterr()
+  for folder in ('palette', 'model'):
+    _run('info', f'runs/{folder}')
+    assert '16×16 pixels' in capsys.readouterr().out
+
+
+def test_an_unknown_kind_is_named_with_what_makes_it_known(palette, capsys):
+  module = importlib.import_module('palette')
+  module.save(palette / 'folder')
+  image_tokenizers._kinds.pop('palette')
+  image_tokenizers._configs.pop('palette')
+  with pytest.raises(UserError, match='tokenizer.kind=.palette. is not one of vit_vqgan, vqgan'):
+    model_folder.load_tokenizer(palette / 'folder')
+  task = ['--gin_file=gin_configs/tasks/folder.gin', f"--gin.folder.path='{palette}'"]
+  tokenize = ['tokenize', *task, '--tokenizer=folder', '--output_dir=tokens']
+  assert main.main(tokenize) == 2
+  assert '--import=MODULE' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  'arguments',
+  [
+    ['generate', 'a prompt', '--import=no_such.module'],
+    ['train', '--import', 'no_such.module', '--model_dir=run'],
+  ],
+)
+def test_a_module_that_does_not_exist_is_named(arguments, capsys, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert main.main(arguments) == 2
+  error = capsys.readouterr().err
+  assert '--import=no_such.module' in error and 'no_such' in error and error.count('\n') == 1
+
+
+@pytest.mark.parametrize('flag', [['--import'], ['--import=a b'], ['--import', '--model=x']])
+def test_a_name_that_is_no_modules_is_refused(flag, capsys):
+  assert main.main(['generate', 'a prompt', *flag]) == 2
+  assert 'must be the name of a module' in capsys.readouterr().err
+
+
+def test_a_name_that_is_taken_is_refused(palette):
+  module = importlib.import_module('palette')
+  kind = image_tokenizers.KINDS['palette']
+  image_tokenizers.register('palette', kind)  # The same one again.
+  assert image_tokenizers.of(module.PaletteConfig()) is kind
+  with pytest.raises(UserError, match="the kind 'vqgan' is parti_jax.models.vqgan.VQGANConfig"):
+    image_tokenizers.register('vqgan', kind)
+  with pytest.raises(UserError, match='dict must be a frozen dataclass'):
+    image_tokenizers.register('other', kind._replace(config=dict))
+  with pytest.raises(UserError, match='PaletteConfig is of a kind that cannot be trained'):
+    image_tokenizers.training(module.PaletteConfig())
