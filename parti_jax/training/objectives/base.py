@@ -112,11 +112,11 @@ class Objective(abc.ABC):
 
   @abc.abstractmethod
   def feature_lengths(self) -> dict[str, int]:
-    """Returns the lengths of the task's features that the objective reads.
+    """Returns the lengths of the task's features.
 
     Returns:
-      {feature: length}: the number of tokens of 'inputs' and 'targets', and the height and width of
-      'images' in pixels.
+      {feature: length}, with exactly the features of the task: the number of tokens of 'inputs' and
+      'targets', and the height and width of 'images' in pixels.
     """
 
   def vocabulary_sizes(self) -> dict[str, tuple[str, int]]:
@@ -125,7 +125,16 @@ class Objective(abc.ABC):
 
   @abc.abstractmethod
   def abstract_batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes and dtypes of a batch of `loss`."""
+    """Returns the shapes and dtypes of a batch of `loss`.
+
+    A task's features become these keys of a batch:
+
+    | feature | keys |
+    |---|---|
+    | 'inputs' | 'encoder_input_tokens' int32 [batch, text_length] |
+    | 'images' | 'images' uint8 [batch, size, size, 3] |
+    | 'targets' | 'decoder_target_tokens' int32 and 'decoder_loss_weights' float32, both [batch, image_length] |
+    """
 
   # The parameters.
 
