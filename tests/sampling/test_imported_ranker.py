@@ -16,6 +16,7 @@ from PIL import Image
 import parti_jax
 from parti_jax.cli import main
 from parti_jax.core.errors import UserError
+from parti_jax.evaluation import output_folder
 from parti_jax.evaluation.metrics import features
 from parti_jax.exported_model import model_folder
 from parti_jax.models import clip
@@ -433,3 +434,12 @@ def test_an_imported_ranker_computes_in_float32_everywhere(exported, imported, m
   assert model.generator_config.dtype == 'bfloat16'
   assert model.parts['ranker'].config.dtype == 'float32'
   assert model_folder.load_part('ranker', imported).config.dtype == 'float32'
+
+
+def test_a_ranker_at_a_url(public, imported, s3_bucket):
+  url = f'{s3_bucket}/rankers/clip'
+  assert _import(public, url) == 0
+  pictures = np.random.default_rng(0).integers(0, 256, (2, 12, 8, 3)).astype(np.uint8)
+  scores = [ranking.load(folder).scores(PROMPTS, pictures) for folder in (url, imported)]
+  np.testing.assert_allclose(*scores, atol=1e-6)
+  assert output_folder.ranker_fingerprint(url)
