@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import tarfile
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 import parti_jax
 from parti_jax.cli import main
 from parti_jax.core.errors import UserError
+from parti_jax.evaluation import output_folder
 from parti_jax.evaluation.metrics import features
 from parti_jax.exported_model import model_folder
 from parti_jax.models import clip
@@ -203,6 +205,34 @@ def test_clip_scores_of_pictures(imported, varied):
   )
   assert published.score.name == 'CLIPScore' and np.ptp(cosines) > 1e-3
   np.testing.assert_allclose(found, 2.5 * np.maximum(cosines, 0), atol=1e-4)
+
+
+def test_evaluate_reports_clip_score(imported, varied, tmp_path):
+  draw = np.random.default_rng(0)
+  content = {'images': [], 'annotations': []}
+  captions = ['red apple', 'blue ball', 'blue', 'a red ball']
+  for index, caption in enumerate(captions):
+    picture = draw.integers(0, 256, (24, 24, 3)).astype(np.uint8)
+    Image.fromarray(picture).save(tmp_path / f'{index}.png')
+    content['images'].append({'id': index, 'file_name': f'{index}.png'})
+    content['annotations'].append({'image_id': index, 'caption': caption})
+  (tmp_path / 'captions.json').write_text(json.dumps(content))
+  out = tmp_path / 'out'
+  command = ['evaluate', f'--model={varied}', '--dataset=coco', f'--output_dir={out}']
+  command += [f'--annotations={tmp_path}/captions.json', f'--pictures={tmp_path}']
+  assert main.main([*command, f'--ranker={imported}']) == 0
+  (table,) = json.loads((out / 'report.json').read_text())['distributions']
+  part = model_folder.load_part('ranker', imported)
+  expected = []
+  with tarfile.open(out / 'generated' / '00000.tar') as tar:
+    for index in range(len(captions)):
+      caption = tar.extractfile(f'{index:06d}.txt').read().decode()
+      picture = np.asarray(Image.open(tar.extractfile(f'{index:06d}.png')))
+      cosine = _cosines(part, f'A photo depicts {caption}', picture[None])[0]
+      expected.append(2.5 * max(cosine, 0))
+  found = table['rows']['generated']['scores']['CLIPScore']
+  assert found['mean'] == pytest.approx(np.mean(expected), abs=1e-4) and np.ptp(expected) > 1e-3
+  assert 'CLIPScore' in (out / 'report.md').read_text()
 
 
 def test_hpsv2s_weights(tmp_path):
@@ -404,3 +434,12 @@ def test_an_imported_ranker_computes_in_float32_everywhere(exported, imported, m
   assert model.generator_config.dtype == 'bfloat16'
   assert model.parts['ranker'].config.dtype == 'float32'
   assert model_folder.load_part('ranker', imported).config.dtype == 'float32'
+
+
+def test_a_ranker_at_a_url(public, imported, s3_bucket):
+  url = f'{s3_bucket}/rankers/clip'
+  assert _import(public, url) == 0
+  pictures = np.random.default_rng(0).integers(0, 256, (2, 12, 8, 3)).astype(np.uint8)
+  scores = [ranking.load(folder).scores(PROMPTS, pictures) for folder in (url, imported)]
+  np.testing.assert_allclose(*scores, atol=1e-6)
+  assert output_folder.ranker_fingerprint(url)
