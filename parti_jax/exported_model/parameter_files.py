@@ -38,7 +38,7 @@ def stored(params: PyTree, expected: PyTree, dtype: str, file: str) -> dict[str,
     UserError: if parameters are missing, unknown, of another shape, or not finite in the dtype.
   """
   arrays = {path: np.asarray(leaf) for path, leaf in _flat(params).items()}
-  _check_shapes({path: leaf.shape for path, leaf in arrays.items()}, _flat(expected), file)
+  _check_shapes({path: leaf.shape for path, leaf in arrays.items()}, shapes(expected), file)
   converted = {}
   for path, leaf in arrays.items():
     with np.errstate(over='ignore'):
@@ -49,6 +49,11 @@ def stored(params: PyTree, expected: PyTree, dtype: str, file: str) -> dict[str,
         'store the model as float32, or check whether its training diverged'
       )
   return converted
+
+
+def shapes(expected: PyTree) -> dict[str, tuple[int, ...]]:
+  """Returns {path of a parameter: its shape} from abstract parameters of a network."""
+  return {path: tuple(leaf.shape) for path, leaf in _flat(expected).items()}
 
 
 def write(path: pathlib.Path, arrays: Mapping[str, np.ndarray], made_with: Mapping[str, str]):
@@ -69,9 +74,9 @@ def read(path: pathlib.Path, expected: PyTree) -> dict[str, Any]:
   arrays = {}
   try:
     with safetensors.safe_open(path, framework='numpy') as file:
-      shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-      _check_shapes(shapes, _flat(expected), path)
-      for name in shapes:
+      found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+      _check_shapes(found, shapes(expected), path)
+      for name in found:
         arrays[name] = file.get_tensor(name).astype(np.float32)
   except (safetensors.SafetensorError, OSError) as error:
     raise _damaged(path, error) from error
@@ -96,14 +101,16 @@ def _flat(tree: PyTree) -> dict[str, Any]:
   return flax.traverse_util.flatten_dict(nn.meta.unbox(tree), sep='/')
 
 
-def _check_shapes(shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, Any], file):
+def _check_shapes(
+  found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], file
+):
   """Raises UserError unless all expected parameters exist and have the expected shapes."""
-  problems = [f'{path} is missing' for path in expected if path not in shapes]
-  problems += [f'{path} is not part of the network' for path in shapes if path not in expected]
+  problems = [f'{path} is missing' for path in expected if path not in found]
+  problems += [f'{path} is not part of the network' for path in found if path not in expected]
   problems += [
-    f'{path} is {list(shapes[path])} instead of {list(leaf.shape)}'
-    for path, leaf in expected.items()
-    if path in shapes and tuple(shapes[path]) != tuple(leaf.shape)
+    f'{path} is {list(found[path])} instead of {list(shape)}'
+    for path, shape in expected.items()
+    if path in found and found[path] != shape
   ]
   if problems:
     more = f', and {len(problems) - _SHOWN} more' if len(problems) > _SHOWN else ''
