@@ -1,12 +1,11 @@
 """The table of parts that `parti-jax import` reads, on the names and shapes of published files."""
 
-import flax.linen as nn
-import flax.traverse_util
 import pytest
 from importers import published
 
 from parti_jax.cli import importable_parts
 from parti_jax.exported_model import model_folder
+from parti_jax.exported_model import parameter_files
 from parti_jax.exported_model import preprocessing
 from parti_jax.importers import files
 from parti_jax.importers import key_map
@@ -42,9 +41,7 @@ def test_published_rankers(file_format, manifest, has_config, how):
   )
   found = importable_parts.PARTS['ranker'].formats[file_format]
   config = found.config_of(given)
-  params = nn.meta.unbox(model_folder.abstract('ranker', config))
-  leaves = flax.traverse_util.flatten_dict(params, sep='/')
-  shapes = {path: leaf.shape for path, leaf in leaves.items()}
+  shapes = parameter_files.shapes(model_folder.abstract('ranker', config))
   key_map.check(found.key_map(given, config), arrays, shapes, manifest, found.ignored(given))
   assert found.preprocessing(given, config) == how
 

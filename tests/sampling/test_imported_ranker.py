@@ -21,7 +21,9 @@ from parti_jax.evaluation.metrics import features
 from parti_jax.exported_model import model_folder
 from parti_jax.models import clip
 from parti_jax.models import siglip
+from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.sampling import images as images_lib
+from parti_jax.sampling import placement
 from parti_jax.sampling import ranking
 
 tokenizers = pytest.importorskip('tokenizers')
@@ -235,7 +237,7 @@ def test_evaluate_reports_clip_score(imported, varied, tmp_path):
   assert 'CLIPScore' in (out / 'report.md').read_text()
 
 
-def test_hpsv2s_weights(tmp_path):
+def test_hpsv2s_weights(exported, tmp_path):
   vocabulary = tiny_clip.write_tokenizer(tmp_path)
   tiny_clip.write(tmp_path, tiny_clip.open_clip_arrays(vocabulary))
   assert _import(tmp_path, tmp_path / 'hps', file_format='hpsv2') == 0
@@ -244,6 +246,15 @@ def test_hpsv2s_weights(tmp_path):
   published = features.RankerFeatures(ranker, 'x').published(['red apple'])
   assert [score.name for score, _ in published] == ['CLIPScore', 'HPSv2']
   np.testing.assert_allclose(published[1].texts, ranker.text_features(['red apple']), atol=1e-6)
+  # A model keeps the format, too, also in place of another imported ranker.
+  export = [
+    'export',
+    f'--base={exported}',
+    f'--ranker={tmp_path}/hps',
+    f'--output_dir={tmp_path}/m',
+  ]
+  assert main.main(export) == 0
+  assert parti_jax.load(tmp_path / 'm').ranker.file_format == 'hpsv2'
   # The same weights as open_clip's need to be told their activation, and are cropped.
   assert _import(tmp_path, tmp_path / 'plain', file_format='open_clip') == 2
   flags = ['--activation=quick_gelu']
@@ -443,3 +454,14 @@ def test_a_ranker_at_a_url(public, imported, s3_bucket):
   scores = [ranking.load(folder).scores(PROMPTS, pictures) for folder in (url, imported)]
   np.testing.assert_allclose(*scores, atol=1e-6)
   assert output_folder.ranker_fingerprint(url)
+
+
+def test_a_mesh_gives_the_same_scores(imported):
+  pictures = np.random.default_rng(0).integers(0, 256, (4, 12, 8, 3)).astype(np.uint8)
+  texts = ['red apple', 'blue ball', 'blue', 'red']
+  place = placement.Placement(mesh_lib.make_mesh(2, 2, 2, 1))
+  np.testing.assert_allclose(
+    ranking.load(imported, place).scores(texts, pictures),
+    ranking.load(imported).scores(texts, pictures),
+    atol=1e-5,
+  )
