@@ -86,7 +86,7 @@ def _cosines(part, text, pictures):
   tokens[0, : len(ids)] = ids
   size = (tiny_clip.SIZE, tiny_clip.SIZE)
   resized = [Image.fromarray(one).resize(size, Image.Resampling.BICUBIC) for one in pictures]
-  module, variables = clip.CLIP(part.config), {'params': part.params}
+  module, variables = clip.CLIP(part.config), {'params': jax.tree.map(np.asarray, part.params)}
   of_text = module.apply(variables, jnp.asarray(tokens), method='text_features')
   squares = jnp.asarray(np.stack(resized), jnp.float32) / 255
   return np.asarray(module.apply(variables, squares, method='image_features') @ of_text[0])
@@ -272,7 +272,7 @@ def _siglip_text(part, tokens):
   padded = np.zeros((1, tiny_clip.LENGTH), np.int32)
   padded[0, : len(tokens)] = tokens
   module = siglip.SigLIP(part.config)
-  variables = {'params': part.params}
+  variables = {'params': jax.tree.map(np.asarray, part.params)}
   return module.apply(variables, jnp.asarray(padded), method='text_features')
 
 
@@ -296,7 +296,7 @@ def test_siglip_2_and_its_tokenizer(tmp_path):
   size = (tiny_clip.SIZE, tiny_clip.SIZE)
   squares = [Image.fromarray(one).resize(size, Image.Resampling.BILINEAR) for one in pictures]
   expected = siglip.SigLIP(part.config).apply(
-    {'params': part.params},
+    {'params': jax.tree.map(np.asarray, part.params)},
     jnp.asarray(np.stack(squares), jnp.float32) / 255,
     method='image_features',
   )
