@@ -5,6 +5,7 @@ import json
 import re
 import tarfile
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
