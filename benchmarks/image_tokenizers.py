@@ -34,7 +34,7 @@ GENERATOR = [
   '--gin.GeneratorObjective.depth_loss_weights=None',
 ]
 # Steps of the two short runs whose difference gives the time of a step.
-SHORT, LONG = 10, 50
+SHORT, LONG = 10, 110
 
 
 def run(log: pathlib.Path, command: list[str]) -> float:
@@ -51,13 +51,17 @@ def run(log: pathlib.Path, command: list[str]) -> float:
 def seconds_of_a_step(folder: pathlib.Path, flags: list[str]) -> float:
   """Returns the processor time of a training step."""
   seconds = {}
-  for steps in (SHORT, LONG):
-    model_dir = folder / f'timing_{steps}'
+  # The first run compiles the step, which the others find compiled.
+  for name, steps in (('compiled', SHORT), ('short', SHORT), ('long', LONG)):
+    model_dir = folder / f'timing_{name}'
     settings = [f'--gin.train.steps={steps}', '--gin.train.evaluate_every=0']
     settings += ['--gin.train.pictures_every=0', '--gin.warmup_cosine.warmup_steps=1']
     command = [*TOKENIZER, *flags, *settings, f'--model_dir={model_dir}']
-    seconds[steps] = run(folder / f'timing_{steps}.log', command)
-  return (seconds[LONG] - seconds[SHORT]) / (LONG - SHORT)
+    seconds[name] = run(folder / f'timing_{name}.log', command)
+  step = (seconds['long'] - seconds['short']) / (LONG - SHORT)
+  if step <= 0:
+    raise RuntimeError(f'{LONG} steps took less than {SHORT}: {seconds}; nothing else may run')
+  return step
 
 
 def once(path: pathlib.Path, make) -> dict:

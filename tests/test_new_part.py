@@ -131,7 +131,7 @@ def test_an_unknown_kind_is_named_with_what_makes_it_known(palette, capsys):
   image_tokenizers._kinds.pop('palette')
   image_tokenizers._configs.pop('palette')
   with pytest.raises(UserError, match='tokenizer.kind=.palette. is not one of vit_vqgan, vqgan'):
-    model_folder.load_tokenizer(palette / 'folder')
+    model_folder.load_part('tokenizer', palette / 'folder')
   task = ['--gin_file=gin_configs/tasks/folder.gin', f"--gin.folder.path='{palette}'"]
   tokenize = ['tokenize', *task, '--tokenizer=folder', '--output_dir=tokens']
   assert main.main(tokenize) == 2

@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-import flax.linen as nn
 import flax.traverse_util
 import tqdm
 
@@ -20,6 +19,7 @@ from parti_jax.core import storage
 from parti_jax.core.errors import UserError
 from parti_jax.data import text_tokenizer
 from parti_jax.exported_model import model_folder
+from parti_jax.exported_model import parameter_files
 from parti_jax.importers import key_map
 
 
@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
   config = found.config_of(given)
   how = found.preprocessing(given, config)
   sources = found.key_map(given, config)
-  expected = _expected(args.part, config)
+  expected = parameter_files.shapes(model_folder.abstract(args.part, config))
   key_map.check(sources, given.arrays, expected, ', '.join(args.files), tuple(found.ignored(given)))
   with contextlib.ExitStack() as stack:
     path, lower_case = stack.enter_context(_text_tokenizer(found, config, args.vocabulary))
@@ -139,13 +139,6 @@ def run(args: argparse.Namespace) -> int:
   count = sum(math.prod(shape) for shape in expected.values())
   print(f'{folder}: {part.described(config, count)}; use it as {part.use.format(folder)}')
   return 0
-
-
-def _expected(part: str, config: Any) -> dict[str, tuple[int, ...]]:
-  """Returns {path: shape} of the parameters of a network."""
-  params = nn.meta.unbox(model_folder.abstract(part, config))
-  leaves = flax.traverse_util.flatten_dict(params, sep='/')
-  return {path: tuple(leaf.shape) for path, leaf in leaves.items()}
 
 
 @contextlib.contextmanager

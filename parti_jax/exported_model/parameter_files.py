@@ -73,7 +73,9 @@ class StoredArray:
     if isinstance(index, int):
       leading = (*self._leading, range(self.shape[0])[index])
       return StoredArray(self._file, self._name, self.shape[1:], self.dtype, leading)
-    found = self._file.get_slice(self._name)[(*self._leading, *index) or ...]
+    where = (*self._leading, *index)
+    # A slice of an array without axes is an error.
+    found = self._file.get_slice(self._name)[where] if where else self._file.get_tensor(self._name)
     return found.astype(self.dtype)
 
   def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -94,8 +96,13 @@ def check(params: PyTree, expected: PyTree, file: str) -> None:
   Raises:
     UserError: if parameters are missing, unknown or of another shape.
   """
-  shapes = {path: tuple(np.shape(leaf)) for path, leaf in _flat(params).items()}
-  _check_shapes(shapes, _flat(expected), file)
+  found = {path: tuple(np.shape(leaf)) for path, leaf in _flat(params).items()}
+  _check_shapes(found, shapes(expected), file)
+
+
+def shapes(expected: PyTree) -> dict[str, tuple[int, ...]]:
+  """Returns {path of a parameter: its shape} from abstract parameters of a network."""
+  return {path: tuple(leaf.shape) for path, leaf in _flat(expected).items()}
 
 
 def write(path: pathlib.Path, params: PyTree, dtype: str, made_with: Mapping[str, str]) -> None:
@@ -153,12 +160,12 @@ def read(path: pathlib.Path, expected: PyTree) -> dict[str, Any]:
   """
   try:
     file = safetensors.safe_open(path, framework='numpy')
-    shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
   except (safetensors.SafetensorError, OSError) as error:
     raise _damaged(path, error) from error
-  _check_shapes(shapes, _flat(expected), path)
+  _check_shapes(found, shapes(expected), path)
   float32 = np.dtype(np.float32)
-  arrays = {name: StoredArray(file, name, shape, float32) for name, shape in shapes.items()}
+  arrays = {name: StoredArray(file, name, shape, float32) for name, shape in found.items()}
   return flax.traverse_util.unflatten_dict(arrays, sep='/')
 
 
@@ -180,14 +187,16 @@ def _flat(tree: PyTree) -> dict[str, Any]:
   return flax.traverse_util.flatten_dict(nn.meta.unbox(tree), sep='/')
 
 
-def _check_shapes(shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, Any], file):
+def _check_shapes(
+  found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], file
+):
   """Raises UserError unless all expected parameters exist and have the expected shapes."""
-  problems = [f'{path} is missing' for path in expected if path not in shapes]
-  problems += [f'{path} is not part of the network' for path in shapes if path not in expected]
+  problems = [f'{path} is missing' for path in expected if path not in found]
+  problems += [f'{path} is not part of the network' for path in found if path not in expected]
   problems += [
-    f'{path} is {list(shapes[path])} instead of {list(leaf.shape)}'
-    for path, leaf in expected.items()
-    if path in shapes and tuple(shapes[path]) != tuple(leaf.shape)
+    f'{path} is {list(found[path])} instead of {list(shape)}'
+    for path, shape in expected.items()
+    if path in found and found[path] != shape
   ]
   if problems:
     more = f', and {len(problems) - _SHOWN} more' if len(problems) > _SHOWN else ''

@@ -20,11 +20,9 @@ from collections.abc import Mapping
 from typing import Any
 from typing import NamedTuple
 
-import flax.linen as nn
-import flax.traverse_util
-
 from parti_jax.core.errors import UserError
 from parti_jax.exported_model import model_folder
+from parti_jax.exported_model import parameter_files
 from parti_jax.importers import key_map as key_map_lib
 from parti_jax.models import vqgan
 
@@ -256,9 +254,7 @@ def ignored(arrays: Arrays, file_format: str) -> tuple[str, ...]:
 
 def expected(config: vqgan.VQGANConfig) -> Shapes:
   """Returns {path: shape} of the parameters of `vqgan.VQGAN(config)`."""
-  params = nn.meta.unbox(model_folder.abstract('tokenizer', config))
-  leaves = flax.traverse_util.flatten_dict(params, sep='/')
-  return {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+  return parameter_files.shapes(model_folder.abstract('tokenizer', config))
 
 
 def _located(arrays: Arrays, file_format: str) -> tuple[str, _Format]:

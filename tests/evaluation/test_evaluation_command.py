@@ -18,7 +18,7 @@ from parti_jax.evaluation import output_folder
 def fixture_pipeline(monkeypatch):
   pipeline = fakes.FakePipeline(lambda caption, index: fakes.render(caption))
   # Set in its dictionary: setattr would first get the real one, and so import JAX.
-  monkeypatch.setitem(vars(parti_jax), 'load', lambda path=None: pipeline)
+  monkeypatch.setitem(vars(parti_jax), 'load', lambda path=None, ranker=None: pipeline)
   monkeypatch.setattr(openmoji, 'pictures', fakes.small_set)
   monkeypatch.setattr(openmoji, 'render', fakes.render)
   return pipeline

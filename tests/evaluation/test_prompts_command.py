@@ -34,7 +34,7 @@ def draw(caption, index):
 @pytest.fixture(name='pipeline')
 def fixture_pipeline(monkeypatch):
   pipeline = fakes.FakePipeline(draw, fakes.FakeRanker(draw))
-  monkeypatch.setitem(vars(parti_jax), 'load', lambda path=None: pipeline)
+  monkeypatch.setitem(vars(parti_jax), 'load', lambda path=None, ranker=None: pipeline)
   return pipeline
 
 

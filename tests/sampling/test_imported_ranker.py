@@ -3,7 +3,9 @@
 import io
 import json
 import re
+import tarfile
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,11 +17,14 @@ from PIL import Image
 import parti_jax
 from parti_jax.cli import main
 from parti_jax.core.errors import UserError
+from parti_jax.evaluation import output_folder
 from parti_jax.evaluation.metrics import features
 from parti_jax.exported_model import model_folder
 from parti_jax.models import clip
 from parti_jax.models import siglip
+from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.sampling import images as images_lib
+from parti_jax.sampling import placement
 from parti_jax.sampling import ranking
 
 tokenizers = pytest.importorskip('tokenizers')
@@ -82,7 +87,7 @@ def _cosines(part, text, pictures):
   tokens[0, : len(ids)] = ids
   size = (tiny_clip.SIZE, tiny_clip.SIZE)
   resized = [Image.fromarray(one).resize(size, Image.Resampling.BICUBIC) for one in pictures]
-  module, variables = clip.CLIP(part.config), {'params': part.params}
+  module, variables = clip.CLIP(part.config), {'params': jax.tree.map(np.asarray, part.params)}
   of_text = module.apply(variables, jnp.asarray(tokens), method='text_features')
   squares = jnp.asarray(np.stack(resized), jnp.float32) / 255
   return np.asarray(module.apply(variables, squares, method='image_features') @ of_text[0])
@@ -205,7 +210,35 @@ def test_clip_scores_of_pictures(imported, varied):
   np.testing.assert_allclose(found, 2.5 * np.maximum(cosines, 0), atol=1e-4)
 
 
-def test_hpsv2s_weights(tmp_path):
+def test_evaluate_reports_clip_score(imported, varied, tmp_path):
+  draw = np.random.default_rng(0)
+  content = {'images': [], 'annotations': []}
+  captions = ['red apple', 'blue ball', 'blue', 'a red ball']
+  for index, caption in enumerate(captions):
+    picture = draw.integers(0, 256, (24, 24, 3)).astype(np.uint8)
+    Image.fromarray(picture).save(tmp_path / f'{index}.png')
+    content['images'].append({'id': index, 'file_name': f'{index}.png'})
+    content['annotations'].append({'image_id': index, 'caption': caption})
+  (tmp_path / 'captions.json').write_text(json.dumps(content))
+  out = tmp_path / 'out'
+  command = ['evaluate', f'--model={varied}', '--dataset=coco', f'--output_dir={out}']
+  command += [f'--annotations={tmp_path}/captions.json', f'--pictures={tmp_path}']
+  assert main.main([*command, f'--ranker={imported}']) == 0
+  (table,) = json.loads((out / 'report.json').read_text())['distributions']
+  part = model_folder.load_part('ranker', imported)
+  expected = []
+  with tarfile.open(out / 'generated' / '00000.tar') as tar:
+    for index in range(len(captions)):
+      caption = tar.extractfile(f'{index:06d}.txt').read().decode()
+      picture = np.asarray(Image.open(tar.extractfile(f'{index:06d}.png')))
+      cosine = _cosines(part, f'A photo depicts {caption}', picture[None])[0]
+      expected.append(2.5 * max(cosine, 0))
+  found = table['rows']['generated']['scores']['CLIPScore']
+  assert found['mean'] == pytest.approx(np.mean(expected), abs=1e-4) and np.ptp(expected) > 1e-3
+  assert 'CLIPScore' in (out / 'report.md').read_text()
+
+
+def test_hpsv2s_weights(exported, tmp_path):
   vocabulary = tiny_clip.write_tokenizer(tmp_path)
   tiny_clip.write(tmp_path, tiny_clip.open_clip_arrays(vocabulary))
   assert _import(tmp_path, tmp_path / 'hps', file_format='hpsv2') == 0
@@ -214,6 +247,15 @@ def test_hpsv2s_weights(tmp_path):
   published = features.RankerFeatures(ranker, 'x').published(['red apple'])
   assert [score.name for score, _ in published] == ['CLIPScore', 'HPSv2']
   np.testing.assert_allclose(published[1].texts, ranker.text_features(['red apple']), atol=1e-6)
+  # A model keeps the format, too, also in place of another imported ranker.
+  export = [
+    'export',
+    f'--base={exported}',
+    f'--ranker={tmp_path}/hps',
+    f'--output_dir={tmp_path}/m',
+  ]
+  assert main.main(export) == 0
+  assert parti_jax.load(tmp_path / 'm').ranker.file_format == 'hpsv2'
   # The same weights as open_clip's need to be told their activation, and are cropped.
   assert _import(tmp_path, tmp_path / 'plain', file_format='open_clip') == 2
   flags = ['--activation=quick_gelu']
@@ -231,7 +273,7 @@ def _siglip_text(part, tokens):
   padded = np.zeros((1, tiny_clip.LENGTH), np.int32)
   padded[0, : len(tokens)] = tokens
   module = siglip.SigLIP(part.config)
-  variables = {'params': part.params}
+  variables = {'params': jax.tree.map(np.asarray, part.params)}
   return module.apply(variables, jnp.asarray(padded), method='text_features')
 
 
@@ -255,7 +297,7 @@ def test_siglip_2_and_its_tokenizer(tmp_path):
   size = (tiny_clip.SIZE, tiny_clip.SIZE)
   squares = [Image.fromarray(one).resize(size, Image.Resampling.BILINEAR) for one in pictures]
   expected = siglip.SigLIP(part.config).apply(
-    {'params': part.params},
+    {'params': jax.tree.map(np.asarray, part.params)},
     jnp.asarray(np.stack(squares), jnp.float32) / 255,
     method='image_features',
   )
@@ -404,3 +446,23 @@ def test_an_imported_ranker_computes_in_float32_everywhere(exported, imported, m
   assert model.generator_config.dtype == 'bfloat16'
   assert model.parts['ranker'].config.dtype == 'float32'
   assert model_folder.load_part('ranker', imported).config.dtype == 'float32'
+
+
+def test_a_ranker_at_a_url(public, imported, s3_bucket):
+  url = f'{s3_bucket}/rankers/clip'
+  assert _import(public, url) == 0
+  pictures = np.random.default_rng(0).integers(0, 256, (2, 12, 8, 3)).astype(np.uint8)
+  scores = [ranking.load(folder).scores(PROMPTS, pictures) for folder in (url, imported)]
+  np.testing.assert_allclose(*scores, atol=1e-6)
+  assert output_folder.ranker_fingerprint(url)
+
+
+def test_a_mesh_gives_the_same_scores(imported):
+  pictures = np.random.default_rng(0).integers(0, 256, (4, 12, 8, 3)).astype(np.uint8)
+  texts = ['red apple', 'blue ball', 'blue', 'red']
+  place = placement.Placement(mesh_lib.make_mesh(2, 2, 2, 1))
+  np.testing.assert_allclose(
+    ranking.load(imported, place).scores(texts, pictures),
+    ranking.load(imported).scores(texts, pictures),
+    atol=1e-5,
+  )

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+import safetensors.numpy
 import tiny_configs
 
 from parti_jax.checkpoints import checkpoint_manager
@@ -176,8 +177,8 @@ def test_an_older_base_is_taken_for_what_it_was_exported_with(parts, tmp_path, c
   assert _export(parts, base) == 0
   for name in ('generator', 'tokenizer'):  # Files of before say nothing.
     file = base / model_folder.parameter_file(name)
-    arrays = model_folder.safetensors.numpy.load_file(file)
-    model_folder.safetensors.numpy.save_file(arrays, file)
+    arrays = safetensors.numpy.load_file(file)
+    safetensors.numpy.save_file(arrays, file)
   assert model_folder.load(base).made_with == {'generator': {}, 'tokenizer': {}}
   export = ['export', f'--base={base}', f'--output_dir={other}']
   assert main.main([*export, f'--tokenizer={parts["B"]}']) == 2

@@ -26,6 +26,7 @@ from parti_jax.models import vqgan
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.sampling import text_to_image
 from parti_jax.training import configurables  # noqa: F401
+from parti_jax.training import inputs
 from parti_jax.training import optimizers
 from parti_jax.training import train_loop
 from parti_jax.training import trainer as trainer_lib
@@ -73,8 +74,6 @@ def test_training_with_each_quantizer_lowers_the_error(quantizer):
   # All parts that have parameters are averaged.
   assert state.statistics['average'].keys() == state.params.keys()
   assert ('quantizer' in state.params) == (quantizer not in ('fsq', 'lfq'))
-  measured = trainer.evaluate(state.params, [{'images': _images()}])
-  assert measured['l2'] < 0.5 * errors[0]
 
 
 @pytest.mark.parametrize(
@@ -118,12 +117,16 @@ def test_the_adaptive_weight_is_the_ratio_of_gradients_at_the_last_convolution(o
     lambda kernel: plain.loss(with_last(kernel), {'images': images}, None, jnp.int32(1))[0]
   )
   kernel = params['decoder']['conv_out']['kernel']
-  norms = [np.linalg.norm(jax.jit(f)(kernel)) for f in (rest, jax.grad(of_adversary))]
-  _, aux = jax.jit(objective.loss)(params, {'images': images}, None, 1)
+
+  @jax.jit
+  def found(kernel):
+    _, aux = objective.loss(with_last(kernel), {'images': images}, None, jnp.int32(1))
+    return rest(kernel), jax.grad(of_adversary)(kernel), aux['metrics']['adversarial_weight']
+
+  *gradients, weight = found(kernel)
+  norms = [np.linalg.norm(gradient) for gradient in gradients]
   assert norms[1] > 1e-5
-  np.testing.assert_allclose(
-    aux['metrics']['adversarial_weight'], 0.5 * norms[0] / (norms[1] + 1e-6), rtol=1e-4
-  )
+  np.testing.assert_allclose(weight, 0.5 * norms[0] / (norms[1] + 1e-6), rtol=1e-4)
 
 
 def test_pixels_far_outside_of_the_range_still_have_a_gradient():
@@ -157,17 +160,21 @@ def test_codes_are_revived_by_the_distance_of_the_quantizer(distance):
   np.testing.assert_allclose(use, [0.0, 0.0, 0.1])
 
 
-def test_a_euclidean_codebook_begins_with_latents():
+def test_a_euclidean_codebook_begins_with_latents_as_they_are():
   objective = _objective(_config('euclidean'), revive_every=1, revive_until=1)
-  trainer = _trainer(objective, rate=0.0)
-  state = trainer.create_state()
-  params = jax.device_get(state.params)
-  images = _images(8)
-  out = jax.jit(vqgan.VQGAN(objective.model).apply)({'params': params}, jnp.asarray(images) / 255.0)
-  state, _ = trainer.step(state, trainer.put({'images': images}))
-  table = np.asarray(state.params['quantizer']['codebook']['table'])
-  apart = np.abs(table[:, None] - np.asarray(out['latents']).reshape(-1, 4)).max(axis=-1)
-  assert apart.min(axis=1).max() < 1e-5
+  draw = np.random.default_rng(0)
+  latents = jnp.asarray(draw.normal(size=(8, 16, 4)) * 5, jnp.float32)
+  table = jnp.asarray(draw.normal(size=(16, 4)), jnp.float32)
+  params, _, _ = objective.after_step(
+    {'quantizer': {'codebook': {'table': table}}},
+    objective.initial_statistics(),
+    {'latents': latents, 'code_use': jnp.ones(16)},
+    jnp.int32(0),
+    jax.random.key(0),
+  )
+  found = params['quantizer']['codebook']['table']
+  apart = np.abs(found[:, None] - latents.reshape(-1, 4)).max(axis=-1)
+  assert apart.min(axis=1).max() == 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,6 +249,23 @@ def test_a_run_is_read_as_what_it_is(quantizer, tmp_path, monkeypatch):
     frozen_tokenizer.load(tmp_path)
 
 
+def test_training_goes_on_from_a_folder_with_a_tokenizer_alone(tmp_path):
+  objective = _objective(_config('fsq'))
+  params = jax.device_get(_trainer(objective).create_state().params)
+  model_folder.save_part(
+    tmp_path / 'imported', 'tokenizer', model_folder.Part(objective.model, params), {}
+  )
+  config = _config('fsq', remat='block_inputs')
+  second = _trainer(_objective(config, first_phase=str(tmp_path / 'imported')))
+  parts = train_loop.initial_parts(second, tmp_path, inputs.Inputs(second.objective, {}, False))
+  jax.tree.map(np.testing.assert_array_equal, parts, dict(params))
+  vit = tokenizer_objective.TokenizerObjective(
+    tiny_configs.TOKENIZER, first_phase=str(tmp_path / 'imported')
+  )
+  with pytest.raises(UserError, match='first_phase=.*: a tokenizer of the kind vqgan, not of vit'):
+    vit.initial_parts({}, inputs.Inputs(vit, {}, False))
+
+
 def test_plans_take_the_kind_of_a_tokenizer_that_is_not_trained_yet():
   bindings = ['TokenizerObjective.model = @VQGANConfig()']
   gin_config.parse(['gin_configs/models/vqgan_tiny.gin'], bindings)
@@ -294,7 +318,7 @@ def test_a_run_of_both_phases_through_the_commands(tokenizer_bindings, tmp_path,
   vocabulary = text_to_image.DEMO_FOLDER / 'vocabulary.model'
   export += [f'--vocabulary={vocabulary}', '--dtype=float32', f'--output_dir={tmp_path}/model']
   assert main.main(export) == 0
-  exported = model_folder.load_tokenizer(tmp_path / 'model')
+  exported = model_folder.load_part('tokenizer', tmp_path / 'model')
   assert exported.config == second.config
   jax.tree.map(np.testing.assert_array_equal, exported.params, second.params)
   sources = [f'--gin.{binding}' for binding in tokenizer_bindings[:2]]
