@@ -27,7 +27,7 @@ from parti_jax.core import storage
 from parti_jax.core.errors import UserError
 from parti_jax.data import text_tokenizer
 from parti_jax.exported_model import model_folder
-from parti_jax.exported_model import sampling_settings as settings_lib
+from parti_jax.exported_model import sampling_settings
 from parti_jax.models import image_tokenizers
 from parti_jax.models import parti_config
 from parti_jax.models import pixels
@@ -75,7 +75,7 @@ class Result:
   tokens: Int32[np.ndarray, 'prompts num_images image_length']
   prompts: list[str]
   seed: int
-  settings: settings_lib.SamplingSettings
+  settings: sampling_settings.SamplingSettings
   model: str
   usage: adaptive.Usage | None = None
   scores: Float32[np.ndarray, 'prompts num_images'] | None = None
@@ -289,7 +289,7 @@ class TextToImage:
       self._needed_upscaler()
     prompts = checks.texts('prompt', prompts)
     num_images = checks.count('num_images', num_images)
-    seed = checks.whole_number('seed', seed, 0, settings_lib.LARGEST_SEED)
+    seed = checks.whole_number('seed', seed, 0, sampling_settings.LARGEST_SEED)
     settings = self.sampling.replace(**sampling)
     sampled = decoding.Sampling.of(settings, self._config.image_length)
     total = len(prompts) * num_images
