@@ -28,7 +28,7 @@ def pictures(*shape):
 
 def test_it_is_the_network_of_the_model(enlarger, upscaler):
   images = pictures(3, 4, 6)
-  config, params, _ = enlarger
+  config, params, *_ = enlarger
   pixels = super_resolution.SuperResolution(config).apply(
     {'params': params}, jnp.asarray(images / np.float32(255))
   )

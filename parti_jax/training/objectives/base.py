@@ -133,7 +133,8 @@ class Objective(abc.ABC):
     |---|---|
     | 'inputs' | 'encoder_input_tokens' int32 [batch, text_length] |
     | 'images' | 'images' uint8 [batch, size, size, 3] |
-    | 'targets' | 'decoder_target_tokens' int32 and 'decoder_loss_weights' float32, both [batch, image_length] |
+    | 'targets' | 'decoder_target_tokens' int32 [batch, image_length] |
+    | | 'decoder_loss_weights' float32 [batch, image_length] |
     """
 
   # The parameters.
