@@ -53,17 +53,17 @@ def main():
   parser.add_argument('--json', metavar='FILE', help='also write the numbers there')
   parser.add_argument('--picture', metavar='FILE', help='also plot alignment over layers per token')
   args = parser.parse_args()
-  pipeline = parti_jax.load(args.model)
-  judge = alignment.OpenMojiAlignment(pipeline.image_size, args.split, args.max_prompts)
+  model = parti_jax.load(args.model)
+  judge = alignment.OpenMojiAlignment(model.image_size, args.split, args.max_prompts)
   settings = {
     name: dict(zip(('exit_threshold', 'guidance_skip_threshold'), map(float, name.split('/'))))
     for name in args.settings
   }
   rows = [
-    {'setting': name} | measured(pipeline, judge, args.num_images, values)
+    {'setting': name} | measured(model, judge, args.num_images, values)
     for name, values in settings.items()
   ]
-  for row, rates in zip(rows, speeds(pipeline, judge.prompts, settings.values(), args.rounds)):
+  for row, rates in zip(rows, speeds(model, judge.prompts, settings.values(), args.rounds)):
     row['pictures_per_second'] = rates
   print(f'{args.split}: {len(judge.prompts)} prompts, {args.num_images} pictures of each')
   for row in rows:
@@ -71,18 +71,16 @@ def main():
   if args.json:
     pathlib.Path(args.json).write_text(json.dumps(rows, indent=2) + '\n', encoding='utf-8')
   if args.picture:
-    plot(rows, pipeline.decoder_layers).save(args.picture, optimize=True)
+    plot(rows, model.decoder_layers).save(args.picture, optimize=True)
 
 
-def measured(pipeline, judge, num_images: int, values) -> dict:
+def measured(model, judge, num_images: int, values) -> dict:
   """Alignment, and what the tokens took."""
-  result = pipeline.generate(
-    judge.prompts, num_images=num_images, batch_size=max(BATCHES), **values
-  )
+  result = model.generate(judge.prompts, num_images=num_images, batch_size=max(BATCHES), **values)
   row = {
     name: alignment.mean_and_error(scores) for name, scores in judge.scores(result.images).items()
   }
-  layers, usage = pipeline.decoder_layers, result.usage
+  layers, usage = model.decoder_layers, result.usage
   if usage is None:
     return row | {'layers': layers, 'computed': layers, 'without': layers, 'unguided': 0.0}
   return row | {
@@ -93,7 +91,7 @@ def measured(pipeline, judge, num_images: int, values) -> dict:
   }
 
 
-def speeds(pipeline, prompts, settings, rounds: int) -> list[dict]:
+def speeds(model, prompts, settings, rounds: int) -> list[dict]:
   """Pictures a second of each setting, by size of batch."""
   rates = [dict.fromkeys(map(str, BATCHES), 0.0) for _ in settings]
   for _ in range(rounds + 1):  # The first one compiles.
@@ -102,7 +100,7 @@ def speeds(pipeline, prompts, settings, rounds: int) -> list[dict]:
         count = max(16, batch)
         chosen = [prompts[index] for index in np.linspace(0, len(prompts) - 1, count).astype(int)]
         begin = time.perf_counter()
-        pipeline.generate(chosen, num_images=1, batch_size=batch, **values)
+        model.generate(chosen, num_images=1, batch_size=batch, **values)
         rate[str(batch)] = max(rate[str(batch)], count / (time.perf_counter() - begin))
   return rates
 

@@ -63,7 +63,8 @@ def sizes(args, schedule) -> parti_config.PartiConfig:
 def cache_bytes(config) -> int:
   """Bytes of one sequence's whole cache, over all layers."""
   slots = sum(
-    config.layer_pattern(layer).slots(config.image_length) for layer in range(config.decoder_layers)
+    config.layer_pattern(layer).num_slots(config.image_length)
+    for layer in range(config.decoder_layers)
   )
   return 2 * slots * config.width * config.compute_dtype.itemsize
 
@@ -90,7 +91,7 @@ def scores(config) -> int:
 def sampling(args, config):
   """A function that draws a batch."""
   init = functools.partial(parti.Parti(config).init, jax.random.key(0))
-  params = parameters.cut(
+  params = parameters.for_sampling(
     config, nn.meta.unbox(jax.jit(init)(*parti.example_inputs(config))['params'])
   )
 

@@ -31,8 +31,8 @@ def main():
   parser.add_argument('--picture', metavar='FILE', help='a row of pictures for each setting')
   parser.add_argument('--shown', type=int, default=10, help='prompts in the picture')
   args = parser.parse_args()
-  pipeline = parti_jax.load(args.model)
-  judge = alignment.OpenMojiAlignment(pipeline.image_size, args.split, args.max_prompts)
+  model = parti_jax.load(args.model)
+  judge = alignment.OpenMojiAlignment(model.image_size, args.split, args.max_prompts)
   shown = np.linspace(0, len(judge.prompts) - 1, args.shown).astype(int)
   rows, strips = [], []
   print(f'{args.split}: {len(judge.prompts)} prompts, {args.num_images} pictures of each')
@@ -40,7 +40,7 @@ def main():
     for scale in args.scales:
       if scale == 1 and ramp != args.ramps[0]:
         continue  # Unguided from the first position to the last, whatever the ramp.
-      result = pipeline.generate(
+      result = model.generate(
         judge.prompts, num_images=args.num_images, guidance_scale=scale, guidance_ramp=ramp
       )
       measured = judge.scores(result.images)

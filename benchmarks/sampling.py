@@ -52,7 +52,7 @@ def parti_jax_system(args, guided: bool):
     dtype='float32',
   )
   init = functools.partial(parti.Parti(config).init, jax.random.key(0))
-  params = parameters.cut(
+  params = parameters.for_sampling(
     config, nn.meta.unbox(jax.jit(init)(*parti.example_inputs(config))['params'])
   )
 

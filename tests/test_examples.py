@@ -48,5 +48,5 @@ def test_notebooks_run(notebook, tmp_path, monkeypatch):
     assert float(names['metrics']['loss']) < 2.5
     assert names['result'].images.shape == (2, 4, 16, 16, 3)
   if notebook.stem == 'new_objective':
-    measures = names['trainer'].evaluate(names['state'].params, [names['labeled']])
+    measures = names['trainer'].evaluate(names['state'].params, [names['batch']])
     assert measures['accuracy'] > 0.9

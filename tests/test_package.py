@@ -114,6 +114,25 @@ def test_imports_run_one_way():
   assert not wrong
 
 
+def test_modules_keep_their_names():
+  """A module is imported by its name, or as NAME_lib where a variable has the name.
+
+  t5x has modules of the same names as ours, which are then our_NAME there and t5x_NAME elsewhere.
+  """
+  wrong = []
+  for path in _modules():
+    prefix = 'our' if _part(path) == 't5x' else 't5x'
+    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+      if isinstance(node, ast.ImportFrom) and (node.module or '').startswith('parti_jax'):
+        wrong += [
+          f'{path}: {alias.name} as {alias.asname}'
+          for alias in node.names
+          if alias.name.islower()
+          and alias.asname not in (None, f'{alias.name}_lib', f'{prefix}_{alias.name}')
+        ]
+  assert not wrong
+
+
 def test_the_order_of_the_parts_has_no_circle():
   settled = set()
   while ready := {part for part, others in _MAY_IMPORT.items() if others <= settled} - settled:

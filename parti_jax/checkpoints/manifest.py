@@ -83,8 +83,8 @@ def text_of(folder: epath.Path, names: Sequence[str], parts: Sequence[bytes] = (
 
   Args:
     folder: has a manifest.
-    names: of files that the manifest is of.
-    parts: of other processes, as this function gave them there.
+    names: names of the files in the manifest.
+    parts: results of this function in the other processes.
 
   Raises:
     UserError: a part is damaged.

@@ -36,6 +36,9 @@ _METADATA_FILES = (
   'state/_sharding',
   'state/array_metadatas/process_0',
 )
+# Settings of a network that a run may change between two starts, since its parameters keep their
+# shapes and their meaning.
+_FREE_SETTINGS = ('dropout', 'dtype', 'remat', 'unroll', 'commitment', 'entropy_weight')
 
 
 def describe(objective) -> dict:
@@ -203,7 +206,7 @@ def read_config(path: epath.Path, objective: str) -> Any:
       f'{", ".join(kinds)}{remedy}'
     )
   if objective == 'generator':
-    sizes = parti_config.by_todays_names(sizes)
+    sizes = parti_config.upgrade_config(sizes)
   if unknown := ', '.join(sorted(sizes.keys() - checks.field_types(kinds[kind]).keys())):
     raise errors.UserError(
       f'{path}: its config has fields that {kinds[kind].__name__} does not have: {unknown}'
@@ -330,18 +333,17 @@ def check_same_model(path, saved: dict, wanted: dict):
       f'{path}: a {saved["stage"]} of the kind {kinds[0]}, not of {kinds[1]}; train in another '
       '--model_dir, or restore the model settings'
     )
-  free = ('dropout', 'dtype', 'remat', 'unroll', 'commitment', 'entropy_weight')
-  saved_config = parti_config.by_todays_names(saved['config'])
+  saved_config = parti_config.upgrade_config(saved['config'])
 
   def plain(value: Any) -> Any:
     if isinstance(value, Mapping):
-      return {key: plain(part) for key, part in value.items() if key not in free}
+      return {key: plain(part) for key, part in value.items() if key not in _FREE_SETTINGS}
     return list(value) if isinstance(value, (tuple, list)) else value
 
   differing = [
     f'{key} is {saved_config.get(key)} there and {value} here'
     for key, value in wanted['config'].items()
-    if key not in free and plain(saved_config.get(key)) != plain(value)
+    if key not in _FREE_SETTINGS and plain(saved_config.get(key)) != plain(value)
   ]
   if differing:
     raise errors.UserError(
@@ -389,8 +391,7 @@ def by_path(tree) -> dict[str, Any]:
   A path joins the names of dict keys, fields and indices with '/'. Empty nodes have no path.
   """
   flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: hasattr(leaf, 'shape'))
-  name = lambda key: str(getattr(key, 'key', getattr(key, 'name', getattr(key, 'idx', key))))
-  return {'/'.join(name(key) for key in path): leaf for path, leaf in flat}
+  return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in flat}
 
 
 def saved_shapes(path) -> dict[str, tuple[int, ...]]:

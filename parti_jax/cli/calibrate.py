@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 import parti_jax
-from parti_jax.cli import generate as sampling_command
+from parti_jax.cli import generate
 from parti_jax.cli import sampling_flags
 from parti_jax.core import checks
 from parti_jax.core import storage
@@ -123,10 +123,10 @@ def run(args: argparse.Namespace) -> int:
       another calibration.
   """
   _check_flags(args)
-  pipeline = parti_jax.load(args.model)
-  judge = _judge(args, pipeline)
+  model = parti_jax.load(args.model)
+  judge = _judge(args, model)
   _check_prompts(args, judge)
-  study = _Study(args, pipeline, judge)
+  study = _Study(args, model, judge)
   found, rows = calibration.fixed_sequence(
     sorted(set(args.candidates), reverse=True), study.row, args.risk
   )
@@ -145,10 +145,10 @@ def run(args: argparse.Namespace) -> int:
 class _Study:
   """The measurements so far, stored in a file."""
 
-  def __init__(self, args, pipeline, judge):
-    self._args, self._pipeline, self._judge = args, pipeline, judge
+  def __init__(self, args, model, judge):
+    self._args, self._model, self._judge = args, model, judge
     self._order = np.random.default_rng(args.seed).permutation(len(judge.prompts))
-    sampling = pipeline.sampling.replace(**sampling_flags.given(args))
+    sampling = model.sampling.replace(**sampling_flags.given(args))
     self._conditions = {
       'model': str(args.model),
       'prompts': judge.prompts,
@@ -200,7 +200,7 @@ class _Study:
   def _measure(self, threshold: float) -> dict[str, Any]:
     key = checks.number_text(threshold)
     if key not in self._measured:
-      result = self._pipeline.generate(
+      result = self._model.generate(
         self._judge.prompts,
         num_images=self._args.num_images,
         seed=self._args.seed,
@@ -209,9 +209,7 @@ class _Study:
         **sampling_flags.given(self._args) | {self._args.calibrate: threshold},
       )
       scores = self._judge.scores(result.images)[self._args.measure]
-      self._measured[key] = _used(result, self._pipeline.decoder_layers) | {
-        'scores': scores.tolist()
-      }
+      self._measured[key] = _used(result, self._model.decoder_layers) | {'scores': scores.tolist()}
       self.write()
     return self._measured[key]
 
@@ -255,20 +253,20 @@ def _line(row) -> str:
   return '| ' + ' | '.join(f'{row[name]:.3g}' if name in row else '' for name in _COLUMNS) + ' |'
 
 
-def _judge(args, pipeline):
+def _judge(args, model):
   """Returns the object that measures alignment."""
   if args.measure != alignment.RANKER:
-    return alignment.OpenMojiAlignment(pipeline.image_size, args.split, args.max_prompts, args.seed)
-  if pipeline.ranker is None:
+    return alignment.OpenMojiAlignment(model.image_size, args.split, args.max_prompts, args.seed)
+  if model.ranker is None:
     raise UserError(
       '--measure=ranker: the model folder has no ranker; choose one of '
       f'{", ".join(alignment.OpenMojiAlignment.measures)}'
     )
   if args.prompts_file is not None:
-    prompts = sampling_command.read_prompts(args.prompts_file)
+    prompts = generate.read_prompts(args.prompts_file)
   else:
     prompts = [picture.caption for picture in openmoji.pictures() if picture.split == args.split]
-  return alignment.RankerAlignment(pipeline.ranker, prompts, args.max_prompts, args.seed)
+  return alignment.RankerAlignment(model.ranker, prompts, args.max_prompts, args.seed)
 
 
 def _check_prompts(args: argparse.Namespace, judge):

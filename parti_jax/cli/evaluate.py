@@ -163,15 +163,15 @@ def run(args: argparse.Namespace) -> int:
 def _openmoji(args: argparse.Namespace):
   """Evaluates on OpenMoji; returns the report, its contact sheets by name, and their folder."""
   folder = output_folder.make(args.output_dir)
-  pipeline = parti_jax.load(args.model, ranker=args.ranker)
-  extractors = features.of_flags(pipeline, args.inception_weights, args.image_size)
+  model = parti_jax.load(args.model, ranker=args.ranker)
+  extractors = features.of_flags(model, args.inception_weights, args.image_size)
   pages = {}
 
   def on_sample(sample):
     pages[sample.split] = contact_sheet.contact_sheet(sample)
 
   report = openmoji_report.evaluate(
-    pipeline,
+    model,
     args.splits,
     args.num_images,
     args.max_prompts,
@@ -196,11 +196,11 @@ def _captions(args: argparse.Namespace):
       f'--num_captions={args.num_captions}',
       file=sys.stderr,
     )
-  pipeline = parti_jax.load(args.model, ranker=args.ranker)
-  extractors = features.of_flags(pipeline, args.inception_weights, args.image_size)
+  model = parti_jax.load(args.model, ranker=args.ranker)
+  extractors = features.of_flags(model, args.inception_weights, args.image_size)
   if not extractors:
     raise UserError(
-      f'the model {pipeline.model_name} has no ranker whose features could be used to compare '
+      f'the model {model.model_name} has no ranker whose features could be used to compare '
       'pictures; give --inception_weights or --ranker'
     )
   folder = output_folder.make(args.output_dir)
@@ -222,7 +222,7 @@ def _captions(args: argparse.Namespace):
     },
   )
   report, shown = captions_evaluation.evaluate(
-    pipeline,
+    model,
     captioned,
     extractors,
     folder,

@@ -57,24 +57,24 @@ def run(args: argparse.Namespace) -> int:
   """
   # Registers everything that gin files may name.
   from parti_jax.data import datasets
-  from parti_jax.sampling import text_to_image as pipeline_lib
+  from parti_jax.sampling import text_to_image
 
   sampling_flags.check_numbers(args, 'max_pictures')
   gin_config.parse(args.gin_file, args.gin_bindings)
   source = args.source or (None if args.gin_file else 'openmoji')
   compilation_cache.enable()
-  pipeline = pipeline_lib.load(args.model)
-  if pipeline.upscaler is None:
+  model = text_to_image.load(args.model)
+  if model.upscaler is None:
     raise UserError(
-      f'the model {pipeline.model_name} has no super-resolution; '
+      f'the model {model.model_name} has no super-resolution; '
       '`parti-jax export --base=FOLDER --super_resolution=RUN` adds it'
     )
-  size = pipeline.upscaler.factor * pipeline.image_size
+  size = model.upscaler.factor * model.image_size
   examples: Any = datasets.pictures_and_captions(source, args.split, size)
   with contextlib.closing(examples):
     pictures = itertools.islice((picture for _, picture in examples), args.max_pictures)
     bar = tqdm.tqdm(pictures, desc=args.split, unit='picture', disable=not sys.stderr.isatty())
-    report, sample = upscaling_report.evaluate(pipeline, iter(bar))
+    report, sample = upscaling_report.evaluate(model, iter(bar))
   print(report.text())
   for path in _write(pathlib.Path(args.output_dir), report, sample):
     print(path)

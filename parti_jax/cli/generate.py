@@ -85,14 +85,14 @@ def run(args: argparse.Namespace) -> int:
   prompts = _prompts(args)
   _check_flags(args)
   # Imports JAX, which takes a moment, so only after checking the flags.
-  from parti_jax.sampling import text_to_image as pipeline_lib
+  from parti_jax.sampling import text_to_image
 
   compilation_cache.enable()
-  pipeline = pipeline_lib.load(args.model, ranker=args.ranker)
+  model = text_to_image.load(args.model, ranker=args.ranker)
   with warnings.catch_warnings():
     warnings.simplefilter('always', UserWarning)
     warnings.showwarning = _print_warning
-    result = pipeline.generate(
+    result = model.generate(
       prompts,
       num_images=args.num_images,
       seed=args.seed,
@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     print(path)
   print(result.save_grid(args.output_dir, args.display_size))
   if result.usage is not None:
-    print(f'parti-jax: {result.usage.summary(pipeline.decoder_layers)}', file=sys.stderr)
+    print(f'parti-jax: {result.usage.summary(model.decoder_layers)}', file=sys.stderr)
   return 0
 
 

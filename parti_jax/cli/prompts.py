@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
   }
   prompts = prompts_file.read(args.file)[: args.max_prompts]
   compilation_cache.enable()
-  pipeline = parti_jax.load(args.model, ranker=args.ranker)
+  model = parti_jax.load(args.model, ranker=args.ranker)
   folder = output_folder.make(args.output_dir)
   output_folder.claim(
     folder,
@@ -108,10 +108,10 @@ def run(args: argparse.Namespace) -> int:
     },
   )
   (folder / 'pictures').mkdir(exist_ok=True)
-  _draw(pipeline, prompts, folder, args, sampling)
-  ranked = pipeline.ranker is not None
+  _draw(model, prompts, folder, args, sampling)
+  ranked = model.ranker is not None
   results = [_result(folder, prompt) for prompt in prompts]
-  for path in _write_pages(folder, results, ranked, args, pipeline.model_name, sampling):
+  for path in _write_pages(folder, results, ranked, args, model.model_name, sampling):
     print(path)
   return 0
 
@@ -129,7 +129,7 @@ def _prompt_folder(folder: pathlib.Path, prompt: prompts_file.Prompt) -> pathlib
 
 
 def _draw(
-  pipeline,
+  model,
   prompts: Sequence[prompts_file.Prompt],
   folder: pathlib.Path,
   args: argparse.Namespace,
@@ -150,12 +150,12 @@ def _draw(
       chosen = missing[start : start + group]
       with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always', UserWarning)
-        drawn = pipeline.generate(
+        drawn = model.generate(
           [prompt.text for prompt in chosen],
           num_images=args.num_images,
           seed=args.seed,
           batch_size=args.batch_size,
-          rank=pipeline.ranker is not None,
+          rank=model.ranker is not None,
           **sampling,
         )
       cut = _left_out([str(warning.message) for warning in caught])
@@ -165,7 +165,7 @@ def _draw(
 
 
 def _left_out(messages: Sequence[str]) -> dict[int, str]:
-  """Returns row -> the pipeline's warning about its prompt, which says how it was cut."""
+  """Returns row -> the model's warning about its prompt, which says how it was cut."""
   found = [re.match(r'prompt (\d+) is (.*)', message, re.DOTALL) for message in messages]
   return {int(match[1]) - 1: match[2] for match in found if match}
 

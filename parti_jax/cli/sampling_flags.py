@@ -6,9 +6,9 @@ import argparse
 import dataclasses
 
 from parti_jax.core import checks
-from parti_jax.exported_model import sampling_settings as settings_lib
+from parti_jax.exported_model import sampling_settings
 
-_DEFAULTS = settings_lib.SamplingSettings()
+_DEFAULTS = sampling_settings.SamplingSettings()
 
 
 def add_arguments(
@@ -29,7 +29,7 @@ def add_arguments(
     'guidance_ramp',
     str,
     'how the scale changes from the first image token to the last: '
-    + ', '.join(settings_lib.GUIDANCE_RAMPS),
+    + ', '.join(sampling_settings.GUIDANCE_RAMPS),
     metavar='NAME',
   )
   add('guidance_start', float, 'the scale at the first token of a ramp')
@@ -70,7 +70,7 @@ def check_numbers(args: argparse.Namespace, *counts: str):
     if getattr(args, name) is not None:
       checks.count(f'--{name}', getattr(args, name))
   if hasattr(args, 'seed'):
-    checks.whole_number('--seed', args.seed, 0, settings_lib.LARGEST_SEED)
+    checks.whole_number('--seed', args.seed, 0, sampling_settings.LARGEST_SEED)
 
 
 def given(args: argparse.Namespace) -> dict:

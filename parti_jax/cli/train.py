@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+from collections.abc import Callable
 
 from parti_jax.core import compilation_cache
 from parti_jax.core import gin_config
@@ -43,24 +44,20 @@ def run(args: argparse.Namespace) -> int:
   return 0
 
 
-def _train(args: argparse.Namespace, connect):
-  # Before what starts threads is imported, so that it blocks SIGTERM in them too.
+def _train(args: argparse.Namespace, connect: Callable[[], None]) -> None:
+  """Parses the gin configuration, connects to the other processes and trains."""
+  # Before the imports, so that SIGTERM is also blocked in the threads that they start.
   with preemption.listening():
-    _train_listening(args, connect)
+    from parti_jax.runs import allocator
 
+    allocator.keep_freed()
+    from parti_jax.checkpoints import disk_errors
+    from parti_jax.core import numerics
+    from parti_jax.training import configurables  # noqa: F401
+    from parti_jax.training import train_loop
 
-def _train_listening(args: argparse.Namespace, connect):
-  from parti_jax.runs import allocator
-
-  allocator.keep_freed()
-  from parti_jax.checkpoints import disk_errors
-  from parti_jax.core import numerics
-  from parti_jax.data import mixtures  # noqa: F401
-  from parti_jax.training import configurables  # noqa: F401
-  from parti_jax.training import train_loop
-
-  gin_config.parse(args.gin_file, args.gin_bindings)
-  connect()
-  compilation_cache.enable()
-  with disk_errors.reported(args.model_dir), numerics.fixed():
-    train_loop.train(args.model_dir)
+    gin_config.parse(args.gin_file, args.gin_bindings)
+    connect()
+    compilation_cache.enable()
+    with disk_errors.reported(args.model_dir), numerics.fixed():
+      train_loop.train(args.model_dir)

@@ -137,7 +137,7 @@ class Preparation:
     Returns:
       The requested features among 'encoder_input_tokens' int32 [text_length], 'images' uint8
       [image_size, image_size, 3], 'decoder_target_tokens' int32 [image_tokens] and
-      'decoder_loss_weights' float32 [image_tokens]; and a short note for each loss.
+      'decoder_loss_weights' float32 [image_tokens]; and a short note for each change or cut.
 
     Raises:
       damage.Unusable: the example can't be used.

@@ -51,7 +51,7 @@ class JsonTokenizer:
     return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
   def encode(self, text: str, length: int) -> tuple[np.ndarray, str]:
-    """Encodes a text, see `text_tokenizer.TextTokenizer.encode`.
+    """Encodes a text, as `text_tokenizer.TextTokenizer.encode` describes.
 
     Raises:
       UserError: the text isn't UTF-8, or `length` leaves no place for the special ids.

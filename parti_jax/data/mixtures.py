@@ -88,9 +88,9 @@ def vocabulary_sizes(task: str, image_size: int = 64) -> dict[str, int]:
   """Returns {feature: number of ids} of a task of `datasets`, a mixture or a seqio task."""
   if datasets.is_ours(task) or is_one(task):
     return get(task, image_size)[0].sizes
-  from parti_jax.data import tasks as seqio_tasks
+  from parti_jax.data import tasks as tasks_lib
 
-  features = seqio_tasks.get_task(task, image_size).output_features
+  features = tasks_lib.get_task(task, image_size).output_features
   return {name: feature.vocabulary.vocab_size for name, feature in features.items()}
 
 

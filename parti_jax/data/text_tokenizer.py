@@ -27,7 +27,7 @@ class TextTokenizer(Protocol):
 
   Attributes:
     path: its file.
-    fingerprint: identifies the file's contents, see `parti_jax.core.fingerprints`.
+    fingerprint: fingerprint of the file's contents, as in `parti_jax.core.fingerprints`.
   """
 
   path: str

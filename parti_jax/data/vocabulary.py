@@ -16,11 +16,12 @@ from jaxtyping import Int32
 
 from parti_jax.core import fingerprints
 from parti_jax.core import storage
+from parti_jax.core import text_ids
 from parti_jax.core.errors import UserError
 from parti_jax.data import text_tokenizer
 
-PAD_ID = 0
-EOS_ID = 1
+PAD_ID = text_ids.PAD_ID
+EOS_ID = text_ids.EOS_ID
 UNK_ID = 2
 
 

@@ -131,7 +131,7 @@ class Shown:
 
 
 def evaluate(
-  pipeline,
+  model,
   captioned: captioned_pictures.Captioned,
   extractors: Sequence[features_lib.Extractor],
   folder: pathlib.Path,
@@ -144,7 +144,7 @@ def evaluate(
   """Generates the pictures that `folder` doesn't have yet, and compares all of them.
 
   Args:
-    pipeline: the result of `parti_jax.load`.
+    model: the result of `parti_jax.load`.
     captioned: the captions and their pictures.
     extractors: at least one extractor from `features.of_flags`.
     folder: stores the generated pictures; another run may continue there.
@@ -163,9 +163,9 @@ def evaluate(
   """
   sampling = {name: value for name, value in sampling.items() if value is not None}
   shards = picture_shards.PictureShards(folder / 'generated', captioned.captions)
-  shards.draw(pipeline, num_images, progress, seed=seed, batch_size=batch_size, **sampling)
+  shards.draw(model, num_images, progress, seed=seed, batch_size=batch_size, **sampling)
   real = _RealPictures(
-    pipeline, captioned.pictures, extractors, progress, shown=captioned.picture_of[:_SHOWN].tolist()
+    model, captioned.pictures, extractors, progress, shown=captioned.picture_of[:_SHOWN].tolist()
   )
   damaged = collections.Counter(
     reason for reason in (real.reasons[picture] for picture in captioned.picture_of) if reason
@@ -202,7 +202,7 @@ def evaluate(
     skipped={**captioned.skipped, **damaged},
     captions_cut=shards.captions_cut(),
     num_images=num_images,
-    model_image_size=pipeline.image_size,
+    model_image_size=model.image_size,
     seed=seed,
     sampling=sampling,
     distributions=tables,
@@ -221,14 +221,14 @@ class _RealPictures:
 
   def __init__(
     self,
-    pipeline,
+    model,
     pictures: captioned_pictures.Pictures,
     extractors: Sequence[features_lib.Extractor],
     progress: bool,
     shown: Sequence[int],
   ):
     sizes = list(
-      dict.fromkeys([*(extractor.image_size for extractor in extractors), pipeline.image_size])
+      dict.fromkeys([*(extractor.image_size for extractor in extractors), model.image_size])
     )
     self.reasons: list[str] = []
     self.shown: dict[int, UInt8[np.ndarray, 'size size 3']] = {}
@@ -240,7 +240,7 @@ class _RealPictures:
       for index, image in zip(usable[-len(images[sizes[0]]) :], images[sizes[0]]):
         if index in shown:
           self.shown[index] = image
-      reconstruction = pipeline.reconstruct(images[pipeline.image_size])
+      reconstruction = model.reconstruct(images[model.image_size])
       for extractor, (real, through) in zip(extractors, parts):
         real.append(features_lib.extract(extractor, [images[extractor.image_size]]))
         through.append(features_lib.extract(extractor, [reconstruction]))

@@ -91,12 +91,12 @@ class Sample:
 
 
 def evaluate(
-  pipeline, pictures: Iterator[UInt8[np.ndarray, 'size size 3']], num_samples: int = 8
+  model, pictures: Iterator[UInt8[np.ndarray, 'size size 3']], num_samples: int = 8
 ) -> tuple[Report, Sample]:
   """Measures a model's super-resolution.
 
   Args:
-    pipeline: a TextToImage with an upscaler.
+    model: a TextToImage with an upscaler.
     pictures: pictures whose height and width are those of the model, times the upscaler's factor.
     num_samples: pictures to keep, spread evenly over all.
 
@@ -109,12 +109,12 @@ def evaluate(
   samples = []
   while batch := list(itertools.islice(pictures, _BATCH)):
     large = np.stack(batch)
-    small = _averaged(large, pipeline.upscaler.factor)
-    inputs = {'tokenizer': pipeline.reconstruct(small), 'averaged': small}
+    small = _averaged(large, model.upscaler.factor)
+    inputs = {'tokenizer': model.reconstruct(small), 'averaged': small}
     enlarged = {
       name: {
         'bicubic': _bicubic(images, large.shape[1]),
-        'super_resolution': pipeline.upscale(images),
+        'super_resolution': model.upscale(images),
       }
       for name, images in inputs.items()
     }
@@ -130,7 +130,7 @@ def evaluate(
       name: {how: np.concatenate(values) for how, values in of_input.items()}
       for name, of_input in psnr.items()
     },
-    pipeline.image_size,
+    model.image_size,
     parts[-1].shape[1],
   )
   return report, Sample(*(part[chosen] for part in parts))

@@ -19,7 +19,7 @@ from parti_jax.core import storage
 from parti_jax.core.errors import UserError
 from parti_jax.exported_model import file_names
 from parti_jax.exported_model import preprocessing
-from parti_jax.exported_model import sampling_settings as settings_lib
+from parti_jax.exported_model import sampling_settings
 from parti_jax.models import config_checks
 from parti_jax.models import image_tokenizers
 from parti_jax.models import parti_config
@@ -141,7 +141,7 @@ def sizes(kinds: Mapping[str, type], config: dict[str, Any], key: str, dtype: st
   kind = _kind(kinds, values, key, where)
   if kind is parti_config.PartiConfig:
     try:
-      values = parti_config.by_todays_names(values)
+      values = parti_config.upgrade_config(values)
     except UserError as error:
       raise UserError(f'{where}: {key!r}: {error}') from error
   types = checks.field_types(kind)
@@ -174,14 +174,14 @@ def _kind(kinds: Mapping[str, type], values: dict[str, Any], key: str, where) ->
   return kinds[name]
 
 
-def sampling(config: dict[str, Any], where) -> settings_lib.SamplingSettings:
+def sampling(config: dict[str, Any], where) -> sampling_settings.SamplingSettings:
   """Returns the sampling defaults; entries missing in the file have SamplingSettings' defaults.
 
   Raises:
     UserError: if a name is unknown or a value is invalid.
   """
   values = _object(config, 'sampling', where, {})
-  types = checks.field_types(settings_lib.SamplingSettings)
+  types = checks.field_types(sampling_settings.SamplingSettings)
   if unknown := ', '.join(map(_shown_name, sorted(values.keys() - types.keys()))):
     raise UserError(
       f"{where}: 'sampling' has other fields than SamplingSettings: {unknown}; choose "
@@ -193,7 +193,7 @@ def sampling(config: dict[str, Any], where) -> settings_lib.SamplingSettings:
       f'{where}: sampling.{name}', value, types[name], *bounds, show=checks.shown_as_json
     )
   try:
-    return settings_lib.SamplingSettings(**values)
+    return sampling_settings.SamplingSettings(**values)
   except UserError as error:
     raise UserError(f'{where}: sampling.{error}') from error
 

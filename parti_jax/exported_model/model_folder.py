@@ -46,7 +46,7 @@ from parti_jax.exported_model import file_names
 from parti_jax.exported_model import model_config
 from parti_jax.exported_model import parameter_files
 from parti_jax.exported_model import preprocessing as preprocessing_lib
-from parti_jax.exported_model import sampling_settings as settings_lib
+from parti_jax.exported_model import sampling_settings
 from parti_jax.exported_model import target_folder
 from parti_jax.models import image_tokenizers
 from parti_jax.models import parti as parti_lib
@@ -180,7 +180,7 @@ class Model:
   generator_params: dict[str, Any]
   tokenizer_params: dict[str, Any]
   vocabulary_path: pathlib.Path
-  sampling: settings_lib.SamplingSettings
+  sampling: sampling_settings.SamplingSettings
   provenance: dict[str, Any]
   stored_as: str
   parts: dict[str, Part]
@@ -207,7 +207,7 @@ def save(
   tokenizer_params: PyTree,
   vocabulary_path,
   parts: dict[str, Part] | None = None,
-  sampling: settings_lib.SamplingSettings = settings_lib.SamplingSettings(),  # noqa: B008
+  sampling: sampling_settings.SamplingSettings = sampling_settings.SamplingSettings(),  # noqa: B008
   provenance: dict[str, Any] | None = None,
   dtype: str = 'float16',
   overwrite: bool = False,

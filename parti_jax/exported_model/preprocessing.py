@@ -1,7 +1,7 @@
-"""How pictures become a network's input: resized and cropped on the host, as the network's authors did.
+"""Resizes and crops pictures on the host as the authors of imported networks did.
 
-A network that was trained elsewhere has seen pictures through one resizing function. Another one
-gives features that differ a little, so that scores can't be compared with published ones.
+Such a network was trained with one resizing function. Another function gives slightly different
+features, and then scores can't be compared with published ones.
 
 | networks | preprocessing |
 |---|---|
@@ -40,12 +40,12 @@ class Preprocessing:
   """How a picture of any size becomes a square.
 
   Attributes:
-    fit: 'crop' resizes the shorter side to the square's and cuts out the centre; 'stretch' resizes
-      both sides and changes the aspect ratio; 'pad' resizes the longer side and adds black.
-    resampling: 'bicubic' or 'bilinear', both with antialiasing.
-    crop_rounding: where the centre lies if an odd number of pixels is cut off: 'down', half a pixel
-      to the left and the top of it, as transformers; or 'even', at the nearest even number, as
-      torchvision and open_clip.
+    fit: how the picture is fitted into the square: 'crop' resizes the shorter side and cuts out the
+      centre; 'stretch' resizes both sides and changes the aspect ratio; 'pad' resizes the longer
+      side and adds black.
+    resampling: name of the filter: 'bicubic' or 'bilinear', both with antialiasing.
+    crop_rounding: rounding of the crop's offset if an odd number of pixels is cut off: 'down', as
+      in transformers, or 'even', to the nearest even number, as in torchvision and open_clip.
 
   Raises:
     UserError: if a value is none of these.
@@ -65,12 +65,12 @@ class Preprocessing:
 
 
 def preprocess(pictures: Iterable[np.ndarray], size: int, how: Preprocessing) -> np.ndarray:
-  """Makes squares of pictures.
+  """Resizes and crops pictures to squares.
 
   Args:
     pictures: uint8 [height, width, 3] each, of any sizes.
     size: height and width of the squares.
-    how: see Preprocessing.
+    how: the preprocessing of the network.
 
   Returns:
     float32 [pictures, size, size, 3] in [0, 1]. With 'pad' and 'bicubic' some values lie a little
@@ -110,13 +110,13 @@ def _square(picture: np.ndarray, size: int, how: Preprocessing) -> np.ndarray:
 
 
 def _resized(picture: np.ndarray, height: int, width: int, resampling: str) -> np.ndarray:
-  """Resizes in whole numbers, as Pillow's users do: uint8 to float32 in [0, 1]."""
+  """Resizes a uint8 picture, rounded to bytes; returns float32 in [0, 1]."""
   image = PIL.Image.fromarray(picture).resize((width, height), _FILTERS[resampling])
   return np.asarray(image, np.float32) / 255
 
 
 def _padded(picture: np.ndarray, size: int, resampling: str) -> np.ndarray:
-  """Resizes in floating-point numbers, and adds black around."""
+  """Resizes in floating point, and pads with black."""
   scale = size / max(picture.shape[:2])
   height, width = (max(1, round(side * scale)) for side in picture.shape[:2])
   square = np.zeros((size, size, 3), np.float32)

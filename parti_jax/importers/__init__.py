@@ -1,1 +1,1 @@
-"""Reads parts that others have trained: their files, their names of parameters, their configs."""
+"""Reads networks that others have trained: their files, parameter names and configs."""

@@ -20,7 +20,7 @@ from parti_jax.importers import key_map as key_map_lib
 from parti_jax.models import clip
 
 _DEFAULT = clip_names.Processor(preprocessing.Preprocessing(), clip.PIXEL_MEAN, clip.PIXEL_STD)
-# Arrays that are not parameters: numbers of positions, masks, and what a training run keeps.
+# Arrays that are not parameters: position ids, masks and the state of training.
 IGNORED = (
   r'(.*\.)?embeddings\.position_ids',
   r'(.*\.)?attn_mask',
@@ -29,7 +29,7 @@ IGNORED = (
   'context_length',
   'vocab_size',
 )
-# For the text encoder alone: the rest of CLIP, too.
+# Arrays that the text encoder alone doesn't need: those of the rest of CLIP too.
 IGNORED_BY_TEXT = (
   *IGNORED,
   r'(.*\.)?(vision_model|visual)\..*',
@@ -37,7 +37,7 @@ IGNORED_BY_TEXT = (
   r'(.*\.)?logit_scale',
 )
 _EPSILON = 1e-5
-# Width of an image encoder -> of a head, where it isn't 64: ViT-H, ViT-g, ViT-bigG, ViT-e.
+# Width of an image encoder -> width of a head that isn't 64: ViT-H, ViT-g, ViT-bigG, ViT-e.
 _HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104, 1792: 112}
 _ACTIVATIONS = {
   'quick_gelu': 'quick_gelu',
@@ -45,19 +45,19 @@ _ACTIVATIONS = {
   'gelu_new': 'gelu_tanh',
   'gelu_pytorch_tanh': 'gelu_tanh',
 }
-# What an open_clip config may say; anything else makes another network.
+# Supported values in an open_clip config; others belong to other networks.
 _OPEN_CLIP_IMAGE = {'image_size', 'layers', 'width', 'head_width', 'patch_size', 'mlp_ratio'}
 _OPEN_CLIP_TEXT = {'context_length', 'vocab_size', 'width', 'heads', 'layers'}
 
 
 class _Layout(NamedTuple):
-  """The names of one library; `{}` stands for a layer.
+  """The array names of one library; `{}` stands for a layer.
 
   Attributes:
-    image: of the image encoder's patches, positions, and first layers of MLPs.
-    text: the same of the text encoder, whose patches are tokens; after `_Names.of_text`.
-    projection: of the picture's vector.
-    feature_axis: the projection's axis of features.
+    image: names of the image encoder's patches, positions, and first layers of MLPs.
+    text: the same names of the text encoder, with tokens for patches, without `_Names.of_text`.
+    projection: name of the projection to the picture's vector.
+    feature_axis: axis of features in the projection.
   """
 
   image: tuple[str, str, str]
@@ -97,13 +97,13 @@ _OPEN_CLIP = _Layout(
 
 
 class _Names(NamedTuple):
-  """A file's names.
+  """The array names of a file.
 
   Attributes:
-    layout: whose they are.
-    prefix: what stands before all of them, such as 'state_dict.'.
-    of_text: what stands before those of the text encoder: the prefix and 'text_model.'; in
-      open_clip the prefix alone, or the prefix and 'text.' in the newer of its two forms.
+    layout: names of the library that wrote the file.
+    prefix: prefix of all names, such as 'state_dict.'.
+    of_text: prefix of the text encoder's names: `prefix` and 'text_model.'; in open_clip only
+      `prefix`, or `prefix` and 'text.' in the newer of its two forms.
   """
 
   layout: _Layout
@@ -112,7 +112,7 @@ class _Names(NamedTuple):
 
 
 class _Said(NamedTuple):
-  """What a config says that arrays' shapes don't; None where it says nothing."""
+  """Facts that a config states and array shapes don't show; None for those it doesn't state."""
 
   image_size: int | None = None
   image_heads: int | None = None
@@ -127,15 +127,15 @@ def config_of(
   processor: Mapping[str, Any] | None = None,
   activation: str | None = None,
 ) -> clip.CLIPConfig:
-  """The sizes of a CLIP: from its arrays' shapes, and what they can't say from its config.
+  """Returns the config of a CLIP, from the shapes of its arrays and from its own config.
 
   Args:
     arrays: {name: array in the file}.
-    settings: its config.json of transformers, or open_clip_config.json; None if there is none.
-      Heads then follow from widths as in the published models.
-    processor: its preprocessor_config.json; None for the mean and deviation of OpenAI's pictures,
-      or those of an open_clip_config.json.
-    activation: a name in `clip_layers.ACTIVATIONS`, where the config doesn't say it.
+    settings: contents of its config.json (transformers) or open_clip_config.json; None if there is
+      none. The numbers of heads then follow from the widths, as in the published models.
+    processor: contents of its preprocessor_config.json; None for the mean and deviation of an
+      open_clip_config.json, or of OpenAI's pictures.
+    activation: name in `clip_layers.ACTIVATIONS`, used if the config doesn't state it.
 
   Raises:
     UserError: if arrays are missing or contradict the config, the activation isn't known, or the
@@ -176,15 +176,15 @@ def text_config_of(
   settings: Mapping[str, Any] | None = None,
   activation: str | None = None,
 ) -> clip.CLIPTextConfig:
-  """The sizes of CLIP's text encoder.
+  """Returns the config of CLIP's text encoder.
 
   Args:
     arrays: {name: array in the file}, of a whole CLIP or of its text encoder alone.
-    settings: its config.json, of either.
-    activation: as `config_of`.
+    settings: contents of its config.json, of either.
+    activation: the argument of `config_of`.
 
   Raises:
-    UserError: as `config_of`.
+    UserError: in the cases of `config_of`.
   """
   said = _said(settings)
   sizes = _text_sizes(arrays, _text_names(arrays), said)
@@ -197,16 +197,16 @@ def preprocessing_of(
   settings: Mapping[str, Any] | None = None,
   processor: Mapping[str, Any] | None = None,
 ) -> preprocessing.Preprocessing:
-  """How a CLIP's pictures are resized and cropped.
+  """Returns how a CLIP's pictures are resized and cropped.
 
-  HPSv2's weights are open_clip's of ViT-H-14, and nothing in them tells that its pictures are
-  padded: `Preprocessing(fit='pad')`.
+  HPSv2's weights look like open_clip's ViT-H-14; they don't show that its pictures are padded,
+  `Preprocessing(fit='pad')`.
 
   Args:
-    arrays: as `config_of`.
-    sizes: of `config_of`.
-    settings: as `config_of`.
-    processor: as `config_of`.
+    arrays: {name: array in the file}.
+    sizes: the result of `config_of`.
+    settings: the argument of `config_of`.
+    processor: the argument of `config_of`.
 
   Raises:
     UserError: if the file asks for something that is not supported.
@@ -227,10 +227,10 @@ def layout(arrays: clip_names.Arrays) -> str:
 
 
 def key_map(config: clip.CLIPConfig, arrays: clip_names.Arrays) -> key_map_lib.KeyMap:
-  """Which arrays make the parameters of `clip.CLIP`.
+  """Returns the arrays that make up the parameters of `clip.CLIP`.
 
   Args:
-    config: of `config_of`.
+    config: the result of `config_of`.
     arrays: {name: array in the file}.
   """
   names = _names(arrays)
@@ -279,17 +279,17 @@ def key_map(config: clip.CLIPConfig, arrays: clip_names.Arrays) -> key_map_lib.K
 
 
 def text_key_map(config: clip.CLIPTextConfig, arrays: clip_names.Arrays) -> key_map_lib.KeyMap:
-  """Which arrays make the parameters of `clip.CLIPTextEncoder`.
+  """Returns the arrays that make up the parameters of `clip.CLIPTextEncoder`.
 
   Args:
-    config: of `text_config_of`.
+    config: the result of `text_config_of`.
     arrays: {name: array in the file}, of a whole CLIP or of its text encoder alone.
   """
   return _text_key_map(_text_names(arrays), config, '')
 
 
 def _names(arrays: clip_names.Arrays) -> _Names:
-  """Finds out whose names a file has.
+  """Returns the names of the library that wrote a file.
 
   Raises:
     UserError: if they are not CLIP's.
@@ -308,16 +308,16 @@ def _names(arrays: clip_names.Arrays) -> _Names:
 
 
 def _text_names(arrays: clip_names.Arrays) -> _Names:
-  """As `_names`, of a file that may hold the text encoder alone.
+  """Returns the names of a file that may hold the text encoder alone.
 
-  Newer releases of transformers then leave the names' 'text_model.' out.
+  Newer releases of transformers then omit 'text_model.' from the names.
   """
   start = clip_names.prefix(arrays, _TRANSFORMERS.text[0])
   return _names(arrays) if start is None else _Names(_TRANSFORMERS, start, start)
 
 
 def _text_sizes(arrays: clip_names.Arrays, names: _Names, said: _Said) -> dict[str, Any]:
-  """The fields of CLIPTextConfig that are sizes."""
+  """Returns the fields of CLIPTextConfig that are sizes."""
   tokens, positions, mlp = (names.of_text + name for name in names.layout.text)
   vocabulary, width = clip_names.shape(arrays, tokens, 2)
   return {
@@ -352,7 +352,7 @@ def _text_key_map(
 def _open_clip_layers(
   ours: str, theirs: str, count: int, heads: int
 ) -> dict[str, key_map_lib.Source]:
-  """The blocks of a tower, as `clip_names.transformers_layers`. Query, key and value are one."""
+  """Returns what `clip_names.transformers_layers` does; query, key and value are one array."""
   block = theirs + '.{}'
   found: dict[str, key_map_lib.Source] = {}
   for place, part in enumerate(('query', 'key', 'value')):
@@ -398,7 +398,7 @@ def _activation(said: _Said, activation: str | None) -> str:
 def _processor(
   settings: Mapping[str, Any] | None, processor: Mapping[str, Any] | None
 ) -> Mapping[str, Any]:
-  """What is known of the preprocessing: the file of its own, or a part of open_clip's config."""
+  """Returns the preprocessing: a file of its own, or a part of open_clip's config."""
   return processor or clip_names.section(settings or {}, 'preprocess_cfg')
 
 
@@ -410,7 +410,7 @@ def _said(settings: Mapping[str, Any] | None) -> _Said:
 
 
 def _said_by_transformers(config: Mapping[str, Any]) -> _Said:
-  """Reads a config.json; what it leaves out is as transformers has it."""
+  """Reads a config.json; missing values are the defaults of transformers."""
   kind = config.get('model_type')
   if kind not in (None, 'clip', 'clip_text_model'):
     raise UserError(f"its config is of {checks.shown_as_json(kind)}, which isn't CLIP")
@@ -435,7 +435,7 @@ def _said_by_transformers(config: Mapping[str, Any]) -> _Said:
 
 
 def _said_by_open_clip(config: Mapping[str, Any]) -> _Said:
-  """Reads a config of open_clip; what it leaves out is as there."""
+  """Reads a config of open_clip; missing values are its defaults."""
   image, text = (clip_names.section(config, name) for name in ('vision_cfg', 'text_cfg'))
   others = (set(image) - _OPEN_CLIP_IMAGE) | (set(text) - _OPEN_CLIP_TEXT)
   if others:

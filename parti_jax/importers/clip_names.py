@@ -1,4 +1,4 @@
-"""What the readers of CLIP and of SigLIP have in common: names of transformers, and its configs."""
+"""What the readers of CLIP and SigLIP share: the names and configs of transformers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _RESAMPLING = {2: 'bilinear', 3: 'bicubic'}
 
 
 def prefix(arrays: Arrays, marker: str) -> str | None:
-  """What stands before an array's name in a file, such as 'state_dict.'.
+  """Returns the prefix of the array names in a file, such as 'state_dict.'.
 
   Args:
     arrays: {name: array in the file}.
@@ -43,7 +43,7 @@ def prefix(arrays: Arrays, marker: str) -> str | None:
 
 
 def shape(arrays: Arrays, name: str, axes: int) -> tuple[int, ...]:
-  """The shape of an array.
+  """Returns the shape of an array.
 
   Raises:
     UserError: if the array is missing or has another number of axes, or no values.
@@ -57,7 +57,7 @@ def shape(arrays: Arrays, name: str, axes: int) -> tuple[int, ...]:
 
 
 def count_layers(arrays: Arrays, template: str) -> int:
-  """How many layers there are, by an array that each has; `template` has {} for the layer.
+  """Counts the layers by an array that each of them has; `template` has {} for the layer.
 
   Raises:
     UserError: if there is none.
@@ -71,7 +71,7 @@ def count_layers(arrays: Arrays, template: str) -> int:
 
 
 def grid(patches: int, where: str) -> int:
-  """The side of a square of patches.
+  """Returns the side of a square of patches.
 
   Raises:
     UserError: if their number isn't a square.
@@ -83,7 +83,7 @@ def grid(patches: int, where: str) -> int:
 
 
 def to_heads(heads: int) -> Callable[[np.ndarray], np.ndarray]:
-  """Makes the kernel [in, heads, head_dim] of a torch Linear's weight [out, in]."""
+  """Returns a conversion of a torch Linear's weight [out, in] to a kernel [in, heads, head_dim]."""
 
   def change(array):
     _, width = array.shape
@@ -93,7 +93,7 @@ def to_heads(heads: int) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def from_heads(heads: int) -> Callable[[np.ndarray], np.ndarray]:
-  """Makes the kernel [heads, head_dim, out] of a torch Linear's weight [out, in]."""
+  """Returns a conversion of a torch Linear's [out, in] to a kernel [heads, head_dim, out]."""
 
   def change(array):
     width, _ = array.shape
@@ -103,7 +103,7 @@ def from_heads(heads: int) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def split_bias(heads: int) -> Callable[[np.ndarray], np.ndarray]:
-  """Makes the bias [heads, head_dim] of a bias [out]."""
+  """Returns a conversion of a bias [out] to a bias [heads, head_dim]."""
   return lambda array: array.reshape(heads, -1)
 
 
@@ -115,12 +115,12 @@ def fused(
 
 
 def patches(array: np.ndarray) -> np.ndarray:
-  """The kernel [patch, out] of a torch Conv2d's weight [out, 3, height, width]."""
+  """Returns the kernel [patch, out] of a torch Conv2d's weight [out, 3, height, width]."""
   return key_map.convolution(array).reshape(-1, array.shape[0])
 
 
 def norm(ours: str, theirs: str) -> dict[str, key_map.Source]:
-  """A torch LayerNorm."""
+  """Returns the sources of a torch LayerNorm."""
   return {
     f'{ours}/scale': key_map.one(f'{theirs}.weight'),
     f'{ours}/bias': key_map.one(f'{theirs}.bias'),
@@ -135,7 +135,7 @@ def stacked(
   bias: Callable[[np.ndarray], np.ndarray] | None = None,
   last: str = 'kernel',
 ) -> dict[str, key_map.Source]:
-  """Weights and biases of a torch Linear, or with `last='scale'` a LayerNorm, of all layers."""
+  """Returns the sources of a torch Linear, or with `last='scale'` a LayerNorm, of all layers."""
   weight = (kernel,) if last == 'kernel' else ()
   return {
     f'{ours}/{last}': key_map.layers(f'{theirs}.weight', count, *weight),
@@ -146,13 +146,13 @@ def stacked(
 def transformers_layers(
   ours: str, theirs: str, count: int, heads: int
 ) -> dict[str, key_map.Source]:
-  """The blocks of a tower, by the names of transformers.
+  """Returns the sources of the blocks of a tower, by the names of transformers.
 
   Args:
-    ours: path of our stack, such as 'image_encoder/transformer/layers'.
-    theirs: name of theirs, such as 'vision_model.encoder.layers'.
+    ours: path of our blocks, such as 'image_encoder/transformer/layers'.
+    theirs: prefix of their names, such as 'vision_model.encoder.layers'.
     count: number of blocks.
-    heads: attention heads.
+    heads: number of attention heads.
   """
   block = theirs + '.{}'
   found: dict[str, key_map.Source] = {}
@@ -175,9 +175,9 @@ def transformers_layers(
 
 
 def section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-  """A tower's part of a config.json of transformers.
+  """Returns the section of a tower in a config.json of transformers.
 
-  Where there is an old-style section, such as `text_config_dict`, it alone counts, as there.
+  An old-style section, such as `text_config_dict`, takes precedence, as in transformers.
 
   Raises:
     UserError: if it isn't a JSON object.
@@ -191,14 +191,14 @@ def section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def whole(part: Mapping[str, Any], name: str, default: int) -> int:
-  """A size in a config, or its default where the config doesn't say."""
+  """Returns a size in a config, or its default if the config lacks it."""
   value = part.get(name)
   value = default if value is None else value
   return checks.whole_number(name, value, 1, config_checks.MAX_SIZE, show=checks.shown_as_json)
 
 
 def check_epsilon(part: Mapping[str, Any], expected: float) -> None:
-  """Raises UserError if layer norms add something else to the variance than all others' do."""
+  """Raises UserError unless the epsilon of layer norms is the expected one."""
   value = part.get('layer_norm_eps')
   if value is not None and value != expected:
     raise UserError(
@@ -208,15 +208,15 @@ def check_epsilon(part: Mapping[str, Any], expected: float) -> None:
 
 
 def image_size(said: int | None, patch_size: int, side: int) -> int:
-  """The height and width of pictures, which must give a grid of `side` patches.
+  """Returns the height and width of pictures, which must give a grid of `side` × `side` patches.
 
   Args:
-    said: by a config; None for the smallest that does.
+    said: size in the config; None for the smallest possible one.
     patch_size: height and width of a patch.
-    side: patches in a row, and in a column.
+    side: number of patches in a row, and in a column.
 
   Raises:
-    UserError: if they don't.
+    UserError: if they give another grid.
   """
   found = said or side * patch_size
   if found // patch_size != side:
@@ -228,12 +228,12 @@ def image_size(said: int | None, patch_size: int, side: int) -> int:
 
 
 class Processor(NamedTuple):
-  """How pictures are prepared.
+  """The preparation of pictures.
 
   Attributes:
     how: resizing and cropping.
-    mean: what is subtracted from red, green and blue in [0, 1].
-    std: what divides the difference.
+    mean: mean of red, green and blue in [0, 1], which is subtracted from pixels.
+    std: standard deviation, by which the difference is divided.
   """
 
   how: preprocessing.Preprocessing
@@ -245,9 +245,9 @@ def read_processor(config: Mapping[str, Any], size: int, default: Processor) -> 
   """Reads a preprocessor_config.json of transformers, or open_clip's `preprocess_cfg`.
 
   Args:
-    config: the JSON.
-    size: the network's height and width of pictures.
-    default: what the library does where the file says nothing.
+    config: contents of the file.
+    size: height and width of the network's pictures.
+    default: the library's defaults.
 
   Raises:
     UserError: if the file asks for something that is not supported, or for another size.
@@ -270,7 +270,7 @@ def read_processor(config: Mapping[str, Any], size: int, default: Processor) -> 
 
 
 def _sides(size: Any) -> set[int] | None:
-  """The sides that a size in a config gives: a number, two of them, or an object."""
+  """Returns the different sides of a size in a config: a number, two numbers, or an object."""
   sides = list(size.values()) if isinstance(size, Mapping) else size
   sides = sides if isinstance(sides, list) else [sides]
   return set(sides) if all(type(side) is int for side in sides) else None

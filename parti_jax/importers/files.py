@@ -1,4 +1,4 @@
-"""The arrays in a file of weights, by name, listed without reading their values.
+"""Lists the arrays in a file of weights by name, without reading their values.
 
 | format | files |
 |---|---|
@@ -40,7 +40,7 @@ class Weights:
   """The arrays of one or several files.
 
   Attributes:
-    files: that were opened; the folder of a t5x checkpoint.
+    files: the opened files; for a t5x checkpoint, its folder.
     arrays: {name: array}.
   """
 
@@ -82,7 +82,7 @@ def open_weights(paths: Sequence[str]) -> Weights:
 
 
 def _files(path: pathlib.Path) -> list[pathlib.Path]:
-  """The files that a path stands for."""
+  """Returns the files of a path."""
   if path.name.endswith('.index.json'):
     return _shards(path)
   if path.is_dir():
@@ -109,7 +109,7 @@ def _files(path: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _shards(index: pathlib.Path) -> list[pathlib.Path]:
-  """The files that an index of the Hugging Face libraries names."""
+  """Returns the files that an index of the Hugging Face libraries names."""
   storage.check_size(index, storage.MAX_JSON)
   try:
     names = set(json.loads(index.read_text(encoding='utf-8'))['weight_map'].values())
@@ -124,7 +124,7 @@ def _shards(index: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _contents(file: pathlib.Path) -> list[pathlib.Path]:
-  """The files in a folder in a fixed order, or the file itself."""
+  """Returns the files in a folder in a fixed order, or the file itself."""
   return sorted(part for part in file.rglob('*') if part.is_file()) if file.is_dir() else [file]
 
 

@@ -1,4 +1,4 @@
-"""The arrays in a file of Flax's msgpack, listed without reading their values."""
+"""Lists the arrays in a file of Flax's msgpack, without reading their values."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _FLAX_PIECES = '__msgpack_chunked_array__'
 
 @dataclasses.dataclass(frozen=True)
 class _MsgpackArray:
-  """An array in a file of Flax's msgpack: its bytes lie in pieces, (start, length) in the file."""
+  """An array in a file of Flax's msgpack, stored as pieces (start, length) of the file."""
 
   file: pathlib.Path
   shape: tuple[int, ...]
@@ -83,7 +83,7 @@ def read_leaves(file: pathlib.Path) -> dict[str, Any]:
 
 
 def _joined(leaves: Mapping[str, Any]) -> dict[str, _MsgpackArray]:
-  """The arrays among the leaves; those that are stored in pieces are put together.
+  """Returns the arrays among the leaves; joins those that are stored in pieces.
 
   Flax stores the array `name` in pieces `name/chunks/0` and so on, with its sizes `name/shape/0`
   and so on, and a mark.
@@ -117,7 +117,7 @@ class _MsgpackWalk:
   """Finds the values in a msgpack without copying its arrays, as a msgpack library would.
 
   Attributes:
-    place: of the next byte to look at.
+    place: position of the next byte.
   """
 
   _MAX_DEPTH = 100

@@ -1,8 +1,8 @@
-"""Which arrays of a foreign file make which parameters of ours, checked before any is read.
+"""Maps the arrays of a foreign file to our parameters, and checks them before reading any.
 
-A reader of a foreign format gives a key map: for each of our parameters the names of the arrays
-that it is made of, and how. `check` compares names and shapes and reads nothing. `convert` then
-reads one parameter after another, so that memory stays near the largest of them.
+A reader of a foreign format makes a key map: for each of our parameters, the names of the arrays
+that it is made of, and their conversion. `check` compares names and shapes and reads nothing.
+`convert` then reads one parameter after another, so that memory stays near the largest of them.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ class StoredArray(Protocol):
 
 
 def unchanged(array: np.ndarray) -> np.ndarray:
-  """The array as it is."""
+  """Returns the array unchanged."""
   return array
 
 
 class Source(NamedTuple):
-  """What one of our parameters is made of.
+  """The arrays that one of our parameters is made of.
 
   Attributes:
-    names: of the foreign arrays. Several are stacked along a new first axis, after `change`, as the
-      parameters of scanned layers are.
-    change: makes one foreign array ours, such as a transpose. It may only permute, split, merge or
-      cut axes, because `check` calls it with an array that takes no memory.
-    stacked: whether the first axis is a stack of the arrays, if only of one.
+    names: names of the foreign arrays. Several are stacked along a new first axis, after `change`,
+      like the parameters of scanned layers.
+    change: conversion of one foreign array, such as a transpose. It may only permute, split, merge
+      or cut axes, because `check` calls it with an array that takes no memory.
+    stacked: whether the first axis stacks the arrays, even if there is only one.
   """
 
   names: tuple[str, ...]
@@ -62,32 +62,32 @@ KeyMap = Mapping[str, Source]
 
 
 def one(name: str, change: Callable[[np.ndarray], np.ndarray] = unchanged) -> Source:
-  """A parameter made of one array."""
+  """Returns the source of a parameter made of one array."""
   return Source((name,), change)
 
 
 def layers(
   template: str, count: int, change: Callable[[np.ndarray], np.ndarray] = unchanged
 ) -> Source:
-  """A parameter of scanned layers, made of an array of each; `template` has {} for the layer."""
+  """Returns the source of scanned layers, one array each; `template` has {} for the layer."""
   return Source(tuple(template.format(layer) for layer in range(count)), change, stacked=True)
 
 
 def linear(array: np.ndarray) -> np.ndarray:
-  """The kernel [in, out] of a torch Linear's weight [out, in]."""
+  """Returns the kernel [in, out] of a torch Linear's weight [out, in]."""
   return array.T
 
 
 def convolution(array: np.ndarray) -> np.ndarray:
-  """The kernel [height, width, in, out] of a torch Conv2d's weight [out, in, height, width]."""
+  """Returns the kernel [height, width, in, out] of a torch Conv2d's [out, in, height, width]."""
   return array.transpose(2, 3, 1, 0)
 
 
 def prefixes(names: Iterable[str], marker: str) -> list[str]:
-  """What stands before a name in files that hold a network within others, such as 'state_dict.'.
+  """Returns the prefixes of a name in files that hold several networks, such as 'state_dict.'.
 
   Args:
-    names: of the arrays.
+    names: names of the arrays.
     marker: a name that the network always has.
   """
   found = [name.removesuffix(marker) for name in names if name.endswith(marker)]

@@ -1,6 +1,6 @@
 """Reads SigLIP's and SigLIP 2's weights by the names of big_vision and of transformers.
 
-Networks of one picture size are read; the NaFlex ones, which take any, are not.
+It reads networks of one picture size, and not the NaFlex ones, which take any size.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from parti_jax.importers import clip_names
 from parti_jax.importers import key_map as key_map_lib
 from parti_jax.models import siglip
 
-# Arrays that are not parameters: numbers of positions, and what a training run keeps.
+# Arrays that are not parameters: position ids and the state of training.
 IGNORED = (r'(.*\.)?embeddings\.position_ids', r'(opt|chrono)/.*')
 _EPSILON = 1e-6
 _MEAN = (0.5, 0.5, 0.5)
 _IMAGE = 'img/embedding/kernel'
 _TRANSFORMERS_IMAGE = 'vision_model.embeddings.patch_embedding.weight'
-# Width of an encoder -> its heads, in the published models: B, L, So400m, g-opt.
+# Width of an encoder -> number of its heads, in the published models: B, L, So400m, g-opt.
 _HEADS = {768: 12, 1024: 16, 1152: 16, 1536: 16}
-# What SigLIP 2's preprocessor_config.json say.
+# The values in SigLIP 2's preprocessor_config.json.
 SIGLIP_2 = preprocessing.Preprocessing('stretch', 'bilinear')
 
 
@@ -35,13 +35,13 @@ def config_of(
   settings: Mapping[str, Any] | None = None,
   processor: Mapping[str, Any] | None = None,
 ) -> siglip.SigLIPConfig:
-  """The sizes of a SigLIP: from its arrays' shapes, and what they can't say from its config.
+  """Returns the config of a SigLIP, from the shapes of its arrays and from its own config.
 
   Args:
     arrays: {name: array in the file}.
-    settings: its config.json of transformers; None if there is none. Heads and the size of pictures
-      then are as in the published models.
-    processor: its preprocessor_config.json, whose mean and deviation must be 0.5.
+    settings: contents of its config.json (transformers); None if there is none. The numbers of
+      heads and the size of pictures are then those of the published models.
+    processor: contents of its preprocessor_config.json, whose mean and deviation must be 0.5.
 
   Raises:
     UserError: if arrays are missing or contradict the config, or the config asks for something
@@ -60,11 +60,11 @@ def config_of(
 def preprocessing_of(
   processor: Mapping[str, Any] | None, sizes: siglip.SigLIPConfig
 ) -> preprocessing.Preprocessing:
-  """How a SigLIP's pictures are resized.
+  """Returns how a SigLIP's pictures are resized.
 
   Args:
-    processor: its preprocessor_config.json; None for SigLIP 2's.
-    sizes: of `config_of`.
+    processor: contents of its preprocessor_config.json; None for SigLIP 2's.
+    sizes: the result of `config_of`.
 
   Raises:
     UserError: if the file asks for something that is not supported.
@@ -79,10 +79,10 @@ def preprocessing_of(
 
 
 def key_map(config: siglip.SigLIPConfig, arrays: clip_names.Arrays) -> key_map_lib.KeyMap:
-  """Which arrays make the parameters of `siglip.SigLIP`.
+  """Returns the arrays that make up the parameters of `siglip.SigLIP`.
 
   Args:
-    config: of `config_of`.
+    config: the result of `config_of`.
     arrays: {name: array in the file}.
   """
   start = clip_names.prefix(arrays, _IMAGE)
@@ -92,7 +92,7 @@ def key_map(config: siglip.SigLIPConfig, arrays: clip_names.Arrays) -> key_map_l
 
 
 def _prefix(arrays: clip_names.Arrays) -> str:
-  """What stands before the names of transformers.
+  """Returns the prefix of the names of transformers.
 
   Raises:
     UserError: if they are not SigLIP's.
@@ -107,7 +107,7 @@ def _prefix(arrays: clip_names.Arrays) -> str:
 
 
 def _check_patches(arrays: clip_names.Arrays, name: str) -> tuple[int, ...]:
-  """The shape of the patches' kernel; raises UserError for that of a NaFlex network."""
+  """Returns the shape of the patches' kernel; raises UserError for a NaFlex network."""
   if name in arrays and len(arrays[name].shape) == 2:
     raise UserError(
       f'{name} has two axes, as in a NaFlex network, which takes pictures of any size; only '
@@ -136,12 +136,12 @@ def _config_of_big_vision(arrays: clip_names.Arrays, start: str) -> siglip.SigLI
 
 
 def _published_size(patch_size: int, side: int) -> int:
-  """The size of pictures: SigLIP's So400m/14 of 384 pixels leaves six of them out."""
+  """Returns the size of pictures; SigLIP's So400m/14 of 384 pixels ignores six of them."""
   return 384 if (patch_size, side) == (14, 27) else patch_size * side
 
 
 def _blocks(arrays: clip_names.Arrays, tower: str) -> dict[str, Any]:
-  """Layers, heads and the MLP's width of a tower of big_vision, scanned or not."""
+  """Returns the numbers of layers and heads and the MLP's width of a tower of big_vision."""
   query, mlp = (
     'MultiHeadDotProductAttention_0/query/kernel',
     'MlpBlock_0/Dense_0/kernel',
@@ -201,7 +201,7 @@ def _big_vision_key_map(
 def _big_vision_layers(
   arrays: clip_names.Arrays, ours: str, theirs: str, count: int
 ) -> dict[str, key_map_lib.Source]:
-  """The blocks of a tower: stacked in arrays as ours, or each by itself."""
+  """Returns the sources of the blocks of a tower, whose arrays may be stacked like ours."""
   parts = {
     'attention_norm': ('LayerNorm_0', 'scale'),
     'mlp_norm': ('LayerNorm_1', 'scale'),
@@ -254,7 +254,7 @@ def _config_of_transformers(
 
 
 def _sections(settings: Mapping[str, Any] | None):
-  """The parts of a config.json about both towers, checked; None without one."""
+  """Returns the checked sections of a config.json about both towers; None without a config."""
   if settings is None:
     return None, None
   kind = settings.get('model_type')
@@ -335,5 +335,5 @@ def _transformers_key_map(start: str, config: siglip.SigLIPConfig) -> dict[str, 
 
 
 def _only_row(array: np.ndarray) -> np.ndarray:
-  """[1, 1, embed] to [embed]."""
+  """Reshapes [1, 1, embed] to [embed]."""
   return array.reshape(array.shape[2:])

@@ -1,6 +1,6 @@
-"""T5 encoders: which arrays of Hugging Face's and t5x's files make which of our parameters.
+"""Reads T5 encoders by the names of Hugging Face's and t5x's files.
 
-Both have the encoder alone or a whole model, of which the decoder is not read.
+A file may hold the encoder alone or a whole model, whose decoder is ignored.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ class _Names(NamedTuple):
   """Names of arrays in a format; {} stands for the layer.
 
   Attributes:
-    embeddings: names of the table of pieces, of which one suffices.
-    relative: table of the relative positions.
-    relative_change: makes it [buckets, heads].
-    norm: scale of the last norm.
-    layer: {our parameter of a layer, without the MLP's first projections: its name}.
-    mlp: names of the MLP's first projections: without a gate; the gate and the one beside it.
+    embeddings: possible names of the embedding table; one suffices.
+    relative: name of the table of relative position biases.
+    relative_change: conversion of that table to [buckets, heads].
+    norm: name of the scale of the final norm.
+    layer: {our parameter of a layer, except the MLP's first projections: its name}.
+    mlp: names of the MLP's first projections: the one without a gate; the two with a gate.
     transposed: whether the kernels are [out, in].
   """
 
@@ -119,13 +119,13 @@ _T5X = _Names(
 def config_of(
   arrays: Mapping[str, key_map_lib.StoredArray], settings: Mapping[str, Any] | None = None
 ) -> t5_encoder.T5EncoderConfig:
-  """The sizes of the encoder in a file.
+  """Returns the config of the encoder in a file.
 
   Args:
     arrays: {name: array in the file}.
-    settings: Hugging Face's config.json of the model. It says what the arrays' shapes do not: the
-      activation, the distance of relative positions and the rate of dropout. Without it they are
-      those that the published models with such arrays have.
+    settings: contents of the model's config.json (Hugging Face), for what array shapes don't show:
+      the activation, the distance of relative positions and the dropout rate. Without it they are
+      those of the published models with such arrays.
 
   Raises:
     UserError: if the file holds no T5 encoder, or the settings are of another model.
@@ -156,10 +156,10 @@ def config_of(
 
 
 def key_map(config: t5_encoder.T5EncoderConfig, arrays: Collection[str]) -> key_map_lib.KeyMap:
-  """Which arrays make which parameters of a `T5Encoder`.
+  """Returns the arrays that make up the parameters of a `T5Encoder`.
 
   Args:
-    config: of `config_of`.
+    config: the result of `config_of`.
     arrays: names of the arrays in the file.
   """
   names = _names(arrays)
@@ -182,7 +182,7 @@ def key_map(config: t5_encoder.T5EncoderConfig, arrays: Collection[str]) -> key_
 def _layer_change(
   path: str, config: t5_encoder.T5EncoderConfig, transposed: bool
 ) -> Callable[[np.ndarray], np.ndarray]:
-  """What makes a foreign array of one layer our parameter."""
+  """Returns the conversion of a foreign array of one layer to our parameter."""
   kernel = key_map_lib.linear if transposed else key_map_lib.unchanged
   features = (config.heads, config.head_dim)
   match path.split('/'):
@@ -196,7 +196,7 @@ def _layer_change(
 
 
 def _names(arrays: Collection[str]) -> _Names:
-  """The names of the format that a file is of."""
+  """Returns the names of a file's format."""
   for names in (_HUGGING_FACE, _T5X):
     if any(name in arrays for name in names.embeddings):
       return names
@@ -207,14 +207,14 @@ def _names(arrays: Collection[str]) -> _Names:
 
 
 def _embedding(names: _Names, arrays: Collection[str]) -> str:
-  """The name that the table of pieces has in a file."""
+  """Returns the name of the embedding table in a file."""
   return next(name for name in names.embeddings if name in arrays)
 
 
 def _matrix(
   shapes: Mapping[str, tuple[int, ...]], name: str, transposed: bool = False
 ) -> tuple[int, int]:
-  """The sizes of a matrix."""
+  """Returns the sizes of a matrix."""
   shape = shapes.get(name)
   if shape is None:
     raise UserError(f'no T5 encoder is in these files: they lack the array {name}')
@@ -224,7 +224,7 @@ def _matrix(
 
 
 def _count_layers(names: _Names, shapes: Mapping[str, tuple[int, ...]]) -> int:
-  """The number of layers; those in between that a file lacks count too."""
+  """Returns the number of layers, including those in between that a file lacks."""
   if _HUGGING_FACE.relative.replace('.0.', '.1.', 1) in shapes:
     raise UserError('each layer has relative positions of its own, as in umT5, which is not read')
   pattern = re.compile(re.escape(names.query).replace(r'\{\}', r'(\d{1,6})'))
@@ -233,7 +233,7 @@ def _count_layers(names: _Names, shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 
 def _usual_activation(sizes: Mapping[str, int], gated: bool) -> str:
-  """The activation of the published models with these sizes."""
+  """Returns the activation of the published models with these sizes."""
   if not gated:
     return 'relu'
   ul2 = tuple(sizes[name] for name in ('width', 'mlp_width', 'heads', 'head_dim')) == _UL2
@@ -241,7 +241,7 @@ def _usual_activation(sizes: Mapping[str, int], gated: bool) -> str:
 
 
 def _check_settings(settings: Mapping[str, Any], sizes: Mapping[str, int]):
-  """Raises UserError unless a config.json is that of a T5 with these sizes."""
+  """Raises UserError unless a config.json is of a T5 with these sizes."""
   kind = settings.get('model_type', 't5')
   if kind not in ('t5', 'mt5'):
     raise UserError(
@@ -261,7 +261,7 @@ def _check_settings(settings: Mapping[str, Any], sizes: Mapping[str, int]):
 
 
 def _of_settings(settings: Mapping[str, Any], gated: bool) -> dict[str, Any]:
-  """The fields of our config that a config.json says, and the arrays' shapes do not."""
+  """Returns the fields of our config that a config.json states and array shapes don't show."""
   default = 'gated-gelu' if settings.get('model_type') == 'mt5' else 'relu'
   name = settings.get('feed_forward_proj', default)
   activation, function = _ACTIVATIONS.get(name if isinstance(name, str) else '', ('', ''))

@@ -1,4 +1,4 @@
-"""The arrays in a checkpoint of t5x, listed without reading their values.
+"""Lists the arrays in a checkpoint of t5x, without reading their values.
 
 A checkpoint is a folder `checkpoint_<step>`. There are two formats:
 
@@ -31,7 +31,7 @@ _PLACEHOLDER = 'PLACEHOLDER://'
 
 
 def is_checkpoint(folder: pathlib.Path) -> bool:
-  """Whether a folder is a checkpoint of t5x."""
+  """Returns whether a folder is a checkpoint of t5x."""
   return any((_root(folder) / name).is_file() for name in (_TREE, _ORBAX_TREE))
 
 
@@ -39,7 +39,7 @@ def open_checkpoint(folder: pathlib.Path) -> dict[str, key_map.StoredArray]:
   """Lists the arrays in a checkpoint of t5x.
 
   Args:
-    folder: `checkpoint_<step>`, for which `is_checkpoint` is true.
+    folder: a folder `checkpoint_<step>` for which `is_checkpoint` is True.
 
   Returns:
     {name: array}, such as 'target/encoder/encoder_norm/scale'.
@@ -106,7 +106,7 @@ def _own_format(root: pathlib.Path) -> Iterator[tuple[str, key_map.StoredArray]]
 
 
 def _folder_of_spec(file: pathlib.Path, name: str, leaves: Mapping[str, Any]) -> Any:
-  """The folder of an array, by its TensorStore spec; older specs have the path at their top."""
+  """Returns the folder in an array's TensorStore spec; older specs have the path at their top."""
   if leaves.get(f'{name}/driver') != 'zarr':
     raise UserError(
       f'{file}: {name} is in a store {leaves.get(f"{name}/driver")!r} instead of zarr'
@@ -117,7 +117,8 @@ def _folder_of_spec(file: pathlib.Path, name: str, leaves: Mapping[str, Any]) ->
 def _zarr(root: pathlib.Path, name: str, place: Any) -> _ZarrArray | None:
   """Opens the zarr folder of an array, or its entry in Orbax's database of arrays.
 
-  None if the folder is missing: a copy of a checkpoint may lack arrays that nobody reads, such as
+  Returns None if the folder is missing: a copy of a checkpoint may lack arrays that nobody reads,
+    such as
   those of the optimizer.
   """
   place = place.rstrip('/') if isinstance(place, str) else ''
@@ -177,13 +178,14 @@ def _orbax(root: pathlib.Path) -> Iterator[tuple[str, _OrbaxArray]]:
   except Exception as error:  # Whatever Orbax and TensorStore raise.
     raise _damaged(root, error) from error
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    keys = tuple(str(getattr(key, 'key', getattr(key, 'idx', key))) for key in path)
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
     if hasattr(leaf, 'shape') and getattr(leaf, 'dtype', None) is not None:
-      yield '/'.join(keys), _OrbaxArray(root, keys, tuple(leaf.shape), np.dtype(leaf.dtype))
+      keys = tuple(name.split('/'))
+      yield name, _OrbaxArray(root, keys, tuple(leaf.shape), np.dtype(leaf.dtype))
 
 
 def _orbax_handler():
-  """Orbax's reader, which waits for no other process."""
+  """Returns Orbax's reader, without synchronization with other processes."""
   # Imported here: Orbax takes seconds that the readers of other formats need not pay.
   import orbax.checkpoint as ocp
 

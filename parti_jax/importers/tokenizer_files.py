@@ -1,8 +1,8 @@
-"""Makes one tokenizer.json of the files that CLIP's and SigLIP 2's tokenizers are published as.
+"""Makes one tokenizer.json of the published files of CLIP's and SigLIP 2's tokenizers.
 
-`parti_jax.data.json_tokenizer.JsonTokenizer` reads it. It holds all that belongs to the tokenizer,
-such as lower-casing and the ids at both ends of a text, some of which the published files leave to
-the code that reads them.
+`parti_jax.data.json_tokenizer.JsonTokenizer` reads it. It contains the whole tokenizer, including
+lower-casing and the ids at both ends of a text, some of which the published files leave to the code
+that reads them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from parti_jax.data import text_tokenizer
 
 _CLIP_START = '<|startoftext|>'
 _CLIP_END = '<|endoftext|>'
-# Words as CLIP cuts them: its special tokens, endings, letters, one digit, and anything else.
+# CLIP's words: its special tokens, endings, letters, one digit, and anything else.
 _CLIP_WORDS = (
   r'<\|startoftext\|>|<\|endoftext\|>'
   r"|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -25,10 +25,9 @@ _CLIP_WORDS = (
 
 
 def of_clip(given: str) -> bytes:
-  """The tokenizer.json of CLIP's byte pairs, as transformers reads them.
+  """Returns the tokenizer.json of CLIP's byte pairs, with the behaviour of transformers.
 
-  OpenAI's own code and open_clip's first mend garbled text and unescape HTML; this, as
-  transformers, does not.
+  Unlike OpenAI's own code and open_clip, it doesn't repair garbled text or unescape HTML.
 
   Args:
     given: a tokenizer.json, or a folder with it or with `vocab.json` and `merges.txt`.
@@ -125,11 +124,11 @@ def of_clip(given: str) -> bytes:
 
 
 def of_siglip_2(path: str) -> bytes:
-  """The tokenizer.json of SigLIP 2, which makes texts lower case and ends them with `<eos>`.
+  """Returns SigLIP 2's tokenizer.json, which makes texts lower case and ends them with `<eos>`.
 
   Args:
-    path: the published `tokenizer.json`, Gemma's with or without these steps, or its folder. Gemma's
-      SentencePiece model is read by `TextVocabulary` with `lower_case=True`.
+    path: the published `tokenizer.json`, which is Gemma's with or without these steps, or its
+      folder. For Gemma's SentencePiece model, use `TextVocabulary` with `lower_case=True`.
 
   Raises:
     UserError: if the file is missing or damaged, or isn't Gemma's.

@@ -1,4 +1,4 @@
-"""Reads torch's files of weights without torch, and without running any code that they name.
+"""Reads torch's files of weights without torch, and without running any of their code.
 
 `torch.save` writes a zip of a pickle and of the raw storages of its tensors. A pickle is a program
 for a small stack machine that can call any function of Python. `_Machine` interprets the few
@@ -26,7 +26,7 @@ from parti_jax.core.errors import UserError
 # The pickle lists the tensors: 10,000 of them take about 2 MB.
 MAX_PICKLE = 2**26
 _MAX_DEPTH = 100
-# Values and containers; one container may be named in many places.
+# Maximum number of values and containers; a container may be referred to many times.
 _MAX_ITEMS = 1_000_000
 
 _DTYPES = {
@@ -46,7 +46,7 @@ _MARK = object()
 
 @dataclasses.dataclass(frozen=True)
 class _Storage:
-  """A run of values in the zip."""
+  """A storage in the zip: consecutive values."""
 
   member: str
   dtype: np.dtype
@@ -60,9 +60,9 @@ class TorchArray:
   Attributes:
     file: the file.
     storage: the member of the zip that holds the values.
-    offset: of the first value, in values.
-    shape: the tensor's.
-    strides: in values.
+    offset: position of the first value, in values.
+    shape: shape of the tensor.
+    strides: strides of the tensor, in values.
   """
 
   file: pathlib.Path
@@ -98,7 +98,7 @@ class TorchArray:
 
 
 def _spanned(shape, strides) -> int:
-  """How many values lie between the first and the last of a tensor."""
+  """Returns the number of values from the first to the last of a tensor."""
   if 0 in shape:
     return 0
   return 1 + sum((axis - 1) * stride for axis, stride in zip(shape, strides))
@@ -111,8 +111,8 @@ def open_torch_file(path) -> dict[str, TorchArray]:
     path: the file, of torch 1.6 or later.
 
   Returns:
-    {name: tensor}; the keys of nested dicts and the places in lists are joined by dots. Other values,
-    such as a step's number, are left out.
+    {name: tensor}; the keys of nested dicts and the places in lists are joined by dots. Other
+    values, such as a step's number, are left out.
 
   Raises:
     UserError: if the file is damaged, of an older format, or holds anything but tensors, numbers,
@@ -167,7 +167,7 @@ def _items(value, name: str, path, depth: int = 0) -> Iterator[tuple[str, Any]]:
 
 @dataclasses.dataclass(frozen=True)
 class _Name:
-  """A name that the pickle looks up; what it stands for is never imported."""
+  """A name that the pickle looks up; its object is never imported."""
 
   module: str
   name: str
@@ -187,7 +187,7 @@ class _Machine:
     self._memo: dict[int, Any] = {}
 
   def run(self, program: bytes):
-    """Returns what the pickle makes.
+    """Returns the object that the pickle makes.
 
     Raises:
       UserError: at the first instruction or name that weights do not need.
@@ -281,7 +281,7 @@ class _Machine:
     return item
 
   def _marked(self) -> list[Any]:
-    """Takes the items above the last mark, and the mark."""
+    """Pops the items above the last mark, and the mark."""
     place = len(self._stack) - 1
     while self._stack[place] is not _MARK:
       place -= 1
@@ -292,7 +292,7 @@ class _Machine:
     return items
 
   def _container(self, kind: type):
-    """The dict or list on top of the stack."""
+    """Returns the dict or list on top of the stack."""
     if not isinstance(self._stack[-1], kind):
       raise TypeError(f'{type(self._stack[-1]).__name__} is not a {kind.__name__}')
     return self._stack[-1]
@@ -308,7 +308,7 @@ class _Machine:
     return _Name(module, name)
 
   def _storage(self, identity) -> _Storage:
-    """A storage of the zip, from ('storage', its type, its key, its device, its size)."""
+    """Returns a storage of the zip, from ('storage', its type, its key, its device, its size)."""
     tag, kind, key, _, size = identity
     if tag != 'storage' or not isinstance(kind, _Name) or kind.module != 'torch':
       raise TypeError('not a storage')
@@ -327,7 +327,7 @@ class _Machine:
     return _Storage(name, dtype, size)
 
   def _called(self, function, arguments):
-    """What a call of one of the known names makes."""
+    """Returns the result of a call of one of the known names."""
     if not isinstance(function, _Name) or not isinstance(arguments, tuple):
       raise self._refuse('calls something')
     if function.name == 'OrderedDict':

@@ -8,8 +8,8 @@
 | ibq | tokenizers of IBQ, with averaged weights where the file has them; torch |
 | maskgit | MaskGIT-VQGAN; Flax |
 
-Files of taming and IBQ have the same names, but the networks find a code differently. So the user
-gives the format; it can't be inferred from a file.
+Files of taming and IBQ have the same names, but their networks find codes differently, so the
+format can't be inferred from a file; the user gives it.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from typing import NamedTuple
 from parti_jax.core.errors import UserError
 from parti_jax.exported_model import model_folder
 from parti_jax.exported_model import parameter_files
-from parti_jax.importers import key_map as key_maps
+from parti_jax.importers import key_map as key_map_lib
 from parti_jax.models import vqgan
 
-Arrays = Mapping[str, key_maps.StoredArray]
+Arrays = Mapping[str, key_map_lib.StoredArray]
 Shapes = Mapping[str, tuple[int, ...]]
 
 # Files of a training run hold the network several times; averaged weights are preferred.
 _PREFERRED = ('ema.', 'model.', 'state_dict.')
 _LOSS = r'loss\..*'
 
-# From paths of our parameters to taming's names, applied in this order.
+# Replacements, in this order, that turn paths of our parameters into taming's names.
 _TAMING_NAMES = (
   (r'^encoder/project_codes', 'quant_conv'),
   (r'^decoder/project_codes', 'post_quant_conv'),
@@ -118,14 +118,14 @@ def _maskgit(path: str, config: vqgan.VQGANConfig) -> str:
 
 
 class _Format(NamedTuple):
-  """The names of one format.
+  """The array names of one format.
 
   Attributes:
-    name: from the path of our parameter to the array's name.
-    anchor: a name that all files of the format have, and no others.
-    options: fields of the configuration that arrays don't show.
+    name: maps the path of our parameter to the array's name.
+    anchor: a name that occurs in all files of the format, and in no others.
+    options: fields of the config that array shapes don't show.
     ignored: regular expressions of arrays that the network does not need.
-    flax: whether kernels are laid out as Flax does.
+    flax: whether kernels have Flax's layout.
   """
 
   name: Callable[[str, vqgan.VQGANConfig], str]
@@ -137,7 +137,7 @@ class _Format(NamedTuple):
 
 _FIRST = 'encoder.down.0.block.0.conv1.weight'
 _PLAIN_COPIES = r'(encoder|decoder|quantize|quant_conv|post_quant_conv)\..*'
-# Where there are several, the first one that a file has is read.
+# If a format has several entries, the first one that fits the file is used.
 _FORMATS: Mapping[str, tuple[_Format, ...]] = {
   'taming': (_Format(_taming, _FIRST, {'quantizer': 'euclidean'}, (_LOSS,)),),
   'dalle-mini': (
@@ -198,10 +198,10 @@ def config_of(
     arrays: {name: array} of a file.
     file_format: one of FORMATS.
     image_size: height and width of the images that the network was trained with.
-    pixel_range: what black and white are to the network; None for that of the format.
+    pixel_range: values of black and white inside the network; None for those of the format.
 
   Raises:
-    UserError: if the file has another format, or lacks what tells the sizes.
+    UserError: if the file has another format, or lacks arrays that determine the sizes.
   """
   prefix, found = _located(arrays, file_format)
   shapes = {name: tuple(array.shape) for name, array in _within(arrays, prefix).items()}
@@ -217,11 +217,11 @@ def config_of(
   )
 
 
-def key_map(config: vqgan.VQGANConfig, arrays: Arrays, file_format: str) -> key_maps.KeyMap:
-  """Which arrays make which parameters of `vqgan.VQGAN(config)`.
+def key_map(config: vqgan.VQGANConfig, arrays: Arrays, file_format: str) -> key_map_lib.KeyMap:
+  """Returns the arrays that make up the parameters of `vqgan.VQGAN(config)`.
 
   Args:
-    config: of `config_of`.
+    config: the result of `config_of`.
     arrays: {name: array} of the file.
     file_format: one of FORMATS.
 
@@ -230,39 +230,39 @@ def key_map(config: vqgan.VQGANConfig, arrays: Arrays, file_format: str) -> key_
   """
   prefix, found = _located(arrays, file_format)
 
-  def source(path: str) -> key_maps.Source:
+  def source(path: str) -> key_map_lib.Source:
     name = prefix + found.name(path, config)
     if path.endswith('/kernel') and not found.flax:
-      return key_maps.one(name, key_maps.convolution)
-    return key_maps.one(name)
+      return key_map_lib.one(name, key_map_lib.convolution)
+    return key_map_lib.one(name)
 
   return {path: source(path) for path in expected(config)}
 
 
 def ignored(arrays: Arrays, file_format: str) -> tuple[str, ...]:
-  """Regular expressions of names in a file that the network does not need.
+  """Returns regular expressions of names in a file that the network does not need.
 
   Raises:
     UserError: if the file has another format.
   """
   prefix, found = _located(arrays, file_format)
   start = re.escape(prefix)
-  # What lies beside the network, such as the state of an optimizer.
-  beside = (f'(?!{start}).*',) if prefix else ()
-  return (*beside, *(f'{start}{pattern}' for pattern in found.ignored))
+  # Arrays outside of the network, such as the state of an optimizer.
+  outside = (f'(?!{start}).*',) if prefix else ()
+  return (*outside, *(f'{start}{pattern}' for pattern in found.ignored))
 
 
 def expected(config: vqgan.VQGANConfig) -> Shapes:
-  """{path: shape} of the parameters of `vqgan.VQGAN(config)`."""
+  """Returns {path: shape} of the parameters of `vqgan.VQGAN(config)`."""
   return parameter_files.shapes(model_folder.abstract('tokenizer', config))
 
 
 def _located(arrays: Arrays, file_format: str) -> tuple[str, _Format]:
-  """The prefix of the network's names in a file, and the names that follow it."""
+  """Returns the prefix of the network's names in a file, and the names after it."""
   if file_format not in _FORMATS:
     raise UserError(f'format={file_format!r} is not one of {", ".join(FORMATS)}')
   for found in _FORMATS[file_format]:
-    prefixes = key_maps.prefixes(arrays, found.anchor)
+    prefixes = key_map_lib.prefixes(arrays, found.anchor)
     preferred = [prefix for prefix in _PREFERRED if prefix in prefixes]
     if preferred or len(prefixes) == 1:
       return (preferred or prefixes)[0], found
@@ -274,7 +274,7 @@ def _located(arrays: Arrays, file_format: str) -> tuple[str, _Format]:
   others = [
     name
     for name, formats in _FORMATS.items()
-    if any(key_maps.prefixes(arrays, found.anchor) for found in formats)
+    if any(key_map_lib.prefixes(arrays, found.anchor) for found in formats)
   ]
   hint = f'; they may be of {" or ".join(others)}' if others else ''
   raise UserError(
@@ -290,7 +290,7 @@ def _within(arrays: Arrays, prefix: str) -> Arrays:
 
 
 def _taming_sizes(shapes: Shapes, found: _Format) -> dict[str, Any]:
-  """Sizes of a network with taming's modules."""
+  """Returns the sizes of a network with taming's modules."""
 
   def name(path: str, levels: int = 1) -> str:
     return found.name(path, vqgan.VQGANConfig(multipliers=(1,) * levels))
@@ -321,7 +321,7 @@ def _taming_sizes(shapes: Shapes, found: _Format) -> dict[str, Any]:
 
 
 def _maskgit_sizes(shapes: Shapes) -> dict[str, Any]:
-  """Sizes of MaskGIT-VQGAN."""
+  """Returns the sizes of MaskGIT-VQGAN."""
   channels = shapes['encoder/Conv_0/kernel'][-1]
   # The decoder has a convolution at its start, one at its end and one between two levels.
   levels = _count(lambda place: f'decoder/Conv_{place}/kernel' in shapes) - 1
@@ -343,7 +343,7 @@ def _maskgit_sizes(shapes: Shapes) -> dict[str, Any]:
 
 
 def _count(has: Callable[[int], bool]) -> int:
-  """How many numbers from 0 on there are without a gap."""
+  """Counts the successive numbers from 0 on for which `has` is True."""
   place = 0
   while has(place):
     place += 1

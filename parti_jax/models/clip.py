@@ -1,7 +1,7 @@
 """CLIP (arXiv 2103.00020): a picture and a text as vectors whose cosine says how well they fit.
 
-Two Transformers. The image encoder's class token and the text encoder's output at the end of the
-text, each behind a projection, are the two vectors. CLIP ranks pictures, scores them (CLIPScore,
+There are two Transformers. Projections of the image encoder's class token and of the text encoder's
+output at the end of the text give the two vectors. CLIP ranks pictures, scores them (CLIPScore,
 HPSv2, PickScore), and its text encoder alone conditions generators.
 """
 
@@ -36,21 +36,21 @@ class CLIPTextConfig:
   """Sizes of CLIP's text encoder; the defaults are those of ViT-B/32.
 
   Attributes:
-    text_vocabulary: token ids.
-    text_length: most text tokens, the first and the last one included.
-    layers: blocks.
-    width: model dimension `embed`.
-    mlp_width: hidden dimension of the MLPs.
-    heads: attention heads; must divide `width`.
-    end_id: the token at the end of a text.
-    activation: of the MLPs, a name in `clip_layers.ACTIVATIONS`. OpenAI's weights need
-      'quick_gelu', most others 'gelu'; nothing in a file of weights tells which.
-    dtype: name of the dtype to compute in; norms and features are float32.
-    remat: what the backward pass keeps, a name in `layer_stack.REMAT_POLICIES`.
-    unroll: layers laid out in one turn of the scan.
+    text_vocabulary: number of token ids.
+    text_length: maximum number of text tokens, including the first and the last one.
+    layers: number of blocks.
+    width: model dimension, `embed`.
+    mlp_width: hidden dimension of the MLPs, `mlp`.
+    heads: number of attention heads; must divide `width`.
+    end_id: id of the token at the end of a text.
+    activation: activation of the MLPs: a name in `clip_layers.ACTIVATIONS`. OpenAI's weights need
+      'quick_gelu', most others 'gelu'. The weights don't say which.
+    dtype: name of the dtype of the computation; norms and features are float32.
+    remat: what to save for the backward pass: a name in `layer_stack.REMAT_POLICIES`.
+    unroll: number of layers that each iteration of the scan computes; doesn't change results.
 
   Raises:
-    UserError: if `heads` does not divide the width, or a value is out of its range.
+    UserError: if `heads` does not divide the width, or a value is out of range.
   """
 
   text_vocabulary: int = 49408
@@ -84,27 +84,27 @@ class CLIPConfig:
   Attributes:
     image_size: height and width of the pictures, in pixels.
     patch_size: height and width of a patch.
-    image_layers: blocks of the image encoder.
-    image_width: its model dimension `embed`.
+    image_layers: number of blocks of the image encoder.
+    image_width: model dimension of the image encoder.
     image_mlp_width: hidden dimension of its MLPs.
-    image_heads: its attention heads; must divide `image_width`.
-    text_vocabulary: token ids.
-    text_length: most text tokens, the first and the last one included.
-    text_layers: blocks of the text encoder.
-    text_width: its model dimension.
+    image_heads: number of its attention heads; must divide `image_width`.
+    text_vocabulary: number of token ids.
+    text_length: maximum number of text tokens, including the first and the last one.
+    text_layers: number of blocks of the text encoder.
+    text_width: model dimension of the text encoder.
     text_mlp_width: hidden dimension of its MLPs.
-    text_heads: its attention heads; must divide `text_width`.
-    end_id: the token at the end of a text.
-    feature_dim: length of the vectors.
-    activation: as CLIPTextConfig, of both encoders.
-    pixel_mean: is subtracted from red, green and blue in [0, 1].
-    pixel_std: divides the difference.
-    dtype: name of the dtype to compute in; norms and features are float32.
-    remat: what the backward pass keeps, a name in `layer_stack.REMAT_POLICIES`.
-    unroll: layers laid out in one turn of the scan.
+    text_heads: number of its attention heads; must divide `text_width`.
+    end_id: id of the token at the end of a text.
+    feature_dim: length of the feature vectors.
+    activation: activation of the MLPs of both encoders, as in CLIPTextConfig.
+    pixel_mean: mean of red, green and blue in [0, 1], which is subtracted from pixels.
+    pixel_std: standard deviation of red, green and blue, by which the difference is divided.
+    dtype: name of the dtype of the computation; norms and features are float32.
+    remat: what to save for the backward pass: a name in `layer_stack.REMAT_POLICIES`.
+    unroll: number of layers that each iteration of the scan computes; doesn't change results.
 
   Raises:
-    UserError: if heads do not divide a width, or a value is out of its range.
+    UserError: if heads do not divide a width, or a value is out of range.
   """
 
   image_size: int = 224
@@ -165,16 +165,16 @@ class CLIPConfig:
 
 
 def end_positions(text_tokens: Int[Array, 'batch text_length'], end_id: int) -> Int[Array, 'batch']:
-  """Where texts end: the first token `end_id`, or 0 in a text without one."""
+  """Returns the position of the first `end_id` in each text; 0 in a text without one."""
   return jnp.argmax(text_tokens == end_id, axis=1)
 
 
 def text_mask(
   text_tokens: Int[Array, 'batch text_length'], end_id: int
 ) -> Bool[Array, 'batch 1 1 text_length']:
-  """Which text tokens are not padding: those up to the first `end_id`.
+  """Returns an attention mask that hides padding: all tokens after the first `end_id`.
 
-  Padding can't be told by its id, because id 0 is a token too: '!'.
+  Padding can't be recognized by its id, because id 0 is also the token of '!'.
   """
   ends = text_tokens == end_id
   return (jnp.cumsum(ends, axis=1) - ends == 0)[:, None, None, :]
@@ -226,8 +226,8 @@ class ImageEncoder(nn.Module):
 class CLIPTextEncoder(nn.Module):
   """CLIP's text encoder: a causal Transformer over byte pairs.
 
-  Its output at a position depends on the tokens up to that position only, so that padding after
-  the end of a text changes nothing before it.
+  Its output at a position depends only on the tokens up to that position, so padding after the end
+  of a text changes nothing before it.
 
   Attributes:
     config: sizes.
@@ -248,14 +248,14 @@ class CLIPTextEncoder(nn.Module):
       text_tokens: a first token, the text, `config.end_id`, and any padding. At most
         `config.text_length` tokens.
       dropout_keys: not used, because CLIP has no dropout.
-      masked: for masked language modelling, where tokens are hidden, and the vector that stands
-        for them; None for nowhere.
+      masked: for masked language modelling: True for each token to replace, and the mask vector
+        that replaces its embedding.
 
     Returns:
-      config.compute_dtype. `text_mask` says which positions are not padding.
+      The encoded tokens, of `config.compute_dtype`; `text_mask` tells which are not padding.
 
     Raises:
-      UserError: if the texts are longer.
+      UserError: if the texts are longer than that.
     """
     del dropout_keys
     config = self.config
@@ -312,7 +312,7 @@ class CLIP(nn.Module):
 
     Args:
       images: pictures in [0, 1].
-      text_tokens: as CLIPTextEncoder.
+      text_tokens: text tokens, as for CLIPTextEncoder.
 
     Returns:
       A dict: 'image_features' [images, feature_dim] and 'text_features' [texts, feature_dim], unit
@@ -329,26 +329,26 @@ class CLIP(nn.Module):
   def image_features(
     self, images: Float[Array, 'batch height width 3']
   ) -> Float[Array, 'batch feature_dim']:
-    """Unit vectors of pictures in [0, 1], float32."""
+    """Returns float32 unit vectors of pictures in [0, 1]."""
     encoded = self.image_encoder(images).astype(jnp.float32)
     return quantizer.normalize(self.image_projection(encoded))
 
   def text_features(
     self, text_tokens: Int[Array, 'batch text_length']
   ) -> Float[Array, 'batch feature_dim']:
-    """Unit vectors of texts, float32."""
+    """Returns float32 unit vectors of texts."""
     encoded = self.text_encoder(text_tokens).astype(jnp.float32)
     ends = end_positions(text_tokens, self.config.end_id)
     at_end = jnp.take_along_axis(encoded, ends[:, None, None], axis=1)[:, 0]
     return quantizer.normalize(self.text_projection(at_end))
 
   def logit_scale(self) -> Float[Array, '']:
-    """What cosines are multiplied by to become logits."""
+    """The factor that turns cosines into logits."""
     return jnp.exp(self.log_scale)
 
 
 def example_inputs(config: CLIPConfig, batch: int = 1) -> tuple[Any, ...]:
-  """Arrays of the shapes and dtypes that `CLIP.__call__` takes, for initialisation."""
+  """Returns arrays with the shapes and dtypes of the arguments of `CLIP`, for initialization."""
   return (
     jnp.zeros((batch, config.image_size, config.image_size, 3), jnp.float32),
     jnp.ones((batch, config.text_length), jnp.int32),
@@ -356,5 +356,5 @@ def example_inputs(config: CLIPConfig, batch: int = 1) -> tuple[Any, ...]:
 
 
 def example_text(config: CLIPTextConfig, batch: int = 1) -> tuple[Any, ...]:
-  """As `example_inputs`, for CLIPTextEncoder."""
+  """Returns `example_inputs` for CLIPTextEncoder."""
   return (jnp.ones((batch, config.text_length), jnp.int32),)

@@ -1,4 +1,4 @@
-"""Biased layers and pre-norm blocks, of which the towers of CLIP and SigLIP are made."""
+"""Layers with biases and pre-norm blocks: the building blocks of CLIP's and SigLIP's encoders."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def check_patches(config) -> None:
 
 
 class Linear(layers.Projection):
-  """`layers.Projection` with a bias. Attributes as there."""
+  """`layers.Projection` with a bias; the attributes are the same."""
 
   @nn.compact
   def __call__(self, x: Float[Array, '*rows_and_contracted']) -> Float[Array, '*rows_and_features']:
@@ -71,7 +71,7 @@ class Linear(layers.Projection):
 
 
 def layer_norm(epsilon: float, dtype: jnp.dtype, name: str | None = None) -> nn.LayerNorm:
-  """A layer norm with scale and bias, whose statistics are float32."""
+  """Returns a layer norm with scale and bias, whose statistics are float32."""
   return nn.LayerNorm(
     epsilon=epsilon,
     dtype=dtype,
@@ -83,12 +83,12 @@ def layer_norm(epsilon: float, dtype: jnp.dtype, name: str | None = None) -> nn.
 
 
 class Attention(nn.Module):
-  """Attention with biases.
+  """Multi-head attention whose projections have biases.
 
   Attributes:
     width: model dimension `embed`.
     heads: number of heads; must divide `width`.
-    dtype: of the computation; parameters are float32.
+    dtype: dtype of the computation; parameters are float32.
   """
 
   width: int
@@ -108,7 +108,7 @@ class Attention(nn.Module):
     other: Float[Array, 'batch keys embed'],
     causal: bool = False,
   ) -> Float[Array, 'batch queries embed']:
-    """Attends from each position of `x` to all of `other`, or with `causal` to those up to it."""
+    """Attends from each position of `x` to all of `other`, or if `causal` to those up to it."""
     mask = jnp.tril(jnp.ones((x.shape[1], other.shape[1]), bool)) if causal else None
     return self.out(attention.attend(self.query(x), self.key(other), self.value(other), mask))
 
@@ -118,9 +118,9 @@ class MLP(nn.Module):
 
   Attributes:
     width: model dimension `embed`.
-    mlp_width: dimension `mlp` between the projections.
+    mlp_width: hidden dimension `mlp`.
     activation: a name in ACTIVATIONS.
-    dtype: of the computation.
+    dtype: dtype of the computation.
   """
 
   width: int
@@ -140,16 +140,16 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-  """Self-attention and MLP, each behind a layer norm and beside a residual path.
+  """Self-attention and MLP, each with a layer norm before it and a residual connection.
 
   Attributes:
     width: model dimension `embed`.
     mlp_width: hidden dimension of the MLP.
-    heads: attention heads.
+    heads: number of attention heads.
     activation: a name in ACTIVATIONS.
-    epsilon: of the layer norms.
-    causal: whether a position sees only itself and those before it.
-    dtype: of the computation.
+    epsilon: number added to the variance in the layer norms.
+    causal: whether a position attends only to itself and to earlier positions.
+    dtype: dtype of the computation.
   """
 
   width: int
@@ -175,13 +175,14 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-  """A stack of blocks, without a layer norm at its end.
+  """A stack of blocks without a final layer norm.
+
+  The attributes that are not listed are those of Block.
 
   Attributes:
     num_layers: number of blocks.
-    remat: what the backward pass keeps, a name in `layer_stack.REMAT_POLICIES`.
-    unroll: layers laid out in one turn of the scan.
-    Others as Block.
+    remat: what to save for the backward pass: a name in `layer_stack.REMAT_POLICIES`.
+    unroll: number of layers that each iteration of the scan computes; doesn't change results.
   """
 
   num_layers: int
@@ -209,8 +210,8 @@ class Transformer(nn.Module):
     )
     stacked = self.param('layers', layer_stack.initializer(block, self.num_layers, x[:1]))
 
-    def layer(params, place, x, beside, keys):
-      del place, beside, keys  # All layers are alike and see nothing else.
+    def layer(params, place, x, extra, keys):
+      del place, extra, keys  # All layers are alike, and there is no other input.
       return block.apply({'params': params}, x)
 
     if self.is_initializing():
@@ -221,12 +222,12 @@ class Transformer(nn.Module):
 def whole_patches(
   images: Float[Array, 'batch height width 3'], size: int, patch_size: int
 ) -> Float[Array, 'batch patches patch']:
-  """Cuts pictures into patches, as a convolution without padding sees them.
+  """Cuts pictures into patches, like a convolution without padding.
 
   Args:
     images: pictures of `size` × `size` pixels.
-    size: their height and width.
-    patch_size: of a patch. What remains at the right and the bottom is left out.
+    size: height and width of the pictures.
+    patch_size: height and width of a patch. The remainder at the right and the bottom is left out.
 
   Raises:
     UserError: if the pictures are of another size.
@@ -241,7 +242,7 @@ def whole_patches(
 
 
 def check_length(text_tokens: Int[Array, 'batch text_length'], most: int, exactly: bool = False):
-  """Raises UserError if texts have more tokens than `most`, or with `exactly` another number."""
+  """Raises UserError if texts have more than `most` tokens, or with `exactly` another number."""
   length = text_tokens.shape[1]
   if length > most or (exactly and length != most):
     raise UserError(f'texts of {length} tokens for a network of {most}')

@@ -1,4 +1,9 @@
-"""Checks the sizes of networks before anything is built from them."""
+"""Checks the sizes of networks before anything is built from them.
+
+A config states a network completely, so None doesn't stand for a default, and a null in a damaged
+config.json is an error. Only a field whose type includes None takes it; its docstring says what it
+means.
+"""
 
 from __future__ import annotations
 

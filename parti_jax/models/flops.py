@@ -47,7 +47,7 @@ def logits_forward(config: parti_config.PartiConfig) -> int:
 def _keys(config: parti_config.PartiConfig) -> int:
   """Number of image tokens that a query counts in all layers, including those that follow it."""
   repeated = config.decoder_layers // len(config.patterns)
-  return repeated * sum(pattern.keys for pattern in config.patterns)
+  return repeated * sum(pattern.num_keys for pattern in config.patterns)
 
 
 def parti_sampling_step(config: parti_config.PartiConfig) -> int:

@@ -79,7 +79,7 @@ class TrainableConfig(Config, Protocol):
     """
 
   @property
-  def over_examples(self) -> tuple[str, ...]:
+  def batch_dependent_terms(self) -> tuple[str, ...]:
     """Descriptions of what the quantizer's loss computes over several examples."""
 
 

@@ -49,7 +49,7 @@ class Parti(nn.Module):
     inputs, keys = self._decoder_inputs(text_tokens, image_tokens, dropout_keys)
     return self.image_decoder(*inputs, dropout_keys=keys)[0]
 
-  def states(
+  def all_layer_outputs(
     self,
     text_tokens: Int[Array, 'batch text_length'],
     image_tokens: Int[Array, 'batch image_length'],
@@ -57,10 +57,10 @@ class Parti(nn.Module):
   ) -> Float[Array, 'layers batch image_length embed']:
     """Returns the outputs of all decoder layers, for losses over depth.
 
-    The arguments are those of `__call__`. `predict` of the last layer's output gives its result.
+    The arguments are those of `__call__`, whose result is `logits_from` of the last layer's output.
     """
     inputs, keys = self._decoder_inputs(text_tokens, image_tokens, dropout_keys)
-    return self.image_decoder.states(*inputs, dropout_keys=keys)
+    return self.image_decoder.all_layer_outputs(*inputs, dropout_keys=keys)
 
   def _decoder_inputs(
     self,
@@ -80,13 +80,13 @@ class Parti(nn.Module):
     inputs = token_decoder.shifted(image_tokens), encoded, mask
     return inputs, layers.fold(dropout_keys, 1)
 
-  def predict(
-    self, states: Float[Array, 'batch image_length embed']
+  def logits_from(
+    self, outputs: Float[Array, 'batch image_length embed']
   ) -> Float[Array, 'batch image_length codebook']:
-    """Returns the logits for the output of one layer of `states`."""
-    return self.image_decoder.predict(states)
+    """Returns the float32 logits for the outputs of one layer."""
+    return self.image_decoder.logits_from(outputs)
 
-  def start(
+  def encode_text(
     self, text_tokens: Int[Array, 'batch text_length'], length: int | None = None
   ) -> transformer.DecoderState:
     """Encodes texts for sampling, which continues with `token_decoder.TokenDecoder` alone.
@@ -98,7 +98,7 @@ class Parti(nn.Module):
     Returns:
       The state of the decoder before the first image token.
     """
-    return self.image_decoder.decoder.start(
+    return self.image_decoder.decoder.init_state(
       self.text_encoder(text_tokens),
       text_encoders.text_mask(self.config, text_tokens),
       self.config.image_length if length is None else length,

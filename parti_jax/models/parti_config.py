@@ -13,10 +13,10 @@ from parti_jax.core import errors
 from parti_jax.models import clip
 from parti_jax.models import config_checks
 from parti_jax.models import t5_encoder
-from parti_jax.models.nn import attention_patterns as patterns_lib
+from parti_jax.models.nn import attention_patterns as attention_patterns_lib
 
 # The behaviour of older versions, for configuration files that lack these fields.
-BEFORE_IT_WAS_A_SETTING = {
+LEGACY_DEFAULTS = {
   'attention_patterns': ('global',),
   'conv_kernel': 11,
   'text_encoder': None,
@@ -31,7 +31,7 @@ TEXT_ENCODERS: Mapping[str, type] = {
 _SHARED = ('dtype', 'remat', 'unroll')
 
 
-def by_todays_names(sizes: dict[str, Any]) -> dict[str, Any]:
+def upgrade_config(sizes: dict[str, Any]) -> dict[str, Any]:
   """Converts the sizes in a file of an older version to the fields of this version.
 
   Raises:
@@ -45,7 +45,7 @@ def by_todays_names(sizes: dict[str, Any]) -> dict[str, Any]:
       )
     older = checks.text('attention_pattern', sizes.pop('attention_pattern'))
     sizes['attention_patterns'] = ('global' if older == 'causal' else older,)
-  return BEFORE_IT_WAS_A_SETTING | sizes
+  return LEGACY_DEFAULTS | sizes
 
 
 def text_encoder_kind(config: TextEncoderConfig) -> str:
@@ -148,7 +148,7 @@ class PartiConfig:
     config_checks.check_image_length(self, 'grid')
     self._check_patterns()
     object.__setattr__(
-      self, 'attention_patterns', patterns_lib.shortest_period(self.attention_patterns)
+      self, 'attention_patterns', attention_patterns_lib.shortest_period(self.attention_patterns)
     )
     if self.conv_kernel % 2 == 0:
       raise errors.UserError(f'PartiConfig.conv_kernel={self.conv_kernel} must be odd')
@@ -181,9 +181,9 @@ class PartiConfig:
     names = self.attention_patterns
     key = f'PartiConfig.attention_patterns={checks.shown(names)}'
     for name in names:
-      if name not in patterns_lib.PATTERNS:
+      if name not in attention_patterns_lib.PATTERNS:
         raise errors.UserError(
-          f'{key}: {checks.shown(name)} is not one of {", ".join(patterns_lib.PATTERNS)}'
+          f'{key}: {checks.shown(name)} is not one of {", ".join(attention_patterns_lib.PATTERNS)}'
         )
     if self.decoder_layers % len(names):
       raise errors.UserError(
@@ -192,14 +192,14 @@ class PartiConfig:
       )
 
   @property
-  def patterns(self) -> tuple[patterns_lib.AttentionPattern, ...]:
+  def patterns(self) -> tuple[attention_patterns_lib.AttentionPattern, ...]:
     """The attention patterns of the first decoder layers; the other layers repeat them."""
     return tuple(
-      patterns_lib.AttentionPattern(name, self.grid, self.conv_kernel)
+      attention_patterns_lib.AttentionPattern(name, self.grid, self.conv_kernel)
       for name in self.attention_patterns
     )
 
-  def layer_pattern(self, layer: int) -> patterns_lib.AttentionPattern:
+  def layer_pattern(self, layer: int) -> attention_patterns_lib.AttentionPattern:
     """Returns the attention pattern of a decoder layer."""
     return self.patterns[layer % len(self.attention_patterns)]
 

@@ -2,8 +2,8 @@
 
 | class | code of a latent |
 |---|---|
-| `VectorQuantizer` | the unit vector of a table at the least angle (ViT-VQGAN, section 3.1) |
-| `EuclideanQuantizer` | the row of a table at the least distance (VQGAN, arXiv 2012.09841) |
+| `VectorQuantizer` | the unit vector of a table at the smallest angle (ViT-VQGAN, section 3.1) |
+| `EuclideanQuantizer` | the row of a table at the smallest distance (VQGAN, arXiv 2012.09841) |
 | `DotQuantizer` | the row of a table with the largest dot product (IBQ, arXiv 2412.02692) |
 | `FiniteScalarQuantizer` | each dimension rounded to a few levels (FSQ, arXiv 2309.15505) |
 | `LookupFreeQuantizer` | the sign of each dimension (LFQ, arXiv 2310.05737) |
@@ -25,7 +25,7 @@ from jaxtyping import Int
 
 from parti_jax.models.nn import layers
 
-# Codes whose scores are in memory at once while the nearest one is looked for.
+# Number of codes whose scores are in memory at once in the search for the nearest one.
 _CODES_AT_ONCE = 2**14
 
 
@@ -42,8 +42,8 @@ class VectorQuantizer(nn.Module):
     codebook_size: number of codes.
     code_dim: length of a code, which is small because the encoder projects to it.
     commitment: weight β of the term that moves latents towards their codes.
-    precision: of the products that find the nearest code; None for JAX's default, which rounds
-      them on accelerators.
+    precision: precision of the products that find the nearest code; None for JAX's default, which
+      rounds their inputs on accelerators.
   """
 
   codebook_size: int
@@ -87,29 +87,29 @@ class VectorQuantizer(nn.Module):
   def continuous(
     self, latents: Float[Array, 'batch tokens code_dim']
   ) -> Float[Array, 'batch tokens code_dim']:
-    """Latents as the decoder sees them without quantization: on the sphere of the codes."""
+    """Returns what the decoder gets without quantization: unit vectors, like the codes."""
     return normalize(latents)
 
 
 class EuclideanQuantizer(VectorQuantizer):
-  """The nearest row of a table by Euclidean distance."""
+  """Replaces each latent vector by the row of a table at the smallest Euclidean distance."""
 
   precision: jax.lax.Precision | None = jax.lax.Precision.HIGHEST
 
   def nearest(self, latents: Float[Array, 'batch tokens code_dim']) -> Int[Array, 'batch tokens']:
-    """Token of the nearest code."""
+    """Returns the token of the nearest code."""
     # |z − e|² = |z|² − 2 (z·e − |e|²/2), and the first term is the same for all codes.
     offsets = -0.5 * jnp.sum(jnp.square(self._table), axis=-1)
     return _best(latents, self._table, self.precision, offsets)
 
   def lookup(self, tokens: Int[Array, 'batch tokens']) -> Float[Array, 'batch tokens code_dim']:
-    """Codes of tokens."""
+    """Returns the code of each token."""
     return self.codebook(tokens)
 
   def continuous(
     self, latents: Float[Array, 'batch tokens code_dim']
   ) -> Float[Array, 'batch tokens code_dim']:
-    """Latents as the decoder sees them without quantization."""
+    """Returns the latents that the decoder gets without quantization."""
     return latents.astype(jnp.float32)
 
   @property
@@ -121,8 +121,8 @@ class DotQuantizer(EuclideanQuantizer):
   """The row of a table with the largest dot product, trained by index backpropagation (IBQ).
 
   Attributes:
-    entropy_weight: of the entropy penalty, see `entropy_penalty`.
-    temperature: that the scores are divided by in the entropy penalty.
+    entropy_weight: weight of `entropy_penalty` in the loss.
+    temperature: divisor of the scores in the entropy penalty.
   """
 
   entropy_weight: float = 0.05
@@ -134,9 +134,9 @@ class DotQuantizer(EuclideanQuantizer):
     """Quantizes latents.
 
     Returns:
-      codes: whose gradient goes through the softmax of all scores, to the latents and to the
-        whole table.
-      tokens: of the codes.
+      codes: the codes; their gradient passes through the softmax of all scores, to the latents and
+        to the whole table.
+      tokens: indices of the codes.
       loss: ‖z − e‖² + ‖z − sg[e]‖² + β‖sg[z] − e‖², as a mean over positions and over the
         dimensions of a code, and the weighted entropy penalty. The gradient of the first term
         goes through the softmax too.
@@ -160,7 +160,7 @@ class DotQuantizer(EuclideanQuantizer):
     return codes, tokens, loss
 
   def nearest(self, latents: Float[Array, 'batch tokens code_dim']) -> Int[Array, 'batch tokens']:
-    """Token of the code with the largest dot product."""
+    """Returns the token of the code with the largest dot product."""
     return _best(latents, self._table, self.precision)
 
 
@@ -168,7 +168,7 @@ class FiniteScalarQuantizer(nn.Module):
   """Each dimension rounded to one of a few levels between −1 and 1; it has no parameters.
 
   Attributes:
-    levels: of each dimension; their product is the number of codes.
+    levels: number of levels of each dimension; their product is the number of codes.
   """
 
   levels: tuple[int, ...]
@@ -179,20 +179,20 @@ class FiniteScalarQuantizer(nn.Module):
     """Quantizes latents.
 
     Returns:
-      codes: whose gradient goes straight to the bounded latents.
-      tokens: of the codes.
-      loss: 0.
+      codes: the codes; their gradient is passed straight through to the bounded latents.
+      tokens: indices of the codes.
+      loss: always 0.
     """
     latents = self.continuous(latents)
     codes = latents + jax.lax.stop_gradient(self._rounded(latents) - latents)
     return codes, self._tokens(latents), jnp.zeros(())
 
   def nearest(self, latents: Float[Array, 'batch tokens code_dim']) -> Int[Array, 'batch tokens']:
-    """Token of the nearest code."""
+    """Returns the token of the nearest code."""
     return self._tokens(self.continuous(latents))
 
   def lookup(self, tokens: Int[Array, 'batch tokens']) -> Float[Array, 'batch tokens code_dim']:
-    """Codes of tokens."""
+    """Returns the code of each token."""
     levels = jnp.asarray(self.levels)
     places = tokens[..., None] // jnp.asarray(self._strides) % levels
     return (places - levels // 2) / self._half
@@ -200,7 +200,7 @@ class FiniteScalarQuantizer(nn.Module):
   def continuous(
     self, latents: Float[Array, 'batch tokens code_dim']
   ) -> Float[Array, 'batch tokens code_dim']:
-    """Latents as the decoder sees them without quantization: bounded to the range of the codes."""
+    """Returns what the decoder gets without quantization: latents within the range of the codes."""
     # An even number of levels has one more below 0 than above, so tanh is shifted. Its range ends
     # slightly beyond the outermost levels; otherwise two levels would have no shift.
     levels = jnp.asarray(self.levels, jnp.float32)
@@ -211,12 +211,12 @@ class FiniteScalarQuantizer(nn.Module):
 
   @property
   def _half(self):
-    """Number of levels below 0."""
+    """The number of levels below 0."""
     return jnp.asarray([level // 2 for level in self.levels], jnp.float32)
 
   @property
   def _strides(self) -> list[int]:
-    """What one level of each dimension counts in a token."""
+    """The place value of each dimension in a token."""
     return [math.prod(self.levels[:place]) for place in range(len(self.levels))]
 
   def _rounded(self, bounded):
@@ -232,12 +232,12 @@ class LookupFreeQuantizer(nn.Module):
 
   Attributes:
     code_dim: length of a code.
-    commitment: weight β of the term that draws latents to their codes.
-    entropy_weight: of the entropy penalty. A dimension is a choice of two codes with the scores of
-      −(z ± 1)² / temperature; the penalties of all dimensions are added up. That is the penalty
-      of all codes, but for the entropy of their use, of which it is an upper bound (arXiv
-      2406.07548, section 4).
-    temperature: that the scores are divided by in the entropy penalty.
+    commitment: weight β of the term that moves latents towards their codes.
+    entropy_weight: weight of the entropy penalty in the loss. Each dimension is a choice between
+      two codes with the scores −(z ± 1)² / temperature, and the penalties of all dimensions are
+      summed. The sum is the penalty over all codes, with an upper bound in place of the entropy of
+      their use (arXiv 2406.07548, section 4).
+    temperature: divisor of the scores in the entropy penalty.
   """
 
   code_dim: int
@@ -251,8 +251,8 @@ class LookupFreeQuantizer(nn.Module):
     """Quantizes latents.
 
     Returns:
-      codes: whose gradient goes straight to the latents.
-      tokens: of the codes.
+      codes: the codes; their gradient is passed straight through to the latents.
+      tokens: indices of the codes.
       loss: β‖z − sg[e]‖², as a mean over positions and dimensions, and the weighted entropy
         penalty.
     """
@@ -267,30 +267,32 @@ class LookupFreeQuantizer(nn.Module):
     return latents + jax.lax.stop_gradient(codes - latents), tokens, loss
 
   def nearest(self, latents: Float[Array, 'batch tokens code_dim']) -> Int[Array, 'batch tokens']:
-    """Token of the nearest code: bit i is 1 where dimension i is above 0."""
+    """Returns the token of the nearest code: bit i is 1 where dimension i is above 0."""
     bits = 2 ** jnp.arange(self.code_dim)
     return jnp.sum(jnp.where(latents > 0, bits, 0), axis=-1, dtype=jnp.int32)
 
   def lookup(self, tokens: Int[Array, 'batch tokens']) -> Float[Array, 'batch tokens code_dim']:
-    """Codes of tokens."""
+    """Returns the code of each token."""
     bits = tokens[..., None] >> jnp.arange(self.code_dim) & 1
     return (2 * bits - 1).astype(jnp.float32)
 
   def continuous(
     self, latents: Float[Array, 'batch tokens code_dim']
   ) -> Float[Array, 'batch tokens code_dim']:
-    """Latents as the decoder sees them without quantization."""
+    """Returns the latents that the decoder gets without quantization."""
     return latents.astype(jnp.float32)
 
 
 def entropy_penalty(scores: Float[Array, '*places codes']) -> Float[Array, '']:
-  """Low where each choice of a code is sure and all codes are used (MAGVIT-v2, section 3.1).
+  """Returns a penalty that is low if choices are certain and all codes are used.
+
+  It is the one of MAGVIT-v2 (arXiv 2310.05737, section 3.1).
 
   Args:
     scores: unnormalized log probabilities of the codes.
 
   Returns:
-    The mean entropy of the choices less the entropy of their mean, in nats.
+    The mean entropy of the choices minus the entropy of their mean, in nats.
   """
   log_chances = jax.nn.log_softmax(scores, axis=-1)
   chances = jnp.exp(log_chances)
@@ -300,16 +302,16 @@ def entropy_penalty(scores: Float[Array, '*places codes']) -> Float[Array, '']:
 
 
 def _best(latents, table, precision, offsets=None):
-  """The row of a table with the largest product with a latent, plus the row's offset.
+  """Returns the row of a table with the largest product with each latent, plus the row's offset.
 
   Args:
     latents: [batch, length, code_dim].
     table: float32 [codes, code_dim].
-    precision: of the products.
+    precision: precision of the products.
     offsets: float32 [codes]; None for zeros.
 
   Returns:
-    int32 [batch, length]. Of equal rows it is the first.
+    int32 [batch, length]; the first row among equally large ones.
   """
   codes = table.shape[0]
   if codes <= _CODES_AT_ONCE:

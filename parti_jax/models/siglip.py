@@ -1,9 +1,10 @@
 """SigLIP (arXiv 2303.15343) and SigLIP 2 (arXiv 2502.14786), of one fixed picture size.
 
-As CLIP, a picture and a text become vectors that are compared by their cosine. Different from CLIP:
-each pair is judged by itself, by a sigmoid of scale · cosine + bias. The picture's vector is made
-by a learned query that attends to all patches (the MAP head, arXiv 2106.04560, appendix B). The text
-encoder sees the whole text, padding included, and its last position makes the text's vector.
+As in CLIP, a picture and a text become vectors that are compared by their cosine. Unlike in CLIP,
+each pair is judged by itself, with the sigmoid of scale · cosine + bias. The picture's vector comes
+from a learned query that attends to all patches (the MAP head, arXiv 2106.04560, appendix B). The
+text encoder attends to the whole text, including padding, and the text's vector comes from its last
+position.
 """
 
 from __future__ import annotations
@@ -38,24 +39,24 @@ class SigLIPConfig:
 
   Attributes:
     image_size: height and width of the pictures, in pixels.
-    patch_size: height and width of a patch. It need not divide `image_size`; what remains at the
-      right and the bottom is not looked at.
-    image_layers: blocks of the image encoder.
-    image_width: its model dimension `embed`, and the length of the vectors.
+    patch_size: height and width of a patch. It need not divide `image_size`; the remainder at the
+      right and the bottom is left out.
+    image_layers: number of blocks of the image encoder.
+    image_width: model dimension of the image encoder, and length of the feature vectors.
     image_mlp_width: hidden dimension of its MLPs.
-    image_heads: its attention heads; must divide `image_width`.
-    text_vocabulary: token ids.
-    text_length: text tokens, padding included.
-    text_layers: blocks of the text encoder.
-    text_width: its model dimension.
+    image_heads: number of its attention heads; must divide `image_width`.
+    text_vocabulary: number of token ids.
+    text_length: number of text tokens, including padding.
+    text_layers: number of blocks of the text encoder.
+    text_width: model dimension of the text encoder.
     text_mlp_width: hidden dimension of its MLPs.
-    text_heads: its attention heads; must divide `text_width`.
-    dtype: name of the dtype to compute in; norms and features are float32.
-    remat: what the backward pass keeps, a name in `layer_stack.REMAT_POLICIES`.
-    unroll: layers laid out in one turn of the scan.
+    text_heads: number of its attention heads; must divide `text_width`.
+    dtype: name of the dtype of the computation; norms and features are float32.
+    remat: what to save for the backward pass: a name in `layer_stack.REMAT_POLICIES`.
+    unroll: number of layers that each iteration of the scan computes; doesn't change results.
 
   Raises:
-    UserError: if heads do not divide a width, or a value is out of its range.
+    UserError: if heads do not divide a width, or a value is out of range.
   """
 
   image_size: int = 256
@@ -152,7 +153,7 @@ class ImageEncoder(nn.Module):
 
 
 class TextEncoder(nn.Module):
-  """A bidirectional Transformer over all positions, padding included.
+  """A bidirectional Transformer over all positions, including padding.
 
   Attributes:
     config: sizes.
@@ -165,7 +166,7 @@ class TextEncoder(nn.Module):
     self, text_tokens: Int[Array, 'batch text_length']
   ) -> Float[Array, 'batch text_length text_embed']:
     config = self.config
-    # The last position makes the vector, so that a shorter text would be another one.
+    # The vector comes from the last position, so the length must be that of training.
     clip_layers.check_length(text_tokens, config.text_length, exactly=True)
     tokens = layers.Embedding(config.text_vocabulary, config.text_width, name='token_embedding')
     positions = layers.Embedding(
@@ -213,8 +214,8 @@ class SigLIP(nn.Module):
 
     Args:
       images: pictures in [0, 1].
-      text_tokens: `config.text_length` tokens each: the text in lower case, its end (1), and
-        padding (0).
+      text_tokens: `config.text_length` tokens for each text: the text in lower case, its end (1),
+        and padding (0).
 
     Returns:
       A dict: 'image_features' [images, feature_dim] and 'text_features' [texts, feature_dim], unit
@@ -234,27 +235,27 @@ class SigLIP(nn.Module):
   def image_features(
     self, images: Float[Array, 'batch height width 3']
   ) -> Float[Array, 'batch feature_dim']:
-    """Unit vectors of pictures in [0, 1], float32."""
+    """Returns float32 unit vectors of pictures in [0, 1]."""
     return quantizer.normalize(self.image_encoder(images))
 
   def text_features(
     self, text_tokens: Int[Array, 'batch text_length']
   ) -> Float[Array, 'batch feature_dim']:
-    """Unit vectors of texts, float32."""
+    """Returns float32 unit vectors of texts."""
     last = self.text_encoder(text_tokens)[:, -1].astype(jnp.float32)
     return quantizer.normalize(self.text_projection(last))
 
   def logit_scale(self) -> Float[Array, '']:
-    """What cosines are multiplied by to become logits."""
+    """The factor of the cosines in the logits."""
     return jnp.exp(self.log_scale)
 
   def logit_bias(self) -> Float[Array, '']:
-    """What is added to the scaled cosines."""
+    """The bias that is added to the scaled cosines."""
     return jnp.asarray(self.bias)
 
 
 def example_inputs(config: SigLIPConfig, batch: int = 1) -> tuple[Any, ...]:
-  """Arrays of the shapes and dtypes that `SigLIP.__call__` takes, for initialisation."""
+  """Returns arrays with the shapes and dtypes of the arguments of `SigLIP`, for initialization."""
   return (
     jnp.zeros((batch, config.image_size, config.image_size, 3), jnp.float32),
     jnp.ones((batch, config.text_length), jnp.int32),

@@ -24,7 +24,7 @@ from parti_jax.models.nn import attention
 from parti_jax.models.nn import layer_stack
 from parti_jax.models.nn import layers
 
-# Activation of the MLP; a gated one multiplies its result with a second projection.
+# Activations of the MLP. A gated one multiplies its result by a second projection.
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
   'relu': nn.relu,
   'gated_gelu': functools.partial(nn.gelu, approximate=True),
@@ -34,7 +34,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 _DTYPES = ('float32', 'bfloat16')
 # Added to the mean square in norms.
 EPSILON = 1e-6
-# Place of a dropout in the network -> the number that its keys are folded with.
+# Numbers that the dropout keys of the parts of the network are folded with.
 _IN_EMBEDDING, _IN_LAYERS, _IN_OUTPUT = range(3)
 
 
@@ -44,25 +44,27 @@ class T5EncoderConfig:
   """Sizes of a T5 encoder; the defaults are those of T5 v1.1 Large and Flan-T5 Large.
 
   Attributes:
-    layers: blocks.
+    layers: number of blocks.
     width: model dimension, `embed`.
     mlp_width: hidden dimension of the MLPs, `mlp`.
-    heads: attention heads.
+    heads: number of attention heads.
     head_dim: dimension of a head; `heads * head_dim` may differ from `width`.
-    text_vocabulary: rows of the table of pieces. The published tables have more rows than their
-      vocabularies have pieces.
-    text_length: most text tokens. The network itself takes texts of any length.
-    activation: 'relu' (T5), 'gated_gelu' (T5 v1.1, Flan-T5, mT5) or 'gated_silu' (UL2).
-    relative_buckets: relative positions that the attention tells apart, a multiple of 4.
-    relative_distance: distance from which on all positions share a bucket.
-    dropout: rate of dropout in training.
+    text_vocabulary: number of rows of the embedding table. The published tables have more rows than
+      their vocabularies have pieces.
+    text_length: maximum number of text tokens. The network itself takes texts of any length.
+    activation: name of the MLPs' activation: 'relu' (T5), 'gated_gelu' (T5 v1.1, Flan-T5, mT5) or
+      'gated_silu' (UL2).
+    relative_buckets: number of buckets of relative positions; a multiple of 4. Each bucket has its
+      own attention bias.
+    relative_distance: distance beyond which all positions share a bucket.
+    dropout: dropout rate in training.
     dtype: name of the dtype of the computation, 'float32' or 'bfloat16'. Norms and attention
       scores are float32.
-    remat: what the backward pass keeps, a name in `layer_stack.REMAT_POLICIES`.
-    unroll: layers laid out in one turn of the scan; changes speed, not results.
+    remat: what to save for the backward pass: a name in `layer_stack.REMAT_POLICIES`.
+    unroll: number of layers that each iteration of the scan computes; doesn't change results.
 
   Raises:
-    UserError: if a value is out of its range.
+    UserError: if a value is out of range.
   """
 
   layers: int = 24
@@ -80,7 +82,7 @@ class T5EncoderConfig:
   remat: str = 'everything'
   unroll: int = 1
 
-  BOUNDS = {'dropout': (0, 1)}  # Below 1, see `config_checks.check_dropout`.
+  BOUNDS = {'dropout': (0, 1)}  # 1 is excluded by `config_checks.check_dropout`.
 
   def __post_init__(self):
     config_checks.check(self)
@@ -107,7 +109,7 @@ class T5EncoderConfig:
 
   @property
   def gated(self) -> bool:
-    """Whether the MLP multiplies its activation with a second projection."""
+    """Whether the MLP multiplies its activation by a second projection."""
     return self.activation.startswith('gated_')
 
 
@@ -115,7 +117,7 @@ class RMSNorm(nn.Module):
   """Division by the root mean square in float32, with a scale and without a bias.
 
   Attributes:
-    dtype: of the output.
+    dtype: dtype of the output.
   """
 
   dtype: jnp.dtype = jnp.float32
@@ -129,10 +131,10 @@ class RMSNorm(nn.Module):
 
 
 def relative_buckets(length: int, buckets: int, distance: int) -> Int[np.ndarray, 'length length']:
-  """Buckets of the positions of keys relative to queries.
+  """Returns the bucket of each key's position relative to each query.
 
-  One half of the buckets is for keys before the query and at it, the other for keys after it. Of
-  each half, one half has a bucket for each distance, and the other is spaced logarithmically up to
+  Half of the buckets are for keys up to the query, the other half for keys after it. In each half,
+  the first buckets are for one distance each, and the others are spaced logarithmically up to
   `distance`.
 
   Returns:
@@ -141,7 +143,7 @@ def relative_buckets(length: int, buckets: int, distance: int) -> Int[np.ndarray
   relative = np.arange(length)[None, :] - np.arange(length)[:, None]
   each, apart = buckets // 2, np.abs(relative)
   exact = each // 2
-  # The float32 rounding of the original, which decides at distances on the border of two buckets.
+  # Rounded in float32 as in the original: it decides the bucket of distances on a boundary.
   ratio = np.log(np.maximum(apart, 1).astype(np.float32) / np.float32(exact))
   far = ratio / np.float32(np.log(distance / exact)) * np.float32(each - exact)
   bucket = np.where(apart < exact, apart, np.minimum(exact + far.astype(np.int32), each - 1))
@@ -149,7 +151,7 @@ def relative_buckets(length: int, buckets: int, distance: int) -> Int[np.ndarray
 
 
 class Attention(nn.Module):
-  """Self-attention with a bias of the scores, which are not divided by the root of head_dim."""
+  """Self-attention with a bias on the scores, which are not divided by the root of head_dim."""
 
   config: T5EncoderConfig
 
@@ -190,7 +192,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-  """Two projections with an activation between them, or three with a gated one."""
+  """Two projections with an activation between them; three if the activation is gated."""
 
   config: T5EncoderConfig
 
@@ -219,7 +221,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-  """Self-attention and MLP, each behind a norm and beside a residual path."""
+  """Self-attention and MLP, each with a norm before it and a residual connection."""
 
   config: T5EncoderConfig
 
@@ -245,13 +247,13 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-  """Blocks that share the biases of relative positions, and a last norm."""
+  """Blocks that share the relative position biases, and a final norm."""
 
   config: T5EncoderConfig
 
   def setup(self):
     self.block = Block(self.config, parent=None)
-    # What attention scores gain by the relative position of query and key.
+    # Bias of the attention scores by the relative position of query and key.
     self.relative_bias = layers.Embedding(
       self.config.relative_buckets,
       self.config.heads,
@@ -294,7 +296,7 @@ class T5Encoder(nn.Module):
   """A bidirectional Transformer over SentencePiece tokens, with relative positions.
 
   Attributes:
-    config: widths and depths.
+    config: sizes.
   """
 
   config: T5EncoderConfig
@@ -311,16 +313,16 @@ class T5Encoder(nn.Module):
     dropout_keys: layers.DropoutKeys | None = None,
     masked: tuple[Bool[Array, 'batch text_length'], Float[Array, 'embed']] | None = None,
   ) -> Float[Array, 'batch text_length embed']:
-    """Encodes text.
+    """Encodes texts.
 
     Args:
-      text_tokens: padded with 0, which no position attends to.
-      dropout_keys: of the encoder, or None where dropout is off.
-      masked: for masked language modelling, where pieces are hidden and the vector that stands for
-        them; None for nowhere.
+      text_tokens: text tokens, padded with 0, which no position attends to.
+      dropout_keys: keys of the encoder; None if dropout is off.
+      masked: for masked language modelling: True for each piece to replace, and the mask vector
+        that replaces its embedding.
 
     Returns:
-      An array of config.compute_dtype.
+      The encoded tokens, of `config.compute_dtype`.
     """
     pieces = self.token_embedding(text_tokens)
     if masked is not None:
@@ -334,5 +336,5 @@ class T5Encoder(nn.Module):
 
 
 def example_inputs(config: T5EncoderConfig, batch: int = 1):
-  """Arrays of the shapes and dtypes that `T5Encoder.__call__` takes, for initialisation."""
+  """Returns an array with the shape and dtype of `T5Encoder`'s argument, for initialization."""
   return (jnp.ones((batch, config.text_length), jnp.int32),)

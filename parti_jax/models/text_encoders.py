@@ -23,6 +23,7 @@ from jaxtyping import Array
 from jaxtyping import Bool
 from jaxtyping import Int
 
+from parti_jax.core import text_ids
 from parti_jax.models import clip
 from parti_jax.models import flops
 from parti_jax.models import parti_config
@@ -59,9 +60,9 @@ def _mask(config: Any, text_tokens: Tokens) -> Mask:
 
 
 def _only_end(config: Any, text_tokens: Tokens) -> Tokens:
-  """The empty text is the end of text, id 1, before padding."""
+  """The empty text is the end of text before padding."""
   del config
-  return jnp.zeros_like(text_tokens).at[:, 0].set(1)
+  return jnp.full_like(text_tokens, text_ids.PAD_ID).at[:, 0].set(text_ids.EOS_ID)
 
 
 def _only_first_and_end(config: clip.CLIPTextConfig, text_tokens: Tokens) -> Tokens:

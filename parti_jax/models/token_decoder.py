@@ -73,9 +73,9 @@ class TokenDecoder(nn.Module):
     position = 0 if state is None else state.position
     x = self.embed(previous, position, layers.fold(dropout_keys, 0))
     x, state = self.decoder(x, encoded, text_mask, state, layers.fold(dropout_keys, 1))
-    return self.predict(x), state
+    return self.logits_from(x), state
 
-  def states(
+  def all_layer_outputs(
     self,
     previous: Int[Array, 'batch length'],
     encoded: Float[Array, 'batch text_length features'],
@@ -84,7 +84,7 @@ class TokenDecoder(nn.Module):
   ) -> Float[Array, 'layers batch length embed']:
     """Returns the outputs of all layers for a whole sequence.
 
-    The arguments are those of `__call__`. `predict` of the last layer's output gives its logits.
+    The arguments are those of `__call__`, whose logits are `logits_from` of the last layer's output.
     """
     x = self.embed(previous, 0, layers.fold(dropout_keys, 0))
     keys = layers.fold(dropout_keys, 1)
@@ -109,9 +109,11 @@ class TokenDecoder(nn.Module):
     x = x + (self.row_embedding(positions // columns) + self.column_embedding(positions % columns))
     return self.drop(x.astype(self.config.compute_dtype), dropout_keys)
 
-  def predict(self, x: Float[Array, 'batch length embed']) -> Float[Array, 'batch length codebook']:
-    """Returns float32 logits for the output of one layer."""
-    logits = self.logits(x.astype(jnp.float32))
+  def logits_from(
+    self, outputs: Float[Array, 'batch length embed']
+  ) -> Float[Array, 'batch length codebook']:
+    """Returns the float32 logits for the outputs of one layer."""
+    logits = self.logits(outputs.astype(jnp.float32))
     return nn.with_logical_constraint(
       logits, ('activation_batch', 'activation_length', 'activation_vocab')
     )

@@ -96,7 +96,7 @@ class ViTVQGANConfig:
     return 'cosine'
 
   @property
-  def over_examples(self) -> tuple[str, ...]:
+  def batch_dependent_terms(self) -> tuple[str, ...]:
     return ()
 
 

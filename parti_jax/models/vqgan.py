@@ -46,39 +46,39 @@ class VQGANConfig:
     image_size: height and width of the images, in pixels. Methods that take images accept other
       sizes too.
     channels: base number of channels.
-    multipliers: of the base number, one for each level. The first level has the full resolution,
-      and each following one half the height and width.
-    res_blocks: residual blocks in a level of the encoder.
-    decoder_res_blocks: residual blocks in a level of the decoder.
-    middle_blocks: residual blocks between the levels of the encoder and its end, and between the
-      start of the decoder and its levels.
+    multipliers: factor of the base number at each level. The first level has the full resolution,
+      and each following level half the height and width of the one before.
+    res_blocks: number of residual blocks in each level of the encoder.
+    decoder_res_blocks: number of residual blocks in each level of the decoder.
+    middle_blocks: number of residual blocks between the levels of the encoder and its end, and
+      between the start of the decoder and its levels.
     attention: whether self-attention follows each residual block of the last level.
-    middle_attention: whether self-attention stands between the middle blocks.
-    z_channels: channels of the encoder's output and of the decoder's input; 1×1 convolutions map
-      between them and codes. None for an encoder that ends in a single 1×1 convolution to codes,
-      and a decoder that starts from codes.
+    middle_attention: whether there is self-attention between the middle blocks.
+    z_channels: number of channels of the encoder's output and of the decoder's input; 1×1
+      convolutions map between them and codes. None for an encoder that ends in a single 1×1
+      convolution to codes, and a decoder that starts from codes.
     code_dim: length of a code.
     codebook_size: number of codes.
     quantizer: how a latent is mapped to a code. 'cosine', 'euclidean' and 'dot' find the nearest
       code in a table by angle, distance and dot product. 'fsq' rounds each dimension, and 'lfq'
-      takes its sign; see `quantizer`.
-    fsq_levels: levels of each dimension with the quantizer 'fsq'.
+      takes its sign. The module `quantizer` describes them.
+    fsq_levels: number of levels of each dimension with the quantizer 'fsq'.
     commitment: weight β in the quantizer's loss.
     entropy_weight: weight of the entropy penalty in the loss of 'dot' and 'lfq'.
-    pixel_range: what black and white are to the network. Its methods take and return images in
-      [0, 1] in any case.
+    pixel_range: values of black and white inside the network. Its methods always take and return
+      images in [0, 1].
     downsampling: 'convolution' with stride 2, or 'average' of squares of 2×2.
     bias: whether the convolutions of residual blocks and the encoder's first one have biases.
     shortcut: what a residual block that changes the number of channels adds to its result: a 1×1
-      convolution of its 'input', or of its 'output', which then does not reach around it.
-    norm_groups: groups of the group norms.
-    output: what the decoder computes. 'pixels' themselves, or the mean and scale of a
-      'logit_laplace' distribution, as ViT-VQGAN does.
-    dtype: name of the dtype that convolutions compute in.
-    remat: what the backward pass keeps, a name in `layer_stack.REMAT_POLICIES`.
+      convolution of its 'input', or of its 'output', which then does not bypass it.
+    norm_groups: number of groups of the group norms.
+    output: what the decoder computes: the 'pixels' themselves, or the mean and scale of a
+      'logit_laplace' distribution, as in ViT-VQGAN.
+    dtype: name of the dtype of convolutions.
+    remat: what to save for the backward pass: a name in `layer_stack.REMAT_POLICIES`.
 
   Raises:
-    UserError: if a value is out of its range, or does not fit the others.
+    UserError: if a value is out of range, or does not fit the others.
   """
 
   image_size: int = 256
@@ -147,7 +147,7 @@ class VQGANConfig:
 
   @property
   def factor(self) -> int:
-    """Height and width of the square of pixels that one token stands for."""
+    """Height and width, in pixels, of the square that one token represents."""
     return 2 ** (len(self.multipliers) - 1)
 
   @property
@@ -172,13 +172,13 @@ class VQGANConfig:
     return _DISTANCES.get(self.quantizer)
 
   @property
-  def over_examples(self) -> tuple[str, ...]:
+  def batch_dependent_terms(self) -> tuple[str, ...]:
     if self.quantizer in ('dot', 'lfq') and self.entropy_weight:
       return ("entropy of the codes' use",)
     return ()
 
   def grid_for(self, height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of the tokens of an image of this size.
+    """Returns the rows and columns of the tokens of an image of this size.
 
     Raises:
       UserError: if the downsampling factor does not divide the height and width.
@@ -200,16 +200,16 @@ def _convolution(
   bias: bool = True,
   dtype: jnp.dtype = jnp.float32,
 ) -> nn.Conv:
-  """A convolution that keeps height and width, or halves them.
+  """Returns a convolution that keeps height and width, or halves them.
 
   Args:
-    name: of the module.
-    features: channels of the output.
+    name: name of the module.
+    features: number of channels of the output.
     size: height and width of the kernel: 1 or 3.
     axes: logical names of the kernel's axes of input and output channels.
-    stride: 1, or 2, which pads the right and bottom alone.
+    stride: 1, or 2, which pads only the right and the bottom.
     bias: whether there is a bias.
-    dtype: of the computation; parameters are float32.
+    dtype: dtype of the computation; parameters are float32.
   """
   margin = size // 2
   padding = (0, margin) if stride == 2 else (margin, margin)
@@ -228,7 +228,7 @@ def _convolution(
 
 
 def _norm(config: VQGANConfig, name: str) -> nn.GroupNorm:
-  """A group norm with statistics in float32."""
+  """Returns a group norm with statistics in float32."""
   return nn.GroupNorm(
     config.norm_groups,
     epsilon=1e-6,
@@ -241,11 +241,11 @@ def _norm(config: VQGANConfig, name: str) -> nn.GroupNorm:
 
 
 class ResBlock(nn.Module):
-  """Two times group norm, swish and a convolution, and a shortcut around them.
+  """Group norm, swish and a convolution, twice, with a residual connection.
 
   Attributes:
     config: sizes of the tokenizer.
-    features: channels of the output.
+    features: number of channels of the output.
   """
 
   config: VQGANConfig
@@ -270,7 +270,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-  """Group norm and single-head self-attention over all places, and a shortcut around them."""
+  """Group norm and single-head self-attention over all positions, with a residual connection."""
 
   config: VQGANConfig
 
@@ -295,9 +295,9 @@ class Blocks(nn.Module):
 
   Attributes:
     config: sizes of the tokenizer.
-    count: residual blocks.
-    features: channels of their outputs.
-    attentions: how many of the blocks self-attention follows, from the first one on.
+    count: number of residual blocks.
+    features: number of channels of their outputs.
+    attentions: number of blocks, from the first one on, that self-attention follows.
   """
 
   config: VQGANConfig
@@ -342,7 +342,7 @@ def _level(config: VQGANConfig, level: int, blocks: int) -> Blocks:
 
 
 class Encoder(nn.Module):
-  """Pixels to latents."""
+  """Converts pixels to latents."""
 
   config: VQGANConfig
 
@@ -378,7 +378,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-  """Codes to what `VQGANConfig.output` says."""
+  """Converts codes to the output that `VQGANConfig.output` names."""
 
   config: VQGANConfig
 
@@ -389,8 +389,8 @@ class Decoder(nn.Module):
     """Decodes codes.
 
     Args:
-      codes: of all tokens, row by row.
-      grid: rows and columns.
+      codes: codes of all tokens, row by row.
+      grid: rows and columns of tokens.
     """
     config, dtype = self.config, self.config.compute_dtype
     x = codes.reshape(codes.shape[0], *grid, config.code_dim)
@@ -431,7 +431,7 @@ class VQGAN(nn.Module):
 
     Args:
       images: pixels in [0, 1].
-      quantize: whether the decoder gets codes or the latents themselves.
+      quantize: whether the decoder gets codes instead of the latents themselves.
 
     Returns:
       A dict: 'tokens' int32 [batch, tokens], 'latents' float32 [batch, tokens, code_dim] and
@@ -454,7 +454,7 @@ class VQGAN(nn.Module):
     return outputs | {'tokens': tokens, 'latents': latents, 'quantizer_loss': loss}
 
   def tokenize(self, images: Float[Array, 'batch height width 3']) -> Int[Array, 'batch tokens']:
-    """Tokens of images with pixels in [0, 1], row by row.
+    """Returns the tokens of images with pixels in [0, 1], row by row.
 
     Raises:
       UserError: if the downsampling factor does not divide the height and width.
@@ -464,10 +464,10 @@ class VQGAN(nn.Module):
   def detokenize(
     self, tokens: Int[Array, 'batch tokens'], grid: tuple[int, int] | None = None
   ) -> Float[Array, 'batch height width 3']:
-    """Images, with pixels in [0, 1], of tokens.
+    """Returns the images, with pixels in [0, 1], of tokens.
 
     Args:
-      tokens: of each image row by row.
+      tokens: tokens of each image, row by row.
       grid: rows and columns; None for those of an image of `config.image_size`.
 
     Raises:
@@ -486,13 +486,13 @@ class VQGAN(nn.Module):
     return jnp.clip(pixels, 0.0, 1.0)
 
   def _unit_pixels(self, pixels):
-    """From the network's range of pixels to [0, 1], which they may leave."""
+    """Maps pixels from the network's range to [0, 1]; they may lie outside."""
     low, high = self.config.pixel_range
     return (pixels - low) / (high - low)
 
 
 def _quantizer(config: VQGANConfig):
-  """The quantizer that a configuration names."""
+  """Returns the quantizer of a config."""
   if config.quantizer == 'fsq':
     return quantizer.FiniteScalarQuantizer(config.fsq_levels)
   if config.quantizer == 'lfq':
@@ -539,5 +539,5 @@ def last_kernel_gradient(
 def example_inputs(
   config: VQGANConfig, batch: int = 1
 ) -> tuple[Float[Array, 'batch height width 3']]:
-  """Images of a shape that `VQGAN.__call__` takes, for initialisation."""
+  """Returns an array with the shape and dtype of the argument of `VQGAN`, for initialization."""
   return (jnp.zeros((batch, config.image_size, config.image_size, 3), jnp.float32),)

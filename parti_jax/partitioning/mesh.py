@@ -120,7 +120,7 @@ def of_jit() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def unused() -> Iterator[None]:
+def without_mesh() -> Iterator[None]:
   """Makes `current()` return None while the body runs, for tracing only shapes."""
   with _set_current(None):
     yield

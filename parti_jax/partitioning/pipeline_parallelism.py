@@ -125,7 +125,10 @@ class Schedule:
 
 @contextlib.contextmanager
 def off() -> Iterator[None]:
-  """Makes each stage compute all layers in the body, as for a frozen model with any layer count."""
+  """Turns pipeline parallelism off in the body: each stage computes all layers.
+
+  Frozen models need it, whose number of layers the stages may not divide.
+  """
   token = _off.set(True)
   try:
     yield
@@ -134,7 +137,7 @@ def off() -> Iterator[None]:
 
 
 def schedule(layers: int, batch: int) -> Schedule | None:
-  """The schedule of a stack of layers on the mesh in use, with the settings in use.
+  """Returns the schedule of a stack of layers for the current mesh and settings.
 
   Args:
     layers: number of layers.

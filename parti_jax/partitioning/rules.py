@@ -6,7 +6,6 @@ import contextlib
 import math
 from collections.abc import Iterator
 from collections.abc import Sequence
-from typing import Any
 
 import flax.linen as nn
 import gin
@@ -221,10 +220,8 @@ def _spec_of_moment(
   return None
 
 
-def _names(path: Sequence[Any]) -> tuple[str, ...]:
-  return tuple(
-    str(getattr(key, 'key', getattr(key, 'name', getattr(key, 'idx', key)))) for key in path
-  )
+def _names(path: jax.tree_util.KeyPath) -> tuple[str, ...]:
+  return tuple(jax.tree_util.keystr(path, simple=True, separator='/').split('/'))
 
 
 def _ways(mesh: Mesh | AbstractMesh, axes: MeshAxes) -> int:
@@ -236,12 +233,13 @@ def _as_tuple(axes: MeshAxes) -> tuple[str, ...]:
 
 
 def _check_divisible(
-  path: Sequence[Any], shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh
+  path: jax.tree_util.KeyPath, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh
 ) -> None:
   for dimension, axes in zip(shape, spec):
     ways = _ways(mesh, axes)
     if dimension % ways:
+      name = jax.tree_util.keystr(path, simple=True, separator='/')
       raise errors.UserError(
-        f'parameter {"/".join(_names(path))} of shape {shape}: the mesh axis {axes!r} of size '
+        f'parameter {name} of shape {shape}: the mesh axis {axes!r} of size '
         f'{ways} does not divide its dimension {dimension}; choose another mesh or width'
       )

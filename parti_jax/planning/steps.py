@@ -148,7 +148,7 @@ def sampling_step(request: request_lib.Request, mesh) -> request_lib.Step:
       'model': 'generator',
       'config': 'PartiConfig',
       'guided': request.guided,
-      'cache_length': max(pattern.slots(config.image_length) for pattern in patterns),
+      'cache_length': max(pattern.num_slots(config.image_length) for pattern in patterns),
     },
     {'parameters': device_parts(read), 'cache': device_parts((read_slots, texts))},
     device_parts(params) - device_parts(kept),
@@ -158,7 +158,7 @@ def sampling_step(request: request_lib.Request, mesh) -> request_lib.Step:
 
 def _slots(pattern) -> tuple[int, int]:
   """Slots of a layer's whole cache, and those that a step reads."""
-  slots = pattern.slots(pattern.length)
+  slots = pattern.num_slots(pattern.length)
   return slots, pattern.read(0, slots)[1]
 
 
@@ -172,10 +172,10 @@ def sampled_config() -> parti_config.PartiConfig:
 
 
 def _abstract_parameters(config, mesh, rules):
-  """Parameters for sampling, as `cut` makes them."""
+  """Returns the shapes of the parameters for sampling: the result of `parameters.for_sampling`."""
   boxed = model_folder.abstract('generator', config)
   placed = parameters.shardings(config, rules_lib.parameter_shardings(boxed, mesh, rules))
-  shapes = jax.eval_shape(functools.partial(parameters.cut, config), nn.meta.unbox(boxed))
+  shapes = jax.eval_shape(functools.partial(parameters.for_sampling, config), nn.meta.unbox(boxed))
   return jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
     shapes,

@@ -43,7 +43,7 @@ class Settings:
     size: pixels of the shorter side after resizing.
     enlarge: whether smaller pictures are enlarged to `size`.
     image_format: 'jpeg', 'webp' or 'png'.
-    quality: of JPEG and WebP, 1 to 100.
+    quality: quality of JPEG and WebP, 1 to 100.
     pass_through: whether a picture that needs no change keeps its bytes: one in `image_format`, not
       larger than `size`, upright and without a colour profile.
     min_side: minimum pixels of the shorter side before resizing.

@@ -102,7 +102,7 @@ class AdaptiveDecoder:
 
   Args:
     config: sizes of the network.
-    params: the result of `parameters.cut`.
+    params: the result of `parameters.for_sampling`.
   """
 
   def __init__(self, config: parti_config.PartiConfig, params: dict[str, Any]):
@@ -118,7 +118,7 @@ class AdaptiveDecoder:
 
   def logits(self, x: Float[Array, 'batch 1 embed']) -> Float32[Array, 'batch codebook']:
     """Returns the logits that a layer's output predicts."""
-    return self._apply(x, method=lambda model, x: model.predict(model.decoder.norm(x)))[:, 0]
+    return self._apply(x, method=lambda model, x: model.logits_from(model.decoder.norm(x)))[:, 0]
 
   def until_confident(
     self,
@@ -203,8 +203,8 @@ class AdaptiveDecoder:
 
       def rest(x, query, cache, layer=layer, params=params, pattern=pattern):
         text = state.texts[layer], state.text_mask
-        x, _ = self._apply_block(
-          {'params': params}, x, *text, (pattern,), cache=cache, position=position, query=query
+        x = self._apply_block(
+          {'params': params}, x, *text, cache, position, pattern, query, method='decode_from_cache'
         )
         return x, jnp.int32(1)
 
@@ -296,7 +296,7 @@ def sample_tokens(
 
   Args:
     config: sizes of the network.
-    params: the result of `parameters.cut`.
+    params: the result of `parameters.for_sampling`.
     text_tokens: tokens of the prompts, padded with 0.
     keys: the result of `decoding.image_keys`.
     sampling: how to sample.
@@ -306,15 +306,16 @@ def sample_tokens(
   """
   sampling = sampling.at_each_position(config.image_length)
   decoder = AdaptiveDecoder(config, params)
-  start = functools.partial(decoding.start, config, params)
+  init_state = functools.partial(decoding.init_state, config, params)
   step_logits: Callable[..., Any]
   states: Any
   if sampling.guided and sampling.skip_threshold is not None:
     step_logits = _step_apart
-    states = start(text_tokens), start(text_encoders.empty_text(config, text_tokens))
+    empty = text_encoders.empty_text(config, text_tokens)
+    states = init_state(text_tokens), init_state(empty)
   else:
     step_logits = _step_together
-    states = start(
+    states = init_state(
       decoding.with_and_without(config, text_tokens) if sampling.guided else text_tokens
     )
 

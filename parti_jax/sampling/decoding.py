@@ -72,9 +72,15 @@ class Sampling(flax.struct.PyTreeNode):
   @classmethod
   def of(cls, settings: sampling_settings.SamplingSettings, length: int) -> Sampling:
     """Converts checked settings, for pictures of `length` image tokens."""
+    guidance_scale, temperature, top_k, top_p = settings.arrays(length)
+    exit_threshold, skip_threshold = settings.thresholds
     return cls(
-      *settings.arrays(length),
-      *settings.thresholds,
+      guidance_scale=guidance_scale,
+      temperature=temperature,
+      top_k=top_k,
+      top_p=top_p,
+      exit_threshold=exit_threshold,
+      skip_threshold=skip_threshold,
       guided=settings.guided,
       greedy=settings.greedy,
       filtered=settings.filtered,
@@ -234,12 +240,12 @@ def _grow(
 ) -> transformer.DecoderState:
   """Enlarges the caches of a state, with empty slots, for the first `length` positions."""
 
-  def grow(cache, slots):
-    return jnp.pad(cache, ((0, 0), (0, 0), (0, slots - cache.shape[2]), (0, 0)))
+  def grow(cache, num_slots):
+    return jnp.pad(cache, ((0, 0), (0, 0), (0, num_slots - cache.shape[2]), (0, 0)))
 
   return state.replace(
     caches=[
-      tuple(grow(part, config.layer_pattern(layer).slots(length)) for part in cache)
+      tuple(grow(part, config.layer_pattern(layer).num_slots(length)) for part in cache)
       for layer, cache in enumerate(state.caches)
     ]
   )
@@ -249,19 +255,21 @@ def _segment_ends(patterns) -> list[int]:
   """Returns the position at which each loop ends, and the caches of these patterns grow."""
   length = patterns[0].length
   segment = max(_MIN_SEGMENT, -(-length // _MAX_SEGMENTS))
-  slots = lambda end: [pattern.slots(end) for pattern in patterns]
+  slots = lambda end: [pattern.num_slots(end) for pattern in patterns]
   ends = [end for end in range(segment, length, segment) if slots(end) != slots(end + segment)]
   return ends + [length]
 
 
-def start(
+def init_state(
   config: parti_config.PartiConfig,
   params: dict[str, Any],
   text_tokens: Int32[Array, 'batch text_length'],
 ) -> transformer.DecoderState:
   """Encodes texts and returns the decoder's state before the first token, for `scan_positions`."""
   apply: Callable[..., Any] = parti_lib.Parti(config).apply
-  return apply({'params': params}, text_tokens, _segment_ends(config.patterns)[0], method='start')
+  return apply(
+    {'params': params}, text_tokens, _segment_ends(config.patterns)[0], method='encode_text'
+  )
 
 
 def scan_positions(
@@ -274,7 +282,7 @@ def scan_positions(
     step: maps (previous tokens, states) and a position to (tokens, states) and the outputs; tokens
       are int32 [batch], a position is int32 [].
     batch: number of images.
-    states: the result of `start`, or a tuple of such states.
+    states: the result of `init_state`, or a tuple of such states.
 
   Returns:
     The outputs, with a leading axis of image_length.
@@ -303,7 +311,7 @@ def sample_step(
 
   Args:
     config: sizes of the network.
-    params: the result of `parameters.cut`.
+    params: the result of `parameters.for_sampling`.
     keys: the result of `image_keys`.
     sampling: how to sample; the result of `Sampling.at_each_position`.
     carry: the previous tokens, which are ignored at position 0, and the state after the previous
@@ -339,14 +347,14 @@ def sample_tokens(
 
   Args:
     config: sizes of the network.
-    params: the result of `parameters.cut`.
+    params: the result of `parameters.for_sampling`.
     text_tokens: tokens of the prompts, padded with 0.
     keys: the result of `image_keys`.
     sampling: how to sample; this function ignores the thresholds, which `adaptive.sample_tokens`
       uses.
   """
   sampling = sampling.at_each_position(config.image_length)
-  state = start(
+  state = init_state(
     config, params, with_and_without(config, text_tokens) if sampling.guided else text_tokens
   )
   step = functools.partial(sample_step, config, params, keys, sampling)

@@ -10,10 +10,8 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
-from jaxtyping import Float
 from jaxtyping import Int32
 from jaxtyping import PyTree
 from jaxtyping import UInt8
@@ -21,6 +19,7 @@ from jaxtyping import UInt8
 from parti_jax.core import numerics
 from parti_jax.core.errors import UserError
 from parti_jax.models import image_tokenizers
+from parti_jax.models import pixels
 from parti_jax.sampling import placement
 
 # Maximum number of pictures to decode at once.
@@ -83,14 +82,9 @@ class Detokenizer:
     return np.asarray(ids, np.int32)
 
 
-def to_bytes(pixels: Float[Array, '*places']) -> UInt8[Array, '*places']:
-  """Converts pixels from [0, 1] to bytes."""
-  return jnp.round(pixels * 255.0).astype(jnp.uint8)
-
-
 @functools.partial(jax.jit, static_argnames='tokenizer')
 def _pictures(
   params: PyTree, tokens: Int32[Array, 'batch image_length'], *, tokenizer: nn.Module
 ) -> UInt8[Array, 'batch height width 3']:
   apply: Callable[..., Any] = tokenizer.apply
-  return to_bytes(apply({'params': params}, tokens, method='detokenize'))
+  return pixels.to_bytes(apply({'params': params}, tokens, method='detokenize'))

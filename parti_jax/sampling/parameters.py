@@ -18,7 +18,7 @@ from parti_jax.models import parti_config
 from parti_jax.models.nn import layer_stack
 
 
-def cut(config: parti_config.PartiConfig, params: dict[str, Any]) -> dict[str, Any]:
+def for_sampling(config: parti_config.PartiConfig, params: dict[str, Any]) -> dict[str, Any]:
   """Converts the parameters of `Parti` for sampling.
 
   Kernels that the network uses in `config.dtype` become this dtype. Other parameters, such as those
@@ -38,7 +38,7 @@ def cut(config: parti_config.PartiConfig, params: dict[str, Any]) -> dict[str, A
 
 
 def shardings(config: parti_config.PartiConfig, stacked: dict[str, Any]) -> dict[str, Any]:
-  """Returns the shardings of the result of `cut`.
+  """Returns the shardings of the result of `for_sampling`.
 
   Args:
     config: sizes of the network.
@@ -63,5 +63,5 @@ def _with_layers(params: dict[str, Any], change: Callable[[Any], list]) -> dict[
 
 
 def _dtype(config, path, dtype):
-  names = [str(getattr(key, 'key', key)) for key in path]
+  names = jax.tree_util.keystr(path, simple=True, separator='/').split('/')
   return config.compute_dtype if names[-1] == 'kernel' and 'logits' not in names else dtype

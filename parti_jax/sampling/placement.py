@@ -34,14 +34,14 @@ class Placement:
     self,
     params: PyTree,
     boxed: PyTree,
-    cut: Callable[[PyTree], PyTree] = lambda shardings: shardings,
+    convert_shardings: Callable[[PyTree], PyTree] = lambda shardings: shardings,
   ) -> PyTree:
     """Puts parameters on the devices.
 
     Args:
       params: the parameters.
       boxed: abstract parameters with logical axis names, the result of `model_folder.abstract`.
-      cut: converts the shardings of the abstract parameters to those of `params`.
+      convert_shardings: converts the shardings of the abstract parameters to those of `params`.
 
     Raises:
       UserError: if the mesh does not divide a parameter.
@@ -50,7 +50,7 @@ class Placement:
       device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
       return jax.tree.map(lambda leaf: placing.put(leaf, device), params)
     shardings = rules_lib.parameter_shardings(boxed, self._mesh, self._rules)
-    return jax.tree.map(placing.put, params, cut(shardings))
+    return jax.tree.map(placing.put, params, convert_shardings(shardings))
 
   @numerics.fixed()
   def run(

@@ -27,13 +27,13 @@ from parti_jax.core import storage
 from parti_jax.core.errors import UserError
 from parti_jax.data import text_tokenizer
 from parti_jax.exported_model import model_folder
-from parti_jax.exported_model import sampling_settings as settings_lib
+from parti_jax.exported_model import sampling_settings
 from parti_jax.models import image_tokenizers
 from parti_jax.models import parti_config
+from parti_jax.models import pixels
 from parti_jax.models import vit_vqgan
 from parti_jax.sampling import adaptive
 from parti_jax.sampling import decoding
-from parti_jax.sampling import detokenizing
 from parti_jax.sampling import images as images_lib
 from parti_jax.sampling import parameters
 from parti_jax.sampling import placement
@@ -42,7 +42,7 @@ from parti_jax.sampling import upscaling
 
 DEMO_FOLDER = pathlib.Path(__file__).parent.parent / 'demo'
 
-# Maximum number of images in a batch. More don't make a CPU faster.
+# Maximum number of images in a batch. A larger batch isn't faster on a CPU.
 _MOST_AT_ONCE = {'cpu': 32}
 _MOST_AT_ONCE_ELSEWHERE = 64
 # Maximum size of the caches of a batch, in bytes; the tighter bound for large models.
@@ -75,7 +75,7 @@ class Result:
   tokens: Int32[np.ndarray, 'prompts num_images image_length']
   prompts: list[str]
   seed: int
-  settings: settings_lib.SamplingSettings
+  settings: sampling_settings.SamplingSettings
   model: str
   usage: adaptive.Usage | None = None
   scores: Float32[np.ndarray, 'prompts num_images'] | None = None
@@ -199,7 +199,7 @@ class TextToImage:
         f'{self._config.text_vocabulary}; it belongs to another model'
       )
     self._generator_params = self._place.put(
-      parameters.cut(self._config, model.generator_params),
+      parameters.for_sampling(self._config, model.generator_params),
       model_folder.abstract('generator', self._config),
       lambda shardings: parameters.shardings(self._config, shardings),
     )
@@ -289,48 +289,70 @@ class TextToImage:
       self._needed_upscaler()
     prompts = checks.texts('prompt', prompts)
     num_images = checks.count('num_images', num_images)
-    seed = checks.whole_number('seed', seed, 0, settings_lib.LARGEST_SEED)
+    seed = checks.whole_number('seed', seed, 0, sampling_settings.LARGEST_SEED)
     settings = self.sampling.replace(**sampling)
     sampled = decoding.Sampling.of(settings, self._config.image_length)
     total = len(prompts) * num_images
     first = _first_indices(first_index, len(prompts), num_images)
     texts = self._encode(prompts)
     batch = self._batch_size(total, batch_size, settings.guided)
+    index = first[:, None] + np.arange(num_images, dtype=np.int32)
+    tokens, images, usage = self._sample(texts, index, seed, sampled, batch, progress)
+    result = Result(
+      images, tokens, prompts, seed, settings, self.model_name, usage, image_index=index
+    )
+    result = self._ranked(result) if rank else result
+    if not upscale:
+      return result
+    upscaled = self.upscale(result.images.reshape(total, *images.shape[2:]))
+    return dataclasses.replace(result, upscaled=upscaled.reshape(*index.shape, *upscaled.shape[1:]))
+
+  def _sample(
+    self,
+    texts: Int32[np.ndarray, 'prompts text_length'],
+    index: Int32[np.ndarray, 'prompts num_images'],
+    seed: int,
+    sampling: decoding.Sampling,
+    batch: int,
+    progress: bool,
+  ) -> tuple[
+    Int32[np.ndarray, 'prompts num_images image_length'],
+    UInt8[np.ndarray, 'prompts num_images height width 3'],
+    adaptive.Usage | None,
+  ]:
+    """Samples pictures for encoded prompts, one batch after another.
+
+    Args:
+      texts: text tokens of the prompts.
+      index: the index of each picture among those of its prompt.
+      seed: the seed of all pictures.
+      sampling: how to sample.
+      batch: number of pictures in a batch.
+      progress: whether to show a progress bar.
+
+    Returns:
+      The image tokens, the pictures, and what the tokens computed, if the settings skip anything.
+    """
+    shape, total, indices = index.shape, index.size, index.reshape(-1)
     tokens, images = self._empty(total)
-    index = (first[:, None] + np.arange(num_images, dtype=np.int32)).reshape(-1)
     usages = []
     for start, chosen in placement.pieces(total, batch, progress):
       *drawn, usage = self._place.run(
         _generate,
         (self._generator_params, self._tokenizer_params),
-        (texts[chosen // num_images], index[chosen]),
+        (texts[chosen // shape[1]], indices[chosen]),
         np.uint32(seed),
-        sampled,
+        sampling,
         config=self._config,
         tokenizer=self._tokenizer,
       )
       stop = min(start + batch, total)
       tokens[start:stop], images[start:stop] = (part[: stop - start] for part in drawn)
       usages.append(jax.tree.map(lambda part, count=stop - start: part[:count], usage))
-    shape = (len(prompts), num_images)
     usage = jax.tree.map(
       lambda *parts: np.concatenate(parts).reshape(*shape, *parts[0].shape[1:]), *usages
     )
-    result = Result(
-      images.reshape(*shape, *images.shape[1:]),
-      tokens.reshape(*shape, -1),
-      prompts,
-      seed,
-      settings,
-      self.model_name,
-      usage,
-      image_index=index.reshape(shape),
-    )
-    result = self._ranked(result) if rank else result
-    if not upscale:
-      return result
-    upscaled = self.upscale(result.images.reshape(images.shape))
-    return dataclasses.replace(result, upscaled=upscaled.reshape(*shape, *upscaled.shape[1:]))
+    return tokens.reshape(*shape, -1), images.reshape(*shape, *images.shape[1:]), usage
 
   def _ranked(self, result: Result) -> Result:
     """Sorts the pictures of each prompt by their scores."""
@@ -549,12 +571,8 @@ def _generate(
   else:
     tokens, usage = adaptive.sample_tokens(config, generator_params, texts, keys, sampling)
   apply: Callable[..., Any] = tokenizer.apply
-  pixels = apply({'params': tokenizer_params}, tokens, method='detokenize')
-  return tokens, detokenizing.to_bytes(pixels), usage
-
-
-def _from_bytes(images: UInt8[Array, '*places']) -> Float32[Array, '*places']:
-  return images.astype(jnp.float32) / 255.0
+  drawn = apply({'params': tokenizer_params}, tokens, method='detokenize')
+  return tokens, pixels.to_bytes(drawn), usage
 
 
 @functools.partial(jax.jit, static_argnames='tokenizer')
@@ -562,7 +580,7 @@ def _tokenize(
   params: dict[str, Any], images: UInt8[Array, 'batch height width 3'], *, tokenizer: nn.Module
 ) -> Int32[Array, 'batch image_length']:
   apply: Callable[..., Any] = tokenizer.apply
-  return apply({'params': params}, _from_bytes(images), method='tokenize')
+  return apply({'params': params}, pixels.from_bytes(images), method='tokenize')
 
 
 @functools.partial(jax.jit, static_argnames='tokenizer')
@@ -570,10 +588,10 @@ def _reconstruct(
   params: dict[str, Any], images: UInt8[Array, 'batch height width 3'], *, tokenizer: nn.Module
 ) -> UInt8[Array, 'batch height width 3']:
   apply: Callable[..., Any] = tokenizer.apply
-  pixels = _from_bytes(images)
+  originals = pixels.from_bytes(images)
   if isinstance(tokenizer, vit_vqgan.ViTVQGAN):
     # The last bits differ from those of `detokenize`, and so would bytes of earlier versions.
-    mean = apply({'params': params}, pixels)['mean']
-    return detokenizing.to_bytes(jnp.clip(vit_vqgan.to_pixels(mean), 0.0, 1.0))
-  tokens = apply({'params': params}, pixels, method='tokenize')
-  return detokenizing.to_bytes(apply({'params': params}, tokens, method='detokenize'))
+    mean = apply({'params': params}, originals)['mean']
+    return pixels.to_bytes(jnp.clip(vit_vqgan.to_pixels(mean), 0.0, 1.0))
+  tokens = apply({'params': params}, originals, method='tokenize')
+  return pixels.to_bytes(apply({'params': params}, tokens, method='detokenize'))

@@ -16,6 +16,7 @@ from jaxtyping import UInt8
 
 from parti_jax.core.errors import UserError
 from parti_jax.exported_model import model_folder
+from parti_jax.models import pixels
 from parti_jax.models import super_resolution
 from parti_jax.sampling import images as images_lib
 from parti_jax.sampling import placement
@@ -144,5 +145,5 @@ def _enlarge(
   config: super_resolution.SuperResolutionConfig,
 ) -> UInt8[Array, 'batch {config.factor}*height {config.factor}*width 3']:
   apply: Callable[..., Any] = super_resolution.SuperResolution(config).apply
-  pixels = apply({'params': params}, images.astype(jnp.float32) / 255.0)
-  return jnp.round(jnp.clip(pixels, 0.0, 1.0) * 255.0).astype(jnp.uint8)
+  enlarged = apply({'params': params}, pixels.from_bytes(images))
+  return pixels.to_bytes(jnp.clip(enlarged, 0.0, 1.0))

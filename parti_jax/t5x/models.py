@@ -34,7 +34,7 @@ from parti_jax.sampling import decoding as our_decoding
 from parti_jax.sampling import parameters
 from parti_jax.t5x import logical_axes
 from parti_jax.t5x import workarounds
-from parti_jax.training import skipped_steps as finite_lib
+from parti_jax.training import skipped_steps
 from parti_jax.training.objectives import tokenizer_objective
 
 workarounds.apply()
@@ -214,14 +214,14 @@ class PartiModel(t5x_models.BaseTransformerModel):
       logits = self._compute_logits(params, batch, dropout_rng)
       total = of_last = of_logits(logits)
     else:
-      states = self._apply(params, *self._inputs(batch, dropout_rng), method='states')
-      of_layer = lambda states: of_logits(self._apply(params, states, method='predict'))
-      logits = self._apply(params, states[-1], method='predict')
+      outputs = self._apply(params, *self._inputs(batch, dropout_rng), method='all_layer_outputs')
+      of_layer = lambda output: of_logits(self._apply(params, output, method='logits_from'))
+      logits = self._apply(params, outputs[-1], method='logits_from')
       of_last = of_logits(logits)
       total, before = depth_weights[-1] * of_last, np.flatnonzero(depth_weights[:-1])
       if before.size:  # One layer at a time, since the logits of all would not fit into memory.
         of_others = jax.lax.map(
-          layer_stack.remat(of_layer, self.module.config.remat), states[before]
+          layer_stack.remat(of_layer, self.module.config.remat), outputs[before]
         )
         total += jnp.sum(of_others * depth_weights[before][:, None], axis=0)
     metrics = self._compute_metrics(
@@ -294,13 +294,13 @@ class PartiModel(t5x_models.BaseTransformerModel):
     texts = batch['encoder_input_tokens']
     if guided:
       texts = our_decoding.with_and_without(config, texts)
-    cut = parameters.cut(config, flax.core.unfreeze(params))
-    start = self._apply(cut, texts, method='start')
+    sampling_params = parameters.for_sampling(config, flax.core.unfreeze(params))
+    first_state = self._apply(sampling_params, texts, method='encode_text')
     of_image = lambda array: array.reshape((-1, 2 if guided else 1) + array.shape[1:])
     of_text = lambda array: array.reshape((-1,) + array.shape[2:])
     texts, mask = jax.tree.map(
       lambda array: of_text(decoding.flat_batch_beam_expand(of_image(array), num_decodes)),
-      (start.texts, start.text_mask),
+      (first_state.texts, first_state.text_mask),
     )
 
     def tokens_to_logits(state: decoding.DecodingState):
@@ -311,7 +311,7 @@ class PartiModel(t5x_models.BaseTransformerModel):
       apply: Callable[..., Any] = token_decoder.TokenDecoder(config).apply
       with logical_axes.bound():
         logits, after = apply(
-          {'params': cut['image_decoder']},
+          {'params': sampling_params['image_decoder']},
           jnp.repeat(state.cur_token, 2 if guided else 1, axis=0),
           state=transformer.DecoderState(jnp.max(state.cur_index), caches, texts, mask),
         )
@@ -323,7 +323,7 @@ class PartiModel(t5x_models.BaseTransformerModel):
     arguments = {'eos_id': _NO_EOS, 'decode_rng': rng} | dict(decoder_params or {})
     decodes, scores = self._decode_fn(
       inputs=jnp.zeros((batch['encoder_input_tokens'].shape[0], config.image_length), jnp.int32),
-      cache=_named(jax.tree.map(of_image, start.caches)),
+      cache=_named(jax.tree.map(of_image, first_state.caches)),
       tokens_to_logits=tokens_to_logits,
       num_decodes=num_decodes,
       cache_offset=0,
@@ -437,7 +437,7 @@ class TokenizerModel(t5x_models.BaseModel):
     kept = {'code_use': before['code_use']}
     _, after, more = self.objective.after_step(params, kept, aux, step, None)
     # Codes of a step without a finite loss don't count; t5x computes the gradients later.
-    after = finite_lib.select(jnp.isfinite(loss), after, kept)
+    after = skipped_steps.select(jnp.isfinite(loss), after, kept)
     mutables = flax.core.freeze({'statistics': after | {'step': step + 1}})
     share = _microbatch_share(self._rows, batch['images'])
     values = {name: share * value for name, value in (aux['metrics'] | more).items()}

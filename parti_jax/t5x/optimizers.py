@@ -13,7 +13,7 @@ from t5x import optimizers as t5x_optimizers
 
 from parti_jax.core import errors
 from parti_jax.partitioning import rules
-from parti_jax.training import skipped_steps as finite_lib
+from parti_jax.training import skipped_steps
 
 
 class OptaxWrapper(t5x_optimizers.OptaxWrapper):
@@ -45,8 +45,8 @@ class OptaxWrapper(t5x_optimizers.OptaxWrapper):
       raise errors.UserError('no learning rate; bind trainer.Trainer.learning_rate_fn')
     updates, param_states = self.optax_optimizer.update(grads, state.param_states, params)
     updates = jax.tree.map(lambda update: hyper_params.learning_rate * update, updates)
-    finite = finite_lib.all_finite(optax.tree.norm(grads), ())
-    params, param_states = finite_lib.select(
+    finite = skipped_steps.all_finite(optax.tree.norm(grads), ())
+    params, param_states = skipped_steps.select(
       finite, (optax.apply_updates(params, updates), param_states), (params, state.param_states)
     )
     return params, t5x_optimizers.OptimizerState(state.step + 1, param_states)

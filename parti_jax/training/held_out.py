@@ -66,7 +66,7 @@ class HeldOut:
     self._trainer, self._task, self._split = trainer, task, split
     self._seed, self._batch_size = seed, batch_size
     self._file = storage.join(model_dir, _FILE)
-    self.draws = bool(num_pictures and trainer.draws)
+    self.draws = bool(num_pictures and trainer.can_draw())
     # Reading examples now reports a bad split at once and not after hours.
     self._shown: Mapping[str, np.ndarray] = (
       self._first(num_pictures if self.draws else 1) if evaluate or self.draws else {}

@@ -75,12 +75,11 @@ def scale_by_factored_moment(decay: float) -> optax.GradientTransformation:
   )
 
   def matrices(tree: PyTree) -> PyTree:
-    return jax.tree_util.tree_map_with_path(
-      lambda path, leaf: leaf.reshape(
-        factored.matrix_shape([str(getattr(key, 'key', key)) for key in path], leaf.shape)
-      ),
-      tree,
-    )
+    def matrix(path: jax.tree_util.KeyPath, leaf: jax.Array) -> jax.Array:
+      names = jax.tree_util.keystr(path, simple=True, separator='/').split('/')
+      return leaf.reshape(factored.matrix_shape(names, leaf.shape))
+
+    return jax.tree_util.tree_map_with_path(matrix, tree)
 
   def update(updates: PyTree, state: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
     scaled, state = inner.update(matrices(updates), state, matrices(params))

@@ -11,7 +11,7 @@ from jaxtyping import Array
 from jaxtyping import Shaped
 
 from parti_jax.checkpoints import checkpoint_manager
-from parti_jax.checkpoints import run_checkpoints as checkpoints_lib
+from parti_jax.checkpoints import run_checkpoints
 from parti_jax.checkpoints import whole_moments
 from parti_jax.data import shared_batches
 from parti_jax.runs import journal as journal_lib
@@ -65,7 +65,7 @@ class Run:
     self._inputs = inputs
     self._model_dir, self._skipped_steps = model_dir, skipped_steps.SkippedSteps(max_bad_steps)
     self._checkpoints = checkpoint_manager.Checkpoints(model_dir, keep)
-    self._model = checkpoints_lib.describe(trainer.objective)
+    self._model = run_checkpoints.describe(trainer.objective)
     self._saved = self._checkpoints.latest_step()
     self.resumed = self._saved is not None
     if self._saved is not None:
@@ -98,12 +98,12 @@ class Run:
     lines = [f'{facts["stage"]}: {facts["parameters"] / 1e6:.1f}M parameters on {devices}, {where}']
     if self._checkpoints.factored:
       lines.append(whole_moments.line(self._checkpoints.factored))
-    own = self._trainer.objective.over_examples
+    terms = self._trainer.objective.batch_dependent_terms
     microbatches = self._trainer.microbatches
-    if own and microbatches > 1:
+    if terms and microbatches > 1:
       lines.append(
         f'with train.microbatches={microbatches} each microbatch has its own '
-        f'{" and ".join(own)}, so results differ from those of the whole batch'
+        f'{" and ".join(terms)}, so results differ from those of the whole batch'
       )
     return '; '.join(lines)
 

@@ -18,7 +18,7 @@ from jaxtyping import PyTree
 
 from parti_jax.core import errors
 from parti_jax.core import numerics
-from parti_jax.partitioning import rules as partitioning_rules
+from parti_jax.partitioning import rules as rules_lib
 from parti_jax.training.objectives import base
 
 # JAX's name of host memory that devices can read.
@@ -104,7 +104,7 @@ def abstract_state(
     UserError: if a parameter can't be split evenly over the mesh.
   """
   boxed = jax.eval_shape(objective.init, numerics.key(0))
-  shardings = partitioning_rules.parameter_shardings(boxed, mesh, rules)
+  shardings = rules_lib.parameter_shardings(boxed, mesh, rules)
   params = nn.meta.unbox(boxed)
   state = jax.eval_shape(
     lambda params: _first_state(params, optimizer, objective.initial_statistics()), params
@@ -112,10 +112,8 @@ def abstract_state(
   state_shardings = state.replace(
     step=NamedSharding(mesh, PartitionSpec()),
     params=shardings,
-    optimizer_state=partitioning_rules.optimizer_shardings(
-      state.optimizer_state, params, shardings, mesh
-    ),
-    statistics=partitioning_rules.optimizer_shardings(state.statistics, params, shardings, mesh),
+    optimizer_state=rules_lib.optimizer_shardings(state.optimizer_state, params, shardings, mesh),
+    statistics=rules_lib.optimizer_shardings(state.statistics, params, shardings, mesh),
   )
   return jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -157,7 +155,7 @@ def create_state(
       statistics = statistics | {'average': {name: params[name] for name in statistics['average']}}
     return _first_state(params, optimizer, statistics)
 
-  with partitioning_rules.partitioned(mesh, rules):
+  with rules_lib.partitioned(mesh, rules):
     return jax.jit(create, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))()
 
 

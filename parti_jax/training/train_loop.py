@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import jax
 
 from parti_jax.checkpoints import disk_errors
-from parti_jax.checkpoints import run_checkpoints as checkpoints_lib
+from parti_jax.checkpoints import run_checkpoints
 from parti_jax.core import errors
 from parti_jax.core import gin_config
 from parti_jax.core import store_retries
@@ -64,7 +64,7 @@ def train(
   config = config or config_lib.configured()
   with run_lock.RunLock(model_dir) as lock, journal_lib.Journal(model_dir) as journal:
     lock.report(journal)
-    return _train(_prepare(config, model_dir, journal), hooks)
+    return _run_steps(_prepare(config, model_dir, journal), hooks)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +81,8 @@ class _Training:
   journal: journal_lib.Journal
 
 
-def _train(training: _Training, more_hooks: Sequence[hooks_lib.Hook]) -> dict[str, float]:
-  """Runs the loop of `train`."""
+def _run_steps(training: _Training, hooks: Sequence[hooks_lib.Hook]) -> dict[str, float]:
+  """Trains to the last step, or until the run is asked to stop; the result is that of `train`."""
   config, run, reporter = training.config, training.run, training.reporter
   results: dict[str, float] = {}
   meter = _meter(training)
@@ -91,7 +91,7 @@ def _train(training: _Training, more_hooks: Sequence[hooks_lib.Hook]) -> dict[st
     hooks_lib.log(config, training.examples, meter, results, reporter, training.journal),
     hooks_lib.save(config, reporter),  # Before the hooks that may fail.
     *of_held_out,
-    *more_hooks,
+    *hooks,
   ]
 
   def call(hooks: Sequence[hooks_lib.Hook], metrics: dict[str, jax.Array]) -> None:
@@ -103,7 +103,7 @@ def _train(training: _Training, more_hooks: Sequence[hooks_lib.Hook]) -> dict[st
     if any(hook.pauses for hook in due):
       meter.restart(run.step)
 
-  whole = False
+  succeeded = False
   try:
     if training.held_out.is_missing(run.step):
       call(of_held_out, {})
@@ -116,12 +116,12 @@ def _train(training: _Training, more_hooks: Sequence[hooks_lib.Hook]) -> dict[st
     if run.step < config.steps:
       reporter.flush()
       run.save(last=True)
-    whole = True
+    succeeded = True
   except KeyboardInterrupt:
     reporter.say(run.interrupted())
     raise
   finally:
-    _close(training, whole)
+    _close(training, succeeded)
   if run.step < config.steps:
     reporter.say(
       f'asked to stop: a checkpoint of step {run.newest_step()} is written; start again to resume'
@@ -215,18 +215,18 @@ def _meter(training: _Training) -> hooks_lib.Meter:
   return hooks_lib.Meter(batch_size, objective.step_flops(batch_size), peak * jax.device_count())
 
 
-def _close(training: _Training, whole: bool) -> None:
+def _close(training: _Training, succeeded: bool) -> None:
   """Ends what runs in the background.
 
   Args:
     training: the parts of the run.
-    whole: whether training ended without an error.
+    succeeded: whether training ended without an error.
   """
   run, journal = training.run, training.journal
   training.profiler.close()
   training.examples.close()
   # A process that failed must not wait for the others, which may be waiting for it.
-  if whole or jax.process_count() == 1:
+  if succeeded or jax.process_count() == 1:
     run.close()
   journal.step = run.step
   journal.skipped(run.skipped())
@@ -254,12 +254,12 @@ def initial_parts(
     {name of a part: its parameters}; {} for a run that already has a checkpoint. The other parts
     start from random parameters.
   """
-  if checkpoints_lib.has_checkpoint(model_dir):
+  if run_checkpoints.has_checkpoint(model_dir):
     return {}
   parts: base.Params = {}
   abstract = trainer.abstract.params
   if initial_model:
-    parts |= checkpoints_lib.read_model_folder(initial_model, trainer.objective, abstract, inputs)
+    parts |= run_checkpoints.read_model_folder(initial_model, trainer.objective, abstract, inputs)
   parts |= trainer.objective.initial_parts(abstract, inputs)
   if untrained := [name for name in trainer.objective.frozen if name not in parts]:
     raise errors.UserError(

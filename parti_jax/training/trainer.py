@@ -32,7 +32,7 @@ from parti_jax.partitioning import local_rows
 from parti_jax.partitioning import pipeline_parallelism
 from parti_jax.partitioning import rules as rules_lib
 from parti_jax.training import config as config_lib
-from parti_jax.training import skipped_steps as finite_lib
+from parti_jax.training import skipped_steps
 from parti_jax.training import state as state_lib
 from parti_jax.training.objectives import base
 
@@ -91,10 +91,10 @@ def make_train_step(
       if name not in objective.frozen
     }
     norms['gradient_norm'] = optax.tree.norm(gradients)
-    finite = finite_lib.all_finite(value, norms.values())
+    finite = skipped_steps.all_finite(value, norms.values())
     updated = state_lib.TrainState(before.step, params, optimizer_state, statistics)
     metrics = {'loss': value} | aux['metrics'] | metrics | norms | {'finite': finite}
-    return finite_lib.select(finite, updated, before), metrics
+    return skipped_steps.select(finite, updated, before), metrics
 
   return step
 
@@ -133,8 +133,7 @@ def _gradients(
 
   Microbatch k of n has the examples k, k + n, k + 2 · n ..., so each device already holds its part
   of every microbatch. Gradients are summed in float32. All examples have the same weight as without
-  microbatches. What a loss computes over several examples (`objective.over_examples`), it computes
-  over those of a microbatch.
+  microbatches. The `batch_dependent_terms` of the objective's loss are those of a microbatch.
   """
   size = len(next(iter(batch.values())))
   whole = jnp.maximum(objective.weight(batch), 1.0)
@@ -340,12 +339,11 @@ class Trainer:
           measures.setdefault(name, []).append(np.asarray(values)[:count])
     of_all = {name: np.concatenate(parts) for name, parts in measures.items()}
     # The summary may hide values that aren't finite. In a ranking, NaN loses all comparisons.
-    bad = finite_lib.bad_examples(of_all)
+    bad = skipped_steps.bad_examples(of_all)
     return self.objective.summarize(of_all) | ({'not_finite_examples': float(bad)} if bad else {})
 
-  @property
-  def draws(self) -> bool:
-    """Whether the objective draws images; reads the files that it needs for that.
+  def can_draw(self) -> bool:
+    """Returns whether the objective draws images, after reading the files that it draws with.
 
     Raises:
       UserError: if one of the files is missing or damaged.

@@ -5,8 +5,8 @@ import types
 import numpy as np
 
 from parti_jax.data.openmoji import Picture
-from parti_jax.exported_model import sampling_settings as settings_lib
-from parti_jax.sampling import text_to_image as pipeline_lib
+from parti_jax.exported_model import sampling_settings
+from parti_jax.sampling import text_to_image
 
 SIZE = 8
 TONES = ((), ('light',), ('dark',))
@@ -83,7 +83,7 @@ class FakePipeline:
       [self.draw(prompt, start + index) for index in range(num_images)]
       for prompt, start in zip(prompts, first)
     ]
-    sampling = settings_lib.SamplingSettings().replace(
+    sampling = sampling_settings.SamplingSettings().replace(
       **{name: value for name, value in settings.items() if name != 'batch_size'}
     )
     ranked = {}
@@ -91,7 +91,7 @@ class FakePipeline:
       images = [row[::-1] for row in images]
       order = np.tile(np.arange(num_images)[::-1], (len(prompts), 1))
       ranked = {'scores': order.astype(np.float32), 'image_index': order}
-    return pipeline_lib.Result(
+    return text_to_image.Result(
       np.array(images, np.uint8),
       np.zeros((len(prompts), num_images, 4), np.int32),
       list(prompts),

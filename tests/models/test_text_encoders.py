@@ -135,7 +135,7 @@ def test_sampling_follows_the_logits_of_the_whole_sequence(kind):
   texts = jnp.asarray(TEXTS[kind], jnp.int32)
   drawn = decoding.sample_tokens(
     config,
-    parameters.cut(config, params),
+    parameters.for_sampling(config, params),
     texts,
     decoding.image_keys(0, jnp.arange(2)),
     decoding.Sampling(greedy=True),

@@ -46,7 +46,7 @@ def params():
 def _draw(params, exit_threshold, skip_threshold):
   return adaptive.sample_tokens(
     CONFIG,
-    parameters.cut(CONFIG, params),
+    parameters.for_sampling(CONFIG, params),
     jnp.asarray(TEXTS),
     decoding.image_keys(0, jnp.arange(len(TEXTS))),
     decoding.Sampling(
@@ -66,7 +66,7 @@ MODEL = parti.Parti(CONFIG)
 BLOCK = transformer.DecoderBlock(
   CONFIG.width, CONFIG.mlp_width, CONFIG.heads, dtype=jnp.float32, parent=None
 )
-start = jax.jit(functools.partial(MODEL.apply, method='start'))
+encode_text = jax.jit(functools.partial(MODEL.apply, method='encode_text'))
 
 
 @jax.jit
@@ -81,8 +81,8 @@ def _embed(params, previous, position):
 
 @functools.partial(jax.jit, static_argnames='number')
 def _layer(params, x, cache, text, mask, position, number):
-  patterns = (CONFIG.layer_pattern(number),)
-  return BLOCK.apply({'params': params}, x, text, mask, patterns, cache=cache, position=position)
+  pattern = CONFIG.layer_pattern(number)
+  return BLOCK.apply({'params': params}, x, text, mask, cache, position, pattern, method='decode')
 
 
 @jax.jit
@@ -90,7 +90,7 @@ def _logits(params, x):
   return MODEL.apply(
     {'params': params},
     x,
-    method=lambda model, x: model.image_decoder.predict(model.image_decoder.decoder.norm(x)),
+    method=lambda model, x: model.image_decoder.logits_from(model.image_decoder.decoder.norm(x)),
   )[0, 0]
 
 
@@ -99,8 +99,8 @@ class _Branch:
 
   def __init__(self, params, text):
     self.params = params
-    self.layers = parameters.cut(CONFIG, params)['image_decoder']['decoder']['layers']
-    state = start({'params': params}, text[None])
+    self.layers = parameters.for_sampling(CONFIG, params)['image_decoder']['decoder']['layers']
+    state = encode_text({'params': params}, text[None])
     self.texts, self.mask, self.caches = state.texts, state.text_mask, state.caches
 
   def embed(self, previous, position):
@@ -206,7 +206,7 @@ def test_nothing_is_computed_once_all_have_left(params):
 
 def test_thresholds_that_nothing_reaches_change_no_token(params):
   expected = jax.jit(functools.partial(decoding.sample_tokens, CONFIG))(
-    parameters.cut(CONFIG, params),
+    parameters.for_sampling(CONFIG, params),
     TEXTS,
     decoding.image_keys(0, jnp.arange(len(TEXTS))),
     decoding.Sampling(SCALE, guided=True, greedy=True),

@@ -46,7 +46,9 @@ def params():
 def draw_jitted(params, texts, image_index, seed, sampling, segment):
   del segment  # Only there to compile again when the tests change it.
   keys = decoding.image_keys(seed, image_index)
-  return decoding.sample_tokens(CONFIG, parameters.cut(CONFIG, params), texts, keys, sampling)
+  return decoding.sample_tokens(
+    CONFIG, parameters.for_sampling(CONFIG, params), texts, keys, sampling
+  )
 
 
 def draw(params, texts, image_index, seed=0, **sampling):
@@ -66,8 +68,8 @@ def draw(params, texts, image_index, seed=0, **sampling):
 @functools.partial(jax.jit, static_argnames='config')
 def cached_logits(params, texts, tokens, config=CONFIG):
   """Logits of every position, computed one position after the other."""
-  params = parameters.cut(config, params)
-  state = parti.Parti(config).apply({'params': params}, texts, method='start')
+  params = parameters.for_sampling(config, params)
+  state = parti.Parti(config).apply({'params': params}, texts, method='encode_text')
 
   def body(state, previous):
     logits, state = decode(params, previous[:, None], state, config)
@@ -139,7 +141,7 @@ def test_a_mixed_schedule_with_rings_that_turn(tall):
   config, params, texts, tokens = tall
   expected = all_logits(params, texts, tokens, config)
   np.testing.assert_allclose(cached_logits(params, texts, tokens, config), expected, atol=5e-5)
-  state = parti.Parti(config).apply({'params': params}, texts, method='start')
+  state = parti.Parti(config).apply({'params': params}, texts, method='encode_text')
   assert [keys.shape for keys, _ in state.caches] == [(8, 2, slots, 8) for slots in (4, 3, 14, 14)]
 
 
@@ -147,12 +149,12 @@ def test_any_number_of_positions_at_once(tall):
   """Chunks longer and shorter than the rings give the logits and the state of single steps."""
   config, params, texts, tokens = tall
   expected = all_logits(params, texts, tokens, config)
-  start = jax.jit(functools.partial(parti.Parti(config).apply, method='start'))
+  encode_text = jax.jit(functools.partial(parti.Parti(config).apply, method='encode_text'))
   step = jax.jit(functools.partial(decode, config=config))
   previous = token_decoder.shifted(tokens)
   states = []
   for chunks in ((1,) * 14, (14,), (3, 1, 4, 6)):
-    state, found = start({'params': params}, texts), []
+    state, found = encode_text({'params': params}, texts), []
     for length, first in zip(chunks, np.cumsum((0,) + chunks)):
       assert state.position == first
       logits, state = step(params, previous[:, first : first + length], state)

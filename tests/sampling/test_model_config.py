@@ -12,9 +12,9 @@ from parti_jax.cli import main
 from parti_jax.core.errors import UserError
 from parti_jax.exported_model import model_folder
 from parti_jax.exported_model import parameter_files
-from parti_jax.sampling import text_to_image as pipeline_lib
+from parti_jax.sampling import text_to_image
 
-DEMO = pipeline_lib.DEMO_FOLDER
+DEMO = text_to_image.DEMO_FOLDER
 CONFIG = json.loads((DEMO / model_folder.CONFIG_FILE).read_text(encoding='utf-8'))
 
 

@@ -12,7 +12,7 @@ from parti_jax.models import coca
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.sampling import images as images_lib
 from parti_jax.sampling import ranking
-from parti_jax.sampling import text_to_image as pipeline_lib
+from parti_jax.sampling import text_to_image
 
 
 @pytest.fixture(scope='session', name='part')
@@ -48,7 +48,7 @@ def fixture_pipeline(part, parts, tmp_path_factory):
   folder = model_folder.save(
     tmp_path_factory.mktemp('models') / 'ranked', dtype='float32', parts={'ranker': part}, **parts
   )
-  return pipeline_lib.load(folder)
+  return text_to_image.load(folder)
 
 
 def _images(count, size=8):
@@ -122,7 +122,7 @@ def test_generated_pictures_stand_best_first(pipeline, tmp_path):
 
 
 def test_a_mesh_gives_the_same_features(part, parts, ranker):
-  place = pipeline_lib.placement.Placement(mesh_lib.make_mesh(2, 2, 2, 1))
+  place = text_to_image.placement.Placement(mesh_lib.make_mesh(2, 2, 2, 1))
   spread = ranking.Ranker(*part[:2], vocabulary.TextVocabulary(parts['vocabulary_path']), place)
   np.testing.assert_allclose(
     spread.image_features(_images(5)), ranker.image_features(_images(5)), atol=1e-5
@@ -130,7 +130,7 @@ def test_a_mesh_gives_the_same_features(part, parts, ranker):
 
 
 def test_a_model_without_a_ranker_says_so(tiny_folder):
-  pipeline = pipeline_lib.load(tiny_folder)
+  pipeline = text_to_image.load(tiny_folder)
   assert pipeline.ranker is None
   with pytest.raises(UserError, match='has no ranker.*export'):
     pipeline.generate('red apple', num_images=2, rank=True)

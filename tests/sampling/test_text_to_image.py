@@ -17,7 +17,7 @@ from parti_jax.exported_model import model_folder
 from parti_jax.models import vit_vqgan
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.sampling import images
-from parti_jax.sampling import text_to_image as pipeline_lib
+from parti_jax.sampling import text_to_image
 
 PROMPTS = ['red apple', 'waving hand: dark skin tone', 'blue ball']
 
@@ -159,7 +159,7 @@ def test_on_a_mesh_the_pictures_are_the_same(tiny_folder, drawn):
   if len(jax.devices()) < 4:
     pytest.skip('needs 4 devices')
   mesh = mesh_lib.make_mesh(data=2, tensor=2, devices=jax.devices()[:4])
-  sharded = pipeline_lib.load(tiny_folder, mesh)
+  sharded = text_to_image.load(tiny_folder, mesh)
   result = sharded.generate(PROMPTS, num_images=3, seed=7)
   np.testing.assert_array_equal(result.tokens, drawn.tokens)
   assert np.abs(result.images.astype(int) - drawn.images).max() <= 1

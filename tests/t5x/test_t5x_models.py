@@ -218,7 +218,7 @@ def test_greedy_tokens_are_ours(params, batch, guidance_scale):
   )(params, batch)
   ours = our_decoding.sample_tokens(
     CONFIG,
-    parameters.cut(CONFIG, flax.core.unfreeze(params)),
+    parameters.for_sampling(CONFIG, flax.core.unfreeze(params)),
     jnp.asarray(batch['encoder_input_tokens']),
     our_decoding.image_keys(0, jnp.arange(4)),
     our_decoding.Sampling(guidance_scale, guided=guidance_scale != 1.0, greedy=True),

@@ -70,7 +70,7 @@ def test_an_objective_needs_the_abstract_members_alone(tmp_path, microbatches):
   error = batch['x'] @ np.asarray(state.params['linear']) - 1.0
   measured = trainer.evaluate(state.params, [batch])
   assert measured == {'error': pytest.approx(np.mean(error**2), rel=1e-5)}
-  assert not trainer.draws and trainer.pictures(state.params, batch) == {}
+  assert not trainer.can_draw() and trainer.pictures(state.params, batch) == {}
   assert trainer.lower(16).compile() is not None
   inputs = inputs_lib.Inputs(objective, {}, uses_tokenizer=True)
   assert train_loop.initial_parts(trainer, tmp_path, inputs) == {}

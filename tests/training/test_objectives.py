@@ -1,5 +1,7 @@
 """The objectives' losses against direct formulas, the revival of codes, evaluation of any number."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,8 +16,10 @@ from parti_jax.models import parti_config
 from parti_jax.models import vit_vqgan
 from parti_jax.models.nn import layers
 from parti_jax.partitioning import mesh as mesh_lib
+from parti_jax.sampling import decoding
 from parti_jax.training import trainer as trainer_lib
 from parti_jax.training.objectives import adversarial
+from parti_jax.training.objectives import frozen_tokenizer
 from parti_jax.training.objectives import generator_objective
 from parti_jax.training.objectives import tokenizer_objective
 
@@ -251,3 +255,23 @@ def test_the_generators_loss_is_the_mean_cross_entropy_of_weighted_tokens():
   each = jax.jit(objective.evaluate)(params, batch)
   assert each['loss'].shape == (2,)
   np.testing.assert_array_equal(each['loss'], jax.jit(objective.evaluate)(params, batch)['loss'])
+
+
+@pytest.mark.parametrize('scale, rows', [(1.0, 2), (2.5, 4)])
+def test_samples_with_a_scale_of_1_need_no_pass_without_text(monkeypatch, scale, rows):
+  config = dataclasses.replace(GENERATOR, grid=(2, 2))
+  objective = generator_objective.GeneratorObjective(config, tokenizer='run', guidance_scale=scale)
+  params = nn.meta.unbox(
+    vit_vqgan.ViTVQGAN(TOKENIZER).init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+  )
+  loaded = frozen_tokenizer.FrozenTokenizer('run', TOKENIZER, params['params'])
+  monkeypatch.setattr(frozen_tokenizer, 'load_for', lambda *_: loaded)
+  found, init_state = [], decoding.init_state
+  monkeypatch.setattr(
+    decoding, 'init_state', lambda *args: found.append(args[2].shape[0]) or init_state(*args)
+  )
+  draw, inputs = objective.painter()
+  batch = {'encoder_input_tokens': jnp.ones((2, 3), jnp.int32)}
+  batch['decoder_target_tokens'] = jnp.zeros((2, 4), jnp.int32)
+  samples = draw(nn.meta.unbox(objective.init(jax.random.key(1))), batch, inputs)['samples']
+  assert samples.shape == (2, 8, 16, 3) and found == [rows]

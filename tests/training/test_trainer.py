@@ -193,7 +193,7 @@ def test_losses_that_compare_examples_compare_those_of_a_microbatch(name):
   make, compares = LOSSES[name]
   objective, batch = make()
   batch = jax.tree.map(jnp.asarray, batch)
-  assert bool(objective.over_examples) == compares
+  assert bool(objective.batch_dependent_terms) == compares
 
   batch = {name: jnp.asarray(value) for name, value in batch.items()}
 

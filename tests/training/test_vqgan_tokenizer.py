@@ -90,8 +90,8 @@ def test_what_is_over_examples_is_what_microbatches_change(quantizer, entropy_we
     images
   )
   assert np.allclose(whole, np.mean(halves), rtol=1e-5) == same
-  assert (objective.over_examples == ()) == same
-  assert dataclasses.replace(objective, quantizer_weight=0.0).over_examples == ()
+  assert (objective.batch_dependent_terms == ()) == same
+  assert dataclasses.replace(objective, quantizer_weight=0.0).batch_dependent_terms == ()
 
 
 @pytest.mark.parametrize('output', ['pixels', 'logit_laplace'])

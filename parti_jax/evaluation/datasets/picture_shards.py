@@ -39,17 +39,17 @@ class PictureShards:
     folder.mkdir(parents=True, exist_ok=True)
     self._starts = range(0, len(self.captions), SHARD)
 
-  def draw(self, pipeline, num_images: int, progress: bool, **settings):
+  def draw(self, model, num_images: int, progress: bool, **settings):
     """Generates the missing pictures.
 
     All pictures use one seed, but each caption has its own noise: picture i of caption c is
     generated as picture c · num_images + i.
 
     Args:
-      pipeline: the result of `parti_jax.load`.
+      model: the result of `parti_jax.load`.
       num_images: pictures generated for each caption; the ranker keeps the best.
       progress: whether to show a bar on a terminal.
-      **settings: arguments of `pipeline.generate`.
+      **settings: arguments of `model.generate`.
     """
     bar = tqdm.tqdm(
       total=len(self.captions), desc='drawing', unit='caption', disable=None if progress else True
@@ -60,7 +60,7 @@ class PictureShards:
         if not self._path(start).exists():
           with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter('always', UserWarning)
-            result = pipeline.generate(
+            result = model.generate(
               captions,
               num_images=num_images,
               rank=num_images > 1,

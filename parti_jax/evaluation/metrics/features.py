@@ -176,7 +176,7 @@ class RankerFeatures:
   def texts(self, captions: Sequence[str]) -> Float32[np.ndarray, 'captions dim']:
     """Returns the features of captions; long captions are truncated."""
     with warnings.catch_warnings():
-      # The pipeline has already warned when it generated the pictures.
+      # The model has already warned when it generated the pictures.
       warnings.simplefilter('ignore', UserWarning)
       return self.ranker.text_features(captions)
 
@@ -223,11 +223,11 @@ def concatenated(parts: Sequence[Features]) -> Features:
   return Features(np.concatenate([part.values for part in parts]), logits)
 
 
-def of_flags(pipeline, inception_weights: str | None, image_size: int) -> list[Extractor]:
+def of_flags(model, inception_weights: str | None, image_size: int) -> list[Extractor]:
   """Returns the available extractors: Inception if its weights are given, and the model's ranker.
 
   Args:
-    pipeline: the result of `parti_jax.load`.
+    model: the result of `parti_jax.load`.
     inception_weights: path, or None.
     image_size: size of the pictures that Inception compares.
 
@@ -240,6 +240,6 @@ def of_flags(pipeline, inception_weights: str | None, image_size: int) -> list[E
   extractors: list[Extractor] = []
   if inception_weights is not None:
     extractors.append(Inception(inception_weights, image_size))
-  if pipeline.ranker is not None:
-    extractors.append(RankerFeatures(pipeline.ranker, pipeline.model_name))
+  if model.ranker is not None:
+    extractors.append(RankerFeatures(model.ranker, model.model_name))
   return extractors

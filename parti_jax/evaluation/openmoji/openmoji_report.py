@@ -1,4 +1,4 @@
-"""Evaluates a pipeline on OpenMoji: generates pictures and judges them by their pixels.
+"""Evaluates a model on OpenMoji: generates pictures and judges them by their pixels.
 
 The report compares the generated pictures with four references, judged by the same code: the
 tokenizer's reconstructions of the real pictures (the ceiling: no generator can do better), training
@@ -29,7 +29,7 @@ from parti_jax.evaluation.openmoji import openmoji_judge
 from parti_jax.evaluation.openmoji import report as report_lib
 from parti_jax.exported_model import sampling_settings
 
-# Settings of `pipeline.generate` that change its pictures; the report lists them.
+# Settings of `model.generate` that change its pictures; the report lists them.
 _REPORTED = tuple(field.name for field in dataclasses.fields(sampling_settings.SamplingSettings))
 # Pictures processed by the tokenizer at once: enough to keep a CPU busy.
 _TOKENIZER_BATCH = 64
@@ -57,7 +57,7 @@ class Sample:
 
 
 def evaluate(
-  pipeline,
+  model,
   splits: Sequence[str] = openmoji.SPLITS,
   num_images: int = 4,
   max_prompts: int | None = None,
@@ -71,10 +71,10 @@ def evaluate(
   extractors: Sequence[features_lib.Extractor] = (),
   **sampling,
 ) -> report_lib.Report:
-  """Evaluates a pipeline on splits of OpenMoji.
+  """Evaluates a model on splits of OpenMoji.
 
   Args:
-    pipeline: the result of `parti_jax.load`.
+    model: the result of `parti_jax.load`.
     splits: names of splits.
     num_images: pictures to generate for each prompt.
     max_prompts: maximum number of prompts per split, chosen at random; None for all.
@@ -86,7 +86,7 @@ def evaluate(
     progress: whether to report progress on stderr, with bars if it is a terminal.
     extractors: networks over whose features generated and real pictures are compared as sets, from
       `features.of_flags`.
-    **sampling: passed to `pipeline.generate` (guidance_scale, temperature, ...). With `rank`, the
+    **sampling: passed to `model.generate` (guidance_scale, temperature, ...). With `rank`, the
       report also shows the choices of the ranker and the judge among each prompt's pictures.
 
   Returns:
@@ -101,8 +101,8 @@ def evaluate(
     pictures = openmoji.pictures()
   if progress:
     _log(f'rendering {len(pictures)} real pictures')
-  judge = openmoji_judge.Judge(pictures, pipeline.image_size, render)
-  evaluation = _Evaluation(pipeline, judge, num_images, seed, sampling, progress, extractors)
+  judge = openmoji_judge.Judge(pictures, model.image_size, render)
+  evaluation = _Evaluation(model, judge, num_images, seed, sampling, progress, extractors)
   limits = dict.fromkeys(splits, max_prompts)
   limits['train'] = min(train_prompts, max_prompts or train_prompts)
   reports = []
@@ -114,7 +114,7 @@ def evaluate(
     splits=reports,
     num_images=num_images,
     seed=seed,
-    image_size=pipeline.image_size,
+    image_size=model.image_size,
     sampling={key: sampling[key] for key in _REPORTED if sampling.get(key) is not None},
     duplicates=dataclasses.asdict(judge.duplicates()),
   )
@@ -142,7 +142,7 @@ def _check(splits: Sequence[str], **numbers: int | None):
 class _Evaluation:
   """State shared by all splits."""
 
-  pipeline: Any
+  model: Any
   judge: openmoji_judge.Judge
   num_images: int
   seed: int
@@ -169,7 +169,7 @@ class _Evaluation:
     chosen = np.sort(rng.choice(len(members), count, replace=False))
     asked = [members[index] for index in chosen]
     self.log(f'{split}: generating {self.num_images} pictures for each of {count} prompts')
-    generated = self.pipeline.generate(
+    generated = self.model.generate(
       [picture.caption for picture in asked],
       num_images=self.num_images,
       seed=self.seed,
@@ -178,7 +178,7 @@ class _Evaluation:
     ).images
     self.log(f'{split}: the tokenizer on {len(members)} pictures')
     reconstructed, tokenizer = measure_tokenizer(
-      self.pipeline, self.judge.real(members), self.progress
+      self.model, self.judge.real(members), self.progress
     )
     self.log(f'{split}: judging')
     verdicts = self.judge.judge(asked, generated)
@@ -297,25 +297,25 @@ def _of_prompt(asked, verdicts: openmoji_judge.Verdicts) -> list[dict]:
 
 
 def measure_tokenizer(
-  pipeline, images: UInt8[np.ndarray, 'pictures height width 3'], progress: bool = False
+  model, images: UInt8[np.ndarray, 'pictures height width 3'], progress: bool = False
 ) -> tuple[UInt8[np.ndarray, 'pictures height width 3'], report_lib.Tokenizer]:
-  """Measures a pipeline's tokenizer on real pictures.
+  """Measures a model's tokenizer on real pictures.
 
   Args:
-    pipeline: the result of `parti_jax.load`.
+    model: the result of `parti_jax.load`.
     images: the pictures.
     progress: whether to show bars on a terminal.
 
   Returns:
     The reconstructions and the measurements.
   """
-  reconstructed = _in_batches(pipeline.reconstruct, images, 'reconstructing', progress)
-  tokens = _in_batches(pipeline.tokenize, images, 'tokenizing', progress)
+  reconstructed = _in_batches(model.reconstruct, images, 'reconstructing', progress)
+  tokens = _in_batches(model.tokenize, images, 'tokenizing', progress)
   return reconstructed, report_lib.Tokenizer(
     pictures=len(images),
     psnr=float(psnr(images, reconstructed).mean()),
     codes_used=len(np.unique(tokens)),
-    codebook_size=int(pipeline.codebook_size),
+    codebook_size=int(model.codebook_size),
   )
 
 

@@ -170,7 +170,7 @@ class Report:
     num_images: pictures generated for each prompt.
     seed: seed of the sampled prompts, the generated pictures and the references.
     image_size: height and width of the judged pictures, in pixels.
-    sampling: settings passed to the pipeline (the model's own apply to the others).
+    sampling: settings that override the model's own.
     duplicates: the fields of `openmoji_judge.Duplicates`, by name.
   """
 

@@ -66,10 +66,18 @@ def attend(
   """
   scale = query.shape[-1] ** -0.5
   scores = jnp.einsum('bqhd,bkhd->bhqk', query * scale, key, preferred_element_type=jnp.float32)
+  weights = _masked_softmax(scores, mask).astype(query.dtype)
+  return jnp.einsum('bhqk,bkhd->bqhd', weights, value)
+
+
+def _masked_softmax(
+  scores: Float[Array, 'batch heads query_length key_length'],
+  mask: Bool[Array | np.ndarray, '*#places'] | None,
+) -> Float[Array, 'batch heads query_length key_length']:
+  """Returns the softmax over keys; keys where the mask, which broadcasts, is False get 0."""
   if mask is not None:
     scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-  weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
-  return jnp.einsum('bhqk,bkhd->bqhd', weights, value)
+  return jax.nn.softmax(scores, axis=-1)
 
 
 def attend_blockwise(
@@ -278,8 +286,7 @@ def attend_cached(
   """`attend` over keys and values in the layout of `KeysValues`."""
   scale = query.shape[-1] ** -0.5
   scores = jnp.einsum('bqhd,bhkd->bhqk', query * scale, keys, preferred_element_type=jnp.float32)
-  scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-  weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
+  weights = _masked_softmax(scores, mask).astype(query.dtype)
   return jnp.einsum('bhqk,bhkd->bqhd', weights, values)
 
 
@@ -293,7 +300,7 @@ def write_cache(
   """Writes the next positions into the cache of a layer.
 
   Args:
-    cache: keys and values; `AttentionPattern.slot` maps positions to slots.
+    cache: keys and values; `AttentionPattern.slot_of` maps positions to slots.
     key: keys of the positions from `position` on.
     value: values of the same positions.
     position: the first of them.
@@ -302,14 +309,14 @@ def write_cache(
   Returns:
     The updated cache. If there are more positions than slots, it holds the last ones.
   """
-  slots, length = cache[0].shape[2], key.shape[1]
+  num_slots, length = cache[0].shape[2], key.shape[1]
   new_key, new_value = (part.swapaxes(1, 2).astype(cache[0].dtype) for part in (key, value))
   if length == 1:  # A slice is written in place; a scatter is slower.
-    slot = pattern.slot(position, slots)
+    slot = pattern.slot_of(position, num_slots)
     write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, slot, axis=2)
   else:
-    kept = min(length, slots)
-    at = pattern.slot(position + jnp.arange(length - kept, length), slots)
+    kept = min(length, num_slots)
+    at = pattern.slot_of(position + jnp.arange(length - kept, length), num_slots)
     write = lambda old, new: old.at[:, :, at].set(new[:, :, length - kept :], unique_indices=True)
   return write(cache[0], new_key), write(cache[1], new_value)
 
@@ -332,9 +339,9 @@ def read_cache(
     Keys, values, and a mask of those that the position attends to.
   """
   keys, values = cache
-  slots = keys.shape[2]
-  first, count, visible = pattern.read(position, slots)
-  if count < slots:
+  num_slots = keys.shape[2]
+  first, count, visible = pattern.read(position, num_slots)
+  if count < num_slots:
     # A gather, because XLA on a CPU fuses a slice with the write of the newest position and then
     # copies the whole cache at every step.
     at = first + jnp.arange(count)
@@ -369,7 +376,7 @@ def read_cache_and_chunk(
     Keys, values, and a mask of what each new position attends to.
   """
   new = position + jnp.arange(key.shape[1])
-  seen = jnp.concatenate([pattern.held(position, cache[0].shape[2]), new])
+  seen = jnp.concatenate([pattern.positions_in_slots(position, cache[0].shape[2]), new])
   keys, values = (
     jnp.concatenate([old, part.swapaxes(1, 2).astype(old.dtype)], axis=2)
     for old, part in zip(cache, (key, value))
@@ -427,45 +434,69 @@ class SelfAttention(_SelfProjections):
 
 
 class PatternedSelfAttention(_SelfProjections):
-  """Causal self-attention over image tokens, of a whole sequence or with a cache."""
+  """Causal self-attention over image tokens.
+
+  `__call__` computes a whole sequence, `decode` the next positions with a cache. `project`,
+  `write_cache` and `attend_from_cache` are the steps of `decode` for a single position.
+  """
 
   def __call__(
     self,
     x: Float[Array, 'batch length embed'],
     patterns: Sequence[attention_patterns.AttentionPattern],
     index: int | Int[Array, ''] = 0,
-    cache: KeysValues | None = None,
-    position: Int[Array, ''] | None = None,
-    query: Float[Array, 'batch 1 heads head_dim'] | None = None,
-  ) -> tuple[Float[Array, 'batch length embed'], KeysValues | None]:
-    """Attends from each position of x.
+  ) -> Float[Array, 'batch length embed']:
+    """Attends from each position of a whole sequence.
 
     Args:
-      x: the whole sequence, or with a cache the positions that follow those of the cache.
+      x: the sequence.
       patterns: the patterns to choose from.
-      index: which pattern to use; an int if there is a cache. See `attend_in_schedule`.
-      cache: keys and values of the earlier positions, from `write_cache`; None for a whole sequence.
-      position: the first position of x; with a cache only.
-      query: the query of `project`, for a single position that the cache already holds. x is then
-        used for nothing but its shape.
+      index: which pattern to use, as in `attend_in_schedule`.
+    """
+    query, key, value = self.project(x)
+    return self.project_out(attend_in_schedule(query, key, value, patterns, index))
+
+  def decode(
+    self,
+    x: Float[Array, 'batch length embed'],
+    cache: KeysValues,
+    position: Int[Array, ''],
+    pattern: attention_patterns.AttentionPattern,
+  ) -> tuple[Float[Array, 'batch length embed'], KeysValues]:
+    """Attends from each of the next positions to itself and earlier ones.
+
+    Args:
+      x: the next positions.
+      cache: keys and values of the earlier positions.
+      position: the first position of x.
+      pattern: the pattern of the layer.
 
     Returns:
       The output of attention, and the cache with the positions of x.
     """
-    if cache is None:
-      queries, key, value = self.project(x)
-      return self.project_out(attend_in_schedule(queries, key, value, patterns, index)), None
-    assert isinstance(index, int) and position is not None
-    pattern = patterns[index]
-    if query is not None:
-      return self.project_out(attend_cached(query, *read_cache(cache, position, pattern))), cache
     query, key, value = self.project(x)
     updated = write_cache(cache, key, value, position, pattern)
     if x.shape[1] == 1:
-      keys, values, mask = read_cache(updated, position, pattern)
-    else:
-      keys, values, mask = read_cache_and_chunk(cache, key, value, position, pattern)
+      return self.attend_from_cache(query, updated, position, pattern), updated
+    keys, values, mask = read_cache_and_chunk(cache, key, value, position, pattern)
     return self.project_out(attend_cached(query, keys, values, mask)), updated
+
+  def attend_from_cache(
+    self,
+    query: Float[Array, 'batch 1 heads head_dim'],
+    cache: KeysValues,
+    position: Int[Array, ''],
+    pattern: attention_patterns.AttentionPattern,
+  ) -> Float[Array, 'batch 1 embed']:
+    """Attends from a single position that the cache already holds.
+
+    Args:
+      query: the query of the position, from `project`.
+      cache: keys and values of this and the earlier positions.
+      position: the position.
+      pattern: the pattern of the layer.
+    """
+    return self.project_out(attend_cached(query, *read_cache(cache, position, pattern)))
 
 
 def text_mask(text_tokens: Int[Array, 'batch text_length']) -> Bool[Array, 'batch 1 1 text_length']:

@@ -72,7 +72,7 @@ class AttentionPattern:
     return np.asarray(self.visible(positions[:, None], positions[None]))
 
   @property
-  def keys(self) -> int:
+  def num_keys(self) -> int:
     """Number of keys in a query's neighbourhood, for counting FLOPs.
 
     Keys of the neighbourhood that come after the query count too.
@@ -82,7 +82,7 @@ class AttentionPattern:
     return min(self.length, counts[self.name])
 
   @property
-  def reach(self) -> int:
+  def span(self) -> int:
     """Number of positions from a query's farthest key to the query, both included."""
     (rows, columns), half = self.grid, self.kernel // 2
     farthest = {
@@ -98,35 +98,37 @@ class AttentionPattern:
   # different: the last row attends to every position once more, so the cache keeps all of them,
   # column by column, and a step reads only the `rows` slots of its own column.
 
-  def slots(self, positions: int) -> int:
+  def num_slots(self, positions: int) -> int:
     """Returns the number of cache slots needed to sample the first `positions` positions."""
-    return self.length if self.name == 'column' else min(positions, self.reach)
+    return self.length if self.name == 'column' else min(positions, self.span)
 
-  def slot(self, position: Int[Array, '*places'], slots: int) -> Int[Array, '*places']:
-    """Returns the slot of each position, in a cache of `slots` slots."""
+  def slot_of(self, position: Int[Array, '*places'], num_slots: int) -> Int[Array, '*places']:
+    """Returns the slot of each position, in a cache of `num_slots` slots."""
     if self.name == 'column':
       rows, columns = self.grid
       return position % columns * rows + position // columns
-    return position % slots
+    return position % num_slots
 
-  def held(self, position: int | Int[Array, ''], slots: int) -> Int[Array, 'slots']:
+  def positions_in_slots(
+    self, position: int | Int[Array, ''], num_slots: int
+  ) -> Int[Array, '{num_slots}']:
     """Returns which of the positions before `position` each slot holds; negative for empty slots."""
-    slot = jnp.arange(slots)
+    slot = jnp.arange(num_slots)
     if self.name == 'column':
       rows, columns = self.grid
       at = slot % rows * columns + slot // rows
       return jnp.where(at < position, at, -1)
     newest = position - 1
-    return newest - (newest - slot) % slots
+    return newest - (newest - slot) % num_slots
 
   def read(
-    self, position: int | Int[Array, ''], slots: int
+    self, position: int | Int[Array, ''], num_slots: int
   ) -> tuple[int | Int[Array, ''], int, Bool[Array, 'count']]:
     """Returns which slots a sampling step reads.
 
     Args:
       position: the position of the step, which the cache already holds.
-      slots: number of slots of the cache.
+      num_slots: number of slots of the cache.
 
     Returns:
       The first slot to read, the number of slots to read, and for each of these slots whether
@@ -135,8 +137,8 @@ class AttentionPattern:
     if self.name == 'column':
       rows, columns = self.grid
       return position % columns * rows, rows, jnp.arange(rows) <= position // columns
-    held = self.held(position + 1, slots)
-    return 0, slots, (held >= 0) & self.visible(position, held)
+    held = self.positions_in_slots(position + 1, num_slots)
+    return 0, num_slots, (held >= 0) & self.visible(position, held)
 
   @functools.cached_property
   def order(self) -> Int[np.ndarray, 'length']:

@@ -73,7 +73,7 @@ def initializer(block: nn.Module, length: int, *inputs) -> Callable[[Array], PyT
 
   def init(key):
     one = lambda key: block.init(key, *inputs)['params']
-    with mesh_lib.unused():  # The batch of one example can't be divided among the devices.
+    with mesh_lib.without_mesh():  # The batch of one example can't be divided among the devices.
       stacked = jax.vmap(one)(jax.random.split(key, length))
     return nn.meta.add_axis(stacked, 0, {nn.PARTITION_NAME: 'layers'})
 

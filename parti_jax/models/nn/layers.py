@@ -247,6 +247,6 @@ def count_parameters(variables: PyTree, where: Callable[[str], bool] = lambda pa
   """
   total = 0
   for path, leaf in jax.tree_util.tree_leaves_with_path(nn.meta.unbox(variables)):
-    if where('/'.join(str(getattr(key, 'key', key)) for key in path)):
+    if where(jax.tree_util.keystr(path, simple=True, separator='/')):
       total += int(np.prod(leaf.shape))
   return total

@@ -115,36 +115,79 @@ class DecoderBlock(nn.Module):
     patterns: Sequence[attention_patterns.AttentionPattern],
     index: int | Int[Array, ''] = 0,
     dropout_keys: layers.DropoutKeys | None = None,
-    *,
-    cache: attention.KeysValues | None = None,
-    position: Int[Array, ''] | None = None,
-    query: Float[Array, 'batch 1 heads head_dim'] | None = None,
-  ) -> tuple[Float[Array, 'batch length embed'], attention.KeysValues | None]:
-    """Computes a whole sequence, or with a cache the next positions.
+  ) -> Float[Array, 'batch length embed']:
+    """Computes a whole sequence.
 
     Args:
       x: input of the block.
       text: the output of the text encoder, or the result of `keys_values`.
       text_mask: True where a text token may be attended to.
       patterns: attention patterns of the image tokens.
-      index: which pattern this block uses; an int if there is a cache.
+      index: which pattern this block uses.
       dropout_keys: keys of this block; None if dropout is off.
-      cache: keys and values of the positions before x; None for a whole sequence.
-      position: the first position of x; with a cache only.
-      query: the query of `project`, for a single position that the cache already holds.
-
-    Returns:
-      The output, and the cache with the positions of x, or None without a cache.
     """
     x = nn.with_logical_constraint(x, layers.ACTIVATION)
+    attended = self.attention(self.attention_norm(x), patterns, index)
+    return self._after_self_attention(x, attended, text, text_mask, dropout_keys)
+
+  def decode(
+    self,
+    x: Float[Array, 'batch length embed'],
+    text: TextKeysValues,
+    text_mask: Bool[Array, 'batch 1 1 text_length'],
+    cache: attention.KeysValues,
+    position: Int[Array, ''],
+    pattern: attention_patterns.AttentionPattern,
+  ) -> tuple[Float[Array, 'batch length embed'], attention.KeysValues]:
+    """Computes the next positions.
+
+    Args:
+      x: input of the block.
+      text: the result of `keys_values`.
+      text_mask: True where a text token may be attended to.
+      cache: keys and values of the positions before x.
+      position: the first position of x.
+      pattern: attention pattern of this block.
+
+    Returns:
+      The output, and the cache with the positions of x.
+    """
+    x = nn.with_logical_constraint(x, layers.ACTIVATION)
+    attended, cache = self.attention.decode(self.attention_norm(x), cache, position, pattern)
+    return self._after_self_attention(x, attended, text, text_mask), cache
+
+  def decode_from_cache(
+    self,
+    x: Float[Array, 'batch 1 embed'],
+    text: TextKeysValues,
+    text_mask: Bool[Array, 'batch 1 1 text_length'],
+    cache: attention.KeysValues,
+    position: Int[Array, ''],
+    pattern: attention_patterns.AttentionPattern,
+    query: Float[Array, 'batch 1 heads head_dim'],
+  ) -> Float[Array, 'batch 1 embed']:
+    """Computes a single position that the cache already holds.
+
+    The arguments are those of `decode`, and the query of `project`.
+    """
+    x = nn.with_logical_constraint(x, layers.ACTIVATION)
+    attended = self.attention.attend_from_cache(query, cache, position, pattern)
+    return self._after_self_attention(x, attended, text, text_mask)
+
+  def _after_self_attention(
+    self,
+    x: Float[Array, 'batch length embed'],
+    attended: Float[Array, 'batch length embed'],
+    text: Float[Array, 'batch text_length features'] | TextKeysValues,
+    text_mask: Bool[Array, 'batch 1 1 text_length'],
+    dropout_keys: layers.DropoutKeys | None = None,
+  ) -> Float[Array, 'batch length embed']:
+    """Computes what follows self-attention: the residual connection, cross-attention and MLP."""
     keys = [layers.fold(dropout_keys, site) for site in range(3)]
-    attended, cache = self.attention(
-      self.attention_norm(x), patterns, index, cache, position, query
-    )
     x = x + self.drop(attended, keys[0])
     x = x + self.drop(self.cross_attention(self.cross_norm(x), text, text_mask), keys[1])
     x = x + self.drop(self.mlp(self.mlp_norm(x)), keys[2])
-    return nn.with_logical_constraint(x, layers.ACTIVATION), cache
+    return nn.with_logical_constraint(x, layers.ACTIVATION)
 
   def project(
     self, x: Float[Array, 'batch length embed']
@@ -260,7 +303,7 @@ class Decoder(nn.Module):
       x: input of the first layer.
       encoded: the output of the text encoder; not used with a state, which holds the text.
       text_mask: True where a text token may be attended to; not used with a state.
-      state: the result of `start` or of the previous call; None for a whole sequence.
+      state: the result of `init_state` or of the previous call; None for a whole sequence.
       dropout_keys: keys of the decoder, or None if dropout is off; without a state.
       all_layers: whether to return the outputs of all layers; without a state.
 
@@ -280,10 +323,10 @@ class Decoder(nn.Module):
           x,
           state.texts[number],
           state.text_mask,
-          self.patterns,
-          number % len(self.patterns),
-          cache=state.caches[number],
-          position=state.position,
+          state.caches[number],
+          state.position,
+          self.patterns[number % len(self.patterns)],
+          method='decode',
         )
         caches.append(cache)
       return self.norm(x), state.replace(position=state.position + x.shape[1], caches=caches)
@@ -296,14 +339,14 @@ class Decoder(nn.Module):
     )
 
     def layer(params, place, x, text, keys):
-      return _apply(self.block, params, x, *text, self.patterns, place, keys)[0]
+      return _apply(self.block, params, x, *text, self.patterns, place, keys)
 
     if not self.is_initializing():
       stack = layer_stack.LayerStack(layer, self.remat, self.unroll, len(self.patterns))
       x = stack.run(stacked, x, (encoded, text_mask), dropout_keys, all_layers)
     return self.norm(x), None
 
-  def start(
+  def init_state(
     self,
     encoded: Float[Array, 'batch text_length features'],
     text_mask: Bool[Array, 'batch 1 1 text_length'],
@@ -320,8 +363,8 @@ class Decoder(nn.Module):
     texts = [_apply(self.block, params, encoded, method='keys_values') for params in self._layers()]
     caches = []
     for number in range(self.num_layers):
-      slots = self.patterns[number % len(self.patterns)].slots(length)
-      shape = (encoded.shape[0], self.heads, slots, self.width // self.heads)
+      num_slots = self.patterns[number % len(self.patterns)].num_slots(length)
+      shape = (encoded.shape[0], self.heads, num_slots, self.width // self.heads)
       zeros = nn.with_logical_constraint(
         jnp.zeros(shape, self.dtype),
         ('activation_batch', 'activation_heads', 'activation_length', None),

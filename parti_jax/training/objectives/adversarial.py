@@ -42,9 +42,11 @@ def other_optimizers(
   return {'discriminator': resting_until(begins, optimizer)} if weight else {}
 
 
-def over_examples(config: discriminator_lib.DiscriminatorConfig) -> tuple[str, ...]:
-  """Returns the `Objective.over_examples` of these losses."""
-  return ('minibatch standard deviation in the discriminator',) * (config.minibatch_group > 1)
+def batch_dependent_terms(config: discriminator_lib.DiscriminatorConfig) -> tuple[str, ...]:
+  """Returns the `Objective.batch_dependent_terms` of these losses."""
+  if config.minibatch_group > 1:
+    return ('minibatch standard deviation in the discriminator',)
+  return ()
 
 
 def losses(

@@ -78,16 +78,16 @@ class Objective(abc.ABC):
     """The objective's name in checkpoints and journals, such as 'generator'."""
 
   @property
-  def over_examples(self) -> tuple[str, ...]:
-    """Descriptions of what the loss computes over several examples, such as batch statistics.
+  def batch_dependent_terms(self) -> tuple[str, ...]:
+    """Descriptions of the terms of the loss that depend on several examples, such as statistics.
 
-    With microbatches it computes them over each microbatch, and a run reports them.
+    With microbatches they are computed over each microbatch, which a run reports.
     """
     return ()
 
   @property
   def compute_dtype(self) -> Any:
-    """The dtype of most of a step's FLOPs."""
+    """Dtype of the matrix products; selects the peak FLOP/s for the utilization."""
     return self.model.compute_dtype
 
   @functools.cached_property
@@ -112,11 +112,11 @@ class Objective(abc.ABC):
 
   @abc.abstractmethod
   def feature_lengths(self) -> dict[str, int]:
-    """Returns the lengths of the task's features that the objective reads.
+    """Returns the lengths of the task's features.
 
     Returns:
-      {feature: length}: the number of tokens of 'inputs' and 'targets', and the height and width of
-      'images' in pixels.
+      {feature: length}, with exactly the features of the task: the number of tokens of 'inputs' and
+      'targets', and the height and width of 'images' in pixels.
     """
 
   def vocabulary_sizes(self) -> dict[str, tuple[str, int]]:
@@ -125,7 +125,16 @@ class Objective(abc.ABC):
 
   @abc.abstractmethod
   def abstract_batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes and dtypes of a batch of `loss`."""
+    """Returns the shapes and dtypes of a batch of `loss`.
+
+    A task's features become these keys of a batch:
+
+    | feature | keys |
+    |---|---|
+    | 'inputs' | 'encoder_input_tokens' int32 [batch, text_length] |
+    | 'images' | 'images' uint8 [batch, size, size, 3] |
+    | 'targets' | 'decoder_target_tokens' int32 and 'decoder_loss_weights' float32, both [batch, image_length] |
+    """
 
   # The parameters.
 

@@ -27,6 +27,7 @@ from parti_jax.core import numerics
 from parti_jax.core import storage
 from parti_jax.exported_model import model_folder
 from parti_jax.models import image_tokenizers
+from parti_jax.models import pixels
 from parti_jax.models import vit_vqgan
 
 # Number of images that a device tokenizes at once.
@@ -184,7 +185,7 @@ class Encoder:
     def encode(
       params: Mapping[str, Any], images: UInt8[Array, 'batch height width 3']
     ) -> Int[Array, 'batch tokens']:
-      return apply({'params': params}, images.astype(np.float32) / 255.0, method='tokenize')
+      return apply({'params': params}, pixels.from_bytes(images), method='tokenize')
 
     self._encode = jax.jit(
       jax.shard_map(

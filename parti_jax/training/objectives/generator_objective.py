@@ -25,6 +25,7 @@ from parti_jax.models import flops
 from parti_jax.models import image_tokenizers
 from parti_jax.models import parti
 from parti_jax.models import parti_config
+from parti_jax.models import pixels
 from parti_jax.models import text_encoders
 from parti_jax.models.nn import layer_stack
 from parti_jax.models.nn import layers
@@ -187,6 +188,8 @@ class GeneratorObjective(base.Objective):
       return None
     config = self.frozen_tokenizer.config
     model_folder.check_sizes(self.model, config, f'GeneratorObjective.tokenizer={self.tokenizer!r}')
+    settings = sampling_settings.SamplingSettings(guidance_scale=self.guidance_scale)
+    sampling = decoding.Sampling.of(settings, self.model.image_length)
 
     def draw(
       params: base.Params, batch: base.Batch, tokenizer_params: Any
@@ -194,16 +197,16 @@ class GeneratorObjective(base.Objective):
       texts = batch['encoder_input_tokens']
       drawn = decoding.sample_tokens(
         self.model,
-        parameters.cut(self.model, params),
+        parameters.for_sampling(self.model, params),
         texts,
         decoding.image_keys(0, jnp.arange(texts.shape[0])),
-        decoding.Sampling(self.guidance_scale, guided=True),
+        sampling,
       )
       apply: Callable[..., Any] = image_tokenizers.module(config).apply
       decode = lambda tokens: apply({'params': tokenizer_params}, tokens, method='detokenize')
       with pipeline_parallelism.off():
         pairs = jnp.concatenate([decode(batch['decoder_target_tokens']), decode(drawn)], axis=2)
-      return {'samples': jnp.round(pairs * 255.0).astype(jnp.uint8)}
+      return {'samples': pixels.to_bytes(pairs)}
 
     return draw, self.frozen_tokenizer.params
 
@@ -232,13 +235,13 @@ class GeneratorObjective(base.Objective):
       return losses[None], hits[None]
 
     def of_layer(
-      states: Float[Array, 'batch tokens embed'],
+      outputs: Float[Array, 'batch tokens embed'],
     ) -> tuple[Float[Array, 'batch tokens'], Float[Array, 'batch tokens']]:
-      return self._of_logits(apply(states, method='predict'), batch)
+      return self._of_logits(apply(outputs, method='logits_from'), batch)
 
     # One layer after another: the logits of all layers would not fit in memory.
-    states = apply(*inputs, method='states')[np.array(self._predicting())]
-    return jax.lax.map(layer_stack.remat(of_layer, self.model.remat), states)
+    outputs = apply(*inputs, method='all_layer_outputs')[np.array(self._predicting())]
+    return jax.lax.map(layer_stack.remat(of_layer, self.model.remat), outputs)
 
   def _of_logits(
     self, logits: Float[Array, 'batch tokens codebook'], batch: base.Batch

@@ -92,7 +92,7 @@ def parts(
       f'{key}={source!r} is a run of the objective {saved["stage"]!r}, which '
       'has no text encoder; give one of TextEncoderObjective or GeneratorObjective'
     )
-  theirs = parti_config.PartiConfig(**parti_config.by_todays_names(saved['config']))
+  theirs = parti_config.PartiConfig(**parti_config.upgrade_config(saved['config']))
   _refuse_differing(
     f'{key}={source!r}', {name: (getattr(theirs, name), getattr(model, name)) for name in _SIZES}
   )

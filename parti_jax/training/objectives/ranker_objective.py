@@ -23,6 +23,7 @@ from parti_jax.models import config_checks
 from parti_jax.models import contrastive
 from parti_jax.models import flops
 from parti_jax.models import image_tokenizers
+from parti_jax.models import pixels
 from parti_jax.models.nn import layers
 from parti_jax.partitioning import pipeline_parallelism
 from parti_jax.training.objectives import base
@@ -109,7 +110,7 @@ class RankerObjective(base.Objective):
   name = 'ranker'
 
   @property
-  def over_examples(self) -> tuple[str, ...]:
+  def batch_dependent_terms(self) -> tuple[str, ...]:
     reconstructed = ('choice of images that go through the tokenizer',) if self.tokenizer else ()
     return ('negatives in the contrastive loss', *reconstructed)
 
@@ -198,7 +199,9 @@ class RankerObjective(base.Objective):
       'caption_loss' [batch], and 'image_features' and 'text_features' [batch, feature_dim].
     """
     texts = batch['encoder_input_tokens']
-    out: Any = coca.CoCa(self.model).apply({'params': params}, _to_unit(batch['images']), texts)
+    out: Any = coca.CoCa(self.model).apply(
+      {'params': params}, pixels.from_bytes(batch['images']), texts
+    )
     return {
       'caption_loss': _caption_losses(out, texts),
       'image_features': out['image_features'],
@@ -239,7 +242,7 @@ class RankerObjective(base.Objective):
       site_key = jax.random.fold_in(keys.key, site)
       return jax.vmap(lambda row: jax.random.fold_in(site_key, row))(keys.rows)
 
-    varied = _to_unit(images)
+    varied = pixels.from_bytes(images)
     if self.shift:
       varied = shifted(varied, row_keys(0), self.shift)
     if self.tokenizer is not None:
@@ -287,12 +290,6 @@ def retrieval(
     # Products with equal candidates may be summed in different orders.
     hits += int(np.sum(own >= nearest - 1e-5))
   return hits / len(queries)
-
-
-def _to_unit(
-  images: UInt8[Array, 'batch height width 3'],
-) -> Float[Array, 'batch height width 3']:
-  return images.astype(jnp.float32) / 255.0
 
 
 def _caption_losses(

@@ -23,6 +23,7 @@ from parti_jax.models import discriminator as discriminator_lib
 from parti_jax.models import flops
 from parti_jax.models import image_tokenizers
 from parti_jax.models import lpips
+from parti_jax.models import pixels
 from parti_jax.models import super_resolution
 from parti_jax.models.nn import layers
 from parti_jax.partitioning import pipeline_parallelism
@@ -138,8 +139,8 @@ class SuperResolutionObjective(base.Objective):
     return self.model.factor * (self.crop or self.input_size)
 
   @property
-  def over_examples(self) -> tuple[str, ...]:
-    return adversarial.over_examples(self.discriminator) if self.adversarial_weight else ()
+  def batch_dependent_terms(self) -> tuple[str, ...]:
+    return adversarial.batch_dependent_terms(self.discriminator) if self.adversarial_weight else ()
 
   def feature_lengths(self) -> dict[str, int]:
     return {'images': self.image_size}
@@ -207,7 +208,7 @@ class SuperResolutionObjective(base.Objective):
       aux: a dict with 'metrics', whose 'loss' is that of the network only.
     """
     assert dropout_keys is not None
-    targets = _pixels(batch['images'])
+    targets = pixels.from_bytes(batch['images'])
     keys = jax.vmap(jax.random.fold_in, (None, 0))(dropout_keys.key, dropout_keys.rows)
     inputs = self._clean(targets)
     if self.tokenizer is not None:
@@ -269,7 +270,7 @@ class SuperResolutionObjective(base.Objective):
       'clean_psnr' and 'clean_bicubic_psnr' for averaged images; with a tokenizer also 'psnr' and
       'bicubic_psnr' for its reconstructions of them.
     """
-    targets = _pixels(batch['images'])
+    targets = pixels.from_bytes(batch['images'])
     clean = self._clean(targets)
     inputs = {'clean_': clean}
     if self.tokenizer is not None:
@@ -293,7 +294,7 @@ class SuperResolutionObjective(base.Objective):
     def draw(
       params: base.Params, batch: base.Batch, constants: Any
     ) -> dict[str, UInt8[Array, 'batch height width 3']]:
-      targets = _pixels(batch['images'])
+      targets = pixels.from_bytes(batch['images'])
       inputs = self._clean(targets)
       if self.tokenizer is not None:
         inputs = self._reconstruct(constants, inputs)
@@ -302,8 +303,7 @@ class SuperResolutionObjective(base.Objective):
         self._enlarge(params, inputs),
         targets,
       ]
-      pixels = jnp.clip(jnp.concatenate(row, axis=2), 0.0, 1.0)
-      return {'enlarged': jnp.round(pixels * 255.0).astype(jnp.uint8)}
+      return {'enlarged': pixels.to_bytes(jnp.clip(jnp.concatenate(row, axis=2), 0.0, 1.0))}
 
     return draw, self.constants()
 
@@ -347,8 +347,8 @@ class SuperResolutionObjective(base.Objective):
     params = constants['tokenizer']
     with pipeline_parallelism.off():
       tokens = apply({'params': params}, images, method='tokenize')
-      pixels = apply({'params': params}, tokens, method='detokenize')
-    return jax.lax.stop_gradient(jnp.round(pixels * 255.0) / 255.0)
+      reconstructions = apply({'params': params}, tokens, method='detokenize')
+    return jax.lax.stop_gradient(jnp.round(reconstructions * 255.0) / 255.0)
 
   def _cropped(
     self,
@@ -361,8 +361,8 @@ class SuperResolutionObjective(base.Objective):
     unit, factor, crop = self.model.unshuffle, self.model.factor, self.crop
     places = (self.input_size - crop) // unit + 1
     corner = unit * jax.random.randint(jax.random.fold_in(key, 1), (2,), 0, places)
-    cut = lambda pixels, times: jax.lax.dynamic_slice(
-      pixels, (times * corner[0], times * corner[1], 0), (times * crop, times * crop, 3)
+    cut = lambda array, times: jax.lax.dynamic_slice(
+      array, (times * corner[0], times * corner[1], 0), (times * crop, times * crop, 3)
     )
     return cut(image, 1), cut(target, factor)
 
@@ -373,10 +373,6 @@ class SuperResolutionObjective(base.Objective):
     own = {name: part for name, part in params.items() if name not in others}
     outputs: Any = super_resolution.SuperResolution(self.model).apply({'params': own}, images)
     return outputs
-
-
-def _pixels(images: UInt8[Array, 'batch height width 3']) -> Float[Array, 'batch height width 3']:
-  return images.astype(jnp.float32) / 255.0
 
 
 def _psnr(

@@ -22,6 +22,7 @@ from parti_jax.models import contrastive
 from parti_jax.models import flops
 from parti_jax.models import masked_language
 from parti_jax.models import parti_config
+from parti_jax.models import pixels
 from parti_jax.models import text_pretraining
 from parti_jax.models.nn import layers
 from parti_jax.training import inputs as inputs_lib
@@ -81,7 +82,7 @@ class TextEncoderObjective(base.Objective):
       )
 
   @property
-  def over_examples(self) -> tuple[str, ...]:
+  def batch_dependent_terms(self) -> tuple[str, ...]:
     if not self.contrastive_weight:
       return ()
     masked = ('mean over masked pieces',) if self.masked_weight else ()
@@ -255,7 +256,7 @@ class TextEncoderObjective(base.Objective):
     of_images, of_texts, scale = apply(
       {'params': params},
       texts,
-      batch['images'].astype(jnp.float32) / 255.0,
+      pixels.from_bytes(batch['images']),
       dropout_keys,
       method='features',
     )

@@ -27,6 +27,7 @@ from parti_jax.models import discriminator as discriminator_lib
 from parti_jax.models import flops
 from parti_jax.models import image_tokenizers
 from parti_jax.models import lpips
+from parti_jax.models import pixels
 from parti_jax.models import vit_vqgan
 from parti_jax.models.nn import layers
 from parti_jax.training import inputs as inputs_lib
@@ -217,12 +218,12 @@ class TokenizerObjective(base.Objective):
   name = 'tokenizer'
 
   @property
-  def over_examples(self) -> tuple[str, ...]:
-    own = self.model.over_examples if self.quantizer_weight else ()
+  def batch_dependent_terms(self) -> tuple[str, ...]:
+    own = self.model.batch_dependent_terms if self.quantizer_weight else ()
     if not self.adversarial_weight:
       return own
     weight = ('adaptive weight of the adversarial loss',) if self.adversarial_adaptive else ()
-    return (*own, *adversarial.over_examples(self.discriminator), *weight)
+    return (*own, *adversarial.batch_dependent_terms(self.discriminator), *weight)
 
   def feature_lengths(self) -> dict[str, int]:
     return {'images': self.model.image_size}
@@ -332,7 +333,7 @@ class TokenizerObjective(base.Objective):
         tokens, code_dim] and 'code_use' [codebook].
     """
     del dropout_keys
-    images = batch['images'].astype(jnp.float32) / 255.0
+    images = pixels.from_bytes(batch['images'])
     apply: Callable[..., Any] = image_tokenizers.module(self.model).apply
     out, sown = apply(
       {'params': params}, images, step >= self.quantize_from, mutable=['intermediates']
@@ -515,7 +516,7 @@ class TokenizerObjective(base.Objective):
     Returns:
       'l2' and 'psnr', float32 [batch], and 'tokens', int32 [batch, tokens].
     """
-    images = batch['images'].astype(jnp.float32) / 255.0
+    images = pixels.from_bytes(batch['images'])
     tokens, reconstructions = self._reconstruct(params, images)
     error = jnp.mean(jnp.square(images - reconstructions), axis=(1, 2, 3))
     return {'l2': error, 'psnr': psnr(images, reconstructions), 'tokens': tokens}
@@ -544,10 +545,10 @@ class TokenizerObjective(base.Objective):
       params: base.Params, batch: base.Batch, nothing: Any
     ) -> dict[str, UInt8[Array, 'batch height width 3']]:
       del nothing
-      images = batch['images'].astype(jnp.float32) / 255.0
+      images = pixels.from_bytes(batch['images'])
       _, reconstructions = self._reconstruct(params, images)
       pairs = jnp.concatenate([images, reconstructions], axis=2)
-      return {'reconstructions': jnp.round(pairs * 255.0).astype(jnp.uint8)}
+      return {'reconstructions': pixels.to_bytes(pairs)}
 
     return draw, {}
 

@@ -66,13 +66,13 @@ def test_a_cache_holds_what_is_still_seen_and_a_step_reads_it(name, grid, kernel
   pattern = attention_patterns.AttentionPattern(name, grid, kernel)
   # A cache of all positions, and one that serves only the first few.
   for positions in (pattern.length, 5):
-    slots = pattern.slots(positions)
+    slots = pattern.num_slots(positions)
     read = jax.jit(
       jax.vmap(
         lambda position, slots=slots: (
-          pattern.slot(position, slots),
+          pattern.slot_of(position, slots),
           *pattern.read(position, slots)[::2],
-          pattern.held(position, slots),
+          pattern.positions_in_slots(position, slots),
         )
       )
     )
@@ -92,10 +92,10 @@ def test_a_cache_holds_what_is_still_seen_and_a_step_reads_it(name, grid, kernel
 )
 def test_slots_on_the_papers_grid(name, slots, read):
   pattern = attention_patterns.AttentionPattern(name, (32, 32), 11)
-  assert pattern.slots(1024) == slots
+  assert pattern.num_slots(1024) == slots
   assert pattern.read(0, slots)[1] == read
   # No slot is one too many: some position sees the oldest one that is kept.
-  assert (np.arange(1024) - pattern.mask.argmax(axis=1)).max() == pattern.reach - 1
+  assert (np.arange(1024) - pattern.mask.argmax(axis=1)).max() == pattern.span - 1
 
 
 @pytest.mark.parametrize('name', attention_patterns.PATTERNS)
@@ -136,16 +136,10 @@ def test_a_schedule_that_is_none_is_named(patterns, message):
 
 
 def test_older_files_name_one_pattern_for_all_layers():
-  assert parti_config.by_todays_names({'width': 8}) == {
-    'width': 8,
-    'attention_patterns': ('global',),
-    'conv_kernel': 11,
-  }
+  legacy = parti_config.LEGACY_DEFAULTS
+  assert legacy['attention_patterns'] == ('global',)
+  assert parti_config.upgrade_config({'width': 8}) == legacy | {'width': 8}
   older = {'attention_pattern': 'causal', 'conv_kernel': 5}
-  assert parti_config.by_todays_names(older) == {
-    'attention_patterns': ('global',),
-    'conv_kernel': 5,
-  }
-  assert parti_config.by_todays_names({'attention_pattern': 'conv'})['attention_patterns'] == (
-    'conv',
-  )
+  assert parti_config.upgrade_config(older) == legacy | {'conv_kernel': 5}
+  upgraded = parti_config.upgrade_config({'attention_pattern': 'conv'})
+  assert upgraded == legacy | {'attention_patterns': ('conv',)}
