@@ -74,8 +74,8 @@ class TrainableConfig(Config, Protocol):
   def code_distance(self) -> str | None:
     """Distance by which a table of codes is searched: 'cosine', 'euclidean' or None.
 
-    With a distance, dead codes can be revived, and the table is
-    params['quantizer']['codebook']['table'].
+    With a distance, dead codes can be revived. The table is then the parameter
+    `quantizer/codebook/table`.
     """
 
   @property

@@ -5,6 +5,7 @@ consist mostly of the update. So comparing parameters compares gradients, at the
 or Adafactor would divide each gradient by its size and amplify rounding errors of those near 0.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -15,6 +16,7 @@ import tiny_configs
 
 from parti_jax.models import coca
 from parti_jax.models import parti_config
+from parti_jax.models import t5_encoder
 from parti_jax.models import vit_vqgan
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.training import trainer as trainer_lib
@@ -29,6 +31,8 @@ CASES = [(stage, sizes) for stage in ('generator', 'tokenizer') for sizes in MES
   ('ranker', (2, 2, 2, 1)),
   ('ranker', (2, 1, 2, 2)),
   ('vqgan', (2, 2, 2, 1)),
+  ('with_t5', (2, 2, 2, 1)),
+  ('with_t5', (2, 1, 2, 2)),
 ]
 
 
@@ -57,6 +61,24 @@ def _generator():
     'decoder_loss_weights': np.ones((BATCH, 4), np.float32),
   }
   return generator_objective.GeneratorObjective(sizes), batch, 30.0
+
+
+def _with_t5():
+  encoder = t5_encoder.T5EncoderConfig(
+    layers=2,
+    width=8,
+    mlp_width=16,
+    heads=4,
+    head_dim=4,
+    text_vocabulary=16,
+    text_length=4,
+    relative_buckets=8,
+    relative_distance=16,
+    dropout=0.3,
+  )
+  objective, batch, _ = _generator()
+  sizes = dataclasses.replace(objective.model, text_encoder=encoder)
+  return generator_objective.GeneratorObjective(sizes), batch, 10.0
 
 
 def _tokenizer():
@@ -127,6 +149,7 @@ def _trained(stage_name, sizes):
     'generator': _generator,
     'tokenizer': _tokenizer,
     'vqgan': _vqgan,
+    'with_t5': _with_t5,
     'ranker': _ranker,
   }[stage_name]()
   devices = jax.devices()[: np.prod(sizes)]
@@ -141,7 +164,7 @@ def _trained(stage_name, sizes):
   return jax.device_get(metrics), before, jax.device_get(state)
 
 
-@pytest.mark.parametrize('stage', ['generator', 'tokenizer', 'vqgan', 'ranker'])
+@pytest.mark.parametrize('stage', ['generator', 'tokenizer', 'vqgan', 'ranker', 'with_t5'])
 def test_the_step_consists_mostly_of_its_update(stage):
   _, before, state = _trained(stage, (1, 1, 1, 1))
   moved = jax.tree.map(lambda a, b: np.abs(a - b).max() / np.abs(b).max(), before, state.params)
