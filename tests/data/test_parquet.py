@@ -33,7 +33,10 @@ def _write(tmp_path):
   def write(columns, name='00000.parquet', bindings=(), **kwargs):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
-    pq.write_table(pa.table(columns), path, **kwargs)
+    try:
+      pq.write_table(pa.table(columns), path, **kwargs)
+    except pa.ArrowNotImplementedError as error:
+      pytest.skip(f'this version of pyarrow writes no such file: {error}')
     gin_config.parse(
       ['gin_configs/tasks/parquet.gin'],
       [f"parquet.path='{tmp_path}'", 'drop_text.rate = 0.0', *bindings],

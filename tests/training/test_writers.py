@@ -134,9 +134,9 @@ def test_gin_adds_a_writer(tmp_path):
 
 def test_the_example_in_the_docs_works(tmp_path, monkeypatch):
   page = (pathlib.Path(__file__).parents[2] / 'docs' / 'runs.md').read_text()
-  (code, settings) = re.search(
-    r'## Metrics elsewhere.*?```python\n(.*?)```.*?```python\n(.*?)```', page, re.DOTALL
-  ).groups()
+  blocks = re.findall(r'```python\n(.*?)```', page, re.DOTALL)
+  (code,) = (block for block in blocks if 'class WandbWriter' in block)
+  (settings,) = (block for block in blocks if '@WandbWriter' in block)
   calls = []
   run = types.SimpleNamespace(
     log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append('finish')

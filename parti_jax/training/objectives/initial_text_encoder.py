@@ -79,12 +79,13 @@ def parts(
   """
   if source is None:
     return {}
-  shape = abstract['text_encoder']
   if storage.exists(storage.join(source, model_folder.CONFIG_FILE)):
     part = model_folder.load_part('text_encoder', source)
     _check_same(part.config, model, f'{key}={source!r}')
     inputs.check(f'{key}={source!r}', part.made_with, f'or start without {key}')
-    return run_checkpoints.put_like({'text_encoder': part.params}, {'text_encoder': shape})
+    return run_checkpoints.put_like(
+      {'text_encoder': part.params}, {'text_encoder': abstract['text_encoder']}
+    )
   path = run_checkpoints.latest_checkpoint(source)
   saved = run_checkpoints.read_model(path)
   if saved['stage'] not in _OBJECTIVES:
@@ -99,7 +100,7 @@ def parts(
   # The text encoder sees no image tokens.
   vocabulary = {'vocabulary': run_checkpoints.read_place(path).get('vocabulary')}
   inputs.check(f'{key}={source!r}', vocabulary, f'or start without {key}')
-  return run_checkpoints.read_parts(path, {'text_encoder': shape})
+  return run_checkpoints.read_parts(path, {'text_encoder': abstract['text_encoder']})
 
 
 def _check_same(
