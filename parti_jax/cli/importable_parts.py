@@ -23,6 +23,7 @@ from parti_jax.data import text_tokenizer
 from parti_jax.data import vocabulary
 from parti_jax.exported_model import preprocessing
 from parti_jax.importers import clip
+from parti_jax.importers import enhancing_vit_vqgan
 from parti_jax.importers import files
 from parti_jax.importers import key_map
 from parti_jax.importers import siglip
@@ -313,6 +314,13 @@ PARTS: Mapping[str, Part] = {
         flags=('image_size', 'pixel_range'),
       )
       for name in vqgan.FORMATS
+    }
+    | {
+      enhancing_vit_vqgan.FORMAT: Format(
+        lambda given: enhancing_vit_vqgan.config_of(given.arrays),
+        lambda given, config: enhancing_vit_vqgan.key_map(config, given.arrays),
+        lambda given: enhancing_vit_vqgan.ignored(given.arrays),
+      )
     },
     _described_tokenizer,
     '--tokenizer={} of `parti-jax tokenize` and `parti-jax export`',

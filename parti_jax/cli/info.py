@@ -155,7 +155,7 @@ class _ModelConfig:
     """Returns the number of tokens of a picture; None if the kind of tokenizer is unknown here."""
     sizes = self.entries('tokenizer')
     kind = sizes.get('kind', 'vit_vqgan')
-    if kind == 'vit_vqgan':
+    if kind in ('vit_vqgan', 'enhancing_vit_vqgan'):
       side = self.number('tokenizer', 'patch_size')
     elif kind == 'vqgan':
       if not isinstance(levels := sizes.get('multipliers'), list):

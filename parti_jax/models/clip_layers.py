@@ -1,4 +1,7 @@
-"""Layers with biases and pre-norm blocks: the building blocks of CLIP's and SigLIP's encoders."""
+"""Layers with biases and pre-norm blocks: the building blocks of networks that torch users published.
+
+CLIP, SigLIP and the ViT-VQGAN of enhancing-transformers consist of them.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,7 @@ ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
   'quick_gelu': lambda x: x * jax.nn.sigmoid(1.702 * x),
   'gelu': functools.partial(nn.gelu, approximate=False),
   'gelu_tanh': functools.partial(nn.gelu, approximate=True),
+  'tanh': nn.tanh,
 }
 
 
@@ -89,17 +93,20 @@ class Attention(nn.Module):
     width: model dimension `embed`.
     heads: number of heads; must divide `width`.
     dtype: dtype of the computation; parameters are float32.
+    qkv_bias: whether the projections of queries, keys and values have biases.
   """
 
   width: int
   heads: int
   dtype: jnp.dtype = jnp.float32
+  qkv_bias: bool = True
 
   def setup(self):
     split = (self.heads, self.width // self.heads), 1, ('embed', 'heads', 'head_dim'), self.dtype
-    self.query = Linear(*split)
-    self.key = Linear(*split)
-    self.value = Linear(*split)
+    projection = Linear if self.qkv_bias else layers.Projection
+    self.query = projection(*split)
+    self.key = projection(*split)
+    self.value = projection(*split)
     self.out = Linear((self.width,), 2, ('heads', 'head_dim', 'embed'), self.dtype)
 
   def __call__(
@@ -150,6 +157,7 @@ class Block(nn.Module):
     epsilon: number added to the variance in the layer norms.
     causal: whether a position attends only to itself and to earlier positions.
     dtype: dtype of the computation.
+    qkv_bias: whether the projections of queries, keys and values have biases.
   """
 
   width: int
@@ -159,10 +167,11 @@ class Block(nn.Module):
   epsilon: float
   causal: bool = False
   dtype: jnp.dtype = jnp.float32
+  qkv_bias: bool = True
 
   def setup(self):
     self.attention_norm = layer_norm(self.epsilon, self.dtype)
-    self.attention = Attention(self.width, self.heads, self.dtype)
+    self.attention = Attention(self.width, self.heads, self.dtype, self.qkv_bias)
     self.mlp_norm = layer_norm(self.epsilon, self.dtype)
     self.mlp = MLP(self.width, self.mlp_width, self.activation, self.dtype)
 
@@ -193,6 +202,7 @@ class Transformer(nn.Module):
   epsilon: float
   causal: bool = False
   dtype: jnp.dtype = jnp.float32
+  qkv_bias: bool = True
   remat: str = 'everything'
   unroll: int = 1
 
@@ -206,6 +216,7 @@ class Transformer(nn.Module):
       self.epsilon,
       self.causal,
       self.dtype,
+      self.qkv_bias,
       parent=None,
     )
     stacked = self.param('layers', layer_stack.initializer(block, self.num_layers, x[:1]))

@@ -22,6 +22,7 @@ from jaxtyping import Float
 from jaxtyping import Int
 
 from parti_jax.core import errors
+from parti_jax.models import enhancing_vit_vqgan
 from parti_jax.models import flops
 from parti_jax.models import vit_vqgan
 from parti_jax.models import vqgan
@@ -154,6 +155,11 @@ _kinds: dict[str, Kind] = {
       ('decoder_res_blocks', 'output'),
       vqgan.last_kernel_gradient,
     ),
+  ),
+  'enhancing_vit_vqgan': Kind(
+    enhancing_vit_vqgan.EnhancingViTVQGANConfig,
+    enhancing_vit_vqgan.EnhancingViTVQGAN,
+    enhancing_vit_vqgan.example_inputs,
   ),
 }
 _configs: dict[str, type] = {name: kind.config for name, kind in _kinds.items()}
