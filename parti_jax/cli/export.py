@@ -11,9 +11,10 @@ from parti_jax.cli import sampling_flags
 from parti_jax.core import errors
 from parti_jax.core import fingerprints
 from parti_jax.core import storage
-from parti_jax.data import vocabulary
+from parti_jax.data import text_tokenizer
 from parti_jax.exported_model import model_folder
 from parti_jax.exported_model import sampling_settings
+from parti_jax.models import image_tokenizers
 
 _RUNS = {
   'tokenizer': "the tokenizer's run, the --model_dir that it was trained in, or the folder that "
@@ -140,7 +141,7 @@ def _of_folder(name: str, folder) -> model_folder.Part:
     part.vocabulary_path or 'vocabulary' not in _NEEDED.get(name, ()) or not storage.exists(shared)
   ):
     return part
-  kept = {'vocabulary': vocabulary.TextVocabulary(shared).fingerprint}
+  kept = {'vocabulary': text_tokenizer.open_tokenizer(shared).fingerprint}
   return part._replace(made_with=kept | part.made_with)
 
 
@@ -171,8 +172,10 @@ def _made_with_base(base: model_folder.Model, names: list[str]) -> dict[str, dic
   """Returns fingerprints for networks of a base model; computes those that an older one lacks."""
   networks = base.networks
   ours = {
-    'vocabulary': vocabulary.TextVocabulary(str(base.vocabulary_path)).fingerprint,
-    'tokenizer': fingerprints.of_tokenizer(networks['tokenizer'].params),
+    'vocabulary': text_tokenizer.open_tokenizer(base.vocabulary_path).fingerprint,
+    'tokenizer': fingerprints.of_tokenizer(
+      networks['tokenizer'].params, image_tokenizers.token_settings(networks['tokenizer'].config)
+    ),
   }
   needed = _NEEDED | {'tokenizer': ('tokenizer',)}
   # A network with a text tokenizer of its own doesn't depend on the model's.

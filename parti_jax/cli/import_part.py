@@ -107,7 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser):
 def run(args: argparse.Namespace) -> int:
   """Writes the folder; returns the exit status."""
   found = importable_parts.find(args)
-  model_folder.check_target(args.output_dir, args.overwrite)
+  model_folder.check_target(args.output_dir, args.overwrite, args.part)
   given = importable_parts.open_files(args, found)
   config = found.config_of(given)
   how = found.preprocessing(given, config)

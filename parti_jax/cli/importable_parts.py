@@ -30,6 +30,7 @@ from parti_jax.importers import siglip
 from parti_jax.importers import t5
 from parti_jax.importers import tokenizer_files
 from parti_jax.importers import vqgan
+from parti_jax.models import text_encoders
 from parti_jax.sampling import ranking
 
 # Flags that only some formats take.
@@ -264,6 +265,7 @@ def _check_t5_tokenizer(tokenizer: text_tokenizer.TextTokenizer, config) -> None
       f'{tokenizer.path} has {tokenizer.size} pieces, but the weights are of '
       f'{config.text_vocabulary}; it belongs to another network'
     )
+  text_encoders.check_empty_text(config, tokenizer.encode('', 3)[0], tokenizer.path)
 
 
 def _check_clip_text_tokenizer(tokenizer: text_tokenizer.TextTokenizer, config) -> None:

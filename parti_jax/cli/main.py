@@ -222,11 +222,15 @@ def _import(modules: Sequence[str]):
       importlib.import_module(name)
     except ModuleNotFoundError as error:
       if error.name is None or not f'{name}.'.startswith(f'{error.name}.'):
-        raise
+        raise UserError(f'{_IMPORT_FLAG}={name}: it imports a missing module: {error}') from error
       raise UserError(
         f'{_IMPORT_FLAG}={name}: there is no module {error.name}; install it, or put its folder in '
         'PYTHONPATH'
       ) from error
+    except UserError:
+      raise
+    except (Exception, SystemExit) as error:
+      raise UserError(f'{_IMPORT_FLAG}={name}: {type(error).__name__}: {error}') from error
 
 
 def _check_outputs(args: argparse.Namespace, urls: bool):

@@ -11,13 +11,16 @@ fingerprints of what it was made with, and code that combines two artifacts comp
 | an exported model, `config.json` | of `vocabulary.model`, and per network | per network |
 
 A vocabulary's fingerprint is a digest of its file. A tokenizer's fingerprint is a digest of the
-encoder and the codebook: further training of the decoder alone doesn't change the tokens.
+encoder, the codebook and the settings that determine tokens: further training of the decoder alone
+doesn't change the tokens.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
+from typing import Any
 from typing import NamedTuple
 
 KINDS = ('vocabulary', 'tokenizer')
@@ -25,8 +28,14 @@ KINDS = ('vocabulary', 'tokenizer')
 _MAKES_TOKENS = ('encoder', 'quantizer')
 
 
-def of_tokenizer(params: Mapping) -> str:
-  """Returns the fingerprint of an image tokenizer's parameters, 16 hexadecimal digits."""
+def of_tokenizer(params: Mapping, settings: Mapping[str, Any] | None = None) -> str:
+  """Returns the fingerprint of an image tokenizer, 16 hexadecimal digits.
+
+  Args:
+    params: its parameters.
+    settings: the settings that determine tokens too, as JSON: the result of
+      `image_tokenizers.token_settings`.
+  """
   # Imported here because reading captions needs no JAX.
   import jax
   import numpy as np
@@ -37,6 +46,8 @@ def of_tokenizer(params: Mapping) -> str:
   ):
     digest.update(jax.tree_util.keystr(path).encode())
     digest.update(np.asarray(leaf).tobytes())
+  if settings:
+    digest.update(json.dumps(settings, sort_keys=True).encode())
   return digest.hexdigest()[:16]
 
 

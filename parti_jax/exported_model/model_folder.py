@@ -285,17 +285,17 @@ def save_part(
   Raises:
     UserError: as `save`.
   """
-  folder = _checked(folder, overwrite, dtype)
+  folder = _checked(folder, overwrite, dtype, name)
   networks = {name: part}
   known = _known(networks, {name: part.made_with})
   return _write(folder, networks, known, {'provenance': provenance}, dtype)
 
 
-def _checked(folder, overwrite: bool, dtype: str) -> pathlib.Path | str:
+def _checked(folder, overwrite: bool, dtype: str, part: str | None = None) -> pathlib.Path | str:
   """Returns the folder to write, a URL or a path, once it and the dtype are checked."""
   folder = checks.text('folder', folder)
   folder = folder if storage.is_url(folder) else pathlib.Path(folder)
-  check_target(folder, overwrite)
+  check_target(folder, overwrite, part)
   if dtype not in STORED_DTYPES:
     raise UserError(f'dtype={dtype!r} is not one of {", ".join(STORED_DTYPES)}')
   return folder
@@ -456,7 +456,9 @@ def load_part(name: str, folder) -> Part:
 
 def part_config(name: str, folder) -> Any:
   """Returns the config of one network of a folder; arguments and errors are those of `load_part`."""
-  where = _local(folder, [CONFIG_FILE]) / CONFIG_FILE
+  folder = _local(folder, [CONFIG_FILE])
+  _check_complete(folder, [CONFIG_FILE])
+  where = folder / CONFIG_FILE
   config = model_config.read(where)
   return model_config.sizes(NETWORKS[name].kinds, config, name, _compute_dtype(), where)
 
@@ -532,8 +534,10 @@ def _known(networks: Mapping[str, Part], made_with: Mapping) -> dict[str, dict[s
   for name, path in _own_vocabularies(networks).items():
     known[name].setdefault('vocabulary', _vocabulary_fingerprint(path).value)
   if 'tokenizer' in known and 'tokenizer' not in known['tokenizer']:
-    params = nn.meta.unbox(networks['tokenizer'].params)
-    known['tokenizer'] = {'tokenizer': fingerprints.of_tokenizer(params)}
+    part = networks['tokenizer']
+    settings = image_tokenizers.token_settings(part.config)
+    params = nn.meta.unbox(part.params)
+    known['tokenizer'] = {'tokenizer': fingerprints.of_tokenizer(params, settings)}
   return known
 
 

@@ -76,6 +76,11 @@ class StoredArray:
     where = (*self._leading, *index)
     # A slice of an array without axes is an error.
     found = self._file.get_slice(self._name)[where] if where else self._file.get_tensor(self._name)
+    if not np.all(np.isfinite(found.astype(np.float32))):
+      raise UserError(
+        f'the parameter {self._name} of a model has values that are not finite; export or download '
+        'the model again'
+      )
     return found.astype(self.dtype)
 
   def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -160,10 +165,18 @@ def read(path: pathlib.Path, expected: PyTree) -> dict[str, Any]:
   """
   try:
     file = safetensors.safe_open(path, framework='numpy')
-    found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    slices = {name: file.get_slice(name) for name in file.keys()}
+    found = {name: tuple(part.get_shape()) for name, part in slices.items()}
+    dtypes = {name: part.get_dtype() for name, part in slices.items()}
   except (safetensors.SafetensorError, OSError) as error:
     raise _damaged(path, error) from error
   _check_shapes(found, shapes(expected), path)
+  if other := [
+    f'{name} ({dtype})' for name, dtype in dtypes.items() if dtype not in _NAMES.values()
+  ]:
+    raise _damaged(
+      path, ValueError(f'numbers of another kind than stored: {", ".join(other[:_SHOWN])}')
+    )
   float32 = np.dtype(np.float32)
   arrays = {name: StoredArray(file, name, shape, float32) for name, shape in found.items()}
   return flax.traverse_util.unflatten_dict(arrays, sep='/')

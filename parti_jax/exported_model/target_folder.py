@@ -16,12 +16,37 @@ from parti_jax.core.errors import UserError
 from parti_jax.exported_model import file_names
 
 
-def check(folder: pathlib.Path | str, overwrite: bool):
-  """Raises UserError if a folder exists and may not be replaced."""
+def check(folder: pathlib.Path | str, overwrite: bool, part: str | None = None):
+  """Checks that a folder may be written.
+
+  Args:
+    folder: the folder, a path or a URL.
+    overwrite: whether an existing model folder may be replaced.
+    part: name of the only network that will be written; None for a whole model. It doesn't replace a
+      folder with other networks.
+
+  Raises:
+    UserError: if the folder exists and may not be replaced.
+  """
   if not (storage.exists(folder) or os.path.lexists(folder)):
     return
-  if not storage.exists(storage.join(folder, file_names.CONFIG_FILE)):
+  where = storage.join(folder, file_names.CONFIG_FILE)
+  if not storage.exists(where):
     raise UserError(f"{folder} exists and isn't a model folder; choose another folder")
+  try:
+    config = storage.read_json(where)
+  except (OSError, ValueError):
+    config = {'format_version': None}  # A damaged model may be replaced.
+  if not isinstance(config, dict) or 'format_version' not in config:
+    raise UserError(
+      f'{folder} exists, and its {file_names.CONFIG_FILE} is not of parti_jax; choose another folder'
+    )
+  others = set(config.get('parameters') or {}) - {'stored_as', part}
+  if part and others:
+    raise UserError(
+      f'{folder} is a model with {", ".join(sorted(others))}, which a {part.replace("_", " ")} alone '
+      'would replace; choose another folder'
+    )
   if not overwrite:
     raise UserError(f'the model folder {folder} exists; choose another one, or allow overwriting')
 
@@ -38,7 +63,8 @@ def filled(folder: pathlib.Path | str, ours: Collection[str]) -> Iterator[pathli
     UserError: if the folder can't be written.
   """
   if isinstance(folder, pathlib.Path):
-    with _replaced(folder, ours) as temporary:
+    # Without links and '..', which would lead elsewhere once the folder is moved.
+    with _replaced(folder.resolve(), ours) as temporary:
       yield temporary
   else:
     with _uploaded(folder, ours) as temporary:

@@ -392,6 +392,11 @@ def _activation(said: _Said, activation: str | None) -> str:
       "the arrays don't say whether the activation is 'quick_gelu' (OpenAI, DFN, MetaCLIP) or "
       "'gelu' (LAION, HPSv2); give its config.json, or say which"
     )
+  if activation and said.activation and activation != said.activation:
+    raise UserError(
+      f'the config says the activation {said.activation!r}, and not {activation!r}; give the config '
+      'of these weights, or leave the activation to it'
+    )
   return activation or said.activation or ''
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from typing import NamedTuple
 from typing import Protocol
 
+import jax.numpy as jnp
 import numpy as np
 
 from parti_jax.core.errors import UserError
@@ -111,7 +112,7 @@ def check(
     ignored: regular expressions of names that the network does not need, such as those of a loss.
 
   Raises:
-    UserError: naming what is missing, left over or of another shape.
+    UserError: naming what is missing, left over, of another shape or not floating-point.
   """
   if set(key_map) != set(expected):
     raise AssertionError(f'the key map is not that of the network: {set(key_map) ^ set(expected)}')
@@ -128,6 +129,14 @@ def check(
       ),
     ),
     _listed('of another shape', _other_shapes(key_map, stored, expected)),
+    _listed(
+      'not floating-point numbers',
+      sorted(
+        f'{name} ({np.dtype(stored[name].dtype)})'
+        for name in used & set(stored)
+        if not jnp.issubdtype(stored[name].dtype, jnp.floating)
+      ),
+    ),
   ]
   if any(problems):
     raise UserError(

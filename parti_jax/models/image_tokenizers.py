@@ -162,6 +162,8 @@ _kinds: dict[str, Kind] = {
     enhancing_vit_vqgan.example_inputs,
   ),
 }
+# Fields of configs that change no token.
+_FREE = ('dtype', 'remat', 'unroll', 'commitment', 'entropy_weight')
 _configs: dict[str, type] = {name: kind.config for name, kind in _kinds.items()}
 
 # By their names in config.json and in checkpoints. Files that name no kind are of the first one.
@@ -184,8 +186,12 @@ def register(name: str, kind: Kind) -> None:
       runs a cell again.
 
   Raises:
-    UserError: if the name is taken, or the config isn't a frozen dataclass.
+    UserError: if the name is invalid or taken, or the config isn't a frozen dataclass.
   """
+  if not isinstance(name, str) or not name.isidentifier():
+    raise errors.UserError(
+      f'image_tokenizers.register: the name {name!r} must consist of letters, digits and underscores'
+    )
   known = _kinds.get(name)
   origin = lambda config: (config.__module__, config.__qualname__)
   if known and origin(known.config) != origin(kind.config):
@@ -239,3 +245,17 @@ def training(config: Config) -> Training:
       f'{type(config).__name__} is of a kind that cannot be trained; choose from {trainable}'
     )
   return found
+
+
+def token_settings(config: Config) -> dict[str, Any]:
+  """Returns the settings that determine tokens together with the parameters, for fingerprints.
+
+  Networks with the same parameters may differ in them, such as in the range of pixels. ViT-VQGAN has
+  none.
+  """
+  name, kind = next((name, kind) for name, kind in _kinds.items() if type(config) is kind.config)
+  if kind.config is vit_vqgan.ViTVQGANConfig:
+    return {}
+  free = {*_FREE, *(kind.training.decoder_fields if kind.training else ())}
+  fields = dataclasses.asdict(config)
+  return {'kind': name} | {field: value for field, value in fields.items() if field not in free}

@@ -82,7 +82,11 @@ class T5EncoderConfig:
   remat: str = 'everything'
   unroll: int = 1
 
-  BOUNDS = {'dropout': (0, 1)}  # 1 is excluded by `config_checks.check_dropout`.
+  # The biases of all pairs of positions are in memory.
+  BOUNDS = {
+    'text_length': (2, 4096),
+    'dropout': (0, 1),
+  }  # 1 is excluded by `config_checks.check_dropout`.
 
   def __post_init__(self):
     config_checks.check(self)

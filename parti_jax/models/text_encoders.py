@@ -23,6 +23,7 @@ from jaxtyping import Array
 from jaxtyping import Bool
 from jaxtyping import Int
 
+from parti_jax.core import errors
 from parti_jax.core import text_ids
 from parti_jax.models import clip
 from parti_jax.models import flops
@@ -134,6 +135,29 @@ def empty_text(
   """
   kind, own = _of(config)
   return kind.empty_text(own, text_tokens)
+
+
+def check_empty_text(
+  config: parti_config.TextEncoderConfig | None, ids: Any, tokenizer: str
+) -> None:
+  """Checks that a text tokenizer ends texts and pads them as a text encoder expects.
+
+  Args:
+    config: the text encoder; None for Parti's own, which the networks of other objectives follow.
+    ids: the ids of the empty text, int32 [at least 3].
+    tokenizer: the tokenizer, for messages.
+
+  Raises:
+    UserError: if it makes another empty text than the one of classifier-free guidance.
+  """
+  texts = jnp.asarray(ids, jnp.int32)[None]
+  kind = _OWN if config is None else KINDS[parti_config.text_encoder_kind(config)]
+  wanted = kind.empty_text(config, texts)[0]
+  if not jnp.array_equal(texts[0], wanted):
+    raise errors.UserError(
+      f'{tokenizer} encodes the empty text as {texts[0, :3].tolist()} and so on, but the text encoder '
+      f'expects {wanted[:3].tolist()}: the end of a text, then padding; it belongs to another network'
+    )
 
 
 def forward_flops(config: parti_config.PartiConfig) -> int:

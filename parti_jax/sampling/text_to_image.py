@@ -31,6 +31,7 @@ from parti_jax.exported_model import sampling_settings
 from parti_jax.models import image_tokenizers
 from parti_jax.models import parti_config
 from parti_jax.models import pixels
+from parti_jax.models import text_encoders
 from parti_jax.models import vit_vqgan
 from parti_jax.sampling import adaptive
 from parti_jax.sampling import decoding
@@ -198,6 +199,11 @@ class TextToImage:
         f'{model.vocabulary_path} has {self._vocabulary.size} pieces, but the model knows '
         f'{self._config.text_vocabulary}; it belongs to another model'
       )
+    text_encoders.check_empty_text(
+      self._config.text_encoder,
+      self._vocabulary.encode('', max(self._config.text_length, 3))[0],
+      str(model.vocabulary_path),
+    )
     self._generator_params = self._place.put(
       parameters.for_sampling(self._config, model.generator_params),
       model_folder.abstract('generator', self._config),

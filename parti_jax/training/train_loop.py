@@ -13,6 +13,7 @@ from parti_jax.checkpoints import run_checkpoints
 from parti_jax.core import errors
 from parti_jax.core import gin_config
 from parti_jax.core import store_retries
+from parti_jax.data import datasets
 from parti_jax.data import mixtures
 from parti_jax.data import shared_batches
 from parti_jax.partitioning import local_rows
@@ -292,3 +293,5 @@ def check_vocabularies(objective: base.Objective, task: str) -> None:
         f'set --gin.{key}={found}, or choose the vocabulary or the token '
         'cache that the model is for'
       )
+  if datasets.is_ours(task) or mixtures.is_one(task):
+    objective.check_vocabulary(datasets.get_vocabulary())

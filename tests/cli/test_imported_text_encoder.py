@@ -113,9 +113,7 @@ def _train(encoder, tokens, tokenizer, run, *others):
 
 def _newest(run):
   path = run_checkpoints.latest_checkpoint(str(run))
-  config = generator_objective.parti_config.PartiConfig(
-    **run_checkpoints.read_config(path, 'generator')
-  )
+  config = run_checkpoints.read_config(path, 'generator')
   module = generator_objective.parti.Parti(config)
   inputs = generator_objective.parti.example_inputs(config)
   return config, run_checkpoints.read_params(path, module, inputs)

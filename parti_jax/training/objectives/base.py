@@ -19,7 +19,9 @@ from jaxtyping import PRNGKeyArray
 from jaxtyping import Shaped
 from jaxtyping import UInt8
 
+from parti_jax.data import text_tokenizer
 from parti_jax.models import image_tokenizers
+from parti_jax.models import text_encoders
 from parti_jax.models.nn import layers
 from parti_jax.training import inputs as inputs_lib
 from parti_jax.training.objectives import frozen_tokenizer as frozen_tokenizer_lib
@@ -122,6 +124,19 @@ class Objective(abc.ABC):
   def vocabulary_sizes(self) -> dict[str, tuple[str, int]]:
     """Returns {feature: (gin key of its vocabulary size, vocabulary size)}."""
     return {}
+
+  def check_vocabulary(self, vocabulary: text_tokenizer.TextTokenizer) -> None:
+    """Checks that a vocabulary ends texts and pads them as the network expects.
+
+    Raises:
+      UserError: if it doesn't.
+    """
+    self._check_empty_text(vocabulary, None)
+
+  def _check_empty_text(self, vocabulary: text_tokenizer.TextTokenizer, config: Any) -> None:
+    if length := self.feature_lengths().get('inputs'):
+      ids, _ = vocabulary.encode('', max(length, 3))
+      text_encoders.check_empty_text(config, ids, f'vocabulary.path={vocabulary.path!r}')
 
   @abc.abstractmethod
   def abstract_batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:

@@ -54,7 +54,9 @@ class FrozenTokenizer:
   @functools.cached_property
   def fingerprint(self) -> str:
     """The fingerprint of `parti_jax.core.fingerprints`, which token caches and models store."""
-    return self.kept_fingerprint or fingerprints.of_tokenizer(self.params)
+    return self.kept_fingerprint or fingerprints.of_tokenizer(
+      self.params, image_tokenizers.token_settings(self.config)
+    )
 
 
 def is_trained(path: str | os.PathLike) -> bool:

@@ -18,6 +18,7 @@ from jaxtyping import PRNGKeyArray
 from jaxtyping import UInt8
 
 from parti_jax.core import errors
+from parti_jax.data import text_tokenizer
 from parti_jax.exported_model import model_folder
 from parti_jax.exported_model import sampling_settings
 from parti_jax.models import config_checks
@@ -99,6 +100,9 @@ class GeneratorObjective(base.Objective):
       'inputs': (f'{owner}.text_vocabulary', self.model.text_vocabulary),
       'targets': ('PartiConfig.codebook_size', self.model.codebook_size),
     }
+
+  def check_vocabulary(self, vocabulary: text_tokenizer.TextTokenizer) -> None:
+    self._check_empty_text(vocabulary, self.model.text_encoder)
 
   def abstract_batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
     text, image = ((batch_size, length) for length in self.feature_lengths().values())

@@ -13,7 +13,9 @@ from parti_jax.core import checks
 from parti_jax.core import errors
 from parti_jax.core import storage
 from parti_jax.exported_model import model_folder
+from parti_jax.models import clip
 from parti_jax.models import parti_config
+from parti_jax.models import t5_encoder
 from parti_jax.training import inputs as inputs_lib
 
 # The fields of PartiConfig that determine the text encoder.
@@ -37,7 +39,7 @@ def imported_text_encoder(
 
   Args:
     folder: a folder that `parti-jax import text_encoder` wrote.
-    text_length: maximum number of text tokens; None for the folder's. CLIP can't be given more.
+    text_length: maximum number of text tokens; None for the folder's. CLIP's can't be changed.
     dropout: dropout rate in training, of kinds that have dropout.
 
   Raises:
@@ -45,6 +47,11 @@ def imported_text_encoder(
   """
   folder = checks.text('imported_text_encoder.folder', folder)
   config = model_folder.part_config('text_encoder', folder)
+  if text_length not in (None, config.text_length) and type(config) is clip.CLIPTextConfig:
+    raise errors.UserError(
+      f'imported_text_encoder.text_length={text_length}: a CLIP has {config.text_length} positions; '
+      'set it to None'
+    )
   given = {'text_length': text_length, 'dropout': dropout}
   fields = {field.name for field in dataclasses.fields(config)}
   return dataclasses.replace(
@@ -94,9 +101,11 @@ def parts(
       'has no text encoder; give one of TextEncoderObjective or GeneratorObjective'
     )
   theirs = parti_config.PartiConfig(**parti_config.upgrade_config(saved['config']))
-  _refuse_differing(
-    f'{key}={source!r}', {name: (getattr(theirs, name), getattr(model, name)) for name in _SIZES}
-  )
+  if theirs.text_encoder is None:
+    own = {name: (getattr(theirs, name), getattr(model, name)) for name in _SIZES}
+    _refuse_differing(f'{key}={source!r}', own)
+  else:
+    _check_same(theirs.text_encoder, model, f'{key}={source!r}')
   # The text encoder sees no image tokens.
   vocabulary = {'vocabulary': run_checkpoints.read_place(path).get('vocabulary')}
   inputs.check(f'{key}={source!r}', vocabulary, f'or start without {key}')
@@ -114,8 +123,9 @@ def _check_same(
       f'{where} is a {type(theirs).__name__}, but the text encoder of PartiConfig is {shown}; '
       'include gin_configs/models/imported_text_encoder.gin'
     )
-  # A relative bias has no length; CLIP's table of positions is compared by its shape.
-  free = ('text_length', 'dropout', 'dtype', 'remat', 'unroll')
+  free = ['dropout', 'dtype', 'remat', 'unroll']
+  if type(theirs) is t5_encoder.T5EncoderConfig:
+    free.append('text_length')  # Relative positions take texts of any length.
   _refuse_differing(
     where,
     {
