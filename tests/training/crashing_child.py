@@ -101,7 +101,7 @@ if __name__ == '__main__':
   where_, process, *argv = sys.argv[1:]
   from parti_jax.cli import train as train_lib
 
-  train = train_lib._train_listening
+  train = train_lib._train
 
   def patched_train(args, connect):
     """Patches the training process, not its parent."""
@@ -109,6 +109,6 @@ if __name__ == '__main__':
       _patch(where_)
     train(args, connect)
 
-  train_lib._train_listening = patched_train
+  train_lib._train = patched_train
   sys.argv[1:] = argv
   sys.exit(main.main())
