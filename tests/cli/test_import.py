@@ -153,3 +153,15 @@ def test_an_unknown_kind_is_named(imported, tmp_path, capsys):
   with pytest.raises(errors.UserError, match='tokenizer.kind=.other. is not one of vit_vqgan'):
     model_folder.load_part('tokenizer', tmp_path)
   assert main.main(command) == 2
+
+
+def test_settings_that_decide_tokens_are_part_of_the_fingerprint(weights, imported, tmp_path):
+  command = ['import', 'tokenizer', str(weights), '--format=llamagen', '--image_size=16']
+  other = [*command, f'--output_dir={tmp_path}/other', '--pixel_range', '0', '1']
+  assert main.main(other) == 0
+  assert main.main([*command, f'--output_dir={tmp_path}/same']) == 0
+  first, same, other = (
+    model_folder.load_part('tokenizer', folder).made_with['tokenizer']
+    for folder in (imported, tmp_path / 'same', tmp_path / 'other')
+  )
+  assert first == same != other

@@ -48,6 +48,15 @@ def test_published_sizes(name):
   key_map.check(found, arrays, shapes, name, reader.IGNORED_BY_TEXT)
 
 
+def test_an_activation_that_contradicts_the_config_is_refused():
+  settings, arrays = published.read('clip_vit_base_patch32')
+  assert reader.config_of(arrays, settings, activation='quick_gelu').activation == 'quick_gelu'
+  with pytest.raises(
+    UserError, match="the config says the activation 'quick_gelu', and not 'gelu'"
+  ):
+    reader.config_of(arrays, settings, activation='gelu')
+
+
 def _count(shapes):
   return sum(math.prod(shape) for shape in shapes)
 

@@ -109,3 +109,11 @@ def test_published_sizes_are_checked_without_their_memory():
   key_map.check(
     {'kernel': key_map.one('w', key_map.linear)}, {'w': Huge()}, {'kernel': (size, size)}, 'f'
   )
+
+
+def test_whole_numbers_are_no_parameters():
+  stored = _stored()
+  name = next(iter(stored))
+  stored[name].array = stored[name].array.astype(np.int8)
+  with pytest.raises(UserError, match=f'not floating-point numbers: {name} \\(int8\\)'):
+    key_map.check(MAP, stored, EXPECTED, 'weights.pt')

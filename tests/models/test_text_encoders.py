@@ -222,3 +222,22 @@ def test_forward_flops_agree_with_xla(kind):
   assert 2 * parti.forward_flops(config) == pytest.approx(counted, rel=0.05)
   decoder = flops.token_decoder_forward(config)
   assert parti.forward_flops(config) - decoder == text_encoders.forward_flops(config)
+
+
+@pytest.mark.parametrize(
+  'config, ids, fits',
+  [
+    (None, [1, 0, 0, 0], True),
+    (None, [2, 0, 0, 0], False),
+    (None, [17, 18, 0, 0], False),
+    (T5, [1, 0, 0, 0], True),
+    (T5, [0, 0, 0, 0], False),
+    (CLIP, [17, 18, 0, 0], True),
+    (CLIP, [1, 0, 0, 0], False),
+  ],
+)
+def test_texts_must_end_as_the_encoder_expects(config, ids, fits):
+  if fits:
+    return text_encoders.check_empty_text(config, ids, 'the tokenizer')
+  with pytest.raises(UserError, match='the tokenizer encodes the empty text as'):
+    text_encoders.check_empty_text(config, ids, 'the tokenizer')

@@ -131,3 +131,14 @@ def test_the_header_follows_the_format(tmp_path):
   with pytest.raises(UserError, match='damaged or unfinished'):
     (tmp_path / 'file').write_bytes(content[:-1])
     parameter_files.read(tmp_path / 'file', _shapes(_params()))
+
+
+def test_numbers_that_were_damaged_are_named(tmp_path):
+  params = {'a': np.array([1.0, np.nan], np.float32)}
+  safetensors.numpy.save_file(params, tmp_path / 'file')
+  array = parameter_files.read(tmp_path / 'file', _shapes(params))['a']
+  with pytest.raises(UserError, match='the parameter a of a model has values that are not finite'):
+    np.asarray(array)
+  safetensors.numpy.save_file({'a': np.ones(2, np.int16)}, tmp_path / 'file')
+  with pytest.raises(UserError, match=r'numbers of another kind than stored: a \(I16\)'):
+    parameter_files.read(tmp_path / 'file', _shapes(params))
