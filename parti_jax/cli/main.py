@@ -8,9 +8,12 @@ is imported, so that `--help` and errors in flags appear at once.
 import argparse
 import difflib
 import faulthandler
+import functools
 import importlib
 import sys
+from collections.abc import Callable
 from collections.abc import Sequence
+from typing import Any
 
 import parti_jax
 from parti_jax.core import gin_config
@@ -153,6 +156,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   Returns:
     The command's status (0 for success), 2 for bad input, 130 after Ctrl-C.
   """
+  if argv is None:
+    sys.unraisablehook = functools.partial(_unraisable, sys.unraisablehook)
   try:
     return _run_or_complain(sys.argv[1:] if argv is None else argv)
   except Exception:
@@ -160,6 +165,17 @@ def main(argv: Sequence[str] | None = None) -> int:
       # A library's hanging thread must not keep a crashed process, and its devices, alive.
       faulthandler.dump_traceback_later(_SECONDS_TO_END, exit=True)
     raise
+
+
+def _unraisable(before: Callable[[Any], Any], unraisable: Any) -> None:
+  """Passes errors that nobody can handle to another hook, except those of a closed event loop.
+
+  A thread of gRPC that outlives the loop of a store that was given up raises many of them, which
+  would bury the message of the error.
+  """
+  error = unraisable.exc_value
+  if not (isinstance(error, RuntimeError) and str(error) == 'Event loop is closed'):
+    before(unraisable)
 
 
 def _run_or_complain(argv: Sequence[str]) -> int:

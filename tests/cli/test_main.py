@@ -234,3 +234,10 @@ def test_outputs_that_cannot_be_written_are_refused_before_reading(tmp_path, cap
   assert capsys.readouterr().err.startswith(
     f'parti-jax: error: {flag}={tmp_path}/file/below: {tmp_path}/file is not a folder'
   )
+
+
+def test_errors_of_a_closed_event_loop_are_not_shown():
+  shown = []
+  for error in (RuntimeError('Event loop is closed'), RuntimeError('another'), KeyError('a')):
+    main._unraisable(shown.append, types.SimpleNamespace(exc_value=error))
+  assert [str(found.exc_value) for found in shown] == ['another', "'a'"]
