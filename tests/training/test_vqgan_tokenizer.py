@@ -20,6 +20,7 @@ from parti_jax.core.errors import UserError
 from parti_jax.data import token_cache_info
 from parti_jax.exported_model import model_folder
 from parti_jax.models import discriminator
+from parti_jax.models import image_tokenizers
 from parti_jax.models import parti_config
 from parti_jax.models import vit_vqgan
 from parti_jax.models import vqgan
@@ -233,10 +234,16 @@ def test_a_run_is_read_as_what_it_is(quantizer, tmp_path, monkeypatch):
   assert found.config == config and hash(found.config) == hash(config)
   jax.tree.map(np.testing.assert_array_equal, found.params, params)
   # Its fingerprint is of what makes the tokens.
-  assert found.fingerprint == fingerprints.of_tokenizer(params)
+  settings = image_tokenizers.token_settings(config)
+  fingerprint = lambda params: fingerprints.of_tokenizer(params, settings)
+  assert found.fingerprint == fingerprint(params) != fingerprints.of_tokenizer(params)
   other = jax.tree.map(lambda leaf: leaf + 1, params)
-  assert found.fingerprint == fingerprints.of_tokenizer(params | {'decoder': other['decoder']})
-  assert found.fingerprint != fingerprints.of_tokenizer(params | {'encoder': other['encoder']})
+  assert found.fingerprint == fingerprint(params | {'decoder': other['decoder']})
+  assert found.fingerprint != fingerprint(params | {'encoder': other['encoder']})
+  # The decoder's settings may change in a second phase.
+  assert settings == image_tokenizers.token_settings(
+    dataclasses.replace(config, decoder_res_blocks=3, remat='nothing')
+  )
   tokens = frozen_tokenizer.Encoder(found)(_images())()
   wanted = vqgan.VQGAN(config).apply(
     {'params': params}, jnp.asarray(_images()) / 255.0, method='tokenize'
