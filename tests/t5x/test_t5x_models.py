@@ -180,8 +180,10 @@ def test_microbatches_are_the_batch(params, batch):
     jax.eval_shape(lambda: model.get_initial_variables(jax.random.key(0), SHAPES))
     state = types.SimpleNamespace(params=params, flax_mutables=None)
     gradients, metrics, _ = jax.jit(
-      lambda key: t5x_trainer.accumulate_grads_microbatched(model, state, batch, key, microbatches)
-    )(jax.random.PRNGKey(0))
+      lambda batch, key: t5x_trainer.accumulate_grads_microbatched(
+        model, state, batch, key, microbatches
+      )
+    )(batch, jax.random.PRNGKey(0))
     return gradients, metrics['loss'].total
 
   whole, loss = of_parts(None)
