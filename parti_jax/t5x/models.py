@@ -435,7 +435,7 @@ class TokenizerModel(t5x_models.BaseModel):
     loss, aux = self._loss(params, batch, step)
     aux = jax.lax.stop_gradient(aux)
     kept = {'code_use': before['code_use']}
-    _, after, more = self.objective.after_step(params, kept, aux, step, None)
+    _, after, more = self.objective.after_step(flax.core.unfreeze(params), kept, aux, step, None)
     # Codes of a step without a finite loss don't count; t5x computes the gradients later.
     after = skipped_steps.select(jnp.isfinite(loss), after, kept)
     mutables = flax.core.freeze({'statistics': after | {'step': step + 1}})

@@ -200,8 +200,8 @@ def test_scores_are_log_likelihoods(params, batch):
   scores, parts = jax.jit(make_model().score_batch, static_argnums=2)(params, batch, True)
   logits = parti.Parti(CONFIG).apply(
     {'params': flax.core.unfreeze(params)},
-    batch['encoder_input_tokens'],
-    batch['decoder_target_tokens'],
+    jnp.asarray(batch['encoder_input_tokens']),
+    jnp.asarray(batch['decoder_target_tokens']),
   )
   of_tokens = np.take_along_axis(
     np.asarray(jax.nn.log_softmax(logits)), batch['decoder_target_tokens'][..., None], 2
