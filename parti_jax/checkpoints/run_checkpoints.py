@@ -23,6 +23,7 @@ from parti_jax.core import errors
 from parti_jax.core import numerics
 from parti_jax.core import storage
 from parti_jax.exported_model import model_folder
+from parti_jax.models import config_checks
 from parti_jax.models import image_tokenizers
 from parti_jax.models import parti_config
 from parti_jax.partitioning import placing
@@ -36,9 +37,6 @@ _METADATA_FILES = (
   'state/_sharding',
   'state/array_metadatas/process_0',
 )
-# Settings of a network that a run may change between two starts, since its parameters keep their
-# shapes and their meaning.
-_FREE_SETTINGS = ('dropout', 'dtype', 'remat', 'unroll', 'commitment', 'entropy_weight')
 
 
 def describe(objective) -> dict:
@@ -52,7 +50,7 @@ def description(name: str, config) -> dict:
   The kind of the model is named unless it is the first, which it is in checkpoints of older
   versions.
   """
-  kind = next((kind for kind, of in _kinds(name).items() if type(config) is of), None)
+  kind = config_checks.kind_name(_kinds(name), config)
   named = {} if kind in (None, _first_kind(name)) else {'kind': kind}
   return {'stage': name, **named, 'config': parti_config.as_dict(config)}
 
@@ -337,13 +335,15 @@ def check_same_model(path, saved: dict, wanted: dict):
 
   def plain(value: Any) -> Any:
     if isinstance(value, Mapping):
-      return {key: plain(part) for key, part in value.items() if key not in _FREE_SETTINGS}
+      return {
+        key: plain(part) for key, part in value.items() if key not in config_checks.FREE_SETTINGS
+      }
     return list(value) if isinstance(value, (tuple, list)) else value
 
   differing = [
     f'{key} is {saved_config.get(key)} there and {value} here'
     for key, value in wanted['config'].items()
-    if key not in _FREE_SETTINGS and plain(saved_config.get(key)) != plain(value)
+    if key not in config_checks.FREE_SETTINGS and plain(saved_config.get(key)) != plain(value)
   ]
   if differing:
     raise errors.UserError(

@@ -120,10 +120,7 @@ def run(args: argparse.Namespace) -> int:
       tqdm.tqdm(desc='converting', total=len(sources), unit='array', disable=None)
     )
     # Each is read when it is written, so that memory holds one at a time.
-    params = {
-      parameter: key_map.ConvertedArray(expected[parameter], source, given.arrays, bar.update)
-      for parameter, source in sources.items()
-    }
+    params = key_map.convert(sources, given.arrays, bar.update)
     tree = flax.traverse_util.unflatten_dict(params, sep='/')
     folder = model_folder.save_part(
       args.output_dir,

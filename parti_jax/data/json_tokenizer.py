@@ -40,9 +40,7 @@ class JsonTokenizer:
       raise UserError(f'{self.path} is not a tokenizer.json: {error}') from error
     self._tokenizer.no_truncation()
     self._tokenizer.no_padding()
-    special = self._with_special(self._tokenizer.encode('', add_special_tokens=False)).ids
-    # The id at the end of each text; None if texts have none.
-    self._last = special[-1] if special else None
+    self._special = self._with_special(self._tokenizer.encode('', add_special_tokens=False)).ids
     self.fingerprint = fingerprints.of_vocabulary(content)
 
   @property
@@ -71,13 +69,14 @@ class JsonTokenizer:
 
   def is_empty(self, ids: Sequence[int] | np.ndarray) -> bool:
     """Returns whether a result of `encode` has nothing between the special ids."""
-    return np.array_equal(ids, self.encode('', len(ids))[0])
+    count = len(self._special)
+    return list(ids[:count]) == self._special and not np.any(ids[count:])
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
     """Returns the text of ids, without special ids and padding."""
     ids = [int(i) for i in ids]
-    if self._last in ids:
-      ids = ids[: ids.index(self._last)]
+    if self._special and self._special[-1] in ids:
+      ids = ids[: ids.index(self._special[-1])]
     else:
       while ids and ids[-1] == 0:
         ids.pop()

@@ -78,7 +78,7 @@ def entry(kinds: Mapping[str, type], config, unnamed: str | None = None) -> dict
     config: the config.
     unnamed: the kind whose name is left out.
   """
-  name = next(name for name, kind in kinds.items() if type(config) is kind)
+  name = config_checks.kind_name(kinds, config)
   named = len(kinds) > 1 and name != unnamed
   values = parti_config.as_dict(config)
   if isinstance(config, parti_config.PartiConfig) and config.text_encoder is None:

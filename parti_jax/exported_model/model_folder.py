@@ -37,12 +37,11 @@ import numpy as np
 from jaxtyping import PyTree
 
 from parti_jax.core import checks
-from parti_jax.core import fingerprints
 from parti_jax.core import numerics
 from parti_jax.core import storage
 from parti_jax.core.errors import UserError
-from parti_jax.data import text_tokenizer
 from parti_jax.exported_model import file_names
+from parti_jax.exported_model import made_with as made_with_lib
 from parti_jax.exported_model import model_config
 from parti_jax.exported_model import parameter_files
 from parti_jax.exported_model import preprocessing as preprocessing_lib
@@ -120,12 +119,6 @@ _ALL_FILES = (
   *map(vocabulary_file, NETWORKS),
 )
 STORED_DTYPES = model_config.STORED_DTYPES
-
-_REMEDIES = {
-  'vocabulary': 'give the vocabulary that it was trained with',
-  'tokenizer': 'give the tokenizer that it was trained with, or tokenize the pictures with this '
-  'tokenizer and train on these tokens',
-}
 
 
 class Part(NamedTuple):
@@ -250,8 +243,10 @@ def save(
     'generator': Part(generator_config, generator_params),
     'tokenizer': Part(tokenizer_config, tokenizer_params),
   } | (parts or {})
-  known = _known(networks, made_with or {})
-  mismatches = _mismatches(known, vocabulary_path, _own_vocabularies(networks), sources or {})
+  known = made_with_lib.known(networks, made_with or {})
+  mismatches = made_with_lib.mismatches(
+    known, vocabulary_path, made_with_lib.own_vocabularies(networks), sources or {}
+  )
   if mismatches and not allow_mismatch:
     raise UserError(mismatches[0])
   entries: dict[str, Any] = {
@@ -287,7 +282,7 @@ def save_part(
   """
   folder = _checked(folder, overwrite, dtype, name)
   networks = {name: part}
-  known = _known(networks, {name: part.made_with})
+  known = made_with_lib.known(networks, {name: part.made_with})
   return _write(folder, networks, known, {'provenance': provenance}, dtype)
 
 
@@ -330,7 +325,9 @@ def _write(
     **entries,
   }
   vocabularies = {} if vocabulary_path is None else {VOCABULARY_FILE: vocabulary_path}
-  vocabularies |= {vocabulary_file(name): own for name, own in _own_vocabularies(networks).items()}
+  vocabularies |= {
+    vocabulary_file(name): own for name, own in made_with_lib.own_vocabularies(networks).items()
+  }
   with target_folder.filled(folder, _ALL_FILES) as temporary:
     for name, part in networks.items():
       path = temporary / parameter_file(name)
@@ -392,7 +389,7 @@ def load(folder) -> Model:
   made_with = {name: parameter_files.read_made_with(path) for name, path in paths.items()}
   vocabulary = folder / VOCABULARY_FILE
   allowed = model_config.mismatch_allowed(config, where)
-  for line in _mismatches(made_with, vocabulary, own_vocabularies):
+  for line in made_with_lib.mismatches(made_with, vocabulary, own_vocabularies):
     if not allowed:
       raise UserError(f'{folder}: {line}')
     print(f'parti-jax: warning: {folder}: {line}', file=sys.stderr)
@@ -448,7 +445,7 @@ def load_part(name: str, folder) -> Part:
   path = folder / vocabulary if inputs.own_tokenizer else None
   if path is not None:
     _check_complete(folder, [vocabulary])
-    for line in _other_vocabulary(f'the {name} {folder}', made_with, path):
+    for line in made_with_lib.other_vocabulary(f'the {name} {folder}', made_with, path):
       raise UserError(line)
   params = parameter_files.read(file, abstract(name, sizes))
   return Part(sizes, params, made_with, path, inputs.preprocessing, inputs.lower_case)
@@ -482,7 +479,7 @@ def load_ranker(folder) -> Part:
     return part
   _check_complete(folder, [VOCABULARY_FILE])
   shared = folder / VOCABULARY_FILE
-  for line in _other_vocabulary(f'the ranker {folder}', part.made_with, shared):
+  for line in made_with_lib.other_vocabulary(f'the ranker {folder}', part.made_with, shared):
     raise UserError(line)
   return part._replace(vocabulary_path=shared)
 
@@ -523,76 +520,6 @@ def abstract(name: str, config: Any) -> PyTree:
   rng = jax.eval_shape(lambda: jax.random.key(0))
   inputs = jax.eval_shape(lambda: network.example_inputs(config))
   return jax.eval_shape(network.module(config).init, rng, *inputs)['params']
-
-
-def _known(networks: Mapping[str, Part], made_with: Mapping) -> dict[str, dict[str, str]]:
-  """Returns the known fingerprints of each network, including that of its own tokenizer."""
-  known = {
-    name: {kind: value for kind, value in made_with.get(name, {}).items() if value}
-    for name in networks
-  }
-  for name, path in _own_vocabularies(networks).items():
-    known[name].setdefault('vocabulary', _vocabulary_fingerprint(path).value)
-  if 'tokenizer' in known and 'tokenizer' not in known['tokenizer']:
-    part = networks['tokenizer']
-    settings = image_tokenizers.token_settings(part.config)
-    params = nn.meta.unbox(part.params)
-    known['tokenizer'] = {'tokenizer': fingerprints.of_tokenizer(params, settings)}
-  return known
-
-
-def _mismatches(
-  made_with: Mapping[str, Mapping[str, str]],
-  vocabulary,
-  own_vocabularies: Mapping[str, Any],
-  sources: Mapping[str, str] = {},
-) -> list[str]:
-  """Returns a sentence for each network that was trained with another vocabulary or tokenizer.
-
-  Args:
-    made_with: {name of a network: {kind: fingerprint}}.
-    vocabulary: the model's SentencePiece file.
-    own_vocabularies: {name of a network: file of its own text tokenizer}; the model's vocabulary
-      doesn't matter to these.
-    sources: {name of a network: its origin}.
-  """
-
-  def full_name(network: str) -> str:
-    name = 'super-resolution network' if network == 'super_resolution' else network
-    return f'the {name} {sources.get(network, "")}'.strip()
-
-  given = fingerprints.named(full_name('tokenizer'), made_with['tokenizer'])
-  given['vocabulary'] = _vocabulary_fingerprint(vocabulary)
-  return [
-    line
-    for name, kept in made_with.items()
-    for line in (
-      _other_vocabulary(full_name(name), kept, own_vocabularies[name])
-      if name in own_vocabularies
-      else fingerprints.mismatches(fingerprints.named(full_name(name), kept), given, _REMEDIES)
-    )
-  ]
-
-
-def _other_vocabulary(name: str, made_with: Mapping[str, str], vocabulary) -> list[str]:
-  """Returns a sentence if a network was trained with another vocabulary than this file."""
-  given = {'vocabulary': _vocabulary_fingerprint(vocabulary)}
-  return fingerprints.mismatches(fingerprints.named(name, made_with), given, _REMEDIES)
-
-
-def _own_vocabularies(networks: Mapping[str, Part]) -> dict[str, Any]:
-  """Returns {name of a network: file of its own text tokenizer}."""
-  return {
-    name: part.vocabulary_path
-    for name, part in networks.items()
-    if part.vocabulary_path is not None
-  }
-
-
-def _vocabulary_fingerprint(path) -> fingerprints.Fingerprint:
-  """Returns the fingerprint of a vocabulary's file."""
-  content = text_tokenizer.read_file(path)
-  return fingerprints.Fingerprint(fingerprints.of_vocabulary(content), f'the vocabulary {path}')
 
 
 def _check_complete(folder: pathlib.Path, files: Iterable[str]):

@@ -76,7 +76,7 @@ class StoredArray:
     where = (*self._leading, *index)
     # A slice of an array without axes is an error.
     found = self._file.get_slice(self._name)[where] if where else self._file.get_tensor(self._name)
-    if not np.all(np.isfinite(found.astype(np.float32))):
+    if not np.all(np.isfinite(found)):
       raise UserError(
         f'the parameter {self._name} of a model has values that are not finite; export or download '
         'the model again'
@@ -142,7 +142,7 @@ def write(path: pathlib.Path, params: PyTree, dtype: str, made_with: Mapping[str
     for name, leaf in arrays.items():
       with np.errstate(over='ignore'):
         converted = np.asarray(leaf).astype(stored, order='C')
-      if not np.all(np.isfinite(converted.astype(np.float32))):
+      if not np.all(np.isfinite(converted)):
         raise UserError(
           f'{path.name}: the parameter {name} has values that are not finite as {dtype}; '
           'store the model as float32, or check whether its training diverged'

@@ -1,4 +1,4 @@
-"""What the readers of CLIP and SigLIP share: the names and configs of transformers."""
+"""What the readers of networks of torch's Transformers share: arrays, and transformers' configs."""
 
 from __future__ import annotations
 

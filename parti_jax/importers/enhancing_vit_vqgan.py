@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from collections.abc import Mapping
 
 import numpy as np
 
 from parti_jax.core.errors import UserError
+from parti_jax.importers import clip_names
 from parti_jax.importers import key_map as key_map_lib
 from parti_jax.models import enhancing_vit_vqgan
 
-Arrays = Mapping[str, key_map_lib.StoredArray]
-
 FORMAT = 'enhancing-transformers'
 _ANCHOR = 'encoder.to_patch_embedding.0.weight'
+# Beginning of the names of one layer's arrays, {} for the layer.
+_LAYER = 'transformer.layers.{}.'
 # All published networks have this dimension of attention heads.
 _HEAD_DIM = 64
 
 
-def config_of(arrays: Arrays) -> enhancing_vit_vqgan.EnhancingViTVQGANConfig:
+def config_of(arrays: clip_names.Arrays) -> enhancing_vit_vqgan.EnhancingViTVQGANConfig:
   """Infers the sizes of a network from its arrays.
 
   Args:
@@ -30,17 +29,8 @@ def config_of(arrays: Arrays) -> enhancing_vit_vqgan.EnhancingViTVQGANConfig:
     UserError: if the file is of another network, or lacks arrays that determine the sizes.
   """
   prefix = _prefix(arrays)
-
-  def shape(name: str, axes: int) -> tuple[int, ...]:
-    found = arrays.get(prefix + name)
-    if found is None or len(found.shape) != axes:
-      problem = 'is missing' if found is None else f'has the shape {list(found.shape)}'
-      raise UserError(
-        f'{prefix}{name} {problem}; these are not the weights of a {FORMAT} ViT-VQGAN'
-      )
-    return tuple(found.shape)
-
-  width, _, patch_size, _ = shape('encoder.to_patch_embedding.0.weight', 4)
+  shape = lambda name, axes: clip_names.shape(arrays, prefix + name, axes)
+  width, _, patch_size, _ = shape(_ANCHOR, 4)
   tokens = shape('encoder.en_pos_embedding', 3)[1]
   side = round(tokens**0.5)
   joined = shape('encoder.transformer.layers.0.0.fn.to_qkv.weight', 2)[0] // 3
@@ -49,14 +39,11 @@ def config_of(arrays: Arrays) -> enhancing_vit_vqgan.EnhancingViTVQGANConfig:
       f'a network of {tokens} tokens, width {width} and {joined} features in all attention heads '
       f'is not read: images must be squares, and heads of {_HEAD_DIM} features must divide the width'
     )
-  pattern = re.compile(
-    re.escape(prefix) + r'encoder\.transformer\.layers\.(\d{1,4})\.0\.norm\.weight'
-  )
   codebook_size, code_dim = shape('quantizer.embedding.weight', 2)
   return enhancing_vit_vqgan.EnhancingViTVQGANConfig(
     image_size=side * patch_size,
     patch_size=patch_size,
-    layers=1 + max(int(found[1]) for found in map(pattern.fullmatch, arrays) if found),
+    layers=clip_names.count_layers(arrays, prefix + 'encoder.' + _LAYER + '0.norm.weight'),
     width=width,
     mlp_width=shape('encoder.transformer.layers.0.1.fn.net.0.weight', 2)[0],
     heads=width // _HEAD_DIM,
@@ -67,7 +54,7 @@ def config_of(arrays: Arrays) -> enhancing_vit_vqgan.EnhancingViTVQGANConfig:
 
 
 def key_map(
-  config: enhancing_vit_vqgan.EnhancingViTVQGANConfig, arrays: Arrays
+  config: enhancing_vit_vqgan.EnhancingViTVQGANConfig, arrays: clip_names.Arrays
 ) -> key_map_lib.KeyMap:
   """Returns the arrays that make up the parameters of the network.
 
@@ -83,10 +70,7 @@ def key_map(
   one = lambda name, change=key_map_lib.unchanged: key_map_lib.one(prefix + name, change)
   found = {
     'quantizer/codebook/table': one('quantizer.embedding.weight'),
-    'encoder/project_patches/kernel': one(
-      'encoder.to_patch_embedding.0.weight',
-      lambda array: array.transpose(2, 3, 1, 0).reshape(-1, config.width),
-    ),
+    'encoder/project_patches/kernel': one(_ANCHOR, clip_names.patches),
     'encoder/project_patches/bias': one('encoder.to_patch_embedding.0.bias'),
     'decoder/project_patches/kernel': one(
       f'decoder.to_pixel.{_output(arrays, prefix)}.weight',
@@ -106,7 +90,7 @@ def key_map(
   return found
 
 
-def ignored(arrays: Arrays) -> tuple[str, ...]:
+def ignored(arrays: clip_names.Arrays) -> tuple[str, ...]:
   """Returns regular expressions of names in a file that the network does not need."""
   start = re.escape(_prefix(arrays))
   return (*((f'(?!{start}).*',) if start else ()), rf'{start}loss\..*')
@@ -114,7 +98,7 @@ def ignored(arrays: Arrays) -> tuple[str, ...]:
 
 def _stack(
   config: enhancing_vit_vqgan.EnhancingViTVQGANConfig,
-  arrays: Arrays,
+  arrays: clip_names.Arrays,
   prefix: str,
   side: str,
   positions: str,
@@ -127,58 +111,38 @@ def _stack(
     f'{side}/stack/position_embedding/table': key_map_lib.one(
       start + positions, lambda array: array[0]
     ),
-    f'{side}/stack/norm/scale': key_map_lib.one(f'{start}{norm}.weight'),
-    f'{side}/stack/norm/bias': key_map_lib.one(f'{start}{norm}.bias'),
+    **clip_names.norm(f'{side}/stack/norm', f'{start}{norm}'),
   }
-  features = config.heads, config.width // config.heads
-
-  def third(place: int) -> Callable[[np.ndarray], np.ndarray]:
-    part = slice(place * config.width, (place + 1) * config.width)
-    return lambda array: array[part].T.reshape(config.width, *features)
-
-  names: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
-    'attention_norm/scale': ('0.norm.weight', key_map_lib.unchanged),
-    'attention_norm/bias': ('0.norm.bias', key_map_lib.unchanged),
-    'attention/query/kernel': ('0.fn.to_qkv.weight', third(0)),
-    'attention/key/kernel': ('0.fn.to_qkv.weight', third(1)),
-    'attention/value/kernel': ('0.fn.to_qkv.weight', third(2)),
-    'attention/out/kernel': (
-      '0.fn.to_out.weight',
-      lambda array: array.T.reshape(*features, config.width),
-    ),
-    'attention/out/bias': ('0.fn.to_out.bias', key_map_lib.unchanged),
-    'mlp_norm/scale': ('1.norm.weight', key_map_lib.unchanged),
-    'mlp_norm/bias': ('1.norm.bias', key_map_lib.unchanged),
-    'mlp/project_in/kernel': ('1.fn.net.0.weight', key_map_lib.linear),
-    'mlp/project_in/bias': ('1.fn.net.0.bias', key_map_lib.unchanged),
-    'mlp/project_out/kernel': ('1.fn.net.2.weight', key_map_lib.linear),
-    'mlp/project_out/bias': ('1.fn.net.2.bias', key_map_lib.unchanged),
-  }
+  norms = clip_names.norm('attention_norm', '0.norm') | clip_names.norm('mlp_norm', '1.norm')
+  changes = {path: (source.names[0], source.change) for path, source in norms.items()}
+  to_heads = clip_names.to_heads(config.heads)
+  for part, path in enumerate(('query', 'key', 'value')):
+    changes[f'attention/{path}/kernel'] = '0.fn.to_qkv.weight', clip_names.fused(part, to_heads)
+  changes['attention/out/kernel'] = '0.fn.to_out.weight', clip_names.from_heads(config.heads)
+  changes['attention/out/bias'] = '0.fn.to_out.bias', key_map_lib.unchanged
+  for path, place in (('project_in', 0), ('project_out', 2)):
+    changes[f'mlp/{path}/kernel'] = f'1.fn.net.{place}.weight', key_map_lib.linear
+    changes[f'mlp/{path}/bias'] = f'1.fn.net.{place}.bias', key_map_lib.unchanged
   return found | {
     f'{side}/stack/transformer/layers/{path}': key_map_lib.layers(
-      f'{start}transformer.layers.{{}}.{name}', config.layers, change
+      f'{start}{_LAYER}{name}', config.layers, change
     )
-    for path, (name, change) in names.items()
+    for path, (name, change) in changes.items()
   }
 
 
-def _output(arrays: Arrays, prefix: str) -> str:
+def _output(arrays: clip_names.Arrays, prefix: str) -> str:
   """Returns the name of the last layer, which earlier versions of the code did not name."""
   return 'conv_out' if f'{prefix}decoder.to_pixel.conv_out.weight' in arrays else '1'
 
 
-def _prefix(arrays: Arrays) -> str:
+def _prefix(arrays: clip_names.Arrays) -> str:
   """Returns the prefix of the network's names in a file.
 
   Raises:
     UserError: if the file is of another network, or has several.
   """
-  prefixes = key_map_lib.prefixes(arrays, _ANCHOR)
-  if len(prefixes) != 1:
-    raise UserError(
-      f'the weights are not of the format {FORMAT}: there is no {_ANCHOR}'
-      if not prefixes
-      else f'the weights are there {len(prefixes)} times, under '
-      f'{", ".join(map(repr, sorted(prefixes)))}; save the one to read alone'
-    )
-  return prefixes[0]
+  found = clip_names.prefix(arrays, _ANCHOR)
+  if found is None:
+    raise UserError(f'the weights are not of the format {FORMAT}: there is no {_ANCHOR}')
+  return found

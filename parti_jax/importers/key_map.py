@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from collections.abc import Iterable
-from collections.abc import Iterator
 from collections.abc import Mapping
 from typing import Any
 from typing import NamedTuple
@@ -162,7 +161,7 @@ def _other_shapes(key_map: KeyMap, stored, expected) -> list[str]:
         continue
       shape = tuple(stored[name].shape)
       try:
-        changed = source.change(np.broadcast_to(np.float32(0), shape)).shape
+        changed = _changed(source, shape)
       except ValueError:  # It does not have the axes that would be permuted.
         changed = None
       if changed != (wanted[1:] if source.stacked else wanted):
@@ -170,60 +169,61 @@ def _other_shapes(key_map: KeyMap, stored, expected) -> list[str]:
   return found
 
 
-def convert(key_map: KeyMap, stored: Mapping[str, StoredArray]) -> Iterator[tuple[str, np.ndarray]]:
-  """Reads our parameters one after another.
+def _changed(source: Source, shape: tuple[int, ...]) -> tuple[int, ...]:
+  """Returns the shape of a foreign array after `Source.change`, which sees no memory."""
+  return source.change(np.broadcast_to(np.float32(0), shape)).shape
+
+
+def convert(
+  key_map: KeyMap,
+  stored: Mapping[str, StoredArray],
+  progress: Callable[[], object] = lambda: None,
+) -> dict[str, ConvertedArray]:
+  """Returns our parameters, which are read one after another when they are used.
 
   Args:
     key_map: {path of our parameter: its source}, which `check` has accepted.
     stored: {name: array in the file}.
-
-  Yields:
-    The path of each parameter, and the parameter as a float32 array.
+    progress: is called when a parameter has been read.
   """
-  for path, source in key_map.items():
-    yield path, _read(source, stored)
+  return {path: ConvertedArray(source, stored, progress) for path, source in key_map.items()}
 
 
 class ConvertedArray:
-  """One of our parameters, which is read and converted when it is used.
-
-  Attributes:
-    shape: its shape.
-  """
+  """One of our parameters, which is read and converted when it is used."""
 
   def __init__(
     self,
-    shape: tuple[int, ...],
     source: Source,
     stored: Mapping[str, StoredArray],
-    progress: Callable[[], object] = lambda: None,
+    progress: Callable[[], object],
   ):
     """Refers to a parameter.
 
     Args:
-      shape: its shape.
       source: which arrays make it.
       stored: {name: array in the file}.
       progress: is called when it has been read.
     """
-    self.shape = shape
     self._source, self._stored, self._progress = source, stored, progress
 
+  @property
+  def shape(self) -> tuple[int, ...]:
+    names = self._source.names
+    shape = _changed(self._source, self._stored[names[0]].shape)
+    return (len(names), *shape) if self._source.stacked else shape
+
   def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    """Reads the parameter as float32, with at most one more array of the file in memory."""
     del copy  # It is always one.
-    found = _read(self._source, self._stored)
+    source, stored = self._source, self._stored
+    first, *others = source.names
+    found = np.asarray(source.change(np.asarray(stored[first].read())), np.float32, order='C')
+    if source.stacked:
+      stack = np.empty((len(source.names), *found.shape), np.float32)
+      stack[0] = found
+      for place, name in enumerate(others, 1):
+        stack[place] = source.change(np.asarray(stored[name].read()))
+      found = stack
     self._progress()
     return found if dtype is None else found.astype(dtype)
-
-
-def _read(source: Source, stored: Mapping[str, StoredArray]) -> np.ndarray:
-  """Reads one of our parameters, float32, with at most one more array of the file in memory."""
-  first, *others = source.names
-  array = np.asarray(source.change(np.asarray(stored[first].read())), np.float32, order='C')
-  if not source.stacked:
-    return array
-  stack = np.empty((len(source.names), *array.shape), np.float32)
-  stack[0] = array
-  for place, name in enumerate(others, 1):
-    stack[place] = source.change(np.asarray(stored[name].read()))
-  return stack

@@ -8,6 +8,7 @@ means.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 from typing import TypeVar
 
@@ -18,6 +19,9 @@ from parti_jax.core import errors
 from parti_jax.core import gin_config
 from parti_jax.models.nn import layer_stack
 
+# Settings of a network that may change while it keeps its parameters, since these keep their shapes
+# and their meaning.
+FREE_SETTINGS = ('dropout', 'dtype', 'remat', 'unroll', 'commitment', 'entropy_weight')
 DTYPES = ('float32', 'bfloat16', 'float16')
 
 # Upper limits; the 20B model has 64 layers and a width of 4096. Larger values are typing errors or
@@ -77,6 +81,11 @@ def check(config: Any) -> None:
       raise errors.UserError(
         f'{_key(config, name)}={checks.shown(value)} is not one of {", ".join(known)}'
       )
+
+
+def kind_name(kinds: Mapping[str, type], config: Any) -> str | None:
+  """Returns the name of the class of a config in {name: class}; None if it is not among them."""
+  return next((name for name, kind in kinds.items() if type(config) is kind), None)
 
 
 def bounds(kind: type) -> dict[str, tuple[float, float | None]]:

@@ -26,7 +26,7 @@ _EPSILON = 1e-5
 
 @config_checks.configurable
 @dataclasses.dataclass(frozen=True)
-class EnhancingViTVQGANConfig:
+class EnhancingViTVQGANConfig(vit_vqgan.OfPatches):
   """Sizes of the tokenizer; the defaults are those of the published small one.
 
   Attributes:
@@ -64,19 +64,6 @@ class EnhancingViTVQGANConfig:
     config_checks.check_divides(self, 'patch_size', 'image_size')
     config_checks.check_divides(self, 'heads', 'width')
     config_checks.check_image_length(self, 'image_size')
-
-  @property
-  def grid(self) -> tuple[int, int]:
-    side = self.image_size // self.patch_size
-    return side, side
-
-  @property
-  def image_length(self) -> int:
-    return self.grid[0] * self.grid[1]
-
-  @property
-  def compute_dtype(self) -> jnp.dtype:
-    return jnp.dtype(self.dtype)
 
 
 class _Stack(nn.Module):

@@ -22,6 +22,7 @@ from jaxtyping import Float
 from jaxtyping import Int
 
 from parti_jax.core import errors
+from parti_jax.models import config_checks
 from parti_jax.models import enhancing_vit_vqgan
 from parti_jax.models import flops
 from parti_jax.models import vit_vqgan
@@ -88,8 +89,8 @@ class Tokenizer(Protocol):
   """The methods of an image tokenizer's linen module, for `nn.Module.apply`.
 
   Its parameters are {'encoder', 'quantizer', 'decoder'}, of which some may be missing. `tokenize`
-  only needs the first two. Their parameters identify the tokenizer (`fingerprints.of_tokenizer`),
-  so everything that determines tokens has to be among them.
+  only needs the first two. Their parameters and `token_settings` identify the tokenizer
+  (`fingerprints.of_tokenizer`), so everything that determines tokens has to be among them.
   """
 
   def tokenize(self, images: Float[Array, 'batch height width 3']) -> Int[Array, 'batch tokens']:
@@ -162,8 +163,6 @@ _kinds: dict[str, Kind] = {
     enhancing_vit_vqgan.example_inputs,
   ),
 }
-# Fields of configs that change no token.
-_FREE = ('dtype', 'remat', 'unroll', 'commitment', 'entropy_weight')
 _configs: dict[str, type] = {name: kind.config for name, kind in _kinds.items()}
 
 # By their names in config.json and in checkpoints. Files that name no kind are of the first one.
@@ -253,9 +252,11 @@ def token_settings(config: Config) -> dict[str, Any]:
   Networks with the same parameters may differ in them, such as in the range of pixels. ViT-VQGAN has
   none.
   """
-  name, kind = next((name, kind) for name, kind in _kinds.items() if type(config) is kind.config)
+  kind = of(config)
   if kind.config is vit_vqgan.ViTVQGANConfig:
     return {}
-  free = {*_FREE, *(kind.training.decoder_fields if kind.training else ())}
+  name = config_checks.kind_name(CONFIGS, config)
+  decoder_fields = kind.training.decoder_fields if kind.training else ()
+  free = {*config_checks.FREE_SETTINGS, *decoder_fields}
   fields = dataclasses.asdict(config)
   return {'kind': name} | {field: value for field, value in fields.items() if field not in free}

@@ -50,7 +50,9 @@ def upgrade_config(sizes: dict[str, Any]) -> dict[str, Any]:
 
 def text_encoder_kind(config: TextEncoderConfig) -> str:
   """Returns the name, in TEXT_ENCODERS, of the kind of a text encoder."""
-  return next(name for name, kind in TEXT_ENCODERS.items() if type(config) is kind)
+  name = config_checks.kind_name(TEXT_ENCODERS, config)
+  assert name is not None
+  return name
 
 
 def text_encoder_config(values: Mapping[str, Any]) -> TextEncoderConfig:

@@ -21,6 +21,7 @@ from jaxtyping import Int
 
 from parti_jax.models import clip
 from parti_jax.models import coca
+from parti_jax.models import config_checks
 from parti_jax.models import siglip
 
 
@@ -99,7 +100,9 @@ KINDS: Mapping[str, Kind] = {
 
 def kind(config: Config) -> str:
   """Returns the name in KINDS of a config's kind."""
-  return next(name for name, found in KINDS.items() if type(config) is found.config)
+  name = config_checks.kind_name({name: found.config for name, found in KINDS.items()}, config)
+  assert name is not None
+  return name
 
 
 def module(config: Config) -> nn.Module:

@@ -20,9 +20,30 @@ from parti_jax.models.nn import transformer
 LOGIT_LAPLACE_EPSILON = 0.1
 
 
+class OfPatches:
+  """What the sizes of a network of square images and patches imply; a base of configs."""
+
+  image_size: int
+  patch_size: int
+  dtype: str
+
+  @property
+  def grid(self) -> tuple[int, int]:
+    side = self.image_size // self.patch_size
+    return side, side
+
+  @property
+  def image_length(self) -> int:
+    return self.grid[0] * self.grid[1]
+
+  @property
+  def compute_dtype(self) -> jnp.dtype:
+    return jnp.dtype(self.dtype)
+
+
 @config_checks.configurable
 @dataclasses.dataclass(frozen=True)
-class ViTVQGANConfig:
+class ViTVQGANConfig(OfPatches):
   """Sizes of an image tokenizer.
 
   Attributes:
@@ -73,19 +94,6 @@ class ViTVQGANConfig:
     config_checks.check_image_length(self, 'image_size')
     for side in ('encoder', 'decoder'):
       config_checks.check_divides(self, f'{side}_heads', f'{side}_width')
-
-  @property
-  def grid(self) -> tuple[int, int]:
-    side = self.image_size // self.patch_size
-    return side, side
-
-  @property
-  def image_length(self) -> int:
-    return self.grid[0] * self.grid[1]
-
-  @property
-  def compute_dtype(self) -> jnp.dtype:
-    return jnp.dtype(self.dtype)
 
   @property
   def predicts_scale(self) -> bool:

@@ -17,7 +17,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 from jaxtyping import Float
@@ -32,6 +31,7 @@ from parti_jax.core.errors import UserError
 from parti_jax.data import text_tokenizer
 from parti_jax.exported_model import model_folder
 from parti_jax.exported_model import preprocessing as preprocessing_lib
+from parti_jax.models import pixels as pixels_lib
 from parti_jax.models import rankers
 from parti_jax.sampling import images as images_lib
 from parti_jax.sampling import placement
@@ -297,7 +297,7 @@ def _features_of_bytes(
 ) -> Float32[Array, 'batch feature_dim']:
   """Embeds pictures that are stretched to the ranker's size."""
   size = module.config.image_size
-  pixels = images.astype(jnp.float32) / 255.0
+  pixels = pixels_lib.from_bytes(images)
   if pixels.shape[1:3] != (size, size):
     pixels = jax.image.resize(pixels, (len(pixels), size, size, 3), 'linear')
   return _image_features(params, pixels, module)

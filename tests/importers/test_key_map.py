@@ -62,7 +62,9 @@ def test_parameters_are_made_of_the_arrays_that_the_map_names():
   stored = _stored()
   key_map.check(MAP, stored, EXPECTED, 'a file')
   assert not any(array.reads for array in stored.values())
-  ours = dict(key_map.convert(MAP, stored))
+  ours = key_map.convert(MAP, stored)
+  assert {path: array.shape for path, array in ours.items()} == EXPECTED
+  ours = {path: np.asarray(array) for path, array in ours.items()}
   assert {path: array.shape for path, array in ours.items()} == EXPECTED
   assert all(array.dtype == np.float32 and array.flags.c_contiguous for array in ours.values())
   assert all(array.reads == 1 for array in stored.values())

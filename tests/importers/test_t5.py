@@ -205,7 +205,7 @@ def test_each_format_gives_the_same_parameters(tmp_path, write, activation):
   write(tmp_path / 'model', config, params)
   arrays = files.open_weights([str(tmp_path / 'model')]).arrays
   assert t5.config_of(arrays) == config
-  found = dict(key_map.convert(_check(arrays, config), arrays))
+  found = jax.tree.map(np.asarray, key_map.convert(_check(arrays, config), arrays))
   assert set(found) == set(params)
   for name, array in params.items():
     np.testing.assert_array_equal(found[name], array, err_msg=name)

@@ -282,7 +282,8 @@ def test_maskgits_tokenizer_gives_the_same_tokens_and_pixels(tmp_path, container
   arrays = files.open_weights([str(file)]).arrays
   config = importer.config_of(arrays, 'maskgit', image_size=16)
   _check(arrays, 'maskgit', config)
-  flat = dict(key_map.convert(importer.key_map(config, arrays, 'maskgit'), arrays))
+  sources = importer.key_map(config, arrays, 'maskgit')
+  flat = jax.tree.map(np.asarray, key_map.convert(sources, arrays))
   params = {'params': flax.traverse_util.unflatten_dict(flat, sep='/')}
   apply = jax.jit(vqgan.VQGAN(config).apply, static_argnames=('method', 'grid'))
   out = apply(params, images)

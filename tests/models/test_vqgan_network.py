@@ -7,22 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_configs
 
 from parti_jax.core.errors import UserError
 from parti_jax.models import vit_vqgan
 from parti_jax.models import vqgan
 
-TINY = vqgan.VQGANConfig(
-  image_size=8,
-  channels=8,
-  multipliers=(1, 2),
-  res_blocks=1,
-  decoder_res_blocks=1,
-  z_channels=6,
-  code_dim=4,
-  codebook_size=16,
-  norm_groups=4,
-  dtype='float32',
+TINY = dataclasses.replace(
+  tiny_configs.VQGAN, middle_blocks=2, attention=True, output='logit_laplace'
 )
 MASKGIT = {
   'z_channels': None,

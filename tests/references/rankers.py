@@ -17,7 +17,8 @@ def read(reader, module, example_inputs, config, paths, ignored):
   expected = flax.traverse_util.flatten_dict(nn.meta.unbox(variables['params']), sep='/')
   shapes = {path: leaf.shape for path, leaf in expected.items()}
   key_map.check(found, weights.arrays, shapes, 'the file', ignored)
-  return flax.traverse_util.unflatten_dict(dict(key_map.convert(found, weights.arrays)), sep='/')
+  params = jax.tree.map(np.asarray, key_map.convert(found, weights.arrays))
+  return flax.traverse_util.unflatten_dict(params, sep='/')
 
 
 def apply(module, params, *inputs, method=None):

@@ -72,7 +72,7 @@ def test_encoder(tmp_path, kind, whole, settings):
   sources = t5.key_map(config, weights.arrays)
   expected = {name: array.shape for name, array in expected.items()}
   key_map.check(sources, weights.arrays, expected, 'the model', t5.IGNORED)
-  params = dict(key_map.convert(sources, weights.arrays))
+  params = jax.tree.map(np.asarray, key_map.convert(sources, weights.arrays))
   params = flax.traverse_util.unflatten_dict(params, sep='/')
   for length in (1, 37, 150):
     texts = np.random.default_rng(length).integers(1, 41, (4, length)).astype(np.int32)

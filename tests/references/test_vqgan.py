@@ -85,7 +85,8 @@ def _imported(path, file_format):
   key_map.check(
     sources, arrays, importer.expected(config), str(path), importer.ignored(arrays, file_format)
   )
-  params = flax.traverse_util.unflatten_dict(dict(key_map.convert(sources, arrays)), sep='/')
+  params = jax.tree.map(np.asarray, key_map.convert(sources, arrays))
+  params = flax.traverse_util.unflatten_dict(params, sep='/')
   return vqgan.VQGAN(config), {'params': params}
 
 

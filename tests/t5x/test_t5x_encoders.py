@@ -58,7 +58,8 @@ def test_the_encoder_is_that_of_t5x(tmp_path, own_format, activations):
   arrays = files.open_weights([str(tmp_path / 'checkpoint_0')]).arrays
   config = dataclasses.replace(t5.config_of(arrays), dtype='float32')
   sources = t5.key_map(config, arrays)
-  params = flax.traverse_util.unflatten_dict(dict(key_map.convert(sources, arrays)), sep='/')
+  params = jax.tree.map(np.asarray, key_map.convert(sources, arrays))
+  params = flax.traverse_util.unflatten_dict(params, sep='/')
   found = t5_encoder.T5Encoder(config).apply({'params': params}, texts)
   expected = model.apply(
     {'params': variables['params']}, texts, enable_dropout=False, method='encode'

@@ -14,6 +14,7 @@ from parti_jax.core import errors
 from parti_jax.core import storage
 from parti_jax.exported_model import model_folder
 from parti_jax.models import clip
+from parti_jax.models import config_checks
 from parti_jax.models import parti_config
 from parti_jax.models import t5_encoder
 from parti_jax.training import inputs as inputs_lib
@@ -123,9 +124,9 @@ def _check_same(
       f'{where} is a {type(theirs).__name__}, but the text encoder of PartiConfig is {shown}; '
       'include gin_configs/models/imported_text_encoder.gin'
     )
-  free = ['dropout', 'dtype', 'remat', 'unroll']
+  free = set(config_checks.FREE_SETTINGS)
   if type(theirs) is t5_encoder.T5EncoderConfig:
-    free.append('text_length')  # Relative positions take texts of any length.
+    free.add('text_length')  # Relative positions take texts of any length.
   _refuse_differing(
     where,
     {
