@@ -167,7 +167,6 @@ def _step(gin_files, objective, trainer, batch):
   """The trainer's step, ready to be lowered."""
   from parti_jax.models.nn import layers
   from parti_jax.planning import request as request_lib
-  from parti_jax.planning.hlo import kernels
 
   config, state = objective.model, trainer.train_state
   batch_size = batch['encoder_input_tokens'].shape[0]
@@ -185,7 +184,6 @@ def _step(gin_files, objective, trainer, batch):
     objective.step_flops(batch_size),
     layers.count_parameters(state.params),
     settings,
-    kernel_flops=kernels.splash_flops(config.patterns),
   )
 
 

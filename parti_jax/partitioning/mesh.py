@@ -145,3 +145,10 @@ def platform() -> str:
   mesh = current()
   device = None if mesh is None else mesh.abstract_mesh.abstract_device
   return jax.default_backend() if device is None else device.platform
+
+
+def device_kind() -> str:
+  """Returns the kind of device that programs are traced for, such as 'TPU v4'."""
+  mesh = current()
+  device = None if mesh is None else mesh.abstract_mesh.abstract_device
+  return jax.devices()[0].device_kind if device is None else device.device_kind

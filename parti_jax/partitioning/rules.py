@@ -87,6 +87,12 @@ def spec(*names: str | None) -> PartitionSpec:
   return axes
 
 
+def ways(name: str) -> int:
+  """Returns the number of parts into which the current mesh and rules split a logical axis."""
+  mesh = mesh_lib.current()
+  return 1 if mesh is None else _ways(mesh, spec(name)[0])
+
+
 def free_axes() -> set[str]:
   """Returns the mesh axes that aren't manual in an enclosing `jax.shard_map`."""
   mesh = jax.sharding.get_abstract_mesh()

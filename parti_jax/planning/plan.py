@@ -21,7 +21,6 @@ from parti_jax.planning import roofline
 from parti_jax.planning import topology as topology_lib
 from parti_jax.planning.hlo import hlo_cost
 from parti_jax.planning.hlo import hlo_text
-from parti_jax.planning.hlo import kernels
 
 # Version of a plan's JSON; increment it with each change that affects readers.
 SCHEMA = 1
@@ -126,7 +125,6 @@ class _Plan:
     costs = hlo_cost.costs(
       hlo_text.parse(text),
       step.mesh.size,
-      step.kernel_flops,
       roofline.slice_groups(step.mesh) if self._topology.slices > 1 else None,
     )
     sums = roofline.summarize(costs.collectives, step.mesh, chip)
@@ -144,9 +142,7 @@ class _Plan:
       'bytes': {'hbm': costs.hbm_bytes, 'host': costs.host_bytes},
       'collectives': [dataclasses.asdict(entry) for entry in sums],
       'kernels': costs.kernels,
-      'notes': sorted(costs.notes)
-      + ([kernels.SOURCE] if costs.kernel_flops else [])
-      + list(step.notes),
+      'notes': sorted(costs.notes) + list(step.notes),
     }
     if costs.host_bytes:
       plan['notes'].append("the time of transfers to and from the hosts' memory is not counted")

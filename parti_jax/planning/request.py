@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from parti_jax.planning.hlo import hlo_cost
-
 
 @dataclasses.dataclass(frozen=True)
 class Request:
@@ -43,7 +41,6 @@ class Step:
     ideal_bytes: minimum bytes that a step must move on each device; None if unknown.
     resident_bytes: bytes of other data in each device's memory during the step.
     notes: additional notes for the plan.
-    kernel_flops: argument for `hlo_cost.costs`.
   """
 
   lower: Any
@@ -55,4 +52,3 @@ class Step:
   ideal_bytes: dict[str, float] | None = None
   resident_bytes: float = 0.0
   notes: tuple[str, ...] = ()
-  kernel_flops: hlo_cost.KernelFlops | None = None

@@ -23,7 +23,6 @@ from parti_jax.models.nn import layers
 from parti_jax.models.nn import transformer
 from parti_jax.partitioning import rules as rules_lib
 from parti_jax.planning import request as request_lib
-from parti_jax.planning.hlo import kernels
 from parti_jax.sampling import decoding
 from parti_jax.sampling import parameters
 from parti_jax.training import config as config_lib
@@ -61,9 +60,6 @@ def training_step(request: request_lib.Request, mesh) -> request_lib.Step:
     layers.count_parameters(trainer.abstract.params),
     settings,
     notes=_notes(objective),
-    kernel_flops=kernels.splash_flops(objective.model.patterns)
-    if isinstance(objective.model, parti_config.PartiConfig)
-    else None,
   )
 
 

@@ -2,8 +2,8 @@
 
 `attend` computes scores for all pairs of positions. The other forms give the same result without
 computing everything that the pattern masks: `attend_blockwise` processes one block of queries at a
-time, `attend_rows` and `attend_columns` cut the grid into rows and columns, and `attend_fused` is a
-TPU kernel that never stores the scores. `attend_in_pattern` chooses among them.
+time, and `attend_rows` and `attend_columns` cut the grid into rows and columns. `attend_in_pattern`
+chooses among them. On TPUs the layers use the kernel in `attention_kernel.py` instead.
 """
 
 from __future__ import annotations
@@ -21,22 +21,13 @@ from jaxtyping import Bool
 from jaxtyping import Float
 from jaxtyping import Int
 
+from parti_jax.models.nn import attention_kernel
 from parti_jax.models.nn import attention_patterns
 from parti_jax.models.nn import layers
-from parti_jax.partitioning import mesh as mesh_lib
-from parti_jax.partitioning import rules as rules_lib
 
-# Checkpoint name, for remat policies, of the result of self-attention.
-ATTENTION_OUTPUT = 'attention_output'
-# Prefix of the scope of a fused kernel; the name of its pattern follows.
-KERNEL_SCOPE = 'attention_pattern_'
 # Sequences of at least this length are attended to in blocks of queries.
 _BLOCKWISE_FROM = 512
 _BLOCK = {'global': 256, 'conv': 128}
-# Side of the fused kernel's blocks. Smaller blocks skip more of what the pattern masks, but take
-# more steps. The minimum is the number of lanes of a TPU.
-_FUSED_BLOCK = {'global': 512, 'conv': 256, 'row': 128, 'column': 128}
-_LANES = 128
 
 # Keys and values of one layer's cache, with heads before positions. Each head's matrix is then
 # contiguous in memory, and a sampling step reads the cache without transposing a copy of it.
@@ -155,79 +146,6 @@ def attend_columns(
   return out.reshape(query.shape)
 
 
-def attend_fused(
-  query: Float[Array, 'batch length heads head_dim'],
-  key: Float[Array, 'batch length heads head_dim'],
-  value: Float[Array, 'batch length heads head_dim'],
-  pattern: attention_patterns.AttentionPattern,
-  interpret: bool = False,
-) -> Float[Array, 'batch length heads head_dim']:
-  """`attend` with the pattern's mask as one TPU kernel: splash attention, forward and backward.
-
-  The kernel works on positions in the pattern's `order` and skips blocks that the pattern masks
-  completely. On a mesh, each device computes its own examples and heads.
-
-  Args:
-    query: queries; the length is that of the pattern, and a multiple of 128.
-    key: keys.
-    value: values.
-    pattern: which positions attend to which.
-    interpret: whether to run the kernel in Pallas' interpreter, on any platform.
-  """
-  # Imported here because it takes a second, which other platforms need not spend.
-  from jax.experimental.pallas.ops.tpu import splash_attention as splash
-
-  side = min(_FUSED_BLOCK[pattern.name], pattern.length)
-  side = side if pattern.length % side == 0 else _LANES
-  sizes = splash.BlockSizes(
-    block_q=side,
-    block_kv=side,
-    block_kv_compute=side,
-    block_q_dkv=side,
-    block_kv_dkv=side,
-    block_kv_dkv_compute=side,
-    use_fused_bwd_kernel=True,
-  )
-
-  def by_columns(
-    part: Float[Array, 'batch heads length head_dim'], back: bool = False
-  ) -> Float[Array, 'batch heads length head_dim']:
-    """From raster order to the pattern's `order`, or back; for 'column' it transposes the grid."""
-    if pattern.name != 'column':
-      return part
-    grid = pattern.grid[::-1] if back else pattern.grid
-    cut = part.reshape(part.shape[:2] + grid + part.shape[3:])
-    return cut.swapaxes(2, 3).reshape(part.shape)
-
-  def attend_local(
-    query: Float[Array, 'batch heads length head_dim'],
-    key: Float[Array, 'batch heads length head_dim'],
-    value: Float[Array, 'batch heads length head_dim'],
-  ) -> Float[Array, 'batch heads length head_dim']:
-    """Attention on one device."""
-    mask = splash.MultiHeadMask([splash.NumpyMask(pattern.ordered_mask)] * query.shape[1])
-    kernel = splash.make_splash_mha_single_device(
-      mask, block_sizes=sizes, residual_checkpoint_name=ATTENTION_OUTPUT, interpret=interpret
-    )
-    # The scope tells `planning` which pattern a kernel computes.
-    with jax.named_scope(KERNEL_SCOPE + pattern.name):
-      return by_columns(jax.vmap(kernel)(*map(by_columns, (query, key, value))), back=True)
-
-  if mesh_lib.current() is not None:
-    spec = rules_lib.spec('activation_batch', 'activation_heads', None, None)
-    attend_local = jax.shard_map(
-      attend_local,
-      in_specs=(spec, spec, spec),
-      out_specs=spec,
-      check_vma=False,
-      axis_names=rules_lib.free_axes(),
-    )
-  query, key, value = (
-    part.swapaxes(1, 2) for part in (query * query.shape[-1] ** -0.5, key, value)
-  )
-  return attend_local(query, key, value).swapaxes(1, 2)
-
-
 def attend_in_pattern(
   query: Float[Array, 'batch length heads head_dim'],
   key: Float[Array, 'batch length heads head_dim'],
@@ -235,8 +153,6 @@ def attend_in_pattern(
   pattern: attention_patterns.AttentionPattern,
 ) -> Float[Array, 'batch length heads head_dim']:
   """Self-attention in the form that suits the pattern, the platform and the length."""
-  if mesh_lib.platform() == 'tpu' and pattern.length % _LANES == 0:
-    return attend_fused(query, key, value, pattern)
   if pattern.name == 'row':
     return attend_rows(query, key, value, pattern)
   if pattern.name == 'column':
@@ -270,9 +186,7 @@ def attend_in_schedule(
   else:
     forms = [functools.partial(attend_in_pattern, pattern=pattern) for pattern in patterns]
     out = jax.lax.switch(index, forms, query, key, value)
-  if mesh_lib.platform() == 'tpu' and patterns[0].length % _LANES == 0:
-    return out  # The kernel has already named its result and its residuals.
-  return checkpoint_name(out, ATTENTION_OUTPUT)
+  return checkpoint_name(out, attention_kernel.ATTENTION_OUTPUT)
 
 
 def attend_cached(
@@ -419,6 +333,25 @@ class _SelfProjections(nn.Module):
     projected = nn.with_logical_constraint(projected, names)
     return projected[:, :, 0], projected[:, :, 1], projected[:, :, 2]
 
+  def _fits(
+    self, x: Float[Array, 'batch length embed'], pattern: attention_patterns.AttentionPattern | None
+  ) -> bool:
+    """Returns whether the TPU kernel can attend within x."""
+    length = x.shape[1]
+    return attention_kernel.fits(length, length, self.heads, self.width // self.heads, pattern)
+
+  def _project_packed(
+    self, x: Float[Array, 'batch length embed']
+  ) -> Float[Array, '3 batch length width']:
+    """Returns queries, keys and values with heads side by side."""
+    names = (None, 'activation_batch', 'activation_length', 'activation_heads')
+    return nn.with_logical_constraint(self.project_in(x, (x.shape[-1],)), names)
+
+  def _project_out_packed(
+    self, x: Float[Array, 'batch length width']
+  ) -> Float[Array, 'batch length embed']:
+    return self.project_out(x, (self.heads, self.width // self.heads))
+
 
 class SelfAttention(_SelfProjections):
   """Self-attention of a whole sequence with a given mask."""
@@ -429,6 +362,10 @@ class SelfAttention(_SelfProjections):
     mask: Bool[Array, '#batch 1 #length length'] | None = None,
   ) -> Float[Array, 'batch length embed']:
     """Attends from each position to those where `mask` is True."""
+    if self._fits(x, None) and (mask is None or mask.shape[2] == 1):
+      head_dim = self.width // self.heads
+      attended = attention_kernel.self_attention(self._project_packed(x), head_dim, None, mask)
+      return self._project_out_packed(attended)
     query, key, value = self.project(x)
     return self.project_out(attend(query, key, value, mask))
 
@@ -453,8 +390,25 @@ class PatternedSelfAttention(_SelfProjections):
       patterns: the patterns to choose from.
       index: which pattern to use, as in `attend_in_schedule`.
     """
+    if all(self._fits(x, pattern) for pattern in patterns):
+      return self._project_out_packed(self._attend_packed(self._project_packed(x), patterns, index))
     query, key, value = self.project(x)
     return self.project_out(attend_in_schedule(query, key, value, patterns, index))
+
+  def _attend_packed(
+    self,
+    projected: Float[Array, '3 batch length width'],
+    patterns: Sequence[attention_patterns.AttentionPattern],
+    index: int | Int[Array, ''],
+  ) -> Float[Array, 'batch length width']:
+    head_dim = self.width // self.heads
+    forms = [
+      functools.partial(attention_kernel.self_attention, head_dim=head_dim, pattern=pattern)
+      for pattern in patterns
+    ]
+    if isinstance(index, int):
+      return forms[index](projected)
+    return jax.lax.switch(index, forms, projected)
 
   def decode(
     self,
@@ -556,8 +510,28 @@ class CrossAttention(nn.Module):
       other: the other sequence, or its keys and values with heads before positions.
       mask: True where x may attend; required with keys and values.
     """
+    head_dim = self.width // self.heads
+    if not isinstance(other, tuple) and attention_kernel.fits(
+      x.shape[1], other.shape[1], self.heads, head_dim
+    ):
+      return self._call_packed(x, other, mask)
     query = self.project_query(x)
     if isinstance(other, tuple):
       assert mask is not None
       return self.project_out(attend_cached(query, *other, mask))
     return self.project_out(attend(query, *self.keys_values(other), mask))
+
+  def _call_packed(
+    self,
+    x: Float[Array, 'batch query_length embed'],
+    other: Float[Array, 'batch length features'],
+    mask: Bool[Array, '#batch 1 1 length'] | None,
+  ) -> Float[Array, 'batch query_length embed']:
+    names = ('activation_batch', 'activation_length', 'activation_heads')
+    query = nn.with_logical_constraint(self.project_query(x, (x.shape[-1],)), names)
+    keys_values = nn.with_logical_constraint(
+      self.project_memory(other, (other.shape[-1],)), (None, *names)
+    )
+    head_dim = self.width // self.heads
+    attended = attention_kernel.cross_attention(query, keys_values, head_dim, mask)
+    return self.project_out(attended, (self.heads, head_dim))

@@ -22,7 +22,7 @@ from jaxtyping import PyTree
 from jaxtyping import Shaped
 
 from parti_jax.core import errors
-from parti_jax.models.nn import attention
+from parti_jax.models.nn import attention_kernel
 from parti_jax.models.nn import layers
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.partitioning import pipeline_parallelism
@@ -34,7 +34,7 @@ REMAT_POLICIES = {
   ),
   'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
   'block_inputs_and_attention': jax.checkpoint_policies.save_only_these_names(
-    attention.ATTENTION_OUTPUT
+    attention_kernel.ATTENTION_OUTPUT
   ),
   'block_inputs': jax.checkpoint_policies.nothing_saveable,
   'nothing': jax.checkpoint_policies.nothing_saveable,

@@ -64,8 +64,19 @@ class Projection(nn.Module):
   scale: float = 1.0
 
   @nn.compact
-  def __call__(self, x: Float[Array, '*rows_and_contracted']) -> Float[Array, '*rows_and_features']:
-    contracted = x.shape[-self.contracted :]
+  def __call__(
+    self, x: Float[Array, '*rows_and_contracted'], contracted: tuple[int, ...] | None = None
+  ) -> Float[Array, '*rows_and_features']:
+    """Projects x.
+
+    Args:
+      x: the input.
+      contracted: sizes of the contracted axes, if x has them as a single last axis. Then heads lie
+        side by side in x and in the result: features (heads, head_dim) are one last axis too, and
+        those before them become leading axes.
+    """
+    packed = contracted is not None
+    contracted = contracted or x.shape[-self.contracted :]
     stddev = math.sqrt(self.scale / math.prod(contracted))
     kernel = parameter(
       self,
@@ -74,6 +85,8 @@ class Projection(nn.Module):
       self.axes,
       contracted + self.features,
     )
+    if packed:
+      return self._packed(x.astype(self.dtype), kernel.astype(self.dtype))
     # Rows become one axis, so that the gradient of the kernel is a plain matrix product. With
     # several axes, XLA on a CPU first makes a transposed copy, which can cost as much again.
     rows = x.shape[: -self.contracted]
@@ -81,6 +94,16 @@ class Projection(nn.Module):
     dimensions = tuple(range(1, x.ndim)), tuple(range(self.contracted))
     product = jax.lax.dot_general(x, kernel.astype(self.dtype), (dimensions, ((), ())))
     return product.reshape(rows + self.features)
+
+  def _packed(
+    self, x: Float[Array, '*rows contracted'], kernel: Float[Array, '*contracted_and_features']
+  ) -> Float[Array, '*parts_and_rows width']:
+    if self.contracted > 1:
+      return x @ kernel.reshape(-1, *self.features)
+    parts = self.features[:-2]
+    kernel = kernel.reshape(-1, *parts, math.prod(self.features[-2:]))
+    product = jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+    return jnp.moveaxis(product, -2, 0) if parts else product
 
 
 class DropoutKeys(flax.struct.PyTreeNode):

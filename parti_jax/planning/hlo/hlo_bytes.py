@@ -83,7 +83,12 @@ class Traffic:
       return 0.0
     if opcode == 'custom-call' and _target(instruction) in _FREE_CALLS:
       return 0.0
-    operands = [computation[name].shape for name in instruction.operands]
+    names = instruction.operands
+    if opcode == 'custom-call':
+      names = tuple(
+        dict.fromkeys(names)
+      )  # A kernel may get parts of one array as several operands.
+    operands = [computation[name].shape for name in names]
     if opcode == 'fusion':
       return self._of_fusion(instruction, operands)
     if opcode in ('send', 'recv'):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
 
 import numpy as np
 
@@ -17,9 +16,6 @@ from parti_jax.planning.hlo import hlo_flops
 from parti_jax.planning.hlo import hlo_loops
 from parti_jax.planning.hlo import hlo_text
 from parti_jax.planning.hlo import replica_groups
-
-# Takes a Pallas kernel's instruction and its operands' shapes; returns FLOPs per execution or None.
-KernelFlops = Callable[[hlo_text.Instruction, list[hlo_text.Shape]], float | None]
 
 # Type of transfer between slices -> the collective that it counts as.
 _BETWEEN_SLICES = {
@@ -106,7 +102,6 @@ class Costs:
 def costs(
   module: hlo_text.Module,
   device_count: int,
-  kernel_flops: KernelFlops | None = None,
   slice_groups: np.ndarray | None = None,
 ) -> Costs:
   """Returns the costs of a program.
@@ -114,11 +109,10 @@ def costs(
   Args:
     module: the result of `hlo_text.parse`.
     device_count: number of devices in the program's mesh.
-    kernel_flops: returns FLOPs of Pallas kernels that have no cost estimate.
     slice_groups: int [groups, slices], mesh indices of corresponding devices in all slices. The
       program itself only names the slices that it sends to.
   """
-  return _Walk(module, device_count, kernel_flops, slice_groups).costs(module.entry, {})
+  return _Walk(module, device_count, slice_groups).costs(module.entry, {})
 
 
 class _Walk:
@@ -128,10 +122,9 @@ class _Walk:
     self,
     module: hlo_text.Module,
     device_count: int,
-    kernel_flops: KernelFlops | None,
     slice_groups: np.ndarray | None,
   ):
-    self._module, self._device_count, self._kernel_flops = module, device_count, kernel_flops
+    self._module, self._device_count = module, device_count
     self._slice_groups = slice_groups
     self._main = hlo_bytes.Traffic(module)
     self._host = hlo_bytes.Traffic(module, hlo_text.HOST_MEMORY)
@@ -200,7 +193,7 @@ class _Walk:
       if found:
         total.collectives.append(found)
     elif opcode == 'custom-call':
-      self._add_kernel(total, instruction, computation)
+      self._add_kernel(total, instruction)
     elif opcode == 'send':
       self._add_sent_between_slices(total, instruction)
     else:
@@ -243,7 +236,7 @@ class _Walk:
           if collective:
             collectives.append((collective, chain))
         elif instruction.opcode == 'custom-call':
-          self._add_kernel(total, instruction, fused)
+          self._add_kernel(total, instruction)
         else:
           total.product_flops += hlo_flops.product_flops(instruction, fused)
       self._fused[fused.name] = total, collectives
@@ -264,9 +257,7 @@ class _Walk:
     whole = operands * (rows.shape[1] if kind == 'all-gather' else 1)
     return Collective(kind, whole, rows, 1, instruction.op_name)
 
-  def _add_kernel(
-    self, total: Costs, instruction: hlo_text.Instruction, computation: hlo_text.Computation
-  ) -> None:
+  def _add_kernel(self, total: Costs, instruction: hlo_text.Instruction) -> None:
     if instruction.attribute(r'custom_call_target="([^"]*)"') not in _KERNEL_TARGETS:
       return
     # The kernel's name precedes `pallas_call`.
@@ -274,9 +265,6 @@ class _Walk:
     total.kernels[name] = total.kernels.get(name, 0) + 1
     stated = instruction.attribute(r'"cost_estimate":\{"flops":"?(\d+)')
     estimate = None if stated is None else float(stated)
-    if estimate is None and self._kernel_flops:
-      operands = [computation[operand].shape for operand in instruction.operands]
-      estimate = self._kernel_flops(instruction, operands)
     if estimate is None:
       total.notes.add(f'the kernel {name} has no FLOPs estimate; not counted')
     total.kernel_flops += estimate or 0.0

@@ -9,10 +9,8 @@ import pytest
 
 from parti_jax.models.nn import attention
 from parti_jax.models.nn import attention_patterns
-from parti_jax.partitioning import mesh as mesh_lib
-from parti_jax.partitioning import rules
 
-# Grids of 256 positions, for the kernel's sake, and not square.
+# Grids of 256 positions, which are not all square.
 PATTERNS = {
   f'{name}_{grid[0]}x{grid[1]}': attention_patterns.AttentionPattern(name, grid, 5)
   for name, grid in (('global', (16, 16)), ('conv', (8, 32)), ('row', (8, 32)), ('column', (32, 8)))
@@ -50,31 +48,16 @@ def _expected(name):
   'form, names',
   [
     (functools.partial(attention.attend_blockwise, block=96), ['global_16x16', 'conv_8x32']),
-    pytest.param(
-      functools.partial(attention.attend_fused, interpret=True),
-      PATTERNS,
-      marks=pytest.mark.interpret,
-    ),
     (attention.attend_rows, ['row_8x32']),
     (attention.attend_columns, ['column_32x8']),
   ],
-  ids=['blockwise', 'fused', 'rows', 'columns'],
+  ids=['blockwise', 'rows', 'columns'],
 )
 def test_all_forms_agree(form, names):
   for name in names:
     found = _with_gradients(functools.partial(form, pattern=PATTERNS[name]), *_inputs())
     for a, b in zip(_expected(name), found):
       np.testing.assert_allclose(b, a, atol=2e-5 * np.abs(a).max(), err_msg=name)
-
-
-@pytest.mark.interpret
-@pytest.mark.parametrize('name', ['conv_8x32', 'column_32x8'])
-def test_the_fused_form_agrees_on_a_mesh(name):
-  fused = functools.partial(attention.attend_fused, pattern=PATTERNS[name], interpret=True)
-  with rules.partitioned(mesh_lib.make_mesh(data=2, tensor=4), rules.logical_axis_rules()):
-    found = jax.jit(fused)(*_inputs())
-  np.testing.assert_allclose(found, _expected(name)[0], atol=2e-5)
-  assert len({str(shard.index) for shard in found.addressable_shards}) == 8
 
 
 def test_a_pattern_may_be_chosen_by_an_array():

@@ -5,10 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from parti_jax.models.nn import attention_patterns
 from parti_jax.planning.hlo import hlo_cost
 from parti_jax.planning.hlo import hlo_text
-from parti_jax.planning.hlo import kernels
 from parti_jax.planning.hlo import replica_groups
 
 MESH = {'data': 2, 'fsdp': 4, 'tensor': 2}
@@ -265,45 +263,33 @@ def test_a_loop_with_an_unknown_trip_count_is_noted():
   assert costs.notes == {'the trip count of the loop a/while is unknown; counted once'}
 
 
-def _kernel(name, results, sides=True):
-  metadata = (
-    '\n"xprof_metadata":"{\\"block_q\\": 256, \\"block_kv_compute\\": 256, '
-    '\\"block_q_dkv\\": 128, \\"block_kv_dkv_compute\\": 256}"\n'
-    if sides
-    else ''
-  )
-  query = 'bf16[2,4,512,64]'
+def _kernel(config):
+  """A kernel with two results that gets the same array as two operands, and another one."""
+  part, whole = 'bf16[2,4,512,64]', 'bf16[3,2,4,512,64]'
   return program(
-    *(f'%p{i} = {query} parameter({i})' for i in range(3)),
-    f'ROOT %k = ({", ".join([query] * results)}) custom-call(%p0, %p1, %p2), '
-    'custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={'
-    + metadata
-    + f'}}}}, metadata={{op_name="a/{name}/pallas_call"}}',
+    f'%p0 = {whole} parameter(0)',
+    f'%p1 = {part} parameter(1)',
+    f'ROOT %k = ({part}, {part}) custom-call(%p0, %p0, %p1), '
+    'custom_call_target="tpu_custom_call", metadata={op_name="a/attention_forward/pallas_call"}'
+    + config,
   )
 
 
-@pytest.mark.parametrize(
-  'name, results, products, blocks',
-  [
-    ('splash_mha_fwd_residuals', 1, 2, 3 * 256 * 256),
-    ('splash_mha_dkv_no_residuals', 3, 5, 6 * 128 * 256),
-    ('splash_mha_dkv_no_residuals', 2, 4, 6 * 128 * 256),
-  ],
-)
-def test_flops_of_the_attention_kernel(name, results, products, blocks):
-  # A causal pattern leaves 3 of 2 × 2 blocks; with rows of half the height, 6 of 4 × 2.
-  patterns = [attention_patterns.AttentionPattern(name, (16, 32)) for name in ('column', 'global')]
-  kernel = _kernel(f'attention_pattern_global/{name}', results)
-  costs = hlo_cost.costs(kernel, 1, kernels.splash_flops(patterns))
-  assert costs.kernel_flops == products * 2 * 2 * 4 * blocks * 64
-  assert costs.kernels == {name: 1} and not costs.notes
+def test_a_kernel_states_its_flops():
+  config = ', backend_config={"custom_call_config":{"cost_estimate":{"flops":"768"}}}'
+  costs = hlo_cost.costs(_kernel(config), 1)
+  assert costs.kernel_flops == 768 and costs.flops == 768
+  assert costs.kernels == {'attention_forward': 1} and not costs.notes
 
 
-def test_an_unknown_kernel_is_noted():
-  patterns = [attention_patterns.AttentionPattern('global', (16, 32))]
-  costs = hlo_cost.costs(_kernel('other', 1), 1, kernels.splash_flops(patterns))
+def test_a_kernel_that_does_not_state_its_flops_is_noted():
+  costs = hlo_cost.costs(_kernel(''), 1)
   assert costs.kernel_flops == 0
-  assert costs.notes == {'the kernel other has no FLOPs estimate; not counted'}
+  assert costs.notes == {'the kernel attention_forward has no FLOPs estimate; not counted'}
+
+
+def test_an_array_that_a_kernel_gets_twice_is_read_once():
+  assert hlo_cost.costs(_kernel(''), 1).hbm_bytes == (3 + 1 + 2) * 2 * 4 * 512 * 64 * 2
 
 
 def test_on_chip_and_host_memory_do_not_count_as_main_memory():

@@ -1,0 +1,471 @@
+"""Attention as a TPU kernel on heads that lie side by side in the last axis.
+
+Queries, keys and values stay in the layout in which the projections compute them, [batch, length,
+width], where width is heads · head_dim. Arrays [batch, heads, length, head_dim] would need a
+transpose of each before and after the kernel, and with a head_dim of 64 the TPU's memory pads them
+to 128 lanes, which doubles their size. A tile of 128 lanes holds one or more heads here; products
+with one of them use the tile with the other heads' lanes set to 0.
+
+A step of the kernel computes a block of queries with all keys that the block attends to at once. The
+scores stay on the chip. The backward pass computes them again, so nothing is stored for it but the
+kernel's inputs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array
+from jaxtyping import Bool
+from jaxtyping import Float
+from jaxtyping import Int8
+
+from parti_jax.models.nn import attention_patterns
+from parti_jax.partitioning import mesh as mesh_lib
+from parti_jax.partitioning import rules as rules_lib
+
+# Checkpoint name, for remat policies, of the result of self-attention.
+ATTENTION_OUTPUT = 'attention_output'
+_LANES = 128
+# Queries in a block of the kernel, and the lanes that it reads of them.
+_BLOCK_ROWS = (256, 128)
+_BLOCK_LANES = (256, 128)
+# On-chip memory that a step of the kernel may use by our estimate, and the limit that the compiler
+# gets, in bytes. A v4 has 16 MiB; later chips have 64 MiB or more.
+_MEMORY_V4, _LIMIT_V4 = 14 * 2**20, 16 * 2**20
+_MEMORY, _LIMIT = 40 * 2**20, 56 * 2**20
+_LOWEST = float(np.finfo(np.float32).min)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Form:
+  """What is fixed when the kernel is compiled.
+
+  Attributes:
+    head_dim: size of a head.
+    pattern: which queries attend to which keys, in the pattern's `order`; None for all keys, or for
+      those of a key mask.
+    interpret: whether to run in Pallas' interpreter.
+  """
+
+  head_dim: int
+  pattern: attention_patterns.AttentionPattern | None = None
+  interpret: bool = False
+
+  @property
+  def lanes(self) -> int:
+    """Lanes of a tile, which holds whole heads."""
+    return max(_LANES, self.head_dim)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Blocks:
+  """How the work is divided.
+
+  Attributes:
+    rows: queries in a block.
+    lanes: lanes of queries, keys and values in a block.
+    windows: for each block, the keys that it computes with: the first, and how many.
+  """
+
+  rows: int
+  lanes: int
+  windows: tuple[tuple[int, int], ...]
+
+  @property
+  def widest(self) -> int:
+    return max(width for _, width in self.windows)
+
+  def of_width(self) -> dict[int, list[int]]:
+    """Returns the blocks of each width."""
+    found: dict[int, list[int]] = {}
+    for block, (_, width) in enumerate(self.windows):
+      found.setdefault(width, []).append(block)
+    return found
+
+
+@functools.cache
+def _windows(
+  length: int, key_length: int, rows: int, pattern: attention_patterns.AttentionPattern | None
+) -> tuple[tuple[int, int], ...]:
+  if pattern is None:
+    return ((0, key_length),) * (length // rows)
+  windows = []
+  for start in range(0, length, rows):
+    seen = np.flatnonzero(pattern.ordered_mask[start : start + rows].any(axis=0))
+    first = int(seen[0]) // _LANES * _LANES
+    windows.append((first, start + rows - first))  # Causal: the last key is the last query.
+  return tuple(windows)
+
+
+@functools.cache
+def _blocks(
+  length: int,
+  key_length: int,
+  width: int,
+  tile: int,
+  pattern: attention_patterns.AttentionPattern | None,
+  memory: int,
+) -> _Blocks | None:
+  """Returns the largest blocks that fit into the on-chip memory; None if none do.
+
+  Args:
+    length: number of queries.
+    key_length: number of keys.
+    width: heads of a device · head_dim.
+    tile: lanes of a tile.
+    pattern: the pattern of self-attention; None for attention to all keys.
+    memory: on-chip memory that may be used, in bytes.
+  """
+  # Small blocks of queries skip more of what a pattern masks; large ones keep the matrix unit busy.
+  sides = _BLOCK_ROWS if pattern is None else _BLOCK_ROWS[::-1]
+  for rows, lanes in itertools.product(sides, _BLOCK_LANES):
+    if length % rows or width % lanes or lanes % tile:
+      continue
+    blocks = _Blocks(rows, lanes, _windows(length, key_length, rows, pattern))
+    # Of inputs and outputs there are two, for this step and for the next one.
+    table = 0 if pattern is None else 2 * length * blocks.widest
+    queries = length if pattern is not None else rows
+    moved = 2 * 2 * lanes * (2 * rows + 4 * key_length + queries)
+    sums = 2 * 4 * lanes * key_length
+    scores = 6 * 4 * rows * blocks.widest
+    if table + moved + sums + scores <= memory:
+      return blocks
+  return None
+
+
+@functools.cache
+def _mask_table(
+  blocks: _Blocks, pattern: attention_patterns.AttentionPattern
+) -> Int8[np.ndarray, 'blocks rows widest']:
+  """Returns 1 where a query attends to a key of its block's window; windows end at the right."""
+  table = np.zeros((len(blocks.windows), blocks.rows, blocks.widest), np.int8)
+  for block, (first, width) in enumerate(blocks.windows):
+    rows = pattern.ordered_mask[block * blocks.rows : (block + 1) * blocks.rows]
+    table[block, :, blocks.widest - width :] = rows[:, first : first + width]
+  return table
+
+
+def _memory() -> tuple[int, int]:
+  """Returns the on-chip memory that a step may use, and the compiler's limit, in bytes."""
+  return (_MEMORY_V4, _LIMIT_V4) if mesh_lib.device_kind() == 'TPU v4' else (_MEMORY, _LIMIT)
+
+
+def fits(
+  length: int,
+  key_length: int,
+  heads: int,
+  head_dim: int,
+  pattern: attention_patterns.AttentionPattern | None = None,
+) -> bool:
+  """Returns whether the kernel can compute attention of these sizes on the current mesh.
+
+  Args:
+    length: number of queries.
+    key_length: number of keys.
+    heads: number of heads, over all devices.
+    head_dim: size of a head.
+    pattern: the pattern of self-attention; None for attention to all keys.
+  """
+  if mesh_lib.platform() != 'tpu':
+    return False
+  tile = max(_LANES, head_dim)
+  if length % _LANES or key_length % _LANES or tile % head_dim or tile % _LANES:
+    return False
+  width = heads // rules_lib.ways('activation_heads') * head_dim
+  return _blocks(length, key_length, width, tile, pattern, _memory()[0]) is not None
+
+
+def self_attention(
+  projected: Float[Array, '3 batch length width'],
+  head_dim: int,
+  pattern: attention_patterns.AttentionPattern | None = None,
+  key_mask: Bool[Array, '#batch 1 1 length'] | None = None,
+  interpret: bool = False,
+) -> Float[Array, 'batch length width']:
+  """Self-attention, with a causal pattern or a mask of the keys.
+
+  Args:
+    projected: queries, keys and values.
+    head_dim: size of a head.
+    pattern: which positions attend to which; None if all attend to all that the mask leaves.
+    key_mask: True where a position may be attended to; only without a pattern.
+    interpret: whether to run in Pallas' interpreter, on any platform.
+
+  Returns:
+    The attended values, with the checkpoint name ATTENTION_OUTPUT.
+  """
+  form = _Form(head_dim, pattern, interpret)
+  out = _on_mesh(form, (_by_columns(projected, pattern),), key_mask)
+  return checkpoint_name(_by_columns(out, pattern, back=True), ATTENTION_OUTPUT)
+
+
+def cross_attention(
+  query: Float[Array, 'batch query_length width'],
+  keys_values: Float[Array, '2 batch length width'],
+  head_dim: int,
+  key_mask: Bool[Array, '#batch 1 1 length'] | None = None,
+  interpret: bool = False,
+) -> Float[Array, 'batch query_length width']:
+  """Attention of one sequence over another one.
+
+  Args:
+    query: queries.
+    keys_values: keys and values of the other sequence.
+    head_dim: size of a head.
+    key_mask: True where a position of the other sequence may be attended to.
+    interpret: whether to run in Pallas' interpreter, on any platform.
+  """
+  return _on_mesh(_Form(head_dim, interpret=interpret), (query[None], keys_values), key_mask)
+
+
+def _by_columns(
+  part: Float[Array, '*parts batch length width'],
+  pattern: attention_patterns.AttentionPattern | None,
+  back: bool = False,
+) -> Float[Array, '*parts batch length width']:
+  """From raster order to the pattern's `order`, or back; for 'column' it transposes the grid."""
+  if pattern is None or pattern.name != 'column':
+    return part
+  grid = pattern.grid[::-1] if back else pattern.grid
+  cut = part.reshape(part.shape[:-2] + grid + part.shape[-1:])
+  return cut.swapaxes(-3, -2).reshape(part.shape)
+
+
+def _on_mesh(form, parts, key_mask) -> Float[Array, 'batch length width']:
+  """Calls the kernel; on a mesh, each device computes its own examples and heads."""
+  if key_mask is not None:
+    shape = (parts[0].shape[1], 1, key_mask.shape[-1])
+    key_mask = jnp.broadcast_to(key_mask[:, 0], shape).astype(jnp.int32)
+  local = functools.partial(_attend, form)
+  if mesh_lib.current() is not None:
+    part = rules_lib.spec(None, 'activation_batch', None, 'activation_heads')
+    local = jax.shard_map(
+      local,
+      in_specs=((part,) * len(parts), rules_lib.spec('activation_batch', None, None)),
+      out_specs=rules_lib.spec('activation_batch', None, 'activation_heads'),
+      check_vma=False,
+      axis_names=rules_lib.free_axes(),
+    )
+  return local(parts, key_mask)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(form: _Form, parts, key_mask):
+  """Attention on one device.
+
+  Args:
+    form: what is fixed.
+    parts: (queries, keys and values [3, ...],) or (queries [1, ...], keys and values [2, ...]).
+    key_mask: int32, 1 where a key may be attended to; None for all.
+  """
+  return _call(form, parts, key_mask)
+
+
+def _attend_forward(form, parts, key_mask):
+  return _call(form, parts, key_mask), (parts, key_mask)
+
+
+def _attend_backward(form, residuals, gradient):
+  return _call(form, *residuals, gradient), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _call(form: _Form, parts, key_mask, gradient=None):
+  """Runs the forward kernel, or with a gradient of its result the backward kernel."""
+  # Imported here because it takes time, which other platforms need not spend.
+  from jax.experimental import pallas as pl
+  from jax.experimental.pallas import tpu as pltpu
+
+  batch, length, width = parts[0].shape[1:]
+  key_length = parts[-1].shape[2]
+  dtype = parts[0].dtype
+  memory, limit = _memory()
+  blocks = _blocks(length, key_length, width, form.lanes, form.pattern, memory)
+  assert blocks is not None, 'fits() is False'
+  lanes = blocks.lanes
+  backward, whole = gradient is not None, len(parts) == 1
+  first_key = 1 if whole else 0
+  rows_of = lambda part: pl.BlockSpec(
+    (None, None, blocks.rows, lanes), lambda example, group, block: (part, example, block, group)
+  )
+  keys_of = lambda part: pl.BlockSpec(
+    (None, None, key_length, lanes), lambda example, group, block: (part, example, 0, group)
+  )
+  inputs: list[Any] = [parts[0], parts[-1], parts[-1]]
+  specs = [rows_of(0), keys_of(first_key), keys_of(first_key + 1)]
+  if form.pattern is not None:
+    table = jnp.asarray(_mask_table(blocks, form.pattern))
+    inputs.append(table)
+    specs.append(pl.BlockSpec(table.shape, lambda example, group, block: (0, 0, 0)))
+  elif key_mask is not None:
+    inputs.append(key_mask)
+    specs.append(pl.BlockSpec((None, 1, key_length), lambda example, group, block: (example, 0, 0)))
+  scratch = []
+  if not backward:
+    results: Any = jax.ShapeDtypeStruct((1, batch, length, width), dtype)
+    result_specs: Any = rows_of(0)
+  else:
+    inputs.append(gradient[None])
+    specs.append(rows_of(0))
+    results = [jax.ShapeDtypeStruct(part.shape, dtype) for part in parts]
+    every = lambda count, size: pl.BlockSpec(
+      (count, None, size, lanes), lambda example, group, block: (0, example, 0, group)
+    )
+    result_specs = [every(3, length)] if whole else [rows_of(0), every(2, key_length)]
+    scratch = [pltpu.VMEM((key_length, lanes), jnp.float32)] * 2
+  kernel = _backward_kernel if backward else _forward_kernel
+  masked = form.pattern is not None or key_mask is not None
+  scores = batch * width // form.head_dim * blocks.rows * sum(size for _, size in blocks.windows)
+  found = pl.pallas_call(
+    functools.partial(kernel, form, blocks, masked),
+    grid=(batch, width // lanes, length // blocks.rows),
+    in_specs=specs,
+    out_specs=result_specs,
+    out_shape=results,
+    scratch_shapes=scratch,
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=('parallel', 'parallel', 'arbitrary'), vmem_limit_bytes=limit
+    ),
+    cost_estimate=pl.CostEstimate(
+      flops=2 * scores * form.lanes * (5 if backward else 2),
+      transcendentals=scores,
+      bytes_accessed=sum(
+        array.size * array.dtype.itemsize for array in jax.tree.leaves((inputs, results))
+      ),
+    ),
+    name='attention_backward' if backward else 'attention_forward',
+    interpret=form.interpret,
+  )(*inputs)
+  return tuple(found) if backward else found[0]
+
+
+def _forward_kernel(form, blocks, masked, query_ref, key_ref, value_ref, *refs):
+  """Computes a block of queries; the refs are a mask, if there is one, and the result."""
+  out_ref = refs[-1]
+
+  def attend(at, keys, mask):
+    query, key, value = query_ref[:, at], key_ref[keys, at], value_ref[keys, at]
+    out = jnp.zeros(query.shape, jnp.float32)
+    for own in _own_lanes(form):
+      weights, total = _weights(_scaled(form, query, own), key, mask)
+      out += _dot(weights.astype(value.dtype), value, (1, 0)) * (own / total)
+    out_ref[:, at] = out.astype(out_ref.dtype)
+
+  _for_each_tile(form, blocks, refs[0] if masked else None, query_ref.shape[1], attend)
+
+
+def _backward_kernel(form, blocks, masked, query_ref, key_ref, value_ref, *refs):
+  """Computes gradients; the refs are a mask, the result's gradient, the gradients, and two sums."""
+  from jax.experimental import pallas as pl
+
+  gradient_ref, *result_refs, key_sum, value_sum = refs[1:] if masked else refs
+  whole = len(result_refs) == 1
+  block, last = pl.program_id(2), len(blocks.windows) - 1
+
+  @pl.when(block == 0)
+  def clear():
+    key_sum[...] = jnp.zeros(key_sum.shape, key_sum.dtype)
+    value_sum[...] = jnp.zeros(value_sum.shape, value_sum.dtype)
+
+  def differentiate(at, keys, mask):
+    query, key, value = query_ref[:, at], key_ref[keys, at], value_ref[keys, at]
+    gradient = gradient_ref[:, at].astype(jnp.float32)
+    of_query = jnp.zeros(query.shape, jnp.float32)
+    of_key, of_value = jnp.zeros((2, *key.shape), jnp.float32)
+    for own in _own_lanes(form):
+      scaled = _scaled(form, query, own)
+      exponentials, total = _weights(scaled, key, mask)
+      weights = exponentials / total
+      of_head = (gradient * own).astype(query.dtype)
+      of_weights = _dot(of_head, value, (1, 1))
+      of_scores = weights * (of_weights - jnp.sum(weights * of_weights, axis=1, keepdims=True))
+      if form.pattern is None and mask is not None:
+        # Without any key to attend to, weights are equal whatever the scores are.
+        of_scores = jnp.where(mask, of_scores, 0.0)
+      of_scores = of_scores.astype(query.dtype)
+      of_query += _dot(of_scores, key, (1, 0)) * (own * form.head_dim**-0.5)
+      of_key += _dot(of_scores, scaled, (0, 0))
+      of_value += _dot(weights.astype(query.dtype), of_head, (0, 0))
+    key_sum[keys, at] += of_key
+    value_sum[keys, at] += of_value
+    if whole:
+      rows = pl.ds(pl.multiple_of(block * blocks.rows, blocks.rows), blocks.rows)
+      result_refs[0][0, rows, at] = of_query.astype(query.dtype)
+    else:
+      result_refs[0][:, at] = of_query.astype(query.dtype)
+
+  _for_each_tile(form, blocks, refs[0] if masked else None, query_ref.shape[1], differentiate)
+
+  @pl.when(block == last)
+  def finish():
+    results, first = result_refs[-1], 1 if whole else 0
+    results[first] = key_sum[...].astype(results.dtype)
+    results[first + 1] = value_sum[...].astype(results.dtype)
+
+
+def _for_each_tile(form, blocks, mask_ref, lanes, body):
+  """Calls body(lanes, keys, mask) for each tile of the current block of queries."""
+  from jax.experimental import pallas as pl
+
+  block = pl.program_id(2)
+
+  def compute(width):
+    if form.pattern is None:
+      keys = pl.ds(0, width)
+      mask = None if mask_ref is None else mask_ref[...] != 0
+    else:
+      keys = pl.ds(pl.multiple_of((block + 1) * blocks.rows - width, _LANES), width)
+      mask = mask_ref[block, :, blocks.widest - width :].astype(jnp.int32) != 0
+    for start in range(0, lanes, form.lanes):
+      body(pl.ds(start, form.lanes), keys, mask)
+
+  of_width = blocks.of_width()
+  if len(of_width) == 1:
+    compute(blocks.widest)
+    return
+  for width, numbers in of_width.items():
+    here = functools.reduce(jnp.logical_or, [block == number for number in numbers])
+    pl.when(here)(functools.partial(compute, width))
+
+
+def _own_lanes(form: _Form) -> list[Float[Array, '1 lanes']]:
+  """Returns for each head of a tile 1 in its own lanes and 0 in the others'."""
+  lane = jax.lax.broadcasted_iota(jnp.int32, (1, form.lanes), 1)
+  return [
+    ((lane >= start) & (lane < start + form.head_dim)).astype(jnp.float32)
+    for start in range(0, form.lanes, form.head_dim)
+  ]
+
+
+def _scaled(form, query, own):
+  """Returns the queries of one head, scaled."""
+  scaled = (query.astype(jnp.float32) * form.head_dim**-0.5).astype(query.dtype)
+  return (scaled.astype(jnp.float32) * own).astype(query.dtype)
+
+
+def _weights(query, key, mask):
+  """Returns exponentials of the scores, and their sums over keys."""
+  scores = _dot(query, key, (1, 1))
+  if mask is not None:
+    scores = jnp.where(mask, scores, _LOWEST)
+  exponentials = jnp.exp(scores - jnp.max(scores, axis=1, keepdims=True))
+  return exponentials, jnp.sum(exponentials, axis=1, keepdims=True)
+
+
+def _dot(left, right, contracted: tuple[int, int]):
+  """Returns a matrix product, summed in float32."""
+  precision = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
+  dimensions = (((contracted[0],), (contracted[1],)), ((), ()))
+  return jax.lax.dot_general(
+    left, right, dimensions, precision=precision, preferred_element_type=jnp.float32
+  )
