@@ -1,4 +1,4 @@
-"""Plans of the paper's models on TPU pods, one JSON file for each in benchmarks/plans/.
+"""Plans of the paper's models on TPU pods and slices, one JSON file for each in benchmarks/plans/.
 
     python benchmarks/plans.py            makes those that are missing, one after another
     python benchmarks/plans.py --list     names them, with the command of each
@@ -19,8 +19,25 @@ FOLDER = pathlib.Path(__file__).parent / 'plans'
 SIZES = ('350m', '750m', '3b', '20b')
 PODS = ('v4:8x8x8', 'v5p:8x8x8', 'v6e:16x16')
 
-# What a plan needs besides its run's gin file; batch and lengths are always the paper's.
-CHANGES: dict[str, list[str]] = {}
+# Recomputes less where compute is the bound and memory has room for it.
+DOTS = ["--gin.PartiConfig.remat='dots'"]
+WHOLE = ['--gin.train.microbatches=1']
+# What a plan needs besides its run's gin file.
+CHANGES: dict[str, list[str]] = {
+  **{f'{size}_{chip}': DOTS + WHOLE for size in ('350m', '750m') for chip in ('v4', 'v5p')},
+  **{f'{size}_v6e': WHOLE for size in ('350m', '750m')},
+  '3b_v4': DOTS,
+  '3b_v5p': DOTS + WHOLE,
+  '20b_v5p': DOTS,
+}
+# Small slices, with 32 examples on each device, or 16 where the memory is small.
+SLICES = {
+  '350m_v6e_16': ('350m', 'v6e:4x4', 512, WHOLE),
+  '750m_v6e_16': ('750m', 'v6e:4x4', 512, WHOLE),
+  '350m_v5e_16': ('350m', 'v5e:4x4', 256, DOTS + WHOLE),
+  '350m_v4_16': ('350m', 'v4:2x2x4', 512, DOTS + WHOLE),
+  '3b_v5e_64': ('3b', 'v5e:8x8', 2048, []),
+}
 
 
 def plans() -> dict[str, list[str]]:
@@ -31,6 +48,9 @@ def plans() -> dict[str, list[str]]:
     name: ['--what=train', f'--topology={pod}', *_run(size), *CHANGES.get(name, [])]
     for name, size, pod in wanted
   }
+  for name, (size, topology, batch, changes) in SLICES.items():
+    arguments = ['--what=train', f'--topology={topology}', *_run(size), f'--batch_size={batch}']
+    found[name] = arguments + changes
   # The paper's own way of splitting: 16 pipeline stages with in-layer sharding.
   found['20b_v4_stages'] = [
     *found['20b_v4'],

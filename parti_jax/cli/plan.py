@@ -47,9 +47,20 @@ def add_arguments(parser: argparse.ArgumentParser):
     'candidate, and skip candidates that the file already has',
   )
   parser.add_argument(
+    '--traffic',
+    type=int,
+    nargs='?',
+    const=20,
+    default=0,
+    metavar='N',
+    help='also print the N modules and passes that move the most bytes between the chip and its '
+    'main memory (default without N: %(const)s)',
+  )
+  parser.add_argument(
     '--search',
     action='store_true',
-    help='try meshes, remat policies and microbatches, and print those that fit',
+    help="try meshes, remat policies and microbatches, then other options of XLA's compiler on the "
+    'best of them, and print those that fit',
   )
   parser.add_argument(
     '--search_limit',
@@ -80,6 +91,8 @@ def run(args: argparse.Namespace) -> int:
       raise errors.UserError(f'--{name}={getattr(args, name)} must be at least 1')
     if getattr(args, name) is not None:
       checks.count(f'--{name}', getattr(args, name))
+  if args.traffic < 0:
+    raise errors.UserError(f'--traffic={args.traffic} must be at least 0')
   from parti_jax.planning import plan as plan_lib
   from parti_jax.planning import request as request_lib
   from parti_jax.planning import search
@@ -101,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
       raise errors.UserError(f'--json={args.json}: {error.strerror}') from error
   print(f'compiling for {args.topology}; this takes minutes for a large model', file=sys.stderr)
   plan = plan_lib.make(request)
-  print(report.text(plan), flush=True)
+  print(report.text(plan, args.traffic), flush=True)
   if args.json:
     storage.write(args.json, json.dumps(plan, indent=2) + '\n')
   return 0 if plan['fits'] else 1

@@ -14,12 +14,14 @@ import jax
 from parti_jax.core import gin_config
 from parti_jax.core import native_notes
 from parti_jax.core import numerics
+from parti_jax.partitioning import compiler_options
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.planning import remedies
 from parti_jax.planning import request as request_lib
 from parti_jax.planning import roofline
 from parti_jax.planning import topology as topology_lib
 from parti_jax.planning.hlo import hlo_cost
+from parti_jax.planning.hlo import hlo_scopes
 from parti_jax.planning.hlo import hlo_text
 
 # Version of a plan's JSON; increment it with each change that affects readers.
@@ -73,7 +75,7 @@ class _Plan:
     lowered = self._step.lower()
     plan = self._described()
     try:
-      with native_notes.hidden():
+      with native_notes.hidden(), compiler_options.checked():
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
       if 'RESOURCE_EXHAUSTED' not in str(error):
@@ -108,6 +110,7 @@ class _Plan:
       'bytes': None,
       'collectives': [],
       'kernels': {},
+      'traffic': [],
       'seconds': None,
       'mfu': None,
       'notes': [],
@@ -142,6 +145,7 @@ class _Plan:
       'bytes': {'hbm': costs.hbm_bytes, 'host': costs.host_bytes},
       'collectives': [dataclasses.asdict(entry) for entry in sums],
       'kernels': costs.kernels,
+      'traffic': [dataclasses.asdict(entry) for entry in hlo_scopes.largest(costs.traffic)],
       'notes': sorted(costs.notes) + list(step.notes),
     }
     if costs.host_bytes:

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
+from parti_jax.partitioning import compiler_options
+
 _GIB = 2**30
 
 
-def text(plan: dict[str, Any]) -> str:
-  """Returns the report of a plan that `plan.make` returned."""
+def text(plan: dict[str, Any], traffic: int = 0) -> str:
+  """Returns the report of a plan that `plan.make` returned.
+
+  Args:
+    plan: the plan.
+    traffic: number of lines about the largest shares of the traffic with the main memory.
+  """
   sections = [
     _head(plan),
     _memory(plan),
     _flops(plan),
     _bytes(plan),
+    _traffic(plan, traffic),
     _collectives(plan),
     _times(plan),
     _constants(plan),
@@ -87,8 +95,11 @@ def _capacity(plan) -> float:
 
 def _head(plan) -> str:
   settings = ', '.join(
-    f'{name} {value}' for name, value in plan['settings'].items() if name not in ('model', 'config')
+    f'{name} {value}'
+    for name, value in plan['settings'].items()
+    if name not in ('model', 'config', 'compiler_options')
   )
+  options = plan['settings'].get('compiler_options')
   unit = 'examples' if plan['what'] == 'train' else 'images'
   return '\n'.join(
     [
@@ -97,6 +108,7 @@ def _head(plan) -> str:
       f'  mesh        {mesh_of(plan)}',
       f'  batch       {plan["batch_size"]:,} {unit}',
       f'  settings    {settings}',
+      *([] if options is None else [f'  XLA options {compiler_options.text(options)}']),
       f'  compiled    in {plan["compile_seconds"]:.0f} s, {plan["compile_cpu_seconds"]:.0f} s of '
       f'processor time, with at most {plan["compile_peak_bytes"] / _GIB:.1f} GiB of memory',
     ]
@@ -150,6 +162,16 @@ def _bytes(plan) -> str:
       f'  at least needed       {sum(counted["ideal"].values()) / 1e9:10.4g} GB '
       f'({parts}): {counted["ratio"]:.3f} times as much is moved'
     )
+  return '\n'.join(lines)
+
+
+def _traffic(plan, limit: int) -> str:
+  if not limit or not plan['traffic']:
+    return ''
+  lines = [f'{"GB":>10}{"share":>8}  {"pass":12}largest shares of the traffic with the main memory']
+  for entry in plan['traffic'][:limit]:
+    size = f'{entry["bytes"] / 1e9:10.4g}{entry["share"]:8.1%}'
+    lines.append(f'{size}  {entry["part"]:12}{entry["scope"]}')
   return '\n'.join(lines)
 
 

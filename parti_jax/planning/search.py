@@ -18,6 +18,7 @@ from parti_jax.core import numerics
 from parti_jax.core import storage
 from parti_jax.models import parti_config
 from parti_jax.models.nn import layers
+from parti_jax.partitioning import compiler_options
 from parti_jax.planning import candidates as candidates_lib
 from parti_jax.planning import report
 from parti_jax.planning import request as request_lib
@@ -49,8 +50,8 @@ def run(request: request_lib.Request, limit: int, file: str | None) -> int:
     file=sys.stderr,
   )
   plans = []
-  for number, candidate in enumerate(found[:limit], 1):
-    bindings = candidate.bindings()
+
+  def attempt(bindings: list[str], number: str) -> None:
     key = json.dumps(bindings)
     if key not in tried:
       plan, error = compile_in_process(request, bindings)
@@ -62,13 +63,21 @@ def run(request: request_lib.Request, limit: int, file: str | None) -> int:
       }
       _write(file, tried)
     plan, error = tried[key]['plan'], tried[key]['error']
-    print(f'{number}/{min(limit, len(found))}: {_line(bindings, plan, error)}', file=sys.stderr)
+    print(f'{number}: {_line(bindings, plan, error)}', file=sys.stderr)
     if plan and plan['fits']:
-      plans.append(plan)
+      plans.append((_slowness(plan), bindings, plan))
+
+  for number, candidate in enumerate(found[:limit], 1):
+    attempt(candidate.bindings(), f'{number}/{min(limit, len(found))}')
   if not plans:
     print('none of the candidates fits')
     return 1
-  print(report.table(sorted(plans, key=_slowness)))
+  if request.what == 'train' and topology_lib.parse(request.topology).chip:
+    best = min(plans, key=lambda plan: plan[0])[1]
+    for name, options in compiler_options.TPU_ALTERNATIVES.items():
+      attempt([*best, f'compiler_options.tpu = {options!r}'], f'the best with {name}')
+  plans.sort(key=lambda plan: plan[0])
+  print(report.table([plan for _, _, plan in plans]))
   return 0
 
 

@@ -51,6 +51,7 @@ def training_step(request: request_lib.Request, mesh) -> request_lib.Step:
     'remat': objective.model.remat,
     'microbatches': trainer.microbatches,
     'offload_optimizer': config.offload_optimizer,
+    'compiler_options': trainer.compiler_options,
   }
   return request_lib.Step(
     lambda: trainer.lower(batch_size),

@@ -14,6 +14,7 @@ from parti_jax.checkpoints import checkpoint_manager
 from parti_jax.checkpoints import run_checkpoints
 from parti_jax.checkpoints import whole_moments
 from parti_jax.data import shared_batches
+from parti_jax.partitioning import compiler_options
 from parti_jax.runs import journal as journal_lib
 from parti_jax.runs import preemption
 from parti_jax.runs import run_lock
@@ -98,6 +99,9 @@ class Run:
     lines = [f'{facts["stage"]}: {facts["parameters"] / 1e6:.1f}M parameters on {devices}, {where}']
     if self._checkpoints.factored:
       lines.append(whole_moments.line(self._checkpoints.factored))
+    options = self._trainer.compiler_options
+    if options != compiler_options.CPU:
+      lines.append(f"XLA's options: {compiler_options.text(options)}")
     terms = self._trainer.objective.batch_dependent_terms
     microbatches = self._trainer.microbatches
     if terms and microbatches > 1:
@@ -108,13 +112,14 @@ class Run:
     return '; '.join(lines)
 
   def facts(self) -> dict[str, Any]:
-    """Returns what the journal records: objective, number of parameters, mesh and step."""
+    """Returns what the journal records: objective, number of parameters, mesh, step and XLA's options."""
     count = sum(leaf.size for leaf in jax.tree.leaves(self._trainer.abstract.params))
     return {
       'step': self.step,
       'stage': self._trainer.objective.name,
       'parameters': count,
       'mesh': dict(self._trainer.mesh.shape),
+      'compiler_options': self._trainer.compiler_options,
     }
 
   @property

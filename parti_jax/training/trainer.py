@@ -28,6 +28,7 @@ from jaxtyping import UInt8
 
 from parti_jax.core import numerics
 from parti_jax.models.nn import layers
+from parti_jax.partitioning import compiler_options
 from parti_jax.partitioning import local_rows
 from parti_jax.partitioning import pipeline_parallelism
 from parti_jax.partitioning import rules as rules_lib
@@ -177,11 +178,6 @@ def _gradients(
   return value, objective.merge(others) | {'metrics': metrics}, gradients
 
 
-def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, bool | str | int]:
-  """Returns XLA's options for a step: on CPUs, 512-bit vectors rather than LLVM's default of 256."""
-  return {'xla_cpu_prefer_vector_width': 512} if mesh.devices.flat[0].platform == 'cpu' else {}
-
-
 class Trainer:
   """An objective on a mesh: the shardings of its state, and its compiled steps.
 
@@ -199,6 +195,7 @@ class Trainer:
     abstract: shapes and shardings of the state, a TrainState.
     shardings: shardings of the state, a TrainState.
     batch_sharding: sharding of a batch's arrays.
+    compiler_options: XLA's options for the training step.
 
   Raises:
     UserError: if a parameter can't be split evenly over the mesh, or the platform can't offload.
@@ -217,6 +214,7 @@ class Trainer:
     optimizer = with_other_optimizers(objective, optimizer)
     self.objective, self.optimizer, self.mesh, self.seed = objective, optimizer, mesh, seed
     self.microbatches = microbatches
+    self.compiler_options = compiler_options.compiler_options(mesh.devices.flat[0].platform)
     self.rules = rules_lib.logical_axis_rules()
     # With one stage the settings aren't read from gin, so a run's config.gin doesn't list them.
     self._pipeline = pipeline_parallelism.Settings()
@@ -231,7 +229,7 @@ class Trainer:
     self._step = jax.jit(
       make_train_step(objective, optimizer, seed, microbatches),
       donate_argnums=0,
-      compiler_options=compiler_options(mesh),
+      compiler_options=self.compiler_options,
       in_shardings=(self.shardings, self.batch_sharding, self._replicated),
       out_shardings=(self.shardings, None),
     )
@@ -300,7 +298,7 @@ class Trainer:
     Returns:
       The new state, and the metrics.
     """
-    with self._partitioned():
+    with self._partitioned(), compiler_options.checked():
       return self._step(state, batch, self.constants)
 
   @numerics.fixed()

@@ -10,6 +10,7 @@ from parti_jax.cli import main
 from parti_jax.cli import plan as plan_command
 from parti_jax.core.errors import UserError
 from parti_jax.models import parti_config
+from parti_jax.partitioning import compiler_options
 from parti_jax.planning import candidates
 from parti_jax.planning import chips
 from parti_jax.planning import plan as plan_lib
@@ -56,6 +57,7 @@ ENTRIES = {
   'bytes',
   'collectives',
   'kernels',
+  'traffic',
   'seconds',
   'mfu',
   'notes',
@@ -414,6 +416,55 @@ def test_search_prints_what_fits_and_resumes(trained, tmp_path, capsys, monkeypa
   other = [argument.replace('--batch_size=32', '--batch_size=64') for argument in arguments]
   assert main.main(other) == 2
   assert 'holds a search of another request' in capsys.readouterr().err
+
+
+def test_search_tries_compiler_options_on_the_best_candidate(trained, capsys, monkeypatch):
+  plan, compiled = trained[2], []
+
+  def compile_in_process(request, bindings):
+    del request
+    compiled.append(bindings)
+    # The third of four candidates is the fastest, and faster with XLA's defaults.
+    slowness = [4.0, 3.0, 1.0, 2.0, 0.5, 5.0, 6.0][len(compiled) - 1]
+    seconds = {'compute': slowness, 'hbm': 0.0, 'interconnect': 0.0, 'bound': 'compute'}
+    mfu = {'bound': 0.1, 'without_overlap': 0.1}
+    name = f'v4:{len(compiled)}'
+    return dict(plan, seconds=seconds, mfu=mfu, topology=name), None
+
+  monkeypatch.setattr(search, 'compile_in_process', compile_in_process)
+  arguments = flags('--topology=v4:2x2x1', '--batch_size=32', '--search', '--search_limit=4')
+  assert main.main(arguments) == 0
+  said = capsys.readouterr()
+  rows = [row.split(' | ')[1] for row in said.out.splitlines()[2:]]
+  assert rows[:2] == ['v4:5', 'v4:3']
+  alternatives = compiler_options.TPU_ALTERNATIVES
+  assert compiled[4:] == [
+    [*compiled[2], f'compiler_options.tpu = {options!r}'] for options in alternatives.values()
+  ]
+  for name in alternatives:
+    assert f'the best with {name}: ' in said.err
+
+
+def test_the_modules_that_move_most(capsys):
+  bindings = ('compiler_options.cpu={}',)
+  assert (
+    main.main(flags('--topology=cpu:1', '--batch_size=2', '--traffic=3', bindings=bindings)) == 0
+  )
+  text = capsys.readouterr().out
+  assert "XLA options XLA's defaults" in text
+  lines = text[text.index('largest shares') :].split('\n\n')[0].splitlines()[1:]
+  assert len(lines) == 3 and all('%' in line for line in lines)
+  assert any('image_decoder' in line or 'text_encoder' in line for line in lines)
+
+
+def test_options_that_xla_refuses_end_a_plan_with_one_line(capsys):
+  bindings = ("compiler_options.cpu={'xla_nonsense':1}",)
+  assert main.main(flags('--topology=cpu:1', '--batch_size=2', bindings=bindings)) == 2
+  assert "compiler_options: XLA says: No such compile option: 'xla_nonsense'" in (
+    capsys.readouterr().err
+  )
+  assert main.main(flags('--topology=cpu:1', '--traffic=-1')) == 2
+  assert '--traffic=-1 must be at least 0' in capsys.readouterr().err
 
 
 def test_a_candidate_is_compiled_by_another_process():

@@ -313,10 +313,10 @@ class _SelfProjections(nn.Module):
 
   def setup(self):
     head_dim = self.width // self.heads
-    self.project_in = layers.Projection(
+    self.project_in = layers.HeadsProjection(
       (3, self.heads, head_dim), 1, ('embed', 'qkv', 'heads', 'head_dim'), self.dtype
     )
-    self.project_out = layers.Projection(
+    self.project_out = layers.HeadsProjection(
       (self.width,), 2, ('heads', 'head_dim', 'embed'), self.dtype
     )
 
@@ -473,13 +473,13 @@ class CrossAttention(nn.Module):
 
   def setup(self):
     head_dim = self.width // self.heads
-    self.project_query = layers.Projection(
+    self.project_query = layers.HeadsProjection(
       (self.heads, head_dim), 1, ('embed', 'heads', 'head_dim'), self.dtype
     )
-    self.project_memory = layers.Projection(
+    self.project_memory = layers.HeadsProjection(
       (2, self.heads, head_dim), 1, ('embed', 'kv', 'heads', 'head_dim'), self.dtype
     )
-    self.project_out = layers.Projection(
+    self.project_out = layers.HeadsProjection(
       (self.width,), 2, ('heads', 'head_dim', 'embed'), self.dtype
     )
 

@@ -31,7 +31,7 @@ from parti_jax.models.nn import attention_patterns
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.partitioning import rules as rules_lib
 
-# Checkpoint name, for remat policies, of the result of self-attention.
+# Checkpoint name, for remat policies, of the result of attention.
 ATTENTION_OUTPUT = 'attention_output'
 _LANES = 128
 # Queries in a block of the kernel, and the lanes that it reads of them.
@@ -222,8 +222,12 @@ def cross_attention(
     head_dim: size of a head.
     key_mask: True where a position of the other sequence may be attended to.
     interpret: whether to run in Pallas' interpreter, on any platform.
+
+  Returns:
+    The attended values, with the checkpoint name ATTENTION_OUTPUT.
   """
-  return _on_mesh(_Form(head_dim, interpret=interpret), (query[None], keys_values), key_mask)
+  out = _on_mesh(_Form(head_dim, interpret=interpret), (query[None], keys_values), key_mask)
+  return checkpoint_name(out, ATTENTION_OUTPUT)
 
 
 def _by_columns(
@@ -274,7 +278,8 @@ def _attend_forward(form, parts, key_mask):
 
 
 def _attend_backward(form, residuals, gradient):
-  return _call(form, *residuals, gradient), None
+  parts, key_mask = residuals
+  return _call(form, parts, key_mask, gradient), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -32,7 +32,9 @@ REMAT_POLICIES = {
   'everything': jax.checkpoint_policies.save_anything_except_these_names(
     pipeline_parallelism.VISIT_PARAMETERS
   ),
-  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  'dots': jax.checkpoint_policies.save_only_these_names(
+    layers.PROJECTION_OUTPUT, attention_kernel.ATTENTION_OUTPUT
+  ),
   'block_inputs_and_attention': jax.checkpoint_policies.save_only_these_names(
     attention_kernel.ATTENTION_OUTPUT
   ),
@@ -46,8 +48,8 @@ def remat(layer: Callable, policy: str) -> Callable:
 
   Args:
     layer: function of arrays.
-    policy: what to save. 'everything' recomputes nothing. 'dots' saves the outputs of projections,
-      'block_inputs_and_attention' the input of each layer and the output of its self-attention,
+    policy: what to save. 'everything' recomputes nothing. 'dots' saves the outputs of projections and attention,
+      'block_inputs_and_attention' the input of each layer and the outputs of attention,
       'block_inputs' the input of each layer. 'nothing' saves one input for about √layers layers, so
       each layer is computed three times; in a pipeline it is the same as 'block_inputs'.
 

@@ -11,6 +11,7 @@ import jax
 import jax.extend.random
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array
 from jaxtyping import Float
@@ -19,6 +20,8 @@ from jaxtyping import PRNGKeyArray
 from jaxtyping import PyTree
 from jaxtyping import UInt32
 
+# Checkpoint name, for remat policies, of the results of projections.
+PROJECTION_OUTPUT = 'projection_output'
 # Logical axes of the activations between blocks.
 ACTIVATION = ('activation_batch', 'activation_length', 'activation_embed')
 
@@ -64,46 +67,48 @@ class Projection(nn.Module):
   scale: float = 1.0
 
   @nn.compact
-  def __call__(
-    self, x: Float[Array, '*rows_and_contracted'], contracted: tuple[int, ...] | None = None
-  ) -> Float[Array, '*rows_and_features']:
-    """Projects x.
-
-    Args:
-      x: the input.
-      contracted: sizes of the contracted axes, if x has them as a single last axis. Then heads lie
-        side by side in x and in the result: features (heads, head_dim) are one last axis too, and
-        those before them become leading axes.
-    """
-    packed = contracted is not None
-    contracted = contracted or x.shape[-self.contracted :]
-    stddev = math.sqrt(self.scale / math.prod(contracted))
-    kernel = parameter(
-      self,
-      'kernel',
-      nn.initializers.truncated_normal(stddev),
-      self.axes,
-      contracted + self.features,
-    )
-    if packed:
-      return self._packed(x.astype(self.dtype), kernel.astype(self.dtype))
+  def __call__(self, x: Float[Array, '*rows_and_contracted']) -> Float[Array, '*rows_and_features']:
+    contracted = x.shape[-self.contracted :]
+    kernel = self._kernel(contracted)
     # Rows become one axis, so that the gradient of the kernel is a plain matrix product. With
     # several axes, XLA on a CPU first makes a transposed copy, which can cost as much again.
     rows = x.shape[: -self.contracted]
     x = x.astype(self.dtype).reshape((-1,) + contracted)
     dimensions = tuple(range(1, x.ndim)), tuple(range(self.contracted))
-    product = jax.lax.dot_general(x, kernel.astype(self.dtype), (dimensions, ((), ())))
-    return product.reshape(rows + self.features)
+    product = jax.lax.dot_general(x, kernel, (dimensions, ((), ())))
+    return checkpoint_name(product.reshape(rows + self.features), PROJECTION_OUTPUT)
 
-  def _packed(
-    self, x: Float[Array, '*rows contracted'], kernel: Float[Array, '*contracted_and_features']
-  ) -> Float[Array, '*parts_and_rows width']:
+  def _kernel(self, contracted: tuple[int, ...]) -> Float[Array, '*contracted_and_features']:
+    stddev = math.sqrt(self.scale / math.prod(contracted))
+    initializer = nn.initializers.truncated_normal(stddev)
+    shape = contracted + self.features
+    return parameter(self, 'kernel', initializer, self.axes, shape).astype(self.dtype)
+
+
+class HeadsProjection(Projection):
+  """A projection to heads or from them, which may lie side by side in one axis."""
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, '*rows_and_contracted'], packed: tuple[int, ...] | None = None
+  ) -> Float[Array, '*rows_and_features']:
+    """Projects x.
+
+    Args:
+      x: the input.
+      packed: the kernel's contracted sizes, if heads lie side by side: features (..., heads,
+        head_dim) are a single last axis of the result, and those before them become leading axes;
+        contracted (heads, head_dim) are a single last axis of x.
+    """
+    if packed is None:
+      return super().__call__(x)
+    kernel, x = self._kernel(packed), x.astype(self.dtype)
     if self.contracted > 1:
-      return x @ kernel.reshape(-1, *self.features)
+      return checkpoint_name(x @ kernel.reshape((-1,) + self.features), PROJECTION_OUTPUT)
     parts = self.features[:-2]
-    kernel = kernel.reshape(-1, *parts, math.prod(self.features[-2:]))
+    kernel = kernel.reshape(packed + parts + (math.prod(self.features[-2:]),))
     product = jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
-    return jnp.moveaxis(product, -2, 0) if parts else product
+    return checkpoint_name(jnp.moveaxis(product, -2, 0) if parts else product, PROJECTION_OUTPUT)
 
 
 class DropoutKeys(flax.struct.PyTreeNode):

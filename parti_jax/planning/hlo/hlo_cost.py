@@ -69,6 +69,7 @@ class Costs:
     host_bytes: bytes moved between the device and its host's memory.
     collectives: the collective instructions, with their counts.
     kernels: name of a Pallas kernel -> number of executions.
+    traffic: origin of instructions in the traced program -> their part of `hbm_bytes`.
     notes: a line for each thing that could not be read from the program.
   """
 
@@ -78,6 +79,7 @@ class Costs:
   host_bytes: float = 0.0
   collectives: list[Collective] = dataclasses.field(default_factory=list)
   kernels: dict[str, float] = dataclasses.field(default_factory=dict)
+  traffic: dict[str, float] = dataclasses.field(default_factory=dict)
   notes: set[str] = dataclasses.field(default_factory=set)
 
   @property
@@ -94,8 +96,9 @@ class Costs:
       dataclasses.replace(collective, count=times * collective.count)
       for collective in other.collectives
     ]
-    for name, count in other.kernels.items():
-      self.kernels[name] = self.kernels.get(name, 0) + times * count
+    for mine, others in ((self.kernels, other.kernels), (self.traffic, other.traffic)):
+      for name, count in others.items():
+        mine[name] = mine.get(name, 0) + times * count
     self.notes |= other.notes
 
 
@@ -143,7 +146,11 @@ class _Walk:
       elif instruction.opcode in ('call', 'call-start', 'async-start'):
         total.add(self.costs(self._module.called(instruction, 'to_apply', 'calls'), {}))
       else:
-        total.hbm_bytes += self._main.of(instruction, computation)
+        moved = self._main.of(instruction, computation)
+        total.hbm_bytes += moved
+        if moved:
+          origin = instruction.op_name or instruction.opcode
+          total.traffic[origin] = total.traffic.get(origin, 0) + moved
         total.host_bytes += self._host.of(instruction, computation)
         self._add_work(total, instruction, computation, chains)
     return total
