@@ -199,7 +199,7 @@ def test_a_step_on_a_tpu(tpu_devices, capfd, tmp_path):
         '--topology=v5e:2x2',
         '--batch_size=16',
         f'--json={file}',
-        bindings=('make_mesh.tensor=2', 'PartiConfig.grid=(16,16)'),
+        bindings=('make_mesh.tensor=2', 'PartiConfig.grid=(16,16)', 'PartiConfig.width=256'),
       )
     )
     == 0
@@ -448,12 +448,12 @@ def test_search_tries_compiler_options_on_the_best_candidate(trained, capsys, mo
 def test_the_modules_that_move_most(capsys):
   bindings = ('compiler_options.cpu={}',)
   assert (
-    main.main(flags('--topology=cpu:1', '--batch_size=2', '--traffic=3', bindings=bindings)) == 0
+    main.main(flags('--topology=cpu:1', '--batch_size=2', '--traffic=40', bindings=bindings)) == 0
   )
   text = capsys.readouterr().out
   assert "XLA options XLA's defaults" in text
   lines = text[text.index('largest shares') :].split('\n\n')[0].splitlines()[1:]
-  assert len(lines) == 3 and all('%' in line for line in lines)
+  assert 20 < len(lines) <= 40 and all('%' in line for line in lines)
   assert any('image_decoder' in line or 'text_encoder' in line for line in lines)
 
 
