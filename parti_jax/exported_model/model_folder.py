@@ -53,6 +53,7 @@ from parti_jax.models import parti_config
 from parti_jax.models import rankers
 from parti_jax.models import super_resolution
 from parti_jax.models import text_encoders
+from parti_jax.models.nn import layers
 
 CONFIG_FILE = file_names.CONFIG_FILE
 VOCABULARY_FILE = file_names.VOCABULARY_FILE
@@ -519,7 +520,8 @@ def abstract(name: str, config: Any) -> PyTree:
   network = NETWORKS[name]
   rng = jax.eval_shape(lambda: jax.random.key(0))
   inputs = jax.eval_shape(lambda: network.example_inputs(config))
-  return jax.eval_shape(network.module(config).init, rng, *inputs)['params']
+  with layers.only_shapes():
+    return jax.eval_shape(network.module(config).init, rng, *inputs)['params']
 
 
 def _check_complete(folder: pathlib.Path, files: Iterable[str]):

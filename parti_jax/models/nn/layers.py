@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import math
 from collections.abc import Callable
+from collections.abc import Iterator
 
 import flax.linen as nn
 import flax.struct
@@ -26,6 +29,22 @@ PROJECTION_OUTPUT = 'projection_output'
 ACTIVATION = ('activation_batch', 'activation_length', 'activation_embed')
 
 
+_only_shapes: contextvars.ContextVar[bool] = contextvars.ContextVar('only_shapes', default=False)
+
+
+@contextlib.contextmanager
+def only_shapes() -> Iterator[None]:
+  """Initializes parameters to 0 in the body, for tracing an `init` whose values don't matter.
+
+  Tracing random initial values takes most of the time of `jax.eval_shape(model.init, ...)`.
+  """
+  token = _only_shapes.set(True)
+  try:
+    yield
+  finally:
+    _only_shapes.reset(token)
+
+
 def parameter(
   module: nn.Module,
   name: str,
@@ -45,6 +64,8 @@ def parameter(
   Returns:
     The value of the parameter, without the box that holds its axis names.
   """
+  if _only_shapes.get():
+    initializer = nn.initializers.zeros
   boxed: Callable = nn.with_logical_partitioning(initializer, axes)
   return module.param(name, boxed, shape)
 
