@@ -3,6 +3,7 @@
 import codecs
 import re
 import unicodedata
+from collections.abc import Sequence
 
 from parti_jax.core import storage
 from parti_jax.data import damage
@@ -24,6 +25,9 @@ _REASONS = {
   NO_COLUMN: 'no caption under webdataset.caption_key',
   AMBIGUOUS: 'caption of one of several samples of the same key',
 }
+
+# Begins and separates several captions of one picture. No usable caption begins like this.
+_SEVERAL_START, _SEVERAL_BREAK = b'\0\0\x1e', b'\x1e'
 
 
 class UnusableCaption(damage.Unusable):
@@ -67,6 +71,33 @@ def clean(data: bytes) -> tuple[str, list[str]]:
     raise UnusableCaption('no caption')
   changes = ['control characters taken out of the caption'] if controls else []
   return text.strip(), changes + ([f'caption cut to {MAX_BYTES:,} bytes'] if cut else [])
+
+
+def several(texts: Sequence[str]) -> bytes:
+  """Returns several captions of one picture as a source's 'caption'; `choose` returns one of them.
+
+  Args:
+    texts: the captions, without control characters.
+  """
+  return _SEVERAL_START + _SEVERAL_BREAK.join(text.encode() for text in texts)
+
+
+def alternatives(data: bytes) -> list[bytes]:
+  """Returns the captions of a picture: those of `several`, or else `data` itself."""
+  if not data.startswith(_SEVERAL_START):
+    return [data]
+  return data.removeprefix(_SEVERAL_START).split(_SEVERAL_BREAK)
+
+
+def choose(data: bytes, draw: float) -> bytes:
+  """Returns one of the captions of a picture.
+
+  Args:
+    data: a caption, or the result of `several`.
+    draw: uniform in [0, 1). Its last digits choose, since the first ones decide about other things.
+  """
+  found = alternatives(data)
+  return found[int(draw * 2**53) % len(found)]
 
 
 def from_json(value: object) -> bytes:

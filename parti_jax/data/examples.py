@@ -132,7 +132,8 @@ class Preparation:
 
     Args:
       example: an example of a source.
-      draw: uniform in [0, 1); determines whether the text is dropped, and the view.
+      draw: uniform in [0, 1); determines whether the text is dropped, the view, and which of
+        several captions is used.
 
     Returns:
       The requested features among 'encoder_input_tokens' int32 [text_length], 'images' uint8
@@ -146,7 +147,8 @@ class Preparation:
     notes: list[str] = []
     if self.text_length is not None:
       assert self.vocabulary is not None
-      ids, _, notes = caption_ids(example['caption'], self.vocabulary, self.text_length)
+      caption = captions.choose(example['caption'], draw)
+      ids, _, notes = caption_ids(caption, self.vocabulary, self.text_length)
       dropped = draw < self.drop_rate
       found['encoder_input_tokens'] = (
         empty_text(self.vocabulary, self.text_length) if dropped else ids

@@ -64,19 +64,10 @@ class _Rendered(base.Records):
   @functools.cached_property
   def _source(self):
     # Imported here, since users with their own data may not have the package of pictures.
-    import tensorflow_datasets as tfds
-
     from parti_jax.data import openmoji_builder
 
     size, data_dir, split = self._arguments
-    try:
-      return openmoji_builder.prepared(size, data_dir).as_data_source(
-        split=split, decoders={'image': tfds.decode.SkipDecoding()}
-      )
-    except (ValueError, AssertionError) as error:
-      raise UserError(
-        f'openmoji has no split {split!r}: {re.sub(chr(10), " ", str(error))}'
-      ) from error
+    return read_split(openmoji_builder.prepared(size, data_dir), 'openmoji', split)
 
   def __getstate__(self) -> dict[str, Any]:
     return {'_arguments': self._arguments}
@@ -87,6 +78,25 @@ class _Rendered(base.Records):
   def read(self, indices: Sequence[int]) -> list[base.Example]:
     found = self._source.__getitems__(list(map(int, indices)))
     return [{'picture': example['image'], 'caption': example['caption']} for example in found]
+
+
+def read_split(builder, name: str, split: str):
+  """Opens a split of a tensorflow-datasets builder, with pictures left encoded.
+
+  Args:
+    builder: the builder, with its data prepared.
+    name: name of the source, for messages.
+    split: the split, or a slice of it.
+
+  Raises:
+    UserError: the split doesn't exist.
+  """
+  import tensorflow_datasets as tfds
+
+  try:
+    return builder.as_data_source(split=split, decoders={'image': tfds.decode.SkipDecoding()})
+  except (ValueError, AssertionError) as error:
+    raise UserError(f'{name} has no split {split!r}: {re.sub(chr(10), " ", str(error))}') from error
 
 
 @gin.configurable('openmoji')
