@@ -41,7 +41,8 @@ def clean(data: bytes) -> tuple[str, list[str]]:
   vocabulary handles them.
 
   Args:
-    data: the raw caption in UTF-8, or in UTF-16 or UTF-32 with a byte order mark.
+    data: the raw caption in UTF-8, or in UTF-16 or UTF-32 with a byte order mark. Of `several`, the
+      first is used.
 
   Returns:
     The text without surrounding whitespace, and a short note for each change: control characters
@@ -51,6 +52,7 @@ def clean(data: bytes) -> tuple[str, list[str]]:
     UnusableCaption: the caption is missing, empty, has only invisible characters, isn't UTF-8 (a
       lone surrogate in JSON isn't), or has more than a fifth control characters.
   """
+  data = alternatives(data)[0]
   if data in _REASONS:
     raise UnusableCaption(_REASONS[data])
   encoding = storage.encoding_of(data)

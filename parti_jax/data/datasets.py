@@ -277,7 +277,7 @@ def _usable(
       continue
     try:
       picture, notes = decode(example['picture'], size)
-      caption, changes = captions.clean(captions.alternatives(example['caption'])[0])
+      caption, changes = captions.clean(example['caption'])
     except Unusable as error:
       skipped.add(str(error))
       continue

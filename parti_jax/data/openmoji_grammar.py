@@ -6,6 +6,7 @@ the colors of kinds that come in several, the relation, and the ground unless it
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from collections.abc import Sequence
 
@@ -44,6 +45,8 @@ GROUND_PHRASES = (
 )
 # The natural color of a kind is stated in this share of the phrases.
 _NATURAL_COLOR_SHARE = 0.4
+# Scenes that the digest covers, of each split.
+_DIGESTED = 50
 
 Pick = Callable[[Sequence[str]], str]
 
@@ -56,6 +59,16 @@ def captions_of(settings: openmoji_scenes.Settings, split: str, index: int) -> l
   while len(found) < settings.captions:
     found[caption(scene, rng)] = None
   return list(found)
+
+
+def digest(settings: openmoji_scenes.Settings) -> str:
+  """Returns a digest that changes when this version makes other scenes or captions."""
+  found = hashlib.sha256(openmoji_things.list_digest().encode())
+  for split in openmoji_scenes.SPLITS:
+    for index in range(min(_DIGESTED, settings.count(split))):
+      found.update(openmoji_scenes.scene(split, index, settings.seed).to_json().encode())
+      found.update(repr(captions_of(settings, split, index)).encode())
+  return found.hexdigest()
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:

