@@ -56,6 +56,9 @@ GROUNDS = {
 # The longest side of a thing, in units of which a picture's side has `UNITS`.
 SIZES = {'small': 22, 'medium': 34, 'big': 56}
 UNITS = 128
+# Drawings are rendered this many times larger and averaged, since resvg draws lines thinner than a
+# pixel with gaps.
+_OVERSAMPLING = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +117,9 @@ def kinds() -> Mapping[str, Kind]:
 
 def list_digest() -> str:
   """Returns the digest of the list and the colors, which change when the drawings do."""
-  return hashlib.sha256(LIST.read_bytes() + repr((COLORS, GROUNDS, SIZES)).encode()).hexdigest()
+  return hashlib.sha256(
+    LIST.read_bytes() + repr((COLORS, GROUNDS, SIZES, _OVERSAMPLING)).encode()
+  ).hexdigest()
 
 
 @functools.lru_cache(4096)
@@ -143,13 +148,26 @@ def render(noun: str, color: str, longest: int) -> UInt8[np.ndarray, 'height wid
   height, width = kind.shape(longest)
   size = (
     f'viewBox="{left:g} {top:g} {right - left:g} {bottom - top:g}" '
-    f'width="{width}" height="{height}" preserveAspectRatio="none"'
+    f'width="{_OVERSAMPLING * width}" height="{_OVERSAMPLING * height}" preserveAspectRatio="none"'
   )
   svg, found = re.subn('viewBox="0 0 72 72"', size, svg, count=1)
   assert found, kind.code
   png = openmoji.import_data_package('resvg_py').svg_to_bytes(
     svg_string=svg, skip_system_fonts=True
   )
-  image = np.array(Image.open(io.BytesIO(png)).convert('RGBA'))
+  large = np.asarray(Image.open(io.BytesIO(png)).convert('RGBA'))
+  image = _averaged(large.reshape(height, _OVERSAMPLING, width, _OVERSAMPLING, 4))
   image.setflags(write=False)
   return image
+
+
+def _averaged(
+  pixels: UInt8[np.ndarray, 'height factor width factor 4'],
+) -> UInt8[np.ndarray, 'height width 4']:
+  """Averages squares of pixels; each color counts by its opacity."""
+  opacity = pixels[..., 3:].astype(np.uint32)
+  total = opacity.sum(axis=(1, 3))
+  colors = (pixels[..., :3] * opacity).sum(axis=(1, 3))
+  colors = (2 * colors + total) // np.maximum(2 * total, 1)
+  count = _OVERSAMPLING**2
+  return np.concatenate([colors, (total + count // 2) // count], axis=-1).astype(np.uint8)
