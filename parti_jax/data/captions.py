@@ -46,13 +46,13 @@ def clean(data: bytes) -> tuple[str, list[str]]:
 
   Returns:
     The text without surrounding whitespace, and a short note for each change: control characters
-    replaced by spaces, and text cut after `MAX_BYTES`.
+    replaced by spaces, other captions left out, and text cut after `MAX_BYTES`.
 
   Raises:
     UnusableCaption: the caption is missing, empty, has only invisible characters, isn't UTF-8 (a
       lone surrogate in JSON isn't), or has more than a fifth control characters.
   """
-  data = alternatives(data)[0]
+  data, *others = alternatives(data)
   if data in _REASONS:
     raise UnusableCaption(_REASONS[data])
   encoding = storage.encoding_of(data)
@@ -72,6 +72,7 @@ def clean(data: bytes) -> tuple[str, list[str]]:
   if all(unicodedata.category(character) in _INVISIBLE for character in text):
     raise UnusableCaption('no caption')
   changes = ['control characters taken out of the caption'] if controls else []
+  changes += ['all captions but the first left out'] if others else []
   return text.strip(), changes + ([f'caption cut to {MAX_BYTES:,} bytes'] if cut else [])
 
 

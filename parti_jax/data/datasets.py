@@ -125,7 +125,7 @@ class Dataset:
     Args:
       lengths: the length of each feature, such as {'inputs': 32, 'images': 64}. The length of a
         picture is its height and width in pixels.
-      training: whether texts are dropped for guidance. Tasks of texts only never drop them, since
+      training: whether texts are dropped for guidance, and any of several captions is used. Tasks of texts only never drop them, since
         an encoder learns nothing from an empty text.
 
     Raises:
@@ -147,6 +147,7 @@ class Dataset:
       self.vocabulary,
       image_decoding.configured(),
       rate if training and self.features != ('inputs',) else 0.0,
+      any_caption=training,
     )
 
 
@@ -277,7 +278,7 @@ def _usable(
       continue
     try:
       picture, notes = decode(example['picture'], size)
-      caption, changes = captions.clean(example['caption'])
+      caption, changes = captions.clean(captions.alternatives(example['caption'])[0])
     except Unusable as error:
       skipped.add(str(error))
       continue

@@ -93,7 +93,7 @@ def tokenize_captions(
 
   Args:
     dataset: examples with 'caption', and 'number' and 'seed' of `number`, which choose one of several
-      captions.
+      captions if the reader trains; otherwise the first is used.
     sequence_length: seqio's feature lengths.
     vocabulary: the text vocabulary.
     keep: whether to keep the cleaned text as 'inputs_pretokenized', tf.string [].
@@ -106,7 +106,7 @@ def tokenize_captions(
   reading = tally.current()
 
   def encode(caption: bytes, number_: int, seed: np.ndarray):
-    caption = captions.choose(caption, _draw(number_, seed))
+    caption = captions.choose(caption, _draw(number_, seed) if reading.drop_text else 0.0)
     try:
       ids, text, changes = examples.caption_ids(caption, vocabulary, length)
     except captions.UnusableCaption as error:

@@ -13,6 +13,7 @@ from parti_jax.data import openmoji_grammar
 from parti_jax.data import openmoji_scenes
 from parti_jax.data import openmoji_scenes_builder
 from parti_jax.data import sources
+from parti_jax.data import tally
 from parti_jax.data import token_cache
 from parti_jax.data import views
 from parti_jax.data.batches import Batches
@@ -69,7 +70,7 @@ def test_the_card_has_licence_and_attribution():
 def test_an_epoch_uses_one_caption_and_another_epoch_others(configured):
   lengths = {'inputs': 48, 'images': SIZE}
   gin.parse_config('drop_text.rate = 0')
-  batches = Batches('openmoji_scenes_pairs', 'train', 40, lengths, seed=1)
+  batches = Batches('openmoji_scenes_pairs', 'train', 40, lengths, seed=1, training=True)
   vocabulary = datasets.get_vocabulary()
   known = {
     vocabulary.decode(vocabulary.encode(caption, 48)[0]): index
@@ -90,9 +91,11 @@ def test_an_epoch_uses_one_caption_and_another_epoch_others(configured):
   assert all(15 < count < 40 for count in changed)
 
 
-def test_seqio_tasks_choose_captions_too(configured):
+@pytest.mark.parametrize('training, chosen', [(True, {0, 1, 2}), (False, {0})])
+def test_seqio_tasks_choose_captions_too(configured, training, chosen):
   from parti_jax.data import tasks
 
+  gin.parse_config('drop_text.rate = 0')
   task = tasks.get_task('openmoji_scenes_pairs', SIZE)
   lengths = {'inputs': 48, 'images': SIZE}
   vocabulary = datasets.get_vocabulary()
@@ -101,11 +104,21 @@ def test_seqio_tasks_choose_captions_too(configured):
     for index in range(6)
     for place, caption in enumerate(openmoji_grammar.captions_of(SETTINGS, 'unseen_pairs', index))
   }
-  found = [
-    number[vocabulary.decode(example['inputs'])]
-    for example in task.get_dataset(lengths, 'unseen_pairs', num_epochs=5).as_numpy_iterator()
-  ]
-  assert len(found) == 30 and set(found) == {0, 1, 2}
+  with tally.reading(tally.Reading(drop_text=training)):
+    dataset = task.get_dataset(lengths, 'unseen_pairs', num_epochs=5)
+  found = [number[vocabulary.decode(example['inputs'])] for example in dataset.as_numpy_iterator()]
+  assert len(found) == 30 and set(found) == chosen
+
+
+def test_evaluation_uses_the_first_caption(configured):
+  batches = Batches('openmoji_scenes_texts', 'validation', 6, {'inputs': 48})
+  vocabulary = datasets.get_vocabulary()
+  firsts = [openmoji_grammar.captions_of(SETTINGS, 'validation', index)[0] for index in range(6)]
+  for _ in range(3):
+    texts = [vocabulary.decode(ids) for ids in next(batches)['encoder_input_tokens']]
+    assert sorted(texts) == sorted(
+      vocabulary.decode(vocabulary.encode(text, 48)[0]) for text in firsts
+    )
 
 
 def test_captions_need_no_pictures(configured, monkeypatch):
@@ -131,7 +144,9 @@ def test_a_token_cache_keeps_all_captions(configured, tmp_path):
   examples = [(features['caption'], np.array([1, 7])) for features, _ in found]
   token_cache.write_token_cache(str(tmp_path / 'cache'), examples, info)
   gin.parse_config(f"token_cache.path = '{tmp_path}/cache'\ndrop_text.rate = 0")
-  batches = Batches('cached_tokens', 'train', 40, {'inputs': 48, 'targets': 2}, seed=1)
+  batches = Batches(
+    'cached_tokens', 'train', 40, {'inputs': 48, 'targets': 2}, seed=1, training=True
+  )
   vocabulary = datasets.get_vocabulary()
   first, second = (
     [vocabulary.decode(ids) for ids in next(batches)['encoder_input_tokens']] for _ in range(2)
@@ -168,7 +183,7 @@ def test_scenes_of_another_version_are_refused(data_dir, monkeypatch):
 def test_several_captions():
   data = captions.several(['a cat', 'Käse', 'x'])
   assert captions.alternatives(data) == [b'a cat', 'Käse'.encode(), b'x']
-  assert captions.clean(data) == ('a cat', [])
+  assert captions.clean(data) == ('a cat', ['all captions but the first left out'])
   draws = [(number + 0.5) / 997 for number in range(997)]
   chosen = [captions.choose(data, draw) for draw in draws]
   assert all(chosen.count(text) > 250 for text in captions.alternatives(data))
