@@ -160,3 +160,17 @@ def test_empty_and_black_pictures(judge, value):
 def test_noise_is_nothing_known(judge):
   image = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3)).astype(np.uint8)
   assert not any(thing.kind for thing in judge.see(image).things)
+
+
+@pytest.mark.parametrize('factor', [0.85, 1.12])
+def test_things_of_sizes_in_between_are_recognized(judge, factor):
+  right = []
+  for noun in list(things.kinds())[::5]:
+    kind = things.kinds()[noun]
+    color = kind.colors[-1] if kind.colors else ''
+    scene = _scene((_group(noun, color),), ((40, 40),), 'green' if color == 'grey' else 'grey')
+    image = scenes.render(dataclasses.replace(scene, groups=(), boxes=()), SIZE)
+    sprite = things.render(noun, color, round(factor * things.SIZES['medium']))
+    scenes.paste(image, sprite, 40, 40)
+    right.append(judge.judge(scene, image).right)
+  assert np.mean(right) >= 0.9

@@ -34,6 +34,8 @@ _WAYS = ((60.0, 1.0), (90.0, 0.0), (35.0, 1.0), (60.0, 2.0))
 _EDGE, _SPECK, _TOLERANCE, _SHIFT, _AROUND = 3.0, 4.0, 5.0, 2.0, 3.0
 # A part is unknown if no drawing explains this share of its difference from the ground.
 _EXPLAINED = 0.4
+# A thing of which more is unexplained may be larger or smaller than the nearest size, by this factor.
+_DOUBTFUL, _SCALED = 0.12, 1.3
 # Pictures and drawings are blurred by this standard deviation, in units, before they are compared.
 # Otherwise a slight blur of a picture would change thin lines more than another drawing does.
 _BLUR = 1.2
@@ -178,6 +180,10 @@ class Judge:
       if not _area_of_unknown(best):
         break
     assert best is not None
+    best = [
+      self._scaled(thing, blurred, color) if thing.unexplained > _DOUBTFUL else thing
+      for thing in best
+    ]
     return Seen(ground, tuple(sorted(best, key=lambda thing: thing.box)))
 
   def judge(self, scene: openmoji_scenes.Scene, image: UInt8[np.ndarray, 'size size 3']) -> Verdict:
@@ -223,44 +229,74 @@ class Judge:
   ) -> SeenThing:
     """Returns the thing in a box: the nearest drawing, or an unknown thing."""
     found = SeenThing('', '', '', box, 1.0)
-    for size, templates in self._templates.items():
-      near = np.abs(templates.shapes - (box[3], box[2])).max(axis=1) <= self._tolerance
-      if not near.any():
-        continue
-      windows = self._windows(relative, box, templates.side)
-      chosen = np.flatnonzero(near)
-      drawings = templates.ink[chosen] - templates.opacity[chosen] * ground
-      drawings = drawings.reshape(len(chosen), -1)
-      energy = np.square(windows).sum(axis=1)
-      distances = (
-        energy[:, None] - 2 * windows @ drawings.T + np.square(drawings).sum(axis=1)[None, :]
-      )
-      shares = distances / np.maximum(energy, 1.0)[:, None]
-      best = shares.min(axis=0).argmin()
-      share = float(shares[:, best].min())
-      kind, color = templates.keys[chosen[best]]
-      if share < min(found.unexplained, _EXPLAINED):
-        found = SeenThing(kind, color, size, box, share)
+    for size in self._templates:
+      found = self._nearer(found, relative, ground, size, 1.0)
     return found
+
+  def _scaled(
+    self,
+    thing: SeenThing,
+    relative: Float32[np.ndarray, 'size size 3'],
+    ground: Float32[np.ndarray, '3'],
+  ) -> SeenThing:
+    """Returns a thing, or the drawing that is nearer to it in a size between ours."""
+    longest = max(thing.box[2:])
+    factors = {size: openmoji_scenes.pixels(size, self.size) / longest for size in self._templates}
+    size = min(factors, key=lambda name: abs(np.log(factors[name])))
+    if abs(np.log(factors[size])) > np.log(_SCALED):
+      return thing
+    return self._nearer(thing, relative, ground, size, factors[size])
+
+  def _nearer(
+    self,
+    found: SeenThing,
+    relative: Float32[np.ndarray, 'size size 3'],
+    ground: Float32[np.ndarray, '3'],
+    size: str,
+    factor: float,
+  ) -> SeenThing:
+    """Returns the nearest drawing of a size if it is nearer than `found`.
+
+    Args:
+      found: the nearest thing until now, whose box is used.
+      relative: the blurred picture minus its ground.
+      ground: the ground's color.
+      size: a key of `openmoji_things.SIZES`.
+      factor: how much the box is enlarged before it is compared.
+    """
+    templates = self._templates[size]
+    shape = np.array([found.box[3], found.box[2]]) * factor
+    chosen = np.flatnonzero(np.abs(templates.shapes - shape).max(axis=1) <= self._tolerance)
+    if not len(chosen):
+      return found
+    windows = self._windows(relative, found.box, templates.side, factor)
+    drawings = templates.ink[chosen] - templates.opacity[chosen] * ground
+    drawings = drawings.reshape(len(chosen), -1)
+    energy = np.square(windows).sum(axis=1)[:, None]
+    distances = energy - 2 * windows @ drawings.T + np.square(drawings).sum(axis=1)
+    shares = (distances / np.maximum(energy, 1.0)).min(axis=0)
+    best = int(shares.argmin())
+    if shares[best] >= min(found.unexplained, _EXPLAINED):
+      return found
+    kind, color = templates.keys[chosen[best]]
+    return SeenThing(kind, color, size, found.box, float(shares[best]))
 
   def _windows(
     self,
     relative: Float32[np.ndarray, 'size size 3'],
     box: tuple[int, int, int, int],
     side: int,
+    factor: float,
   ) -> Float32[np.ndarray, 'shifts values']:
     """Returns squares around a box's middle for all small shifts; beyond its margin is ground."""
     left, top, width, height = box
     around = self._around
-    rows = slice(max(0, top - around), top + height + around)
-    columns = slice(max(0, left - around), left + width + around)
-    reach = side + 2 * self._shift
-    alone = np.zeros((self.size + 2 * reach, self.size + 2 * reach, 3), np.float32)
-    part = relative[rows, columns]
-    start_row, start_column = rows.start + reach, columns.start + reach
-    alone[start_row : start_row + part.shape[0], start_column : start_column + part.shape[1]] = part
-    first_row = reach + top + (height - side) // 2
-    first_column = reach + left + (width - side) // 2
+    padded = np.pad(relative, ((around, around), (around, around), (0, 0)))
+    part = padded[top : top + height + 2 * around, left : left + width + 2 * around]
+    if factor != 1:
+      part = ndimage.zoom(part, (factor, factor, 1), order=1)
+    alone = np.pad(part, ((side, side), (side, side), (0, 0)))
+    first_row, first_column = (side + (length - side) // 2 for length in part.shape[:2])
     shifts = range(-self._shift, self._shift + 1)
     return np.stack(
       [
