@@ -10,6 +10,8 @@ from parti_jax.cli import sampling_flags
 from parti_jax.core import checks
 from parti_jax.core.errors import UserError
 from parti_jax.data import openmoji
+from parti_jax.data import openmoji_grammar
+from parti_jax.data import openmoji_scenes
 from parti_jax.evaluation import captions_evaluation
 from parti_jax.evaluation import output_folder
 from parti_jax.evaluation.datasets import coco
@@ -17,14 +19,16 @@ from parti_jax.evaluation.datasets import localized_narratives
 from parti_jax.evaluation.metrics import features
 from parti_jax.evaluation.openmoji import contact_sheet
 from parti_jax.evaluation.openmoji import openmoji_report
+from parti_jax.evaluation.openmoji import scene_evaluation
 from parti_jax.sampling import sheets
 
-DATASETS = ('openmoji', 'coco', 'localized_narratives')
+DATASETS = ('openmoji', 'openmoji_scenes', 'coco', 'localized_narratives')
+_SPLITS = {'openmoji': openmoji.SPLITS, 'openmoji_scenes': openmoji_scenes.SPLITS}
 
 # Flags that only apply to some data sets, with their defaults.
 _OF_DATASETS: dict[tuple[str, ...], dict[str, Any]] = {
-  ('openmoji',): {
-    'splits': list(openmoji.SPLITS),
+  ('openmoji', 'openmoji_scenes'): {
+    'splits': [],  # All.
     'max_prompts': None,
     'train_prompts': 200,
     'rank': False,
@@ -32,7 +36,7 @@ _OF_DATASETS: dict[tuple[str, ...], dict[str, Any]] = {
   ('coco', 'localized_narratives'): {'annotations': None, 'pictures': None, 'num_captions': 30_000},
   ('coco',): {'tfds_dir': None},
 }
-_NUM_IMAGES = {'openmoji': 4, 'coco': 1, 'localized_narratives': 1}
+_NUM_IMAGES = {'openmoji': 4, 'openmoji_scenes': 4, 'coco': 1, 'localized_narratives': 1}
 
 
 def add_arguments(parser: argparse.ArgumentParser):
@@ -59,8 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser):
   parser.add_argument(
     '--num_images',
     type=int,
-    help='number of pictures for each prompt (default: 4 for openmoji, else 1; with more, captions '
-    "use the one that the model's ranker prefers)",
+    help='number of pictures for each prompt (default: 4 for openmoji and openmoji_scenes, else 1; '
+    "with more, captions use the one that the model's ranker prefers)",
   )
   parser.add_argument(
     '--seed',
@@ -89,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     help='number of pictures to generate at once; affects memory, not the pictures',
   )
   sampling_flags.add_arguments(parser)
-  emoji = parser.add_argument_group('openmoji')
+  emoji = parser.add_argument_group('openmoji, openmoji_scenes')
   emoji.add_argument(
     '--rank',
     action='store_true',
@@ -100,7 +104,9 @@ def add_arguments(parser: argparse.ArgumentParser):
     '--splits',
     nargs='+',
     metavar='SPLIT',
-    help='splits among ' + ', '.join(openmoji.SPLITS) + ' (default: all)',
+    help='splits among '
+    + ', or '.join(', '.join(splits) for splits in _SPLITS.values())
+    + ' (default: all)',
   )
   emoji.add_argument(
     '--max_prompts',
@@ -148,6 +154,8 @@ def run(args: argparse.Namespace) -> int:
   _check_flags(args)
   if args.dataset == 'openmoji':
     report, pages, folder = _openmoji(args)
+  elif args.dataset == 'openmoji_scenes':
+    report, pages, folder = _openmoji_scenes(args)
   else:
     report, pages, folder = _captions(args)
   print(report.text())
@@ -184,6 +192,43 @@ def _openmoji(args: argparse.Namespace):
     rank=args.rank,
     **sampling_flags.given(args),
   )
+  return report, pages, folder
+
+
+def _openmoji_scenes(args: argparse.Namespace):
+  """Evaluates on scenes made of OpenMoji; returns the same values as `_openmoji`."""
+  folder = output_folder.make(args.output_dir)
+  model = parti_jax.load(args.model, ranker=args.ranker)
+  sampling = {
+    name: value for name, value in sampling_flags.given(args).items() if value is not None
+  }
+  output_folder.claim(
+    folder,
+    {
+      'dataset': args.dataset,
+      'seed': args.seed,
+      'num_images': args.num_images,
+      'max_prompts': args.max_prompts,
+      'train_prompts': args.train_prompts,
+      'sampling': sampling,
+      'scenes': openmoji_grammar.digest(openmoji_scenes.Settings())[:16],
+      'model': output_folder.model_fingerprint(args.model),
+    },
+  )
+  report, samples = scene_evaluation.evaluate(
+    model,
+    folder,
+    args.splits,
+    args.num_images,
+    args.max_prompts,
+    args.seed,
+    train_prompts=args.train_prompts,
+    rank=args.rank,
+    progress=True,
+    batch_size=args.batch_size,
+    **sampling,
+  )
+  pages = {sample.split: scene_evaluation.contact_sheet(sample) for sample in samples}
   return report, pages, folder
 
 
@@ -293,8 +338,13 @@ def _check_flags(args: argparse.Namespace):
       f'{features.INCEPTION_FILE}'
     )
   sampling_flags.given(args)
+  if args.dataset == 'openmoji_scenes' and args.inception_weights is not None:
+    raise UserError(
+      '--inception_weights does not apply to --dataset=openmoji_scenes, whose pictures are judged one '
+      'by one'
+    )
+  known = _SPLITS.get(args.dataset, ())
+  args.splits = args.splits or list(known)
   for split in args.splits:
-    if split not in openmoji.SPLITS:
-      raise UserError(
-        f'--splits: unknown split {split!r}; choose from {", ".join(openmoji.SPLITS)}'
-      )
+    if split not in known:
+      raise UserError(f'--splits: unknown split {split!r}; choose from {", ".join(known)}')

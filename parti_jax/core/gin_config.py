@@ -32,6 +32,7 @@ DATA_NAMES = (
   'loader',
   'mixture',
   'openmoji',
+  'openmoji_scenes',
   'parquet',
   'prepared',
   'shuffle',

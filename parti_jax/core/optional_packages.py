@@ -6,6 +6,7 @@ import re
 EXTRAS = {
   'apache_beam': 'beam',
   'datasets': 'hf',
+  'emoji': 'data',
   'gcsfs': 'gcs',
   'google_crc32c': 'data',
   'libtpu': 'tpu',

@@ -3,6 +3,7 @@
 import codecs
 import re
 import unicodedata
+from collections.abc import Sequence
 
 from parti_jax.core import storage
 from parti_jax.data import damage
@@ -25,6 +26,9 @@ _REASONS = {
   AMBIGUOUS: 'caption of one of several samples of the same key',
 }
 
+# Begins and separates several captions of one picture. No usable caption begins like this.
+_SEVERAL_START, _SEVERAL_BREAK = b'\0\0\x1e', b'\x1e'
+
 
 class UnusableCaption(damage.Unusable):
   """A caption can't be used; the message is a short reason."""
@@ -37,16 +41,18 @@ def clean(data: bytes) -> tuple[str, list[str]]:
   vocabulary handles them.
 
   Args:
-    data: the raw caption in UTF-8, or in UTF-16 or UTF-32 with a byte order mark.
+    data: the raw caption in UTF-8, or in UTF-16 or UTF-32 with a byte order mark. Of `several`, the
+      first is used.
 
   Returns:
     The text without surrounding whitespace, and a short note for each change: control characters
-    replaced by spaces, and text cut after `MAX_BYTES`.
+    replaced by spaces, other captions left out, and text cut after `MAX_BYTES`.
 
   Raises:
     UnusableCaption: the caption is missing, empty, has only invisible characters, isn't UTF-8 (a
       lone surrogate in JSON isn't), or has more than a fifth control characters.
   """
+  data, *others = alternatives(data)
   if data in _REASONS:
     raise UnusableCaption(_REASONS[data])
   encoding = storage.encoding_of(data)
@@ -66,7 +72,35 @@ def clean(data: bytes) -> tuple[str, list[str]]:
   if all(unicodedata.category(character) in _INVISIBLE for character in text):
     raise UnusableCaption('no caption')
   changes = ['control characters taken out of the caption'] if controls else []
+  changes += ['all captions but the first left out'] if others else []
   return text.strip(), changes + ([f'caption cut to {MAX_BYTES:,} bytes'] if cut else [])
+
+
+def several(texts: Sequence[str]) -> bytes:
+  """Returns several captions of one picture as a source's 'caption'; `choose` returns one of them.
+
+  Args:
+    texts: the captions, without control characters.
+  """
+  return _SEVERAL_START + _SEVERAL_BREAK.join(text.encode() for text in texts)
+
+
+def alternatives(data: bytes) -> list[bytes]:
+  """Returns the captions of a picture: those of `several`, or else `data` itself."""
+  if not data.startswith(_SEVERAL_START):
+    return [data]
+  return data.removeprefix(_SEVERAL_START).split(_SEVERAL_BREAK)
+
+
+def choose(data: bytes, draw: float) -> bytes:
+  """Returns one of the captions of a picture.
+
+  Args:
+    data: a caption, or the result of `several`.
+    draw: uniform in [0, 1). Its last digits choose, since the first ones decide about other things.
+  """
+  found = alternatives(data)
+  return found[int(draw * 2**53) % len(found)]
 
 
 def from_json(value: object) -> bytes:

@@ -7,7 +7,7 @@
 | `SOURCE_pairs` | inputs, images | text encoder, ranker, super-resolution |
 | `openmoji_tokens`, `cached_tokens` | inputs, targets | Parti, from the token cache |
 
-SOURCE is openmoji, folder, tfrecord, webdataset, parquet, hf_datasets, prepared or, for texts,
+SOURCE is openmoji, openmoji_scenes, folder, tfrecord, webdataset, parquet, hf_datasets, prepared or, for texts,
 text. `texts`, `images` and `pairs` without a source use the one that gin chooses by `data.source`,
 so a run changes its data by including another file of gin_configs/tasks/. Text tasks don't read the
 pictures. `token_cache_NAME_tokens` is the token cache that gin configures in the scope
@@ -125,7 +125,7 @@ class Dataset:
     Args:
       lengths: the length of each feature, such as {'inputs': 32, 'images': 64}. The length of a
         picture is its height and width in pixels.
-      training: whether texts are dropped for guidance. Tasks of texts only never drop them, since
+      training: whether texts are dropped for guidance, and any of several captions is used. Tasks of texts only never drop them, since
         an encoder learns nothing from an empty text.
 
     Raises:
@@ -147,6 +147,7 @@ class Dataset:
       self.vocabulary,
       image_decoding.configured(),
       rate if training and self.features != ('inputs',) else 0.0,
+      any_caption=training,
     )
 
 
@@ -203,7 +204,7 @@ def get(name: str, image_size: int = 64) -> Dataset:
 
   Args:
     name: name of the task.
-    image_size: the run's picture size in pixels, at which OpenMoji is rendered.
+    image_size: the run's picture size in pixels, at which OpenMoji and its scenes are rendered.
 
   Raises:
     UserError: the task doesn't exist, or its data can't be found.
@@ -277,7 +278,7 @@ def _usable(
       continue
     try:
       picture, notes = decode(example['picture'], size)
-      caption, changes = captions.clean(example['caption'])
+      caption, changes = captions.clean(captions.alternatives(example['caption'])[0])
     except Unusable as error:
       skipped.add(str(error))
       continue

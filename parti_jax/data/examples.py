@@ -116,6 +116,7 @@ class Preparation:
     vocabulary: vocabulary of the captions; None without captions.
     decode: decodes pictures.
     drop_rate: share of the captions that are dropped.
+    any_caption: whether any of several captions is used; otherwise the first.
   """
 
   text_length: int | None = None
@@ -124,6 +125,7 @@ class Preparation:
   vocabulary: text_tokenizer.TextTokenizer | None = None
   decode: Decode = image_decoding.decode_and_note
   drop_rate: float = 0.0
+  any_caption: bool = False
 
   def __call__(
     self, example: Mapping[str, Any], draw: float
@@ -132,7 +134,8 @@ class Preparation:
 
     Args:
       example: an example of a source.
-      draw: uniform in [0, 1); determines whether the text is dropped, and the view.
+      draw: uniform in [0, 1); determines whether the text is dropped, the view, and which of
+        several captions is used.
 
     Returns:
       The requested features among 'encoder_input_tokens' int32 [text_length], 'images' uint8
@@ -146,7 +149,8 @@ class Preparation:
     notes: list[str] = []
     if self.text_length is not None:
       assert self.vocabulary is not None
-      ids, _, notes = caption_ids(example['caption'], self.vocabulary, self.text_length)
+      caption = captions.choose(example['caption'], draw if self.any_caption else 0.0)
+      ids, _, notes = caption_ids(caption, self.vocabulary, self.text_length)
       dropped = draw < self.drop_rate
       found['encoder_input_tokens'] = (
         empty_text(self.vocabulary, self.text_length) if dropped else ids

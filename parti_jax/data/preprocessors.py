@@ -92,7 +92,8 @@ def tokenize_captions(
   """Replaces 'caption' by 'inputs', int32 [text_length] with length sequence_length['inputs'].
 
   Args:
-    dataset: examples with 'caption'.
+    dataset: examples with 'caption', and 'number' and 'seed' of `number`, which choose one of several
+      captions if the reader trains; otherwise the first is used.
     sequence_length: seqio's feature lengths.
     vocabulary: the text vocabulary.
     keep: whether to keep the cleaned text as 'inputs_pretokenized', tf.string [].
@@ -104,7 +105,8 @@ def tokenize_captions(
   length = sequence_length['inputs']
   reading = tally.current()
 
-  def encode(caption: bytes):
+  def encode(caption: bytes, number_: int, seed: np.ndarray):
+    caption = captions.choose(caption, _draw(number_, seed) if reading.drop_text else 0.0)
     try:
       ids, text, changes = examples.caption_ids(caption, vocabulary, length)
     except captions.UnusableCaption as error:
@@ -117,12 +119,21 @@ def tokenize_captions(
   def convert(example):
     caption = example.pop('caption')
     ids, text, usable = tf.numpy_function(
-      encode, [caption], [tf.int32, tf.string, tf.bool], stateful=False
+      encode,
+      [caption, example['number'], example['seed']],
+      [tf.int32, tf.string, tf.bool],
+      stateful=False,
     )
     kept = {'inputs_pretokenized': tf.ensure_shape(text, [])} if keep else {}
     return {**example, **kept, 'inputs': tf.ensure_shape(ids, [length])}, usable
 
   return _map_and_filter(dataset, convert)
+
+
+def _draw(number_: int, seed: np.ndarray) -> np.float64:
+  """Returns the random number of an example, from what `number` added to it."""
+  mixed = order.mixed(0, 'draws', *map(int, seed.astype(np.uint64)))
+  return examples.draws(mixed, int(number_), 1)[0]
 
 
 def drop_text(
@@ -145,12 +156,8 @@ def drop_text(
     return dataset
   empty = examples.empty_text(vocabulary, sequence_length['inputs'])
 
-  def draw(number_: int, seed: np.ndarray):
-    mixed = order.mixed(0, 'draws', *map(int, seed.astype(np.uint64)))
-    return examples.draws(mixed, int(number_), 1)[0]
-
   def drop(example):
-    drawn = tf.numpy_function(draw, [example['number'], example['seed']], tf.float64)
+    drawn = tf.numpy_function(_draw, [example['number'], example['seed']], tf.float64)
     return {
       **example,
       'inputs': tf.where(tf.ensure_shape(drawn, []) < rate, empty, example['inputs']),

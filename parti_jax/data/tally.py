@@ -72,7 +72,8 @@ class Reading:
   Attributes:
     skipped: tally of skipped examples.
     shortened: tally of examples that are kept in part (captions cut to the text's length).
-    drop_text: whether the reader trains, so that `preprocessors.drop_text` drops texts.
+    drop_text: whether the reader trains, so that `preprocessors.drop_text` drops texts and any of
+      several captions is used.
   """
 
   skipped: Tally = dataclasses.field(default_factory=Tally)

@@ -41,7 +41,7 @@ class Preparation:
       draw: ignored, since the views aren't random.
 
     Returns:
-      'caption', a str, and 'views', uint8 [count, image_size, image_size, 3]; and a short note for
+      'caption', a str that can hold several (see `captions.several`), and 'views', uint8 [count, image_size, image_size, 3]; and a short note for
       each loss.
 
     Raises:
@@ -50,7 +50,7 @@ class Preparation:
     del draw
     size = self.image_size
     picture, notes = self.decode(example['picture'], size)
-    caption, changes = captions.clean(example['caption'])
+    caption, changes = _clean(example['caption'])
     found = [picture]
     if self.count == 10:
       side = round(_LARGER * size)
@@ -62,3 +62,12 @@ class Preparation:
     if self.count > 1:
       found = [view for plain in found for view in (plain, plain[:, ::-1])]
     return {'caption': caption, 'views': np.stack(found)}, notes + changes
+
+
+def _clean(data: bytes) -> tuple[str, list[str]]:
+  """Cleans the caption, or each of several, which stay together."""
+  found = captions.alternatives(data)
+  if len(found) == 1:
+    return captions.clean(found[0])
+  texts, changes = zip(*map(captions.clean, found))
+  return captions.several(texts).decode(), [change for some in changes for change in some]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from parti_jax.core.errors import UserError
+from parti_jax.data import captions
 from parti_jax.data import datasets
 from parti_jax.data import openmoji
 from parti_jax.data import openmoji_builder
@@ -74,6 +75,14 @@ def test_all_pictures_and_captions_in_order(data_dir):
   again = [caption for caption, _ in datasets.pictures_and_captions('pairs', 'validation', SIZE)]
   expected = {p.caption for p in openmoji.pictures()[::40] if p.split == 'validation'}
   assert first == again and set(first) == expected and len(first) == len(expected)
+
+
+def test_several_captions_of_rendered_pictures(data_dir):
+  records = openmoji_source.OpenMojiSource(SIZE, str(data_dir), captions=3).open('validation')
+  plain = openmoji_source.OpenMojiSource(SIZE, str(data_dir)).open('validation')
+  several = [captions.alternatives(x['caption']) for x in records.read(range(len(records)))]
+  usual = [example['caption'] for example in plain.read(range(len(plain)))]
+  assert [texts[0] for texts in several] == usual and max(map(len, several)) == 3
 
 
 @pytest.fixture

@@ -19,13 +19,16 @@ from parti_jax.data.sources import base
 from parti_jax.data.sources import folder
 from parti_jax.data.sources import hf_datasets
 from parti_jax.data.sources import openmoji
+from parti_jax.data.sources import openmoji_scenes
 from parti_jax.data.sources import parquet
 from parti_jax.data.sources import prepared
 from parti_jax.data.sources import text
 from parti_jax.data.sources import tfrecord
 from parti_jax.data.sources import webdataset
 
+# A name belongs to the first kind that it begins with.
 _SOURCES = {
+  'openmoji_scenes': openmoji_scenes.configured,
   'openmoji': openmoji.configured,
   'folder': folder.configured,
   'tfrecord': tfrecord.configured,
@@ -34,6 +37,10 @@ _SOURCES = {
   'hf_datasets': hf_datasets.configured,
   'prepared': prepared.configured,
   'text': text.configured,
+}
+_RENDERED = {
+  'openmoji_scenes': openmoji_scenes.configured,
+  'openmoji': openmoji.configured,
 }
 NAMES = tuple(_SOURCES)
 
@@ -56,7 +63,7 @@ def configured(name: str, image_size: int = 64) -> base.Source:
 
   Args:
     name: one of `NAMES`, optionally with a suffix.
-    image_size: the size at which OpenMoji renders its pictures unless `openmoji.size` is set.
+    image_size: the size at which OpenMoji and its scenes are rendered unless gin sets one.
 
   Raises:
     UserError: the source is unknown, or its path isn't set.
@@ -65,6 +72,6 @@ def configured(name: str, image_size: int = 64) -> base.Source:
   if found is None:
     raise UserError(f'unknown source {name!r}; choose from {", ".join(_SOURCES)}')
   with gin.config_scope(None if name == found else name):
-    if found == 'openmoji':
-      return openmoji.configured(image_size=image_size)
+    if found in _RENDERED:
+      return _RENDERED[found](image_size=image_size)
     return _SOURCES[found]()

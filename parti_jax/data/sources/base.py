@@ -7,7 +7,7 @@ A source has splits. An opened split has one of two forms:
   their examples within a window.
 
 An example is a dict of 'picture', the encoded picture as bytes, and 'caption', raw bytes for
-`captions.clean`; examples of a token cache have 'tokens' instead of the picture. An unreadable
+`captions.clean`, or several from `captions.several`; examples of a token cache have 'tokens' instead of the picture. An unreadable
 example is `Damaged`.
 
 If a source has more information, `open_described` adds 'key', a string that identifies the example,
@@ -128,7 +128,7 @@ class Source(abc.ABC):
     return _in_order(self.open(split, pictures))
 
   def captions(self, split: str) -> Iterator[str]:
-    """Yields the usable captions of a split in order, without decoding pictures.
+    """Yields the usable captions of a split in order, all of each picture, without decoding pictures.
 
     A warning at the end counts the others.
     """
@@ -137,10 +137,11 @@ class Source(abc.ABC):
       if isinstance(example, Damaged):
         skipped.add(example.reason, place=example.where)
         continue
-      try:
-        yield captions_lib.clean(example['caption'])[0]
-      except captions_lib.UnusableCaption as error:
-        skipped.add(str(error))
+      for caption in captions_lib.alternatives(example['caption']):
+        try:
+          yield captions_lib.clean(caption)[0]
+        except captions_lib.UnusableCaption as error:
+          skipped.add(str(error))
     if skipped.counts():
       logging.warning('%s, %s: skipped %s', self.place, split, skipped)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from collections.abc import Sequence
@@ -11,7 +12,9 @@ import gin
 
 from parti_jax.core import checks
 from parti_jax.core.errors import UserError
+from parti_jax.data import captions as captions_lib
 from parti_jax.data import openmoji
+from parti_jax.data import openmoji_names
 from parti_jax.data.sources import base
 
 
@@ -21,19 +24,28 @@ class OpenMojiSource(base.Source):
   Args:
     size: height and width in pixels.
     data_dir: the folder to build in; None for the default of tensorflow-datasets.
+    captions: maximum number of captions of a picture, from `openmoji_names` if there are several.
+    languages: languages of several captions.
   """
 
-  def __init__(self, size: int, data_dir: str | None = None):
+  def __init__(
+    self,
+    size: int,
+    data_dir: str | None = None,
+    captions: int = 1,
+    languages: Sequence[str] = (openmoji_names.ENGLISH,),
+  ):
     super().__init__('openmoji', openmoji.SPLITS)
     self._size, self._data_dir = size, data_dir
+    self._phrasings = _Phrasings(captions, tuple(languages))
 
   def open(self, split: str, pictures: bool = True) -> base.Records:
     self.check_split(split)
     if not pictures and split in openmoji.SPLITS:  # Captions need no rendering.
       return _Captions(
-        [picture.caption for picture in openmoji.pictures() if picture.split == split]
+        [picture for picture in openmoji.pictures() if picture.split == split], self._phrasings
       )
-    return _Rendered(self._size, self._data_dir, split)
+    return _Rendered(self._size, self._data_dir, split, self._phrasings)
 
   def check_split(self, split: str) -> None:
     # Also accepts slices such as 'train[:10%]', which tensorflow-datasets supports.
@@ -41,42 +53,47 @@ class OpenMojiSource(base.Source):
       raise UserError(f'openmoji has no split {split!r}; it has {", ".join(self.splits)}')
 
 
+@dataclasses.dataclass(frozen=True)
+class _Phrasings:
+  """Which captions a picture has; the arguments are those of `OpenMojiSource`."""
+
+  count: int
+  languages: tuple[str, ...]
+
+  def of(self, picture: openmoji.Picture) -> bytes:
+    """Returns the 'caption' of a picture's example."""
+    if self.count == 1:
+      return picture.caption.encode()
+    return captions_lib.several(openmoji_names.captions(picture, self.count, self.languages))
+
+
 class _Captions(base.Records):
   """Only captions."""
 
-  def __init__(self, captions: list[str]):
-    self._captions = captions
+  def __init__(self, pictures: list[openmoji.Picture], phrasings: _Phrasings):
+    self._pictures, self._phrasings = pictures, phrasings
 
   def __len__(self) -> int:
-    return len(self._captions)
+    return len(self._pictures)
 
   def read(self, indices: Sequence[int]) -> list[base.Example]:
-    return [{'caption': self._captions[index].encode()} for index in indices]
+    return [{'caption': self._phrasings.of(self._pictures[index])} for index in indices]
 
 
 class _Rendered(base.Records):
   """Pictures stored by tensorflow-datasets."""
 
-  def __init__(self, size: int, data_dir: str | None, split: str):
-    self._arguments = size, data_dir, split
+  def __init__(self, size: int, data_dir: str | None, split: str, phrasings: _Phrasings):
+    self._arguments = size, data_dir, split, phrasings
     _ = self._source  # Renders the pictures now.
 
   @functools.cached_property
   def _source(self):
     # Imported here, since users with their own data may not have the package of pictures.
-    import tensorflow_datasets as tfds
-
     from parti_jax.data import openmoji_builder
 
-    size, data_dir, split = self._arguments
-    try:
-      return openmoji_builder.prepared(size, data_dir).as_data_source(
-        split=split, decoders={'image': tfds.decode.SkipDecoding()}
-      )
-    except (ValueError, AssertionError) as error:
-      raise UserError(
-        f'openmoji has no split {split!r}: {re.sub(chr(10), " ", str(error))}'
-      ) from error
+    size, data_dir, split, _ = self._arguments
+    return read_split(openmoji_builder.prepared(size, data_dir), 'openmoji', split)
 
   def __getstate__(self) -> dict[str, Any]:
     return {'_arguments': self._arguments}
@@ -86,13 +103,47 @@ class _Rendered(base.Records):
 
   def read(self, indices: Sequence[int]) -> list[base.Example]:
     found = self._source.__getitems__(list(map(int, indices)))
-    return [{'picture': example['image'], 'caption': example['caption']} for example in found]
+    phrasings = self._arguments[-1]
+    if phrasings.count == 1:
+      return [{'picture': example['image'], 'caption': example['caption']} for example in found]
+    return [
+      {'picture': example['image'], 'caption': phrasings.of(_pictures()[example['code'].decode()])}
+      for example in found
+    ]
+
+
+@functools.cache
+def _pictures() -> dict[str, openmoji.Picture]:
+  return {picture.code: picture for picture in openmoji.pictures()}
+
+
+def read_split(builder, name: str, split: str):
+  """Opens a split of a tensorflow-datasets builder, with pictures left encoded.
+
+  Args:
+    builder: the builder, with its data prepared.
+    name: name of the source, for messages.
+    split: the split, or a slice of it.
+
+  Raises:
+    UserError: the split doesn't exist.
+  """
+  import tensorflow_datasets as tfds
+
+  try:
+    return builder.as_data_source(split=split, decoders={'image': tfds.decode.SkipDecoding()})
+  except (ValueError, AssertionError) as error:
+    raise UserError(f'{name} has no split {split!r}: {re.sub(chr(10), " ", str(error))}') from error
 
 
 @gin.configurable('openmoji')
-@checks.bounded(size=(1, 8192))
+@checks.bounded(size=(1, 8192), captions=(1, 20))
 def configured(
-  size: int | None = None, data_dir: str | None = None, image_size: int = 64
+  size: int | None = None,
+  data_dir: str | None = None,
+  captions: int = 1,
+  languages: tuple[str, ...] = (openmoji_names.ENGLISH,),
+  image_size: int = 64,
 ) -> OpenMojiSource:
   """Returns OpenMoji as a source.
 
@@ -100,6 +151,18 @@ def configured(
     size: height and width in pixels at which the pictures are rendered; None for the run's size,
       which avoids resizing.
     data_dir: folder of the rendered pictures; None for the default of tensorflow-datasets.
+    captions: captions of each picture, of which an epoch uses one. 1 gives only its name and skin
+      tones; more add phrasings, other names and `languages`.
+    languages: languages of several captions, such as ('en', 'de').
     image_size: the run's picture size, given by the caller.
+
+  Raises:
+    UserError: a language is unknown.
   """
-  return OpenMojiSource(size or image_size, data_dir)
+  if captions == 1 and tuple(languages) != (openmoji_names.ENGLISH,):
+    raise UserError(
+      'openmoji.languages has no effect with openmoji.captions = 1; set more captions'
+    )
+  if captions > 1:
+    openmoji_names.check_languages(languages)
+  return OpenMojiSource(size or image_size, data_dir, captions, languages)

@@ -1,0 +1,188 @@
+"""Captions of single OpenMoji pictures as people write them: other names, articles, free order.
+
+A picture's usual caption is its name and its skin tones: "woman firefighter: dark skin tone". This
+module adds phrasings such as "a dark-skinned female firefighter". Other names come from the package
+`emoji`, which also has the names in other languages. No two pictures share a caption, unless they
+share a name.
+
+This module doesn't import TensorFlow.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import re
+from collections.abc import Mapping
+from collections.abc import Sequence
+
+import numpy as np
+
+from parti_jax.core.errors import UserError
+from parti_jax.data import openmoji
+
+ENGLISH = 'en'
+_COLORS = 'red|orange|yellow|green|blue|purple|brown|black|white|pink|grey|light blue'
+# Names that don't take an article, besides proper names: plurals, adjectives and others.
+_NO_ARTICLE = re.compile(
+  r'(?:men|women|people|hands|palms|locked|unlocked)\b.*|.*(?:[^su]s|\bup|\bdown|\bhair|\bfog|\bfire|\bice|\bbread|\bbacon|\bbutter|\bsalt|\bgarlic|\brice|'
+  r'\bbroccoli|\bginger root|\bbeard|\bbald|\bmen|\bpeople|\bwomen|\bfeet|\bfish|\bhay|\bconfetti|'
+  r'\bsushi|\bsake|\bmoney|\bmail|\bnight|\bnoon|-thirty|o\'clock|\bNO|\bOK|\bface in clouds)'
+)
+_NAME_FRAMES = (
+  '{name}',
+  '{name}',
+  '{phrase}',
+  '{phrase}',
+  'a picture of {phrase}',
+  'an emoji of {phrase}',
+  '{name} emoji',
+)
+# Of one tone, such as 'dark skin tone', which is 'dark' in short.
+_TONE_FRAMES = (
+  '{name}, {tone}',
+  '{tone} {name}',
+  '{name} with {tone}',
+  '{phrase} with {tone}',
+  '{phrase} with {short} skin',
+  '{short}-skinned {name}',
+  'a {short}-skinned {name}',
+  'a picture of a {short}-skinned {name}',
+)
+_TONES_FRAMES = ('{name}, {tones}', '{name} with {tones}', '{phrase} with {tones}')
+
+
+def captions(
+  picture: openmoji.Picture, count: int, languages: Sequence[str] = (ENGLISH,)
+) -> list[str]:
+  """Returns different captions of a picture, the same ones each time.
+
+  Args:
+    picture: the picture.
+    count: maximum number of captions; a picture with few phrasings has fewer.
+    languages: codes of languages, such as 'en' or 'de'. The usual caption comes first if English is
+      among them. In the other languages there is one caption each. A picture without a name in any
+      of them has its usual caption.
+
+  Raises:
+    UserError: a language is unknown, or the package `emoji` is missing.
+  """
+  check_languages(languages)
+  others = [language for language in languages if language != ENGLISH]
+  found = dict.fromkeys([picture.caption] if ENGLISH in languages else ())
+  for language in others:
+    if name := _localized(language).get(_bare(picture.code)):
+      found[name] = None
+  rng = np.random.default_rng([*picture.code.encode()])
+  for _ in range(20 * count if ENGLISH in languages else 0):
+    if len(found) >= count:
+      break
+    found[_phrase(picture, rng)] = None
+  return list(found)[:count] or [picture.caption]
+
+
+def check_languages(languages: Sequence[str]) -> None:
+  """Raises UserError unless all languages are known; `captions` describes them."""
+  if isinstance(languages, str) or not languages:
+    raise UserError(f"openmoji.languages = {languages!r} must be a tuple such as ('en', 'de')")
+  known = openmoji.import_data_package('emoji').LANGUAGES
+  for language in languages:
+    if language not in known:
+      raise UserError(
+        f'openmoji.languages: unknown language {language!r}; choose from {", ".join(known)}'
+      )
+
+
+def names(name: str) -> tuple[str, ...]:
+  """Returns a name and the other names that mean the same pictures, in English."""
+  found = dict.fromkeys([name, *_aliases().get(name, ())])
+  for known in list(found):
+    if match := re.fullmatch(r'(wo)?man (?!and |with |in |\w+ing\b|\w+ hair\b)(.+)', known):
+      found[f'{"fe" if match[1] else ""}male {match[2]}'] = None
+    if match := re.fullmatch(rf'({_COLORS}) ([a-z]+)', known):
+      found[f'{match[2]} in {match[1]}'] = found[f'{match[1]}-colored {match[2]}'] = None
+  taken = _owners()
+  return tuple(text for text in found if text == name or taken.get(text.casefold(), name) == name)
+
+
+def _phrase(picture: openmoji.Picture, rng: np.random.Generator) -> str:
+  """Returns a caption in one of the phrasings."""
+  pick = lambda choices: choices[int(rng.integers(len(choices)))]
+  name = pick(names(picture.name))
+  values = {'name': name, 'phrase': _with_article(name, definite=rng.random() < 0.1)}
+  if not picture.tones:
+    return pick(_NAME_FRAMES).format(**values)
+  if len(picture.tones) > 1:
+    return pick(_TONES_FRAMES).format(tones=' and '.join(picture.tones), **values)
+  (tone,) = picture.tones
+  return pick(_TONE_FRAMES).format(tone=tone, short=tone.removesuffix(' skin tone'), **values)
+
+
+def _with_article(name: str, definite: bool) -> str:
+  """Puts an article before a name that takes one."""
+  if not name[0].islower() or _NO_ARTICLE.fullmatch(name):
+    return name
+  if definite:
+    return f'the {name}'
+  return f'{"an" if re.match("[aeiou](?!ni|se)", name) else "a"} {name}'
+
+
+@functools.cache
+def _aliases() -> Mapping[str, tuple[str, ...]]:
+  """Maps names to their other names in the package `emoji`, unless these are codes."""
+  by_code = {_bare(picture.code): picture for picture in openmoji.pictures()}
+  found: dict[str, dict[str, None]] = collections.defaultdict(dict)
+  for characters, entry in openmoji.import_data_package('emoji').EMOJI_DATA.items():
+    picture = by_code.get(_code(characters))
+    if picture is None or picture.tones:
+      continue
+    for alias in entry.get('alias', ()):
+      text = _spelled(alias)
+      same = _letters(text) == _letters(picture.name)
+      if not same and re.fullmatch('(flag for )?[A-Za-z][a-z ]{2,}', text):
+        found[picture.name][text] = None
+  return {name: tuple(aliases) for name, aliases in found.items()}
+
+
+@functools.cache
+def _owners() -> Mapping[str, str]:
+  """Maps texts in lower case to the one name that they mean; '' if they mean several."""
+  found: dict[str, str] = {}
+  for name, aliases in _aliases().items():
+    for alias in aliases:
+      text = alias.casefold()
+      found[text] = name if found.get(text, name) == name else ''
+  return {**found, **{picture.name.casefold(): picture.name for picture in openmoji.pictures()}}
+
+
+@functools.cache
+def _localized(language: str) -> Mapping[str, str]:
+  """Maps codes to full names in a language; only names that one picture has."""
+  emoji = openmoji.import_data_package('emoji')
+  emoji.config.load_language(language)
+  named = {
+    _code(characters): _spelled(entry[language])
+    for characters, entry in emoji.EMOJI_DATA.items()
+    if language in entry
+  }
+  codes = collections.defaultdict(set)
+  for code, name in named.items():
+    codes[name.casefold()].add(code)
+  return {code: name for code, name in named.items() if len(codes[name.casefold()]) == 1}
+
+
+def _spelled(name: str) -> str:
+  return name.strip(':').replace('_', ' ').replace('\u2019', "'")
+
+
+def _letters(text: str) -> str:
+  return ''.join(filter(str.isalnum, text)).casefold()
+
+
+def _code(characters: str) -> str:
+  return _bare('-'.join(f'{ord(character):04X}' for character in characters))
+
+
+def _bare(code: str) -> str:
+  # U+FE0F only requests the color form; the two packages disagree on its position.
+  return '-'.join(part for part in code.split('-') if part != 'FE0F')
