@@ -36,7 +36,32 @@ _NAME_FRAMES = (
   '{phrase}',
   'a picture of {phrase}',
   'an emoji of {phrase}',
+  'an image of {phrase}',
+  'a drawing of {phrase}',
+  'draw {phrase}',
   '{name} emoji',
+)
+# What people say with a name although the picture stays the same.
+_LOOSE_SHARE = 0.3
+_LOOSE = (
+  'small {}',
+  'big {}',
+  'little {}',
+  'cute {}',
+  'nice {}',
+  'simple {}',
+  'single {}',
+  'cartoon {}',
+  'funny {}',
+  'old {}',
+  'pair of {}',
+  'slice of {}',
+  'piece of {}',
+  'bit of {}',
+  'cup of {}',
+  'bunch of {}',
+  "man's {}",
+  "friend's {}",
 )
 # Of one tone, such as 'dark skin tone', which is 'dark' in short.
 _TONE_FRAMES = (
@@ -109,6 +134,8 @@ def _phrase(picture: openmoji.Picture, rng: np.random.Generator) -> str:
   """Returns a caption in one of the phrasings."""
   pick = lambda choices: choices[int(rng.integers(len(choices)))]
   name = pick(names(picture.name))
+  if name[0].islower() and not picture.tones and rng.random() < _LOOSE_SHARE:
+    name = pick(_LOOSE).format(name)
   values = {'name': name, 'phrase': _with_article(name, definite=rng.random() < 0.1)}
   if not picture.tones:
     return pick(_NAME_FRAMES).format(**values)

@@ -1,6 +1,8 @@
 """Captions of single pictures as people write them."""
 
 import collections
+import importlib.util
+import pathlib
 
 import gin
 import pytest
@@ -126,3 +128,21 @@ def test_bad_settings(config, message):
   gin.parse_config(config)
   with pytest.raises(UserError, match=message):
     sources.configured('openmoji')
+
+
+def test_the_plain_requests_are_held_out():
+  """The benchmark asks for things of train, in words that no caption has."""
+  path = pathlib.Path(__file__).parents[2] / 'benchmarks' / 'plain_requests.py'
+  spec = importlib.util.spec_from_file_location('plain_requests', path)
+  assert spec is not None and spec.loader is not None
+  plain_requests = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(plain_requests)
+  known = {picture.name for picture in openmoji.pictures() if picture.split == 'train'}
+  assert set(plain_requests.REQUESTS.values()) <= known
+  words = [
+    caption.casefold()
+    for picture in openmoji.pictures()
+    if not picture.tones
+    for caption in openmoji_names.captions(picture, 20)
+  ]
+  assert not set(plain_requests.REQUESTS) & set(words)
