@@ -33,6 +33,11 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
   os.environ['JAX_COMPILATION_CACHE_DIR'] = _compiled.name
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.3')
 
+# Tracing makes many objects that live on. Python's own threshold, 700, looks through them too often.
+gc.set_threshold(20_000, 20, 20)
+# The memory of a process above which the programs of earlier files are dropped.
+_MOST_BYTES = 3 * 2**30
+
 import runtime_types  # noqa: E402
 
 runtime_types.install()
@@ -46,13 +51,42 @@ def clean_gin():
   gin.clear_config()
 
 
+def _resident_bytes():
+  """Returns the memory of this process, or infinity where the system doesn't say."""
+  try:
+    pages = int(pathlib.Path('/proc/self/statm').read_text().split()[1])
+  except (OSError, ValueError):
+    return float('inf')
+  return pages * os.sysconf('SC_PAGE_SIZE')
+
+
 @pytest.fixture(autouse=True, scope='module')
 def few_programs():
-  """Frees what a file's tests have compiled: together that would be several gigabytes."""
+  """Frees what a file's tests have compiled, if it is much: for all files it would be gigabytes.
+
+  The programs of single operations are kept as long as there is room. Each file of training tests
+  would otherwise compile hundreds of them again.
+  """
   yield
-  if jax := sys.modules.get('jax'):
+  gc.collect()
+  if (jax := sys.modules.get('jax')) and _resident_bytes() > _MOST_BYTES:
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture(autouse=True, scope='module')
+def arrays_saved_whole():
+  """Has Orbax save an array that all devices hold from one of them.
+
+  By default each device saves a slice, and XLA compiles every slice of every shape for each device,
+  which takes longer than the rest of saving. Processes that tests start keep the default.
+  """
+  if ocp := sys.modules.get('orbax.checkpoint'):
+    import jax
+
+    handler = ocp.type_handlers.get_type_handler(jax.Array)
+    assert handler._use_replica_parallel in (True, False)
+    handler._use_replica_parallel = False
 
 
 @pytest.fixture(autouse=True)

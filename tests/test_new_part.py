@@ -152,6 +152,37 @@ def test_a_module_that_does_not_exist_is_named(arguments, capsys, tmp_path, monk
   assert '--import=no_such.module' in error and 'no_such' in error and error.count('\n') == 1
 
 
+@pytest.mark.parametrize(
+  'code, words',
+  [
+    ('import no_such_module', 'it imports a missing module: No module named .no_such_module'),
+    ('from os import no_such_name', "ImportError: cannot import name 'no_such_name'"),
+    ('1 / 0', 'ZeroDivisionError: division by zero'),
+    ('raise TypeError("one\\ntwo")', 'TypeError: one two'),
+    ('raise SystemExit(3)', 'SystemExit: 3'),
+    ('def f(:', 'SyntaxError: invalid syntax'),
+    (
+      'from parti_jax.models import image_tokenizers as it\n'
+      "it.register('vqgan', it.KINDS['vit_vqgan'])",
+      "image_tokenizers.register: the kind 'vqgan' is ",
+    ),
+  ],
+)
+@pytest.mark.parametrize(
+  'command', [['generate', 'a prompt'], ['train', '--model_dir=run']], ids=['plain', 'gin']
+)
+def test_a_module_that_fails_is_named_in_one_line(
+  command, code, words, capsys, tmp_path, monkeypatch
+):
+  (tmp_path / 'broken_kind.py').write_text(code + '\n')
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.syspath_prepend(tmp_path)
+  assert main.main([*command, '--import=broken_kind']) == 2
+  error = capsys.readouterr().err
+  assert re.match(f'parti-jax: error: --import=broken_kind: {words}', error), error
+  assert error.count('\n') == 1 and not (tmp_path / 'run').exists()
+
+
 @pytest.mark.parametrize('flag', [['--import'], ['--import=a b'], ['--import', '--model=x']])
 def test_a_name_that_is_no_modules_is_refused(flag, capsys):
   assert main.main(['generate', 'a prompt', *flag]) == 2

@@ -19,6 +19,7 @@ import parti_jax
 from parti_jax.core import gin_config
 from parti_jax.core import optional_packages
 from parti_jax.core import storage
+from parti_jax.core import user_modules
 from parti_jax.core.errors import UserError
 
 # Commands whose --output_dir, or --output, may be a URL.
@@ -81,7 +82,6 @@ COMMANDS = {
 }
 
 _GIN_FLAG = '--gin.'
-_IMPORT_FLAG = '--import'
 # Seconds that a process may take to end after an exception; then it is ended with status 1.
 _SECONDS_TO_END = 20.0
 
@@ -135,13 +135,13 @@ def split_imports(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     flag, equals, module = argument.partition('=')
     if argument == '--':
       rest += [argument, *arguments]
-    elif flag != _IMPORT_FLAG:
+    elif flag != user_modules.FLAG:
       rest.append(argument)
     else:
       module = module if equals else next(arguments, '')
       if not all(name.isidentifier() for name in module.split('.')):
         raise UserError(
-          f'{_IMPORT_FLAG}={module}: must be the name of a module, such as mine.kinds'
+          f'{user_modules.FLAG}={module}: must be the name of a module, such as mine.kinds'
         )
       modules.append(module)
   return rest, modules
@@ -225,28 +225,11 @@ def _run(argv: Sequence[str]) -> int:
     # gin imports them: later, since some commands fork first, and registering gin names is allowed.
     bindings = [f'import {module}' for module in modules] + bindings
   else:
-    _import(modules)
+    for module_of_user in modules:
+      user_modules.load(module_of_user)
   args.gin_bindings = bindings
   with gin_config.translated_errors():
     return module.run(args)
-
-
-def _import(modules: Sequence[str]):
-  """Imports modules that a user names; raises UserError if one doesn't exist."""
-  for name in modules:
-    try:
-      importlib.import_module(name)
-    except ModuleNotFoundError as error:
-      if error.name is None or not f'{name}.'.startswith(f'{error.name}.'):
-        raise UserError(f'{_IMPORT_FLAG}={name}: it imports a missing module: {error}') from error
-      raise UserError(
-        f'{_IMPORT_FLAG}={name}: there is no module {error.name}; install it, or put its folder in '
-        'PYTHONPATH'
-      ) from error
-    except UserError:
-      raise
-    except (Exception, SystemExit) as error:
-      raise UserError(f'{_IMPORT_FLAG}={name}: {type(error).__name__}: {error}') from error
 
 
 def _check_outputs(args: argparse.Namespace, urls: bool):

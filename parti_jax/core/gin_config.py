@@ -20,6 +20,7 @@ from typing import Any
 
 from parti_jax.core import checks
 from parti_jax.core import optional_packages
+from parti_jax.core import user_modules
 from parti_jax.core.errors import UserError
 
 # gin names in parti_jax.data; tests/core/test_gin_config.py checks that the list is complete.
@@ -128,8 +129,8 @@ def parse(gin_files: Sequence[str], bindings: Sequence[str], data: bool = True) 
   old_names: dict[str, str] = {}
   try:
     for text in imports:
-      with _translated_parse_errors(f'--{text.replace(" ", "=")}'):
-        gin.parse_config(text)
+      user_modules.load(text.removeprefix('import '))
+      gin.parse_config(text)  # It belongs to the configuration, too.
     with _includes_found_as_files_are(gin, data, old_names):
       for gin_file in gin_files:
         path = str(find(gin_file))

@@ -302,8 +302,10 @@ class TextToImage:
     first = _first_indices(first_index, len(prompts), num_images)
     texts = self._encode(prompts)
     batch = self._batch_size(total, batch_size, settings.guided)
+    # Before the indices, which may be too many as well.
+    room = self._empty(total)
     index = first[:, None] + np.arange(num_images, dtype=np.int32)
-    tokens, images, usage = self._sample(texts, index, seed, sampled, batch, progress)
+    tokens, images, usage = self._sample(texts, index, seed, sampled, batch, progress, room)
     result = Result(
       images, tokens, prompts, seed, settings, self.model_name, usage, image_index=index
     )
@@ -321,6 +323,7 @@ class TextToImage:
     sampling: decoding.Sampling,
     batch: int,
     progress: bool,
+    room: tuple[np.ndarray, np.ndarray],
   ) -> tuple[
     Int32[np.ndarray, 'prompts num_images image_length'],
     UInt8[np.ndarray, 'prompts num_images height width 3'],
@@ -335,12 +338,13 @@ class TextToImage:
       sampling: how to sample.
       batch: number of pictures in a batch.
       progress: whether to show a progress bar.
+      room: arrays for the tokens and the pictures, a result of `_empty`.
 
     Returns:
       The image tokens, the pictures, and what the tokens computed, if the settings skip anything.
     """
     shape, total, indices = index.shape, index.size, index.reshape(-1)
-    tokens, images = self._empty(total)
+    tokens, images = room
     usages = []
     for start, chosen in placement.pieces(total, batch, progress):
       *drawn, usage = self._place.run(

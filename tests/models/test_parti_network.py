@@ -120,8 +120,7 @@ def test_every_parameter_has_an_axis_name_for_each_dimension():
 @pytest.mark.parametrize(
   'changes',
   [
-    {'remat': 'dots'},
-    {'unroll': 7},
+    {'remat': 'dots', 'unroll': 7},
     {'remat': 'block_inputs', 'unroll': 2},
     {'remat': 'block_inputs_and_attention'},
     {'remat': 'nothing'},

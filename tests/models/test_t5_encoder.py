@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from parti_jax.cli import main
 from parti_jax.core.errors import UserError
 from parti_jax.models import t5_encoder
 from parti_jax.models.nn import layers
@@ -234,8 +235,25 @@ def test_values_and_gradients_agree_on_a_mesh_with_stages():
     ({'relative_buckets': 32, 'relative_distance': 8}, 'must be more than a quarter'),
     ({'dropout': 1.0}, r'dropout=1.0 must lie in \[0, 1\)'),
     ({'layers': 0}, 'layers=0'),
+    ({'text_length': 1}, 'text_length=1 must be a whole number from 2 to 4096$'),
+    ({'text_length': 4097}, 'text_length=4097 must be a whole number from 2 to 4096$'),
   ],
 )
 def test_wrong_sizes_are_named(sizes, message):
   with pytest.raises(UserError, match=rf'^T5EncoderConfig\..*{message}'):
     _config(**sizes)
+
+
+def test_a_text_length_out_of_bounds_is_one_line_of_a_command(tmp_path, capsys):
+  status = main.main(
+    [
+      'train',
+      '--gin_file=gin_configs/runs/tiny_generator.gin',
+      f'--model_dir={tmp_path / "run"}',
+      '--gin.PartiConfig.text_encoder=@T5EncoderConfig()',
+      '--gin.T5EncoderConfig.text_length=4097',
+    ]
+  )
+  error = capsys.readouterr().err
+  assert status == 2 and error.count('\n') == 1 and not (tmp_path / 'run').exists()
+  assert 'T5EncoderConfig.text_length=4097 must be a whole number from 2 to 4096' in error

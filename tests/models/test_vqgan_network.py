@@ -1,6 +1,7 @@
 """Tests of parti_jax.models.vqgan."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -30,11 +31,13 @@ def _images(*shape):
   return jnp.asarray(np.random.default_rng(0).uniform(size=shape), jnp.float32)
 
 
+@functools.cache
 def _init(config):
   init = lambda key: vqgan.VQGAN(config).init(key, *vqgan.example_inputs(config))
   return nn.meta.unbox(jax.jit(init)(jax.random.key(0)))
 
 
+@functools.cache
 def _apply(config):
   return jax.jit(vqgan.VQGAN(config).apply, static_argnames=('method', 'grid', 'quantize'))
 
@@ -57,9 +60,7 @@ def test_tokenize_and_detokenize_are_the_two_halves_at_any_height_and_width(outp
 
 def test_detokenize_takes_the_grid_of_the_image_size_where_none_is_given():
   params = _init(TINY)
-  apply = lambda tokens, **more: vqgan.VQGAN(TINY).apply(
-    params, tokens, method='detokenize', **more
-  )
+  apply = lambda tokens, **more: _apply(TINY)(params, tokens, method='detokenize', **more)
   tokens = jnp.arange(16)[None]
   np.testing.assert_array_equal(apply(tokens), apply(tokens, grid=(4, 4)))
   assert apply(tokens, grid=(2, 8)).shape == (1, 4, 16, 3)

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from parti_jax.core import gin_config
@@ -22,7 +23,6 @@ from parti_jax.models.nn import layers
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.partitioning import pipeline_parallelism
 from parti_jax.partitioning import rules
-from parti_jax.training import optimizers
 from parti_jax.training import trainer as trainer_lib
 from parti_jax.training.objectives import frozen_tokenizer
 from parti_jax.training.objectives import generator_objective
@@ -106,10 +106,8 @@ def _on_mesh(stage, mesh):
   [
     ({'stage': 2, 'data': 2, 'tensor': 2}, {'groups': 2}, 0.3),
     ({'stage': 2, 'data': 1, 'fsdp': 2, 'tensor': 2}, {'layers_per_visit': 2}, 0.0),
-    ({'stage': 4, 'data': 2}, {'groups': 2}, 0.3),
     ({'stage': 4, 'data': 1, 'tensor': 2}, {'groups': 4}, 0.0),
     ({'stage': 8, 'data': 1}, {'groups': 2}, 0.3),
-    ({'stage': 8, 'data': 1}, {}, 0.0),
   ],
 )
 def test_the_pipeline_gives_the_loss_and_gradients_of_plain_layers(sizes, settings, dropout):
@@ -140,7 +138,7 @@ def test_eight_stages_with_data_and_tensor_parallelism():
 @pytest.mark.parametrize('remat', ['everything', 'block_inputs_and_attention'])
 def test_the_pipeline_gives_the_same_with_all_remat_policies(remat):
   loss, gradients = _plain(0.3)
-  mesh = mesh_lib.make_mesh(stage=4, data=1, devices=jax.devices()[:4])
+  mesh = mesh_lib.make_mesh(stage=4, data=2)
   other, others = _on_mesh(_stage(0.3, remat), mesh)
   np.testing.assert_allclose(other, loss, rtol=1e-5)
   for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(others)):
@@ -245,17 +243,17 @@ def test_pictures_work_with_a_tokenizer_whose_layers_do_not_divide():
       for name, value in (('layers', 1), ('width', 8), ('mlp_width', 16), ('heads', 2))
     },
   )
-  params = nn.meta.unbox(
-    vit_vqgan.ViTVQGAN(sizes).init(jax.random.key(0), *vit_vqgan.example_inputs(sizes))['params']
-  )
+  init = jax.jit(lambda key: vit_vqgan.ViTVQGAN(sizes).init(key, *vit_vqgan.example_inputs(sizes)))
+  params = nn.meta.unbox(init(jax.random.key(0))['params'])
   frozen = frozen_tokenizer.FrozenTokenizer('run', sizes, params)
   stage = _stage(0.0)
-  stage = dataclasses.replace(stage, tokenizer='run')
+  model = dataclasses.replace(stage.model, encoder_layers=2, decoder_layers=2)
+  stage = dataclasses.replace(stage, model=model, tokenizer='run')
 
   def pictures(stages):
     mesh = mesh_lib.make_mesh(data=1, stage=stages, devices=jax.devices()[:stages])
     with mock.patch.object(type(stage), 'frozen_tokenizer', frozen):
-      trainer = trainer_lib.Trainer(stage, optimizers.adamw(lambda step: 0.1), mesh)
+      trainer = trainer_lib.Trainer(stage, optax.sgd(0.1), mesh)
       return trainer.pictures(trainer.create_state().params, _batch())['samples']
 
   # Uses given images, since rounding may change sampled ones.

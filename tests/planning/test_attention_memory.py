@@ -12,6 +12,7 @@ from parti_jax.training.objectives import generator_objective
 
 
 @pytest.mark.tpu_compile
+@pytest.mark.slow
 def test_no_array_of_all_pairs_of_positions_in_the_training_step(tpu_devices):
   # 24 · 32 = 768 image tokens, a length that isn't another size of the network.
   sizes = parti_config.PartiConfig(

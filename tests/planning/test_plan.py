@@ -217,19 +217,27 @@ def test_a_step_on_a_tpu(tpu_devices, capfd, tmp_path):
     assert words in said.out
 
 
+def _plan(topology, *bindings):
+  sizes = (*SMALL, 'train.microbatches=1', *bindings)
+  return plan_lib.make(request_lib.Request('train', topology, (RUN,), sizes, 16))
+
+
 @pytest.mark.tpu_compile
-def test_several_slices_and_two_devices_on_a_chip(tpu_devices):
+def test_several_slices(tpu_devices):
   del tpu_devices
-  request = lambda topology, *bindings: request_lib.Request(
-    'train', topology, (RUN,), (*SMALL, 'train.microbatches=1', *bindings), 16
-  )
-  plan = plan_lib.make(request('2xv5e:1x2', 'make_mesh.data=2', 'make_mesh.fsdp=2'))
+  plan = _plan('2xv5e:1x2', 'make_mesh.data=2', 'make_mesh.fsdp=2')
   between = [entry for entry in plan['collectives'] if entry['dcn']]
   assert {tuple(entry['axes']) for entry in between} == {('data',)}
   # Gradients of 2 bytes or 4, of half the parameters on each device, go to the other slice.
   sent = sum(entry['bytes_sent'] for entry in between)
   assert plan['parameters'] < sent < 4 * plan['parameters'] and not plan['notes']
-  plan = plan_lib.make(request('tpu7x:1x2x1', 'make_mesh.fsdp=2', 'make_mesh.tensor=2'))
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.slow
+def test_two_devices_on_a_chip(tpu_devices):
+  del tpu_devices
+  plan = _plan('tpu7x:1x2x1', 'make_mesh.fsdp=2', 'make_mesh.tensor=2')
   assert plan['devices'] == 4 and plan['chips'] == 2 and plan['collectives']
   assert plan['memory']['capacity'] == 94.75 * 2**30
 

@@ -210,8 +210,7 @@ def test_a_validation_split_without_a_usable_picture_is_refused_at_once(
   'bindings',
   [
     ['train.checkpoint_every = 0'],
-    ['train.checkpoint_every = 3'],
-    ['train.num_pictures = 0', 'train.pictures_every = 1'],
+    ['train.checkpoint_every = 3', 'train.num_pictures = 0', 'train.pictures_every = 1'],
     [
       'train.log_every = 0',
       'train.evaluate_every = 0',
