@@ -36,7 +36,7 @@ os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.3')
 # Tracing makes many objects that live on. Python's own threshold, 700, looks through them too often.
 gc.set_threshold(20_000, 20, 20)
 # The memory of a process above which the programs of earlier files are dropped.
-_MOST_BYTES = 3 * 2**30
+_MOST_BYTES = 2 * 2**30
 
 import runtime_types  # noqa: E402
 
