@@ -37,8 +37,7 @@ from parti_jax.models.nn import transformer
 from parti_jax.sampling import decoding
 
 
-@flax.struct.dataclass
-class Usage:
+class Usage(flax.struct.PyTreeNode):
   """What the tokens of a batch computed.
 
   Attributes:

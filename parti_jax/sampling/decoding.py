@@ -54,6 +54,10 @@ class Sampling(flax.struct.PyTreeNode):
       None disables it.
     skip_threshold: float32 [], an argument of `adaptive.sample_tokens`; None always computes the
       pass without text.
+    window: number of drafted tokens that a pass checks, an argument of `speculative.sample_tokens`;
+      0 samples one token after the other.
+    drafts: how to draft tokens at new positions of the window.
+    rule: how to accept drafts.
     guided: whether to compute the logits without text too.
     greedy: whether to take the likeliest token instead of sampling.
     filtered: whether `top_k` or `top_p` excludes tokens.
@@ -65,6 +69,9 @@ class Sampling(flax.struct.PyTreeNode):
   top_p: ArrayLike = 1.0
   exit_threshold: ArrayLike | None = None
   skip_threshold: ArrayLike | None = None
+  window: int = flax.struct.field(pytree_node=False, default=0)
+  drafts: str = flax.struct.field(pytree_node=False, default='left')
+  rule: str = flax.struct.field(pytree_node=False, default='ratio')
   guided: bool = flax.struct.field(pytree_node=False, default=False)
   greedy: bool = flax.struct.field(pytree_node=False, default=False)
   filtered: bool = flax.struct.field(pytree_node=False, default=False)
@@ -81,6 +88,9 @@ class Sampling(flax.struct.PyTreeNode):
       top_p=top_p,
       exit_threshold=exit_threshold,
       skip_threshold=skip_threshold,
+      window=min(settings.speculative_window, length),
+      drafts=settings.speculative_drafts,
+      rule=settings.speculative_rule,
       guided=settings.guided,
       greedy=settings.greedy,
       filtered=settings.filtered,
@@ -384,7 +394,7 @@ def sample_tokens(
     text_tokens: tokens of the prompts, padded with 0.
     keys: the result of `image_keys`.
     sampling: how to sample; this function ignores the thresholds, which `adaptive.sample_tokens`
-      uses.
+      uses, and the window, which `speculative.sample_tokens` uses.
   """
   sampling = sampling.at_each_position(config.image_length)
   state = init_state(

@@ -105,9 +105,7 @@ class DecoderState(flax.struct.PyTreeNode):
       patterns: attention patterns of the first layers; the other layers repeat them.
     """
     caches = [
-      attention.write_counted(
-        cache, *entry, self.position, count, patterns[number % len(patterns)]
-      )
+      attention.write_counted(cache, *entry, self.position, count, patterns[number % len(patterns)])
       for number, (cache, entry) in enumerate(zip(self.caches, entries))
     ]
     return self.replace(position=self.position + count, caches=caches)
