@@ -153,6 +153,7 @@ class Result:
     settings = {
       name: value if isinstance(value, str) else checks.number_text(value)
       for name, value in dataclasses.asdict(self.settings).items()
+      if self.settings.speculative_window or not name.startswith('speculative_')
     }
     if self.upscaled is not None:
       settings['upscaled'] = str(self.upscaled.shape[2] // self.images.shape[2])
@@ -303,7 +304,7 @@ class TextToImage:
     settings = self.sampling.replace(**sampling)
     sampled = decoding.Sampling.of(settings, self._config.image_length)
     total = len(prompts) * num_images
-    first = _first_indices(first_index, len(prompts), num_images)
+    first = placement.first_indices(first_index, len(prompts), num_images)
     texts = self._encode(prompts)
     batch = self._batch_size(total, batch_size, settings.guided)
     # Before the indices, which may be too many as well.
@@ -544,26 +545,6 @@ def _memory() -> float:
     return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
   except (AttributeError, ValueError, OSError):
     return float('inf')
-
-
-def _first_indices(first_index, prompts: int, num_images: int) -> Int32[np.ndarray, '{prompts}']:
-  """Returns the index of each prompt's first picture; checks that all indices fit into int32."""
-  most = 2**31 - num_images
-  if getattr(first_index, 'ndim', 0) or (
-    isinstance(first_index, Sequence) and not isinstance(first_index, (str, bytes))
-  ):
-    if len(first_index) != prompts:
-      raise UserError(
-        f'first_index has {len(first_index)} numbers for {prompts} prompts; give one number for '
-        'all, or one for each'
-      )
-    found = [
-      checks.whole_number(f'first_index[{row}]', index, 0, most)
-      for row, index in enumerate(first_index)
-    ]
-  else:
-    found = [checks.whole_number('first_index', first_index, 0, most)] * prompts
-  return np.array(found, np.int32)
 
 
 @functools.partial(jax.jit, static_argnames=('config', 'tokenizer'))
