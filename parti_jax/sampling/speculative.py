@@ -270,7 +270,7 @@ class _Speculation:
     start, length = progress.start, self._config.image_length
     drafts = _read(progress.tokens, start + 1, self._window)
     if progress.proposals is None:
-      tokens = self._likeliest(logits, start)
+      tokens = self._sample(logits, start)
       return _leading(tokens == drafts), tokens
     # Positions of a window are less than 2 * length; noise of other kinds takes later numbers.
     keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(
@@ -304,7 +304,7 @@ class _Speculation:
     new = self._positions(start) >= known[:, None]
     if self._sampling.drafts == 'random':
       proposals = jnp.where(new[..., None], 0.0, proposals)
-    drafts = self._likeliest(proposals, start)
+    drafts = self._sample(proposals, start)
     tokens = _write(tokens, drafts, start + 1)
     if self._sampling.drafts in ('left', 'above'):
       copied = jnp.take_along_axis(tokens, self._neighbours(start, known) + 1, axis=1)
@@ -314,7 +314,7 @@ class _Speculation:
     by_ratio = self._sampling.rule == 'ratio' and not self._sampling.greedy
     return tokens, proposals if by_ratio else None
 
-  def _likeliest(
+  def _sample(
     self, logits: Float32[Array, 'batch window codebook'], start: Int32[Array, 'batch']
   ) -> Int32[Array, 'batch window']:
     """Samples tokens from the softmax of logits, with the noise of sequential sampling."""
