@@ -310,9 +310,7 @@ class TextToImage:
     # Before the indices, which may be too many as well.
     room = self._empty(total)
     index = first[:, None] + np.arange(num_images, dtype=np.int32)
-    tokens, images, usage, passes = self._sample(
-      texts, index, seed, sampled, batch, progress, room
-    )
+    tokens, images, usage, passes = self._sample(texts, index, seed, sampled, batch, progress, room)
     result = Result(
       images, tokens, prompts, seed, settings, self.model_name, usage, passes, image_index=index
     )
@@ -564,10 +562,7 @@ def _generate(
   adaptive.Usage | None,
   speculative.Passes | None,
 ]:
-  """Samples image tokens and decodes them.
-
-  The Usage is None unless a threshold is set, and the Passes are None without a window.
-  """
+  """Samples image tokens and decodes them; the Usage and the Passes are None as in `Result`."""
   keys = decoding.image_keys(seed, image_index)
   usage = passes = None
   if sampling.window:
