@@ -107,6 +107,8 @@ def run(args: argparse.Namespace) -> int:
   print(result.save_grid(args.output_dir, args.display_size))
   if result.usage is not None:
     print(f'parti-jax: {result.usage.summary(model.decoder_layers)}', file=sys.stderr)
+  if result.passes is not None:
+    print(f'parti-jax: {result.passes.summary(result.tokens.shape[-1])}', file=sys.stderr)
   return 0
 
 

@@ -44,6 +44,24 @@ def add_arguments(
     "skip guidance's pass without text at this confidence in a token; 1 never skips it",
   )
   add(
+    'speculative_window',
+    int,
+    'number of drafted tokens that a pass of the decoder checks; 0 samples one token at a time',
+  )
+  add(
+    'speculative_drafts',
+    str,
+    'drafts at new positions: ' + ', '.join(sampling_settings.SPECULATIVE_DRAFTS),
+    metavar='NAME',
+  )
+  add(
+    'speculative_rule',
+    str,
+    "accept drafts by the paper's ratio of probabilities, or only those that equal the tokens of "
+    'sampling one at a time: ' + ', '.join(sampling_settings.SPECULATIVE_RULES),
+    metavar='NAME',
+  )
+  add(
     'temperature',
     float,
     '1 samples from the learned distribution, lower values are safer, 0 selects the likeliest',

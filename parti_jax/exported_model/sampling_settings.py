@@ -19,6 +19,11 @@ GUIDANCE_RAMPS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
   'cosine': lambda way: (1 - np.cos(np.pi * way)) / 2,
 }
 
+# How speculative decoding drafts tokens at positions that no pass has computed yet, and how it
+# accepts drafts.
+SPECULATIVE_DRAFTS = ('left', 'above', 'sample', 'random')
+SPECULATIVE_RULES = ('ratio', 'equal')
+
 LARGEST_SEED = 2**32 - 1
 # Within these bounds, guided logits of up to 1e12 stay finite in float32 after division by the
 # temperature. A lower temperature samples the same tokens as 0: the noise spans at most 22.
@@ -52,6 +57,15 @@ class SamplingSettings:
       skipped, as `adaptive.sample_tokens` describes; 1 never skips any.
     guidance_skip_threshold: confidence of the prediction with text above which guidance's pass
       without text is skipped; 1 never skips it.
+    speculative_window: number of drafted tokens that a pass of the decoder checks, as
+      `speculative.sample_tokens` describes. 0 samples one token after the other. Values beyond the
+      number of image tokens act like that number.
+    speculative_drafts: what the draft at a new position is, a name in SPECULATIVE_DRAFTS. 'left'
+      and 'above' repeat the nearest known token in the row or in the column; 'sample' samples from
+      the distribution of the last known position; 'random' samples from all codes alike.
+    speculative_rule: when a draft is accepted, a name in SPECULATIVE_RULES. 'ratio' accepts as many
+      as possible without changing the distribution of the pictures. 'equal' accepts the token that
+      sampling one after the other would take, so that a seed also gives the same pictures.
 
   Raises:
     UserError: if a value is invalid; the message names it.
@@ -65,6 +79,9 @@ class SamplingSettings:
   guidance_start: float = 1.0
   exit_threshold: float = 1.0
   guidance_skip_threshold: float = 1.0
+  speculative_window: int = 0
+  speculative_drafts: str = 'left'
+  speculative_rule: str = 'ratio'
 
   def __post_init__(self):
     checks.check_fields(self)
@@ -81,17 +98,22 @@ class SamplingSettings:
           f'{name}={getattr(self, name):g} must be between 0 and 1; 1 skips nothing, lower values '
           'skip more'
         )
-    if self.guidance_ramp not in GUIDANCE_RAMPS:
-      raise UserError(
-        f'guidance_ramp={checks.shown(self.guidance_ramp)} is not one of '
-        f'{", ".join(GUIDANCE_RAMPS)}'
-      )
+    for name, known in (
+      ('guidance_ramp', GUIDANCE_RAMPS),
+      ('speculative_drafts', SPECULATIVE_DRAFTS),
+      ('speculative_rule', SPECULATIVE_RULES),
+    ):
+      if getattr(self, name) not in known:
+        raise UserError(
+          f'{name}={checks.shown(getattr(self, name))} is not one of {", ".join(known)}'
+        )
     if self.temperature < 0:
       raise UserError(
         f'temperature={self.temperature:g} is negative; 0 selects the likeliest '
         'token, 1 samples from the learned distribution'
       )
     checks.whole_number('top_k', self.top_k, 0)
+    checks.whole_number('speculative_window', self.speculative_window, 0)
     object.__setattr__(self, 'top_k', min(self.top_k, checks.LARGEST_INT32))
     if not 0 < self.top_p <= 1:
       raise UserError(f'top_p={self.top_p:g} must be above 0 and at most 1; 1 disables the limit')

@@ -75,6 +75,22 @@ class TokenDecoder(nn.Module):
     x, state = self.decoder(x, encoded, text_mask, state, layers.fold(dropout_keys, 1))
     return self.logits_from(x), state
 
+  def look_ahead(
+    self, previous: Int[Array, 'batch length'], state: transformer.DecoderState
+  ) -> tuple[Float[Array, 'batch length codebook'], list[transformer.Entry]]:
+    """Computes the logits of the next positions, of which the caller chooses how many to keep.
+
+    Args:
+      previous: the token before each position. Rows may reach beyond the last position; what they
+        get there has no meaning.
+      state: the state before these positions, with a position for each row.
+
+    Returns:
+      Float32 logits, and the keys and values of the positions for `DecoderState.advanced`.
+    """
+    x, entries = self.decoder.look_ahead(self.embed(previous, state.position), state)
+    return self.logits_from(x), entries
+
   def all_layer_outputs(
     self,
     previous: Int[Array, 'batch length'],
@@ -93,19 +109,21 @@ class TokenDecoder(nn.Module):
   def embed(
     self,
     previous: Int[Array, 'batch length'],
-    position: int | Int[Array, ''],
+    position: int | Int[Array, ''] | Int[Array, 'batch'],
     dropout_keys: layers.DropoutKeys | None = None,
   ) -> Float[Array, 'batch length embed']:
     """Returns the input of the first layer.
 
     Args:
       previous: the token before each position.
-      position: the first of these positions.
+      position: the first of these positions, in all rows or in each.
       dropout_keys: keys of this input; None if dropout is off.
     """
-    positions = position + jnp.arange(previous.shape[1])
+    positions = jnp.asarray(position)[..., None] + jnp.arange(previous.shape[1])
+    # Beyond the grid, an embedding would be NaN, which spoils even what a mask hides.
+    positions = jnp.minimum(positions, self.config.image_length - 1)
     columns = self.config.grid[1]
-    x = jnp.where((positions == 0)[:, None], self.begin, self.token_embedding(previous))
+    x = jnp.where((positions == 0)[..., None], self.begin, self.token_embedding(previous))
     x = x + (self.row_embedding(positions // columns) + self.column_embedding(positions % columns))
     return self.drop(x.astype(self.config.compute_dtype), dropout_keys)
 

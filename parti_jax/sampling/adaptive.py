@@ -37,8 +37,7 @@ from parti_jax.models.nn import transformer
 from parti_jax.sampling import decoding
 
 
-@flax.struct.dataclass
-class Usage:
+class Usage(flax.struct.PyTreeNode):
   """What the tokens of a batch computed.
 
   Attributes:
@@ -78,27 +77,28 @@ def confidence(logits: Float32[Array, '*places codebook']) -> Float32[Array, '*p
 
 @flax.struct.dataclass
 class Pass:
-  """The result of one position's pass through the decoder, from which rows exit at some layer.
+  """The result of one pass through the decoder, from which tokens exit at some layer.
 
   Attributes:
-    x: output of the last layer that each row passed.
-    state: the decoder's state after this position.
-    passed: number of layers that each row passed.
+    x: output of the last layer that each token passed.
+    state: the decoder's state after this position; unchanged by a pass that looks ahead.
+    passed: number of layers that each token passed.
     computed: number of layers that were computed.
-    entries: key and value of this position in each layer.
+    entries: key and value of each position in each layer.
   """
 
-  x: Float[Array, 'batch 1 embed']
+  x: Float[Array, 'batch length embed']
   state: transformer.DecoderState
-  passed: Int32[Array, 'batch']
+  passed: Int32[Array, 'batch length']
   computed: Int32[Array, '']
-  entries: list[
-    tuple[Float[Array, 'batch 1 heads head_dim'], Float[Array, 'batch 1 heads head_dim']]
-  ]
+  entries: list[transformer.Entry]
 
 
 class AdaptiveDecoder:
   """Steps of a `token_decoder.TokenDecoder` that skip layers.
+
+  A pass computes a single position. If its state has a position for each row, it looks ahead
+  instead, like `TokenDecoder.look_ahead`, at any number of positions.
 
   Args:
     config: sizes of the network.
@@ -116,30 +116,32 @@ class AdaptiveDecoder:
     )
     self._apply_block: Callable[..., Any] = block.apply
 
-  def logits(self, x: Float[Array, 'batch 1 embed']) -> Float32[Array, 'batch codebook']:
+  def logits(
+    self, x: Float[Array, 'batch length embed']
+  ) -> Float32[Array, 'batch length codebook']:
     """Returns the logits that a layer's output predicts."""
-    return self._apply(x, method=lambda model, x: model.logits_from(model.decoder.norm(x)))[:, 0]
+    return self._apply(x, method=lambda model, x: model.logits_from(model.decoder.norm(x)))
 
   def until_confident(
     self,
-    previous: Int32[Array, 'batch'],
+    previous: Int32[Array, 'batch length'],
     state: transformer.DecoderState,
     threshold: Float[ArrayLike, ''] | None,
     rows: int = 1,
   ) -> Pass:
-    """Runs a pass whose rows exit after the first layer that predicts their token confidently.
+    """Runs a pass whose tokens exit after the first layer that predicts them confidently.
 
     Args:
-      previous: the tokens before this position.
-      state: the decoder's state before this position.
-      threshold: the least `confidence` with which a row exits; None disables early exit.
+      previous: the token before each position.
+      state: the decoder's state before these positions.
+      threshold: the least `confidence` with which a token exits; None disables early exit.
       rows: number of adjacent rows that exit together, when the first of them is confident.
     """
 
     def exits(layer, x, exited):
       if threshold is None or layer == 0:
         return exited
-      sure = lambda x: jnp.repeat(confidence(self.logits(x[::rows])) >= threshold, rows)
+      sure = lambda x: jnp.repeat(confidence(self.logits(x[::rows])) >= threshold, rows, axis=0)
       return exited | jax.lax.cond(jnp.all(exited), lambda x: jnp.ones_like(exited), sure, x)
 
     return self._pass(previous, state, exits)
@@ -147,17 +149,17 @@ class AdaptiveDecoder:
   def after(
     self,
     other: Pass,
-    previous: Int32[Array, 'batch'],
+    previous: Int32[Array, 'batch length'],
     state: transformer.DecoderState,
-    copied: Bool[Array, 'batch'],
+    copied: Bool[Array, 'batch length'],
   ) -> Pass:
-    """Runs the pass without text after the pass with text; rows exit after the same layers.
+    """Runs the pass without text after the pass with text; tokens exit after the same layers.
 
     Args:
       other: the pass with text.
-      previous: the tokens before this position.
-      state: the state of the decoder without text before this position.
-      copied: rows that skip this pass. Their output is meaningless; the caches get their keys and
+      previous: the token before each position.
+      state: the state of the decoder without text before these positions.
+      copied: tokens that skip this pass. Their output is meaningless; the caches get their keys and
         values from the other pass.
     """
     exits = lambda layer, x, exited: copied | (other.passed <= layer)
@@ -165,30 +167,30 @@ class AdaptiveDecoder:
 
   def _pass(
     self,
-    previous: Int32[Array, 'batch'],
+    previous: Int32[Array, 'batch length'],
     state: transformer.DecoderState,
     exits: Callable[..., Any],
-    copied: Bool[Array, 'batch'] | None = None,
-    entries: list | None = None,
+    copied: Bool[Array, 'batch length'] | None = None,
+    entries: list[transformer.Entry] | None = None,
   ) -> Pass:
-    """Runs one position through as many layers as its rows need.
+    """Runs positions through as many layers as their tokens need.
 
-    A row that has exited keeps its hidden state, from which the layers that it skips compute their
-    keys and values, so that the caches have no gap for later positions. Once all rows have exited,
-    nothing else of a layer is computed.
+    A token that has exited keeps its hidden state, from which the layers that it skips compute
+    their keys and values, so that the caches have no gap for later positions. Once all tokens have
+    exited, nothing else of a layer is computed.
 
     Args:
-      previous: the tokens before this position.
-      state: the decoder's state before this position.
-      exits: maps the number of layers passed, their output, and the rows that have exited, bool
-        [batch], to the rows that have exited now.
-      copied: rows that take their keys and values from `entries`; None for none.
+      previous: the token before each position.
+      state: the decoder's state before these positions.
+      exits: maps the number of layers passed, their output, and the tokens that have exited, bool
+        [batch, length], to the tokens that have exited now.
+      copied: tokens that take their keys and values from `entries`; None for none.
       entries: the field of that name of another pass.
     """
     position = state.position
-    x = self._apply(previous[:, None], position, method='embed')
-    exited = jnp.zeros(x.shape[:1], bool) if copied is None else copied
-    passed, computed = jnp.zeros(x.shape[:1], jnp.int32), jnp.int32(0)
+    x = self._apply(previous, position, method='embed')
+    exited = jnp.zeros(previous.shape, bool) if copied is None else copied
+    passed, computed = jnp.zeros(previous.shape, jnp.int32), jnp.int32(0)
     caches, made = [], []
     for layer, params in enumerate(self._layers):
       exited = exits(layer, x, exited)
@@ -197,53 +199,102 @@ class AdaptiveDecoder:
         query, key, value = project(x)
       else:
         query, key, value = _project_unless(copied, project, x, entries[layer])
-      # Outside of the branches: a branch that returned the cache would return a copy.
-      pattern = self._config.layer_pattern(layer)
-      cache = attention.write_cache(state.caches[layer], key, value, position, pattern)
+      pattern, cache, entry = self._config.layer_pattern(layer), state.caches[layer], (key, value)
+      if not position.ndim:
+        # Outside of the branches: a branch that returned the cache would return a copy.
+        cache = attention.write_cache(cache, *entry, position, pattern)
 
-      def rest(x, query, cache, layer=layer, params=params, pattern=pattern):
-        text = state.texts[layer], state.text_mask
-        x = self._apply_block(
-          {'params': params}, x, *text, cache, position, pattern, query, method='decode_from_cache'
-        )
+      def rest(x, query, cache, entry, layer=layer, params=params, pattern=pattern):
+        inputs = x, state.texts[layer], state.text_mask, cache, position, pattern, query
+        if position.ndim:
+          x = self._apply_block({'params': params}, *inputs, entry, method='decode_ahead')
+        else:
+          x = self._apply_block({'params': params}, *inputs, method='decode_from_cache')
         return x, jnp.int32(1)
 
       after, ran = jax.lax.cond(
-        jnp.all(exited), lambda x, *_: (x, jnp.int32(0)), rest, x, query, cache
+        jnp.all(exited), lambda x, *_: (x, jnp.int32(0)), rest, x, query, cache, entry
       )
-      x = jnp.where(exited[:, None, None], x, after)
+      x = jnp.where(exited[..., None], x, after)
       passed, computed = passed + ~exited, computed + ran
       caches.append(cache)
-      made.append((key, value))
-    state = state.replace(position=position + 1, caches=caches)
-    return Pass(x, decoding.in_cache_layout(state), passed, computed, made)
+      made.append(entry)
+    if not position.ndim:
+      state = decoding.in_cache_layout(state.replace(position=position + 1, caches=caches))
+    return Pass(x, state, passed, computed, made)
 
 
 def _project_unless(
-  copied: Bool[Array, 'batch'], project: Callable[..., Any], x: Float[Array, 'batch 1 embed'], entry
+  copied: Bool[Array, 'batch length'],
+  project: Callable[..., Any],
+  x: Float[Array, 'batch length embed'],
+  entry: transformer.Entry,
 ):
-  """Returns `project(x)`, but with the key and value of `entry` for the rows in `copied`."""
+  """Returns `project(x)`, but with the key and value of `entry` for the tokens in `copied`."""
   query, *own = jax.lax.cond(
     jnp.all(copied), lambda x: (jnp.zeros_like(entry[0]), *entry), project, x
   )
-  copied = copied[:, None, None, None]
+  copied = copied[..., None, None]
   return query, *(jnp.where(copied, there, part) for there, part in zip(entry, own))
 
 
-def _step_together(
-  decoder: AdaptiveDecoder,
-  previous: Int32[Array, 'batch'],
-  state: transformer.DecoderState,
-  scale: Float32[Array, ''],
+def init_states(
+  config: parti_config.PartiConfig,
+  params: dict[str, Any],
+  text_tokens: Int32[Array, 'batch text_length'],
   sampling: decoding.Sampling,
-):
-  """Runs a position with both passes as one batch, in which the two rows of an image exit together.
+  length: int | None = None,
+) -> tuple[transformer.DecoderState, ...]:
+  """Returns the states before the first token, for `step_logits`.
+
+  There are two, with text and without, if `sampling` may skip the pass without text. Otherwise
+  there is one, with two rows for each image if guided.
+
+  Args:
+    config: sizes of the network.
+    params: the result of `parameters.for_sampling`.
+    text_tokens: tokens of the prompts, padded with 0.
+    sampling: how to sample.
+    length: an argument of `decoding.init_state`.
+  """
+  init_state = functools.partial(decoding.init_state, config, params, length=length)
+  if not sampling.guided:
+    return (init_state(text_tokens),)
+  if sampling.skip_threshold is None:
+    return (init_state(decoding.with_and_without(config, text_tokens)),)
+  return init_state(text_tokens), init_state(text_encoders.empty_text(config, text_tokens))
+
+
+def step_logits(
+  decoder: AdaptiveDecoder,
+  previous: Int32[Array, 'batch length'],
+  states: tuple[transformer.DecoderState, ...],
+  scale: Float32[Array, ''] | Float32[Array, 'batch length 1'],
+  sampling: decoding.Sampling,
+) -> tuple[Float32[Array, 'batch length codebook'], tuple[Pass, ...], Usage]:
+  """Runs positions with and without text.
+
+  Args:
+    decoder: the decoder.
+    previous: the token before each position.
+    states: the result of `init_states` or of the previous passes.
+    scale: weight of guidance, at all positions or at each.
+    sampling: how to sample.
 
   Returns:
-    The logits, float32 [batch, codebook], the next state, and the Usage of the position.
+    The guided logits, a pass for each state, and what the positions computed, with [2] numbers of
+    layers as `computed`.
   """
+  step = _step_together if len(states) == 1 else _step_apart
+  return step(decoder, previous, states, scale, sampling)
+
+
+def _step_together(decoder, previous, states, scale, sampling):
+  """`step_logits` with both passes as one batch, in which an image's two rows exit together."""
   rows = 2 if sampling.guided else 1
-  done = decoder.until_confident(jnp.repeat(previous, rows), state, sampling.exit_threshold, rows)
+  done = decoder.until_confident(
+    jnp.repeat(previous, rows, axis=0), *states, sampling.exit_threshold, rows
+  )
   logits = decoder.logits(done.x)
   if sampling.guided:
     logits = decoding.guide(logits, scale)
@@ -252,22 +303,11 @@ def _step_together(
     jnp.zeros(previous.shape, bool),
     jnp.stack([done.computed, done.computed * (rows - 1)]),
   )
-  return logits, done.state, usage
+  return logits, (done,), usage
 
 
-def _step_apart(
-  decoder: AdaptiveDecoder,
-  previous: Int32[Array, 'batch'],
-  states: tuple[transformer.DecoderState, transformer.DecoderState],
-  scale: Float32[Array, ''],
-  sampling: decoding.Sampling,
-):
-  """Runs a position with one pass after the other, the second for the images that need it.
-
-  Returns:
-    As `_step_together`, with the states of both passes.
-  """
-  assert sampling.skip_threshold is not None
+def _step_apart(decoder, previous, states, scale, sampling):
+  """`step_logits` with one pass after the other, the second for the tokens that need it."""
   done = decoder.until_confident(previous, states[0], sampling.exit_threshold)
   logits = decoder.logits(done.x)
   skipped = confidence(logits) >= sampling.skip_threshold
@@ -275,10 +315,10 @@ def _step_apart(
   without = jax.lax.cond(
     jnp.all(skipped), lambda x: jnp.zeros_like(logits), decoder.logits, other.x
   )
-  both = jnp.stack([logits, without], axis=1).reshape(-1, logits.shape[-1])
-  logits = jnp.where(skipped[:, None], logits, decoding.guide(both, scale))
+  both = jnp.stack([logits, without], axis=1).reshape(-1, *logits.shape[1:])
+  logits = jnp.where(skipped[..., None], logits, decoding.guide(both, scale))
   usage = Usage(done.passed, skipped, jnp.stack([done.computed, other.computed]))
-  return logits, (done.state, other.state), usage
+  return logits, (done, other), usage
 
 
 def sample_tokens(
@@ -306,26 +346,16 @@ def sample_tokens(
   """
   sampling = sampling.at_each_position(config.image_length)
   decoder = AdaptiveDecoder(config, params)
-  init_state = functools.partial(decoding.init_state, config, params)
-  step_logits: Callable[..., Any]
-  states: Any
-  if sampling.guided and sampling.skip_threshold is not None:
-    step_logits = _step_apart
-    empty = text_encoders.empty_text(config, text_tokens)
-    states = init_state(text_tokens), init_state(empty)
-  else:
-    step_logits = _step_together
-    states = init_state(
-      decoding.with_and_without(config, text_tokens) if sampling.guided else text_tokens
-    )
 
   def step(carry, position):
     previous, states = carry
     scale = jnp.asarray(sampling.guidance_scale)[position]
-    logits, states, usage = step_logits(decoder, previous, states, scale, sampling)
-    token = decoding.choose(logits, keys, position, sampling)
-    return (token, states), (token, usage)
+    logits, passes, usage = step_logits(decoder, previous[:, None], states, scale, sampling)
+    token = decoding.choose(logits[:, 0], keys, position, sampling)
+    usage = usage.replace(layers=usage.layers[:, 0], unguided=usage.unguided[:, 0])
+    return (token, tuple(done.state for done in passes)), (token, usage)
 
+  states = init_states(config, params, text_tokens, sampling)
   tokens, usage = decoding.scan_positions(config, step, len(keys), states)
   computed = jnp.broadcast_to(usage.computed, (len(keys),) + usage.computed.shape)
   return tokens.T, Usage(usage.layers.T, usage.unguided.T, computed)

@@ -54,6 +54,10 @@ class Sampling(flax.struct.PyTreeNode):
       None disables it.
     skip_threshold: float32 [], an argument of `adaptive.sample_tokens`; None always computes the
       pass without text.
+    window: number of drafted tokens that a pass checks, an argument of `speculative.sample_tokens`;
+      0 samples one token after the other.
+    drafts: how to draft tokens at new positions of the window.
+    rule: how to accept drafts.
     guided: whether to compute the logits without text too.
     greedy: whether to take the likeliest token instead of sampling.
     filtered: whether `top_k` or `top_p` excludes tokens.
@@ -65,6 +69,9 @@ class Sampling(flax.struct.PyTreeNode):
   top_p: ArrayLike = 1.0
   exit_threshold: ArrayLike | None = None
   skip_threshold: ArrayLike | None = None
+  window: int = flax.struct.field(pytree_node=False, default=0)
+  drafts: str = flax.struct.field(pytree_node=False, default='left')
+  rule: str = flax.struct.field(pytree_node=False, default='ratio')
   guided: bool = flax.struct.field(pytree_node=False, default=False)
   greedy: bool = flax.struct.field(pytree_node=False, default=False)
   filtered: bool = flax.struct.field(pytree_node=False, default=False)
@@ -81,6 +88,9 @@ class Sampling(flax.struct.PyTreeNode):
       top_p=top_p,
       exit_threshold=exit_threshold,
       skip_threshold=skip_threshold,
+      window=min(settings.speculative_window, length),
+      drafts=settings.speculative_drafts,
+      rule=settings.speculative_rule,
       guided=settings.guided,
       greedy=settings.greedy,
       filtered=settings.filtered,
@@ -117,15 +127,16 @@ def with_and_without(
 
 
 def guide(
-  logits: Float32[Array, 'rows codebook'], guidance_scale: Float32[Array, ''] | float
-) -> Float32[Array, 'rows//2 codebook']:
+  logits: Float32[Array, 'rows *places codebook'],
+  guidance_scale: Float32[Array, ''] | Float32[Array, 'rows//2 *places 1'] | float,
+) -> Float32[Array, 'rows//2 *places codebook']:
   """Applies classifier-free guidance (Parti, section 2.4).
 
   Args:
     logits: logits with text in even rows, and without text in odd rows.
-    guidance_scale: weight of guidance.
+    guidance_scale: weight of guidance, of all places or of each.
   """
-  logits = logits.reshape(-1, 2, logits.shape[-1])
+  logits = logits.reshape(-1, 2, *logits.shape[1:])
   conditional, unconditional = logits[:, 0], logits[:, 1]
   return unconditional + guidance_scale * (conditional - unconditional)
 
@@ -138,10 +149,10 @@ def _ordered_bits(x: Float32[Array, '*places']) -> UInt32[Array, '*places']:
 
 
 def _at_least_threshold(
-  bits: UInt32[Array, 'batch codebook'],
-  weights: Float32[Array, 'batch codebook'],
-  amount: Float32[Array, 'batch 1'],
-) -> UInt32[Array, 'batch 1']:
+  bits: UInt32[Array, '*places codebook'],
+  weights: Float32[Array, '*places codebook'],
+  amount: Float32[Array, '*places 1'],
+) -> UInt32[Array, '*places 1']:
   """Returns the largest threshold for which the weights at or above it sum to at least `amount`.
 
   Finds it bit by bit, with 32 sums: on a CPU, sorting the codebook at each position takes longer
@@ -150,7 +161,7 @@ def _at_least_threshold(
   Args:
     bits: the numbers to compare with the threshold.
     weights: nonnegative weights of these numbers.
-    amount: the sum required in each row.
+    amount: the sum required at each place.
   """
 
   def body(index, threshold):
@@ -158,20 +169,20 @@ def _at_least_threshold(
     above = jnp.sum(jnp.where(bits >= candidate, weights, 0.0), axis=-1, keepdims=True)
     return jnp.where(above >= amount, candidate, threshold)
 
-  return jax.lax.fori_loop(0, 32, body, jnp.zeros_like(bits[:, :1]))
+  return jax.lax.fori_loop(0, 32, body, jnp.zeros_like(bits[..., :1]))
 
 
 def filter_logits(
-  logits: Float32[Array, 'batch codebook'],
+  logits: Float32[Array, '*places codebook'],
   top_k: Int32[Array, ''],
   top_p: Float32[Array, ''],
-) -> Float32[Array, 'batch codebook']:
+) -> Float32[Array, '*places codebook']:
   """Excludes unlikely tokens: first by `top_k`, then by `top_p` among the rest.
 
   Tokens that are exactly as likely as the last one kept are kept too.
 
   Args:
-    logits: the logits of each image.
+    logits: the logits of each token.
     top_k: number of tokens to keep; 0 keeps all.
     top_p: probability to keep; 1 keeps all.
 
@@ -180,13 +191,45 @@ def filter_logits(
   """
   bits = _ordered_bits(logits)
   count = jnp.where(top_k > 0, jnp.minimum(top_k, logits.shape[-1]), logits.shape[-1])
-  amount = jnp.broadcast_to(count.astype(jnp.float32), bits[:, :1].shape)
+  amount = jnp.broadcast_to(count.astype(jnp.float32), bits[..., :1].shape)
   kept = bits >= _at_least_threshold(bits, jnp.ones_like(logits), amount)
   mass = jnp.where(kept, jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True)), 0.0)
   amount = top_p * jnp.sum(mass, axis=-1, keepdims=True)
   within = bits >= _at_least_threshold(bits, mass, amount)
   # With top_p = 1, rounding must not exclude the least likely token.
   return jnp.where(kept & (within | (top_p >= 1.0)), logits, -jnp.inf)
+
+
+def sampled_logits(
+  logits: Float32[Array, '*places codebook'], sampling: Sampling
+) -> Float32[Array, '*places codebook']:
+  """Returns logits whose softmax is the distribution to sample from: with temperature and filters.
+
+  Args:
+    logits: the logits of each token, after guidance.
+    sampling: how to sample; not greedily.
+  """
+  logits = logits / sampling.temperature
+  if not sampling.filtered:
+    return logits
+  return filter_logits(logits, jnp.asarray(sampling.top_k), jnp.asarray(sampling.top_p))
+
+
+def gumbel_noise(
+  keys: Key[Array, 'batch'], position: Int32[Array, ''] | Int32[Array, 'batch'], codebook_size: int
+) -> Float32[Array, 'batch {codebook_size}']:
+  """Returns noise, of each image's own key, that turns the argmax of logits into a sample.
+
+  Args:
+    keys: the result of `image_keys`.
+    position: the position of the tokens, in all images or in each.
+    codebook_size: number of codes.
+  """
+  return jax.vmap(
+    lambda key, position: jax.random.gumbel(
+      jax.random.fold_in(key, position), (codebook_size,), jnp.float32, mode='low'
+    )
+  )(keys, jnp.broadcast_to(position, keys.shape))
 
 
 def choose(
@@ -205,16 +248,8 @@ def choose(
   """
   if sampling.greedy:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-  logits = logits / sampling.temperature
-  if sampling.filtered:
-    top_k, top_p = jnp.asarray(sampling.top_k), jnp.asarray(sampling.top_p)
-    logits = filter_logits(logits, top_k, top_p)
-  # Gumbel noise, of each image's own key, turns the argmax into a sample.
-  noise = jax.vmap(
-    lambda key: jax.random.gumbel(
-      jax.random.fold_in(key, position), logits.shape[-1:], jnp.float32, mode='low'
-    )
-  )(keys)
+  logits = sampled_logits(logits, sampling)
+  noise = gumbel_noise(keys, position, logits.shape[-1])
   return jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
 
 
@@ -264,12 +299,20 @@ def init_state(
   config: parti_config.PartiConfig,
   params: dict[str, Any],
   text_tokens: Int32[Array, 'batch text_length'],
+  length: int | None = None,
 ) -> transformer.DecoderState:
-  """Encodes texts and returns the decoder's state before the first token, for `scan_positions`."""
+  """Encodes texts and returns the decoder's state before the first token.
+
+  Args:
+    config: sizes of the network.
+    params: the result of `parameters.for_sampling`.
+    text_tokens: tokens of the prompts, padded with 0.
+    length: number of positions that the caches can hold; by default as many as `scan_positions`
+      starts with.
+  """
   apply: Callable[..., Any] = parti_lib.Parti(config).apply
-  return apply(
-    {'params': params}, text_tokens, _segment_ends(config.patterns)[0], method='encode_text'
-  )
+  length = _segment_ends(config.patterns)[0] if length is None else length
+  return apply({'params': params}, text_tokens, length, method='encode_text')
 
 
 def scan_positions(
@@ -351,7 +394,7 @@ def sample_tokens(
     text_tokens: tokens of the prompts, padded with 0.
     keys: the result of `image_keys`.
     sampling: how to sample; this function ignores the thresholds, which `adaptive.sample_tokens`
-      uses.
+      uses, and the window, which `speculative.sample_tokens` uses.
   """
   sampling = sampling.at_each_position(config.image_length)
   state = init_state(

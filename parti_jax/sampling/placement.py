@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Int
+from jaxtyping import Int32
 from jaxtyping import PyTree
 
+from parti_jax.core import checks
 from parti_jax.core import numerics
+from parti_jax.core.errors import UserError
 from parti_jax.partitioning import placing
 from parti_jax.partitioning import rules as rules_lib
 
@@ -99,3 +103,35 @@ def pieces(
     starts = tqdm.tqdm(starts, desc='drawing', unit='batch', disable=None)
   for start in starts:
     yield start, np.minimum(np.arange(start, start + batch), total - 1)
+
+
+def first_indices(first_index, prompts: int, num_images: int) -> Int32[np.ndarray, '{prompts}']:
+  """Checks the indices of the prompts' first pictures.
+
+  Args:
+    first_index: one index for all prompts, or a sequence with one for each.
+    prompts: number of prompts.
+    num_images: number of pictures for each prompt.
+
+  Returns:
+    The index of each prompt's first picture.
+
+  Raises:
+    UserError: if there is an index too few or too many, or a picture's index doesn't fit into int32.
+  """
+  most = 2**31 - num_images
+  if getattr(first_index, 'ndim', 0) or (
+    isinstance(first_index, Sequence) and not isinstance(first_index, (str, bytes))
+  ):
+    if len(first_index) != prompts:
+      raise UserError(
+        f'first_index has {len(first_index)} numbers for {prompts} prompts; give one number for '
+        'all, or one for each'
+      )
+    found = [
+      checks.whole_number(f'first_index[{row}]', index, 0, most)
+      for row, index in enumerate(first_index)
+    ]
+  else:
+    found = [checks.whole_number('first_index', first_index, 0, most)] * prompts
+  return np.array(found, np.int32)

@@ -39,6 +39,7 @@ from parti_jax.sampling import images as images_lib
 from parti_jax.sampling import parameters
 from parti_jax.sampling import placement
 from parti_jax.sampling import ranking
+from parti_jax.sampling import speculative
 from parti_jax.sampling import upscaling
 
 DEMO_FOLDER = pathlib.Path(__file__).parent.parent / 'demo'
@@ -64,6 +65,8 @@ class Result:
     settings: the sampling settings.
     model: name of the model.
     usage: what the tokens computed, with NumPy arrays; None if the settings skip nothing.
+    passes: how many passes of the decoder the pictures took, with NumPy arrays; None without
+      speculative decoding.
     scores: the ranker's score of each picture for its prompt, in descending order in each row; None
       if the pictures were not ranked.
     image_index: the index that each picture was sampled with: its position before ranking, plus
@@ -79,6 +82,7 @@ class Result:
   settings: sampling_settings.SamplingSettings
   model: str
   usage: adaptive.Usage | None = None
+  passes: speculative.Passes | None = None
   scores: Float32[np.ndarray, 'prompts num_images'] | None = None
   image_index: Int32[np.ndarray, 'prompts num_images'] | None = None
   upscaled: UInt8[np.ndarray, 'prompts num_images _ _ 3'] | None = None
@@ -149,6 +153,7 @@ class Result:
     settings = {
       name: value if isinstance(value, str) else checks.number_text(value)
       for name, value in dataclasses.asdict(self.settings).items()
+      if self.settings.speculative_window or not name.startswith('speculative_')
     }
     if self.upscaled is not None:
       settings['upscaled'] = str(self.upscaled.shape[2] // self.images.shape[2])
@@ -299,15 +304,15 @@ class TextToImage:
     settings = self.sampling.replace(**sampling)
     sampled = decoding.Sampling.of(settings, self._config.image_length)
     total = len(prompts) * num_images
-    first = _first_indices(first_index, len(prompts), num_images)
+    first = placement.first_indices(first_index, len(prompts), num_images)
     texts = self._encode(prompts)
     batch = self._batch_size(total, batch_size, settings.guided)
     # Before the indices, which may be too many as well.
     room = self._empty(total)
     index = first[:, None] + np.arange(num_images, dtype=np.int32)
-    tokens, images, usage = self._sample(texts, index, seed, sampled, batch, progress, room)
+    tokens, images, usage, passes = self._sample(texts, index, seed, sampled, batch, progress, room)
     result = Result(
-      images, tokens, prompts, seed, settings, self.model_name, usage, image_index=index
+      images, tokens, prompts, seed, settings, self.model_name, usage, passes, image_index=index
     )
     result = self._ranked(result) if rank else result
     if not upscale:
@@ -328,6 +333,7 @@ class TextToImage:
     Int32[np.ndarray, 'prompts num_images image_length'],
     UInt8[np.ndarray, 'prompts num_images height width 3'],
     adaptive.Usage | None,
+    speculative.Passes | None,
   ]:
     """Samples pictures for encoded prompts, one batch after another.
 
@@ -341,13 +347,14 @@ class TextToImage:
       room: arrays for the tokens and the pictures, a result of `_empty`.
 
     Returns:
-      The image tokens, the pictures, and what the tokens computed, if the settings skip anything.
+      The image tokens, the pictures, what the tokens computed if the settings skip anything, and
+      the passes they took if sampling is speculative.
     """
     shape, total, indices = index.shape, index.size, index.reshape(-1)
     tokens, images = room
-    usages = []
+    counts = []
     for start, chosen in placement.pieces(total, batch, progress):
-      *drawn, usage = self._place.run(
+      *drawn, usage, passes = self._place.run(
         _generate,
         (self._generator_params, self._tokenizer_params),
         (texts[chosen // shape[1]], indices[chosen]),
@@ -358,11 +365,11 @@ class TextToImage:
       )
       stop = min(start + batch, total)
       tokens[start:stop], images[start:stop] = (part[: stop - start] for part in drawn)
-      usages.append(jax.tree.map(lambda part, count=stop - start: part[:count], usage))
-    usage = jax.tree.map(
-      lambda *parts: np.concatenate(parts).reshape(*shape, *parts[0].shape[1:]), *usages
+      counts.append(jax.tree.map(lambda part, count=stop - start: part[:count], (usage, passes)))
+    usage, passes = jax.tree.map(
+      lambda *parts: np.concatenate(parts).reshape(*shape, *parts[0].shape[1:]), *counts
     )
-    return tokens.reshape(*shape, -1), images.reshape(*shape, *images.shape[1:]), usage
+    return tokens.reshape(*shape, -1), images.reshape(*shape, *images.shape[1:]), usage, passes
 
   def _ranked(self, result: Result) -> Result:
     """Sorts the pictures of each prompt by their scores."""
@@ -377,6 +384,7 @@ class TextToImage:
       images=result.images[rows, order],
       tokens=result.tokens[rows, order],
       usage=jax.tree.map(lambda part: part[rows, order], result.usage),
+      passes=jax.tree.map(lambda part: part[rows, order], result.passes),
       scores=scores[rows, order],
       image_index=result.image_index[rows, order],
     )
@@ -537,26 +545,6 @@ def _memory() -> float:
     return float('inf')
 
 
-def _first_indices(first_index, prompts: int, num_images: int) -> Int32[np.ndarray, '{prompts}']:
-  """Returns the index of each prompt's first picture; checks that all indices fit into int32."""
-  most = 2**31 - num_images
-  if getattr(first_index, 'ndim', 0) or (
-    isinstance(first_index, Sequence) and not isinstance(first_index, (str, bytes))
-  ):
-    if len(first_index) != prompts:
-      raise UserError(
-        f'first_index has {len(first_index)} numbers for {prompts} prompts; give one number for '
-        'all, or one for each'
-      )
-    found = [
-      checks.whole_number(f'first_index[{row}]', index, 0, most)
-      for row, index in enumerate(first_index)
-    ]
-  else:
-    found = [checks.whole_number('first_index', first_index, 0, most)] * prompts
-  return np.array(found, np.int32)
-
-
 @functools.partial(jax.jit, static_argnames=('config', 'tokenizer'))
 def _generate(
   generator_params: dict[str, Any],
@@ -572,17 +560,22 @@ def _generate(
   Int32[Array, 'batch image_length'],
   UInt8[Array, 'batch height width 3'],
   adaptive.Usage | None,
+  speculative.Passes | None,
 ]:
-  """Samples image tokens and decodes them; the Usage is None unless a threshold is set."""
+  """Samples image tokens and decodes them; the Usage and the Passes are None as in `Result`."""
   keys = decoding.image_keys(seed, image_index)
-  usage = None
-  if sampling.exit_threshold is None and sampling.skip_threshold is None:
+  usage = passes = None
+  if sampling.window:
+    tokens, passes, usage = speculative.sample_tokens(
+      config, generator_params, texts, keys, sampling
+    )
+  elif sampling.exit_threshold is None and sampling.skip_threshold is None:
     tokens = decoding.sample_tokens(config, generator_params, texts, keys, sampling)
   else:
     tokens, usage = adaptive.sample_tokens(config, generator_params, texts, keys, sampling)
   apply: Callable[..., Any] = tokenizer.apply
   drawn = apply({'params': tokenizer_params}, tokens, method='detokenize')
-  return tokens, pixels.to_bytes(drawn), usage
+  return tokens, pixels.to_bytes(drawn), usage, passes
 
 
 @functools.partial(jax.jit, static_argnames='tokenizer')

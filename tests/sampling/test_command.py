@@ -114,3 +114,11 @@ def test_a_long_prompt_is_cut_with_a_warning(tiny_folder, tmp_path, capsys):
   )
   error = capsys.readouterr().err
   assert error.startswith('parti-jax: warning: prompt 1 is longer') and 'zebra' in error
+
+
+def test_says_how_many_passes_speculation_took(tiny_folder, tmp_path, capsys):
+  output = ['--model', tiny_folder, '--output_dir', tmp_path, '--num_images', 1]
+  assert generate('red apple', *output, '--speculative_window', 4) == 0
+  assert 'decoder passes per picture of 4 tokens' in capsys.readouterr().err
+  assert generate('red apple', *output, '--speculative_rule', 'always') == 2
+  assert 'speculative_rule=' in capsys.readouterr().err

@@ -23,6 +23,10 @@ from parti_jax.exported_model import sampling_settings
     ('guidance_ramp', 'steep'),
     ('exit_threshold', 1.1),
     ('guidance_skip_threshold', -0.1),
+    ('speculative_window', -1),
+    ('speculative_window', 2.5),
+    ('speculative_drafts', 'below'),
+    ('speculative_rule', 'always'),
   ],
 )
 def test_bad_values_are_named(name, value):

@@ -86,6 +86,30 @@ def test_easy_tokens_take_less_where_the_settings_say_so(pipeline, drawn):
   np.testing.assert_array_equal(off.tokens, drawn.tokens)
 
 
+def test_a_window_of_drafts_takes_fewer_passes(pipeline, drawn):
+  assert drawn.passes is None
+  # The window is longer than a picture.
+  settings = {'num_images': 3, 'seed': 7, 'batch_size': 5, 'speculative_window': 9}
+  result = pipeline.generate(PROMPTS, **settings, speculative_rule='equal')
+  np.testing.assert_array_equal(result.images, drawn.images)
+  assert result.passes.needed.shape == result.passes.computed.shape == (3, 3)
+  assert np.all((result.passes.needed >= 1) & (result.passes.needed <= result.passes.computed))
+  assert np.all(result.passes.computed <= 4)
+  mean = result.passes.needed.mean()
+  summary = result.passes.summary(4)
+  assert summary.startswith(f'{mean:.1f} decoder passes per picture of 4 tokens')
+  assert summary.endswith(f'{4 / mean:.2f} tokens accepted per pass')
+  ratio = pipeline.generate(PROMPTS, **settings)
+  assert ratio._metadata()['speculative_window'] == '9'
+  assert np.any(ratio.tokens != drawn.tokens)
+  alone = pipeline.generate(PROMPTS[1:2], **settings)
+  np.testing.assert_array_equal(alone.tokens[0], ratio.tokens[1])
+  greedy = pipeline.generate(PROMPTS, **settings, temperature=0)
+  np.testing.assert_array_equal(
+    greedy.tokens, pipeline.generate(PROMPTS, num_images=3, seed=7, temperature=0).tokens
+  )
+
+
 def test_greedy_pictures_of_a_prompt_are_alike(pipeline):
   greedy = pipeline.generate(PROMPTS, num_images=2, temperature=0)
   np.testing.assert_array_equal(greedy.images[:, 0], greedy.images[:, 1])

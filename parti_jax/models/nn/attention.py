@@ -195,7 +195,7 @@ def attend_cached(
   values: Float[Array, 'batch heads key_length head_dim'],
   mask: Bool[Array, 'key_length']
   | Bool[Array, 'length key_length']
-  | Bool[Array, '#batch 1 1 key_length'],
+  | Bool[Array, '#batch 1 #length key_length'],
 ) -> Float[Array, 'batch length heads head_dim']:
   """`attend` over keys and values in the layout of `KeysValues`."""
   scale = query.shape[-1] ** -0.5
@@ -235,6 +235,40 @@ def write_cache(
   return write(cache[0], new_key), write(cache[1], new_value)
 
 
+def write_counted(
+  cache: KeysValues,
+  key: Float[Array, 'batch length heads head_dim'],
+  value: Float[Array, 'batch length heads head_dim'],
+  position: Int[Array, 'batch'],
+  count: Int[Array, 'batch'],
+  pattern: attention_patterns.AttentionPattern,
+) -> KeysValues:
+  """Writes some of the next positions into the cache of a layer, for each row as many as it counts.
+
+  Args:
+    cache: keys and values; `AttentionPattern.slot_of` maps positions to slots.
+    key: keys of the positions from `position` on.
+    value: values of the same positions.
+    position: the first of them in each row.
+    count: number of positions to write in each row.
+    pattern: the pattern of the layer.
+
+  Returns:
+    The updated cache. If there are more positions than slots, it holds the last ones.
+  """
+  num_slots, ahead = cache[0].shape[2], jnp.arange(key.shape[1])
+  kept = (ahead < count[:, None]) & (ahead >= count[:, None] - num_slots)
+  slots = pattern.slot_of(position[:, None] + ahead, num_slots)
+  at = jnp.where(kept, slots, num_slots + ahead)  # A slot that doesn't exist is not written.
+
+  @jax.vmap
+  def write(old, new, at):
+    new = new.swapaxes(0, 1).astype(old.dtype)
+    return old.at[:, at].set(new, mode='drop', unique_indices=True)
+
+  return write(cache[0], key, at), write(cache[1], value, at)
+
+
 def read_cache(
   cache: KeysValues, position: Int[Array, ''], pattern: attention_patterns.AttentionPattern
 ) -> tuple[
@@ -267,12 +301,12 @@ def read_cache_and_chunk(
   cache: KeysValues,
   key: Float[Array, 'batch length heads head_dim'],
   value: Float[Array, 'batch length heads head_dim'],
-  position: Int[Array, ''],
+  position: Int[Array, ''] | Int[Array, 'batch'],
   pattern: attention_patterns.AttentionPattern,
 ) -> tuple[
   Float[Array, 'batch heads slots+length head_dim'],
   Float[Array, 'batch heads slots+length head_dim'],
-  Bool[Array, 'length slots+length'],
+  Bool[Array, 'length slots+length'] | Bool[Array, 'batch 1 length slots+length'],
 ]:
   """Joins a cache with several new positions that it doesn't hold yet.
 
@@ -283,19 +317,22 @@ def read_cache_and_chunk(
     cache: the cache before `write_cache` of these positions.
     key: keys of the positions from `position` on.
     value: values of the same positions.
-    position: the first of them.
+    position: the first of them, in all rows or in each.
     pattern: the pattern of the layer.
 
   Returns:
     Keys, values, and a mask of what each new position attends to.
   """
+  position = position[:, None] if position.ndim else position
   new = position + jnp.arange(key.shape[1])
-  seen = jnp.concatenate([pattern.positions_in_slots(position, cache[0].shape[2]), new])
+  held = pattern.positions_in_slots(position, cache[0].shape[2])
+  seen = jnp.concatenate([held, new], axis=-1)[..., None, :]
   keys, values = (
     jnp.concatenate([old, part.swapaxes(1, 2).astype(old.dtype)], axis=2)
     for old, part in zip(cache, (key, value))
   )
-  return keys, values, jnp.asarray((seen >= 0) & pattern.visible(new[:, None], seen))
+  mask = jnp.asarray((seen >= 0) & pattern.visible(new[..., None], seen))
+  return keys, values, mask[:, None] if position.ndim else mask
 
 
 class _SelfProjections(nn.Module):
@@ -375,6 +412,7 @@ class PatternedSelfAttention(_SelfProjections):
 
   `__call__` computes a whole sequence, `decode` the next positions with a cache. `project`,
   `write_cache` and `attend_from_cache` are the steps of `decode` for a single position.
+  `attend_ahead` leaves it to the caller which positions to write into the cache.
   """
 
   def __call__(
@@ -432,8 +470,29 @@ class PatternedSelfAttention(_SelfProjections):
     updated = write_cache(cache, key, value, position, pattern)
     if x.shape[1] == 1:
       return self.attend_from_cache(query, updated, position, pattern), updated
+    return self.attend_ahead(query, key, value, cache, position, pattern), updated
+
+  def attend_ahead(
+    self,
+    query: Float[Array, 'batch length heads head_dim'],
+    key: Float[Array, 'batch length heads head_dim'],
+    value: Float[Array, 'batch length heads head_dim'],
+    cache: KeysValues,
+    position: Int[Array, ''] | Int[Array, 'batch'],
+    pattern: attention_patterns.AttentionPattern,
+  ) -> Float[Array, 'batch length embed']:
+    """Attends from the next positions, which the cache doesn't hold yet.
+
+    Args:
+      query: queries of the positions, from `project`.
+      key: their keys.
+      value: their values.
+      cache: keys and values of the earlier positions.
+      position: the first of the next positions, in all rows or in each.
+      pattern: the pattern of the layer.
+    """
     keys, values, mask = read_cache_and_chunk(cache, key, value, position, pattern)
-    return self.project_out(attend_cached(query, keys, values, mask)), updated
+    return self.project_out(attend_cached(query, keys, values, mask))
 
   def attend_from_cache(
     self,

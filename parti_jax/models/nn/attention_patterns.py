@@ -110,8 +110,8 @@ class AttentionPattern:
     return position % num_slots
 
   def positions_in_slots(
-    self, position: int | Int[Array, ''], num_slots: int
-  ) -> Int[Array, '{num_slots}']:
+    self, position: int | Int[Array, ''] | Int[Array, 'batch 1'], num_slots: int
+  ) -> Int[Array, '{num_slots}'] | Int[Array, 'batch {num_slots}']:
     """Returns which of the positions before `position` each slot holds; negative for empty slots."""
     slot = jnp.arange(num_slots)
     if self.name == 'column':

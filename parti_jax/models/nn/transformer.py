@@ -24,6 +24,11 @@ TextKeysValues = tuple[
   Float[Array, 'batch heads text_length head_dim'], Float[Array, 'batch heads text_length head_dim']
 ]
 
+# Keys and values of some positions in one layer's self-attention.
+Entry = tuple[
+  Float[Array, 'batch length heads head_dim'], Float[Array, 'batch length heads head_dim']
+]
+
 
 class EncoderBlock(nn.Module):
   """Self-attention and MLP, each with a layer norm before it and a residual connection.
@@ -73,17 +78,37 @@ class DecoderState(flax.struct.PyTreeNode):
   """What a decoder keeps between two calls: a text, and the keys and values of earlier positions.
 
   Attributes:
-    position: number of positions so far, which is the index of the next one.
+    position: number of positions so far, which is the index of the next one; a number for each row
+      if rows have different numbers, which only `look_ahead` and `advanced` support.
     caches: for each layer, keys and values of its self-attention. The layer's AttentionPattern
       defines the number of slots, and which slot holds which position.
     texts: for each layer, keys and values of its cross-attention to the text.
     text_mask: True where a text token may be attended to.
   """
 
-  position: Int[Array, '']
+  position: Int[Array, ''] | Int[Array, 'batch']
   caches: list[attention.KeysValues]
   texts: list[TextKeysValues]
   text_mask: Bool[Array, 'batch 1 1 text_length']
+
+  def advanced(
+    self,
+    entries: list[Entry],
+    count: Int[Array, 'batch'],
+    patterns: Sequence[attention_patterns.AttentionPattern],
+  ) -> DecoderState:
+    """Returns the state with some of the positions of `Decoder.look_ahead`.
+
+    Args:
+      entries: keys and values of the positions, the result of `look_ahead`.
+      count: number of positions to add to each row.
+      patterns: attention patterns of the first layers; the other layers repeat them.
+    """
+    caches = [
+      attention.write_counted(cache, *entry, self.position, count, patterns[number % len(patterns)])
+      for number, (cache, entry) in enumerate(zip(self.caches, entries))
+    ]
+    return self.replace(position=self.position + count, caches=caches)
 
 
 class DecoderBlock(nn.Module):
@@ -172,6 +197,26 @@ class DecoderBlock(nn.Module):
     """
     x = nn.with_logical_constraint(x, layers.ACTIVATION)
     attended = self.attention.attend_from_cache(query, cache, position, pattern)
+    return self._after_self_attention(x, attended, text, text_mask)
+
+  def decode_ahead(
+    self,
+    x: Float[Array, 'batch length embed'],
+    text: TextKeysValues,
+    text_mask: Bool[Array, 'batch 1 1 text_length'],
+    cache: attention.KeysValues,
+    position: Int[Array, 'batch'],
+    pattern: attention_patterns.AttentionPattern,
+    query: Float[Array, 'batch length heads head_dim'],
+    entry: Entry,
+  ) -> Float[Array, 'batch length embed']:
+    """Computes the next positions of each row, which are not written into the cache.
+
+    The arguments are those of `decode`, with a first position for each row, and the query and the
+    entry of `project`.
+    """
+    x = nn.with_logical_constraint(x, layers.ACTIVATION)
+    attended = self.attention.attend_ahead(query, *entry, cache, position, pattern)
     return self._after_self_attention(x, attended, text, text_mask)
 
   def _after_self_attention(
@@ -345,6 +390,38 @@ class Decoder(nn.Module):
       stack = layer_stack.LayerStack(layer, self.remat, self.unroll, len(self.patterns))
       x = stack.run(stacked, x, (encoded, text_mask), dropout_keys, all_layers)
     return self.norm(x), None
+
+  def look_ahead(
+    self, x: Float[Array, 'batch length embed'], state: DecoderState
+  ) -> tuple[Float[Array, 'batch length embed'], list[Entry]]:
+    """Decodes the next positions, of which the caller chooses how many each row keeps.
+
+    Args:
+      x: input of the first layer, at the next positions of each row.
+      state: the state before these positions, with a position for each row.
+
+    Returns:
+      The output of the last layer after the final layer norm, and the keys and values of the
+      positions in each layer, for `DecoderState.advanced`.
+    """
+    entries = []
+    for number, params in enumerate(self._layers()):
+      query, *entry = _apply(self.block, params, x, method='project')
+      x = _apply(
+        self.block,
+        params,
+        x,
+        state.texts[number],
+        state.text_mask,
+        state.caches[number],
+        state.position,
+        self.patterns[number % len(self.patterns)],
+        query,
+        tuple(entry),
+        method='decode_ahead',
+      )
+      entries.append(tuple(entry))
+    return self.norm(x), entries
 
   def init_state(
     self,
