@@ -88,7 +88,7 @@ def attend_to_keys(
     mask: True where a query may attend to a key; None if it may attend to all. A mask that is the
       same for all queries, [batch, 1, 1, key_length], leaves the first keys of each example.
   """
-  if attention_cudnn.fits(query) and (mask is None or mask.shape[2] == 1):
+  if attention_cudnn.fits(query, key) and (mask is None or mask.shape[2] == 1):
     out = attention_cudnn.attend(query, key, value, mask)
     return checkpoint_name(out, attention_kernel.ATTENTION_OUTPUT)
   return attend(query, key, value, mask)
@@ -180,7 +180,7 @@ def attend_in_pattern(
     return attend_rows(query, key, value, pattern)
   if pattern.name == 'column':
     return attend_columns(query, key, value, pattern)
-  if attention_cudnn.fits(query, pattern):
+  if attention_cudnn.fits(query, key, pattern):
     return attention_cudnn.attend(query, key, value, causal=True)
   if pattern.length >= _BLOCKWISE_FROM:
     return attend_blockwise(query, key, value, pattern, _BLOCK[pattern.name])

@@ -26,6 +26,8 @@ from parti_jax.partitioning import rules as rules_lib
 _LEAST_CAPABILITY = (8, 0)
 _LARGEST_HEAD = 128
 _HEAD_MULTIPLE = 8
+# Shorter sequences have few scores to store, and cuDNN before version 9 refuses them.
+_LEAST_LENGTH = 64
 _DTYPES = (jnp.bfloat16, jnp.float16)
 
 
@@ -33,6 +35,8 @@ def cudnn_fits(
   platform: str,
   capability: tuple[int, int] | None,
   dtype: DTypeLike,
+  length: int,
+  key_length: int,
   head_dim: int,
   pattern: attention_patterns.AttentionPattern | None = None,
 ) -> bool:
@@ -42,6 +46,8 @@ def cudnn_fits(
     platform: platform of the device.
     capability: its CUDA compute capability; None if it has none.
     dtype: dtype of queries, keys and values.
+    length: number of queries.
+    key_length: number of keys.
     head_dim: size of a head.
     pattern: the pattern of self-attention; None for attention to all keys.
   """
@@ -50,6 +56,7 @@ def cudnn_fits(
     and capability is not None
     and capability >= _LEAST_CAPABILITY
     and jnp.dtype(dtype) in _DTYPES
+    and min(length, key_length) >= _LEAST_LENGTH
     and head_dim % _HEAD_MULTIPLE == 0
     and head_dim <= _LARGEST_HEAD
     and (pattern is None or pattern.name == 'global')
@@ -58,19 +65,21 @@ def cudnn_fits(
 
 def fits(
   query: Float[Array, 'batch query_length heads head_dim'],
+  key: Float[Array, 'batch key_length heads head_dim'],
   pattern: attention_patterns.AttentionPattern | None = None,
 ) -> bool:
-  """Returns whether `attend` can compute attention of these queries on the current mesh.
+  """Returns whether `attend` can compute attention of these sizes on the current mesh.
 
   Args:
     query: queries.
+    key: keys.
     pattern: the pattern of self-attention; None for attention to all keys.
   """
   platform = mesh_lib.platform()
   capability = mesh_lib.compute_capability() if platform == 'gpu' else None
-  batch, _, heads, head_dim = query.shape
+  batch, length, heads, head_dim = query.shape
   return (
-    cudnn_fits(platform, capability, query.dtype, head_dim, pattern)
+    cudnn_fits(platform, capability, query.dtype, length, key.shape[1], head_dim, pattern)
     and batch % rules_lib.ways('activation_batch') == 0
     and heads % rules_lib.ways('activation_heads') == 0
   )

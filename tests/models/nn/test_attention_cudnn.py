@@ -25,7 +25,7 @@ HOPPER = (9, 0)
 
 
 def pattern_of(name):
-  return attention_patterns.AttentionPattern(name, (4, 4), 3)
+  return attention_patterns.AttentionPattern(name, (8, 8), 3)
 
 
 def normal(*shape, dtype=jnp.float32):
@@ -37,28 +37,40 @@ def first_keys(*counts, length):
   return jnp.arange(length) < jnp.array(counts)[:, None, None, None]
 
 
+FITTING = {
+  'platform': 'gpu',
+  'capability': HOPPER,
+  'dtype': 'bfloat16',
+  'length': 1024,
+  'key_length': 128,
+  'head_dim': 64,
+}
+
+
 @pytest.mark.parametrize(
-  'platform, capability, dtype, head_dim, pattern, expected',
+  'changes, expected',
   [
-    ('gpu', HOPPER, 'bfloat16', 64, None, True),
-    ('gpu', HOPPER, 'float16', 128, 'global', True),
-    ('gpu', (8, 0), 'bfloat16', 8, 'global', True),
-    ('gpu', (10, 0), 'bfloat16', 72, None, True),
-    ('gpu', (7, 5), 'float16', 64, None, False),
-    ('gpu', None, 'bfloat16', 64, None, False),
-    ('gpu', HOPPER, 'float32', 64, None, False),
-    ('gpu', HOPPER, 'bfloat16', 136, None, False),
-    ('gpu', HOPPER, 'bfloat16', 60, None, False),
-    ('gpu', HOPPER, 'bfloat16', 64, 'conv', False),
-    ('gpu', HOPPER, 'bfloat16', 64, 'row', False),
-    ('gpu', HOPPER, 'bfloat16', 64, 'column', False),
-    ('cpu', None, 'bfloat16', 64, None, False),
-    ('tpu', None, 'bfloat16', 64, None, False),
+    ({}, True),
+    ({'dtype': 'float16', 'head_dim': 128, 'pattern': 'global'}, True),
+    ({'capability': (8, 0), 'head_dim': 8, 'length': 64, 'key_length': 64}, True),
+    ({'capability': (10, 0), 'head_dim': 72, 'length': 1025, 'key_length': 77}, True),
+    ({'capability': (7, 5), 'dtype': 'float16'}, False),
+    ({'capability': None}, False),
+    ({'dtype': 'float32'}, False),
+    ({'head_dim': 136}, False),
+    ({'head_dim': 60}, False),
+    ({'length': 63}, False),
+    ({'key_length': 1}, False),
+    ({'pattern': 'conv'}, False),
+    ({'pattern': 'row'}, False),
+    ({'pattern': 'column'}, False),
+    ({'platform': 'cpu'}, False),
+    ({'platform': 'tpu', 'capability': None}, False),
   ],
 )
-def test_where_cudnn_fits(platform, capability, dtype, head_dim, pattern, expected):
-  pattern = pattern and pattern_of(pattern)
-  assert attention_cudnn.cudnn_fits(platform, capability, dtype, head_dim, pattern) is expected
+def test_where_cudnn_fits(changes, expected):
+  pattern = {'pattern': pattern_of(changes['pattern'])} if 'pattern' in changes else {}
+  assert attention_cudnn.cudnn_fits(**FITTING | changes | pattern) is expected
 
 
 def with_gradients(attend, *inputs):
@@ -76,12 +88,12 @@ def with_gradients(attend, *inputs):
 @pytest.mark.parametrize(
   'length, key_length, mask, causal',
   [
-    (16, 16, None, True),
-    (16, 16, None, False),
-    (16, 16, first_keys(16, 5, 0, length=16), False),
-    (16, 7, None, False),
-    (16, 7, first_keys(1, 0, 7, length=7), False),
-    (16, 7, first_keys(4, length=7), False),
+    (64, 64, None, True),
+    (64, 64, None, False),
+    (64, 64, first_keys(64, 5, 0, length=64), False),
+    (64, 7, None, False),
+    (64, 7, first_keys(1, 0, 7, length=7), False),
+    (64, 7, first_keys(4, length=7), False),
   ],
   ids=['causal', 'all', 'text', 'cross', 'cross_text', 'same_text'],
 )
@@ -134,8 +146,8 @@ def test_blocks_with_cudnn_equal_those_without(request):
   """In bfloat16, up to rounding; other patterns than 'global' keep their forms."""
   sizes = {'width': 32, 'mlp_width': 16, 'heads': 4, 'dtype': jnp.bfloat16}
   encoder, decoder = transformer.EncoderBlock(**sizes), transformer.DecoderBlock(**sizes)
-  text, x = normal(2, 8, 32), normal(2, 16, 32)
-  mask = first_keys(3, 8, length=8)
+  text, x = normal(2, 64, 32), normal(2, 64, 32)
+  mask = first_keys(3, 64, length=64)
   patterns = (pattern_of('conv'), pattern_of('global'))
   variables = (
     encoder.init(jax.random.key(0), text, mask),
@@ -152,26 +164,21 @@ def test_blocks_with_cudnn_equal_those_without(request):
     np.testing.assert_allclose(
       np.asarray(both(index), np.float32), np.asarray(expected, np.float32), rtol=0.03, atol=0.03
     )
-  of_text, of_image = (2, 8, 4, 8), (2, 16, 4, 8)
-  without_self_attention = [(of_text, of_text, False), (of_image, of_text, False)]
-  assert calls == [
-    *without_self_attention,
-    without_self_attention[0],
-    (of_image, of_image, True),
-    without_self_attention[1],
-  ]
+  sizes = (2, 64, 4, 8)
+  without_conv = [(sizes, sizes, False)] * 2  # Of the texts, and from the images to the texts.
+  assert calls == [*without_conv, without_conv[0], (sizes, sizes, True), without_conv[1]]
 
 
 def test_each_device_computes_its_examples_and_heads(as_on_a_gpu, monkeypatch):
   monkeypatch.setattr(mesh_lib, 'platform', lambda: 'gpu')
-  inputs = [normal(4, length, 4, 8, dtype=jnp.bfloat16) for length in (16, 8, 8)]
-  mask = first_keys(3, 8, 0, 1, length=8)
+  inputs = [normal(4, length, 4, 8, dtype=jnp.bfloat16) for length in (72, 64, 64)]
+  mask = first_keys(3, 64, 0, 1, length=64)
   expected = attention.attend(*inputs, mask)
   with rules.partitioned(mesh_lib.make_mesh(data=4, tensor=2), rules.logical_axis_rules()):
     found = jax.jit(attention.attend_to_keys)(*inputs, mask)
     # An example can't be divided, such as that of an initialization.
     attention.attend_to_keys(*(part[:1] for part in inputs), mask[:1])
-  assert as_on_a_gpu == [((1, 16, 2, 8), (1, 8, 2, 8), False)]
+  assert as_on_a_gpu == [((1, 72, 2, 8), (1, 64, 2, 8), False)]
   assert len({str(shard.index) for shard in found.addressable_shards}) == 8
   np.testing.assert_allclose(
     np.asarray(found, np.float32), np.asarray(expected, np.float32), rtol=0.03, atol=0.03
@@ -190,9 +197,9 @@ def test_a_training_step_is_lowered_for_gpus(monkeypatch, devices):
     mlp_width=16,
     heads=4,
     text_vocabulary=16,
-    text_length=8,
+    text_length=64,
     codebook_size=16,
-    grid=(4, 4),
+    grid=(8, 8),
     dropout=0.0,
     dtype='bfloat16',
     attention_patterns=('global',),
