@@ -5,6 +5,7 @@ uses what PyTorch has for speed: scaled_dot_product_attention, torch.compile, au
 fused AdamW, and for sampling a cache of fixed size and a CUDA graph of the step.
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -45,7 +46,9 @@ class SelfAttention(nn.Module):
   def step(self, x, cache, slot, visible):
     """Attends from one position, which it writes into the cache."""
     query, key, value = _split(self.project_in(x), 3, self.heads)
-    keys, values = (old.index_copy_(2, slot, new) for old, new in zip(cache, (key, value)))
+    keys, values = cache
+    keys.index_copy_(2, slot, key)
+    values.index_copy_(2, slot, value)
     out = F.scaled_dot_product_attention(query, keys, values, attn_mask=visible)
     return self.project_out(_joined(out))
 
@@ -160,18 +163,24 @@ class Parti(nn.Module):
     places = self.row_embedding(position // columns) + self.column_embedding(position % columns)
     return self.drop((x + places).to(self.dtype))
 
-  def forward(self, texts, images):
-    """Returns the logits of every image token."""
+  def outputs(self, texts, images):
+    """Returns the outputs of the last decoder layer, after its norm."""
     encoded, text_mask = self.encode(texts)
-    x = self.embed(
-      F.pad(images[:, :-1], (1, 0)), torch.arange(images.shape[1], device=texts.device)
-    )
+    places = torch.arange(images.shape[1], device=texts.device)
+    x = self.embed(F.pad(images[:, :-1], (1, 0)), places)
     for block in self.decoder:
       x = block(x, encoded, text_mask, self.mask)
-    return self.logits(self.decoder_norm(x))
+    return self.decoder_norm(x)
+
+  def forward(self, texts, images):
+    """Returns the logits of every image token."""
+    return self.logits(self.outputs(texts, images))
+
+  def loss_of(self, outputs, images):
+    return F.cross_entropy(self.logits(outputs).flatten(0, 1).float(), images.flatten())
 
   def loss(self, texts, images):
-    return F.cross_entropy(self(texts, images).flatten(0, 1).float(), images.flatten())
+    return self.loss_of(self.outputs(texts, images), images)
 
 
 def training_step(config, texts, images):
@@ -188,6 +197,7 @@ def training_step(config, texts, images):
   if device == 'cuda':
     for block in (*model.encoder, *model.decoder):  # Blocks are alike: two of them are compiled.
       block.compile(dynamic=False)
+    model.loss_of = torch.compile(model.loss_of, dynamic=False)
   optimizer = torch.optim.AdamW(
     model.parameters(), 1e-4, (0.9, 0.99), weight_decay=1e-4, fused=device == 'cuda'
   )
@@ -223,9 +233,9 @@ class Sampler:
     config, (pattern,) = model.config, model.config.patterns
     length = config.image_length
     self.slots = pattern.num_slots(length)
-    position, slot = torch.arange(length)[:, None], torch.arange(self.slots)
+    position, slot = np.arange(length)[:, None], np.arange(self.slots)
     held = position - (position - slot) % self.slots
-    self.visible = ((held >= 0) & pattern.visible(position, held)).to(device)
+    self.visible = torch.from_numpy((held >= 0) & pattern.visible(position, held)).to(device)
     shape = (2 * batch, config.heads, self.slots, config.width // config.heads)
     zeros = lambda: torch.zeros(shape, dtype=model.dtype, device=device)
     self.caches = [(zeros(), zeros()) for _ in model.decoder]

@@ -8,6 +8,7 @@ import pytest
 
 from parti_jax.models import flops
 from parti_jax.models import parti
+from parti_jax.sampling import text_to_image
 
 sys.path.append(str(pathlib.Path(__file__).parents[2] / 'benchmarks'))
 
@@ -96,6 +97,13 @@ def test_options_and_demo(settings):
   (value,) = demo['measurements'].values()
   check_timing(value)
   assert value['pictures_per_second'] == pytest.approx(2 / value['seconds'])
+
+
+def test_a_model_with_random_parameters_draws(settings):
+  model = text_to_image.TextToImage(gpu_measurements.random_model(settings), 'random')
+  found = gpu_measurements.pictures_per_second(model, 1, 3)
+  assert found['batch_size'] == 1
+  check_timing(found)
 
 
 def test_the_largest_batch_that_fits():
