@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import math
+import re
 from collections.abc import Iterator
 from collections.abc import Sequence
 
@@ -25,6 +27,7 @@ AXES = ('stage', 'data', 'fsdp', 'tensor')
 _current: contextvars.ContextVar[Mesh | AbstractMesh | None] = contextvars.ContextVar(
   'mesh', default=None
 )
+_only_shapes: contextvars.ContextVar[bool] = contextvars.ContextVar('only_shapes', default=False)
 
 
 @gin.configurable
@@ -121,9 +124,16 @@ def of_jit() -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_mesh() -> Iterator[None]:
-  """Makes `current()` return None while the body runs, for tracing only shapes."""
-  with _set_current(None):
-    yield
+  """Makes `current()` None and `platform()` 'cpu' while the body runs, for tracing only shapes.
+
+  Kernels of other platforms are not traced then; not all of them can be batched by `jax.vmap`.
+  """
+  token = _only_shapes.set(True)
+  try:
+    with _set_current(None):
+      yield
+  finally:
+    _only_shapes.reset(token)
 
 
 @contextlib.contextmanager
@@ -142,6 +152,8 @@ def current() -> Mesh | AbstractMesh | None:
 
 def platform() -> str:
   """Returns the platform that programs are traced for: that of `current()`, else JAX's default."""
+  if _only_shapes.get():
+    return 'cpu'
   mesh = current()
   device = None if mesh is None else mesh.abstract_mesh.abstract_device
   return jax.default_backend() if device is None else device.platform
@@ -152,3 +164,11 @@ def device_kind() -> str:
   mesh = current()
   device = None if mesh is None else mesh.abstract_mesh.abstract_device
   return jax.devices()[0].device_kind if device is None else device.device_kind
+
+
+@functools.cache
+def compute_capability() -> tuple[int, int] | None:
+  """Returns the CUDA compute capability of this process' GPUs; None for those of other vendors."""
+  device = jax.local_devices(backend='gpu')[0]
+  numbers = re.fullmatch(r'(\d+)\.(\d+)', str(getattr(device, 'compute_capability', '')))
+  return None if numbers is None else (int(numbers[1]), int(numbers[2]))

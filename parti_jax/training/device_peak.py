@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-# Dense bfloat16 FLOP/s of one JAX device, from the vendors' data sheets.
+# Dense bfloat16 FLOP/s of one JAX device, from the vendors' data sheets. NVIDIA's give twice as much,
+# for sparse matrices: https://www.nvidia.com/en-us/data-center/h100/, .../h200/ and .../a100/.
 PEAKS = {
   'TPU v2': 22.5e12,
   'TPU v3': 61.5e12,
@@ -19,6 +20,7 @@ PEAKS = {
   'TPU7x': 1153e12,
   'NVIDIA A100': 312e12,
   'NVIDIA H100': 989e12,
+  'NVIDIA H100 PCIe': 756e12,
   'NVIDIA H200': 989e12,
 }
 

@@ -1,5 +1,7 @@
 """Tests the mesh from gin: sizes that fit the devices, and errors for others."""
 
+import types
+
 import jax
 import pytest
 
@@ -87,3 +89,19 @@ def test_the_current_mesh_determines_the_platform():
     assert mesh.current() is made
     assert mesh.platform() == 'cpu'
   assert mesh.current() is None
+
+
+@pytest.mark.parametrize('found, expected', [('9.0', (9, 0)), ('12.1', (12, 1)), ('gfx942', None)])
+def test_compute_capability(monkeypatch, found, expected):
+  """AMD's GPUs have no numbers."""
+  device = types.SimpleNamespace(compute_capability=found)
+  monkeypatch.setattr(jax, 'local_devices', lambda backend: [device] if backend == 'gpu' else [])
+  assert mesh.compute_capability.__wrapped__() == expected
+
+
+def test_shapes_are_traced_for_no_special_platform(monkeypatch):
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  assert mesh.platform() == 'gpu'
+  with mesh.without_mesh():
+    assert mesh.platform() == 'cpu'
+  assert mesh.platform() == 'gpu'

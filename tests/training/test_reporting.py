@@ -106,6 +106,7 @@ def test_a_grid_is_a_png(tmp_path):
     ('TPU v5p', 459e12),
     ('TPU v6 lite', 918e12),
     ('NVIDIA H100 80GB HBM3', 989e12),
+    ('NVIDIA H100 PCIe', 756e12),
     ('NVIDIA A100-SXM4-40GB', 312e12),
   ],
 )

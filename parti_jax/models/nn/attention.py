@@ -3,7 +3,8 @@
 `attend` computes scores for all pairs of positions. The other forms give the same result without
 computing everything that the pattern masks: `attend_blockwise` processes one block of queries at a
 time, and `attend_rows` and `attend_columns` cut the grid into rows and columns. `attend_in_pattern`
-chooses among them. On TPUs the layers use the kernel in `attention_kernel.py` instead.
+and `attend_to_keys` choose among them and cuDNN's kernel on GPUs (`attention_cudnn.py`). On TPUs the
+layers use the kernel in `attention_kernel.py` instead.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from jaxtyping import Bool
 from jaxtyping import Float
 from jaxtyping import Int
 
+from parti_jax.models.nn import attention_cudnn
 from parti_jax.models.nn import attention_kernel
 from parti_jax.models.nn import attention_patterns
 from parti_jax.models.nn import layers
@@ -69,6 +71,27 @@ def _masked_softmax(
   if mask is not None:
     scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
   return jax.nn.softmax(scores, axis=-1)
+
+
+def attend_to_keys(
+  query: Float[Array, 'batch query_length heads head_dim'],
+  key: Float[Array, 'batch key_length heads head_dim'],
+  value: Float[Array, 'batch key_length heads head_dim'],
+  mask: Bool[Array, '#batch 1 #query_length key_length'] | None = None,
+) -> Float[Array, 'batch query_length heads head_dim']:
+  """`attend` in the form that suits the platform.
+
+  Args:
+    query: queries.
+    key: keys.
+    value: values.
+    mask: True where a query may attend to a key; None if it may attend to all. A mask that is the
+      same for all queries, [batch, 1, 1, key_length], leaves the first keys of each example.
+  """
+  if attention_cudnn.fits(query, key) and (mask is None or mask.shape[2] == 1):
+    out = attention_cudnn.attend(query, key, value, mask)
+    return checkpoint_name(out, attention_kernel.ATTENTION_OUTPUT)
+  return attend(query, key, value, mask)
 
 
 def attend_blockwise(
@@ -157,6 +180,8 @@ def attend_in_pattern(
     return attend_rows(query, key, value, pattern)
   if pattern.name == 'column':
     return attend_columns(query, key, value, pattern)
+  if attention_cudnn.fits(query, key, pattern):
+    return attention_cudnn.attend(query, key, value, causal=True)
   if pattern.length >= _BLOCKWISE_FROM:
     return attend_blockwise(query, key, value, pattern, _BLOCK[pattern.name])
   return attend(query, key, value, pattern.mask)
@@ -404,7 +429,7 @@ class SelfAttention(_SelfProjections):
       attended = attention_kernel.self_attention(self._project_packed(x), head_dim, None, mask)
       return self._project_out_packed(attended)
     query, key, value = self.project(x)
-    return self.project_out(attend(query, key, value, mask))
+    return self.project_out(attend_to_keys(query, key, value, mask))
 
 
 class PatternedSelfAttention(_SelfProjections):
@@ -513,8 +538,13 @@ class PatternedSelfAttention(_SelfProjections):
 
 
 def text_mask(text_tokens: Int[Array, 'batch text_length']) -> Bool[Array, 'batch 1 1 text_length']:
-  """Returns an attention mask that hides padding (id 0)."""
-  return (text_tokens > 0)[:, None, None, :]
+  """Returns an attention mask that hides padding: each id 0 after the last token.
+
+  It leaves the first tokens of each text, as `attend_to_keys` requires.
+  """
+  places = jnp.arange(text_tokens.shape[1])
+  last = jnp.max(jnp.where(text_tokens > 0, places, -1), axis=1, keepdims=True)
+  return (places <= last)[:, None, None, :]
 
 
 class CrossAttention(nn.Module):
@@ -578,7 +608,7 @@ class CrossAttention(nn.Module):
     if isinstance(other, tuple):
       assert mask is not None
       return self.project_out(attend_cached(query, *other, mask))
-    return self.project_out(attend(query, *self.keys_values(other), mask))
+    return self.project_out(attend_to_keys(query, *self.keys_values(other), mask))
 
   def _call_packed(
     self,
