@@ -73,6 +73,7 @@ class Result:
       `first_index`. None counts from 0.
     upscaled: the pictures enlarged by the model's super-resolution, which are then shown and saved
       in place of `images`; None if they were not enlarged.
+    weights: the model's `TextToImage.weights`.
   """
 
   images: UInt8[np.ndarray, 'prompts num_images height width 3']
@@ -86,6 +87,7 @@ class Result:
   scores: Float32[np.ndarray, 'prompts num_images'] | None = None
   image_index: Int32[np.ndarray, 'prompts num_images'] | None = None
   upscaled: UInt8[np.ndarray, 'prompts num_images _ _ 3'] | None = None
+  weights: str = 'float'
 
   def pil(self) -> list[list[Image.Image]]:
     """Returns PIL images, a list of `num_images` for each prompt."""
@@ -155,6 +157,8 @@ class Result:
       for name, value in dataclasses.asdict(self.settings).items()
       if self.settings.speculative_window or not name.startswith('speculative_')
     }
+    if self.weights != 'float':
+      settings['weights'] = self.weights
     if self.upscaled is not None:
       settings['upscaled'] = str(self.upscaled.shape[2] // self.images.shape[2])
     return {'seed': str(self.seed), **settings, 'model': self.model}
@@ -166,6 +170,7 @@ class TextToImage:
   Attributes:
     model_name: name of the model, for the pictures' metadata.
     sampling: default settings of `generate`.
+    weights: how the decoder's weights are held, a name in `sampling_settings.WEIGHTS`.
     provenance: what the model folder says about the training.
     ranker: scores pictures by a text; None if there is no ranker.
     upscaler: enlarges pictures; None if the model has no super-resolution.
@@ -178,6 +183,7 @@ class TextToImage:
     mesh: jax.sharding.Mesh | None = None,
     rules=None,
     ranker: str | os.PathLike[str] | None = None,
+    weights: str = 'float',
   ):
     """Puts a model on the devices.
 
@@ -187,11 +193,13 @@ class TextToImage:
       mesh: devices over which to shard parameters and batches; by default a single one.
       rules: logical axis rules for the mesh; by default those of `rules.logical_axis_rules`.
       ranker: folder of a ranker to use instead of the model's own.
+      weights: an argument of `load`.
 
     Raises:
-      UserError: if the mesh does not divide a parameter, or the vocabulary or the ranker can't be
-        read.
+      UserError: if the mesh does not divide a parameter, the vocabulary or the ranker can't be
+        read, or `weights` is unknown.
     """
+    self.weights = sampling_settings.check_weights(weights)
     self.model_name = model_name
     self.sampling = model.sampling
     self.provenance = model.provenance
@@ -210,9 +218,10 @@ class TextToImage:
       str(model.vocabulary_path),
     )
     self._generator_params = self._place.put(
-      parameters.for_sampling(self._config, model.generator_params),
+      parameters.for_sampling(self._config, model.generator_params, weights),
       model_folder.abstract('generator', self._config),
       lambda shardings: parameters.shardings(self._config, shardings),
+      **({'convert': parameters.quantized} if weights == 'int8' else {}),
     )
     self._tokenizer_params = self._place.put(
       model.tokenizer_params, model_folder.abstract('tokenizer', model.tokenizer_config)
@@ -312,7 +321,16 @@ class TextToImage:
     index = first[:, None] + np.arange(num_images, dtype=np.int32)
     tokens, images, usage, passes = self._sample(texts, index, seed, sampled, batch, progress, room)
     result = Result(
-      images, tokens, prompts, seed, settings, self.model_name, usage, passes, image_index=index
+      images,
+      tokens,
+      prompts,
+      seed,
+      settings,
+      self.model_name,
+      usage,
+      passes,
+      image_index=index,
+      weights=self.weights,
     )
     result = self._ranked(result) if rank else result
     if not upscale:
@@ -511,7 +529,13 @@ class TextToImage:
     return self._place.divisible(even if even <= 4 else min(most, -(-even // 4) * 4))
 
 
-def load(path=None, mesh: jax.sharding.Mesh | None = None, rules=None, ranker=None) -> TextToImage:
+def load(
+  path=None,
+  mesh: jax.sharding.Mesh | None = None,
+  rules=None,
+  ranker=None,
+  weights: str = 'float',
+) -> TextToImage:
   """Loads a model.
 
   Args:
@@ -520,13 +544,17 @@ def load(path=None, mesh: jax.sharding.Mesh | None = None, rules=None, ranker=No
     rules: logical axis rules for the mesh; by default those of `rules.logical_axis_rules`.
     ranker: folder of a ranker to use instead of the model's own, as a path or a URL: a folder that
       `parti-jax import ranker` wrote, or a model folder.
+    weights: 'float' holds the decoder's weights in float32 on a CPU and in bfloat16 elsewhere;
+      'int8' rounds them to 8 bits.
 
   Raises:
-    UserError: if a folder is missing, unfinished, damaged, or not a model folder.
+    UserError: if a folder is missing, unfinished, damaged, or not a model folder, or if `weights`
+      is unknown.
   """
+  sampling_settings.check_weights(weights)
   path = None if path is None else checks.text('path', path)
   if path is not None and storage.is_url(path):
-    return TextToImage(model_folder.load(path), storage.name(path), mesh, rules, ranker)
+    return TextToImage(model_folder.load(path), storage.name(path), mesh, rules, ranker, weights)
   folder = pathlib.Path(DEMO_FOLDER if path is None else path)
   if (folder / 'checkpoints').is_dir() and not (folder / model_folder.CONFIG_FILE).exists():
     raise UserError(
@@ -534,7 +562,7 @@ def load(path=None, mesh: jax.sharding.Mesh | None = None, rules=None, ranker=No
       'from them'
     )
   name = 'demo' if path is None else os.path.basename(os.path.abspath(folder))
-  return TextToImage(model_folder.load(folder), name, mesh, rules, ranker)
+  return TextToImage(model_folder.load(folder), name, mesh, rules, ranker, weights)
 
 
 def _memory() -> float:

@@ -8,9 +8,13 @@ import pytest
 
 from parti_jax.cli import main
 from parti_jax.cli import plan as plan_command
+from parti_jax.core import gin_config
 from parti_jax.core.errors import UserError
+from parti_jax.exported_model import model_folder
 from parti_jax.models import parti_config
+from parti_jax.models.nn import layers
 from parti_jax.partitioning import compiler_options
+from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.planning import candidates
 from parti_jax.planning import chips
 from parti_jax.planning import plan as plan_lib
@@ -189,6 +193,28 @@ def test_the_sampling_step(capsys):
   assert 'tensor' in text and 'at least needed' in text
 
 
+@pytest.mark.parametrize(
+  'weights, expected',
+  [
+    # The kernels of two layers and of the logits, of which each device has half, and the norms.
+    ('float', (2 * 40_960 * 2 + 2_048 * 4) / 2 + 2 * 3 * 64 * 4),
+    # Scales too: of each layer 384 for channels that are halved, and 192 that are not.
+    ('int8', (2 * 40_960 + 2_048) / 2 + 2 * 3 * 64 * 4 + (2 * (384 / 2 + 192) + 32 / 2) * 4),
+  ],
+)
+def test_a_sampling_step_reads_a_byte_for_each_int8_weight(weights, expected):
+  bindings = (*SMALL, 'make_mesh.data=2', 'make_mesh.fsdp=1', 'make_mesh.tensor=2')
+  gin_config.parse((RUN,), bindings, data=False)
+  mesh = mesh_lib.make_mesh(devices=jax.devices()[:4])
+  request = request_lib.Request('sample', 'cpu:4', (RUN,), bindings, 8, weights=weights)
+  step = steps.sampling_step(request, mesh)
+  assert step.ideal_bytes['parameters'] == expected
+  assert step.settings['weights'] == weights
+  assert step.parameters == layers.count_parameters(
+    model_folder.abstract('generator', steps.sampled_config())
+  )
+
+
 @pytest.mark.tpu_compile
 def test_a_step_on_a_tpu(tpu_devices, capfd, tmp_path):
   del tpu_devices
@@ -242,8 +268,9 @@ def test_two_devices_on_a_chip(tpu_devices):
   assert plan['memory']['capacity'] == 94.75 * 2**30
 
 
+@pytest.mark.parametrize('weights', ['float', 'int8'])
 @pytest.mark.tpu_compile
-def test_a_sampling_step_on_a_tpu_moves_parameters_and_cache_once(tpu_devices):
+def test_a_sampling_step_on_a_tpu_moves_parameters_and_cache_once(tpu_devices, weights):
   del tpu_devices
   sizes = (
     'PartiConfig.width=1024',
@@ -254,7 +281,9 @@ def test_a_sampling_step_on_a_tpu_moves_parameters_and_cache_once(tpu_devices):
     'make_mesh.tensor=4',
     'make_mesh.fsdp=1',
   )
-  plan = plan_lib.make(request_lib.Request('sample', 'v5e:2x2', (RUN,), SMALL + sizes, 64))
+  plan = plan_lib.make(
+    request_lib.Request('sample', 'v5e:2x2', (RUN,), SMALL + sizes, 64, weights=weights)
+  )
   # Heads of 64 are not padded to 128, neither in memory nor on their way.
   cache = 2 * 2 * 128 * 16 * 1024 * 64 * 2 / 4
   assert plan['bytes']['ideal']['cache'] == pytest.approx(cache, rel=0.01)
@@ -327,6 +356,13 @@ def test_remedies_of_a_training_step(trained):
   assert 'it does not fit by 8.00 GiB a device: XLA says: Used 40G' in text
 
 
+@pytest.mark.parametrize('weights', ['float', 'int8'])
+def test_remedies_of_a_sampling_step(weights):
+  mesh = {'stage': 1, 'data': 2, 'fsdp': 1, 'tensor': 2}
+  plan = {'what': 'sample', 'mesh': mesh, 'batch_size': 64, 'settings': {'weights': weights}}
+  assert any('--weights=int8' in line for line in remedies.of(plan)) == (weights == 'float')
+
+
 def test_a_table_of_plans(trained, tmp_path, capsys):
   file = tmp_path / 'a.json'
   large = dict(trained[2], fits=False, topology='cpu:9')
@@ -356,6 +392,7 @@ def test_a_file_that_is_not_a_plan(text, tmp_path):
     (flags('--topology=cpu:8', '--batch_size=0'), '--batch_size=0 must be at least 1'),
     (flags('--topology=cpu:8', '--batch_size=9'), 'train.batch_size=9 is not divisible'),
     (flags('--topology=cpu:8', '--what=sample', '--batch_size=9'), '--batch_size=9 images'),
+    (flags('--topology=cpu:8', '--weights=int8'), '--weights=int8 only applies to --what=sample'),
     (flags('--topology=cpu:8', bindings=('PartiConfig.widht=3',)), 'did you mean'),
     (flags('--topology=cpu:8', bindings=('make_mesh.tensor=3',)), 'make_mesh.tensor=3'),
   ],
@@ -380,8 +417,11 @@ def test_candidates_fit_the_models_shapes():
     assert ways * mesh['tensor'] == 64 and 64 % (ways * candidate.microbatches) == 0
   assert f"PartiConfig.remat = '{found[0].remat}'" in found[0].bindings()
   # Sampling has no stages; data parallelism spans two slices.
-  sampled = candidates.of_sampling(model, 128, 64, chips.CHIPS['v5e'], 16)
+  sampled, smaller = (
+    candidates.of_sampling(model, 128, 64, chips.CHIPS['v5e'], 16, size) for size in (2, 1)
+  )
   assert {dict(candidate.mesh)['stage'] for candidate in sampled} == {1}
+  assert smaller[0].seconds < sampled[0].seconds
   assert all(mesh['data'] % 2 == 0 for mesh in candidates.meshes(model, 64, 2, stages=True))
 
 
