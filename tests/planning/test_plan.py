@@ -4,6 +4,7 @@ import json
 import re
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from parti_jax.cli import main
@@ -15,6 +16,7 @@ from parti_jax.models import parti_config
 from parti_jax.models.nn import layers
 from parti_jax.partitioning import compiler_options
 from parti_jax.partitioning import mesh as mesh_lib
+from parti_jax.partitioning import rules as rules_lib
 from parti_jax.planning import candidates
 from parti_jax.planning import chips
 from parti_jax.planning import plan as plan_lib
@@ -23,6 +25,8 @@ from parti_jax.planning import report
 from parti_jax.planning import request as request_lib
 from parti_jax.planning import search
 from parti_jax.planning import steps
+from parti_jax.planning import topology as topology_lib
+from parti_jax.sampling import decoding
 
 RUN = 'gin_configs/runs/parti_350m.gin'
 SMALL = tuple(
@@ -129,9 +133,6 @@ def test_the_training_step(trained):
 def test_the_plan_is_of_the_state_and_batch_of_training(trained):
   _, _, plan = trained
   request = request_lib.Request('train', 'cpu:8', (RUN,), tuple(plan['gin_bindings']), 32)
-  from parti_jax.core import gin_config
-  from parti_jax.partitioning import mesh as mesh_lib
-
   gin_config.parse(request.gin_files, request.gin_bindings, data=False)
   config = steps.train_config()
   from parti_jax.training import trainer as trainer_lib
@@ -291,6 +292,32 @@ def test_a_sampling_step_on_a_tpu_moves_parameters_and_cache_once(tpu_devices, w
   assert plan['memory']['aliased'] == pytest.approx(cache, rel=0.01)
   # In addition, writing a position takes a tile of 128; with padded heads it would be over 2.
   assert 0.9 < plan['bytes']['ratio'] < 1.5
+
+
+@pytest.mark.tpu_compile
+def test_the_loop_over_positions_keeps_int8_weights(tpu_devices):
+  del tpu_devices
+  sizes = {'width': 1024, 'mlp_width': 4096, 'heads': 16, 'codebook_size': 1024, 'grid': (8, 8)}
+  config = parti_config.PartiConfig(
+    encoder_layers=1, decoder_layers=2, text_length=16, text_vocabulary=64, **sizes
+  )
+  mesh = mesh_lib.make_mesh(
+    data=1, fsdp=1, tensor=4, devices=topology_lib.parse('v5e:2x2').devices()
+  )
+  rules = rules_lib.logical_axis_rules()
+  boxed = model_folder.abstract('generator', config)
+  params = steps._abstract_parameters(config, boxed, mesh, rules, 'int8')
+  texts = steps._placed((16, 16), jnp.int32, ('activation_batch',), mesh, rules)
+
+  def draw(params, texts):
+    keys = decoding.image_keys(0, jnp.arange(16))
+    return decoding.sample_tokens(config, params, texts, keys, decoding.Sampling(greedy=True))
+
+  with rules_lib.partitioned(mesh, rules):
+    compiled = jax.jit(draw).lower(params, texts).compile()
+  weights = 2 * (6 * 1024 * 1024 + 2 * 1024 * 4096) / 4
+  # A copy of them in bfloat16 would take twice as many bytes.
+  assert compiled.memory_analysis().temp_size_in_bytes < weights
 
 
 @pytest.mark.tpu_compile
