@@ -109,8 +109,8 @@ def add_weights(parser: argparse.ArgumentParser):
   parser.add_argument(
     '--weights',
     metavar='NAME',
-    help="how to hold the decoder's weights: float, or int8, which takes half of the memory and of "
-    'its traffic on a GPU or TPU (default: float)',
+    help="how to hold the decoder's weights: float, or int8, which takes half of their memory on a "
+    'GPU or TPU (default: float)',
   )
 
 
