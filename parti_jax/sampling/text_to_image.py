@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 import pathlib
 import warnings
@@ -11,15 +10,11 @@ from collections.abc import Callable
 from collections.abc import Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 from jaxtyping import Float32
 from jaxtyping import Int32
 from jaxtyping import UInt8
-from jaxtyping import UInt32
 from PIL import Image
 
 from parti_jax.core import checks
@@ -29,15 +24,13 @@ from parti_jax.data import text_tokenizer
 from parti_jax.exported_model import model_folder
 from parti_jax.exported_model import sampling_settings
 from parti_jax.models import image_tokenizers
-from parti_jax.models import parti_config
-from parti_jax.models import pixels
 from parti_jax.models import text_encoders
-from parti_jax.models import vit_vqgan
 from parti_jax.sampling import adaptive
 from parti_jax.sampling import decoding
 from parti_jax.sampling import images as images_lib
 from parti_jax.sampling import parameters
 from parti_jax.sampling import placement
+from parti_jax.sampling import programs
 from parti_jax.sampling import ranking
 from parti_jax.sampling import speculative
 from parti_jax.sampling import upscaling
@@ -373,7 +366,7 @@ class TextToImage:
     counts = []
     for start, chosen in placement.pieces(total, batch, progress):
       *drawn, usage, passes = self._place.run(
-        _generate,
+        programs.generate,
         (self._generator_params, self._tokenizer_params),
         (texts[chosen // shape[1]], indices[chosen]),
         np.uint32(seed),
@@ -418,7 +411,7 @@ class TextToImage:
     """
     images = self._pictures(images)
     return self._through_tokenizer(
-      images, _tokenize, np.empty([len(images), self._config.image_length], np.int32)
+      images, programs.tokenize, np.empty([len(images), self._config.image_length], np.int32)
     )
 
   def reconstruct(self, images) -> UInt8[np.ndarray, 'images height width 3']:
@@ -433,7 +426,7 @@ class TextToImage:
       UserError: if the shape or the dtype is wrong.
     """
     images = self._pictures(images)
-    return self._through_tokenizer(images, _reconstruct, np.empty_like(images))
+    return self._through_tokenizer(images, programs.reconstruct, np.empty_like(images))
 
   def upscale(self, images) -> UInt8[np.ndarray, 'images height width 3']:
     """Enlarges pictures with the model's super-resolution (Parti, section 2.1).
@@ -571,58 +564,3 @@ def _memory() -> float:
     return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
   except (AttributeError, ValueError, OSError):
     return float('inf')
-
-
-@functools.partial(jax.jit, static_argnames=('config', 'tokenizer'))
-def _generate(
-  generator_params: dict[str, Any],
-  tokenizer_params: dict[str, Any],
-  texts: Int32[Array, 'batch text_length'],
-  image_index: Int32[Array, 'batch'],
-  seed: UInt32[Array, ''],
-  sampling: decoding.Sampling,
-  *,
-  config: parti_config.PartiConfig,
-  tokenizer: nn.Module,
-) -> tuple[
-  Int32[Array, 'batch image_length'],
-  UInt8[Array, 'batch height width 3'],
-  adaptive.Usage | None,
-  speculative.Passes | None,
-]:
-  """Samples image tokens and decodes them; the Usage and the Passes are None as in `Result`."""
-  keys = decoding.image_keys(seed, image_index)
-  usage = passes = None
-  if sampling.window:
-    tokens, passes, usage = speculative.sample_tokens(
-      config, generator_params, texts, keys, sampling
-    )
-  elif sampling.exit_threshold is None and sampling.skip_threshold is None:
-    tokens = decoding.sample_tokens(config, generator_params, texts, keys, sampling)
-  else:
-    tokens, usage = adaptive.sample_tokens(config, generator_params, texts, keys, sampling)
-  apply: Callable[..., Any] = tokenizer.apply
-  drawn = apply({'params': tokenizer_params}, tokens, method='detokenize')
-  return tokens, pixels.to_bytes(drawn), usage, passes
-
-
-@functools.partial(jax.jit, static_argnames='tokenizer')
-def _tokenize(
-  params: dict[str, Any], images: UInt8[Array, 'batch height width 3'], *, tokenizer: nn.Module
-) -> Int32[Array, 'batch image_length']:
-  apply: Callable[..., Any] = tokenizer.apply
-  return apply({'params': params}, pixels.from_bytes(images), method='tokenize')
-
-
-@functools.partial(jax.jit, static_argnames='tokenizer')
-def _reconstruct(
-  params: dict[str, Any], images: UInt8[Array, 'batch height width 3'], *, tokenizer: nn.Module
-) -> UInt8[Array, 'batch height width 3']:
-  apply: Callable[..., Any] = tokenizer.apply
-  originals = pixels.from_bytes(images)
-  if isinstance(tokenizer, vit_vqgan.ViTVQGAN):
-    # The last bits differ from those of `detokenize`, and so would bytes of earlier versions.
-    mean = apply({'params': params}, originals)['mean']
-    return pixels.to_bytes(jnp.clip(vit_vqgan.to_pixels(mean), 0.0, 1.0))
-  tokens = apply({'params': params}, originals, method='tokenize')
-  return pixels.to_bytes(apply({'params': params}, tokens, method='detokenize'))

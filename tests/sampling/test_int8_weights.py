@@ -167,13 +167,17 @@ def test_a_loaded_model(tiny_folder, tmp_path):
   assert 'weights' not in images.read_metadata(expected.save(tmp_path)[0])
 
 
-def test_early_exit(tiny_folder):
+@pytest.mark.parametrize(
+  'other', [{'exit_threshold': 0.9999}, {'speculative_window': 3, 'speculative_rule': 'equal'}]
+)
+def test_other_ways_to_the_same_tokens(tiny_folder, other):
+  """No token is sure enough to exit early, and equal drafts change no token."""
   model = parti_jax.load(tiny_folder, weights='int8')
   settings = {'num_images': 3, 'temperature': 0, 'guidance_scale': 1.0}
-  plain = model.generate('red apple', **settings)
-  # No token is so sure, so the same layers are computed in another way.
-  careful = model.generate('red apple', exit_threshold=0.9999, **settings)
-  np.testing.assert_array_equal(careful.tokens, plain.tokens)
+  plain, careful = (
+    model.generate('red apple', **settings, **changed).tokens for changed in ({}, other)
+  )
+  np.testing.assert_array_equal(careful, plain)
 
 
 def test_on_a_mesh_the_pictures_are_the_same(tiny_folder):
