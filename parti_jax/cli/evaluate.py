@@ -1,6 +1,7 @@
 """`parti-jax evaluate`: generates pictures for a data set's prompts and judges them."""
 
 import argparse
+import dataclasses
 import pathlib
 import sys
 from typing import Any
@@ -93,6 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     help='number of pictures to generate at once; affects memory, not the pictures',
   )
   sampling_flags.add_arguments(parser)
+  sampling_flags.add_weights(parser)
   emoji = parser.add_argument_group('openmoji, openmoji_scenes')
   emoji.add_argument(
     '--rank',
@@ -158,6 +160,8 @@ def run(args: argparse.Namespace) -> int:
     report, pages, folder = _openmoji_scenes(args)
   else:
     report, pages, folder = _captions(args)
+  sampling = {**report.sampling, **sampling_flags.given_weights(args)}
+  report = dataclasses.replace(report, sampling=sampling)
   print(report.text())
   files = {f'{name}.png': output_folder.png(page) for name, page in pages.items()}
   files['report.md'] = report.markdown().encode()
@@ -168,10 +172,14 @@ def run(args: argparse.Namespace) -> int:
   return 0
 
 
+def _load(args: argparse.Namespace):
+  return parti_jax.load(args.model, ranker=args.ranker, **sampling_flags.given_weights(args))
+
+
 def _openmoji(args: argparse.Namespace):
   """Evaluates on OpenMoji; returns the report, its contact sheets by name, and their folder."""
   folder = output_folder.make(args.output_dir)
-  model = parti_jax.load(args.model, ranker=args.ranker)
+  model = _load(args)
   extractors = features.of_flags(model, args.inception_weights, args.image_size)
   pages = {}
 
@@ -198,7 +206,7 @@ def _openmoji(args: argparse.Namespace):
 def _openmoji_scenes(args: argparse.Namespace):
   """Evaluates on scenes made of OpenMoji; returns the same values as `_openmoji`."""
   folder = output_folder.make(args.output_dir)
-  model = parti_jax.load(args.model, ranker=args.ranker)
+  model = _load(args)
   sampling = {
     name: value for name, value in sampling_flags.given(args).items() if value is not None
   }
@@ -241,7 +249,7 @@ def _captions(args: argparse.Namespace):
       f'--num_captions={args.num_captions}',
       file=sys.stderr,
     )
-  model = parti_jax.load(args.model, ranker=args.ranker)
+  model = _load(args)
   extractors = features.of_flags(model, args.inception_weights, args.image_size)
   if not extractors:
     raise UserError(
@@ -259,7 +267,7 @@ def _captions(args: argparse.Namespace):
       'num_captions': args.num_captions,
       'seed': args.seed,
       'num_images': args.num_images,
-      'sampling': sampling,
+      'sampling': sampling | sampling_flags.given_weights(args),
       'captions': output_folder.fingerprint(*(text.encode() for text in captioned.captions)),
       'model': output_folder.model_fingerprint(args.model),
       # Of one picture for each caption the ranker has nothing to choose.
@@ -338,6 +346,7 @@ def _check_flags(args: argparse.Namespace):
       f'{features.INCEPTION_FILE}'
     )
   sampling_flags.given(args)
+  sampling_flags.given_weights(args)
   if args.dataset == 'openmoji_scenes' and args.inception_weights is not None:
     raise UserError(
       '--inception_weights does not apply to --dataset=openmoji_scenes, whose pictures are judged one '

@@ -60,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     '--seed', type=int, default=0, help='seed of the pictures (default: %(default)s)'
   )
   sampling_flags.add_arguments(parser)
+  sampling_flags.add_weights(parser)
   parser.add_argument(
     '--batch_size',
     type=int,
@@ -88,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
   from parti_jax.sampling import text_to_image
 
   compilation_cache.enable()
-  model = text_to_image.load(args.model, ranker=args.ranker)
+  model = text_to_image.load(args.model, ranker=args.ranker, **sampling_flags.given_weights(args))
   with warnings.catch_warnings():
     warnings.simplefilter('always', UserWarning)
     warnings.showwarning = _print_warning
@@ -148,6 +149,7 @@ def _check_flags(args: argparse.Namespace):
   """Raises UserError for invalid flags, before anything slow happens."""
   sampling_flags.check_numbers(args, 'num_images', 'batch_size', 'display_size')
   sampling_flags.given(args)
+  sampling_flags.given_weights(args)
   folder = pathlib.Path(args.output_dir)
   existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
   if not existing.is_dir():

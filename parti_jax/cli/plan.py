@@ -11,6 +11,7 @@ from parti_jax.core import checks
 from parti_jax.core import errors
 from parti_jax.core import gin_config
 from parti_jax.core import storage
+from parti_jax.exported_model import sampling_settings
 
 
 def add_arguments(parser: argparse.ArgumentParser):
@@ -39,6 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser):
     '--unguided',
     action='store_true',
     help='sample without classifier-free guidance, with one sequence per image instead of two',
+  )
+  parser.add_argument(
+    '--weights',
+    default='float',
+    metavar='NAME',
+    help="how sampling holds the decoder's weights: float, in the dtype of the computation, or int8 "
+    '(default: %(default)s)',
   )
   parser.add_argument(
     '--json',
@@ -93,6 +101,9 @@ def run(args: argparse.Namespace) -> int:
       checks.count(f'--{name}', getattr(args, name))
   if args.traffic < 0:
     raise errors.UserError(f'--traffic={args.traffic} must be at least 0')
+  sampling_settings.check_weights(args.weights)
+  if args.weights != 'float' and args.what != 'sample':
+    raise errors.UserError(f'--weights={args.weights} only applies to --what=sample')
   from parti_jax.planning import plan as plan_lib
   from parti_jax.planning import request as request_lib
   from parti_jax.planning import search
@@ -104,6 +115,7 @@ def run(args: argparse.Namespace) -> int:
     tuple(args.gin_bindings),
     args.batch_size,
     not args.unguided,
+    args.weights,
   )
   if args.search:
     return search.run(request, args.search_limit, args.json)

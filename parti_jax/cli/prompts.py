@@ -72,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     '--seed', type=int, default=0, help='seed of the pictures (default: %(default)s)'
   )
   sampling_flags.add_arguments(parser)
+  sampling_flags.add_weights(parser)
   parser.add_argument(
     '--batch_size',
     type=int,
@@ -93,16 +94,17 @@ def run(args: argparse.Namespace) -> int:
   sampling = {
     name: value for name, value in sampling_flags.given(args).items() if value is not None
   }
+  weights = sampling_flags.given_weights(args)
   prompts = prompts_file.read(args.file)[: args.max_prompts]
   compilation_cache.enable()
-  model = parti_jax.load(args.model, ranker=args.ranker)
+  model = parti_jax.load(args.model, ranker=args.ranker, **weights)
   folder = output_folder.make(args.output_dir)
   output_folder.claim(
     folder,
     {
       'num_images': args.num_images,
       'seed': args.seed,
-      'sampling': sampling,
+      'sampling': sampling | weights,
       'model': output_folder.model_fingerprint(args.model),
       'ranker': output_folder.ranker_fingerprint(args.ranker),
     },
@@ -111,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
   _draw(model, prompts, folder, args, sampling)
   ranked = model.ranker is not None
   results = [_result(folder, prompt) for prompt in prompts]
-  for path in _write_pages(folder, results, ranked, args, model.model_name, sampling):
+  for path in _write_pages(folder, results, ranked, args, model.model_name, sampling | weights):
     print(path)
   return 0
 

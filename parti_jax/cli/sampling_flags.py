@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from typing import Any
 
 from parti_jax.core import checks
 from parti_jax.exported_model import sampling_settings
 
 _DEFAULTS = sampling_settings.SamplingSettings()
+_DEFAULT_WEIGHTS = 'float'
 
 
 def add_arguments(
@@ -100,3 +102,24 @@ def given(args: argparse.Namespace) -> dict:
   values = {field.name: getattr(args, field.name) for field in dataclasses.fields(_DEFAULTS)}
   _DEFAULTS.replace(**values)
   return values
+
+
+def add_weights(parser: argparse.ArgumentParser):
+  """Adds --weights, which `parti_jax.load` takes; the default is None."""
+  parser.add_argument(
+    '--weights',
+    metavar='NAME',
+    help="how to hold the decoder's weights: float, or int8, which takes half of their memory on a "
+    'GPU or TPU (default: float)',
+  )
+
+
+def given_weights(args: argparse.Namespace) -> dict[str, Any]:
+  """Returns {'weights': a name}, or {} if they are the default's.
+
+  Raises:
+    UserError: if the name is unknown.
+  """
+  if args.weights is None or sampling_settings.check_weights(args.weights) == _DEFAULT_WEIGHTS:
+    return {}
+  return {'weights': args.weights}

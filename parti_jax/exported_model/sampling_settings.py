@@ -24,6 +24,9 @@ GUIDANCE_RAMPS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 SPECULATIVE_DRAFTS = ('left', 'above', 'sample', 'random')
 SPECULATIVE_RULES = ('ratio', 'equal')
 
+# How a loaded model holds the weights of its decoder.
+WEIGHTS = ('float', 'int8')
+
 LARGEST_SEED = 2**32 - 1
 # Within these bounds, guided logits of up to 1e12 stay finite in float32 after division by the
 # temperature. A lower temperature samples the same tokens as 0: the noise spans at most 22.
@@ -180,3 +183,10 @@ class SamplingSettings:
         raise UserError(f'unknown setting {name!r}; the settings are {", ".join(known)}')
     chosen = {name: value for name, value in values.items() if value is not None}
     return dataclasses.replace(self, **chosen)
+
+
+def check_weights(weights: str) -> str:
+  """Returns a name in WEIGHTS; raises UserError if it is none."""
+  if weights not in WEIGHTS:
+    raise UserError(f'weights={checks.shown(weights)} is not one of {", ".join(WEIGHTS)}')
+  return weights

@@ -72,11 +72,17 @@ def of_training(
 
 
 def of_sampling(
-  model, sequences: int, images: int, chip: chips.Chip | None, devices: int
+  model,
+  sequences: int,
+  images: int,
+  chip: chips.Chip | None,
+  devices: int,
+  bytes_per_weight: int = 2,
 ) -> list[Candidate]:
   """Returns candidates for a sampling step like `of_training`; reading memory bounds a step."""
   found = []
-  kernels = 2 * model.decoder_layers * (6 * model.width**2 + 2 * model.width * model.mlp_width)
+  weights = model.decoder_layers * (6 * model.width**2 + 2 * model.width * model.mlp_width)
+  kernels = bytes_per_weight * weights
   cache = (
     4 * sequences * model.decoder_layers * model.width * (model.image_length + model.text_length)
   )

@@ -67,11 +67,12 @@ def _row(plan) -> tuple[str, ...]:
   used = 'too much' if needed is None else f'{needed / _GIB:.1f}'
   if plan['chip']:
     used += f' of {_capacity(plan) / _GIB:.1f}'
-  kept = (
-    f'{settings["remat"]}, {settings["microbatches"]}'
-    if plan['what'] == 'train'
-    else f'cache of {settings["cache_length"]}'
-  )
+  if plan['what'] == 'train':
+    kept = f'{settings["remat"]}, {settings["microbatches"]}'
+  else:
+    # Older plans don't name the weights.
+    int8 = ', int8 weights' if settings.get('weights') == 'int8' else ''
+    kept = f'cache of {settings["cache_length"]}{int8}'
   times = '–'
   if seconds:
     times = ', '.join(f'{seconds[part]:.3g}' for part in ('compute', 'hbm', 'interconnect'))

@@ -17,6 +17,7 @@ class Request:
     gin_bindings: bindings 'NAME=VALUE', applied after the files.
     batch_size: examples of a training step, None for the run's setting; images of a sampling step.
     guided: whether sampling uses classifier-free guidance, with two sequences for each image.
+    weights: how sampling holds the decoder's weights, a name in `sampling_settings.WEIGHTS`.
   """
 
   what: str
@@ -25,6 +26,7 @@ class Request:
   gin_bindings: tuple[str, ...] = ()
   batch_size: int | None = None
   guided: bool = True
+  weights: str = 'float'
 
 
 @dataclasses.dataclass

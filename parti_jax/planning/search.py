@@ -95,7 +95,12 @@ def candidates(request: request_lib.Request) -> list[candidates_lib.Candidate]:
     images = request.batch_size or steps.SAMPLING_BATCH
     sequences = images * (2 if request.guided else 1)
     return candidates_lib.of_sampling(
-      steps.sampled_config(), sequences, images, topology.chip, devices
+      steps.sampled_config(),
+      sequences,
+      images,
+      topology.chip,
+      devices,
+      bytes_per_weight=1 if request.weights == 'int8' else 2,
     )
   config = steps.train_config()
   model = config.objective.model
@@ -136,6 +141,7 @@ def compile_in_process(
       command.append(f'--batch_size={request.batch_size}')
     if not request.guided:
       command.append('--unguided')
+    command.append(f'--weights={request.weights}')
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if output.exists():
       return json.loads(output.read_text(encoding='utf-8')), None

@@ -79,8 +79,8 @@ def _notes(objective) -> tuple[str, ...]:
 def sampling_step(request: request_lib.Request, mesh) -> request_lib.Step:
   """The step that draws the last image token of each image, with a full cache.
 
-  It is the body of the loop over positions. Kernels are of the computation's dtype; the caches are
-  donated, in the layout that they have in the loop.
+  It is the body of the loop over positions. Kernels are of the computation's dtype or int8; the
+  caches are donated, in the layout that they have in the loop.
   """
   config, rules = sampled_config(), rules_lib.logical_axis_rules()
   images = request.batch_size or SAMPLING_BATCH
@@ -91,7 +91,8 @@ def sampling_step(request: request_lib.Request, mesh) -> request_lib.Step:
       f'stages, and the batch must be a multiple of the {ways} ways in which it is split'
     )
   sequences = images * (2 if request.guided else 1)
-  params = _abstract_parameters(config, mesh, rules)
+  boxed = model_folder.abstract('generator', config)
+  params = _abstract_parameters(config, boxed, mesh, rules, request.weights)
   place = functools.partial(_placed, mesh=mesh, rules=rules)
   shape = (sequences, config.heads, config.text_length, config.width // config.heads)
   heads = ('activation_batch', 'activation_heads', 'activation_length', None)
@@ -140,12 +141,13 @@ def sampling_step(request: request_lib.Request, mesh) -> request_lib.Step:
     mesh,
     images,
     sequences * flops.parti_sampling_step(config),
-    sum(leaf.size for leaf in jax.tree.leaves(params)),
+    layers.count_parameters(boxed),
     {
       'model': 'generator',
       'config': 'PartiConfig',
       'guided': request.guided,
       'cache_length': max(pattern.num_slots(config.image_length) for pattern in patterns),
+      'weights': request.weights,
     },
     {'parameters': device_parts(read), 'cache': device_parts((read_slots, texts))},
     device_parts(params) - device_parts(kept),
@@ -168,16 +170,18 @@ def sampled_config() -> parti_config.PartiConfig:
   return config
 
 
-def _abstract_parameters(config, mesh, rules):
+def _abstract_parameters(config, boxed, mesh, rules, weights):
   """Returns the shapes of the parameters for sampling: the result of `parameters.for_sampling`."""
-  boxed = model_folder.abstract('generator', config)
   placed = parameters.shardings(config, rules_lib.parameter_shardings(boxed, mesh, rules))
-  shapes = jax.eval_shape(functools.partial(parameters.for_sampling, config), nn.meta.unbox(boxed))
-  return jax.tree.map(
+  convert = functools.partial(parameters.for_sampling, config, weights=weights)
+  params = jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-    shapes,
+    jax.eval_shape(convert, nn.meta.unbox(boxed)),
     placed,
   )
+  if weights == 'int8':
+    params = jax.tree_util.tree_map_with_path(parameters.quantized, params)
+  return params
 
 
 def _in_cache_layout(leaf) -> jax.ShapeDtypeStruct:

@@ -39,6 +39,7 @@ class Placement:
     params: PyTree,
     boxed: PyTree,
     convert_shardings: Callable[[PyTree], PyTree] = lambda shardings: shardings,
+    convert: Callable[[Any, jax.Array], PyTree] = lambda path, leaf: leaf,
   ) -> PyTree:
     """Puts parameters on the devices.
 
@@ -46,15 +47,21 @@ class Placement:
       params: the parameters.
       boxed: abstract parameters with logical axis names, the result of `model_folder.abstract`.
       convert_shardings: converts the shardings of the abstract parameters to those of `params`.
+      convert: converts each parameter, given its path, once it is on the devices. Of the original
+        parameters the devices thus never hold many.
 
     Raises:
       UserError: if the mesh does not divide a parameter.
     """
     if self._mesh is None:
       device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-      return jax.tree.map(lambda leaf: placing.put(leaf, device), params)
-    shardings = rules_lib.parameter_shardings(boxed, self._mesh, self._rules)
-    return jax.tree.map(placing.put, params, convert_shardings(shardings))
+      shardings = jax.tree.map(lambda leaf: device, params)
+    else:
+      shardings = rules_lib.parameter_shardings(boxed, self._mesh, self._rules)
+      shardings = convert_shardings(shardings)
+    return jax.tree_util.tree_map_with_path(
+      lambda path, leaf, sharding: convert(path, placing.put(leaf, sharding)), params, shardings
+    )
 
   @numerics.fixed()
   def run(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 import pathlib
 import warnings
@@ -11,15 +10,11 @@ from collections.abc import Callable
 from collections.abc import Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 from jaxtyping import Float32
 from jaxtyping import Int32
 from jaxtyping import UInt8
-from jaxtyping import UInt32
 from PIL import Image
 
 from parti_jax.core import checks
@@ -29,15 +24,13 @@ from parti_jax.data import text_tokenizer
 from parti_jax.exported_model import model_folder
 from parti_jax.exported_model import sampling_settings
 from parti_jax.models import image_tokenizers
-from parti_jax.models import parti_config
-from parti_jax.models import pixels
 from parti_jax.models import text_encoders
-from parti_jax.models import vit_vqgan
 from parti_jax.sampling import adaptive
 from parti_jax.sampling import decoding
 from parti_jax.sampling import images as images_lib
 from parti_jax.sampling import parameters
 from parti_jax.sampling import placement
+from parti_jax.sampling import programs
 from parti_jax.sampling import ranking
 from parti_jax.sampling import speculative
 from parti_jax.sampling import upscaling
@@ -73,6 +66,7 @@ class Result:
       `first_index`. None counts from 0.
     upscaled: the pictures enlarged by the model's super-resolution, which are then shown and saved
       in place of `images`; None if they were not enlarged.
+    weights: the model's `TextToImage.weights`.
   """
 
   images: UInt8[np.ndarray, 'prompts num_images height width 3']
@@ -86,6 +80,7 @@ class Result:
   scores: Float32[np.ndarray, 'prompts num_images'] | None = None
   image_index: Int32[np.ndarray, 'prompts num_images'] | None = None
   upscaled: UInt8[np.ndarray, 'prompts num_images _ _ 3'] | None = None
+  weights: str = 'float'
 
   def pil(self) -> list[list[Image.Image]]:
     """Returns PIL images, a list of `num_images` for each prompt."""
@@ -155,6 +150,8 @@ class Result:
       for name, value in dataclasses.asdict(self.settings).items()
       if self.settings.speculative_window or not name.startswith('speculative_')
     }
+    if self.weights != 'float':
+      settings['weights'] = self.weights
     if self.upscaled is not None:
       settings['upscaled'] = str(self.upscaled.shape[2] // self.images.shape[2])
     return {'seed': str(self.seed), **settings, 'model': self.model}
@@ -166,6 +163,7 @@ class TextToImage:
   Attributes:
     model_name: name of the model, for the pictures' metadata.
     sampling: default settings of `generate`.
+    weights: how the decoder's weights are held, a name in `sampling_settings.WEIGHTS`.
     provenance: what the model folder says about the training.
     ranker: scores pictures by a text; None if there is no ranker.
     upscaler: enlarges pictures; None if the model has no super-resolution.
@@ -178,6 +176,7 @@ class TextToImage:
     mesh: jax.sharding.Mesh | None = None,
     rules=None,
     ranker: str | os.PathLike[str] | None = None,
+    weights: str = 'float',
   ):
     """Puts a model on the devices.
 
@@ -187,11 +186,13 @@ class TextToImage:
       mesh: devices over which to shard parameters and batches; by default a single one.
       rules: logical axis rules for the mesh; by default those of `rules.logical_axis_rules`.
       ranker: folder of a ranker to use instead of the model's own.
+      weights: an argument of `load`.
 
     Raises:
-      UserError: if the mesh does not divide a parameter, or the vocabulary or the ranker can't be
-        read.
+      UserError: if the mesh does not divide a parameter, the vocabulary or the ranker can't be
+        read, or `weights` is unknown.
     """
+    self.weights = sampling_settings.check_weights(weights)
     self.model_name = model_name
     self.sampling = model.sampling
     self.provenance = model.provenance
@@ -210,9 +211,10 @@ class TextToImage:
       str(model.vocabulary_path),
     )
     self._generator_params = self._place.put(
-      parameters.for_sampling(self._config, model.generator_params),
+      parameters.for_sampling(self._config, model.generator_params, weights),
       model_folder.abstract('generator', self._config),
       lambda shardings: parameters.shardings(self._config, shardings),
+      **({'convert': parameters.quantized} if weights == 'int8' else {}),
     )
     self._tokenizer_params = self._place.put(
       model.tokenizer_params, model_folder.abstract('tokenizer', model.tokenizer_config)
@@ -312,7 +314,16 @@ class TextToImage:
     index = first[:, None] + np.arange(num_images, dtype=np.int32)
     tokens, images, usage, passes = self._sample(texts, index, seed, sampled, batch, progress, room)
     result = Result(
-      images, tokens, prompts, seed, settings, self.model_name, usage, passes, image_index=index
+      images,
+      tokens,
+      prompts,
+      seed,
+      settings,
+      self.model_name,
+      usage,
+      passes,
+      image_index=index,
+      weights=self.weights,
     )
     result = self._ranked(result) if rank else result
     if not upscale:
@@ -355,7 +366,7 @@ class TextToImage:
     counts = []
     for start, chosen in placement.pieces(total, batch, progress):
       *drawn, usage, passes = self._place.run(
-        _generate,
+        programs.generate,
         (self._generator_params, self._tokenizer_params),
         (texts[chosen // shape[1]], indices[chosen]),
         np.uint32(seed),
@@ -400,7 +411,7 @@ class TextToImage:
     """
     images = self._pictures(images)
     return self._through_tokenizer(
-      images, _tokenize, np.empty([len(images), self._config.image_length], np.int32)
+      images, programs.tokenize, np.empty([len(images), self._config.image_length], np.int32)
     )
 
   def reconstruct(self, images) -> UInt8[np.ndarray, 'images height width 3']:
@@ -415,7 +426,7 @@ class TextToImage:
       UserError: if the shape or the dtype is wrong.
     """
     images = self._pictures(images)
-    return self._through_tokenizer(images, _reconstruct, np.empty_like(images))
+    return self._through_tokenizer(images, programs.reconstruct, np.empty_like(images))
 
   def upscale(self, images) -> UInt8[np.ndarray, 'images height width 3']:
     """Enlarges pictures with the model's super-resolution (Parti, section 2.1).
@@ -511,7 +522,13 @@ class TextToImage:
     return self._place.divisible(even if even <= 4 else min(most, -(-even // 4) * 4))
 
 
-def load(path=None, mesh: jax.sharding.Mesh | None = None, rules=None, ranker=None) -> TextToImage:
+def load(
+  path=None,
+  mesh: jax.sharding.Mesh | None = None,
+  rules=None,
+  ranker=None,
+  weights: str = 'float',
+) -> TextToImage:
   """Loads a model.
 
   Args:
@@ -520,13 +537,17 @@ def load(path=None, mesh: jax.sharding.Mesh | None = None, rules=None, ranker=No
     rules: logical axis rules for the mesh; by default those of `rules.logical_axis_rules`.
     ranker: folder of a ranker to use instead of the model's own, as a path or a URL: a folder that
       `parti-jax import ranker` wrote, or a model folder.
+    weights: 'float' holds the decoder's weights in float32 on a CPU and in bfloat16 elsewhere;
+      'int8' rounds them to 8 bits.
 
   Raises:
-    UserError: if a folder is missing, unfinished, damaged, or not a model folder.
+    UserError: if a folder is missing, unfinished, damaged, or not a model folder, or if `weights`
+      is unknown.
   """
+  sampling_settings.check_weights(weights)
   path = None if path is None else checks.text('path', path)
   if path is not None and storage.is_url(path):
-    return TextToImage(model_folder.load(path), storage.name(path), mesh, rules, ranker)
+    return TextToImage(model_folder.load(path), storage.name(path), mesh, rules, ranker, weights)
   folder = pathlib.Path(DEMO_FOLDER if path is None else path)
   if (folder / 'checkpoints').is_dir() and not (folder / model_folder.CONFIG_FILE).exists():
     raise UserError(
@@ -534,7 +555,7 @@ def load(path=None, mesh: jax.sharding.Mesh | None = None, rules=None, ranker=No
       'from them'
     )
   name = 'demo' if path is None else os.path.basename(os.path.abspath(folder))
-  return TextToImage(model_folder.load(folder), name, mesh, rules, ranker)
+  return TextToImage(model_folder.load(folder), name, mesh, rules, ranker, weights)
 
 
 def _memory() -> float:
@@ -543,58 +564,3 @@ def _memory() -> float:
     return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
   except (AttributeError, ValueError, OSError):
     return float('inf')
-
-
-@functools.partial(jax.jit, static_argnames=('config', 'tokenizer'))
-def _generate(
-  generator_params: dict[str, Any],
-  tokenizer_params: dict[str, Any],
-  texts: Int32[Array, 'batch text_length'],
-  image_index: Int32[Array, 'batch'],
-  seed: UInt32[Array, ''],
-  sampling: decoding.Sampling,
-  *,
-  config: parti_config.PartiConfig,
-  tokenizer: nn.Module,
-) -> tuple[
-  Int32[Array, 'batch image_length'],
-  UInt8[Array, 'batch height width 3'],
-  adaptive.Usage | None,
-  speculative.Passes | None,
-]:
-  """Samples image tokens and decodes them; the Usage and the Passes are None as in `Result`."""
-  keys = decoding.image_keys(seed, image_index)
-  usage = passes = None
-  if sampling.window:
-    tokens, passes, usage = speculative.sample_tokens(
-      config, generator_params, texts, keys, sampling
-    )
-  elif sampling.exit_threshold is None and sampling.skip_threshold is None:
-    tokens = decoding.sample_tokens(config, generator_params, texts, keys, sampling)
-  else:
-    tokens, usage = adaptive.sample_tokens(config, generator_params, texts, keys, sampling)
-  apply: Callable[..., Any] = tokenizer.apply
-  drawn = apply({'params': tokenizer_params}, tokens, method='detokenize')
-  return tokens, pixels.to_bytes(drawn), usage, passes
-
-
-@functools.partial(jax.jit, static_argnames='tokenizer')
-def _tokenize(
-  params: dict[str, Any], images: UInt8[Array, 'batch height width 3'], *, tokenizer: nn.Module
-) -> Int32[Array, 'batch image_length']:
-  apply: Callable[..., Any] = tokenizer.apply
-  return apply({'params': params}, pixels.from_bytes(images), method='tokenize')
-
-
-@functools.partial(jax.jit, static_argnames='tokenizer')
-def _reconstruct(
-  params: dict[str, Any], images: UInt8[Array, 'batch height width 3'], *, tokenizer: nn.Module
-) -> UInt8[Array, 'batch height width 3']:
-  apply: Callable[..., Any] = tokenizer.apply
-  originals = pixels.from_bytes(images)
-  if isinstance(tokenizer, vit_vqgan.ViTVQGAN):
-    # The last bits differ from those of `detokenize`, and so would bytes of earlier versions.
-    mean = apply({'params': params}, originals)['mean']
-    return pixels.to_bytes(jnp.clip(vit_vqgan.to_pixels(mean), 0.0, 1.0))
-  tokens = apply({'params': params}, originals, method='tokenize')
-  return pixels.to_bytes(apply({'params': params}, tokens, method='detokenize'))

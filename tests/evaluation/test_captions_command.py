@@ -29,7 +29,9 @@ def draw(caption, index):
 @pytest.fixture(name='pipeline')
 def fixture_pipeline(monkeypatch):
   pipeline = fakes.FakePipeline(draw, fakes.FakeRanker(draw))
-  monkeypatch.setitem(vars(parti_jax), 'load', lambda path=None, ranker=None: pipeline)
+  monkeypatch.setitem(
+    vars(parti_jax), 'load', lambda path=None, ranker=None, weights='float': pipeline
+  )
   monkeypatch.setattr(picture_shards, 'SHARD', 5)
   return pipeline
 
@@ -120,6 +122,8 @@ def test_a_stopped_run_resumes(pipeline, flags, tmp_path):
 
 def test_pictures_of_another_run_are_not_mixed(pipeline, flags):
   run(*flags)
+  with pytest.raises(UserError, match="another run, with sampling {}, but .* has .*'int8'"):
+    run(*flags, '--weights=int8')
   with pytest.raises(UserError, match='pictures of another run, with seed 0, but .* has 1'):
     run(*flags, '--seed=1')
   with pytest.raises(UserError, match='with num_captions 30000, but .* has 5'):

@@ -18,7 +18,9 @@ from parti_jax.evaluation import output_folder
 def fixture_pipeline(monkeypatch):
   pipeline = fakes.FakePipeline(lambda caption, index: fakes.render(caption))
   # Set in its dictionary: setattr would first get the real one, and so import JAX.
-  monkeypatch.setitem(vars(parti_jax), 'load', lambda path=None, ranker=None: pipeline)
+  monkeypatch.setitem(
+    vars(parti_jax), 'load', lambda path=None, ranker=None, weights='float': pipeline
+  )
   monkeypatch.setattr(openmoji, 'pictures', fakes.small_set)
   monkeypatch.setattr(openmoji, 'render', fakes.render)
   return pipeline
@@ -44,6 +46,8 @@ def test_prints_the_table_and_writes_reports_and_sheets(pipeline, tmp_path, caps
     '1.5',
     '--batch_size',
     '4',
+    '--weights',
+    'int8',
   )
   assert status == 0
   assert sorted(path.name for path in folder.iterdir()) == [
@@ -53,7 +57,10 @@ def test_prints_the_table_and_writes_reports_and_sheets(pipeline, tmp_path, caps
     'validation.png',
   ]
   content = json.loads((folder / 'report.json').read_text())
-  assert content['num_images'] == 2 and content['sampling'] == {'guidance_scale': 1.5}
+  assert content['num_images'] == 2 and content['sampling'] == {
+    'guidance_scale': 1.5,
+    'weights': 'int8',
+  }
   assert (folder / 'report.md').read_text().startswith('# Evaluation on OpenMoji\n')
   assert Image.open(folder / 'validation.png').width > 3 * 128
   printed = capsys.readouterr()

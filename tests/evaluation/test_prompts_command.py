@@ -34,7 +34,9 @@ def draw(caption, index):
 @pytest.fixture(name='pipeline')
 def fixture_pipeline(monkeypatch):
   pipeline = fakes.FakePipeline(draw, fakes.FakeRanker(draw))
-  monkeypatch.setitem(vars(parti_jax), 'load', lambda path=None, ranker=None: pipeline)
+  monkeypatch.setitem(
+    vars(parti_jax), 'load', lambda path=None, ranker=None, weights='float': pipeline
+  )
   return pipeline
 
 
@@ -134,6 +136,8 @@ def test_a_stopped_run_resumes(pipeline, flags, tmp_path, monkeypatch):
   pipeline.generate = generate
   run(*flags)
   assert pipeline.generated == [['bond'], ['the word "A<B"'], ['a red apple'], ['bond']]
+  with pytest.raises(UserError, match="another run, with sampling {}, but .* has .*'int8'"):
+    run(*flags, '--weights=int8')
   with pytest.raises(UserError, match='another run, with num_images 3, but .* has 2'):
     run(*flags, '--num_images=2')
 

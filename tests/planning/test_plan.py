@@ -4,13 +4,19 @@ import json
 import re
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from parti_jax.cli import main
 from parti_jax.cli import plan as plan_command
+from parti_jax.core import gin_config
 from parti_jax.core.errors import UserError
+from parti_jax.exported_model import model_folder
 from parti_jax.models import parti_config
+from parti_jax.models.nn import layers
 from parti_jax.partitioning import compiler_options
+from parti_jax.partitioning import mesh as mesh_lib
+from parti_jax.partitioning import rules as rules_lib
 from parti_jax.planning import candidates
 from parti_jax.planning import chips
 from parti_jax.planning import plan as plan_lib
@@ -19,6 +25,8 @@ from parti_jax.planning import report
 from parti_jax.planning import request as request_lib
 from parti_jax.planning import search
 from parti_jax.planning import steps
+from parti_jax.planning import topology as topology_lib
+from parti_jax.sampling import decoding
 
 RUN = 'gin_configs/runs/parti_350m.gin'
 SMALL = tuple(
@@ -125,9 +133,6 @@ def test_the_training_step(trained):
 def test_the_plan_is_of_the_state_and_batch_of_training(trained):
   _, _, plan = trained
   request = request_lib.Request('train', 'cpu:8', (RUN,), tuple(plan['gin_bindings']), 32)
-  from parti_jax.core import gin_config
-  from parti_jax.partitioning import mesh as mesh_lib
-
   gin_config.parse(request.gin_files, request.gin_bindings, data=False)
   config = steps.train_config()
   from parti_jax.training import trainer as trainer_lib
@@ -189,6 +194,28 @@ def test_the_sampling_step(capsys):
   assert 'tensor' in text and 'at least needed' in text
 
 
+@pytest.mark.parametrize(
+  'weights, expected',
+  [
+    # The kernels of two layers and of the logits, of which each device has half, and the norms.
+    ('float', (2 * 40_960 * 2 + 2_048 * 4) / 2 + 2 * 3 * 64 * 4),
+    # Scales too: of each layer 384 for channels that are halved, and 192 that are not.
+    ('int8', (2 * 40_960 + 2_048) / 2 + 2 * 3 * 64 * 4 + (2 * (384 / 2 + 192) + 32 / 2) * 4),
+  ],
+)
+def test_a_sampling_step_reads_a_byte_for_each_int8_weight(weights, expected):
+  bindings = (*SMALL, 'make_mesh.data=2', 'make_mesh.fsdp=1', 'make_mesh.tensor=2')
+  gin_config.parse((RUN,), bindings, data=False)
+  mesh = mesh_lib.make_mesh(devices=jax.devices()[:4])
+  request = request_lib.Request('sample', 'cpu:4', (RUN,), bindings, 8, weights=weights)
+  step = steps.sampling_step(request, mesh)
+  assert step.ideal_bytes['parameters'] == expected
+  assert step.settings['weights'] == weights
+  assert step.parameters == layers.count_parameters(
+    model_folder.abstract('generator', steps.sampled_config())
+  )
+
+
 @pytest.mark.tpu_compile
 def test_a_step_on_a_tpu(tpu_devices, capfd, tmp_path):
   del tpu_devices
@@ -242,8 +269,9 @@ def test_two_devices_on_a_chip(tpu_devices):
   assert plan['memory']['capacity'] == 94.75 * 2**30
 
 
+@pytest.mark.parametrize('weights', ['float', 'int8'])
 @pytest.mark.tpu_compile
-def test_a_sampling_step_on_a_tpu_moves_parameters_and_cache_once(tpu_devices):
+def test_a_sampling_step_on_a_tpu_moves_parameters_and_cache_once(tpu_devices, weights):
   del tpu_devices
   sizes = (
     'PartiConfig.width=1024',
@@ -254,7 +282,9 @@ def test_a_sampling_step_on_a_tpu_moves_parameters_and_cache_once(tpu_devices):
     'make_mesh.tensor=4',
     'make_mesh.fsdp=1',
   )
-  plan = plan_lib.make(request_lib.Request('sample', 'v5e:2x2', (RUN,), SMALL + sizes, 64))
+  plan = plan_lib.make(
+    request_lib.Request('sample', 'v5e:2x2', (RUN,), SMALL + sizes, 64, weights=weights)
+  )
   # Heads of 64 are not padded to 128, neither in memory nor on their way.
   cache = 2 * 2 * 128 * 16 * 1024 * 64 * 2 / 4
   assert plan['bytes']['ideal']['cache'] == pytest.approx(cache, rel=0.01)
@@ -262,6 +292,32 @@ def test_a_sampling_step_on_a_tpu_moves_parameters_and_cache_once(tpu_devices):
   assert plan['memory']['aliased'] == pytest.approx(cache, rel=0.01)
   # In addition, writing a position takes a tile of 128; with padded heads it would be over 2.
   assert 0.9 < plan['bytes']['ratio'] < 1.5
+
+
+@pytest.mark.tpu_compile
+def test_the_loop_over_positions_keeps_int8_weights(tpu_devices):
+  del tpu_devices
+  sizes = {'width': 1024, 'mlp_width': 4096, 'heads': 16, 'codebook_size': 1024, 'grid': (8, 8)}
+  config = parti_config.PartiConfig(
+    encoder_layers=1, decoder_layers=2, text_length=16, text_vocabulary=64, **sizes
+  )
+  mesh = mesh_lib.make_mesh(
+    data=1, fsdp=1, tensor=4, devices=topology_lib.parse('v5e:2x2').devices()
+  )
+  rules = rules_lib.logical_axis_rules()
+  boxed = model_folder.abstract('generator', config)
+  params = steps._abstract_parameters(config, boxed, mesh, rules, 'int8')
+  texts = steps._placed((16, 16), jnp.int32, ('activation_batch',), mesh, rules)
+
+  def draw(params, texts):
+    keys = decoding.image_keys(0, jnp.arange(16))
+    return decoding.sample_tokens(config, params, texts, keys, decoding.Sampling(greedy=True))
+
+  with rules_lib.partitioned(mesh, rules):
+    compiled = jax.jit(draw).lower(params, texts).compile()
+  weights = 2 * (6 * 1024 * 1024 + 2 * 1024 * 4096) / 4
+  # A copy of them in bfloat16 would take twice as many bytes.
+  assert compiled.memory_analysis().temp_size_in_bytes < weights
 
 
 @pytest.mark.tpu_compile
@@ -327,6 +383,13 @@ def test_remedies_of_a_training_step(trained):
   assert 'it does not fit by 8.00 GiB a device: XLA says: Used 40G' in text
 
 
+@pytest.mark.parametrize('weights', ['float', 'int8'])
+def test_remedies_of_a_sampling_step(weights):
+  mesh = {'stage': 1, 'data': 2, 'fsdp': 1, 'tensor': 2}
+  plan = {'what': 'sample', 'mesh': mesh, 'batch_size': 64, 'settings': {'weights': weights}}
+  assert any('--weights=int8' in line for line in remedies.of(plan)) == (weights == 'float')
+
+
 def test_a_table_of_plans(trained, tmp_path, capsys):
   file = tmp_path / 'a.json'
   large = dict(trained[2], fits=False, topology='cpu:9')
@@ -356,6 +419,7 @@ def test_a_file_that_is_not_a_plan(text, tmp_path):
     (flags('--topology=cpu:8', '--batch_size=0'), '--batch_size=0 must be at least 1'),
     (flags('--topology=cpu:8', '--batch_size=9'), 'train.batch_size=9 is not divisible'),
     (flags('--topology=cpu:8', '--what=sample', '--batch_size=9'), '--batch_size=9 images'),
+    (flags('--topology=cpu:8', '--weights=int8'), '--weights=int8 only applies to --what=sample'),
     (flags('--topology=cpu:8', bindings=('PartiConfig.widht=3',)), 'did you mean'),
     (flags('--topology=cpu:8', bindings=('make_mesh.tensor=3',)), 'make_mesh.tensor=3'),
   ],
@@ -380,8 +444,11 @@ def test_candidates_fit_the_models_shapes():
     assert ways * mesh['tensor'] == 64 and 64 % (ways * candidate.microbatches) == 0
   assert f"PartiConfig.remat = '{found[0].remat}'" in found[0].bindings()
   # Sampling has no stages; data parallelism spans two slices.
-  sampled = candidates.of_sampling(model, 128, 64, chips.CHIPS['v5e'], 16)
+  sampled, smaller = (
+    candidates.of_sampling(model, 128, 64, chips.CHIPS['v5e'], 16, size) for size in (2, 1)
+  )
   assert {dict(candidate.mesh)['stage'] for candidate in sampled} == {1}
+  assert smaller[0].seconds < sampled[0].seconds
   assert all(mesh['data'] % 2 == 0 for mesh in candidates.meshes(model, 64, 2, stages=True))
 
 

@@ -18,10 +18,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array
 from jaxtyping import Float
+from jaxtyping import Float32
 from jaxtyping import Int
 from jaxtyping import PRNGKeyArray
 from jaxtyping import PyTree
 from jaxtyping import UInt32
+
+from parti_jax.models.nn import quantization
+from parti_jax.partitioning import mesh as mesh_lib
 
 # Checkpoint name, for remat policies, of the results of projections.
 PROJECTION_OUTPUT = 'projection_output'
@@ -77,7 +81,8 @@ class Projection(nn.Module):
     features: sizes of the axes that replace the contracted ones.
     contracted: number of trailing axes of the input to sum over.
     axes: logical axis names of the kernel; the contracted axes come first.
-    dtype: dtype of the computation; the kernel is float32.
+    dtype: dtype of the computation; the kernel is float32, or for sampling also a
+      `quantization.QuantizedKernel`.
     scale: the initial standard deviation of the kernel is sqrt(scale / fan-in).
   """
 
@@ -90,20 +95,46 @@ class Projection(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, '*rows_and_contracted']) -> Float[Array, '*rows_and_features']:
     contracted = x.shape[-self.contracted :]
-    kernel = self._kernel(contracted)
+    kernel, scale = self._kernel(contracted, x)
     # Rows become one axis, so that the gradient of the kernel is a plain matrix product. With
     # several axes, XLA on a CPU first makes a transposed copy, which can cost as much again.
     rows = x.shape[: -self.contracted]
     x = x.astype(self.dtype).reshape((-1,) + contracted)
     dimensions = tuple(range(1, x.ndim)), tuple(range(self.contracted))
     product = jax.lax.dot_general(x, kernel, (dimensions, ((), ())))
-    return checkpoint_name(product.reshape(rows + self.features), PROJECTION_OUTPUT)
+    product = self._scaled(product.reshape(rows + self.features), scale)
+    return checkpoint_name(product, PROJECTION_OUTPUT)
 
-  def _kernel(self, contracted: tuple[int, ...]) -> Float[Array, '*contracted_and_features']:
+  def _kernel(
+    self, contracted: tuple[int, ...], x: Float[Array, '*places']
+  ) -> tuple[Float[Array, '*contracted_and_features'], Float32[Array, '*features'] | None]:
+    """Returns the kernel in the dtype of the computation, and the scale of a quantized one.
+
+    Args:
+      contracted: sizes of the kernel's contracted axes.
+      x: what the kernel will be multiplied with.
+    """
     stddev = math.sqrt(self.scale / math.prod(contracted))
     initializer = nn.initializers.truncated_normal(stddev)
     shape = contracted + self.features
-    return parameter(self, 'kernel', initializer, self.axes, shape).astype(self.dtype)
+    kernel = parameter(self, 'kernel', initializer, self.axes, shape)
+    if not isinstance(kernel, quantization.QuantizedKernel):
+      return kernel.astype(self.dtype), None
+    if (kernel.values.shape, kernel.scale.shape) != (shape, self.features):
+      raise ValueError(f'a kernel of shape {shape} with scales of shape {kernel.scale.shape}')
+    values = kernel.values
+    if mesh_lib.platform() != 'cpu':
+      # Makes the conversion depend on x. XLA could otherwise convert all kernels once before a loop
+      # over positions, and read them in the larger dtype at each. On a CPU, where a product reads a
+      # converted copy in any case, that is the faster way.
+      values, _ = jax.lax.optimization_barrier((values, x))
+    return values.astype(self.dtype), kernel.scale
+
+  def _scaled(
+    self, product: Float[Array, '*places'], scale: Float32[Array, '*features'] | None
+  ) -> Float[Array, '*places']:
+    """Multiplies a product by the scale of its kernel, if that is quantized."""
+    return product if scale is None else (product * scale).astype(self.dtype)
 
 
 class HeadsProjection(Projection):
@@ -123,12 +154,16 @@ class HeadsProjection(Projection):
     """
     if packed is None:
       return super().__call__(x)
-    kernel, x = self._kernel(packed), x.astype(self.dtype)
+    (kernel, scale), x = self._kernel(packed, x), x.astype(self.dtype)
     if self.contracted > 1:
-      return checkpoint_name(x @ kernel.reshape((-1,) + self.features), PROJECTION_OUTPUT)
+      product = self._scaled(x @ kernel.reshape((-1,) + self.features), scale)
+      return checkpoint_name(product, PROJECTION_OUTPUT)
     parts = self.features[:-2]
-    kernel = kernel.reshape(packed + parts + (math.prod(self.features[-2:]),))
+    side_by_side = parts + (math.prod(self.features[-2:]),)
+    kernel = kernel.reshape(packed + side_by_side)
+    scale = None if scale is None else scale.reshape(side_by_side)
     product = jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+    product = self._scaled(product, scale)
     return checkpoint_name(jnp.moveaxis(product, -2, 0) if parts else product, PROJECTION_OUTPUT)
 
 

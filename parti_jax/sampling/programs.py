@@ -1,0 +1,94 @@
+"""The compiled programs of a loaded model: sampling, and the image tokenizer in both directions."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+from jaxtyping import Int32
+from jaxtyping import UInt8
+from jaxtyping import UInt32
+
+from parti_jax.models import parti_config
+from parti_jax.models import pixels
+from parti_jax.models import vit_vqgan
+from parti_jax.sampling import adaptive
+from parti_jax.sampling import decoding
+from parti_jax.sampling import speculative
+
+
+@functools.partial(jax.jit, static_argnames=('config', 'tokenizer'))
+def generate(
+  generator_params: dict[str, Any],
+  tokenizer_params: dict[str, Any],
+  texts: Int32[Array, 'batch text_length'],
+  image_index: Int32[Array, 'batch'],
+  seed: UInt32[Array, ''],
+  sampling: decoding.Sampling,
+  *,
+  config: parti_config.PartiConfig,
+  tokenizer: nn.Module,
+) -> tuple[
+  Int32[Array, 'batch image_length'],
+  UInt8[Array, 'batch height width 3'],
+  adaptive.Usage | None,
+  speculative.Passes | None,
+]:
+  """Samples image tokens and decodes them.
+
+  Args:
+    generator_params: the result of `parameters.for_sampling`.
+    tokenizer_params: parameters of the image tokenizer.
+    texts: text tokens of the prompts.
+    image_index: index of each image among those of its prompt.
+    seed: the seed of all images.
+    sampling: how to sample.
+    config: sizes of the generator.
+    tokenizer: the image tokenizer.
+
+  Returns:
+    The tokens, the pictures, what the tokens computed if the settings skip anything, and the passes
+    they took if sampling is speculative.
+  """
+  keys = decoding.image_keys(seed, image_index)
+  usage = passes = None
+  if sampling.window:
+    tokens, passes, usage = speculative.sample_tokens(
+      config, generator_params, texts, keys, sampling
+    )
+  elif sampling.exit_threshold is None and sampling.skip_threshold is None:
+    tokens = decoding.sample_tokens(config, generator_params, texts, keys, sampling)
+  else:
+    tokens, usage = adaptive.sample_tokens(config, generator_params, texts, keys, sampling)
+  apply: Callable[..., Any] = tokenizer.apply
+  drawn = apply({'params': tokenizer_params}, tokens, method='detokenize')
+  return tokens, pixels.to_bytes(drawn), usage, passes
+
+
+@functools.partial(jax.jit, static_argnames='tokenizer')
+def tokenize(
+  params: dict[str, Any], images: UInt8[Array, 'batch height width 3'], *, tokenizer: nn.Module
+) -> Int32[Array, 'batch image_length']:
+  """Encodes pictures to image tokens."""
+  apply: Callable[..., Any] = tokenizer.apply
+  return apply({'params': params}, pixels.from_bytes(images), method='tokenize')
+
+
+@functools.partial(jax.jit, static_argnames='tokenizer')
+def reconstruct(
+  params: dict[str, Any], images: UInt8[Array, 'batch height width 3'], *, tokenizer: nn.Module
+) -> UInt8[Array, 'batch height width 3']:
+  """Encodes pictures to image tokens and decodes these."""
+  apply: Callable[..., Any] = tokenizer.apply
+  originals = pixels.from_bytes(images)
+  if isinstance(tokenizer, vit_vqgan.ViTVQGAN):
+    # The last bits differ from those of `detokenize`, and so would bytes of earlier versions.
+    mean = apply({'params': params}, originals)['mean']
+    return pixels.to_bytes(jnp.clip(vit_vqgan.to_pixels(mean), 0.0, 1.0))
+  tokens = apply({'params': params}, originals, method='tokenize')
+  return pixels.to_bytes(apply({'params': params}, tokens, method='detokenize'))
