@@ -99,9 +99,42 @@ def _layout(sizes: dict[str, int], devices: Sequence[jax.Device]) -> np.ndarray:
     return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=split_axes)
 
   try:
-    return layout(False)
+    found = layout(False)
   except NotImplementedError:  # A mesh axis isn't a product of whole axes of the torus.
-    return layout(True)
+    found = layout(True)
+  if slices > 1 or sizes['stage'] == 1 or devices[0].platform != 'tpu':
+    return found
+  return min([found, *_rings_of_stages(shape, devices)], key=_links)
+
+
+def _rings_of_stages(shape: Sequence[int], devices: Sequence[jax.Device]) -> Iterator[np.ndarray]:
+  """Yields layouts whose stages run to and fro through a rectangle of the torus.
+
+  A pipeline sends from each stage to the next, and from the last to the first.
+  """
+  stages, *others = shape
+  for rows in range(2, stages):
+    if stages % rows:
+      continue
+    wanted = [stages // rows, others[0], rows, *others[1:]]
+    try:
+      cut = mesh_utils.create_device_mesh(wanted, devices, allow_split_physical_axes=True)
+    except (NotImplementedError, ValueError):
+      continue
+    cut = cut.transpose(2, 0, 1, 3, 4)  # [rows, stages of a row, data, fsdp, tensor]
+    lines = [row if number % 2 == 0 else row[::-1] for number, row in enumerate(cut)]
+    yield np.concatenate(lines).reshape(shape)
+
+
+def _links(layout: np.ndarray) -> tuple[int, ...]:
+  """Returns the most links between neighbours along each axis: the axes that send most come first."""
+  coordinates = np.array([device.coords for device in layout.flat]).reshape(layout.shape + (-1,))
+  sizes = coordinates.max(axis=tuple(range(layout.ndim))) + 1
+  found = []
+  for axis in ('tensor', 'stage', 'fsdp', 'data'):
+    apart = np.abs(coordinates - np.roll(coordinates, -1, axis=AXES.index(axis)))
+    found.append(int(np.minimum(apart, sizes - apart).sum(axis=-1).max()))
+  return tuple(found)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import importlib.util
 
 import jax
+import numpy as np
 import pytest
 
 from parti_jax.core.errors import UserError
@@ -88,3 +89,29 @@ def test_constants_of_each_chip_have_a_source():
     assert chip.kind == kind and f'/tpu/docs/{kind}' in chip.source
     # A chip computes more FLOPs than it reads bytes, and reads more bytes than a link sends.
     assert chip.peak_flops > 100 * chip.hbm_bandwidth > 1000 * chip.link_bandwidth
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize(
+  'name, sizes',
+  [
+    ('v4:4x4x4', {'stage': 8, 'data': 2, 'tensor': 4}),
+    ('v4:4x4x8', {'stage': 4, 'data': 8, 'tensor': 4}),
+    ('v6e:4x4', {'stage': 4, 'data': 2, 'fsdp': 2}),
+  ],
+)
+def test_each_stage_is_next_to_the_following_one(tpu_devices, name, sizes):
+  """Also the last one to the first, and neighbours along `tensor` stay next to each other."""
+  del tpu_devices
+  parsed = topology.parse(name)
+  devices = parsed.devices()
+  mesh = mesh_lib.make_mesh(devices=devices, **sizes)
+  assert dict(mesh.shape) == {'data': 1, 'fsdp': 1, 'tensor': 1, **sizes}
+  assert {device.id for device in mesh.devices.flat} == {device.id for device in devices}
+  lengths = np.array([*parsed.dims, 1])[:3]
+  positions = np.array([device.coords for device in mesh.devices.flat])
+  positions = positions.reshape(mesh.devices.shape + (3,))
+  for axis in ('stage', 'tensor'):
+    apart = np.abs(positions - np.roll(positions, -1, mesh_lib.AXES.index(axis)))
+    links = np.minimum(apart, lengths - apart).sum(axis=-1)
+    assert links.max() <= 1, axis
