@@ -227,12 +227,12 @@ def test_without_features_to_compare(pipeline, flags, tmp_path):
 @pytest.mark.parametrize(
   'arguments, message',
   [
-    (['--dataset=cocoa'], "unknown data set 'cocoa'; choose from openmoji, coco"),
+    (['--dataset=cocoa'], "unknown data set 'cocoa'; choose from openmoji, openmoji_scenes, coco"),
     (['--dataset=localized_narratives'], 'needs --annotations FILE and --pictures DIR'),
     (['--dataset=coco', '--annotations=a'], '--annotations FILE needs --pictures DIR'),
     (
       ['--dataset=coco', '--splits', 'train'],
-      '--splits only applies to --dataset=openmoji, not to coco',
+      '--splits only applies to --dataset=openmoji and openmoji_scenes, not to coco',
     ),
     (['--annotations=a'], '--annotations only applies to --dataset=coco and localized_narratives'),
     (['--num_captions=0', '--dataset=coco'], '--num_captions must be a positive number'),

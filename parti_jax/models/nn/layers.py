@@ -107,7 +107,9 @@ class Projection(nn.Module):
 
   def _kernel(
     self, contracted: tuple[int, ...], x: Float[Array, '*places']
-  ) -> tuple[Float[Array, '*contracted_and_features'], Float32[Array, '*features'] | None]:
+  ) -> tuple[
+    Float[Array | np.ndarray, '*contracted_and_features'], Float32[Array, '*features'] | None
+  ]:
     """Returns the kernel in the dtype of the computation, and the scale of a quantized one.
 
     Args:
