@@ -27,7 +27,7 @@ AXES = ('stage', 'data', 'fsdp', 'tensor')
 _current: contextvars.ContextVar[Mesh | AbstractMesh | None] = contextvars.ContextVar(
   'mesh', default=None
 )
-_only_shapes: contextvars.ContextVar[bool] = contextvars.ContextVar('only_shapes', default=False)
+_meshless: contextvars.ContextVar[bool] = contextvars.ContextVar('meshless', default=False)
 
 
 @gin.configurable
@@ -161,12 +161,12 @@ def without_mesh() -> Iterator[None]:
 
   Kernels of other platforms are not traced then; not all of them can be batched by `jax.vmap`.
   """
-  token = _only_shapes.set(True)
+  token = _meshless.set(True)
   try:
     with _set_current(None):
       yield
   finally:
-    _only_shapes.reset(token)
+    _meshless.reset(token)
 
 
 @contextlib.contextmanager
@@ -185,7 +185,7 @@ def current() -> Mesh | AbstractMesh | None:
 
 def platform() -> str:
   """Returns the platform that programs are traced for: that of `current()`, else JAX's default."""
-  if _only_shapes.get():
+  if _meshless.get():
     return 'cpu'
   mesh = current()
   device = None if mesh is None else mesh.abstract_mesh.abstract_device

@@ -10,6 +10,7 @@ layers use the kernel in `attention_kernel.py` instead.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -206,12 +207,16 @@ def attend_in_schedule(
   Returns:
     The attended values, with the checkpoint name ATTENTION_OUTPUT.
   """
-  if isinstance(index, int):
-    out = attend_in_pattern(query, key, value, patterns[index])
-  else:
-    forms = [functools.partial(attend_in_pattern, pattern=pattern) for pattern in patterns]
-    out = jax.lax.switch(index, forms, query, key, value)
+  forms = [functools.partial(attend_in_pattern, pattern=pattern) for pattern in patterns]
+  out = _call_chosen(forms, index, query, key, value)
   return checkpoint_name(out, attention_kernel.ATTENTION_OUTPUT)
+
+
+def _call_chosen(
+  forms: Sequence[Callable[..., Array]], index: int | Int[Array, ''], *inputs: Array
+) -> Array:
+  """Calls one of several forms of attention; an array as index compiles all of them."""
+  return forms[index](*inputs) if isinstance(index, int) else jax.lax.switch(index, forms, *inputs)
 
 
 def attend_cached(
@@ -454,24 +459,14 @@ class PatternedSelfAttention(_SelfProjections):
       index: which pattern to use, as in `attend_in_schedule`.
     """
     if all(self._fits(x, pattern) for pattern in patterns):
-      return self._project_out_packed(self._attend_packed(self._project_packed(x), patterns, index))
+      head_dim = self.width // self.heads
+      forms = [
+        functools.partial(attention_kernel.self_attention, head_dim=head_dim, pattern=pattern)
+        for pattern in patterns
+      ]
+      return self._project_out_packed(_call_chosen(forms, index, self._project_packed(x)))
     query, key, value = self.project(x)
     return self.project_out(attend_in_schedule(query, key, value, patterns, index))
-
-  def _attend_packed(
-    self,
-    projected: Float[Array, '3 batch length width'],
-    patterns: Sequence[attention_patterns.AttentionPattern],
-    index: int | Int[Array, ''],
-  ) -> Float[Array, 'batch length width']:
-    head_dim = self.width // self.heads
-    forms = [
-      functools.partial(attention_kernel.self_attention, head_dim=head_dim, pattern=pattern)
-      for pattern in patterns
-    ]
-    if isinstance(index, int):
-      return forms[index](projected)
-    return jax.lax.switch(index, forms, projected)
 
   def decode(
     self,

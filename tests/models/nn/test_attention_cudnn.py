@@ -8,6 +8,7 @@ import math
 import types
 
 import flax.linen as nn
+import gradients
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,18 +75,6 @@ def test_where_cudnn_fits(changes, expected):
   assert attention_cudnn.cudnn_fits(**FITTING | changes | pattern) is expected
 
 
-def with_gradients(attend, *inputs):
-  """Returns the result, and gradients of a sum over it that differs from place to place."""
-
-  def loss(*inputs):
-    out = attend(*inputs)
-    places = jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
-    return jnp.sum(out.astype(jnp.float32) * places), out
-
-  gradients, out = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(*inputs)
-  return (out, *gradients)
-
-
 @pytest.mark.parametrize(
   'length, key_length, mask, causal',
   [
@@ -102,8 +91,8 @@ def test_equals_attention_over_all_pairs(length, key_length, mask, causal):
   """A text without any token is attended to evenly, and gives no gradient to the scores."""
   inputs = normal(3, length, 2, 8), normal(3, key_length, 2, 8), 2 * normal(3, key_length, 2, 8)
   allowed = pattern_of('global').mask if causal else mask
-  expected = with_gradients(lambda *parts: attention.attend(*parts, allowed), *inputs)
-  found = with_gradients(
+  expected = gradients.with_gradients(lambda *parts: attention.attend(*parts, allowed), *inputs)
+  found = gradients.with_gradients(
     lambda *parts: attention_cudnn.attend(*parts, mask, causal, implementation='xla'), *inputs
   )
   for a, b in zip(expected, found, strict=True):

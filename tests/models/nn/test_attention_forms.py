@@ -2,6 +2,7 @@
 
 import functools
 
+import gradients
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,17 +23,7 @@ def _inputs(dtype=np.float32):
   return [jnp.asarray(draw.normal(size=(2, 256, 4, 32)), dtype) for _ in range(3)]
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _with_gradients(attend, *inputs):
-  """The result, and gradients of a sum over it that differs from place to place."""
-
-  def loss(*inputs):
-    out = attend(*inputs)
-    places = jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
-    return jnp.sum(out.astype(jnp.float32) * places), out
-
-  gradients, out = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(*inputs)
-  return (out, *gradients)
+_with_gradients = jax.jit(gradients.with_gradients, static_argnums=0)
 
 
 def _plain(pattern, *inputs):
@@ -121,6 +112,6 @@ def test_long_sequences_make_no_array_of_all_pairs_of_positions():
   inputs = [jnp.zeros((1, 1024, 2, 8))] * 3
   pairs = 2 * 1024 * 1024
   chosen = functools.partial(attention.attend_in_pattern, pattern=pattern)
-  assert _largest(functools.partial(_with_gradients.__wrapped__, chosen), *inputs) < pairs / 2
+  assert _largest(functools.partial(gradients.with_gradients, chosen), *inputs) < pairs / 2
   plain = functools.partial(_plain, pattern)
-  assert _largest(functools.partial(_with_gradients.__wrapped__, plain), *inputs) == pairs
+  assert _largest(functools.partial(gradients.with_gradients, plain), *inputs) == pairs

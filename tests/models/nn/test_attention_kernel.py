@@ -2,6 +2,7 @@
 
 import functools
 
+import gradients
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,20 +37,12 @@ def plain(query, key, value, head_dim, mask):
   return attention.attend(*parts, mask).reshape(query.shape)
 
 
-def with_gradients(attend, *inputs):
-  """Returns the result, and gradients of a sum over it that differs from place to place."""
-
-  def loss(*inputs):
-    out = attend(*inputs)
-    places = jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
-    return jnp.sum(out.astype(jnp.float32) * places), out
-
-  gradients, out = jax.grad(loss, argnums=tuple(range(len(inputs))), has_aux=True)(*inputs)
-  return (out, *gradients)
-
-
 def check(kernel, expected, *inputs, tolerance=2e-5):
-  for a, b in zip(with_gradients(expected, *inputs), with_gradients(kernel, *inputs), strict=True):
+  for a, b in zip(
+    gradients.with_gradients(expected, *inputs),
+    gradients.with_gradients(kernel, *inputs),
+    strict=True,
+  ):
     assert a.dtype == b.dtype
     a, b = (np.asarray(part, np.float32) for part in (a, b))
     np.testing.assert_allclose(b, a, atol=tolerance * np.abs(a).max())
