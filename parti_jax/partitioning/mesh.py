@@ -108,7 +108,7 @@ def _layout(sizes: dict[str, int], devices: Sequence[jax.Device]) -> np.ndarray:
 
 
 def _rings_of_stages(shape: Sequence[int], devices: Sequence[jax.Device]) -> Iterator[np.ndarray]:
-  """Yields layouts whose stages run to and fro through a rectangle of the torus.
+  """Yields layouts whose stages go back and forth through a rectangle of the torus.
 
   A pipeline sends from each stage to the next, and from the last to the first.
   """
