@@ -52,7 +52,7 @@ def logical_axis_rules(rules: Rules = LOGICAL_AXIS_RULES) -> Rules:
     (name, tuple(axes) if isinstance(axes, (list, tuple)) else axes) for name, axes in rules
   )
   for name, axes in table:
-    for axis in _as_tuple(axes):
+    for axis in as_tuple(axes):
       if axis not in mesh_lib.AXES:
         raise errors.UserError(
           f'logical_axis_rules.rules: {name!r} is bound to {axis!r}, which '
@@ -73,7 +73,7 @@ def one_stage() -> Iterator[None]:
   """Unbinds all names from the mesh axis `stage` in the body, which computes a single stage."""
 
   def without_stage(axes: MeshAxes) -> MeshAxes:
-    return tuple(axis for axis in _as_tuple(axes) if axis != 'stage') or None
+    return tuple(axis for axis in as_tuple(axes) if axis != 'stage') or None
 
   table = tuple((name, without_stage(axes)) for name, axes in nn.get_logical_axis_rules())
   with nn.logical_axis_rules(table):
@@ -103,6 +103,11 @@ def batch_sharding(mesh: Mesh, rules: Rules) -> NamedSharding:
   """Returns the sharding of an array whose first axis is the batch."""
   axes = dict(rules).get('activation_batch')
   return NamedSharding(mesh, PartitionSpec(axes))
+
+
+def axes_of(name: str, rules: Rules) -> tuple[str, ...]:
+  """Returns the mesh axes that split a logical axis."""
+  return as_tuple(dict(rules).get(name))
 
 
 def batch_ways(mesh: Mesh | AbstractMesh, rules: Rules) -> int:
@@ -231,10 +236,11 @@ def _names(path: jax.tree_util.KeyPath) -> tuple[str, ...]:
 
 
 def _ways(mesh: Mesh | AbstractMesh, axes: MeshAxes) -> int:
-  return math.prod(mesh.shape[axis] for axis in _as_tuple(axes))
+  return math.prod(mesh.shape[axis] for axis in as_tuple(axes))
 
 
-def _as_tuple(axes: MeshAxes) -> tuple[str, ...]:
+def as_tuple(axes: MeshAxes) -> tuple[str, ...]:
+  """Returns the mesh axes of a rule or of an entry of a PartitionSpec."""
   return (axes,) if isinstance(axes, str) else tuple(axes or ())
 
 

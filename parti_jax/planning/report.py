@@ -70,9 +70,10 @@ def _row(plan) -> tuple[str, ...]:
   if plan['what'] == 'train':
     kept = f'{settings["remat"]}, {settings["microbatches"]}'
   else:
-    # Older plans don't name the weights.
-    int8 = ', int8 weights' if settings.get('weights') == 'int8' else ''
-    kept = f'cache of {settings["cache_length"]}{int8}'
+    # Older plans don't name the weights and the cache.
+    int8 = [name for name in ('weights', 'cache') if settings.get(name) == 'int8']
+    kept = f'cache of {settings["cache_length"]}'
+    kept += f', int8 {" and ".join(int8)}' if int8 else ''
   times = '–'
   if seconds:
     times = ', '.join(f'{seconds[part]:.3g}' for part in ('compute', 'hbm', 'interconnect'))
@@ -189,6 +190,12 @@ def _collectives(plan) -> str:
       f'  {entry["kind"]:20}{axes:22}{entry["count"]:8.0f}'
       f'{entry["bytes_sent"] / 1e9:20.4f}{seconds:>10}'
     )
+  if least := plan.get('least_sent'):  # Older plans don't have it.
+    total = sum(least.values())
+    parts = ', '.join(f'{name} {value / 1e9:.4g}' for name, value in least.items())
+    sent = sum(entry['bytes_sent'] for entry in plan['collectives'])
+    times = f': {sent / total:.3f} times as much is sent' if total else ''
+    lines.append(f'  {"at least needed":50}{total / 1e9:20.4f}  ({parts}){times}')
   return '\n'.join(lines)
 
 

@@ -18,6 +18,7 @@ class Request:
     batch_size: examples of a training step, None for the run's setting; images of a sampling step.
     guided: whether sampling uses classifier-free guidance, with two sequences for each image.
     weights: how sampling holds the decoder's weights, a name in `sampling_settings.WEIGHTS`.
+    cache: how sampling holds keys and values, a name in `sampling_settings.CACHES`.
   """
 
   what: str
@@ -27,6 +28,7 @@ class Request:
   batch_size: int | None = None
   guided: bool = True
   weights: str = 'float'
+  cache: str = 'float'
 
 
 @dataclasses.dataclass
@@ -41,6 +43,8 @@ class Step:
     parameters: number of the model's parameters.
     settings: other settings of the step, for the report.
     ideal_bytes: minimum bytes that a step must move on each device; None if unknown.
+    least_sent: minimum bytes that a device sends per step, of parameters and of gradients; None if
+      unknown.
     resident_bytes: bytes of other data in each device's memory during the step.
     notes: additional notes for the plan.
   """
@@ -52,5 +56,6 @@ class Step:
   parameters: int
   settings: dict[str, Any]
   ideal_bytes: dict[str, float] | None = None
+  least_sent: dict[str, float] | None = None
   resident_bytes: float = 0.0
   notes: tuple[str, ...] = ()

@@ -20,8 +20,10 @@ from parti_jax.exported_model import model_folder
 from parti_jax.models import flops
 from parti_jax.models import parti_config
 from parti_jax.models.nn import layers
+from parti_jax.models.nn import quantization
 from parti_jax.models.nn import transformer
 from parti_jax.partitioning import rules as rules_lib
+from parti_jax.planning import least_network
 from parti_jax.planning import request as request_lib
 from parti_jax.sampling import decoding
 from parti_jax.sampling import parameters
@@ -60,6 +62,13 @@ def training_step(request: request_lib.Request, mesh) -> request_lib.Step:
     objective.step_flops(batch_size),
     layers.count_parameters(trainer.abstract.params),
     settings,
+    least_sent=least_network.of_parameters(
+      trainer.abstract.params,
+      mesh,
+      trainer.rules,
+      objective.model.compute_dtype,
+      trainer.microbatches,
+    ),
     notes=_notes(objective),
   )
 
@@ -79,8 +88,8 @@ def _notes(objective) -> tuple[str, ...]:
 def sampling_step(request: request_lib.Request, mesh) -> request_lib.Step:
   """The step that draws the last image token of each image, with a full cache.
 
-  It is the body of the loop over positions. Kernels are of the computation's dtype or int8; the
-  caches are donated, in the layout that they have in the loop.
+  It is the body of the loop over positions. Kernels, keys and values are of the computation's dtype
+  or int8; the caches are donated, in the layout that they have in the loop.
   """
   config, rules = sampled_config(), rules_lib.logical_axis_rules()
   images = request.batch_size or SAMPLING_BATCH
@@ -94,11 +103,8 @@ def sampling_step(request: request_lib.Request, mesh) -> request_lib.Step:
   boxed = model_folder.abstract('generator', config)
   params = _abstract_parameters(config, boxed, mesh, rules, request.weights)
   place = functools.partial(_placed, mesh=mesh, rules=rules)
-  shape = (sequences, config.heads, config.text_length, config.width // config.heads)
-  heads = ('activation_batch', 'activation_heads', 'activation_length', None)
   pairs = lambda lengths: [
-    (place(shape[:2] + (length,) + shape[3:], config.compute_dtype, heads),) * 2
-    for length in lengths
+    (_keys(config, sequences, length, request.cache, place),) * 2 for length in lengths
   ]
   patterns = [config.layer_pattern(layer) for layer in range(config.decoder_layers)]
   texts = pairs([config.text_length] * config.decoder_layers)
@@ -148,10 +154,22 @@ def sampling_step(request: request_lib.Request, mesh) -> request_lib.Step:
       'guided': request.guided,
       'cache_length': max(pattern.num_slots(config.image_length) for pattern in patterns),
       'weights': request.weights,
+      'cache': request.cache,
     },
     {'parameters': device_parts(read), 'cache': device_parts((read_slots, texts))},
     device_parts(params) - device_parts(kept),
     ('the memory leaves out the image tokenizer, and the caches from before they grow',),
+  )
+
+
+def _keys(config, sequences: int, length: int, cache: str, place):
+  """Returns the shapes of the keys, or the values, of one layer for a number of positions."""
+  shape = (sequences, config.heads, length, config.width // config.heads)
+  axes = ('activation_batch', 'activation_heads', 'activation_length', None)
+  if cache == 'float':
+    return place(shape, config.compute_dtype, axes)
+  return quantization.QuantizedVectors(
+    place(shape, jnp.int8, axes), place(shape[:-1], jnp.float32, axes[:-1])
   )
 
 
@@ -185,6 +203,8 @@ def _abstract_parameters(config, boxed, mesh, rules, weights):
 
 
 def _in_cache_layout(leaf) -> jax.ShapeDtypeStruct:
+  if leaf.ndim < 4:  # The scales of int8 vectors.
+    return leaf
   return jax.ShapeDtypeStruct(
     leaf.shape, leaf.dtype, sharding=layout.Format(decoding.CACHE_LAYOUT, leaf.sharding)
   )

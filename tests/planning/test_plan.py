@@ -19,6 +19,7 @@ from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.partitioning import rules as rules_lib
 from parti_jax.planning import candidates
 from parti_jax.planning import chips
+from parti_jax.planning import least_network
 from parti_jax.planning import plan as plan_lib
 from parti_jax.planning import remedies
 from parti_jax.planning import report
@@ -64,6 +65,7 @@ ENTRIES = {
   'flops',
   'bytes',
   'collectives',
+  'least_sent',
   'kernels',
   'traffic',
   'seconds',
@@ -128,6 +130,33 @@ def test_the_training_step(trained):
   memory = plan['memory']
   assert memory['total'] > memory['arguments'] > 10 * plan['parameters'] / 4
   assert '0.00B parameters, on cpu:8' in text and 'no roofline' in text
+
+
+def test_the_least_that_the_network_carries():
+  mesh = mesh_lib.make_mesh(data=2, fsdp=2, tensor=2)
+  place = lambda *axes: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+  array = lambda shape, *axes: jax.ShapeDtypeStruct(shape, 'float32', sharding=place(*axes))
+  least = lambda tree, microbatches: least_network.of_parameters(
+    tree, mesh, rules_lib.LOGICAL_AXIS_RULES, 'bfloat16', microbatches
+  )
+  # A device holds 2 × 4 of 4 × 8 values, 16 bytes; the other half of its columns is one device away.
+  assert least(array((4, 8), 'fsdp', 'tensor'), 3) == {
+    'parameters': 2 * 3 * 16,
+    'gradients': 3 * 16 + 2 * 16 / 2,
+  }
+  # Whole on each device: the gradients of all four parts of the batch are added up once.
+  assert least([array((8,))], 3) == {'parameters': 0.0, 'gradients': 2 * 16 * 3 / 4}
+
+
+def test_the_report_compares_what_is_sent_with_the_least(trained):
+  _, text, plan = trained
+  total, sent = sum(plan['least_sent'].values()), 0
+  for entry in plan['collectives']:
+    sent += entry['bytes_sent']
+  assert 0 < total < sent
+  assert f'{sent / total:.3f} times as much is sent' in text
+  del plan['least_sent']
+  assert 'at least needed' not in report.text(plan)
 
 
 def test_the_plan_is_of_the_state_and_batch_of_training(trained):
