@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
+import math
 import pathlib
 import zipfile
 from collections.abc import Iterator
@@ -32,6 +32,8 @@ from parti_jax.importers import t5x_files
 from parti_jax.importers import torch_files
 
 _TORCH = ('.pt', '.pth', '.bin', '.ckpt')
+# Deflate packs a byte of zeros in no less than 1 / 1032 bytes; more is a false size.
+_MOST_PACKED = 1100
 _ENDINGS = ('.safetensors', *_TORCH, '.msgpack', '.npz')
 
 
@@ -83,11 +85,15 @@ def open_weights(paths: Sequence[str]) -> Weights:
 
 def _files(path: pathlib.Path) -> list[pathlib.Path]:
   """Returns the files of a path."""
-  if path.name.endswith('.index.json'):
+  try:
+    is_folder, is_file = path.is_dir(), path.is_file()
+  except OSError as error:  # Such as a name that is too long.
+    raise UserError(f'{path} cannot be read ({error.strerror or error})') from error
+  if is_file and path.name.endswith('.index.json'):
     return _shards(path)
-  if path.is_dir():
+  if is_folder:
     for ending in _ENDINGS:
-      found = sorted(path.glob(f'*{ending}'))
+      found = sorted(file for file in path.glob(f'*{ending}') if file.is_file())
       indices = sorted(path.glob(f'*{ending}.index.json'))
       if len(indices) == 1:
         return _shards(indices[0])
@@ -103,17 +109,16 @@ def _files(path: pathlib.Path) -> list[pathlib.Path]:
     steps = sorted(folder.name for folder in path.glob('checkpoint_*'))
     hint = f'; give one of its checkpoints, such as {path / steps[-1]}' if steps else ''
     raise UserError(f'{path} has no file of weights ({", ".join(_ENDINGS)}){hint}')
-  if not path.is_file():
+  if not is_file:
     raise UserError(f'{path} does not exist')
   return [path]
 
 
 def _shards(index: pathlib.Path) -> list[pathlib.Path]:
   """Returns the files that an index of the Hugging Face libraries names."""
-  storage.check_size(index, storage.MAX_JSON)
   try:
-    names = set(json.loads(index.read_text(encoding='utf-8'))['weight_map'].values())
-  except (OSError, ValueError, KeyError, AttributeError) as error:
+    names = set(storage.read_json(index)['weight_map'].values())
+  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
     raise UserError(f"{index} isn't an index of shards: {error!r}") from error
   if any(not isinstance(name, str) or pathlib.PurePath(name).name != name for name in names):
     raise UserError(f'{index} names files in other folders')
@@ -151,8 +156,11 @@ class _SafetensorsArray:
   dtype: np.dtype
 
   def read(self) -> np.ndarray:
-    with safetensors.safe_open(self.file, framework='numpy') as opened:
-      return opened.get_tensor(self.name)
+    try:
+      with safetensors.safe_open(self.file, framework='numpy') as opened:
+        return opened.get_tensor(self.name)
+    except (safetensors.SafetensorError, OSError) as error:
+      raise UserError(f'{self.file} is damaged at {self.name}: {error}') from error
 
 
 _SAFETENSORS_DTYPES = {
@@ -193,7 +201,7 @@ class _NpzArray:
     try:
       with np.load(self.file, allow_pickle=False) as opened:
         return opened[self.name].view(self.dtype)
-    except (OSError, ValueError, zipfile.BadZipFile, KeyError) as error:
+    except (*torch_files.ZIP_ERRORS, KeyError) as error:
       raise UserError(f'{self.file} is damaged at {self.name}: {error}') from error
 
 
@@ -204,14 +212,21 @@ def _npz(file: pathlib.Path) -> Iterator[tuple[str, _NpzArray]]:
   }
   try:
     with zipfile.ZipFile(file) as archive:
-      for member in archive.namelist():
+      for member, info in torch_files.members_of(archive).items():
         name = member.removesuffix('.npy')
+        if member == name:
+          raise ValueError(f'{member} is not a .npy')
         with archive.open(member) as content:
           shape, _, dtype = readers[np.lib.format.read_magic(content)](content)
+          size = info.file_size - content.tell()
         if dtype.hasobject:
           raise UserError(f'{file}: {name} holds Python objects, which are not read')
+        if math.prod(shape) * dtype.itemsize != size or info.file_size > _MOST_PACKED * max(
+          info.compress_size, 1
+        ):
+          raise ValueError(f'{name} {list(shape)} of {dtype} has {size} bytes')
         # numpy has no name for bfloat16, and stores it as two bytes without a meaning.
         dtype = np.dtype(jnp.bfloat16) if dtype == np.dtype('V2') else dtype
         yield name, _NpzArray(file, name, shape, dtype)
-  except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
+  except (*torch_files.ZIP_ERRORS, KeyError) as error:
     raise UserError(f"{file} isn't a file of numpy.savez, or is damaged: {error!r}") from error

@@ -73,7 +73,11 @@ def read_leaves(file: pathlib.Path) -> dict[str, Any]:
       mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content,
     ):
       walk = _MsgpackWalk(file, content)
-      leaves = dict(walk.leaves())
+      leaves: dict[str, Any] = {}
+      for name, leaf in walk.leaves():
+        if name in leaves:
+          raise ValueError(f'two values are named {name}')
+        leaves[name] = leaf
       if walk.place != len(content):
         raise ValueError(f'{len(content) - walk.place} bytes follow its end')
     values = {name: leaf for name, leaf in leaves.items() if not isinstance(leaf, _MsgpackArray)}
@@ -126,6 +130,8 @@ class _MsgpackWalk:
   _FIXED_EXTENSIONS = {0xD4: 1, 0xD5: 2, 0xD6: 4, 0xD7: 8, 0xD8: 16}
   # A name or a scalar is no longer than this.
   _LONGEST = 2**16
+  # Maximum characters of all names on the way to a value.
+  _LONGEST_NAME = 10_000
 
   def __init__(self, file: pathlib.Path, content: mmap.mmap):
     self._file = file
@@ -136,6 +142,8 @@ class _MsgpackWalk:
     """Yields the name and the value of every leaf, which is an array or a scalar."""
     if depth > self._MAX_DEPTH:
       raise ValueError('nested too deeply')
+    if len(name) > self._LONGEST_NAME:
+      raise ValueError(f'a name of more than {self._LONGEST_NAME} characters')
     first = self._content[self.place]
     if 0x80 <= first <= 0x8F or first in (0xDE, 0xDF):
       if first <= 0x8F:

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import lzma
 import math
 import pathlib
 import pickletools
 import zipfile
+import zlib
 from collections.abc import Iterator
 from collections.abc import Mapping
 from typing import Any
@@ -28,6 +30,14 @@ MAX_PICKLE = 2**26
 _MAX_DEPTH = 100
 # Maximum number of values and containers; a container may be referred to many times.
 _MAX_ITEMS = 1_000_000
+# Maximum characters of a tensor's name, whose parts may be referred to many times, too.
+_LONGEST_NAME = 10_000
+# Maximum number of axes of an array of numpy.
+_MAX_AXES = 32
+# What zipfile raises for a damaged zip, or one that is encrypted or packed in another way.
+ZIP_ERRORS = (
+  OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError
+)  # fmt: skip
 
 _DTYPES = {
   'DoubleStorage': np.float64,
@@ -87,7 +97,7 @@ class TorchArray:
       with zipfile.ZipFile(self.file) as archive, archive.open(self.storage.member) as member:
         member.seek(self.offset * size)
         content = member.read(spanned * size)
-    except (OSError, zipfile.BadZipFile, EOFError) as error:
+    except ZIP_ERRORS as error:
       raise UserError(f'{self.file} is damaged at {self.storage.member}: {error}') from error
     if len(content) != spanned * size:
       raise UserError(f'{self.file} is damaged at {self.storage.member}: it ends too early')
@@ -121,7 +131,7 @@ def open_torch_file(path) -> dict[str, TorchArray]:
   path = pathlib.Path(path)
   try:
     with zipfile.ZipFile(path) as archive:
-      members = {info.filename: info for info in archive.infolist()}
+      members = members_of(archive)
       pickles = [name for name in members if name.endswith('/data.pkl') or name == 'data.pkl']
       if len(pickles) != 1:
         raise UserError(f"{path} isn't a file of torch.save: it has no data.pkl")
@@ -130,11 +140,12 @@ def open_torch_file(path) -> dict[str, TorchArray]:
       program = archive.read(pickles[0])
       folder = pickles[0].removesuffix('data.pkl')
       order = f'{folder}byteorder'
-      if order in members and archive.read(order) != b'little':
+      # Its first bytes suffice; it may claim any size.
+      if order in members and archive.open(order).read(7) != b'little':
         raise UserError(f'{path}: its numbers are not stored as little-endian ones')
   except FileNotFoundError as error:
     raise UserError(f'{path} does not exist') from error
-  except (OSError, zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+  except ZIP_ERRORS as error:
     raise UserError(
       f"{path} isn't a zip of torch.save ({error}). Files from before torch 1.6 are not read; load "
       'and save them with torch once, or convert them to safetensors'
@@ -153,10 +164,24 @@ def open_torch_file(path) -> dict[str, TorchArray]:
   return tensors
 
 
+def members_of(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+  """Returns {name: member} of a zip.
+
+  Raises:
+    BadZipFile: if two members have the same name, of which readers choose different ones.
+  """
+  members = {info.filename: info for info in archive.infolist()}
+  if len(members) < len(archive.infolist()):
+    raise zipfile.BadZipFile('two of its members have the same name')
+  return members
+
+
 def _items(value, name: str, path, depth: int = 0) -> Iterator[tuple[str, Any]]:
   """Yields all values in nested containers, containers too, with their names."""
   if depth > _MAX_DEPTH:
     raise UserError(f'{path}: its containers are nested too deeply')
+  if len(name) > _LONGEST_NAME:
+    raise UserError(f'{path}: a name has more than {_LONGEST_NAME} characters')
   yield name, value
   if isinstance(value, list | tuple):
     value = dict(enumerate(value))
@@ -237,7 +262,9 @@ class _Machine:
         self._stack.append(self._marked())
       case 'DICT':
         items = self._marked()
-        self._stack.append(dict(zip(items[::2], items[1::2], strict=True)))
+        # The hash of a tuple of tuples may take forever.
+        keys = [_key(key) for key in items[::2]]
+        self._stack.append(dict(zip(keys, items[1::2], strict=True)))
       case 'APPEND':
         item = self._pop()
         self._container(list).append(item)
@@ -341,9 +368,9 @@ class _Machine:
     if function.name != '_rebuild_tensor_v2':
       raise self._refuse(f'calls {function}')
     storage, offset, shape, strides = arguments[:4]
-    numbers = [offset, *shape, *strides]
-    if not isinstance(storage, _Storage) or len(shape) != len(strides):
+    if not isinstance(storage, _Storage) or len(shape) != len(strides) or len(shape) > _MAX_AXES:
       raise TypeError('not a tensor')
+    numbers = [offset, *shape, *strides]
     if not all(type(number) is int and number >= 0 for number in numbers):
       raise TypeError('not a tensor')
     if offset + _spanned(shape, strides) > storage.size or math.prod(shape) > storage.size:

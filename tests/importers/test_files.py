@@ -1,7 +1,9 @@
 """Tests of parti_jax.importers.files: each format as its own library writes it, and damaged ones."""
 
+import io
 import json
 import re
+import zipfile
 
 import flax.serialization
 import ml_dtypes
@@ -60,6 +62,67 @@ def test_python_objects_in_an_npz_are_refused(tmp_path):
   np.savez(tmp_path / 'model.npz', a=np.array([{}], dtype=object))
   with pytest.raises(UserError, match='model.npz: a holds Python objects'):
     files.open_weights([str(tmp_path / 'model.npz')])
+
+
+def _npy(shape, content, version=1):
+  header = io.BytesIO()
+  write = {1: np.lib.format.write_array_header_1_0, 2: np.lib.format.write_array_header_2_0}[
+    version
+  ]
+  write(header, {'descr': '<f4', 'fortran_order': False, 'shape': shape})
+  return header.getvalue() + content
+
+
+@pytest.mark.parametrize(
+  'members, named',
+  [
+    ([('a.npy', _npy((2**40,), bytes(8)))], '8 bytes'),
+    ([('a.npy', _npy((-2,), bytes(8)))], '8 bytes'),
+    ([('a', _npy((2,), bytes(8)))], 'a is not a .npy'),
+    ([('a.npy', _npy((2,), bytes(8)))] * 2, 'two of its members have the same name'),
+    ([('a.npy', b'none')], 'model.npz'),
+  ],
+)
+@pytest.mark.filterwarnings('ignore:Duplicate name')
+def test_hostile_npz(tmp_path, members, named):
+  with zipfile.ZipFile(tmp_path / 'model.npz', 'w') as archive:
+    for name, content in members:
+      archive.writestr(name, content)
+  with pytest.raises(UserError, match=named):
+    files.open_weights([str(tmp_path / 'model.npz')])
+
+
+@pytest.mark.parametrize('place', [0.3, 0.5, 0.7])
+def test_a_damaged_compressed_npz_is_named(tmp_path, place):
+  path = tmp_path / 'model.npz'
+  np.savez_compressed(path, a=np.random.default_rng(0).normal(size=500))
+  content = bytearray(path.read_bytes())
+  start = int(len(content) * place)
+  content[start : start + 40] = bytes(40)
+  path.write_bytes(content)
+  with pytest.raises(UserError, match='model.npz is damaged at a'):
+    files.open_weights([str(path)]).arrays['a'].read()
+
+
+@pytest.mark.parametrize(
+  'content',
+  ['null', '[]', '{"weight_map": null}', '{"weight_map": {"a": ["b"]}}', '[' * 100_000],
+)
+def test_what_is_no_index_of_shards_is_named(tmp_path, content):
+  (tmp_path / 'model.safetensors.index.json').write_text(content)
+  with pytest.raises(UserError, match="isn't an index of shards"):
+    files.open_weights([str(tmp_path)])
+
+
+def test_what_is_not_there_is_named(tmp_path):
+  (tmp_path / 'folder.bin').mkdir()
+  for path in ('model.safetensors.index.json', 'model.bin'):
+    with pytest.raises(UserError, match='does not exist'):
+      files.open_weights([str(tmp_path / path)])
+  with pytest.raises(UserError, match='has no file of weights'):
+    files.open_weights([str(tmp_path)])
+  with pytest.raises(UserError, match='name too long'):
+    files.open_weights([str(tmp_path / ('x' * 300))])
 
 
 @pytest.mark.parametrize('name', ['flax_model.msgpack', 'tokenizer_checkpoint'])
@@ -143,6 +206,20 @@ def test_cut_files_are_named(tmp_path, arrays, ending):
 def test_hostile_msgpack(tmp_path, content):
   (tmp_path / 'model.msgpack').write_bytes(content)
   with pytest.raises(UserError, match='model.msgpack'):
+    files.open_weights([str(tmp_path / 'model.msgpack')])
+
+
+@pytest.mark.parametrize(
+  'content, named',
+  [
+    (b'\x82\xa1a\x01\xa1a\x02', 'two values are named a'),
+    (b'\x82\xa3a/b\x01\xa1a\x81\xa1b\x02', 'two values are named a/b'),
+    ((b'\x81\xda\x27\x00' + b'k' * 9984) * 2 + b'\x01', 'more than 10000 characters'),
+  ],
+)
+def test_names_in_msgpack_are_unique_and_short(tmp_path, content, named):
+  (tmp_path / 'model.msgpack').write_bytes(content)
+  with pytest.raises(UserError, match=named):
     files.open_weights([str(tmp_path / 'model.msgpack')])
 
 

@@ -231,6 +231,57 @@ def test_containers_that_name_each_other_many_times_are_refused(tmp_path, monkey
     torch_files.open_torch_file(_write(tmp_path / 'weights.pt', value, {}))
 
 
+def _nested_tuples(depth):
+  value = ()
+  for _ in range(depth):  # Hashing the tuple visits 2**depth places.
+    value = (value, value)
+  return pickle.dumps(value, 2).removesuffix(b'.').removeprefix(b'\x80\x02')
+
+
+def test_tuples_are_no_keys(tmp_path):
+  program = b'\x80\x02(' + _nested_tuples(60) + b'Nd.'
+  with zipfile.ZipFile(tmp_path / 'weights.pt', 'w') as archive:
+    archive.writestr('archive/data.pkl', program)
+  with pytest.raises(UserError, match='tuple as a key'):
+    torch_files.open_torch_file(tmp_path / 'weights.pt')
+
+
+def test_names_do_not_grow_without_limit(tmp_path):
+  value, key = 1, 'k' * 5000
+  for _ in range(3):
+    value = {key: value}
+  with pytest.raises(UserError, match='more than 10000 characters'):
+    torch_files.open_torch_file(_write(tmp_path / 'weights.pt', value, {}))
+
+
+def test_arrays_have_no_more_axes_than_numpy_has(tmp_path, torch_names):
+  value = {'a': _tensor(torch_names, 'FloatStorage', '0', 1, 0, (1,) * 70, (1,) * 70)}
+  with pytest.raises(UserError, match='not a tensor'):
+    torch_files.open_torch_file(_write(tmp_path / 'w.pt', value, {'0': np.zeros(1, np.float32)}))
+
+
+@pytest.mark.parametrize('compression', [zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])
+def test_a_damaged_compressed_list_is_named(tmp_path, compression):
+  path = tmp_path / 'weights.pt'
+  with zipfile.ZipFile(path, 'w', compression) as archive:
+    archive.writestr('archive/data.pkl', pickle.dumps(list(range(1000)), 2))
+  content = bytearray(path.read_bytes())
+  content[60:100] = b'\xff' * 40
+  path.write_bytes(content)
+  with pytest.raises(UserError, match='weights.pt'):
+    torch_files.open_torch_file(path)
+
+
+@pytest.mark.filterwarnings('ignore:Duplicate name')
+def test_members_of_the_same_name_are_refused(tmp_path, torch_names):
+  value = {'a': _tensor(torch_names, 'FloatStorage', '0', 1, 0, (1,), (1,))}
+  path = _write(tmp_path / 'weights.pt', value, {'0': np.zeros(1, np.float32)})
+  with zipfile.ZipFile(path, 'a') as archive:
+    archive.writestr('archive/data/0', np.ones(1, np.float32).tobytes())
+  with pytest.raises(UserError, match='two of its members have the same name'):
+    torch_files.open_torch_file(path)
+
+
 def test_files_that_are_no_zips(tmp_path):
   (tmp_path / 'old.pth').write_bytes(b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.')
   with pytest.raises(UserError, match='before torch 1.6'):
