@@ -165,6 +165,26 @@ def test_any_number_of_positions_at_once(tall):
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=5e-4), state, states[0])
 
 
+def test_rows_at_positions_of_their_own(tall):
+  """Each row starts at another step, over keys and values that an earlier picture left."""
+  config, params, texts, tokens = tall
+  rows, length = tokens.shape
+  expected = np.asarray(all_logits(params, texts, tokens, config))
+  params = parameters.for_sampling(config, params)
+  previous = np.asarray(token_decoder.shifted(tokens))
+  state = parti.Parti(config).apply({'params': params}, texts, method='encode_text')
+  step = jax.jit(functools.partial(decode, config=config))
+  started = np.zeros(rows, bool)
+  found = np.full(expected.shape, np.nan)
+  for turn in range(2 * length):
+    position = (turn + 3 * np.arange(rows)) % length
+    started |= position == 0
+    state = state.replace(position=jnp.asarray(position, jnp.int32))
+    logits, state = step(params, previous[np.arange(rows), position][:, None], state)
+    found[started, position[started]] = logits[started, 0]
+  np.testing.assert_allclose(found, expected, atol=5e-5)
+
+
 def test_a_mixed_schedule_on_a_mesh(tall):
   config, params, texts, tokens = tall
   expected = all_logits(params, texts, tokens, config)

@@ -238,7 +238,7 @@ def write_cache(
   cache: KeysValues,
   key: Float[Array, 'batch length heads head_dim'],
   value: Float[Array, 'batch length heads head_dim'],
-  position: Int[Array, ''],
+  position: Int[Array, ''] | Int[Array, 'batch'],
   pattern: attention_patterns.AttentionPattern,
 ) -> KeysValues:
   """Writes the next positions into the cache of a layer.
@@ -247,7 +247,7 @@ def write_cache(
     cache: keys and values; `AttentionPattern.slot_of` maps positions to slots.
     key: keys of the positions from `position` on.
     value: values of the same positions.
-    position: the first of them.
+    position: the first of them, in all rows or, if it is a single one, in each.
     pattern: the pattern of the layer.
 
   Returns:
@@ -255,7 +255,12 @@ def write_cache(
   """
   num_slots, length = cache[0].shape[2], key.shape[1]
   new_key, new_value = (part.swapaxes(1, 2).astype(cache[0].dtype) for part in (key, value))
-  if length == 1:  # A slice is written in place; a scatter is slower.
+  if position.ndim:
+    assert length == 1, '`write_counted` writes several positions of each row'
+    slots = pattern.slot_of(position, num_slots)
+    write_row = lambda old, new, slot: jax.lax.dynamic_update_slice_in_dim(old, new, slot, axis=1)
+    write = lambda old, new: jax.vmap(write_row)(old, new, slots)
+  elif length == 1:  # A slice is written in place; a scatter is slower.
     slot = pattern.slot_of(position, num_slots)
     write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, slot, axis=2)
   else:
@@ -300,17 +305,19 @@ def write_counted(
 
 
 def read_cache(
-  cache: KeysValues, position: Int[Array, ''], pattern: attention_patterns.AttentionPattern
+  cache: KeysValues,
+  position: Int[Array, ''] | Int[Array, 'batch'],
+  pattern: attention_patterns.AttentionPattern,
 ) -> tuple[
   Float[Array, 'batch heads count head_dim'],
   Float[Array, 'batch heads count head_dim'],
-  Bool[Array, 'count'],
+  Bool[Array, 'count'] | Bool[Array, 'batch 1 1 count'],
 ]:
   """Reads what one position attends to from a cache that already holds this position.
 
   Args:
     cache: the result of `write_cache`.
-    position: the position that attends.
+    position: the position that attends, in all rows or in each.
     pattern: the pattern of the layer.
 
   Returns:
@@ -318,6 +325,12 @@ def read_cache(
   """
   keys, values = cache
   num_slots = keys.shape[2]
+  if position.ndim:
+    first, count, visible = pattern.read(position[:, None], num_slots)
+    if count < num_slots:
+      at = (first + jnp.arange(count))[:, None, :, None]
+      keys, values = (jnp.take_along_axis(part, at, axis=2, mode='clip') for part in cache)
+    return keys, values, visible[:, None, None]
   first, count, visible = pattern.read(position, num_slots)
   if count < num_slots:
     # A gather, because XLA on a CPU fuses a slice with the write of the newest position and then
@@ -472,7 +485,7 @@ class PatternedSelfAttention(_SelfProjections):
     self,
     x: Float[Array, 'batch length embed'],
     cache: KeysValues,
-    position: Int[Array, ''],
+    position: Int[Array, ''] | Int[Array, 'batch'],
     pattern: attention_patterns.AttentionPattern,
   ) -> tuple[Float[Array, 'batch length embed'], KeysValues]:
     """Attends from each of the next positions to itself and earlier ones.
@@ -480,7 +493,7 @@ class PatternedSelfAttention(_SelfProjections):
     Args:
       x: the next positions.
       cache: keys and values of the earlier positions.
-      position: the first position of x.
+      position: the first position of x, in all rows or, if x has a single one, in each.
       pattern: the pattern of the layer.
 
     Returns:
@@ -518,7 +531,7 @@ class PatternedSelfAttention(_SelfProjections):
     self,
     query: Float[Array, 'batch 1 heads head_dim'],
     cache: KeysValues,
-    position: Int[Array, ''],
+    position: Int[Array, ''] | Int[Array, 'batch'],
     pattern: attention_patterns.AttentionPattern,
   ) -> Float[Array, 'batch 1 embed']:
     """Attends from a single position that the cache already holds.
@@ -526,7 +539,7 @@ class PatternedSelfAttention(_SelfProjections):
     Args:
       query: the query of the position, from `project`.
       cache: keys and values of this and the earlier positions.
-      position: the position.
+      position: the position, in all rows or in each.
       pattern: the pattern of the layer.
     """
     return self.project_out(attend_cached(query, *read_cache(cache, position, pattern)))

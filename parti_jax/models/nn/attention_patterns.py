@@ -122,12 +122,16 @@ class AttentionPattern:
     return newest - (newest - slot) % num_slots
 
   def read(
-    self, position: int | Int[Array, ''], num_slots: int
-  ) -> tuple[int | Int[Array, ''], int, Bool[Array, 'count']]:
+    self, position: int | Int[Array, ''] | Int[Array, 'batch 1'], num_slots: int
+  ) -> tuple[
+    int | Int[Array, ''] | Int[Array, 'batch 1'],
+    int,
+    Bool[Array, 'count'] | Bool[Array, 'batch count'],
+  ]:
     """Returns which slots a sampling step reads.
 
     Args:
-      position: the position of the step, which the cache already holds.
+      position: the position of the step, which the cache already holds, in all rows or in each.
       num_slots: number of slots of the cache.
 
     Returns:

@@ -79,7 +79,8 @@ class DecoderState(flax.struct.PyTreeNode):
 
   Attributes:
     position: number of positions so far, which is the index of the next one; a number for each row
-      if rows have different numbers, which only `look_ahead` and `advanced` support.
+      if rows have different numbers. `Decoder` then decodes one position at a time; `look_ahead` and
+      `advanced` support several.
     caches: for each layer, keys and values of its self-attention. The layer's AttentionPattern
       defines the number of slots, and which slot holds which position.
     texts: for each layer, keys and values of its cross-attention to the text.
@@ -161,7 +162,7 @@ class DecoderBlock(nn.Module):
     text: TextKeysValues,
     text_mask: Bool[Array, 'batch 1 1 text_length'],
     cache: attention.KeysValues,
-    position: Int[Array, ''],
+    position: Int[Array, ''] | Int[Array, 'batch'],
     pattern: attention_patterns.AttentionPattern,
   ) -> tuple[Float[Array, 'batch length embed'], attention.KeysValues]:
     """Computes the next positions.
@@ -171,7 +172,7 @@ class DecoderBlock(nn.Module):
       text: the result of `keys_values`.
       text_mask: True where a text token may be attended to.
       cache: keys and values of the positions before x.
-      position: the first position of x.
+      position: the first position of x, in all rows or, if x has a single one, in each.
       pattern: attention pattern of this block.
 
     Returns:
@@ -187,7 +188,7 @@ class DecoderBlock(nn.Module):
     text: TextKeysValues,
     text_mask: Bool[Array, 'batch 1 1 text_length'],
     cache: attention.KeysValues,
-    position: Int[Array, ''],
+    position: Int[Array, ''] | Int[Array, 'batch'],
     pattern: attention_patterns.AttentionPattern,
     query: Float[Array, 'batch 1 heads head_dim'],
   ) -> Float[Array, 'batch 1 embed']:
