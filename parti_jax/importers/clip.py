@@ -150,7 +150,7 @@ def config_of(
   prepared = clip_names.read_processor(_processor(settings, processor), size, _DEFAULT)
   features = clip_names.shape(arrays, names.prefix + names.layout.projection, 2)
   text = _text_sizes(arrays, names, said)
-  return clip.CLIPConfig(
+  found = clip.CLIPConfig(
     image_size=size,
     patch_size=patch_size,
     image_layers=clip_names.count_layers(arrays, mlp),
@@ -169,6 +169,8 @@ def config_of(
     pixel_mean=prepared.mean,
     pixel_std=prepared.std,
   )
+  _check_sizes(settings, found.text, found)
+  return found
 
 
 def text_config_of(
@@ -188,7 +190,9 @@ def text_config_of(
   """
   said = _said(settings)
   sizes = _text_sizes(arrays, _text_names(arrays), said)
-  return clip.CLIPTextConfig(**sizes, activation=_activation(said, activation))
+  found = clip.CLIPTextConfig(**sizes, activation=_activation(said, activation))
+  _check_sizes(settings, found)
+  return found
 
 
 def preprocessing_of(
@@ -407,10 +411,55 @@ def _processor(
   return processor or clip_names.section(settings or {}, 'preprocess_cfg')
 
 
+def _check_sizes(
+  settings: Mapping[str, Any] | None,
+  text: clip.CLIPTextConfig,
+  whole: clip.CLIPConfig | None = None,
+):
+  """Raises UserError unless the sizes that a config states are those of the arrays."""
+  if settings is None:
+    return
+  model = _model(settings)
+  if 'vision_cfg' in model:
+    sections, features = ('text_cfg', 'vision_cfg'), 'embed_dim'
+    length, vocabulary, layers, width = 'context_length', 'vocab_size', 'layers', 'width'
+  else:
+    sections, features = ('text_config', 'vision_config'), 'projection_dim'
+    length, vocabulary = 'max_position_embeddings', 'vocab_size'
+    layers, width = 'num_hidden_layers', 'hidden_size'
+  alone = model.get('model_type') == 'clip_text_model'
+  clip_names.check_sizes(
+    model if alone else clip_names.section(model, sections[0]),
+    {
+      length: text.text_length,
+      vocabulary: text.text_vocabulary,
+      layers: text.layers,
+      width: text.width,
+      'intermediate_size': text.mlp_width,
+    },
+  )
+  if whole is not None and not alone:
+    clip_names.check_sizes(model, {features: whole.feature_dim})
+    clip_names.check_sizes(
+      clip_names.section(model, sections[1]),
+      {
+        'patch_size': whole.patch_size,
+        layers: whole.image_layers,
+        width: whole.image_width,
+        'intermediate_size': whole.image_mlp_width,
+      },
+    )
+
+
+def _model(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+  """Returns the part of a config about the network; open_clip's files have others, too."""
+  return clip_names.section(settings, 'model_cfg') if 'model_cfg' in settings else settings
+
+
 def _said(settings: Mapping[str, Any] | None) -> _Said:
   if settings is None:
     return _Said()
-  model = clip_names.section(settings, 'model_cfg') if 'model_cfg' in settings else settings
+  model = _model(settings)
   return _said_by_open_clip(model) if 'vision_cfg' in model else _said_by_transformers(settings)
 
 

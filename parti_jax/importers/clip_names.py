@@ -197,6 +197,24 @@ def whole(part: Mapping[str, Any], name: str, default: int) -> int:
   return checks.whole_number(name, value, 1, config_checks.MAX_SIZE, show=checks.shown_as_json)
 
 
+def check_sizes(part: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
+  """Checks that a config is of the weights, as the heads and the activation are taken from it.
+
+  Args:
+    part: a part of the config.
+    sizes: {name in the config: what the arrays say}; the config may lack names.
+
+  Raises:
+    UserError: if they differ.
+  """
+  for name, size in sizes.items():
+    if part.get(name) is not None and part[name] != size:
+      raise UserError(
+        f'{name}={checks.shown_as_json(part[name])} in its config, but the arrays have {size}; '
+        'give the config of these weights'
+      )
+
+
 def check_epsilon(part: Mapping[str, Any], expected: float) -> None:
   """Raises UserError unless the epsilon of layer norms is the expected one."""
   value = part.get('layer_norm_eps')

@@ -79,7 +79,7 @@ def key_map(
     # One bias for each color, the same for all pixels of a patch.
     'decoder/project_patches/bias': one(
       f'decoder.to_pixel.{_output(arrays, prefix)}.bias',
-      lambda array: np.broadcast_to(array, (patch**2, 3)).reshape(-1),
+      lambda array: np.broadcast_to(array.reshape(3), (patch**2, 3)).reshape(-1),
     ),
   }
   for ours, theirs in (('encoder', 'pre_quant'), ('decoder', 'post_quant')):
@@ -109,7 +109,7 @@ def _stack(
   norm = 'norm' if f'{start}norm.weight' in arrays else 'transformer.norm'
   found = {
     f'{side}/stack/position_embedding/table': key_map_lib.one(
-      start + positions, lambda array: array[0]
+      start + positions, lambda array: array.reshape(array.shape[1:])
     ),
     **clip_names.norm(f'{side}/stack/norm', f'{start}{norm}'),
   }

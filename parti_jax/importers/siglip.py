@@ -235,7 +235,7 @@ def _config_of_transformers(
   said = _published_size(patch_size, side)
   if image is not None:
     said = clip_names.whole(image, 'image_size', 224)
-  return siglip.SigLIPConfig(
+  found = siglip.SigLIPConfig(
     image_size=clip_names.image_size(said, patch_size, side),
     patch_size=patch_size,
     image_layers=clip_names.count_layers(arrays, image_mlp),
@@ -251,6 +251,17 @@ def _config_of_transformers(
     text_mlp_width=clip_names.shape(arrays, text_mlp.format(0), 2)[0],
     text_heads=_heads(text, text_width),
   )
+  for part, tower, others in (
+    (image, 'image', {'patch_size': patch_size}),
+    (text, 'text', {'vocab_size': vocabulary, 'max_position_embeddings': found.text_length}),
+  ):
+    sizes = {
+      'hidden_size': getattr(found, f'{tower}_width'),
+      'intermediate_size': getattr(found, f'{tower}_mlp_width'),
+      'num_hidden_layers': getattr(found, f'{tower}_layers'),
+    }
+    clip_names.check_sizes(part or {}, sizes | others)
+  return found
 
 
 def _sections(settings: Mapping[str, Any] | None):

@@ -207,7 +207,7 @@ def config_of(
   shapes = {name: tuple(array.shape) for name, array in _within(arrays, prefix).items()}
   try:
     sizes = _maskgit_sizes(shapes) if file_format == 'maskgit' else _taming_sizes(shapes, found)
-  except (KeyError, IndexError, ZeroDivisionError) as error:
+  except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
     raise UserError(
       f'the weights of the format {file_format} lack an array, or it has another shape: {error}'
     ) from error

@@ -165,3 +165,19 @@ def test_what_is_not_this_network_is_named(name, array, message):
   }
   with pytest.raises(UserError, match=message):
     importer.config_of(arrays)
+
+
+@pytest.mark.parametrize(
+  'name, shape', [('decoder.to_pixel.1.bias', (1,)), ('decoder.de_pos_embedding', (2, 4, WIDTH))]
+)
+def test_arrays_of_another_shape_are_named(name, shape):
+  arrays = {path: published.Listed(found.shape) for path, found in _arrays(older=True).items()}
+  config = importer.config_of(arrays)
+  expected = parameter_files.shapes(model_folder.abstract('tokenizer', config))
+  check = lambda given: key_map.check(
+    importer.key_map(config, given), given, expected, 'a file', importer.ignored(given)
+  )
+  check(arrays)
+  assert name in arrays
+  with pytest.raises(UserError, match=f'of another shape: {name}'):
+    check(arrays | {name: published.Listed(shape)})

@@ -234,6 +234,12 @@ def test_other_networks_are_refused():
       'image_heads=7 does not divide',
     ),
     ({'vision_config': {'image_size': 512}}, 'gives 32² patches'),
+    ({'text_config': {'num_hidden_layers': 11}}, 'num_hidden_layers=11 .* the arrays have 12'),
+    ({'text_config': {'max_position_embeddings': 16}}, 'max_position_embeddings=16 .* have 64'),
+    (
+      {'vision_config': {'image_size': 256, 'hidden_size': 1024}},
+      'hidden_size=1024 in its config, but the arrays have 768',
+    ),
     ({'vision_config': []}, r'vision_config in its config is \[\]'),
   ],
 )

@@ -132,6 +132,14 @@ def test_an_unknown_format_and_unknown_weights_are_refused():
   assert 'may be' not in str(raised.value)
 
 
+def test_a_codebook_with_three_axes_is_refused():
+  arrays = _manifest('maskgit_1024')
+  (name,) = (name for name in arrays if name.endswith('quantizer/codebook'))
+  arrays |= {name: _Stored((1, 1024, 256))}
+  with pytest.raises(UserError, match='maskgit lack an array, or it has another shape'):
+    importer.config_of(arrays, 'maskgit')
+
+
 def test_averaged_weights_are_preferred():
   arrays = _manifest('ibq_16384')
   config = importer.config_of(arrays, 'ibq')
