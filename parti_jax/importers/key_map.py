@@ -189,6 +189,17 @@ def convert(
   return {path: ConvertedArray(source, stored, progress) for path, source in key_map.items()}
 
 
+def _finite(name: str, stored: Mapping[str, StoredArray]) -> np.ndarray:
+  """Reads an array; raises UserError if it has values that are not finite."""
+  found = np.asarray(stored[name].read())
+  if not np.all(np.isfinite(found)):
+    raise UserError(
+      f'the array {name} has values that are not finite; download the file again, and give other '
+      'weights if it still has them'
+    )
+  return found
+
+
 class ConvertedArray:
   """One of our parameters, which is read and converted when it is used."""
 
@@ -218,12 +229,12 @@ class ConvertedArray:
     del copy  # It is always one.
     source, stored = self._source, self._stored
     first, *others = source.names
-    found = np.asarray(source.change(np.asarray(stored[first].read())), np.float32, order='C')
+    found = np.asarray(source.change(_finite(first, stored)), np.float32, order='C')
     if source.stacked:
       stack = np.empty((len(source.names), *found.shape), np.float32)
       stack[0] = found
       for place, name in enumerate(others, 1):
-        stack[place] = source.change(np.asarray(stored[name].read()))
+        stack[place] = source.change(_finite(name, stored))
       found = stack
     self._progress()
     return found if dtype is None else found.astype(dtype)

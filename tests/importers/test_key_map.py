@@ -89,6 +89,24 @@ def test_what_does_not_fit_is_named(changes, named):
   assert str(raised.value).startswith('weights.pt ')
 
 
+class _Values:
+  def __init__(self, values):
+    self.values = np.float32(values)
+    self.shape, self.dtype = self.values.shape, self.values.dtype
+
+  def read(self):
+    return self.values
+
+
+@pytest.mark.parametrize('bad', ['layers.0', 'layers.1'])
+@pytest.mark.parametrize('value', [np.nan, np.inf])
+def test_values_that_are_not_finite_are_named(bad, value):
+  stored = {f'layers.{layer}': _Values([1, 2]) for layer in range(2)} | {bad: _Values([1, value])}
+  (found,) = key_map.convert({'ours': key_map.layers('layers.{}', 2)}, stored).values()
+  with pytest.raises(UserError, match=f'the array {bad} has values that are not finite'):
+    np.asarray(found)
+
+
 def test_names_that_a_pattern_covers_may_be_left_over():
   stored = _stored(loss__a__weight=(1,), loss__b=(1,))
   key_map.check(MAP, stored, EXPECTED, 'a file', [r'loss\..*'])
