@@ -10,10 +10,15 @@ import warnings
 
 from parti_jax.cli import sampling_flags
 from parti_jax.core import compilation_cache
+from parti_jax.core import garbage
+from parti_jax.core import start_cache
+from parti_jax.core import user_modules
 from parti_jax.core.errors import UserError
 from parti_jax.data.readers import text_files
 
 DEFAULT_OUTPUT_DIR = 'parti_jax_pictures'
+# `run` resumes the search for garbage, which `main` pauses.
+SHORT = True
 
 
 def add_arguments(parser: argparse.ArgumentParser):
@@ -88,8 +93,10 @@ def run(args: argparse.Namespace) -> int:
   # Imports JAX, which takes a moment, so only after checking the flags.
   from parti_jax.sampling import text_to_image
 
-  compilation_cache.enable()
+  folder = compilation_cache.enable()
+  start_cache.use(None if user_modules.loaded() else folder)
   model = text_to_image.load(args.model, ranker=args.ranker, **sampling_flags.given_weights(args))
+  garbage.resume()
   with warnings.catch_warnings():
     warnings.simplefilter('always', UserWarning)
     warnings.showwarning = _print_warning
@@ -110,6 +117,7 @@ def run(args: argparse.Namespace) -> int:
     print(f'parti-jax: {result.usage.summary(model.decoder_layers)}', file=sys.stderr)
   if result.passes is not None:
     print(f'parti-jax: {result.passes.summary(result.tokens.shape[-1])}', file=sys.stderr)
+  garbage.end()
   return 0
 
 

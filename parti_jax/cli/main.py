@@ -1,7 +1,8 @@
 """Entry point of `parti-jax`: finds the module of a command and runs it.
 
 A command is a module with `add_arguments(parser)` and `run(args) -> exit status`. A module with
-`OTHER_FLAGS = True` gets unknown flags as `args.other_flags`. Only the module of the given command
+`OTHER_FLAGS = True` gets unknown flags as `args.other_flags`. One with `SHORT = True` runs without
+a search for garbage until it calls `garbage.resume`. Only the module of the given command
 is imported, so that `--help` and errors in flags appear at once.
 """
 
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import parti_jax
+from parti_jax.core import garbage
 from parti_jax.core import gin_config
 from parti_jax.core import optional_packages
 from parti_jax.core import storage
@@ -157,6 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     The command's status (0 for success), 2 for bad input, 130 after Ctrl-C.
   """
   if argv is None:
+    garbage.pause()
     sys.unraisablehook = functools.partial(_unraisable, sys.unraisablehook)
   try:
     return _run_or_complain(sys.argv[1:] if argv is None else argv)
@@ -209,6 +212,8 @@ def _run(argv: Sequence[str]) -> int:
     raise UserError(f'unknown command {name!r}; ' + _nearest_commands(name))
   module_name, summary = COMMANDS[name]
   module = importlib.import_module(module_name)
+  if not getattr(module, 'SHORT', False):
+    garbage.resume()
   parser = argparse.ArgumentParser(
     prog=f'parti-jax {name}', description=_description(summary), allow_abbrev=False
   )

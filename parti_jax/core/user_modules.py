@@ -6,6 +6,8 @@ from parti_jax.core.errors import UserError
 
 FLAG = '--import'
 
+_loaded: list[str] = []
+
 
 def load(name: str) -> None:
   """Imports a module.
@@ -17,6 +19,7 @@ def load(name: str) -> None:
     UserError: the module doesn't exist, or it fails when it is imported. The message names it.
   """
   flag = f'{FLAG}={name}'
+  _loaded.append(name)
   try:
     importlib.import_module(name)
   except ModuleNotFoundError as error:
@@ -29,3 +32,8 @@ def load(name: str) -> None:
     raise UserError(f'{flag}: {error}') from error
   except (Exception, SystemExit) as error:
     raise UserError(f'{flag}: {type(error).__name__}: {error}') from error
+
+
+def loaded() -> bool:
+  """Returns whether `load` has imported a module, which may have changed the package."""
+  return bool(_loaded)

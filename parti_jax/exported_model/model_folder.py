@@ -27,6 +27,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from collections.abc import Iterable
+from collections.abc import Iterator
 from collections.abc import Mapping
 from typing import Any
 from typing import NamedTuple
@@ -43,6 +44,7 @@ from parti_jax.core.errors import UserError
 from parti_jax.exported_model import file_names
 from parti_jax.exported_model import made_with as made_with_lib
 from parti_jax.exported_model import model_config
+from parti_jax.exported_model import network_shapes
 from parti_jax.exported_model import parameter_files
 from parti_jax.exported_model import preprocessing as preprocessing_lib
 from parti_jax.exported_model import sampling_settings
@@ -150,6 +152,32 @@ class Part(NamedTuple):
     return model_config.Inputs(self.preprocessing, own, own and self.lower_case)
 
 
+class LazyParts(Mapping[str, Part]):
+  """Networks of a model, each of which is read when it is first used.
+
+  Args:
+    names: names of the networks.
+    read: reads one.
+  """
+
+  def __init__(self, names: Iterable[str], read: Callable[[str], Part]):
+    self._names, self._read = list(names), functools.cache(read)
+
+  def __getitem__(self, name: str) -> Part:
+    if name not in self._names:
+      raise KeyError(name)
+    return self._read(name)
+
+  def __contains__(self, name: object) -> bool:
+    return name in self._names
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._names)
+
+  def __len__(self) -> int:
+    return len(self._names)
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
   """A model folder in memory.
@@ -164,7 +192,8 @@ class Model:
     sampling: default sampling settings.
     provenance: JSON about the training, such as the data and the number of steps.
     stored_as: name of the dtype of the stored parameters.
-    parts: the optional networks of the model, by their names in OPTIONAL.
+    parts: the optional networks of the model, by their names in OPTIONAL; `load` makes each when it
+      is first used.
     made_with: {name of a network: {kind: fingerprint}} for all networks, with `Part.made_with` of
       each.
   """
@@ -177,7 +206,7 @@ class Model:
   sampling: sampling_settings.SamplingSettings
   provenance: dict[str, Any]
   stored_as: str
-  parts: dict[str, Part]
+  parts: Mapping[str, Part]
   made_with: dict[str, dict[str, str]]
 
   @property
@@ -189,7 +218,7 @@ class Model:
     }
     return {
       name: Part(*part, self.made_with.get(name, {})) for name, part in required.items()
-    } | self.parts
+    } | dict(self.parts)
 
 
 def save(
@@ -359,8 +388,8 @@ def load(folder) -> Model:
   Raises:
     UserError: if the folder or one of its files is missing, unfinished, or has another format
       version, if a value in config.json is invalid, if parameters are missing, unknown or have
-      other shapes than the configs imply, or if a network was trained with another vocabulary or
-      tokenizer.
+      other shapes than the configs imply (for a network in `Model.parts`, when it is first used), or
+      if a network was trained with another vocabulary or tokenizer.
   """
   folder = _local(folder, list(_ALL_FILES))
   _check_complete(folder, [CONFIG_FILE])
@@ -394,18 +423,19 @@ def load(folder) -> Model:
     if not allowed:
       raise UserError(f'{folder}: {line}')
     print(f'parti-jax: warning: {folder}: {line}', file=sys.stderr)
-  parts = {
-    name: Part(
+
+  def part(name: str) -> Part:
+    own = sizes[name]
+    return Part(
       own,
-      parameter_files.read(paths[name], abstract(name, own)),
+      parameter_files.read(paths[name], network_shapes.of(name, own, abstract)),
       made_with[name],
       own_vocabularies.get(name),
       inputs[name].preprocessing if name in inputs else None,
       name in inputs and inputs[name].lower_case,
     )
-    for name, own in sizes.items()
-  }
-  generator, tokenizer = (parts.pop(name) for name in REQUIRED)
+
+  generator, tokenizer = map(part, REQUIRED)
   return Model(
     generator.config,
     tokenizer.config,
@@ -415,7 +445,7 @@ def load(folder) -> Model:
     sampling,
     provenance,
     stored_as,
-    parts,
+    LazyParts(optional, part),
     made_with,
   )
 
@@ -448,7 +478,7 @@ def load_part(name: str, folder) -> Part:
     _check_complete(folder, [vocabulary])
     for line in made_with_lib.other_vocabulary(f'the {name} {folder}', made_with, path):
       raise UserError(line)
-  params = parameter_files.read(file, abstract(name, sizes))
+  params = parameter_files.read(file, network_shapes.of(name, sizes, abstract))
   return Part(sizes, params, made_with, path, inputs.preprocessing, inputs.lower_case)
 
 

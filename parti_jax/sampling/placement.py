@@ -19,6 +19,7 @@ from parti_jax.core import numerics
 from parti_jax.core.errors import UserError
 from parti_jax.partitioning import placing
 from parti_jax.partitioning import rules as rules_lib
+from parti_jax.sampling import kept_programs
 
 
 class Placement:
@@ -37,7 +38,7 @@ class Placement:
   def put(
     self,
     params: PyTree,
-    boxed: PyTree,
+    boxed: Callable[[], PyTree],
     convert_shardings: Callable[[PyTree], PyTree] = lambda shardings: shardings,
     convert: Callable[[Any, jax.Array], PyTree] = lambda path, leaf: leaf,
   ) -> PyTree:
@@ -45,7 +46,8 @@ class Placement:
 
     Args:
       params: the parameters.
-      boxed: abstract parameters with logical axis names, the result of `model_folder.abstract`.
+      boxed: returns abstract parameters with logical axis names, the result of
+        `model_folder.abstract`; only called if there is a mesh.
       convert_shardings: converts the shardings of the abstract parameters to those of `params`.
       convert: converts each parameter, given its path, once it is on the devices. Of the original
         parameters the devices thus never hold many.
@@ -57,7 +59,7 @@ class Placement:
       device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
       shardings = jax.tree.map(lambda leaf: device, params)
     else:
-      shardings = rules_lib.parameter_shardings(boxed, self._mesh, self._rules)
+      shardings = rules_lib.parameter_shardings(boxed(), self._mesh, self._rules)
       shardings = convert_shardings(shardings)
     return jax.tree_util.tree_map_with_path(
       lambda path, leaf, sharding: convert(path, placing.put(leaf, sharding)), params, shardings
@@ -82,7 +84,7 @@ class Placement:
       **statics: static arguments.
     """
     if self._mesh is None:
-      return jax.device_get(function(*params, *arrays, *others, **statics))
+      return jax.device_get(kept_programs.call(function, (*params, *arrays, *others), statics))
     sharded = jax.device_put(arrays, rules_lib.batch_sharding(self._mesh, self._rules))
     with rules_lib.partitioned(self._mesh, self._rules):
       return jax.device_get(function(*params, *sharded, *others, **statics))

@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import export
 from jaxtyping import Array
 from jaxtyping import Int32
 from jaxtyping import UInt8
@@ -19,9 +20,20 @@ from parti_jax.models import pixels
 from parti_jax.models import vit_vqgan
 from parti_jax.sampling import adaptive
 from parti_jax.sampling import decoding
+from parti_jax.sampling import kept_programs
 from parti_jax.sampling import speculative
 
+# So that programs with such results can be kept, by `kept_programs`.
+for _node in (adaptive.Usage, speculative.Passes):
+  export.register_pytree_node_serialization(
+    _node,
+    serialized_name=f'{_node.__module__}.{_node.__qualname__}',
+    serialize_auxdata=lambda unused_fields: b'',
+    deserialize_auxdata=lambda unused_bytes: (),
+  )
 
+
+@kept_programs.keep
 @functools.partial(jax.jit, static_argnames=('config', 'tokenizer'))
 def generate(
   generator_params: dict[str, Any],

@@ -34,6 +34,7 @@ from parti_jax.exported_model import preprocessing as preprocessing_lib
 from parti_jax.models import pixels as pixels_lib
 from parti_jax.models import rankers
 from parti_jax.sampling import images as images_lib
+from parti_jax.sampling import kept_programs
 from parti_jax.sampling import placement
 
 # Maximum number of pictures or texts in a batch.
@@ -83,7 +84,9 @@ class Ranker:
     self._module = rankers.module(config)
     self._vocabulary = vocabulary
     self._place = place or placement.Placement()
-    self._params = self._place.put(params, model_folder.abstract('ranker', config))
+    self._params = self._place.put(
+      params, functools.partial(model_folder.abstract, 'ranker', config)
+    )
 
   @property
   def kind(self) -> str:
@@ -291,6 +294,7 @@ def check_tokenizer(tokenizer: text_tokenizer.TextTokenizer, config: rankers.Con
       )
 
 
+@kept_programs.keep
 @functools.partial(jax.jit, static_argnames='module')
 def _features_of_bytes(
   params: PyTree, images: UInt8[Array, 'batch height width 3'], *, module: nn.Module
@@ -303,6 +307,7 @@ def _features_of_bytes(
   return _image_features(params, pixels, module)
 
 
+@kept_programs.keep
 @functools.partial(jax.jit, static_argnames='module')
 def _features_of_squares(
   params: PyTree, squares: Float32[Array, 'batch size size 3'], *, module: nn.Module
@@ -317,6 +322,7 @@ def _image_features(
   return apply({'params': params}, pixels, method='image_features')
 
 
+@kept_programs.keep
 @functools.partial(jax.jit, static_argnames='module')
 def _text_features(
   params: PyTree, tokens: Int32[Array, 'batch text_length'], *, module: nn.Module

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import pathlib
 import warnings
@@ -165,8 +166,6 @@ class TextToImage:
     sampling: default settings of `generate`.
     weights: how the decoder's weights are held, a name in `sampling_settings.WEIGHTS`.
     provenance: what the model folder says about the training.
-    ranker: scores pictures by a text; None if there is no ranker.
-    upscaler: enlarges pictures; None if the model has no super-resolution.
   """
 
   def __init__(
@@ -212,26 +211,29 @@ class TextToImage:
     )
     self._generator_params = self._place.put(
       parameters.for_sampling(self._config, model.generator_params, weights),
-      model_folder.abstract('generator', self._config),
+      functools.partial(model_folder.abstract, 'generator', self._config),
       lambda shardings: parameters.shardings(self._config, shardings),
       **({'convert': parameters.quantized} if weights == 'int8' else {}),
     )
     self._tokenizer_params = self._place.put(
-      model.tokenizer_params, model_folder.abstract('tokenizer', model.tokenizer_config)
+      model.tokenizer_params,
+      functools.partial(model_folder.abstract, 'tokenizer', model.tokenizer_config),
     )
-    self.ranker = self._ranker(model, ranker)
-    self.upscaler: upscaling.Upscaler | None = None
-    if part := model.parts.get('super_resolution'):
-      self.upscaler = upscaling.Upscaler(part.config, part.params, self._place)
+    self._parts = model.parts
+    if ranker is not None:
+      self.ranker = ranking.load(ranker, self._place)
 
-  def _ranker(
-    self, model: model_folder.Model, folder: str | os.PathLike[str] | None
-  ) -> ranking.Ranker | None:
-    """Returns the ranker in a folder, or the model's, if it has one."""
-    if folder is not None:
-      return ranking.load(folder, self._place)
-    part = model.parts.get('ranker')
-    return part and ranking.of_part(part, model.provenance, self._vocabulary, self._place)
+  @functools.cached_property
+  def ranker(self) -> ranking.Ranker | None:
+    """Scores pictures by a text; None if there is no ranker. The model's is read when it is used."""
+    part = self._parts.get('ranker')
+    return part and ranking.of_part(part, self.provenance, self._vocabulary, self._place)
+
+  @functools.cached_property
+  def upscaler(self) -> upscaling.Upscaler | None:
+    """Enlarges pictures; None if the model has no super-resolution. It is read when it is used."""
+    part = self._parts.get('super_resolution')
+    return part and upscaling.Upscaler(part.config, part.params, self._place)
 
   @property
   def image_size(self) -> int:

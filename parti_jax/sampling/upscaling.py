@@ -19,6 +19,7 @@ from parti_jax.exported_model import model_folder
 from parti_jax.models import pixels
 from parti_jax.models import super_resolution
 from parti_jax.sampling import images as images_lib
+from parti_jax.sampling import kept_programs
 from parti_jax.sampling import placement
 
 # Larger pictures are cut into overlapping windows of about this height and width, in pixels.
@@ -49,7 +50,9 @@ class Upscaler:
       place: the devices.
     """
     self._config, self._place = config, place
-    self._params = place.put(params, model_folder.abstract('super_resolution', config))
+    self._params = place.put(
+      params, functools.partial(model_folder.abstract, 'super_resolution', config)
+    )
     self.factor = config.factor
 
   def __call__(self, images) -> UInt8[np.ndarray, 'images height width 3']:
@@ -137,6 +140,7 @@ class Upscaler:
     return self._place.divisible(batch)
 
 
+@kept_programs.keep
 @functools.partial(jax.jit, static_argnames='config')
 def _enlarge(
   params: PyTree,

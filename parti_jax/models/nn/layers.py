@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from collections.abc import Iterator
 
+import flax.errors
 import flax.linen as nn
 import flax.struct
 import jax
@@ -67,7 +68,17 @@ def parameter(
 
   Returns:
     The value of the parameter, without the box that holds its axis names.
+
+  Raises:
+    flax.errors.ScopeParamShapeError: if the module is applied to a value of another shape.
   """
+  if module.has_variable('params', name):
+    # `module.param` would trace the initializer, which takes longer than tracing the layer.
+    value = nn.meta.unbox(module.get_variable('params', name))
+    found = np.shape(jax.tree.leaves(value)[0])
+    if found != tuple(shape):
+      raise flax.errors.ScopeParamShapeError(name, '/'.join(module.path), found, shape)
+    return value
   if _only_shapes.get():
     initializer = nn.initializers.zeros
   boxed: Callable = nn.with_logical_partitioning(initializer, axes)
