@@ -14,6 +14,7 @@ _MODULES = {
   'load': 'parti_jax.sampling.text_to_image',
   'TextToImage': 'parti_jax.sampling.text_to_image',
   'Result': 'parti_jax.sampling.text_to_image',
+  'ContinuousSampler': 'parti_jax.sampling.continuous',
   'SamplingSettings': 'parti_jax.exported_model.sampling_settings',
   # Networks.
   'Parti': 'parti_jax.models.parti',

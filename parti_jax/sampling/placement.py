@@ -65,16 +65,30 @@ class Placement:
       lambda path, leaf, sharding: convert(path, placing.put(leaf, sharding)), params, shardings
     )
 
-  @numerics.fixed()
   def run(
     self,
     function: Callable[..., Any],
     params: tuple[PyTree, ...],
-    arrays: tuple[np.ndarray, ...],
+    arrays: tuple[PyTree, ...],
     *others: Any,
     **statics: Any,
   ) -> Any:
     """Calls a jitted function with NumPy arrays and returns its result as NumPy arrays.
+
+    The arguments are those of `start`.
+    """
+    return jax.device_get(self.start(function, params, arrays, *others, **statics))
+
+  @numerics.fixed()
+  def start(
+    self,
+    function: Callable[..., Any],
+    params: tuple[PyTree, ...],
+    arrays: tuple[PyTree, ...],
+    *others: Any,
+    **statics: Any,
+  ) -> Any:
+    """Calls a jitted function with NumPy arrays and returns its result, which may not be there yet.
 
     Args:
       function: the jitted function, called with all other arguments.
@@ -84,10 +98,10 @@ class Placement:
       **statics: static arguments.
     """
     if self._mesh is None:
-      return jax.device_get(kept_programs.call(function, (*params, *arrays, *others), statics))
+      return kept_programs.call(function, (*params, *arrays, *others), statics)
     sharded = jax.device_put(arrays, rules_lib.batch_sharding(self._mesh, self._rules))
     with rules_lib.partitioned(self._mesh, self._rules):
-      return jax.device_get(function(*params, *sharded, *others, **statics))
+      return function(*params, *sharded, *others, **statics)
 
   def divisible(self, batch: int) -> int:
     """Rounds a batch size up to a multiple of the number of shards of a batch."""

@@ -1,0 +1,438 @@
+"""Continuous batching: pictures join and leave a running batch while it is sampled.
+
+A server's prompts arrive one at a time. `ContinuousSampler` keeps a batch of a fixed number of slots
+on the devices and advances all of them by a few tokens per call of a compiled program. Between two
+calls, pictures that are finished leave their slots and waiting ones take them. The programs are
+those of `slots`; this module decides what they compute and when.
+"""
+
+from __future__ import annotations
+
+import atexit
+import collections
+import concurrent.futures
+import dataclasses
+import threading
+import weakref
+from collections.abc import Iterator
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Int32
+
+from parti_jax.core import checks
+from parti_jax.core.errors import UserError
+from parti_jax.exported_model import sampling_settings
+from parti_jax.sampling import slots as slots_lib
+from parti_jax.sampling import text_to_image
+
+# Samplers whose threads have work to finish before Python ends.
+_OPEN: weakref.WeakSet[ContinuousSampler] = weakref.WeakSet()
+
+# Number of tokens per call, at most. Fewer let prompts join sooner, more save overhead on the host.
+_MOST_PER_CALL = 8
+# Texts are encoded, and pictures decoded, in batches of sizes that differ by this factor.
+_BETWEEN_SIZES = 4
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Request:
+  """A picture to sample; the fields are arguments of `ContinuousSampler.submit`, as checked."""
+
+  prompt: str
+  text: Int32[np.ndarray, 'text_length']
+  seed: int
+  image_index: int
+  settings: sampling_settings.SamplingSettings
+  future: concurrent.futures.Future[text_to_image.Result]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Drawn:
+  """Requests whose tokens are complete, and their tokens and pixels, which devices may still compute."""
+
+  requests: list[_Request]
+  arrays: tuple[jax.Array, jax.Array]
+
+
+class ContinuousSampler:
+  """Samples pictures of prompts that arrive at any time, as one batch.
+
+  The prompt, the seed, the picture's index and the settings determine a picture, as in
+  `TextToImage.generate`. When it joins and what else the batch samples doesn't matter: all slots
+  run the same program whatever they hold.
+
+  All methods may be called from any thread. As a context manager it is closed in the end.
+
+  Attributes:
+    batch_size: number of slots.
+    tokens_per_call: number of tokens by which a call advances all slots.
+    settings: default settings of `submit`.
+  """
+
+  def __init__(
+    self,
+    model: text_to_image.TextToImage,
+    batch_size: int = 16,
+    tokens_per_call: int | None = None,
+    **sampling,
+  ):
+    """Starts a thread that waits for pictures to sample.
+
+    Args:
+      model: the loaded model.
+      batch_size: number of slots, rounded up to a multiple of the ways in which the model's mesh
+        splits a batch. The devices compute all slots, also those that are free.
+      tokens_per_call: number of tokens by which a call advances all slots, a divisor of the number
+        of image tokens; pictures join and leave between calls. By default the largest divisor up to
+        8.
+      **sampling: fields of SamplingSettings that replace the model's defaults, as in
+        `TextToImage.generate`. Unless `guidance_scale` is 1, each slot has a second row, without
+        text.
+
+    Raises:
+      UserError: if a value is invalid, or the settings skip layers or passes or are speculative; the
+        message names it.
+    """
+    self._model = model
+    self._place = model._place
+    self._config = model._config
+    length = self._config.image_length
+    self.settings = _supported(model.sampling.replace(**sampling))
+    self.batch_size = self._place.divisible(checks.count('batch_size', batch_size))
+    self.tokens_per_call = _divisor(tokens_per_call, length)
+    self._statics = {'config': self._config, 'guided': self.settings.guided}
+    self._sizes = _sizes(self.batch_size, self._place.divisible(1))
+
+    # What follows belongs to the thread alone, up to the condition.
+    self._slots: slots_lib.Slots | None = None
+    self._requests = slots_lib.Requests.empty(self.batch_size, length)
+    self._running: list[_Request | None] = [None] * self.batch_size
+    self._drawn: list[_Drawn] = []
+    self._reached: Any = None
+
+    self._changed = threading.Condition()
+    self._waiting: collections.deque[_Request] = collections.deque()
+    self._closed = False
+    self._thread = threading.Thread(target=self._work, name='parti_jax sampling', daemon=True)
+    _OPEN.add(self)
+    self._thread.start()
+
+  def submit(
+    self, prompt: str, seed: int = 0, image_index: int = 0, **sampling
+  ) -> concurrent.futures.Future[text_to_image.Result]:
+    """Asks for a picture.
+
+    Args:
+      prompt: a text, truncated like those of `TextToImage.generate`.
+      seed: integer from 0 to 2³² − 1.
+      image_index: index of the picture among those of its prompt, from 0 to 2³¹ − 1; `generate`
+        gives indices from `first_index` on.
+      **sampling: fields of SamplingSettings that replace the sampler's defaults; None keeps the
+        default.
+
+    Returns:
+      A future of the picture, a Result with one prompt and one picture. Its `cancel` works until the
+      picture is finished, and the slot is free after the current call. Callbacks run in the
+      sampler's thread and should be short.
+
+    Raises:
+      UserError: if the prompt is blank, a value is invalid, the settings skip layers or passes or
+        are speculative, they need guidance and the sampler's defaults don't, or the sampler is
+        closed.
+    """
+    prompt = checks.text('prompt', prompt)
+    settings = _supported(self.settings.replace(**sampling))
+    if settings.guided and not self._statics['guided']:
+      raise UserError(
+        f'guidance_scale={settings.guidance_scale:g} needs the pass without text, which this sampler '
+        'leaves out because its own guidance_scale is 1; create it with another one'
+      )
+    request = _Request(
+      prompt,
+      self._model._encode([prompt])[0],
+      checks.whole_number('seed', seed, 0, sampling_settings.LARGEST_SEED),
+      checks.whole_number('image_index', image_index, 0, checks.LARGEST_INT32),
+      settings,
+      concurrent.futures.Future(),
+    )
+    with self._changed:
+      if self._closed:
+        raise UserError('this sampler is closed; create another one')
+      self._waiting.append(request)
+      self._changed.notify_all()
+    return request.future
+
+  @property
+  def waiting(self) -> int:
+    """Number of pictures that wait for a slot."""
+    with self._changed:
+      return len(self._waiting)
+
+  @property
+  def running(self) -> int:
+    """Number of slots that are taken."""
+    return sum(request is not None for request in self._running)
+
+  def close(self, wait: bool = True, cancel_waiting: bool = False) -> None:
+    """Accepts no more pictures; those that have a slot are finished.
+
+    Args:
+      wait: whether to return only once all are finished.
+      cancel_waiting: whether to cancel the pictures that wait for a slot, rather than sample them.
+    """
+    with self._changed:
+      self._closed = True
+      dropped = list(self._waiting) if cancel_waiting else []
+      if cancel_waiting:
+        self._waiting.clear()
+      self._changed.notify_all()
+    for request in dropped:
+      _drop(request)
+    if wait and threading.current_thread() is not self._thread:
+      self._thread.join()
+
+  def __enter__(self) -> ContinuousSampler:
+    return self
+
+  def __exit__(self, *error) -> None:
+    self.close()
+
+  def _work(self) -> None:
+    """Samples until the sampler is closed and nothing is left to do; the thread's function."""
+    try:
+      while self._wait_for_work():
+        self._turn()
+    except BaseException as error:  # A fault of this module: nobody may wait for ever.
+      self._fail(self._taken(), error)
+      with self._changed:
+        self._closed = True
+        left = list(self._waiting)
+        self._waiting.clear()
+      self._fail(left + [request for drawn in self._drawn for request in drawn.requests], error)
+      raise
+    finally:
+      _OPEN.discard(self)
+
+  def _wait_for_work(self) -> bool:
+    """Waits until there is something to do; returns False once there never will be."""
+    busy = lambda: self._waiting or self._taken() or self._drawn
+    with self._changed:
+      self._changed.wait_for(lambda: busy() or self._closed)
+      return bool(busy())
+
+  def _turn(self) -> None:
+    """Lets pictures leave and join, and advances all slots by one call."""
+    for slot, request in enumerate(self._running):
+      if request is not None and request.future.cancelled():
+        _drop(request)
+        self._running[slot] = None
+    before, self._drawn = self._drawn, []
+    try:
+      self._admit()
+      if self._taken():
+        self._advance()
+    except Exception as error:  # The memory of the slots may be gone.
+      self._slots = self._reached = None
+      self._fail(self._taken(), error)
+    # Only now, so that the devices have work while pictures are copied.
+    for drawn in before:
+      self._hand_out(drawn)
+
+  def _admit(self) -> None:
+    """Gives free slots to waiting pictures."""
+    free = [slot for slot, request in enumerate(self._running) if request is None]
+    admitted = []
+    with self._changed:
+      while self._waiting and len(admitted) < len(free):
+        request = self._waiting.popleft()
+        if request.future.cancelled():
+          _drop(request)
+        else:
+          admitted.append(request)
+    for slot, request in zip(free, admitted):
+      self._running[slot] = request
+      self._requests.set(slot, request.seed, request.image_index, request.settings)
+    for start, size, count in _pieces(len(admitted), self._sizes):
+      self._join(admitted[start : start + count], free[start : start + count], size)
+
+  def _join(self, requests: list[_Request], into: list[int], size: int) -> None:
+    """Encodes the texts of pictures, as a batch of `size`, and writes them into their slots."""
+    texts = np.zeros([size, self._config.text_length], np.int32)
+    texts[: len(requests)] = [request.text for request in requests]
+    places = np.full(size, self.batch_size, np.int32)
+    places[: len(into)] = into
+    params = (self._model._generator_params,)
+    try:
+      encoded = self._place.start(slots_lib.encode, params, (texts,), **self._statics)
+    except Exception as error:  # Such as a batch that doesn't fit into memory.
+      self._fail(requests, error)
+      return
+    if self._slots is None:
+      empty = np.zeros([self.batch_size, self._config.text_length], np.int32)
+      self._slots = self._place.start(slots_lib.begin, params, (empty,), **self._statics)
+    self._slots = self._place.start(slots_lib.insert, (), (places,), self._slots, *encoded)
+
+  def _advance(self) -> None:
+    """Samples the next tokens of all slots, and decodes the pictures that are then complete."""
+    # A copy, since the devices may read the arrays later, and without a copy of their own.
+    requests = jax.tree.map(np.copy, self._requests)
+    self._slots, reached = self._place.start(
+      slots_lib.advance,
+      (self._model._generator_params,),
+      (requests,),
+      self._slots,
+      count=self.tokens_per_call,
+      **self._statics,
+    )
+    # Waits for the previous call, so that no more than two are under way: what the devices have been
+    # given can't be cancelled.
+    self._reached, previous = reached, self._reached
+    jax.block_until_ready(previous)
+    position = self._requests.position
+    position += self.tokens_per_call
+    complete = position >= self._config.image_length
+    position[complete] = 0  # Free slots go on with pictures that nobody asked for.
+    finished = [slot for slot in np.flatnonzero(complete) if self._running[slot] is not None]
+    for start, size, count in _pieces(len(finished), self._sizes):
+      self._finish(finished[start : start + count], size)
+
+  def _finish(self, finished: Sequence[int], size: int) -> None:
+    """Decodes complete pictures, as a batch of `size`, and frees their slots."""
+    requests = [request for slot in finished if (request := self._running[slot]) is not None]
+    for slot in finished:
+      self._running[slot] = None
+    places = np.resize(np.asarray(finished, np.int32), size)
+    assert self._slots is not None
+    try:
+      arrays = self._place.start(
+        slots_lib.detokenize,
+        (self._model._tokenizer_params,),
+        (places,),
+        self._slots.tokens,
+        tokenizer=self._model._tokenizer,
+      )
+    except Exception as error:
+      self._fail(requests, error)
+    else:
+      self._drawn.append(_Drawn(requests, arrays))
+
+  def _hand_out(self, drawn: _Drawn) -> None:
+    """Waits for pictures and gives them to those who asked for them."""
+    try:
+      tokens, images = jax.device_get(drawn.arrays)
+    except Exception as error:
+      self._fail(drawn.requests, error)
+      return
+    for row, request in enumerate(drawn.requests):
+      if not request.future.set_running_or_notify_cancel():
+        continue
+      request.future.set_result(
+        text_to_image.Result(
+          images[row][None, None],
+          tokens[row][None, None],
+          [request.prompt],
+          request.seed,
+          request.settings,
+          self._model.model_name,
+          image_index=np.full([1, 1], request.image_index, np.int32),
+          weights=self._model.weights,
+        )
+      )
+
+  def _taken(self) -> list[_Request]:
+    return [request for request in self._running if request is not None]
+
+  def _fail(self, requests: Sequence[_Request], error: BaseException) -> None:
+    """Hands an error to those who asked for pictures, and frees their slots."""
+    failed = set(requests)
+    self._running = [None if request in failed else request for request in self._running]
+    for request in requests:
+      if request.future.set_running_or_notify_cancel():
+        request.future.set_exception(error)
+
+
+def _drop(request: _Request) -> None:
+  """Cancels a picture, also for those who wait for several futures."""
+  request.future.cancel()
+  request.future.set_running_or_notify_cancel()
+
+
+@atexit.register
+def _close_all() -> None:
+  """Closes samplers that a program left open.
+
+  Their threads are daemons, so that such a program can end; but they must not use the devices while
+  Python takes itself apart.
+  """
+  for sampler in list(_OPEN):
+    sampler.close(cancel_waiting=True)
+
+
+def _supported(
+  settings: sampling_settings.SamplingSettings,
+) -> sampling_settings.SamplingSettings:
+  """Returns settings; raises UserError if slots can't sample with them."""
+  exit_threshold, skip_threshold = settings.thresholds
+  for name, unused, off in (
+    ('exit_threshold', exit_threshold is None, 1),
+    ('guidance_skip_threshold', skip_threshold is None, 1),
+    ('speculative_window', settings.speculative_window == 0, 0),
+  ):
+    if not unused:
+      raise UserError(
+        f'{name}={getattr(settings, name):g} is not possible with continuous batching, which samples '
+        f'one token after the other with all layers and passes; set it to {off}'
+      )
+  return settings
+
+
+def _divisor(tokens_per_call: int | None, length: int) -> int:
+  """Returns the number of tokens per call, of pictures of `length` tokens."""
+  divisors = [number for number in range(1, length + 1) if length % number == 0]
+  if tokens_per_call is None:
+    return max(number for number in divisors if number <= _MOST_PER_CALL)
+  number = checks.count('tokens_per_call', tokens_per_call)
+  if number not in divisors:
+    raise UserError(
+      f'tokens_per_call={number} does not divide the {length} image tokens of a picture; choose one '
+      f'of {", ".join(map(str, divisors))}'
+    )
+  return number
+
+
+def _sizes(batch_size: int, ways: int) -> list[int]:
+  """Returns the sizes of batches in which texts are encoded and pictures decoded, in ascending order.
+
+  There are few, because each is compiled.
+
+  Args:
+    batch_size: the largest size.
+    ways: number of parts into which the mesh splits a batch.
+  """
+  sizes = [ways]
+  while sizes[-1] * _BETWEEN_SIZES < batch_size:
+    sizes.append(sizes[-1] * _BETWEEN_SIZES)
+  return sizes if batch_size == ways else [*sizes, batch_size]
+
+
+def _pieces(total: int, sizes: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+  """Cuts a number of things into batches of given sizes, at most half empty or of the smallest size.
+
+  Args:
+    total: number of things, at most the largest size.
+    sizes: the sizes, in ascending order.
+
+  Yields:
+    The first thing of a batch, the size of the batch, and its number of things.
+  """
+  start = 0
+  while start < total:
+    left = total - start
+    above = next(size for size in sizes if size >= left)
+    below = max((size for size in sizes if size <= left), default=above)
+    size = above if 2 * left > above else below
+    yield start, size, min(size, left)
+    start += size

@@ -1,0 +1,294 @@
+"""Continuous batching: pictures that join and leave a running batch are those of `generate`."""
+
+import concurrent.futures
+import dataclasses
+import functools
+import threading
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+import tiny_configs
+
+import parti_jax
+from parti_jax.core.errors import UserError
+from parti_jax.exported_model import model_folder
+from parti_jax.models import parti
+from parti_jax.models import vit_vqgan
+from parti_jax.partitioning import mesh as mesh_lib
+from parti_jax.sampling import continuous
+from parti_jax.sampling import slots
+
+SAMPLED = {'temperature': 1.0, 'top_k': 0, 'top_p': 1.0}
+# The call before which a picture joins, its prompt, and how it is sampled.
+JOINS = [
+  (0, 'red apple', {'seed': 3}),
+  (0, 'blue ball', {'seed': 2**32 - 1, 'image_index': 5, **SAMPLED}),
+  (2, 'green apple', {'temperature': 0.0}),
+  (3, 'man cook: medium skin tone', {'guidance_scale': 1.0, 'top_k': 3}),
+  (3, 'red apple', {'seed': 3, 'guidance_ramp': 'linear', **SAMPLED}),
+  (7, 'red apple', {'seed': 4, 'temperature': 0.5, 'top_p': 0.6}),
+  (20, 'red apple', {'seed': 3}),
+]
+
+
+def random_params(network, inputs):
+  """Parameters large enough for texts and tokens to matter."""
+  init = jax.jit(functools.partial(network.init, jax.random.key(0)))
+  return jax.tree.map(lambda leaf: 2.0 * leaf, nn.meta.unbox(init(*inputs))['params'])
+
+
+@pytest.fixture(scope='module')
+def folder(parts, tmp_path_factory):
+  """A model with a layer of each pattern, and rings that turn within a picture of 3×3 tokens."""
+  config = dataclasses.replace(
+    parts['generator_config'],
+    grid=(3, 3),
+    decoder_layers=4,
+    conv_kernel=3,
+    attention_patterns=('conv', 'row', 'column', 'global'),
+  )
+  tokenizer = dataclasses.replace(
+    tiny_configs.TOKENIZER, image_size=12, codebook_size=config.codebook_size, code_dim=4
+  )
+  changed = parts | {
+    'generator_config': config,
+    'generator_params': random_params(parti.Parti(config), parti.example_inputs(config)),
+    'tokenizer_config': tokenizer,
+    'tokenizer_params': random_params(
+      vit_vqgan.ViTVQGAN(tokenizer), vit_vqgan.example_inputs(tokenizer)
+    ),
+  }
+  return model_folder.save(tmp_path_factory.mktemp('models') / 'mixed', dtype='float32', **changed)
+
+
+@pytest.fixture(scope='module')
+def model(folder):
+  return parti_jax.load(folder)
+
+
+@pytest.fixture(scope='module')
+def expected(model):
+  """The pictures of JOINS, each drawn alone by `generate`."""
+  results = []
+  for _, prompt, how in JOINS:
+    how = dict(how)
+    index = how.pop('image_index', 0)
+    results.append(model.generate(prompt, 1, first_index=index, batch_size=3, **how))
+  assert len({result.tokens.tobytes() for result in results}) == len(JOINS) - 1
+  return results
+
+
+@pytest.fixture
+def without_thread(monkeypatch):
+  """Leaves it to a test to call `_turn`, so that it knows who is in the batch when."""
+  monkeypatch.setattr(continuous.ContinuousSampler, '_work', lambda sampler: None)
+
+
+def turns(sampler, joins=()):
+  """Runs calls until all is done; returns the futures of what joins on the way."""
+  futures, turn = [], 0
+  while len(futures) < len(joins) or sampler.waiting or sampler.running or sampler._drawn:
+    for at, prompt, how in joins:
+      if at == turn:
+        futures.append(sampler.submit(prompt, **how))
+    sampler._turn()
+    turn += 1
+  return futures
+
+
+def check_same(futures, expected):
+  for future, wanted in zip(futures, expected, strict=True):
+    result = future.result(0)
+    np.testing.assert_array_equal(result.tokens, wanted.tokens)
+    assert np.abs(result.images.astype(int) - wanted.images).max() <= 1
+    assert (result.prompts, result.seed, result.settings, result.model) == (
+      wanted.prompts,
+      wanted.seed,
+      wanted.settings,
+      wanted.model,
+    )
+    np.testing.assert_array_equal(result.image_index, wanted.image_index)
+
+
+@pytest.mark.parametrize('tokens_per_call', [1, 3])
+def test_pictures_that_join_at_any_time_are_those_of_generate(
+  model, expected, without_thread, tokens_per_call
+):
+  sampler = continuous.ContinuousSampler(model, 3, tokens_per_call)
+  compiled = slots.advance._cache_size()
+  futures = turns(sampler, JOINS)
+  check_same(futures, expected)
+  # The same picture at another time, among others, and in a slot that was taken before.
+  np.testing.assert_array_equal(futures[0].result(0).images, futures[-1].result(0).images)
+  assert slots.advance._cache_size() <= compiled + 1
+
+
+def test_over_a_mesh_the_pictures_are_the_same(folder, expected, without_thread):
+  if len(jax.devices()) < 8:
+    pytest.skip('needs 8 devices')
+  sharded = parti_jax.load(folder, mesh_lib.make_mesh(data=4, tensor=2))
+  sampler = continuous.ContinuousSampler(sharded, 3, 1)
+  assert sampler.batch_size == 4
+  compiled = slots.advance._cache_size()
+  check_same(turns(sampler, JOINS), expected)
+  assert slots.advance._cache_size() <= compiled + 1
+  assert not sampler._slots.tokens.is_fully_replicated
+
+
+def test_without_guidance_there_is_one_row_for_each_slot(model, without_thread):
+  sampler = continuous.ContinuousSampler(model, 1, guidance_scale=1.0)
+  (future,) = turns(sampler, [(0, 'red apple', {'seed': 1})])
+  assert len(sampler._slots.state.text_mask) == 1
+  wanted = model.generate('red apple', 1, seed=1, guidance_scale=1.0)
+  np.testing.assert_array_equal(future.result(0).tokens, wanted.tokens)
+  with pytest.raises(UserError, match='guidance_scale=3 needs the pass without text'):
+    sampler.submit('red apple', guidance_scale=3.0)
+
+
+def test_a_cancelled_picture_frees_its_slot(model, expected, without_thread):
+  sampler = continuous.ContinuousSampler(model, 1, 1)
+  running, waiting, last = (sampler.submit(*JOINS[row][1:2], **JOINS[row][2]) for row in (2, 3, 0))
+  sampler._turn()
+  sampler._turn()
+  assert (sampler.running, sampler.waiting) == (1, 2)
+  assert running.cancel() and waiting.cancel()
+  sampler._turn()
+  assert (sampler.running, sampler.waiting) == (1, 0)
+  assert sampler._running[0].future is last
+  turns(sampler)
+  check_same([last], expected[:1])
+  done, _ = concurrent.futures.wait([running, waiting], 0)
+  assert done == {running, waiting}
+
+
+def test_an_error_of_one_picture_leaves_the_others_alone(
+  model, expected, without_thread, monkeypatch
+):
+  sampler = continuous.ContinuousSampler(model, 3, 1)
+  futures = [sampler.submit(JOINS[0][1], **JOINS[0][2])]
+  sampler._turn()
+  with monkeypatch.context() as patch:
+    patch.setattr(slots, 'encode', _raising)
+    futures.append(sampler.submit('blue ball'))
+    sampler._turn()
+  assert sampler.running == 1
+  turns(sampler)
+  check_same(futures[:1], expected[:1])
+  with pytest.raises(RuntimeError, match='out of memory'):
+    futures[1].result(0)
+
+
+def test_after_an_error_of_the_batch_later_pictures_are_sampled(
+  model, expected, without_thread, monkeypatch
+):
+  sampler = continuous.ContinuousSampler(model, 3, 1)
+  lost = sampler.submit('blue ball')
+  sampler._turn()
+  with monkeypatch.context() as patch:
+    patch.setattr(slots, 'advance', _raising)
+    sampler._turn()
+  with pytest.raises(RuntimeError, match='out of memory'):
+    lost.result(0)
+  assert sampler.running == 0
+  check_same(turns(sampler, JOINS[:1]), expected[:1])
+
+
+def _raising(*args, **kwargs):
+  raise RuntimeError('out of memory')
+
+
+def test_threads_share_a_sampler(model, expected):
+  found = {}
+  with continuous.ContinuousSampler(model, 3, 1) as sampler:
+
+    def ask(row):
+      found[row] = sampler.submit(JOINS[row][1], **JOINS[row][2])
+      found[row].result()
+
+    threads = [threading.Thread(target=ask, args=(row,)) for row in range(len(JOINS))]
+    for thread in threads:
+      thread.start()
+    for thread in threads:
+      thread.join()
+  check_same([found[row] for row in range(len(JOINS))], expected)
+
+
+def test_closing_finishes_what_was_asked_for(model, expected):
+  sampler = continuous.ContinuousSampler(model, 3, 1)
+  futures = [sampler.submit(prompt, **how) for _, prompt, how in JOINS]
+  sampler.close()
+  check_same(futures, expected)
+  with pytest.raises(UserError, match='closed'):
+    sampler.submit('red apple')
+  sampler.close()  # A second time there is nothing to do.
+  assert not sampler._thread.is_alive()
+
+
+def test_closing_may_cancel_what_waits(model, without_thread, expected):
+  sampler = continuous.ContinuousSampler(model, 1, 1)
+  running, waiting = sampler.submit('red apple', seed=3), sampler.submit('blue ball')
+  sampler._turn()
+  sampler.close(cancel_waiting=True)
+  assert waiting.cancelled() and not running.done()
+  turns(sampler)
+  check_same([running], expected[:1])
+
+
+@pytest.mark.parametrize(
+  'arguments, message',
+  [
+    ({'prompt': ' '}, 'prompt 1 is empty'),
+    ({'prompt': 7}, 'prompt=7'),
+    ({'seed': -1}, 'seed=-1'),
+    ({'image_index': 2**31}, 'image_index=2147483648'),
+    ({'temperature': -1.0}, 'temperature=-1 is negative'),
+    ({'exit_threshold': 0.5}, 'exit_threshold=0.5 is not possible with continuous batching'),
+    ({'guidance_skip_threshold': 0.5}, 'guidance_skip_threshold=0.5 is not possible'),
+    ({'speculative_window': 4}, 'speculative_window=4 is not possible'),
+  ],
+)
+def test_requests_that_no_slot_can_sample(model, without_thread, arguments, message):
+  sampler = continuous.ContinuousSampler(model, 2)
+  with pytest.raises(UserError, match=message):
+    sampler.submit(**{'prompt': 'red apple'} | arguments)
+  assert sampler.waiting == 0
+
+
+@pytest.mark.parametrize(
+  'arguments, message',
+  [
+    ({'batch_size': 0}, 'batch_size=0'),
+    ({'tokens_per_call': 2}, 'does not divide the 9 image tokens of a picture; choose .* 1, 3, 9$'),
+    ({'speculative_window': 4}, 'speculative_window=4 is not possible'),
+    ({'guidance': 2.0}, 'unknown setting'),
+  ],
+)
+def test_samplers_that_cannot_be(model, arguments, message):
+  with pytest.raises(UserError, match=message):
+    continuous.ContinuousSampler(model, **arguments)
+
+
+@pytest.mark.parametrize(
+  'total, pieces',
+  [
+    (0, []),
+    (1, [(0, 1, 1)]),
+    (2, [(0, 1, 1), (1, 1, 1)]),
+    (3, [(0, 4, 3)]),
+    (6, [(0, 4, 4), (4, 1, 1), (5, 1, 1)]),
+    (9, [(0, 16, 9)]),
+    (16, [(0, 16, 16)]),
+  ],
+)
+def test_batches_of_few_sizes(total, pieces):
+  sizes = continuous._sizes(16, 1)
+  assert sizes == [1, 4, 16]
+  assert list(continuous._pieces(total, sizes)) == pieces
+
+
+def test_batches_over_a_mesh_are_divisible():
+  assert continuous._sizes(24, 8) == [8, 24]
+  assert continuous._sizes(8, 8) == [8]
+  assert list(continuous._pieces(11, [8, 24])) == [(0, 8, 8), (8, 8, 3)]
