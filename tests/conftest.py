@@ -15,6 +15,7 @@ import pytest
 # Tests everywhere import the modules of this folder.
 sys.path.append(str(pathlib.Path(__file__).parent))
 
+import compiled_programs  # noqa: E402
 import xla_flags  # noqa: E402
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
@@ -36,7 +37,7 @@ os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.3')
 # Tracing makes many objects that live on. Python's own threshold, 700, looks through them too often.
 gc.set_threshold(20_000, 20, 20)
 # The memory of a process above which the programs of earlier files are dropped.
-_MOST_BYTES = 2 * 2**30
+_MOST_BYTES = 7 * 2**28
 
 import runtime_types  # noqa: E402
 
@@ -51,27 +52,23 @@ def clean_gin():
   gin.clear_config()
 
 
-def _resident_bytes():
-  """Returns the memory of this process, or infinity where the system doesn't say."""
-  try:
-    pages = int(pathlib.Path('/proc/self/statm').read_text().split()[1])
-  except (OSError, ValueError):
-    return float('inf')
-  return pages * os.sysconf('SC_PAGE_SIZE')
-
-
 @pytest.fixture(autouse=True, scope='module')
 def few_programs():
-  """Frees what a file's tests have compiled, if it is much: for all files it would be gigabytes.
+  """Frees what a file's tests have compiled, as far as the next files don't need it.
 
   The programs of single operations are kept as long as there is room. Each file of training tests
   would otherwise compile hundreds of them again.
   """
   yield
+  jax = sys.modules.get('jax')
+  if jax:
+    compiled_programs.drop_lowered()
   gc.collect()
-  if (jax := sys.modules.get('jax')) and _resident_bytes() > _MOST_BYTES:
+  compiled_programs.return_freed_memory()
+  if jax and compiled_programs.resident_bytes() > _MOST_BYTES:
     jax.clear_caches()
     gc.collect()
+    compiled_programs.return_freed_memory()
 
 
 @pytest.fixture(autouse=True, scope='module')
