@@ -244,14 +244,13 @@ class ContinuousSampler:
   def _admit(self) -> None:
     """Gives free slots to waiting pictures."""
     free = [slot for slot, request in enumerate(self._running) if request is None]
-    admitted = []
     with self._changed:
-      while self._waiting and len(admitted) < len(free):
-        request = self._waiting.popleft()
-        if request.future.cancelled():
-          _drop(request)
-        else:
-          admitted.append(request)
+      asked = list(self._waiting)
+      kept = [request for request in asked if not request.future.cancelled()]
+      admitted = kept[: len(free)]
+      self._waiting = collections.deque(kept[len(free) :])
+    for request in set(asked).difference(kept):
+      _drop(request)
     for slot, request in zip(free, admitted):
       self._running[slot] = request
       self._requests.set(slot, request.seed, request.image_index, request.settings)
