@@ -94,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     help='number of pictures to generate at once; affects memory, not the pictures',
   )
   sampling_flags.add_arguments(parser)
-  sampling_flags.add_weights(parser)
+  sampling_flags.add_precision(parser)
   emoji = parser.add_argument_group('openmoji, openmoji_scenes')
   emoji.add_argument(
     '--rank',
@@ -160,7 +160,7 @@ def run(args: argparse.Namespace) -> int:
     report, pages, folder = _openmoji_scenes(args)
   else:
     report, pages, folder = _captions(args)
-  sampling = {**report.sampling, **sampling_flags.given_weights(args)}
+  sampling = {**report.sampling, **sampling_flags.given_precision(args)}
   report = dataclasses.replace(report, sampling=sampling)
   print(report.text())
   files = {f'{name}.png': output_folder.png(page) for name, page in pages.items()}
@@ -173,7 +173,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _load(args: argparse.Namespace):
-  return parti_jax.load(args.model, ranker=args.ranker, **sampling_flags.given_weights(args))
+  return parti_jax.load(args.model, ranker=args.ranker, **sampling_flags.given_precision(args))
 
 
 def _openmoji(args: argparse.Namespace):
@@ -267,7 +267,7 @@ def _captions(args: argparse.Namespace):
       'num_captions': args.num_captions,
       'seed': args.seed,
       'num_images': args.num_images,
-      'sampling': sampling | sampling_flags.given_weights(args),
+      'sampling': sampling | sampling_flags.given_precision(args),
       'captions': output_folder.fingerprint(*(text.encode() for text in captioned.captions)),
       'model': output_folder.model_fingerprint(args.model),
       # Of one picture for each caption the ranker has nothing to choose.
@@ -346,7 +346,7 @@ def _check_flags(args: argparse.Namespace):
       f'{features.INCEPTION_FILE}'
     )
   sampling_flags.given(args)
-  sampling_flags.given_weights(args)
+  sampling_flags.given_precision(args)
   if args.dataset == 'openmoji_scenes' and args.inception_weights is not None:
     raise UserError(
       '--inception_weights does not apply to --dataset=openmoji_scenes, whose pictures are judged one '

@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     '--seed', type=int, default=0, help='seed of the pictures (default: %(default)s)'
   )
   sampling_flags.add_arguments(parser)
-  sampling_flags.add_weights(parser)
+  sampling_flags.add_precision(parser)
   parser.add_argument(
     '--batch_size',
     type=int,
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
 
   folder = compilation_cache.enable()
   start_cache.use(None if user_modules.loaded() else folder)
-  model = text_to_image.load(args.model, ranker=args.ranker, **sampling_flags.given_weights(args))
+  model = text_to_image.load(args.model, ranker=args.ranker, **sampling_flags.given_precision(args))
   garbage.resume()
   with warnings.catch_warnings():
     warnings.simplefilter('always', UserWarning)
@@ -157,7 +157,7 @@ def _check_flags(args: argparse.Namespace):
   """Raises UserError for invalid flags, before anything slow happens."""
   sampling_flags.check_numbers(args, 'num_images', 'batch_size', 'display_size')
   sampling_flags.given(args)
-  sampling_flags.given_weights(args)
+  sampling_flags.given_precision(args)
   folder = pathlib.Path(args.output_dir)
   existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
   if not existing.is_dir():

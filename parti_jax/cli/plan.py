@@ -49,6 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser):
     '(default: %(default)s)',
   )
   parser.add_argument(
+    '--cache',
+    default='float',
+    metavar='NAME',
+    help='how sampling holds keys and values: float, in the dtype of the computation, or int8 '
+    '(default: %(default)s)',
+  )
+  parser.add_argument(
     '--json',
     metavar='FILE',
     help='write the plan to this file as JSON; with --search, write a line for each '
@@ -102,8 +109,10 @@ def run(args: argparse.Namespace) -> int:
   if args.traffic < 0:
     raise errors.UserError(f'--traffic={args.traffic} must be at least 0')
   sampling_settings.check_weights(args.weights)
-  if args.weights != 'float' and args.what != 'sample':
-    raise errors.UserError(f'--weights={args.weights} only applies to --what=sample')
+  sampling_settings.check_cache(args.cache)
+  for name in ('weights', 'cache'):
+    if getattr(args, name) != 'float' and args.what != 'sample':
+      raise errors.UserError(f'--{name}={getattr(args, name)} only applies to --what=sample')
   from parti_jax.planning import plan as plan_lib
   from parti_jax.planning import request as request_lib
   from parti_jax.planning import search
@@ -116,6 +125,7 @@ def run(args: argparse.Namespace) -> int:
     args.batch_size,
     not args.unguided,
     args.weights,
+    args.cache,
   )
   if args.search:
     return search.run(request, args.search_limit, args.json)

@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     '--seed', type=int, default=0, help='seed of the pictures (default: %(default)s)'
   )
   sampling_flags.add_arguments(parser)
-  sampling_flags.add_weights(parser)
+  sampling_flags.add_precision(parser)
   parser.add_argument(
     '--batch_size',
     type=int,
@@ -94,17 +94,17 @@ def run(args: argparse.Namespace) -> int:
   sampling = {
     name: value for name, value in sampling_flags.given(args).items() if value is not None
   }
-  weights = sampling_flags.given_weights(args)
+  precision = sampling_flags.given_precision(args)
   prompts = prompts_file.read(args.file)[: args.max_prompts]
   compilation_cache.enable()
-  model = parti_jax.load(args.model, ranker=args.ranker, **weights)
+  model = parti_jax.load(args.model, ranker=args.ranker, **precision)
   folder = output_folder.make(args.output_dir)
   output_folder.claim(
     folder,
     {
       'num_images': args.num_images,
       'seed': args.seed,
-      'sampling': sampling | weights,
+      'sampling': sampling | precision,
       'model': output_folder.model_fingerprint(args.model),
       'ranker': output_folder.ranker_fingerprint(args.ranker),
     },
@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
   _draw(model, prompts, folder, args, sampling)
   ranked = model.ranker is not None
   results = [_result(folder, prompt) for prompt in prompts]
-  for path in _write_pages(folder, results, ranked, args, model.model_name, sampling | weights):
+  for path in _write_pages(folder, results, ranked, args, model.model_name, sampling | precision):
     print(path)
   return 0
 

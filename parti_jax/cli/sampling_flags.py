@@ -10,7 +10,7 @@ from parti_jax.core import checks
 from parti_jax.exported_model import sampling_settings
 
 _DEFAULTS = sampling_settings.SamplingSettings()
-_DEFAULT_WEIGHTS = 'float'
+_DEFAULT_PRECISION = 'float'
 
 
 def add_arguments(
@@ -104,22 +104,32 @@ def given(args: argparse.Namespace) -> dict:
   return values
 
 
-def add_weights(parser: argparse.ArgumentParser):
-  """Adds --weights, which `parti_jax.load` takes; the default is None."""
+def add_precision(parser: argparse.ArgumentParser):
+  """Adds --weights and --cache, which `parti_jax.load` takes; the defaults are None."""
   parser.add_argument(
     '--weights',
     metavar='NAME',
     help="how to hold the decoder's weights: float, or int8, which takes half of their memory on a "
     'GPU or TPU (default: float)',
   )
+  parser.add_argument(
+    '--cache',
+    metavar='NAME',
+    help='how to hold the keys and values of the text and of earlier image tokens: float, or int8, '
+    'which takes half of their memory on a GPU or TPU (default: float)',
+  )
 
 
-def given_weights(args: argparse.Namespace) -> dict[str, Any]:
-  """Returns {'weights': a name}, or {} if they are the default's.
+def given_precision(args: argparse.Namespace) -> dict[str, Any]:
+  """Returns the names that --weights and --cache give, without those of the defaults.
 
   Raises:
-    UserError: if the name is unknown.
+    UserError: if a name is unknown.
   """
-  if args.weights is None or sampling_settings.check_weights(args.weights) == _DEFAULT_WEIGHTS:
-    return {}
-  return {'weights': args.weights}
+  checks_of = {'weights': sampling_settings.check_weights, 'cache': sampling_settings.check_cache}
+  given_names = {
+    name: check(getattr(args, name))
+    for name, check in checks_of.items()
+    if getattr(args, name) is not None
+  }
+  return {name: value for name, value in given_names.items() if value != _DEFAULT_PRECISION}

@@ -26,6 +26,8 @@ SPECULATIVE_RULES = ('ratio', 'equal')
 
 # How a loaded model holds the weights of its decoder.
 WEIGHTS = ('float', 'int8')
+# How sampling holds the keys and values of the text and of earlier image tokens.
+CACHES = ('float', 'int8')
 
 LARGEST_SEED = 2**32 - 1
 # Within these bounds, guided logits of up to 1e12 stay finite in float32 after division by the
@@ -187,6 +189,15 @@ class SamplingSettings:
 
 def check_weights(weights: str) -> str:
   """Returns a name in WEIGHTS; raises UserError if it is none."""
-  if weights not in WEIGHTS:
-    raise UserError(f'weights={checks.shown(weights)} is not one of {", ".join(WEIGHTS)}')
-  return weights
+  return _one_of('weights', weights, WEIGHTS)
+
+
+def check_cache(cache: str) -> str:
+  """Returns a name in CACHES; raises UserError if it is none."""
+  return _one_of('cache', cache, CACHES)
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> str:
+  if value not in known:
+    raise UserError(f'{name}={checks.shown(value)} is not one of {", ".join(known)}')
+  return value

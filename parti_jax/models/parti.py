@@ -87,7 +87,10 @@ class Parti(nn.Module):
     return self.image_decoder.logits_from(outputs)
 
   def encode_text(
-    self, text_tokens: Int[Array, 'batch text_length'], length: int | None = None
+    self,
+    text_tokens: Int[Array, 'batch text_length'],
+    length: int | None = None,
+    int8_cache: bool = False,
   ) -> transformer.DecoderState:
     """Encodes texts for sampling, which continues with `token_decoder.TokenDecoder` alone.
 
@@ -102,6 +105,7 @@ class Parti(nn.Module):
       self.text_encoder(text_tokens),
       text_encoders.text_mask(self.config, text_tokens),
       self.config.image_length if length is None else length,
+      int8_cache: whether to hold keys and values in int8.
     )
 
 
@@ -110,6 +114,7 @@ def example_inputs(
 ) -> tuple[Int[Array, 'batch text_length'], Int[Array, 'batch image_length']]:
   """Returns arrays with the shapes and dtypes of the arguments of `Parti`, for initialization."""
   return (
+      int8_cache,
     jnp.ones((batch, config.text_length), jnp.int32),
     jnp.zeros((batch, config.image_length), jnp.int32),
   )

@@ -78,14 +78,14 @@ def of_sampling(
   chip: chips.Chip | None,
   devices: int,
   bytes_per_weight: int = 2,
+  bytes_per_key: int = 2,
 ) -> list[Candidate]:
   """Returns candidates for a sampling step like `of_training`; reading memory bounds a step."""
   found = []
   weights = model.decoder_layers * (6 * model.width**2 + 2 * model.width * model.mlp_width)
   kernels = bytes_per_weight * weights
-  cache = (
-    4 * sequences * model.decoder_layers * model.width * (model.image_length + model.text_length)
-  )
+  length = model.image_length + model.text_length
+  cache = 2 * bytes_per_key * sequences * model.decoder_layers * model.width * length
   for mesh in meshes(model, devices, 1, stages=False):
     if images % (mesh['data'] * mesh['fsdp']):
       continue

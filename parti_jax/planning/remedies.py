@@ -49,6 +49,8 @@ def _of_sampling(plan) -> list[str]:
   batch = plan['batch_size']
   if plan['settings']['weights'] == 'float':
     lines.append("--weights=int8: half the decoder's parameters")
+  if plan['settings']['cache'] == 'float':
+    lines.append('--cache=int8: half the bytes of keys and values')
   if batch // 2 and (batch // 2) % (mesh['data'] * mesh['fsdp']) == 0:
     lines.append(f'--batch_size={batch // 2}: half the cache')
   if mesh['data'] > 1 and mesh['data'] % 2 == 0:

@@ -101,6 +101,7 @@ def candidates(request: request_lib.Request) -> list[candidates_lib.Candidate]:
       topology.chip,
       devices,
       bytes_per_weight=1 if request.weights == 'int8' else 2,
+      bytes_per_key=1 if request.cache == 'int8' else 2,
     )
   config = steps.train_config()
   model = config.objective.model
@@ -141,7 +142,7 @@ def compile_in_process(
       command.append(f'--batch_size={request.batch_size}')
     if not request.guided:
       command.append('--unguided')
-    command.append(f'--weights={request.weights}')
+    command += [f'--weights={request.weights}', f'--cache={request.cache}']
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if output.exists():
       return json.loads(output.read_text(encoding='utf-8')), None

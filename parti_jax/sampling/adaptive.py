@@ -257,7 +257,9 @@ def init_states(
     sampling: how to sample.
     length: an argument of `decoding.init_state`.
   """
-  init_state = functools.partial(decoding.init_state, config, params, length=length)
+  init_state = functools.partial(
+    decoding.init_state, config, params, length=length, cache=sampling.cache
+  )
   if not sampling.guided:
     return (init_state(text_tokens),)
   if sampling.skip_threshold is None:

@@ -58,6 +58,7 @@ class Sampling(flax.struct.PyTreeNode):
       0 samples one token after the other.
     drafts: how to draft tokens at new positions of the window.
     rule: how to accept drafts.
+    cache: how to hold keys and values, a name in `sampling_settings.CACHES`.
     guided: whether to compute the logits without text too.
     greedy: whether to take the likeliest token instead of sampling.
     filtered: whether `top_k` or `top_p` excludes tokens.
@@ -72,12 +73,15 @@ class Sampling(flax.struct.PyTreeNode):
   window: int = flax.struct.field(pytree_node=False, default=0)
   drafts: str = flax.struct.field(pytree_node=False, default='left')
   rule: str = flax.struct.field(pytree_node=False, default='ratio')
+  cache: str = flax.struct.field(pytree_node=False, default='float')
   guided: bool = flax.struct.field(pytree_node=False, default=False)
   greedy: bool = flax.struct.field(pytree_node=False, default=False)
   filtered: bool = flax.struct.field(pytree_node=False, default=False)
 
   @classmethod
-  def of(cls, settings: sampling_settings.SamplingSettings, length: int) -> Sampling:
+  def of(
+    cls, settings: sampling_settings.SamplingSettings, length: int, cache: str = 'float'
+  ) -> Sampling:
     """Converts checked settings, for pictures of `length` image tokens."""
     guidance_scale, temperature, top_k, top_p = settings.arrays(length)
     exit_threshold, skip_threshold = settings.thresholds
@@ -91,6 +95,7 @@ class Sampling(flax.struct.PyTreeNode):
       window=min(settings.speculative_window, length),
       drafts=settings.speculative_drafts,
       rule=settings.speculative_rule,
+      cache=cache,
       guided=settings.guided,
       greedy=settings.greedy,
       filtered=settings.filtered,
@@ -254,7 +259,7 @@ def choose(
 
 
 def in_cache_layout(state: transformer.DecoderState) -> transformer.DecoderState:
-  """Lays out the caches of a state as CACHE_LAYOUT on a TPU."""
+  """Lays out the caches of a state as CACHE_LAYOUT on a TPU; scales have positions last anyway."""
   if mesh_lib.platform() != 'tpu':
     return state
 
@@ -267,7 +272,8 @@ def in_cache_layout(state: transformer.DecoderState) -> transformer.DecoderState
     constrain = jax.shard_map(
       constrain, in_specs=spec, out_specs=spec, check_vma=False, axis_names=rules_lib.free_axes()
     )
-  return state.replace(caches=jax.tree.map(constrain, state.caches))
+  of_vectors = lambda part: constrain(part) if part.ndim == 4 else part
+  return state.replace(caches=jax.tree.map(of_vectors, state.caches))
 
 
 def _grow(
@@ -276,14 +282,14 @@ def _grow(
   """Enlarges the caches of a state, with empty slots, for the first `length` positions."""
 
   def grow(cache, num_slots):
-    return jnp.pad(cache, ((0, 0), (0, 0), (0, num_slots - cache.shape[2]), (0, 0)))
+    more = (0, num_slots - cache.shape[2])
+    return jnp.pad(cache, [more if axis == 2 else (0, 0) for axis in range(cache.ndim)])
 
-  return state.replace(
-    caches=[
-      tuple(grow(part, config.layer_pattern(layer).num_slots(length)) for part in cache)
-      for layer, cache in enumerate(state.caches)
-    ]
-  )
+  grown = []
+  for layer, cache in enumerate(state.caches):
+    num_slots = config.layer_pattern(layer).num_slots(length)
+    grown.append(jax.tree.map(functools.partial(grow, num_slots=num_slots), cache))
+  return state.replace(caches=grown)
 
 
 def _segment_ends(patterns) -> list[int]:
@@ -300,6 +306,7 @@ def init_state(
   params: dict[str, Any],
   text_tokens: Int32[Array, 'batch text_length'],
   length: int | None = None,
+  cache: str = 'float',
 ) -> transformer.DecoderState:
   """Encodes texts and returns the decoder's state before the first token.
 
@@ -309,10 +316,11 @@ def init_state(
     text_tokens: tokens of the prompts, padded with 0.
     length: number of positions that the caches can hold; by default as many as `scan_positions`
       starts with.
+    cache: how to hold keys and values, a name in `sampling_settings.CACHES`.
   """
   apply: Callable[..., Any] = parti_lib.Parti(config).apply
   length = _segment_ends(config.patterns)[0] if length is None else length
-  return apply({'params': params}, text_tokens, length, method='encode_text')
+  return apply({'params': params}, text_tokens, length, cache == 'int8', method='encode_text')
 
 
 def scan_positions(
@@ -397,8 +405,7 @@ def sample_tokens(
       uses, and the window, which `speculative.sample_tokens` uses.
   """
   sampling = sampling.at_each_position(config.image_length)
-  state = init_state(
-    config, params, with_and_without(config, text_tokens) if sampling.guided else text_tokens
-  )
+  texts = with_and_without(config, text_tokens) if sampling.guided else text_tokens
+  state = init_state(config, params, texts, cache=sampling.cache)
   step = functools.partial(sample_step, config, params, keys, sampling)
   return scan_positions(config, step, len(keys), state).T

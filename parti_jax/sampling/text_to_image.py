@@ -68,6 +68,7 @@ class Result:
     upscaled: the pictures enlarged by the model's super-resolution, which are then shown and saved
       in place of `images`; None if they were not enlarged.
     weights: the model's `TextToImage.weights`.
+    cache: the model's `TextToImage.cache`.
   """
 
   images: UInt8[np.ndarray, 'prompts num_images height width 3']
@@ -82,6 +83,7 @@ class Result:
   image_index: Int32[np.ndarray, 'prompts num_images'] | None = None
   upscaled: UInt8[np.ndarray, 'prompts num_images _ _ 3'] | None = None
   weights: str = 'float'
+  cache: str = 'float'
 
   def pil(self) -> list[list[Image.Image]]:
     """Returns PIL images, a list of `num_images` for each prompt."""
@@ -151,8 +153,9 @@ class Result:
       for name, value in dataclasses.asdict(self.settings).items()
       if self.settings.speculative_window or not name.startswith('speculative_')
     }
-    if self.weights != 'float':
-      settings['weights'] = self.weights
+    for name in ('weights', 'cache'):
+      if getattr(self, name) != 'float':
+        settings[name] = getattr(self, name)
     if self.upscaled is not None:
       settings['upscaled'] = str(self.upscaled.shape[2] // self.images.shape[2])
     return {'seed': str(self.seed), **settings, 'model': self.model}
@@ -165,6 +168,7 @@ class TextToImage:
     model_name: name of the model, for the pictures' metadata.
     sampling: default settings of `generate`.
     weights: how the decoder's weights are held, a name in `sampling_settings.WEIGHTS`.
+    cache: how sampling holds keys and values, a name in `sampling_settings.CACHES`.
     provenance: what the model folder says about the training.
   """
 
@@ -176,6 +180,7 @@ class TextToImage:
     rules=None,
     ranker: str | os.PathLike[str] | None = None,
     weights: str = 'float',
+    cache: str = 'float',
   ):
     """Puts a model on the devices.
 
@@ -186,12 +191,14 @@ class TextToImage:
       rules: logical axis rules for the mesh; by default those of `rules.logical_axis_rules`.
       ranker: folder of a ranker to use instead of the model's own.
       weights: an argument of `load`.
+      cache: an argument of `load`.
 
     Raises:
       UserError: if the mesh does not divide a parameter, the vocabulary or the ranker can't be
-        read, or `weights` is unknown.
+        read, or `weights` or `cache` is unknown.
     """
     self.weights = sampling_settings.check_weights(weights)
+    self.cache = sampling_settings.check_cache(cache)
     self.model_name = model_name
     self.sampling = model.sampling
     self.provenance = model.provenance
@@ -306,7 +313,7 @@ class TextToImage:
     num_images = checks.count('num_images', num_images)
     seed = checks.whole_number('seed', seed, 0, sampling_settings.LARGEST_SEED)
     settings = self.sampling.replace(**sampling)
-    sampled = decoding.Sampling.of(settings, self._config.image_length)
+    sampled = decoding.Sampling.of(settings, self._config.image_length, self.cache)
     total = len(prompts) * num_images
     first = placement.first_indices(first_index, len(prompts), num_images)
     texts = self._encode(prompts)
@@ -326,6 +333,7 @@ class TextToImage:
       passes,
       image_index=index,
       weights=self.weights,
+      cache=self.cache,
     )
     result = self._ranked(result) if rank else result
     if not upscale:
@@ -513,7 +521,7 @@ class TextToImage:
       * config.decoder_layers
       * config.image_length
       * config.width
-      * config.compute_dtype.itemsize
+      * (1 if self.cache == 'int8' else config.compute_dtype.itemsize)
       * (2 if guided else 1)
     )
     most = _MOST_AT_ONCE.get(jax.default_backend(), _MOST_AT_ONCE_ELSEWHERE)
@@ -530,6 +538,7 @@ def load(
   rules=None,
   ranker=None,
   weights: str = 'float',
+  cache: str = 'float',
 ) -> TextToImage:
   """Loads a model.
 
@@ -541,15 +550,19 @@ def load(
       `parti-jax import ranker` wrote, or a model folder.
     weights: 'float' holds the decoder's weights in float32 on a CPU and in bfloat16 elsewhere;
       'int8' rounds them to 8 bits.
+    cache: 'float' holds the keys and values of the text and of earlier image tokens in the dtype of
+      the decoder's computation; 'int8' rounds them to 8 bits.
 
   Raises:
     UserError: if a folder is missing, unfinished, damaged, or not a model folder, or if `weights`
-      is unknown.
+      or `cache` is unknown.
   """
   sampling_settings.check_weights(weights)
+  sampling_settings.check_cache(cache)
   path = None if path is None else checks.text('path', path)
   if path is not None and storage.is_url(path):
-    return TextToImage(model_folder.load(path), storage.name(path), mesh, rules, ranker, weights)
+    name = storage.name(path)
+    return TextToImage(model_folder.load(path), name, mesh, rules, ranker, weights, cache)
   folder = pathlib.Path(DEMO_FOLDER if path is None else path)
   if (folder / 'checkpoints').is_dir() and not (folder / model_folder.CONFIG_FILE).exists():
     raise UserError(
@@ -557,7 +570,7 @@ def load(
       'from them'
     )
   name = 'demo' if path is None else os.path.basename(os.path.abspath(folder))
-  return TextToImage(model_folder.load(folder), name, mesh, rules, ranker, weights)
+  return TextToImage(model_folder.load(folder), name, mesh, rules, ranker, weights, cache)
 
 
 def _memory() -> float:

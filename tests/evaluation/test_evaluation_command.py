@@ -19,7 +19,7 @@ def fixture_pipeline(monkeypatch):
   pipeline = fakes.FakePipeline(lambda caption, index: fakes.render(caption))
   # Set in its dictionary: setattr would first get the real one, and so import JAX.
   monkeypatch.setitem(
-    vars(parti_jax), 'load', lambda path=None, ranker=None, weights='float': pipeline
+    vars(parti_jax), 'load', lambda path=None, ranker=None, weights='float', cache='float': pipeline
   )
   monkeypatch.setattr(openmoji, 'pictures', fakes.small_set)
   monkeypatch.setattr(openmoji, 'render', fakes.render)
@@ -48,6 +48,8 @@ def test_prints_the_table_and_writes_reports_and_sheets(pipeline, tmp_path, caps
     '4',
     '--weights',
     'int8',
+    '--cache',
+    'int8',
   )
   assert status == 0
   assert sorted(path.name for path in folder.iterdir()) == [
@@ -60,6 +62,7 @@ def test_prints_the_table_and_writes_reports_and_sheets(pipeline, tmp_path, caps
   assert content['num_images'] == 2 and content['sampling'] == {
     'guidance_scale': 1.5,
     'weights': 'int8',
+    'cache': 'int8',
   }
   assert (folder / 'report.md').read_text().startswith('# Evaluation on OpenMoji\n')
   assert Image.open(folder / 'validation.png').width > 3 * 128

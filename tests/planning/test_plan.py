@@ -245,6 +245,23 @@ def test_a_sampling_step_reads_a_byte_for_each_int8_weight(weights, expected):
   )
 
 
+@pytest.mark.parametrize('cache, bytes_of_vector', [('float', 2 * 16), ('int8', 16 + 4)])
+def test_a_sampling_step_reads_a_byte_for_each_number_of_an_int8_cache(cache, bytes_of_vector):
+  bindings = (*SMALL, 'make_mesh.data=2', 'make_mesh.fsdp=1', 'make_mesh.tensor=2')
+  gin_config.parse((RUN,), bindings, data=False)
+  mesh = mesh_lib.make_mesh(devices=jax.devices()[:4])
+  request = request_lib.Request('sample', 'cpu:4', (RUN,), bindings, 8, cache=cache)
+  step, config = steps.sampling_step(request, mesh), steps.sampled_config()
+  assert config.width // config.heads == 16
+  read = sum(pattern.read(0, pattern.num_slots(16))[1] for pattern in config.patterns)
+  read *= config.decoder_layers // len(config.patterns)
+  read += config.decoder_layers * config.text_length
+  # Keys and values of 16 sequences and all heads, of which each device has a quarter.
+  assert step.ideal_bytes['cache'] == 2 * read * 16 * config.heads * bytes_of_vector / 4
+  assert step.settings['cache'] == cache
+  assert len(jax.tree.leaves(step.lower().out_info)) == 1 + (2 if cache == 'float' else 4) * 2
+
+
 @pytest.mark.tpu_compile
 def test_a_step_on_a_tpu(tpu_devices, capfd, tmp_path):
   del tpu_devices
@@ -298,9 +315,13 @@ def test_two_devices_on_a_chip(tpu_devices):
   assert plan['memory']['capacity'] == 94.75 * 2**30
 
 
-@pytest.mark.parametrize('weights', ['float', 'int8'])
+@pytest.mark.parametrize(
+  'weights, cache_dtype', [('float', 'float'), ('int8', 'float'), ('int8', 'int8')]
+)
 @pytest.mark.tpu_compile
-def test_a_sampling_step_on_a_tpu_moves_parameters_and_cache_once(tpu_devices, weights):
+def test_a_sampling_step_on_a_tpu_moves_parameters_and_cache_once(
+  tpu_devices, weights, cache_dtype
+):
   del tpu_devices
   sizes = (
     'PartiConfig.width=1024',
@@ -311,11 +332,13 @@ def test_a_sampling_step_on_a_tpu_moves_parameters_and_cache_once(tpu_devices, w
     'make_mesh.tensor=4',
     'make_mesh.fsdp=1',
   )
-  plan = plan_lib.make(
-    request_lib.Request('sample', 'v5e:2x2', (RUN,), SMALL + sizes, 64, weights=weights)
+  request = request_lib.Request(
+    'sample', 'v5e:2x2', (RUN,), SMALL + sizes, 64, weights=weights, cache=cache_dtype
   )
+  plan = plan_lib.make(request)
   # Heads of 64 are not padded to 128, neither in memory nor on their way.
-  cache = 2 * 2 * 128 * 16 * 1024 * 64 * 2 / 4
+  bytes_of_vector = 2 * 64 if cache_dtype == 'float' else 64 + 4
+  cache = 2 * 2 * 128 * 16 * 1024 * bytes_of_vector / 4
   assert plan['bytes']['ideal']['cache'] == pytest.approx(cache, rel=0.01)
   assert plan['memory']['outputs'] == pytest.approx(cache, rel=0.01)
   assert plan['memory']['aliased'] == pytest.approx(cache, rel=0.01)
@@ -412,11 +435,15 @@ def test_remedies_of_a_training_step(trained):
   assert 'it does not fit by 8.00 GiB a device: XLA says: Used 40G' in text
 
 
-@pytest.mark.parametrize('weights', ['float', 'int8'])
-def test_remedies_of_a_sampling_step(weights):
+@pytest.mark.parametrize('name', ['weights', 'cache'])
+@pytest.mark.parametrize('value', ['float', 'int8'])
+def test_remedies_of_a_sampling_step(name, value):
   mesh = {'stage': 1, 'data': 2, 'fsdp': 1, 'tensor': 2}
-  plan = {'what': 'sample', 'mesh': mesh, 'batch_size': 64, 'settings': {'weights': weights}}
-  assert any('--weights=int8' in line for line in remedies.of(plan)) == (weights == 'float')
+  settings = {'weights': 'int8', 'cache': 'int8', name: value}
+  plan = {'what': 'sample', 'mesh': mesh, 'batch_size': 64, 'settings': settings}
+  found = remedies.of(plan)
+  assert any(f'--{name}=int8: ' in line for line in found) == (value == 'float')
+  assert sum('=int8' in line for line in found) == (value == 'float')
 
 
 def test_a_table_of_plans(trained, tmp_path, capsys):
@@ -449,6 +476,7 @@ def test_a_file_that_is_not_a_plan(text, tmp_path):
     (flags('--topology=cpu:8', '--batch_size=9'), 'train.batch_size=9 is not divisible'),
     (flags('--topology=cpu:8', '--what=sample', '--batch_size=9'), '--batch_size=9 images'),
     (flags('--topology=cpu:8', '--weights=int8'), '--weights=int8 only applies to --what=sample'),
+    (flags('--topology=cpu:8', '--cache=int8'), '--cache=int8 only applies to --what=sample'),
     (flags('--topology=cpu:8', bindings=('PartiConfig.widht=3',)), 'did you mean'),
     (flags('--topology=cpu:8', bindings=('make_mesh.tensor=3',)), 'make_mesh.tensor=3'),
   ],

@@ -268,7 +268,9 @@ def test_samples_with_a_scale_of_1_need_no_pass_without_text(monkeypatch, scale,
   monkeypatch.setattr(frozen_tokenizer, 'load_for', lambda *_: loaded)
   found, init_state = [], decoding.init_state
   monkeypatch.setattr(
-    decoding, 'init_state', lambda *args: found.append(args[2].shape[0]) or init_state(*args)
+    decoding,
+    'init_state',
+    lambda *args, **more: found.append(args[2].shape[0]) or init_state(*args, **more),
   )
   draw, inputs = objective.painter()
   batch = {'encoder_input_tokens': jnp.ones((2, 3), jnp.int32)}

@@ -27,6 +27,7 @@ from parti_jax.models.nn import attention_cudnn
 from parti_jax.models.nn import attention_kernel
 from parti_jax.models.nn import attention_patterns
 from parti_jax.models.nn import layers
+from parti_jax.models.nn import quantization
 
 # Sequences of at least this length are attended to in blocks of queries.
 _BLOCKWISE_FROM = 512
@@ -34,9 +35,8 @@ _BLOCK = {'global': 256, 'conv': 128}
 
 # Keys and values of one layer's cache, with heads before positions. Each head's matrix is then
 # contiguous in memory, and a sampling step reads the cache without transposing a copy of it.
-KeysValues = tuple[
-  Float[Array, 'batch heads slots head_dim'], Float[Array, 'batch heads slots head_dim']
-]
+CachePart = Float[Array, 'batch heads slots head_dim'] | quantization.QuantizedVectors
+KeysValues = tuple[CachePart, CachePart]
 
 
 def attend(
@@ -221,17 +221,54 @@ def _call_chosen(
 
 def attend_cached(
   query: Float[Array, 'batch length heads head_dim'],
-  keys: Float[Array, 'batch heads key_length head_dim'],
-  values: Float[Array, 'batch heads key_length head_dim'],
+  keys: Float[Array, 'batch heads key_length head_dim'] | quantization.QuantizedVectors,
+  values: Float[Array, 'batch heads key_length head_dim'] | quantization.QuantizedVectors,
   mask: Bool[Array, 'key_length']
   | Bool[Array, 'length key_length']
   | Bool[Array, '#batch 1 #length key_length'],
 ) -> Float[Array, 'batch length heads head_dim']:
-  """`attend` over keys and values in the layout of `KeysValues`."""
+  """`attend` over keys and values in the layout of `KeysValues`.
+
+  The scales of int8 keys multiply the scores, those of values the weights.
+  """
   scale = query.shape[-1] ** -0.5
-  scores = jnp.einsum('bqhd,bhkd->bhqk', query * scale, keys, preferred_element_type=jnp.float32)
-  weights = _masked_softmax(scores, mask).astype(query.dtype)
-  return jnp.einsum('bhqk,bhkd->bqhd', weights, values)
+  numbers = _numbers(keys, query)
+  scores = jnp.einsum('bqhd,bhkd->bhqk', query * scale, numbers, preferred_element_type=jnp.float32)
+  weights = _masked_softmax(_scaled(scores, keys), mask)
+  weights = _scaled(weights, values).astype(query.dtype)
+  return jnp.einsum('bhqk,bhkd->bqhd', weights, _numbers(values, query))
+
+
+def _numbers(
+  part: CachePart, query: Float[Array, 'batch length heads head_dim']
+) -> Float[Array, 'batch heads key_length head_dim']:
+  """Returns keys or values without their scales, in the dtype of the queries if they are int8."""
+  if isinstance(part, quantization.QuantizedVectors):
+    return quantization.converted(part.values, query.dtype, query)
+  return part
+
+
+def _scaled(
+  scores: Float[Array, 'batch heads query_length key_length'], part: CachePart
+) -> Float[Array, 'batch heads query_length key_length']:
+  """Multiplies what belongs to each key or value by its scale, if it has one."""
+  if isinstance(part, quantization.QuantizedVectors):
+    return scores * part.scale[:, :, None]
+  return scores
+
+
+def _in_form_of(
+  part: CachePart, new: Float[Array, 'batch length heads head_dim']
+) -> Float[Array, 'batch heads length head_dim'] | quantization.QuantizedVectors:
+  """Converts new keys or values to the layout and the dtype of a cache's."""
+  new = new.swapaxes(1, 2)
+  if isinstance(part, quantization.QuantizedVectors):
+    return quantization.quantize_vectors(new)
+  return new.astype(part.dtype)
+
+
+def _num_slots(cache: KeysValues) -> int:
+  return jax.tree.leaves(cache)[0].shape[2]
 
 
 def write_cache(
@@ -253,8 +290,8 @@ def write_cache(
   Returns:
     The updated cache. If there are more positions than slots, it holds the last ones.
   """
-  num_slots, length = cache[0].shape[2], key.shape[1]
-  new_key, new_value = (part.swapaxes(1, 2).astype(cache[0].dtype) for part in (key, value))
+  num_slots, length = _num_slots(cache), key.shape[1]
+  new = tuple(_in_form_of(*parts) for parts in zip(cache, (key, value)))
   if position.ndim:
     assert length == 1, '`write_counted` writes several positions of each row'
     slots = pattern.slot_of(position, num_slots)
@@ -267,7 +304,7 @@ def write_cache(
     kept = min(length, num_slots)
     at = pattern.slot_of(position + jnp.arange(length - kept, length), num_slots)
     write = lambda old, new: old.at[:, :, at].set(new[:, :, length - kept :], unique_indices=True)
-  return write(cache[0], new_key), write(cache[1], new_value)
+  return jax.tree.map(write, cache, new)
 
 
 def write_counted(
@@ -291,17 +328,16 @@ def write_counted(
   Returns:
     The updated cache. If there are more positions than slots, it holds the last ones.
   """
-  num_slots, ahead = cache[0].shape[2], jnp.arange(key.shape[1])
+  num_slots, ahead = _num_slots(cache), jnp.arange(key.shape[1])
   kept = (ahead < count[:, None]) & (ahead >= count[:, None] - num_slots)
   slots = pattern.slot_of(position[:, None] + ahead, num_slots)
   at = jnp.where(kept, slots, num_slots + ahead)  # A slot that doesn't exist is not written.
 
-  @jax.vmap
-  def write(old, new, at):
-    new = new.swapaxes(0, 1).astype(old.dtype)
-    return old.at[:, at].set(new, mode='drop', unique_indices=True)
+  def write(old, new):
+    write_row = lambda old, new, at: old.at[:, at].set(new, mode='drop', unique_indices=True)
+    return jax.tree.map(lambda *parts: jax.vmap(write_row)(*parts, at), old, _in_form_of(old, new))
 
-  return write(cache[0], key, at), write(cache[1], value, at)
+  return write(cache[0], key), write(cache[1], value)
 
 
 def read_cache(
@@ -309,8 +345,8 @@ def read_cache(
   position: Int[Array, ''] | Int[Array, 'batch'],
   pattern: attention_patterns.AttentionPattern,
 ) -> tuple[
-  Float[Array, 'batch heads count head_dim'],
-  Float[Array, 'batch heads count head_dim'],
+  Float[Array, 'batch heads count head_dim'] | quantization.QuantizedVectors,
+  Float[Array, 'batch heads count head_dim'] | quantization.QuantizedVectors,
   Bool[Array, 'count'] | Bool[Array, 'batch 1 1 count'],
 ]:
   """Reads what one position attends to from a cache that already holds this position.
@@ -323,21 +359,23 @@ def read_cache(
   Returns:
     Keys, values, and a mask of those that the position attends to.
   """
-  keys, values = cache
-  num_slots = keys.shape[2]
+  num_slots = _num_slots(cache)
   if position.ndim:
     first, count, visible = pattern.read(position[:, None], num_slots)
     if count < num_slots:
       at = (first + jnp.arange(count))[:, None, :, None]
-      keys, values = (jnp.take_along_axis(part, at, axis=2, mode='clip') for part in cache)
-    return keys, values, visible[:, None, None]
+      take = lambda part: jnp.take_along_axis(
+        part, at if part.ndim == 4 else at[..., 0], axis=2, mode='clip'
+      )
+      cache = jax.tree.map(take, cache)
+    return *cache, visible[:, None, None]
   first, count, visible = pattern.read(position, num_slots)
   if count < num_slots:
     # A gather, because XLA on a CPU fuses a slice with the write of the newest position and then
     # copies the whole cache at every step.
     at = first + jnp.arange(count)
-    keys, values = (jnp.take(part, at, axis=2, mode='clip') for part in (keys, values))
-  return keys, values, visible
+    cache = jax.tree.map(lambda part: jnp.take(part, at, axis=2, mode='clip'), cache)
+  return *cache, visible
 
 
 def read_cache_and_chunk(
@@ -347,9 +385,9 @@ def read_cache_and_chunk(
   position: Int[Array, ''] | Int[Array, 'batch'],
   pattern: attention_patterns.AttentionPattern,
 ) -> tuple[
-  Float[Array, 'batch heads slots+length head_dim'],
-  Float[Array, 'batch heads slots+length head_dim'],
-  Bool[Array, 'length slots+length'] | Bool[Array, 'batch 1 length slots+length'],
+  Float[Array, 'batch heads slots_and_length head_dim'] | quantization.QuantizedVectors,
+  Float[Array, 'batch heads slots_and_length head_dim'] | quantization.QuantizedVectors,
+  Bool[Array, 'length slots_and_length'] | Bool[Array, 'batch 1 length slots_and_length'],
 ]:
   """Joins a cache with several new positions that it doesn't hold yet.
 
@@ -368,11 +406,11 @@ def read_cache_and_chunk(
   """
   position = position[:, None] if position.ndim else position
   new = position + jnp.arange(key.shape[1])
-  held = pattern.positions_in_slots(position, cache[0].shape[2])
+  held = pattern.positions_in_slots(position, _num_slots(cache))
   seen = jnp.concatenate([held, new], axis=-1)[..., None, :]
+  join = lambda *parts: jnp.concatenate(parts, axis=2)
   keys, values = (
-    jnp.concatenate([old, part.swapaxes(1, 2).astype(old.dtype)], axis=2)
-    for old, part in zip(cache, (key, value))
+    jax.tree.map(join, old, _in_form_of(old, part)) for old, part in zip(cache, (key, value))
   )
   mask = jnp.asarray((seen >= 0) & pattern.visible(new[..., None], seen))
   return keys, values, mask[:, None] if position.ndim else mask
@@ -596,7 +634,8 @@ class CrossAttention(nn.Module):
     x: Float[Array, 'batch query_length embed'],
     other: Float[Array, 'batch length features']
     | tuple[
-      Float[Array, 'batch heads length head_dim'], Float[Array, 'batch heads length head_dim']
+      Float[Array, 'batch heads length head_dim'] | quantization.QuantizedVectors,
+      Float[Array, 'batch heads length head_dim'] | quantization.QuantizedVectors,
     ],
     mask: Bool[Array, '#batch 1 1 length'] | None = None,
   ) -> Float[Array, 'batch query_length embed']:

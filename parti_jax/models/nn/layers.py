@@ -26,7 +26,6 @@ from jaxtyping import PyTree
 from jaxtyping import UInt32
 
 from parti_jax.models.nn import quantization
-from parti_jax.partitioning import mesh as mesh_lib
 
 # Checkpoint name, for remat policies, of the results of projections.
 PROJECTION_OUTPUT = 'projection_output'
@@ -135,13 +134,7 @@ class Projection(nn.Module):
       return kernel.astype(self.dtype), None
     if (kernel.values.shape, kernel.scale.shape) != (shape, self.features):
       raise ValueError(f'a kernel of shape {shape} with scales of shape {kernel.scale.shape}')
-    values = kernel.values
-    if mesh_lib.platform() != 'cpu':
-      # Makes the conversion depend on x. XLA could otherwise convert all kernels once before a loop
-      # over positions, and read them in the larger dtype at each. On a CPU, where a product reads a
-      # converted copy in any case, that is the faster way.
-      values, _ = jax.lax.optimization_barrier((values, x))
-    return values.astype(self.dtype), kernel.scale
+    return quantization.converted(kernel.values, self.dtype, x), kernel.scale
 
   def _scaled(
     self, product: Float[Array, '*places'], scale: Float32[Array, '*features'] | None

@@ -7,6 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 import flax.struct
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 from jaxtyping import Bool
@@ -18,16 +19,19 @@ from parti_jax.models.nn import attention
 from parti_jax.models.nn import attention_patterns
 from parti_jax.models.nn import layer_stack
 from parti_jax.models.nn import layers
+from parti_jax.models.nn import quantization
 
 # Keys and values of one layer's cross-attention to the text, with heads before positions.
-TextKeysValues = tuple[
-  Float[Array, 'batch heads text_length head_dim'], Float[Array, 'batch heads text_length head_dim']
-]
+_OfText = Float[Array, 'batch heads text_length head_dim'] | quantization.QuantizedVectors
+TextKeysValues = tuple[_OfText, _OfText]
 
 # Keys and values of some positions in one layer's self-attention.
 Entry = tuple[
   Float[Array, 'batch length heads head_dim'], Float[Array, 'batch length heads head_dim']
 ]
+
+# Logical axes of the keys and values of a cache; their scales in int8 lack the last one.
+_CACHE_AXES = ('activation_batch', 'activation_heads', 'activation_length', None)
 
 
 class EncoderBlock(nn.Module):
@@ -429,6 +433,7 @@ class Decoder(nn.Module):
     encoded: Float[Array, 'batch text_length features'],
     text_mask: Bool[Array, 'batch 1 1 text_length'],
     length: int,
+    int8_cache: bool = False,
   ) -> DecoderState:
     """Returns the state before the first position.
 
@@ -437,22 +442,33 @@ class Decoder(nn.Module):
       text_mask: True where a text token may be attended to.
       length: number of positions to decode. The cache of a layer has slots for those that later
         positions attend to.
+      int8_cache: whether to hold the keys and values of the text and of positions in int8.
     """
     texts = [_apply(self.block, params, encoded, method='keys_values') for params in self._layers()]
-    caches = []
+    if int8_cache:
+      texts = [jax.tree.map(quantization.quantize_vectors, text) for text in texts]
+    caches: list[attention.KeysValues] = []
     for number in range(self.num_layers):
       num_slots = self.patterns[number % len(self.patterns)].num_slots(length)
       shape = (encoded.shape[0], self.heads, num_slots, self.width // self.heads)
-      zeros = nn.with_logical_constraint(
-        jnp.zeros(shape, self.dtype),
-        ('activation_batch', 'activation_heads', 'activation_length', None),
-      )
-      caches.append((zeros, zeros))
+      empty: Any = _empty_int8(shape) if int8_cache else _zeros(shape, self.dtype)
+      caches.append((empty, empty))
     return DecoderState(jnp.int32(0), caches, texts, text_mask)
 
   def _layers(self) -> list[PyTree]:
     """Returns the parameters of each layer."""
     return layer_stack.unstacked(self.get_variable('params', 'layers'), self.num_layers)
+
+
+def _zeros(shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+  """Returns zeros of a cache, with its logical axes."""
+  return nn.with_logical_constraint(jnp.zeros(shape, dtype), _CACHE_AXES[: len(shape)])
+
+
+def _empty_int8(shape: tuple[int, ...]) -> quantization.QuantizedVectors:
+  return quantization.QuantizedVectors(
+    _zeros(shape, jnp.dtype(jnp.int8)), _zeros(shape[:-1], jnp.dtype(jnp.float32))
+  )
 
 
 def _apply(block: nn.Module, params: PyTree, *args, **kwargs) -> Any:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from parti_jax.models.nn import attention
 from parti_jax.models.nn import layers
 from parti_jax.models.nn import quantization
 from parti_jax.partitioning import mesh as mesh_lib
@@ -38,6 +39,21 @@ def test_the_error_of_a_weight_is_half_of_its_channels_scale(shape, contracted):
   assert np.all(error <= 0.5001 * np.asarray(found.scale))
   # Each channel uses the whole range.
   np.testing.assert_array_equal(np.abs(found.values).max(axis=contracted_axes), 127)
+
+
+def test_the_error_of_a_number_is_half_of_its_vectors_scale():
+  draw = np.random.default_rng(0)
+  x = jnp.asarray(draw.normal(size=(3, 4, 16)) * 10.0 ** draw.uniform(-2, 2, (3, 4, 1)))
+  x = x.astype(jnp.bfloat16).at[1, 2].set(0)
+  found = quantization.quantize_vectors(x)
+  assert found.values.dtype == jnp.int8 and found.values.shape == x.shape
+  assert found.scale.dtype == jnp.float32 and found.scale.shape == x.shape[:-1]
+  x, scale = np.asarray(x, np.float32), np.asarray(found.scale)
+  np.testing.assert_allclose(
+    scale, np.maximum(np.abs(x).max(-1) / 127, 1e-38), atol=1e-37, rtol=1e-6
+  )
+  error = np.abs(np.asarray(found.values, np.float32) * scale[..., None] - x)
+  assert np.all(error <= 0.5001 * scale[..., None]) and not np.any(found.values[1, 2])
 
 
 def test_channels_of_zeros_and_of_tiny_numbers_are_zeros():
@@ -86,6 +102,19 @@ def test_the_conversion_stays_in_a_loop(platform, monkeypatch):
   assert ('optimization_barrier' in str(jax.make_jaxpr(repeated)(jnp.ones((2, 6))))) == (
     platform != 'cpu'
   )
+
+
+@pytest.mark.parametrize('platform', ['cpu', 'gpu', 'tpu'])
+def test_keys_and_values_of_a_text_are_converted_in_the_loop(platform, monkeypatch):
+  monkeypatch.setattr(mesh_lib, 'platform', lambda: platform)
+  text = quantization.quantize_vectors(kernel_of((2, 3, 5, 6)))
+
+  def repeated(query):
+    attend = lambda query, _: (attention.attend_cached(query, text, text, jnp.ones(5, bool)), None)
+    return jax.lax.scan(attend, query, length=3)
+
+  found = str(jax.make_jaxpr(repeated)(jnp.ones((2, 1, 3, 6))))
+  assert ('optimization_barrier' in found) == (platform != 'cpu')
 
 
 def test_scales_of_another_shape_are_an_error():
