@@ -70,8 +70,8 @@ def plans() -> dict[str, list[str]]:
     '--gin.make_mesh.fsdp=1',
     '--gin.make_mesh.tensor=8',
   ]
-  found['20b_v5e_sample_int8_cache'] = [*found['20b_v5e_sample_int8'], '--cache=int8']
   found['20b_v5e_sample_int8'] = [*found['20b_v5e_sample'], '--weights=int8']
+  found['20b_v5e_sample_int8_cache'] = [*found['20b_v5e_sample_int8'], '--cache=int8']
   return found
 
 

@@ -97,6 +97,7 @@ class Parti(nn.Module):
     Args:
       text_tokens: text tokens, padded with 0.
       length: number of positions that the caches can hold; all positions by default.
+      int8_cache: whether to hold keys and values in int8.
 
     Returns:
       The state of the decoder before the first image token.
@@ -105,7 +106,7 @@ class Parti(nn.Module):
       self.text_encoder(text_tokens),
       text_encoders.text_mask(self.config, text_tokens),
       self.config.image_length if length is None else length,
-      int8_cache: whether to hold keys and values in int8.
+      int8_cache,
     )
 
 
@@ -114,7 +115,6 @@ def example_inputs(
 ) -> tuple[Int[Array, 'batch text_length'], Int[Array, 'batch image_length']]:
   """Returns arrays with the shapes and dtypes of the arguments of `Parti`, for initialization."""
   return (
-      int8_cache,
     jnp.ones((batch, config.text_length), jnp.int32),
     jnp.zeros((batch, config.image_length), jnp.int32),
   )
