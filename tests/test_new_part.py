@@ -1,4 +1,4 @@
-"""The page on new parts: its tokenizer goes through all commands, as the page says."""
+"""The page on new parts: they go through all commands, as the page says."""
 
 import importlib
 import json
@@ -7,28 +7,26 @@ import re
 import shlex
 import sys
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from parti_jax.checkpoints import checkpoint_manager
-from parti_jax.checkpoints import run_checkpoints
 from parti_jax.cli import main
 from parti_jax.core import gin_config
 from parti_jax.core.errors import UserError
 from parti_jax.data import datasets  # noqa: F401
 from parti_jax.exported_model import model_folder
-from parti_jax.models import coca
 from parti_jax.models import image_tokenizers
-from parti_jax.partitioning import mesh as mesh_lib
+from parti_jax.models import rankers
+from parti_jax.models import text_encoders
+from parti_jax.models import upscalers
 from parti_jax.training import configurables  # noqa: F401
-from parti_jax.training import optimizers
-from parti_jax.training import trainer as trainer_lib
+from parti_jax.training import train_loop  # noqa: F401
 from parti_jax.training.objectives import frozen_tokenizer
-from parti_jax.training.objectives import ranker_objective
 
 PAGE = pathlib.Path(__file__).parents[1] / 'docs' / 'new_part.md'
+MODULES = ('palette', 'small_parts')
+KINDS = {'palette', 'words', 'colors', 'repeat'}
 COUNT = 12
 # Command -> flags that make it quick.
 QUICK = {
@@ -44,15 +42,17 @@ def _blocks(language):
 
 @pytest.fixture
 def palette(tmp_path, monkeypatch):
-  """The page's module, not imported yet, in the working folder."""
-  (code,) = _blocks('python')
-  (tmp_path / 'palette.py').write_text(code)
+  """The page's modules, not imported yet, in the working folder."""
+  for name, code in zip(MODULES, _blocks('python'), strict=True):
+    (tmp_path / f'{name}.py').write_text(code)
   monkeypatch.chdir(tmp_path)
   monkeypatch.syspath_prepend(tmp_path)
   yield tmp_path
-  sys.modules.pop('palette', None)
-  image_tokenizers._kinds.pop('palette', None)
-  image_tokenizers._configs.pop('palette', None)
+  for name in MODULES:
+    sys.modules.pop(name, None)
+  for registry in (image_tokenizers, rankers, text_encoders, upscalers):
+    for name in set(registry.KINDS) & KINDS:
+      registry.KINDS.remove(name)
   gin_config.parse([], [])
 
 
@@ -71,25 +71,13 @@ def _write_pictures(folder):
   (folder / 'coco.json').write_text(json.dumps(coco))
 
 
-def _save_ranker(folder):
-  """Writes the checkpoint of a ranker that is not trained."""
-  gin_config.parse(['gin_configs/models/coca_tiny.gin'], [])
-  objective = ranker_objective.RankerObjective(coca.CoCaConfig())
-  mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
-  state = trainer_lib.Trainer(objective, optimizers.adamw(1e-3), mesh).create_state()
-  run = checkpoint_manager.Checkpoints(folder)
-  run.save(0, state, {}, run_checkpoints.describe(objective))
-  run.close()
-
-
 def _run(*arguments):
   assert main.main([str(argument) for argument in arguments]) == 0
 
 
-def test_the_pages_tokenizer_goes_through_all_commands(palette, capsys):
+def test_the_pages_parts_go_through_all_commands(palette, capsys):
   _write_pictures(palette / 'pictures')
-  (commands,) = _blocks('sh')
-  for line in commands.replace('\\\n', ' ').splitlines():
+  for line in ''.join(_blocks('sh')).replace('\\\n', ' ').splitlines():
     name, *arguments = shlex.split(line)
     if name == 'parti-jax':
       _run(*arguments, *QUICK.get(arguments[0], []))
@@ -112,15 +100,21 @@ def test_the_pages_tokenizer_goes_through_all_commands(palette, capsys):
   np.testing.assert_allclose(colors[tokens[:, 0]], digits / 3, atol=1e-6)
   assert np.all(tokens == tokens[:, :1])
 
-  _save_ranker(palette / 'runs' / 'ranker')
-  _run('export', '--import=palette', '--base=runs/model', '--ranker=runs/ranker',
-       '--output_dir=runs/ranked')  # fmt: skip
+  config = json.loads((palette / 'runs' / 'model_of_words' / 'config.json').read_text())
+  assert config['tokenizer']['kind'] == 'palette' and 'kind' not in config['generator']
+  assert config['generator']['text_encoder']['kind'] == 'words'
+  assert (config['ranker']['kind'], config['super_resolution']['kind']) == ('colors', 'repeat')
+  drawn = palette / 'runs' / 'drawn_of_words'
+  sizes = {Image.open(file).size for file in drawn.glob('*.png')}
+  assert (32, 32) in sizes
+
+  both = ['--import=palette', '--import=small_parts']
   pictures = ['--annotations=pictures/coco.json', '--pictures=pictures', '--output_dir=runs/report']
-  _run('evaluate', '--import=palette', '--model=runs/ranked', '--dataset=coco', *pictures)
+  _run('evaluate', *both, '--model=runs/model_of_words', '--dataset=coco', *pictures)
   report = json.loads((palette / 'runs' / 'report' / 'report.json').read_text())
   assert report['captions'] == COUNT and report['skipped'] == {}
   capsys.readouterr()
-  for folder in ('palette', 'model'):
+  for folder in ('palette', 'model', 'model_of_words'):
     _run('info', f'runs/{folder}')
     assert '16×16 pixels' in capsys.readouterr().out
 
@@ -128,8 +122,7 @@ def test_the_pages_tokenizer_goes_through_all_commands(palette, capsys):
 def test_an_unknown_kind_is_named_with_what_makes_it_known(palette, capsys):
   module = importlib.import_module('palette')
   module.save(palette / 'folder')
-  image_tokenizers._kinds.pop('palette')
-  image_tokenizers._configs.pop('palette')
+  image_tokenizers.KINDS.remove('palette')
   with pytest.raises(UserError, match='tokenizer.kind=.palette. is not one of vit_vqgan, vqgan'):
     model_folder.load_part('tokenizer', palette / 'folder')
   task = ['--gin_file=gin_configs/tasks/folder.gin', f"--gin.folder.path='{palette}'"]

@@ -24,7 +24,7 @@ from parti_jax.core import numerics
 from parti_jax.core import storage
 from parti_jax.exported_model import model_folder
 from parti_jax.models import config_checks
-from parti_jax.models import image_tokenizers
+from parti_jax.models import kinds as kinds_lib
 from parti_jax.models import parti_config
 from parti_jax.partitioning import placing
 
@@ -198,18 +198,23 @@ def read_config(path: epath.Path, objective: str) -> Any:
   kinds, sizes = _kinds(objective), model['config']
   kind = str(model.get('kind', _first_kind(objective)))
   if kind not in kinds:
-    remedy = f'; {image_tokenizers.REMEDY}' if objective == 'tokenizer' else ''
     raise errors.UserError(
       f'{path}: the {objective} is of the kind {checks.shown(kind)}, which is not one of '
-      f'{", ".join(kinds)}{remedy}'
+      f'{", ".join(kinds)}{kinds_lib.remedy(kinds)}'
     )
-  if objective == 'generator':
+  if kinds[kind] is parti_config.PartiConfig:
     sizes = parti_config.upgrade_config(sizes)
   if unknown := ', '.join(sorted(sizes.keys() - checks.field_types(kinds[kind]).keys())):
     raise errors.UserError(
       f'{path}: its config has fields that {kinds[kind].__name__} does not have: {unknown}'
     )
-  return kinds[kind](**sizes)
+  types = checks.field_types(kinds[kind])
+  return kinds[kind](  # JSON has lists for tuples.
+    **{
+      name: checks.typed(f'{path}: {kinds[kind].__name__}.{name}', value, types[name])
+      for name, value in sizes.items()
+    }
+  )
 
 
 @numerics.fixed()

@@ -17,18 +17,15 @@ from parti_jax.exported_model import sampling_settings
 from parti_jax.models import image_tokenizers
 
 _RUNS = {
-  'tokenizer': "the tokenizer's run, the --model_dir that it was trained in, or the folder that "
-  '`parti-jax import` wrote',
-  'generator': "the generator's run, its --model_dir",
+  'tokenizer': "the tokenizer's run, the --model_dir that it was trained in, or a folder with a "
+  'tokenizer, such as `parti-jax import` writes',
+  'generator': "the generator's run, its --model_dir, or a folder with a generator",
   **{
-    name: f'the {name.replace("_", "-")} run, its --model_dir; optional'
+    name: f'the {name.replace("_", "-")} run, its --model_dir, or a folder with such a network; '
+    'optional'
     for name in model_folder.OPTIONAL
   },
-  'ranker': "the ranker's run, its --model_dir, or the folder that `parti-jax import` wrote; "
-  'optional',
 }
-# Networks that may be from the folder that `parti-jax import` wrote, or from another model.
-_IMPORTED = ('tokenizer', 'ranker')
 # The vocabulary and tokenizer that a network depends on.
 _NEEDED = {'generator': ('vocabulary', 'tokenizer'), 'ranker': ('vocabulary',)}
 
@@ -120,8 +117,8 @@ def _check_flags(args: argparse.Namespace):
 
 
 def _part(name: str, folder, provenance: dict[str, Any]) -> model_folder.Part:
-  """Reads a network of a run or, if imported, of a folder; notes where it is from."""
-  if name in _IMPORTED and storage.exists(storage.join(folder, model_folder.CONFIG_FILE)):
+  """Reads a network of a run, or of a folder that `save` or `save_part` wrote; notes its origin."""
+  if storage.exists(storage.join(folder, model_folder.CONFIG_FILE)):
     part, origin = _of_folder(name, folder), model_folder.part_provenance(name, folder)
   else:
     part, steps = _trained(name, folder)

@@ -12,7 +12,11 @@ _WIDTH = 100
 # Maximum events to show for each start; the last ones are shown.
 SHOWN = 20
 # Name of a network that is alone in its folder -> what the folder is.
-_ALONE = {'tokenizer': 'an image tokenizer', 'text_encoder': 'a text encoder'}
+_ALONE = {
+  'tokenizer': 'an image tokenizer',
+  'text_encoder': 'a text encoder',
+  'super_resolution': 'a super-resolution network',
+}
 _STATES = {
   'finished': 'finished',
   'stopped': 'stopped; start again to resume',

@@ -23,8 +23,11 @@ from collections.abc import Mapping
 from typing import Any
 from typing import NamedTuple
 
+from parti_jax.core import errors
+
 KINDS = ('vocabulary', 'tokenizer')
-# The parameters of a tokenizer that determine an image's tokens.
+# The parameters of a tokenizer, and those of them that determine an image's tokens.
+TOKENIZER_PARTS = ('encoder', 'quantizer', 'decoder')
 _MAKES_TOKENS = ('encoder', 'quantizer')
 
 
@@ -35,7 +38,12 @@ def of_tokenizer(params: Mapping, settings: Mapping[str, Any] | None = None) -> 
     params: its parameters.
     settings: the settings that determine tokens too, as JSON: the result of
       `image_tokenizers.token_settings`.
+
+  Raises:
+    UserError: if it has other parameters than TOKENIZER_PARTS, of which nothing says whether they
+      determine tokens.
   """
+  check_tokenizer_parts(params)
   # Imported here because reading captions needs no JAX.
   import jax
   import numpy as np
@@ -49,6 +57,15 @@ def of_tokenizer(params: Mapping, settings: Mapping[str, Any] | None = None) -> 
   if settings:
     digest.update(json.dumps(settings, sort_keys=True).encode())
   return digest.hexdigest()[:16]
+
+
+def check_tokenizer_parts(params: Mapping) -> None:
+  """Raises UserError if a tokenizer has other parameters than TOKENIZER_PARTS."""
+  if unknown := sorted(params.keys() - set(TOKENIZER_PARTS)):
+    raise errors.UserError(
+      f'the image tokenizer has parameters {", ".join(unknown)}; put them into its submodules '
+      'encoder and quantizer, if they determine tokens, or into decoder'
+    )
 
 
 def of_vocabulary(model: bytes) -> str:

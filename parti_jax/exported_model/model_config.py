@@ -6,6 +6,7 @@ People edit the file by hand, so errors name the file and the entry, and show va
 from __future__ import annotations
 
 import dataclasses
+import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -21,7 +22,7 @@ from parti_jax.exported_model import file_names
 from parti_jax.exported_model import preprocessing
 from parti_jax.exported_model import sampling_settings
 from parti_jax.models import config_checks
-from parti_jax.models import image_tokenizers
+from parti_jax.models import kinds as kinds_lib
 from parti_jax.models import parti_config
 
 FORMAT_VERSION = 2
@@ -71,19 +72,41 @@ def read(path: pathlib.Path) -> dict[str, Any]:
 
 
 def entry(kinds: Mapping[str, type], config, unnamed: str | None = None) -> dict[str, Any]:
-  """Returns what config.json has of a network: its config and, if it has several, its kind.
+  """Returns what config.json has of a network: the name of its kind, and its config.
 
   Args:
     kinds: the dataclasses of the network's configs by the names of their kinds.
     config: the config.
     unnamed: the kind whose name is left out.
+
+  Raises:
+    UserError: if `sizes` would read another config.
   """
   name = config_checks.kind_name(kinds, config)
-  named = len(kinds) > 1 and name != unnamed
   values = parti_config.as_dict(config)
   if isinstance(config, parti_config.PartiConfig) and config.text_encoder is None:
     del values['text_encoder']  # Earlier versions read such models.
-  return ({'kind': name} if named else {}) | values
+  found = ({} if name == unnamed else {'kind': name}) | values
+  _check_readable(kinds, config, found)
+  return found
+
+
+def _check_readable(kinds: Mapping[str, type], config, found: Mapping[str, Any]) -> None:
+  """Raises UserError unless a config stays the same when it is written and read."""
+  where = type(config).__name__
+  try:
+    again = json.loads(json.dumps(found))
+  except (TypeError, ValueError) as error:
+    raise UserError(f'{where}: its fields cannot be written as JSON: {error}') from error
+  read_config = sizes(kinds, {where: again}, where, config.dtype, 'config.json')
+  for field in dataclasses.fields(config):
+    kept, read_value = getattr(config, field.name), getattr(read_config, field.name)
+    if kept != read_value:
+      raise UserError(
+        f'{where}.{field.name}={checks.shown(kept)} is read as {checks.shown(read_value)} from '
+        'config.json; make it a number, a string, a boolean or a tuple of them, and annotate the '
+        'field with that type'
+      )
 
 
 def inputs_entry(inputs: Inputs) -> dict[str, Any]:
@@ -164,12 +187,12 @@ def sizes(kinds: Mapping[str, type], config: dict[str, Any], key: str, dtype: st
 
 
 def _kind(kinds: Mapping[str, type], values: dict[str, Any], key: str, where) -> type:
-  """Takes the kind out of the entry of a network that has several, and returns its dataclass."""
-  name = values.pop('kind', next(iter(kinds))) if len(kinds) > 1 else next(iter(kinds))
+  """Takes the kind out of the entry of a network, and returns its dataclass."""
+  name = values.pop('kind', next(iter(kinds)))
   if not isinstance(name, str) or name not in kinds:
-    remedy = f'; {image_tokenizers.REMEDY}' if key == 'tokenizer' else ''
     raise UserError(
-      f'{where}: {key}.kind={checks.shown_as_json(name)} is not one of {", ".join(kinds)}{remedy}'
+      f'{where}: {key}.kind={checks.shown_as_json(name)} is not one of {", ".join(kinds)}'
+      f'{kinds_lib.remedy(kinds)}'
     )
   return kinds[name]
 

@@ -50,11 +50,12 @@ from parti_jax.exported_model import preprocessing as preprocessing_lib
 from parti_jax.exported_model import sampling_settings
 from parti_jax.exported_model import target_folder
 from parti_jax.models import image_tokenizers
+from parti_jax.models import kinds as kinds_lib
 from parti_jax.models import parti as parti_lib
 from parti_jax.models import parti_config
 from parti_jax.models import rankers
-from parti_jax.models import super_resolution
 from parti_jax.models import text_encoders
+from parti_jax.models import upscalers
 from parti_jax.models.nn import layers
 
 CONFIG_FILE = file_names.CONFIG_FILE
@@ -82,36 +83,29 @@ class Network(NamedTuple):
   unnamed: str | None = None
 
 
+def _network(known: kinds_lib.Kinds, unnamed: str | None = None) -> Network:
+  """Returns a network of which there are several kinds."""
+  return Network(
+    known.configs,
+    lambda config: known.of(config).module(config),
+    lambda config: known.of(config).example_inputs(config),
+    unnamed,
+  )
+
+
 # A model has all required networks, and the optional ones that were exported with it.
 REQUIRED = {
   'generator': Network(
-    {'parti': parti_config.PartiConfig}, parti_lib.Parti, parti_lib.example_inputs
+    {'parti': parti_config.PartiConfig}, parti_lib.Parti, parti_lib.example_inputs, unnamed='parti'
   ),
-  'tokenizer': Network(
-    image_tokenizers.CONFIGS,
-    image_tokenizers.module,
-    image_tokenizers.example_inputs,
-  ),
+  'tokenizer': _network(image_tokenizers.KINDS),
 }
 OPTIONAL = {
-  'super_resolution': Network(
-    {'super_resolution': super_resolution.SuperResolutionConfig},
-    super_resolution.SuperResolution,
-    super_resolution.example_inputs,
-  ),
-  'ranker': Network(
-    {name: kind.config for name, kind in rankers.KINDS.items()},
-    rankers.module,
-    rankers.example_inputs,
-    unnamed='coca',
-  ),
+  'super_resolution': _network(upscalers.KINDS, unnamed='wdsr'),
+  'ranker': _network(rankers.KINDS, unnamed='coca'),
 }
 # A network that a model has within its generator, and a folder of `save_part` has by itself.
-ALONE = {
-  'text_encoder': Network(
-    parti_config.TEXT_ENCODERS, text_encoders.module_of, text_encoders.example_inputs_of
-  ),
-}
+ALONE = {'text_encoder': _network(text_encoders.KINDS)}
 NETWORKS = REQUIRED | OPTIONAL | ALONE
 
 FILES = (CONFIG_FILE, *map(parameter_file, REQUIRED), VOCABULARY_FILE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pathlib
+from collections.abc import Iterator
 from collections.abc import Mapping
 from typing import Any
 
@@ -116,7 +117,8 @@ def write(path: pathlib.Path, params: PyTree, dtype: str, made_with: Mapping[str
   Args:
     path: the file.
     params: the parameters, with or without axis names. An array is converted with `np.asarray` when
-      it is written, so that lazily read ones are never held together.
+      it is written, so that lazily read ones are never held together. Of a StoredArray, which may
+      have all layers, each layer is read when it is written.
     dtype: a name in `model_config.STORED_DTYPES`.
     made_with: fingerprints for the file's metadata.
 
@@ -140,14 +142,24 @@ def write(path: pathlib.Path, params: PyTree, dtype: str, made_with: Mapping[str
   with path.open('wb') as file:
     file.write(len(text).to_bytes(8, 'little') + text)
     for name, leaf in arrays.items():
-      with np.errstate(over='ignore'):
-        converted = np.asarray(leaf).astype(stored, order='C')
-      if not np.all(np.isfinite(converted)):
-        raise UserError(
-          f'{path.name}: the parameter {name} has values that are not finite as {dtype}; '
-          'store the model as float32, or check whether its training diverged'
-        )
-      file.write(converted.tobytes())
+      for part in _parts(leaf):
+        with np.errstate(over='ignore'):
+          converted = part.astype(stored, order='C')
+        if not np.all(np.isfinite(converted)):
+          raise UserError(
+            f'{path.name}: the parameter {name} has values that are not finite as {dtype}; '
+            'store the model as float32, or check whether its training diverged'
+          )
+        file.write(converted.tobytes())
+
+
+def _parts(leaf: Any) -> Iterator[np.ndarray]:
+  """Yields an array, or along the leading axis the arrays that it consists of."""
+  if isinstance(leaf, StoredArray) and leaf.ndim > 2:
+    yield from (np.asarray(leaf[index]) for index in range(leaf.shape[0]))
+  else:
+    array = np.asarray(leaf)
+    yield from array if array.ndim > 2 else [array]
 
 
 def read(path: pathlib.Path, expected: PyTree) -> dict[str, Any]:

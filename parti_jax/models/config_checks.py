@@ -44,7 +44,9 @@ def configurable(kind: _Kind, name: str | None = None) -> _Kind:
     kind: the dataclass.
     name: its name in gin; the name of the class by default.
   """
-  wrapped: Any = gin.configurable(name)(kind)
+  # Modules of users may be imported after gin files were read.
+  with gin.unlock_config():
+    wrapped: Any = gin.configurable(name)(kind)
   init = wrapped.__init__
 
   @functools.wraps(init)

@@ -8,9 +8,7 @@ with `TokenizerObjective` takes the members of `TrainableConfig` and a `Training
 from __future__ import annotations
 
 import dataclasses
-import types
 from collections.abc import Callable
-from collections.abc import Mapping
 from typing import Any
 from typing import ClassVar
 from typing import NamedTuple
@@ -25,6 +23,7 @@ from parti_jax.core import errors
 from parti_jax.models import config_checks
 from parti_jax.models import enhancing_vit_vqgan
 from parti_jax.models import flops
+from parti_jax.models import kinds
 from parti_jax.models import vit_vqgan
 from parti_jax.models import vqgan
 
@@ -86,12 +85,17 @@ class TrainableConfig(Config, Protocol):
 
 
 class Tokenizer(Protocol):
-  """The methods of an image tokenizer's linen module, for `nn.Module.apply`.
+  """An image tokenizer's linen module; the methods are called by `nn.Module.apply`.
 
   Its parameters are {'encoder', 'quantizer', 'decoder'}, of which some may be missing. `tokenize`
   only needs the first two. Their parameters and `token_settings` identify the tokenizer
-  (`fingerprints.of_tokenizer`), so everything that determines tokens has to be among them.
+  (`fingerprints.of_tokenizer`), so everything that determines tokens has to be among them. There are
+  no other collections of variables, such as batch statistics.
   """
+
+  @property
+  def config(self) -> Any:
+    """The config that it was made from."""
 
   def tokenize(self, images: Float[Array, 'batch height width 3']) -> Int[Array, 'batch tokens']:
     """Returns the tokens of images in [0, 1]."""
@@ -136,44 +140,41 @@ class Kind(NamedTuple):
   training: Training | None = None
 
 
-_kinds: dict[str, Kind] = {
-  'vit_vqgan': Kind(
-    vit_vqgan.ViTVQGANConfig,
-    vit_vqgan.ViTVQGAN,
-    vit_vqgan.example_inputs,
-    Training(
-      flops.vit_vqgan_forward,
-      ('decoder_layers', 'decoder_width', 'decoder_mlp_width', 'decoder_heads'),
-      vit_vqgan.last_kernel_gradient,
-    ),
-  ),
-  'vqgan': Kind(
-    vqgan.VQGANConfig,
-    vqgan.VQGAN,
-    vqgan.example_inputs,
-    Training(
-      lambda config: flops.vqgan_forward(config, config.image_size, config.image_size),
-      ('decoder_res_blocks', 'output'),
-      vqgan.last_kernel_gradient,
-    ),
-  ),
-  'enhancing_vit_vqgan': Kind(
-    enhancing_vit_vqgan.EnhancingViTVQGANConfig,
-    enhancing_vit_vqgan.EnhancingViTVQGAN,
-    enhancing_vit_vqgan.example_inputs,
-  ),
-}
-_configs: dict[str, type] = {name: kind.config for name, kind in _kinds.items()}
-
 # By their names in config.json and in checkpoints. Files that name no kind are of the first one.
-KINDS: Mapping[str, Kind] = types.MappingProxyType(_kinds)
-# Their config classes.
-CONFIGS: Mapping[str, type] = types.MappingProxyType(_configs)
-# What to do about an unknown kind, for messages.
-REMEDY = (
-  'a kind of your own is known once the module that registers it is imported: by a line '
-  '`import MODULE` in a gin file, by --import=MODULE on the command line, or in Python'
+KINDS = kinds.Kinds.of_part(
+  'an image tokenizer',
+  'image_tokenizers',
+  Config,
+  {
+    'vit_vqgan': Kind(
+      vit_vqgan.ViTVQGANConfig,
+      vit_vqgan.ViTVQGAN,
+      vit_vqgan.example_inputs,
+      Training(
+        flops.vit_vqgan_forward,
+        ('decoder_layers', 'decoder_width', 'decoder_mlp_width', 'decoder_heads'),
+        vit_vqgan.last_kernel_gradient,
+      ),
+    ),
+    'vqgan': Kind(
+      vqgan.VQGANConfig,
+      vqgan.VQGAN,
+      vqgan.example_inputs,
+      Training(
+        lambda config: flops.vqgan_forward(config, config.image_size, config.image_size),
+        ('decoder_res_blocks', 'output'),
+        vqgan.last_kernel_gradient,
+      ),
+    ),
+    'enhancing_vit_vqgan': Kind(
+      enhancing_vit_vqgan.EnhancingViTVQGANConfig,
+      enhancing_vit_vqgan.EnhancingViTVQGAN,
+      enhancing_vit_vqgan.example_inputs,
+    ),
+  },
 )
+# Their config classes.
+CONFIGS = KINDS.configs
 
 
 def register(name: str, kind: Kind) -> None:
@@ -185,40 +186,15 @@ def register(name: str, kind: Kind) -> None:
       runs a cell again.
 
   Raises:
-    UserError: if the name is invalid or taken, or the config isn't a frozen dataclass.
+    UserError: if the name is invalid or taken, or the config isn't a frozen dataclass with the
+      members of `Config`, or of `TrainableConfig` if it can be trained.
   """
-  if not isinstance(name, str) or not name.isidentifier():
-    raise errors.UserError(
-      f'image_tokenizers.register: the name {name!r} must consist of letters, digits and underscores'
-    )
-  known = _kinds.get(name)
-  origin = lambda config: (config.__module__, config.__qualname__)
-  if known and origin(known.config) != origin(kind.config):
-    raise errors.UserError(
-      f'image_tokenizers.register: the kind {name!r} is {known.config.__module__}.'
-      f'{known.config.__qualname__}; choose another name'
-    )
-  parameters = getattr(kind.config, '__dataclass_params__', None)
-  if parameters is None or not parameters.frozen:
-    raise errors.UserError(
-      f'image_tokenizers.register: {kind.config.__qualname__} must be a frozen dataclass'
-    )
-  _kinds[name], _configs[name] = kind, kind.config
+  KINDS.register(name, kind, TrainableConfig if kind.training else None)
 
 
 def of(config: Config) -> Kind:
-  """Returns the kind that a config is of.
-
-  Raises:
-    UserError: if it is of none.
-  """
-  for kind in KINDS.values():
-    if type(config) is kind.config:
-      return kind
-  raise errors.UserError(
-    f'{type(config).__name__} is not the config of an image tokenizer; the kinds are '
-    f'{", ".join(f"{name} ({kind.config.__name__})" for name, kind in KINDS.items())}; {REMEDY}'
-  )
+  """Returns the kind of a config; raises UserError if it is of none."""
+  return KINDS.of(config)
 
 
 def module(config: Config) -> nn.Module:
@@ -255,8 +231,9 @@ def token_settings(config: Config) -> dict[str, Any]:
   kind = of(config)
   if kind.config is vit_vqgan.ViTVQGANConfig:
     return {}
-  name = config_checks.kind_name(CONFIGS, config)
   decoder_fields = kind.training.decoder_fields if kind.training else ()
   free = {*config_checks.FREE_SETTINGS, *decoder_fields}
   fields = dataclasses.asdict(config)
-  return {'kind': name} | {field: value for field, value in fields.items() if field not in free}
+  return {'kind': CONFIGS.name_of(config)} | {
+    field: value for field, value in fields.items() if field not in free
+  }

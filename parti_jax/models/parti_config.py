@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
+from typing import ClassVar
+from typing import Protocol
 
 import jax.numpy as jnp
 
@@ -12,6 +14,7 @@ from parti_jax.core import checks
 from parti_jax.core import errors
 from parti_jax.models import clip
 from parti_jax.models import config_checks
+from parti_jax.models import kinds
 from parti_jax.models import t5_encoder
 from parti_jax.models.nn import attention_patterns as attention_patterns_lib
 
@@ -21,14 +24,46 @@ LEGACY_DEFAULTS = {
   'conv_kernel': 11,
   'text_encoder': None,
 }
-TextEncoderConfig = t5_encoder.T5EncoderConfig | clip.CLIPTextConfig
-# Configs of text encoders from elsewhere, by the names of their kinds in config.json.
-TEXT_ENCODERS: Mapping[str, type] = {
-  't5': t5_encoder.T5EncoderConfig,
-  'clip': clip.CLIPTextConfig,
-}
-# Fields of a text encoder that follow those of the generator.
+# Fields of a text encoder that follow those of the generator, where it has them.
 _SHARED = ('dtype', 'remat', 'unroll')
+
+
+class TextEncoderConfig(Protocol):
+  """The config of a text encoder from elsewhere: a frozen dataclass whose fields are JSON."""
+
+  __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+  def __hash__(self) -> int: ...
+
+  @property
+  def layers(self) -> int:
+    """Number of layers."""
+
+  @property
+  def width(self) -> int:
+    """Number of features of an encoded text token."""
+
+  @property
+  def text_vocabulary(self) -> int:
+    """Number of text token ids."""
+
+  @property
+  def text_length(self) -> int:
+    """Number of text tokens, padding included."""
+
+  @property
+  def dtype(self) -> str:
+    """Name of the dtype to compute in."""
+
+
+# The config classes of text encoders from elsewhere, by the names of their kinds in config.json.
+# Their networks are in `text_encoders`, which needs this module.
+TEXT_ENCODERS = kinds.Configs(
+  'a text encoder',
+  'text_encoders',
+  TextEncoderConfig,
+  {'t5': t5_encoder.T5EncoderConfig, 'clip': clip.CLIPTextConfig},
+)
 
 
 def upgrade_config(sizes: dict[str, Any]) -> dict[str, Any]:
@@ -48,13 +83,6 @@ def upgrade_config(sizes: dict[str, Any]) -> dict[str, Any]:
   return LEGACY_DEFAULTS | sizes
 
 
-def text_encoder_kind(config: TextEncoderConfig) -> str:
-  """Returns the name, in TEXT_ENCODERS, of the kind of a text encoder."""
-  name = config_checks.kind_name(TEXT_ENCODERS, config)
-  assert name is not None
-  return name
-
-
 def text_encoder_config(values: Mapping[str, Any]) -> TextEncoderConfig:
   """Returns the config of a text encoder from its fields and its 'kind'; the inverse of `as_dict`.
 
@@ -64,7 +92,8 @@ def text_encoder_config(values: Mapping[str, Any]) -> TextEncoderConfig:
   name = values.get('kind')
   if not isinstance(name, str) or name not in TEXT_ENCODERS:
     raise errors.UserError(
-      f'PartiConfig.text_encoder.kind={checks.shown(name)} is not one of {", ".join(TEXT_ENCODERS)}'
+      f'PartiConfig.text_encoder.kind={checks.shown(name)} is not one of '
+      f'{", ".join(TEXT_ENCODERS)}; {kinds.REMEDY}'
     )
   fields = {field: value for field, value in values.items() if field != 'kind'}
   kind = TEXT_ENCODERS[name]
@@ -80,9 +109,8 @@ def as_dict(config: Any) -> dict[str, Any]:
   """Returns the fields of a network's config, of any class; a text encoder's with its 'kind'."""
   values = dataclasses.asdict(config)
   if isinstance(config, PartiConfig) and config.text_encoder is not None:
-    values['text_encoder'] = {'kind': text_encoder_kind(config.text_encoder)} | values[
-      'text_encoder'
-    ]
+    kind = TEXT_ENCODERS.name_of(config.text_encoder)
+    values['text_encoder'] = {'kind': kind} | values['text_encoder']
   return values
 
 
@@ -112,7 +140,8 @@ class PartiConfig:
     unroll: number of layers that each iteration of the scan computes; doesn't change results.
     text_encoder: the config of a text encoder from elsewhere, a class in TEXT_ENCODERS; None for
       Parti's own. It replaces `text_vocabulary`, `text_length` and `encoder_layers`, and takes over
-      `dtype`, `remat` and `unroll`. A dict with the class' fields and its 'kind' works too.
+      `dtype` and, if it has these fields, `remat` and `unroll`. A dict with the class' fields and
+      its 'kind' works too.
 
   Raises:
     UserError: if `heads` does not divide `width`, or a value is out of range.
@@ -170,9 +199,11 @@ class PartiConfig:
     elif type(found) not in TEXT_ENCODERS.values():
       known = ' or '.join(f'@{kind.__name__}()' for kind in TEXT_ENCODERS.values())
       raise errors.UserError(
-        f'PartiConfig.text_encoder={checks.shown(found)} must be None, or in gin {known}'
+        f'PartiConfig.text_encoder={checks.shown(found)} must be None, or in gin {known}; '
+        f'{kinds.REMEDY}'
       )
-    found = dataclasses.replace(found, **{name: getattr(self, name) for name in _SHARED})
+    shared = {field.name for field in dataclasses.fields(found)} & set(_SHARED)
+    found = dataclasses.replace(found, **{name: getattr(self, name) for name in shared})
     object.__setattr__(self, 'text_encoder', found)
     object.__setattr__(self, 'encoder_layers', found.layers)
     object.__setattr__(self, 'text_vocabulary', found.text_vocabulary)

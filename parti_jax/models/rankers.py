@@ -1,14 +1,13 @@
 """The kinds of ranker that the system can use, and what they have in common.
 
-A kind is a config and a linen module. `Config` and `Ranker` are what all other code relies on, so
-that a new kind is one entry of `KINDS`.
+A kind is a config and a linen module. `Config` and `Ranker` are what all other code relies on.
+A new kind is one entry of `KINDS`, or a call of `register` in a module of your own.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from collections.abc import Mapping
 from typing import Any
 from typing import ClassVar
 from typing import NamedTuple
@@ -21,7 +20,7 @@ from jaxtyping import Int
 
 from parti_jax.models import clip
 from parti_jax.models import coca
-from parti_jax.models import config_checks
+from parti_jax.models import kinds
 from parti_jax.models import siglip
 
 
@@ -54,7 +53,11 @@ class Config(Protocol):
 
 
 class Ranker(Protocol):
-  """The methods of a ranker's linen module, for `nn.Module.apply`."""
+  """A ranker's linen module; the methods are called by `nn.Module.apply`."""
+
+  @property
+  def config(self) -> Any:
+    """The config that it was made from."""
 
   def image_features(
     self, images: Float[Array, 'batch height width 3']
@@ -64,7 +67,7 @@ class Ranker(Protocol):
   def text_features(
     self, text_tokens: Int[Array, 'batch text_length']
   ) -> Float[Array, 'batch feature_dim']:
-    """Returns float32 unit vectors of texts."""
+    """Returns float32 unit vectors of texts, which padding (id 0) follows."""
 
 
 class Kind(NamedTuple):
@@ -83,38 +86,57 @@ class Kind(NamedTuple):
   end_id: Callable[[Any], int | None] = lambda config: None
 
 
-# By their names in config.json. Files that name no kind are of the first one.
-KINDS: Mapping[str, Kind] = {
-  'coca': Kind(coca.CoCaConfig, coca.CoCa, coca.example_inputs),
-  'clip': Kind(
-    clip.CLIPConfig, clip.CLIP, clip.example_inputs, end_id=lambda config: config.end_id
-  ),
-  'siglip': Kind(
-    siglip.SigLIPConfig,
-    siglip.SigLIP,
-    siglip.example_inputs,
-    end_id=lambda config: siglip.END_ID,
-  ),
-}
+# By their names in config.json and in checkpoints. Files that name no kind are of the first one.
+KINDS = kinds.Kinds.of_part(
+  'a ranker',
+  'rankers',
+  Config,
+  {
+    'coca': Kind(coca.CoCaConfig, coca.CoCa, coca.example_inputs),
+    'clip': Kind(
+      clip.CLIPConfig, clip.CLIP, clip.example_inputs, end_id=lambda config: config.end_id
+    ),
+    'siglip': Kind(
+      siglip.SigLIPConfig,
+      siglip.SigLIP,
+      siglip.example_inputs,
+      end_id=lambda config: siglip.END_ID,
+    ),
+  },
+)
+# Their config classes.
+CONFIGS = KINDS.configs
+
+
+def register(name: str, kind: Kind) -> None:
+  """Makes a kind known, for all code that reads or writes rankers.
+
+  Args:
+    name: its name in config.json and in checkpoints.
+    kind: the kind. A class of the same module and name replaces an earlier one.
+
+  Raises:
+    UserError: if the name is invalid or taken, or the config isn't a frozen dataclass with the
+      members of `Config`.
+  """
+  KINDS.register(name, kind)
 
 
 def kind(config: Config) -> str:
-  """Returns the name in KINDS of a config's kind."""
-  name = config_checks.kind_name({name: found.config for name, found in KINDS.items()}, config)
-  assert name is not None
-  return name
+  """Returns the name in KINDS of a config's kind; raises UserError if it is of none."""
+  return CONFIGS.name_of(config)
 
 
 def module(config: Config) -> nn.Module:
   """Returns the linen module of a ranker, with the methods of `Ranker`."""
-  return KINDS[kind(config)].module(config)
+  return KINDS.of(config).module(config)
 
 
 def example_inputs(config: Config) -> tuple:
   """Returns images and texts of the shapes that the module takes, for initialisation."""
-  return KINDS[kind(config)].example_inputs(config)
+  return KINDS.of(config).example_inputs(config)
 
 
 def end_id(config: Config) -> int | None:
   """Returns the token id that every text must end with, before padding; None for any."""
-  return KINDS[kind(config)].end_id(config)
+  return KINDS.of(config).end_id(config)

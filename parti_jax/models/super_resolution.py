@@ -74,6 +74,16 @@ class SuperResolutionConfig:
     return jnp.dtype(self.dtype)
 
   @property
+  def multiple(self) -> int:
+    """Number of pixels that must divide the height and width of an input."""
+    return self.unshuffle
+
+  @property
+  def features_per_pixel(self) -> int:
+    """Size of the widest activations for each pixel of the input: of the blocks, or the output."""
+    return max(self.expansion * self.width // self.unshuffle**2, 3 * self.factor**2)
+
+  @property
   def reach(self) -> int:
     """Radius of the receptive field, in pixels of the input."""
     convolutions = 1 if self.low_rank else 2

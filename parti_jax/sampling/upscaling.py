@@ -17,7 +17,7 @@ from jaxtyping import UInt8
 from parti_jax.core.errors import UserError
 from parti_jax.exported_model import model_folder
 from parti_jax.models import pixels
-from parti_jax.models import super_resolution
+from parti_jax.models import upscalers
 from parti_jax.sampling import images as images_lib
 from parti_jax.sampling import kept_programs
 from parti_jax.sampling import placement
@@ -38,14 +38,14 @@ class Upscaler:
 
   def __init__(
     self,
-    config: super_resolution.SuperResolutionConfig,
+    config: upscalers.Config,
     params: PyTree,
     place: placement.Placement,
   ):
     """Puts the network on the devices.
 
     Args:
-      config: sizes of the network.
+      config: sizes of the network, of a kind in `upscalers.KINDS`.
       params: its parameters.
       place: the devices.
     """
@@ -97,7 +97,7 @@ class Upscaler:
     return results
 
   def _checked(self, images) -> UInt8[np.ndarray, 'images height width 3']:
-    images, unit = images_lib.checked(images), self._config.unshuffle
+    images, unit = images_lib.checked(images), self._config.multiple
     if not images.size:
       raise UserError(
         f'images are {images.dtype} {list(images.shape)}, so there is nothing to enlarge'
@@ -111,13 +111,15 @@ class Upscaler:
 
   @property
   def _margin(self) -> int:
-    """Width of a window's wrong pixels at a cut, rounded up to a multiple of `unshuffle`."""
-    unit = self._config.unshuffle
-    return -(-self._config.reach // unit) * unit
+    """Width of a window's wrong pixels at a cut, rounded up to `Config.multiple`."""
+    unit, reach = self._config.multiple, self._config.reach
+    return 0 if reach is None else -(-reach // unit) * unit
 
   def _window(self, length: int) -> int:
     """Returns the length of the windows along an axis of `length` pixels."""
-    unit = self._config.unshuffle
+    if self._config.reach is None:
+      return length
+    unit = self._config.multiple
     return min(length, max(_LARGEST_SIDE // unit * unit, 4 * self._margin))
 
   def _starts(self, length: int, window: int) -> list[int]:
@@ -133,10 +135,8 @@ class Upscaler:
 
   def _batch_size(self, size: tuple[int, int], count: int) -> int:
     """Returns the number of windows of this size to enlarge at once."""
-    config, pixels = self._config, size[0] * size[1]
-    wide = config.expansion * config.width // config.unshuffle**2
-    most = pixels * 4 * max(wide, 3 * config.factor**2)
-    batch = max(1, min(_MOST_AT_ONCE, _MOST_BYTES // most, count))
+    window_bytes = 4 * size[0] * size[1] * self._config.features_per_pixel
+    batch = max(1, min(_MOST_AT_ONCE, _MOST_BYTES // window_bytes, count))
     return self._place.divisible(batch)
 
 
@@ -146,8 +146,8 @@ def _enlarge(
   params: PyTree,
   images: UInt8[Array, 'batch height width 3'],
   *,
-  config: super_resolution.SuperResolutionConfig,
+  config: upscalers.Config,
 ) -> UInt8[Array, 'batch {config.factor}*height {config.factor}*width 3']:
-  apply: Callable[..., Any] = super_resolution.SuperResolution(config).apply
+  apply: Callable[..., Any] = upscalers.module(config).apply
   enlarged = apply({'params': params}, pixels.from_bytes(images))
   return pixels.to_bytes(jnp.clip(enlarged, 0.0, 1.0))

@@ -3,6 +3,7 @@
 import dataclasses
 import typing
 
+import gin
 import numpy as np
 import pytest
 
@@ -11,6 +12,7 @@ from parti_jax.core import gin_config
 from parti_jax.core.errors import UserError
 from parti_jax.models import clip
 from parti_jax.models import coca
+from parti_jax.models import config_checks
 from parti_jax.models import discriminator
 from parti_jax.models import parti_config
 from parti_jax.models import siglip
@@ -109,4 +111,14 @@ def test_gin_values_are_checked_in_the_same_words(binding, message):
     gin_config.parse([], [binding])
     kind()
   assert '\n' not in str(caught.value)
+  gin_config.parse([], [])
+
+
+def test_a_class_may_become_configurable_after_gin_files_were_read():
+  gin_config.parse([], [])
+  kind = dataclasses.make_dataclass('ReadLate', [('size', int, 1)], frozen=True)
+  kind = config_checks.configurable(kind)
+  gin_config.parse([], ['ReadLate.size = 3'])
+  assert kind().size == 3
+  assert gin.config_is_locked()
   gin_config.parse([], [])

@@ -90,6 +90,14 @@ def test_a_process_reads_the_shards_of_its_devices_alone(tmp_path, monkeypatch):
   np.testing.assert_array_equal(put, params['b']['kernel'])
   assert read == [24] * 8
 
+  # Four devices hold each half, which is read once.
+  read.clear()
+  mesh = mesh_lib.make_mesh(data=4, tensor=2)
+  sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, None, 'tensor'))
+  put = placing.put(array, sharding)
+  np.testing.assert_array_equal(put, params['b']['kernel'])
+  assert read == [96] * 2
+
 
 def test_writing_and_loading_hold_one_array_at_a_time(tmp_path):
   class Lazy:
@@ -111,6 +119,23 @@ def test_writing_and_loading_hold_one_array_at_a_time(tmp_path):
   _, peak = tracemalloc.get_traced_memory()
   tracemalloc.stop()
   assert peak < 8 * size
+
+
+def test_a_stored_array_is_written_one_layer_after_another(tmp_path, monkeypatch):
+  params = _params()
+  parameter_files.write(tmp_path / 'file', params, 'float32', {})
+  read = parameter_files.read(tmp_path / 'file', _shapes(params))
+  sizes = []
+  whole = parameter_files.StoredArray.__array__
+
+  def noted(self, *arguments, **options):
+    sizes.append(self.size)
+    return whole(self, *arguments, **options)
+
+  monkeypatch.setattr(parameter_files.StoredArray, '__array__', noted)
+  parameter_files.write(tmp_path / 'again', read, 'float32', {})
+  assert sizes == [3, 48, 48, 48, 48, 1]
+  assert (tmp_path / 'again').read_bytes() == (tmp_path / 'file').read_bytes()
 
 
 def test_numbers_that_are_too_large_are_named(tmp_path):

@@ -13,10 +13,9 @@ from parti_jax.core import checks
 from parti_jax.core import errors
 from parti_jax.core import storage
 from parti_jax.exported_model import model_folder
-from parti_jax.models import clip
 from parti_jax.models import config_checks
 from parti_jax.models import parti_config
-from parti_jax.models import t5_encoder
+from parti_jax.models import text_encoders
 from parti_jax.training import inputs as inputs_lib
 
 # The fields of PartiConfig that determine the text encoder.
@@ -40,7 +39,8 @@ def imported_text_encoder(
 
   Args:
     folder: a folder that `parti-jax import text_encoder` wrote.
-    text_length: maximum number of text tokens; None for the folder's. CLIP's can't be changed.
+    text_length: maximum number of text tokens; None for the folder's. Only kinds with
+      `text_encoders.Kind.any_length`, such as T5, take another one.
     dropout: dropout rate in training, of kinds that have dropout.
 
   Raises:
@@ -48,10 +48,11 @@ def imported_text_encoder(
   """
   folder = checks.text('imported_text_encoder.folder', folder)
   config = model_folder.part_config('text_encoder', folder)
-  if text_length not in (None, config.text_length) and type(config) is clip.CLIPTextConfig:
+  any_length = text_encoders.KINDS.of(config).any_length
+  if text_length not in (None, config.text_length) and not any_length:
     raise errors.UserError(
-      f'imported_text_encoder.text_length={text_length}: a CLIP has {config.text_length} positions; '
-      'set it to None'
+      f'imported_text_encoder.text_length={text_length}: the text encoder in {folder} has '
+      f'{config.text_length} positions; set it to None'
     )
   given = {'text_length': text_length, 'dropout': dropout}
   fields = {field.name for field in dataclasses.fields(config)}
@@ -125,8 +126,8 @@ def _check_same(
       'include gin_configs/models/imported_text_encoder.gin'
     )
   free = set(config_checks.FREE_SETTINGS)
-  if type(theirs) is t5_encoder.T5EncoderConfig:
-    free.add('text_length')  # Relative positions take texts of any length.
+  if text_encoders.KINDS.of(theirs).any_length:
+    free.add('text_length')
   _refuse_differing(
     where,
     {

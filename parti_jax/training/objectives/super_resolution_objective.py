@@ -25,6 +25,7 @@ from parti_jax.models import image_tokenizers
 from parti_jax.models import lpips
 from parti_jax.models import pixels
 from parti_jax.models import super_resolution
+from parti_jax.models import upscalers
 from parti_jax.models.nn import layers
 from parti_jax.partitioning import pipeline_parallelism
 from parti_jax.training.objectives import adversarial
@@ -43,7 +44,7 @@ class SuperResolutionObjective(base.Objective):
   and then, except for a share of the examples, reconstructed by a trained tokenizer.
 
   Attributes:
-    model: config of the network.
+    model: config of the network, of a kind in `upscalers.KINDS`.
     image_size: height and width of the targets, in pixels.
     tokenizer: model_dir of the image tokenizer's run, for images of the inputs' size; None to train
       on averaged images only. Until it is trained, plans use gin's
@@ -67,7 +68,7 @@ class SuperResolutionObjective(base.Objective):
     UserError: if a value has the wrong type or is out of range, or if sizes don't match.
   """
 
-  model: super_resolution.SuperResolutionConfig
+  model: upscalers.TrainableConfig
   image_size: int
   tokenizer: str | None = None
   clean_share: float = 0.0
@@ -101,20 +102,22 @@ class SuperResolutionObjective(base.Objective):
     config_checks.check_fields(
       self, image_size=(1, config_checks.MAX_SIZE), clean_share=(0, 1), **not_negative
     )
-    unit = self.model.factor * self.model.unshuffle
-    if self.image_size % unit:
+    try:
+      upscalers.forward_flops(self.model)
+    except errors.UserError as error:
+      raise errors.UserError(f'SuperResolutionObjective.model: {error}') from error
+    kind, factor, multiple = type(self.model).__name__, self.model.factor, self.model.multiple
+    if self.image_size % (factor * multiple):
       raise errors.UserError(
-        f'SuperResolutionObjective.image_size={self.image_size} is not divisible by {unit}, which is '
-        'SuperResolutionConfig.factor · unshuffle'
+        f'SuperResolutionObjective.image_size={self.image_size} is not divisible by '
+        f'{factor * multiple}: this {kind} enlarges inputs whose sides are multiples of {multiple} '
+        f'by {factor}'
       )
-    if self.crop is not None and (
-      self.crop % self.model.unshuffle or not 0 < self.crop <= self.input_size
-    ):
+    if self.crop is not None and (self.crop % multiple or not 0 < self.crop <= self.input_size):
       raise errors.UserError(
-        f'SuperResolutionObjective.crop={self.crop} must be a multiple of '
-        f'SuperResolutionConfig.unshuffle={self.model.unshuffle}, at most {self.input_size}'
+        f'SuperResolutionObjective.crop={self.crop} must be a multiple of {multiple}, as this '
+        f'{kind} needs, and at most {self.input_size}'
       )
-
     if self.r1_every < 1:
       raise errors.UserError(
         f'SuperResolutionObjective.r1_every={self.r1_every} must be at least 1'
@@ -151,8 +154,8 @@ class SuperResolutionObjective(base.Objective):
 
   def init(self, rng: PRNGKeyArray) -> base.Params:
     """Returns random parameters; a discriminator's are the part 'discriminator'."""
-    module = super_resolution.SuperResolution(self.model)
-    params = module.init(rng, *super_resolution.example_inputs(self.model))['params']
+    module = upscalers.module(self.model)
+    params = module.init(rng, *upscalers.example_inputs(self.model))['params']
     if self.adversarial_weight:
       judge = discriminator_lib.Discriminator(self.discriminator)
       images = jnp.zeros((1, self._target_size, self._target_size, 3), jnp.float32)
@@ -310,7 +313,7 @@ class SuperResolutionObjective(base.Objective):
   def step_flops(self, batch_size: int) -> int:
     """Returns a step's model FLOPs, without those of the tokenizer and of the R1 penalty."""
     side, size = self.crop or self.input_size, self._target_size
-    total = 3 * flops.super_resolution_forward(self.model, side, side)
+    total = 3 * upscalers.forward_flops(self.model)(self.model, side, side)
     if self.perceptual_weight:
       total += tokenizer_objective.PERCEPTUAL_PASSES * flops.vgg16_forward(size)
     if self.adversarial_weight:
@@ -334,7 +337,7 @@ class SuperResolutionObjective(base.Objective):
     if size != self.input_size:
       raise errors.UserError(
         f'SuperResolutionObjective.image_size={self.image_size} is not '
-        f'SuperResolutionConfig.factor={self.model.factor} times the {size} pixels of the '
+        f'{type(self.model).__name__}.factor={self.model.factor} times the {size} pixels of the '
         f'tokenizer in {self.tokenizer}'
       )
     return self.tokenizer_config
@@ -358,7 +361,7 @@ class SuperResolutionObjective(base.Objective):
   ) -> tuple[Float[Array, 'crop crop 3'], Float[Array, 'target_crop target_crop 3']]:
     """Cuts the same random square out of an input and of its target."""
     assert self.crop is not None
-    unit, factor, crop = self.model.unshuffle, self.model.factor, self.crop
+    unit, factor, crop = self.model.multiple, self.model.factor, self.crop
     places = (self.input_size - crop) // unit + 1
     corner = unit * jax.random.randint(jax.random.fold_in(key, 1), (2,), 0, places)
     cut = lambda array, times: jax.lax.dynamic_slice(
@@ -371,7 +374,7 @@ class SuperResolutionObjective(base.Objective):
   ) -> Float[Array, 'batch target_height target_width 3']:
     others = ('tokenizer', 'perceptual', 'discriminator')
     own = {name: part for name, part in params.items() if name not in others}
-    outputs: Any = super_resolution.SuperResolution(self.model).apply({'params': own}, images)
+    outputs: Any = upscalers.module(self.model).apply({'params': own}, images)
     return outputs
 
 

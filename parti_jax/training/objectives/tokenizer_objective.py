@@ -22,6 +22,7 @@ from jaxtyping import UInt8
 
 from parti_jax.checkpoints import run_checkpoints
 from parti_jax.core import errors
+from parti_jax.core import fingerprints
 from parti_jax.models import config_checks
 from parti_jax.models import discriminator as discriminator_lib
 from parti_jax.models import flops
@@ -40,7 +41,7 @@ from parti_jax.training.objectives import revival
 
 # The parts of the tokenizer's parameters; the objective may add a discriminator. Some quantizers have
 # no parameters.
-PARTS = ('encoder', 'quantizer', 'decoder')
+PARTS = fingerprints.TOKENIZER_PARTS
 # The cost of a step, in forward passes of one image. VGG16: both images forward, the reconstruction
 # also backward to its pixels. The discriminator: both images forward and backward, the
 # reconstruction also to its pixels.
@@ -237,6 +238,7 @@ class TokenizerObjective(base.Objective):
     module = image_tokenizers.module(self.model)
     images = image_tokenizers.example_inputs(self.model)
     params = module.init(rng, *images)['params']
+    fingerprints.check_tokenizer_parts(params)
     if self.adversarial_weight:
       judge = discriminator_lib.Discriminator(self.discriminator)
       rng = jax.random.fold_in(rng, 1)
@@ -488,7 +490,7 @@ class TokenizerObjective(base.Objective):
         lambda: (table, use),
       )
       revived = jnp.any(table != params['quantizer']['codebook']['table'], axis=1)
-      params = params | {'quantizer': {'codebook': {'table': table}}}
+      params = _with_table(params, table)
     statistics = statistics | {'code_use': use}
     if self.adversarial_weight:
       due = (step >= self.adversarial_from) & (step % self.r1_every == 0)
@@ -504,7 +506,7 @@ class TokenizerObjective(base.Objective):
       if revived is not None:  # The averages of revived codes start again.
         old = average['quantizer']['codebook']['table']
         table = jnp.where(revived[:, None], params['quantizer']['codebook']['table'], old)
-        average = average | {'quantizer': {'codebook': {'table': table}}}
+        average = _with_table(average, table)
       statistics['average'] = average
     return params, statistics, metrics
 
@@ -578,6 +580,12 @@ def _pixels(
 ) -> Float[Array, 'batch height width 3']:
   """Returns the reconstructions that a tokenizer's results describe, not clipped to [0, 1]."""
   return drawn['pixels'] if 'pixels' in drawn else vit_vqgan.to_pixels(drawn['mean'])
+
+
+def _with_table(params: base.Params, table: Float[Array, 'codebook code_dim']) -> base.Params:
+  """Returns the parameters with another table of codes."""
+  codebook = params['quantizer']['codebook'] | {'table': table}
+  return params | {'quantizer': params['quantizer'] | {'codebook': codebook}}
 
 
 def _coarse(
