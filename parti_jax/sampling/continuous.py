@@ -263,15 +263,17 @@ class ContinuousSampler:
     texts[: len(requests)] = [request.text for request in requests]
     places = np.full(size, self.batch_size, np.int32)
     places[: len(into)] = into
-    params = (self._model._generator_params,)
+    params, cache = (self._model._generator_params,), self._model.cache
     try:
-      encoded = self._place.start(slots_lib.encode, params, (texts,), **self._statics)
+      encoded = self._place.start(slots_lib.encode, params, (texts,), cache=cache, **self._statics)
     except Exception as error:  # Such as a batch that doesn't fit into memory.
       self._fail(requests, error)
       return
     if self._slots is None:
       empty = np.zeros([self.batch_size, self._config.text_length], np.int32)
-      self._slots = self._place.start(slots_lib.begin, params, (empty,), **self._statics)
+      self._slots = self._place.start(
+        slots_lib.begin, params, (empty,), cache=cache, **self._statics
+      )
     self._slots = self._place.start(slots_lib.insert, (), (places,), self._slots, *encoded)
 
   def _advance(self) -> None:
@@ -294,7 +296,7 @@ class ContinuousSampler:
     position += self.tokens_per_call
     complete = position >= self._config.image_length
     position[complete] = 0  # Free slots go on with pictures that nobody asked for.
-    finished = [slot for slot in np.flatnonzero(complete) if self._running[slot] is not None]
+    finished = [int(slot) for slot in np.flatnonzero(complete) if self._running[slot] is not None]
     for start, size, count in _pieces(len(finished), self._sizes):
       self._finish(finished[start : start + count], size)
 
@@ -338,6 +340,7 @@ class ContinuousSampler:
           self._model.model_name,
           image_index=np.full([1, 1], request.image_index, np.int32),
           weights=self._model.weights,
+          cache=self._model.cache,
         )
       )
 

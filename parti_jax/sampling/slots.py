@@ -127,19 +127,20 @@ def _constrained(slots: Slots) -> Slots:
   )
 
 
-def _init_state(config, params, texts, guided: bool, length: int):
+def _init_state(config, params, texts, guided: bool, cache: str, length: int):
   """`decoding.init_state` for texts that become two rows each if guided."""
   rows = decoding.with_and_without(config, texts) if guided else texts
-  return decoding.init_state(config, params, rows, length)
+  return decoding.init_state(config, params, rows, length, cache)
 
 
-@functools.partial(jax.jit, static_argnames=('config', 'guided'))
+@functools.partial(jax.jit, static_argnames=('config', 'guided', 'cache'))
 def begin(
   params: dict[str, Any],
   texts: Int32[Array, 'slots text_length'],
   *,
   config: parti_config.PartiConfig,
   guided: bool,
+  cache: str,
 ) -> Slots:
   """Returns a batch without pictures.
 
@@ -148,19 +149,21 @@ def begin(
     texts: zeros, of the texts' shape.
     config: sizes of the generator.
     guided: whether the batch can compute logits without text too.
+    cache: how to hold keys and values, a name in `sampling_settings.CACHES`.
   """
-  state = _init_state(config, params, texts, guided, config.image_length)
+  state = _init_state(config, params, texts, guided, cache, config.image_length)
   tokens = jnp.zeros((len(texts), config.image_length), jnp.int32)
   return _constrained(Slots(state, tokens))
 
 
-@functools.partial(jax.jit, static_argnames=('config', 'guided'))
+@functools.partial(jax.jit, static_argnames=('config', 'guided', 'cache'))
 def encode(
   params: dict[str, Any],
   texts: Int32[Array, 'texts text_length'],
   *,
   config: parti_config.PartiConfig,
   guided: bool,
+  cache: str,
 ) -> tuple[list[transformer.TextKeysValues], Bool[Array, 'rows 1 1 text_length']]:
   """Encodes texts for `insert`, with two rows for each text if guided.
 
@@ -169,12 +172,13 @@ def encode(
     texts: tokens of the prompts, padded with 0.
     config: sizes of the generator.
     guided: an argument of `begin`.
+    cache: an argument of `begin`.
 
   Returns:
     Two fields of the decoder's state: `texts` and `text_mask`.
   """
   # The caches are left out: a single position makes them small, if the compiler keeps them at all.
-  state = _init_state(config, params, texts, guided, 1)
+  state = _init_state(config, params, texts, guided, cache, 1)
   return state.texts, state.text_mask
 
 

@@ -137,6 +137,23 @@ def test_over_a_mesh_the_pictures_are_the_same(folder, expected, without_thread)
   assert not sampler._slots.tokens.is_fully_replicated
 
 
+def test_with_an_int8_cache_the_pictures_are_those_of_generate_with_one(
+  folder, expected, without_thread
+):
+  rounded = parti_jax.load(folder, cache='int8')
+  sampler = continuous.ContinuousSampler(rounded, 3, 1)
+  futures = turns(sampler, JOINS)
+  assert sampler._slots.state.caches[0][0].values.dtype == np.int8
+  changed = 0
+  for (_, prompt, how), future, float_cache in zip(JOINS, futures, expected):
+    how = dict(how)
+    wanted = rounded.generate(prompt, 1, first_index=how.pop('image_index', 0), **how)
+    np.testing.assert_array_equal(future.result(0).tokens, wanted.tokens)
+    assert future.result(0).cache == 'int8'
+    changed += not np.array_equal(wanted.tokens, float_cache.tokens)
+  assert changed
+
+
 def test_without_guidance_there_is_one_row_for_each_slot(model, without_thread):
   sampler = continuous.ContinuousSampler(model, 1, guidance_scale=1.0)
   (future,) = turns(sampler, [(0, 'red apple', {'seed': 1})])
