@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from typing import Any
 
 from parti_jax.cli import info_text
@@ -112,7 +113,7 @@ def _model(folder: str, names: list[str]) -> dict[str, Any]:
   if side and 'tokenizer' in parts:
     tokens = config.image_tokens()
   if 'super_resolution' in parts:
-    factor = config.number('super_resolution', 'factor')
+    factor = config.factor()
   reader = alone or config.stored_name('generator')
   text_file = own.get(alone) if alone else file_names.VOCABULARY_FILE
   vocabulary = text_file and {
@@ -152,7 +153,7 @@ class _ModelConfig:
       raise self._damaged('(not an object)')
 
   def image_tokens(self) -> int | None:
-    """Returns the number of tokens of a picture; None if the kind of tokenizer is unknown here."""
+    """Returns the number of tokens of a picture; None if nothing here says it."""
     sizes = self.entries('tokenizer')
     kind = sizes.get('kind', 'vit_vqgan')
     if kind in ('vit_vqgan', 'enhancing_vit_vqgan'):
@@ -161,9 +162,20 @@ class _ModelConfig:
       if not isinstance(levels := sizes.get('multipliers'), list):
         raise self._damaged("(no list 'multipliers' in 'tokenizer')")
       side = 2 ** (len(levels) - 1)
-    else:
-      return None
+    else:  # A user's kind, whose generator has the same grid.
+      grid = self.entries(self.stored_name('generator'), {}).get('grid')
+      if grid is not None and not (
+        isinstance(grid, list) and all(isinstance(sides, int) for sides in grid)
+      ):
+        raise self._damaged("('grid' of the generator is not a list of numbers)")
+      return grid and math.prod(grid)
     return (self.number('tokenizer', 'image_size') // side) ** 2
+
+  def factor(self) -> int | None:
+    """Returns the factor of upscaling; None if a user's kind of network doesn't state it."""
+    sizes = self.entries('super_resolution')
+    stated = 'factor' in sizes or 'kind' not in sizes
+    return self.number('super_resolution', 'factor') if stated else None
 
   def own_tokenizer(self, name: str) -> bool:
     """Returns whether a network has a text tokenizer of its own."""
