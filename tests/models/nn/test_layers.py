@@ -1,5 +1,9 @@
 """Projections of any number of axes, and dropout."""
 
+from collections.abc import Callable
+
+import flax.errors
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,3 +60,33 @@ def test_dropout_is_off_without_keys_or_at_rate_0():
   np.testing.assert_array_equal(layers.Dropout(0.3).apply({}, x, None), x)
   keys = layers.dropout_keys(jax.random.key(0), 3)
   np.testing.assert_array_equal(layers.Dropout(0.0).apply({}, x, keys), x)
+
+
+class _Scaled(nn.Module):
+  """Scales features by a parameter, of which it counts how often it is initialized."""
+
+  initializer: Callable[..., jax.Array]
+
+  @nn.compact
+  def __call__(self, x):
+    return x * layers.parameter(self, 'scale', self.initializer, ('embed',), (x.shape[-1],))
+
+
+def test_an_applied_parameter_is_not_initialized_and_keeps_its_shape():
+  initialized = []
+
+  def initializer(key, shape, dtype=jnp.float32):
+    del key
+    initialized.append(shape)
+    return jnp.full(shape, 2.0, dtype)
+
+  module, x = _Scaled(initializer), jnp.arange(3.0)
+  variables = module.init(jax.random.key(0), x)
+  assert initialized == [(3,)]
+  assert module.apply(variables, x).tolist() == [0, 2, 4]
+  assert module.apply(nn.meta.unbox(variables), x).tolist() == [0, 2, 4]
+  assert initialized == [(3,)]
+  with pytest.raises(flax.errors.ScopeParamShapeError, match=r'scale.*\(3,\)'):
+    module.apply({'params': {'scale': jnp.ones(3)}}, jnp.ones(4))
+  with pytest.raises(flax.errors.ScopeParamNotFoundError, match='scale'):
+    module.apply({'params': {'other': jnp.ones(3)}}, x)
