@@ -82,11 +82,24 @@ def _what_else(folder: str, names: list[str]) -> str:
   if storage.name(folder) == 'checkpoints' and all(name[:1].isdigit() for name in names):
     return 'the checkpoints of a run; give the folder above'
   if 'info.json' in names and any(name.endswith(('.array_record', '.tfrecord')) for name in names):
-    return "image tokens, for --gin.token_cache.path, not a run; give a run's folder or a model's"
+    what = 'image tokens' + _text_features(storage.join(folder, 'info.json'))
+    return f"{what}, for --gin.token_cache.path, not a run; give a run's folder or a model's"
   return (
     f'neither a run ({", ".join(_OF_A_RUN)}) nor an exported model ({file_names.CONFIG_FILE}); '
     'give the --model_dir of `parti-jax train` or the folder that `parti-jax export` wrote'
   )
+
+
+def _text_features(path: str) -> str:
+  """Returns a text about the text features of a token cache; '' if it has none."""
+  try:
+    found = storage.read_json(path, _LARGEST).get('text_features')
+    return (
+      f' with text features ({found["width"]} in {found["dtype"]} for each of at most '
+      f'{found["text_length"]} text tokens)'
+    )
+  except (ValueError, AttributeError, LookupError, TypeError):
+    return ''
 
 
 def _model(folder: str, names: list[str]) -> dict[str, Any]:

@@ -40,7 +40,21 @@ def add_arguments(parser: argparse.ArgumentParser):
   parser.add_argument(
     '--dtype',
     choices=('bfloat16', 'float32'),
-    help='dtype of the encoder (default: bfloat16 on TPUs and GPUs, float32 on CPUs)',
+    help='dtype of the encoders (default: bfloat16 on TPUs and GPUs, float32 on CPUs)',
+  )
+  parser.add_argument(
+    '--text_encoder',
+    metavar='FOLDER',
+    help='a text encoder that `parti-jax import text_encoder` wrote; its features of each caption '
+    'are stored too, so that training a generator with it frozen does not run it',
+  )
+  parser.add_argument(
+    '--text_length', type=int, help="text tokens of --text_encoder (default: its folder's)"
+  )
+  parser.add_argument(
+    '--text_features_dtype',
+    choices=('bfloat16', 'float16'),
+    help='dtype of the stored text features (default: bfloat16)',
   )
   parser.add_argument(
     '--batch_size',
@@ -79,11 +93,18 @@ def run(args: argparse.Namespace) -> int:
       ('--gin', args.gin_bindings),
       ('--dtype', args.dtype),
       ('--views', args.views > 1),
+      ('--text_encoder', args.text_encoder),
     )
     if given
   ]
   if args.convert and unused:
     raise UserError(f'--convert keeps the tokens unchanged; omit {unused[0]}')
+  if args.text_length is not None:
+    checks.count('--text_length', args.text_length)
+  if args.text_encoder is None:
+    for flag in ('text_length', 'text_features_dtype'):
+      if getattr(args, flag) is not None:
+        raise UserError(f'--{flag} is of --text_encoder; give both or neither')
   worker = _worker(args)
   found = None if worker else distributed.processes(args)
   if found is None:

@@ -100,7 +100,12 @@ def choose(data: bytes, draw: float) -> bytes:
     draw: uniform in [0, 1). Its last digits choose, since the first ones decide about other things.
   """
   found = alternatives(data)
-  return found[int(draw * 2**53) % len(found)]
+  return found[choice(len(found), draw)]
+
+
+def choice(count: int, draw: float) -> int:
+  """Returns the index of the caption that `choose` returns, of `count` captions."""
+  return int(draw * 2**53) % count
 
 
 def from_json(value: object) -> bytes:

@@ -43,6 +43,7 @@ from parti_jax.data import mixing
 from parti_jax.data import share  # For its names in gin.  # noqa: F401
 from parti_jax.data import sources
 from parti_jax.data import tally
+from parti_jax.data import text_features as text_features_lib
 from parti_jax.data import text_tokenizer
 from parti_jax.data import token_cache
 from parti_jax.data.damage import Damaged
@@ -115,6 +116,11 @@ class Dataset:
       found['tokenizer'] = Fingerprint(self.source.info['tokenizer'], self.source.name)
     return found
 
+  @property
+  def text_features(self) -> text_features_lib.TextFeatures | None:
+    """The text features of a token cache's examples; None without them."""
+    return getattr(self.source, 'text_features', None)
+
   def open(self, split: str) -> base.Records | base.Shards:
     """Opens a split with `Source.open`, reading only what the features need."""
     return self.source.open(split, pictures=self.features != ('inputs',))
@@ -129,7 +135,7 @@ class Dataset:
         an encoder learns nothing from an empty text.
 
     Raises:
-      UserError: the lengths don't fit the features.
+      UserError: the lengths don't fit the features, or text features are of other text tokens.
     """
     check_lengths(self.name, self.features, lengths)
     rate = examples.drop_rate() if self.vocabulary else 0.0
@@ -140,6 +146,9 @@ class Dataset:
           f'{self.source.name} has {tokens} tokens per picture, but '
           f"feature_lengths['targets'] = {lengths['targets']}"
         )
+    if self.text_features is not None:
+      assert self.vocabulary is not None
+      self.text_features.check_texts(self.vocabulary, lengths['inputs'])
     return examples.Preparation(
       lengths.get('inputs'),
       lengths.get('images'),
@@ -148,6 +157,7 @@ class Dataset:
       image_decoding.configured(),
       rate if training and self.features != ('inputs',) else 0.0,
       any_caption=training,
+      text_features=self.text_features,
     )
 
 

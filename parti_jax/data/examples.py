@@ -22,6 +22,7 @@ from jaxtyping import UInt8
 from parti_jax.core.errors import UserError
 from parti_jax.data import captions
 from parti_jax.data import image_decoding
+from parti_jax.data import text_features as text_features_lib
 from parti_jax.data import text_tokenizer
 
 Decode = Callable[[bytes, int], tuple[UInt8[np.ndarray, 'size size 3'], list[str]]]
@@ -117,6 +118,7 @@ class Preparation:
     decode: decodes pictures.
     drop_rate: share of the captions that are dropped.
     any_caption: whether any of several captions is used; otherwise the first.
+    text_features: the examples' text features; None without them.
   """
 
   text_length: int | None = None
@@ -126,6 +128,7 @@ class Preparation:
   decode: Decode = image_decoding.decode_and_note
   drop_rate: float = 0.0
   any_caption: bool = False
+  text_features: text_features_lib.TextFeatures | None = None
 
   def __call__(
     self, example: Mapping[str, Any], draw: float
@@ -140,7 +143,8 @@ class Preparation:
     Returns:
       The requested features among 'encoder_input_tokens' int32 [text_length], 'images' uint8
       [image_size, image_size, 3], 'decoder_target_tokens' int32 [image_tokens] and
-      'decoder_loss_weights' float32 [image_tokens]; and a short note for each change or cut.
+      'decoder_loss_weights' float32 [image_tokens]; 'text_features' [text_length, width] with text
+      features; and a short note for each change or cut.
 
     Raises:
       damage.Unusable: the example can't be used.
@@ -149,12 +153,17 @@ class Preparation:
     notes: list[str] = []
     if self.text_length is not None:
       assert self.vocabulary is not None
-      caption = captions.choose(example['caption'], draw if self.any_caption else 0.0)
+      alternatives = captions.alternatives(example['caption'])
+      number = captions.choice(len(alternatives), draw if self.any_caption else 0.0)
+      caption = alternatives[number]
       ids, _, notes = caption_ids(caption, self.vocabulary, self.text_length)
       dropped = draw < self.drop_rate
       found['encoder_input_tokens'] = (
         empty_text(self.vocabulary, self.text_length) if dropped else ids
       )
+      if self.text_features is not None:
+        rows = None if dropped else example['text_features'][number]
+        found['text_features'] = self.text_features.padded(rows)
     if self.image_size is not None:
       found['images'], more = self.decode(example['picture'], self.image_size)
       notes = notes + more

@@ -33,6 +33,7 @@ from parti_jax.data import examples
 from parti_jax.data import mixing
 from parti_jax.data import order as order_lib
 from parti_jax.data import share as share_lib
+from parti_jax.data import text_features as text_features_lib
 
 _PREFIX, _TOKENS = 'mixture_', 'tokens'
 NAMES = tuple(f'{_PREFIX}{kind}' for kind in (*datasets.ALIASES, _TOKENS))
@@ -94,6 +95,17 @@ def vocabulary_sizes(task: str, image_size: int = 64) -> dict[str, int]:
   return {name: feature.vocabulary.vocab_size for name, feature in features.items()}
 
 
+def text_features(task: str, image_size: int = 64) -> text_features_lib.TextFeatures | None:
+  """Returns the text features of a task's examples; None without them.
+
+  Raises:
+    UserError: there is no data, or the parts of a mixture have other text features.
+  """
+  if datasets.is_ours(task) or is_one(task):
+    return get(task, image_size)[0].text_features
+  return None
+
+
 def get(task: str, image_size: int = 64) -> list[datasets.Dataset]:
   """Returns the data of a task, or of all tasks of a mixture.
 
@@ -123,6 +135,9 @@ def _check_same(first: datasets.Dataset, other: datasets.Dataset) -> None:
   )
   if different:
     raise UserError(f'mixture.sources: {different[0]}')
+  text_features_lib.check_same(
+    first.text_features, other.text_features, [first.source.name, other.source.name]
+  )
   if 'targets' in first.features:
     for key in ('codebook_size', 'image_tokens'):
       values = [dataset.source.info[key] for dataset in (first, other)]

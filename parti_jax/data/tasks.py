@@ -20,6 +20,7 @@ from parti_jax.data import datasets
 from parti_jax.data import mixing
 from parti_jax.data import mixtures
 from parti_jax.data import preprocessors
+from parti_jax.data import text_features
 from parti_jax.data import text_tokenizer
 from parti_jax.data import vocabulary as vocabulary_lib
 from parti_jax.data.datasets import get_vocabulary
@@ -221,6 +222,11 @@ def make_task(name: str, image_size: int = 64, keep_captions: bool = False) -> T
     UserError: the task's data can't be found.
   """
   dataset = datasets.get(name, image_size)
+  if dataset.text_features is not None:
+    raise UserError(
+      f'{dataset.source.name} has text features, which seqio and t5x do not use; '
+      f'{text_features.WITHOUT}'
+    )
   vocabulary = dataset.vocabulary
   features: dict[str, seqio.Feature] = {}
   steps: list[Callable] = [preprocessors.number, preprocessors.leave_out]

@@ -7,8 +7,10 @@ A folder with ArrayRecord shards `SPLIT-00000.array_record` ... and `info.json`:
        {"examples": 3588, "bytes": 7651234, "digest": "5d3c..."}]}}}
 
 A record consists of the tokens of each view of a picture, in little-endian uint16, or uint32 for
-codebooks with more than 65,536 codes, and then the caption in UTF-8. A split appears in `info.json`
-only when all its shards are in place. Opening a split checks the shards' sizes, since a truncated
+codebooks with more than 65,536 codes, and then the caption in UTF-8. With text features
+(`text_features`), which make the version 3, the number of the caption's bytes in uint32 precedes the
+caption, and the features of each of its texts follow. A split appears in `info.json` only when all
+its shards are in place. Opening a split checks the shards' sizes, since a truncated
 shard would open as empty. `damaged_shards` checks the digests (XXH3) of their content.
 """
 
@@ -21,6 +23,7 @@ import tempfile
 from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import gin
@@ -29,15 +32,21 @@ from jaxtyping import Int
 
 from parti_jax.core import storage
 from parti_jax.core.errors import UserError
+from parti_jax.data import captions
+from parti_jax.data import text_features as text_features_lib
 from parti_jax.data import token_cache_info
 from parti_jax.data.damage import Damaged
 from parti_jax.data.readers import array_records
 from parti_jax.data.sources import base
 
 EXAMPLES_PER_SHARD = 16_384
+# Text features are a hundred times as large as image tokens.
+EXAMPLES_PER_SHARD_WITH_TEXT_FEATURES = 1024
 SHUFFLES = array_records.SHUFFLES
 # The image tokens of a picture, or of several views of it.
 Tokens = Int[np.ndarray, 'image_tokens'] | Int[np.ndarray, 'views image_tokens']
+# Bytes of a caption before text features.
+_CAPTION_SIZE = np.dtype('<u4')
 
 
 def dtype_of(info: Mapping[str, Any]) -> np.dtype:
@@ -45,16 +54,22 @@ def dtype_of(info: Mapping[str, Any]) -> np.dtype:
   return np.dtype('<u2' if info['codebook_size'] <= 2**16 else '<u4')
 
 
-def serialized(caption: str, tokens: Tokens, info: Mapping[str, Any]) -> bytes:
+def serialized(
+  caption: str,
+  tokens: Tokens,
+  info: Mapping[str, Any],
+  features: Sequence[text_features_lib.Rows] | None = None,
+) -> bytes:
   """Returns the record of an example.
 
   Args:
     caption: the caption.
     tokens: the image tokens, with an axis of views if `info` has several.
     info: info of the cache.
+    features: the text features of each of the caption's texts, if `info` has text features.
 
   Raises:
-    ValueError: the tokens don't fit `info`.
+    ValueError: the tokens or the features don't fit `info`.
   """
   views, count, codes = info.get('views', 1), info['image_tokens'], info['codebook_size']
   tokens = np.asarray(tokens)
@@ -65,7 +80,15 @@ def serialized(caption: str, tokens: Tokens, info: Mapping[str, Any]) -> bytes:
     raise ValueError(
       f'tokens range from {tokens.min()} to {tokens.max()}, beyond a codebook of {codes}'
     )
-  return tokens.astype(dtype_of(info)).tobytes() + caption.encode()
+  start, text = tokens.astype(dtype_of(info)).tobytes(), caption.encode()
+  described = text_features_lib.of_info(info)
+  if described is None and features is None:
+    return start + text
+  texts = len(captions.alternatives(text))
+  if described is None or features is None or len(features) != texts:
+    raise ValueError(f'text features of {len(features or ())} texts, expected those of {texts}')
+  size = np.array(len(text), _CAPTION_SIZE).tobytes()
+  return b''.join([start, size, text, *map(described.to_bytes, features)])
 
 
 def write_shard(path: str, records: Iterable[bytes]) -> dict[str, Any]:
@@ -111,13 +134,14 @@ def write_shard(path: str, records: Iterable[bytes]) -> dict[str, Any]:
 
 
 def write_token_cache(
-  folder: str, examples: Iterable[tuple[str, Tokens]], info: dict, split: str = 'train'
+  folder: str, examples: Iterable[tuple], info: dict, split: str = 'train'
 ) -> int:
   """Writes a split of a token cache; the split appears when it is complete.
 
   Args:
     folder: the cache's folder; created if it doesn't exist. Its other splits stay unchanged.
-    examples: captions and their image tokens, as in `serialized`, each in [0, codebook_size).
+    examples: captions and their image tokens, as in `serialized`, each in [0, codebook_size); and
+      text features if `info` has them.
     info: 'codebook_size' (int), 'image_tokens' (int) and 'tokenizer' (str, a fingerprint of the
       tokenizer's weights); additional entries are stored too.
     split: the split's name.
@@ -158,7 +182,7 @@ def write_token_cache(
 
 
 def _write_shards(
-  folder: str, examples: Iterable[tuple[str, Tokens]], info: Mapping[str, Any]
+  folder: str, examples: Iterable[tuple], info: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
   """Writes examples to shards in `folder` and returns the entry of each for `info.json`."""
   found: list[dict[str, Any]] = []
@@ -168,7 +192,7 @@ def _write_shards(
     raise UserError('no examples to write to the token cache')
   while first is not None:
     shard = itertools.chain([first], itertools.islice(examples, EXAMPLES_PER_SHARD - 1))
-    records = (serialized(caption, tokens, info) for caption, tokens in shard)
+    records = (serialized(caption, tokens, info, *features) for caption, tokens, *features in shard)
     name = token_cache_info.shard_name('shard', len(found))
     found.append(write_shard(storage.join(folder, name), records))
     first = next(examples, None)
@@ -178,6 +202,9 @@ def _write_shards(
 class TokenCacheSource(base.Source):
   """The token cache as a source of {'caption': bytes, 'tokens': int32 [image_tokens]}.
 
+  With text features, examples also have 'text_features', a list with those of each text of the
+  caption, [tokens, width].
+
   Records damaged on disk are skipped and counted like any unreadable example. Truncated shards
   raise an error when a split is opened.
 
@@ -185,20 +212,27 @@ class TokenCacheSource(base.Source):
     path: the cache's folder.
     shuffle: 'global' to read records in any order; 'window' to read shards from their beginning,
       each by one share; None for 'global' on disks and 'window' at URLs.
+    text_features: whether examples have text features, if the cache does.
 
   Attributes:
     info: the result of `token_cache_info.read_info`.
+    text_features: what the cache says about the text features of the examples; None if they have
+      none.
 
   Raises:
     UserError: `token_cache_info.read_info` raises it.
   """
 
-  def __init__(self, path: str, shuffle: str | None = None):
+  def __init__(self, path: str, shuffle: str | None = None, text_features: bool = True):
     self.info = token_cache_info.read_info(path)
     super().__init__(f'the token cache {path}', tuple(self.info['splits']))
+    stored = text_features_lib.of_info(self.info, self.name)
+    self.text_features = stored if text_features else None
     self._path = path
     self._complete: dict[str, list[str]] = {}
-    self._parse = functools.partial(_parsed, info=self.info)
+    self._parse = functools.partial(
+      _parsed, info=self.info, stored=stored, keep=self.text_features is not None
+    )
     self._shuffle = shuffle or ('window' if storage.is_url(path) else 'global')
 
   def check_split(self, split: str) -> None:
@@ -245,8 +279,20 @@ class TokenCacheSource(base.Source):
         yield file
 
 
-def _parsed(record: bytes, info: Mapping[str, Any]) -> base.Example | Damaged:
-  """Parses a record of a cache with this `info` into an example."""
+def _parsed(
+  record: bytes,
+  info: Mapping[str, Any],
+  stored: text_features_lib.TextFeatures | None = None,
+  keep: bool = False,
+) -> base.Example | Damaged:
+  """Parses a record of a cache with this `info` into an example.
+
+  Args:
+    record: the record.
+    info: the content of `info.json`.
+    stored: its text features.
+    keep: whether to return them.
+  """
   dtype, shape = dtype_of(info), (info['views'], info['image_tokens'])
   size = dtype.itemsize * shape[0] * shape[1]
   if len(record) < size:
@@ -255,20 +301,39 @@ def _parsed(record: bytes, info: Mapping[str, Any]) -> base.Example | Damaged:
   if tokens.max() >= info['codebook_size']:
     return Damaged('record of another token cache')
   tokens = tokens.astype(np.int32)
-  return {'caption': record[size:], 'tokens': tokens if shape[0] == 1 else tokens.reshape(shape)}
+  found: dict[str, Any] = {
+    'caption': record[size:],
+    'tokens': tokens if shape[0] == 1 else tokens.reshape(shape),
+  }
+  if stored is None:
+    return found
+  if len(record) < size + _CAPTION_SIZE.itemsize:
+    return Damaged('record of another token cache')
+  start = size + _CAPTION_SIZE.itemsize
+  end = start + int(np.frombuffer(record, _CAPTION_SIZE, 1, size)[0])
+  caption = record[start:end]
+  features = stored.from_bytes(record[end:], len(captions.alternatives(caption)))
+  if features is None:
+    return Damaged('record of another token cache')
+  found['caption'] = caption
+  return found | {'text_features': features} if keep else found
 
 
 @gin.configurable('token_cache')
-def configured(path: str | None = None, shuffle: str | None = None) -> TokenCacheSource:
+def configured(
+  path: str | None = None, shuffle: str | None = None, text_features: bool = True
+) -> TokenCacheSource:
   """Returns the token cache as a source.
 
   Args:
     path: the cache's folder.
     shuffle: 'global' to shuffle all examples, which are read in any order; 'window' to shuffle
       shards and, within a window, their examples; None for 'global' on disks and 'window' at URLs.
+    text_features: whether to use the cache's text features, if it has them, in place of running the
+      text encoder.
 
   Raises:
-    UserError: the path isn't set, the cache doesn't exist, or `shuffle` is unknown.
+    UserError: the path isn't set, the cache doesn't exist, or another value is invalid.
   """
   if path is None:
     scope = ''.join(f'{part}/' for part in gin.current_scope())
@@ -278,4 +343,6 @@ def configured(path: str | None = None, shuffle: str | None = None) -> TokenCach
     )
   if shuffle not in (None, *SHUFFLES):
     raise UserError(f'token_cache.shuffle={shuffle!r} is not one of {", ".join(SHUFFLES)}')
-  return TokenCacheSource(path, shuffle)
+  if type(text_features) is not bool:
+    raise UserError(f'token_cache.text_features={text_features!r} must be True or False')
+  return TokenCacheSource(path, shuffle, text_features)

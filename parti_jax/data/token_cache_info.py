@@ -22,8 +22,10 @@ import xxhash
 
 from parti_jax.core import storage
 from parti_jax.core.errors import UserError
+from parti_jax.data import text_features
 
-VERSION = 2
+# Of caches without and with text features.
+VERSION, VERSION_WITH_TEXT_FEATURES = 2, 3
 KEYS = ('codebook_size', 'image_tokens', 'tokenizer')
 HOW_TO_MAKE = 'run `parti-jax tokenize`'
 _MAX_INFO = 2**28
@@ -78,10 +80,23 @@ def _is_valid(info: Mapping[str, Any]) -> bool:
     _whole(info['codebook_size'])
     and _whole(info['image_tokens'])
     and _whole(info.get('views'))
-    and info['version'] == VERSION
+    and info['version'] == _version(info)
     and isinstance(info['tokenizer'], str)
     and are_splits(info['splits'])
+    and _has_valid_text_features(info)
   )
+
+
+def _version(info: Mapping[str, Any]) -> int:
+  return VERSION if info.get(text_features.ENTRY) is None else VERSION_WITH_TEXT_FEATURES
+
+
+def _has_valid_text_features(info: Mapping[str, Any]) -> bool:
+  try:
+    text_features.of_info(info)
+  except ValueError:
+    return False
+  return True
 
 
 def are_splits(splits: Any) -> bool:
@@ -143,7 +158,8 @@ def is_shard(name: str, split: str) -> bool:
 
 def write_info(folder: str, info: Mapping[str, Any]) -> None:
   """Writes `info.json`."""
-  info = {'version': VERSION, 'views': 1, **info, 'splits': dict(sorted(info['splits'].items()))}
+  splits = dict(sorted(info['splits'].items()))
+  info = {'version': _version(info), 'views': 1, **info, 'splits': splits}
   storage.write(storage.join(folder, 'info.json'), json.dumps(info, indent=2))
 
 
@@ -188,10 +204,11 @@ def other_splits(folder: str, info: Mapping[str, Any], replaced: Sequence[str]) 
 
 def differing(present: Mapping[str, Any], info: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
   """Returns the entries that two caches must share but don't: {key: (theirs, ours)}."""
+  defaults = dict.fromkeys(KEYS, 1) | {'views': 1, text_features.ENTRY: None}
   return {
     key: (theirs, ours)
-    for key in (*KEYS, 'views')
-    if (theirs := present.get(key, 1)) != (ours := info.get(key, 1))
+    for key, default in defaults.items()
+    if (theirs := present.get(key, default)) != (ours := info.get(key, default))
   }
 
 

@@ -30,6 +30,7 @@ import xxhash
 
 from parti_jax.core import storage
 from parti_jax.core.errors import UserError
+from parti_jax.data import text_features
 from parti_jax.data import token_cache
 from parti_jax.data import token_cache_info
 
@@ -44,7 +45,8 @@ class SplitParts:
   Args:
     folder: folder of the token cache.
     split: the split's name.
-    info: 'codebook_size', 'image_tokens', 'tokenizer' and 'views' of the cache.
+    info: 'codebook_size', 'image_tokens', 'tokenizer' and 'views' of the cache, and the entries of
+      its text features, if it has any.
     made_with: further inputs that the tokens depend on, JSON.
     count: number of parts.
     replaced: other splits that the same command writes, to remove if they use another tokenizer.
@@ -69,7 +71,9 @@ class SplitParts:
     self._info, self._replaced = dict(info), replaced
     # In the form in which JSON returns them, with lists instead of tuples.
     self._made_with = json.loads(json.dumps({**made_with, 'parts': count}))
-    self._whole = {**json.loads(json.dumps(self._info)), **self._made_with}
+    # The features of the empty text follow from the others.
+    compared = {key: value for key, value in self._info.items() if key != text_features.EMPTY_TEXT}
+    self._whole = {**json.loads(json.dumps(compared)), **self._made_with}
     self._key = xxhash.xxh3_64_hexdigest(json.dumps(self._whole, sort_keys=True).encode())
     self._parts = storage.join(folder, f'.{token_cache_info.file_part(split)}.parts')
 
@@ -283,7 +287,7 @@ class SplitParts:
     found = found if isinstance(found, dict) else {}
     differences = [
       f'{name} {found.get(name)}, not {ours}'
-      for name, ours in self._whole.items()
+      for name, ours in ({text_features.ENTRY: None} | self._whole).items()
       if found.get(name) != ours
     ]
     raise UserError(

@@ -35,6 +35,7 @@ class Parti(nn.Module):
     text_tokens: Int[Array, 'batch text_length'],
     image_tokens: Int[Array, 'batch image_length'],
     dropout_keys: layers.DropoutKeys | None = None,
+    text_features: Float[Array, 'batch text_length features'] | None = None,
   ) -> Float[Array, 'batch image_length codebook']:
     """Returns the float32 logits of every image token, given the text and the earlier tokens.
 
@@ -42,11 +43,13 @@ class Parti(nn.Module):
       text_tokens: text tokens, padded with 0.
       image_tokens: image tokens in [0, codebook_size). The last one is not an input.
       dropout_keys: keys of this batch; None if dropout is off.
+      text_features: the text encoder's output, if it was computed before; None to run it. Padding
+        may have any finite values.
 
     Returns:
       Logits; entry i predicts image_tokens[:, i].
     """
-    inputs, keys = self._decoder_inputs(text_tokens, image_tokens, dropout_keys)
+    inputs, keys = self._decoder_inputs(text_tokens, image_tokens, dropout_keys, text_features)
     return self.image_decoder(*inputs, dropout_keys=keys)[0]
 
   def all_layer_outputs(
@@ -54,12 +57,13 @@ class Parti(nn.Module):
     text_tokens: Int[Array, 'batch text_length'],
     image_tokens: Int[Array, 'batch image_length'],
     dropout_keys: layers.DropoutKeys | None = None,
+    text_features: Float[Array, 'batch text_length features'] | None = None,
   ) -> Float[Array, 'layers batch image_length embed']:
     """Returns the outputs of all decoder layers, for losses over depth.
 
     The arguments are those of `__call__`, whose result is `logits_from` of the last layer's output.
     """
-    inputs, keys = self._decoder_inputs(text_tokens, image_tokens, dropout_keys)
+    inputs, keys = self._decoder_inputs(text_tokens, image_tokens, dropout_keys, text_features)
     return self.image_decoder.all_layer_outputs(*inputs, dropout_keys=keys)
 
   def _decoder_inputs(
@@ -67,6 +71,7 @@ class Parti(nn.Module):
     text_tokens: Int[Array, 'batch text_length'],
     image_tokens: Int[Array, 'batch image_length'],
     dropout_keys: layers.DropoutKeys | None,
+    text_features: Float[Array, 'batch text_length features'] | None,
   ) -> tuple[
     tuple[
       Int[Array, 'batch image_length'],
@@ -75,7 +80,10 @@ class Parti(nn.Module):
     ],
     layers.DropoutKeys | None,
   ]:
-    encoded = self.text_encoder(text_tokens, layers.fold(dropout_keys, 0))
+    if text_features is None:
+      encoded = self.text_encoder(text_tokens, layers.fold(dropout_keys, 0))
+    else:
+      encoded = text_features.astype(self.config.compute_dtype)
     mask = text_encoders.text_mask(self.config, text_tokens)
     inputs = token_decoder.shifted(image_tokens), encoded, mask
     return inputs, layers.fold(dropout_keys, 1)

@@ -30,6 +30,7 @@ from parti_jax.runs import distributed
 from parti_jax.tokenization import tokenizing
 from parti_jax.tokenization import tokenizing_progress
 from parti_jax.training import configurables  # noqa: F401
+from parti_jax.training.objectives import frozen_text_encoder
 from parti_jax.training.objectives import frozen_tokenizer
 
 Connect = Callable[[], tuple[int, int]]
@@ -78,17 +79,19 @@ def of_source(args: argparse.Namespace, connect: Connect) -> tuple[list[Job], in
   tokenizer = frozen_tokenizer.load(args.tokenizer)
   model = tokenizer.config
   encoder = frozen_tokenizer.Encoder(tokenizer, args.dtype)
+  texts = _text_encoder(args, encoder.dtype)
   source = sources.configured(name, model.image_size)
   # Open all splits first, to find unreadable ones before hours have gone into the first.
-  opened = {
-    split: input_parts.InputParts(source.open(split), size=token_cache.EXAMPLES_PER_SHARD)
-    for split in splits
-  }
+  size = (
+    token_cache.EXAMPLES_PER_SHARD_WITH_TEXT_FEATURES if texts else token_cache.EXAMPLES_PER_SHARD
+  )
+  opened = {split: input_parts.InputParts(source.open(split), size=size) for split in splits}
   info = {
     'codebook_size': model.codebook_size,
     'image_tokens': model.image_length,
     'tokenizer': tokenizer.fingerprint,
     'views': args.views,
+    **(texts.features.info() if texts else {}),
   }
   preparation = views.Preparation(model.image_size, args.views, image_decoding.configured())
 
@@ -106,15 +109,37 @@ def of_source(args: argparse.Namespace, connect: Connect) -> tuple[list[Job], in
 
     def write(indices: Sequence[int], progress: tokenizing_progress.Progress) -> None:
       tokenizing.tokenize(
-        encoder, opened[split], indices, preparation, parts, info, args.batch_size, progress
+        encoder, texts, opened[split], indices, preparation, parts, info, args.batch_size, progress
       )
 
     sequences = f'{args.views} × ' if args.views > 1 else ''
-    return Job(
-      parts, opened[split].examples, write, f'pictures, {sequences}{model.image_length} tokens each'
-    )
+    summary = f'pictures, {sequences}{model.image_length} tokens each'
+    return Job(parts, opened[split].examples, write, summary + _described(texts))
 
   return [job(split) for split in splits], worker, workers
+
+
+def _text_encoder(args: argparse.Namespace, dtype: str) -> frozen_text_encoder.Encoder | None:
+  """Returns what computes text features; None without --text_encoder."""
+  if args.text_encoder is None:
+    return None
+  encoder = frozen_text_encoder.load(args.text_encoder, args.text_length)
+  texts = frozen_text_encoder.Encoder(encoder, dtype, args.text_features_dtype or 'bfloat16')
+  per_token, length = texts.features.bytes_of_token, texts.features.text_length
+  print(
+    f'--text_encoder adds {per_token:,} bytes for each text token, at most {per_token * length:,} '
+    f'for a caption of {length} tokens'
+  )
+  return texts
+
+
+def _described(texts: frozen_text_encoder.Encoder | None) -> str:
+  """Returns what to print about text features after the number of image tokens."""
+  return (
+    f', with text features ({texts.features.width} in {texts.features.dtype} for each text token)'
+    if texts
+    else ''
+  )
 
 
 def of_old_cache(args: argparse.Namespace, connect: Connect) -> tuple[list[Job], int, int]:

@@ -22,14 +22,18 @@ from jaxtyping import UInt8
 from parti_jax.data import input_parts
 from parti_jax.data import share
 from parti_jax.data import tally
+from parti_jax.data import text_features
 from parti_jax.data import token_cache
 from parti_jax.data import token_cache_parts
 from parti_jax.data import views
 from parti_jax.tokenization import tokenizing_progress
+from parti_jax.training.objectives import frozen_text_encoder
 from parti_jax.training.objectives import frozen_tokenizer
 
 # Number of batches to read ahead, and number of batches to compute concurrently.
 _READ_AHEAD, _COMPUTED_AT_ONCE = 4, 2
+# Number of records that wait for the thread that writes them; with text features they are large.
+_WAITING = 256
 
 
 @dataclasses.dataclass
@@ -53,6 +57,7 @@ class Batch:
 
 def tokenize(
   encoder: frozen_tokenizer.Encoder,
+  texts: frozen_text_encoder.Encoder | None,
   inputs: input_parts.InputParts,
   indices: Iterable[int],
   preparation: views.Preparation,
@@ -65,6 +70,7 @@ def tokenize(
 
   Args:
     encoder: computes the tokens.
+    texts: computes text features; None for a cache without them.
     inputs: the parts to read.
     indices: indices of the parts.
     preparation: decodes pictures.
@@ -80,7 +86,8 @@ def tokenize(
   computed: collections.deque = collections.deque()
   with _Ahead(read, _READ_AHEAD) as ahead, _Writing(parts, info, progress) as writing:
     for batch in ahead:
-      computed.append((batch, encoder(batch.pictures.reshape(-1, *batch.pictures.shape[2:]))))
+      tokens = encoder(batch.pictures.reshape(-1, *batch.pictures.shape[2:]))
+      computed.append((batch, tokens, texts and texts(batch.captions)))
       if len(computed) == _COMPUTED_AT_ONCE:
         writing.add(*computed.popleft())
     for batch in computed:
@@ -185,13 +192,16 @@ class _Writing:
     self._executor = concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix='write')
     self._futures: collections.deque[concurrent.futures.Future] = collections.deque()
     # The records for the thread, and the tallies, of the part that is being computed.
-    self._records: queue.SimpleQueue | None = None
+    self._records: queue.Queue | None = None
     self._tallies: dict[str, collections.Counter[str]] = {}
 
   def add(
-    self, batch: Batch, tokens: Callable[[], Int32[np.ndarray, 'examples*views image_length']]
+    self,
+    batch: Batch,
+    tokens: Callable[[], Int32[np.ndarray, 'examples*views image_length']],
+    features: Callable[[], list[list[text_features.Rows]]] | None,
   ) -> None:
-    """Adds examples; `tokens` returns their tokens, once these are computed."""
+    """Adds examples; `tokens` and `features` return theirs, once these are computed."""
     if self._records is None:
       self._records = self._begin(batch.part)
     elif self._futures[-1].done():
@@ -200,19 +210,32 @@ class _Writing:
       self._tallies[name].update(counts)
     if batch.captions:
       found = tokens().reshape(len(batch.captions), self._info['views'], -1)
-      for caption, sequences in zip(batch.captions, found):
-        self._records.put(token_cache.serialized(caption, sequences, self._info))
+      of_texts = features() if features else itertools.repeat(None)
+      for caption, sequences, rows in zip(batch.captions, found, of_texts):
+        self._put(token_cache.serialized(caption, sequences, self._info, rows))
     self._progress.add(len(batch.captions), batch.tallies['skipped'])
     if batch.last:
-      self._records.put(None)
+      self._put(None)
       self._records = None
       self._progress.end_part()
 
-  def _begin(self, part: int) -> queue.SimpleQueue:
+  def _put(self, record: bytes | _Aborted | None) -> None:
+    """Waits for space in the queue; raises the error of a thread that has ended with one."""
+    assert self._records is not None
+    while True:
+      try:
+        self._records.put(record, timeout=0.1)
+        return
+      except queue.Full:
+        if self._futures[-1].done():
+          self._futures[-1].result()
+          raise
+
+  def _begin(self, part: int) -> queue.Queue:
     """Starts to write a part; returns the queue for its records."""
     while len(self._futures) > 1:
       self._futures.popleft().result()
-    records: queue.SimpleQueue = queue.SimpleQueue()
+    records: queue.Queue = queue.Queue(_WAITING)
     self._tallies = _no_tallies()
     self._futures.append(
       self._executor.submit(self._parts.write, part, _until_none(records), self._tallies)
@@ -223,15 +246,16 @@ class _Writing:
     return self
 
   def __exit__(self, kind, *_) -> None:
-    if self._records is not None:
-      self._records.put(_Aborted())
+    if self._records is not None and not self._futures[-1].done():
+      with contextlib.suppress(Exception):  # The error that ends the body is the first one.
+        self._put(_Aborted())
     self._executor.shutdown(wait=True)
     if kind is None:
       while self._futures:
         self._futures.popleft().result()
 
 
-def _until_none(records: queue.SimpleQueue) -> Iterator[bytes]:
+def _until_none(records: queue.Queue) -> Iterator[bytes]:
   while (record := records.get()) is not None:
     if isinstance(record, _Aborted):
       raise record

@@ -135,7 +135,11 @@ def _prepare(
   config: config_lib.TrainConfig, model_dir: str, journal: journal_lib.Journal
 ) -> _Training:
   """Makes the parts of a run, so that anything missing is found before the first step."""
-  objective, mesh = config.objective, mesh_lib.make_mesh()
+  mesh = mesh_lib.make_mesh()
+  image_size = config.objective.feature_lengths().get('images', 64)
+  text_features = mixtures.text_features(config.task, image_size)
+  objective = config.objective.with_text_features(text_features)
+  config = dataclasses.replace(config, objective=objective)
   trainer = trainer_lib.Trainer.of_config(config, mesh)
   rules_lib.check_batch(config.batch_size, mesh, trainer.rules, config.microbatches)
   memory.check(trainer.abstract)
@@ -179,6 +183,8 @@ def _prepare(
     journal,
     config.max_bad_steps,
   )
+  if text_features is not None:
+    objective.check_text_features(run.state.params, text_features)
   reporter = reporting.Reporter(model_dir, config.steps, run.step, config.writers)
   journal.start(
     run.beginning(),
@@ -190,6 +196,8 @@ def _prepare(
   profiler = profiler_lib.Profiler(model_dir, config.profile_steps)
   training = _Training(config, trainer, examples, held_out, run, reporter, profiler, journal)
   _announce(training, inputs.warnings)
+  if text_features is not None:
+    reporter.say(f'the text encoder does not run in steps: {text_features.name} has its features')
   preemption.begin(config.grace_seconds, journal, run.newest_step)
   return training
 

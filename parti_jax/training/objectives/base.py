@@ -19,6 +19,8 @@ from jaxtyping import PRNGKeyArray
 from jaxtyping import Shaped
 from jaxtyping import UInt8
 
+from parti_jax.core import errors
+from parti_jax.data import text_features
 from parti_jax.data import text_tokenizer
 from parti_jax.models import image_tokenizers
 from parti_jax.models import text_encoders
@@ -138,6 +140,34 @@ class Objective(abc.ABC):
       ids, _ = vocabulary.encode('', max(length, 3))
       text_encoders.check_empty_text(config, ids, f'vocabulary.path={vocabulary.path!r}')
 
+  def with_text_features(self, found: text_features.TextFeatures | None) -> Objective:
+    """Returns the objective for examples with text features, or without any.
+
+    Args:
+      found: what the token cache says about them; None without text features.
+
+    Raises:
+      UserError: if the objective needs other text features, or doesn't use any.
+    """
+    if found is not None:
+      raise errors.UserError(
+        f'{found.name} has text features, which {type(self).__name__} does not use; set '
+        'token_cache.text_features=False'
+      )
+    return self
+
+  def check_text_features(self, params: Params, found: text_features.TextFeatures) -> None:
+    """Checks that text features are those of the text encoder in the parameters of a run.
+
+    Args:
+      params: the parameters, on the mesh.
+      found: the argument of `with_text_features`.
+
+    Raises:
+      UserError: if they are of another text encoder.
+    """
+    del params, found
+
   @abc.abstractmethod
   def abstract_batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the shapes and dtypes of a batch of `loss`.
@@ -150,6 +180,9 @@ class Objective(abc.ABC):
     | 'images' | 'images' uint8 [batch, size, size, 3] |
     | 'targets' | 'decoder_target_tokens' int32 [batch, image_length] |
     | | 'decoder_loss_weights' float32 [batch, image_length] |
+
+    If `with_text_features` accepts text features, there is also 'text_features' [batch, text_length,
+    width].
     """
 
   # The parameters.

@@ -23,15 +23,12 @@ from jaxtyping import UInt8
 from parti_jax.checkpoints import run_checkpoints
 from parti_jax.core import errors
 from parti_jax.core import fingerprints
-from parti_jax.core import numerics
 from parti_jax.core import storage
 from parti_jax.exported_model import model_folder
 from parti_jax.models import image_tokenizers
 from parti_jax.models import pixels
 from parti_jax.models import vit_vqgan
-
-# Number of images that a device tokenizes at once.
-GROUP = 16
+from parti_jax.training.objectives import device_groups
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -153,8 +150,7 @@ class Encoder:
   """Tokenizes images on all devices of this process.
 
   The tokens of an image depend neither on the number of devices nor on the number of images per
-  call. XLA's sums depend on the batch size in their last bits, so each device computes groups of
-  exactly `GROUP` images.
+  call (`device_groups`).
 
   Args:
     tokenizer: the tokenizer.
@@ -175,12 +171,7 @@ class Encoder:
     devices = list(devices or jax.local_devices())
     self.platform = devices[0].platform
     self.dtype = dtype or ('float32' if self.platform == 'cpu' else 'bfloat16')
-    self._at_once = GROUP * len(devices)
-    mesh = jax.sharding.Mesh(np.array(devices), ('device',))
-    self._split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('device'))
-    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     used = {name: values for name, values in tokenizer.params.items() if name != 'decoder'}
-    self._params = jax.device_put(jax.tree.map(np.asarray, used), everywhere)
     config = dataclasses.replace(tokenizer.config, dtype=self.dtype)
     apply: Callable[..., Any] = image_tokenizers.module(config).apply
 
@@ -189,15 +180,7 @@ class Encoder:
     ) -> Int[Array, 'batch tokens']:
       return apply({'params': params}, pixels.from_bytes(images), method='tokenize')
 
-    self._encode = jax.jit(
-      jax.shard_map(
-        encode,
-        mesh=mesh,
-        in_specs=(everywhere.spec, self._split.spec),
-        out_specs=self._split.spec,
-        check_vma=False,
-      )
-    )
+    self._encode = device_groups.DeviceGroups(encode, used, devices)
 
   def __call__(
     self, images: UInt8[np.ndarray, 'batch height width 3']
@@ -207,13 +190,5 @@ class Encoder:
     Returns:
       A function that waits for the tokens, int32, and returns them.
     """
-    found = []
-    with numerics.fixed():
-      for start in range(0, len(images), self._at_once):
-        group = images[start : start + self._at_once]
-        missing = self._at_once - len(group)
-        if missing:
-          group = np.concatenate([group, np.zeros((missing, *group.shape[1:]), group.dtype)])
-        found.append(self._encode(self._params, jax.device_put(group, self._split)))
-    # Explicit transfers are allowed under any setting of jax_transfer_guard.
-    return lambda: np.concatenate(jax.device_get(found))[: len(images)]
+    found = self._encode(images)
+    return lambda: np.concatenate(found())[: len(images)]

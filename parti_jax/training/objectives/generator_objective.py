@@ -18,6 +18,7 @@ from jaxtyping import PRNGKeyArray
 from jaxtyping import UInt8
 
 from parti_jax.core import errors
+from parti_jax.data import text_features as text_features_lib
 from parti_jax.data import text_tokenizer
 from parti_jax.exported_model import model_folder
 from parti_jax.exported_model import sampling_settings
@@ -35,9 +36,14 @@ from parti_jax.sampling import decoding
 from parti_jax.sampling import parameters
 from parti_jax.training import inputs as inputs_lib
 from parti_jax.training.objectives import base
+from parti_jax.training.objectives import frozen_text_encoder
 from parti_jax.training.objectives import initial_text_encoder
 
 PARTS = ('text_encoder', 'image_decoder')
+_OTHER_ENCODER = (
+  'set GeneratorObjective.text_encoder to the folder that was given to `parti-jax tokenize '
+  f'--text_encoder`, tokenize with that of this run, or {text_features_lib.WITHOUT}'
+)
 
 
 @config_checks.configurable
@@ -59,10 +65,14 @@ class GeneratorObjective(base.Objective):
       TextEncoderObjective (Parti, section 2.2) or of a generator, or a folder that `parti-jax import
       text_encoder` wrote. None for a random text encoder.
     frozen: parts that training doesn't change, such as ('text_encoder',).
+    text_features: dtype of the text features that batches have, in place of running the frozen text
+      encoder; a name in `text_features.DTYPES`. None runs it. A run whose token cache has text
+      features sets it; set it by hand to plan such a run.
 
   Raises:
     UserError: if a value has the wrong type or is out of range. `depth_loss_weights` needs one
-      weight per decoder layer, none of them negative and the last one positive.
+      weight per decoder layer, none of them negative and the last one positive. `text_features` needs
+      a frozen text encoder from elsewhere, without dropout.
   """
 
   model: parti_config.PartiConfig
@@ -71,6 +81,7 @@ class GeneratorObjective(base.Objective):
   depth_loss_weights: tuple[float, ...] | None = None
   text_encoder: str | None = None
   frozen: tuple[str, ...] = ()
+  text_features: str | None = None
 
   name = 'generator'
 
@@ -81,6 +92,8 @@ class GeneratorObjective(base.Objective):
         f'GeneratorObjective.frozen: unknown parts {sorted(unknown)}; choose from '
         f'{", ".join(PARTS)}'
       )
+    if self.text_features is not None:
+      self._check_fit_for_text_features()
     weights = self.depth_loss_weights
     if weights is None:
       return
@@ -88,6 +101,59 @@ class GeneratorObjective(base.Objective):
       raise errors.UserError(
         f'GeneratorObjective.depth_loss_weights={weights!r} must be {self.model.decoder_layers} '
         'numbers, one for each of PartiConfig.decoder_layers, not negative and the last above 0'
+      )
+
+  def _check_fit_for_text_features(self) -> None:
+    """Raises UserError unless text features can stand for the text encoder."""
+    encoder = self.model.text_encoder
+    if self.text_features not in text_features_lib.DTYPES:
+      raise errors.UserError(
+        f'GeneratorObjective.text_features={self.text_features!r} is not one of '
+        f'{", ".join(text_features_lib.DTYPES)}'
+      )
+    why = None
+    if encoder is None:
+      why = "but the text encoder of PartiConfig is Parti's own; set PartiConfig.text_encoder"
+    elif 'text_encoder' not in self.frozen:
+      why = f"but GeneratorObjective.frozen={self.frozen!r} trains it; add 'text_encoder' to it"
+    elif dropout := getattr(encoder, 'dropout', 0):
+      why = f'without dropout, but its dropout is {dropout}; set imported_text_encoder.dropout=0'
+    if why:
+      raise errors.UserError(
+        f'text features are of an imported text encoder that is not trained, {why}, or '
+        f'{text_features_lib.WITHOUT}'
+      )
+
+  def with_text_features(self, found: text_features_lib.TextFeatures | None) -> GeneratorObjective:
+    if found is None:
+      if self.text_features is not None:
+        raise errors.UserError(
+          f'GeneratorObjective.text_features={self.text_features!r}, but the examples have no text '
+          'features; write them with `parti-jax tokenize --text_encoder`, or set it to None'
+        )
+      return self
+    if self.text_features not in (None, found.dtype):
+      raise errors.UserError(
+        f'GeneratorObjective.text_features={self.text_features!r}, but those of {found.name} are '
+        f'{found.dtype}; set it to None'
+      )
+    objective = dataclasses.replace(self, text_features=found.dtype)
+    if found.width != self.model.text_width:
+      raise errors.UserError(
+        f'{found.name} has {found.width} text features of a token, but the text encoder of '
+        f'PartiConfig has {self.model.text_width}; {_OTHER_ENCODER}'
+      )
+    return objective
+
+  def check_text_features(self, params: base.Params, found: text_features_lib.TextFeatures) -> None:
+    own = params['text_encoder']
+    mesh = jax.tree.leaves(own)[0].sharding.mesh
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    ours = frozen_text_encoder.fingerprint(self.model, own, everywhere)
+    if ours != found.encoder:
+      raise errors.UserError(
+        f'{found.name} has text features of the text encoder {found.encoder}, but that of the run '
+        f'is {ours}; {_OTHER_ENCODER}'
       )
 
   def feature_lengths(self) -> dict[str, int]:
@@ -106,11 +172,15 @@ class GeneratorObjective(base.Objective):
 
   def abstract_batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
     text, image = ((batch_size, length) for length in self.feature_lengths().values())
-    return {
+    found = {
       'encoder_input_tokens': jax.ShapeDtypeStruct(text, jnp.int32),
       'decoder_target_tokens': jax.ShapeDtypeStruct(image, jnp.int32),
       'decoder_loss_weights': jax.ShapeDtypeStruct(image, jnp.float32),
     }
+    if self.text_features is not None:
+      dtype = text_features_lib.DTYPES[self.text_features]
+      found['text_features'] = jax.ShapeDtypeStruct((*text, self.model.text_width), dtype)
+    return found
 
   def init(self, rng: PRNGKeyArray) -> base.Params:
     return parti.Parti(self.model).init(rng, *parti.example_inputs(self.model))['params']
@@ -139,7 +209,8 @@ class GeneratorObjective(base.Objective):
     Args:
       params: the unboxed parameters.
       batch: 'encoder_input_tokens' int32 [batch, text_length], 'decoder_target_tokens' int32
-        [batch, tokens], 'decoder_loss_weights' float32 [batch, tokens].
+        [batch, tokens], 'decoder_loss_weights' float32 [batch, tokens]; and, if `text_features` is
+        set, 'text_features' [batch, text_length, width of the text encoder].
       dropout_keys: keys of the examples; None for no dropout.
       step: not used.
 
@@ -216,7 +287,7 @@ class GeneratorObjective(base.Objective):
 
   def step_flops(self, batch_size: int) -> int:
     more = (len(self._predicting()) - 1) * flops.logits_forward(self.model)
-    encoder = text_encoders.forward_flops(self.model)
+    encoder = 0 if self.text_features else text_encoders.forward_flops(self.model)
     decoder = flops.token_decoder_forward(self.model) + more
     # The backward pass costs twice the forward pass, and ends at the decoder if the encoder is frozen.
     return batch_size * ((1 if 'text_encoder' in self.frozen else 3) * encoder + 3 * decoder)
@@ -233,7 +304,8 @@ class GeneratorObjective(base.Objective):
     """Returns losses and hits (1 for a correct prediction) of the layers with a weight."""
     model = parti.Parti(self.model)
     apply: Callable[..., Any] = functools.partial(model.apply, {'params': params})
-    inputs = batch['encoder_input_tokens'], batch['decoder_target_tokens'], dropout_keys
+    features = batch['text_features'] if self.text_features else None
+    inputs = batch['encoder_input_tokens'], batch['decoder_target_tokens'], dropout_keys, features
     if self.depth_loss_weights is None:
       losses, hits = self._of_logits(apply(*inputs), batch)
       return losses[None], hits[None]
