@@ -2,9 +2,9 @@
 
   python benchmarks/plain_requests.py [--model FOLDER] [--num_images 4]
 
-asks for 60 things that the demo was trained on, in words that no caption of the training has, and for the same things by their bare names. It
-prints how often OpenMoji's judge finds the thing: among all real pictures, the nearest one has the
-name. Needs the `data` extra.
+asks for 60 things that the demo was trained on, in words that no caption of the training has, and for
+the same things by their bare names. It prints how often OpenMoji's judge finds the thing: among all
+real pictures, the nearest one has the name. Needs the `data` extra.
 """
 
 import argparse
@@ -12,72 +12,9 @@ import argparse
 import numpy as np
 
 from parti_jax.data import openmoji
+from parti_jax.data.held_out_requests import REQUESTS
 from parti_jax.evaluation.openmoji import openmoji_judge
 from parti_jax.sampling import text_to_image
-
-# Request -> name of the picture.
-REQUESTS = {
-  'a juicy slice of watermelon': 'watermelon',
-  'a sharp pair of scissors': 'scissors',
-  "a knight's shield": 'shield',
-  'one shiny red apple': 'red apple',
-  'a ripe yellow banana': 'banana',
-  'an orange carrot from the garden': 'carrot',
-  'a bag of popcorn at the movies': 'popcorn',
-  'some hot pancakes for breakfast': 'pancakes',
-  'a tall green cactus in the desert': 'cactus',
-  'a hungry shark': 'shark',
-  'an angry crocodile': 'crocodile',
-  'a sleepy koala': 'koala',
-  'a wild zebra': 'zebra',
-  'a happy penguin': 'penguin',
-  'a prickly hedgehog': 'hedgehog',
-  'the king of the jungle, a lion': 'lion',
-  'a slow snail': 'snail',
-  'an eight-legged spider': 'spider',
-  'a colourful butterfly': 'butterfly',
-  'a purple octopus': 'octopus',
-  'a big grey elephant': 'elephant',
-  'a spotted giraffe': 'giraffe',
-  'a magical unicorn': 'unicorn',
-  'a scary ghost': 'ghost',
-  'a friendly robot': 'robot',
-  'a spooky jack-o-lantern for halloween': 'jack-o-lantern',
-  'a golden trophy': 'trophy',
-  "a king's crown": 'crown',
-  'a wooden guitar': 'guitar',
-  'a loud trumpet': 'trumpet',
-  'a classical violin': 'violin',
-  'an electric light bulb': 'light bulb',
-  'a black umbrella for the rain': 'umbrella',
-  'a yellow taxi in new york': 'taxi',
-  'a fast racing car': 'racing car',
-  'a fire engine with a ladder': 'fire engine',
-  'a farm tractor': 'tractor',
-  'a rocket that flies to the moon': 'rocket',
-  'a helicopter in the sky': 'helicopter',
-  'a sailboat on the lake': 'sailboat',
-  'the steam locomotive of grandpa': 'locomotive',
-  "a child's teddy bear": 'teddy bear',
-  'a present: a wrapped gift': 'wrapped gift',
-  'a wedding ring': 'ring',
-  'a treasure chest full of gold': 'treasure chest',
-  'the key of my house': 'key',
-  'a carpenter with a hammer, only the hammer': 'hammer',
-  'an old telephone from the sixties': 'telephone',
-  'a pirate flag on a mast': 'pirate flag',
-  'a hot volcano': 'volcano',
-  'a rainbow after the storm': 'rainbow',
-  'a field of sunflower': 'sunflower',
-  'a red rose for my wife': 'rose',
-  'a christmas tree, or any evergreen tree': 'evergreen tree',
-  'a delicious hamburger for lunch': 'hamburger',
-  'a hot dog with mustard': 'hot dog',
-  'a mexican taco': 'taco',
-  'a glass of wine, a wine glass': 'wine glass',
-  'a kitchen knife': 'kitchen knife',
-  'a soccer ball on the grass': 'soccer ball',
-}
 
 
 def measure(model, judge, requests, num_images: int) -> tuple[float, float]:

@@ -1,9 +1,9 @@
 """Captions of single OpenMoji pictures as people write them: other names, articles, free order.
 
 A picture's usual caption is its name and its skin tones: "woman firefighter: dark skin tone". This
-module adds phrasings such as "a dark-skinned female firefighter". Other names come from the package
-`emoji`, which also has the names in other languages. No two pictures share a caption, unless they
-share a name.
+module adds phrasings such as "a dark-skinned female firefighter", and plain requests with other words
+around the name (`openmoji_requests`). Other names come from the package `emoji`, which also has the
+names in other languages. No two pictures share a caption, unless they share a name.
 
 This module doesn't import TensorFlow.
 """
@@ -19,7 +19,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from parti_jax.core.errors import UserError
+from parti_jax.data import held_out_requests
 from parti_jax.data import openmoji
+from parti_jax.data import openmoji_requests
 
 ENGLISH = 'en'
 _COLORS = 'red|orange|yellow|green|blue|purple|brown|black|white|pink|grey|light blue'
@@ -74,11 +76,21 @@ _TONE_FRAMES = (
   'a {short}-skinned {name}',
   'a picture of a {short}-skinned {name}',
 )
+# What a plain request for a picture with one tone is about.
+_TONE_CORES = (
+  '{phrase} with {tone}',
+  '{phrase} with {short} skin',
+  'a {short}-skinned {name}',
+  'one {short}-skinned {name}',
+)
 _TONES_FRAMES = ('{name}, {tones}', '{name} with {tones}', '{phrase} with {tones}')
 
 
 def captions(
-  picture: openmoji.Picture, count: int, languages: Sequence[str] = (ENGLISH,)
+  picture: openmoji.Picture,
+  count: int,
+  languages: Sequence[str] = (ENGLISH,),
+  requests: float = 0.0,
 ) -> list[str]:
   """Returns different captions of a picture, the same ones each time.
 
@@ -88,6 +100,8 @@ def captions(
     languages: codes of languages, such as 'en' or 'de'. The usual caption comes first if English is
       among them. In the other languages there is one caption each. A picture without a name in any
       of them has its usual caption.
+    requests: share of the phrasings that are plain requests. Those of `held_out_requests` are left
+      out.
 
   Raises:
     UserError: a language is unknown, or the package `emoji` is missing.
@@ -102,7 +116,12 @@ def captions(
   for _ in range(20 * count if ENGLISH in languages else 0):
     if len(found) >= count:
       break
-    found[_phrase(picture, rng)] = None
+    if requests and rng.random() < requests:
+      text = _request(picture, rng)
+    else:
+      text = _phrase(picture, rng)
+    if text is not None and not (requests and text.casefold() in held_out_requests.REQUESTS):
+      found[text] = None
   return list(found)[:count] or [picture.caption]
 
 
@@ -118,6 +137,7 @@ def check_languages(languages: Sequence[str]) -> None:
       )
 
 
+@functools.cache
 def names(name: str) -> tuple[str, ...]:
   """Returns a name and the other names that mean the same pictures, in English."""
   found = dict.fromkeys([name, *_aliases().get(name, ())])
@@ -143,6 +163,46 @@ def _phrase(picture: openmoji.Picture, rng: np.random.Generator) -> str:
     return pick(_TONES_FRAMES).format(tones=' and '.join(picture.tones), **values)
   (tone,) = picture.tones
   return pick(_TONE_FRAMES).format(tone=tone, short=tone.removesuffix(' skin tone'), **values)
+
+
+def _request(picture: openmoji.Picture, rng: np.random.Generator) -> str | None:
+  """Returns a plain request; None if its words happen to contain the name of another picture."""
+  pick = lambda choices: choices[int(rng.integers(len(choices)))]
+  name = pick(names(picture.name))
+  phrase = _with_article(name, definite=rng.random() < 0.1)
+  if not picture.tones:
+    core = openmoji_requests.Core(name, phrase.removesuffix(name).strip(), name[0].islower())
+  elif len(picture.tones) > 1:
+    text = f'{phrase} with {" and ".join(picture.tones)}'
+    core = openmoji_requests.Core(text, '', takes_words=False)
+  else:
+    (tone,) = picture.tones
+    values = {'name': name, 'phrase': phrase, 'tone': tone}
+    text = pick(_TONE_CORES).format(short=tone.removesuffix(' skin tone'), **values)
+    core = openmoji_requests.Core(text, '', takes_words=False)
+  return openmoji_requests.request(core, rng, lambda found: is_other_name(found, picture.name))
+
+
+def is_other_name(words: Sequence[str], name: str = '') -> bool:
+  """Returns whether successive words are a name, or its plural, of other pictures than `name`.
+
+  Args:
+    words: the result of `openmoji_requests.words`, or some of it.
+    name: the picture's name; '' for any.
+  """
+  *first, last = words
+  known = _names_by_words()
+  found = (known.get((*first, word)) for word in _singulars(last))
+  return any(owner is not None and (not name or owner != name) for owner in found)
+
+
+def _singulars(word: str) -> set[str]:
+  return {word, *(word.removesuffix(ending) for ending in ('s', 'es', "'s"))}
+
+
+@functools.cache
+def _names_by_words() -> Mapping[tuple[str, ...], str]:
+  return {tuple(openmoji_requests.words(text)): name for text, name in _owners().items()}
 
 
 def _with_article(name: str, definite: bool) -> str:

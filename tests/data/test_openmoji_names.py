@@ -1,14 +1,13 @@
 """Captions of single pictures as people write them."""
 
 import collections
-import importlib.util
-import pathlib
 
 import gin
 import pytest
 
 from parti_jax.core.errors import UserError
 from parti_jax.data import captions as captions_lib
+from parti_jax.data import held_out_requests
 from parti_jax.data import openmoji
 from parti_jax.data import openmoji_names
 from parti_jax.data import sources
@@ -122,6 +121,7 @@ def test_the_source_has_several_captions_if_asked():
     ("openmoji.captions = 2\nopenmoji.languages = 'de'", 'must be a tuple'),
     ("openmoji.languages = ('de',)", 'no effect with openmoji.captions = 1'),
     ("openmoji.captions = 2\nopenmoji.languages = ('xx',)", "unknown language 'xx'"),
+    ('openmoji.requests = 0.5', 'openmoji.requests has no effect with openmoji.captions = 1'),
   ],
 )
 def test_bad_settings(config, message):
@@ -132,17 +132,13 @@ def test_bad_settings(config, message):
 
 def test_the_plain_requests_are_held_out():
   """The benchmark asks for things of train, in words that no caption has."""
-  path = pathlib.Path(__file__).parents[2] / 'benchmarks' / 'plain_requests.py'
-  spec = importlib.util.spec_from_file_location('plain_requests', path)
-  assert spec is not None and spec.loader is not None
-  plain_requests = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(plain_requests)
   known = {picture.name for picture in openmoji.pictures() if picture.split == 'train'}
-  assert set(plain_requests.REQUESTS.values()) <= known
+  assert len(held_out_requests.REQUESTS) == 60
+  assert set(held_out_requests.REQUESTS.values()) <= known
   words = [
     caption.casefold()
     for picture in openmoji.pictures()
     if not picture.tones
     for caption in openmoji_names.captions(picture, 20)
   ]
-  assert not set(plain_requests.REQUESTS) & set(words)
+  assert not set(held_out_requests.REQUESTS) & set(words)

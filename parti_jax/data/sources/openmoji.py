@@ -26,6 +26,7 @@ class OpenMojiSource(base.Source):
     data_dir: the folder to build in; None for the default of tensorflow-datasets.
     captions: maximum number of captions of a picture, from `openmoji_names` if there are several.
     languages: languages of several captions.
+    requests: share of the phrasings that are plain requests.
   """
 
   def __init__(
@@ -34,10 +35,11 @@ class OpenMojiSource(base.Source):
     data_dir: str | None = None,
     captions: int = 1,
     languages: Sequence[str] = (openmoji_names.ENGLISH,),
+    requests: float = 0.0,
   ):
     super().__init__('openmoji', openmoji.SPLITS)
     self._size, self._data_dir = size, data_dir
-    self._phrasings = _Phrasings(captions, tuple(languages))
+    self._phrasings = _Phrasings(captions, tuple(languages), requests)
 
   def open(self, split: str, pictures: bool = True) -> base.Records:
     self.check_split(split)
@@ -59,12 +61,20 @@ class _Phrasings:
 
   count: int
   languages: tuple[str, ...]
+  requests: float
 
   def of(self, picture: openmoji.Picture) -> bytes:
     """Returns the 'caption' of a picture's example."""
     if self.count == 1:
       return picture.caption.encode()
-    return captions_lib.several(openmoji_names.captions(picture, self.count, self.languages))
+    return _several(picture, self)
+
+
+@functools.lru_cache(4096)  # Every epoch asks again.
+def _several(picture: openmoji.Picture, phrasings: _Phrasings) -> bytes:
+  return captions_lib.several(
+    openmoji_names.captions(picture, phrasings.count, phrasings.languages, phrasings.requests)
+  )
 
 
 class _Captions(base.Records):
@@ -137,12 +147,13 @@ def read_split(builder, name: str, split: str):
 
 
 @gin.configurable('openmoji')
-@checks.bounded(size=(1, 8192), captions=(1, 20))
+@checks.bounded(size=(1, 8192), captions=(1, 100), requests=(0, 1))
 def configured(
   size: int | None = None,
   data_dir: str | None = None,
   captions: int = 1,
   languages: tuple[str, ...] = (openmoji_names.ENGLISH,),
+  requests: float = 0.0,
   image_size: int = 64,
 ) -> OpenMojiSource:
   """Returns OpenMoji as a source.
@@ -154,15 +165,19 @@ def configured(
     captions: captions of each picture, of which an epoch uses one. 1 gives only its name and skin
       tones; more add phrasings, other names and `languages`.
     languages: languages of several captions, such as ('en', 'de').
+    requests: share of the phrasings that are plain requests, with other words around the name
+      (`openmoji_requests`).
     image_size: the run's picture size, given by the caller.
 
   Raises:
-    UserError: a language is unknown.
+    UserError: a language is unknown, or a setting has no effect.
   """
+  if captions == 1 and requests:
+    raise UserError('openmoji.requests has no effect with openmoji.captions = 1; set more captions')
   if captions == 1 and tuple(languages) != (openmoji_names.ENGLISH,):
     raise UserError(
       'openmoji.languages has no effect with openmoji.captions = 1; set more captions'
     )
   if captions > 1:
     openmoji_names.check_languages(languages)
-  return OpenMojiSource(size or image_size, data_dir, captions, languages)
+  return OpenMojiSource(size or image_size, data_dir, captions, languages, requests)
