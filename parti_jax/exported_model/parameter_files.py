@@ -82,13 +82,13 @@ class StoredArray:
         f'the parameter {self._name} of a model has values that are not finite; export or download '
         'the model again'
       )
-    return found.astype(self.dtype)
+    return found.astype(self.dtype, copy=False)
 
   def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
     del copy  # It is always one.
     found = self[(slice(None),) * self.ndim]
     assert isinstance(found, np.ndarray)
-    return found if dtype is None else found.astype(dtype)
+    return found if dtype is None else found.astype(dtype, copy=False)
 
 
 def check(params: PyTree, expected: PyTree, file: str) -> None:
@@ -144,13 +144,14 @@ def write(path: pathlib.Path, params: PyTree, dtype: str, made_with: Mapping[str
     for name, leaf in arrays.items():
       for part in _parts(leaf):
         with np.errstate(over='ignore'):
-          converted = part.astype(stored, order='C')
+          converted = part.astype(stored, order='C', copy=False)
         if not np.all(np.isfinite(converted)):
           raise UserError(
             f'{path.name}: the parameter {name} has values that are not finite as {dtype}; '
             'store the model as float32, or check whether its training diverged'
           )
-        file.write(converted.tobytes())
+        # The bytes of the array itself; `tobytes` would copy them.
+        file.write(converted.reshape(-1).view(np.uint8))
 
 
 def _parts(leaf: Any) -> Iterator[np.ndarray]:

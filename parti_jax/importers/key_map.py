@@ -237,4 +237,4 @@ class ConvertedArray:
         stack[place] = source.change(_finite(name, stored))
       found = stack
     self._progress()
-    return found if dtype is None else found.astype(dtype)
+    return found if dtype is None else found.astype(dtype, copy=False)
