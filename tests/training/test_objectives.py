@@ -262,7 +262,7 @@ def test_samples_with_a_scale_of_1_need_no_pass_without_text(monkeypatch, scale,
   config = dataclasses.replace(GENERATOR, grid=(2, 2))
   objective = generator_objective.GeneratorObjective(config, tokenizer='run', guidance_scale=scale)
   params = nn.meta.unbox(
-    vit_vqgan.ViTVQGAN(TOKENIZER).init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    jax.jit(vit_vqgan.ViTVQGAN(TOKENIZER).init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
   )
   loaded = frozen_tokenizer.FrozenTokenizer('run', TOKENIZER, params['params'])
   monkeypatch.setattr(frozen_tokenizer, 'load_for', lambda *_: loaded)
@@ -275,5 +275,6 @@ def test_samples_with_a_scale_of_1_need_no_pass_without_text(monkeypatch, scale,
   draw, inputs = objective.painter()
   batch = {'encoder_input_tokens': jnp.ones((2, 3), jnp.int32)}
   batch['decoder_target_tokens'] = jnp.zeros((2, 4), jnp.int32)
-  samples = draw(nn.meta.unbox(objective.init(jax.random.key(1))), batch, inputs)['samples']
+  generator_params = nn.meta.unbox(jax.jit(objective.init)(jax.random.key(1)))
+  samples = jax.jit(draw)(generator_params, batch, inputs)['samples']
   assert samples.shape == (2, 8, 16, 3) and found == [rows]
