@@ -34,6 +34,7 @@ _OF_DATASETS: dict[tuple[str, ...], dict[str, Any]] = {
     'train_prompts': 200,
     'rank': False,
   },
+  ('openmoji_scenes',): {'of_seen_names': False},
   ('coco', 'localized_narratives'): {'annotations': None, 'pictures': None, 'num_captions': 30_000},
   ('coco',): {'tfds_dir': None},
 }
@@ -101,6 +102,13 @@ def add_arguments(parser: argparse.ArgumentParser):
     action='store_true',
     default=None,
     help="also judge the picture of each prompt that the model's ranker prefers",
+  )
+  emoji.add_argument(
+    '--of_seen_names',
+    action='store_true',
+    default=None,
+    help="scenes without the things that OpenMoji's split `validation` holds out, for a model that "
+    'trained with openmoji_scenes.of_seen_names=True',
   )
   emoji.add_argument(
     '--splits',
@@ -207,6 +215,7 @@ def _openmoji_scenes(args: argparse.Namespace):
   """Evaluates on scenes made of OpenMoji; returns the same values as `_openmoji`."""
   folder = output_folder.make(args.output_dir)
   model = _load(args)
+  settings = openmoji_scenes.Settings(of_seen_names=args.of_seen_names)
   sampling = {
     name: value for name, value in sampling_flags.given(args).items() if value is not None
   }
@@ -219,7 +228,7 @@ def _openmoji_scenes(args: argparse.Namespace):
       'max_prompts': args.max_prompts,
       'train_prompts': args.train_prompts,
       'sampling': sampling,
-      'scenes': openmoji_grammar.digest(openmoji_scenes.Settings())[:16],
+      'scenes': openmoji_grammar.digest(settings)[:16],
       'model': output_folder.model_fingerprint(args.model),
     },
   )
@@ -231,6 +240,7 @@ def _openmoji_scenes(args: argparse.Namespace):
     args.max_prompts,
     args.seed,
     train_prompts=args.train_prompts,
+    settings=settings,
     rank=args.rank,
     progress=True,
     batch_size=args.batch_size,

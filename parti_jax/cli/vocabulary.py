@@ -1,9 +1,11 @@
-"""`parti-jax vocabulary`: trains a SentencePiece vocabulary on the captions of a source."""
+"""`parti-jax vocabulary`: trains a SentencePiece vocabulary on the captions of a source or mixture."""
 
 import argparse
 import itertools
 from collections.abc import Iterable
 from collections.abc import Iterator
+from collections.abc import Sequence
+from typing import Any
 
 import tqdm
 
@@ -19,6 +21,11 @@ _MEASURED_CAPTIONS = 100_000
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the command's flags."""
   gin_config.add_gin_arguments(parser)
+  parser.add_argument(
+    '--task',
+    help='the captions of this task, such as mixture_texts for those of all sources of a mixture '
+    '(default: of the source that gin chooses)',
+  )
   parser.add_argument('--output', required=True, metavar='FILE', help='the model file to write')
   parser.add_argument(
     '--size',
@@ -32,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help="use fewer ids than --size if the captions don't support as many",
   )
   parser.add_argument(
-    '--split', default='train', help="the source's split to train on (default: %(default)s)"
+    '--split', default='train', help="the sources' split to train on (default: %(default)s)"
   )
   parser.add_argument(
     '--model_type',
@@ -54,11 +61,12 @@ def run(args: argparse.Namespace) -> int:
   if not 0.98 <= args.character_coverage <= 1:
     raise UserError(f'--character_coverage={args.character_coverage} must be from 0.98 to 1')
   checks.count('--size', args.size)
-  from parti_jax.data import sources
+  # gin can't register names after it has parsed values.
+  from parti_jax.data import datasets  # noqa: F401
 
   gin_config.parse(args.gin_file, args.gin_bindings)
-  source = sources.configured(sources.chosen())
-  captions = _with_text(source, args.split)
+  found = _sources(args.task)
+  captions = _with_text(found, args.split)
   model = vocabulary.train_vocabulary(
     tqdm.tqdm(captions, desc='captions', unit='', disable=None),
     args.size,
@@ -67,21 +75,41 @@ def run(args: argparse.Namespace) -> int:
     args.character_coverage,
     args.at_most,
   )
-  measured = itertools.islice(_with_text(source, args.split), _MEASURED_CAPTIONS)
+  measured = itertools.islice(_with_text(found, args.split), _MEASURED_CAPTIONS)
   print(f'{args.output}: {model.size:,} ids')
   print(_fit(model, measured))
   return 0
 
 
-def _with_text(source, split: str) -> Iterator[str]:
-  """Yields the captions that aren't blank."""
-  found = False
-  for caption in source.captions(split):
-    if caption.strip():
-      found = True
-      yield caption
-  if not found:
-    raise UserError(f'{source.name} has no caption in split {split!r}')
+def _sources(task: str | None) -> list[Any]:
+  """Returns the sources of a task, of a mixture, or the one that gin chooses."""
+  from parti_jax.data import datasets
+  from parti_jax.data import mixtures
+  from parti_jax.data import sources
+
+  if task is None:
+    return [sources.configured(sources.chosen())]
+  if not mixtures.is_one(task):
+    return [sources.configured(datasets.source_name(task))]
+  found = []
+  for part in mixtures.tasks(task):
+    with mixtures.naming(part):
+      found.append(sources.configured(datasets.source_name(part)))
+  return found
+
+
+def _with_text(sources: Sequence[Any], split: str) -> Iterator[str]:
+  """Yields the captions that aren't blank, of one source after the other."""
+  for source in sources:
+    source.check_split(split)
+  for source in sources:
+    found = False
+    for caption in source.captions(split):
+      if caption.strip():
+        found = True
+        yield caption
+    if not found:
+      raise UserError(f'{source.name} has no caption in split {split!r}')
 
 
 def _fit(model: vocabulary.TextVocabulary, captions: Iterable[str]) -> str:

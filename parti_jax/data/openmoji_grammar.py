@@ -54,7 +54,7 @@ Pick = Callable[[Sequence[str]], str]
 def captions_of(settings: openmoji_scenes.Settings, split: str, index: int) -> list[str]:
   """Returns the captions of a split's scene; all are different."""
   rng = np.random.default_rng([settings.seed, openmoji_scenes.SPLITS.index(split), index, 1])
-  scene = openmoji_scenes.scene(split, index, settings.seed)
+  scene = settings.scene(split, index)
   found: dict[str, None] = {}
   while len(found) < settings.captions:
     found[caption(scene, rng)] = None
@@ -66,7 +66,7 @@ def digest(settings: openmoji_scenes.Settings) -> str:
   found = hashlib.sha256(openmoji_things.list_digest().encode())
   for split in openmoji_scenes.SPLITS:
     for index in range(min(_DIGESTED, settings.count(split))):
-      found.update(openmoji_scenes.scene(split, index, settings.seed).to_json().encode())
+      found.update(settings.scene(split, index).to_json().encode())
       found.update(repr(captions_of(settings, split, index)).encode())
   return found.hexdigest()
 

@@ -18,6 +18,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from jaxtyping import Bool
 from jaxtyping import UInt8
 
 from parti_jax.core.errors import UserError
+from parti_jax.data import openmoji
 from parti_jax.data import openmoji_things
 
 UNSEEN = ('unseen_pairs', 'unseen_counts', 'unseen_relations', 'unseen_grounds')
@@ -71,15 +73,22 @@ class Settings:
     train_size: number of training scenes.
     captions: number of captions of each scene.
     seed: seed of the scenes; another one gives others with the same combinations held out.
+    of_seen_names: whether no scene shows a thing whose drawing OpenMoji's split `validation` holds
+      out, for models that also train on OpenMoji's names.
   """
 
   train_size: int = TRAIN_SIZE
   captions: int = CAPTIONS
   seed: int = 0
+  of_seen_names: bool = False
 
   def count(self, split: str) -> int:
     """Returns the number of scenes in a split."""
     return self.train_size if split == 'train' else HELD_OUT_SIZE
+
+  def scene(self, split: str, index: int) -> Scene:
+    """Returns a scene of a split, as the function `scene` does."""
+    return scene(split, index, self.seed, self.of_seen_names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,47 +266,68 @@ def _all_held_out() -> frozenset[Combination]:
   return frozenset(itertools.chain(*held_out().values()))
 
 
+@functools.cache
+def kinds_of_unseen_names() -> frozenset[str]:
+  """Returns the nouns of the things whose drawings aren't in OpenMoji's split `train`."""
+  splits = {picture.code: picture.split for picture in openmoji.pictures()}
+  return frozenset(
+    noun
+    for noun, kind in openmoji_things.kinds().items()
+    if splits.get(kind.code, 'train') != 'train'
+  )
+
+
 def check_split(split: str) -> None:
   """Raises UserError unless the split exists."""
   if split not in SPLITS:
     raise UserError(f'openmoji_scenes has no split {split!r}; it has {", ".join(SPLITS)}')
 
 
-def scene(split: str, index: int, seed: int = 0) -> Scene:
+def scene(split: str, index: int, seed: int = 0, of_seen_names: bool = False) -> Scene:
   """Returns a scene of a split.
 
   Args:
     split: one of `SPLITS`.
     index: index within the split.
     seed: another one gives other scenes with the same combinations held out.
+    of_seen_names: as in `Settings`.
 
   Raises:
     UserError: the split doesn't exist.
   """
   check_split(split)
   rng = np.random.default_rng([seed, SPLITS.index(split), index])
+  without = kinds_of_unseen_names() if of_seen_names else frozenset()
   wanted: tuple[Combination, ...] = ()
   if split in UNSEEN:
-    wanted = (held_out()[split][index % len(held_out()[split])],)
+    possible = _without(held_out()[split], without)
+    wanted = (possible[index % len(possible)],)
   while True:
     if split == 'train' and index % _COVERAGE_EVERY == 0:
-      found = _covering(rng, index // _COVERAGE_EVERY)
+      found = _covering(rng, index // _COVERAGE_EVERY, without)
     elif wanted:
       found = _with_combination(rng, wanted[0])
     else:
       found = _draw(rng)
-    if found is not None and combinations(found) & _all_held_out() == set(wanted):
+    if found is None or not without.isdisjoint(group.kind for group in found.groups):
+      continue
+    if combinations(found) & _all_held_out() == set(wanted):
       return found
+
+
+def _without(several: Sequence[Combination], kinds: frozenset[str]) -> Sequence[Combination]:
+  """Returns the combinations without these kinds."""
+  return [found for found in several if kinds.isdisjoint(found)] if kinds else several
 
 
 def split_scenes(split: str, settings: Settings = Settings()) -> Iterator[Scene]:
   """Yields the scenes of a split in order."""
-  return (scene(split, index, settings.seed) for index in range(settings.count(split)))
+  return (settings.scene(split, index) for index in range(settings.count(split)))
 
 
-def _covering(rng: np.random.Generator, number: int) -> Scene | None:
+def _covering(rng: np.random.Generator, number: int, without: frozenset[str]) -> Scene | None:
   """Draws a scene with the kinds of a held-out relation in one of the other relations."""
-  related = held_out()['unseen_relations']
+  related = _without(held_out()['unseen_relations'], without)
   _, kind, relation, other = related[number % len(related)]
   others = [name for name in INVERSE if name != relation]
   return _draw(rng, 'position', (kind, other), relation=others[rng.integers(len(others))])

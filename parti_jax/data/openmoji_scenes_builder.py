@@ -40,6 +40,8 @@ class OpenMojiScenesConfig(tfds.core.BuilderConfig):
     name = str(size)
     if settings != openmoji_scenes.Settings():
       name += f'_{settings.train_size}_{settings.captions}_{settings.seed}'
+    if settings.of_seen_names:
+      name += '_of_seen_names'
     super().__init__(name=name, description=f'Drawn at {size} by {size} pixels.')
     self.settings, self.size = settings, size
 

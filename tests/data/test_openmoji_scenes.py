@@ -38,6 +38,29 @@ def test_training_never_shows_what_is_held_out(split, seen):
   assert not seen & set(held_out)
 
 
+@pytest.mark.parametrize('split', scenes.SPLITS)
+def test_scenes_of_seen_names_leave_out_what_openmoji_holds_out(split):
+  unseen = {p.code for p in openmoji.pictures() if p.split != 'train'}
+  codes = {noun: kind.code for noun, kind in things.kinds().items()}
+  assert {'lemon', 'owl', 'tree'} < scenes.kinds_of_unseen_names() < set(codes)
+  settings = scenes.Settings(train_size=400, of_seen_names=True)
+  held_out = set(itertools.chain(*scenes.held_out().values()))
+  shown, combinations, without = set(), [], scenes.Settings(train_size=400)
+  for index in range(settings.count(split)):
+    scene = settings.scene(split, index)
+    shown |= {codes[group.kind] for group in scene.groups}
+    combinations.append(scenes.combinations(scene) & held_out)
+  assert shown and not shown & unseen
+  if split in scenes.UNSEEN:
+    assert all(len(found) == 1 for found in combinations)
+    assert set.union(*combinations) <= set(scenes.held_out()[split])
+  else:
+    assert not any(combinations)
+  # By default scenes do show them.
+  found = {g.kind for scene in scenes.split_scenes(split, without) for g in scene.groups}
+  assert found & scenes.kinds_of_unseen_names()
+
+
 @pytest.mark.parametrize('split', scenes.SPLITS[1:])
 def test_each_held_out_scene_shows_one_held_out_combination(split):
   everything = set(itertools.chain(*scenes.held_out().values()))

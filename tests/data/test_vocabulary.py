@@ -169,3 +169,34 @@ def test_command_on_a_folder(tmp_path, capsys):
 
   assert parti_jax.cli.main.main([*arguments, '--split=test']) == 2
   assert re.search("folder .*'test'.* train", capsys.readouterr().err)
+
+
+def test_the_captions_of_a_mixture_are_those_of_all_its_sources(tmp_path, capsys):
+  for name, words in (('a', 'red dog'), ('b', 'blue whale')):
+    (tmp_path / name).mkdir()
+    rows = [{'file': '1.png', 'caption': f'{words} {number}'} for number in range(20)]
+    lines = '\n'.join(map(json.dumps, rows))
+    (tmp_path / name / 'captions.jsonl').write_text(lines)
+    (tmp_path / name / '1.png').write_bytes(b'')
+  command = [
+    'vocabulary',
+    *(f"--gin.folder_{name}/folder.path='{tmp_path / name}'" for name in 'ab'),
+    "--gin.mixture.sources={'folder_a': 1, 'folder_b': 9}",
+    '--size=100',
+    '--at_most',
+    '--model_type=bpe',
+    '--character_coverage=1',
+    f'--output={tmp_path / "v.model"}',
+  ]
+  assert parti_jax.cli.main.main([*command, '--task=mixture_texts']) == 0
+  assert '40 captions' in capsys.readouterr().out
+  vocabulary = TextVocabulary(str(tmp_path / 'v.model'))
+  for text in ('red dog 3', 'blue whale 17'):
+    assert vocabulary.unknown_id not in vocabulary.encode_whole(text)
+  # One source alone, of a mixture's or of another task.
+  assert parti_jax.cli.main.main([*command, '--task=folder_b_texts']) == 0
+  assert '20 captions' in capsys.readouterr().out
+  assert parti_jax.cli.main.main([*command, '--task=mixture_tokens']) == 2
+  assert 'mixture.sources: folder_a has no tokens' in capsys.readouterr().err
+  assert parti_jax.cli.main.main([*command, '--task=mixture_texts', '--split=validation']) == 2
+  assert "no split 'validation'" in capsys.readouterr().err

@@ -79,6 +79,20 @@ def few_training_scenes(monkeypatch):
   monkeypatch.setattr(scene_evaluation._Evaluation, 'training', training)
 
 
+def test_scenes_of_seen_names(monkeypatch, model, tmp_path):
+  asked = []
+  monkeypatch.setattr(
+    scene_evaluation, 'evaluate', lambda *_, settings, **__: asked.append(settings) or 1 / 0
+  )
+  for number, flags in enumerate([[], ['--of_seen_names']]):
+    with pytest.raises(ZeroDivisionError):
+      run(tmp_path / str(number), *flags)
+  assert asked == [scenes.Settings(), scenes.Settings(of_seen_names=True)]
+  # The pictures of one set of scenes are not used for the other.
+  with pytest.raises(UserError, match='scenes'):
+    run(tmp_path / '0', '--of_seen_names')
+
+
 def test_the_report_its_rows_and_sheets(model, few_training_scenes, tmp_path, capsys):
   model.ranker = FakeRanker()
   assert run(tmp_path, '--max_prompts=12', '--rank', '--splits', *_SPLITS) == 0
@@ -139,6 +153,7 @@ def test_an_interrupted_run_goes_on(model, few_training_scenes, tmp_path):
     (['--splits', 'unseen_combinations'], "unknown split 'unseen_combinations'; choose from train"),
     (['--max_prompts', '0'], '--max_prompts'),
     (['--num_captions', '3'], '--num_captions only applies to'),
+    (['--dataset=openmoji', '--of_seen_names'], '--of_seen_names only applies to'),
     (['--inception_weights', __file__], '--inception_weights does not apply'),
   ],
 )

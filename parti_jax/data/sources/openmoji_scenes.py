@@ -102,6 +102,7 @@ def configured(
   train_size: int = openmoji_scenes.TRAIN_SIZE,
   captions: int = openmoji_scenes.CAPTIONS,
   seed: int = 0,
+  of_seen_names: bool = False,
   data_dir: str | None = None,
   image_size: int = 64,
 ) -> OpenMojiScenesSource:
@@ -113,8 +114,10 @@ def configured(
     train_size: number of training scenes.
     captions: captions of each scene, of which an epoch uses one.
     seed: seed of the scenes.
+    of_seen_names: whether no scene shows a thing whose drawing OpenMoji's split `validation` holds
+      out, for models that also train on OpenMoji's names.
     data_dir: folder of the rendered scenes; None for the default of tensorflow-datasets.
     image_size: the run's picture size, given by the caller.
   """
-  settings = openmoji_scenes.Settings(train_size, captions, seed)
+  settings = openmoji_scenes.Settings(train_size, captions, seed, of_seen_names)
   return OpenMojiScenesSource(settings, size or image_size, data_dir)

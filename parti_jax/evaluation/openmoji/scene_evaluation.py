@@ -167,7 +167,7 @@ class _Evaluation:
     available = self.settings.count(split)
     count = min(limit or available, available)
     chosen = np.sort(rng.choice(available, count, replace=False)).tolist()
-    asked = [openmoji_scenes.scene(split, index, self.settings.seed) for index in chosen]
+    asked = [self.settings.scene(split, index) for index in chosen]
     captions = [openmoji_grammar.captions_of(self.settings, split, index)[0] for index in chosen]
     self.log(f'{split}: generating {self.num_images} pictures for each of {count} prompts')
     generated, cut = self.generate(split, captions)
