@@ -1,6 +1,7 @@
 """Super-resolution's objective: what its inputs are, its loss, and a run from tokenizer to export."""
 
 import dataclasses
+import functools
 import re
 
 import flax.linen as nn
@@ -53,11 +54,11 @@ def make_objective(monkeypatch, tokenizer_params):
   )
 
 
-@pytest.fixture
+@pytest.fixture(scope='module')
 def params():
   """Parameters whose last convolution is no longer zero."""
   objective = super_resolution_objective.SuperResolutionObjective(NETWORK, image_size=16)
-  params = nn.meta.unbox(objective.init(jax.random.key(0)))
+  params = nn.meta.unbox(jax.jit(objective.init)(jax.random.key(0)))
   tail = params['tail']
   return params | {'tail': tail | {'gain': jnp.full_like(tail['gain'], 0.3)}}
 
@@ -71,17 +72,24 @@ def averaged(images):
   return images.reshape(-1, 8, 2, 8, 2, 3).mean((2, 4), dtype=np.float32) / 255
 
 
-def reconstructed(tokenizer_params, images):
+@jax.jit
+def through_tokens(tokenizer_params, images):
   module = vit_vqgan.ViTVQGAN(TOKENIZER)
-  tokens = module.apply({'params': tokenizer_params}, jnp.asarray(images), method='tokenize')
-  pixels = module.apply({'params': tokenizer_params}, tokens, method='detokenize')
+  tokens = module.apply({'params': tokenizer_params}, images, method='tokenize')
+  return module.apply({'params': tokenizer_params}, tokens, method='detokenize')
+
+
+def reconstructed(tokenizer_params, images):
+  pixels = through_tokens(tokenizer_params, jnp.asarray(images))
   return np.round(np.asarray(pixels) * 255) / 255
+
+
+apply_network = jax.jit(super_resolution.SuperResolution(NETWORK).apply)
 
 
 def errors(params, inputs, targets):
   """Differences of the network's pictures to what they should be."""
-  network = super_resolution.SuperResolution(NETWORK)
-  outputs = network.apply({'params': params}, jnp.asarray(inputs))
+  outputs = apply_network({'params': params}, jnp.asarray(inputs))
   return np.asarray(outputs) - targets / np.float32(255)
 
 
@@ -187,7 +195,7 @@ def test_perceptual_and_adversarial_losses_are_added(make_objective, monkeypatch
     jax.jit(lambda: lpips.LPIPS().init(jax.random.key(5), *lpips.example_inputs()))()
   )['params']
   monkeypatch.setattr(lpips_weights, 'read', lambda vgg16, heads: weights)
-  params = nn.meta.unbox(objective.init(jax.random.key(0)))
+  params = nn.meta.unbox(jax.jit(objective.init)(jax.random.key(0)))
   pictures = batch(2)
   keys = layers.dropout_keys(jax.random.key(1), 2)
   loss = jax.jit(objective.loss)
@@ -196,14 +204,16 @@ def test_perceptual_and_adversarial_losses_are_added(make_objective, monkeypatch
   large = jnp.asarray(pictures['images'] / np.float32(255))
   without = {name: part for name, part in params.items() if name != 'discriminator'}
   plain_loss, _ = jax.jit(plain.loss)(without, pictures, keys, 0)
-  seen = 0.5 * np.mean(lpips.LPIPS().apply({'params': weights}, large, drawn))
+  seen = 0.5 * np.mean(jax.jit(lpips.LPIPS().apply)({'params': weights}, large, drawn))
   early, aux = loss(params | objective.constants(), pictures, keys, 0)
   assert early == pytest.approx(float(plain_loss + seen), rel=1e-4)
   assert aux['metrics']['loss'] == early
-  of_network, of_discriminator, _ = adversarial.losses(
-    discriminator, params['discriminator'], large, drawn
+  of_network, of_discriminator, _ = jax.jit(functools.partial(adversarial.losses, discriminator))(
+    params['discriminator'], large, drawn
   )
-  penalty = adversarial.r1_penalty(discriminator, params['discriminator'], large)
+  penalty = jax.jit(functools.partial(adversarial.r1_penalty, discriminator))(
+    params['discriminator'], large
+  )
   for step, times in ((2, 1), (3, 0)):
     late, aux = loss(params | objective.constants(), pictures, keys, step)
     of_objective = float(early + 0.3 * of_network)
