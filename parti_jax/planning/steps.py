@@ -156,9 +156,9 @@ def sampling_step(request: request_lib.Request, mesh) -> request_lib.Step:
       'weights': request.weights,
       'cache': request.cache,
     },
-    {'parameters': device_parts(read), 'cache': device_parts((read_slots, texts))},
-    device_parts(params) - device_parts(kept),
-    ('the memory leaves out the image tokenizer, and the caches from before they grow',),
+    ideal_bytes={'parameters': device_parts(read), 'cache': device_parts((read_slots, texts))},
+    resident_bytes=device_parts(params) - device_parts(kept),
+    notes=('the memory leaves out the image tokenizer, and the caches from before they grow',),
   )
 
 
