@@ -181,7 +181,7 @@ class _ModelConfig:
         isinstance(grid, list) and all(isinstance(sides, int) for sides in grid)
       ):
         raise self._damaged("('grid' of the generator is not a list of numbers)")
-      return grid and math.prod(grid)
+      return math.prod(grid) if grid else None
     return (self.number('tokenizer', 'image_size') // side) ** 2
 
   def factor(self) -> int | None:

@@ -151,7 +151,7 @@ def write(path: pathlib.Path, params: PyTree, dtype: str, made_with: Mapping[str
             'store the model as float32, or check whether its training diverged'
           )
         # The bytes of the array itself; `tobytes` would copy them.
-        file.write(converted.reshape(-1).view(np.uint8))
+        file.write(converted.reshape(-1).view(np.uint8).data)
 
 
 def _parts(leaf: Any) -> Iterator[np.ndarray]:
