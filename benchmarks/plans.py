@@ -36,7 +36,7 @@ SLICES = {
   '750m_v6e_16': ('750m', 'v6e:4x4', 512, WHOLE),
   '350m_v5e_16': ('350m', 'v5e:4x4', 256, DOTS + WHOLE),
   '350m_v4_16': ('350m', 'v4:2x2x4', 512, DOTS + WHOLE),
-  '3b_v5e_64': ('3b', 'v5e:8x8', 2048, []),
+  '3b_v5e_64': ('3b', 'v5e:8x8', 2048, WHOLE),
 }
 
 
@@ -51,15 +51,14 @@ def plans() -> dict[str, list[str]]:
   for name, (size, topology, batch, changes) in SLICES.items():
     arguments = ['--what=train', f'--topology={topology}', *_run(size), f'--batch_size={batch}']
     found[name] = arguments + changes
-  # The paper's own way of splitting: 16 pipeline stages with in-layer sharding.
+  # The paper's own way of splitting: 16 pipeline stages, and data parallelism.
   found['20b_v4_stages'] = [
     *found['20b_v4'],
     '--gin.make_mesh.stage=16',
-    '--gin.make_mesh.data=4',
+    '--gin.make_mesh.data=32',
     '--gin.make_mesh.fsdp=1',
-    '--gin.make_mesh.tensor=8',
     '--gin.pipeline.groups=8',
-    '--gin.train.microbatches=4',
+    *WHOLE,
   ]
   found['20b_v5e_sample'] = [
     '--what=sample',
