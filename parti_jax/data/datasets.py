@@ -117,6 +117,12 @@ class Dataset:
     return found
 
   @property
+  def grid(self) -> tuple[int, int] | None:
+    """Rows and columns of a picture's image tokens; None if unknown, or without image tokens."""
+    found = self.source.info.get('grid') if 'targets' in self.features else None
+    return found and (found[0], found[1])
+
+  @property
   def text_features(self) -> text_features_lib.TextFeatures | None:
     """The text features of a token cache's examples; None without them."""
     return getattr(self.source, 'text_features', None)

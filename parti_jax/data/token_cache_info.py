@@ -80,10 +80,21 @@ def _is_valid(info: Mapping[str, Any]) -> bool:
     _whole(info['codebook_size'])
     and _whole(info['image_tokens'])
     and _whole(info.get('views'))
+    and _has_valid_grid(info)
     and info['version'] == _version(info)
     and isinstance(info['tokenizer'], str)
     and are_splits(info['splits'])
     and _has_valid_text_features(info)
+  )
+
+
+def _has_valid_grid(info: Mapping[str, Any]) -> bool:
+  grid = info.get('grid')
+  return grid is None or (
+    isinstance(grid, list)
+    and len(grid) == 2
+    and all(_whole(side) for side in grid)
+    and grid[0] * grid[1] == info['image_tokens']
   )
 
 

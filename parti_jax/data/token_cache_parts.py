@@ -36,6 +36,7 @@ from parti_jax.data import token_cache_info
 
 TALLIES = ('skipped', 'shortened')
 _MADE_WITH = 'made_with.json'
+_FOLLOWING = (text_features.EMPTY_TEXT, 'grid')
 _READS_AT_ONCE = 32
 
 
@@ -45,8 +46,8 @@ class SplitParts:
   Args:
     folder: folder of the token cache.
     split: the split's name.
-    info: 'codebook_size', 'image_tokens', 'tokenizer' and 'views' of the cache, and the entries of
-      its text features, if it has any.
+    info: 'codebook_size', 'image_tokens', 'tokenizer', 'grid' and 'views' of the cache, and the
+      entries of its text features, if it has any.
     made_with: further inputs that the tokens depend on, JSON.
     count: number of parts.
     replaced: other splits that the same command writes, to remove if they use another tokenizer.
@@ -71,8 +72,8 @@ class SplitParts:
     self._info, self._replaced = dict(info), replaced
     # In the form in which JSON returns them, with lists instead of tuples.
     self._made_with = json.loads(json.dumps({**made_with, 'parts': count}))
-    # The features of the empty text follow from the others.
-    compared = {key: value for key, value in self._info.items() if key != text_features.EMPTY_TEXT}
+    # The features of the empty text and the grid follow from the others.
+    compared = {key: value for key, value in self._info.items() if key not in _FOLLOWING}
     self._whole = {**json.loads(json.dumps(compared)), **self._made_with}
     self._key = xxhash.xxh3_64_hexdigest(json.dumps(self._whole, sort_keys=True).encode())
     self._parts = storage.join(folder, f'.{token_cache_info.file_part(split)}.parts')

@@ -89,6 +89,7 @@ def of_source(args: argparse.Namespace, connect: Connect) -> tuple[list[Job], in
   info = {
     'codebook_size': model.codebook_size,
     'image_tokens': model.image_length,
+    'grid': list(model.grid),
     'tokenizer': tokenizer.fingerprint,
     'views': args.views,
     **(texts.features.info() if texts else {}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Sequence
 
@@ -280,7 +281,7 @@ def initial_parts(
 
 
 def check_vocabularies(objective: base.Objective, task: str) -> None:
-  """Compares the number of ids in a task's features with the model's vocabulary sizes.
+  """Compares the number of ids in a task's features, and the grid, with the model's.
 
   A lookup outside of an embedding table would not fail but return its last row.
 
@@ -290,7 +291,7 @@ def check_vocabularies(objective: base.Objective, task: str) -> None:
 
   Raises:
     UserError: if a feature has more ids than the model's table has rows, or if the number of image
-      tokens differs.
+      tokens, or their grid, differs.
   """
   sizes = mixtures.vocabulary_sizes(task, objective.feature_lengths().get('images', 64))
   for feature, (key, size) in objective.vocabulary_sizes().items():
@@ -303,3 +304,21 @@ def check_vocabularies(objective: base.Objective, task: str) -> None:
       )
   if datasets.is_ours(task) or mixtures.is_one(task):
     objective.check_vocabulary(datasets.get_vocabulary())
+    if (grid := objective.grid()) is not None:
+      for dataset in mixtures.get(task, objective.feature_lengths().get('images', 64)):
+        if 'targets' in dataset.features:
+          _check_grid(*grid, dataset)
+
+
+def _check_grid(key: str, grid: tuple[int, int], dataset: datasets.Dataset) -> None:
+  """Raises UserError unless pictures have this grid of image tokens, or an unknown one as large."""
+  tokens, theirs = dataset.source.info['image_tokens'], dataset.grid
+  if theirs == grid or (theirs is None and tokens == math.prod(grid)):
+    return
+  shown, way_out = f'{tokens}', f'set {key}'
+  if theirs is not None:
+    shown, way_out = f'{theirs[0]}×{theirs[1]}', f'set --gin.{key}="{theirs}"'
+  raise errors.UserError(
+    f'{key}={grid}, but {dataset.source.name} has {shown} image tokens of a picture; {way_out}, or '
+    'choose the token cache that the model is for'
+  )

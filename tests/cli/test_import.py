@@ -95,7 +95,8 @@ def test_the_whole_chain_runs_on_an_imported_tokenizer(imported, tmp_path):
   ]
   bindings = [f"--gin.folder.path='{pictures}'", "--gin.folder.splits={'train': 'train.jsonl'}"]
   assert main.main([*tokenize, *bindings]) == 0
-  assert json.loads((tokens / 'info.json').read_text())['codebook_size'] == 64
+  info = json.loads((tokens / 'info.json').read_text())
+  assert (info['codebook_size'], info['grid']) == (64, [4, 4])
   train = ['train', '--gin_file=gin_configs/runs/tiny_generator.gin', f'--model_dir={run}']
   settings = [
     f"--gin.token_cache.path='{tokens}'",

@@ -195,6 +195,16 @@ def test_missing_unfinished_or_damaged(cache, tmp_path):
     token_cache_info.read_info(str(tmp_path))
 
 
+@pytest.mark.parametrize('grid', [[2, 3], [4], [4, '1'], [-2, -2], '2×2'])
+def test_a_grid_of_other_tokens_is_damage(cache, grid):
+  info = token_cache_info.read_info(cache)
+  token_cache_info.write_info(cache, {**info, 'grid': [2, 2]})
+  assert token_cache_info.read_info(cache)['grid'] == [2, 2]
+  token_cache_info.write_info(cache, {**info, 'grid': grid})
+  with pytest.raises(UserError, match='info.json is damaged'):
+    token_cache_info.read_info(cache)
+
+
 def test_a_truncated_shard_is_refused_when_it_is_opened(cache):
   path = os.path.join(cache, 'train-00001.array_record')
   with open(path, 'r+b') as file:

@@ -68,6 +68,16 @@ def _whole(tmp_path_factory):
   return _content(folder)
 
 
+def test_parts_of_a_release_without_the_grid_are_kept(tmp_path):
+  before = _parts(tmp_path)
+  _begin(before)
+  _write(before, [0, 1])
+  after = _parts(tmp_path, info={**INFO, 'grid': [2, 2]})
+  assert _begin(after) and after.unfinished(range(len(EXAMPLES))) == [2, 3]
+  _go_on(after)
+  assert token_cache_info.read_info(str(tmp_path))['grid'] == [2, 2]
+
+
 def test_the_split(whole, tmp_path):
   assert sorted(whole) == ['info.json', *(f'train-0000{i}.array_record' for i in range(3))]
   for name, content in whole.items():

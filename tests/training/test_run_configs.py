@@ -7,12 +7,15 @@ import pathlib
 
 import gin
 import jax
+import numpy as np
 import pytest
 
 from parti_jax.core import gin_config
 from parti_jax.core.errors import UserError
 from parti_jax.data import datasets
 from parti_jax.data import examples
+from parti_jax.data import mixtures
+from parti_jax.data import token_cache
 from parti_jax.models.nn import layers
 from parti_jax.partitioning import mesh as mesh_lib
 from parti_jax.partitioning import rules
@@ -93,18 +96,20 @@ def test_a_run_makes_its_state_abstractly(name):
   kinds = tuple(
     f'{source}{kind}' for source in ('openmoji_', 'folder_', '') for kind in ('images', 'pairs')
   )
-  assert gin.query_parameter('train.task') in (*datasets.TOKEN_TASKS, *kinds)
+  known = (*datasets.TOKEN_TASKS, *mixtures.NAMES, *kinds)
+  assert gin.query_parameter('train.task') in known
 
 
 def test_every_generator_loses_a_tenth_of_its_texts():
   rates = {}
   for name in RUNS:
     _parse(name)
-    if gin.query_parameter('train.task') in datasets.TOKEN_TASKS:
+    if gin.query_parameter('train.task') in (*datasets.TOKEN_TASKS, 'mixture_tokens'):
       with contextlib.suppress(ValueError):
         rates[name] = gin.query_parameter('drop_text.rate')
       rates.setdefault(name, inspect.signature(examples.drop_rate).parameters['rate'].default)
-  assert {*PAPERS_PARTI, 'demo_generator.gin', 'tiny_generator.gin'} <= set(rates)
+  ours = {'demo_generator.gin', 'scenes_generator.gin', 'tiny_generator.gin'}
+  assert {*PAPERS_PARTI, *ours} <= set(rates)
   assert set(rates.values()) == {0.1}
 
 
@@ -211,4 +216,27 @@ def test_a_task_with_more_ids_than_the_model_has_room_for_is_named(tokens_folder
     [f"token_cache.path = '{tokens_folder}'", 'PartiConfig.codebook_size = 128'],
   )
   with pytest.raises(UserError, match=r"PartiConfig\.codebook_size=128.* 64 ids in 'targets'"):
+    train_loop.check_vocabularies(_value('objective'), 'cached_tokens')
+
+
+@pytest.mark.parametrize(
+  'known, grid, message',
+  [
+    ([4, 4], (2, 8), r'PartiConfig\.grid=\(2, 8\).* 4×4 image tokens.*grid="\(4, 4\)"'),
+    ([4, 4], (4, 5), r'PartiConfig\.grid=\(4, 5\).* 4×4 image tokens'),
+    (None, (4, 5), r'PartiConfig\.grid=\(4, 5\).* 16 image tokens'),
+    ([4, 4], (4, 4), None),
+    (None, (2, 8), None),  # A cache of an earlier release.
+  ],
+)
+def test_another_grid_than_that_of_the_tokens_is_named(tmp_path, known, grid, message):
+  info = {'codebook_size': 64, 'image_tokens': 16, 'tokenizer': 'none'}
+  info |= {'grid': known} if known else {}
+  token_cache.write_token_cache(str(tmp_path), [('a', np.zeros(16, np.int32))], info)
+  gin_config.parse(
+    ['gin_configs/runs/tiny_generator.gin'],
+    [f"token_cache.path = '{tmp_path}'", f'PartiConfig.grid = {grid}'],
+  )
+  ends = pytest.raises(UserError, match=message) if message else contextlib.nullcontext()
+  with ends:
     train_loop.check_vocabularies(_value('objective'), 'cached_tokens')

@@ -127,6 +127,10 @@ class Objective(abc.ABC):
     """Returns {feature: (gin key of its vocabulary size, vocabulary size)}."""
     return {}
 
+  def grid(self) -> tuple[str, tuple[int, int]] | None:
+    """Returns (gin key of the grid of image tokens, the grid); None without 'targets'."""
+    return None
+
   def check_vocabulary(self, vocabulary: text_tokenizer.TextTokenizer) -> None:
     """Checks that a vocabulary ends texts and pads them as the network expects.
 
