@@ -219,7 +219,7 @@ class Transformer(nn.Module):
       self.qkv_bias,
       parent=None,
     )
-    stacked = self.param('layers', layer_stack.initializer(block, self.num_layers, x[:1]))
+    stacked = layer_stack.parameters(self, block, self.num_layers, x[:1])
 
     def layer(params, place, x, extra, keys):
       del place, extra, keys  # All layers are alike, and there is no other input.

@@ -18,7 +18,6 @@ from jaxtyping import Array
 from jaxtyping import Bool
 from jaxtyping import Float
 from jaxtyping import Int
-from jaxtyping import PyTree
 
 from parti_jax.models import config_checks
 from parti_jax.models import contrastive
@@ -218,9 +217,8 @@ class MultimodalDecoder(nn.Module):
   ) -> Float[Array, 'batch length embed']:
     """Decodes; the arguments are those of MultimodalBlock, with keys of the whole stack."""
     config = self.config
-    stacked: PyTree = self.param(
-      'layers',
-      layer_stack.initializer(self.block, config.multimodal_layers, x[:1], pooled[:1], mask[:1]),
+    stacked = layer_stack.parameters(
+      self, self.block, config.multimodal_layers, x[:1], pooled[:1], mask[:1]
     )
 
     def layer(params, place, x, side_inputs, keys):

@@ -15,7 +15,6 @@ from jaxtyping import Array
 from jaxtyping import Bool
 from jaxtyping import Float
 from jaxtyping import Int
-from jaxtyping import PyTree
 
 from parti_jax.core import checks
 from parti_jax.core import errors
@@ -277,9 +276,8 @@ class Encoder(nn.Module):
     buckets = relative_buckets(x.shape[1], config.relative_buckets, config.relative_distance)
     bias_of = lambda table: jnp.moveaxis(jnp.take(table, buckets, axis=0), -1, 0)
     table: Any = self.relative_bias.table
-    stacked: PyTree = self.param(
-      'layers',
-      layer_stack.initializer(self.block, config.layers, x[:1], mask[:1], bias_of(table)),
+    stacked = layer_stack.parameters(
+      self, self.block, config.layers, x[:1], mask[:1], bias_of(table)
     )
 
     def layer(params, index, x, mask, keys):

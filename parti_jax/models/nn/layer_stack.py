@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 from collections.abc import Sequence
 
+import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -61,17 +62,29 @@ def remat(layer: Callable, policy: str) -> Callable:
   return jax.checkpoint(layer, policy=REMAT_POLICIES[policy], prevent_cse=False)
 
 
-def initializer(block: nn.Module, length: int, *inputs) -> Callable[[Array], PyTree]:
-  """Makes an initializer of the parameters of `length` blocks, stacked along a new axis `layers`.
+def parameters(module: nn.Module, block: nn.Module, length: int, *inputs) -> PyTree:
+  """Declares `layers`, the parameters of `length` blocks, stacked along a new axis `layers`.
 
   Args:
+    module: the module that has them, in its `nn.compact` method.
     block: a module without a parent.
     length: number of layers.
     *inputs: inputs of the block; only their shapes matter.
 
   Returns:
-    A function from a key to boxed parameters, for `nn.Module.param`.
+    The stacked parameters, without the boxes that hold axis names.
+
+  Raises:
+    flax.errors.ScopeParamShapeError: if the module is applied to another number of layers.
   """
+  if module.has_variable('params', 'layers'):
+    # As in `layers.parameter`; each layer checks the shapes of its own.
+    stacked = nn.meta.unbox(module.get_variable('params', 'layers'))
+    for leaf in jax.tree.leaves(stacked):
+      if np.shape(leaf)[:1] != (length,):
+        path = '/'.join(module.path)
+        raise flax.errors.ScopeParamShapeError('layers', path, np.shape(leaf)[:1], (length,))
+    return stacked
 
   def init(key):
     one = lambda key: block.init(key, *inputs)['params']
@@ -79,7 +92,7 @@ def initializer(block: nn.Module, length: int, *inputs) -> Callable[[Array], PyT
       stacked = jax.vmap(one)(jax.random.split(key, length))
     return nn.meta.add_axis(stacked, 0, {nn.PARTITION_NAME: 'layers'})
 
-  return init
+  return module.param('layers', init)
 
 
 @dataclasses.dataclass(frozen=True)

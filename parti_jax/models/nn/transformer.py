@@ -292,9 +292,7 @@ class Encoder(nn.Module):
     dropout_keys: layers.DropoutKeys | None = None,
   ) -> Float[Array, 'batch length embed']:
     """Encodes sequences; the arguments are those of EncoderBlock, with keys of the whole stack."""
-    stacked: PyTree = self.param(
-      'layers', layer_stack.initializer(self.block, self.num_layers, x[:1])
-    )
+    stacked = layer_stack.parameters(self, self.block, self.num_layers, x[:1])
 
     def layer(params, place, x, mask, keys):
       del place  # All layers are alike.
@@ -381,12 +379,8 @@ class Decoder(nn.Module):
         caches.append(cache)
       return self.norm(x), state.replace(position=state.position + x.shape[1], caches=caches)
     assert encoded is not None and text_mask is not None
-    stacked: PyTree = self.param(
-      'layers',
-      layer_stack.initializer(
-        self.block, self.num_layers, x[:1], encoded[:1], text_mask[:1], self.patterns
-      ),
-    )
+    inputs = x[:1], encoded[:1], text_mask[:1], self.patterns
+    stacked = layer_stack.parameters(self, self.block, self.num_layers, *inputs)
 
     def layer(params, place, x, text, keys):
       return _apply(self.block, params, x, *text, self.patterns, place, keys)
