@@ -223,6 +223,20 @@ def test_optional_packages_are_the_extras():
   assert _requirements(optional_packages.EXTRAS['torch_fidelity']) == {'torch', 'torch-fidelity'}
 
 
+def test_every_optional_import_has_its_extra():
+  """Otherwise an installation without the extra says only that there is no such module."""
+  owners = importlib.metadata.packages_distributions()
+  found = {name.split('.')[0] for path in _modules() for name in _imports(path)}
+  optional = {
+    name
+    for name in found - set(sys.stdlib_module_names) - {'parti_jax'}
+    if not {owner.lower().replace('_', '-') for owner in owners.get(name, [])} & _requirements(None)
+  }
+  assert 'grain' in optional
+  # Both gcs and s3 install aiohttp, and what is missed first is gcsfs or s3fs.
+  assert optional <= {*optional_packages.EXTRAS, 'aiohttp'}
+
+
 _WITHOUT_JAX = (
   'parti_jax',
   'parti_jax.cli.main',

