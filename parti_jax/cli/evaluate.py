@@ -9,6 +9,7 @@ from typing import Any
 import parti_jax
 from parti_jax.cli import sampling_flags
 from parti_jax.core import checks
+from parti_jax.core import start_cache
 from parti_jax.core.errors import UserError
 from parti_jax.data import openmoji
 from parti_jax.data import openmoji_grammar
@@ -181,6 +182,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _load(args: argparse.Namespace):
+  start_cache.enable()
   return parti_jax.load(args.model, ranker=args.ranker, **sampling_flags.given_precision(args))
 
 

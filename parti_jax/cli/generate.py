@@ -9,10 +9,8 @@ import sys
 import warnings
 
 from parti_jax.cli import sampling_flags
-from parti_jax.core import compilation_cache
 from parti_jax.core import garbage
 from parti_jax.core import start_cache
-from parti_jax.core import user_modules
 from parti_jax.core.errors import UserError
 from parti_jax.data.readers import text_files
 
@@ -93,8 +91,7 @@ def run(args: argparse.Namespace) -> int:
   # Imports JAX, which takes a moment, so only after checking the flags.
   from parti_jax.sampling import text_to_image
 
-  folder = compilation_cache.enable()
-  start_cache.use(None if user_modules.loaded() else folder)
+  start_cache.enable()
   model = text_to_image.load(args.model, ranker=args.ranker, **sampling_flags.given_precision(args))
   garbage.resume()
   with warnings.catch_warnings():

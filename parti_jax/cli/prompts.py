@@ -19,7 +19,7 @@ from PIL import Image
 
 import parti_jax
 from parti_jax.cli import sampling_flags
-from parti_jax.core import compilation_cache
+from parti_jax.core import start_cache
 from parti_jax.core.errors import UserError
 from parti_jax.evaluation import html_page
 from parti_jax.evaluation import output_folder
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
   }
   precision = sampling_flags.given_precision(args)
   prompts = prompts_file.read(args.file)[: args.max_prompts]
-  compilation_cache.enable()
+  start_cache.enable()
   model = parti_jax.load(args.model, ranker=args.ranker, **precision)
   folder = output_folder.make(args.output_dir)
   output_folder.claim(

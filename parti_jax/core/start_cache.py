@@ -5,7 +5,8 @@ the package's sources, JAX's settings, and what the caller adds. An entry that i
 not the user's own counts as missing, so the cache affects nothing but the time of a start.
 
 The digest knows this package's sources, not code that changes the package while it runs. So only our
-commands turn the cache on, and only without modules of the user's own.
+commands turn the cache on, and only without modules of the user's own. Entries that have not been
+used for longest are removed once the cache grows too large.
 """
 
 from __future__ import annotations
@@ -23,11 +24,14 @@ import time
 from typing import Any
 
 import parti_jax
+from parti_jax.core import compilation_cache
+from parti_jax.core import user_modules
 
 _FOLDER = 'starts'
 _DIGEST_BYTES = 32
-# Maximum size of an entry, in bytes.
-_LARGEST = 1 << 28
+# Maximum size of an entry, and of all entries together, in bytes.
+_LARGEST = 1 << 26
+_MOST_BYTES = 1 << 28
 # The subpackages whose sources determine what is computed for a loaded model.
 _SOURCES = ('core', 'exported_model', 'models', 'partitioning', 'sampling')
 # Permission to write, of the group and of others.
@@ -36,6 +40,12 @@ _WRITABLE = stat.S_IWGRP | stat.S_IWOTH
 _IMPORTED = time.time() - 10.0
 
 _folder: pathlib.Path | None = None
+
+
+def enable() -> None:
+  """Enables the compilation cache and, for a command, this one; call it like the former's `enable`."""
+  folder = compilation_cache.enable()
+  use(None if user_modules.loaded() else folder)
 
 
 def use(cache: pathlib.Path | None) -> None:
@@ -77,12 +87,16 @@ def read(name: str) -> bytes | None:
   try:
     with (folder / name).open('rb') as file:
       found = os.fstat(file.fileno())
-      if not _only_user_writes(found) or found.st_size > _LARGEST:
+      if not _only_user_writes(found) or found.st_size > _DIGEST_BYTES + _LARGEST:
         return None
       digest, content = file.read(_DIGEST_BYTES), file.read()
   except OSError:
     return None
-  return content if hashlib.sha256(content).digest() == digest else None
+  if hashlib.sha256(content).digest() != digest:
+    return None
+  with contextlib.suppress(OSError):
+    os.utime(folder / name)  # It has been used just now.
+  return content
 
 
 def write(name: str, content: bytes) -> None:
@@ -104,20 +118,38 @@ def write(name: str, content: bytes) -> None:
       with open(handle, 'wb') as file:
         file.write(hashlib.sha256(content).digest() + content)
       os.replace(temporary, folder / name)
-    except OSError:
+    except BaseException:
       os.unlink(temporary)
+      raise
+    _remove_oldest(folder)
 
 
 def is_package_code(value: Any) -> bool:
   """Returns whether a config, and the configs in it, are of classes that this package defines.
 
-  What other classes mean is not in the digest of our sources.
+  What other classes mean is not in the digest of our sources, and their `repr` may not tell.
   """
+  if isinstance(value, (tuple, list)):
+    return all(map(is_package_code, value))
   if not dataclasses.is_dataclass(value):
-    return True
+    return value is None or type(value) in (bool, int, float, str)
   if not type(value).__module__.startswith(f'{parti_jax.__name__}.'):
     return False
   return all(is_package_code(getattr(value, field.name)) for field in dataclasses.fields(value))
+
+
+def _remove_oldest(folder: pathlib.Path) -> None:
+  """Removes the entries that have not been used for longest, beyond the size of all together."""
+  files = []
+  for path in folder.iterdir():
+    with contextlib.suppress(OSError):  # Another process has just removed it.
+      found = path.stat()
+      files.append((found.st_mtime, found.st_size, path))
+  total = 0
+  for _, size, path in sorted(files, reverse=True):
+    total += size
+    if total > _MOST_BYTES:
+      path.unlink(missing_ok=True)
 
 
 def _is_own(folder: pathlib.Path) -> bool:
@@ -134,7 +166,7 @@ def _only_user_writes(found: os.stat_result) -> bool:
 
 @functools.cache
 def _environment() -> str | None:
-  """Returns the versions and the digest of the sources; None if these are unknown."""
+  """Returns the versions and the digest of the sources; None if the sources are unknown."""
   import flax
   import jax
   import numpy as np
@@ -143,7 +175,10 @@ def _environment() -> str | None:
   digest = hashlib.sha256()
   try:
     for subpackage in _SOURCES:
-      for path in sorted((package / subpackage).rglob('*.py')):
+      paths = sorted((package / subpackage).rglob('*.py'))
+      if not paths:  # Such as in an archive, or without sources.
+        return None
+      for path in paths:
         if path.stat().st_mtime > _IMPORTED:
           return None
         content = path.read_bytes()

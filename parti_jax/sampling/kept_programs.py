@@ -67,18 +67,16 @@ def call(function: Callable[..., Any], args: Sequence[Any], statics: Mapping[str
 
 def _key(function: Any, structure: Any, avals: Any, statics: Mapping[str, Any]) -> str | None:
   """Returns the name of a program in the cache; None if it is not to be kept."""
-  configs = {
-    name: (type(value), value.config) if isinstance(value, nn.Module) else (type(value), value)
-    for name, value in statics.items()
-    if hasattr(value, 'config') or not isinstance(value, nn.Module)
-  }
-  if (
-    configs.keys() != statics.keys()
-    or not all(start_cache.is_package_code(config) for _, config in configs.values())
-    or not all(kind.__module__.startswith('parti_jax.') for kind, _ in configs.values())
-  ):
-    return None
-  named = tuple(sorted((name, repr(config)) for name, config in configs.items()))
+  named = []
+  for name, value in sorted(statics.items(), key=lambda item: item[0]):
+    kind, config = type(value), value
+    if isinstance(value, nn.Module):
+      config = getattr(value, 'config', None)
+      if config is None or value != kind(config):  # There is more to it than its config.
+        return None
+    if not kind.__module__.startswith('parti_jax.') or not start_cache.is_package_code(config):
+      return None
+    named.append((name, kind, type(config), config))
   return start_cache.key(
     'program', function.__module__, function.__qualname__, str(structure), repr(avals), named
   )

@@ -7,7 +7,13 @@ import jax
 import pytest
 import tiny_configs
 
+import parti_jax
+from parti_jax.cli import main
+from parti_jax.core import compilation_cache
+from parti_jax.core import errors
 from parti_jax.core import start_cache
+from parti_jax.core import user_modules
+from parti_jax.sampling import text_to_image
 
 
 @pytest.fixture(name='folder')
@@ -29,6 +35,52 @@ def test_an_entry_is_read_as_it_was_written(folder):
   start_cache.write(key, b'other')
   assert start_cache.read(key) == b'other'
   assert os.listdir(folder) == [key]
+
+
+def test_an_interrupted_write_leaves_nothing(folder, monkeypatch):
+  def interrupted(*unused_args):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(os, 'replace', interrupted)
+  with pytest.raises(KeyboardInterrupt):
+    start_cache.write(start_cache.key('a'), b'content')
+  assert not os.listdir(folder)
+
+
+def test_what_was_not_used_for_longest_is_removed(folder, monkeypatch):
+  keys = [start_cache.key(name) for name in 'abcd']
+  for age, key in enumerate(reversed(keys[:3])):
+    start_cache.write(key, b'content')
+    os.utime(folder / key, (1e9 - age, 1e9 - age))
+  (folder / 'unfinished').write_bytes(b'of a process that was killed')
+  os.utime(folder / 'unfinished', (0, 0))
+  assert start_cache.read(keys[0]) == b'content'
+  monkeypatch.setattr(start_cache, '_MOST_BYTES', 3 * (32 + len(b'content')))
+  start_cache.write(keys[3], b'content')
+  assert set(os.listdir(folder)) == {keys[0], keys[2], keys[3]}
+
+
+@pytest.mark.parametrize('modules', [[], ['mine']])
+@pytest.mark.parametrize(
+  'arguments',
+  [['generate', 'red apple'], ['prompts', 'prompts.tsv'], ['evaluate', '--dataset=openmoji']],
+  ids=lambda arguments: arguments[0],
+)
+def test_commands_use_the_cache_unless_the_user_has_modules(
+  tmp_path, monkeypatch, arguments, modules
+):
+  def stop(*unused_args, **unused_kwargs):
+    raise errors.UserError('the end of the test')
+
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'prompts.tsv').write_text('Prompt\tCategory\tChallenge\tNote\na\tb\tc\td\n')
+  monkeypatch.setattr(compilation_cache, 'enable', lambda: tmp_path)
+  monkeypatch.setattr(user_modules, '_loaded', modules)
+  monkeypatch.setattr(start_cache, '_folder', None)
+  for module in (parti_jax, text_to_image):
+    monkeypatch.setattr(module, 'load', stop)
+  assert main.main([*arguments, '--output_dir=out']) == 2
+  assert start_cache._folder == (None if modules else tmp_path / 'starts')
 
 
 def test_nothing_is_kept_without_a_folder(folder):
@@ -105,10 +157,15 @@ def test_the_key_depends_on_parts_versions_settings_and_sources(tmp_path, monkey
     (tmp_path / 'package' / 'models').mkdir(parents=True, exist_ok=True)
     (tmp_path / 'package' / 'models' / 'net.py').write_text(text)
     with monkeypatch.context() as changed:
+      changed.setattr(start_cache, '_SOURCES', ('models',))
       changed.setattr(start_cache.parti_jax, '__file__', str(tmp_path / 'package' / '__init__.py'))
       start_cache._environment.cache_clear()
       keys.append(start_cache.key('a', 1))
   assert len(set(keys)) == len(keys) and None not in keys
+  with monkeypatch.context() as changed:  # A package whose sources can't be found.
+    changed.setattr(start_cache.parti_jax, '__file__', str(tmp_path / 'archive.zip' / 'of.py'))
+    start_cache._environment.cache_clear()
+    assert start_cache.key('a', 1) is None
 
 
 @pytest.mark.usefixtures('folder')
@@ -127,5 +184,8 @@ def test_configs_of_other_code_are_told_apart():
   assert start_cache.is_package_code(tiny_configs.TOKENIZER)
   assert not start_cache.is_package_code(Theirs())
   ours = dataclasses.replace(tiny_configs.TOKENIZER)
-  object.__setattr__(ours, 'dtype', Theirs())
-  assert not start_cache.is_package_code(ours)
+  for theirs in (Theirs(), (1, Theirs()), object(), len):
+    object.__setattr__(ours, 'dtype', theirs)
+    assert not start_cache.is_package_code(ours)
+  object.__setattr__(ours, 'dtype', (1, 'a', None, (0.5, tiny_configs.VQGAN)))
+  assert start_cache.is_package_code(ours)

@@ -9,6 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+import tiny_configs
 
 import parti_jax
 from parti_jax.core import garbage
@@ -188,6 +189,15 @@ def test_functions_and_configs_of_other_code_are_not_kept(cache):
   config = dataclasses.make_dataclass('Theirs', [('by', int)], frozen=True)(2)
   assert kept_programs.call(other, (np.float32(1),), {'config': config}) == 3
   assert not cache.exists()
+
+
+@pytest.mark.parametrize('more', [False, True])
+def test_a_module_is_kept_if_its_config_determines_it(cache, more):
+  function = kept_programs.keep(jax.jit(lambda x, module: x + 1, static_argnames='module'))
+  module = vit_vqgan.ViTVQGAN(tiny_configs.TOKENIZER)
+  module = module.clone(name='other') if more else module
+  assert kept_programs.call(function, (np.float32(1),), {'module': module}) == 2
+  assert cache.exists() != more
 
 
 def test_networks_are_read_when_they_are_used(parts, enlarger, tmp_path, monkeypatch):
