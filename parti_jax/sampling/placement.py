@@ -65,6 +65,7 @@ class Placement:
       lambda path, leaf, sharding: convert(path, placing.put(leaf, sharding)), params, shardings
     )
 
+  @numerics.fixed()
   def run(
     self,
     function: Callable[..., Any],

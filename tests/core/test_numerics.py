@@ -12,6 +12,7 @@ from parti_jax.core.errors import UserError
 from parti_jax.models import parti_config
 from parti_jax.models import vit_vqgan
 from parti_jax.partitioning import mesh as mesh_lib
+from parti_jax.sampling import placement
 from parti_jax.sampling import text_to_image
 from parti_jax.training import optimizers
 from parti_jax.training import trainer as trainer_lib
@@ -198,6 +199,14 @@ def test_cached_tokens_are_the_same_and_their_reader_keeps_its_settings(config):
   tokens = frozen_tokenizer.Encoder(tokenizer)(images)
   assert jax.config.jax_enable_x64 and jax.config.jax_default_prng_impl == 'rbg'
   np.testing.assert_array_equal(tokens(), right)
+
+
+def test_results_are_fetched_within_the_settings(config, monkeypatch):
+  config(EVERYTHING)
+  fetched = []
+  monkeypatch.setattr(jax, 'device_get', lambda x: fetched.append(jax.config.jax_enable_x64) or x)
+  placement.Placement().run(jax.jit(lambda x: x), (), (np.ones(2, np.float32),))
+  assert fetched == [False]
 
 
 def test_settings_are_restored_after_an_error(config):
