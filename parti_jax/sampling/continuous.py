@@ -13,7 +13,6 @@ import collections
 import concurrent.futures
 import dataclasses
 import threading
-import weakref
 from collections.abc import Iterator
 from collections.abc import Sequence
 from typing import Any
@@ -21,15 +20,17 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Int32
+from jaxtyping import UInt8
 
 from parti_jax.core import checks
+from parti_jax.core import numerics
 from parti_jax.core.errors import UserError
 from parti_jax.exported_model import sampling_settings
 from parti_jax.sampling import slots as slots_lib
 from parti_jax.sampling import text_to_image
 
-# Samplers whose threads have work to finish before Python ends.
-_OPEN: weakref.WeakSet[ContinuousSampler] = weakref.WeakSet()
+# Samplers whose threads have not ended; they must before Python does.
+_OPEN: set[ContinuousSampler] = set()
 
 # Number of tokens per call, at most. Fewer let prompts join sooner, more save overhead on the host.
 _MOST_PER_CALL = 8
@@ -64,7 +65,9 @@ class ContinuousSampler:
   `TextToImage.generate`. When it joins and what else the batch samples doesn't matter: all slots
   run the same program whatever they hold.
 
-  All methods may be called from any thread. As a context manager it is closed in the end.
+  All methods may be called from any thread. As a context manager it is closed in the end; after an
+  exception, the pictures that wait for a slot are cancelled. Until it is closed, its thread holds the
+  model.
 
   Attributes:
     batch_size: number of slots.
@@ -97,8 +100,8 @@ class ContinuousSampler:
         message names it.
     """
     self._model = model
-    self._place = model._place
-    self._config = model._config
+    self._place = model.place
+    self._config = model.config
     length = self._config.image_length
     self.settings = _supported(model.sampling.replace(**sampling))
     self.batch_size = self._place.divisible(checks.count('batch_size', batch_size))
@@ -117,8 +120,8 @@ class ContinuousSampler:
     self._waiting: collections.deque[_Request] = collections.deque()
     self._closed = False
     self._thread = threading.Thread(target=self._work, name='parti_jax sampling', daemon=True)
-    _OPEN.add(self)
     self._thread.start()
+    _OPEN.add(self)
 
   def submit(
     self, prompt: str, seed: int = 0, image_index: int = 0, **sampling
@@ -152,7 +155,7 @@ class ContinuousSampler:
       )
     request = _Request(
       prompt,
-      self._model._encode([prompt])[0],
+      self._model.encode_prompts([prompt])[0],
       checks.whole_number('seed', seed, 0, sampling_settings.LARGEST_SEED),
       checks.whole_number('image_index', image_index, 0, checks.LARGEST_INT32),
       settings,
@@ -197,8 +200,8 @@ class ContinuousSampler:
   def __enter__(self) -> ContinuousSampler:
     return self
 
-  def __exit__(self, *error) -> None:
-    self.close()
+  def __exit__(self, kind, *unused_error) -> None:
+    self.close(cancel_waiting=kind is not None)
 
   def _work(self) -> None:
     """Samples until the sampler is closed and nothing is left to do; the thread's function."""
@@ -229,7 +232,7 @@ class ContinuousSampler:
       if request is not None and request.future.cancelled():
         _drop(request)
         self._running[slot] = None
-    before, self._drawn = self._drawn, []
+    before = len(self._drawn)
     try:
       self._admit()
       if self._taken():
@@ -238,8 +241,9 @@ class ContinuousSampler:
       self._slots = self._reached = None
       self._fail(self._taken(), error)
     # Only now, so that the devices have work while pictures are copied.
-    for drawn in before:
-      self._hand_out(drawn)
+    for _ in range(before):
+      self._hand_out(self._drawn[0])
+      del self._drawn[0]
 
   def _admit(self) -> None:
     """Gives free slots to waiting pictures."""
@@ -253,6 +257,7 @@ class ContinuousSampler:
       _drop(request)
     for slot, request in zip(free, admitted):
       self._running[slot] = request
+    for slot, request in zip(free, admitted):
       self._requests.set(slot, request.seed, request.image_index, request.settings)
     for start, size, count in _pieces(len(admitted), self._sizes):
       self._join(admitted[start : start + count], free[start : start + count], size)
@@ -263,7 +268,7 @@ class ContinuousSampler:
     texts[: len(requests)] = [request.text for request in requests]
     places = np.full(size, self.batch_size, np.int32)
     places[: len(into)] = into
-    params, cache = (self._model._generator_params,), self._model.cache
+    params, cache = (self._model.generator_params,), self._model.cache
     try:
       encoded = self._place.start(slots_lib.encode, params, (texts,), cache=cache, **self._statics)
     except Exception as error:  # Such as a batch that doesn't fit into memory.
@@ -282,7 +287,7 @@ class ContinuousSampler:
     requests = jax.tree.map(np.copy, self._requests)
     self._slots, reached = self._place.start(
       slots_lib.advance,
-      (self._model._generator_params,),
+      (self._model.generator_params,),
       (requests,),
       self._slots,
       count=self.tokens_per_call,
@@ -310,10 +315,10 @@ class ContinuousSampler:
     try:
       arrays = self._place.start(
         slots_lib.detokenize,
-        (self._model._tokenizer_params,),
+        (self._model.tokenizer_params,),
         (places,),
         self._slots.tokens,
-        tokenizer=self._model._tokenizer,
+        tokenizer=self._model.tokenizer,
       )
     except Exception as error:
       self._fail(requests, error)
@@ -323,26 +328,36 @@ class ContinuousSampler:
   def _hand_out(self, drawn: _Drawn) -> None:
     """Waits for pictures and gives them to those who asked for them."""
     try:
-      tokens, images = jax.device_get(drawn.arrays)
+      with numerics.fixed():
+        tokens, images = jax.device_get(drawn.arrays)
+      results = [
+        self._result(request, images[row], tokens[row]) for row, request in enumerate(drawn.requests)
+      ]
     except Exception as error:
       self._fail(drawn.requests, error)
       return
-    for row, request in enumerate(drawn.requests):
-      if not request.future.set_running_or_notify_cancel():
-        continue
-      request.future.set_result(
-        text_to_image.Result(
-          images[row][None, None],
-          tokens[row][None, None],
-          [request.prompt],
-          request.seed,
-          request.settings,
-          self._model.model_name,
-          image_index=np.full([1, 1], request.image_index, np.int32),
-          weights=self._model.weights,
-          cache=self._model.cache,
-        )
-      )
+    for result in results:
+      request = drawn.requests.pop(0)
+      if request.future.set_running_or_notify_cancel():
+        request.future.set_result(result)
+
+  def _result(
+    self,
+    request: _Request,
+    image: UInt8[np.ndarray, 'height width 3'],
+    tokens: Int32[np.ndarray, 'image_length'],
+  ) -> text_to_image.Result:
+    return text_to_image.Result(
+      image[None, None],
+      tokens[None, None],
+      [request.prompt],
+      request.seed,
+      request.settings,
+      self._model.model_name,
+      image_index=np.full([1, 1], request.image_index, np.int32),
+      weights=self._model.weights,
+      cache=self._model.cache,
+    )
 
   def _taken(self) -> list[_Request]:
     return [request for request in self._running if request is not None]

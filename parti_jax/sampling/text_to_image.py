@@ -170,6 +170,11 @@ class TextToImage:
     weights: how the decoder's weights are held, a name in `sampling_settings.WEIGHTS`.
     cache: how sampling holds keys and values, a name in `sampling_settings.CACHES`.
     provenance: what the model folder says about the training.
+    config: sizes of the generator.
+    tokenizer: the image tokenizer's module.
+    place: the devices that hold the parameters, on which programs run.
+    generator_params: the generator's parameters there, a result of `parameters.for_sampling`.
+    tokenizer_params: the image tokenizer's parameters there.
   """
 
   def __init__(
@@ -202,60 +207,60 @@ class TextToImage:
     self.model_name = model_name
     self.sampling = model.sampling
     self.provenance = model.provenance
-    self._config = model.generator_config
-    self._tokenizer = image_tokenizers.module(model.tokenizer_config)
-    self._place = placement.Placement(mesh, rules)
+    self.config = model.generator_config
+    self.tokenizer = image_tokenizers.module(model.tokenizer_config)
+    self.place = placement.Placement(mesh, rules)
     self._vocabulary = text_tokenizer.open_tokenizer(model.vocabulary_path)
-    if self._vocabulary.size > self._config.text_vocabulary:
+    if self._vocabulary.size > self.config.text_vocabulary:
       raise UserError(
         f'{model.vocabulary_path} has {self._vocabulary.size} pieces, but the model knows '
-        f'{self._config.text_vocabulary}; it belongs to another model'
+        f'{self.config.text_vocabulary}; it belongs to another model'
       )
     text_encoders.check_empty_text(
-      self._config.text_encoder,
-      self._vocabulary.encode('', max(self._config.text_length, 3))[0],
+      self.config.text_encoder,
+      self._vocabulary.encode('', max(self.config.text_length, 3))[0],
       str(model.vocabulary_path),
     )
-    self._generator_params = self._place.put(
-      parameters.for_sampling(self._config, model.generator_params, weights),
-      functools.partial(model_folder.abstract, 'generator', self._config),
-      lambda shardings: parameters.shardings(self._config, shardings),
+    self.generator_params = self.place.put(
+      parameters.for_sampling(self.config, model.generator_params, weights),
+      functools.partial(model_folder.abstract, 'generator', self.config),
+      lambda shardings: parameters.shardings(self.config, shardings),
       **({'convert': parameters.quantized} if weights == 'int8' else {}),
     )
-    self._tokenizer_params = self._place.put(
+    self.tokenizer_params = self.place.put(
       model.tokenizer_params,
       functools.partial(model_folder.abstract, 'tokenizer', model.tokenizer_config),
     )
     self._parts = model.parts
     if ranker is not None:
-      self.ranker = ranking.load(ranker, self._place)
+      self.ranker = ranking.load(ranker, self.place)
 
   @functools.cached_property
   def ranker(self) -> ranking.Ranker | None:
     """Scores pictures by a text; None if there is no ranker. The model's is read when it is used."""
     part = self._parts.get('ranker')
-    return part and ranking.of_part(part, self.provenance, self._vocabulary, self._place)
+    return part and ranking.of_part(part, self.provenance, self._vocabulary, self.place)
 
   @functools.cached_property
   def upscaler(self) -> upscaling.Upscaler | None:
     """Enlarges pictures; None if the model has no super-resolution. It is read when it is used."""
     part = self._parts.get('super_resolution')
-    return part and upscaling.Upscaler(part.config, part.params, self._place)
+    return part and upscaling.Upscaler(part.config, part.params, self.place)
 
   @property
   def image_size(self) -> int:
     """Height and width of the pictures, in pixels."""
-    return self._tokenizer.config.image_size
+    return self.tokenizer.config.image_size
 
   @property
   def codebook_size(self) -> int:
     """Number of codes in the codebook of image tokens."""
-    return self._config.codebook_size
+    return self.config.codebook_size
 
   @property
   def decoder_layers(self) -> int:
     """Number of layers of the image-token decoder."""
-    return self._config.decoder_layers
+    return self.config.decoder_layers
 
   def generate(
     self,
@@ -313,10 +318,10 @@ class TextToImage:
     num_images = checks.count('num_images', num_images)
     seed = checks.whole_number('seed', seed, 0, sampling_settings.LARGEST_SEED)
     settings = self.sampling.replace(**sampling)
-    sampled = decoding.Sampling.of(settings, self._config.image_length, self.cache)
+    sampled = decoding.Sampling.of(settings, self.config.image_length, self.cache)
     total = len(prompts) * num_images
     first = placement.first_indices(first_index, len(prompts), num_images)
-    texts = self._encode(prompts)
+    texts = self.encode_prompts(prompts)
     batch = self._batch_size(total, batch_size, settings.guided)
     # Before the indices, which may be too many as well.
     room = self._empty(total)
@@ -375,14 +380,14 @@ class TextToImage:
     tokens, images = room
     counts = []
     for start, chosen in placement.pieces(total, batch, progress):
-      *drawn, usage, passes = self._place.run(
+      *drawn, usage, passes = self.place.run(
         programs.generate,
-        (self._generator_params, self._tokenizer_params),
+        (self.generator_params, self.tokenizer_params),
         (texts[chosen // shape[1]], indices[chosen]),
         np.uint32(seed),
         sampling,
-        config=self._config,
-        tokenizer=self._tokenizer,
+        config=self.config,
+        tokenizer=self.tokenizer,
       )
       stop = min(start + batch, total)
       tokens[start:stop], images[start:stop] = (part[: stop - start] for part in drawn)
@@ -421,7 +426,7 @@ class TextToImage:
     """
     images = self._pictures(images)
     return self._through_tokenizer(
-      images, programs.tokenize, np.empty([len(images), self._config.image_length], np.int32)
+      images, programs.tokenize, np.empty([len(images), self.config.image_length], np.int32)
     )
 
   def reconstruct(self, images) -> UInt8[np.ndarray, 'images height width 3']:
@@ -471,7 +476,7 @@ class TextToImage:
     Int32[np.ndarray, '{total} image_length'], UInt8[np.ndarray, '{total} height width 3']
   ]:
     """Returns uninitialised arrays for the tokens and pixels of pictures."""
-    length, size = self._config.image_length, self.image_size
+    length, size = self.config.image_length, self.image_size
     if total * (4 * length + 3 * size**2) > _memory():
       raise UserError(
         f'{total:,} pictures do not fit into memory; choose a smaller num_images, or fewer '
@@ -486,26 +491,33 @@ class TextToImage:
     results: np.ndarray,
   ) -> np.ndarray:
     """Fills `results` with the results of a function of the tokenizer and pictures."""
-    batch = self._place.divisible(min(_TOKENIZER_BATCH, max(len(images), 1)))
+    batch = self.place.divisible(min(_TOKENIZER_BATCH, max(len(images), 1)))
     for start, chosen in placement.pieces(len(images), batch, False):
-      part = self._place.run(
-        function, (self._tokenizer_params,), (images[chosen],), tokenizer=self._tokenizer
+      part = self.place.run(
+        function, (self.tokenizer_params,), (images[chosen],), tokenizer=self.tokenizer
       )
       results[start : start + batch] = part[: len(results) - start]
     return results
 
-  def _encode(self, prompts: list[str]) -> Int32[np.ndarray, 'prompts text_length']:
-    """Encodes prompts to text tokens."""
+  def encode_prompts(self, prompts: Sequence[str]) -> Int32[np.ndarray, 'prompts text_length']:
+    """Encodes prompts to text tokens.
+
+    Args:
+      prompts: texts; those longer than the model's text length are truncated, with a warning.
+
+    Raises:
+      UserError: if there is no prompt, or one is blank.
+    """
     if not prompts:
       raise UserError('no prompt given')
-    texts = np.empty([len(prompts), self._config.text_length], np.int32)
+    texts = np.empty([len(prompts), self.config.text_length], np.int32)
     for row, prompt in enumerate(prompts):
-      texts[row], cut = self._vocabulary.encode(prompt, self._config.text_length)
+      texts[row], cut = self._vocabulary.encode(prompt, self.config.text_length)
       if self._vocabulary.is_empty(texts[row]):
         raise UserError(f'prompt {row + 1} is empty; say what the picture should show')
       if cut:
         warnings.warn(
-          f'prompt {row + 1} is longer than the {self._config.text_length} text tokens of the '
+          f'prompt {row + 1} is longer than the {self.config.text_length} text tokens of the '
           f'model; left out: {cut!r}',
           stacklevel=3,
         )
@@ -514,8 +526,8 @@ class TextToImage:
   def _batch_size(self, total: int, asked: int | None, guided: bool) -> int:
     """Returns the number of images to sample at once."""
     if asked is not None:
-      return self._place.divisible(min(checks.count('batch_size', asked), total))
-    config = self._config
+      return self.place.divisible(min(checks.count('batch_size', asked), total))
+    config = self.config
     cache_bytes = (
       2
       * config.decoder_layers
@@ -529,7 +541,7 @@ class TextToImage:
     pieces = -(-total // most)
     even = -(-total // pieces)
     # Few different sizes, since each is compiled separately.
-    return self._place.divisible(even if even <= 4 else min(most, -(-even // 4) * 4))
+    return self.place.divisible(even if even <= 4 else min(most, -(-even // 4) * 4))
 
 
 def load(

@@ -21,6 +21,7 @@ from parti_jax.sampling import continuous
 from parti_jax.sampling import slots
 
 SAMPLED = {'temperature': 1.0, 'top_k': 0, 'top_p': 1.0}
+_WORK = continuous.ContinuousSampler._work
 # The call before which a picture joins, its prompt, and how it is sampled.
 JOINS = [
   (0, 'red apple', {'seed': 3}),
@@ -214,6 +215,48 @@ def test_after_an_error_of_the_batch_later_pictures_are_sampled(
     lost.result(0)
   assert sampler.running == 0
   check_same(turns(sampler, JOINS[:1]), expected[:1])
+
+
+def test_an_error_before_pictures_have_joined_reaches_all_of_them(
+  model, without_thread, monkeypatch
+):
+  sampler = continuous.ContinuousSampler(model, 3, 1)
+  futures = [sampler.submit('blue ball', seed=seed) for seed in range(3)]
+  monkeypatch.setattr(slots.Requests, 'set', _raising)
+  sampler._turn()
+  for future in futures:
+    with pytest.raises(RuntimeError, match='out of memory'):
+      future.result(0)
+  assert (sampler.running, sampler.waiting) == (0, 0)
+
+
+def test_the_end_of_the_thread_reaches_pictures_at_all_stages(model, without_thread, monkeypatch):
+  sampler = continuous.ContinuousSampler(model, 1, 9)
+  futures = [sampler.submit('blue ball', seed=seed) for seed in range(3)]
+  sampler._turn()
+  assert (len(sampler._drawn), sampler.running, sampler.waiting) == (1, 0, 2)
+
+  def ending(*unused_args, **unused_kwargs):
+    raise SystemExit('the end')
+
+  monkeypatch.setattr(slots, 'advance', ending)
+  with pytest.raises(SystemExit):
+    _WORK(sampler)
+  for future in futures:
+    assert str(future.exception(0)) == 'the end'
+  with pytest.raises(UserError, match='closed'):
+    sampler.submit('red apple')
+
+
+def test_after_an_exception_in_its_context_nobody_waits_for_a_slot(model, without_thread):
+  with pytest.raises(KeyboardInterrupt):
+    with continuous.ContinuousSampler(model, 1, 1) as sampler:
+      running, waiting = sampler.submit('red apple', seed=3), sampler.submit('blue ball')
+      sampler._turn()
+      raise KeyboardInterrupt
+  assert waiting.cancelled() and not running.done()
+  turns(sampler)
+  assert running.result(0).prompts == ['red apple']
 
 
 def _raising(*args, **kwargs):

@@ -141,8 +141,8 @@ def test_the_demos_logits_are_close_and_its_greedy_tokens_mostly_the_same():
     part.generate(prompts, num_images=1, temperature=0).tokens for part in (plain, model)
   )
   assert np.cumprod(expected == found, axis=-1).mean() > 0.5
-  config, params = model._config, model._generator_params
-  texts, tokens = jnp.asarray(model._encode(prompts)), jnp.asarray(expected[:, 0])
+  config, params = model.config, model.generator_params
+  texts, tokens = jnp.asarray(model.encode_prompts(prompts)), jnp.asarray(expected[:, 0])
   found, expected = (logits_of(config, params, texts, tokens, cache) for cache in ('int8', 'float'))
   assert 1e-5 < (found - expected).std() / expected.std() < 0.02
 

@@ -155,7 +155,7 @@ def test_a_loaded_model(tiny_folder, tmp_path):
   model = parti_jax.load(tiny_folder, weights='int8')
   assert (plain.weights, model.weights) == ('float', 'int8')
   sizes = [
-    sum(leaf.nbytes for leaf in jax.tree.leaves(part._generator_params['image_decoder']))
+    sum(leaf.nbytes for leaf in jax.tree.leaves(part.generator_params['image_decoder']))
     for part in (plain, model)
   ]
   assert sizes[1] < 0.5 * sizes[0]  # Embeddings are a part of so small a model.
@@ -187,7 +187,7 @@ def test_on_a_mesh_the_pictures_are_the_same(tiny_folder):
   sharded = parti_jax.load(tiny_folder, mesh, weights='int8')
   alone = parti_jax.load(tiny_folder, weights='int8')
   layer, expected = (
-    part._generator_params['image_decoder']['decoder']['layers'][0] for part in (sharded, alone)
+    part.generator_params['image_decoder']['decoder']['layers'][0] for part in (sharded, alone)
   )
   jax.tree.map(np.testing.assert_array_equal, layer, expected)
   kernel = layer['mlp']['project_in']['kernel']
