@@ -331,7 +331,8 @@ class ContinuousSampler:
       with numerics.fixed():
         tokens, images = jax.device_get(drawn.arrays)
       results = [
-        self._result(request, images[row], tokens[row]) for row, request in enumerate(drawn.requests)
+        self._result(request, images[row], tokens[row])
+        for row, request in enumerate(drawn.requests)
       ]
     except Exception as error:
       self._fail(drawn.requests, error)
