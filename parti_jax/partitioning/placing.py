@@ -22,7 +22,8 @@ def put(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:
     return jax.device_put(array, sharding)
   shards: dict[tuple[tuple[int | None, int | None], ...], np.ndarray] = {}
 
-  def shard(index: tuple[slice, ...]) -> np.ndarray:
+  def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+    assert index is not None
     place = tuple((part.start, part.stop) for part in index)  # Slices aren't hashable.
     if place not in shards:
       shards[place] = np.asarray(array[index])

@@ -335,7 +335,8 @@ def write_counted(
 
   def write(old, new):
     write_row = lambda old, new, at: old.at[:, at].set(new, mode='drop', unique_indices=True)
-    return jax.tree.map(lambda *parts: jax.vmap(write_row)(*parts, at), old, _in_form_of(old, new))
+    write_rows = lambda old, new: jax.vmap(write_row)(old, new, at)
+    return jax.tree.map(write_rows, old, _in_form_of(old, new))
 
   return write(cache[0], key), write(cache[1], value)
 
